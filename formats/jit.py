@@ -1,0 +1,73 @@
+"""The one place that knows numba's options: every compiled function of the project is made by `njit` or `cfunc`.
+
+Why a cache folder of our own: numba notices an edit of the file that holds a function, but not of a helper that the
+function calls in another file, and would then run stale machine code. The folder's name is therefore a hash of all
+sources that can end up in a kernel.
+"""
+
+import functools
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core import config
+
+from gguf_run.formats.cachedir import user_cache_dir
+
+# error_model="numpy": no hidden branch that raises on division. No fastmath: results must not depend on the
+# instruction set more than the SIMD kernels' own summation order; a kernel that wants it asks for it.
+_OPTIONS: dict[str, Any] = {"error_model": "numpy"}
+
+
+@functools.cache
+def kernel_cache_dir() -> Path | None:
+    """Return the folder for compiled kernels of exactly these sources, or None (with a warning) if none is writable."""
+    package = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for folder in ("formats", "kernels_cpu"):
+        for source in sorted((package / folder).glob("*.py")):
+            digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    path = user_cache_dir() / f"kernels-{digest.hexdigest()[:16]}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        warnings.warn(
+            f"cannot write to {path} ({error.strerror}): kernels are compiled anew in every run; "
+            "set XDG_CACHE_HOME to a writable folder",
+            stacklevel=2,
+        )
+        return None
+
+
+@contextmanager
+def _caching() -> Iterator[bool]:
+    """numba reads its cache folder when a function is decorated: set ours only for that moment."""
+    path = kernel_cache_dir()
+    before = config.CACHE_DIR
+    config.CACHE_DIR = os.fspath(path or before)
+    try:
+        yield path is not None
+    finally:
+        config.CACHE_DIR = before
+
+
+def njit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """Compile a function on its first call (without the GIL, cached on disk). Usable bare or with numba's options."""
+    if function is None:
+        return functools.partial(njit, **options)
+    with _caching() as cache:
+        return numba.njit(nogil=True, cache=cache, **_OPTIONS, **options)(function)
+
+
+def cfunc(signature: Any, function: Callable[..., Any], **options: Any) -> Any:
+    """Compile a C callback now, or load it from the cache. Its `.address` goes onto a tape."""
+    with _caching() as cache:
+        return numba.cfunc(signature, cache=cache, **_OPTIONS, **options)(function)

@@ -1,0 +1,157 @@
+"""The ops that a decoder needs, and the contract that both backends keep.
+
+A decoder is recorded once: it calls the ops below, which compute nothing but append to a program. `Program.run` then
+replays the whole step with one native launch, for one token or for a batch of them; token ids and positions are read
+from buffers that belong to the program. kernels_cpu and kernels_gpu provide these ops; neither is imported here.
+
+Every buffer holds one f32 row per token. Everything is laid out by row: a matrix `w` of `n_out` rows of `n_in` maps a
+buffer of width n_in to one of width n_out, `out[t, o] = sum_i w[o, i] * x[t, i]`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.formats.reader import Tensor
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: pair i of the first `n_rot` dimensions turns by `position * inv_freq[i]`.
+
+    style: "norm" pairs (2i, 2i+1), "neox" pairs (i, i + n_rot/2). inv_freq: f64[n_rot/2], with every scaling and
+    frequency factor already applied. scale: factor on the rotated values (YaRN's attention factor).
+    """
+
+    style: str
+    n_rot: int
+    inv_freq: NDArray[np.float64]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Shape of one layer's attention. scale multiplies q.k; window: positions seen, itself included (0: all)."""
+
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    scale: float
+    window: int = 0
+
+
+class Weight(Protocol):
+    """A matrix in a backend's own form."""
+
+    n_in: int
+    n_out: int
+
+
+class Buffer(Protocol):
+    """f32[n_tokens, width] in a backend's memory, or a range of columns of one."""
+
+    width: int
+
+    def columns(self, start: int, width: int) -> "Buffer":
+        """The same rows, columns start .. start + width."""
+        ...
+
+
+class Recorder(Protocol):
+    """Appends ops to a program; they run in the order of the calls. `out` may be an input where the op says so."""
+
+    def buffer(self, width: int) -> Buffer:
+        """A new buffer for up to n_batch tokens."""
+        ...
+
+    def embed(self, table: Any, out: Buffer, scale: float = 1.0) -> None:
+        """out[t] = scale * table[ids[t]]."""
+        ...
+
+    def rms_norm(
+        self, x: Buffer, weight: Any, out: Buffer, eps: float, *, n_group: int = 1, residual: Buffer | None = None
+    ) -> None:
+        """out = x / sqrt(mean(x^2) + eps) * weight (+ residual). n_group > 1: each of n_group equal parts of a row is
+        normed by itself with the same weight (QK-norm). out may be x or residual."""
+        ...
+
+    def matmul(
+        self, x: Buffer, weight: Weight, out: Buffer, *, bias: Any | None = None, residual: Buffer | None = None
+    ) -> None:
+        """out = x @ weight.T (+ bias) (+ residual). out may be residual, not x."""
+        ...
+
+    def rope(self, x: Buffer, rope: Rope, head_dim: int) -> None:
+        """Rotate, in place, each head_dim-wide part of x by its token's position."""
+        ...
+
+    def attention(self, q: Buffer, k: Buffer, v: Buffer, cache: Any, shape: Attention, out: Buffer) -> None:
+        """Append k and v at the tokens' positions, then out = softmax(scale * q.k, causal, window) @ v per head."""
+        ...
+
+    def gated(self, gate: Buffer, up: Buffer, out: Buffer, activation: str) -> None:
+        """out = activation(gate) * up; activation: "silu" or "gelu" (the tanh form). out may be gate or up."""
+        ...
+
+    def outputs(self, x: Buffer) -> Buffer:
+        """The rows of x whose logits are wanted (chosen at run time). Ops on the result run for those rows only."""
+        ...
+
+    def finish(self, result: Buffer) -> "Program":
+        """End recording; `result` is what Program.result shows."""
+        ...
+
+
+class Program(Protocol):
+    """A recorded step. n_batch: the most tokens of one run; n_outputs: the most result rows of one pass."""
+
+    n_batch: int
+    n_outputs: int
+
+    def run(self, ids: NDArray[np.int32], n_past: int, first: int, count: int) -> NDArray[np.float32]:
+        """Run tokens `ids` at positions n_past, n_past+1, ... and return `count` result rows (tokens first ..).
+
+        The rows f32[count, width] are the program's own memory, overwritten by the next run. count <= n_outputs.
+        """
+        ...
+
+    def more(self, first: int, count: int) -> NDArray[np.float32]:
+        """Other result rows of the tokens of the last run: only what stands after Recorder.outputs runs again."""
+        ...
+
+    def close(self) -> None:
+        """Free memory and stop threads. The program cannot run again."""
+        ...
+
+
+class Backend(Protocol):
+    """Owns weights and caches on one device and records programs for it."""
+
+    name: str
+
+    def table(self, tensor: Tensor) -> Any:
+        """A matrix from which `embed` reads rows."""
+        ...
+
+    def weight(self, tensors: Sequence[Tensor]) -> Weight:
+        """A matrix for `matmul`: the tensors' rows one after the other. Repacked here, in the device's panels."""
+        ...
+
+    def vector(self, tensors: Sequence[Tensor]) -> Any:
+        """f32 values for `rms_norm` or a bias: the tensors' values one after the other."""
+        ...
+
+    def cache(self, shape: Attention, n_ctx: int) -> Any:
+        """A KV cache for one layer and n_ctx positions. Its format is the backend's own business."""
+        ...
+
+    def recorder(self, n_batch: int, n_outputs: int) -> Recorder:
+        """Start a program for up to n_batch tokens and n_outputs result rows at a time."""
+        ...
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held, by purpose: "weights", "cache", "buffers"."""
+        ...
