@@ -11,3 +11,7 @@ class FormatError(GgufRunError):
 
 class UnsupportedError(GgufRunError):
     """A file is valid, but holds something that this program does not know."""
+
+
+class OptionError(GgufRunError):
+    """An option's value is not allowed. Names the option, the value and what is allowed; command lines exit with 2."""

@@ -3,7 +3,7 @@
 exit code  when
 0          all went well
 1          `error: ...`: bad input, a file or network error, out of memory, a closed or full stdout
-2          wrong usage of the command line (click prints it)
+2          wrong usage of the command line, an option's value that is not allowed
 130        interrupted with Ctrl-C
 141        the reader of stdout went away (`| head`): nothing is printed, as other filters do
 """
@@ -20,9 +20,10 @@ from typing import Any
 
 import click
 
-from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.errors import GgufRunError, OptionError
 
 FAILED = 1
+WRONG_USAGE = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
@@ -91,7 +92,7 @@ def _one_line_errors(ctx: click.Context, verbose: bool) -> Iterator[None]:
         except OSError:
             _drop_stdout()
         message(f"error: {_describe(error)}")
-        ctx.exit(FAILED)
+        ctx.exit(WRONG_USAGE if isinstance(error, OptionError) else FAILED)
 
 
 def _describe(error: Exception) -> str:
