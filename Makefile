@@ -1,0 +1,50 @@
+# One virtual environment per purpose: .venv/core is what `pip install gguf-run` gives a user, .venv/test has what all
+# tests need, .venv/test-cpu is the same without torch and Triton. Each is renewed when pyproject.toml changes.
+PYTHON  ?= python3
+FOLDERS := formats kernels_cpu kernels_gpu models runtime
+QUESTION ?= What is the capital of France, and what is it known for?
+
+# PyPI's torch for Linux brings CUDA libraries (gigabytes) and another Triton. Tests want the CPU build: take it from
+# pip's configured index where that has it, else from PyTorch's own.
+TORCH := torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test test-cpu check clean
+
+demo: .venv/core/.installed
+	.venv/core/bin/gguf-run --prompt "$(QUESTION)"
+
+# Checks, then tests: `make test` with torch and Triton, `make test-cpu` without.
+test test-cpu: %: .venv/%/.installed build/typing/gguf_run
+	$(call checks,.venv/$@/bin)
+	.venv/$@/bin/python -m pytest $(PYTEST_ARGS)
+
+check: .venv/test-cpu/.installed build/typing/gguf_run
+	$(call checks,.venv/test-cpu/bin)
+
+define checks
+$(1)/ruff check .
+$(1)/ruff format --check .
+$(1)/mypy
+$(1)/lint-imports --no-logo
+endef
+
+# mypy cannot follow the hook of an editable install: it reads the five folders through links.
+build/typing/gguf_run: Makefile
+	@mkdir -p $@
+	@for folder in $(FOLDERS); do ln -sfn ../../../$$folder $@/$$folder; done
+	@touch $@
+
+.venv/%/.installed: pyproject.toml
+	@echo "Installing packages into .venv/$*; this takes a minute or more the first time."
+	@$(PYTHON) -m venv .venv/$*
+	@$(if $(filter test,$*),$(call install,.venv/$*,$(TORCH)+cpu) 2>/dev/null || \
+	$(call install,.venv/$*,--extra-index-url $(TORCH_INDEX) $(TORCH)))
+	@$(call install,.venv/$*,--editable '.$(if $(filter core,$*),,[$*])')
+	@touch $@
+
+install = $(1)/bin/python -m pip install -qq --disable-pip-version-check $(2)
+
+clean:
+	rm -rf .venv build .*_cache *.egg-info .hypothesis
+	find $(FOLDERS) tests benchmarks -name __pycache__ -exec rm -rf {} +
