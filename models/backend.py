@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 from gguf_run.formats.reader import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rope:
     """Rotary embedding: pair i of the first `n_rot` dimensions turns by `position * inv_freq[i]`.
 
     style: "norm" pairs (2i, 2i+1), "neox" pairs (i, i + n_rot/2). inv_freq: f64[n_rot/2], with every scaling and
-    frequency factor already applied. scale: factor on the rotated values (YaRN's attention factor).
+    frequency factor already applied. scale: factor on the rotated values (YaRN's attention factor). Dimensions from
+    n_rot on stay as they are. Layers that turn alike share one object, and objects compare by identity: a backend may
+    keep one table of cosines per object.
     """
 
     style: str
@@ -46,14 +48,17 @@ class Attention:
 class Weight(Protocol):
     """A matrix in a backend's own form."""
 
-    n_in: int
-    n_out: int
+    @property
+    def n_in(self) -> int: ...
+    @property
+    def n_out(self) -> int: ...
 
 
 class Buffer(Protocol):
     """f32[n_tokens, width] in a backend's memory, or a range of columns of one."""
 
-    width: int
+    @property
+    def width(self) -> int: ...
 
     def columns(self, start: int, width: int) -> "Buffer":
         """The same rows, columns start .. start + width."""
@@ -64,7 +69,7 @@ class Recorder(Protocol):
     """Appends ops to a program; they run in the order of the calls. `out` may be an input where the op says so."""
 
     def buffer(self, width: int) -> Buffer:
-        """A new buffer for up to n_batch tokens."""
+        """A new buffer: for up to n_batch tokens, or, after `outputs`, for up to n_outputs result rows."""
         ...
 
     def embed(self, table: Any, out: Buffer, scale: float = 1.0) -> None:
@@ -97,7 +102,8 @@ class Recorder(Protocol):
         ...
 
     def outputs(self, x: Buffer) -> Buffer:
-        """The rows of x whose logits are wanted (chosen at run time). Ops on the result run for those rows only."""
+        """A copy of the rows of x whose logits are wanted (chosen at run time). Called once: the ops and buffers that
+        follow are for those rows only, and leave everything from before as it is, so that they can run again."""
         ...
 
     def finish(self, result: Buffer) -> "Program":
@@ -108,13 +114,16 @@ class Recorder(Protocol):
 class Program(Protocol):
     """A recorded step. n_batch: the most tokens of one run; n_outputs: the most result rows of one pass."""
 
-    n_batch: int
-    n_outputs: int
+    @property
+    def n_batch(self) -> int: ...
+    @property
+    def n_outputs(self) -> int: ...
 
     def run(self, ids: NDArray[np.int32], n_past: int, first: int, count: int) -> NDArray[np.float32]:
         """Run tokens `ids` at positions n_past, n_past+1, ... and return `count` result rows (tokens first ..).
 
-        The rows f32[count, width] are the program's own memory, overwritten by the next run. count <= n_outputs.
+        The rows f32[count, width] are the program's own memory, overwritten by the next run. count <= n_outputs; with
+        count 0 nothing that stands after Recorder.outputs runs.
         """
         ...
 
