@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import tempfile
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,6 +66,19 @@ def njit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
         return functools.partial(njit, **options)
     with _caching() as cache:
         return numba.njit(nogil=True, cache=cache, **_OPTIONS, **options)(function)
+
+
+def specialize(function: Callable[..., Any], name: str, **names: Any) -> Any:
+    """Compile a copy of the plain function `function` in which the global names `names` stand for these values.
+
+    This is how one generic loop serves many types: `specialize(loop, "Q4_0", unpack=unpack_q4_0, BLOCK_SIZE=32)`. The
+    values are constants to the compiler, and compiled functions among them are inlined. A closure would do the same,
+    but numba keys its disk cache by the pickled closure, and that of a compiled function differs in every process; here
+    the key is the copy's own name, so `name` must say all that `names` depends on.
+    """
+    clone = types.FunctionType(function.__code__, {**function.__globals__, **names}, f"{function.__name__}_{name}")
+    clone.__qualname__ = f"{function.__qualname__}_{name}"
+    return njit(clone)
 
 
 def cfunc(signature: Any, function: Callable[..., Any], **options: Any) -> Any:

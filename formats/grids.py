@@ -1,0 +1,41 @@
+"""Codebooks of the types whose weights are table values, flat int8 arrays that are read-only."""
+
+import functools
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def _frozen(values: object) -> NDArray[np.int8]:
+    """values as a flat, read-only int8 array."""
+    array = np.array(values, np.int8).reshape(-1)
+    array.flags.writeable = False
+    return array
+
+
+@functools.cache
+def no_grid() -> NDArray[np.int8]:
+    """Return the empty codebook of types that need none."""
+    return _frozen(())
+
+
+@functools.cache
+def iq4_nl() -> NDArray[np.int8]:
+    """Return the 16 values of IQ4_NL and IQ4_XS: finer around zero, one more value above it than below."""
+    return _frozen((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))
+
+
+@functools.cache
+def e2m1() -> NDArray[np.int8]:
+    """Return twice the 16 values of the 4-bit float e2m1 (OCP MX specification 1.0)."""
+    return _frozen((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12))
+
+
+@functools.cache
+def codebook(type_name: str) -> NDArray[np.int8]:
+    """Return the codebook of an IQ1, IQ2 or IQ3 type from the gguf package: groups of 8 values (IQ3: 4) by index."""
+    import gguf.quants  # late: it costs 0.1 s
+
+    quant = getattr(gguf.quants, type_name)
+    quant.init_grid()
+    return _frozen(quant.grid)

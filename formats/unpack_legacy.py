@@ -1,0 +1,72 @@
+"""Unpackers of the types with one scale per 32 weights: Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q8_1, and Q1_0 (one per 128).
+
+See unpack.py for what an unpacker does. In the 4- and 5-bit types byte i of `qs` holds weights i and i + 16, and bit i of
+the 32-bit `qh` is the fifth bit of weight i:
+
+      qs[i]   7  6  5  4 | 3  2  1  0
+             weight i+16 | weight i
+"""
+
+from typing import Any
+
+import numpy as np
+
+from gguf_run.formats.jit import njit
+from gguf_run.formats.scalars import f16, u32
+
+
+@njit(forceinline=True)
+def unpack_q4_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+    """d f16 | qs u8[16]; weight = d * (q - 8)."""
+    scale[0] = f16(src, at)
+    qs = src[at + 2 : at + 18]
+    for i in range(16):
+        q[i] = (qs[i] & 15) - 8
+    for i in range(16):
+        q[16 + i] = (qs[i] >> 4) - 8
+
+
+@njit(forceinline=True)
+def unpack_q4_1(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+    """d f16 | m f16 | qs u8[16]; weight = d * q + m."""
+    scale[0] = f16(src, at)
+    minimum[0] = f16(src, at + 2)
+    qs = src[at + 4 : at + 20]
+    for i in range(16):
+        q[i] = qs[i] & 15
+    for i in range(16):
+        q[16 + i] = qs[i] >> 4
+
+
+@njit(forceinline=True)
+def unpack_q5_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+    """d f16 | qh u32 | qs u8[16]; weight = d * (q - 16)."""
+    scale[0] = f16(src, at)
+    qh = u32(src, at + 2)
+    qs = src[at + 6 : at + 22]
+    for i in range(16):
+        q[i] = (qs[i] & 15 | (qh >> i & 1) << 4) - 16
+    for i in range(16):
+        q[16 + i] = (qs[i] >> 4 | (qh >> (16 + i) & 1) << 4) - 16
+
+
+@njit(forceinline=True)
+def unpack_q5_1(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+    """d f16 | m f16 | qh u32 | qs u8[16]; weight = d * q + m."""
+    scale[0] = f16(src, at)
+    minimum[0] = f16(src, at + 2)
+    qh = u32(src, at + 4)
+    qs = src[at + 8 : at + 24]
+    for i in range(16):
+        q[i] = qs[i] & 15 | (qh >> i & 1) << 4
+    for i in range(16):
+        q[16 + i] = qs[i] >> 4 | (qh >> (16 + i) & 1) << 4
+
+
+@njit(forceinline=True)
+def unpack_q8_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+    """d f16 | qs i8[32]; weight = d * q."""
+    scale[0] = f16(src, at)
+    qs = src[at + 2 : at + 34]
+    for i in range(32):
+        q[i] = qs[i]
