@@ -1,0 +1,101 @@
+"""A file mapped into memory, and a cursor that reads numbers and strings from it and believes none of them."""
+
+import mmap
+import os
+import stat
+import struct
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.formats.errors import FormatError, GgufRunError
+
+
+class MappedFile:
+    """A regular file, mapped read-only. `order` ("<" or ">") is set by whoever reads the header.
+
+    The file must not shrink while it is mapped: the operating system would end the process on access.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Map the file. GgufRunError if it cannot be opened, FormatError if it is empty."""
+        self.path = Path(path)
+        self.order = "<"
+        try:
+            # Looked at before it is opened: opening a named pipe would wait for a writer.
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                kind = "directory" if os.path.isdir(path) else "device or pipe"
+                raise GgufRunError(f"{path}: is a {kind}, not a file: give the path of a GGUF file")
+            with open(path, "rb") as file:
+                self.size = os.fstat(file.fileno()).st_size
+                if self.size == 0:
+                    raise FormatError(f"{path}: is empty, not a GGUF file")
+                self.map = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            reason = getattr(error, "strerror", None) or error
+            raise GgufRunError(f"{path}: cannot open the file: {reason}") from None
+
+    def bytes_at(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
+        """Return a read-only view of a range inside the file."""
+        return np.frombuffer(self.map, np.uint8, nbytes, offset)
+
+    def release(self, offset: int, nbytes: int) -> None:
+        """Let the OS drop the pages that lie fully inside the range; a later access reads them from the file again."""
+        start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if sys.platform != "win32" and end > start:
+            self.map.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+    def close(self) -> None:
+        """Unmap the file; if views of it are still in use, that happens when the last of them goes."""
+        with suppress(BufferError):
+            self.map.close()
+
+
+class Cursor:
+    """A place in a mapped file that moves forward as fields are read. Every error names the file and the offset."""
+
+    def __init__(self, file: MappedFile, at: int = 0) -> None:
+        self.file = file
+        self.at = at
+
+    def error(self, text: str, at: int | None = None) -> FormatError:
+        """Return (not raise) the error `text` at offset `at` (default: here)."""
+        return FormatError(f"{self.file.path}: offset {self.at if at is None else at}: {text}")
+
+    def skip(self, nbytes: int, what: str) -> int:
+        """Move over nbytes and return the offset where they begin; FormatError if the file ends before."""
+        at = self.at
+        if nbytes > self.file.size - at:
+            raise self.error(
+                f"{what} needs {nbytes} bytes, but the file ends after {self.file.size - at}: "
+                "it is truncated or damaged, get it again"
+            )
+        self.at = at + nbytes
+        return at
+
+    def number(self, code: str, what: str) -> Any:
+        """Read one number; `code` is its letter in the struct module ("I": uint32, "Q": uint64 ...)."""
+        code = self.file.order + code
+        return struct.unpack_from(code, self.file.map, self.skip(struct.calcsize(code), what))[0]
+
+    def string(self, what: str, limit: int) -> str:
+        """Read a string of at most `limit` bytes: uint64 length, then UTF-8."""
+        start = self.at
+        length = self.number("Q", f"the length of {what}")
+        if length > limit:
+            raise self.error(f"{what} has {length} bytes: at most {limit} are allowed", start)
+        at = self.skip(length, what)
+        return decode(self.file.map[at : at + length], self, what, at)
+
+
+def decode(data: bytes, cursor: Cursor, what: str, at: int) -> str:
+    """Decode UTF-8 that stands at offset `at`."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise cursor.error(f"{what} is not valid UTF-8 (byte 0x{data[error.start]:02x})", at + error.start) from None

@@ -1,0 +1,134 @@
+"""A tensor in a GGUF file, and the section of the header that says which there are and where they lie.
+
+An entry lies as: name (string), number of dimensions (uint32), the dimensions (uint64 each, ne[0] first), type
+(uint32), offset (uint64, from the start of the data section, which is aligned like every tensor).
+"""
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.formats.errors import FormatError, UnsupportedError
+from gguf_run.formats.mapped import Cursor, MappedFile
+from gguf_run.formats.types import TensorType, type_by_id
+
+# ggml's limits (GGML_MAX_DIMS, GGML_MAX_NAME), and one on the count that no real model comes near.
+MAX_DIMS = 4
+MAX_NAME_BYTES = 63
+MAX_TENSORS = 1 << 18
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor in a mapped file. ne: 1 to 4 sizes in ggml's order, ne[0] is a row's length. offset: in the file."""
+
+    name: str
+    ne: tuple[int, ...]
+    type: TensorType
+    offset: int
+    file: MappedFile = field(repr=False, compare=False)
+
+    @property
+    def n_elements(self) -> int:
+        return math.prod(self.ne)
+
+    @property
+    def n_rows(self) -> int:
+        return math.prod(self.ne[1:])
+
+    @property
+    def nbytes(self) -> int:
+        return self.n_rows * self.type.row_bytes(self.ne[0])
+
+    def blocks(self) -> NDArray[np.uint8]:
+        """Return the bytes as uint8[n_rows, row_bytes], little-endian, read-only.
+
+        A view of the file, which is read when it is used; of a big-endian file a copy with every field swapped.
+        """
+        data = self.file.bytes_at(self.offset, self.nbytes)
+        if self.file.order == ">":
+            data = data.view(self.type.dtype.newbyteorder(">")).astype(self.type.dtype).view(np.uint8)
+            data.flags.writeable = False
+        return data.reshape(self.n_rows, -1)
+
+    def release(self) -> None:
+        """Tell the OS that the file's pages under this tensor are not needed soon. Views stay valid."""
+        self.file.release(self.offset, self.nbytes)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor as the header describes it. offset: from the start of the data section; at: of the entry itself."""
+
+    name: str
+    ne: tuple[int, ...]
+    type: TensorType
+    offset: int
+    at: int
+
+
+def read_tensors(cursor: Cursor, n_tensors: int, alignment: int) -> dict[str, Tensor]:
+    """Read n_tensors entries at the cursor. FormatError unless each lies aligned, alone and inside the file."""
+    if n_tensors > MAX_TENSORS:
+        raise cursor.error(f"the header claims {n_tensors} tensors: at most {MAX_TENSORS} are allowed")
+    entries: dict[str, _Entry] = {}
+    for i in range(n_tensors):
+        entry = _read_entry(cursor, f"tensor {i} of {n_tensors}")
+        if entry.name in entries:
+            raise cursor.error(f'there are two tensors called "{entry.name}"', entry.at)
+        entries[entry.name] = entry
+    start = -(-cursor.at // alignment) * alignment
+    tensors = {e.name: Tensor(e.name, e.ne, e.type, start + e.offset, cursor.file) for e in entries.values()}
+    for entry, tensor in zip(entries.values(), tensors.values(), strict=True):
+        if entry.offset % alignment:
+            raise cursor.error(
+                f'tensor "{entry.name}" lies at {entry.offset}, not at a multiple of the alignment {alignment}',
+                entry.at,
+            )
+        if tensor.offset + tensor.nbytes > cursor.file.size:
+            raise cursor.error(
+                f'tensor "{entry.name}" ends at byte {tensor.offset + tensor.nbytes}, but the file has only '
+                f"{cursor.file.size}: it is truncated or damaged, get it again",
+                entry.at,
+            )
+    _check_overlap(tensors.values(), cursor.file.path)
+    return tensors
+
+
+def _read_entry(cursor: Cursor, what: str) -> _Entry:
+    at = cursor.at
+    name = cursor.string(f"the name of {what}", MAX_NAME_BYTES)
+    what = f'tensor "{name}"'
+    n_dims = cursor.number("I", f"the number of dimensions of {what}")
+    if n_dims > MAX_DIMS:
+        raise cursor.error(f"{what} has {n_dims} dimensions: at most {MAX_DIMS} are allowed", at)
+    # ggml writes a scalar without dimensions.
+    ne = tuple(cursor.number("Q", f"the shape of {what}") for _ in range(n_dims)) or (1,)
+    id = cursor.number("I", f"the type of {what}")
+    offset = cursor.number("Q", f"the offset of {what}")
+    if 0 in ne or math.prod(ne) >= 1 << 63:
+        raise cursor.error(f"{what} has the shape {ne}: every size is at least 1, and their product below 2^63", at)
+    try:
+        type = type_by_id(id)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{cursor.file.path}: offset {at}: {what}: {error}") from None
+    if ne[0] % type.block_size:
+        raise cursor.error(
+            f"{what} has rows of {ne[0]} weights: {type.name} needs a multiple of its block of {type.block_size}", at
+        )
+    return _Entry(name, ne, type, offset, at)
+
+
+def _check_overlap(tensors: Iterable[Tensor], path: Path) -> None:
+    ordered = sorted(tensors, key=lambda tensor: tensor.offset)
+    for one, other in itertools.pairwise(ordered):
+        if one.offset + one.nbytes > other.offset:
+            raise FormatError(
+                f'{path}: tensor "{one.name}" ends at byte {one.offset + one.nbytes}, inside tensor "{other.name}", '
+                f"which begins at {other.offset}"
+            )

@@ -1,0 +1,115 @@
+"""The table of ggml tensor types: what a block of each type is and how its bytes lie.
+
+A row of a tensor is a run of blocks; a block holds `block_size` weights in `type_size` bytes. The structured dtype
+names a block's fields as ggml does and in little-endian order; a multi-byte field is what a big-endian file swaps.
+Reference: ggml-common.h and ggml.h of llama.cpp; what the bits of a field mean stands with the codecs (unpack_*.py).
+"""
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from gguf_run.formats.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """One ggml tensor type. type_size: bytes of a block; dtype: its layout, `dtype.itemsize == type_size`."""
+
+    id: int
+    name: str
+    block_size: int
+    type_size: int
+    dtype: np.dtype[Any]
+
+    def __post_init__(self) -> None:
+        assert self.dtype.itemsize == self.type_size, f"{self.name}: layout of {self.dtype.itemsize} bytes"
+
+    def row_bytes(self, n: int) -> int:
+        """Bytes of a row of n weights; n must be a multiple of block_size."""
+        return n // self.block_size * self.type_size
+
+    @property
+    def is_quantized(self) -> bool:
+        """True if a block holds more than one weight."""
+        return self.block_size > 1
+
+
+_F16, _F32, _I8, _U8, _I16, _U16, _U32 = "<f2", "<f4", "i1", "u1", "<i2", "<u2", "<u4"
+
+
+def _row(id: int, name: str, block_size: int, type_size: int, *fields: tuple[Any, ...] | str) -> TensorType:
+    """fields: one scalar type, or (field name, scalar type[, count]) for every field of the block."""
+    layout = fields[0] if isinstance(fields[0], str) else list(fields)
+    return TensorType(id, name, block_size, type_size, np.dtype(layout))  # type: ignore[arg-type]
+
+
+# fmt: off
+TENSOR_TYPES: tuple[TensorType, ...] = (
+    _row( 0, "F32",       1,   4, _F32),
+    _row( 1, "F16",       1,   2, _F16),
+    _row( 2, "Q4_0",     32,  18, ("d", _F16), ("qs", _U8, 16)),
+    _row( 3, "Q4_1",     32,  20, ("d", _F16), ("m", _F16), ("qs", _U8, 16)),
+    _row( 6, "Q5_0",     32,  22, ("d", _F16), ("qh", _U32), ("qs", _U8, 16)),
+    _row( 7, "Q5_1",     32,  24, ("d", _F16), ("m", _F16), ("qh", _U32), ("qs", _U8, 16)),
+    _row( 8, "Q8_0",     32,  34, ("d", _F16), ("qs", _I8, 32)),
+    # Activations only, never written to a file; s = d * sum(qs). (The gguf package still counts 40 bytes: f32 d and s.)
+    _row( 9, "Q8_1",     32,  36, ("d", _F16), ("s", _F16), ("qs", _I8, 32)),
+    _row(10, "Q2_K",    256,  84, ("scales", _U8, 16), ("qs", _U8, 64), ("d", _F16), ("dmin", _F16)),
+    _row(11, "Q3_K",    256, 110, ("hmask", _U8, 32), ("qs", _U8, 64), ("scales", _U8, 12), ("d", _F16)),
+    _row(12, "Q4_K",    256, 144, ("d", _F16), ("dmin", _F16), ("scales", _U8, 12), ("qs", _U8, 128)),
+    _row(13, "Q5_K",    256, 176, ("d", _F16), ("dmin", _F16), ("scales", _U8, 12), ("qh", _U8, 32), ("qs", _U8, 128)),
+    _row(14, "Q6_K",    256, 210, ("ql", _U8, 128), ("qh", _U8, 64), ("scales", _I8, 16), ("d", _F16)),
+    # Activations only; bsums[j] = sum of the 16 quants of group j.
+    _row(15, "Q8_K",    256, 292, ("d", _F32), ("qs", _I8, 256), ("bsums", _I16, 16)),
+    _row(16, "IQ2_XXS", 256,  66, ("d", _F16), ("qs", _U16, 32)),
+    _row(17, "IQ2_XS",  256,  74, ("d", _F16), ("qs", _U16, 32), ("scales", _U8, 8)),
+    # gas: scales and signs, which ggml keeps in the last third of qs.
+    _row(18, "IQ3_XXS", 256,  98, ("d", _F16), ("qs", _U8, 64), ("gas", _U32, 8)),
+    _row(19, "IQ1_S",   256,  50, ("d", _F16), ("qs", _U8, 32), ("qh", _U16, 8)),
+    _row(20, "IQ4_NL",   32,  18, ("d", _F16), ("qs", _U8, 16)),
+    _row(21, "IQ3_S",   256, 110, ("d", _F16), ("qs", _U8, 64), ("qh", _U8, 8), ("signs", _U8, 32), ("scales", _U8, 4)),
+    _row(22, "IQ2_S",   256,  82, ("d", _F16), ("qs", _U8, 32), ("signs", _U8, 32), ("qh", _U8, 8), ("scales", _U8, 8)),
+    _row(23, "IQ4_XS",  256, 136, ("d", _F16), ("scales_h", _U16), ("scales_l", _U8, 4), ("qs", _U8, 128)),
+    _row(24, "I8",        1,   1, _I8),
+    _row(25, "I16",       1,   2, _I16),
+    _row(26, "I32",       1,   4, "<i4"),
+    _row(27, "I64",       1,   8, "<i8"),
+    _row(28, "F64",       1,   8, "<f8"),
+    # No d: its 16 bits are the top nibbles of the four scales.
+    _row(29, "IQ1_M",   256,  56, ("qs", _U8, 32), ("qh", _U8, 16), ("scales", _U16, 4)),
+    _row(30, "BF16",      1,   2, _U16),  # numpy has no bfloat16: the upper half of an f32
+    _row(34, "TQ1_0",   256,  54, ("qs", _U8, 48), ("qh", _U8, 4), ("d", _F16)),
+    _row(35, "TQ2_0",   256,  66, ("qs", _U8, 64), ("d", _F16)),
+    _row(39, "MXFP4",    32,  17, ("e", _U8), ("qs", _U8, 16)),
+    _row(40, "NVFP4",    64,  36, ("d", _U8, 4), ("qs", _U8, 32)),
+    _row(41, "Q1_0",    128,  18, ("d", _F16), ("qs", _U8, 16)),
+    _row(42, "Q2_0",     64,  18, ("d", _F16), ("qs", _U8, 16)),
+)
+# fmt: on
+
+# Ids that ggml gave away and took back: such files exist.
+_REMOVED = MappingProxyType(
+    {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8"}
+    | {36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}
+)
+_BY_ID = MappingProxyType({row.id: row for row in TENSOR_TYPES})
+_BY_NAME = MappingProxyType({row.name: row for row in TENSOR_TYPES})
+
+
+def type_by_id(id: int) -> TensorType:
+    """Return the type with ggml's number `id`. UnsupportedError (without a file's name) if there is none."""
+    if id in _REMOVED:
+        raise UnsupportedError(f"tensor type {id} ({_REMOVED[id]}) was removed from ggml: quantize the model again")
+    if id not in _BY_ID:
+        raise UnsupportedError(f"unknown tensor type {id}: types 0 to {max(_BY_ID)} are known")
+    return _BY_ID[id]
+
+
+def type_by_name(name: str) -> TensorType:
+    """Return the type called `name`, in any case ("Q4_0", "q4_k"). UnsupportedError lists the names."""
+    if name.upper() not in _BY_NAME:
+        raise UnsupportedError(f'unknown tensor type "{name}": known are {" ".join(_BY_NAME)}')
+    return _BY_NAME[name.upper()]
