@@ -7,6 +7,7 @@ affinity mask, at most the whole CPUs of the cgroup quota.
 
 import os
 import platform
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def default_threads() -> int:
 
 
 def available_cores(cpus: Iterable[int], root: Path = ROOT) -> int:
-    """Count the physical cores behind the logical `cpus`, capped by the cgroup quota. `root`: where /sys and /proc are."""
+    """Count the physical cores behind logical `cpus`, at most the cgroup quota. `root` holds /sys and /proc."""
     n_core = len({_siblings(cpu, root) for cpu in cpus})
     return max(1, min([n_core, *(int(quota) for quota in _quotas(root))]))
 
@@ -43,29 +44,26 @@ def _siblings(cpu: int, root: Path) -> str:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Yield the CPUs granted by each cgroup that this process is in: its own and those above it (v2, then v1)."""
-    groups = root / "sys/fs/cgroup"
+    """Yield the CPUs granted by each cgroup that this process is in: its own and those above it (v2 and v1)."""
+    mounts = root / "sys/fs/cgroup"
     for line in _read(root / "proc/self/cgroup").splitlines():
         # "0::/user.slice/a" (v2) or "4:cpu,cpuacct:/a" (v1). In a container the path may be the host's: then only
-        # the mount's own folder exists, and it is the container's group.
-        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
-        folders = [groups] if not controllers else [groups / "cpu", groups / controllers]
+        # the mount itself exists, and it is the container's group.
+        _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
-        for folder in folders:
-            group = folder / path.lstrip("/")
-            for level in (group, *group.parents):
-                if level.is_relative_to(folder):
-                    yield from _quota(level)
+        mount = mounts / controllers
+        group = mount / path.lstrip("/")
+        for level in (group, *group.parents):
+            if level.is_relative_to(mount):
+                yield from _quota(level)
 
 
 def _quota(group: Path) -> Iterator[float]:
-    quota, period = (_read(group / "cpu.max").split() + ["", ""])[:2]
-    if not quota:
-        quota, period = _read(group / "cpu.cfs_quota_us"), _read(group / "cpu.cfs_period_us")
+    text = _read(group / "cpu.max") or f"{_read(group / 'cpu.cfs_quota_us')} {_read(group / 'cpu.cfs_period_us')}"
     # "max" (v2) and -1 (v1) mean no limit.
-    if quota.isdigit() and period.isdigit() and int(period) > 0:
-        yield int(quota) / int(period)
+    if match := re.fullmatch(r"(\d+) ([1-9]\d*)", text):
+        yield int(match[1]) / int(match[2])
 
 
 def _read(path: Path) -> str:
