@@ -1,0 +1,47 @@
+"""Which instruction set the kernels are written for: what numba will compile for, not merely what the machine has."""
+
+import functools
+from dataclasses import dataclass
+
+from llvmlite import binding
+from numba.core import config
+
+
+@dataclass(frozen=True)
+class Isa:
+    """One row of the table. name: for people. needs: LLVM feature names, all required. dot: how `Simd.dot` is lowered.
+
+    f16c: the CPU converts halves itself. fma: fused multiply-add is one instruction.
+    """
+
+    name: str
+    needs: frozenset[str]
+    dot: str
+    f16c: bool
+    fma: bool
+
+
+# Best first; the first row whose needs are met is taken.
+ISAS = (
+    Isa("AVX-512 VNNI", frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "f16c", "fma"}), "vnni512", True, True),
+    Isa("AVX-VNNI", frozenset({"avx2", "avxvnni", "f16c", "fma"}), "vnni256", True, True),
+    Isa("AVX2", frozenset({"avx2", "f16c", "fma"}), "avx2", True, True),
+    Isa("NEON dotprod", frozenset({"neon", "dotprod"}), "neon", True, True),
+    Isa("generic", frozenset(), "generic", False, False),
+)
+
+
+def choose(features: str) -> Isa:
+    """Return the best row for an LLVM feature string such as "+avx2,+fma,-avx512f"."""
+    have = {word[1:] for word in features.split(",") if word.startswith("+")}
+    return next(isa for isa in ISAS if isa.needs <= have)
+
+
+@functools.cache
+def current() -> Isa:
+    """Return the row for this process, NUMBA_CPU_NAME and NUMBA_CPU_FEATURES (numba's own settings) respected."""
+    if config.CPU_FEATURES is not None:
+        return choose(config.CPU_FEATURES)
+    if config.CPU_NAME is not None:
+        return ISAS[-1]  # a named CPU without a feature list: nothing is known about it
+    return choose(binding.get_host_cpu_features().flatten())

@@ -1,0 +1,136 @@
+"""The innermost kernel: 16 rows of a panel times 1 or 4 tokens, for every panel and instruction set.
+
+Each of the 16 f32 lanes is one row, so nothing is summed across lanes. A vector of weights is loaded and unpacked once
+and used for all tokens of the tile; a token's activations are broadcast. Integer panels read activations in blocks:
+
+    offset  0: 32 int8 values           (see quantize.py; weight blocks and activation blocks are both 32 wide)
+           32: f32 d                    value = d * int8
+           36: i32 sums of values 0..31, 0..15, 16..31
+           48: f32 d * those three sums
+           60: unused, so that a block is one cache line
+"""
+
+from typing import Any
+
+from numba import types
+from numba.extending import intrinsic
+
+from gguf_run.kernels_cpu.panels import PANELS, ROWS, FloatPanel, IntPanel
+from gguf_run.kernels_cpu.simd import F16, F32, I8, I16, I32, Simd, Val, kernel
+
+X_BLOCK_BYTES = 64
+X_D, X_SUMS, X_D_SUMS = 32, 36, 48
+_FLOAT_UNROLL = 4  # columns per iteration and accumulators per token, so that sums do not wait for each other
+
+
+@intrinsic(prefer_literal=True)
+def tile(
+    typing_context: Any,
+    panel: Any,
+    n_tokens: Any,
+    w: Any,
+    w_step: Any,
+    n_steps: Any,
+    x: Any,
+    x_stride: Any,
+    out: Any,
+    out_stride: Any,
+    init: Any,
+    init_stride: Any,
+) -> Any:
+    """out[t, 0:16] = init[t, 0:16] + sum over columns of w[0:16, column] * x[t, column], for t < n_tokens.
+
+    panel, n_tokens: literal integers (place in PANELS; tokens of the tile). Addresses and strides in bytes. Integer
+    panels: n_steps blocks of 32 columns, x in activation blocks. Float panels: n_steps columns, x in f32. w_step: bytes
+    from one step to the next. init may be out; stride 0 repeats one row.
+    """
+    shape, tokens = PANELS[panel.literal_value], n_tokens.literal_value
+
+    def emit(s: Simd, w: Val, w_step: Val, n_steps: Val, *rest: Val) -> None:
+        x, x_stride, out, out_stride, init, init_stride = rest
+        start = [s.load(init + init_stride * t, F32, ROWS) for t in range(tokens)]
+        xs = [x + x_stride * t for t in range(tokens)]
+        if isinstance(shape, IntPanel):
+            acc = _int_panel(s, shape, w, w_step, n_steps, xs, start)
+        else:
+            acc = _float_panel(s, shape, w, w_step, n_steps, xs, start)
+        for t in range(tokens):
+            s.store(acc[t], out + out_stride * t)
+
+    return kernel(types.void(panel, n_tokens, *[types.intp] * 9), emit)
+
+
+def _scales(s: Simd, panel: IntPanel, at: Val) -> list[Val]:
+    element = F16 if panel.half_scales else F32
+    return [s.load(at + panel.scale_bytes * g, element, ROWS).to(F32) for g in range(panel.n_groups)]
+
+
+def _quants(s: Simd, panel: IntPanel, at: Val) -> list[Val]:
+    """The block's u as 8 vectors of 64 bytes: vector i holds columns 4i .. 4i+3 of the 16 rows."""
+    stored = [s.load(at + 64 * i, I8, 64) for i in range(panel.bits)]
+    if panel.bits == 8:
+        return stored
+    return [v & 15 for v in stored] + [v >> 4 for v in stored]
+
+
+def _int_panel(
+    s: Simd, panel: IntPanel, w: Val, w_step: Val, n_steps: Val, xs: list[Val], start: list[Val]
+) -> list[Val]:
+    per_group = 8 // panel.n_groups
+    first_sum = 0 if panel.n_groups == 1 else 4  # the sum of all 32, or of each half
+
+    def body(k: Val, acc: list[Val]) -> list[Val]:
+        at = w + w_step * k
+        scales = _scales(s, panel, at)
+        minimums = _scales(s, panel, at + panel.head_bytes // 2) if panel.has_minimum else []
+        quants = _quants(s, panel, at + panel.head_bytes)
+        new = []
+        for x, total in zip(xs, acc, strict=True):
+            xb = x + k * X_BLOCK_BYTES
+            d = s.load(xb + X_D, F32, splat=ROWS)
+            for g, scale in enumerate(scales):
+                dots = s.const(I32, 0, ROWS)
+                if panel.offset:  # sum (u - offset) * x = sum u * x - offset * sum x
+                    sums = s.load(xb + (X_SUMS + first_sum + 4 * g), I32, splat=ROWS)
+                    dots = dots - (sums << (panel.offset.bit_length() - 1))
+                for i in range(per_group * g, per_group * (g + 1)):
+                    x4 = s.load(xb + 4 * i, I32, splat=ROWS).as_type(I8)
+                    dots = s.dot(dots, quants[i], x4, panel.dot_bits)
+                total = s.fma(dots.to(F32), scale * d, total)
+            for g, minimum in enumerate(minimums):
+                d_sum = s.load(xb + (X_D_SUMS + first_sum + 4 * g), F32, splat=ROWS)
+                total = s.fma(minimum, d_sum, total)
+            new.append(total)
+        return new
+
+    return s.loop(n_steps, start, body)
+
+
+def _float_panel(
+    s: Simd, panel: FloatPanel, w: Val, w_step: Val, n_steps: Val, xs: list[Val], start: list[Val]
+) -> list[Val]:
+    def weights(k: Val) -> Val:
+        stored = s.load(w + w_step * k, panel.element, ROWS)
+        if panel.element == I16:  # bfloat16 is the upper half of an f32
+            return (stored.to(I32, signed=False) << 16).as_type(F32)
+        return stored.to(F32)
+
+    def column(k: Val, acc: list[Val]) -> list[Val]:
+        row = weights(k)
+        return [s.fma(row, s.load(x + k * 4, F32, splat=ROWS), a) for x, a in zip(xs, acc, strict=True)]
+
+    n = len(xs)
+    zero = s.const(F32, 0.0, ROWS)
+
+    def columns(i: Val, acc: list[Val]) -> list[Val]:
+        for u in range(_FLOAT_UNROLL):
+            acc[u * n : u * n + n] = column(i * _FLOAT_UNROLL + u, acc[u * n : u * n + n])
+        return acc
+
+    whole = n_steps >> (_FLOAT_UNROLL.bit_length() - 1)
+    acc = s.loop(whole, start + [zero] * (n * (_FLOAT_UNROLL - 1)), columns)
+    total = [acc[t] + acc[n + t] + (acc[2 * n + t] + acc[3 * n + t]) for t in range(n)]
+    done = whole * _FLOAT_UNROLL
+    return s.loop(n_steps - done, total, lambda i, acc: column(done + i, acc))
+
+
