@@ -133,4 +133,6 @@ def _reason(error: Exception) -> str:
     response = getattr(error, "response", None)
     if response is not None and response.status_code in (401, 403):
         return "access denied; set HF_TOKEN to a valid token"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or models_dir()}: {error.strerror}"
     return f"{str(error).strip() or type(error).__name__}; run the command again to continue"
