@@ -32,10 +32,18 @@ def e2m1() -> NDArray[np.int8]:
 
 
 @functools.cache
-def codebook(type_name: str) -> NDArray[np.int8]:
-    """Return the codebook of an IQ1, IQ2 or IQ3 type from the gguf package: groups of 8 values (IQ3: 4) by index."""
-    import gguf.quants  # late: it costs 0.1 s
+def codebook(name: str) -> NDArray[np.int8]:
+    """Return the grid of the type `name` (IQ1_S, IQ2_*, IQ3_*) from the gguf package: 8 weights per entry, IQ3: 4."""
+    import gguf.quants  # late: it costs 0.1 s, and few models need a grid
 
-    quant = getattr(gguf.quants, type_name)
+    quant = getattr(gguf.quants, name)
     quant.init_grid()
     return _frozen(quant.grid)
+
+
+iq1 = functools.partial(codebook, "IQ1_S")
+iq2_xxs = functools.partial(codebook, "IQ2_XXS")
+iq2_xs = functools.partial(codebook, "IQ2_XS")
+iq2_s = functools.partial(codebook, "IQ2_S")
+iq3_xxs = functools.partial(codebook, "IQ3_XXS")
+iq3_s = functools.partial(codebook, "IQ3_S")

@@ -39,7 +39,7 @@ def half_to_f32(h: Any) -> Any:
     magnitude = h & 0x7FFF
     bits = (magnitude << 13) + (112 << 23)
     if magnitude >= 0x7C00:  # inf, NaN: the exponent stays all ones
-        bits = magnitude << 13 | 0x7F800000
+        bits = (magnitude << 13) | 0x7F800000
     value = _f32_of(bits | (h & 0x8000) << 16)
     if magnitude < 0x0400:  # subnormal, zero: m * 2**-24
         value = np.float32(np.int32(magnitude)) * np.float32(-(2.0**-24) if h & 0x8000 else 2.0**-24)
@@ -68,11 +68,11 @@ def e8m0_half(e: Any) -> Any:
 @njit(forceinline=True)
 def ue4m3_half(x: Any) -> Any:
     """Half of an NVFP4 scale byte (sign bit ignored, e4m3 with bias 7); the NaN code 0x7F means 0, as in ggml."""
-    exponent = x >> 3 & 15
+    exponent = (x >> 3) & 15
     mantissa = x & 7
     if x == 0x7F:
         return np.float32(0)
     if exponent == 0:
         return np.float32(mantissa) * np.float32(2.0**-10)
     # (1 + mantissa / 8) * 2**(exponent - 7) / 2, put together from its bits
-    return _f32_of((exponent + 119) << 23 | mantissa << 20)
+    return _f32_of((exponent + 119) << 23 | (mantissa << 20))

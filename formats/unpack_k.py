@@ -1,68 +1,137 @@
-"""Unpackers of the K-quants: 256 weights in 16 groups of 16 or 8 of 32, whose small scales share one or two f16."""
+"""Unpackers of the K-quants: 256 weights in 16 groups of 16 or 8 of 32, whose small scales share one or two f16.
+
+Two patterns recur. `_nibbles`: 32 bytes hold 32 weights in their low nibbles and the next 32 in their high nibbles.
+`_crumbs`: 32 bytes hold four times 32 weights of two bits, the lowest bits first:
+
+      qs[i]   7   6 | 5   4 | 3   2 | 1  0
+             w[96+i] w[64+i] w[32+i] w[i]
+"""
 
 from typing import Any
 
 import numpy as np
 
 from gguf_run.formats.jit import njit
-from gguf_run.formats.scalars import f16
+from gguf_run.formats.scalars import f16, f32
 
 
 @njit(forceinline=True)
 def _scales_and_minimums(block: Any, scale: Any, minimum: Any) -> None:
     """The head of Q4_K and Q5_K: d f16 | dmin f16 | 12 bytes of eight 6-bit scales s and eight 6-bit minimums m.
 
-              7 6   5 4 3 2 1 0
-    byte 0-3  s4-7  s0-3              s4-7, m4-7: the two top bits here ..
-    byte 4-7  m4-7  m0-3
-    byte 8-11 m4-7 (4 bits) s4-7 (4 bits)        .. the four low bits here
+              7  6      5  4  3  2  1  0
+    byte 0-3  top s4-7  s0-3
+    byte 4-7  top m4-7  m0-3
+    byte 8-11 low m4-7 (7-4)  low s4-7 (3-0)
     """
     d = f16(block, 0)
     dmin = f16(block, 2)
     for i in range(4):
         s, m, low = block[4 + i], block[8 + i], block[12 + i]
-        scale[i] = d * np.float32((s & 63))
-        scale[4 + i] = d * np.float32((low & 15 | s >> 6 << 4))
-        minimum[i] = -(dmin * np.float32((m & 63)))
-        minimum[4 + i] = -(dmin * np.float32((low >> 4 | m >> 6 << 4)))
+        scale[i] = d * np.float32(s & 63)
+        scale[4 + i] = d * np.float32((low & 15) | (s >> 6) << 4)
+        minimum[i] = -(dmin * np.float32(m & 63))
+        minimum[4 + i] = -(dmin * np.float32((low >> 4) | (m >> 6) << 4))
+
+
+@njit(forceinline=True)
+def unpack_q2_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+    """scales u8[16] | qs u8[64], crumbs | d f16 | dmin f16.
+
+    scales[g]: scale of group g in the low nibble, minimum in the high; weight = d * scale * q - dmin * minimum.
+    """
+    d = f16(src, at + 80)
+    dmin = f16(src, at + 82)
+    scales = src[at : at + 16]
+    for g in range(16):
+        scale[g] = d * np.float32(scales[g] & 15)
+        minimum[g] = -(dmin * np.float32(scales[g] >> 4))
+    for c in range(2):
+        qs = src[at + 16 + 32 * c : at + 48 + 32 * c]
+        for j in range(4):
+            out = q[128 * c + 32 * j : 128 * c + 32 * j + 32]
+            for i in range(32):
+                out[i] = (qs[i] >> 2 * j) & 3
+
+
+@njit(forceinline=True)
+def unpack_q3_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+    """hmask u8[32] | qs u8[64], crumbs | scales u8[12] | d f16; weight = d * (scale - 32) * q.
+
+    Bit g of hmask[i] belongs to weight 32 g + i: where it is clear, q is two bits less 4. The 6-bit scales s:
+
+                7 6     5 4     3 2    1 0
+    byte 0-7    s8-15 (7-4)   | s0-7 (3-0)             four low bits
+    byte 8-11   s12-15  s8-11   s4-7   s0-3            two top bits
+    """
+    d = f16(src, at + 108)
+    scales = src[at + 96 : at + 108]
+    for g in range(4):
+        top = scales[8 + g]
+        scale[g] = d * np.float32(((scales[g] & 15) | (top & 3) << 4) - 32)
+        scale[4 + g] = d * np.float32(((scales[4 + g] & 15) | ((top >> 2) & 3) << 4) - 32)
+        scale[8 + g] = d * np.float32(((scales[g] >> 4) | ((top >> 4) & 3) << 4) - 32)
+        scale[12 + g] = d * np.float32(((scales[4 + g] >> 4) | (top >> 6) << 4) - 32)
+    hmask = src[at : at + 32]
+    for c in range(2):
+        qs = src[at + 32 + 32 * c : at + 64 + 32 * c]
+        for j in range(4):
+            out = q[128 * c + 32 * j : 128 * c + 32 * j + 32]
+            for i in range(32):
+                out[i] = (((qs[i] >> 2 * j) & 3) | ((hmask[i] >> (4 * c + j)) & 1) << 2) - 4
 
 
 @njit(forceinline=True)
 def unpack_q4_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
-    """d, dmin, scales (above) | qs u8[128]: 32 bytes hold 32 weights in their low nibbles, the next 32 in their high."""
+    """d, dmin, scales (above) | qs u8[128], nibbles; weight = d * s * q - dmin * m."""
     _scales_and_minimums(src[at : at + 16], scale, minimum)
     for c in range(4):
         qs = src[at + 16 + 32 * c : at + 48 + 32 * c]
-        out = q[64 * c : 64 * c + 64]
-        for i in range(32):
-            out[i] = qs[i] & 15
-        for i in range(32):
-            out[32 + i] = qs[i] >> 4
+        for j in range(2):
+            out = q[64 * c + 32 * j : 64 * c + 32 * j + 32]
+            for i in range(32):
+                out[i] = (qs[i] >> 4 * j) & 15
+
+
+@njit(forceinline=True)
+def unpack_q5_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+    """d, dmin, scales (above) | qh u8[32] | qs u8[128], nibbles; bit g of qh[i] is the fifth bit of weight 32 g + i."""
+    _scales_and_minimums(src[at : at + 16], scale, minimum)
+    qh = src[at + 16 : at + 48]
+    for c in range(4):
+        qs = src[at + 48 + 32 * c : at + 80 + 32 * c]
+        for j in range(2):
+            out = q[64 * c + 32 * j : 64 * c + 32 * j + 32]
+            for i in range(32):
+                out[i] = ((qs[i] >> 4 * j) & 15) | ((qh[i] >> (2 * c + j)) & 1) << 4
 
 
 @njit(forceinline=True)
 def unpack_q6_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
-    """ql u8[128] | qh u8[64] | scales i8[16] | d f16; weight = d * scales[g] * (q - 32).
+    """ql u8[128] | qh u8[64], crumbs | scales i8[16] | d f16; weight = d * scales[g] * (q - 32).
 
-    Each half of 128 weights has 64 bytes of ql and 32 of qh; for i in 0..31:
+    Each half of 128 weights w has 64 bytes of ql, four low bits, and 32 of qh, two top bits:
 
-              7 6      5 4      3 2      1 0
-      qh[i]   w[96+i]  w[64+i]  w[32+i]  w[i]        the two top bits
-      ql[i], ql[32+i]: low nibbles w[i], w[32+i]; high nibbles w[64+i], w[96+i]
+              7  6  5  4 | 3  2  1  0
+    ql[i]       w[64+i]  |   w[i]           for i in 0..63
     """
     d = f16(src, at + 208)
     scales = src[at + 192 : at + 208]
     for g in range(16):
         scale[g] = d * np.float32(np.int8(scales[g]))
     for c in range(2):
-        ql = src[at + 64 * c : at + 64 * c + 64]
         qh = src[at + 128 + 32 * c : at + 160 + 32 * c]
-        out = q[128 * c : 128 * c + 128]
-        for i in range(32):
-            out[i] = (ql[i] & 15 | (qh[i] & 3) << 4) - 32
-        for i in range(32):
-            out[32 + i] = (ql[32 + i] & 15 | (qh[i] >> 2 & 3) << 4) - 32
-        for i in range(32):
-            out[64 + i] = (ql[i] >> 4 | (qh[i] >> 4 & 3) << 4) - 32
-        for i in range(32):
-            out[96 + i] = (ql[32 + i] >> 4 | (qh[i] >> 6) << 4) - 32
+        for j in range(4):
+            ql = src[at + 64 * c + 32 * (j % 2) : at + 64 * c + 32 * (j % 2) + 32]
+            out = q[128 * c + 32 * j : 128 * c + 32 * j + 32]
+            for i in range(32):
+                out[i] = (((ql[i] >> 4 * (j // 2)) & 15) | ((qh[i] >> 2 * j) & 3) << 4) - 32
+
+
+@njit(forceinline=True)
+def unpack_q8_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+    """d f32 | qs i8[256] | bsums i16[16]; weight = d * q. bsums, sums of 16 q, serve dot products only."""
+    scale[:] = f32(src, at)
+    qs = src[at + 4 : at + 260]
+    for i in range(256):
+        q[i] = qs[i]
