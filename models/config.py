@@ -1,0 +1,265 @@
+"""The numbers of a model, from GGUF metadata and tensor shapes, all checked before anything relies on them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gguf_run.formats.errors import FormatError, UnsupportedError
+from gguf_run.formats.reader import Tensor
+from gguf_run.models.architectures import ARCHITECTURES, Architecture, Shape, optional_tensors, required_tensors
+from gguf_run.models.backend import Attention
+from gguf_run.models.rope import SCALING_TYPES, RopeScaling
+
+_MAX_LAYERS = 1024
+_MAX_SIZE = 2**31 - 1
+
+# Keys that change what a model computes in ways the decoder does not have yet, and the value that changes nothing.
+_NEUTRAL: Mapping[str, float | bool] = {
+    "expert_count": 0,
+    "attention.causal": True,
+    "attention.clamp_kqv": 0,
+    "attn_logit_softcapping": 0,
+    "final_logit_softcapping": 0,
+    "rope.scaling.yarn_log_multiplier": 0,
+}
+# Tensors that old converters wrote and nobody reads.
+_UNUSED_SUFFIXES = (".attn_rot_embd.weight", ".rope_freqs.weight")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and constants of one model, in ggml's names.
+
+    n_head query heads share n_head_kv heads of keys and values, each of head_dim values, n_rot of which are rotated.
+    is_swa: per layer, whether it sees only the last `window` positions. attention_scale multiplies q.k, embd_scale the
+    embeddings.
+    """
+
+    arch: Architecture
+    n_layer: int
+    n_embd: int
+    n_ff: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_rot: int
+    n_vocab: int
+    n_ctx_train: int
+    rms_eps: float
+    rope_freq_base: float
+    rope_freq_base_swa: float
+    rope_scaling: RopeScaling
+    window: int
+    is_swa: tuple[bool, ...]
+    attention_scale: float
+    embd_scale: float
+
+    @property
+    def n_embd_q(self) -> int:
+        """Width of the queries of a token."""
+        return self.n_head * self.head_dim
+
+    @property
+    def n_embd_kv(self) -> int:
+        """Width of the keys, and of the values, of a token."""
+        return self.n_head_kv * self.head_dim
+
+    @property
+    def n_rope_freqs(self) -> int:
+        """Pairs of dimensions that are rotated."""
+        return self.n_rot // 2
+
+    def attention(self, il: int) -> Attention:
+        """Return the shape of layer il's attention."""
+        window = self.window if self.is_swa[il] else 0
+        return Attention(self.n_head, self.n_head_kv, self.head_dim, self.attention_scale, window)
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "ModelConfig":
+        """Read and check everything that the decoder will rely on, shapes of all tensors included.
+
+        Raises FormatError for a key or tensor that is missing or wrong, UnsupportedError for an architecture or a
+        feature that this program does not have; neither knows the name of the file.
+        """
+        name = metadata.get("general.architecture")
+        if not isinstance(name, str):
+            raise FormatError(f"general.architecture is {_show(name)}, must be the name of an architecture")
+        if name not in ARCHITECTURES:
+            known = ", ".join(sorted(ARCHITECTURES))
+            raise UnsupportedError(f"general.architecture is {_show(name)}; this program runs: {known}")
+        config = _read(ARCHITECTURES[name], _Keys(metadata, name), tensors)
+        _check_tensors(config, tensors)
+        return config
+
+
+def _show(value: Any) -> str:
+    """Return a value as one short line."""
+    if value is None:
+        return "missing"
+    if isinstance(value, str | int | float):
+        text = repr(value)
+        return text if len(text) <= 60 else f"{text[:57]}..."
+    return f"an array of {len(value)} values"
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """The metadata of one architecture: typed look-ups that name key, value found and values allowed."""
+
+    metadata: Mapping[str, Any]
+    prefix: str
+
+    def get(self, key: str) -> Any:
+        return self.metadata.get(f"{self.prefix}.{key}")
+
+    def wrong(self, key: str, allowed: str) -> FormatError:
+        return FormatError(f"{self.prefix}.{key} is {_show(self.get(key))}, must be {allowed}")
+
+    def integer(self, key: str, default: int | None = None, low: int = 1, high: int = _MAX_SIZE) -> int:
+        """An integer, or an array with one for each layer that are all the same."""
+        value = self.get(key)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, np.ndarray) and value.ndim == 1 and value.size:
+            if (value != value[0]).any():
+                raise UnsupportedError(
+                    f"{self.prefix}.{key} differs from layer to layer ({value.min()} to {value.max()}); "
+                    "this program runs models with equal layers"
+                )
+            value = value[0].item()
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise self.wrong(key, f"an integer from {low} to {high}")
+        return value
+
+    def number(self, key: str, default: float | None = None, low: float = 0.0, high: float = 1e6) -> float:
+        """A number from low to high."""
+        value = self.get(key)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise self.wrong(key, f"a number from {low:g} to {high:g}")
+        return float(value)
+
+
+def _read(arch: Architecture, keys: _Keys, tensors: Mapping[str, Tensor]) -> ModelConfig:
+    for key, neutral in _NEUTRAL.items():
+        value = keys.get(key)
+        if value is not None and not (isinstance(value, int | float) and value == neutral):
+            raise UnsupportedError(f"{arch.name}.{key} is {_show(value)}: this program does not have that yet")
+    n_layer = keys.integer("block_count", high=_MAX_LAYERS)
+    n_embd = keys.integer("embedding_length")
+    n_head = keys.integer("attention.head_count")
+    n_head_kv = keys.integer("attention.head_count_kv", n_head)
+    if n_head % n_head_kv:
+        raise keys.wrong("attention.head_count_kv", f"a divisor of {arch.name}.attention.head_count, which is {n_head}")
+    head_dim = keys.integer("attention.key_length", n_embd // n_head)
+    if keys.get("attention.key_length") is None and n_embd % n_head:
+        raise keys.wrong("attention.head_count", f"a divisor of {arch.name}.embedding_length, which is {n_embd}")
+    if keys.integer("attention.value_length", n_embd // n_head) != head_dim:
+        raise keys.wrong("attention.value_length", f"the same as the length of a key, which is {head_dim}")
+    n_rot = keys.integer("rope.dimension_count", head_dim)
+    if n_rot % 2 or n_rot > head_dim:
+        raise FormatError(
+            f"{arch.name}.rope.dimension_count is {n_rot}, must be even and at most the length of a head, {head_dim}"
+        )
+    embd = tensors.get("token_embd.weight")
+    if embd is None or len(embd.ne) != 2:
+        raise FormatError(f"tensor token_embd.weight {_shape_of(embd)}, must have {n_embd} x (number of tokens) values")
+    n_ctx_train = keys.integer("context_length")
+    window = keys.integer("attention.sliding_window", 0, low=0) if arch.swa_period else 0
+    by_embd = n_layer in arch.n_embd_scale_n_layer
+    return ModelConfig(
+        arch=arch,
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_ff=keys.integer("feed_forward_length"),
+        n_head=n_head,
+        n_head_kv=n_head_kv,
+        head_dim=head_dim,
+        n_rot=n_rot,
+        n_vocab=embd.ne[1],
+        n_ctx_train=n_ctx_train,
+        rms_eps=keys.number("attention.layer_norm_rms_epsilon", high=1),
+        rope_freq_base=keys.number("rope.freq_base", 1e4, low=2, high=1e12),
+        rope_freq_base_swa=keys.number("rope.freq_base_swa", arch.swa_rope_freq_base, low=2, high=1e12),
+        rope_scaling=_rope_scaling(keys, n_ctx_train),
+        window=window,
+        is_swa=_swa_layers(keys, n_layer, arch.swa_period) if window else (False,) * n_layer,
+        attention_scale=(n_embd // n_head if by_embd else head_dim) ** -0.5,
+        embd_scale=n_embd**0.5 if arch.scaled_embd else 1.0,
+    )
+
+
+def _rope_scaling(keys: _Keys, n_ctx_train: int) -> RopeScaling:
+    """Read the rope.scaling keys; without a type a factor means linear scaling, as in files from before the type."""
+    kind = keys.get("rope.scaling.type")
+    if kind is not None and not (isinstance(kind, str) and kind in SCALING_TYPES):
+        raise UnsupportedError(
+            f"{keys.prefix}.rope.scaling.type is {_show(kind)}; this program runs: {', '.join(SCALING_TYPES)}"
+        )
+    old_key = keys.get("rope.scaling.factor") is None and keys.get("rope.scale_linear") is not None
+    factor = keys.number("rope.scale_linear" if old_key else "rope.scaling.factor", 1.0)
+    return RopeScaling(
+        type=kind or "linear",
+        factor=factor or 1.0,  # 0 stands for no scaling
+        n_ctx_orig=keys.integer("rope.scaling.original_context_length", n_ctx_train),
+        attn_factor=keys.number("rope.scaling.attn_factor", 1.0),
+        ext_factor=keys.number("rope.scaling.yarn_ext_factor", 1.0, high=1),
+        beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0, low=0.001),
+        beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0, low=0.001),
+    )
+
+
+def _swa_layers(keys: _Keys, n_layer: int, period: int) -> tuple[bool, ...]:
+    """Which layers have the window: a list in the file, or all but every period-th."""
+    pattern = keys.get("attention.sliding_window_pattern")
+    if isinstance(pattern, np.ndarray):
+        if pattern.shape != (n_layer,) or pattern.dtype.kind not in "biu":
+            raise keys.wrong("attention.sliding_window_pattern", f"{n_layer} values of true or false, one for a layer")
+        return tuple(bool(v) for v in pattern)
+    period = keys.integer("attention.sliding_window_pattern", period, high=_MAX_LAYERS)
+    return tuple((il + 1) % period != 0 for il in range(n_layer))
+
+
+def _size(ne: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes without those of 1 at the end, which files may leave out."""
+    return ne if not ne or ne[-1] != 1 else _size(ne[:-1])
+
+
+def _shape_of(tensor: Tensor | None) -> str:
+    return "is missing" if tensor is None else f"has {' x '.join(map(str, tensor.ne))} values"
+
+
+def _check_tensors(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Every tensor that the decoder takes has the right shape, and none is there that it would silently leave out."""
+
+    def check(name: str, shape: Shape) -> None:
+        ne = tuple(sum(getattr(config, part) for part in size.split("+")) for size in shape)
+        tensor = tensors.get(name)
+        if tensor is None or _size(tensor.ne) != _size(ne):
+            expected = " x ".join(map(str, ne))
+            raise FormatError(
+                f"tensor {name} {_shape_of(tensor)}, must have {expected} in this {config.arch.name} model"
+            )
+
+    required = required_tensors(config.arch, config.n_layer)
+    optional = optional_tensors(config.arch, config.n_layer)
+    for name, shape in required.items():
+        check(name, shape)
+    for name in tensors:
+        if name in optional:
+            check(name, optional[name])
+        elif name not in required and not name.endswith(_UNUSED_SUFFIXES):
+            raise UnsupportedError(
+                f"tensor {_show(name)} is not a part of a {config.arch.name} model with {config.n_layer} layers as this "
+                "program knows it; without it the results would be wrong"
+            )
+    # One matrix of q, k, v, or of gate and up, needs one bias for all its rows or none.
+    for il in range(config.n_layer):
+        for group in (config.arch.qkv, config.arch.gate_up):
+            biases = {f"blk.{il}.{name}.bias": f"blk.{il}.{name}.bias" in tensors for name in group}
+            if any(biases.values()) and not all(biases.values()):
+                missing = next(name for name, there in biases.items() if not there)
+                raise UnsupportedError(f"tensor {missing} is missing, though other biases of its kind are there")

@@ -1,0 +1,262 @@
+"""The Backend protocol in plain NumPy: the twin that compiled backends are compared with.
+
+Recorded ops are closures, run in order. Weights are dequantized to `dtype` (float32, or float64 as an oracle), which is
+also the type of all arithmetic and, unless told otherwise, of the KV cache.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gguf_run.formats.dequantize import dequantize
+from gguf_run.formats.reader import Tensor
+from gguf_run.models.backend import Attention, Rope
+
+
+@dataclass
+class Step:
+    """What changes from run to run: the batch, and the rows whose results are wanted."""
+
+    ids: np.ndarray
+    n_past: int
+    first: int = 0
+    count: int = 0
+
+    @property
+    def positions(self) -> np.ndarray:
+        return self.n_past + np.arange(len(self.ids))
+
+
+Op = Callable[[Step], None]
+
+
+@dataclass(frozen=True)
+class NumpyWeight:
+    data: np.ndarray  # [n_out, n_in]
+
+    @property
+    def n_in(self) -> int:
+        return self.data.shape[1]
+
+    @property
+    def n_out(self) -> int:
+        return self.data.shape[0]
+
+
+@dataclass(frozen=True)
+class NumpyBuffer:
+    data: np.ndarray
+    is_output: bool
+
+    @property
+    def width(self) -> int:
+        return self.data.shape[1]
+
+    def columns(self, start: int, width: int) -> "NumpyBuffer":
+        assert 0 <= start < start + width <= self.width
+        return NumpyBuffer(self.data[:, start : start + width], self.is_output)
+
+    def rows(self, step: Step) -> np.ndarray:
+        return self.data[: step.count if self.is_output else len(step.ids)]
+
+
+def rotate(x: np.ndarray, rope: Rope, positions: np.ndarray) -> np.ndarray:
+    """x: [n_tokens, n_head, head_dim]."""
+    angle = positions[:, None, None] * rope.inv_freq
+    cos, sin = (np.cos(angle) * rope.scale).astype(x.dtype), (np.sin(angle) * rope.scale).astype(x.dtype)
+    half = rope.n_rot // 2
+    one, two = {
+        "norm": (slice(0, rope.n_rot, 2), slice(1, rope.n_rot, 2)),
+        "neox": (slice(0, half), slice(half, rope.n_rot)),
+    }[rope.style]
+    out = x.copy()
+    out[..., one] = x[..., one] * cos - x[..., two] * sin
+    out[..., two] = x[..., one] * sin + x[..., two] * cos
+    return out
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, scale: float, window: int) -> np.ndarray:
+    """q: [n_tokens, n_head, head_dim] at `positions`; k, v: [n_past + n_tokens, n_head_kv, head_dim], from 0 on."""
+    n_head_kv, n_gqa = k.shape[1], q.shape[1] // k.shape[1]
+    distance = positions[:, None] - np.arange(len(k))
+    hidden = (distance < 0) | ((distance >= window) if window else False)
+    out = np.empty_like(q)
+    for h in range(n_head_kv):
+        for head in range(h * n_gqa, (h + 1) * n_gqa):
+            scores = np.where(hidden, -np.inf, (q[:, head] @ k[:, h].T) * q.dtype.type(scale))
+            out[:, head] = softmax(scores) @ v[:, h]
+    return out
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-np.clip(x, -80, None)))
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi).astype(x.dtype) * (x + 0.044715 * x * x * x)))
+
+
+ACTIVATIONS = {"silu": silu, "gelu": gelu}
+
+
+class NumpyRecorder:
+    def __init__(self, dtype: Any, n_batch: int, n_outputs: int) -> None:
+        self.dtype, self.n_batch, self.n_outputs = dtype, n_batch, n_outputs
+        self.ops: list[Op] = []
+        self.split: int | None = None  # ops from here on are for the wanted rows
+        self.op_names: list[str] = []
+
+    def _add(self, name: str, op: Op) -> None:
+        self.op_names.append(name)
+        self.ops.append(op)
+
+    def buffer(self, width: int) -> NumpyBuffer:
+        n = self.n_batch if self.split is None else self.n_outputs
+        # NaN: an op that reads what no op has written shows.
+        return NumpyBuffer(np.full((n, width), np.nan, self.dtype), self.split is not None)
+
+    def embed(self, table: Tensor, out: NumpyBuffer, scale: float = 1.0) -> None:
+        def op(step: Step) -> None:
+            rows = dequantize(table.blocks()[step.ids], table.type)
+            out.rows(step)[:] = rows.astype(self.dtype) * self.dtype(scale)
+
+        self._add("embed", op)
+
+    def rms_norm(
+        self, x: Any, weight: Any, out: Any, eps: float, *, n_group: int = 1, residual: Any | None = None
+    ) -> None:
+        assert x.width == out.width == len(weight) * n_group
+
+        def op(step: Step) -> None:
+            part = x.rows(step).reshape(-1, n_group, len(weight))
+            mean = (part * part).mean(axis=-1, keepdims=True, dtype=self.dtype)
+            result = (part / np.sqrt(mean + self.dtype(eps)) * weight).reshape(-1, x.width)
+            out.rows(step)[:] = result if residual is None else result + residual.rows(step)
+
+        self._add("rms_norm", op)
+
+    def matmul(self, x: Any, weight: Any, out: Any, *, bias: Any = None, residual: Any = None) -> None:
+        assert (x.width, out.width) == (weight.n_in, weight.n_out)
+        assert bias is None or len(bias) == weight.n_out
+
+        def op(step: Step) -> None:
+            result = x.rows(step) @ weight.data.T
+            if bias is not None:
+                result = result + bias
+            out.rows(step)[:] = result if residual is None else result + residual.rows(step)
+
+        self._add("matmul", op)
+
+    def rope(self, x: Any, rope: Rope, head_dim: int) -> None:
+        def op(step: Step) -> None:
+            rows = x.rows(step)
+            rows[:] = rotate(rows.reshape(len(rows), -1, head_dim), rope, step.positions).reshape(rows.shape)
+
+        self._add("rope", op)
+
+    def attention(self, q: Any, k: Any, v: Any, cache: Any, shape: Attention, out: Any) -> None:
+        def op(step: Step) -> None:
+            n, stop = len(step.ids), step.n_past + len(step.ids)
+            for kept, new in zip(cache, (k, v), strict=True):
+                kept[step.n_past : stop] = new.rows(step).reshape(n, shape.n_head_kv, shape.head_dim)
+            keys, values = (kept[:stop].astype(self.dtype) for kept in cache)
+            queries = q.rows(step).reshape(n, shape.n_head, shape.head_dim)
+            result = attend(queries, keys, values, step.positions, shape.scale, shape.window)
+            out.rows(step)[:] = result.reshape(n, -1)
+
+        self._add("attention", op)
+
+    def gated(self, gate: Any, up: Any, out: Any, activation: str) -> None:
+        function = ACTIVATIONS[activation]
+
+        def op(step: Step) -> None:
+            out.rows(step)[:] = function(gate.rows(step)) * up.rows(step)
+
+        self._add("gated", op)
+
+    def outputs(self, x: Any) -> NumpyBuffer:
+        assert self.split is None, "outputs is called once"
+        self.split = len(self.ops)
+        out = self.buffer(x.width)
+
+        def op(step: Step) -> None:
+            out.rows(step)[:] = x.rows(step)[step.first : step.first + step.count]
+
+        self._add("outputs", op)
+        return out
+
+    def finish(self, result: NumpyBuffer) -> "NumpyProgram":
+        split = len(self.ops) if self.split is None else self.split
+        return NumpyProgram(self.n_batch, self.n_outputs, self.ops[:split], self.ops[split:], result, self.op_names)
+
+
+@dataclass
+class NumpyProgram:
+    n_batch: int
+    n_outputs: int
+    ops: list[Op]
+    output_ops: list[Op]
+    result: NumpyBuffer
+    op_names: list[str]
+    step: Step | None = None
+
+    def run(self, ids: np.ndarray, n_past: int, first: int, count: int) -> np.ndarray:
+        assert 0 < len(ids) <= self.n_batch
+        assert ids.dtype == np.int32
+        self.step = Step(ids, n_past)
+        for op in self.ops:
+            op(self.step)
+        return self.more(first, count)
+
+    def more(self, first: int, count: int) -> np.ndarray:
+        assert self.step is not None
+        assert 0 <= first <= first + count <= len(self.step.ids)
+        assert count <= self.n_outputs
+        self.step.first, self.step.count = first, count
+        if count:
+            for op in self.output_ops:
+                op(self.step)
+        return self.result.rows(self.step)
+
+    def close(self) -> None:
+        self.ops, self.output_ops = [], []
+
+
+class NumpyBackend:
+    name = "numpy"
+
+    def __init__(self, dtype: Any = np.float32, cache_dtype: Any | None = None) -> None:
+        self.dtype, self.cache_dtype = dtype, cache_dtype or dtype
+        self._nbytes = {"weights": 0, "cache": 0, "buffers": 0}
+
+    def table(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def _dequantized(self, tensors: Sequence[Tensor]) -> np.ndarray:
+        data = np.concatenate([dequantize(t.blocks(), t.type) for t in tensors]).astype(self.dtype)
+        self._nbytes["weights"] += data.nbytes
+        return data
+
+    def weight(self, tensors: Sequence[Tensor]) -> NumpyWeight:
+        return NumpyWeight(self._dequantized(tensors))
+
+    def vector(self, tensors: Sequence[Tensor]) -> np.ndarray:
+        return np.concatenate([dequantize(t.blocks(), t.type).reshape(-1) for t in tensors]).astype(self.dtype)
+
+    def cache(self, shape: Attention, n_ctx: int) -> tuple[np.ndarray, np.ndarray]:
+        k, v = (np.full((n_ctx, shape.n_head_kv, shape.head_dim), np.nan, self.cache_dtype) for _ in "kv")
+        self._nbytes["cache"] += k.nbytes + v.nbytes
+        return k, v
+
+    def recorder(self, n_batch: int, n_outputs: int) -> NumpyRecorder:
+        return NumpyRecorder(self.dtype, n_batch, n_outputs)
+
+    def nbytes(self) -> dict[str, int]:
+        return dict(self._nbytes)
