@@ -1,0 +1,65 @@
+"""What the benchmarks need of a runtime, and gguf-run behind it; peer.py puts llama.cpp behind the same."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.formats.reader import GGUFFile
+from gguf_run.kernels_cpu.backend import CpuBackend
+from gguf_run.models.config import ModelConfig
+from gguf_run.models.decoder import Decoder
+from gguf_run.runtime.tokenizer import Tokenizer
+
+
+class Engine(Protocol):
+    """A loaded model. cpu: what its kernels are compiled for; bos: the token a context starts with, if any."""
+
+    cpu: str
+    n_vocab: int
+    bos: int | None
+
+    def clear(self) -> None:
+        """Forget all tokens."""
+        ...
+
+    def forward(self, ids: Sequence[int], n_outputs: int = 1) -> Iterator[NDArray[np.float32]]:
+        """Append ids; yield the logits f32[any, n_vocab] of the last n_outputs tokens, in order, in blocks that are
+        valid until the next one. The work is done while it is iterated."""
+        ...
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, with BOS where the model adds one; special tokens in it are plain text."""
+        ...
+
+    def rest(self) -> None:
+        """Leave the processor to others until the next forward."""
+        ...
+
+
+class Ours:
+    """gguf-run on the CPU, as `gguf-run` sets it up."""
+
+    def __init__(self, path: Path, n_threads: int, n_ctx: int, n_batch: int = 512) -> None:
+        self._file = GGUFFile.open(path)
+        config = ModelConfig.from_metadata(self._file.metadata, self._file.tensors)
+        self._tokenizer = Tokenizer.from_metadata(self._file.metadata)
+        backend = CpuBackend(n_threads)
+        self.cpu = backend.name
+        self.n_vocab = config.n_vocab
+        self.bos = self._tokenizer.bos if self._tokenizer.add_bos else None
+        self._decoder = Decoder(config, self._file.tensors, [backend] * config.n_layer, n_ctx, n_batch)
+
+    def clear(self) -> None:
+        self._decoder.rewind(0)
+
+    def forward(self, ids: Sequence[int], n_outputs: int = 1) -> Iterator[NDArray[np.float32]]:
+        return self._decoder.forward(ids, n_outputs)
+
+    def tokenize(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, parse_special=False)
+
+    def rest(self) -> None:
+        pass  # the thread team sleeps by itself
