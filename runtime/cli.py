@@ -1,0 +1,221 @@
+"""gguf-run: ask a model something, continue a text, or chat.
+
+Text goes to stdout as it comes; everything else goes to stderr.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gguf_run.formats.errors import GgufRunError
+from gguf_run.runtime.cli_common import Command, decode_text, message
+
+if TYPE_CHECKING:
+    from gguf_run.runtime.model import Model
+
+MAX_PROMPT_BYTES = 64 << 20
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.argument("model", required=False)
+@click.option("--prompt", "-p", help="The question, or with --raw the text to continue.")
+@click.option("--file", "-f", help="Read the prompt from a UTF-8 text file; - is stdin, the default.")
+@click.option("--chat", "-i", is_flag=True, help="Talk: Ctrl-C stops an answer, Ctrl-D leaves.")
+@click.option("--system", help="System message for the chat template.")
+@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the model's chat template.")
+@click.option("--max-tokens", "-n", type=int, help="Stop after so many tokens.  [default: when the model ends]")
+@click.option("--ctx-size", "-c", type=int, help="Positions of the context.  [default: the model's, at most 4096]")
+@click.option("--threads", "-t", type=int, help="Threads that compute.  [default: physical cores]")
+@click.option("--temperature", type=float, default=0.8, help="0 always takes the most likely token.")
+@click.option("--top-k", type=int, default=40, help="Choose among the k most likely tokens; 0 is off.")
+@click.option("--top-p", type=float, default=0.95, help="Choose among the tokens that make up this probability.")
+@click.option("--min-p", type=float, default=0.05, help="Choose among tokens at least this likely, the best being 1.")
+@click.option("--repeat-penalty", type=float, default=1.0, help="Make the last 64 tokens less likely; 1 is off.")
+@click.option("--seed", type=int, help="Repeat a draw.  [default: a new one each time]")
+@click.option("--device", default="auto", help="cpu, cuda, cuda:0, ... or auto.")
+@click.option("--verbose", is_flag=True, help="Say more on stderr.")
+@click.version_option(package_name="gguf-run", prog_name="gguf-run")
+def main(
+    model: str | None,
+    prompt: str | None,
+    file: str | None,
+    chat: bool,
+    system: str | None,
+    raw: bool,
+    max_tokens: int | None,
+    ctx_size: int | None,
+    threads: int | None,
+    device: str,
+    verbose: bool,
+    **sampling: Any,
+) -> None:
+    """Run a GGUF language model.
+
+    MODEL is a GGUF file or hf:owner/repo/file.gguf; without it a small model, SmolLM2-135M-Instruct, is fetched once.
+    """
+    if raw and (chat or system is not None):
+        raise click.UsageError("--raw works without a chat template: leave out --chat and --system.")
+    if sys.stdout is None:
+        raise GgufRunError("stdout is closed: there is nowhere to write the answer")
+    text = _prompt(prompt, file, chat)
+    if system is not None:
+        system = _argument(system, "--system")
+    from gguf_run.runtime.sampling import SamplingParams
+
+    SamplingParams(**sampling)  # says what is wrong before a model is loaded
+    with _load(model, ctx_size, threads, device) as loaded:
+        options = {"max_tokens": max_tokens, **sampling}
+        if verbose:
+            _describe(loaded)
+        if chat:
+            _chat(loaded, system, text, options)
+        else:
+            _answer(loaded, system, text or "", raw, options)
+        _report(loaded, verbose)
+
+
+def _prompt(prompt: str | None, file: str | None, chat: bool) -> str | None:
+    """The first text for the model; None if a chat starts without one."""
+    if prompt is not None and file is not None:
+        raise click.UsageError("--prompt and --file exclude each other.")
+    if prompt is not None:
+        text = _argument(prompt, "--prompt")
+    elif file not in (None, "-"):
+        with open(str(file), "rb") as stream:
+            text = decode_text(_read_all(stream, str(file)), str(file))
+    elif chat and file is None:
+        return None
+    elif sys.stdin is None or sys.stdin.isatty():
+        raise click.UsageError("Nothing to answer: give --prompt, --file, --chat, or text on stdin.")
+    else:
+        text = decode_text(_read_all(sys.stdin.buffer, "stdin"), "stdin")
+    if not text.strip():
+        raise GgufRunError("the prompt is empty: write something after --prompt, into the --file or on stdin")
+    return text
+
+
+def _argument(text: str, name: str) -> str:
+    # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
+    return decode_text(text.encode("utf-8", "surrogateescape"), name)
+
+
+def _read_all(stream: Any, name: str) -> bytes:
+    data: bytes = stream.read(MAX_PROMPT_BYTES + 1)
+    if len(data) > MAX_PROMPT_BYTES:
+        raise GgufRunError(f"{name} is longer than {MAX_PROMPT_BYTES} bytes: no context holds that much text")
+    return data
+
+
+def _load(path: str | None, ctx_size: int | None, threads: int | None, device: str) -> "Model":
+    from gguf_run.runtime.model import Model
+    from gguf_run.runtime.progress import Progress
+
+    with Progress("loading") as progress:
+        return Model.load(path, n_ctx=ctx_size, n_threads=threads, device=device, progress=progress.set)
+
+
+def _answer(model: "Model", system: str | None, text: str, raw: bool, options: dict[str, Any]) -> None:
+    if raw or (model.chat_template is None and system is None):
+        _show(model, model.generate(text, **options))
+    else:
+        _show(model, model.chat([*_system_message(system), {"role": "user", "content": text}], **options))
+
+
+def _chat(model: "Model", system: str | None, first: str | None, options: dict[str, Any]) -> None:
+    """Read a line, answer it, remember both, until stdin ends."""
+    from gguf_run.runtime.generate import ContextError
+
+    messages: list[dict[str, str]] = []
+    model.chat([{"role": "user", "content": "?"}])  # a model without a chat template says so now
+    for text in _lines(first):
+        messages.append({"role": "user", "content": text})
+        pieces = None
+        while pieces is None:
+            try:
+                pieces = model.chat([*_system_message(system), *messages], **options)
+            except ContextError:
+                if len(messages) == 1:
+                    raise
+                message(
+                    f"the conversation is longer than the context ({model.n_ctx} tokens): its oldest turn is left out"
+                )
+                del messages[:2]
+        messages.append({"role": "assistant", "content": _show(model, pieces, interruptible=True)})
+
+
+def _system_message(system: str | None) -> list[dict[str, str]]:
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def _lines(first: str | None) -> Iterator[str]:
+    """What the user says, line by line. On a terminal with a prompt and, where Python has it, line editing."""
+    if first is not None:
+        yield first
+    if sys.stdin is None:
+        return
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if on_terminal:
+        with suppress(ImportError):
+            import readline  # noqa: F401  (input() uses it)
+    while True:
+        try:
+            line = input("> ") + "\n" if on_terminal else decode_text(sys.stdin.buffer.readline(), "stdin")
+        except EOFError:
+            line = ""
+        except KeyboardInterrupt:
+            message(" (Ctrl-D leaves)")
+            continue
+        except UnicodeDecodeError:
+            message("warning: that line is not valid UTF-8, please write it again")
+            continue
+        if not line:
+            break
+        if line.strip():
+            yield line.strip()
+    if on_terminal:
+        click.echo()
+
+
+def _show(model: "Model", pieces: Iterable[str], interruptible: bool = False) -> str:
+    """Write an answer as it comes; return it."""
+    shown = []
+    try:
+        for piece in pieces:
+            shown.append(piece)
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        if not interruptible:
+            raise
+    answer = "".join(shown)
+    if not answer.endswith("\n"):
+        click.echo()
+    if model.stats.finish == "context":
+        message(f"the context is full ({model.n_ctx} tokens), the answer ends here: choose a larger --ctx-size")
+    return answer
+
+
+def _describe(model: "Model") -> None:
+    config = model.decoder.config
+    message(
+        f"{config.arch.name}: n_layer {config.n_layer}, n_embd {config.n_embd}, n_vocab {config.n_vocab}, "
+        f"n_ctx {model.n_ctx} (trained {config.n_ctx_train})"
+    )
+
+
+def _report(model: "Model", verbose: bool) -> None:
+    """The last line: what it took, and what ran where."""
+    stats = model.stats
+    n_prefill = f"{stats.n_prompt - stats.n_reused}" + (f" (+ {stats.n_reused} known)" if stats.n_reused else "")
+    parts = [
+        f"load {stats.load_s:.2f} s",
+        f"prefill {n_prefill} tokens in {stats.prefill_s:.2f} s, {stats.prefill_speed:.0f}/s",
+        f"decode {stats.n_decoded} in {stats.decode_s:.2f} s, {stats.decode_speed:.0f}/s",
+        model.where,
+    ]
+    if verbose:
+        parts += [f"seed {stats.seed}", f"end: {stats.finish or 'interrupted'}"]
+    message(" | ".join(parts))

@@ -1,0 +1,295 @@
+"""The Python API: load a GGUF file, generate text, chat, look at logits."""
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.formats.reader import GGUFFile
+from gguf_run.runtime.generate import Generation, Session, text_pieces
+from gguf_run.runtime.sampling import Sampler, SamplingParams
+
+if TYPE_CHECKING:
+    from gguf_run.models.config import ModelConfig
+    from gguf_run.models.decoder import Decoder
+    from gguf_run.runtime.tokenizer import Tokenizer
+
+DEFAULT_N_CTX = 4096
+MAX_N_CTX = 2**31 - 1
+MAX_THREADS = 1024
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What the last generation took. Times in seconds; see Generation. load_s: loading the model."""
+
+    load_s: float
+    n_prompt: int = 0
+    n_reused: int = 0
+    prefill_s: float = 0.0
+    n_decoded: int = 0
+    decode_s: float = 0.0
+    finish: str = ""
+    seed: int = 0
+
+    @property
+    def prefill_speed(self) -> float:
+        """Prompt tokens computed per second (0: none)."""
+        return (self.n_prompt - self.n_reused) / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def decode_speed(self) -> float:
+        """Tokens decoded per second (0: none)."""
+        return self.n_decoded / self.decode_s if self.decode_s else 0.0
+
+
+class Model:
+    """A language model that is ready to run. Use as a context manager, or call close().
+
+        with Model.load("model.gguf") as model:
+            for text in model.generate("Once upon a time", max_tokens=50):
+                print(text, end="")
+
+    One sequence at a time: a new call of generate, chat or logits ends the iterator of the one before.
+    """
+
+    def __init__(
+        self,
+        decoder: "Decoder",
+        tokenizer: "Tokenizer",
+        *,
+        chat_template: str | None = None,
+        where: str = "",
+        load_s: float = 0.0,
+        close: Sequence[Callable[[], None]] = (),
+    ) -> None:
+        """Put a model together from its parts; Model.load does this for a file. where: what runs on which device.
+        close: called at the end, to free what the decoder does not own."""
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.where = where
+        self.load_s = load_s
+        self._close = close
+        self._session = Session(decoder)
+        self._generation: Generation | None = None
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+        device: str = "auto",
+        n_batch: int = 512,
+        cache_type: str = "f16",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> "Model":
+        """Load a model.
+
+        path: a GGUF file, `hf:owner/repo/file.gguf`, or None for the default model. n_ctx: positions of the KV cache
+        (the model's own, at most 4096, if None). n_threads: physical cores if None. device: "cpu", "cuda", "cuda:N",
+        "auto". n_batch: tokens of a prompt that run at once. cache_type: "f16" or "f32". progress: called with bytes
+        loaded and bytes in all.
+
+        Warns if n_ctx is more than the model was trained for. Raises GgufRunError and its kinds: OptionError for a
+        value that is not allowed, FormatError for a damaged file, UnsupportedError for one that cannot be run.
+        """
+        start = time.perf_counter()
+        _check_range("n_ctx (--ctx-size)", n_ctx, 1, MAX_N_CTX)
+        _check_range("n_threads (--threads)", n_threads, 1, MAX_THREADS)
+        _check_range("n_batch", n_batch, 1, MAX_N_CTX)
+        from gguf_run.runtime.fetch import find_model
+        from gguf_run.runtime.placement import parse_device
+
+        parse_device(device)
+        file = GGUFFile.open(find_model(os.fspath(path) if path is not None else None))
+        try:
+            return _load(file, start, n_ctx, n_threads, device, n_batch, cache_type, progress)
+        except GgufRunError as error:
+            file.close()
+            # Below the runtime nobody knows the name of the file.
+            if str(file.path) in str(error) or isinstance(error, OptionError):
+                raise
+            raise type(error)(f"{file.path}: {error}") from error
+        except BaseException:
+            file.close()
+            raise
+
+    @property
+    def n_ctx(self) -> int:
+        """Positions of the context."""
+        return self.decoder.n_ctx
+
+    @property
+    def stats(self) -> Stats:
+        """Times and counts of the last generate or chat."""
+        last = self._generation
+        if last is None:
+            return Stats(self.load_s)
+        return Stats(
+            load_s=self.load_s,
+            n_prompt=last.n_prompt,
+            n_reused=last.n_reused,
+            prefill_s=last.prefill_s,
+            n_decoded=last.n_decoded,
+            decode_s=last.decode_s,
+            finish=last.finish,
+            seed=last.seed,
+        )
+
+    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """Return ids. add_special: with the tokens that the model wants around a text (BOS). parse_special: special
+        tokens written in the text become ids."""
+        return self.tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
+
+    def detokenize(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """Return the text of ids."""
+        return self.tokenizer.decode(ids, skip_special=skip_special)
+
+    def generate(
+        self, prompt: str, *, max_tokens: int | None = None, stop: Sequence[str] = (), **sampling: Any
+    ) -> Iterator[str]:
+        """Continue a text; return an iterator over pieces of text.
+
+        max_tokens: None goes on until the model ends or the context is full (stats.finish tells). stop: texts that end
+        the answer. sampling: temperature, top_k, top_p, min_p, repeat_penalty, seed, see SamplingParams.
+        """
+        return self._start(self._open_ended(self.tokenize(prompt)), max_tokens, stop, sampling)
+
+    def chat(
+        self, messages: Sequence[Message], *, max_tokens: int | None = None, stop: Sequence[str] = (), **sampling: Any
+    ) -> Iterator[str]:
+        """Answer the last of `messages` ({"role": "system" | "user" | "assistant", "content": text}); as generate.
+
+        The start that the conversation shares with the one before is not computed again. GgufRunError if the model has
+        no chat template.
+        """
+        return self._start(self._render(messages), max_tokens, stop, sampling)
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Return f32[n_tokens, n_vocab]: what the model expects after each of ids, from an empty context."""
+        out = np.empty((len(ids), self.decoder.config.n_vocab), np.float32)
+        n_done = 0
+        for block in self._session.logits(ids):
+            out[n_done : n_done + len(block)] = block
+            n_done += len(block)
+        return out
+
+    def close(self) -> None:
+        """Free the weights and the KV cache, stop the threads, close the file."""
+        self.decoder.close()
+        for close in self._close:
+            close()
+
+    def __enter__(self) -> "Model":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(
+        self, ids: list[int], max_tokens: int | None, stop: Sequence[str], sampling: Mapping[str, Any]
+    ) -> Iterator[str]:
+        sampler = Sampler(SamplingParams(**sampling))
+        self._generation = Generation(self._session, ids, sampler, self.tokenizer.stop_ids, max_tokens)
+        return text_pieces(self._generation, self.tokenizer.stream(), stop)
+
+    def _open_ended(self, ids: list[int]) -> list[int]:
+        """A text that is to go on must not end with EOS, which some models want around a text."""
+        return ids[:-1] if self.tokenizer.add_eos and ids[-1:] == [self.tokenizer.eos] else ids
+
+    def _render(self, messages: Sequence[Message]) -> list[int]:
+        raise NotImplementedError
+
+
+def _check_range(name: str, value: int | None, lowest: int, highest: int) -> None:
+    if value is not None and not (isinstance(value, int) and lowest <= value <= highest):
+        raise OptionError(f"{name} is {value!r}; allowed: a whole number from {lowest} to {highest}")
+
+
+def _choose_n_ctx(n_ctx: int | None, config: "ModelConfig") -> int:
+    if n_ctx is None:
+        return min(config.n_ctx_train, DEFAULT_N_CTX)
+    if n_ctx > config.n_ctx_train:
+        warnings.warn(
+            f"context of {n_ctx} tokens: the model was trained with {config.n_ctx_train}, beyond it answers get worse",
+            stacklevel=4,
+        )
+    return n_ctx
+
+
+def _load(
+    file: GGUFFile,
+    start: float,
+    n_ctx: int | None,
+    n_threads: int | None,
+    device: str,
+    n_batch: int,
+    cache_type: str,
+    progress: Callable[[int, int], None] | None,
+) -> Model:
+    from gguf_run.models.config import ModelConfig
+    from gguf_run.runtime.memory import available_memory, check_memory, memory_needed
+    from gguf_run.runtime.placement import place_layers
+    from gguf_run.runtime.threads import default_threads
+
+    config = ModelConfig.from_metadata(file.metadata, file.tensors)
+    n_ctx = _choose_n_ctx(n_ctx, config)
+    places = place_layers(config.n_layer, device)
+    tensors = file.tensors.values()
+    check_memory(memory_needed(config, tensors, n_ctx, cache_type, n_batch), available_memory())
+    # The vocabulary is built beside the weights: most of both happens without the GIL.
+    with ThreadPoolExecutor(1) as pool:
+        tokenizer = pool.submit(_load_tokenizer, file)
+
+        from gguf_run.kernels_cpu.backend import CpuBackend
+        from gguf_run.models.decoder import Decoder
+
+        backend = CpuBackend(n_threads or default_threads(), cache_type)
+        try:
+            report = _reporter(progress, sum(tensor.nbytes for tensor in tensors))
+            decoder = Decoder(config, file.tensors, [backend for _ in places], n_ctx, n_batch, progress=report)
+            return Model(
+                decoder,
+                tokenizer.result(),
+                chat_template=file.metadata.get("tokenizer.chat_template"),
+                where=f"{config.n_layer} layers on {backend.name}",
+                load_s=time.perf_counter() - start,
+                close=[backend.close, file.close],
+            )
+        except BaseException:
+            backend.close()
+            raise
+
+
+def _load_tokenizer(file: GGUFFile) -> "Tokenizer":
+    from gguf_run.runtime.tokenizer import Tokenizer
+
+    return Tokenizer.from_metadata(file.metadata)
+
+
+def _reporter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None] | None:
+    if progress is None:
+        return None
+    done = 0
+
+    def add(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        progress(done, total)
+
+    return add
