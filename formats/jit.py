@@ -68,20 +68,31 @@ def njit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
         return numba.njit(nogil=True, cache=cache, **_OPTIONS, **options)(function)
 
 
-def specialize(function: Callable[..., Any], name: str, **names: Any) -> Any:
-    """Compile a copy of the plain function `function` in which the global names `names` stand for these values.
+def clone(function: Callable[..., Any], name: str, **names: Any) -> Callable[..., Any]:
+    """Return a copy of a plain function in which the global names `names` stand for these values.
 
-    This is how one generic loop serves many types: `specialize(loop, "Q4_0", unpack=unpack_q4_0, BLOCK_SIZE=32)`. The
+    This is how one generic loop serves many types: `clone(loop, "Q4_0", unpack=unpack_q4_0, BLOCK_SIZE=32)`. The
     values are constants to the compiler, and compiled functions among them are inlined. A closure would do the same,
     but numba keys its disk cache by the pickled closure, and that of a compiled function differs in every process; here
     the key is the copy's own name, so `name` must say all that `names` depends on.
     """
-    clone = types.FunctionType(function.__code__, {**function.__globals__, **names}, f"{function.__name__}_{name}")
-    clone.__qualname__ = f"{function.__qualname__}_{name}"
-    return njit(clone)
+    copy = types.FunctionType(function.__code__, {**function.__globals__, **names}, f"{function.__name__}_{name}")
+    copy.__qualname__ = f"{function.__qualname__}_{name}"
+    return copy
+
+
+def specialize(function: Callable[..., Any], name: str, **names: Any) -> Any:
+    """Compile a `clone`."""
+    return njit(clone(function, name, **names))
 
 
 def cfunc(signature: Any, function: Callable[..., Any], **options: Any) -> Any:
     """Compile a C callback now, or load it from the cache. Its `.address` goes onto a tape."""
     with _caching() as cache:
         return numba.cfunc(signature, cache=cache, **_OPTIONS, **options)(function)
+
+
+def is_cold() -> bool:
+    """Whether nothing has been compiled from these sources yet, so that what is needed now takes seconds."""
+    path = kernel_cache_dir()
+    return path is None or next(path.rglob("*.nbi"), None) is None

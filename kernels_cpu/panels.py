@@ -48,6 +48,11 @@ class IntPanel:
         return self.scale_bytes * self.n_groups * (2 if self.has_minimum else 1)
 
     @property
+    def step_bytes(self) -> int:
+        """Bytes of a step of `tile`: a block."""
+        return self.block_bytes
+
+    @property
     def block_bytes(self) -> int:
         return self.head_bytes + ROWS * BLOCK * self.bits // 8
 
@@ -63,6 +68,11 @@ class FloatPanel:
     name: str
     element: ir.Type
     element_bytes: int
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of a step of `tile`: a column."""
+        return ROWS * self.element_bytes
 
     def group_bytes(self, n_in: int) -> int:
         return n_in * ROWS * self.element_bytes

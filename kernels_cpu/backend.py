@@ -1,0 +1,95 @@
+"""The CPU as a models.backend.Backend: numba kernels over panels, a team of threads."""
+
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.formats.dequantize import dequantize
+from gguf_run.formats.reader import Tensor
+from gguf_run.formats.unpack import INTEGER_FORMS
+from gguf_run.kernels_cpu import isa
+from gguf_run.kernels_cpu.memory import CpuCache, CpuTable, CpuWeight, WeightPart, aligned, new_cache
+from gguf_run.kernels_cpu.panels import FLOAT_PANELS, ROWS, Panel
+from gguf_run.kernels_cpu.program import CpuRecorder
+from gguf_run.kernels_cpu.repack import panel_of, repack
+from gguf_run.kernels_cpu.rows import FLOAT_TABLES
+from gguf_run.kernels_cpu.team import Team
+
+CACHE_TYPES = {"f32": ("F32", 4), "f16": ("F16", 2)}
+
+
+class CpuBackend:
+    """Runs on n_threads threads; KV caches hold cache_type, one of CACHE_TYPES."""
+
+    def __init__(self, n_threads: int, cache_type: str = "f16") -> None:
+        if cache_type not in CACHE_TYPES:
+            raise ValueError(f"cache_type is {cache_type}; known are {', '.join(CACHE_TYPES)}")
+        self.n_threads = n_threads
+        self._panel, self._element_bytes = FLOAT_PANELS[CACHE_TYPES[cache_type][0]], CACHE_TYPES[cache_type][1]
+        self._team = Team(n_threads)
+        self._executor = ThreadPoolExecutor(n_threads, "repack")
+        self._bytes = {"weights": 0, "cache": 0}
+
+    @property
+    def name(self) -> str:
+        """For people, for example: CPU, 2 threads, AVX2."""
+        return f"CPU, {self.n_threads} thread{'s' * (self.n_threads > 1)}, {isa.current().name}"
+
+    def table(self, tensor: Tensor) -> CpuTable:
+        form = INTEGER_FORMS.get(tensor.type.name)
+        if form is not None:
+            return CpuTable(tensor.type.name, tensor.ne[0], tensor.blocks(), form.grid())
+        no_grid = np.zeros(0, np.int8)
+        if tensor.type.name in FLOAT_TABLES:
+            return CpuTable(tensor.type.name, tensor.ne[0], tensor.blocks(), no_grid)
+        values = dequantize(tensor.blocks(), tensor.type)
+        return CpuTable("F32", tensor.ne[0], values.view(np.uint8), no_grid)
+
+    def weight(self, tensors: Sequence[Tensor]) -> CpuWeight:
+        n_in = tensors[0].ne[0]
+        parts: list[WeightPart] = []
+        first = 0
+        for panel, run in _runs(tensors):
+            n_out = sum(tensor.n_rows for tensor in run)
+            data = aligned(-(-n_out // ROWS) * panel.group_bytes(n_in))
+            repack(run, data, self._executor, self.n_threads)
+            parts.append(WeightPart(panel, data, first, n_out))
+            self._bytes["weights"] += data.nbytes
+            first += n_out
+        return CpuWeight(n_in, first, tuple(parts))
+
+    def vector(self, tensors: Sequence[Tensor]) -> NDArray[np.float32]:
+        return np.concatenate([dequantize(tensor.blocks(), tensor.type).reshape(-1) for tensor in tensors])
+
+    def cache(self, shape: Any, n_ctx: int) -> CpuCache:
+        cache = new_cache(shape.n_head_kv, shape.head_dim, n_ctx, self._element_bytes)
+        self._bytes["cache"] += cache.k.nbytes + cache.v.nbytes
+        return cache
+
+    def recorder(self, n_batch: int, n_outputs: int) -> CpuRecorder:
+        return CpuRecorder(self._team, self._panel, self._element_bytes, n_batch, n_outputs)
+
+    def nbytes(self) -> dict[str, int]:
+        return dict(self._bytes)
+
+    def close(self) -> None:
+        """Stop the threads. Programs of this backend cannot run any more."""
+        self._team.close()
+        self._executor.shutdown()
+
+
+def _runs(tensors: Sequence[Tensor]) -> list[tuple[Panel, list[Tensor]]]:
+    """Consecutive tensors that can share panels: of one type, and all but the last of whole panels."""
+    runs: list[tuple[Panel, list[Tensor]]] = []
+    for _, group in itertools.groupby(tensors, key=lambda tensor: tensor.type.id):
+        fresh = True
+        for tensor in group:
+            if fresh:
+                runs.append((panel_of(tensor), []))
+            runs[-1][1].append(tensor)
+            fresh = tensor.n_rows % ROWS != 0
+    return runs

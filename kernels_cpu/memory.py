@@ -1,0 +1,82 @@
+"""What the CPU backend's handles are: weights as panels, vectors, embedding tables, KV caches, buffers of rows."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.kernels_cpu.panels import ROWS, Panel
+
+
+def aligned(n_bytes: int) -> NDArray[np.uint8]:
+    """Zeros that start on a cache line. The system provides pages when they are first touched."""
+    memory = np.zeros(n_bytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + n_bytes]
+
+
+@dataclass(frozen=True, eq=False)
+class WeightPart:
+    """Rows first .. first + n_out of a stacked matrix that share a panel shape."""
+
+    panel: Panel
+    data: NDArray[np.uint8]
+    first: int
+    n_out: int
+
+
+@dataclass(frozen=True, eq=False)
+class CpuWeight:
+    """A matrix as panels, one part for each run of rows of one panel shape."""
+
+    n_in: int
+    n_out: int
+    parts: tuple[WeightPart, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class CpuTable:
+    """A matrix as it stands in the file (or as float32): embed reads single rows of it."""
+
+    type_name: str
+    n_in: int
+    blocks: NDArray[np.uint8]
+    grid: NDArray[np.int8]
+
+
+@dataclass(frozen=True, eq=False)
+class CpuCache:
+    """K and V of one layer; attention.py has the layout. n_ctx is a multiple of 16."""
+
+    n_ctx: int
+    k: NDArray[np.uint8]
+    v: NDArray[np.uint8]
+
+
+def new_cache(n_head_kv: int, head_dim: int, n_ctx: int, element_bytes: int) -> CpuCache:
+    """A cache for at least n_ctx positions."""
+    n_ctx, wide = (-(-n // ROWS) * ROWS for n in (n_ctx, head_dim))
+    k, v = (aligned(n_head_kv * n_ctx * width * element_bytes) for width in (head_dim, wide))
+    return CpuCache(n_ctx, k, v)
+
+
+@dataclass(frozen=True, eq=False)
+class CpuBuffer:
+    """Columns of f32 rows. rows: address of the number of rows in use, which differs from step to step."""
+
+    memory: NDArray[np.float32]
+    rows: int
+    start: int
+    width: int
+
+    def columns(self, start: int, width: int) -> "CpuBuffer":
+        return CpuBuffer(self.memory, self.rows, self.start + start, width)
+
+    @property
+    def address(self) -> int:
+        return self.memory.ctypes.data + 4 * self.start
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one row to the next."""
+        return self.memory.strides[0]

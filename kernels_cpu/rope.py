@@ -1,0 +1,49 @@
+"""Rotary position embedding: a table of cosines and sines for the tokens of a step, and the rotation itself."""
+
+import math
+
+import numpy as np
+from numba import carray
+
+from gguf_run.formats.jit import njit
+from gguf_run.kernels_cpu.native import f32_at, i64_at, pointer
+from gguf_run.kernels_cpu.op import op, share
+
+
+@op("rows n_past n_half inv_freq table", "scale")
+def angles(args, ith, nth):  # type: ignore[no-untyped-def]
+    """table[t, i] = scale * (cos, sin) of (n_past + t) * inv_freq[i]; f32[n_tokens, n_half, 2]. n_past: an address."""
+    a = carray(args, 1)[0]
+    n_tokens, n_past = i64_at(a.rows, 1)[0], i64_at(a.n_past, 1)[0]
+    inv_freq = carray(pointer(a.inv_freq), a.n_half, np.float64)
+    table = f32_at(a.table, n_tokens * a.n_half * 2)
+    first, end = share(n_tokens, ith, nth)
+    for t in range(first, end):
+        for i in range(a.n_half):
+            angle = (n_past + t) * inv_freq[i]
+            table[(t * a.n_half + i) * 2] = a.scale * math.cos(angle)
+            table[(t * a.n_half + i) * 2 + 1] = a.scale * math.sin(angle)
+
+
+@njit(inline="always")
+def _rotate(x, table, n_half, step, apart):  # type: ignore[no-untyped-def]
+    for i in range(n_half):
+        c, s = table[2 * i], table[2 * i + 1]
+        first, second = x[i * step], x[i * step + apart]
+        x[i * step] = first * c - second * s
+        x[i * step + apart] = first * s + second * c
+
+
+@op("rows n_head head_dim n_half neox x x_stride table")
+def rope(args, ith, nth):  # type: ignore[no-untyped-def]
+    """Rotate the first 2 * n_half of each head's dimensions. neox: pairs (i, i + n_half), else (2i, 2i + 1)."""
+    a = carray(args, 1)[0]
+    first, end = share(i64_at(a.rows, 1)[0] * a.n_head, ith, nth)
+    for item in range(first, end):
+        t, head = item // a.n_head, item % a.n_head
+        x = f32_at(a.x + t * a.x_stride + head * a.head_dim * 4, 2 * a.n_half)
+        table = f32_at(a.table + t * a.n_half * 8, 2 * a.n_half)
+        if a.neox:
+            _rotate(x, table, a.n_half, 1, a.n_half)
+        else:
+            _rotate(x, table, a.n_half, 2, 1)
