@@ -86,9 +86,9 @@ def _converter(type: TensorType) -> _Convert:
 def dequantize(blocks: NDArray[np.uint8], type: TensorType) -> NDArray[np.float32]:
     """Return the weights float32[..., n * block_size] of blocks uint8[..., n * type_size], n >= 0 blocks in each row.
 
-    blocks may be read-only and need not be contiguous; the result never shares memory with it. Bit-identical to the gguf
-    package (0.19) for the types that it can dequantize, and to ggml's formulas for Q1_0, Q2_0, Q8_1 and Q8_K; integers
-    and F64 are rounded to float32. Large inputs are split over threads.
+    blocks may be read-only and need not be contiguous; the result never shares memory with it. Bit-identical to the
+    gguf package (0.19) for the types that it can dequantize, and to ggml's formulas for Q1_0, Q2_0, Q8_1 and Q8_K;
+    integers and F64 are rounded to float32. Large inputs are split over threads.
     Raises FormatError if blocks cannot be rows of whole blocks.
     """
     if blocks.dtype != np.uint8 or blocks.ndim == 0 or blocks.shape[-1] % type.type_size:

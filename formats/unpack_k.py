@@ -1,10 +1,10 @@
 """Unpackers of the K-quants: 256 weights in 16 groups of 16 or 8 of 32, whose small scales share one or two f16.
 
-Two patterns recur. `_nibbles`: 32 bytes hold 32 weights in their low nibbles and the next 32 in their high nibbles.
-`_crumbs`: 32 bytes hold four times 32 weights of two bits, the lowest bits first:
+Two patterns of 32 bytes recur, for i in 0..31:
 
-      qs[i]   7   6 | 5   4 | 3   2 | 1  0
-             w[96+i] w[64+i] w[32+i] w[i]
+               7   6     5   4     3   2     1   0
+    nibbles:      w[32 + i]     |       w[i]            64 weights w of four bits
+    crumbs:    w[96+i] | w[64+i] | w[32+i] | w[i]      128 weights w of two bits
 """
 
 from typing import Any
@@ -19,10 +19,10 @@ from gguf_run.formats.scalars import f16, f32
 def _scales_and_minimums(block: Any, scale: Any, minimum: Any) -> None:
     """The head of Q4_K and Q5_K: d f16 | dmin f16 | 12 bytes of eight 6-bit scales s and eight 6-bit minimums m.
 
-              7  6      5  4  3  2  1  0
-    byte 0-3  top s4-7  s0-3
-    byte 4-7  top m4-7  m0-3
-    byte 8-11 low m4-7 (7-4)  low s4-7 (3-0)
+                  7   6      5   4   3   2   1   0
+    byte i        s[4+i] top |        s[i]              for i in 0..3
+    byte 4 + i    m[4+i] top |        m[i]
+    byte 8 + i      m[4+i] low   |    s[4+i] low
     """
     d = f16(block, 0)
     dmin = f16(block, 2)
@@ -58,11 +58,11 @@ def unpack_q2_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) 
 def unpack_q3_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
     """hmask u8[32] | qs u8[64], crumbs | scales u8[12] | d f16; weight = d * (scale - 32) * q.
 
-    Bit g of hmask[i] belongs to weight 32 g + i: where it is clear, q is two bits less 4. The 6-bit scales s:
+    q is the two bits of qs, less 4 where bit g of hmask[i] is clear (for weight 32 g + i). The 6-bit scales s:
 
-                7 6     5 4     3 2    1 0
-    byte 0-7    s8-15 (7-4)   | s0-7 (3-0)             four low bits
-    byte 8-11   s12-15  s8-11   s4-7   s0-3            two top bits
+                  7   6   5   4   3   2   1   0
+    byte i          s[8+i] low  |    s[i] low           for i in 0..7
+    byte 8 + i    s[12+i]| s[8+i]| s[4+i]| s[i]         for i in 0..3, two top bits each
     """
     d = f16(src, at + 108)
     scales = src[at + 96 : at + 108]
@@ -110,10 +110,10 @@ def unpack_q5_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) 
 def unpack_q6_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
     """ql u8[128] | qh u8[64], crumbs | scales i8[16] | d f16; weight = d * scales[g] * (q - 32).
 
-    Each half of 128 weights w has 64 bytes of ql, four low bits, and 32 of qh, two top bits:
+    Each half of 128 weights w has 32 bytes of qh, their two top bits, and 64 bytes of ql, their four low bits:
 
-              7  6  5  4 | 3  2  1  0
-    ql[i]       w[64+i]  |   w[i]           for i in 0..63
+               7   6   5   4   3   2   1   0
+    ql[i]        w[64+i] low |    w[i] low              for i in 0..63
     """
     d = f16(src, at + 208)
     scales = src[at + 192 : at + 208]

@@ -76,7 +76,7 @@ def unpack_iq4_xs(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any
 
 @njit(forceinline=True)
 def unpack_mxfp4(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
-    """e u8 | qs u8[16], nibbles. grid holds twice the e2m1 values, so the scale is half of what e means, 2**(e - 127)."""
+    """e u8 | qs u8[16], nibbles. grid holds twice the e2m1 values, so the scale is half of 2**(e - 127)."""
     scale[0] = e8m0_half(src[at])
     _look_up(src[at + 1 : at + 17], q, grid)
 
