@@ -1,12 +1,12 @@
 # One virtual environment per purpose: .venv/core is what `pip install gguf-run` gives a user, .venv/test has what all
 # tests need, .venv/test-cpu is the same without torch and Triton. Each is renewed when pyproject.toml changes.
-PYTHON  ?= python3
-FOLDERS := formats kernels_cpu kernels_gpu models runtime
+PYTHON   ?= python3
+FOLDERS  := formats kernels_cpu kernels_gpu models runtime
 QUESTION ?= What is the capital of France, and what is it known for?
 
 # PyPI's torch for Linux brings CUDA libraries (gigabytes) and another Triton. Tests want the CPU build: take it from
 # pip's configured index where that has it, else from PyTorch's own.
-TORCH := torch==2.13.0
+TORCH       := torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test test-cpu check clean
