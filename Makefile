@@ -4,9 +4,9 @@ PYTHON   ?= python3
 FOLDERS  := formats kernels_cpu kernels_gpu models runtime
 QUESTION ?= What is the capital of France, and what is it known for?
 
-# PyPI's torch for Linux brings CUDA libraries (gigabytes) and another Triton. Tests want the CPU build: take it from
-# pip's configured index where that has it, else from PyTorch's own.
-TORCH       := torch==2.13.0
+# PyPI's torch for Linux brings CUDA libraries (gigabytes) and another Triton. The tests want the CPU build: from pip's
+# configured index where that has it, else from PyTorch's own.
+TORCH       := torch==2.13.0$(if $(filter Linux,$(shell uname -s)),+cpu)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test test-cpu check clean
@@ -38,7 +38,7 @@ build/typing/gguf_run: Makefile
 .venv/%/.installed: pyproject.toml
 	@echo "Installing packages into .venv/$*; this takes a minute or more the first time."
 	@$(PYTHON) -m venv .venv/$*
-	@$(if $(filter test,$*),$(call install,.venv/$*,$(TORCH)+cpu) 2>/dev/null || \
+	@$(if $(filter test,$*),$(call install,.venv/$*,$(TORCH)) 2>/dev/null || \
 	$(call install,.venv/$*,--extra-index-url $(TORCH_INDEX) $(TORCH)))
 	@$(call install,.venv/$*,--editable '.$(if $(filter core,$*),,[$*])')
 	@touch $@
