@@ -93,6 +93,12 @@ class Cursor:
         return decode(self.file.map[at : at + length], self, what, at)
 
 
+def quoted(name: str) -> str:
+    """Return a name from a file as it may be shown: in quotes, on one line, without escape codes, not too long."""
+    short = name if len(name) <= 100 else name[:99] + "…"
+    return '"' + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short) + '"'
+
+
 def decode(data: bytes, cursor: Cursor, what: str, at: int) -> str:
     """Decode UTF-8 that stands at offset `at`."""
     try:

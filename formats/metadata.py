@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gguf_run.formats.mapped import Cursor, MappedFile
+from gguf_run.formats.mapped import Cursor, MappedFile, quoted
 from gguf_run.formats.strings import StringArray, skip_strings
 
 # Limits on what a header may claim, far above any real model; ggml's own where it has one.
@@ -66,7 +66,7 @@ class Metadata(Mapping[str, Any]):
     def __getitem__(self, key: str) -> Any:
         if key not in self._decoded:
             type, at = self._entries[key]
-            self._decoded[key] = _decode(Cursor(self._file, at), type, f'the value of "{key}"')
+            self._decoded[key] = _decode(Cursor(self._file, at), type, f"the value of {quoted(key)}")
         return self._decoded[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -95,10 +95,10 @@ def read_metadata(cursor: Cursor, n_kv: int) -> Metadata:
         start = cursor.at
         key = cursor.string(f"metadata key {i} of {n_kv}", MAX_KEY_BYTES)
         if key in entries:
-            raise cursor.error(f'the metadata key "{key}" occurs twice', start)
-        type = _value_type(cursor, f'"{key}"')
+            raise cursor.error(f"the metadata key {quoted(key)} occurs twice", start)
+        type = _value_type(cursor, quoted(key))
         entries[key] = type, cursor.at
-        _skip(cursor, type, f'the value of "{key}"', _Nesting())
+        _skip(cursor, type, f"the value of {quoted(key)}", _Nesting())
     return Metadata(cursor.file, entries)
 
 

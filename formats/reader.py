@@ -14,7 +14,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any
 
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
-from gguf_run.formats.mapped import Cursor, MappedFile
+from gguf_run.formats.mapped import Cursor, MappedFile, quoted
 from gguf_run.formats.metadata import Metadata, read_metadata
 from gguf_run.formats.tensors import Tensor, read_tensors
 
@@ -149,7 +149,7 @@ def _read_parts(path: Path) -> list[_Part]:
     parts = [first]
     for no in range(1, count):
         part = _part_path(path, name[1], no, count)
-        if not part.exists():
+        if not os.path.isfile(part):  # unlike Path.is_file, never an error
             raise GgufRunError(f"{part}: is missing: {path.name} is the first of {count} files, get them all")
         parts.append(_read_part(part))
         found = tuple(_integer(part, parts[no].metadata, key, -1) for key in ("split.no", "split.count"))
@@ -166,6 +166,6 @@ def _all_tensors(parts: Sequence[_Part]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for part in parts:
         for name in part.tensors.keys() & tensors.keys():
-            raise FormatError(f'{part.file.path}: tensor "{name}" is also in {tensors[name].file.path}')
+            raise FormatError(f"{part.file.path}: tensor {quoted(name)} is also in {tensors[name].file.path}")
         tensors.update(part.tensors)
     return tensors

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
-from gguf_run.formats.mapped import Cursor, MappedFile
+from gguf_run.formats.mapped import Cursor, MappedFile, quoted
 from gguf_run.formats.types import TensorType, type_by_id
 
 # ggml's limits (GGML_MAX_DIMS, GGML_MAX_NAME), and one on the count that no real model comes near.
@@ -80,19 +80,19 @@ def read_tensors(cursor: Cursor, n_tensors: int, alignment: int) -> dict[str, Te
     for i in range(n_tensors):
         entry = _read_entry(cursor, f"tensor {i} of {n_tensors}")
         if entry.name in entries:
-            raise cursor.error(f'there are two tensors called "{entry.name}"', entry.at)
+            raise cursor.error(f"there are two tensors called {quoted(entry.name)}", entry.at)
         entries[entry.name] = entry
     start = -(-cursor.at // alignment) * alignment
     tensors = {e.name: Tensor(e.name, e.ne, e.type, start + e.offset, cursor.file) for e in entries.values()}
     for entry, tensor in zip(entries.values(), tensors.values(), strict=True):
         if entry.offset % alignment:
             raise cursor.error(
-                f'tensor "{entry.name}" lies at {entry.offset}, not at a multiple of the alignment {alignment}',
+                f"tensor {quoted(entry.name)} lies at {entry.offset}, not at a multiple of the alignment {alignment}",
                 entry.at,
             )
         if tensor.offset + tensor.nbytes > cursor.file.size:
             raise cursor.error(
-                f'tensor "{entry.name}" ends at byte {tensor.offset + tensor.nbytes}, but the file has only '
+                f"tensor {quoted(entry.name)} ends at byte {tensor.offset + tensor.nbytes}, but the file has only "
                 f"{cursor.file.size}: it is truncated or damaged, get it again",
                 entry.at,
             )
@@ -103,7 +103,7 @@ def read_tensors(cursor: Cursor, n_tensors: int, alignment: int) -> dict[str, Te
 def _read_entry(cursor: Cursor, what: str) -> _Entry:
     at = cursor.at
     name = cursor.string(f"the name of {what}", MAX_NAME_BYTES)
-    what = f'tensor "{name}"'
+    what = f"tensor {quoted(name)}"
     n_dims = cursor.number("I", f"the number of dimensions of {what}")
     if n_dims > MAX_DIMS:
         raise cursor.error(f"{what} has {n_dims} dimensions: at most {MAX_DIMS} are allowed", at)
@@ -129,6 +129,6 @@ def _check_overlap(tensors: Iterable[Tensor], path: Path) -> None:
     for one, other in itertools.pairwise(ordered):
         if one.offset + one.nbytes > other.offset:
             raise FormatError(
-                f'{path}: tensor "{one.name}" ends at byte {one.offset + one.nbytes}, inside tensor "{other.name}", '
-                f"which begins at {other.offset}"
+                f"{path}: tensor {quoted(one.name)} ends at byte {one.offset + one.nbytes}, inside tensor "
+                f"{quoted(other.name)}, which begins at {other.offset}"
             )

@@ -43,7 +43,7 @@ _F16, _F32, _I8, _U8, _I16, _U16, _U32 = "<f2", "<f4", "i1", "u1", "<i2", "<u2",
 def _row(id: int, name: str, block_size: int, type_size: int, *fields: tuple[Any, ...] | str) -> TensorType:
     """fields: one scalar type, or (field name, scalar type[, count]) for every field of the block."""
     layout = fields[0] if isinstance(fields[0], str) else list(fields)
-    return TensorType(id, name, block_size, type_size, np.dtype(layout))  # type: ignore[arg-type]
+    return TensorType(id, name, block_size, type_size, np.dtype(layout))
 
 
 # fmt: off
