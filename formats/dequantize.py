@@ -1,15 +1,17 @@
 """Dequantize blocks of any tensor type to float32, bit for bit as the gguf package does, at compiled speed."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import FormatError
-from gguf_run.formats.jit import specialize
+from gguf_run.formats.jit import njit, specialize
+from gguf_run.formats.scalars import f16
 from gguf_run.formats.types import TensorType
 from gguf_run.formats.unpack import INTEGER_FORMS
 
@@ -60,6 +62,13 @@ def _quantized(name: str) -> _Convert:
     return lambda src, out: kernel(src, out, grid)
 
 
+@njit
+def _f16(src: Any, out: Any) -> None:
+    """numpy converts f16 too, at a fifth of this speed."""
+    for i in range(len(out)):
+        out[i] = f16(src, 2 * i)
+
+
 def _bf16(src: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
     """A bf16 is the upper half of an f32."""
     bits = out.view(np.uint32)
@@ -77,10 +86,13 @@ def _number(dtype: np.dtype[Any]) -> _Convert:
     return convert
 
 
+_HALVES: Mapping[str, _Convert] = MappingProxyType({"F16": _f16, "BF16": _bf16})
+
+
 def _converter(type: TensorType) -> _Convert:
     if type.is_quantized:
         return _quantized(type.name)
-    return _bf16 if type.name == "BF16" else _number(type.dtype)
+    return _HALVES.get(type.name) or _number(type.dtype)
 
 
 def dequantize(blocks: NDArray[np.uint8], type: TensorType) -> NDArray[np.float32]:
