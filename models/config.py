@@ -253,7 +253,7 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
             check(name, optional[name])
         elif name not in required and not name.endswith(_UNUSED_SUFFIXES):
             raise UnsupportedError(
-                f"tensor {_show(name)} is not a part of a {config.arch.name} model with {config.n_layer} layers as this "
+                f"tensor {_show(name)} is not a part of a {config.arch.name} model of {config.n_layer} layers as this "
                 "program knows it; without it the results would be wrong"
             )
     # One matrix of q, k, v, or of gate and up, needs one bias for all its rows or none.
