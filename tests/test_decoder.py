@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy_backend import NumpyBackend, NumpyProgram, NumpyRecorder
+from plain_model import reference
 from tinymodel import ALL_BIASES, AWKWARD_LLAMA, QKV, TINY_GEMMA3, WIDE_LLAMA, Tiny, write_tiny
 
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
 from gguf_run.formats.reader import GGUFFile
 from gguf_run.formats.tensors import Tensor
+from gguf_run.models.architectures import ARCHITECTURES, Architecture
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 
@@ -40,65 +42,6 @@ def build(tmp_path: Path) -> Callable[..., Decoder]:
 def all_logits(decoder: Decoder, ids: Sequence[int], n_outputs: int | None = None) -> np.ndarray:
     blocks = [block.copy() for block in decoder.forward(ids, len(ids) if n_outputs is None else n_outputs)]
     return np.concatenate(blocks) if blocks else np.empty((0, decoder.config.n_vocab))
-
-
-def reference(tiny: Tiny, w: dict[str, np.ndarray], ids: Sequence[int], inv_freq: np.ndarray) -> np.ndarray:
-    """Logits of all tokens in float64: one token, one head and one pair at a time, no cache, masks or shared code.
-
-    inv_freq: of the layers that see everything; a window's layers turn by base 1e4.
-    """
-    w = {name: values.astype(np.float64) for name, values in w.items()}
-    is_gemma, half = tiny.arch == "gemma3", tiny.head_dim // 2
-
-    def norm(x: np.ndarray, name: str) -> np.ndarray:
-        return x * w[f"{name}.weight"] / np.sqrt(np.dot(x, x) / len(x) + tiny.rms_eps)
-
-    def linear(x: np.ndarray, name: str) -> np.ndarray:
-        return w[f"{name}.weight"] @ x + w.get(f"{name}.bias", 0.0)
-
-    def turn(x: np.ndarray, position: int, freqs: np.ndarray) -> np.ndarray:
-        out = np.empty_like(x)
-        for i in range(half):
-            a, b = (i, i + half) if is_gemma else (2 * i, 2 * i + 1)
-            turned = complex(x[a], x[b]) * np.exp(1j * position * freqs[i])
-            out[a], out[b] = turned.real, turned.imag
-        return out
-
-    def heads(x: np.ndarray, position: int, name: str, freqs: np.ndarray) -> list[np.ndarray]:
-        parts = np.split(x, len(x) // tiny.head_dim)
-        parts = [norm(part, f"{name}_norm") if is_gemma else part for part in parts]
-        return [turn(part, position, freqs) for part in parts]
-
-    xs = [w["token_embd.weight"][id] * (np.sqrt(tiny.n_embd) if is_gemma else 1) for id in ids]
-    for il in range(tiny.n_layer):
-        block = f"blk.{il}"
-        local = bool(tiny.window) and (il + 1) % 6 != 0
-        freqs = 1e4 ** -(np.arange(half) / half) if local else inv_freq
-        normed = [norm(x, f"{block}.attn_norm") for x in xs]
-        q, k = (
-            [heads(linear(x, f"{block}.{name}"), i, f"{block}.{name}", freqs) for i, x in enumerate(normed)]
-            for name in ("attn_q", "attn_k")
-        )
-        v = [np.split(linear(x, f"{block}.attn_v"), tiny.n_head_kv) for x in normed]
-        for i, x in enumerate(xs):
-            seen = [j for j in range(i + 1) if not local or i - j < tiny.window]
-            parts = []
-            for head in range(tiny.n_head):
-                shared = head // (tiny.n_head // tiny.n_head_kv)
-                e = np.exp([np.dot(q[i][head], k[j][shared]) / np.sqrt(tiny.head_dim) for j in seen])
-                parts.append(sum(e[n] * v[j][shared] for n, j in enumerate(seen)) / e.sum())
-            y = linear(np.concatenate(parts), f"{block}.attn_output")
-            x = x + (norm(y, f"{block}.post_attention_norm") if is_gemma else y)
-            h = norm(x, f"{block}.ffn_norm")
-            gate = linear(h, f"{block}.ffn_gate")
-            if is_gemma:
-                gate = gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
-            else:
-                gate = gate / (1 + np.exp(-gate))
-            y = linear(gate * linear(h, f"{block}.ffn_up"), f"{block}.ffn_down")
-            xs[i] = x + (norm(y, f"{block}.post_ffw_norm") if is_gemma else y)
-    output = w.get("output.weight", w["token_embd.weight"])
-    return np.array([output @ norm(x, "output_norm") for x in xs])
 
 
 def plain_freqs(tiny: Tiny) -> np.ndarray:
@@ -147,6 +90,22 @@ TRANSFORMERS = [
 def test_logits_are_those_of_transformers(tiny: Tiny, logits: list[float], build: Callable[..., Decoder]) -> None:
     (last,) = build(tiny).forward(IDS)
     assert last[0, [0, 50, 100, 200]] == pytest.approx(logits, abs=2e-5)
+
+
+def test_an_architecture_with_fused_tensors_is_one_entry(
+    tmp_path: Path, build: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Phi-3 has them: q, k and v in one tensor, gate and up in one that is called ffn_up."""
+    tiny = Tiny(n_layer=1)
+    weights = write_tiny(tmp_path / "parts.gguf", tiny)
+    fusions = {"attn_qkv": QKV, "ffn_up": ("ffn_gate", "ffn_up")}
+    tensors: dict[str, Any] = {f"blk.0.{part}.weight": None for parts in fusions.values() for part in parts}
+    for name, parts in fusions.items():
+        tensors[f"blk.0.{name}.weight"] = np.concatenate([weights[f"blk.0.{part}.weight"] for part in parts])
+    fused = Architecture("llama", qkv=("attn_qkv",), gate_up=("ffn_up",), shapes={"ffn_up": ("n_embd", "n_ff+n_ff")})
+    expected = all_logits(build(tiny), IDS)
+    monkeypatch.setitem(ARCHITECTURES, "llama", fused)  # type: ignore[arg-type]
+    assert all_logits(build(replace(tiny, tensors=tensors)), IDS) == pytest.approx(expected, abs=1e-10)
 
 
 @dataclass
