@@ -139,7 +139,10 @@ class Program(Protocol):
 class Backend(Protocol):
     """Owns weights and caches on one device and records programs for it."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """For people: device, threads ..."""
+        ...
 
     def table(self, tensor: Tensor) -> Any:
         """A matrix from which `embed` reads rows."""
