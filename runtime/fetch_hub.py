@@ -29,11 +29,11 @@ def fetch_hub(url: str) -> Path:
     if match is None or ".." in url.split("/"):
         raise GgufRunError(f"{url!r} is not a model on the hub: write hf:owner/repo/file.gguf (subfolders are fine)")
     try:
-        import huggingface_hub
+        from huggingface_hub.utils import logging
     except ImportError:
         raise GgufRunError(f'{url} needs the package huggingface_hub: pip install "gguf-run[hub]"') from None
     # Its hints on logins and transports would stand between our lines.
-    huggingface_hub.utils.logging.set_verbosity_error()
+    logging.set_verbosity_error()
     names = _shards(match["file"])
     paths = [_fetch_file(match["repo"], name) for name in names]
     return paths[names.index(match["file"])]

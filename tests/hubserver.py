@@ -1,0 +1,121 @@
+"""A small HTTP server that speaks as much of the Hugging Face hub's protocol as a download of one file needs.
+
+HEAD or GET /owner/repo/resolve/main/file: status, ETag, size and commit; large files redirect to another host name.
+GET /storage/...: the bytes, from `Range` on, without any token. Where it is told to, it stops in the middle and waits.
+"""
+
+import hashlib
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PATIENCE = 20  # seconds
+
+
+@dataclass
+class Request:
+    method: str
+    path: str
+    authorization: str | None
+    range: str | None
+
+
+@dataclass
+class Hub:
+    """files: by "owner/repo/file". token: what is asked for, if anything. stall_after: bytes of the storage's next
+    answer before it waits for the end of the test; corrupt: the storage sends other bytes than it announced."""
+
+    files: dict[str, bytes]
+    token: str | None = None
+    stall_after: int | None = None
+    corrupt: bool = False
+    over: threading.Event = field(default_factory=threading.Event)
+    requests: list[Request] = field(default_factory=list)
+
+    def __enter__(self) -> "Hub":
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                _answer(hub, self)
+
+            def do_GET(self) -> None:
+                _answer(hub, self)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.over.set()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    @property
+    def port(self) -> int:
+        return self._server.server_address[1]
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def ranges(self) -> list[str | None]:
+        """What was asked of the storage."""
+        return [r.range for r in self.requests if r.method == "GET" and r.path.startswith("/storage/")]
+
+
+def _answer(hub: Hub, handler: BaseHTTPRequestHandler) -> None:
+    headers = handler.headers
+    hub.requests.append(Request(handler.command, handler.path, headers["Authorization"], headers["Range"]))
+    if handler.path.startswith("/storage/"):
+        _send_file(hub, handler, hub.files[handler.path.removeprefix("/storage/")])
+        return
+    repo, _, file = handler.path.strip("/").partition("/resolve/main/")
+    name = f"{repo}/{file}"
+    if hub.token is not None and headers["Authorization"] != f"Bearer {hub.token}":
+        _send(handler, 401, {"X-Error-Code": "GatedRepo"} if "gated" in repo else {})
+    elif not any(known.startswith(f"{repo}/") for known in hub.files):
+        _send(handler, 404, {"X-Error-Code": "RepoNotFound"})
+    elif name not in hub.files:
+        _send(handler, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+    else:
+        data = hub.files[name]
+        described = {"X-Repo-Commit": COMMIT, "X-Linked-Size": str(len(data)), "ETag": '"etag-of-the-pointer"'}
+        described["X-Linked-Etag"] = f'"{hashlib.sha256(data).hexdigest()}"'
+        # "localhost" and "127.0.0.1" are two hosts to a client, as the hub and its storage are.
+        _send(handler, 302, described | {"Location": f"http://localhost:{hub.port}/storage/{name}"})
+
+
+def _send(handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str]) -> None:
+    handler.send_response(status)
+    for name, value in (headers | {"Content-Length": "0"}).items():
+        handler.send_header(name, value)
+    handler.end_headers()
+
+
+def _send_file(hub: Hub, handler: BaseHTTPRequestHandler, data: bytes) -> None:
+    start = 0
+    if handler.headers["Range"]:
+        start = int(handler.headers["Range"].removeprefix("bytes=").partition("-")[0])
+    body = data[start:] if not hub.corrupt else bytes(len(data) - start)
+    handler.send_response(206 if start else 200)
+    handler.send_header("Content-Length", str(len(body)))
+    if start:
+        handler.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+    handler.end_headers()
+    if hub.stall_after is not None:
+        n_first, hub.stall_after = hub.stall_after, None
+        handler.wfile.write(body[:n_first])
+        hub.over.wait(PATIENCE)
+        return
+    handler.wfile.write(body)

