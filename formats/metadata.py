@@ -112,7 +112,7 @@ def _value_type(cursor: Cursor, what: str) -> ValueType:
 
 def _array_header(cursor: Cursor, what: str) -> tuple[ValueType, int]:
     """Return the type and the number of items, which fit into the file at their smallest."""
-    type = _value_type(cursor, f"the items of {what}")
+    type = _value_type(cursor, f"an item of {what}")
     at = cursor.at
     n = cursor.number("Q", f"the number of items of {what}")
     if n > MAX_ITEMS:

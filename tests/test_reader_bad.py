@@ -80,7 +80,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "string length": (build({"a": Raw(8, U64.pack(1 << 20))}), 'the value of "a" needs 1048576 bytes, but the file'),
     "string of 2^63": (build({"a": Raw(8, U64.pack(1 << 63))}), '"a" has 9223372036854775808 bytes: at most'),
     "string not UTF-8": (build({"a": b"ok\xc3\x28"}), 'the value of "a" is not valid UTF-8 .byte 0xc3'),
-    "array type": (build({"a": array(77, 0)}), 'the items of the value of "a" has the unknown value type 77'),
+    "array type": (build({"a": array(77, 0)}), 'an item of the value of "a" has the unknown value type 77'),
     "array of 2^64-1": (build({"a": array(4, (1 << 64) - 1)}), "18446744073709551615 items: at most 1073741824"),
     # 2^62 * 4 bytes = 2^64: wraps to 0
     "array of 2^62": (build({"a": array(4, 1 << 62)}), "4611686018427387904 items"),
