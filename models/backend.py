@@ -66,47 +66,49 @@ class Buffer(Protocol):
 
 
 class Recorder(Protocol):
-    """Appends ops to a program; they run in the order of the calls. `out` may be an input where the op says so."""
+    """Appends ops to a program; they run in the order of the calls. `out` may be an input where the op says so.
+
+    Tables, weights, vectors, caches and buffers are handles of the backend that made them: only it knows their types,
+    so the ops take Any.
+    """
 
     def buffer(self, width: int) -> Buffer:
         """A new buffer: for up to n_batch tokens, or, after `outputs`, for up to n_outputs result rows."""
         ...
 
-    def embed(self, table: Any, out: Buffer, scale: float = 1.0) -> None:
+    def embed(self, table: Any, out: Any, scale: float = 1.0, /) -> None:
         """out[t] = scale * table[ids[t]]."""
         ...
 
     def rms_norm(
-        self, x: Buffer, weight: Any, out: Buffer, eps: float, *, n_group: int = 1, residual: Buffer | None = None
+        self, x: Any, weight: Any, out: Any, eps: float, /, *, n_group: int = 1, residual: Any | None = None
     ) -> None:
         """out = x / sqrt(mean(x^2) + eps) * weight (+ residual). n_group > 1: each of n_group equal parts of a row is
         normed by itself with the same weight (QK-norm). out may be x or residual."""
         ...
 
-    def matmul(
-        self, x: Buffer, weight: Weight, out: Buffer, *, bias: Any | None = None, residual: Buffer | None = None
-    ) -> None:
+    def matmul(self, x: Any, weight: Any, out: Any, /, *, bias: Any | None = None, residual: Any | None = None) -> None:
         """out = x @ weight.T (+ bias) (+ residual). out may be residual, not x."""
         ...
 
-    def rope(self, x: Buffer, rope: Rope, head_dim: int) -> None:
+    def rope(self, x: Any, rope: Rope, head_dim: int, /) -> None:
         """Rotate, in place, each head_dim-wide part of x by its token's position."""
         ...
 
-    def attention(self, q: Buffer, k: Buffer, v: Buffer, cache: Any, shape: Attention, out: Buffer) -> None:
+    def attention(self, q: Any, k: Any, v: Any, cache: Any, shape: Attention, out: Any, /) -> None:
         """Append k and v at the tokens' positions, then out = softmax(scale * q.k, causal, window) @ v per head."""
         ...
 
-    def gated(self, gate: Buffer, up: Buffer, out: Buffer, activation: str) -> None:
+    def gated(self, gate: Any, up: Any, out: Any, activation: str, /) -> None:
         """out = activation(gate) * up; activation: "silu" or "gelu" (the tanh form). out may be gate or up."""
         ...
 
-    def outputs(self, x: Buffer) -> Buffer:
+    def outputs(self, x: Any, /) -> Buffer:
         """A copy of the rows of x whose logits are wanted (chosen at run time). Called once: the ops and buffers that
         follow are for those rows only, and leave everything from before as it is, so that they can run again."""
         ...
 
-    def finish(self, result: Buffer) -> "Program":
+    def finish(self, result: Any, /) -> "Program":
         """End recording; `result` is what Program.result shows."""
         ...
 
