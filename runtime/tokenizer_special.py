@@ -1,0 +1,51 @@
+"""Cuts special tokens out of a text before the rest is tokenized."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+
+class SpecialTokens:
+    """Finds special tokens in a text, the longest (in UTF-8 bytes) of all first, wherever it stands, as llama.cpp does.
+
+    That is not the usual scan from the left: of two tokens that overlap in a text the longer one wins, not the first.
+    """
+
+    def __init__(self, tokens: Sequence[str], ids: Iterable[int]) -> None:
+        """tokens: the vocabulary; ids: those to find."""
+        self._tokens = tokens
+        self._order = sorted(ids, key=lambda id: (-len(tokens[id].encode()), id))
+        # A vocabulary may have thousands of them: a text is searched for their first two characters only.
+        self._starts: defaultdict[str, dict[str, int]] = defaultdict(dict)
+        for i, id in enumerate(self._order):
+            self._starts[tokens[id][:2]][tokens[id]] = i
+
+    def split(self, text: str) -> list[str | int]:
+        """Return the text's pieces in order: ids of special tokens, and non-empty strings between them."""
+        pieces: list[str | int] = [text] if text else []
+        for i in sorted(self._present(text)):
+            id = self._order[i]
+            token = self._tokens[id]
+            cut: list[str | int] = []
+            for piece in pieces:
+                if isinstance(piece, int) or token not in piece:
+                    cut.append(piece)
+                    continue
+                first, *rest = piece.split(token)
+                cut.append(first)
+                for part in rest:
+                    cut += (id, part)
+            pieces = [piece for piece in cut if piece != ""]
+        return pieces
+
+    def _present(self, text: str) -> set[int]:
+        """Return which tokens (by their place in the order) occur somewhere in the text."""
+        present: set[int] = set()
+        for start, group in self._starts.items():
+            found: set[int] = set()
+            lengths = {len(token) for token in group}
+            at = text.find(start)
+            while at >= 0 and len(found) < len(group):
+                found |= {group[part] for n in lengths if (part := text[at : at + n]) in group}
+                at = text.find(start, at + 1)
+            present |= found
+        return present

@@ -1,0 +1,216 @@
+"""The vocabulary in a file's metadata, checked: tokens, their types and scores, and the ids that have a role."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.formats.errors import FormatError
+
+# Values of tokenizer.ggml.token_type; 0 and what is not here means undefined.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+_PREFIX = "tokenizer.ggml."
+
+# What converters write where a model has no such token: -1, as a signed or an unsigned number.
+_NO_ID = (-1, 0xFFFFFFFF)
+
+# Tokens that end an answer whatever the metadata says. They are control tokens even where token_type forgot it.
+_END_NAMES = (
+    "<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|end_of_text|>", "<|endoftext|>", "<EOT>", "_<EOT>",
+    "[EOT]", "<｜end▁of▁sentence｜>", "<end_of_utterance>", "<|eom_id|>", "<|return|>", "<|call|>", "<|flush|>",
+    "<|calls|>", "[EOS]", "<eos>", "<turn|>", "<|tool_response>", "[e~[",
+)  # fmt: skip
+
+# Ends an answer only as a control token: Gemma's vocabulary has it as a tag of HTML.
+_END_IF_CONTROL = "</s>"
+
+# Structure of an answer with several messages: shown, although files call them control tokens. With one of each of
+# the two sets, "<|end|>" ends a message and not the answer.
+_SHOWN_NAMES = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
+_END_OF_MESSAGE = "<|end|>"
+_ENDS_OF_MANY_MESSAGES = (("<|call|>", "<|calls|>"), ("<|return|>", "<|flush|>"))
+
+
+@dataclass(frozen=True)
+class _Role:
+    """A token's task. Its id stands in the metadata as `<key>_token_id`; where not, one of these names tells it."""
+
+    key: str
+    names: tuple[str, ...]
+    ends_answer: bool = False
+
+
+_ROLES = (
+    _Role("eot", _END_NAMES, True),
+    _Role("eom", ("<|eom_id|>",), True),
+    _Role("fim_pre", ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>",
+                      "<|code_prefix|>", "<|prefix|>")),
+    _Role("fim_suf", ("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>",
+                      "<|code_suffix|>", "<|suffix|>")),
+    _Role("fim_mid", ("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>",
+                      "<|code_middle|>", "<|middle|>")),
+    _Role("fim_pad", ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"), True),
+    _Role("fim_rep", ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"), True),
+    _Role("fim_sep", ("<|file_sep|>",), True),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What holds where the metadata is silent; it depends on the kind of tokenizer."""
+
+    add_bos: bool = False
+    bos: int | None = None
+    eos: int | None = None
+    unknown: int | None = None
+
+
+@dataclass(frozen=True)
+class Vocab:
+    """tokens: texts by id; ids: the reverse; types: one token type per byte; the ids of roles (None: has no such
+    token); stop_ids: all that end an answer."""
+
+    tokens: list[str]
+    ids: dict[str, int]
+    types: bytes
+    bos: int | None
+    eos: int | None
+    eot: int | None
+    unknown: int | None
+    stop_ids: frozenset[int]
+    add_bos: bool
+    add_eos: bool
+
+    def of_type(self, *types: int) -> list[int]:
+        """Return the ids of all tokens of the given types, in order."""
+        mask = np.isin(np.frombuffer(self.types, np.uint8), types)
+        return [int(id) for id in np.flatnonzero(mask)]
+
+
+def read_vocab(metadata: Mapping[str, Any], defaults: Defaults) -> Vocab:
+    """Read and check the vocabulary. FormatError names the key, what it holds and what it must hold."""
+    tokens = read_strings(metadata, "tokens")
+    ids = {token: id for id, token in enumerate(tokens)}  # three times as fast as dict(zip())
+    if "" in ids:
+        tokens = [token or f"[EMPTY_{id}]" for id, token in enumerate(tokens)]
+        ids = {token: id for id, token in enumerate(tokens)}
+    if len(ids) != len(tokens):
+        id = next(id for id, token in enumerate(tokens) if ids[token] != id)
+        raise FormatError(f"{_PREFIX}tokens: tokens {id} and {ids[tokens[id]]} are the same text {tokens[id]!r}")
+
+    types = _types(metadata, len(tokens))
+    roles: dict[str, int] = {}
+    for role in _ROLES:
+        id = _id(metadata, role.key, len(tokens))
+        if id is None:
+            id = next((ids[name] for name in role.names if name in ids), None)
+            if id is not None:
+                types[id] = CONTROL
+        if id is not None:
+            roles[role.key] = id
+    eos = _id(metadata, "eos", len(tokens), defaults.eos)
+    stop_ids = {eos, *(roles.get(role.key) for role in _ROLES if role.ends_answer)}
+    for name in _END_NAMES:
+        if name in ids:
+            stop_ids.add(ids[name])
+            types[ids[name]] = CONTROL
+    if _END_IF_CONTROL in ids and types[ids[_END_IF_CONTROL]] == CONTROL:
+        stop_ids.add(ids[_END_IF_CONTROL])
+    for name in _SHOWN_NAMES:
+        if name in ids:
+            types[ids[name]] = USER_DEFINED
+    if _END_OF_MESSAGE in ids and all(any(name in ids for name in names) for names in _ENDS_OF_MANY_MESSAGES):
+        stop_ids.discard(ids[_END_OF_MESSAGE])
+        types[ids[_END_OF_MESSAGE]] = USER_DEFINED
+
+    return Vocab(
+        tokens=tokens,
+        ids=ids,
+        types=bytes(types),
+        bos=_id(metadata, "bos", len(tokens), defaults.bos),
+        eos=eos,
+        eot=roles.get("eot"),
+        unknown=_id(metadata, "unknown", len(tokens), defaults.unknown),
+        stop_ids=frozenset(id for id in stop_ids if id is not None),
+        add_bos=read_bool(metadata, "add_bos_token", defaults.add_bos),
+        add_eos=read_bool(metadata, "add_eos_token", False),
+    )
+
+
+def read_strings(metadata: Mapping[str, Any], name: str) -> list[str]:
+    """Return the array of strings `tokenizer.ggml.<name>`; FormatError unless it is one and is not empty."""
+    key = _PREFIX + name
+    value = metadata.get(key)
+    if value is None:
+        raise FormatError(f"{key} is missing: the file holds no complete tokenizer, convert the model again")
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise FormatError(f"{key} is no array of strings, but {_describe(value)}")
+    strings = list(value)
+    if not strings:
+        raise FormatError(f"{key} is empty")
+    try:
+        "".join(strings).encode()
+    except (TypeError, UnicodeEncodeError):
+        # Which one it is matters only now: looking at each costs more than joining all.
+        for i, string in enumerate(strings):
+            if not isinstance(string, str):
+                raise FormatError(f"{key}: entry {i} is no string, but {_describe(string)}") from None
+        raise FormatError(f"{key} holds characters that UTF-8 cannot express") from None
+    return strings
+
+
+def read_numbers(metadata: Mapping[str, Any], name: str, n: int) -> NDArray[Any] | None:
+    """Return the numeric array `tokenizer.ggml.<name>`, None if missing; FormatError unless it has n numbers."""
+    key = _PREFIX + name
+    value = metadata.get(key)
+    if value is None:
+        return None
+    try:
+        numbers = np.asarray(value)
+    except (ValueError, OverflowError):
+        numbers = np.empty(0, object)
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iuf":
+        raise FormatError(f"{key} is no array of numbers, but {_describe(value)}")
+    if len(numbers) != n:
+        raise FormatError(f"{key} has {len(numbers)} entries for {n} tokens")
+    return numbers
+
+
+def read_bool(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
+    """Return the truth value `tokenizer.ggml.<name>`."""
+    value = metadata.get(_PREFIX + name, default)
+    if not isinstance(value, bool | np.bool_):
+        raise FormatError(f"{_PREFIX}{name} must be true or false, but is {_describe(value)}")
+    return bool(value)
+
+
+def _types(metadata: Mapping[str, Any], n: int) -> bytearray:
+    types = read_numbers(metadata, "token_type", n)
+    if types is None:
+        return bytearray([NORMAL]) * n
+    if types.dtype.kind == "f":
+        raise FormatError(f"{_PREFIX}token_type holds {types.dtype} numbers: integers are allowed")
+    return bytearray(np.where((types >= NORMAL) & (types <= BYTE), types, 0).astype(np.uint8).tobytes())
+
+
+def _id(metadata: Mapping[str, Any], role: str, n: int, default: int | None = None) -> int | None:
+    key = f"{_PREFIX}{role}_token_id"
+    value = metadata.get(key)
+    if value is None:
+        return default if default is not None and default < n else None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise FormatError(f"{key} must be a token's id, but is {_describe(value)}")
+    if value in _NO_ID:
+        return None
+    if not 0 <= value < n:
+        raise FormatError(f"{key} is {value}: the vocabulary has the ids 0 to {n - 1}")
+    return value
+
+
+def _describe(value: object) -> str:
+    """Name a wrong value in a message: its type, and itself where it is short."""
+    text = repr(value) if isinstance(value, int | float | str) else ""
+    return f"{type(value).__name__} {text}".strip() if len(text) <= 40 else f"{type(value).__name__} {text[:40]}..."
