@@ -17,7 +17,7 @@ from gguf_run.runtime.sampling import Sampler
 
 if TYPE_CHECKING:
     from gguf_run.models.decoder import Decoder
-    from gguf_run.runtime.tokenizer import TextStream
+    from gguf_run.runtime.tokenizer import TokenStream
 
 
 class ContextError(GgufRunError):
@@ -124,19 +124,16 @@ class Generation:
             self.decode_s += time.perf_counter() - start
 
 
-def text_pieces(generation: Generation, stream: "TextStream", stop: Sequence[str]) -> Iterator[str]:
+def text_pieces(generation: Generation, stream: "TokenStream", stop: "StopStrings") -> Iterator[str]:
     """Yield the text of a generation as it comes, up to the first stop string (left out)."""
-    matcher = StopStrings(stop)
     for id in generation:
-        if text := matcher.push(stream.push(id)):
+        if text := stop.push(stream.push(id)):
             yield text
-        if matcher.found:
+        if stop.found:
             generation.finish = "stop"
             return
     # What was held back: an unfinished character, the beginning of a stop string that did not come.
-    text = matcher.push(stream.flush())
-    text += matcher.flush()
-    if text:
+    if text := stop.push(stream.flush()) + stop.flush():
         yield text
 
 

@@ -65,9 +65,11 @@ def available_memory(root: Path = Path("/")) -> int | None:
             limit, used = cgroup.read(group / limit_file), cgroup.read(group / used_file)
             if limit.isdigit() and used.isdigit():
                 # Cached file pages count as used, but are given up when memory is needed.
-                stat = dict(re.findall(r"^(\w+) (\d+)$", cgroup.read(group / "memory.stat"), re.MULTILINE))
-                cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
-                left.append(int(limit) - int(used) + cached)
+                # (v1 counts the groups below in lines of their own, "total_...").
+                cached = re.findall(
+                    r"^(?:total_)?inactive_file (\d+)$", cgroup.read(group / "memory.stat"), re.MULTILINE
+                )
+                left.append(int(limit) - int(used) + max(map(int, cached), default=0))
     return max(0, min(left))
 
 

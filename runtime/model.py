@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.formats.reader import GGUFFile
-from gguf_run.runtime.generate import Generation, Session, text_pieces
+from gguf_run.runtime.generate import Generation, Session, StopStrings, text_pieces
 from gguf_run.runtime.sampling import Sampler, SamplingParams
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ class Model:
     ) -> Iterator[str]:
         sampler = Sampler(SamplingParams(**sampling))
         self._generation = Generation(self._session, ids, sampler, self.tokenizer.stop_ids, max_tokens)
-        return text_pieces(self._generation, self.tokenizer.stream(), stop)
+        return text_pieces(self._generation, self.tokenizer.stream(), StopStrings(stop))
 
     def _open_ended(self, ids: list[int]) -> list[int]:
         """A text that is to go on must not end with EOS, which some models want around a text."""

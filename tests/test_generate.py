@@ -1,0 +1,256 @@
+"""Sessions, generations and text pieces, with a decoder and a tokenizer of a few lines."""
+
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.runtime.generate import ContextError, Generation, Session, StopStrings, text_pieces
+from gguf_run.runtime.sampling import Sampler, SamplingParams
+
+N_VOCAB = 300
+GREEDY = SamplingParams(temperature=0)
+
+
+class FakeDecoder:
+    """The token after x at position p is (x + p) % N_VOCAB, so a wrong position shows. Remembers what it ran."""
+
+    def __init__(self, n_ctx: int = 32) -> None:
+        self.n_ctx, self.n_past = n_ctx, 0
+        self.config = SimpleNamespace(n_vocab=N_VOCAB)
+        self.runs: list[tuple[int, list[int]]] = []
+        self.fails = False
+
+    def forward(self, ids: Sequence[int], n_outputs: int = 1) -> Iterator[np.ndarray]:
+        self.runs.append((self.n_past, list(ids)))
+        assert self.n_past + len(ids) <= self.n_ctx
+        block = np.zeros((1, N_VOCAB), np.float32)  # overwritten, as the program's memory is
+        for i, id in enumerate(ids):
+            position, self.n_past = self.n_past, self.n_past + 1
+            if self.fails and i:
+                raise KeyboardInterrupt
+            if i >= len(ids) - n_outputs:
+                block[:] = 0
+                block[0, (id + position) % N_VOCAB] = 1
+                yield block
+
+    def rewind(self, n_past: int) -> None:
+        assert 0 <= n_past <= self.n_past
+        self.n_past = n_past
+
+
+def expected(ids: Sequence[int], n: int) -> list[int]:
+    out = list(ids)
+    for _ in range(n):
+        out.append((out[-1] + len(out) - 1) % N_VOCAB)
+    return out[len(ids) :]
+
+
+def generate(session: Session, ids: Sequence[int], stop_ids: Sequence[int] = (), max_tokens: int | None = 5) -> Any:
+    generation = Generation(session, ids, Sampler(GREEDY), stop_ids, max_tokens)
+    return list(generation), generation
+
+
+def test_prefill_then_one_token_at_a_time() -> None:
+    decoder = FakeDecoder()
+    out, generation = generate(Session(decoder), [7, 8, 9])
+    assert out == expected([7, 8, 9], 5)
+    assert decoder.runs == [(0, [7, 8, 9])] + [(3 + i, [id]) for i, id in enumerate(out[:-1])]
+    assert (generation.finish, generation.n_prompt, generation.n_decoded, generation.n_reused) == ("length", 3, 4, 0)
+    assert generation.prefill_s > 0
+    assert generation.decode_s > 0
+
+
+def test_common_start_is_not_computed_again() -> None:
+    """A chat sends its whole history each time."""
+    decoder = FakeDecoder()
+    session = Session(decoder)
+    first, _ = generate(session, [5, 6, 7])
+    decoder.runs.clear()
+    prompt = [5, 6, 7, *first, 50, 51]
+    out, generation = generate(session, prompt)
+    assert out == expected(prompt, 5)
+    # The last answered token was never run: it is new too.
+    assert decoder.runs[0] == (7, [first[-1], 50, 51])
+    assert generation.n_reused == 7
+
+
+@pytest.mark.parametrize(("prompt", "n_reused"), [([5, 6, 7], 2), ([5, 6], 1), ([5, 9, 7], 1), ([4], 0)])
+def test_context_goes_back(prompt: list[int], n_reused: int) -> None:
+    """To the same prompt (its last token runs again, for its logits), to a shorter one, to another one."""
+    decoder = FakeDecoder()
+    session = Session(decoder)
+    generate(session, [5, 6, 7])
+    out, generation = generate(session, prompt)
+    assert out == expected(prompt, 5)
+    assert generation.n_reused == n_reused
+
+
+def test_an_interrupted_run_leaves_a_session_that_works() -> None:
+    decoder = FakeDecoder()
+    session = Session(decoder)
+    generate(session, [5, 6, 7], max_tokens=1)
+    decoder.fails = True
+    with pytest.raises(KeyboardInterrupt):
+        generate(session, [5, 6, 7, 20, 21, 22])
+    decoder.fails = False
+    out, generation = generate(session, [5, 6, 7, 30, 31])
+    assert out == expected([5, 6, 7, 30, 31], 5)
+    assert generation.n_reused == 3
+
+
+def test_abandoned_iterator() -> None:
+    session = Session(FakeDecoder())
+    generation = iter(Generation(session, [5, 6], Sampler(GREEDY), (), None))
+    next(generation)
+    next(generation)
+    out, _ = generate(session, [9, 9])
+    assert out == expected([9, 9], 5)
+
+
+def test_stop_id_is_not_given_out() -> None:
+    third = expected([1, 2], 3)[2]
+    out, generation = generate(Session(FakeDecoder()), [1, 2], stop_ids=[third], max_tokens=None)
+    assert out == expected([1, 2], 2)
+    assert (generation.finish, generation.n_decoded) == ("stop", 2)
+
+
+@pytest.mark.parametrize("n_prompt", [1, 9, 10])
+def test_ends_when_the_context_is_full(n_prompt: int) -> None:
+    """Each token that is run takes a position; the last one chosen is not run any more."""
+    session = Session(FakeDecoder(n_ctx=10))
+    out, generation = generate(session, range(n_prompt), max_tokens=None)
+    assert len(out) == 10 - n_prompt + 1
+    assert generation.finish == "context"
+    assert session.n_free == 0
+
+
+def test_prompt_longer_than_the_context() -> None:
+    decoder = FakeDecoder(n_ctx=10)
+    with pytest.raises(ContextError, match=r"11 tokens.* holds 10: .*--ctx-size"):
+        Generation(Session(decoder), range(11), Sampler(GREEDY), (), None)
+    assert decoder.runs == []
+
+
+def test_empty_prompt() -> None:
+    with pytest.raises(GgufRunError, match="empty"):
+        Generation(Session(FakeDecoder()), [], Sampler(GREEDY), (), None)
+
+
+@pytest.mark.parametrize("max_tokens", [0, -1])
+def test_max_tokens_not_allowed(max_tokens: int) -> None:
+    with pytest.raises(OptionError, match="max_tokens"):
+        Generation(Session(FakeDecoder()), [1], Sampler(GREEDY), (), max_tokens)
+
+
+def test_repeat_penalty_sees_prompt_and_answer() -> None:
+    session = Session(FakeDecoder())
+    sampler = Sampler(SamplingParams(temperature=0, repeat_penalty=2))
+    out = list(Generation(session, [4, 5], sampler, (), 2))
+    assert list(sampler._recent) == [4, 5, out[0]]
+
+
+def test_logits_of_all_tokens() -> None:
+    decoder = FakeDecoder()
+    session = Session(decoder)
+    generate(session, [5, 6, 7])
+    logits = np.concatenate([block.copy() for block in session.logits([5, 6, 40])])
+    assert logits.argmax(axis=1).tolist() == [5, 7, 42]
+    assert decoder.runs[-1] == (0, [5, 6, 40])
+    _, generation = generate(session, [5, 6, 40, 41])
+    assert generation.n_reused == 3
+
+
+class ByteStream:
+    """Ids are bytes; gives out whole characters only, as the real stream does."""
+
+    def __init__(self) -> None:
+        self._bytes = b""
+
+    def push(self, id: int) -> str:
+        self._bytes += bytes([id % 256])
+        try:
+            text = self._bytes.decode()
+        except UnicodeDecodeError:
+            return ""
+        self._bytes = b""
+        return text
+
+    def flush(self) -> str:
+        return self._bytes.decode(errors="replace")
+
+
+class Replay(Generation):
+    """Gives out known ids."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        super().__init__(Session(FakeDecoder()), [1], Sampler(GREEDY), (), None)
+        self._replayed = ids
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._replayed
+        self.finish = "length"
+
+
+def pieces(data: bytes, stop: Sequence[str] = ()) -> tuple[list[str], str]:
+    generation = Replay(list(data))
+    return list(text_pieces(generation, ByteStream(), StopStrings(stop))), generation.finish
+
+
+def test_characters_are_whole() -> None:
+    assert pieces("aé€😀".encode()) == (["a", "é", "€", "😀"], "length")
+
+
+def test_unfinished_character_at_the_end() -> None:
+    assert pieces("a€".encode()[:-1]) == (["a", "�"], "length")
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "shown", "finish"),
+    [
+        ("one two", ["tw"], "one ", "stop"),
+        ("one two", ["two", "one"], "", "stop"),
+        ("ababac", ["abac"], "ab", "stop"),
+        ("one tw", ["two"], "one tw", "length"),
+        ("one", ["x"], "one", "length"),
+    ],
+)
+def test_stop_strings(text: str, stop: list[str], shown: str, finish: str) -> None:
+    found, reason = pieces(text.encode(), stop)
+    assert ("".join(found), reason) == (shown, finish)
+
+
+@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.data())
+def test_stop_strings_in_any_pieces(text: str, stop: list[str], data: st.DataObject) -> None:
+    """However the text is cut: all before the first stop string comes out, and nothing is held back without need."""
+    matcher = StopStrings(stop)
+    shown, rest = "", text
+    while rest:
+        n = data.draw(st.integers(1, len(rest)))
+        shown += matcher.push(rest[:n])
+        rest = rest[n:]
+        pushed = text[: len(text) - len(rest)]
+        if not matcher.found:
+            held = pushed.removeprefix(shown)
+            assert shown + held == pushed
+            assert held == "" or any(string.startswith(held) for string in stop)
+    ends = [text.find(string) for string in stop if string in text]
+    # A string found earlier in time may begin later than one found in the same push: never more is shown than before
+    # the first that was complete.
+    assert matcher.found == bool(ends)
+    if not matcher.found:
+        assert shown + matcher.flush() == text
+    else:
+        assert text.startswith(shown)
+        assert not any(string in shown for string in stop)
+
+
+@pytest.mark.parametrize("stop", [[""], ["a", ""], "text"])
+def test_stop_not_allowed(stop: Any) -> None:
+    with pytest.raises(OptionError, match="stop is"):
+        StopStrings(stop)
