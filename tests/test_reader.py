@@ -1,5 +1,6 @@
 """Reading valid GGUF files: every value type, both byte orders, splits, real models; the gguf package as oracle."""
 
+import mmap
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import real
 from ggufbuild import TYPES, Raw, T, Typed, write
 
+from gguf_run.formats.mapped import MappedFile
 from gguf_run.formats.metadata import Metadata
 from gguf_run.formats.reader import GGUFFile
 from gguf_run.formats.strings import StringArray
@@ -29,7 +31,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "b.f64": ("[f64]", [1e300]), "b.bool": ("[bool]", [True, False, True]), "b.none": ("[f32]", []),
     "c.text": ("[string]", ["", "a", "漢字", "\0", "\uffff", "🦙" * 20]), "c.none": ("[string]", []),
     "d.nested": ("[[i32]]", [[1, -2], [], [3]]), "d.words": ("[[string]]", [["a", "b"], ["c"]]),
-    "d.deep": ("[[[[[[[[u8]]]]]]]]", [[[[[[[[7]]]]]]]]), "d.none": ("[[u8]]", []), "llama.block_count": ("u32", 3),
+    "d.deep": ("[[[[[[[[u8]]]]]]]]", [[[[[[[[7]]]]]]]]), "d.none": ("[[u8]]", []),
+    "d.wide": ("[[[u8]]]", [[[1], [2, 3]]] * 20), "llama.block_count": ("u32", 3),
 }  # fmt: skip
 
 
@@ -73,7 +76,7 @@ def test_type_names(tmp_path: Path) -> None:
 def test_bool_is_any_byte_but_zero(tmp_path: Path) -> None:
     data = bytes([7, 0, 0, 0]) + (3).to_bytes(8, "little") + bytes([0, 1, 2])
     with GGUFFile.open(write(tmp_path / "m.gguf", {"a": Raw(9, data), "b": Raw(7, b"\2")})) as file:
-        assert file.metadata["a"].tolist() == [False, True, True]
+        assert file.metadata["a"].view(np.uint8).tolist() == [0, 1, 1]
         assert file.metadata["b"] is True
 
 
@@ -197,6 +200,22 @@ def test_release_keeps_the_data(tmp_path: Path) -> None:
         np.testing.assert_array_equal(blocks.reshape(-1), data)
 
 
+def test_release_keeps_to_whole_pages(tmp_path: Path) -> None:
+    page = mmap.PAGESIZE
+    (tmp_path / "m").write_bytes(bytes(5 * page))
+    file = MappedFile(tmp_path / "m")
+    calls = []
+
+    class Recorder:
+        def madvise(self, option: int, start: int, length: int) -> None:
+            calls.append((option == mmap.MADV_DONTNEED, start // page, length // page, start % page, length % page))
+
+    file.map = Recorder()  # type: ignore[assignment]
+    for start, end in ((0, page), (1, 3 * page), (page, 3 * page - 1), (1, page), (1, 2 * page - 1), (9, 99)):
+        file.release(start, end - start)
+    assert calls == [(True, 0, 1, 0, 0), (True, 1, 2, 0, 0), (True, 1, 1, 0, 0)]
+
+
 def test_release_drops_resident_pages(tmp_path: Path) -> None:
     data = np.ones(32 << 20, np.uint8)
     path = write(tmp_path / "m.gguf", {}, [T("t", (len(data),), "I8", data)])
@@ -216,7 +235,8 @@ def resident_kib() -> int:
     status = Path("/proc/self/status")
     if not status.exists():
         pytest.skip("needs /proc")
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("RssFile"))
+    lines = status.read_text().splitlines()  # a file in memory (tmpfs) counts as shared memory
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("RssFile", "RssShmem")))
 
 
 # ---- split files ----

@@ -87,6 +87,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "array of 2^30": (build({"a": array(12, 1 << 30)}), 'the value of "a" needs 8589934592 bytes'),
     "strings of 2^30": (build({"a": array(8, 1 << 30)}), 'the value of "a" needs 8589934592 bytes'),
     "strings cut": (build({"a": array(8, 3, string("x") * 2 + U64.pack(99))}), 'string 2 of 3 of the value of "a"'),
+    "length cut": (build({"a": array(8, 2, string("x" * 20) + bytes(7))}), 'string 1 of 2 of the value of "a"'),
     "string of 2^64-1 in array": (build({"a": array(8, 1, b"\xff" * 8)}), "string 0 of 1 of"),
     "string of 2^63-1 in array": (build({"a": array(8, 1, b"\xff" * 7 + b"\x7f")}), "string 0 of 1 of"),
     "strings not UTF-8": (build({"a": [b"ok", b"", b"\xe6\xbc", b"z"]}), r'string 2 of the value of "a" is not valid'),
