@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 
 from gguf_run.formats.jit import njit
 from gguf_run.kernels_cpu.native import f32_at, i64_at
-from gguf_run.kernels_cpu.op import Op, op, share, take
+from gguf_run.kernels_cpu.op import Op, items, n_pieces, op
 from gguf_run.kernels_cpu.panels import ROWS
 from gguf_run.kernels_cpu.quantize import quantize_if_wanted
 from gguf_run.kernels_cpu.simd import F16, F32, Simd, Val, kernel
@@ -102,11 +102,14 @@ def append(element_bytes: int) -> Op:
     """Write the tokens' k and v rows into the cache of f32 or f16 (4 or 2 bytes)."""
 
     @op("rows n_past n_head_kv head_dim n_ctx k k_stride v v_stride cache_k cache_v")
-    def append_rows(args, ith, nth):  # type: ignore[no-untyped-def]
+    def append_rows(args, piece, ith, nth):  # type: ignore[no-untyped-def]
         a = carray(args, 1)[0]
         n_past, n = i64_at(a.n_past, 1)[0], a.head_dim
         wide = (n + ROWS - 1) // ROWS * ROWS
-        first, end = share(i64_at(a.rows, 1)[0] * a.n_head_kv, ith, nth)
+        n_items = i64_at(a.rows, 1)[0] * a.n_head_kv
+        if piece < 0:
+            return n_pieces(n_items, 4, nth)
+        first, end = items(piece, n_items, 4, nth)
         for item in range(first, end):
             t, head = item // a.n_head_kv, item % a.n_head_kv
             position = n_past + t
@@ -117,6 +120,7 @@ def append(element_bytes: int) -> Op:
             for i in range(n):
                 _store(element_bytes, to_k + i * ROWS * element_bytes, k[i])
                 _store(element_bytes, to_v + i * element_bytes, v[i])
+        return 0
 
     return append_rows
 
@@ -130,114 +134,114 @@ def attend(panel: int, element_bytes: int) -> Op:
 
     @op(
         "rows n_past n_head n_head_kv head_dim n_ctx window q q_stride cache_k cache_v out out_stride parts part_bytes "
-        "scratch scratch_stride zeros counter",
+        "scratch scratch_stride zeros",
         "scale",
     )
-    def attend_rows(args, ith, nth):  # type: ignore[no-untyped-def]
+    def attend_rows(args, piece, ith, nth):  # type: ignore[no-untyped-def]
         a = carray(args, 1)[0]
         n_tokens, n_past, n = i64_at(a.rows, 1)[0], i64_at(a.n_past, 1)[0], a.head_dim
         wide, n_rep = (n + ROWS - 1) // ROWS * ROWS, a.n_head // a.n_head_kv
         per, n_blocks, n_split = _plan(n_tokens, n_past, n_rep, a.n_head_kv, a.window, nth)
-        n_pieces = n_blocks * a.n_head_kv * n_split
+        if piece < 0:
+            return n_blocks * a.n_head_kv * n_split
         scratch = a.scratch + ith * a.scratch_stride
-        piece = take(a.counter)
-        while piece < n_pieces:
-            # the last tokens see most positions: they come first
-            split, head = piece % n_split, piece // n_split % a.n_head_kv
-            block = n_blocks - 1 - piece // (n_split * a.n_head_kv)
-            t0 = block * per
-            n_rows = (min(n_tokens, t0 + per) - t0) * n_rep
-            n_fill = (n_rows + TILE - 1) // TILE * TILE
-            scores = scratch
-            queries = scores + n_fill * SPAN * 4
-            states = queries + n_fill * n * 4
-            sums = states + n_fill * 8
-            if n_split > 1:
-                sums = a.parts + piece * a.part_bytes
-                states = sums + n_fill * wide * 4
-            q = f32_at(queries, n_fill * n)
-            state, total = f32_at(states, n_fill * 2), f32_at(sums, n_fill * wide)
-            total[:] = 0
-            for r in range(n_fill):
-                state[2 * r], state[2 * r + 1] = _NEVER, 0
-                if r < n_rows:
-                    at = a.q + (t0 + r // n_rep) * a.q_stride + (head * n_rep + r % n_rep) * n * 4
-                    source = f32_at(at, n)
-                    for i in range(n):
-                        q[r * n + i] = source[i] * np.float32(a.scale)
-                else:
-                    q[r * n : r * n + n] = 0
+        split, head = piece % n_split, piece // n_split % a.n_head_kv
+        block = piece // (n_split * a.n_head_kv)
+        t0 = block * per
+        n_rows = (min(n_tokens, t0 + per) - t0) * n_rep
+        n_fill = (n_rows + TILE - 1) // TILE * TILE
+        scores = scratch
+        queries = scores + n_fill * SPAN * 4
+        states = queries + n_fill * n * 4
+        sums = states + n_fill * 8
+        if n_split > 1:
+            sums = a.parts + piece * a.part_bytes
+            states = sums + n_fill * wide * 4
+        q = f32_at(queries, n_fill * n)
+        state, total = f32_at(states, n_fill * 2), f32_at(sums, n_fill * wide)
+        total[:] = 0
+        for r in range(n_fill):
+            state[2 * r], state[2 * r + 1] = _NEVER, 0
+            if r < n_rows:
+                at = a.q + (t0 + r // n_rep) * a.q_stride + (head * n_rep + r % n_rep) * n * 4
+                source = f32_at(at, n)
+                for i in range(n):
+                    q[r * n + i] = source[i] * np.float32(a.scale)
+            else:
+                q[r * n : r * n + n] = 0
 
-            low, high = 0, n_past + t0 + n_rows // n_rep
-            if a.window:
-                low = max(0, n_past + t0 + 1 - a.window)
-            length = ((high - low + n_split - 1) // n_split + ROWS - 1) // ROWS * ROWS
-            start = (low // ROWS) * ROWS + split * length
-            # a split's range is whole panels; rounding the first one down leaves the last one a little longer
-            stop = high if split == n_split - 1 else min(high, start + length)
-            while start < stop:
-                n_seen = min(SPAN, stop - start)
-                for r in range(0, n_fill, TILE):
-                    for g in range((n_seen + ROWS - 1) // ROWS):
-                        tile(
-                            panel, TILE,
-                            a.cache_k + (head * a.n_ctx + start + g * ROWS) * n * element_bytes, ROWS * element_bytes, n,
-                            queries + r * n * 4, n * 4,
-                            scores + (r * SPAN + g * ROWS) * 4, SPAN * 4,
-                            a.zeros, 0,
-                        )  # fmt: skip
-                for r in range(n_fill):
-                    row = f32_at(scores + r * SPAN * 4, SPAN)
-                    position = n_past + t0 + min(r, n_rows - 1) // n_rep
-                    since = max(0, position + 1 - a.window - start) if a.window else 0
-                    until = min(n_seen, position + 1 - start)
-                    for i in range(min(since, SPAN)):
-                        row[i] = _NEVER
-                    for i in range(max(0, until), SPAN):
-                        row[i] = _NEVER
-                    if since >= until:
-                        row[:] = 0
-                        continue
-                    factor = _softmax_row(scores + r * SPAN * 4, states + r * 8)
-                    if factor != 1:
-                        for i in range(r * wide, r * wide + wide):
-                            total[i] *= factor
-                for r in range(0, n_fill, TILE):
-                    for d in range(0, wide, ROWS):
-                        sum_at = sums + (r * wide + d) * 4
-                        tile(
-                            panel, TILE,
-                            a.cache_v + ((head * a.n_ctx + start) * wide + d) * element_bytes, wide * element_bytes, n_seen,
-                            scores + r * SPAN * 4, SPAN * 4,
-                            sum_at, wide * 4,
-                            sum_at, wide * 4,
-                        )  # fmt: skip
-                start += SPAN
-            if n_split == 1:
-                for r in range(n_rows):
-                    out = f32_at(a.out + (t0 + r // n_rep) * a.out_stride + (head * n_rep + r % n_rep) * n * 4, n)
-                    inverse = 1 / state[2 * r + 1]
-                    for i in range(n):
-                        out[i] = total[r * wide + i] * inverse
-            piece = take(a.counter)
+        low, high = 0, n_past + t0 + n_rows // n_rep
+        if a.window:
+            low = max(0, n_past + t0 + 1 - a.window)
+        length = ((high - low + n_split - 1) // n_split + ROWS - 1) // ROWS * ROWS
+        start = (low // ROWS) * ROWS + split * length
+        # a split's range is whole panels; rounding the first one down leaves the last one a little longer
+        stop = high if split == n_split - 1 else min(high, start + length)
+        while start < stop:
+            n_seen = min(SPAN, stop - start)
+            for r in range(0, n_fill, TILE):
+                for g in range((n_seen + ROWS - 1) // ROWS):
+                    tile(
+                        panel, TILE,
+                        a.cache_k + (head * a.n_ctx + start + g * ROWS) * n * element_bytes, ROWS * element_bytes, n,
+                        queries + r * n * 4, n * 4,
+                        scores + (r * SPAN + g * ROWS) * 4, SPAN * 4,
+                        a.zeros, 0,
+                    )  # fmt: skip
+            for r in range(n_fill):
+                row = f32_at(scores + r * SPAN * 4, SPAN)
+                position = n_past + t0 + min(r, n_rows - 1) // n_rep
+                since = max(0, position + 1 - a.window - start) if a.window else 0
+                until = min(n_seen, position + 1 - start)
+                for i in range(min(since, SPAN)):
+                    row[i] = _NEVER
+                for i in range(max(0, until), SPAN):
+                    row[i] = _NEVER
+                if since >= until:
+                    row[:] = 0
+                    continue
+                factor = _softmax_row(scores + r * SPAN * 4, states + r * 8)
+                if factor != 1:
+                    for i in range(r * wide, r * wide + wide):
+                        total[i] *= factor
+            for r in range(0, n_fill, TILE):
+                for d in range(0, wide, ROWS):
+                    sum_at = sums + (r * wide + d) * 4
+                    tile(
+                        panel, TILE,
+                        a.cache_v + ((head * a.n_ctx + start) * wide + d) * element_bytes, wide * element_bytes, n_seen,
+                        scores + r * SPAN * 4, SPAN * 4,
+                        sum_at, wide * 4,
+                        sum_at, wide * 4,
+                    )  # fmt: skip
+            start += SPAN
+        if n_split == 1:
+            for r in range(n_rows):
+                out = f32_at(a.out + (t0 + r // n_rep) * a.out_stride + (head * n_rep + r % n_rep) * n * 4, n)
+                inverse = 1 / state[2 * r + 1]
+                for i in range(n):
+                    out[i] = total[r * wide + i] * inverse
+        return 0
 
     return attend_rows
 
 
 @op("rows n_past n_head n_head_kv head_dim window out out_stride parts part_bytes q8 q8_stride")
-def merge(args, ith, nth):  # type: ignore[no-untyped-def]
+def merge(args, piece, ith, nth):  # type: ignore[no-untyped-def]
     """Put the parts of split positions together into out, and quantize out's rows if q8 is not 0."""
     a = carray(args, 1)[0]
     n_tokens, n_past, n = i64_at(a.rows, 1)[0], i64_at(a.n_past, 1)[0], a.head_dim
     wide, n_rep = (n + ROWS - 1) // ROWS * ROWS, a.n_head // a.n_head_kv
     per, n_blocks, n_split = _plan(n_tokens, n_past, n_rep, a.n_head_kv, a.window, nth)
-    first, end = share(n_tokens, ith, nth)
+    if piece < 0:
+        return n_pieces(n_tokens, 1, nth)
+    first, end = items(piece, n_tokens, 1, nth)
     for t in range(first, end):
         block = t // per
         n_fill = ((min(n_tokens, block * per + per) - block * per) * n_rep + TILE - 1) // TILE * TILE
         for h in range(a.n_head if n_split > 1 else 0):
             row = t % per * n_rep + h % n_rep
-            base = ((n_blocks - 1 - block) * a.n_head_kv + h // n_rep) * n_split
+            base = (block * a.n_head_kv + h // n_rep) * n_split
             most, total = _NEVER, np.float32(0)
             for s in range(n_split):
                 state = f32_at(a.parts + (base + s) * a.part_bytes + (n_fill * wide + 2 * row) * 4, 2)
@@ -255,3 +259,4 @@ def merge(args, ith, nth):  # type: ignore[no-untyped-def]
             for i in range(n):
                 out[i] /= total
         quantize_if_wanted(a.q8, a.q8_stride, t, a.out + t * a.out_stride, a.n_head * n)
+    return 0

@@ -8,7 +8,7 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from gguf_run.kernels_cpu.native import f32_at, i64_at
-from gguf_run.kernels_cpu.op import Op, op, share
+from gguf_run.kernels_cpu.op import Op, items, n_pieces, op
 from gguf_run.kernels_cpu.quantize import quantize_row
 from gguf_run.kernels_cpu.simd import F32, Simd, Val, kernel
 
@@ -40,10 +40,13 @@ def gated(activation: str) -> Op:
     gelu = ACTIVATIONS.index(activation)
 
     @op("rows n gate gate_stride up up_stride out out_stride q8 q8_stride")
-    def gated_rows(args, ith, nth):  # type: ignore[no-untyped-def]
+    def gated_rows(args, piece, ith, nth):  # type: ignore[no-untyped-def]
         a = carray(args, 1)[0]
         per_row = (a.n + _PIECE - 1) // _PIECE
-        first, end = share(i64_at(a.rows, 1)[0] * per_row, ith, nth)
+        n_items = i64_at(a.rows, 1)[0] * per_row
+        if piece < 0:
+            return n_pieces(n_items, 1, nth)
+        first, end = items(piece, n_items, 1, nth)
         for item in range(first, end):
             t, start = item // per_row, item % per_row * _PIECE
             n = min(_PIECE, a.n - start)
@@ -56,5 +59,6 @@ def gated(activation: str) -> Op:
                 o[i] = g[i] / (1 + math.exp(-f)) * u[i]
             if a.q8:
                 quantize_row(out, n // 32, a.q8 + t * a.q8_stride + start * 2)
+        return 0
 
     return gated_rows

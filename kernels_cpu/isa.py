@@ -23,7 +23,13 @@ class Isa:
 
 # Best first; the first row whose needs are met is taken.
 ISAS = (
-    Isa("AVX-512 VNNI", frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "f16c", "fma"}), "vnni512", True, True),
+    Isa(
+        "AVX-512 VNNI",
+        frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "f16c", "fma"}),
+        "vnni512",
+        True,
+        True,
+    ),
     Isa("AVX-VNNI", frozenset({"avx2", "avxvnni", "f16c", "fma"}), "vnni256", True, True),
     Isa("AVX2", frozenset({"avx2", "f16c", "fma"}), "avx2", True, True),
     Isa("NEON dotprod", frozenset({"neon", "dotprod"}), "neon", True, True),

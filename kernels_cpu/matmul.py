@@ -6,12 +6,13 @@ from numba import carray
 
 from gguf_run.formats.jit import njit
 from gguf_run.kernels_cpu.native import f32_at, i64_at
-from gguf_run.kernels_cpu.op import Op, op, take
+from gguf_run.kernels_cpu.op import Op, op
 from gguf_run.kernels_cpu.panels import ROWS
 from gguf_run.kernels_cpu.tile import tile
 
 TOKENS = 4  # tokens of a tile. A batch is computed in whole tiles: buffers have rows for the rest, whatever is in them
-_PIECE_BYTES = 16384  # one token: weights that a thread takes at a time
+_PIECE_BYTES = 16384  # one token: weights that a thread takes at a time, at least
+_PER_THREAD = 16  # one token: pieces of a large matrix for each thread
 _GROUPS, _TILES = 8, 16  # a batch: panels and tiles of a piece, so that the panels stay in the second-level cache
 
 
@@ -27,7 +28,7 @@ def _add_bias(bias, out, out_stride, n_tokens, g, lanes):  # type: ignore[no-unt
 def matmul(panel: int) -> Op:
     """The op for one panel, a number of PANELS.
 
-    Fields (addresses, bytes): rows: address of the number of tokens. w: panels; group_bytes: bytes of one. x, out: rows.
+    Fields (addresses, bytes): rows: address of the number of tokens. w: panels, each of group_bytes. x, out: rows.
     n_steps, step_bytes: see tile. residual: rows added, or 16 zeros with residual_stride = residual_group = 0, where
     residual_group is the bytes from one panel's columns to the next's. bias: f32[n_out] or 0. scratch: per thread, for
     TOKENS * 16 floats.
@@ -36,9 +37,9 @@ def matmul(panel: int) -> Op:
 
     @op(
         "rows n_out n_steps step_bytes group_bytes w x x_stride out out_stride "
-        "residual residual_stride residual_group bias scratch scratch_stride counter"
+        "residual residual_stride residual_group bias scratch scratch_stride"
     )
-    def matmul_panel(args, ith, nth):  # type: ignore[no-untyped-def]
+    def matmul_panel(args, piece, ith, nth):  # type: ignore[no-untyped-def]
         a = carray(args, 1)[0]
         n_tokens = i64_at(a.rows, 1)[0]
         n_group = (a.n_out + ROWS - 1) // ROWS
@@ -46,42 +47,41 @@ def matmul(panel: int) -> Op:
         tail = a.n_out % ROWS
         spare = a.scratch + ith * a.scratch_stride
         if n_tokens == 1:
-            groups, tiles = max(1, _PIECE_BYTES // a.group_bytes), 1
+            groups, tiles = max(1, _PIECE_BYTES // a.group_bytes, n_group // (_PER_THREAD * nth)), 1
         else:
             groups, tiles = min(_GROUPS, max(1, n_group // (2 * nth))), _TILES
         across = (n_group + groups - 1) // groups
-        n_pieces = across * ((n_tile + tiles - 1) // tiles)
-        piece = take(a.counter)
-        while piece < n_pieces:
-            g0, t0 = piece % across * groups, piece // across * tiles
-            for t in range(t0, min(t0 + tiles, n_tile)):
-                first = t * tokens
-                x = a.x + first * a.x_stride
-                for g in range(g0, min(g0 + groups, n_group)):
-                    w = a.w + g * a.group_bytes
-                    out = a.out + first * a.out_stride + g * ROWS * 4
-                    init = a.residual + first * a.residual_stride + g * a.residual_group
-                    init_stride, to, to_stride, lanes = a.residual_stride, out, a.out_stride, ROWS
-                    count = 1 if n_tokens == 1 else tokens
-                    if tail and g == n_group - 1:
-                        # fewer than 16 rows are left: the tile goes through spare memory
-                        lanes, to, to_stride = tail, spare, ROWS * 4
-                        for i in range(count):
-                            row, source = f32_at(spare + i * ROWS * 4, ROWS), f32_at(init + i * init_stride, ROWS)
-                            for r in range(tail):
-                                row[r] = source[r]
-                        init, init_stride = spare, ROWS * 4
-                    if n_tokens == 1:
-                        tile(panel, 1, w, a.step_bytes, a.n_steps, x, a.x_stride, to, to_stride, init, init_stride)
-                    else:
-                        tile(panel, tokens, w, a.step_bytes, a.n_steps, x, a.x_stride, to, to_stride, init, init_stride)
-                    if lanes != ROWS:
-                        for i in range(count):
-                            row, source = f32_at(out + i * a.out_stride, lanes), f32_at(spare + i * ROWS * 4, lanes)
-                            for r in range(lanes):
-                                row[r] = source[r]
-                    if a.bias:
-                        _add_bias(a.bias, out, a.out_stride, count, g, lanes)
-            piece = take(a.counter)
+        if piece < 0:
+            return across * ((n_tile + tiles - 1) // tiles)
+        g0, t0 = piece % across * groups, piece // across * tiles
+        for t in range(t0, min(t0 + tiles, n_tile)):
+            first = t * tokens
+            x = a.x + first * a.x_stride
+            for g in range(g0, min(g0 + groups, n_group)):
+                w = a.w + g * a.group_bytes
+                out = a.out + first * a.out_stride + g * ROWS * 4
+                init = a.residual + first * a.residual_stride + g * a.residual_group
+                init_stride, to, to_stride, lanes = a.residual_stride, out, a.out_stride, ROWS
+                count = 1 if n_tokens == 1 else tokens
+                if tail and g == n_group - 1:
+                    # fewer than 16 rows are left: the tile goes through spare memory
+                    lanes, to, to_stride = tail, spare, ROWS * 4
+                    for i in range(count):
+                        row, source = f32_at(spare + i * ROWS * 4, ROWS), f32_at(init + i * init_stride, ROWS)
+                        for r in range(tail):
+                            row[r] = source[r]
+                    init, init_stride = spare, ROWS * 4
+                if n_tokens == 1:
+                    tile(panel, 1, w, a.step_bytes, a.n_steps, x, a.x_stride, to, to_stride, init, init_stride)
+                else:
+                    tile(panel, tokens, w, a.step_bytes, a.n_steps, x, a.x_stride, to, to_stride, init, init_stride)
+                if lanes != ROWS:
+                    for i in range(count):
+                        row, source = f32_at(out + i * a.out_stride, lanes), f32_at(spare + i * ROWS * 4, lanes)
+                        for r in range(lanes):
+                            row[r] = source[r]
+                if a.bias:
+                    _add_bias(a.bias, out, a.out_stride, count, g, lanes)
+        return 0
 
     return matmul_panel

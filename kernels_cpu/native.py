@@ -78,6 +78,17 @@ def atomic_store(typing_context: Any, address: Any, value: Any) -> Any:
     return types.void(types.intp, types.int64), codegen
 
 
+@intrinsic
+def atomic_swap_if(typing_context: Any, address: Any, expected: Any, new: Any) -> Any:
+    """Set the int64 at an address to `new` if it is `expected`; whether it was."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        where = builder.inttoptr(args[0], _I64.as_pointer())
+        return builder.extract_value(builder.cmpxchg(where, args[1], args[2], "seq_cst", "seq_cst"), 1)
+
+    return types.boolean(types.intp, types.int64, types.int64), codegen
+
+
 _PAUSE = {"x86_64": "llvm.x86.sse2.pause", "aarch64": "llvm.aarch64.hint", "arm64": "llvm.aarch64.hint"}
 
 
@@ -110,12 +121,11 @@ def yield_cpu(typing_context: Any) -> Any:
 
 
 @intrinsic
-def call_op(typing_context: Any, function: Any, args: Any, ith: Any, nth: Any) -> Any:
-    """function(args, ith, nth), function being the address of an op."""
+def call_op(typing_context: Any, function: Any, args: Any, piece: Any, ith: Any, nth: Any) -> Any:
+    """function(args, piece, ith, nth), function being the address of an op."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, a: Any) -> Any:
-        signature = ir.FunctionType(ir.VoidType(), [_I64, _I64, _I64])
-        builder.call(builder.inttoptr(a[0], signature.as_pointer()), a[1:])
-        return context.get_dummy_value()
+        signature = ir.FunctionType(_I64, [_I64] * 4)
+        return builder.call(builder.inttoptr(a[0], signature.as_pointer()), a[1:])
 
-    return types.void(types.intp, types.intp, types.intp, types.intp), codegen
+    return types.intp(*[types.intp] * 5), codegen

@@ -1,9 +1,9 @@
 """An op: one compiled function of a tape, and the record of arguments that it reads.
 
-`@op("x y n", "scale")` declares a function `f(args, ith, nth)`; `carray(args, 1)[0]` shows the record with the named
-fields, integers (counts, strides, addresses) first and floats after. Thread `ith` of `nth` runs it on its share of the
-work. The field `counter`, where declared, is the address of an int64 that is 0 when the op starts: `take` deals out
-pieces of work from it, so that a thread that is held up does less.
+`@op("x y n", "scale")` declares a function `f(args, piece, ith, nth)`; `carray(args, 1)[0]` shows the record with the
+named fields, integers (counts, strides, addresses) first and floats after. With piece < 0 it does nothing but return
+the number of pieces of its work for this step; with piece >= 0 it does that piece, as thread `ith` of `nth`. Pieces run
+in any order and at the same time.
 """
 
 import functools
@@ -15,7 +15,8 @@ from numba import from_dtype, types
 from numpy.typing import NDArray
 
 from gguf_run.formats.jit import cfunc, njit
-from gguf_run.kernels_cpu.native import atomic_add
+
+PER_THREAD = 4  # pieces of an op that a thread does on average, when all threads get on alike
 
 
 class Op:
@@ -26,7 +27,7 @@ class Op:
 
     @functools.cached_property
     def compiled(self) -> Any:
-        signature = types.void(types.CPointer(from_dtype(self.fields)), types.intp, types.intp)
+        signature = types.intp(types.CPointer(from_dtype(self.fields)), types.intp, types.intp, types.intp)
         return cfunc(signature, self.function, **self.options)
 
     def bind(self, **values: Any) -> NDArray[np.void]:
@@ -47,12 +48,13 @@ def op(integers: str, floats: str = "", **options: Any) -> Callable[[Callable[..
 
 
 @njit(inline="always")
-def take(counter):  # type: ignore[no-untyped-def]
-    """The number of the next piece of work."""
-    return atomic_add(counter, 1)
+def n_pieces(n, grain, nth):  # type: ignore[no-untyped-def]
+    """How many pieces n items make: at least `grain` items each, and a few for each thread at most."""
+    return max(1, min((n + grain - 1) // grain, PER_THREAD * nth))
 
 
 @njit(inline="always")
-def share(n, ith, nth):  # type: ignore[no-untyped-def]
-    """Thread ith's range (first, end) of n pieces dealt out evenly beforehand."""
-    return n * ith // nth, n * (ith + 1) // nth
+def items(piece, n, grain, nth):  # type: ignore[no-untyped-def]
+    """The items (first, end) of a piece, cut as n_pieces says."""
+    pieces = n_pieces(n, grain, nth)
+    return n * piece // pieces, n * (piece + 1) // pieces

@@ -19,7 +19,6 @@ from gguf_run.kernels_cpu.rows import copy_rows, embed
 from gguf_run.kernels_cpu.team import Team
 
 _N_TOKENS, _N_PAST, _N_OUT, _FIRST = range(0, 32, 8)  # the state's words, one on a cache line
-_COUNTERS = 8  # words apart, so that each counter has a cache line
 
 
 @dataclass
@@ -47,8 +46,7 @@ class CpuRecorder:
         self._state = np.zeros(64, np.int64)
         self._ids = np.zeros(n_batch, np.int32)
         self._zeros = aligned(4 * ROWS)
-        self._n_counters, self._body = 0, -1
-        self._counted: list[NDArray[np.void]] = []
+        self._body = -1
         self._scratch_bytes = 4 * TOKENS * ROWS
         self._scratched: list[NDArray[np.void]] = []
         self._parts_bytes = 0
@@ -63,9 +61,7 @@ class CpuRecorder:
 
     def _record(self, op: Op, **values: Any) -> NDArray[np.void]:
         names = op.fields.names or ()
-        arguments = op.bind(**values, **{name: 0 for name in ("counter", "scratch", "scratch_stride") if name in names})
-        if "counter" in names:
-            self._counted.append(arguments)
+        arguments = op.bind(**values, **{name: 0 for name in ("scratch", "scratch_stride") if name in names})
         if "scratch" in names:
             self._scratched.append(arguments)
         self._tape.ops.append((op, arguments))
@@ -286,9 +282,6 @@ class CpuRecorder:
     def finish(self, result: CpuBuffer) -> "CpuProgram":
         """Give the ops their shared memory, compile them, and lay out the tape."""
         n_threads = self._team.n_threads
-        counters = aligned(64 * len(self._counted)).view(np.int64)
-        for i, arguments in enumerate(self._counted):
-            arguments["counter"] = counters.ctypes.data + 64 * i
         stride = -(-self._scratch_bytes // 64) * 64
         scratch, parts = aligned(stride * n_threads), aligned(self._parts_bytes)
         for arguments in self._scratched:
@@ -297,7 +290,7 @@ class CpuRecorder:
             arguments["parts"] = parts.ctypes.data
         tape = np.array([(op.compiled.address, arguments.ctypes.data) for op, arguments in self._tape.ops], np.int64)
         keep = [self._tape, self._zeros, self._q8, scratch, parts]
-        return CpuProgram(self._team, tape, self._body, self._state, self._ids, counters, result, self, keep)
+        return CpuProgram(self._team, tape, self._body, self._state, self._ids, result, self, keep)
 
 
 class CpuProgram:
@@ -310,14 +303,13 @@ class CpuProgram:
         body: int,
         state: NDArray[np.int64],
         ids: NDArray[np.int32],
-        counters: NDArray[np.int64],
         result: CpuBuffer,
         sizes: CpuRecorder,
         keep: list[Any],
     ) -> None:
         """body: number of ops before the choice of output rows. keep: what the tape's addresses point into."""
         self.n_batch, self.n_outputs = sizes.n_batch, sizes.n_outputs
-        self._team, self._state, self._ids, self._counters, self._keep = team, state, ids, counters, keep
+        self._team, self._state, self._ids, self._keep = team, state, ids, keep
         self._all, self._before, self._after = tape, tape[:body], tape[body:]
         self._result = result.memory[:, result.start : result.start + result.width]
 
@@ -331,7 +323,6 @@ class CpuProgram:
         return self._replay(self._after, first, count)
 
     def _replay(self, tape: NDArray[np.int64], first: int, count: int) -> NDArray[np.float32]:
-        self._counters[:] = 0
         self._state[_FIRST], self._state[_N_OUT] = first, count
         self._team.run(tape)
         return self._result[:count]

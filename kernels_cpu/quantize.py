@@ -7,7 +7,7 @@ from numba.extending import intrinsic
 
 from gguf_run.formats.jit import njit
 from gguf_run.kernels_cpu.native import i64_at
-from gguf_run.kernels_cpu.op import op, share
+from gguf_run.kernels_cpu.op import items, n_pieces, op
 from gguf_run.kernels_cpu.simd import F32, I8, Simd, Val, kernel
 from gguf_run.kernels_cpu.tile import X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS
 
@@ -48,9 +48,13 @@ def quantize_if_wanted(q8, q8_stride, t, x, n):  # type: ignore[no-untyped-def]
 
 
 @op("rows n x x_stride q8 q8_stride")
-def quantize(args, ith, nth):  # type: ignore[no-untyped-def]
+def quantize(args, piece, ith, nth):  # type: ignore[no-untyped-def]
     """q8[t] = x[t] for all rows."""
     a = carray(args, 1)[0]
-    first, end = share(i64_at(a.rows, 1)[0], ith, nth)
+    n_items = i64_at(a.rows, 1)[0]
+    if piece < 0:
+        return n_pieces(n_items, 1, nth)
+    first, end = items(piece, n_items, 1, nth)
     for t in range(first, end):
         quantize_row(a.x + t * a.x_stride, a.n // 32, a.q8 + t * a.q8_stride)
+    return 0

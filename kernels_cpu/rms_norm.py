@@ -6,7 +6,7 @@ import numpy as np
 from numba import carray
 
 from gguf_run.kernels_cpu.native import f32_at, i64_at
-from gguf_run.kernels_cpu.op import op, share
+from gguf_run.kernels_cpu.op import items, n_pieces, op
 from gguf_run.kernels_cpu.quantize import quantize_if_wanted
 
 
@@ -16,10 +16,13 @@ from gguf_run.kernels_cpu.quantize import quantize_if_wanted
     "eps",
     fastmath={"reassoc", "contract"},
 )
-def rms_norm(args, ith, nth):  # type: ignore[no-untyped-def]
+def rms_norm(args, piece, ith, nth):  # type: ignore[no-untyped-def]
     """n: width of a group. residual: rows or 0. q8: where the quantized row goes (n_group = 1), or 0."""
     a = carray(args, 1)[0]
-    first, end = share(i64_at(a.rows, 1)[0] * a.n_group, ith, nth)
+    n_items = i64_at(a.rows, 1)[0] * a.n_group
+    if piece < 0:
+        return n_pieces(n_items, 1, nth)
+    first, end = items(piece, n_items, 1, nth)
     n = a.n
     weight = f32_at(a.weight, n)
     for item in range(first, end):
@@ -37,3 +40,4 @@ def rms_norm(args, ith, nth):  # type: ignore[no-untyped-def]
             for i in range(n):
                 out[i] = x[i] * factor * weight[i]
         quantize_if_wanted(a.q8, a.q8_stride, t, a.out + t * a.out_stride, n)
+    return 0

@@ -7,22 +7,27 @@ from numba import carray
 
 from gguf_run.formats.jit import njit
 from gguf_run.kernels_cpu.native import f32_at, i64_at, pointer
-from gguf_run.kernels_cpu.op import op, share
+from gguf_run.kernels_cpu.op import items, n_pieces, op
+
+_HEADS = 32  # heads that a thread takes at a time, at least
 
 
 @op("rows n_past n_half inv_freq table", "scale")
-def angles(args, ith, nth):  # type: ignore[no-untyped-def]
+def angles(args, piece, ith, nth):  # type: ignore[no-untyped-def]
     """table[t, i] = scale * (cos, sin) of (n_past + t) * inv_freq[i]; f32[n_tokens, n_half, 2]. n_past: an address."""
     a = carray(args, 1)[0]
     n_tokens, n_past = i64_at(a.rows, 1)[0], i64_at(a.n_past, 1)[0]
     inv_freq = carray(pointer(a.inv_freq), a.n_half, np.float64)
     table = f32_at(a.table, n_tokens * a.n_half * 2)
-    first, end = share(n_tokens, ith, nth)
+    if piece < 0:
+        return n_pieces(n_tokens, 1, nth)
+    first, end = items(piece, n_tokens, 1, nth)
     for t in range(first, end):
         for i in range(a.n_half):
             angle = (n_past + t) * inv_freq[i]
             table[(t * a.n_half + i) * 2] = a.scale * math.cos(angle)
             table[(t * a.n_half + i) * 2 + 1] = a.scale * math.sin(angle)
+    return 0
 
 
 @njit(inline="always")
@@ -35,10 +40,13 @@ def _rotate(x, table, n_half, step, apart):  # type: ignore[no-untyped-def]
 
 
 @op("rows n_head head_dim n_half neox x x_stride table")
-def rope(args, ith, nth):  # type: ignore[no-untyped-def]
+def rope(args, piece, ith, nth):  # type: ignore[no-untyped-def]
     """Rotate the first 2 * n_half of each head's dimensions. neox: pairs (i, i + n_half), else (2i, 2i + 1)."""
     a = carray(args, 1)[0]
-    first, end = share(i64_at(a.rows, 1)[0] * a.n_head, ith, nth)
+    n_items = i64_at(a.rows, 1)[0] * a.n_head
+    if piece < 0:
+        return n_pieces(n_items, _HEADS, nth)
+    first, end = items(piece, n_items, _HEADS, nth)
     for item in range(first, end):
         t, head = item // a.n_head, item % a.n_head
         x = f32_at(a.x + t * a.x_stride + head * a.head_dim * 4, 2 * a.n_half)
@@ -47,3 +55,4 @@ def rope(args, ith, nth):  # type: ignore[no-untyped-def]
             _rotate(x, table, a.n_half, 1, a.n_half)
         else:
             _rotate(x, table, a.n_half, 2, 1)
+    return 0

@@ -10,7 +10,7 @@ from gguf_run.formats.jit import clone
 from gguf_run.formats.scalars import half_to_f32
 from gguf_run.formats.unpack import INTEGER_FORMS
 from gguf_run.kernels_cpu.native import f32_at, i32_at, i64_at, pointer
-from gguf_run.kernels_cpu.op import Op, op, share
+from gguf_run.kernels_cpu.op import Op, items, n_pieces, op
 
 # Names that `clone` puts into _embed_blocks; here for the type checker.
 unpack: Any = None
@@ -21,7 +21,7 @@ FLOAT_TABLES = ("F32", "F16", "BF16")
 _FIELDS = "rows ids table row_bytes n out out_stride grid n_grid"
 
 
-def _embed_blocks(args, ith, nth):  # type: ignore[no-untyped-def]
+def _embed_blocks(args, piece, ith, nth):  # type: ignore[no-untyped-def]
     """out[t] = scale * row ids[t] of a table of a block-quantized type, as it stands in the file."""
     a = carray(args, 1)[0]
     n_tokens = i64_at(a.rows, 1)[0]
@@ -29,7 +29,10 @@ def _embed_blocks(args, ith, nth):  # type: ignore[no-untyped-def]
     q = np.empty(BLOCK_SIZE, np.int8)
     scale, minimum = np.empty(BLOCK_SIZE // GROUP, np.float32), np.zeros(BLOCK_SIZE // GROUP, np.float32)
     grid = carray(pointer(a.grid), a.n_grid, np.int8)
-    first, end = share(n_tokens, ith, nth)
+    n_items = n_tokens
+    if piece < 0:
+        return n_pieces(n_items, 4, nth)
+    first, end = items(piece, n_items, 4, nth)
     for t in range(first, end):
         src = carray(pointer(a.table + ids[t] * a.row_bytes), a.row_bytes, np.uint8)
         for b in range(a.n // BLOCK_SIZE):
@@ -38,6 +41,7 @@ def _embed_blocks(args, ith, nth):  # type: ignore[no-untyped-def]
             for i in range(BLOCK_SIZE):
                 value = scale[i // GROUP] * q[i]
                 out[i] = (value + minimum[i // GROUP] if HAS_MINIMUM else value) * a.scale
+    return 0
 
 
 @functools.cache
@@ -45,11 +49,14 @@ def _embed_floats(kind: int) -> Op:
     """The same for a table of one of FLOAT_TABLES."""
 
     @op(_FIELDS, "scale")
-    def embed_floats(args, ith, nth):  # type: ignore[no-untyped-def]
+    def embed_floats(args, piece, ith, nth):  # type: ignore[no-untyped-def]
         a = carray(args, 1)[0]
         n_tokens = i64_at(a.rows, 1)[0]
         ids = i32_at(a.ids, n_tokens)
-        first, end = share(n_tokens, ith, nth)
+        n_items = n_tokens
+        if piece < 0:
+            return n_pieces(n_items, 4, nth)
+        first, end = items(piece, n_items, 4, nth)
         for t in range(first, end):
             row = pointer(a.table + ids[t] * a.row_bytes)
             wide, half = carray(row, a.n, np.float32), carray(row, a.n, np.uint16)
@@ -62,6 +69,7 @@ def _embed_floats(kind: int) -> Op:
                 else:
                     value = np.uint32(np.uint32(half[i]) << 16).view(np.float32)
                 out[i] = value * a.scale
+        return 0
 
     return embed_floats
 
@@ -85,12 +93,16 @@ def embed(type_name: str) -> Op:
 
 
 @op("rows first n x x_stride out out_stride")
-def copy_rows(args, ith, nth):  # type: ignore[no-untyped-def]
+def copy_rows(args, piece, ith, nth):  # type: ignore[no-untyped-def]
     """out[i] = x[first + i] for the number of rows at `rows`; first: an address."""
     a = carray(args, 1)[0]
     skip = i64_at(a.first, 1)[0]
-    start, end = share(i64_at(a.rows, 1)[0], ith, nth)
+    n_items = i64_at(a.rows, 1)[0]
+    if piece < 0:
+        return n_pieces(n_items, 4, nth)
+    start, end = items(piece, n_items, 4, nth)
     for i in range(start, end):
         x, out = f32_at(a.x + (skip + i) * a.x_stride, a.n), f32_at(a.out + i * a.out_stride, a.n)
         for k in range(a.n):
             out[k] = x[k]
+    return 0

@@ -1,8 +1,13 @@
 """A team of threads that runs tapes: the list of ops of a step, one after the other, all threads on each.
 
-A tape is int64[n_ops, 2]: the address of an op's function and of its arguments. Between two ops the threads meet at a
-barrier: they spin for some microseconds, then let other processes run. Between two steps the helpers spin for a moment
-too, since the next step of a decode follows at once, and then sleep on a lock until they are called.
+A tape is int64[n_ops, 2]: the address of an op's function and of its arguments. The work of an op is dealt out in
+pieces from one shared word, the ticket, which holds the serial number of the running op and how many of its pieces
+nobody has taken yet; they are taken from the last to the first. The thread that ends an op's last piece moves the ticket on to the next op. So there is no barrier at which a thread must
+arrive: one that the system has suspended is waited for only if it holds a piece, and joins again wherever the others
+are. A thread that finds no piece spins for some microseconds, then offers its core to other processes.
+
+Between two steps the helpers spin for a moment too, since the next step of a decode follows at once; then they sleep
+until they are called.
 """
 
 import queue
@@ -13,86 +18,125 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.jit import njit
-from gguf_run.kernels_cpu.native import atomic_add, atomic_load, atomic_store, call_op, i64_at, pause, yield_cpu
+from gguf_run.kernels_cpu.native import (
+    atomic_add,
+    atomic_load,
+    atomic_store,
+    atomic_swap_if,
+    call_op,
+    i64_at,
+    pause,
+    yield_cpu,
+)
 
-# The team's shared words; each that threads write to has a cache line (8 words) of its own.
-_STEP, _ARRIVED, _TAPE, _N_OPS, _BASE, _STOP = 0, 8, 16, 17, 18, 19
-_ASLEEP = 24  # one word for each helper follows
-_SPINS = 2000  # times `pause` before a waiting thread offers its core to others
 MAX_THREADS = 62  # one bit of a word each
+# The team's shared words, in bytes; each that threads fight for has a cache line of its own.
+_STEP = 0  # number of the step; odd while its description is being written
+_TICKET = 64  # serial number of the op << _PIECE_BITS | pieces to be taken
+_UNFINISHED = 128  # pieces of the op that are not done
+_TAPE, _N_OPS, _BASE, _STOP = range(192, 192 + 32, 8)  # _BASE: serial number of the step's first op
+_ASLEEP = 256  # one word for each helper follows
+_PIECE_BITS = 24
+_SPINS = 2000  # times `pause` before a waiting thread offers its core to others
 _IDLE_SPINS = 20000  # the same for a helper between two steps, before it sleeps
 
 
 @njit
-def _run(shared, n_ops, ith, nth):  # type: ignore[no-untyped-def]
-    """Run the tape as thread ith of nth."""
-    words = i64_at(shared, 24)
-    tape = i64_at(words[_TAPE], 2 * n_ops)
-    target = words[_BASE]
-    for i in range(n_ops):
-        call_op(tape[2 * i], tape[2 * i + 1], ith, nth)
-        if nth > 1:
-            target += nth
-            atomic_add(shared + 8 * _ARRIVED, 1)
+def _open(shared, tape, serial, base, n_ops, nth):  # type: ignore[no-untyped-def]
+    """Move the ticket to the op with this serial number; ops without work are passed over."""
+    ops = i64_at(tape, 2 * n_ops)
+    n_pieces = 0
+    while serial < base + n_ops:
+        i = serial - base
+        n_pieces = call_op(ops[2 * i], ops[2 * i + 1], -1, 0, nth)
+        if n_pieces > 0:
+            break
+        serial += 1
+        n_pieces = 0
+    atomic_store(shared + _UNFINISHED, n_pieces)
+    atomic_store(shared + _TICKET, serial << _PIECE_BITS | n_pieces)
+
+
+@njit
+def _run(shared, tape, base, n_ops, ith, nth):  # type: ignore[no-untyped-def]
+    """Take pieces until the step's last op is done. Nothing of the step is touched without holding a piece of it."""
+    spins = 0
+    while True:
+        ticket = atomic_load(shared + _TICKET)
+        serial, left = ticket >> _PIECE_BITS, ticket & ((1 << _PIECE_BITS) - 1)
+        if serial >= base + n_ops:
+            return
+        if left == 0:
+            spins += 1
+            if spins < _SPINS:
+                pause()
+            else:
+                yield_cpu()
+        elif atomic_swap_if(shared + _TICKET, ticket, ticket - 1):
+            ops = i64_at(tape, 2 * n_ops)
+            call_op(ops[2 * (serial - base)], ops[2 * (serial - base) + 1], left - 1, ith, nth)
+            if atomic_add(shared + _UNFINISHED, -1) == 1:
+                _open(shared, tape, serial + 1, base, n_ops, nth)
             spins = 0
-            while atomic_load(shared + 8 * _ARRIVED) < target:
-                spins += 1
-                if spins < _SPINS:
-                    pause()
-                else:
-                    yield_cpu()
 
 
 @njit
 def _help(shared, step, ith, nth):  # type: ignore[no-untyped-def]
-    """Take part in every step after number `step`; return the last number when none has come for a while."""
+    """Take part in steps after number `step`. Returns the number of the last one when none has come for a while."""
     spins = 0
     while spins < _IDLE_SPINS:
-        if atomic_load(shared + 8 * _STEP) != step:
-            if atomic_load(shared + 8 * _STOP):
+        now = atomic_load(shared + _STEP)
+        if now != step and now & 1 == 0:
+            if atomic_load(shared + _STOP):
                 return -1
-            step += 1
-            _run(shared, i64_at(shared, 24)[_N_OPS], ith, nth)
+            tape, base = atomic_load(shared + _TAPE), atomic_load(shared + _BASE)
+            n_ops = atomic_load(shared + _N_OPS)
+            if atomic_load(shared + _STEP) == now:  # else the step has ended and the words may be mixed
+                step = now
+                _run(shared, tape, base, n_ops, ith, nth)
             spins = 0
         spins += 1
         pause()
-    atomic_store(shared + 8 * (_ASLEEP + ith), 1)
-    # a step that was started before that store is seen here, one started after it wakes this thread by its lock
-    if atomic_load(shared + 8 * _STEP) != step:
-        atomic_store(shared + 8 * (_ASLEEP + ith), 0)
+    atomic_store(shared + _ASLEEP + 8 * ith, 1)
+    # a step that was announced before that store is seen here; one announced after it sees the store and calls
+    if atomic_load(shared + _STEP) != step:
+        atomic_store(shared + _ASLEEP + 8 * ith, 0)
     return step
 
 
 @njit
 def _announce(shared, tape, n_ops, nth):  # type: ignore[no-untyped-def]
-    """Tell the helpers of a step. Returns the helpers that sleep and must be woken, as bits."""
-    words = i64_at(shared, 24)
-    words[_TAPE], words[_N_OPS] = tape, n_ops
-    words[_BASE] = atomic_load(shared + 8 * _ARRIVED)
-    atomic_add(shared + 8 * _STEP, 1)
+    """Tell the helpers of a step. Returns the serial number of its first op, and the sleeping helpers as bits."""
+    base = atomic_load(shared + _TICKET) >> _PIECE_BITS
+    atomic_add(shared + _STEP, 1)
+    atomic_store(shared + _TAPE, tape)
+    atomic_store(shared + _BASE, base)
+    atomic_store(shared + _N_OPS, n_ops)
+    _open(shared, tape, base, base, n_ops, nth)
+    atomic_add(shared + _STEP, 1)
     asleep = 0
     for ith in range(1, nth):
-        if atomic_load(shared + 8 * (_ASLEEP + ith)):
-            atomic_store(shared + 8 * (_ASLEEP + ith), 0)
+        if atomic_load(shared + _ASLEEP + 8 * ith):
+            atomic_store(shared + _ASLEEP + 8 * ith, 0)
             asleep |= 1 << ith
-    return asleep
+    return base, asleep
 
 
 @njit
-def _bump(address):  # type: ignore[no-untyped-def]
-    atomic_add(address, 1)
+def _stop(shared):  # type: ignore[no-untyped-def]
+    atomic_store(shared + _STOP, 1)
+    atomic_add(shared + _STEP, 2)
 
 
 def _helper(words: NDArray[np.int64], calls: "queue.SimpleQueue[None]", ith: int, nth: int) -> None:
     step = 0
     while (step := _help(words.ctypes.data, step, ith, nth)) >= 0:
-        if words[_ASLEEP + ith]:
+        if words[_ASLEEP // 8 + ith]:
             calls.get()  # one call too many is harmless: the next round of _help finds no new step
 
 
-def _stop(words: NDArray[np.int64], calls: "list[queue.SimpleQueue[None]]") -> None:
-    words[_STOP] = 1
-    _bump(words.ctypes.data)
+def _end(words: NDArray[np.int64], calls: "list[queue.SimpleQueue[None]]") -> None:
+    _stop(words.ctypes.data)
     for call in calls:
         call.put(None)
 
@@ -104,18 +148,18 @@ class Team:
         if not 1 <= n_threads <= MAX_THREADS:
             raise ValueError(f"n_threads is {n_threads}; allowed are 1 to {MAX_THREADS}")
         self.n_threads = n_threads
-        memory = np.zeros(_ASLEEP + n_threads + 8, np.int64)
+        memory = np.zeros(_ASLEEP // 8 + n_threads + 8, np.int64)
         self._words = memory[-memory.ctypes.data % 64 // 8 :]
         self._calls = [queue.SimpleQueue[None]() for _ in range(1, n_threads)]
         for ith, calls in enumerate(self._calls, 1):
             threading.Thread(target=_helper, args=(self._words, calls, ith, n_threads), daemon=True).start()
-        self.close = weakref.finalize(self, _stop, self._words, self._calls)
+        self.close = weakref.finalize(self, _end, self._words, self._calls)
 
     def run(self, tape: NDArray[np.int64]) -> None:
         """Run a tape, int64[n_ops, 2]; returns when every op is done."""
-        shared, n_ops = self._words.ctypes.data, len(tape)
-        asleep = _announce(shared, tape.ctypes.data, n_ops, self.n_threads)
+        shared, n_ops, address = self._words.ctypes.data, len(tape), tape.ctypes.data
+        base, asleep = _announce(shared, address, n_ops, self.n_threads)
         for ith, calls in enumerate(self._calls, 1):
             if asleep >> ith & 1:
                 calls.put(None)
-        _run(shared, n_ops, 0, self.n_threads)
+        _run(shared, address, base, n_ops, 0, self.n_threads)

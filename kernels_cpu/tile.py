@@ -132,5 +132,3 @@ def _float_panel(
     total = [acc[t] + acc[n + t] + (acc[2 * n + t] + acc[3 * n + t]) for t in range(n)]
     done = whole * _FLOAT_UNROLL
     return s.loop(n_steps - done, total, lambda i, acc: column(done + i, acc))
-
-
