@@ -147,7 +147,7 @@ PRE_TOKENIZERS = MappingProxyType({name: pre for names, pre in _TABLE for name i
 
 def pre_tokenizer(name: str | None) -> PreTokenizer:
     """Return the row for a value of `tokenizer.ggml.pre`. For one that is not known: "default", PreTokenizerWarning."""
-    if name in PRE_TOKENIZERS:
+    if name is not None and name in PRE_TOKENIZERS:
         return PRE_TOKENIZERS[name]
     found = "names no pre-tokenizer" if name is None else f"names the pre-tokenizer {name!r}, which is not known"
     warnings.warn(

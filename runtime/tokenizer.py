@@ -79,6 +79,12 @@ class Tokenizer:
             ids.append(self.eos)
         return ids
 
+    def encode_chat(self, prompt: str) -> list[int]:
+        """Return the ids of a prompt that a chat template has written: with BOS once, whether or not the template wrote
+        it, and without EOS, since the answer follows."""
+        ids = self.encode(prompt, add_special=False)
+        return [self.bos, *ids] if self.add_bos and self.bos is not None and ids[:1] != [self.bos] else ids
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Return the text of ids: the reverse of encode. skip_special: leave out control tokens. Bytes that are not
         UTF-8 become U+FFFD. For the rest of a text that has begun use `stream`, which keeps a leading space."""

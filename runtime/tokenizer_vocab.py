@@ -98,8 +98,10 @@ def read_vocab(metadata: Mapping[str, Any], defaults: Defaults) -> Vocab:
         tokens = [token or f"[EMPTY_{id}]" for id, token in enumerate(tokens)]
         ids = {token: id for id, token in enumerate(tokens)}
     if len(ids) != len(tokens):
-        id = next(id for id, token in enumerate(tokens) if ids[token] != id)
-        raise FormatError(f"{_PREFIX}tokens: tokens {id} and {ids[tokens[id]]} are the same text {tokens[id]!r}")
+        twice = next(token for id, token in enumerate(tokens) if ids[token] != id)
+        raise FormatError(
+            f"{_PREFIX}tokens: tokens {tokens.index(twice)} and {ids[twice]} are the same text {twice[:40]!r}"
+        )
 
     types = _types(metadata, len(tokens))
     roles: dict[str, int] = {}

@@ -1,0 +1,211 @@
+"""Renders the chat template that a model's file carries: a Jinja program from a stranger, run in a sandbox.
+
+Settings, filters and functions are those of Hugging Face transformers, for which templates are written. Jinja's
+sandbox keeps a template away from Python's insides and from changing its arguments, but lets it run for ever and fill
+the memory: so its steps are counted, and the text that it makes, in part before it is made.
+"""
+
+import functools
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from types import FrameType
+from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2.compiler import CodeGenerator
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Concat, Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from gguf_run.formats.errors import FormatError, GgufRunError
+
+MAX_STEPS = 2_000_000  # lines of compiled template; a long conversation takes some ten thousand
+MAX_CHARS = 1 << 26  # of all texts made on the way to the result, whether kept or not
+MAX_BITS = 1 << 12  # of an integer
+MAX_TEMPLATE = 1 << 20  # characters
+
+# Methods of strings and filters whose result may be longer than all they are given.
+_GROWING = frozenset({
+    "batch", "center", "expandtabs", "format", "format_map", "indent", "join", "ljust", "replace", "rjust", "slice",
+    "tojson", "translate", "wordwrap", "zfill",
+})  # fmt: skip
+_FORMATS = frozenset({"%", "format", "format_map"})
+
+
+def chat_template(metadata: Mapping[str, Any]) -> str | None:
+    """Return the file's chat template, or None: it has none, prompts are used as they are."""
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise FormatError(f"tokenizer.chat_template must be a string, but is {type(template).__name__}")
+    return template or None
+
+
+def render_chat(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    bos_token: str | None,
+    eos_token: str | None,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
+    """Return the prompt that a template makes of messages: {"role": "system" | "user" | "assistant", "content": ...}.
+
+    Most templates write BOS themselves, so encode the result with `Tokenizer.encode_chat`, which never doubles it.
+    GgufRunError: the template is damaged, refuses the messages, tries what the sandbox forbids, or does not end.
+    """
+    try:
+        if len(template) > MAX_TEMPLATE:
+            raise TemplateError(f"it has {len(template)} characters: {MAX_TEMPLATE} are allowed")
+        compiled = _Sandbox().from_string(template)
+        with _limited_steps():
+            return compiled.render(
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                bos_token=bos_token or "",
+                eos_token=eos_token or "",
+            )
+    except Exception as error:  # a program from a stranger: it may raise anything
+        line = f" in line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+        reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+        raise GgufRunError(f"the model's chat template failed{line}: {' '.join(reason.split())[:300]}") from None
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what a model is trained on; it changes nothing in a prompt."""
+
+    tags = frozenset({"generation"})  # type: ignore[assignment]  # only ever asked what it contains
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _CodeGenerator(CodeGenerator):
+    """Sends `a ~ b` through the environment, as all other joining of text goes."""
+
+    def visit_Concat(self, node: Concat, frame: Any) -> None:
+        self.write("environment.concat(map(str, (")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write(")))")
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """The environment of one rendering; it keeps account of the text that is made."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    code_generator_class = _CodeGenerator
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        self._chars_left: float = MAX_CHARS
+        self.concat = self._concat  # type: ignore[method-assign]
+        self.filters["tojson"] = _tojson
+        self.filters = {name: self._measured(name, filter) for name, filter in self.filters.items()}
+        self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if isinstance(left, int) and isinstance(right, int):
+            # The bits of a product are those of both factors, those of a power so many times those of its base.
+            if (_bits(left) * abs(right) if operator == "**" else _bits(left) + _bits(right)) > MAX_BITS:
+                raise TemplateError(f"it makes an integer of more than {MAX_BITS} bits")
+        elif operator in ("*", "%"):
+            self._before_growth(operator, left, right)
+        return self._counted(super().call_binop(context, operator, left, right))
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps "".format
+        owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        if isinstance(owner, str) and name in _GROWING:
+            __self._before_growth(name, owner, *args, *kwargs.values())
+        return __self._counted(super().call(__context, __obj, *args, **kwargs))
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return self._counted(super().getitem(obj, argument))
+
+    def _concat(self, parts: Iterable[str]) -> str:
+        """Join the result, what a block or a macro makes, `a ~ b`."""
+        return self._counted("".join([self._counted(part) for part in parts]))
+
+    def _measured(self, name: str, filter: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(filter)
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            if name in _GROWING:
+                self._before_growth(name, *args, *kwargs.values())
+            return self._counted(filter(*args, **kwargs))
+
+        return measured
+
+    def _before_growth(self, name: str, *values: Any) -> None:
+        """Check what can come of an operation: at most, each character of a value becomes the largest other value."""
+        self._check(math.prod(sorted(max(1, _size(value)) for value in values)[-2:]))
+        if name in _FORMATS:
+            widths = (re.findall(r"\d{5,}", value) for value in values if isinstance(value, str))
+            if any(widths):
+                raise TemplateError("it formats a value to a width of more than four digits")
+
+    def _counted(self, value: Any) -> Any:
+        size = _size(value) if not isinstance(value, int) else 0
+        self._check(size)
+        self._chars_left -= size
+        return value
+
+    def _check(self, size: int) -> None:
+        if size > self._chars_left:
+            raise TemplateError(f"it makes more than {MAX_CHARS} characters of text")
+
+
+@contextmanager
+def _limited_steps() -> Iterator[None]:
+    """Raise in this thread's Python code after MAX_STEPS lines. A debugger's trace is set aside meanwhile."""
+    left = MAX_STEPS
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise TemplateError(f"it does not end: more than {MAX_STEPS} steps")
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def _size(value: Any) -> int:
+    """Return how much text a value is or can make: characters, those of all items, or a number itself as a width."""
+    if isinstance(value, int):
+        return abs(value)
+    if isinstance(value, list | tuple):
+        return len(value) + sum(len(item) for item in value if isinstance(item, str))
+    return len(value) if isinstance(value, str | Mapping) else 1
+
+
+def _bits(number: int) -> int:
+    return abs(number).bit_length()
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    """Jinja's own filter escapes HTML, which no model has seen."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
