@@ -213,7 +213,16 @@ class Model:
         return ids[:-1] if self.tokenizer.add_eos and ids[-1:] == [self.tokenizer.eos] else ids
 
     def _render(self, messages: Sequence[Message]) -> list[int]:
-        raise NotImplementedError
+        from gguf_run.runtime.chat_template import render_chat
+
+        if self.chat_template is None:
+            raise GgufRunError(
+                "the model has no chat template: it continues texts (generate, or --raw), it cannot chat"
+            )
+        bos, eos = (
+            None if id is None else self.tokenizer.token_text(id) for id in (self.tokenizer.bos, self.tokenizer.eos)
+        )
+        return self.tokenizer.encode_chat(render_chat(self.chat_template, messages, bos_token=bos, eos_token=eos))
 
 
 def _check_range(name: str, value: int | None, lowest: int, highest: int) -> None:
@@ -252,9 +261,9 @@ def _load(
     places = place_layers(config.n_layer, device)
     tensors = file.tensors.values()
     check_memory(memory_needed(config, tensors, n_ctx, cache_type, n_batch), available_memory())
-    # The vocabulary is built beside the weights: most of both happens without the GIL.
+    # What text needs is made beside the weights: they are repacked without the GIL.
     with ThreadPoolExecutor(1) as pool:
-        tokenizer = pool.submit(_load_tokenizer, file)
+        text = pool.submit(_load_text, file)
 
         from gguf_run.kernels_cpu.backend import CpuBackend
         from gguf_run.models.decoder import Decoder
@@ -263,10 +272,11 @@ def _load(
         try:
             report = _reporter(progress, sum(tensor.nbytes for tensor in tensors))
             decoder = Decoder(config, file.tensors, [backend for _ in places], n_ctx, n_batch, progress=report)
+            tokenizer, template = text.result()
             return Model(
                 decoder,
-                tokenizer.result(),
-                chat_template=file.metadata.get("tokenizer.chat_template"),
+                tokenizer,
+                chat_template=template,
                 where=f"{config.n_layer} layers on {backend.name}",
                 load_s=time.perf_counter() - start,
                 close=[backend.close, file.close],
@@ -276,10 +286,11 @@ def _load(
             raise
 
 
-def _load_tokenizer(file: GGUFFile) -> "Tokenizer":
+def _load_text(file: GGUFFile) -> "tuple[Tokenizer, str | None]":
+    from gguf_run.runtime.chat_template import chat_template
     from gguf_run.runtime.tokenizer import Tokenizer
 
-    return Tokenizer.from_metadata(file.metadata)
+    return Tokenizer.from_metadata(file.metadata), chat_template(file.metadata)
 
 
 def _reporter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None] | None:
