@@ -14,6 +14,8 @@ from gguf_run.formats.reader import Tensor
 from gguf_run.formats.unpack import INTEGER_FORMS
 from gguf_run.kernels_cpu.panels import BLOCK, FLOAT_PANELS, PANEL_OF, ROWS, FloatPanel, IntPanel, Panel
 
+_PIECE_BYTES = 1 << 17  # panels that a thread makes at a time, at least
+
 # Names that `specialize` puts into _repack_int; here for the type checker.
 unpack: Any = None
 BLOCK_SIZE = TYPE_SIZE = N_GROUPS = GROUP = OFFSET = BITS = HEAD_BYTES = BLOCK_BYTES = 0
@@ -125,7 +127,7 @@ def repack(tensors: list[Tensor], out: NDArray[np.uint8], executor: Executor, n_
         n_group = -(-tensor.n_rows // ROWS)
         part = out[at : (at := at + n_group * panel.group_bytes(n_in))]
         work = _work(tensor, panel, part)
-        pieces = min(n_group, 4 * n_threads)
+        pieces = max(1, min(4 * n_threads, n_group, part.nbytes // _PIECE_BYTES))
         jobs += [executor.submit(work, n_group * i // pieces, n_group * (i + 1) // pieces) for i in range(pieces)]
     for job in jobs:
         job.result()
