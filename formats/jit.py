@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
-from numba.core import config
+from numba.core import config, event
 
 from gguf_run.formats.cachedir import user_cache_dir
 
@@ -92,7 +92,21 @@ def cfunc(signature: Any, function: Callable[..., Any], **options: Any) -> Any:
         return numba.cfunc(signature, cache=cache, **_OPTIONS, **options)(function)
 
 
-def is_cold() -> bool:
-    """Whether nothing has been compiled from these sources yet, so that what is needed now takes seconds."""
-    path = kernel_cache_dir()
-    return path is None or next(path.rglob("*.nbi"), None) is None
+class _FirstPass(event.Listener):
+    def __init__(self, notify: Callable[[], None]) -> None:
+        self._notify: Callable[[], None] | None = notify
+
+    def on_start(self, _: event.Event) -> None:
+        notify, self._notify = self._notify, None
+        if notify is not None:
+            notify()
+
+    def on_end(self, _: event.Event) -> None:
+        pass
+
+
+@contextmanager
+def compile_notice(notify: Callable[[], None]) -> Iterator[None]:
+    """Call `notify` once, when the first function that the disk cache lacks begins to compile: that takes seconds."""
+    with event.install_listener("numba:run_pass", _FirstPass(notify)):
+        yield

@@ -110,11 +110,18 @@ def _read_all(stream: Any, name: str) -> bytes:
 
 
 def _load(path: str | None, ctx_size: int | None, threads: int | None, device: str) -> "Model":
+    from gguf_run.formats.jit import compile_notice
     from gguf_run.runtime.model import Model
     from gguf_run.runtime.progress import Progress
 
     with Progress("loading") as progress:
-        return Model.load(path, n_ctx=ctx_size, n_threads=threads, device=device, progress=progress.set)
+
+        def notify() -> None:
+            progress.clear()
+            message("compiling kernels for this machine; this takes some seconds, once")
+
+        with compile_notice(notify):
+            return Model.load(path, n_ctx=ctx_size, n_threads=threads, device=device, progress=progress.set)
 
 
 def _answer(model: "Model", system: str | None, text: str, raw: bool, options: dict[str, Any]) -> None:

@@ -31,13 +31,17 @@ class Progress:
         sys.stderr.flush()
         self._drawn = len(line)
 
+    def clear(self) -> None:
+        """Take the bar off the line, so that something else can be written."""
+        if self._drawn:
+            self._draw("")
+            sys.stderr.write("\r")
+            sys.stderr.flush()
+
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._drawn:
-            self._draw("")
-            sys.stderr.write("\r")
-            sys.stderr.flush()
+        self.clear()
