@@ -1,9 +1,9 @@
-"""Causal attention over a KV cache of f32 or f16, as flash attention in tiles of 16 positions and 4 query rows.
+"""Causal attention over a KV cache of f32 or f16, as flash attention in tiles of 32 positions and 4 query rows.
 
-The cache of a layer, with n_ctx rounded up to whole panels and head_dim to whole vectors of 16:
+The cache of a layer (n_ctx and wide, V's head_dim, are filled up to pairs of panels, see memory.py):
 
     K  [n_head_kv][n_ctx / 16][head_dim][16]     a float panel whose rows are positions: q.k is a matmul tile
-    V  [n_head_kv][n_ctx][head_dim]              a float panel whose columns are positions: so is p.v
+    V  [n_head_kv][n_ctx][wide]                  a float panel whose columns are positions: so is p.v
 
 The query rows of a piece of work are all heads that share one KV head, for up to 64 rows' worth of tokens. When there
 are too few pieces for the threads (decode), the positions are split too, and `merge` puts the parts together.
@@ -18,6 +18,7 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from gguf_run.formats.jit import njit
+from gguf_run.kernels_cpu.memory import LANES
 from gguf_run.kernels_cpu.native import f32_at, i64_at
 from gguf_run.kernels_cpu.op import Op, items, n_pieces, op
 from gguf_run.kernels_cpu.panels import ROWS
@@ -91,9 +92,8 @@ def max_parts(nth: int) -> int:
     return 2 * _PIECES * nth
 
 
-def scratch_floats(head_dim: int, n_rep: int) -> int:
+def scratch_floats(head_dim: int, wide: int, n_rep: int) -> int:
     """f32 numbers of scratch memory that a thread needs: q, scores and sums of its rows."""
-    wide = -(-head_dim // ROWS) * ROWS
     return max_rows(n_rep) * (head_dim + SPAN + wide + 2) + SPAN
 
 
@@ -101,11 +101,11 @@ def scratch_floats(head_dim: int, n_rep: int) -> int:
 def append(element_bytes: int) -> Op:
     """Write the tokens' k and v rows into the cache of f32 or f16 (4 or 2 bytes)."""
 
-    @op("rows n_past n_head_kv head_dim n_ctx k k_stride v v_stride cache_k cache_v")
+    @op("rows n_past n_head_kv head_dim wide n_ctx k k_stride v v_stride cache_k cache_v")
     def append_rows(args, piece, ith, nth):  # type: ignore[no-untyped-def]
         a = carray(args, 1)[0]
         n_past, n = i64_at(a.n_past, 1)[0], a.head_dim
-        wide = (n + ROWS - 1) // ROWS * ROWS
+        wide = a.wide
         n_items = i64_at(a.rows, 1)[0] * a.n_head_kv
         if piece < 0:
             return n_pieces(n_items, 4, nth)
@@ -133,14 +133,14 @@ def attend(panel: int, element_bytes: int) -> Op:
     """
 
     @op(
-        "rows n_past n_head n_head_kv head_dim n_ctx window q q_stride cache_k cache_v out out_stride parts part_bytes "
-        "scratch scratch_stride zeros",
+        "rows n_past n_head n_head_kv head_dim wide n_ctx window q q_stride cache_k cache_v out out_stride "
+        "parts part_bytes scratch scratch_stride zeros",
         "scale",
     )
     def attend_rows(args, piece, ith, nth):  # type: ignore[no-untyped-def]
         a = carray(args, 1)[0]
         n_tokens, n_past, n = i64_at(a.rows, 1)[0], i64_at(a.n_past, 1)[0], a.head_dim
-        wide, n_rep = (n + ROWS - 1) // ROWS * ROWS, a.n_head // a.n_head_kv
+        wide, n_rep = a.wide, a.n_head // a.n_head_kv
         per, n_blocks, n_split = _plan(n_tokens, n_past, n_rep, a.n_head_kv, a.window, nth)
         if piece < 0:
             return n_blocks * a.n_head_kv * n_split
@@ -173,19 +173,20 @@ def attend(panel: int, element_bytes: int) -> Op:
         low, high = 0, n_past + t0 + n_rows // n_rep
         if a.window:
             low = max(0, n_past + t0 + 1 - a.window)
-        length = ((high - low + n_split - 1) // n_split + ROWS - 1) // ROWS * ROWS
-        start = (low // ROWS) * ROWS + split * length
+        length = ((high - low + n_split - 1) // n_split + LANES - 1) // LANES * LANES
+        start = low // LANES * LANES + split * length
         # a split's range is whole panels; rounding the first one down leaves the last one a little longer
         stop = high if split == n_split - 1 else min(high, start + length)
         while start < stop:
             n_seen = min(SPAN, stop - start)
             for r in range(0, n_fill, TILE):
-                for g in range((n_seen + ROWS - 1) // ROWS):
+                for i in range(0, n_seen, LANES):
                     tile(
-                        panel, TILE,
-                        a.cache_k + (head * a.n_ctx + start + g * ROWS) * n * element_bytes, ROWS * element_bytes, n,
+                        panel, 2, TILE,
+                        a.cache_k + (head * a.n_ctx + start + i) * n * element_bytes,
+                        ROWS * n * element_bytes, ROWS * element_bytes, n,
                         queries + r * n * 4, n * 4,
-                        scores + (r * SPAN + g * ROWS) * 4, SPAN * 4,
+                        scores + (r * SPAN + i) * 4, SPAN * 4,
                         a.zeros, 0,
                     )  # fmt: skip
             for r in range(n_fill):
@@ -205,11 +206,12 @@ def attend(panel: int, element_bytes: int) -> Op:
                     for i in range(r * wide, r * wide + wide):
                         total[i] *= factor
             for r in range(0, n_fill, TILE):
-                for d in range(0, wide, ROWS):
+                for d in range(0, wide, LANES):
                     sum_at = sums + (r * wide + d) * 4
                     tile(
-                        panel, TILE,
-                        a.cache_v + ((head * a.n_ctx + start) * wide + d) * element_bytes, wide * element_bytes, n_seen,
+                        panel, 2, TILE,
+                        a.cache_v + ((head * a.n_ctx + start) * wide + d) * element_bytes,
+                        ROWS * element_bytes, wide * element_bytes, n_seen,
                         scores + r * SPAN * 4, SPAN * 4,
                         sum_at, wide * 4,
                         sum_at, wide * 4,
@@ -226,13 +228,13 @@ def attend(panel: int, element_bytes: int) -> Op:
     return attend_rows
 
 
-@op("rows n_past n_head n_head_kv head_dim window out out_stride parts part_bytes q8 q8_stride")
+@op("rows n_past n_head n_head_kv head_dim wide window out out_stride parts part_bytes q8 q8_stride")
 def merge(args, piece, ith, nth):  # type: ignore[no-untyped-def]
     """Put the parts of split positions together into out, and quantize out's rows if q8 is not 0."""
     a = carray(args, 1)[0]
     n_tokens, n_past, n = i64_at(a.rows, 1)[0], i64_at(a.n_past, 1)[0], a.head_dim
-    wide, n_rep = (n + ROWS - 1) // ROWS * ROWS, a.n_head // a.n_head_kv
-    per, n_blocks, n_split = _plan(n_tokens, n_past, n_rep, a.n_head_kv, a.window, nth)
+    wide, n_rep = a.wide, a.n_head // a.n_head_kv
+    per, _, n_split = _plan(n_tokens, n_past, n_rep, a.n_head_kv, a.window, nth)
     if piece < 0:
         return n_pieces(n_tokens, 1, nth)
     first, end = items(piece, n_tokens, 1, nth)

@@ -12,7 +12,7 @@ from gguf_run.formats.dequantize import dequantize
 from gguf_run.formats.reader import Tensor
 from gguf_run.formats.unpack import INTEGER_FORMS
 from gguf_run.kernels_cpu import isa
-from gguf_run.kernels_cpu.memory import CpuCache, CpuTable, CpuWeight, WeightPart, aligned, new_cache
+from gguf_run.kernels_cpu.memory import Arena, CpuCache, CpuTable, CpuWeight, WeightPart, new_cache
 from gguf_run.kernels_cpu.panels import FLOAT_PANELS, ROWS, Panel
 from gguf_run.kernels_cpu.program import CpuRecorder
 from gguf_run.kernels_cpu.repack import panel_of, repack
@@ -32,6 +32,7 @@ class CpuBackend:
         self._panel, self._element_bytes = FLOAT_PANELS[CACHE_TYPES[cache_type][0]], CACHE_TYPES[cache_type][1]
         self._team = Team(n_threads)
         self._executor = ThreadPoolExecutor(n_threads, "repack")
+        self._arena = Arena()
         self._bytes = {"weights": 0, "cache": 0}
 
     @property
@@ -55,7 +56,7 @@ class CpuBackend:
         first = 0
         for panel, run in _runs(tensors):
             n_out = sum(tensor.n_rows for tensor in run)
-            data = aligned(-(-n_out // ROWS) * panel.group_bytes(n_in))
+            data = self._arena.take(-(-n_out // ROWS) * panel.group_bytes(n_in))
             repack(run, data, self._executor, self.n_threads)
             parts.append(WeightPart(panel, data, first, n_out))
             self._bytes["weights"] += data.nbytes
@@ -66,7 +67,7 @@ class CpuBackend:
         return np.concatenate([dequantize(tensor.blocks(), tensor.type).reshape(-1) for tensor in tensors])
 
     def cache(self, shape: Any, n_ctx: int) -> CpuCache:
-        cache = new_cache(shape.n_head_kv, shape.head_dim, n_ctx, self._element_bytes)
+        cache = new_cache(self._arena, shape.n_head_kv, shape.head_dim, n_ctx, self._element_bytes)
         self._bytes["cache"] += cache.k.nbytes + cache.v.nbytes
         return cache
 

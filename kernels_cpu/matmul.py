@@ -72,9 +72,11 @@ def matmul(panel: int) -> Op:
                             row[r] = source[r]
                     init, init_stride = spare, ROWS * 4
                 if n_tokens == 1:
-                    tile(panel, 1, w, a.step_bytes, a.n_steps, x, a.x_stride, to, to_stride, init, init_stride)
+                    tile(panel, 1, 1, w, 0, a.step_bytes, a.n_steps, x, a.x_stride, to, to_stride, init, init_stride)
                 else:
-                    tile(panel, tokens, w, a.step_bytes, a.n_steps, x, a.x_stride, to, to_stride, init, init_stride)
+                    tile(
+                        panel, 1, tokens, w, 0, a.step_bytes, a.n_steps, x, a.x_stride, to, to_stride, init, init_stride
+                    )
                 if lanes != ROWS:
                     for i in range(count):
                         row, source = f32_at(out + i * a.out_stride, lanes), f32_at(spare + i * ROWS * 4, lanes)

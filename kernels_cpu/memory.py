@@ -7,12 +7,32 @@ from numpy.typing import NDArray
 
 from gguf_run.kernels_cpu.panels import ROWS, Panel
 
+LANES = 2 * ROWS  # a cache's positions and the width of V's rows are filled up to this: tiles of two panels
+
 
 def aligned(n_bytes: int) -> NDArray[np.uint8]:
     """Zeros that start on a cache line. The system provides pages when they are first touched."""
     memory = np.zeros(n_bytes + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + n_bytes]
+
+
+class Arena:
+    """Hands out memory from large chunks: NumPy asks the system for huge pages only for those. Streaming weights from
+    small pages costs a third of the bandwidth in page-table walks."""
+
+    _CHUNK = 64 << 20
+
+    def __init__(self) -> None:
+        self._chunk = aligned(0)
+
+    def take(self, n_bytes: int) -> NDArray[np.uint8]:
+        """Zeros that start on a cache line."""
+        n_lines = -(-n_bytes // 64) * 64
+        if n_lines > len(self._chunk):
+            self._chunk = aligned(max(n_lines, self._CHUNK))
+        taken, self._chunk = self._chunk[:n_bytes], self._chunk[n_lines:]
+        return taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,18 +66,19 @@ class CpuTable:
 
 @dataclass(frozen=True, eq=False)
 class CpuCache:
-    """K and V of one layer; attention.py has the layout. n_ctx is a multiple of 16."""
+    """K and V of one layer; attention.py has the layout. n_ctx, wide: positions and width of V's rows as stored."""
 
     n_ctx: int
+    wide: int
     k: NDArray[np.uint8]
     v: NDArray[np.uint8]
 
 
-def new_cache(n_head_kv: int, head_dim: int, n_ctx: int, element_bytes: int) -> CpuCache:
+def new_cache(arena: Arena, n_head_kv: int, head_dim: int, n_ctx: int, element_bytes: int) -> CpuCache:
     """A cache for at least n_ctx positions."""
-    n_ctx, wide = (-(-n // ROWS) * ROWS for n in (n_ctx, head_dim))
-    k, v = (aligned(n_head_kv * n_ctx * width * element_bytes) for width in (head_dim, wide))
-    return CpuCache(n_ctx, k, v)
+    n_ctx, wide = (-(-n // LANES) * LANES for n in (n_ctx, head_dim))
+    k, v = (arena.take(n_head_kv * n_ctx * width * element_bytes) for width in (head_dim, wide))
+    return CpuCache(n_ctx, wide, k, v)
 
 
 @dataclass(frozen=True, eq=False)

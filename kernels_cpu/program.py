@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from gguf_run.kernels_cpu import attention as attn
 from gguf_run.kernels_cpu.gated import gated
 from gguf_run.kernels_cpu.matmul import TOKENS, matmul
-from gguf_run.kernels_cpu.memory import CpuBuffer, CpuCache, CpuTable, CpuWeight, aligned
+from gguf_run.kernels_cpu.memory import LANES, CpuBuffer, CpuCache, CpuTable, CpuWeight, aligned
 from gguf_run.kernels_cpu.op import Op
 from gguf_run.kernels_cpu.panels import ROWS, IntPanel, Panel, panel_id
 from gguf_run.kernels_cpu.quantize import quantize
@@ -45,7 +45,7 @@ class CpuRecorder:
         self._tape = _Tape()
         self._state = np.zeros(64, np.int64)
         self._ids = np.zeros(n_batch, np.int32)
-        self._zeros = aligned(4 * ROWS)
+        self._zeros = aligned(4 * LANES)
         self._body = -1
         self._scratch_bytes = 4 * TOKENS * ROWS
         self._scratched: list[NDArray[np.void]] = []
@@ -210,11 +210,11 @@ class CpuRecorder:
     def attention(self, q: CpuBuffer, k: CpuBuffer, v: CpuBuffer, cache: CpuCache, shape: Any, out: CpuBuffer) -> None:
         self._tape.keep.append(cache)
         n_rep, head_dim = shape.n_head // shape.n_head_kv, shape.head_dim
-        wide = -(-head_dim // ROWS) * ROWS
-        part_bytes = 4 * attn.max_rows(n_rep) * (wide + 2)
+        part_bytes = 4 * attn.max_rows(n_rep) * (cache.wide + 2)
         self._parts_bytes = max(self._parts_bytes, part_bytes * attn.max_parts(self._team.n_threads))
-        self._scratch_bytes = max(self._scratch_bytes, 4 * attn.scratch_floats(head_dim, n_rep))
-        step = {"rows": q.rows, "n_past": self._word(_N_PAST), "n_head_kv": shape.n_head_kv, "head_dim": head_dim}
+        self._scratch_bytes = max(self._scratch_bytes, 4 * attn.scratch_floats(head_dim, cache.wide, n_rep))
+        step = {"rows": q.rows, "n_past": self._word(_N_PAST), "n_head_kv": shape.n_head_kv}
+        step |= {"head_dim": head_dim, "wide": cache.wide}
         store = {"cache_k": cache.k.ctypes.data, "cache_v": cache.v.ctypes.data, "n_ctx": cache.n_ctx}
         result = {
             "n_head": shape.n_head,

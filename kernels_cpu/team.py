@@ -2,9 +2,10 @@
 
 A tape is int64[n_ops, 2]: the address of an op's function and of its arguments. The work of an op is dealt out in
 pieces from one shared word, the ticket, which holds the serial number of the running op and how many of its pieces
-nobody has taken yet; they are taken from the last to the first. The thread that ends an op's last piece moves the ticket on to the next op. So there is no barrier at which a thread must
-arrive: one that the system has suspended is waited for only if it holds a piece, and joins again wherever the others
-are. A thread that finds no piece spins for some microseconds, then offers its core to other processes.
+nobody has taken yet; they are taken from the last to the first. The thread that ends an op's last unfinished piece
+moves the ticket on to the next op. So there is no barrier at which a thread must arrive: one that the system has
+suspended is waited for only if it holds a piece, and joins again wherever the others are. A thread that finds no piece
+spins for some microseconds, then offers its core to other processes.
 
 Between two steps the helpers spin for a moment too, since the next step of a decode follows at once; then they sleep
 until they are called.

@@ -20,15 +20,17 @@ from gguf_run.kernels_cpu.simd import F16, F32, I8, I16, I32, Simd, Val, kernel
 
 X_BLOCK_BYTES = 64
 X_D, X_SUMS, X_D_SUMS = 32, 36, 48
-_FLOAT_UNROLL = 4  # columns per iteration and accumulators per token, so that sums do not wait for each other
+_FLOAT_SUMS = 16  # sums of a float tile that run side by side, so that they do not wait for each other
 
 
 @intrinsic(prefer_literal=True)
 def tile(
     typing_context: Any,
     panel: Any,
+    n_panels: Any,
     n_tokens: Any,
     w: Any,
+    w_panel: Any,
     w_step: Any,
     n_steps: Any,
     x: Any,
@@ -38,26 +40,28 @@ def tile(
     init: Any,
     init_stride: Any,
 ) -> Any:
-    """out[t, 0:16] = init[t, 0:16] + sum over columns of w[0:16, column] * x[t, column], for t < n_tokens.
+    """out[t, r] = init[t, r] + sum over columns of w[r, column] * x[t, column], t < n_tokens, r < 16 * n_panels.
 
-    panel, n_tokens: literal integers (place in PANELS; tokens of the tile). Addresses and strides in bytes. Integer
-    panels: n_steps blocks of 32 columns, x in activation blocks. Float panels: n_steps columns, x in f32. w_step: bytes
-    from one step to the next. init may be out; stride 0 repeats one row.
+    panel, n_panels, n_tokens: literal integers (place in PANELS; panels and tokens of the tile; integer panels come one
+    at a time). Addresses and strides in bytes. Integer panels: n_steps blocks of 32 columns, x in activation blocks.
+    Float panels: n_steps columns, x in f32. w_panel, w_step: bytes from one panel, one step to the next. init may be
+    out; stride 0 repeats one row.
     """
-    shape, tokens = PANELS[panel.literal_value], n_tokens.literal_value
+    shape, panels, tokens = PANELS[panel.literal_value], n_panels.literal_value, n_tokens.literal_value
 
-    def emit(s: Simd, w: Val, w_step: Val, n_steps: Val, *rest: Val) -> None:
+    def emit(s: Simd, w: Val, w_panel: Val, w_step: Val, n_steps: Val, *rest: Val) -> None:
         x, x_stride, out, out_stride, init, init_stride = rest
-        start = [s.load(init + init_stride * t, F32, ROWS) for t in range(tokens)]
+        places = [(t, p) for t in range(tokens) for p in range(panels)]
+        start = [s.load(init + init_stride * t + 64 * p, F32, ROWS) for t, p in places]
         xs = [x + x_stride * t for t in range(tokens)]
         if isinstance(shape, IntPanel):
             acc = _int_panel(s, shape, w, w_step, n_steps, xs, start)
         else:
-            acc = _float_panel(s, shape, w, w_step, n_steps, xs, start)
-        for t in range(tokens):
-            s.store(acc[t], out + out_stride * t)
+            acc = _float_panel(s, shape, [w + w_panel * p for p in range(panels)], w_step, n_steps, xs, start)
+        for (t, p), value in zip(places, acc, strict=True):
+            s.store(value, out + out_stride * t + 64 * p)
 
-    return kernel(types.void(panel, n_tokens, *[types.intp] * 9), emit)
+    return kernel(types.void(panel, n_panels, n_tokens, *[types.intp] * 10), emit)
 
 
 def _scales(s: Simd, panel: IntPanel, at: Val) -> list[Val]:
@@ -107,28 +111,32 @@ def _int_panel(
 
 
 def _float_panel(
-    s: Simd, panel: FloatPanel, w: Val, w_step: Val, n_steps: Val, xs: list[Val], start: list[Val]
+    s: Simd, panel: FloatPanel, ws: list[Val], w_step: Val, n_steps: Val, xs: list[Val], start: list[Val]
 ) -> list[Val]:
-    def weights(k: Val) -> Val:
+    def weights(w: Val, k: Val) -> Val:
         stored = s.load(w + w_step * k, panel.element, ROWS)
         if panel.element == I16:  # bfloat16 is the upper half of an f32
             return (stored.to(I32, signed=False) << 16).as_type(F32)
         return stored.to(F32)
 
     def column(k: Val, acc: list[Val]) -> list[Val]:
-        row = weights(k)
-        return [s.fma(row, s.load(x + k * 4, F32, splat=ROWS), a) for x, a in zip(xs, acc, strict=True)]
+        rows = [weights(w, k) for w in ws]
+        values = [s.load(x + k * 4, F32, splat=ROWS) for x in xs]
+        pairs = [(value, row) for value in values for row in rows]
+        return [s.fma(row, value, a) for (value, row), a in zip(pairs, acc, strict=True)]
 
-    n = len(xs)
+    n = len(start)
     zero = s.const(F32, 0.0, ROWS)
 
-    def columns(i: Val, acc: list[Val]) -> list[Val]:
-        for u in range(_FLOAT_UNROLL):
-            acc[u * n : u * n + n] = column(i * _FLOAT_UNROLL + u, acc[u * n : u * n + n])
-        return acc
+    unroll = max(1, _FLOAT_SUMS // n)  # columns per iteration; each has sums of its own
 
-    whole = n_steps >> (_FLOAT_UNROLL.bit_length() - 1)
-    acc = s.loop(whole, start + [zero] * (n * (_FLOAT_UNROLL - 1)), columns)
-    total = [acc[t] + acc[n + t] + (acc[2 * n + t] + acc[3 * n + t]) for t in range(n)]
-    done = whole * _FLOAT_UNROLL
+    def columns(i: Val, acc: list[Val]) -> list[Val]:
+        return [value for u in range(unroll) for value in column(i * unroll + u, acc[u * n : u * n + n])]
+
+    whole = n_steps >> (unroll.bit_length() - 1)
+    acc = s.loop(whole, start + [zero] * (n * (unroll - 1)), columns)
+    total = acc[:n]
+    for u in range(1, unroll):
+        total = [sum_ + part for sum_, part in zip(total, acc[u * n : u * n + n], strict=True)]
+    done = whole * unroll
     return s.loop(n_steps - done, total, lambda i, acc: column(done + i, acc))
