@@ -12,7 +12,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 .PHONY: demo test test-cpu check clean
 
 demo: .venv/core/.installed
-	.venv/core/bin/gguf-run --prompt "$(QUESTION)"
+	.venv/core/bin/gguf-run --temperature 0 --prompt "$(QUESTION)"
 
 # Checks, then tests: `make test` with torch and Triton, `make test-cpu` without.
 test test-cpu: %: .venv/%/.installed build/typing/gguf_run
