@@ -1,7 +1,8 @@
 """Speed against llama.cpp, paired: both stay loaded, each in a process of its own, and take turns (A B A B ...).
 
 Like llama-bench: `pp N` is one prefill of N random tokens, `tg N` is N random tokens one by one, both into an empty
-context or behind --depth tokens. Figures are medians over the rounds; "range" is that of the ratio of a single round.
+context or behind --depth tokens. Speeds and "ratio" are medians over the rounds, "range" is that of the ratio of single
+rounds, and "best" compares the fastest round of each, which the noise of a busy machine moves least.
 
     python benchmarks/vs_llamacpp.py MODEL... [-t 1,2] [-p 512] [-n 128] [-d 0] [-r 5] [--cpu auto|haswell|...]
 """
@@ -114,12 +115,12 @@ def _numbers(context: click.Context, option: click.Parameter, value: str) -> lis
 
 
 def compare(test: Test, pair: list[Worker], repeat: int) -> str:
-    """Run a test in turns; return the last four columns of the table."""
+    """Run a test in turns; return the last five columns of the table."""
     rounds = [[worker.seconds(test, seed) for worker in pair] for seed in range(repeat + 1)][1:]  # the first warms up
-    peer, ours = (median(column) for column in zip(*rounds, strict=True))
+    peer, ours = zip(*rounds, strict=True)
     ratios = [theirs / mine for theirs, mine in rounds]
-    speeds = f"{test.n / peer:.1f} | {test.n / ours:.1f}"
-    return f"{speeds} | {peer / ours:.2f} | {min(ratios):.2f} to {max(ratios):.2f}"
+    speeds = f"{test.n / median(peer):.1f} | {test.n / median(ours):.1f} | {median(peer) / median(ours):.2f}"
+    return f"{speeds} | {min(ratios):.2f} to {max(ratios):.2f} | {min(peer) / min(ours):.2f}"
 
 
 @click.command()
@@ -150,7 +151,9 @@ def main(
     lengths = [("pp", n) for n in prefill if n] + [("tg", n) for n in decode if n]
     tests = [Test(kind, n, d) for d in depth for kind, n in lengths]
     n_ctx = -(-max(test.n + test.depth for test in tests) // 256) * 256
-    print("| model | threads | test | llama.cpp t/s | gguf-run t/s | ratio | range |\n|---|---|---|---|---|---|---|")
+    print(
+        "| model | threads | test | llama.cpp t/s | gguf-run t/s | ratio | range | best |\n|---|---|---|---|---|---|---|---|"
+    )
     for model in models:
         for n_threads in threads:
             pair = [Worker(name, model, n_threads, n_ctx, cpu) for name in ("peer", "ours")]
