@@ -1,0 +1,271 @@
+"""The Python API on small random models: against the NumPy backend, and what it says about bad input."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import real
+from numpy_backend import NumpyBackend
+from tinymodel import TINY_GEMMA3, Tiny, write_tiny
+
+from gguf_run.formats.errors import FormatError, GgufRunError, OptionError, UnsupportedError
+from gguf_run.formats.reader import GGUFFile
+from gguf_run.models.config import ModelConfig
+from gguf_run.models.decoder import Decoder
+from gguf_run.runtime import Model, memory
+from gguf_run.runtime.tokenizer import Tokenizer
+
+TEXT = "the order and another one"
+MODELS = {
+    "llama-bpe": Tiny(),
+    "llama-q8": Tiny(type="Q8_0", tied=False),
+    "gemma3-spm": TINY_GEMMA3,
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def tiny_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny") / f"{request.param}.gguf"
+    write_tiny(path, MODELS[request.param])
+    return path
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model where the kind does not matter."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    write_tiny(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(path: Path) -> Iterator[Model]:
+    with Model.load(path, n_threads=2) as model:
+        yield model
+
+
+def on_numpy(path: Path) -> Model:
+    """The same file in float64."""
+    file = GGUFFile.open(path)
+    config = ModelConfig.from_metadata(file.metadata, file.tensors)
+    backend = NumpyBackend(np.float64)
+    decoder = Decoder(config, file.tensors, [backend] * config.n_layer, 64, n_batch=16)
+    return Model(decoder, Tokenizer.from_metadata(file.metadata))
+
+
+def test_logits_against_numpy(tiny_path: Path) -> None:
+    """In several batches and several blocks of outputs."""
+    with Model.load(tiny_path, n_threads=2, n_batch=5, cache_type="f32") as model, on_numpy(tiny_path) as oracle:
+        ids = model.tokenize(TEXT)
+        found, expected = model.logits(ids), oracle.logits(ids)
+        assert found.shape == (len(ids), model.decoder.config.n_vocab)
+        assert found.dtype == np.float32
+        # Activations are quantized to 8 bits for quantized weights.
+        scale = np.abs(expected).max()
+        assert np.abs(found - expected).max() <= (0.1 if "q8" in tiny_path.name else 1e-5) * scale
+        assert (model.logits(ids) == found).all()
+
+
+def test_generate_is_greedy_on_its_own_logits(tiny_path: Path) -> None:
+    """Prefill and decode steps agree with running the whole text at once."""
+    with Model.load(tiny_path, n_threads=2, n_ctx=64) as model:
+        prompt = model.tokenize(TEXT)
+        pieces = list(model.generate(TEXT, max_tokens=12, temperature=0))
+        ids = [*prompt]
+        logits = model.logits(prompt)
+        for _ in range(12):
+            best = int(logits[-1].argmax())
+            if best in model.tokenizer.stop_ids:
+                break
+            ids.append(best)
+            logits = model.logits(ids)
+        stream = model.tokenizer.stream()
+        assert "".join(pieces) == "".join(map(stream.push, ids[len(prompt) :])) + stream.flush()
+        stats = model.stats
+        assert (stats.n_prompt, stats.n_reused) == (len(prompt), 0)
+
+
+def test_tokenize_and_back(model: Model) -> None:
+    ids = model.tokenize("the 😀 <|im_end|>")
+    assert ids[-1] == 2
+    assert model.detokenize(ids) == "the 😀 <|im_end|>"
+    assert model.detokenize(ids, skip_special=True) == "the 😀 "
+    assert 2 not in model.tokenize("<|im_end|>", parse_special=False)
+
+
+def test_chat_renders_the_template_and_reuses_history(model: Model) -> None:
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
+    first = "".join(model.chat(messages, max_tokens=6, temperature=0))
+    prompt = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    n_first = len(model.tokenize(prompt))
+    assert model.stats.n_prompt == n_first
+    assert first == "".join(model.generate(prompt, max_tokens=6, temperature=0))
+    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "More"}]
+    list(model.chat(messages, max_tokens=1))
+    # A random model's answer may be cut into other tokens when it is read again: the prompt before it is known.
+    assert model.stats.n_reused >= n_first
+
+
+def test_sampling_options_reach_the_sampler(model: Model) -> None:
+    def text(**options: Any) -> str:
+        return "".join(model.generate(TEXT, max_tokens=10, **options))
+
+    flat = {"temperature": 50.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    assert text(seed=1, **flat) == text(seed=1, **flat)
+    assert len({text(seed=seed, **flat) for seed in range(5)}) > 1
+    assert text(seed=1, **flat | {"top_k": 1}) == text(temperature=0)
+    assert text(seed=model.stats.seed, **flat) == text(seed=model.stats.seed, **flat)
+
+
+def test_stop_string(model: Model) -> None:
+    whole = "".join(model.generate(TEXT, max_tokens=10, temperature=0))
+    stop = whole[3:5]
+    assert "".join(model.generate(TEXT, max_tokens=10, temperature=0, stop=[stop])) == whole[: whole.index(stop)]
+    assert model.stats.finish == "stop"
+
+
+def test_stats(model: Model) -> None:
+    list(model.generate(TEXT, max_tokens=3, top_k=1))
+    stats = model.stats
+    assert stats.finish in ("length", "stop")
+    assert stats.load_s > 0
+    assert stats.prefill_speed == (stats.n_prompt - stats.n_reused) / stats.prefill_s
+    assert stats.decode_speed == pytest.approx(stats.n_decoded / stats.decode_s)
+
+
+def test_what_ran_where(model: Model) -> None:
+    assert model.where.startswith("2 layers on CPU, 2 threads, ")
+
+
+def test_progress_reports_every_byte(path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    with Model.load(path, progress=lambda done, total: calls.append((done, total))):
+        pass
+    assert calls[-1][0] == calls[-1][1] == sum(tensor.nbytes for tensor in GGUFFile.open(path).tensors.values())
+    assert calls == sorted(calls)
+
+
+def test_n_ctx(path: Path) -> None:
+    with Model.load(path) as model:
+        assert model.n_ctx == 128  # the model's own
+    with Model.load(path, n_ctx=16) as model:
+        assert model.n_ctx == 16
+        with pytest.raises(GgufRunError, match=r"the prompt has \d+ tokens, the context holds 16"):
+            model.generate("the order " * 20)
+        assert "".join(model.generate("the", temperature=0, max_tokens=None))
+        assert model.stats.finish in ("context", "stop")
+    with (
+        pytest.warns(UserWarning, match="context of 129 tokens: the model was trained with 128"),
+        Model.load(path, n_ctx=129) as model,
+    ):
+        assert model.n_ctx == 129
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"n_ctx": 0}, r"n_ctx \(--ctx-size\) is 0"),
+        ({"n_ctx": 2**31}, "n_ctx"),
+        ({"n_threads": 0}, r"n_threads \(--threads\) is 0"),
+        ({"n_threads": 100_000}, "n_threads"),
+        ({"n_batch": 0}, "n_batch is 0"),
+        ({"cache_type": "q8_0"}, "cache_type is 'q8_0'; allowed: f16, f32"),
+        ({"device": "gpu"}, "--device 'gpu': allowed are cpu, cuda"),
+        ({"device": "cpu:1"}, "--device 'cpu:1'"),
+    ],
+)
+def test_values_not_allowed(path: Path, options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(OptionError, match=expected):
+        Model.load(path, **options)
+
+
+@pytest.mark.parametrize("options", [{"max_tokens": 0}, {"temperature": -1}, {"stop": [""]}])
+def test_generate_refuses_at_once(model: Model, options: dict[str, Any]) -> None:
+    """Not only when the iterator is used."""
+    with pytest.raises(OptionError):
+        model.generate("x", **options)
+    with pytest.raises(TypeError, match="top_kk"):
+        model.generate("x", top_kk=1)
+
+
+def test_empty_prompt(model: Model) -> None:
+    with pytest.raises(GgufRunError, match="the prompt is empty"):
+        model.generate("")  # this model wants no BOS
+
+
+def test_cuda_is_not_there_yet(path: Path) -> None:
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(UnsupportedError, match=f"--device {device}: this version runs on the CPU only"):
+            Model.load(path, device=device)
+    Model.load(path, device="auto").close()
+
+
+def test_errors_name_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "broken.gguf"
+    write_tiny(path, Tiny(tensors={"blk.1.ffn_up.weight": None}))
+    with pytest.raises(FormatError, match=r"broken\.gguf: .*ffn_up"):
+        Model.load(path)
+    with pytest.raises(GgufRunError, match=r"nothing-here\.gguf"):
+        Model.load(tmp_path / "nothing-here.gguf")
+
+
+def test_tokenizer_beside_the_weights(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its warnings and errors, from another thread, arrive like all others."""
+    unknown = tmp_path / "tokenizer.gguf"
+    write_tiny(unknown, Tiny(pre="no-such-rules"))
+    with pytest.warns(UserWarning, match="no-such-rules"):
+        Model.load(unknown).close()
+
+    def damaged(_: Any) -> Tokenizer:
+        raise FormatError("tokenizer.ggml.tokens is missing")
+
+    monkeypatch.setattr(Tokenizer, "from_metadata", damaged)
+    n_threads = threading.active_count()
+    with pytest.raises(FormatError, match=r"tiny\.gguf: tokenizer\.ggml\.tokens is missing"):
+        Model.load(path)
+    assert threading.active_count() == n_threads
+
+
+def test_model_that_cannot_fit(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 100_000)
+    with pytest.raises(
+        GgufRunError, match=r"tiny\.gguf: out of memory: .* needed .*0\.00 GB available: choose a smaller"
+    ):
+        Model.load(path)
+
+
+def test_no_chat_template(path: Path) -> None:
+    with on_numpy(path) as model, pytest.raises(GgufRunError, match="no chat template"):
+        model.chat([{"role": "user", "content": "Hello"}])
+
+
+def test_close_twice(path: Path) -> None:
+    model = Model.load(path)
+    model.close()
+    model.close()
+
+
+def test_import_is_light() -> None:
+    """The name is there at once; numba and the tokenizer are loaded when a model is."""
+    code = (
+        "import sys, gguf_run.runtime as r, gguf_run.runtime.cli\n"
+        "assert 'Model' in r.__all__\n"
+        "print([name for name in ('numpy', 'numba', 'tokenizers', 'jinja2') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_real_model_knows_the_capital_of_france() -> None:
+    with Model.load(real.smollm2(), n_ctx=64) as model:
+        text = "".join(
+            model.generate("The capital of Germany is Berlin. The capital of France is", temperature=0, max_tokens=2)
+        )
+        assert text.startswith(" Paris")
+        chat = [{"role": "user", "content": "What is the capital of France? Answer with one word."}]
+        assert "Paris" in "".join(model.chat(chat, temperature=0, max_tokens=30))
