@@ -46,11 +46,11 @@ class Ours:
         self._file = GGUFFile.open(path)
         config = ModelConfig.from_metadata(self._file.metadata, self._file.tensors)
         self._tokenizer = Tokenizer.from_metadata(self._file.metadata)
-        backend = CpuBackend(n_threads)
-        self.cpu = backend.name
+        self._backend = CpuBackend(n_threads)
+        self.cpu = self._backend.name
         self.n_vocab = config.n_vocab
         self.bos = self._tokenizer.bos if self._tokenizer.add_bos else None
-        self._decoder = Decoder(config, self._file.tensors, [backend] * config.n_layer, n_ctx, n_batch)
+        self._decoder = Decoder(config, self._file.tensors, [self._backend] * config.n_layer, n_ctx, n_batch)
 
     def clear(self) -> None:
         self._decoder.rewind(0)
@@ -63,3 +63,9 @@ class Ours:
 
     def rest(self) -> None:
         pass  # the thread team sleeps by itself
+
+    def close(self) -> None:
+        """End the threads and let go of the file."""
+        self._decoder.close()
+        self._backend.close()
+        self._file.close()

@@ -56,7 +56,7 @@ def perplexity(engine: Engine, ids: list[int], n_ctx: int, n_chunk: int) -> Iter
 def main(model: Path, text: Path, chunks: int, n_ctx: int, threads: int, peer: bool, cpu: str) -> None:
     """Print the running perplexity of MODEL on TEXT."""
     engine: Engine = Peer(model, threads, n_ctx, cpu=cpu) if peer else Ours(model, threads, n_ctx)
-    ids = engine.tokenize(text.read_text(encoding="utf-8"))
+    ids = engine.tokenize(text.read_bytes().decode())
     n_chunk = min(chunks, len(ids) // n_ctx)
     print(f"{model.name}: {len(ids)} tokens, {n_chunk} chunks of {n_ctx}, {'llama.cpp' if peer else 'gguf-run'}")
     if n_chunk == 0:

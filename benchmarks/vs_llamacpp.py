@@ -88,7 +88,7 @@ class Worker:
         self._process.stdin.write(json.dumps([*astuple(test), seed]) + "\n")
         self._process.stdin.flush()
         reply = self._reply()
-        if reply["idle"] > 0.05:
+        if reply["idle"] > 0.1:
             print(f"warning: {self.name} used {reply['idle']:.0%} of a core while the other ran", file=sys.stderr)
         return float(reply["seconds"])
 
@@ -151,9 +151,8 @@ def main(
     lengths = [("pp", n) for n in prefill if n] + [("tg", n) for n in decode if n]
     tests = [Test(kind, n, d) for d in depth for kind, n in lengths]
     n_ctx = -(-max(test.n + test.depth for test in tests) // 256) * 256
-    print(
-        "| model | threads | test | llama.cpp t/s | gguf-run t/s | ratio | range | best |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| model | threads | test | llama.cpp t/s | gguf-run t/s | ratio | range | best |")
+    print("|---" * 8 + "|")
     for model in models:
         for n_threads in threads:
             pair = [Worker(name, model, n_threads, n_ctx, cpu) for name in ("peer", "ours")]
