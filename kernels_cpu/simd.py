@@ -13,7 +13,7 @@ need to know the instruction set.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from llvmlite import ir
 from numba.core import cgutils, types
@@ -22,7 +22,7 @@ from gguf_run.kernels_cpu import isa as isa_table
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
-Scalar = ir.Type
+Scalar: TypeAlias = ir.Type
 Number = int | float
 
 
