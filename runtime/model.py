@@ -18,7 +18,6 @@ from gguf_run.runtime.generate import Generation, Session, StopStrings, text_pie
 from gguf_run.runtime.sampling import Sampler, SamplingParams
 
 if TYPE_CHECKING:
-    from gguf_run.models.config import ModelConfig
     from gguf_run.models.decoder import Decoder
     from gguf_run.runtime.tokenizer import Tokenizer
 
@@ -230,17 +229,6 @@ def _check_range(name: str, value: int | None, lowest: int, highest: int) -> Non
         raise OptionError(f"{name} is {value!r}; allowed: a whole number from {lowest} to {highest}")
 
 
-def _choose_n_ctx(n_ctx: int | None, config: "ModelConfig") -> int:
-    if n_ctx is None:
-        return min(config.n_ctx_train, DEFAULT_N_CTX)
-    if n_ctx > config.n_ctx_train:
-        warnings.warn(
-            f"context of {n_ctx} tokens: the model was trained with {config.n_ctx_train}, beyond it answers get worse",
-            stacklevel=4,
-        )
-    return n_ctx
-
-
 def _load(
     file: GGUFFile,
     start: float,
@@ -257,10 +245,15 @@ def _load(
     from gguf_run.runtime.threads import default_threads
 
     config = ModelConfig.from_metadata(file.metadata, file.tensors)
-    n_ctx = _choose_n_ctx(n_ctx, config)
+    n_ctx = n_ctx or min(config.n_ctx_train, DEFAULT_N_CTX)
     places = place_layers(config.n_layer, device)
     tensors = file.tensors.values()
     check_memory(memory_needed(config, tensors, n_ctx, cache_type, n_batch), available_memory())
+    if n_ctx > config.n_ctx_train:
+        warnings.warn(
+            f"context of {n_ctx} tokens: the model was trained with {config.n_ctx_train}, beyond it answers get worse",
+            stacklevel=3,
+        )
     # What text needs is made beside the weights: they are repacked without the GIL.
     with ThreadPoolExecutor(1) as pool:
         text = pool.submit(_load_text, file)
