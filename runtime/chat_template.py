@@ -26,7 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from gguf_run.formats.errors import FormatError, GgufRunError
 
 MAX_STEPS = 2_000_000  # lines of compiled template; a long conversation takes some ten thousand
-MAX_CHARS = 1 << 26  # of all texts made on the way to the result, whether kept or not
+MAX_CHARS = 1 << 27  # of all texts made on the way to the result, whether kept or not
 MAX_BITS = 1 << 12  # of an integer
 MAX_TEMPLATE = 1 << 20  # characters
 

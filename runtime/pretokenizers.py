@@ -65,7 +65,8 @@ _YOUTU = (
     "|[\u3105-\u312f]+|" + _KANJI_KANA
 )
 # Digits in threes counted from the right; what stands before a number stays with its first group for the steps behind.
-_THREES = r"\P{N}*\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
+# It begins at the start or behind a digit only: else a long text without digits is searched anew from each character.
+_THREES = r"(?<!\P{N})\P{N}*+\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
 _BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 
 

@@ -48,7 +48,7 @@ class Tokenizer:
         FormatError: they contradict each other or are damaged. UnsupportedError: a kind of tokenizer that is not
         known. PreTokenizerWarning: text is cut by rules that may differ from the model's.
         """
-        model = metadata.get("tokenizer.ggml.model")
+        model = _string(metadata, "tokenizer.ggml.model")
         if model == "gpt2":
             pre = pre_tokenizer(_string(metadata, "tokenizer.ggml.pre"))
             vocab = read_vocab(metadata, Defaults(add_bos=pre.add_bos))
