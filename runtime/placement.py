@@ -21,7 +21,7 @@ def parse_device(text: str) -> Device | None:
     """Return the device that `--device` names, None for "auto". OptionError for anything else."""
     if text == "auto":
         return None
-    match = re.fullmatch(r"(cpu|cuda)(?::(\d{1,3}))?", text)
+    match = re.fullmatch(r"(cpu|cuda)(?::([0-9]{1,3}))?", text)
     if match is None or (match[1] == "cpu" and match[2]):
         raise OptionError(f"--device {text!r}: allowed are cpu, cuda, cuda:0, cuda:1, ... and auto")
     return Device(match[1], int(match[2] or 0))
