@@ -61,9 +61,14 @@ def _caching() -> Iterator[bool]:
 
 
 def njit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """Compile a function on its first call (without the GIL, cached on disk). Usable bare or with numba's options."""
+    """Compile a function on its first call (without the GIL, cached on disk). Usable bare or with numba's options.
+
+    What is always inlined is compiled into its callers: it is not cached, which would only cost time at import.
+    """
     if function is None:
         return functools.partial(njit, **options)
+    if "inline" in options or "forceinline" in options:
+        return numba.njit(nogil=True, **_OPTIONS, **options)(function)
     with _caching() as cache:
         return numba.njit(nogil=True, cache=cache, **_OPTIONS, **options)(function)
 
