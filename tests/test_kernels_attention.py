@@ -1,0 +1,200 @@
+"""Attention of the CPU backend over its KV cache, against a dense float64 softmax over the same rounded K and V."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from cpu_ops import Step, cpu, error
+from numpy_backend import attend
+
+from gguf_run.models.backend import Attention
+
+BOUND = 1e-5
+CACHE_TYPES = {"f32": np.float32, "f16": np.float16}
+# Numbers of tokens of the steps, one after the other: a batch, some decoding, a second batch.
+CHUNKS = (5, 1, 1, 1, 23, 1, 64, 1, 1)
+
+
+@dataclass(frozen=True)
+class Heads:
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    window: int = 0
+    scale: float = 0.0
+
+    @property
+    def shape(self) -> Attention:
+        scale = self.scale or 1.3 / self.head_dim**0.5
+        return Attention(self.n_head, self.n_head_kv, self.head_dim, scale, self.window)
+
+
+HEADS = (
+    Heads(1, 1, 8),
+    Heads(3, 3, 20),
+    Heads(9, 3, 64),
+    Heads(8, 1, 80),
+    Heads(16, 2, 128),
+    Heads(4, 1, 256),
+    Heads(40, 1, 24),  # 40 rows a token: two tokens are more than a piece holds
+    Heads(100, 1, 16),  # one token is more
+    Heads(2, 2, 33),
+    Heads(1, 1, 1),
+)
+WINDOWS = (Heads(4, 1, 32, 1), Heads(4, 2, 16, 7), Heads(3, 1, 64, 16), Heads(2, 1, 64, 33), Heads(8, 4, 16, 200))
+
+
+def random_values(heads: Heads, n_tokens: int) -> dict[str, np.ndarray]:
+    """Rows of q, k and v; q such that scores choose."""
+    rng = np.random.default_rng(n_tokens)
+    widths = {"q": heads.n_head, "k": heads.n_head_kv, "v": heads.n_head_kv}
+    values = {name: rng.standard_normal((n_tokens, n * heads.head_dim)) for name, n in widths.items()}
+    return {name: (part * (3 if name == "q" else 1)).astype(np.float32) for name, part in values.items()}
+
+
+class Case:
+    """A program of one attention op and its oracle. values: rows of q, k and v, or how many random ones."""
+
+    def __init__(
+        self, heads: Heads, values: dict[str, np.ndarray] | int, n_threads: int, cache_type: str, n_batch: int = 64
+    ) -> None:
+        self.heads, self.dtype = heads, CACHE_TYPES[cache_type]
+        self.values = random_values(heads, values) if isinstance(values, int) else values
+        self.step = Step(cpu(n_threads, cache_type), n_batch)
+        # q, k and v are columns of one buffer, as in a decoder
+        qkv = self.step.rec.buffer(sum(part.shape[1] for part in self.values.values()) + 3)
+        at, parts = 3, []
+        for part in self.values.values():
+            parts.append(self.step.input(part, qkv.columns(at, part.shape[1])))
+            at += part.shape[1]
+        cache = self.step.backend.cache(heads.shape, len(self.values["k"]))
+        out = self.step.rec.buffer(heads.n_head * heads.head_dim)
+        self.step.rec.attention(*parts, cache, heads.shape, out)
+        self.step.finish(out)
+
+    def expected(self, ids: Iterable[int], positions: np.ndarray) -> np.ndarray:
+        """ids: the tokens that stand in the cache, by position; positions: those that ask."""
+        ids = np.asarray(list(ids))
+        n, shape = len(positions), self.heads.shape
+        q = self.values["q"][ids[positions]].astype(np.float64).reshape(n, -1, shape.head_dim)
+        k, v = (
+            self.values[name][ids].astype(self.dtype).astype(np.float64).reshape(len(ids), -1, shape.head_dim)
+            for name in "kv"
+        )
+        return attend(q, k, v, positions, shape.scale, shape.window).reshape(n, -1)
+
+    def check(self, n_past: int, n_tokens: int) -> None:
+        """Run tokens that follow on n_past others, with id = position."""
+        result = self.step.run(n_tokens, n_past, first_id=n_past)
+        positions = n_past + np.arange(n_tokens)
+        assert error(result, self.expected(range(n_past + n_tokens), positions)) < BOUND, (n_past, n_tokens)
+
+    def check_chunks(self, chunks: Iterable[int]) -> None:
+        n_past = 0
+        for n_tokens in chunks:
+            self.check(n_past, n_tokens)
+            n_past += n_tokens
+
+
+@pytest.mark.parametrize("cache_type", CACHE_TYPES)
+@pytest.mark.parametrize("heads", HEADS + WINDOWS, ids=str)
+def test_batches_and_single_tokens(heads: Heads, cache_type: str) -> None:
+    for n_threads in (1, 2, 3):
+        Case(heads, sum(CHUNKS), n_threads, cache_type).check_chunks(CHUNKS)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    "heads",
+    [Heads(1, 1, 16), Heads(3, 1, 20), Heads(6, 2, 64), Heads(40, 1, 8), Heads(2, 1, 32, 300), Heads(4, 1, 32, 511)],
+    ids=str,
+)
+def test_split_positions(heads: Heads, n_threads: int) -> None:
+    """Few heads and many positions: threads share the positions, at all the lengths around the limits of a part."""
+    case = Case(heads, 1200, n_threads, "f16", n_batch=600)
+    case.check_chunks([250, *[1] * 12, 121, *[1] * 3, 3, 600, 1, 1, 64, *[1] * 4])
+
+
+def test_many_positions_for_few_tokens_in_a_batch() -> None:
+    """Parts of positions and several blocks of tokens at once."""
+    case = Case(Heads(16, 1, 32), 900, 3, "f32", n_batch=700)
+    case.check_chunks([700, 9, 5, 4, 1, 7])
+
+
+def test_rewinding_writes_over_what_followed() -> None:
+    """Positions beyond the last token hold old numbers, which must not be seen."""
+    case = Case(Heads(4, 2, 32), 400, 2, "f16")
+    case.check_chunks([64] * 6)
+    ids = list(range(384))
+    for n_past, n_tokens, first_id in ((30, 3, 390), (33, 1, 10), (0, 1, 5), (1, 17, 300), (18, 64, 0)):
+        ids = ids[:n_past] + list(range(first_id, first_id + n_tokens))
+        result = case.step.run(n_tokens, n_past, first_id)
+        assert error(result, case.expected(ids, n_past + np.arange(n_tokens))) < BOUND
+
+
+@pytest.mark.parametrize("cache_type", CACHE_TYPES)
+@pytest.mark.parametrize("n_ctx", [1, 15, 16, 17, 33])
+def test_cache_can_be_filled_to_its_end(n_ctx: int, cache_type: str) -> None:
+    """Several heads: what is written at the end of one head's part must not reach into the next."""
+    case = Case(Heads(3, 3, 12), n_ctx, 2, cache_type, n_batch=n_ctx)
+    case.check(0, n_ctx)
+    case.check(n_ctx - 1, 1)
+    case.check(0, n_ctx)
+
+
+@pytest.mark.parametrize("size", [2.0**-10, 32.0, 1024.0])
+def test_scores_of_any_size(size: float) -> None:
+    """From all positions alike to a softmax that is one position; scores of thousands do not overflow.
+
+    Numbers of few bits, so that scores are exact in float32 whatever their size.
+    """
+    heads = Heads(4, 2, 64, scale=0.125)
+    values = {name: np.round(part * 16) / np.float32(16) for name, part in random_values(heads, 300).items()}
+    values["q"] *= np.float32(size)
+    case = Case(heads, values, 3, "f32", n_batch=300)
+    case.check(0, 299)
+    case.check(299, 1)
+
+
+def test_layers_share_scratch_but_not_caches() -> None:
+    """Two layers of different shapes in one program, over and over."""
+    shapes = [Attention(2, 1, 16, 0.3), Attention(1, 1, 32, 0.2, 5)]
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((200, 32)).astype(np.float32)
+    step = Step(cpu(3), 40)
+    x = step.input(values)
+    outs: list[Any] = []
+    for shape in shapes:
+        kv = x.columns(0, shape.n_head_kv * shape.head_dim)
+        outs.append(step.rec.buffer(32))
+        step.rec.attention(x, kv, kv, step.backend.cache(shape, 200), shape, outs[-1])
+    both = step.rec.buffer(32)
+    step.rec.rms_norm(outs[0], step.vector(np.ones(16)), both, 1e-9, n_group=2, residual=outs[1])
+    step.finish(both)
+    kept = values.astype(np.float16).astype(np.float64)
+    n_past = 0
+    for n in (40, 1, 17, 1):
+        result = step.run(n, n_past, n_past)
+        positions = n_past + np.arange(n)
+        n_past += n
+        first, second = (
+            attend(
+                values[positions].astype(np.float64).reshape(n, shape.n_head, shape.head_dim),
+                *[kept[:n_past, : shape.head_dim * shape.n_head_kv].reshape(n_past, -1, shape.head_dim)] * 2,
+                positions,
+                shape.scale,
+                shape.window,
+            )
+            for shape in shapes
+        )
+        normed = first / np.sqrt((first**2).mean(-1, keepdims=True) + 1e-9)
+        assert error(result, normed.reshape(n, 32) + second.reshape(n, 32)) < 1e-5
+
+
+def test_cache_size_is_reported() -> None:
+    backend = cpu(2, "f16")
+    before = backend.nbytes()["cache"]
+    backend.cache(Attention(9, 3, 64, 0.125), 4096)
+    assert backend.nbytes()["cache"] - before == 2 * 2 * 3 * 64 * 4096
