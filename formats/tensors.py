@@ -56,9 +56,11 @@ class Tensor:
             data.flags.writeable = False
         return data.reshape(self.n_rows, -1)
 
-    def release(self) -> None:
-        """Tell the OS that the file's pages under this tensor are not needed soon. Views stay valid."""
-        self.file.release(self.offset, self.nbytes)
+    def release(self, first: int = 0, end: int | None = None) -> None:
+        """Tell the OS that the file's pages under rows first .. end (all) are not needed soon. Views stay valid."""
+        row_bytes = self.nbytes // self.n_rows
+        end = self.n_rows if end is None else end
+        self.file.release(self.offset + first * row_bytes, (end - first) * row_bytes)
 
 
 @dataclass(frozen=True)

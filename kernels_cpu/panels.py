@@ -4,8 +4,12 @@ Integer panels hold weight = scale * (u - offset) (+ minimum) with unsigned u, i
 
     scale    [n_groups][16] f16 or f32      n_groups = 1 (a scale per 32 weights) or 2 (per 16)
     minimum  [n_groups][16]                 the same, if the type has minimums
-    8 bits:  [8][16][4] u8                  vector i, row r: columns 4i .. 4i+3
-    4 bits:  [4][16][4] u8                  low nibbles: columns 4i .. 4i+3, high nibbles: columns 16+4i .. 16+4i+3
+    quants   [planes][16][4] u8             see below; byte c of row r in vector i of all is column 4i+c of the block
+
+    8 bits:  8 vectors                      vector i as it is
+    4 bits:  4 vectors                      vector i in the low nibbles of plane i, vector 4+i in its high nibbles
+    5 bits:  4 + 1                          ... and bit i of the last plane is the fifth bit of vector i
+    6 bits:  4 + 2                          ... and bits 2i, 2i+1 of plane 4 (5) are the top bits of vector i (4+i)
 
 Float panels hold [n_in][16] numbers. Both are lossless: a type whose integers or scales fit no narrower shape takes a
 wider one (K-quants: f32 scales, the product of the file's two factors, which f32 holds exactly).
@@ -24,7 +28,7 @@ BLOCK = 32  # columns of a block of an integer panel
 
 @dataclass(frozen=True)
 class IntPanel:
-    """bits: width of a stored u, 4 or 8. dot_bits: u is below 2^dot_bits. offset: 0 or a power of two."""
+    """bits: width of a stored u, 4, 5, 6 or 8. dot_bits: u is below 2^dot_bits. offset: 0 or a power of two."""
 
     bits: int
     dot_bits: int
@@ -89,7 +93,8 @@ def _int_panel(form: IntegerForm) -> IntPanel:
         offset = max(1, 2 * offset)
     dot_bits = (form.q_max + offset).bit_length()
     half = form.type.name in _HALF_SCALES
-    return IntPanel(4 if dot_bits <= 4 else 8, dot_bits, offset, form.group, half, form.has_minimum)
+    bits = max(4, dot_bits) if dot_bits <= 6 else 8
+    return IntPanel(bits, dot_bits, offset, form.group, half, form.has_minimum)
 
 
 Panel = IntPanel | FloatPanel

@@ -14,7 +14,7 @@ from gguf_run.formats.reader import Tensor
 from gguf_run.formats.unpack import INTEGER_FORMS
 from gguf_run.kernels_cpu.panels import BLOCK, FLOAT_PANELS, PANEL_OF, ROWS, FloatPanel, IntPanel, Panel
 
-_PIECE_BYTES = 1 << 17  # panels that a thread makes at a time, at least
+_LEAST_BYTES, _MOST_BYTES = 1 << 17, 1 << 22  # panels that a thread makes at a time
 
 # Names that `specialize` puts into _repack_int; here for the type checker.
 unpack: Any = None
@@ -34,12 +34,36 @@ def _half_bits(value):  # type: ignore[no-untyped-def]
     return np.uint16(sign | (magnitude - (112 << 23)) >> 13)
 
 
+@njit(inline="always")
+def _pack(u, packed):  # type: ignore[no-untyped-def]
+    """A row's 32 numbers as its 4 bytes in each plane of panels.py."""
+    n = len(packed)
+    if n == BLOCK:
+        packed[:] = u
+        return
+    for i in range(16):
+        packed[i] = u[i] & 15 | u[16 + i] << 4
+    for c in range(4 if n > 16 else 0):
+        low, high = 0, 0
+        for i in range(8):
+            top = u[4 * i + c] >> 4
+            if n == 20:
+                low |= top << i
+            elif i < 4:
+                low |= top << 2 * i
+            else:
+                high |= top << 2 * (i - 4)
+        packed[16 + c] = low
+        if n == 24:
+            packed[20 + c] = high
+
+
 def _repack_int(src, row_bytes, n_rows, n_in, grid, out, first, end):  # type: ignore[no-untyped-def]
     """Groups first .. end of 16 rows. src: uint8[n_rows * row_bytes], out: uint8[n_group * group_bytes]."""
     n_scales = BLOCK_SIZE // GROUP
     q, u = np.empty(BLOCK_SIZE, np.int8), np.empty(BLOCK_SIZE, np.uint8)
     scale, minimum = np.empty(n_scales, np.float32), np.zeros(n_scales, np.float32)
-    packed = np.empty(16 if BITS == 4 else 32, np.uint8)
+    packed = np.empty(4 * BITS, np.uint8)  # a row's bytes of all planes
     words = packed.view(np.uint32)
     halves, floats, out_words = out.view(np.uint16), out.view(np.float32), out.view(np.uint32)
     per_block, n_type_block = BLOCK_SIZE // BLOCK, n_in // BLOCK_SIZE
@@ -68,12 +92,7 @@ def _repack_int(src, row_bytes, n_rows, n_in, grid, out, first, end):  # type: i
                             floats[(to >> 2) + g * ROWS + r] = scale[i]
                             if HAS_MINIMUM:
                                 floats[(to >> 2) + (N_GROUPS + g) * ROWS + r] = minimum[i]
-                    if BITS == 4:
-                        for i in range(16):
-                            packed[i] = u[k * BLOCK + i] | u[k * BLOCK + 16 + i] << 4
-                    else:
-                        for i in range(BLOCK):
-                            packed[i] = u[k * BLOCK + i]
+                    _pack(u[k * BLOCK : (k + 1) * BLOCK], packed)
                     for i in range(BITS):
                         out_words[(to + HEAD_BYTES >> 2) + i * ROWS + r] = words[i]
 
@@ -127,7 +146,8 @@ def repack(tensors: list[Tensor], out: NDArray[np.uint8], executor: Executor, n_
         n_group = -(-tensor.n_rows // ROWS)
         part = out[at : (at := at + n_group * panel.group_bytes(n_in))]
         work = _work(tensor, panel, part)
-        pieces = max(1, min(4 * n_threads, n_group, part.nbytes // _PIECE_BYTES))
+        piece = min(max(part.nbytes // (4 * n_threads), _LEAST_BYTES), _MOST_BYTES)
+        pieces = max(1, min(n_group, part.nbytes // piece))
         jobs += [executor.submit(work, n_group * i // pieces, n_group * (i + 1) // pieces) for i in range(pieces)]
     for job in jobs:
         job.result()
@@ -140,7 +160,14 @@ def _work(tensor: Tensor, panel: Panel, out: NDArray[np.uint8]) -> Callable[[int
             blocks = dequantize(blocks, tensor.type).view(np.uint8)
         word = np.dtype(f"u{panel.element_bytes}")
         src, to = blocks.reshape(-1).view(word), out.view(word)
-        return lambda first, end: _repack_float(src, n_rows, n_in, to, first, end)
-    function, grid = _repack_int_for(tensor.type.name), INTEGER_FORMS[tensor.type.name].grid()
-    flat = blocks.reshape(-1)
-    return lambda first, end: function(flat, blocks.shape[-1], n_rows, n_in, grid, out, first, end)
+        make = functools.partial(_repack_float, src, n_rows, n_in, to)
+    else:
+        grid = INTEGER_FORMS[tensor.type.name].grid()
+        flat, row_bytes = blocks.reshape(-1), blocks.shape[-1]
+        make = functools.partial(_repack_int_for(tensor.type.name), flat, row_bytes, n_rows, n_in, grid, out)
+
+    def work(first: int, end: int) -> None:
+        make(first, end)
+        tensor.release(first * ROWS, min(end * ROWS, n_rows))  # or a large tensor is in memory twice
+
+    return work

@@ -74,7 +74,19 @@ def _quants(s: Simd, panel: IntPanel, at: Val) -> list[Val]:
     stored = [s.load(at + 64 * i, I8, 64) for i in range(panel.bits)]
     if panel.bits == 8:
         return stored
-    return [v & 15 for v in stored] + [v >> 4 for v in stored]
+    quants = [v & 15 for v in stored[:4]] + [v >> 4 for v in stored[:4]]
+    for i in range(8):
+        if panel.bits == 5:
+            quants[i] = quants[i] | (_moved(stored[4], 4 - i) & 16)
+        elif panel.bits == 6:
+            quants[i] = quants[i] | (_moved(stored[4 + i // 4], 4 - 2 * (i % 4)) & 48)
+    return quants
+
+
+def _moved(v: Val, left: int) -> Val:
+    """All bytes shifted left (right if negative); bits that come from a neighbour are the caller's to mask."""
+    words = v.as_type(I16)
+    return (words << left if left >= 0 else words >> -left).as_type(I8)
 
 
 def _int_panel(

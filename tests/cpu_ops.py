@@ -51,7 +51,7 @@ class MemoryTensor:
     def blocks(self) -> np.ndarray:
         return self.data
 
-    def release(self) -> None:
+    def release(self, first: int = 0, end: int | None = None) -> None:
         pass
 
 
