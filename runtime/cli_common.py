@@ -98,7 +98,7 @@ def _one_line_errors(ctx: click.Context, verbose: bool) -> Iterator[None]:
 def _describe(error: Exception) -> str:
     if isinstance(error, GgufRunError):
         return str(error)
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or str(error) == "can't start new thread":
         detail = f" ({error})" if str(error) else ""
         return f"out of memory{detail}: choose a smaller model or context, or close other programs"
     if isinstance(error, OSError) and error.strerror:

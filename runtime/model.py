@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 DEFAULT_N_CTX = 4096
 MAX_N_CTX = 2**31 - 1
-MAX_THREADS = 1024
 
 Message = Mapping[str, str]
 
@@ -107,11 +106,14 @@ class Model:
         """
         start = time.perf_counter()
         _check_range("n_ctx (--ctx-size)", n_ctx, 1, MAX_N_CTX)
-        _check_range("n_threads (--threads)", n_threads, 1, MAX_THREADS)
         _check_range("n_batch", n_batch, 1, MAX_N_CTX)
+        from gguf_run.kernels_cpu.team import MAX_THREADS
         from gguf_run.runtime.fetch import find_model
         from gguf_run.runtime.placement import parse_device
+        from gguf_run.runtime.threads import default_threads
 
+        _check_range("n_threads (--threads)", n_threads, 1, MAX_THREADS)
+        n_threads = n_threads or min(default_threads(), MAX_THREADS)
         parse_device(device)
         file = GGUFFile.open(find_model(os.fspath(path) if path is not None else None))
         try:
@@ -233,7 +235,7 @@ def _load(
     file: GGUFFile,
     start: float,
     n_ctx: int | None,
-    n_threads: int | None,
+    n_threads: int,
     device: str,
     n_batch: int,
     cache_type: str,
@@ -242,7 +244,6 @@ def _load(
     from gguf_run.models.config import ModelConfig
     from gguf_run.runtime.memory import available_memory, check_memory, memory_needed
     from gguf_run.runtime.placement import place_layers
-    from gguf_run.runtime.threads import default_threads
 
     config = ModelConfig.from_metadata(file.metadata, file.tensors)
     n_ctx = n_ctx or min(config.n_ctx_train, DEFAULT_N_CTX)
@@ -261,7 +262,7 @@ def _load(
         from gguf_run.kernels_cpu.backend import CpuBackend
         from gguf_run.models.decoder import Decoder
 
-        backend = CpuBackend(n_threads or default_threads(), cache_type)
+        backend = CpuBackend(n_threads, cache_type)
         try:
             report = _reporter(progress, sum(tensor.nbytes for tensor in tensors))
             decoder = Decoder(config, file.tensors, [backend for _ in places], n_ctx, n_batch, progress=report)

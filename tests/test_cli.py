@@ -274,6 +274,7 @@ def test_no_chat_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path:
     ("error", "expected"),
     [
         (MemoryError(), "error: out of memory: choose a smaller model"),
+        (RuntimeError("can't start new thread"), "error: out of memory (can't start new thread): choose"),
         (MemoryError("9 GiB"), "error: out of memory (9 GiB): choose"),
         (OSError(28, "No space left on device", "a\nb"), r"error: a b: No space left on device"),
         (GgufRunError("two\nlines \x1b[0m"), r"error: two lines \x1b[0m"),
