@@ -115,7 +115,10 @@ class Model:
         _check_range("n_threads (--threads)", n_threads, 1, MAX_THREADS)
         n_threads = n_threads or min(default_threads(), MAX_THREADS)
         parse_device(device)
-        file = GGUFFile.open(find_model(os.fspath(path) if path is not None else None))
+        before = time.perf_counter()
+        found = find_model(os.fspath(path) if path is not None else None)
+        start += time.perf_counter() - before  # a download is not part of the load time
+        file = GGUFFile.open(found)
         try:
             return _load(file, start, n_ctx, n_threads, device, n_batch, cache_type, progress)
         except GgufRunError as error:
