@@ -30,7 +30,7 @@ from gguf_run.kernels_cpu.native import (
     yield_cpu,
 )
 
-MAX_THREADS = 62  # one bit of a word each
+MAX_THREADS = 64  # more would mostly wait for each other
 # The team's shared words, in bytes; each that threads fight for has a cache line of its own.
 _STEP = 0  # number of the step; odd while its description is being written
 _TICKET = 64  # serial number of the op << _PIECE_BITS | pieces to be taken
@@ -84,6 +84,7 @@ def _run(shared, tape, base, n_ops, ith, nth):  # type: ignore[no-untyped-def]
 @njit
 def _help(shared, step, ith, nth):  # type: ignore[no-untyped-def]
     """Take part in steps after number `step`. Returns the number of the last one when none has come for a while."""
+    atomic_store(shared + _ASLEEP + 8 * ith, 0)
     spins = 0
     while spins < _IDLE_SPINS:
         now = atomic_load(shared + _STEP)
@@ -99,15 +100,15 @@ def _help(shared, step, ith, nth):  # type: ignore[no-untyped-def]
         spins += 1
         pause()
     atomic_store(shared + _ASLEEP + 8 * ith, 1)
-    # a step that was announced before that store is seen here; one announced after it sees the store and calls
+    # a step that was announced before that store is seen here; one called for after it sees the store and calls
     if atomic_load(shared + _STEP) != step:
         atomic_store(shared + _ASLEEP + 8 * ith, 0)
     return step
 
 
 @njit
-def _announce(shared, tape, n_ops, nth):  # type: ignore[no-untyped-def]
-    """Tell the helpers of a step. Returns the serial number of its first op, and the sleeping helpers as bits."""
+def _lead(shared, tape, n_ops, nth):  # type: ignore[no-untyped-def]
+    """Tell the helpers of a step and take part in it. One call, so that no Ctrl-C comes between the two."""
     base = atomic_load(shared + _TICKET) >> _PIECE_BITS
     atomic_add(shared + _STEP, 1)
     atomic_store(shared + _TAPE, tape)
@@ -115,12 +116,7 @@ def _announce(shared, tape, n_ops, nth):  # type: ignore[no-untyped-def]
     atomic_store(shared + _N_OPS, n_ops)
     _open(shared, tape, base, base, n_ops, nth)
     atomic_add(shared + _STEP, 1)
-    asleep = 0
-    for ith in range(1, nth):
-        if atomic_load(shared + _ASLEEP + 8 * ith):
-            atomic_store(shared + _ASLEEP + 8 * ith, 0)
-            asleep |= 1 << ith
-    return base, asleep
+    _run(shared, tape, base, n_ops, 0, nth)
 
 
 @njit
@@ -158,9 +154,9 @@ class Team:
 
     def run(self, tape: NDArray[np.int64]) -> None:
         """Run a tape, int64[n_ops, 2]; returns when every op is done."""
-        shared, n_ops, address = self._words.ctypes.data, len(tape), tape.ctypes.data
-        base, asleep = _announce(shared, address, n_ops, self.n_threads)
+        # Sleepers are called before there is a step to see: they spin for longer than it takes to announce it. One that
+        # falls asleep in between misses this step, and is called for the next.
         for ith, calls in enumerate(self._calls, 1):
-            if asleep >> ith & 1:
+            if self._words[_ASLEEP // 8 + ith] and calls.empty():
                 calls.put(None)
-        _run(shared, address, base, n_ops, 0, self.n_threads)
+        _lead(self._words.ctypes.data, tape.ctypes.data, len(tape), self.n_threads)
