@@ -150,7 +150,7 @@ def _chat(model: "Model", system: str | None, first: str | None, options: dict[s
     from gguf_run.runtime.generate import ContextError
 
     messages: list[dict[str, str]] = []
-    model.chat([{"role": "user", "content": "?"}])  # a model without a chat template says so now
+    model.tokenize_chat([{"role": "user", "content": "?"}])  # a model without a chat template says so now
     for text in _lines(first):
         messages.append({"role": "user", "content": text})
         pieces = None

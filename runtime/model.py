@@ -158,6 +158,20 @@ class Model:
         tokens written in the text become ids."""
         return self.tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
 
+    def tokenize_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Return the ids of a conversation as the model's chat template writes it, up to where the answer begins.
+        GgufRunError if the model has no template, or the template refuses the messages."""
+        from gguf_run.runtime.chat_template import render_chat
+
+        if self.chat_template is None:
+            raise GgufRunError(
+                "the model has no chat template: it continues texts (generate, or --raw), it cannot chat"
+            )
+        bos, eos = (
+            None if id is None else self.tokenizer.token_text(id) for id in (self.tokenizer.bos, self.tokenizer.eos)
+        )
+        return self.tokenizer.encode_chat(render_chat(self.chat_template, messages, bos_token=bos, eos_token=eos))
+
     def detokenize(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Return the text of ids."""
         return self.tokenizer.decode(ids, skip_special=skip_special)
@@ -177,10 +191,10 @@ class Model:
     ) -> Iterator[str]:
         """Answer the last of `messages` ({"role": "system" | "user" | "assistant", "content": text}); as generate.
 
-        The start that the conversation shares with the one before is not computed again. GgufRunError if the model has
-        no chat template.
+        The start that the conversation shares with the one before is not computed again. GgufRunError as for
+        tokenize_chat.
         """
-        return self._start(self._render(messages), max_tokens, stop, sampling)
+        return self._start(self.tokenize_chat(messages), max_tokens, stop, sampling)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Return f32[n_tokens, n_vocab]: what the model expects after each of ids, from an empty context."""
@@ -215,18 +229,6 @@ class Model:
     def _open_ended(self, ids: list[int]) -> list[int]:
         """A text that is to go on must not end with EOS, which some models want around a text."""
         return ids[:-1] if self.tokenizer.add_eos and ids[-1:] == [self.tokenizer.eos] else ids
-
-    def _render(self, messages: Sequence[Message]) -> list[int]:
-        from gguf_run.runtime.chat_template import render_chat
-
-        if self.chat_template is None:
-            raise GgufRunError(
-                "the model has no chat template: it continues texts (generate, or --raw), it cannot chat"
-            )
-        bos, eos = (
-            None if id is None else self.tokenizer.token_text(id) for id in (self.tokenizer.bos, self.tokenizer.eos)
-        )
-        return self.tokenizer.encode_chat(render_chat(self.chat_template, messages, bos_token=bos, eos_token=eos))
 
 
 def _check_range(name: str, value: int | None, lowest: int, highest: int) -> None:
