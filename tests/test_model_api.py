@@ -172,7 +172,7 @@ def test_n_ctx(path: Path) -> None:
         ({"n_ctx": 0}, r"n_ctx \(--ctx-size\) is 0"),
         ({"n_ctx": 2**31}, "n_ctx"),
         ({"n_threads": 0}, r"n_threads \(--threads\) is 0"),
-        ({"n_threads": 63}, "n_threads"),
+        ({"n_threads": 100_000}, r"n_threads \(--threads\) is 100000; allowed: a whole number from 1 to"),
         ({"n_batch": 0}, "n_batch is 0"),
         ({"cache_type": "q8_0"}, "cache_type is 'q8_0'; allowed: f16, f32"),
         ({"device": "gpu"}, "--device 'gpu': allowed are cpu, cuda"),
