@@ -176,9 +176,13 @@ def unpack_panel(part: WeightPart, n_in: int) -> np.ndarray:
     blocks = part.data.reshape(n_group, n_in // BLOCK, panel.block_bytes)
     scales = np.ascontiguousarray(blocks[..., : panel.head_bytes]).view("f2" if panel.half_scales else "f4")
     scales = scales.astype(np.float32).reshape(n_group, -1, 1 + panel.has_minimum, panel.n_groups, ROWS)
-    u = np.ascontiguousarray(blocks[..., panel.head_bytes :]).reshape(n_group, -1, panel.bits, ROWS, 4)
-    if panel.bits == 4:
-        u = np.concatenate([u & 15, u >> 4], axis=2)
+    u = planes = np.ascontiguousarray(blocks[..., panel.head_bytes :]).reshape(n_group, -1, panel.bits, ROWS, 4)
+    if panel.bits < 8:
+        low, more = u[:, :, :4], panel.bits - 4
+        u = np.concatenate([low & 15, low >> 4], axis=2)
+        for i in range(8 if more else 0):  # planes 4 and up hold bits 4 and 5, 8 // more vectors in each byte
+            plane, place = divmod(i, 8 // more)
+            u[:, :, i] |= (planes[:, :, 4 + plane] >> more * place & (1 << more) - 1) << 4
     assert u.max() < 1 << panel.dot_bits
     # [group, block, columns / 4, row, 4] -> [group, row, block, scale's group, column]
     q = u.transpose(0, 3, 1, 2, 4).reshape(n_group, ROWS, -1, panel.n_groups, panel.group).astype(np.float32)

@@ -94,11 +94,12 @@ def test_panels_are_shared_only_where_they_fit() -> None:
 
 @pytest.mark.parametrize("type_name", ["Q6_K", "BF16"])
 def test_number_of_threads_does_not_matter(type_name: str) -> None:
-    tensor = random_tensor(type_name, 16 * 13 + 1, 256)
+    """A tensor large enough to be repacked in several pieces."""
+    tensor = random_tensor(type_name, 16 * 250 + 1, 256)
     panel = PANEL_OF[type_name]
     results = []
     for n_threads in (1, 2, 7):
-        out = np.zeros(14 * panel.group_bytes(256), np.uint8)
+        out = np.zeros(251 * panel.group_bytes(256), np.uint8)
         with ThreadPoolExecutor(n_threads) as executor:
             repack([tensor], out, executor, n_threads)
         results.append(out)
@@ -120,7 +121,7 @@ def test_panel_is_wide_enough(type_name: str) -> None:
 
 def test_bits_per_weight() -> None:
     """Panels cost no more than the file for the types of the first rank."""
-    for type_name in ("Q4_0", "Q4_1", "Q8_0", "F32", "F16", "BF16"):
+    for type_name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F32", "F16", "BF16"):
         type, panel = type_by_name(type_name), PANEL_OF[type_name]
         assert panel.group_bytes(256) == 16 * 256 // type.block_size * type.type_size
 
