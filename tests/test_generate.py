@@ -18,10 +18,11 @@ GREEDY = SamplingParams(temperature=0)
 
 
 class FakeDecoder:
-    """The token after x at position p is (x + p) % N_VOCAB, so a wrong position shows. Remembers what it ran."""
+    """The next token is a number made of all tokens in the cache, so that a wrong one shows. Remembers what it ran."""
 
     def __init__(self, n_ctx: int = 32) -> None:
         self.n_ctx, self.n_past = n_ctx, 0
+        self.cache = [0] * n_ctx
         self.config = SimpleNamespace(n_vocab=N_VOCAB)
         self.runs: list[tuple[int, list[int]]] = []
         self.fails = False
@@ -31,12 +32,13 @@ class FakeDecoder:
         assert self.n_past + len(ids) <= self.n_ctx
         block = np.zeros((1, N_VOCAB), np.float32)  # overwritten, as the program's memory is
         for i, id in enumerate(ids):
-            position, self.n_past = self.n_past, self.n_past + 1
+            self.cache[self.n_past] = id
+            self.n_past += 1
             if self.fails and i:
                 raise KeyboardInterrupt
             if i >= len(ids) - n_outputs:
                 block[:] = 0
-                block[0, (id + position) % N_VOCAB] = 1
+                block[0, next_id(self.cache[: self.n_past])] = 1
                 yield block
 
     def rewind(self, n_past: int) -> None:
@@ -44,10 +46,14 @@ class FakeDecoder:
         self.n_past = n_past
 
 
+def next_id(ids: Sequence[int]) -> int:
+    return sum((at + 3) * id for at, id in enumerate(ids)) % N_VOCAB
+
+
 def expected(ids: Sequence[int], n: int) -> list[int]:
     out = list(ids)
     for _ in range(n):
-        out.append((out[-1] + len(out) - 1) % N_VOCAB)
+        out.append(next_id(out))
     return out[len(ids) :]
 
 
@@ -89,6 +95,8 @@ def test_context_goes_back(prompt: list[int], n_reused: int) -> None:
     out, generation = generate(session, prompt)
     assert out == expected(prompt, 5)
     assert generation.n_reused == n_reused
+    again, _ = generate(session, [5, 6, 7, 8])
+    assert again == expected([5, 6, 7, 8], 5)
 
 
 def test_an_interrupted_run_leaves_a_session_that_works() -> None:
@@ -160,7 +168,7 @@ def test_logits_of_all_tokens() -> None:
     session = Session(decoder)
     generate(session, [5, 6, 7])
     logits = np.concatenate([block.copy() for block in session.logits([5, 6, 40])])
-    assert logits.argmax(axis=1).tolist() == [5, 7, 42]
+    assert logits.argmax(axis=1).tolist() == [next_id([5]), next_id([5, 6]), next_id([5, 6, 40])]
     assert decoder.runs[-1] == (0, [5, 6, 40])
     _, generation = generate(session, [5, 6, 40, 41])
     assert generation.n_reused == 3
