@@ -1,6 +1,7 @@
 """The decoder: loads a model's weights into backends, records its step once, and runs tokens through it."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -199,6 +200,7 @@ class Decoder:
         if len(stages) > 1:
             names = ", ".join(f"{stage.backend.name} {len(stage.layers)}" for stage in stages)
             raise UnsupportedError(f"layers on more than one device ({names}): this version runs all on one")
+        self._backends = {id(backend): backend for backend in backends}
         self.config = config
         self.n_ctx = n_ctx
         self.n_past = 0
@@ -286,6 +288,13 @@ class Decoder:
         if not 0 <= n_past <= self.n_past:
             raise ValueError(f"cannot rewind to {n_past}: {self.n_past} tokens are in the context")
         self.n_past = n_past
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes that the backends hold, by purpose: see Backend.nbytes."""
+        held: Counter[str] = Counter()
+        for backend in self._backends.values():
+            held.update(backend.nbytes())
+        return dict(held)
 
     def close(self) -> None:
         """Free the program. The backends belong to the caller."""

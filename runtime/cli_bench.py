@@ -1,0 +1,202 @@
+"""gguf-bench: how fast models run on this machine, and how near that comes to what the machine can do."""
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice, product
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.runtime.cli_common import Command, message
+from gguf_run.runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from gguf_run.runtime.bench import Case
+
+MAX_TESTS = 10_000
+_MOST = 2**31 - 1
+_FORMATS = ("md", "csv", "json", "jsonl", "sql")
+
+
+def parse_values(option: str, texts: Sequence[str], lowest: int, highest: int = _MOST) -> list[int]:
+    """Return the numbers of an option: "8", "1,2,4", "1-8", "128-512+128", "1-64*2", and all of these for each use.
+
+    OptionError for anything else, and for numbers out of lowest .. highest.
+    """
+    values: list[int] = []
+    for part in (part for text in texts for part in text.split(",")):
+        match = re.fullmatch(r"\s*(\d{1,10})(?:-(\d{1,10})(?:([+*])(\d{1,10}))?)?\s*", part)
+        if match is None:
+            raise OptionError(
+                f"{option} {part!r}: must be numbers or ranges with commas between them: 512, 1-8, 128-512+128, 1-64*2"
+            )
+        first, last, step = int(match[1]), int(match[2] or match[1]), int(match[4] or 1)
+        if last < first or (first < last and (step == 0 or (match[3] == "*" and (step == 1 or first == 0)))):
+            raise OptionError(f"{option} {part!r}: this range never reaches its end")
+        values += islice(_range(first, last, match[3] or "+", step), MAX_TESTS + 1)
+        if not (lowest <= first and last <= highest) or len(values) > MAX_TESTS:
+            raise OptionError(
+                f"{option} {part!r}: allowed are {lowest} to {highest}, at most {MAX_TESTS} numbers in all"
+            )
+    return values
+
+
+def _range(value: int, last: int, kind: str, step: int) -> Iterator[int]:
+    while value <= last:
+        yield value
+        value = value + step if kind == "+" else value * step
+
+
+def _pairs(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """The values of -pg."""
+    pairs = []
+    for text in texts:
+        numbers = parse_values("-pg", [text], 0) if "-" not in text else []
+        if len(numbers) != 2:
+            raise OptionError(
+                f"-pg {text!r}: must be two numbers, tokens of the prompt and tokens to generate: 512,128"
+            )
+        pairs.append((numbers[0], numbers[1]))
+    return pairs
+
+
+def _cache_types(k: Sequence[str], v: Sequence[str]) -> list[str]:
+    """The types that both options name. This version stores K and V alike."""
+    from gguf_run.runtime.memory import CACHE_TYPES
+
+    ks, vs = (list(dict.fromkeys(",".join(texts).split(","))) for texts in (k, v))
+    for option, types in (("--cache-type-k", ks), ("--cache-type-v", vs)):
+        for name in types:
+            if name not in CACHE_TYPES:
+                raise OptionError(f"{option} {name!r}: allowed are {', '.join(CACHE_TYPES)}")
+    if set(ks) != set(vs):
+        raise OptionError(
+            f"--cache-type-k {','.join(ks)} with --cache-type-v {','.join(vs)}: this version stores K and V alike, "
+            "give both options the same values"
+        )
+    if len(ks) > 1:
+        message("K and V are stored alike in each test: other combinations are left out")
+    return ks
+
+
+class _Status(Progress):
+    """A line on stderr that says what is going on, if that is a terminal."""
+
+    def show(self, line: str) -> None:
+        if self._visible:
+            self._draw(line)
+
+
+_numbers = partial(click.option, multiple=True, metavar="N,...")
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@_numbers("-p", "--n-prompt", default=("512",), help="Tokens of a prompt (pp); 0: none.")
+@_numbers("-n", "--n-gen", default=("128",), help="Tokens to generate one by one (tg); 0: none.")
+@click.option("-pg", "pg", multiple=True, metavar="PP,TG", help="A prompt and then tokens to generate, in one test.")
+@_numbers("-d", "--n-depth", default=("0",), help="Tokens that stand in the context before.")
+@_numbers("-b", "--batch-size", default=("2048",), help="Tokens after each of which logits are made.")
+@_numbers("-ub", "--ubatch-size", default=("512",), help="Tokens that run at once, at most.")
+@click.option("-ctk", "--cache-type-k", default=("f16",), multiple=True, metavar="TYPE,...", help="f16 or f32.")
+@click.option("-ctv", "--cache-type-v", default=("f16",), multiple=True, metavar="TYPE,...", help="The same as for K.")
+@_numbers("-t", "--threads", help="Threads that compute.  [default: physical cores]")
+@click.option("-dev", "--device", default=("auto",), multiple=True, metavar="DEVICE,...", help="cpu, cuda, cuda:0, ...")
+@click.option("-r", "--repetitions", default=5, type=click.IntRange(1, 100_000), help="Times each test is repeated.")
+@click.option("--delay", default=0.0, type=click.FloatRange(0, 86_400), help="Seconds to wait before each test.")
+@click.option("--no-warmup", is_flag=True, help="Leave out the first, unmeasured run of each test.")
+@click.option("-o", "--output", default="md", type=click.Choice(_FORMATS), help="Format of the results.")
+@click.version_option(package_name="gguf-run", prog_name="gguf-bench")
+def main(models: tuple[str, ...], repetitions: int, delay: float, no_warmup: bool, output: str, **options: Any) -> None:
+    """Measure how fast models run: tokens per second of a prompt (pp) and of generation (tg).
+
+    Options, columns and output are those of llama.cpp's llama-bench. Every option takes several values with commas
+    between them, and ranges: 1-8, 128-512+128, 1-64*2; tests run in all combinations. The last column is the part of
+    what this machine could do at most, by its memory's and its int8 instructions' speed, measured in the same run.
+
+    MODEL is a GGUF file or hf:owner/repo/file.gguf.
+    """
+    if sys.stdout is None:
+        raise GgufRunError("stdout is closed: there is nowhere to write to")
+    cases = _cases(models, **options)
+    from gguf_run.formats.jit import compile_notice
+    from gguf_run.runtime.bench import Procedure, Result, run_cases
+    from gguf_run.runtime.bench_output import PRINTERS
+
+    printer = PRINTERS[output]()
+    results: list[Result] = []
+    status = _Status("")
+    with status:
+
+        def write(text: str) -> None:
+            status.clear()
+            click.echo(text, nl=False)
+            sys.stdout.flush()
+
+        def compiling() -> None:
+            status.clear()
+            message("compiling kernels for this machine; this takes some seconds, once")
+
+        coming = run_cases(cases, Procedure(repetitions, not no_warmup, delay, status.show))
+        write(printer.head(cases))
+        try:
+            with compile_notice(compiling):
+                for result in coming:
+                    results.append(result)
+                    write(printer.row(result))
+        finally:
+            write(printer.foot(results))
+
+
+def _cases(
+    models: Sequence[str],
+    n_prompt: Sequence[str],
+    n_gen: Sequence[str],
+    pg: Sequence[str],
+    n_depth: Sequence[str],
+    batch_size: Sequence[str],
+    ubatch_size: Sequence[str],
+    cache_type_k: Sequence[str],
+    cache_type_v: Sequence[str],
+    threads: Sequence[str],
+    device: Sequence[str],
+) -> "list[Case]":
+    """All combinations, in llama-bench's order: a model is loaded as seldom as possible."""
+    from gguf_run.kernels_cpu.team import MAX_THREADS
+    from gguf_run.runtime.bench import Case
+    from gguf_run.runtime.placement import parse_device
+    from gguf_run.runtime.threads import default_threads
+
+    lengths = [(n, 0) for n in parse_values("--n-prompt", n_prompt, 0)]
+    lengths += [(0, n) for n in parse_values("--n-gen", n_gen, 0)]
+    lengths = [pair for pair in [*lengths, *_pairs(pg)] if any(pair)]
+    if not lengths:
+        raise OptionError("--n-prompt 0 with --n-gen 0 and no -pg: there is nothing to measure")
+    devices = [name for text in device for name in text.split(",")]
+    for name in devices:
+        parse_device(name)
+    axes = (
+        models,
+        devices,
+        parse_values("--batch-size", batch_size, 1),
+        parse_values("--ubatch-size", ubatch_size, 1),
+        _cache_types(cache_type_k, cache_type_v),
+        parse_values("--threads", threads or [str(min(default_threads(), MAX_THREADS))], 1, MAX_THREADS),
+        parse_values("--n-depth", n_depth, 0),
+        lengths,
+    )
+    cases = [
+        Case(model, *length, depth, n_batch, n_ubatch, n_threads, cache_type, name)
+        for model, name, n_batch, n_ubatch, cache_type, n_threads, depth, length in islice(
+            product(*axes), MAX_TESTS + 1
+        )
+    ]
+    if len(cases) > MAX_TESTS:
+        raise OptionError(f"the options make more than {MAX_TESTS} tests: give fewer values")
+    for case in cases:
+        if case.n_ctx > _MOST:
+            raise OptionError(f"{case}: a context of {case.n_ctx} tokens; at most {_MOST} are allowed")
+    return cases
