@@ -424,6 +424,7 @@ def test_terminal_chat(terminal: Terminal) -> None:
         terminal.wait_for("> ")
     terminal.process.send_signal(signal.SIGINT)
     terminal.wait_for("(Ctrl-D leaves)")
+    terminal.wait_for("> ")
     terminal.type("\x04")
     terminal.wait_for("load ")
     assert terminal.process.wait(PATIENCE) == 0
