@@ -147,24 +147,27 @@ def _answer(model: "Model", system: str | None, text: str, raw: bool, options: d
 
 def _chat(model: "Model", system: str | None, first: str | None, options: dict[str, Any]) -> None:
     """Read a line, answer it, remember both, until stdin ends."""
-    from gguf_run.runtime.generate import ContextError
-
-    messages: list[dict[str, str]] = []
     model.tokenize_chat([{"role": "user", "content": "?"}])  # a model without a chat template says so now
+    messages: list[dict[str, str]] = []
     for text in _lines(first):
         messages.append({"role": "user", "content": text})
-        pieces = None
-        while pieces is None:
-            try:
-                pieces = model.chat([*_system_message(system), *messages], **options)
-            except ContextError:
-                if len(messages) == 1:
-                    raise
-                message(
-                    f"the conversation is longer than the context ({model.n_ctx} tokens): its oldest turn is left out"
-                )
-                del messages[:2]
-        messages.append({"role": "assistant", "content": _show(model, pieces, interruptible=True)})
+        answer = _show(model, _turn(model, system, messages, options), interruptible=True)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _turn(model: "Model", system: str | None, messages: list[dict[str, str]], options: dict[str, Any]) -> Iterator[str]:
+    """Answer the last message; forget the oldest ones where the context is too small for all."""
+    from gguf_run.runtime.generate import ContextError
+
+    while True:
+        try:
+            yield from model.chat([*_system_message(system), *messages], **options)
+            return
+        except ContextError:
+            if len(messages) == 1:
+                raise
+            message(f"the conversation is longer than the context ({model.n_ctx} tokens): its oldest turn is left out")
+            del messages[:2]
 
 
 def _system_message(system: str | None) -> list[dict[str, str]]:

@@ -379,7 +379,12 @@ class Terminal:
     def __init__(self, arguments: Sequence[Any]) -> None:
         self._master, slave = pty.openpty()
         self.process = subprocess.Popen(
-            [*RUN, *map(str, arguments)], stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+            [*RUN, *map(str, arguments)],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            env=os.environ | {"TERM": "dumb"},  # line editing without escape codes
         )
         os.close(slave)
         self.shown = ""
@@ -415,16 +420,15 @@ def terminal(path: Path) -> Iterator[Terminal]:
 def test_terminal_chat(terminal: Terminal) -> None:
     """A bar while loading; Ctrl-C stops an answer, not the program; Ctrl-D leaves."""
     terminal.wait_for("loading [")
-    terminal.wait_for("> ")
+    terminal.wait_for("\r> ")
     for _ in range(2):
         terminal.type("Hello\n")
         terminal.wait_for("Hello\r\n")
         time.sleep(0.1)  # in the middle of a long answer
         terminal.process.send_signal(signal.SIGINT)
-        terminal.wait_for("> ")
+        terminal.wait_for("\r\n> ")
     terminal.process.send_signal(signal.SIGINT)
-    terminal.wait_for("(Ctrl-D leaves)")
-    terminal.wait_for("> ")
+    terminal.wait_for("(Ctrl-D leaves)\r\n> ")
     terminal.type("\x04")
     terminal.wait_for("load ")
     assert terminal.process.wait(PATIENCE) == 0
