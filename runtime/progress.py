@@ -9,21 +9,30 @@ SECONDS_PER_DRAW = 0.05
 
 
 class Progress:
-    """Progress through bytes. Use as a context manager; the line is erased at the end."""
+    """Progress through bytes, or through what `unit` names (a plural), then with an estimate of the time left.
+    Use as a context manager; the line is erased at the end."""
 
-    def __init__(self, label: str) -> None:
-        self.label = label
+    def __init__(self, label: str, unit: str = "") -> None:
+        self.label, self.unit = label, unit
+        self._start = time.monotonic()
         self._visible = sys.stderr is not None and sys.stderr.isatty()
         self._next_draw = time.monotonic()
         self._drawn = 0
 
     def set(self, done: int, total: int) -> None:
-        """`done` of `total` bytes are done."""
+        """`done` of `total` are done."""
         if self._visible and time.monotonic() >= self._next_draw:
             self._next_draw = time.monotonic() + SECONDS_PER_DRAW
             part = min(1.0, done / max(1, total))
             bar = "#" * int(part * BAR_WIDTH)
-            self._draw(f"{self.label} [{bar:<{BAR_WIDTH}}] {part * 100:3.0f} % of {total / 1e6:.0f} MB")
+            whole = f"{total} {self.unit}{self._left(part)}" if self.unit else f"{total / 1e6:.0f} MB"
+            self._draw(f"{self.label} [{bar:<{BAR_WIDTH}}] {part * 100:3.0f} % of {whole}")
+
+    def _left(self, part: float) -> str:
+        if not part:
+            return ""
+        minutes, seconds = divmod(round((time.monotonic() - self._start) * (1 - part) / part), 60)
+        return f", {minutes}:{seconds:02d} left"
 
     def _draw(self, line: str) -> None:
         # Spaces clear what a longer line before left; no escape codes, they are not for every terminal.
