@@ -25,6 +25,9 @@ class Heads:
     window: int = 0
     scale: float = 0.0
 
+    def __str__(self) -> str:
+        return f"{self.n_head} heads, {self.n_head_kv} kv, {self.head_dim} wide, window {self.window}"
+
     @property
     def shape(self) -> Attention:
         scale = self.scale or 1.3 / self.head_dim**0.5

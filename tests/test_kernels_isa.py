@@ -1,0 +1,99 @@
+"""Kernels for other instruction sets than this machine's best: the same tests in processes where numba knows less.
+
+The processes run side by side, as most of their time goes into compiling.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numba
+import pytest
+from isa_features import LIMITED, environment, host_has
+from numba import from_dtype, types
+
+from gguf_run.kernels_cpu.isa import current
+from gguf_run.kernels_cpu.matmul import matmul
+from gguf_run.kernels_cpu.op import Op
+from gguf_run.kernels_cpu.panels import PANEL_OF, panel_id
+
+HERE = Path(__file__).parent
+# Panels of 4, 6 and 8 bits, with one scale and two, with minimums; half floats; and the ops with SIMD of their own.
+DOTS = (
+    "test_kernels_isa.py::test_instructions",
+    *(f"test_kernels_matmul.py::test_every_type[{name}]" for name in ("Q4_1", "Q8_0")),
+)
+ALL = (
+    *DOTS,
+    *(f"test_kernels_matmul.py::test_every_type[{name}]" for name in ("Q6_K", "F16")),
+    "test_kernels_rows.py::test_activations_are_quantized",
+    "test_kernels_rows.py::test_gated",
+    "test_kernels_rows.py::test_gated_at_extremes",
+    "test_kernels_attention.py::test_cache_can_be_filled_to_its_end[17-f16]",
+    "test_kernels_attention.py::test_split_positions[3 heads, 1 kv, 20 wide, window 0-3]",
+    "test_kernels_attention.py::test_split_positions[4 heads, 1 kv, 32 wide, window 511-2]",
+)
+# AVX-VNNI differs from AVX2 in the integer dot product only.
+TESTS = {"AVX-VNNI": DOTS, "AVX2": ALL, "generic": ALL}
+CODE = """
+import sys, pytest
+from gguf_run.kernels_cpu.isa import current
+assert current().name == sys.argv[1], f"kernels are for {current().name}"
+sys.exit(pytest.main(["-p", "no:cacheprovider", *sys.argv[2:]]))
+"""
+
+# By instruction set: what the assembly of a matmul over a panel of 4 bits must hold, and what it must not.
+INSTRUCTIONS = {
+    "AVX-512 VNNI": (("vpdpbusd", "zmm", "vfmadd"), ("vpmaddubsw",)),
+    "AVX-VNNI": (("vpdpbusd", "ymm", "vfmadd", "vcvtph2ps"), ("zmm", "vpmaddubsw")),
+    "AVX2": (("vpmaddubsw", "ymm", "vfmadd", "vcvtph2ps"), ("zmm", "vpdpbusd")),
+    "NEON dotprod": (("sdot", "fmla"), ()),
+    "generic": ((), ("ymm", "zmm", "vpdpbusd", "pmaddubsw", "vfmadd", "vcvtph2ps")),
+}
+
+
+def assembly(op: Op) -> str:
+    """Compile once more, as what comes from the cache on disk has no assembly."""
+    signature = types.intp(types.CPointer(from_dtype(op.fields)), types.intp, types.intp, types.intp)
+    return str(numba.cfunc(signature, error_model="numpy", **op.options)(op.function)._library.get_asm_str())
+
+
+def test_instructions() -> None:
+    code = assembly(matmul(panel_id(PANEL_OF["Q4_0"])))
+    wanted, unwanted = INSTRUCTIONS[current().name]
+    assert [word for word in wanted if word not in code] == []
+    assert [word for word in unwanted if word in code] == []
+    assert "fmaf" not in code, "a call for each multiplication"
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """Started together, so that two cores have something to do."""
+    running = {}
+    for name in LIMITED:
+        if host_has(name):
+            command = [sys.executable, "-c", CODE, name, *(str(HERE / test) for test in TESTS[name])]
+            running[name] = subprocess.Popen(
+                command,
+                cwd=HERE.parent,
+                env=os.environ | environment(name),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+    yield running
+    for process in running.values():
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_kernels_for(name: str, processes: dict[str, subprocess.Popen[str]]) -> None:
+    if name not in processes:
+        pytest.skip(f"this machine does not have {name}")
+    output, _ = processes[name].communicate(timeout=300)
+    assert processes[name].returncode == 0, output[-5000:]
+    assert " passed in " in output
+    assert "skipped" not in output
