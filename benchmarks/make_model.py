@@ -1,0 +1,268 @@
+"""Writes a llama model with random weights, for measuring speed: any tensor type or mix, as fast as the disk takes it.
+
+    python benchmarks/make_model.py llama-1b Q4_K_M [-o FILE] [--vocab MODEL.gguf] [--seed 0]
+
+Norms are 1, weights have mean 0 and a standard deviation of about 0.02 (random_blocks.py). The vocabulary is that of a
+real model, cut or filled up to the shape's size. Such a model says nonsense.
+"""
+
+import contextlib
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import click
+import numpy as np
+from random_blocks import FLOATS, RandomBlocks
+
+from gguf_run.formats.errors import OptionError
+from gguf_run.formats.reader import GGUFFile
+from gguf_run.formats.types import TENSOR_TYPES, TensorType, type_by_name
+from gguf_run.runtime.cli_common import Command
+from gguf_run.runtime.fetch import find_model
+from gguf_run.runtime.model_type import FILE_TYPES
+
+_CHUNK = 4 << 20  # bytes drawn at a time
+_NORMAL, _UNUSED = 1, 5  # token types
+_ALIGNMENT = 32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a llama, in ggml's names. tied: the embeddings make the logits too."""
+
+    size_label: str
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_ff: int
+    n_vocab: int
+    n_ctx: int
+    rope_freq_base: float
+    tied: bool
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield name and ne (row length first) of every tensor."""
+        n_embd, n_q, n_kv, n_ff = self.n_embd, self.n_head * self.head_dim, self.n_head_kv * self.head_dim, self.n_ff
+        layer = {
+            "attn_norm": (n_embd,), "attn_q": (n_embd, n_q), "attn_k": (n_embd, n_kv), "attn_v": (n_embd, n_kv),
+            "attn_output": (n_q, n_embd), "ffn_norm": (n_embd,), "ffn_gate": (n_embd, n_ff), "ffn_up": (n_embd, n_ff),
+            "ffn_down": (n_ff, n_embd),
+        }  # fmt: skip
+        yield "token_embd.weight", (n_embd, self.n_vocab)
+        for il in range(self.n_layer):
+            yield from ((f"blk.{il}.{name}.weight", ne) for name, ne in layer.items())
+        yield "output_norm.weight", (n_embd,)
+        if not self.tied:
+            yield "output.weight", (n_embd, self.n_vocab)
+
+
+SHAPES: Mapping[str, Shape] = {
+    "llama-135m": Shape("135M", 30, 576, 9, 3, 64, 1536, 49152, 8192, 1e5, True),  # SmolLM2-135M
+    "llama-1b": Shape("1B", 16, 2048, 32, 8, 64, 8192, 128256, 131072, 5e5, True),  # Llama-3.2-1B
+    "llama-8b": Shape("8B", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 5e5, False),  # Llama-3.1-8B
+}
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Tensor types by llama-quantize's rules. most: of all matrices but output: the one that makes the logits, and
+    more: of attn_v and ffn_down in the layers that use_more_bits names."""
+
+    file_type: int
+    most: str
+    output: str
+    more: str
+
+
+MIXES: Mapping[str, Mix] = {
+    "Q4_K_M": Mix(15, "Q4_K", "Q6_K", "Q6_K"),
+    "Q5_K_M": Mix(17, "Q5_K", "Q6_K", "Q6_K"),
+}
+# What a type is replaced by in rows that its blocks do not divide; F16 where that does not fit either.
+_FALLBACK: Mapping[str, str] = {
+    "Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q2_0": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+}  # fmt: skip
+PURE = (*FLOATS, *(row.name for row in TENSOR_TYPES if row.is_quantized and row.name not in ("Q8_1", "Q8_K")))
+
+
+def mix_of(name: str) -> Mix:
+    """Return the mix of that name, or a tensor type as a mix of one. OptionError for anything else."""
+    name = name.upper()
+    if name not in MIXES and name not in PURE:
+        raise OptionError(f"type {name!r}: allowed are the mixes {', '.join(MIXES)} and the types {', '.join(PURE)}")
+    if name in MIXES:
+        return MIXES[name]
+    return Mix(next(id for id, text in FILE_TYPES.items() if name in text.split()), name, name, name)
+
+
+def use_more_bits(il: int, n_layer: int) -> bool:
+    """Whether llama-quantize gives layer il more bits: the first and last eighth, and every third between."""
+    eighth = n_layer // 8
+    return il < eighth or il >= 7 * n_layer // 8 or (il - eighth) % 3 == 2
+
+
+def tensor_type(name: str, ne: tuple[int, ...], mix: Mix, shape: Shape) -> TensorType:
+    """Return the type of one tensor: norms are F32."""
+    if len(ne) == 1:
+        return type_by_name("F32")
+    part = name.split(".")
+    wanted = mix.most
+    if name == ("token_embd.weight" if shape.tied else "output.weight"):
+        wanted = mix.output
+    elif part[0] == "blk" and part[2] in ("attn_v", "ffn_down") and use_more_bits(int(part[1]), shape.n_layer):
+        wanted = mix.more
+    while ne[0] % type_by_name(wanted).block_size:
+        wanted = _FALLBACK.get(wanted) or ("IQ4_NL" if wanted.startswith("IQ") and wanted != "IQ4_NL" else "F16")
+    return type_by_name(wanted)
+
+
+def vocabulary(file: GGUFFile, n_vocab: int) -> dict[str, tuple[str, Any]]:
+    """Return type and value of the tokenizer keys of a model, for n_vocab tokens.
+
+    Tokens that are missing become unused ones; where there are too many, those at the end are left out with the merges
+    and special tokens that need them.
+    """
+    keys = {
+        key: (file.metadata.type_name(key), value)
+        for key, value in file.metadata.items()
+        if key.startswith("tokenizer.")
+    }
+    prefix = "tokenizer.ggml."
+    if f"{prefix}tokens" not in keys:
+        raise OptionError(f"--vocab {file.path}: the file has no vocabulary (tokenizer.ggml.tokens)")
+    tokens = list(keys[f"{prefix}tokens"][1])[:n_vocab]
+    n_real = len(tokens)
+    tokens += [f"[PAD{i}]" for i in range(n_real, n_vocab)]
+    for name, type, values in (
+        ("tokens", "string", tokens),
+        ("token_type", "i32", [_NORMAL] * n_real + [_UNUSED] * (n_vocab - n_real)),
+        ("scores", "f32", [-1e4] * n_vocab),
+    ):
+        known = keys.get(prefix + name)
+        if known is not None and name != "tokens":
+            values[:n_real] = known[1][:n_real].tolist()
+        if known is not None or name != "scores":
+            keys[prefix + name] = f"array[{type}]", values
+    if f"{prefix}merges" in keys:
+        there = set(tokens)
+        merges = [m for m in keys[f"{prefix}merges"][1] if there.issuperset([*m.split(" "), m.replace(" ", "")])]
+        keys[f"{prefix}merges"] = "array[string]", merges
+    return {
+        key: (type, value)
+        for key, (type, value) in keys.items()
+        if not (key.endswith("_token_id") and isinstance(value, int) and value >= n_real)
+    }
+
+
+# Metadata types by name: number in the file, struct code.
+_VALUE_TYPES = {
+    "u8": (0, "B"), "i8": (1, "b"), "u16": (2, "H"), "i16": (3, "h"), "u32": (4, "I"), "i32": (5, "i"), "f32": (6, "f"),
+    "bool": (7, "?"), "string": (8, ""), "array": (9, ""), "u64": (10, "Q"), "i64": (11, "q"), "f64": (12, "d"),
+}  # fmt: skip
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _pair(key: str, type: str, value: Any) -> bytes:
+    """A metadata pair as the file has it."""
+    kind, _, item = type.rstrip("]").partition("[")
+    number, code = _VALUE_TYPES[item or kind]
+    values = value if item else [value]
+    data = struct.pack(f"<{len(values)}{code}", *values) if code else b"".join(map(_string, values))
+    head = struct.pack("<IIQ", _VALUE_TYPES[kind][0], number, len(values)) if item else struct.pack("<I", number)
+    return _string(key) + head + data
+
+
+def header(pairs: Sequence[tuple[str, str, Any]], tensors: Sequence[tuple[str, tuple[int, ...], TensorType]]) -> bytes:
+    """Return what stands before the tensors' data. pairs: key, type, value; tensors: name, ne, type."""
+    parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(pairs)), *(_pair(*pair) for pair in pairs)]
+    offset = 0
+    for name, ne, type in tensors:
+        parts += [_string(name), struct.pack(f"<I{len(ne)}QIQ", len(ne), *ne, type.id, offset)]
+        n_bytes = math.prod(ne[1:]) * type.row_bytes(ne[0])
+        offset += n_bytes + -n_bytes % _ALIGNMENT
+    return b"".join(parts)
+
+
+def write_model(path: Path, shape: Shape, mix: Mix, vocab: GGUFFile, seed: int = 0) -> None:
+    """Write the model; the file has its name only once it is whole."""
+    keys = [
+        ("general.architecture", "string", "llama"),
+        ("general.name", "string", f"random llama {shape.size_label}"),
+        ("general.size_label", "string", shape.size_label),
+        ("general.file_type", "u32", mix.file_type),
+        ("general.quantization_version", "u32", 2),
+        ("llama.block_count", "u32", shape.n_layer),
+        ("llama.context_length", "u32", shape.n_ctx),
+        ("llama.embedding_length", "u32", shape.n_embd),
+        ("llama.feed_forward_length", "u32", shape.n_ff),
+        ("llama.vocab_size", "u32", shape.n_vocab),
+        ("llama.attention.head_count", "u32", shape.n_head),
+        ("llama.attention.head_count_kv", "u32", shape.n_head_kv),
+        ("llama.attention.key_length", "u32", shape.head_dim),
+        ("llama.attention.value_length", "u32", shape.head_dim),
+        ("llama.attention.layer_norm_rms_epsilon", "f32", 1e-5),
+        ("llama.rope.dimension_count", "u32", shape.head_dim),
+        ("llama.rope.freq_base", "f32", shape.rope_freq_base),
+        *((key, type, value) for key, (type, value) in vocabulary(vocab, shape.n_vocab).items()),
+    ]
+    tensors = [(name, ne, tensor_type(name, ne, mix, shape)) for name, ne in shape.tensors()]
+    rng = np.random.Generator(np.random.SFC64(seed))
+    sources = {type.name: RandomBlocks(type, rng) for _, _, type in tensors}
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(header(keys, tensors))
+            for _, ne, type in tensors:
+                _write_tensor(file, ne, type, sources[type.name])
+            _pad(file)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _write_tensor(file: BinaryIO, ne: tuple[int, ...], type: TensorType, source: RandomBlocks) -> None:
+    """Write random blocks, or the ones of a norm."""
+    _pad(file)
+    if len(ne) == 1:
+        file.write(np.ones(ne, np.float32).data)
+        return
+    n_blocks, per_chunk = math.prod(ne) // type.block_size, _CHUNK // type.type_size
+    for start in range(0, n_blocks, per_chunk):
+        file.write(source.draw(min(per_chunk, n_blocks - start)).data)
+
+
+def _pad(file: BinaryIO) -> None:
+    file.write(bytes(-file.tell() % _ALIGNMENT))
+
+
+@click.command(cls=Command)
+@click.argument("shape", type=click.Choice(list(SHAPES)))
+@click.argument("type")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: SHAPE-TYPE.gguf]")
+@click.option("--vocab", help="GGUF file whose vocabulary to take.  [default: SmolLM2's, fetched once]")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+def main(shape: str, type: str, output: Path | None, vocab: str | None, seed: int) -> None:
+    """Write a llama of SHAPE with random weights of TYPE: a tensor type, or a mix such as Q4_K_M."""
+    mix = mix_of(type)
+    path = output or Path(f"{shape}-{type.upper()}.gguf")
+    with GGUFFile.open(find_model(vocab)) as file:
+        write_model(path, SHAPES[shape], mix, file, seed)
+    click.echo(f"{path}: {path.stat().st_size / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
