@@ -28,12 +28,13 @@ _LINE = 64
 _LANES = 16  # i32 lanes of a 64-byte vector
 _READ_PIECE = 1 << 20
 _LOADS = 8  # cache lines read per iteration, each into a sum of its own
-_LEAST_READ, _MOST_READ = 256 << 20, 4 << 30
+# Caches keep a part of what is read over and over, even when it is several times what they hold.
+_LEAST_READ, _MOST_READ, _CACHES = 512 << 20, 4 << 30, 16
 _DOT_PIECES, _DOT_STEPS = 4, 2_000  # per thread and pass; per piece
 _DOT_BITS = 7  # of the unsigned operand: more need extra work on some instruction sets
 # Vectors of each operand in a step, side * side sums: enough to fill the pipelines, few enough for the registers.
 _DOT_SIDES = {"vnni512": 4}
-_RUNS = 8
+_RUNS = 50  # so many times `seconds` in all, but a few runs at least
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ class Limits:
     int8_ops: float
 
 
-def measure_limits(n_threads: int, n_bytes: int | None = None, seconds: float = 0.02) -> Limits:
+def measure_limits(n_threads: int, n_bytes: int | None = None, seconds: float = 0.005) -> Limits:
     """Measure with n_threads threads; takes about half a second.
 
-    n_bytes: size of the memory that is read (None: several times all caches). Each limit is the best of some runs that
+    n_bytes: size of the memory that is read (None: several times all caches). Each limit is the best of many runs that
     take `seconds` or a little more: whatever else the machine does makes a run slower, never faster.
     """
     team = Team(n_threads)
@@ -77,7 +78,7 @@ def _memory(n_bytes: int, n_threads: int) -> NDArray[np.uint8]:
 
 
 def _read_size(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
-    """Bytes to read: a few times what all caches hold together, as far as the system tells."""
+    """Bytes to read: many times what all caches hold together, as far as the system tells."""
     caches = {}
     for cache in cpus.glob("cpu[0-9]*/cache/index[0-9]*"):
         try:
@@ -91,16 +92,17 @@ def _read_size(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
             continue
         if size:
             caches[shared] = int(size[1]) << 10
-    return min(max(4 * sum(caches.values()), _LEAST_READ), _MOST_READ)
+    return min(max(_CACHES * sum(caches.values()), _LEAST_READ), _MOST_READ)
 
 
 def _rate(team: Team, op: Op, work: int, seconds: float, **arguments: int) -> float:
     """Work per second of the best run; op does `work`, often enough in a run to take `seconds`."""
     bound = op.bind(**arguments)
     tape = np.array([(op.compiled.address, bound.ctypes.data)], np.int64)
-    while _seconds(team, tape) < seconds:
+    while (once := _seconds(team, tape)) < seconds:
         tape = np.concatenate([tape, tape])
-    return work * len(tape) / min(_seconds(team, tape) for _ in range(_RUNS))
+    n_runs = max(5, round(_RUNS * seconds / once))
+    return work * len(tape) / min(_seconds(team, tape) for _ in range(n_runs))
 
 
 def _seconds(team: Team, tape: NDArray[np.int64]) -> float:
@@ -110,8 +112,8 @@ def _seconds(team: Team, tape: NDArray[np.int64]) -> float:
 
 
 def _keep(s: Simd, sums: list[Val], address: Val) -> None:
-    """Store what was computed: what nobody sees would not be computed."""
-    s.store(functools.reduce(operator.xor, sums), address)
+    """Add what was computed to memory: what nobody sees would not be computed."""
+    s.store(functools.reduce(operator.add, sums, s.load(address, I32, _LANES)), address)
 
 
 @intrinsic
@@ -121,7 +123,7 @@ def _read_lines(typing_context: Any, address: Any, n_steps: Any, to: Any) -> Any
     def emit(s: Simd, address: Val, n_steps: Val, to: Val) -> None:
         def body(i: Val, sums: list[Val]) -> list[Val]:
             at = address + i * (_LINE * _LOADS)
-            return [total ^ s.load(at + _LINE * k, I32, _LANES) for k, total in enumerate(sums)]
+            return [total + s.load(at + _LINE * k, I32, _LANES) for k, total in enumerate(sums)]
 
         _keep(s, s.loop(n_steps, [s.const(I32, 0, _LANES)] * _LOADS, body), to)
 

@@ -181,7 +181,7 @@ def _run_all(cases: Sequence[Case], paths: Mapping[str, Path], how: Procedure) -
         members = list(group)
         n_threads = members[0].n_threads
         if n_threads not in limits:
-            how.notify(f"measuring what this machine can do with {n_threads} threads")
+            how.notify(f"measuring the limits of this machine, threads: {n_threads}")
             limits[n_threads] = measure_limits(n_threads)
         yield from _run_group(paths[members[0].model], members, limits[n_threads], how)
 

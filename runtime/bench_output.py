@@ -235,10 +235,9 @@ class Markdown:
         commit, number = build()
         lines = ["", f"build: {commit} ({number})"]
         for limits in dict.fromkeys(result.limits for result in results):
-            lines.append(
-                f"limits, {limits.n_threads} threads: read {limits.read_bytes / 1e9:.1f} GB/s, "
-                f"int8 dot {limits.int8_ops / 1e9:.0f} Gop/s ({isa.current().name})"
-            )
+            threads = f"{limits.n_threads} thread{'s' * (limits.n_threads > 1)}"
+            speeds = f"read {limits.read_bytes / 1e9:.1f} GB/s, int8 dot {limits.int8_ops / 1e9:.0f} Gop/s"
+            lines.append(f"limits, {threads}: {speeds} ({isa.current().name})")
         return "\n".join(lines) + "\n"
 
     def _shown(self) -> list[tuple[str, int]]:
