@@ -39,7 +39,8 @@ def _pack(u, packed):  # type: ignore[no-untyped-def]
     """A row's 32 numbers as its 4 bytes in each plane of panels.py."""
     n = len(packed)
     if n == BLOCK:
-        packed[:] = u
+        for i in range(BLOCK):  # packed[:] = u would cost 2 s of compiling: numba's message for unequal shapes
+            packed[i] = u[i]
         return
     for i in range(16):
         packed[i] = u[i] & 15 | u[16 + i] << 4
