@@ -156,6 +156,11 @@ def test_threads_do_not_change_a_bit() -> None:
         assert all((one == other).all() for other in others)
 
 
+def test_threads_do_not_share_spare_memory() -> None:
+    """Every tile of a matrix of 5 rows goes through spare memory; thousands of them, two threads or more."""
+    check_matmul(cpu(3), [random_tensor("F16", 5, 8)], Shape(5, 1, residual=True), [1024] * 50, n_batch=1024)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("type_name", ["F32", "Q4_0"])
 def test_what_is_not_finite_stays_in_its_row(type_name: str, value: float) -> None:

@@ -196,3 +196,21 @@ def test_isa_is_chosen_by_features() -> None:
         "": "generic",
     }
     assert {features: choose(features).name for features in chosen} == chosen
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_neon_dot_compiles(bits: int) -> None:
+    """No ARM here to run it: LLVM accepts the code and makes four sdot of 64 bytes (eight with the correction)."""
+    isa = next(isa for isa in ISAS if isa.dot == "neon")
+    module = ir.Module("neon")
+    module.triple = "aarch64-unknown-linux-gnu"
+    i64 = ir.IntType(64)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [i64] * 3), "dot")
+    s = Simd(ir.IRBuilder(function.append_basic_block()), isa)
+    u, x, out = (Val(s, argument) for argument in function.args)
+    s.store(s.dot(s.load(out, I32, 16), s.load(u, I8, 64), s.load(x, I8, 64), bits), out)
+    s.b.ret_void()
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    machine = binding.Target.from_triple(module.triple).create_target_machine(features="+neon,+dotprod", opt=2)
+    assert machine.emit_assembly(binding.parse_assembly(str(module))).count("sdot") == {4: 4, 8: 8}[bits]
