@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 from cpu_ops import Q8Backend, Step, cpu, error, random_tensor, tensor_of
+from numpy_backend import rotate
 from tinymodel import quantize
 
+from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.models.backend import Attention, Rope
 
 N_BATCH, N_CTX, WIDTH = 12, 64, 128
 VIEWS = ((0, 128), (0, 64), (64, 64), (32, 64), (0, 32), (96, 32))
-HEADS = Attention(2, 1, 32, 0.2, 9)
+HEADS, HEADS_2 = Attention(2, 1, 32, 0.2, 9), Attention(2, 2, 32, 0.2)
 ROPE = Rope("neox", 32, 1e4 ** -(np.arange(16) / 16))
 
 
@@ -121,13 +123,49 @@ def test_more_leaves_everything_before_as_it_is() -> None:
 
 
 def test_a_program_keeps_what_it_needs() -> None:
-    """Weights, vectors, tables, caches and ropes may be dropped by whoever recorded it."""
+    """Weights, vectors, tables, caches and the backend itself may be dropped by whoever recorded it."""
     expected = RandomProgram(1, cpu(2)).run()
-    program = RandomProgram(1, cpu(2))
-    del program.step, program.rec, program.buffers
+    program = RandomProgram(1, CpuBackend(2))
+    del program.step, program.rec, program.buffers, program.backend
     gc.collect()
     _filler = [np.full(4096, 255, np.uint8) for _ in range(2000)]  # takes the place of what was freed
     np.testing.assert_array_equal(program.run(), expected)
+
+
+def test_ropes_may_be_dropped_after_recording() -> None:
+    """Tables of cosines go by identity: an object at the address of one that is gone is another rope all the same."""
+    values = np.random.default_rng(0).standard_normal((7, 32)).astype(np.float32)
+    step = Step(cpu(2), 7)
+    x = step.input(values)
+    freqs = [base ** -(np.arange(16) / 16) for base in range(2, 40)]
+    for freq in freqs:
+        step.rec.rope(x, Rope("norm", 32, freq.copy()), 32)
+    step.finish(x)
+    _filler = [np.full(16, 1e3) for _ in range(500)]
+    total = Rope("norm", 32, np.sum(freqs, axis=0))  # turns add up
+    expected = rotate(values.astype(np.float64)[:, None], total, np.arange(3, 10))[:, 0]
+    assert error(step.run(7, 3), expected) < 1e-5
+
+
+def op_names(step: Step) -> list[str]:
+    return [op.function.__name__ for op, _ in step.rec._tape.ops]
+
+
+def test_rows_are_quantized_once() -> None:
+    """Two matmuls share the int8 form of their input, and whatever op can make it on the way does."""
+    weight = cpu(2).weight([random_tensor("Q8_0", 64, 64)])
+    step = Step(cpu(2), 4)
+    x, out = step.input(np.ones((4, 64), np.float32)), step.rec.buffer(64)
+    for _ in range(2):
+        step.rec.matmul(x, weight, out)
+    step.rec.rms_norm(x, step.vector(np.ones(64)), x, 1e-5)
+    for _ in range(2):
+        step.rec.matmul(x, weight, out)
+    step.rec.gated(out, out, x, "silu")
+    step.rec.matmul(x, weight, out)
+    step.rec.attention(out, out, out, cpu(2).cache(HEADS_2, 16), HEADS_2, x)
+    step.rec.matmul(x, weight, out)
+    assert op_names(step).count("quantize") == 1
 
 
 def test_programs_of_one_backend_do_not_disturb_each_other() -> None:
