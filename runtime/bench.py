@@ -134,7 +134,7 @@ def ideal_seconds(case: Case, facts: ModelFacts, weight_bytes: int, limits: Limi
     position_bytes = 2 * config.n_embd_kv * CACHE_TYPES[case.cache_type]
     seconds, position = 0.0, case.n_depth
     for n, has_logits in _steps(case):
-        seen = sum(min(position, config.window) if is_swa else position for is_swa in config.is_swa)
+        seen = sum(min(position, config.window - 1) if is_swa else position for is_swa in config.is_swa)
         n_bytes = weight_bytes + (seen + config.n_layer * n) * position_bytes
         n_ops = 2 * (n * facts.layer_weights + has_logits * facts.output_weights)
         seconds += max(n_bytes / limits.read_bytes, n_ops / limits.int8_ops)

@@ -34,9 +34,9 @@ def parse_values(option: str, texts: Sequence[str], lowest: int, highest: int = 
                 f"{option} {part!r}: must be numbers or ranges with commas between them: 512, 1-8, 128-512+128, 1-64*2"
             )
         first, last, step = int(match[1]), int(match[2] or match[1]), int(match[4] or 1)
-        if last < first or (first < last and (step == 0 or (match[3] == "*" and (step == 1 or first == 0)))):
+        if last < first or _next(first, match[3], step) <= first < last:
             raise OptionError(f"{option} {part!r}: this range never reaches its end")
-        values += islice(_range(first, last, match[3] or "+", step), MAX_TESTS + 1)
+        values += islice(_range(first, last, match[3], step), MAX_TESTS + 1)
         if not (lowest <= first and last <= highest) or len(values) > MAX_TESTS:
             raise OptionError(
                 f"{option} {part!r}: allowed are {lowest} to {highest}, at most {MAX_TESTS} numbers in all"
@@ -44,10 +44,15 @@ def parse_values(option: str, texts: Sequence[str], lowest: int, highest: int = 
     return values
 
 
-def _range(value: int, last: int, kind: str, step: int) -> Iterator[int]:
-    while value <= last:
+def _next(value: int, kind: str | None, step: int) -> int:
+    return value * step if kind == "*" else value + step
+
+
+def _range(value: int, last: int, kind: str | None, step: int) -> Iterator[int]:
+    before = -1
+    while before < value <= last:
         yield value
-        value = value + step if kind == "+" else value * step
+        before, value = value, _next(value, kind, step)
 
 
 def _pairs(texts: Sequence[str]) -> list[tuple[int, int]]:
@@ -119,6 +124,8 @@ def main(models: tuple[str, ...], repetitions: int, delay: float, no_warmup: boo
 
     MODEL is a GGUF file or hf:owner/repo/file.gguf.
     """
+    if delay != delay:
+        raise OptionError("--delay nan: allowed are numbers of seconds from 0")
     if sys.stdout is None:
         raise GgufRunError("stdout is closed: there is nowhere to write to")
     cases = _cases(models, **options)
