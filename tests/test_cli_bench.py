@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from tinymodel import Tiny, write_tiny
 
 from gguf_run.formats.errors import OptionError
-from gguf_run.kernels_cpu.limits import Limits
+from gguf_run.kernels_cpu.limits import Limits, measure_limits
 from gguf_run.runtime import Model, bench
 from gguf_run.runtime.cli_bench import main, parse_values
 
@@ -29,7 +29,10 @@ QUICK = ("-p", 4, "-n", 2, "-r", 2, "-t", 1)
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "tiny.gguf"
     write_tiny(path, Tiny(n_ctx=4096))
-    Model.load(path).close()  # compiles what is not cached yet: no test is to see the line that says so
+    # Compile what is not cached yet: no test is to see the line that says so.
+    for cache_type in ("f16", "f32"):
+        Model.load(path, cache_type=cache_type).close()
+    measure_limits(1, n_bytes=1, seconds=1e-6)
     return path
 
 
