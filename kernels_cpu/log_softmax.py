@@ -150,9 +150,9 @@ class LogSoftmax:
         out = np.empty(n_rows)
         places = [word for x in rows for word in (x.ctypes.data, x.strides[0])]
         cuts = [n_rows * i // self._n_threads for i in range(self._n_threads + 1)]
-        shares = [
-            self._threads.submit(function, n_vocab, first, end, out, *places) for first, end in itertools.pairwise(cuts)
-        ]
+        own, *others = itertools.pairwise(cuts)
+        shares = [self._threads.submit(function, n_vocab, *share, out, *places) for share in others]
+        function(n_vocab, *own, out, *places)
         for share in shares:
             share.result()
         return out

@@ -68,7 +68,7 @@ def wilson_interval(n_right: int, n: int) -> tuple[float, float]:
     z2 = Z_95**2 / n
     p = n_right / n
     half = Z_95 * math.sqrt((p * (1 - p) + z2 / 4) / n)
-    return (p + z2 / 2 - half) / (1 + z2), (p + z2 / 2 + half) / (1 + z2)
+    return max(0.0, (p + z2 / 2 - half) / (1 + z2)), min(1.0, (p + z2 / 2 + half) / (1 + z2))
 
 
 def read_hellaswag(text: str, name: str) -> list[Question]:

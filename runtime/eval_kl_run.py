@@ -57,8 +57,9 @@ class KlRun:
             run = Run("chunks", self.as_json, PERPLEXITY_HEAD, perplexity_row)
             with LogitsWriter(path, header) as writer:
                 done = run.all(perplexity(scorer, chunks, writer.add), len(chunks))
-            message(f"{path} is not written, it would be incomplete" if run.interrupted else f"{path} holds the logits")
-            facts = self._facts(n_ctx) | {"saved_logits": None if run.interrupted else str(path)}
+            saved = writer.is_complete
+            message(f"{path} holds the logits" if saved else f"{path} is not written: it would be incomplete")
+            facts = self._facts(n_ctx) | {"saved_logits": str(path) if saved else None}
             run.finish(perplexity_figures(done), facts, chunk_sizes(chunks, done), scorer.model.where)
 
     def compare_saved(self, path: Path, base: str | None) -> None:

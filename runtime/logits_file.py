@@ -28,7 +28,7 @@ from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.formats.reader import GGUFFile
 from gguf_run.runtime.eval_text import Block
 
-MAGIC, VERSION = b"GGUFLGTS", 1
+MAGIC, VERSION = b"GGRLOGIT", 1
 HEADER = np.dtype(
     [
         ("magic", "S8"),
@@ -148,6 +148,11 @@ class LogitsWriter:
             self._file.write(self._crc.to_bytes(4, "little"))
             self._crc = 0
 
+    @property
+    def is_complete(self) -> bool:
+        """Are all rows there?"""
+        return self._n_row == self._header.n_chunk * self._header.n_scored
+
     def close(self) -> None:
         self._file.close()
         os.replace(self._partial, self.path)
@@ -157,7 +162,7 @@ class LogitsWriter:
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
-            if kind is None and self._n_row == self._header.n_chunk * self._header.n_scored:
+            if kind is None and self.is_complete:
                 self.close()
         finally:
             self._file.close()
