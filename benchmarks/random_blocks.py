@@ -42,7 +42,13 @@ class RandomBlocks:
     def _random(self, n_blocks: int) -> NDArray[np.uint8]:
         n_bytes = n_blocks * self._type.type_size
         words = self._rng.integers(0, 1 << 64, -(-n_bytes // 8), np.uint64)
-        return words.view(np.uint8)[:n_bytes].reshape(n_blocks, -1)
+        blocks = words.view(np.uint8)[:n_bytes].reshape(n_blocks, -1)
+        fields: Any = blocks.view(self._type.dtype)[:, 0]
+        if "dmin" in (fields.dtype.names or ()):
+            _match_minimums(fields["scales"])
+        if self._type.name in ("TQ2_0", "Q2_0"):  # -1, 0, 1 as 0, 1, 2; the fourth number, 3, becomes 1
+            fields["qs"] &= ~((fields["qs"] & fields["qs"] >> 1 & 0x55) << 1)
+        return blocks
 
     def _calibrated(self) -> tuple[float, float]:
         """Find d, and m in proportion to it, for mean 0 and the wanted deviation, from what scales of 1 give."""
@@ -71,6 +77,19 @@ class RandomBlocks:
             fields["d"] = d
             for name in {"m", "dmin"} & set(fields.dtype.names):
                 fields[name] = m
+
+
+def _match_minimums(scales: NDArray[np.uint8]) -> None:
+    """Make the minimum of each group of weights the same number as its scale, or each would have a mean of its own.
+
+    scales: uint8[n_blocks, 16] of Q2_K, a scale in each low nibble and a minimum in the high one; or
+    uint8[n_blocks, 12] of Q4_K and Q5_K: four bytes of scales, four of minimums, then nibbles as in Q2_K.
+    """
+    nibbles = scales
+    if scales.shape[1] == 12:
+        scales[:, 4:8] = scales[:, :4]
+        nibbles = scales[:, 8:]
+    nibbles[:] = (nibbles & 15) * 17
 
 
 def _ue4m3(values: NDArray[np.float32]) -> NDArray[np.uint8]:
