@@ -1,5 +1,6 @@
 """The thread team: every piece of every op once and in order, on more threads than cores; sleeping and ending."""
 
+import faulthandler
 import gc
 import signal
 import threading
@@ -109,6 +110,14 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10) -> bool:
     return condition()
 
 
+@pytest.fixture(autouse=True)
+def no_hang() -> Iterator[None]:
+    """A team that waits for ever would keep the whole test run from ending."""
+    faulthandler.dump_traceback_later(120, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
 @pytest.fixture
 def team_of() -> Iterator[Callable[[int], Team]]:
     teams: list[Team] = []
@@ -140,6 +149,19 @@ def test_threads_share_the_work(team_of: Callable[[int], Team]) -> None:
     chain = Chain(n=200)
     team = team_of(2)
     assert wait_for(lambda: chain.check(team, 100) or bool((chain.threads[:2] > 50).all()), 30)
+
+
+def test_sleeping_helpers_are_called(team_of: Callable[[int], Team]) -> None:
+    """The work is done without them too, but not as fast."""
+    team, chain = team_of(2), Chain(n=2000)
+
+    def helped_after_sleep() -> bool:
+        time.sleep(0.1)
+        before = chain.threads[1]
+        team.run(chain.tape)
+        return bool(chain.threads[1] > before)
+
+    assert wait_for(helped_after_sleep, 30)
 
 
 def test_steps_between_pauses(team_of: Callable[[int], Team]) -> None:
