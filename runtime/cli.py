@@ -5,13 +5,15 @@ Text goes to stdout as it comes; everything else goes to stderr.
 
 import gc
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from gguf_run.formats.errors import GgufRunError
+from gguf_run.runtime.cli_chat import chat as chat_with
+from gguf_run.runtime.cli_chat import show, system_message
 from gguf_run.runtime.cli_common import Command, decode_text, message
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ def main(
         if verbose:
             _describe(loaded)
         if chat:
-            _chat(loaded, system, text, options)
+            chat_with(loaded, system, text, options)
         else:
             _answer(loaded, system, text or "", raw, options)
         _report(loaded, verbose)
@@ -140,86 +142,9 @@ def _load(path: str | None, ctx_size: int | None, threads: int | None, device: s
 
 def _answer(model: "Model", system: str | None, text: str, raw: bool, options: dict[str, Any]) -> None:
     if raw or (model.chat_template is None and system is None):
-        _show(model, model.generate(text, **options))
+        show(model, model.generate(text, **options))
     else:
-        _show(model, model.chat([*_system_message(system), {"role": "user", "content": text}], **options))
-
-
-def _chat(model: "Model", system: str | None, first: str | None, options: dict[str, Any]) -> None:
-    """Read a line, answer it, remember both, until stdin ends."""
-    model.tokenize_chat([{"role": "user", "content": "?"}])  # a model without a chat template says so now
-    messages: list[dict[str, str]] = []
-    for text in _lines(first):
-        messages.append({"role": "user", "content": text})
-        answer = _show(model, _turn(model, system, messages, options), interruptible=True)
-        messages.append({"role": "assistant", "content": answer})
-
-
-def _turn(model: "Model", system: str | None, messages: list[dict[str, str]], options: dict[str, Any]) -> Iterator[str]:
-    """Answer the last message; forget the oldest ones where the context is too small for all."""
-    from gguf_run.runtime.generate import ContextError
-
-    while True:
-        try:
-            yield from model.chat([*_system_message(system), *messages], **options)
-            return
-        except ContextError:
-            if len(messages) == 1:
-                raise
-            message(f"the conversation is longer than the context ({model.n_ctx} tokens): its oldest turn is left out")
-            del messages[:2]
-
-
-def _system_message(system: str | None) -> list[dict[str, str]]:
-    return [] if system is None else [{"role": "system", "content": system}]
-
-
-def _lines(first: str | None) -> Iterator[str]:
-    """What the user says, line by line. On a terminal with a prompt and, where Python has it, line editing."""
-    if first is not None:
-        yield first
-    if sys.stdin is None:
-        return
-    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if on_terminal:
-        with suppress(ImportError):
-            import readline  # noqa: F401  (input() uses it)
-    while True:
-        try:
-            line = input("> ") + "\n" if on_terminal else decode_text(sys.stdin.buffer.readline(), "stdin")
-        except EOFError:
-            line = ""
-        except KeyboardInterrupt:
-            message(" (Ctrl-D leaves)")
-            continue
-        except UnicodeDecodeError:
-            message("warning: that line is not valid UTF-8, please write it again")
-            continue
-        if not line:
-            break
-        if line.strip():
-            yield line.strip()
-    if on_terminal:
-        click.echo()
-
-
-def _show(model: "Model", pieces: Iterable[str], interruptible: bool = False) -> str:
-    """Write an answer as it comes; return it."""
-    shown = []
-    try:
-        for piece in pieces:
-            shown.append(piece)
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        if not interruptible:
-            raise
-    answer = "".join(shown)
-    if not answer.endswith("\n"):
-        click.echo()
-    if model.stats.finish == "context":
-        message(f"the context is full ({model.n_ctx} tokens), the answer ends here: choose a larger --ctx-size")
-    return answer
+        show(model, model.chat([*system_message(system), {"role": "user", "content": text}], **options))
 
 
 def _describe(model: "Model") -> None:

@@ -427,8 +427,11 @@ def test_terminal_chat(terminal: Terminal) -> None:
         time.sleep(0.1)  # in the middle of a long answer
         terminal.process.send_signal(signal.SIGINT)
         terminal.wait_for("\r\n> ")
+    # The prompt is shown before readline waits for keys: what comes in between is seen late or not at all.
+    time.sleep(0.5)
     terminal.process.send_signal(signal.SIGINT)
     terminal.wait_for("(Ctrl-D leaves)\r\n> ")
+    time.sleep(0.5)
     terminal.type("\x04")
     terminal.wait_for("load ")
     assert terminal.process.wait(PATIENCE) == 0
