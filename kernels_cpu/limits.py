@@ -28,7 +28,7 @@ _LINE = 64
 _LANES = 16  # i32 lanes of a 64-byte vector
 _READ_PIECE = 1 << 20
 _LOADS = 8  # cache lines read per iteration, each into a sum of its own
-# Caches keep a part of what is read over and over, even when it is several times what they hold.
+# Bytes to read: so many times what the caches hold that it does not matter what they keep from the run before.
 _LEAST_READ, _MOST_READ, _CACHES = 512 << 20, 4 << 30, 16
 _DOT_PIECES, _DOT_STEPS = 4, 2_000  # per thread and pass; per piece
 _DOT_BITS = 7  # of the unsigned operand: more need extra work on some instruction sets
