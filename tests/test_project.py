@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,13 +138,17 @@ def test_kernels_compile_without_a_writable_cache() -> None:
 
 
 def commands_in(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield (script, options) of each line of a text's code blocks and inline code that calls one of our scripts."""
+    """Yield (script, options) of each line of a text's code blocks and inline code that calls one of our scripts. A
+    script with subcommands comes with the one that is called: "gguf-eval kl"."""
     code = re.findall(r"```\w*\n(.*?)```|`([^`\n]+)`", text, re.DOTALL)
     for line in (line for block in code for line in "".join(block).replace("\\\n", " ").splitlines()):
         line = re.sub(r"\"[^\"]*\"|'[^']*'|#.*", "", line)
         for command in re.split(r"[|;&]", line):
             if match := re.search(r"(?:^|[\s/])(gguf-\w+)((?:\s.*)?)$", command):
-                yield match[1], re.findall(r"(?<=[\s[])--?[a-z][\w-]*", match[2])
+                name = match[1]
+                if isinstance(command_of(name), click.Group) and (words := match[2].split()):
+                    name = f"{name} {words[0]}"
+                yield name, re.findall(r"(?<=[\s[])--?[a-z][\w-]*", match[2])
 
 
 def test_commands_in_finds_options() -> None:
@@ -153,9 +158,20 @@ def test_commands_in_finds_options() -> None:
     assert list(commands_in(text)) == [("gguf-run", ["-p", "--seed"]), ("gguf-info", ["--json"])]
 
 
-def options_of(script: str) -> set[str]:
+def test_commands_in_finds_subcommands() -> None:
+    assert list(commands_in("`gguf-eval kl m.gguf --chunks 4`")) == [("gguf-eval kl", ["--chunks"])]
+
+
+def command_of(script: str) -> click.Command:
+    """The click command of "gguf-run", or of "gguf-eval kl". KeyError if there is none."""
+    script, _, subcommand = script.partition(" ")
     module, _, function = SCRIPTS[script].partition(":")
     command = getattr(importlib.import_module(module), function)
+    return command.commands[subcommand] if subcommand else command
+
+
+def options_of(script: str) -> set[str]:
+    command = command_of(script)
     return {"--help", *(name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts))}
 
 
@@ -171,4 +187,4 @@ def test_documented_commands_exist(document: str) -> None:
 
 
 def test_readme_names_every_command() -> None:
-    assert {script for script, _ in commands_in((ROOT / "README.md").read_text())} == set(SCRIPTS)
+    assert {script.split()[0] for script, _ in commands_in((ROOT / "README.md").read_text())} == set(SCRIPTS)
