@@ -183,6 +183,8 @@ def test_layers_share_scratch_but_not_caches() -> None:
             kv = kept[:n_past, :n_kv].reshape(n_past, -1, shape.head_dim)
             expected = attend(q, kv, kv, positions, shape.scale, shape.window).reshape(n, n_q)
             assert error(result[:, i * 512 : i * 512 + n_q], expected) < BOUND, i
+        for _ in range(10):  # threads may have had no time to meet
+            np.testing.assert_array_equal(step.run(n, n_past - n, n_past - n), result)
 
 
 def test_cache_size_is_reported() -> None:

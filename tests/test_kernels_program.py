@@ -14,6 +14,7 @@ from numpy_backend import rotate
 from tinymodel import quantize
 
 from gguf_run.kernels_cpu.backend import CpuBackend
+from gguf_run.kernels_cpu.memory import Arena
 from gguf_run.models.backend import Attention, Rope
 
 N_BATCH, N_CTX, WIDTH = 12, 64, 128
@@ -122,9 +123,10 @@ def test_more_leaves_everything_before_as_it_is() -> None:
         assert np.abs(program.more(first, count) - rows[first : first + count]).max(initial=0) < 1e-4
 
 
-def test_a_program_keeps_what_it_needs() -> None:
+def test_a_program_keeps_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights, vectors, tables, caches and the backend itself may be dropped by whoever recorded it."""
     expected = RandomProgram(1, cpu(2)).run()
+    monkeypatch.setattr(Arena, "_CHUNK", 64)  # else all weights and caches keep each other alive
     program = RandomProgram(1, CpuBackend(2))
     del program.step, program.rec, program.buffers, program.backend
     gc.collect()
