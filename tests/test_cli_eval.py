@@ -36,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tiny(folder / "other.gguf", Tiny(seed=1))
     write_tiny(folder / "spm.gguf", Tiny(vocab="spm"))
     write_tiny(folder / "bos.gguf", Tiny(pre="llama-bpe"))
+    (folder / "renamed.gguf").write_bytes((folder / "tiny.gguf").read_bytes().replace(b"<unused0>", b"<unusedX>"))
     (folder / "text.txt").write_text(TEXT)
     (folder / "text2.txt").write_text(TEXT[1:])
     (folder / "short.txt").write_text("the")
@@ -45,6 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)))
     (folder / "bad.jsonl").write_text('{"prompt": "a", "choices": ["b", "c"], "answer": 0}\n{"prompt": 1}\n')
     (folder / "hella.txt").write_text("".join(f"the {i}\n{i % 4}\norder\nother\nroad\nend\n" for i in range(3)))
+    long = ["the order of another " * (1 if i == 2 else 20) for i in range(7)]
+    (folder / "hella7.txt").write_text("".join(f"{context}\n0\na\nb\nc\nd\n" for context in long))
     (folder / "hella5.txt").write_text("the\n0\norder\nother\nroad\n")
     # Compiles what is not cached yet: no test is to see the line that says so.
     with Model.load(folder / "tiny.gguf") as model, Scorer(model, 1):
@@ -183,6 +186,9 @@ def test_hellaswag(folder: Path) -> None:
     assert figures(folder, "hellaswag", "tiny.gguf", "-f", "hella.txt")["tasks"] == 3
     assert figures(folder, "hellaswag", "tiny.gguf", "-f", "hella.txt", "--tasks", "2")["tasks"] == 2
     assert figures(folder, "hellaswag", "tiny.gguf", "-f", "hella.txt", "--tasks", "9")["tasks"] == 3
+    # Of seven tasks llama.cpp draws the third first: the only one that this context holds.
+    assert figures(folder, "hellaswag", "tiny.gguf", "-f", "hella7.txt", "--tasks", "1", "-c", "40")["tasks"] == 1
+    assert invoke(folder, "hellaswag", "tiny.gguf", "-f", "hella7.txt", "--tasks", "2", "-c", "40").exit_code == 1
 
 
 def test_json_has_no_nan(folder: Path) -> None:
@@ -220,6 +226,7 @@ BAD = {
     "save and compare": ([*KL, "--save-logits", "x", "--base", "other.gguf"], 2, "--save-logits saves the logits of"),
     "options of saved logits": ([*KL, "--base-logits", "x", "--base-options", "-t 1"], 2, "--base-options change"),
     "other vocabulary": ([*KL, "--base", "spm.gguf"], 1, "spm.gguf: has another vocabulary than tiny.gguf"),
+    "one token's name": ([*KL, "--base", "renamed.gguf"], 1, "renamed.gguf: has another vocabulary than tiny.gguf"),
     "other tokens": ([*KL, "--base", "bos.gguf", *SMALL], 1, "bos.gguf: splits the text into other tokens"),
     "unknown base option": ([*KL, "--base-options", "--wrong 1"], 2, "--base-options '--wrong 1': No such option"),
     "base option's value": ([*KL, "--base-options", "-t two"], 2, "'two' is not a valid integer; allowed are"),
@@ -278,9 +285,10 @@ def test_logits_that_do_not_fit(folder: Path, logits: Path, case: str) -> None:
 
 
 def test_logits_of_another_vocabulary(folder: Path, logits: Path) -> None:
-    result = invoke(folder, "kl", "spm.gguf", "-f", "text.txt", "--base-logits", logits.name)
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith("error: tiny.logits: has another vocabulary than spm.gguf")
+    for model in ("spm.gguf", "renamed.gguf"):
+        result = invoke(folder, "kl", model, "-f", "text.txt", "--base-logits", logits.name)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr.startswith(f"error: tiny.logits: has another vocabulary than {model}")
 
 
 @pytest.mark.parametrize("at", [0, 100, 300, -1])

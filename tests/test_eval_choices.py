@@ -119,6 +119,21 @@ def test_llama_cpp_order(n: int, first: list[int]) -> None:
     assert sorted(order) == list(range(n))
 
 
+def test_order_skips_draws_that_would_favour_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2^32 is 3 * 1431655765 + 1: one draw of 32 bits is too many for three tasks."""
+    draws = iter([0, 1, 0xFFFFFFFF, 7])
+
+    class Draws:
+        def __init__(self, seed: int) -> None:
+            assert seed == 1
+
+        def randint(self, low: int, high: int, dtype: type) -> int:
+            return next(draws)
+
+    monkeypatch.setattr(np.random, "RandomState", Draws)
+    assert llama_cpp_order(3) == [0, 2, 1]
+
+
 def test_wilson_interval() -> None:
     """81 of 263: Wilson's interval in Newcombe, Statistics in Medicine 17 (1998), table I."""
     assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)

@@ -121,6 +121,17 @@ def test_scores_against_a_plain_model(tmp_path: Path, name: str) -> None:
     assert last.error == pytest.approx(last.value * every.std(ddof=1) / math.sqrt(len(every)), rel=1e-4)
 
 
+def test_more_scores_than_logits_are_held_at_once(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "tiny.gguf")
+    with Model.load(tmp_path / "tiny.gguf", n_threads=2, n_ctx=128) as model, Scorer(model, 2) as scorer:
+        ids = np.random.default_rng(0).integers(3, 250, 129).tolist()
+        blocks = [block.nll for block in scorer.run(ids[:128], ids[29:])]
+        assert len(blocks) > 1
+        logits = model.logits(ids[:128])[28:].astype(np.float64)
+        expected = np.log(np.exp(logits).sum(1)) - logits[np.arange(100), ids[29:]]
+        assert np.concatenate(blocks) == pytest.approx(expected, abs=1e-5)
+
+
 def test_text_ids_have_bos_but_no_eos(tmp_path: Path) -> None:
     """And names of control tokens are plain text."""
     write_tiny(tmp_path / "tiny.gguf", Tiny(vocab="spm"))
