@@ -100,15 +100,15 @@ def _help(shared, step, ith, nth):  # type: ignore[no-untyped-def]
         spins += 1
         pause()
     atomic_store(shared + _ASLEEP + 8 * ith, 1)
-    # a step that was announced before that store is seen here; one called for after it sees the store and calls
+    # a step that was announced before that store is seen here; one announced after it sees the store and calls
     if atomic_load(shared + _STEP) != step:
         atomic_store(shared + _ASLEEP + 8 * ith, 0)
     return step
 
 
 @njit
-def _lead(shared, tape, n_ops, nth):  # type: ignore[no-untyped-def]
-    """Tell the helpers of a step and take part in it. One call, so that no Ctrl-C comes between the two."""
+def _announce(shared, tape, n_ops, nth):  # type: ignore[no-untyped-def]
+    """Tell the helpers of a step."""
     base = atomic_load(shared + _TICKET) >> _PIECE_BITS
     atomic_add(shared + _STEP, 1)
     atomic_store(shared + _TAPE, tape)
@@ -116,7 +116,12 @@ def _lead(shared, tape, n_ops, nth):  # type: ignore[no-untyped-def]
     atomic_store(shared + _N_OPS, n_ops)
     _open(shared, tape, base, base, n_ops, nth)
     atomic_add(shared + _STEP, 1)
-    _run(shared, tape, base, n_ops, 0, nth)
+
+
+@njit
+def _lead(shared, nth):  # type: ignore[no-untyped-def]
+    """Take part in the step that was announced last, until it is done; nothing if it is."""
+    _run(shared, atomic_load(shared + _TAPE), atomic_load(shared + _BASE), atomic_load(shared + _N_OPS), 0, nth)
 
 
 @njit
@@ -154,9 +159,11 @@ class Team:
 
     def run(self, tape: NDArray[np.int64]) -> None:
         """Run a tape, int64[n_ops, 2]; returns when every op is done."""
-        # Sleepers are called before there is a step to see: they spin for longer than it takes to announce it. One that
-        # falls asleep in between misses this step, and is called for the next.
-        for ith, calls in enumerate(self._calls, 1):
-            if self._words[_ASLEEP // 8 + ith] and calls.empty():
-                calls.put(None)
-        _lead(self._words.ctypes.data, tape.ctypes.data, len(tape), self.n_threads)
+        shared, n_ops, address = self._words.ctypes.data, len(tape), tape.ctypes.data
+        try:
+            _announce(shared, address, n_ops, self.n_threads)
+            for ith, calls in enumerate(self._calls, 1):
+                if self._words[_ASLEEP // 8 + ith] and calls.empty():
+                    calls.put(None)
+        finally:  # Ctrl-C may come in between: a step that helpers have begun is always finished
+            _lead(shared, self.n_threads)
