@@ -323,6 +323,8 @@ class CpuProgram:
         return self._replay(self._after, first, count)
 
     def _replay(self, tape: NDArray[np.int64], first: int, count: int) -> NDArray[np.float32]:
+        if not self._keep:  # its memory may be gone
+            raise ValueError("the program is closed")
         self._state[_FIRST], self._state[_N_OUT] = first, count
         self._team.run(tape)
         return self._result[:count]

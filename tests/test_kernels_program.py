@@ -170,6 +170,16 @@ def test_rows_are_quantized_once() -> None:
     assert op_names(step).count("quantize") == 1
 
 
+def test_a_closed_program_does_not_run() -> None:
+    program = RandomProgram(0, cpu(2)).program
+    ids = np.arange(3, dtype=np.int32)
+    program.run(ids, 0, 0, 3)
+    program.close()
+    for call in (lambda: program.run(ids, 3, 0, 3), lambda: program.more(0, 1)):
+        with pytest.raises(ValueError, match="the program is closed"):
+            call()
+
+
 def test_programs_of_one_backend_do_not_disturb_each_other() -> None:
     programs = [RandomProgram(seed, cpu(2)) for seed in (1, 2)]
     expected = [program.run() for program in programs]
