@@ -21,6 +21,7 @@ from gguf_run.kernels_cpu.simd import F32, Simd, Val, kernel
 _LANES = 64
 _VECTOR_BYTES = 4 * _LANES
 _RUN = 64  # vectors that are summed in f32
+_LOWEST = np.finfo(np.float32).min
 
 
 @intrinsic
@@ -84,16 +85,24 @@ def _sum_divergence(typing_context: Any, p: Any, q: Any, n_vectors: Any, max_p: 
 
 @njit
 def _max_and_log_sum(x, n):  # type: ignore[no-untyped-def]
-    """The largest of n values at address x, and log(sum(exp(x - max)))."""
+    """The largest of n values at address x, and log(sum(exp(x - max))).
+
+    A row may be longer than the caches: each run is read once, and the sum scaled down when its largest is larger.
+    """
     n_vectors, rest = n // _LANES, f32_at(x, n)[n // _LANES * _LANES :]
-    highest = _maximum(x, n_vectors)
+    highest = _LOWEST
     for value in rest:
         highest = max(highest, value)
     total = 0.0
-    for start in range(0, n_vectors, _RUN):
-        total += _sum_exp(x + start * _VECTOR_BYTES, min(_RUN, n_vectors - start), highest)
     for value in rest:
         total += math.exp(value - highest)
+    for start in range(0, n_vectors, _RUN):
+        run, count = x + start * _VECTOR_BYTES, min(_RUN, n_vectors - start)
+        largest = _maximum(run, count)
+        if largest > highest:
+            total *= math.exp(highest - largest)
+            highest = largest
+        total += _sum_exp(run, count, highest)
     return highest, math.log(total)
 
 

@@ -40,8 +40,10 @@ def divergence(p: NDArray[np.float32], q: NDArray[np.float32]) -> NDArray[np.flo
 
 @pytest.mark.parametrize("n_vocab", WIDTHS)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
-def test_log_sum_exp(reduce: LogSoftmax, n_vocab: int, scale: float) -> None:
+@pytest.mark.parametrize("offset", [0.0, -1000.0])
+def test_log_sum_exp(reduce: LogSoftmax, n_vocab: int, scale: float, offset: float) -> None:
     x = rows(n_vocab, scale)
+    x += np.float32(offset)
     expected = x[:, 0] - log_probabilities(x)[:, 0]
     assert np.abs(reduce.log_sum_exp(x) - expected).max() < 3e-7
 
@@ -51,6 +53,13 @@ def test_log_sum_exp_of_extremes(reduce: LogSoftmax) -> None:
     x = np.full((3, 100), -1e30, np.float32)
     x[0, 99], x[1, :2], x[2] = 1e4, 1e4, 1e4
     assert reduce.log_sum_exp(x) == pytest.approx([1e4, 1e4 + np.log(2), 1e4 + np.log(100)], abs=1e-9)
+
+
+@pytest.mark.parametrize("at", [0, 4100, 8999])
+def test_log_sum_exp_of_tokens_that_cannot_be(reduce: LogSoftmax, at: int) -> None:
+    x = np.full((2, 9000), -np.inf, np.float32)
+    x[:, at] = 3.0
+    assert (reduce.log_sum_exp(x) == 3.0).all()
 
 
 @pytest.mark.parametrize("n_vocab", WIDTHS)
