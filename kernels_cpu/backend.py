@@ -13,9 +13,9 @@ from gguf_run.formats.reader import Tensor
 from gguf_run.formats.unpack import INTEGER_FORMS
 from gguf_run.kernels_cpu import isa
 from gguf_run.kernels_cpu.memory import Arena, CpuCache, CpuTable, CpuWeight, WeightPart, new_cache
-from gguf_run.kernels_cpu.panels import FLOAT_PANELS, ROWS, Panel
+from gguf_run.kernels_cpu.panels import FLOAT_PANELS, ROWS, Panel, panel_for
 from gguf_run.kernels_cpu.program import CpuRecorder
-from gguf_run.kernels_cpu.repack import panel_of, repack
+from gguf_run.kernels_cpu.repack import repack
 from gguf_run.kernels_cpu.rows import FLOAT_TABLES
 from gguf_run.kernels_cpu.team import Team
 
@@ -90,7 +90,7 @@ def _runs(tensors: Sequence[Tensor]) -> list[tuple[Panel, list[Tensor]]]:
         fresh = True
         for tensor in group:
             if fresh:
-                runs.append((panel_of(tensor), []))
+                runs.append((panel_for(tensor.type.name), []))
             runs[-1][1].append(tensor)
             fresh = tensor.n_rows % ROWS != 0
     return runs

@@ -109,6 +109,16 @@ PANEL_OF: dict[str, Panel] = FLOAT_PANELS | {name: _int_panel(form) for name, fo
 PANELS: tuple[Panel, ...] = tuple(dict.fromkeys(PANEL_OF.values()))
 
 
+def panel_for(type_name: str) -> Panel:
+    """The panel that holds a tensor type exactly."""
+    return PANEL_OF.get(type_name, FLOAT_PANELS["F32"])
+
+
+def matrix_bytes(type_name: str, n_in: int, n_out: int) -> int:
+    """Bytes of a matrix as panels."""
+    return -(-n_out // ROWS) * panel_for(type_name).group_bytes(n_in)
+
+
 def panel_id(panel: Panel) -> int:
     """The panel's number, the compile-time constant of its kernels."""
     return PANELS.index(panel)

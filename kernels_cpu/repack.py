@@ -12,7 +12,7 @@ from gguf_run.formats.dequantize import dequantize
 from gguf_run.formats.jit import njit, specialize
 from gguf_run.formats.reader import Tensor
 from gguf_run.formats.unpack import INTEGER_FORMS
-from gguf_run.kernels_cpu.panels import BLOCK, FLOAT_PANELS, PANEL_OF, ROWS, FloatPanel, IntPanel, Panel
+from gguf_run.kernels_cpu.panels import BLOCK, PANEL_OF, ROWS, FloatPanel, IntPanel, Panel, panel_for
 
 _LEAST_BYTES, _MOST_BYTES = 1 << 17, 1 << 22  # panels that a thread makes at a time
 
@@ -129,17 +129,12 @@ def _repack_float(src, n_rows, n_in, out, first, end):  # type: ignore[no-untype
                 out[(group * n_in + i) * ROWS + r] = src[row * n_in + i] if row < n_rows else 0
 
 
-def panel_of(tensor: Tensor) -> Panel:
-    """The panel that holds the tensor's type exactly."""
-    return PANEL_OF.get(tensor.type.name, FLOAT_PANELS["F32"])
-
-
 def repack(tensors: list[Tensor], out: NDArray[np.uint8], executor: Executor, n_threads: int) -> None:
     """Fill out, uint8[n_group * group_bytes], with the rows of matrices of one type and width, stacked.
 
     All but the last have a number of rows that 16 divides.
     """
-    panel = panel_of(tensors[0])
+    panel = panel_for(tensors[0].type.name)
     jobs = []
     at = 0
     for tensor in tensors:

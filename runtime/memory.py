@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.formats.reader import Tensor
+from gguf_run.kernels_cpu.panels import matrix_bytes
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime import cgroup
 
@@ -16,7 +17,7 @@ CACHE_TYPES: Mapping[str, int] = {"f16": 2, "f32": 4}
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes a model will hold. weights: panels are as large as the file's blocks, or nearly."""
+    """Bytes a model will hold. weights: in the CPU's panels, for some types wider than the file's blocks."""
 
     weights: int
     cache: int
@@ -36,7 +37,10 @@ def memory_needed(
     n_outputs = 64
     widths = 3 * config.n_embd + 2 * config.n_embd_q + 2 * config.n_embd_kv + 2 * config.n_ff
     return MemoryNeed(
-        weights=sum(tensor.nbytes for tensor in tensors),
+        weights=sum(
+            matrix_bytes(tensor.type.name, tensor.ne[0], tensor.n_rows) if len(tensor.ne) > 1 else tensor.nbytes
+            for tensor in tensors
+        ),
         cache=config.n_layer * n_ctx * 2 * config.n_embd_kv * CACHE_TYPES[cache_type],
         buffers=4 * (min(n_batch, n_ctx) * widths + n_outputs * config.n_vocab),
     )
