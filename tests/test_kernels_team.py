@@ -113,7 +113,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10) -> bool:
 @pytest.fixture(autouse=True)
 def no_hang() -> Iterator[None]:
     """A team that waits for ever would keep the whole test run from ending."""
-    faulthandler.dump_traceback_later(120, exit=True)
+    faulthandler.dump_traceback_later(300, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
 
