@@ -48,6 +48,15 @@ _VALUE_TYPES = MappingProxyType(
     }
 )  # fmt: skip
 _STRING, _ARRAY = _VALUE_TYPES[8], _VALUE_TYPES[9]
+VALUE_TYPES = MappingProxyType({type.name: type for type in _VALUE_TYPES.values()})
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A metadata value with the name of its type as stored: "u32", "string", "array[f32]", "array[array]" ..."""
+
+    type: str
+    value: Any
 
 
 class Metadata(Mapping[str, Any]):
@@ -84,6 +93,15 @@ class Metadata(Mapping[str, Any]):
         if type is not _ARRAY:
             return type.name
         return f"array[{_array_header(Cursor(self._file, at), key)[0].name}]"
+
+    def typed(self, key: str) -> Typed:
+        """Return a value with its exact type, for a writer. Numpy arrays and StringArrays know theirs."""
+        return Typed(self.type_name(key), _nested(self[key]) if isinstance(self[key], list) else self[key])
+
+
+def _nested(arrays: list[Any]) -> list[Any]:
+    """An array of arrays whose inner arrays all know their type, even those that hold no array."""
+    return [Typed("array[array]", _nested(item)) if isinstance(item, list) else item for item in arrays]
 
 
 def read_metadata(cursor: Cursor, n_kv: int) -> Metadata:

@@ -49,7 +49,8 @@ class GGUFFile:
     """A model's file, or all files of a split one. Use as a context manager, or call close().
 
     path: of the (first) file; version, byte_order ("<" or ">") and alignment are that file's.
-    metadata: see Metadata. tensors: by name, in file order, of all parts.
+    metadata: see Metadata. tensors: by name, in file order, of all parts. split: the number of tensors in each file of
+    a split model.
     """
 
     def __init__(self, parts: Sequence[_Part]) -> None:
@@ -61,6 +62,7 @@ class GGUFFile:
         self.metadata: Metadata = first.metadata
         self.tensors: Mapping[str, Tensor] = MappingProxyType(_all_tensors(parts))
         self.n_parts: int = len(parts)
+        self.split: tuple[int, ...] = tuple(len(part.tensors) for part in parts) if len(parts) > 1 else ()
         self.nbytes: int = sum(part.file.size for part in parts)
         self._parts = parts
 
@@ -127,7 +129,7 @@ def _integer(path: Path, metadata: Mapping[str, Any], key: str, default: int) ->
     return value
 
 
-def _part_path(first: Path, prefix: str, no: int, count: int) -> Path:
+def part_path(first: Path, prefix: str, no: int, count: int) -> Path:
     return first.with_name(f"{prefix}-{no + 1:05d}-of-{count:05d}.gguf")
 
 
@@ -145,10 +147,10 @@ def _read_parts(path: Path) -> list[_Part]:
             f"-{no + 1:05d}-of-{count:05d}.gguf"
         )
     if no != 0:
-        raise GgufRunError(f"{path}: is part {no + 1} of {count}: open {_part_path(path, name[1], 0, count).name}")
+        raise GgufRunError(f"{path}: is part {no + 1} of {count}: open {part_path(path, name[1], 0, count).name}")
     parts = [first]
     for no in range(1, count):
-        part = _part_path(path, name[1], no, count)
+        part = part_path(path, name[1], no, count)
         if not os.path.isfile(part):  # unlike Path.is_file, never an error
             raise GgufRunError(f"{part}: is missing: {path.name} is the first of {count} files, get them all")
         parts.append(_read_part(part))

@@ -100,6 +100,16 @@ class StringArray(Sequence[str]):
         start, end = int(self._starts[i]) + 8, int(self._starts[i + 1])
         return decode(self._cursor.file.map[start:end], self._cursor, f"string {i} of {self._what}", start)
 
+    def stored(self, order: str) -> bytes:
+        """Return the strings as a file of byte order "<" or ">" holds them: lengths and bytes, valid UTF-8 or not."""
+        file, starts = self._cursor.file, self._starts
+        data = file.bytes_at(int(starts[0]), int(starts[-1] - starts[0]))
+        if order != file.order:
+            data = data.copy()
+            lengths = (starts[:-1] - starts[0])[:, None] + np.arange(8)
+            data[lengths] = data[lengths[:, ::-1]]
+        return data.tobytes()
+
     def tolist(self) -> list[str]:
         """Return all strings. FormatError names the first one that is not UTF-8.
 

@@ -24,14 +24,12 @@ MAX_TENSORS = 1 << 18
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """A tensor in a mapped file. ne: 1 to 4 sizes in ggml's order, ne[0] is a row's length. offset: in the file."""
+class TensorInfo:
+    """What a tensor is: ne: 1 to 4 sizes in ggml's order, ne[0] is a row's length."""
 
     name: str
     ne: tuple[int, ...]
     type: TensorType
-    offset: int
-    file: MappedFile = field(repr=False, compare=False)
 
     @property
     def n_elements(self) -> int:
@@ -44,6 +42,14 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         return self.n_rows * self.type.row_bytes(self.ne[0])
+
+
+@dataclass(frozen=True)
+class Tensor(TensorInfo):
+    """A tensor in a mapped file. offset: in the file."""
+
+    offset: int
+    file: MappedFile = field(repr=False, compare=False)
 
     def blocks(self) -> NDArray[np.uint8]:
         """Return the bytes as uint8[n_rows, row_bytes], little-endian, read-only.
