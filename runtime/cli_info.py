@@ -14,6 +14,7 @@ from gguf_run.formats.reader import GGUFFile, Tensor
 from gguf_run.formats.strings import StringArray
 from gguf_run.runtime.cli_common import Command, one_line
 from gguf_run.runtime.fetch import find_model
+from gguf_run.runtime.text_table import size_text, table
 
 # Of an array, this many items are shown; of a text, this many characters (in the table only, JSON has all of it).
 SHOWN_ITEMS = 8
@@ -132,16 +133,16 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
     parts = f" in {facts['n_parts']} files" if facts["n_parts"] > 1 else ""
     yield (
         f"{one_line(facts['path'])}: GGUF version {facts['version']}, {facts['byte_order']}-endian, "
-        f"{_size(facts['nbytes'])}{parts}"
+        f"{size_text(facts['nbytes'])}{parts}"
     )
     yield ""
-    yield from _table(
+    yield from table(
         [f"metadata ({len(facts['metadata'])})", "type", "value"],
         [[one_line(key), entry["type"], _show(entry)] for key, entry in facts["metadata"].items()],
         "lll",
     )
     yield ""
-    yield from _table(
+    yield from table(
         ["tensor type", "tensors", "parameters", "size", "bits/weight"],
         [[row.get("type", "all"), *_numbers(row)] for row in [*facts["types"], facts["total"]]],
         "lrrrr",
@@ -152,16 +153,16 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
         yield f"memory needed: unknown ({memory['unknown']})"
     else:
         yield (
-            f"memory needed: {_size(memory['total'])} with a context of {memory['n_ctx']} tokens: weights "
-            f"{_size(memory['weights'])}, KV cache ({memory['cache_type']}) {_size(memory['cache'])}, buffers "
-            f"{_size(memory['buffers'])}"
+            f"memory needed: {size_text(memory['total'])} with a context of {memory['n_ctx']} tokens: weights "
+            f"{size_text(memory['weights'])}, KV cache ({memory['cache_type']}) {size_text(memory['cache'])}, buffers "
+            f"{size_text(memory['buffers'])}"
         )
     if "tensors" in facts:
         yield ""
-        yield from _table(
+        yield from table(
             [f"tensor ({len(facts['tensors'])})", "type", "ne", "size"],
             [
-                [one_line(t["name"]), t["type"], " x ".join(map(str, t["ne"])), _size(t["nbytes"])]
+                [one_line(t["name"]), t["type"], " x ".join(map(str, t["ne"])), size_text(t["nbytes"])]
                 for t in facts["tensors"]
             ],
             "lllr",
@@ -170,7 +171,7 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
 
 def _numbers(row: Mapping[str, Any]) -> list[str]:
     bits = row["bits_per_weight"]
-    size = _size(row["nbytes"])
+    size = size_text(row["nbytes"])
     return [str(row["n_tensors"]), f"{row['n_parameters']:,}", size, "-" if bits is None else f"{bits:.2f}"]
 
 
@@ -192,21 +193,3 @@ def _item(value: Any, type: str) -> str:
     if "f32" in type and isinstance(value, float):
         return str(np.float32(value))
     return json.dumps(value, ensure_ascii=False)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> Iterator[str]:
-    """Lines of a table; align: "l" or "r" for each column."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in [head, *rows]:
-        cells = [
-            cell.rjust(width) if side == "r" else cell.ljust(width)
-            for cell, width, side in zip(row, widths, align, strict=True)
-        ]
-        yield "  ".join(cells).rstrip()
-
-
-def _size(nbytes: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.2f} {unit}"
-    return f"{nbytes} B"
