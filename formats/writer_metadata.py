@@ -97,6 +97,9 @@ def _encode(typed: Typed, order: str, what: str) -> bytes:
         data = value.stored(order) if isinstance(value, StringArray) else _plain(value, item, order, what)
         return struct.pack(order + "I", item.id) + head + data
     arrays = [as_typed(item, what) if items == "array" else Typed(items, item) for item in value]
+    for array in arrays:
+        if not array.type.startswith("array["):
+            raise GgufRunError(f"{what}: {array.value!r} does not fit type {items}")
     return struct.pack(order + "I", VALUE_TYPES["array"].id) + head + b"".join(_encode(a, order, what) for a in arrays)
 
 
