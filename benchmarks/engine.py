@@ -15,14 +15,16 @@ from gguf_run.runtime.tokenizer import Tokenizer
 
 
 class Engine(Protocol):
-    """A loaded model. cpu: what its kernels are compiled for; bos: the token a context starts with, if any."""
+    """A loaded model. cpu: what its kernels are compiled for; weight_bytes: the weights as it holds them; bos: the
+    token a context starts with, if any."""
 
     cpu: str
+    weight_bytes: int
     n_vocab: int
     bos: int | None
 
-    def clear(self) -> None:
-        """Forget all tokens."""
+    def rewind(self, n_past: int) -> None:
+        """Forget the tokens from position n_past on."""
         ...
 
     def forward(self, ids: Sequence[int], n_outputs: int = 1) -> Iterator[NDArray[np.float32]]:
@@ -51,9 +53,10 @@ class Ours:
         self.n_vocab = config.n_vocab
         self.bos = self._tokenizer.bos if self._tokenizer.add_bos else None
         self._decoder = Decoder(config, self._file.tensors, [self._backend] * config.n_layer, n_ctx, n_batch)
+        self.weight_bytes = self._decoder.nbytes()["weights"]
 
-    def clear(self) -> None:
-        self._decoder.rewind(0)
+    def rewind(self, n_past: int) -> None:
+        self._decoder.rewind(n_past)
 
     def forward(self, ids: Sequence[int], n_outputs: int = 1) -> Iterator[NDArray[np.float32]]:
         return self._decoder.forward(ids, n_outputs)

@@ -69,10 +69,11 @@ _LLAMA = {
     "llama_init_from_model": (_POINTER, (_POINTER, _ContextParams)),
     "llama_attach_threadpool": (None, (_POINTER, _POINTER, _POINTER)),
     "llama_get_memory": (_POINTER, (_POINTER,)),
-    "llama_memory_clear": (None, (_POINTER, _BOOL)),
+    "llama_memory_seq_rm": (_BOOL, (_POINTER, _INT, _INT, _INT)),
     "llama_decode": (_INT, (_POINTER, _Batch)),
     "llama_synchronize": (None, (_POINTER,)),
     "llama_get_logits": (ctypes.POINTER(ctypes.c_float), (_POINTER,)),
+    "llama_model_size": (ctypes.c_uint64, (_POINTER,)),
     "llama_model_get_vocab": (_POINTER, (_POINTER,)),
     "llama_vocab_n_tokens": (_INT, (_POINTER,)),
     "llama_vocab_get_add_bos": (_BOOL, (_POINTER,)),
@@ -130,7 +131,7 @@ class Peer:
             known = sorted(file.stem.removeprefix("libggml-cpu-") for file in folder.glob("libggml-cpu-*.so"))
             raise SystemExit(f"llama.cpp has no CPU library {cpu!r} that runs here; it has {', '.join(known)}")
         mapped = Path("/proc/self/maps").read_text().splitlines()
-        cpu_library = Path(next(line.split()[-1] for line in mapped if "libggml-cpu-" in line))
+        (cpu_library,) = {Path(line.split()[-1]) for line in mapped if "libggml-cpu-" in line}  # one: it is in use
         self.cpu = cpu_library.stem.removeprefix("libggml-cpu-")
         self._ggml_cpu = _open(cpu_library, _GGML_CPU)  # it is loaded already: this only gives the handle
         self._lib.llama_backend_init()
@@ -149,6 +150,7 @@ class Peer:
         self._pool = self._ggml_cpu.ggml_threadpool_new(pool_params)
         self._lib.llama_attach_threadpool(self._context, self._pool, self._pool)
         self._memory = self._lib.llama_get_memory(self._context)
+        self.weight_bytes: int = self._lib.llama_model_size(model)
         self._vocab = self._lib.llama_model_get_vocab(model)
         self.n_vocab: int = self._lib.llama_vocab_n_tokens(self._vocab)
         self._n_batch = n_batch
@@ -160,9 +162,10 @@ class Peer:
         """Put the threads to sleep (they would poll for a while); the next forward wakes them."""
         self._ggml_cpu.ggml_threadpool_pause(self._pool)
 
-    def clear(self) -> None:
-        """Forget all tokens."""
-        self._lib.llama_memory_clear(self._memory, False)
+    def rewind(self, n_past: int) -> None:
+        """Forget the tokens from position n_past on."""
+        if not self._lib.llama_memory_seq_rm(self._memory, 0, n_past, -1):
+            raise SystemExit(f"llama.cpp cannot forget the tokens from position {n_past} on")
 
     def forward(self, ids: Sequence[int], n_outputs: int = 1) -> Iterator[NDArray[np.float32]]:
         """Append ids; yield the logits f32[n_outputs, n_vocab] of the last n_outputs tokens, in llama.cpp's memory."""

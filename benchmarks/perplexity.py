@@ -34,7 +34,7 @@ def perplexity(engine: Engine, ids: list[int], n_ctx: int, n_chunk: int) -> Iter
         if engine.bos is not None:
             chunk = [engine.bos, *chunk[1:]]
         targets = chunk[n_ctx // 2 + 1 :]
-        engine.clear()
+        engine.rewind(0)
         done = 0
         # The logits of the last token of a chunk predict nothing, but forward yields those of the last tokens.
         for logits in engine.forward(chunk, len(targets) + 1):

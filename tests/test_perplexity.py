@@ -35,13 +35,14 @@ def test_negative_log_likelihood_survives_large_logits() -> None:
 class Remembering:
     """Predicts the token after the next one correctly, with odds 3 : 1 : 1 : 1; yields rows in blocks of 2."""
 
-    cpu, n_vocab = "", 4
+    cpu, weight_bytes, n_vocab = "", 0, 4
 
     def __init__(self, bos: int | None) -> None:
         self.bos = bos
         self.seen: list[list[int]] = []
 
-    def clear(self) -> None:
+    def rewind(self, n_past: int) -> None:
+        assert n_past == 0
         self.seen.append([])
 
     def forward(self, ids: Sequence[int], n_outputs: int = 1) -> Iterator[NDArray[np.float32]]:

@@ -1,0 +1,196 @@
+"""Paired measurement: two runtimes stay loaded, each in a process of its own, and take turns (A B A B ...).
+
+Like llama-bench: `pp N` is one prefill of N random tokens, `tg N` is N random tokens one by one, both into an empty
+context or behind `depth` tokens, which are put there once and kept for all tests of that depth.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, Self
+
+import numpy as np
+from engine import Engine, Ours
+from peer import Peer
+
+from gguf_run.kernels_cpu.limits import Limits, measure_limits
+
+_WARM_TOKENS = 64  # of the run before the first one that counts
+
+
+@dataclass(frozen=True)
+class Test:
+    """kind: "pp" or "tg", see above."""
+
+    kind: str
+    n: int
+    depth: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.n}" + (f" @ {self.depth}" if self.depth else "")
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Seconds of a test, one pair of each round. Speeds are medians; best compares the fastest round of each, which
+    the noise of a busy machine moves least."""
+
+    test: Test
+    peer: Sequence[float]
+    ours: Sequence[float]
+
+    @property
+    def peer_speed(self) -> float:
+        """Tokens per second, as ours_speed."""
+        return self.test.n / median(self.peer)
+
+    @property
+    def ours_speed(self) -> float:
+        return self.test.n / median(self.ours)
+
+    @property
+    def ratio(self) -> float:
+        return self.ours_speed / self.peer_speed
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The lowest and the highest ratio of single rounds."""
+        ratios = [theirs / mine for theirs, mine in zip(self.peer, self.ours, strict=True)]
+        return min(ratios), max(ratios)
+
+    @property
+    def best(self) -> float:
+        return min(self.peer) / min(self.ours)
+
+
+class _Bench:
+    """The worker's side: a loaded model and how many tokens its context is filled with."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._depth = engine, 0
+
+    def measure(self, test: Test, seed: int) -> float:
+        """Return the seconds of one test."""
+        engine = self._engine
+        if test.depth != self._depth:
+            engine.rewind(0)
+            self._consume(self._ids(test.depth, 0))
+            self._depth = test.depth
+        ids = self._ids(test.n, seed)
+        engine.rewind(self._depth)
+        start = time.perf_counter()
+        for part in [ids] if test.kind == "pp" else [[id] for id in ids]:
+            self._consume(part)
+        return time.perf_counter() - start
+
+    def _ids(self, n: int, seed: int) -> list[int]:
+        return [int(id) for id in np.random.default_rng(seed).integers(0, self._engine.n_vocab, n)]
+
+    def _consume(self, ids: list[int]) -> None:
+        """Append ids and have the logits of the last one computed."""
+        for _ in self._engine.forward(ids) if ids else ():
+            pass
+
+
+def serve(name: str, model: Path, n_threads: int, n_ctx: int, cpu: str) -> None:
+    """The worker: answers each line of stdin, [kind, n, depth, seed] or [] for the limits, with one of JSON on stdout.
+
+    "idle" is the processor time used since the last answer, per second (of a tenth at least: threads spin for a moment
+    before they sleep): it would disturb the other one's turn.
+    """
+    engine: Engine = Peer(model, n_threads, n_ctx, cpu=cpu) if name == "peer" else Ours(model, n_threads, n_ctx)
+    bench = _Bench(engine)
+    print(json.dumps({"cpu": engine.cpu, "weight_bytes": engine.weight_bytes}), flush=True)
+    engine.rest()
+    wall, used = time.perf_counter(), time.process_time()
+    for line in sys.stdin:
+        idle = (time.process_time() - used) / max(time.perf_counter() - wall, 0.1)
+        request = json.loads(line)
+        if request:
+            *test, seed = request
+            reply = {"seconds": bench.measure(Test(*test), seed), "idle": idle}
+        else:
+            reply = asdict(measure_limits(n_threads))
+        engine.rest()
+        wall, used = time.perf_counter(), time.process_time()
+        print(json.dumps(reply), flush=True)
+
+
+class Worker:
+    """A runtime ("peer" or "ours") in a process of its own, with a model loaded.
+
+    cpu: llama.cpp's CPU library; environment: variables on top of this process's. `.cpu` is what is in use.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Path,
+        n_threads: int,
+        n_ctx: int,
+        cpu: str = "auto",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        command = [sys.executable, __file__, name, str(model), str(n_threads), str(n_ctx), cpu]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | (environment or {})
+        )
+        self.name = name
+        hello = self._reply()
+        self.cpu: str = hello["cpu"]
+        self.weight_bytes: int = hello["weight_bytes"]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the process."""
+        self._process.__exit__(None, None, None)  # closes the pipes, which it takes as a sign, and waits
+
+    def seconds(self, test: Test, seed: int = 0) -> float:
+        """Run one test there."""
+        reply = self._ask([*astuple(test), seed])
+        if reply["idle"] > 0.1:
+            print(f"warning: {self.name} used {reply['idle']:.0%} of a core while the other ran", file=sys.stderr)
+        return float(reply["seconds"])
+
+    def limits(self) -> Limits:
+        """Measure what the machine can do at most with the worker's threads and instruction set."""
+        return Limits(**self._ask([]))
+
+    def _ask(self, request: list[Any]) -> dict[str, Any]:
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._reply()
+
+    def _reply(self) -> dict[str, Any]:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the worker of {self.name} ended with status {self._process.wait()}")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+
+def compare(test: Test, peer: Worker, ours: Worker, repeat: int, seconds: float = math.inf) -> Rounds:
+    """Run a test in turns: `repeat` rounds, fewer if they take longer than `seconds`, but two at least if repeat is."""
+    for worker in (peer, ours):
+        worker.seconds(replace(test, n=min(test.n, _WARM_TOKENS)))
+    rounds: list[tuple[float, float]] = []
+    end = time.perf_counter() + seconds
+    while len(rounds) < repeat and (len(rounds) < 2 or time.perf_counter() < end):
+        rounds.append((peer.seconds(test, 1 + len(rounds)), ours.seconds(test, 1 + len(rounds))))
+    return Rounds(test, [theirs for theirs, _ in rounds], [mine for _, mine in rounds])
+
+
+if __name__ == "__main__":
+    _name, _model, _n_threads, _n_ctx, _cpu = sys.argv[1:]
+    serve(_name, Path(_model), int(_n_threads), int(_n_ctx), _cpu)

@@ -1,0 +1,233 @@
+"""The README's table: every row against llama.cpp, in turns, beside the limits of the machine measured in the same run.
+
+    python benchmarks/sweep.py RESULTS.jsonl --models FOLDER [--row REGEX] [--quick]     # measures what is missing
+    python benchmarks/sweep.py RESULTS.jsonl --table                                     # prints the table
+
+Each row adds a line to RESULTS when it is done, so a run that was stopped goes on where it was; of several lines for a
+row (--again) the table shows the last. Models with the shape of a Llama of 1 billion weights, and random ones, are
+written into FOLDER when they are wanted (0.4 to 1.3 GB each; --delete removes each after its last row).
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from isa_features import environment
+from make_model import SHAPES, mix_of, write_model
+from pair import Rounds, Test, Worker, compare
+
+from gguf_run.formats.reader import GGUFFile
+from gguf_run.kernels_cpu.limits import Limits
+from gguf_run.runtime.bench import Case, ModelFacts, ideal_seconds
+from gguf_run.runtime.fetch import find_model, models_dir
+
+_SHAPE = "llama-1b"
+_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_K_M")
+_SMOLLM2, _GEMMA = "SmolLM2-135M Q4_1", "Gemma 3 270M Q4_K_M"
+_DEPTH = 8192
+_PEER_LIBRARY = {"AVX2": "haswell"}  # by instruction set: llama.cpp's library that knows no better one
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table. isa: what both sides are held to, "" for the best. The goals: least ratios of pp and tg, and
+    least part of the streaming limit in decode."""
+
+    model: str
+    n_threads: int = 2
+    isa: str = ""
+    depth: int = 0
+    pp_goal: float = 2.0
+    tg_goal: float = 1.15
+    limit_goal: float = 0.0
+
+    def __str__(self) -> str:
+        parts = [self.model, f"{self.n_threads} thread{'s' * (self.n_threads > 1)}", self.isa]
+        return ", ".join([*filter(None, parts), *([f"depth {self.depth}"] if self.depth else [])])
+
+
+def rows() -> Iterator[Row]:
+    """Yield all rows, those that share a file one after the other."""
+    yield Row(_SMOLLM2, pp_goal=3.0, tg_goal=1.8)
+    yield Row(_GEMMA, pp_goal=2.0, tg_goal=1.3)
+    for type in _TYPES:
+        model = f"{_SHAPE} {type}"
+        yield Row(model, limit_goal=0.95)
+        yield Row(model, n_threads=1, tg_goal=1.5)
+        if type in ("Q4_0", "Q8_0", "Q4_K_M"):
+            yield Row(model, isa="AVX2", pp_goal=1.3, tg_goal=1.0)
+        if type == "Q4_K_M":
+            yield Row(model, depth=_DEPTH, pp_goal=1.5, tg_goal=1.3)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """n_prompt, n_gen: tokens of pp and tg. repeat, seconds: see pair.compare."""
+
+    n_prompt: int
+    n_gen: int
+    repeat: int
+    seconds: float
+
+
+def made_file(model: str, folder: Path) -> Path | None:
+    """Where a model of random weights is written; None for a real one."""
+    shape, _, type = model.partition(" ")
+    return folder / f"{shape}-{type}.gguf" if shape == _SHAPE else None
+
+
+def model_file(model: str, folder: Path, gemma: Path) -> Path:
+    """The file of a model: written now if it is one of random weights that is not there."""
+    path = made_file(model, folder)
+    if path is None:
+        return gemma if model == _GEMMA else find_model(None)
+    if not path.is_file():
+        click.echo(f"writing {path}", err=True)
+        with GGUFFile.open(find_model(None)) as vocab:
+            write_model(path, SHAPES[_SHAPE], mix_of(model.split(" ")[1]), vocab)
+        os.sync()  # not while something is measured
+    return path
+
+
+def measure(row: Row, path: Path, plan: Plan) -> dict[str, Any]:
+    """Measure a row; return its line of the results: seconds of every round, and those that the limits would allow."""
+    with GGUFFile.open(path) as file:
+        facts = ModelFacts.of(file)
+        # a separate table of embeddings is not read but for one row
+        unread = file.tensors["token_embd.weight"].nbytes if "output.weight" in file.tensors else 0
+    n_ctx = -(-(row.depth + max(plan.n_prompt, plan.n_gen)) // 256) * 256
+    cpu = _PEER_LIBRARY.get(row.isa, "auto")
+    with (
+        Worker("peer", path, row.n_threads, n_ctx, cpu) as peer,
+        Worker("ours", path, row.n_threads, n_ctx, environment=environment(row.isa) if row.isa else None) as ours,
+    ):
+        if row.isa and (peer.cpu != cpu or not ours.cpu.endswith(f", {row.isa}")):
+            raise SystemExit(f"{row}: the kernels in use are {peer.cpu} and {ours.cpu}")
+        limits = [ours.limits()]
+        tests = [Test("pp", plan.n_prompt, row.depth), Test("tg", plan.n_gen, row.depth)]
+        rounds = [compare(test, peer, ours, plan.repeat, plan.seconds) for test in tests]
+        limits.append(ours.limits())  # the machine's neighbours come and go: the better one is nearer to the truth
+        best = Limits(row.n_threads, max(x.read_bytes for x in limits), max(x.int8_ops for x in limits))
+        found = [
+            asdict(each) | _ideal(each.test, facts, best, facts.model_size - unread, ours.weight_bytes)
+            for each in rounds
+        ]
+        return {
+            "row": str(row),
+            "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "cpus": [peer.cpu, ours.cpu],
+            "limits": asdict(best),
+            "tests": found,
+        }
+
+
+def _ideal(test: Test, facts: ModelFacts, limits: Limits, file_bytes: int, panel_bytes: int) -> dict[str, float]:
+    """Seconds that the limits allow, weights being as large as in the file, and as in panels."""
+    n_prompt, n_gen = (test.n, 0) if test.kind == "pp" else (0, test.n)
+    case = Case("", n_prompt, n_gen, test.depth)
+    return {
+        "ideal_file": ideal_seconds(case, facts, file_bytes, limits),
+        "ideal_panels": ideal_seconds(case, facts, panel_bytes, limits),
+    }
+
+
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """The last line of each row."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return {record["row"]: record for record in map(json.loads, lines)}
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the lines of the Markdown table. Ratios below their goal are bold, with the goal."""
+    yield (
+        "| model | prefill: llama.cpp | gguf-run | ratio (rounds) | of the int8 limit "
+        "| decode: llama.cpp | gguf-run | ratio (rounds) | of the memory limit: panels | file |"
+    )
+    yield "|---" * 10 + "|"
+    for row in rows():
+        if str(row) not in results:
+            continue
+        cells = [str(row)]
+        for test, goal in zip(results[str(row)]["tests"], (row.pp_goal, row.tg_goal), strict=True):
+            rounds = Rounds(Test(**test["test"]), test["peer"], test["ours"])
+            seconds = rounds.test.n / rounds.ours_speed
+            cells += [f"{rounds.peer_speed:.4g}", f"{rounds.ours_speed:.4g}", _ratio(rounds, goal)]
+            panels, of_file = (test[name] / seconds for name in ("ideal_panels", "ideal_file"))
+            missed = test["test"]["kind"] == "tg" and panels < row.limit_goal
+            cells.append(f"**{panels:.0%}** (goal {row.limit_goal:.0%})" if missed else f"{panels:.0%}")
+            if rounds.test.kind == "tg":
+                cells.append(f"{of_file:.0%}")
+        yield f"| {' | '.join(cells)} |"
+
+
+def _ratio(rounds: Rounds, goal: float) -> str:
+    low, high = rounds.range
+    spread = f"{low:.2f} to {high:.2f}"
+    return (
+        f"{rounds.ratio:.2f} ({spread})" if rounds.ratio >= goal else f"**{rounds.ratio:.2f}** ({spread}; goal {goal})"
+    )
+
+
+@click.command()
+@click.argument("results", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--models", type=click.Path(file_okay=False, path_type=Path), help="Folder for models of random weights.")
+@click.option("--gemma", type=click.Path(path_type=Path), help="Gemma 3 270M Q4_K_M.  [default: where tests keep it]")
+@click.option("--row", "pattern", default="", help="Only rows whose name has this regular expression in it.")
+@click.option("--again", is_flag=True, help="Also rows that the results hold.")
+@click.option("--delete", is_flag=True, help="Remove each model of random weights after its last row.")
+@click.option("-p", "n_prompt", default=512, show_default=True, type=click.IntRange(1), help="Tokens of pp.")
+@click.option("-n", "n_gen", default=64, show_default=True, type=click.IntRange(1), help="Tokens of tg.")
+@click.option("-r", "repeat", default=3, show_default=True, type=click.IntRange(1), help="Rounds of a test, at most.")
+@click.option("--seconds", default=15.0, show_default=True, help="No third round of a test after this time.")
+@click.option("--quick", is_flag=True, help="Like -p 256 -n 32 -r 2.")
+@click.option("--table", "print_table", is_flag=True, help="Print the table instead of measuring.")
+@click.option("--list", "list_rows", is_flag=True, help="Print the names of the rows instead.")
+def main(
+    results: Path,
+    models: Path | None,
+    gemma: Path | None,
+    pattern: str,
+    again: bool,
+    delete: bool,
+    n_prompt: int,
+    n_gen: int,
+    repeat: int,
+    seconds: float,
+    quick: bool,
+    print_table: bool,
+    list_rows: bool,
+) -> None:
+    """Measure the rows that RESULTS lacks."""
+    done = read_results(results)
+    if print_table:
+        click.echo("\n".join(table(done)))
+        return
+    wanted = [row for row in rows() if re.search(pattern, str(row)) and (again or str(row) not in done)]
+    if list_rows:
+        click.echo("\n".join(map(str, wanted)))
+        return
+    if models is None and any(made_file(row.model, Path()) for row in wanted):
+        raise click.UsageError("--models: give the folder for the models of random weights, up to 1.3 GB each")
+    folder, plan = models or Path(), Plan(256, 32, 2, seconds) if quick else Plan(n_prompt, n_gen, repeat, seconds)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, row in enumerate(wanted):
+        path = model_file(row.model, folder, gemma or models_dir() / "gemma-3-270m-q4_k_m.gguf")
+        if not path.is_file():
+            click.echo(f"{row}: there is no {path}: left out", err=True)
+            continue
+        record = measure(row, path, plan)
+        with results.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        click.echo(list(table({str(row): record}))[-1])
+        if delete and made_file(row.model, folder) == path and all(next.model != row.model for next in wanted[i + 1 :]):
+            path.unlink()
+
+
+if __name__ == "__main__":
+    main()
