@@ -6,14 +6,10 @@ Norms are 1, weights have mean 0 and a standard deviation of about 0.02 (random_
 real model, cut or filled up to the shape's size. Such a model says nonsense.
 """
 
-import contextlib
-import math
-import os
-import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import click
 import numpy as np
@@ -22,13 +18,13 @@ from random_blocks import FLOATS, RandomBlocks
 from gguf_run.formats.errors import OptionError
 from gguf_run.formats.reader import GGUFFile
 from gguf_run.formats.types import TENSOR_TYPES, TensorType, type_by_name
+from gguf_run.formats.writer import GGUFWriter, TensorInfo, Typed
 from gguf_run.runtime.cli_common import Command
 from gguf_run.runtime.fetch import find_model
 from gguf_run.runtime.model_type import FILE_TYPES
 
 _CHUNK = 4 << 20  # bytes drawn at a time
 _NORMAL, _UNUSED = 1, 5  # token types
-_ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
@@ -162,41 +158,8 @@ def vocabulary(file: GGUFFile, n_vocab: int) -> dict[str, tuple[str, Any]]:
     }
 
 
-# Metadata types by name: number in the file, struct code.
-_VALUE_TYPES = {
-    "u8": (0, "B"), "i8": (1, "b"), "u16": (2, "H"), "i16": (3, "h"), "u32": (4, "I"), "i32": (5, "i"), "f32": (6, "f"),
-    "bool": (7, "?"), "string": (8, ""), "array": (9, ""), "u64": (10, "Q"), "i64": (11, "q"), "f64": (12, "d"),
-}  # fmt: skip
-
-
-def _string(text: str) -> bytes:
-    data = text.encode()
-    return struct.pack("<Q", len(data)) + data
-
-
-def _pair(key: str, type: str, value: Any) -> bytes:
-    """A metadata pair as the file has it."""
-    kind, _, item = type.rstrip("]").partition("[")
-    number, code = _VALUE_TYPES[item or kind]
-    values = value if item else [value]
-    data = struct.pack(f"<{len(values)}{code}", *values) if code else b"".join(map(_string, values))
-    head = struct.pack("<IIQ", _VALUE_TYPES[kind][0], number, len(values)) if item else struct.pack("<I", number)
-    return _string(key) + head + data
-
-
-def header(pairs: Sequence[tuple[str, str, Any]], tensors: Sequence[tuple[str, tuple[int, ...], TensorType]]) -> bytes:
-    """Return what stands before the tensors' data. pairs: key, type, value; tensors: name, ne, type."""
-    parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(pairs)), *(_pair(*pair) for pair in pairs)]
-    offset = 0
-    for name, ne, type in tensors:
-        parts += [_string(name), struct.pack(f"<I{len(ne)}QIQ", len(ne), *ne, type.id, offset)]
-        n_bytes = math.prod(ne[1:]) * type.row_bytes(ne[0])
-        offset += n_bytes + -n_bytes % _ALIGNMENT
-    return b"".join(parts)
-
-
 def write_model(path: Path, shape: Shape, mix: Mix, vocab: GGUFFile, seed: int = 0) -> None:
-    """Write the model; the file has its name only once it is whole."""
+    """Write the model."""
     keys = [
         ("general.architecture", "string", "llama"),
         ("general.name", "string", f"random llama {shape.size_label}"),
@@ -217,36 +180,22 @@ def write_model(path: Path, shape: Shape, mix: Mix, vocab: GGUFFile, seed: int =
         ("llama.rope.freq_base", "f32", shape.rope_freq_base),
         *((key, type, value) for key, (type, value) in vocabulary(vocab, shape.n_vocab).items()),
     ]
-    tensors = [(name, ne, tensor_type(name, ne, mix, shape)) for name, ne in shape.tensors()]
+    tensors = [TensorInfo(name, ne, tensor_type(name, ne, mix, shape)) for name, ne in shape.tensors()]
     rng = np.random.Generator(np.random.SFC64(seed))
-    sources = {type.name: RandomBlocks(type, rng) for _, _, type in tensors}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(header(keys, tensors))
-            for _, ne, type in tensors:
-                _write_tensor(file, ne, type, sources[type.name])
-            _pad(file)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    sources = {tensor.type.name: RandomBlocks(tensor.type, rng) for tensor in tensors}
+    with GGUFWriter(path, {key: Typed(type, value) for key, type, value in keys}, tensors) as writer:
+        for tensor in tensors:
+            _write_tensor(writer, tensor, sources[tensor.type.name])
 
 
-def _write_tensor(file: BinaryIO, ne: tuple[int, ...], type: TensorType, source: RandomBlocks) -> None:
+def _write_tensor(writer: GGUFWriter, tensor: TensorInfo, source: RandomBlocks) -> None:
     """Write random blocks, or the ones of a norm."""
-    _pad(file)
-    if len(ne) == 1:
-        file.write(np.ones(ne, np.float32).data)
+    if len(tensor.ne) == 1:
+        writer.write(tensor.name, np.ones(tensor.ne, np.float32).view(np.uint8))
         return
-    n_blocks, per_chunk = math.prod(ne) // type.block_size, _CHUNK // type.type_size
+    n_blocks, per_chunk = tensor.n_elements // tensor.type.block_size, _CHUNK // tensor.type.type_size
     for start in range(0, n_blocks, per_chunk):
-        file.write(source.draw(min(per_chunk, n_blocks - start)).data)
-
-
-def _pad(file: BinaryIO) -> None:
-    file.write(bytes(-file.tell() % _ALIGNMENT))
+        writer.write(tensor.name, source.draw(min(per_chunk, n_blocks - start)))
 
 
 @click.command(cls=Command)
