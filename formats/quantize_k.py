@@ -89,7 +89,7 @@ def _share(values: Any, codes: Any, n: Any, top: Any) -> Any:
     return peak / top
 
 
-@njit(forceinline=True)
+@njit(inline="always")
 def _encode_min(x: Any, importance: Any, q: Any, codes: Any, min_codes: Any, weighted: Any, form: Any) -> Any:
     """Quants, group scales and minimums (codes of 0..top) of a type with minimums; returns d and dmin as f16 bits."""
     group, nmax, top, first, step, n_step, absolute = form
@@ -97,18 +97,20 @@ def _encode_min(x: Any, importance: Any, q: Any, codes: Any, min_codes: Any, wei
     n = 256 // group
     sigma2 = _sum_of_squares(x, 256)
     sigma2 = (sigma2 if absolute else 2 * sigma2) / _256
+    if weighted:
+        first, step, n_step, absolute = _F(-0.9), _F(0.05), 36, False
     for j in range(n):
-        xj, qj = offset(x, j * group), offset(q, j * group)
+        xj = offset(x, j * group)
         if weighted:
             sums[j] = _weigh(xj, offset(importance, j * group), w, group, sigma2)
-            scales[j], minimums[j] = search_min(xj, w, qj, group, nmax, _F(-0.9), _F(0.05), 36, False)
         else:
             mean = f32(0)
             if not absolute:
                 mean = sqrt(_sum_of_squares(xj, group) / _F(group))
             for i in range(group):
                 w[i] = mean + fabs(xj[i])
-            scales[j], minimums[j] = search_min(xj, w, qj, group, nmax, first, step, n_step, absolute)
+        qj = offset(q, j * group)
+        scales[j], minimums[j] = search_min(xj, w, qj, group, nmax, first, step, n_step, absolute)
     if weighted:
         d = search_positive(scales, sums, codes, n, top)
         dmin = search_positive(minimums, sums, min_codes, n, top)
@@ -128,7 +130,7 @@ _Q4_K = (32, _15, _63, _F(-1.0), _F(0.1), 20, False)
 _Q5_K = (32, _31, _63, _F(-0.5), _F(0.1), 15, False)
 
 
-@njit(forceinline=True)
+@njit(inline="always")
 def _encode_q2_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> None:
     codes, min_codes = scratch_f32(16), scratch_f32(16)
     d, dmin = _encode_min(x, importance, q, codes, min_codes, weighted, _Q2_K)
@@ -140,7 +142,7 @@ def _encode_q2_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> 
     put_half(block, 82, dmin)
 
 
-@njit(forceinline=True)
+@njit(inline="always")
 def _encode_q4_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> None:
     codes, min_codes = scratch_f32(16), scratch_f32(16)
     d, dmin = _encode_min(x, importance, q, codes, min_codes, weighted, _Q4_K)
@@ -151,7 +153,7 @@ def _encode_q4_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> 
         put_nibbles(block, 16 + 32 * c, q, 64 * c)
 
 
-@njit(forceinline=True)
+@njit(inline="always")
 def _encode_q5_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> None:
     codes, min_codes = scratch_f32(16), scratch_f32(16)
     d, dmin = _encode_min(x, importance, q, codes, min_codes, weighted, _Q5_K)
@@ -163,7 +165,7 @@ def _encode_q5_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> 
         put_nibbles(block, 48 + 32 * c, q, 64 * c)
 
 
-@njit(forceinline=True)
+@njit(inline="always")
 def _encode_q3_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> None:
     w, scales, codes, sums = scratch_f32(16), scratch_f32(16), scratch_f32(16), scratch_f32(16)
     sigma2 = 2 * _sum_of_squares(x, 256) / _256
@@ -194,7 +196,7 @@ def _encode_q3_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> 
     put_half(block, 108, d)
 
 
-@njit(forceinline=True)
+@njit(inline="always")
 def _encode_q6_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> None:
     w, scales = scratch_f32(16), scratch_f32(16)
     for j in range(16):
@@ -239,10 +241,7 @@ def _quantize(x: Any, n: Any, importance: Any, out: Any) -> None:
             if len(importance):
                 for i in range(256):
                     numbers_w[i * LANES + lane] = importance[at % n + i]
-        if len(importance):
-            encode(xs, ws, q, block, True)
-        else:
-            encode(xs, ws, q, block, False)
+        encode(xs, ws, q, block, len(importance) > 0)
         for lane in range(min(LANES, n_blocks - first)):
             for i in range(TYPE_SIZE):
                 out[(first + lane) * TYPE_SIZE + i] = octets[i * LANES + lane]
