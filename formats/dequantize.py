@@ -28,18 +28,21 @@ def _dequantize_blocks(src: Any, out: Any, grid: Any) -> None:
     q = np.empty(BLOCK_SIZE, np.int8)
     scale = np.empty(BLOCK_SIZE // GROUP, np.float32)
     minimum = np.empty(BLOCK_SIZE // GROUP, np.float32)
+    factor = np.ones(2, np.float32)
     for b in range(len(src) // TYPE_SIZE):
-        unpack(src, b * TYPE_SIZE, q, scale, minimum, grid)
+        unpack(src, b * TYPE_SIZE, q, scale, minimum, factor, grid)
         for g in range(BLOCK_SIZE // GROUP):
             to = b * BLOCK_SIZE + g * GROUP
             w = out[to : to + GROUP]
             q_g = q[g * GROUP : g * GROUP + GROUP]
+            d = factor[0] * scale[g]
             if HAS_MINIMUM:
+                m = factor[1] * minimum[g]
                 for i in range(GROUP):
-                    w[i] = scale[g] * np.float32(q_g[i]) + minimum[g]
+                    w[i] = d * np.float32(q_g[i]) + m
             else:  # adding a minimum of 0 would lose the sign of -0.0
                 for i in range(GROUP):
-                    w[i] = scale[g] * np.float32(q_g[i])
+                    w[i] = d * np.float32(q_g[i])
 
 
 _Convert = Callable[[NDArray[np.uint8], NDArray[np.float32]], None]

@@ -1,17 +1,18 @@
-"""The exact integer form of every block-quantized type: weight = scale[g] * q + minimum[g].
+"""The exact integer form of every block-quantized type: weight = factor[0] * scale[g] * q + factor[1] * minimum[g].
 
 Each type's bit layout stands once, in its unpacker (unpack_legacy.py, unpack_k.py, unpack_iq.py, unpack_small.py).
 Dequantizing and repacking into panels are both built on it:
 
-    unpack(src, at, q, scale, minimum, grid)
+    unpack(src, at, q, scale, minimum, factor, grid)
 
-reads the block at byte `at` of src uint8[:] and fills q int8[block_size], scale f32[block_size // group] and, for types
-with minimums only, minimum f32[block_size // group]. grid is what `form.grid()` returned. It is compiled code to be
-called from compiled code: give it to a kernel with `jit.specialize`. It allocates nothing and checks nothing, so src
-must hold the whole block and all arrays must be C-contiguous.
+reads the block at byte `at` of src uint8[:] and fills q int8[block_size], scale f32[block_size // group], for types
+with minimums only minimum f32[block_size // group], and for types with `shared` factors only factor f32[2]: there
+scale and minimum are small integers. Set factor to 1 beforehand. grid is what `form.grid()` returned. It is compiled
+code to be called from compiled code: give it to a kernel with `jit.specialize`. It allocates nothing and checks
+nothing, so src must hold the whole block and all arrays must be C-contiguous.
 
-The products and sums that make scale and minimum are in the reference's order, so that `scale * q` (or, with minimums,
-`scale * q + minimum`), rounded to float32 after each operation, is the reference's weight bit for bit.
+All products are in the reference's order, so that `(factor[0] * scale) * q`, plus `factor[1] * minimum` if there are
+minimums, rounded to float32 after each operation, is the reference's weight bit for bit.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,7 +46,13 @@ class IntegerForm:
         """Scales per block."""
         return self.type.block_size // self.group
 
+    @property
+    def shared(self) -> bool:
+        """Whether the block's scales are integers that share a factor. If not, `factor` is left untouched."""
+        return self.type.name in _SHARED
 
+
+_SHARED = frozenset(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"))
 # fmt: off
 _ROWS: tuple[tuple[Any, ...], ...] = (
     # name, group, q_min, q_max, has_minimum, unpack, grid

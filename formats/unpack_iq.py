@@ -29,7 +29,7 @@ def _copy_signed(q: Any, to: int, grid: Any, index: Any, size: int, signs: Any) 
 
 
 @njit(forceinline=True)
-def unpack_iq2_xxs(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_iq2_xxs(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f16 | 8 groups of 32 weights: 4 grid indices u8[4], then u32
 
     31 30 29 28 | 27 .. 21 | 20 .. 14 | 13 .. 7 | 6 .. 0
@@ -45,7 +45,7 @@ def unpack_iq2_xxs(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: An
 
 
 @njit(forceinline=True)
-def unpack_iq2_xs(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_iq2_xs(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f16 | qs u16[32]: 7 signs (15-9), 9 bits of grid index (8-0) | scales u8[8]: two s per byte, low nibble first.
 
     weight = d * (s + 1/2) / 4 * +-grid; one s for 16 weights.
@@ -60,7 +60,7 @@ def unpack_iq2_xs(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any
 
 
 @njit(forceinline=True)
-def unpack_iq2_s(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_iq2_s(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f16 | qs u8[32] | signs u8[32] | qh u8[8] | scales u8[8].
 
     Index k of the grid: qs[k] and, above it, two bits of qh[k // 4], lowest first. Scales as in IQ2_XS.
@@ -75,7 +75,7 @@ def unpack_iq2_s(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any)
 
 
 @njit(forceinline=True)
-def unpack_iq3_xxs(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_iq3_xxs(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f16 | qs u8[64], indices of 4 weights | u32[8], scale and signs of 32 weights as in IQ2_XXS.
 
     weight = d * (s + 1/2) / 2 * +-grid.
@@ -92,7 +92,7 @@ def unpack_iq3_xxs(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: An
 
 
 @njit(forceinline=True)
-def unpack_iq3_s(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_iq3_s(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f16 | qs u8[64] | qh u8[8] | signs u8[32] | scales u8[4]: two s per byte, low nibble first.
 
     Index k of the grid: qs[k] and, above it, bit k % 8 of qh[k // 8]. weight = d * (2 s + 1) * +-grid.
@@ -109,7 +109,7 @@ def unpack_iq3_s(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any)
 
 
 @njit(forceinline=True)
-def unpack_iq1_s(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_iq1_s(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f16 | qs u8[32] | qh u16[8], one for 32 weights:
 
         15    | 14 13 12 | 11 .. 9 | 8 .. 6 | 5 .. 3 | 2 .. 0
@@ -129,7 +129,7 @@ def unpack_iq1_s(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any)
 
 
 @njit(forceinline=True)
-def unpack_iq1_m(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_iq1_m(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """qs u8[32] | qh u8[16] | scales u16[4]; weights as in IQ1_S, with one s for 16 and one delta for 8.
 
     qh, two nibbles per byte, low first:    3         | 2 1 0

@@ -16,7 +16,7 @@ from gguf_run.formats.scalars import f16, f32
 
 
 @njit(forceinline=True)
-def _scales_and_minimums(block: Any, scale: Any, minimum: Any) -> None:
+def _scales_and_minimums(block: Any, scale: Any, minimum: Any, factor: Any) -> None:
     """The head of Q4_K and Q5_K: d f16 | dmin f16 | 12 bytes of eight 6-bit scales s and eight 6-bit minimums m.
 
                   7   6      5   4   3   2   1   0
@@ -24,28 +24,28 @@ def _scales_and_minimums(block: Any, scale: Any, minimum: Any) -> None:
     byte 4 + i    m[4+i] top |        m[i]
     byte 8 + i      m[4+i] low   |    s[4+i] low
     """
-    d = f16(block, 0)
-    dmin = f16(block, 2)
+    factor[0] = f16(block, 0)
+    factor[1] = -f16(block, 2)
     for i in range(4):
         s, m, low = block[4 + i], block[8 + i], block[12 + i]
-        scale[i] = d * np.float32(s & 63)
-        scale[4 + i] = d * np.float32((low & 15) | (s >> 6) << 4)
-        minimum[i] = -(dmin * np.float32(m & 63))
-        minimum[4 + i] = -(dmin * np.float32((low >> 4) | (m >> 6) << 4))
+        scale[i] = np.float32(s & 63)
+        scale[4 + i] = np.float32((low & 15) | (s >> 6) << 4)
+        minimum[i] = np.float32(m & 63)
+        minimum[4 + i] = np.float32((low >> 4) | (m >> 6) << 4)
 
 
 @njit(forceinline=True)
-def unpack_q2_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_q2_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """scales u8[16] | qs u8[64], crumbs | d f16 | dmin f16.
 
     scales[g]: scale of group g in the low nibble, minimum in the high; weight = d * scale * q - dmin * minimum.
     """
-    d = f16(src, at + 80)
-    dmin = f16(src, at + 82)
+    factor[0] = f16(src, at + 80)
+    factor[1] = -f16(src, at + 82)
     scales = src[at : at + 16]
     for g in range(16):
-        scale[g] = d * np.float32(scales[g] & 15)
-        minimum[g] = -(dmin * np.float32(scales[g] >> 4))
+        scale[g] = np.float32(scales[g] & 15)
+        minimum[g] = np.float32(scales[g] >> 4)
     for c in range(2):
         qs = src[at + 16 + 32 * c : at + 48 + 32 * c]
         for j in range(4):
@@ -55,7 +55,7 @@ def unpack_q2_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) 
 
 
 @njit(forceinline=True)
-def unpack_q3_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_q3_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """hmask u8[32] | qs u8[64], crumbs | scales u8[12] | d f16; weight = d * (scale - 32) * q.
 
     q is the two bits of qs, less 4 where bit g of hmask[i] is clear (for weight 32 g + i). The 6-bit scales s:
@@ -64,14 +64,14 @@ def unpack_q3_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) 
     byte i          s[8+i] low  |    s[i] low           for i in 0..7
     byte 8 + i    s[12+i]| s[8+i]| s[4+i]| s[i]         for i in 0..3, two top bits each
     """
-    d = f16(src, at + 108)
+    factor[0] = f16(src, at + 108)
     scales = src[at + 96 : at + 108]
     for g in range(4):
         top = scales[8 + g]
-        scale[g] = d * np.float32(((scales[g] & 15) | (top & 3) << 4) - 32)
-        scale[4 + g] = d * np.float32(((scales[4 + g] & 15) | ((top >> 2) & 3) << 4) - 32)
-        scale[8 + g] = d * np.float32(((scales[g] >> 4) | ((top >> 4) & 3) << 4) - 32)
-        scale[12 + g] = d * np.float32(((scales[4 + g] >> 4) | (top >> 6) << 4) - 32)
+        scale[g] = np.float32(((scales[g] & 15) | (top & 3) << 4) - 32)
+        scale[4 + g] = np.float32(((scales[4 + g] & 15) | ((top >> 2) & 3) << 4) - 32)
+        scale[8 + g] = np.float32(((scales[g] >> 4) | ((top >> 4) & 3) << 4) - 32)
+        scale[12 + g] = np.float32(((scales[4 + g] >> 4) | (top >> 6) << 4) - 32)
     hmask = src[at : at + 32]
     for c in range(2):
         qs = src[at + 32 + 32 * c : at + 64 + 32 * c]
@@ -82,9 +82,9 @@ def unpack_q3_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) 
 
 
 @njit(forceinline=True)
-def unpack_q4_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_q4_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d, dmin, scales (above) | qs u8[128], nibbles; weight = d * s * q - dmin * m."""
-    _scales_and_minimums(src[at : at + 16], scale, minimum)
+    _scales_and_minimums(src[at : at + 16], scale, minimum, factor)
     for c in range(4):
         qs = src[at + 16 + 32 * c : at + 48 + 32 * c]
         for j in range(2):
@@ -94,9 +94,9 @@ def unpack_q4_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) 
 
 
 @njit(forceinline=True)
-def unpack_q5_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_q5_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d, dmin, scales (above) | qh u8[32] | qs u8[128], nibbles; bit g of qh[i] is the fifth bit of weight 32 g + i."""
-    _scales_and_minimums(src[at : at + 16], scale, minimum)
+    _scales_and_minimums(src[at : at + 16], scale, minimum, factor)
     qh = src[at + 16 : at + 48]
     for c in range(4):
         qs = src[at + 48 + 32 * c : at + 80 + 32 * c]
@@ -107,7 +107,7 @@ def unpack_q5_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) 
 
 
 @njit(forceinline=True)
-def unpack_q6_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_q6_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """ql u8[128] | qh u8[64], crumbs | scales i8[16] | d f16; weight = d * scales[g] * (q - 32).
 
     Each half of 128 weights w has 32 bytes of qh, their two top bits, and 64 bytes of ql, their four low bits:
@@ -115,10 +115,10 @@ def unpack_q6_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) 
                7   6   5   4   3   2   1   0
     ql[i]        w[64+i] low |    w[i] low              for i in 0..63
     """
-    d = f16(src, at + 208)
+    factor[0] = f16(src, at + 208)
     scales = src[at + 192 : at + 208]
     for g in range(16):
-        scale[g] = d * np.float32(np.int8(scales[g]))
+        scale[g] = np.float32(np.int8(scales[g]))
     for c in range(2):
         qh = src[at + 128 + 32 * c : at + 160 + 32 * c]
         for j in range(4):
@@ -129,7 +129,7 @@ def unpack_q6_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) 
 
 
 @njit(forceinline=True)
-def unpack_q8_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_q8_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f32 | qs i8[256] | bsums i16[16]; weight = d * q. bsums, sums of 16 q, serve dot products only."""
     scale[:] = f32(src, at)
     qs = src[at + 4 : at + 260]

@@ -14,7 +14,7 @@ from gguf_run.formats.scalars import f16, u32
 
 
 @njit(forceinline=True)
-def unpack_q4_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_q4_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f16 | qs u8[16]; weight = d * (q - 8)."""
     scale[0] = f16(src, at)
     qs = src[at + 2 : at + 18]
@@ -25,7 +25,7 @@ def unpack_q4_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) 
 
 
 @njit(forceinline=True)
-def unpack_q4_1(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_q4_1(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f16 | m f16 | qs u8[16]; weight = d * q + m."""
     scale[0] = f16(src, at)
     minimum[0] = f16(src, at + 2)
@@ -37,7 +37,7 @@ def unpack_q4_1(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) 
 
 
 @njit(forceinline=True)
-def unpack_q5_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_q5_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f16 | qh u32 | qs u8[16]; weight = d * (q - 16)."""
     scale[0] = f16(src, at)
     qh = u32(src, at + 2)
@@ -49,7 +49,7 @@ def unpack_q5_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) 
 
 
 @njit(forceinline=True)
-def unpack_q5_1(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_q5_1(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f16 | m f16 | qh u32 | qs u8[16]; weight = d * q + m."""
     scale[0] = f16(src, at)
     minimum[0] = f16(src, at + 2)
@@ -62,7 +62,7 @@ def unpack_q5_1(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) 
 
 
 @njit(forceinline=True)
-def unpack_q8_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_q8_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f16 | qs i8[32]; weight = d * q."""
     scale[0] = f16(src, at)
     qs = src[at + 2 : at + 34]
@@ -71,7 +71,7 @@ def unpack_q8_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) 
 
 
 @njit(forceinline=True)
-def unpack_q8_1(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_q8_1(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f16 | s f16 | qs i8[32]; weight = d * q. s = d * sum(qs) serves dot products only."""
     scale[0] = f16(src, at)
     qs = src[at + 4 : at + 36]
@@ -80,7 +80,7 @@ def unpack_q8_1(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) 
 
 
 @njit(forceinline=True)
-def unpack_q1_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_q1_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f16 | qs u8[16]; weight = d * (1 if its bit is set else -1), lowest bit first."""
     scale[:] = f16(src, at)
     qs = src[at + 2 : at + 18]
@@ -90,7 +90,7 @@ def unpack_q1_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) 
 
 
 @njit(forceinline=True)
-def unpack_q2_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_q2_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f16 | qs u8[16]; weight = d * (q - 1), lowest two bits first."""
     scale[:] = f16(src, at)
     qs = src[at + 2 : at + 18]

@@ -24,7 +24,7 @@ def _trits(qs: Any, q: Any, n_digits: int) -> None:
 
 
 @njit(forceinline=True)
-def unpack_tq1_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_tq1_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """qs u8[48]: 32 bytes of 5 digits, 16 bytes of 5 digits | qh u8[4] of 4 digits | d f16."""
     scale[:] = f16(src, at + 52)
     _trits(src[at : at + 32], q[:160], 5)
@@ -33,7 +33,7 @@ def unpack_tq1_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any)
 
 
 @njit(forceinline=True)
-def unpack_tq2_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_tq2_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """qs u8[64] | d f16; 32 bytes hold four times 32 weights, the lowest two bits first; weight = d * (q - 1)."""
     scale[:] = f16(src, at + 64)
     for c in range(2):
@@ -54,35 +54,35 @@ def _look_up(qs: Any, q: Any, grid: Any) -> None:
 
 
 @njit(forceinline=True)
-def unpack_iq4_nl(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_iq4_nl(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f16 | qs u8[16], nibbles; weight = d * grid[q]."""
     scale[0] = f16(src, at)
     _look_up(src[at + 2 : at + 18], q, grid)
 
 
 @njit(forceinline=True)
-def unpack_iq4_xs(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_iq4_xs(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f16 | scales_h u16 | scales_l u8[4] | qs u8[128], nibbles in eight groups of 16 bytes.
 
     Scale of group g: four bits of scales_l, low nibble first, and above them two of scales_h, lowest first; less 32.
     """
-    d = f16(src, at)
+    factor[0] = f16(src, at)
     scales_h = u16(src, at + 2)
     for g in range(8):
         s = ((src[at + 4 + g // 2] >> 4 * (g % 2)) & 15) | ((scales_h >> 2 * g) & 3) << 4
-        scale[g] = d * np.float32(s - 32)
+        scale[g] = np.float32(s - 32)
         _look_up(src[at + 8 + 16 * g : at + 24 + 16 * g], q[32 * g : 32 * g + 32], grid)
 
 
 @njit(forceinline=True)
-def unpack_mxfp4(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_mxfp4(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """e u8 | qs u8[16], nibbles. grid holds twice the e2m1 values, so the scale is half of 2**(e - 127)."""
     scale[0] = e8m0_half(src[at])
     _look_up(src[at + 1 : at + 17], q, grid)
 
 
 @njit(forceinline=True)
-def unpack_nvfp4(src: Any, at: int, q: Any, scale: Any, minimum: Any, grid: Any) -> None:
+def unpack_nvfp4(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d u8[4], e4m3 scales of 16 weights | qs u8[32], nibbles in four groups of 8 bytes; halved as in MXFP4."""
     for g in range(4):
         scale[g] = ue4m3_half(np.int64(src[at + g]))

@@ -1,68 +1,110 @@
 """Panels: the CPU's form of a weight matrix. 16 rows are interleaved so that one vector load feeds 16 rows.
 
-Integer panels hold weight = scale * (u - offset) (+ minimum) with unsigned u, in blocks of 16 rows x 32 columns:
+Integer panels hold weight = scale * (u - offset) (+ minimum) with unsigned u, as a sequence of spans. A span is 16 rows
+x `span` columns: first the scales of all its steps, then the quants of all its steps.
 
-    scale    [n_groups][16] f16 or f32      n_groups = 1 (a scale per 32 weights) or 2 (per 16)
-    minimum  [n_groups][16]                 the same, if the type has minimums
-    quants   [planes][16][4] u8             see below; byte c of row r in vector i of all is column 4i+c of the block
+    factors  [1 or 2][16] f16          only where a span's scales share a factor: d, and -dmin if there are minimums
+    scales   per step                  see SCALES
+    quants   per 32 columns: [planes][16][4] u8
 
-    8 bits:  8 vectors                      vector i as it is
-    4 bits:  4 vectors                      vector i in the low nibbles of plane i, vector 4+i in its high nibbles
-    5 bits:  4 + 1                          ... and bit i of the last plane is the fifth bit of vector i
-    6 bits:  4 + 2                          ... and bits 2i, 2i+1 of plane 4 (5) are the top bits of vector i (4+i)
+A plane is 64 bytes. Unpacked, a block is eight vectors of 64 bytes: byte c of row r of vector i is column 4i+c. They
+are stored in parts of 1, 2, 4 or 8 bits, lowest bits first: a part of w bits takes w planes, vector i is in plane i % w of
+them, at bit w * (i // w). So 4 bits are vectors 0..3 in the low nibbles of 4 planes and 4..7 in the high ones; 5 bits
+are these and a plane with the fifth bits; 6 bits have a part of 4 and one of 2.
 
-Float panels hold [n_in][16] numbers. Both are lossless: a type whose integers or scales fit no narrower shape takes a
-wider one (K-quants: f32 scales, the product of the file's two factors, which f32 holds exactly).
+Float panels hold [n_in][16] numbers. Both are lossless, and as narrow as the file for the types that people use.
 """
 
 from dataclasses import dataclass
 
 from llvmlite import ir
 
+from gguf_run.formats import grids
 from gguf_run.formats.unpack import INTEGER_FORMS, IntegerForm
 from gguf_run.kernels_cpu.simd import F16, F32, I16
 
 ROWS = 16  # rows of a panel: f32 lanes of a 64-byte vector
-BLOCK = 32  # columns of a block of an integer panel
+BLOCK = 32  # columns of a block of activations, and of a set of planes
+
+
+@dataclass(frozen=True)
+class Scales:
+    """How scales are stored. step: columns that are decoded together; field: bytes per row for each scale or, with
+    minimums, for each of both; shared: a span has a factor for them. The fields of a step are [field][16] bytes."""
+
+    name: str
+    step: int
+    shared: bool
+    field: float
+
+
+# k4: a byte, scale in the low and minimum in the high nibble. k6: four numbers of 6 bits in three bytes, whose two top
+# bits make the fourth; less 32 if there are no minimums. k8: an int8. e8m0: an exponent, see formats/scalars.py.
+SCALES = {
+    row.name: row
+    for row in (
+        Scales("f16", 32, False, 2),
+        Scales("f32", 32, False, 4),
+        Scales("e8m0", 32, False, 1),
+        Scales("k4", 32, True, 0.5),
+        Scales("k6", 64, True, 0.75),
+        Scales("k8", 32, True, 1),
+    )
+}
+PARTS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # of a stored u: see above
 
 
 @dataclass(frozen=True)
 class IntPanel:
-    """bits: width of a stored u, 4, 5, 6 or 8. dot_bits: u is below 2^dot_bits. offset: 0 or a power of two."""
+    """bits: width of a stored u, or of its code: u = codebook[code] + offset if there is one. dot_bits: u is below
+    2^dot_bits. offset: 0 or a power of two. group: columns per scale. span: columns whose heads stand together."""
 
     bits: int
     dot_bits: int
     offset: int
     group: int
-    half_scales: bool
+    scales: Scales
     has_minimum: bool
+    span: int
+    codebook: tuple[int, ...] = ()
 
     @property
-    def n_groups(self) -> int:
-        return BLOCK // self.group
+    def columns(self) -> int:
+        """Columns of a step of `tile`."""
+        return self.scales.step
 
     @property
-    def scale_bytes(self) -> int:
-        """Bytes of one row of 16 scales."""
-        return ROWS * (2 if self.half_scales else 4)
+    def n_steps(self) -> int:
+        """Steps of a span."""
+        return self.span // self.columns
+
+    @property
+    def n_factors(self) -> int:
+        """Rows of 16 factors at the head of a span."""
+        return (1 + self.has_minimum) * self.scales.shared
 
     @property
     def head_bytes(self) -> int:
-        """Bytes of all scales and minimums of a block."""
-        return self.scale_bytes * self.n_groups * (2 if self.has_minimum else 1)
+        """Bytes of the scales and minimums of a step."""
+        return int(ROWS * self.columns // self.group * (1 + self.has_minimum) * self.scales.field)
+
+    @property
+    def quants_at(self) -> int:
+        """Bytes of a span before its quants."""
+        return 2 * ROWS * self.n_factors + self.n_steps * self.head_bytes
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of a step of `tile`: a block."""
-        return self.block_bytes
+        """Bytes of the quants of a step."""
+        return ROWS * self.columns * self.bits // 8
 
     @property
-    def block_bytes(self) -> int:
-        return self.head_bytes + ROWS * BLOCK * self.bits // 8
+    def span_bytes(self) -> int:
+        return self.quants_at + self.n_steps * self.step_bytes
 
     def group_bytes(self, n_in: int) -> int:
         """Bytes of 16 rows of n_in columns."""
-        return n_in // BLOCK * self.block_bytes
+        return n_in // self.span * self.span_bytes
 
 
 @dataclass(frozen=True)
@@ -72,6 +114,7 @@ class FloatPanel:
     name: str
     element: ir.Type
     element_bytes: int
+    columns: int = 1  # of a step of `tile`
 
     @property
     def step_bytes(self) -> int:
@@ -82,19 +125,35 @@ class FloatPanel:
         return n_in * ROWS * self.element_bytes
 
 
-# Types whose scales and minimums stand in the file as f16.
-_HALF_SCALES = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "TQ1_0", "TQ2_0", "Q1_0", "Q2_0"})
+# Types whose scales and minimums stand in the file as f16, or in another form than f32 that has fewer bits.
+_HALF_SCALES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "TQ1_0", "TQ2_0", "Q1_0", "Q2_0")
+_SCALES = dict.fromkeys(_HALF_SCALES, "f16") | {
+    "Q2_K": "k4",
+    "Q3_K": "k6",
+    "Q4_K": "k6",
+    "Q5_K": "k6",
+    "Q6_K": "k8",
+    "IQ4_XS": "k8",
+    "MXFP4": "e8m0",
+}
+_CODEBOOKS = {"IQ4_NL": grids.iq4_nl, "IQ4_XS": grids.iq4_nl, "MXFP4": grids.e2m1, "NVFP4": grids.e2m1}  # of 16 values
 
 
 def _int_panel(form: IntegerForm) -> IntPanel:
     """The narrowest panel that holds the type exactly."""
+    name = form.type.name
     offset = 0
     while offset < -form.q_min:
         offset = max(1, 2 * offset)
     dot_bits = (form.q_max + offset).bit_length()
-    half = form.type.name in _HALF_SCALES
-    bits = max(4, dot_bits) if dot_bits <= 6 else 8
-    return IntPanel(bits, dot_bits, offset, form.group, half, form.has_minimum)
+    scales = SCALES[_SCALES.get(name, "f32")]
+    assert scales.shared == form.shared
+    bits = max(2, dot_bits) if dot_bits <= 6 else 8
+    span = form.type.block_size if form.shared else scales.step
+    if name in _CODEBOOKS:
+        book = tuple(int(value) for value in _CODEBOOKS[name]())
+        return IntPanel(4, dot_bits, offset, form.group, scales, form.has_minimum, span, book)
+    return IntPanel(bits, dot_bits, offset, form.group, scales, form.has_minimum, span)
 
 
 Panel = IntPanel | FloatPanel

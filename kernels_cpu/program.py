@@ -157,14 +157,14 @@ class CpuRecorder:
         for part in weight.parts:
             panel = part.panel
             if isinstance(panel, IntPanel):
-                rows, x_stride, n_steps = self._quantized(x).ctypes.data, 2 * x.width, weight.n_in // 32
+                rows, x_stride = self._quantized(x).ctypes.data, 2 * x.width
             else:
-                rows, x_stride, n_steps = x.address, x.stride, weight.n_in
+                rows, x_stride = x.address, x.stride
             self._record(
                 matmul(panel_id(panel)),
                 rows=x.rows,
                 n_out=part.n_out,
-                n_steps=n_steps,
+                n_steps=weight.n_in // panel.columns,
                 step_bytes=panel.step_bytes,
                 group_bytes=panel.group_bytes(weight.n_in),
                 w=part.data.ctypes.data,

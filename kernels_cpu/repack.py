@@ -6,116 +6,165 @@ from concurrent.futures import Executor
 from typing import Any
 
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from gguf_run.formats.dequantize import dequantize
 from gguf_run.formats.jit import njit, specialize
 from gguf_run.formats.reader import Tensor
 from gguf_run.formats.unpack import INTEGER_FORMS
-from gguf_run.kernels_cpu.panels import BLOCK, PANEL_OF, ROWS, FloatPanel, IntPanel, Panel, panel_for
+from gguf_run.kernels_cpu.panels import BLOCK, PANELS, PARTS, ROWS, FloatPanel, IntPanel, Panel, panel_for, panel_id
+from gguf_run.kernels_cpu.simd import F16, F32, I8, I16, I32, I64, Simd, Val, kernel
 
 _LEAST_BYTES, _MOST_BYTES = 1 << 17, 1 << 22  # panels that a thread makes at a time
 
 # Names that `specialize` puts into _repack_int; here for the type checker.
 unpack: Any = None
-BLOCK_SIZE = TYPE_SIZE = N_GROUPS = GROUP = OFFSET = BITS = HEAD_BYTES = BLOCK_BYTES = 0
-HALF_SCALES = HAS_MINIMUM = False
+PANEL = BLOCK_SIZE = TYPE_SIZE = N_SCALES = BYTES = 0
 
 
-@njit(inline="always")
-def _half_bits(value):  # type: ignore[no-untyped-def]
-    """The f16 bits of an f32 that came from an f16: exact, so nothing is rounded."""
-    bits = np.float32(value).view(np.uint32)
-    sign, magnitude = bits >> 16 & 0x8000, bits & 0x7FFFFFFF
-    if magnitude >= 0x7F800000:  # infinity, nan
-        return np.uint16(sign | 0x7C00 | magnitude >> 13 & 0x3FF)
-    if magnitude < 113 << 23:  # subnormal in f16
-        return np.uint16(sign | np.uint32(np.uint32(magnitude).view(np.float32) * np.float32(2.0**24)))
-    return np.uint16(sign | (magnitude - (112 << 23)) >> 13)
+@intrinsic(prefer_literal=True)
+def _pack(
+    typing_context: Any, panel: Any, n_columns: Any, q: Any, scale: Any, minimum: Any, factor: Any, out: Any
+) -> Any:
+    """The unpacked blocks of 16 rows to spans of their panel.
+
+    panel, n_columns: literal integers (place in PANELS; a multiple of its span). The others are addresses: q
+    int8[16][n_columns], scale and minimum f32[n_columns / group][16], factor f32[2][16].
+    """
+    shape, columns = PANELS[panel.literal_value], n_columns.literal_value
+    assert isinstance(shape, IntPanel)
+
+    def emit(s: Simd, q: Val, scale: Val, minimum: Val, factor: Val, out: Val) -> None:
+        _each(s, columns // shape.span, lambda n: span(s, n, q, scale, minimum, factor, out + n * shape.span_bytes))
+
+    def span(s: Simd, n: Val, q: Val, scale: Val, minimum: Val, factor: Val, out: Val) -> None:
+        for i in range(shape.n_factors):
+            s.store(s.load(factor + 64 * i, F32, ROWS).to(F16), out + 2 * ROWS * i)
+        _each(s, shape.n_steps, lambda i: step(s, n * shape.n_steps + i, i, q, [scale, minimum], out))
+
+    def step(s: Simd, k: Val, i: Val, q: Val, numbers: list[Val], out: Val) -> None:
+        """Step k of all, i of its span."""
+        per = shape.columns // shape.group
+        numbers = [at + k * (4 * ROWS * per) for at in numbers[: 1 + shape.has_minimum]]
+        fields = _heads(s, shape, [s.load(at + 4 * ROWS * g, F32, ROWS) for at in numbers for g in range(per)])
+        head = out + i * shape.head_bytes + 2 * ROWS * shape.n_factors
+        for n, field in enumerate(fields):
+            s.store(field, head + shape.head_bytes // len(fields) * n)
+        quants = out + i * shape.step_bytes + shape.quants_at
+        for b in range(shape.columns // BLOCK):
+            at = q + k * shape.columns + BLOCK * b
+            vectors = _across(s, [s.load(at + columns * r, I32, BLOCK // 4) for r in range(ROWS)])
+            for n, plane in enumerate(_planes(shape, vectors)):
+                s.store(plane, quants + 64 * (shape.bits * b + n))
+
+    return kernel(types.void(panel, n_columns, *[types.intp] * 5), emit)
 
 
-@njit(inline="always")
-def _pack(u, packed):  # type: ignore[no-untyped-def]
-    """A row's 32 numbers as its 4 bytes in each plane of panels.py."""
-    n = len(packed)
-    if n == BLOCK:
-        for i in range(BLOCK):  # packed[:] = u would cost 2 s of compiling: numba's message for unequal shapes
-            packed[i] = u[i]
-        return
-    for i in range(16):
-        packed[i] = u[i] & 15 | u[16 + i] << 4
-    for c in range(4 if n > 16 else 0):
-        low, high = 0, 0
-        for i in range(8):
-            top = u[4 * i + c] >> 4
-            if n == 20:
-                low |= top << i
-            elif i < 4:
-                low |= top << 2 * i
-            else:
-                high |= top << 2 * (i - 4)
-        packed[16 + c] = low
-        if n == 24:
-            packed[20 + c] = high
+def _each(s: Simd, count: int, body: Callable[[Val], None]) -> None:
+    def once(i: Val, none: list[Val]) -> list[Val]:
+        body(i)
+        return none
+
+    s.loop(s.const(I64, count), [], once)
+
+
+def _across(s: Simd, rows: list[Val]) -> list[Val]:
+    """16 rows of 8 words to 8 vectors of 16: interleaving row r with row r + 8, then r + 4, r + 2, r + 1."""
+    vectors = [s.zip(rows[r], rows[r + 8], 0, 8) for r in range(8)]
+    for distance in (4, 2, 1):
+        # what stands for one row on the left is a list of words of ever fewer columns
+        count = len(vectors) // (2 * distance)
+        pairs = [
+            (vectors[c * 2 * distance + r], vectors[c * 2 * distance + r + distance])
+            for c in range(count)
+            for r in range(distance)
+        ]
+        halves = [[s.zip(a, b, first, 8) for a, b in pairs] for first in (0, 8)]
+        vectors = [
+            value for c in range(count) for half in halves for value in half[c * distance : c * distance + distance]
+        ]
+    return [vector.as_type(I8) for vector in vectors]
+
+
+def _planes(panel: IntPanel, vectors: list[Val]) -> list[Val]:
+    """Eight vectors of q, or of codes, to the planes of panels.py."""
+    u = vectors if panel.codebook else [v + panel.offset for v in vectors]
+    planes: list[Val] = []
+    bit = 0
+    for width in PARTS[panel.bits]:
+        mask = (1 << width) - 1
+        for plane in range(width):
+            parts = [_shifted((u[i] >> bit) & mask, width * (i // width)) for i in range(plane, 8, width)]
+            planes.append(functools.reduce(lambda a, b: a | b, parts))
+        bit += width
+    return planes
+
+
+def _shifted(v: Val, left: int) -> Val:
+    return (v.as_type(I16) << left).as_type(I8)  # no bit leaves its byte
+
+
+def _heads(s: Simd, panel: IntPanel, numbers: list[Val]) -> list[Val]:
+    """The fields of a step's head, from its scales and then its minimums."""
+    words = [v.to(I32) for v in numbers] if panel.scales.shared else []
+    n = panel.columns // panel.group
+    match panel.scales.name:
+        case "f16":
+            return [v.to(F16) for v in numbers]
+        case "f32":
+            return numbers
+        case "k8":
+            return [v.to(I8) for v in words]
+        case "k4":
+            return [(words[g] | words[n + g] << 4).to(I8) for g in range(n)]
+        case "k6":
+            six = words if panel.has_minimum else [v + 32 for v in words]
+            return [(six[i] | ((six[3] >> 2 * i) & 3) << 6).to(I8) for i in range(3)]
+        case _:  # e8m0: see e8m0_half
+            bits = numbers[0].as_type(I32)
+            e = s.select((bits >> 23).compare("==", 0), (bits >> 22) & 1, (bits >> 23) + 1)
+            return [e.to(I8)]
 
 
 def _repack_int(src, row_bytes, n_rows, n_in, grid, out, first, end):  # type: ignore[no-untyped-def]
-    """Groups first .. end of 16 rows. src: uint8[n_rows * row_bytes], out: uint8[n_group * group_bytes]."""
-    n_scales = BLOCK_SIZE // GROUP
-    q, u = np.empty(BLOCK_SIZE, np.int8), np.empty(BLOCK_SIZE, np.uint8)
-    scale, minimum = np.empty(n_scales, np.float32), np.zeros(n_scales, np.float32)
-    packed = np.empty(4 * BITS, np.uint8)  # a row's bytes of all planes
-    words = packed.view(np.uint32)
-    halves, floats, out_words = out.view(np.uint16), out.view(np.float32), out.view(np.uint32)
-    per_block, n_type_block = BLOCK_SIZE // BLOCK, n_in // BLOCK_SIZE
+    """Groups first .. end of 16 rows. src: uint8[n_rows * row_bytes], out: address of the panels."""
+    q = np.zeros((ROWS, BLOCK_SIZE), np.int8)
+    scale, minimum = np.zeros((N_SCALES, ROWS), np.float32), np.zeros((N_SCALES, ROWS), np.float32)
+    factor = np.zeros((2, ROWS), np.float32)
+    row_scale, row_minimum = np.zeros(N_SCALES, np.float32), np.zeros(N_SCALES, np.float32)
+    row_factor = np.ones(2, np.float32)
     for group in range(first, end):
-        for b in range(n_type_block):
-            at = (group * n_type_block + b) * per_block * BLOCK_BYTES
-            for r in range(ROWS):
-                row = group * ROWS + r
-                if row < n_rows:
-                    unpack(src, row * row_bytes + b * TYPE_SIZE, q, scale, minimum, grid)
-                else:  # rows that fill the last panel
-                    q[:] = 0
-                    scale[:] = 0
-                    minimum[:] = 0
-                for i in range(BLOCK_SIZE):
-                    u[i] = np.uint8(np.int16(q[i]) + OFFSET)
-                for k in range(per_block):
-                    to = at + k * BLOCK_BYTES
-                    for g in range(N_GROUPS):
-                        i = k * N_GROUPS + g
-                        if HALF_SCALES:
-                            halves[(to >> 1) + g * ROWS + r] = _half_bits(scale[i])
-                            if HAS_MINIMUM:
-                                halves[(to >> 1) + (N_GROUPS + g) * ROWS + r] = _half_bits(minimum[i])
-                        else:
-                            floats[(to >> 2) + g * ROWS + r] = scale[i]
-                            if HAS_MINIMUM:
-                                floats[(to >> 2) + (N_GROUPS + g) * ROWS + r] = minimum[i]
-                    _pack(u[k * BLOCK : (k + 1) * BLOCK], packed)
-                    for i in range(BITS):
-                        out_words[(to + HEAD_BYTES >> 2) + i * ROWS + r] = words[i]
+        rows = min(ROWS, n_rows - group * ROWS)
+        if rows < ROWS:  # rows that fill the last panel
+            q[:] = 0
+            scale[:] = 0
+            minimum[:] = 0
+            factor[:] = 0
+        for b in range(n_in // BLOCK_SIZE):
+            for r in range(rows):
+                at = (group * ROWS + r) * row_bytes + b * TYPE_SIZE
+                unpack(src, at, q[r], row_scale, row_minimum, row_factor, grid)
+                for g in range(N_SCALES):
+                    scale[g, r], minimum[g, r] = row_scale[g], row_minimum[g]
+                factor[0, r], factor[1, r] = row_factor[0], row_factor[1]
+            to = out + group * (n_in // BLOCK_SIZE) * BYTES + b * BYTES
+            _pack(PANEL, BLOCK_SIZE, q.ctypes.data, scale.ctypes.data, minimum.ctypes.data, factor.ctypes.data, to)
 
 
 @functools.cache
 def _repack_int_for(type_name: str) -> Callable[..., None]:
-    form, panel = INTEGER_FORMS[type_name], PANEL_OF[type_name]
-    assert isinstance(panel, IntPanel)
+    form, panel = INTEGER_FORMS[type_name], panel_for(type_name)
     return specialize(
         _repack_int,
         type_name,
         unpack=form.unpack,
+        PANEL=panel_id(panel),
         BLOCK_SIZE=form.type.block_size,
         TYPE_SIZE=form.type.type_size,
-        N_GROUPS=panel.n_groups,
-        GROUP=form.group,
-        OFFSET=panel.offset,
-        BITS=panel.bits,
-        HEAD_BYTES=panel.head_bytes,
-        BLOCK_BYTES=panel.block_bytes,
-        HALF_SCALES=panel.half_scales,
-        HAS_MINIMUM=panel.has_minimum,
+        N_SCALES=form.n_groups,
+        BYTES=panel.group_bytes(form.type.block_size),
     )
 
 
@@ -158,9 +207,14 @@ def _work(tensor: Tensor, panel: Panel, out: NDArray[np.uint8]) -> Callable[[int
         src, to = blocks.reshape(-1).view(word), out.view(word)
         make = functools.partial(_repack_float, src, n_rows, n_in, to)
     else:
-        grid = INTEGER_FORMS[tensor.type.name].grid()
+        # a panel with a codebook holds the codes
+        grid = (
+            np.arange(len(panel.codebook), dtype=np.int8) if panel.codebook else INTEGER_FORMS[tensor.type.name].grid()
+        )
+        grid.flags.writeable = False
         flat, row_bytes = blocks.reshape(-1), blocks.shape[-1]
-        make = functools.partial(_repack_int_for(tensor.type.name), flat, row_bytes, n_rows, n_in, grid, out)
+        repack_int = _repack_int_for(tensor.type.name)
+        make = functools.partial(repack_int, flat, row_bytes, n_rows, n_in, grid, out.ctypes.data)
 
     def work(first: int, end: int) -> None:
         make(first, end)

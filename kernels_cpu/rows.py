@@ -28,6 +28,7 @@ def _embed_blocks(args, piece, ith, nth):  # type: ignore[no-untyped-def]
     ids = i32_at(a.ids, n_tokens)
     q = np.empty(BLOCK_SIZE, np.int8)
     scale, minimum = np.empty(BLOCK_SIZE // GROUP, np.float32), np.zeros(BLOCK_SIZE // GROUP, np.float32)
+    factor = np.ones(2, np.float32)
     grid = carray(pointer(a.grid), a.n_grid, np.int8)
     n_items = n_tokens
     if piece < 0:
@@ -36,11 +37,11 @@ def _embed_blocks(args, piece, ith, nth):  # type: ignore[no-untyped-def]
     for t in range(first, end):
         src = carray(pointer(a.table + ids[t] * a.row_bytes), a.row_bytes, np.uint8)
         for b in range(a.n // BLOCK_SIZE):
-            unpack(src, b * TYPE_SIZE, q, scale, minimum, grid)
+            unpack(src, b * TYPE_SIZE, q, scale, minimum, factor, grid)
             out = f32_at(a.out + t * a.out_stride + b * BLOCK_SIZE * 4, BLOCK_SIZE)
             for i in range(BLOCK_SIZE):
-                value = scale[i // GROUP] * q[i]
-                out[i] = (value + minimum[i // GROUP] if HAS_MINIMUM else value) * a.scale
+                value = factor[0] * scale[i // GROUP] * q[i]
+                out[i] = (value + factor[1] * minimum[i // GROUP] if HAS_MINIMUM else value) * a.scale
     return 0
 
 

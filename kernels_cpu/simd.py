@@ -145,6 +145,12 @@ class Simd:
     def store(self, value: Val, address: Val) -> None:
         self.b.store(value.ir, self.b.inttoptr(address.ir, value.type.as_pointer())).align = 1
 
+    def prefetch(self, address: Val) -> None:
+        """Ask for the cache line at an address, which need not exist."""
+        name, void = "llvm.prefetch.p0i8", ir.VoidType()
+        pointer = Val(self, self.b.inttoptr(address.ir, I8.as_pointer()))
+        self.call(name, void, pointer, self.const(I32, 0), self.const(I32, 3), self.const(I32, 1))
+
     def shuffle(self, value: Val, lanes: Sequence[int] | range) -> Val:
         mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
         return Val(self, self.b.shuffle_vector(value.ir, ir.Constant(value.type, ir.Undefined), mask))
@@ -152,6 +158,11 @@ class Simd:
     def concat(self, low: Val, high: Val) -> Val:
         mask = ir.Constant(ir.VectorType(I32, 2 * low.lanes), list(range(2 * low.lanes)))
         return Val(self, self.b.shuffle_vector(low.ir, high.ir, mask))
+
+    def zip(self, x: Val, y: Val, first: int, lanes: int) -> Val:
+        """x[first], y[first], x[first + 1], y[first + 1] ...: `lanes` lanes of both by turns."""
+        mask = [n for i in range(first, first + lanes) for n in (i, x.lanes + i)]
+        return Val(self, self.b.shuffle_vector(x.ir, y.ir, ir.Constant(ir.VectorType(I32, len(mask)), mask)))
 
     def select(self, condition: Val, yes: Val, no: Val) -> Val:
         return Val(self, self.b.select(condition.ir, yes.ir, no.ir))
@@ -259,6 +270,10 @@ class Simd:
         value = self.select(rest.compare(">", 0x7F800000), nan, value)
         return (value | sign).to(I16).as_type(F16)
 
+    def look_up(self, table: Sequence[int], index: Val) -> Val:
+        """table[i] for bytes i < 16."""
+        return _LOOK_UPS[self.isa.dot](self, table, index)
+
     # the integer dot product
     def dot(self, acc: Val, u: Val, x: Val, bits: int) -> Val:
         """acc[i] + sum over j < 4 of u[4i+j] * x[4i+j]: i32 lanes, u unsigned below 2^bits, x signed bytes; exact."""
@@ -327,6 +342,35 @@ _DOTS: dict[str, Callable[..., Val]] = {
     "avx2": _dot_avx2,
     "neon": _dot_neon,
     "generic": _dot_generic,
+}
+
+
+def _look_up_by(name: str, lanes: int) -> Callable[..., Val]:
+    """By an instruction that shuffles bytes, `lanes` at a time; x86 shuffles within 16 bytes each."""
+
+    def look_up(s: Simd, table: Sequence[int], index: Val) -> Val:
+        if index.lanes > lanes:
+            half = index.lanes // 2
+            return s.concat(look_up(s, table, index.part(0, half)), look_up(s, table, index.part(half, half)))
+        values = Val(s, ir.Constant(ir.VectorType(I8, lanes), [value & 255 for value in table] * (lanes // 16)))
+        return s.call(name, values.type, values, index)
+
+    return look_up
+
+
+def _look_up_generic(s: Simd, table: Sequence[int], index: Val) -> Val:
+    found = s.const(I8, 0, index.lanes)
+    for i, value in enumerate(table):
+        found = s.select(index.compare("==", i), s.const(I8, value, index.lanes), found)
+    return found
+
+
+_LOOK_UPS: dict[str, Callable[..., Val]] = {
+    "vnni512": _look_up_by("llvm.x86.avx512.pshuf.b.512", 64),
+    "vnni256": _look_up_by("llvm.x86.avx2.pshuf.b", 32),
+    "avx2": _look_up_by("llvm.x86.avx2.pshuf.b", 32),
+    "neon": _look_up_by("llvm.aarch64.neon.tbl1.v16i8", 16),
+    "generic": _look_up_generic,
 }
 
 

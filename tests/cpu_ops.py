@@ -17,7 +17,7 @@ from gguf_run.formats.types import TensorType, type_by_name
 from gguf_run.formats.unpack import INTEGER_FORMS
 from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.kernels_cpu.memory import WeightPart
-from gguf_run.kernels_cpu.panels import BLOCK, ROWS, IntPanel
+from gguf_run.kernels_cpu.panels import BLOCK, PARTS, ROWS, IntPanel
 from gguf_run.kernels_cpu.simd import I16
 from gguf_run.kernels_cpu.tile import X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS
 
@@ -173,22 +173,57 @@ def unpack_panel(part: WeightPart, n_in: int) -> np.ndarray:
         if panel.element == I16:
             return (words.astype(np.uint32) << 16).view(np.float32)
         return words.view(f"f{panel.element_bytes}").astype(np.float32)
-    blocks = part.data.reshape(n_group, n_in // BLOCK, panel.block_bytes)
-    scales = np.ascontiguousarray(blocks[..., : panel.head_bytes]).view("f2" if panel.half_scales else "f4")
-    scales = scales.astype(np.float32).reshape(n_group, -1, 1 + panel.has_minimum, panel.n_groups, ROWS)
-    u = planes = np.ascontiguousarray(blocks[..., panel.head_bytes :]).reshape(n_group, -1, panel.bits, ROWS, 4)
-    if panel.bits < 8:
-        low, more = u[:, :, :4], panel.bits - 4
-        u = np.concatenate([low & 15, low >> 4], axis=2)
-        for i in range(8 if more else 0):  # planes 4 and up hold bits 4 and 5, 8 // more vectors in each byte
-            plane, place = divmod(i, 8 // more)
-            u[:, :, i] |= (planes[:, :, 4 + plane] >> more * place & (1 << more) - 1) << 4
+    spans = part.data.reshape(n_group, n_in // panel.span, panel.span_bytes)
+    factors = _bytes(spans, 0, 2 * ROWS * panel.n_factors).view("f2").astype(np.float32)
+    factors = factors.reshape(*spans.shape[:2], panel.n_factors, ROWS)
+    heads = _bytes(spans, 2 * ROWS * panel.n_factors, panel.quants_at)
+    heads = heads.reshape(*spans.shape[:2], panel.n_steps, panel.head_bytes)
+    numbers = _head_twin(panel, heads)  # [group, span, step, scales and then minimums, row]
+    per = panel.columns // panel.group
+    scale, minimum = numbers[..., :per, :], numbers[..., per:, :]
+    if panel.scales.shared:
+        scale = factors[:, :, None, :1] * scale
+        minimum = factors[:, :, None, 1:] * minimum
+    planes = _bytes(spans, panel.quants_at, panel.span_bytes)
+    planes = planes.reshape(n_group, -1, panel.bits, ROWS, 4)  # of blocks of 32 columns
+    u = np.zeros((*planes.shape[:2], 8, ROWS, 4), np.int16)
+    first = bit = 0
+    for width in PARTS[panel.bits]:
+        for i in range(8):
+            u[:, :, i] |= (
+                planes[:, :, first + i % width].astype(np.int16) >> width * (i // width) & (1 << width) - 1
+            ) << bit
+        first, bit = first + width, bit + width
+    if panel.codebook:
+        u = np.array(panel.codebook)[u] + panel.offset
     assert u.max() < 1 << panel.dot_bits
-    # [group, block, columns / 4, row, 4] -> [group, row, block, scale's group, column]
-    q = u.transpose(0, 3, 1, 2, 4).reshape(n_group, ROWS, -1, panel.n_groups, panel.group).astype(np.float32)
-    scale, *minimum = (scales[:, :, i].transpose(0, 3, 1, 2)[..., None] for i in range(scales.shape[2]))
-    values = scale * (q - np.float32(panel.offset))
-    return (values + minimum[0] if minimum else values).reshape(-1, n_in)
+    # [group, block, columns / 4, row, 4] -> [group, row, scale's group, column]
+    q = u.transpose(0, 3, 1, 2, 4).reshape(n_group, ROWS, -1, panel.group).astype(np.float32) - np.float32(panel.offset)
+    scale, minimum = (a.reshape(n_group, -1, ROWS).transpose(0, 2, 1)[..., None] for a in (scale, minimum))
+    values = scale * q
+    return (values + minimum if panel.has_minimum else values).reshape(-1, n_in)
+
+
+def _bytes(spans: np.ndarray, first: int, end: int) -> np.ndarray:
+    return np.ascontiguousarray(spans[..., first:end])
+
+
+def _head_twin(panel: IntPanel, heads: np.ndarray) -> np.ndarray:
+    """float32[..., numbers of a step, ROWS] from uint8[..., head_bytes] (layout: panels.py)."""
+    name = panel.scales.name
+    if name in ("f16", "f32"):
+        return heads.view({"f16": "f2", "f32": "f4"}[name]).astype(np.float32).reshape(*heads.shape[:-1], -1, ROWS)
+    fields = heads.reshape(*heads.shape[:-1], -1, ROWS).astype(np.int32)
+    if name == "k4":
+        fields = np.concatenate([fields & 15, fields >> 4], axis=-2)
+    elif name == "k6":
+        fourth = sum((fields[..., i, :] >> 6) << 2 * i for i in range(3))
+        fields = np.concatenate([fields & 63, fourth[..., None, :]], axis=-2) - (0 if panel.has_minimum else 32)
+    elif name == "k8":
+        fields = fields.astype(np.uint8).view(np.int8)
+    else:
+        return np.ldexp(np.float32(1), fields - 128).astype(np.float32)
+    return fields.astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -155,16 +155,19 @@ def test_integer_form(type):
     q = np.empty(type.block_size, np.int8)
     scale = np.empty(form.n_groups, np.float32)
     minimum = np.full(form.n_groups, 7.5, np.float32)
+    factor = np.ones(2, np.float32)
     expected = dequantize(blocks, type).reshape(300, -1)
     seen = []
     for b in range(300):
-        form.unpack(blocks, b * type.type_size, q, scale, minimum, grid)
+        form.unpack(blocks, b * type.type_size, q, scale, minimum, factor, grid)
         with np.errstate(all="ignore"):
-            weights = np.repeat(scale, form.group) * q.astype(np.float32)
+            weights = np.repeat(factor[0] * scale, form.group) * q.astype(np.float32)
             if form.has_minimum:
-                weights = weights + np.repeat(minimum, form.group)
+                weights = weights + np.repeat(factor[1] * minimum, form.group)
         assert_same_bits(weights, expected[b])
         assert form.has_minimum or (minimum == 7.5).all()
+        assert form.shared or (factor == 1).all()
+        assert not form.shared or (scale == np.rint(scale)).all()
         seen += [q.min(), q.max()]
     assert (min(seen), max(seen)) == (form.q_min, form.q_max)
 
