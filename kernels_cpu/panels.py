@@ -8,9 +8,9 @@ x `span` columns: first the scales of all its steps, then the quants of all its 
     quants   per 32 columns: [planes][16][4] u8
 
 A plane is 64 bytes. Unpacked, a block is eight vectors of 64 bytes: byte c of row r of vector i is column 4i+c. They
-are stored in parts of 1, 2, 4 or 8 bits, lowest bits first: a part of w bits takes w planes, vector i is in plane i % w of
-them, at bit w * (i // w). So 4 bits are vectors 0..3 in the low nibbles of 4 planes and 4..7 in the high ones; 5 bits
-are these and a plane with the fifth bits; 6 bits have a part of 4 and one of 2.
+are stored in parts of 1, 2, 4 or 8 bits, lowest bits first: a part of w bits takes w planes; vector i is in plane i % w
+of them, at bit w * (i // w). So 4 bits are vectors 0..3 in the low nibbles of 4 planes and 4..7 in the high ones; 5
+bits are these and a plane with the fifth bits; 6 bits have a part of 4 and one of 2.
 
 Float panels hold [n_in][16] numbers. Both are lossless, and as narrow as the file for the types that people use.
 """
