@@ -45,11 +45,11 @@ def _dequantize_blocks(src: Any, out: Any, grid: Any) -> None:
                     w[i] = d * np.float32(q_g[i])
 
 
-_Convert = Callable[[NDArray[np.uint8], NDArray[np.float32]], None]
+Convert = Callable[[NDArray[np.uint8], NDArray[np.float32]], None]
 
 
 @functools.cache
-def _quantized(name: str) -> _Convert:
+def _quantized(name: str) -> Convert:
     """The converter of a block-quantized type, compiled on its first call."""
     form = INTEGER_FORMS[name]
     kernel = specialize(
@@ -79,7 +79,7 @@ def _bf16(src: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
     bits <<= 16
 
 
-def _number(dtype: np.dtype[Any]) -> _Convert:
+def _number(dtype: np.dtype[Any]) -> Convert:
     """The converter of a type that numpy knows; values out of range become infinite, without a warning."""
 
     def convert(src: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
@@ -89,10 +89,11 @@ def _number(dtype: np.dtype[Any]) -> _Convert:
     return convert
 
 
-_HALVES: Mapping[str, _Convert] = MappingProxyType({"F16": _f16, "BF16": _bf16})
+_HALVES: Mapping[str, Convert] = MappingProxyType({"F16": _f16, "BF16": _bf16})
 
 
-def _converter(type: TensorType) -> _Convert:
+def converter(type: TensorType) -> Convert:
+    """Return what turns whole blocks uint8[:] into f32[:], both contiguous, on the caller's thread."""
     if type.is_quantized:
         return _quantized(type.name)
     return _HALVES.get(type.name) or _number(type.dtype)
@@ -115,7 +116,7 @@ def dequantize(blocks: NDArray[np.uint8], type: TensorType) -> NDArray[np.float3
     src = np.ascontiguousarray(blocks).reshape(-1)
     src.flags.writeable = False  # one compiled version serves mapped files and arrays
     flat = out.reshape(-1)
-    convert = _converter(type)
+    convert = converter(type)
     step = _CHUNK // type.block_size
 
     def run(start: int) -> None:
