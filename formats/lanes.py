@@ -33,21 +33,22 @@ F32, I32, U8, MASK = (Lanes(t) for t in (types.float32, types.int32, types.uint8
 _IR = {F32: ir.FloatType(), I32: ir.IntType(32), U8: ir.IntType(8), MASK: ir.IntType(1)}
 
 
+def _vector(lanes: Lanes) -> ir.VectorType:
+    return ir.VectorType(_IR[lanes], LANES)
+
+
 @register_model(Lanes)
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, lanes: Lanes) -> None:
-        super().__init__(manager, lanes, ir.VectorType(_IR[lanes], LANES))
+        super().__init__(manager, lanes, _vector(lanes))
 
 
-_Emit = Callable[[Any, Any, Any], Any]
-
-
-def _instruction(name: str, *first: str) -> _Emit:
+def _instruction(name: str, *first: str) -> Callable[[Any, Any, Any], Any]:
     return lambda builder, a, b: getattr(builder, name)(*first, a, b)
 
 
 # operator -> (type of both operands -> instruction, result type or None for the operands' own)
-_Forms = Mapping[Lanes, _Emit]
+_Forms = Mapping[Lanes, Callable[[Any, Any, Any], Any]]
 _OPERATORS: Mapping[Any, tuple[_Forms, Lanes | None]] = {
     operator.add: ({F32: _instruction("fadd"), I32: _instruction("add")}, None),
     operator.iadd: ({F32: _instruction("fadd"), I32: _instruction("add")}, None),  # a += b
@@ -71,11 +72,10 @@ def _spread(context: Any, builder: ir.IRBuilder, value: Any, source: types.Type,
     """The value as lanes: a number is cast to their type and repeated."""
     if isinstance(source, Lanes):
         return value
-    undefined = ir.Constant(ir.VectorType(_IR[lanes], LANES), ir.Undefined)
-    first = builder.insert_element(
-        undefined, context.cast(builder, value, source, lanes.dtype), ir.Constant(ir.IntType(32), 0)
-    )
-    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES))
+    undefined = ir.Constant(_vector(lanes), ir.Undefined)
+    number = context.cast(builder, value, source, lanes.dtype)
+    first = builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(_vector(I32), [0] * LANES))
 
 
 def _register(relation: Any, forms: _Forms, result: Lanes | None) -> None:
@@ -138,10 +138,6 @@ def _call(name: str) -> Callable[[ir.IRBuilder, Any], Any]:
         return builder.call(cgutils.get_or_insert_function(builder.module, function, f"llvm.{name}.v{LANES}f32"), [x])
 
     return emit
-
-
-def _vector(lanes: Lanes) -> ir.VectorType:
-    return ir.VectorType(_IR[lanes], LANES)
 
 
 f32 = _unary(F32, lambda builder, x: x, "A number in every lane.")

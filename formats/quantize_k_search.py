@@ -43,8 +43,7 @@ def search_min(x: Any, w: Any, q: Any, n: Any, nmax: Any, first: Any, step: Any,
     scale and minimum follow by least squares (weighted by w). The best by error stays: absolute error, or squared.
     ggml's make_qkx2_quants and make_qkx3_quants.
     """
-    low = x[0]
-    high = x[0]
+    low, high = x[0], x[0]
     sum_w = w[0]
     sum_x = sum_w * x[0]
     for i in range(1, n):
@@ -56,18 +55,13 @@ def search_min(x: Any, w: Any, q: Any, n: Any, nmax: Any, first: Any, step: Any,
     varied = high > low
     minimum = low
     iscale = nmax / (high - low)
-    scale = 1 / iscale
-    best_iscale = iscale
-    best_low = low
-    best = f32(0)
+    scale, best_iscale, best_low, best = 1 / iscale, iscale, low, f32(0)
     for i in range(n):
         difference = scale * quant(iscale * (x[i] - low), 0, nmax) + low - x[i]
         best += w[i] * (fabs(difference) if absolute else difference * difference)
     for k in range(n_step + 1):
         iscale = (first + step * np.float32(k) + nmax) / (high - minimum)
-        sum_l = f32(0)
-        sum_l2 = f32(0)
-        sum_xl = f32(0)
+        sum_l, sum_l2, sum_xl = f32(0), f32(0), f32(0)
         for i in range(n):
             level = quant(iscale * (x[i] - minimum), 0, nmax)
             q[i] = level
@@ -99,8 +93,7 @@ def search_min(x: Any, w: Any, q: Any, n: Any, nmax: Any, first: Any, step: Any,
 @njit(forceinline=True)
 def largest(x: Any, n: Any) -> Any:
     """The first of the n numbers of largest magnitude, and that magnitude."""
-    magnitude = f32(0)
-    value = f32(0)
+    value, magnitude = f32(0), f32(0)
     for i in range(n):
         more = fabs(x[i]) > magnitude
         magnitude = where(more, fabs(x[i]), magnitude)
@@ -111,8 +104,7 @@ def largest(x: Any, n: Any) -> Any:
 @njit(forceinline=True)
 def _scale_sums(x: Any, w: Any, n: Any, nmax: Any, iscale: Any) -> Any:
     """sum(w x l) and sum(w l l) for the quants l of an inverse scale."""
-    sum_lx = f32(0)
-    sum_l2 = f32(0)
+    sum_lx, sum_l2 = f32(0), f32(0)
     for i in range(n):
         level = quant(iscale * x[i], -nmax, nmax - 1)
         sum_lx += w[i] * x[i] * level
@@ -131,8 +123,7 @@ def search_signed(x: Any, w: Any, q: Any, n: Any, nmax: Any) -> Any:
     iscale = -nmax / peak
     sum_lx, sum_l2 = _scale_sums(x, w, n, nmax, iscale)
     scale = where(sum_l2 != 0, sum_lx / sum_l2, 0)
-    best = scale * sum_lx
-    best_iscale = iscale
+    best, best_iscale = scale * sum_lx, iscale
     for k in range(-9, 10):
         if k != 0:
             iscale = -(nmax + _TENTH * np.float32(k)) / peak
@@ -196,9 +187,7 @@ def search_positive(x: Any, w: Any, q: Any, n: Any, nmax: Any) -> Any:
         peak = where(peak > x[i], peak, x[i])
     zero = peak < EPS
     iscale = nmax / peak
-    best_iscale = iscale
-    scale = 1 / iscale
-    best = f32(0)
+    scale, best_iscale, best = 1 / iscale, iscale, f32(0)
     for i in range(n):
         difference = x[i] - scale * to_float(to_int(nearest(iscale * x[i])) & 255)
         best += w[i] * difference * difference
@@ -213,8 +202,7 @@ def search_positive(x: Any, w: Any, q: Any, n: Any, nmax: Any) -> Any:
             better = error < best
             best = where(better, error, best)
             best_iscale = where(better, iscale, best_iscale)
-    sum_lx = f32(0)
-    sum_l2 = f32(0)
+    sum_lx, sum_l2 = f32(0), f32(0)
     for i in range(n):
         level = quant(best_iscale * x[i], -_MAGIC, nmax)
         q[i] = to_float(to_int(level) & 255)
