@@ -10,6 +10,7 @@ from gguf_run.kernels_cpu import attention as attn
 from gguf_run.kernels_cpu.gated import gated
 from gguf_run.kernels_cpu.matmul import TOKENS, matmul
 from gguf_run.kernels_cpu.memory import LANES, CpuBuffer, CpuCache, CpuTable, CpuWeight, aligned
+from gguf_run.kernels_cpu.observe import CpuSquares, observe
 from gguf_run.kernels_cpu.op import Op
 from gguf_run.kernels_cpu.panels import ROWS, IntPanel, Panel, panel_id
 from gguf_run.kernels_cpu.quantize import quantize
@@ -262,6 +263,13 @@ class CpuRecorder:
             q8_stride=0,
         )
         self._written(out, arguments)
+
+    def observe(self, x: CpuBuffer) -> CpuSquares:
+        squares = CpuSquares(x.width)
+        self._tape.keep.append(squares)
+        address = squares.sums.ctypes.data
+        self._record(observe, rows=x.rows, n=x.width, x=x.address, x_stride=x.stride, sums=address)
+        return squares
 
     def outputs(self, x: CpuBuffer) -> CpuBuffer:
         self._body = len(self._tape.ops)

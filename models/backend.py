@@ -65,6 +65,14 @@ class Buffer(Protocol):
         ...
 
 
+class Squares(Protocol):
+    """What Recorder.observe collects."""
+
+    def take(self) -> NDArray[np.float64]:
+        """f64[width]: the sums over all rows since the last call."""
+        ...
+
+
 class Recorder(Protocol):
     """Appends ops to a program; they run in the order of the calls. `out` may be an input where the op says so.
 
@@ -101,6 +109,10 @@ class Recorder(Protocol):
 
     def gated(self, gate: Any, up: Any, out: Any, activation: str, /) -> None:
         """out = activation(gate) * up; activation: "silu" or "gelu" (the tanh form). out may be gate or up."""
+        ...
+
+    def observe(self, x: Any, /) -> Squares:
+        """Add the squares of x, column by column, to sums in float64."""
         ...
 
     def outputs(self, x: Any, /) -> Buffer:

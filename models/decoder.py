@@ -11,32 +11,45 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
 from gguf_run.formats.reader import Tensor
-from gguf_run.models.backend import Attention, Backend, Buffer, Program, Recorder, Rope, Weight
+from gguf_run.models.backend import Attention, Backend, Buffer, Program, Recorder, Rope, Squares, Weight
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.rope import make_rope
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """What one matmul reads: the rows of the tensors `names`, and their biases (None if the model has none)."""
+
+    names: tuple[str, ...]
+    weight: Weight
+    bias: Any
+
+
+@dataclass(frozen=True)
 class Layer:
-    """One layer's weights in its backend's form. Biases and norms that the model does not have are None."""
+    """One layer's weights in its backend's form. Norms that the model does not have are None."""
 
     attn_norm: Any
-    attn_qkv: Weight
-    attn_qkv_bias: Any
+    attn_qkv: Matrix
     attn_q_norm: Any
     attn_k_norm: Any
-    attn_output: Weight
-    attn_output_bias: Any
+    attn_output: Matrix
     post_attention_norm: Any
     ffn_norm: Any
-    ffn_gate_up: Weight
-    ffn_gate_up_bias: Any
-    ffn_down: Weight
-    ffn_down_bias: Any
+    ffn_gate_up: Matrix
+    ffn_down: Matrix
     post_ffw_norm: Any
     attention: Attention
     cache: Any
     rope: Rope
+
+
+@dataclass(frozen=True)
+class Observed:
+    """The input that the matrices `names` share."""
+
+    names: tuple[str, ...]
+    squares: Squares
 
 
 class _Loader:
@@ -57,15 +70,14 @@ class _Loader:
             self.progress(tensor.nbytes)
         return handle
 
-    def weight(self, backend: Backend, *names: str) -> Weight:
-        handle: Weight = self._take(backend.weight, [f"{name}.weight" for name in names])
-        return handle
+    def matrix(self, backend: Backend, *names: str, bias: Sequence[str] | None = None) -> Matrix:
+        """bias: whose biases, if not those of `names`."""
+        weights = tuple(f"{name}.weight" for name in names)
+        biases = [f"{name}.bias" for name in (bias or names)]
+        return Matrix(weights, self._take(backend.weight, weights), self._take(backend.vector, biases))
 
     def norm(self, backend: Backend, name: str) -> Any:
         return self._take(backend.vector, [f"{name}.weight"])
-
-    def bias(self, backend: Backend, *names: str) -> Any:
-        return self._take(backend.vector, [f"{name}.bias" for name in names])
 
     def layer(self, backend: Backend, config: ModelConfig, il: int, n_ctx: int, rope: Rope) -> Layer:
         arch, block = config.arch, f"blk.{il}"
@@ -74,18 +86,14 @@ class _Loader:
         attention = config.attention(il)
         return Layer(
             attn_norm=self.norm(backend, f"{block}.attn_norm"),
-            attn_qkv=self.weight(backend, *qkv),
-            attn_qkv_bias=self.bias(backend, *qkv),
+            attn_qkv=self.matrix(backend, *qkv),
             attn_q_norm=extra.get("attn_q_norm"),
             attn_k_norm=extra.get("attn_k_norm"),
-            attn_output=self.weight(backend, f"{block}.attn_output"),
-            attn_output_bias=self.bias(backend, f"{block}.attn_output"),
+            attn_output=self.matrix(backend, f"{block}.attn_output"),
             post_attention_norm=extra.get("post_attention_norm"),
             ffn_norm=self.norm(backend, f"{block}.ffn_norm"),
-            ffn_gate_up=self.weight(backend, *gate_up),
-            ffn_gate_up_bias=self.bias(backend, *gate_up),
-            ffn_down=self.weight(backend, f"{block}.ffn_down"),
-            ffn_down_bias=self.bias(backend, f"{block}.ffn_down"),
+            ffn_gate_up=self.matrix(backend, *gate_up),
+            ffn_down=self.matrix(backend, f"{block}.ffn_down"),
             post_ffw_norm=extra.get("post_ffw_norm"),
             attention=attention,
             cache=backend.cache(attention, n_ctx),
@@ -125,8 +133,9 @@ def _stages(backends: Sequence[Backend]) -> list[_Stage]:
 class _Step:
     """Records the ops of a step. h and the other buffers are shared by all layers of a stage."""
 
-    def __init__(self, recorder: Recorder, config: ModelConfig) -> None:
-        self.rec, self.config = recorder, config
+    def __init__(self, recorder: Recorder, config: ModelConfig, observed: list[Observed] | None) -> None:
+        """observed: gets the input of every matmul, None if nothing is to be observed."""
+        self.rec, self.config, self.observed = recorder, config, observed
         self.x = recorder.buffer(config.n_embd)
         self.h = recorder.buffer(config.n_embd)
         self.qkv = recorder.buffer(config.n_embd_q + 2 * config.n_embd_kv)
@@ -139,14 +148,14 @@ class _Step:
         n_q, n_kv, head_dim, eps = config.n_embd_q, config.n_embd_kv, config.head_dim, config.rms_eps
         q, k, v = qkv.columns(0, n_q), qkv.columns(n_q, n_kv), qkv.columns(n_q + n_kv, n_kv)
         rec.rms_norm(self.x, layer.attn_norm, h, eps)
-        rec.matmul(h, layer.attn_qkv, qkv, bias=layer.attn_qkv_bias)
+        self.matmul(h, layer.attn_qkv, qkv)
         if layer.attn_q_norm is not None:
             rec.rms_norm(q, layer.attn_q_norm, q, eps, n_group=config.n_head)
         if layer.attn_k_norm is not None:
             rec.rms_norm(k, layer.attn_k_norm, k, eps, n_group=config.n_head_kv)
         rec.rope(qkv.columns(0, n_q + n_kv), layer.rope, head_dim)
         rec.attention(q, k, v, layer.cache, layer.attention, self.attn)
-        self._add(self.attn, layer.attn_output, layer.attn_output_bias, layer.post_attention_norm)
+        self._add(self.attn, layer.attn_output, layer.post_attention_norm)
 
     def only_outputs(self) -> None:
         """From here on only the rows whose logits are wanted: their residual stream is copied, the rest shrinks."""
@@ -159,16 +168,21 @@ class _Step:
         n_ff = self.config.n_ff
         gate, up = self.gate_up.columns(0, n_ff), self.gate_up.columns(n_ff, n_ff)
         self.rec.rms_norm(self.x, layer.ffn_norm, self.h, self.config.rms_eps)
-        self.rec.matmul(self.h, layer.ffn_gate_up, self.gate_up, bias=layer.ffn_gate_up_bias)
+        self.matmul(self.h, layer.ffn_gate_up, self.gate_up)
         self.rec.gated(gate, up, gate, self.config.arch.activation)
-        self._add(gate, layer.ffn_down, layer.ffn_down_bias, layer.post_ffw_norm)
+        self._add(gate, layer.ffn_down, layer.post_ffw_norm)
 
-    def _add(self, y: Buffer, weight: Weight, bias: Any, post_norm: Any) -> None:
-        """x += weight @ y + bias, normed first where the architecture says so."""
+    def matmul(self, x: Buffer, matrix: Matrix, out: Buffer, residual: Buffer | None = None) -> None:
+        if self.observed is not None:
+            self.observed.append(Observed(matrix.names, self.rec.observe(x)))
+        self.rec.matmul(x, matrix.weight, out, bias=matrix.bias, residual=residual)
+
+    def _add(self, y: Buffer, matrix: Matrix, post_norm: Any) -> None:
+        """x += matrix @ y, normed first where the architecture says so."""
         if post_norm is None:
-            self.rec.matmul(y, weight, self.x, bias=bias, residual=self.x)
+            self.matmul(y, matrix, self.x, residual=self.x)
         else:
-            self.rec.matmul(y, weight, self.h, bias=bias)
+            self.matmul(y, matrix, self.h)
             self.rec.rms_norm(self.h, post_norm, self.x, self.config.rms_eps, residual=self.x)
 
 
@@ -184,13 +198,15 @@ class Decoder:
         n_batch: int = 512,
         n_outputs: int = 64,
         progress: Callable[[int], None] | None = None,
+        observe: bool = False,
     ) -> None:
         """Load the weights and record the step.
 
         config: made from the same tensors, which it has checked. backends: one for each layer. n_ctx: positions in the
         KV caches. n_batch: tokens that run at once. n_outputs: rows of logits that are held at once. progress: called
-        with the number of bytes of each tensor that is loaded. Raises UnsupportedError if the layers are not all on
-        one backend.
+        with the number of bytes of each tensor that is loaded. observe: fill `observed`, the inputs of all matmuls:
+        those of the layers see every token, that of the output matrix the tokens whose logits are asked for. Raises
+        UnsupportedError if the layers are not all on one backend.
         """
         if n_ctx < 1 or n_batch < 1 or n_outputs < 1:
             raise GgufRunError(f"n_ctx {n_ctx}, n_batch {n_batch} and n_outputs {n_outputs} must be at least 1")
@@ -204,6 +220,7 @@ class Decoder:
         self.config = config
         self.n_ctx = n_ctx
         self.n_past = 0
+        self.observed: list[Observed] | None = [] if observe else None
         n_batch = min(n_batch, n_ctx)
         self._program = self._record(stages[0], _Loader(tensors, progress), n_batch, min(n_outputs, n_batch))
 
@@ -222,22 +239,24 @@ class Decoder:
         # A model without an output matrix uses the embeddings; their table reads rows from the file when they are
         # needed, so that its pages can be released after the matrix is made.
         embd = load.tensors["token_embd.weight"]
-        output = load.weight(backend, "output" if "output.weight" in load.tensors else "token_embd")
-        output_bias = load.bias(backend, "output")
+        name = "output" if "output.weight" in load.tensors else "token_embd"
+        output = load.matrix(backend, name, bias=["output"])
         if "output.weight" in load.tensors:
             load.progress(embd.nbytes)
 
         recorder = backend.recorder(n_batch, n_outputs)
-        step = _Step(recorder, config)
+        step = _Step(recorder, config, self.observed)
         recorder.embed(backend.table(embd), step.x, config.embd_scale)
         for layer in layers:
             step.attention(layer)
-            if layer is layers[-1]:
+            if layer is layers[-1] and self.observed is None:
                 step.only_outputs()
             step.ffn(layer)
+        if self.observed is not None:
+            step.only_outputs()
         recorder.rms_norm(step.x, output_norm, step.h, config.rms_eps)
         logits = recorder.buffer(config.n_vocab)
-        recorder.matmul(step.h, output, logits, bias=output_bias)
+        step.matmul(step.h, output, logits)
         return recorder.finish(logits)
 
     def forward(self, ids: Sequence[int], n_outputs: int = 1) -> Iterator[NDArray[np.float32]]:

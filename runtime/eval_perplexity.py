@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gguf_run.runtime.eval_text import Block, Chunk, Scorer, check_finite
 
@@ -34,18 +35,22 @@ class Perplexity:
         variance = max(0.0, self.total2 / self.n_scored - self.mean**2)
         return self.value * math.sqrt(variance / (self.n_scored - 1))
 
+    def plus(self, nll: NDArray[np.float64]) -> "Perplexity":
+        """With one more chunk. GgufRunError if the model's numbers have broken down."""
+        number = self.n_chunk + 1
+        check_finite(nll, f"chunk {number}")
+        return Perplexity(number, self.n_scored + len(nll), self.total + nll.sum(), self.total2 + (nll * nll).sum())
+
 
 def perplexity(
     scorer: Scorer, chunks: Sequence[Chunk], see: Callable[[Block], None] = lambda block: None
 ) -> Iterator[Perplexity]:
     """Yield the perplexity over all chunks so far, after each. see: is shown each block of scores."""
     done = Perplexity()
-    for number, chunk in enumerate(chunks, 1):
+    for chunk in chunks:
         parts = []
         for block in scorer.run(chunk.ids, chunk.targets):
             see(block)
             parts.append(block.nll)
-        nll = np.concatenate(parts)
-        check_finite(nll, f"chunk {number}")
-        done = Perplexity(number, done.n_scored + len(nll), done.total + nll.sum(), done.total2 + (nll * nll).sum())
+        done = done.plus(np.concatenate(parts))
         yield done

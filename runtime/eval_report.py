@@ -57,8 +57,8 @@ def _or_none(value: Any) -> Any:
 
 
 @contextmanager
-def load_scorer(model: str, n_ctx: int | None, options: Mapping[str, Any]) -> "Iterator[Scorer]":
-    """Load a model and what scores its logits. options: threads, cache_type, device."""
+def load_scorer(model: str, n_ctx: int | None, options: Mapping[str, Any], observe: bool = False) -> "Iterator[Scorer]":
+    """Load a model and what scores its logits. options: threads, cache_type, device. observe: see Model.load."""
     if sys.stdout is None:
         raise GgufRunError("stdout is closed: there is nowhere to write the result")
     from gguf_run.formats.jit import compile_notice
@@ -75,7 +75,13 @@ def load_scorer(model: str, n_ctx: int | None, options: Mapping[str, Any]) -> "I
 
         with compile_notice(notify):
             loaded = Model.load(
-                model, n_ctx=n_ctx, n_threads=threads, device=device, cache_type=cache_type, progress=progress.set
+                model,
+                n_ctx=n_ctx,
+                n_threads=threads,
+                device=device,
+                cache_type=cache_type,
+                progress=progress.set,
+                observe=observe,
             )
             scorer = Scorer(loaded, threads or default_threads())
     with loaded, scorer:
@@ -85,11 +91,11 @@ def load_scorer(model: str, n_ctx: int | None, options: Mapping[str, Any]) -> "I
 class Run:
     """Goes through the steps of an evaluation and prints what was measured: all, or what there is at Ctrl-C.
 
-    unit: what a step is, a plural. head, row: a table of results so far, a line for each step.
+    unit: what a step is, a plural. head, row: a table of results so far, a line for each step (row None: no table).
     """
 
-    def __init__(self, unit: str, as_json: bool, head: str, row: Callable[[Any], str]) -> None:
-        self._unit, self._as_json, self._head, self._row = unit, as_json, head, row
+    def __init__(self, unit: str, as_json: bool, head: str, row: Callable[[Any], str] | None) -> None:
+        self._unit, self._as_json, self._head, self._row = unit, as_json, head, None if as_json else row
         self._seconds = 0.0
         self.interrupted = False
 
@@ -99,13 +105,13 @@ class Run:
         done: list[T] = []
         try:
             with Progress("evaluating", self._unit) as progress:
-                if not self._as_json:
+                if self._row is not None:
                     click.echo(self._head)
                 progress.set(0, n_all)
                 for result in steps:
                     done.append(result)
                     self._seconds = time.perf_counter() - start
-                    if not self._as_json:
+                    if self._row is not None:
                         progress.clear()
                         click.echo(self._row(result))
                     progress.set(len(done), n_all)

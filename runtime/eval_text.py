@@ -64,9 +64,10 @@ def cut_chunks(
     return chunks
 
 
-def tokens_of(model: Model, text: str) -> list[int]:
-    """Ids of a text with BOS where the model adds one, without EOS; names of control tokens are plain text."""
-    ids = model.tokenizer.encode(text, parse_special=False)
+def tokens_of(model: Model, text: str, parse_special: bool = False) -> list[int]:
+    """Ids of a text with BOS where the model adds one, without EOS; names of control tokens are plain text unless
+    parse_special says otherwise."""
+    ids = model.tokenizer.encode(text, parse_special=parse_special)
     return ids[:-1] if model.tokenizer.add_eos else ids
 
 

@@ -93,13 +93,14 @@ class Model:
         n_batch: int = 512,
         cache_type: str = "f16",
         progress: Callable[[int, int], None] | None = None,
+        observe: bool = False,
     ) -> "Model":
         """Load a model.
 
         path: a GGUF file, `hf:owner/repo/file.gguf`, or None for the default model. n_ctx: positions of the KV cache
         (the model's own, at most 4096, if None). n_threads: physical cores if None. device: "cpu", "cuda", "cuda:N",
         "auto". n_batch: tokens of a prompt that run at once. cache_type: "f16" or "f32". progress: called with bytes
-        loaded and bytes in all.
+        loaded and bytes in all. observe: see Decoder.
 
         Warns if n_ctx is more than the model was trained for. Raises GgufRunError and its kinds: OptionError for a
         value that is not allowed, FormatError for a damaged file, UnsupportedError for one that cannot be run.
@@ -120,7 +121,7 @@ class Model:
         start += time.perf_counter() - before  # a download is not part of the load time
         file = GGUFFile.open(found)
         try:
-            return _load(file, start, n_ctx, n_threads, device, n_batch, cache_type, progress)
+            return _load(file, start, n_ctx, n_threads, device, n_batch, cache_type, progress, observe)
         except GgufRunError as error:
             file.close()
             # Below the runtime nobody knows the name of the file.
@@ -245,6 +246,7 @@ def _load(
     n_batch: int,
     cache_type: str,
     progress: Callable[[int, int], None] | None,
+    observe: bool,
 ) -> Model:
     from gguf_run.models.config import ModelConfig
     from gguf_run.runtime.memory import available_memory, check_memory, memory_needed
@@ -270,7 +272,8 @@ def _load(
         backend = CpuBackend(n_threads, cache_type)
         try:
             report = _reporter(progress, sum(tensor.nbytes for tensor in tensors))
-            decoder = Decoder(config, file.tensors, [backend for _ in places], n_ctx, n_batch, progress=report)
+            backends = [backend for _ in places]
+            decoder = Decoder(config, file.tensors, backends, n_ctx, n_batch, progress=report, observe=observe)
             tokenizer, template = text.result()
             return Model(
                 decoder,

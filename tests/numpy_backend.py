@@ -106,6 +106,15 @@ def gelu(x: np.ndarray) -> np.ndarray:
 ACTIVATIONS = {"silu": silu, "gelu": gelu}
 
 
+class NumpySquares:
+    def __init__(self, width: int) -> None:
+        self.sums = np.zeros(width)
+
+    def take(self) -> np.ndarray:
+        taken, self.sums = self.sums, np.zeros_like(self.sums)
+        return taken
+
+
 class NumpyRecorder:
     def __init__(self, dtype: Any, n_batch: int, n_outputs: int) -> None:
         self.dtype, self.n_batch, self.n_outputs = dtype, n_batch, n_outputs
@@ -180,6 +189,15 @@ class NumpyRecorder:
             out.rows(step)[:] = function(gate.rows(step)) * up.rows(step)
 
         self._add("gated", op)
+
+    def observe(self, x: Any) -> NumpySquares:
+        squares = NumpySquares(x.width)
+
+        def op(step: Step) -> None:
+            squares.sums += (x.rows(step).astype(np.float64) ** 2).sum(axis=0)
+
+        self._add("observe", op)
+        return squares
 
     def outputs(self, x: Any) -> NumpyBuffer:
         assert self.split is None, "outputs is called once"

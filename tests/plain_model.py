@@ -6,10 +6,17 @@ import numpy as np
 from tinymodel import Tiny
 
 
-def reference(tiny: Tiny, w: dict[str, np.ndarray], ids: Sequence[int], inv_freq: np.ndarray) -> np.ndarray:
+def reference(
+    tiny: Tiny,
+    w: dict[str, np.ndarray],
+    ids: Sequence[int],
+    inv_freq: np.ndarray,
+    inputs: dict[str, list[np.ndarray]] | None = None,
+) -> np.ndarray:
     """Logits of all tokens in float64: one token, one head and one pair at a time, no cache, masks or shared code.
 
-    inv_freq: of the layers that see everything; a window's layers turn by base 1e4.
+    inv_freq: of the layers that see everything; a window's layers turn by base 1e4. inputs: gets what each matrix was
+    multiplied with, a vector for each token, by the tensor's name.
     """
     w = {name: values.astype(np.float64) for name, values in w.items()}
     is_gemma, half = tiny.arch == "gemma3", tiny.head_dim // 2
@@ -18,6 +25,8 @@ def reference(tiny: Tiny, w: dict[str, np.ndarray], ids: Sequence[int], inv_freq
         return x * w[f"{name}.weight"] / np.sqrt(np.dot(x, x) / len(x) + tiny.rms_eps)
 
     def linear(x: np.ndarray, name: str) -> np.ndarray:
+        if inputs is not None:
+            inputs.setdefault(f"{name}.weight", []).append(x)
         return w[f"{name}.weight"] @ x + w.get(f"{name}.bias", 0.0)
 
     def turn(x: np.ndarray, position: int, freqs: np.ndarray) -> np.ndarray:
@@ -61,5 +70,5 @@ def reference(tiny: Tiny, w: dict[str, np.ndarray], ids: Sequence[int], inv_freq
                 gate = gate / (1 + np.exp(-gate))
             y = linear(gate * linear(h, f"{block}.ffn_up"), f"{block}.ffn_down")
             xs[i] = x + (norm(y, f"{block}.post_ffw_norm") if is_gemma else y)
-    output = w.get("output.weight", w["token_embd.weight"])
-    return np.array([output @ norm(x, "output_norm") for x in xs])
+    output = "output" if "output.weight" in w else "token_embd"
+    return np.array([linear(norm(x, "output_norm"), output) for x in xs])
