@@ -17,8 +17,9 @@ from random_blocks import FLOATS, RandomBlocks
 
 from gguf_run.formats.errors import OptionError
 from gguf_run.formats.reader import GGUFFile
-from gguf_run.formats.types import TENSOR_TYPES, TensorType, type_by_name
+from gguf_run.formats.types import TENSOR_TYPES, type_by_name
 from gguf_run.formats.writer import GGUFWriter, TensorInfo, Typed
+from gguf_run.runtime import quantize_rules
 from gguf_run.runtime.cli_common import Command
 from gguf_run.runtime.fetch import find_model
 from gguf_run.runtime.model_type import FILE_TYPES
@@ -66,27 +67,16 @@ SHAPES: Mapping[str, Shape] = {
 }
 
 
+PURE = (*FLOATS, *(row.name for row in TENSOR_TYPES if row.is_quantized and row.name not in ("Q8_1", "Q8_K")))
+MIXES = tuple(name for name in quantize_rules.FILE_TYPES if name not in (*PURE, "COPY"))
+
+
 @dataclass(frozen=True)
 class Mix:
-    """Tensor types by llama-quantize's rules. most: of all matrices but output: the one that makes the logits, and
-    more: of attn_v and ffn_down in the layers that use_more_bits names."""
+    """A mixture of llama-quantize, or one type for all matrices. file_type: general.file_type."""
 
+    name: str
     file_type: int
-    most: str
-    output: str
-    more: str
-
-
-MIXES: Mapping[str, Mix] = {
-    "Q4_K_M": Mix(15, "Q4_K", "Q6_K", "Q6_K"),
-    "Q5_K_M": Mix(17, "Q5_K", "Q6_K", "Q6_K"),
-}
-# What a type is replaced by in rows that its blocks do not divide; F16 where that does not fit either.
-_FALLBACK: Mapping[str, str] = {
-    "Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q2_0": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1",
-    "Q6_K": "Q8_0",
-}  # fmt: skip
-PURE = (*FLOATS, *(row.name for row in TENSOR_TYPES if row.is_quantized and row.name not in ("Q8_1", "Q8_K")))
 
 
 def mix_of(name: str) -> Mix:
@@ -94,30 +84,21 @@ def mix_of(name: str) -> Mix:
     name = name.upper()
     if name not in MIXES and name not in PURE:
         raise OptionError(f"type {name!r}: allowed are the mixes {', '.join(MIXES)} and the types {', '.join(PURE)}")
-    if name in MIXES:
-        return MIXES[name]
-    return Mix(next(id for id, text in FILE_TYPES.items() if name in text.split()), name, name, name)
+    id = quantize_rules.FILE_TYPES[name].id if name in MIXES else None
+    return Mix(name, next(i for i, text in FILE_TYPES.items() if name in text.split()) if id is None else id)
 
 
-def use_more_bits(il: int, n_layer: int) -> bool:
-    """Whether llama-quantize gives layer il more bits: the first and last eighth, and every third between."""
-    eighth = n_layer // 8
-    return il < eighth or il >= 7 * n_layer // 8 or (il - eighth) % 3 == 2
-
-
-def tensor_type(name: str, ne: tuple[int, ...], mix: Mix, shape: Shape) -> TensorType:
-    """Return the type of one tensor: norms are F32."""
-    if len(ne) == 1:
-        return type_by_name("F32")
-    part = name.split(".")
-    wanted = mix.most
-    if name == ("token_embd.weight" if shape.tied else "output.weight"):
-        wanted = mix.output
-    elif part[0] == "blk" and part[2] in ("attn_v", "ffn_down") and use_more_bits(int(part[1]), shape.n_layer):
-        wanted = mix.more
-    while ne[0] % type_by_name(wanted).block_size:
-        wanted = _FALLBACK.get(wanted) or ("IQ4_NL" if wanted.startswith("IQ") and wanted != "IQ4_NL" else "F16")
-    return type_by_name(wanted)
+def tensors_of(shape: Shape, mix: Mix) -> list[TensorInfo]:
+    """All tensors with their types: norms are F32."""
+    tensors = [TensorInfo(name, ne, type_by_name("F32")) for name, ne in shape.tensors()]
+    if mix.name in PURE:
+        wanted = type_by_name(mix.name)
+        types = [quantize_rules.fallback(wanted, t.ne[0]) if len(t.ne) > 1 else t.type for t in tensors]
+    else:
+        facts = quantize_rules.ModelFacts("llama", shape.n_layer, shape.n_head // shape.n_head_kv)
+        kind = quantize_rules.FILE_TYPES[mix.name]
+        types = [choice.type for choice in quantize_rules.choose_types(tensors, facts, kind)]
+    return [TensorInfo(t.name, t.ne, type) for t, type in zip(tensors, types, strict=True)]
 
 
 def vocabulary(file: GGUFFile, n_vocab: int) -> dict[str, tuple[str, Any]]:
@@ -180,7 +161,7 @@ def write_model(path: Path, shape: Shape, mix: Mix, vocab: GGUFFile, seed: int =
         ("llama.rope.freq_base", "f32", shape.rope_freq_base),
         *((key, type, value) for key, (type, value) in vocabulary(vocab, shape.n_vocab).items()),
     ]
-    tensors = [TensorInfo(name, ne, tensor_type(name, ne, mix, shape)) for name, ne in shape.tensors()]
+    tensors = tensors_of(shape, mix)
     rng = np.random.Generator(np.random.SFC64(seed))
     sources = {tensor.type.name: RandomBlocks(tensor.type, rng) for tensor in tensors}
     with GGUFWriter(path, {key: Typed(type, value) for key, type, value in keys}, tensors) as writer:

@@ -16,7 +16,7 @@ import numpy as np
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.formats.tensors import TensorInfo
-from gguf_run.formats.types import TensorType, type_by_name
+from gguf_run.formats.types import TENSOR_TYPES, TensorType, type_by_name
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ WRITABLE = ("F32", "F16", "BF16", *sorted({kind.default for kind in FILE_TYPES.v
 
 # What a type is replaced by in rows that its blocks do not divide; F16 where that does not fit either.
 _FALLBACK: Mapping[str, str] = MappingProxyType(
-    {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-    | {"IQ4_XS": "IQ4_NL"}
+    {row.name: "IQ4_NL" for row in TENSOR_TYPES if row.name.startswith("IQ") and row.name != "IQ4_NL"}
+    | {name: "Q4_0" for name in ("Q2_K", "Q3_K", "TQ1_0", "TQ2_0", "Q2_0")}
+    | {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 )
 
 # Matrices that are small or too sensitive: they keep the type that they have.
