@@ -68,9 +68,8 @@ def make_plan(file: GGUFFile, options: Options) -> Plan:
     keys: dict[str, Any] = {**file.metadata, **{key: _plain(value) for key, value in options.metadata.items()}}
     layers = sorted({layer_order(name)[0] for name in file.tensors} - {-1})
     if missing := options.prune - set(layers):
-        raise OptionError(
-            f"--prune-layers {min(missing)}: the model has {f'layers {layers[0]} to {layers[-1]}' if layers else 'none'}"
-        )
+        there = f"layers {layers[0]} to {layers[-1]}" if layers else "no layers"
+        raise OptionError(f"--prune-layers {min(missing)}: the model has {there}")
     kept = [il for il in layers if il not in options.prune]
     names = {name: _renamed(name, kept) for name in file.tensors if layer_order(name)[0] not in options.prune}
     sources = [file.tensors[name] for name in _ordered(file, options.keep_split) if name in names]

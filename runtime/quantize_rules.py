@@ -47,7 +47,7 @@ WRITABLE = ("F32", "F16", "BF16", *sorted({kind.default for kind in FILE_TYPES.v
 # What a type is replaced by in rows that its blocks do not divide; F16 where that does not fit either.
 _FALLBACK: Mapping[str, str] = MappingProxyType(
     {row.name: "IQ4_NL" for row in TENSOR_TYPES if row.name.startswith("IQ") and row.name != "IQ4_NL"}
-    | {name: "Q4_0" for name in ("Q2_K", "Q3_K", "TQ1_0", "TQ2_0", "Q2_0")}
+    | dict.fromkeys(("Q2_K", "Q3_K", "TQ1_0", "TQ2_0", "Q2_0"), "Q4_0")
     | {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 )
 

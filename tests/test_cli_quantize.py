@@ -295,8 +295,8 @@ def test_split(model: Path, tmp_path: Path) -> None:
 
 def test_options_change_types_and_metadata(model: Path, tmp_path: Path) -> None:
     options = ("--tensor-type", "FFN_UP=q8_0", "--output-tensor-type", "f16", "--token-embedding-type", "q8_0",
-               "--override-kv", "llama.x=int:7", "--override-kv", "general.name=str:a=b:c", "--override-kv", "y=bool:true",
-               "--override-kv", "z=float:0.5")  # fmt: skip
+               "--override-kv", "llama.x=int:7", "--override-kv", "general.name=str:a=b:c",
+               "--override-kv", "y=bool:true", "--override-kv", "z=float:0.5")  # fmt: skip
     with done(model, tmp_path / "o.gguf", "Q4_0", *options) as file:
         types = {name: tensor.type.name for name, tensor in file.tensors.items()}
         assert [types[f"{n}.weight"] for n in ("blk.1.ffn_up", "blk.1.ffn_down", "output", "token_embd")] == [
