@@ -123,8 +123,8 @@ def _run(slab: _Slab) -> tuple[NDArray[np.uint8], Loss]:
         importance = importance[slab.first // source.ne[1] % len(importance)]
     try:
         blocks = quantize(x, type, importance, n_threads=1)
-    except FormatError as error:
-        raise (_bad_weights(source) if count_bad(x)[0] else error) from None
+    except FormatError as reason:
+        raise (_bad_weights(source) if count_bad(x)[0] else reason) from None
     error = dequantize(blocks, type)
     error -= x
     loss = Loss(_sum_of_squares(error), _sum_of_squares(x))
