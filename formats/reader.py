@@ -49,8 +49,8 @@ class GGUFFile:
     """A model's file, or all files of a split one. Use as a context manager, or call close().
 
     path: of the (first) file; version, byte_order ("<" or ">") and alignment are that file's.
-    metadata: see Metadata. tensors: by name, in file order, of all parts. split: the number of tensors in each file of
-    a split model.
+    paths: of all files. metadata: see Metadata. tensors: by name, in file order, of all parts. split: the number of
+    tensors in each file of a split model.
     """
 
     def __init__(self, parts: Sequence[_Part]) -> None:
@@ -61,6 +61,7 @@ class GGUFFile:
         self.alignment: int = first.alignment
         self.metadata: Metadata = first.metadata
         self.tensors: Mapping[str, Tensor] = MappingProxyType(_all_tensors(parts))
+        self.paths: tuple[Path, ...] = tuple(part.file.path for part in parts)
         self.n_parts: int = len(parts)
         self.split: tuple[int, ...] = tuple(len(part.tensors) for part in parts) if len(parts) > 1 else ()
         self.nbytes: int = sum(part.file.size for part in parts)

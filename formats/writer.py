@@ -26,7 +26,7 @@ from gguf_run.formats.writer_metadata import MetaValue, as_typed, encode_pair
 
 __all__ = ["GGUFWriter", "MetaValue", "TensorInfo", "Typed", "split_counts"]
 
-_ALIGNMENT = "general.alignment"
+ALIGNMENT = "general.alignment"
 _COPY_BYTES = 64 << 20
 
 
@@ -73,7 +73,7 @@ class GGUFWriter:
         for no, shard in enumerate(shards):
             own = dict(pairs) if no == 0 else {}
             if self.alignment != DEFAULT_ALIGNMENT:
-                own[_ALIGNMENT] = pairs[_ALIGNMENT]
+                own[ALIGNMENT] = pairs[ALIGNMENT]
             if split:
                 own["split.no"], own["split.count"] = Typed("u16", no), Typed("u16", len(shards))
                 own["split.tensors.count"] = Typed("i32", len(tensors))
@@ -234,12 +234,12 @@ def _padded(nbytes: int, alignment: int) -> int:
 
 def _alignment(pairs: dict[str, MetaValue], wanted: int | None) -> int:
     """Return the alignment; general.alignment is changed or added if it would say something else."""
-    stated = as_typed(pairs[_ALIGNMENT]).value if _ALIGNMENT in pairs else DEFAULT_ALIGNMENT
+    stated = as_typed(pairs[ALIGNMENT]).value if ALIGNMENT in pairs else DEFAULT_ALIGNMENT
     alignment = stated if wanted is None else wanted
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise GgufRunError(f"general.alignment is {alignment!r}: it must be an int, a power of two")
     if alignment != stated:
-        pairs[_ALIGNMENT] = Typed("u32", alignment)
+        pairs[ALIGNMENT] = Typed("u32", alignment)
     return alignment
 
 

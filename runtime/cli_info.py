@@ -1,30 +1,41 @@
 """gguf-info: what is in a GGUF file, and the memory it will need."""
 
 import json
-import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
-from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.formats.reader import GGUFFile, Tensor
-from gguf_run.formats.strings import StringArray
 from gguf_run.runtime.cli_common import Command, one_line
 from gguf_run.runtime.fetch import find_model
+from gguf_run.runtime.info_diff import change_lines, compare, diff_lines
+from gguf_run.runtime.info_edit import edit
+from gguf_run.runtime.info_tensors import Statistics, statistics
+from gguf_run.runtime.info_values import describe_value, show_value
+from gguf_run.runtime.progress import Progress
 from gguf_run.runtime.text_table import size_text, table
 
-# Of an array, this many items are shown; of a text, this many characters (in the table only, JSON has all of it).
-SHOWN_ITEMS = 8
-SHOWN_CHARACTERS = 90
+STATISTICS = tuple(column.name for column in fields(Statistics))
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--tensors", is_flag=True, help="List the tensors as well.")
+@click.option("--stats", is_flag=True, help="Show statistics of the tensors' weights as well.")
+@click.option("--diff", metavar="OTHER", help="Show what differs in another file: metadata, tensors, error of each.")
+@click.option("--match", metavar="REGEX", default="", help="Only tensors whose name holds a match.  [default: all]")
+@click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Change a metadata key; see above.")
+@click.option("--remove", metavar="KEY", multiple=True, help="Remove a metadata key.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="File to write the changed model to.")
+@click.option("--in-place", is_flag=True, help="Change the file itself, if its size stays the same.")
 @click.option(
     "--ctx-size",
     "-c",
@@ -32,26 +43,65 @@ SHOWN_CHARACTERS = 90
     help="Positions of the context, for the memory needed.  [default: the model's, at most 4096]",
 )
 @click.version_option(package_name="gguf-run", prog_name="gguf-info")
-def main(model: str, as_json: bool, tensors: bool, ctx_size: int | None) -> None:
+def main(
+    model: str,
+    as_json: bool,
+    tensors: bool,
+    stats: bool,
+    diff: str | None,
+    match: str,
+    assignments: Sequence[str],
+    remove: Sequence[str],
+    output: Path | None,
+    in_place: bool,
+    ctx_size: int | None,
+) -> None:
     """Show what is in a GGUF file: metadata, sizes per tensor type, parameters, and the memory it will need.
 
     MODEL is a GGUF file (of a split model the first) or hf:owner/repo/file.gguf. Of long arrays the beginning is shown.
+
+    --set and --remove change metadata, in a copy (-o) or in place. A value has the type that its key has; that of a new
+    key follows from the value, or is given: KEY:TYPE=VALUE with a type such as u32, f32, bool, string, array[i32].
+    Arrays are written as in JSON.
     """
     if sys.stdout is None:
         raise GgufRunError("stdout is closed: there is nowhere to write to")
-    with GGUFFile.open(find_model(model)) as file:
-        facts = describe(file, tensors, ctx_size)
-    if as_json:
-        click.echo(json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False))
-    else:
-        for line in _lines(facts):
-            click.echo(line)
+    editing = bool(assignments or remove)
+    if editing != bool(output or in_place) or (output and in_place):
+        raise click.UsageError("--set and --remove need either -o OUT or --in-place, and these need one of them.")
+    if editing and (tensors or stats or diff):
+        raise click.UsageError("--set and --remove go without --tensors, --stats and --diff.")
+    pattern = _pattern(match)
+    with ExitStack() as files:
+        file = files.enter_context(GGUFFile.open(find_model(model)))
+        if editing:
+            facts = {"metadata": edit(file, assignments, remove, output)}
+            lines = change_lines(facts["metadata"])
+        elif diff:
+            other = files.enter_context(GGUFFile.open(find_model(diff)))
+            facts = compare(file, other, pattern)
+            lines = diff_lines(facts)
+        else:
+            facts = describe(file, pattern if tensors or stats else None, ctx_size, stats)
+            lines = _lines(facts)
+    for line in [json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)] if as_json else lines:
+        click.echo(line)
 
 
-def describe(file: GGUFFile, tensors: bool = False, n_ctx: int | None = None) -> dict[str, Any]:
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except (re.error, RecursionError) as error:
+        raise OptionError(f"--match {text}: is not a regular expression: {error}") from None
+
+
+def describe(
+    file: GGUFFile, tensors: re.Pattern[str] | None = None, n_ctx: int | None = None, stats: bool = False
+) -> dict[str, Any]:
     """Return everything that gguf-info shows, as JSON has it. Sizes are in bytes.
 
-    n_ctx: positions for the memory needed (None: those of training, at most 4096).
+    tensors: those to list, stats: with statistics; n_ctx: positions for the memory needed (None: those of training, at
+    most 4096).
     """
     all_tensors = list(file.tensors.values())
     facts: dict[str, Any] = {
@@ -62,33 +112,22 @@ def describe(file: GGUFFile, tensors: bool = False, n_ctx: int | None = None) ->
         "alignment": file.alignment,
         "nbytes": file.nbytes,
         "metadata": {
-            key: {"type": file.metadata.type_name(key)} | _value(value) for key, value in file.metadata.items()
+            key: {"type": file.metadata.type_name(key)} | describe_value(value) for key, value in file.metadata.items()
         },
         "total": _sum(all_tensors),
         "types": _per_type(all_tensors),
         "memory": _memory(file, n_ctx),
     }
     if tensors:
-        facts["tensors"] = [
-            {"name": t.name, "type": t.type.name, "ne": list(t.ne), "nbytes": t.nbytes} for t in all_tensors
-        ]
+        shown = [t for t in all_tensors if tensors.search(t.name)]
+        with Progress("reading") as progress:
+            facts["tensors"] = []
+            for t in shown:
+                facts["tensors"].append({"name": t.name, "type": t.type.name, "ne": list(t.ne), "nbytes": t.nbytes})
+                if stats:
+                    facts["tensors"][-1] |= asdict(statistics(t))
+                    progress.set(sum(entry["nbytes"] for entry in facts["tensors"]), sum(t.nbytes for t in shown))
     return facts
-
-
-def _value(value: Any) -> dict[str, Any]:
-    if isinstance(value, np.ndarray | StringArray | list):
-        items = value[:SHOWN_ITEMS]
-        return {"length": len(value), "value": _plain(items.tolist() if isinstance(items, np.ndarray) else items)}
-    return {"value": _plain(value)}
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON can hold it: no infinities, nested arrays by their length."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return f"array of {len(value)}" if isinstance(value, np.ndarray | StringArray) else value
 
 
 def _sum(tensors: Sequence[Tensor]) -> dict[str, Any]:
@@ -138,7 +177,7 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield from table(
         [f"metadata ({len(facts['metadata'])})", "type", "value"],
-        [[one_line(key), entry["type"], _show(entry)] for key, entry in facts["metadata"].items()],
+        [[one_line(key), entry["type"], show_value(entry)] for key, entry in facts["metadata"].items()],
         "lll",
     )
     yield ""
@@ -158,14 +197,22 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
             f"{size_text(memory['buffers'])}"
         )
     if "tensors" in facts:
+        stats = STATISTICS if any("rms" in t for t in facts["tensors"]) else ()
         yield ""
         yield from table(
-            [f"tensor ({len(facts['tensors'])})", "type", "ne", "size"],
+            [
+                f"tensor ({len(facts['tensors'])})",
+                "type",
+                "ne",
+                "size",
+                *(name.removeprefix("n_").replace("_", " ") for name in stats),
+            ],
             [
                 [one_line(t["name"]), t["type"], " x ".join(map(str, t["ne"])), size_text(t["nbytes"])]
+                + ["-" if t[name] is None else f"{t[name]:.4g}" for name in stats]
                 for t in facts["tensors"]
             ],
-            "lllr",
+            "lllr" + "r" * len(stats),
         )
 
 
@@ -173,23 +220,3 @@ def _numbers(row: Mapping[str, Any]) -> list[str]:
     bits = row["bits_per_weight"]
     size = size_text(row["nbytes"])
     return [str(row["n_tensors"]), f"{row['n_parameters']:,}", size, "-" if bits is None else f"{bits:.2f}"]
-
-
-def _show(entry: Mapping[str, Any]) -> str:
-    """A metadata value on one line that is not too long."""
-    if "length" in entry:
-        text = ", ".join(_item(item, entry["type"]) for item in entry["value"])
-    else:
-        value = entry["value"]
-        text = value if isinstance(value, str) else _item(value, entry["type"])
-    more = ", ..." if entry.get("length", 0) > SHOWN_ITEMS else ""
-    if len(text) > SHOWN_CHARACTERS:
-        text, more = text[:SHOWN_CHARACTERS], "..."
-    return one_line(f"[{entry['length']}] {text}{more}" if "length" in entry else f"{text}{more}")
-
-
-def _item(value: Any, type: str) -> str:
-    """A value as JSON, an f32 with as many digits as it has."""
-    if "f32" in type and isinstance(value, float):
-        return str(np.float32(value))
-    return json.dumps(value, ensure_ascii=False)
