@@ -60,14 +60,7 @@ def perplexity(
     With --stride N, windows of --ctx-size + N/2 tokens overlap; the last N tokens of each are scored.
     """
     from gguf_run.runtime.eval_perplexity import perplexity
-    from gguf_run.runtime.eval_report import (
-        PERPLEXITY_HEAD,
-        Run,
-        chunk_sizes,
-        load_scorer,
-        perplexity_figures,
-        perplexity_row,
-    )
+    from gguf_run.runtime.eval_report import PERPLEXITY, Run, load_scorer
     from gguf_run.runtime.eval_text import N_CTX, bos_of, cut_chunks, tokens_of, window_size
 
     n_ctx = N_CTX if n_ctx is None else n_ctx
@@ -75,11 +68,11 @@ def perplexity(
     text = read_text(file)
     with load_scorer(model, size, options) as scorer:
         chunks = cut_chunks(tokens_of(scorer.model, text), n_ctx, bos_of(scorer.model), n_chunk, stride)
-        run = Run("chunks", as_json, PERPLEXITY_HEAD, perplexity_row)
-        done = run.all(perplexity(scorer, chunks), len(chunks))
+        run = Run(PERPLEXITY, as_json)
+        done = run.all(perplexity(scorer, chunks), chunks)
         facts = {"model": model, "file": str(file), **options, "n_ctx": n_ctx, "stride": stride}
         facts["running"] = [step.value for step in done]
-        run.finish(perplexity_figures(done), facts, chunk_sizes(chunks, done), scorer.model.where)
+        run.finish(facts, scorer.model.where)
 
 
 @_command(TEXT, *KL_OPTIONS, CHUNK_SIZE, CHUNKS)
@@ -167,7 +160,7 @@ def _choose(
     options: dict[str, Any],
 ) -> None:
     from gguf_run.runtime.eval_choices import accuracy, make_tasks
-    from gguf_run.runtime.eval_report import Figure, Run, load_scorer
+    from gguf_run.runtime.eval_report import Figure, Kind, Run, load_scorer
 
     if n_task is not None and n_task < 1:
         raise OptionError(f"--tasks is {n_task}; allowed: at least 1")
@@ -184,8 +177,6 @@ def _choose(
 
     with load_scorer(model, n_ctx, options) as scorer:
         tasks = make_tasks(scorer.model, questions[:n_task], str(file))
-        run = Run("tasks", as_json, f"{'task':>5} {'normalized':>12} {'95 % interval':>22}", row)
-        done = run.all(accuracy(scorer, tasks), len(tasks))
-        facts = {"model": model, "file": str(file), **options}
-        sizes = [task.n_tokens for task in tasks[: len(done)]]
-        run.finish(figures(done[-1]) if done else [], facts, sizes, scorer.model.where)
+        run = Run(Kind("tasks", f"{'task':>5} {'normalized':>12} {'95 % interval':>22}", row, figures), as_json)
+        run.all(accuracy(scorer, tasks), tasks)
+        run.finish({"model": model, "file": str(file), **options}, scorer.model.where)

@@ -4,6 +4,7 @@ Running perplexities and statistics go to stdout, everything else to stderr.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,14 +82,7 @@ def _show(imatrix: "Imatrix") -> None:
 
 def _collect(model: str, file: Path, output: Path, imatrix: "Imatrix", options: dict[str, Any]) -> "Imatrix":
     from gguf_run.formats.writer import GGUFWriter
-    from gguf_run.runtime.eval_report import (
-        PERPLEXITY_HEAD,
-        Run,
-        chunk_sizes,
-        load_scorer,
-        perplexity_figures,
-        perplexity_row,
-    )
+    from gguf_run.runtime.eval_report import PERPLEXITY, Run, load_scorer
     from gguf_run.runtime.eval_text import bos_of, cut_chunks, tokens_of
     from gguf_run.runtime.fetch import find_model
     from gguf_run.runtime.imatrix_collect import Collector
@@ -111,11 +105,11 @@ def _collect(model: str, file: Path, output: Path, imatrix: "Imatrix", options: 
                     write(output, collector.imatrix, inputs)
                 yield done
 
-        run = Run("chunks", False, PERPLEXITY_HEAD, perplexity_row if ppl else None)
-        done = run.all(steps(), len(chunks))
+        run = Run(PERPLEXITY if ppl else replace(PERPLEXITY, row=None, figures=lambda done: []))
+        done = run.all(steps(), chunks)
         if done:
             write(output, collector.imatrix, inputs)
         if run.interrupted and done:
             message(f"{output} has them; to go on: --in-file {output} --from-chunk {first + len(done)}")
-        run.finish(perplexity_figures(done) if ppl else [], {}, chunk_sizes(chunks, done), scorer.model.where)
+        run.finish({}, scorer.model.where)
     return collector.imatrix

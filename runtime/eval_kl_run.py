@@ -9,15 +9,7 @@ from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.runtime.cli_common import message
 from gguf_run.runtime.eval_kl import Comparison, compare
 from gguf_run.runtime.eval_perplexity import perplexity
-from gguf_run.runtime.eval_report import (
-    PERPLEXITY_HEAD,
-    Figure,
-    Run,
-    chunk_sizes,
-    load_scorer,
-    perplexity_figures,
-    perplexity_row,
-)
+from gguf_run.runtime.eval_report import PERPLEXITY, Figure, Kind, Run, load_scorer
 from gguf_run.runtime.eval_text import N_CTX, Block, Chunk, Scorer, bos_of, cut_chunks, tokens_of
 from gguf_run.runtime.fetch import find_model
 from gguf_run.runtime.logits_file import LogitsFile, LogitsHeader, LogitsWriter, hash_file, hash_ids, hash_vocabulary
@@ -54,13 +46,13 @@ class KlRun:
                 text_hash=hash_ids(ids),
                 model=file.name,
             )
-            run = Run("chunks", self.as_json, PERPLEXITY_HEAD, perplexity_row)
+            run = Run(PERPLEXITY, self.as_json)
             with LogitsWriter(path, header) as writer:
-                done = run.all(perplexity(scorer, chunks, writer.add), len(chunks))
+                run.all(perplexity(scorer, chunks, writer.add), chunks)
             saved = writer.is_complete
             message(f"{path} holds the logits" if saved else f"{path} is not written: it would be incomplete")
             facts = self._facts(n_ctx) | {"saved_logits": str(path) if saved else None}
-            run.finish(perplexity_figures(done), facts, chunk_sizes(chunks, done), scorer.model.where)
+            run.finish(facts, scorer.model.where)
 
     def compare_saved(self, path: Path, base: str | None) -> None:
         """Compare with a file of logits; if a base is named, they must be its."""
@@ -113,9 +105,9 @@ class KlRun:
         facts: dict[str, Any],
         rounded: bool = False,
     ) -> None:
-        run = Run("chunks", self.as_json, _HEAD, _row)
-        done = run.all(compare(scorer, base, chunks, rounded), len(chunks))
-        run.finish(_figures(done[-1]) if done else [], facts, chunk_sizes(chunks, done), scorer.model.where)
+        run = Run(Kind("chunks", _HEAD, _row, _figures), self.as_json)
+        run.all(compare(scorer, base, chunks, rounded), chunks)
+        run.finish(facts, scorer.model.where)
 
     def _facts(self, n_ctx: int) -> dict[str, Any]:
         return {"model": self.model, "file": self.text_name, **self.options, "n_ctx": n_ctx}

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
@@ -17,10 +17,9 @@ from gguf_run.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from gguf_run.runtime.eval_perplexity import Perplexity
-    from gguf_run.runtime.eval_text import Chunk, Scorer
+    from gguf_run.runtime.eval_text import Scorer
 
 T = TypeVar("T")
-PERPLEXITY_HEAD = f"{'chunk':>5} {'perplexity':>12}"
 
 
 @dataclass(frozen=True)
@@ -88,67 +87,83 @@ def load_scorer(model: str, n_ctx: int | None, options: Mapping[str, Any], obser
         yield scorer
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of evaluation. unit: what a step is, a plural. head, row: a table of results so far, a line for each step
+    (row None: no table). figures: what the last result says."""
+
+    unit: str
+    head: str
+    row: Callable[[Any], str] | None
+    figures: Callable[[Any], list[Figure]]
+
+
+class Sized(Protocol):
+    """What a step works on: a chunk, a task."""
+
+    @property
+    def n_tokens(self) -> int: ...
+
+
 class Run:
-    """Goes through the steps of an evaluation and prints what was measured: all, or what there is at Ctrl-C.
+    """Goes through the steps of an evaluation and prints what was measured: all, or what there is at Ctrl-C."""
 
-    unit: what a step is, a plural. head, row: a table of results so far, a line for each step (row None: no table).
-    """
-
-    def __init__(self, unit: str, as_json: bool, head: str, row: Callable[[Any], str] | None) -> None:
-        self._unit, self._as_json, self._head, self._row = unit, as_json, head, None if as_json else row
+    def __init__(self, kind: Kind, as_json: bool = False) -> None:
+        self._kind, self._as_json = kind, as_json
         self._seconds = 0.0
+        self._n_done = self._n_tokens = 0
+        self._figures: list[Figure] = []
         self.interrupted = False
 
-    def all(self, steps: Iterable[T], n_all: int) -> list[T]:
-        """Return the results, one for each step that was done."""
+    def all(self, steps: Iterable[T], items: Sequence[Sized]) -> list[T]:
+        """Return the results, one for each step that was done. items: what the steps work on."""
         start = time.perf_counter()
         done: list[T] = []
+        row = None if self._as_json else self._kind.row
         try:
-            with Progress("evaluating", self._unit) as progress:
-                if self._row is not None:
-                    click.echo(self._head)
-                progress.set(0, n_all)
+            with Progress("evaluating", self._kind.unit) as progress:
+                if row is not None:
+                    click.echo(self._kind.head)
+                progress.set(0, len(items))
                 for result in steps:
                     done.append(result)
                     self._seconds = time.perf_counter() - start
-                    if self._row is not None:
+                    if row is not None:
                         progress.clear()
-                        click.echo(self._row(result))
-                    progress.set(len(done), n_all)
+                        click.echo(row(result))
+                    progress.set(len(done), len(items))
         except KeyboardInterrupt:
             self.interrupted = True
-            message(f"interrupted after {len(done)} of {n_all} {self._unit}")
+            message(f"interrupted after {len(done)} of {len(items)} {self._kind.unit}")
+        self._n_done, self._n_tokens = len(done), sum(item.n_tokens for item in items[: len(done)])
+        self._figures = self._kind.figures(done[-1]) if done else []
         return done
 
-    def finish(self, figures: Sequence[Figure], facts: Mapping[str, Any], sizes: Sequence[int], where: str) -> None:
+    def finish(self, facts: Mapping[str, Any], where: str) -> None:
         """Print the result; end with an interrupt's exit code if there was one.
 
-        facts: what JSON says before the figures. sizes: tokens of each step that was done. where: what ran on which
-        device.
+        facts: what JSON says before the figures. where: what ran on which device.
         """
-        n_tokens = sum(sizes)
-        speed = n_tokens / self._seconds if self._seconds else 0.0
+        speed = self._n_tokens / self._seconds if self._seconds else 0.0
         if self._as_json:
-            record = {**facts, self._unit: len(sizes), "interrupted": self.interrupted}
-            for figure in figures:
+            record = {**facts, self._kind.unit: self._n_done, "interrupted": self.interrupted}
+            for figure in self._figures:
                 record |= figure.json()
             click.echo(json.dumps(record | {"seconds": self._seconds, "tokens_per_second": speed}))
         else:
-            click.echo("".join(f"{figure.line()}\n" for figure in figures), nl=False)
-            took = f"{n_tokens} tokens in {self._seconds:.2f} s, {speed:.0f}/s"
-            message(f"{len(sizes)} {self._unit}, {took} | {where}")
+            click.echo("".join(f"{figure.line()}\n" for figure in self._figures), nl=False)
+            took = f"{self._n_tokens} tokens in {self._seconds:.2f} s, {speed:.0f}/s"
+            message(f"{self._n_done} {self._kind.unit}, {took} | {where}")
         if self.interrupted:
             click.get_current_context().exit(INTERRUPTED)
 
 
-def perplexity_row(done: "Perplexity") -> str:
+def _perplexity_row(done: "Perplexity") -> str:
     return f"{done.n_chunk:>5} {done.value:>12.4f}"
 
 
-def perplexity_figures(done: "Sequence[Perplexity]") -> list[Figure]:
-    return [Figure("perplexity", "perplexity", last.value, last.error) for last in done[-1:]]
+def _perplexity_figures(done: "Perplexity") -> list[Figure]:
+    return [Figure("perplexity", "perplexity", done.value, done.error)]
 
 
-def chunk_sizes(chunks: "Sequence[Chunk]", done: Sequence[object]) -> list[int]:
-    """Tokens of each chunk that was done."""
-    return [len(chunk.ids) + 1 for chunk in chunks[: len(done)]]
+PERPLEXITY = Kind("chunks", f"{'chunk':>5} {'perplexity':>12}", _perplexity_row, _perplexity_figures)

@@ -33,6 +33,10 @@ class Chunk:
     ids: list[int]
     targets: list[int]
 
+    @property
+    def n_tokens(self) -> int:
+        return len(self.ids) + 1
+
 
 def window_size(n_ctx: int, stride: int | None = None) -> int:
     """Tokens in a chunk. OptionError for sizes that are not allowed."""
