@@ -23,6 +23,7 @@ from peer import Peer
 from gguf_run.kernels_cpu.limits import Limits, measure_limits
 
 _WARM_TOKENS = 64  # of the run before the first one that counts
+_LIMIT_SECONDS = 0.002  # see measure_limits: a tenth of a second for each limit
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,12 @@ class Test:
 @dataclass(frozen=True)
 class Rounds:
     """Seconds of a test, one pair of each round. Speeds are medians; best compares the fastest round of each, which
-    the noise of a busy machine moves least."""
+    the noise of a busy machine moves least. limits: those of the machine in each round, if asked for."""
 
     test: Test
     peer: Sequence[float]
     ours: Sequence[float]
+    limits: Sequence[Limits] = ()
 
     @property
     def peer_speed(self) -> float:
@@ -117,7 +119,7 @@ def serve(name: str, model: Path, n_threads: int, n_ctx: int, cpu: str) -> None:
             *test, seed = request
             reply = {"seconds": bench.measure(Test(*test), seed), "idle": idle}
         else:
-            reply = asdict(measure_limits(n_threads))
+            reply = asdict(measure_limits(n_threads, seconds=_LIMIT_SECONDS))
         engine.rest()
         wall, used = time.perf_counter(), time.process_time()
         print(json.dumps(reply), flush=True)
@@ -180,15 +182,25 @@ class Worker:
         return reply
 
 
-def compare(test: Test, peer: Worker, ours: Worker, repeat: int, seconds: float = math.inf) -> Rounds:
-    """Run a test in turns: `repeat` rounds, fewer if they take longer than `seconds`, but two at least if repeat is."""
+def compare(
+    test: Test, peer: Worker, ours: Worker, repeat: int, seconds: float = math.inf, limits: bool = False
+) -> Rounds:
+    """Run a test in turns: `repeat` rounds; once `seconds` are over no third one.
+
+    limits: measure the machine's limits in each round, after our turn. What virtual machines can do changes from minute
+    to minute, above all the bandwidth of their memory.
+    """
     for worker in (peer, ours):
         worker.seconds(replace(test, n=min(test.n, _WARM_TOKENS)))
-    rounds: list[tuple[float, float]] = []
+    theirs: list[float] = []
+    mine: list[float] = []
+    found: list[Limits] = []
     end = time.perf_counter() + seconds
-    while len(rounds) < repeat and (len(rounds) < 2 or time.perf_counter() < end):
-        rounds.append((peer.seconds(test, 1 + len(rounds)), ours.seconds(test, 1 + len(rounds))))
-    return Rounds(test, [theirs for theirs, _ in rounds], [mine for _, mine in rounds])
+    while len(mine) < repeat and (len(mine) < 2 or time.perf_counter() < end):
+        theirs.append(peer.seconds(test, seed=1 + len(mine)))
+        mine.append(ours.seconds(test, seed=1 + len(mine)))
+        found += [ours.limits()] if limits else []
+    return Rounds(test, theirs, mine, found)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import click
@@ -23,7 +24,6 @@ from make_model import SHAPES, mix_of, write_model
 from pair import Rounds, Test, Worker, compare
 
 from gguf_run.formats.reader import GGUFFile
-from gguf_run.kernels_cpu.limits import Limits
 from gguf_run.runtime.bench import Case, ModelFacts, ideal_seconds
 from gguf_run.runtime.fetch import find_model, models_dir
 
@@ -96,7 +96,7 @@ def model_file(model: str, folder: Path, gemma: Path) -> Path:
 
 
 def measure(row: Row, path: Path, plan: Plan) -> dict[str, Any]:
-    """Measure a row; return its line of the results: seconds of every round, and those that the limits would allow."""
+    """Measure a row; return its line of the results: every round's seconds, limits, and the part of them reached."""
     with GGUFFile.open(path) as file:
         facts = ModelFacts.of(file)
         # a separate table of embeddings is not read but for one row
@@ -109,32 +109,28 @@ def measure(row: Row, path: Path, plan: Plan) -> dict[str, Any]:
     ):
         if row.isa and (peer.cpu != cpu or not ours.cpu.endswith(f", {row.isa}")):
             raise SystemExit(f"{row}: the kernels in use are {peer.cpu} and {ours.cpu}")
-        limits = [ours.limits()]
         tests = [Test("pp", plan.n_prompt, row.depth), Test("tg", plan.n_gen, row.depth)]
-        rounds = [compare(test, peer, ours, plan.repeat, plan.seconds) for test in tests]
-        limits.append(ours.limits())  # the machine's neighbours come and go: the better one is nearer to the truth
-        best = Limits(row.n_threads, max(x.read_bytes for x in limits), max(x.int8_ops for x in limits))
-        found = [
-            asdict(each) | _ideal(each.test, facts, best, facts.model_size - unread, ours.weight_bytes)
+        rounds = [compare(test, peer, ours, plan.repeat, plan.seconds, limits=True) for test in tests]
+    return {
+        "row": str(row),
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "cpus": [peer.cpu, ours.cpu],
+        "tests": [
+            asdict(each)
+            | {"of_file": _fractions(each, facts, facts.model_size - unread)}
+            | {"of_panels": _fractions(each, facts, ours.weight_bytes)}
             for each in rounds
-        ]
-        return {
-            "row": str(row),
-            "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "cpus": [peer.cpu, ours.cpu],
-            "limits": asdict(best),
-            "tests": found,
-        }
+        ],
+    }
 
 
-def _ideal(test: Test, facts: ModelFacts, limits: Limits, file_bytes: int, panel_bytes: int) -> dict[str, float]:
-    """Seconds that the limits allow, weights being as large as in the file, and as in panels."""
+def _fractions(rounds: Rounds, facts: ModelFacts, weight_bytes: int) -> list[float]:
+    """The part of the limits that each of our rounds reached, if so many bytes must be read for the weights."""
+    test = rounds.test
     n_prompt, n_gen = (test.n, 0) if test.kind == "pp" else (0, test.n)
     case = Case("", n_prompt, n_gen, test.depth)
-    return {
-        "ideal_file": ideal_seconds(case, facts, file_bytes, limits),
-        "ideal_panels": ideal_seconds(case, facts, panel_bytes, limits),
-    }
+    pairs = zip(rounds.limits, rounds.ours, strict=True)
+    return [ideal_seconds(case, facts, weight_bytes, limits) / seconds for limits, seconds in pairs]
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
@@ -156,9 +152,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         cells = [str(row)]
         for test, goal in zip(results[str(row)]["tests"], (row.pp_goal, row.tg_goal), strict=True):
             rounds = Rounds(Test(**test["test"]), test["peer"], test["ours"])
-            seconds = rounds.test.n / rounds.ours_speed
             cells += [f"{rounds.peer_speed:.4g}", f"{rounds.ours_speed:.4g}", _ratio(rounds, goal)]
-            panels, of_file = (test[name] / seconds for name in ("ideal_panels", "ideal_file"))
+            panels, of_file = median(test["of_panels"]), median(test["of_file"])
             missed = test["test"]["kind"] == "tg" and panels < row.limit_goal
             cells.append(f"**{panels:.0%}** (goal {row.limit_goal:.0%})" if missed else f"{panels:.0%}")
             if rounds.test.kind == "tg":
@@ -184,7 +179,7 @@ def _ratio(rounds: Rounds, goal: float) -> str:
 @click.option("-p", "n_prompt", default=512, show_default=True, type=click.IntRange(1), help="Tokens of pp.")
 @click.option("-n", "n_gen", default=64, show_default=True, type=click.IntRange(1), help="Tokens of tg.")
 @click.option("-r", "repeat", default=3, show_default=True, type=click.IntRange(1), help="Rounds of a test, at most.")
-@click.option("--seconds", default=15.0, show_default=True, help="No third round of a test after this time.")
+@click.option("--seconds", default=10.0, show_default=True, help="No third round of a test after this time.")
 @click.option("--quick", is_flag=True, help="Like -p 256 -n 32 -r 2.")
 @click.option("--table", "print_table", is_flag=True, help="Print the table instead of measuring.")
 @click.option("--list", "list_rows", is_flag=True, help="Print the names of the rows instead.")
