@@ -6,13 +6,12 @@ from numba import carray
 
 from gguf_run.formats.jit import njit
 from gguf_run.kernels_cpu.native import f32_at, i64_at
-from gguf_run.kernels_cpu.op import Op, op
+from gguf_run.kernels_cpu.op import Op, n_shrinking, op, shrinking
 from gguf_run.kernels_cpu.panels import ROWS
 from gguf_run.kernels_cpu.tile import tile
 
 TOKENS = 4  # tokens of a tile. A batch is computed in whole tiles: buffers have rows for the rest, whatever is in them
 _PIECE_BYTES = 16384  # one token: weights that a thread takes at a time, at least
-_PER_THREAD = 16  # one token: pieces of a large matrix for each thread
 _GROUPS, _TILES = 8, 16  # a batch: panels and tiles of a piece, so that the panels stay in the second-level cache
 
 
@@ -47,17 +46,21 @@ def matmul(panel: int) -> Op:
         tail = a.n_out % ROWS
         spare = a.scratch + ith * a.scratch_stride
         if n_tokens == 1:
-            groups, tiles = max(1, _PIECE_BYTES // a.group_bytes, n_group // (_PER_THREAD * nth)), 1
+            n_piece = n_shrinking(n_group, max(1, _PIECE_BYTES // a.group_bytes), nth)
+            t0, tiles = 0, 1
+            g0, g1 = shrinking(piece, n_group, n_piece)
         else:
             groups, tiles = min(_GROUPS, max(1, n_group // (2 * nth))), _TILES
-        across = (n_group + groups - 1) // groups
+            across = (n_group + groups - 1) // groups
+            n_piece = across * ((n_tile + tiles - 1) // tiles)
+            g0, t0 = piece % across * groups, piece // across * tiles
+            g1 = min(g0 + groups, n_group)
         if piece < 0:
-            return across * ((n_tile + tiles - 1) // tiles)
-        g0, t0 = piece % across * groups, piece // across * tiles
+            return n_piece
         for t in range(t0, min(t0 + tiles, n_tile)):
             first = t * tokens
             x = a.x + first * a.x_stride
-            for g in range(g0, min(g0 + groups, n_group)):
+            for g in range(g0, g1):
                 w = a.w + g * a.group_bytes
                 out = a.out + first * a.out_stride + g * ROWS * 4
                 init = a.residual + first * a.residual_stride + g * a.residual_group

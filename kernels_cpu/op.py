@@ -7,6 +7,7 @@ in any order and at the same time.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from gguf_run.formats.jit import cfunc, njit
 
 PER_THREAD = 4  # pieces of an op that a thread does on average, when all threads get on alike
+SHRINKING = 8  # the same for pieces of shrinking size
 
 
 class Op:
@@ -58,3 +60,21 @@ def items(piece, n, grain, nth):  # type: ignore[no-untyped-def]
     """The items (first, end) of a piece, cut as n_pieces says."""
     pieces = n_pieces(n, grain, nth)
     return n * piece // pieces, n * (piece + 1) // pieces
+
+
+@njit(inline="always")
+def n_shrinking(n, grain, nth):  # type: ignore[no-untyped-def]
+    """How many pieces of shrinking size n items make, the smallest of about `grain` items: see shrinking."""
+    return max(1, min(SHRINKING * nth, int(math.sqrt(2 * n / grain + 0.25) - 0.5)))
+
+
+@njit(inline="always")
+def shrinking(piece, n, pieces):  # type: ignore[no-untyped-def]
+    """The items (first, end) of a piece: i + 1 shares for piece i.
+
+    Pieces are taken from the last to the first, so that large ones, at whose ends a thread stops streaming for a
+    moment, come first, and small ones last, so that all threads end together (trapezoid self-scheduling, Tzen and Ni
+    1993).
+    """
+    whole = pieces * (pieces + 1)
+    return n * piece * (piece + 1) // whole, n * (piece + 1) * (piece + 2) // whole

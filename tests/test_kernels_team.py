@@ -13,7 +13,7 @@ import pytest
 from numba import carray
 
 from gguf_run.kernels_cpu.native import atomic_add, i64_at
-from gguf_run.kernels_cpu.op import Op, items, n_pieces, op
+from gguf_run.kernels_cpu.op import Op, items, n_pieces, n_shrinking, op, shrinking
 from gguf_run.kernels_cpu.team import MAX_THREADS, Team
 
 MODULUS = 1_000_003
@@ -51,6 +51,19 @@ def pieces_of(args, piece, ith, nth):  # type: ignore[no-untyped-def]
 
 def tape_of(*ops: tuple[Op, np.ndarray]) -> np.ndarray:
     return np.array([(op.compiled.address, record.ctypes.data) for op, record in ops], np.int64).reshape(-1, 2)
+
+
+@op("rows table")
+def shrinking_of(args, piece, ith, nth):  # type: ignore[no-untyped-def]
+    """table[n] = 1 + its piece, the pieces shrinking."""
+    a = carray(args, 1)[0]
+    pieces = n_shrinking(a.rows, 3, nth)
+    if piece < 0:
+        return pieces
+    first, end = shrinking(piece, a.rows, pieces)
+    for i in range(first, end):
+        atomic_add(a.table + 8 * i, 1 + piece)
+    return 0
 
 
 class Chain:
@@ -258,6 +271,21 @@ def test_items_are_dealt_out_completely(team_of: Callable[[int], Team]) -> None:
             record = pieces_of.bind(rows=rows, table=table.ctypes.data)
             team.run(tape_of((pieces_of, record)))
             np.testing.assert_array_equal(table[:rows], 1)
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_shrinking_pieces_cover_all_items(n_threads: int, team_of: Callable[[int], Team]) -> None:
+    team = team_of(n_threads)
+    for rows in (0, 1, 2, 3, 7, 35, 36, 37, 1000, 100_000):
+        table = np.zeros(max(rows, 1), np.int64)
+        record = shrinking_of.bind(rows=rows, table=table.ctypes.data)
+        team.run(tape_of((shrinking_of, record)))
+        sizes = np.bincount(table[:rows])[1:]  # each item is in one piece: else the sum of two would break the order
+        assert (np.diff(table[:rows]) >= 0).all()
+        assert sizes.sum() == rows
+        assert (np.diff(sizes) >= -1).all(), "but for rounding, pieces that are taken sooner are larger"
+        assert len(sizes) <= 8 * n_threads
+        assert not len(sizes) or sizes[0] >= min(rows, 3) - 1
 
 
 def test_idle_helpers_sleep(team_of: Callable[[int], Team]) -> None:
