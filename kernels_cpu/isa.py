@@ -9,14 +9,18 @@ from numba.core import config
 
 @dataclass(frozen=True)
 class Isa:
-    """One row of the table. name: for people. needs: LLVM feature names, all required. dot: how `Simd.dot` is lowered.
+    """One row of the table. name: for people. needs: LLVM feature names, all required. dot: see lowering.py.
 
-    f16c: the CPU converts halves itself. fma: fused multiply-add is one instruction.
+    lanes: rows of a panel that a tile of several tokens works on at a time; its sums must stay in registers.
+    signed_bytes: dot products take signed bytes on both sides. f16c: the CPU converts halves itself. fma: fused
+    multiply-add is one instruction.
     """
 
     name: str
     needs: frozenset[str]
     dot: str
+    lanes: int
+    signed_bytes: bool
     f16c: bool
     fma: bool
 
@@ -27,13 +31,15 @@ ISAS = (
         "AVX-512 VNNI",
         frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "f16c", "fma"}),
         "vnni512",
-        True,
-        True,
+        lanes=16,
+        signed_bytes=False,
+        f16c=True,
+        fma=True,
     ),
-    Isa("AVX-VNNI", frozenset({"avx2", "avxvnni", "f16c", "fma"}), "vnni256", True, True),
-    Isa("AVX2", frozenset({"avx2", "f16c", "fma"}), "avx2", True, True),
-    Isa("NEON dotprod", frozenset({"neon", "dotprod"}), "neon", True, True),
-    Isa("generic", frozenset(), "generic", False, False),
+    Isa("AVX-VNNI", frozenset({"avx2", "avxvnni", "f16c", "fma"}), "vnni256", 8, False, True, True),
+    Isa("AVX2", frozenset({"avx2", "f16c", "fma"}), "avx2", 8, True, True, True),
+    Isa("NEON dotprod", frozenset({"neon", "dotprod"}), "neon", 8, True, True, True),
+    Isa("generic", frozenset(), "generic", 4, False, False, False),
 )
 
 

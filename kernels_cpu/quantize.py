@@ -1,4 +1,4 @@
-"""Activations for integer panels: f32 rows to blocks of 32 int8 values (layout in tile.py)."""
+"""Activations for integer panels: f32 rows to blocks of 32 int8 values (layout in int_tile.py)."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from gguf_run.formats.jit import njit
+from gguf_run.kernels_cpu.int_tile import X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS
 from gguf_run.kernels_cpu.native import i64_at
 from gguf_run.kernels_cpu.op import items, n_pieces, op
 from gguf_run.kernels_cpu.simd import F32, I8, Simd, Val, kernel
-from gguf_run.kernels_cpu.tile import X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS
 
 
 @intrinsic

@@ -8,8 +8,8 @@ will exist when the kernel runs. Python's own loops and lists are therefore unro
             return [acc[0] + s.load(x + i * 64, F32, 16)]
         return s.sum(s.loop(n, [s.const(F32, 0.0, 16)], body)[0])
 
-Vectors may be wider than the machine's registers: LLVM splits them. Only `dot`, half floats and fused multiply-add
-need to know the instruction set.
+Vectors may be wider than the machine's registers: LLVM splits them. Only half floats, fused multiply-add and what
+lowering.py has need to know the instruction set.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +19,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from gguf_run.kernels_cpu import isa as isa_table
+from gguf_run.kernels_cpu import lowering
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
@@ -128,6 +129,9 @@ class Simd:
     def const(self, element: Scalar, value: Number, lanes: int = 1) -> Val:
         number = float(value) if isinstance(element, (ir.FloatType, ir.HalfType)) else int(value)
         return Val(self, ir.Constant(_vector(element, lanes), [number] * lanes if lanes > 1 else number))
+
+    def constants(self, element: Scalar, values: Sequence[int]) -> Val:
+        return Val(self, ir.Constant(ir.VectorType(element, len(values)), list(values)))
 
     def splat(self, scalar: Val, lanes: int) -> Val:
         undefined = ir.Constant(_vector(scalar.element, lanes), ir.Undefined)
@@ -272,106 +276,16 @@ class Simd:
 
     def look_up(self, table: Sequence[int], index: Val) -> Val:
         """table[i] for bytes i < 16."""
-        return _LOOK_UPS[self.isa.dot](self, table, index)
+        return lowering.LOOK_UPS[self.isa.dot](self, table, index)
 
     # the integer dot product
+    def dot_sum(self, start: Val, bits: int) -> "lowering.DotSum":
+        """A sum of dot products in i32 lanes, see lowering.py."""
+        return lowering.DOT_SUMS[self.isa.dot](self, start, bits)
+
     def dot(self, acc: Val, u: Val, x: Val, bits: int) -> Val:
         """acc[i] + sum over j < 4 of u[4i+j] * x[4i+j]: i32 lanes, u unsigned below 2^bits, x signed bytes; exact."""
-        return _DOTS[self.isa.dot](self, acc, u, x, bits)
-
-
-def _split(s: Simd, acc: Val, u: Val, x: Val, lanes: int, dot: Callable[[Val, Val, Val], Val]) -> Val:
-    """Apply a dot of `lanes` i32 lanes to wider vectors, part by part."""
-    if acc.lanes == lanes:
-        return dot(acc, u, x)
-    half = acc.lanes // 2
-    low, high = (
-        _split(s, acc.part(n, half), u.part(4 * n, 4 * half), x.part(4 * n, 4 * half), lanes, dot) for n in (0, half)
-    )
-    return s.concat(low, high)
-
-
-def _dot_vnni(name: str, lanes: int) -> Callable[..., Val]:
-    def dot(s: Simd, acc: Val, u: Val, x: Val, bits: int) -> Val:
-        # LLVM 20 and older take the bytes as i32 lanes, newer ones as bytes
-        return _split(s, acc, u, x, lanes, lambda a, v, w: s.call(name, a.type, a, v, w))
-
-    return dot
-
-
-def _dot_avx2(s: Simd, acc: Val, u: Val, x: Val, bits: int) -> Val:
-    v8i, v16h = ir.VectorType(I32, 8), ir.VectorType(I16, 16)
-
-    def madd(a: Val, b: Val) -> Val:
-        return s.call("llvm.x86.avx2.pmadd.wd", v8i, a, b)
-
-    def dot(a: Val, v: Val, w: Val) -> Val:
-        if bits < 8:  # pairs of products fit 16 bits: 2 * 127 * 127 < 2^15
-            pairs = s.call("llvm.x86.avx2.pmadd.ub.sw", v16h, v, w)
-            return a + madd(pairs, s.const(I16, 1, 16))
-        # pmaddubsw would saturate: multiply the even and the odd bytes as 16-bit numbers
-        v, w = v.as_type(I16), w.as_type(I16)
-        return a + madd(v & 255, (w << 8).sar(8)) + madd(v >> 8, w.sar(8))
-
-    return _split(s, acc, u, x, 8, dot)
-
-
-def _dot_neon(s: Simd, acc: Val, u: Val, x: Val, bits: int) -> Val:
-    def sdot(a: Val, v: Val, w: Val) -> Val:
-        return s.call("llvm.aarch64.neon.sdot.v4i32.v16i8", a.type, a, v, w)
-
-    def dot(a: Val, v: Val, w: Val) -> Val:
-        if bits < 8:
-            return sdot(a, v, w)
-        # u = (u - 128) + 128: the second term is 128 times the sum of x
-        return sdot(a, v ^ 0x80, w) + (sdot(s.const(I32, 0, 4), s.const(I8, 1, 16), w) << 7)
-
-    return _split(s, acc, u, x, 4, dot)
-
-
-def _dot_generic(s: Simd, acc: Val, u: Val, x: Val, bits: int) -> Val:
-    v, w = u.as_type(I32), x.as_type(I32)
-    for j in range(4):
-        acc = acc + ((v >> (8 * j)) & 255) * (w << (24 - 8 * j)).sar(24)
-    return acc
-
-
-_DOTS: dict[str, Callable[..., Val]] = {
-    "vnni512": _dot_vnni("llvm.x86.avx512.vpdpbusd.512", 16),
-    "vnni256": _dot_vnni("llvm.x86.avx512.vpdpbusd.256", 8),
-    "avx2": _dot_avx2,
-    "neon": _dot_neon,
-    "generic": _dot_generic,
-}
-
-
-def _look_up_by(name: str, lanes: int) -> Callable[..., Val]:
-    """By an instruction that shuffles bytes, `lanes` at a time; x86 shuffles within 16 bytes each."""
-
-    def look_up(s: Simd, table: Sequence[int], index: Val) -> Val:
-        if index.lanes > lanes:
-            half = index.lanes // 2
-            return s.concat(look_up(s, table, index.part(0, half)), look_up(s, table, index.part(half, half)))
-        values = Val(s, ir.Constant(ir.VectorType(I8, lanes), [value & 255 for value in table] * (lanes // 16)))
-        return s.call(name, values.type, values, index)
-
-    return look_up
-
-
-def _look_up_generic(s: Simd, table: Sequence[int], index: Val) -> Val:
-    found = s.const(I8, 0, index.lanes)
-    for i, value in enumerate(table):
-        found = s.select(index.compare("==", i), s.const(I8, value, index.lanes), found)
-    return found
-
-
-_LOOK_UPS: dict[str, Callable[..., Val]] = {
-    "vnni512": _look_up_by("llvm.x86.avx512.pshuf.b.512", 64),
-    "vnni256": _look_up_by("llvm.x86.avx2.pshuf.b", 32),
-    "avx2": _look_up_by("llvm.x86.avx2.pshuf.b", 32),
-    "neon": _look_up_by("llvm.aarch64.neon.tbl1.v16i8", 16),
-    "generic": _look_up_generic,
-}
+        return self.dot_sum(acc, bits).add(u, x).total()
 
 
 def kernel(signature: Any, emit: Callable[..., Val | None]) -> tuple[Any, Callable[..., ir.Value]]:

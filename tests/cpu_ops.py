@@ -16,10 +16,10 @@ from gguf_run.formats.dequantize import dequantize
 from gguf_run.formats.types import TensorType, type_by_name
 from gguf_run.formats.unpack import INTEGER_FORMS
 from gguf_run.kernels_cpu.backend import CpuBackend
+from gguf_run.kernels_cpu.int_tile import X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS
 from gguf_run.kernels_cpu.memory import WeightPart
 from gguf_run.kernels_cpu.panels import BLOCK, PARTS, ROWS, IntPanel
 from gguf_run.kernels_cpu.simd import I16
-from gguf_run.kernels_cpu.tile import X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS
 
 # Types whose weights are multiplied with int8 activations; all others read the activations as they are.
 QUANTIZED = tuple(INTEGER_FORMS)
@@ -150,7 +150,7 @@ def as_quantized(x: np.ndarray) -> np.ndarray:
 
 
 def read_q8(blocks: np.ndarray) -> dict[str, np.ndarray]:
-    """The fields of activation blocks, uint8[..., n * X_BLOCK_BYTES] (layout: tile.py)."""
+    """The fields of activation blocks, uint8[..., n * X_BLOCK_BYTES] (layout: int_tile.py)."""
     offsets = {"q": (0, "i1", BLOCK), "d": (X_D, "f4", 1), "sums": (X_SUMS, "i4", 3), "d_sums": (X_D_SUMS, "f4", 3)}
     dtype = np.dtype(
         {

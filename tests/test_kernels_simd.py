@@ -135,6 +135,31 @@ def test_dot_is_exact(isa: Isa, bits: int) -> None:
     np.testing.assert_array_equal(out, acc + products.reshape(500, 16, 4).sum(-1))
 
 
+@on_each_isa
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8, -8])
+def test_dot_sum_is_exact(isa: Isa, bits: int) -> None:
+    """Eight products in one sum, the largest that there are among them; -8: both sides signed."""
+    if bits < 0 and not isa.signed_bytes:
+        pytest.skip("bytes of u are unsigned")
+    rng = np.random.default_rng(bits % 100)
+    low, high = (-128, 127) if bits < 0 else (0, (1 << bits) - 1)
+    u = rng.integers(low, high + 1, (50, 8, 64))
+    x = rng.integers(-127, 128, (50, 8, 64))
+    u[:3], x[0], x[1] = high, 127, -127
+    u[3:5], x[3], x[4] = low, 127, -127
+    out = np.zeros((50, 16), np.int32)
+    expected = (u * x).sum(1).reshape(50, 16, 4).sum(-1)
+
+    def emit(s: Simd, u: Val, x: Val, out: Val) -> None:
+        dots = s.dot_sum(s.const(I32, 5, 16), bits)
+        for i in range(8):
+            dots.add(s.load(u + 64 * i, I8, 64), s.load(x + 64 * i, I8, 64))
+        s.store(dots.total(), out)
+
+    run(isa, emit, u.astype(np.uint8).reshape(50, -1), x.astype(np.int8).reshape(50, -1), out)
+    np.testing.assert_array_equal(out, expected + 5)
+
+
 def test_integer_words() -> None:
     """Shifts, masks, signs and widths, compared with NumPy."""
     rng = np.random.default_rng(0)
