@@ -48,7 +48,7 @@ from gguf_run.formats.quantize_k_search import (
 from gguf_run.formats.types import type_by_name
 
 _F = np.float32
-_0, _3, _4, _15, _31, _32, _63, _127, _128, _256 = (_F(n) for n in (0, 3, 4, 15, 31, 32, 63, 127, 128, 256))
+_0, _3, _4, _15, _31, _32, _63, _127, _128, _255, _256 = (_F(n) for n in (0, 3, 4, 15, 31, 32, 63, 127, 128, 255, 256))
 
 
 @njit(forceinline=True)
@@ -89,10 +89,27 @@ def _share(values: Any, codes: Any, n: Any, top: Any) -> Any:
     return peak / top
 
 
+@njit(forceinline=True)
+def _as_stored(codes: Any, min_codes: Any, top: Any, limit: Any) -> None:
+    """Make the codes what a reader will see. ggml's weighted search leaves codes beyond `top` once in 10**4 odd blocks:
+    Q5_K limits them, in Q2_K and Q4_K their high bits run into the field beside."""
+    if top == _15:
+        for j in range(16):
+            both = (to_int(codes[j]) | to_int(min_codes[j]) << 4) & 255
+            codes[j], min_codes[j] = to_float(both & 15), to_float(both >> 4)
+    else:
+        for values in (codes, min_codes):
+            for j in range(4):
+                a, b = values[j], values[4 + j]
+                a, b = to_int(where(a < limit, a, limit)), to_int(where(b < limit, b, limit))
+                a = (a | b >> 4 << 6) & 255
+                values[j], values[4 + j] = to_float(a & 63), to_float((b & 15) | a >> 6 << 4)
+
+
 @njit(inline="always")
 def _encode_min(x: Any, importance: Any, q: Any, codes: Any, min_codes: Any, weighted: Any, form: Any) -> Any:
     """Quants, group scales and minimums (codes of 0..top) of a type with minimums; returns d and dmin as f16 bits."""
-    group, nmax, top, first, step, n_step, absolute = form
+    group, nmax, top, limit, first, step, n_step, absolute = form
     w, scales, minimums, sums = scratch_f32(32), scratch_f32(16), scratch_f32(16), scratch_f32(16)
     n = 256 // group
     sigma2 = _sum_of_squares(x, 256)
@@ -114,6 +131,7 @@ def _encode_min(x: Any, importance: Any, q: Any, codes: Any, min_codes: Any, wei
     if weighted:
         d = search_positive(scales, sums, codes, n, top)
         dmin = search_positive(minimums, sums, min_codes, n, top)
+        _as_stored(codes, min_codes, top, limit)
     else:
         d = _share(scales, codes, n, top)
         dmin = _share(minimums, min_codes, n, top)
@@ -124,10 +142,10 @@ def _encode_min(x: Any, importance: Any, q: Any, codes: Any, min_codes: Any, wei
     return d, dmin
 
 
-# weights per group, greatest quant, greatest group scale, then search_min's first, step, n_step, absolute
-_Q2_K = (16, _3, _15, _F(-0.5), _F(0.1), 15, True)
-_Q4_K = (32, _15, _63, _F(-1.0), _F(0.1), 20, False)
-_Q5_K = (32, _31, _63, _F(-0.5), _F(0.1), 15, False)
+# weights per group, greatest quant, greatest scale code, limit of codes, search_min's first, step, n_step, absolute
+_Q2_K = (16, _3, _15, _255, _F(-0.5), _F(0.1), 15, True)
+_Q4_K = (32, _15, _63, _255, _F(-1.0), _F(0.1), 20, False)
+_Q5_K = (32, _31, _63, _63, _F(-0.5), _F(0.1), 15, False)
 
 
 @njit(inline="always")
