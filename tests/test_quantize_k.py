@@ -68,7 +68,7 @@ def test_nothing_is_written_beyond_the_last_block(n_rows: int) -> None:
 
 @pytest.mark.parametrize(("name", "seed"), [("Q2_K", 30301), ("Q4_K", 8512), ("Q5_K", 2065)])
 def test_scale_codes_that_outgrow_their_field(name: str, seed: int) -> None:
-    """The weighted search ends so in one of 10**4 super-blocks of wildly mixed sizes; the seeds were found by trying."""
+    """One of 10**4 super-blocks of wildly mixed sizes ends so, if weighted; the seeds were found by trying."""
     rng = np.random.default_rng(seed)
     x = (rng.standard_normal((1, 256)) * 10.0 ** rng.integers(-44, -1, (1, 256))).astype(np.float32)
     importance = (rng.random(256) ** 4 * (rng.random(256) < 0.5)).astype(np.float32)
