@@ -51,16 +51,18 @@ class Tensor(TensorInfo):
     offset: int
     file: MappedFile = field(repr=False, compare=False)
 
-    def blocks(self) -> NDArray[np.uint8]:
-        """Return the bytes as uint8[n_rows, row_bytes], little-endian, read-only.
+    def blocks(self, first: int = 0, end: int | None = None) -> NDArray[np.uint8]:
+        """Return the bytes of rows first .. end (all) as uint8[rows, row_bytes], little-endian, read-only.
 
         A view of the file, which is read when it is used; of a big-endian file a copy with every field swapped.
         """
-        data = self.file.bytes_at(self.offset, self.nbytes)
+        row_bytes = self.type.row_bytes(self.ne[0])
+        end = self.n_rows if end is None else end
+        data = self.file.bytes_at(self.offset + first * row_bytes, (end - first) * row_bytes)
         if self.file.order == ">":
             data = data.view(self.type.dtype.newbyteorder(">")).astype(self.type.dtype).view(np.uint8)
             data.flags.writeable = False
-        return data.reshape(self.n_rows, -1)
+        return data.reshape(end - first, row_bytes)
 
     def release(self, first: int = 0, end: int | None = None) -> None:
         """Tell the OS that the file's pages under rows first .. end (all) are not needed soon. Views stay valid."""

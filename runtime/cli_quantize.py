@@ -60,8 +60,9 @@ def main(model: str, rest: tuple[str, ...], dry_run: bool, threads: int | None, 
     limits = {"split_max_size": _size(given.pop("split_max_size")), "split_max_tensors": given.pop("split_max_tensors")}
     if given["keep_split"] and any(limits.values()):
         raise click.UsageError("give --keep-split or a limit of --split-max-..., not both")
+    allow_requantize = given.pop("allow_requantize")
     options = _options(rest[-1], **given)
-    from gguf_run.runtime.quantize_plan import make_plan, require_imatrix
+    from gguf_run.runtime.quantize_plan import check_plan, make_plan
 
     with GGUFFile.open(find_model(model)) as file:
         plan = make_plan(file, options)
@@ -70,7 +71,7 @@ def main(model: str, rest: tuple[str, ...], dry_run: bool, threads: int | None, 
         if dry_run:
             lines = _types(plan)
         else:
-            require_imatrix(plan)
+            check_plan(plan, allow_requantize)
             lines = _quantize(plan, Path(rest[0]), threads or default_threads(), limits)
         for line in lines:
             click.echo(line)
@@ -158,7 +159,6 @@ def _options(
     output_tensor_type: str | None,
     token_embedding_type: str | None,
     leave_output_tensor: bool,
-    allow_requantize: bool,
     override_kv: tuple[str, ...],
     prune_layers: str | None,
     keep_split: bool,
@@ -183,7 +183,6 @@ def _options(
         str(imatrix or ""),
         include_weights,
         exclude_weights,
-        allow_requantize,
         dict(_key_value(text) for text in override_kv),
         _layers(prune_layers),
         keep_split,

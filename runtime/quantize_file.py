@@ -73,7 +73,7 @@ def quantize_file(
         split_max_size=split_max_size,
         split_max_tensors=split_max_tensors,
         split=plan.split,
-        inputs={item.source.file.path for item in plan.items},
+        inputs=plan.inputs,
     )
     pool = ThreadPoolExecutor(n_threads)
     begun: deque[tuple[_Slab, Future[tuple[NDArray[np.uint8], Loss]]]] = deque()
@@ -110,7 +110,7 @@ def _slabs(plan: Plan) -> Iterator[_Slab]:
 def _run(slab: _Slab) -> tuple[NDArray[np.uint8], Loss]:
     """Return the blocks of a slab as they will be written, and what they lost."""
     item, source, type = slab.item, slab.item.source, slab.item.target.type
-    blocks = source.blocks()[slab.first : slab.end]
+    blocks = source.blocks(slab.first, slab.end)
     if source.type.dtype.kind == "i":
         return blocks, Loss()
     x = dequantize(blocks, source.type)
@@ -146,7 +146,7 @@ def _bad_weights(tensor: Tensor) -> GgufRunError:
     step = max(1, _SLAB // tensor.ne[0])
     count, first = 0, -1
     for row in range(0, tensor.n_rows, step):
-        n_bad, at = count_bad(dequantize(tensor.blocks()[row : row + step], tensor.type))
+        n_bad, at = count_bad(dequantize(tensor.blocks(row, min(row + step, tensor.n_rows)), tensor.type))
         if n_bad and first < 0:
             first = row * tensor.ne[0] + at
         count += n_bad

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,6 @@ class Options:
     imatrix_path: str = ""
     use_entries: tuple[str, ...] = ()
     skip_entries: tuple[str, ...] = ()
-    allow_requantize: bool = False
     metadata: Mapping[str, MetaValue] = field(default_factory=dict)
     prune: frozenset[int] = frozenset()
     keep_split: bool = False
@@ -54,17 +54,18 @@ class Item:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole job. split: numbers of tensors in each file to write, none: one file; notes: lines for the user."""
+    """The whole job. split: numbers of tensors in each file to write, none: one file; inputs: files that must not be
+    written; notes: lines for the user."""
 
     items: Sequence[Item]
     metadata: Mapping[str, MetaValue]
     split: Sequence[int]
+    inputs: Sequence[Path]
     notes: Sequence[str]
 
 
 def make_plan(file: GGUFFile, options: Options) -> Plan:
-    """Decide everything. GgufRunError for what cannot be done: quantized tensors without allow_requantize, a type that
-    needs an imatrix without one, an imatrix of another model; OptionError for a layer that does not exist."""
+    """Decide everything. GgufRunError for an imatrix of another model, OptionError for a layer that does not exist."""
     keys: dict[str, Any] = {**file.metadata, **{key: _plain(value) for key, value in options.metadata.items()}}
     layers = sorted({layer_order(name)[0] for name in file.tensors} - {-1})
     if missing := options.prune - set(layers):
@@ -82,10 +83,18 @@ def make_plan(file: GGUFFile, options: Options) -> Plan:
         Item(source, TensorInfo(weight.name, weight.ne, choice.type), choice, _importance(source, choice, importance))
         for source, weight, choice in zip(sources, weights, choices, strict=True)
     ]
-    _check(items, options, file)
+    if options.imatrix is not None and not any(name in options.imatrix.sums for name in file.tensors):
+        raise GgufRunError(
+            f"{options.imatrix_path}: none of its {len(options.imatrix.sums)} entries is a tensor of {file.path}: it "
+            "is of another model"
+        )
     metadata = _metadata(file, options, facts, kept, len(importance))
     parts = Counter(item.source.file.path for item in items)
-    return Plan(items, metadata, list(parts.values()) if options.keep_split else [], list(_notes(items, options)))
+    split = list(parts.values()) if options.keep_split else []
+    inputs = {tensor.file.path for tensor in file.tensors.values()}
+    if options.imatrix_path:
+        inputs.add(Path(options.imatrix_path))
+    return Plan(items, metadata, split, list(inputs), list(_notes(items, options)))
 
 
 def _plain(value: MetaValue) -> Any:
@@ -135,23 +144,15 @@ def _importance(
     )
 
 
-def _check(items: Sequence[Item], options: Options, file: GGUFFile) -> None:
-    again = [item for item in items if item.source.type.is_quantized and not item.is_copy]
-    if again and not options.allow_requantize:
+def check_plan(plan: Plan, allow_requantize: bool) -> None:
+    """GgufRunError for quantized tensors that would be converted without allow_requantize, and for a tensor whose type
+    is of no use without importance weights and that has none."""
+    again = [item.source for item in plan.items if item.source.type.is_quantized and not item.is_copy]
+    if again and not allow_requantize:
         raise GgufRunError(
-            f"{file.path}: {len(again)} tensors are quantized already, {quoted(again[0].source.name)} is "
-            f"{again[0].source.type.name}: start from an F16, BF16 or F32 file, or give --allow-requantize, which "
-            "costs quality"
+            f"{again[0].file.path}: {_tensors(len(again))} quantized already, {quoted(again[0].name)} is "
+            f"{again[0].type.name}: start from F16, BF16 or F32, or give --allow-requantize, which costs quality"
         )
-    if options.imatrix is not None and not any(name in options.imatrix.sums for name in file.tensors):
-        raise GgufRunError(
-            f"{options.imatrix_path}: none of its {len(options.imatrix.sums)} entries is a tensor of {file.path}: it "
-            "is of another model"
-        )
-
-
-def require_imatrix(plan: Plan) -> None:
-    """GgufRunError if a tensor's type is of no use without importance weights and there are none for it."""
     for item in plan.items:
         if item.choice.needs_imatrix and item.importance is None and not item.is_copy:
             raise GgufRunError(
@@ -191,10 +192,14 @@ def _notes(items: Sequence[Item], options: Options) -> Iterator[str]:
     )
     for (wanted, type, n), count in replaced.items():
         yield (
-            f"{count} tensors with rows of {n} weights cannot be {wanted.name}, whose blocks hold {wanted.block_size}: "
-            f"{type.name} instead"
+            f"{_tensors(count)} with rows of {n} weights cannot be {wanted.name}, whose blocks hold "
+            f"{wanted.block_size}: {type.name} instead"
         )
     if options.imatrix is not None:
         without = [i for i in items if i.importance is None and not i.is_copy and i.target.type.is_quantized]
         if without:
-            yield f"{len(without)} tensors have no importance weights, {quoted(without[0].target.name)} is the first"
+            yield f"{_tensors(len(without))} without importance weights, {quoted(without[0].target.name)} is the first"
+
+
+def _tensors(count: int) -> str:
+    return f"{count} tensor{'s' if count != 1 else ''}"

@@ -4,6 +4,7 @@ import shutil
 import tracemalloc
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -165,7 +166,7 @@ def test_imatrix(tmp_path: Path) -> None:
     path, values = imatrix(tmp_path / "imatrix.gguf", {name: (N_EXPERT, N_FF), "other.weight": (1, 7)})
     result = run(model, tmp_path / "out.gguf", "Q4_0", "--imatrix", path)
     assert result.exit_code == 0, result.output
-    assert '1 tensors have no importance weights, "blk.0.ffn_up.weight"' in result.stderr
+    assert '1 tensor without importance weights, "blk.0.ffn_up.weight"' in result.stderr
     with GGUFFile.open(tmp_path / "out.gguf") as file:
         expected = b"".join(reference(x[i], "Q4_0", values[name][i]) for i in range(N_EXPERT))
         assert file.tensors[name].blocks().tobytes() == expected != reference(x, "Q4_0")
@@ -219,8 +220,9 @@ def test_quantized_input(model: Path, tmp_path: Path) -> None:
     eight = tmp_path / "eight.gguf"
     done(model, eight, "Q8_0").close()
     line = refused(tmp_path, eight, tmp_path / "o.gguf", "Q4_0", "--pure")
-    assert 'eight.gguf: 11 tensors are quantized already, "output.weight" is Q8_0' in line
+    assert 'eight.gguf: 11 tensors quantized already, "output.weight" is Q8_0' in line
     assert "--allow-requantize" in line
+    assert run(eight, "Q4_0", "--dry-run").exit_code == 0
     with done(eight, tmp_path / "o.gguf", "Q4_0", "--allow-requantize", "--pure") as out, GGUFFile.open(eight) as file:
         source, target = (f.tensors["blk.0.ffn_up.weight"] for f in (file, out))
         assert target.blocks().tobytes() == reference(dequantize(source.blocks(), source.type), "Q4_0")
@@ -236,9 +238,7 @@ def test_quantized_input(model: Path, tmp_path: Path) -> None:
 def test_rows_that_blocks_do_not_divide(tmp_path: Path) -> None:
     path = write(tmp_path / "odd.gguf", META, [T("a.weight", (64, 3), "F16"), T("b.weight", (20, 3), "F32")])
     result = run(path, tmp_path / "o.gguf", "Q4_K", "-t", 1)
-    assert (
-        "note: 1 tensors with rows of 64 weights cannot be Q4_K, whose blocks hold 256: Q5_0 instead" in result.stderr
-    )
+    assert "note: 1 tensor with rows of 64 weights cannot be Q4_K, whose blocks hold 256: Q5_0 instead" in result.stderr
     assert "rows of 20 weights cannot be Q4_K, whose blocks hold 256: F16 instead" in result.stderr
     with GGUFFile.open(tmp_path / "o.gguf") as file:
         assert [tensor.type.name for tensor in file.tensors.values()] == ["Q5_0", "F16"]
@@ -248,6 +248,8 @@ def test_output_is_input(model: Path, tmp_path: Path) -> None:
     (tmp_path / "link.gguf").symlink_to(model)
     for out in (model, tmp_path / "link.gguf", tmp_path / "." / "model.gguf"):
         assert "is the file that is read: name another output" in refused(tmp_path, model, out, "Q8_0")
+    path, _ = imatrix(tmp_path / "imatrix.gguf", {"blk.0.ffn_up.weight": (1, N_EMBD)})
+    assert "is the file that is read" in refused(tmp_path, model, path, "Q8_0", "--imatrix", path)
 
 
 def test_disk_full(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,6 +265,8 @@ def test_disk_full(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert "but the disk has 0.00 GB left" in refused(tmp_path, model, out, "Q8_0")
     monkeypatch.setattr(GGUFWriter, "write", fail)
     assert "cannot be written: No space left on device" in refused(tmp_path, model, out, "Q8_0")
+    monkeypatch.setattr(GGUFWriter, "write", Mock(side_effect=KeyboardInterrupt))
+    refused(tmp_path, model, out, "Q8_0", code=130)
 
 
 def test_prune_layers(model: Path, tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 
 from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.formats.quantize import QUANTIZERS
 from gguf_run.formats.tensors import TensorInfo as Weight
 from gguf_run.formats.types import type_by_name
 from gguf_run.runtime.quantize_rules import (
     FILE_TYPES,
+    WRITABLE,
     ModelFacts,
     Overrides,
     choose_types,
@@ -155,6 +157,10 @@ def test_layer_of_an_expert_must_exist() -> None:
     with pytest.raises(GgufRunError, match=r"blk\.7\.ffn_down_exps\.weight.*blk\.3"):
         choose_types([Weight("blk.7.ffn_down_exps.weight", (256, 4, 2), F16)], ModelFacts("x", 4, 1, 2),
                      file_type("Q4_K_M"))  # fmt: skip
+
+
+def test_writable_types_are_those_of_the_codecs() -> None:
+    assert set(WRITABLE) == set(QUANTIZERS)
 
 
 def test_names_of_file_types() -> None:
