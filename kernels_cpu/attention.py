@@ -1,4 +1,4 @@
-"""Causal attention over a KV cache of f32 or f16, as flash attention in tiles of 32 positions and 4 query rows.
+"""Causal attention over a KV cache of f32 or f16, as flash attention: spans of positions, tiles of query rows.
 
 The cache of a layer (n_ctx and wide, V's head_dim, are filled up to pairs of panels, see memory.py):
 
@@ -18,20 +18,28 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from gguf_run.formats.jit import njit
+from gguf_run.kernels_cpu.attention_softmax import (
+    HEADROOM,
+    LOWEST,
+    SPAN,
+    exponentials,
+    hide,
+    lane_sum,
+    raise_maximum,
+    rise,
+    scale_vectors,
+)
+from gguf_run.kernels_cpu.attention_tile import FEW, FEW_VECTORS, TILE, VECTORS, score_tile, value_tile
 from gguf_run.kernels_cpu.memory import LANES
 from gguf_run.kernels_cpu.native import f32_at, i64_at
 from gguf_run.kernels_cpu.op import Op, items, n_pieces, op
 from gguf_run.kernels_cpu.panels import ROWS
 from gguf_run.kernels_cpu.quantize import quantize_if_wanted
 from gguf_run.kernels_cpu.simd import F16, F32, Simd, Val, kernel
-from gguf_run.kernels_cpu.tile import tile
 
-TILE = 4  # query rows of a tile
-SPAN = 64  # positions between two updates of the running maximum
-MAX_ROWS = 64  # query rows of a piece of work, if one token has no more
+MAX_ROWS = 64 // TILE * TILE  # query rows of a piece of work, if one token has no more
 _PIECES = 4  # pieces of work per thread that splitting the positions aims at
 _MIN_SPLIT = 128  # positions below which a split is not worth its merge
-_NEVER = np.float32(-1e30)  # the score of a position that is not seen; finite, so that differences are numbers
 
 
 @intrinsic(prefer_literal=True)
@@ -45,28 +53,11 @@ def _store(typing_context: Any, element_bytes: Any, address: Any, value: Any) ->
     return kernel(types.void(element_bytes, types.intp, types.float32), emit)
 
 
-@intrinsic
-def _softmax_row(typing_context: Any, scores: Any, state: Any) -> Any:
-    """One step of the running softmax over SPAN scores, which become exp(score - maximum).
-
-    state: address of f32 (maximum, sum), updated. Returns what earlier sums must be multiplied by.
-    """
-
-    def emit(s: Simd, scores: Val, state: Val) -> Val:
-        rows = [s.load(scores + 64 * i, F32, 16) for i in range(SPAN // 16)]
-        most = functools.reduce(s.maximum, rows)
-        old = s.load(state, F32)
-        new = s.maximum(s.fold(most, s.maximum), old)
-        rows = [s.exp(row - s.splat(new, 16)) for row in rows]
-        for i, row in enumerate(rows):
-            s.store(row, scores + 64 * i)
-        total = s.sum(functools.reduce(lambda a, b: a + b, rows))
-        factor = s.fold(s.exp(s.splat(old - new, 2)), lambda a, b: a)
-        s.store(new, state)
-        s.store(s.load(state + 4, F32) * factor + total, state + 4)
-        return factor
-
-    return kernel(types.float32(types.intp, types.intp), emit)
+@njit(inline="always")
+def scaled_copy(source, n, factor, to):  # type: ignore[no-untyped-def]
+    x, out = f32_at(source, n), f32_at(to, n)
+    for i in range(n):
+        out[i] = x[i] * factor
 
 
 @njit(inline="always")
@@ -92,9 +83,14 @@ def max_parts(nth: int) -> int:
     return 2 * _PIECES * nth
 
 
+def part_floats(wide: int, n_rep: int) -> int:
+    """f32 numbers of the result of a piece of work: sums, maxima and sums of exponentials of its rows."""
+    return -(-max_rows(n_rep) * (wide + 2) // ROWS) * ROWS
+
+
 def scratch_floats(head_dim: int, wide: int, n_rep: int) -> int:
-    """f32 numbers of scratch memory that a thread needs: q, scores and sums of its rows."""
-    return max_rows(n_rep) * (head_dim + SPAN + wide + 2) + SPAN
+    """f32 numbers of scratch memory that a thread needs: scores of a tile, and all that its rows need."""
+    return SPAN * TILE + part_floats(wide, n_rep) + max_rows(n_rep) * (ROWS + head_dim)
 
 
 @functools.cache
@@ -134,41 +130,41 @@ def attend(panel: int, element_bytes: int) -> Op:
 
     @op(
         "rows n_past n_head n_head_kv head_dim wide n_ctx window q q_stride cache_k cache_v out out_stride "
-        "parts part_bytes scratch scratch_stride zeros",
+        "parts part_bytes max_rows scratch scratch_stride",
         "scale",
     )
     def attend_rows(args, piece, ith, nth):  # type: ignore[no-untyped-def]
         a = carray(args, 1)[0]
         n_tokens, n_past, n = i64_at(a.rows, 1)[0], i64_at(a.n_past, 1)[0], a.head_dim
-        wide, n_rep = a.wide, a.n_head // a.n_head_kv
+        wide, n_rep, scale = a.wide, a.n_head // a.n_head_kv, np.float32(a.scale)
         per, n_blocks, n_split = _plan(n_tokens, n_past, n_rep, a.n_head_kv, a.window, nth)
         if piece < 0:
             return n_blocks * a.n_head_kv * n_split
-        scratch = a.scratch + ith * a.scratch_stride
         split, head = piece % n_split, piece // n_split % a.n_head_kv
-        block = piece // (n_split * a.n_head_kv)
+        # the last tokens see most: they come first, so that threads end together
+        block = n_blocks - 1 - piece // (n_split * a.n_head_kv)
         t0 = block * per
         n_rows = (min(n_tokens, t0 + per) - t0) * n_rep
-        n_fill = (n_rows + TILE - 1) // TILE * TILE
-        scores = scratch
-        queries = scores + n_fill * SPAN * 4
-        states = queries + n_fill * n * 4
-        sums = states + n_fill * 8
+        few = n_rows <= FEW
+        step, width = (FEW, FEW_VECTORS * ROWS) if few else (TILE, VECTORS * ROWS)
+        n_fill = (n_rows + step - 1) // step * step
+
+        scores = a.scratch + ith * a.scratch_stride
+        lane_sums = scores + TILE * SPAN * 4
+        queries = lane_sums + a.max_rows * ROWS * 4
+        sums = queries + a.max_rows * n * 4
         if n_split > 1:
-            sums = a.parts + piece * a.part_bytes
-            states = sums + n_fill * wide * 4
-        q = f32_at(queries, n_fill * n)
-        state, total = f32_at(states, n_fill * 2), f32_at(sums, n_fill * wide)
+            sums = a.parts + ((block * a.n_head_kv + head) * n_split + split) * a.part_bytes
+        most = sums + a.max_rows * wide * 4
+        q, lanes = f32_at(queries, n_fill * n), f32_at(lane_sums, n_fill * ROWS)
+        total, maxima = f32_at(sums, n_fill * wide), f32_at(most, n_fill)
+        q[:] = 0
         total[:] = 0
-        for r in range(n_fill):
-            state[2 * r], state[2 * r + 1] = _NEVER, 0
-            if r < n_rows:
-                at = a.q + (t0 + r // n_rep) * a.q_stride + (head * n_rep + r % n_rep) * n * 4
-                source = f32_at(at, n)
-                for i in range(n):
-                    q[r * n + i] = source[i] * np.float32(a.scale)
-            else:
-                q[r * n : r * n + n] = 0
+        lanes[:] = 0
+        maxima[:] = LOWEST
+        for r in range(n_rows):
+            source = a.q + (t0 + r // n_rep) * a.q_stride + (head * n_rep + r % n_rep) * n * 4
+            scaled_copy(source, n, scale, queries + r * n * 4)
 
         low, high = 0, n_past + t0 + n_rows // n_rep
         if a.window:
@@ -178,57 +174,54 @@ def attend(panel: int, element_bytes: int) -> Op:
         # a split's range is whole panels; rounding the first one down leaves the last one a little longer
         stop = high if split == n_split - 1 else min(high, start + length)
         while start < stop:
-            n_seen = min(SPAN, stop - start)
-            for r in range(0, n_fill, TILE):
-                for i in range(0, n_seen, LANES):
-                    tile(
-                        panel, 2, TILE,
-                        a.cache_k + (head * a.n_ctx + start + i) * n * element_bytes,
-                        ROWS * n * element_bytes, ROWS * element_bytes, n,
-                        queries + r * n * 4, n * 4,
-                        scores + (r * SPAN + i) * 4, SPAN * 4,
-                        a.zeros, 0,
-                    )  # fmt: skip
-            for r in range(n_fill):
-                row = f32_at(scores + r * SPAN * 4, SPAN)
-                position = n_past + t0 + min(r, n_rows - 1) // n_rep
-                since = max(0, position + 1 - a.window - start) if a.window else 0
-                until = min(n_seen, position + 1 - start)
-                for i in range(min(since, SPAN)):
-                    row[i] = _NEVER
-                for i in range(max(0, until), SPAN):
-                    row[i] = _NEVER
-                if since >= until:
-                    row[:] = 0
+            k = a.cache_k + (head * a.n_ctx + start) * n * element_bytes
+            v = a.cache_v + (head * a.n_ctx + start) * wide * element_bytes
+            next_k, next_v = k, v
+            if start + SPAN < stop:
+                next_k, next_v = k + SPAN * n * element_bytes, v + SPAN * wide * element_bytes
+            for r in range(0, n_fill, step):
+                # positions of the span that the first row and the last row of the tile see
+                first = n_past + t0 + r // n_rep + 1 - start
+                last = n_past + t0 + min(r + step - 1, n_rows - 1) // n_rep + 1 - start
+                n_seen = min(SPAN, stop - start, last)
+                if n_seen <= 0:
                     continue
-                factor = _softmax_row(scores + r * SPAN * 4, states + r * 8)
-                if factor != 1:
-                    for i in range(r * wide, r * wide + wide):
-                        total[i] *= factor
-            for r in range(0, n_fill, TILE):
-                for d in range(0, wide, LANES):
-                    sum_at = sums + (r * wide + d) * 4
-                    tile(
-                        panel, 2, TILE,
-                        a.cache_v + ((head * a.n_ctx + start) * wide + d) * element_bytes,
-                        ROWS * element_bytes, wide * element_bytes, n_seen,
-                        scores + r * SPAN * 4, SPAN * 4,
-                        sum_at, wide * 4,
-                        sum_at, wide * 4,
+                for i in range(0, n_seen, width):
+                    here = i * n * element_bytes
+                    score_tile(
+                        panel, few, queries + r * n * 4, k + here, ROWS * n * element_bytes, n, next_k + here,
+                        scores + i * 4,
+                    )  # fmt: skip
+                if min(first, stop - start) < SPAN or (a.window and last > a.window):
+                    for row in range(step):
+                        until = n_past + t0 + min(r + row, n_rows - 1) // n_rep + 1 - start
+                        since = until - a.window if a.window else 0
+                        hide(scores + row * SPAN * 4, since, min(until, stop - start))
+                if rise(scores, step, most + r * 4) > HEADROOM:
+                    for row in range(r, r + step):
+                        factor = raise_maximum(scores + (row - r) * SPAN * 4, most + row * 4)
+                        scale_vectors(sums + row * wide * 4, wide // ROWS, factor)
+                        scale_vectors(lane_sums + row * ROWS * 4, 1, factor)
+                exponentials(scores, step, most + r * 4, lane_sums + r * ROWS * 4)
+                for d in range(0, wide, width):
+                    value_tile(
+                        panel, few, scores, v + d * element_bytes, wide * element_bytes, n_seen,
+                        next_v + d * SPAN * element_bytes, sums + (r * wide + d) * 4, wide * 4,
                     )  # fmt: skip
             start += SPAN
-        if n_split == 1:
-            for r in range(n_rows):
-                out = f32_at(a.out + (t0 + r // n_rep) * a.out_stride + (head * n_rep + r % n_rep) * n * 4, n)
-                inverse = 1 / state[2 * r + 1]
-                for i in range(n):
-                    out[i] = total[r * wide + i] * inverse
+        for r in range(n_rows):
+            exponential_sum = lane_sum(lane_sums + r * ROWS * 4)
+            if n_split > 1:
+                f32_at(most + a.max_rows * 4, n_rows)[r] = exponential_sum
+                continue
+            out = a.out + (t0 + r // n_rep) * a.out_stride + (head * n_rep + r % n_rep) * n * 4
+            scaled_copy(sums + r * wide * 4, n, np.float32(1) / exponential_sum, out)
         return 0
 
     return attend_rows
 
 
-@op("rows n_past n_head n_head_kv head_dim wide window out out_stride parts part_bytes q8 q8_stride")
+@op("rows n_past n_head n_head_kv head_dim wide window out out_stride parts part_bytes max_rows q8 q8_stride")
 def merge(args, piece, ith, nth):  # type: ignore[no-untyped-def]
     """Put the parts of split positions together into out, and quantize out's rows if q8 is not 0."""
     a = carray(args, 1)[0]
@@ -239,23 +232,20 @@ def merge(args, piece, ith, nth):  # type: ignore[no-untyped-def]
         return n_pieces(n_tokens, 1, nth)
     first, end = items(piece, n_tokens, 1, nth)
     for t in range(first, end):
-        block = t // per
-        n_fill = ((min(n_tokens, block * per + per) - block * per) * n_rep + TILE - 1) // TILE * TILE
         for h in range(a.n_head if n_split > 1 else 0):
             row = t % per * n_rep + h % n_rep
-            base = (block * a.n_head_kv + h // n_rep) * n_split
-            most, total = _NEVER, np.float32(0)
+            part = a.parts + (t // per * a.n_head_kv + h // n_rep) * n_split * a.part_bytes
+            most, total = LOWEST, np.float32(0)
             for s in range(n_split):
-                state = f32_at(a.parts + (base + s) * a.part_bytes + (n_fill * wide + 2 * row) * 4, 2)
+                state = f32_at(part + s * a.part_bytes + (a.max_rows * wide + row) * 4, a.max_rows + 1)
                 most = max(most, state[0])
             out = f32_at(a.out + t * a.out_stride + h * n * 4, n)
             out[:] = 0
             for s in range(n_split):
-                part = a.parts + (base + s) * a.part_bytes
-                state = f32_at(part + (n_fill * wide + 2 * row) * 4, 2)
-                sums = f32_at(part + row * wide * 4, n)
+                state = f32_at(part + s * a.part_bytes + (a.max_rows * wide + row) * 4, a.max_rows + 1)
+                sums = f32_at(part + s * a.part_bytes + row * wide * 4, n)
                 weight = np.float32(math.exp(state[0] - most))
-                total += weight * state[1]
+                total += weight * state[a.max_rows]
                 for i in range(n):
                     out[i] += weight * sums[i]
             for i in range(n):

@@ -211,7 +211,7 @@ class CpuRecorder:
     def attention(self, q: CpuBuffer, k: CpuBuffer, v: CpuBuffer, cache: CpuCache, shape: Any, out: CpuBuffer) -> None:
         self._tape.keep.append(cache)
         n_rep, head_dim = shape.n_head // shape.n_head_kv, shape.head_dim
-        part_bytes = 4 * attn.max_rows(n_rep) * (cache.wide + 2)
+        part_bytes = 4 * attn.part_floats(cache.wide, n_rep)
         self._parts_bytes = max(self._parts_bytes, part_bytes * attn.max_parts(self._team.n_threads))
         self._scratch_bytes = max(self._scratch_bytes, 4 * attn.scratch_floats(head_dim, cache.wide, n_rep))
         step = {"rows": q.rows, "n_past": self._word(_N_PAST), "n_head_kv": shape.n_head_kv}
@@ -224,6 +224,7 @@ class CpuRecorder:
             "out_stride": out.stride,
             "parts": 0,
             "part_bytes": part_bytes,
+            "max_rows": attn.max_rows(n_rep),
         }
         self._record(
             attn.append(self._element_bytes),
@@ -238,7 +239,6 @@ class CpuRecorder:
             attn.attend(panel_id(self._cache_panel), self._element_bytes),
             q=q.address,
             q_stride=q.stride,
-            zeros=self._zeros.ctypes.data,
             scale=shape.scale,
             **step,
             **store,

@@ -119,6 +119,38 @@ def test_split_positions(heads: Heads, n_threads: int) -> None:
     case.check_chunks([250, *[1] * 12, 121, *[1] * 3, 3, 600, 1, 1, 64, *[1] * 4])
 
 
+@pytest.mark.parametrize(
+    "heads",
+    [Heads(4, 2, 64), Heads(9, 3, 80), Heads(5, 1, 96), Heads(8, 1, 128, 50), Heads(4, 1, 256), Heads(7, 7, 64, 64)],
+    ids=str,
+)
+def test_every_number_of_tokens(heads: Heads) -> None:
+    """Tiles, pieces and spans that end anywhere."""
+    case = Case(heads, 400, 2, "f16", n_batch=320)
+    case.check(0, 313)
+    for n_tokens in range(1, 71, 1 if heads.head_dim == 64 else 5):
+        case.check(7 * n_tokens % 241, n_tokens)
+
+
+def test_long_context() -> None:
+    case = Case(Heads(8, 2, 64), 5200, 2, "f16", n_batch=700)
+    for n_past in range(0, 4900, 700):
+        case.step.run(700, n_past, n_past)
+    for n_past, n_tokens in ((4900, 1), (4901, 9), (4910, 120), (5030, 1)):
+        case.check(n_past, n_tokens)
+
+
+@pytest.mark.parametrize("slope", [2.0**-6, 2.0**-3, 2.0, -(2.0**-3)])  # powers of two: scores are exact
+def test_maximum_that_moves(slope: float) -> None:
+    """Scores that rise from position to position: slower and faster than the kernel lets its maximum lag behind."""
+    heads = Heads(4, 1, 32, scale=1.0)
+    values = random_values(heads, 700)
+    values["q"][:] = np.float32(1 / 8)
+    values["k"][:] = np.float32(slope / 4) * np.arange(700, dtype=np.float32)[:, None]
+    case = Case(heads, values, 2, "f32", n_batch=700)
+    case.check_chunks([600, 1, 40, 1])
+
+
 def test_many_positions_for_few_tokens_in_a_batch() -> None:
     """Parts of positions and several blocks of tokens at once."""
     case = Case(Heads(16, 1, 32), 900, 3, "f32", n_batch=700)

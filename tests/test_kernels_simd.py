@@ -100,6 +100,16 @@ def test_exp(isa: Isa) -> None:
 
 
 @on_each_isa
+def test_bounded_exp(isa: Isa) -> None:
+    x = np.concatenate([np.linspace(-87, 12, 200001), [0.0, np.nan, -88, -1e30, -np.inf]]).astype(np.float32)
+    actual = convert(isa, lambda s, x: s.exp(x, bounded=True), x, np.float32)
+    expected = np.exp(x[:-4].astype(np.float64))
+    assert (np.abs(actual[:-4] / expected - 1) < 2e-7 + 1e-7 * np.abs(x[:-4])).all()
+    assert np.isnan(actual[-4])
+    assert ((actual[-3:] >= 0) & (actual[-3:] < 2e-38)).all()
+
+
+@on_each_isa
 def test_exp_beyond_its_range(isa: Isa) -> None:
     x = np.array([-87.31, -88, -1e3, -1e30, -np.inf, 88.1, 1e3, 1e30, np.inf], np.float32)
     actual = convert(isa, lambda s, x: s.exp(x), x, np.float32)
