@@ -10,6 +10,7 @@ from gguf_run.formats.dequantize import dequantize
 from gguf_run.formats.tensors import Tensor
 
 _CHUNK = 1 << 16  # weights: their float64 stay in the processor's cache; a multiple of every block
+_RELEASE = 256  # chunks between two calls that let the OS drop what was read
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,9 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[NDArray[np.uint8], ...]]:
     steps = [_CHUNK // tensor.type.block_size * tensor.type.type_size for tensor in tensors]
     for i in range(-(-tensors[0].n_elements // _CHUNK)):
         yield tuple(data[i * step : (i + 1) * step] for data, step in zip(blocks, steps, strict=True))
+        if i % _RELEASE == 0:
+            for tensor, step in zip(tensors, steps, strict=True):
+                tensor.file.release(tensor.offset, min((i + 1) * step, tensor.nbytes))
     for tensor in tensors:
         tensor.release()
 
