@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from gguf_run.formats.dequantize import converter
 from gguf_run.formats.errors import FormatError
 from gguf_run.formats.jit import njit
+from gguf_run.formats.quantize_blocks import Quantizer
 from gguf_run.formats.quantize_k import K_QUANTIZERS
-from gguf_run.formats.quantize_legacy import LEGACY_QUANTIZERS, Quantizer
+from gguf_run.formats.quantize_legacy import LEGACY_QUANTIZERS
 from gguf_run.formats.quantize_small import SMALL_QUANTIZERS
 from gguf_run.formats.types import TensorType, type_by_name
 

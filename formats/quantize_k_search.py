@@ -87,7 +87,7 @@ def search_min(x: Any, w: Any, q: Any, n: Any, nmax: Any, first: Any, step: Any,
         minimum = where(better, this_min, minimum)
     for i in range(n):
         q[i] = where(varied, quant(best_iscale * (x[i] - best_low), 0, nmax), 0)
-    return where(varied, scale, 0), 0 - minimum
+    return where(varied, scale, 0), minimum * np.float32(-1)
 
 
 @njit(forceinline=True)

@@ -1,6 +1,6 @@
-"""Little-endian numbers and small floats of a block, read and written, and C's ways to round: for use inside kernels.
+"""Little-endian numbers and small floats read from the bytes of a block, for use inside kernels.
 
-All float coding is integer arithmetic on the bits, so it gives the same result on every processor: subnormals, signed
+All float decoding is integer arithmetic on the bits, so it gives the same result on every processor: subnormals, signed
 zeros, infinities and NaN included.
 """
 
@@ -24,7 +24,7 @@ def u32(block: Any, at: int) -> Any:
 
 
 @njit(forceinline=True)
-def f32_of(bits: Any) -> Any:
+def _f32_of(bits: Any) -> Any:
     """The f32 with these bits."""
     return np.uint32(bits).view(np.float32)
 
@@ -40,7 +40,7 @@ def half_to_f32(h: Any) -> Any:
     bits = (magnitude << 13) + (112 << 23)
     if magnitude >= 0x7C00:  # inf, NaN: the exponent stays all ones
         bits = (magnitude << 13) | 0x7F800000
-    value = f32_of(bits | (h & 0x8000) << 16)
+    value = _f32_of(bits | (h & 0x8000) << 16)
     if magnitude < 0x0400:  # subnormal, zero: m * 2**-24
         value = np.float32(np.int32(magnitude)) * np.float32(-(2.0**-24) if h & 0x8000 else 2.0**-24)
     return value
@@ -55,14 +55,14 @@ def f16(block: Any, at: int) -> Any:
 @njit(forceinline=True)
 def f32(block: Any, at: int) -> Any:
     """The f32 at bytes at .. at+3 of block uint8[:]."""
-    return f32_of(u32(block, at))
+    return _f32_of(u32(block, at))
 
 
 @njit(forceinline=True)
 def e8m0_half(e: Any) -> Any:
     """Half of the power of two that an OCP MX scale byte means: 2**(e - 128). e of 0 and 1 give subnormals."""
     e = np.int64(e)
-    return f32_of(0x00200000 << e if e < 2 else (e - 1) << 23)
+    return _f32_of(0x00200000 << e if e < 2 else (e - 1) << 23)
 
 
 @njit(forceinline=True)
@@ -75,7 +75,7 @@ def ue4m3_half(x: Any) -> Any:
     if exponent == 0:
         return np.float32(mantissa) * np.float32(2.0**-10)
     # (1 + mantissa / 8) * 2**(exponent - 7) / 2, put together from its bits
-    return f32_of((exponent + 119) << 23 | (mantissa << 20))
+    return _f32_of((exponent + 119) << 23 | (mantissa << 20))
 
 
 @njit(forceinline=True)
@@ -89,39 +89,3 @@ def half_bits(value: Any) -> Any:
         half = np.int64(np.float32(rest.view(np.float32) + np.float32(0.5)).view(np.int32)) - 0x3F000000
     half = 0x7E00 if rest > 0x7F800000 else min(half, 0x7C00)
     return np.uint16(bits >> 16 & 0x8000 | half)
-
-
-@njit(forceinline=True)
-def put_u16(block: Any, at: int, value: Any) -> None:
-    """Store the low 16 bits of an integer at bytes at, at+1 of block uint8[:]."""
-    block[at] = value & 255
-    block[at + 1] = value >> 8 & 255
-
-
-@njit(forceinline=True)
-def nearest_int(value: Any) -> Any:
-    """ggml's rounding, halves to even, as int32: the sum with 1.5 * 2**23 has the integer in its mantissa.
-
-    Beyond 2**22 its result is no integer near value, but which number it is shows in files: these are its bits.
-    """
-    bits = np.float32(np.float32(value) + np.float32(12582912.0)).view(np.int32)
-    return np.int32((bits & 0x007FFFFF) - 0x00400000)
-
-
-@njit(forceinline=True)
-def c_int(value: Any) -> Any:
-    """An f32 as int32, fraction cut off; 0 instead of infinity, NaN and all that does not fit.
-
-    x86 makes those -2**31, whose low byte, all that a quantizer keeps, is 0 too.
-    """
-    return np.int32(value) if abs(value) < np.float32(2.0**31) else np.int32(0)
-
-
-@njit(forceinline=True)
-def roundf(value: Any) -> Any:
-    """C's roundf then `c_int`: halves away from zero, for |value| < 2**22.
-
-    Adding the number before 0.5 and cutting off, since 0.49999997 + 0.5 is 1.
-    """
-    below_half = np.float32(0.49999997)
-    return c_int(value + (below_half if value >= np.float32(0) else -below_half))
