@@ -89,7 +89,7 @@ def requantize(
         )
     weights = _checked(importance, n)
     n_rows = math.prod(blocks.shape[:-1])
-    src = np.ascontiguousarray(blocks).reshape(n_rows, -1)
+    src = np.ascontiguousarray(blocks).reshape(n_rows, blocks.shape[-1])
     src.flags.writeable = False  # one compiled version serves mapped files and arrays
     out = np.empty((n_rows, type.row_bytes(n)), np.uint8)
     convert, quantizer = converter(source), QUANTIZERS[type.name]
@@ -120,7 +120,7 @@ def requantize(
             f"{n_bad} of {n_rows * n} weights are NaN or infinite and cannot be quantized, the first at index {first} "
             f"(row {first // n}, column {first % n})"
         )
-    return out.reshape(*blocks.shape[:-1], -1)
+    return out.reshape(*blocks.shape[:-1], out.shape[-1])
 
 
 def _checked(importance: NDArray[np.float32] | None, n: int) -> NDArray[np.float32]:

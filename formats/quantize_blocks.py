@@ -7,20 +7,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.jit import njit, specialize
-from gguf_run.formats.lanes import LANES, f32, fabs, numbers, scratch_f32, scratch_u8, sqrt, to_int, where
+from gguf_run.formats.lanes import LANES, f32, fabs, numbers, scratch_f32, scratch_u8, to_int, where
 from gguf_run.formats.types import type_by_name
 
 # (rows of n weights x f32[n_rows * n], n, importance f32[n] or f32[0], blocks out u8[:]) -> None: one thread, no GIL
 Quantizer = Callable[[NDArray[np.float32], int, NDArray[np.float32], NDArray[np.uint8]], None]
 
 _ROWS = 8  # rows whose sums are added up side by side
-
-
-@njit(forceinline=True)
-def weigh(x: Any, importance: Any, w: Any, n: Any, sigma2: Any) -> None:
-    """w = importance * sqrt(sigma2 + x**2)."""
-    for i in range(n):
-        w[i] = importance[i] * sqrt(sigma2 + x[i] * x[i])
 
 
 @njit(forceinline=True)
@@ -69,8 +62,9 @@ def _quantize(x: Any, n: Any, importance: Any, out: Any) -> None:
         means = _mean_squares(x, n) if weighted else np.zeros(len(x) // n, np.float32)
     n_blocks = len(x) // BLOCK_SIZE
     for first in range(0, n_blocks, LANES):
-        for lane in range(LANES):
-            at = min(first + lane, n_blocks - 1) * BLOCK_SIZE  # lanes without a block repeat the last one
+        n_lanes = min(LANES, n_blocks - first)  # the others are worked on too, with what they held before
+        for lane in range(n_lanes):
+            at = (first + lane) * BLOCK_SIZE
             for i in range(BLOCK_SIZE):
                 numbers_x[i * LANES + lane] = x[at + i]
             if weighted:
@@ -82,7 +76,7 @@ def _quantize(x: Any, n: Any, importance: Any, out: Any) -> None:
             encode(xs, ws, mean[0], q, block, weighted)
         else:
             encode(xs, ws, q, block, weighted)
-        for lane in range(min(LANES, n_blocks - first)):
+        for lane in range(n_lanes):
             for i in range(TYPE_SIZE):
                 out[(first + lane) * TYPE_SIZE + i] = octets[i * LANES + lane]
 

@@ -4,26 +4,24 @@ Every lane (see lanes.py) works on a super-block of its own. The reference build
 prebuilt llama.cpp) are compiled without fused multiply-adds and agree with each other in every byte.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from gguf_run.formats.jit import njit, specialize
+from gguf_run.formats.jit import njit
 from gguf_run.formats.lanes import (
-    LANES,
     f32,
     fabs,
-    numbers,
     offset,
     scratch_f32,
-    scratch_u8,
     sqrt,
     to_float,
     to_int,
     where,
 )
+from gguf_run.formats.quantize_blocks import Quantizer, block_quantizer
 from gguf_run.formats.quantize_k_pack import (
     half,
     half_to_f32,
@@ -44,29 +42,12 @@ from gguf_run.formats.quantize_k_search import (
     search_positive,
     search_signed,
     search_signed_3bit,
+    sum_of_squares,
+    weigh,
 )
-from gguf_run.formats.types import type_by_name
 
 _F = np.float32
 _0, _3, _4, _15, _31, _32, _63, _127, _128, _255, _256 = (_F(n) for n in (0, 3, 4, 15, 31, 32, 63, 127, 128, 255, 256))
-
-
-@njit(forceinline=True)
-def _sum_of_squares(x: Any, n: Any) -> Any:
-    total = f32(0)
-    for i in range(n):
-        total += x[i] * x[i]
-    return total
-
-
-@njit(forceinline=True)
-def _weigh(x: Any, importance: Any, w: Any, n: Any, sigma2: Any) -> Any:
-    """w = importance * sqrt(sigma2 + x**2); returns its sum."""
-    total = f32(0)
-    for i in range(n):
-        w[i] = importance[i] * sqrt(sigma2 + x[i] * x[i])
-        total += w[i]
-    return total
 
 
 @njit(forceinline=True)
@@ -112,18 +93,18 @@ def _encode_min(x: Any, importance: Any, q: Any, codes: Any, min_codes: Any, wei
     group, nmax, top, limit, first, step, n_step, absolute = form
     w, scales, minimums, sums = scratch_f32(32), scratch_f32(16), scratch_f32(16), scratch_f32(16)
     n = 256 // group
-    sigma2 = _sum_of_squares(x, 256)
+    sigma2 = sum_of_squares(x, 256)
     sigma2 = (sigma2 if absolute else 2 * sigma2) / _256
     if weighted:
         first, step, n_step, absolute = _F(-0.9), _F(0.05), 36, False
     for j in range(n):
         xj = offset(x, j * group)
         if weighted:
-            sums[j] = _weigh(xj, offset(importance, j * group), w, group, sigma2)
+            sums[j] = weigh(xj, offset(importance, j * group), w, group, sigma2)
         else:
             mean = f32(0)
             if not absolute:
-                mean = sqrt(_sum_of_squares(xj, group) / _F(group))
+                mean = sqrt(sum_of_squares(xj, group) / _F(group))
             for i in range(group):
                 w[i] = mean + fabs(xj[i])
         qj = offset(q, j * group)
@@ -186,11 +167,11 @@ def _encode_q5_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> 
 @njit(inline="always")
 def _encode_q3_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> None:
     w, scales, codes, sums = scratch_f32(16), scratch_f32(16), scratch_f32(16), scratch_f32(16)
-    sigma2 = 2 * _sum_of_squares(x, 256) / _256
+    sigma2 = 2 * sum_of_squares(x, 256) / _256
     for j in range(16):
         xj, qj = offset(x, 16 * j), offset(q, 16 * j)
         if weighted:
-            sums[j] = _weigh(xj, offset(importance, 16 * j), w, 16, sigma2)
+            sums[j] = weigh(xj, offset(importance, 16 * j), w, 16, sigma2)
             scales[j] = search_signed(xj, w, qj, 16, _4)
         else:
             for i in range(16):
@@ -241,37 +222,9 @@ def _encode_q6_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> 
     put_half(block, 208, d)
 
 
-# Placeholders: specialize() gives a type's own values.
-TYPE_SIZE = 0
-encode: Any = None
-
-
-def _quantize(x: Any, n: Any, importance: Any, out: Any) -> None:
-    """Rows of n weights x f32[n_rows * n], importance f32[n] or f32[0] -> blocks out u8[:]. One thread, no GIL."""
-    xs, ws, q, block = scratch_f32(256), scratch_f32(256), scratch_f32(256), scratch_u8(TYPE_SIZE)
-    numbers_x, numbers_w, octets = numbers(xs), numbers(ws), numbers(block)
-    n_blocks = len(x) // 256
-    for first in range(0, n_blocks, LANES):
-        for lane in range(LANES):
-            at = min(first + lane, n_blocks - 1) * 256  # lanes without a block repeat the last one
-            for i in range(256):
-                numbers_x[i * LANES + lane] = x[at + i]
-            if len(importance):
-                for i in range(256):
-                    numbers_w[i * LANES + lane] = importance[at % n + i]
-        encode(xs, ws, q, block, len(importance) > 0)
-        for lane in range(min(LANES, n_blocks - first)):
-            for i in range(TYPE_SIZE):
-                out[(first + lane) * TYPE_SIZE + i] = octets[i * LANES + lane]
-
-
-def _quantizer(name: str, encode: Any) -> Callable[..., None]:
-    return specialize(_quantize, name, encode=encode, TYPE_SIZE=type_by_name(name).type_size)
-
-
-K_QUANTIZERS: Mapping[str, Callable[..., None]] = MappingProxyType(
+K_QUANTIZERS: Mapping[str, Quantizer] = MappingProxyType(
     {
-        name: _quantizer(name, encode)
+        name: block_quantizer(name, encode)
         for name, encode in (
             ("Q2_K", _encode_q2_k),
             ("Q3_K", _encode_q3_k),

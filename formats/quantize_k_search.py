@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gguf_run.formats.jit import njit
-from gguf_run.formats.lanes import any_lane, bits, f32, fabs, from_bits, to_float, to_int, where
+from gguf_run.formats.lanes import any_lane, bits, f32, fabs, from_bits, sqrt, to_float, to_int, where
 
 EPS = np.float32(1e-15)  # a group whose largest weight is below it counts as zero
 _TENTH = np.float32(0.1)
@@ -33,6 +33,24 @@ def quant(v: Any, lowest: Any, highest: Any) -> Any:
     v = nearest(v)
     v = where(v > lowest, v, lowest)
     return where(v < highest, v, highest)
+
+
+@njit(forceinline=True)
+def sum_of_squares(x: Any, n: Any) -> Any:
+    total = f32(0)
+    for i in range(n):
+        total += x[i] * x[i]
+    return total
+
+
+@njit(forceinline=True)
+def weigh(x: Any, importance: Any, w: Any, n: Any, sigma2: Any) -> Any:
+    """w = importance * sqrt(sigma2 + x**2); returns its sum."""
+    total = f32(0)
+    for i in range(n):
+        w[i] = importance[i] * sqrt(sigma2 + x[i] * x[i])
+        total += w[i]
+    return total
 
 
 @njit(forceinline=True)

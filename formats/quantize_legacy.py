@@ -12,9 +12,9 @@ import numpy as np
 
 from gguf_run.formats.jit import clone, njit
 from gguf_run.formats.lanes import scratch_f32, to_float, to_int, where
-from gguf_run.formats.quantize_blocks import Quantizer, block_quantizer, cut, roundf, weigh
+from gguf_run.formats.quantize_blocks import Quantizer, block_quantizer, cut, roundf
 from gguf_run.formats.quantize_k_pack import half, put, put_half
-from gguf_run.formats.quantize_k_search import largest, search_min, search_signed
+from gguf_run.formats.quantize_k_search import largest, search_min, search_signed, weigh
 
 _F = np.float32
 BITS = 0  # a placeholder

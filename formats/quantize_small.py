@@ -13,9 +13,9 @@ import numpy as np
 from gguf_run.formats import grids
 from gguf_run.formats.jit import njit
 from gguf_run.formats.lanes import LANES, f32, fabs, from_bits, numbers, offset, scratch_f32, to_float, to_int, where
-from gguf_run.formats.quantize_blocks import Quantizer, block_quantizer, roundf, weigh
+from gguf_run.formats.quantize_blocks import Quantizer, block_quantizer, roundf
 from gguf_run.formats.quantize_k_pack import half, put, put_crumbs, put_half
-from gguf_run.formats.quantize_k_search import EPS, largest, quant
+from gguf_run.formats.quantize_k_search import EPS, largest, quant, sum_of_squares, weigh
 from gguf_run.formats.scalars import half_bits
 
 _F = np.float32
@@ -93,17 +93,9 @@ def _put_iq4(block: Any, at: Any, x: Any, inverse: Any) -> None:
         put(block, at + i, _iq4_code(inverse * x[i]) | _iq4_code(inverse * x[16 + i]) << 4)
 
 
-@njit(forceinline=True)
-def _twice_mean_square(x: Any, n: Any) -> Any:
-    total = f32(0)
-    for i in range(n):
-        total += x[i] * x[i]
-    return total * (_F(2) / _F(n))
-
-
 @njit(inline="always")
 def _encode_iq4_nl(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> None:
-    _iq4_weights(x, importance, q, _twice_mean_square(x, 32), weighted)
+    _iq4_weights(x, importance, q, sum_of_squares(x, 32) * _F(2 / 32), weighted)
     d = _iq4_scale(x, q)
     put_half(block, 0, half(d))
     _put_iq4(block, 2, x, where(d != 0, 1 / d, 0))
@@ -112,7 +104,7 @@ def _encode_iq4_nl(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -
 @njit(inline="always")
 def _encode_iq4_xs(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> None:
     scales = scratch_f32(8)
-    sigma2 = _twice_mean_square(x, 256)
+    sigma2 = sum_of_squares(x, 256) * _F(2 / 256)
     for g in range(8):
         _iq4_weights(offset(x, 32 * g), offset(importance, 32 * g), q, sigma2, weighted)
         scales[g] = _iq4_scale(offset(x, 32 * g), q)
