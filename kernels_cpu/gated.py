@@ -19,8 +19,8 @@ _GELU = 1.5957691216057308  # 2 * sqrt(2 / pi)
 
 # Both activations are x * sigmoid(f(x)): silu with f(x) = x, gelu's tanh form with f(x) = _GELU * (x + 0.044715 x^3).
 @intrinsic(prefer_literal=True)
-def _gated_row(typing_context: Any, gelu: Any, gate: Any, up: Any, out: Any, n_vectors: Any) -> Any:
-    """16 columns at a time."""
+def gated_row(typing_context: Any, gelu: Any, gate: Any, up: Any, out: Any, n_vectors: Any) -> Any:
+    """16 columns at a time; gelu: literal place in ACTIVATIONS, the others addresses."""
 
     def emit(s: Simd, gate: Val, up: Val, out: Val, n_vectors: Val) -> None:
         def body(i: Val, none: list[Val]) -> list[Val]:
@@ -52,7 +52,7 @@ def gated(activation: str) -> Op:
             n = min(_PIECE, a.n - start)
             gate, up = a.gate + t * a.gate_stride + start * 4, a.up + t * a.up_stride + start * 4
             out = a.out + t * a.out_stride + start * 4
-            _gated_row(gelu, gate, up, out, n // 16)
+            gated_row(gelu, gate, up, out, n // 16)
             g, u, o = f32_at(gate, n), f32_at(up, n), f32_at(out, n)
             for i in range(n // 16 * 16, n):
                 f = _GELU * (g[i] + 0.044715 * g[i] * g[i] * g[i]) if gelu else g[i]

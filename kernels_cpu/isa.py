@@ -11,7 +11,8 @@ from numba.core import config
 class Isa:
     """One row of the table. name: for people. needs: LLVM feature names, all required. dot: see lowering.py.
 
-    lanes: rows of a panel that a tile of several tokens works on at a time; its sums must stay in registers.
+    lanes, panels: rows of a panel, and panels, that a tile of several tokens works on at a time; its sums must stay in
+    registers, and each activation that is loaded should meet many weights.
     signed_bytes: dot products take signed bytes on both sides. f16c: the CPU converts halves itself. fma: fused
     multiply-add is one instruction.
     """
@@ -20,6 +21,7 @@ class Isa:
     needs: frozenset[str]
     dot: str
     lanes: int
+    panels: int
     signed_bytes: bool
     f16c: bool
     fma: bool
@@ -32,14 +34,15 @@ ISAS = (
         frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "f16c", "fma"}),
         "vnni512",
         lanes=16,
+        panels=2,
         signed_bytes=False,
         f16c=True,
         fma=True,
     ),
-    Isa("AVX-VNNI", frozenset({"avx2", "avxvnni", "f16c", "fma"}), "vnni256", 8, False, True, True),
-    Isa("AVX2", frozenset({"avx2", "f16c", "fma"}), "avx2", 8, True, True, True),
-    Isa("NEON dotprod", frozenset({"neon", "dotprod"}), "neon", 8, True, True, True),
-    Isa("generic", frozenset(), "generic", 4, False, False, False),
+    Isa("AVX-VNNI", frozenset({"avx2", "avxvnni", "f16c", "fma"}), "vnni256", 8, 1, False, True, True),
+    Isa("AVX2", frozenset({"avx2", "f16c", "fma"}), "avx2", 8, 1, True, True, True),
+    Isa("NEON dotprod", frozenset({"neon", "dotprod"}), "neon", 8, 1, True, True, True),
+    Isa("generic", frozenset(), "generic", 4, 1, False, False, False),
 )
 
 

@@ -5,13 +5,14 @@ import functools
 from numba import carray
 
 from gguf_run.formats.jit import njit
+from gguf_run.kernels_cpu import isa
 from gguf_run.kernels_cpu.native import f32_at, i64_at
 from gguf_run.kernels_cpu.op import Op, n_shrinking, op, shrinking
-from gguf_run.kernels_cpu.panels import ROWS
+from gguf_run.kernels_cpu.panels import PANELS, ROWS, IntPanel
 from gguf_run.kernels_cpu.tile import tile
 
 TOKENS = 4  # tokens of a tile. A batch is computed in whole tiles: buffers have rows for the rest, whatever is in them
-_PIECE_BYTES = 16384  # one token: weights that a thread takes at a time, at least
+PIECE_BYTES = 16384  # one token: weights that a thread takes at a time, at least
 _GROUPS, _TILES = 8, 16  # a batch: panels and tiles of a piece, so that the panels stay in the second-level cache
 
 
@@ -23,6 +24,12 @@ def _add_bias(bias, out, out_stride, n_tokens, g, lanes):  # type: ignore[no-unt
             row[r] += f32_at(bias, (g + 1) * ROWS)[g * ROWS + r]
 
 
+def tile_panels(panel: int) -> int:
+    """Panels of a tile of several tokens. Scales with a shared factor need too many registers for two."""
+    shape = PANELS[panel]
+    return 1 if isinstance(shape, IntPanel) and shape.scales.shared else isa.current().panels
+
+
 @functools.cache
 def matmul(panel: int) -> Op:
     """The op for one panel, a number of PANELS.
@@ -32,7 +39,7 @@ def matmul(panel: int) -> Op:
     residual_group is the bytes from one panel's columns to the next's. bias: f32[n_out] or 0. scratch: per thread, for
     TOKENS * 16 floats.
     """
-    tokens = TOKENS
+    tokens, panels = TOKENS, tile_panels(panel)
 
     @op(
         "rows n_out n_steps step_bytes group_bytes w x x_stride out out_stride "
@@ -46,26 +53,29 @@ def matmul(panel: int) -> Op:
         tail = a.n_out % ROWS
         spare = a.scratch + ith * a.scratch_stride
         if n_tokens == 1:
-            n_piece = n_shrinking(n_group, max(1, _PIECE_BYTES // a.group_bytes), nth)
+            n_piece = n_shrinking(n_group, max(1, PIECE_BYTES // a.group_bytes), nth)
             t0, tiles = 0, 1
             g0, g1 = shrinking(piece, n_group, n_piece)
         else:
             groups, tiles = min(_GROUPS, max(1, n_group // (2 * nth))), _TILES
+            groups = (groups + panels - 1) // panels * panels
             across = (n_group + groups - 1) // groups
             n_piece = across * ((n_tile + tiles - 1) // tiles)
             g0, t0 = piece % across * groups, piece // across * tiles
             g1 = min(g0 + groups, n_group)
         if piece < 0:
             return n_piece
+        count = 1 if n_tokens == 1 else tokens
         for t in range(t0, min(t0 + tiles, n_tile)):
             first = t * tokens
             x = a.x + first * a.x_stride
-            for g in range(g0, g1):
+            g = g0
+            while g < g1:
                 w = a.w + g * a.group_bytes
                 out = a.out + first * a.out_stride + g * ROWS * 4
                 init = a.residual + first * a.residual_stride + g * a.residual_group
                 init_stride, to, to_stride, lanes = a.residual_stride, out, a.out_stride, ROWS
-                count = 1 if n_tokens == 1 else tokens
+                n_here = 1
                 if tail and g == n_group - 1:
                     # fewer than 16 rows are left: the tile goes through spare memory
                     lanes, to, to_stride = tail, spare, ROWS * 4
@@ -74,19 +84,25 @@ def matmul(panel: int) -> Op:
                         for r in range(tail):
                             row[r] = source[r]
                     init, init_stride = spare, ROWS * 4
+                elif n_tokens > 1 and g + panels <= g1 - (tail > 0 and g1 == n_group):
+                    n_here = panels
                 if n_tokens == 1:
                     tile(panel, 1, 1, w, 0, a.step_bytes, a.n_steps, x, a.x_stride, to, to_stride, init, init_stride)
                 else:
+                    next_w = a.group_bytes if n_here > 1 else 0
                     tile(
-                        panel, 1, tokens, w, 0, a.step_bytes, a.n_steps, x, a.x_stride, to, to_stride, init, init_stride
-                    )
+                        panel, panels, tokens, w, next_w, a.step_bytes, a.n_steps,
+                        x, a.x_stride, to, to_stride, init, init_stride,
+                    )  # fmt: skip
                 if lanes != ROWS:
                     for i in range(count):
                         row, source = f32_at(out + i * a.out_stride, lanes), f32_at(spare + i * ROWS * 4, lanes)
                         for r in range(lanes):
                             row[r] = source[r]
                 if a.bias:
-                    _add_bias(a.bias, out, a.out_stride, count, g, lanes)
+                    for p in range(n_here):
+                        _add_bias(a.bias, out + p * ROWS * 4, a.out_stride, count, g + p, lanes)
+                g += n_here
         return 0
 
     return matmul_panel

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from gguf_run.kernels_cpu import attention as attn
 from gguf_run.kernels_cpu.gated import gated
 from gguf_run.kernels_cpu.matmul import TOKENS, matmul
+from gguf_run.kernels_cpu.matmul_gated import SCRATCH_BYTES, matmul_gated
 from gguf_run.kernels_cpu.memory import LANES, CpuBuffer, CpuCache, CpuTable, CpuWeight, aligned
 from gguf_run.kernels_cpu.observe import CpuSquares, observe
 from gguf_run.kernels_cpu.op import Op
-from gguf_run.kernels_cpu.panels import ROWS, IntPanel, Panel, panel_id
+from gguf_run.kernels_cpu.panels import BLOCK, ROWS, IntPanel, Panel, panel_id
 from gguf_run.kernels_cpu.quantize import quantize
 from gguf_run.kernels_cpu.rms_norm import rms_norm
 from gguf_run.kernels_cpu.rope import angles, rope
@@ -54,6 +55,7 @@ class CpuRecorder:
         self._parted: list[NDArray[np.void]] = []
         self._angles: dict[int, NDArray[np.float32]] = {}
         self._known: dict[int, dict[tuple[int, int], _Activations]] = {}
+        self._wide: dict[tuple[bool, int], CpuBuffer] = {}
         self._q8: dict[tuple[int, int], NDArray[np.uint8]] = {}
 
     # recording
@@ -157,10 +159,7 @@ class CpuRecorder:
         self._tape.keep += [weight, bias]
         for part in weight.parts:
             panel = part.panel
-            if isinstance(panel, IntPanel):
-                rows, x_stride = self._quantized(x).ctypes.data, 2 * x.width
-            else:
-                rows, x_stride = x.address, x.stride
+            rows, x_stride = self._rows(x, panel)
             self._record(
                 matmul(panel_id(panel)),
                 rows=x.rows,
@@ -179,6 +178,49 @@ class CpuRecorder:
                 bias=bias.ctypes.data + 4 * part.first if bias is not None else 0,
             )
         self._written(out)
+
+    def matmul_gated(
+        self,
+        x: CpuBuffer,
+        weight: CpuWeight,
+        out: CpuBuffer,
+        activation: str,
+        *,
+        bias: NDArray[np.float32] | None = None,
+    ) -> None:
+        n_ff, parts = weight.n_out // 2, weight.parts
+        if bias is not None or len(parts) > 1 or n_ff % BLOCK:
+            wide = self._wide.setdefault((self._body >= 0, weight.n_out), self.buffer(weight.n_out))
+            self.matmul(x, weight, wide, bias=bias)
+            self.gated(wide.columns(0, n_ff), wide.columns(n_ff, n_ff), out, activation)
+            return
+        self._tape.keep.append(weight)
+        self._scratch_bytes = max(self._scratch_bytes, SCRATCH_BYTES)
+        panel = parts[0].panel
+        rows, x_stride = self._rows(x, panel)
+        arguments = self._record(
+            matmul_gated(panel_id(panel), activation),
+            rows=x.rows,
+            n_out=n_ff,
+            n_steps=weight.n_in // panel.columns,
+            step_bytes=panel.step_bytes,
+            group_bytes=panel.group_bytes(weight.n_in),
+            w=parts[0].data.ctypes.data,
+            x=rows,
+            x_stride=x_stride,
+            out=out.address,
+            out_stride=out.stride,
+            q8=0,
+            q8_stride=0,
+            zeros=self._zeros.ctypes.data,
+        )
+        self._written(out, arguments)
+
+    def _rows(self, x: CpuBuffer, panel: Panel) -> tuple[int, int]:
+        """Address and stride of x's rows in the form that a panel is multiplied with."""
+        if isinstance(panel, IntPanel):
+            return self._quantized(x).ctypes.data, 2 * x.width
+        return x.address, x.stride
 
     def rope(self, x: CpuBuffer, rope_: Any, head_dim: int) -> None:
         n_half = rope_.n_rot // 2

@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 
 from gguf_run.kernels_cpu.int_tile import int_tile
 from gguf_run.kernels_cpu.panels import PANELS, ROWS, FloatPanel, IntPanel
-from gguf_run.kernels_cpu.simd import F32, I16, I32, Simd, Val, kernel
+from gguf_run.kernels_cpu.simd import F32, I16, I32, I64, Simd, Val, kernel
 
 _FLOAT_SUMS = 16  # sums of a float tile that run side by side, so that they do not wait for each other
 
@@ -35,25 +35,27 @@ def tile(
 ) -> Any:
     """out[t, r] = init[t, r] + sum over columns of w[r, column] * x[t, column], t < n_tokens, r < 16 * n_panels.
 
-    panel, n_panels, n_tokens: literal integers (place in PANELS; panels and tokens of the tile; integer panels come one
-    at a time). Addresses and strides in bytes. n_steps: of panel.columns columns each. Integer panels: x in activation
-    blocks. Float panels: x in f32; w_panel, w_step: bytes from one panel, one step to the next. init may be out; stride
-    0 repeats one row.
+    panel, n_panels, n_tokens: literal integers (place in PANELS; panels and tokens of the tile). Addresses and strides
+    in bytes. n_steps: of panel.columns columns each. Integer panels: x in activation blocks. Float panels: x in f32;
+    w_step: bytes from one step to the next. w_panel: bytes from one panel to the next; 0: there is but one, computed
+    n_panels times. init may be out; init_stride 0 repeats one row.
     """
     shape, panels, tokens = PANELS[panel.literal_value], n_panels.literal_value, n_tokens.literal_value
 
     def emit(s: Simd, w: Val, w_panel: Val, w_step: Val, n_steps: Val, *rest: Val) -> None:
         x, x_stride, out, out_stride, init, init_stride = rest
         xs = [x + x_stride * t for t in range(tokens)]
+        ws = [w + w_panel * p for p in range(panels)]
+        step = s.select(w_panel.compare("==", 0), s.const(I64, 0), s.const(I64, 64))
+        moves = [(t, step * p) for t in range(tokens) for p in range(panels)]
+        places = [(init + init_stride * t + move, out + out_stride * t + move) for t, move in moves]
         if isinstance(shape, IntPanel):
-            rows = [(init + init_stride * t, out + out_stride * t) for t in range(tokens)]
-            int_tile(s, shape, w, n_steps, xs, rows)
+            int_tile(s, shape, ws, n_steps, xs, places)
             return
-        places = [(t, p) for t in range(tokens) for p in range(panels)]
-        start = [s.load(init + init_stride * t + 64 * p, F32, ROWS) for t, p in places]
-        acc = _float_panel(s, shape, [w + w_panel * p for p in range(panels)], w_step, n_steps, xs, start)
-        for (t, p), value in zip(places, acc, strict=True):
-            s.store(value, out + out_stride * t + 64 * p)
+        start = [s.load(at, F32, ROWS) for at, _ in places]
+        acc = _float_panel(s, shape, ws, w_step, n_steps, xs, start)
+        for (_, to), value in zip(places, acc, strict=True):
+            s.store(value, to)
 
     return kernel(types.void(panel, n_panels, n_tokens, *[types.intp] * 10), emit)
 

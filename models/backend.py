@@ -99,6 +99,10 @@ class Recorder(Protocol):
         """out = x @ weight.T (+ bias) (+ residual). out may be residual, not x."""
         ...
 
+    def matmul_gated(self, x: Any, weight: Any, out: Any, activation: str, /, *, bias: Any | None = None) -> None:
+        """out = activation(gate) * up, where gate and up are the left and right half of x @ weight.T (+ bias)."""
+        ...
+
     def rope(self, x: Any, rope: Rope, head_dim: int, /) -> None:
         """Rotate, in place, each head_dim-wide part of x by its token's position."""
         ...

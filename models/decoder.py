@@ -140,7 +140,7 @@ class _Step:
         self.h = recorder.buffer(config.n_embd)
         self.qkv = recorder.buffer(config.n_embd_q + 2 * config.n_embd_kv)
         self.attn = recorder.buffer(config.n_embd_q)
-        self.gate_up = recorder.buffer(2 * config.n_ff)
+        self.ff = recorder.buffer(config.n_ff)
 
     def attention(self, layer: Layer) -> None:
         """x += attention(norm(x))"""
@@ -161,20 +161,22 @@ class _Step:
         """From here on only the rows whose logits are wanted: their residual stream is copied, the rest shrinks."""
         self.x = self.rec.outputs(self.x)
         self.h = self.rec.buffer(self.config.n_embd)
-        self.gate_up = self.rec.buffer(2 * self.config.n_ff)
+        self.ff = self.rec.buffer(self.config.n_ff)
 
     def ffn(self, layer: Layer) -> None:
         """x += down(activation(gate(norm(x))) * up(norm(x)))"""
-        n_ff = self.config.n_ff
-        gate, up = self.gate_up.columns(0, n_ff), self.gate_up.columns(n_ff, n_ff)
+        gate_up = layer.ffn_gate_up
         self.rec.rms_norm(self.x, layer.ffn_norm, self.h, self.config.rms_eps)
-        self.matmul(self.h, layer.ffn_gate_up, self.gate_up)
-        self.rec.gated(gate, up, gate, self.config.arch.activation)
-        self._add(gate, layer.ffn_down, layer.post_ffw_norm)
+        self._observe(self.h, gate_up)
+        self.rec.matmul_gated(self.h, gate_up.weight, self.ff, self.config.arch.activation, bias=gate_up.bias)
+        self._add(self.ff, layer.ffn_down, layer.post_ffw_norm)
 
-    def matmul(self, x: Buffer, matrix: Matrix, out: Buffer, residual: Buffer | None = None) -> None:
+    def _observe(self, x: Buffer, matrix: Matrix) -> None:
         if self.observed is not None:
             self.observed.append(Observed(matrix.names, self.rec.observe(x)))
+
+    def matmul(self, x: Buffer, matrix: Matrix, out: Buffer, residual: Buffer | None = None) -> None:
+        self._observe(x, matrix)
         self.rec.matmul(x, matrix.weight, out, bias=matrix.bias, residual=residual)
 
     def _add(self, y: Buffer, matrix: Matrix, post_norm: Any) -> None:

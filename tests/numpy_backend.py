@@ -182,6 +182,11 @@ class NumpyRecorder:
 
         self._add("attention", op)
 
+    def matmul_gated(self, x: Any, weight: Any, out: Any, activation: str, *, bias: Any = None) -> None:
+        wide, n = self.buffer(weight.n_out), weight.n_out // 2
+        self.matmul(x, weight, wide, bias=bias)
+        self.gated(wide.columns(0, n), wide.columns(n, n), out, activation)
+
     def gated(self, gate: Any, up: Any, out: Any, activation: str) -> None:
         function = ACTIVATIONS[activation]
 
