@@ -20,7 +20,7 @@ X_BLOCK_BYTES = 64
 X_D, X_SUMS, X_D_SUMS = 32, 36, 48
 # One token: bytes between what is used and what is asked for. Left to itself, the processor reads panels whose scales
 # stand apart from their quants at half the speed of memory.
-_AHEAD = 4096
+_AHEAD = 6144
 
 
 def int_tile(
