@@ -14,28 +14,30 @@ from gguf_run.formats.mapped import Cursor, MappedFile, decode
 
 
 @njit
-def _walk(data: Any, at: Any, n: Any, big_endian: Any, starts: Any) -> Any:
-    """Walk n strings from offset `at` of uint8[:] data; return (strings that fit, offset behind them).
+def _walk(data: Any, place: Any, n: Any, big_endian: Any, starts: Any) -> Any:
+    """Walk n strings from offset place[0] of uint8[:] data, which becomes the one behind them; return how many fit.
 
     starts: intp[n + 1], filled with the offset of each string's length and of the end; or intp[0]: not wanted.
     """
     end = np.int64(len(data))
-    at = np.int64(at)
+    at = place[0]
     for i in range(n):
+        place[0] = at
         if len(starts) > 0:
             starts[i] = at
         if end - at < 8:
-            return i, at
+            return i
         length = np.uint64(0)
         for j in range(8):
             byte = data[at + j] if big_endian else data[at + 7 - j]
             length = (length << np.uint64(8)) | np.uint64(byte)
         if length > np.uint64(end - at - 8):
-            return i, at
+            return i
         at += 8 + np.int64(length)
     if len(starts) > 0:
         starts[n] = at
-    return n, at
+    place[0] = at
+    return n
 
 
 @njit
@@ -62,10 +64,11 @@ def skip_strings(cursor: Cursor, n: int, what: str) -> None:
 
 def _checked_walk(cursor: Cursor, n: int, what: str, starts: NDArray[np.intp]) -> int:
     file = cursor.file
-    done, at = _walk(file.bytes_at(0, file.size), cursor.at, n, file.order == ">", starts)
+    place = np.array([cursor.at], np.int64)
+    done, at = _walk(file.bytes_at(0, file.size), place, n, file.order == ">", starts), int(place[0])
     if done < n:
         raise cursor.error(f"string {done} of {n} of {what} does not fit into the file: it is truncated or damaged", at)
-    return int(at)
+    return at
 
 
 class StringArray(Sequence[str]):

@@ -14,10 +14,8 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import carray, types
-from numba.extending import intrinsic
 
-from gguf_run.formats.jit import njit
+from gguf_run.formats.jit import carray, intrinsic, njit, types
 from gguf_run.kernels_cpu.attention_softmax import (
     HEADROOM,
     LOWEST,

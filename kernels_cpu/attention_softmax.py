@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
+from gguf_run.formats.jit import intrinsic, types
 from gguf_run.kernels_cpu.panels import ROWS
 from gguf_run.kernels_cpu.simd import F32, I32, Simd, Val, kernel
 

@@ -7,10 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
+from gguf_run.formats.jit import cgutils, intrinsic, types
 from gguf_run.kernels_cpu import isa
 from gguf_run.kernels_cpu.attention_softmax import SPAN
 from gguf_run.kernels_cpu.panels import PANELS, ROWS, FloatPanel

@@ -1,8 +1,9 @@
 """The CPU as a models.backend.Backend: numba kernels over panels, a team of threads."""
 
 import itertools
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,25 +14,32 @@ from gguf_run.formats.reader import Tensor
 from gguf_run.formats.unpack import INTEGER_FORMS
 from gguf_run.kernels_cpu import isa
 from gguf_run.kernels_cpu.memory import Arena, CpuCache, CpuTable, CpuWeight, WeightPart, new_cache
+from gguf_run.kernels_cpu.op import Op
 from gguf_run.kernels_cpu.panels import FLOAT_PANELS, ROWS, Panel, panel_for
 from gguf_run.kernels_cpu.program import CpuRecorder
 from gguf_run.kernels_cpu.repack import repack
 from gguf_run.kernels_cpu.rows import FLOAT_TABLES
 from gguf_run.kernels_cpu.team import Team
 
+_QUEUED = 64  # pieces of weights to be repacked: enough that no thread waits between two tensors
 CACHE_TYPES = {"f32": ("F32", 4), "f16": ("F16", 2)}
 
 
 class CpuBackend:
-    """Runs on n_threads threads; KV caches hold cache_type, one of CACHE_TYPES."""
+    """Runs on n_threads threads; KV caches hold cache_type, one of CACHE_TYPES.
 
-    def __init__(self, n_threads: int, cache_type: str = "f16") -> None:
+    dry: weights stay empty, and programs are compiled from the last op to the first, but cannot run.
+    """
+
+    def __init__(self, n_threads: int, cache_type: str = "f16", *, dry: bool = False) -> None:
         if cache_type not in CACHE_TYPES:
             raise ValueError(f"cache_type is {cache_type}; known are {', '.join(CACHE_TYPES)}")
         self.n_threads = n_threads
         self._panel, self._element_bytes = FLOAT_PANELS[CACHE_TYPES[cache_type][0]], CACHE_TYPES[cache_type][1]
+        self._dry = dry
         self._team = Team(n_threads)
         self._executor = ThreadPoolExecutor(n_threads, "repack")
+        self._repacking: deque[Future[None]] = deque()
         self._arena = Arena()
         self._bytes = {"weights": 0, "cache": 0}
 
@@ -57,7 +65,9 @@ class CpuBackend:
         for panel, run in _runs(tensors):
             n_out = sum(tensor.n_rows for tensor in run)
             data = self._arena.take(-(-n_out // ROWS) * panel.group_bytes(n_in))
-            repack(run, data, self._executor, self.n_threads)
+            if not self._dry:
+                self._repacking += repack(run, data, self._executor, self.n_threads)
+                self.wait(_QUEUED)
             parts.append(WeightPart(panel, data, first, n_out))
             self._bytes["weights"] += data.nbytes
             first += n_out
@@ -72,7 +82,18 @@ class CpuBackend:
         return cache
 
     def recorder(self, n_batch: int, n_outputs: int) -> CpuRecorder:
-        return CpuRecorder(self._team, self._panel, self._element_bytes, n_batch, n_outputs)
+        return CpuRecorder(self._team, self._panel, self._element_bytes, n_batch, n_outputs, self._compile)
+
+    def _compile(self, ops: Iterable[Op]) -> None:
+        """Compile a program's ops, while weights are repacked, and wait until these are."""
+        for op in reversed([*ops]) if self._dry else ops:
+            op.compiled  # noqa: B018
+        self.wait()
+
+    def wait(self, n_jobs: int = 0) -> None:
+        """Until at most n_jobs pieces of weights are yet to be repacked."""
+        while len(self._repacking) > n_jobs:
+            self._repacking.popleft().result()
 
     def nbytes(self) -> dict[str, int]:
         return dict(self._bytes)
@@ -80,7 +101,7 @@ class CpuBackend:
     def close(self) -> None:
         """Stop the threads. Programs of this backend cannot run any more."""
         self._team.close()
-        self._executor.shutdown()
+        self._executor.shutdown(cancel_futures=True)
 
 
 def _runs(tensors: Sequence[Tensor]) -> list[tuple[Panel, list[Tensor]]]:

@@ -4,9 +4,7 @@ import functools
 import math
 from typing import Any
 
-from numba import carray, types
-from numba.extending import intrinsic
-
+from gguf_run.formats.jit import carray, intrinsic, types
 from gguf_run.kernels_cpu.native import f32_at, i64_at
 from gguf_run.kernels_cpu.op import Op, items, n_pieces, op
 from gguf_run.kernels_cpu.quantize import quantize_row

@@ -1,10 +1,10 @@
 """Which instruction set the kernels are written for: what numba will compile for, not merely what the machine has."""
 
 import functools
+import os
 from dataclasses import dataclass
 
 from llvmlite import binding
-from numba.core import config
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,9 @@ def choose(features: str) -> Isa:
 @functools.cache
 def current() -> Isa:
     """Return the row for this process, NUMBA_CPU_NAME and NUMBA_CPU_FEATURES (numba's own settings) respected."""
-    if config.CPU_FEATURES is not None:
-        return choose(config.CPU_FEATURES)
-    if config.CPU_NAME is not None:
+    features = os.environ.get("NUMBA_CPU_FEATURES")
+    if features is not None:
+        return choose(features)
+    if "NUMBA_CPU_NAME" in os.environ:
         return ISAS[-1]  # a named CPU without a feature list: nothing is known about it
     return choose(binding.get_host_cpu_features().flatten())

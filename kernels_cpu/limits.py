@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import carray, types
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from gguf_run.formats.jit import carray, intrinsic, types
 from gguf_run.kernels_cpu import isa
 from gguf_run.kernels_cpu.memory import aligned
 from gguf_run.kernels_cpu.op import Op, op

@@ -10,11 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from gguf_run.formats.jit import njit
+from gguf_run.formats.jit import intrinsic, njit, types
 from gguf_run.kernels_cpu.native import f32_at
 from gguf_run.kernels_cpu.simd import F32, Simd, Val, kernel
 

@@ -2,9 +2,7 @@
 
 import functools
 
-from numba import carray
-
-from gguf_run.formats.jit import njit
+from gguf_run.formats.jit import carray, njit
 from gguf_run.kernels_cpu import isa
 from gguf_run.kernels_cpu.native import f32_at, i64_at
 from gguf_run.kernels_cpu.op import Op, n_shrinking, op, shrinking

@@ -2,8 +2,7 @@
 
 import functools
 
-from numba import carray
-
+from gguf_run.formats.jit import carray
 from gguf_run.kernels_cpu.gated import ACTIVATIONS, gated_row
 from gguf_run.kernels_cpu.matmul import PIECE_BYTES, TOKENS, tile_panels
 from gguf_run.kernels_cpu.native import i64_at

@@ -4,11 +4,8 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
-from gguf_run.formats.jit import njit
+from gguf_run.formats.jit import carray, cgutils, intrinsic, njit, types
 
 _I64 = ir.IntType(64)
 

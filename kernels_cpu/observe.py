@@ -1,9 +1,9 @@
 """sums += x^2, column by column: how strongly each input channel of a matrix is used."""
 
 import numpy as np
-from numba import carray
 from numpy.typing import NDArray
 
+from gguf_run.formats.jit import carray
 from gguf_run.kernels_cpu.native import f32_at, i64_at, pointer
 from gguf_run.kernels_cpu.op import items, n_pieces, op
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import from_dtype, types
 from numpy.typing import NDArray
 
-from gguf_run.formats.jit import cfunc, njit
+from gguf_run.formats.jit import njit
+from gguf_run.formats.machine_code import Entry
 
 PER_THREAD = 4  # pieces of an op that a thread does on average, when all threads get on alike
 SHRINKING = 8  # the same for pieces of shrinking size
@@ -28,9 +28,10 @@ class Op:
         self.function, self.fields, self.options = function, fields, options
 
     @functools.cached_property
-    def compiled(self) -> Any:
-        signature = types.intp(types.CPointer(from_dtype(self.fields)), types.intp, types.intp, types.intp)
-        return cfunc(signature, self.function, **self.options)
+    def compiled(self) -> Entry:
+        entry = njit(self.function, **self.options).entry((self.fields, "i8", "i8", "i8"))
+        assert entry is not None, f"{self.function.__name__} does not return a number"
+        return entry
 
     def bind(self, **values: Any) -> NDArray[np.void]:
         """One record of arguments; every field must be given."""

@@ -1,5 +1,6 @@
 """Recording a step into a tape, and running it."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,9 +41,18 @@ class _Tape:
 class CpuRecorder:
     """models.backend.Recorder: each call binds an op to addresses and appends it to the tape."""
 
-    def __init__(self, team: Team, panel: Panel, element_bytes: int, n_batch: int, n_outputs: int) -> None:
-        """panel, element_bytes: those of the KV caches."""
+    def __init__(
+        self,
+        team: Team,
+        panel: Panel,
+        element_bytes: int,
+        n_batch: int,
+        n_outputs: int,
+        compile_ops: Callable[[Iterable[Op]], None],
+    ) -> None:
+        """panel, element_bytes: those of the KV caches. compile_ops: called at the end with the ops of the tape."""
         self._team, self._cache_panel, self._element_bytes = team, panel, element_bytes
+        self._compile = compile_ops
         self.n_batch, self.n_outputs = n_batch, n_outputs
         self._tape = _Tape()
         self._state = np.zeros(64, np.int64)
@@ -331,6 +341,7 @@ class CpuRecorder:
 
     def finish(self, result: CpuBuffer) -> "CpuProgram":
         """Give the ops their shared memory, compile them, and lay out the tape."""
+        self._compile(dict.fromkeys(op for op, _ in self._tape.ops))
         n_threads = self._team.n_threads
         stride = -(-self._scratch_bytes // 64) * 64
         scratch, parts = aligned(stride * n_threads), aligned(self._parts_bytes)

@@ -2,10 +2,7 @@
 
 from typing import Any
 
-from numba import carray, types
-from numba.extending import intrinsic
-
-from gguf_run.formats.jit import njit
+from gguf_run.formats.jit import carray, intrinsic, njit, types
 from gguf_run.kernels_cpu.int_tile import X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS
 from gguf_run.kernels_cpu.native import i64_at
 from gguf_run.kernels_cpu.op import items, n_pieces, op

@@ -2,16 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from gguf_run.formats.dequantize import dequantize
-from gguf_run.formats.jit import njit, specialize
+from gguf_run.formats.jit import intrinsic, njit, specialize, types
 from gguf_run.formats.reader import Tensor
 from gguf_run.formats.unpack import INTEGER_FORMS
 from gguf_run.kernels_cpu.panels import BLOCK, PANELS, PARTS, ROWS, FloatPanel, IntPanel, Panel, panel_for, panel_id
@@ -178,13 +176,13 @@ def _repack_float(src, n_rows, n_in, out, first, end):  # type: ignore[no-untype
                 out[(group * n_in + i) * ROWS + r] = src[row * n_in + i] if row < n_rows else 0
 
 
-def repack(tensors: list[Tensor], out: NDArray[np.uint8], executor: Executor, n_threads: int) -> None:
-    """Fill out, uint8[n_group * group_bytes], with the rows of matrices of one type and width, stacked.
+def repack(tensors: list[Tensor], out: NDArray[np.uint8], executor: Executor, n_threads: int) -> list[Future[None]]:
+    """Begin to fill out, uint8[n_group * group_bytes], with the rows of matrices of one type and width, stacked.
 
     All but the last have a number of rows that 16 divides.
     """
     panel = panel_for(tensors[0].type.name)
-    jobs = []
+    jobs: list[Future[None]] = []
     at = 0
     for tensor in tensors:
         n_in = tensor.ne[0]
@@ -194,8 +192,7 @@ def repack(tensors: list[Tensor], out: NDArray[np.uint8], executor: Executor, n_
         piece = min(max(part.nbytes // (4 * n_threads), _LEAST_BYTES), _MOST_BYTES)
         pieces = max(1, min(n_group, part.nbytes // piece))
         jobs += [executor.submit(work, n_group * i // pieces, n_group * (i + 1) // pieces) for i in range(pieces)]
-    for job in jobs:
-        job.result()
+    return jobs
 
 
 def _work(tensor: Tensor, panel: Panel, out: NDArray[np.uint8]) -> Callable[[int, int], None]:

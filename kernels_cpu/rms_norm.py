@@ -3,8 +3,8 @@
 import math
 
 import numpy as np
-from numba import carray
 
+from gguf_run.formats.jit import carray
 from gguf_run.kernels_cpu.native import f32_at, i64_at
 from gguf_run.kernels_cpu.op import items, n_pieces, op
 from gguf_run.kernels_cpu.quantize import quantize_if_wanted

@@ -3,9 +3,8 @@
 import math
 
 import numpy as np
-from numba import carray
 
-from gguf_run.formats.jit import njit
+from gguf_run.formats.jit import carray, njit
 from gguf_run.kernels_cpu.native import f32_at, i64_at, pointer
 from gguf_run.kernels_cpu.op import items, n_pieces, op
 

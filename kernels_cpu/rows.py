@@ -4,9 +4,8 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import carray
 
-from gguf_run.formats.jit import clone
+from gguf_run.formats.jit import carray, clone
 from gguf_run.formats.scalars import half_to_f32
 from gguf_run.formats.unpack import INTEGER_FORMS
 from gguf_run.kernels_cpu.native import f32_at, i32_at, i64_at, pointer

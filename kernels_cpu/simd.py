@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from llvmlite import ir
-from numba.core import cgutils, types
 
+from gguf_run.formats.jit import cgutils, types
 from gguf_run.kernels_cpu import isa as isa_table
 from gguf_run.kernels_cpu import lowering
 

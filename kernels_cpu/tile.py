@@ -6,9 +6,7 @@ and used for all tokens of the tile; a token's activations are broadcast. Intege
 
 from typing import Any
 
-from numba import types
-from numba.extending import intrinsic
-
+from gguf_run.formats.jit import intrinsic, types
 from gguf_run.kernels_cpu.int_tile import int_tile
 from gguf_run.kernels_cpu.panels import PANELS, ROWS, FloatPanel, IntPanel
 from gguf_run.kernels_cpu.simd import F32, I16, I32, I64, Simd, Val, kernel

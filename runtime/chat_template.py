@@ -23,7 +23,7 @@ from jinja2.nodes import Concat, Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from gguf_run.formats.errors import FormatError, GgufRunError
+from gguf_run.formats.errors import GgufRunError
 
 MAX_STEPS = 2_000_000  # lines of compiled template; a long conversation takes some ten thousand
 MAX_CHARS = 1 << 27  # of all texts made on the way to the result, whether kept or not
@@ -36,14 +36,6 @@ _GROWING = frozenset({
     "tojson", "translate", "wordwrap", "zfill",
 })  # fmt: skip
 _FORMATS = frozenset({"%", "format", "format_map"})
-
-
-def chat_template(metadata: Mapping[str, Any]) -> str | None:
-    """Return the file's chat template, or None: it has none, prompts are used as they are."""
-    template = metadata.get("tokenizer.chat_template")
-    if template is not None and not isinstance(template, str):
-        raise FormatError(f"tokenizer.chat_template must be a string, but is {type(template).__name__}")
-    return template or None
 
 
 def render_chat(

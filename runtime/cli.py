@@ -39,6 +39,7 @@ MAX_PROMPT_BYTES = 64 << 20
 @click.option("--repeat-penalty", type=float, default=1.0, help="Make the last 64 tokens less likely; 1 is off.")
 @click.option("--seed", type=int, help="Repeat a draw.  [default: a new one each time]")
 @click.option("--device", default="auto", help="cpu, cuda, cuda:0, ... or auto.")
+@click.option("--warm-up", is_flag=True, help="Compile what the model needs, so that the next start is quick.")
 @click.option("--verbose", is_flag=True, help="Say more on stderr.")
 @click.version_option(package_name="gguf-run", prog_name="gguf-run")
 def main(
@@ -52,6 +53,7 @@ def main(
     ctx_size: int | None,
     threads: int | None,
     device: str,
+    warm_up: bool,
     verbose: bool,
     **sampling: Any,
 ) -> None:
@@ -63,7 +65,7 @@ def main(
         raise click.UsageError("--raw works without a chat template: leave out --chat and --system.")
     if sys.stdout is None:
         raise GgufRunError("stdout is closed: there is nowhere to write the answer")
-    text = _prompt(prompt, file, chat)
+    text = "Hello" if warm_up else _prompt(prompt, file, chat)
     if system is not None:
         system = _argument(system, "--system")
     with _paused_gc():
@@ -75,7 +77,10 @@ def main(
         options = {"max_tokens": max_tokens, **sampling}
         if verbose:
             _describe(loaded)
-        if chat:
+        if warm_up:
+            for _ in loaded.generate(text or "", max_tokens=1):
+                pass
+        elif chat:
             chat_with(loaded, system, text, options)
         else:
             _answer(loaded, system, text or "", raw, options)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
 from gguf_run.formats.reader import GGUFFile
 from gguf_run.runtime.generate import Generation, Session, StopStrings, text_pieces
 from gguf_run.runtime.sampling import Sampler, SamplingParams
@@ -249,6 +249,7 @@ def _load(
     observe: bool,
 ) -> Model:
     from gguf_run.models.config import ModelConfig
+    from gguf_run.runtime import compile_ahead
     from gguf_run.runtime.memory import available_memory, check_memory, memory_needed
     from gguf_run.runtime.placement import place_layers
 
@@ -263,7 +264,7 @@ def _load(
             stacklevel=3,
         )
     # What text needs is made beside the weights: they are repacked without the GIL.
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, compile_ahead.helper(file.path, cache_type, n_threads):
         text = pool.submit(_load_text, file)
 
         from gguf_run.kernels_cpu.backend import CpuBackend
@@ -288,8 +289,15 @@ def _load(
             raise
 
 
+def chat_template(metadata: Mapping[str, Any]) -> str | None:
+    """Return the file's chat template, or None: it has none, prompts are used as they are."""
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise FormatError(f"tokenizer.chat_template must be a string, but is {type(template).__name__}")
+    return template or None
+
+
 def _load_text(file: GGUFFile) -> "tuple[Tokenizer, str | None]":
-    from gguf_run.runtime.chat_template import chat_template
     from gguf_run.runtime.tokenizer import Tokenizer
 
     return Tokenizer.from_metadata(file.metadata), chat_template(file.metadata)

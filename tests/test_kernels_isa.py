@@ -14,6 +14,7 @@ import pytest
 from isa_features import LIMITED, environment, host_has
 from numba import from_dtype, types
 
+from gguf_run.formats.jit import resolved
 from gguf_run.kernels_cpu.isa import current
 from gguf_run.kernels_cpu.matmul import matmul
 from gguf_run.kernels_cpu.op import Op
@@ -57,7 +58,7 @@ INSTRUCTIONS = {
 def assembly(op: Op) -> str:
     """Compile once more, as what comes from the cache on disk has no assembly."""
     signature = types.intp(types.CPointer(from_dtype(op.fields)), types.intp, types.intp, types.intp)
-    return str(numba.cfunc(signature, error_model="numpy", **op.options)(op.function)._library.get_asm_str())
+    return str(numba.cfunc(signature, error_model="numpy", **op.options)(resolved(op.function))._library.get_asm_str())
 
 
 def test_instructions() -> None:

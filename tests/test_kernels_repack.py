@@ -9,6 +9,7 @@ from cpu_ops import QUANTIZED, MemoryTensor, cpu, f32_tensor, random_tensor, ten
 from gguf_run.formats.dequantize import dequantize
 from gguf_run.formats.types import TENSOR_TYPES, type_by_name
 from gguf_run.formats.unpack import INTEGER_FORMS
+from gguf_run.kernels_cpu.memory import CpuWeight
 from gguf_run.kernels_cpu.panels import PANEL_OF, ROWS, FloatPanel, IntPanel
 from gguf_run.kernels_cpu.repack import repack
 
@@ -23,8 +24,15 @@ def assert_same_bits(actual: np.ndarray, expected: np.ndarray) -> None:
     assert not wrong.any(), f"{wrong.sum()} of {wrong.size} differ"
 
 
+def weight_of(n_threads: int, tensors: list[MemoryTensor]) -> CpuWeight:
+    backend = cpu(n_threads)
+    weight = backend.weight(tensors)
+    backend.wait()
+    return weight
+
+
 def check_repack(tensors: list[MemoryTensor], n_threads: int = 3) -> None:
-    weight = cpu(n_threads).weight(tensors)
+    weight = weight_of(n_threads, tensors)
     expected = np.concatenate([dequantize(t.blocks(), t.type) for t in tensors])
     assert sum(part.n_out for part in weight.parts) == len(expected)
     for part in weight.parts:
@@ -53,7 +61,7 @@ def test_any_bytes_can_be_repacked(type_name: str) -> None:
     assert isinstance(panel, IntPanel)
     expected = dequantize(tensor.blocks(), type)
     with np.errstate(all="ignore"):
-        values = unpack_panel(cpu(2).weight([tensor]).parts[0], 2 * type.block_size)
+        values = unpack_panel(weight_of(2, [tensor]).parts[0], 2 * type.block_size)
     # infinity * 0 is NaN in both; infinity - infinity too
     assert_same_bits(values, expected)
 
@@ -65,7 +73,7 @@ def test_every_half_float_as_scale_and_minimum(field: str) -> None:
     blocks = np.zeros((4096, 16), type.dtype)
     blocks["d"], blocks["m"], blocks["qs"] = 1, 0, 0x11
     blocks[field] = ALL_HALVES.view(np.float16).reshape(4096, 16)
-    (part,) = cpu(2).weight([tensor_of(blocks.view(np.uint8).reshape(4096, -1), "Q4_1")]).parts
+    (part,) = weight_of(2, [tensor_of(blocks.view(np.uint8).reshape(4096, -1), "Q4_1")]).parts
     assert isinstance(part.panel, IntPanel)
     at = part.data.reshape(4096 // ROWS, 16, part.panel.span_bytes)[..., : part.panel.head_bytes]
     stored = np.ascontiguousarray(at).view(np.uint16).reshape(-1, 16, 2, ROWS)[:, :, int(field == "m")]

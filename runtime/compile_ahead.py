@@ -1,0 +1,54 @@
+"""A second process that helps to compile a model's kernels: numba keeps other threads waiting while it compiles.
+
+It takes the kernels of a step from the last to the first and leaves them in the cache on disk. The process that loads
+the model takes them from the first to the last, and finds those that are ready.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gguf_run.formats.jit import compile_notice, kernel_cache_dir
+
+_CODE = "from gguf_run.runtime.compile_ahead import main; main()"
+
+
+@contextmanager
+def helper(path: Path, cache_type: str, n_threads: int) -> Iterator[None]:
+    """Have help from when the first kernel must be compiled, if there is a second CPU to do it."""
+    helpers: list[Any] = []
+
+    def start() -> None:
+        import subprocess
+
+        command = [sys.executable, "-P", "-c", _CODE, os.fspath(path), cache_type]
+        quiet = subprocess.DEVNULL
+        helpers.append(subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet))
+
+    if n_threads == 1 or not sys.executable or kernel_cache_dir() is None:
+        yield
+        return
+    with compile_notice(start):
+        try:
+            yield
+        finally:
+            for process in helpers:
+                process.kill()
+                process.wait()
+
+
+def main() -> None:
+    """What the second process does; its arguments are the path and the type of the KV cache."""
+    from gguf_run.formats.reader import GGUFFile
+    from gguf_run.kernels_cpu.backend import CpuBackend
+    from gguf_run.models.config import ModelConfig
+    from gguf_run.models.decoder import Decoder
+
+    path, cache_type = sys.argv[1:]
+    with GGUFFile.open(path) as file:
+        config = ModelConfig.from_metadata(file.metadata, file.tensors)
+        backend = CpuBackend(1, cache_type, dry=True)
+        Decoder(config, file.tensors, [backend] * config.n_layer, n_ctx=1)
