@@ -20,7 +20,7 @@ X_BLOCK_BYTES = 64
 X_D, X_SUMS, X_D_SUMS = 32, 36, 48
 # One token: bytes between what is used and what is asked for. Left to itself, the processor reads panels whose scales
 # stand apart from their quants at half the speed of memory.
-_AHEAD = 6144
+AHEAD = 6144
 
 
 def int_tile(
@@ -130,10 +130,10 @@ class _Panel:
     lanes: int
 
     def prefetch(self, k: Val) -> None:
-        """Ask for what comes _AHEAD bytes after step k."""
+        """Ask for what comes AHEAD bytes after step k."""
         per_step = self.shape.span_bytes // self.shape.n_steps
         for line in range(0, per_step, 64):
-            self.s.prefetch(self.w + k * per_step + (_AHEAD + line))
+            self.s.prefetch(self.w + k * per_step + (AHEAD + line))
 
     def blocks(self, k: Val) -> list[_Block]:
         """Step k: its scales decoded, its planes loaded."""

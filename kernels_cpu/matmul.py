@@ -7,7 +7,7 @@ from gguf_run.kernels_cpu import isa
 from gguf_run.kernels_cpu.native import f32_at, i64_at
 from gguf_run.kernels_cpu.op import Op, n_shrinking, op, shrinking
 from gguf_run.kernels_cpu.panels import PANELS, ROWS, IntPanel
-from gguf_run.kernels_cpu.tile import tile
+from gguf_run.kernels_cpu.tile import prefetch, tile
 
 TOKENS = 4  # tokens of a tile. A batch is computed in whole tiles: buffers have rows for the rest, whatever is in them
 PIECE_BYTES = 16384  # one token: weights that a thread takes at a time, at least
@@ -63,6 +63,8 @@ def matmul(panel: int) -> Op:
             g1 = min(g0 + groups, n_group)
         if piece < 0:
             return n_piece
+        if n_tokens == 1:
+            prefetch(a.w + g0 * a.group_bytes)
         count = 1 if n_tokens == 1 else tokens
         for t in range(t0, min(t0 + tiles, n_tile)):
             first = t * tokens

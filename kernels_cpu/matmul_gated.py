@@ -9,7 +9,7 @@ from gguf_run.kernels_cpu.native import i64_at
 from gguf_run.kernels_cpu.op import Op, n_shrinking, op, shrinking
 from gguf_run.kernels_cpu.panels import BLOCK, ROWS
 from gguf_run.kernels_cpu.quantize import quantize_row
-from gguf_run.kernels_cpu.tile import tile
+from gguf_run.kernels_cpu.tile import prefetch, tile
 
 _UNITS, _TILES = 4, 16  # a batch: units and tiles of a piece, so that the panels stay in the second-level cache
 _PAIR = 4 * ROWS  # bytes of a row of 16 gates; as many of `up` follow
@@ -47,6 +47,9 @@ def matmul_gated(panel: int, activation: str) -> Op:
             return n_piece
         pair, stride = a.scratch + ith * a.scratch_stride, 2 * _PAIR
         to_up = a.n_out // ROWS * a.group_bytes
+        if n_tokens == 1:
+            for p in range(2):
+                prefetch(a.w + first * (BLOCK // ROWS) * a.group_bytes + p * to_up)
         for t in range(t0, min(t0 + tiles, n_tile)):
             x = a.x + t * tokens * a.x_stride
             count = 1 if n_tokens == 1 else tokens

@@ -18,7 +18,7 @@ from gguf_run.formats.jit import njit
 from gguf_run.formats.machine_code import Entry
 
 PER_THREAD = 4  # pieces of an op that a thread does on average, when all threads get on alike
-SHRINKING = 8  # the same for pieces of shrinking size
+SHRINKING = 4  # the same for pieces of shrinking size
 
 
 class Op:
@@ -66,7 +66,7 @@ def items(piece, n, grain, nth):  # type: ignore[no-untyped-def]
 @njit(inline="always")
 def n_shrinking(n, grain, nth):  # type: ignore[no-untyped-def]
     """How many pieces of shrinking size n items make, the smallest of about `grain` items: see shrinking."""
-    return max(1, min(SHRINKING * nth, int(math.sqrt(2 * n / grain + 0.25) - 0.5)))
+    return 1 if nth == 1 else max(1, min(SHRINKING * nth, int(math.sqrt(2 * n / grain + 0.25) - 0.5)))
 
 
 @njit(inline="always")
