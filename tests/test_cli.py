@@ -259,11 +259,18 @@ def test_endless_stdin(path: Path) -> None:
     assert done.stderr == b"error: stdin is longer than 67108864 bytes: no context holds that much text\n"
 
 
+def test_warm_up(path: Path) -> None:
+    """Nothing is answered; stdin, a terminal in most cases, is not read."""
+    done = invoke(path, "--warm-up")
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert done.stderr.startswith("load ")
+
+
 def test_no_chat_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     """A base model's prompt is continued; what needs a template says so."""
-    from gguf_run.runtime import chat_template
+    from gguf_run.runtime import model
 
-    monkeypatch.setattr(chat_template, "chat_template", lambda metadata: None)
+    monkeypatch.setattr(model, "chat_template", lambda metadata: None)
     plain = invoke(path, "-p", "Hello", *GREEDY)
     assert plain.stdout == invoke(path, "--raw", "-p", "Hello", *GREEDY).stdout
     for arguments in (["--chat"], ["-p", "Hello", "--system", "x"]):
