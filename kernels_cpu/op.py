@@ -18,7 +18,7 @@ from gguf_run.formats.jit import njit
 from gguf_run.formats.machine_code import Entry
 
 PER_THREAD = 4  # pieces of an op that a thread does on average, when all threads get on alike
-SHRINKING = 4  # the same for pieces of shrinking size
+SHRINKING = 8  # the same for pieces of shrinking size
 
 
 class Op:
