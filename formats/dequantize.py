@@ -45,11 +45,11 @@ def _dequantize_blocks(src: Any, out: Any, grid: Any) -> None:
                     w[i] = d * np.float32(q_g[i])
 
 
-Convert = Callable[[NDArray[np.uint8], NDArray[np.float32]], None]
+_Convert = Callable[[NDArray[np.uint8], NDArray[np.float32]], None]
 
 
 @functools.cache
-def _quantized(name: str) -> Convert:
+def _quantized(name: str) -> _Convert:
     """The converter of a block-quantized type, compiled on its first call."""
     form = INTEGER_FORMS[name]
     kernel = specialize(
@@ -79,7 +79,7 @@ def _bf16(src: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
     bits <<= 16
 
 
-def _number(dtype: np.dtype[Any]) -> Convert:
+def _number(dtype: np.dtype[Any]) -> _Convert:
     """The converter of a type that numpy knows; values out of range become infinite, without a warning."""
 
     def convert(src: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
@@ -89,11 +89,10 @@ def _number(dtype: np.dtype[Any]) -> Convert:
     return convert
 
 
-_HALVES: Mapping[str, Convert] = MappingProxyType({"F16": _f16, "BF16": _bf16})
+_HALVES: Mapping[str, _Convert] = MappingProxyType({"F16": _f16, "BF16": _bf16})
 
 
-def converter(type: TensorType) -> Convert:
-    """Return what turns whole blocks uint8[:] into f32[:], both contiguous, on the caller's thread."""
+def _converter(type: TensorType) -> _Convert:
     if type.is_quantized:
         return _quantized(type.name)
     return _HALVES.get(type.name) or _number(type.dtype)
@@ -116,7 +115,7 @@ def dequantize(blocks: NDArray[np.uint8], type: TensorType) -> NDArray[np.float3
     src = np.ascontiguousarray(blocks).reshape(-1)
     src.flags.writeable = False  # one compiled version serves mapped files and arrays
     flat = out.reshape(-1)
-    convert = converter(type)
+    convert = _converter(type)
     step = _CHUNK // type.block_size
 
     def run(start: int) -> None:

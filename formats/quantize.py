@@ -1,7 +1,6 @@
 """Quantize weights to blocks of any tensor type that can be written, byte for byte as ggml does, at compiled speed."""
 
 import math
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.dequantize import converter
+from gguf_run.formats.dequantize import dequantize
 from gguf_run.formats.errors import FormatError
 from gguf_run.formats.jit import njit
 from gguf_run.formats.quantize_blocks import Quantizer
@@ -22,8 +21,6 @@ from gguf_run.formats.types import TensorType, type_by_name
 _CHUNK = 1 << 18  # weights per task: as f32 they and their blocks stay in a core's own cache
 
 QUANTIZERS: Mapping[str, Quantizer] = MappingProxyType({**LEGACY_QUANTIZERS, **K_QUANTIZERS, **SMALL_QUANTIZERS})
-
-
 _EXPONENT = np.uint32(0x7F800000)  # all of its bits are set in NaN and infinity
 
 
@@ -56,61 +53,40 @@ def quantize(
     importance float32[n]: how much an error in each column matters, the same for all rows (llama.cpp's imatrix); None:
     ggml's choice without one. Q8_0, MXFP4, TQ1_0, TQ2_0, F32, F16 and BF16 do not use it. Byte-identical to ggml's
     ggml_quantize_chunk as x86-64 builds without fused multiply-add do it (libgguf 0.2, llama.cpp's prebuilt ggml-base).
-    n_threads: None for one per processor. Weights beyond a half float's range get infinite scales, as in ggml.
+    n_threads: at most so many. Scales beyond the range of a half float become infinite, as in ggml.
     Raises FormatError if n is not whole blocks, if a weight is NaN or infinite (with the count and the first index),
     if importance has another shape or a weight that is negative or not finite, if the type cannot be written.
-    """
-    if array.dtype not in (np.float32, np.float16) or array.ndim == 0:
-        raise FormatError(f"cannot quantize {array.dtype} of shape {array.shape}: expected rows of float32 or float16")
-    source = type_by_name("F16" if array.dtype == np.float16 else "F32")
-    return requantize(np.ascontiguousarray(array).view(np.uint8), source, type, importance, n_threads)
-
-
-def requantize(
-    blocks: NDArray[np.uint8],
-    source: TensorType,
-    type: TensorType | str,
-    importance: NDArray[np.float32] | None = None,
-    n_threads: int | None = None,
-) -> NDArray[np.uint8]:
-    """Return `quantize` of the weights of blocks uint8[..., n_bytes] of type source, of which only parts are float32.
-
-    Else like quantize. blocks may be read-only and need not be contiguous.
     """
     type = type_by_name(type) if isinstance(type, str) else type
     if type.name not in QUANTIZERS:
         raise FormatError(f"no quantizer for {type.name}: tensors can be written as {' '.join(QUANTIZERS)}")
-    if blocks.dtype != np.uint8 or blocks.ndim == 0 or blocks.shape[-1] % source.type_size:
-        raise FormatError(f"{blocks.dtype} of shape {blocks.shape} are not rows of whole {source.name} blocks")
-    n = blocks.shape[-1] // source.type_size * source.block_size
+    if array.dtype not in (np.float32, np.float16) or array.ndim == 0:
+        raise FormatError(f"cannot quantize {array.dtype} of shape {array.shape}: expected rows of float32 or float16")
+    n = array.shape[-1]
     if n % type.block_size:
         raise FormatError(
             f"rows of {n} weights are no whole {type.name} blocks: a multiple of {type.block_size} is needed"
         )
     weights = _checked(importance, n)
-    n_rows = math.prod(blocks.shape[:-1])
-    src = np.ascontiguousarray(blocks).reshape(n_rows, blocks.shape[-1])
-    src.flags.writeable = False  # one compiled version serves mapped files and arrays
+    n_rows = math.prod(array.shape[:-1])
+    rows = np.ascontiguousarray(array).reshape(n_rows, n)
+    rows.flags.writeable = False  # one compiled version serves mapped files and arrays
     out = np.empty((n_rows, type.row_bytes(n)), np.uint8)
-    convert, quantizer = converter(source), QUANTIZERS[type.name]
+    step = max(1, _CHUNK // max(1, n))
 
     def run(start: int) -> tuple[int, int]:
-        rows = src[start : start + step].reshape(-1)
-        if source.name == "F32":
-            x = rows.view(np.float32)
-        else:
-            x = np.empty(len(rows) // source.type_size * source.block_size, np.float32)
-            convert(rows, x)
+        x: NDArray[Any] = rows[start : start + step].reshape(-1)
+        if x.dtype == np.float16:
+            x = dequantize(x.view(np.uint8), type_by_name("F16"))
             x.flags.writeable = False
-        bad, first = count_bad(x)
-        if not bad:
-            quantizer(x, n, weights, out[start : start + step].reshape(-1))
-        return bad, start * n + first
+        n_bad, first = count_bad(x)
+        if not n_bad:
+            QUANTIZERS[type.name](x, n, weights, out[start : start + step].reshape(-1))
+        return n_bad, start * n + first
 
-    step = max(1, _CHUNK // max(1, n))
     starts = range(0, n_rows if n else 0, step)
     if len(starts) > 1 and n_threads != 1:
-        with ThreadPoolExecutor(n_threads or len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(n_threads) as pool:
             found = list(pool.map(run, starts))
     else:
         found = [run(start) for start in starts]
@@ -120,7 +96,7 @@ def requantize(
             f"{n_bad} of {n_rows * n} weights are NaN or infinite and cannot be quantized, the first at index {first} "
             f"(row {first // n}, column {first % n})"
         )
-    return out.reshape(*blocks.shape[:-1], out.shape[-1])
+    return out.reshape(*array.shape[:-1], out.shape[-1])
 
 
 def _checked(importance: NDArray[np.float32] | None, n: int) -> NDArray[np.float32]:
