@@ -173,15 +173,16 @@ class Kernel(Deferred):
 
     @functools.cached_property
     def _dispatcher(self) -> Any:
-        """numba reads its cache folder when a function is decorated: set ours only for that moment."""
+        """numba reads its cache folder when a function is decorated: set ours only for that moment, in one thread only."""
         from numba.core import config
 
-        path, before = kernel_cache_dir(), config.CACHE_DIR
-        config.CACHE_DIR = os.fspath(path or before)
-        try:
-            return _numba_njit(self._function, {**self._options, "cache": path is not None})
-        finally:
-            config.CACHE_DIR = before
+        with _store().lock:
+            path, before = kernel_cache_dir(), config.CACHE_DIR
+            config.CACHE_DIR = os.fspath(path or before)
+            try:
+                return _numba_njit(self._function, {**self._options, "cache": path is not None})
+            finally:
+                config.CACHE_DIR = before
 
 
 def _numba_njit(function: Callable[..., Any], options: dict[str, Any]) -> Any:
