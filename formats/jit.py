@@ -173,7 +173,7 @@ class Kernel(Deferred):
 
     @functools.cached_property
     def _dispatcher(self) -> Any:
-        """numba reads its cache folder when a function is decorated: set ours only for that moment, in one thread only."""
+        """numba reads its cache folder when a function is decorated: set ours for that moment, in one thread."""
         from numba.core import config
 
         with _store().lock:
