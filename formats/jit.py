@@ -152,6 +152,12 @@ class Kernel(Deferred):
                 self._entries[kinds] = store.find(self, plain) if len(plain) == len(kinds) else None
         return self._entries[kinds]
 
+    def bare(self, *kinds: Kind) -> Callable[..., None]:
+        """The C function itself: no signal comes between its call and its end. machine_code.py has its arguments."""
+        entry = self.entry(kinds)
+        assert entry is not None
+        return entry.function
+
     def compile(self, kinds: tuple[Kind, ...]) -> bytes | None:
         return compile_entry(resolved(self._function), kinds, {**_OPTIONS, **self._options})
 

@@ -183,7 +183,7 @@ class Entry:
     def __init__(self, address: int, kinds: tuple[Kind, ...], result: Callable[[Any], Any]) -> None:
         self.address, self._result = address, result
         words = [ctypes.c_double if kind == "f8" else ctypes.c_int64 for kind in kinds for _ in range(_n_words(kind))]
-        self._call = ctypes.CFUNCTYPE(None, *words, ctypes.c_void_p)(address)
+        self.function = ctypes.CFUNCTYPE(None, *words, ctypes.c_void_p)(address)
 
     def __call__(self, *args: Any) -> tuple[bool, Any]:
         """Call it without the GIL; return (done, result). Not done: it has raised something."""
@@ -194,5 +194,5 @@ class Entry:
             else:
                 words.append(value)
         outcome = (ctypes.c_int64 * 2)()
-        self._call(*words, outcome)
+        self.function(*words, outcome)
         return not outcome[0], self._result(outcome)

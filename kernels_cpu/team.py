@@ -152,6 +152,8 @@ class Team:
         self.n_threads = n_threads
         memory = np.zeros(_ASLEEP // 8 + n_threads + 8, np.int64)
         self._words = memory[-memory.ctypes.data % 64 // 8 :]
+        self._announce, self._lead = _announce.bare(*["i8"] * 4), _lead.bare("i8", "i8")
+        self._outcome = np.zeros(2, np.int64)  # of the two: nobody looks at it
         self._calls = [queue.SimpleQueue[None]() for _ in range(1, n_threads)]
         for ith, calls in enumerate(self._calls, 1):
             threading.Thread(target=_helper, args=(self._words, calls, ith, n_threads), daemon=True).start()
@@ -160,10 +162,11 @@ class Team:
     def run(self, tape: NDArray[np.int64]) -> None:
         """Run a tape, int64[n_ops, 2]; returns when every op is done."""
         shared, n_ops, address = self._words.ctypes.data, len(tape), tape.ctypes.data
+        outcome = self._outcome.ctypes.data
         try:
-            _announce(shared, address, n_ops, self.n_threads)
+            self._announce(shared, address, n_ops, self.n_threads, outcome)
             for ith, calls in enumerate(self._calls, 1):
                 if self._words[_ASLEEP // 8 + ith] and calls.empty():
                     calls.put(None)
         finally:  # Ctrl-C may come in between: a step that helpers have begun is always finished
-            _lead(shared, self.n_threads)
+            self._lead(shared, self.n_threads, outcome)
