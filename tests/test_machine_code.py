@@ -29,9 +29,11 @@ def is_more(x, y):
 def column_sums(x, out):
     """Uses memory of its own."""
     sums = np.zeros(x.shape[1])
-    for row in x:
-        sums += half(row)
-    out[:] = sums
+    for i in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            sums[j] += half(x[i, j])
+    for j in range(len(out)):
+        out[j] = sums[j]
 
 
 @njit
@@ -60,6 +62,13 @@ def test_arrays(dtype: type) -> None:
         out = np.zeros(3)
         column_sums(array, out)
         np.testing.assert_array_equal(out, x.sum(axis=0) / 2)
+
+
+def test_a_file_is_enough_for_most() -> None:
+    """Not for a result that is no number, or where numba calls its own runtime."""
+    kinds: tuple[jit.Kind, ...] = ("<f4", 2), ("<f8", 1)
+    assert column_sums.entry(kinds) is not None
+    assert both.entry(("i8",)) is None
 
 
 def test_errors_are_raised() -> None:
