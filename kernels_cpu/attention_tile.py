@@ -14,10 +14,10 @@ from gguf_run.kernels_cpu.attention_softmax import SPAN
 from gguf_run.kernels_cpu.panels import PANELS, ROWS, FloatPanel
 from gguf_run.kernels_cpu.simd import F32, I16, I32, Simd, Val, kernel
 
-# Rows and vectors of a tile: as many sums as the registers hold.
-TILE, VECTORS = {16: (8, 2), 8: (6, 1), 4: (4, 1)}[isa.current().lanes]
-FEW, FEW_VECTORS = 4, 2
-_SUMS = 16  # sums that run side by side, so that they do not wait for each other
+# Rows and vectors of a tile: as many sums as the registers hold, by the lanes that the instruction set likes best. With
+# fewer than _SUMS sums they are kept several times over, so that they do not wait for each other.
+FEW = 4
+TILE, VECTORS, FEW_VECTORS, _SUMS = {16: (8, 2, 2, 16), 8: (6, 1, 1, 6), 4: (4, 1, 1, 4)}[isa.current().lanes]
 _LINE = 64
 
 
@@ -68,6 +68,8 @@ def _by_rows(name: str, panel: FloatPanel, emit: Callable[..., None]) -> Callabl
 
     def function(s: Simd, n_rows: int, n_vectors: int, arguments: tuple[Val, ...]) -> ir.Value:
         full_name = f"attention_{name}_{panel.name}_{n_rows}x{n_vectors}"
+        if full_name in s.b.module.globals:
+            return s.b.module.globals[full_name]
         signature = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
         new = ir.Function(s.b.module, signature, full_name)
         new.linkage = "internal"
