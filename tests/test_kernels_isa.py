@@ -21,14 +21,15 @@ from gguf_run.kernels_cpu.op import Op
 from gguf_run.kernels_cpu.panels import PANEL_OF, panel_id
 
 HERE = Path(__file__).parent
-# Panels of 4 bits with minimums and of 8 bits (dots below and above 7 bits), half floats, ops with SIMD of their own.
-DOTS = (
-    "test_kernels_isa.py::test_instructions",
-    *(f"test_kernels_matmul.py::test_every_type[{name}]" for name in ("Q4_1", "Q8_0")),
-)
-ALL = (
-    *DOTS,
-    "test_kernels_matmul.py::test_every_type[F16]",
+
+
+def types_of(*names: str) -> tuple[str, ...]:
+    return tuple(f"test_kernels_matmul.py::test_every_type[{name}]" for name in names)
+
+
+INSTRUCTIONS_USED = "test_kernels_isa.py::test_instructions"
+OTHERS = (
+    *types_of("F16"),
     "test_kernels_rows.py::test_activations_are_quantized",
     "test_kernels_rows.py::test_gated",
     "test_kernels_rows.py::test_gated_at_extremes",
@@ -36,8 +37,17 @@ ALL = (
     "test_kernels_attention.py::test_split_positions[3 heads, 1 kv, 20 wide, window 0-3]",
     "test_kernels_attention.py::test_split_positions[4 heads, 1 kv, 32 wide, window 511-2]",
 )
-# AVX-VNNI differs from AVX2 in the integer dot product only.
-TESTS = {"AVX-VNNI": DOTS, "AVX2": ALL, "generic": ALL}
+# AVX-VNNI differs from AVX2 in the integer dot product only; on AVX2 that differs from one width of quants to the next.
+# MXFP4 has a codebook.
+TESTS = {
+    "AVX-VNNI": (INSTRUCTIONS_USED, *types_of("Q5_K", "Q8_0")),
+    "AVX2": (
+        INSTRUCTIONS_USED,
+        *types_of("Q2_K", "Q3_K", "Q4_0", "Q5_K", "Q6_K", "Q8_0", "IQ2_XXS", "MXFP4"),
+        *OTHERS,
+    ),
+    "generic": (INSTRUCTIONS_USED, *types_of("Q8_0", "MXFP4"), *OTHERS),
+}
 CODE = """
 import sys, pytest
 from gguf_run.kernels_cpu.isa import current
