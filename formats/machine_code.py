@@ -13,6 +13,7 @@ shape; a structured dtype for the address of such a record.
 
 import ctypes
 import importlib
+import itertools
 import zlib
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -165,6 +166,7 @@ class Loader:
         binding.initialize_native_asmprinter()
         self._jit = binding.create_lljit_compiler()
         self._loaded: list[Any] = []
+        self._numbers = itertools.count()  # a name is used up even if Ctrl-C comes right after it
 
     def load(self, entry: bytes, kinds: tuple[Kind, ...]) -> "Entry | None":
         """What compile_entry made; None if it is damaged."""
@@ -173,8 +175,9 @@ class Loader:
         if crc != str(zlib.crc32(code)) or result not in _RESULTS:
             return None
         builder = binding.JITLibraryBuilder().add_object_img(code).export_symbol(_ENTRY).add_current_process()
-        self._loaded.append(builder.link(self._jit, f"kernel{len(self._loaded)}"))
-        return Entry(self._loaded[-1][_ENTRY], kinds, _RESULTS[result])
+        library = builder.link(self._jit, f"kernel{next(self._numbers)}")
+        self._loaded.append(library)
+        return Entry(library[_ENTRY], kinds, _RESULTS[result])
 
 
 class Entry:
