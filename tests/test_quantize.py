@@ -37,6 +37,7 @@ DATA: dict[str, float | Callable[[Array, np.random.Generator], Array]] = {
     "squares large": 1e18,
     "squares overflow": 1e30,
     "sums overflow": 3e37,
+    "the greatest numbers": lambda x, rng: np.clip(3e38 * x, -np.finfo(np.float32).max, np.finfo(np.float32).max),
 }
 
 
