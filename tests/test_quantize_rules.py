@@ -160,7 +160,7 @@ def test_layer_of_an_expert_must_exist() -> None:
 
 
 def test_writable_types_are_those_of_the_codecs() -> None:
-    assert set(QUANTIZERS) <= set(WRITABLE)
+    assert set(QUANTIZERS) == set(WRITABLE)
 
 
 def test_names_of_file_types() -> None:
