@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from llvmlite import ir
+from llvmlite import binding, ir
 
 if TYPE_CHECKING:
     from gguf_run.kernels_cpu.simd import Simd, Val
@@ -30,7 +30,7 @@ class DotSum:
 
 
 class _ByInstruction(DotSum):
-    """One instruction does it all, for `lanes` i32 lanes. LLVM 20 and older take x86's bytes as i32 lanes."""
+    """One instruction does it all, for `lanes` i32 lanes."""
 
     name: str
     lanes: int
@@ -43,11 +43,18 @@ class _ByInstruction(DotSum):
         return self.s.call(self.name, acc.type, acc, u, x)
 
 
-class _Vnni512(_ByInstruction):
+class _Vnni(_ByInstruction):
+    def _dot(self, acc: "Val", u: "Val", x: "Val") -> "Val":
+        if binding.llvm_version_info < (21, 0, 0):  # took the bytes as i32 lanes
+            u, x = u.as_type(_I32), x.as_type(_I32)
+        return super()._dot(acc, u, x)
+
+
+class _Vnni512(_Vnni):
     name, lanes = "llvm.x86.avx512.vpdpbusd.512", 16
 
 
-class _Vnni256(_ByInstruction):
+class _Vnni256(_Vnni):
     name, lanes = "llvm.x86.avx512.vpdpbusd.256", 8
 
 
