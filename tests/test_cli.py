@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from tinymodel import Tiny, write_tiny
+from tinymodel import Tiny, vocabulary, write_tiny
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime import Model
@@ -42,9 +43,20 @@ def run(*arguments: Any, stdin: bytes = b"", **environment: str) -> "subprocess.
     return subprocess.run(command, input=stdin, capture_output=True, timeout=PATIENCE, env=os.environ | environment)
 
 
-def long_answer(path: Path) -> "subprocess.Popen[bytes]":
-    options = ["-p", "Hello", "-n", "4000", "--temperature", "5", "--top-k", "0", "--seed", "1"]
-    return subprocess.Popen([*RUN, str(path), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that never comes to the end of its answer, in a context that lasts for a while."""
+    path = tmp_path_factory.mktemp("endless") / "tiny.gguf"
+    never = np.zeros(len(vocabulary(Tiny())["tokens"]), np.float32)
+    never[:3] = -1e9  # the tokens that end an answer
+    write_tiny(path, Tiny(n_ctx=65536, tensors={"output.bias": never}))
+    Model.load(path).close()  # see path
+    return path
+
+
+def long_answer(endless: Path) -> "subprocess.Popen[bytes]":
+    options = ["-p", "Hello", "-n", "60000", "-c", "65536", "--temperature", "5", "--top-k", "0", "--seed", "1"]
+    return subprocess.Popen([*RUN, str(endless), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def invoke(*arguments: Any, stdin: bytes = b"") -> Result:
@@ -304,8 +316,8 @@ def test_any_error_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception
 # stdout that goes away.
 
 
-def test_pipe_to_head(path: Path) -> None:
-    with long_answer(path) as process:
+def test_pipe_to_head(endless: Path) -> None:
+    with long_answer(endless) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.read(1)
@@ -333,8 +345,8 @@ def test_terminal_without_unicode(path: Path) -> None:
     assert done.returncode == 0
 
 
-def test_ctrl_c_ends_an_answer(path: Path) -> None:
-    with long_answer(path) as process:
+def test_ctrl_c_ends_an_answer(endless: Path) -> None:
+    with long_answer(endless) as process:
         assert process.stdout is not None
         process.stdout.read(1)
         process.send_signal(signal.SIGINT)
