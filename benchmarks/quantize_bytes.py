@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from peer import _open, library_folder
 
-from gguf_run.formats.quantize import QUANTIZERS, quantize
+from gguf_run.formats.quantizer import QUANTIZERS, quantize
 from gguf_run.formats.types import TensorType, type_by_name
 
 Floats = NDArray[np.float32]

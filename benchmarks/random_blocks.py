@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.dequantize import dequantize
+from gguf_run.formats.dequantizer import dequantize
 from gguf_run.formats.types import TensorType
 
 STD = 0.02  # standard deviation of the weights; their mean is 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.dequantize import dequantize
+from gguf_run.formats.dequantizer import dequantize
 from gguf_run.formats.tensors import Tensor
 
 _CHUNK = 1 << 16  # weights: their float64 stay in the processor's cache; a multiple of every block

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.dequantize import dequantize
+from gguf_run.formats.dequantizer import dequantize
 from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.formats.mapped import quoted
-from gguf_run.formats.quantize import count_bad, quantize
+from gguf_run.formats.quantizer import count_bad, quantize
 from gguf_run.formats.reader import Tensor
 from gguf_run.formats.writer import GGUFWriter
 from gguf_run.runtime.quantize_plan import Item, Plan

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy_backend import NumpyBackend, NumpyRecorder, NumpyWeight
 
-from gguf_run.formats.dequantize import dequantize
+from gguf_run.formats.dequantizer import dequantize
 from gguf_run.formats.types import TensorType, type_by_name
 from gguf_run.formats.unpack import INTEGER_FORMS
 from gguf_run.kernels_cpu.backend import CpuBackend

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gguf_run.formats.dequantize import dequantize
+from gguf_run.formats.dequantizer import dequantize
 from gguf_run.formats.reader import Tensor
 from gguf_run.models.backend import Attention, Rope
 

@@ -10,7 +10,7 @@ from ggufbuild import T, write
 from numpy.typing import NDArray
 from test_cli_info import run
 
-from gguf_run.formats.dequantize import dequantize
+from gguf_run.formats.dequantizer import dequantize
 from gguf_run.formats.reader import GGUFFile
 from gguf_run.runtime.info_tensors import Difference, difference, statistics
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from ggufbuild import T, Typed, write
 from numpy.typing import NDArray
 
-from gguf_run.formats.dequantize import dequantize
+from gguf_run.formats.dequantizer import dequantize
 from gguf_run.formats.reader import GGUFFile
 from gguf_run.formats.writer import GGUFWriter
 from gguf_run.runtime import quantize_file

@@ -10,7 +10,7 @@ import libgguf
 import numpy as np
 import pytest
 
-from gguf_run.formats.dequantize import dequantize
+from gguf_run.formats.dequantizer import dequantize
 from gguf_run.formats.errors import FormatError
 from gguf_run.formats.types import TENSOR_TYPES, type_by_name
 from gguf_run.formats.unpack import INTEGER_FORMS
@@ -250,7 +250,7 @@ GENERIC_CPU = """
 import sys
 import numpy as np
 from numba.core import event
-from gguf_run.formats.dequantize import dequantize
+from gguf_run.formats.dequantizer import dequantize
 from gguf_run.formats.jit import kernel_cache_dir
 from gguf_run.formats.types import type_by_name
 with event.install_recorder("numba:compile") as compiled:

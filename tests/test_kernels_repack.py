@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cpu_ops import QUANTIZED, MemoryTensor, cpu, f32_tensor, random_tensor, tensor_of, unpack_panel
 
-from gguf_run.formats.dequantize import dequantize
+from gguf_run.formats.dequantizer import dequantize
 from gguf_run.formats.types import TENSOR_TYPES, type_by_name
 from gguf_run.formats.unpack import INTEGER_FORMS
 from gguf_run.kernels_cpu.memory import CpuWeight

@@ -18,7 +18,7 @@ from cpu_ops import (
 )
 from numpy_backend import ACTIVATIONS, rotate
 
-from gguf_run.formats.dequantize import dequantize
+from gguf_run.formats.dequantizer import dequantize
 from gguf_run.formats.types import TENSOR_TYPES, type_by_name
 from gguf_run.kernels_cpu.memory import CpuBuffer
 from gguf_run.models.backend import Attention, Rope

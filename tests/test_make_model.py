@@ -15,7 +15,7 @@ from random_blocks import RandomBlocks
 from tinymodel import Tiny, write_tiny
 from tinymodel import vocabulary as tiny_vocabulary
 
-from gguf_run.formats.dequantize import dequantize
+from gguf_run.formats.dequantizer import dequantize
 from gguf_run.formats.reader import GGUFFile
 from gguf_run.formats.types import type_by_name
 from gguf_run.runtime import Model

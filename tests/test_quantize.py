@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gguf_run.formats.dequantize import dequantize
+from gguf_run.formats.dequantizer import dequantize
 from gguf_run.formats.errors import FormatError, UnsupportedError
-from gguf_run.formats.quantize import QUANTIZERS, count_bad, quantize
+from gguf_run.formats.quantizer import QUANTIZERS, count_bad, quantize
 from gguf_run.formats.types import type_by_name
 
 Array = NDArray[np.float32]
@@ -145,3 +145,15 @@ def test_importance_must_fit():
         importance[3] = bad
         with pytest.raises(FormatError, match=r"1 of 32 importance weights .* at column 3"):
             quantize(x, "Q8_0", importance)
+
+
+def test_api_in_the_package() -> None:
+    """As the README has it; a type is a name or a TensorType."""
+    import gguf_run.formats
+
+    weights = np.linspace(-1, 1, 512, dtype=np.float32).reshape(2, 256)
+    blocks = gguf_run.formats.quantize(weights, "Q8_0")
+    assert (blocks == gguf_run.formats.quantize(weights, type_by_name("Q8_0"))).all()
+    assert np.abs(gguf_run.formats.dequantize(blocks, "Q8_0") - weights).max() < 1 / 127
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        gguf_run.formats.nothing  # noqa: B018

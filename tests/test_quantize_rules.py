@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from gguf_run.formats.errors import GgufRunError, OptionError
-from gguf_run.formats.quantize import QUANTIZERS
+from gguf_run.formats.quantizer import QUANTIZERS
 from gguf_run.formats.tensors import TensorInfo as Weight
 from gguf_run.formats.types import type_by_name
 from gguf_run.runtime.quantize_rules import (

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gguf_run.formats.errors import FormatError
 from gguf_run.formats.jit import njit, specialize
 from gguf_run.formats.scalars import f16
-from gguf_run.formats.types import TensorType
+from gguf_run.formats.types import TensorType, type_by_name
 from gguf_run.formats.unpack import INTEGER_FORMS
 
 _CHUNK = 1 << 20  # weights per task: about 1 ms, so that small tensors start no threads
@@ -98,14 +98,15 @@ def _converter(type: TensorType) -> _Convert:
     return _HALVES.get(type.name) or _number(type.dtype)
 
 
-def dequantize(blocks: NDArray[np.uint8], type: TensorType) -> NDArray[np.float32]:
+def dequantize(blocks: NDArray[np.uint8], type: TensorType | str) -> NDArray[np.float32]:
     """Return the weights float32[..., n * block_size] of blocks uint8[..., n * type_size], n >= 0 blocks in each row.
 
     blocks may be read-only and need not be contiguous; the result never shares memory with it. Bit-identical to the
     gguf package (0.19) for the types that it can dequantize, and to ggml's formulas for Q1_0, Q2_0, Q8_1 and Q8_K;
     integers and F64 are rounded to float32. Large inputs are split over threads.
-    Raises FormatError if blocks cannot be rows of whole blocks.
+    Raises UnsupportedError for an unknown name of a type, FormatError if blocks cannot be rows of whole blocks.
     """
+    type = type_by_name(type) if isinstance(type, str) else type
     if blocks.dtype != np.uint8 or blocks.ndim == 0 or blocks.shape[-1] % type.type_size:
         raise FormatError(
             f"{type.name} data of type {blocks.dtype} and shape {blocks.shape} is not made of whole blocks: expected "

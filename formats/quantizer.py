@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.dequantize import dequantize
+from gguf_run.formats.dequantizer import dequantize
 from gguf_run.formats.errors import FormatError
 from gguf_run.formats.jit import njit
 from gguf_run.formats.quantize_blocks import Quantizer
