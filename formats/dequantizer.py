@@ -52,15 +52,7 @@ _Convert = Callable[[NDArray[np.uint8], NDArray[np.float32]], None]
 def _quantized(name: str) -> _Convert:
     """The converter of a block-quantized type, compiled on its first call."""
     form = INTEGER_FORMS[name]
-    kernel = specialize(
-        _dequantize_blocks,
-        name,
-        unpack=form.unpack,
-        BLOCK_SIZE=form.type.block_size,
-        TYPE_SIZE=form.type.type_size,
-        GROUP=form.group,
-        HAS_MINIMUM=form.has_minimum,
-    )
+    kernel = specialize(_dequantize_blocks, name, **form.constants)
     grid = form.grid()
     return lambda src, out: kernel(src, out, grid)
 

@@ -47,6 +47,17 @@ class IntegerForm:
         return self.type.block_size // self.group
 
     @property
+    def constants(self) -> dict[str, Any]:
+        """The names that `jit.specialize` gives to a loop over blocks of this type."""
+        return {
+            "unpack": self.unpack,
+            "BLOCK_SIZE": self.type.block_size,
+            "TYPE_SIZE": self.type.type_size,
+            "GROUP": self.group,
+            "HAS_MINIMUM": self.has_minimum,
+        }
+
+    @property
     def shared(self) -> bool:
         """Whether the block's scales are integers that share a factor. If not, `factor` is left untouched."""
         return self.type.name in _SHARED

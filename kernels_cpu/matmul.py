@@ -10,7 +10,7 @@ from gguf_run.kernels_cpu.panels import PANELS, ROWS, IntPanel
 from gguf_run.kernels_cpu.tile import prefetch, tile
 
 TOKENS = 4  # tokens of a tile. A batch is computed in whole tiles: buffers have rows for the rest, whatever is in them
-PIECE_BYTES = 16384  # one token: weights that a thread takes at a time, at least
+_PIECE_BYTES = 16384  # one token: weights that a thread takes at a time, at least
 _GROUPS, _TILES = 8, 16  # a batch: panels and tiles of a piece, so that the panels stay in the second-level cache
 
 
@@ -20,6 +20,24 @@ def _add_bias(bias, out, out_stride, n_tokens, g, lanes):  # type: ignore[no-unt
         row = f32_at(out + t * out_stride, lanes)
         for r in range(lanes):
             row[r] += f32_at(bias, (g + 1) * ROWS)[g * ROWS + r]
+
+
+@njit(inline="always")
+def cut(piece, n_tokens, n_tile, n_unit, unit_bytes, most, multiple, nth):  # type: ignore[no-untyped-def]
+    """(pieces in all, first unit, end, first tile, end) of a piece of a matmul.
+
+    A unit is some panels, unit_bytes of weights. A piece of a batch has at most `most` units, a multiple of `multiple`.
+    """
+    if n_tokens == 1:
+        n_piece = n_shrinking(n_unit, max(1, _PIECE_BYTES // unit_bytes), nth)
+        first, end = shrinking(piece, n_unit, n_piece)
+        return n_piece, first, end, 0, 1
+    units = min(most, max(1, n_unit // (2 * nth)))
+    units = (units + multiple - 1) // multiple * multiple
+    across = (n_unit + units - 1) // units
+    first, t0 = piece % across * units, piece // across * _TILES
+    n_piece = across * ((n_tile + _TILES - 1) // _TILES)
+    return n_piece, first, min(first + units, n_unit), t0, min(t0 + _TILES, n_tile)
 
 
 def tile_panels(panel: int) -> int:
@@ -50,23 +68,13 @@ def matmul(panel: int) -> Op:
         n_tile = (n_tokens + tokens - 1) // tokens
         tail = a.n_out % ROWS
         spare = a.scratch + ith * a.scratch_stride
-        if n_tokens == 1:
-            n_piece = n_shrinking(n_group, max(1, PIECE_BYTES // a.group_bytes), nth)
-            t0, tiles = 0, 1
-            g0, g1 = shrinking(piece, n_group, n_piece)
-        else:
-            groups, tiles = min(_GROUPS, max(1, n_group // (2 * nth))), _TILES
-            groups = (groups + panels - 1) // panels * panels
-            across = (n_group + groups - 1) // groups
-            n_piece = across * ((n_tile + tiles - 1) // tiles)
-            g0, t0 = piece % across * groups, piece // across * tiles
-            g1 = min(g0 + groups, n_group)
+        n_piece, g0, g1, t0, t1 = cut(piece, n_tokens, n_tile, n_group, a.group_bytes, _GROUPS, panels, nth)
         if piece < 0:
             return n_piece
         if n_tokens == 1:
             prefetch(a.w + g0 * a.group_bytes)
         count = 1 if n_tokens == 1 else tokens
-        for t in range(t0, min(t0 + tiles, n_tile)):
+        for t in range(t0, t1):
             first = t * tokens
             x = a.x + first * a.x_stride
             g = g0

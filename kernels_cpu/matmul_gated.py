@@ -4,14 +4,14 @@ import functools
 
 from gguf_run.formats.jit import carray
 from gguf_run.kernels_cpu.gated import ACTIVATIONS, gated_row
-from gguf_run.kernels_cpu.matmul import PIECE_BYTES, TOKENS, tile_panels
+from gguf_run.kernels_cpu.matmul import TOKENS, cut, tile_panels
 from gguf_run.kernels_cpu.native import i64_at
-from gguf_run.kernels_cpu.op import Op, n_shrinking, op, shrinking
+from gguf_run.kernels_cpu.op import Op, op
 from gguf_run.kernels_cpu.panels import BLOCK, ROWS
 from gguf_run.kernels_cpu.quantize import quantize_row
 from gguf_run.kernels_cpu.tile import prefetch, tile
 
-_UNITS, _TILES = 4, 16  # a batch: units and tiles of a piece, so that the panels stay in the second-level cache
+_UNITS = 4  # a batch: of 4 panels each in a piece, so that they stay in the second-level cache
 _PAIR = 4 * ROWS  # bytes of a row of 16 gates; as many of `up` follow
 SCRATCH_BYTES = TOKENS * 2 * _PAIR
 
@@ -33,16 +33,7 @@ def matmul_gated(panel: int, activation: str) -> Op:
         a = carray(args, 1)[0]
         n_tokens, n_unit = i64_at(a.rows, 1)[0], a.n_out // BLOCK
         n_tile = (n_tokens + tokens - 1) // tokens
-        if n_tokens == 1:
-            n_piece = n_shrinking(n_unit, max(1, PIECE_BYTES // (4 * a.group_bytes)), nth)
-            t0, tiles = 0, 1
-            first, end = shrinking(piece, n_unit, n_piece)
-        else:
-            units, tiles = min(_UNITS, max(1, n_unit // (2 * nth))), _TILES
-            across = (n_unit + units - 1) // units
-            n_piece = across * ((n_tile + tiles - 1) // tiles)
-            first, t0 = piece % across * units, piece // across * tiles
-            end = min(first + units, n_unit)
+        n_piece, first, end, t0, t1 = cut(piece, n_tokens, n_tile, n_unit, 4 * a.group_bytes, _UNITS, 1, nth)
         if piece < 0:
             return n_piece
         pair, stride = a.scratch + ith * a.scratch_stride, 2 * _PAIR
@@ -50,30 +41,25 @@ def matmul_gated(panel: int, activation: str) -> Op:
         if n_tokens == 1:
             for p in range(2):
                 prefetch(a.w + first * (BLOCK // ROWS) * a.group_bytes + p * to_up)
-        for t in range(t0, min(t0 + tiles, n_tile)):
+        for t in range(t0, t1):
             x = a.x + t * tokens * a.x_stride
             count = 1 if n_tokens == 1 else tokens
             for unit in range(first, end):
                 out = a.out + t * tokens * a.out_stride + unit * BLOCK * 4
                 for half in range(BLOCK // ROWS):
                     w = a.w + (unit * (BLOCK // ROWS) + half) * a.group_bytes
-                    if n_tokens > 1 and panels == 2:
-                        tile(
-                            panel, panels, tokens, w, to_up, a.step_bytes, a.n_steps,
-                            x, a.x_stride, pair, stride, a.zeros, 0,
-                        )  # fmt: skip
-                    else:
+                    if n_tokens == 1:
                         for p in range(2):
-                            if n_tokens == 1:
-                                tile(
-                                    panel, 1, 1, w + p * to_up, 0, a.step_bytes, a.n_steps,
-                                    x, a.x_stride, pair + p * _PAIR, stride, a.zeros, 0,
-                                )  # fmt: skip
-                            else:
-                                tile(
-                                    panel, panels, tokens, w + p * to_up, 0, a.step_bytes, a.n_steps,
-                                    x, a.x_stride, pair + p * _PAIR, stride, a.zeros, 0,
-                                )  # fmt: skip
+                            tile(
+                                panel, 1, 1, w + p * to_up, 0, a.step_bytes, a.n_steps,
+                                x, a.x_stride, pair + p * _PAIR, stride, a.zeros, 0,
+                            )  # fmt: skip
+                    else:
+                        for p in range(0, 2, panels):
+                            tile(
+                                panel, panels, tokens, w + p * to_up, to_up, a.step_bytes, a.n_steps,
+                                x, a.x_stride, pair + p * _PAIR, stride, a.zeros, 0,
+                            )  # fmt: skip
                     for i in range(count):
                         at = pair + i * stride
                         gated_row(gelu, at, at + _PAIR, out + i * a.out_stride + half * _PAIR, 1)

@@ -200,7 +200,10 @@ class CpuRecorder:
     ) -> None:
         n_ff, parts = weight.n_out // 2, weight.parts
         if bias is not None or len(parts) > 1 or n_ff % BLOCK:
-            wide = self._wide.setdefault((self._body >= 0, weight.n_out), self.buffer(weight.n_out))
+            key = self._body >= 0, weight.n_out
+            if key not in self._wide:
+                self._wide[key] = self.buffer(weight.n_out)
+            wide = self._wide[key]
             self.matmul(x, weight, wide, bias=bias)
             self.gated(wide.columns(0, n_ff), wide.columns(n_ff, n_ff), out, activation)
             return

@@ -19,7 +19,7 @@ _LEAST_BYTES, _MOST_BYTES = 1 << 17, 1 << 22  # panels that a thread makes at a 
 
 # Names that `specialize` puts into _repack_int; here for the type checker.
 unpack: Any = None
-PANEL = BLOCK_SIZE = TYPE_SIZE = N_SCALES = BYTES = 0
+PANEL = BLOCK_SIZE = TYPE_SIZE = GROUP = BYTES = 0
 
 
 @intrinsic(prefer_literal=True)
@@ -128,10 +128,11 @@ def _heads(s: Simd, panel: IntPanel, numbers: list[Val]) -> list[Val]:
 
 def _repack_int(src, row_bytes, n_rows, n_in, grid, out, first, end):  # type: ignore[no-untyped-def]
     """Groups first .. end of 16 rows. src: uint8[n_rows * row_bytes], out: address of the panels."""
+    n_scales = BLOCK_SIZE // GROUP
     q = np.zeros((ROWS, BLOCK_SIZE), np.int8)
-    scale, minimum = np.zeros((N_SCALES, ROWS), np.float32), np.zeros((N_SCALES, ROWS), np.float32)
+    scale, minimum = np.zeros((n_scales, ROWS), np.float32), np.zeros((n_scales, ROWS), np.float32)
     factor = np.zeros((2, ROWS), np.float32)
-    row_scale, row_minimum = np.zeros(N_SCALES, np.float32), np.zeros(N_SCALES, np.float32)
+    row_scale, row_minimum = np.zeros(n_scales, np.float32), np.zeros(n_scales, np.float32)
     row_factor = np.ones(2, np.float32)
     for group in range(first, end):
         rows = min(ROWS, n_rows - group * ROWS)
@@ -144,7 +145,7 @@ def _repack_int(src, row_bytes, n_rows, n_in, grid, out, first, end):  # type: i
             for r in range(rows):
                 at = (group * ROWS + r) * row_bytes + b * TYPE_SIZE
                 unpack(src, at, q[r], row_scale, row_minimum, row_factor, grid)
-                for g in range(N_SCALES):
+                for g in range(n_scales):
                     scale[g, r], minimum[g, r] = row_scale[g], row_minimum[g]
                 factor[0, r], factor[1, r] = row_factor[0], row_factor[1]
             to = out + group * (n_in // BLOCK_SIZE) * BYTES + b * BYTES
@@ -154,16 +155,8 @@ def _repack_int(src, row_bytes, n_rows, n_in, grid, out, first, end):  # type: i
 @functools.cache
 def _repack_int_for(type_name: str) -> Callable[..., None]:
     form, panel = INTEGER_FORMS[type_name], panel_for(type_name)
-    return specialize(
-        _repack_int,
-        type_name,
-        unpack=form.unpack,
-        PANEL=panel_id(panel),
-        BLOCK_SIZE=form.type.block_size,
-        TYPE_SIZE=form.type.type_size,
-        N_SCALES=form.n_groups,
-        BYTES=panel.group_bytes(form.type.block_size),
-    )
+    n_bytes = panel.group_bytes(form.type.block_size)
+    return specialize(_repack_int, type_name, PANEL=panel_id(panel), BYTES=n_bytes, **form.constants)
 
 
 @njit

@@ -80,15 +80,7 @@ def embed(type_name: str) -> Op:
     form = INTEGER_FORMS.get(type_name)
     if form is None:
         return _embed_floats(FLOAT_TABLES.index(type_name))
-    function = clone(
-        _embed_blocks,
-        type_name,
-        unpack=form.unpack,
-        BLOCK_SIZE=form.type.block_size,
-        TYPE_SIZE=form.type.type_size,
-        GROUP=form.group,
-        HAS_MINIMUM=form.has_minimum,
-    )
+    function = clone(_embed_blocks, type_name, **form.constants)
     return op(_FIELDS, "scale")(function)
 
 

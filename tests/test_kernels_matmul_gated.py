@@ -58,3 +58,14 @@ def test_not_fused() -> None:
         names = check(tensors, 2, "silu", bias=bias)
         assert "gated_rows" in names
         assert "matmul_gated_panel" not in names
+
+
+def test_layers_that_are_not_fused_share_one_buffer() -> None:
+    """It is as wide as gate and up together: one for each layer would take more memory than the weights."""
+    step = Step(cpu(1), 8)
+    x = step.input(np.ones((8, 512)))
+    weight = step.backend.weight([random_tensor(name, 64, 512) for name in ("Q4_K", "Q8_0")])
+    for _ in range(3):
+        step.rec.matmul_gated(x, weight, step.rec.buffer(64), "silu")
+    wide = [item for item in step.rec._tape.keep if isinstance(item, np.ndarray) and item.shape == (8, 128)]
+    assert len(wide) == 1
