@@ -4,101 +4,16 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
 from gguf_run.formats.reader import Tensor
-from gguf_run.models.backend import Attention, Backend, Buffer, Program, Recorder, Rope, Squares, Weight
+from gguf_run.models.backend import Backend, Program
 from gguf_run.models.config import ModelConfig
+from gguf_run.models.layer import Loader, Observed, Step
 from gguf_run.models.rope import make_rope
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """What one matmul reads: the rows of the tensors `names`, and their biases (None if the model has none)."""
-
-    names: tuple[str, ...]
-    weight: Weight
-    bias: Any
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer's weights in its backend's form. Norms that the model does not have are None."""
-
-    attn_norm: Any
-    attn_qkv: Matrix
-    attn_q_norm: Any
-    attn_k_norm: Any
-    attn_output: Matrix
-    post_attention_norm: Any
-    ffn_norm: Any
-    ffn_gate_up: Matrix
-    ffn_down: Matrix
-    post_ffw_norm: Any
-    attention: Attention
-    cache: Any
-    rope: Rope
-
-
-@dataclass(frozen=True)
-class Observed:
-    """The input that the matrices `names` share."""
-
-    names: tuple[str, ...]
-    squares: Squares
-
-
-class _Loader:
-    """Takes tensors by name out of the file and into one backend, and reports the bytes."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], progress: Callable[[int], None] | None) -> None:
-        self.tensors = tensors
-        self.progress = progress or (lambda n_bytes: None)
-
-    def _take(self, upload: Callable[[list[Tensor]], Any], names: Sequence[str]) -> Any:
-        """None if the file has none of the tensors (it has all or none, see config)."""
-        taken = [self.tensors[name] for name in names if name in self.tensors]
-        if not taken:
-            return None
-        handle = upload(taken)
-        for tensor in taken:
-            tensor.release()
-            self.progress(tensor.nbytes)
-        return handle
-
-    def matrix(self, backend: Backend, *names: str, bias: Sequence[str] | None = None) -> Matrix:
-        """bias: whose biases, if not those of `names`."""
-        weights = tuple(f"{name}.weight" for name in names)
-        biases = [f"{name}.bias" for name in (bias or names)]
-        return Matrix(weights, self._take(backend.weight, weights), self._take(backend.vector, biases))
-
-    def norm(self, backend: Backend, name: str) -> Any:
-        return self._take(backend.vector, [f"{name}.weight"])
-
-    def layer(self, backend: Backend, config: ModelConfig, il: int, n_ctx: int, rope: Rope) -> Layer:
-        arch, block = config.arch, f"blk.{il}"
-        qkv, gate_up = [f"{block}.{name}" for name in arch.qkv], [f"{block}.{name}" for name in arch.gate_up]
-        extra = {name: self.norm(backend, f"{block}.{name}") for name in arch.norms}
-        attention = config.attention(il)
-        return Layer(
-            attn_norm=self.norm(backend, f"{block}.attn_norm"),
-            attn_qkv=self.matrix(backend, *qkv),
-            attn_q_norm=extra.get("attn_q_norm"),
-            attn_k_norm=extra.get("attn_k_norm"),
-            attn_output=self.matrix(backend, f"{block}.attn_output"),
-            post_attention_norm=extra.get("post_attention_norm"),
-            ffn_norm=self.norm(backend, f"{block}.ffn_norm"),
-            ffn_gate_up=self.matrix(backend, *gate_up),
-            ffn_down=self.matrix(backend, f"{block}.ffn_down"),
-            post_ffw_norm=extra.get("post_ffw_norm"),
-            attention=attention,
-            cache=backend.cache(attention, n_ctx),
-            rope=rope,
-        )
 
 
 def _rope_factors(tensors: Mapping[str, Tensor]) -> NDArray[np.float32] | None:
@@ -128,64 +43,6 @@ def _stages(backends: Sequence[Backend]) -> list[_Stage]:
         layers = list(group)
         stages.append(_Stage(backends[layers[0]], range(layers[0], layers[-1] + 1)))
     return stages
-
-
-class _Step:
-    """Records the ops of a step. h and the other buffers are shared by all layers of a stage."""
-
-    def __init__(self, recorder: Recorder, config: ModelConfig, observed: list[Observed] | None) -> None:
-        """observed: gets the input of every matmul, None if nothing is to be observed."""
-        self.rec, self.config, self.observed = recorder, config, observed
-        self.x = recorder.buffer(config.n_embd)
-        self.h = recorder.buffer(config.n_embd)
-        self.qkv = recorder.buffer(config.n_embd_q + 2 * config.n_embd_kv)
-        self.attn = recorder.buffer(config.n_embd_q)
-        self.ff = recorder.buffer(config.n_ff)
-
-    def attention(self, layer: Layer) -> None:
-        """x += attention(norm(x))"""
-        rec, config, h, qkv = self.rec, self.config, self.h, self.qkv
-        n_q, n_kv, head_dim, eps = config.n_embd_q, config.n_embd_kv, config.head_dim, config.rms_eps
-        q, k, v = qkv.columns(0, n_q), qkv.columns(n_q, n_kv), qkv.columns(n_q + n_kv, n_kv)
-        rec.rms_norm(self.x, layer.attn_norm, h, eps)
-        self.matmul(h, layer.attn_qkv, qkv)
-        if layer.attn_q_norm is not None:
-            rec.rms_norm(q, layer.attn_q_norm, q, eps, n_group=config.n_head)
-        if layer.attn_k_norm is not None:
-            rec.rms_norm(k, layer.attn_k_norm, k, eps, n_group=config.n_head_kv)
-        rec.rope(qkv.columns(0, n_q + n_kv), layer.rope, head_dim)
-        rec.attention(q, k, v, layer.cache, layer.attention, self.attn)
-        self._add(self.attn, layer.attn_output, layer.post_attention_norm)
-
-    def only_outputs(self) -> None:
-        """From here on only the rows whose logits are wanted: their residual stream is copied, the rest shrinks."""
-        self.x = self.rec.outputs(self.x)
-        self.h = self.rec.buffer(self.config.n_embd)
-        self.ff = self.rec.buffer(self.config.n_ff)
-
-    def ffn(self, layer: Layer) -> None:
-        """x += down(activation(gate(norm(x))) * up(norm(x)))"""
-        gate_up = layer.ffn_gate_up
-        self.rec.rms_norm(self.x, layer.ffn_norm, self.h, self.config.rms_eps)
-        self._observe(self.h, gate_up)
-        self.rec.matmul_gated(self.h, gate_up.weight, self.ff, self.config.arch.activation, bias=gate_up.bias)
-        self._add(self.ff, layer.ffn_down, layer.post_ffw_norm)
-
-    def _observe(self, x: Buffer, matrix: Matrix) -> None:
-        if self.observed is not None:
-            self.observed.append(Observed(matrix.names, self.rec.observe(x)))
-
-    def matmul(self, x: Buffer, matrix: Matrix, out: Buffer, residual: Buffer | None = None) -> None:
-        self._observe(x, matrix)
-        self.rec.matmul(x, matrix.weight, out, bias=matrix.bias, residual=residual)
-
-    def _add(self, y: Buffer, matrix: Matrix, post_norm: Any) -> None:
-        """x += matrix @ y, normed first where the architecture says so."""
-        if post_norm is None:
-            self.matmul(y, matrix, self.x, residual=self.x)
-        else:
-            self.matmul(y, matrix, self.h)
-            self.rec.rms_norm(self.h, post_norm, self.x, self.config.rms_eps, residual=self.x)
 
 
 class Decoder:
@@ -224,9 +81,9 @@ class Decoder:
         self.n_past = 0
         self.observed: list[Observed] | None = [] if observe else None
         n_batch = min(n_batch, n_ctx)
-        self._program = self._record(stages[0], _Loader(tensors, progress), n_batch, min(n_outputs, n_batch))
+        self._program = self._record(stages[0], Loader(tensors, progress), n_batch, min(n_outputs, n_batch))
 
-    def _record(self, stage: _Stage, load: _Loader, n_batch: int, n_outputs: int) -> Program:
+    def _record(self, stage: _Stage, load: Loader, n_batch: int, n_outputs: int) -> Program:
         """Load one stage and record its program: embed before the first layer, logits after the last."""
         config, backend = self.config, stage.backend
         # One object for each way to turn: backends keep one table of angles per object.
@@ -247,7 +104,7 @@ class Decoder:
             load.progress(embd.nbytes)
 
         recorder = backend.recorder(n_batch, n_outputs)
-        step = _Step(recorder, config, self.observed)
+        step = Step(recorder, config, self.observed)
         recorder.embed(backend.table(embd), step.x, config.embd_scale)
         for layer in layers:
             step.attention(layer)
