@@ -39,7 +39,13 @@ class _ContextParams(ctypes.Structure):
         ("n_threads", ctypes.c_int32),
         ("n_threads_batch", ctypes.c_int32),
         ("ctx_type", ctypes.c_int32),
-        ("opaque", ctypes.c_uint64 * 15),
+        ("rope_pooling_attention", ctypes.c_int32 * 3),
+        ("flash_attn_type", ctypes.c_int32),
+        ("rope", ctypes.c_float * 8),
+        ("callback", ctypes.c_void_p * 2),
+        ("type_k", ctypes.c_int32),
+        ("type_v", ctypes.c_int32),
+        ("opaque", ctypes.c_uint64 * 6),
     )
 
 
@@ -55,6 +61,11 @@ class _Batch(ctypes.Structure):
         ("logits", ctypes.c_void_p),
     )
 
+
+# ggml's numbers of the types that its KV cache can have.
+CACHE_TYPES = {
+    "f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2, "iq4_nl": 20
+}  # fmt: skip
 
 _POINTER, _INT, _BOOL, _TEXT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_bool, ctypes.c_char_p
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, _TEXT, _POINTER)
@@ -115,10 +126,19 @@ class Peer:
     """A model in llama.cpp, set up as llama-bench does: f16 KV cache, own thread pool, ubatch of at most 512.
 
     cpu: "auto" lets llama.cpp score its ggml-cpu libraries and take the best, else one's name, e.g. "haswell".
-    `.cpu` tells which one runs.
+    `.cpu` tells which one runs. cache_types: of K and V, with flash attention unless it is f32 (of which that makes f16);
+    llama.cpp rotates what it quantizes where head_dim is a multiple of 64, unless LLAMA_ATTN_ROT_DISABLE is set.
     """
 
-    def __init__(self, path: Path, n_threads: int, n_ctx: int, n_batch: int = 512, cpu: str = "auto") -> None:
+    def __init__(
+        self,
+        path: Path,
+        n_threads: int,
+        n_ctx: int,
+        n_batch: int = 512,
+        cpu: str = "auto",
+        cache_types: tuple[str, str] | None = None,
+    ) -> None:
         folder = library_folder()
         base = _open(folder / "libggml-base.so", _GGML_BASE)
         ggml = _open(next(folder.glob("libggml.v*.so")), _GGML)
@@ -141,6 +161,9 @@ class Peer:
         params = self._lib.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_batch, min(n_batch, 512)
         params.n_threads = params.n_threads_batch = n_threads
+        if cache_types is not None:
+            params.flash_attn_type = int(cache_types != ("f32", "f32"))
+            params.type_k, params.type_v = (CACHE_TYPES[name] for name in cache_types)
         self._context = self._lib.llama_init_from_model(model, params)
         if not self._context:
             raise SystemExit(f"llama.cpp cannot make a context of {n_ctx} for {path}")
