@@ -85,7 +85,8 @@ def _add(s: Simd, shape: IntPanel, blocks: "list[_Block]", xs: list[Val], acc: l
                 correction = s.load(x + (X_SUMS + first_sum + 4 * g), I32, splat=lanes) << _log2(shape.offset)
             for p, (block, dot) in enumerate(zip(blocks, dots[t], strict=True)):
                 total = dot.total() - correction if correction else dot.total()
-                new.append(s.fma(total.to(F32), block.scales[g] * d, acc[t * len(blocks) + p]))
+                factor = block.scales[g] * d if block.scales else d
+                new.append(s.fma(total.to(F32), factor, acc[t * len(blocks) + p]))
         acc = new
     if shape.has_minimum:
         for g in range(n_groups):
@@ -179,6 +180,8 @@ class _Panel:
                 return [(v - 32).to(F32) for v in six], []
             case "k8":
                 return [byte(i).to(F32) for i in range(n)], []
+            case "none":
+                return [], []
             case "e8m0":
                 e = byte(0)
                 power = s.select(e.compare("<", 2), s.const(I32, 0x00200000, lanes) << e, (e - 1) << 23)

@@ -21,7 +21,7 @@ from llvmlite import ir
 
 from gguf_run.formats import grids
 from gguf_run.formats.unpack import INTEGER_FORMS, IntegerForm
-from gguf_run.kernels_cpu.simd import F16, F32, I16
+from gguf_run.kernels_cpu.simd import F16, F32, I8, I16
 
 ROWS = 16  # rows of a panel: f32 lanes of a 64-byte vector
 BLOCK = 32  # columns of a block of activations, and of a set of planes
@@ -39,13 +39,14 @@ class Scales:
 
 
 # k4: a byte, scale in the low and minimum in the high nibble. k6: four numbers of 6 bits in three bytes, whose two top
-# bits make the fourth; less 32 if there are no minimums. k8: an int8. e8m0: an exponent, see formats/scalars.py.
+# bits make the fourth; less 32 if there are no minimums. k8: an int8. e8m0: an exponent, see formats/scalars.py. none: all scales are 1.
 SCALES = {
     row.name: row
     for row in (
         Scales("f16", 32, False, 2),
         Scales("f32", 32, False, 4),
         Scales("e8m0", 32, False, 1),
+        Scales("none", 32, False, 0),
         Scales("k4", 32, True, 0.5),
         Scales("k6", 64, True, 0.75),
         Scales("k8", 32, True, 1),
@@ -109,7 +110,7 @@ class IntPanel:
 
 @dataclass(frozen=True)
 class FloatPanel:
-    """element: F32, F16, or I16 for the bits of a bfloat16."""
+    """element: F32, F16, I16 for the bits of a bfloat16, I8 for those of a float of 8 bits."""
 
     name: str
     element: ir.Type
@@ -164,8 +165,14 @@ FLOAT_PANELS: dict[str, Panel] = {
 }
 # Which panel each tensor type is repacked into. Types that are missing here go through F32.
 PANEL_OF: dict[str, Panel] = FLOAT_PANELS | {name: _int_panel(form) for name, form in INTEGER_FORMS.items()}
+# Panels of KV caches only (cache_types.py); scales of theirs stand elsewhere.
+CACHE_PANELS: dict[str, Panel] = {
+    "INT8": IntPanel(8, 8, 128, BLOCK, SCALES["none"], False, BLOCK),
+    "E4M3": FloatPanel("E4M3", I8, 1),
+    "E5M2": FloatPanel("E5M2", I8, 1),
+}
 # Kernels are compiled for a panel given as a literal integer: its place in this list.
-PANELS: tuple[Panel, ...] = tuple(dict.fromkeys(PANEL_OF.values()))
+PANELS: tuple[Panel, ...] = tuple(dict.fromkeys([*PANEL_OF.values(), *CACHE_PANELS.values()]))
 
 
 def panel_for(type_name: str) -> Panel:

@@ -263,7 +263,19 @@ class CpuRecorder:
         )
         self._written(x)
 
-    def attention(self, q: CpuBuffer, k: CpuBuffer, v: CpuBuffer, cache: CpuCache, shape: Any, out: CpuBuffer) -> None:
+    def attention(
+        self,
+        q: CpuBuffer,
+        k: CpuBuffer,
+        v: CpuBuffer,
+        cache: CpuCache,
+        shape: Any,
+        out: CpuBuffer,
+        *,
+        sinks: NDArray[np.float32] | None = None,
+    ) -> None:
+        if sinks is not None or shape.softcap:
+            raise NotImplementedError("attention with sinks or softcap")
         self._tape.keep.append(cache)
         n_rep, head_dim = shape.n_head // shape.n_head_kv, shape.head_dim
         part_bytes = 4 * attn.part_floats(cache.wide, n_rep)

@@ -36,13 +36,32 @@ class Rope:
 
 @dataclass(frozen=True)
 class Attention:
-    """Shape of one layer's attention. scale multiplies q.k; window: positions seen, itself included (0: all)."""
+    """Shape of one layer's attention. scale multiplies q.k; window: positions seen, itself included (0: all). softcap,
+    if not 0: scores become softcap * tanh(score / softcap)."""
 
     n_head: int
     n_head_kv: int
     head_dim: int
     scale: float
     window: int = 0
+    softcap: float = 0.0
+
+
+@dataclass(frozen=True)
+class CacheType:
+    """How a layer's K and V are stored: names of the backend's table of cache types.
+
+    rotate: each head of Q, K and V goes through an orthogonal Hadamard transform before K and V are stored, and the
+    result goes back; True: where head_dim is a multiple of 32, False: never, None: where it is and the type has 5 bits
+    or less. k_scales, v_scales: for fp8, one scale for each KV head (value = scale * stored number); None: a scale for
+    each row, found when the row is stored.
+    """
+
+    k: str = "f16"
+    v: str = "f16"
+    rotate: bool | None = None
+    k_scales: tuple[float, ...] | None = None
+    v_scales: tuple[float, ...] | None = None
 
 
 class Weight(Protocol):
@@ -107,8 +126,11 @@ class Recorder(Protocol):
         """Rotate, in place, each head_dim-wide part of x by its token's position."""
         ...
 
-    def attention(self, q: Any, k: Any, v: Any, cache: Any, shape: Attention, out: Any, /) -> None:
-        """Append k and v at the tokens' positions, then out = softmax(scale * q.k, causal, window) @ v per head."""
+    def attention(
+        self, q: Any, k: Any, v: Any, cache: Any, shape: Attention, out: Any, /, *, sinks: Any | None = None
+    ) -> None:
+        """Append k and v at the tokens' positions, then out = softmax(scale * q.k, causal, window) @ v per head. sinks:
+        a vector of n_head logits that count in each row's softmax but have no value."""
         ...
 
     def gated(self, gate: Any, up: Any, out: Any, activation: str, /) -> None:

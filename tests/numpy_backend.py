@@ -82,7 +82,16 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum(axis=-1, keepdims=True)
 
 
-def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, scale: float, window: int) -> np.ndarray:
+def attend(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    positions: np.ndarray,
+    scale: float,
+    window: int,
+    softcap: float = 0.0,
+    sinks: np.ndarray | None = None,
+) -> np.ndarray:
     """q: [n_tokens, n_head, head_dim] at `positions`; k, v: [n_past + n_tokens, n_head_kv, head_dim], from 0 on."""
     n_head_kv, n_gqa = k.shape[1], q.shape[1] // k.shape[1]
     distance = positions[:, None] - np.arange(len(k))
@@ -90,8 +99,13 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, s
     out = np.empty_like(q)
     for h in range(n_head_kv):
         for head in range(h * n_gqa, (h + 1) * n_gqa):
-            scores = np.where(hidden, -np.inf, (q[:, head] @ k[:, h].T) * q.dtype.type(scale))
-            out[:, head] = softmax(scores) @ v[:, h]
+            scores = (q[:, head] @ k[:, h].T) * q.dtype.type(scale)
+            if softcap:
+                scores = q.dtype.type(softcap) * np.tanh(scores / q.dtype.type(softcap))
+            scores = np.where(hidden, -np.inf, scores)
+            if sinks is not None:  # one more position, without a value
+                scores = np.pad(scores, ((0, 0), (0, 1)), constant_values=sinks[head])
+            out[:, head] = softmax(scores)[:, : len(k)] @ v[:, h]
     return out
 
 
@@ -170,14 +184,17 @@ class NumpyRecorder:
 
         self._add("rope", op)
 
-    def attention(self, q: Any, k: Any, v: Any, cache: Any, shape: Attention, out: Any) -> None:
+    def attention(
+        self, q: Any, k: Any, v: Any, cache: Any, shape: Attention, out: Any, *, sinks: np.ndarray | None = None
+    ) -> None:
         def op(step: Step) -> None:
             n, stop = len(step.ids), step.n_past + len(step.ids)
             for kept, new in zip(cache, (k, v), strict=True):
                 kept[step.n_past : stop] = new.rows(step).reshape(n, shape.n_head_kv, shape.head_dim)
             keys, values = (kept[:stop].astype(self.dtype) for kept in cache)
             queries = q.rows(step).reshape(n, shape.n_head, shape.head_dim)
-            result = attend(queries, keys, values, step.positions, shape.scale, shape.window)
+            more = (shape.softcap, sinks)
+            result = attend(queries, keys, values, step.positions, shape.scale, shape.window, *more)
             out.rows(step)[:] = result.reshape(n, -1)
 
         self._add("attention", op)
