@@ -126,7 +126,7 @@ class Peer:
     """A model in llama.cpp, set up as llama-bench does: f16 KV cache, own thread pool, ubatch of at most 512.
 
     cpu: "auto" lets llama.cpp score its ggml-cpu libraries and take the best, else one's name, e.g. "haswell".
-    `.cpu` tells which one runs. cache_types: of K and V, with flash attention unless it is f32 (of which that makes f16);
+    `.cpu` tells which one runs. cache_types: of K and V, with flash attention (but not of f32: it makes f16 of that);
     llama.cpp rotates what it quantizes where head_dim is a multiple of 64, unless LLAMA_ATTN_ROT_DISABLE is set.
     """
 

@@ -15,10 +15,10 @@ from statistics import fmean, stdev
 import numpy as np
 
 from gguf_run.formats.reader import GGUFFile, Tensor
+from gguf_run.kernels_cpu.cache_types import GROUP, cache_bytes
 from gguf_run.kernels_cpu.limits import Limits, measure_limits
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.fetch import find_model
-from gguf_run.runtime.memory import CACHE_TYPES
 from gguf_run.runtime.model import Model
 from gguf_run.runtime.model_type import model_type
 
@@ -34,13 +34,20 @@ class Case:
     n_batch: int = 2048
     n_ubatch: int = 512
     n_threads: int = 1
-    cache_type: str = "f16"
+    type_k: str = "f16"
+    type_v: str = "f16"
+    rotation: bool = True
     device: str = "auto"
 
     @property
     def n_ctx(self) -> int:
         """Positions that the test needs."""
         return self.n_depth + self.n_prompt + self.n_gen
+
+    @property
+    def cache(self) -> tuple[str, str, bool]:
+        """How the cache is stored."""
+        return self.type_k, self.type_v, self.rotation
 
     @property
     def at_once(self) -> int:
@@ -131,7 +138,7 @@ def ideal_seconds(case: Case, facts: ModelFacts, weight_bytes: int, limits: Limi
     left out; so models of float weights stay far from the int8 limit.
     """
     config = facts.config
-    position_bytes = 2 * config.n_embd_kv * CACHE_TYPES[case.cache_type]
+    position_bytes = cache_bytes(case.type_k, case.type_v, config.n_head_kv, config.head_dim, GROUP) // GROUP
     seconds, position = 0.0, case.n_depth
     for n, has_logits in _steps(case):
         seen = sum(min(position, config.window - 1) if is_swa else position for is_swa in config.is_swa)
@@ -177,7 +184,7 @@ def run_cases(cases: Sequence[Case], how: Procedure) -> Iterator[Result]:
 
 def _run_all(cases: Sequence[Case], paths: Mapping[str, Path], how: Procedure) -> Iterator[Result]:
     limits: dict[int, Limits] = {}
-    for _, group in itertools.groupby(cases, key=lambda c: (c.model, c.device, c.at_once, c.cache_type, c.n_threads)):
+    for _, group in itertools.groupby(cases, key=lambda c: (c.model, c.device, c.at_once, c.cache, c.n_threads)):
         members = list(group)
         n_threads = members[0].n_threads
         if n_threads not in limits:
@@ -194,7 +201,8 @@ def _run_group(path: Path, cases: Sequence[Case], limits: Limits, how: Procedure
         n_threads=cases[0].n_threads,
         device=cases[0].device,
         n_batch=cases[0].at_once,
-        cache_type=cases[0].cache_type,
+        cache_type=(cases[0].type_k, cases[0].type_v),
+        cache_rotation=cases[0].rotation,
         progress=lambda done, total: how.notify(f"loading {path.name}: {done / total:.0%}"),
     ) as model:
         with GGUFFile.open(path) as file:

@@ -53,8 +53,8 @@ def fields(result: Result) -> dict[str, Any]:
         "model_type": facts.model_type,
         "model_size": facts.model_size,
         "model_n_params": facts.n_params,
-        "type_k": case.cache_type,
-        "type_v": case.cache_type,
+        "type_k": case.type_k,
+        "type_v": case.type_v,
         "devices": case.device,
         "test_time": result.test_time,
         **{name: getattr(case, name) for name in ("n_batch", "n_ubatch", "n_threads", "n_prompt", "n_gen", "n_depth")},
@@ -200,8 +200,8 @@ _COLUMNS: Mapping[str, tuple[str, int]] = {
 _IF_CHANGED = {
     "n_batch": "n_batch",
     "n_ubatch": "n_ubatch",
-    "type_k": "cache_type",
-    "type_v": "cache_type",
+    "type_k": "type_k",
+    "type_v": "type_v",
     "devices": "device",
 }
 

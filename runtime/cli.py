@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gguf_run.formats.errors import GgufRunError
+from gguf_run.runtime.cli_cache import NAMES, cache_options, load_options
 from gguf_run.runtime.cli_chat import chat as chat_with
 from gguf_run.runtime.cli_chat import show, system_message
 from gguf_run.runtime.cli_common import Command, decode_text, message
@@ -32,6 +33,7 @@ MAX_PROMPT_BYTES = 64 << 20
 @click.option("--max-tokens", "-n", type=int, help="Stop after so many tokens.  [default: when the model ends]")
 @click.option("--ctx-size", "-c", type=int, help="Positions of the context.  [default: the model's, at most 4096]")
 @click.option("--threads", "-t", type=int, help="Threads that compute.  [default: physical cores]")
+@cache_options
 @click.option("--temperature", type=float, default=0.8, help="0 always takes the most likely token.")
 @click.option("--top-k", type=int, default=40, help="Choose among the k most likely tokens; 0 is off.")
 @click.option("--top-p", type=float, default=0.95, help="Choose among the tokens that make up this probability.")
@@ -55,7 +57,7 @@ def main(
     device: str,
     warm_up: bool,
     verbose: bool,
-    **sampling: Any,
+    **options: Any,
 ) -> None:
     """Run a GGUF language model.
 
@@ -68,13 +70,16 @@ def main(
     text = "Hello" if warm_up else _prompt(prompt, file, chat)
     if system is not None:
         system = _argument(system, "--system")
+    cache = load_options(options)
+    for name in NAMES:
+        del options[name]
     with _paused_gc():
         from gguf_run.runtime.sampling import SamplingParams
 
-        SamplingParams(**sampling)  # says what is wrong before a model is loaded
-        loading = _load(model, ctx_size, threads, device)
+        SamplingParams(**options)  # says what is wrong before a model is loaded
+        loading = _load(model, n_ctx=ctx_size, n_threads=threads, device=device, **cache)
     with loading as loaded:
-        options = {"max_tokens": max_tokens, **sampling}
+        options["max_tokens"] = max_tokens
         if verbose:
             _describe(loaded)
         if warm_up:
@@ -130,7 +135,7 @@ def _read_all(stream: Any, name: str) -> bytes:
     return data
 
 
-def _load(path: str | None, ctx_size: int | None, threads: int | None, device: str) -> "Model":
+def _load(path: str | None, **options: Any) -> "Model":
     from gguf_run.formats.jit import compile_notice
     from gguf_run.runtime.model import Model
     from gguf_run.runtime.progress import Progress
@@ -142,7 +147,7 @@ def _load(path: str | None, ctx_size: int | None, threads: int | None, device: s
             message("compiling kernels for this machine; this takes some seconds, once")
 
         with compile_notice(notify):
-            return Model.load(path, n_ctx=ctx_size, n_threads=threads, device=device, progress=progress.set)
+            return Model.load(path, progress=progress.set, **options)
 
 
 def _answer(model: "Model", system: str | None, text: str, raw: bool, options: dict[str, Any]) -> None:

@@ -68,23 +68,19 @@ def _pairs(texts: Sequence[str]) -> list[tuple[int, int]]:
     return pairs
 
 
-def _cache_types(k: Sequence[str], v: Sequence[str]) -> list[str]:
-    """The types that both options name. This version stores K and V alike."""
-    from gguf_run.runtime.memory import CACHE_TYPES
+def _cache_types(both: Sequence[str], k: Sequence[str], v: Sequence[str]) -> list[tuple[str, str]]:
+    """Types of K and V: those that are alike, then all combinations; f16 if none is named."""
+    from gguf_run.kernels_cpu.cache_types import CACHE_FORMATS
 
-    ks, vs = (list(dict.fromkeys(",".join(texts).split(","))) for texts in (k, v))
-    for option, types in (("--cache-type-k", ks), ("--cache-type-v", vs)):
-        for name in types:
-            if name not in CACHE_TYPES:
-                raise OptionError(f"{option} {name!r}: allowed are {', '.join(CACHE_TYPES)}")
-    if set(ks) != set(vs):
-        raise OptionError(
-            f"--cache-type-k {','.join(ks)} with --cache-type-v {','.join(vs)}: this version stores K and V alike, "
-            "give both options the same values"
-        )
-    if len(ks) > 1:
-        message("K and V are stored alike in each test: other combinations are left out")
-    return ks
+    named = []
+    for option, texts in (("--cache-type", both), ("--cache-type-k", k), ("--cache-type-v", v)):
+        named.append(list(dict.fromkeys(name for text in texts for name in text.split(","))))
+        for name in named[-1]:
+            if name not in CACHE_FORMATS:
+                raise OptionError(f"{option} {name!r}: allowed are {', '.join(CACHE_FORMATS)}")
+    alike, ks, vs = named
+    pairs = product(ks or ["f16"], vs or ["f16"]) if ks or vs or not alike else ()
+    return list(dict.fromkeys([*((name, name) for name in alike), *pairs]))
 
 
 class _Status(Progress):
@@ -96,6 +92,7 @@ class _Status(Progress):
 
 
 _numbers = partial(click.option, multiple=True, metavar="N,...")
+_types = partial(click.option, multiple=True, metavar="TYPE,...")
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -106,8 +103,10 @@ _numbers = partial(click.option, multiple=True, metavar="N,...")
 @_numbers("-d", "--n-depth", default=("0",), help="Tokens that stand in the context before.")
 @_numbers("-b", "--batch-size", default=("2048",), help="Tokens after each of which logits are made.")
 @_numbers("-ub", "--ubatch-size", default=("512",), help="Tokens that run at once, at most.")
-@click.option("-ctk", "--cache-type-k", default=("f16",), multiple=True, metavar="TYPE,...", help="f16 or f32.")
-@click.option("-ctv", "--cache-type-v", default=("f16",), multiple=True, metavar="TYPE,...", help="The same as for K.")
+@_types("-ct", "--cache-type", help="Type of the KV cache, for K and V alike.")
+@_types("-ctk", "--cache-type-k", help="Type of K, in all combinations with V's.  [default: f16]")
+@_types("-ctv", "--cache-type-v", help="Type of V.  [default: f16]")
+@click.option("--no-cache-rotation", is_flag=True, help="Store types of 5 bits or less without a Hadamard transform.")
 @_numbers("-t", "--threads", help="Threads that compute.  [default: physical cores]")
 @click.option("-dev", "--device", default=("auto",), multiple=True, metavar="DEVICE,...", help="cpu, cuda, cuda:0, ...")
 @click.option("-r", "--repetitions", default=5, type=click.IntRange(1, 100_000), help="Times each test is repeated.")
@@ -166,8 +165,10 @@ def _cases(
     n_depth: Sequence[str],
     batch_size: Sequence[str],
     ubatch_size: Sequence[str],
+    cache_type: Sequence[str],
     cache_type_k: Sequence[str],
     cache_type_v: Sequence[str],
+    no_cache_rotation: bool,
     threads: Sequence[str],
     device: Sequence[str],
 ) -> "list[Case]":
@@ -190,16 +191,14 @@ def _cases(
         devices,
         parse_values("--batch-size", batch_size, 1),
         parse_values("--ubatch-size", ubatch_size, 1),
-        _cache_types(cache_type_k, cache_type_v),
+        _cache_types(cache_type, cache_type_k, cache_type_v),
         parse_values("--threads", threads or [str(min(default_threads(), MAX_THREADS))], 1, MAX_THREADS),
         parse_values("--n-depth", n_depth, 0),
         lengths,
     )
     cases = [
-        Case(model, *length, depth, n_batch, n_ubatch, n_threads, cache_type, name)
-        for model, name, n_batch, n_ubatch, cache_type, n_threads, depth, length in islice(
-            product(*axes), MAX_TESTS + 1
-        )
+        Case(model, *length, depth, n_batch, n_ubatch, n_threads, *kinds, not no_cache_rotation, name)
+        for model, name, n_batch, n_ubatch, kinds, n_threads, depth, length in islice(product(*axes), MAX_TESTS + 1)
     ]
     if len(cases) > MAX_TESTS:
         raise OptionError(f"the options make more than {MAX_TESTS} tests: give fewer values")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gguf_run.formats.errors import OptionError
+from gguf_run.runtime.cli_cache import CACHE_OPTIONS
 from gguf_run.runtime.cli_common import Command, read_text
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 # What may differ between a model and its base.
 RUNTIME_OPTIONS = (
     click.Option(["--threads", "-t"], type=int, help="Threads that compute.  [default: physical cores]"),
-    click.Option(["--cache-type"], default="f16", show_default=True, help="Type of the KV cache: f16 or f32."),
+    *CACHE_OPTIONS,
     click.Option(["--device"], default="auto", show_default=True, help="cpu, cuda, cuda:0, ... or auto."),
 )
 PATH = click.Path(path_type=Path)

@@ -13,10 +13,12 @@ import click
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.formats.reader import GGUFFile, Tensor
+from gguf_run.runtime.cli_cache import cache_options, load_options
 from gguf_run.runtime.cli_common import Command, one_line
 from gguf_run.runtime.fetch import find_model
 from gguf_run.runtime.info_diff import change_lines, compare, diff_lines
 from gguf_run.runtime.info_edit import edit
+from gguf_run.runtime.info_memory import memory_facts, memory_lines
 from gguf_run.runtime.info_tensors import Statistics, statistics
 from gguf_run.runtime.info_values import describe_value, show_value
 from gguf_run.runtime.progress import Progress
@@ -42,6 +44,7 @@ STATISTICS = tuple(column.name for column in fields(Statistics))
     type=click.IntRange(1, 2**31 - 1),
     help="Positions of the context, for the memory needed.  [default: the model's, at most 4096]",
 )
+@cache_options
 @click.version_option(package_name="gguf-run", prog_name="gguf-info")
 def main(
     model: str,
@@ -55,6 +58,7 @@ def main(
     output: Path | None,
     in_place: bool,
     ctx_size: int | None,
+    **cache: Any,
 ) -> None:
     """Show what is in a GGUF file: metadata, sizes per tensor type, parameters, and the memory it will need.
 
@@ -71,7 +75,7 @@ def main(
         raise click.UsageError("--set and --remove need either -o OUT or --in-place, and these need one of them.")
     if editing and (tensors or stats or diff):
         raise click.UsageError("--set and --remove go without --tensors, --stats and --diff.")
-    pattern = _pattern(match)
+    pattern, options = _pattern(match), load_options(cache)
     with ExitStack() as files:
         file = files.enter_context(GGUFFile.open(find_model(model)))
         if editing:
@@ -82,8 +86,8 @@ def main(
             facts = compare(file, other, pattern)
             lines = diff_lines(facts)
         else:
-            facts = describe(file, pattern if tensors or stats else None, ctx_size, stats)
-            lines = _lines(facts)
+            facts = describe(file, pattern if tensors or stats else None, stats, memory_facts(file, ctx_size, options))
+            lines = _lines(facts, bool(ctx_size or any(cache.values())))
     for line in [json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)] if as_json else lines:
         click.echo(line)
 
@@ -95,13 +99,10 @@ def _pattern(text: str) -> re.Pattern[str]:
         raise OptionError(f"--match {text}: is not a regular expression: {error}") from None
 
 
-def describe(
-    file: GGUFFile, tensors: re.Pattern[str] | None = None, n_ctx: int | None = None, stats: bool = False
-) -> dict[str, Any]:
+def describe(file: GGUFFile, tensors: re.Pattern[str] | None, stats: bool, memory: Mapping[str, Any]) -> dict[str, Any]:
     """Return everything that gguf-info shows, as JSON has it. Sizes are in bytes.
 
-    tensors: those to list, stats: with statistics; n_ctx: positions for the memory needed (None: those of training, at
-    most 4096).
+    tensors: those to list, stats: with statistics; memory: the memory needed.
     """
     all_tensors = list(file.tensors.values())
     facts: dict[str, Any] = {
@@ -116,7 +117,7 @@ def describe(
         },
         "total": _sum(all_tensors),
         "types": _per_type(all_tensors),
-        "memory": _memory(file, n_ctx),
+        "memory": memory,
     }
     if tensors:
         shown = [t for t in all_tensors if tensors.search(t.name)]
@@ -145,29 +146,7 @@ def _per_type(tensors: Sequence[Tensor]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["nbytes"], reverse=True)
 
 
-def _memory(file: GGUFFile, n_ctx: int | None) -> dict[str, Any]:
-    """Bytes needed to run the model, or why that cannot be told: gguf-info shows any GGUF file, not only models."""
-    from gguf_run.models.config import ModelConfig
-    from gguf_run.runtime.memory import memory_needed
-    from gguf_run.runtime.model import DEFAULT_N_CTX
-
-    try:
-        config = ModelConfig.from_metadata(file.metadata, file.tensors)
-        n_ctx = n_ctx or min(config.n_ctx_train, DEFAULT_N_CTX)
-        need = memory_needed(config, file.tensors.values(), n_ctx)
-    except GgufRunError as error:
-        return {"unknown": one_line(str(error))}
-    return {
-        "n_ctx": n_ctx,
-        "cache_type": "f16",
-        "weights": need.weights,
-        "cache": need.cache,
-        "buffers": need.buffers,
-        "total": need.total,
-    }
-
-
-def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
+def _lines(facts: Mapping[str, Any], cache_table: bool) -> Iterator[str]:
     """The facts for people."""
     parts = f" in {facts['n_parts']} files" if facts["n_parts"] > 1 else ""
     yield (
@@ -187,15 +166,7 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
         "lrrrr",
     )
     yield ""
-    memory = facts["memory"]
-    if "unknown" in memory:
-        yield f"memory needed: unknown ({memory['unknown']})"
-    else:
-        yield (
-            f"memory needed: {size_text(memory['total'])} with a context of {memory['n_ctx']} tokens: weights "
-            f"{size_text(memory['weights'])}, KV cache ({memory['cache_type']}) {size_text(memory['cache'])}, buffers "
-            f"{size_text(memory['buffers'])}"
-        )
+    yield from memory_lines(facts["memory"], cache_table)
     if "tensors" in facts:
         stats = STATISTICS if any("rms" in t for t in facts["tensors"]) else ()
         yield ""

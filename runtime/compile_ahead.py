@@ -4,27 +4,30 @@ It takes the kernels of a step from the last to the first and leaves them in the
 the model takes them from the first to the last, and finds those that are ready.
 """
 
+import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 from gguf_run.formats.jit import compile_notice, kernel_cache_dir
+from gguf_run.models.backend import CacheType
 
 _CODE = "from gguf_run.runtime.compile_ahead import main; main()"
 
 
 @contextmanager
-def helper(path: Path, cache_type: str, n_threads: int) -> Iterator[None]:
+def helper(path: Path, cache: Sequence[CacheType], n_threads: int) -> Iterator[None]:
     """Have help from when the first kernel must be compiled, if there is a second CPU to do it."""
     helpers: list[Any] = []
 
     def start() -> None:
         import subprocess
 
-        command = [sys.executable, "-P", "-c", _CODE, os.fspath(path), cache_type]
+        command = [sys.executable, "-P", "-c", _CODE, os.fspath(path), json.dumps([*map(astuple, cache)])]
         quiet = subprocess.DEVNULL
         helpers.append(subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet))
 
@@ -41,14 +44,14 @@ def helper(path: Path, cache_type: str, n_threads: int) -> Iterator[None]:
 
 
 def main() -> None:
-    """What the second process does; its arguments are the path and the type of the KV cache."""
+    """What the second process does; its arguments are the path and the types of each layer's KV cache."""
     from gguf_run.formats.reader import GGUFFile
     from gguf_run.kernels_cpu.backend import CpuBackend
     from gguf_run.models.config import ModelConfig
     from gguf_run.models.decoder import Decoder
 
-    path, cache_type = sys.argv[1:]
+    path, cache = sys.argv[1], [CacheType(*fields) for fields in json.loads(sys.argv[2])]
     with GGUFFile.open(path) as file:
         config = ModelConfig.from_metadata(file.metadata, file.tensors)
-        backend = CpuBackend(1, cache_type, dry=True)
+        backend = CpuBackend(1, cache[0].k, dry=True)
         Decoder(config, file.tensors, [backend] * config.n_layer, n_ctx=1)

@@ -57,15 +57,16 @@ def _or_none(value: Any) -> Any:
 
 @contextmanager
 def load_scorer(model: str, n_ctx: int | None, options: Mapping[str, Any], observe: bool = False) -> "Iterator[Scorer]":
-    """Load a model and what scores its logits. options: threads, cache_type, device. observe: see Model.load."""
+    """Load a model and what scores its logits. options: threads, device, cli_cache.NAMES. observe: see Model.load."""
     if sys.stdout is None:
         raise GgufRunError("stdout is closed: there is nowhere to write the result")
     from gguf_run.formats.jit import compile_notice
+    from gguf_run.runtime.cli_cache import load_options
     from gguf_run.runtime.eval_text import Scorer
     from gguf_run.runtime.model import Model
     from gguf_run.runtime.threads import default_threads
 
-    threads, cache_type, device = (options[name] for name in ("threads", "cache_type", "device"))
+    threads = options["threads"]
     with Progress("loading") as progress:
 
         def notify() -> None:
@@ -77,8 +78,8 @@ def load_scorer(model: str, n_ctx: int | None, options: Mapping[str, Any], obser
                 model,
                 n_ctx=n_ctx,
                 n_threads=threads,
-                device=device,
-                cache_type=cache_type,
+                device=options["device"],
+                **load_options(options),
                 progress=progress.set,
                 observe=observe,
             )

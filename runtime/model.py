@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
+from gguf_run.formats.errors import FormatError, GgufRunError, OptionError, UnsupportedError
 from gguf_run.formats.reader import GGUFFile
+from gguf_run.models.backend import CacheType
 from gguf_run.runtime.generate import Generation, Session, StopStrings, text_pieces
 from gguf_run.runtime.sampling import Sampler, SamplingParams
 
@@ -91,7 +92,9 @@ class Model:
         n_threads: int | None = None,
         device: str = "auto",
         n_batch: int = 512,
-        cache_type: str = "f16",
+        cache_type: str | tuple[str, str] | list[CacheType] | None = None,
+        cache_rotation: bool = True,
+        cache_scales: str | os.PathLike[str] | None = None,
         progress: Callable[[int, int], None] | None = None,
         observe: bool = False,
     ) -> "Model":
@@ -99,8 +102,12 @@ class Model:
 
         path: a GGUF file, `hf:owner/repo/file.gguf`, or None for the default model. n_ctx: positions of the KV cache
         (the model's own, at most 4096, if None). n_threads: physical cores if None. device: "cpu", "cuda", "cuda:N",
-        "auto". n_batch: tokens of a prompt that run at once. cache_type: "f16" or "f32". progress: called with bytes
-        loaded and bytes in all. observe: see Decoder.
+        "auto". n_batch: tokens of a prompt that run at once. progress: called with bytes loaded and bytes in
+        all. observe: see Decoder.
+
+        cache_type: of the KV cache's keys and values, such as "q8_0", or a pair of two, or a list of one CacheType
+        for each layer; None: what cache_scales says, else "f16". cache_rotation: False stores types of 5 bits or less
+        without the Hadamard transform. cache_scales: a calibration file, see kv_scales.py.
 
         Warns if n_ctx is more than the model was trained for. Raises GgufRunError and its kinds: OptionError for a
         value that is not allowed, FormatError for a damaged file, UnsupportedError for one that cannot be run.
@@ -120,8 +127,9 @@ class Model:
         found = find_model(os.fspath(path) if path is not None else None)
         start += time.perf_counter() - before  # a download is not part of the load time
         file = GGUFFile.open(found)
+        cache = {"cache_type": cache_type, "cache_rotation": cache_rotation, "cache_scales": cache_scales}
         try:
-            return _load(file, start, n_ctx, n_threads, device, n_batch, cache_type, progress, observe)
+            return _load(file, start, n_ctx, n_threads, device, n_batch, cache, progress, observe)
         except GgufRunError as error:
             file.close()
             # Below the runtime nobody knows the name of the file.
@@ -244,33 +252,37 @@ def _load(
     n_threads: int,
     device: str,
     n_batch: int,
-    cache_type: str,
+    cache: Mapping[str, Any],
     progress: Callable[[int, int], None] | None,
     observe: bool,
 ) -> Model:
     from gguf_run.models.config import ModelConfig
     from gguf_run.runtime import compile_ahead
-    from gguf_run.runtime.memory import available_memory, check_memory, memory_needed
+    from gguf_run.runtime.cache_plan import plan_cache
+    from gguf_run.runtime.memory import MemoryPlan, available_memory
     from gguf_run.runtime.placement import place_layers
 
     config = ModelConfig.from_metadata(file.metadata, file.tensors)
     n_ctx = n_ctx or min(config.n_ctx_train, DEFAULT_N_CTX)
     places = place_layers(config.n_layer, device)
-    tensors = file.tensors.values()
-    check_memory(memory_needed(config, tensors, n_ctx, cache_type, n_batch), available_memory())
+    tensors = list(file.tensors.values())
+    plan = plan_cache(config, **cache)
+    if len(set(plan)) > 1 or plan[0].k != plan[0].v or plan[0].k not in ("f16", "f32"):
+        raise UnsupportedError("this version stores K and V alike, as f16 or f32")  # kernels for more are to come
+    MemoryPlan(config, tensors, n_ctx, plan, n_batch).check(available_memory())
     if n_ctx > config.n_ctx_train:
         warnings.warn(
             f"context of {n_ctx} tokens: the model was trained with {config.n_ctx_train}, beyond it answers get worse",
             stacklevel=3,
         )
     # What text needs is made beside the weights: they are repacked without the GIL.
-    with ThreadPoolExecutor(1) as pool, compile_ahead.helper(file.path, cache_type, n_threads):
+    with ThreadPoolExecutor(1) as pool, compile_ahead.helper(file.path, plan, n_threads):
         text = pool.submit(_load_text, file)
 
         from gguf_run.kernels_cpu.backend import CpuBackend
         from gguf_run.models.decoder import Decoder
 
-        backend = CpuBackend(n_threads, cache_type)
+        backend = CpuBackend(n_threads, plan[0].k)
         try:
             report = _reporter(progress, sum(tensor.nbytes for tensor in tensors))
             backends = [backend for _ in places]

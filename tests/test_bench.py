@@ -105,8 +105,8 @@ def test_prompt_then_tokens_one_by_one(fake: type[FakeModel], model: str) -> Non
     assert steps(fake.decoders[0]) == [*prompt, (20, 1, 1), *run, *run]
     assert len(result.samples_ns) == 2
     assert fake.loaded == [
-        {"path": Path(model), "n_ctx": 23, "n_threads": 1, "device": "auto", "n_batch": 4, "cache_type": "f16"}
-        | {"progress": fake.loaded[0]["progress"]}
+        {"path": Path(model), "n_ctx": 23, "n_threads": 1, "device": "auto", "n_batch": 4, "cache_type": ("f16", "f16")}
+        | {"cache_rotation": True, "progress": fake.loaded[0]["progress"]}
     ]
 
 
@@ -154,7 +154,7 @@ def test_neighbours_share_a_loaded_model(fake: type[FakeModel], model: str) -> N
         Case(model, 8, 0, n_batch=600),
         Case(model, 8, 0, n_ubatch=512, n_depth=3),
     ]
-    others = [Case(model, 8, 0, n_threads=2), Case(model, 8, 0, n_threads=2, cache_type="f32")]
+    others = [Case(model, 8, 0, n_threads=2), Case(model, 8, 0, n_threads=2, type_k="f32")]
     others += [Case(model, 8, 0, n_batch=64), Case(model, 8, 0, n_batch=64, device="cpu")]
     results = list(run_cases([*same, *others], Procedure(repetitions=1)))
     assert [result.case for result in results] == [*same, *others]
@@ -168,7 +168,7 @@ def test_limits_are_measured_once_for_each_number_of_threads(
 ) -> None:
     asked = []
     monkeypatch.setattr(bench, "measure_limits", lambda n: asked.append(n) or LIMITS)  # type: ignore[func-returns-value]
-    cases = [Case(model, 4, 0, n_threads=n, cache_type=t) for n in (1, 2) for t in ("f16", "f32", "f16")]
+    cases = [Case(model, 4, 0, n_threads=n, type_k=t, type_v=t) for n in (1, 2) for t in ("f16", "f32", "f16")]
     list(run_cases(cases, Procedure(repetitions=1)))
     assert asked == [1, 2]
 
@@ -251,7 +251,7 @@ def test_decoding_is_bounded_by_bytes(tmp_path: Path) -> None:
             n_bytes += (before + 1) * 2 * 32 * 2
     case = Case("m", 0, 4, n_depth=5)
     assert ideal_seconds(case, facts, 100_000_000, LIMITS) == pytest.approx(n_bytes / 1e9, rel=1e-12)
-    wide = ideal_seconds(Case("m", 0, 4, n_depth=5, cache_type="f32"), facts, 100_000_000, LIMITS)
+    wide = ideal_seconds(Case("m", 0, 4, n_depth=5, type_k="f32", type_v="f32"), facts, 100_000_000, LIMITS)
     assert wide == pytest.approx((2 * n_bytes - 4 * 100_000_000) / 1e9, rel=1e-12)
 
 

@@ -157,7 +157,7 @@ limits, 2 threads: read 40.0 GB/s, int8 dot 1800 Gop/s ("""  # noqa: E501
     [
         ({"n_batch": 64}, "n_batch", "     64"),
         ({"n_ubatch": 32}, "n_ubatch", "      32"),
-        ({"cache_type": "f32"}, "type_k | type_v", "   f32 |    f32"),
+        ({"type_k": "f32", "type_v": "q8_0"}, "type_k | type_v", "   f32 |   q8_0"),
         ({"device": "cpu"}, "dev         ", "cpu         "),
     ],
 )

@@ -19,7 +19,7 @@ from tinymodel import Tiny, write_tiny
 from gguf_run.formats.errors import OptionError
 from gguf_run.kernels_cpu.limits import Limits, measure_limits
 from gguf_run.runtime import Model, bench
-from gguf_run.runtime.cli_bench import main, parse_values
+from gguf_run.runtime.cli_bench import _cache_types, main, parse_values
 
 COMMAND = [sys.executable, "-c", "from gguf_run.runtime.cli_bench import main; main(prog_name='gguf-bench')"]
 QUICK = ("-p", 4, "-n", 2, "-r", 2, "-t", 1)
@@ -135,7 +135,7 @@ def test_tests_run_in_llama_benchs_order(model: Path, options: list[str], names:
 @pytest.mark.usefixtures("no_limits")
 def test_combinations(model: Path) -> None:
     """Models outermost, then devices, batches, cache types, threads; lengths innermost."""
-    types = ("-ctk", "f32,f16", "-ctv", "f16,f32")
+    types = ("-ct", "f32", "-ctk", "f16")
     result = invoke(model, model, "-p4", "-n2", "-r1", "-t1,2", "-b8,4", "-ub", 2, "-dev", "cpu", *types, "-o", "jsonl")
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert [(row["n_batch"], row["type_k"], row["n_threads"], row["n_prompt"]) for row in rows] == [
@@ -143,7 +143,23 @@ def test_combinations(model: Path) -> None:
     ]
     assert all(row["type_k"] == row["type_v"] for row in rows)
     assert {(row["n_ubatch"], row["devices"]) for row in rows} == {(2, "cpu")}
-    assert result.stderr == "K and V are stored alike in each test: other combinations are left out\n"
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "pairs"),
+    [
+        ([], ["f16/f16"]),
+        (["-ct", "q8_0,f16"], ["q8_0/q8_0", "f16/f16"]),
+        (["-ctk", "q8_0,f32"], ["q8_0/f16", "f32/f16"]),
+        (["-ctk", "q8_0,f32", "-ctv", "f32"], ["q8_0/f32", "f32/f32"]),
+        (["-ct", "q8_0", "-ctv", "f16,q8_0"], ["q8_0/q8_0", "f16/f16", "f16/q8_0"]),
+    ],
+)
+def test_cache_types(options: list[str], pairs: list[str]) -> None:
+    named = {name: options[i + 1 : i + 2] for i, name in enumerate(options) if name.startswith("-c")}
+    found = _cache_types(*(named.get(name, []) for name in ("-ct", "-ctk", "-ctv")))
+    assert ["/".join(pair) for pair in found] == pairs
 
 
 @pytest.mark.parametrize(
@@ -162,9 +178,9 @@ def test_combinations(model: Path) -> None:
         (["-pg", "a,b"], "-pg 'a'"),
         (["-p", "0", "-n", "0"], "nothing to measure"),
         (["-p", "0", "-n", "0", "-pg", "0,0"], "nothing to measure"),
-        (["-ctk", "q8_0"], "--cache-type-k 'q8_0': allowed are f16, f32"),
+        (["-ctk", "q7_0"], "--cache-type-k 'q7_0': allowed are f32, f16, bf16, q8_0,"),
         (["-ctv", ""], "--cache-type-v ''"),
-        (["-ctk", "f32"], "--cache-type-k f32 with --cache-type-v f16"),
+        (["-ct", "f16,Q8_0"], "--cache-type 'Q8_0'"),
         (["-dev", "tpu"], "--device 'tpu'"),
         (["-p", "1-200", "-d", "1-200"], "more than 10000 tests"),
         (["-p", "2000000000", "-d", "2000000000"], "a context of 4000000000 tokens"),

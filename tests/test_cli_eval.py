@@ -140,7 +140,8 @@ def test_base_options(folder: Path) -> None:
     arguments = ["kl", "tiny.gguf", "-f", "text.txt", *SMALL, "--chunks", "2"]
     values = figures(folder, *arguments, "--base-options", "--cache-type f32")
     assert 0 < values["kl_mean"] < 1e-5
-    assert values["base_options"] == {"threads": 2, "cache_type": "f32", "device": "auto"}
+    expected = {"threads": 2, "cache_type": "f32", "device": "auto", "cache_type_k": None, "no_cache_rotation": False}
+    assert values["base_options"] == expected | {"cache_type_v": None, "cache_scales": None}
     same = figures(folder, *arguments, "--cache-type", "f32", "--base-options", "")
     assert (same["kl_mean"], same["base_options"]["cache_type"]) == (0, "f32")
 
@@ -220,7 +221,7 @@ BAD = {
     "chunks": (["perplexity", "tiny.gguf", "-f", "text.txt", *SMALL, "--chunks", "0"], 2, "--chunks is 0"),
     "stride": (["perplexity", "tiny.gguf", "-f", "text.txt", *SMALL, "--stride", "33"], 2, "--stride is 33"),
     "threads": (["perplexity", "tiny.gguf", "-f", "text.txt", "-t", "0"], 2, "--threads"),
-    "cache type": (["perplexity", "tiny.gguf", "-f", "text.txt", "--cache-type", "q1"], 2, "cache_type is 'q1'"),
+    "cache type": (["perplexity", "tiny.gguf", "-f", "text.txt", "--cache-type", "q1"], 2, "--cache-type-k is 'q1'"),
     "device": (["perplexity", "tiny.gguf", "-f", "text.txt", "--device", "tpu"], 2, "--device 'tpu'"),
     "nothing to compare": (KL, 2, "nothing to compare with"),
     "save and compare": ([*KL, "--save-logits", "x", "--base", "other.gguf"], 2, "--save-logits saves the logits of"),
@@ -233,7 +234,7 @@ BAD = {
     "base option without value": ([*KL, "--base-options", "-t"], 2, "--base-options '-t': Option '-t' requires"),
     "stray word": ([*KL, "--base-options", "-t 1 f32"], 2, "unexpected extra argument"),
     "open quote": ([*KL, "--base-options", "'"], 2, "No closing quotation"),
-    "base option not allowed": ([*KL, *SMALL, "--base-options", "--cache-type q1"], 2, "cache_type is 'q1'"),
+    "base option not allowed": ([*KL, *SMALL, "--base-options", "--cache-type q1"], 2, "--cache-type-k is 'q1'"),
     "missing logits": ([*KL, "--base-logits", "no.logits"], 1, "no.logits: No such file"),
     "not logits": ([*KL, "--base-logits", "text.txt"], 1, "text.txt: is not a file of logits"),
     "logits in a folder": ([*KL, *SMALL, "--save-logits", "."], 1, "is a folder"),

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gguf_run.formats.errors import GgufRunError, OptionError, UnsupportedError
-from gguf_run.runtime.memory import MemoryNeed, available_memory, check_memory
+from gguf_run.formats.errors import OptionError, UnsupportedError
+from gguf_run.runtime.memory import available_memory
 from gguf_run.runtime.placement import Device, parse_device, place_layers
 from gguf_run.runtime.progress import Progress
 from gguf_run.runtime.threads import available_cores, default_threads
@@ -100,16 +100,6 @@ def test_default_threads_of_this_machine() -> None:
 )
 def test_available_memory(tmp_path: Path, files: dict[str, str], expected: int | None) -> None:
     assert available_memory(write(tmp_path, files)) == expected
-
-
-def test_check_memory() -> None:
-    need = MemoryNeed(weights=3 * GIB, cache=2 * GIB, buffers=GIB)
-    check_memory(need, None)
-    check_memory(need, 6 * GIB)
-    with pytest.raises(
-        GgufRunError, match=r"6\.44 GB needed \(weights 3\.22 GB, KV cache 2\.15 GB\), 6\.44 GB available"
-    ):
-        check_memory(need, 6 * GIB - 1)
 
 
 def test_devices() -> None:
