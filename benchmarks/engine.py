@@ -23,8 +23,8 @@ class Engine(Protocol):
     n_vocab: int
     bos: int | None
 
-    def rewind(self, n_past: int) -> None:
-        """Forget the tokens from position n_past on."""
+    def rewind(self, n_past: int) -> int:
+        """Forget the tokens from position n_past on, or all, if that cannot be; how many are left."""
         ...
 
     def forward(self, ids: Sequence[int], n_outputs: int = 1) -> Iterator[NDArray[np.float32]]:
@@ -55,8 +55,8 @@ class Ours:
         self._decoder = Decoder(config, self._file.tensors, [self._backend] * config.n_layer, n_ctx, n_batch)
         self.weight_bytes = self._decoder.nbytes()["weights"]
 
-    def rewind(self, n_past: int) -> None:
-        self._decoder.rewind(n_past)
+    def rewind(self, n_past: int) -> int:
+        return self._decoder.rewind(n_past)
 
     def forward(self, ids: Sequence[int], n_outputs: int = 1) -> Iterator[NDArray[np.float32]]:
         return self._decoder.forward(ids, n_outputs)

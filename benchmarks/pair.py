@@ -81,12 +81,11 @@ class _Bench:
     def measure(self, test: Test, seed: int) -> float:
         """Return the seconds of one test."""
         engine = self._engine
-        if test.depth != self._depth:
+        if test.depth != self._depth or engine.rewind(test.depth) != test.depth:
             engine.rewind(0)
             self._consume(self._ids(test.depth, 0))
             self._depth = test.depth
         ids = self._ids(test.n, seed)
-        engine.rewind(self._depth)
         start = time.perf_counter()
         for part in [ids] if test.kind == "pp" else [[id] for id in ids]:
             self._consume(part)

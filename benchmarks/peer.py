@@ -185,10 +185,11 @@ class Peer:
         """Put the threads to sleep (they would poll for a while); the next forward wakes them."""
         self._ggml_cpu.ggml_threadpool_pause(self._pool)
 
-    def rewind(self, n_past: int) -> None:
+    def rewind(self, n_past: int) -> int:
         """Forget the tokens from position n_past on."""
         if not self._lib.llama_memory_seq_rm(self._memory, 0, n_past, -1):
             raise SystemExit(f"llama.cpp cannot forget the tokens from position {n_past} on")
+        return n_past
 
     def forward(self, ids: Sequence[int], n_outputs: int = 1) -> Iterator[NDArray[np.float32]]:
         """Append ids; yield the logits f32[n_outputs, n_vocab] of the last n_outputs tokens, in llama.cpp's memory."""

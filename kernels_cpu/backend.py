@@ -13,16 +13,16 @@ from gguf_run.formats.dequantizer import dequantize
 from gguf_run.formats.reader import Tensor
 from gguf_run.formats.unpack import INTEGER_FORMS
 from gguf_run.kernels_cpu import isa
-from gguf_run.kernels_cpu.memory import Arena, CpuCache, CpuTable, CpuWeight, WeightPart, new_cache
+from gguf_run.kernels_cpu.cache import CACHE_TYPES, CpuCache, new_cache, rows_stored
+from gguf_run.kernels_cpu.memory import Arena, CpuTable, CpuWeight, WeightPart
 from gguf_run.kernels_cpu.op import Op
-from gguf_run.kernels_cpu.panels import FLOAT_PANELS, ROWS, Panel, panel_for
-from gguf_run.kernels_cpu.program import CpuRecorder
+from gguf_run.kernels_cpu.panels import ROWS, Panel, panel_for
+from gguf_run.kernels_cpu.recorder import CpuRecorder
 from gguf_run.kernels_cpu.repack import repack
 from gguf_run.kernels_cpu.rows import FLOAT_TABLES
 from gguf_run.kernels_cpu.team import Team
 
 _QUEUED = 64  # pieces of weights to be repacked: enough that no thread waits between two tensors
-CACHE_TYPES = {"f32": ("F32", 4), "f16": ("F16", 2)}
 
 
 class CpuBackend:
@@ -35,7 +35,7 @@ class CpuBackend:
         if cache_type not in CACHE_TYPES:
             raise ValueError(f"cache_type is {cache_type}; known are {', '.join(CACHE_TYPES)}")
         self.n_threads = n_threads
-        self._panel, self._element_bytes = FLOAT_PANELS[CACHE_TYPES[cache_type][0]], CACHE_TYPES[cache_type][1]
+        self._cache_type = cache_type
         self._dry = dry
         self._team = Team(n_threads)
         self._executor = ThreadPoolExecutor(n_threads, "repack")
@@ -76,13 +76,14 @@ class CpuBackend:
     def vector(self, tensors: Sequence[Tensor]) -> NDArray[np.float32]:
         return np.concatenate([dequantize(tensor.blocks(), tensor.type).reshape(-1) for tensor in tensors])
 
-    def cache(self, shape: Any, n_ctx: int) -> CpuCache:
-        cache = new_cache(self._arena, shape.n_head_kv, shape.head_dim, n_ctx, self._element_bytes)
+    def cache(self, shape: Any, n_ctx: int, n_batch: int, n_seq: int = 1) -> CpuCache:
+        n_rows = rows_stored(n_ctx, n_batch, shape.window)
+        cache = new_cache(self._arena, shape.n_head_kv, shape.head_dim, n_rows, n_seq, self._cache_type)
         self._bytes["cache"] += cache.k.nbytes + cache.v.nbytes
         return cache
 
     def recorder(self, n_batch: int, n_outputs: int) -> CpuRecorder:
-        return CpuRecorder(self._team, self._panel, self._element_bytes, n_batch, n_outputs, self._compile)
+        return CpuRecorder(self._team, n_batch, n_outputs, self._compile)
 
     def _compile(self, ops: Iterable[Op]) -> None:
         """Compile a program's ops, while weights are repacked, and wait until these are."""

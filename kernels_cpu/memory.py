@@ -1,4 +1,4 @@
-"""What the CPU backend's handles are: weights as panels, vectors, embedding tables, KV caches, buffers of rows."""
+"""What the CPU backend's handles are: weights as panels, vectors, embedding tables, buffers of rows."""
 
 from dataclasses import dataclass
 
@@ -62,23 +62,6 @@ class CpuTable:
     n_in: int
     blocks: NDArray[np.uint8]
     grid: NDArray[np.int8]
-
-
-@dataclass(frozen=True, eq=False)
-class CpuCache:
-    """K and V of one layer; attention.py has the layout. n_ctx, wide: positions and width of V's rows as stored."""
-
-    n_ctx: int
-    wide: int
-    k: NDArray[np.uint8]
-    v: NDArray[np.uint8]
-
-
-def new_cache(arena: Arena, n_head_kv: int, head_dim: int, n_ctx: int, element_bytes: int) -> CpuCache:
-    """A cache for at least n_ctx positions."""
-    n_ctx, wide = (-(-n // LANES) * LANES for n in (n_ctx, head_dim))
-    k, v = (arena.take(n_head_kv * n_ctx * width * element_bytes) for width in (head_dim, wide))
-    return CpuCache(n_ctx, wide, k, v)
 
 
 @dataclass(frozen=True, eq=False)

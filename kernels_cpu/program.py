@@ -1,409 +1,43 @@
-"""Recording a step into a tape, and running it."""
+"""A recorded step: the tape of its ops, and the tokens that it runs on."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.kernels_cpu import attention as attn
-from gguf_run.kernels_cpu.gated import gated
-from gguf_run.kernels_cpu.matmul import TOKENS, matmul
-from gguf_run.kernels_cpu.matmul_gated import SCRATCH_BYTES, matmul_gated
-from gguf_run.kernels_cpu.memory import LANES, CpuBuffer, CpuCache, CpuTable, CpuWeight, aligned
-from gguf_run.kernels_cpu.observe import CpuSquares, observe
-from gguf_run.kernels_cpu.op import Op
-from gguf_run.kernels_cpu.panels import BLOCK, ROWS, IntPanel, Panel, panel_id
-from gguf_run.kernels_cpu.quantize import quantize
-from gguf_run.kernels_cpu.rms_norm import rms_norm
-from gguf_run.kernels_cpu.rope import angles, rope
-from gguf_run.kernels_cpu.rows import copy_rows, embed
+from gguf_run.kernels_cpu.memory import CpuBuffer
+from gguf_run.kernels_cpu.runs import RunTable
 from gguf_run.kernels_cpu.team import Team
-
-_N_TOKENS, _N_PAST, _N_OUT, _FIRST = range(0, 32, 8)  # the state's words, one on a cache line
-
-
-@dataclass
-class _Activations:
-    """What is known of a buffer's present contents in the form that integer panels read."""
-
-    producer: NDArray[np.void] | None = None  # the arguments of the op that can quantize what it has just made
-    q8: NDArray[np.uint8] | None = None  # the quantized rows, once something wants them
-
-
-@dataclass
-class _Tape:
-    ops: list[tuple[Op, NDArray[np.void]]] = field(default_factory=list)
-    keep: list[Any] = field(default_factory=list)  # arrays whose addresses are in the arguments
-
-
-class CpuRecorder:
-    """models.backend.Recorder: each call binds an op to addresses and appends it to the tape."""
-
-    def __init__(
-        self,
-        team: Team,
-        panel: Panel,
-        element_bytes: int,
-        n_batch: int,
-        n_outputs: int,
-        compile_ops: Callable[[Iterable[Op]], None],
-    ) -> None:
-        """panel, element_bytes: those of the KV caches. compile_ops: called at the end with the ops of the tape."""
-        self._team, self._cache_panel, self._element_bytes = team, panel, element_bytes
-        self._compile = compile_ops
-        self.n_batch, self.n_outputs = n_batch, n_outputs
-        self._tape = _Tape()
-        self._state = np.zeros(64, np.int64)
-        self._ids = np.zeros(n_batch, np.int32)
-        self._zeros = aligned(4 * LANES)
-        self._body = -1
-        self._scratch_bytes = 4 * TOKENS * ROWS
-        self._scratched: list[NDArray[np.void]] = []
-        self._parts_bytes = 0
-        self._parted: list[NDArray[np.void]] = []
-        self._angles: dict[int, NDArray[np.float32]] = {}
-        self._known: dict[int, dict[tuple[int, int], _Activations]] = {}
-        self._wide: dict[tuple[bool, int], CpuBuffer] = {}
-        self._q8: dict[tuple[int, int], NDArray[np.uint8]] = {}
-
-    # recording
-    def _word(self, word: int) -> int:
-        return self._state.ctypes.data + 8 * word
-
-    def _record(self, op: Op, **values: Any) -> NDArray[np.void]:
-        names = op.fields.names or ()
-        arguments = op.bind(**values, **{name: 0 for name in ("scratch", "scratch_stride") if name in names})
-        if "scratch" in names:
-            self._scratched.append(arguments)
-        self._tape.ops.append((op, arguments))
-        return arguments
-
-    def _written(self, out: CpuBuffer, producer: NDArray[np.void] | None = None) -> None:
-        """Columns of out's memory have new contents."""
-        known = self._known[id(out.memory)] = {}
-        if producer is not None and out.width % 32 == 0:
-            known[out.address, out.width] = _Activations(producer)
-
-    def _quantized(self, x: CpuBuffer) -> NDArray[np.uint8]:
-        """x's rows as activation blocks: by the op that made x, if it can, else by an op of its own; once."""
-        key = (x.address, x.width)
-        known = self._known.setdefault(id(x.memory), {}).setdefault(key, _Activations())
-        if known.q8 is None:
-            if key not in self._q8:
-                self._q8[key] = aligned(len(x.memory) * 2 * x.width)
-            known.q8 = self._q8[key]
-            q8 = {"q8": known.q8.ctypes.data, "q8_stride": 2 * x.width}
-            if known.producer is not None:
-                for name, value in q8.items():
-                    known.producer[name] = value
-            else:
-                self._record(quantize, rows=x.rows, n=x.width, x=x.address, x_stride=x.stride, **q8)
-        return known.q8
-
-    # the ops of models.backend.Recorder
-    def buffer(self, width: int) -> CpuBuffer:
-        after = self._body >= 0
-        n_rows = -(-(self.n_outputs if after else self.n_batch) // TOKENS) * TOKENS
-        stride = -(-width // ROWS) * ROWS
-        memory = aligned(4 * n_rows * stride).view(np.float32).reshape(n_rows, stride)
-        self._tape.keep.append(memory)
-        return CpuBuffer(memory, self._word(_N_OUT if after else _N_TOKENS), 0, width)
-
-    def embed(self, table: CpuTable, out: CpuBuffer, scale: float = 1.0) -> None:
-        self._tape.keep.append(table)
-        self._record(
-            embed(table.type_name),
-            rows=out.rows,
-            ids=self._ids.ctypes.data,
-            table=table.blocks.ctypes.data,
-            row_bytes=table.blocks.shape[1],
-            n=table.n_in,
-            out=out.address,
-            out_stride=out.stride,
-            grid=table.grid.ctypes.data,
-            n_grid=table.grid.size,
-            scale=scale,
-        )
-        self._written(out)
-
-    def rms_norm(
-        self,
-        x: CpuBuffer,
-        weight: NDArray[np.float32],
-        out: CpuBuffer,
-        eps: float,
-        *,
-        n_group: int = 1,
-        residual: CpuBuffer | None = None,
-    ) -> None:
-        self._tape.keep.append(weight)
-        arguments = self._record(
-            rms_norm,
-            rows=x.rows,
-            n_group=n_group,
-            n=x.width // n_group,
-            x=x.address,
-            x_stride=x.stride,
-            weight=weight.ctypes.data,
-            out=out.address,
-            out_stride=out.stride,
-            residual=residual.address if residual else 0,
-            residual_stride=residual.stride if residual else 0,
-            q8=0,
-            q8_stride=0,
-            eps=eps,
-        )
-        self._written(out, arguments if n_group == 1 else None)
-
-    def matmul(
-        self,
-        x: CpuBuffer,
-        weight: CpuWeight,
-        out: CpuBuffer,
-        *,
-        bias: NDArray[np.float32] | None = None,
-        residual: CpuBuffer | None = None,
-    ) -> None:
-        self._tape.keep += [weight, bias]
-        for part in weight.parts:
-            panel = part.panel
-            rows, x_stride = self._rows(x, panel)
-            self._record(
-                matmul(panel_id(panel)),
-                rows=x.rows,
-                n_out=part.n_out,
-                n_steps=weight.n_in // panel.columns,
-                step_bytes=panel.step_bytes,
-                group_bytes=panel.group_bytes(weight.n_in),
-                w=part.data.ctypes.data,
-                x=rows,
-                x_stride=x_stride,
-                out=out.address + 4 * part.first,
-                out_stride=out.stride,
-                residual=residual.address + 4 * part.first if residual else self._zeros.ctypes.data,
-                residual_stride=residual.stride if residual else 0,
-                residual_group=4 * ROWS if residual else 0,
-                bias=bias.ctypes.data + 4 * part.first if bias is not None else 0,
-            )
-        self._written(out)
-
-    def matmul_gated(
-        self,
-        x: CpuBuffer,
-        weight: CpuWeight,
-        out: CpuBuffer,
-        activation: str,
-        *,
-        bias: NDArray[np.float32] | None = None,
-    ) -> None:
-        n_ff, parts = weight.n_out // 2, weight.parts
-        if bias is not None or len(parts) > 1 or n_ff % BLOCK:
-            key = self._body >= 0, weight.n_out
-            if key not in self._wide:
-                self._wide[key] = self.buffer(weight.n_out)
-            wide = self._wide[key]
-            self.matmul(x, weight, wide, bias=bias)
-            self.gated(wide.columns(0, n_ff), wide.columns(n_ff, n_ff), out, activation)
-            return
-        self._tape.keep.append(weight)
-        self._scratch_bytes = max(self._scratch_bytes, SCRATCH_BYTES)
-        panel = parts[0].panel
-        rows, x_stride = self._rows(x, panel)
-        arguments = self._record(
-            matmul_gated(panel_id(panel), activation),
-            rows=x.rows,
-            n_out=n_ff,
-            n_steps=weight.n_in // panel.columns,
-            step_bytes=panel.step_bytes,
-            group_bytes=panel.group_bytes(weight.n_in),
-            w=parts[0].data.ctypes.data,
-            x=rows,
-            x_stride=x_stride,
-            out=out.address,
-            out_stride=out.stride,
-            q8=0,
-            q8_stride=0,
-            zeros=self._zeros.ctypes.data,
-        )
-        self._written(out, arguments)
-
-    def _rows(self, x: CpuBuffer, panel: Panel) -> tuple[int, int]:
-        """Address and stride of x's rows in the form that a panel is multiplied with."""
-        if isinstance(panel, IntPanel):
-            return self._quantized(x).ctypes.data, 2 * x.width
-        return x.address, x.stride
-
-    def rope(self, x: CpuBuffer, rope_: Any, head_dim: int) -> None:
-        n_half = rope_.n_rot // 2
-        if id(rope_) not in self._angles:
-            table = self._angles[id(rope_)] = np.zeros((self.n_batch, n_half, 2), np.float32)
-            inv_freq = np.ascontiguousarray(rope_.inv_freq, np.float64)
-            self._tape.keep += [rope_, inv_freq, table]
-            self._record(
-                angles,
-                rows=x.rows,
-                n_past=self._word(_N_PAST),
-                n_half=n_half,
-                inv_freq=inv_freq.ctypes.data,
-                table=table.ctypes.data,
-                scale=rope_.scale,
-            )
-        self._record(
-            rope,
-            rows=x.rows,
-            n_head=x.width // head_dim,
-            head_dim=head_dim,
-            n_half=n_half,
-            neox=rope_.style == "neox",
-            x=x.address,
-            x_stride=x.stride,
-            table=self._angles[id(rope_)].ctypes.data,
-        )
-        self._written(x)
-
-    def attention(
-        self,
-        q: CpuBuffer,
-        k: CpuBuffer,
-        v: CpuBuffer,
-        cache: CpuCache,
-        shape: Any,
-        out: CpuBuffer,
-        *,
-        sinks: NDArray[np.float32] | None = None,
-    ) -> None:
-        if sinks is not None or shape.softcap:
-            raise NotImplementedError("attention with sinks or softcap")
-        self._tape.keep.append(cache)
-        n_rep, head_dim = shape.n_head // shape.n_head_kv, shape.head_dim
-        part_bytes = 4 * attn.part_floats(cache.wide, n_rep)
-        self._parts_bytes = max(self._parts_bytes, part_bytes * attn.max_parts(self._team.n_threads))
-        self._scratch_bytes = max(self._scratch_bytes, 4 * attn.scratch_floats(head_dim, cache.wide, n_rep))
-        step = {"rows": q.rows, "n_past": self._word(_N_PAST), "n_head_kv": shape.n_head_kv}
-        step |= {"head_dim": head_dim, "wide": cache.wide}
-        store = {"cache_k": cache.k.ctypes.data, "cache_v": cache.v.ctypes.data, "n_ctx": cache.n_ctx}
-        result = {
-            "n_head": shape.n_head,
-            "window": shape.window,
-            "out": out.address,
-            "out_stride": out.stride,
-            "parts": 0,
-            "part_bytes": part_bytes,
-            "max_rows": attn.max_rows(n_rep),
-        }
-        self._record(
-            attn.append(self._element_bytes),
-            k=k.address,
-            k_stride=k.stride,
-            v=v.address,
-            v_stride=v.stride,
-            **step,
-            **store,
-        )
-        attend = self._record(
-            attn.attend(panel_id(self._cache_panel), self._element_bytes),
-            q=q.address,
-            q_stride=q.stride,
-            scale=shape.scale,
-            **step,
-            **store,
-            **result,
-        )
-        merge = self._record(attn.merge, q8=0, q8_stride=0, **step, **result)
-        self._parted += [attend, merge]
-        self._written(out, merge)
-
-    def gated(self, gate: CpuBuffer, up: CpuBuffer, out: CpuBuffer, activation: str) -> None:
-        arguments = self._record(
-            gated(activation),
-            rows=gate.rows,
-            n=gate.width,
-            gate=gate.address,
-            gate_stride=gate.stride,
-            up=up.address,
-            up_stride=up.stride,
-            out=out.address,
-            out_stride=out.stride,
-            q8=0,
-            q8_stride=0,
-        )
-        self._written(out, arguments)
-
-    def observe(self, x: CpuBuffer) -> CpuSquares:
-        squares = CpuSquares(x.width)
-        self._tape.keep.append(squares)
-        address = squares.sums.ctypes.data
-        self._record(observe, rows=x.rows, n=x.width, x=x.address, x_stride=x.stride, sums=address)
-        return squares
-
-    def outputs(self, x: CpuBuffer) -> CpuBuffer:
-        self._body = len(self._tape.ops)
-        out = self.buffer(x.width)
-        self._record(
-            copy_rows,
-            rows=out.rows,
-            first=self._word(_FIRST),
-            n=x.width,
-            x=x.address,
-            x_stride=x.stride,
-            out=out.address,
-            out_stride=out.stride,
-        )
-        self._written(out)
-        return out
-
-    def finish(self, result: CpuBuffer) -> "CpuProgram":
-        """Give the ops their shared memory, compile them, and lay out the tape."""
-        self._compile(dict.fromkeys(op for op, _ in self._tape.ops))
-        n_threads = self._team.n_threads
-        stride = -(-self._scratch_bytes // 64) * 64
-        scratch, parts = aligned(stride * n_threads), aligned(self._parts_bytes)
-        for arguments in self._scratched:
-            arguments["scratch"], arguments["scratch_stride"] = scratch.ctypes.data, stride
-        for arguments in self._parted:
-            arguments["parts"] = parts.ctypes.data
-        tape = np.array([(op.compiled.address, arguments.ctypes.data) for op, arguments in self._tape.ops], np.int64)
-        keep = [self._tape, self._zeros, self._q8, scratch, parts]
-        return CpuProgram(self._team, tape, self._body, self._state, self._ids, result, self, keep)
 
 
 class CpuProgram:
     """models.backend.Program."""
 
     def __init__(
-        self,
-        team: Team,
-        tape: NDArray[np.int64],
-        body: int,
-        state: NDArray[np.int64],
-        ids: NDArray[np.int32],
-        result: CpuBuffer,
-        sizes: CpuRecorder,
-        keep: list[Any],
+        self, team: Team, tape: NDArray[np.int64], body: int, table: RunTable, result: CpuBuffer, keep: list[Any]
     ) -> None:
         """body: number of ops before the choice of output rows. keep: what the tape's addresses point into."""
-        self.n_batch, self.n_outputs = sizes.n_batch, sizes.n_outputs
-        self._team, self._state, self._ids, self._keep = team, state, ids, keep
+        self.n_batch, self.n_outputs = len(table.ids), len(table.rows)
+        self._team, self._table, self._keep = team, table, keep
         self._all, self._before, self._after = tape, tape[:body], tape[body:]
         self._result = result.memory[:, result.start : result.start + result.width]
 
-    def run(self, ids: NDArray[np.int32], n_past: int, first: int, count: int) -> NDArray[np.float32]:
-        n_tokens = len(ids)
-        self._ids[:n_tokens] = ids
-        self._state[_N_TOKENS], self._state[_N_PAST] = n_tokens, n_past
-        return self._replay(self._all if count else self._before, first, count)
+    def run(
+        self, ids: NDArray[np.int32], runs: Iterable[tuple[int, int, int]], rows: Sequence[int]
+    ) -> NDArray[np.float32]:
+        self._table.set_tokens(ids, runs)
+        return self._replay(self._all if len(rows) else self._before, rows)
 
-    def more(self, first: int, count: int) -> NDArray[np.float32]:
-        return self._replay(self._after, first, count)
+    def more(self, rows: Sequence[int]) -> NDArray[np.float32]:
+        return self._replay(self._after, rows)
 
-    def _replay(self, tape: NDArray[np.int64], first: int, count: int) -> NDArray[np.float32]:
+    def _replay(self, tape: NDArray[np.int64], rows: Sequence[int]) -> NDArray[np.float32]:
         if not self._keep:  # its memory may be gone
             raise ValueError("the program is closed")
-        self._state[_FIRST], self._state[_N_OUT] = first, count
+        self._table.set_rows(rows)
         self._team.run(tape)
-        return self._result[:count]
+        return self._result[: len(rows)]
 
     def close(self) -> None:
         self._keep.clear()

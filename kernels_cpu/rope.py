@@ -11,11 +11,12 @@ from gguf_run.kernels_cpu.op import items, n_pieces, op
 _HEADS = 32  # heads that a thread takes at a time, at least
 
 
-@op("rows n_past n_half inv_freq table", "scale")
+@op("rows positions n_half inv_freq table", "scale")
 def angles(args, piece, ith, nth):  # type: ignore[no-untyped-def]
-    """table[t, i] = scale * (cos, sin) of (n_past + t) * inv_freq[i]; f32[n_tokens, n_half, 2]. n_past: an address."""
+    """table[t, i] = scale * (cos, sin) of positions[t] * inv_freq[i]; f32[n_tokens, n_half, 2]."""
     a = carray(args, 1)[0]
-    n_tokens, n_past = i64_at(a.rows, 1)[0], i64_at(a.n_past, 1)[0]
+    n_tokens = i64_at(a.rows, 1)[0]
+    positions = i64_at(a.positions, n_tokens)
     inv_freq = carray(pointer(a.inv_freq), a.n_half, np.float64)
     table = f32_at(a.table, n_tokens * a.n_half * 2)
     if piece < 0:
@@ -23,7 +24,7 @@ def angles(args, piece, ith, nth):  # type: ignore[no-untyped-def]
     first, end = items(piece, n_tokens, 1, nth)
     for t in range(first, end):
         for i in range(a.n_half):
-            angle = (n_past + t) * inv_freq[i]
+            angle = positions[t] * inv_freq[i]
             table[(t * a.n_half + i) * 2] = a.scale * math.cos(angle)
             table[(t * a.n_half + i) * 2 + 1] = a.scale * math.sin(angle)
     return 0

@@ -84,17 +84,17 @@ def embed(type_name: str) -> Op:
     return op(_FIELDS, "scale")(function)
 
 
-@op("rows first n x x_stride out out_stride")
+@op("rows index n x x_stride out out_stride")
 def copy_rows(args, piece, ith, nth):  # type: ignore[no-untyped-def]
-    """out[i] = x[first + i] for the number of rows at `rows`; first: an address."""
+    """out[i] = x[index[i]] for the number of rows at `rows`."""
     a = carray(args, 1)[0]
-    skip = i64_at(a.first, 1)[0]
     n_items = i64_at(a.rows, 1)[0]
+    index = i64_at(a.index, n_items)
     if piece < 0:
         return n_pieces(n_items, 4, nth)
     start, end = items(piece, n_items, 4, nth)
     for i in range(start, end):
-        x, out = f32_at(a.x + (skip + i) * a.x_stride, a.n), f32_at(a.out + i * a.out_stride, a.n)
+        x, out = f32_at(a.x + index[i] * a.x_stride, a.n), f32_at(a.out + i * a.out_stride, a.n)
         for k in range(a.n):
             out[k] = x[k]
     return 0

@@ -10,7 +10,7 @@ buffer of width n_in to one of width n_out, `out[t, o] = sum_i w[o, i] * x[t, i]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,14 @@ class CacheType:
     v_scales: tuple[float, ...] | None = None
 
 
+class Run(NamedTuple):
+    """Tokens of a batch that stand next to each other in it and in sequence `seq`, from position n_past on."""
+
+    seq: int
+    n_past: int
+    n_tokens: int
+
+
 class Weight(Protocol):
     """A matrix in a backend's own form."""
 
@@ -71,6 +79,15 @@ class Weight(Protocol):
     def n_in(self) -> int: ...
     @property
     def n_out(self) -> int: ...
+
+
+class Cache(Protocol):
+    """K and V of one layer for some sequences."""
+
+    @property
+    def n_ctx(self) -> int:
+        """How many of a sequence's last positions are held: n_ctx, or less where the layer has a window."""
+        ...
 
 
 class Buffer(Protocol):
@@ -159,15 +176,16 @@ class Program(Protocol):
     @property
     def n_outputs(self) -> int: ...
 
-    def run(self, ids: NDArray[np.int32], n_past: int, first: int, count: int) -> NDArray[np.float32]:
-        """Run tokens `ids` at positions n_past, n_past+1, ... and return `count` result rows (tokens first ..).
+    def run(self, ids: NDArray[np.int32], runs: Sequence[Run], rows: Sequence[int]) -> NDArray[np.float32]:
+        """Run tokens `ids`, which `runs` deal out to sequences from the first to the last; no sequence has two runs.
 
-        The rows f32[count, width] are the program's own memory, overwritten by the next run. count <= n_outputs; with
-        count 0 nothing that stands after Recorder.outputs runs.
+        rows: the tokens, by their number in ids, whose results are wanted, at most n_outputs; with none, nothing that
+        stands after Recorder.outputs runs. Returns f32[len(rows), width], the program's own memory, overwritten by the
+        next run.
         """
         ...
 
-    def more(self, first: int, count: int) -> NDArray[np.float32]:
+    def more(self, rows: Sequence[int]) -> NDArray[np.float32]:
         """Other result rows of the tokens of the last run: only what stands after Recorder.outputs runs again."""
         ...
 
@@ -196,8 +214,12 @@ class Backend(Protocol):
         """f32 values for `rms_norm` or a bias: the tensors' values one after the other."""
         ...
 
-    def cache(self, shape: Attention, n_ctx: int) -> Any:
-        """A KV cache for one layer and n_ctx positions. Its format is the backend's own business."""
+    def cache(self, shape: Attention, n_ctx: int, n_batch: int, n_seq: int = 1) -> Cache:
+        """A KV cache for one layer: n_seq sequences of n_ctx positions, of which n_batch are appended at once at most.
+
+        Its format is the backend's own business. With a window it may hold no more than the last window + n_batch
+        positions of a sequence.
+        """
         ...
 
     def recorder(self, n_batch: int, n_outputs: int) -> Recorder:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
 from gguf_run.formats.reader import Tensor
-from gguf_run.models.backend import Backend, Program
+from gguf_run.models.backend import Backend, Program, Run
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.layer import Loader, Observed, Step
 from gguf_run.models.rope import make_rope
@@ -45,8 +45,20 @@ def _stages(backends: Sequence[Backend]) -> list[_Stage]:
     return stages
 
 
+@dataclass
+class _Slot:
+    """One sequence: n_past of its tokens stand in the KV caches. n_lost: of these, how many are not in all of them."""
+
+    n_past: int = 0
+    n_lost: int = 0
+
+
 class Decoder:
-    """A model that is ready to run, with the state of one sequence: n_past tokens stand in its KV caches."""
+    """A model that is ready to run, with the KV caches of n_seq sequences, which are numbered from 0 on.
+
+    Layers with a window hold only the last positions of a sequence, so a sequence cannot go back to any place: see
+    rewind.
+    """
 
     def __init__(
         self,
@@ -56,19 +68,23 @@ class Decoder:
         n_ctx: int,
         n_batch: int = 512,
         n_outputs: int = 64,
+        n_seq: int = 1,
         progress: Callable[[int], None] | None = None,
         observe: bool = False,
     ) -> None:
         """Load the weights and record the step.
 
         config: made from the same tensors, which it has checked. backends: one for each layer. n_ctx: positions in the
-        KV caches. n_batch: tokens that run at once. n_outputs: rows of logits that are held at once. progress: called
-        with the number of bytes of each tensor that is loaded. observe: fill `observed`, the inputs of all matmuls:
-        those of the layers see every token, that of the output matrix the tokens whose logits are asked for. Raises
-        UnsupportedError if the layers are not all on one backend.
+        KV caches, for each sequence. n_batch: tokens that run at once. n_outputs: rows of logits that are held at once.
+        Both are at least n_seq, so that all sequences fit into one step. progress: called with the number of bytes of
+        each tensor that is loaded. observe: fill `observed`, the inputs of all matmuls: those of the layers see every
+        token, that of the output matrix the tokens whose logits are asked for. Raises UnsupportedError if the layers
+        are not all on one backend.
         """
-        if n_ctx < 1 or n_batch < 1 or n_outputs < 1:
-            raise GgufRunError(f"n_ctx {n_ctx}, n_batch {n_batch} and n_outputs {n_outputs} must be at least 1")
+        if n_ctx < 1 or n_batch < 1 or n_outputs < 1 or n_seq < 1:
+            raise GgufRunError(
+                f"n_ctx {n_ctx}, n_batch {n_batch}, n_outputs {n_outputs} and n_seq {n_seq} must be at least 1"
+            )
         if len(backends) != config.n_layer:
             raise ValueError(f"{len(backends)} backends for {config.n_layer} layers")
         stages = _stages(backends)
@@ -77,11 +93,16 @@ class Decoder:
             raise UnsupportedError(f"layers on more than one device ({names}): this version runs all on one")
         self._backends = {id(backend): backend for backend in backends}
         self.config = config
-        self.n_ctx = n_ctx
-        self.n_past = 0
+        self.n_ctx, self.n_seq = n_ctx, n_seq
+        self._slots = [_Slot() for _ in range(n_seq)]
         self.observed: list[Observed] | None = [] if observe else None
-        n_batch = min(n_batch, n_ctx)
-        self._program = self._record(stages[0], Loader(tensors, progress), n_batch, min(n_outputs, n_batch))
+        n_batch = max(min(n_batch, n_ctx), n_seq)
+        self._caches = [
+            backend.cache(config.attention(il), n_ctx, n_batch, n_seq) for il, backend in enumerate(backends)
+        ]
+        self._n_held = min([n_ctx, *(cache.n_ctx for cache in self._caches)])
+        n_outputs = max(min(n_outputs, n_batch), n_seq)
+        self._program = self._record(stages[0], Loader(tensors, progress), n_batch, n_outputs)
 
     def _record(self, stage: _Stage, load: Loader, n_batch: int, n_outputs: int) -> Program:
         """Load one stage and record its program: embed before the first layer, logits after the last."""
@@ -93,7 +114,7 @@ class Decoder:
             False: make_rope(style, n_rot, config.rope_freq_base, config.rope_scaling, factors),
             True: make_rope(style, n_rot, config.rope_freq_base_swa),
         }
-        layers = [load.layer(backend, config, il, self.n_ctx, ropes[config.is_swa[il]]) for il in stage.layers]
+        layers = [load.layer(backend, config, il, ropes[config.is_swa[il]], self._caches[il]) for il in stage.layers]
         output_norm = load.norm(backend, "output_norm")
         # A model without an output matrix uses the embeddings; their table reads rows from the file when they are
         # needed, so that its pages can be released after the matrix is made.
@@ -118,8 +139,19 @@ class Decoder:
         step.matmul(step.h, output, logits)
         return recorder.finish(logits)
 
-    def forward(self, ids: Sequence[int], n_outputs: int = 1) -> Iterator[NDArray[np.float32]]:
-        """Append tokens at position n_past; return an iterator over the logits of the last n_outputs of them.
+    @property
+    def n_past(self) -> int:
+        """Tokens of sequence 0."""
+        return self.n_past_of(0)
+
+    def n_past_of(self, seq: int) -> int:
+        """Tokens of a sequence. GgufRunError if there is no such sequence."""
+        if not 0 <= seq < self.n_seq:
+            raise GgufRunError(f"sequence {seq} is asked for: the cache has {self.n_seq}, numbered from 0 on (n_seq)")
+        return self._slots[seq].n_past
+
+    def forward(self, ids: Sequence[int], n_outputs: int = 1, seq: int = 0) -> Iterator[NDArray[np.float32]]:
+        """Append tokens to a sequence; return an iterator over the logits of the last n_outputs of them.
 
         The logits come in order, in blocks f32[n, n_vocab] that are valid until the next block is asked for. Batches
         of which no logits are wanted run at once, the others when the iterator reaches them: use it up before the next
@@ -129,43 +161,78 @@ class Decoder:
         """
         if not 0 <= n_outputs <= len(ids):
             raise ValueError(f"n_outputs is {n_outputs}, must be from 0 to the number of tokens, {len(ids)}")
-        n_vocab = self.config.n_vocab
-        for i, id in enumerate(ids):
-            if not 0 <= id < n_vocab:
-                raise GgufRunError(f"token {i} has the id {id}: the model's ids go from 0 to {n_vocab - 1}")
-        if self.n_past + len(ids) > self.n_ctx:
-            raise GgufRunError(
-                f"the context is full: {self.n_past} tokens are in it, {len(ids)} more do not fit into {self.n_ctx}; "
-                "use a larger context size or a shorter text"
-            )
+        self._check(ids, seq)
         tokens = np.asarray(ids, np.int32)
         n_batch, first = self._program.n_batch, len(ids) - n_outputs
         start = 0
         while start < len(ids) and (start + n_batch <= first or not n_outputs):
-            self._run(tokens[start : start + n_batch], 0, 0)
+            self._run(tokens[start : start + n_batch], [seq], [min(n_batch, len(ids) - start)], ())
             start += n_batch
-        return self._logits(tokens[start:], first - start)
+        return self._logits(tokens[start:], first - start, seq)
 
-    def _logits(self, tokens: NDArray[np.int32], first: int) -> Iterator[NDArray[np.float32]]:
+    def _check(self, ids: Sequence[int], seq: int) -> None:
+        """GgufRunError if ids cannot be appended to a sequence."""
+        n_past, n_vocab = self.n_past_of(seq), self.config.n_vocab
+        for i, id in enumerate(ids):
+            if not 0 <= id < n_vocab:
+                raise GgufRunError(f"token {i} has the id {id}: the model's ids go from 0 to {n_vocab - 1}")
+        if n_past + len(ids) > self.n_ctx:
+            raise GgufRunError(
+                f"the context is full: {n_past} tokens are in it, {len(ids)} more do not fit into {self.n_ctx}; "
+                "use a larger context size or a shorter text"
+            )
+
+    def _logits(self, tokens: NDArray[np.int32], first: int, seq: int) -> Iterator[NDArray[np.float32]]:
         """Run tokens in batches and yield the logits of all from `first` on, which is in the first batch."""
         program = self._program
         for start in range(0, len(tokens), program.n_batch):
             batch = tokens[start : start + program.n_batch]
-            at = max(first - start, 0)
-            yield self._run(batch, at, min(program.n_outputs, len(batch) - at))
-            for more in range(at + program.n_outputs, len(batch), program.n_outputs):
-                yield program.more(more, min(program.n_outputs, len(batch) - more))
+            wanted = range(max(first - start, 0), len(batch))
+            yield self._run(batch, [seq], [len(batch)], wanted[: program.n_outputs])
+            for at in range(program.n_outputs, len(wanted), program.n_outputs):
+                yield program.more(wanted[at : at + program.n_outputs])
 
-    def _run(self, batch: NDArray[np.int32], first: int, count: int) -> NDArray[np.float32]:
-        logits = self._program.run(batch, self.n_past, first, count)
-        self.n_past += len(batch)
+    def step(self, batch: Mapping[int, Sequence[int]]) -> NDArray[np.float32]:
+        """Append tokens to several sequences at once: {seq: ids}, n_batch tokens at most, at least one for each.
+
+        Returns the logits after the last token of each, f32[len(batch), n_vocab], valid until the next call.
+        GgufRunError as for forward: then no sequence has changed.
+        """
+        for seq, ids in batch.items():
+            self._check(ids, seq)
+        counts = [len(ids) for ids in batch.values()]
+        n_tokens, n_batch = sum(counts), self._program.n_batch
+        if not counts or min(counts) < 1 or n_tokens > n_batch:
+            raise ValueError(f"a step of {counts} tokens: it takes 1 or more a sequence, {n_batch} in all")
+        tokens = np.fromiter(itertools.chain.from_iterable(batch.values()), np.int32, n_tokens)
+        return self._run(tokens, [*batch], counts, [end - 1 for end in itertools.accumulate(counts)])
+
+    def _run(
+        self, batch: NDArray[np.int32], seqs: Sequence[int], counts: Sequence[int], rows: Sequence[int]
+    ) -> NDArray[np.float32]:
+        slots = [self._slots[seq] for seq in seqs]
+        runs = [Run(seq, slot.n_past, n) for seq, slot, n in zip(seqs, slots, counts, strict=True)]
+        # An interrupted run has written over what it pushed out of the rings, but has added nothing.
+        for slot, n in zip(slots, counts, strict=True):
+            slot.n_lost = max(slot.n_lost, slot.n_past + n - self._n_held)
+        logits = self._program.run(batch, runs, rows)
+        for slot, n in zip(slots, counts, strict=True):
+            slot.n_past += n
         return logits
 
-    def rewind(self, n_past: int) -> None:
-        """Forget the tokens from position n_past on."""
-        if not 0 <= n_past <= self.n_past:
-            raise ValueError(f"cannot rewind to {n_past}: {self.n_past} tokens are in the context")
-        self.n_past = n_past
+    def rewind(self, n_past: int, seq: int = 0) -> int:
+        """Forget a sequence's tokens from position n_past on; return how many are left: n_past or 0.
+
+        0 where a layer with a window no longer holds what the next token would look back on: the tokens must be run
+        again from the first on. Going back by n_batch tokens or less from the longest it has been is always possible.
+        """
+        if not 0 <= n_past <= self.n_past_of(seq):
+            raise ValueError(f"cannot rewind to {n_past}: {self.n_past_of(seq)} tokens are in the context")
+        slot = self._slots[seq]
+        if max(0, n_past + 1 - self.config.window) < slot.n_lost:
+            n_past = 0
+        slot.n_past, slot.n_lost = n_past, slot.n_lost if n_past else 0
+        return n_past
 
     def nbytes(self) -> dict[str, int]:
         """Bytes that the backends hold, by purpose: see Backend.nbytes."""

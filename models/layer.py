@@ -72,11 +72,10 @@ class Loader:
     def norm(self, backend: Backend, name: str) -> Any:
         return self.take(backend.vector, [f"{name}.weight"])
 
-    def layer(self, backend: Backend, config: ModelConfig, il: int, n_ctx: int, rope: Rope) -> Layer:
+    def layer(self, backend: Backend, config: ModelConfig, il: int, rope: Rope, cache: Any) -> Layer:
         arch, block = config.arch, f"blk.{il}"
         qkv, gate_up = [f"{block}.{name}" for name in arch.qkv], [f"{block}.{name}" for name in arch.gate_up]
         extra = {name: self.norm(backend, f"{block}.{name}") for name in arch.norms}
-        attention = config.attention(il)
         return Layer(
             attn_norm=self.norm(backend, f"{block}.attn_norm"),
             attn_qkv=self.matrix(backend, *qkv),
@@ -88,8 +87,8 @@ class Loader:
             ffn_gate_up=self.matrix(backend, *gate_up),
             ffn_down=self.matrix(backend, f"{block}.ffn_down"),
             post_ffw_norm=extra.get("post_ffw_norm"),
-            attention=attention,
-            cache=backend.cache(attention, n_ctx),
+            attention=config.attention(il),
+            cache=cache,
             rope=rope,
         )
 

@@ -230,9 +230,7 @@ class _Runner:
         """Nanoseconds of each repetition."""
         if case.n_depth != self._depth:
             how.notify(f"{case}: filling the context")
-            self._decoder.rewind(0)
-            self._forward(self._ids(case.n_depth), 0)
-            self._depth = case.n_depth
+            self._fill(case.n_depth)
         if how.warmup:
             how.notify(f"{case}: warming up")
             self._run(case, case.n_prompt, min(1, case.n_gen))
@@ -242,9 +240,15 @@ class _Runner:
             samples.append(self._run(case, case.n_prompt, case.n_gen))
         return samples
 
+    def _fill(self, n_depth: int) -> None:
+        self._decoder.rewind(0)
+        self._forward(self._ids(n_depth), 0)
+        self._depth = n_depth
+
     def _run(self, case: Case, n_prompt: int, n_gen: int) -> int:
         """Nanoseconds of one run behind the tokens that fill the context."""
-        self._decoder.rewind(self._depth)
+        if self._decoder.rewind(self._depth) != self._depth:  # a window has moved on
+            self._fill(self._depth)
         prompt, generated = self._ids(n_prompt), self._ids(n_gen)
         start = time.perf_counter_ns()
         for at in range(0, n_prompt, case.n_batch):

@@ -176,7 +176,7 @@ def accuracy(scorer: Scorer, tasks: Sequence[Task]) -> Iterator[Accuracy]:
     context: list[int] = []
     for number, task in enumerate(tasks, 1):
         common = task.choices[0][: task.n_common]
-        n_keep = min(_n_common(context, common), len(common) - 1)
+        n_keep = scorer.model.decoder.rewind(min(_n_common(context, common), len(common) - 1))
         sums = _log_probabilities(scorer, task, n_keep)
         check_finite(sums, f"task {number}")
         context = common
@@ -199,6 +199,7 @@ def _log_probabilities(scorer: Scorer, task: Task, n_keep: int) -> NDArray[np.fl
     sums = block.logits[0, first].astype(np.float64) - block.logits[0, first[0]] - block.nll[0]
     for i, choice in enumerate(task.choices):
         if len(choice) > n_common + 1:
-            rest = scorer.run(choice[n_common:-1], choice[n_common + 1 :], n_common)
+            n_keep = scorer.model.decoder.rewind(n_common)
+            rest = scorer.run(choice[n_keep:-1], choice[n_common + 1 :], n_keep)
             sums[i] -= sum(block.nll.sum() for block in rest)
     return sums

@@ -108,7 +108,8 @@ class Scorer:
         self.reduce.divergence(*np.zeros((2, 1, 1), np.float32))  # compiles it now, if ever
 
     def run(self, ids: Sequence[int], targets: Sequence[int], n_keep: int = 0) -> Iterator[Block]:
-        """Append ids to the first n_keep tokens of the context and yield the scores of targets, in order."""
+        """Append ids to the first n_keep tokens of the context and yield the scores of targets, in order. n_keep: what
+        Decoder.rewind has left."""
         decoder = self.model.decoder
         decoder.rewind(n_keep)
         at = 0

@@ -42,8 +42,7 @@ class Session:
         Only what differs from the ids already there is computed.
         """
         # The last token runs in any case: its logits are wanted.
-        n_reused = min(_n_common(self._ids, ids), len(ids) - 1)
-        self._rewind(n_reused)
+        n_reused = self._rewind(min(_n_common(self._ids, ids), len(ids) - 1))
         return self._run(ids[n_reused:]), n_reused
 
     def append(self, id: int) -> NDArray[np.float32]:
@@ -56,10 +55,11 @@ class Session:
         yield from self.decoder.forward(ids, len(ids))
         self._ids = list(ids)
 
-    def _rewind(self, n_past: int) -> None:
+    def _rewind(self, n_past: int) -> int:
         # Also after an interrupted run, when the decoder may stand further than the ids that are known.
+        n_past = self.decoder.rewind(n_past)
         del self._ids[n_past:]
-        self.decoder.rewind(n_past)
+        return n_past
 
     def _run(self, ids: Sequence[int]) -> NDArray[np.float32]:
         (logits,) = (block[-1] for block in self.decoder.forward(ids, 1))

@@ -20,6 +20,7 @@ from gguf_run.kernels_cpu.int_tile import X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS
 from gguf_run.kernels_cpu.memory import WeightPart
 from gguf_run.kernels_cpu.panels import BLOCK, PARTS, ROWS, IntPanel
 from gguf_run.kernels_cpu.simd import I16
+from gguf_run.models.backend import Run
 
 # Types whose weights are multiplied with int8 activations; all others read the activations as they are.
 QUANTIZED = tuple(INTEGER_FORMS)
@@ -124,7 +125,7 @@ class Step:
     def run(self, n_tokens: int, n_past: int = 0, first_id: int = 0) -> np.ndarray:
         """All result rows for ids first_id, first_id + 1, ..."""
         ids = np.arange(first_id, first_id + n_tokens, dtype=np.int32)
-        return self.program.run(ids, n_past, 0, n_tokens).copy()
+        return self.program.run(ids, [Run(0, n_past, n_tokens)], range(n_tokens)).copy()
 
 
 def error(actual: np.ndarray, expected: np.ndarray) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 
 from gguf_run.formats.dequantizer import dequantize
 from gguf_run.formats.reader import Tensor
-from gguf_run.models.backend import Attention, Rope
+from gguf_run.models.backend import Attention, Rope, Run
 
 
 @dataclass
@@ -20,13 +20,12 @@ class Step:
     """What changes from run to run: the batch, and the rows whose results are wanted."""
 
     ids: np.ndarray
-    n_past: int
-    first: int = 0
-    count: int = 0
+    sequences: Sequence[Run]
+    wanted: Sequence[int] = ()
 
     @property
     def positions(self) -> np.ndarray:
-        return self.n_past + np.arange(len(self.ids))
+        return np.concatenate([run.n_past + np.arange(run.n_tokens) for run in self.sequences])
 
 
 Op = Callable[[Step], None]
@@ -59,7 +58,19 @@ class NumpyBuffer:
         return NumpyBuffer(self.data[:, start : start + width], self.is_output)
 
     def rows(self, step: Step) -> np.ndarray:
-        return self.data[: step.count if self.is_output else len(step.ids)]
+        return self.data[: len(step.wanted) if self.is_output else len(step.ids)]
+
+
+@dataclass(frozen=True)
+class NumpyCache:
+    """Every position, window or not."""
+
+    k: np.ndarray  # [n_seq, n_ctx, n_head_kv, head_dim]
+    v: np.ndarray
+
+    @property
+    def n_ctx(self) -> int:
+        return self.k.shape[1]
 
 
 def rotate(x: np.ndarray, rope: Rope, positions: np.ndarray) -> np.ndarray:
@@ -188,14 +199,16 @@ class NumpyRecorder:
         self, q: Any, k: Any, v: Any, cache: Any, shape: Attention, out: Any, *, sinks: np.ndarray | None = None
     ) -> None:
         def op(step: Step) -> None:
-            n, stop = len(step.ids), step.n_past + len(step.ids)
-            for kept, new in zip(cache, (k, v), strict=True):
-                kept[step.n_past : stop] = new.rows(step).reshape(n, shape.n_head_kv, shape.head_dim)
-            keys, values = (kept[:stop].astype(self.dtype) for kept in cache)
-            queries = q.rows(step).reshape(n, shape.n_head, shape.head_dim)
-            more = (shape.softcap, sinks)
-            result = attend(queries, keys, values, step.positions, shape.scale, shape.window, *more)
-            out.rows(step)[:] = result.reshape(n, -1)
+            at, more = 0, (shape.softcap, sinks)
+            for seq, n_past, n in step.sequences:
+                rows, stop = slice(at, at + n), n_past + n
+                for kept, new in zip((cache.k, cache.v), (k, v), strict=True):
+                    kept[seq, n_past:stop] = new.rows(step)[rows].reshape(n, shape.n_head_kv, shape.head_dim)
+                keys, values = (kept[seq, :stop].astype(self.dtype) for kept in (cache.k, cache.v))
+                queries = q.rows(step)[rows].reshape(n, shape.n_head, shape.head_dim)
+                result = attend(queries, keys, values, n_past + np.arange(n), shape.scale, shape.window, *more)
+                out.rows(step)[rows] = result.reshape(n, -1)
+                at += n
 
         self._add("attention", op)
 
@@ -227,7 +240,7 @@ class NumpyRecorder:
         out = self.buffer(x.width)
 
         def op(step: Step) -> None:
-            out.rows(step)[:] = x.rows(step)[step.first : step.first + step.count]
+            out.rows(step)[:] = x.rows(step)[list(step.wanted)]
 
         self._add("outputs", op)
         return out
@@ -247,20 +260,21 @@ class NumpyProgram:
     op_names: list[str]
     step: Step | None = None
 
-    def run(self, ids: np.ndarray, n_past: int, first: int, count: int) -> np.ndarray:
-        assert 0 < len(ids) <= self.n_batch
+    def run(self, ids: np.ndarray, runs: Sequence[Run], rows: Sequence[int]) -> np.ndarray:
+        assert 0 < len(ids) == sum(run.n_tokens for run in runs) <= self.n_batch
+        assert len({run.seq for run in runs}) == len(runs)
         assert ids.dtype == np.int32
-        self.step = Step(ids, n_past)
+        self.step = Step(ids, runs)
         for op in self.ops:
             op(self.step)
-        return self.more(first, count)
+        return self.more(rows)
 
-    def more(self, first: int, count: int) -> np.ndarray:
+    def more(self, rows: Sequence[int]) -> np.ndarray:
         assert self.step is not None
-        assert 0 <= first <= first + count <= len(self.step.ids)
-        assert count <= self.n_outputs
-        self.step.first, self.step.count = first, count
-        if count:
+        assert all(0 <= row < len(self.step.ids) for row in rows)
+        assert len(rows) <= self.n_outputs
+        self.step.wanted = rows
+        if rows:
             for op in self.output_ops:
                 op(self.step)
         return self.result.rows(self.step)
@@ -290,10 +304,10 @@ class NumpyBackend:
     def vector(self, tensors: Sequence[Tensor]) -> np.ndarray:
         return np.concatenate([dequantize(t.blocks(), t.type).reshape(-1) for t in tensors]).astype(self.dtype)
 
-    def cache(self, shape: Attention, n_ctx: int) -> tuple[np.ndarray, np.ndarray]:
-        k, v = (np.full((n_ctx, shape.n_head_kv, shape.head_dim), np.nan, self.cache_dtype) for _ in "kv")
+    def cache(self, shape: Attention, n_ctx: int, n_batch: int, n_seq: int = 1) -> NumpyCache:
+        k, v = (np.full((n_seq, n_ctx, shape.n_head_kv, shape.head_dim), np.nan, self.cache_dtype) for _ in "kv")
         self._nbytes["cache"] += k.nbytes + v.nbytes
-        return k, v
+        return NumpyCache(k, v)
 
     def recorder(self, n_batch: int, n_outputs: int) -> NumpyRecorder:
         return NumpyRecorder(self.dtype, n_batch, n_outputs)

@@ -28,10 +28,11 @@ class FakeDecoder:
         self.n_past = 0
         self.log: list[tuple[Any, ...]] = []
 
-    def rewind(self, n_past: int) -> None:
+    def rewind(self, n_past: int) -> int:
         assert n_past <= self.n_past
         self.n_past = n_past
         self.log.append(("rewind", n_past))
+        return n_past
 
     def forward(self, ids: list[int], n_outputs: int = 1) -> Iterator[None]:
         self.log.append(("forward", ids, n_outputs))

@@ -16,6 +16,7 @@ from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
 from gguf_run.formats.reader import GGUFFile
 from gguf_run.formats.tensors import Tensor
 from gguf_run.models.architectures import ARCHITECTURES, Architecture
+from gguf_run.models.backend import Run
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 
@@ -110,7 +111,7 @@ def test_an_architecture_with_fused_tensors_is_one_entry(
 
 @dataclass
 class Spy(NumpyBackend):
-    """Notes every pass of its program: (tokens, n_past, first, count), or (first, count) of `more`."""
+    """Notes every run of its program: (tokens, n_past, first row, number of rows)."""
 
     passes: list[tuple[int, ...]] = field(default_factory=list)
 
@@ -121,9 +122,11 @@ class Spy(NumpyBackend):
         spy = self
 
         class SpyProgram(NumpyProgram):
-            def run(self, ids: np.ndarray, n_past: int, first: int, count: int) -> np.ndarray:
-                spy.passes.append((len(ids), n_past, first, count))
-                return super().run(ids, n_past, first, count)
+            def run(self, ids: np.ndarray, runs: Sequence[Run], rows: Sequence[int]) -> np.ndarray:
+                ((seq, n_past, n_tokens),) = runs
+                assert (seq, n_tokens) == (0, len(ids))
+                spy.passes.append((n_tokens, n_past, min(rows, default=0), len(rows)))
+                return super().run(ids, runs, rows)
 
         class SpyRecorder(NumpyRecorder):
             def finish(self, result: Any) -> NumpyProgram:

@@ -41,9 +41,10 @@ class FakeDecoder:
                 block[0, next_id(self.cache[: self.n_past])] = 1
                 yield block
 
-    def rewind(self, n_past: int) -> None:
+    def rewind(self, n_past: int) -> int:
         assert 0 <= n_past <= self.n_past
         self.n_past = n_past
+        return n_past
 
 
 def next_id(ids: Sequence[int]) -> int:

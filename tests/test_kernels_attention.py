@@ -8,7 +8,7 @@ import pytest
 from cpu_ops import Step, cpu, error
 from numpy_backend import attend
 
-from gguf_run.models.backend import Attention
+from gguf_run.models.backend import Attention, Run
 
 BOUND = 1e-5
 CACHE_TYPES = {"f32": np.float32, "f16": np.float16}
@@ -60,7 +60,13 @@ class Case:
     """A program of one attention op and its oracle. values: rows of q, k and v, or how many random ones."""
 
     def __init__(
-        self, heads: Heads, values: dict[str, np.ndarray] | int, n_threads: int, cache_type: str, n_batch: int = 64
+        self,
+        heads: Heads,
+        values: dict[str, np.ndarray] | int,
+        n_threads: int,
+        cache_type: str,
+        n_batch: int = 64,
+        n_seq: int = 1,
     ) -> None:
         self.heads, self.dtype = heads, CACHE_TYPES[cache_type]
         self.values = random_values(heads, values) if isinstance(values, int) else values
@@ -71,7 +77,7 @@ class Case:
         for part in self.values.values():
             parts.append(self.step.input(part, qkv.columns(at, part.shape[1])))
             at += part.shape[1]
-        cache = self.step.backend.cache(heads.shape, len(self.values["k"]))
+        cache = self.step.backend.cache(heads.shape, len(self.values["k"]), n_batch, n_seq)
         out = self.step.rec.buffer(heads.n_head * heads.head_dim)
         self.step.rec.attention(*parts, cache, heads.shape, out)
         self.step.finish(out)
@@ -92,6 +98,12 @@ class Case:
         result = self.step.run(n_tokens, n_past, first_id=n_past)
         positions = n_past + np.arange(n_tokens)
         assert error(result, self.expected(range(n_past + n_tokens), positions)) < BOUND, (n_past, n_tokens)
+
+    def run(self, runs: Iterable[Run], ids: Iterable[int]) -> np.ndarray:
+        """All result rows of a step of several sequences."""
+        tokens = np.fromiter(ids, np.int32)
+        result: np.ndarray = self.step.program.run(tokens, list(runs), range(len(tokens))).copy()
+        return result
 
     def check_chunks(self, chunks: Iterable[int]) -> None:
         n_past = 0
@@ -200,7 +212,7 @@ def test_layers_share_scratch_but_not_caches() -> None:
     x, out = step.input(values), step.rec.buffer(3 * 512)
     for i, shape in enumerate(shapes):
         q, kv = (x.columns(0, n * shape.head_dim) for n in (shape.n_head, shape.n_head_kv))
-        cache = step.backend.cache(shape, 200)
+        cache = step.backend.cache(shape, 200, 100)
         step.rec.attention(q, kv, kv, cache, shape, out.columns(i * 512, q.width))
     step.finish(out)
     kept = values.astype(np.float16).astype(np.float64)
@@ -222,5 +234,75 @@ def test_layers_share_scratch_but_not_caches() -> None:
 def test_cache_size_is_reported() -> None:
     backend = cpu(2, "f16")
     before = backend.nbytes()["cache"]
-    backend.cache(Attention(9, 3, 64, 0.125), 4096)
+    backend.cache(Attention(9, 3, 64, 0.125), 4096, 512)
     assert backend.nbytes()["cache"] - before == 2 * 2 * 3 * 64 * 4096
+
+
+class Sequences:
+    """Some sequences of random ids in one cache, and steps for a few of them at a time."""
+
+    def __init__(self, case: Case, n_seq: int) -> None:
+        self.case, self.ids = case, [list[int]() for _ in range(n_seq)]
+        self.rng = np.random.default_rng(0)
+
+    def step(self, counts: dict[int, int]) -> np.ndarray:
+        """counts: {seq: how many tokens it gets}."""
+        runs = [Run(seq, len(self.ids[seq]), n) for seq, n in counts.items()]
+        new = {seq: self.rng.integers(0, len(self.case.values["q"]), n).tolist() for seq, n in counts.items()}
+        for seq, ids in new.items():
+            self.ids[seq] += ids
+        return self.case.run(runs, [id for ids in new.values() for id in ids])
+
+    def expected(self, counts: dict[int, int]) -> np.ndarray:
+        """The same rows of the last step."""
+        ends = {seq: len(self.ids[seq]) for seq in counts}
+        return np.concatenate(
+            [self.case.expected(self.ids[seq], np.arange(ends[seq] - n, ends[seq])) for seq, n in counts.items()]
+        )
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+@pytest.mark.parametrize("heads", [Heads(3, 1, 64), Heads(4, 2, 20), Heads(2, 2, 32, 100)], ids=str)
+def test_sequences_of_different_lengths_in_one_step(heads: Heads, n_threads: int) -> None:
+    n_seq = 7
+    case = Case(heads, 1300, n_threads, "f16", 700, n_seq)
+    sequences, rng = Sequences(case, n_seq), np.random.default_rng(n_threads)
+    steps = [{3: 700}, {3: 400, 5: 250}, dict.fromkeys(range(n_seq), 1), {6: 1}, {1: 70, 0: 1, 4: 130, 3: 9}]
+    for _ in range(6):
+        chosen = rng.permutation(n_seq)[: rng.integers(1, n_seq + 1)].tolist()
+        steps.append({seq: int(rng.choice([1, 1, 3, 17])) for seq in chosen})
+    for counts in steps:
+        result = sequences.step(counts)
+        assert error(result, sequences.expected(counts)) < BOUND, counts
+
+
+def test_a_sequence_gets_the_same_numbers_alone_or_among_others() -> None:
+    """On one thread, where positions are not shared out."""
+    results = []
+    for n_seq in (1, 4):
+        sequences = Sequences(Case(Heads(6, 2, 32), 500, 1, "f16", 128, n_seq), n_seq)
+        for i, n in enumerate([20, 1, 1, 9, 1]):
+            sequences.rng = np.random.default_rng(i)
+            results.append(sequences.step({0: n} | {seq: 1 + 10 * seq * (i == 0) for seq in range(1, n_seq)})[:n])
+    for alone, among in zip(results[:5], results[5:], strict=True):
+        np.testing.assert_array_equal(alone, among)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+@pytest.mark.parametrize(("window", "n_batch"), [(1, 1), (33, 8), (64, 64), (200, 70), (300, 20)])
+def test_a_layer_with_a_window_holds_no_more_than_that_and_a_batch(window: int, n_batch: int, n_threads: int) -> None:
+    """Positions go round in a ring; the results are those of a cache that holds everything.
+
+    Hidden positions count 1e-38 times what stands there: enough to round one number in thousands to the other side.
+    """
+    heads, n_tokens = Heads(4, 2, 16, window), 1000
+    ring, full = (Case(heads, n_tokens, n_threads, "f16", n, 2) for n in (n_batch, n_tokens))
+    n_rows = ring.step.backend.cache(heads.shape, n_tokens, n_batch).n_ctx
+    assert window + n_batch <= n_rows < window + n_batch + 64
+    n_past = 0
+    while n_past + n_batch <= 700:
+        for n, first in ((n_batch, n_past), (1, n_past + n_batch), (n_batch, n_past + 1)):  # the last one goes back
+            result = ring.run([Run(1, first, n)], range(first, first + n))
+            np.testing.assert_allclose(full.run([Run(1, first, n)], range(first, first + n)), result, 0, 1e-6)
+        n_past += n_batch + 1
+    assert error(result, ring.expected(range(first + n), np.arange(first, first + n))) < BOUND

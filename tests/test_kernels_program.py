@@ -15,7 +15,7 @@ from tinymodel import quantize
 
 from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.kernels_cpu.memory import Arena
-from gguf_run.models.backend import Attention, Rope
+from gguf_run.models.backend import Attention, Rope, Run
 
 N_BATCH, N_CTX, WIDTH = 12, 64, 128
 VIEWS = ((0, 128), (0, 64), (64, 64), (32, 64), (0, 32), (96, 32))
@@ -84,15 +84,17 @@ class RandomProgram:
             first, q = self.some(width=64)
             second, kv = self.some(width=32, not_in=first)
             out = self.buffers[3 - first - second].columns(32, 64)
-            rec.attention(q, kv, kv, self.backend.cache(HEADS, N_CTX), HEADS, out)
+            rec.attention(q, kv, kv, self.backend.cache(HEADS, N_CTX, N_BATCH), HEADS, out)
 
     def run(self) -> np.ndarray:
         """A batch, a token, a batch; all rows, then some again."""
         parts = []
         for n_past, n in ((0, 12), (12, 1), (13, 5)):
-            parts.append(self.program.run(np.arange(n_past, n_past + n, dtype=np.int32), n_past, 0, n).copy())
+            parts.append(
+                self.program.run(np.arange(n_past, n_past + n, dtype=np.int32), [Run(0, n_past, n)], range(n)).copy()
+            )
             for first, count in ((n - 1, 1), (0, n)):
-                parts.append(self.program.more(first, count).copy())
+                parts.append(self.program.more(range(first, first + count)).copy())
         return np.concatenate(parts)
 
 
@@ -116,11 +118,11 @@ def test_runs_can_be_repeated() -> None:
 def test_more_leaves_everything_before_as_it_is() -> None:
     program = RandomProgram(5, cpu(2)).program
     ids = np.arange(12, dtype=np.int32)
-    rows = program.run(ids, 0, 0, 12).copy()
-    assert program.run(ids, 0, 0, 0).shape == (0, 3 * WIDTH)
+    rows = program.run(ids, [Run(0, 0, 12)], range(12)).copy()
+    assert program.run(ids, [Run(0, 0, 12)], ()).shape == (0, 3 * WIDTH)
     for first, count in ((3, 4), (11, 1), (0, 12), (3, 4), (0, 0)):
         # one row is computed by another kernel than several: sums in another order
-        assert np.abs(program.more(first, count) - rows[first : first + count]).max(initial=0) < 1e-4
+        assert np.abs(program.more(range(first, first + count)) - rows[first : first + count]).max(initial=0) < 1e-4
 
 
 def test_a_program_keeps_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +167,7 @@ def test_rows_are_quantized_once() -> None:
         step.rec.matmul(x, weight, out)
     step.rec.gated(out, out, x, "silu")
     step.rec.matmul(x, weight, out)
-    step.rec.attention(out, out, out, cpu(2).cache(HEADS_2, 16), HEADS_2, x)
+    step.rec.attention(out, out, out, cpu(2).cache(HEADS_2, 16, 4), HEADS_2, x)
     step.rec.matmul(x, weight, out)
     assert op_names(step).count("quantize") == 1
 
@@ -173,9 +175,9 @@ def test_rows_are_quantized_once() -> None:
 def test_a_closed_program_does_not_run() -> None:
     program = RandomProgram(0, cpu(2)).program
     ids = np.arange(3, dtype=np.int32)
-    program.run(ids, 0, 0, 3)
+    program.run(ids, [Run(0, 0, 3)], range(3))
     program.close()
-    for call in (lambda: program.run(ids, 3, 0, 3), lambda: program.more(0, 1)):
+    for call in (lambda: program.run(ids, [Run(0, 3, 3)], range(3)), lambda: program.more([0])):
         with pytest.raises(ValueError, match="the program is closed"):
             call()
 
@@ -195,4 +197,4 @@ def test_a_program_without_outputs_gives_all_rows() -> None:
     step.rec.matmul(step.input(values), step.backend.weight([tensor]), out)
     program = step.rec.finish(out)
     expected = values.astype(np.float64) @ tensor.blocks().view(np.float32).T
-    assert error(program.run(np.arange(5, dtype=np.int32), 0, 0, 5), expected) < 1e-6
+    assert error(program.run(np.arange(5, dtype=np.int32), [Run(0, 0, 5)], range(5)), expected) < 1e-6

@@ -21,7 +21,7 @@ from numpy_backend import ACTIVATIONS, rotate
 from gguf_run.formats.dequantizer import dequantize
 from gguf_run.formats.types import TENSOR_TYPES, type_by_name
 from gguf_run.kernels_cpu.memory import CpuBuffer
-from gguf_run.models.backend import Attention, Rope
+from gguf_run.models.backend import Attention, Rope, Run
 
 TOKENS = (1, 2, 5, 19)
 
@@ -119,7 +119,7 @@ def test_the_op_that_makes_a_row_quantizes_it(producer: str, n_threads: int) -> 
         rec.gated(x, other, out, "silu")
     elif producer == "attention":
         shape = Attention(17, 17, 32, 0.2)
-        rec.attention(x, other, other, step.backend.cache(shape, 32), shape, out)
+        rec.attention(x, other, other, step.backend.cache(shape, 32, 32), shape, out)
     elif producer == "matmul":
         rec.matmul(x, step.backend.weight([random_tensor("F32", n, n)]), out)
     else:
@@ -165,7 +165,7 @@ def test_embed(type_name: str) -> None:
         out = rec.buffer(rows.shape[1] + 5)
         rec.embed(cpu(n_threads).table(tensor), out.columns(3, rows.shape[1]), scale)
         program = rec.finish(rec.outputs(out))
-        result = program.run(ids, 0, 0, len(ids))
+        result = program.run(ids, [Run(0, 0, len(ids))], range(len(ids)))
         np.testing.assert_array_equal(result[:, 3:-2], (rows[ids].astype(np.float64) * scale).astype(np.float32))
         assert (result[:, :3] == 0).all()
         assert (result[:, -2:] == 0).all()
@@ -183,10 +183,10 @@ def test_outputs_copies_the_wanted_rows() -> None:
     program = rec.finish(double)
     assert (program.n_batch, program.n_outputs) == (40, 7)
     expected = values @ weights_of([random_tensor("F32", 21, 21)]).T
-    assert program.run(np.arange(40, dtype=np.int32), 0, 0, 0).shape == (0, 21)
+    assert program.run(np.arange(40, dtype=np.int32), [Run(0, 0, 40)], ()).shape == (0, 21)
     for first, count in ((0, 7), (33, 7), (39, 1), (5, 2), (0, 0)):
-        assert np.abs(program.more(first, count) - expected[first : first + count]).max(initial=0) < 1e-5
-    assert np.abs(program.run(np.arange(3, 9, dtype=np.int32), 0, 4, 2) - expected[7:9]).max() < 1e-5
+        assert np.abs(program.more(range(first, first + count)) - expected[first : first + count]).max(initial=0) < 1e-5
+    assert np.abs(program.run(np.arange(3, 9, dtype=np.int32), [Run(0, 0, 6)], [4, 5]) - expected[7:9]).max() < 1e-5
 
 
 # rms_norm
