@@ -32,7 +32,7 @@ def by_peer(path: Path, ids: list[int]) -> NDArray[np.float32]:
     """llama.cpp's logits f32[len(ids), n_vocab]."""
     from peer import Peer
 
-    peer = Peer(path, 1, 32)
+    peer = Peer(path, 1, 32, cache_types=("f32", "f32"))
     return np.concatenate([part.copy() for part in peer.forward(ids, len(ids))])
 
 
