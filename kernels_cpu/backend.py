@@ -76,9 +76,10 @@ class CpuBackend:
     def vector(self, tensors: Sequence[Tensor]) -> NDArray[np.float32]:
         return np.concatenate([dequantize(tensor.blocks(), tensor.type).reshape(-1) for tensor in tensors])
 
-    def cache(self, shape: Any, n_ctx: int, n_batch: int, n_seq: int = 1) -> CpuCache:
+    def cache(self, shape: Any, n_ctx: int, n_batch: int, n_seq: int = 1, kind: Any = None) -> CpuCache:
         n_rows = rows_stored(n_ctx, n_batch, shape.window)
-        cache = new_cache(self._arena, shape.n_head_kv, shape.head_dim, n_rows, n_seq, self._cache_type)
+        cache_type = self._cache_type if kind is None else kind.k
+        cache = new_cache(self._arena, shape.n_head_kv, shape.head_dim, n_rows, n_seq, cache_type)
         self._bytes["cache"] += cache.k.nbytes + cache.v.nbytes
         return cache
 

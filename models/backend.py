@@ -214,11 +214,11 @@ class Backend(Protocol):
         """f32 values for `rms_norm` or a bias: the tensors' values one after the other."""
         ...
 
-    def cache(self, shape: Attention, n_ctx: int, n_batch: int, n_seq: int = 1) -> Cache:
+    def cache(self, shape: Attention, n_ctx: int, n_batch: int, n_seq: int = 1, kind: CacheType | None = None) -> Cache:
         """A KV cache for one layer: n_seq sequences of n_ctx positions, of which n_batch are appended at once at most.
 
-        Its format is the backend's own business. With a window it may hold no more than the last window + n_batch
-        positions of a sequence.
+        kind: what K and V are stored as; None: the backend's default. Their layout is the backend's own business. With
+        a window it may hold no more than the last window + n_batch positions of a sequence.
         """
         ...
 

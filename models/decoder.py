@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
 from gguf_run.formats.reader import Tensor
-from gguf_run.models.backend import Backend, Program, Run
+from gguf_run.models.backend import Backend, CacheType, Program, Run
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.layer import Loader, Observed, Step
 from gguf_run.models.rope import make_rope
@@ -69,6 +69,7 @@ class Decoder:
         n_batch: int = 512,
         n_outputs: int = 64,
         n_seq: int = 1,
+        cache_types: Sequence[CacheType] | None = None,
         progress: Callable[[int], None] | None = None,
         observe: bool = False,
     ) -> None:
@@ -76,10 +77,10 @@ class Decoder:
 
         config: made from the same tensors, which it has checked. backends: one for each layer. n_ctx: positions in the
         KV caches, for each sequence. n_batch: tokens that run at once. n_outputs: rows of logits that are held at once.
-        Both are at least n_seq, so that all sequences fit into one step. progress: called with the number of bytes of
-        each tensor that is loaded. observe: fill `observed`, the inputs of all matmuls: those of the layers see every
-        token, that of the output matrix the tokens whose logits are asked for. Raises UnsupportedError if the layers
-        are not all on one backend.
+        Both are at least n_seq, so that all sequences fit into one step. cache_types: of each layer; None: the
+        backends' own. progress: called with the number of bytes of each tensor that is loaded. observe: fill
+        `observed`, the inputs of all matmuls: those of the layers see every token, that of the output matrix the tokens
+        whose logits are asked for. Raises UnsupportedError if the layers are not all on one backend.
         """
         if n_ctx < 1 or n_batch < 1 or n_outputs < 1 or n_seq < 1:
             raise GgufRunError(
@@ -97,8 +98,10 @@ class Decoder:
         self._slots = [_Slot() for _ in range(n_seq)]
         self.observed: list[Observed] | None = [] if observe else None
         n_batch = max(min(n_batch, n_ctx), n_seq)
+        kinds: Sequence[CacheType | None] = cache_types or [None] * config.n_layer
         self._caches = [
-            backend.cache(config.attention(il), n_ctx, n_batch, n_seq) for il, backend in enumerate(backends)
+            backend.cache(config.attention(il), n_ctx, n_batch, n_seq, kind)
+            for il, (backend, kind) in enumerate(zip(backends, kinds, strict=True))
         ]
         self._n_held = min([n_ctx, *(cache.n_ctx for cache in self._caches)])
         n_outputs = max(min(n_outputs, n_batch), n_seq)

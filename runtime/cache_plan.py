@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 
 from gguf_run.formats.errors import OptionError
+from gguf_run.kernels_cpu.cache import rows_stored
 from gguf_run.kernels_cpu.cache_types import CACHE_FORMATS, cache_bytes
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
@@ -56,7 +57,7 @@ def plan_bytes(config: ModelConfig, plan: Sequence[CacheType], n_ctx: int, n_bat
     total = 0
     for il, kind in enumerate(plan):
         shape = config.attention(il)
-        rows = n_ctx
+        rows = rows_stored(n_ctx, n_batch, shape.window)
         total += n_seq * cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, rows)
     return total
 

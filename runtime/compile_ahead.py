@@ -53,5 +53,5 @@ def main() -> None:
     path, cache = sys.argv[1], [CacheType(*fields) for fields in json.loads(sys.argv[2])]
     with GGUFFile.open(path) as file:
         config = ModelConfig.from_metadata(file.metadata, file.tensors)
-        backend = CpuBackend(1, cache[0].k, dry=True)
-        Decoder(config, file.tensors, [backend] * config.n_layer, n_ctx=1)
+        backend = CpuBackend(1, dry=True)
+        Decoder(config, file.tensors, [backend] * config.n_layer, n_ctx=1, cache_types=cache)

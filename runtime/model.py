@@ -267,7 +267,7 @@ def _load(
     places = place_layers(config.n_layer, device)
     tensors = list(file.tensors.values())
     plan = plan_cache(config, **cache)
-    if len(set(plan)) > 1 or plan[0].k != plan[0].v or plan[0].k not in ("f16", "f32"):
+    if any(kind.k != kind.v or kind.k not in ("f16", "f32") for kind in plan):
         raise UnsupportedError("this version stores K and V alike, as f16 or f32")  # kernels for more are to come
     MemoryPlan(config, tensors, n_ctx, plan, n_batch).check(available_memory())
     if n_ctx > config.n_ctx_train:
@@ -282,11 +282,13 @@ def _load(
         from gguf_run.kernels_cpu.backend import CpuBackend
         from gguf_run.models.decoder import Decoder
 
-        backend = CpuBackend(n_threads, plan[0].k)
+        backend = CpuBackend(n_threads)
         try:
             report = _reporter(progress, sum(tensor.nbytes for tensor in tensors))
             backends = [backend for _ in places]
-            decoder = Decoder(config, file.tensors, backends, n_ctx, n_batch, progress=report, observe=observe)
+            decoder = Decoder(
+                config, file.tensors, backends, n_ctx, n_batch, cache_types=plan, progress=report, observe=observe
+            )
             tokenizer, template = text.result()
             return Model(
                 decoder,

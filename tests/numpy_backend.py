@@ -12,7 +12,7 @@ import numpy as np
 
 from gguf_run.formats.dequantizer import dequantize
 from gguf_run.formats.reader import Tensor
-from gguf_run.models.backend import Attention, Rope, Run
+from gguf_run.models.backend import Attention, CacheType, Rope, Run
 
 
 @dataclass
@@ -304,7 +304,9 @@ class NumpyBackend:
     def vector(self, tensors: Sequence[Tensor]) -> np.ndarray:
         return np.concatenate([dequantize(t.blocks(), t.type).reshape(-1) for t in tensors]).astype(self.dtype)
 
-    def cache(self, shape: Attention, n_ctx: int, n_batch: int, n_seq: int = 1) -> NumpyCache:
+    def cache(
+        self, shape: Attention, n_ctx: int, n_batch: int, n_seq: int = 1, kind: CacheType | None = None
+    ) -> NumpyCache:
         k, v = (np.full((n_seq, n_ctx, shape.n_head_kv, shape.head_dim), np.nan, self.cache_dtype) for _ in "kv")
         self._nbytes["cache"] += k.nbytes + v.nbytes
         return NumpyCache(k, v)

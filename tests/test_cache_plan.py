@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tinymodel import Tiny, write_tiny
+from tinymodel import TINY_GEMMA3, Tiny, write_tiny
 
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
 from gguf_run.formats.reader import GGUFFile
@@ -15,6 +15,7 @@ from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.cache_plan import describe_plan, plan_bytes, plan_cache
 from gguf_run.runtime.kv_scales import KvScales, LayerScales
 from gguf_run.runtime.memory import MemoryPlan
+from gguf_run.runtime.model import Model
 
 # Bytes of a row of 64 numbers, from ggml's block layouts and from "one f16 scale for each row".
 ROW_OF_64 = {
@@ -185,3 +186,14 @@ def test_files_that_are_no_json(config: ModelConfig, tmp_path: Path, data: bytes
     (tmp_path / "s.json").write_bytes(data)
     with pytest.raises(FormatError, match="is not a calibration file"):
         KvScales.read(tmp_path / "s.json", config)
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16"])
+@pytest.mark.parametrize("tiny", [Tiny(head_dim=40), TINY_GEMMA3])
+def test_bytes_are_those_that_are_held(tmp_path: Path, tiny: Tiny, kind: str) -> None:
+    """Heads that are filled up, windows, contexts that are no whole groups."""
+    write_tiny(tmp_path / "m.gguf", tiny)
+    for n_ctx, n_batch in ((100, 7), (3, 512)):
+        with Model.load(tmp_path / "m.gguf", n_ctx=n_ctx, n_batch=n_batch, n_threads=1, cache_type=kind) as model:
+            plan = plan_cache(model.decoder.config, kind)
+            assert plan_bytes(model.decoder.config, plan, n_ctx, n_batch) == model.decoder.nbytes()["cache"]
