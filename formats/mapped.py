@@ -56,6 +56,24 @@ class MappedFile:
             self.map.close()
 
 
+class MemoryFile(MappedFile):
+    """Bytes that were made here, in the place of a file's."""
+
+    def __init__(self, path: str | os.PathLike[str], data: bytes) -> None:
+        """path: what errors name."""
+        self.path, self.order, self.size = Path(path), "<", len(data)
+        self.map = mmap.mmap(-1, max(1, len(data)))
+        self.map.write(data)
+
+    def bytes_at(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
+        view = super().bytes_at(offset, nbytes)
+        view.flags.writeable = False  # as of a file: compiled functions know one kind of array
+        return view
+
+    def release(self, offset: int, nbytes: int) -> None:
+        """Nothing: there is no file to read the bytes from again."""
+
+
 class Cursor:
     """A place in a mapped file that moves forward as fields are read. Every error names the file and the offset."""
 

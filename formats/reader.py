@@ -14,9 +14,10 @@ from types import MappingProxyType, TracebackType
 from typing import Any
 
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
-from gguf_run.formats.mapped import Cursor, MappedFile, quoted
+from gguf_run.formats.mapped import Cursor, MappedFile, MemoryFile, quoted
 from gguf_run.formats.metadata import Metadata, read_metadata
 from gguf_run.formats.tensors import Tensor, read_tensors
+from gguf_run.formats.writer_metadata import MetaValue, encode_pair
 
 __all__ = ["GGUFFile", "Tensor"]
 
@@ -75,6 +76,14 @@ class GGUFFile:
         FormatError if it is not as it must be, UnsupportedError for a version or tensor type that is not known.
         """
         return cls(_read_parts(Path(path)))
+
+    @classmethod
+    def of(cls, path: Path, metadata: Mapping[str, MetaValue], tensors: Mapping[str, Tensor]) -> "GGUFFile":
+        """Return what would be read from a file of these; path: what errors name."""
+        pairs = b"".join(encode_pair(key, value, "<") for key, value in metadata.items())
+        file = MemoryFile(path, pairs)
+        read = read_metadata(Cursor(file), len(metadata))
+        return cls([_Part(file, VERSIONS[-1], DEFAULT_ALIGNMENT, read, dict(tensors))])
 
     def close(self) -> None:
         """Unmap the file. Arrays that were taken from it stay valid; new ones cannot be taken."""

@@ -57,7 +57,10 @@ def main(model: str, rest: tuple[str, ...], dry_run: bool, threads: int | None, 
         raise click.UsageError("give IN, OUT and TYPE (with --dry-run OUT may be left out)")
     if sys.stdout is None:
         raise GgufRunError("stdout is closed: there is nowhere to write to")
-    limits = {"split_max_size": _size(given.pop("split_max_size")), "split_max_tensors": given.pop("split_max_tensors")}
+    limits = {
+        "split_max_size": byte_size(given.pop("split_max_size")),
+        "split_max_tensors": given.pop("split_max_tensors"),
+    }
     if given["keep_split"] and any(limits.values()):
         raise click.UsageError("give --keep-split or a limit of --split-max-..., not both")
     allow_requantize = given.pop("allow_requantize")
@@ -69,16 +72,16 @@ def main(model: str, rest: tuple[str, ...], dry_run: bool, threads: int | None, 
         for note in plan.notes:
             message(f"note: {note}")
         if dry_run:
-            lines = _types(plan)
+            lines = show_types(plan)
         else:
             check_plan(plan, allow_requantize)
-            lines = _quantize(plan, Path(rest[0]), threads or default_threads(), limits)
+            lines = run_plan(plan, Path(rest[0]), threads or default_threads(), limits)
         for line in lines:
             click.echo(line)
 
 
-def _quantize(plan: "Plan", path: Path, n_threads: int, limits: dict[str, Any]) -> Iterator[str]:
-    """Do it; yield the closing lines."""
+def run_plan(plan: "Plan", path: Path, n_threads: int, limits: dict[str, Any]) -> Iterator[str]:
+    """Write the plan's files; yield the closing lines."""
     from gguf_run.formats.jit import compile_notice
     from gguf_run.runtime.quantize_file import quantize_file
 
@@ -129,7 +132,7 @@ def _losses(items: "Sequence[Item]", losses: "Sequence[Loss]") -> Iterator[str]:
     return table(head, rows, "lrrrrrl")
 
 
-def _types(plan: "Plan") -> Iterator[str]:
+def show_types(plan: "Plan") -> Iterator[str]:
     """What --dry-run shows."""
     yield from table(
         ["tensor", "ne", "type", "to", "size", "to", "bits/weight"],
@@ -218,7 +221,8 @@ def _layers(text: str | None) -> frozenset[int]:
     return frozenset(map(int, text.split(","))) if text else frozenset()
 
 
-def _size(text: str | None) -> int:
+def byte_size(text: str | None) -> int:
+    """Return --split-max-size in bytes; none is 0."""
     if not text:
         return 0
     match = re.fullmatch(r"([1-9]\d{0,9})([KMG]?)", text.upper())

@@ -58,6 +58,15 @@ def find_model(name: str | None) -> Path:
     return Path(name)
 
 
+def find_checkpoint(name: str) -> Path:
+    """Return the folder of a checkpoint: the path itself, or of `hf:owner/repo` where its files were downloaded."""
+    if name.startswith("hf:"):
+        from gguf_run.runtime.fetch_hub import fetch_checkpoint
+
+        return fetch_checkpoint(name)
+    return Path(name)
+
+
 def models_dir() -> Path:
     """Where downloaded models are kept."""
     return user_cache_dir() / "models"

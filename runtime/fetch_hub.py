@@ -16,6 +16,11 @@ from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.fetch import announce, cache_errors, models_dir
 
 _URL = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>(?:[\w.+ -]+/)*[\w.+ -]+\.gguf)", re.ASCII)
+_REPO = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)", re.ASCII)
+# What a checkpoint is made of: weights in the folder itself, settings, tokenizers, chat templates, the card.
+_CHECKPOINT = re.compile(
+    r"(model|pytorch_model)[\w.-]*\.(safetensors|bin)|[\w.-]+\.(json|model|tiktoken|jinja|txt)|README\.md", re.ASCII
+)
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 MAX_SHARDS = 1000
 
@@ -28,15 +33,48 @@ def fetch_hub(url: str) -> Path:
     match = _URL.fullmatch(url)
     if match is None or ".." in url.split("/"):
         raise GgufRunError(f"{url!r} is not a model on the hub: write hf:owner/repo/file.gguf (subfolders are fine)")
+    _quiet(url)
+    names = _shards(match["file"])
+    paths = [_fetch_file(match["repo"], name) for name in names]
+    return paths[names.index(match["file"])]
+
+
+def _quiet(url: str) -> None:
+    """GgufRunError without the package; no hints of its on logins and transports between our lines."""
     try:
         from huggingface_hub.utils import logging
     except ImportError:
         raise GgufRunError(f'{url} needs the package huggingface_hub: pip install "gguf-run[hub]"') from None
-    # Its hints on logins and transports would stand between our lines.
     logging.set_verbosity_error()
-    names = _shards(match["file"])
-    paths = [_fetch_file(match["repo"], name) for name in names]
-    return paths[names.index(match["file"])]
+
+
+def fetch_checkpoint(url: str) -> Path:
+    """Return the folder with a repository's config.json, tokenizer and weights, downloaded on first use.
+
+    Errors: as fetch_hub.
+    """
+    match = _REPO.fullmatch(url)
+    if match is None or ".." in url:
+        raise GgufRunError(f"{url!r} is not a repository on the hub: write hf:owner/repo")
+    _quiet(url)
+    from huggingface_hub import list_repo_files
+
+    try:
+        names = [name for name in list_repo_files(match["repo"]) if _CHECKPOINT.fullmatch(name)]
+    except Exception as error:
+        raise GgufRunError(f"cannot list {url}: {_reason(error)}") from error
+    if any(name.endswith(".safetensors") for name in names):
+        names = [name for name in names if ".bin" not in name]
+    if "config.json" not in names:
+        raise GgufRunError(f"{url} has no config.json: it is not a checkpoint in the Hugging Face format")
+    folder = models_dir() / "hub" / match["repo"]
+    for name in names:
+        path = _fetch_file(match["repo"], name)
+        if path.parent != folder and not (folder / name).exists():  # another program's download
+            with cache_errors(models_dir()):
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / name).symlink_to(path.resolve())
+    return folder
 
 
 def _shards(name: str) -> list[str]:

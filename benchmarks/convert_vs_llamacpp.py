@@ -1,0 +1,104 @@
+"""gguf-convert against transformers, through llama.cpp: a tiny checkpoint of every architecture is written by
+transformers, converted at F32, and run in the prebuilt llama.cpp. The logits are compared.
+
+    python benchmarks/convert_vs_llamacpp.py [--type F32] [NAME ...]
+
+Needs the tests' packages (transformers, torch), and npm for the peer (peer.py). What runs in this program's own decoder
+is compared too. The difference is relative: its root mean square by that of transformers' logits.
+"""
+
+import argparse
+import multiprocessing
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+IDS = [(7 * i * i + 3 * i + 2) % 300 for i in range(24)]
+LIMIT = 1e-3
+
+
+def relative(x: NDArray[Any], reference: NDArray[Any]) -> float:
+    """Root mean square of the difference, by that of the reference."""
+    return float(np.sqrt(np.mean((x.astype(np.float64) - reference) ** 2) / np.mean(reference.astype(np.float64) ** 2)))
+
+
+def by_peer(path: Path, ids: list[int]) -> NDArray[np.float32]:
+    """llama.cpp's logits f32[len(ids), n_vocab]."""
+    from peer import Peer
+
+    peer = Peer(path, 1, 32, cache_types=("f32", "f32"))
+    return np.concatenate([part.copy() for part in peer.forward(ids, len(ids))])
+
+
+def _by_peer(path: str, ids: list[int], to: Any) -> None:
+    """In a process of its own, which llama.cpp may end."""
+    to.send(by_peer(Path(path), ids))
+
+
+def isolated(path: Path, ids: list[int]) -> NDArray[np.float32]:
+    """by_peer in a process of its own."""
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_by_peer, args=(str(path), ids, there))
+    process.start()
+    there.close()
+    try:
+        result: NDArray[np.float32] = here.recv()
+    except EOFError:
+        raise SystemExit(f"llama.cpp failed on {path.name}") from None
+    finally:
+        process.join()
+    return result
+
+
+def own(path: Path, ids: list[int]) -> NDArray[np.float32]:
+    """This program's logits."""
+    from gguf_run.runtime import Model
+
+    with Model.load(path, n_threads=1, n_ctx=32, cache_type="f32") as model:
+        return model.logits(ids)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--type", default="F32")
+    parser.add_argument("--keep", type=Path, help="Write the files into this folder, and leave them there.")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    import hf_tiny
+
+    from gguf_run.models.architectures import ARCHITECTURES
+    from gguf_run.runtime.convert import open_checkpoint
+    from gguf_run.runtime.quantize_file import quantize_file
+    from gguf_run.runtime.quantize_plan import Options, make_plan
+    from gguf_run.runtime.quantize_rules import file_type
+
+    failed = 0
+    print(
+        f"{'checkpoint':18} {'llama.cpp':>10} {'gguf-run':>10}   relative difference of {given.type} from transformers"
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in given.names or hf_tiny.TINY:
+            folder = (given.keep or Path(scratch)) / name
+            model = hf_tiny.make(name, folder)
+            path = folder / f"{name}.gguf"
+            with open_checkpoint(folder) as file:
+                quantize_file(make_plan(file, Options(file_type(given.type))), path, 1, lambda done, total: None)
+            expected = hf_tiny.logits(model, IDS)
+            by_peer = relative(isolated(path, IDS), expected)
+            known = hf_tiny.GGUF_ARCH.get(name, name) in ARCHITECTURES and name != "mixtral"
+            by_us = f"{relative(own(path, IDS), expected):10.2e}" if known else f"{'-':>10}"
+            print(f"{name:18} {by_peer:10.2e} {by_us}", flush=True)
+            failed += by_peer > LIMIT
+    if failed and given.type == "F32":
+        raise SystemExit(f"{failed} checkpoints differ by more than {LIMIT}")
+
+
+if __name__ == "__main__":
+    main()

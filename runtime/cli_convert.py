@@ -1,0 +1,80 @@
+"""gguf-convert: a Hugging Face checkpoint as a GGUF file."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.metadata import Typed
+from gguf_run.runtime.cli_common import Command, message, one_line
+from gguf_run.runtime.cli_quantize import byte_size, run_plan, show_types
+from gguf_run.runtime.fetch import find_checkpoint
+from gguf_run.runtime.quantize_rules import FILE_TYPES, file_type
+from gguf_run.runtime.threads import default_threads
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model", metavar="DIR")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="File, or folder for a file with its usual name.")
+@click.option("--type", "kind", default="auto", show_default=True, help="As of gguf-quantize, or auto: what DIR has.")
+@click.option("--imatrix", type=click.Path(path_type=Path), help="Importance matrix, from gguf-imatrix.")
+@click.option("--split-max-size", metavar="N(K|M|G)", help="Split the output into files of at most so many bytes.")
+@click.option("--name", help="What the model is called.  [default: from its card, or the folder]")
+@click.option("--vocab-only", is_flag=True, help="Convert the tokenizer and the metadata, no weights.")
+@click.option("--dry-run", is_flag=True, help="Only show the types and sizes that there would be.")
+@click.option("--threads", "-t", type=click.IntRange(1, 512), help="Threads.  [default: physical cores]")
+@click.version_option(package_name="gguf-run", prog_name="gguf-convert")
+def main(
+    model: str,
+    output: Path | None,
+    kind: str,
+    imatrix: Path | None,
+    split_max_size: str | None,
+    name: str | None,
+    vocab_only: bool,
+    dry_run: bool,
+    threads: int | None,
+) -> None:
+    """Convert the checkpoint in DIR, or hf:owner/repo, to GGUF; in one step to any TYPE, such as Q4_K_M.
+
+    DIR holds config.json, a tokenizer, and weights as safetensors (or pytorch_model.bin, if torch is installed).
+    auto keeps the weights as they are: BF16 or F16, and blocks of a quantized checkpoint that a GGUF type can hold.
+    """
+    if sys.stdout is None:
+        raise GgufRunError("stdout is closed: there is nowhere to write to")
+    limits = {"split_max_size": byte_size(split_max_size)}
+    chosen = None if kind.lower() == "auto" else file_type(kind)
+    if vocab_only and (imatrix or split_max_size):
+        raise click.UsageError("--vocab-only writes no weights: leave out --imatrix and --split-max-size")
+    from gguf_run.formats.imatrix import Imatrix
+    from gguf_run.runtime.convert import auto_type, open_checkpoint
+    from gguf_run.runtime.convert_card import file_name
+    from gguf_run.runtime.quantize_plan import Options, check_plan, make_plan
+
+    importance = Imatrix.open(imatrix) if imatrix else None
+    with open_checkpoint(find_checkpoint(model), name=name, vocab_only=vocab_only) as file:
+        metadata: dict[str, Any] = {}
+        if chosen is None:
+            chosen, number = auto_type(file)
+            metadata = {} if number is None else {"general.file_type": Typed("u32", number)}
+        elif vocab_only:
+            message("note: --vocab-only writes no weights, --type is not used")
+        plan = make_plan(file, Options(chosen, imatrix=importance, imatrix_path=str(imatrix or ""), metadata=metadata))
+        stated = plan.metadata.get("general.file_type")
+        id = stated.value if isinstance(stated, Typed) else stated
+        type_name = next((row.name for row in FILE_TYPES.values() if row.id == id), "auto")
+        default = file_name(file.metadata, None if vocab_only else type_name)
+        path = Path(default) if output is None else output / default if output.is_dir() else output
+        for note in plan.notes:
+            message(f"note: {note}")
+        if dry_run:
+            lines = show_types(plan)
+        else:
+            check_plan(plan, allow_requantize=True)
+            lines = run_plan(plan, path, threads or default_threads(), limits)
+        for line in lines:
+            click.echo(line)
+        if dry_run:
+            click.echo(f"to {one_line(str(path))}")
