@@ -1,7 +1,8 @@
 """How byte-level BPE cuts a text into words: the names in `tokenizer.ggml.pre`, and what each of them means.
 
 A pre-tokenizer is a list of regular expressions. Each in turn cuts every part so far into its matches and what lies
-between them. The names, and the expressions where they differ from a model's own, are llama.cpp's.
+between them. The names are llama.cpp's. The expressions are the models' own where these are known to differ from what
+llama.cpp makes of them, as with the marks and cases of gpt-4o and tekken: a model was trained on its own.
 """
 
 import warnings
@@ -11,7 +12,7 @@ from types import MappingProxyType
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
-_CONTRACTION = r"'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])"
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _SYMBOLS = r" ?[^\s\p{L}\p{N}]+"
 _SPACE = r"\s+(?!\S)|\s+"
@@ -21,8 +22,8 @@ _GPT2 = rf"'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?\p{{N}}+|{_SYMBOLS}|{_SPACE}"
 _LLAMA3 = rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1,3}}|{_SYMBOLS}[\r\n]*|{_LINES}"
 _QWEN2 = rf"{_CONTRACTION}|{_WORD}|\p{{N}}|{_SYMBOLS}[\r\n]*|{_LINES}"
 
-# A word is upper-case letters and then lower-case ones; letters other than a-z and A-Z count as both.
-_UPPER, _LOWER = r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]"
+# A word is upper-case letters and then lower-case ones; letters without case and marks count as both.
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
 
 def _cased(upper: str, lower: str, contraction: str, digits: str) -> str:
@@ -41,7 +42,7 @@ _GRANITE = _cased(rf"[{_MARKED}&&[^a-z]]", rf"[{_MARKED}&&[^A-Z]]", f"(?:{_CONTR
 _KANJI_KANA = r"[一-龥぀-ゟ゠-ヿ]+"
 _PUNCTUATED = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+"
 _DEEPSEEK3 = (r"\p{N}{1,3}", _KANJI_KANA, rf"{_PUNCTUATED}[\r\n]*|{_LINES}")
-_CJK = r"[一-龥ࠀ-一가-퟿&&\S]+"  # the second range holds scripts from Samaritan on, and spaces that do not count
+_CJK = r"[一-龥ࠀ-一가-퟿]+"  # the second range holds scripts from Samaritan on, and some spaces
 _CASED_LETTERS = (
     "[A-Za-z"
     "\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376"
@@ -91,7 +92,7 @@ class PreTokenizerWarning(UserWarning):
 
 _DEFAULT = PreTokenizer((r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"))
 
-_TABLE = (
+TABLE = (
     ("default", _DEFAULT),
     ("gpt-2 phi-2 mpt olmo jais trillion granite-docling exaone4 jina-es jina-de jina-v1-en jina-v2-es jina-v2-de "
      "jina-v2-code roberta-bpe gigachat a.x-4.0 mellum modern-bert", PreTokenizer((_GPT2,))),
@@ -143,7 +144,7 @@ _TABLE = (
     ("superbpe", PreTokenizer((r"\p{N}+", r"(?=(?:[0-9]{3})+(?![0-9]))"))),
 )  # fmt: skip
 
-PRE_TOKENIZERS = MappingProxyType({name: pre for names, pre in _TABLE for name in names.split()})
+PRE_TOKENIZERS = MappingProxyType({name: pre for names, pre in TABLE for name in names.split()})
 
 
 def pre_tokenizer(name: str | None) -> PreTokenizer:

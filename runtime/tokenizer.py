@@ -2,22 +2,30 @@
 
 import codecs
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
-from gguf_run.runtime import tokenizer_spm
+from gguf_run.runtime import tokenizer_spm, tokenizer_ugm, tokenizer_wpm
 from gguf_run.runtime.pretokenizers import pre_tokenizer
 from gguf_run.runtime.tokenizer_bpe import BpeEncoder
 from gguf_run.runtime.tokenizer_special import SpecialTokens
 from gguf_run.runtime.tokenizer_spm import SpmEncoder
+from gguf_run.runtime.tokenizer_ugm import UgmEncoder
 from gguf_run.runtime.tokenizer_vocab import CONTROL, UNKNOWN, USER_DEFINED, Defaults, Vocab, read_vocab
+from gguf_run.runtime.tokenizer_wpm import WpmEncoder
 
 
 class Encoder(Protocol):
-    """One kind of tokenizer, for text between special tokens."""
+    """One kind of tokenizer, for text between special tokens.
 
-    space_prefix: bool
+    prefix: where a space is put before text: "" nowhere; "special" at the start and after special tokens; "first" at
+    the start and "always" anywhere, unless the text begins with one. drops_first_space: decoding takes it away.
+    """
+
+    prefix: str
+    drops_first_space: bool
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
@@ -26,6 +34,13 @@ class Encoder(Protocol):
     def piece(self, id: int) -> bytes:
         """Return what a token that is not special stands for; a character may be spread over several tokens."""
         ...
+
+
+_KINDS: Mapping[str, tuple[Defaults, Callable[[Vocab, Mapping[str, Any]], Encoder]]] = MappingProxyType({
+    "llama": (tokenizer_spm.DEFAULTS, SpmEncoder),
+    "t5": (tokenizer_ugm.DEFAULTS, UgmEncoder),
+    "bert": (tokenizer_wpm.DEFAULTS, WpmEncoder),
+})  # fmt: skip
 
 
 class Tokenizer:
@@ -53,12 +68,14 @@ class Tokenizer:
             pre = pre_tokenizer(_string(metadata, "tokenizer.ggml.pre"))
             vocab = read_vocab(metadata, Defaults(add_bos=pre.add_bos))
             return cls(vocab, BpeEncoder(vocab, metadata, pre))
-        if model == "llama":
-            vocab = read_vocab(metadata, tokenizer_spm.DEFAULTS)
-            return cls(vocab, SpmEncoder(vocab, metadata))
         if model is None:
             raise FormatError("tokenizer.ggml.model is missing: the file holds no tokenizer, convert the model again")
-        raise UnsupportedError(f'tokenizer.ggml.model is {model!r}: "gpt2" and "llama" are supported')
+        if model not in _KINDS:
+            known = ", ".join(("gpt2", *_KINDS))
+            raise UnsupportedError(f"tokenizer.ggml.model is {model[:40]!r}: {known} are supported")
+        defaults, kind = _KINDS[model]
+        vocab = read_vocab(metadata, defaults)
+        return cls(vocab, kind(vocab, metadata))
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Return the ids of a text.
@@ -68,13 +85,13 @@ class Tokenizer:
         becomes U+FFFD.
         """
         ids = [self.bos] if add_special and self.add_bos and self.bos is not None else []
-        after_special = True
+        first = after_special = True
         for piece in (self._all_special if parse_special else self._user_defined).split(_valid(text)):
             if isinstance(piece, int):
                 ids.append(piece)
             else:
-                ids += self._encoder.encode(f" {piece}" if self._encoder.space_prefix and after_special else piece)
-            after_special = isinstance(piece, int)
+                ids += self._encoder.encode(self._prefixed(piece, first, after_special))
+            first, after_special = False, isinstance(piece, int)
         if add_special and self.add_eos and self.eos is not None:
             ids.append(self.eos)
         return ids
@@ -90,7 +107,7 @@ class Tokenizer:
         UTF-8 become U+FFFD. For the rest of a text that has begun use `stream`, which keeps a leading space."""
         ids = list(ids)
         pieces = [self.piece(id, skip_special=skip_special) for id in ids]
-        if self._encoder.space_prefix:
+        if self._encoder.drops_first_space:
             first = next((i for i, id in enumerate(ids) if not self._is_special(id)), None)
             if first is not None:
                 pieces[first] = pieces[first].removeprefix(b" ")
@@ -113,6 +130,13 @@ class Tokenizer:
     def token_text(self, id: int) -> str:
         """Return a token for display; bytes that are no whole character look like \\xe2."""
         return self.piece(id).decode(errors="backslashreplace")
+
+    def _prefixed(self, text: str, first: bool, after_special: bool) -> str:
+        prefix = self._encoder.prefix
+        if prefix == "special":
+            return f" {text}" if after_special else text
+        wanted = prefix == "always" or (prefix == "first" and first)
+        return f" {text}" if wanted and not text.startswith((" ", "▁")) else text
 
     def _is_special(self, id: int) -> bool:
         return self._vocab.types[id] in (CONTROL, UNKNOWN, USER_DEFINED)

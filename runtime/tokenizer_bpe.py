@@ -8,10 +8,12 @@ Reference: Radford et al., "Language models are unsupervised multitask learners"
 from collections.abc import Mapping
 from typing import Any
 
+from tokenizers.normalizers import NFC
+
 from gguf_run.formats.errors import FormatError
 from gguf_run.runtime.pretokenizers import PreTokenizer
 from gguf_run.runtime.tokenizer_merge import CACHED_CHARS, CACHED_WORDS, merge
-from gguf_run.runtime.tokenizer_vocab import NORMAL, Vocab, read_strings
+from gguf_run.runtime.tokenizer_vocab import NORMAL, Vocab, read_bool, read_strings
 
 
 def _byte_characters() -> dict[str, int]:
@@ -21,13 +23,14 @@ def _byte_characters() -> dict[str, int]:
     return {chr(byte): byte for byte in printing} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-_BYTES = _byte_characters()
+BYTE_CHARACTERS = _byte_characters()
 
 
 class BpeEncoder:
     """Encodes text between special tokens."""
 
-    space_prefix = False
+    prefix = ""
+    drops_first_space = False
 
     def __init__(self, vocab: Vocab, metadata: Mapping[str, Any], pre: PreTokenizer) -> None:
         """FormatError if the merges are missing or malformed."""
@@ -41,11 +44,14 @@ class BpeEncoder:
         self._vocab = vocab
         self._whole_words = pre.whole_words
         self._words = pre.build()
+        self._composes = read_bool(metadata, "normalizer.nfc", False)
         self._cache: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text without special tokens."""
         ids: list[int] = []
+        if self._composes and not text.isascii():
+            text = NFC().normalize_str(text)
         for word, _ in self._words.pre_tokenize_str(text):
             found = self._cache.get(word)
             if found is None:
@@ -61,7 +67,7 @@ class BpeEncoder:
         if self._vocab.types[id] != NORMAL:
             return b""
         try:
-            return bytes([_BYTES[character] for character in token])
+            return bytes([BYTE_CHARACTERS[character] for character in token])
         except KeyError:
             return token.encode()
 

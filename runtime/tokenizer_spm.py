@@ -22,8 +22,27 @@ _SPACE = "▁"  # how a space is spelled in tokens
 FEW_CHARS = 4096
 
 
-class SpmEncoder:
-    """Encodes text between special tokens. space_prefix: a space goes before text that follows a special token."""
+class SpmPieces:
+    """What tokens stand for where "▁" is a space."""
+
+    prefix = ""
+    drops_first_space = True
+
+    def __init__(self, vocab: Vocab) -> None:
+        self._vocab = vocab
+
+    def piece(self, id: int) -> bytes:
+        """Return the bytes that a token which is not special stands for."""
+        token, type = self._vocab.tokens[id], self._vocab.types[id]
+        if type == NORMAL:
+            return token.replace(_SPACE, " ").encode()
+        if type == BYTE:
+            return bytes([_byte_value(token)])
+        return b""
+
+
+class SpmEncoder(SpmPieces):
+    """Encodes text between special tokens."""
 
     def __init__(self, vocab: Vocab, metadata: Mapping[str, Any]) -> None:
         """FormatError if scores are missing, of a wrong number, or not numbers."""
@@ -34,8 +53,12 @@ class SpmEncoder:
             )
         if np.isnan(scores).any():
             raise FormatError(f"tokenizer.ggml.scores: entry {int(np.isnan(scores).argmax())} is not a number")
-        self.space_prefix = read_bool(metadata, "add_space_prefix", True)
-        self._vocab = vocab
+        super().__init__(vocab)
+        self.drops_first_space = read_bool(metadata, "add_space_prefix", True)
+        scheme = metadata.get("tokenizer.ggml.metaspace", "special")
+        if scheme not in ("special", "first", "always"):
+            raise FormatError(f'tokenizer.ggml.metaspace is {str(scheme)[:40]!r}: "first" and "always" are allowed')
+        self.prefix = scheme if self.drops_first_space else ""
         self._costs: list[float] = (-scores.astype(np.float64)).tolist()
         self._cache: dict[str, list[int]] = {}
         self._n_encoded = 0
@@ -53,15 +76,6 @@ class SpmEncoder:
                     self._cache[word] = found
             ids += found
         return ids
-
-    def piece(self, id: int) -> bytes:
-        """Return the bytes that a token which is not special stands for."""
-        token, type = self._vocab.tokens[id], self._vocab.types[id]
-        if type == NORMAL:
-            return token.replace(_SPACE, " ").encode()
-        if type == BYTE:
-            return bytes([_byte_value(token)])
-        return b""
 
     @functools.cached_property
     def _word(self) -> re.Pattern[str]:

@@ -18,7 +18,7 @@ _PREFIX = "tokenizer.ggml."
 _NO_ID = (-1, 0xFFFFFFFF)
 
 # Tokens that end an answer whatever the metadata says. They are control tokens even where token_type forgot it.
-_END_NAMES = (
+END_NAMES = (
     "<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|end_of_text|>", "<|endoftext|>", "<EOT>", "_<EOT>",
     "[EOT]", "<｜end▁of▁sentence｜>", "<end_of_utterance>", "<|eom_id|>", "<|return|>", "<|call|>", "<|flush|>",
     "<|calls|>", "[EOS]", "<eos>", "<turn|>", "<|tool_response>", "[e~[",
@@ -44,7 +44,7 @@ class _Role:
 
 
 _ROLES = (
-    _Role("eot", _END_NAMES, True),
+    _Role("eot", END_NAMES, True),
     _Role("eom", ("<|eom_id|>",), True),
     _Role("fim_pre", ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>",
                       "<|code_prefix|>", "<|prefix|>")),
@@ -63,6 +63,7 @@ class Defaults:
     """What holds where the metadata is silent; it depends on the kind of tokenizer."""
 
     add_bos: bool = False
+    add_eos: bool = False
     bos: int | None = None
     eos: int | None = None
     unknown: int | None = None
@@ -115,7 +116,7 @@ def read_vocab(metadata: Mapping[str, Any], defaults: Defaults) -> Vocab:
             roles[role.key] = id
     eos = _id(metadata, "eos", len(tokens), defaults.eos)
     stop_ids = {eos, *(roles.get(role.key) for role in _ROLES if role.ends_answer)}
-    for name in _END_NAMES:
+    for name in END_NAMES:
         if name in ids:
             stop_ids.add(ids[name])
             types[ids[name]] = CONTROL
@@ -138,7 +139,7 @@ def read_vocab(metadata: Mapping[str, Any], defaults: Defaults) -> Vocab:
         unknown=_id(metadata, "unknown", len(tokens), defaults.unknown),
         stop_ids=frozenset(id for id in stop_ids if id is not None),
         add_bos=read_bool(metadata, "add_bos_token", defaults.add_bos),
-        add_eos=read_bool(metadata, "add_eos_token", False),
+        add_eos=read_bool(metadata, "add_eos_token", defaults.add_eos),
     )
 
 

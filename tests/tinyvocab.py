@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from gguf_run.runtime.tokenizer_bpe import _BYTES
+from gguf_run.runtime.tokenizer_bpe import BYTE_CHARACTERS
 
-CHARACTER = {byte: character for character, byte in _BYTES.items()}
+CHARACTER = {byte: character for character, byte in BYTE_CHARACTERS.items()}
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
