@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from gguf_run.formats.errors import FormatError
+from gguf_run.runtime.convert_checkpoint import read_json
 from gguf_run.runtime.convert_tokenizer_pre import pre_tokenizer_name
-from gguf_run.runtime.convert_vocab import MAX_TOKENS, Vocabulary, lay_out, read_file, read_json
+from gguf_run.runtime.convert_vocab import MAX_TOKENS, Vocabulary, lay_out, read_file
 from gguf_run.runtime.tokenizer_bpe import BYTE_CHARACTERS
 from gguf_run.runtime.tokenizer_vocab import CONTROL
 

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from gguf_run.formats.errors import FormatError
+from gguf_run.runtime.convert_checkpoint import read_json
 from gguf_run.runtime.convert_sentencepiece import is_sentencepiece, read_sentencepiece
 from gguf_run.runtime.convert_tiktoken import read_tekken, read_tiktoken
 from gguf_run.runtime.convert_tokenizer_json import read_tokenizer_json
-from gguf_run.runtime.convert_vocab import Added, Vocabulary, added_tokens, mark_added, read_file, read_json
+from gguf_run.runtime.convert_vocab import Added, Vocabulary, added_tokens, mark_added, read_file
 from gguf_run.runtime.tokenizer_vocab import END_NAMES
 
 _PREFIX = "tokenizer.ggml."

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
+from gguf_run.runtime.convert_checkpoint import read_json
 from gguf_run.runtime.convert_tokenizer_pre import pre_tokenizer_name
 from gguf_run.runtime.convert_vocab import (
     PADDING_SCORE,
@@ -22,7 +23,6 @@ from gguf_run.runtime.convert_vocab import (
     added_tokens,
     lay_out,
     mark_added,
-    read_json,
     tokens_by_id,
 )
 from gguf_run.runtime.tokenizer_vocab import BYTE, NORMAL, UNKNOWN
@@ -151,7 +151,7 @@ def _wordpiece(data: dict[str, Any], vocabulary: Vocabulary, path: Path, model_t
     """Tokens that begin a word get a "▁" and others lose their "##": how llama.cpp tells them apart."""
     del model_type
     vocabulary.model = "bert"
-    prefix = data["model"].get("continuing_subword_prefix", "##")
+    prefix = str(data["model"].get("continuing_subword_prefix", "##"))
     added = {entry.id for entry in added_tokens(data.get("added_tokens"), path)}
     vocabulary.tokens = [
         token if id in added or type != NORMAL

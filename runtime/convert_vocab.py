@@ -1,6 +1,5 @@
 """A checkpoint's vocabulary in the shape that a GGUF file holds, before the ids of roles and templates join it."""
 
-import json
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -50,18 +49,6 @@ class Added:
     id: int
     content: str
     special: bool
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a file's object; FormatError names the file and what is wrong with it."""
-    data = read_file(path)
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: no JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise FormatError(f"{path}: a JSON object must stand there, not {type(value).__name__}")
-    return value
 
 
 def read_file(path: Path) -> bytes:

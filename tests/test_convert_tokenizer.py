@@ -280,10 +280,10 @@ def vocab(data: dict[str, Any]) -> Any:
 JSON = "tokenizer.json"
 
 BAD_FILES: list[tuple[str, Callable[[], bytes], str]] = [
-    (JSON, lambda: b"{", "tokenizer.json: no JSON"),
-    (JSON, lambda: b"[" * 100_000, "tokenizer.json: no JSON"),
-    (JSON, lambda: b"\xff", "tokenizer.json: no JSON"),
-    (JSON, lambda: b"[]", "a JSON object must stand there, not list"),
+    (JSON, lambda: b"{", "tokenizer.json: is not JSON"),
+    (JSON, lambda: b"[" * 100_000, "tokenizer.json: is not JSON"),
+    (JSON, lambda: b"\xff", "tokenizer.json: is not JSON"),
+    (JSON, lambda: b"[]", "holds no JSON object"),
     (JSON, lambda: b"{}", "there is no model in it"),
     (JSON, lambda: changed(lambda d: d["model"].update(type="WordLevel")), "the model is 'WordLevel': BPE,"),
     (JSON, lambda: changed(lambda d: d["model"].update(vocab=[])), "vocab must be an object"),
@@ -306,7 +306,7 @@ BAD_FILES: list[tuple[str, Callable[[], bytes], str]] = [
     (JSON, lambda: changed(lambda d: vocab(d).append(["a", -1.0]), "t5"), "stands there twice"),
     (JSON, lambda: changed(lambda d: d.update(normalizer={"type": "Precompiled", "precompiled_charsmap": 3}), "t5"),
      "precompiled_charsmap is no base64"),
-    ("tokenizer_config.json", lambda: b"nul", "tokenizer_config.json: no JSON"),
+    ("tokenizer_config.json", lambda: b"nul", "tokenizer_config.json: is not JSON"),
     ("chat_template.jinja", lambda: b"\xff", "chat_template.jinja: no UTF-8"),
     ("tokenizer.model", lambda: b"\x0a\xff\xff\xff\xff\x0f", "field 1 does not fit into 6 bytes"),
     ("tokenizer.model", lambda: b"\x0a" + b"\xff" * 11, "a number is cut off or longer than 64 bits"),
