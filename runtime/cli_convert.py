@@ -49,12 +49,14 @@ def main(
     if vocab_only and (imatrix or split_max_size):
         raise click.UsageError("--vocab-only writes no weights: leave out --imatrix and --split-max-size")
     from gguf_run.formats.imatrix import Imatrix
-    from gguf_run.runtime.convert import auto_type, open_checkpoint
+    from gguf_run.runtime.convert import auto_type, kept_note, open_checkpoint
     from gguf_run.runtime.convert_card import file_name
+    from gguf_run.runtime.convert_quantized import KEPT
     from gguf_run.runtime.quantize_plan import Options, check_plan, make_plan
 
     importance = Imatrix.open(imatrix) if imatrix else None
-    with open_checkpoint(find_checkpoint(model), name=name, vocab_only=vocab_only) as file:
+    keep = KEPT if chosen is None else {chosen.default}
+    with open_checkpoint(find_checkpoint(model), name=name, vocab_only=vocab_only, keep=keep) as file:
         metadata: dict[str, Any] = {}
         if chosen is None:
             chosen, number = auto_type(file)
@@ -67,7 +69,8 @@ def main(
         type_name = next((row.name for row in FILE_TYPES.values() if row.id == id), "auto")
         default = file_name(file.metadata, None if vocab_only else type_name)
         path = Path(default) if output is None else output / default if output.is_dir() else output
-        for note in plan.notes:
+        kept = kept_note(file, plan)
+        for note in [*plan.notes, *([kept] if kept else [])]:
             message(f"note: {note}")
         if dry_run:
             lines = show_types(plan)

@@ -6,7 +6,7 @@ step, or into a Model, which runs it.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +23,19 @@ from gguf_run.runtime.convert_architectures import IGNORED, OTHER_PARTS
 from gguf_run.runtime.convert_card import general_metadata
 from gguf_run.runtime.convert_checkpoint import Checkpoint
 from gguf_run.runtime.convert_metadata import architecture, hyperparameters, rope_tensors
-from gguf_run.runtime.convert_quantized import plain_tensors
+from gguf_run.runtime.convert_quantized import KEPT, plain_tensors
 from gguf_run.runtime.convert_source import F32, rows, source
 from gguf_run.runtime.convert_tensors import model_tensors
 from gguf_run.runtime.convert_tokenizer import tokenizer_metadata
 from gguf_run.runtime.quantize_plan import Item, Plan
-from gguf_run.runtime.quantize_rules import FILE_TYPES, FileType
+from gguf_run.runtime.quantize_rules import FILE_TYPES, KEEP, FileType
 
 
-def open_checkpoint(directory: Path, *, name: str | None = None, vocab_only: bool = False) -> GGUFFile:
-    """Return a checkpoint as the GGUF file that it makes, in the types that it has. name: general.name.
+def open_checkpoint(
+    directory: Path, *, name: str | None = None, vocab_only: bool = False, keep: Container[str] = KEPT
+) -> GGUFFile:
+    """Return a checkpoint as the GGUF file that it makes, in the types that it has. name: general.name. keep: of what
+    is quantized already only these types are kept; the rest is F32.
 
     GgufRunError and its kinds, one line each, for anything that is missing, wrong or not known.
     """
@@ -45,7 +48,7 @@ def open_checkpoint(directory: Path, *, name: str | None = None, vocab_only: boo
             for name, tensor in checkpoint.tensors.items()
             if not name.endswith(IGNORED) and not name.startswith(OTHER_PARTS)
         }
-        plain = plain_tensors(dataclasses.replace(checkpoint, config=config, tensors=stored))
+        plain = plain_tensors(dataclasses.replace(checkpoint, config=config, tensors=stored), keep)
         tensors = model_tensors(entry, config, plain)
         for key, values in rope_tensors(entry, config).items():
             file = MemoryFile(config.path, values.tobytes())
@@ -77,14 +80,29 @@ def _fit_vocabulary(directory: Path, tensors: dict[str, Tensor], vocabulary: Map
 
 def auto_type(file: GGUFFile) -> tuple[FileType, int | None]:
     """Return the type that keeps most of a checkpoint, and general.file_type where that does not tell it: BF16 for
-    BF16, F16 for other floats, COPY where tensors are quantized."""
-    matrices = [tensor for tensor in file.tensors.values() if len(tensor.ne) > 1 and tensor.name.endswith(".weight")]
-    quantized = Counter(tensor.type.name for tensor in matrices if tensor.type.is_quantized)
+    BF16, F16 for other floats, KEEP (and F16 for what must be dequantized) where tensors are quantized."""
+    names = [tensor.type.name for tensor in _matrices(file)]
+    quantized = Counter(tensor.type.name for tensor in _matrices(file) if tensor.type.is_quantized)
     if quantized:
         name = {"MXFP4": "MXFP4_MOE"}.get(most := quantized.most_common(1)[0][0], most)
-        return FILE_TYPES["COPY"], FILE_TYPES[name].id if name in FILE_TYPES else 39 if name == "NVFP4" else None
-    first = next((tensor.type.name for tensor in matrices), "F16")
+        return KEEP, FILE_TYPES[name].id if name in FILE_TYPES else 39 if name == "NVFP4" else None
+    first = next((name for name in names if name != "F32"), "F16")  # F32: perhaps FP8 before, whatever the others are
     return FILE_TYPES["BF16" if first == "BF16" else "F16"], None
+
+
+def kept_note(file: GGUFFile, plan: Plan) -> str | None:
+    """Return a line that tells which quantized matrices of a checkpoint stay as they are, None if there are none."""
+    quantized = {tensor.name for tensor in _matrices(file) if tensor.type.is_quantized}
+    items = [item for item in plan.items if item.source.name in quantized]
+    kept = Counter(item.target.type.name for item in items if item.is_copy)
+    if not items:
+        return None
+    shown = ", ".join(f"{count} {name}" for name, count in kept.most_common()) or "none"
+    return f"{len(items)} tensors are in GGUF's grids already; kept without requantizing: {shown}"
+
+
+def _matrices(file: GGUFFile) -> list[Tensor]:
+    return [tensor for tensor in file.tensors.values() if len(tensor.ne) > 1 and tensor.name.endswith(".weight")]
 
 
 def in_memory(file: GGUFFile, plan: Plan) -> GGUFFile:

@@ -4,7 +4,7 @@ What is quantized lies in several stored tensors: codes, scales, zero points. A 
 tensor marks a weight, and makes one tensor of all that belong to it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -39,6 +39,8 @@ _METHODS: Mapping[str, Marks] = MappingProxyType(
         "mxfp4": {"_blocks": mxfp4_experts},
     }
 )
+# The types that can hold codes of quantized checkpoints.
+KEPT = frozenset(("Q4_0", "Q4_1", "Q8_0", "MXFP4", "NVFP4"))
 # Ends of names of tensors that are about activations and caches, or repeat what shapes say.
 _UNUSED = ("input_scale", "output_scale", ".q_scale", ".k_scale", ".v_scale", "activation_scale", "input_global_scale",
            "weight_shape", "workspace", "weight_format")  # fmt: skip
@@ -55,12 +57,12 @@ _KINDS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
 )  # fmt: skip
 
 
-def plain_tensors(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
+def plain_tensors(checkpoint: Checkpoint, keep: Container[str] = KEPT) -> Mapping[str, Tensor]:
     """Return all tensors by the names that the checkpoint would have unquantized ("... .weight").
 
-    Of what is quantized: Sources of F32, or of blocks where a GGUF type holds the codes as they are. Experts of gpt-oss
-    get names that end in ".weight": their rows are outputs, as everywhere. NVFP4 has a second tensor, "... .scale"
-    (F32, one value), that all weights are to be multiplied by.
+    Of what is quantized: Sources of F32, or of blocks where a type in `keep` holds the codes as they are. Experts of
+    gpt-oss get names that end in ".weight": their rows are outputs, as everywhere. NVFP4 has a second tensor,
+    "... .scale" (F32, one value), that all weights are to be multiplied by.
     UnsupportedError names a method that is not known; FormatError a tensor that is missing or has the wrong shape.
     """
     path, config = _quantization(checkpoint)
@@ -71,7 +73,7 @@ def plain_tensors(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
     found: dict[str, Tensor] = {}
     for end, decode in marks.items():
         for name in [name for name in left if name.endswith(end) and not name.endswith(_UNUSED)]:
-            parts = Parts(checkpoint.tensors, name.removesuffix(end), config, path)
+            parts = Parts(checkpoint.tensors, name.removesuffix(end), config, path, keep)
             if name in left:
                 for tensor in decode(parts):
                     found[tensor.name] = tensor

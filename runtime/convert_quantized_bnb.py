@@ -68,4 +68,4 @@ def bnb_8bit(parts: Parts) -> list[Tensor]:
         raise UnsupportedError(f"{weight.file.path}: {quoted(weight.name)} lies in a GPU's order: save the model again")
     groups = np.zeros(weight.shape[1], np.int64)
     scale = (scb.array() / np.float32(127))[:, None]
-    return [int8_weight(weight.name, weight, 8, scale, "F32", None, groups)]
+    return [int8_weight(parts, weight.name, weight, 8, scale, "F32", None, groups)]

@@ -16,7 +16,7 @@ from gguf_run.formats.mapped import quoted
 from gguf_run.formats.tensors import Tensor
 from gguf_run.formats.types import type_by_name
 from gguf_run.runtime.convert_quantized_grid import Grid, GridNumbers
-from gguf_run.runtime.convert_quantized_parts import Parts, even_groups, from_grid, numbers, rows_of, wrong
+from gguf_run.runtime.convert_quantized_parts import Parts, even_groups, numbers, rows_of, wrong
 from gguf_run.runtime.convert_safetensors import Stored, float8
 from gguf_run.runtime.convert_source import F32, source
 
@@ -100,10 +100,11 @@ def _int8(parts: Parts, weight: Stored, scale: Stored) -> Tensor:
     if parts.get("_zero_point") is not None:
         zero = parts.need("_zero_point", "I8", shape=scale.shape).array().reshape(table.shape)
     groups = even_groups(n_in, table.shape[1], scale)
-    return int8_weight(parts.base, weight, 8, table, scale.dtype, zero, groups)
+    return int8_weight(parts, parts.base, weight, 8, table, scale.dtype, zero, groups)
 
 
 def int8_weight(
+    parts: Parts,
     name: str,
     weight: Stored,
     n_bits: int,
@@ -129,7 +130,7 @@ def int8_weight(
     def read(first: int, end: int) -> GridNumbers:
         return GridNumbers(numbers(scale[first:end], dtype), zero[first:end].astype(np.float32) + half)
 
-    return from_grid(name, Grid(n_out, n_bits, groups, codes, read), weight)
+    return parts.weight(name, Grid(n_out, n_bits, groups, codes, read), weight)
 
 
 def fp4(parts: Parts, weight: Stored) -> list[Tensor]:
@@ -148,12 +149,12 @@ def fp4(parts: Parts, weight: Stored) -> list[Tensor]:
     for stored in (times, over):
         if stored is not None and (stored.dtype != "F32" or stored.data.nbytes != 4):
             raise wrong(stored, f"is {stored.dtype} of shape {stored.shape}", "one F32")
-    factor = np.float32(1)
+    factor = None
     if times is not None:
         factor = times.array().reshape(-1)[0]
     elif over is not None:
         factor = np.float32(1) / over.array().reshape(-1)[0]
-    return _fp4_tensors(name, kind, weight, weight.array(), scale.array().view(np.uint8), factor)
+    return _fp4_tensors(parts, name, kind, weight, weight.array(), scale.array().view(np.uint8), factor)
 
 
 def mxfp4_experts(parts: Parts) -> list[Tensor]:
@@ -164,13 +165,19 @@ def mxfp4_experts(parts: Parts) -> list[Tensor]:
         raise wrong(blocks, f"has the shape {blocks.shape}", "rows of blocks of 16 bytes")
     n_expert, n_out, n_block, _ = blocks.shape
     codes = blocks.array().reshape(n_expert, n_out, 16 * n_block)
-    return _fp4_tensors(f"{parts.base}.weight", "MXFP4", blocks, codes, scales.array(), np.float32(1))
+    return _fp4_tensors(parts, f"{parts.base}.weight", "MXFP4", blocks, codes, scales.array(), None)
 
 
 def _fp4_tensors(
-    name: str, kind: str, weight: Stored, codes: NDArray[np.uint8], scale: NDArray[np.uint8], factor: np.float32
+    parts: Parts,
+    name: str,
+    kind: str,
+    weight: Stored,
+    codes: NDArray[np.uint8],
+    scale: NDArray[np.uint8],
+    factor: np.float32 | None,
 ) -> list[Tensor]:
-    """Return the weight codes U8[..., n_in / 2] with scale U8[..., n_in / group], and its factor if that is not 1."""
+    """Return the weight codes U8[..., n_in / 2] with scale U8[..., n_in / group], and its factor if it has one."""
     shape = (*codes.shape[:-1], 2 * codes.shape[-1])
     type, group = type_by_name(kind), _GROUP[kind]
     codes, scale = codes.reshape(rows_of(shape), -1), scale.reshape(rows_of(shape), -1)
@@ -191,13 +198,15 @@ def _fp4_tensors(
 
     def floats(first: int, end: int) -> NDArray[np.float32]:
         out: NDArray[np.float32] = (grids.e2m1() * np.float32(0.5))[nibbles(first, end)]
-        out *= numbers(scale[first:end], "F8_E4M3" if kind == "NVFP4" else "U8")[..., None] * factor
+        out *= numbers(scale[first:end], "F8_E4M3" if kind == "NVFP4" else "U8")[..., None]
+        if factor is not None:
+            out *= factor
         return out.reshape(end - first, -1)
 
-    if not kept:
+    if not kept or kind not in parts.keep:
         return [source(name, shape, F32, weight.file, floats)]
     tensors: list[Tensor] = [source(name, shape, type, weight.file, blocks)]
-    if factor != 1:
+    if factor is not None:
         one = np.array([factor], np.float32)
         tensors.append(source(f"{name.removesuffix('.weight')}.scale", (1,), F32, weight.file, lambda a, b: one))
     return tensors

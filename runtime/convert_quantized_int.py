@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from gguf_run.formats.tensors import Tensor
 from gguf_run.runtime.convert_quantized_float import fp4
 from gguf_run.runtime.convert_quantized_grid import Grid, GridNumbers, unpack_codes
-from gguf_run.runtime.convert_quantized_parts import FLOATS, Parts, even_groups, from_grid, numbers, wrong
+from gguf_run.runtime.convert_quantized_parts import FLOATS, Parts, even_groups, numbers, wrong
 
 _WORD = 32  # bits; and so many codes fill whole words, whatever their width
 _AWQ_NIBBLE = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # where in a word column i of eight is: even columns come first
@@ -62,7 +62,7 @@ def gptq(parts: Parts) -> list[Tensor]:
         zero = zero[:, first - start * _WORD : end - start * _WORD]
         return GridNumbers(numbers(scales.array()[:, first:end].T, scales.dtype), zero.T.astype(np.float32))
 
-    return [from_grid(f"{parts.base}.weight", Grid(n_out, n_bits, groups, codes, read), qweight)]
+    return [parts.weight(f"{parts.base}.weight", Grid(n_out, n_bits, groups, codes, read), qweight)]
 
 
 _WORD_MAX = (1 << _WORD) - 1
@@ -117,7 +117,7 @@ def marlin(parts: Parts) -> list[Tensor]:
         return GridNumbers(scale, np.full_like(scale, 8))
 
     grid = Grid(n_out, 4, even_groups(n_in, s.shape[0], s), codes, read)
-    return [from_grid(f"{parts.base}.weight", grid, b)]
+    return [parts.weight(f"{parts.base}.weight", grid, b)]
 
 
 def awq(parts: Parts) -> list[Tensor]:
@@ -145,7 +145,7 @@ def awq(parts: Parts) -> list[Tensor]:
         return GridNumbers(numbers(scales.array()[:, first:end].T, scales.dtype), zero)
 
     grid = Grid(n_out, 4, even_groups(n_in, n_group, scales), codes, read)
-    return [from_grid(f"{parts.base}.weight", grid, qweight)]
+    return [parts.weight(f"{parts.base}.weight", grid, qweight)]
 
 
 def _awq_gemv(parts: Parts) -> list[Tensor]:
@@ -166,7 +166,7 @@ def _awq_gemv(parts: Parts) -> list[Tensor]:
         return GridNumbers(numbers(scales.array()[first:end, :n_group], scales.dtype), zero)
 
     grid = Grid(n_out, 4, np.arange(n_in, dtype=np.int64) // size, codes, read)
-    return [from_grid(f"{parts.base}.weight", grid, qweight)]
+    return [parts.weight(f"{parts.base}.weight", grid, qweight)]
 
 
 def packed(parts: Parts) -> list[Tensor]:
@@ -217,4 +217,4 @@ def packed(parts: Parts) -> list[Tensor]:
             zero = unpack_codes(words, n_bits)[:, first - start * _WORD : end - start * _WORD].T.astype(np.float32)
         return GridNumbers(numbers(rows, scale.dtype), zero)
 
-    return [from_grid(parts.base, Grid(n_out, n_bits, groups, codes, read), codes_of)]
+    return [parts.weight(parts.base, Grid(n_out, n_bits, groups, codes, read), codes_of)]

@@ -1,7 +1,7 @@
 """The stored tensors that hold one quantized weight together, checked as they are taken."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,21 @@ from gguf_run.formats.tensors import Tensor
 from gguf_run.formats.types import type_by_name
 from gguf_run.runtime.convert_quantized_grid import Grid
 from gguf_run.runtime.convert_safetensors import Stored, float8
-from gguf_run.runtime.convert_source import source
+from gguf_run.runtime.convert_source import F32, source
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 @dataclass(frozen=True)
 class Parts:
-    """base: the start of their names. config: the checkpoint's quantization_config, from the file `path`. used: the
-    names of all that were taken."""
+    """base: the start of their names. config: the checkpoint's quantization_config, from the file `path`. keep: the
+    types whose blocks are wanted. used: the names of all that were taken."""
 
     stored: Mapping[str, Stored]
     base: str
     config: Mapping[str, Any]
     path: Path
+    keep: Container[str]
     used: list[str] = field(default_factory=list)
 
     def get(self, end: str) -> Stored | None:
@@ -53,6 +54,13 @@ class Parts:
             raise wrong(tensor, f"has the shape {tensor.shape}", f"{ndim} dimensions of at least 1")
         return tensor
 
+    def weight(self, name: str, grid: Grid, stored: Stored) -> Tensor:
+        """Return the weight as blocks of the type that keeps its codes, or as F32. stored: what holds the codes."""
+        shape = (grid.n_out, len(grid.groups))
+        if grid.kept and grid.kept in self.keep:
+            return source(name, shape, type_by_name(grid.kept), stored.file, grid.blocks)
+        return source(name, shape, F32, stored.file, grid.floats)
+
 
 def wrong(tensor: Stored, found: str, allowed: str) -> FormatError:
     """Return (not raise) the error that a stored tensor is not what its method says."""
@@ -68,12 +76,6 @@ def numbers(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
             np.float32
         )
     return float8(dtype)[values] if dtype.startswith("F8") else values.astype(np.float32)
-
-
-def from_grid(name: str, grid: Grid, stored: Stored) -> Tensor:
-    """Return the weight as blocks of the type that keeps its codes, or as F32. stored: what holds the codes."""
-    read, type = (grid.blocks, grid.kept) if grid.kept else (grid.floats, "F32")
-    return source(name, (grid.n_out, len(grid.groups)), type_by_name(type), stored.file, read)
 
 
 def even_groups(n_in: int, n_groups: int, tensor: Stored) -> NDArray[np.int64]:

@@ -16,7 +16,7 @@ from gguf_run.formats.mapped import MappedFile, quoted
 from gguf_run.formats.tensors import Tensor
 from gguf_run.runtime.convert_quantized_float import int8_weight, scale_of
 from gguf_run.runtime.convert_quantized_grid import Grid, GridNumbers, unpack_codes
-from gguf_run.runtime.convert_quantized_parts import FLOATS, Parts, even_groups, from_grid, numbers, wrong
+from gguf_run.runtime.convert_quantized_parts import FLOATS, Parts, even_groups, numbers, wrong
 from gguf_run.runtime.convert_safetensors import float8
 from gguf_run.runtime.convert_source import F32, source
 
@@ -66,7 +66,7 @@ def _int4(parts: Parts, name: str, attributes: Mapping[str, Any]) -> Tensor:
         one, other = (numbers(part.array()[:, first:end].T, part.dtype) for part in (scale, zero))
         return GridNumbers(one, np.full((1, 1), 8, np.float32), other if other.any() else None)
 
-    return from_grid(name, Grid(n_out, 4, even_groups(n_in, scale.shape[0], scale), codes, read), qdata)
+    return parts.weight(name, Grid(n_out, 4, even_groups(n_in, scale.shape[0], scale), codes, read), qdata)
 
 
 def _signed(parts: Parts, name: str, attributes: Mapping[str, Any]) -> Tensor:
@@ -83,7 +83,7 @@ def _signed(parts: Parts, name: str, attributes: Mapping[str, Any]) -> Tensor:
         zero = parts.need("_zero_point", "I8", *FLOATS, shape=scale.shape)
         values = zero.array() if zero.dtype == "I8" else numbers(zero.array(), zero.dtype)
     groups = even_groups(n_in, scale.shape[1], scale)
-    return int8_weight(name, qdata, n_bits, scale.array(), scale.dtype, values, groups)
+    return int8_weight(parts, name, qdata, n_bits, scale.array(), scale.dtype, values, groups)
 
 
 def _float8(parts: Parts, name: str, attributes: Mapping[str, Any]) -> Tensor:

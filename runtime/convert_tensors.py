@@ -13,14 +13,26 @@ from gguf_run.formats.tensors import Tensor
 from gguf_run.runtime.convert_architectures import Architecture
 from gguf_run.runtime.convert_checkpoint import Config
 from gguf_run.runtime.convert_metadata import shape, sizes
-from gguf_run.runtime.convert_source import columns, halves, renamed, rows, stacked, transposed, unpermuted, values
+from gguf_run.runtime.convert_source import (
+    F32,
+    columns,
+    halves,
+    renamed,
+    rows,
+    source,
+    stacked,
+    transposed,
+    unpermuted,
+    values,
+)
 
 _FLOAT = ("ffn_gate_inp", "ffn_gate_inp_shexp")  # matrices that stay F32: they are small and choose between experts
+_KINDS = ("weight", "bias", "scale")  # scale: one number that all weights are multiplied by, of NVFP4
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor of the checkpoint belongs. prefix: "blk.3." or "", kind: "weight" or "bias", item: its number
+    """Where a tensor of the checkpoint belongs. prefix: "blk.3." or "", kind: in _KINDS, item: its number
     among the experts (or heads) that make one tensor, or -1; bare: its name ends in no kind."""
 
     prefix: str
@@ -56,7 +68,7 @@ def model_tensors(entry: Architecture, config: Config, tensors: Mapping[str, Ten
     _check_complete(entry, config, found)
     for name, tensor in found.items():
         ne = shape(entry, name.removeprefix(_prefix(name)), numbers)
-        if _size(tensor.ne) != _size(ne):
+        if _size(tensor.ne) != _size(ne) and not name.endswith(".scale"):
             raise FormatError(
                 f"{tensor.file.path}: {name} has the shape {list(tensor.ne[::-1])}, by config.json it must have "
                 f"{list(ne[::-1])}: they are not of one model"
@@ -67,7 +79,7 @@ def model_tensors(entry: Architecture, config: Config, tensors: Mapping[str, Ten
 def _place(entry: Architecture, config: Config, name: str, tensor: Tensor) -> _Place:
     short = name.replace("language_model.", "", 1).replace("model.model.", "model.", 1)
     module, dot, kind = short.rpartition(".")
-    bare = not dot or kind not in ("weight", "bias")
+    bare = not dot or kind not in _KINDS
     if bare:
         module, kind = (short[: -len("_bias")], "bias") if short.endswith("_bias") else (short, "weight")
     layer = re.fullmatch(r"model\.layers\.(\d{1,6})\.(.+)", module, re.ASCII)
@@ -92,6 +104,8 @@ def _parts(
     entry: Architecture, numbers: Mapping[str, int], place: _Place, tensor: Tensor
 ) -> Iterator[Tensor] | tuple[Tensor, ...]:
     """The tensor itself, or what it is split into, with rows in GGUF's order."""
+    if place.kind == "scale":
+        return (tensor,) * len(place.names)
     if entry.transposed and place.bare and place.kind == "weight" and len(tensor.ne) == 3:
         tensor = transposed(tensor)
     if len(place.names) == 2:
@@ -125,11 +139,15 @@ def _stacked(name: str, items: Mapping[int, Tensor]) -> Tensor:
     if missing := set(range(len(items))) - items.keys():
         raise FormatError(f"{first.file.path}: number {min(missing)} of what makes {name} is missing")
     for tensor in items.values():
-        if (tensor.ne, tensor.type) != (first.ne, first.type):
-            raise FormatError(
-                f"{tensor.file.path}: {quoted(tensor.name)} and {quoted(first.name)} have different shapes or types"
-            )
-    return stacked(name, [items[i] for i in range(len(items))])
+        if tensor.ne != first.ne:
+            raise FormatError(f"{tensor.file.path}: {quoted(tensor.name)} and {quoted(first.name)} differ in shape")
+    tensors = [items[i] for i in range(len(items))]
+    if len({tensor.type for tensor in tensors}) > 1:  # some were quantized in a way that blocks cannot hold
+        tensors = [values(tensor) for tensor in tensors]
+    if name.endswith(".scale"):
+        all = np.concatenate([values(tensor).blocks() for tensor in tensors]).view(np.float32).reshape(-1)
+        return source(name, all.shape, F32, first.file, lambda start, end: all)
+    return stacked(name, tensors)
 
 
 def _final(entry: Architecture, name: str, tensor: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ FILE_TYPES: Mapping[str, FileType] = MappingProxyType({name: FileType(id, name, 
     (38, "MXFP4_MOE", "MXFP4"), (None, "COPY", "F32"),
 )})
 # fmt: on
+KEEP = FileType(None, "KEEP", "F16")  # all as it is, but F32 matrices
 ALIASES: Mapping[str, str] = MappingProxyType(
     {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
 )
@@ -295,7 +296,8 @@ def choose_types(
         return "Q5_K" if shared and category == "attn_v" and type in ("Q3_K", "Q4_K") else type
 
     def choose(weight: TensorInfo) -> Choice:
-        if kind.name == "COPY" or not _may_change(weight, facts, overrides):
+        as_is = kind.name == "COPY" or (kind is KEEP and weight.type.name != "F32")
+        if as_is or not _may_change(weight, facts, overrides):
             return Choice(weight.type)
         category = _category(weight.name)
         manual = overrides.named(weight.name)
