@@ -82,11 +82,29 @@ class Weight(Protocol):
 
 
 class Cache(Protocol):
-    """K and V of one layer for some sequences."""
+    """K and V of one layer for some sequences. Groups are those of models.kv_cache.GROUP positions."""
 
     @property
     def n_ctx(self) -> int:
-        """How many of a sequence's last positions are held: n_ctx, or less where the layer has a window."""
+        """How many of a sequence's last positions are held: n_ctx, or less where the layer has a window. Position p
+        stands in row p % n_ctx."""
+        ...
+
+    def copy(self, source: int, target: int, n_rows: int, /) -> None:
+        """The first n_rows rows of one sequence become another one's."""
+        ...
+
+    def shift(self, seq: int, n_past: int, n_keep: int, n_discard: int, rope: Rope | None, /) -> None:
+        """Move what is held of positions n_keep + n_discard .. n_past to n_keep ..; keys turn back by n_discard."""
+        ...
+
+    def read(self, seq: int, kind: str, first: int, end: int, /) -> NDArray[np.uint8]:
+        """The bytes of K or V ("k", "v") of groups first .. end, which must be held."""
+        ...
+
+    def write(self, seq: int, kind: str, end: int, data: Any, /) -> int | None:
+        """What `read` returned, or as much of its end as can be held; returns `first`. None: no such number of
+        bytes."""
         ...
 
 

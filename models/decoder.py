@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
 from gguf_run.formats.reader import Tensor
-from gguf_run.models.backend import Backend, CacheType, Program, Run
+from gguf_run.models.backend import Backend, CacheType, Program
 from gguf_run.models.config import ModelConfig
+from gguf_run.models.kv_cache import CacheLayer, KvCache
 from gguf_run.models.layer import Loader, Observed, Step
 from gguf_run.models.rope import make_rope
 
@@ -45,20 +46,8 @@ def _stages(backends: Sequence[Backend]) -> list[_Stage]:
     return stages
 
 
-@dataclass
-class _Slot:
-    """One sequence: n_past of its tokens stand in the KV caches. n_lost: of these, how many are not in all of them."""
-
-    n_past: int = 0
-    n_lost: int = 0
-
-
 class Decoder:
-    """A model that is ready to run, with the KV caches of n_seq sequences, which are numbered from 0 on.
-
-    Layers with a window hold only the last positions of a sequence, so a sequence cannot go back to any place: see
-    rewind.
-    """
+    """A model that is ready to run. cache: the tokens of n_seq sequences, numbered from 0 on."""
 
     def __init__(
         self,
@@ -94,30 +83,32 @@ class Decoder:
             raise UnsupportedError(f"layers on more than one device ({names}): this version runs all on one")
         self._backends = {id(backend): backend for backend in backends}
         self.config = config
-        self.n_ctx, self.n_seq = n_ctx, n_seq
-        self._slots = [_Slot() for _ in range(n_seq)]
+        self.n_ctx = n_ctx
         self.observed: list[Observed] | None = [] if observe else None
         n_batch = max(min(n_batch, n_ctx), n_seq)
-        kinds: Sequence[CacheType | None] = cache_types or [None] * config.n_layer
-        self._caches = [
-            backend.cache(config.attention(il), n_ctx, n_batch, n_seq, kind)
-            for il, (backend, kind) in enumerate(zip(backends, kinds, strict=True))
-        ]
-        self._n_held = min([n_ctx, *(cache.n_ctx for cache in self._caches)])
-        n_outputs = max(min(n_outputs, n_batch), n_seq)
-        self._program = self._record(stages[0], Loader(tensors, progress), n_batch, n_outputs)
-
-    def _record(self, stage: _Stage, load: Loader, n_batch: int, n_outputs: int) -> Program:
-        """Load one stage and record its program: embed before the first layer, logits after the last."""
-        config, backend = self.config, stage.backend
         # One object for each way to turn: backends keep one table of angles per object.
-        factors = _rope_factors(load.tensors) if config.arch.rope_factors else None
+        factors = _rope_factors(tensors) if config.arch.rope_factors else None
         style, n_rot = config.arch.rope_style, config.n_rot
         ropes = {
             False: make_rope(style, n_rot, config.rope_freq_base, config.rope_scaling, factors),
             True: make_rope(style, n_rot, config.rope_freq_base_swa),
         }
-        layers = [load.layer(backend, config, il, ropes[config.is_swa[il]], self._caches[il]) for il in stage.layers]
+        layers = []
+        kinds: Sequence[CacheType | None] = cache_types or [None] * config.n_layer
+        for il, (backend, kind) in enumerate(zip(backends, kinds, strict=True)):
+            shape = config.attention(il)
+            cache = backend.cache(shape, n_ctx, n_batch, n_seq, kind)
+            layers.append(CacheLayer(cache, shape.window, ropes[config.is_swa[il]]))
+        self.cache = KvCache(layers, n_ctx, n_seq)
+        n_outputs = max(min(n_outputs, n_batch), n_seq)
+        self._program = self._record(stages[0], layers, Loader(tensors, progress), n_batch, n_outputs)
+
+    def _record(
+        self, stage: _Stage, caches: Sequence[CacheLayer], load: Loader, n_batch: int, n_outputs: int
+    ) -> Program:
+        """Load one stage and record its program: embed before the first layer, logits after the last."""
+        config, backend = self.config, stage.backend
+        layers = [load.layer(backend, config, il, caches[il].rope, caches[il].cache) for il in stage.layers]
         output_norm = load.norm(backend, "output_norm")
         # A model without an output matrix uses the embeddings; their table reads rows from the file when they are
         # needed, so that its pages can be released after the matrix is made.
@@ -145,13 +136,7 @@ class Decoder:
     @property
     def n_past(self) -> int:
         """Tokens of sequence 0."""
-        return self.n_past_of(0)
-
-    def n_past_of(self, seq: int) -> int:
-        """Tokens of a sequence. GgufRunError if there is no such sequence."""
-        if not 0 <= seq < self.n_seq:
-            raise GgufRunError(f"sequence {seq} is asked for: the cache has {self.n_seq}, numbered from 0 on (n_seq)")
-        return self._slots[seq].n_past
+        return self.cache.n_past()
 
     def forward(self, ids: Sequence[int], n_outputs: int = 1, seq: int = 0) -> Iterator[NDArray[np.float32]]:
         """Append tokens to a sequence; return an iterator over the logits of the last n_outputs of them.
@@ -169,13 +154,13 @@ class Decoder:
         n_batch, first = self._program.n_batch, len(ids) - n_outputs
         start = 0
         while start < len(ids) and (start + n_batch <= first or not n_outputs):
-            self._run(tokens[start : start + n_batch], [seq], [min(n_batch, len(ids) - start)], ())
+            self._run(tokens[start : start + n_batch], {seq: min(n_batch, len(ids) - start)}, ())
             start += n_batch
         return self._logits(tokens[start:], first - start, seq)
 
     def _check(self, ids: Sequence[int], seq: int) -> None:
         """GgufRunError if ids cannot be appended to a sequence."""
-        n_past, n_vocab = self.n_past_of(seq), self.config.n_vocab
+        n_past, n_vocab = self.cache.n_past(seq), self.config.n_vocab
         for i, id in enumerate(ids):
             if not 0 <= id < n_vocab:
                 raise GgufRunError(f"token {i} has the id {id}: the model's ids go from 0 to {n_vocab - 1}")
@@ -191,7 +176,7 @@ class Decoder:
         for start in range(0, len(tokens), program.n_batch):
             batch = tokens[start : start + program.n_batch]
             wanted = range(max(first - start, 0), len(batch))
-            yield self._run(batch, [seq], [len(batch)], wanted[: program.n_outputs])
+            yield self._run(batch, {seq: len(batch)}, wanted[: program.n_outputs])
             for at in range(program.n_outputs, len(wanted), program.n_outputs):
                 yield program.more(wanted[at : at + program.n_outputs])
 
@@ -203,39 +188,22 @@ class Decoder:
         """
         for seq, ids in batch.items():
             self._check(ids, seq)
-        counts = [len(ids) for ids in batch.values()]
-        n_tokens, n_batch = sum(counts), self._program.n_batch
-        if not counts or min(counts) < 1 or n_tokens > n_batch:
+        counts = {seq: len(ids) for seq, ids in batch.items()}
+        n_tokens, n_batch = sum(counts.values()), self._program.n_batch
+        if not counts or min(counts.values()) < 1 or n_tokens > n_batch:
             raise ValueError(f"a step of {counts} tokens: it takes 1 or more a sequence, {n_batch} in all")
         tokens = np.fromiter(itertools.chain.from_iterable(batch.values()), np.int32, n_tokens)
-        return self._run(tokens, [*batch], counts, [end - 1 for end in itertools.accumulate(counts)])
+        return self._run(tokens, counts, [end - 1 for end in itertools.accumulate(counts.values())])
 
-    def _run(
-        self, batch: NDArray[np.int32], seqs: Sequence[int], counts: Sequence[int], rows: Sequence[int]
-    ) -> NDArray[np.float32]:
-        slots = [self._slots[seq] for seq in seqs]
-        runs = [Run(seq, slot.n_past, n) for seq, slot, n in zip(seqs, slots, counts, strict=True)]
-        # An interrupted run has written over what it pushed out of the rings, but has added nothing.
-        for slot, n in zip(slots, counts, strict=True):
-            slot.n_lost = max(slot.n_lost, slot.n_past + n - self._n_held)
+    def _run(self, batch: NDArray[np.int32], counts: Mapping[int, int], rows: Sequence[int]) -> NDArray[np.float32]:
+        runs = self.cache.begin(counts)
         logits = self._program.run(batch, runs, rows)
-        for slot, n in zip(slots, counts, strict=True):
-            slot.n_past += n
+        self.cache.end(runs)
         return logits
 
     def rewind(self, n_past: int, seq: int = 0) -> int:
-        """Forget a sequence's tokens from position n_past on; return how many are left: n_past or 0.
-
-        0 where a layer with a window no longer holds what the next token would look back on: the tokens must be run
-        again from the first on. Going back by n_batch tokens or less from the longest it has been is always possible.
-        """
-        if not 0 <= n_past <= self.n_past_of(seq):
-            raise ValueError(f"cannot rewind to {n_past}: {self.n_past_of(seq)} tokens are in the context")
-        slot = self._slots[seq]
-        if max(0, n_past + 1 - self.config.window) < slot.n_lost:
-            n_past = 0
-        slot.n_past, slot.n_lost = n_past, slot.n_lost if n_past else 0
-        return n_past
+        """Forget a sequence's tokens from position n_past on; returns how many are left: see KvCache.rewind."""
+        return self.cache.rewind(n_past, seq)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes that the backends hold, by purpose: see Backend.nbytes."""

@@ -5,7 +5,7 @@ also the type of all arithmetic and, unless told otherwise, of the KV cache.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from gguf_run.formats.dequantizer import dequantize
 from gguf_run.formats.reader import Tensor
 from gguf_run.models.backend import Attention, CacheType, Rope, Run
+from gguf_run.models.kv_cache import GROUP
 
 
 @dataclass
@@ -71,6 +72,30 @@ class NumpyCache:
     @property
     def n_ctx(self) -> int:
         return self.k.shape[1]
+
+    def copy(self, source: int, target: int, n_rows: int) -> None:
+        for side in (self.k, self.v):
+            side[target, :n_rows] = side[source, :n_rows]
+
+    def shift(self, seq: int, n_past: int, n_keep: int, n_discard: int, rope: Rope | None) -> None:
+        for side in (self.k, self.v):
+            moved = side[seq, n_keep + n_discard : n_past].copy()
+            if side is self.k and rope is not None:
+                moved = rotate(moved, replace(rope, scale=1.0), np.full(len(moved), -n_discard))
+            side[seq, n_keep : n_past - n_discard] = moved
+
+    def read(self, seq: int, kind: str, first: int, end: int) -> np.ndarray:
+        rows = np.zeros((end * GROUP, *self.k.shape[2:]), self.k.dtype)
+        held = getattr(self, kind)[seq, : end * GROUP]
+        rows[: len(held)] = held
+        return rows[first * GROUP :].reshape(-1).view(np.uint8)
+
+    def write(self, seq: int, kind: str, end: int, data: Any) -> int | None:
+        side = getattr(self, kind)[seq]
+        rows = np.frombuffer(data, side.dtype).reshape(-1, *side.shape[1:])
+        first = end * GROUP - len(rows)
+        side[first : end * GROUP] = rows[: len(side) - first]
+        return first // GROUP
 
 
 def rotate(x: np.ndarray, rope: Rope, positions: np.ndarray) -> np.ndarray:
