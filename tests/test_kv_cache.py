@@ -163,7 +163,7 @@ def test_any_order_of_operations(build: Build, steps: list[tuple[str, int]]) -> 
             text += new
             last(decoder, new, seq) if new else None
         elif what == "rewind":
-            del text[decoder.rewind(n_past - amount % min(n_past, 80), seq) :]
+            del text[decoder.rewind(n_past - amount % (min(n_past, 79) + 1), seq) :]
         elif what == "shift" and n_past >= 2 * GROUP:
             n_discard = GROUP * (1 + amount % (n_past // GROUP - 1))
             n_keep = amount % (n_past - n_discard + 1) // GROUP * GROUP
