@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.reader import GGUFFile
 from gguf_run.kernels_cpu.backend import CpuBackend
+from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 from gguf_run.runtime.tokenizer import Tokenizer
@@ -44,7 +45,7 @@ class Engine(Protocol):
 class Ours:
     """gguf-run on the CPU, as `gguf-run` sets it up."""
 
-    def __init__(self, path: Path, n_threads: int, n_ctx: int, n_batch: int = 512) -> None:
+    def __init__(self, path: Path, n_threads: int, n_ctx: int, n_batch: int = 512, cache_type: str = "f16") -> None:
         self._file = GGUFFile.open(path)
         config = ModelConfig.from_metadata(self._file.metadata, self._file.tensors)
         self._tokenizer = Tokenizer.from_metadata(self._file.metadata)
@@ -52,7 +53,8 @@ class Ours:
         self.cpu = self._backend.name
         self.n_vocab = config.n_vocab
         self.bos = self._tokenizer.bos if self._tokenizer.add_bos else None
-        self._decoder = Decoder(config, self._file.tensors, [self._backend] * config.n_layer, n_ctx, n_batch)
+        layers = ([self._backend] * config.n_layer, [CacheType(cache_type, cache_type)] * config.n_layer)
+        self._decoder = Decoder(config, self._file.tensors, layers[0], n_ctx, n_batch, cache_types=layers[1])
         self.weight_bytes = self._decoder.nbytes()["weights"]
 
     def rewind(self, n_past: int) -> int:

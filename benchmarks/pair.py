@@ -100,13 +100,17 @@ class _Bench:
             pass
 
 
-def serve(name: str, model: Path, n_threads: int, n_ctx: int, cpu: str) -> None:
+def serve(name: str, model: Path, n_threads: int, n_ctx: int, cpu: str, cache_type: str) -> None:
     """The worker: answers each line of stdin, [kind, n, depth, seed] or [] for the limits, with one of JSON on stdout.
 
     "idle" is the processor time used since the last answer, per second (of a tenth at least: threads spin for a moment
     before they sleep): it would disturb the other one's turn.
     """
-    engine: Engine = Peer(model, n_threads, n_ctx, cpu=cpu) if name == "peer" else Ours(model, n_threads, n_ctx)
+    engine: Engine
+    if name == "peer":
+        engine = Peer(model, n_threads, n_ctx, cpu=cpu, cache_types=(cache_type, cache_type) if cache_type else None)
+    else:
+        engine = Ours(model, n_threads, n_ctx, cache_type=cache_type or "f16")
     bench = _Bench(engine)
     print(json.dumps({"cpu": engine.cpu, "weight_bytes": engine.weight_bytes}), flush=True)
     engine.rest()
@@ -127,7 +131,8 @@ def serve(name: str, model: Path, n_threads: int, n_ctx: int, cpu: str) -> None:
 class Worker:
     """A runtime ("peer" or "ours") in a process of its own, with a model loaded.
 
-    cpu: llama.cpp's CPU library; environment: variables on top of this process's. `.cpu` is what is in use.
+    cpu: llama.cpp's CPU library; environment: variables on top of this process's. `.cpu` is what is in use. cache_type:
+    of K and V, "" as each sets it up (f16).
     """
 
     def __init__(
@@ -138,8 +143,9 @@ class Worker:
         n_ctx: int,
         cpu: str = "auto",
         environment: Mapping[str, str] | None = None,
+        cache_type: str = "",
     ) -> None:
-        command = [sys.executable, __file__, name, str(model), str(n_threads), str(n_ctx), cpu]
+        command = [sys.executable, __file__, name, str(model), str(n_threads), str(n_ctx), cpu, cache_type]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | (environment or {})
         )
@@ -203,5 +209,5 @@ def compare(
 
 
 if __name__ == "__main__":
-    _name, _model, _n_threads, _n_ctx, _cpu = sys.argv[1:]
-    serve(_name, Path(_model), int(_n_threads), int(_n_ctx), _cpu)
+    _name, _model, _n_threads, _n_ctx, *_rest = sys.argv[1:]
+    serve(_name, Path(_model), int(_n_threads), int(_n_ctx), *_rest)

@@ -3,9 +3,10 @@
 "ratio" is of medians over the rounds, "range" is that of the ratio of single rounds, "best" is of the fastest round of
 each.
 
-    python benchmarks/vs_llamacpp.py MODEL... [-t 1,2] [-p 512] [-n 128] [-d 0] [-r 5] [--cpu auto|haswell|...]
+    python benchmarks/vs_llamacpp.py MODEL... [-t 1,2] [-p 512] [-n 128] [-d 0] [-r 5] [-ct f16,q8_0,...]
 """
 
+from itertools import product
 from pathlib import Path
 
 import click
@@ -26,6 +27,9 @@ def _numbers(context: click.Context, option: click.Parameter, value: str) -> lis
 @click.option("-n", "--decode", default="128", show_default=True, callback=_numbers, help="Lengths of tg; 0: none.")
 @click.option("-d", "--depth", default="0", show_default=True, callback=_numbers, help="Tokens in the context before.")
 @click.option("-r", "--repeat", default=5, show_default=True, type=click.IntRange(1), help="Pairs per test.")
+@click.option(
+    "-ct", "--cache-type", default="", help="Types of the KV cache; both use flash attention.  [default: f16]"
+)
 @click.option("--cpu", default="auto", show_default=True, help="llama.cpp's CPU library, e.g. haswell.")
 def main(
     models: tuple[Path, ...],
@@ -34,6 +38,7 @@ def main(
     decode: list[int],
     depth: list[int],
     repeat: int,
+    cache_type: str,
     cpu: str,
 ) -> None:
     """Print a table of speeds in tokens per second, llama.cpp's and ours."""
@@ -43,16 +48,19 @@ def main(
     cpus = set()
     print("| model | threads | test | llama.cpp t/s | gguf-run t/s | ratio | range | best |")
     print("|---" * 8 + "|")
-    for model in models:
+    for model, kind in product(models, cache_type.split(",")):
         for n_threads in threads:
-            with Worker("peer", model, n_threads, n_ctx, cpu) as peer, Worker("ours", model, n_threads, n_ctx) as ours:
+            with (
+                Worker("peer", model, n_threads, n_ctx, cpu, cache_type=kind) as peer,
+                Worker("ours", model, n_threads, n_ctx, cache_type=kind) as ours,
+            ):
                 cpus.add(f"llama.cpp's CPU library: {peer.cpu}, gguf-run's kernels: {ours.cpu}")
                 for test in tests:
                     rounds = compare(test, peer, ours, repeat)
                     low, high = rounds.range
                     speeds = f"{rounds.peer_speed:.1f} | {rounds.ours_speed:.1f} | {rounds.ratio:.2f}"
                     cells = f"{speeds} | {low:.2f} to {high:.2f} | {rounds.best:.2f}"
-                    print(f"| {model.stem} | {n_threads} | {test} | {cells} |", flush=True)
+                    print(f"| {model.stem} {kind} | {n_threads} | {test} | {cells} |", flush=True)
     print("", *sorted(cpus), sep="\n")
 
 

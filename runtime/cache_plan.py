@@ -1,6 +1,8 @@
 """Which types each layer's KV cache has, from a user's options and a calibration file, and how large that is."""
 
 import os
+import zlib
+from collections import Counter
 from collections.abc import Sequence
 
 from gguf_run.formats.errors import OptionError
@@ -63,7 +65,17 @@ def plan_bytes(config: ModelConfig, plan: Sequence[CacheType], n_ctx: int, n_bat
 
 
 def describe_plan(plan: Sequence[CacheType]) -> str:
-    """One line for people: "q8_0", "K q8_0, V q4_0", or how many layers have which."""
-    names = [kind.k if kind.k == kind.v else f"K {kind.k}, V {kind.v}" for kind in plan]
-    counts = {name: names.count(name) for name in names}
-    return names[0] if len(counts) == 1 else "; ".join(f"{n} x {name}" for name, n in counts.items())
+    """One line for people: "q8_0", "K q8_0, V q4_0", or how many layers have which. It differs wherever the bytes of a
+    cache mean something else, so that sessions can be compared by it."""
+    counts = Counter(_describe(kind) for kind in plan)
+    text = next(iter(counts)) if len(counts) == 1 else "; ".join(f"{n} x {name}" for name, n in counts.items())
+    static = [(kind.k_scales, kind.v_scales) for kind in plan]
+    if len(counts) > 1 or any(scales != (None, None) for scales in static):
+        names = [_describe(kind) for kind in plan]
+        text += f" (layers {zlib.crc32(repr((names, static)).encode()):08x})"
+    return text
+
+
+def _describe(kind: CacheType) -> str:
+    name = kind.k if kind.k == kind.v else f"K {kind.k}, V {kind.v}"
+    return name + {None: "", True: ", all rotated", False: ", not rotated"}[kind.rotate]

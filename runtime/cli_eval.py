@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from gguf_run.runtime.eval_choices import Accuracy, Question
 
 # What may differ between a model and its base.
-RUNTIME_OPTIONS = (
+DEVICE_OPTIONS = (
     click.Option(["--threads", "-t"], type=int, help="Threads that compute.  [default: physical cores]"),
-    *CACHE_OPTIONS,
     click.Option(["--device"], default="auto", show_default=True, help="cpu, cuda, cuda:0, ... or auto."),
 )
+RUNTIME_OPTIONS = (*DEVICE_OPTIONS, *CACHE_OPTIONS)
 PATH = click.Path(path_type=Path)
 JSON = click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object.")
 TEXT = click.Option(["--file", "-f"], type=PATH, required=True, help="The text, UTF-8.")
@@ -39,6 +39,19 @@ KL_OPTIONS = (
     click.Option(["--base-options"], help='What is different for the base, as in "--cache-type f32 -t 4".'),
     click.Option(["--save-logits"], type=PATH, help="Save MODEL's logits for --base-logits; compare nothing."),
     click.Option(["--base-logits"], type=PATH, help="Saved logits of the base; with --base, checked to be its."),
+)
+
+
+_AT_LEAST_1 = click.IntRange(1)
+SCALES_OPTIONS = (
+    click.Option(["--output", "-o"], type=PATH, required=True, help="The calibration file to write, JSON."),
+    CHUNK_SIZE,
+    click.Option(["--chunks", "n_chunk"], type=_AT_LEAST_1, default=16, show_default=True, help="Chunks to read."),
+    click.Option(["--types"], metavar="TYPE,...", help="Cache types to try in each layer: q4_0,q8_0"),
+    click.Option(["--bits"], type=float, help="Choose each layer's types: bits a number, on average."),
+    click.Option(
+        ["--probe-chunks", "n_probed"], type=_AT_LEAST_1, default=2, show_default=True, help="Chunks for each try."
+    ),
 )
 
 
@@ -113,6 +126,29 @@ def kl(
         run.compare_saved(base_logits, base)
     else:
         run.compare_live(base or model, theirs)
+
+
+@main.command("kv-scales", cls=Command, params=[click.Argument(["model"]), TEXT, *SCALES_OPTIONS, *DEVICE_OPTIONS])
+def kv_scales(
+    model: str,
+    file: Path,
+    output: Path,
+    n_ctx: int | None,
+    n_chunk: int,
+    n_probed: int,
+    types: str | None,
+    bits: float | None,
+    **options: Any,
+) -> None:
+    """Calibrate the KV cache: the largest keys and values of each layer and head, for static scales of fp8.
+
+    With --types, also how much each layer suffers if its keys or values alone have that type, and with --bits the
+    types of each layer that suffer least within a budget. Where a model's weights are quantized, rounding drowns the
+    differences between layers: calibrate its F16 form, the file serves both.
+    """
+    from gguf_run.runtime.eval_kv_scales_run import run
+
+    run(model, file, output, n_ctx, n_chunk, n_probed, types.split(",") if types else [], bits, options)
 
 
 def read_options(text: str, defaults: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from gguf_run.runtime.cli_common import INTERRUPTED, message
 from gguf_run.runtime.progress import Progress
 
 if TYPE_CHECKING:
+    from gguf_run.models.backend import CacheType
     from gguf_run.runtime.eval_perplexity import Perplexity
     from gguf_run.runtime.eval_text import Scorer
 
@@ -56,8 +57,15 @@ def _or_none(value: Any) -> Any:
 
 
 @contextmanager
-def load_scorer(model: str, n_ctx: int | None, options: Mapping[str, Any], observe: bool = False) -> "Iterator[Scorer]":
-    """Load a model and what scores its logits. options: threads, device, cli_cache.NAMES. observe: see Model.load."""
+def load_scorer(
+    model: str,
+    n_ctx: int | None,
+    options: Mapping[str, Any],
+    observe: bool = False,
+    cache: "str | list[CacheType] | None" = None,
+) -> "Iterator[Scorer]":
+    """Load a model and what scores its logits. options: threads, device and, unless `cache` is Model.load's cache_type,
+    cli_cache.NAMES. observe: see Model.load."""
     if sys.stdout is None:
         raise GgufRunError("stdout is closed: there is nowhere to write the result")
     from gguf_run.formats.jit import compile_notice
@@ -79,7 +87,7 @@ def load_scorer(model: str, n_ctx: int | None, options: Mapping[str, Any], obser
                 n_ctx=n_ctx,
                 n_threads=threads,
                 device=options["device"],
-                **load_options(options),
+                **({"cache_type": cache} if cache else load_options(options)),
                 progress=progress.set,
                 observe=observe,
             )

@@ -1,6 +1,7 @@
 """What KV caches take, which types models allow, what is advised where memory is short, calibration files."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,25 @@ def test_types_and_rotation(config: ModelConfig) -> None:
     assert plan_cache(config, "q4_0", cache_rotation=False) == (CacheType("q4_0", "q4_0", False),) * 2
     each = [CacheType("f16", "f32"), CacheType("int8", "int8")]
     assert plan_cache(config, each) == tuple(each)
-    assert [
-        describe_plan(plan) for plan in (plan_cache(config, "int8"), plan_cache(config, ("f16", "q4_0")), each)
-    ] == [
-        "int8",
-        "K f16, V q4_0",
-        "1 x K f16, V f32; 1 x int8",
-    ]
+
+
+def test_descriptions_differ_where_bytes_mean_something_else(config: ModelConfig, tmp_path: Path) -> None:
+    each = [CacheType("f16", "f32"), CacheType("int8", "int8")]
+    static = [write_json(tmp_path / f"{n}.json", calibration(layers=[LAYER | {"k_max": [n, 1]}] * 2)) for n in (1, 2)]
+    plans = {
+        "int8": plan_cache(config, "int8"),
+        "K f16, V q4_0": plan_cache(config, ("f16", "q4_0")),
+        "q4_0": plan_cache(config, "q4_0"),
+        "q4_0, not rotated": plan_cache(config, "q4_0", cache_rotation=False),
+        "fp8_e4m3": plan_cache(config, "fp8_e4m3"),
+        r"1 x K f16, V f32; 1 x int8 \(layers \w{8}\)": each,
+        r"1 x int8; 1 x K f16, V f32 \(layers \w{8}\)": each[::-1],
+        r"fp8_e4m3 \(layers \w{8}\)": plan_cache(config, "fp8_e4m3", cache_scales=static[0]),
+        r"fp8_e4m3 \(layers (\w{8})\)": plan_cache(config, "fp8_e4m3", cache_scales=static[1]),
+    }
+    found = {pattern: describe_plan(plan) for pattern, plan in plans.items()}
+    assert all(re.fullmatch(pattern, text) for pattern, text in found.items()), found
+    assert len(set(found.values())) == len(plans)
 
 
 def test_types_that_heads_do_not_allow(tmp_path: Path) -> None:
