@@ -64,11 +64,29 @@ class Tensor(TensorInfo):
             data.flags.writeable = False
         return data.reshape(end - first, row_bytes)
 
+    def matrix(self, i: int) -> "Tensor":
+        """Matrix i of a tensor of three dimensions."""
+        return _Matrix(self.name, self.ne[:2], self.type, self.offset, self.file, self, i * self.ne[1])
+
     def release(self, first: int = 0, end: int | None = None) -> None:
         """Tell the OS that the file's pages under rows first .. end (all) are not needed soon. Views stay valid."""
         row_bytes = self.nbytes // self.n_rows
         end = self.n_rows if end is None else end
         self.file.release(self.offset + first * row_bytes, (end - first) * row_bytes)
+
+
+@dataclass(frozen=True)
+class _Matrix(Tensor):
+    """Rows of `whole` from `start` on."""
+
+    whole: Tensor
+    start: int
+
+    def blocks(self, first: int = 0, end: int | None = None) -> NDArray[np.uint8]:
+        return self.whole.blocks(self.start + first, self.start + (self.n_rows if end is None else end))
+
+    def release(self, first: int = 0, end: int | None = None) -> None:
+        self.whole.release(self.start + first, self.start + (self.n_rows if end is None else end))
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,24 @@
 """The CPU as a models.backend.Backend: numba kernels over panels, a team of threads."""
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.dequantizer import dequantize
+from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.reader import Tensor
 from gguf_run.formats.unpack import INTEGER_FORMS
 from gguf_run.kernels_cpu import isa
 from gguf_run.kernels_cpu.cache import CACHE_TYPES, CpuCache, new_cache, rows_stored
 from gguf_run.kernels_cpu.memory import Arena, CpuTable, CpuWeight, WeightPart
+from gguf_run.kernels_cpu.moe import EXPERT_ROWS, CpuExperts, ExpertMatrix
 from gguf_run.kernels_cpu.op import Op
 from gguf_run.kernels_cpu.panels import ROWS, Panel, panel_for
 from gguf_run.kernels_cpu.recorder import CpuRecorder
@@ -72,6 +76,29 @@ class CpuBackend:
             self._bytes["weights"] += data.nbytes
             first += n_out
         return CpuWeight(n_in, first, tuple(parts))
+
+    def experts(self, tensors: Sequence[Tensor]) -> CpuExperts:
+        types = [tensor.type.name for tensor in tensors[:2]]
+        if types[0] != types[1]:
+            names = " and ".join(tensor.name for tensor in tensors[:2])
+            raise UnsupportedError(f"{names} have the types {' and '.join(types)}; this version needs one for both")
+        n_expert = math.prod(tensors[0].ne[2:])
+        biases: Sequence[NDArray[np.float32] | None] = [self.vector([tensor]) for tensor in tensors[3:]] or [None] * 3
+        parts = [self._expert_matrix(t, n_expert, bias) for t, bias in zip(tensors[:3], biases, strict=True)]
+        return CpuExperts(n_expert, *parts)
+
+    def _expert_matrix(self, tensor: Tensor, n_expert: int, bias: NDArray[np.float32] | None) -> ExpertMatrix:
+        n_in, n_out = tensor.ne[0], tensor.ne[1]
+        empty = ExpertMatrix(panel_for(tensor.type.name), np.zeros(0, np.uint8), n_in, n_out, bias)
+        data = self._arena.take(n_expert * empty.expert_bytes)
+        # experts of whole panels can be repacked as one tall matrix
+        parts = [tensor] if n_out % EXPERT_ROWS == 0 else [tensor.matrix(e) for e in range(n_expert)]
+        for part, to in zip(parts, data.reshape(len(parts), -1), strict=True):
+            if not self._dry:
+                self._repacking += repack([part], to, self._executor, self.n_threads)
+                self.wait(_QUEUED)
+        self._bytes["weights"] += data.nbytes
+        return replace(empty, data=data)
 
     def vector(self, tensors: Sequence[Tensor]) -> NDArray[np.float32]:
         return np.concatenate([dequantize(tensor.blocks(), tensor.type).reshape(-1) for tensor in tensors])

@@ -10,32 +10,39 @@ from gguf_run.kernels_cpu.op import Op, items, n_pieces, op
 from gguf_run.kernels_cpu.quantize import quantize_row
 from gguf_run.kernels_cpu.simd import F32, Simd, Val, kernel
 
-ACTIVATIONS = ("silu", "gelu")
+ACTIVATIONS = ("silu", "gelu", "swiglu_oai")
 _PIECE = 512  # columns that a thread takes at a time; whole activation blocks
 _GELU = 1.5957691216057308  # 2 * sqrt(2 / pi)
+_ALPHA, _LIMIT = 1.702, 7.0
 
 
-# Both activations are x * sigmoid(f(x)): silu with f(x) = x, gelu's tanh form with f(x) = _GELU * (x + 0.044715 x^3).
+# All activations are x * sigmoid(f(x)): silu with f(x) = x, gelu's tanh form with f(x) = _GELU * (x + 0.044715 x^3),
+# gpt-oss's with f(x) = _ALPHA * x, which clamps x and up to _LIMIT and adds 1 to up.
 @intrinsic(prefer_literal=True)
-def gated_row(typing_context: Any, gelu: Any, gate: Any, up: Any, out: Any, n_vectors: Any) -> Any:
-    """16 columns at a time; gelu: literal place in ACTIVATIONS, the others addresses."""
+def gated_row(typing_context: Any, activation: Any, gate: Any, up: Any, out: Any, n_vectors: Any) -> Any:
+    """16 columns at a time; activation: literal place in ACTIVATIONS, the others addresses."""
+    name = ACTIVATIONS[activation.literal_value]
 
     def emit(s: Simd, gate: Val, up: Val, out: Val, n_vectors: Val) -> None:
         def body(i: Val, none: list[Val]) -> list[Val]:
             g, u = s.load(gate + i * 64, F32, 16), s.load(up + i * 64, F32, 16)
-            f = (g + g * g * g * 0.044715) * -_GELU if gelu.literal_value else g * -1.0
-            s.store(g / (s.exp(f) + 1.0) * u, out + i * 64)
+            if name == "swiglu_oai":
+                limit = s.const(F32, _LIMIT, 16)
+                g = s.select(g.compare(">", limit), limit, g)
+                u = s.select(u.compare(">", limit), limit, s.select(u.compare("<", -_LIMIT), limit * -1.0, u)) + 1.0
+            f = {"silu": -1.0, "gelu": -_GELU, "swiglu_oai": -_ALPHA}[name]
+            s.store(g / (s.exp((g + g * g * g * 0.044715 if name == "gelu" else g) * f) + 1.0) * u, out + i * 64)
             return none
 
         s.loop(n_vectors, [], body)
 
-    return kernel(types.void(gelu, *[types.intp] * 4), emit)
+    return kernel(types.void(activation, *[types.intp] * 4), emit)
 
 
 @functools.cache
 def gated(activation: str) -> Op:
-    """The op for one of ACTIVATIONS. n: columns; q8: where the quantized rows go, or 0."""
-    gelu = ACTIVATIONS.index(activation)
+    """The op for silu or gelu. n: columns; q8: where the quantized rows go, or 0."""
+    gelu = ("silu", "gelu").index(activation)
 
     @op("rows n gate gate_stride up up_stride out out_stride q8 q8_stride")
     def gated_rows(args, piece, ith, nth):  # type: ignore[no-untyped-def]

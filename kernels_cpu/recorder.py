@@ -8,11 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.kernels_cpu import attention as attn
+from gguf_run.kernels_cpu import moe
 from gguf_run.kernels_cpu.cache import CpuCache
 from gguf_run.kernels_cpu.gated import gated
+from gguf_run.kernels_cpu.layer_norm import layer_norm
 from gguf_run.kernels_cpu.matmul import TOKENS, matmul
 from gguf_run.kernels_cpu.matmul_gated import SCRATCH_BYTES, matmul_gated
 from gguf_run.kernels_cpu.memory import LANES, CpuBuffer, CpuTable, CpuWeight, aligned
+from gguf_run.kernels_cpu.moe import CpuExperts
 from gguf_run.kernels_cpu.observe import CpuSquares, observe
 from gguf_run.kernels_cpu.op import Op
 from gguf_run.kernels_cpu.panels import BLOCK, ROWS, IntPanel, Panel, panel_id
@@ -22,6 +25,7 @@ from gguf_run.kernels_cpu.rms_norm import rms_norm
 from gguf_run.kernels_cpu.rope import angles, rope
 from gguf_run.kernels_cpu.rows import copy_rows, embed
 from gguf_run.kernels_cpu.runs import RunTable
+from gguf_run.kernels_cpu.scale import gate_rows, softcap
 from gguf_run.kernels_cpu.team import Team
 
 
@@ -58,6 +62,8 @@ class CpuRecorder:
         self._known: dict[int, dict[tuple[int, int], _Activations]] = {}
         self._wide: dict[tuple[bool, int], CpuBuffer] = {}
         self._q8: dict[tuple[int, int], NDArray[np.uint8]] = {}
+        self._ones: dict[int, NDArray[np.float32]] = {}
+        self._moe: dict[tuple[int, int, int], list[NDArray[np.uint8]]] = {}
 
     # recording
     def _record(self, op: Op, **values: Any) -> NDArray[np.void]:
@@ -307,21 +313,100 @@ class CpuRecorder:
         self._parted += [attend, merge]
         self._written(out, merge)
 
-    def gated(self, gate: CpuBuffer, up: CpuBuffer, out: CpuBuffer, activation: str) -> None:
+    def gated(self, gate: CpuBuffer, up: CpuBuffer | None, out: CpuBuffer, activation: str) -> None:
+        if up is None and gate.width not in self._ones:
+            self._ones[gate.width] = np.ones(gate.width, np.float32)
         arguments = self._record(
             gated(activation),
             rows=gate.rows,
             n=gate.width,
             gate=gate.address,
             gate_stride=gate.stride,
-            up=up.address,
-            up_stride=up.stride,
+            up=up.address if up else self._ones[gate.width].ctypes.data,
+            up_stride=up.stride if up else 0,
             out=out.address,
             out_stride=out.stride,
             q8=0,
             q8_stride=0,
         )
         self._written(out, arguments)
+
+    def layer_norm(
+        self,
+        x: CpuBuffer,
+        weight: NDArray[np.float32],
+        bias: NDArray[np.float32] | None,
+        out: CpuBuffer,
+        eps: float,
+        *,
+        n_group: int = 1,
+    ) -> None:
+        self._tape.keep += [weight, bias]
+        arguments = self._record(
+            layer_norm,
+            rows=x.rows,
+            n_group=n_group,
+            n=x.width // n_group,
+            x=x.address,
+            x_stride=x.stride,
+            weight=weight.ctypes.data,
+            bias=bias.ctypes.data if bias is not None else 0,
+            out=out.address,
+            out_stride=out.stride,
+            q8=0,
+            q8_stride=0,
+            eps=eps,
+        )
+        self._written(out, arguments if n_group == 1 else None)
+
+    def gate_rows(self, x: CpuBuffer, gate: CpuBuffer) -> None:
+        to = {"x": x.address, "x_stride": x.stride, "gate": gate.address, "gate_stride": gate.stride}
+        self._record(gate_rows, rows=x.rows, n=x.width, **to)
+        self._written(x)
+
+    def softcap(self, x: CpuBuffer, scale: float, cap: float) -> None:
+        self._record(softcap, rows=x.rows, n=x.width, x=x.address, x_stride=x.stride, scale=scale, cap=cap)
+        self._written(x)
+
+    def moe(self, x: CpuBuffer, logits: CpuBuffer, experts: CpuExperts, shape: Any, out: CpuBuffer) -> None:
+        gate, up, down = experts.gate, experts.up, experts.down
+        is_int = isinstance(down.panel, IntPanel)
+        row_bytes = -(-down.n_in // BLOCK) * BLOCK * (2 if is_int else 4)
+        plan, weights, ff = self._moe_work(experts.n_expert, shape.n_used, row_bytes)
+        self._tape.keep.append(experts)
+        self._scratch_bytes = max(self._scratch_bytes, moe.GATE_UP_SCRATCH, moe.PLACES + out.stride)
+        common = {"rows": x.rows, "n_expert": experts.n_expert, "n_used": shape.n_used}
+        common |= {"plan": plan.ctypes.data, "weights": weights.ctypes.data}
+        to = {"out": out.address, "out_stride": out.stride}
+        ff_rows = ff.ctypes.data
+        self._record(
+            moe.route, logits=logits.address, logits_stride=logits.stride, norm=shape.norm, scale=shape.scale, **common
+        )
+        rows, x_stride = self._rows(x, gate.panel)
+        self._record(
+            moe.gate_up(panel_id(gate.panel), shape.activation),
+            to_up=up.data.ctypes.data - gate.data.ctypes.data,
+            x=rows,
+            x_stride=x_stride,
+            out=0 if is_int else ff_rows,
+            out_stride=row_bytes,
+            q8=ff_rows if is_int else 0,
+            q8_stride=row_bytes,
+            bias_up=up.bias_at,
+            **common,
+            **gate.fields(),
+        )
+        self._record(moe.down(panel_id(down.panel)), x=ff_rows, x_stride=row_bytes, **common, **to, **down.fields())
+        self._written(out)
+
+    def _moe_work(self, n_expert: int, n_used: int, row_bytes: int) -> list[NDArray[np.uint8]]:
+        """Memory that all mixtures of this size use by turns: plan, weights and rows of all pairs."""
+        key = n_expert, n_used, row_bytes
+        if key not in self._moe:
+            n_pairs = self.n_batch * n_used
+            sizes = 8 * moe.plan_words(n_expert, n_pairs), 8 * n_pairs, row_bytes * n_pairs
+            self._moe[key] = [aligned(size) for size in sizes]
+        return self._moe[key]
 
     def observe(self, x: CpuBuffer) -> CpuSquares:
         squares = CpuSquares(x.width)
@@ -357,5 +442,5 @@ class CpuRecorder:
         for arguments in self._parted:
             arguments["parts"] = parts.ctypes.data
         tape = np.array([(op.compiled.address, arguments.ctypes.data) for op, arguments in self._tape.ops], np.int64)
-        keep = [self._tape, self._zeros, self._q8, scratch, parts]
+        keep = [self._tape, self._zeros, self._q8, self._ones, self._moe, scratch, parts]
         return CpuProgram(self._team, tape, self._body, self._table, result, keep)

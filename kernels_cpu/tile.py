@@ -8,7 +8,7 @@ from typing import Any
 
 from gguf_run.formats.jit import intrinsic, types
 from gguf_run.kernels_cpu.int_tile import AHEAD, int_tile
-from gguf_run.kernels_cpu.panels import PANELS, ROWS, FloatPanel, IntPanel
+from gguf_run.kernels_cpu.panels import PANELS, ROWS, FloatPanel, IntPanel, Panel
 from gguf_run.kernels_cpu.simd import F32, I16, I32, I64, Simd, Val, kernel
 
 _FLOAT_SUMS = 16  # sums of a float tile that run side by side, so that they do not wait for each other
@@ -47,15 +47,50 @@ def tile(
         step = s.select(w_panel.compare("==", 0), s.const(I64, 0), s.const(I64, 64))
         moves = [(t, step * p) for t in range(tokens) for p in range(panels)]
         places = [(init + init_stride * t + move, out + out_stride * t + move) for t, move in moves]
-        if isinstance(shape, IntPanel):
-            int_tile(s, shape, ws, n_steps, xs, places)
-            return
-        start = [s.load(at, F32, ROWS) for at, _ in places]
-        acc = _float_panel(s, shape, ws, w_step, n_steps, xs, start)
-        for (_, to), value in zip(places, acc, strict=True):
-            s.store(value, to)
+        _tile(s, shape, ws, w_step, n_steps, xs, places)
 
     return kernel(types.void(panel, n_panels, n_tokens, *[types.intp] * 10), emit)
+
+
+@intrinsic(prefer_literal=True)
+def tile_at(
+    typing_context: Any,
+    panel: Any,
+    n_panels: Any,
+    n_tokens: Any,
+    w: Any,
+    w_panel: Any,
+    w_step: Any,
+    n_steps: Any,
+    at: Any,
+    move: Any,
+) -> Any:
+    """As `tile`, for tokens that stand anywhere: out[t, r] += sum over columns of w[r, column] * x[t, column].
+
+    at: of int64[2, n_tokens], the addresses of x[t] and, `move` bytes before the place, of out[t].
+    """
+    shape, panels, tokens = PANELS[panel.literal_value], n_panels.literal_value, n_tokens.literal_value
+
+    def emit(s: Simd, w: Val, w_panel: Val, w_step: Val, n_steps: Val, at: Val, move: Val) -> None:
+        xs = [s.load(at + 8 * t, I64) for t in range(tokens)]
+        ws = [w + w_panel * p for p in range(panels)]
+        outs = [s.load(at + 8 * (tokens + t), I64) + move + 64 * p for t in range(tokens) for p in range(panels)]
+        _tile(s, shape, ws, w_step, n_steps, xs, [(out, out) for out in outs])
+
+    return kernel(types.void(panel, n_panels, n_tokens, *[types.intp] * 6), emit)
+
+
+def _tile(
+    s: Simd, panel: Panel, ws: list[Val], w_step: Val, n_steps: Val, xs: list[Val], places: list[tuple[Val, Val]]
+) -> None:
+    """See int_tile."""
+    if isinstance(panel, IntPanel):
+        int_tile(s, panel, ws, n_steps, xs, places)
+        return
+    start = [s.load(at, F32, ROWS) for at, _ in places]
+    acc = _float_panel(s, panel, ws, w_step, n_steps, xs, start)
+    for (_, to), value in zip(places, acc, strict=True):
+        s.store(value, to)
 
 
 def _float_panel(

@@ -1,7 +1,7 @@
 """What differs between architectures, as data: one entry each, and the tensors that an entry asks for.
 
 An entry says what differs from `llama`. Facts are those of llama.cpp (src/models/*.cpp), whose converter makes the
-files. A new architecture is a new entry as long as its layer has the shape of models/decoder.py.
+files. A new architecture is a new entry as long as its layer has the shape of models/layer.py.
 """
 
 from collections.abc import Mapping
@@ -14,46 +14,136 @@ Shape = tuple[str, ...]
 class Architecture:
     """One value of `general.architecture`.
 
-    rope_style: "norm" or "neox", see backend.Rope. activation: of the gate, see Recorder.gated. qkv, gate_up: tensors
-    whose rows, one after the other, make q, k, v and gate, up. norms: tensors of norms beyond attn_norm and ffn_norm;
-    attn_q_norm and attn_k_norm act per head before the rotation, post_attention_norm and post_ffw_norm on what is added
-    to the residual stream. rope_factors: `rope_freqs.weight` is used if there. scaled_embd: embeddings are multiplied
-    by sqrt(n_embd). swa_period: every swa_period-th layer sees all positions and the others a sliding window (0: all
-    layers see all); swa_rope_freq_base: rotary base of the window's layers unless the file has one.
-    n_embd_scale_n_layer: the numbers of layers with which q.k is scaled by 1/sqrt(n_embd/n_head), not 1/sqrt(head_dim).
-    shapes: tensors that have another shape than LAYER_SHAPES says.
+    rope_style: "norm" or "neox", see backend.Rope. activation: of the ffn, see Recorder.gated; gated: it has a gate.
+    qkv, gate_up: tensors whose rows, one after the other, make q, k, v and gate, up. norms: tensors of norms, of which
+    a file may leave out optional_norms; layer_norm: they subtract the mean, and have biases. attn_norm and the one
+    called as ffn_norm says stand before attention and ffn, attn_q_norm and attn_k_norm before the rotation (per head,
+    unless `shapes` says otherwise), post_attention_norm and post_ffw_norm after what is added to the residual stream.
+    Where an optional ffn_norm is missing, attention and ffn read the same normed values. sinks: attention has them.
+
+    rope_factors: `rope_freqs.weight`, or rope_factors_long and _short, are used if there. no_rope_period: every so
+    manieth layer does not rotate. scaled_embd: embeddings are multiplied by sqrt(n_embd). n_embd_scale_n_layer: the
+    numbers of layers with which q.k is scaled by 1/sqrt(n_embd/n_head), not 1/sqrt(head_dim). attn_softcap,
+    final_softcap: of attention's scores and the logits where the file says nothing; 0: none. Where a file has a sliding
+    window, every swa_period-th layer sees all positions all the same (0: none does). swa_rope_freq_base: rotary base of
+    the window's layers unless the file has one (0: that of the others); swa_rope_scaled: rope scaling is theirs too.
+    yarn_truncate: YaRN's ramp begins and ends at whole pairs.
+
+    moe: "no", "yes", or "maybe": if the file says so. expert_norm: see Moe.norm. expert_activation: if another than
+    activation. shared_gate: the shared expert's output is weighted. shapes: tensors that have another shape than
+    LAYER_SHAPES says.
     """
 
     name: str
     rope_style: str = "norm"
     activation: str = "silu"
+    gated: bool = True
     qkv: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")
     gate_up: tuple[str, ...] = ("ffn_gate", "ffn_up")
-    norms: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ("attn_norm", "ffn_norm")
+    optional_norms: tuple[str, ...] = ()
+    ffn_norm: str = "ffn_norm"
+    layer_norm: bool = False
+    sinks: bool = False
     rope_factors: bool = False
+    no_rope_period: int = 0
     scaled_embd: bool = False
-    swa_period: int = 0
-    swa_rope_freq_base: float = 1e4
     n_embd_scale_n_layer: tuple[int, ...] = ()
+    attn_softcap: float = 0.0
+    final_softcap: float = 0.0
+    swa_period: int = 0
+    swa_rope_freq_base: float = 0.0
+    swa_rope_scaled: bool = True
+    yarn_truncate: bool = True
+    moe: str = "no"
+    expert_norm: bool = True
+    expert_activation: str = ""
+    shared_gate: bool = False
     shapes: Mapping[str, Shape] = field(default_factory=dict)
 
     @property
-    def matrices(self) -> tuple[str, ...]:
-        """The matrices of a layer, each of which may have a bias."""
-        return (*self.qkv, "attn_output", *self.gate_up, "ffn_down")
+    def norm_per_head(self) -> bool:
+        """Whether attn_q_norm and attn_k_norm see a head, not a row."""
+        return {**LAYER_SHAPES, **self.shapes}["attn_q_norm"][0] == "head_dim"
 
+
+_PRE = ("attn_norm", "ffn_norm")
+_QK = ("attn_q_norm", "attn_k_norm")
+_POST = ("post_attention_norm", "post_ffw_norm")
+_WHOLE_ROW = {"attn_q_norm": ("n_embd_q",), "attn_k_norm": ("n_embd_kv",)}
 
 _ENTRIES = (
-    # Llama 1 to 3.x, Mistral, and most models that copy their layer (SmolLM, TinyLlama, Yi ...).
-    Architecture("llama", rope_factors=True),
+    # Llama 1 to 3.x, Mistral, Mixtral, and most models that copy their layer (SmolLM, TinyLlama, Yi ...).
+    Architecture("llama", rope_factors=True, moe="maybe"),
+    Architecture("mistral3", rope_factors=True, moe="maybe"),
+    Architecture("smollm3", no_rope_period=4),
+    Architecture("internlm2"),
+    Architecture("granite", rope_factors=True),
+    Architecture("granitemoe", rope_factors=True, moe="yes"),
+    Architecture("qwen2", rope_style="neox"),
+    Architecture("qwen2moe", rope_style="neox", moe="yes", expert_norm=False, shared_gate=True),
+    Architecture("qwen3", rope_style="neox", norms=(*_PRE, *_QK)),
+    Architecture("qwen3moe", rope_style="neox", norms=(*_PRE, *_QK), moe="yes"),
+    Architecture("deepseek", rope_factors=True, moe="yes", expert_norm=False),
+    Architecture(
+        "phi3",
+        rope_style="neox",
+        qkv=("attn_qkv",),
+        gate_up=("ffn_up",),
+        rope_factors=True,
+        shapes={"ffn_up": ("n_embd", "n_ff+n_ff")},
+    ),
+    Architecture("starcoder2", rope_style="neox", activation="gelu", gated=False, gate_up=("ffn_up",), layer_norm=True),
+    Architecture(
+        "stablelm",
+        rope_style="neox",
+        norms=(*_PRE, *_QK),
+        optional_norms=("ffn_norm", *_QK),  # 12B has q's and k's, and no ffn_norm
+        layer_norm=True,
+        shapes={"attn_q_norm": ("head_dim", "n_head"), "attn_k_norm": ("head_dim", "n_head_kv")},
+    ),
+    Architecture(
+        "olmo2",  # and OLMo 3, which has windows
+        rope_style="neox",
+        norms=(*_QK, *_POST),
+        swa_period=4,
+        swa_rope_scaled=False,
+        shapes=_WHOLE_ROW,
+    ),
+    Architecture("olmoe", rope_style="neox", norms=(*_PRE, *_QK), moe="yes", expert_norm=False, shapes=_WHOLE_ROW),
+    Architecture("gemma", rope_style="neox", activation="gelu", scaled_embd=True),
+    Architecture(
+        "gemma2",
+        rope_style="neox",
+        activation="gelu",
+        norms=(*_PRE, *_POST),
+        scaled_embd=True,
+        n_embd_scale_n_layer=(46,),  # 27B
+        attn_softcap=50.0,
+        final_softcap=30.0,
+        swa_period=2,
+    ),
     Architecture(
         "gemma3",
         rope_style="neox",
         activation="gelu",
-        norms=("attn_q_norm", "attn_k_norm", "post_attention_norm", "post_ffw_norm"),
+        norms=(*_PRE, *_QK, *_POST),
         scaled_embd=True,
-        swa_period=6,
         n_embd_scale_n_layer=(62,),  # 27B
+        swa_period=6,
+        swa_rope_freq_base=1e4,
+        swa_rope_scaled=False,
+    ),
+    Architecture(
+        "gpt-oss",
+        rope_style="neox",
+        norms=("attn_norm", "post_attention_norm"),
+        ffn_norm="post_attention_norm",
+        sinks=True,
+        swa_period=2,
+        yarn_truncate=False,
+        moe="yes",
+        expert_activation="swiglu_oai",
     ),
 )
 ARCHITECTURES: Mapping[str, Architecture] = {entry.name: entry for entry in _ENTRIES}
@@ -64,8 +154,9 @@ MODEL_SHAPES: Mapping[str, Shape] = {
     "output_norm.weight": ("n_embd",),
     "output.weight": ("n_embd", "n_vocab"),
     "output.bias": ("n_vocab",),
-    "rope_freqs.weight": ("n_rope_freqs",),
+    "output_norm.bias": ("n_embd",),
 }
+ROPE_FACTORS = tuple(f"rope_{name}.weight" for name in ("freqs", "factors_long", "factors_short"))
 LAYER_SHAPES: Mapping[str, Shape] = {
     "attn_norm": ("n_embd",),
     "attn_q": ("n_embd", "n_embd_q"),
@@ -75,26 +166,21 @@ LAYER_SHAPES: Mapping[str, Shape] = {
     "attn_q_norm": ("head_dim",),
     "attn_k_norm": ("head_dim",),
     "attn_output": ("n_embd_q", "n_embd"),
+    "attn_sinks": ("n_head",),
     "post_attention_norm": ("n_embd",),
     "ffn_norm": ("n_embd",),
     "ffn_gate": ("n_embd", "n_ff"),
     "ffn_up": ("n_embd", "n_ff"),
     "ffn_down": ("n_ff", "n_embd"),
+    "ffn_gate_inp": ("n_embd", "n_expert"),
+    "ffn_gate_exps": ("n_embd", "n_ff_exp", "n_expert"),
+    "ffn_up_exps": ("n_embd", "n_ff_exp", "n_expert"),
+    "ffn_down_exps": ("n_ff_exp", "n_embd", "n_expert"),
+    "ffn_gate_inp_shexp": ("n_embd",),
+    "ffn_gate_shexp": ("n_embd", "n_ff_shexp"),
+    "ffn_up_shexp": ("n_embd", "n_ff_shexp"),
+    "ffn_down_shexp": ("n_ff_shexp", "n_embd"),
     "post_ffw_norm": ("n_embd",),
 }
-
-
-def required_tensors(arch: Architecture, n_layer: int) -> dict[str, Shape]:
-    """Return name and shape of every tensor without which a model of this architecture cannot run."""
-    names = ("attn_norm", "ffn_norm", *arch.norms, *arch.matrices)
-    shapes = {**LAYER_SHAPES, **arch.shapes}
-    required = {name: MODEL_SHAPES[name] for name in ("token_embd.weight", "output_norm.weight")}
-    return required | {f"blk.{il}.{name}.weight": shapes[name] for il in range(n_layer) for name in names}
-
-
-def optional_tensors(arch: Architecture, n_layer: int) -> dict[str, Shape]:
-    """Return name and shape of the tensors that are used where a file has them: biases, an output matrix ..."""
-    names = ["output.weight", "output.bias", *(["rope_freqs.weight"] if arch.rope_factors else [])]
-    shapes = {**LAYER_SHAPES, **arch.shapes}
-    optional = {name: MODEL_SHAPES[name] for name in names}
-    return optional | {f"blk.{il}.{name}.bias": shapes[name][-1:] for il in range(n_layer) for name in arch.matrices}
+EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+SHARED = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")

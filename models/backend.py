@@ -72,6 +72,17 @@ class Run(NamedTuple):
     n_tokens: int
 
 
+@dataclass(frozen=True)
+class Moe:
+    """How a mixture of experts is mixed: the n_used experts of a token's greatest logits, weighted by the softmax over
+    all logits or (norm) over theirs, times scale. activation: of the gate, see Recorder.gated."""
+
+    n_used: int
+    norm: bool
+    scale: float
+    activation: str
+
+
 class Weight(Protocol):
     """A matrix in a backend's own form."""
 
@@ -149,6 +160,11 @@ class Recorder(Protocol):
         normed by itself with the same weight (QK-norm). out may be x or residual."""
         ...
 
+    def layer_norm(self, x: Any, weight: Any, bias: Any | None, out: Any, eps: float, /, *, n_group: int = 1) -> None:
+        """out = (x - mean) / sqrt(variance + eps) * weight (+ bias). n_group > 1: each of n_group equal parts of a row
+        is normed by itself, with its own part of weight and bias. out may be x."""
+        ...
+
     def matmul(self, x: Any, weight: Any, out: Any, /, *, bias: Any | None = None, residual: Any | None = None) -> None:
         """out = x @ weight.T (+ bias) (+ residual). out may be residual, not x."""
         ...
@@ -168,8 +184,23 @@ class Recorder(Protocol):
         a vector of n_head logits that count in each row's softmax but have no value."""
         ...
 
-    def gated(self, gate: Any, up: Any, out: Any, activation: str, /) -> None:
-        """out = activation(gate) * up; activation: "silu" or "gelu" (the tanh form). out may be gate or up."""
+    def gated(self, gate: Any, up: Any | None, out: Any, activation: str, /) -> None:
+        """out = activation(gate) * up, or activation(gate); activation: "silu" or "gelu" (the tanh form). out may be
+        gate or up."""
+        ...
+
+    def moe(self, x: Any, logits: Any, experts: Any, shape: Moe, out: Any, /) -> None:
+        """out += sum over the chosen experts e of weight * down[e] @ (activation(gate[e] @ x) * (up[e] @ x)), biases
+        added where the experts have them. logits: [n_tokens, n_expert], overwritten. activation: "swiglu_oai" as well,
+        g * sigmoid(1.702 g) * (u + 1) with g = min(gate, 7) and u = up from -7 to 7. out: a whole buffer."""
+        ...
+
+    def gate_rows(self, x: Any, gate: Any, /) -> None:
+        """x[t] *= sigmoid(gate[t, 0])."""
+        ...
+
+    def softcap(self, x: Any, scale: float, cap: float, /) -> None:
+        """x = cap * tanh(scale * x / cap), or scale * x if cap is 0. x: a whole buffer."""
         ...
 
     def observe(self, x: Any, /) -> Squares:
@@ -226,6 +257,11 @@ class Backend(Protocol):
 
     def weight(self, tensors: Sequence[Tensor]) -> Weight:
         """A matrix for `matmul`: the tensors' rows one after the other. Repacked here, in the device's panels."""
+        ...
+
+    def experts(self, tensors: Sequence[Tensor]) -> Any:
+        """A layer's experts for `moe`: the matrices of gate, up and down, [n_expert, n_out, n_in] each, and their
+        biases, [n_expert, n_out], if there are any. UnsupportedError if gate and up have different types."""
         ...
 
     def vector(self, tensors: Sequence[Tensor]) -> Any:

@@ -8,26 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
+from gguf_run.formats.errors import GgufRunError, UnsupportedError
 from gguf_run.formats.reader import Tensor
 from gguf_run.models.backend import Backend, CacheType, Program
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer, KvCache
 from gguf_run.models.layer import Loader, Observed, Step
-from gguf_run.models.rope import make_rope
-
-
-def _rope_factors(tensors: Mapping[str, Tensor]) -> NDArray[np.float32] | None:
-    """Return what each rotary frequency is divided by."""
-    tensor = tensors.get("rope_freqs.weight")
-    if tensor is None:
-        return None
-    if tensor.type.name != "F32":
-        raise UnsupportedError(f"tensor rope_freqs.weight has the type {tensor.type.name}, must be F32")
-    factors = tensor.blocks().reshape(-1).view(np.float32)
-    if not (np.isfinite(factors) & (factors > 0)).all():
-        raise FormatError("tensor rope_freqs.weight has values that are not positive numbers")
-    return factors
 
 
 @dataclass(frozen=True)
@@ -86,22 +72,17 @@ class Decoder:
         self.n_ctx = n_ctx
         self.observed: list[Observed] | None = [] if observe else None
         n_batch = max(min(n_batch, n_ctx), n_seq)
-        # One object for each way to turn: backends keep one table of angles per object.
-        factors = _rope_factors(tensors) if config.arch.rope_factors else None
-        style, n_rot = config.arch.rope_style, config.n_rot
-        ropes = {
-            False: make_rope(style, n_rot, config.rope_freq_base, config.rope_scaling, factors),
-            True: make_rope(style, n_rot, config.rope_freq_base_swa),
-        }
+        load = Loader(tensors, progress)
+        ropes = load.ropes(config, n_ctx)
         layers = []
         kinds: Sequence[CacheType | None] = cache_types or [None] * config.n_layer
         for il, (backend, kind) in enumerate(zip(backends, kinds, strict=True)):
             shape = config.attention(il)
             cache = backend.cache(shape, n_ctx, n_batch, n_seq, kind)
-            layers.append(CacheLayer(cache, shape.window, ropes[config.is_swa[il]]))
+            layers.append(CacheLayer(cache, shape.window, ropes[il]))
         self.cache = KvCache(layers, n_ctx, n_seq)
         n_outputs = max(min(n_outputs, n_batch), n_seq)
-        self._program = self._record(stages[0], layers, Loader(tensors, progress), n_batch, n_outputs)
+        self._program = self._record(stages[0], layers, load, n_batch, n_outputs)
 
     def _record(
         self, stage: _Stage, caches: Sequence[CacheLayer], load: Loader, n_batch: int, n_outputs: int
@@ -128,10 +109,8 @@ class Decoder:
             step.ffn(layer)
         if self.observed is not None:
             step.only_outputs()
-        recorder.rms_norm(step.x, output_norm, step.h, config.rms_eps)
-        logits = recorder.buffer(config.n_vocab)
-        step.matmul(step.h, output, logits)
-        return recorder.finish(logits)
+        assert output_norm is not None  # config has checked it
+        return recorder.finish(step.output(output_norm, output))
 
     @property
     def n_past(self) -> int:

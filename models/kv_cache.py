@@ -29,7 +29,7 @@ class CacheLayer:
 
     cache: Cache
     window: int
-    rope: Rope
+    rope: Rope | None
 
 
 class KvCache:

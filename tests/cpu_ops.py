@@ -6,7 +6,7 @@ blocks of int8 activations, panels) has its NumPy twin at the end.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,10 @@ class MemoryTensor:
 
     def blocks(self) -> np.ndarray:
         return self.data
+
+    def matrix(self, i: int) -> "MemoryTensor":
+        n_rows = self.ne[1]
+        return replace(self, ne=self.ne[:2], data=self.data[i * n_rows : (i + 1) * n_rows])
 
     def release(self, first: int = 0, end: int | None = None) -> None:
         pass
@@ -245,6 +249,9 @@ class Q8Recorder(NumpyRecorder):
             out.rows(step)[:] = result if residual is None else result + residual.rows(step)
 
         self._add("matmul", op)
+
+    def as_read(self, x: np.ndarray, type_name: str) -> np.ndarray:
+        return as_quantized(x) if type_name in QUANTIZED else x
 
 
 class Q8Backend(NumpyBackend):

@@ -12,7 +12,7 @@ import numpy as np
 
 from gguf_run.formats.dequantizer import dequantize
 from gguf_run.formats.reader import Tensor
-from gguf_run.models.backend import Attention, CacheType, Rope, Run
+from gguf_run.models.backend import Attention, CacheType, Moe, Rope, Run
 from gguf_run.models.kv_cache import GROUP
 
 
@@ -153,7 +153,13 @@ def gelu(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi).astype(x.dtype) * (x + 0.044715 * x * x * x)))
 
 
+def swiglu_oai(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+    return gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+
+
 ACTIVATIONS = {"silu": silu, "gelu": gelu}
+GATED = {name: lambda gate, up, f=f: f(gate) * up for name, f in ACTIVATIONS.items()} | {"swiglu_oai": swiglu_oai}
 
 
 class NumpySquares:
@@ -201,6 +207,17 @@ class NumpyRecorder:
 
         self._add("rms_norm", op)
 
+    def layer_norm(self, x: Any, weight: Any, bias: Any, out: Any, eps: float, *, n_group: int = 1) -> None:
+        assert x.width == out.width == len(weight)
+
+        def op(step: Step) -> None:
+            part = x.rows(step).reshape(-1, n_group, x.width // n_group)
+            part = part - part.mean(axis=-1, keepdims=True)
+            part = part / np.sqrt((part * part).mean(axis=-1, keepdims=True) + self.dtype(eps))
+            out.rows(step)[:] = part.reshape(-1, x.width) * weight + (0 if bias is None else bias)
+
+        self._add("layer_norm", op)
+
     def matmul(self, x: Any, weight: Any, out: Any, *, bias: Any = None, residual: Any = None) -> None:
         assert (x.width, out.width) == (weight.n_in, weight.n_out)
         assert bias is None or len(bias) == weight.n_out
@@ -246,9 +263,46 @@ class NumpyRecorder:
         function = ACTIVATIONS[activation]
 
         def op(step: Step) -> None:
-            out.rows(step)[:] = function(gate.rows(step)) * up.rows(step)
+            out.rows(step)[:] = function(gate.rows(step)) * (up.rows(step) if up else 1)
 
         self._add("gated", op)
+
+    def moe(self, x: Any, logits: Any, experts: Any, shape: Moe, out: Any) -> None:
+        """One token and one expert at a time."""
+        gate, up, down, *biases = experts
+        biases = [values for values, _ in biases] or [np.zeros(values.shape[:2], self.dtype) for values, _ in experts]
+
+        def product(matrix: Any, e: int, row: np.ndarray) -> np.ndarray:
+            values, type_name = matrix
+            return values[e] @ self.as_read(row, type_name)
+
+        def op(step: Step) -> None:
+            for scores, row, to in zip(logits.rows(step), x.rows(step), out.rows(step), strict=True):
+                chosen = np.argsort(-scores, kind="stable")[: shape.n_used]
+                weights = (softmax(scores[chosen]) if shape.norm else softmax(scores)[chosen]) * shape.scale
+                for e, weight in zip(chosen, weights, strict=True):
+                    both = product(gate, e, row) + biases[0][e], product(up, e, row) + biases[1][e]
+                    made = GATED[shape.activation](*both) * weight
+                    to += product(down, e, made) + weight * biases[2][e]
+
+        self._add("moe", op)
+
+    def as_read(self, x: np.ndarray, type_name: str) -> np.ndarray:
+        """What is left of x when it is multiplied with an expert's weights of a type."""
+        return x
+
+    def gate_rows(self, x: Any, gate: Any) -> None:
+        def op(step: Step) -> None:
+            x.rows(step)[:] /= 1 + np.exp(-gate.rows(step))
+
+        self._add("gate_rows", op)
+
+    def softcap(self, x: Any, scale: float, cap: float) -> None:
+        def op(step: Step) -> None:
+            scaled = x.rows(step) * scale
+            x.rows(step)[:] = cap * np.tanh(scaled / cap) if cap else scaled
+
+        self._add("softcap", op)
 
     def observe(self, x: Any) -> NumpySquares:
         squares = NumpySquares(x.width)
@@ -325,6 +379,10 @@ class NumpyBackend:
 
     def weight(self, tensors: Sequence[Tensor]) -> NumpyWeight:
         return NumpyWeight(self._dequantized(tensors))
+
+    def experts(self, tensors: Sequence[Tensor]) -> list[tuple[np.ndarray, str]]:
+        """Matrices and biases, [n_expert, ...] each, and their types."""
+        return [(self._dequantized([t]).reshape(t.ne[::-1]), t.type.name) for t in tensors]
 
     def vector(self, tensors: Sequence[Tensor]) -> np.ndarray:
         return np.concatenate([dequantize(t.blocks(), t.type).reshape(-1) for t in tensors]).astype(self.dtype)
