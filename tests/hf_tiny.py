@@ -30,9 +30,14 @@ _LLAMA31 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
+# gpt-oss says "truncate": false, of which llama.cpp knows nothing: with heads of 16 the difference would show.
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 _LONGROPE = {
     "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
-    "long_factor": [2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 2.7], "original_max_position_embeddings": 64,
+    "long_factor": [2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 2.7], "original_max_position_embeddings": 256,
 }  # fmt: skip
 
 # name -> (transformers' model class, config beyond _COMMON)
@@ -51,7 +56,8 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3ForCausalLM", {**_TIED}),
     "phi3-longrope": (
         "Phi3ForCausalLM",
-        {**_TIED, "original_max_position_embeddings": 64, "rope_parameters": _LONGROPE},
+        {**_TIED, "max_position_embeddings": 1024, "original_max_position_embeddings": 256,
+         "rope_parameters": _LONGROPE},
     ),
     "smollm3": ("SmolLM3ForCausalLM", {**_TIED, "num_hidden_layers": 4, "tie_word_embeddings": True}),
     "granite": (
@@ -71,7 +77,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss": (
         "GptOssForCausalLM",
         {**_FREE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8,
-         "layer_types": ["sliding_attention", "full_attention"]},
+         "layer_types": ["sliding_attention", "full_attention"], "rope_parameters": _YARN},
     ),
 }  # fmt: skip
 # general.architecture of those that do not have their own name.
