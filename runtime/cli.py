@@ -41,6 +41,7 @@ MAX_PROMPT_BYTES = 64 << 20
 @click.option("--repeat-penalty", type=float, default=1.0, help="Make the last 64 tokens less likely; 1 is off.")
 @click.option("--seed", type=int, help="Repeat a draw.  [default: a new one each time]")
 @click.option("--device", default="auto", help="cpu, cuda, cuda:0, ... or auto.")
+@click.option("--quantize", metavar="TYPE", help="Put the weights into fewer bits while loading, such as Q4_K_M.")
 @click.option("--warm-up", is_flag=True, help="Compile what the model needs, so that the next start is quick.")
 @click.option("--verbose", is_flag=True, help="Say more on stderr.")
 @click.version_option(package_name="gguf-run", prog_name="gguf-run")
@@ -55,13 +56,15 @@ def main(
     ctx_size: int | None,
     threads: int | None,
     device: str,
+    quantize: str | None,
     warm_up: bool,
     verbose: bool,
     **options: Any,
 ) -> None:
     """Run a GGUF language model.
 
-    MODEL is a GGUF file or hf:owner/repo/file.gguf; without it a small model, SmolLM2-135M-Instruct, is fetched once.
+    MODEL is a GGUF file, the folder of a Hugging Face checkpoint, or hf:owner/repo/file.gguf, hf:owner/repo; without
+    it a small model, SmolLM2-135M-Instruct, is fetched once.
     """
     if raw and (chat or system is not None):
         raise click.UsageError("--raw works without a chat template: leave out --chat and --system.")
@@ -77,7 +80,7 @@ def main(
         from gguf_run.runtime.sampling import SamplingParams
 
         SamplingParams(**options)  # says what is wrong before a model is loaded
-        loading = _load(model, n_ctx=ctx_size, n_threads=threads, device=device, **cache)
+        loading = _load(model, n_ctx=ctx_size, n_threads=threads, device=device, quantize=quantize, **cache)
     with loading as loaded:
         options["max_tokens"] = max_tokens
         if verbose:

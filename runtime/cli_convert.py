@@ -10,7 +10,7 @@ from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.metadata import Typed
 from gguf_run.runtime.cli_common import Command, message, one_line
 from gguf_run.runtime.cli_quantize import byte_size, run_plan, show_types
-from gguf_run.runtime.fetch import find_checkpoint
+from gguf_run.runtime.fetch import find_model
 from gguf_run.runtime.quantize_rules import FILE_TYPES, file_type
 from gguf_run.runtime.threads import default_threads
 
@@ -56,7 +56,7 @@ def main(
 
     importance = Imatrix.open(imatrix) if imatrix else None
     keep = KEPT if chosen is None else {chosen.default}
-    with open_checkpoint(find_checkpoint(model), name=name, vocab_only=vocab_only, keep=keep) as file:
+    with open_checkpoint(find_model(model), name=name, vocab_only=vocab_only, keep=keep) as file:
         metadata: dict[str, Any] = {}
         if chosen is None:
             chosen, number = auto_type(file)

@@ -20,14 +20,22 @@ _CODE = "from gguf_run.runtime.compile_ahead import main; main()"
 
 
 @contextmanager
-def helper(path: Path, cache: Sequence[CacheType], n_threads: int) -> Iterator[None]:
+def helper(path: Path, quantize: str | None, cache: Sequence[CacheType], n_threads: int) -> Iterator[None]:
     """Have help from when the first kernel must be compiled, if there is a second CPU to do it."""
     helpers: list[Any] = []
 
     def start() -> None:
         import subprocess
 
-        command = [sys.executable, "-P", "-c", _CODE, os.fspath(path), json.dumps([*map(astuple, cache)])]
+        command = [
+            sys.executable,
+            "-P",
+            "-c",
+            _CODE,
+            os.fspath(path),
+            quantize or "",
+            json.dumps([*map(astuple, cache)]),
+        ]
         quiet = subprocess.DEVNULL
         helpers.append(subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet))
 
@@ -44,14 +52,14 @@ def helper(path: Path, cache: Sequence[CacheType], n_threads: int) -> Iterator[N
 
 
 def main() -> None:
-    """What the second process does; its arguments are the path and the types of each layer's KV cache."""
-    from gguf_run.formats.reader import GGUFFile
+    """What the second process does; its arguments are the path, the type to quantize to, and the types of each layer's KV cache."""
     from gguf_run.kernels_cpu.backend import CpuBackend
     from gguf_run.models.config import ModelConfig
     from gguf_run.models.decoder import Decoder
+    from gguf_run.runtime.open_model import open_model
 
-    path, cache = sys.argv[1], [CacheType(*fields) for fields in json.loads(sys.argv[2])]
-    with GGUFFile.open(path) as file:
+    path, quantize, cache = sys.argv[1], sys.argv[2], [CacheType(*fields) for fields in json.loads(sys.argv[3])]
+    with open_model(Path(path), quantize or None) as file:
         config = ModelConfig.from_metadata(file.metadata, file.tensors)
         backend = CpuBackend(1, dry=True)
         Decoder(config, file.tensors, [backend] * config.n_layer, n_ctx=1, cache_types=cache)

@@ -44,7 +44,8 @@ DEFAULT_MODEL = WheelModel(
 
 
 def find_model(name: str | None) -> Path:
-    """Return the path of a model: None is the default model, `hf:owner/repo/file.gguf` a file on the hub.
+    """Return the path of a model: None is the default model, `hf:owner/repo/file.gguf` a file on the hub,
+    `hf:owner/repo` the folder of a checkpoint.
 
     Downloads what is not cached yet, and says so on stderr. Errors: GgufRunError; a path that does not exist is
     returned as it is, opening it tells.
@@ -52,18 +53,9 @@ def find_model(name: str | None) -> Path:
     if name is None:
         return fetch_wheel_model(DEFAULT_MODEL)
     if name.startswith("hf:"):
-        from gguf_run.runtime.fetch_hub import fetch_hub
+        from gguf_run.runtime.fetch_hub import fetch_checkpoint, fetch_hub
 
-        return fetch_hub(name)
-    return Path(name)
-
-
-def find_checkpoint(name: str) -> Path:
-    """Return the folder of a checkpoint: the path itself, or of `hf:owner/repo` where its files were downloaded."""
-    if name.startswith("hf:"):
-        from gguf_run.runtime.fetch_hub import fetch_checkpoint
-
-        return fetch_checkpoint(name)
+        return fetch_hub(name) if name.endswith(".gguf") else fetch_checkpoint(name)
     return Path(name)
 
 

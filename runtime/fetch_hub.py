@@ -33,13 +33,13 @@ def fetch_hub(url: str) -> Path:
     match = _URL.fullmatch(url)
     if match is None or ".." in url.split("/"):
         raise GgufRunError(f"{url!r} is not a model on the hub: write hf:owner/repo/file.gguf (subfolders are fine)")
-    _quiet(url)
+    _check_package(url)
     names = _shards(match["file"])
     paths = [_fetch_file(match["repo"], name) for name in names]
     return paths[names.index(match["file"])]
 
 
-def _quiet(url: str) -> None:
+def _check_package(url: str) -> None:
     """GgufRunError without the package; no hints of its on logins and transports between our lines."""
     try:
         from huggingface_hub.utils import logging
@@ -55,25 +55,29 @@ def fetch_checkpoint(url: str) -> Path:
     """
     match = _REPO.fullmatch(url)
     if match is None or ".." in url:
-        raise GgufRunError(f"{url!r} is not a repository on the hub: write hf:owner/repo")
-    _quiet(url)
+        raise GgufRunError(f"{url!r} is not a repository on the hub: write hf:owner/repo, or hf:owner/repo/file.gguf")
+    folder = models_dir() / "hub" / match["repo"]
+    complete = folder / ".checkpoint"  # written last
+    if complete.is_file():
+        return folder
+    _check_package(url)
     from huggingface_hub import list_repo_files
 
     try:
         names = [name for name in list_repo_files(match["repo"]) if _CHECKPOINT.fullmatch(name)]
     except Exception as error:
         raise GgufRunError(f"cannot list {url}: {_reason(error)}") from error
+    if "config.json" not in names:
+        raise GgufRunError(f"{url} has no config.json: it is not a checkpoint; of GGUF files name one")
     if any(name.endswith(".safetensors") for name in names):
         names = [name for name in names if ".bin" not in name]
-    if "config.json" not in names:
-        raise GgufRunError(f"{url} has no config.json: it is not a checkpoint in the Hugging Face format")
-    folder = models_dir() / "hub" / match["repo"]
     for name in names:
         path = _fetch_file(match["repo"], name)
-        if path.parent != folder and not (folder / name).exists():  # another program's download
-            with cache_errors(models_dir()):
-                folder.mkdir(parents=True, exist_ok=True)
+        with cache_errors(models_dir()):
+            folder.mkdir(parents=True, exist_ok=True)
+            if path.parent != folder and not (folder / name).exists():  # another program's download
                 (folder / name).symlink_to(path.resolve())
+    complete.touch()
     return folder
 
 

@@ -97,13 +97,15 @@ class Model:
         cache_scales: str | os.PathLike[str] | None = None,
         progress: Callable[[int, int], None] | None = None,
         observe: bool = False,
+        quantize: str | None = None,
     ) -> "Model":
         """Load a model.
 
-        path: a GGUF file, `hf:owner/repo/file.gguf`, or None for the default model. n_ctx: positions of the KV cache
-        (the model's own, at most 4096, if None). n_threads: physical cores if None. device: "cpu", "cuda", "cuda:N",
-        "auto". n_batch: tokens of a prompt that run at once. progress: called with bytes loaded and bytes in
-        all. observe: see Decoder.
+        path: a GGUF file, the folder of a Hugging Face checkpoint, `hf:owner/repo/file.gguf`, `hf:owner/repo`, or None
+        for the default model. n_ctx: positions of the KV cache (the model's own, at most 4096, if None). n_threads:
+        physical cores if None. device: "cpu", "cuda", "cuda:N", "auto". n_batch: tokens of a prompt that run at once.
+        progress: called with bytes loaded and bytes in all. observe: see Decoder. quantize: a file type such as
+        "Q4_K_M", in which the weights are put while they are read.
 
         cache_type: of the KV cache's keys and values, such as "q8_0", or a pair of two, or a list of one CacheType
         for each layer; None: what cache_scales says, else "f16". cache_rotation: False stores types of 5 bits or less
@@ -117,6 +119,7 @@ class Model:
         _check_range("n_batch", n_batch, 1, MAX_N_CTX)
         from gguf_run.kernels_cpu.team import MAX_THREADS
         from gguf_run.runtime.fetch import find_model
+        from gguf_run.runtime.open_model import open_model
         from gguf_run.runtime.placement import parse_device
         from gguf_run.runtime.threads import default_threads
 
@@ -126,10 +129,10 @@ class Model:
         before = time.perf_counter()
         found = find_model(os.fspath(path) if path is not None else None)
         start += time.perf_counter() - before  # a download is not part of the load time
-        file = GGUFFile.open(found)
+        file = open_model(found, quantize)
         cache = {"cache_type": cache_type, "cache_rotation": cache_rotation, "cache_scales": cache_scales}
         try:
-            return _load(file, start, n_ctx, n_threads, device, n_batch, cache, progress, observe)
+            return _load(file, start, n_ctx, n_threads, device, n_batch, cache, progress, observe, quantize)
         except GgufRunError as error:
             file.close()
             # Below the runtime nobody knows the name of the file.
@@ -255,6 +258,7 @@ def _load(
     cache: Mapping[str, Any],
     progress: Callable[[int, int], None] | None,
     observe: bool,
+    quantize: str | None,
 ) -> Model:
     from gguf_run.models.config import ModelConfig
     from gguf_run.runtime import compile_ahead
@@ -276,7 +280,7 @@ def _load(
             stacklevel=3,
         )
     # What text needs is made beside the weights: they are repacked without the GIL.
-    with ThreadPoolExecutor(1) as pool, compile_ahead.helper(file.path, plan, n_threads):
+    with ThreadPoolExecutor(1) as pool, compile_ahead.helper(file.path, quantize, plan, n_threads):
         text = pool.submit(_load_text, file)
 
         from gguf_run.kernels_cpu.backend import CpuBackend

@@ -1,0 +1,22 @@
+"""A model as a GGUF file: a file, or a checkpoint that is converted while it is read, quantized if wanted."""
+
+from pathlib import Path
+
+from gguf_run.formats.reader import GGUFFile
+
+
+def open_model(path: Path, quantize: str | None = None) -> GGUFFile:
+    """Return the file, or the folder's checkpoint as one. quantize: a file type such as "Q4_K_M", in which the weights
+    are put when they are read; nothing is written. Errors as GGUFFile.open, open_checkpoint and gguf-quantize."""
+    if not path.is_dir() and quantize is None:
+        return GGUFFile.open(path)
+    from gguf_run.runtime.convert import in_memory, open_checkpoint
+    from gguf_run.runtime.quantize_plan import Options, check_plan, make_plan
+    from gguf_run.runtime.quantize_rules import file_type
+
+    file = open_checkpoint(path) if path.is_dir() else GGUFFile.open(path)
+    if quantize is None:
+        return file
+    plan = make_plan(file, Options(file_type(quantize)))
+    check_plan(plan, allow_requantize=path.is_dir())
+    return in_memory(file, plan)
