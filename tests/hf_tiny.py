@@ -225,3 +225,39 @@ def _to_deepseek(model: Any, directory: Path) -> None:
 
 
 _TO_OTHERS: dict[str, Callable[[Any, Path], None]] = {"internlm2": _to_internlm2, "deepseek": _to_deepseek}
+
+
+def plain_llama(directory: Path, dtype: str = "BF16", seed: int = 1, **config: Any) -> dict[str, tuple[str, Any]]:
+    """Write a llama checkpoint without torch, of rows that K-quants can hold; return its tensors as write_safetensors
+    takes them, for tests that change some and write them again. config: replaces values of config.json."""
+    from quantpack import write_safetensors
+
+    n_embd, n_ff, n_kv = 256, 512, 128
+    shapes = {"model.embed_tokens": (N_VOCAB, n_embd), "model.norm": (n_embd,)}
+    for il in range(2):
+        shapes |= {
+            f"model.layers.{il}.{name}": shape
+            for name, shape in {
+                "input_layernorm": (n_embd,), "post_attention_layernorm": (n_embd,), "self_attn.q_proj": (256, n_embd),
+                "self_attn.k_proj": (n_kv, n_embd), "self_attn.v_proj": (n_kv, n_embd),
+                "self_attn.o_proj": (n_embd, 256), "mlp.gate_proj": (n_ff, n_embd), "mlp.up_proj": (n_ff, n_embd),
+                "mlp.down_proj": (n_embd, n_ff),
+            }.items()
+        }  # fmt: skip
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, tuple[str, Any]] = {}
+    for name, shape in shapes.items():
+        x = rng.standard_normal(shape).astype(np.float32) * 0.1 + (len(shape) == 1)
+        bits = (x.view(np.uint32) + 0x8000 >> 16).astype(np.uint16)
+        tensors[f"{name}.weight"] = dtype, bits if dtype == "BF16" else x
+    values = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": N_VOCAB, "hidden_size": n_embd,
+        "intermediate_size": n_ff, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
+        "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(values | config))
+    write_tokenizer(directory)
+    write_safetensors(directory / "model.safetensors", tensors)
+    return tensors
