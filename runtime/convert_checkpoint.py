@@ -51,7 +51,7 @@ class Config:
     def wrong(self, keys: Sequence[str], allowed: str) -> FormatError:
         """Return (not raise) the error that the value of `keys` is not as it must be."""
         value = self.get(*keys)
-        shown = "is missing" if value is None else f"is {quoted(json.dumps(value))}"
+        shown = "is missing" if value is None else f"is {json.dumps(value)[:100]}"  # which escapes what is not ASCII
         return FormatError(f"{self.path}: {' or '.join(keys)} {shown}, must be {allowed}")
 
 

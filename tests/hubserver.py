@@ -1,10 +1,11 @@
 """A small HTTP server that speaks as much of the Hugging Face hub's protocol as a download of one file needs.
 
 HEAD or GET /owner/repo/resolve/main/file: status, ETag, size and commit; large files redirect to another host name.
-GET /storage/...: the bytes, from `Range` on, without any token. Where it is told to, it stops in the middle and waits.
+GET /api/models/owner/repo/tree/main: the files. GET /storage/...: the bytes, from `Range` on, without any token. Where it is told to, it stops in the middle and waits.
 """
 
 import hashlib
+import json
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -80,6 +81,14 @@ def _answer(hub: Hub, handler: BaseHTTPRequestHandler) -> None:
     if handler.path.startswith("/storage/"):
         _send_file(hub, handler, hub.files[handler.path.removeprefix("/storage/")])
         return
+    if handler.path.startswith("/api/models/"):
+        repo = handler.path.removeprefix("/api/models/").partition("/tree/main")[0] + "/"
+        names = [name.removeprefix(repo) for name in hub.files if name.startswith(repo)]
+        rows = [{"type": "file", "path": name, "size": len(hub.files[repo + name]), "oid": "0"} for name in names]
+        _send(
+            handler, 200 if rows else 404, {} if rows else {"X-Error-Code": "RepoNotFound"}, json.dumps(rows).encode()
+        )
+        return
     repo, _, file = handler.path.strip("/").partition("/resolve/main/")
     name = f"{repo}/{file}"
     if hub.token is not None and headers["Authorization"] != f"Bearer {hub.token}":
@@ -96,11 +105,12 @@ def _answer(hub: Hub, handler: BaseHTTPRequestHandler) -> None:
         _send(handler, 302, described | {"Location": f"http://localhost:{hub.port}/storage/{name}"})
 
 
-def _send(handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str]) -> None:
+def _send(handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str], body: bytes = b"") -> None:
     handler.send_response(status)
-    for name, value in (headers | {"Content-Length": "0"}).items():
+    for name, value in (headers | {"Content-Length": str(len(body))}).items():
         handler.send_header(name, value)
     handler.end_headers()
+    handler.wfile.write(body)
 
 
 def _send_file(hub: Hub, handler: BaseHTTPRequestHandler, data: bytes) -> None:

@@ -60,9 +60,10 @@ def test_no_value_is_lost_and_none_is_new(tiny: tuple[str, Path, Any]) -> None:
 
 def test_logits_are_those_of_transformers(tiny: tuple[str, Path, Any]) -> None:
     name, folder, model = tiny
-    arch = hf_tiny.GGUF_ARCH.get(name, name)
-    if arch not in ARCHITECTURES:
-        pytest.skip(f"the decoder does not know {arch} yet")
+    if hf_tiny.GGUF_ARCH.get(name, name) not in ARCHITECTURES or (
+        name == "mixtral" and "qwen3moe" not in ARCHITECTURES
+    ):
+        pytest.skip("the decoder does not have that yet")
     with open_checkpoint(folder) as file:
         config = ModelConfig.from_metadata(file.metadata, file.tensors)
         decoder = Decoder(config, file.tensors, [NumpyBackend(np.float64)] * config.n_layer, 32)
@@ -101,7 +102,8 @@ def test_experts_in_one_tensor_mean_the_same(tmp_path: Path) -> None:
         for il in range(2):
             experts = f"model.layers.{il}.mlp.experts"
             parts = {
-                kind: [tensors.pop(f"{experts}.{i}.{kind}_proj.weight") for i in range(4)] for kind in ("gate", "up", "down")
+                kind: [tensors.pop(f"{experts}.{i}.{kind}_proj.weight") for i in range(4)]
+                for kind in ("gate", "up", "down")
             }
             both = [torch.cat(pair) for pair in zip(parts["gate"], parts["up"], strict=True)]
             tensors[f"{experts}.gate_up_proj"] = torch.stack(both)

@@ -314,3 +314,29 @@ def test_hub_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(GgufRunError, match=r'pip install "gguf-run\[hub\]"'):
         find_model("hf:owner/repo/model.gguf")
+
+
+def test_hub_checkpoint(hub_environment: dict[str, str]) -> None:
+    """What a checkpoint is made of, from the repository's first folder; then used without asking again."""
+    wanted = ["config.json", "tokenizer.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    others = ["pytorch_model.bin", "original/consolidated.00.pth", "onnx/model.onnx", "train.py", ".gitattributes"]
+    files = {f"owner/repo/{name}": name.encode() for name in [*wanted, "README.md", *others]}
+    with Hub({**files, "owner/empty/README.md": b"x"}) as hub:
+        code, out, err = fetched("hf:owner/repo", hub, hub_environment)
+        assert code == 0, err
+        folder = Path(out.strip())
+        found = {
+            path.name: path.read_text() for path in folder.iterdir() if not path.name.endswith((".lock", ".checkpoint"))
+        }
+        assert found == {name: name for name in [*wanted, "README.md"]}
+        hub.requests.clear()
+        assert fetched("hf:owner/repo", hub, hub_environment) == (0, out, "")
+        assert hub.requests == []
+        for url, expected in (
+            ("hf:owner/empty", "has no config.json"),
+            ("hf:owner/none", "no such repository, or it is private"),
+            ("hf:owner", "write hf:owner/repo"),
+        ):
+            code, out, err = fetched(url, hub, hub_environment)
+            assert (code, out) == (1, "")
+            assert expected in err.splitlines()[-1]
