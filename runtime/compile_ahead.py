@@ -52,7 +52,7 @@ def helper(path: Path, quantize: str | None, cache: Sequence[CacheType], n_threa
 
 
 def main() -> None:
-    """What the second process does. Arguments: the path, the type to quantize to, the types of each layer's KV cache."""
+    """What the second process does. Arguments: path, type to quantize to, types of each layer's KV cache."""
     from gguf_run.kernels_cpu.backend import CpuBackend
     from gguf_run.models.config import ModelConfig
     from gguf_run.models.decoder import Decoder

@@ -11,12 +11,15 @@ def open_model(path: Path, quantize: str | None = None) -> GGUFFile:
     if not path.is_dir() and quantize is None:
         return GGUFFile.open(path)
     from gguf_run.runtime.convert import in_memory, open_checkpoint
+    from gguf_run.runtime.convert_quantized import KEPT
     from gguf_run.runtime.quantize_plan import Options, check_plan, make_plan
     from gguf_run.runtime.quantize_rules import file_type
 
-    file = open_checkpoint(path) if path.is_dir() else GGUFFile.open(path)
-    if quantize is None:
+    kind = file_type(quantize) if quantize else None
+    keep = {kind.default} if kind else KEPT
+    file = open_checkpoint(path, keep=keep) if path.is_dir() else GGUFFile.open(path)
+    if kind is None:
         return file
-    plan = make_plan(file, Options(file_type(quantize)))
+    plan = make_plan(file, Options(kind))
     check_plan(plan, allow_requantize=path.is_dir())
     return in_memory(file, plan)

@@ -1,7 +1,8 @@
 """A small HTTP server that speaks as much of the Hugging Face hub's protocol as a download of one file needs.
 
 HEAD or GET /owner/repo/resolve/main/file: status, ETag, size and commit; large files redirect to another host name.
-GET /api/models/owner/repo/tree/main: the files. GET /storage/...: the bytes, from `Range` on, without any token. Where it is told to, it stops in the middle and waits.
+GET /api/models/owner/repo/tree/main: the files. GET /storage/...: the bytes, from `Range` on, without any token.
+Where it is told to, it stops in the middle and waits.
 """
 
 import hashlib
@@ -85,9 +86,8 @@ def _answer(hub: Hub, handler: BaseHTTPRequestHandler) -> None:
         repo = handler.path.removeprefix("/api/models/").partition("/tree/main")[0] + "/"
         names = [name.removeprefix(repo) for name in hub.files if name.startswith(repo)]
         rows = [{"type": "file", "path": name, "size": len(hub.files[repo + name]), "oid": "0"} for name in names]
-        _send(
-            handler, 200 if rows else 404, {} if rows else {"X-Error-Code": "RepoNotFound"}, json.dumps(rows).encode()
-        )
+        error = {} if rows else {"X-Error-Code": "RepoNotFound"}
+        _send(handler, 404 if error else 200, error, b"" if error else json.dumps(rows).encode())
         return
     repo, _, file = handler.path.strip("/").partition("/resolve/main/")
     name = f"{repo}/{file}"

@@ -67,7 +67,8 @@ def test_auto_keeps_the_weights(folder: Path, tmp_path: Path) -> None:
     assert {type for name, type in types.items() if "norm" not in name} == {"BF16"}
     assert {type for name, type in types.items() if "norm" in name} == {"F32"}
     expected = {
-        "general.architecture": "llama", "general.type": "model", "general.file_type": 32, "general.name": "The Tiny One",
+        "general.architecture": "llama", "general.type": "model", "general.file_type": 32,
+        "general.name": "The Tiny One",
         "general.finetune": "Instruct", "general.basename": "Tiny", "general.size_label": "0.9M",
         "general.license": "apache-2.0", "general.base_model.count": 2, "general.base_model.0.name": "Base 7B v2",
         "general.base_model.0.version": "v2", "general.base_model.0.organization": "Owner",
