@@ -42,6 +42,10 @@ class Row:
     kl: list[NDArray[np.float64]] = field(default_factory=list)
     same_top: list[NDArray[np.bool_]] = field(default_factory=list)
 
+    @property
+    def mean(self) -> float:
+        return float(np.concatenate(self.kl).mean())
+
     def line(self) -> str:
         kl, same = np.concatenate(self.kl), np.concatenate(self.same_top)
         error = kl.std() / len(kl) ** 0.5
@@ -107,7 +111,8 @@ def main(
         rows = [Row(name, load(*parse(name))) for name in names]
         for i, chunk in enumerate(cut):
             compare(base, rows, chunk, reduce)
-            click.echo(f"{i + 1}/{len(cut)} {rows[0].line()}", err=True)
+            so_far = ", ".join(f"{row.name} {row.mean:.3g}" for row in rows)
+            click.echo(f"{i + 1}/{len(cut)}: {so_far}", err=True)
         reduce.close()
         what = "llama.cpp" if peer else "gguf-run"
         click.echo(f"{model.name}, {text.name}, {len(cut)} chunks of {n_ctx}, {what}\n")

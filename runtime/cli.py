@@ -7,6 +7,7 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,8 +15,9 @@ import click
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.cli_cache import NAMES, cache_options, load_options
 from gguf_run.runtime.cli_chat import chat as chat_with
-from gguf_run.runtime.cli_chat import show, system_message
+from gguf_run.runtime.cli_chat import show
 from gguf_run.runtime.cli_common import Command, decode_text, message
+from gguf_run.runtime.cli_session import Conversation, check_place, conversation
 
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model
@@ -34,6 +36,9 @@ MAX_PROMPT_BYTES = 64 << 20
 @click.option("--ctx-size", "-c", type=int, help="Positions of the context.  [default: the model's, at most 4096]")
 @click.option("--threads", "-t", type=int, help="Threads that compute.  [default: physical cores]")
 @cache_options
+@click.option(
+    "--session", type=click.Path(path_type=Path), help="Go on from this file if it is there, save to it at the end."
+)
 @click.option("--temperature", type=float, default=0.8, help="0 always takes the most likely token.")
 @click.option("--top-k", type=int, default=40, help="Choose among the k most likely tokens; 0 is off.")
 @click.option("--top-p", type=float, default=0.95, help="Choose among the tokens that make up this probability.")
@@ -57,6 +62,7 @@ def main(
     threads: int | None,
     device: str,
     quantize: str | None,
+    session: Path | None,
     warm_up: bool,
     verbose: bool,
     **options: Any,
@@ -71,6 +77,8 @@ def main(
     if sys.stdout is None:
         raise GgufRunError("stdout is closed: there is nowhere to write the answer")
     text = "Hello" if warm_up else _prompt(prompt, file, chat)
+    if session is not None:
+        check_place(session)
     if system is not None:
         system = _argument(system, "--system")
     cache = load_options(options)
@@ -88,10 +96,12 @@ def main(
         if warm_up:
             for _ in loaded.generate(text or "", max_tokens=1):
                 pass
-        elif chat:
-            chat_with(loaded, system, text, options)
         else:
-            _answer(loaded, system, text or "", raw, options)
+            with conversation(loaded, session, system) as messages:
+                if chat:
+                    chat_with(loaded, messages, text, options)
+                else:
+                    _answer(loaded, messages, text or "", raw, options)
         _report(loaded, verbose)
 
 
@@ -153,11 +163,12 @@ def _load(path: str | None, **options: Any) -> "Model":
             return Model.load(path, progress=progress.set, **options)
 
 
-def _answer(model: "Model", system: str | None, text: str, raw: bool, options: dict[str, Any]) -> None:
-    if raw or (model.chat_template is None and system is None):
+def _answer(model: "Model", messages: Conversation, text: str, raw: bool, options: dict[str, Any]) -> None:
+    if raw or (model.chat_template is None and not messages):
         show(model, model.generate(text, **options))
     else:
-        show(model, model.chat([*system_message(system), {"role": "user", "content": text}], **options))
+        messages.append({"role": "user", "content": text})
+        messages.append({"role": "assistant", "content": show(model, model.chat(messages, **options))})
 
 
 def _describe(model: "Model") -> None:

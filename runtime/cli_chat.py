@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gguf_run.runtime.cli_common import decode_text, message
+from gguf_run.runtime.cli_session import Conversation
 
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model
@@ -66,37 +67,32 @@ def show(model: "Model", pieces: Iterable[str], interrupts: Interrupts | None = 
     return answer
 
 
-def system_message(system: str | None) -> list[dict[str, str]]:
-    """The beginning of a conversation."""
-    return [] if system is None else [{"role": "system", "content": system}]
-
-
-def chat(model: "Model", system: str | None, first: str | None, options: dict[str, Any]) -> None:
-    """Read a line, answer it, remember both, until stdin ends."""
+def chat(model: "Model", messages: Conversation, first: str | None, options: dict[str, Any]) -> None:
+    """Read a line, answer it, add both to messages, until stdin ends."""
     model.tokenize_chat([{"role": "user", "content": "?"}])  # a model without a chat template says so now
-    messages: list[dict[str, str]] = []
     interrupts = Interrupts()
     with interrupts.caught():
         for text in _lines(first, interrupts):
             interrupts.wanted = False
             messages.append({"role": "user", "content": text})
-            answer = show(model, _turn(model, system, messages, options), interrupts)
+            answer = show(model, _turn(model, messages, options), interrupts)
             messages.append({"role": "assistant", "content": answer})
 
 
-def _turn(model: "Model", system: str | None, messages: list[dict[str, str]], options: dict[str, Any]) -> Iterator[str]:
+def _turn(model: "Model", messages: Conversation, options: dict[str, Any]) -> Iterator[str]:
     """Answer the last message; forget the oldest ones where the context is too small for all."""
     from gguf_run.runtime.generate import ContextError
 
+    oldest = int(messages[0]["role"] == "system")
     while True:
         try:
-            yield from model.chat([*system_message(system), *messages], **options)
+            yield from model.chat(messages, **options)
             return
         except ContextError:
-            if len(messages) == 1:
+            if len(messages) == oldest + 1:
                 raise
             message(f"the conversation is longer than the context ({model.n_ctx} tokens): its oldest turn is left out")
-            del messages[:2]
+            del messages[oldest : oldest + 2]
 
 
 def _lines(first: str | None, interrupts: Interrupts) -> Iterator[str]:

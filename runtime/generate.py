@@ -6,7 +6,7 @@ text_pieces  text: no half characters, nothing of a stop string
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,7 @@ from gguf_run.runtime.sampling import Sampler
 
 if TYPE_CHECKING:
     from gguf_run.models.decoder import Decoder
+    from gguf_run.runtime.session_file import Part
     from gguf_run.runtime.tokenizer import TokenStream
 
 
@@ -53,6 +54,17 @@ class Session:
         """Run ids from an empty context and yield all their logits in blocks, see Decoder.forward."""
         self._rewind(0)
         yield from self.decoder.forward(ids, len(ids))
+        self._ids = list(ids)
+
+    def save(self, write: "Callable[[list[int], Iterator[Part]], None]") -> None:
+        """Give `write` the ids and the parts of their cache."""
+        self._rewind(len(self._ids))
+        write(self._ids, self.decoder.cache.export())
+
+    def restore(self, ids: Sequence[int], parts: "Iterable[Part]") -> None:
+        """Make ids the context, with the cache that `save` gave. GgufRunError if it does not fit: nothing is left."""
+        self._rewind(0)
+        self.decoder.cache.load(len(ids), parts)
         self._ids = list(ids)
 
     def _rewind(self, n_past: int) -> int:

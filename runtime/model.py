@@ -5,7 +5,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from gguf_run.runtime.sampling import Sampler, SamplingParams
 
 if TYPE_CHECKING:
     from gguf_run.models.decoder import Decoder
+    from gguf_run.runtime.session_file import SessionHeader
     from gguf_run.runtime.tokenizer import Tokenizer
 
 DEFAULT_N_CTX = 4096
@@ -70,15 +73,18 @@ class Model:
         chat_template: str | None = None,
         where: str = "",
         load_s: float = 0.0,
+        identity: "Callable[[], SessionHeader] | None" = None,
         close: Sequence[Callable[[], None]] = (),
     ) -> None:
         """Put a model together from its parts; Model.load does this for a file. where: what runs on which device.
-        close: called at the end, to free what the decoder does not own."""
+        identity: tells what sessions are of; None: they cannot be saved. close: called at the end, to free what the
+        decoder does not own."""
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.where = where
         self.load_s = load_s
+        self._identity = identity
         self._close = close
         self._session = Session(decoder)
         self._generation: Generation | None = None
@@ -217,6 +223,37 @@ class Model:
             n_done += len(block)
         return out
 
+    def save_session(self, path: str | os.PathLike[str], messages: Sequence[Message] = ()) -> None:
+        """Save the context with its KV cache, and the conversation that it is of, to a file, whole or not at all."""
+        from gguf_run.runtime.session_file import save
+
+        header = self._session_header()
+        conversation = [dict(message) for message in messages]
+        self._session.save(lambda ids, parts: save(Path(path), replace(header, ids=ids, messages=conversation), parts))
+
+    def load_session(self, path: str | os.PathLike[str]) -> list[dict[str, str]]:
+        """Go on from a file: make its tokens the context, without computing them; return the conversation.
+
+        What generate or chat are asked next reuses the tokens that it shares with them. GgufRunError if the session is
+        of another model or type of cache or longer than the context, FormatError if the file is damaged; the context
+        is then empty, or as it was.
+        """
+        from gguf_run.runtime.session_file import check_session, open_session
+
+        header = self._session_header()
+        with open_session(Path(path)) as (found, parts):
+            check_session(Path(path), found, header, self.n_ctx, self.decoder.config.n_vocab)
+            try:
+                self._session.restore(found.ids, parts)
+            except GgufRunError as error:
+                raise error if str(path) in str(error) else FormatError(f"{path}: {error}") from None
+        return list(found.messages)
+
+    def _session_header(self) -> "SessionHeader":
+        if self._identity is None:
+            raise GgufRunError("this model was not loaded from a file: its sessions cannot be saved")
+        return self._identity()
+
     def close(self) -> None:
         """Free the weights and the KV cache, stop the threads, close the file."""
         self.decoder.close()
@@ -300,6 +337,7 @@ def _load(
                 chat_template=template,
                 where=f"{config.n_layer} layers on {backend.name}",
                 load_s=time.perf_counter() - start,
+                identity=partial(_identity, file, plan),
                 close=[backend.close, file.close],
             )
         except BaseException:
@@ -313,6 +351,13 @@ def chat_template(metadata: Mapping[str, Any]) -> str | None:
     if template is not None and not isinstance(template, str):
         raise FormatError(f"tokenizer.chat_template must be a string, but is {type(template).__name__}")
     return template or None
+
+
+def _identity(file: GGUFFile, plan: Sequence[CacheType]) -> "SessionHeader":
+    from gguf_run.runtime.cache_plan import describe_plan
+    from gguf_run.runtime.session_file import SessionHeader, hash_model
+
+    return SessionHeader(hash_model(file), file.path.name, describe_plan(plan), ids=())
 
 
 def _load_text(file: GGUFFile) -> "tuple[Tokenizer, str | None]":

@@ -194,7 +194,10 @@ def test_prompt_longer_than_context(path: Path) -> None:
 
 def test_context_that_does_not_fit_into_memory(path: Path) -> None:
     line = error_line(invoke(path, "-p", "x", "-c", 2_000_000_000), 1)
-    assert re.search(r"out of memory: [\d.]+ GB needed .* KV cache 1024\.00 GB.* [\d.]+ GB available", line)
+    assert re.search(
+        r"out of memory: [\d.]+ GB needed .* KV cache of 2000000000 tokens as f16 1024\.00 GB\), [\d.]+ GB available: --ctx-size \d+ would fit",
+        line,
+    )
 
 
 @pytest.mark.parametrize(
