@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import struct
 import zlib
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from tinymodel import Tiny, write_tiny
 
 from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.formats.reader import GGUFFile
+from gguf_run.runtime.open_model import open_model
 from gguf_run.runtime.session_file import Part, SessionHeader, check_session, hash_model, open_session, save
 
 HEADER = SessionHeader(
@@ -156,9 +158,19 @@ def test_the_hash_tells_models_apart(tmp_path: Path) -> None:
             return hash_model(file)
 
     write_tiny(tmp_path / "a")
-    write_tiny(tmp_path / "other weights", Tiny(seed=1))
-    data = (tmp_path / "a").read_bytes()
-    (tmp_path / "copy").write_bytes(data)
-    (tmp_path / "other key").write_bytes(data.replace(b"<unused0>", b"<unusedX>"))
+    write_tiny(tmp_path / "weights", Tiny(seed=1))
+    write_tiny(tmp_path / "type", Tiny(types={"ffn_down": "Q8_0"}))
+    write_tiny(tmp_path / "key", Tiny(rope_freq_base=1e5))
+    shutil.copy(tmp_path / "a", tmp_path / "copy")
     assert hashed("a") == hashed("copy")
-    assert len({hashed(name) for name in ("a", "other weights", "other key")}) == 3
+    assert len({hashed(name) for name in ("a", "weights", "type", "key")}) == 4
+
+
+def test_the_hash_of_weights_that_are_quantized_while_they_load(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "a")
+    hashes = []
+    for kind in (None, "Q8_0", "Q4_0", "Q8_0"):
+        with open_model(tmp_path / "a", kind) as file:
+            hashes.append(hash_model(file))
+    assert hashes[1] == hashes[3]
+    assert len(set(hashes)) == 3
