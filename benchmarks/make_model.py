@@ -1,4 +1,4 @@
-"""Writes a llama model with random weights, for measuring speed: any tensor type or mix, as fast as the disk takes it.
+"""Writes a model with random weights, for measuring speed: any tensor type or mix, as fast as the disk takes it.
 
     python benchmarks/make_model.py llama-1b Q4_K_M [-o FILE] [--vocab MODEL.gguf] [--seed 0]
 
@@ -30,7 +30,8 @@ _NORMAL, _UNUSED = 1, 5  # token types
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a llama, in ggml's names. tied: the embeddings make the logits too."""
+    """Sizes of a model, in ggml's names. tied: the embeddings make the logits too. n_expert: 0, or experts of width
+    n_ff take the place of the ffn; a token goes to n_expert_used of them."""
 
     size_label: str
     n_layer: int
@@ -43,6 +44,9 @@ class Shape:
     n_ctx: int
     rope_freq_base: float
     tied: bool
+    arch: str = "llama"
+    n_expert: int = 0
+    n_expert_used: int = 0
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield name and ne (row length first) of every tensor."""
@@ -52,6 +56,11 @@ class Shape:
             "attn_output": (n_q, n_embd), "ffn_norm": (n_embd,), "ffn_gate": (n_embd, n_ff), "ffn_up": (n_embd, n_ff),
             "ffn_down": (n_ff, n_embd),
         }  # fmt: skip
+        if self.n_expert:
+            layer |= {"ffn_gate_inp": (n_embd, self.n_expert)}
+            layer |= {f"{name}_exps": (*layer.pop(name), self.n_expert) for name in ("ffn_gate", "ffn_up", "ffn_down")}
+        if self.arch.startswith("qwen3"):
+            layer |= {"attn_q_norm": (self.head_dim,), "attn_k_norm": (self.head_dim,)}
         yield "token_embd.weight", (n_embd, self.n_vocab)
         for il in range(self.n_layer):
             yield from ((f"blk.{il}.{name}.weight", ne) for name, ne in layer.items())
@@ -64,6 +73,9 @@ SHAPES: Mapping[str, Shape] = {
     "llama-135m": Shape("135M", 30, 576, 9, 3, 64, 1536, 49152, 8192, 1e5, True),  # SmolLM2-135M
     "llama-1b": Shape("1B", 16, 2048, 32, 8, 64, 8192, 128256, 131072, 5e5, True),  # Llama-3.2-1B
     "llama-8b": Shape("8B", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 5e5, False),  # Llama-3.1-8B
+    # Layers of Qwen3-30B-A3B and Mixtral 8x7B, fewer of them, with fewer or smaller experts.
+    "qwen3moe-2b": Shape("2B", 12, 2048, 32, 4, 128, 768, 49152, 40960, 1e6, True, "qwen3moe", 32, 8),
+    "mixtral-2b": Shape("2B", 8, 2048, 32, 8, 64, 4096, 49152, 32768, 1e6, True, "llama", 8, 2),
 }
 
 
@@ -93,9 +105,14 @@ def tensors_of(shape: Shape, mix: Mix) -> list[TensorInfo]:
     tensors = [TensorInfo(name, ne, type_by_name("F32")) for name, ne in shape.tensors()]
     if mix.name in PURE:
         wanted = type_by_name(mix.name)
-        types = [quantize_rules.fallback(wanted, t.ne[0]) if len(t.ne) > 1 else t.type for t in tensors]
+        is_f32 = [len(t.ne) == 1 or "ffn_gate_inp" in t.name for t in tensors]
+        types = [
+            t.type if f32 else quantize_rules.fallback(wanted, t.ne[0]) for t, f32 in zip(tensors, is_f32, strict=True)
+        ]
     else:
-        facts = quantize_rules.ModelFacts("llama", shape.n_layer, shape.n_head // shape.n_head_kv)
+        facts = quantize_rules.ModelFacts(
+            shape.arch, shape.n_layer, shape.n_head // shape.n_head_kv, n_expert=shape.n_expert
+        )
         kind = quantize_rules.FILE_TYPES[mix.name]
         types = [choice.type for choice in quantize_rules.choose_types(tensors, facts, kind)]
     return [TensorInfo(t.name, t.ne, type) for t, type in zip(tensors, types, strict=True)]
@@ -141,24 +158,23 @@ def vocabulary(file: GGUFFile, n_vocab: int) -> dict[str, tuple[str, Any]]:
 
 def write_model(path: Path, shape: Shape, mix: Mix, vocab: GGUFFile, seed: int = 0) -> None:
     """Write the model."""
+    sizes: dict[str, int | float] = {
+        "block_count": shape.n_layer, "context_length": shape.n_ctx, "embedding_length": shape.n_embd,
+        "feed_forward_length": shape.n_ff, "vocab_size": shape.n_vocab, "attention.head_count": shape.n_head,
+        "attention.head_count_kv": shape.n_head_kv, "attention.key_length": shape.head_dim,
+        "attention.value_length": shape.head_dim, "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.dimension_count": shape.head_dim, "rope.freq_base": shape.rope_freq_base,
+    }  # fmt: skip
+    if shape.n_expert:
+        sizes |= {"expert_count": shape.n_expert, "expert_used_count": shape.n_expert_used}
+        sizes |= {"expert_feed_forward_length": shape.n_ff}
     keys = [
-        ("general.architecture", "string", "llama"),
-        ("general.name", "string", f"random llama {shape.size_label}"),
+        ("general.architecture", "string", shape.arch),
+        ("general.name", "string", f"random {shape.arch} {shape.size_label}"),
         ("general.size_label", "string", shape.size_label),
         ("general.file_type", "u32", mix.file_type),
         ("general.quantization_version", "u32", 2),
-        ("llama.block_count", "u32", shape.n_layer),
-        ("llama.context_length", "u32", shape.n_ctx),
-        ("llama.embedding_length", "u32", shape.n_embd),
-        ("llama.feed_forward_length", "u32", shape.n_ff),
-        ("llama.vocab_size", "u32", shape.n_vocab),
-        ("llama.attention.head_count", "u32", shape.n_head),
-        ("llama.attention.head_count_kv", "u32", shape.n_head_kv),
-        ("llama.attention.key_length", "u32", shape.head_dim),
-        ("llama.attention.value_length", "u32", shape.head_dim),
-        ("llama.attention.layer_norm_rms_epsilon", "f32", 1e-5),
-        ("llama.rope.dimension_count", "u32", shape.head_dim),
-        ("llama.rope.freq_base", "f32", shape.rope_freq_base),
+        *((f"{shape.arch}.{key}", "f32" if isinstance(value, float) else "u32", value) for key, value in sizes.items()),
         *((key, type, value) for key, (type, value) in vocabulary(vocab, shape.n_vocab).items()),
     ]
     tensors = tensors_of(shape, mix)
@@ -186,7 +202,7 @@ def _write_tensor(writer: GGUFWriter, tensor: TensorInfo, source: RandomBlocks) 
 @click.option("--vocab", help="GGUF file whose vocabulary to take.  [default: SmolLM2's, fetched once]")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 def main(shape: str, type: str, output: Path | None, vocab: str | None, seed: int) -> None:
-    """Write a llama of SHAPE with random weights of TYPE: a tensor type, or a mix such as Q4_K_M."""
+    """Write a model of SHAPE with random weights of TYPE: a tensor type, or a mix such as Q4_K_M."""
     mix = mix_of(type)
     path = output or Path(f"{shape}-{type.upper()}.gguf")
     with GGUFFile.open(find_model(vocab)) as file:

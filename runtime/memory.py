@@ -47,6 +47,7 @@ class MemoryPlan:
         """What it takes, in bytes: the weights and the cache exactly, the rest about."""
         config, n_outputs = self.config, 64
         widths = 3 * config.n_embd + 2 * config.n_embd_q + 2 * config.n_embd_kv + 2 * config.n_ff
+        widths += config.moe.n_used * config.n_ff_exp
         return MemoryNeed(
             weights=sum(
                 matrix_bytes(tensor.type.name, tensor.ne[0], tensor.n_rows) if len(tensor.ne) > 1 else tensor.nbytes

@@ -49,6 +49,17 @@ def test_shapes_have_the_real_models_parameters(name: str, n_params: int) -> Non
     assert sum(math.prod(ne) for _, ne in SHAPES[name].tensors()) == n_params
 
 
+def test_experts_take_the_place_of_the_ffn() -> None:
+    tensors = dict(SHAPES["qwen3moe-2b"].tensors())
+    assert tensors["blk.11.ffn_down_exps.weight"] == (768, 2048, 32)
+    assert tensors["blk.0.ffn_gate_inp.weight"] == (2048, 32)
+    assert not {"blk.0.ffn_gate.weight", "blk.0.ffn_gate_exps.bias"} & tensors.keys()
+    for type in ("Q4_K_M", "Q8_0"):
+        types = {tensor.name: tensor.type.name for tensor in tensors_of(SHAPES["qwen3moe-2b"], mix_of(type))}
+        assert types["blk.0.ffn_gate_inp.weight"] == "F32"
+        assert types["blk.0.ffn_gate_exps.weight"] == type.removesuffix("_M")
+
+
 @pytest.mark.parametrize(("type", "bits"), [("Q4_K_M", 4.894), ("Q5_K_M", 5.704), ("Q6_K", 6.563), ("Q8_0", 8.501)])
 def test_mixes_have_the_size_of_llama_quantizes(type: str, bits: float) -> None:
     """Bits per weight that llama.cpp publishes for Llama-3.1-8B."""
