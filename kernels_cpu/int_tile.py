@@ -11,6 +11,7 @@ Activations stand in blocks of 32 columns (made by quantize.py), one cache line 
 
 import functools
 import operator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from gguf_run.kernels_cpu.panels import BLOCK, PARTS, ROWS, IntPanel
@@ -24,7 +25,7 @@ AHEAD = 6144
 
 
 def int_tile(
-    s: Simd, panel: IntPanel, ws: list[Val], n_steps: Val, xs: list[Val], places: list[tuple[Val, Val]]
+    s: Simd, panel: IntPanel, ws: list[Val], n_steps: Val, xs: list[Val], places: list[tuple[Val, Val]], ahead: Val
 ) -> None:
     """out[t, p, r] = init[t, p, r] + sum of w[p, r] * x[t].
 
@@ -37,7 +38,7 @@ def int_tile(
         first = i * lanes
         acc = [s.load(init + first * 4, F32, lanes) for init, _ in places]
         panels = [_Panel(s, panel, w, first, lanes) for w in ws]
-        for value, (_, out) in zip(_run(s, panels, n_steps, xs, acc), places, strict=True):
+        for value, (_, out) in zip(_run(s, panels, n_steps, xs, acc, ahead), places, strict=True):
             s.store(value, out + first * 4)
         return none
 
@@ -47,14 +48,14 @@ def int_tile(
         s.loop(s.const(I64, ROWS // lanes), [], some_rows)
 
 
-def _run(s: Simd, panels: "list[_Panel]", n_steps: Val, xs: list[Val], acc: list[Val]) -> list[Val]:
+def _run(s: Simd, panels: "list[_Panel]", n_steps: Val, xs: list[Val], acc: list[Val], ahead: Val) -> list[Val]:
     shape = panels[0].shape
     n_blocks = shape.columns // BLOCK
 
     def step(k: Val, acc: list[Val]) -> list[Val]:
-        if len(xs) == 1:
+        with s.b.if_then(ahead.compare("!=", 0).ir) if len(xs) > 1 else nullcontext():
             for panel in panels:
-                panel.prefetch(k)
+                panel.prefetch(k, ahead)
         stepped = [panel.blocks(k) for panel in panels]
         for n in range(n_blocks):
             at = (k * n_blocks + n) * X_BLOCK_BYTES
@@ -130,11 +131,11 @@ class _Panel:
     first: Val
     lanes: int
 
-    def prefetch(self, k: Val) -> None:
-        """Ask for what comes AHEAD bytes after step k."""
+    def prefetch(self, k: Val, ahead: Val) -> None:
+        """Ask for what comes `ahead` bytes after step k."""
         per_step = self.shape.span_bytes // self.shape.n_steps
         for line in range(0, per_step, 64):
-            self.s.prefetch(self.w + k * per_step + (AHEAD + line))
+            self.s.prefetch(self.w + k * per_step + ahead + line)
 
     def blocks(self, k: Val) -> list[_Block]:
         """Step k: its scales decoded, its planes loaded."""

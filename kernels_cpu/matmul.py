@@ -4,6 +4,7 @@ import functools
 
 from gguf_run.formats.jit import carray, njit
 from gguf_run.kernels_cpu import isa
+from gguf_run.kernels_cpu.int_tile import AHEAD
 from gguf_run.kernels_cpu.native import f32_at, i64_at
 from gguf_run.kernels_cpu.op import Op, n_shrinking, op, shrinking
 from gguf_run.kernels_cpu.panels import PANELS, ROWS, IntPanel
@@ -95,12 +96,16 @@ def matmul(panel: int) -> Op:
                 elif n_tokens > 1 and g + panels <= g1 - (tail > 0 and g1 == n_group):
                     n_here = panels
                 if n_tokens == 1:
-                    tile(panel, 1, 1, w, 0, a.step_bytes, a.n_steps, x, a.x_stride, to, to_stride, init, init_stride)
+                    tile(
+                        panel, 1, 1, w, 0, a.step_bytes, a.n_steps,
+                        x, a.x_stride, to, to_stride, init, init_stride, AHEAD,
+                    )  # fmt: skip
                 else:
                     next_w = a.group_bytes if n_here > 1 else 0
+                    ahead = n_here * a.group_bytes if t == t0 else 0  # the other tiles find the panels in the cache
                     tile(
                         panel, panels, tokens, w, next_w, a.step_bytes, a.n_steps,
-                        x, a.x_stride, to, to_stride, init, init_stride,
+                        x, a.x_stride, to, to_stride, init, init_stride, ahead,
                     )  # fmt: skip
                 if lanes != ROWS:
                     for i in range(count):

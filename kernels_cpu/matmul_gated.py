@@ -4,6 +4,7 @@ import functools
 
 from gguf_run.formats.jit import carray
 from gguf_run.kernels_cpu.gated import ACTIVATIONS, gated_row
+from gguf_run.kernels_cpu.int_tile import AHEAD
 from gguf_run.kernels_cpu.matmul import TOKENS, cut, tile_panels
 from gguf_run.kernels_cpu.native import i64_at
 from gguf_run.kernels_cpu.op import Op, op
@@ -43,7 +44,7 @@ def matmul_gated(panel: int, activation: str) -> Op:
                 prefetch(a.w + first * (BLOCK // ROWS) * a.group_bytes + p * to_up)
         for t in range(t0, t1):
             x = a.x + t * tokens * a.x_stride
-            count = 1 if n_tokens == 1 else tokens
+            count, ahead = 1 if n_tokens == 1 else tokens, a.group_bytes if t == t0 else 0
             for unit in range(first, end):
                 out = a.out + t * tokens * a.out_stride + unit * BLOCK * 4
                 for half in range(BLOCK // ROWS):
@@ -52,13 +53,13 @@ def matmul_gated(panel: int, activation: str) -> Op:
                         for p in range(2):
                             tile(
                                 panel, 1, 1, w + p * to_up, 0, a.step_bytes, a.n_steps,
-                                x, a.x_stride, pair + p * _PAIR, stride, a.zeros, 0,
+                                x, a.x_stride, pair + p * _PAIR, stride, a.zeros, 0, AHEAD,
                             )  # fmt: skip
                     else:
                         for p in range(0, 2, panels):
                             tile(
                                 panel, panels, tokens, w + p * to_up, to_up, a.step_bytes, a.n_steps,
-                                x, a.x_stride, pair + p * _PAIR, stride, a.zeros, 0,
+                                x, a.x_stride, pair + p * _PAIR, stride, a.zeros, 0, ahead,
                             )  # fmt: skip
                     for i in range(count):
                         at = pair + i * stride

@@ -30,26 +30,28 @@ def tile(
     out_stride: Any,
     init: Any,
     init_stride: Any,
+    ahead: Any,
 ) -> Any:
     """out[t, r] = init[t, r] + sum over columns of w[r, column] * x[t, column], t < n_tokens, r < 16 * n_panels.
 
     panel, n_panels, n_tokens: literal integers (place in PANELS; panels and tokens of the tile). Addresses and strides
     in bytes. n_steps: of panel.columns columns each. Integer panels: x in activation blocks. Float panels: x in f32;
     w_step: bytes from one step to the next. w_panel: bytes from one panel to the next; 0: there is but one, computed
-    n_panels times. init may be out; init_stride 0 repeats one row.
+    n_panels times. init may be out; init_stride 0 repeats one row. ahead: how many bytes from what is used to what is
+    asked of memory for later (integer panels; 0: nothing is, if there are several tokens).
     """
     shape, panels, tokens = PANELS[panel.literal_value], n_panels.literal_value, n_tokens.literal_value
 
     def emit(s: Simd, w: Val, w_panel: Val, w_step: Val, n_steps: Val, *rest: Val) -> None:
-        x, x_stride, out, out_stride, init, init_stride = rest
+        x, x_stride, out, out_stride, init, init_stride, ahead = rest
         xs = [x + x_stride * t for t in range(tokens)]
         ws = [w + w_panel * p for p in range(panels)]
         step = s.select(w_panel.compare("==", 0), s.const(I64, 0), s.const(I64, 64))
         moves = [(t, step * p) for t in range(tokens) for p in range(panels)]
         places = [(init + init_stride * t + move, out + out_stride * t + move) for t, move in moves]
-        _tile(s, shape, ws, w_step, n_steps, xs, places)
+        _tile(s, shape, ws, w_step, n_steps, xs, places, ahead)
 
-    return kernel(types.void(panel, n_panels, n_tokens, *[types.intp] * 10), emit)
+    return kernel(types.void(panel, n_panels, n_tokens, *[types.intp] * 11), emit)
 
 
 @intrinsic(prefer_literal=True)
@@ -75,17 +77,19 @@ def tile_at(
         xs = [s.load(at + 8 * t, I64) for t in range(tokens)]
         ws = [w + w_panel * p for p in range(panels)]
         outs = [s.load(at + 8 * (tokens + t), I64) + move + 64 * p for t in range(tokens) for p in range(panels)]
-        _tile(s, shape, ws, w_step, n_steps, xs, [(out, out) for out in outs])
+        ahead = s.const(I64, AHEAD if tokens == 1 else 0)
+        _tile(s, shape, ws, w_step, n_steps, xs, [(out, out) for out in outs], ahead)
 
     return kernel(types.void(panel, n_panels, n_tokens, *[types.intp] * 6), emit)
 
 
 def _tile(
-    s: Simd, panel: Panel, ws: list[Val], w_step: Val, n_steps: Val, xs: list[Val], places: list[tuple[Val, Val]]
-) -> None:
+    s: Simd, panel: Panel, ws: list[Val], w_step: Val, n_steps: Val, xs: list[Val], places: list[tuple[Val, Val]],
+    ahead: Val,
+) -> None:  # fmt: skip
     """See int_tile."""
     if isinstance(panel, IntPanel):
-        int_tile(s, panel, ws, n_steps, xs, places)
+        int_tile(s, panel, ws, n_steps, xs, places, ahead)
         return
     start = [s.load(at, F32, ROWS) for at, _ in places]
     acc = _float_panel(s, panel, ws, w_step, n_steps, xs, start)
