@@ -41,6 +41,25 @@ def hide(typing_context: Any, scores: Any, since: Any, until: Any) -> Any:
 
 
 @intrinsic
+def cap(typing_context: Any, scores: Any, n_rows: Any, softcap: Any) -> Any:
+    """scores = softcap * tanh(scores / softcap), tanh(x) being 1 - 2 / (e^2x + 1)."""
+
+    def emit(s: Simd, scores: Val, n_rows: Val, softcap: Val) -> None:
+        factor, top = s.splat(s.const(F32, 2.0) / softcap, ROWS), s.splat(softcap, ROWS)
+
+        def body(r: Val, none: list[Val]) -> list[Val]:
+            at = scores + r * (4 * SPAN)
+            for offset, row in zip(_VECTORS, _row(s, at), strict=True):
+                lower = s.const(F32, 2.0, ROWS) / (s.exp(row * factor) + 1.0)
+                s.store(top - top * lower, at + offset)
+            return none
+
+        s.loop(n_rows, [], body)
+
+    return kernel(types.void(types.intp, types.intp, types.float32), emit)
+
+
+@intrinsic
 def rise(typing_context: Any, scores: Any, n_rows: Any, most: Any) -> Any:
     """By how much a score exceeds its row's maximum so far, f32[n_rows] at `most`: the largest of all."""
 

@@ -3,16 +3,19 @@
 A tile is TILE query rows, or FEW if there are no more; K and V are read from the cache as they are stored.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 
-from gguf_run.formats.jit import cgutils, intrinsic, types
+from gguf_run.formats.jit import intrinsic, types
 from gguf_run.kernels_cpu import isa
 from gguf_run.kernels_cpu.attention_softmax import SPAN
-from gguf_run.kernels_cpu.panels import PANELS, ROWS, FloatPanel
-from gguf_run.kernels_cpu.simd import F32, I16, I32, Simd, Val, kernel
+from gguf_run.kernels_cpu.cache_codec import widen
+from gguf_run.kernels_cpu.cache_types import FORMATS, CacheFormat
+from gguf_run.kernels_cpu.panels import ROWS, FloatPanel
+from gguf_run.kernels_cpu.simd import F32, Simd, Val, kernel
 
 # Rows and vectors of a tile: as many sums as the registers hold, by the lanes that the instruction set likes best. With
 # fewer than _SUMS sums they are kept several times over, so that they do not wait for each other.
@@ -23,17 +26,7 @@ _LINE = 64
 
 def _load(s: Simd, panel: FloatPanel, at: Val) -> Val:
     """16 elements of a float panel as f32."""
-    stored = s.load(at, panel.element, ROWS)
-    if panel.element == I16:  # bfloat16 is the upper half of an f32
-        return (stored.to(I32, signed=False) << 16).as_type(F32)
-    return stored.to(F32)
-
-
-def _prefetch(s: Simd, at: Val) -> None:
-    pointer = s.b.inttoptr(at.ir, ir.IntType(8).as_pointer())
-    signature = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
-    function = cgutils.get_or_insert_function(s.b.module, signature, "llvm.prefetch.p0")
-    s.b.call(function, [pointer, *(ir.Constant(I32, n) for n in (0, 3, 1))])  # to read, into all caches, data
+    return widen(s, panel, s.load(at, panel.element, ROWS))
 
 
 def _sums(
@@ -44,7 +37,7 @@ def _sums(
     unroll = max(1, _SUMS // n)
 
     def step(i: Val, acc: list[Val]) -> list[Val]:
-        _prefetch(s, ahead + i * _LINE)
+        s.prefetch(ahead + i * _LINE)
         return [s.fma(a, b, total) for (a, b), total in zip(products(i), acc, strict=True)]
 
     def steps(i: Val, acc: list[Val]) -> list[Val]:
@@ -60,35 +53,59 @@ def _sums(
     return s.loop(n_steps - whole * unroll, totals, lambda i, acc: step(whole * unroll + i, acc))
 
 
-def _by_rows(name: str, panel: FloatPanel, emit: Callable[..., None]) -> Callable[..., None]:
-    """A call of emit(s, panel, n_rows, n_vectors, *arguments) for FEW or TILE rows, as the first argument says.
+def apart(name: str, emit: Callable[..., None]) -> Callable[..., None]:
+    """A call of emit(s, *arguments) as a function of its own that is not inlined: a loop then has all registers."""
 
-    Both are functions of their own that are not inlined: a loop then has all registers to itself.
-    """
-
-    def function(s: Simd, n_rows: int, n_vectors: int, arguments: tuple[Val, ...]) -> ir.Value:
-        full_name = f"attention_{name}_{panel.name}_{n_rows}x{n_vectors}"
-        if full_name in s.b.module.globals:
-            return s.b.module.globals[full_name]
-        signature = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
-        new = ir.Function(s.b.module, signature, full_name)
-        new.linkage = "internal"
-        new.attributes.add("noinline")
-        inner = Simd(ir.IRBuilder(new.append_basic_block()), s.isa)
-        emit(inner, panel, n_rows, n_vectors, *[Val(inner, argument) for argument in new.args])
-        inner.b.ret_void()
-        return new
-
-    def emit_call(s: Simd, few: Val, *arguments: Val) -> None:
-        shapes = (FEW, FEW_VECTORS), (TILE, VECTORS)
-        chosen = s.b.select(few.ir, *(function(s, *shape, arguments) for shape in shapes))
-        s.b.call(chosen, [argument.ir for argument in arguments])
+    def emit_call(s: Simd, *arguments: Val) -> None:
+        s.b.call(_function(s, name, emit, arguments), [argument.ir for argument in arguments])
 
     return emit_call
 
 
+def nothing(s: Simd, *arguments: Val) -> None:
+    """For the types that a step is not for."""
+
+
+def _function(s: Simd, name: str, emit: Callable[..., None], arguments: tuple[Val, ...]) -> ir.Value:
+    if name in s.b.module.globals:
+        return s.b.module.globals[name]
+    new = ir.Function(s.b.module, ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments]), name)
+    new.linkage = "internal"
+    new.attributes.add("noinline")
+    inner = Simd(ir.IRBuilder(new.append_basic_block()), s.isa)
+    emit(inner, *[Val(inner, argument) for argument in new.args])
+    inner.b.ret_void()
+    return new
+
+
+def _by_rows(name: str, form: CacheFormat, emit: Callable[..., None]) -> Callable[..., None]:
+    """A call of emit(s, *arguments, panel=, n_rows=, n_vectors=) for FEW or TILE rows, as the first argument says."""
+    panel = form.panel
+
+    def emit_call(s: Simd, few: Val, *arguments: Val) -> None:
+        functions = [
+            _function(
+                s, f"{name}_{form.name}_{n}", functools.partial(emit, panel=panel, n_rows=n, n_vectors=m), arguments
+            )
+            for n, m in ((FEW, FEW_VECTORS), (TILE, VECTORS))
+        ]
+        s.b.call(s.b.select(few.ir, *functions), [argument.ir for argument in arguments])
+
+    return emit_call if isinstance(panel, FloatPanel) else nothing
+
+
 def _scores(
-    s: Simd, panel: FloatPanel, n_rows: int, n_vectors: int, q: Val, k: Val, k_vector: Val, n: Val, ahead: Val, out: Val
+    s: Simd,
+    q: Val,
+    k: Val,
+    k_vector: Val,
+    n: Val,
+    ahead: Val,
+    out: Val,
+    *,
+    panel: FloatPanel,
+    n_rows: int,
+    n_vectors: int,
 ) -> None:
     qs = [q + n * (4 * r) for r in range(n_rows)]
     ks = [k + k_vector * j for j in range(n_vectors)]
@@ -102,8 +119,8 @@ def _scores(
 
 
 def _values(
-    s: Simd, panel: FloatPanel, n_rows: int, n_vectors: int, p: Val, v: Val, v_step: Val, n_seen: Val, ahead: Val,
-    out: Val, out_row: Val,
+    s: Simd, p: Val, v: Val, v_step: Val, n_seen: Val, ahead: Val, out: Val, out_row: Val, *, panel: FloatPanel,
+    n_rows: int, n_vectors: int,
 ) -> None:  # fmt: skip
     places = [out + out_row * r + 64 * j for r in range(n_rows) for j in range(n_vectors)]
 
@@ -119,20 +136,21 @@ def _values(
 
 @intrinsic(prefer_literal=True)
 def score_tile(
-    typing_context: Any, panel: Any, few: Any, q: Any, k: Any, k_vector: Any, n: Any, ahead: Any, scores: Any
+    typing_context: Any, form: Any, few: Any, q: Any, k: Any, k_vector: Any, n: Any, ahead: Any, scores: Any
 ) -> Any:
     """scores[r, j] = q[r] . k[j], f32[rows][SPAN], for the tile's rows r and 16 * vectors j.
 
-    panel: literal, of K's elements. q: f32[rows, n]; k: [vectors][n][16], k_vector bytes from vector to vector. ahead:
-    n cache lines that will be needed soon.
+    form: literal, K's place in FORMATS; nothing is done if it is not a float. Scales of rows are left out. q:
+    f32[rows, n]; k: [vectors][n][16], k_vector bytes from vector to vector. ahead: n cache lines that will be needed
+    soon.
     """
-    emit = _by_rows("scores", PANELS[panel.literal_value], _scores)
-    return kernel(types.void(panel, types.boolean, *[types.intp] * 6), emit)
+    emit = _by_rows("scores", FORMATS[form.literal_value], _scores)
+    return kernel(types.void(form, types.boolean, *[types.intp] * 6), emit)
 
 
 @intrinsic(prefer_literal=True)
 def value_tile(
-    typing_context: Any, panel: Any, few: Any, p: Any, v: Any, v_step: Any, n_seen: Any, ahead: Any, sums: Any,
+    typing_context: Any, form: Any, few: Any, p: Any, v: Any, v_step: Any, n_seen: Any, ahead: Any, sums: Any,
     sums_row: Any,
 ) -> Any:  # fmt: skip
     """sums[r, j] += sum over n_seen positions i of p[r, i] * v[i, j] for the tile's rows r and 16 * vectors j.
@@ -140,5 +158,5 @@ def value_tile(
     p: f32[rows][SPAN]; v_step, sums_row: bytes from position to position of v, from row to row of sums (f32). The rest
     is as in score_tile; ahead: n_seen cache lines.
     """
-    emit = _by_rows("values", PANELS[panel.literal_value], _values)
-    return kernel(types.void(panel, types.boolean, *[types.intp] * 7), emit)
+    emit = _by_rows("values", FORMATS[form.literal_value], _values)
+    return kernel(types.void(form, types.boolean, *[types.intp] * 7), emit)

@@ -16,7 +16,9 @@ from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.reader import Tensor
 from gguf_run.formats.unpack import INTEGER_FORMS
 from gguf_run.kernels_cpu import isa
-from gguf_run.kernels_cpu.cache import CACHE_TYPES, CpuCache, new_cache, rows_stored
+from gguf_run.kernels_cpu.cache import CpuCache, new_cache, rows_stored
+from gguf_run.kernels_cpu.cache_rows import CacheRows
+from gguf_run.kernels_cpu.cache_types import CACHE_FORMATS
 from gguf_run.kernels_cpu.memory import Arena, CpuTable, CpuWeight, WeightPart
 from gguf_run.kernels_cpu.moe import EXPERT_ROWS, CpuExperts, ExpertMatrix
 from gguf_run.kernels_cpu.op import Op
@@ -30,14 +32,15 @@ _QUEUED = 64  # pieces of weights to be repacked: enough that no thread waits be
 
 
 class CpuBackend:
-    """Runs on n_threads threads; KV caches hold cache_type, one of CACHE_TYPES.
+    """Runs on n_threads threads; KV caches hold cache_type, one of CACHE_FORMATS, if not told
+    otherwise.
 
     dry: weights stay empty, and programs are compiled from the last op to the first, but cannot run.
     """
 
     def __init__(self, n_threads: int, cache_type: str = "f16", *, dry: bool = False) -> None:
-        if cache_type not in CACHE_TYPES:
-            raise ValueError(f"cache_type is {cache_type}; known are {', '.join(CACHE_TYPES)}")
+        if cache_type not in CACHE_FORMATS:
+            raise ValueError(f"cache_type is {cache_type}; known are {', '.join(CACHE_FORMATS)}")
         self.n_threads = n_threads
         self._cache_type = cache_type
         self._dry = dry
@@ -104,9 +107,13 @@ class CpuBackend:
         return np.concatenate([dequantize(tensor.blocks(), tensor.type).reshape(-1) for tensor in tensors])
 
     def cache(self, shape: Any, n_ctx: int, n_batch: int, n_seq: int = 1, kind: Any = None) -> CpuCache:
-        n_rows = rows_stored(n_ctx, n_batch, shape.window)
-        cache_type = self._cache_type if kind is None else kind.k
-        cache = new_cache(self._arena, shape.n_head_kv, shape.head_dim, n_rows, n_seq, cache_type)
+        size = shape.n_head_kv, shape.head_dim, rows_stored(n_ctx, n_batch, shape.window)
+        if kind is None:
+            k, v = (CacheRows(self._cache_type, is_v, *size) for is_v in (False, True))
+        else:
+            k = CacheRows(kind.k, False, *size, kind.rotate, kind.k_scales)
+            v = CacheRows(kind.v, True, *size, kind.rotate, kind.v_scales)
+        cache = new_cache(self._arena, n_seq, k, v)
         self._bytes["cache"] += cache.k.nbytes + cache.v.nbytes
         return cache
 

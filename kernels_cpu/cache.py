@@ -1,17 +1,15 @@
-"""The KV cache of one layer: n_seq slots, one for each sequence; attention.py has the layout."""
+"""The KV cache of one layer: n_seq slots, one for each sequence; cache_types.py has the layout."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.kernels_cpu.attention_softmax import SPAN
-from gguf_run.kernels_cpu.memory import LANES, Arena
-from gguf_run.kernels_cpu.panels import FLOAT_PANELS, ROWS, Panel
-
-GROUP = 32  # positions that stand side by side in every cache type
-CACHE_TYPES = {"f32": ("F32", 4), "f16": ("F16", 2)}
+from gguf_run.kernels_cpu.cache_rows import CacheRows
+from gguf_run.kernels_cpu.cache_types import GROUP
+from gguf_run.kernels_cpu.memory import Arena
 
 
 def rows_stored(n_ctx: int, n_batch: int, window: int) -> int:
@@ -21,28 +19,29 @@ def rows_stored(n_ctx: int, n_batch: int, window: int) -> int:
     One more group lets a batch be taken back and what is left be saved, which goes by whole groups.
     """
     ring = -(-(window + n_batch + GROUP) // SPAN) * SPAN
-    full = -(-n_ctx // LANES) * LANES
+    full = -(-n_ctx // GROUP) * GROUP
     return min(full, ring) if window else full
 
 
 @dataclass(frozen=True, eq=False)
 class CpuCache:
-    """K and V of one layer. n_ctx: positions of a slot as stored; wide: width of V's rows as stored."""
+    """K and V of one layer. rows_k, rows_v: what a slot of k and of v, u8[n_seq, nbytes], holds."""
 
     n_seq: int
-    n_head_kv: int
-    head_dim: int
-    n_ctx: int
-    wide: int
-    panel: Panel
-    element_bytes: int
+    rows_k: CacheRows
+    rows_v: CacheRows
     k: NDArray[np.uint8]
     v: NDArray[np.uint8]
+
+    @property
+    def n_ctx(self) -> int:
+        """Positions of a slot as stored."""
+        return self.rows_k.n_rows
 
     def _groups(self, kind: str) -> NDArray[np.uint8]:
         """[n_seq, n_head_kv, n_ctx / GROUP, bytes of a group of a head]"""
         side = {"k": self.k, "v": self.v}[kind]
-        return side.reshape(self.n_seq, self.n_head_kv, self.n_ctx // GROUP, -1)
+        return side.reshape(self.n_seq, self.rows_k.n_head_kv, self.n_ctx // GROUP, -1)
 
     def copy(self, source: int, target: int, n_rows: int) -> None:
         for kind in "kv":
@@ -62,17 +61,19 @@ class CpuCache:
 
     def _turn(self, groups: NDArray[np.uint8], rope: Any, distance: int) -> None:
         """Turn the keys of groups, uint8[n_head_kv, n, bytes], by a distance of positions."""
-        element = np.dtype(f"f{self.element_bytes}")
-        keys = groups.view(element).reshape(self.n_head_kv, -1, self.head_dim, ROWS)
-        half, angle = rope.n_rot // 2, distance * rope.inv_freq[:, None]
+        rows = replace(self.rows_k, n_rows=groups.shape[1] * GROUP)
+        memory, slots = groups.reshape(-1), np.arange(rows.n_rows)
+        keys = rows.load(memory, slots)
+        half, angle = rope.n_rot // 2, distance * rope.inv_freq
         cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
         pairs = (
             (slice(0, half), slice(half, 2 * half))
             if rope.style == "neox"
             else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
         )
-        a, b = (keys[:, :, part].astype(np.float32) for part in pairs)
-        keys[:, :, pairs[0]], keys[:, :, pairs[1]] = a * cos - b * sin, a * sin + b * cos
+        a, b = (keys[..., part].copy() for part in pairs)
+        keys[..., pairs[0]], keys[..., pairs[1]] = a * cos - b * sin, a * sin + b * cos
+        rows.store(memory, slots, keys)
 
     def read(self, seq: int, kind: str, first: int, end: int) -> NDArray[np.uint8]:
         return self._groups(kind)[seq].take(np.arange(first, end) % (self.n_ctx // GROUP), axis=1).reshape(-1)
@@ -89,9 +90,7 @@ class CpuCache:
         return first
 
 
-def new_cache(arena: Arena, n_head_kv: int, head_dim: int, n_ctx: int, n_seq: int, cache_type: str = "f16") -> CpuCache:
-    """A cache of n_seq slots of n_ctx positions, as rows_stored gives them. cache_type: one of CACHE_TYPES."""
-    type_name, element_bytes = CACHE_TYPES[cache_type]
-    wide = -(-head_dim // LANES) * LANES
-    k, v = (arena.take(n_seq * n_head_kv * n_ctx * width * element_bytes) for width in (head_dim, wide))
-    return CpuCache(n_seq, n_head_kv, head_dim, n_ctx, wide, FLOAT_PANELS[type_name], element_bytes, k, v)
+def new_cache(arena: Arena, n_seq: int, rows_k: CacheRows, rows_v: CacheRows) -> CpuCache:
+    """A cache of n_seq slots."""
+    k, v = (arena.take(n_seq * rows.nbytes).reshape(n_seq, -1) for rows in (rows_k, rows_v))
+    return CpuCache(n_seq, rows_k, rows_v, k, v)

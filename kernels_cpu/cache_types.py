@@ -53,14 +53,14 @@ class CacheFormat:
         """Blocks of a row of `wide` columns that have numbers of their own."""
         return wide // self.block if self.block else 1
 
-    def head_bytes(self, wide: int) -> int:
-        """Bytes of the numbers of a group: before its elements, but for K in blocks."""
-        return 2 * GROUP * self.n_numbers * self.n_blocks(wide)
-
     def group_bytes(self, head_dim: int, is_v: bool) -> int:
         """Bytes of 32 positions of one KV head."""
         wide = self.wide(head_dim, is_v)
-        return self.head_bytes(wide) + GROUP * wide * self.bits // 8
+        return GROUP * (2 * self.n_numbers * self.n_blocks(wide) + wide * self.bits // 8)
+
+    def elements_at(self, head_dim: int, is_v: bool) -> int:
+        """Bytes of a group before its elements: its numbers, but those of K in blocks stand in the panels."""
+        return 2 * GROUP * self.n_numbers * self.n_blocks(self.wide(head_dim, is_v)) if is_v or not self.block else 0
 
     def allows(self, head_dim: int) -> bool:
         """Blocks must be whole."""

@@ -11,6 +11,7 @@ Activations stand in blocks of 32 columns (made by quantize.py), one cache line 
 
 import functools
 import operator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -192,6 +193,11 @@ class _Panel:
         at = at + self.first * width
         numbers = [s.load(at + ROWS * width * i, element, lanes).to(F32) for i in range(count)]
         return numbers[:n], numbers[n:]
+
+
+def unpacked(s: Simd, shape: IntPanel, planes: Val) -> Callable[[int], Val]:
+    """The planes of 32 columns of 16 rows: a function that gives vector i of u, bytes."""
+    return _Block(s, shape, [], [], [s.load(planes + 64 * plane, I8, 4 * ROWS) for plane in range(shape.bits)]).quant
 
 
 def _log2(power: int) -> int:

@@ -1,4 +1,4 @@
-"""What each instruction set does in its own way: dot products of bytes, and table look-ups."""
+"""What each instruction set does in its own way: dot products of bytes and of 16-bit numbers, and table look-ups."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -144,6 +144,39 @@ DOT_SUMS: dict[str, type[DotSum]] = {
     "avx2": _Avx2,
     "neon": _Neon,
     "generic": _Generic,
+}
+
+
+def _pairs_by(name: str, lanes: int) -> Callable[..., "Val"]:
+    """By one instruction for `lanes` i32 lanes."""
+
+    def pairs(s: "Simd", acc: "Val", x: "Val", y: "Val") -> "Val":
+        if acc.lanes > lanes:
+            halves = [[v.part(v.lanes // 2 * n, v.lanes // 2) for v in (acc, x, y)] for n in (0, 1)]
+            return s.concat(pairs(s, *halves[0]), pairs(s, *halves[1]))
+        if binding.llvm_version_info < (21, 0, 0):
+            x, y = x.as_type(_I32), y.as_type(_I32)
+        return s.call(name, acc.type, acc, x, y)
+
+    return pairs
+
+
+def _pairs_avx2(s: "Simd", acc: "Val", x: "Val", y: "Val") -> "Val":
+    return acc + _by_parts(s, "llvm.x86.avx2.pmadd.wd", 16, x, y, _I32)
+
+
+def _pairs_generic(s: "Simd", acc: "Val", x: "Val", y: "Val") -> "Val":
+    v, w = x.as_type(_I32), y.as_type(_I32)
+    return acc + (v << 16).sar(16) * (w << 16).sar(16) + v.sar(16) * w.sar(16)
+
+
+# acc[i] + x[2i] * y[2i] + x[2i+1] * y[2i+1], of 16-bit numbers in i32 lanes.
+PAIRS: dict[str, Callable[..., "Val"]] = {
+    "vnni512": _pairs_by("llvm.x86.avx512.vpdpwssd.512", 16),
+    "vnni256": _pairs_by("llvm.x86.avx512.vpdpwssd.256", 8),
+    "avx2": _pairs_avx2,
+    "neon": _pairs_generic,
+    "generic": _pairs_generic,
 }
 
 

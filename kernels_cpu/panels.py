@@ -39,7 +39,8 @@ class Scales:
 
 
 # k4: a byte, scale in the low and minimum in the high nibble. k6: four numbers of 6 bits in three bytes, whose two top
-# bits make the fourth; less 32 if there are no minimums. k8: an int8. e8m0: an exponent, see formats/scalars.py. none: all scales are 1.
+# bits make the fourth; less 32 if there are no minimums. k8: an int8. e8m0: an exponent, see formats/scalars.py. none:
+# all scales are 1.
 SCALES = {
     row.name: row
     for row in (

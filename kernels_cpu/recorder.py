@@ -7,9 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.kernels_cpu import attention as attn
 from gguf_run.kernels_cpu import moe
+from gguf_run.kernels_cpu.attention import attend
+from gguf_run.kernels_cpu.attention_append import append
+from gguf_run.kernels_cpu.attention_merge import merge
+from gguf_run.kernels_cpu.attention_plan import max_parts, max_rows, part_floats, scratch_floats
 from gguf_run.kernels_cpu.cache import CpuCache
+from gguf_run.kernels_cpu.cache_rows import filled, scratch_bytes
+from gguf_run.kernels_cpu.cache_types import format_id
 from gguf_run.kernels_cpu.gated import gated
 from gguf_run.kernels_cpu.layer_norm import layer_norm
 from gguf_run.kernels_cpu.matmul import TOKENS, matmul
@@ -268,50 +273,62 @@ class CpuRecorder:
         *,
         sinks: NDArray[np.float32] | None = None,
     ) -> None:
-        if sinks is not None or shape.softcap:
-            raise NotImplementedError("attention with sinks or softcap")
-        self._tape.keep.append(cache)
-        n_rep, head_dim = shape.n_head // shape.n_head_kv, shape.head_dim
-        part_bytes = 4 * attn.part_floats(cache.wide, n_rep)
-        self._parts_bytes = max(self._parts_bytes, part_bytes * attn.max_parts(self._team.n_threads))
-        self._scratch_bytes = max(self._scratch_bytes, 4 * attn.scratch_floats(head_dim, cache.wide, n_rep))
-        step = {"runs": self._table.runs.ctypes.data, "n_head_kv": shape.n_head_kv}
-        step |= {"head_dim": head_dim, "wide": cache.wide}
+        k_rows, v_rows = cache.rows_k, cache.rows_v
+        n_rep, head_dim, n_wide = shape.n_head // shape.n_head_kv, shape.head_dim, filled(shape.head_dim)
+        part_bytes = 4 * part_floats(v_rows.wide, n_rep)
+        self._parts_bytes = max(self._parts_bytes, part_bytes * max_parts(self._team.n_threads))
+        needed = 4 * scratch_floats(n_wide, v_rows.wide, n_rep), scratch_bytes(head_dim)
+        self._scratch_bytes = max(self._scratch_bytes, *needed)
+        k_static, v_static = k_rows.static, v_rows.static
+        self._tape.keep += [cache, k_static, v_static, sinks]
+        forms = format_id(k_rows.name), format_id(v_rows.name)
+        step = {"runs": self._table.runs.ctypes.data, "n_head_kv": shape.n_head_kv, "head_dim": head_dim}
         tokens = {"rows": q.rows, "run_of": self._table.run_of.ctypes.data}
-        store = {"cache_k": cache.k.ctypes.data, "cache_v": cache.v.ctypes.data, "n_ctx": cache.n_ctx}
+        store = {"n_wide": n_wide, "n_ctx": cache.n_ctx, "v_rotate": v_rows.rotates, "k_rotate": k_rows.rotates}
+        store |= {"cache_k": cache.k.ctypes.data, "k_group": k_rows.group_bytes}
+        store |= {"cache_v": cache.v.ctypes.data, "v_group": v_rows.group_bytes}
         result = {
             "n_head": shape.n_head,
+            "wide": v_rows.wide,
+            "sinks": sinks.ctypes.data if sinks is not None else 0,
             "out": out.address,
             "out_stride": out.stride,
             "parts": 0,
             "part_bytes": part_bytes,
-            "max_rows": attn.max_rows(n_rep),
+            "max_rows": max_rows(n_rep),
         }
         self._record(
-            attn.append(cache.element_bytes),
+            append(*forms),
             positions=self._table.positions.ctypes.data,
             k=k.address,
             k_stride=k.stride,
+            k_wide=k_rows.wide,
+            k_static=k_static.ctypes.data,
             v=v.address,
             v_stride=v.stride,
+            v_wide=v_rows.wide,
+            v_static=v_static.ctypes.data,
             **tokens,
             **step,
             **store,
         )
-        attend = self._record(
-            attn.attend(panel_id(cache.panel), cache.element_bytes),
+        attend_ = self._record(
+            attend(*forms),
             n_runs=self._table.n_runs,
             q=q.address,
             q_stride=q.stride,
+            k_at=k_rows.form.elements_at(head_dim, False),
+            v_at=v_rows.form.elements_at(head_dim, True),
             window=shape.window,
             scale=shape.scale,
+            softcap=shape.softcap,
             **step,
             **store,
             **result,
         )
-        merge = self._record(attn.merge, q8=0, q8_stride=0, **tokens, **step, **result)
-        self._parted += [attend, merge]
-        self._written(out, merge)
+        merge_ = self._record(merge, v_rotate=v_rows.rotates, q8=0, q8_stride=0, **tokens, **step, **result)
+        self._parted += [attend_, merge_]
+        self._written(out, merge_)
 
     def gated(self, gate: CpuBuffer, up: CpuBuffer | None, out: CpuBuffer, activation: str) -> None:
         if up is None and gate.width not in self._ones:

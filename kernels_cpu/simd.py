@@ -291,6 +291,10 @@ class Simd:
         """acc[i] + sum over j < 4 of u[4i+j] * x[4i+j]: i32 lanes, u unsigned below 2^bits, x signed bytes; exact."""
         return self.dot_sum(acc, bits).add(u, x).total()
 
+    def add_pairs(self, acc: Val, x: Val, y: Val) -> Val:
+        """acc[i] + x[2i] * y[2i] + x[2i+1] * y[2i+1]: i32 lanes; x, y: twice as many i16 lanes."""
+        return lowering.PAIRS[self.isa.dot](self, acc, x, y)
+
 
 def kernel(signature: Any, emit: Callable[..., Val | None]) -> tuple[Any, Callable[..., ir.Value]]:
     """What an @intrinsic returns: `emit(s, *arguments)` becomes the code of a call with this numba signature.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.errors import FormatError, GgufRunError, OptionError, UnsupportedError
+from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
 from gguf_run.formats.reader import GGUFFile
 from gguf_run.models.backend import CacheType
 from gguf_run.runtime.generate import Generation, Session, StopStrings, text_pieces
@@ -308,8 +308,6 @@ def _load(
     places = place_layers(config.n_layer, device)
     tensors = list(file.tensors.values())
     plan = plan_cache(config, **cache)
-    if any(kind.k != kind.v or kind.k not in ("f16", "f32") for kind in plan):
-        raise UnsupportedError("this version stores K and V alike, as f16 or f32")  # kernels for more are to come
     MemoryPlan(config, tensors, n_ctx, plan, n_batch).check(available_memory())
     if n_ctx > config.n_ctx_train:
         warnings.warn(

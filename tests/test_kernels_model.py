@@ -126,9 +126,9 @@ def test_name_says_what_runs() -> None:
         assert cpu(n_threads).name == f"CPU, {words} {current().name}"
 
 
-@pytest.mark.parametrize("cache_type", ["", "q8_0", "F16"])
+@pytest.mark.parametrize("cache_type", ["", "q1_0", "F16"])
 def test_cache_type_is_checked(cache_type: str) -> None:
-    with pytest.raises(ValueError, match=f"cache_type is {cache_type}; known are f32, f16"):
+    with pytest.raises(ValueError, match=f"cache_type is {cache_type}; known are f32, f16, bf16, q8_0"):
         CpuBackend(1, cache_type)
 
 
