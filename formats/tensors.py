@@ -46,10 +46,12 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Tensor(TensorInfo):
-    """A tensor in a mapped file. offset: in the file."""
+    """A tensor in a mapped file. offset: in the file. scales: what the weights of each of its matrices are multiplied
+    by after all else, none: nothing (llama.cpp keeps NVFP4's f32 scales in tensors of their own, "... .scale")."""
 
     offset: int
     file: MappedFile = field(repr=False, compare=False)
+    scales: tuple[float, ...] = field(default=(), kw_only=True, compare=False)
 
     def blocks(self, first: int = 0, end: int | None = None) -> NDArray[np.uint8]:
         """Return the bytes of rows first .. end (all) as uint8[rows, row_bytes], little-endian, read-only.
@@ -66,7 +68,8 @@ class Tensor(TensorInfo):
 
     def matrix(self, i: int) -> "Tensor":
         """Matrix i of a tensor of three dimensions."""
-        return _Matrix(self.name, self.ne[:2], self.type, self.offset, self.file, self, i * self.ne[1])
+        part = self.scales[i : i + 1]
+        return _Matrix(self.name, self.ne[:2], self.type, self.offset, self.file, self, i * self.ne[1], scales=part)
 
     def release(self, first: int = 0, end: int | None = None) -> None:
         """Tell the OS that the file's pages under rows first .. end (all) are not needed soon. Views stay valid."""

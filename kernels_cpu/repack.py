@@ -126,8 +126,9 @@ def _heads(s: Simd, panel: IntPanel, numbers: list[Val]) -> list[Val]:
             return [e.to(I8)]
 
 
-def _repack_int(src, row_bytes, n_rows, n_in, grid, out, first, end):  # type: ignore[no-untyped-def]
-    """Groups first .. end of 16 rows. src: uint8[n_rows * row_bytes], out: address of the panels."""
+def _repack_int(src, row_bytes, n_rows, n_in, grid, times, out, first, end):  # type: ignore[no-untyped-def]
+    """Groups first .. end of 16 rows. src: uint8[n_rows * row_bytes], times: f32 factors of equal shares of the rows,
+    out: address of the panels."""
     n_scales = BLOCK_SIZE // GROUP
     q = np.zeros((ROWS, BLOCK_SIZE), np.int8)
     scale, minimum = np.zeros((n_scales, ROWS), np.float32), np.zeros((n_scales, ROWS), np.float32)
@@ -145,8 +146,9 @@ def _repack_int(src, row_bytes, n_rows, n_in, grid, out, first, end):  # type: i
             for r in range(rows):
                 at = (group * ROWS + r) * row_bytes + b * TYPE_SIZE
                 unpack(src, at, q[r], row_scale, row_minimum, row_factor, grid)
+                more = times[(group * ROWS + r) * len(times) // n_rows]
                 for g in range(n_scales):
-                    scale[g, r], minimum[g, r] = row_scale[g], row_minimum[g]
+                    scale[g, r], minimum[g, r] = row_scale[g] * more, row_minimum[g]
                 factor[0, r], factor[1, r] = row_factor[0], row_factor[1]
             to = out + group * (n_in // BLOCK_SIZE) * BYTES + b * BYTES
             _pack(PANEL, BLOCK_SIZE, q.ctypes.data, scale.ctypes.data, minimum.ctypes.data, factor.ctypes.data, to)
@@ -204,7 +206,8 @@ def _work(tensor: Tensor, panel: Panel, out: NDArray[np.uint8]) -> Callable[[int
         grid.flags.writeable = False
         flat, row_bytes = blocks.reshape(-1), blocks.shape[-1]
         repack_int = _repack_int_for(tensor.type.name)
-        make = functools.partial(repack_int, flat, row_bytes, n_rows, n_in, grid, out.ctypes.data)
+        times = np.array(tensor.scales or (1,), np.float32)
+        make = functools.partial(repack_int, flat, row_bytes, n_rows, n_in, grid, times, out.ctypes.data)
 
     def work(first: int, end: int) -> None:
         make(first, end)

@@ -32,8 +32,8 @@ _NEUTRAL: Mapping[str, float | bool] = {
     "attention.temperature_scale": 0,
     "expert_group_count": 1,
 }
-# Tensors that old converters wrote and nobody reads.
-_UNUSED_SUFFIXES = (".attn_rot_embd.weight", ".rope_freqs.weight")
+# Tensors that nobody reads: old converters wrote them; scales of activations for GPUs that multiply in NVFP4.
+_UNUSED_SUFFIXES = (".attn_rot_embd.weight", ".rope_freqs.weight", ".input_scale")
 
 
 @dataclass(frozen=True)
@@ -316,6 +316,12 @@ def _shape_of(tensor: Tensor | None) -> str:
     return "is missing" if tensor is None else f"has {' x '.join(map(str, tensor.ne))} values"
 
 
+def _is_factor(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether it is what an NVFP4 matrix is multiplied by."""
+    weight = tensors.get(f"{name.removesuffix('.scale')}.weight")
+    return name.endswith(".scale") and weight is not None and weight.type.name == "NVFP4"
+
+
 def _check_tensors(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
     """Every tensor that the decoder takes has the right shape, and none is there that it would silently leave out."""
 
@@ -334,7 +340,7 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
     for name in tensors:
         if name in optional:
             check(name, optional[name])
-        elif name not in required and not name.endswith(_UNUSED_SUFFIXES):
+        elif name not in required and not name.endswith(_UNUSED_SUFFIXES) and not _is_factor(name, tensors):
             raise UnsupportedError(
                 f"tensor {_show(name)} is not a part of a {config.arch.name} model of {config.n_layer} layers as this "
                 "program knows it; without it the results would be wrong"

@@ -1,13 +1,15 @@
 """One layer: its weights in a backend's form, how they are loaded, and the ops that it records."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
+from gguf_run.formats.mapped import quoted
 from gguf_run.formats.reader import Tensor
 from gguf_run.models.architectures import EXPERTS, ROPE_FACTORS
 from gguf_run.models.backend import Attention, Backend, Buffer, Recorder, Rope, Squares, Weight
@@ -75,7 +77,7 @@ class Loader:
 
     def take(self, upload: Callable[[list[Tensor]], Any], names: Sequence[str]) -> Any:
         """None if the file has none of the tensors (it has all or none, see config)."""
-        taken = [self.tensors[name] for name in names if name in self.tensors]
+        taken = [self._scaled(name) for name in names if name in self.tensors]
         if not taken:
             return None
         handle = upload(taken)
@@ -83,6 +85,18 @@ class Loader:
             tensor.release()
             self.progress(tensor.nbytes)
         return handle
+
+    def _scaled(self, name: str) -> Tensor:
+        """The tensor, with the factors that another tensor holds for it."""
+        tensor, factors = self.tensors[name], self.tensors.get(f"{name.removesuffix('.weight')}.scale")
+        if factors is None or not name.endswith(".weight"):
+            return tensor
+        if factors.type.name != "F32" or factors.n_elements != math.prod(tensor.ne[2:]):
+            raise FormatError(
+                f"tensor {quoted(factors.name)} has {factors.n_elements} values of {factors.type.name}, must have one "
+                f"F32 for each matrix of {quoted(name)}"
+            )
+        return replace(tensor, scales=tuple(factors.blocks().reshape(-1).view(np.float32).tolist()))
 
     def matrix(self, backend: Backend, *names: str, bias: Sequence[str] | None = None) -> Matrix:
         """bias: whose biases, if not those of `names`."""

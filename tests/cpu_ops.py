@@ -40,6 +40,7 @@ class MemoryTensor:
     type: TensorType
     ne: tuple[int, ...]
     data: np.ndarray
+    scales: tuple[float, ...] = ()
 
     @property
     def n_rows(self) -> int:
@@ -54,7 +55,8 @@ class MemoryTensor:
 
     def matrix(self, i: int) -> "MemoryTensor":
         n_rows = self.ne[1]
-        return replace(self, ne=self.ne[:2], data=self.data[i * n_rows : (i + 1) * n_rows])
+        part = self.scales[i : i + 1]
+        return replace(self, ne=self.ne[:2], data=self.data[i * n_rows : (i + 1) * n_rows], scales=part)
 
     def release(self, first: int = 0, end: int | None = None) -> None:
         pass

@@ -1,5 +1,6 @@
 """Repacking into panels: each panel holds exactly the numbers that dequantizing the file's blocks gives."""
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -48,6 +49,15 @@ def test_panels_hold_the_numbers_of_the_file(type_name: str) -> None:
     for n_out, n_block in ((1, 1), (16, 2), (37, 3)):
         n_in = n_block * block if block > 1 else 5 * n_block
         check_repack([random_tensor(type_name, n_out, n_in, seed=n_out)])
+
+
+def test_factors_of_matrices() -> None:
+    """Of an NVFP4 tensor of three matrices of 24 rows, so that a panel holds rows of two."""
+    tensor = random_tensor("NVFP4", 72, 128, seed=1)
+    factors = (0.5, 4.0, 0.0625)
+    weight = weight_of(2, [dataclasses.replace(tensor, scales=factors)])
+    expected = dequantize(tensor.blocks(), tensor.type) * np.repeat(np.float32(factors), 24)[:, None]
+    assert_same_bits(unpack_panel(weight.parts[0], weight.n_in)[:72], expected)
 
 
 @pytest.mark.parametrize("type_name", QUANTIZED)
