@@ -6,11 +6,13 @@ from typing import Any
 
 import click
 
-from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.formats.metadata import Typed
+from gguf_run.formats.reader import GGUFFile
 from gguf_run.runtime.cli_common import Command, message, one_line
 from gguf_run.runtime.cli_quantize import byte_size, run_plan, show_types
 from gguf_run.runtime.fetch import find_model
+from gguf_run.runtime.progress import Progress
 from gguf_run.runtime.quantize_rules import FILE_TYPES, file_type
 from gguf_run.runtime.threads import default_threads
 
@@ -18,6 +20,7 @@ from gguf_run.runtime.threads import default_threads
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model", metavar="DIR")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="File, or folder for a file with its usual name.")
+@click.option("--to-hf", is_flag=True, help="Convert back: MODEL.gguf to a checkpoint in the new folder -o.")
 @click.option("--type", "kind", default="auto", show_default=True, help="As of gguf-quantize, or auto: what DIR has.")
 @click.option("--imatrix", type=click.Path(path_type=Path), help="Importance matrix, from gguf-imatrix.")
 @click.option("--split-max-size", metavar="N(K|M|G)", help="Split the output into files of at most so many bytes.")
@@ -29,6 +32,7 @@ from gguf_run.runtime.threads import default_threads
 def main(
     model: str,
     output: Path | None,
+    to_hf: bool,
     kind: str,
     imatrix: Path | None,
     split_max_size: str | None,
@@ -37,7 +41,8 @@ def main(
     dry_run: bool,
     threads: int | None,
 ) -> None:
-    """Convert the checkpoint in DIR, or hf:owner/repo, to GGUF; in one step to any TYPE, such as Q4_K_M.
+    """Convert the checkpoint in DIR, or hf:owner/repo, to GGUF; in one step to any TYPE, such as Q4_K_M. Or back, with
+    --to-hf: then DIR is a GGUF file.
 
     DIR holds config.json, a tokenizer, and weights as safetensors (or pytorch_model.bin, if torch is installed).
     auto keeps the weights as they are: BF16 or F16, and blocks of a quantized checkpoint that a GGUF type can hold.
@@ -45,6 +50,12 @@ def main(
     if sys.stdout is None:
         raise GgufRunError("stdout is closed: there is nowhere to write to")
     limits = {"split_max_size": byte_size(split_max_size)}
+    if to_hf:
+        if output is None or imatrix or name or dry_run:
+            raise click.UsageError("--to-hf needs -o FOLDER, and takes --type, --split-max-size and --vocab-only only")
+        for line in _export(model, output, kind, limits["split_max_size"], vocab_only):
+            click.echo(line)
+        return
     chosen = None if kind.lower() == "auto" else file_type(kind)
     if vocab_only and (imatrix or split_max_size):
         raise click.UsageError("--vocab-only writes no weights: leave out --imatrix and --split-max-size")
@@ -81,3 +92,16 @@ def main(
             click.echo(line)
         if dry_run:
             click.echo(f"to {one_line(str(path))}")
+
+
+def _export(model: str, directory: Path, kind: str, shard_size: int, vocab_only: bool) -> list[str]:
+    """Write a checkpoint; return what to say about it."""
+    from gguf_run.runtime.export_hf import DTYPES, export_hf
+
+    chosen = kind if kind == "auto" else kind.upper()
+    if chosen not in ("auto", *DTYPES):
+        raise OptionError(f"--type {kind}: with --to-hf auto, {', '.join(DTYPES)} are allowed")
+    with GGUFFile.open(find_model(model)) as file, Progress("exporting") as progress:
+        names = export_hf(file, directory, chosen, shard_size, vocab_only, progress.set)
+    n_bytes = sum((directory / name).stat().st_size for name in names)
+    return [f"{one_line(str(directory))}: {', '.join(names)} ({n_bytes / 1e6:.1f} MB)"]

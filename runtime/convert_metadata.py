@@ -23,7 +23,7 @@ from gguf_run.runtime.convert_checkpoint import Config
 
 Rope = Mapping[str, Any]
 # config.json's name -> key under rope.scaling, of YaRN.
-_YARN = (
+YARN = (
     ("extrapolation_factor", "yarn_ext_factor"),
     ("attention_factor", "yarn_attn_factor"),
     ("attn_factor", "yarn_attn_factor"),
@@ -172,7 +172,7 @@ def _rope(entry: Architecture, config: Config) -> Iterator[tuple[str, Typed]]:
     if kind == "yarn" or (entry.arch == "phi3" and rope.get("original_max_position_embeddings")):
         yield "rope.scaling.original_context_length", Typed("u32", rope.integer("original_max_position_embeddings"))
     if kind == "yarn":
-        for name, key in _YARN:
+        for name, key in YARN:
             if rope.get(name) is not None:
                 yield f"rope.scaling.{key}", Typed("f32", rope.number(name))
     if rope.get("rope_theta") is not None:

@@ -100,13 +100,14 @@ def halves(tensor: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def unpermuted(tensor: Tensor, n_head: int) -> Tensor:
+def unpermuted(tensor: Tensor, n_head: int, back: bool = False) -> Tensor:
     """Put the rows of each head, which come as two halves for the rotation, in pairs: 0, n/2, 1, n/2 + 1, ...
 
-    A bias has a value, not a row, for each row of its matrix.
+    A bias has a value, not a row, for each row of its matrix. back: undo that.
     """
     head = np.arange(tensor.ne[-1], dtype=np.int64).reshape(n_head, 2, -1)
     index = head.swapaxes(1, 2).reshape(-1)
+    index = np.argsort(index) if back else index
     return rows(tensor, index, tensor.ne) if len(tensor.ne) > 1 else values(tensor, lambda x: x[:, index])
 
 
@@ -144,6 +145,25 @@ def stacked(name: str, tensors: Sequence[Tensor]) -> Tensor:
             tensor.release(a, b)
 
     return Source(name, (*one.ne, len(tensors)), one.type, 0, one.file, read, free)
+
+
+def gathered(tensors: Sequence[Tensor], index: NDArray[np.int64], ne: tuple[int, ...]) -> Tensor:
+    """Return rows `index` of several tensors, counted through all of them, as one F32 tensor of ne."""
+    starts = np.cumsum([0, *(tensor.n_rows for tensor in tensors)])
+    assert len(index) == math.prod(ne[1:])
+
+    def read(first: int, end: int) -> Array:
+        wanted = index[first:end]
+        out = np.empty((len(wanted), ne[0]), np.float32)
+        for tensor, start, stop in zip(tensors, starts[:-1], starts[1:], strict=True):
+            at = np.flatnonzero((wanted >= start) & (wanted < stop))
+            if len(at):
+                inner = wanted[at] - start
+                low = int(inner.min())
+                out[at] = dequantize(tensor.blocks(low, int(inner.max()) + 1), tensor.type)[inner - low]
+        return out
+
+    return Source(tensors[0].name, ne, F32, 0, tensors[0].file, read)
 
 
 def columns(tensor: Tensor, start: int, step: int) -> Tensor:

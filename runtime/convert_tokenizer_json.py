@@ -105,18 +105,17 @@ def _spm_bpe(data: dict[str, Any], vocabulary: Vocabulary, merges: list[tuple[st
     SentencePiece joins whatever gives a token, the best-scored first. That is the same if the merges name all pairs.
     """
     vocabulary.model = "llama"
-    ranks: dict[str, int] = {}
-    for i, (left, right) in enumerate(merges):
-        ranks.setdefault(left + right, i)
+    ranks = {token: rank for rank, token in enumerate(dict.fromkeys(left + right for left, right in merges))}
     known = set(vocabulary.tokens)
     n_pairs = sum(token[:i] in known and token[i:] in known for token in ranks for i in range(1, len(token)))
-    if n_pairs > len(set(merges)):
-        _warn(
-            path, f"it has {len(set(merges))} of {n_pairs} possible merges; a GGUF file has all, so some texts differ"
-        )
-    last = -float(len(merges))
-    vocabulary.scores = [-float(ranks[token]) if token in ranks else last for token in vocabulary.tokens]
+    n_merges = len(set(merges))
+    if n_pairs > n_merges:
+        _warn(path, f"it has {n_merges} of {n_pairs} possible merges; a GGUF file has all: some texts may differ")
     _mark_bytes(vocabulary)
+    for token, type in zip(vocabulary.tokens, vocabulary.types, strict=True):
+        if type == NORMAL:
+            ranks.setdefault(token, len(ranks))
+    vocabulary.scores = [-float(ranks.get(token, 0)) for token in vocabulary.tokens]
     _read_prefix(data, vocabulary, path)
     return vocabulary
 
