@@ -74,8 +74,9 @@ def _normalizer(metadata: Mapping[str, Any]) -> Normalizer:
         data = np.asarray(value)
         if data.ndim != 1 or data.dtype.kind not in "iu" or data.dtype.itemsize != 1:
             raise FormatError(f"{key} must be an array of bytes")
+        table = _checked(data.tobytes(), key)
         try:
-            steps.append(Precompiled(_checked(data.tobytes(), key)))
+            steps.append(Precompiled(table))
         except Exception as error:  # the package raises Exception itself
             raise FormatError(f"{key} is damaged: {error}") from None
     return Sequence(steps)
@@ -92,10 +93,11 @@ def _checked(data: bytes, key: str) -> bytes:
     units = np.frombuffer(data, "<u4", size // 4, 4)
     inner = np.flatnonzero(units >> 31 == 0)
     base = (units[inner] >> 10).astype(np.int64) << ((units[inner] & 512) >> 6)
-    if ((inner ^ base) | 255).max(initial=0) >= max(len(units), 256):
+    if ((inner ^ base) | 255).max(initial=0) >= len(units):
         raise FormatError(f"{key} is damaged: a unit leads out of the table of {len(units)}")
-    texts = units[units >> 31 == 1] & 0x7FFFFFFF
-    all_texts = np.frombuffer(data, np.uint8, offset=4 + size)
-    if texts.max(initial=0) >= len(all_texts) or (all_texts[texts] & 0xC0 == 0x80).any():
+    ends = (inner ^ base)[(units[inner] & 256) != 0]
+    places = units[ends] & 0x7FFFFFFF
+    texts = np.frombuffer(data, np.uint8, offset=4 + size)
+    if places.max(initial=0) >= len(texts) or (texts[places] & 0xC0 == 0x80).any():
         raise FormatError(f"{key} is damaged: a replacement does not begin in the texts, or inside of a character")
     return data

@@ -19,6 +19,7 @@ from tinyvocab import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.reader import GGUFFile
 from gguf_run.formats.writer import GGUFWriter
+from gguf_run.runtime import convert_tiktoken
 from gguf_run.runtime.convert_tokenizer import tokenizer_metadata
 from gguf_run.runtime.convert_vocab import ConversionWarning
 from gguf_run.runtime.tokenizer import Tokenizer
@@ -239,18 +240,28 @@ def tiktoken_file(n: int) -> bytes:
 
 def test_tiktoken(tmp_path: Path) -> None:
     tiktoken = pytest.importorskip("tiktoken")
-    data = tiktoken_file(128000)
-    (tmp_path / "tokenizer.model").write_bytes(data)
-    metadata = tokenizer_metadata(tmp_path, {"vocab_size": 128256})
-    assert (metadata[f"{G}model"], metadata[f"{G}pre"]) == ("gpt2", "llama-bpe")
-    assert metadata[f"{G}tokens"][128000:128010:9] == ["<|begin_of_text|>", "<|eot_id|>"]
-    assert set(metadata[f"{G}token_type"][128000:]) == {CONTROL}
-    assert metadata[f"{G}bos_token_id"] == 128000
+    data = tiktoken_file(50256)
+    (tmp_path / "x.tiktoken").write_bytes(data)
+    metadata = tokenizer_metadata(tmp_path, {"vocab_size": 50260})
+    assert (metadata[f"{G}model"], metadata[f"{G}pre"]) == ("gpt2", "gpt-2")
+    assert metadata[f"{G}tokens"][50256:50258] == ["<|endoftext|>", "[PAD50257]"]
+    assert metadata[f"{G}token_type"][50255:50258].tolist() == [NORMAL, CONTROL, UNUSED]
+    assert metadata[f"{G}eos_token_id"] == 50256
     ranks = {base64.b64decode(line.split()[0]): i for i, line in enumerate(data.splitlines())}
-    original = tiktoken.Encoding("x", pat_str=hftokenizers.LLAMA3, mergeable_ranks=ranks, special_tokens={})
+    words = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    original = tiktoken.Encoding("x", pat_str=words, mergeable_ranks=ranks, special_tokens={})
     converted = Tokenizer.from_metadata(metadata)
     for text in [*texts(50, seed=8), "the notes are in the house, édén. sharedhdshort"]:
         assert converted.encode(text, add_special=False) == original.encode(text), text
+
+
+def test_special_tokens_of_llama_3() -> None:
+    """Which its tiktoken file does not list: ids as in its published files."""
+    names = convert_tiktoken._KNOWN[128000][1]
+    ids = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|start_header_id|>": 6, "<|eom_id|>": 8, "<|eot_id|>": 9,
+           "<|python_tag|>": 10, "<|reserved_special_token_3|>": 11, "<|reserved_special_token_247|>": 255}  # fmt: skip
+    assert {name: names.index(name) for name in ids} == ids
+    assert len(set(names)) == 256
 
 
 def test_tekken(tmp_path: Path) -> None:
