@@ -113,6 +113,11 @@ class Decoder:
         return recorder.finish(step.output(output_norm, output))
 
     @property
+    def n_batch(self) -> int:
+        """Tokens of a step, at most."""
+        return self._program.n_batch
+
+    @property
     def n_past(self) -> int:
         """Tokens of sequence 0."""
         return self.cache.n_past()

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.models.kv_cache import GROUP
 from gguf_run.runtime.sampling import Sampler
 
 if TYPE_CHECKING:
@@ -26,62 +27,130 @@ class ContextError(GgufRunError):
 
 
 class Session:
-    """A decoder and the ids whose keys and values it holds."""
+    """A decoder and the ids whose keys and values its first sequence holds.
+
+    When the context is full and is to go on (n_keep is not None), the half of what stands behind the first n_keep
+    tokens is taken out, as llama.cpp does. The session remembers those tokens: a conversation that is given anew from
+    its beginning is still known.
+    """
 
     def __init__(self, decoder: "Decoder") -> None:
         self.decoder = decoder
-        self._ids: list[int] = []
+        self._history: list[int] = []  # the tokens that came, of which those of `_cut` are no longer there
+        self._cut = range(0)
 
     @property
     def n_free(self) -> int:
         """Positions left in the context."""
         return self.decoder.n_ctx - self.decoder.n_past
 
-    def prefill(self, ids: Sequence[int]) -> tuple[NDArray[np.float32], int]:
+    @property
+    def ids(self) -> list[int]:
+        """What stands in the cache."""
+        return self._history[: self._cut.start] + self._history[self._cut.stop :]
+
+    def prefill(self, ids: Sequence[int], n_keep: int | None = None) -> tuple[NDArray[np.float32], int]:
         """Make `ids` the whole context; return the logits f32[n_vocab] after the last one and how many were reused.
 
-        Only what differs from the ids already there is computed.
+        Only what differs from the ids already there is computed. n_keep: how many tokens stay when there is no room
+        (None: GgufRunError).
         """
         # The last token runs in any case: its logits are wanted.
-        n_reused = self._rewind(min(_n_common(self._ids, ids), len(ids) - 1))
-        return self._run(ids[n_reused:]), n_reused
+        n_reused = self._rewind(min(n_common(self._history, ids), len(ids) - 1))
+        return self._run(ids[n_reused:], n_keep), n_reused
 
-    def append(self, id: int) -> NDArray[np.float32]:
+    def append(self, id: int, n_keep: int | None = None) -> NDArray[np.float32]:
         """Add one token; return the logits f32[n_vocab] after it."""
-        return self._run([id])
+        return self._run([id], n_keep)
+
+    def hold(self, ids: Sequence[int]) -> int:
+        """Make `ids` the whole context, without logits; returns how many were reused."""
+        n_reused = self._rewind(n_common(self._history, ids))
+        for _ in self.decoder.forward(ids[n_reused:], 0):
+            pass
+        self._history.extend(ids[n_reused:])
+        return n_reused
 
     def logits(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """Run ids from an empty context and yield all their logits in blocks, see Decoder.forward."""
-        self._rewind(0)
+        self.forget()
         yield from self.decoder.forward(ids, len(ids))
-        self._ids = list(ids)
+        self._history = list(ids)
 
     def save(self, write: "Callable[[list[int], Iterator[Part]], None]") -> None:
         """Give `write` the ids and the parts of their cache."""
-        self._rewind(len(self._ids))
-        write(self._ids, self.decoder.cache.export())
+        self._rewind(len(self._history))
+        write(self.ids, self.decoder.cache.export())
 
     def restore(self, ids: Sequence[int], parts: "Iterable[Part]") -> None:
         """Make ids the context, with the cache that `save` gave. GgufRunError if it does not fit: nothing is left."""
-        self._rewind(0)
+        self.forget()
         self.decoder.cache.load(len(ids), parts)
-        self._ids = list(ids)
+        self._history = list(ids)
 
-    def _rewind(self, n_past: int) -> int:
-        # Also after an interrupted run, when the decoder may stand further than the ids that are known.
-        n_past = self.decoder.rewind(n_past)
-        del self._ids[n_past:]
-        return n_past
+    def forget(self) -> None:
+        """Begin anew."""
+        self._rewind(0)
 
-    def _run(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        (logits,) = (block[-1] for block in self.decoder.forward(ids, 1))
-        self._ids.extend(ids)
-        return logits
+    def _rewind(self, n: int) -> int:
+        """Forget the tokens that came from number n on, or more, if they are not all there; returns how many are left.
+
+        Also after an interrupted run, when the decoder may stand further than the ids that are known, or hold nothing.
+        """
+        if n < self._cut.stop:
+            n = min(n, self._cut.start)
+            self._cut = range(n, n)
+        n_past = n - len(self._cut)
+        if self.decoder.rewind(min(n_past, self.decoder.n_past)) < n_past:
+            n = self.decoder.rewind(0)
+            self._cut = range(0)
+        del self._history[n:]
+        return n
+
+    def _run(self, ids: Sequence[int], n_keep: int | None) -> NDArray[np.float32]:
+        while True:
+            if n_keep is not None and not self.n_free:
+                self._make_room(n_keep)
+            part = ids if n_keep is None else ids[: self.n_free]
+            (logits,) = (block[-1] for block in self.decoder.forward(part, 1))
+            self._history.extend(part)
+            ids = ids[len(part) :]
+            if not ids:
+                return logits
+
+    def _make_room(self, n_keep: int) -> None:
+        """Take out half of what stands behind the first n_keep tokens, or behind those kept the first time."""
+        start = self._cut.start if self._cut else kept(n_keep)
+        n_discard = max(GROUP, (self.decoder.n_past - start) // 2 // GROUP * GROUP)
+        n_left = self.decoder.cache.shift(start, n_discard)
+        self._cut = range(start, start + len(self._cut) + n_discard)
+        if not n_left:  # layers with a window no longer had what now stands before the next token
+            for _ in self.decoder.forward(self.ids, 0):
+                pass
 
 
-def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
+def kept(n_keep: int) -> int:
+    """Tokens at the beginning that stay where n_keep shall: whole groups, at least one. Without its first tokens, on
+    which much of the attention rests, a model breaks down (Xiao et al. 2023, StreamingLLM)."""
+    return max(1, -(-n_keep // GROUP)) * GROUP
+
+
+def n_common(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the common start."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def check_prompt(ids: Sequence[int], max_tokens: int | None, n_ctx: int | None, name: str = "the prompt") -> None:
+    """ContextError if ids do not fit into n_ctx tokens, GgufRunError if there are none, OptionError for max_tokens."""
+    if max_tokens is not None and max_tokens < 1:
+        raise OptionError(f"max_tokens (--max-tokens) is {max_tokens}; allowed: at least 1")
+    if not ids:
+        raise GgufRunError(f"{name} is empty: give at least one token of text")
+    if n_ctx is not None and len(ids) > n_ctx:
+        raise ContextError(
+            f"{name} has {len(ids)} tokens, the context holds {n_ctx}: shorten the prompt or choose a larger context "
+            "(--ctx-size)"
+        )
 
 
 class Generation:
@@ -92,20 +161,25 @@ class Generation:
     """
 
     def __init__(
-        self, session: Session, ids: Sequence[int], sampler: Sampler, stop_ids: Iterable[int], max_tokens: int | None
+        self,
+        session: Session,
+        ids: Sequence[int],
+        sampler: Sampler,
+        stop_ids: Iterable[int],
+        max_tokens: int | None,
+        n_keep: int | None = None,
     ) -> None:
-        """Nothing runs yet. ContextError if ids do not fit, GgufRunError if there are none, OptionError."""
-        if max_tokens is not None and max_tokens < 1:
-            raise OptionError(f"max_tokens (--max-tokens) is {max_tokens}; allowed: at least 1")
-        if not ids:
-            raise GgufRunError("the prompt is empty: give at least one token of text")
-        if len(ids) > (n_ctx := session.decoder.n_ctx):
-            raise ContextError(
-                f"the prompt has {len(ids)} tokens, the context holds {n_ctx}: shorten the prompt or choose a larger "
-                "context (--ctx-size)"
+        """Nothing runs yet. n_keep: None ends the answer when the context is full, else it goes on, see Session.
+        ContextError if ids do not fit, GgufRunError if there are none, OptionError."""
+        n_ctx = session.decoder.n_ctx
+        if n_keep is not None and not (n_keep >= 0 and kept(n_keep) + 2 * GROUP <= n_ctx):
+            raise OptionError(
+                f"n_keep (--keep) is {n_keep} in a context of {n_ctx} tokens (--ctx-size); allowed: 0 to "
+                f"{n_ctx - 2 * GROUP}, and contexts of {3 * GROUP} or more, so that they can be shifted"
             )
+        check_prompt(ids, max_tokens, n_ctx if n_keep is None else None)
         self._session, self._ids, self._sampler = session, ids, sampler
-        self._stop_ids, self._max_tokens = frozenset(stop_ids), max_tokens
+        self._stop_ids, self._max_tokens, self._n_keep = frozenset(stop_ids), max_tokens, n_keep
         self.n_prompt, self.n_reused, self.n_decoded = len(ids), 0, 0
         self.prefill_s = self.decode_s = 0.0
         self.finish = ""
@@ -113,7 +187,7 @@ class Generation:
 
     def __iter__(self) -> Iterator[int]:
         start = time.perf_counter()
-        logits, self.n_reused = self._session.prefill(self._ids)
+        logits, self.n_reused = self._session.prefill(self._ids, self._n_keep)
         self._sampler.accept(self._ids)
         id = self._sampler.sample(logits)
         self.prefill_s = time.perf_counter() - start
@@ -125,11 +199,11 @@ class Generation:
             if self._max_tokens is not None and self.n_decoded + 1 >= self._max_tokens:
                 self.finish = "length"
                 return
-            if self._session.n_free == 0:
+            if self._n_keep is None and self._session.n_free == 0:
                 self.finish = "context"
                 return
             start = time.perf_counter()
-            logits = self._session.append(id)
+            logits = self._session.append(id, self._n_keep)
             self._sampler.accept([id])
             id = self._sampler.sample(logits)
             self.n_decoded += 1

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
 from gguf_run.formats.reader import GGUFFile
 from gguf_run.models.backend import CacheType
+from gguf_run.runtime.batch import Answer, Batch, OneOfMany
 from gguf_run.runtime.generate import Generation, Session, StopStrings, text_pieces
 from gguf_run.runtime.sampling import Sampler, SamplingParams
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 DEFAULT_N_CTX = 4096
 MAX_N_CTX = 2**31 - 1
+MAX_N_SEQ = 1024
 
 Message = Mapping[str, str]
 
@@ -62,7 +64,7 @@ class Model:
             for text in model.generate("Once upon a time", max_tokens=50):
                 print(text, end="")
 
-    One sequence at a time: a new call of generate, chat or logits ends the iterator of the one before.
+    A new call of generate, chat or logits ends the iterator of the one before.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class Model:
         self._identity = identity
         self._close = close
         self._session = Session(decoder)
-        self._generation: Generation | None = None
+        self._generation: Generation | Batch | None = None
 
     @classmethod
     def load(
@@ -98,6 +100,7 @@ class Model:
         n_threads: int | None = None,
         device: str = "auto",
         n_batch: int = 512,
+        n_seq: int = 1,
         cache_type: str | tuple[str, str] | list[CacheType] | None = None,
         cache_rotation: bool = True,
         cache_scales: str | os.PathLike[str] | None = None,
@@ -110,7 +113,8 @@ class Model:
         path: a GGUF file, the folder of a Hugging Face checkpoint, `hf:owner/repo/file.gguf`, `hf:owner/repo`, or None
         for the default model. n_ctx: positions of the KV cache (the model's own, at most 4096, if None). n_threads:
         physical cores if None. device: "cpu", "cuda", "cuda:N", "auto". n_batch: tokens of a prompt that run at once.
-        progress: called with bytes loaded and bytes in all. observe: see Decoder. quantize: a file type such as
+        n_seq: sequences that the KV cache has room for, of n_ctx positions each: as many prompts as generate_batch can
+        take. progress: called with bytes loaded and bytes in all. observe: see Decoder. quantize: a file type such as
         "Q4_K_M", in which the weights are put while they are read.
 
         cache_type: of the KV cache's keys and values, such as "q8_0", or a pair of two, or a list of one CacheType
@@ -123,6 +127,7 @@ class Model:
         start = time.perf_counter()
         _check_range("n_ctx (--ctx-size)", n_ctx, 1, MAX_N_CTX)
         _check_range("n_batch", n_batch, 1, MAX_N_CTX)
+        _check_range("n_seq", n_seq, 1, MAX_N_SEQ)
         from gguf_run.kernels_cpu.team import MAX_THREADS
         from gguf_run.runtime.fetch import find_model
         from gguf_run.runtime.open_model import open_model
@@ -138,7 +143,7 @@ class Model:
         file = open_model(found, quantize)
         cache = {"cache_type": cache_type, "cache_rotation": cache_rotation, "cache_scales": cache_scales}
         try:
-            return _load(file, start, n_ctx, n_threads, device, n_batch, cache, progress, observe, quantize)
+            return _load(file, start, n_ctx, n_threads, device, n_batch, n_seq, cache, progress, observe, quantize)
         except GgufRunError as error:
             file.close()
             # Below the runtime nobody knows the name of the file.
@@ -195,24 +200,59 @@ class Model:
         return self.tokenizer.decode(ids, skip_special=skip_special)
 
     def generate(
-        self, prompt: str, *, max_tokens: int | None = None, stop: Sequence[str] = (), **sampling: Any
+        self,
+        prompt: str,
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        context_shift: bool = False,
+        n_keep: int = 0,
+        **sampling: Any,
     ) -> Iterator[str]:
         """Continue a text; return an iterator over pieces of text.
 
         max_tokens: None goes on until the model ends or the context is full (stats.finish tells). stop: texts that end
-        the answer. sampling: temperature, top_k, top_p, min_p, repeat_penalty, seed, see SamplingParams.
+        the answer. context_shift: a full context does not end it: half of what stands behind the first n_keep tokens
+        (32 at least) is taken out, and the text may be as long as it likes. sampling: temperature, top_k, top_p, min_p,
+        repeat_penalty, seed, see SamplingParams.
         """
-        return self._start(self._open_ended(self.tokenize(prompt)), max_tokens, stop, sampling)
+        shift = n_keep if context_shift else None
+        return self._start(self._open_ended(self.tokenize(prompt)), max_tokens, stop, shift, sampling)
+
+    def generate_batch(
+        self, prompts: Sequence[str], *, max_tokens: int | None = None, stop: Sequence[str] = (), **sampling: Any
+    ) -> list[Answer]:
+        """Continue several texts together, as many as n_seq of Model.load; return the answers in the prompts' order.
+
+        All share each step, which reads the weights once, and what the prompts begin with in common is computed once.
+        Options as for generate; prompt i draws with the seed + i. GgufRunError for too many prompts, or none.
+        """
+        params = SamplingParams(**sampling)
+        sequences = []
+        for i, prompt in enumerate(prompts):
+            seed = None if params.seed is None else (params.seed + i) % 2**64
+            ids, sampler = self._open_ended(self.tokenize(prompt)), Sampler(replace(params, seed=seed))
+            sequences.append(OneOfMany(ids, sampler, self.tokenizer.stream(), StopStrings(stop)))
+        self._generation = batch = Batch(self._session, sequences, self.tokenizer.stop_ids, max_tokens)
+        return batch.run()
 
     def chat(
-        self, messages: Sequence[Message], *, max_tokens: int | None = None, stop: Sequence[str] = (), **sampling: Any
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        context_shift: bool = False,
+        n_keep: int = 0,
+        **sampling: Any,
     ) -> Iterator[str]:
         """Answer the last of `messages` ({"role": "system" | "user" | "assistant", "content": text}); as generate.
 
         The start that the conversation shares with the one before is not computed again. GgufRunError as for
         tokenize_chat.
         """
-        return self._start(self.tokenize_chat(messages), max_tokens, stop, sampling)
+        shift = n_keep if context_shift else None
+        return self._start(self.tokenize_chat(messages), max_tokens, stop, shift, sampling)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Return f32[n_tokens, n_vocab]: what the model expects after each of ids, from an empty context."""
@@ -269,10 +309,15 @@ class Model:
         self.close()
 
     def _start(
-        self, ids: list[int], max_tokens: int | None, stop: Sequence[str], sampling: Mapping[str, Any]
+        self,
+        ids: list[int],
+        max_tokens: int | None,
+        stop: Sequence[str],
+        n_keep: int | None,
+        sampling: Mapping[str, Any],
     ) -> Iterator[str]:
         sampler = Sampler(SamplingParams(**sampling))
-        self._generation = Generation(self._session, ids, sampler, self.tokenizer.stop_ids, max_tokens)
+        self._generation = Generation(self._session, ids, sampler, self.tokenizer.stop_ids, max_tokens, n_keep)
         return text_pieces(self._generation, self.tokenizer.stream(), StopStrings(stop))
 
     def _open_ended(self, ids: list[int]) -> list[int]:
@@ -292,6 +337,7 @@ def _load(
     n_threads: int,
     device: str,
     n_batch: int,
+    n_seq: int,
     cache: Mapping[str, Any],
     progress: Callable[[int, int], None] | None,
     observe: bool,
@@ -308,7 +354,7 @@ def _load(
     places = place_layers(config.n_layer, device)
     tensors = list(file.tensors.values())
     plan = plan_cache(config, **cache)
-    MemoryPlan(config, tensors, n_ctx, plan, n_batch).check(available_memory())
+    MemoryPlan(config, tensors, n_ctx, plan, n_batch, n_seq).check(available_memory())
     if n_ctx > config.n_ctx_train:
         warnings.warn(
             f"context of {n_ctx} tokens: the model was trained with {config.n_ctx_train}, beyond it answers get worse",
@@ -326,7 +372,15 @@ def _load(
             report = _reporter(progress, sum(tensor.nbytes for tensor in tensors))
             backends = [backend for _ in places]
             decoder = Decoder(
-                config, file.tensors, backends, n_ctx, n_batch, cache_types=plan, progress=report, observe=observe
+                config,
+                file.tensors,
+                backends,
+                n_ctx,
+                n_batch,
+                n_seq=n_seq,
+                cache_types=plan,
+                progress=report,
+                observe=observe,
             )
             tokenizer, template = text.result()
             return Model(

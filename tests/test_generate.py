@@ -22,7 +22,9 @@ class FakeDecoder:
 
     def __init__(self, n_ctx: int = 32) -> None:
         self.n_ctx, self.n_past = n_ctx, 0
-        self.cache = [0] * n_ctx
+        self.held = [0] * n_ctx
+        self.cache = SimpleNamespace(shift=self.shift)
+        self.can_shift = True
         self.config = SimpleNamespace(n_vocab=N_VOCAB)
         self.runs: list[tuple[int, list[int]]] = []
         self.fails = False
@@ -32,19 +34,26 @@ class FakeDecoder:
         assert self.n_past + len(ids) <= self.n_ctx
         block = np.zeros((1, N_VOCAB), np.float32)  # overwritten, as the program's memory is
         for i, id in enumerate(ids):
-            self.cache[self.n_past] = id
+            self.held[self.n_past] = id
             self.n_past += 1
             if self.fails and i:
                 raise KeyboardInterrupt
             if i >= len(ids) - n_outputs:
                 block[:] = 0
-                block[0, next_id(self.cache[: self.n_past])] = 1
+                block[0, next_id(self.held[: self.n_past])] = 1
                 yield block
 
     def rewind(self, n_past: int) -> int:
         assert 0 <= n_past <= self.n_past
         self.n_past = n_past
         return n_past
+
+    def shift(self, n_keep: int, n_discard: int) -> int:
+        assert 0 < n_discard <= self.n_past - n_keep
+        self.held[n_keep : n_keep + n_discard] = []
+        self.held += [0] * n_discard
+        self.n_past = self.n_past - n_discard if self.can_shift else 0
+        return self.n_past
 
 
 def next_id(ids: Sequence[int]) -> int:
@@ -263,3 +272,50 @@ def test_stop_strings_in_any_pieces(text: str, stop: list[str], data: st.DataObj
 def test_stop_not_allowed(stop: Any) -> None:
     with pytest.raises(OptionError, match="stop is"):
         StopStrings(stop)
+
+
+def with_shifts(ids: Sequence[int], n: int, n_ctx: int, n_keep: int) -> tuple[list[int], list[int]]:
+    """The next n tokens, and what stands in a context of n_ctx at the end: half behind n_keep goes when it is full."""
+    held: list[int] = []
+    out: list[int] = []
+    for id in ids:
+        if len(held) == n_ctx:
+            del held[n_keep : n_keep + (n_ctx - n_keep) // 2 // 32 * 32]
+        held.append(id)
+    while len(out) < n:
+        out.append(next_id(held))
+        if len(out) < n:
+            if len(held) == n_ctx:
+                del held[n_keep : n_keep + (n_ctx - n_keep) // 2 // 32 * 32]
+            held.append(out[-1])
+    return out, held
+
+
+@pytest.mark.parametrize("can_shift", [True, False])
+@pytest.mark.parametrize(("n_prompt", "n_keep"), [(100, 0), (200, 1), (900, 33), (192, 64), (191, 96)])
+def test_a_full_context_goes_on(n_prompt: int, n_keep: int, can_shift: bool) -> None:
+    """can_shift: layers with a window may not hold what is needed: then what stays runs again."""
+    decoder = FakeDecoder(n_ctx=192)
+    decoder.can_shift = can_shift
+    session, prompt = Session(decoder), [7 * i % 256 for i in range(n_prompt)]
+    generation = Generation(session, prompt, Sampler(GREEDY), (), 500, n_keep)
+    n_kept = max(32, -(-n_keep // 32) * 32)
+    out, held = with_shifts(prompt, 500, 192, n_kept)
+    assert list(generation) == out
+    assert session.ids == held == decoder.held[: len(held)]
+    assert generation.finish == "length"
+    # A conversation is given anew from its beginning each time: what is gone is known too.
+    prompt += [*out, 3, 4]
+    again = Generation(session, prompt, Sampler(GREEDY), (), 1, n_keep)
+    assert list(again) == with_shifts(prompt, 1, 192, n_kept)[0]
+    assert again.n_reused == len(prompt) - 3
+    # Another one shares what was kept.
+    other = Generation(session, [*prompt[:40], 9, 9], Sampler(GREEDY), (), 1)
+    assert list(other) == expected([*prompt[:40], 9, 9], 1)
+    assert other.n_reused == min(40, n_kept)
+
+
+@pytest.mark.parametrize(("n_ctx", "n_keep"), [(64, 0), (95, 0), (128, 65), (128, -1)])
+def test_contexts_that_cannot_be_shifted(n_ctx: int, n_keep: int) -> None:
+    with pytest.raises(OptionError, match=r"n_keep \(--keep\) is .* in a context of"):
+        Generation(Session(FakeDecoder(n_ctx)), [1], Sampler(GREEDY), (), 5, n_keep)
