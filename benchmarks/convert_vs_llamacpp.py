@@ -73,7 +73,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     import hf_tiny
 
-    from gguf_run.models.architectures import ARCHITECTURES
+    from gguf_run.formats.errors import GgufRunError
     from gguf_run.runtime.convert import open_checkpoint
     from gguf_run.runtime.quantize_file import quantize_file
     from gguf_run.runtime.quantize_plan import Options, make_plan
@@ -93,8 +93,10 @@ def main() -> None:
                 quantize_file(make_plan(file, Options(file_type(given.type))), path, 1, lambda done, total: None)
             expected = hf_tiny.logits(model, IDS)
             by_peer = relative(isolated(path, IDS), expected)
-            known = hf_tiny.GGUF_ARCH.get(name, name) in ARCHITECTURES and name != "mixtral"
-            by_us = f"{relative(own(path, IDS), expected):10.2e}" if known else f"{'-':>10}"
+            try:
+                by_us = f"{relative(own(path, IDS), expected):10.2e}"
+            except (GgufRunError, NotImplementedError):  # what the CPU's kernels do not have
+                by_us = f"{'-':>10}"
             print(f"{name:18} {by_peer:10.2e} {by_us}", flush=True)
             failed += by_peer > LIMIT
     if failed and given.type == "F32":

@@ -37,6 +37,7 @@ _METHODS: Mapping[str, Marks] = MappingProxyType(
         "modelopt": _SCALED,
         "torchao": {"_qdata": torchao},
         "mxfp4": {"_blocks": mxfp4_experts},
+        "gguf": {},  # what transformers saves after it has dequantized a GGUF file: plain weights
     }
 )
 # The types that can hold codes of quantized checkpoints.
