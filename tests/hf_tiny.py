@@ -30,10 +30,10 @@ _LLAMA31 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
-# gpt-oss says "truncate": false, of which llama.cpp knows nothing: with heads of 16 the difference would show.
+# gpt-oss says "truncate": false, of which llama.cpp knows nothing: the ramp ends at pair 2 either way here.
 _YARN = {
-    "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True,
-    "original_max_position_embeddings": 64,
+    "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 0.5175821,
+    "truncate": False, "original_max_position_embeddings": 64,
 }  # fmt: skip
 _LONGROPE = {
     "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
@@ -80,10 +80,6 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
          "layer_types": ["sliding_attention", "full_attention"], "rope_parameters": _YARN},
     ),
 }  # fmt: skip
-# general.architecture of those that do not have their own name.
-GGUF_ARCH = {"llama31": "llama", "mistral": "llama", "mixtral": "llama", "phi3-longrope": "phi3"} | {
-    "stablelm-parallel": "stablelm"
-}
 
 
 def make(name: str, directory: Path, dtype: str = "float32", **config: Any) -> Any:
