@@ -15,6 +15,7 @@ from tinymodel import TINY_GEMMA3, Tiny, write_tiny
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.reader import GGUFFile
+from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 from gguf_run.models.kv_cache import GROUP
@@ -145,6 +146,19 @@ def test_a_shift_of_many_layers_turns_keys_only(build: Build) -> None:
             decoder.cache.shift(32, 128)
             results.append(last(decoder, [1, 2, 3]))
         assert error(results[1], results[0]) < 3e-5
+
+
+@pytest.mark.parametrize(("name", "bound"), [("f16", 1e-3), ("q8_0", 2e-2), ("int4", 0.3)])
+def test_keys_of_any_type_are_turned(name: str, bound: float, build: Build) -> None:
+    """They are rounded once more. int4's go through a Hadamard transform, out of it to be turned, and back."""
+    tiny = replace(LLAMA, n_layer=1)
+    decoder = build(tiny, cpu(2), cache_types=[CacheType(name, name)])
+    last(decoder, IDS[:300])
+    decoder.cache.shift(32, 128)
+    ids = [*IDS[:32], *IDS[160:300], 3]
+    expected = fresh(build, tiny, ids)
+    plain = error(last(build(tiny, cpu(2), cache_types=[CacheType(name, name)]), ids), expected)
+    assert error(last(decoder, [3]), expected) < min(bound, 3 * plain)
 
 
 @settings(max_examples=15, deadline=None)
