@@ -70,7 +70,7 @@ def plan_words(n_expert: int, n_pairs: int) -> int:
 
 
 @njit(inline="always")
-def _parts(plan, n_expert, n_pairs):  # type: ignore[no-untyped-def]
+def plan_parts(plan, n_expert, n_pairs):  # type: ignore[no-untyped-def]
     """Numbers of the experts in use, the first pair of each, and the tokens of the pairs."""
     firsts = plan + 8 * (n_expert + 1)
     return i64_at(plan + 8, n_expert), i64_at(firsts, n_expert + 1), i64_at(firsts + 8 * (n_expert + 1), n_pairs)
@@ -87,7 +87,7 @@ def route(args, piece, ith, nth):  # type: ignore[no-untyped-def]
         return 1
     n_tokens = i64_at(a.rows, 1)[0]
     n_pairs = n_tokens * a.n_used
-    experts, first, tokens = _parts(a.plan, a.n_expert, n_pairs)
+    experts, first, tokens = plan_parts(a.plan, a.n_expert, n_pairs)
     chosen = i64_at(a.plan + 8 * (2 * a.n_expert + 2 + n_pairs), n_pairs)
     weights, unsorted = f32_at(a.weights, n_pairs), f32_at(a.weights + 4 * n_pairs, n_pairs)
     for e in range(a.n_expert + 1):
@@ -163,7 +163,7 @@ def gate_up(panel: int, activation: str) -> Op:
         n_piece = n_shrinking(n_items, max(1, _PIECE_BYTES // (4 * a.group_bytes)), nth)
         if piece < 0:
             return n_piece
-        experts, firsts, token_of = _parts(a.plan, a.n_expert, n_pairs)
+        experts, firsts, token_of = plan_parts(a.plan, a.n_expert, n_pairs)
         weights = f32_at(a.weights, n_pairs)
         places = a.scratch + ith * a.scratch_stride
         pair = places + PLACES
@@ -246,7 +246,7 @@ def down(panel: int) -> Op:
         if piece < 0:
             return n_piece
         n_pairs = n_tokens * a.n_used
-        experts, firsts, token_of = _parts(a.plan, a.n_expert, n_pairs)
+        experts, firsts, token_of = plan_parts(a.plan, a.n_expert, n_pairs)
         weights = f32_at(a.weights, n_pairs)
         places = a.scratch + ith * a.scratch_stride
         at = i64_at(places, 2 * tokens)

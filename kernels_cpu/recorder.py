@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.kernels_cpu import moe
 from gguf_run.kernels_cpu.attention import attend
 from gguf_run.kernels_cpu.attention_append import append
 from gguf_run.kernels_cpu.attention_merge import merge
@@ -21,6 +20,7 @@ from gguf_run.kernels_cpu.matmul import TOKENS, matmul
 from gguf_run.kernels_cpu.matmul_gated import SCRATCH_BYTES, matmul_gated
 from gguf_run.kernels_cpu.memory import LANES, CpuBuffer, CpuTable, CpuWeight, aligned
 from gguf_run.kernels_cpu.moe import CpuExperts
+from gguf_run.kernels_cpu.moe_record import MoeMemory, record_moe
 from gguf_run.kernels_cpu.observe import CpuSquares, observe
 from gguf_run.kernels_cpu.op import Op
 from gguf_run.kernels_cpu.panels import BLOCK, ROWS, IntPanel, Panel, panel_id
@@ -68,7 +68,7 @@ class CpuRecorder:
         self._wide: dict[tuple[bool, int], CpuBuffer] = {}
         self._q8: dict[tuple[int, int], NDArray[np.uint8]] = {}
         self._ones: dict[int, NDArray[np.float32]] = {}
-        self._moe: dict[tuple[int, int, int], list[NDArray[np.uint8]]] = {}
+        self._moe = MoeMemory()
 
     # recording
     def _record(self, op: Op, **values: Any) -> NDArray[np.void]:
@@ -385,51 +385,15 @@ class CpuRecorder:
         self._record(softcap, rows=x.rows, n=x.width, x=x.address, x_stride=x.stride, scale=scale, cap=cap)
         self._written(x)
 
-    def moe(self, x: CpuBuffer, logits: CpuBuffer, experts: CpuExperts, shape: Any, out: CpuBuffer) -> None:
-        gate, up, down = experts.gate, experts.up, experts.down
-        is_int = isinstance(down.panel, IntPanel)
-        row_bytes = -(-down.n_in // BLOCK) * BLOCK * (2 if is_int else 4)
-        plan, weights, ff = self._moe_work(experts.n_expert, shape.n_used, row_bytes)
-        self._tape.keep.append(experts)
-        self._scratch_bytes = max(self._scratch_bytes, moe.GATE_UP_SCRATCH, moe.PLACES + out.stride)
-        common = {"rows": x.rows, "n_expert": experts.n_expert, "n_used": shape.n_used}
-        common |= {"plan": plan.ctypes.data, "weights": weights.ctypes.data}
-        to = {"out": out.address, "out_stride": out.stride}
-        ff_rows = ff.ctypes.data
-        self._record(
-            moe.route, logits=logits.address, logits_stride=logits.stride, norm=shape.norm, scale=shape.scale, **common
-        )
-        rows, x_stride = self._rows(x, gate.panel)
-        self._record(
-            moe.gate_up(panel_id(gate.panel), shape.activation),
-            to_up=up.data.ctypes.data - gate.data.ctypes.data,
-            x=rows,
-            x_stride=x_stride,
-            out=0 if is_int else ff_rows,
-            out_stride=row_bytes,
-            q8=ff_rows if is_int else 0,
-            q8_stride=row_bytes,
-            bias_up=up.bias_at,
-            **common,
-            **gate.fields(),
-        )
-        self._record(moe.down(panel_id(down.panel)), x=ff_rows, x_stride=row_bytes, **common, **to, **down.fields())
-        self._written(out)
-
-    def _moe_work(self, n_expert: int, n_used: int, row_bytes: int) -> list[NDArray[np.uint8]]:
-        """Memory that all mixtures of this size use by turns: plan, weights and rows of all pairs."""
-        key = n_expert, n_used, row_bytes
-        if key not in self._moe:
-            n_pairs = self.n_batch * n_used
-            sizes = 8 * moe.plan_words(n_expert, n_pairs), 8 * n_pairs, row_bytes * n_pairs
-            self._moe[key] = [aligned(size) for size in sizes]
-        return self._moe[key]
+    def moe(
+        self, x: CpuBuffer, logits: CpuBuffer, experts: CpuExperts, shape: Any, out: CpuBuffer, *, observe: bool = False
+    ) -> tuple[CpuSquares, CpuSquares] | None:
+        return record_moe(self, x, logits, experts, shape, out, observed=observe)
 
     def observe(self, x: CpuBuffer) -> CpuSquares:
         squares = CpuSquares(x.width)
         self._tape.keep.append(squares)
-        address = squares.sums.ctypes.data
-        self._record(observe, rows=x.rows, n=x.width, x=x.address, x_stride=x.stride, sums=address)
+        self._record(observe, rows=x.rows, x=x.address, x_stride=x.stride, **squares.fields())
         return squares
 
     def outputs(self, x: CpuBuffer) -> CpuBuffer:

@@ -133,8 +133,9 @@ class Buffer(Protocol):
 class Squares(Protocol):
     """What Recorder.observe collects."""
 
-    def take(self) -> NDArray[np.float64]:
-        """f64[width]: the sums over all rows since the last call."""
+    def take(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """f64[n, width], the sums over all rows since the last call, and i64[n], how many there were; n is 1, or the
+        number of experts, each with its own rows."""
         ...
 
 
@@ -189,10 +190,13 @@ class Recorder(Protocol):
         gate or up."""
         ...
 
-    def moe(self, x: Any, logits: Any, experts: Any, shape: Moe, out: Any, /) -> None:
+    def moe(
+        self, x: Any, logits: Any, experts: Any, shape: Moe, out: Any, /, *, observe: bool = False
+    ) -> tuple[Squares, Squares] | None:
         """out += sum over the chosen experts e of weight * down[e] @ (activation(gate[e] @ x) * (up[e] @ x)), biases
         added where the experts have them. logits: [n_tokens, n_expert], overwritten. activation: "swiglu_oai" as well,
-        g * sigmoid(1.702 g) * (u + 1) with g = min(gate, 7) and u = up from -7 to 7. out: a whole buffer."""
+        g * sigmoid(1.702 g) * (u + 1) with g = min(gate, 7) and u = up from -7 to 7. out: a whole buffer. observe:
+        return the squares of what gate and up read, and down (before it is weighted)."""
         ...
 
     def gate_rows(self, x: Any, gate: Any, /) -> None:

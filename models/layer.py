@@ -233,7 +233,12 @@ class Step:
         if layer.ffn_gate_inp is not None:
             assert self.logits is not None
             self.matmul(h, layer.ffn_gate_inp, self.logits)
-            rec.moe(h, self.logits, layer.experts, self.config.moe, self.x)
+            observe = self.observed is not None
+            squares = rec.moe(h, self.logits, layer.experts, self.config.moe, self.x, observe=observe)
+            if self.observed is not None and squares is not None:
+                block = layer.ffn_gate_inp.names[0].removesuffix("ffn_gate_inp.weight")
+                *first, last = (f"{block}{name}.weight" for name in EXPERTS)
+                self.observed += [Observed(tuple(first), squares[0]), Observed((last,), squares[1])]
         if layer.ffn_gate_up is None or layer.ffn_down is None:
             return
         ff = self.ff.columns(0, layer.ffn_down.weight.n_in)

@@ -29,7 +29,7 @@ class Collector:
         self._n_ctx, self._dataset = imatrix.chunk_size, dataset
         self._prefix = "" if process_output else "blk."
         self._n_rows = self._n_ctx if process_output else (self._n_ctx + 1) // 2 if ppl else 0
-        widths = {name: len(item.squares.take()) for item in self._observed for name in item.names}
+        widths = {name: item.squares.take()[0].size for item in self._observed for name in item.names}
         for name, entry in imatrix.sums.items():
             if entry.sums.size != widths.get(name, 0):
                 raise GgufRunError(
@@ -58,9 +58,9 @@ class Collector:
     def _take(self) -> Imatrix:
         """One chunk's sums."""
         sums: dict[str, Sums] = {}
-        count = np.array([self._n_ctx], np.float32)
         for item in self._observed:
+            squares, counts = item.squares.take()
             with np.errstate(over="ignore"):
-                entry = Sums(item.squares.take().astype(np.float32)[None], count)
+                entry = Sums(squares.astype(np.float32), counts.astype(np.float32))
             sums |= {name: entry for name in item.names if name.startswith(self._prefix)}
         return Imatrix(sums, (self._dataset,), 1, self._n_ctx)

@@ -163,11 +163,16 @@ GATED = {name: lambda gate, up, f=f: f(gate) * up for name, f in ACTIVATIONS.ite
 
 
 class NumpySquares:
-    def __init__(self, width: int) -> None:
-        self.sums = np.zeros(width)
+    def __init__(self, width: int, n_expert: int = 1) -> None:
+        self.sums, self.counts = np.zeros((n_expert, width)), np.zeros(n_expert, np.int64)
 
-    def take(self) -> np.ndarray:
-        taken, self.sums = self.sums, np.zeros_like(self.sums)
+    def add(self, rows: np.ndarray, e: int = 0) -> None:
+        self.sums[e] += (rows.astype(np.float64) ** 2).sum(axis=0)
+        self.counts[e] += len(rows)
+
+    def take(self) -> tuple[np.ndarray, np.ndarray]:
+        taken = self.sums, self.counts
+        self.sums, self.counts = np.zeros_like(self.sums), np.zeros_like(self.counts)
         return taken
 
 
@@ -267,10 +272,14 @@ class NumpyRecorder:
 
         self._add("gated", op)
 
-    def moe(self, x: Any, logits: Any, experts: Any, shape: Moe, out: Any) -> None:
+    def moe(
+        self, x: Any, logits: Any, experts: Any, shape: Moe, out: Any, *, observe: bool = False
+    ) -> tuple[NumpySquares, NumpySquares] | None:
         """One token and one expert at a time."""
         gate, up, down, *biases = experts
         biases = [values for values, _ in biases] or [np.zeros(values.shape[:2], self.dtype) for values, _ in experts]
+
+        squares = tuple(NumpySquares(values.shape[2], len(values)) for values, _ in (gate, down))
 
         def product(matrix: Any, e: int, row: np.ndarray) -> np.ndarray:
             values, type_name = matrix
@@ -282,10 +291,13 @@ class NumpyRecorder:
                 weights = (softmax(scores[chosen]) if shape.norm else softmax(scores)[chosen]) * shape.scale
                 for e, weight in zip(chosen, weights, strict=True):
                     both = product(gate, e, row) + biases[0][e], product(up, e, row) + biases[1][e]
-                    made = GATED[shape.activation](*both) * weight
-                    to += product(down, e, made) + weight * biases[2][e]
+                    made = GATED[shape.activation](*both)
+                    to += product(down, e, made * weight) + weight * biases[2][e]
+                    for seen, read in zip(squares, (row, made), strict=True):
+                        seen.add(read[None], e)
 
         self._add("moe", op)
+        return squares if observe else None
 
     def as_read(self, x: np.ndarray, type_name: str) -> np.ndarray:
         """What is left of x when it is multiplied with an expert's weights of a type."""
@@ -308,7 +320,7 @@ class NumpyRecorder:
         squares = NumpySquares(x.width)
 
         def op(step: Step) -> None:
-            squares.sums += (x.rows(step).astype(np.float64) ** 2).sum(axis=0)
+            squares.add(x.rows(step))
 
         self._add("observe", op)
         return squares

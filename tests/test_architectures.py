@@ -18,12 +18,7 @@ pytest.importorskip("transformers")
 IDS = [(7 * i * i + 3 * i + 2) % hf_tiny.N_VOCAB for i in range(40)]
 
 
-# The kernels of these two's attention are yet to come.
-WAITING = pytest.mark.xfail(raises=NotImplementedError, strict=False)
-NAMES = [pytest.param(name, marks=WAITING) if name in ("gemma2", "gpt-oss") else name for name in hf_tiny.TINY]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", hf_tiny.TINY)
 def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     expected = hf_tiny.logits(hf_tiny.make(name, tmp_path), IDS)
     with open_checkpoint(tmp_path) as file:

@@ -46,8 +46,10 @@ def test_squares_are_added_bit_for_bit(n_threads: int, width: int, start: int, n
     step.run(32)
     step.run(7, first_id=32)
     exact = values[:39, start : start + n].astype(np.float64) ** 2
-    assert np.array_equal(squares.take(), exact.cumsum(axis=0)[-1])
-    assert not squares.take().any()
+    sums, counts = squares.take()
+    assert np.array_equal(sums[0], exact.cumsum(axis=0)[-1])
+    assert counts == [39]
+    assert not any(values.any() for values in squares.take())
 
 
 # A model's inputs.
@@ -61,7 +63,7 @@ def observed(path: Path, backend: Any, n_rows: int, ids: Sequence[int] = IDS, **
         for _ in decoder.forward(ids, n_rows):
             pass
     assert decoder.observed is not None
-    sums = [(item.names, item.squares.take()) for item in decoder.observed]
+    sums = [(item.names, item.squares.take()[0][0]) for item in decoder.observed]
     return {name: values for names, values in sums for name in names}
 
 
@@ -324,7 +326,7 @@ def test_wrong_usage(folder: Path, arguments: list[str], words: str) -> None:
 def test_numbers_that_break_down(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums that float32 cannot hold are not written."""
     monkeypatch.setattr(Collector, "_score", lambda self, chunk: np.zeros(0))
-    monkeypatch.setattr("gguf_run.kernels_cpu.observe.CpuSquares.take", lambda self: self.sums + 1e39)
+    monkeypatch.setattr("gguf_run.kernels_cpu.observe.CpuSquares.take", lambda self: (self.sums + 1e39, self.counts))
     result = invoke(folder, "-c", "32", "-o", "broken.gguf")
     assert result.exit_code == 1
     assert "attn_q.weight: its sums are not finite numbers" in result.stderr

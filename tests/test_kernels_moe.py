@@ -41,8 +41,8 @@ def experts(type_name: str, n_expert: int, n_out: int, n_in: int, seed: int) -> 
     return replace(random_tensor(type_name, n_expert * n_out, n_in, seed), ne=(n_in, n_out, n_expert))
 
 
-def program(case: Case, backend: Any) -> Step:
-    """out += moe(x), with products of about 1."""
+def program(case: Case, backend: Any, *, observe: bool = False) -> tuple[Step, Any]:
+    """out += moe(x), with products of about 1; and what was observed."""
     rng = np.random.default_rng(1)
     shapes = (case.types[0], case.n_ff, case.n_embd), (case.types[0], case.n_ff, case.n_embd)
     tensors = [
@@ -57,19 +57,36 @@ def program(case: Case, backend: Any) -> Step:
         step.input((rng.standard_normal((N_TOKENS, width)) * factor).astype(np.float32))
         for width, factor in ((case.n_embd, scale), (case.n_expert, 2), (case.n_embd, 1))
     )
-    step.rec.moe(x, logits, backend.experts(tensors), case.moe, out)
-    return step.finish(out)
+    squares = step.rec.moe(x, logits, backend.experts(tensors), case.moe, out, observe=observe)
+    return step.finish(out), squares
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_moe(name: str) -> None:
     case = CASES[name]
-    oracle, step = program(case, Q8Backend(np.float64)), program(case, cpu(case.n_threads))
+    (oracle, _), (step, _) = program(case, Q8Backend(np.float64)), program(case, cpu(case.n_threads))
     for n in (1, 2, 3, 5, 33):  # alone, and in tiles that are not full
         # An activation next to the middle of two integers may be rounded the other way, now and then.
         errors = [error(row, expected) for row, expected in zip(step.run(n), oracle.run(n), strict=True)]
         assert np.quantile(errors, 0.75) < 1e-6
         assert max(errors) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["odd widths", "Q4_K_M"])
+def test_what_experts_read_is_observed(name: str) -> None:
+    """Of each expert by itself, and before the router's weight."""
+    case = CASES[name]
+    (oracle, exact), (step, squares) = (
+        program(case, backend, observe=True) for backend in (Q8Backend(np.float64), cpu(case.n_threads))
+    )
+    for n in (33, 1):
+        assert error(step.run(n), oracle.run(n)) < 1e-3
+    for actual, expected in zip(squares, exact, strict=True):
+        (sums, counts), (exact_sums, exact_counts) = actual.take(), expected.take()
+        np.testing.assert_array_equal(counts, exact_counts)
+        assert counts.sum() == 34 * case.moe.n_used
+        assert error(sums, exact_sums) < 1e-5
+        assert not actual.take()[0].any()
 
 
 def test_equal_logits_and_nan_choose_experts_that_exist() -> None:
