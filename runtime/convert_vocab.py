@@ -49,6 +49,8 @@ class Added:
     id: int
     content: str
     special: bool
+    lstrip: bool = False
+    rstrip: bool = False
 
 
 def read_file(path: Path) -> bytes:
@@ -71,7 +73,7 @@ def added_tokens(entries: Any, path: Path) -> list[Added]:
         id, content = (entry.get("id"), entry.get("content")) if isinstance(entry, Mapping) else (None, None)
         if not isinstance(id, int) or isinstance(id, bool) or not 0 <= id < MAX_TOKENS or not isinstance(content, str):
             raise FormatError(f"{path}: an added token is {str(entry)[:80]}: it needs an id and its text as content")
-        found.append(Added(id, content, entry.get("special") is True))
+        found.append(Added(id, content, *(entry.get(flag) is True for flag in ("special", "lstrip", "rstrip"))))
     return found
 
 
@@ -122,7 +124,10 @@ def _warn_if_left_out(found: Mapping[int, str], n_vocab: int, path: Path) -> Non
 
 
 def mark_added(vocabulary: Vocabulary, added: Iterable[Added]) -> None:
-    """Give added tokens their types (and scores), and their texts: a text that is to be found has real spaces."""
+    """Give added tokens their types (and scores), and their texts: a text that is to be found has real spaces.
+
+    Those that take the white space beside them have lists, lstrip_token_ids and rstrip_token_ids.
+    """
     for entry in added:
         if entry.id >= len(vocabulary.tokens):
             continue
@@ -131,6 +136,10 @@ def mark_added(vocabulary: Vocabulary, added: Iterable[Added]) -> None:
         vocabulary.tokens[entry.id] = entry.content if control else entry.content.replace(SPACE, " ")
         if vocabulary.scores is not None:
             vocabulary.scores[entry.id] = ADDED_SCORE
+        for side in ("lstrip", "rstrip"):
+            if getattr(entry, side):
+                key = f"{side}_token_ids"
+                vocabulary.more[key] = sorted({*vocabulary.more.get(key, ()), entry.id})
 
 
 def looks_like_control(token: str) -> bool:

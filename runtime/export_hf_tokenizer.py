@@ -22,6 +22,7 @@ from gguf_run.runtime.tokenizer_vocab import (
     read_numbers,
     read_strings,
     read_vocab,
+    strip_ids,
 )  # fmt: skip
 
 Json = dict[str, Any]
@@ -43,13 +44,21 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, Json]:
     for role, key in (("pad", "padding"), ("sep", "seperator"), ("cls", "cls"), ("mask", "mask")):
         ids[role] = metadata.get(f"{_PREFIX}{key}_token_id")
     names = {role: _name(vocab, id) for role, id in ids.items()}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    flags = {"single_word": False, "normalized": False}
+    left, right = strip_ids(metadata, vocab)
     data = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": id, "content": vocab.tokens[id], **flags, "special": vocab.types[id] != USER_DEFINED}
+            {
+                "id": id,
+                "content": vocab.tokens[id],
+                **flags,
+                "lstrip": id in left,
+                "rstrip": id in right,
+                "special": vocab.types[id] != USER_DEFINED,
+            }
             for id in vocab.of_type(CONTROL, UNKNOWN, USER_DEFINED)
         ],
         **model(vocab, metadata),

@@ -13,7 +13,7 @@ from gguf_run.runtime.tokenizer_bpe import BpeEncoder
 from gguf_run.runtime.tokenizer_special import SpecialTokens
 from gguf_run.runtime.tokenizer_spm import SpmEncoder
 from gguf_run.runtime.tokenizer_ugm import UgmEncoder
-from gguf_run.runtime.tokenizer_vocab import CONTROL, UNKNOWN, USER_DEFINED, Defaults, Vocab, read_vocab
+from gguf_run.runtime.tokenizer_vocab import CONTROL, UNKNOWN, USER_DEFINED, Defaults, Vocab, read_vocab, strip_ids
 from gguf_run.runtime.tokenizer_wpm import WpmEncoder
 
 
@@ -47,7 +47,7 @@ class Tokenizer:
     """n_vocab: tokens; bos, eos, eot: ids, None if the model has none; stop_ids: all ids that end an answer;
     add_bos, add_eos: what encode adds."""
 
-    def __init__(self, vocab: Vocab, encoder: Encoder) -> None:
+    def __init__(self, vocab: Vocab, encoder: Encoder, strips: tuple[frozenset[int], frozenset[int]]) -> None:
         self._vocab = vocab
         self._encoder = encoder
         self.n_vocab = len(vocab.tokens)
@@ -55,6 +55,7 @@ class Tokenizer:
         self.stop_ids = vocab.stop_ids
         self.add_bos = vocab.add_bos and vocab.bos is not None
         self.add_eos = vocab.add_eos and vocab.eos is not None
+        self._strips = strips
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
@@ -67,7 +68,7 @@ class Tokenizer:
         if model == "gpt2":
             pre = pre_tokenizer(_string(metadata, "tokenizer.ggml.pre"))
             vocab = read_vocab(metadata, Defaults(add_bos=pre.add_bos))
-            return cls(vocab, BpeEncoder(vocab, metadata, pre))
+            return cls(vocab, BpeEncoder(vocab, metadata, pre), strip_ids(metadata, vocab))
         if model is None:
             raise FormatError("tokenizer.ggml.model is missing: the file holds no tokenizer, convert the model again")
         if model not in _KINDS:
@@ -75,7 +76,7 @@ class Tokenizer:
             raise UnsupportedError(f"tokenizer.ggml.model is {model[:40]!r}: {known} are supported")
         defaults, kind = _KINDS[model]
         vocab = read_vocab(metadata, defaults)
-        return cls(vocab, kind(vocab, metadata))
+        return cls(vocab, kind(vocab, metadata), strip_ids(metadata, vocab))
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Return the ids of a text.
@@ -86,7 +87,8 @@ class Tokenizer:
         """
         ids = [self.bos] if add_special and self.add_bos and self.bos is not None else []
         first = after_special = True
-        for piece in (self._all_special if parse_special else self._user_defined).split(_valid(text)):
+        pieces = (self._all_special if parse_special else self._user_defined).split(_valid(text))
+        for piece in SpecialTokens.strip(pieces, *self._strips) if any(self._strips) else pieces:
             if isinstance(piece, int):
                 ids.append(piece)
             else:

@@ -1,7 +1,7 @@
 """Cuts special tokens out of a text before the rest is tokenized."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 
 class SpecialTokens:
@@ -36,6 +36,18 @@ class SpecialTokens:
                     cut += (id, part)
             pieces = [piece for piece in cut if piece != ""]
         return pieces
+
+    @staticmethod
+    def strip(pieces: list[str | int], left: Set[int], right: Set[int]) -> list[str | int]:
+        """Take white space away before the tokens `left` and behind the tokens `right`."""
+        found: list[str | int] = []
+        for before, piece, after in zip([-1, *pieces], pieces, [*pieces[1:], -1], strict=False):
+            if isinstance(piece, str):
+                piece = piece.lstrip() if before in right else piece
+                piece = piece.rstrip() if after in left else piece
+            if piece != "":
+                found.append(piece)
+        return found
 
     def _present(self, text: str) -> set[int]:
         """Return which tokens (by their place in the order) occur somewhere in the text."""

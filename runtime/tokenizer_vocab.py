@@ -143,6 +143,26 @@ def read_vocab(metadata: Mapping[str, Any], defaults: Defaults) -> Vocab:
     )
 
 
+def strip_ids(metadata: Mapping[str, Any], vocab: Vocab) -> tuple[frozenset[int], frozenset[int]]:
+    """Return the ids of special tokens that take the white space on their left, and on their right.
+
+    gguf-convert lists them; without a list Phi-3's take what is on their right, as in llama.cpp. FormatError: no ids.
+    """
+    found = []
+    for side in ("lstrip", "rstrip"):
+        ids = metadata.get(f"{_PREFIX}{side}_token_ids", ())
+        ids = ids.tolist() if isinstance(ids, np.ndarray) else ids
+        if not isinstance(ids, Sequence) or not all(isinstance(id, int) and 0 <= id < len(vocab.tokens) for id in ids):
+            raise FormatError(f"{_PREFIX}{side}_token_ids must be a list of ids from 0 to {len(vocab.tokens) - 1}")
+        found.append(frozenset(ids))
+    left, right = found
+    name = str(metadata.get("general.name", "")).lower()
+    if not right and ("phi-3" in name or "phi3" in name):
+        usual = ("<unk>", "<s>", "<|endoftext|>")
+        right = frozenset(id for id in vocab.of_type(CONTROL, UNKNOWN, USER_DEFINED) if vocab.tokens[id] not in usual)
+    return left, right
+
+
 def read_strings(metadata: Mapping[str, Any], name: str) -> list[str]:
     """Return the array of strings `tokenizer.ggml.<name>`; FormatError unless it is one and is not empty."""
     key = _PREFIX + name

@@ -173,6 +173,7 @@ KINDS: dict[str, tuple[Callable[[], Tokenizer], str, str]] = {
     "deepseek-3": (lambda: byte_level(_splits(*DEEPSEEK3)), "gpt2", "deepseek-v3"),
     "deepseek-coder": (lambda: byte_level(_splits(*DEEPSEEK_CODER, last=_digits())), "gpt2", "deepseek-coder"),
     "llama-2": (lambda: spm_bpe("normalizer"), "llama", "default"),
+    "phi-3": (lambda: _stripping(spm_bpe("normalizer")), "llama", "default"),
     "mistral-0.3": (lambda: spm_bpe("first"), "llama", "default"),
     "metaspace": (lambda: spm_bpe("always"), "llama", "default"),
     "gemma": (lambda: spm_bpe(""), "llama", "default"),
@@ -185,6 +186,13 @@ KINDS: dict[str, tuple[Callable[[], Tokenizer], str, str]] = {
 
 def _composed(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+def _stripping(tokenizer: Tokenizer) -> Tokenizer:
+    """With tokens that take the white space beside them."""
+    tokenizer.add_tokens([AddedToken("<|user|>", special=True, normalized=False, rstrip=True)])
+    tokenizer.add_tokens([AddedToken("<left>", special=False, normalized=False, lstrip=True)])
     return tokenizer
 
 

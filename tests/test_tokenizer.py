@@ -77,6 +77,19 @@ class TestSpecialTokens:
         found = SpecialTokens(tokens, range(len(tokens))).split(text)
         assert found == slow_split(text, [(token, id) for id, token in enumerate(tokens)])
 
+    def test_white_space_beside_some_is_theirs(self) -> None:
+        tokenizer = tiny(lstrip_token_ids=[256], rstrip_token_ids=[257])
+        end, tool = 256, 257
+        assert tokenizer.encode("a \n<|im_end|> b <tool>\u3000\tc") == [
+            *text_ids("a"), end, *text_ids(" b "), tool, *text_ids("c")
+        ]  # fmt: skip
+        assert tokenizer.encode("<tool> <|im_end|>") == [tool, end]
+
+    def test_phi_3_is_known_by_its_name(self) -> None:
+        metadata = bpe_metadata(special=SPECIAL | {"<|endoftext|>": CONTROL}) | {"general.name": "Phi-3 mini"}
+        tokenizer = Tokenizer.from_metadata(metadata)
+        assert tokenizer.encode("<|im_end|> a<|endoftext|> ") == [256, *text_ids("a"), 259, *text_ids(" ")]
+
 
 class TestBosAndEos:
     @pytest.mark.parametrize(
@@ -303,6 +316,8 @@ BAD_METADATA: list[tuple[dict[str, Any], str]] = [
     ({"bos_token_id": 259}, r"bos_token_id is 259: the vocabulary has the ids 0 to 258"),
     ({"eos_token_id": -2}, r"eos_token_id is -2: the vocabulary"),
     ({"eot_token_id": "x"}, r"eot_token_id must be a token's id, but is str 'x'"),
+    ({"lstrip_token_ids": [259]}, r"lstrip_token_ids must be a list of ids from 0 to 258"),
+    ({"rstrip_token_ids": 3}, r"rstrip_token_ids must be a list of ids from 0 to 258"),
     ({"eos_token_id": True}, r"eos_token_id must be a token's id, but is bool True"),
     ({"add_bos_token": 1}, r"add_bos_token must be true or false, but is int 1"),
 ]
