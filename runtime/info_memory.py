@@ -9,8 +9,8 @@ from gguf_run.kernels_cpu.cache_types import CACHE_FORMATS
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.cache_plan import describe_plan, plan_cache
 from gguf_run.runtime.cli_common import one_line
+from gguf_run.runtime.load import DEFAULT_N_CTX
 from gguf_run.runtime.memory import MemoryPlan
-from gguf_run.runtime.model import DEFAULT_N_CTX
 from gguf_run.runtime.text_table import size_text, table
 
 

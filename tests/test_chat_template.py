@@ -10,7 +10,7 @@ import real
 from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.formats.reader import GGUFFile
 from gguf_run.runtime.chat_template import MAX_TEMPLATE, render_chat
-from gguf_run.runtime.model import chat_template
+from gguf_run.runtime.load import chat_template
 from gguf_run.runtime.tokenizer import Tokenizer
 
 SYSTEM = {"role": "system", "content": "Be <brief>."}
