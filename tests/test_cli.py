@@ -177,7 +177,7 @@ def test_unknown_architecture(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     write_tiny(path, Tiny(arch="no\x1b[31msuch\narch"))
     line = error_line(invoke(path, "-p", "Hello"), 1)
-    assert "this program runs: gemma3, llama" in line
+    assert re.search("this program runs: .*gemma3, .*llama", line)
     assert "\x1b" not in line
 
 
@@ -198,6 +198,22 @@ def test_context_that_does_not_fit_into_memory(path: Path) -> None:
     assert re.search(rf"out of memory: {need}, [\d.]+ GB available: --ctx-size \d+ would fit", line)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--temperature", "-1", "temperature is -1.0; allowed: 0"),
+        ("--temperature", "nan", "temperature is nan"),
+        ("--top-k", "-1", "top_k is -1"),
+        ("--top-p", "1.5", "top_p is 1.5"),
+        ("--min-p", "-0.1", "min_p is -0.1"),
+        ("--repeat-penalty", "0", "repeat_penalty is 0.0"),
+        ("--seed", "-1", "seed is -1"),
+        ("--max-tokens", "0", "--max-tokens) is 0"),
+        ("--ctx-size", "0", "--ctx-size) is 0"),
+        ("--threads", "0", "--threads) is 0"),
+        ("--device", "tpu", "--device 'tpu': allowed are cpu, cuda"),
+    ],
+)
 def test_option_values(path: Path, option: str, value: str, expected: str) -> None:
     assert expected in error_line(invoke(path, "-p", "Hello", option, value), 2)
 
