@@ -47,6 +47,8 @@ MAX_PROMPT_BYTES = 64 << 20
 @click.option("--seed", type=int, help="Repeat a draw.  [default: a new one each time]")
 @click.option("--device", default="auto", help="cpu, cuda, cuda:0, ... or auto.")
 @click.option("--quantize", metavar="TYPE", help="Put the weights into fewer bits while loading, such as Q4_K_M.")
+@click.option("--context-shift", is_flag=True, help="When the context is full, drop half of it and go on.")
+@click.option("--keep", type=int, default=0, help="Tokens at the beginning that --context-shift keeps.")
 @click.option("--warm-up", is_flag=True, help="Compile what the model needs, so that the next start is quick.")
 @click.option("--verbose", is_flag=True, help="Say more on stderr.")
 @click.version_option(package_name="gguf-run", prog_name="gguf-run")
@@ -63,6 +65,8 @@ def main(
     device: str,
     quantize: str | None,
     session: Path | None,
+    context_shift: bool,
+    keep: int,
     warm_up: bool,
     verbose: bool,
     **options: Any,
@@ -90,7 +94,7 @@ def main(
         SamplingParams(**options)  # says what is wrong before a model is loaded
         loading = _load(model, n_ctx=ctx_size, n_threads=threads, device=device, quantize=quantize, **cache)
     with loading as loaded:
-        options["max_tokens"] = max_tokens
+        options |= {"max_tokens": max_tokens, "context_shift": context_shift, "n_keep": keep}
         if verbose:
             _describe(loaded)
         if warm_up:

@@ -63,7 +63,8 @@ def show(model: "Model", pieces: Iterable[str], interrupts: Interrupts | None = 
     if not answer.endswith("\n"):
         click.echo()
     if model.stats.finish == "context":
-        message(f"the context is full ({model.n_ctx} tokens), the answer ends here: choose a larger --ctx-size")
+        full = f"the context is full ({model.n_ctx} tokens), the answer ends here"
+        message(f"{full}: choose a larger --ctx-size or --context-shift")
     return answer
 
 

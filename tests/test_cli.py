@@ -120,7 +120,7 @@ def test_full_context_is_said(path: Path) -> None:
     result = invoke(path, "--raw", "-p", "x" * 38, "-c", 40, "--temperature", 0)
     assert result.exit_code == 0
     assert result.stderr.startswith(
-        "the context is full (40 tokens), the answer ends here: choose a larger --ctx-size\n"
+        "the context is full (40 tokens), the answer ends here: choose a larger --ctx-size or --context-shift\n"
     )
     assert "decode 2 in" in result.stderr
 

@@ -116,6 +116,26 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
         assert line.split() == [str(i), f"{max(layer['k_max']):.4g}", f"{max(layer['v_max']):.4g}"]
 
 
+def test_the_command_with_types(folder: Path, tmp_path: Path) -> None:
+    """The table's columns, the file that Model.load takes, and types that follow from the sensitivities."""
+    result = CliRunner().invoke(
+        main, [*command(folder, tmp_path), "--chunks", "1", "--types", "f16,f32", "--bits", "20"]
+    )
+    assert result.exit_code == 0, result.stderr
+    scales = json.loads((tmp_path / "s.json").read_text())
+    costs = scales["sensitivity"]
+    assert costs["f32"] == {"k": [0, 0], "v": [0, 0]}
+    assert all(0 < cost < 1e-6 for kind in KINDS for cost in costs["f16"][kind])
+    worst = max((costs["f16"][kind][il], kind, il) for kind in KINDS for il in (0, 1))
+    types = {(kind, il): layer[kind] for il, layer in enumerate(scales["layers"]) for kind in KINDS}
+    assert types == dict.fromkeys(types, "f16") | {worst[1:]: "f32"}
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[1][3:] == [*(f"{costs[t][kind][0]:.2g}" for t in ("f16", "f32") for kind in KINDS), lines[1][-1]]
+    assert lines[1][-1] == f"{types['k', 0]}/{types['v', 0]}"
+    with Model.load(folder / "m.gguf", n_ctx=8, n_threads=1, cache_scales=tmp_path / "s.json") as model:
+        assert model.decoder.nbytes()["cache"] == 32 * 2 * 32 * (3 * 2 + 4) // 2 * 2
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

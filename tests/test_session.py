@@ -1,11 +1,12 @@
 """Sessions that go on: the same logits after a restore, from Python and from the command line."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from tinymodel import TINY_GEMMA3, Tiny, write_tiny
+from tinymodel import TINY_GEMMA3, Tiny, vocabulary, write_tiny
 
 from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.runtime import Model
@@ -29,7 +30,7 @@ def load(path: Path, n_ctx: int = 128, **options: object) -> Model:
     return Model.load(path, n_ctx=n_ctx, n_threads=2, n_batch=16, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["f16", "f32"])
+@pytest.mark.parametrize("kind", ["f16", "q4_0"])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_logits_after_a_restore_are_identical(folder: Path, tmp_path: Path, name: str, kind: str) -> None:
     """In a context of another size too; the last layers of gemma3 hold a window only."""
@@ -135,3 +136,18 @@ def test_bad_sessions(folder: Path, tmp_path: Path) -> None:
         assert result.stderr.splitlines()[-1].startswith("error: ")
         assert words in result.stderr
     assert model.read_bytes()[:4] == b"GGUF"
+
+
+def test_a_full_context_goes_on(tmp_path: Path) -> None:
+    """All tokens that were asked for come; without the option the context ends the answer."""
+    never = np.zeros(len(vocabulary(Tiny())["tokens"]), np.float32)
+    never[:3] = -1e9  # the tokens that end an answer
+    write_tiny(tmp_path / "endless.gguf", Tiny(tensors={"output.bias": never}))
+    arguments = (tmp_path / "endless.gguf", "-p", "the order and", "--raw", "-c", 128, "--temperature", 0, "-n", 150)
+    options = [*map(str, arguments), "-t", "1", "--verbose"]
+    results = [CliRunner().invoke(main, [*options, *more]) for more in ([], ["--context-shift", "--keep", "4"])]
+    ended, full = [re.search(r"decode (\d+) in .*end: (\w+)", result.stderr) for result in results]
+    assert (ended[2], full.groups()) == ("context", ("149", "length")), [result.stderr for result in results]
+    assert results[1].stdout.startswith(results[0].stdout.rstrip("\n"))
+    bad = CliRunner().invoke(main, [*options, "--context-shift", "--keep", "100"])
+    assert (bad.exit_code, "n_keep (--keep) is 100" in bad.stderr) == (2, True)
