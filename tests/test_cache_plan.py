@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from tinymodel import TINY_GEMMA3, Tiny, write_tiny
 
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
 from gguf_run.formats.reader import GGUFFile
+from gguf_run.kernels_cpu.backend import CpuBackend
+from gguf_run.kernels_cpu.cache_types import CACHE_FORMATS
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.cache_plan import describe_plan, plan_bytes, plan_cache
 from gguf_run.runtime.kv_scales import KvScales, LayerScales
 from gguf_run.runtime.memory import MemoryPlan
-from gguf_run.runtime.model import Model
 
 # Bytes of a row of 64 numbers, from ggml's block layouts and from "one f16 scale for each row".
 ROW_OF_64 = {
@@ -201,12 +203,16 @@ def test_files_that_are_no_json(config: ModelConfig, tmp_path: Path, data: bytes
         KvScales.read(tmp_path / "s.json", config)
 
 
-@pytest.mark.parametrize("kind", ["f32", "f16"])
+@pytest.mark.parametrize("kind", ROW_OF_64)
 @pytest.mark.parametrize("tiny", [Tiny(head_dim=40), TINY_GEMMA3])
 def test_bytes_are_those_that_are_held(tmp_path: Path, tiny: Tiny, kind: str) -> None:
-    """Heads that are filled up, windows, contexts that are no whole groups."""
-    write_tiny(tmp_path / "m.gguf", tiny)
-    for n_ctx, n_batch in ((100, 7), (3, 512)):
-        with Model.load(tmp_path / "m.gguf", n_ctx=n_ctx, n_batch=n_batch, n_threads=1, cache_type=kind) as model:
-            plan = plan_cache(model.decoder.config, kind)
-            assert plan_bytes(model.decoder.config, plan, n_ctx, n_batch) == model.decoder.nbytes()["cache"]
+    """Heads that are filled up, windows, contexts that are no whole groups, several sequences."""
+    config = config_of(tmp_path, tiny)
+    if not CACHE_FORMATS[kind].allows(config.head_dim):
+        return
+    for n_ctx, n_batch, n_seq in ((100, 7, 1), (1000, 512, 3)):
+        plan = plan_cache(config, (kind, "f16"))
+        with closing(CpuBackend(1)) as backend:
+            for il, layer in enumerate(plan):
+                backend.cache(config.attention(il), n_ctx, n_batch, n_seq, layer)
+            assert backend.nbytes()["cache"] == plan_bytes(config, plan, n_ctx, n_batch, n_seq)
