@@ -1,6 +1,7 @@
 """The numbers of a model: config.json as GGUF metadata, and what is computed from it (rotary factors, shapes)."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -30,7 +31,7 @@ YARN = (
     ("beta_fast", "yarn_beta_fast"),
     ("beta_slow", "yarn_beta_slow"),
 )
-_ROPE_TYPES = ("default", "linear", "yarn", "longrope", "su", "llama3")
+_ROPE_TYPES = ("default", "linear", "yarn", "longrope", "su", "llama3", "dynamic")
 
 
 def architecture(config: Config) -> tuple[Architecture, Config]:
@@ -161,6 +162,11 @@ def _rope(entry: Architecture, config: Config) -> Iterator[tuple[str, Typed]]:
     kind = rope.get("rope_type") or "default"
     if kind not in _ROPE_TYPES:
         raise UnsupportedError(f"{rope.wrong(('rope_type',), 'one of ' + ', '.join(_ROPE_TYPES))}")
+    if kind == "dynamic":
+        n_ctx = config.integer("max_position_embeddings")
+        warnings.warn(
+            f"{config.path}: dynamic rope scaling, which begins beyond {n_ctx} tokens, is left out", stacklevel=2
+        )
     if kind in ("linear", "yarn"):
         yield "rope.scaling.type", Typed("string", kind)
         yield "rope.scaling.factor", Typed("f32", rope.number("factor"))
@@ -184,7 +190,10 @@ def _rope(entry: Architecture, config: Config) -> Iterator[tuple[str, Typed]]:
 
 
 def _n_rot(config: Config, rope: Config) -> int:
-    return int(rope.number("partial_rotary_factor", default=1.0) * sizes(config)["head_dim"])
+    part = rope.number("partial_rotary_factor", default=1.0)
+    if not 0 < part <= 1:
+        raise rope.wrong(("partial_rotary_factor",), "more than 0 and at most 1")
+    return int(part * sizes(config)["head_dim"])
 
 
 def _longrope_attention(config: Config, rope: Config) -> float:
@@ -205,6 +214,14 @@ def _llama3_factors(config: Config, rope: Config) -> dict[str, NDArray[np.float3
     """Low frequencies are slowed by `factor`, high ones stay, those between are blended. f32 as in llama.cpp."""
     n_rot = _n_rot(config, rope)
     base = np.float32(rope.number("rope_theta", default=1e4))
+    with np.errstate(all="ignore"):
+        factors = _blended(rope, base, n_rot)
+    if not (np.isfinite(factors) & (factors > 0)).all():
+        raise rope.wrong(("rope_theta", "factor"), "numbers that make rotary factors above 0")
+    return {"rope_freqs.weight": factors}
+
+
+def _blended(rope: Config, base: np.float32, n_rot: int) -> NDArray[np.float32]:
     frequencies = 1 / base ** (np.arange(0, n_rot, 2, dtype=np.float32) / np.float32(n_rot))
     lengths = (np.float32(2 * math.pi) / frequencies).astype(np.float32)
     factor = np.float32(rope.number("factor", default=8.0))
@@ -213,7 +230,7 @@ def _llama3_factors(config: Config, rope: Config) -> dict[str, NDArray[np.float3
     smooth = (original / lengths - low) / (high - low)
     blended = 1 / ((1 - smooth) / factor + smooth)
     factors = np.where(lengths < original / high, 1, np.where(lengths > original / low, factor, blended))
-    return {"rope_freqs.weight": factors.astype(np.float32)}
+    return factors.astype(np.float32)
 
 
 def _longrope_factors(config: Config, rope: Config) -> dict[str, NDArray[np.float32]]:

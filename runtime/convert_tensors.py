@@ -106,17 +106,27 @@ def _parts(
     """The tensor itself, or what it is split into, with rows in GGUF's order."""
     if place.kind == "scale":
         return (tensor,) * len(place.names)
+    split = {"weight": 1, "bias": 0}[place.kind]  # the dimension of which each half makes a tensor
+    if 0 in tensor.ne or (len(place.names) == 2 and len(tensor.ne) != split + 2):
+        raise _misshapen(tensor, place)
     if entry.transposed and place.bare and place.kind == "weight" and len(tensor.ne) == 3:
         tensor = transposed(tensor)
     if len(place.names) == 2:
-        if place.kind == "bias":
-            return columns(tensor, 0, 2), columns(tensor, 1, 2)
-        return halves(tensor, entry.interleaved)
+        if tensor.ne[split] % 2:
+            raise _misshapen(tensor, place)
+        return halves(tensor, entry.interleaved) if split else (columns(tensor, 0, 2), columns(tensor, 1, 2))
     parts = _groups(numbers, tensor) if len(place.names) == 3 else (tensor,)
     heads = {"attn_q": numbers["n_head"], "attn_k": numbers["n_head_kv"]} if entry.permuted else {}
     return (
         unpermuted(part, heads[name]) if name in heads and part.ne[-1] % (2 * heads[name]) == 0 else part
         for name, part in zip(place.names, parts, strict=True)
+    )
+
+
+def _misshapen(tensor: Tensor, place: _Place) -> FormatError:
+    return FormatError(
+        f"{tensor.file.path}: {quoted(tensor.name)} has the shape {list(tensor.ne[::-1])}, of which "
+        f"{' and '.join(place.names)} cannot be made: it is damaged, or of another model"
     )
 
 
@@ -169,17 +179,15 @@ def _check_complete(entry: Architecture, config: Config, found: Mapping[str, Ten
         for source, target in entry.layer.items()
         for name in ([target] if isinstance(target, str) else target)
     }
-    wanted = ["token_embd.weight", "output_norm.weight"]
-    for il in range(config.integer("num_hidden_layers")):
+    for il in range(-1, config.integer("num_hidden_layers")):
         sets = [[f"blk.{il}.{name}.weight" for name in ffn] for ffn in entry.ffn]
-        wanted += [f"blk.{il}.{name}.weight" for name in entry.required]
+        wanted = [f"blk.{il}.{name}.weight" for name in entry.required]
         wanted += max(sets, key=lambda names: sum(name in found for name in names))
-    for name in wanted:
-        if name not in found:
-            base = name.removeprefix(_prefix(name)).removesuffix(".weight")
-            raise FormatError(
-                f"{config.path.parent}: there is no tensor for {name} ({sources.get(base, base)}): weights are missing"
-            )
+        for name in wanted if il >= 0 else ("token_embd.weight", "output_norm.weight"):
+            if name not in found:
+                base = name.removeprefix(_prefix(name)).removesuffix(".weight")
+                shown = f"{name} ({sources.get(base, base)})"
+                raise FormatError(f"{config.path.parent}: there is no tensor for {shown}: weights are missing")
 
 
 def _prefix(name: str) -> str:

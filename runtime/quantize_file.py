@@ -131,7 +131,7 @@ def _run(slab: _Slab) -> tuple[NDArray[np.uint8], Loss]:
     if not math.isfinite(loss.error):
         raise GgufRunError(
             f"{source.file.path}: tensor {quoted(source.name)} has weights up to {np.abs(x).max():.3g}, too large for "
-            f"{type.name}: give it another type with --tensor-type"
+            f"{type.name}: choose another type for it"
         )
     return blocks, loss
 

@@ -86,6 +86,32 @@ def test_old_forms_of_config_mean_the_same(tmp_path: Path) -> None:
         np.testing.assert_array_equal(numbers(file)["rope_freqs.weight"], factors)
 
 
+def test_text_of_a_model_for_images_and_text(tmp_path: Path) -> None:
+    """Gemma 3's: the text model's config and tensors have a prefix, in the old order and in the new one."""
+    import torch
+
+    hf_tiny.make("gemma3", tmp_path)
+    with open_checkpoint(tmp_path, name="x") as file:
+        alone, expected = numbers(file), {key: str(value) for key, value in file.metadata.items()}
+    for prefix in ("language_model.model.", "model.language_model."):
+
+        def inside(tensors: dict[str, Any], config: dict[str, Any], prefix: str = prefix) -> None:
+            text = {**config.pop("text_config", {}), **config}
+            config.clear()
+            config.update(architectures=["Gemma3ForConditionalGeneration"], model_type="gemma3", text_config=text)
+            tensors.pop("vision_tower.conv.weight", None)
+            for name in list(tensors):
+                tensors[prefix + name.rpartition("model.")[2]] = tensors.pop(name)
+            tensors["vision_tower.conv.weight"] = torch.ones(2, 2, 2, 2, 2)
+
+        hf_tiny.rewrite(tmp_path, inside)
+        with open_checkpoint(tmp_path, name="x") as file:
+            assert {key: str(value) for key, value in file.metadata.items()} == expected
+            assert {name: x.tobytes() for name, x in numbers(file).items()} == {
+                n: x.tobytes() for n, x in alone.items()
+            }
+
+
 def test_experts_in_one_tensor_mean_the_same(tmp_path: Path) -> None:
     import torch
 

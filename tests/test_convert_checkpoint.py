@@ -164,6 +164,24 @@ WRONG: dict[str, tuple[Callable[[Path, Tensors, dict[str, Any]], Any], str]] = {
     "missing tensor": (lambda f, t, c: t.pop(UP), r"no tensor for blk.1.ffn_up.weight \(mlp.up_proj\): weights are"),
     "more layers than config.json says": (lambda f, t, c: c.update(num_hidden_layers=1), "llama model of 1 layers"),
     "fewer layers": (lambda f, t, c: c.update(num_hidden_layers=3), "no tensor for blk.2.attn_norm.weight"),
+    "layers without end": (lambda f, t, c: c.update(num_hidden_layers=10**9), "no tensor for blk.2.attn_norm.weight"),
+    "an empty tensor": (lambda f, t, c: t.update({UP: ("F32", np.zeros((0, 256)))}), r"has the shape \[0, 256\]"),
+    "experts of two dimensions": (
+        lambda f, t, c: t.update({"model.layers.1.mlp.experts.gate_up_proj": ("F32", X)}),
+        r"has the shape \[3, 4\], of which ffn_gate_exps and ffn_up_exps cannot be made",
+    ),
+    "an odd number of rows": (
+        lambda f, t, c: t.update({"model.layers.1.mlp.experts.gate_up_proj": ("F32", X[None])}),
+        r"has the shape \[1, 3, 4\], of which",
+    ),
+    "rotary part": (
+        lambda f, t, c: c.update(rope_scaling={"partial_rotary_factor": 2e9}),
+        r"partial_rotary_factor is 2000000000.0, must be more than 0 and at most 1",
+    ),
+    "rotary factors": (
+        lambda f, t, c: c.update(rope_scaling={"rope_type": "llama3", "factor": 0, "rope_theta": -1}),
+        "rope_theta or factor is -1, must be numbers that make rotary factors above 0",
+    ),
     "unknown tensor": (
         lambda f, t, c: t.update({"model.layers.1.mlp.extra.weight": ("F32", X)}),
         '"model.layers.1.mlp.extra.weight" is not a part of a llama model of 2 layers',
@@ -237,3 +255,10 @@ def test_gemma3_loses_rows_without_tokens(tmp_path: Path) -> None:
     with open_checkpoint(tmp_path) as file:
         n_tokens = len(file.metadata["tokenizer.ggml.tokens"])
         assert file.tensors["token_embd.weight"].ne == (256, n_tokens)
+
+
+def test_dynamic_rope_scaling_is_left_out(tmp_path: Path) -> None:
+    hf_tiny.plain_llama(tmp_path, rope_scaling={"type": "dynamic", "factor": 2.0})
+    with pytest.warns(UserWarning, match="dynamic rope scaling, which begins beyond 512 tokens"):
+        file = open_checkpoint(tmp_path)
+    assert not any("scaling" in key for key in file.metadata)
