@@ -92,13 +92,14 @@ def auto_type(file: GGUFFile) -> tuple[FileType, int | None]:
 
 def kept_note(file: GGUFFile, plan: Plan) -> str | None:
     """Return a line that tells which quantized matrices of a checkpoint stay as they are, None if there are none."""
-    quantized = {tensor.name for tensor in _matrices(file) if tensor.type.is_quantized}
-    items = [item for item in plan.items if item.source.name in quantized]
-    kept = Counter(item.target.type.name for item in items if item.is_copy)
-    if not items:
+    matrices = {tensor.name: tensor.type for tensor in _matrices(file)}
+    if not any(type.is_quantized for type in matrices.values()):
         return None
-    shown = ", ".join(f"{count} {name}" for name, count in kept.most_common()) or "none"
-    return f"{len(items)} tensors are in GGUF's grids already; kept without requantizing: {shown}"
+    items = [item for item in plan.items if item.source.name in matrices]
+    kept = Counter(item.target.type.name for item in items if item.source.type.is_quantized and item.is_copy)
+    others = Counter(item.target.type.name for item in items) - kept
+    first, second = (", ".join(f"{n} {name}" for name, n in c.most_common()) or "none" for c in (kept, others))
+    return f"matrices kept without requantizing: {first}; others: {second}"
 
 
 def _matrices(file: GGUFFile) -> list[Tensor]:

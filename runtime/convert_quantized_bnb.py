@@ -31,7 +31,7 @@ def bnb_4bit(parts: Parts) -> list[Tensor]:
         state = json.loads(text.array().tobytes())
         shape, size = tuple(int(n) for n in state["shape"]), int(state["blocksize"])
         nested_size, offset = int(state.get("nested_blocksize", 256)), np.float32(state.get("nested_offset", 0))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise wrong(text, f"says {error!r}", "the JSON of a quant_state") from None
     n = math.prod(shape)
     if len(shape) != 2 or min(shape) < 1 or min(size, nested_size) < 1 or (n + 1) // 2 != weight.data.nbytes:
@@ -49,6 +49,7 @@ def bnb_4bit(parts: Parts) -> list[Tensor]:
         found = absmax.array()[blocks]
         return found if nested is None else nested[0][found] * nested[1][blocks // nested_size] + offset
 
+    @np.errstate(all="ignore")
     def read(first: int, end: int) -> NDArray[np.float32]:
         start, stop = first * shape[1], end * shape[1]
         octets = weight.data[start // 2 : (stop + 1) // 2]

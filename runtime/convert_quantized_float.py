@@ -16,11 +16,12 @@ from gguf_run.formats.mapped import quoted
 from gguf_run.formats.tensors import Tensor
 from gguf_run.formats.types import type_by_name
 from gguf_run.runtime.convert_quantized_grid import Grid, GridNumbers
-from gguf_run.runtime.convert_quantized_parts import Parts, even_groups, numbers, rows_of, wrong
+from gguf_run.runtime.convert_quantized_parts import FLOATS, Parts, even_groups, numbers, rows_of, wrong
 from gguf_run.runtime.convert_safetensors import Stored, float8
 from gguf_run.runtime.convert_source import F32, source
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
+_SCALES = (*FLOATS, "F8_E4M3", "F8_E8M0", "U8")
 _GROUP = {"NVFP4": 16, "MXFP4": 32}  # weights per scale
 
 
@@ -30,8 +31,11 @@ def scaled(parts: Parts) -> list[Tensor]:
     weight = parts.get("")
     scale = parts.get("_scale_inv") or parts.get("_scale")
     if weight is None or scale is None:
-        parts.get("_scale")
         return []
+    if len(weight.shape) < 2 or 0 in (*weight.shape, *scale.shape):
+        raise wrong(weight, f"has the shape {weight.shape} and a scale of {scale.shape}", "two dimensions or more")
+    if scale.dtype not in _SCALES:
+        raise wrong(scale, f"has values of type {scale.dtype}", " or ".join(_SCALES))
     if f"{parts.base.rpartition('.')[0]}.pre_quant_scale" in parts.stored:
         raise UnsupportedError(
             f"{weight.file.path}: {quoted(parts.base)} has a pre_quant_scale, which GGUF cannot hold"
@@ -45,6 +49,7 @@ def scaled(parts: Parts) -> list[Tensor]:
     table, expand, n_in = float8(weight.dtype), scale_of(weight, scale, parts.config), weight.shape[-1]
     codes = weight.array().reshape(-1, n_in)
 
+    @np.errstate(all="ignore")
     def read(first: int, end: int) -> NDArray[np.float32]:
         out = table[codes[first:end]]
         out *= expand(first, end)
@@ -66,7 +71,8 @@ def scale_of(weight: Stored, scale: Stored, config: Any) -> Callable[[int, int],
         values = values[..., None, None]
     elif values.shape == (*lead, n_out):
         values = values[..., None]
-    block = config.get("weight_block_size") or (None, None)
+    block = config.get("weight_block_size")
+    block = block if isinstance(block, list) and len(block) == 2 else (None, None)
     sizes = [_block(n, s, b) for n, s, b in zip((n_out, n_in), values.shape[-2:], block, strict=False)]
     if values.ndim != len(weight.shape) or values.shape[:-2] != tuple(lead) or 0 in sizes:
         raise wrong(scale, f"has the shape {scale.shape}", f"blocks of the weight {weight.shape}")
@@ -141,7 +147,10 @@ def fp4(parts: Parts, weight: Stored) -> list[Tensor]:
     scale = parts.need("_scale", "F8_E4M3", "U8", "F8_E8M0", ndim=2)
     name = parts.base.removesuffix("_packed")
     kind = "NVFP4" if scale.dtype == "F8_E4M3" else "MXFP4"
-    if len(weight.shape) != 2 or scale.shape != (weight.shape[0], weight.shape[1] * 2 // _GROUP[kind]):
+    if len(weight.shape) != 2 or (scale.shape[0], scale.shape[1] * _GROUP[kind]) != (
+        weight.shape[0],
+        2 * weight.shape[1],
+    ):
         raise wrong(
             scale, f"has the shape {scale.shape}", f"one scale for {_GROUP[kind]} weights of {weight.shape[1] * 2}"
         )
@@ -196,6 +205,7 @@ def _fp4_tensors(
         out["qs"] = qs.reshape(out["qs"].shape)
         return out.view(np.uint8)
 
+    @np.errstate(all="ignore")
     def floats(first: int, end: int) -> NDArray[np.float32]:
         out: NDArray[np.float32] = (grids.e2m1() * np.float32(0.5))[nibbles(first, end)]
         out *= numbers(scale[first:end], "F8_E4M3" if kind == "NVFP4" else "U8")[..., None]

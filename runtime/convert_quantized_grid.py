@@ -82,12 +82,13 @@ class Grid:
             return None
         # The furthest that a weight moves: the code furthest from 0 by the scale's error, all by the minimum's.
         scale, last = numbers.scale.astype(np.float64), (1 << self.n_bits) - 1
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):
             error = np.abs(scale.astype(np.float16) - scale) * (1 << self.n_bits - 1 if symmetric else last)
             if not symmetric:
                 error = error + np.abs(numbers.minimum.astype(np.float16) - numbers.minimum)
             return name if (error <= _TOLERANCE * last * np.abs(scale)).all() else None
 
+    @np.errstate(all="ignore")  # of damaged files; infinities and NaN are named where weights are written
     def blocks(self, first: int, end: int) -> NDArray[np.uint8]:
         """Return the blocks uint8[end - first, row_bytes] of type `kept`."""
         assert self.kept
@@ -104,6 +105,7 @@ class Grid:
             out["qs"] = codes[..., :16] | codes[..., 16:] << 4  # a byte holds weights i and i + 16
         return out.view(np.uint8)
 
+    @np.errstate(all="ignore")
     def floats(self, first: int, end: int) -> NDArray[np.float32]:
         """Return the weights float32[end - first, n_in], each step of the formula rounded once."""
         numbers = self.numbers(first, end)

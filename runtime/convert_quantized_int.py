@@ -153,8 +153,16 @@ def _awq_gemv(parts: Parts) -> list[Tensor]:
     n_out, n_in = qweight.shape[0], qweight.shape[1] * 8
     size = parts.config.get("q_group_size", parts.config.get("group_size"))
     size = n_in if size == -1 else size
-    if type(size) is not int or size < 1 or scales.shape[0] != n_out or scales.shape[1] * size < n_in:
-        raise wrong(scales, f"has the shape {scales.shape}", f"[{n_out}, at least {n_in} / group size {size}]")
+    if (
+        type(size) is not int
+        or size < 1
+        or scales.shape[0] != n_out
+        or scales.shape[1] * size < n_in
+        or scales.shape[1] % 8
+    ):
+        raise wrong(
+            scales, f"has the shape {scales.shape}", f"[{n_out}, at least {n_in} / group size {size}, whole words]"
+        )
     n_group = -(-n_in // size)
     qzeros = parts.need(".qzeros", "I32", shape=(n_out, scales.shape[1] // 8))
 
@@ -178,9 +186,10 @@ def packed(parts: Parts) -> list[Tensor]:
     shape = parts.need("_shape", "I32", "I64", shape=(2,)).array()
     n_out, n_in = int(shape[0]), int(shape[1])
     scale = parts.need("_scale", *FLOATS)
+    groups_of = parts.config.get("config_groups")
     widths = [
         group["weights"]["num_bits"]
-        for group in dict(parts.config.get("config_groups") or {}).values()
+        for group in (groups_of.values() if isinstance(groups_of, dict) else ())
         if isinstance(group, dict) and isinstance(group.get("weights"), dict) and "num_bits" in group["weights"]
     ]
     n_words = codes_of.shape[1]

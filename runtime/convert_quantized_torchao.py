@@ -43,7 +43,7 @@ def _described(file: MappedFile, name: str) -> tuple[str, Mapping[str, Any]]:
     try:
         entry = json.loads(json.loads(file.map[8 : 8 + n])["__metadata__"][name])
         return str(entry["_type"]), dict(entry["_data"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UnsupportedError(
             f"{file.path}: does not tell what {quoted(name)} is: save the model again with torchao 0.15 or later"
         ) from None
@@ -56,8 +56,8 @@ def _int4(parts: Parts, name: str, attributes: Mapping[str, Any]) -> Tensor:
     n_out, n_in = qdata.shape[0], 2 * qdata.shape[1]
     scale = parts.need("_scale", *FLOATS, ndim=2)
     zero = parts.need("_zero_point", *FLOATS, shape=scale.shape)
-    if scale.shape[1] != n_out:
-        raise wrong(scale, f"has the shape {scale.shape}", f"[n_group, {n_out}]")
+    if scale.shape[1] != n_out or n_in % 8:
+        raise wrong(scale, f"has the shape {scale.shape}", f"[n_group, {n_out}], for rows of whole words, not {n_in}")
 
     def codes(first: int, end: int) -> NDArray[np.uint8]:
         return unpack_codes(qdata.array()[first:end], 4) ^ np.uint8(8)
@@ -73,11 +73,12 @@ def _signed(parts: Parts, name: str, attributes: Mapping[str, Any]) -> Tensor:
     """qdata I8[n_out, n_in]; scale, and zero_point in units of a code, [n_out or 1, n_group]."""
     qdata = parts.need("_qdata", "I8", ndim=2)
     scale, zero = parts.need("_scale", *FLOATS, ndim=2), parts.get("_zero_point")
-    target = str(dict(attributes.get("target_dtype") or {}).get("_data", "int8")).removeprefix("int")
-    n_bits = int(target) if target in "12345678" else 0
+    target = attributes.get("target_dtype")
+    target = target.get("_data") if isinstance(target, dict) else "int8"
+    n_bits = next((n for n in range(1, 9) if target == f"int{n}"), 0)
     n_out, n_in = qdata.shape
     if not n_bits or scale.shape[0] not in (1, n_out):
-        raise wrong(scale, f"has the shape {scale.shape} for int{target}", f"[{n_out}, n_group] for int1 to int8")
+        raise wrong(scale, f"has the shape {scale.shape} for {target}", f"[{n_out}, n_group] for int1 to int8")
     values = None
     if zero is not None:
         zero = parts.need("_zero_point", "I8", *FLOATS, shape=scale.shape)
@@ -90,6 +91,7 @@ def _float8(parts: Parts, name: str, attributes: Mapping[str, Any]) -> Tensor:
     qdata = parts.need("_qdata", "F8_E4M3", "F8_E5M2", ndim=2)
     table, expand = float8(qdata.dtype), scale_of(qdata, parts.need("_scale", *FLOATS), {})
 
+    @np.errstate(all="ignore")
     def read(first: int, end: int) -> NDArray[np.float32]:
         return table[qdata.array()[first:end]] * expand(first, end)
 

@@ -65,6 +65,8 @@ class Stored:
                 f"{self.file.path}: tensor {quoted(self.name)} has values of type {self.dtype}: weights are "
                 "F32, F16, BF16, F64, F8_E4M3 or F8_E5M2"
             )
+        if 0 in self.shape:
+            raise FormatError(f"{self.file.path}: tensor {quoted(self.name)} of shape {self.shape} has no values")
         array = self.data.view(DTYPES[self.dtype]).reshape(-1, *self.shape[-1:])
         if self.dtype in ("F32", "F16", "BF16"):
             type = type_by_name(self.dtype)

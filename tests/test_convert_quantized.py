@@ -283,6 +283,28 @@ def test_bitsandbytes_8bit(tmp_path):
     assert (error <= 1e-3 * 2 * scb[:, None]).all()
 
 
+@pytest.mark.parametrize("offset", [0.0, 0.3])
+def test_torchao_int4(tmp_path, offset):
+    """Int4Tensor, which needs a GPU to be made: weight = scale * signed code + zero point, by group of a column."""
+    rng = np.random.default_rng(0)
+    codes, scale = rng.integers(0, 16, (48, 128)), quantpack.bf16(rng.uniform(0.01, 0.1, (2, 48)))
+    zero = quantpack.bf16(rng.uniform(-1, 1, (2, 48)) * offset)
+    signed = (codes - 8) & 15
+    module = NAME.rpartition(".")[0]
+    tensors = {
+        f"{module}.up_proj._weight_qdata": ("U8", nibble_pairs(signed)),
+        f"{module}.up_proj._weight_scale": ("BF16", scale[0]),
+        f"{module}.up_proj._weight_zero_point": ("BF16", zero[0]),
+    }
+    described = {"_type": "Int4Tensor", "_data": {"block_size": [1, 64], "shape": [48, 128]}, "_tensor_data_names": []}
+    metadata = {f"{NAME}.weight": json.dumps(described)}
+    found = decode(write_checkpoint(tmp_path, {"quant_method": "torchao"}, tensors, metadata))
+    assert set(found) == {f"{NAME}.weight"}
+    groups = np.arange(128) // 64
+    exact = scale[1].T.astype(np.float64)[:, groups] * (codes - 8) + zero[1].T[:, groups]
+    assert_kept(found[f"{NAME}.weight"], "Q4_1" if offset else "Q4_0", exact, scale[1].T, groups)
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [

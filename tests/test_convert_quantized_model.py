@@ -136,7 +136,7 @@ def test_converts_and_runs(tmp_path, plain, method):
     matrices = [name for name in expected if name.startswith("blk.") and "_norm" not in name and "bias" not in name]
     assert len(matrices) == 14
     assert {types[name] for name in matrices} == {kept}
-    assert ("kept without requantizing: 14 " + kept in output) == (kept != "F16")
+    assert (f"kept without requantizing: 14 {kept}; others: 2 F16" in output) == (kept != "F16")
     for name in matrices:
         spread = np.ptp(expected[name].reshape(-1, 32), axis=1)[:, None]
         scale = found.get(name.replace(".weight", ".scale"), 1)
