@@ -199,6 +199,13 @@ class _Keys:
             raise self.wrong(key, f"a number from {low:g} to {high:g}")
         return float(value)
 
+    def factor(self, key: str) -> float:
+        """A number to multiply or divide by; 1 where it is missing or 0."""
+        value = self.number(key, 1.0) or 1.0
+        if value < 1e-6:
+            raise self.wrong(key, "a number from 1e-06 to 1e+06")
+        return value
+
 
 def _read(arch: Architecture, keys: _Keys, tensors: Mapping[str, Tensor]) -> ModelConfig:
     for key, neutral in _NEUTRAL.items():
@@ -234,11 +241,11 @@ def _read(arch: Architecture, keys: _Keys, tensors: Mapping[str, Tensor]) -> Mod
     n_ff = keys.integer("feed_forward_length", keys.integer("expert_feed_forward_length", 0, low=0) or None)
     n_ff_exp = keys.integer("expert_feed_forward_length", n_ff) if n_expert else 0
     n_ff_shared = keys.integer("expert_shared_count", 0, low=0, high=_MAX_EXPERTS) * n_ff_exp
-    residual_scale = keys.number("residual_scale", 1.0) or 1.0
+    residual_scale = keys.factor("residual_scale")
     eps = "attention.layer_norm_epsilon" if arch.layer_norm else "attention.layer_norm_rms_epsilon"
     base = keys.number("rope.freq_base", 1e4, low=2, high=1e12)
     head_scale: float = (n_embd // n_head if by_embd else head_dim) ** -0.5
-    embd_scale = n_embd**0.5 if arch.scaled_embd else keys.number("embedding_scale", 1.0)
+    embd_scale = n_embd**0.5 if arch.scaled_embd else keys.factor("embedding_scale")
     return ModelConfig(
         arch=arch,
         n_layer=n_layer,
@@ -259,7 +266,7 @@ def _read(arch: Architecture, keys: _Keys, tensors: Mapping[str, Tensor]) -> Mod
         attention_scale=keys.number("attention.scale", 0.0) or head_scale,
         attn_softcap=keys.number("attn_logit_softcapping", arch.attn_softcap),
         embd_scale=embd_scale / residual_scale,
-        logit_scale=1 / (keys.number("logit_scale", 1.0) or 1.0),
+        logit_scale=1 / keys.factor("logit_scale"),
         final_softcap=keys.number("final_logit_softcapping", arch.final_softcap),
         n_expert=n_expert,
         n_layer_dense_lead=keys.integer("leading_dense_block_count", 0, low=0, high=n_layer),
@@ -268,7 +275,7 @@ def _read(arch: Architecture, keys: _Keys, tensors: Mapping[str, Tensor]) -> Mod
         moe=Moe(
             n_used,
             arch.expert_norm,
-            keys.number("expert_weights_scale", 1.0) or 1.0,
+            keys.factor("expert_weights_scale"),
             arch.expert_activation or arch.activation,
         ),
     )

@@ -130,6 +130,7 @@ BAD_METADATA: list[tuple[str, Any, str]] = [
     ("expert_count", 8, "llama.expert_used_count is missing, must be an integer from 1 to 8"),
     ("expert_count", 2000, "llama.expert_count is 2000, must be an integer from 0 to 1024"),
     ("attention.causal", False, "llama.attention.causal is False"),
+    ("residual_scale", 1e-9, "llama.residual_scale is 1e-09, must be a number from 1e-06 to 1e\\+06"),
     ("expert_group_count", 4, "llama.expert_group_count is 4: this program does not have that yet"),
     ("final_logit_softcapping", -30.0, "llama.final_logit_softcapping is -30.0, must be a number from 0"),
 ]
@@ -224,7 +225,9 @@ KEYS = sorted(
         *metadata_of(TINY_GEMMA3), "attention.sliding_window_pattern", "rope.dimension_count", "rope.scaling.type",
         "rope.scaling.factor", "rope.scale_linear", "rope.scaling.original_context_length", "rope.scaling.attn_factor",
         "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_beta_fast", "rope.freq_base_swa", "expert_count",
-        "attention.causal", "final_logit_softcapping",
+        "attention.causal", "final_logit_softcapping", "attn_logit_softcapping", "residual_scale", "logit_scale",
+        "embedding_scale", "attention.scale", "expert_used_count", "expert_weights_scale", "leading_dense_block_count",
+        "expert_feed_forward_length", "rope.scaling.yarn_log_multiplier",
     }
 )  # fmt: skip
 
@@ -241,4 +244,5 @@ def test_junk_is_read_or_refused_in_one_line(tiny: Tiny, key: str) -> None:
             assert "\n" not in message
         else:
             assert config.head_dim > 0
-            assert all(math.isfinite(x) for x in (config.rms_eps, config.rope_freq_base, config.rope_scaling.factor))
+            numbers = config.rms_eps, config.rope_freq_base, config.rope_scaling.factor, config.embd_scale
+            assert all(math.isfinite(x) for x in (*numbers, config.logit_scale, config.attention_scale))
