@@ -19,10 +19,10 @@ from gguf_run.formats.quantizer import quantize
 from gguf_run.formats.reader import GGUFFile
 from gguf_run.formats.tensors import Tensor
 from gguf_run.formats.writer_metadata import MetaValue
-from gguf_run.runtime.convert_architectures import IGNORED, OTHER_PARTS
 from gguf_run.runtime.convert_card import general_metadata
 from gguf_run.runtime.convert_checkpoint import Checkpoint
 from gguf_run.runtime.convert_metadata import architecture, hyperparameters, rope_tensors
+from gguf_run.runtime.convert_names import IGNORED, OTHER_PARTS
 from gguf_run.runtime.convert_quantized import KEPT, plain_tensors
 from gguf_run.runtime.convert_source import F32, rows, source
 from gguf_run.runtime.convert_tensors import model_tensors

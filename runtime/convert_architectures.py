@@ -7,50 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# A module's name in the checkpoint -> the tensor's name in a GGUF file, to both of which ".weight" or ".bias" is added.
-# "@": number of an expert (or head), whose tensors become one; two names: the tensor is split in two.
-Names = Mapping[str, str | tuple[str, str]]
+from gguf_run.runtime.convert_names import ATTENTION, DENSE_FFN, EXPERTS, GEMMA2, LLAMA, MODEL, MOE_FFN, QK_NORM, Names
+
 # (key without the architecture's name, type, names of the value in config.json): left out where config.json has none.
 Key = tuple[str, str, tuple[str, ...]]
 
-MODEL: Names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_ATTENTION: Names = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-}
-_DENSE: Names = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
-_QK_NORM: Names = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
-_EXPERTS: Names = {
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.experts.@.gate_proj": "ffn_gate_exps",
-    "mlp.experts.@.up_proj": "ffn_up_exps",
-    "mlp.experts.@.down_proj": "ffn_down_exps",
-    "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
-    "mlp.experts.down_proj": "ffn_down_exps",
-}
-_LLAMA = {**_ATTENTION, **_DENSE}
-_GEMMA2 = {
-    **_LLAMA,
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
 _GEMMA_ACTIVATIONS = ("gelu_pytorch_tanh", "gelu")  # "gelu" was an error in the first files, and meant the other
-_DENSE_FFN, _MOE_FFN = (
-    ("ffn_gate", "ffn_up", "ffn_down"),
-    ("ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
-)
 
 
 @dataclass(frozen=True)
 class Architecture:
     """arch: general.architecture; classes, model_types: what config.json calls it.
 
-    layer: names in `prefix` layer by layer; model: names beside the layers. required: the tensors that every layer has;
+    layer: names of what is in a layer; model: of what is beside the layers. required: the tensors that every layer has;
     ffn: sets of tensors of which a layer has one. permuted: rows of q and k are put in pairs (unpermuted).
     grouped_qkv: attn_qkv has q, k and v of each group of heads together, and is taken apart.
     norm_offset: is added to the weights of norms. interleaved, transposed: how gate_up_proj of the experts lies.
@@ -64,10 +33,10 @@ class Architecture:
     arch: str
     classes: tuple[str, ...]
     model_types: tuple[str, ...]
-    layer: Names = field(default_factory=lambda: _LLAMA)
+    layer: Names = field(default_factory=lambda: LLAMA)
     model: Names = field(default_factory=lambda: MODEL)
     required: tuple[str, ...] = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm")
-    ffn: tuple[tuple[str, ...], ...] = (_DENSE_FFN,)
+    ffn: tuple[tuple[str, ...], ...] = (DENSE_FFN,)
     permuted: bool = False
     grouped_qkv: bool = False
     norm_offset: float = 0.0
@@ -107,14 +76,14 @@ _ENTRIES = (
         ("LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"),
         ("llama", "mistral", "mixtral"),
         layer={
-            **_LLAMA,
+            **LLAMA,
             "block_sparse_moe.gate": "ffn_gate_inp",
             "block_sparse_moe.experts.@.w1": "ffn_gate_exps",
             "block_sparse_moe.experts.@.w3": "ffn_up_exps",
             "block_sparse_moe.experts.@.w2": "ffn_down_exps",
-            **_EXPERTS,
+            **EXPERTS,
         },
-        ffn=(_DENSE_FFN, _MOE_FFN),
+        ffn=(DENSE_FFN, MOE_FFN),
         permuted=True,
         rope_dim=True,
         keys=(_VOCAB_SIZE,),
@@ -125,25 +94,25 @@ _ENTRIES = (
         ("Qwen2MoeForCausalLM",),
         ("qwen2_moe",),
         layer={
-            **_LLAMA,
-            **_EXPERTS,
+            **LLAMA,
+            **EXPERTS,
             "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
             "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
             "mlp.shared_expert.up_proj": "ffn_up_shexp",
             "mlp.shared_expert.down_proj": "ffn_down_shexp",
         },
-        ffn=((*_MOE_FFN, "ffn_gate_inp_shexp", "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"),),
+        ffn=((*MOE_FFN, "ffn_gate_inp_shexp", "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"),),
         tied_copy=True,
         keys=(_EXPERT_FF, ("expert_shared_feed_forward_length", "u32", ("shared_expert_intermediate_size",))),
         expected={"hidden_act": ("silu",), "norm_topk_prob": (False,)},
     ),
-    Architecture("qwen3", ("Qwen3ForCausalLM",), ("qwen3",), layer={**_LLAMA, **_QK_NORM}),
+    Architecture("qwen3", ("Qwen3ForCausalLM",), ("qwen3",), layer={**LLAMA, **QK_NORM}),
     Architecture(
         "qwen3moe",
         ("Qwen3MoeForCausalLM",),
         ("qwen3_moe",),
-        layer={**_ATTENTION, **_QK_NORM, **_EXPERTS},
-        ffn=(_MOE_FFN,),
+        layer={**ATTENTION, **QK_NORM, **EXPERTS},
+        ffn=(MOE_FFN,),
         keys=(_EXPERT_FF,),
         expected={"hidden_act": ("silu",), "norm_topk_prob": (True,)},
     ),
@@ -159,7 +128,7 @@ _ENTRIES = (
         "gemma2",
         ("Gemma2ForCausalLM",),
         ("gemma2",),
-        layer=_GEMMA2,
+        layer=GEMMA2,
         required=(
             "attn_norm",
             "attn_q",
@@ -180,7 +149,7 @@ _ENTRIES = (
         "gemma3",
         ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
         ("gemma3_text", "gemma3"),
-        layer={**_GEMMA2, **_QK_NORM},
+        layer={**GEMMA2, **QK_NORM},
         required=(
             "attn_norm",
             "attn_q",
@@ -214,7 +183,7 @@ _ENTRIES = (
         ("Phi3ForCausalLM",),
         ("phi3",),
         layer={
-            **_ATTENTION,
+            **ATTENTION,
             "self_attn.qkv_proj": "attn_qkv",
             "mlp.gate_up_proj": "ffn_up",
             "mlp.down_proj": "ffn_down",
@@ -254,8 +223,8 @@ _ENTRIES = (
         ("Olmo2ForCausalLM",),
         ("olmo2",),
         layer={
-            **_LLAMA,
-            **_QK_NORM,
+            **LLAMA,
+            **QK_NORM,
             "post_attention_layernorm": "post_attention_norm",
             "post_feedforward_layernorm": "post_ffw_norm",
         },
@@ -277,7 +246,7 @@ _ENTRIES = (
         ("stablelm", "stablelm_epoch"),
         rope_dim=True,
         layer={
-            **_LLAMA,
+            **LLAMA,
             "self_attn.q_layernorm.norms.@": "attn_q_norm",
             "self_attn.k_layernorm.norms.@": "attn_k_norm",
         },
@@ -290,7 +259,7 @@ _ENTRIES = (
         "starcoder2",
         ("Starcoder2ForCausalLM",),
         ("starcoder2",),
-        layer={**_ATTENTION, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
+        layer={**ATTENTION, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
         ffn=(("ffn_up", "ffn_down"),),
         expected={"hidden_act": ("gelu_pytorch_tanh",)},
     ),
@@ -317,13 +286,13 @@ _ENTRIES = (
         ("DeepseekForCausalLM",),
         ("deepseek",),
         layer={
-            **_LLAMA,
-            **_EXPERTS,
+            **LLAMA,
+            **EXPERTS,
             "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
             "mlp.shared_experts.up_proj": "ffn_up_shexp",
             "mlp.shared_experts.down_proj": "ffn_down_shexp",
         },
-        ffn=(_DENSE_FFN, (*_MOE_FFN, "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")),
+        ffn=(DENSE_FFN, (*MOE_FFN, "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")),
         permuted=True,
         rope_dim=True,
         rope_type="none",
@@ -342,7 +311,7 @@ _ENTRIES = (
         ("GptOssForCausalLM",),
         ("gpt_oss",),
         layer={
-            **_ATTENTION,
+            **ATTENTION,
             "post_attention_layernorm": "post_attention_norm",
             "self_attn.sinks": "attn_sinks",
             "mlp.router": "ffn_gate_inp",
@@ -350,7 +319,7 @@ _ENTRIES = (
             "mlp.experts.down_proj": "ffn_down_exps",
         },
         required=("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "attn_sinks", "post_attention_norm"),
-        ffn=(_MOE_FFN,),
+        ffn=(MOE_FFN,),
         interleaved=True,
         transposed=True,
         swa_period=2,
@@ -360,46 +329,3 @@ _ENTRIES = (
 )
 ARCHITECTURES: Mapping[str, Architecture] = {name: entry for entry in _ENTRIES for name in entry.classes}
 MODEL_TYPES: Mapping[str, Architecture] = {name: entry for entry in _ENTRIES for name in entry.model_types}
-
-# Ends of names of tensors that hold no weights.
-IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
-# Parts of a model for images and text, of which the text is converted.
-OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-
-# Shapes by GGUF name, ggml order (row length first); words are numbers of convert_metadata.sizes(), "a+b" a sum.
-SHAPES: Mapping[str, tuple[str, ...]] = {
-    "token_embd": ("n_embd", "n_vocab"),
-    "output_norm": ("n_embd",),
-    "output": ("n_embd", "n_vocab"),
-    "attn_norm": ("n_embd",),
-    "attn_q": ("n_embd", "n_embd_q"),
-    "attn_k": ("n_embd", "n_embd_kv"),
-    "attn_v": ("n_embd", "n_embd_kv"),
-    "attn_qkv": ("n_embd", "n_embd_q+n_embd_kv+n_embd_kv"),
-    "attn_q_norm": ("head_dim",),
-    "attn_k_norm": ("head_dim",),
-    "attn_sinks": ("n_head",),
-    "attn_output": ("n_embd_q", "n_embd"),
-    "post_attention_norm": ("n_embd",),
-    "ffn_norm": ("n_embd",),
-    "ffn_gate": ("n_embd", "n_ff"),
-    "ffn_up": ("n_embd", "n_ff"),
-    "ffn_down": ("n_ff", "n_embd"),
-    "ffn_gate_inp": ("n_embd", "n_expert"),
-    "ffn_gate_exps": ("n_embd", "n_ff_exp", "n_expert"),
-    "ffn_up_exps": ("n_embd", "n_ff_exp", "n_expert"),
-    "ffn_down_exps": ("n_ff_exp", "n_embd", "n_expert"),
-    "ffn_gate_inp_shexp": ("n_embd", "one"),
-    "ffn_gate_shexp": ("n_embd", "n_ff_shexp"),
-    "ffn_up_shexp": ("n_embd", "n_ff_shexp"),
-    "ffn_down_shexp": ("n_ff_shexp", "n_embd"),
-    "post_ffw_norm": ("n_embd",),
-}
-# Where an architecture differs.
-OWN_SHAPES: Mapping[tuple[str, str], tuple[str, ...]] = {
-    ("phi3", "ffn_up"): ("n_embd", "n_ff+n_ff"),
-    ("olmo2", "attn_q_norm"): ("n_embd_q",),
-    ("olmo2", "attn_k_norm"): ("n_embd_kv",),
-    ("stablelm", "attn_q_norm"): ("head_dim", "n_head"),
-    ("stablelm", "attn_k_norm"): ("head_dim", "n_head_kv"),
-}

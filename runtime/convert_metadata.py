@@ -15,12 +15,11 @@ from gguf_run.runtime.convert_architectures import (
     ARCHITECTURES,
     BASE_KEYS,
     MODEL_TYPES,
-    OWN_SHAPES,
-    SHAPES,
     Architecture,
     Key,
 )
 from gguf_run.runtime.convert_checkpoint import Config
+from gguf_run.runtime.convert_names import OWN_SHAPES, SHAPES
 
 Rope = Mapping[str, Any]
 # config.json's name -> key under rope.scaling, of YaRN.
