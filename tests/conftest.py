@@ -1,7 +1,11 @@
 """For all tests."""
 
+import os
 import signal
 
 # A shell without job control starts background commands with Ctrl-C ignored, and children inherit that: the tests that
 # interrupt a process would wait for nothing.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Triton's kernels run in its interpreter: that is decided when triton is imported, for the whole process.
+os.environ["TRITON_INTERPRET"] = "1"

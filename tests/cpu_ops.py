@@ -50,8 +50,8 @@ class MemoryTensor:
     def nbytes(self) -> int:
         return self.data.nbytes
 
-    def blocks(self) -> np.ndarray:
-        return self.data
+    def blocks(self, first: int = 0, end: int | None = None) -> np.ndarray:
+        return self.data[first:end]
 
     def matrix(self, i: int) -> "MemoryTensor":
         n_rows = self.ne[1]

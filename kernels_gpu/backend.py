@@ -1,0 +1,76 @@
+"""A GPU as a models.backend.Backend: Triton kernels over panels."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor as Array
+
+from gguf_run.formats.dequantizer import dequantize
+from gguf_run.formats.errors import OptionError, UnsupportedError
+from gguf_run.formats.reader import Tensor
+from gguf_run.kernels_gpu.cache import GpuCache, new_cache, rows_stored
+from gguf_run.kernels_gpu.device import capability
+from gguf_run.kernels_gpu.matmul import DEFAULT, TUNINGS
+from gguf_run.kernels_gpu.memory import GpuWeight, WeightPart
+from gguf_run.kernels_gpu.recorder import GpuRecorder
+from gguf_run.kernels_gpu.repack import Uploader
+
+
+class GpuBackend:
+    """Runs on one device, see device.open_device. In Triton's interpreter it runs on torch's CPU device too."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._tuning = TUNINGS.get(capability(device), DEFAULT)
+        self._uploader = Uploader(device)
+        self._uploaded: dict[int, tuple[Tensor, WeightPart]] = {}
+        self._bytes = {"weights": 0, "cache": 0}
+
+    @property
+    def name(self) -> str:
+        """For people, for example: GPU 0, NVIDIA H200."""
+        if self.device.type != "cuda":
+            return f"Triton's interpreter on {self.device}"
+        return f"GPU {self.device.index}, {torch.cuda.get_device_name(self.device)}"
+
+    def _upload(self, tensors: list[Tensor]) -> WeightPart:
+        """Tensors of one type as panels. One that is asked for again, as embeddings that are the output matrix too, is
+        not uploaded twice."""
+        known = self._uploaded.get(id(tensors[0]))
+        if len(tensors) == 1 and known is not None:
+            return known[1]
+        part = self._uploader.repack(tensors)
+        self._bytes["weights"] += part.nbytes
+        if len(tensors) == 1:
+            self._uploaded[id(tensors[0])] = tensors[0], part
+        return part
+
+    def table(self, tensor: Tensor) -> WeightPart:
+        return self._upload([tensor])
+
+    def weight(self, tensors: Sequence[Tensor]) -> GpuWeight:
+        runs = itertools.groupby(tensors, key=lambda tensor: tensor.type.id)
+        return GpuWeight(tensors[0].ne[0], tuple(self._upload([*run]) for _, run in runs))
+
+    def experts(self, tensors: Sequence[Tensor]) -> Any:
+        raise UnsupportedError("experts do not run on a GPU in this version: use --device cpu")
+
+    def vector(self, tensors: Sequence[Tensor]) -> Array:
+        values = [dequantize(tensor.blocks(), tensor.type).reshape(-1) for tensor in tensors]
+        return torch.from_numpy(np.concatenate(values)).to(self.device)
+
+    def cache(self, shape: Any, n_ctx: int, n_batch: int, n_seq: int = 1, kind: Any = None) -> GpuCache:
+        if kind is not None and (kind.k, kind.v) != ("f16", "f16"):
+            raise OptionError(f"cache types {kind.k} and {kind.v}: on a GPU this version has f16 only")
+        cache = new_cache(shape, rows_stored(n_ctx, n_batch, shape.window), n_seq, self.device)
+        self._bytes["cache"] += cache.k.nbytes + cache.v.nbytes
+        return cache
+
+    def recorder(self, n_batch: int, n_outputs: int) -> GpuRecorder:
+        return GpuRecorder(self.device, self._tuning, n_batch, n_outputs)
+
+    def nbytes(self) -> dict[str, int]:
+        return dict(self._bytes)

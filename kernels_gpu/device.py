@@ -1,0 +1,34 @@
+"""Opens a GPU, or says in one line why it cannot be used."""
+
+import torch
+
+from gguf_run.formats.errors import GgufRunError
+
+MIN_CAPABILITY = 80  # below, tensor cores lack what the kernels need
+
+
+def open_device(index: int) -> torch.device:
+    """The GPU number `index`. GgufRunError if torch, its driver or the GPU cannot run the kernels."""
+    name = f"--device cuda:{index}"
+    if torch.version.cuda is None and torch.version.hip is None:
+        raise GgufRunError(f"{name}: this torch ({torch.__version__}) is built for CPUs only; install one with CUDA")
+    if not torch.cuda.is_available():
+        raise GgufRunError(f"{name}: torch {torch.__version__} finds no usable GPU; check the driver with nvidia-smi")
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise GgufRunError(f"{name}: this machine has {count} GPU{'s' * (count > 1)}, numbered from 0 on")
+    device = torch.device("cuda", index)
+    if torch.version.cuda is not None and capability(device) < MIN_CAPABILITY:
+        raise GgufRunError(
+            f"{name}: {torch.cuda.get_device_name(device)} has compute capability {capability(device) / 10}, at least "
+            f"{MIN_CAPABILITY / 10} is needed; use --device cpu"
+        )
+    return device
+
+
+def capability(device: torch.device) -> int:
+    """For example 90; 0 for a device that is no NVIDIA GPU."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

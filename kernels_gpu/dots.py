@@ -1,0 +1,85 @@
+"""Dot products of packed bytes, one instruction each on NVIDIA GPUs, in plain Triton elsewhere.
+
+All take and return int32 tensors of one shape.
+"""
+
+import triton
+import triton.language as tl
+from triton.language import target_info
+
+
+@triton.jit
+def _byte(word, j: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Byte j, signed."""
+    return (word << (24 - 8 * j)) >> 24
+
+
+@triton.jit
+def dp4a(a, b, c):  # type: ignore[no-untyped-def]
+    """c + the products of the four signed bytes of a and b."""
+    if target_info.is_cuda():
+        asm: tl.constexpr = "dp4a.s32.s32 $0, $1, $2, $3;"
+        c = tl.inline_asm_elementwise(asm, "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        for j in tl.static_range(4):
+            c += _byte(a, j) * _byte(b, j)
+    return c
+
+
+@triton.jit
+def dp2a(a, b, half: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The two signed 16-bit halves of a times bytes 2 half and 2 half + 1 of b, signed."""
+    if target_info.is_cuda():
+        asm: tl.constexpr = "dp2a.hi.s32.s32 $0, $1, $2, 0;" if half else "dp2a.lo.s32.s32 $0, $1, $2, 0;"
+        return tl.inline_asm_elementwise(asm, "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        return ((a << 16) >> 16) * _byte(b, 2 * half) + (a >> 16) * _byte(b, 2 * half + 1)
+
+
+@triton.jit
+def look_up(word, BOOK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Bytes of BOOK (16 of them in four int32) for the low nibbles of word's bytes, and for the high ones.
+
+    prmt picks four of eight bytes by the low three bits of four nibbles: it is asked twice, for the lower and the upper
+    half of the book, and then the nibbles' top bits pick one of the two answers; at last even and odd are told apart.
+    """
+    if target_info.is_cuda():
+        asm: tl.constexpr = """{
+            .reg .b32 low, top, a, b;
+            and.b32 low, $2, 0x77777777;
+            shr.u32 top, $2, 1;
+            and.b32 top, top, 0x44444444;
+            or.b32 top, top, 0x32103210;
+            prmt.b32 a, $3, $4, low;
+            prmt.b32 b, $5, $6, low;
+            prmt.b32 a, a, b, top;
+            shr.u32 low, low, 16;
+            shr.u32 top, top, 16;
+            prmt.b32 b, $3, $4, low;
+            prmt.b32 low, $5, $6, low;
+            prmt.b32 b, b, low, top;
+            prmt.b32 $0, a, b, 0x6420;
+            prmt.b32 $1, a, b, 0x7531;
+        }"""
+        b0 = tl.full(word.shape, BOOK[0], tl.int32)
+        b1 = tl.full(word.shape, BOOK[1], tl.int32)
+        b2 = tl.full(word.shape, BOOK[2], tl.int32)
+        b3 = tl.full(word.shape, BOOK[3], tl.int32)
+        operands = [word, b0, b1, b2, b3]
+        types: tl.constexpr = (tl.int32, tl.int32)
+        return tl.inline_asm_elementwise(asm, "=r,=r,r,r,r,r,r", operands, dtype=types, is_pure=True, pack=1)
+    else:
+        low = tl.zeros_like(word)
+        high = tl.zeros_like(word)
+        for j in tl.static_range(4):
+            low = low | (book_value(word >> (8 * j), BOOK) & 255) << (8 * j)
+            high = high | (book_value(word >> (8 * j + 4), BOOK) & 255) << (8 * j)
+        return low, high
+
+
+@triton.jit
+def book_value(code, BOOK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The signed byte of BOOK that the low nibble of code picks."""
+    code = code & 15
+    words = tl.where(code < 8, tl.where(code < 4, BOOK[0], BOOK[1]), tl.where(code < 12, BOOK[2], BOOK[3]))
+    return (words << (24 - 8 * (code & 3))) >> 24

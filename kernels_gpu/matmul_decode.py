@@ -1,0 +1,144 @@
+"""matmul for a few tokens: weights are read once, units of quants times int8 activations with dp4a.
+
+A thread has one unit of R rows at a time and keeps a sum for each row and token: no shared memory, no barrier and no
+conversion of layouts in the loop. Activations are blocks of 32 int8 values (quantize.py): xq, their factor xd, and xs,
+the sums of each block's halves as two int16.
+"""
+
+import triton
+import triton.language as tl
+
+from gguf_run.kernels_gpu.activation import activate
+from gguf_run.kernels_gpu.dots import dp2a, dp4a
+from gguf_run.kernels_gpu.units import unit_factors, unit_words, words4
+
+
+@triton.jit
+def _dot16(w, x, c):  # type: ignore[no-untyped-def]
+    for i in tl.static_range(4):
+        c = dp4a(w[i], x[i], c)
+    return c
+
+
+@triton.jit
+def _dot32(w, x, factors, OFFSET: tl.constexpr, GROUP: tl.constexpr, MINIMUM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A unit of 32 weights times x = (halves' words, d, halves' sums)."""
+    a, b, xd, low, high = x
+    if GROUP == 32:
+        dot = _dot16(w[0], a, _dot16(w[1], b, (low + high) * -OFFSET))
+        value = factors[0] * dot.to(tl.float32)
+        if MINIMUM:
+            value += factors[1] * (low + high).to(tl.float32)
+        return xd * value
+    else:
+        scales, _minimums, d, _dmin = factors
+        dot = _dot16(w[0], a, low * -OFFSET) * ((scales << 24) >> 24)
+        dot += _dot16(w[1], b, high * -OFFSET) * (scales >> 8)
+        return xd * (d * dot.to(tl.float32))
+
+
+@triton.jit
+def _dot64(w, x, factors, OFFSET: tl.constexpr, MINIMUM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A unit of 64 weights with four scales. Dot products of 16 weights of up to 3 bits fit into int16."""
+    scales, minimums, d, dmin = factors
+    value = tl.zeros(d.shape, tl.float32)
+    for half in tl.static_range(2):
+        a, b, xd, low, high = x[half]
+        one = _dot16(w[2 * half], a, low * -OFFSET)
+        other = _dot16(w[2 * half + 1], b, high * -OFFSET)
+        part = d * dp2a((one & 0xFFFF) | (other << 16), scales, half).to(tl.float32)
+        if MINIMUM:
+            part += dmin * dp2a((low & 0xFFFF) | (high << 16), minimums, half).to(tl.float32)
+        value += xd * part
+    return value
+
+
+@triton.jit
+def _block(xq, xd, xs, at, live, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Blocks of activations at [n]; those that are not live count for nothing."""
+    d = tl.load(xd + at)
+    sums = tl.load(xs + at)
+    if not EVEN:
+        d = tl.where(live, d, 0.0)
+    return words4(xq + at * 8), words4(xq + at * 8 + 4), d, (sums << 16) >> 16, sums >> 16
+
+
+@triton.jit
+def matmul_decode(  # type: ignore[no-untyped-def]
+    qs,
+    high,
+    scale,
+    d,
+    xq,
+    xd,
+    xs,
+    out,
+    bias,
+    residual,
+    n_out,
+    n_unit,
+    out_stride,
+    residual_stride,
+    BITS: tl.constexpr,
+    HIGH: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCALES: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BOOK: tl.constexpr,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    UNITS: tl.constexpr,
+    EVEN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """out[m, o] = sum of w[o] * x[m] (+ bias[o]) (+ residual[m, o]) for M tokens, R rows a program.
+
+    UNITS: units of a row at once, one a thread. EVEN: it divides n_unit. ACTIVATION, if any: half of the R rows come
+    from the second half of the matrix, and out = activation(first) * second; n_out counts the pairs.
+    """
+    PAIRS: tl.constexpr = R if ACTIVATION is None else R // 2
+    MINIMUM: tl.constexpr = SCALES == "f16m" or SCALES == "k6m" or SCALES == "k4"
+    PER: tl.constexpr = 2 if BITS == 2 else 1  # blocks of activations of a unit
+    first = tl.program_id(0) * PAIRS
+    lane = tl.arange(0, UNITS)
+    sums = ()
+    for _ in tl.static_range(M * R):
+        sums = sums + (tl.zeros((UNITS,), tl.float32),)
+    for start in range(0, n_unit, UNITS):
+        u = start + lane
+        live = u < n_unit
+        if not EVEN:
+            u = tl.minimum(u, n_unit - 1)
+        rows = ()
+        for r in tl.static_range(R):
+            row = (tl.minimum(first + r % PAIRS, n_out - 1) + (r // PAIRS) * n_out).to(tl.int64)
+            w = unit_words(qs, high, row, u, n_unit, BITS, HIGH, BOOK)
+            rows = rows + ((w, unit_factors(scale, d, row, u, n_unit, BITS, GROUP, SCALES)),)
+        added = ()
+        for m in tl.static_range(M):
+            at = (m * n_unit + u) * PER
+            x = _block(xq, xd, xs, at, live, EVEN)
+            if BITS == 2:
+                x = (x, _block(xq, xd, xs, at + 1, live, EVEN))
+            for r in tl.static_range(R):
+                if BITS == 2:
+                    value = _dot64(rows[r][0], x, rows[r][1], OFFSET, MINIMUM)
+                else:
+                    value = _dot32(rows[r][0], x, rows[r][1], OFFSET, GROUP, MINIMUM)
+                added = added + (sums[m * R + r] + value,)
+        sums = added
+    for m in tl.static_range(M):
+        for r in tl.static_range(PAIRS):
+            o = first + r
+            mask = o < n_out
+            value = tl.sum(sums[m * R + r], 0)
+            if bias is not None:
+                value += tl.load(bias + o, mask=mask, other=0.0)
+            if ACTIVATION is not None:
+                other = tl.sum(sums[m * R + PAIRS + r], 0)
+                if bias is not None:
+                    other += tl.load(bias + n_out + o, mask=mask, other=0.0)
+                value = activate(value, ACTIVATION) * other
+            if residual is not None:
+                value += tl.load(residual + m * residual_stride + o, mask=mask, other=0.0)
+            tl.store(out + m * out_stride + o, value, mask=mask)

@@ -1,0 +1,55 @@
+"""Activations as matmul reads them: int8 in blocks of 32 for a few tokens, f16 for many.
+
+int8: xq, a block's factor xd = max|x| / 127, and xs, the sums of the block's two halves as int16 in one int32. f16: xh
+and a factor for each row, xm = max|x|: numbers up to 1, so that nothing is too large for an f16.
+"""
+
+import triton
+import triton.language as tl
+
+BLOCK = 32
+
+
+@triton.jit
+def store_int8(x, at, xq, xd, xs, row, n, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Columns at + 0 .. WIDTH of a row of n: x f32[WIDTH], zeros beyond n. Rounds half to even, as the CPU does."""
+    N: tl.constexpr = WIDTH // 32
+    halves = tl.reshape(x, (N, 2, 16))
+    largest = tl.max(tl.max(tl.abs(halves), axis=2), axis=1)
+    inverse = tl.where(largest == 0, 0.0, 127.0 / largest)
+    # Adding and taking away 1.5 * 2^23 leaves the nearest integer.
+    q = ((halves * inverse[:, None, None] + 12582912.0) - 12582912.0).to(tl.int32)
+    block = at // 32 + tl.arange(0, N)
+    i = tl.arange(0, 16)[None, None, :] + 16 * tl.arange(0, 2)[None, :, None]
+    column = block[:, None, None] * 32 + i
+    tl.store(xq.to(tl.pointer_type(tl.int8)) + row * n + column, q.to(tl.int8), mask=column < n)
+    low, high = tl.split(tl.sum(q, axis=2))
+    to = row * (n // 32) + block
+    tl.store(xd + to, largest / 127.0, mask=block * 32 < n)
+    tl.store(xs + to, (low & 0xFFFF) | (high << 16), mask=block * 32 < n)
+
+
+@triton.jit
+def quantize(x, x_stride, n, xq, xd, xs, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows f32 to int8; grid (rows, n / WIDTH)."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * WIDTH
+    column = at + tl.arange(0, WIDTH)
+    store_int8(tl.load(x + row * x_stride + column, mask=column < n, other=0.0), at, xq, xd, xs, row, n, WIDTH)
+
+
+@triton.jit
+def store_halves(x, column, xh, xm, row, n):  # type: ignore[no-untyped-def]
+    """A whole row x f32[...], zeros beyond n."""
+    largest = tl.max(tl.abs(x), axis=0)
+    inverse = tl.where(largest == 0, 0.0, 1.0 / largest)
+    tl.store(xh + row * n + column, (x * inverse).to(tl.float16), mask=column < n)
+    tl.store(xm + row, largest)
+
+
+@triton.jit
+def halve(x, x_stride, n, xh, xm, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows f32 to f16; grid (rows,), WIDTH >= n."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    store_halves(tl.load(x + row * x_stride + column, mask=column < n, other=0.0), column, xh, xm, row, n)

@@ -1,0 +1,273 @@
+"""Records a decoder's ops for the GPU: a list of launches that a step replays, for any number of tokens.
+
+All memory that launches use is made here and stays where it is, and what changes from step to step (ids, positions,
+result rows) is read from device memory: so the launches for one number of rows can be captured as a graph.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor as Array
+
+from gguf_run.formats.errors import UnsupportedError
+from gguf_run.kernels_gpu import attention as attn
+from gguf_run.kernels_gpu import rope as rotary
+from gguf_run.kernels_gpu import rows
+from gguf_run.kernels_gpu.activations import Forms, Halves, Int8, power_of_2
+from gguf_run.kernels_gpu.cache import GpuCache
+from gguf_run.kernels_gpu.layer_norm import layer_norm
+from gguf_run.kernels_gpu.matmul import FEW, SCRATCH, Product, Scratch, Tuning
+from gguf_run.kernels_gpu.memory import GpuBuffer, GpuWeight, WeightPart, padded
+from gguf_run.kernels_gpu.panels import IntPanel, Panel
+from gguf_run.kernels_gpu.program import GpuProgram, StepInput
+from gguf_run.kernels_gpu.rms_norm import rms_norm
+
+_WIDTH = 1024  # columns of a program
+_SPAN = 32  # positions that attention takes at a time
+
+
+class GpuSquares:
+    """models.backend.Squares."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.sums = torch.zeros(width, dtype=torch.float64, device=device)
+        self.n_row = 0
+
+    def take(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        taken = self.sums.cpu().numpy()[None].copy(), np.array([self.n_row])
+        self.sums.zero_()
+        self.n_row = 0
+        return taken
+
+
+class GpuRecorder:
+    """models.backend.Recorder: each call appends a function that launches its kernels for so many rows."""
+
+    def __init__(self, device: torch.device, tuning: Tuning, n_batch: int, n_outputs: int) -> None:
+        self.device, self.tuning, self.n_batch, self.n_outputs = device, tuning, n_batch, n_outputs
+        self.step = StepInput(n_batch, n_outputs, device)
+        self._ops: list[Callable[[int], None]] = []
+        self._n_before: int | None = None  # ops before the choice of result rows
+        self._known: dict[int, dict[tuple[int, int], Forms]] = {}
+        self._int8: dict[tuple[int, int, int], Int8] = {}
+        self._halves: dict[tuple[int, int, int], Halves] = {}
+        self._angles: dict[int, tuple[Any, Array]] = {}
+        self._wide: dict[tuple[bool, int], GpuBuffer] = {}
+        self._raw_shape = [padded(1), 1]
+        self._n_scratch = 0
+        self._scratch: list[Scratch] = []
+
+    def _written(self, out: GpuBuffer, by_producer: bool = False) -> Forms:
+        """Columns of out's memory have new contents, of which no other form is made yet."""
+        forms = Forms(by_producer)
+        self._known[id(out.memory)] = {(out.start, out.width): forms}
+        return forms
+
+    def _want(self, x: GpuBuffer, panel: Panel) -> Forms:
+        """Have x's present contents in the forms that a panel is multiplied with: made by the op that made them, if it
+        can, else by one of its own; once."""
+        forms = self._known.setdefault(id(x.memory), {}).setdefault((x.start, x.width), Forms())
+        key = id(x.memory), x.start, x.width
+        if isinstance(panel, IntPanel) and forms.int8 is None:
+            int8 = self._int8.setdefault(key, Int8.empty(FEW, x.width, self.device))
+            forms.int8 = int8
+            if not forms.by_producer:
+                self._ops.append(lambda n: int8.fill(x, n) if n <= FEW else None)
+        if panel.constants["SCALES"] != "F32" and forms.halves is None:
+            halves = self._halves.setdefault(key, Halves.empty(len(x.memory), x.width, self.device))
+            forms.halves = halves
+            if not forms.by_producer:
+                self._ops.append(lambda n: halves.fill(x, n) if n > FEW else None)
+        return forms
+
+    # the ops of models.backend.Recorder
+    def buffer(self, width: int) -> GpuBuffer:
+        after = self._n_before is not None
+        n_row = padded(self.n_outputs if after else self.n_batch)
+        return GpuBuffer(torch.zeros(n_row, -(-width // 4) * 4, device=self.device), after, 0, width)
+
+    def embed(self, table: WeightPart, out: GpuBuffer, scale: float = 1.0) -> None:
+        units = min(_WIDTH // table.panel.unit, power_of_2(table.n_unit))
+
+        def launch(n: int) -> None:
+            rows.embed[(n, -(-table.n_unit // units))](
+                table.qs, table.high, table.scale, table.d, self.step.ids, out.data, out.stride, table.n_in,
+                table.n_unit, scale, **table.panel.constants, UNITS=units,
+            )  # fmt: skip
+
+        self._ops.append(launch)
+        self._written(out)
+
+    def rms_norm(
+        self,
+        x: GpuBuffer,
+        weight: Array,
+        out: GpuBuffer,
+        eps: float,
+        *,
+        n_group: int = 1,
+        residual: GpuBuffer | None = None,
+    ) -> None:
+        n = x.width // n_group
+        forms = self._written(out, by_producer=n_group == 1)
+
+        def launch(n_row: int) -> None:
+            few = n_row <= FEW
+            q8, halves = forms.int8 if few else None, None if few else forms.halves
+            rms_norm[(n_row, n_group)](
+                x.data, x.stride, weight, n, eps, out.data, out.stride,
+                residual.data if residual else None, residual.stride if residual else 0,
+                q8.xq if q8 else None, q8.xd if q8 else None, q8.xs if q8 else None,
+                halves.xh if halves else None, halves.xm if halves else None, max(32, power_of_2(n)),
+            )  # fmt: skip
+
+        self._ops.append(launch)
+
+    def layer_norm(
+        self, x: GpuBuffer, weight: Array, bias: Array | None, out: GpuBuffer, eps: float, *, n_group: int = 1
+    ) -> None:
+        n = x.width // n_group
+        self._ops.append(
+            lambda n_row: layer_norm[(n_row, n_group)](
+                x.data, x.stride, weight, bias, n, eps, out.data, out.stride, power_of_2(n)
+            )
+        )
+        self._written(out)
+
+    def matmul(
+        self, x: GpuBuffer, weight: GpuWeight, out: GpuBuffer, *, bias: Any = None, residual: Any = None
+    ) -> None:
+        first = 0
+        for part in weight.parts:
+            self._multiply(Product(part, first, x, out, bias, residual, None, self.tuning))
+            first += part.n_out
+        self._written(out)
+
+    def matmul_gated(
+        self, x: GpuBuffer, weight: GpuWeight, out: GpuBuffer, activation: str, *, bias: Any = None
+    ) -> None:
+        if len(weight.parts) == 1 and isinstance(weight.parts[0].panel, IntPanel):
+            self._multiply(Product(weight.parts[0], 0, x, out, bias, None, activation, self.tuning))
+            self._written(out)
+            return
+        key, n_ff = (out.after, weight.n_out), weight.n_out // 2
+        wide = self._wide[key] = self._wide.get(key) or self.buffer(weight.n_out)
+        self.matmul(x, weight, wide, bias=bias)
+        self.gated(wide.columns(0, n_ff), wide.columns(n_ff, n_ff), out, activation)
+
+    def _multiply(self, product: Product) -> None:
+        part, forms = product.part, self._want(product.x, product.part.panel)
+        self._raw_shape = [max(pair) for pair in zip(self._raw_shape, (len(product.x.memory), part.n_out), strict=True)]
+        self._n_scratch = max(self._n_scratch, min(SCRATCH, part.n_out * part.n_in))
+
+        def launch(n: int) -> None:
+            if n <= FEW:
+                product.few(n, forms.int8)
+            else:
+                product.many(n, forms.halves, self._scratch[0])
+
+        self._ops.append(launch)
+
+    def rope(self, x: GpuBuffer, rope: Any, head_dim: int) -> None:
+        n_half = rope.n_rot // 2
+        width = power_of_2(n_half)
+        if id(rope) not in self._angles:
+            table = torch.zeros(len(x.memory), n_half, 2, device=self.device)
+            self._angles[id(rope)] = rope, table
+            inv_freq = torch.tensor(np.asarray(rope.inv_freq, np.float64), device=self.device)
+            self._ops.append(
+                lambda n: rotary.angles[(n,)](self.step.positions, inv_freq, table, n_half, rope.scale, width)
+            )
+        n_head, table = x.width // head_dim, self._angles[id(rope)][1]
+
+        def launch(n: int) -> None:
+            rotary.rope[(n,)](
+                x.data, x.stride, table, n_head, head_dim, n_half, rope.style == "neox", power_of_2(n_head), width
+            )
+
+        self._ops.append(launch)
+        self._written(x)
+
+    def attention(
+        self,
+        q: GpuBuffer,
+        k: GpuBuffer,
+        v: GpuBuffer,
+        cache: GpuCache,
+        shape: Any,
+        out: GpuBuffer,
+        *,
+        sinks: Array | None = None,
+    ) -> None:
+        step = self.step
+
+        def launch(n: int) -> None:
+            attn.append[(n, -(-k.width // _WIDTH))](
+                k.data, k.stride, v.data, v.stride, cache.k, cache.v, step.seqs, step.positions, cache.n_ctx, k.width,
+                _WIDTH,
+            )  # fmt: skip
+            attn.attend[(n, shape.n_head)](
+                q.data, q.stride, cache.k, cache.v, step.seqs, step.positions, sinks, out.data, out.stride, cache.n_ctx,
+                shape.n_head_kv, shape.n_head // shape.n_head_kv, shape.head_dim, shape.scale,
+                shape.window or 1 << 30, shape.softcap or None, power_of_2(shape.head_dim), _SPAN,
+            )  # fmt: skip
+
+        self._ops.append(launch)
+        self._written(out)
+
+    def gated(self, gate: GpuBuffer, up: GpuBuffer | None, out: GpuBuffer, activation: str) -> None:
+        n, others = gate.width, (up.data, up.stride) if up else (None, 0)
+        self._ops.append(
+            lambda n_row: rows.gated[(n_row, -(-n // _WIDTH))](
+                gate.data, gate.stride, *others, out.data, out.stride, n, activation, _WIDTH
+            )
+        )
+        self._written(out)
+
+    def gate_rows(self, x: GpuBuffer, gate: GpuBuffer) -> None:
+        n = x.width
+        self._ops.append(
+            lambda n_row: rows.gate_rows[(n_row, -(-n // _WIDTH))](x.data, x.stride, gate.data, gate.stride, n, _WIDTH)
+        )
+        self._written(x)
+
+    def softcap(self, x: GpuBuffer, scale: float, cap: float) -> None:
+        n = x.width
+        self._ops.append(
+            lambda n_row: rows.softcap[(n_row, -(-n // _WIDTH))](x.data, x.stride, n, scale, cap or None, _WIDTH)
+        )
+        self._written(x)
+
+    def moe(self, *_: Any, **__: Any) -> None:
+        raise UnsupportedError("experts do not run on a GPU in this version: use --device cpu")
+
+    def observe(self, x: GpuBuffer) -> GpuSquares:
+        squares, step, n = GpuSquares(x.width, self.device), self.step, x.width
+
+        def launch(_: int) -> None:
+            n_row = step.n_out if x.after else step.n_tokens
+            rows.observe[(-(-n // _WIDTH),)](x.data, x.stride, squares.sums, n_row, n, _WIDTH)
+            squares.n_row += n_row
+
+        self._ops.append(launch)
+        return squares
+
+    def outputs(self, x: GpuBuffer) -> GpuBuffer:
+        self._n_before = len(self._ops)
+        out, n = self.buffer(x.width), x.width
+        self._ops.append(
+            lambda n_row: rows.copy_rows[(n_row, -(-n // _WIDTH))](
+                x.data, x.stride, self.step.rows, out.data, out.stride, n, _WIDTH
+            )
+        )
+        self._written(out)
+        return out
+
+    def finish(self, result: GpuBuffer) -> GpuProgram:
+        raw = torch.zeros(*self._raw_shape, device=self.device)
+        self._scratch.append(Scratch(torch.zeros(self._n_scratch, dtype=torch.float16, device=self.device), raw))
+        n_before = len(self._ops) if self._n_before is None else self._n_before
+        return GpuProgram(self.step, self._ops[:n_before], self._ops[n_before:], result, self.n_batch, self.n_outputs)

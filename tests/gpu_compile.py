@@ -1,0 +1,167 @@
+"""Compiles the GPU backend's kernels for a target that this machine need not have, and says what came out, as JSON.
+
+    python tests/gpu_compile.py 90 full       (or: 80, 86, 89, 100, gfx942, gfx1100; short or least)
+
+The backend runs as it always does, on tensors in CPU memory, but launches only compile: so kernels are specialized for
+the arguments that they really get. A process of its own, because the interpreter is on in the one that tests run in.
+"""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import triton.backends.nvidia
+from numpy_backend import ACTIVATIONS
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from gguf_run.kernels_gpu.activations import Halves, Int8
+from gguf_run.kernels_gpu.backend import GpuBackend
+from gguf_run.kernels_gpu.matmul import DEFAULT, Product, Scratch
+from gguf_run.kernels_gpu.memory import GpuBuffer, GpuWeight, empty
+from gguf_run.kernels_gpu.panels import PANELS, IntPanel
+from gguf_run.models.backend import Attention, Rope, Run
+
+CUOBJDUMP = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "cuobjdump")
+CPU = torch.device("cpu")
+N_IN, N_OUT = 4096, 256
+SHORT = ("Q4_K", "Q2_K", "Q3_K", "Q5_0", "Q6_K", "Q8_0", "IQ4_XS")  # all ways that units are read
+LEAST = ("Q4_K", "Q3_K", "Q6_K")
+
+
+def use_target(name: str) -> None:
+    wave = 32 if name.isdigit() or name.startswith("gfx11") else 64
+    target = GPUTarget("cuda", int(name), 32) if name.isdigit() else GPUTarget("hip", name, wave)
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: target,
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device=None: 0,
+        )
+    )
+
+
+def loops(sass: list[tuple[str, str]], labels: dict[str, int]) -> list[list[str]]:
+    """The instructions of every loop: what stands between a label and a branch back to it."""
+    found = []
+    for i, (op, arguments) in enumerate(sass):
+        target = re.search(r"(0x[0-9a-f]+|\.L_x_\d+)", arguments) if op.startswith("BRA") else None
+        if target and labels.get(target[1], len(sass)) < i - 3:
+            found.append([op for op, _ in sass[labels[target[1]] : i + 1]])
+    return found
+
+
+def inspect(cubin: bytes, sass: bool) -> dict[str, Any]:
+    """Registers and memory of a kernel and, if asked for, what its instructions are, which takes much longer."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        options = ["-res-usage", "-sass"] if sass else ["-res-usage"]
+        text = subprocess.run([CUOBJDUMP, *options, file.name], capture_output=True, text=True, check=True).stdout
+    usage = {name.lower(): int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    if not sass:
+        return usage
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);", text)
+    labels = {f"0x{int(at, 16):x}": i for i, (at, _, _) in enumerate(lines)}
+    body = max(loops([(op, rest) for _, op, rest in lines], labels), key=len, default=[])
+    ops = [op for _, op, _ in lines]
+    return usage | {
+        "spills": sum(op.startswith(("STL", "LDL")) for op in ops),
+        "vector_loads": sum(op.startswith("LDG.E") and ".128" in op for op in ops),
+        "dp4a": sum(op.startswith("IDP.4A") for op in ops),
+        "mma": sorted({op for op in ops if op.startswith(("HMMA", "HGMMA", "UTCHMMA"))}),
+        "loop": len(body),
+        "in_loop": sorted({op.split(".")[0] for op in body} & {"BAR", "LDS", "STS", "STL", "LDL"}),
+    }
+
+
+def buffer(width: int) -> GpuBuffer:
+    return GpuBuffer(torch.zeros(64, width), False, 0, width)
+
+
+def product(name: str, activation: str | None = None) -> Product:
+    part = empty(PANELS[name], N_IN, N_OUT, CPU)
+    return Product(part, 0, buffer(N_IN), buffer(N_OUT), None, None, activation, DEFAULT)
+
+
+def few(name: str, n: int, activation: str | None = None) -> None:
+    product(name, activation).few(n, Int8.empty(8, N_IN, CPU) if isinstance(PANELS[name], IntPanel) else None)
+
+
+def many(name: str, n: int) -> None:
+    scratch = Scratch(torch.zeros(N_OUT * N_IN, dtype=torch.float16), torch.zeros(64, N_OUT))
+    product(name).many(n, Halves.empty(64, N_IN, CPU), scratch)
+
+
+def ops() -> None:
+    """Every op of a recorder but the products, which have one weight type here."""
+    backend = GpuBackend(CPU)
+    recorder = backend.recorder(64, 64)
+    shape = Attention(n_head=8, n_head_kv=2, head_dim=128, scale=0.1)
+    x, y, qkv = recorder.buffer(1024), recorder.buffer(1024), recorder.buffer(1536)
+    q, k, v = qkv.columns(0, 1024), qkv.columns(1024, 256), qkv.columns(1280, 256)
+    weight = GpuWeight(1024, (empty(PANELS["Q8_0"], 1024, 1024, CPU),))
+    recorder.embed(empty(PANELS["Q4_K"], 1024, 99, CPU), x)
+    recorder.rms_norm(x, torch.ones(1024), y, 1e-5)
+    recorder.matmul(y, weight, x, residual=x)
+    recorder.rms_norm(q, torch.ones(128), q, 1e-5, n_group=8)
+    for style in ("norm", "neox"):
+        recorder.rope(qkv.columns(0, 1280), Rope(style, 128, np.ones(64)), 128)
+    recorder.attention(q, k, v, backend.cache(shape, 64, 64), shape, y)
+    for name in ACTIVATIONS:
+        recorder.gated(x, y, y, name)
+    recorder.observe(x)
+    recorder.matmul(y, weight, x)
+    program = recorder.finish(recorder.outputs(x))
+    for n in (1, 64):
+        program.run(np.zeros(n, np.int32), [Run(0, 0, n)], [0])
+
+
+def main(target: str, how: str) -> None:
+    use_target(target)
+    found: dict[str, dict[str, Any]] = {}
+    run, what = JITFunction.run, {"name": ""}
+
+    @functools.wraps(run)
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        if kernel.hash not in found:
+            facts = inspect(kernel.asm["cubin"], self.__name__.startswith("matmul")) if target.isdigit() else {}
+            facts |= {"kernel": self.__name__, "case": what["name"], "shared": kernel.metadata.shared}
+            found[kernel.hash] = facts
+        return kernel
+
+    JITFunction.run = compile_only
+    every = [name for name, panel in PANELS.items() if isinstance(panel, IntPanel)]
+    types = {"full": every, "short": SHORT, "least": LEAST}[how]
+    cases: list[tuple[str, Callable[[], None]]] = [
+        ("ops", ops),
+        *((f"few {name} 1", functools.partial(few, name, 1)) for name in (*types, "F16")),
+        ("few Q4_K 1 gated", functools.partial(few, "Q4_K", 1, "silu")),
+        ("many Q6_K 16", functools.partial(many, "Q6_K", 16)),
+        ("many Q4_K 32", functools.partial(many, "Q4_K", 32)),
+    ]
+    if how != "least":
+        cases += [(f"few {name} 8", functools.partial(few, name, 8)) for name in ("Q4_K", "Q3_K")]
+        cases += [(f"many {name} 64", functools.partial(many, name, 64)) for name in ("Q3_K", "Q6_K")]
+    if how == "full":
+        cases += [(f"few {name} {n}", functools.partial(few, name, n)) for name in ("Q4_K", "Q8_0") for n in (2, 4)]
+        cases += [(f"few {name} 1", functools.partial(few, name, 1)) for name in ("F32", "BF16")]
+    for name, case in cases:
+        what["name"] = name
+        case()
+    json.dump([*found.values()], sys.stdout)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

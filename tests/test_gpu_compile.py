@@ -1,0 +1,88 @@
+"""The GPU backend's kernels compiled for targets that this machine need not have: what the machine code looks like."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from gguf_run.kernels_gpu.matmul import DEFAULT
+from gguf_run.kernels_gpu.panels import PANELS
+
+TARGETS = {"90": "full", "80": "short", "86": "least", "89": "least", "100": "short"}
+AMD = ("gfx942", "gfx1100")
+SHARED_BYTES = {"80": 166912, "86": 101376, "89": 101376, "90": 232448, "100": 232448}
+MMA = {"80": "HMMA.16816", "86": "HMMA.16816", "89": "HMMA.16816", "90": "HGMMA", "100": "UTCHMMA"}
+# Instructions per weight of the loop for one token: more would keep an H200 from streaming weights at two thirds of its
+# bandwidth. Those of the types with a codebook are at what they need now.
+BUDGET = {
+    **dict.fromkeys(("Q4_0", "Q4_1", "Q4_K"), 2.8),
+    **dict.fromkeys(("Q5_0", "Q5_1", "Q5_K"), 3.5),
+    **dict.fromkeys(("IQ4_NL", "IQ4_XS", "MXFP4"), 3.3),
+    **{"Q2_K": 1.7, "Q3_K": 2.2, "Q6_K": 4.2, "Q8_0": 5.4, "F16": 8.0},
+}
+
+
+def compile_for(target: str, how: str) -> list[dict[str, Any]]:
+    script = Path(__file__).with_name("gpu_compile.py")
+    env = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, script, target, how], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[dict[str, Future[list[dict[str, Any]]]]]:
+    """Kernels by target; two targets are compiled at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        levels = TARGETS | dict.fromkeys(AMD, "least")
+        yield {target: pool.submit(compile_for, target, how) for target, how in levels.items()}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_kernel_spills_or_needs_too_much_shared_memory(target: str, compiled: Any) -> None:
+    kernels = compiled[target].result()
+    assert {kernel["kernel"] for kernel in kernels} >= {"matmul_decode", "matmul_tile", "dequantize", "attend", "embed"}
+    for kernel in kernels:
+        assert kernel["stack"] == kernel["local"] == kernel["spills"] == 0, kernel
+        assert kernel["shared"] <= SHARED_BYTES[target], kernel
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_decode_kernels(target: str, compiled: Any) -> None:
+    """Whole vectors of quants, dot products in hardware, nothing but arithmetic in the loop, within the budget."""
+    cases = {kernel["case"]: kernel for kernel in compiled[target].result() if kernel["kernel"].startswith("matmul_")}
+    n_row = dict(DEFAULT.rows)[1]
+    for name, budget in BUDGET.items():
+        kernel = cases.get(f"few {name} 1")
+        if kernel is None:
+            assert TARGETS[target] != "full"
+            continue
+        assert kernel["loop"] > 50, kernel
+        assert kernel["loop"] / (n_row * PANELS[name].unit) <= budget, kernel
+        assert kernel["vector_loads"] >= n_row, kernel
+        assert kernel["in_loop"] == [], kernel
+        assert (kernel["dp4a"] >= 4 * n_row) == (name != "F16"), kernel
+    assert cases["few Q4_K 1 gated"]["loop"] <= 1.1 * cases["few Q4_K 1"]["loop"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_tensor_cores(target: str, compiled: Any) -> None:
+    tiles = [kernel for kernel in compiled[target].result() if kernel["kernel"] == "matmul_tile"]
+    assert len(tiles) == 2
+    for kernel in tiles:
+        assert any(op.startswith(MMA[target]) for op in kernel["mma"]), kernel
+
+
+@pytest.mark.parametrize("target", AMD)
+def test_amd_targets(target: str, compiled: Any) -> None:
+    """No instruction of one maker only: everything compiles for the other one's targets, with fallbacks."""
+    assert {kernel["kernel"] for kernel in compiled[target].result()} >= {"matmul_decode", "embed", "rms_norm"}
