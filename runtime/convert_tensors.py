@@ -107,7 +107,7 @@ def _parts(
     if place.kind == "scale":
         return (tensor,) * len(place.names)
     split = {"weight": 1, "bias": 0}[place.kind]  # the dimension of which each half makes a tensor
-    if 0 in tensor.ne or (len(place.names) == 2 and len(tensor.ne) != split + 2):
+    if len(place.names) == 2 and len(tensor.ne) != split + 2:
         raise _misshapen(tensor, place)
     if entry.transposed and place.bare and place.kind == "weight" and len(tensor.ne) == 3:
         tensor = transposed(tensor)

@@ -165,7 +165,7 @@ WRONG: dict[str, tuple[Callable[[Path, Tensors, dict[str, Any]], Any], str]] = {
     "more layers than config.json says": (lambda f, t, c: c.update(num_hidden_layers=1), "llama model of 1 layers"),
     "fewer layers": (lambda f, t, c: c.update(num_hidden_layers=3), "no tensor for blk.2.attn_norm.weight"),
     "layers without end": (lambda f, t, c: c.update(num_hidden_layers=10**9), "no tensor for blk.2.attn_norm.weight"),
-    "an empty tensor": (lambda f, t, c: t.update({UP: ("F32", np.zeros((0, 256)))}), r"has the shape \[0, 256\]"),
+    "an empty tensor": (lambda f, t, c: t.update({UP: ("F32", np.zeros((0, 256)))}), "has no values"),
     "experts of two dimensions": (
         lambda f, t, c: t.update({"model.layers.1.mlp.experts.gate_up_proj": ("F32", X)}),
         r"has the shape \[3, 4\], of which ffn_gate_exps and ffn_up_exps cannot be made",
