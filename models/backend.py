@@ -260,7 +260,8 @@ class Backend(Protocol):
         ...
 
     def weight(self, tensors: Sequence[Tensor]) -> Weight:
-        """A matrix for `matmul`: the tensors' rows one after the other. Repacked here, in the device's panels."""
+        """A matrix for `matmul`: the tensors' rows one after the other, times their `scales`. Repacked here, in the
+        device's panels."""
         ...
 
     def experts(self, tensors: Sequence[Tensor]) -> Any:

@@ -81,8 +81,8 @@ def _fit_vocabulary(directory: Path, tensors: dict[str, Tensor], vocabulary: Map
 def auto_type(file: GGUFFile) -> tuple[FileType, int | None]:
     """Return the type that keeps most of a checkpoint, and general.file_type where that does not tell it: BF16 for
     BF16, F16 for other floats, KEEP (and F16 for what must be dequantized) where tensors are quantized."""
-    names = [tensor.type.name for tensor in _matrices(file)]
-    quantized = Counter(tensor.type.name for tensor in _matrices(file) if tensor.type.is_quantized)
+    names = [tensor.type.name for tensor in matrices(file)]
+    quantized = Counter(tensor.type.name for tensor in matrices(file) if tensor.type.is_quantized)
     if quantized:
         name = {"MXFP4": "MXFP4_MOE"}.get(most := quantized.most_common(1)[0][0], most)
         return KEEP, FILE_TYPES[name].id if name in FILE_TYPES else 39 if name == "NVFP4" else None
@@ -92,17 +92,18 @@ def auto_type(file: GGUFFile) -> tuple[FileType, int | None]:
 
 def kept_note(file: GGUFFile, plan: Plan) -> str | None:
     """Return a line that tells which quantized matrices of a checkpoint stay as they are, None if there are none."""
-    matrices = {tensor.name: tensor.type for tensor in _matrices(file)}
-    if not any(type.is_quantized for type in matrices.values()):
+    types = {tensor.name: tensor.type for tensor in matrices(file)}
+    if not any(type.is_quantized for type in types.values()):
         return None
-    items = [item for item in plan.items if item.source.name in matrices]
+    items = [item for item in plan.items if item.source.name in types]
     kept = Counter(item.target.type.name for item in items if item.source.type.is_quantized and item.is_copy)
     others = Counter(item.target.type.name for item in items) - kept
     first, second = (", ".join(f"{n} {name}" for name, n in c.most_common()) or "none" for c in (kept, others))
     return f"matrices kept without requantizing: {first}; others: {second}"
 
 
-def _matrices(file: GGUFFile) -> list[Tensor]:
+def matrices(file: GGUFFile) -> list[Tensor]:
+    """Return the weights of two dimensions and more."""
     return [tensor for tensor in file.tensors.values() if len(tensor.ne) > 1 and tensor.name.endswith(".weight")]
 
 

@@ -10,7 +10,7 @@ def open_model(path: Path, quantize: str | None = None) -> GGUFFile:
     are put when they are read; nothing is written. Errors as GGUFFile.open, open_checkpoint and gguf-quantize."""
     if not path.is_dir() and quantize is None:
         return GGUFFile.open(path)
-    from gguf_run.runtime.convert import in_memory, open_checkpoint
+    from gguf_run.runtime.convert import auto_type, in_memory, matrices, open_checkpoint
     from gguf_run.runtime.convert_quantized import KEPT
     from gguf_run.runtime.quantize_plan import Options, check_plan, make_plan
     from gguf_run.runtime.quantize_rules import file_type
@@ -18,8 +18,8 @@ def open_model(path: Path, quantize: str | None = None) -> GGUFFile:
     kind = file_type(quantize) if quantize else None
     keep = {kind.default} if kind else KEPT
     file = open_checkpoint(path, keep=keep) if path.is_dir() else GGUFFile.open(path)
-    if kind is None:
+    if kind is None and all(tensor.type.name == "F32" for tensor in matrices(file)):
         return file
-    plan = make_plan(file, Options(kind))
+    plan = make_plan(file, Options(kind or auto_type(file)[0]))  # F32 beside others: dequantized, as FP8 must be
     check_plan(plan, allow_requantize=path.is_dir())
     return in_memory(file, plan)

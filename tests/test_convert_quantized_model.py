@@ -110,6 +110,11 @@ def convert(folder, path, *options):
         return result.output, tensors, {name: tensor.type.name for name, tensor in file.tensors.items()}
 
 
+def run(path):
+    with Model.load(path, n_threads=1, n_ctx=32, cache_type="f32") as model:
+        return model.logits(IDS)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_converts_and_runs(tmp_path, plain, method):
     model, tensors = plain
@@ -142,8 +147,8 @@ def test_converts_and_runs(tmp_path, plain, method):
         scale = found.get(name.replace(".weight", ".scale"), 1)
         error = np.abs(found[name] * scale - expected[name]).reshape(-1, 32)
         assert (error <= limit * spread).all(), name
-    with Model.load(tmp_path / "out.gguf", n_threads=1, n_ctx=32, cache_type="f32") as ours:
-        logits = ours.logits(IDS)
+    logits, at_once = (run(path) for path in (tmp_path / "out.gguf", tmp_path / "quantized"))
+    np.testing.assert_array_equal(logits, at_once)
     by_transformers = hf_tiny.logits(model, IDS)
     # rounding activations to 8 bits costs 0.027 in this model, whatever the weights
     assert np.linalg.norm(logits - by_transformers) < 0.04 * np.linalg.norm(by_transformers)
