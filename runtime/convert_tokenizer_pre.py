@@ -46,7 +46,7 @@ def pre_tokenizer_name(pre: Any, whole_words: bool, model_type: str, file: str) 
     fewest texts cut otherwise, and a ConversionWarning. FormatError: the tokenizers package does not take it.
     """
     cutter = _cutter(pre, file)
-    own = [_cut(cutter, text) for text in probes()]
+    own = _own_cuts(cutter, file)
     first = [names.split()[0] for names, _ in TABLE]
     least, names = 0, [name for name in first if _differences(own, name, 0) == 0]
     if not names:
@@ -73,6 +73,15 @@ def probes() -> tuple[str, ...]:
     chance = random.Random(8)
     texts = ["".join(chance.choices(_PIECES, k=chance.randint(2, 14))) for _ in range(400)]
     return (*texts, "x" + " " * 700 + "y" + " " * 9 + "\n" * 5, "12345678 " * 3, "a1b2c3 " * 4)
+
+
+def _own_cuts(cutter: Cutter, file: str) -> list[list[tuple[int, int]]]:
+    try:
+        return [_cut(cutter, text) for text in probes()]
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # which the package raises, of no class that it gives out
+            raise
+        raise FormatError(f"{file}: pre_tokenizer fails ({error}): it takes too long for some texts") from None
 
 
 def _cut(cutter: Cutter, text: str) -> list[tuple[int, int]]:

@@ -79,7 +79,9 @@ class BpeEncoder:
         if self._whole_words and word in ids:
             return [ids[word]]
         out: list[int] = []
-        for symbol in merge(list(word), self._rank):
+        # Bytes that a vocabulary lacks (control characters, of some) are lost before their neighbours are joined, as in
+        # the tokenizers package; llama.cpp loses them behind that.
+        for symbol in merge([character for character in word if character in ids], self._rank):
             if symbol in ids:
                 out.append(ids[symbol])
             else:

@@ -3,6 +3,9 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence, Set
 
+# What Unicode calls white space: Python's own idea of it has four control characters more.
+WHITE_SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f")
+
 
 class SpecialTokens:
     """Finds special tokens in a text, the longest (in UTF-8 bytes) of all first, wherever it stands, as llama.cpp does.
@@ -43,8 +46,8 @@ class SpecialTokens:
         found: list[str | int] = []
         for before, piece, after in zip([-1, *pieces], pieces, [*pieces[1:], -1], strict=False):
             if isinstance(piece, str):
-                piece = piece.lstrip() if before in right else piece
-                piece = piece.rstrip() if after in left else piece
+                piece = piece.lstrip(WHITE_SPACE) if before in right else piece
+                piece = piece.rstrip(WHITE_SPACE) if after in left else piece
             if piece != "":
                 found.append(piece)
         return found

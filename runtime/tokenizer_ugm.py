@@ -13,13 +13,14 @@ from tokenizers.models import Unigram
 from tokenizers.normalizers import NFC, NFKC, Normalizer, Precompiled, Sequence
 
 from gguf_run.formats.errors import FormatError
+from gguf_run.runtime.tokenizer_special import WHITE_SPACE
 from gguf_run.runtime.tokenizer_spm import SpmPieces
 from gguf_run.runtime.tokenizer_vocab import BYTE, NORMAL, USER_DEFINED, Defaults, Vocab, read_bool, read_numbers
 
 DEFAULTS = Defaults(add_eos=True, eos=1, unknown=2)
 
 _SPACE = "▁"
-_SPACES = re.compile(r"[^\S\x1c-\x1f]+")  # what Unicode calls white space
+_SPACES = re.compile(f"[{WHITE_SPACE}]+")
 _WORDS = re.compile(f"{_SPACE}[^{_SPACE}]*|[^{_SPACE}]+")
 
 

@@ -116,6 +116,14 @@ def test_an_unknown_pre_tokenizer_gets_the_nearest_name(tmp_path: Path) -> None:
         assert tokenizer_metadata(tmp_path, {})[f"{G}pre"] == "dbrx"
 
 
+def test_an_expression_that_takes_for_ever(tmp_path: Path) -> None:
+    hftokenizers.write(tmp_path, "qwen-2")
+    text = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(text.replace(r"\\p{N}|", r"( +)+x|"))
+    with pytest.raises(FormatError, match="pre_tokenizer fails"):
+        tokenizer_metadata(tmp_path, {})
+
+
 @pytest.mark.parametrize(
     ("model_type", "name"), [("llama", "smollm"), ("starcoder2", "starcoder"), ("granite", "refact")]
 )

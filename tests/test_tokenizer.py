@@ -84,6 +84,7 @@ class TestSpecialTokens:
             *text_ids("a"), end, *text_ids(" b "), tool, *text_ids("c")
         ]  # fmt: skip
         assert tokenizer.encode("<tool> <|im_end|>") == [tool, end]
+        assert tokenizer.encode("<tool>\x1f") == [tool, *text_ids("\x1f")]
 
     def test_phi_3_is_known_by_its_name(self) -> None:
         metadata = bpe_metadata(special=SPECIAL | {"<|endoftext|>": CONTROL}) | {"general.name": "Phi-3 mini"}
