@@ -43,17 +43,17 @@ def record_moe(
     gate, up, down, n_expert = experts.gate, experts.up, experts.down, experts.n_expert
     n_pairs, width = rec.n_batch * shape.n_used, -(-down.n_in // BLOCK) * BLOCK
     is_int = isinstance(down.panel, IntPanel)
-    rec._tape.keep.append(experts)
-    rec._scratch_bytes = max(rec._scratch_bytes, moe.GATE_UP_SCRATCH, moe.PLACES + out.stride)
+    rec.keep.append(experts)
+    rec.need(scratch=max(moe.GATE_UP_SCRATCH, moe.PLACES + out.stride))
     common = {"rows": x.rows, "n_expert": n_expert, "n_used": shape.n_used}
-    common["plan"] = rec._moe.take(0, 8 * moe.plan_words(n_expert, n_pairs))
-    common["weights"] = rec._moe.take(1, 8 * n_pairs)
-    f32 = rec._moe.take(2, 4 * width * n_pairs) if observed or not is_int else 0
-    q8 = rec._moe.take(3, 2 * width * n_pairs) if is_int else 0
+    common["plan"] = rec.moe_memory.take(0, 8 * moe.plan_words(n_expert, n_pairs))
+    common["weights"] = rec.moe_memory.take(1, 8 * n_pairs)
+    f32 = rec.moe_memory.take(2, 4 * width * n_pairs) if observed or not is_int else 0
+    q8 = rec.moe_memory.take(3, 2 * width * n_pairs) if is_int else 0
     scores = {"logits": logits.address, "logits_stride": logits.stride}
-    rec._record(moe.route, norm=shape.norm, scale=shape.scale, **scores, **common)
-    rows, x_stride = rec._rows(x, gate.panel)
-    rec._record(
+    rec.record(moe.route, norm=shape.norm, scale=shape.scale, **scores, **common)
+    rows, x_stride = rec.rows_of(x, gate.panel)
+    rec.record(
         moe.gate_up(panel_id(gate.panel), shape.activation),
         to_up=up.data.ctypes.data - gate.data.ctypes.data,
         x=rows,
@@ -66,7 +66,7 @@ def record_moe(
         **common,
         **gate.fields(),
     )
-    rec._record(
+    rec.record(
         moe.down(panel_id(down.panel)),
         x=q8 or f32,
         x_stride=2 * width if is_int else 4 * width,
@@ -75,11 +75,11 @@ def record_moe(
         **common,
         **down.fields(),
     )
-    rec._written(out)
+    rec.written(out)
     if not observed:
         return None
     squares = CpuSquares(gate.n_in, n_expert), CpuSquares(down.n_in, n_expert)
-    rec._tape.keep += squares
-    rec._record(observe_experts, x=x.address, x_stride=x.stride, by_pair=0, **squares[0].fields(), **common)
-    rec._record(observe_experts, x=f32, x_stride=4 * width, by_pair=1, **squares[1].fields(), **common)
+    rec.keep += squares
+    rec.record(observe_experts, x=x.address, x_stride=x.stride, by_pair=0, **squares[0].fields(), **common)
+    rec.record(observe_experts, x=f32, x_stride=4 * width, by_pair=1, **squares[1].fields(), **common)
     return squares

@@ -28,7 +28,7 @@ def check(tensors: Sequence[MemoryTensor], n_threads: int, activation: str, *, b
     out = both.columns(0, n_ff)
     step.rec.matmul_gated(step.input(x), step.backend.weight(tensors), out, activation, **options)
     step.rec.matmul(out, step.backend.weight([down]), both.columns(n_ff, 32))
-    names = [op.function.__name__ for op, _ in step.rec._tape.ops]
+    names = [op.function.__name__ for op, _ in step.rec.ops]
     step.finish(both)
     for n in (1, 2, 5, 66):
         result = step.run(n)
@@ -67,5 +67,5 @@ def test_layers_that_are_not_fused_share_one_buffer() -> None:
     weight = step.backend.weight([random_tensor(name, 64, 512) for name in ("Q4_K", "Q8_0")])
     for _ in range(3):
         step.rec.matmul_gated(x, weight, step.rec.buffer(64), "silu")
-    wide = [item for item in step.rec._tape.keep if isinstance(item, np.ndarray) and item.shape == (8, 128)]
+    wide = [item for item in step.rec.keep if isinstance(item, np.ndarray) and item.shape == (8, 128)]
     assert len(wide) == 1

@@ -152,7 +152,7 @@ def test_ropes_may_be_dropped_after_recording() -> None:
 
 
 def op_names(step: Step) -> list[str]:
-    return [op.function.__name__ for op, _ in step.rec._tape.ops]
+    return [op.function.__name__ for op, _ in step.rec.ops]
 
 
 def test_rows_are_quantized_once() -> None:

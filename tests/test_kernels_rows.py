@@ -33,7 +33,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 # int8 activations
 def written_q8(step: Step, x: CpuBuffer, n_tokens: int) -> dict[str, np.ndarray]:
     """The fields of x's activation blocks, [n_tokens, n / 32, ...], after a run."""
-    blocks = step.rec._q8[x.address, x.width]
+    blocks = step.rec.q8[x.address, x.width]
     return {name: field[:n_tokens] for name, field in read_q8(blocks.reshape(-1, 2 * x.width)).items()}
 
 
