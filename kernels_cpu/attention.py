@@ -46,6 +46,8 @@ from gguf_run.kernels_cpu.panels import BLOCK, ROWS, FloatPanel, IntPanel
 from gguf_run.kernels_cpu.quantize import quantize_row
 from gguf_run.kernels_cpu.runs import runs_at
 
+_AHEAD = 2  # groups of integers between what is used and what is asked for
+
 
 @njit(inline="always")
 def scaled_copy(source, n, factor, to):  # type: ignore[no-untyped-def]
@@ -99,7 +101,7 @@ def attend(k_form: int, v_form: int) -> Op:
         lane_sums = query + a.n_wide * 4
         queries = lane_sums + a.max_rows * ROWS * 4
         p = queries + a.max_rows * a.n_wide * 4
-        sums = p + (ROWS * 4 + TILE * (wide // BLOCK) * P_BYTES)
+        sums = p + TILE * (wide // BLOCK) * P_BYTES
         if n_split > 1:
             sums = a.parts + (run.first_part + part) * a.part_bytes
         most = sums + a.max_rows * wide * 4
@@ -132,10 +134,6 @@ def attend(k_form: int, v_form: int) -> Op:
             if start + SPAN < stop:
                 next_group = first_group + (start + SPAN) % a.n_ctx // GROUP
             next_k, next_v = a.cache_k + next_group * a.k_group, a.cache_v + next_group * a.v_group
-            if k_is_int:
-                fetch(next_k, 2 * a.k_group)
-            if v_is_int:
-                fetch(next_v, 2 * a.v_group)
             for r in range(0, n_fill, step):
                 # positions of the span that the first row and the last row of the tile see
                 first = n_past + t0 + r // n_rep + 1 - start
@@ -146,6 +144,8 @@ def attend(k_form: int, v_form: int) -> Op:
                 if k_is_int:
                     for i in range(0, n_seen, GROUP):
                         at = k + i // GROUP * a.k_group + a.k_at
+                        if r == 0:
+                            fetch(at + _AHEAD * a.k_group, a.k_group)
                         for row in range(0, step, INT_ROWS):
                             int_score_tile(
                                 k_form, queries + (r + row) * q_row, q_row, at, a.n_wide // BLOCK, zeros,
@@ -178,7 +178,10 @@ def attend(k_form: int, v_form: int) -> Op:
                     quantize_p(v_form, scores, step, v, a.v_group, n_seen, n_blocks, p)
                     for d in range(wide // BLOCK):
                         here = v + a.v_at + d * 2 * v_plane_bytes
-                        block = p + ROWS * 4 + (d * P_BYTES if v_in_blocks else 0)
+                        block = p + (d * P_BYTES if v_in_blocks else 0)
+                        if r == 0:
+                            per = 2 * a.v_group // (wide // BLOCK)
+                            fetch(v + _AHEAD * a.v_group + d * per, per)
                         for row in range(0, step, INT_ROWS):
                             int_value_tile(
                                 v_form, block + row * n_blocks * P_BYTES, n_blocks * P_BYTES, here, a.v_group,

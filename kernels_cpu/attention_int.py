@@ -99,8 +99,8 @@ def quantize_p(
     """p of each row times the scales of each block of V, as integers: see P_FACTOR.
 
     form: literal, V's place in FORMATS; nothing is done if it is not an integer. p: f32[n_rows][SPAN], not negative;
-    group: address of the first of two groups of V; n_blocks: blocks that have scales of their own; out: 64 bytes for
-    f32[n_rows], then [n_rows][n_blocks] of P_BYTES.
+    group: address of the first of two groups of V; n_blocks: blocks that have scales of their own; out:
+    [n_rows][n_blocks] of P_BYTES.
     """
     type = FORMATS[form.literal_value]
     panel = type.panel if isinstance(type.panel, IntPanel) else None
@@ -109,30 +109,20 @@ def quantize_p(
         assert panel is not None
         groups = _two_groups(s, group, group_bytes, n_seen)
         magic = s.const(F32, 12582912.0, ROWS)  # as in Simd.rint
-        zero, results = s.const(F32, 0.0), out + 64
-
-        def row_at(r: Val) -> list[Val]:
-            return [s.load(p + r * (4 * SPAN) + 64 * i, F32, ROWS) for i in range(_VECTORS)]
-
-        def largest(r: Val, none: list[Val]) -> list[Val]:
-            s.store(s.fold(functools.reduce(s.maximum, row_at(r)), s.maximum), out + r * 4)
-            return none
+        zero = s.const(F32, 0.0)
 
         def block(b: Val, none: list[Val]) -> list[Val]:
             at = b * (2 * GROUP * type.n_numbers)
             scales = _numbers(s, type, groups, at)
             minimums = _numbers(s, type, groups, at + 2 * GROUP) if panel.has_minimum else []
-            most_scale = s.fold(functools.reduce(s.maximum, map(s.absolute, scales)), s.maximum)
 
             def row(r: Val, none: list[Val]) -> list[Val]:
-                to = results + (r * n_blocks + b) * P_BYTES
-                most = s.load(out + r * 4, F32) * most_scale
-                factor = s.select(most.compare(">", 0.0), s.const(F32, _LARGEST) / most, zero)
-                values, factors = row_at(r), s.splat(factor, ROWS)
-                words = [
-                    s.fma(value * scale, factors, magic).as_type(I32)
-                    for value, scale in zip(values, scales, strict=True)
-                ]
+                to = out + (r * n_blocks + b) * P_BYTES
+                values = [s.load(p + r * (4 * SPAN) + 64 * i, F32, ROWS) for i in range(_VECTORS)]
+                scaled = [value * scale for value, scale in zip(values, scales, strict=True)]
+                most = s.fold(functools.reduce(s.maximum, map(s.absolute, scaled)), s.maximum)
+                factor = s.splat(s.select(most.compare(">", 1e-30), s.const(F32, _LARGEST) / most, zero), ROWS)
+                words = [s.fma(value, factor, magic).as_type(I32) for value in scaled]
                 for g in (0, 1):
                     s.store((words[2 * g] & 0xFFFF) | (words[2 * g + 1] << 16), to + 64 * g)
                 s.store(most * (1 / _LARGEST), to + P_FACTOR)
@@ -147,7 +137,6 @@ def quantize_p(
             s.loop(n_rows, [], row)
             return none
 
-        s.loop(n_rows, [], largest)
         s.loop(n_blocks, [], block)
 
     return kernel(types.void(form, *[types.intp] * 7), emit if panel else nothing)

@@ -63,4 +63,4 @@ def scratch_floats(n_wide: int, wide: int, n_rep: int) -> int:
     """f32 numbers of scratch memory that a thread needs: see attention.py. n_wide: head_dim filled up to blocks; wide:
     V's columns."""
     rows = part_floats(wide, n_rep) + max_rows(n_rep) * (ROWS + n_wide)
-    return SPAN * TILE + rows + 2 * ROWS + n_wide + TILE * wide // BLOCK * P_BYTES // 4
+    return SPAN * TILE + rows + ROWS + n_wide + TILE * wide // BLOCK * P_BYTES // 4
