@@ -157,7 +157,11 @@ class Uploader:
                 end = min(first + step, tensor.n_rows)
                 blocks = tensor.blocks(first, end)
                 if type.name not in PANELS:
-                    blocks = dequantize(blocks, type).view(np.uint8)
+                    values = dequantize(blocks, type)
+                    if tensor.scales:
+                        matrix = np.arange(first, end) * len(tensor.scales) // tensor.n_rows
+                        values *= np.array(tensor.scales, np.float32)[matrix, None]
+                    blocks = values.view(np.uint8)
                 rows = slice(row + first, row + end)
                 sent = self.send(blocks)
                 if isinstance(panel, FloatPanel):

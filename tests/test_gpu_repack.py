@@ -1,5 +1,7 @@
 """Repacking into the GPU's panels: the same numbers, bit for bit, for every tensor type."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -32,6 +34,12 @@ def test_every_type_keeps_its_numbers(name: str) -> None:
     expected = np.concatenate([dequantize(tensor.data, tensor.type) for tensor in tensors])
     assert same_bits(unpack_part(part), expected)
     assert part.nbytes == matrix_bytes(name, n_in, 18)
+
+
+def test_factors_of_matrices() -> None:
+    tensor = dataclasses.replace(random_tensor("NVFP4", 6, 128), scales=(0.5, 4.0, 0.125))
+    expected = dequantize(tensor.data, tensor.type) * np.repeat(np.float32(tensor.scales), 2)[:, None]
+    assert same_bits(unpack_part(Uploader(CPU).repack([tensor])), expected)
 
 
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
