@@ -72,5 +72,9 @@ class GpuBackend:
     def recorder(self, n_batch: int, n_outputs: int) -> GpuRecorder:
         return GpuRecorder(self.device, self._tuning, n_batch, n_outputs)
 
+    def close(self) -> None:
+        """Forget the weights: the device gets its memory back when nothing else holds them."""
+        self._uploaded.clear()
+
     def nbytes(self) -> dict[str, int]:
         return dict(self._bytes)

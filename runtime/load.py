@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,27 +37,30 @@ def load_parts(
     from gguf_run.runtime import compile_ahead
     from gguf_run.runtime.cache_plan import plan_cache
     from gguf_run.runtime.memory import MemoryPlan, available_memory
-    from gguf_run.runtime.placement import place_layers
+    from gguf_run.runtime.placement import open_gpu, place_layers
 
     config = ModelConfig.from_metadata(file.metadata, file.tensors)
     n_ctx = n_ctx or min(config.n_ctx_train, DEFAULT_N_CTX)
     places = place_layers(config.n_layer, device)
     tensors = list(file.tensors.values())
     plan = plan_cache(config, **cache)
-    MemoryPlan(config, tensors, n_ctx, plan, n_batch, n_seq).check(available_memory())
+    gpu = open_gpu(places[0]) if places[0].kind == "cuda" else None
+    if gpu is None:
+        MemoryPlan(config, tensors, n_ctx, plan, n_batch, n_seq).check(available_memory())
     if n_ctx > config.n_ctx_train:
         warnings.warn(
             f"context of {n_ctx} tokens: the model was trained with {config.n_ctx_train}, beyond it answers get worse",
             stacklevel=3,
         )
     # What text needs is made beside the weights: they are repacked without the GIL.
-    with ThreadPoolExecutor(1) as pool, compile_ahead.helper(file.path, quantize, plan, n_threads):
+    compiling = nullcontext() if gpu else compile_ahead.helper(file.path, quantize, plan, n_threads)
+    with ThreadPoolExecutor(1) as pool, compiling:
         text = pool.submit(_load_text, file)
 
         from gguf_run.kernels_cpu.backend import CpuBackend
         from gguf_run.models.decoder import Decoder
 
-        backend = CpuBackend(n_threads)
+        backend = gpu or CpuBackend(n_threads)
         try:
             report = _reporter(progress, sum(tensor.nbytes for tensor in tensors))
             backends = [backend for _ in places]

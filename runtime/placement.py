@@ -2,8 +2,9 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
-from gguf_run.formats.errors import OptionError, UnsupportedError
+from gguf_run.formats.errors import GgufRunError, OptionError
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,16 @@ def parse_device(text: str) -> Device | None:
 
 def place_layers(n_layer: int, device: str) -> tuple[Device, ...]:
     """Return the device of each layer for the option `device`."""
-    chosen = parse_device(device) or Device("cpu")
-    if chosen.kind != "cpu":
-        raise UnsupportedError(f"--device {device}: this version runs on the CPU only; use --device cpu or auto")
-    return (chosen,) * n_layer
+    return (parse_device(device) or Device("cpu"),) * n_layer
+
+
+def open_gpu(device: Device) -> Any:
+    """A kernels_gpu.backend.GpuBackend. GgufRunError if the GPU, or what runs it, is missing."""
+    try:
+        from gguf_run.kernels_gpu.backend import GpuBackend
+        from gguf_run.kernels_gpu.device import open_device
+    except ModuleNotFoundError as error:
+        raise GgufRunError(
+            f"--device {device}: {error.name} is not installed; install it with: pip install 'gguf-run[gpu]'"
+        ) from None
+    return GpuBackend(open_device(device.index))

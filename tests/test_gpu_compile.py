@@ -52,7 +52,7 @@ def test_no_kernel_spills_or_needs_too_much_shared_memory(target: str, compiled:
     kernels = compiled[target].result()
     assert {kernel["kernel"] for kernel in kernels} >= {"matmul_decode", "matmul_tile", "dequantize", "attend", "embed"}
     for kernel in kernels:
-        assert kernel["stack"] == kernel["local"] == kernel["spills"] == 0, kernel
+        assert kernel["stack"] == kernel["local"] == kernel.get("spills", 0) == 0, kernel
         assert kernel["shared"] <= SHARED_BYTES[target], kernel
 
 
