@@ -42,6 +42,8 @@ _METHODS: Mapping[str, Marks] = MappingProxyType(
 )
 # The types that can hold codes of quantized checkpoints.
 KEPT = frozenset(("Q4_0", "Q4_1", "Q8_0", "MXFP4", "NVFP4"))
+# Where config.json says nothing: files of modelopt, and of AutoGPTQ and AutoAWQ before transformers knew them.
+_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 # Ends of names of tensors that are about activations and caches, or repeat what shapes say.
 _UNUSED = ("input_scale", "output_scale", ".q_scale", ".k_scale", ".v_scale", "activation_scale", "input_global_scale",
            "weight_shape", "workspace", "weight_format")  # fmt: skip
@@ -87,10 +89,12 @@ def plain_tensors(checkpoint: Checkpoint, keep: Container[str] = KEPT) -> Mappin
 def _quantization(checkpoint: Checkpoint) -> tuple[Path, dict[str, Any] | None]:
     """Return how the checkpoint is quantized, or None, and the file that says so."""
     path, config = checkpoint.config.path, checkpoint.config.get("quantization_config", "compression_config")
-    other = checkpoint.directory / "hf_quant_config.json"  # of NVIDIA's modelopt
-    if config is None and other.is_file():
-        path, config = other, read_json(other).get("quantization")
-        config = {"quant_method": "modelopt", **config} if isinstance(config, dict) else config
+    for name, method in _FILES.items():
+        other = checkpoint.directory / name
+        if config is None and other.is_file():
+            path, values = other, read_json(other)
+            config = values.get("quantization", values)
+            config = {"quant_method": method, **config} if isinstance(config, dict) else config
     if config is not None and not isinstance(config, dict):
         raise FormatError(f"{path}: the quantization is {quoted(str(config))}, must be an object")
     return path, config

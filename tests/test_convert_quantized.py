@@ -96,6 +96,23 @@ def test_gptq_zero_point_of_zero_in_version_1(tmp_path):
     assert_kept(found, "Q4_1", expected(codes, zero, scale, groups), scale, groups)
 
 
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
+def test_files_of_old_checkpoints(tmp_path, name):
+    """Before transformers knew GPTQ and AWQ, config.json said nothing."""
+    codes, zero, scale = grid(np.random.default_rng(0), 4, 64, True)
+    groups = np.arange(N_IN) // 64
+    if name == "quant_config.json":
+        tensors, kept = (
+            quantpack.awq_gemm(codes, zero, scale, NAME),
+            {"w_bit": 4, "q_group_size": 64, "version": "GEMM"},
+        )
+    else:
+        tensors, kept = quantpack.gptq(codes, zero, scale, groups, n_bits=4, v2=False, name=NAME), {"bits": 4}
+    write_checkpoint(tmp_path, None, tensors)
+    (tmp_path / name).write_text(json.dumps(kept))
+    assert_kept(decode(tmp_path)[f"{NAME}.weight"], "Q4_0", expected(codes, zero, scale, groups), scale, groups)
+
+
 @pytest.mark.parametrize("run", [1, 32])
 def test_gptq_act_order(tmp_path, run):
     """Groups in any order: of single columns, or of runs of 32, whose blocks stay whole."""
