@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from cpu_ops import Step, cpu
+from cpu_ops import Step, cpu, error
 from numpy_backend import NumpyBackend
 from plain_model import reference
 from real import smollm2, wiki_text
@@ -65,6 +65,31 @@ def observed(path: Path, backend: Any, n_rows: int, ids: Sequence[int] = IDS, **
     assert decoder.observed is not None
     sums = [(item.names, item.squares.take()[0][0]) for item in decoder.observed]
     return {name: values for names, values in sums for name in names}
+
+
+def test_experts_are_observed_each_by_itself(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"gate_inp": (4, 96), "gate_exps": (4, 160, 96), "up_exps": (4, 160, 96), "down_exps": (4, 96, 160)}
+    weights: dict[str, np.ndarray | None] = {f"blk.0.ffn_{name}.weight": None for name in ("gate", "up", "down")}
+    for name, shape in shapes.items():
+        weights[f"blk.0.ffn_{name}.weight"] = (rng.standard_normal(shape) / 10).astype(np.float32)
+    write_tiny(
+        tmp_path / "moe.gguf", Tiny(n_layer=1, metadata={"expert_count": 4, "expert_used_count": 2}, tensors=weights)
+    )
+    seen = []
+    with GGUFFile.open(tmp_path / "moe.gguf") as file:
+        config = ModelConfig.from_metadata(file.metadata, file.tensors)
+        for backend in (NumpyBackend(np.float64), cpu(2, "f32")):
+            decoder = Decoder(config, file.tensors, [backend], 64, observe=True)
+            assert list(decoder.forward(IDS, 0)) == []
+            assert decoder.observed is not None
+            seen.append({name: item.squares.take() for item in decoder.observed for name in item.names[:1]})
+    assert {"blk.0.ffn_gate_inp.weight", "blk.0.ffn_gate_exps.weight", "blk.0.ffn_down_exps.weight"} < seen[0].keys()
+    for name, (sums, counts) in seen[0].items():
+        if name.startswith("blk."):  # of the output nothing is asked for
+            assert error(seen[1][name][0], sums) < 1e-5
+            np.testing.assert_array_equal(seen[1][name][1], counts)
+            assert counts.sum() == len(IDS) * (2 if "exps" in name else 1)
 
 
 @pytest.mark.parametrize("tiny", [Tiny(n_layer=1), AWKWARD_LLAMA, TINY_GEMMA3], ids=["tied", "awkward", "gemma3"])
