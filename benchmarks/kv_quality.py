@@ -1,7 +1,8 @@
 """What a quantized KV cache costs: mean Kullback-Leibler divergence of the predictions from those of an f32 cache.
 
 The text is cut into chunks as for perplexity, and the second half of each is scored. Each engine is compared with
-itself, so that only the cache differs. Types that are rotated run with the rotation and, marked "-", without it.
+itself, so that only the cache differs. Types that are rotated run with the rotation and, marked "-", without it; "+"
+rotates any other.
 (llama.cpp's flash attention makes f16 of f32, so its base runs without.)
 
     python benchmarks/kv_quality.py MODEL TEXT [--chunks 64] [-c 512] [--types q8_0,q4_0-] [--peer] [-t 2]
@@ -72,10 +73,10 @@ def compare(base: Engine, rows: Sequence[Row], chunk: Chunk, reduce: LogSoftmax)
             done += len(q)
 
 
-def parse(name: str) -> tuple[tuple[str, str], bool]:
-    """Types of K and V and whether they are rotated where that is the default: "q8_0", "q8_0/q4_0", "q4_0-"."""
-    k, _, v = name.removesuffix("-").partition("/")
-    return (k, v or k), not name.endswith("-")
+def parse(name: str) -> tuple[tuple[str, str], bool | None]:
+    """Types of K and V, and whether they are rotated: "q8_0/q4_0" as it is the default, "q8_0+" yes, "q4_0-" no."""
+    k, _, v = name.rstrip("+-").partition("/")
+    return (k, v or k), {"+": True, "-": False}.get(name[-1])
 
 
 @click.command()
@@ -83,7 +84,9 @@ def parse(name: str) -> tuple[tuple[str, str], bool]:
 @click.argument("text", type=click.Path(exists=True, path_type=Path))
 @click.option("--chunks", default=64, show_default=True, help="Chunks to score, from the start of the text.")
 @click.option("-c", "--ctx-size", "n_ctx", default=512, show_default=True, help="Tokens in a chunk.")
-@click.option("--types", help='As in "q8_0,q8_0/q4_0,q4_0-": K/V, - is without rotation.  [default: all]')
+@click.option(
+    "--types", help='As in "q8_0,q8_0/q4_0,q4_0-": K/V; + and - are with and without rotation.  [default: all]'
+)
 @click.option("--scales", help="Calibration file for the fp8 types.")
 @click.option("-t", "--threads", default=2, show_default=True)
 @click.option("--peer", is_flag=True, help="Compute it with llama.cpp instead.")
@@ -92,9 +95,9 @@ def main(
 ) -> None:
     """Print the divergence of each type of KV cache."""
 
-    def load(kinds: tuple[str, str], rotation: bool) -> Engine:
+    def load(kinds: tuple[str, str], rotation: bool | None) -> Engine:
         if peer:
-            os.environ["LLAMA_ATTN_ROT_DISABLE"] = "0" if rotation else "1"
+            os.environ["LLAMA_ATTN_ROT_DISABLE"] = "1" if rotation is False else "0"
             return Peer(model, threads, n_ctx, cache_types=kinds)
         use_scales = scales if any(kind.startswith("fp8") for kind in kinds) else None
         loaded = Model.load(
@@ -107,7 +110,7 @@ def main(
     with ExitStack() as stack, Model.load(model, n_ctx=n_ctx, n_threads=threads) as ours:
         cut = cut_chunks(tokens_of(ours, text.read_bytes().decode()), n_ctx, bos_of(ours), chunks)
         reduce = LogSoftmax(threads)
-        base = load(("f32", "f32"), True)
+        base = load(("f32", "f32"), None)
         rows = [Row(name, load(*parse(name))) for name in names]
         for i, chunk in enumerate(cut):
             compare(base, rows, chunk, reduce)

@@ -36,7 +36,7 @@ class Case:
     n_threads: int = 1
     type_k: str = "f16"
     type_v: str = "f16"
-    rotation: bool = True
+    rotation: bool | None = None
     device: str = "auto"
 
     @property
@@ -45,7 +45,7 @@ class Case:
         return self.n_depth + self.n_prompt + self.n_gen
 
     @property
-    def cache(self) -> tuple[str, str, bool]:
+    def cache(self) -> tuple[str, str, bool | None]:
         """How the cache is stored."""
         return self.type_k, self.type_v, self.rotation
 

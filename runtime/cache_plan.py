@@ -18,13 +18,13 @@ DEFAULT_TYPE = "f16"
 def plan_cache(
     config: ModelConfig,
     cache_type: str | tuple[str, str] | list[CacheType] | None = None,
-    cache_rotation: bool = True,
+    cache_rotation: bool | None = None,
     cache_scales: str | os.PathLike[str] | None = None,
 ) -> tuple[CacheType, ...]:
     """Return the cache type of each layer.
 
     The options are those of Model.load. OptionError for a type that is not known or that the model's heads do not
-    allow; errors of reading the file of scales.
+    allow; errors of reading the file of scales. Static scales are of rows that are not rotated.
     """
     if isinstance(cache_type, list):
         return tuple(cache_type)
@@ -36,8 +36,8 @@ def plan_cache(
         k, v = pair or (layer and layer.types) or (DEFAULT_TYPE, DEFAULT_TYPE)
         check_type("--cache-type-k", k, config.attention(il).head_dim)
         check_type("--cache-type-v", v, config.attention(il).head_dim)
-        static = (layer.scales(k, "k"), layer.scales(v, "v")) if layer is not None else (None, None)
-        plan.append(CacheType(k, v, None if cache_rotation else False, *static))
+        static = (layer.scales(k, "k"), layer.scales(v, "v")) if layer and not cache_rotation else (None, None)
+        plan.append(CacheType(k, v, cache_rotation, *static))
     return tuple(plan)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.runtime.cli_cache import ROTATION
 from gguf_run.runtime.cli_common import Command, message
 from gguf_run.runtime.progress import Progress
 
@@ -106,7 +107,7 @@ _types = partial(click.option, multiple=True, metavar="TYPE,...")
 @_types("-ct", "--cache-type", help="Type of the KV cache, for K and V alike.")
 @_types("-ctk", "--cache-type-k", help="Type of K, in all combinations with V's.  [default: f16]")
 @_types("-ctv", "--cache-type-v", help="Type of V.  [default: f16]")
-@click.option("--no-cache-rotation", is_flag=True, help="Store types of 5 bits or less without a Hadamard transform.")
+@click.option(*ROTATION[0], **ROTATION[1])
 @_numbers("-t", "--threads", help="Threads that compute.  [default: physical cores]")
 @click.option("-dev", "--device", default=("auto",), multiple=True, metavar="DEVICE,...", help="cpu, cuda, cuda:0, ...")
 @click.option("-r", "--repetitions", default=5, type=click.IntRange(1, 100_000), help="Times each test is repeated.")
@@ -168,7 +169,7 @@ def _cases(
     cache_type: Sequence[str],
     cache_type_k: Sequence[str],
     cache_type_v: Sequence[str],
-    no_cache_rotation: bool,
+    cache_rotation: bool | None,
     threads: Sequence[str],
     device: Sequence[str],
 ) -> "list[Case]":
@@ -197,7 +198,7 @@ def _cases(
         lengths,
     )
     cases = [
-        Case(model, *length, depth, n_batch, n_ubatch, n_threads, *kinds, not no_cache_rotation, name)
+        Case(model, *length, depth, n_batch, n_ubatch, n_threads, *kinds, cache_rotation, name)
         for model, name, n_batch, n_ubatch, kinds, n_threads, depth, length in islice(product(*axes), MAX_TESTS + 1)
     ]
     if len(cases) > MAX_TESTS:

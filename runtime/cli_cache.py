@@ -10,6 +10,13 @@ from gguf_run.formats.errors import OptionError
 F = TypeVar("F", bound=Callable[..., Any])
 
 _SCALES = "A calibration file (gguf-eval kv-scales): scales of fp8, types of each layer."
+ROTATION: tuple[tuple[str, ...], dict[str, Any]] = (
+    ("--cache-rotation/--no-cache-rotation",),
+    {
+        "default": None,
+        "help": "Rotate what is stored by a Hadamard transform: more exact.  [default: types of 5 bits or less]",
+    },
+)
 _ROWS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (
         ("--cache-type", "-ct"),
@@ -17,13 +24,10 @@ _ROWS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     ),
     (("--cache-type-k", "-ctk"), {"metavar": "TYPE", "help": "Type of the keys alone."}),
     (("--cache-type-v", "-ctv"), {"metavar": "TYPE", "help": "Type of the values alone."}),
-    (
-        ("--no-cache-rotation",),
-        {"is_flag": True, "help": "Store types of 5 bits or less without a Hadamard transform."},
-    ),
+    ROTATION,
     (("--cache-scales",), {"metavar": "FILE", "help": _SCALES}),
 )
-NAMES = ("cache_type", "cache_type_k", "cache_type_v", "no_cache_rotation", "cache_scales")
+NAMES = ("cache_type", "cache_type_k", "cache_type_v", "cache_rotation", "cache_scales")
 CACHE_OPTIONS = tuple(click.Option(list(names), **row) for names, row in _ROWS)
 
 
@@ -36,8 +40,8 @@ def cache_options(function: F) -> F:
 
 def load_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what Model.load calls a command's options of NAMES."""
-    both, k, v, no_rotation, scales = (options[name] for name in NAMES)
+    both, k, v, rotation, scales = (options[name] for name in NAMES)
     if both is not None and (k or v):
         raise OptionError(f"--cache-type {both} sets K and V: leave out --cache-type-k and --cache-type-v")
     kinds = None if both is None and k is None and v is None else (both or k or "f16", both or v or "f16")
-    return {"cache_type": kinds, "cache_rotation": not no_rotation, "cache_scales": scales}
+    return {"cache_type": kinds, "cache_rotation": rotation, "cache_scales": scales}

@@ -97,7 +97,7 @@ class Model:
         n_batch: int = 512,
         n_seq: int = 1,
         cache_type: str | tuple[str, str] | list[CacheType] | None = None,
-        cache_rotation: bool = True,
+        cache_rotation: bool | None = None,
         cache_scales: str | os.PathLike[str] | None = None,
         progress: Callable[[int, int], None] | None = None,
         observe: bool = False,
@@ -113,8 +113,8 @@ class Model:
         "Q4_K_M", in which the weights are put while they are read.
 
         cache_type: of the KV cache's keys and values, such as "q8_0", or a pair of two, or a list of one CacheType
-        for each layer; None: what cache_scales says, else "f16". cache_rotation: False stores types of 5 bits or less
-        without the Hadamard transform. cache_scales: a calibration file, see kv_scales.py.
+        for each layer; None: what cache_scales says, else "f16". cache_rotation: of rows before they are stored, by a
+        Hadamard transform; None: for types of 5 bits or less. cache_scales: a calibration file, see kv_scales.py.
 
         Warns if n_ctx is more than the model was trained for. Raises GgufRunError and its kinds: OptionError for a
         value that is not allowed, FormatError for a damaged file, UnsupportedError for one that cannot be run.

@@ -107,7 +107,7 @@ def test_prompt_then_tokens_one_by_one(fake: type[FakeModel], model: str) -> Non
     assert len(result.samples_ns) == 2
     assert fake.loaded == [
         {"path": Path(model), "n_ctx": 23, "n_threads": 1, "device": "auto", "n_batch": 4, "cache_type": ("f16", "f16")}
-        | {"cache_rotation": True, "progress": fake.loaded[0]["progress"]}
+        | {"cache_rotation": None, "progress": fake.loaded[0]["progress"]}
     ]
 
 

@@ -58,6 +58,7 @@ def test_types_and_rotation(config: ModelConfig) -> None:
     assert plan_cache(config) == (CacheType("f16", "f16"),) * 2
     assert plan_cache(config, ("q8_0", "q4_0")) == (CacheType("q8_0", "q4_0"),) * 2
     assert plan_cache(config, "q4_0", cache_rotation=False) == (CacheType("q4_0", "q4_0", False),) * 2
+    assert plan_cache(config, "int8", cache_rotation=True) == (CacheType("int8", "int8", True),) * 2
     each = [CacheType("f16", "f32"), CacheType("int8", "int8")]
     assert plan_cache(config, each) == tuple(each)
 
@@ -151,6 +152,7 @@ def test_a_calibration_file(config: ModelConfig, tmp_path: Path) -> None:
     assert first.k_scales == (2 / 448, 2.0)  # twice what was seen fits
     assert first.v_scales == (4 / 57344, 2 / 57344)  # all zeros: any scale will do
     assert plan_cache(config, "int8", cache_scales=path)[0].k_scales is None
+    assert plan_cache(config, "fp8_e4m3", True, path)[0].k_scales is None  # rotated rows need scales of their own
 
 
 def test_a_calibration_file_survives(config: ModelConfig, tmp_path: Path) -> None:
