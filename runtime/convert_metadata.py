@@ -205,7 +205,8 @@ def _longrope_attention(config: Config, rope: Config) -> float:
 def rope_tensors(entry: Architecture, config: Config) -> dict[str, NDArray[np.float32]]:
     """Return the tensors that divide the rotation's frequencies: of Llama 3.1, and those of long and of short texts."""
     rope = Config(config.path, rope_parameters(config)[0])
-    make = _FACTORS.get(rope.get("rope_type"))
+    kind = rope.get("rope_type")
+    make = _FACTORS.get(kind) if isinstance(kind, str) else None
     return make(config, rope) if make else {}
 
 

@@ -118,7 +118,9 @@ def _parts(
     parts = _groups(numbers, tensor) if len(place.names) == 3 else (tensor,)
     heads = {"attn_q": numbers["n_head"], "attn_k": numbers["n_head_kv"]} if entry.permuted else {}
     return (
-        unpermuted(part, heads[name]) if name in heads and part.ne[-1] % (2 * heads[name]) == 0 else part
+        unpermuted(part, heads[name])
+        if name in heads and len(part.ne) < 3 and part.ne[-1] % (2 * heads[name]) == 0
+        else part  # of a wrong shape, which is found out where all are checked
         for name, part in zip(place.names, parts, strict=True)
     )
 
