@@ -198,7 +198,7 @@ WRONG: dict[str, tuple[Callable[[Path, Tensors, dict[str, Any]], Any], str]] = {
     ),
     "activation": (lambda f, t, c: c.update(hidden_act="relu"), 'hidden_act is "relu", must be silu or swish'),
     "rope": (lambda f, t, c: c.update(rope_scaling={"type": "ntk"}), "rope_type is .ntk., must be one of default"),
-    "rope of two kinds": (lambda f, t, c: c.update(rope_scaling={"rope_type": ["yarn"]}), "rope_type is ..yarn.., must be"),
+    "rope list": (lambda f, t, c: c.update(rope_scaling={"rope_type": ["yarn"]}), "rope_type is ..yarn.., must be"),
     "number": (lambda f, t, c: c.update(hidden_size="256"), "hidden_size is .*, must be a whole number from 1"),
     "no number": (lambda f, t, c: c.pop("num_attention_heads"), "num_attention_heads is missing"),
     "epsilon": (lambda f, t, c: c.update(rms_norm_eps=[1]), r"rms_norm_eps is .*, must be a number"),
