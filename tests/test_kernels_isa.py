@@ -36,6 +36,7 @@ OTHERS = (
     "test_kernels_attention.py::test_cache_can_be_filled_to_its_end[17-f16]",
     "test_kernels_attention.py::test_split_positions[3 heads, 1 kv, 20 wide, window 0-3]",
     "test_kernels_attention.py::test_split_positions[4 heads, 1 kv, 32 wide, window 511-2]",
+    "test_kernels_cache.py::test_attention_over_what_is_stored[q8_0-q4_0]",
 )
 # AVX-VNNI differs from AVX2 in the integer dot product only; on AVX2 that differs from one width of quants to the next.
 # MXFP4 has a codebook.
