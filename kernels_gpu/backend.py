@@ -12,7 +12,7 @@ from gguf_run.formats.dequantizer import dequantize
 from gguf_run.formats.errors import OptionError, UnsupportedError
 from gguf_run.formats.reader import Tensor
 from gguf_run.kernels_gpu.cache import GpuCache, new_cache, rows_stored
-from gguf_run.kernels_gpu.device import capability
+from gguf_run.kernels_gpu.device import capability, current
 from gguf_run.kernels_gpu.matmul import DEFAULT, TUNINGS
 from gguf_run.kernels_gpu.memory import GpuWeight, WeightPart
 from gguf_run.kernels_gpu.recorder import GpuRecorder
@@ -42,7 +42,8 @@ class GpuBackend:
         known = self._uploaded.get(id(tensors[0]))
         if len(tensors) == 1 and known is not None:
             return known[1]
-        part = self._uploader.repack(tensors)
+        with current(self.device):
+            part = self._uploader.repack(tensors)
         self._bytes["weights"] += part.nbytes
         if len(tensors) == 1:
             self._uploaded[id(tensors[0])] = tensors[0], part

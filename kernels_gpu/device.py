@@ -1,5 +1,8 @@
 """Opens a GPU, or says in one line why it cannot be used."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 
 from gguf_run.formats.errors import GgufRunError
@@ -24,6 +27,11 @@ def open_device(index: int) -> torch.device:
             f"{MIN_CAPABILITY / 10} is needed; use --device cpu"
         )
     return device
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on torch's current device, and events are recorded there: this makes it `device`."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def capability(device: torch.device) -> int:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gguf_run.kernels_gpu.device import current
 from gguf_run.kernels_gpu.matmul import FEW
 from gguf_run.kernels_gpu.memory import GpuBuffer, padded
 
@@ -43,13 +44,13 @@ class StepInput:
             tokens[1, at : at + n_tokens] = seq
             tokens[2, at : at + n_tokens] = np.arange(n_past, n_past + n_tokens)
             at += n_tokens
-        self._device.copy_(self._host, non_blocking=True)
+        self._device.copy_(self._host)  # waits: the host's memory is written again before the next step
 
     def set_rows(self, rows: Sequence[int]) -> None:
         self.n_out = len(rows)
         self._host_rows.zero_()
-        self._host_rows[: len(rows)] = torch.as_tensor(rows)
-        self.rows.copy_(self._host_rows, non_blocking=True)
+        self._host_rows.numpy()[: len(rows)] = rows
+        self.rows.copy_(self._host_rows)
 
 
 class GpuProgram:
@@ -72,16 +73,23 @@ class GpuProgram:
         if not self._before:  # its memory is gone
             raise ValueError("the program is closed")
         self._step.set_tokens(ids, runs)
-        for op in self._before:
-            op(bucket(len(ids)))
-        return self.more(rows)
+        self._step.set_rows(rows)
+        self._launch(self._before, len(ids))
+        return self._results(len(rows))
 
     def more(self, rows: Sequence[int]) -> NDArray[np.float32]:
-        if len(rows):
-            self._step.set_rows(rows)
-            for op in self._after:
-                op(bucket(len(rows)))
-        return self._result.data[: len(rows)].cpu().numpy()
+        self._step.set_rows(rows)
+        return self._results(len(rows))
+
+    def _results(self, n_row: int) -> NDArray[np.float32]:
+        if n_row:
+            self._launch(self._after, n_row)
+        return self._result.data[:n_row].cpu().numpy()
+
+    def _launch(self, ops: Sequence[Callable[[int], None]], n_row: int) -> None:
+        with current(self._result.memory.device):
+            for op in ops:
+                op(bucket(n_row))
 
     def close(self) -> None:
         self._before.clear()

@@ -168,7 +168,10 @@ def test_embed(name: str) -> None:
     program = recorder.finish(recorder.outputs(out))
     ids = np.array([4, 0, 4], np.int32)
     result = program.run(ids, [Run(0, 0, 3)], [2, 1])
-    assert error(result, 3 * weights_of([table])[ids[[2, 1]]]) < 1e-6
+    expected = 3 * weights_of([table])[ids]
+    assert error(result, expected[[2, 1]]) < 1e-6
+    assert error(program.more([1]), expected[[1]]) < 1e-6
+    assert program.run(ids, [Run(0, 0, 3)], ()).shape == (0, n_in)
 
 
 def both(record: Any, runs: Sequence[tuple[int, int]], bound: float = EXACT) -> None:
