@@ -224,7 +224,9 @@ class CacheRows:
 
     @property
     def rotates(self) -> bool:
-        return self.form.rotates(self.head_dim, self.rotate)
+        """Static scales are of rows that are not rotated."""
+        static = self.scales is not None and self.rotate is None
+        return self.form.rotates(self.head_dim, False if static else self.rotate)
 
     @property
     def wide(self) -> int:

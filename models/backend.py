@@ -52,9 +52,9 @@ class CacheType:
     """How a layer's K and V are stored: names of the backend's table of cache types.
 
     rotate: each head of Q, K and V goes through an orthogonal Hadamard transform before K and V are stored, and the
-    result goes back; True: where head_dim is a multiple of 32, False: never, None: where it is and the type has 5 bits
-    or less. k_scales, v_scales: for fp8, one scale for each KV head (value = scale * stored number); None: a scale for
-    each row, found when the row is stored.
+    result goes back; True: where head_dim is a multiple of 32, False: never, None: where it is, the type has 8 bits or
+    less and no static scales. k_scales, v_scales: for fp8, one scale for each KV head (value = scale * stored number);
+    None: a scale for each row, found when the row is stored.
     """
 
     k: str = "f16"

@@ -14,7 +14,7 @@ ROTATION: tuple[tuple[str, ...], dict[str, Any]] = (
     ("--cache-rotation/--no-cache-rotation",),
     {
         "default": None,
-        "help": "Rotate what is stored by a Hadamard transform: more exact.  [default: types of 5 bits or less]",
+        "help": "Rotate what is stored by a Hadamard transform: more exact.  [default: types of 8 bits or less]",
     },
 )
 _ROWS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
