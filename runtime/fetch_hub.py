@@ -42,10 +42,10 @@ def fetch_hub(url: str) -> Path:
 def _check_package(url: str) -> None:
     """GgufRunError without the package; no hints of its on logins and transports between our lines."""
     try:
-        from huggingface_hub.utils import logging
+        from huggingface_hub import utils
     except ImportError:
         raise GgufRunError(f'{url} needs the package huggingface_hub: pip install "gguf-run[hub]"') from None
-    logging.set_verbosity_error()
+    utils.logging.set_verbosity_error()
 
 
 def fetch_checkpoint(url: str) -> Path:
