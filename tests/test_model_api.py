@@ -13,7 +13,7 @@ import real
 from numpy_backend import NumpyBackend
 from tinymodel import TINY_GEMMA3, Tiny, write_tiny
 
-from gguf_run.formats.errors import FormatError, GgufRunError, OptionError, UnsupportedError
+from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
 from gguf_run.formats.reader import GGUFFile
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
@@ -199,10 +199,12 @@ def test_empty_prompt(model: Model) -> None:
         model.generate("")  # this model wants no BOS
 
 
-def test_cuda_is_not_there_yet(path: Path) -> None:
-    for device in ("cuda", "cuda:1"):
-        with pytest.raises(UnsupportedError, match=f"--device {device}: this version runs on the CPU only"):
-            Model.load(path, device=device)
+def test_a_gpu_that_is_not_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("gguf_run.kernels_gpu")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(GgufRunError, match=r"--device cuda:1: torch is not installed; .*pip install"):
+        Model.load(path, device="cuda:1")
     Model.load(path, device="auto").close()
 
 

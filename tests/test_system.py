@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gguf_run.formats.errors import OptionError, UnsupportedError
+from gguf_run.formats.errors import OptionError
 from gguf_run.runtime.memory import available_memory
 from gguf_run.runtime.placement import Device, parse_device, place_layers
 from gguf_run.runtime.progress import Progress
@@ -111,8 +111,7 @@ def test_devices() -> None:
         with pytest.raises(OptionError, match="allowed are cpu, cuda"):
             parse_device(text)
     assert place_layers(3, "auto") == place_layers(3, "cpu") == (Device("cpu"),) * 3
-    with pytest.raises(UnsupportedError, match="--device cuda:1: this version runs on the CPU only"):
-        place_layers(3, "cuda:1")
+    assert place_layers(2, "cuda:1") == (Device("cuda", 1),) * 2
 
 
 def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
