@@ -114,7 +114,7 @@ class Model:
 
         cache_type: of the KV cache's keys and values, such as "q8_0", or a pair of two, or a list of one CacheType
         for each layer; None: what cache_scales says, else "f16". cache_rotation: of rows before they are stored, by a
-        Hadamard transform; None: for types of 5 bits or less. cache_scales: a calibration file, see kv_scales.py.
+        Hadamard transform; None: for types of 8 bits or less. cache_scales: a calibration file, see kv_scales.py.
 
         Warns if n_ctx is more than the model was trained for. Raises GgufRunError and its kinds: OptionError for a
         value that is not allowed, FormatError for a damaged file, UnsupportedError for one that cannot be run.
