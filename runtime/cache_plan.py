@@ -10,7 +10,6 @@ from gguf_run.kernels_cpu.cache import rows_stored
 from gguf_run.kernels_cpu.cache_types import CACHE_FORMATS, cache_bytes
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
-from gguf_run.runtime.kv_scales import KvScales
 
 DEFAULT_TYPE = "f16"
 
@@ -29,7 +28,11 @@ def plan_cache(
     if isinstance(cache_type, list):
         return tuple(cache_type)
     pair = (cache_type, cache_type) if isinstance(cache_type, str) else cache_type
-    found = KvScales.read(cache_scales, config).layers if cache_scales is not None else None
+    found = None
+    if cache_scales is not None:
+        from gguf_run.runtime.kv_scales import KvScales
+
+        found = KvScales.read(cache_scales, config).layers
     plan = []
     for il in range(config.n_layer):
         layer = found[il] if found is not None else None

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.metadata import Typed
+from gguf_run.models import architectures as decoder
 from gguf_run.runtime.convert_architectures import (
     ARCHITECTURES,
     BASE_KEYS,
@@ -19,7 +20,6 @@ from gguf_run.runtime.convert_architectures import (
     Key,
 )
 from gguf_run.runtime.convert_checkpoint import Config
-from gguf_run.runtime.convert_names import OWN_SHAPES, SHAPES
 
 Rope = Mapping[str, Any]
 # config.json's name -> key under rope.scaling, of YaRN.
@@ -72,7 +72,7 @@ def _check(entry: Architecture, config: Config) -> None:
 
 
 def sizes(config: Config) -> dict[str, int]:
-    """Return the numbers that SHAPES is about."""
+    """Return the numbers that shapes of tensors are about, see models/architectures.py."""
     n_head = config.integer("num_attention_heads")
     n_head_kv = config.integer("num_key_value_heads", default=n_head)
     n_embd = config.integer("hidden_size")
@@ -81,7 +81,6 @@ def sizes(config: Config) -> dict[str, int]:
     n_ff_exp = config.integer("moe_intermediate_size", default=n_ff)
     n_shared = config.integer("n_shared_experts", default=1)
     return {
-        "one": 1,
         "n_vocab": config.integer("vocab_size"),
         "n_embd": n_embd,
         "n_head": n_head,
@@ -99,7 +98,8 @@ def sizes(config: Config) -> dict[str, int]:
 def shape(entry: Architecture, name: str, numbers: Mapping[str, int]) -> tuple[int, ...]:
     """Return ne of the tensor `name` ("attn_q.weight"): of a bias all but the length of the matrix's rows."""
     base, _, kind = name.rpartition(".")
-    words = OWN_SHAPES.get((entry.arch, base)) or SHAPES[base]
+    own = decoder.ARCHITECTURES[entry.arch].shapes
+    words = decoder.MODEL_SHAPES.get(f"{base}.weight") or own.get(base) or decoder.LAYER_SHAPES[base]
     ne = tuple(sum(numbers[part] for part in word.split("+")) for word in words)
     return ne[1:] if kind == "bias" and len(ne) > 1 else ne
 

@@ -2,19 +2,16 @@
 
 import codecs
 import functools
-from collections.abc import Callable, Iterable, Mapping
+import importlib
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
-from gguf_run.runtime import tokenizer_spm, tokenizer_ugm, tokenizer_wpm
 from gguf_run.runtime.pretokenizers import pre_tokenizer
 from gguf_run.runtime.tokenizer_bpe import BpeEncoder
 from gguf_run.runtime.tokenizer_special import SpecialTokens
-from gguf_run.runtime.tokenizer_spm import SpmEncoder
-from gguf_run.runtime.tokenizer_ugm import UgmEncoder
 from gguf_run.runtime.tokenizer_vocab import CONTROL, UNKNOWN, USER_DEFINED, Defaults, Vocab, read_vocab, strip_ids
-from gguf_run.runtime.tokenizer_wpm import WpmEncoder
 
 
 class Encoder(Protocol):
@@ -36,10 +33,11 @@ class Encoder(Protocol):
         ...
 
 
-_KINDS: Mapping[str, tuple[Defaults, Callable[[Vocab, Mapping[str, Any]], Encoder]]] = MappingProxyType({
-    "llama": (tokenizer_spm.DEFAULTS, SpmEncoder),
-    "t5": (tokenizer_ugm.DEFAULTS, UgmEncoder),
-    "bert": (tokenizer_wpm.DEFAULTS, WpmEncoder),
+# tokenizer.ggml.model -> the module beside this one, loaded when it is needed, and its Encoder.
+_KINDS = MappingProxyType({
+    "llama": ("tokenizer_spm", "SpmEncoder"),
+    "t5": ("tokenizer_ugm", "UgmEncoder"),
+    "bert": ("tokenizer_wpm", "WpmEncoder"),
 })  # fmt: skip
 
 
@@ -74,9 +72,10 @@ class Tokenizer:
         if model not in _KINDS:
             known = ", ".join(("gpt2", *_KINDS))
             raise UnsupportedError(f"tokenizer.ggml.model is {model[:40]!r}: {known} are supported")
-        defaults, kind = _KINDS[model]
-        vocab = read_vocab(metadata, defaults)
-        return cls(vocab, kind(vocab, metadata), strip_ids(metadata, vocab))
+        module_name, kind = _KINDS[model]
+        module = importlib.import_module(f"{__package__}.{module_name}")
+        vocab = read_vocab(metadata, module.DEFAULTS)
+        return cls(vocab, getattr(module, kind)(vocab, metadata), strip_ids(metadata, vocab))
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Return the ids of a text.
