@@ -27,6 +27,7 @@ def plan_cache(
     """
     if isinstance(cache_type, list):
         return tuple(cache_type)
+    both = isinstance(cache_type, str)
     pair = (cache_type, cache_type) if isinstance(cache_type, str) else cache_type
     found = None
     if cache_scales is not None:
@@ -37,7 +38,7 @@ def plan_cache(
     for il in range(config.n_layer):
         layer = found[il] if found is not None else None
         k, v = pair or (layer and layer.types) or (DEFAULT_TYPE, DEFAULT_TYPE)
-        check_type("--cache-type-k", k, config.attention(il).head_dim)
+        check_type("--cache-type" if both else "--cache-type-k", k, config.attention(il).head_dim)
         check_type("--cache-type-v", v, config.attention(il).head_dim)
         static = (layer.scales(k, "k"), layer.scales(v, "v")) if layer and not cache_rotation else (None, None)
         plan.append(CacheType(k, v, cache_rotation, *static))

@@ -43,5 +43,5 @@ def load_options(options: Mapping[str, Any]) -> dict[str, Any]:
     both, k, v, rotation, scales = (options[name] for name in NAMES)
     if both is not None and (k or v):
         raise OptionError(f"--cache-type {both} sets K and V: leave out --cache-type-k and --cache-type-v")
-    kinds = None if both is None and k is None and v is None else (both or k or "f16", both or v or "f16")
+    kinds = both if k is None and v is None else (k or "f16", v or "f16")
     return {"cache_type": kinds, "cache_rotation": rotation, "cache_scales": scales}

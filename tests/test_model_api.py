@@ -174,7 +174,7 @@ def test_n_ctx(path: Path) -> None:
         ({"n_threads": 0}, r"n_threads \(--threads\) is 0"),
         ({"n_threads": 100_000}, r"n_threads \(--threads\) is 100000; allowed: a whole number from 1 to"),
         ({"n_batch": 0}, "n_batch is 0"),
-        ({"cache_type": "q8_1"}, "--cache-type-k is 'q8_1'; allowed: f32, f16, bf16, q8_0, "),
+        ({"cache_type": "q8_1"}, "--cache-type is 'q8_1'; allowed: f32, f16, bf16, q8_0, "),
         ({"cache_type": ("f16", "Q8_0")}, "--cache-type-v is 'Q8_0'; allowed: "),
         ({"device": "gpu"}, "--device 'gpu': allowed are cpu, cuda"),
         ({"device": "cpu:1"}, "--device 'cpu:1'"),
