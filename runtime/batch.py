@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.generate import Session, StopStrings, check_prompt, n_common
-from gguf_run.runtime.sampling import Sampler
+from gguf_run.runtime.sampling import Sampler, TokenLogprob
 
 if TYPE_CHECKING:
     from numpy import float32
@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """The text that one prompt of a batch got. finish: as Generation's; n_decoded: tokens of it."""
+    """The text that one prompt of a batch got. finish: as Generation's; n_decoded: tokens of it.
+    logprobs: if they were asked for."""
 
     text: str
     finish: str
     n_prompt: int
     n_decoded: int
     seed: int
+    logprobs: "tuple[TokenLogprob, ...]" = ()
 
 
 class OneOfMany:
@@ -56,7 +58,10 @@ class OneOfMany:
 
     def answer(self) -> Answer:
         rest = "" if self._stop.found else self._stop.push(self._stream.flush()) + self._stop.flush()
-        return Answer("".join(self._pieces) + rest, self.finish, len(self.ids), self.n_decoded, self.sampler.seed)
+        logprobs = tuple(self.sampler.logprobs)
+        return Answer(
+            "".join(self._pieces) + rest, self.finish, len(self.ids), self.n_decoded, self.sampler.seed, logprobs
+        )
 
 
 class Batch:

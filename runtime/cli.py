@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.cli_cache import NAMES, cache_options, load_options
+from gguf_run.runtime.cli_cache import cache_options, load_options
 from gguf_run.runtime.cli_chat import chat as chat_with
 from gguf_run.runtime.cli_chat import show
 from gguf_run.runtime.cli_common import Command, decode_text, message
+from gguf_run.runtime.cli_sampling import sampling_options, take_sampling
 from gguf_run.runtime.cli_session import Conversation, check_place, conversation
+from gguf_run.runtime.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model
@@ -39,12 +41,7 @@ MAX_PROMPT_BYTES = 64 << 20
 @click.option(
     "--session", type=click.Path(path_type=Path), help="Go on from this file if it is there, save to it at the end."
 )
-@click.option("--temperature", type=float, default=0.8, help="0 always takes the most likely token.")
-@click.option("--top-k", type=int, default=40, help="Choose among the k most likely tokens; 0 is off.")
-@click.option("--top-p", type=float, default=0.95, help="Choose among the tokens that make up this probability.")
-@click.option("--min-p", type=float, default=0.05, help="Choose among tokens at least this likely, the best being 1.")
-@click.option("--repeat-penalty", type=float, default=1.0, help="Make the last 64 tokens less likely; 1 is off.")
-@click.option("--seed", type=int, help="Repeat a draw.  [default: a new one each time]")
+@sampling_options
 @click.option("--device", default="auto", help="cpu, cuda, cuda:0, ... or auto.")
 @click.option("--quantize", metavar="TYPE", help="Put the weights into fewer bits while loading, such as Q4_K_M.")
 @click.option("--context-shift", is_flag=True, help="When the context is full, drop half of it and go on.")
@@ -86,12 +83,9 @@ def main(
     if system is not None:
         system = _argument(system, "--system")
     cache = load_options(options)
-    for name in NAMES:
-        del options[name]
+    options = take_sampling(options)
+    SamplingParams(**options)  # says what is wrong before a model is loaded
     with _paused_gc():
-        from gguf_run.runtime.sampling import SamplingParams
-
-        SamplingParams(**options)  # says what is wrong before a model is loaded
         loading = _load(model, n_ctx=ctx_size, n_threads=threads, device=device, quantize=quantize, **cache)
     with loading as loaded:
         options |= {"max_tokens": max_tokens, "context_shift": context_shift, "n_keep": keep}

@@ -178,7 +178,7 @@ class Generation:
                 f"{n_ctx - 2 * GROUP}, and contexts of {3 * GROUP} or more, so that they can be shifted"
             )
         check_prompt(ids, max_tokens, n_ctx if n_keep is None else None)
-        self._session, self._ids, self._sampler = session, ids, sampler
+        self._session, self._ids, self.sampler = session, ids, sampler
         self._stop_ids, self._max_tokens, self._n_keep = frozenset(stop_ids), max_tokens, n_keep
         self.n_prompt, self.n_reused, self.n_decoded = len(ids), 0, 0
         self.prefill_s = self.decode_s = 0.0
@@ -188,8 +188,8 @@ class Generation:
     def __iter__(self) -> Iterator[int]:
         start = time.perf_counter()
         logits, self.n_reused = self._session.prefill(self._ids, self._n_keep)
-        self._sampler.accept(self._ids)
-        id = self._sampler.sample(logits)
+        self.sampler.accept(self._ids)
+        id = self.sampler.sample(logits)
         self.prefill_s = time.perf_counter() - start
         while True:
             if id in self._stop_ids:
@@ -204,8 +204,8 @@ class Generation:
                 return
             start = time.perf_counter()
             logits = self._session.append(id, self._n_keep)
-            self._sampler.accept([id])
-            id = self._sampler.sample(logits)
+            self.sampler.accept([id])
+            id = self.sampler.sample(logits)
             self.n_decoded += 1
             self.decode_s += time.perf_counter() - start
 

@@ -15,7 +15,9 @@ from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
 from gguf_run.models.backend import CacheType
 from gguf_run.runtime.batch import Answer, Batch, OneOfMany
 from gguf_run.runtime.generate import Generation, Session, StopStrings, text_pieces
-from gguf_run.runtime.sampling import Sampler, SamplingParams
+from gguf_run.runtime.samplers_history import Breakers, breakers
+from gguf_run.runtime.sampling import Sampler, TokenLogprob
+from gguf_run.runtime.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from gguf_run.models.decoder import Decoder
@@ -85,6 +87,7 @@ class Model:
         self._close = close
         self._session = Session(decoder)
         self._generation: Generation | Batch | None = None
+        self._breakers: dict[tuple[str, ...], Breakers] = {}
 
     @classmethod
     def load(
@@ -184,6 +187,11 @@ class Model:
             seed=last.seed,
         )
 
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        """Of the tokens that the last generate or chat has chosen so far, if it was asked with logprobs=N."""
+        return self._generation.sampler.logprobs if isinstance(self._generation, Generation) else []
+
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Return ids. add_special: with the tokens that the model wants around a text (BOS). parse_special: special
         tokens written in the text become ids."""
@@ -221,8 +229,8 @@ class Model:
 
         max_tokens: None goes on until the model ends or the context is full (stats.finish tells). stop: texts that end
         the answer. context_shift: a full context does not end it: half of what stands behind the first n_keep tokens
-        (32 at least) is taken out, and the text may be as long as it likes. sampling: temperature, top_k, top_p, min_p,
-        repeat_penalty, seed, see SamplingParams.
+        (32 at least) is taken out, and the text may be as long as it likes. sampling: temperature, top_k, seed,
+        logits_processors, logprobs and others, see SamplingParams.
         """
         shift = n_keep if context_shift else None
         return self._start(self._open_ended(self.tokenize(prompt)), max_tokens, stop, shift, sampling)
@@ -239,7 +247,7 @@ class Model:
         sequences = []
         for i, prompt in enumerate(prompts):
             seed = None if params.seed is None else (params.seed + i) % 2**64
-            ids, sampler = self._open_ended(self.tokenize(prompt)), Sampler(replace(params, seed=seed))
+            ids, sampler = self._open_ended(self.tokenize(prompt)), self._sampler(replace(params, seed=seed))
             sequences.append(OneOfMany(ids, sampler, self.tokenizer.stream(), StopStrings(stop)))
         self._generation = batch = Batch(self._session, sequences, self.tokenizer.stop_ids, max_tokens)
         return batch.run()
@@ -302,6 +310,11 @@ class Model:
             raise GgufRunError("this model was not loaded from a file: its sessions cannot be saved")
         return self._identity()
 
+    def __repr__(self) -> str:
+        config, name = self.decoder.config, self.decoder.config.arch.name
+        layers = f"n_layer={config.n_layer}, n_embd={config.n_embd}, n_vocab={config.n_vocab}, n_ctx={self.n_ctx}"
+        return f"<Model {name}, {layers}{', ' * bool(self.where)}{self.where}>"
+
     def close(self) -> None:
         """Free the weights and the KV cache, stop the threads, close the file."""
         self.decoder.close()
@@ -324,9 +337,20 @@ class Model:
         n_keep: int | None,
         sampling: Mapping[str, Any],
     ) -> Iterator[str]:
-        sampler = Sampler(SamplingParams(**sampling))
+        sampler = self._sampler(SamplingParams(**sampling))
         self._generation = Generation(self._session, ids, sampler, self.tokenizer.stop_ids, max_tokens, n_keep)
         return text_pieces(self._generation, self.tokenizer.stream(), StopStrings(stop))
+
+    def _sampler(self, params: SamplingParams) -> Sampler:
+        n_vocab = self.decoder.config.n_vocab
+        if (id := max(params.logit_bias, default=0)) >= n_vocab:
+            raise OptionError(f"logit_bias (--logit-bias) of token {id}; allowed: ids from 0 to {n_vocab - 1}")
+        if not params.dry_multiplier:
+            return Sampler(params)
+        texts = tuple(params.dry_sequence_breakers)
+        if texts not in self._breakers:
+            self._breakers = {texts: breakers(self.tokenizer, texts)}
+        return Sampler(params, self._breakers[texts])
 
     def _open_ended(self, ids: list[int]) -> list[int]:
         """A text that is to go on must not end with EOS, which some models want around a text."""

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.runtime.generate import ContextError, Generation, Session, StopStrings, text_pieces
-from gguf_run.runtime.sampling import Sampler, SamplingParams
+from gguf_run.runtime.sampling import Sampler
+from gguf_run.runtime.sampling_params import SamplingParams
 
 N_VOCAB = 300
 GREEDY = SamplingParams(temperature=0)

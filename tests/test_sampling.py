@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gguf_run.formats.errors import GgufRunError, OptionError
-from gguf_run.runtime.sampling import Sampler, SamplingParams
+from gguf_run.runtime.sampling import Sampler
+from gguf_run.runtime.sampling_params import SamplingParams
 
 OFF: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 

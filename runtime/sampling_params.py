@@ -1,0 +1,185 @@
+"""The options of sampling: llama.cpp's names, defaults and limits, and the table of samplers in its order.
+
+Light, since the command line shows the defaults: NumPy comes with sampling.py only.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+from gguf_run.formats.errors import OptionError
+
+if TYPE_CHECKING:
+    from numpy import float32, intp
+    from numpy.typing import NDArray
+
+    LogitsProcessor = Callable[[NDArray[intp], NDArray[float32]], NDArray[float32]]
+
+
+@dataclass(frozen=True)
+class SamplerKind:
+    """One sampler; what it does is in sampling.APPLY. parameters: its options. is_on: whether these ask for anything.
+    keeps_best: what is most likely before it is so after it."""
+
+    name: str
+    letter: str
+    parameters: tuple[str, ...]
+    is_on: "Callable[[SamplingParams], bool]"
+    keeps_best: bool = True
+
+
+SAMPLERS = {
+    kind.name: kind
+    for kind in (
+        SamplerKind(
+            "penalties", "e", ("repeat_penalty", "repeat_last_n", "frequency_penalty", "presence_penalty"),
+            lambda p: bool(
+                p.repeat_last_n and (p.repeat_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0)
+            ),
+            keeps_best=False,
+        ),
+        SamplerKind(
+            "dry", "d", ("dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n"),
+            lambda p: p.dry_multiplier != 0 and p.dry_base >= 1 and p.dry_penalty_last_n > 0, keeps_best=False,
+        ),
+        SamplerKind("top_n_sigma", "s", ("top_n_sigma",), lambda p: p.top_n_sigma > 0),
+        SamplerKind("top_k", "k", ("top_k",), lambda p: p.top_k > 0),
+        SamplerKind("typ_p", "y", ("typical_p",), lambda p: p.typical_p < 1, keeps_best=False),
+        SamplerKind("top_p", "p", ("top_p",), lambda p: p.top_p < 1),
+        SamplerKind("min_p", "m", ("min_p",), lambda p: p.min_p > 0),
+        SamplerKind(
+            "xtc", "x", ("xtc_probability", "xtc_threshold"),
+            lambda p: p.xtc_probability > 0 and p.xtc_threshold <= 0.5, keeps_best=False,
+        ),
+        SamplerKind(
+            "temperature", "t", ("temperature", "dynatemp_range", "dynatemp_exponent"),
+            lambda p: p.temperature != 1 or p.dynatemp_range > 0,
+        ),
+        # No stage: takes the place of the draw at the end, wherever it stands (samplers_select.py).
+        SamplerKind("adaptive_p", "a", ("adaptive_target", "adaptive_decay"), lambda p: False),
+    )
+}  # fmt: skip
+DEFAULT_CHAIN = tuple(name for name in SAMPLERS if name != "adaptive_p")
+_ALIASES = {"nucleus": "top_p", "temp": "temperature", "typ": "typ_p", "typical": "typ_p", "typicalp": "typ_p"}
+
+# Option: (lowest, highest, whole numbers only, what is allowed in words).
+_ANY = (-math.inf, math.inf, False, "a number; 0 is off")
+_COUNT = (0, math.inf, True, "a whole number, 0 (off) or more")
+_LIMITS: dict[str, tuple[float, float, bool, str]] = {
+    "temperature": (0, math.inf, False, "0 (always the most likely token) or more"),
+    "dynatemp_range": (0, math.inf, False, "0 (off) or more"),
+    "dynatemp_exponent": (0, math.inf, False, "0 or more"),
+    "top_k": _COUNT,
+    "top_p": (0, 1, False, "0 to 1 (off)"),
+    "min_p": (0, 1, False, "0 (off) to 1"),
+    "typical_p": (0, 1, False, "0 to 1 (off)"),
+    "top_n_sigma": (-1, math.inf, False, "more than 0, or -1 to 0 (off)"),
+    "xtc_probability": (0, 1, False, "0 (off) to 1"),
+    "xtc_threshold": (0, 1, False, "0 to 1; more than 0.5 is off"),
+    "repeat_penalty": (1e-3, math.inf, False, "at least 0.001; 1 is off"),
+    "frequency_penalty": _ANY,
+    "presence_penalty": _ANY,
+    "repeat_last_n": _COUNT,
+    "dry_multiplier": _ANY,
+    "dry_base": (0, math.inf, False, "1 or more; less is off"),
+    "dry_allowed_length": (0, math.inf, True, "a whole number, 0 or more"),
+    "dry_penalty_last_n": _COUNT,
+    "mirostat": (0, 2, True, "0 (off), 1 or 2"),
+    "mirostat_tau": (0, math.inf, False, "0 or more"),
+    "mirostat_eta": (0, math.inf, False, "0 or more"),
+    "adaptive_target": (-1, 1, False, "0 to 1, less is off"),
+    "adaptive_decay": (0, 0.99, False, "0 to 0.99"),
+    "seed": (0, 2**64 - 1, True, "a whole number from 0 to 2^64 - 1"),
+    "logprobs": (0, 1 << 20, True, "a whole number, 0 or more"),
+}
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens. The defaults are llama.cpp's. OptionError where a value is not allowed.
+
+    samplers: names in the order in which they work, a list or with ";" between them, or their letters: "edskypmxt" is
+    the default. Each has its options; which values turn it off, README tells.
+    temperature: divides the logits; 0 is greedy. dynatemp_range, dynatemp_exponent: see samplers.temperature.
+    top_k: keep the k most likely. top_p: keep the smallest set that holds this probability. min_p: keep what is at
+    least this fraction as likely as the best. typical_p, top_n_sigma, xtc_probability, xtc_threshold: see samplers.py.
+    repeat_penalty: divides positive and multiplies negative logits of the last `repeat_last_n` tokens;
+    frequency_penalty is taken off for each time that they came, presence_penalty once. dry_*: samplers_history.dry.
+    mirostat: 1 or 2 takes the place of all but the temperature. adaptive_*: for the sampler adaptive_p, which must be
+    named. logit_bias: what to add to a token's logit; -inf forbids it. seed: None draws one.
+    logits_processors: called one after the other with the context's ids and logits f32[n_vocab], which they may change
+    or replace; they return the logits. They come before all samplers, the biases first.
+    logprobs: record each token's log-probability and those of so many most likely ones, see Model.logprobs.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    seed: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = 64
+    dry_sequence_breakers: Sequence[str] = ("\n", ":", '"', "*")
+    top_n_sigma: float = -1.0
+    typical_p: float = 1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dynatemp_range: float = 0.0
+    dynatemp_exponent: float = 1.0
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    adaptive_target: float = -1.0
+    adaptive_decay: float = 0.9
+    samplers: str | Sequence[str] = DEFAULT_CHAIN
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logits_processors: "Sequence[LogitsProcessor]" = ()
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, (lowest, highest, whole, allowed) in _LIMITS.items():
+            value: Any = getattr(self, name)
+            if name in ("seed", "logprobs") and value is None:
+                continue
+            if not _is_number(value, whole) or not lowest <= value <= highest or math.isinf(value):
+                raise OptionError(f"{name} is {value!r}; allowed: {allowed}")
+        for id, bias in self.logit_bias.items():
+            if not _is_number(id, True) or id < 0 or not _is_number(bias, False) or not bias < math.inf:
+                raise OptionError(f"logit_bias is {id!r}: {bias!r}; allowed: token ids, and numbers to add or -inf")
+        if isinstance(self.dry_sequence_breakers, str) or not all(self.dry_sequence_breakers):
+            raise OptionError(
+                f"dry_sequence_breakers is {self.dry_sequence_breakers!r}; allowed: a list of texts that are not empty"
+            )
+        object.__setattr__(self, "samplers", _chain(self.samplers))
+
+    @property
+    def chain(self) -> tuple[str, ...]:
+        """The samplers' names in order."""
+        return tuple(self.samplers)
+
+
+def _is_number(value: Any, whole: bool) -> bool:
+    return isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+
+
+def _chain(samplers: str | Sequence[str]) -> tuple[str, ...]:
+    """Names from any way to write them: top_k, top-k, TopK; letters."""
+    flat = {name.replace("_", ""): name for name in SAMPLERS} | _ALIASES
+    names = [name for name in samplers.split(";") if name.strip()] if isinstance(samplers, str) else list(samplers)
+    found = [flat.get(str(name).strip().lower().replace("_", "").replace("-", "")) for name in names]
+    if isinstance(samplers, str) and len(names) == 1 and found == [None]:
+        letters = {kind.letter: kind.name for kind in SAMPLERS.values()}
+        names, found = list(samplers), [letters.get(letter) for letter in samplers]
+    if None in found:
+        known = ", ".join(f"{kind.name} ({kind.letter})" for kind in SAMPLERS.values())
+        unknown = names[found.index(None)]
+        raise OptionError(f"samplers: {unknown!r} is not known; allowed, with ; between them, or as letters: {known}")
+    return tuple(name for name in found if name is not None)
