@@ -4,6 +4,7 @@ Text goes to stdout as it comes; everything else goes to stderr.
 """
 
 import gc
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +17,10 @@ from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.cli_cache import cache_options, load_options
 from gguf_run.runtime.cli_chat import chat as chat_with
 from gguf_run.runtime.cli_chat import show
-from gguf_run.runtime.cli_common import Command, decode_text, message
+from gguf_run.runtime.cli_common import Command, decode_text, message, read_text
 from gguf_run.runtime.cli_sampling import sampling_options, take_sampling
 from gguf_run.runtime.cli_session import Conversation, check_place, conversation
+from gguf_run.runtime.cli_style import has_colours, open_tag
 from gguf_run.runtime.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ MAX_PROMPT_BYTES = 64 << 20
 @click.option("--file", "-f", help="Read the prompt from a UTF-8 text file; - is stdin, the default.")
 @click.option("--chat", "-i", is_flag=True, help="Talk: Ctrl-C stops an answer, Ctrl-D leaves.")
 @click.option("--system", help="System message for the chat template.")
+@click.option("--chat-template", metavar="FILE|NAME", help="Instead of the model's own: Jinja, or chatml, llama3, ...")
+@click.option("--tools", type=click.Path(path_type=Path), help="JSON file: functions that the model may call.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the model's chat template.")
 @click.option("--max-tokens", "-n", type=int, help="Stop after so many tokens.  [default: when the model ends]")
 @click.option("--ctx-size", "-c", type=int, help="Positions of the context.  [default: the model's, at most 4096]")
@@ -55,6 +59,8 @@ def main(
     file: str | None,
     chat: bool,
     system: str | None,
+    chat_template: str | None,
+    tools: Path | None,
     raw: bool,
     max_tokens: int | None,
     ctx_size: int | None,
@@ -73,8 +79,10 @@ def main(
     MODEL is a GGUF file, the folder of a Hugging Face checkpoint, or hf:owner/repo/file.gguf, hf:owner/repo; without
     it a small model, SmolLM2-135M-Instruct, is fetched once.
     """
-    if raw and (chat or system is not None):
-        raise click.UsageError("--raw works without a chat template: leave out --chat and --system.")
+    if raw and (chat or system is not None or chat_template is not None or tools is not None):
+        raise click.UsageError(
+            "--raw works without a chat template: leave out --chat, --system, --chat-template and --tools."
+        )
     if sys.stdout is None:
         raise GgufRunError("stdout is closed: there is nowhere to write the answer")
     text = "Hello" if warm_up else _prompt(prompt, file, chat)
@@ -82,6 +90,12 @@ def main(
         check_place(session)
     if system is not None:
         system = _argument(system, "--system")
+    template = None
+    if chat_template is not None:
+        from gguf_run.runtime.chat_templates import find_template
+
+        template = find_template(chat_template)
+    functions = None if tools is None else _functions(tools)
     cache = load_options(options)
     options = take_sampling(options)
     SamplingParams(**options)  # says what is wrong before a model is loaded
@@ -89,6 +103,7 @@ def main(
         loading = _load(model, n_ctx=ctx_size, n_threads=threads, device=device, quantize=quantize, **cache)
     with loading as loaded:
         options |= {"max_tokens": max_tokens, "context_shift": context_shift, "n_keep": keep}
+        loaded.chat_template = template or loaded.chat_template
         if verbose:
             _describe(loaded)
         if warm_up:
@@ -96,6 +111,8 @@ def main(
                 pass
         else:
             with conversation(loaded, session, system) as messages:
+                if functions is not None:
+                    options["tools"] = functions
                 if chat:
                     chat_with(loaded, messages, text, options)
                 else:
@@ -134,6 +151,16 @@ def _prompt(prompt: str | None, file: str | None, chat: bool) -> str | None:
     return text
 
 
+def _functions(path: Path) -> list[dict[str, Any]]:
+    try:
+        tools = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise GgufRunError(f"--tools {path}: not JSON: {error}") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise GgufRunError(f'--tools {path}: must be a list of objects, as [{{"type": "function", ...}}]')
+    return tools
+
+
 def _argument(text: str, name: str) -> str:
     # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
     return decode_text(text.encode("utf-8", "surrogateescape"), name)
@@ -162,11 +189,13 @@ def _load(path: str | None, **options: Any) -> "Model":
 
 
 def _answer(model: "Model", messages: Conversation, text: str, raw: bool, options: dict[str, Any]) -> None:
-    if raw or (model.chat_template is None and not messages):
+    if raw or (model.chat_template is None and not messages and "tools" not in options):
         show(model, model.generate(text, **options))
     else:
         messages.append({"role": "user", "content": text})
-        messages.append({"role": "assistant", "content": show(model, model.chat(messages, **options))})
+        pieces = model.chat(messages, **options)
+        tag = open_tag(model.chat_prompt(messages, options.get("tools"))) if has_colours() else None
+        messages.append({"role": "assistant", "content": show(model, pieces, tag=tag)})
 
 
 def _describe(model: "Model") -> None:

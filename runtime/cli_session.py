@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.cli_common import message
@@ -13,14 +13,14 @@ from gguf_run.runtime.cli_common import message
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model
 
-Conversation = list[dict[str, str]]
+Conversation = list[dict[str, Any]]
 
 
-def check_place(path: Path) -> None:
+def check_place(path: Path, option: str = "--session") -> None:
     """GgufRunError if a session could not be saved there: better before a long chat than after it."""
     folder = path.absolute().parent
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise GgufRunError(f"--session {path}: cannot be written: name a file in a folder that can be")
+        raise GgufRunError(f"{option} {path}: cannot be written: name a file in a folder that can be")
 
 
 @contextmanager

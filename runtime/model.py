@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 MAX_N_CTX = 2**31 - 1
 MAX_N_SEQ = 1024
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
+Tool = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -197,19 +198,24 @@ class Model:
         tokens written in the text become ids."""
         return self.tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
 
-    def tokenize_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Return the ids of a conversation as the model's chat template writes it, up to where the answer begins.
-        GgufRunError if the model has no template, or the template refuses the messages."""
+    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> str:
+        """Return a conversation as the chat template (`chat_template`, the file's unless you set another) writes it, up
+        to where the answer begins. GgufRunError if there is no template, or it refuses the messages."""
         from gguf_run.runtime.chat_template import render_chat
 
         if self.chat_template is None:
             raise GgufRunError(
-                "the model has no chat template: it continues texts (generate, or --raw), it cannot chat"
+                "the model has no chat template: it continues texts (generate, or --raw); to chat, name one: "
+                "--chat-template"
             )
         bos, eos = (
             None if id is None else self.tokenizer.token_text(id) for id in (self.tokenizer.bos, self.tokenizer.eos)
         )
-        return self.tokenizer.encode_chat(render_chat(self.chat_template, messages, bos_token=bos, eos_token=eos))
+        return render_chat(self.chat_template, messages, bos_token=bos, eos_token=eos, tools=tools)
+
+    def tokenize_chat(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> list[int]:
+        """Return the ids of chat_prompt."""
+        return self.tokenizer.encode_chat(self.chat_prompt(messages, tools))
 
     def detokenize(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Return the text of ids."""
@@ -256,19 +262,22 @@ class Model:
         self,
         messages: Sequence[Message],
         *,
+        tools: Sequence[Tool] | None = None,
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
         context_shift: bool = False,
         n_keep: int = 0,
         **sampling: Any,
     ) -> Iterator[str]:
-        """Answer the last of `messages` ({"role": "system" | "user" | "assistant", "content": text}); as generate.
+        """Answer the last of `messages` ({"role": "system" | "user" | "assistant" | "tool", "content": text}); as
+        generate. tools: JSON schemas of functions ({"type": "function", "function": {...}}) that the template tells the
+        model of; what the model calls stands in its answer, as its template has it.
 
         The start that the conversation shares with the one before is not computed again. GgufRunError as for
         tokenize_chat.
         """
         shift = n_keep if context_shift else None
-        return self._start(self.tokenize_chat(messages), max_tokens, stop, shift, sampling)
+        return self._start(self.tokenize_chat(messages, tools), max_tokens, stop, shift, sampling)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Return f32[n_tokens, n_vocab]: what the model expects after each of ids, from an empty context."""
@@ -287,7 +296,7 @@ class Model:
         conversation = [dict(message) for message in messages]
         self._session.save(lambda ids, parts: save(Path(path), replace(header, ids=ids, messages=conversation), parts))
 
-    def load_session(self, path: str | os.PathLike[str]) -> list[dict[str, str]]:
+    def load_session(self, path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         """Go on from a file: make its tokens the context, without computing them; return the conversation.
 
         What generate or chat are asked next reuses the tokens that it shares with them. GgufRunError if the session is
