@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gguf_run.formats.errors import GgufRunError, OptionError
-from gguf_run.runtime.cli_common import message
+from gguf_run.runtime.cli_common import describe, message
 from gguf_run.runtime.cli_session import Conversation, check_place
 from gguf_run.runtime.sampling_params import SamplingParams
 
@@ -38,7 +38,7 @@ def run_command(chat: Chat, line: str) -> bool:
     try:
         COMMANDS[name][1](chat, rest.strip())
     except (GgufRunError, OSError) as error:
-        message(f"error: {error}")
+        message(f"error: {describe(error)}")
     return True
 
 

@@ -91,11 +91,12 @@ def _one_line_errors(ctx: click.Context, verbose: bool) -> Iterator[None]:
                 sys.stdout.flush()
         except OSError:
             _drop_stdout()
-        message(f"error: {_describe(error)}")
+        message(f"error: {describe(error)}")
         ctx.exit(WRONG_USAGE if isinstance(error, OptionError) else FAILED)
 
 
-def _describe(error: Exception) -> str:
+def describe(error: Exception) -> str:
+    """What went wrong, for the line that a user sees."""
     if isinstance(error, GgufRunError):
         return str(error)
     if isinstance(error, MemoryError) or str(error) == "can't start new thread":

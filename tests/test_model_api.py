@@ -185,13 +185,73 @@ def test_values_not_allowed(path: Path, options: dict[str, Any], expected: str) 
         Model.load(path, **options)
 
 
-@pytest.mark.parametrize("options", [{"max_tokens": 0}, {"temperature": -1}, {"stop": [""]}])
+@pytest.mark.parametrize(
+    "options", [{"max_tokens": 0}, {"temperature": -1}, {"stop": [""]}, {"logit_bias": {10**6: 1}}]
+)
 def test_generate_refuses_at_once(model: Model, options: dict[str, Any]) -> None:
     """Not only when the iterator is used."""
     with pytest.raises(OptionError):
         model.generate("x", **options)
     with pytest.raises(TypeError, match="top_kk"):
         model.generate("x", top_kk=1)
+
+
+def test_logprobs_and_processors(model: Model) -> None:
+    seen: list[int] = []
+
+    def watch(ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        seen.append(len(ids))
+        return logits
+
+    options: dict[str, Any] = {"logprobs": 2, "temperature": 0, "max_tokens": 4, "logits_processors": [watch]}
+    text = "".join(model.generate(TEXT, **options))
+    prompt = model.tokenize(TEXT)
+    assert seen == [len(prompt) + i for i in range(4)]
+    ids = [token.id for token in model.logprobs]
+    assert model.detokenize([*prompt, *ids]).endswith(text)
+    logits = model.logits([*prompt, *ids])[len(prompt) - 1 : -1].astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    for row, token in zip(expected, ids, strict=True):
+        assert token == row.argmax()
+    model.generate(TEXT)
+    assert model.logprobs == []
+    (answer,) = model.generate_batch([TEXT], **options)
+    assert [token.id for token in answer.logprobs] == ids
+    for row, record in zip(expected, answer.logprobs, strict=True):
+        assert record.logprob == pytest.approx(row[record.id], abs=1e-3)
+        assert record.top[0] == (record.id, record.logprob)
+
+
+def test_dry_breakers_come_from_the_tokenizer(model: Model) -> None:
+    """A breaker in every token: nothing is a repetition."""
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
+    plain = "".join(model.generate("the the the the", **options))
+    dry = "".join(model.generate("the the the the", dry_multiplier=50, dry_allowed_length=1, **options))
+    assert dry != plain
+    every = [chr(byte) for byte in range(32, 127)]
+    options |= {"dry_multiplier": 50, "dry_allowed_length": 1, "dry_sequence_breakers": every}
+    assert "".join(model.generate("the the the the", **options)) == plain
+
+
+def test_same_seed_same_text(path: Path) -> None:
+    options: dict[str, Any] = {
+        "seed": 5,
+        "temperature": 3,
+        "samplers": "kymxta",
+        "adaptive_target": 0.2,
+        "max_tokens": 12,
+    }
+    options |= {"xtc_probability": 0.5}
+    texts = set()
+    for _ in range(2):
+        with Model.load(path, n_threads=2) as model:
+            texts |= {"".join(model.generate(TEXT, **options)) for _ in range(2)}
+    assert len(texts) == 1
+
+
+def test_repr(model: Model) -> None:
+    assert repr(model).startswith("<Model llama, n_layer=2, n_embd=96, ")
+    assert "layers on CPU" in repr(model)
 
 
 def test_empty_prompt(model: Model) -> None:

@@ -1,6 +1,7 @@
 """The sampler against a plain reference: sort everything, in float64, one filter after the other."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gguf_run.formats.errors import GgufRunError, OptionError
-from gguf_run.runtime.sampling import Sampler
-from gguf_run.runtime.sampling_params import SamplingParams
+from gguf_run.runtime.samplers_history import breakers, repeated_runs
+from gguf_run.runtime.sampling import APPLY, Sampler
+from gguf_run.runtime.sampling_params import SAMPLERS, SamplingParams
 
 OFF: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
@@ -161,10 +163,127 @@ def test_logits_must_be_numbers(bad: float, temperature: float) -> None:
     [
         ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "hot"),
         ("top_k", -1), ("top_k", 2.5), ("top_k", True), ("top_p", 1.01), ("top_p", -1), ("min_p", 2), ("min_p", None),
-        ("repeat_penalty", 0), ("repeat_penalty", -1), ("repeat_last_n", -1), ("seed", -1),
+        ("repeat_penalty", 0), ("repeat_penalty", -1), ("repeat_last_n", -1), ("seed", -1), ("mirostat", 3),
+        ("adaptive_decay", 1), ("typical_p", 2), ("xtc_threshold", -1), ("dry_base", math.nan), ("logprobs", -1),
+        ("presence_penalty", math.inf), ("logit_bias", {1: math.inf}), ("logit_bias", {-1: 1}),
+        ("logit_bias", {"a": 1}),        ("logit_bias", {1: math.nan}), ("dry_sequence_breakers", "ab"), ("dry_sequence_breakers", [""]),
         ("seed", 2**64), ("seed", 0.5),
     ],
 )  # fmt: skip
 def test_values_not_allowed(name: str, value: Any) -> None:
     with pytest.raises(OptionError, match=f"{name} is .*allowed"):
         SamplingParams(**{name: value})
+
+
+def test_logits_processors_see_the_context_and_change_logits() -> None:
+    seen: list[tuple[list[int], np.ndarray]] = []
+
+    def forbid(ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        seen.append((ids.tolist(), logits.copy()))
+        logits[1] = -np.inf
+        return logits
+
+    def double(ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        return (logits * 2).astype(np.float64)
+
+    logits = np.array([1, 5, 2, 1.5], np.float32)
+    params = SamplingParams(temperature=0, logit_bias={3: 1.0}, logits_processors=[forbid, double])
+    sampler = Sampler(params)
+    sampler.accept([7, 8])
+    assert sampler.sample(logits) == 3
+    sampler.accept(iter([3]))
+    assert sampler.sample(logits) == 3
+    assert [ids for ids, _ in seen] == [[7, 8], [7, 8, 3]]
+    assert (seen[0][1] == [1, 5, 2, 2.5]).all()
+    assert (logits == [1, 5, 2, 1.5]).all()
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        (lambda ids, logits: logits[:2], r"returned an array of shape \(2,\): it must return logits of \(3,\)"),
+        (lambda ids, logits: logits - np.inf, "leaves no token to choose from"),
+        (lambda ids, logits: logits * np.nan, "leaves no token to choose from"),
+    ],
+)
+def test_bad_logits_processors(processor: Any, message: str) -> None:
+    with pytest.raises(GgufRunError, match=message):
+        Sampler(SamplingParams(logits_processors=[processor])).sample(np.zeros(3, np.float32))
+
+
+def test_logprobs_are_the_models_own() -> None:
+    logits = np.array([1, 5, 2, 1.5], np.float32)
+    sampler = Sampler(SamplingParams(temperature=0, logit_bias={1: -math.inf}, logprobs=2))
+    assert sampler.sample(logits) == 2
+    (found,) = sampler.logprobs
+    total = math.log(np.exp(logits.astype(np.float64)).sum())
+    assert (found.id, found.logprob) == (2, pytest.approx(2 - total, abs=1e-6))
+    assert [id for id, _ in found.top] == [1, 2]
+    assert [value for _, value in found.top] == pytest.approx([5 - total, 2 - total], abs=1e-6)
+    only = Sampler(SamplingParams(logprobs=0))
+    only.sample(logits)
+    assert only.logprobs[0].top == ()
+    assert Sampler(SamplingParams()).logprobs == []
+
+
+def test_masks_of_most_of_the_vocabulary() -> None:
+    """top_k finds what little is left."""
+    logits = np.full(100_000, -np.inf, np.float32)
+    logits[[5, 70_000]] = 1
+    assert set(drawn(logits, SamplingParams(temperature=1))) == {5, 70_000}
+
+
+@pytest.mark.parametrize(
+    ("text", "chain"),
+    [
+        ("kpt", ("top_k", "top_p", "temperature")),
+        ("top_k;TEMPERATURE; min-p ;typical", ("top_k", "temperature", "min_p", "typ_p")),
+        ("temp", ("temperature",)),  # a name, not the letters t, e, m, p
+        ("topk", ("top_k",)),
+        (["nucleus", "xtc"], ("top_p", "xtc")),
+        ("", ()),
+    ],
+)
+def test_chain_by_names_and_letters(text: Any, chain: tuple[str, ...]) -> None:
+    assert SamplingParams(samplers=text).chain == chain
+
+
+@pytest.mark.parametrize("text", ["kz", "top_k;nope", ["k"], "k;p;"])
+def test_unknown_samplers(text: Any) -> None:
+    with pytest.raises(OptionError, match=r"samplers: .* is not known; allowed, .*top_k"):
+        SamplingParams(samplers=text)
+
+
+def test_order_counts() -> None:
+    """Temperature before min_p lets more through than after it."""
+    logits = np.array([4, 2, 0], np.float32)
+    params = OFF | {"temperature": 4.0, "min_p": 0.3}
+    assert set(drawn(logits, SamplingParams(**params))) == {0}
+    assert set(drawn(logits, SamplingParams(**params, samplers="tm"))) == {0, 1, 2}
+
+
+def test_every_sampler_has_a_function() -> None:
+    assert [*APPLY, "adaptive_p"] == list(SAMPLERS)
+
+
+def test_breakers() -> None:
+    """Tokens that hold a breaker, and those that end with its beginning, with what must follow."""
+    pieces = [b"a", b"\n", b"x\n\n", b"y##", b"##", b"#", b"\xff", "é#".encode()]
+    tokenizer: Any = SimpleNamespace(
+        n_vocab=len(pieces), piece=lambda id: pieces[id], encode=lambda text, **_: [{"#": 5, "##": 4}[text]]
+    )
+    assert breakers(tokenizer, ["\n", "##"]) == {1: ((),), 2: ((),), 3: ((),), 4: ((),), 5: ((5,),), 7: ((5,),)}
+    assert breakers(tokenizer, ["###"])[3] == ((4,), (5,))
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.integers(0, 3))
+def test_runs_that_would_repeat(recent: list[int], allowed: int) -> None:
+    expected: dict[int, int] = {}
+    for at in range(len(recent) - 1):  # a run that ends here and one at the end of all, of the same tokens
+        n = 0
+        while n <= at and recent[at - n] == recent[len(recent) - 1 - n]:
+            n += 1
+        if n >= allowed and len(recent) > allowed:
+            expected[recent[at + 1]] = max(n, expected.get(recent[at + 1], 0))
+    params = SamplingParams(dry_allowed_length=allowed)
+    assert repeated_runs(recent, params, {}) == expected

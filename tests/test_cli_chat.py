@@ -1,0 +1,232 @@
+"""The chat's commands, messages of several lines, and how reasoning is shown."""
+
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from tinymodel import Tiny, write_tiny
+
+from gguf_run.formats.errors import GgufRunError
+from gguf_run.runtime import Model
+from gguf_run.runtime.cli import main
+from gguf_run.runtime.cli_chat_commands import COMMANDS, Chat, run_command
+from gguf_run.runtime.cli_style import DIM, PLAIN, dimmed, has_colours, open_tag
+
+GREEDY = ["--temperature", "0", "-n", "6"]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    write_tiny(path, Tiny(n_ctx=2048))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(path: Path) -> Iterator[Model]:
+    with Model.load(path, n_threads=2) as model:
+        yield model
+
+
+def talk(path: Path, *lines: str, options: list[str] = GREEDY) -> Result:
+    arguments = [str(path), "--chat", *options]
+    return CliRunner().invoke(main, arguments, input="".join(f"{line}\n" for line in lines).encode())
+
+
+def answers(model: Model, *contents: str, system: str | None = None, **options: Any) -> list[str]:
+    """What the model says to each message, the ones before it known."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for content in contents:
+        messages.append({"role": "user", "content": content})
+        text = "".join(model.chat(messages, max_tokens=6, **({"temperature": 0} | options)))
+        messages.append({"role": "assistant", "content": text})
+    return [message["content"] for message in messages if message["role"] == "assistant"]
+
+
+def shown(*texts: str) -> str:
+    return "".join(f"{text}\n" for text in texts)
+
+
+def test_reset_system_and_exit(path: Path, model: Model) -> None:
+    result = talk(path, "One", "/reset", "Two", "/system Be brief.", "/reset", "Three", "/system", "/exit", "Four")
+    assert result.exit_code == 0
+    three = answers(model, "Three", system="Be brief.")
+    assert result.stdout == shown(*answers(model, "One"), *answers(model, "Two"), *three)
+    assert "forgot the conversation, not the system message\n" in result.stderr
+    assert "no system message\n" in result.stderr
+
+
+def test_save_and_load(path: Path, model: Model, tmp_path: Path) -> None:
+    file = tmp_path / "talk.session"
+    result = talk(
+        path, "One", f"/save {file}", "Two", "/reset", f"/load {file}", "Two", f"/load {tmp_path / 'no'}", "/save"
+    )
+    assert result.exit_code == 0
+    one, two = answers(model, "One", "Two")
+    assert result.stdout == shown(one, two, two)
+    assert f"saved to {file}: 2 messages\n" in result.stderr
+    assert f"error: {tmp_path / 'no'}: No such file" in result.stderr
+    assert "error: /save FILE: name the file\n" in result.stderr
+    assert "error: /save /no/such/x: cannot be written" in talk(path, "/save /no/such/x").stderr
+
+
+def test_regenerate_draws_anew(path: Path, model: Model) -> None:
+    hot = ["--temperature", "5", "--top-k", "0", "--top-p", "1", "--min-p", "0", "-n", "6", "--seed", "4"]
+    result = talk(path, "/regenerate", "One", "/regenerate", options=hot)
+    options: dict[str, Any] = {"temperature": 5, "top_k": 0, "top_p": 1, "min_p": 0}
+    first, second = (answers(model, "One", seed=seed, **options)[0] for seed in (4, 5))
+    assert result.stdout == shown(first, second)
+    assert first != second
+    assert "error: /regenerate: there is no answer yet\n" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("/set temp 0.5", "temperature 0.5"),
+        ("/set top-k=7", "top_k 7"),
+        ("/set --max-tokens 3", "max_tokens 3"),
+        ("/set seed 12", "seed 12"),
+        ("/set samplers tk", "samplers tk"),
+        ("/set", "temperature 0.8, top_k 40, "),
+        ("/set top_k x", "error: /set top_k: 'x' is not a number"),
+        ("/set top_k -1", "error: top_k is -1; allowed: "),
+        ("/set max_tokens 0", "error: max_tokens is 0; allowed: "),
+        ("/set samplers z", "error: samplers: 'z' is not known"),
+        ("/set nothing 1", "error: /set nothing 1: write a name and a value; the names are temperature, "),
+        ("/set dry 1", "error: /set dry 1: write a name"),  # several begin so
+        ("/exti", "/exti is not a command; there are /save, /load, "),
+        ("/help", "/save FILE: write"),
+    ],
+)
+def test_set_and_mistakes(model: Model, line: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = Chat(model, [], {"temperature": 0.8, "top_k": 40, "max_tokens": None})
+    before = dict(chat.options)
+    assert run_command(chat, line)
+    assert capsys.readouterr().err.startswith(expected)
+    assert (chat.options == before) == ("error" in expected or line in ("/set", "/exti", "/help"))
+
+
+def test_set_changes_the_answer(path: Path, model: Model) -> None:
+    assert talk(path, "/set max_tokens 2", "One").stdout != talk(path, "One").stdout
+
+
+@pytest.mark.parametrize("line", ["/usr/bin is full", " /reset", "Hello /exit", "/"])
+def test_not_commands(model: Model, line: str) -> None:
+    assert not run_command(Chat(model, [], {}), line)
+
+
+def test_several_lines(path: Path, model: Model) -> None:
+    result = talk(path, "One \\", "two\\", "three", '"""', "a", "", "b", '"""', '"""', "not closed")
+    assert result.stdout == shown(*answers(model, "One \ntwo\nthree", "a\n\nb", "not closed"))
+
+
+def test_commands_are_documented() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert [name for name in COMMANDS if f"`{name}" not in readme] == []
+
+
+def test_tools_and_templates(path: Path, model: Model, tmp_path: Path) -> None:
+    tools, template = tmp_path / "tools.json", tmp_path / "t.jinja"
+    tools.write_text('[{"type": "function", "function": {"name": "f"}}]')
+    template.write_text("{% for t in tools %}{{ t.function.name }} {% endfor %}{{ messages[-1].content }}")
+
+    def ask(*options: Any) -> Result:
+        return CliRunner().invoke(main, [str(path), "-p", "One", *GREEDY, *map(str, options)])
+
+    expected = "".join(model.generate("f One", temperature=0, max_tokens=6))
+    assert ask("--chat-template", template, "--tools", tools).stdout == shown(expected)
+    with_chatml = "".join(
+        model.generate("<|im_start|>user\nOne<|im_end|>\n<|im_start|>assistant\n", temperature=0, max_tokens=6)
+    )
+    assert ask("--chat-template", "chatml").stdout == shown(with_chatml)
+    model.chat_template, before = template.read_text(), model.chat_template
+    assert model.chat_prompt([{"role": "user", "content": "x"}], json.loads(tools.read_text())) == "f x"
+    model.chat_template = before
+    for text, message in (("{", "not JSON"), ("{}", "must be a list of objects"), ("[1]", "must be a list of objects")):
+        tools.write_text(text)
+        result = ask("--tools", tools)
+        assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+        assert f"error: --tools {tools}: {message}" in result.stderr
+    assert ask("--chat-template", "nope").stderr.startswith("error: --chat-template nope: neither a file nor one of ")
+    assert ask("--raw", "--chat-template", "chatml").exit_code == 2
+
+
+def test_sampling_options(path: Path, model: Model) -> None:
+    """They reach the sampler, under the names of llama.cpp."""
+
+    def ask(*options: str) -> Result:
+        return CliRunner().invoke(main, [str(path), "--raw", "-p", "the order", "-n", "6", "--seed", "3", *options])
+
+    every = shlex.split(
+        "--temp 1.5 --typical 0.9 --top-nsigma 2 --xtc-probability 0.5 --xtc-threshold 0.05 --repeat-penalty 1.1 "
+        "--repeat-last-n 8 --presence-penalty 0.1 --frequency-penalty 0.2 --dry-multiplier 0.8 --dry-base 1.5 "
+        "--dry-allowed-length 1 --dry-penalty-last-n 32 --dry-sequence-breaker none --dry-sequence-breaker x "
+        "--dynatemp-range 0.3 --dynatemp-exp 2 --samplers 'top-k;typ_p;temperature;dry;penalties' -l 5+1.5 -l 6-inf"
+    )
+    options: dict[str, Any] = {
+        "temperature": 1.5, "typical_p": 0.9, "top_n_sigma": 2, "xtc_probability": 0.5, "xtc_threshold": 0.05,
+        "repeat_penalty": 1.1, "repeat_last_n": 8, "presence_penalty": 0.1, "frequency_penalty": 0.2,
+        "dry_multiplier": 0.8, "dry_base": 1.5, "dry_allowed_length": 1, "dry_penalty_last_n": 32,
+        "dry_sequence_breakers": ["x"], "dynatemp_range": 0.3, "dynatemp_exponent": 2, "samplers": "kytde",
+        "logit_bias": {5: 1.5, 6: -float("inf")},
+    }  # fmt: skip
+    expected = "".join(model.generate("the order", max_tokens=6, seed=3, **options))
+    assert ask(*every).stdout == shown(expected)
+    for mirostat in ("1", "2"):
+        assert ask("--mirostat", mirostat, "--mirostat-ent", "2", "--mirostat-lr", "0.2").exit_code == 0
+    assert ask("--samplers", "ka", "--adaptive-target", "0.3", "--adaptive-decay", "0.5").exit_code == 0
+    for wrong, message in (
+        (["-l", "5"], "write a token's id"), (["-l", "x+1"], "write a token's id"),
+        (["--mirostat", "3"], "0 (off), 1 or 2"),
+        (["-l", "99999+1"], "logit_bias (--logit-bias) of token 99999; allowed: ids from 0 to"),
+        (["--samplers", "top_k;nope"], "samplers: 'nope' is not known"), (["--dry-base", "-1"], "dry_base is -1.0"),
+    ):  # fmt: skip
+        result = ask(*wrong)
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("pieces", "inside", "expected"),
+    [
+        (["Hello ", "there"], None, "Hello there"),
+        (["<think>a</think>b"], None, f"{DIM}<think>a</think>{PLAIN}b"),
+        (["x<th", "ink>a<", "b</thi", "nk> c<"], None, f"x{DIM}<think>a<b</think>{PLAIN} c<"),
+        (["a</think>b<think>", "c"], "<think>", f"{DIM}a</think>{PLAIN}b{DIM}<think>c"),
+        (["[THINK]</think>[/THINK]"], None, f"{DIM}[THINK]</think>[/THINK]{PLAIN}"),
+        (["<thi"], None, "<thi"),
+        ([], "<think>", DIM),
+    ],
+)  # fmt: skip
+def test_dimmed(pieces: list[str], inside: str | None, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "".join(dimmed(pieces, inside)) == expected
+    left_open = expected.count(DIM) > expected.count(PLAIN)
+    assert capsys.readouterr().out == PLAIN * left_open
+
+
+def test_open_tag() -> None:
+    assert open_tag("<assistant><think>\n") == "<think>"
+    assert open_tag("<think>x</think>\n") is None
+
+
+def test_colours_only_on_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    assert not has_colours()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert has_colours()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not has_colours()
+
+
+def test_no_template(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "chat_template", None)
+    with pytest.raises(GgufRunError, match="to chat, name one: --chat-template"):
+        model.chat_prompt([])
