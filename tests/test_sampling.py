@@ -166,7 +166,8 @@ def test_logits_must_be_numbers(bad: float, temperature: float) -> None:
         ("repeat_penalty", 0), ("repeat_penalty", -1), ("repeat_last_n", -1), ("seed", -1), ("mirostat", 3),
         ("adaptive_decay", 1), ("typical_p", 2), ("xtc_threshold", -1), ("dry_base", math.nan), ("logprobs", -1),
         ("presence_penalty", math.inf), ("logit_bias", {1: math.inf}), ("logit_bias", {-1: 1}),
-        ("logit_bias", {"a": 1}),        ("logit_bias", {1: math.nan}), ("dry_sequence_breakers", "ab"), ("dry_sequence_breakers", [""]),
+        ("logit_bias", {"a": 1}), ("logit_bias", {1: math.nan}), ("dry_sequence_breakers", "ab"),
+        ("dry_sequence_breakers", [""]),
         ("seed", 2**64), ("seed", 0.5),
     ],
 )  # fmt: skip
