@@ -103,7 +103,8 @@ def main(
         loading = _load(model, n_ctx=ctx_size, n_threads=threads, device=device, quantize=quantize, **cache)
     with loading as loaded:
         options |= {"max_tokens": max_tokens, "context_shift": context_shift, "n_keep": keep}
-        loaded.chat_template = template or loaded.chat_template
+        if template is not None:
+            loaded.chat_template, loaded.tool_template = template, None
         if verbose:
             _describe(loaded)
         if warm_up:

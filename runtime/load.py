@@ -75,11 +75,12 @@ def load_parts(
                 progress=report,
                 observe=observe,
             )
-            tokenizer, template = text.result()
+            tokenizer, template, tool_template = text.result()
             return {
                 "decoder": decoder,
                 "tokenizer": tokenizer,
                 "chat_template": template,
+                "tool_template": tool_template,
                 "where": f"{config.n_layer} layers on {backend.name}",
                 "identity": partial(_identity, file, plan),
                 "close": [backend.close, file.close],
@@ -89,11 +90,11 @@ def load_parts(
             raise
 
 
-def chat_template(metadata: Mapping[str, Any]) -> str | None:
+def chat_template(metadata: Mapping[str, Any], key: str = "tokenizer.chat_template") -> str | None:
     """Return the file's chat template, or None: it has none, prompts are used as they are."""
-    template = metadata.get("tokenizer.chat_template")
+    template = metadata.get(key)
     if template is not None and not isinstance(template, str):
-        raise FormatError(f"tokenizer.chat_template must be a string, but is {type(template).__name__}")
+        raise FormatError(f"{key} must be a string, but is {type(template).__name__}")
     return template or None
 
 
@@ -104,10 +105,11 @@ def _identity(file: GGUFFile, plan: Sequence[CacheType]) -> "SessionHeader":
     return SessionHeader(hash_model(file), file.path.name, describe_plan(plan), ids=())
 
 
-def _load_text(file: GGUFFile) -> "tuple[Tokenizer, str | None]":
+def _load_text(file: GGUFFile) -> "tuple[Tokenizer, str | None, str | None]":
     from gguf_run.runtime.tokenizer import Tokenizer
 
-    return Tokenizer.from_metadata(file.metadata), chat_template(file.metadata)
+    tool_template = chat_template(file.metadata, "tokenizer.chat_template.tool_use")
+    return Tokenizer.from_metadata(file.metadata), chat_template(file.metadata), tool_template
 
 
 def _reporter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None] | None:

@@ -71,17 +71,20 @@ class Model:
         tokenizer: "Tokenizer",
         *,
         chat_template: str | None = None,
+        tool_template: str | None = None,
         where: str = "",
         load_s: float = 0.0,
         identity: "Callable[[], SessionHeader] | None" = None,
         close: Sequence[Callable[[], None]] = (),
     ) -> None:
-        """Put a model together from its parts; Model.load does this for a file. where: what runs on which device.
+        """Put a model together from its parts; Model.load does this for a file. tool_template: in place of
+        chat_template for conversations with tools (some files have both). where: what runs on which device.
         identity: tells what sessions are of; None: they cannot be saved. close: called at the end, to free what the
         decoder does not own."""
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.chat_template = chat_template
+        self.tool_template = tool_template
         self.where = where
         self.load_s = load_s
         self._identity = identity
@@ -203,7 +206,8 @@ class Model:
         to where the answer begins. GgufRunError if there is no template, or it refuses the messages."""
         from gguf_run.runtime.chat_template import render_chat
 
-        if self.chat_template is None:
+        template = (self.tool_template if tools else None) or self.chat_template
+        if template is None:
             raise GgufRunError(
                 "the model has no chat template: it continues texts (generate, or --raw); to chat, name one: "
                 "--chat-template"
@@ -211,7 +215,7 @@ class Model:
         bos, eos = (
             None if id is None else self.tokenizer.token_text(id) for id in (self.tokenizer.bos, self.tokenizer.eos)
         )
-        return render_chat(self.chat_template, messages, bos_token=bos, eos_token=eos, tools=tools)
+        return render_chat(template, messages, bos_token=bos, eos_token=eos, tools=tools)
 
     def tokenize_chat(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> list[int]:
         """Return the ids of chat_prompt."""

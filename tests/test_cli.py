@@ -285,7 +285,7 @@ def test_no_chat_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path:
     """A base model's prompt is continued; what needs a template says so."""
     from gguf_run.runtime import load
 
-    monkeypatch.setattr(load, "chat_template", lambda metadata: None)
+    monkeypatch.setattr(load, "chat_template", lambda *_: None)
     plain = invoke(path, "-p", "Hello", *GREEDY)
     assert plain.stdout == invoke(path, "--raw", "-p", "Hello", *GREEDY).stdout
     for arguments in (["--chat"], ["-p", "Hello", "--system", "x"]):

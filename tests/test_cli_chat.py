@@ -1,7 +1,11 @@
 """The chat's commands, messages of several lines, and how reasoning is shown."""
 
 import json
+import os
+import pty
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,7 +150,9 @@ def test_tools_and_templates(path: Path, model: Model, tmp_path: Path) -> None:
     assert ask("--chat-template", "chatml").stdout == shown(with_chatml)
     model.chat_template, before = template.read_text(), model.chat_template
     assert model.chat_prompt([{"role": "user", "content": "x"}], json.loads(tools.read_text())) == "f x"
-    model.chat_template = before
+    model.tool_template, before_tools = "tools!", model.tool_template
+    assert model.chat_prompt([], json.loads(tools.read_text())) == "tools!"
+    model.chat_template, model.tool_template = before, before_tools
     for text, message in (("{", "not JSON"), ("{}", "must be a list of objects"), ("[1]", "must be a list of objects")):
         tools.write_text(text)
         result = ask("--tools", tools)
@@ -215,8 +221,6 @@ def test_open_tag() -> None:
 
 
 def test_colours_only_on_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     assert not has_colours()
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
@@ -230,3 +234,21 @@ def test_no_template(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "chat_template", None)
     with pytest.raises(GgufRunError, match="to chat, name one: --chat-template"):
         model.chat_prompt([])
+
+
+@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}])
+def test_thoughts_on_a_terminal(path: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+    """The template has begun a block: the answer is dimmed from its first letter on, and the terminal is left plain."""
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ messages[-1].content }}<think>\n\n")
+    code = "from gguf_run.runtime.cli import main; main(prog_name='gguf-run')"
+    terminal, end = pty.openpty()
+    arguments = [str(path), "-p", "One", *GREEDY, "--chat-template", str(template)]
+    clean = {name: value for name, value in os.environ.items() if name != "NO_COLOR"} | {"TERM": "xterm"} | environment
+    with os.fdopen(terminal, "rb", buffering=0) as output, os.fdopen(end, "wb") as stdout:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], stdout=stdout, stderr=subprocess.PIPE, env=clean, timeout=60
+        )
+        shown = output.read(1 << 16).decode()
+    assert done.returncode == 0
+    assert (shown.startswith(DIM), PLAIN in shown) == ((False, False) if environment else (True, True))
