@@ -93,6 +93,7 @@ def typical(candidates: Candidates, params: "SamplingParams", _: State) -> Candi
     probabilities = candidates.probabilities()
     surprise = _surprise(probabilities)
     distance = np.abs(surprise - _entropy(probabilities, surprise))
+    distance[probabilities == 0] = np.inf
     return candidates.take(_reaching(-distance, probabilities, params.typical_p, "right"), False)
 
 
@@ -128,7 +129,8 @@ def temperature(candidates: Candidates, params: "SamplingParams", _: State) -> C
         divisor = low + (high - low) * max(0.0, share) ** params.dynatemp_exponent
     if divisor < GREEDY:
         return candidates.take(np.array([int(candidates.logits.argmax())]), True)
-    return candidates._replace(logits=candidates.logits / candidates.logits.dtype.type(divisor))
+    logits = candidates.logits.astype(np.float64) if divisor < 1e-3 else candidates.logits  # out of float32's range
+    return candidates._replace(logits=logits / logits.dtype.type(min(divisor, 1e30)))
 
 
 def head(candidates: Candidates, k: int) -> Candidates:

@@ -22,6 +22,7 @@ Breakers = dict[int, tuple[tuple[int, ...], ...]]
 MAX_BREAKER_BYTES = 40
 MAX_BREAKER_TOKENS = 20
 MAX_LOG = 88.7228391  # of what a float32 can hold
+HIGHEST = 1e37
 
 
 def penalties(candidates: Candidates, params: "SamplingParams", state: State) -> Candidates:
@@ -53,7 +54,7 @@ def dry(candidates: Candidates, params: "SamplingParams", state: State) -> Candi
     if params.dry_base > 1.000001:
         exponents = np.minimum(exponents, int(MAX_LOG / math.log(params.dry_base)))
     logits = candidates.logits.copy()
-    logits[at] -= np.minimum(params.dry_multiplier * params.dry_base**exponents, 1e38).astype(np.float32)
+    logits[at] -= np.clip(params.dry_multiplier * params.dry_base**exponents, -HIGHEST, HIGHEST).astype(np.float32)
     return candidates._replace(logits=logits, is_sorted=False)
 
 

@@ -65,7 +65,7 @@ DEFAULT_CHAIN = tuple(name for name in SAMPLERS if name != "adaptive_p")
 _ALIASES = {"nucleus": "top_p", "temp": "temperature", "typ": "typ_p", "typical": "typ_p", "typicalp": "typ_p"}
 
 # Option: (lowest, highest, whole numbers only, what is allowed in words).
-_ANY = (-math.inf, math.inf, False, "a number; 0 is off")
+_ANY = (-1e30, 1e30, False, "-1e30 to 1e30; 0 is off")
 _COUNT = (0, math.inf, True, "a whole number, 0 (off) or more")
 _LIMITS: dict[str, tuple[float, float, bool, str]] = {
     "temperature": (0, math.inf, False, "0 (always the most likely token) or more"),
@@ -78,7 +78,7 @@ _LIMITS: dict[str, tuple[float, float, bool, str]] = {
     "top_n_sigma": (-1, math.inf, False, "more than 0, or -1 to 0 (off)"),
     "xtc_probability": (0, 1, False, "0 (off) to 1"),
     "xtc_threshold": (0, 1, False, "0 to 1; more than 0.5 is off"),
-    "repeat_penalty": (1e-3, math.inf, False, "at least 0.001; 1 is off"),
+    "repeat_penalty": (1e-3, 1e3, False, "0.001 to 1000; 1 is off"),
     "frequency_penalty": _ANY,
     "presence_penalty": _ANY,
     "repeat_last_n": _COUNT,
@@ -152,7 +152,7 @@ class SamplingParams:
             if not _is_number(value, whole) or not lowest <= value <= highest or math.isinf(value):
                 raise OptionError(f"{name} is {value!r}; allowed: {allowed}")
         for id, bias in self.logit_bias.items():
-            if not _is_number(id, True) or id < 0 or not _is_number(bias, False) or not bias < math.inf:
+            if not _is_number(id, True) or id < 0 or not _is_number(bias, False) or not bias <= 1e30:
                 raise OptionError(f"logit_bias is {id!r}: {bias!r}; allowed: token ids, and numbers to add or -inf")
         if isinstance(self.dry_sequence_breakers, str) or not all(self.dry_sequence_breakers):
             raise OptionError(
