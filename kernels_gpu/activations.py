@@ -47,9 +47,10 @@ class Halves:
 
 @dataclass
 class Forms:
-    """The forms of a buffer's present contents that something wants. by_producer: the op that made these fills them."""
+    """The forms of a buffer's present contents that something wants. by_producer: those that the op that made these
+    fills itself."""
 
-    by_producer: bool = False
+    by_producer: tuple[str, ...] = ()
     int8: Int8 | None = None
     halves: Halves | None = None
 

@@ -1,83 +1,165 @@
-"""Causal attention over an f16 cache: one program for a token and a head.
+"""Causal attention over a cache: each KV head's positions in parts (split-KV), and a second kernel that adds them up.
 
-The cache of a layer is f16[n_seq][n_ctx][n_head_kv][head_dim], once for K and once for V; position p of a sequence
-stands in row p % n_ctx.
+A program has the query heads of one KV head for one token or for some, as the rows of one tile for tensor cores. Scores
+are in units of log2(e): softmax takes powers of two.
 """
 
 import triton
 import triton.language as tl
 
+from gguf_run.kernels_gpu.cache_types import column_of, load_rows, row_factors
+from gguf_run.kernels_gpu.hadamard import hadamard
+from gguf_run.kernels_gpu.quantize import store_int8
 
-@triton.jit
-def append(  # type: ignore[no-untyped-def]
-    k, k_stride, v, v_stride, cache_k, cache_v, seqs, positions, n_ctx, n, WIDTH: tl.constexpr
-):
-    """The tokens' rows of k and v go into the cache; grid (tokens, n / WIDTH)."""
-    t = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    position = tl.load(positions + t)
-    mask = (column < n) & (position >= 0)
-    to = (tl.load(seqs + t).to(tl.int64) * n_ctx + tl.maximum(position, 0) % n_ctx) * n + column
-    tl.store(cache_k + to, tl.load(k + t * k_stride + column, mask=mask).to(tl.float16), mask=mask)
-    tl.store(cache_v + to, tl.load(v + t * v_stride + column, mask=mask).to(tl.float16), mask=mask)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def attend(  # type: ignore[no-untyped-def]
     q,
     q_stride,
-    cache_k,
-    cache_v,
+    k_qs,
+    k_d,
+    v_qs,
+    v_d,
     seqs,
     positions,
-    sinks,
-    out,
-    out_stride,
+    sums,
+    stats,
     n_ctx,
     n_head_kv,
     n_rep,
-    head_dim,
+    n_token,
     scale,
     window,
     SOFTCAP: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    REP: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """out = softmax(scale * q.k) @ v over the positions that a token sees; grid (tokens, heads).
+    """sums f32[part, n_token, n_head, HEAD_DIM] = exp2(score - greatest) @ v over a part of the positions that a token
+    sees; stats f32[part, n_token, n_head, 2] = (greatest score, sum of exp2(score - greatest)), (-inf, 0) for none.
 
-    n_rep: heads that share a KV head. sinks: None, or a score for each head that has no value. SOFTCAP: None, or
-    scores become SOFTCAP * tanh(score / SOFTCAP). SPAN: positions at a time. The greatest score so far is kept, and
-    what was summed with an earlier one is scaled down.
+    Grid (n_token / TOKENS, n_head_kv, parts). Rows of a tile are TOKENS tokens x REP heads, n_rep of which are there.
+    SPAN: positions at a time. SOFTCAP: None, or scores become SOFTCAP * tanh(score / SOFTCAP). Tokens of one tile may
+    be of several sequences, which it takes one after the other.
     """
+    K_PARTS: tl.constexpr = 2 if K == "q4_0" else 1
+    V_PARTS: tl.constexpr = 2 if V == "q4_0" else 1
+    K_BY_ROW: tl.constexpr = K == "int8" or K == "fp8_e4m3" or K == "fp8_e5m2"
+    V_BY_ROW: tl.constexpr = V == "int8" or V == "fp8_e4m3" or V == "fp8_e5m2"
+    M: tl.constexpr = TOKENS * REP
+    kv_head = tl.program_id(1)
+    part = tl.program_id(2)
+    r = tl.arange(0, M)
+    t = (tl.program_id(0) * TOKENS + r // REP).to(tl.int64)
+    there = (t < n_token) & (r % REP < n_rep)
+    head = kv_head * n_rep + r % REP
+    position = tl.load(positions + t, mask=there, other=-1)
+    seq = tl.load(seqs + t, mask=t < n_token, other=0)
+    queries = ()
+    for i in tl.static_range(K_PARTS):
+        column = column_of(tl.arange(0, WIDTH // K_PARTS), i, K)[None, :]
+        at = q + t[:, None] * q_stride + head[:, None] * HEAD_DIM + column
+        x = tl.load(at, mask=there[:, None] & (column < HEAD_DIM), other=0.0)
+        queries = queries + ((x if K == "bf16" else x.to(tl.float16)),)
+    acc = ()
+    for _ in tl.static_range(V_PARTS):
+        acc = acc + (tl.zeros((M, WIDTH // V_PARTS), tl.float32),)
+    greatest = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    for s in range(tl.min(seq, axis=0), tl.max(seq, axis=0) + 1):
+        mine = there & (seq == s) & (position >= 0)
+        end = tl.max(tl.where(mine, position, -1), axis=0) + 1
+        first = tl.maximum(tl.min(tl.where(mine, position, 1 << 30), axis=0) - window + 1, 0)
+        first = tl.minimum(first, end) // SPAN * SPAN
+        size = tl.cdiv(tl.cdiv(end - first, SPAN), tl.num_programs(2)) * SPAN
+        first += part * size
+        base = (s * n_head_kv + kv_head.to(tl.int64)) * n_ctx
+        for start in range(first, tl.minimum(first + size, end), SPAN):
+            p = start + tl.arange(0, SPAN)
+            live = p < end
+            rows = base + p % n_ctx
+            keys = load_rows(k_qs, k_d, rows, live, K, HEAD_DIM, WIDTH)
+            score = tl.dot(queries[0], tl.trans(keys[0]))
+            if K_PARTS == 2:
+                score = tl.dot(queries[1], tl.trans(keys[1]), score)
+            score *= scale
+            if K_BY_ROW:
+                score *= row_factors(k_d, rows, live, K)[None, :]
+            if SOFTCAP is not None:
+                score = SOFTCAP * (2 * tl.sigmoid(score * (2 / SOFTCAP)) - 1)
+            far = position[:, None] - p[None, :]
+            score = tl.where(mine[:, None] & (far >= 0) & (far < window), score * LOG2E, float("-inf"))
+            new = tl.maximum(greatest, tl.max(score, axis=1))
+            known = tl.where(new == float("-inf"), 0.0, new)  # nothing seen yet: all weights are 0
+            weight = tl.exp2(score - known[:, None])
+            old = tl.exp2(greatest - known)
+            total = total * old + tl.sum(weight, axis=1)
+            greatest = new
+            values = load_rows(v_qs, v_d, rows, live, V, HEAD_DIM, WIDTH)
+            if V_BY_ROW:  # on the weights; relative to the greatest, so that f16 holds them
+                factor = row_factors(v_d, rows, live, V)
+                largest = tl.max(factor, axis=0)
+                weight *= (factor / tl.where(largest == 0, 1.0, largest))[None, :]
+            if V != "bf16":
+                weight = weight.to(tl.float16)
+            added = ()
+            for i in tl.static_range(V_PARTS):
+                if V_BY_ROW:
+                    added = added + (acc[i] * old[:, None] + tl.dot(weight, values[i]) * largest,)
+                else:
+                    added = added + (tl.dot(weight, values[i], acc[i] * old[:, None]),)
+            acc = added
+    to = (part.to(tl.int64) * n_token + t) * (n_head_kv * n_rep) + head
+    tl.store(stats + to * 2, greatest, mask=there)
+    tl.store(stats + to * 2 + 1, total, mask=there)
+    for i in tl.static_range(V_PARTS):
+        column = column_of(tl.arange(0, WIDTH // V_PARTS), i, V)[None, :]
+        tl.store(sums + to[:, None] * HEAD_DIM + column, acc[i], mask=there[:, None] & (column < HEAD_DIM))
+
+
+@triton.jit
+def add_up(  # type: ignore[no-untyped-def]
+    sums,
+    stats,
+    sinks,
+    out,
+    out_stride,
+    xq,
+    xd,
+    xs,
+    PARTS: tl.constexpr,
+    ROTATE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """out = what attend's parts add up to; grid (tokens, heads). sinks: None, or a score for each head that has no
+    value. xq, not None (with xd, xs), gets the result as int8 (quantize.py); HEAD_DIM is WIDTH then."""
     t = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    position = tl.load(positions + t)
-    seq = tl.load(seqs + t).to(tl.int64)
-    i = tl.arange(0, WIDTH)
-    mask = i < head_dim
-    query = tl.load(q + t * q_stride + head * head_dim + i, mask=mask, other=0.0) * scale
-    greatest = float("-inf")
-    total = 0.0
+    n_head = tl.num_programs(1)
+    at = (tl.arange(0, PARTS).to(tl.int64) * tl.num_programs(0) + t) * n_head + head
+    column = tl.arange(0, WIDTH)
+    score = tl.load(stats + at * 2)
+    greatest = tl.max(score, axis=0)
     if sinks is not None:
-        greatest = tl.load(sinks + head)
-        total = 1.0
-    acc = tl.zeros((WIDTH,), tl.float32)
-    first = tl.maximum(position - window + 1, 0)
-    for start in range(first // SPAN * SPAN, position + 1, SPAN):
-        p = start + tl.arange(0, SPAN)
-        seen = (p >= first) & (p <= position)
-        row = ((seq * n_ctx + p % n_ctx) * n_head_kv + head // n_rep) * head_dim
-        load = seen[:, None] & mask[None, :]
-        key = tl.load(cache_k + row[:, None] + i[None, :], mask=load, other=0.0).to(tl.float32)
-        value = tl.load(cache_v + row[:, None] + i[None, :], mask=load, other=0.0).to(tl.float32)
-        score = tl.sum(query[None, :] * key, axis=1)
-        if SOFTCAP is not None:
-            score = SOFTCAP * (2 * tl.sigmoid(score * (2 / SOFTCAP)) - 1)
-        score = tl.where(seen, score, float("-inf"))
-        new = tl.maximum(greatest, tl.max(score, axis=0))
-        weight = tl.exp(score - new)
-        old = tl.exp(greatest - new)
-        total = total * old + tl.sum(weight, axis=0)
-        acc = acc * old + tl.sum(weight[:, None] * value, axis=0)
-        greatest = new
-    tl.store(out + t * out_stride + head * head_dim + i, acc / total, mask=mask)
+        sink = tl.load(sinks + head) * LOG2E
+        greatest = tl.maximum(greatest, sink)
+    greatest = tl.where(greatest == float("-inf"), 0.0, greatest)
+    weight = tl.exp2(score - greatest)
+    total = tl.sum(weight * tl.load(stats + at * 2 + 1), axis=0)
+    if sinks is not None:
+        total += tl.exp2(sink - greatest)
+    mask = (weight > 0)[:, None] & (column < HEAD_DIM)[None, :]
+    part = tl.load(sums + at[:, None] * HEAD_DIM + column[None, :], mask=mask, other=0.0)
+    value = tl.sum(part * weight[:, None], axis=0) / tl.where(total == 0, 1.0, total)
+    if ROTATE:
+        value = hadamard(value, HEAD_DIM)
+    tl.store(out + t * out_stride + head * HEAD_DIM + column, value, mask=column < HEAD_DIM)
+    if xq is not None:
+        store_int8(value, head * HEAD_DIM, xq, xd, xs, t, n_head * HEAD_DIM, WIDTH)

@@ -11,7 +11,8 @@ from torch import Tensor as Array
 from gguf_run.formats.dequantizer import dequantize
 from gguf_run.formats.errors import OptionError, UnsupportedError
 from gguf_run.formats.reader import Tensor
-from gguf_run.kernels_gpu.cache import GpuCache, new_cache, rows_stored
+from gguf_run.kernels_gpu.cache import GpuCache, new_rows, rows_stored
+from gguf_run.kernels_gpu.cache_types import CACHE_FORMATS, CacheFormat
 from gguf_run.kernels_gpu.device import capability, current
 from gguf_run.kernels_gpu.matmul import DEFAULT, TUNINGS
 from gguf_run.kernels_gpu.memory import GpuWeight, WeightPart
@@ -64,9 +65,14 @@ class GpuBackend:
         return torch.from_numpy(np.concatenate(values)).to(self.device)
 
     def cache(self, shape: Any, n_ctx: int, n_batch: int, n_seq: int = 1, kind: Any = None) -> GpuCache:
-        if kind is not None and (kind.k, kind.v) != ("f16", "f16"):
-            raise OptionError(f"cache types {kind.k} and {kind.v}: on a GPU this version has f16 only")
-        cache = new_cache(shape, rows_stored(n_ctx, n_batch, shape.window), n_seq, self.device)
+        n_rows = rows_stored(n_ctx, n_batch, shape.window)
+        rotate = None if kind is None else kind.rotate
+        sides = (("f16", None),) * 2 if kind is None else ((kind.k, kind.k_scales), (kind.v, kind.v_scales))
+        k, v = (
+            new_rows(_format(name, shape.head_dim), shape, n_rows, n_seq, rotate, scales, self.device)
+            for name, scales in sides
+        )
+        cache = GpuCache(n_rows, k, v)
         self._bytes["cache"] += cache.k.nbytes + cache.v.nbytes
         return cache
 
@@ -79,3 +85,12 @@ class GpuBackend:
 
     def nbytes(self) -> dict[str, int]:
         return dict(self._bytes)
+
+
+def _format(name: str, head_dim: int) -> CacheFormat:
+    form = CACHE_FORMATS.get(name)
+    if form is None:
+        raise OptionError(f"cache type {name}: on a GPU this version has {', '.join(CACHE_FORMATS)}")
+    if not form.allows(head_dim):
+        raise OptionError(f"cache type {name}: heads of {head_dim} columns are no whole blocks of {form.block}")
+    return form

@@ -17,6 +17,7 @@ from gguf_run.kernels_gpu import attention as attn
 from gguf_run.kernels_gpu import rope as rotary
 from gguf_run.kernels_gpu import rows
 from gguf_run.kernels_gpu.activations import Forms, Halves, Int8, power_of_2
+from gguf_run.kernels_gpu.attention_append import append
 from gguf_run.kernels_gpu.cache import GpuCache
 from gguf_run.kernels_gpu.layer_norm import layer_norm
 from gguf_run.kernels_gpu.matmul import FEW, SCRATCH, Product, Scratch, Tuning
@@ -26,7 +27,14 @@ from gguf_run.kernels_gpu.program import GpuProgram, StepInput
 from gguf_run.kernels_gpu.rms_norm import rms_norm
 
 _WIDTH = 1024  # columns of a program
-_SPAN = 32  # positions that attention takes at a time
+_SPAN = 64  # positions that attention takes at a time
+_MOST_PARTS = 64  # of the positions
+_TILE = 64  # query heads of some tokens that attention takes at a time
+
+
+def _tile(rep: int) -> tuple[int, int]:
+    """Tokens and heads of a tile."""
+    return max(1, _TILE // rep), rep
 
 
 class GpuSquares:
@@ -58,9 +66,12 @@ class GpuRecorder:
         self._wide: dict[tuple[bool, int], GpuBuffer] = {}
         self._raw_shape = [padded(1), 1]
         self._n_scratch = 0
+        self._last_rope: tuple[Callable[[int], None], GpuBuffer, Any] | None = None
+        self._n_sums = self._widest_head = 0
+        self._sums: list[Array] = []
         self._scratch: list[Scratch] = []
 
-    def _written(self, out: GpuBuffer, by_producer: bool = False) -> Forms:
+    def _written(self, out: GpuBuffer, by_producer: tuple[str, ...] = ()) -> Forms:
         """Columns of out's memory have new contents, of which no other form is made yet."""
         forms = Forms(by_producer)
         self._known[id(out.memory)] = {(out.start, out.width): forms}
@@ -74,12 +85,12 @@ class GpuRecorder:
         if isinstance(panel, IntPanel) and forms.int8 is None:
             int8 = self._int8.setdefault(key, Int8.empty(FEW, x.width, self.device))
             forms.int8 = int8
-            if not forms.by_producer:
+            if "int8" not in forms.by_producer:
                 self._ops.append(lambda n: int8.fill(x, n) if n <= FEW else None)
         if panel.constants["SCALES"] != "F32" and forms.halves is None:
             halves = self._halves.setdefault(key, Halves.empty(len(x.memory), x.width, self.device))
             forms.halves = halves
-            if not forms.by_producer:
+            if "halves" not in forms.by_producer:
                 self._ops.append(lambda n: halves.fill(x, n) if n > FEW else None)
         return forms
 
@@ -112,7 +123,7 @@ class GpuRecorder:
         residual: GpuBuffer | None = None,
     ) -> None:
         n = x.width // n_group
-        forms = self._written(out, by_producer=n_group == 1)
+        forms = self._written(out, ("int8", "halves") if n_group == 1 else ())
 
         def launch(n_row: int) -> None:
             few = n_row <= FEW
@@ -189,6 +200,7 @@ class GpuRecorder:
             )
 
         self._ops.append(launch)
+        self._last_rope = launch, x, rope
         self._written(x)
 
     def attention(
@@ -202,21 +214,56 @@ class GpuRecorder:
         *,
         sinks: Array | None = None,
     ) -> None:
-        step = self.step
+        step, k_rows, v_rows, n_head, n_head_kv = self.step, cache.k, cache.v, shape.n_head, shape.n_head_kv
+        rope, angles = self._take_rope(q, k)
+        touches_q = n_head if rope or k_rows.rotates else 0
+        sizes = shape.head_dim, k_rows.width
+        n_rep, types = n_head // n_head_kv, (k_rows.form.name, v_rows.form.name)
+        span = _SPAN if k_rows.width <= 128 else _SPAN // 2
+        forms = self._written(out, ("int8",) if shape.head_dim == k_rows.width else ())
+
+        def split(n: int) -> int:
+            """Parts of the positions, so that a few tokens keep a whole GPU busy."""
+            most = min(_MOST_PARTS, -(-cache.n_ctx // span), self.tuning.programs // (n * n_head_kv))
+            return 1 << (max(1, most).bit_length() - 1) if n <= FEW else 1
+
+        self._n_sums = max([self._n_sums, *(n * split(n) * n_head for n in (1, 2, 4, FEW, len(out.memory)))])
+        self._widest_head = max(self._widest_head, shape.head_dim)
 
         def launch(n: int) -> None:
-            attn.append[(n, -(-k.width // _WIDTH))](
-                k.data, k.stride, v.data, v.stride, cache.k, cache.v, step.seqs, step.positions, cache.n_ctx, k.width,
-                _WIDTH,
+            append[(n, touches_q + 2 * n_head_kv)](
+                q.data, q.stride, k.data, k.stride, v.data, v.stride, k_rows.qs, k_rows.d, v_rows.qs, v_rows.d,
+                k_rows.scales, v_rows.scales, step.seqs, step.positions, angles, rope.n_rot // 2 if rope else 0,
+                cache.n_ctx, touches_q, n_head_kv, rope.style if rope else None, *types, k_rows.rotates,
+                v_rows.rotates, *sizes,
             )  # fmt: skip
-            attn.attend[(n, shape.n_head)](
-                q.data, q.stride, cache.k, cache.v, step.seqs, step.positions, sinks, out.data, out.stride, cache.n_ctx,
-                shape.n_head_kv, shape.n_head // shape.n_head_kv, shape.head_dim, shape.scale,
-                shape.window or 1 << 30, shape.softcap or None, power_of_2(shape.head_dim), _SPAN,
+            sums, stats = self._sums
+            tokens, rep = (1, max(16, power_of_2(n_rep))) if n <= FEW else _tile(power_of_2(n_rep))
+            n_part, q8 = split(n), forms.int8 if n <= FEW else None
+            attn.attend[(-(-n // tokens), n_head_kv, n_part)](
+                q.data, q.stride, k_rows.qs, k_rows.d, v_rows.qs, v_rows.d, step.seqs, step.positions, sums, stats,
+                cache.n_ctx, n_head_kv, n_rep, n, shape.scale, shape.window or 1 << 30, shape.softcap or None,
+                *types, *sizes, tokens, rep, span, num_stages=2,
+            )  # fmt: skip
+            attn.add_up[(n, n_head)](
+                sums, stats, sinks, out.data, out.stride, q8.xq if q8 else None, q8.xd if q8 else None,
+                q8.xs if q8 else None, n_part, v_rows.rotates, *sizes,
             )  # fmt: skip
 
         self._ops.append(launch)
-        self._written(out)
+
+    def _take_rope(self, q: GpuBuffer, k: GpuBuffer) -> tuple[Any, Array | None]:
+        """The rope op that was recorded last, if q and k are what it turns: attention does that too. And its table."""
+        last = self._last_rope
+        if last is None or last[0] is not self._ops[-1]:
+            return None, None
+        _, x, rope = last
+        if q.memory is not k.memory or x.memory is not q.memory or (q.start, k.start) != (x.start, q.start + q.width):
+            return None, None
+        if x.width != q.width + k.width:
+            return None, None
+        self._ops.pop()
+        return rope, self._angles[id(rope)][1]
 
     def gated(self, gate: GpuBuffer, up: GpuBuffer | None, out: GpuBuffer, activation: str) -> None:
         n, others = gate.width, (up.data, up.stride) if up else (None, 0)
@@ -269,5 +316,8 @@ class GpuRecorder:
     def finish(self, result: GpuBuffer) -> GpuProgram:
         raw = torch.zeros(*self._raw_shape, device=self.device)
         self._scratch.append(Scratch(torch.zeros(self._n_scratch, dtype=torch.float16, device=self.device), raw))
+        self._sums += torch.zeros(self._n_sums, self._widest_head, device=self.device), torch.zeros(
+            self._n_sums, 2, device=self.device
+        )
         n_before = len(self._ops) if self._n_before is None else self._n_before
         return GpuProgram(self.step, self._ops[:n_before], self._ops[n_before:], result, self.n_batch, self.n_outputs)

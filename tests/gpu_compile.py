@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,12 +30,24 @@ from gguf_run.kernels_gpu.backend import GpuBackend
 from gguf_run.kernels_gpu.matmul import DEFAULT, Product, Scratch
 from gguf_run.kernels_gpu.memory import GpuBuffer, GpuWeight, empty
 from gguf_run.kernels_gpu.panels import PANELS, IntPanel
-from gguf_run.models.backend import Attention, Rope, Run
+from gguf_run.models.backend import Attention, CacheType, Rope, Run
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "cuobjdump")
 CPU = torch.device("cpu")
 N_IN, N_OUT = 4096, 256
 SHORT = ("Q4_K", "Q2_K", "Q3_K", "Q5_0", "Q6_K", "Q8_0", "IQ4_XS")  # all ways that units are read
+# K, V, head_dim
+ATTENTION = (
+    ("f16", "f16", 128),
+    ("q8_0", "q8_0", 128),
+    ("int8", "fp8_e4m3", 256),
+    ("q4_0", "q4_0", 128),
+    ("bf16", "bf16", 128),
+    ("f16", "f16", 256),
+    ("fp8_e5m2", "int8", 64),
+    ("q8_0", "q4_0", 256),
+    ("q8_0", "bf16", 96),
+)
 LEAST = ("Q4_K", "Q3_K", "Q6_K")
 
 
@@ -127,6 +139,19 @@ def ops() -> None:
         program.run(np.zeros(n, np.int32), [Run(0, 0, n)], [0])
 
 
+def attention(k: str, v: str, head_dim: int, tokens: Sequence[int]) -> None:
+    backend = GpuBackend(CPU)
+    recorder = backend.recorder(64, 64)
+    shape = Attention(n_head=8, n_head_kv=2, head_dim=head_dim, scale=0.1)
+    qkv, out = recorder.buffer(12 * head_dim), recorder.buffer(8 * head_dim)
+    q, kv = qkv.columns(0, 8 * head_dim), [qkv.columns(i * head_dim, 2 * head_dim) for i in (8, 10)]
+    recorder.rope(qkv.columns(0, 10 * head_dim), Rope("norm", head_dim, np.ones(head_dim // 2)), head_dim)
+    recorder.attention(q, *kv, backend.cache(shape, 32768, 64, 1, CacheType(k, v)), shape, out)
+    program = recorder.finish(recorder.outputs(out))
+    for n in tokens:
+        program.run(np.zeros(n, np.int32), [Run(0, 0, n)], ())
+
+
 def main(target: str, how: str) -> None:
     use_target(target)
     found: dict[str, dict[str, Any]] = {}
@@ -136,7 +161,7 @@ def main(target: str, how: str) -> None:
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         if kernel.hash not in found:
-            facts = inspect(kernel.asm["cubin"], self.__name__.startswith("matmul")) if target.isdigit() else {}
+            facts = inspect(kernel.asm["cubin"], self.__name__.startswith(("matmul", "attend"))) if target.isdigit() else {}
             facts |= {"kernel": self.__name__, "case": what["name"], "shared": kernel.metadata.shared}
             found[kernel.hash] = facts
         return kernel
@@ -151,6 +176,9 @@ def main(target: str, how: str) -> None:
         ("many Q6_K 16", functools.partial(many, "Q6_K", 16)),
         ("many Q4_K 32", functools.partial(many, "Q4_K", 32)),
     ]
+    for k, v, head_dim in ATTENTION[: {"full": 9, "short": 3, "least": 2}[how]]:
+        step = functools.partial(attention, k, v, head_dim, (1, 64) if how == "full" else (1,))
+        cases.append((f"attention {k} {v} {head_dim}", step))
     if how != "least":
         cases += [(f"few {name} 8", functools.partial(few, name, 8)) for name in ("Q4_K", "Q3_K")]
         cases += [(f"many {name} 64", functools.partial(many, name, 64)) for name in ("Q3_K", "Q6_K")]

@@ -247,7 +247,7 @@ def test_attention(window: int) -> None:
         step.rec.attention(a.columns(0, 40), a.columns(40, 20), a.columns(60, 20), cache, shape, out, sinks=sinks)
         return step.finish(out)
 
-    both(record, [(0, 12), (12, 1), *([(13, 12), (25, 12), (37, 12), (49, 12), (61, 12)] if window else [])], 2e-4)
+    both(record, [(0, 12), (12, 1), *([(13, 12), (25, 12), (37, 12), (49, 12), (61, 12)] if window else [])], HALF)
 
 
 def test_argmax() -> None:

@@ -1,0 +1,169 @@
+"""The table of KV cache types that a GPU has, and how rows of them are stored and read.
+
+A row is one position of one KV head: its elements in one plane, its scales (f16) in another one, if it has any: one for
+each block of 32 columns in ggml's types, one for the row (per token and KV head) in int8 and fp8. Byte j of a block
+of q4_0 has columns j and 16 + j, so a tile of rows is two operands of half the width: columns j, and columns 16 + j.
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+BLOCK = 32
+MOST_ROTATED_BITS = 8
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """bits: of an element. block: columns that share a scale: 0: there is none, None: all of a row."""
+
+    name: str
+    bits: int
+    block: int | None = 0
+
+    def allows(self, head_dim: int) -> bool:
+        """Blocks must be whole."""
+        return not self.block or head_dim % self.block == 0
+
+    def n_scale(self, head_dim: int) -> int:
+        """Scales of a row."""
+        return 1 if self.block is None else head_dim // self.block if self.block else 0
+
+    def rotates(self, head_dim: int, rotate: bool | None, has_scales: bool) -> bool:
+        """rotate: models.backend.CacheType's; has_scales: static ones."""
+        wanted = self.bits <= MOST_ROTATED_BITS and not has_scales if rotate is None else rotate
+        return wanted and head_dim % BLOCK == 0
+
+
+CACHE_FORMATS = {
+    row.name: row
+    for row in (
+        CacheFormat("f16", 16),
+        CacheFormat("bf16", 16),
+        CacheFormat("q8_0", 8, BLOCK),
+        CacheFormat("q4_0", 4, BLOCK),
+        CacheFormat("int8", 8, None),
+        CacheFormat("fp8_e4m3", 8, None),
+        CacheFormat("fp8_e5m2", 8, None),
+    )
+}
+
+
+@triton.jit
+def column_of(c, part: tl.constexpr, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The column that column c of operand `part` of a type holds."""
+    return c // 16 * 32 + 16 * part + c % 16 if TYPE == "q4_0" else c
+
+
+@triton.jit
+def load_rows(qs, d, rows, live, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows int64[n] as operands of tl.dot, a tuple of one [n, WIDTH], or of two of half the width; 0 where not live.
+
+    f16, or f32 (of which tensor cores take the 10 bits that bf16 does not even have). Without the factors of
+    row_factors.
+    """
+    if TYPE == "q8_0" or TYPE == "q4_0":
+        BYTES: tl.constexpr = 32 if TYPE == "q8_0" else 16
+        block = tl.arange(0, WIDTH // 32)[None, :]
+        mask = live[:, None] & (block < HEAD_DIM // 32)
+        at = rows[:, None] * (HEAD_DIM // 32) + block
+        scale = tl.load(d + at, mask=mask, other=0.0)[:, :, None]
+        byte = tl.load(qs + at[:, :, None] * BYTES + tl.arange(0, BYTES)[None, None, :], mask=mask[:, :, None], other=0)
+        size: tl.constexpr = (rows.shape[0], WIDTH // 32 * BYTES)
+        if TYPE == "q8_0":
+            return (tl.reshape(byte.to(tl.int8, bitcast=True).to(tl.float16) * scale, size),)
+        else:
+            low, high = ((byte & 15).to(tl.float16) - 8) * scale, ((byte >> 4).to(tl.float16) - 8) * scale
+            return tl.reshape(low, size), tl.reshape(high, size)
+    else:
+        column = tl.arange(0, WIDTH)[None, :]
+        mask = live[:, None] & (column < HEAD_DIM)
+        at = rows[:, None] * HEAD_DIM + column
+        if TYPE == "f16":
+            return (tl.load(qs.to(tl.pointer_type(tl.float16)) + at, mask=mask, other=0.0),)
+        elif TYPE == "bf16":
+            bits = tl.load(qs.to(tl.pointer_type(tl.uint16)) + at, mask=mask, other=0).to(tl.uint32)
+            return ((bits << 16).to(tl.float32, bitcast=True),)
+        elif TYPE == "int8":
+            return (tl.load(qs.to(tl.pointer_type(tl.int8)) + at, mask=mask, other=0).to(tl.float16),)
+        else:
+            bits = tl.load(qs + at, mask=mask, other=0).to(tl.uint16)
+            # e5m2 is the upper half of an f16; e4m3 moved to an f16's exponent is 2^8 too small
+            bits = bits << 8 if TYPE == "fp8_e5m2" else (bits & 0x80) << 8 | (bits & 0x7F) << 7
+            return (bits.to(tl.float16, bitcast=True),)
+
+
+@triton.jit
+def row_factors(d, rows, live, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """f32[n]: what the elements of rows are multiplied with, for types with a scale for the row; 0 where not live."""
+    factor = tl.load(d + rows, mask=live, other=0.0).to(tl.float32)
+    return factor * 256.0 if TYPE == "fp8_e4m3" else factor
+
+
+@triton.jit
+def _fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The nearest code, halves to even, saturating. Hardware has it from sm_89 on only."""
+    bits = x.to(tl.int32, bitcast=True)
+    size = tl.minimum(tl.abs(x), LARGEST)
+    drop: tl.constexpr = 23 - MANTISSA
+    exact = size.to(tl.int32, bitcast=True)
+    normal = ((exact + ((1 << (drop - 1)) - 1) + ((exact >> drop) & 1)) >> drop) - ((127 - BIAS) << MANTISSA)
+    small = ((size * 2.0 ** (BIAS - 1 + MANTISSA) + 12582912.0) - 12582912.0).to(tl.int32)
+    code = tl.where(size < 2.0 ** (1 - BIAS), small, normal)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def store_row(x, qs, d, row, scales, head, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x f32[WIDTH], 0 beyond HEAD_DIM, becomes a row, with the roundings of the reference. scales: None, or static
+    ones f32 for each head."""
+    WIDTH: tl.constexpr = x.shape[0]
+    column = tl.arange(0, WIDTH)
+    mask = column < HEAD_DIM
+    at = row * HEAD_DIM + column
+    if TYPE == "f16":
+        tl.store(qs.to(tl.pointer_type(tl.float16)) + at, x.to(tl.float16), mask=mask)
+    elif TYPE == "bf16":
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        tl.store(qs.to(tl.pointer_type(tl.int16)) + at, bits.to(tl.int16), mask=mask)
+    elif TYPE == "q8_0" or TYPE == "q4_0":
+        blocks = tl.reshape(x, (WIDTH // 32, 32))
+        block = tl.arange(0, WIDTH // 32)
+        size = tl.max(tl.abs(blocks), axis=1)
+        if TYPE == "q8_0":
+            scale = size / 127.0
+        else:  # the first of the largest values becomes -8
+            i = tl.arange(0, 32)[None, :]
+            first = tl.min(tl.where(tl.abs(blocks) == size[:, None], i, 32), axis=1)
+            scale = tl.sum(tl.where(i == first[:, None], blocks, 0.0), axis=1) / -8.0
+        inverse = tl.where(scale == 0, 0.0, 1.0 / scale)
+        tl.store(d + row * (HEAD_DIM // 32) + block, scale.to(tl.float16), mask=block < HEAD_DIM // 32)
+        value = blocks * inverse[:, None]
+        if TYPE == "q8_0":
+            whole = tl.floor(tl.abs(value) + 0.5)
+            code = tl.reshape(tl.where(value < 0, -whole, whole), (WIDTH,)).to(tl.int8)
+            tl.store(qs.to(tl.pointer_type(tl.int8)) + at, code, mask=mask)
+        else:
+            code = tl.minimum((value + 8.5).to(tl.int32), 15)
+            low, high = tl.split(tl.permute(tl.reshape(code, (WIDTH // 32, 2, 16)), (0, 2, 1)))
+            to = block[:, None] * 16 + tl.arange(0, 16)[None, :]
+            byte = (low | high << 4).to(tl.uint8)
+            tl.store(qs + row * (HEAD_DIM // 2) + to, byte, mask=to < HEAD_DIM // 2)
+    else:
+        LARGEST: tl.constexpr = 127.0 if TYPE == "int8" else (448.0 if TYPE == "fp8_e4m3" else 57344.0)
+        if scales is None:
+            scale = (tl.max(tl.abs(x), axis=0) / LARGEST).to(tl.float16)
+        else:
+            scale = tl.load(scales + head).to(tl.float16)
+        tl.store(d + row, scale)
+        factor = scale.to(tl.float32)
+        value = x * tl.where(factor == 0, 0.0, 1.0 / factor)
+        if TYPE == "int8":
+            value = tl.minimum(tl.maximum(value, -127.0), 127.0)
+            tl.store(qs + at, ((value + 12582912.0) - 12582912.0).to(tl.int8).to(tl.uint8, bitcast=True), mask=mask)
+        elif TYPE == "fp8_e4m3":
+            tl.store(qs + at, _fp8(value, 3, 7, LARGEST), mask=mask)
+        else:
+            tl.store(qs + at, _fp8(value, 2, 15, LARGEST), mask=mask)
