@@ -7,7 +7,7 @@ are in units of log2(e): softmax takes powers of two.
 import triton
 import triton.language as tl
 
-from gguf_run.kernels_gpu.cache_types import column_of, load_rows, row_factors
+from gguf_run.kernels_gpu.cache_types import column_of, load_rows, planes_at, row_factors
 from gguf_run.kernels_gpu.hadamard import hadamard
 from gguf_run.kernels_gpu.quantize import store_int8
 
@@ -79,18 +79,20 @@ def attend(  # type: ignore[no-untyped-def]
         first = tl.minimum(first, end) // SPAN * SPAN
         size = tl.cdiv(tl.cdiv(end - first, SPAN), tl.num_programs(2)) * SPAN
         first += part * size
-        base = (s * n_head_kv + kv_head.to(tl.int64)) * n_ctx
+        row = (s * n_head_kv + kv_head.to(tl.int64)) * n_ctx
+        k_at, kd_at = planes_at(k_qs, k_d, row, K, HEAD_DIM)
+        v_at, vd_at = planes_at(v_qs, v_d, row, V, HEAD_DIM)
         for start in range(first, tl.minimum(first + size, end), SPAN):
             p = start + tl.arange(0, SPAN)
             live = p < end
-            rows = base + p % n_ctx
-            keys = load_rows(k_qs, k_d, rows, live, K, HEAD_DIM, WIDTH)
+            rows = start % n_ctx + tl.arange(0, SPAN)  # n_ctx is a multiple of SPAN
+            keys = load_rows(k_at, kd_at, rows, live, K, HEAD_DIM, WIDTH)
             score = tl.dot(queries[0], tl.trans(keys[0]))
             if K_PARTS == 2:
                 score = tl.dot(queries[1], tl.trans(keys[1]), score)
             score *= scale
             if K_BY_ROW:
-                score *= row_factors(k_d, rows, live, K)[None, :]
+                score *= row_factors(kd_at, rows, live, K)[None, :]
             if SOFTCAP is not None:
                 score = SOFTCAP * (2 * tl.sigmoid(score * (2 / SOFTCAP)) - 1)
             far = position[:, None] - p[None, :]
@@ -101,9 +103,9 @@ def attend(  # type: ignore[no-untyped-def]
             old = tl.exp2(greatest - known)
             total = total * old + tl.sum(weight, axis=1)
             greatest = new
-            values = load_rows(v_qs, v_d, rows, live, V, HEAD_DIM, WIDTH)
+            values = load_rows(v_at, vd_at, rows, live, V, HEAD_DIM, WIDTH)
             if V_BY_ROW:  # on the weights; relative to the greatest, so that f16 holds them
-                factor = row_factors(v_d, rows, live, V)
+                factor = row_factors(vd_at, rows, live, V)
                 largest = tl.max(factor, axis=0)
                 weight *= (factor / tl.where(largest == 0, 1.0, largest))[None, :]
             if V != "bf16":

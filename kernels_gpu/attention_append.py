@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from gguf_run.kernels_gpu.cache_types import column_of, load_rows, row_factors, store_row
+from gguf_run.kernels_gpu.cache_types import column_of, load_rows, planes_at, row_factors, store_row
 from gguf_run.kernels_gpu.hadamard import hadamard
 
 
@@ -89,7 +89,8 @@ def read_rows(qs, d, slots, first, n_ctx, out, TYPE: tl.constexpr, HEAD_DIM: tl.
     """out f32[heads, n, HEAD_DIM] = row slots[i] of each head, from row `first` on, as stored; grid (n, heads)."""
     i = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    rows = first + head * n_ctx + tl.load(slots + i + tl.arange(0, 1))
+    qs, d = planes_at(qs, d, first + head * n_ctx, TYPE, HEAD_DIM)
+    rows = tl.load(slots + i + tl.arange(0, 1))
     live = rows >= 0
     tiles = load_rows(qs, d, rows, live, TYPE, HEAD_DIM, WIDTH)
     for part in tl.static_range(len(tiles)):

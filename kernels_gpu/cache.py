@@ -1,4 +1,4 @@
-"""The KV cache of one layer, by KV head: [n_seq, n_head_kv, n_ctx] rows for K and for V; position p is in row p % n_ctx.
+"""The KV cache of one layer: rows [n_seq, n_head_kv, n_ctx] for K and for V; position p is in row p % n_ctx.
 
 cache_types.py has what a row is.
 """
@@ -17,13 +17,14 @@ from gguf_run.kernels_gpu.attention_append import append, read_rows
 from gguf_run.kernels_gpu.cache_types import CacheFormat
 
 GROUP = 32  # positions that are moved together, see models.kv_cache
+SPAN = 64  # positions that attention takes at a time: no such step goes over the ring's end
 
 
 def rows_stored(n_ctx: int, n_batch: int, window: int) -> int:
     """Positions of one sequence that a layer stores: all of them, or its window and a batch, and one more group, so
     that a batch can be taken back and what is left be saved, which goes by whole groups."""
-    full = -(-n_ctx // GROUP) * GROUP
-    return min(full, -(-(window + n_batch + GROUP) // GROUP) * GROUP) if window else full
+    full = -(-n_ctx // SPAN) * SPAN
+    return min(full, -(-(window + n_batch + GROUP) // SPAN) * SPAN) if window else full
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +135,7 @@ def _hadamard(n: int) -> Array:
 def new_rows(
     form: CacheFormat, shape: Any, n_rows: int, n_seq: int, rotate: bool | None, scales: Any, device: torch.device
 ) -> Rows:
-    """shape: models.backend.Attention. n_rows: as rows_stored gives them. rotate, scales: models.backend.CacheType's."""
+    """shape: models.backend.Attention. n_rows: see rows_stored. rotate, scales: models.backend.CacheType's."""
     size, head_dim = (n_seq, shape.n_head_kv, n_rows), shape.head_dim
     qs = torch.zeros(*size, head_dim * form.bits // 8, dtype=torch.uint8, device=device)
     n_scale = form.n_scale(head_dim)

@@ -57,8 +57,20 @@ def column_of(c, part: tl.constexpr, TYPE: tl.constexpr):  # type: ignore[no-unt
 
 
 @triton.jit
+def planes_at(qs, d, row, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The planes from a row on: rows are counted from there in int32 then."""
+    BITS: tl.constexpr = 16 if TYPE == "f16" or TYPE == "bf16" else (4 if TYPE == "q4_0" else 8)
+    N: tl.constexpr = HEAD_DIM // 32 if TYPE == "q8_0" or TYPE == "q4_0" else 1
+    qs += row * (HEAD_DIM * BITS // 8)
+    if d is None:
+        return qs, qs
+    else:
+        return qs, d + row * N
+
+
+@triton.jit
 def load_rows(qs, d, rows, live, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows int64[n] as operands of tl.dot, a tuple of one [n, WIDTH], or of two of half the width; 0 where not live.
+    """Rows [n] as operands of tl.dot, a tuple of one [n, WIDTH], or of two of half the width; 0 where not live.
 
     f16, or f32 (of which tensor cores take the 10 bits that bf16 does not even have). Without the factors of
     row_factors.

@@ -20,8 +20,8 @@ _WIDTH = 1024
 @dataclass(frozen=True)
 class Tuning:
     """How an architecture likes its products. small: tokens for which matmul_tile is faster than dequantizing to memory
-    and multiplying there. tile: its rows and units. rows: of matmul_decode, by the number of tokens. programs: of attention for a few tokens, about
-    two for each multiprocessor."""
+    and multiplying there. tile: its rows and units. rows: of matmul_decode, by the number of tokens. programs: of
+    attention for a few tokens, about two for each multiprocessor."""
 
     small: int = 32
     tile: tuple[int, int] = (64, 4)

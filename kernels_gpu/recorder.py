@@ -18,7 +18,7 @@ from gguf_run.kernels_gpu import rope as rotary
 from gguf_run.kernels_gpu import rows
 from gguf_run.kernels_gpu.activations import Forms, Halves, Int8, power_of_2
 from gguf_run.kernels_gpu.attention_append import append
-from gguf_run.kernels_gpu.cache import GpuCache
+from gguf_run.kernels_gpu.cache import SPAN, GpuCache
 from gguf_run.kernels_gpu.layer_norm import layer_norm
 from gguf_run.kernels_gpu.matmul import FEW, SCRATCH, Product, Scratch, Tuning
 from gguf_run.kernels_gpu.memory import GpuBuffer, GpuWeight, WeightPart, padded
@@ -27,14 +27,12 @@ from gguf_run.kernels_gpu.program import GpuProgram, StepInput
 from gguf_run.kernels_gpu.rms_norm import rms_norm
 
 _WIDTH = 1024  # columns of a program
-_SPAN = 64  # positions that attention takes at a time
 _MOST_PARTS = 64  # of the positions
-_TILE = 64  # query heads of some tokens that attention takes at a time
 
 
-def _tile(rep: int) -> tuple[int, int]:
-    """Tokens and heads of a tile."""
-    return max(1, _TILE // rep), rep
+def _tile(rep: int, width: int, types: tuple[str, str]) -> tuple[int, int]:
+    """Tokens and heads of an attention tile. 64 rows are what Hopper's tensor cores want, but not all fit in registers."""
+    return max(1, (64 if width <= 128 or types == ("f16", "f16") else 32) // rep), rep
 
 
 class GpuSquares:
@@ -219,7 +217,7 @@ class GpuRecorder:
         touches_q = n_head if rope or k_rows.rotates else 0
         sizes = shape.head_dim, k_rows.width
         n_rep, types = n_head // n_head_kv, (k_rows.form.name, v_rows.form.name)
-        span = _SPAN if k_rows.width <= 128 else _SPAN // 2
+        span = SPAN if k_rows.width <= 128 else SPAN // 2
         forms = self._written(out, ("int8",) if shape.head_dim == k_rows.width else ())
 
         def split(n: int) -> int:
@@ -238,12 +236,12 @@ class GpuRecorder:
                 v_rows.rotates, *sizes,
             )  # fmt: skip
             sums, stats = self._sums
-            tokens, rep = (1, max(16, power_of_2(n_rep))) if n <= FEW else _tile(power_of_2(n_rep))
+            tokens, rep = (1, max(16, power_of_2(n_rep))) if n <= FEW else _tile(power_of_2(n_rep), k_rows.width, types)
             n_part, q8 = split(n), forms.int8 if n <= FEW else None
             attn.attend[(-(-n // tokens), n_head_kv, n_part)](
                 q.data, q.stride, k_rows.qs, k_rows.d, v_rows.qs, v_rows.d, step.seqs, step.positions, sums, stats,
                 cache.n_ctx, n_head_kv, n_rep, n, shape.scale, shape.window or 1 << 30, shape.softcap or None,
-                *types, *sizes, tokens, rep, span, num_stages=2,
+                *types, *sizes, tokens, rep, span, num_stages=2, num_warps=4 if n <= FEW and k_rows.width <= 128 else 8,
             )  # fmt: skip
             attn.add_up[(n, n_head)](
                 sums, stats, sinks, out.data, out.stride, q8.xq if q8 else None, q8.xd if q8 else None,
@@ -316,8 +314,9 @@ class GpuRecorder:
     def finish(self, result: GpuBuffer) -> GpuProgram:
         raw = torch.zeros(*self._raw_shape, device=self.device)
         self._scratch.append(Scratch(torch.zeros(self._n_scratch, dtype=torch.float16, device=self.device), raw))
-        self._sums += torch.zeros(self._n_sums, self._widest_head, device=self.device), torch.zeros(
-            self._n_sums, 2, device=self.device
+        self._sums += (
+            torch.zeros(self._n_sums, self._widest_head, device=self.device),
+            torch.zeros(self._n_sums, 2, device=self.device),
         )
         n_before = len(self._ops) if self._n_before is None else self._n_before
         return GpuProgram(self.step, self._ops[:n_before], self._ops[n_before:], result, self.n_batch, self.n_outputs)

@@ -161,7 +161,8 @@ def main(target: str, how: str) -> None:
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         if kernel.hash not in found:
-            facts = inspect(kernel.asm["cubin"], self.__name__.startswith(("matmul", "attend"))) if target.isdigit() else {}
+            sass = self.__name__.startswith(("matmul", "attend"))
+            facts = inspect(kernel.asm["cubin"], sass) if target.isdigit() else {}
             facts |= {"kernel": self.__name__, "case": what["name"], "shared": kernel.metadata.shared}
             found[kernel.hash] = facts
         return kernel
