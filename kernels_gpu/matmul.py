@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor as Array
 
-from gguf_run.kernels_gpu.activations import Halves, Int8
+from gguf_run.kernels_gpu.activations import Forms, Halves, Int8, power_of_2
 from gguf_run.kernels_gpu.matmul_decode import matmul_decode
 from gguf_run.kernels_gpu.matmul_float import matmul_float
 from gguf_run.kernels_gpu.matmul_tile import dequantize, finish, matmul_tile
@@ -48,6 +48,25 @@ class Scratch:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """An RMS norm of a product's rows, which the product's last program does."""
+
+    weight: Array
+    out: GpuBuffer
+    eps: float
+
+
+@dataclass
+class After:
+    """What a product of a few tokens does with its result: forms of it, or of its norm, where there is one. counts: a
+    list of one, memory for the programs that are ready."""
+
+    forms: Forms
+    counts: list[Array]
+    norm: Norm | None = None
+
+
+@dataclass(frozen=True)
 class Product:
     """One part of a matrix, rows `first` .. of it, times x. activation: gate and up halves, see matmul_decode."""
 
@@ -72,8 +91,8 @@ class Product:
             return self.out.data[:, self.first :], bias, None, 0
         return self.out.data[:, self.first :], bias, self.residual.data[:, self.first :], self.residual.stride
 
-    def few(self, n: int, q8: Int8 | None) -> None:
-        """n tokens, a bucket up to FEW."""
+    def few(self, n: int, q8: Int8 | None, after: "After | None" = None) -> None:
+        """n tokens, a bucket up to FEW. after: for integer panels only."""
         part, n_unit = self.part, self.part.n_unit
         out, bias, residual, residual_stride = self._ends()
         n_row = dict(self.tuning.rows)[n]
@@ -88,10 +107,15 @@ class Product:
         if self.activation is not None:
             n_row = max(2, n_row)
         per_program = n_row if self.activation is None else n_row // 2
+        made = after.forms.int8 if after else None
+        norm = after.norm if after else None
         matmul_decode[(-(-self.n_out // per_program),)](
             part.qs, part.high, part.scale, part.d, q8.xq, q8.xd, q8.xs, out, bias, residual, self.n_out, n_unit,
-            self.out.stride, residual_stride, **part.panel.constants, M=n, R=n_row, UNITS=units,
-            EVEN=n_unit % units == 0, ACTIVATION=self.activation, num_warps=units // 32,
+            self.out.stride, residual_stride, *((made.xq, made.xd, made.xs) if made else (None, None, None)),
+            after.counts[0] if after else None, *((norm.weight, norm.out.data, norm.out.stride, norm.eps) if norm else
+            (None, None, 0, 0.0)), **part.panel.constants, M=n, R=n_row, UNITS=units,
+            EVEN=n_unit % units == 0, ACTIVATION=self.activation,
+            WIDTH=max(32, power_of_2(self.n_out)), num_warps=units // 32,
         )  # fmt: skip
 
     def many(self, n: int, halves: Halves | None, scratch: Scratch) -> None:

@@ -10,6 +10,8 @@ import triton.language as tl
 
 from gguf_run.kernels_gpu.activation import activate
 from gguf_run.kernels_gpu.dots import dp2a, dp4a
+from gguf_run.kernels_gpu.quantize import store_int8
+from gguf_run.kernels_gpu.rms_norm import normed
 from gguf_run.kernels_gpu.units import unit_factors, unit_words, words4
 
 
@@ -64,6 +66,16 @@ def _block(xq, xd, xs, at, live, EVEN: tl.constexpr):  # type: ignore[no-untyped
 
 
 @triton.jit
+def _is_last(count, n):  # type: ignore[no-untyped-def]
+    """Whether all of n programs that call it but this one have done so; then their stores can be read (past L1)."""
+    tl.debug_barrier()  # all of this program's stores come before its count
+    last = tl.atomic_add(count, 1, sem="acq_rel") == n - 1
+    if last:
+        tl.store(count, 0)
+    return last
+
+
+@triton.jit
 def matmul_decode(  # type: ignore[no-untyped-def]
     qs,
     high,
@@ -79,6 +91,14 @@ def matmul_decode(  # type: ignore[no-untyped-def]
     n_unit,
     out_stride,
     residual_stride,
+    oq,
+    od,
+    os,
+    counts,
+    norm,
+    norm_out,
+    norm_stride,
+    eps,
     BITS: tl.constexpr,
     HIGH: tl.constexpr,
     GROUP: tl.constexpr,
@@ -90,11 +110,16 @@ def matmul_decode(  # type: ignore[no-untyped-def]
     UNITS: tl.constexpr,
     EVEN: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """out[m, o] = sum of w[o] * x[m] (+ bias[o]) (+ residual[m, o]) for M tokens, R rows a program.
 
     UNITS: units of a row at once, one a thread. EVEN: it divides n_unit. ACTIVATION, if any: half of the R rows come
     from the second half of the matrix, and out = activation(first) * second; n_out counts the pairs.
+
+    What needs more of out than a program has is done by the program that is the last to be ready, which counts, zeros
+    when a launch begins and ends, tell. oq, not None (with od, os): gets blocks of an ACTIVATION's out as int8. norm,
+    not None: weights of an RMS norm of out's rows, WIDTH >= n_out, into norm_out and, if not None, oq.
     """
     PAIRS: tl.constexpr = R if ACTIVATION is None else R // 2
     MINIMUM: tl.constexpr = SCALES == "f16m" or SCALES == "k6m" or SCALES == "k4"
@@ -142,3 +167,20 @@ def matmul_decode(  # type: ignore[no-untyped-def]
             if residual is not None:
                 value += tl.load(residual + m * residual_stride + o, mask=mask, other=0.0)
             tl.store(out + m * out_stride + o, value, mask=mask)
+    if ACTIVATION is not None:
+        if oq is not None:
+            block = first // 32
+            if _is_last(counts + block, 32 // PAIRS):
+                column = block * 32 + tl.arange(0, 32)
+                for m in tl.static_range(M):
+                    value = tl.load(out + m * out_stride + column, cache_modifier=".cg")
+                    store_int8(value, block * 32, oq, od, os, m, n_out, 32)
+    elif norm is not None:
+        column = tl.arange(0, WIDTH)
+        if _is_last(counts, tl.num_programs(0)):
+            for m in range(M):
+                value = tl.load(out + m * out_stride + column, mask=column < n_out, other=0.0, cache_modifier=".cg")
+                value = normed(value, norm, column, n_out, eps)
+                tl.store(norm_out + m * norm_stride + column, value, mask=column < n_out)
+                if oq is not None:
+                    store_int8(value, 0, oq, od, os, m, n_out, WIDTH)

@@ -13,26 +13,20 @@ from numpy.typing import NDArray
 from torch import Tensor as Array
 
 from gguf_run.formats.errors import UnsupportedError
-from gguf_run.kernels_gpu import attention as attn
 from gguf_run.kernels_gpu import rope as rotary
 from gguf_run.kernels_gpu import rows
 from gguf_run.kernels_gpu.activations import Forms, Halves, Int8, power_of_2
-from gguf_run.kernels_gpu.attention_append import append
-from gguf_run.kernels_gpu.cache import SPAN, GpuCache
+from gguf_run.kernels_gpu.attention_launch import AttentionOp
+from gguf_run.kernels_gpu.cache import GpuCache
 from gguf_run.kernels_gpu.layer_norm import layer_norm
-from gguf_run.kernels_gpu.matmul import FEW, SCRATCH, Product, Scratch, Tuning
+from gguf_run.kernels_gpu.matmul import FEW, SCRATCH, After, Norm, Product, Scratch, Tuning
 from gguf_run.kernels_gpu.memory import GpuBuffer, GpuWeight, WeightPart, padded
 from gguf_run.kernels_gpu.panels import IntPanel, Panel
 from gguf_run.kernels_gpu.program import GpuProgram, StepInput
+from gguf_run.kernels_gpu.quantize import BLOCK
 from gguf_run.kernels_gpu.rms_norm import rms_norm
 
 _WIDTH = 1024  # columns of a program
-_MOST_PARTS = 64  # of the positions
-
-
-def _tile(rep: int, width: int, types: tuple[str, str]) -> tuple[int, int]:
-    """Tokens and heads of an attention tile. 64 rows are what Hopper's tensor cores want, but not all fit in registers."""
-    return max(1, (64 if width <= 128 or types == ("f16", "f16") else 32) // rep), rep
 
 
 class GpuSquares:
@@ -65,7 +59,9 @@ class GpuRecorder:
         self._raw_shape = [padded(1), 1]
         self._n_scratch = 0
         self._last_rope: tuple[Callable[[int], None], GpuBuffer, Any] | None = None
-        self._n_sums = self._widest_head = 0
+        self._last_product: tuple[Callable[[int], None], GpuBuffer, After] | None = None
+        self._counts: list[Array] = []
+        self._n_sums = self._widest_head = self._n_counts = 0
         self._sums: list[Array] = []
         self._scratch: list[Scratch] = []
 
@@ -123,8 +119,15 @@ class GpuRecorder:
         n = x.width // n_group
         forms = self._written(out, ("int8", "halves") if n_group == 1 else ())
 
+        last = self._last_product
+        with_product = last is not None and last[0] is self._ops[-1] and last[1] is x and n_group == 1 and not residual
+        if last is not None and with_product:
+            last[2].forms, last[2].norm = forms, Norm(weight, out, eps)
+
         def launch(n_row: int) -> None:
             few = n_row <= FEW
+            if few and with_product:
+                return
             q8, halves = forms.int8 if few else None, None if few else forms.halves
             rms_norm[(n_row, n_group)](
                 x.data, x.stride, weight, n, eps, out.data, out.stride,
@@ -151,30 +154,36 @@ class GpuRecorder:
     ) -> None:
         first = 0
         for part in weight.parts:
-            self._multiply(Product(part, first, x, out, bias, residual, None, self.tuning))
+            after = After(Forms(), self._counts) if isinstance(part.panel, IntPanel) else None
+            self._multiply(Product(part, first, x, out, bias, residual, None, self.tuning), after)
             first += part.n_out
         self._written(out)
+        if len(weight.parts) == 1 and after is not None:
+            self._last_product = self._ops[-1], out, after
 
     def matmul_gated(
         self, x: GpuBuffer, weight: GpuWeight, out: GpuBuffer, activation: str, *, bias: Any = None
     ) -> None:
         if len(weight.parts) == 1 and isinstance(weight.parts[0].panel, IntPanel):
-            self._multiply(Product(weight.parts[0], 0, x, out, bias, None, activation, self.tuning))
-            self._written(out)
+            product = Product(weight.parts[0], 0, x, out, bias, None, activation, self.tuning)
+            after = After(Forms(), self._counts)
+            self._multiply(product, after)
+            after.forms = self._written(out, ("int8",) if out.width % BLOCK == 0 else ())
             return
         key, n_ff = (out.after, weight.n_out), weight.n_out // 2
         wide = self._wide[key] = self._wide.get(key) or self.buffer(weight.n_out)
         self.matmul(x, weight, wide, bias=bias)
         self.gated(wide.columns(0, n_ff), wide.columns(n_ff, n_ff), out, activation)
 
-    def _multiply(self, product: Product) -> None:
+    def _multiply(self, product: Product, after: After | None = None) -> None:
         part, forms = product.part, self._want(product.x, product.part.panel)
         self._raw_shape = [max(pair) for pair in zip(self._raw_shape, (len(product.x.memory), part.n_out), strict=True)]
+        self._n_counts = max(self._n_counts, -(-product.n_out // BLOCK))
         self._n_scratch = max(self._n_scratch, min(SCRATCH, part.n_out * part.n_in))
 
         def launch(n: int) -> None:
             if n <= FEW:
-                product.few(n, forms.int8)
+                product.few(n, forms.int8, after)
             else:
                 product.many(n, forms.halves, self._scratch[0])
 
@@ -212,43 +221,12 @@ class GpuRecorder:
         *,
         sinks: Array | None = None,
     ) -> None:
-        step, k_rows, v_rows, n_head, n_head_kv = self.step, cache.k, cache.v, shape.n_head, shape.n_head_kv
         rope, angles = self._take_rope(q, k)
-        touches_q = n_head if rope or k_rows.rotates else 0
-        sizes = shape.head_dim, k_rows.width
-        n_rep, types = n_head // n_head_kv, (k_rows.form.name, v_rows.form.name)
-        span = SPAN if k_rows.width <= 128 else SPAN // 2
-        forms = self._written(out, ("int8",) if shape.head_dim == k_rows.width else ())
-
-        def split(n: int) -> int:
-            """Parts of the positions, so that a few tokens keep a whole GPU busy."""
-            most = min(_MOST_PARTS, -(-cache.n_ctx // span), self.tuning.programs // (n * n_head_kv))
-            return 1 << (max(1, most).bit_length() - 1) if n <= FEW else 1
-
-        self._n_sums = max([self._n_sums, *(n * split(n) * n_head for n in (1, 2, 4, FEW, len(out.memory)))])
-        self._widest_head = max(self._widest_head, shape.head_dim)
-
-        def launch(n: int) -> None:
-            append[(n, touches_q + 2 * n_head_kv)](
-                q.data, q.stride, k.data, k.stride, v.data, v.stride, k_rows.qs, k_rows.d, v_rows.qs, v_rows.d,
-                k_rows.scales, v_rows.scales, step.seqs, step.positions, angles, rope.n_rot // 2 if rope else 0,
-                cache.n_ctx, touches_q, n_head_kv, rope.style if rope else None, *types, k_rows.rotates,
-                v_rows.rotates, *sizes,
-            )  # fmt: skip
-            sums, stats = self._sums
-            tokens, rep = (1, max(16, power_of_2(n_rep))) if n <= FEW else _tile(power_of_2(n_rep), k_rows.width, types)
-            n_part, q8 = split(n), forms.int8 if n <= FEW else None
-            attn.attend[(-(-n // tokens), n_head_kv, n_part)](
-                q.data, q.stride, k_rows.qs, k_rows.d, v_rows.qs, v_rows.d, step.seqs, step.positions, sums, stats,
-                cache.n_ctx, n_head_kv, n_rep, n, shape.scale, shape.window or 1 << 30, shape.softcap or None,
-                *types, *sizes, tokens, rep, span, num_stages=2, num_warps=4 if n <= FEW and k_rows.width <= 128 else 8,
-            )  # fmt: skip
-            attn.add_up[(n, n_head)](
-                sums, stats, sinks, out.data, out.stride, q8.xq if q8 else None, q8.xd if q8 else None,
-                q8.xs if q8 else None, n_part, v_rows.rotates, *sizes,
-            )  # fmt: skip
-
-        self._ops.append(launch)
+        self._written(q)
+        forms = self._written(out, ("int8",) if shape.head_dim == cache.k.width else ())
+        op = AttentionOp(q, k, v, cache, shape, out, sinks, rope, angles, self.tuning.programs)
+        self._n_sums, self._widest_head = max(self._n_sums, op.n_sums), max(self._widest_head, shape.head_dim)
+        self._ops.append(lambda n: op.launch(n, self.step, self._sums, forms.int8 if n <= FEW else None))
 
     def _take_rope(self, q: GpuBuffer, k: GpuBuffer) -> tuple[Any, Array | None]:
         """The rope op that was recorded last, if q and k are what it turns: attention does that too. And its table."""
@@ -314,6 +292,7 @@ class GpuRecorder:
     def finish(self, result: GpuBuffer) -> GpuProgram:
         raw = torch.zeros(*self._raw_shape, device=self.device)
         self._scratch.append(Scratch(torch.zeros(self._n_scratch, dtype=torch.float16, device=self.device), raw))
+        self._counts.append(torch.zeros(self._n_counts, dtype=torch.int32, device=self.device))
         self._sums += (
             torch.zeros(self._n_sums, self._widest_head, device=self.device),
             torch.zeros(self._n_sums, 2, device=self.device),

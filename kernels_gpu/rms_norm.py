@@ -7,6 +7,13 @@ from gguf_run.kernels_gpu.quantize import store_halves, store_int8
 
 
 @triton.jit
+def normed(value, weight, column, n, eps):  # type: ignore[no-untyped-def]
+    """A row of n values, 0 beyond, by its root mean square, times weight."""
+    mean = tl.sum(value * value, axis=0) / n
+    return value * (1.0 / tl.sqrt_rn(mean + eps)) * tl.load(weight + column, mask=column < n, other=0.0)
+
+
+@triton.jit
 def rms_norm(  # type: ignore[no-untyped-def]
     x, x_stride, weight, n, eps, out, out_stride, residual, residual_stride, xq, xd, xs, xh, xm, WIDTH: tl.constexpr
 ):
@@ -19,8 +26,7 @@ def rms_norm(  # type: ignore[no-untyped-def]
     column = tl.arange(0, WIDTH)
     mask = column < n
     value = tl.load(x + row * x_stride + part + column, mask=mask, other=0.0)
-    mean = tl.sum(value * value, axis=0) / n
-    value = value * (1.0 / tl.sqrt_rn(mean + eps)) * tl.load(weight + column, mask=mask, other=0.0)
+    value = normed(value, weight, column, n, eps)
     if residual is not None:
         value += tl.load(residual + row * residual_stride + part + column, mask=mask, other=0.0)
     tl.store(out + row * out_stride + part + column, value, mask=mask)

@@ -14,7 +14,7 @@ from numpy_backend import attend, rotate
 from test_kernels_cache import TWINS, hadamard
 
 from gguf_run.formats.errors import OptionError
-from gguf_run.kernels_gpu import recorder as gpu_recorder
+from gguf_run.kernels_gpu import attention_launch
 from gguf_run.kernels_gpu.cache import GpuCache, Rows
 from gguf_run.kernels_gpu.cache_types import CACHE_FORMATS
 from gguf_run.models.backend import Attention, CacheType, Rope, Run
@@ -116,7 +116,7 @@ class Case:
 @pytest.mark.parametrize(("k", "v"), PAIRS)
 def test_attention_over_what_is_stored(k: str, v: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One token, some and many, over several parts of the positions; the rows that are stored."""
-    monkeypatch.setattr(gpu_recorder, "SPAN", 16)
+    monkeypatch.setattr(attention_launch, "SPAN", 16)
     case = Case(CacheType(k, v, False), Attention(6, 2, 64, 0.2))
     case.check()
     for rows, values in ((case.cache.k, case.k), (case.cache.v, case.v)):

@@ -1,0 +1,86 @@
+"""How attention is launched: rope and append, parts of the positions, their sum."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor as Array
+
+from gguf_run.kernels_gpu.activations import Int8, power_of_2
+from gguf_run.kernels_gpu.attention import add_up, attend
+from gguf_run.kernels_gpu.attention_append import append
+from gguf_run.kernels_gpu.cache import SPAN, GpuCache
+from gguf_run.kernels_gpu.matmul import FEW
+from gguf_run.kernels_gpu.memory import GpuBuffer
+
+_MOST_PARTS = 64
+
+
+@dataclass(frozen=True)
+class AttentionOp:
+    """One layer's. shape, rope: of models.backend; rope, with its table angles: where q and k are yet to be turned.
+    programs: how many keep the GPU busy."""
+
+    q: GpuBuffer
+    k: GpuBuffer
+    v: GpuBuffer
+    cache: GpuCache
+    shape: Any
+    out: GpuBuffer
+    sinks: Array | None
+    rope: Any
+    angles: Array | None
+    programs: int
+
+    @property
+    def _span(self) -> int:
+        """Positions of a tile of keys or values."""
+        return SPAN if self.cache.k.width <= 128 and self._is_float else SPAN // 2
+
+    @property
+    def _is_float(self) -> bool:
+        """Elements need no decoding, which takes registers."""
+        return self.cache.k.form.bits == self.cache.v.form.bits == 16
+
+    def _n_part(self, n: int) -> int:
+        """Parts of the positions for n tokens, a power of two: so that a few tokens keep a whole GPU busy."""
+        if n > FEW:
+            return 1
+        most = min(_MOST_PARTS, -(-self.cache.n_ctx // self._span), self.programs // (n * self.shape.n_head_kv))
+        return 1 << (max(1, most).bit_length() - 1)
+
+    @property
+    def n_sums(self) -> int:
+        """Rows of memory that parts need."""
+        return max(n * self._n_part(n) for n in (1, 2, 4, FEW, len(self.out.memory))) * self.shape.n_head
+
+    def _tile(self, n: int) -> tuple[int, int]:
+        """Tokens and heads of a tile of queries. 64 rows are what Hopper's tensor cores want, but in registers that
+        leaves too little room for wide heads that must be decoded."""
+        rep = power_of_2(self.shape.n_head // self.shape.n_head_kv)
+        if n <= FEW:
+            return 1, max(16, rep)
+        return max(1, (64 if self.cache.k.width <= 128 or self._is_float else 32) // rep), rep
+
+    def launch(self, n: int, step: Any, sums: list[Array], q8: Int8 | None) -> None:
+        """step: program.StepInput. sums: memory for the parts' sums and what they are relative to. q8: gets the result
+        too."""
+        q, k, v, out, shape, rope = self.q, self.k, self.v, self.out, self.shape, self.rope
+        k_rows, v_rows, n_ctx = self.cache.k, self.cache.v, self.cache.n_ctx
+        n_head, n_head_kv = shape.n_head, shape.n_head_kv
+        n_changed = n_head if rope or k_rows.rotates else 0
+        types, sizes = (k_rows.form.name, v_rows.form.name), (shape.head_dim, k_rows.width)
+        append[(n, n_changed + 2 * n_head_kv)](
+            q.data, q.stride, k.data, k.stride, v.data, v.stride, k_rows.qs, k_rows.d, v_rows.qs, v_rows.d,
+            k_rows.scales, v_rows.scales, step.seqs, step.positions, self.angles, rope.n_rot // 2 if rope else 0,
+            n_ctx, n_changed, n_head_kv, rope.style if rope else None, *types, k_rows.rotates, v_rows.rotates, *sizes,
+        )  # fmt: skip
+        (tokens, rep), n_part = self._tile(n), self._n_part(n)
+        attend[(-(-n // tokens), n_head_kv, n_part)](
+            q.data, q.stride, k_rows.qs, k_rows.d, v_rows.qs, v_rows.d, step.seqs, step.positions, *sums, n_ctx,
+            n_head_kv, n_head // n_head_kv, n, shape.scale, shape.window or 1 << 30, shape.softcap or None, *types,
+            *sizes, tokens, rep, self._span, num_stages=2, num_warps=4 if n <= FEW and k_rows.width <= 128 else 8,
+        )  # fmt: skip
+        int8 = (q8.xq, q8.xd, q8.xs) if q8 else (None, None, None)
+        add_up[(n, n_head)](
+            *sums, self.sinks, out.data, out.stride, *int8, n_part, v_rows.rotates, *sizes,
+        )  # fmt: skip
