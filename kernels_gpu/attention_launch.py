@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor as Array
 
 from gguf_run.kernels_gpu.activations import Int8, power_of_2
@@ -13,6 +14,8 @@ from gguf_run.kernels_gpu.matmul import FEW
 from gguf_run.kernels_gpu.memory import GpuBuffer
 
 _MOST_PARTS = 64
+# Else NVIDIA's assembler spills to have three programs on a multiprocessor. AMD's has no such option.
+_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 
 
 @dataclass(frozen=True)
@@ -31,21 +34,11 @@ class AttentionOp:
     angles: Array | None
     programs: int
 
-    @property
-    def _span(self) -> int:
-        """Positions of a tile of keys or values."""
-        return SPAN if self.cache.k.width <= 128 and self._is_float else SPAN // 2
-
-    @property
-    def _is_float(self) -> bool:
-        """Elements need no decoding, which takes registers."""
-        return self.cache.k.form.bits == self.cache.v.form.bits == 16
-
     def _n_part(self, n: int) -> int:
         """Parts of the positions for n tokens, a power of two: so that a few tokens keep a whole GPU busy."""
         if n > FEW:
             return 1
-        most = min(_MOST_PARTS, -(-self.cache.n_ctx // self._span), self.programs // (n * self.shape.n_head_kv))
+        most = min(_MOST_PARTS, -(-self.cache.n_ctx // SPAN), self.programs // (n * self.shape.n_head_kv))
         return 1 << (max(1, most).bit_length() - 1)
 
     @property
@@ -53,13 +46,17 @@ class AttentionOp:
         """Rows of memory that parts need."""
         return max(n * self._n_part(n) for n in (1, 2, 4, FEW, len(self.out.memory))) * self.shape.n_head
 
-    def _tile(self, n: int) -> tuple[int, int]:
-        """Tokens and heads of a tile of queries. 64 rows are what Hopper's tensor cores want, but in registers that
-        leaves too little room for wide heads that must be decoded."""
-        rep = power_of_2(self.shape.n_head // self.shape.n_head_kv)
+    def _tile(self, n: int) -> dict[str, Any]:
+        """Tokens and heads of a tile of queries, positions of one of keys or values, and how it is launched: what fits
+        into registers (tests/gpu_compile.py). 64 queries are what Hopper's tensor cores want."""
+        forms = self.cache.k.form, self.cache.v.form
+        rep, narrow = power_of_2(self.shape.n_head // self.shape.n_head_kv), self.cache.k.width <= 128
         if n <= FEW:
-            return 1, max(16, rep)
-        return max(1, (64 if self.cache.k.width <= 128 or self._is_float else 32) // rep), rep
+            span = SPAN if narrow and all(form.bits > 4 for form in forms) else SPAN // 2
+            return {"TOKENS": 1, "REP": max(16, rep), "SPAN": span, "num_warps": 4 if narrow else 8} | _REGISTERS
+        n_row = 64 if narrow and all(form.bits > 4 and form.name != "bf16" for form in forms) else 32
+        span = SPAN if narrow and all(form.name == "f16" for form in forms) else SPAN // 2
+        return {"TOKENS": max(1, n_row // rep), "REP": rep, "SPAN": span, "num_warps": 8}
 
     def launch(self, n: int, step: Any, sums: list[Array], q8: Int8 | None) -> None:
         """step: program.StepInput. sums: memory for the parts' sums and what they are relative to. q8: gets the result
@@ -74,11 +71,11 @@ class AttentionOp:
             k_rows.scales, v_rows.scales, step.seqs, step.positions, self.angles, rope.n_rot // 2 if rope else 0,
             n_ctx, n_changed, n_head_kv, rope.style if rope else None, *types, k_rows.rotates, v_rows.rotates, *sizes,
         )  # fmt: skip
-        (tokens, rep), n_part = self._tile(n), self._n_part(n)
-        attend[(-(-n // tokens), n_head_kv, n_part)](
+        tile, n_part = self._tile(n), self._n_part(n)
+        attend[(-(-n // tile["TOKENS"]), n_head_kv, n_part)](
             q.data, q.stride, k_rows.qs, k_rows.d, v_rows.qs, v_rows.d, step.seqs, step.positions, *sums, n_ctx,
             n_head_kv, n_head // n_head_kv, n, shape.scale, shape.window or 1 << 30, shape.softcap or None, *types,
-            *sizes, tokens, rep, self._span, num_stages=2, num_warps=4 if n <= FEW and k_rows.width <= 128 else 8,
+            *sizes, **tile, num_stages=2,
         )  # fmt: skip
         int8 = (q8.xq, q8.xd, q8.xs) if q8 else (None, None, None)
         add_up[(n, n_head)](

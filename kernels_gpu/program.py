@@ -25,72 +25,98 @@ class StepInput:
 
     def __init__(self, n_batch: int, n_outputs: int, device: torch.device) -> None:
         n_batch, n_outputs = padded(n_batch), padded(n_outputs)
-        self._host = torch.zeros(3, n_batch, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._host_rows = torch.zeros(n_outputs, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._host = torch.zeros(3 * n_batch + n_outputs, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._device = self._host.to(device, copy=True)
-        self.ids, self.seqs, self.positions = self._device
-        self.rows = self._host_rows.to(device, copy=True)
+        self.ids, self.seqs, self.positions = self._device[: 3 * n_batch].view(3, -1)
+        self.rows = self._device[3 * n_batch :]
+        self._tokens, self._rows = np.split(self._host.numpy(), [3 * n_batch])
+        self._sent = torch.cuda.Event() if device.type == "cuda" else None
         self.n_tokens = self.n_out = 0
 
-    def set_tokens(self, ids: NDArray[np.int32], runs: Sequence[Any]) -> None:
-        """runs: models.backend.Run."""
-        tokens = self._host.numpy()
-        self.n_tokens = len(ids)
-        tokens[:] = 0
-        tokens[2] = -1
-        tokens[0, : len(ids)] = ids
-        at = 0
-        for seq, n_past, n_tokens in runs:
-            tokens[1, at : at + n_tokens] = seq
-            tokens[2, at : at + n_tokens] = np.arange(n_past, n_past + n_tokens)
-            at += n_tokens
-        self._device.copy_(self._host)  # waits: the host's memory is written again before the next step
-
-    def set_rows(self, rows: Sequence[int]) -> None:
+    def set(self, rows: Sequence[int], ids: NDArray[np.int32] | None = None, runs: Sequence[Any] = ()) -> None:
+        """runs: models.backend.Run; without ids, the tokens stay."""
+        if self._sent is not None:
+            self._sent.synchronize()  # what was sent last has been read
         self.n_out = len(rows)
-        self._host_rows.zero_()
-        self._host_rows.numpy()[: len(rows)] = rows
-        self.rows.copy_(self._host_rows)
+        self._rows[:] = 0
+        self._rows[: len(rows)] = rows
+        if ids is not None:
+            tokens = self._tokens.reshape(3, -1)
+            self.n_tokens = at = 0
+            tokens[:] = [[0], [0], [-1]]
+            tokens[0, : len(ids)] = ids
+            for seq, n_past, n_tokens in runs:
+                tokens[1, at : at + n_tokens] = seq
+                tokens[2, at : at + n_tokens] = np.arange(n_past, n_past + n_tokens)
+                at += n_tokens
+            self.n_tokens = len(ids)
+        self._device.copy_(self._host, non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()
+
+
+class Launches:
+    """Ops that follow each other. On a GPU, those for a few rows are captured as a graph, one for each bucket."""
+
+    def __init__(self, ops: Sequence[Callable[[int], None]], device: torch.device, capture: bool) -> None:
+        self._ops, self._graphs = list(ops), dict[int, torch.cuda.CUDAGraph]()
+        self._most = FEW if capture and device.type == "cuda" else 0
+
+    def run(self, n_row: int) -> None:
+        n = bucket(n_row)
+        if n in self._graphs:
+            self._graphs[n].replay()
+            return
+        for op in self._ops:
+            op(n)
+        if n <= self._most:  # that has compiled and loaded all kernels: now they are recorded, which runs nothing
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for op in self._ops:
+                    op(n)
+            self._graphs[n] = graph
+
+    def clear(self) -> None:
+        self._ops.clear()
+        self._graphs.clear()
 
 
 class GpuProgram:
     """models.backend.Program."""
 
     def __init__(
-        self,
-        step: StepInput,
-        before: Sequence[Callable[[int], None]],
-        after: Sequence[Callable[[int], None]],
-        result: GpuBuffer,
-        n_batch: int,
-        n_outputs: int,
+        self, step: StepInput, before: Launches, after: Launches, result: GpuBuffer, n_batch: int, n_outputs: int
     ) -> None:
         """before, after: ops before the choice of result rows, and from it on."""
         self.n_batch, self.n_outputs = n_batch, n_outputs
-        self._step, self._before, self._after, self._result = step, list(before), list(after), result
+        self._step, self._before, self._after, self._result = step, before, after, result
+        self._device = result.memory.device
+        self._host = torch.zeros(padded(n_outputs), result.width, pin_memory=self._device.type == "cuda")
+        self._closed = False
 
     def run(self, ids: NDArray[np.int32], runs: Sequence[Any], rows: Sequence[int]) -> NDArray[np.float32]:
-        if not self._before:  # its memory is gone
+        if self._closed:  # its memory is gone
             raise ValueError("the program is closed")
-        self._step.set_tokens(ids, runs)
-        self._step.set_rows(rows)
-        self._launch(self._before, len(ids))
-        return self._results(len(rows))
+        with current(self._device):
+            self._step.set(rows, ids, runs)
+            self._before.run(len(ids))
+            return self._results(len(rows))
 
     def more(self, rows: Sequence[int]) -> NDArray[np.float32]:
-        self._step.set_rows(rows)
-        return self._results(len(rows))
+        with current(self._device):
+            self._step.set(rows)
+            return self._results(len(rows))
 
     def _results(self, n_row: int) -> NDArray[np.float32]:
+        host = self._host[:n_row]
         if n_row:
-            self._launch(self._after, n_row)
-        return self._result.data[:n_row].cpu().numpy()
-
-    def _launch(self, ops: Sequence[Callable[[int], None]], n_row: int) -> None:
-        with current(self._result.memory.device):
-            for op in ops:
-                op(bucket(n_row))
+            self._after.run(n_row)
+            host.copy_(self._result.data[:n_row], non_blocking=True)
+            if self._device.type == "cuda":
+                torch.cuda.current_stream().synchronize()
+        return host.numpy()
 
     def close(self) -> None:
+        self._closed = True
         self._before.clear()
         self._after.clear()

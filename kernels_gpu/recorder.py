@@ -22,7 +22,7 @@ from gguf_run.kernels_gpu.layer_norm import layer_norm
 from gguf_run.kernels_gpu.matmul import FEW, SCRATCH, After, Norm, Product, Scratch, Tuning
 from gguf_run.kernels_gpu.memory import GpuBuffer, GpuWeight, WeightPart, padded
 from gguf_run.kernels_gpu.panels import IntPanel, Panel
-from gguf_run.kernels_gpu.program import GpuProgram, StepInput
+from gguf_run.kernels_gpu.program import GpuProgram, Launches, StepInput
 from gguf_run.kernels_gpu.quantize import BLOCK
 from gguf_run.kernels_gpu.rms_norm import rms_norm
 
@@ -61,6 +61,7 @@ class GpuRecorder:
         self._last_rope: tuple[Callable[[int], None], GpuBuffer, Any] | None = None
         self._last_product: tuple[Callable[[int], None], GpuBuffer, After] | None = None
         self._counts: list[Array] = []
+        self._observes = False
         self._n_sums = self._widest_head = self._n_counts = 0
         self._sums: list[Array] = []
         self._scratch: list[Scratch] = []
@@ -268,6 +269,7 @@ class GpuRecorder:
         raise UnsupportedError("experts do not run on a GPU in this version: use --device cpu")
 
     def observe(self, x: GpuBuffer) -> GpuSquares:
+        self._observes = True  # each step counts rows on the host
         squares, step, n = GpuSquares(x.width, self.device), self.step, x.width
 
         def launch(_: int) -> None:
@@ -298,4 +300,7 @@ class GpuRecorder:
             torch.zeros(self._n_sums, 2, device=self.device),
         )
         n_before = len(self._ops) if self._n_before is None else self._n_before
-        return GpuProgram(self.step, self._ops[:n_before], self._ops[n_before:], result, self.n_batch, self.n_outputs)
+        before, after = (
+            Launches(ops, self.device, not self._observes) for ops in (self._ops[:n_before], self._ops[n_before:])
+        )
+        return GpuProgram(self.step, before, after, result, self.n_batch, self.n_outputs)

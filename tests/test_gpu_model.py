@@ -1,5 +1,6 @@
 """Whole models on the GPU backend, in Triton's interpreter, against the CPU backend and NumPy."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +67,21 @@ def test_tiny_models(name: str, tmp_path: Path) -> None:
     if name == "llama":
         singles = [logits(decoder, IDS[11:], 1) for decoder in (one, other, exact)]
         assert distance(singles[0], singles[2]) < max(0.01, 1.5 * distance(singles[1], singles[2]))
+
+
+def test_launches_of_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token and one layer more: 7 launches."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launched: list[str] = []
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *_, **__: launched.append(self.fn.__name__))
+    write_tiny(tmp_path / "model.gguf", replace(LLAMA, n_layer=3, n_head=2, n_embd=64))
+    counts = []
+    for n_layer in (1, 2, 3):
+        launched.clear()
+        logits(open_decoder(tmp_path / "model.gguf", gpu(), n_layer), [5], 1)
+        counts.append(launched.copy())
+    assert [len(more) - len(few) for few, more in itertools.pairwise(counts)] == [7, 7], counts[-1]
 
 
 def test_two_layers_of_a_real_model(monkeypatch: pytest.MonkeyPatch) -> None:
