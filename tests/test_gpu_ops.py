@@ -1,5 +1,6 @@
 """The ops of the GPU backend in Triton's interpreter, against float64 NumPy: awkward shapes, few and many tokens."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -217,6 +218,56 @@ def test_what_rms_norm_makes_is_multiplied(type_name: str) -> None:
         few = n == 1 and type_name == "Q8_0"
         expected = sum((as_quantized(v) if few else v)[:n] @ w.T for v in (normed, changed))
         assert error(step.run(n), expected) < HALF
+
+
+def test_what_products_make_is_multiplied() -> None:
+    """A product's last program norms its rows, and makes int8 of a gated product's; twice, with other rows."""
+    rng = np.random.default_rng(12)
+    x, weight = rng.standard_normal((20, 96)).astype(np.float32), rng.standard_normal(96)
+    first, gate_up, down = (random_tensor("Q8_0", *size) for size in ((96, 96), (128, 96), (96, 64)))
+    halves = random_tensor("F16", 96, 96)
+    step = Step(gpu(), 20)
+    b, a, h, ff, out = step.input(x), step.input(x), *(step.rec.buffer(n) for n in (96, 64, 96))
+    step.rec.matmul(b, step.backend.weight([first]), a, residual=a)
+    step.rec.rms_norm(a, step.vector(weight), h, 0.01)
+    step.rec.matmul_gated(h, step.backend.weight([gate_up]), ff, "silu")
+    step.rec.matmul(ff, step.backend.weight([down]), out)
+    step.rec.matmul(h, step.backend.weight([halves]), out, residual=out)
+    step.finish(out)
+    w = [weights_of([tensor]) for tensor in (first, gate_up, down, halves)]
+    for n, first_id in ((1, 0), (3, 2), (1, 5), (20, 0)):
+        read = as_quantized if n < 20 else lambda values: values
+        rows = x[first_id : first_id + n]
+        sums = read(rows) @ w[0].T + rows
+        normed = sums / np.sqrt((sums**2).mean(1, keepdims=True) + 0.01) * weight.astype(np.float32)
+        both = read(normed) @ w[1].T
+        made = read(ACTIVATIONS["silu"](both[:, :64]) * both[:, 64:])
+        assert error(step.run(n, 0, first_id), made @ w[2].T + normed @ w[3].T) < HALF, n
+
+
+def test_graphs_are_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from gguf_run.kernels_gpu.program import Launches
+
+    calls: list[Any] = []
+
+    class Graph:
+        def replay(self) -> None:
+            calls.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext(calls.append("capture")))
+    for device, capture, expected in (
+        ("cuda", True, [4, "capture", 4, "replay", 9, 9]),
+        ("cuda", False, [4, 4, 9, 9]),
+        ("cpu", True, [4, 4, 9, 9]),
+    ):
+        calls.clear()
+        launches = Launches([calls.append], torch.device(device), capture)
+        for n in (3, 4, 9, 9):
+            launches.run(n)
+        assert calls == expected
 
 
 @pytest.mark.parametrize("style", ["norm", "neox"])
