@@ -119,12 +119,15 @@ def ops() -> None:
     backend = GpuBackend(CPU)
     recorder = backend.recorder(64, 64)
     shape = Attention(n_head=8, n_head_kv=2, head_dim=128, scale=0.1)
-    x, y, qkv = recorder.buffer(1024), recorder.buffer(1024), recorder.buffer(1536)
+    x, y, qkv, ff = (recorder.buffer(n) for n in (1024, 1024, 1536, 512))
     q, k, v = qkv.columns(0, 1024), qkv.columns(1024, 256), qkv.columns(1280, 256)
     weight = GpuWeight(1024, (empty(PANELS["Q8_0"], 1024, 1024, CPU),))
     recorder.embed(empty(PANELS["Q4_K"], 1024, 99, CPU), x)
     recorder.rms_norm(x, torch.ones(1024), y, 1e-5)
     recorder.matmul(y, weight, x, residual=x)
+    recorder.rms_norm(x, torch.ones(1024), y, 1e-5)  # by the product's last program, as ff's int8 blocks
+    recorder.matmul_gated(y, weight, ff, "silu")
+    recorder.matmul(ff, GpuWeight(512, (empty(PANELS["Q8_0"], 512, 1024, CPU),)), x)
     recorder.rms_norm(q, torch.ones(128), q, 1e-5, n_group=8)
     for style in ("norm", "neox"):
         recorder.rope(qkv.columns(0, 1280), Rope(style, 128, np.ones(64)), 128)
