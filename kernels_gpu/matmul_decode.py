@@ -172,15 +172,15 @@ def matmul_decode(  # type: ignore[no-untyped-def]
             block = first // 32
             if _is_last(counts + block, 32 // PAIRS):
                 column = block * 32 + tl.arange(0, 32)
-                for m in tl.static_range(M):
-                    value = tl.load(out + m * out_stride + column, cache_modifier=".cg")
-                    store_int8(value, block * 32, oq, od, os, m, n_out, 32)
+                for row in range(M):
+                    made = tl.load(out + row * out_stride + column, cache_modifier=".cg")
+                    store_int8(made, block * 32, oq, od, os, row, n_out, 32)
     elif norm is not None:
         column = tl.arange(0, WIDTH)
         if _is_last(counts, tl.num_programs(0)):
-            for m in range(M):
-                value = tl.load(out + m * out_stride + column, mask=column < n_out, other=0.0, cache_modifier=".cg")
-                value = normed(value, norm, column, n_out, eps)
-                tl.store(norm_out + m * norm_stride + column, value, mask=column < n_out)
+            for row in range(M):
+                made = tl.load(out + row * out_stride + column, mask=column < n_out, other=0.0, cache_modifier=".cg")
+                made = normed(made, norm, column, n_out, eps)
+                tl.store(norm_out + row * norm_stride + column, made, mask=column < n_out)
                 if oq is not None:
-                    store_int8(value, 0, oq, od, os, m, n_out, WIDTH)
+                    store_int8(made, 0, oq, od, os, row, n_out, WIDTH)
