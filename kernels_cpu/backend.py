@@ -19,7 +19,7 @@ from gguf_run.kernels_cpu import isa
 from gguf_run.kernels_cpu.cache import CpuCache, new_cache, rows_stored
 from gguf_run.kernels_cpu.cache_rows import CacheRows
 from gguf_run.kernels_cpu.cache_types import CACHE_FORMATS
-from gguf_run.kernels_cpu.memory import Arena, CpuTable, CpuWeight, WeightPart
+from gguf_run.kernels_cpu.memory import Arena, CpuBuffer, CpuTable, CpuWeight, WeightPart
 from gguf_run.kernels_cpu.moe import EXPERT_ROWS, CpuExperts, ExpertMatrix
 from gguf_run.kernels_cpu.op import Op
 from gguf_run.kernels_cpu.panels import ROWS, Panel, panel_for
@@ -130,6 +130,12 @@ class CpuBackend:
         """Until at most n_jobs pieces of weights are yet to be repacked."""
         while len(self._repacking) > n_jobs:
             self._repacking.popleft().result()
+
+    def to_host(self, buffer: CpuBuffer, n_tokens: int) -> NDArray[np.float32]:
+        return buffer.memory[:n_tokens, buffer.start : buffer.start + buffer.width]
+
+    def from_host(self, rows: NDArray[np.float32], buffer: CpuBuffer) -> None:
+        self.to_host(buffer, len(rows))[:] = rows
 
     def nbytes(self) -> dict[str, int]:
         return dict(self._bytes)

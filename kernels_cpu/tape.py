@@ -127,4 +127,5 @@ class Tape:
                 arguments[name] = shared[name]
         tape = np.array([(op.compiled.address, arguments.ctypes.data) for op, arguments in self.ops], np.int64)
         keep = [self.keep, [arguments for _, arguments in self.ops], self.q8, scratch, parts]
-        return CpuProgram(self._team, tape, self._body, self.table, result, keep)
+        body = self._body if self.is_after else len(tape)
+        return CpuProgram(self._team, tape, body, self.table, result, keep)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor as Array
 
 from gguf_run.formats.dequantizer import dequantize
@@ -15,7 +16,7 @@ from gguf_run.kernels_gpu.cache import GpuCache, new_rows, rows_stored
 from gguf_run.kernels_gpu.cache_types import CACHE_FORMATS, CacheFormat
 from gguf_run.kernels_gpu.device import capability, current
 from gguf_run.kernels_gpu.matmul import DEFAULT, TUNINGS
-from gguf_run.kernels_gpu.memory import GpuWeight, WeightPart
+from gguf_run.kernels_gpu.memory import GpuBuffer, GpuWeight, WeightPart
 from gguf_run.kernels_gpu.recorder import GpuRecorder
 from gguf_run.kernels_gpu.repack import Uploader
 
@@ -78,6 +79,13 @@ class GpuBackend:
 
     def recorder(self, n_batch: int, n_outputs: int) -> GpuRecorder:
         return GpuRecorder(self.device, self._tuning, n_batch, n_outputs)
+
+    def to_host(self, buffer: GpuBuffer, n_tokens: int) -> NDArray[np.float32]:
+        rows: NDArray[np.float32] = buffer.data[:n_tokens].cpu().numpy()
+        return rows
+
+    def from_host(self, rows: NDArray[np.float32], buffer: GpuBuffer) -> None:
+        buffer.data[: len(rows)].copy_(torch.from_numpy(rows))
 
     def close(self) -> None:
         """Forget the weights: the device gets its memory back when nothing else holds them."""

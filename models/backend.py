@@ -217,7 +217,8 @@ class Recorder(Protocol):
         ...
 
     def finish(self, result: Any, /) -> "Program":
-        """End recording; `result` is what Program.result shows."""
+        """End recording; `result` is what Program.run returns rows of. A program without `outputs` has no result rows:
+        what it leaves in its buffers is read with Backend.to_host."""
         ...
 
 
@@ -283,6 +284,14 @@ class Backend(Protocol):
 
     def recorder(self, n_batch: int, n_outputs: int) -> Recorder:
         """Start a program for up to n_batch tokens and n_outputs result rows at a time."""
+        ...
+
+    def to_host(self, buffer: Any, n_tokens: int, /) -> NDArray[np.float32]:
+        """The first rows of a buffer, valid until the next run: how the hidden state leaves a device."""
+        ...
+
+    def from_host(self, rows: NDArray[np.float32], buffer: Any, /) -> None:
+        """Write the first rows of a buffer, before its program runs."""
         ...
 
     def nbytes(self) -> dict[str, int]:

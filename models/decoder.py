@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.errors import GgufRunError, UnsupportedError
+from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.reader import Tensor
-from gguf_run.models.backend import Backend, CacheType, Program
+from gguf_run.models.backend import Backend, Buffer, CacheType, Program
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer, KvCache
 from gguf_run.models.layer import Loader, Observed, Step
@@ -18,18 +18,19 @@ from gguf_run.models.layer import Loader, Observed, Step
 
 @dataclass(frozen=True)
 class _Stage:
-    """Consecutive layers on one backend: one program."""
+    """A part of the model that runs on one backend, as one program. x: its tokens' hidden state, f32[n_batch, n_embd],
+    which comes from the stage before and goes on to the next."""
 
     backend: Backend
-    layers: range
+    program: Program
+    x: Buffer
 
 
-def _stages(backends: Sequence[Backend]) -> list[_Stage]:
-    stages = []
-    for _, group in itertools.groupby(range(len(backends)), key=lambda il: id(backends[il])):
-        layers = list(group)
-        stages.append(_Stage(backends[layers[0]], range(layers[0], layers[-1] + 1)))
-    return stages
+def _parts(backends: Sequence[Backend], embedding: Backend) -> list[tuple[Backend, list[int]]]:
+    """The stages' backends and layers. The first, which looks up the embeddings, may have no layer."""
+    runs = [[*run] for _, run in itertools.groupby(range(len(backends)), key=lambda il: id(backends[il]))]
+    parts = [(backends[run[0]], run) for run in runs]
+    return parts if embedding is backends[0] else [(embedding, []), *parts]
 
 
 class Decoder:
@@ -47,15 +48,18 @@ class Decoder:
         cache_types: Sequence[CacheType] | None = None,
         progress: Callable[[int], None] | None = None,
         observe: bool = False,
+        embedding: Backend | None = None,
     ) -> None:
         """Load the weights and record the step.
 
-        config: made from the same tensors, which it has checked. backends: one for each layer. n_ctx: positions in the
-        KV caches, for each sequence. n_batch: tokens that run at once. n_outputs: rows of logits that are held at once.
+        config: made from the same tensors, which it has checked. backends: one for each layer; the last
+        layer's has the output matrix too. embedding: which looks up the embeddings; None: the first layer's. Where the
+        backend changes from layer to layer, the hidden state crosses over. n_ctx: positions in the KV caches, for each
+        sequence. n_batch: tokens that run at once. n_outputs: rows of logits that are held at once.
         Both are at least n_seq, so that all sequences fit into one step. cache_types: of each layer; None: the
         backends' own. progress: called with the number of bytes of each tensor that is loaded. observe: fill
         `observed`, the inputs of all matmuls: those of the layers see every token, that of the output matrix the tokens
-        whose logits are asked for. Raises UnsupportedError if the layers are not all on one backend.
+        whose logits are asked for.
         """
         if n_ctx < 1 or n_batch < 1 or n_outputs < 1 or n_seq < 1:
             raise GgufRunError(
@@ -63,11 +67,8 @@ class Decoder:
             )
         if len(backends) != config.n_layer:
             raise ValueError(f"{len(backends)} backends for {config.n_layer} layers")
-        stages = _stages(backends)
-        if len(stages) > 1:
-            names = ", ".join(f"{stage.backend.name} {len(stage.layers)}" for stage in stages)
-            raise UnsupportedError(f"layers on more than one device ({names}): this version runs all on one")
-        self._backends = {id(backend): backend for backend in backends}
+        embedding = embedding or backends[0]
+        self._backends = {id(backend): backend for backend in (embedding, *backends)}
         self.config = config
         self.n_ctx = n_ctx
         self.observed: list[Observed] | None = [] if observe else None
@@ -82,35 +83,54 @@ class Decoder:
             layers.append(CacheLayer(cache, shape.window, ropes[il]))
         self.cache = KvCache(layers, n_ctx, n_seq)
         n_outputs = max(min(n_outputs, n_batch), n_seq)
-        self._program = self._record(stages[0], layers, load, n_batch, n_outputs)
+        self._stages: list[_Stage] = []
+        for backend, part in _parts(backends, embedding):
+            self._stages.append(self._record(backend, part, layers, load, n_batch, n_outputs))
 
     def _record(
-        self, stage: _Stage, caches: Sequence[CacheLayer], load: Loader, n_batch: int, n_outputs: int
-    ) -> Program:
-        """Load one stage and record its program: embed before the first layer, logits after the last."""
-        config, backend = self.config, stage.backend
-        layers = [load.layer(backend, config, il, caches[il].rope, caches[il].cache) for il in stage.layers]
-        output_norm = load.norm(backend, "output_norm")
+        self,
+        backend: Backend,
+        part: list[int],
+        caches: Sequence[CacheLayer],
+        load: Loader,
+        n_batch: int,
+        n_outputs: int,
+    ) -> _Stage:
+        """Load layers and record their program: embed before the first, logits after the last of all."""
+        config, first = self.config, not self._stages
+        last = config.n_layer - 1 in part
+        layers = [load.layer(backend, config, il, caches[il].rope, caches[il].cache) for il in part]
         # A model without an output matrix uses the embeddings; their table reads rows from the file when they are
         # needed, so that its pages can be released after the matrix is made.
         embd = load.tensors["token_embd.weight"]
-        name = "output" if "output.weight" in load.tensors else "token_embd"
-        output = load.matrix(backend, name, bias=["output"])
-        if "output.weight" in load.tensors:
+        tied = "output.weight" not in load.tensors
+        if last:
+            output_norm = load.norm(backend, "output_norm")
+            output = load.matrix(backend, "token_embd" if tied else "output", bias=["output"])
+        if first and not tied:
             load.progress(embd.nbytes)
 
         recorder = backend.recorder(n_batch, n_outputs)
         step = Step(recorder, config, self.observed)
-        recorder.embed(backend.table(embd), step.x, config.embd_scale)
-        for layer in layers:
+        x = result = step.x
+        if first:
+            recorder.embed(backend.table(embd), x, config.embd_scale)
+        for il, layer in zip(part, layers, strict=True):
             step.attention(layer)
-            if layer is layers[-1] and self.observed is None:
+            if il == config.n_layer - 1 and self.observed is None:
                 step.only_outputs()
             step.ffn(layer)
-        if self.observed is not None:
-            step.only_outputs()
-        assert output_norm is not None  # config has checked it
-        return recorder.finish(step.output(output_norm, output))
+        if last:
+            if self.observed is not None:
+                step.only_outputs()
+            assert output_norm is not None  # config has checked it
+            result = step.output(output_norm, output)
+        return _Stage(backend, recorder.finish(result), x)
+
+    @property
+    def _program(self) -> Program:
+        """That of the last stage, which makes the logits."""
+        return self._stages[-1].program
 
     @property
     def n_batch(self) -> int:
@@ -181,6 +201,9 @@ class Decoder:
 
     def _run(self, batch: NDArray[np.int32], counts: Mapping[int, int], rows: Sequence[int]) -> NDArray[np.float32]:
         runs = self.cache.begin(counts)
+        for stage, following in itertools.pairwise(self._stages):
+            stage.program.run(batch, runs, ())
+            following.backend.from_host(stage.backend.to_host(stage.x, len(batch)), following.x)
         logits = self._program.run(batch, runs, rows)
         self.cache.end(runs)
         return logits
@@ -197,5 +220,6 @@ class Decoder:
         return dict(held)
 
     def close(self) -> None:
-        """Free the program. The backends belong to the caller."""
-        self._program.close()
+        """Free the programs. The backends belong to the caller."""
+        for stage in self._stages:
+            stage.program.close()

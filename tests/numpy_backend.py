@@ -409,5 +409,11 @@ class NumpyBackend:
     def recorder(self, n_batch: int, n_outputs: int) -> NumpyRecorder:
         return NumpyRecorder(self.dtype, n_batch, n_outputs)
 
+    def to_host(self, buffer: NumpyBuffer, n_tokens: int) -> np.ndarray:
+        return buffer.data[:n_tokens]
+
+    def from_host(self, rows: np.ndarray, buffer: NumpyBuffer) -> None:
+        buffer.data[: len(rows)] = rows
+
     def nbytes(self) -> dict[str, int]:
         return dict(self._nbytes)

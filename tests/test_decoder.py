@@ -12,7 +12,7 @@ from numpy_backend import NumpyBackend, NumpyProgram, NumpyRecorder
 from plain_model import reference
 from tinymodel import ALL_BIASES, AWKWARD_LLAMA, QKV, TINY_GEMMA3, WIDE_LLAMA, Tiny, write_tiny
 
-from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
+from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.formats.reader import GGUFFile
 from gguf_run.formats.tensors import Tensor
 from gguf_run.models.architectures import ARCHITECTURES, Architecture
@@ -223,14 +223,6 @@ def test_wrong_use(build: Callable[..., Decoder]) -> None:
     for option in ({"n_ctx": 0}, {"n_batch": 0}, {"n_outputs": -1}):
         with pytest.raises(GgufRunError, match="must be at least 1"):
             build(Tiny(), **option)
-
-
-def test_layers_on_two_backends_are_refused(tmp_path: Path) -> None:
-    write_tiny(tmp_path / "tiny.gguf", Tiny())
-    file = GGUFFile.open(tmp_path / "tiny.gguf")
-    config = ModelConfig.from_metadata(file.metadata, file.tensors)
-    with pytest.raises(UnsupportedError, match=r"more than one device \(numpy 1, numpy 1\)"):
-        Decoder(config, file.tensors, [NumpyBackend(), NumpyBackend()], 64)
 
 
 @pytest.mark.parametrize("tied", [True, False])
