@@ -15,6 +15,7 @@ from gguf_run.formats.reader import Tensor
 from gguf_run.kernels_gpu.cache import GpuCache, new_rows, rows_stored
 from gguf_run.kernels_gpu.cache_types import CACHE_FORMATS, CacheFormat
 from gguf_run.kernels_gpu.device import capability, current
+from gguf_run.kernels_gpu.errors import gpu_errors
 from gguf_run.kernels_gpu.matmul import DEFAULT, TUNINGS
 from gguf_run.kernels_gpu.memory import GpuBuffer, GpuWeight, WeightPart
 from gguf_run.kernels_gpu.recorder import GpuRecorder
@@ -37,6 +38,10 @@ class GpuBackend:
         if self.device.type != "cuda":
             return f"Triton's interpreter on {self.device}"
         return f"GPU {self.device.index}, {torch.cuda.get_device_name(self.device)}"
+
+    def free_memory(self) -> int:
+        """Bytes that can still be taken; without a GPU, no limit."""
+        return int(torch.cuda.mem_get_info(self.device)[0]) if self.device.type == "cuda" else 1 << 60
 
     def _upload(self, tensors: list[Tensor]) -> WeightPart:
         """Tensors of one type as panels. One that is asked for again, as embeddings that are the output matrix too, is
@@ -80,10 +85,12 @@ class GpuBackend:
     def recorder(self, n_batch: int, n_outputs: int) -> GpuRecorder:
         return GpuRecorder(self.device, self._tuning, n_batch, n_outputs)
 
+    @gpu_errors()
     def to_host(self, buffer: GpuBuffer, n_tokens: int) -> NDArray[np.float32]:
         rows: NDArray[np.float32] = buffer.data[:n_tokens].cpu().numpy()
         return rows
 
+    @gpu_errors()
     def from_host(self, rows: NDArray[np.float32], buffer: GpuBuffer) -> None:
         buffer.data[: len(rows)].copy_(torch.from_numpy(rows))
 

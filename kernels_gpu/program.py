@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from gguf_run.kernels_gpu.device import current
+from gguf_run.kernels_gpu.errors import gpu_errors
 from gguf_run.kernels_gpu.matmul import FEW
 from gguf_run.kernels_gpu.memory import GpuBuffer, padded
 
@@ -94,6 +95,7 @@ class GpuProgram:
         self._host = torch.zeros(padded(n_outputs), result.width, pin_memory=self._device.type == "cuda")
         self._closed = False
 
+    @gpu_errors()
     def run(self, ids: NDArray[np.int32], runs: Sequence[Any], rows: Sequence[int]) -> NDArray[np.float32]:
         if self._closed:  # its memory is gone
             raise ValueError("the program is closed")
@@ -102,6 +104,7 @@ class GpuProgram:
             self._before.run(len(ids))
             return self._results(len(rows))
 
+    @gpu_errors()
     def more(self, rows: Sequence[int]) -> NDArray[np.float32]:
         with current(self._device):
             self._step.set(rows)

@@ -57,15 +57,22 @@ def check_type(option: str, name: str, head_dim: int) -> None:
         )
 
 
-def plan_bytes(config: ModelConfig, plan: Sequence[CacheType], n_ctx: int, n_batch: int, n_seq: int = 1) -> int:
-    """Bytes that the caches of all layers take: layers with a window store only their window and a batch."""
+def layer_bytes(
+    config: ModelConfig, plan: Sequence[CacheType], n_ctx: int, n_batch: int, n_seq: int = 1
+) -> tuple[int, ...]:
+    """Bytes that the cache of each layer takes: layers with a window store only their window and a batch."""
     n_batch = max(min(n_batch, n_ctx), n_seq)
-    total = 0
+    sizes = []
     for il, kind in enumerate(plan):
         shape = config.attention(il)
         rows = rows_stored(n_ctx, n_batch, shape.window)
-        total += n_seq * cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, rows)
-    return total
+        sizes.append(n_seq * cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, rows))
+    return tuple(sizes)
+
+
+def plan_bytes(config: ModelConfig, plan: Sequence[CacheType], n_ctx: int, n_batch: int, n_seq: int = 1) -> int:
+    """Bytes that the caches of all layers take."""
+    return sum(layer_bytes(config, plan, n_ctx, n_batch, n_seq))
 
 
 def describe_plan(plan: Sequence[CacheType]) -> str:

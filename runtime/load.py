@@ -7,11 +7,12 @@ from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from gguf_run.formats.errors import FormatError
+from gguf_run.formats.errors import FormatError, OptionError, UnsupportedError
 from gguf_run.formats.reader import GGUFFile
 from gguf_run.models.backend import CacheType
 
 if TYPE_CHECKING:
+    from gguf_run.runtime.placement import Device, Placement, Wanted
     from gguf_run.runtime.session_file import SessionHeader
     from gguf_run.runtime.tokenizer import Tokenizer
 
@@ -23,70 +24,99 @@ def load_parts(
     *,
     n_ctx: int | None,
     n_threads: int,
-    device: str,
+    wanted: "Wanted",
     n_batch: int,
     n_seq: int,
     cache: Mapping[str, Any],
     progress: Callable[[int, int], None] | None,
     observe: bool,
     quantize: str | None,
+    report: Callable[[str], None],
 ) -> dict[str, Any]:
     """What Model is made of; the file belongs to it. n_ctx: None for the model's own, at most DEFAULT_N_CTX. cache:
-    the options of plan_cache. The others are Model.load's."""
+    the options of plan_cache. report: gets lines on what runs where. The others are Model.load's."""
     from gguf_run.models.config import ModelConfig
     from gguf_run.runtime import compile_ahead
     from gguf_run.runtime.cache_plan import plan_cache
     from gguf_run.runtime.memory import MemoryPlan, available_memory
-    from gguf_run.runtime.placement import open_gpu, place_layers
+    from gguf_run.runtime.devices import gpu_errors, open_gpus
+    from gguf_run.runtime.placement import CPU, cpu_only, place, plan_lines
 
     config = ModelConfig.from_metadata(file.metadata, file.tensors)
     n_ctx = n_ctx or min(config.n_ctx_train, DEFAULT_N_CTX)
-    places = place_layers(config.n_layer, device)
     tensors = list(file.tensors.values())
-    plan = plan_cache(config, **cache)
-    gpu = open_gpu(places[0]) if places[0].kind == "cuda" else None
-    if gpu is None:
-        MemoryPlan(config, tensors, n_ctx, plan, n_batch, n_seq).check(available_memory())
+    kinds = plan_cache(config, **cache)
+    plan = MemoryPlan(config, tensors, n_ctx, kinds, n_batch, n_seq)
+    gpus = open_gpus(wanted, report)
+    free = {device: gpu.free_memory() for device, gpu in gpus.items()}
+    placement = place(plan, wanted, free)
+    if gpus and not placement.n_gpu and wanted.n_gpu is None:
+        report("all on the CPU: not even one layer fits into the free memory of the GPU")
+    elif gpus:
+        for line in plan_lines(plan, placement, free):
+            report(line)
+    if CPU in placement.layers:
+        plan.on_cpu(placement.n_gpu).check(available_memory())
     if n_ctx > config.n_ctx_train:
         warnings.warn(
             f"context of {n_ctx} tokens: the model was trained with {config.n_ctx_train}, beyond it answers get worse",
             stacklevel=3,
         )
     # What text needs is made beside the weights: they are repacked without the GIL.
-    compiling = nullcontext() if gpu else compile_ahead.helper(file.path, quantize, plan, n_threads)
+    compiling = (
+        compile_ahead.helper(file.path, quantize, kinds, n_threads) if CPU in placement.layers else nullcontext()
+    )
     with ThreadPoolExecutor(1) as pool, compiling:
         text = pool.submit(_load_text, file)
 
         from gguf_run.kernels_cpu.backend import CpuBackend
         from gguf_run.models.decoder import Decoder
 
-        backend = gpu or CpuBackend(n_threads)
-        try:
-            report = _reporter(progress, sum(tensor.nbytes for tensor in tensors))
-            backends = [backend for _ in places]
-            decoder = Decoder(
+        backends: dict[Device, Any] = dict(gpus)
+
+        def load(placement: "Placement") -> Decoder:
+            if CPU in placement.devices:
+                backends[CPU] = CpuBackend(n_threads)
+            return Decoder(
                 config,
                 file.tensors,
-                backends,
+                [backends[device] for device in placement.layers],
                 n_ctx,
                 n_batch,
                 n_seq=n_seq,
-                cache_types=plan,
-                progress=report,
+                cache_types=kinds,
+                progress=_reporter(progress, sum(tensor.nbytes for tensor in tensors)),
                 observe=observe,
+                embedding=backends[placement.embedding],
             )
+
+        try:
+            try:
+                decoder = load(placement)
+            except (UnsupportedError, OptionError) as error:  # what the GPU backend lacks
+                if wanted.insists or not placement.n_gpu:
+                    raise
+                report(f"all on the CPU: {error}")
+                if CPU in backends:
+                    backends[CPU].close()
+                placement = cpu_only(config.n_layer)
+                decoder = load(placement)
             tokenizer, template, tool_template = text.result()
             return {
                 "decoder": decoder,
                 "tokenizer": tokenizer,
                 "chat_template": template,
                 "tool_template": tool_template,
-                "where": f"{config.n_layer} layers on {backend.name}",
-                "identity": partial(_identity, file, plan),
-                "close": [backend.close, file.close],
+                "where": ", ".join(
+                    f"{placement.layers.count(device)} layers on {backends[device].name}"
+                    for device in dict.fromkeys(placement.layers)
+                ),
+                "identity": partial(_identity, file, kinds, placement.n_gpu),
+                "close": [*(backend.close for backend in backends.values()), file.close],
             }
         except BaseException:
-            backend.close()
+            for backend in backends.values():
+                backend.close()
             raise
 
 
@@ -98,11 +128,13 @@ def chat_template(metadata: Mapping[str, Any], key: str = "tokenizer.chat_templa
     return template or None
 
 
-def _identity(file: GGUFFile, plan: Sequence[CacheType]) -> "SessionHeader":
+def _identity(file: GGUFFile, plan: Sequence[CacheType], n_gpu: int) -> "SessionHeader":
     from gguf_run.runtime.cache_plan import describe_plan
     from gguf_run.runtime.session_file import SessionHeader, hash_model
 
-    return SessionHeader(hash_model(file), file.path.name, describe_plan(plan), ids=())
+    # The bytes of a cache are laid out as its device likes.
+    cache = describe_plan(plan) + (f", the last {n_gpu} layers' on a GPU" if n_gpu else "")
+    return SessionHeader(hash_model(file), file.path.name, cache, ids=())
 
 
 def _load_text(file: GGUFFile) -> "tuple[Tokenizer, str | None, str | None]":

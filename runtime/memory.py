@@ -1,20 +1,23 @@
 """Memory that a model will need, and the memory there is: a model that cannot fit is refused before it is loaded."""
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.reader import Tensor
 from gguf_run.kernels_cpu.cache_types import CACHE_FORMATS
-from gguf_run.kernels_cpu.panels import matrix_bytes
+from gguf_run.kernels_cpu.panels import matrix_bytes as cpu_matrix_bytes
+from gguf_run.kernels_gpu.panels import matrix_bytes as gpu_matrix_bytes
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime import cgroup
-from gguf_run.runtime.cache_plan import describe_plan, plan_bytes
+from gguf_run.runtime.cache_plan import describe_plan, layer_bytes
 from gguf_run.runtime.text_table import size_text
 
+N_OUTPUTS = 64  # rows of logits that are held at once
 _CTX_STEP = 256  # to which the context that would fit is rounded down
 _ADVISED = ("q8_0", "int8", "q4_0")  # smaller types to advise, best first
 
@@ -33,8 +36,28 @@ class MemoryNeed:
 
 
 @dataclass(frozen=True)
+class WeightSizes:
+    """Bytes of weights on one kind of device. output: with its norm; tied: its matrix is that of the embeddings."""
+
+    layers: tuple[int, ...]
+    embedding: int
+    output: int
+    tied: bool
+
+
+@dataclass(frozen=True)
+class GpuSizes:
+    """Bytes on GPUs. caches: of each layer. buffers: of each GPU."""
+
+    weights: WeightSizes
+    caches: tuple[int, ...]
+    buffers: int
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
-    """What is to be loaded: n_ctx positions of n_seq sequences, a cache type for each layer, n_batch tokens at once."""
+    """What is to be loaded: n_ctx positions of n_seq sequences, a cache type for each layer, n_batch tokens at once.
+    n_gpu: so many of the last layers, and with them the output, are not in the CPU's memory."""
 
     config: ModelConfig
     tensors: Sequence[Tensor]
@@ -42,23 +65,63 @@ class MemoryPlan:
     cache: Sequence[CacheType]
     n_batch: int = 512
     n_seq: int = 1
+    n_gpu: int = 0
 
     def needed(self) -> MemoryNeed:
         """What it takes, in bytes: the weights and the cache exactly, the rest about."""
-        config, n_outputs = self.config, 64
-        widths = 3 * config.n_embd + 2 * config.n_embd_q + 2 * config.n_embd_kv + 2 * config.n_ff
-        widths += config.moe.n_used * config.n_ff_exp
+        weights = self.weights(cpu_matrix_bytes)
+        output = weights.output + (0 if weights.tied else weights.embedding)
+        n_outputs = 0 if self.n_gpu else N_OUTPUTS
         return MemoryNeed(
-            weights=sum(
-                matrix_bytes(tensor.type.name, tensor.ne[0], tensor.n_rows) if len(tensor.ne) > 1 else tensor.nbytes
-                for tensor in self.tensors
-            ),
+            weights=sum(weights.layers[: self._n_cpu]) + (0 if self.n_gpu else output),
             cache=self.cache_bytes(),
-            buffers=4 * (min(self.n_batch, self.n_ctx) * widths + n_outputs * config.n_vocab),
+            buffers=4 * (self.n_rows * self._widths() + n_outputs * self.config.n_vocab),
         )
 
+    @property
+    def _n_cpu(self) -> int:
+        return self.config.n_layer - self.n_gpu
+
+    @property
+    def n_rows(self) -> int:
+        """Tokens of a step, at most."""
+        return max(min(self.n_batch, self.n_ctx), self.n_seq)
+
+    def _widths(self) -> int:
+        config = self.config
+        widths = 3 * config.n_embd + 2 * config.n_embd_q + 2 * config.n_embd_kv + 2 * config.n_ff
+        return widths + config.moe.n_used * config.n_ff_exp
+
+    def weights(self, matrix_bytes: Callable[[str, int, int], int]) -> WeightSizes:
+        """matrix_bytes: a backend's, of a tensor type, a row's length and the number of rows."""
+        layers = [0] * self.config.n_layer
+        others: Counter[str] = Counter()
+        for tensor in self.tensors:
+            size = matrix_bytes(tensor.type.name, tensor.ne[0], tensor.n_rows) if len(tensor.ne) > 1 else tensor.nbytes
+            block = re.match(r"blk\.(\d+)\.", tensor.name)
+            if block is None:
+                others["embedding" if tensor.name == "token_embd.weight" else tensor.name] += size
+            elif int(block[1]) < len(layers):
+                layers[int(block[1])] += size
+        embedding, tied = others.pop("embedding"), "output.weight" not in others
+        return WeightSizes(tuple(layers), embedding, others.total() + (embedding if tied else 0), tied)
+
+    def gpu_sizes(self) -> GpuSizes:
+        """Weights in the GPU's panels, and the caches, exactly; the buffers of one GPU about, but not less."""
+        config, n_rows = self.config, -(-self.n_rows // 32) * 32
+        matrices = [tensor for tensor in self.tensors if len(tensor.ne) > 1]
+        widest = max((2 if "ffn_" in tensor.name else 1) * tensor.ne[1] for tensor in matrices)
+        scratch = 2 * min(1 << 26, max(tensor.ne[0] * tensor.ne[1] for tensor in matrices))
+        numbers = n_rows * (2 * self._widths() + widest) + N_OUTPUTS * (config.n_vocab + self._widths())
+        caches = layer_bytes(config, self.cache, self.n_ctx, self.n_batch, self.n_seq)
+        return GpuSizes(self.weights(gpu_matrix_bytes), caches, 4 * numbers + scratch)
+
     def cache_bytes(self) -> int:
-        return plan_bytes(self.config, self.cache, self.n_ctx, self.n_batch, self.n_seq)
+        return sum(layer_bytes(self.config, self.cache, self.n_ctx, self.n_batch, self.n_seq)[: self._n_cpu])
+
+    def on_cpu(self, n_gpu: int) -> "MemoryPlan":
+        """The same with so many layers on GPUs: what is left for the CPU."""
+        return replace(self, n_gpu=n_gpu)
 
     def with_type(self, name: str) -> "MemoryPlan":
         """The same with another type for K and V of all layers."""
@@ -75,20 +138,22 @@ class MemoryPlan:
             )
 
     def _advice(self, available: int) -> str:
-        fits = []
-        low, high = 0, self.n_ctx // _CTX_STEP + 1  # in steps: low fits, high does not
-        while high - low > 1:
-            middle = (low + high) // 2
-            fit = replace(self, n_ctx=middle * _CTX_STEP).needed().total <= available
-            low, high = (middle, high) if fit else (low, middle)
-        if low:
-            fits.append(f"--ctx-size {low * _CTX_STEP}")
+        n_ctx = self.largest_context(lambda plan: plan.needed().total <= available)
+        fits = [f"--ctx-size {n_ctx}"] if n_ctx else []
         for name in _ADVISED:
             need = self.with_type(name).needed()
             if self.allows(name) and need.total <= available and need.cache < self.cache_bytes():
                 fits.append(f"--cache-type {name}")
                 break
         return f"{' or '.join(fits)} would fit" if fits else "choose a smaller context (--ctx-size) or a smaller model"
+
+    def largest_context(self, fits: Callable[["MemoryPlan"], bool]) -> int:
+        """The largest context up to n_ctx, in steps of _CTX_STEP, with which the plan fits; 0: none."""
+        low, high = 0, self.n_ctx // _CTX_STEP + 1  # in steps: low fits, high does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(replace(self, n_ctx=middle * _CTX_STEP)) else (low, middle)
+        return low * _CTX_STEP
 
     def allows(self, name: str) -> bool:
         """Do the model's heads allow this cache type?"""

@@ -101,6 +101,8 @@ class Model:
         n_ctx: int | None = None,
         n_threads: int | None = None,
         device: str = "auto",
+        gpu_layers: str | int | None = None,
+        tensor_split: str | None = None,
         n_batch: int = 512,
         n_seq: int = 1,
         cache_type: str | tuple[str, str] | list[CacheType] | None = None,
@@ -109,12 +111,16 @@ class Model:
         progress: Callable[[int, int], None] | None = None,
         observe: bool = False,
         quantize: str | None = None,
+        report: Callable[[str], None] | None = None,
     ) -> "Model":
         """Load a model.
 
         path: a GGUF file, the folder of a Hugging Face checkpoint, `hf:owner/repo/file.gguf`, `hf:owner/repo`, or None
         for the default model. n_ctx: positions of the KV cache (the model's own, at most 4096, if None). n_threads:
-        physical cores if None. device: "cpu", "cuda", "cuda:N", "auto". n_batch: tokens of a prompt that run at once.
+        physical cores if None. device: "cpu", "cuda", "cuda:N", several of these with commas, or "auto": a GPU if there
+        is one. gpu_layers: how many of the last layers it gets, "all", or "auto": as many as fit. tensor_split: parts
+        of these for each of several GPUs, as "3,1"; None: by their free memory. report: called with lines on what runs
+        where, before it is loaded, if a GPU is used or cannot be. n_batch: tokens of a prompt that run at once.
         n_seq: sequences that the KV cache has room for, of n_ctx positions each: as many prompts as generate_batch can
         take. progress: called with bytes loaded and bytes in all. observe: see Decoder. quantize: a file type such as
         "Q4_K_M", in which the weights are put while they are read.
@@ -134,12 +140,12 @@ class Model:
         from gguf_run.runtime.fetch import find_model
         from gguf_run.runtime.load import load_parts
         from gguf_run.runtime.open_model import open_model
-        from gguf_run.runtime.placement import parse_device
+        from gguf_run.runtime.placement import parse_wanted
         from gguf_run.runtime.threads import default_threads
 
         _check_range("n_threads (--threads)", n_threads, 1, MAX_THREADS)
         n_threads = n_threads or min(default_threads(), MAX_THREADS)
-        parse_device(device)
+        wanted = parse_wanted(device, gpu_layers, tensor_split)
         before = time.perf_counter()
         found = find_model(os.fspath(path) if path is not None else None)
         start += time.perf_counter() - before  # a download is not part of the load time
@@ -150,13 +156,14 @@ class Model:
                 file,
                 n_ctx=n_ctx,
                 n_threads=n_threads,
-                device=device,
+                wanted=wanted,
                 n_batch=n_batch,
                 n_seq=n_seq,
                 cache=cache,
                 progress=progress,
                 observe=observe,
                 quantize=quantize,
+                report=report or (lambda line: None),
             )
             return cls(**parts, load_s=time.perf_counter() - start)
         except GgufRunError as error:

@@ -1,10 +1,21 @@
-"""Which device runs which layer: a pure function of the options, tested without any device."""
+"""Which device runs which part of a model: pure functions of options and sizes, tested without any device.
+
+The last N layers and the output run on GPUs, the embeddings and the first layers on the CPU. So the hidden state
+crosses over once, the output, the largest matrix, is on the faster device, and logits are made where the last layer
+is. Looking up embeddings is a copy of one row, for which no GPU is needed: they follow the first layer if there is
+room. Several GPUs have consecutive layers each.
+"""
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.runtime.memory import GpuSizes, MemoryPlan
+from gguf_run.runtime.text_table import size_text
+
+# Bytes of a GPU that stay free: for compiled kernels, captured graphs, libraries and what the allocator rounds up.
+MARGIN = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -18,28 +29,181 @@ class Device:
         return self.kind if self.kind == "cpu" else f"{self.kind}:{self.index}"
 
 
+CPU = Device("cpu")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The options: devices (none: a GPU if there is one), n_gpu layers on them (None: as many as fit, -1: all), split:
+    parts of the layers for each GPU (none: by free memory)."""
+
+    devices: tuple[Device, ...] = ()
+    n_gpu: int | None = None
+    split: tuple[float, ...] = ()
+
+    @property
+    def cpu_only(self) -> bool:
+        return self.devices == (CPU,) or self.n_gpu == 0
+
+    @property
+    def insists(self) -> bool:
+        """Whether going without a GPU is an error."""
+        return not self.cpu_only and (bool(self.devices) or self.n_gpu is not None)
+
+
 def parse_device(text: str) -> Device | None:
-    """Return the device that `--device` names, None for "auto". OptionError for anything else."""
+    """Return the device that one part of `--device` names, None for "auto". OptionError for anything else."""
     if text == "auto":
         return None
-    match = re.fullmatch(r"(cpu|cuda)(?::([0-9]{1,3}))?", text)
+    match = re.fullmatch(r"(cpu|cuda)(?::([0-9]{1,3}))?", text, re.ASCII)
     if match is None or (match[1] == "cpu" and match[2]):
-        raise OptionError(f"--device {text!r}: allowed are cpu, cuda, cuda:0, cuda:1, ... and auto")
+        raise OptionError(f"--device {text!r}: allowed are cpu, cuda, cuda:0, cuda:1, ..., cuda:0,cuda:1 and auto")
     return Device(match[1], int(match[2] or 0))
 
 
-def place_layers(n_layer: int, device: str) -> tuple[Device, ...]:
-    """Return the device of each layer for the option `device`."""
-    return (parse_device(device) or Device("cpu"),) * n_layer
+def parse_wanted(device: str = "auto", gpu_layers: str | int | None = None, tensor_split: str | None = None) -> Wanted:
+    """What --device, --gpu-layers and --tensor-split ask for; OptionError for what they cannot mean."""
+    names = device.split(",")
+    devices = tuple(found for name in names if (found := parse_device(name)))
+    if len(names) > 1 and (len({*devices}) < len(names) or CPU in devices):
+        raise OptionError(f"--device {device}: several devices must be different GPUs, such as cuda:0,cuda:1")
+    text = "auto" if gpu_layers is None else str(gpu_layers)
+    if not re.fullmatch("auto|all|[0-9]{1,9}", text, re.ASCII):
+        raise OptionError(f"--gpu-layers {text}: allowed are a number of layers from 0, all and auto")
+    n_gpu = {"auto": None, "all": -1}[text] if text in ("auto", "all") else int(text)
+    if devices == (CPU,) and n_gpu:
+        raise OptionError(f"--gpu-layers {text} with --device cpu: name a GPU, such as --device cuda")
+    split = _parse_split(tensor_split) if tensor_split else ()
+    if split and len(split) != max(len(devices), 1):
+        raise OptionError(f"--tensor-split {tensor_split} has {len(split)} parts, --device {device} {len(names)}")
+    return Wanted(devices, n_gpu, split)
 
 
-def open_gpu(device: Device) -> Any:
-    """A kernels_gpu.backend.GpuBackend. GgufRunError if the GPU, or what runs it, is missing."""
-    try:
-        from gguf_run.kernels_gpu.backend import GpuBackend
-        from gguf_run.kernels_gpu.device import open_device
-    except ModuleNotFoundError as error:
-        raise GgufRunError(
-            f"--device {device}: {error.name} is not installed; install it with: pip install 'gguf-run[gpu]'"
-        ) from None
-    return GpuBackend(open_device(device.index))
+def _parse_split(text: str) -> tuple[float, ...]:
+    parts = text.split(",")
+    if not all(re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", part, re.ASCII) for part in parts) or not any(
+        float(part) for part in parts
+    ):
+        raise OptionError(f"--tensor-split {text}: must be a number for each GPU, not all 0, such as 3,1")
+    return tuple(map(float, parts))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """embedding, layers: the device of each; the output is with the last layer."""
+
+    embedding: Device
+    layers: tuple[Device, ...]
+
+    @property
+    def n_gpu(self) -> int:
+        return sum(device != CPU for device in self.layers)
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        return tuple(dict.fromkeys((self.embedding, *self.layers)))
+
+    def needed(self, device: Device, sizes: GpuSizes) -> tuple[int, int, int]:
+        """Bytes of weights, cache and buffers on a GPU."""
+        weights, here = sizes.weights, [il for il, place in enumerate(self.layers) if place == device]
+        total = sum(weights.layers[il] for il in here)
+        has_output, has_embedding = self.layers[-1] == device, self.embedding == device
+        total += weights.output if has_output else 0
+        total += weights.embedding if has_embedding and not (has_output and weights.tied) else 0
+        return total, sum(sizes.caches[il] for il in here), sizes.buffers
+
+    def fits(self, sizes: GpuSizes, free: Mapping[Device, int]) -> bool:
+        """free: bytes of each GPU."""
+        used = (device for device in self.devices if device != CPU)
+        return all(sum(self.needed(device, sizes)) + MARGIN <= free[device] for device in used)
+
+
+def cpu_only(n_layer: int) -> Placement:
+    return Placement(CPU, (CPU,) * n_layer)
+
+
+def _candidates(n_gpu: int, sizes: GpuSizes, free: Mapping[Device, int], split: Sequence[float]) -> Iterator[Placement]:
+    """Placements of the last n_gpu layers, the better one first."""
+    weights, n_layer = sizes.weights, len(sizes.caches)
+    layers = [CPU] * (n_layer - n_gpu)
+    if n_gpu:
+        each = [weights.layers[il] + sizes.caches[il] for il in range(n_layer - n_gpu, n_layer)]
+        shares = list(split or (max(0, size - MARGIN - sizes.buffers) for size in free.values()))
+        shares = shares if any(shares) else [1.0] * len(shares)
+        total, at = sum(each) + weights.output, 0.0
+        ends = [total * sum(shares[: i + 1]) / sum(shares) for i in range(len(shares))]
+        for size in each:  # a layer belongs to the GPU in whose share its middle is
+            middle = at + size / 2
+            layers.append(next(gpu for gpu, end in zip(free, ends, strict=True) if middle < end))
+            at += size
+    if layers[0] != CPU:
+        yield Placement(layers[0], tuple(layers))
+    yield Placement(CPU, tuple(layers))
+
+
+def place(plan: MemoryPlan, wanted: Wanted, free: Mapping[Device, int]) -> Placement:
+    """Where everything goes. free: bytes of each GPU, in the order in which they get layers; none: all on the CPU.
+
+    OptionError for --gpu-layers out of range; GgufRunError, which says what would fit, if there is not enough memory.
+    """
+    n_layer = plan.config.n_layer
+    if wanted.n_gpu is not None and wanted.n_gpu > n_layer:
+        raise OptionError(
+            f"--gpu-layers {wanted.n_gpu}: the model has {n_layer} layers; allowed: 0 to {n_layer}, all, auto"
+        )
+    if not free:
+        return cpu_only(n_layer)
+    n_gpu = n_layer if wanted.n_gpu == -1 else wanted.n_gpu
+    found = _fit(plan.gpu_sizes(), range(n_layer, -1, -1) if n_gpu is None else (n_gpu,), wanted.split, free)
+    if found is not None and (found.n_gpu or n_gpu == 0 or not wanted.insists):
+        return found
+    raise GgufRunError(_too_small(plan, n_gpu or 1, wanted.split, free))
+
+
+def _fit(
+    sizes: GpuSizes, numbers: Sequence[int], split: Sequence[float], free: Mapping[Device, int]
+) -> Placement | None:
+    """The first of these numbers of layers on GPUs that fits."""
+    for n_gpu in numbers:
+        for placement in _candidates(n_gpu, sizes, free, split):
+            if placement.fits(sizes, free):
+                return placement
+    return None
+
+
+def _too_small(plan: MemoryPlan, n_gpu: int, split: Sequence[float], free: Mapping[Device, int]) -> str:
+    sizes = plan.gpu_sizes()
+    *_, placement = _candidates(n_gpu, sizes, free, split)
+    needs = {device: placement.needed(device, sizes) for device in placement.devices if device != CPU}
+    device, need = next((d, n) for d, n in needs.items() if sum(n) + MARGIN > free[d])
+    fewer = _fit(sizes, range(n_gpu - 1, 0, -1), split, free)
+    n_ctx = plan.largest_context(lambda other: _fit(other.gpu_sizes(), (n_gpu,), split, free) is not None)
+    advice = [f"--gpu-layers {fewer.n_gpu}"] if fewer else []
+    advice += [f"--ctx-size {n_ctx}"] if n_ctx else []
+    total, weights, cache, buffers = map(size_text, (sum(need), *need))
+    return (
+        f"--gpu-layers {n_gpu}: out of memory on {device}: {total} needed (weights {weights}, KV cache of {plan.n_ctx} "
+        f"tokens {cache}, buffers {buffers}) and {size_text(MARGIN)} to spare, {size_text(free[device])} free: "
+        + (f"{' or '.join(advice)} would fit" if advice else "use a smaller context (--ctx-size) or --device cpu")
+    )
+
+
+def plan_lines(plan: MemoryPlan, placement: Placement, free: Mapping[Device, int]) -> Iterator[str]:
+    """What runs where, a line for each device."""
+    sizes = plan.gpu_sizes()
+    for device in placement.devices:
+        here = [il for il, place in enumerate(placement.layers) if place == device]
+        parts = ["embeddings"] if placement.embedding == device else []
+        parts += [f"layers {here[0]} to {here[-1]}" if len(here) > 1 else f"layer {here[0]}"] if here else []
+        parts += ["output"] if placement.layers[-1] == device else []
+        if device == CPU:
+            need = plan.on_cpu(placement.n_gpu).needed()
+            numbers, end = (need.weights, need.cache, need.buffers), ""
+        else:
+            numbers = placement.needed(device, sizes)
+            end = f", of {size_text(free[device])} free ({size_text(MARGIN)} to spare)"
+        weights, cache, buffers = map(size_text, numbers)
+        yield (
+            f"{device}: {', '.join(parts)}: {size_text(sum(numbers))} (weights {weights}, KV cache {cache}, buffers "
+            f"{buffers}){end}"
+        )

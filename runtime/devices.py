@@ -1,0 +1,60 @@
+"""Opens the GPUs that a user wants, or says in one line why there are none. torch is imported only where one is."""
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from gguf_run.formats.errors import GgufRunError
+from gguf_run.runtime.placement import Device, Wanted
+
+# What drivers of NVIDIA, of AMD and of Windows' Linux leave in the system.
+_DRIVERS = ("dev/nvidiactl", "dev/kfd", "dev/dxg")
+
+
+def driver_there(root: Path = Path("/")) -> bool:
+    """Whether this machine seems to have a GPU: importing torch to find that out would take a second or two."""
+    if os.name == "nt":
+        return (Path(os.environ.get("SYSTEMROOT", "C:/Windows")) / "System32/nvcuda.dll").exists()
+    return any((root / name).exists() for name in _DRIVERS)
+
+
+def open_gpus(wanted: Wanted, report: Callable[[str], None], root: Path = Path("/")) -> dict[Device, Any]:
+    """Return a kernels_gpu.backend.GpuBackend for each GPU; none if the CPU is wanted, or if there is no usable GPU
+    and none is insisted on: then report gets the reason, unless the machine has no GPU's driver."""
+    if wanted.cpu_only or (not wanted.insists and not driver_there(root)):
+        return {}
+    try:
+        return {device: open_gpu(device) for device in wanted.devices or (Device("cuda"),)}
+    except GgufRunError as error:
+        if wanted.insists:
+            raise
+        report(f"all on the CPU: {error}")
+        return {}
+
+
+def gpu_errors(gpus: Mapping[Device, Any]) -> AbstractContextManager[None]:
+    """Errors of these GPUs become a GgufRunError."""
+    if not gpus:
+        return nullcontext()
+    from gguf_run.kernels_gpu.errors import gpu_errors
+
+    return gpu_errors()
+
+
+def open_gpu(device: Device) -> Any:
+    """A kernels_gpu.backend.GpuBackend. GgufRunError if the GPU, or what runs it, is missing."""
+    try:
+        from gguf_run.kernels_gpu.backend import GpuBackend
+        from gguf_run.kernels_gpu.device import open_device
+    except ModuleNotFoundError as error:
+        raise GgufRunError(
+            f"--device {device}: {error.name} is not installed; install it with: pip install 'gguf-run[gpu]'"
+        ) from None
+    except (ImportError, AttributeError, OSError) as error:  # a library that does not load, or of another version
+        raise GgufRunError(
+            f"--device {device}: torch and triton do not work here ({error}); install versions that belong together: "
+            "pip install --force-reinstall 'gguf-run[gpu]'"
+        ) from None
+    return GpuBackend(open_device(device.index))
