@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,8 @@ class Case:
     type_v: str = "f16"
     rotation: bool | None = None
     device: str = "auto"
+    gpu_layers: str = "auto"
+    tensor_split: str | None = None
 
     @property
     def n_ctx(self) -> int:
@@ -48,6 +51,11 @@ class Case:
     def cache(self) -> tuple[str, str, bool | None]:
         """How the cache is stored."""
         return self.type_k, self.type_v, self.rotation
+
+    @property
+    def placement(self) -> dict[str, Any]:
+        """What runs where, as Model.load takes it."""
+        return {"device": self.device, "gpu_layers": self.gpu_layers, "tensor_split": self.tensor_split}
 
     @property
     def at_once(self) -> int:
@@ -184,7 +192,7 @@ def run_cases(cases: Sequence[Case], how: Procedure) -> Iterator[Result]:
 
 def _run_all(cases: Sequence[Case], paths: Mapping[str, Path], how: Procedure) -> Iterator[Result]:
     limits: dict[int, Limits] = {}
-    for _, group in itertools.groupby(cases, key=lambda c: (c.model, c.device, c.at_once, c.cache, c.n_threads)):
+    for _, group in itertools.groupby(cases, key=lambda c: (c.model, c.placement, c.at_once, c.cache, c.n_threads)):
         members = list(group)
         n_threads = members[0].n_threads
         if n_threads not in limits:
@@ -199,10 +207,10 @@ def _run_group(path: Path, cases: Sequence[Case], limits: Limits, how: Procedure
         path,
         n_ctx=max(case.n_ctx for case in cases),
         n_threads=cases[0].n_threads,
-        device=cases[0].device,
         n_batch=cases[0].at_once,
         cache_type=(cases[0].type_k, cases[0].type_v),
         cache_rotation=cases[0].rotation,
+        **cases[0].placement,
         progress=lambda done, total: how.notify(f"loading {path.name}: {done / total:.0%}"),
     ) as model:
         with GGUFFile.open(path) as file:

@@ -18,6 +18,7 @@ from gguf_run.runtime.cli_cache import cache_options, load_options
 from gguf_run.runtime.cli_chat import chat as chat_with
 from gguf_run.runtime.cli_chat import show
 from gguf_run.runtime.cli_common import Command, decode_text, message, read_text
+from gguf_run.runtime.cli_device import device_options, placement_options
 from gguf_run.runtime.cli_sampling import sampling_options, take_sampling
 from gguf_run.runtime.cli_session import Conversation, check_place, conversation
 from gguf_run.runtime.cli_style import has_colours, open_tag
@@ -46,7 +47,7 @@ MAX_PROMPT_BYTES = 64 << 20
     "--session", type=click.Path(path_type=Path), help="Go on from this file if it is there, save to it at the end."
 )
 @sampling_options
-@click.option("--device", default="auto", help="cpu, cuda, cuda:0, ... or auto.")
+@device_options
 @click.option("--quantize", metavar="TYPE", help="Put the weights into fewer bits while loading, such as Q4_K_M.")
 @click.option("--context-shift", is_flag=True, help="When the context is full, drop half of it and go on.")
 @click.option("--keep", type=int, default=0, help="Tokens at the beginning that --context-shift keeps.")
@@ -65,7 +66,6 @@ def main(
     max_tokens: int | None,
     ctx_size: int | None,
     threads: int | None,
-    device: str,
     quantize: str | None,
     session: Path | None,
     context_shift: bool,
@@ -96,11 +96,12 @@ def main(
 
         template = find_template(chat_template)
     functions = None if tools is None else _functions(tools)
-    cache = load_options(options)
+    load = {"n_ctx": ctx_size, "n_threads": threads, "quantize": quantize}
+    load |= load_options(options) | placement_options(options)
     options = take_sampling(options)
     SamplingParams(**options)  # says what is wrong before a model is loaded
     with _paused_gc():
-        loading = _load(model, n_ctx=ctx_size, n_threads=threads, device=device, quantize=quantize, **cache)
+        loading = _load(model, **load)
     with loading as loaded:
         options |= {"max_tokens": max_tokens, "context_shift": context_shift, "n_keep": keep}
         if template is not None:
@@ -185,8 +186,12 @@ def _load(path: str | None, **options: Any) -> "Model":
             progress.clear()
             message("compiling kernels for this machine; this takes some seconds, once")
 
+        def report(line: str) -> None:
+            progress.clear()
+            message(line)
+
         with compile_notice(notify):
-            return Model.load(path, progress=progress.set, **options)
+            return Model.load(path, progress=progress.set, report=report, **options)
 
 
 def _answer(model: "Model", messages: Conversation, text: str, raw: bool, options: dict[str, Any]) -> None:

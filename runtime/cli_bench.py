@@ -109,7 +109,11 @@ _types = partial(click.option, multiple=True, metavar="TYPE,...")
 @_types("-ctv", "--cache-type-v", help="Type of V.  [default: f16]")
 @click.option(*ROTATION[0], **ROTATION[1])
 @_numbers("-t", "--threads", help="Threads that compute.  [default: physical cores]")
-@click.option("-dev", "--device", default=("auto",), multiple=True, metavar="DEVICE,...", help="cpu, cuda, cuda:0, ...")
+@click.option(
+    "-dev", "--device", default=("auto",), multiple=True, metavar="DEVICE,...", help="cpu, cuda:1, cuda:0/cuda:1, ..."
+)
+@_numbers("-ngl", "--gpu-layers", default=("auto",), help="Layers on the GPU; or all, auto.")
+@_numbers("-ts", "--tensor-split", help="Parts of these for each of several GPUs: 3/1.  [default: by free memory]")
 @click.option("-r", "--repetitions", default=5, type=click.IntRange(1, 100_000), help="Times each test is repeated.")
 @click.option("--delay", default=0.0, type=click.FloatRange(0, 86_400), help="Seconds to wait before each test.")
 @click.option("--no-warmup", is_flag=True, help="Leave out the first, unmeasured run of each test.")
@@ -172,11 +176,13 @@ def _cases(
     cache_rotation: bool | None,
     threads: Sequence[str],
     device: Sequence[str],
+    gpu_layers: Sequence[str],
+    tensor_split: Sequence[str],
 ) -> "list[Case]":
     """All combinations, in llama-bench's order: a model is loaded as seldom as possible."""
     from gguf_run.kernels_cpu.team import MAX_THREADS
     from gguf_run.runtime.bench import Case
-    from gguf_run.runtime.placement import parse_device
+    from gguf_run.runtime.placement import parse_wanted
     from gguf_run.runtime.threads import default_threads
 
     lengths = [(n, 0) for n in parse_values("--n-prompt", n_prompt, 0)]
@@ -184,12 +190,17 @@ def _cases(
     lengths = [pair for pair in [*lengths, *_pairs(pg)] if any(pair)]
     if not lengths:
         raise OptionError("--n-prompt 0 with --n-gen 0 and no -pg: there is nothing to measure")
-    devices = [name for text in device for name in text.split(",")]
-    for name in devices:
-        parse_device(name)
+    devices, layers, parts = (
+        [part.replace("/", ",") for text in texts for part in text.split(",")]
+        for texts in (device, gpu_layers, tensor_split)
+    )
+    splits: list[Any] = [*parts] or [None]
+    places: list[Any] = [*product(devices, layers, splits)]
+    for place in places:
+        parse_wanted(*place)
     axes = (
         models,
-        devices,
+        places,
         parse_values("--batch-size", batch_size, 1),
         parse_values("--ubatch-size", ubatch_size, 1),
         _cache_types(cache_type, cache_type_k, cache_type_v),
@@ -198,8 +209,8 @@ def _cases(
         lengths,
     )
     cases = [
-        Case(model, *length, depth, n_batch, n_ubatch, n_threads, *kinds, cache_rotation, name)
-        for model, name, n_batch, n_ubatch, kinds, n_threads, depth, length in islice(product(*axes), MAX_TESTS + 1)
+        Case(model, *length, depth, n_batch, n_ubatch, n_threads, *kinds, cache_rotation, *place)  # type: ignore[call-arg]
+        for model, place, n_batch, n_ubatch, kinds, n_threads, depth, length in islice(product(*axes), MAX_TESTS + 1)
     ]
     if len(cases) > MAX_TESTS:
         raise OptionError(f"the options make more than {MAX_TESTS} tests: give fewer values")

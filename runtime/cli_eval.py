@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gguf_run.formats.errors import OptionError
+from gguf_run.runtime import cli_device
 from gguf_run.runtime.cli_cache import CACHE_OPTIONS
 from gguf_run.runtime.cli_common import Command, read_text
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 # What may differ between a model and its base.
 DEVICE_OPTIONS = (
     click.Option(["--threads", "-t"], type=int, help="Threads that compute.  [default: physical cores]"),
-    click.Option(["--device"], default="auto", show_default=True, help="cpu, cuda, cuda:0, ... or auto."),
+    *cli_device.DEVICE_OPTIONS,
 )
 RUNTIME_OPTIONS = (*DEVICE_OPTIONS, *CACHE_OPTIONS)
 PATH = click.Path(path_type=Path)

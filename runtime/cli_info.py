@@ -15,12 +15,14 @@ from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.formats.reader import GGUFFile, Tensor
 from gguf_run.runtime.cli_cache import cache_options, load_options
 from gguf_run.runtime.cli_common import Command, one_line
+from gguf_run.runtime.cli_quantize import byte_size
 from gguf_run.runtime.fetch import find_model
 from gguf_run.runtime.info_diff import change_lines, compare, diff_lines
 from gguf_run.runtime.info_edit import edit
 from gguf_run.runtime.info_memory import memory_facts, memory_lines
 from gguf_run.runtime.info_tensors import Statistics, statistics
 from gguf_run.runtime.info_values import describe_value, show_value
+from gguf_run.runtime.placement import Wanted, parse_wanted
 from gguf_run.runtime.progress import Progress
 from gguf_run.runtime.text_table import size_text, table
 
@@ -45,6 +47,11 @@ STATISTICS = tuple(column.name for column in fields(Statistics))
     help="Positions of the context, for the memory needed.  [default: the model's, at most 4096]",
 )
 @cache_options
+@click.option(
+    "--gpu-memory", metavar="N(M|G),...", help="Show what goes on a GPU, or several, with so much free memory."
+)
+@click.option("--gpu-layers", "-ngl", default="auto", show_default=True, metavar="N|auto|all", help="Layers on them.")
+@click.option("--tensor-split", "-ts", metavar="N,N", help="Parts of these for each.  [default: by free memory]")
 @click.version_option(package_name="gguf-run", prog_name="gguf-info")
 def main(
     model: str,
@@ -58,6 +65,9 @@ def main(
     output: Path | None,
     in_place: bool,
     ctx_size: int | None,
+    gpu_memory: str | None,
+    gpu_layers: str,
+    tensor_split: str | None,
     **cache: Any,
 ) -> None:
     """Show what is in a GGUF file: metadata, sizes per tensor type, parameters, and the memory it will need.
@@ -76,6 +86,11 @@ def main(
     if editing and (tensors or stats or diff):
         raise click.UsageError("--set and --remove go without --tensors, --stats and --diff.")
     pattern, options = _pattern(match), load_options(cache)
+    gpus = [byte_size(part, "--gpu-memory") for part in gpu_memory.split(",")] if gpu_memory else []
+    device = ",".join(f"cuda:{i}" for i in range(len(gpus))) or "auto"
+    wanted = parse_wanted(device, gpu_layers, tensor_split)
+    if wanted != Wanted() and not gpus:
+        raise click.UsageError("--gpu-layers and --tensor-split need --gpu-memory.")
     with ExitStack() as files:
         file = files.enter_context(GGUFFile.open(find_model(model)))
         if editing:
@@ -86,7 +101,8 @@ def main(
             facts = compare(file, other, pattern)
             lines = diff_lines(facts)
         else:
-            facts = describe(file, pattern if tensors or stats else None, stats, memory_facts(file, ctx_size, options))
+            memory = memory_facts(file, ctx_size, options, wanted if gpus else None, gpus)
+            facts = describe(file, pattern if tensors or stats else None, stats, memory)
             lines = _lines(facts, bool(ctx_size or any(cache.values())))
     for line in [json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)] if as_json else lines:
         click.echo(line)

@@ -221,11 +221,11 @@ def _layers(text: str | None) -> frozenset[int]:
     return frozenset(map(int, text.split(","))) if text else frozenset()
 
 
-def byte_size(text: str | None) -> int:
-    """Return --split-max-size in bytes; none is 0."""
+def byte_size(text: str | None, option: str = "--split-max-size") -> int:
+    """Return the size that an option gives in bytes; none is 0."""
     if not text:
         return 0
     match = re.fullmatch(r"([1-9]\d{0,9})([KMG]?)", text.upper())
     if not match:
-        raise OptionError(f"--split-max-size {text}: must be a number of bytes, as 500M or 2G")
+        raise OptionError(f"{option} {text}: must be a number of bytes, as 500M or 2G")
     return int(match[1]) * _UNITS.get(match[2], 1)

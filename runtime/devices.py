@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.placement import Device, Wanted
+from gguf_run.runtime.memory import MemoryPlan
+from gguf_run.runtime.placement import Device, Placement, Wanted, place, plan_lines
 
 # What drivers of NVIDIA, of AMD and of Windows' Linux leave in the system.
 _DRIVERS = ("dev/nvidiactl", "dev/kfd", "dev/dxg")
@@ -32,6 +33,22 @@ def open_gpus(wanted: Wanted, report: Callable[[str], None], root: Path = Path("
             raise
         report(f"all on the CPU: {error}")
         return {}
+
+
+def open_placement(
+    plan: MemoryPlan, wanted: Wanted, report: Callable[[str], None]
+) -> tuple[Placement, dict[Device, Any]]:
+    """Where everything goes, and the backends of the GPUs that are used. report gets the plan, if there is a choice."""
+    gpus = open_gpus(wanted, report)
+    with gpu_errors(gpus):
+        free = {device: gpu.free_memory() for device, gpu in gpus.items()}
+    placement = place(plan, wanted, free)
+    if gpus and not placement.n_gpu:
+        report("all on the CPU: not one layer fits into the free memory of the GPU")
+    elif gpus:
+        for line in plan_lines(plan, placement, free):
+            report(line)
+    return placement, {device: gpus[device] for device in placement.devices if device in gpus}
 
 
 def gpu_errors(gpus: Mapping[Device, Any]) -> AbstractContextManager[None]:

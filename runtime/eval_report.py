@@ -64,12 +64,13 @@ def load_scorer(
     observe: bool = False,
     cache: "str | list[CacheType] | None" = None,
 ) -> "Iterator[Scorer]":
-    """Load a model and what scores its logits. options: threads, device and, unless `cache` is Model.load's cache_type,
-    cli_cache.NAMES. observe: see Model.load."""
+    """Load a model and what scores its logits. options: threads, cli_device.NAMES and, unless `cache` is Model.load's
+    cache_type, cli_cache.NAMES. observe: see Model.load."""
     if sys.stdout is None:
         raise GgufRunError("stdout is closed: there is nowhere to write the result")
     from gguf_run.formats.jit import compile_notice
     from gguf_run.runtime.cli_cache import load_options
+    from gguf_run.runtime.cli_device import placement_options
     from gguf_run.runtime.eval_text import Scorer
     from gguf_run.runtime.model import Model
     from gguf_run.runtime.threads import default_threads
@@ -81,15 +82,20 @@ def load_scorer(
             progress.clear()
             message("compiling kernels for this machine; this takes some seconds, once")
 
+        def report(line: str) -> None:
+            progress.clear()
+            message(line)
+
         with compile_notice(notify):
             loaded = Model.load(
                 model,
                 n_ctx=n_ctx,
                 n_threads=threads,
-                device=options["device"],
+                **placement_options(options),
                 **({"cache_type": cache} if cache else load_options(options)),
                 progress=progress.set,
                 observe=observe,
+                report=report,
             )
             scorer = Scorer(loaded, threads or default_threads())
     with loaded, scorer:

@@ -1,6 +1,6 @@
 """What gguf-info says of the memory that a model needs, and of the KV cache in every type."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gguf_run.formats.errors import GgufRunError
@@ -11,14 +11,18 @@ from gguf_run.runtime.cache_plan import describe_plan, plan_cache
 from gguf_run.runtime.cli_common import one_line
 from gguf_run.runtime.load import DEFAULT_N_CTX
 from gguf_run.runtime.memory import MemoryPlan
+from gguf_run.runtime.placement import Device, Wanted, place, plan_lines
 from gguf_run.runtime.text_table import size_text, table
 
 
-def memory_facts(file: GGUFFile, n_ctx: int | None, cache: Mapping[str, Any]) -> dict[str, Any]:
+def memory_facts(
+    file: GGUFFile, n_ctx: int | None, cache: Mapping[str, Any], wanted: Wanted | None = None, gpus: Sequence[int] = ()
+) -> dict[str, Any]:
     """Bytes needed to run the model, or why that cannot be told: gguf-info shows any GGUF file, not only models.
 
-    cache: the cache options of Model.load. cache_types: bytes of the cache if all of it has one type. OptionError for
-    a type that the model's heads do not allow.
+    cache: the cache options of Model.load. gpus: free bytes of GPUs, on which layers go as `wanted` says. cache_types:
+    bytes of the cache if all of it has one type. OptionError for a type that the model's heads do not allow,
+    GgufRunError for GPUs that are too small.
     """
     try:
         config = ModelConfig.from_metadata(file.metadata, file.tensors)
@@ -29,7 +33,11 @@ def memory_facts(file: GGUFFile, n_ctx: int | None, cache: Mapping[str, Any]) ->
     plan = MemoryPlan(config, list(file.tensors.values()), n_ctx, kinds)
     need = plan.needed()
     alike = {name: plan.with_type(name).cache_bytes() for name in CACHE_FORMATS if plan.allows(name)}
-    return {
+    placement = {}
+    if wanted is not None:
+        free = {Device("cuda", i): size for i, size in enumerate(gpus)}
+        placement["placement"] = [*plan_lines(plan, place(plan, wanted, free), free)]
+    return placement | {
         "n_ctx": n_ctx,
         "cache_type": describe_plan(kinds),
         "weights": need.weights,
@@ -50,6 +58,7 @@ def memory_lines(facts: Mapping[str, Any], all_types: bool) -> Iterator[str]:
         f"{size_text(facts['weights'])}, KV cache ({facts['cache_type']}) {size_text(facts['cache'])}, buffers "
         f"{size_text(facts['buffers'])}"
     )
+    yield from facts.get("placement", ())
     if all_types:
         rest, f16 = facts["total"] - facts["cache"], facts["cache_types"]["f16"]
         yield ""

@@ -38,23 +38,16 @@ def load_parts(
     from gguf_run.models.config import ModelConfig
     from gguf_run.runtime import compile_ahead
     from gguf_run.runtime.cache_plan import plan_cache
+    from gguf_run.runtime.devices import gpu_errors, open_placement
     from gguf_run.runtime.memory import MemoryPlan, available_memory
-    from gguf_run.runtime.devices import gpu_errors, open_gpus
-    from gguf_run.runtime.placement import CPU, cpu_only, place, plan_lines
+    from gguf_run.runtime.placement import CPU, cpu_only
 
     config = ModelConfig.from_metadata(file.metadata, file.tensors)
     n_ctx = n_ctx or min(config.n_ctx_train, DEFAULT_N_CTX)
     tensors = list(file.tensors.values())
     kinds = plan_cache(config, **cache)
     plan = MemoryPlan(config, tensors, n_ctx, kinds, n_batch, n_seq)
-    gpus = open_gpus(wanted, report)
-    free = {device: gpu.free_memory() for device, gpu in gpus.items()}
-    placement = place(plan, wanted, free)
-    if gpus and not placement.n_gpu and wanted.n_gpu is None:
-        report("all on the CPU: not even one layer fits into the free memory of the GPU")
-    elif gpus:
-        for line in plan_lines(plan, placement, free):
-            report(line)
+    placement, gpus = open_placement(plan, wanted, report)
     if CPU in placement.layers:
         plan.on_cpu(placement.n_gpu).check(available_memory())
     if n_ctx > config.n_ctx_train:
@@ -63,10 +56,9 @@ def load_parts(
             stacklevel=3,
         )
     # What text needs is made beside the weights: they are repacked without the GIL.
-    compiling = (
-        compile_ahead.helper(file.path, quantize, kinds, n_threads) if CPU in placement.layers else nullcontext()
-    )
-    with ThreadPoolExecutor(1) as pool, compiling:
+    on_cpu = CPU in placement.layers
+    compiling = compile_ahead.helper(file.path, quantize, kinds, n_threads) if on_cpu else nullcontext()
+    with ThreadPoolExecutor(1) as pool, compiling, gpu_errors(gpus):
         text = pool.submit(_load_text, file)
 
         from gguf_run.kernels_cpu.backend import CpuBackend

@@ -15,7 +15,7 @@ from gguf_run.runtime.memory import GpuSizes, MemoryPlan
 from gguf_run.runtime.text_table import size_text
 
 # Bytes of a GPU that stay free: for compiled kernels, captured graphs, libraries and what the allocator rounds up.
-MARGIN = 512 << 20
+MARGIN = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,10 @@ def _candidates(n_gpu: int, sizes: GpuSizes, free: Mapping[Device, int], split: 
     layers = [CPU] * (n_layer - n_gpu)
     if n_gpu:
         each = [weights.layers[il] + sizes.caches[il] for il in range(n_layer - n_gpu, n_layer)]
+        each[-1] += weights.output
         shares = list(split or (max(0, size - MARGIN - sizes.buffers) for size in free.values()))
         shares = shares if any(shares) else [1.0] * len(shares)
-        total, at = sum(each) + weights.output, 0.0
+        total, at = sum(each), 0.0
         ends = [total * sum(shares[: i + 1]) / sum(shares) for i in range(len(shares))]
         for size in each:  # a layer belongs to the GPU in whose share its middle is
             middle = at + size / 2
@@ -148,19 +149,17 @@ def place(plan: MemoryPlan, wanted: Wanted, free: Mapping[Device, int]) -> Place
     """
     n_layer = plan.config.n_layer
     if wanted.n_gpu is not None and wanted.n_gpu > n_layer:
-        raise OptionError(
-            f"--gpu-layers {wanted.n_gpu}: the model has {n_layer} layers; allowed: 0 to {n_layer}, all, auto"
-        )
+        raise OptionError(f"--gpu-layers {wanted.n_gpu}: allowed are 0 to {n_layer}, the model's layers, all and auto")
     if not free:
         return cpu_only(n_layer)
     n_gpu = n_layer if wanted.n_gpu == -1 else wanted.n_gpu
-    found = _fit(plan.gpu_sizes(), range(n_layer, -1, -1) if n_gpu is None else (n_gpu,), wanted.split, free)
+    found = fit(plan.gpu_sizes(), range(n_layer, -1, -1) if n_gpu is None else (n_gpu,), wanted.split, free)
     if found is not None and (found.n_gpu or n_gpu == 0 or not wanted.insists):
         return found
     raise GgufRunError(_too_small(plan, n_gpu or 1, wanted.split, free))
 
 
-def _fit(
+def fit(
     sizes: GpuSizes, numbers: Sequence[int], split: Sequence[float], free: Mapping[Device, int]
 ) -> Placement | None:
     """The first of these numbers of layers on GPUs that fits."""
@@ -176,8 +175,8 @@ def _too_small(plan: MemoryPlan, n_gpu: int, split: Sequence[float], free: Mappi
     *_, placement = _candidates(n_gpu, sizes, free, split)
     needs = {device: placement.needed(device, sizes) for device in placement.devices if device != CPU}
     device, need = next((d, n) for d, n in needs.items() if sum(n) + MARGIN > free[d])
-    fewer = _fit(sizes, range(n_gpu - 1, 0, -1), split, free)
-    n_ctx = plan.largest_context(lambda other: _fit(other.gpu_sizes(), (n_gpu,), split, free) is not None)
+    fewer = fit(sizes, range(n_gpu - 1, 0, -1), split, free)
+    n_ctx = plan.largest_context(lambda other: fit(other.gpu_sizes(), (n_gpu,), split, free) is not None)
     advice = [f"--gpu-layers {fewer.n_gpu}"] if fewer else []
     advice += [f"--ctx-size {n_ctx}"] if n_ctx else []
     total, weights, cache, buffers = map(size_text, (sum(need), *need))

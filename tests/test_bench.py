@@ -106,8 +106,14 @@ def test_prompt_then_tokens_one_by_one(fake: type[FakeModel], model: str) -> Non
     assert steps(fake.decoders[0]) == [*prompt, (20, 1, 1), *run, *run]
     assert len(result.samples_ns) == 2
     assert fake.loaded == [
-        {"path": Path(model), "n_ctx": 23, "n_threads": 1, "device": "auto", "n_batch": 4, "cache_type": ("f16", "f16")}
-        | {"cache_rotation": None, "progress": fake.loaded[0]["progress"]}
+        {"path": Path(model), "n_ctx": 23, "n_threads": 1, "n_batch": 4, "cache_type": ("f16", "f16")}
+        | {
+            "device": "auto",
+            "gpu_layers": "auto",
+            "tensor_split": None,
+            "cache_rotation": None,
+            "progress": fake.loaded[0]["progress"],
+        }
     ]
 
 
@@ -157,11 +163,12 @@ def test_neighbours_share_a_loaded_model(fake: type[FakeModel], model: str) -> N
     ]
     others = [Case(model, 8, 0, n_threads=2), Case(model, 8, 0, n_threads=2, type_k="f32")]
     others += [Case(model, 8, 0, n_batch=64), Case(model, 8, 0, n_batch=64, device="cpu")]
+    others += [Case(model, 8, 0, gpu_layers="all"), Case(model, 8, 0, tensor_split="3,1")]
     results = list(run_cases([*same, *others], Procedure(repetitions=1)))
     assert [result.case for result in results] == [*same, *others]
-    assert [load["n_ctx"] for load in fake.loaded] == [11, 8, 8, 8, 8]
-    assert [load["n_batch"] for load in fake.loaded] == [512, 512, 512, 64, 64]
-    assert [result.limits.n_threads for result in results] == [1, 1, 1, 1, 2, 2, 1, 1]
+    assert [load["n_ctx"] for load in fake.loaded] == [11, *[8] * 6]
+    assert [load["n_batch"] for load in fake.loaded] == [512, 512, 512, 64, 64, 512, 512]
+    assert [result.limits.n_threads for result in results] == [1, 1, 1, 1, 2, 2, 1, 1, 1, 1]
 
 
 def test_limits_are_measured_once_for_each_number_of_threads(

@@ -159,6 +159,13 @@ limits, 2 threads: read 40.0 GB/s, int8 dot 1800 Gop/s ("""  # noqa: E501
         ({"n_ubatch": 32}, "n_ubatch", "      32"),
         ({"type_k": "f32", "type_v": "q8_0"}, "type_k | type_v", "   f32 |   q8_0"),
         ({"device": "cpu"}, "dev         ", "cpu         "),
+        ({"gpu_layers": "12"}, "ngl", " 12"),
+        ({"gpu_layers": "all"}, "ngl", " -2"),
+        (
+            {"device": "cuda:0,cuda:1", "tensor_split": "3,1"},
+            "          ts | dev         ",
+            "   3.00/1.00 | cuda:0/cuda:1",
+        ),
     ],
 )
 def test_markdown_shows_what_differs_from_the_defaults(

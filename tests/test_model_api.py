@@ -18,6 +18,7 @@ from gguf_run.formats.reader import GGUFFile
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 from gguf_run.runtime import Model, memory
+from gguf_run.runtime.devices import driver_there
 from gguf_run.runtime.tokenizer import Tokenizer
 
 TEXT = "the order and another one"
@@ -266,6 +267,19 @@ def test_a_gpu_that_is_not_there(path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(GgufRunError, match=r"--device cuda:1: torch is not installed; .*pip install"):
         Model.load(path, device="cuda:1")
     Model.load(path, device="auto").close()
+
+
+@pytest.mark.skipif(driver_there(), reason="this machine has a GPU")
+def test_gpu_that_is_not_there(path: Path) -> None:
+    for options in ({"device": "cuda"}, {"device": "cuda:1,cuda:0"}, {"gpu_layers": "all"}, {"gpu_layers": 1}):
+        with pytest.raises(
+            GgufRunError, match=r"--device cuda:[01]: (torch is not installed|this torch|torch .* no us)"
+        ):
+            Model.load(path, **options)
+    for options in ({"device": "auto"}, {"gpu_layers": 0}, {"device": "cuda", "gpu_layers": 0}):
+        lines: list[str] = []
+        Model.load(path, **options, report=lines.append).close()
+        assert lines == []
 
 
 def test_errors_name_the_file(tmp_path: Path) -> None:

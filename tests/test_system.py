@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gguf_run.formats.errors import OptionError
 from gguf_run.runtime.memory import available_memory
-from gguf_run.runtime.placement import Device, parse_device, place_layers
 from gguf_run.runtime.progress import Progress
 from gguf_run.runtime.threads import available_cores, default_threads
 
@@ -100,18 +98,6 @@ def test_default_threads_of_this_machine() -> None:
 )
 def test_available_memory(tmp_path: Path, files: dict[str, str], expected: int | None) -> None:
     assert available_memory(write(tmp_path, files)) == expected
-
-
-def test_devices() -> None:
-    assert parse_device("auto") is None
-    assert parse_device("cpu") == Device("cpu")
-    assert parse_device("cuda") == parse_device("cuda:0") == Device("cuda", 0)
-    assert str(parse_device("cuda:12")) == "cuda:12"
-    for text in ("", "CPU", "cpu:0", "cuda:", "cuda:-1", "cuda:x", "cuda:0 ", "cuda:1000", "cuda:٣"):
-        with pytest.raises(OptionError, match="allowed are cpu, cuda"):
-            parse_device(text)
-    assert place_layers(3, "auto") == place_layers(3, "cpu") == (Device("cpu"),) * 3
-    assert place_layers(2, "cuda:1") == (Device("cuda", 1),) * 2
 
 
 def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
