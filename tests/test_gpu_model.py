@@ -1,5 +1,6 @@
 """Whole models on the GPU backend, in Triton's interpreter, against the CPU backend and NumPy."""
 
+import gc
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,17 +13,25 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+import torch
 from cpu_ops import cpu
 from gpu_ops import fast_dots, gpu
 from numpy_backend import NumpyBackend
 from real import smollm2
 from tinymodel import ALL_BIASES, TINY_GEMMA3, Tiny, write_tiny
+from triton.runtime.errors import OutOfResources
 
+from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.reader import GGUFFile
 from gguf_run.kernels_gpu import backend as gpu_backend
+from gguf_run.kernels_gpu.errors import explain
 from gguf_run.kernels_gpu.matmul import Tuning
+from gguf_run.kernels_gpu.program import GpuProgram
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
+from gguf_run.runtime.cache_plan import plan_cache
+from gguf_run.runtime.memory import MemoryPlan
+from gguf_run.runtime.placement import CPU, Device, fit
 
 __all__ = ["fast_dots"]
 pytestmark = [
@@ -35,15 +44,31 @@ MODELS = {
     "llama": replace(LLAMA, types={"attn_v": "Q5_1", "ffn_down": "F16"}),
     "gemma3": replace(TINY_GEMMA3, n_layer=1, window=0, type="Q4_0", types={"attn_v": "F32"}),
 }
+GPU_ERRORS = [
+    (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee"),
+        "fewer --gpu-layers or",
+    ),
+    (RuntimeError("CUDA error: unspecified launch failure\nCompile with ..."), "a kernel failed, .*please report it"),
+    (
+        torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"),
+        "the GPU is lost or busy; .*nvidia-smi",
+    ),
+    (torch.AcceleratorError("CUDA error: device is lost"), "the GPU is lost or busy"),
+    (RuntimeError("CUDA error: no kernel image is available for execution on the device"), "driver and torch 2"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), "the GPU failed; start again"),
+    (OutOfResources(300000, 232448, "shared memory"), "triton 3.* cannot build a kernel .*use --device cpu"),
+]
 IDS = [(7 * i * i + 3 * i + 1) % 270 for i in range(12)]
 
 
-def open_decoder(path: Path, backend: Any, n_layer: int | None = None) -> Decoder:
-    """n_layer: the first so many only."""
+def open_decoder(path: Path, backend: Any, n_layer: int | None = None, **options: Any) -> Decoder:
+    """n_layer: the first so many only. backend: one, or those of the layers."""
     file = GGUFFile.open(path)
     config = ModelConfig.from_metadata(file.metadata, file.tensors)
     config = replace(config, n_layer=n_layer or config.n_layer)
-    return Decoder(config, file.tensors, [backend] * config.n_layer, 64, n_batch=32, n_outputs=16)
+    backends = backend if isinstance(backend, list) else [backend] * config.n_layer
+    return Decoder(config, file.tensors, backends, 64, n_batch=32, n_outputs=16, **options)
 
 
 def logits(decoder: Decoder, ids: Sequence[int], n_outputs: int) -> np.ndarray:
@@ -82,6 +107,85 @@ def test_launches_of_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         logits(open_decoder(tmp_path / "model.gguf", gpu(), n_layer), [5], 1)
         counts.append(launched.copy())
     assert [len(more) - len(few) for few, more in itertools.pairwise(counts)] == [7, 7], counts[-1]
+
+
+def test_layers_on_several_devices(tmp_path: Path) -> None:
+    """The embeddings on the CPU, a layer on a GPU, one on another, one on the CPU: a batch, two sequences."""
+    write_tiny(tmp_path / "model.gguf", replace(LLAMA, n_layer=3, n_ff=32))
+    places = [gpu(), gpu(), cpu(2)]
+    mixed = open_decoder(tmp_path / "model.gguf", places, embedding=cpu(2), n_seq=2)
+    one, exact = (open_decoder(tmp_path / "model.gguf", b, n_seq=2) for b in (cpu(2), NumpyBackend(np.float64)))
+    results = []
+    for decoder in (mixed, one, exact):
+        made = [logits(decoder, IDS[:10], 3)]
+        decoder.rewind(9)
+        decoder.cache.copy_prefix(0, 1, 9)
+        parts = [(il, kind, bytes(data)) for il, kind, data in decoder.cache.export(1)]
+        decoder.cache.load(9, parts, seq=0)
+        made.append(decoder.step({1: IDS[9:10], 0: IDS[10:11]}).copy())
+        results.append(made)
+    for a, b, c in zip(*results, strict=True):
+        assert distance(a, b) < 0.05
+        assert distance(a, c) < max(0.01, 1.5 * distance(b, c))
+
+
+def test_the_last_layers_on_a_gpu(tmp_path: Path) -> None:
+    """As --gpu-layers 1 has it: the output too, whose rows are those that are wanted."""
+    write_tiny(tmp_path / "model.gguf", replace(LLAMA, n_layer=2, types={"token_embd": "F32"}))
+    mixed, one = (open_decoder(tmp_path / "model.gguf", places) for places in ([cpu(2), gpu()], cpu(2)))
+    a, b = (logits(decoder, IDS, 9) for decoder in (mixed, one))
+    assert a.shape == b.shape == (9, mixed.config.n_vocab)
+    assert distance(a, b) < 0.05
+
+
+@pytest.mark.parametrize(("n_gpu", "tied"), [(1, True), (2, False), (3, True), (3, False)])
+def test_planned_sizes(n_gpu: int, tied: bool, tmp_path: Path) -> None:
+    """Weights and caches to the byte, buffers no less than are made."""
+    types = {"attn_v": "Q5_1", "ffn_down": "F16", "token_embd": "Q8_0"}
+    write_tiny(tmp_path / "model.gguf", replace(LLAMA, n_layer=3, types=types, tied=tied))
+    file = GGUFFile.open(tmp_path / "model.gguf")
+    config = ModelConfig.from_metadata(file.metadata, file.tensors)
+    plan = MemoryPlan(config, list(file.tensors.values()), 64, plan_cache(config), 32)
+    device = Device("cuda")
+    placement = fit(plan.gpu_sizes(), [n_gpu], (), {device: 1 << 40})
+    assert placement is not None
+    backends: dict[Device, Any] = {CPU: cpu(2), device: gpu()}
+
+    def allocated() -> int:
+        storages = {t.untyped_storage() for t in gc.get_objects() if type(t) is torch.Tensor}
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    gc.collect()
+    before = allocated()
+    decoder = open_decoder(
+        tmp_path / "model.gguf", [backends[d] for d in placement.layers], embedding=backends[placement.embedding]
+    )
+    weights, cache, buffers = placement.needed(device, plan.gpu_sizes())
+    held = backends[device].nbytes()
+    biases = sum(tensor.nbytes for name, tensor in file.tensors.items() if name.endswith("bias")) // 3
+    vectors = 4 * 64 * (2 * n_gpu + 1) + biases * n_gpu
+    assert (held["weights"] + vectors, held["cache"]) == (weights, cache)
+    pinned = sum(staging.nbytes for staging in backends[device]._uploader._staging)
+    made = allocated() - before - weights - cache - pinned
+    assert buffers / 4 < made <= buffers
+    decoder.close()
+
+
+def test_errors_of_gpus_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny(tmp_path / "model.gguf", LLAMA)
+    decoder = open_decoder(tmp_path / "model.gguf", gpu())
+    for error, words in GPU_ERRORS:
+
+        def fail(*_: Any, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(GpuProgram, "_launch", fail)
+        with pytest.raises(GgufRunError, match=words) as caught:
+            logits(decoder, IDS[:3], 1)
+        assert "\n" not in str(caught.value)
+        assert decoder.n_past == 0
+    for other in (RuntimeError("shapes do not fit"), ValueError("out of memory")):
+        assert explain(other) is None
 
 
 def test_two_layers_of_a_real_model(monkeypatch: pytest.MonkeyPatch) -> None:
