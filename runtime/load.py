@@ -1,6 +1,7 @@
 """Loading a model: its configuration, the memory it will take, weights and text beside each other."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -100,8 +101,8 @@ def load_parts(
                 "chat_template": template,
                 "tool_template": tool_template,
                 "where": ", ".join(
-                    f"{placement.layers.count(device)} layers on {backends[device].name}"
-                    for device in dict.fromkeys(placement.layers)
+                    f"{n} layer{'s' * (n > 1)} on {backends[device].name}"
+                    for device, n in Counter(placement.layers).items()
                 ),
                 "identity": partial(_identity, file, kinds, placement.n_gpu),
                 "close": [*(backend.close for backend in backends.values()), file.close],

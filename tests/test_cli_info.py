@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,28 @@ def test_smollm2_text() -> None:
     assert "llama.attention.layer_norm_rms_epsilon  f32            1e-05\n" in text
     assert "Q4_1             210  106,168,320   66.36 MB         5.00\n" in text
     assert "context of 4096 tokens: weights 96.58 MB, KV cache (f16) 94.37 MB" in text
+
+
+def test_gpu_plan() -> None:
+    """What would go where; the parts are the whole, and embeddings that are the output too are on both."""
+    lines = run(real.smollm2(), "--gpu-memory", "800M").stdout.splitlines()[-2:]
+    assert lines[0].startswith("cpu: embeddings, layers 0 to 16: ")
+    assert lines[1].startswith("cuda:0: layers 17 to 29, output: ")
+    assert lines[1].endswith(" of 800.00 MB free (500.00 MB to spare)")
+    weights, caches = (re.findall(f"{name} ([0-9.]+) MB", " ".join(lines)) for name in ("weights", "KV cache"))
+    assert sum(map(float, weights)) == pytest.approx(96.58, abs=0.02)
+    assert sum(map(float, caches)) == pytest.approx(94.37, abs=0.02)
+    two = json.loads(run(real.smollm2(), "--json", "--gpu-memory", "1G,3G", "-ngl", "8", "-ts", "1,1").stdout)
+    assert [line.partition(":")[0] for line in two["memory"]["placement"]] == ["cpu", "cuda", "cuda"]
+    for options, code, words in (
+        (["-ngl", "3"], 2, "need --gpu-memory"),
+        (["--gpu-memory", "8 GB"], 2, "--gpu-memory 8 GB: must be a number of bytes, as 500M or 2G"),
+        (["--gpu-memory", "8G", "-ngl", "31"], 2, "--gpu-layers 31: allowed are 0 to 30"),
+        (["--gpu-memory", "600M", "-ngl", "all"], 1, "--gpu-layers 30: out of memory on cuda:0"),
+    ):
+        result = run(real.smollm2(), *options)
+        assert (result.exit_code, result.stdout) == (code, "")
+        assert words in result.stderr
 
 
 def test_bad_files(tmp_path: Path) -> None:

@@ -7,13 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from cpu_ops import cpu
 from tinymodel import AWKWARD_LLAMA, TINY_GEMMA3, Tiny, write_tiny
 
+from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.formats.reader import GGUFFile
 from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
+from gguf_run.runtime import Model, devices
+from gguf_run.runtime.cli import main
+from gguf_run.runtime.placement import MARGIN
 
 IDS = [(7 * i * i + 3 * i + 1) % 270 for i in range(60)]
 # Which of two backends looks up the embeddings and has each of the six layers.
@@ -67,6 +72,93 @@ def test_several_backends_give_the_same_logits(name: str, places: str, build: Ca
 
     for a, b in zip(results(one), results(several), strict=True):
         assert np.array_equal(a, b)
+
+
+def test_what_matrices_read_is_observed_on_all_backends(build: Callable[..., Decoder]) -> None:
+    backends = {"a": cpu(2), "b": cpu(3)}
+    observed = []
+    for places in ("aaaaaaa", "bbbaaba"):
+        decoder = build(MODELS["gemma3"], places, backends, observe=True)
+        logits(decoder, IDS, 2)
+        assert decoder.observed is not None
+        observed.append({seen.names: seen.squares.take() for seen in decoder.observed})
+    assert observed[0].keys() == observed[1].keys()
+    for name, (sums, counts) in observed[0].items():
+        assert (sums == observed[1][name][0]).all()
+        assert (counts == observed[1][name][1]).all()
+
+
+class FakeGpu(CpuBackend):
+    """Runs on the CPU; lacks caches of 77 positions."""
+
+    name = "a GPU"
+    free = 1 << 40
+
+    def free_memory(self) -> int:
+        return self.free
+
+    def cache(self, shape: Any, n_ctx: int, n_batch: int, n_seq: int = 1, kind: Any = None) -> Any:
+        if n_ctx == 77:
+            raise OptionError("this GPU has no caches of 77 positions")
+        return super().cache(shape, n_ctx, n_batch, n_seq, kind)
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A model of three layers, and GPUs to run it on."""
+    monkeypatch.setattr(devices, "driver_there", lambda root: True)
+    monkeypatch.setattr(devices, "open_gpu", lambda device: FakeGpu(1))
+    write_tiny(tmp_path / "tiny.gguf", Tiny(n_layer=3))
+    return str(tmp_path / "tiny.gguf")
+
+
+@pytest.mark.parametrize(
+    ("options", "where", "lines"),
+    [
+        ([], "3 layers on a GPU", ["cuda:0: embeddings, layers 0 to 2, output"]),
+        (["--device", "cuda:2"], "3 layers on a GPU", ["cuda:2: embeddings, layers 0 to 2, output"]),
+        (["-ngl", "2"], "1 layer on CPU", ["cpu: embeddings, layer 0", "cuda:0: layers 1 to 2, output"]),
+        (
+            ["-dev", "cuda:1,cuda:0", "-ngl", "2", "-ts", "1,1"],
+            "1 layer on CPU",
+            ["cpu: embeddings, layer 0", "cuda:1: layer 1", "cuda:0: layer 2, output"],
+        ),
+        (["-ngl", "0"], "3 layers on CPU", []),
+        (["-c", "77"], "3 layers on CPU", ["cuda:0: embeddings, layers 0 to 2, output", "all on the CPU"]),
+    ],
+)
+def test_command_line(model: str, options: list[str], where: str, lines: list[str]) -> None:
+    done = CliRunner().invoke(main, [model, "--raw", "-p", "the", "-n", "2", "--temperature", "0", *options])
+    assert done.exit_code == 0, done.stderr
+    *plan, last = (line for line in done.stderr.splitlines() if not line.startswith("compiling"))
+    assert len(plan) == len(lines)
+    assert all(found.startswith(f"{line}: ") for found, line in zip(plan, lines, strict=True))
+    assert where in last
+    plain = CliRunner().invoke(main, [model, "--raw", "-p", "the", "-n", "2", "--temperature", "0", "--device", "cpu"])
+    assert done.stdout == plain.stdout
+
+
+def test_what_the_gpu_lacks_is_an_error_where_it_is_named(model: str) -> None:
+    with pytest.raises(OptionError, match="no caches of 77"):
+        Model.load(model, device="cuda", n_ctx=77)
+
+
+def test_layers_that_do_not_fit(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeGpu, "free", MARGIN)
+    with pytest.raises(GgufRunError, match=r"tiny\.gguf: --gpu-layers 2: out of memory on cuda:0"):
+        Model.load(model, gpu_layers=2)
+    lines: list[str] = []
+    Model.load(model, report=lines.append).close()
+    assert lines == ["all on the CPU: not one layer fits into the free memory of the GPU"]
+
+
+def test_sessions_know_where_their_bytes_are_of(model: str, tmp_path: Path) -> None:
+    """A GPU lays its cache out in its own way: the session of another placement is not read."""
+    arguments = [model, "--raw", "-p", "the", "-n", "2", "--session", str(tmp_path / "s")]
+    for options, code in ((["-ngl", "2"], 0), (["-ngl", "2"], 0), (["-ngl", "1"], 1), (["--device", "cpu"], 1)):
+        done = CliRunner().invoke(main, [*arguments, *options])
+        assert done.exit_code == code, done.stderr
+        assert code == 0 or "the last 2 layers' on a GPU" in done.stderr
 
 
 def test_sizes_are_those_of_all_backends(build: Callable[..., Decoder]) -> None:
