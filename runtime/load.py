@@ -84,15 +84,19 @@ def load_parts(
             )
 
         try:
+            lacking = ""
             try:
                 decoder = load(placement)
             except (UnsupportedError, OptionError) as error:  # what the GPU backend lacks
                 if wanted.insists or not placement.n_gpu:
                     raise
-                report(f"all on the CPU: {error}")
+                lacking = str(error)
+            if lacking:  # here nothing holds what was loaded any more
+                report(f"all on the CPU: {lacking}")
                 if CPU in backends:
-                    backends[CPU].close()
+                    backends.pop(CPU).close()
                 placement = cpu_only(config.n_layer)
+                plan.check(available_memory())
                 decoder = load(placement)
             tokenizer, template, tool_template = text.result()
             return {

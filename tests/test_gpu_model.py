@@ -122,7 +122,7 @@ def test_layers_on_several_devices(tmp_path: Path) -> None:
         decoder.cache.copy_prefix(0, 1, 9)
         parts = [(il, kind, bytes(data)) for il, kind, data in decoder.cache.export(1)]
         decoder.cache.load(9, parts, seq=0)
-        made.append(decoder.step({1: IDS[9:10], 0: IDS[10:11]}).copy())
+        made.append(decoder.step({1: IDS[:5], 0: IDS[5:9]}).copy())  # more than FEW: quicker in the interpreter
         results.append(made)
     for a, b, c in zip(*results, strict=True):
         assert distance(a, b) < 0.05
