@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinymodel import Tiny, write_tiny
 
@@ -118,6 +118,7 @@ def test_tied_embeddings_are_there_once() -> None:
         )
 
 
+@settings(max_examples=300, deadline=None)
 @given(
     layers=st.lists(st.integers(1, 50), min_size=1, max_size=10),
     others=st.tuples(st.integers(0, 80), st.integers(0, 80), st.integers(0, 20), st.booleans()),
