@@ -76,7 +76,7 @@ def main(
 ) -> None:
     """Run a GGUF language model.
 
-    MODEL is a GGUF file, the folder of a Hugging Face checkpoint, or hf:owner/repo/file.gguf, hf:owner/repo; without
+    MODEL is a GGUF file, the folder of a Hugging Face checkpoint, or hf:owner/repo[:Q4_K_M]; without
     it a small model, SmolLM2-135M-Instruct, is fetched once.
     """
     if raw and (chat or system is not None or chat_template is not None or tools is not None):

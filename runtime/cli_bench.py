@@ -126,7 +126,7 @@ def main(models: tuple[str, ...], repetitions: int, delay: float, no_warmup: boo
     between them, and ranges: 1-8, 128-512+128, 1-64*2; tests run in all combinations. The last column is the part of
     what this machine could do at most, by its memory's and its int8 instructions' speed, measured in the same run.
 
-    MODEL is a GGUF file or hf:owner/repo/file.gguf.
+    MODEL is a GGUF file or hf:owner/repo[:Q4_K_M].
     """
     if delay != delay:
         raise OptionError("--delay nan: allowed are numbers of seconds from 0")

@@ -67,7 +67,7 @@ def main(
 
     importance = Imatrix.open(imatrix) if imatrix else None
     keep = KEPT if chosen is None else {chosen.default}
-    with open_checkpoint(find_model(model), name=name, vocab_only=vocab_only, keep=keep) as file:
+    with open_checkpoint(find_model(model, "checkpoint"), name=name, vocab_only=vocab_only, keep=keep) as file:
         metadata: dict[str, Any] = {}
         if chosen is None:
             chosen, number = auto_type(file)

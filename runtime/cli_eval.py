@@ -59,7 +59,7 @@ SCALES_OPTIONS = (
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="gguf-run", prog_name="gguf-eval")
 def main() -> None:
-    """Measure the quality of a GGUF language model. MODEL is a GGUF file or hf:owner/repo/file.gguf."""
+    """Measure the quality of a GGUF language model. MODEL is a GGUF file or hf:owner/repo[:Q4_K_M]."""
 
 
 def _command(*params: click.Option) -> Callable[[Callable[..., None]], click.Command]:

@@ -50,7 +50,7 @@ _OPTIONS = (
 )
 @click.version_option(package_name="gguf-run", prog_name="gguf-imatrix")
 def main(model: str | None, file: Path | None, output: Path | None, in_file: tuple[Path, ...], **options: Any) -> None:
-    """Collect an importance matrix: MODEL (a GGUF file or hf:owner/repo/file.gguf) reads a text, and the squares of
+    """Collect an importance matrix: MODEL (a GGUF file or hf:owner/repo[:Q4_K_M]) reads a text, and the squares of
     what each of its matrices reads are added up, in llama.cpp's GGUF form.
 
     Without MODEL, what --in-file names is added up, converted or, with --show-statistics, looked at.

@@ -72,7 +72,7 @@ def main(
 ) -> None:
     """Show what is in a GGUF file: metadata, sizes per tensor type, parameters, and the memory it will need.
 
-    MODEL is a GGUF file (of a split model the first) or hf:owner/repo/file.gguf. Of long arrays the beginning is shown.
+    MODEL is a GGUF file (of a split model the first) or hf:owner/repo[:Q4_K_M]. Of long arrays the beginning is shown.
 
     --set and --remove change metadata, in a copy (-o) or in place. A value has the type that its key has; that of a new
     key follows from the value, or is given: KEY:TYPE=VALUE with a type such as u32, f32, bool, string, array[i32].

@@ -49,7 +49,7 @@ _KV_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": {"t
 def main(model: str, rest: tuple[str, ...], dry_run: bool, threads: int | None, **given: Any) -> None:
     """Write the model IN to OUT with weights of TYPE, such as Q4_K_M or Q8_0; the same bytes as llama-quantize.
 
-    IN is a GGUF file (of a split model the first) or hf:owner/repo/file.gguf, in F16, BF16 or F32. TYPE is a file type
+    IN is a GGUF file (of a split model the first) or hf:owner/repo:F16, in F16, BF16 or F32. TYPE is a file type
     of llama-quantize by name or number; a mixture such as Q4_K_M gives the sensitive tensors more bits. COPY changes
     no tensor.
     """

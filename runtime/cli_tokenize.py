@@ -26,7 +26,7 @@ def main(model: str, text: str | None, path: Path | None, only_ids: bool, count:
     """Print the tokens of TEXT, of a file, or of stdin: on each line an id and the token's text as Python writes it,
     with b'...' for bytes that are no whole character.
 
-    MODEL is a GGUF file or hf:owner/repo/file.gguf.
+    MODEL is a GGUF file or hf:owner/repo[:Q4_K_M].
     """
     if text is not None and path is not None:
         raise click.UsageError("give TEXT or --file, not both")

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from gguf_run.formats.cachedir import user_cache_dir
 from gguf_run.formats.errors import GgufRunError
@@ -43,9 +44,8 @@ DEFAULT_MODEL = WheelModel(
 )
 
 
-def find_model(name: str | None) -> Path:
-    """Return the path of a model: None is the default model, `hf:owner/repo/file.gguf` a file on the hub,
-    `hf:owner/repo` the folder of a checkpoint.
+def find_model(name: str | None, kind: Literal["gguf", "checkpoint", "any"] = "gguf") -> Path:
+    """Return the path of a model: None is the default model, `hf:...` one on the Hugging Face hub, see fetch_hub.
 
     Downloads what is not cached yet, and says so on stderr. Errors: GgufRunError; a path that does not exist is
     returned as it is, opening it tells.
@@ -53,9 +53,9 @@ def find_model(name: str | None) -> Path:
     if name is None:
         return fetch_wheel_model(DEFAULT_MODEL)
     if name.startswith("hf:"):
-        from gguf_run.runtime.fetch_hub import fetch_checkpoint, fetch_hub
+        from gguf_run.runtime.fetch_hub import fetch_hub
 
-        return fetch_hub(name) if name.endswith(".gguf") else fetch_checkpoint(name)
+        return fetch_hub(name, kind)
     return Path(name)
 
 

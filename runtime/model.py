@@ -115,8 +115,8 @@ class Model:
     ) -> "Model":
         """Load a model.
 
-        path: a GGUF file, the folder of a Hugging Face checkpoint, `hf:owner/repo/file.gguf`, `hf:owner/repo`, or None
-        for the default model. n_ctx: positions of the KV cache (the model's own, at most 4096, if None). n_threads:
+        path: a GGUF file, a Hugging Face checkpoint's folder, `hf:owner/repo[:TYPE]`, `hf:owner/repo/file.gguf`, or
+        None: the default model. n_ctx: positions of the KV cache (the model's own, at most 4096, if None). n_threads:
         physical cores if None. device: "cpu", "cuda", "cuda:N", several of these with commas, or "auto": a GPU if there
         is one. gpu_layers: how many of the last layers it gets, "all", or "auto": as many as fit. tensor_split: parts
         of these for each of several GPUs, as "3,1"; None: by their free memory. report: called with lines on what runs
@@ -147,7 +147,7 @@ class Model:
         n_threads = n_threads or min(default_threads(), MAX_THREADS)
         wanted = parse_wanted(device, gpu_layers, tensor_split)
         before = time.perf_counter()
-        found = find_model(os.fspath(path) if path is not None else None)
+        found = find_model(os.fspath(path) if path is not None else None, "any")
         start += time.perf_counter() - before  # a download is not part of the load time
         file = open_model(found, quantize)
         cache = {"cache_type": cache_type, "cache_rotation": cache_rotation, "cache_scales": cache_scales}

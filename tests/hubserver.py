@@ -1,7 +1,7 @@
 """A small HTTP server that speaks as much of the Hugging Face hub's protocol as a download of one file needs.
 
 HEAD or GET /owner/repo/resolve/main/file: status, ETag, size and commit; large files redirect to another host name.
-GET /api/models/owner/repo/tree/main: the files. GET /storage/...: the bytes, from `Range` on, without any token.
+GET /api/models/owner/repo: the files. GET /storage/...: the bytes, from `Range` on, without any token.
 Where it is told to, it stops in the middle and waits.
 """
 
@@ -83,11 +83,14 @@ def _answer(hub: Hub, handler: BaseHTTPRequestHandler) -> None:
         _send_file(hub, handler, hub.files[handler.path.removeprefix("/storage/")])
         return
     if handler.path.startswith("/api/models/"):
-        repo = handler.path.removeprefix("/api/models/").partition("/tree/main")[0] + "/"
+        if hub.token is not None and "gated" not in handler.path and headers["Authorization"] != f"Bearer {hub.token}":
+            _send(handler, 401, {"X-Error-Code": "RepoNotFound"})  # for what may not be seen, and what is not there
+            return
+        repo = handler.path.removeprefix("/api/models/") + "/"
         names = [name.removeprefix(repo) for name in hub.files if name.startswith(repo)]
-        rows = [{"type": "file", "path": name, "size": len(hub.files[repo + name]), "oid": "0"} for name in names]
-        error = {} if rows else {"X-Error-Code": "RepoNotFound"}
-        _send(handler, 404 if error else 200, error, b"" if error else json.dumps(rows).encode())
+        error = {} if names else {"X-Error-Code": "RepoNotFound"}
+        body = {"id": repo.strip("/"), "siblings": [{"rfilename": name} for name in names]}
+        _send(handler, 404 if error else 200, error, b"" if error else json.dumps(body).encode())
         return
     repo, _, file = handler.path.strip("/").partition("/resolve/main/")
     name = f"{repo}/{file}"

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -175,7 +176,7 @@ FETCH = (
     "import click, sys\n"
     "from gguf_run.runtime.cli_common import Command\n"
     "from gguf_run.runtime.fetch import find_model\n"
-    "Command('fetch', callback=lambda: click.echo(find_model(sys.argv[1]))).main([])\n"
+    "Command('fetch', callback=lambda: click.echo(find_model(*sys.argv[1:]))).main([])\n"
 )
 # Larger than huggingface_hub's pieces of 10 MB, so that there is something to continue.
 LARGE = b"GGUF" + os.urandom(12 << 20)
@@ -189,9 +190,9 @@ def hub_environment(tmp_path: Path) -> dict[str, str]:
     return clean | homes | {"NO_PROXY": "localhost,127.0.0.1", "no_proxy": "localhost,127.0.0.1"}
 
 
-def start(url: str, hub: Hub, environment: dict[str, str]) -> "subprocess.Popen[str]":
+def start(url: str, hub: Hub, environment: dict[str, str], kind: str = "any") -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-c", FETCH, url],
+        [sys.executable, "-c", FETCH, url, kind],
         env=environment | {"HF_ENDPOINT": hub.endpoint},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -199,9 +200,9 @@ def start(url: str, hub: Hub, environment: dict[str, str]) -> "subprocess.Popen[
     )
 
 
-def fetched(url: str, hub: Hub, environment: dict[str, str]) -> tuple[int, str, str]:
+def fetched(url: str, hub: Hub, environment: dict[str, str], kind: str = "any") -> tuple[int, str, str]:
     """Fetch in a new process; return exit code, stdout and stderr."""
-    process = start(url, hub, environment)
+    process = start(url, hub, environment, kind)
     out, err = process.communicate(timeout=60)
     assert "Traceback" not in err
     return process.returncode, out, err
@@ -282,13 +283,28 @@ def test_hub_split_model(hub_environment: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("url", "token", "expected"),
     [
-        ("hf:owner/repo/other.gguf", "secret", "no such file in the repository"),
-        ("hf:owner/other/model.gguf", "secret", "no such repository, or it is private: then set HF_TOKEN"),
+        ("hf:owner/repo/other.gguf", "secret", "no such file in the repository; it has model.gguf"),
+        (
+            "hf:owner/repo/modle.gguf",
+            "secret",
+            "no such file in the repository; did you mean hf:owner/repo/model.gguf?",
+        ),
+        ("hf:owner/repo", "", "no such repository: check the spelling; if it is private, set HF_TOKEN"),
+        (
+            "hf:owner/repo:Q5_1",
+            "secret",
+            "hf:owner/repo:Q5_1: no file of this type in the repository; it has model.gguf",
+        ),
+        (
+            "hf:owner/other/model.gguf",
+            "secret",
+            "no such repository: check the spelling; if it is private, set HF_TOKEN",
+        ),
         ("hf:owner/repo/model.gguf", "", "HF_TOKEN"),
         ("hf:owner/repo/model.gguf", "wrong", "HF_TOKEN"),
         ("hf:owner/gated/model.gguf", "", "access must be asked for on the hub"),
-        ("hf:owner/model.gguf", "", "write hf:owner/repo/file.gguf"),
-        ("hf:owner/repo/../../x.gguf", "", "write hf:owner/repo/file.gguf"),
+        ("hf:owner/model.gguf", "", "write hf:owner/repo, hf:owner/repo:Q4_K_M or hf:owner/repo/file.gguf"),
+        ("hf:owner/repo/../../x.gguf", "", "write hf:owner/repo, hf:owner/repo:Q4_K_M or hf:owner/repo/file.gguf"),
         ("hf:owner/repo/m-00003-of-00002.gguf", "", "shard 00003 of 00002"),
     ],
 )
@@ -333,10 +349,46 @@ def test_hub_checkpoint(hub_environment: dict[str, str]) -> None:
         assert fetched("hf:owner/repo", hub, hub_environment) == (0, out, "")
         assert hub.requests == []
         for url, expected in (
-            ("hf:owner/empty", "has no config.json"),
-            ("hf:owner/none", "no such repository, or it is private"),
+            ("hf:owner/empty", "has neither GGUF files nor config.json"),
+            ("hf:owner/none", "no such repository"),
             ("hf:owner", "write hf:owner/repo"),
         ):
             code, out, err = fetched(url, hub, hub_environment)
             assert (code, out) == (1, "")
             assert expected in err.splitlines()[-1]
+
+
+def test_hub_type(hub_environment: dict[str, str]) -> None:
+    """A type is looked up in the repository; what is here then serves without asking, and where the hub is gone."""
+    names = ["m-Q4_K_M.gguf", "m-Q8_0-00001-of-00002.gguf", "m-Q8_0-00002-of-00002.gguf", "mmproj-F16.gguf"]
+    files = {f"owner/repo/{name}": CONTENT for name in names}
+    with Hub(files | {"owner/q8/m-q8_0.gguf": CONTENT, "owner/q8/m-f16.gguf": CONTENT}) as hub:
+        code, first, err = fetched("hf:owner/repo", hub, hub_environment, "gguf")
+        assert (code, Path(first.strip()).name, err.count("\n")) == (0, names[0], 1)
+        code, out, err = fetched("hf:owner/repo:q8_0", hub, hub_environment)
+        assert (code, Path(out.strip()).name) == (0, names[1])
+        assert [r.path.rpartition("/")[2] for r in hub.requests if "/storage/" in r.path] == names[:3]
+        code, out, err = fetched("hf:owner/q8", hub, hub_environment)
+        assert (code, Path(out.strip()).name) == (0, "m-q8_0.gguf")
+        assert err.startswith("hf:owner/q8 has no Q4_K_M: taking m-q8_0.gguf (it has F16, Q8_0)\n")
+        code, _, err = fetched("hf:owner/repo", hub, hub_environment, "checkpoint")
+        assert (code, "nor config.json" in err) == (1, True)
+    assert fetched("hf:owner/repo", hub, hub_environment) == (0, first, "")
+    code, again, err = fetched("hf:owner/q8", hub, hub_environment)
+    assert (code, again) == (0, out)
+    assert re.fullmatch(r"cannot list hf:owner/q8 on 127.0.0.1:\d+: no connection .*; taking what is cached\n", err)
+
+
+def test_hub_offline_checkpoint(hub_environment: dict[str, str]) -> None:
+    """Another program's download of a checkpoint will do where the hub cannot be reached."""
+    snapshot = Path(hub_environment["HF_HOME"]) / "hub/models--owner--repo/snapshots/0123"
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs/main").write_text("0123")
+    for name in ("config.json", "model.safetensors"):
+        (snapshot / name).write_text(name)
+    with Hub({}) as hub:
+        pass
+    code, out, err = fetched("hf:owner/repo", hub, hub_environment)
+    assert (code, "taking what is cached" in err) == (0, True)
+    assert sorted(path.name for path in Path(out.strip()).iterdir()) == ["config.json", "model.safetensors"]
