@@ -56,7 +56,7 @@ class AttentionOp:
             return {"TOKENS": 1, "REP": max(16, rep), "SPAN": span, "num_warps": 4 if narrow else 8} | _REGISTERS
         n_row = 64 if narrow and all(form.bits > 4 and form.name != "bf16" for form in forms) else 32
         span = SPAN if narrow and all(form.name == "f16" for form in forms) else SPAN // 2
-        return {"TOKENS": max(1, n_row // rep), "REP": rep, "SPAN": span, "num_warps": 8}
+        return {"TOKENS": max(1, n_row // rep), "REP": rep, "SPAN": span, "num_warps": 8} | _REGISTERS
 
     def launch(self, n: int, step: Any, sums: list[Array], q8: Int8 | None) -> None:
         """step: program.StepInput. sums: memory for the parts' sums and what they are relative to. q8: gets the result
