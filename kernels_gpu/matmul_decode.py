@@ -66,7 +66,36 @@ def _block(xq, xd, xs, at, live, EVEN: tl.constexpr):  # type: ignore[no-untyped
 
 
 @triton.jit
-def _is_last(count, n):  # type: ignore[no-untyped-def]
+def dot_units(  # type: ignore[no-untyped-def]
+    rows,
+    xq,
+    xd,
+    xs,
+    at,
+    live,
+    R: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCALES: tl.constexpr,
+    OFFSET: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Units of R rows, pairs of what unit_words and unit_factors return, times the activations of units number `at`."""
+    MINIMUM: tl.constexpr = SCALES == "f16m" or SCALES == "k6m" or SCALES == "k4"
+    values = ()
+    if BITS == 2:
+        x = (_block(xq, xd, xs, at * 2, live, EVEN), _block(xq, xd, xs, at * 2 + 1, live, EVEN))
+        for r in tl.static_range(R):
+            values = values + (_dot64(rows[r][0], x, rows[r][1], OFFSET, MINIMUM),)
+    else:
+        x = _block(xq, xd, xs, at, live, EVEN)
+        for r in tl.static_range(R):
+            values = values + (_dot32(rows[r][0], x, rows[r][1], OFFSET, GROUP, MINIMUM),)
+    return values
+
+
+@triton.jit
+def is_last(count, n):  # type: ignore[no-untyped-def]
     """Whether all of n programs that call it but this one have done so; then their stores can be read (past L1)."""
     tl.debug_barrier()  # all of this program's stores come before its count
     last = tl.atomic_add(count, 1, sem="acq_rel") == n - 1
@@ -122,8 +151,6 @@ def matmul_decode(  # type: ignore[no-untyped-def]
     not None: weights of an RMS norm of out's rows, WIDTH >= n_out, into norm_out and, if not None, oq.
     """
     PAIRS: tl.constexpr = R if ACTIVATION is None else R // 2
-    MINIMUM: tl.constexpr = SCALES == "f16m" or SCALES == "k6m" or SCALES == "k4"
-    PER: tl.constexpr = 2 if BITS == 2 else 1  # blocks of activations of a unit
     first = tl.program_id(0) * PAIRS
     lane = tl.arange(0, UNITS)
     sums = ()
@@ -141,16 +168,9 @@ def matmul_decode(  # type: ignore[no-untyped-def]
             rows = rows + ((w, unit_factors(scale, d, row, u, n_unit, BITS, GROUP, SCALES)),)
         added = ()
         for m in tl.static_range(M):
-            at = (m * n_unit + u) * PER
-            x = _block(xq, xd, xs, at, live, EVEN)
-            if BITS == 2:
-                x = (x, _block(xq, xd, xs, at + 1, live, EVEN))
+            values = dot_units(rows, xq, xd, xs, m * n_unit + u, live, R, BITS, GROUP, SCALES, OFFSET, EVEN)
             for r in tl.static_range(R):
-                if BITS == 2:
-                    value = _dot64(rows[r][0], x, rows[r][1], OFFSET, MINIMUM)
-                else:
-                    value = _dot32(rows[r][0], x, rows[r][1], OFFSET, GROUP, MINIMUM)
-                added = added + (sums[m * R + r] + value,)
+                added = added + (sums[m * R + r] + values[r],)
         sums = added
     for m in tl.static_range(M):
         for r in tl.static_range(PAIRS):
@@ -170,14 +190,14 @@ def matmul_decode(  # type: ignore[no-untyped-def]
     if ACTIVATION is not None:
         if oq is not None:
             block = first // 32
-            if _is_last(counts + block, 32 // PAIRS):
+            if is_last(counts + block, 32 // PAIRS):
                 column = block * 32 + tl.arange(0, 32)
                 for row in range(M):
                     made = tl.load(out + row * out_stride + column, cache_modifier=".cg")
                     store_int8(made, block * 32, oq, od, os, row, n_out, 32)
     elif norm is not None:
         column = tl.arange(0, WIDTH)
-        if _is_last(counts, tl.num_programs(0)):
+        if is_last(counts, tl.num_programs(0)):
             for row in range(M):
                 made = tl.load(out + row * out_stride + column, mask=column < n_out, other=0.0, cache_modifier=".cg")
                 made = normed(made, norm, column, n_out, eps)

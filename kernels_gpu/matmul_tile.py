@@ -8,6 +8,43 @@ from gguf_run.kernels_gpu.tile import tile_field
 
 
 @triton.jit
+def tile_product(  # type: ignore[no-untyped-def]
+    qs,
+    high,
+    scale,
+    d,
+    rows,
+    x_rows,
+    n_in,
+    n_unit,
+    BITS: tl.constexpr,
+    HIGH: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCALES: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BOOK: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    """f32[N, M], `rows` int64[N] of the weights times the f16 rows at pointers x_rows [M]; UNITS of each at a time.
+
+    The weights are the left operand of the dot product: then each warp has rows of its own and none is converted twice.
+    """
+    E: tl.constexpr = 128 // BITS if BITS >= 16 else 16
+    UNIT: tl.constexpr = E if BITS >= 16 else (64 if BITS == 2 else 32)
+    N: tl.constexpr = rows.shape[0]
+    acc = tl.zeros((N, x_rows.shape[0]), tl.float32)
+    for start in range(0, n_unit, UNITS):
+        u = start + tl.arange(0, UNITS)
+        units = tl.minimum(u, n_unit - 1)
+        for f in tl.static_range(UNIT // E):
+            w = tile_field(qs, high, scale, d, rows, units, n_unit, f, BITS, HIGH, GROUP, SCALES, OFFSET, BOOK)
+            column = tl.reshape(u[:, None] * UNIT + f * E + tl.arange(0, E)[None, :], (UNITS * E,))
+            x = tl.load(x_rows[:, None] + column[None, :], mask=column[None, :] < n_in, other=0.0)
+            acc = tl.dot(tl.reshape(w, (N, UNITS * E)).to(tl.float16), tl.trans(x), acc)
+    return acc
+
+
+@triton.jit
 def matmul_tile(  # type: ignore[no-untyped-def]
     qs,
     high,
@@ -29,24 +66,13 @@ def matmul_tile(  # type: ignore[no-untyped-def]
     N: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    """raw[m, o] = w[o] * xh[m], f32, for M tokens and N rows a program; UNITS of each row at a time.
-
-    The weights are the left operand of the dot product: then each warp has rows of its own and none is converted twice.
-    """
-    E: tl.constexpr = 128 // BITS if BITS >= 16 else 16
-    UNIT: tl.constexpr = E if BITS >= 16 else (64 if BITS == 2 else 32)
+    """raw[m, o] = w[o] * xh[m], f32, for M tokens and N rows a program; UNITS of each row at a time."""
     o = tl.program_id(0) * N + tl.arange(0, N)
     rows = tl.minimum(o, n_out - 1).to(tl.int64)
     m = tl.arange(0, M)
-    acc = tl.zeros((N, M), tl.float32)
-    for start in range(0, n_unit, UNITS):
-        u = start + tl.arange(0, UNITS)
-        units = tl.minimum(u, n_unit - 1)
-        for f in tl.static_range(UNIT // E):
-            w = tile_field(qs, high, scale, d, rows, units, n_unit, f, BITS, HIGH, GROUP, SCALES, OFFSET, BOOK)
-            column = tl.reshape(u[:, None] * UNIT + f * E + tl.arange(0, E)[None, :], (UNITS * E,))
-            x = tl.load(xh + m[:, None] * n_in + column[None, :], mask=column[None, :] < n_in, other=0.0)
-            acc = tl.dot(tl.reshape(w, (N, UNITS * E)).to(tl.float16), tl.trans(x), acc)
+    acc = tile_product(
+        qs, high, scale, d, rows, xh + m * n_in, n_in, n_unit, BITS, HIGH, GROUP, SCALES, OFFSET, BOOK, UNITS
+    )
     tl.store(raw + m[None, :] * raw_stride + o[:, None], acc, mask=o[:, None] < n_out)
 
 
