@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import plots
 import pytest
+import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -175,16 +177,78 @@ def options_of(script: str) -> set[str]:
     return {"--help", *(name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts))}
 
 
-@pytest.mark.parametrize("document", ["README.md", "Makefile"])
+DOCUMENTS = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "Makefile"])
 def test_documented_commands_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     if document == "Makefile":
         text = f"```\n{text}```"
-    found = list(commands_in(text))
-    assert found, "no command documented"
-    for script, options in found:
+    for script, options in commands_in(text):
         assert set(options) <= options_of(script), script
 
 
 def test_readme_names_every_command() -> None:
     assert {script.split()[0] for script, _ in commands_in((ROOT / "README.md").read_text())} == set(SCRIPTS)
+
+
+def all_scripts() -> Iterator[str]:
+    """Every command: "gguf-run", "gguf-eval kl"."""
+    for script in SCRIPTS:
+        command = command_of(script)
+        yield from (f"{script} {name}" for name in command.commands) if isinstance(command, click.Group) else (script,)
+
+
+def test_documents_name_every_option() -> None:
+    """Each option, under one of its names, anywhere in the documents: for many are those of several commands."""
+    text = "\n".join((ROOT / document).read_text() for document in DOCUMENTS)
+    known = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", text)) | {"--help", "--version"}
+    for script in all_scripts():
+        for parameter in command_of(script).params:
+            names = {*parameter.opts, *parameter.secondary_opts}
+            assert isinstance(parameter, click.Argument) or names & known, f"{script}: {names} is not documented"
+
+
+def links_in(text: str) -> set[str]:
+    """Relative links and pictures of a Markdown text, with their anchors."""
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    return {link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link}
+
+
+def anchors_of(text: str) -> set[str]:
+    """What GitHub calls the headings of a Markdown text."""
+    headings = re.findall(r"(?m)^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_resolve(document: str) -> None:
+    for link in links_in((ROOT / document).read_text()):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / document).parent / path if path else ROOT / document
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors_of(target.read_text()), link
+
+
+def test_links_in_finds_links() -> None:
+    text = "[a](docs/a.md#b-c) ![p](p.svg) [w](https://x.org) `[no](no.md)`"
+    assert links_in(text) == {"docs/a.md#b-c", "p.svg"}
+    assert anchors_of("# gguf-run: ask, `chat`\n```\n# no\n```\n## B c") == {"gguf-run-ask-chat", "b-c"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_tables_are_as_measured(document: str) -> None:
+    """Tables between marks are what benchmarks/tables.py makes of docs/data."""
+    text = (ROOT / document).read_text()
+    assert tables.filled(text) == text, "run benchmarks/tables.py"
+
+
+def test_tables_are_seen() -> None:
+    marked = "<!-- table: speed_short -->\nold\n<!-- end -->"
+    assert "SmolLM2" in tables.filled(marked)
+
+
+@pytest.mark.parametrize("name", plots.PICTURES)
+def test_pictures_are_as_measured(name: str) -> None:
+    assert (ROOT / f"docs/images/{name}.svg").read_text() == plots.PICTURES[name](), "run benchmarks/plots.py"

@@ -1,0 +1,182 @@
+"""The pictures of README.md and docs/, drawn as SVG from the files of docs/data/.
+
+    python benchmarks/plots.py          # writes docs/images/*.svg; the same data make the same bytes
+
+Text stays text, colours follow the reader's light or dark mode, and a card behind all keeps them readable in either.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from types import MappingProxyType
+
+import click
+from tables import ROOT, load
+
+IMAGES = ROOT / "docs/images"
+_STYLE = """text { font: 12px system-ui, sans-serif; fill: #1f2328 }
+.title { font-size: 14px; font-weight: 600 } .soft { fill: #59636e }
+.card { fill: #ffffff; stroke: #d1d9e0 } .grid { stroke: #d1d9e0 } .axis { stroke: #59636e }
+.a { fill: #0969da } .b { fill: #b0b8c1 } .c { fill: #bc4c00 }
+@media (prefers-color-scheme: dark) {
+text { fill: #f0f6fc } .soft { fill: #9198a1 }
+.card { fill: #0d1117; stroke: #3d444d } .grid { stroke: #3d444d } .axis { stroke: #9198a1 }
+.a { fill: #4493f8 } .b { fill: #656c76 } .c { fill: #f0883e }
+}"""
+
+
+@dataclass
+class Drawing:
+    """Elements of one picture of a size in pixels."""
+
+    width: int
+    height: int
+    parts: list[str] = field(default_factory=list)
+
+    def text(self, x: float, y: float, text: str, anchor: str = "start", kind: str = "") -> None:
+        """anchor: start, middle or end of the text stands at x; kind: a class of _STYLE."""
+        kind = f' class="{kind}"' if kind else ""
+        self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{kind}>{escape(text)}</text>')
+
+    def box(self, x: float, y: float, width: float, height: float, kind: str, title: str = "") -> None:
+        size = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
+        self.parts.append(f'<rect {size} class="{kind}"><title>{escape(title)}</title></rect>')
+
+    def line(self, x0: float, y0: float, x1: float, y1: float, kind: str) -> None:
+        self.parts.append(f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" class="{kind}"/>')
+
+    def dot(self, x: float, y: float, kind: str, title: str) -> None:
+        self.parts.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="{kind}"><title>{escape(title)}</title></circle>'
+        )
+
+    def svg(self, title: str) -> str:
+        """The file. title: said by programs that read pages aloud."""
+        size = f'width="{self.width}" height="{self.height}" viewBox="0 0 {self.width} {self.height}"'
+        card = f'<rect x="0.5" y="0.5" width="{self.width - 1}" height="{self.height - 1}" rx="6" class="card"/>'
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img"><title>{escape(title)}</title>'
+        return "\n".join([head, f"<style>\n{_STYLE}\n</style>", card, *self.parts, "</svg>\n"])
+
+
+def speed() -> str:
+    """Bars for each tensor type: prefill and decode of both engines, two threads."""
+    rows = [row for row in load("speed")["rows"] if row["model"].startswith("llama-1b ") and row["threads"] == 2]
+    rows = [row for row in rows if "isa" not in row and "depth" not in row]
+    drawing, step, top = Drawing(800, 60 + 34 * len(rows) + 62), 34, 66
+    drawing.text(16, 26, "Llama of 1.24 billion weights, 2 CPU cores (AMD Zen 5): tokens per second", kind="title")
+    for x, kind, name in ((16, "a", "gguf-run"), (110, "b", "llama.cpp 0.5.0")):
+        drawing.box(x, 38, 12, 12, kind)
+        drawing.text(x + 18, 49, name)
+    bottom = top + step * len(rows)
+    for test, title, left, limit, every in (
+        ("prefill", "prefill: a prompt of 512 tokens", 90, 500, 100),
+        ("decode", "decode: token by token", 455, 80, 20),
+    ):
+        scale = 300 / limit
+        for tick in range(0, limit + 1, every):
+            drawing.line(left + tick * scale, top, left + tick * scale, bottom, "grid" if tick else "axis")
+            drawing.text(left + tick * scale, bottom + 16, str(tick), "middle", "soft")
+        drawing.text(left + 150, bottom + 36, f"{title}, tokens/s", "middle", "soft")
+        for i, row in enumerate(rows):
+            y = top + step * i
+            for name, kind, shift in (("gguf-run", "a", 4), ("llama.cpp", "b", 17)):
+                value = row[test][name]
+                drawing.box(left, y + shift, value * scale, 12, kind, f"{name}: {value:g} tokens/s")
+            end = left + max(row[test]["gguf-run"], row[test]["llama.cpp"]) * scale
+            drawing.text(end + 5, y + 20, f"{row[test]['ratio']:.1f} ×", kind="soft")
+    for i, row in enumerate(rows):
+        drawing.text(82, top + step * i + 21, row["model"].split()[1], "end")
+    return drawing.svg("Tokens per second of gguf-run and llama.cpp by tensor type")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A type with its price in bits and its mean divergence."""
+
+    name: str
+    bits: float
+    kl: float
+    kind: str = "a"
+
+
+def quality() -> str:
+    """Files of SmolLM2: bits per weight and divergence."""
+    files = load("formats")["files"].items()
+    points = [Point(name, row["bits"], row["kl_mean"]) for name, row in files if row["kl_mean"] and row["bits"] < 10]
+    title = "Weights: how far predictions move from those of F16, by size (SmolLM2-135M)"
+    return scatter(title, "bits per weight of the whole file", points, range(0, 10))
+
+
+def kv_cache() -> str:
+    """Types of KV cache that are smaller than f16: bits per number and divergence."""
+    points = []
+    for row in load("kv_cache")["rows"]:
+        if row["memory"] < 1:
+            name = row["cache"] if row["rotated"] else f"{row['cache']} unrotated"
+            points.append(Point(name, 16 * row["memory"], row["kl_512"]["kl"], "a" if row["rotated"] else "c"))
+    title = "KV cache: how far predictions move from those with an f32 cache, by size (SmolLM2-135M)"
+    return scatter(title, "bits per number in the cache", points, range(0, 11))
+
+
+def scatter(title: str, x_title: str, points: Sequence[Point], ticks: Sequence[int]) -> str:
+    """Bits from 0 on, divergence on a logarithmic scale."""
+    drawing, left, top, right, bottom = Drawing(800, 460), 80, 50, 775, 405
+    low = math.floor(math.log10(min(point.kl for point in points)))
+    high = math.ceil(math.log10(max(point.kl for point in points)))
+
+    def at(bits: float, kl: float) -> tuple[float, float]:
+        part = (math.log10(kl) - low) / (high - low)
+        return left + (right - left) * bits / ticks[-1], bottom - (bottom - top) * part
+
+    drawing.text(16, 26, title, kind="title")
+    for tick in ticks:
+        x = at(tick, 10**low)[0]
+        drawing.line(x, top, x, bottom, "grid" if tick else "axis")
+        drawing.text(x, bottom + 18, str(tick), "middle", "soft")
+    for power in range(low, high + 1):
+        y = at(0, 10**power)[1]
+        drawing.line(left, y, right, y, "grid" if power > low else "axis")
+        drawing.text(left - 8, y + 4, f"{10.0**power:g}", "end", "soft")
+    drawing.text((left + right) / 2, bottom + 40, x_title, "middle", "soft")
+    drawing.text(left + 4, top - 6, "KL divergence (mean), logarithmic; lower is better", kind="soft")
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in (at(point.bits, point.kl) for point in points)]
+    for point in sorted(points, key=lambda point: (point.bits, point.name)):
+        x, y = at(point.bits, point.kl)
+        drawing.dot(x, y, point.kind, f"{point.name}: {point.bits:.2f} bits, KL {point.kl:.2g}")
+        label, place = next(_free(x, y, point.name, taken, (left, top, right, bottom)))
+        taken.append(place)
+        drawing.text(label, place[3] - 3, point.name)
+    return drawing.svg(title)
+
+
+Box = tuple[float, float, float, float]
+
+
+def _free(x: float, y: float, name: str, taken: Iterable[Box], frame: Box) -> Iterator[tuple[float, Box]]:
+    """Yield places around a dot for its name that cover nothing, the best first; at last one that may."""
+    width = 6.6 * len(name)
+    for far in range(0, 60, 6):
+        for dx, dy in ((7 + far, 0), (-7 - far - width, 0), (-width / 2, -13 - far), (-width / 2, 13 + far)):
+            box = (x + dx, y + dy - 7, x + dx + width, y + dy + 7)
+            inside = frame[0] < box[0] and frame[1] < box[1] and box[2] < frame[2] and box[3] < frame[3]
+            if inside and all(box[2] < b[0] or b[2] < box[0] or box[3] < b[1] or b[3] < box[1] for b in taken):
+                yield box[0], box
+    yield x + 7, (x + 7, y - 7, x + 7 + width, y + 7)
+
+
+PICTURES: Mapping[str, Callable[[], str]] = MappingProxyType(
+    {picture.__name__: picture for picture in (speed, quality, kv_cache)}
+)
+
+
+@click.command()
+def main() -> None:
+    """Draw all pictures."""
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    for name, draw in PICTURES.items():
+        (IMAGES / f"{name}.svg").write_text(draw())
+
+
+if __name__ == "__main__":
+    main()
