@@ -52,7 +52,8 @@ MAX_PROMPT_BYTES = 64 << 20
 @click.option("--context-shift", is_flag=True, help="When the context is full, drop half of it and go on.")
 @click.option("--keep", type=int, default=0, help="Tokens at the beginning that --context-shift keeps.")
 @click.option("--warm-up", is_flag=True, help="Compile what the model needs, so that the next start is quick.")
-@click.option("--verbose", is_flag=True, help="Say more on stderr.")
+@click.option("--list", "list_models", is_flag=True, help="Show the models that are on this machine; -v: and where.")
+@click.option("--verbose", "-v", is_flag=True, help="Say more on stderr.")
 @click.version_option(package_name="gguf-run", prog_name="gguf-run")
 def main(
     model: str | None,
@@ -71,6 +72,7 @@ def main(
     context_shift: bool,
     keep: int,
     warm_up: bool,
+    list_models: bool,
     verbose: bool,
     **options: Any,
 ) -> None:
@@ -85,6 +87,12 @@ def main(
         )
     if sys.stdout is None:
         raise GgufRunError("stdout is closed: there is nowhere to write the answer")
+    if list_models:
+        from gguf_run.runtime.list_models import list_lines
+
+        for line in list_lines(verbose):
+            click.echo(line)
+        return
     text = "Hello" if warm_up else _prompt(prompt, file, chat)
     if session is not None:
         check_place(session)

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -30,8 +30,9 @@ STATISTICS = tuple(column.name for column in fields(Statistics))
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("model")
+@click.argument("models", metavar="MODEL", nargs=-1)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--fit", is_flag=True, help="Show what fits this machine, and how fast: of MODELs, or of usual sizes.")
 @click.option("--tensors", is_flag=True, help="List the tensors as well.")
 @click.option("--stats", is_flag=True, help="Show statistics of the tensors' weights as well.")
 @click.option("--diff", metavar="OTHER", help="Show what differs in another file: metadata, tensors, error of each.")
@@ -54,8 +55,9 @@ STATISTICS = tuple(column.name for column in fields(Statistics))
 @click.option("--tensor-split", "-ts", metavar="N,N", help="Parts of these for each.  [default: by free memory]")
 @click.version_option(package_name="gguf-run", prog_name="gguf-info")
 def main(
-    model: str,
+    models: Sequence[str],
     as_json: bool,
+    fit: bool,
     tensors: bool,
     stats: bool,
     diff: str | None,
@@ -80,6 +82,10 @@ def main(
     """
     if sys.stdout is None:
         raise GgufRunError("stdout is closed: there is nowhere to write to")
+    if fit:
+        return _fit(models, as_json)
+    if len(models) != 1:
+        raise click.UsageError(f"{len(models)} MODELs are given, must be one.")
     editing = bool(assignments or remove)
     if editing != bool(output or in_place) or (output and in_place):
         raise click.UsageError("--set and --remove need either -o OUT or --in-place, and these need one of them.")
@@ -92,7 +98,7 @@ def main(
     if wanted != Wanted() and not gpus:
         raise click.UsageError("--gpu-layers and --tensor-split need --gpu-memory.")
     with ExitStack() as files:
-        file = files.enter_context(GGUFFile.open(find_model(model)))
+        file = files.enter_context(GGUFFile.open(find_model(models[0])))
         if editing:
             facts = {"metadata": edit(file, assignments, remove, output)}
             lines = change_lines(facts["metadata"])
@@ -104,8 +110,24 @@ def main(
             memory = memory_facts(file, ctx_size, options, wanted if gpus else None, gpus)
             facts = describe(file, pattern if tensors or stats else None, stats, memory)
             lines = _lines(facts, bool(ctx_size or any(cache.values())))
+    _print(facts, lines, as_json)
+
+
+def _print(facts: Mapping[str, Any], lines: Iterable[str], as_json: bool) -> None:
     for line in [json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)] if as_json else lines:
         click.echo(line)
+
+
+def _fit(models: Sequence[str], as_json: bool) -> None:
+    from gguf_run.runtime.info_fit import SHAPES, Machine, fit_file, fit_lines, fit_shape
+
+    paths = [find_model(model) for model in models]
+    with ExitStack() as files:
+        opened = [files.enter_context(GGUFFile.open(path)) for path in paths]
+        machine = Machine.measure()
+        found = [fit_file(file, machine) for file in opened] or [fit_shape(shape, machine) for shape in SHAPES]
+    measured = machine.facts()
+    _print({"machine": measured, "models": found}, fit_lines(measured, found), as_json)
 
 
 def _pattern(text: str) -> re.Pattern[str]:

@@ -118,3 +118,10 @@ def cached_files(repo: str) -> Mapping[str, Path]:
 def own_folder(repo: str) -> Path:
     """Where our downloads of a repository lie."""
     return models_dir() / "hub" / repo
+
+
+def cached_repos() -> list[str]:
+    """Return the repositories of which something is here: "owner/repo"."""
+    shared = [path.name.split("--") for path in hub_cache().glob("models--*--*")]
+    ours = [path.relative_to(models_dir() / "hub").parts for path in (models_dir() / "hub").glob("*/*")]
+    return sorted({f"{parts[-2]}/{parts[-1]}" for parts in [*shared, *ours]})

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.formats.reader import Tensor
+from gguf_run.formats.tensors import TensorInfo
 from gguf_run.kernels_cpu.cache_types import CACHE_FORMATS
 from gguf_run.kernels_cpu.panels import matrix_bytes as cpu_matrix_bytes
 from gguf_run.kernels_gpu.panels import matrix_bytes as gpu_matrix_bytes
@@ -60,7 +60,7 @@ class MemoryPlan:
     n_gpu: so many of the last layers, and with them the output, are not in the CPU's memory."""
 
     config: ModelConfig
-    tensors: Sequence[Tensor]
+    tensors: Sequence[TensorInfo]
     n_ctx: int
     cache: Sequence[CacheType]
     n_batch: int = 512
