@@ -52,6 +52,8 @@ def attend(  # type: ignore[no-untyped-def]
     V_PARTS: tl.constexpr = 2 if V == "q4_0" else 1
     K_BY_ROW: tl.constexpr = K == "int8" or K == "fp8_e4m3" or K == "fp8_e5m2"
     V_BY_ROW: tl.constexpr = V == "int8" or V == "fp8_e4m3" or V == "fp8_e5m2"
+    K_PRECISION: tl.constexpr = "ieee" if K == "f32" else None
+    V_PRECISION: tl.constexpr = "ieee" if V == "f32" else None
     M: tl.constexpr = TOKENS * REP
     kv_head = tl.program_id(1)
     part = tl.program_id(2)
@@ -66,7 +68,7 @@ def attend(  # type: ignore[no-untyped-def]
         column = column_of(tl.arange(0, WIDTH // K_PARTS), i, K)[None, :]
         at = q + t[:, None] * q_stride + head[:, None] * HEAD_DIM + column
         x = tl.load(at, mask=there[:, None] & (column < HEAD_DIM), other=0.0)
-        queries = queries + ((x if K == "bf16" else x.to(tl.float16)),)
+        queries = queries + ((x if K == "bf16" or K == "f32" else x.to(tl.float16)),)
     acc = ()
     for _ in tl.static_range(V_PARTS):
         acc = acc + (tl.zeros((M, WIDTH // V_PARTS), tl.float32),)
@@ -87,7 +89,7 @@ def attend(  # type: ignore[no-untyped-def]
             live = p < end
             rows = start % n_ctx + tl.arange(0, SPAN)  # n_ctx is a multiple of SPAN
             keys = load_rows(k_at, kd_at, rows, live, K, HEAD_DIM, WIDTH)
-            score = tl.dot(queries[0], tl.trans(keys[0]))
+            score = tl.dot(queries[0], tl.trans(keys[0]), input_precision=K_PRECISION)
             if K_PARTS == 2:
                 score = tl.dot(queries[1], tl.trans(keys[1]), score)
             score *= scale
@@ -108,14 +110,14 @@ def attend(  # type: ignore[no-untyped-def]
                 factor = row_factors(vd_at, rows, live, V)
                 largest = tl.max(factor, axis=0)
                 weight *= (factor / tl.where(largest == 0, 1.0, largest))[None, :]
-            if V != "bf16":
+            if V != "bf16" and V != "f32":
                 weight = weight.to(tl.float16)
             added = ()
             for i in tl.static_range(V_PARTS):
                 if V_BY_ROW:
                     added = added + (acc[i] * old[:, None] + tl.dot(weight, values[i]) * largest,)
                 else:
-                    added = added + (tl.dot(weight, values[i], acc[i] * old[:, None]),)
+                    added = added + (tl.dot(weight, values[i], acc[i] * old[:, None], input_precision=V_PRECISION),)
             acc = added
     to = (part.to(tl.int64) * n_token + t) * (n_head_kv * n_rep) + head
     tl.store(stats + to * 2, greatest, mask=there)

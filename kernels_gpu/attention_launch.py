@@ -50,7 +50,8 @@ class AttentionOp:
         """Tokens and heads of a tile of queries, positions of one of keys or values, and how it is launched: what fits
         into registers (tests/gpu_compile.py). 64 queries are what Hopper's tensor cores want."""
         forms = self.cache.k.form, self.cache.v.form
-        rep, narrow = power_of_2(self.shape.n_head // self.shape.n_head_kv), self.cache.k.width <= 128
+        rep = power_of_2(self.shape.n_head // self.shape.n_head_kv)
+        narrow = self.cache.k.width <= 128 and all(form.bits < 32 for form in forms)
         if n <= FEW:
             span = SPAN if narrow and all(form.bits > 4 for form in forms) else SPAN // 2
             return {"TOKENS": 1, "REP": max(16, rep), "SPAN": span, "num_warps": 4 if narrow else 8} | _REGISTERS

@@ -39,6 +39,7 @@ class CacheFormat:
 CACHE_FORMATS = {
     row.name: row
     for row in (
+        CacheFormat("f32", 32),
         CacheFormat("f16", 16),
         CacheFormat("bf16", 16),
         CacheFormat("q8_0", 8, BLOCK),
@@ -59,7 +60,9 @@ def column_of(c, part: tl.constexpr, TYPE: tl.constexpr):  # type: ignore[no-unt
 @triton.jit
 def planes_at(qs, d, row, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr):  # type: ignore[no-untyped-def]
     """The planes from a row on: rows are counted from there in int32 then."""
-    BITS: tl.constexpr = 16 if TYPE == "f16" or TYPE == "bf16" else (4 if TYPE == "q4_0" else 8)
+    BITS: tl.constexpr = (
+        32 if TYPE == "f32" else (16 if TYPE == "f16" or TYPE == "bf16" else (4 if TYPE == "q4_0" else 8))
+    )
     N: tl.constexpr = HEAD_DIM // 32 if TYPE == "q8_0" or TYPE == "q4_0" else 1
     qs += row * (HEAD_DIM * BITS // 8)
     if d is None:
@@ -72,8 +75,7 @@ def planes_at(qs, d, row, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr):  # type: 
 def load_rows(qs, d, rows, live, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     """Rows [n] as operands of tl.dot, a tuple of one [n, WIDTH], or of two of half the width; 0 where not live.
 
-    f16, or f32 (of which tensor cores take the 10 bits that bf16 does not even have). Without the factors of
-    row_factors.
+    f16, or f32 (of bf16, tensor cores take the 10 bits that it does not even have). Without the factors of row_factors.
     """
     if TYPE == "q8_0" or TYPE == "q4_0":
         BYTES: tl.constexpr = 32 if TYPE == "q8_0" else 16
@@ -92,7 +94,9 @@ def load_rows(qs, d, rows, live, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr, WID
         column = tl.arange(0, WIDTH)[None, :]
         mask = live[:, None] & (column < HEAD_DIM)
         at = rows[:, None] * HEAD_DIM + column
-        if TYPE == "f16":
+        if TYPE == "f32":
+            return (tl.load(qs.to(tl.pointer_type(tl.float32)) + at, mask=mask, other=0.0),)
+        elif TYPE == "f16":
             return (tl.load(qs.to(tl.pointer_type(tl.float16)) + at, mask=mask, other=0.0),)
         elif TYPE == "bf16":
             bits = tl.load(qs.to(tl.pointer_type(tl.uint16)) + at, mask=mask, other=0).to(tl.uint32)
@@ -134,7 +138,9 @@ def store_row(x, qs, d, row, scales, head, TYPE: tl.constexpr, HEAD_DIM: tl.cons
     column = tl.arange(0, WIDTH)
     mask = column < HEAD_DIM
     at = row * HEAD_DIM + column
-    if TYPE == "f16":
+    if TYPE == "f32":
+        tl.store(qs.to(tl.pointer_type(tl.float32)) + at, x, mask=mask)
+    elif TYPE == "f16":
         tl.store(qs.to(tl.pointer_type(tl.float16)) + at, x.to(tl.float16), mask=mask)
     elif TYPE == "bf16":
         bits = x.to(tl.int32, bitcast=True)

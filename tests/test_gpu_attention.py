@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # the interpreter's own
 ]
 PAIRS = (("f16", "bf16"), ("q8_0", "q4_0"), ("q4_0", "int8"), ("int8", "q8_0"), ("fp8_e4m3", "fp8_e5m2"))
-PAIRS += (("bf16", "fp8_e4m3"), ("fp8_e5m2", "f16"))
+PAIRS += (("bf16", "fp8_e4m3"), ("fp8_e5m2", "f32"), ("f32", "f16"))
 CHUNKS = (3, 40, 1)
 BOUND = 2e-3  # products of numbers with 11 bits
 
@@ -47,6 +47,7 @@ def stored(rows: Rows, seq: int = 0) -> np.ndarray:
         codes = np.where(qs & 0x80, -codes, codes)
     else:
         codes = {
+            "f32": lambda: qs.view(np.float32),
             "f16": lambda: qs.view(np.float16),
             "fp8_e5m2": lambda: (qs.astype(np.uint16) << 8).view(np.float16),
             "q8_0": lambda: qs.view(np.int8),
@@ -123,7 +124,7 @@ def test_attention_over_what_is_stored(k: str, v: str, monkeypatch: pytest.Monke
         if rows.form.name == "bf16":
             assert (np.abs(stored(rows)[: len(values)] - values) <= 2.0**-8 * np.abs(values)).all()
         else:
-            twin = TWINS.get(rows.form.name, lambda x: x.astype(np.float16))
+            twin = {"f32": np.float32, "f16": np.float16, **TWINS}[rows.form.name]
             np.testing.assert_array_equal(stored(rows)[: len(values)], twin(values))
 
 
