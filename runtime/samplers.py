@@ -21,6 +21,7 @@ Side = Literal["left", "right"]
 
 GREEDY = 1e-20  # temperatures below this take the best token
 EXACT = 4096  # so many candidates are computed in float64, more in float32
+N_STEP, MAX_STEP = 512, 1 << 14  # of a logit; of all, the last one takes the rest
 
 
 class Candidates(NamedTuple):
@@ -39,23 +40,17 @@ class Candidates(NamedTuple):
 
     def take(self, chosen: "NDArray[np.intp] | NDArray[np.bool_] | slice", is_sorted: bool) -> "Candidates":
         """Those of an index, a mask or a slice."""
-        if self.ids is not None:
-            ids = self.ids[chosen]
-        elif isinstance(chosen, slice) or chosen.dtype == np.bool_:
-            ids = np.arange(len(self.logits))[chosen]
-        else:
-            ids = chosen.astype(np.intp, copy=False)
-        return Candidates(self.logits[chosen], ids, is_sorted)
-
-    def in_order(self) -> "Candidates":
-        """The largest logit first; among equals, the one that came first."""
-        return self if self.is_sorted else self.take(np.argsort(-self.logits, kind="stable"), True)
+        at = np.arange(len(self.logits))[chosen] if isinstance(chosen, slice) else chosen
+        at = np.flatnonzero(at) if at.dtype == np.bool_ else at.astype(np.intp, copy=False)
+        return Candidates(self.logits[at], at if self.ids is None else self.ids[at], is_sorted)
 
     def probabilities(self) -> NDArray[np.floating]:
         """Softmax of the logits."""
         logits = self.logits.astype(np.float64) if len(self.logits) <= EXACT else self.logits
-        weights = np.exp(logits - logits.max())
-        return weights / weights.sum(dtype=np.float64).astype(weights.dtype)
+        weights = logits - logits.max()
+        np.exp(weights, out=weights)  # in place: fresh memory costs more than the arithmetic
+        weights /= weights.sum(dtype=np.float64).astype(weights.dtype)
+        return weights
 
 
 @dataclass
@@ -76,9 +71,9 @@ def top_k(candidates: Candidates, params: "SamplingParams", _: State) -> Candida
 def top_p(candidates: Candidates, params: "SamplingParams", _: State) -> Candidates:
     """Keep the fewest that together have this probability (Holtzman et al. 2019)."""
     if candidates.is_sorted:
-        cumulative = candidates.probabilities().cumsum(dtype=np.float64)
+        cumulative = candidates.probabilities().astype(np.float64).cumsum()
         return candidates.take(slice(int(cumulative.searchsorted(params.top_p)) + 1), True)
-    return candidates.take(_reaching(candidates.logits, candidates.probabilities(), params.top_p, "left"), True)
+    return candidates.take(_reaching(candidates.logits, candidates.probabilities(), params.top_p, "left"), False)
 
 
 def min_p(candidates: Candidates, params: "SamplingParams", _: State) -> Candidates:
@@ -111,9 +106,13 @@ def xtc(candidates: Candidates, params: "SamplingParams", state: State) -> Candi
     """Exclude top choices: now and then, drop all tokens above a threshold but the least likely of them."""
     if len(candidates.logits) < 2 or state.random.random() > params.xtc_probability:
         return candidates
-    candidates = candidates.in_order()
-    n_above = int((candidates.probabilities() >= params.xtc_threshold).sum())
-    return candidates.take(slice(max(0, n_above - 1), None), True)
+    probabilities = candidates.probabilities()
+    above = (probabilities >= params.xtc_threshold) & (probabilities > 0)  # a forbidden token is no choice
+    at = np.flatnonzero(above)[::-1]
+    if len(at) > 1:
+        above[at[candidates.logits[at].argmin()]] = False  # among equals, the one that came last
+        candidates = candidates.take(~above, candidates.is_sorted)
+    return candidates
 
 
 def temperature(candidates: Candidates, params: "SamplingParams", _: State) -> Candidates:
@@ -126,11 +125,14 @@ def temperature(candidates: Candidates, params: "SamplingParams", _: State) -> C
         probabilities = candidates.probabilities()
         share = _entropy(probabilities, _surprise(probabilities)) / math.log(len(probabilities))
         low, high = max(0.0, divisor - params.dynatemp_range), divisor + params.dynatemp_range
-        divisor = low + (high - low) * max(0.0, share) ** params.dynatemp_exponent
+        divisor = low + (high - low) * min(1.0, max(0.0, share)) ** params.dynatemp_exponent
     if divisor < GREEDY:
         return candidates.take(np.array([int(candidates.logits.argmax())]), True)
     logits = candidates.logits.astype(np.float64) if divisor < 1e-3 else candidates.logits  # out of float32's range
-    return candidates._replace(logits=logits / logits.dtype.type(min(divisor, 1e30)))
+    logits = logits / logits.dtype.type(min(divisor, 1e30))
+    if not np.isfinite(logits.max()):  # so far apart that only the best can come
+        return head(candidates, 1)
+    return candidates._replace(logits=logits)
 
 
 def head(candidates: Candidates, k: int) -> Candidates:
@@ -153,22 +155,36 @@ def largest(values: NDArray[np.floating], k: int) -> NDArray[np.intp]:
     else:
         bound = np.partition(values, len(values) - k)[len(values) - k]
     found = np.flatnonzero(values >= bound if bound > -np.inf else values > -np.inf)
+    if len(found) > 4 * k:  # many equals: the first ones do
+        is_above = values[found] > bound
+        found = np.concatenate([found[is_above], found[~is_above][:k]])
     return found[np.argsort(-values[found], kind="stable")[:k]]
 
 
 def _reaching(
     values: NDArray[np.floating], weights: NDArray[np.floating], wanted: float, side: Side
-) -> NDArray[np.intp]:
+) -> "NDArray[np.intp] | NDArray[np.bool_]":
     """Where the largest values stand whose weights add up to what is wanted ("left") or more ("right").
 
-    They are nearly always few, so look at a growing head instead of sorting them all.
+    They are nearly always few: sort a head of them. If they are not, tell by their number in each of many steps
+    where the last one stands, and sort only those of that step.
     """
-    for size in (64, 1024, 16384, len(values)):
-        found = largest(values, size)
-        cumulative = weights[found].cumsum(dtype=np.float64)
-        if cumulative[-1] > wanted:
-            break
-    return found[: int(cumulative.searchsorted(wanted, side=side)) + 1]
+    found = largest(values, EXACT)
+    cumulative = weights[found].astype(np.float64).cumsum()
+    if cumulative[-1] > wanted or len(found) < EXACT:
+        return found[: int(cumulative.searchsorted(wanted, side=side)) + 1]
+    distance = values[found[0]] - values
+    distance *= N_STEP
+    steps = np.minimum(distance, MAX_STEP, out=distance).astype(np.intp)
+    cumulative = np.bincount(steps, weights).cumsum()
+    last = min(int(cumulative.searchsorted(wanted, side=side)), len(cumulative) - 1)
+    inside = np.flatnonzero(steps == last)
+    inside = inside[np.argsort(-values[inside], kind="stable")]
+    before = cumulative[last] - weights[inside].sum(dtype=np.float64)
+    n = int((before + weights[inside].astype(np.float64).cumsum()).searchsorted(wanted, side=side)) + 1
+    chosen = steps < last
+    chosen[inside[:n]] = True
+    return chosen
 
 
 def _surprise(probabilities: NDArray[np.floating]) -> NDArray[np.floating]:

@@ -34,9 +34,9 @@ def penalties(candidates: Candidates, params: "SamplingParams", state: State) ->
     times = np.fromiter(counts.values(), np.float32)[which]
     logits = candidates.logits.copy()
     old, penalty = logits[at], np.float32(params.repeat_penalty)
-    with np.errstate(over="ignore"):  # a logit out of range cannot come
-        penalized = np.where(old > 0, old / penalty, old * penalty)
-    logits[at] = penalized - (times * np.float32(params.frequency_penalty) + np.float32(params.presence_penalty))
+    penalized = np.where(old > 0, old / penalty, old * penalty)
+    penalized -= times * np.float32(params.frequency_penalty) + np.float32(params.presence_penalty)
+    logits[at] = _in_range(old, penalized)
     return candidates._replace(logits=logits, is_sorted=False)
 
 
@@ -54,7 +54,8 @@ def dry(candidates: Candidates, params: "SamplingParams", state: State) -> Candi
     if params.dry_base > 1.000001:
         exponents = np.minimum(exponents, int(MAX_LOG / math.log(params.dry_base)))
     logits = candidates.logits.copy()
-    logits[at] -= np.clip(params.dry_multiplier * params.dry_base**exponents, -HIGHEST, HIGHEST).astype(np.float32)
+    penalty = np.clip(params.dry_multiplier * params.dry_base**exponents, -HIGHEST, HIGHEST)
+    logits[at] = _in_range(logits[at], logits[at] - penalty)
     return candidates._replace(logits=logits, is_sorted=False)
 
 
@@ -101,6 +102,11 @@ def breakers(tokenizer: "Tokenizer", texts: Iterable[str]) -> Breakers:
 
 def _last(recent: Iterable[int], n: int) -> list[int]:
     return list(recent)[-n:] if n else []
+
+
+def _in_range(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """A penalty, however large, neither forbids a token nor allows one that was forbidden."""
+    return np.where(old > -np.inf, np.clip(new, -HIGHEST, HIGHEST), old)
 
 
 def _find(candidates: Candidates, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:

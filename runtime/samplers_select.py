@@ -40,23 +40,25 @@ class Mirostat:
     likely tokens and derives how many may come, version 2 forbids tokens of more surprise than mu, in bits."""
 
     N_ESTIMATE = 100
+    MAX_MU = 1000.0  # bits: 2^mu stays a number
 
     def __init__(self, version: int, tau: float, eta: float) -> None:
         self._narrowed = {1: self._by_exponent, 2: self._by_surprise}[version]
         self._tau, self._eta = tau, eta
-        self.mu = 2 * tau
+        self.mu = min(2 * tau, self.MAX_MU)
 
     def distribution(self, candidates: Candidates) -> Candidates:
         return self._narrowed(candidates) if len(candidates.logits) > 1 else candidates
 
     def chosen(self, candidates: Candidates, i: int) -> None:
-        self.mu -= self._eta * (-math.log2(candidates.probabilities()[i]) - self._tau)
+        mu = self.mu - self._eta * (-math.log2(candidates.probabilities()[i]) - self._tau)
+        self.mu = min(self.MAX_MU, max(-self.MAX_MU, mu))
 
     def _by_exponent(self, candidates: Candidates) -> Candidates:
         n_vocab = float(len(candidates.logits))  # nothing but the temperature comes before
         likely = head(candidates, self.N_ESTIMATE).logits.astype(np.float64)
         if len(likely) < 2 or likely[0] == likely[-1]:
-            return head(candidates, len(candidates.logits))
+            return candidates
         ranks = np.arange(1, len(likely))
         steps = np.log((ranks + 1) / ranks)
         exponent = (steps @ (likely[:-1] - likely[1:])) / (steps @ steps)

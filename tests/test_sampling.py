@@ -1,6 +1,8 @@
 """The sampler against a plain reference: sort everything, in float64, one filter after the other."""
 
 import math
+from collections import deque
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.runtime import samplers
 from gguf_run.runtime.samplers_history import breakers, repeated_runs
 from gguf_run.runtime.sampling import APPLY, Sampler
 from gguf_run.runtime.sampling_params import SAMPLERS, SamplingParams
@@ -288,3 +291,48 @@ def test_runs_that_would_repeat(recent: list[int], allowed: int) -> None:
             expected[recent[at + 1]] = max(n, expected.get(recent[at + 1], 0))
     params = SamplingParams(dry_allowed_length=allowed)
     assert repeated_runs(recent, params, {}) == expected
+
+
+EXTREMES: dict[str, list[Any]] = {
+    "temperature": [0, 1e-300, 1e-19, 1e-3, 1, 1e300],
+    "dynatemp_range": [0, 1e-9, 1, 1e9], "dynatemp_exponent": [0, 1, 1e300],
+    "top_k": [0, 1, 10**9], "top_p": [0, 1e-9, 1], "min_p": [0, 1e-300, 1], "typical_p": [0, 0.5, 1],
+    "top_n_sigma": [-1, 1e-9, 1e9, 1e300], "xtc_probability": [0, 1], "xtc_threshold": [0, 1e-9, 0.5],
+    "repeat_penalty": [1e-3, 1, 1e3], "frequency_penalty": [-1e30, 0, 1e30], "presence_penalty": [-1e30, 0, 1e30],
+    "repeat_last_n": [0, 64, 10**6], "dry_multiplier": [-1e30, 0, 1, 1e30], "dry_base": [0, 1, 1.0000001, 1e30],
+    "dry_allowed_length": [0, 2, 10**9], "mirostat": [0, 0, 1, 2],
+    "mirostat_tau": [0, 5, 1e308], "mirostat_eta": [0, 1, 1e3],
+    "adaptive_target": [-1, 0, 1], "adaptive_decay": [0, 0.99],
+    "samplers": ["edskypmxt", "txmpyksde", "edskypmxta", "keyt", "", "ttkkee"],
+    "logit_bias": [{}, {0: -math.inf, 2: 1e30}],
+}  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.fixed_dictionaries({name: st.sampled_from(values) for name, values in EXTREMES.items()}), st.data())
+def test_extreme_options_still_choose_a_token(options: dict[str, Any], data: st.DataObject) -> None:
+    """Whatever is asked for: a token that is not forbidden, and no warning of NumPy's."""
+    values = st.sampled_from([-math.inf, -3e38, -1e4, -1.0, 0.0, 0.5, 30.0, 1e4, 3e38])
+    last = data.draw(st.sampled_from([-3e38, 1.0]))
+    logits = np.array([*data.draw(st.lists(values, min_size=3, max_size=100)), last], np.float32)
+    sampler = Sampler(SamplingParams(**options, seed=1))
+    sampler.accept(data.draw(st.lists(st.integers(0, len(logits) - 1), max_size=30)))
+    for _ in range(3):
+        id = sampler.sample(logits)
+        assert logits[id] > -np.inf
+        assert id not in options["logit_bias"] or id == 2
+        sampler.accept([id])
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.4, 3.0])
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.9999])
+def test_top_p_of_many_alike(spread: float, top_p: float) -> None:
+    """The set that a sort finds, also where it is thousands."""
+    logits = (np.random.default_rng(3).standard_normal(30_000) * spread).astype(np.float32)
+    logits[::3] = -np.inf
+    kept = samplers.top_p(samplers.Candidates(logits), SamplingParams(top_p=top_p), samplers.State(Random(), deque()))
+    weights = np.exp(logits - logits.max(), dtype=np.float64)
+    order = np.argsort(-logits, kind="stable")
+    n = int((weights[order].cumsum() / weights.sum()).searchsorted(top_p)) + 1
+    assert kept.ids is not None
+    assert len(set(kept.ids.tolist()) ^ set(order[:n].tolist())) <= 1  # the sum is float32's
