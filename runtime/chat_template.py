@@ -10,6 +10,7 @@ import json
 import math
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -26,6 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from gguf_run.formats.errors import GgufRunError
 
 MAX_STEPS = 2_000_000  # lines of compiled template; a long conversation takes some ten thousand
+MAX_SECONDS = 10.0  # of processor time, since one step can be a long one
 MAX_CHARS = 1 << 27  # of all texts made on the way to the result, whether kept or not
 MAX_BITS = 1 << 12  # of an integer
 MAX_TEMPLATE = 1 << 20  # characters
@@ -46,9 +48,11 @@ def render_chat(
     eos_token: str | None,
     add_generation_prompt: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the prompt that a template makes of messages: {"role": "system" | "user" | "assistant", "content": ...}.
 
+    options: variables that it knows besides, such as enable_thinking; they may take the place of the usual ones.
     Most templates write BOS themselves, so encode the result with `Tokenizer.encode_chat`, which never doubles it.
     GgufRunError: the template is damaged, refuses the messages, tries what the sandbox forbids, or does not end.
     """
@@ -57,14 +61,15 @@ def render_chat(
             raise TemplateError(f"it has {len(template)} characters: {MAX_TEMPLATE} are allowed")
         compiled = _Sandbox().from_string(template)
         with _limited_steps():
-            return compiled.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                bos_token=bos_token or "",
-                eos_token=eos_token or "",
-            )
+            usual = {
+                "messages": messages,
+                "tools": tools,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+                "bos_token": bos_token or "",
+                "eos_token": eos_token or "",
+            }
+            return compiled.render(usual | dict(options or {}))
     except Exception as error:  # a program from a stranger: it may raise anything
         line = f" in line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
         reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
@@ -159,14 +164,16 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 @contextmanager
 def _limited_steps() -> Iterator[None]:
-    """Raise in this thread's Python code after MAX_STEPS lines. A debugger's trace is set aside meanwhile."""
-    left = MAX_STEPS
+    """Raise in this thread's Python code after MAX_STEPS lines or MAX_SECONDS. A debugger's trace is set aside."""
+    left, end = MAX_STEPS, time.thread_time() + MAX_SECONDS
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
         nonlocal left
         left -= 1
         if left < 0:
             raise TemplateError(f"it does not end: more than {MAX_STEPS} steps")
+        if not left % 16 and time.thread_time() > end:
+            raise TemplateError(f"it does not end: more than {MAX_SECONDS:.0f} seconds of processor time")
         return trace
 
     before = sys.gettrace()
@@ -178,11 +185,12 @@ def _limited_steps() -> Iterator[None]:
 
 
 def _size(value: Any) -> int:
-    """Return how much text a value is or can make: characters, those of all items, or a number itself as a width."""
+    """Return how much text a value is or can make: characters, those of all items (at least 8, as each takes so many
+    bytes), or a number itself as a width."""
     if isinstance(value, int):
         return abs(value)
     if isinstance(value, list | tuple):
-        return len(value) + sum(len(item) for item in value if isinstance(item, str))
+        return 8 * len(value) + sum(len(item) for item in value if isinstance(item, str))
     return len(value) if isinstance(value, str | Mapping) else 1
 
 

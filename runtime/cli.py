@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.runtime.cli_cache import cache_options, load_options
 from gguf_run.runtime.cli_chat import chat as chat_with
-from gguf_run.runtime.cli_chat import show
+from gguf_run.runtime.cli_chat import open_reasoning, show
 from gguf_run.runtime.cli_common import Command, decode_text, message, read_text
 from gguf_run.runtime.cli_device import device_options, placement_options
 from gguf_run.runtime.cli_sampling import sampling_options, take_sampling
 from gguf_run.runtime.cli_session import Conversation, check_place, conversation
-from gguf_run.runtime.cli_style import has_colours, open_tag
 from gguf_run.runtime.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -37,7 +36,9 @@ MAX_PROMPT_BYTES = 64 << 20
 @click.option("--chat", "-i", is_flag=True, help="Talk: Ctrl-C stops an answer, Ctrl-D leaves.")
 @click.option("--system", help="System message for the chat template.")
 @click.option("--chat-template", metavar="FILE|NAME", help="Instead of the model's own: Jinja, or chatml, llama3, ...")
+@click.option("--chat-template-kwargs", metavar="JSON", help='For the template, as {"enable_thinking": false}.')
 @click.option("--tools", type=click.Path(path_type=Path), help="JSON file: functions that the model may call.")
+@click.option("--no-history", is_flag=True, help="Keep no lines of --chat for the arrow keys of the next one.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the model's chat template.")
 @click.option("--max-tokens", "-n", type=int, help="Stop after so many tokens.  [default: when the model ends]")
 @click.option("--ctx-size", "-c", type=int, help="Positions of the context.  [default: the model's, at most 4096]")
@@ -62,7 +63,9 @@ def main(
     chat: bool,
     system: str | None,
     chat_template: str | None,
+    chat_template_kwargs: str | None,
     tools: Path | None,
+    no_history: bool,
     raw: bool,
     max_tokens: int | None,
     ctx_size: int | None,
@@ -81,9 +84,9 @@ def main(
     MODEL is a GGUF file, the folder of a Hugging Face checkpoint, or hf:owner/repo[:Q4_K_M]; without
     it a small model, SmolLM2-135M-Instruct, is fetched once.
     """
-    if raw and (chat or system is not None or chat_template is not None or tools is not None):
+    if raw and (chat or any(value is not None for value in (system, chat_template, chat_template_kwargs, tools))):
         raise click.UsageError(
-            "--raw works without a chat template: leave out --chat, --system, --chat-template and --tools."
+            "--raw works without a chat template: leave out --chat, --system, --tools and --chat-template(-kwargs)."
         )
     if sys.stdout is None:
         raise GgufRunError("stdout is closed: there is nowhere to write the answer")
@@ -104,6 +107,7 @@ def main(
 
         template = find_template(chat_template)
     functions = None if tools is None else _functions(tools)
+    template_options = None if chat_template_kwargs is None else _template_options(chat_template_kwargs)
     load = {"n_ctx": ctx_size, "n_threads": threads, "quantize": quantize}
     load |= load_options(options) | placement_options(options)
     options = take_sampling(options)
@@ -123,8 +127,10 @@ def main(
             with conversation(loaded, session, system) as messages:
                 if functions is not None:
                     options["tools"] = functions
+                if template_options is not None:
+                    options["template_options"] = template_options
                 if chat:
-                    chat_with(loaded, messages, text, options)
+                    chat_with(loaded, messages, text, options, not no_history)
                 else:
                     _answer(loaded, messages, text or "", raw, options)
         _report(loaded, verbose)
@@ -162,13 +168,27 @@ def _prompt(prompt: str | None, file: str | None, chat: bool) -> str | None:
 
 
 def _functions(path: Path) -> list[dict[str, Any]]:
-    try:
-        tools = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise GgufRunError(f"--tools {path}: not JSON: {error}") from None
+    tools = _json(read_text(path), f"--tools {path}")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise GgufRunError(f'--tools {path}: must be a list of objects, as [{{"type": "function", ...}}]')
     return tools
+
+
+def _template_options(text: str) -> dict[str, Any]:
+    try:
+        values = _json(_argument(text, "--chat-template-kwargs"), "")
+    except GgufRunError:
+        values = None
+    if not isinstance(values, dict):
+        raise OptionError(f'--chat-template-kwargs is {text}; allowed: a JSON object, as {{"enable_thinking": false}}')
+    return values
+
+
+def _json(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise GgufRunError(f"{name}: not JSON: {error}") from None
 
 
 def _argument(text: str, name: str) -> str:
@@ -203,12 +223,12 @@ def _load(path: str | None, **options: Any) -> "Model":
 
 
 def _answer(model: "Model", messages: Conversation, text: str, raw: bool, options: dict[str, Any]) -> None:
-    if raw or (model.chat_template is None and not messages and "tools" not in options):
+    if raw or (model.chat_template is None and not messages and not {"tools", "template_options"} & set(options)):
         show(model, model.generate(text, **options))
     else:
         messages.append({"role": "user", "content": text})
         pieces = model.chat(messages, **options)
-        tag = open_tag(model.chat_prompt(messages, options.get("tools"))) if has_colours() else None
+        tag = open_reasoning(model, messages, options)
         messages.append({"role": "assistant", "content": show(model, pieces, tag=tag)})
 
 

@@ -39,6 +39,7 @@ _OPTIONS = (
 def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options to a click command."""
     for option in (
+        click.option("--ignore-eos", is_flag=True, help="The model cannot end its answer: -n or the context does."),
         click.option("--seed", type=int, help="Repeat a draw.  [default: a new one each time]"),
         click.option(
             "--logit-bias", "-l", multiple=True, metavar="ID+BIAS",
@@ -62,7 +63,7 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def take_sampling(options: dict[str, Any]) -> dict[str, Any]:
     """Take them out of a command's options, as arguments of SamplingParams."""
-    names = [name for _, name, _ in _OPTIONS] + ["seed", "samplers"]
+    names = [name for _, name, _ in _OPTIONS] + ["seed", "samplers", "ignore_eos"]
     found = {name: options.pop(name) for name in names}
     if biases := options.pop("logit_bias"):
         found["logit_bias"] = dict(_bias(text) for text in biases)

@@ -1,5 +1,6 @@
 """The Python API: load a GGUF file, generate text, chat, look at logits."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -208,7 +209,12 @@ class Model:
         tokens written in the text become ids."""
         return self.tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
 
-    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> str:
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> str:
         """Return a conversation as the chat template (`chat_template`, the file's unless you set another) writes it, up
         to where the answer begins. GgufRunError if there is no template, or it refuses the messages."""
         from gguf_run.runtime.chat_template import render_chat
@@ -222,11 +228,16 @@ class Model:
         bos, eos = (
             None if id is None else self.tokenizer.token_text(id) for id in (self.tokenizer.bos, self.tokenizer.eos)
         )
-        return render_chat(template, messages, bos_token=bos, eos_token=eos, tools=tools)
+        return render_chat(template, messages, bos_token=bos, eos_token=eos, tools=tools, options=template_options)
 
-    def tokenize_chat(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> list[int]:
+    def tokenize_chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Return the ids of chat_prompt."""
-        return self.tokenizer.encode_chat(self.chat_prompt(messages, tools))
+        return self.tokenizer.encode_chat(self.chat_prompt(messages, tools, template_options))
 
     def detokenize(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Return the text of ids."""
@@ -274,6 +285,7 @@ class Model:
         messages: Sequence[Message],
         *,
         tools: Sequence[Tool] | None = None,
+        template_options: Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
         context_shift: bool = False,
@@ -282,13 +294,15 @@ class Model:
     ) -> Iterator[str]:
         """Answer the last of `messages` ({"role": "system" | "user" | "assistant" | "tool", "content": text}); as
         generate. tools: JSON schemas of functions ({"type": "function", "function": {...}}) that the template tells the
-        model of; what the model calls stands in its answer, as its template has it.
+        model of; what the model calls stands in its answer, as its template has it. template_options: what else the
+        template is told, as {"enable_thinking": False} for Qwen3's.
 
         The start that the conversation shares with the one before is not computed again. GgufRunError as for
         tokenize_chat.
         """
         shift = n_keep if context_shift else None
-        return self._start(self.tokenize_chat(messages, tools), max_tokens, stop, shift, sampling)
+        ids = self.tokenize_chat(messages, tools, template_options)
+        return self._start(ids, max_tokens, stop, shift, sampling)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Return f32[n_tokens, n_vocab]: what the model expects after each of ids, from an empty context."""
@@ -365,6 +379,9 @@ class Model:
         n_vocab = self.decoder.config.n_vocab
         if (id := max(params.logit_bias, default=0)) >= n_vocab:
             raise OptionError(f"logit_bias (--logit-bias) of token {id}; allowed: ids from 0 to {n_vocab - 1}")
+        if params.ignore_eos:
+            never = dict.fromkeys(self.tokenizer.stop_ids, -math.inf)
+            params = replace(params, logit_bias={**params.logit_bias, **never})
         if not params.dry_multiplier:
             return Sampler(params)
         texts = tuple(params.dry_sequence_breakers)

@@ -111,6 +111,7 @@ class SamplingParams:
     named. logit_bias: what to add to a token's logit; -inf forbids it. seed: None draws one.
     logits_processors: called one after the other with the context's ids and logits f32[n_vocab], which they may change
     or replace; they return the logits. They come before all samplers, the biases first.
+    ignore_eos: forbid the tokens with which a model ends its answer (Model does).
     logprobs: record each token's log-probability and those of so many most likely ones, see Model.logprobs.
     """
 
@@ -143,6 +144,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logits_processors: "Sequence[LogitsProcessor]" = ()
     logprobs: int | None = None
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         for name, (lowest, highest, whole, allowed) in _LIMITS.items():

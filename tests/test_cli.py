@@ -434,7 +434,9 @@ class Terminal:
 
 @pytest.fixture
 def terminal(path: Path) -> Iterator[Terminal]:
-    terminal = Terminal([path, "--chat", "--seed", "1", "--top-k", "300", "--temperature", "5", "-n", "3900"])
+    terminal = Terminal(
+        [path, "--chat", "--no-history", "--seed", "1", "--top-k", "300", "--temperature", "5", "-n", "3900"]
+    )
     yield terminal
     terminal.close()
 
@@ -452,7 +454,7 @@ def test_terminal_chat(terminal: Terminal) -> None:
     # The prompt is shown before readline waits for keys: what comes in between is seen late or not at all.
     time.sleep(0.5)
     terminal.process.send_signal(signal.SIGINT)
-    terminal.wait_for("(Ctrl-D leaves)\r\n> ")
+    terminal.wait_for("(Ctrl-C once more or Ctrl-D leaves)\r\n> ")
     time.sleep(0.5)
     terminal.type("\x04")
     terminal.wait_for("load ")

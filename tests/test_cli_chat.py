@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from tinymodel import Tiny, write_tiny
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime import Model
+from gguf_run.runtime import Model, cli_chat, cli_chat_input
 from gguf_run.runtime.cli import main
 from gguf_run.runtime.cli_chat_commands import COMMANDS, Chat, run_command
 from gguf_run.runtime.cli_style import DIM, PLAIN, dimmed, has_colours, open_tag
@@ -129,9 +129,108 @@ def test_several_lines(path: Path, model: Model) -> None:
     assert result.stdout == shown(*answers(model, "One \ntwo\nthree", "a\n\nb", "not closed"))
 
 
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        (["a", KeyboardInterrupt, "b", KeyboardInterrupt, KeyboardInterrupt, "c"], ["a", "b"]),
+        (['"""', "dropped", KeyboardInterrupt, "a", "dropped \\", KeyboardInterrupt, "b", EOFError], ["a", "b"]),
+        (["pasted\nlines", "", "a\\", EOFError, EOFError], ["pasted\nlines", "a\n"]),
+        ([EOFError], []),
+    ],
+)
+def test_input_on_a_terminal(typed: list[Any], expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C drops what was begun, twice in a row it leaves, as Ctrl-D does."""
+    script = iter(typed)
+
+    def key(prompt: str) -> str:
+        line = next(script)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr(cli_chat_input, "on_terminal", lambda: True)
+    monkeypatch.setattr("builtins.input", key)
+    assert list(cli_chat_input.inputs(None, cli_chat_input.Interrupts())) == expected
+
+
+def test_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines come back in the next chat: a thousand, for this user's eyes only."""
+    readline = pytest.importorskip("readline")
+    folder = tmp_path / "cache"
+    file = folder / "chat-history"
+    monkeypatch.setattr(cli_chat_input, "on_terminal", lambda: True)
+    monkeypatch.setattr(cli_chat_input, "user_cache_dir", lambda: folder)
+
+    def talk(*lines: str, keep: bool = True) -> str | None:
+        readline.clear_history()
+        with cli_chat_input.line_editing(keep):
+            last: str | None = readline.get_history_item(readline.get_current_history_length())
+            for line in lines:
+                readline.add_history(line)
+        return last
+
+    try:
+        talk("secret", keep=False)
+        talk()
+        assert not folder.exists()
+        talk("one", "two é")
+        assert (file.read_text(), file.stat().st_mode & 0o777) == ("one\ntwo é\n", 0o600)
+        assert talk(*map(str, range(1100))) == "two é"
+        assert file.read_text().split() == [str(i) for i in range(100, 1100)]
+        folder = Path(os.devnull)
+        assert talk("not kept") is None
+    finally:
+        readline.clear_history()
+
+
+def test_an_error_does_not_end_a_chat_on_a_terminal(
+    path: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% if messages[-1].content == 'x' %}{{ raise_exception('no x') }}{% endif %}{{ messages | length }}"
+    )
+    options = ["--chat-template", str(template), *GREEDY]
+    assert talk(path, "x", options=options).exit_code == 1
+    monkeypatch.setattr(cli_chat, "on_terminal", lambda: True)
+    result = talk(path, "x", "One", options=options)
+    assert result.exit_code == 0
+    assert result.stderr.startswith("error: the model's chat template failed: no x\n")
+    assert result.stdout == shown("".join(model.generate("1", temperature=0, max_tokens=6)))
+
+
+def test_template_options(path: Path, model: Model, tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ messages[-1].content }}{{ ' the' if enable_thinking else ' order' }}")
+
+    def ask(text: str, *options: str) -> Result:
+        return CliRunner().invoke(main, [str(path), "-p", "One", *GREEDY, "--chat-template-kwargs", text, *options])
+
+    for value, word in (("true", "the"), ("false", "order")):
+        expected = "".join(model.generate(f"One {word}", temperature=0, max_tokens=6))
+        result = ask(f'{{"enable_thinking": {value}}}', "--chat-template", str(template))
+        assert result.stdout == shown(expected)
+    for wrong in ("{", "[1]", "no"):
+        result = ask(wrong)
+        assert result.exit_code == 2
+        assert f"error: --chat-template-kwargs is {wrong}; allowed: a JSON object, as " in result.stderr
+    assert ask("{}", "--raw").exit_code == 2
+
+
+def test_ignore_eos(path: Path, model: Model) -> None:
+    """Where the model would end its answer at once, it must go on."""
+    stop = min(model.tokenizer.stop_ids)
+    ends: dict[str, Any] = {"logit_bias": {stop: 1e6}, "temperature": 0, "max_tokens": 5}
+    assert "".join(model.generate("One", **ends)) == ""
+    text = "".join(model.generate("One", ignore_eos=True, **ends))
+    assert (text != "", model.stats.finish, model.stats.n_decoded) == (True, "length", 4)
+    options = ["--raw", "-p", "One", "-l", f"{stop}+1000000", "--temp", "0", "-n", "5", "--ignore-eos"]
+    assert CliRunner().invoke(main, [str(path), *options]).stdout == shown(text)
+
+
 def test_commands_are_documented() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    assert [name for name in COMMANDS if f"`{name}" not in readme] == []
+    page = (Path(__file__).parents[1] / "docs/running.md").read_text()
+    assert [name for name in COMMANDS if f"`{name}" not in page] == []
 
 
 def test_tools_and_templates(path: Path, model: Model, tmp_path: Path) -> None:
