@@ -101,9 +101,9 @@ class Point:
 
 
 def quality() -> str:
-    """Files of SmolLM2: bits per weight and divergence."""
+    """Files of SmolLM2, without those for ternary models: bits per weight and divergence."""
     files = load("formats")["files"].items()
-    points = [Point(name, row["bits"], row["kl_mean"]) for name, row in files if row["kl_mean"] and row["bits"] < 10]
+    points = [Point(name, row["bits"], row["kl_mean"]) for name, row in files if row["bits"] < 10 and name[:2] != "TQ"]
     title = "Weights: how far predictions move from those of F16, by size (SmolLM2-135M)"
     return scatter(title, "bits per weight of the whole file", points, range(0, 10))
 
