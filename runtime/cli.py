@@ -54,6 +54,11 @@ MAX_PROMPT_BYTES = 64 << 20
 @click.option("--keep", type=int, default=0, help="Tokens at the beginning that --context-shift keeps.")
 @click.option("--warm-up", is_flag=True, help="Compile what the model needs, so that the next start is quick.")
 @click.option("--list", "list_models", is_flag=True, help="Show the models that are on this machine; -v: and where.")
+@click.option(
+    "--completion",
+    type=click.Choice(("bash", "zsh", "fish")),
+    help="Print what a shell needs to complete all of our commands.",
+)
 @click.option("--verbose", "-v", is_flag=True, help="Say more on stderr.")
 @click.version_option(package_name="gguf-run", prog_name="gguf-run")
 def main(
@@ -76,6 +81,7 @@ def main(
     keep: int,
     warm_up: bool,
     list_models: bool,
+    completion: str | None,
     verbose: bool,
     **options: Any,
 ) -> None:
@@ -90,6 +96,10 @@ def main(
         )
     if sys.stdout is None:
         raise GgufRunError("stdout is closed: there is nowhere to write the answer")
+    if completion is not None:
+        from gguf_run.runtime.cli_complete import completion_script
+
+        return click.echo(completion_script(completion))
     if list_models:
         from gguf_run.runtime.list_models import list_lines
 

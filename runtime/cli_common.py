@@ -28,7 +28,27 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 
 
-class Command(click.Command):
+class _Command(click.Command):
+    """A click command with our help, and with completion of values."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        from gguf_run.runtime.cli_help import help_text
+
+        return help_text(self, ctx)
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        if any(name.startswith("_GGUF_") and name.endswith("_COMPLETE") for name in os.environ):
+            from gguf_run.runtime.cli_complete import prepare
+
+            prepare(self)
+        return super().main(*args, **extra)
+
+
+class Group(_Command, click.Group):
+    """A click group with subcommands of the class Command."""
+
+
+class Command(_Command):
     """A click command that ends with one line on any error. Use: `@click.command(cls=Command)`."""
 
     def invoke(self, ctx: click.Context) -> Any:

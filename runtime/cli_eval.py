@@ -13,7 +13,7 @@ import click
 from gguf_run.formats.errors import OptionError
 from gguf_run.runtime import cli_device
 from gguf_run.runtime.cli_cache import CACHE_OPTIONS
-from gguf_run.runtime.cli_common import Command, read_text
+from gguf_run.runtime.cli_common import Command, Group, read_text
 
 if TYPE_CHECKING:
     from gguf_run.runtime.eval_choices import Accuracy, Question
@@ -56,7 +56,7 @@ SCALES_OPTIONS = (
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="gguf-run", prog_name="gguf-eval")
 def main() -> None:
     """Measure the quality of a GGUF language model. MODEL is a GGUF file or hf:owner/repo[:Q4_K_M]."""

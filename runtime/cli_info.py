@@ -30,7 +30,7 @@ STATISTICS = tuple(column.name for column in fields(Statistics))
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("models", metavar="MODEL", nargs=-1)
+@click.argument("models", metavar="[MODEL...]", nargs=-1)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--fit", is_flag=True, help="Show what fits this machine, and how fast: of MODELs, or of usual sizes.")
 @click.option("--tensors", is_flag=True, help="List the tensors as well.")

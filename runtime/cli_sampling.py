@@ -34,6 +34,7 @@ _OPTIONS = (
     ("--adaptive-target", "adaptive_target", "For the sampler adaptive_p: prefer tokens of this probability."),
     ("--adaptive-decay", "adaptive_decay", "How slowly adaptive_p forgets."),
 )
+NAMES = (*(name for _, name, _ in _OPTIONS), "seed", "samplers", "logit_bias", "dry_sequence_breakers")
 
 
 def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,8 +51,8 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="DRY starts anew after this text; may be repeated; none: nowhere.  [default: line end, : \" *]",
         ),
         click.option(
-            "--samplers", default=";".join(DEFAULT_CHAIN), metavar="NAMES",
-            help="Samplers in their order, or their letters (edskypmxt).",
+            "--samplers", default=";".join(DEFAULT_CHAIN), metavar="NAMES", show_default=False,
+            help="Samplers in their order: names with ; between them, or letters.  [default: edskypmxt]",
         ),
     ):  # fmt: skip
         command = option(command)

@@ -5,6 +5,7 @@ What is downloaded is checked against a sha256 before it gets its final name, so
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -56,6 +57,8 @@ def find_model(name: str | None, kind: Literal["gguf", "checkpoint", "any"] = "g
         from gguf_run.runtime.fetch_hub import fetch_hub
 
         return fetch_hub(name, kind)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w-]+)?", name) and not name.endswith(".gguf") and not Path(name).exists():
+        raise GgufRunError(f"{name}: no such file or folder; of the Hugging Face hub write hf:{name}")
     return Path(name)
 
 

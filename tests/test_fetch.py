@@ -161,6 +161,8 @@ def test_disk_is_full(cache: Path, index: Path, monkeypatch: pytest.MonkeyPatch)
 def test_names() -> None:
     assert find_model("hf.gguf") == Path("hf.gguf")
     assert find_model("/no/such/file") == Path("/no/such/file")
+    with pytest.raises(GgufRunError, match="of the Hugging Face hub write hf:owner/repo:Q4_0"):
+        find_model("owner/repo:Q4_0")
 
 
 def test_default_model() -> None:
