@@ -1,16 +1,38 @@
-"""Load a model, generate text, and the command lines. `Model` is imported when it is first asked for."""
+"""Load a model, generate text, and the command lines. What needs NumPy is imported when it is first asked for."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from gguf_run.runtime.model import Model as Model
+from gguf_run.formats.errors import FormatError, GgufRunError, OptionError, UnsupportedError
 
-__all__ = ["Model"]
+if TYPE_CHECKING:
+    from gguf_run.runtime.batch import Answer
+    from gguf_run.runtime.model import Model, Stats
+    from gguf_run.runtime.sampling import TokenLogprob
+    from gguf_run.runtime.sampling_params import SamplingParams
+
+__all__ = [
+    "Answer",
+    "FormatError",
+    "GgufRunError",
+    "Model",
+    "OptionError",
+    "SamplingParams",
+    "Stats",
+    "TokenLogprob",
+    "UnsupportedError",
+]
+
+_PLACES = {
+    "Answer": "batch",
+    "Model": "model",
+    "SamplingParams": "sampling_params",
+    "Stats": "model",
+    "TokenLogprob": "sampling",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Model":
-        from gguf_run.runtime.model import Model
-
-        return Model
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)

@@ -7,7 +7,7 @@ text_pieces  text: no half characters, nothing of a stop string
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,16 @@ class ContextError(GgufRunError):
     """A prompt does not fit into the context."""
 
 
+class Closed:
+    """Stands where a decoder was that has been freed: whoever still holds a model or an iterator is told."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise GgufRunError("the model is closed: load it again, or stay within its `with`")
+
+
+_NOTHING: tuple[list[int], NDArray[np.float32]] = ([], np.empty(0, np.float32))
+
+
 class Session:
     """A decoder and the ids whose keys and values its first sequence holds.
 
@@ -38,6 +48,12 @@ class Session:
         self.decoder = decoder
         self._history: list[int] = []  # the tokens that came, of which those of `_cut` are no longer there
         self._cut = range(0)
+        self.turn = 0  # how often the context has been given to somebody else
+        self._asked = _NOTHING  # the last prompt, and the logits after it
+
+    def close(self) -> None:
+        """Let go of the decoder."""
+        self.decoder = cast("Decoder", Closed())
 
     @property
     def n_free(self) -> int:
@@ -55,9 +71,17 @@ class Session:
         Only what differs from the ids already there is computed. n_keep: how many tokens stay when there is no room
         (None: GgufRunError).
         """
-        # The last token runs in any case: its logits are wanted.
+        self.turn += 1
+        # The same again gets the very same logits: alone, the last token would run through other kernels.
+        asked, logits = self._asked
+        is_same = bool(ids) and asked == list(ids) and not self._cut
+        if is_same and self._rewind(n_common(self._history, ids)) == len(ids):
+            return logits, len(ids)
+        # Else the last token runs in any case: its logits are wanted.
         n_reused = self._rewind(min(n_common(self._history, ids), len(ids) - 1))
-        return self._run(ids[n_reused:], n_keep), n_reused
+        logits = self._run(ids[n_reused:], n_keep)
+        self._asked = list(ids), logits.copy()
+        return logits, n_reused
 
     def append(self, id: int, n_keep: int | None = None) -> NDArray[np.float32]:
         """Add one token; return the logits f32[n_vocab] after it."""
@@ -65,6 +89,7 @@ class Session:
 
     def hold(self, ids: Sequence[int]) -> int:
         """Make `ids` the whole context, without logits; returns how many were reused."""
+        self.turn, self._asked = self.turn + 1, _NOTHING
         n_reused = self._rewind(n_common(self._history, ids))
         for _ in self.decoder.forward(ids[n_reused:], 0):
             pass
@@ -90,6 +115,7 @@ class Session:
 
     def forget(self) -> None:
         """Begin anew."""
+        self.turn, self._asked = self.turn + 1, _NOTHING
         self._rewind(0)
 
     def _rewind(self, n: int) -> int:
@@ -188,6 +214,7 @@ class Generation:
     def __iter__(self) -> Iterator[int]:
         start = time.perf_counter()
         logits, self.n_reused = self._session.prefill(self._ids, self._n_keep)
+        turn = self._session.turn
         self.sampler.accept(self._ids)
         id = self.sampler.sample(logits)
         self.prefill_s = time.perf_counter() - start
@@ -202,6 +229,11 @@ class Generation:
             if self._n_keep is None and self._session.n_free == 0:
                 self.finish = "context"
                 return
+            if self._session.turn != turn:
+                raise GgufRunError(
+                    "this answer cannot go on: a later generate, chat or logits has taken the context; read it to its "
+                    "end first, or use generate_batch"
+                )
             start = time.perf_counter()
             logits = self._session.append(id, self._n_keep)
             self.sampler.accept([id])

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
 from gguf_run.models.backend import CacheType
 from gguf_run.runtime.batch import Answer, Batch, OneOfMany
-from gguf_run.runtime.generate import Generation, Session, StopStrings, text_pieces
+from gguf_run.runtime.generate import Closed, Generation, Session, StopStrings, text_pieces
 from gguf_run.runtime.samplers_history import Breakers, breakers
 from gguf_run.runtime.sampling import Sampler, TokenLogprob
 from gguf_run.runtime.sampling_params import SamplingParams
@@ -63,7 +63,8 @@ class Model:
             for text in model.generate("Once upon a time", max_tokens=50):
                 print(text, end="")
 
-    A new call of generate, chat or logits ends the iterator of the one before.
+    A new call of generate, chat or logits takes the context: the iterator of the one before cannot go on. One thread
+    at a time may use a model.
     """
 
     def __init__(
@@ -313,6 +314,10 @@ class Model:
             n_done += len(block)
         return out
 
+    def reset(self) -> None:
+        """Forget the context: what comes next is computed as after loading, to the last bit."""
+        self._session.forget()
+
     def save_session(self, path: str | os.PathLike[str], messages: Sequence[Message] = ()) -> None:
         """Save the context with its KV cache, and the conversation that it is of, to a file, whole or not at all."""
         from gguf_run.runtime.session_file import save
@@ -340,20 +345,28 @@ class Model:
         return list(found.messages)
 
     def _session_header(self) -> "SessionHeader":
+        self.decoder.config  # noqa: B018  (tells if the model is closed)
         if self._identity is None:
             raise GgufRunError("this model was not loaded from a file: its sessions cannot be saved")
         return self._identity()
 
+    @property
+    def _is_closed(self) -> bool:
+        return isinstance(self.decoder, Closed)
+
     def __repr__(self) -> str:
+        if self._is_closed:
+            return "<Model, closed>"
         config, name = self.decoder.config, self.decoder.config.arch.name
         layers = f"n_layer={config.n_layer}, n_embd={config.n_embd}, n_vocab={config.n_vocab}, n_ctx={self.n_ctx}"
         return f"<Model {name}, {layers}{', ' * bool(self.where)}{self.where}>"
 
     def close(self) -> None:
-        """Free the weights and the KV cache, stop the threads, close the file."""
-        self.decoder.close()
-        for close in self._close:
+        """Free the weights and the KV cache, stop the threads, close the file. The tokenizer can still be used."""
+        for close in (self.decoder.close, *self._close) if not self._is_closed else ():
             close()
+        self._session.close()
+        self.decoder, self._close, self._identity = self._session.decoder, (), None
 
     def __enter__(self) -> "Model":
         return self

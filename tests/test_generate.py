@@ -97,9 +97,9 @@ def test_common_start_is_not_computed_again() -> None:
     assert generation.n_reused == 7
 
 
-@pytest.mark.parametrize(("prompt", "n_reused"), [([5, 6, 7], 2), ([5, 6], 1), ([5, 9, 7], 1), ([4], 0)])
+@pytest.mark.parametrize(("prompt", "n_reused"), [([5, 6, 7], 3), ([5, 6], 1), ([5, 9, 7], 1), ([4], 0)])
 def test_context_goes_back(prompt: list[int], n_reused: int) -> None:
-    """To the same prompt (its last token runs again, for its logits), to a shorter one, to another one."""
+    """To the same prompt, to a shorter one (its last token runs again, for its logits), to another one."""
     decoder = FakeDecoder()
     session = Session(decoder)
     generate(session, [5, 6, 7])

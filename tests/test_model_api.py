@@ -1,8 +1,10 @@
 """The Python API on small random models: against the NumPy backend, and what it says about bad input."""
 
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
 from gguf_run.formats.reader import GGUFFile
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
-from gguf_run.runtime import Model, memory
+from gguf_run.runtime import Model, TokenLogprob, memory
 from gguf_run.runtime.devices import driver_there
 from gguf_run.runtime.tokenizer import Tokenizer
 
@@ -248,6 +250,97 @@ def test_same_seed_same_text(path: Path) -> None:
         with Model.load(path, n_threads=2) as model:
             texts |= {"".join(model.generate(TEXT, **options)) for _ in range(2)}
     assert len(texts) == 1
+
+
+def test_threads_change_no_bit(tiny_path: Path) -> None:
+    ids = [5 + 7 * i % 250 for i in range(40)]
+    found = []
+    for n_threads in (1, 2, 3):
+        with Model.load(tiny_path, n_threads=n_threads) as model:
+            found.append(model.logits(ids))
+    assert (found[0] == found[1]).all()
+    assert (found[0] == found[2]).all()
+
+
+def test_the_same_again_has_the_same_bits(tiny_path: Path, tmp_path: Path) -> None:
+    """Asked again, after other questions and a reset, and from a restored session."""
+    options: dict[str, Any] = {"temperature": 2, "seed": 3, "max_tokens": 10, "logprobs": 1}
+
+    def answer(model: Model) -> list[TokenLogprob]:
+        list(model.generate(TEXT * 3, **options))
+        return model.logprobs
+
+    with Model.load(tiny_path, n_threads=2, n_batch=16) as model:
+        first, again = answer(model), answer(model)
+        assert model.stats.n_reused == model.stats.n_prompt
+        list(model.generate("another", max_tokens=3))
+        model.reset()
+        assert first == again == answer(model)
+        model.save_session(tmp_path / "s")
+        later = list(model.generate(TEXT * 3 + " and", **options))
+    with Model.load(tiny_path, n_threads=1, n_batch=16) as model:
+        model.load_session(tmp_path / "s")
+        assert list(model.generate(TEXT * 3 + " and", **options)) == later
+        assert model.stats.n_reused > 0
+
+
+def test_an_answer_whose_context_was_taken(model: Model) -> None:
+    first, second = model.generate(TEXT, ignore_eos=True), model.generate("the", ignore_eos=True)
+    next(first)
+    next(second)
+    with pytest.raises(GgufRunError, match="this answer cannot go on: a later generate"):
+        list(first)
+    next(second)
+
+
+def test_a_closed_model(path: Path, tmp_path: Path) -> None:
+    with Model.load(path) as model:
+        answer = model.generate(TEXT, ignore_eos=True)
+        next(answer)
+    for use in (
+        lambda: list(answer), lambda: model.generate("x"), lambda: model.chat([{"role": "user", "content": "x"}]),
+        lambda: model.generate_batch(["x"]), lambda: model.logits([1]), lambda: model.n_ctx, model.reset,
+        lambda: model.save_session(tmp_path / "s"), lambda: model.load_session(tmp_path / "s"),
+    ):  # fmt: skip
+        with pytest.raises(GgufRunError, match="the model is closed"):
+            use()
+    assert repr(model) == "<Model, closed>"
+    assert model.detokenize(model.tokenize("the")) == "the"
+    assert model.stats.n_prompt > 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
+def test_with_frees_memory(tmp_path: Path) -> None:
+    """While the model and an iterator of it are held: the file is no longer mapped, weights and cache are gone."""
+    path = tmp_path / "a.gguf"
+    write_tiny(path)
+    with Model.load(path) as model:
+        answer = model.generate(TEXT, ignore_eos=True)
+        next(answer)
+        held = [weakref.ref(model.decoder), weakref.ref(model.decoder.cache)]
+        assert str(path) in Path("/proc/self/maps").read_text()
+    gc.collect()
+    assert [ref() for ref in held] == [None, None]
+    assert str(path) not in Path("/proc/self/maps").read_text()
+
+
+def test_left_open_at_the_end_of_a_program(path: Path) -> None:
+    code = (
+        "import sys\nfrom gguf_run.runtime import Model\n"
+        "model = Model.load(sys.argv[1])\nanswer = model.generate('the', ignore_eos=True)\nnext(answer)\n"
+        "keep = Model.load(sys.argv[1])\nkeep.close()\nother = Model.load(sys.argv[1])\ndel other\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_public_names() -> None:
+    import gguf_run.runtime as api
+
+    assert all(getattr(api, name).__name__ == name for name in api.__all__)
+    assert issubclass(api.OptionError, api.GgufRunError)
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = api.nothing  # type: ignore[attr-defined]
 
 
 def test_repr(model: Model) -> None:
