@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,13 +43,16 @@ class Engine(Protocol):
 
 
 class Ours:
-    """gguf-run on the CPU, as `gguf-run` sets it up."""
+    """gguf-run as `gguf-run` sets it up."""
 
-    def __init__(self, path: Path, n_threads: int, n_ctx: int, n_batch: int = 512, cache_type: str = "f16") -> None:
+    def __init__(
+        self, path: Path, n_threads: int, n_ctx: int, n_batch: int = 512, cache_type: str = "f16", backend: Any = None
+    ) -> None:
+        """backend: None for the CPU."""
         self._file = GGUFFile.open(path)
         config = ModelConfig.from_metadata(self._file.metadata, self._file.tensors)
         self._tokenizer = Tokenizer.from_metadata(self._file.metadata)
-        self._backend = CpuBackend(n_threads)
+        self._backend = backend or CpuBackend(n_threads)
         self.cpu = self._backend.name
         self.n_vocab = config.n_vocab
         self.bos = self._tokenizer.bos if self._tokenizer.add_bos else None

@@ -156,8 +156,8 @@ def vocabulary(file: GGUFFile, n_vocab: int) -> dict[str, tuple[str, Any]]:
     }
 
 
-def write_model(path: Path, shape: Shape, mix: Mix, vocab: GGUFFile, seed: int = 0) -> None:
-    """Write the model."""
+def sizes_of(shape: Shape) -> dict[str, int | float]:
+    """The metadata's numbers, which the decoder needs."""
     sizes: dict[str, int | float] = {
         "block_count": shape.n_layer, "context_length": shape.n_ctx, "embedding_length": shape.n_embd,
         "feed_forward_length": shape.n_ff, "vocab_size": shape.n_vocab, "attention.head_count": shape.n_head,
@@ -168,13 +168,18 @@ def write_model(path: Path, shape: Shape, mix: Mix, vocab: GGUFFile, seed: int =
     if shape.n_expert:
         sizes |= {"expert_count": shape.n_expert, "expert_used_count": shape.n_expert_used}
         sizes |= {"expert_feed_forward_length": shape.n_ff}
+    return {f"{shape.arch}.{key}": value for key, value in sizes.items()}
+
+
+def write_model(path: Path, shape: Shape, mix: Mix, vocab: GGUFFile, seed: int = 0) -> None:
+    """Write the model."""
     keys = [
         ("general.architecture", "string", shape.arch),
         ("general.name", "string", f"random {shape.arch} {shape.size_label}"),
         ("general.size_label", "string", shape.size_label),
         ("general.file_type", "u32", mix.file_type),
         ("general.quantization_version", "u32", 2),
-        *((f"{shape.arch}.{key}", "f32" if isinstance(value, float) else "u32", value) for key, value in sizes.items()),
+        *((key, "f32" if isinstance(value, float) else "u32", value) for key, value in sizes_of(shape).items()),
         *((key, type, value) for key, (type, value) in vocabulary(vocab, shape.n_vocab).items()),
     ]
     tensors = tensors_of(shape, mix)

@@ -7,5 +7,6 @@ import signal
 # interrupt a process would wait for nothing.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Triton's kernels run in its interpreter: that is decided when triton is imported, for the whole process.
-os.environ["TRITON_INTERPRET"] = "1"
+# Triton's kernels run in its interpreter, or, if TRITON_INTERPRET=0 says so, on a GPU: that is decided when triton is
+# imported, for the whole process.
+os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -1,8 +1,11 @@
-"""For tests of the GPU backend: in Triton's interpreter, on torch's CPU tensors. And NumPy twins of its panels.
+"""For tests of the GPU backend: in Triton's interpreter, on torch's CPU tensors, or on a GPU. And NumPy twins of its
+panels.
 
 conftest.py turns the interpreter on; it is set before triton is imported, for the whole process.
 """
 
+import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,12 +22,14 @@ from gguf_run.kernels_gpu.backend import GpuBackend  # noqa: E402
 from gguf_run.kernels_gpu.memory import WeightPart  # noqa: E402
 from gguf_run.kernels_gpu.panels import IntPanel  # noqa: E402
 
-CPU = torch.device("cpu")
+INTERPRETED = os.environ["TRITON_INTERPRET"] != "0"
+DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
+only_interpreted = pytest.mark.skipif(not INTERPRETED, reason="looks into the interpreter")
 torch.set_num_threads(1)
 
 
 def gpu() -> GpuBackend:
-    return GpuBackend(CPU)
+    return GpuBackend(DEVICE)
 
 
 def _bytes(word: Any) -> np.ndarray:
@@ -42,9 +47,14 @@ def dp4a(a: Any, b: Any, c: Any) -> Any:
 
 @pytest.fixture
 def fast_dots(monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETED:
+        speed_up(monkeypatch.setattr)
+
+
+def speed_up(replace: Callable[[Any, str, Any], None]) -> None:
     """The interpreter takes 40 us for each operation on tensors, most of which are those of dp4a's fallback, and longer
     to put its operations into triton.language, which it does anew for every function that a kernel calls."""
-    monkeypatch.setattr(matmul_decode, "dp4a", dp4a)
+    replace(matmul_decode, "dp4a", dp4a)
     call, seen = interpreter.InterpretedFunction.__call__, set()
 
     def call_function(function: Any, *args: Any, **options: Any) -> Any:
@@ -53,7 +63,7 @@ def fast_dots(monkeypatch: pytest.MonkeyPatch) -> None:
             return call(function, *args, **options)
         return function.rewrite()(*args, **options)
 
-    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call_function)
+    replace(interpreter.InterpretedFunction, "__call__", call_function)
 
 
 def _bits(plane: np.ndarray, at: np.ndarray, bit: np.ndarray, n: int) -> np.ndarray:
@@ -65,7 +75,7 @@ def unpack_part(part: WeightPart) -> np.ndarray:
     """The numbers in a panel, float32[n_out, n_in] (layout: panels.py), with the roundings of the reference."""
     panel, n_in = part.panel, part.n_in
     planes = {name: getattr(part, name) for name in ("qs", "high", "scale", "d")}
-    planes = {name: plane.numpy() for name, plane in planes.items() if plane is not None}
+    planes = {name: plane.cpu().numpy() for name, plane in planes.items() if plane is not None}
     if not isinstance(panel, IntPanel):
         if panel.name == "BF16":
             return (planes["qs"].view(np.uint16).astype(np.uint32) << 16).view(np.float32)[:, :n_in]

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+import torch
 from cpu_ops import Step, error
 from gpu_ops import fast_dots, gpu
 from numpy_backend import attend, rotate
@@ -33,8 +34,8 @@ BOUND = 2e-3  # products of numbers with 11 bits
 
 def stored(rows: Rows, seq: int = 0) -> np.ndarray:
     """Rows of a sequence as they are stored, without turning them back: float64[n_ctx, n_head_kv, head_dim]."""
-    qs, name = rows.qs[seq].numpy(), rows.form.name
-    d = None if rows.d is None else rows.d[seq].numpy().astype(np.float64)
+    qs, name = rows.qs[seq].cpu().numpy(), rows.form.name
+    d = None if rows.d is None else rows.d[seq].cpu().numpy().astype(np.float64)
     if name == "q4_0":
         byte = qs.reshape(*qs.shape[:-1], -1, 1, 16)
         codes = np.concatenate([byte & 15, byte >> 4], -2).reshape(*qs.shape[:-1], -1).astype(np.float64) - 8
@@ -157,7 +158,7 @@ def test_static_scales() -> None:
     case = Case(CacheType("fp8_e4m3", "int8", None, scales, scales), Attention(2, 2, 64, 0.1), chunks=(9, 1))
     case.check()
     assert not case.cache.k.rotates
-    assert np.array_equal(case.cache.k.d[0, :, :10, 0], np.array(scales, np.float16)[:, None].repeat(10, 1))
+    assert np.array_equal(case.cache.k.d[0, :, :10, 0].cpu(), np.array(scales, np.float16)[:, None].repeat(10, 1))
 
 
 @pytest.mark.parametrize("head_dim", [40, 80])
@@ -192,10 +193,11 @@ def test_what_is_read_can_be_written(name: str) -> None:
     assert cache.n_ctx == 128
     rng = np.random.default_rng(1)
     for plane in cache.k.planes:
-        plane.numpy().view(np.uint8)[:] = rng.integers(0, 100, plane.numpy().view(np.uint8).shape)
+        shape = plane.view(torch.uint8).shape
+        plane.view(torch.uint8)[:] = torch.from_numpy(rng.integers(0, 100, shape, np.uint8)).to(plane.device)
     data = cache.read(0, "k", 2, 6)
     assert cache.write(1, "k", 6, data[1:]) is None
     assert cache.write(1, "k", 6, data) == 2
     for plane in cache.k.planes:
-        assert np.array_equal(plane[0], plane[1])
+        assert torch.equal(plane[0], plane[1])
     cache.copy(0, 1, 50)

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 import torch
 from cpu_ops import cpu
-from gpu_ops import fast_dots, gpu
+from gpu_ops import fast_dots, gpu, only_interpreted
 from numpy_backend import NumpyBackend
 from real import smollm2
 from tinymodel import ALL_BIASES, TINY_GEMMA3, Tiny, write_tiny
@@ -95,6 +95,7 @@ def test_tiny_models(name: str, tmp_path: Path) -> None:
         assert distance(singles[0], singles[2]) < max(0.01, 1.5 * distance(singles[1], singles[2]))
 
 
+@only_interpreted
 def test_launches_of_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One token and one layer more: 7 launches."""
     from triton.runtime.interpreter import GridExecutor
@@ -139,6 +140,7 @@ def test_the_last_layers_on_a_gpu(tmp_path: Path) -> None:
     assert distance(a, b) < 0.05
 
 
+@only_interpreted
 @pytest.mark.parametrize(("n_gpu", "tied"), [(1, True), (2, False), (3, True), (3, False)])
 def test_planned_sizes(n_gpu: int, tied: bool, tmp_path: Path) -> None:
     """Weights and caches to the byte, buffers no less than are made."""

@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from cpu_ops import MemoryTensor, Step, as_quantized, error, quantize_twin, random_tensor, weights_of
-from gpu_ops import CPU, fast_dots, gpu
+from gpu_ops import DEVICE, INTERPRETED, fast_dots, gpu
 from numpy_backend import ACTIVATIONS, NumpyBackend
 
 from gguf_run.kernels_gpu import backend as gpu_backend
@@ -31,6 +31,7 @@ pytestmark = [
 INTEGER = [name for name, panel in PANELS.items() if isinstance(panel, IntPanel)]
 FLOAT = [name for name, panel in PANELS.items() if isinstance(panel, FloatPanel)]
 GUARD = np.float32(-777.25)
+MANY = () if INTERPRETED else (2, 4, 8, 9, 16, 17, 32, 33, 64, 100)  # more numbers of tokens, where that costs little
 EXACT, HALF = 1e-5, 2e-3  # float32 sums; products of numbers with 11 bits
 
 
@@ -77,13 +78,13 @@ def test_matmul_of_integer_panels(name: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(gpu_backend, "DEFAULT", replace(matmul.DEFAULT, small=16))
     monkeypatch.setattr(matmul, "SCRATCH", 5 * 768)
     n_in = 768 if PANELS[name].unit == 64 or "_K" in name or name == "IQ4_XS" else 32 * 35
-    check_matmul([random_tensor(name, 7, n_in)], (1, 9, 17))
+    check_matmul([random_tensor(name, 7, n_in)], (1, 9, 17, *MANY))
 
 
 @pytest.mark.parametrize("name", FLOAT)
 @pytest.mark.parametrize("n_in", [7, 300])
 def test_matmul_of_float_panels(name: str, n_in: int) -> None:
-    check_matmul([random_tensor(name, 9, n_in)], (1, 3, 17))
+    check_matmul([random_tensor(name, 9, n_in)], (1, 3, 17, *MANY))
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q3_K", "Q6_K", "Q8_0"])
@@ -124,8 +125,10 @@ def test_fallbacks_of_dot_products() -> None:
     rng = np.random.default_rng(1)
     a, b = rng.integers(-(2**31), 2**31, (2, 64), np.int32)
     book = rng.integers(-128, 128, 16).astype(np.int8)
-    out = torch.zeros(5, 64, dtype=torch.int32)
-    kernel[(1,)](torch.from_numpy(a), torch.from_numpy(b), out, tuple(book.view(np.int32).tolist()))
+    made = torch.zeros(5, 64, dtype=torch.int32, device=DEVICE)
+    x, y = (torch.from_numpy(words).to(DEVICE) for words in (a, b))
+    kernel[(1,)](x, y, made, tuple(book.view(np.int32).tolist()))
+    out = made.cpu()
     bytes_a, bytes_b, pairs = (x.astype(np.int64) for x in (_view(a, np.int8), _view(b, np.int8), _view(a, np.int16)))
     assert np.array_equal(out[0], ((bytes_a * bytes_b).sum(1) + b).astype(np.int32))
     assert np.array_equal(out[1], (pairs * bytes_b[:, :2]).sum(1))
@@ -146,16 +149,17 @@ def test_activations() -> None:
     rng = np.random.default_rng(3)
     x = (rng.standard_normal((3, 1120)) * np.exp(rng.standard_normal((3, 1120)))).astype(np.float32)
     x[1, 64:128], x[2] = 0, 0
-    buffer = GpuBuffer(torch.from_numpy(np.pad(x, ((0, 0), (8, 0)))), False, 8, 1120)
-    int8, halves = Int8.empty(3, 1120, CPU), Halves.empty(3, 1120, CPU)
+    buffer = GpuBuffer(torch.from_numpy(np.pad(x, ((0, 0), (8, 0)))).to(DEVICE), False, 8, 1120)
+    int8, halves = Int8.empty(3, 1120, DEVICE), Halves.empty(3, 1120, DEVICE)
     int8.fill(buffer, 3)
     halves.fill(buffer, 3)
     d, q = quantize_twin(x)
-    assert np.array_equal(int8.xd, d)
-    assert np.array_equal(int8.xq.numpy().view(np.int8).reshape(q.shape), q)
-    assert np.array_equal(int8.xs.numpy().view(np.int16).reshape(3, -1), q.reshape(3, -1, 16).sum(2))
-    assert np.array_equal(halves.xm, np.abs(x).max(1))
-    assert np.abs(halves.xh.numpy() * halves.xm.numpy()[:, None] - x).max() <= np.abs(x).max() * 2.0**-11
+    xq, xd, xs, xh, xm = (form.cpu().numpy() for form in (int8.xq, int8.xd, int8.xs, halves.xh, halves.xm))
+    assert np.array_equal(xd, d)
+    assert np.array_equal(xq.view(np.int8).reshape(q.shape), q)
+    assert np.array_equal(xs.view(np.int16).reshape(3, -1), q.reshape(3, -1, 16).sum(2))
+    assert np.array_equal(xm, np.abs(x).max(1))
+    assert np.abs(xh * xm[:, None] - x).max() <= np.abs(x).max() * 2.0**-11
 
 
 @pytest.mark.parametrize("name", [*PANELS, "IQ2_S"])
@@ -308,9 +312,9 @@ def test_argmax() -> None:
 
     x = np.random.default_rng(2).standard_normal((3, 2500)).astype(np.float32)
     x[1, [700, 1900]] = 9
-    out = torch.zeros(3, dtype=torch.int32)
-    argmax[(3,)](torch.from_numpy(x), 2500, out, 2500, 1024)
-    assert np.array_equal(out, x.argmax(1))
+    out = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    argmax[(3,)](torch.from_numpy(x).to(DEVICE), 2500, out, 2500, 1024)
+    assert np.array_equal(out.cpu(), x.argmax(1))
 
 
 def test_observe() -> None:

@@ -9,7 +9,7 @@ pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from cpu_ops import random_tensor
-from gpu_ops import CPU, gpu, unpack_part
+from gpu_ops import DEVICE, gpu, unpack_part
 
 from gguf_run.formats.dequantizer import dequantize
 from gguf_run.formats.types import TENSOR_TYPES, type_by_name
@@ -30,7 +30,7 @@ def test_every_type_keeps_its_numbers(name: str) -> None:
     """Three tensors of one type, one after the other; every bit of the blocks is random."""
     n_in = 3 * type_by_name(name).block_size if name in PANELS and name not in ("F32", "F16", "BF16") else 768
     tensors = [random_tensor(name, n_row, n_in, seed=n_row) for n_row in (5, 1, 12)]
-    part = Uploader(CPU).repack(tensors)
+    part = Uploader(DEVICE).repack(tensors)
     expected = np.concatenate([dequantize(tensor.data, tensor.type) for tensor in tensors])
     assert same_bits(unpack_part(part), expected)
     assert part.nbytes == matrix_bytes(name, n_in, 18)
@@ -39,14 +39,14 @@ def test_every_type_keeps_its_numbers(name: str) -> None:
 def test_factors_of_matrices() -> None:
     tensor = dataclasses.replace(random_tensor("NVFP4", 6, 128), scales=(0.5, 4.0, 0.125))
     expected = dequantize(tensor.data, tensor.type) * np.repeat(np.float32(tensor.scales), 2)[:, None]
-    assert same_bits(unpack_part(Uploader(CPU).repack([tensor])), expected)
+    assert same_bits(unpack_part(Uploader(DEVICE).repack([tensor])), expected)
 
 
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
 @pytest.mark.parametrize("n_in", [1, 7, 33])
 def test_odd_rows_are_filled_up_with_zeros(name: str, n_in: int) -> None:
     tensor = random_tensor(name, 3, n_in)
-    part = Uploader(CPU).repack([tensor])
+    part = Uploader(DEVICE).repack([tensor])
     assert same_bits(unpack_part(part), dequantize(tensor.data, tensor.type))
     assert not part.qs[:, tensor.data.shape[1] :].any()
 
@@ -55,7 +55,7 @@ def test_odd_rows_are_filled_up_with_zeros(name: str, n_in: int) -> None:
 def test_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large tensors go through buffers of two or three rows, again and again."""
     monkeypatch.setattr(repack, "_PIECE", 3000)
-    uploader = Uploader(CPU)
+    uploader = Uploader(DEVICE)
     for n_row in (11, 4):
         tensor = random_tensor(name, n_row, 512, seed=n_row)
         assert same_bits(unpack_part(uploader.repack([tensor])), dequantize(tensor.data, tensor.type))

@@ -1,0 +1,403 @@
+"""What benchmarks/gpu.py measures on a GPU: each case is a function of a Bench that returns records.
+
+A record has a name and, where it is a time, seconds for `tokens` tokens, and what they need at least: bytes of memory
+to read, or floating-point operations of tensor cores.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from engine import Ours
+from gpu_random import RandomBackend, no_file, random_part
+from make_model import SHAPES, Shape, mix_of, sizes_of, tensors_of
+from numpy.typing import NDArray
+from perplexity import perplexity as perplexities
+from triton.runtime.interpreter import GridExecutor
+from triton.runtime.jit import JITFunction
+
+from gguf_run.kernels_gpu.backend import GpuBackend
+from gguf_run.kernels_gpu.matmul import FEW, Tuning
+from gguf_run.kernels_gpu.memory import GpuWeight
+from gguf_run.kernels_gpu.panels import PANELS, IntPanel
+from gguf_run.models.backend import Attention, CacheType, Rope, Run
+from gguf_run.models.config import ModelConfig
+from gguf_run.models.decoder import Decoder
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of matrices: n_in, n_out; tokens. cold: bytes of weights that a timing goes through, more than caches hold."""
+
+    n_in: int
+    n_out: int
+    tokens: tuple[int, ...]
+    cold: int
+    large: int  # bytes
+    square: int
+    depth: int
+    prefill: tuple[int, ...]
+    steps: int
+    shapes: Mapping[str, Shape]
+
+
+FULL = Sizes(4096, 14336, (1, 2, 4, 8, 16, 32, 512, 2048), 400 << 20, 4 << 30, 8192, 32768, (512, 2048), 64, SHAPES)
+_TINY = Shape("tiny", 1, 32, 1, 1, 32, 32, 8, 256, 1e4, False)
+TINY = Sizes(256, 40, (1, 9, 33), 1, 4096, 32, 40, (9,), 1, dict.fromkeys(SHAPES, _TINY))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and how big. warm: run everything once, to compile it, with one layer of a model, and do not time it."""
+
+    device: torch.device
+    sizes: Sizes
+    warm: bool = False
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def sync(self) -> None:
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+    def clean(self) -> None:
+        """Give memory back. An error of the GPU that is still to be told is told here."""
+        self.sync()
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+
+    def wall(self, call: Callable[[], Any], rounds: int = 5) -> float:
+        """Seconds, the median of some calls after one that warms up."""
+        taken = []
+        for i in range(1 if self.warm or not self.is_cuda else rounds + 1):
+            self.sync()
+            begin = time.perf_counter()
+            call()
+            self.sync()
+            taken.append(time.perf_counter() - begin)
+            if i and sum(taken[1:]) > 3:
+                break
+        return statistics.median(taken[1:] or taken)
+
+    def events(self, call: Callable[[], Any], rounds: int = 30) -> float:
+        """Seconds on the device, the median of some calls; call has run before."""
+        if self.warm or not self.is_cuda:
+            return self.wall(call)
+        marks = []
+        for _ in range(rounds):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            marks.append((begin, end))
+        self.sync()
+        return statistics.median(begin.elapsed_time(end) for begin, end in marks) / 1e3
+
+    def captured(self, call: Callable[[], Any]) -> float:
+        """Seconds on the device of what call launches, without the time that launching takes."""
+        call()
+        self.sync()
+        if self.warm or not self.is_cuda:
+            return self.wall(call)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        graph.replay()
+        return self.events(graph.replay)
+
+
+def _launches(program: Any, n: int) -> Callable[[], None]:
+    """All launches of a program before the choice of result rows, for n tokens."""
+
+    def run() -> None:
+        for op in program._before._ops:
+            op(n)
+
+    return run
+
+
+def limits(bench: Bench) -> list[Record]:
+    n = bench.sizes.large // 4
+    x = torch.ones(n, device=bench.device)
+    read = bench.captured(lambda: x.sum())
+    y = torch.empty_like(x)
+    copy = bench.captured(lambda: y.copy_(x))
+    n = bench.sizes.square
+    a, b = (torch.randn(n, n, dtype=torch.float16, device=bench.device) for _ in "ab")
+    multiply = bench.captured(lambda: a @ b)
+    return [
+        {"name": "read", "seconds": read, "bytes": bench.sizes.large},
+        {"name": "copy, read and written", "seconds": copy, "bytes": 2 * bench.sizes.large},
+        {"name": f"f16 product of {n} x {n}", "seconds": multiply, "flops": 2 * n**3},
+    ]
+
+
+def _quantized(x: torch.Tensor) -> torch.Tensor:
+    """What int8 blocks of 32 leave of rows f32."""
+    blocks = x.unflatten(1, (-1, 32))
+    d = blocks.abs().amax(2, keepdim=True)
+    inverse = torch.where(d == 0, 0.0, 127 / d)
+    return ((blocks * inverse).round().double() * (d / 127).double()).flatten(1)
+
+
+def _distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, relative to the largest number. NaN if there is one."""
+    return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+def matmul(
+    bench: Bench, type_name: str, tokens: Sequence[int] | None = None, tuning: Tuning | None = None, gated: bool = False
+) -> list[Record]:
+    """Products with cold weights. x[t] is row t of the weights, so that a part of the result is known.
+
+    The bounds: int8 blocks are those of the kernel, sums are f32; products of f16.
+    """
+    sizes, tokens = bench.sizes, tokens or bench.sizes.tokens
+    backend = RandomBackend(bench.device)
+    panel, n_in, n_out = PANELS[type_name], sizes.n_in, sizes.n_out
+    n_batch = max(tokens)  # at most n_out
+    first = random_part(type_name, n_in, n_out, bench.device)
+    parts = [random_part(type_name, n_in, n_out, bench.device) for _ in range(-(-sizes.cold // first.nbytes))]
+    recorder: Any = backend.recorder(n_batch, 1)
+    recorder.tuning = tuning or recorder.tuning
+    x, out = recorder.buffer(n_in), recorder.buffer(n_out)
+    recorder.embed(first, x)
+    for part in [*parts, first]:
+        if gated:
+            recorder.matmul_gated(x, GpuWeight(n_in, (part,)), out.columns(0, n_out // 2), "silu")
+        else:
+            recorder.matmul(x, GpuWeight(n_in, (part,)), out)
+    program = recorder.finish(recorder.outputs(out))
+    program.run(np.arange(n_batch, dtype=np.int32), [Run(0, 0, n_batch)], ())  # all rows of x
+    w = x.data[:n_batch].double()
+    found = []
+    for n in tokens:
+        out.data.fill_(float("nan"))
+        seconds = bench.captured(_launches(program, n)) / (len(parts) + 1)
+        is_int8 = n <= FEW and isinstance(panel, IntPanel)
+        left = _quantized(x.data[:n]) if is_int8 else x.data[:n].double()
+        off, bound = 0.0, 2e-5 if n <= FEW or type_name == "F32" else 2e-3
+        if not gated:
+            off = _distance(out.data[:n, :n_batch], left @ w.T)
+        if not off < bound or not out.data[:n, : n_out // 2 if gated else n_out].isfinite().all():
+            raise AssertionError(f"{n} tokens: off by {off:.2e}, at most {bound:.0e} is allowed")
+        record = {"name": f"{n} tokens" + ", gated" * gated, "seconds": seconds, "tokens": n, "off": off}
+        work = {"bytes": first.nbytes} if n <= 32 else {"flops": 2 * n * n_in * n_out}
+        found.append(record | work)
+    return found
+
+
+def attention(bench: Bench, kind: str, prefill: bool = False, programs: int | None = None) -> list[Record]:
+    """One layer of llama-8b: a token at a depth, or the first tokens. f16 is checked."""
+    n = max(bench.sizes.prefill) if prefill else 1
+    depth = bench.sizes.depth if n == 1 else 0
+    n_head, n_head_kv, head_dim = (32, 8, 128) if bench.is_cuda else (2, 1, 32)
+    shape = Attention(n_head, n_head_kv, head_dim, head_dim**-0.5)
+    backend = RandomBackend(bench.device)
+    recorder: Any = backend.recorder(n, 1)
+    if programs:
+        recorder.tuning = replace(recorder.tuning, programs=programs)
+    n_q, n_kv = n_head * head_dim, n_head_kv * head_dim
+    table = random_part("F32", n_q + 2 * n_kv, n, bench.device)
+    table.qs.view(torch.float32).mul_(50)
+    caches = [backend.cache(shape, depth + n, n, 1, CacheType(kind, kind)) for _ in range(3 if n == 1 else 1)]
+    qkv, out = recorder.buffer(n_q + 2 * n_kv), recorder.buffer(n_q)
+    recorder.embed(table, qkv)
+    rope = Rope("norm", head_dim, 5e5 ** -(np.arange(head_dim // 2) / head_dim * 2))
+    for i, cache in enumerate(caches):
+        if i == 0:
+            recorder.rope(qkv.columns(0, n_q + n_kv), rope, head_dim)
+        recorder.attention(*(qkv.columns(*c) for c in ((0, n_q), (n_q, n_kv), (n_q + n_kv, n_kv))), cache, shape, out)
+    program = recorder.finish(recorder.outputs(out))
+    program._step.set((), np.arange(n, dtype=np.int32), [Run(0, depth, n)])
+    seconds = bench.captured(_launches(program, n)) / len(caches)
+    off = 0.0
+    if kind == "f16":  # queries of the last token, which stay turned in the buffer
+        k, v = (rows.qs[0].view(torch.float16)[:, : depth + n].double() for rows in (caches[-1].k, caches[-1].v))
+        q = qkv.data[n - 1, :n_q].double().view(n_head_kv, -1, head_dim)
+        expected = torch.softmax(q @ k.mT * shape.scale, -1) @ v
+        off = _distance(out.data[n - 1], expected.reshape(-1))
+    if not off < 4e-3 or not out.data[:n].isfinite().all():
+        raise AssertionError(f"off by {off:.2e}, at most 4e-3 is allowed")
+    name = f"at depth {depth}" if n == 1 else f"{n} tokens"
+    work = {"bytes": (caches[0].k.nbytes + caches[0].v.nbytes)} if n == 1 else {"flops": 2 * n * n * n_q}
+    return [{"name": name, "seconds": seconds, "tokens": n, "off": off} | work]
+
+
+def decoder_of(
+    bench: Bench, shape: Shape, type_name: str, n_ctx: int, n_batch: int, kind: str = "f16", n_layer: int | None = None
+) -> tuple[Decoder, int]:
+    """Random weights; and their bytes that a token reads."""
+    n_layer = n_layer or (1 if bench.warm else shape.n_layer)
+    shape = replace(shape, n_layer=n_layer)
+    tensors = {info.name: no_file(info) for info in tensors_of(shape, mix_of(type_name))}
+    config = ModelConfig.from_metadata(sizes_of(shape) | {"general.architecture": shape.arch}, tensors)
+    backend: Any = RandomBackend(bench.device)
+    layers = [backend] * n_layer
+    kinds = [CacheType(kind, kind)] * n_layer
+    decoder = Decoder(config, tensors, layers, n_ctx, n_batch, n_outputs=1, cache_types=kinds)
+    embedding = 0 if shape.tied else backend.table(tensors["token_embd.weight"]).nbytes
+    return decoder, backend.nbytes()["weights"] - embedding
+
+
+def _set_depth(decoder: Decoder, n_past: int) -> None:
+    decoder.cache._slots[0].n_past = n_past
+
+
+def model(bench: Bench, name: str, type_name: str, kind: str = "f16", what: str = "all") -> Iterator[Record]:
+    """Decode, short and at depth, and prefill, through Decoder.forward, as programs do. what: all, or decode."""
+    sizes = bench.sizes
+    shape, n_batch = sizes.shapes[name], max(sizes.prefill)
+    decoder, weight_bytes = decoder_of(bench, shape, type_name, sizes.depth + n_batch, n_batch, kind)
+    kv_bytes = decoder.nbytes()["cache"] / (sizes.depth + n_batch)
+    program: Any = decoder._program
+    steps = 1 if bench.warm else sizes.steps
+    for depth in (0, sizes.depth):
+        if what == "decode" and depth == 0:
+            continue
+
+        def tokens(n: int = steps, depth: int = depth) -> None:
+            _set_depth(decoder, depth)
+            for i in range(n):
+                decoder.step({0: [i]})
+
+        tokens(min(2, steps))
+        wall = bench.wall(tokens, 3) / steps
+
+        def device() -> None:
+            program._before.run(1)
+            program._after.run(1)
+
+        on_device = wall if bench.warm else bench.events(device)
+        at = f"decode at depth {depth}" if depth else "decode"
+        cache = f", {kind} cache" if depth else ""
+        yield {"name": at + cache, "seconds": wall, "tokens": 1, "bytes": weight_bytes + kv_bytes * (depth + steps / 2)}
+        yield {"name": at + cache + ": not on the device", "seconds": max(0.0, wall - on_device)}
+    if what == "all":
+        for n in sizes.prefill:
+
+            def prefill(n: int = n) -> None:
+                decoder.rewind(0)
+                for _ in decoder.forward([i % shape.n_vocab for i in range(n)], 1):
+                    pass
+
+            yield {"name": f"prefill {n}", "seconds": bench.wall(prefill), "tokens": n}
+    decoder.close()
+
+
+def graphs(bench: Bench) -> list[Record]:
+    """Replayed graphs give what launches give, bit for bit."""
+    shape = bench.sizes.shapes["llama-1b"]
+    decoder, _ = decoder_of(bench, shape, "Q4_K_M", 256, 64, n_layer=2)
+    program: Any = decoder._program
+    made: list[NDArray[np.float32]] = []
+    for replay in (True, False):
+        for launches in (program._before, program._after):
+            if not replay:
+                launches._graphs.clear()
+                launches._most = 0
+        decoder.rewind(0)
+        made.append(np.stack([decoder.step({0: [i]})[0].copy() for i in range(2 if bench.warm else 5)]))
+    same = np.array_equal(made[0], made[1])
+    if not same or not np.isfinite(made[0]).all():
+        raise AssertionError(f"logits differ by up to {np.abs(made[0] - made[1]).max():.2e}")
+    return [{"name": "5 steps, launches against graphs: the same bits"}]
+
+
+def launches(bench: Bench) -> list[Record]:
+    """How many kernels a layer is, for one token."""
+    counts = []
+    owner, attribute = (JITFunction, "run") if bench.is_cuda else (GridExecutor, "__call__")
+    original = getattr(owner, attribute)
+    for n_layer in (1, 2):
+        decoder, _ = decoder_of(bench, bench.sizes.shapes["llama-1b"], "Q4_K_M", 256, 64, n_layer=n_layer)
+        seen: list[str] = []
+
+        def counted(self: Any, *args: Any, seen: list[str] = seen, **options: Any) -> Any:
+            seen.append(str(self))
+            return original(self, *args, **options)
+
+        program: Any = decoder._program
+        program._step.set([0], np.zeros(1, np.int32), [Run(0, 0, 1)])
+        setattr(owner, attribute, counted)
+        try:
+            for op in program._before._ops + program._after._ops:
+                op(1)
+        finally:
+            setattr(owner, attribute, original)
+        counts.append(len(seen))
+    return [{"name": "launches of a layer, one token", "value": f"{counts[1] - counts[0]}", "target": "7"}]
+
+
+def perplexity(bench: Bench, model_file: str, text: str) -> list[Record]:
+    """Of a file and the first 2,048 tokens of a text, on the GPU and on the CPU."""
+    values = []
+    for backend in (GpuBackend(bench.device), None):
+        engine = Ours(Path(model_file), 8, 512, backend=backend)
+        ids = engine.tokenize(Path(text).read_text())
+        values.append([*perplexities(engine, ids, 512, min(4, len(ids) // 512))][-1])
+        engine.close()
+    off = abs(values[0] / values[1] - 1)
+    name = f"{values[0]:.4f}, CPU {values[1]:.4f}"
+    return [{"name": name, "value": f"{off:.3%} apart", "target": "0.2%", "missed": not off <= 0.002}]
+
+
+def tune(bench: Bench, field: str, candidate: Any) -> list[Record]:
+    """The time of a candidate of Tuning's field, summed over the types that matter most."""
+    tuning = Tuning()
+    types = ("Q4_K", "Q6_K", "Q8_0")
+    if field == "programs":
+        found = attention(bench, "f16", programs=candidate)
+    elif field == "rows":
+        n, rows = candidate
+        table = tuple((m, rows if m == n else r) for m, r in tuning.rows)
+        found = [record for name in types for record in matmul(bench, name, (n,), replace(tuning, rows=table))]
+    else:  # tile, at 32 tokens
+        found = [r for name in types for r in matmul(bench, name, (32,), replace(tuning, small=32, tile=candidate))]
+    return [{"name": f"{field} {candidate}", "seconds": sum(r["seconds"] for r in found)}]
+
+
+CASES: dict[str, dict[str, Callable[..., Any]]] = {
+    "limits": {"this card": limits},
+    "check": {"graphs": graphs, "launches": launches},
+    "sweep": {
+        **{f"{name}": functools.partial(matmul, type_name=name) for name in PANELS},
+        "Q4_K gated": functools.partial(matmul, type_name="Q4_K", tokens=(1, 2), gated=True),
+        **{
+            f"attention {kind}": functools.partial(attention, kind=kind)
+            for kind in ("f16", "bf16", "q8_0", "q4_0", "int8", "fp8_e4m3", "fp8_e5m2")
+        },
+        "attention f16, prefill": functools.partial(attention, kind="f16", prefill=True),
+        "attention q8_0, prefill": functools.partial(attention, kind="q8_0", prefill=True),
+    },
+    "model": {
+        **{
+            f"llama-8b {name}": functools.partial(model, name="llama-8b", type_name=name)
+            for name in ("Q4_K_M", "Q8_0", "Q4_0", "Q6_K")
+        },
+        "llama-8b Q4_K_M, q8_0": functools.partial(
+            model, name="llama-8b", type_name="Q4_K_M", kind="q8_0", what="decode"
+        ),
+        **{
+            f"llama-1b {name}": functools.partial(model, name="llama-1b", type_name=name) for name in ("Q4_K_M", "Q8_0")
+        },
+    },
+    "perplexity": {"perplexity": perplexity},
+    "tune": {
+        **{f"rows {n} {rows}": functools.partial(tune, field="rows", candidate=(n, rows)) for n in (1, 2, 4, 8)
+           for rows in (1, 2, 4, 8)},
+        **{f"tile {tile}": functools.partial(tune, field="tile", candidate=tile)
+           for tile in ((32, 4), (64, 2), (64, 4), (64, 8), (128, 4))},
+        **{f"programs {n}": functools.partial(tune, field="programs", candidate=n) for n in (132, 264, 528, 1056)},
+    },
+}  # fmt: skip
