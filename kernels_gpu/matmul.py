@@ -41,10 +41,19 @@ def units_at_once(n_unit: int) -> int:
 
 @dataclass(frozen=True)
 class Scratch:
-    """Memory that all products of a program share. weights: f16, raw: f32[rows, widest matrix]."""
+    """Memory that all products of a program share. weights: f16, raw: f32, as much as the largest result takes."""
 
     weights: Array
     raw: Array
+
+    def result(self, n_row: int, n_out: int) -> Array:
+        """f32[n_row, n_out]; the rows are aligned."""
+        width = result_width(n_out)
+        return self.raw[: n_row * width].view(n_row, width)[:, :n_out]
+
+
+def result_width(n_out: int) -> int:
+    return -(-n_out // 16) * 16
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,7 @@ class Product:
 
     def many(self, n: int, halves: Halves | None, scratch: Scratch) -> None:
         """More than FEW tokens."""
-        raw = scratch.raw[:n, : self.part.n_out]
+        raw = scratch.result(n, self.part.n_out)
         if self.part.panel.constants["SCALES"] == "F32":
             torch.mm(self.x.data[:n], self.part.qs.view(torch.float32)[:, : self.part.n_in].T, out=raw)
             factor = None
@@ -128,7 +137,7 @@ class Product:
             assert halves is not None
             factor = halves.xm
             if n <= self.tuning.small:
-                self._tiles(n, halves, scratch.raw)
+                self._tiles(n, halves, raw)
             else:
                 self._in_memory(halves.xh[:n], raw, scratch.weights)
         out, bias, residual, residual_stride = self._ends()

@@ -19,7 +19,7 @@ from gguf_run.kernels_gpu.activations import Forms, Halves, Int8, power_of_2
 from gguf_run.kernels_gpu.attention_launch import AttentionOp
 from gguf_run.kernels_gpu.cache import GpuCache
 from gguf_run.kernels_gpu.layer_norm import layer_norm
-from gguf_run.kernels_gpu.matmul import FEW, SCRATCH, After, Norm, Product, Scratch, Tuning
+from gguf_run.kernels_gpu.matmul import FEW, SCRATCH, After, Norm, Product, Scratch, Tuning, result_width
 from gguf_run.kernels_gpu.memory import GpuBuffer, GpuWeight, WeightPart, padded
 from gguf_run.kernels_gpu.panels import IntPanel, Panel
 from gguf_run.kernels_gpu.program import GpuProgram, Launches, StepInput
@@ -56,8 +56,7 @@ class GpuRecorder:
         self._halves: dict[tuple[int, int, int], Halves] = {}
         self._angles: dict[int, tuple[Any, Array]] = {}
         self._wide: dict[tuple[bool, int], GpuBuffer] = {}
-        self._raw_shape = [padded(1), 1]
-        self._n_scratch = 0
+        self._n_raw = self._n_scratch = 0
         self._last_rope: tuple[Callable[[int], None], GpuBuffer, Any] | None = None
         self._last_product: tuple[Callable[[int], None], GpuBuffer, After] | None = None
         self._counts: list[Array] = []
@@ -178,7 +177,7 @@ class GpuRecorder:
 
     def _multiply(self, product: Product, after: After | None = None) -> None:
         part, forms = product.part, self._want(product.x, product.part.panel)
-        self._raw_shape = [max(pair) for pair in zip(self._raw_shape, (len(product.x.memory), part.n_out), strict=True)]
+        self._n_raw = max(self._n_raw, len(product.x.memory) * result_width(part.n_out))
         self._n_counts = max(self._n_counts, -(-product.n_out // BLOCK))
         self._n_scratch = max(self._n_scratch, min(SCRATCH, part.n_out * part.n_in))
 
@@ -292,7 +291,7 @@ class GpuRecorder:
         return out
 
     def finish(self, result: GpuBuffer) -> GpuProgram:
-        raw = torch.zeros(*self._raw_shape, device=self.device)
+        raw = torch.zeros(self._n_raw, device=self.device)
         self._scratch.append(Scratch(torch.zeros(self._n_scratch, dtype=torch.float16, device=self.device), raw))
         self._counts.append(torch.zeros(self._n_counts, dtype=torch.int32, device=self.device))
         self._sums += (

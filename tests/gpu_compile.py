@@ -110,7 +110,7 @@ def few(name: str, n: int, activation: str | None = None) -> None:
 
 
 def many(name: str, n: int) -> None:
-    scratch = Scratch(torch.zeros(N_OUT * N_IN, dtype=torch.float16), torch.zeros(64, N_OUT))
+    scratch = Scratch(torch.zeros(N_OUT * N_IN, dtype=torch.float16), torch.zeros(64 * N_OUT))
     product(name).many(n, Halves.empty(64, N_IN, CPU), scratch)
 
 
