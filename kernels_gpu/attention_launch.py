@@ -9,7 +9,8 @@ from torch import Tensor as Array
 from gguf_run.kernels_gpu.activations import Int8, power_of_2
 from gguf_run.kernels_gpu.attention import add_up, attend
 from gguf_run.kernels_gpu.attention_append import append
-from gguf_run.kernels_gpu.cache import SPAN, GpuCache
+from gguf_run.kernels_gpu.cache import GpuCache
+from gguf_run.kernels_gpu.cache_formats import SPAN
 from gguf_run.kernels_gpu.matmul import FEW
 from gguf_run.kernels_gpu.memory import GpuBuffer
 

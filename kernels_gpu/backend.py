@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor as Array
 
 from gguf_run.formats.dequantizer import dequantize
-from gguf_run.formats.errors import OptionError, UnsupportedError
+from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.reader import Tensor
-from gguf_run.kernels_gpu.cache import GpuCache, new_rows, rows_stored
-from gguf_run.kernels_gpu.cache_types import CACHE_FORMATS, CacheFormat
+from gguf_run.kernels_gpu.cache import GpuCache, new_rows
+from gguf_run.kernels_gpu.cache_formats import cache_format, rows_stored
 from gguf_run.kernels_gpu.device import capability, current
 from gguf_run.kernels_gpu.errors import gpu_errors
 from gguf_run.kernels_gpu.matmul import DEFAULT, TUNINGS
@@ -75,7 +75,7 @@ class GpuBackend:
         rotate = None if kind is None else kind.rotate
         sides = (("f16", None),) * 2 if kind is None else ((kind.k, kind.k_scales), (kind.v, kind.v_scales))
         k, v = (
-            new_rows(_format(name, shape.head_dim), shape, n_rows, n_seq, rotate, scales, self.device)
+            new_rows(cache_format(name, shape.head_dim), shape, n_rows, n_seq, rotate, scales, self.device)
             for name, scales in sides
         )
         cache = GpuCache(n_rows, k, v)
@@ -100,12 +100,3 @@ class GpuBackend:
 
     def nbytes(self) -> dict[str, int]:
         return dict(self._bytes)
-
-
-def _format(name: str, head_dim: int) -> CacheFormat:
-    form = CACHE_FORMATS.get(name)
-    if form is None:
-        raise OptionError(f"cache type {name}: on a GPU this version has {', '.join(CACHE_FORMATS)}")
-    if not form.allows(head_dim):
-        raise OptionError(f"cache type {name}: heads of {head_dim} columns are no whole blocks of {form.block}")
-    return form

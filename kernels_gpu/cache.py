@@ -14,17 +14,7 @@ from torch import Tensor as Array
 
 from gguf_run.kernels_gpu.activations import power_of_2
 from gguf_run.kernels_gpu.attention_append import append, read_rows
-from gguf_run.kernels_gpu.cache_types import CacheFormat
-
-GROUP = 32  # positions that are moved together, see models.kv_cache
-SPAN = 64  # positions that attention takes at a time: no such step goes over the ring's end
-
-
-def rows_stored(n_ctx: int, n_batch: int, window: int) -> int:
-    """Positions of one sequence that a layer stores: all of them, or its window and a batch, and one more group, so
-    that a batch can be taken back and what is left be saved, which goes by whole groups."""
-    full = -(-n_ctx // SPAN) * SPAN
-    return min(full, -(-(window + n_batch + GROUP) // SPAN) * SPAN) if window else full
+from gguf_run.kernels_gpu.cache_formats import GROUP, CacheFormat
 
 
 @dataclass(frozen=True, eq=False)

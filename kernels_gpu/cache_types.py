@@ -1,54 +1,12 @@
-"""The table of KV cache types that a GPU has, and how rows of them are stored and read.
+"""How rows of a KV cache are stored and read; cache_formats.py has the table of types.
 
 A row is one position of one KV head: its elements in one plane, its scales (f16) in another one, if it has any: one for
 each block of 32 columns in ggml's types, one for the row (per token and KV head) in int8 and fp8. Byte j of a block
 of q4_0 has columns j and 16 + j, so a tile of rows is two operands of half the width: columns j, and columns 16 + j.
 """
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
-
-BLOCK = 32
-MOST_ROTATED_BITS = 8
-
-
-@dataclass(frozen=True)
-class CacheFormat:
-    """bits: of an element. block: columns that share a scale: 0: there is none, None: all of a row."""
-
-    name: str
-    bits: int
-    block: int | None = 0
-
-    def allows(self, head_dim: int) -> bool:
-        """Blocks must be whole."""
-        return not self.block or head_dim % self.block == 0
-
-    def n_scale(self, head_dim: int) -> int:
-        """Scales of a row."""
-        return 1 if self.block is None else head_dim // self.block if self.block else 0
-
-    def rotates(self, head_dim: int, rotate: bool | None, has_scales: bool) -> bool:
-        """rotate: models.backend.CacheType's; has_scales: static ones."""
-        wanted = self.bits <= MOST_ROTATED_BITS and not has_scales if rotate is None else rotate
-        return wanted and head_dim % BLOCK == 0
-
-
-CACHE_FORMATS = {
-    row.name: row
-    for row in (
-        CacheFormat("f32", 32),
-        CacheFormat("f16", 16),
-        CacheFormat("bf16", 16),
-        CacheFormat("q8_0", 8, BLOCK),
-        CacheFormat("q4_0", 4, BLOCK),
-        CacheFormat("int8", 8, None),
-        CacheFormat("fp8_e4m3", 8, None),
-        CacheFormat("fp8_e5m2", 8, None),
-    )
-}
 
 
 @triton.jit

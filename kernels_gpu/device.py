@@ -29,6 +29,10 @@ def open_device(index: int) -> torch.device:
     return device
 
 
+def n_devices() -> int:
+    return torch.cuda.device_count()
+
+
 def current(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on torch's current device, and events are recorded there: this makes it `device`."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

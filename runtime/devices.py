@@ -8,7 +8,7 @@ from typing import Any
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.memory import MemoryPlan
-from gguf_run.runtime.placement import Device, Placement, Wanted, place, plan_lines
+from gguf_run.runtime.placement import Device, Placement, Wanted, holds_all, most_layers, place, plan_lines
 
 # What drivers of NVIDIA, of AMD and of Windows' Linux leave in the system.
 _DRIVERS = ("dev/nvidiactl", "dev/kfd", "dev/dxg")
@@ -22,17 +22,33 @@ def driver_there(root: Path = Path("/")) -> bool:
 
 
 def open_gpus(wanted: Wanted, report: Callable[[str], None], root: Path = Path("/")) -> dict[Device, Any]:
-    """Return a kernels_gpu.backend.GpuBackend for each GPU; none if the CPU is wanted, or if there is no usable GPU
-    and none is insisted on: then report gets the reason, unless the machine has no GPU's driver."""
+    """Return a kernels_gpu.backend.GpuBackend for each GPU that is named or, if none is, for all that are usable; none
+    if the CPU is wanted, or if there is no usable GPU and none is insisted on: then report gets the reason, unless the
+    machine has no GPU's driver."""
     if wanted.cpu_only or (not wanted.insists and not driver_there(root)):
         return {}
+    found, errors = {}, []
+    for device in wanted.devices or [Device("cuda", i) for i in range(n_gpus())]:
+        try:
+            found[device] = open_gpu(device)
+        except GgufRunError as error:
+            if wanted.devices:
+                raise
+            errors.append(error)
+    if not found and wanted.insists:
+        raise errors[0]
+    if not found:
+        report(f"all on the CPU: {errors[0]}")
+    return found
+
+
+def n_gpus() -> int:
+    """GPUs of this machine, at least 1: opening it says why there is none."""
     try:
-        return {device: open_gpu(device) for device in wanted.devices or (Device("cuda"),)}
-    except GgufRunError as error:
-        if wanted.insists:
-            raise
-        report(f"all on the CPU: {error}")
-        return {}
+        from gguf_run.kernels_gpu.device import n_devices
+    except (ImportError, AttributeError, OSError):
+        return 1
+    return max(1, n_devices())
 
 
 def open_placement(
@@ -40,11 +56,15 @@ def open_placement(
 ) -> tuple[Placement, dict[Device, Any]]:
     """Where everything goes, and the backends of the GPUs that are used. report gets the plan, if there is a choice."""
     gpus = open_gpus(wanted, report)
+    free: dict[Device, int] = {}
     with gpu_errors(gpus):
-        free = {device: gpu.free_memory() for device, gpu in gpus.items()}
+        for device, gpu in gpus.items():
+            free[device] = gpu.free_memory()  # which takes some of it: so others are asked only if they are needed
+            if not wanted.devices and holds_all(plan, wanted, free):
+                break
     placement = place(plan, wanted, free)
     if gpus and not placement.n_gpu:
-        report("all on the CPU: not one layer fits into the free memory of the GPU")
+        report(f"all on the CPU: {most_layers(plan)[1] or 'not one layer fits into the free memory of the GPU'}")
     elif gpus:
         for line in plan_lines(plan, placement, free):
             report(line)

@@ -6,11 +6,13 @@ is. Looking up embeddings is a copy of one row, for which no GPU is needed: they
 room. Several GPUs have consecutive layers each.
 """
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.kernels_gpu.cache_formats import cache_format
 from gguf_run.runtime.memory import GpuSizes, MemoryPlan
 from gguf_run.runtime.text_table import size_text
 
@@ -34,8 +36,8 @@ CPU = Device("cpu")
 
 @dataclass(frozen=True)
 class Wanted:
-    """The options: devices (none: a GPU if there is one), n_gpu layers on them (None: as many as fit, -1: all), split:
-    parts of the layers for each GPU (none: by free memory)."""
+    """The options: devices (none: as few GPUs as hold it, if there are any), n_gpu layers on them (None: as many as
+    fit, -1: all), split: parts of the layers for each GPU (none: by free memory)."""
 
     devices: tuple[Device, ...] = ()
     n_gpu: int | None = None
@@ -76,7 +78,7 @@ def parse_wanted(device: str = "auto", gpu_layers: str | int | None = None, tens
     split = _parse_split(tensor_split) if tensor_split else ()
     if split and len(split) != max(len(devices), 1):
         raise OptionError(f"--tensor-split {tensor_split} has {len(split)} parts, --device {device} {len(names)}")
-    return Wanted(devices, n_gpu, split)
+    return Wanted(devices, n_gpu, split if len(split) > 1 else ())
 
 
 def _parse_split(text: str) -> tuple[float, ...]:
@@ -145,29 +147,63 @@ def _candidates(n_gpu: int, sizes: GpuSizes, free: Mapping[Device, int], split: 
 def place(plan: MemoryPlan, wanted: Wanted, free: Mapping[Device, int]) -> Placement:
     """Where everything goes. free: bytes of each GPU, in the order in which they get layers; none: all on the CPU.
 
-    OptionError for --gpu-layers out of range; GgufRunError, which says what would fit, if there is not enough memory.
+    OptionError for --gpu-layers out of range and for a cache type that GPUs do not have; GgufRunError, which says what
+    would fit, if there is not enough memory.
     """
     n_layer = plan.config.n_layer
     if wanted.n_gpu is not None and wanted.n_gpu > n_layer:
         raise OptionError(f"--gpu-layers {wanted.n_gpu}: allowed are 0 to {n_layer}, the model's layers, all and auto")
     if not free:
         return cpu_only(n_layer)
-    n_gpu = n_layer if wanted.n_gpu == -1 else wanted.n_gpu
-    found = fit(plan.gpu_sizes(), range(n_layer, -1, -1) if n_gpu is None else (n_gpu,), wanted.split, free)
+    n_gpu, (most, lacking) = n_layer if wanted.n_gpu == -1 else wanted.n_gpu, most_layers(plan)
+    if wanted.insists and (n_gpu or 1) > most:
+        raise OptionError(lacking)
+    numbers = range(most, -1, -1) if n_gpu is None else (n_gpu,)
+    found = fit(plan.gpu_sizes(), numbers, wanted.split, free, fewest=not wanted.devices)
     if found is not None and (found.n_gpu or n_gpu == 0 or not wanted.insists):
         return found
     raise GgufRunError(_too_small(plan, n_gpu or 1, wanted.split, free))
 
 
+def holds_all(plan: MemoryPlan, wanted: Wanted, free: Mapping[Device, int]) -> bool:
+    """Whether GPUs hold all layers that are wanted and that GPUs can have."""
+    n_gpu = plan.config.n_layer if wanted.n_gpu in (None, -1) else wanted.n_gpu
+    return fit(plan.gpu_sizes(), (min(n_gpu or 0, most_layers(plan)[0]),), wanted.split, free) is not None
+
+
+def most_layers(plan: MemoryPlan) -> tuple[int, str]:
+    """How many of the last layers GPUs can have, whatever their size, and why not more."""
+    for n_gpu, il in enumerate(reversed(range(plan.config.n_layer))):
+        try:
+            for name in (plan.cache[il].k, plan.cache[il].v):
+                cache_format(name, plan.config.attention(il).head_dim)
+        except OptionError as error:
+            return n_gpu, str(error)
+    return plan.config.n_layer, ""
+
+
 def fit(
-    sizes: GpuSizes, numbers: Sequence[int], split: Sequence[float], free: Mapping[Device, int]
+    sizes: GpuSizes,
+    numbers: Sequence[int],
+    split: Sequence[float],
+    free: Mapping[Device, int],
+    fewest: bool = False,
 ) -> Placement | None:
-    """The first of these numbers of layers on GPUs that fits."""
+    """The first of these numbers of layers on GPUs that fits. fewest: on one GPU, else on the first two, three ..."""
+    groups = [free]
+    if fewest and len(free) > 1:
+        groups = [*({device: size} for device, size in free.items()), *_first_ones(free)]
     for n_gpu in numbers:
-        for placement in _candidates(n_gpu, sizes, free, split):
-            if placement.fits(sizes, free):
-                return placement
+        for group in groups:
+            for placement in _candidates(n_gpu, sizes, group, split):
+                if placement.fits(sizes, group):
+                    return placement
     return None
+
+
+def _first_ones(free: Mapping[Device, int]) -> Iterator[Mapping[Device, int]]:
+    for n in range(2, len(free) + 1):
+        yield dict(itertools.islice(free.items(), n))
 
 
 def _too_small(plan: MemoryPlan, n_gpu: int, split: Sequence[float], free: Mapping[Device, int]) -> str:

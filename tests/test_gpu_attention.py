@@ -17,7 +17,7 @@ from test_kernels_cache import TWINS, hadamard
 from gguf_run.formats.errors import OptionError
 from gguf_run.kernels_gpu import attention_launch
 from gguf_run.kernels_gpu.cache import GpuCache, Rows
-from gguf_run.kernels_gpu.cache_types import CACHE_FORMATS
+from gguf_run.kernels_gpu.cache_formats import CACHE_FORMATS
 from gguf_run.models.backend import Attention, CacheType, Rope, Run
 
 __all__ = ["fast_dots"]

@@ -13,6 +13,7 @@ from tinymodel import Tiny, write_tiny
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.formats.reader import GGUFFile
+from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime import devices
 from gguf_run.runtime.cache_plan import plan_cache
@@ -107,6 +108,23 @@ def test_as_many_layers_as_fit(free: list[int], split: tuple[float, ...], expect
     room = {device: size + MARGIN for device, size in zip(GPU, free, strict=False)}
     found = letters(fit(sizes([10] * 4), range(4, -1, -1), split, room))
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [
+        ([52, 100], "00000"),
+        ([46, 52], "11111"),  # the second one holds all
+        ([46, 46, 60], "22222"),
+        ([46, 46, 30], "00011"),
+        ([22, 22, 22], "c0012"),
+        ([16, 30, 0], "cc011"),
+        ([16, 16, 16], "ccccc"),
+    ],
+)
+def test_as_few_gpus_as_hold_it(free: list[int], expected: str) -> None:
+    room = {device: size + MARGIN for device, size in zip(GPU, free, strict=False)}
+    assert letters(fit(sizes([10] * 4), range(4, -1, -1), (), room, fewest=True)) == expected
 
 
 def test_tied_embeddings_are_there_once() -> None:
@@ -213,6 +231,50 @@ def test_the_plan_is_told(plan: MemoryPlan, monkeypatch: pytest.MonkeyPatch) -> 
     placement, gpus = open_placement(plan, Wanted(), lines.append)
     assert (placement.n_gpu, gpus, len(lines)) == (0, {}, 1)
     assert "all on the CPU: not one layer fits" in lines[0]
+
+
+def test_cache_types_that_gpus_lack(plan: MemoryPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known before anything is loaded; the layers after the last one that has such a type can be on a GPU."""
+    room = {GPU[0]: 1 << 40}
+    lacking = replace(
+        plan, cache=[CacheType("f16", "int4"), *plan.cache[1:3], CacheType("q5_1", "f16"), *plan.cache[4:]]
+    )
+    assert letters(place(lacking, Wanted(), room)) == "ccccc00"
+    assert letters(place(lacking, Wanted(n_gpu=2), room)) == "ccccc00"
+    for wanted in (Wanted(n_gpu=3), Wanted(n_gpu=-1)):
+        with pytest.raises(OptionError, match=r"cache type q5_1: on a GPU there are f32, f16, .*or use --device cpu"):
+            place(lacking, wanted, room)
+    none = lacking.with_type("int4")
+    with pytest.raises(OptionError, match="cache type int4"):
+        place(none, Wanted((GPU[0],)), room)
+    monkeypatch.setattr(devices, "driver_there", lambda root: True)
+    monkeypatch.setattr(devices, "open_gpu", lambda device: SimpleNamespace(free_memory=lambda: 1 << 40))
+    lines: list[str] = []
+    assert letters(open_placement(none, Wanted(), lines.append)[0]) == "ccccccc"
+    assert lines[0].startswith("all on the CPU: cache type int4: on a GPU there are f32, f16, bf16, q8_0, q4_0, int8")
+
+
+def test_gpus_are_asked_only_if_they_are_needed(plan: MemoryPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By auto: the first one that is usable holds all, or all are asked. What names GPUs asks those."""
+    free, asked = {GPU[1]: 1 << 40, GPU[2]: 1 << 40}, []
+
+    def open_gpu(device: Device) -> Any:
+        if device not in free:
+            raise GgufRunError(f"--device {device}: too old")
+        return SimpleNamespace(free_memory=lambda: asked.append(device) or free[device])
+
+    monkeypatch.setattr(devices, "driver_there", lambda root: True)
+    monkeypatch.setattr(devices, "n_gpus", lambda: 3)
+    monkeypatch.setattr(devices, "open_gpu", open_gpu)
+    cases = [(Wanted(), need(plan, 6), "1"), (Wanted(n_gpu=2), need(plan, 2), "1"), (Wanted(), need(plan, 4), "12")]
+    for wanted, size, expected in [*cases, (Wanted((GPU[1], GPU[2])), need(plan, 6), "12")]:
+        free[GPU[1]] = size
+        asked.clear()
+        placement, gpus = open_placement(plan, wanted, lambda line: None)
+        assert "".join(str(device.index) for device in asked) == expected
+        assert {*gpus} == {*placement.devices} - {CPU}
+    with pytest.raises(GgufRunError, match="too old"):
+        open_placement(plan, Wanted((GPU[1], GPU[0])), lambda line: None)
 
 
 def test_gpu_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
