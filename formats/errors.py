@@ -1,5 +1,7 @@
 """The errors a user can meet. The command line prints them as one line and exits with 1."""
 
+from collections.abc import Iterable
+
 
 class GgufRunError(Exception):
     """Base: one line that says what was found, what was allowed and what to do."""
@@ -15,3 +17,12 @@ class UnsupportedError(GgufRunError):
 
 class OptionError(GgufRunError):
     """An option's value is not allowed. Names the option, the value and what is allowed; command lines exit with 2."""
+
+
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """Return "did you mean ...? " for a name that is nearly one of those allowed, else ""."""
+    from difflib import get_close_matches
+
+    known = {other.lower(): other for other in allowed}
+    near = get_close_matches(name.lower(), known, n=1, cutoff=0.75)
+    return f"did you mean {known[near[0]]}? " if near else ""

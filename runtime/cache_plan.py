@@ -5,7 +5,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 
-from gguf_run.formats.errors import OptionError
+from gguf_run.formats.errors import OptionError, did_you_mean
 from gguf_run.kernels_cpu.cache import rows_stored
 from gguf_run.kernels_cpu.cache_types import CACHE_FORMATS, cache_bytes
 from gguf_run.models.backend import CacheType
@@ -48,7 +48,9 @@ def plan_cache(
 def check_type(option: str, name: str, head_dim: int) -> None:
     """OptionError unless heads of head_dim numbers can be stored as the type `name`."""
     if name not in CACHE_FORMATS:
-        raise OptionError(f"{option} is {name!r}; allowed: {', '.join(CACHE_FORMATS)}")
+        raise OptionError(
+            f"{option} is {name!r}; {did_you_mean(name, CACHE_FORMATS)}allowed: {', '.join(CACHE_FORMATS)}"
+        )
     if not CACHE_FORMATS[name].allows(head_dim):
         allowed = [other for other, form in CACHE_FORMATS.items() if form.allows(head_dim)]
         raise OptionError(

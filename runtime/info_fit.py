@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.reader import GGUFFile, Tensor
 from gguf_run.formats.tensors import TensorInfo
 from gguf_run.formats.types import type_by_name
@@ -182,8 +183,11 @@ def quantized(tensors: Sequence[TensorInfo], metadata: Mapping[str, Any], n_laye
 
 
 def fit_file(file: GGUFFile, machine: Machine) -> dict[str, Any]:
-    """The file as it is, and as it would be in other types. Errors as ModelConfig.from_metadata."""
-    config = ModelConfig.from_metadata(file.metadata, file.tensors)
+    """The file as it is, and as it would be in other types. Errors as ModelConfig.from_metadata, with the file's name."""
+    try:
+        config = ModelConfig.from_metadata(file.metadata, file.tensors)
+    except GgufRunError as error:
+        raise type(error)(f"{file.path}: {error}") from None
     tensors = list(file.tensors.values())
     stated = file.metadata.get("general.file_type")
     own = next((kind.name for kind in FILE_TYPES.values() if kind.id == stated and stated is not None), None)

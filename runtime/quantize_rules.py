@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.formats.errors import GgufRunError, OptionError, did_you_mean
 from gguf_run.formats.tensors import TensorInfo
 from gguf_run.formats.types import TENSOR_TYPES, TensorType, type_by_name
 
@@ -229,7 +229,8 @@ def file_type(text: str) -> FileType:
     for kind in FILE_TYPES.values():
         if name == kind.name or (text.isdecimal() and int(text) == kind.id):
             return kind
-    raise OptionError(f'TYPE is "{text}": allowed are {", ".join(FILE_TYPES)}, or the number of a file type')
+    hint = did_you_mean(text, FILE_TYPES)
+    raise OptionError(f'TYPE is "{text}": {hint}allowed are {", ".join(FILE_TYPES)}, or the number of a file type')
 
 
 def writable_type(text: str, option: str) -> TensorType:

@@ -61,6 +61,21 @@ def test_groups_and_examples_are_of_something() -> None:
     assert set(EXAMPLES) == {example_key(command_of(name)) for name in COMMANDS}
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("gguf-quantize a.gguf b.gguf q4_km", 'TYPE is "q4_km": did you mean Q4_K_M? allowed are F32, '),
+        ("gguf-quantize a.gguf b.gguf zzz", 'TYPE is "zzz": allowed are F32, '),
+        ("gguf-run --temperatur 1", "Did you mean"),
+        ("gguf-eval perplexty", "Did you mean 'perplexity'?"),
+    ],
+)
+def test_did_you_mean(words: str, expected: str) -> None:
+    script, *arguments = words.split()
+    done = CliRunner().invoke(command_of(script), arguments)
+    assert (done.exit_code, expected in done.stderr) == (2, True), done.stderr
+
+
 COMPLETIONS = [
     ("cli", [], "--samp", ["--samplers"]),
     ("cli", ["-ct"], "q8", ["q8_0"]),
