@@ -183,7 +183,7 @@ def quantized(tensors: Sequence[TensorInfo], metadata: Mapping[str, Any], n_laye
 
 
 def fit_file(file: GGUFFile, machine: Machine) -> dict[str, Any]:
-    """The file as it is, and as it would be in other types. Errors as ModelConfig.from_metadata, with the file's name."""
+    """The file as it is, and in other types. Errors as ModelConfig.from_metadata, with the name of the file."""
     try:
         config = ModelConfig.from_metadata(file.metadata, file.tensors)
     except GgufRunError as error:
