@@ -2,6 +2,8 @@
 # tests need, .venv/test-cpu is the same without torch and Triton. Each is renewed when pyproject.toml changes.
 PYTHON   ?= python3
 FOLDERS  := formats kernels_cpu kernels_gpu models runtime
+# Files of tests are dealt out to processes, which take up to 1.5 GB each.
+WORKERS  ?= -n auto --maxprocesses 4 --dist loadfile
 QUESTION ?= What is the capital of France, and what is it known for?
 
 # PyPI's torch for Linux brings CUDA libraries (gigabytes) and another Triton. The tests want the CPU build: from pip's
@@ -17,7 +19,7 @@ demo: .venv/core/.installed
 # Checks, then tests: `make test` with torch and Triton, `make test-cpu` without.
 test test-cpu: %: .venv/%/.installed build/typing/gguf_run
 	$(call checks,.venv/$@/bin)
-	.venv/$@/bin/python -m pytest $(PYTEST_ARGS)
+	.venv/$@/bin/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 check: .venv/test-cpu/.installed build/typing/gguf_run
 	$(call checks,.venv/test-cpu/bin)

@@ -3,6 +3,12 @@
 import os
 import signal
 
+from hypothesis import settings
+
+# Tests do not measure time: the machine may be busy.
+settings.register_profile("busy", deadline=None)
+settings.load_profile("busy")
+
 # A shell without job control starts background commands with Ctrl-C ignored, and children inherit that: the tests that
 # interrupt a process would wait for nothing.
 signal.signal(signal.SIGINT, signal.default_int_handler)

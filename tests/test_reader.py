@@ -1,7 +1,7 @@
 """Reading valid GGUF files: every value type, both byte orders, splits, real models; the gguf package as oracle."""
 
 import mmap
-import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -338,27 +338,23 @@ def vocabulary(n: int = 262_144) -> dict[str, Any]:
     }
 
 
-def test_large_vocabulary_opens_fast(tmp_path: Path) -> None:
+def test_large_vocabulary_is_read_when_asked_for(tmp_path: Path) -> None:
     with GGUFFile.open(write(tmp_path / "warm.gguf", {"x": ["a"]})) as file:  # compiles, once per machine
         file.metadata["x"].tolist()
     path = write(tmp_path / "m.gguf", vocabulary())
-    start = time.perf_counter()
+    tracemalloc.start()
     with GGUFFile.open(path) as file:
-        opened = time.perf_counter() - start
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000  # 262,144 strings take 17 MB
+        tracemalloc.stop()
         metadata: Metadata = file.metadata
         assert metadata["tokenizer.ggml.tokens"][262_143] == "▁token262143"
         tokens = metadata["tokenizer.ggml.tokens"].tolist()
-        all_read = time.perf_counter() - start
         assert tokens[777] == "▁token777"
         assert metadata["tokenizer.ggml.scores"][-1] == 262_143
-    assert opened < 0.3
-    assert all_read < 1.0  # measured: 0.005 and 0.04 s
 
 
 def test_gemma_vocabulary() -> None:
-    start = time.perf_counter()
     with GGUFFile.open(real.gemma3()) as file:
-        assert time.perf_counter() - start < 0.3
         tokens = file.metadata["tokenizer.ggml.tokens"].tolist()
         assert (len(tokens), tokens[0], tokens[262_143]) == (262_144, "<pad>", "<unused6241>")
         assert sum(t.n_elements for t in file.tensors.values()) == 268_098_176

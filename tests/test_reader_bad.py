@@ -50,6 +50,8 @@ def one_tensor(**changes: Any) -> bytes:
     return build({}, [T(**{"name": "t", "ne": (32, 2), "data": bytes(256)} | changes)])
 
 
+PATIENCE = 30  # seconds: finds a loop over what a file claims to hold, not a busy machine
+
 # name -> (bytes of the file, part of the message)
 BAD: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is empty"),
@@ -162,7 +164,7 @@ def test_bad_file(tmp_path: Path, name: str) -> None:
     assert len(str(caught.value)) < 400
     assert isinstance(caught.value, FormatError | UnsupportedError)
     assert peak < 5_000_000 + 4 * len(data)
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < PATIENCE
 
 
 def use_good_first(tmp_path: Path) -> None:
@@ -240,7 +242,7 @@ def test_a_large_hole_is_walked_quickly(tmp_path: Path) -> None:
         assert list(file.metadata) == ["a"]
     assert tracemalloc.get_traced_memory()[1] < 10_000_000
     tracemalloc.stop()
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < PATIENCE
 
 
 def test_text_from_the_file_stays_short(tmp_path: Path) -> None:

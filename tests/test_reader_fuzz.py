@@ -20,7 +20,7 @@ from gguf_run.formats.strings import StringArray
 # Far above what a mutant takes (about a millisecond), so that only a runaway loop fails on a busy machine.
 SETTINGS = settings(
     max_examples=1000,
-    deadline=timedelta(seconds=5),
+    deadline=timedelta(seconds=60),
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
