@@ -46,6 +46,8 @@ def fetch_hub(url: str, kind: Kind = "gguf") -> Path:
     repo, here = match["repo"], cached_files(match["repo"])
     if "file" in match.groupdict():
         return _fetch_model(url, repo, match["file"], here)
+    if kind == "checkpoint" and match["type"]:
+        raise GgufRunError(f"{url}: a checkpoint is wanted, which has no type: write hf:{repo}")
     known = pick(models_among(here), match["type"] or DEFAULT_TYPE) if kind != "checkpoint" else []
     if len(known) == 1:
         return here[known[0]]

@@ -78,11 +78,13 @@ def choose(repo: str, wanted: str | None, names: Iterable[str]) -> str:
 
     GgufRunError, which lists what there is, if there is no such type or more than one file of it.
     """
+    names = list(names)
     models = models_among(names)
     found = pick(models, wanted)
     types = ", ".join(sorted({type_of(name) for name in models} - {""})) or ", ".join(models)
     if not models:
-        raise GgufRunError(f"hf:{repo} has no GGUF files of models")
+        hint = f"; its checkpoint can be run: gguf-run hf:{repo} --quantize {wanted or DEFAULT_TYPE}, or gguf-convert"
+        raise GgufRunError(f"hf:{repo} has no GGUF files of models{hint if 'config.json' in names else ''}")
     if not found:
         raise GgufRunError(f"hf:{repo}:{wanted}: no file of this type in the repository; it has {types}")
     if len(found) > 1:

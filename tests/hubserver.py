@@ -87,6 +87,9 @@ def _answer(hub: Hub, handler: BaseHTTPRequestHandler) -> None:
             _send(handler, 401, {"X-Error-Code": "RepoNotFound"})  # for what may not be seen, and what is not there
             return
         repo = handler.path.removeprefix("/api/models/") + "/"
+        if "forbidden" in repo:
+            _send(handler, 403, {})
+            return
         names = [name.removeprefix(repo) for name in hub.files if name.startswith(repo)]
         error = {} if names else {"X-Error-Code": "RepoNotFound"}
         body = {"id": repo.strip("/"), "siblings": [{"rfilename": name} for name in names]}

@@ -304,6 +304,7 @@ def test_hub_split_model(hub_environment: dict[str, str]) -> None:
         ),
         ("hf:owner/repo/model.gguf", "", "HF_TOKEN"),
         ("hf:owner/repo/model.gguf", "wrong", "HF_TOKEN"),
+        ("hf:owner/forbidden", "secret", "access denied; set HF_TOKEN to a valid token"),
         ("hf:owner/gated/model.gguf", "", "access must be asked for on the hub"),
         ("hf:owner/model.gguf", "", "write hf:owner/repo, hf:owner/repo:Q4_K_M or hf:owner/repo/file.gguf"),
         ("hf:owner/repo/../../x.gguf", "", "write hf:owner/repo, hf:owner/repo:Q4_K_M or hf:owner/repo/file.gguf"),
@@ -375,6 +376,8 @@ def test_hub_type(hub_environment: dict[str, str]) -> None:
         assert err.startswith("hf:owner/q8 has no Q4_K_M: taking m-q8_0.gguf (it has F16, Q8_0)\n")
         code, _, err = fetched("hf:owner/repo", hub, hub_environment, "checkpoint")
         assert (code, "nor config.json" in err) == (1, True)
+        code, _, err = fetched("hf:owner/repo:Q4_K_M", hub, hub_environment, "checkpoint")
+        assert (code, "write hf:owner/repo" in err) == (1, True)
     assert fetched("hf:owner/repo", hub, hub_environment) == (0, first, "")
     code, again, err = fetched("hf:owner/q8", hub, hub_environment)
     assert (code, again) == (0, out)

@@ -65,5 +65,7 @@ def test_choose(capsys: pytest.CaptureFixture[str]) -> None:
         choose("o/r", "Q3_K", ["a-Q8_0.gguf", "a-Q5_0.gguf"])
     with pytest.raises(GgufRunError, match=r"several such files: name one: hf:o/r/a-Q8_0.gguf, hf:o/r/b-Q8_0.gguf"):
         choose("o/r", "Q8_0", ["a-Q8_0.gguf", "b-Q8_0.gguf"])
-    with pytest.raises(GgufRunError, match="has no GGUF files"):
-        choose("o/r", "Q8_0", ["model.safetensors"])
+    with pytest.raises(GgufRunError, match=r"has no GGUF files of models$"):
+        choose("o/r", "Q8_0", ["README.md"])
+    with pytest.raises(GgufRunError, match="gguf-run hf:o/r --quantize Q8_0, or gguf-convert"):
+        choose("o/r", "Q8_0", ["model.safetensors", "config.json"])
