@@ -13,6 +13,7 @@ from gguf_run.runtime.list_models import cached_models
 
 @pytest.fixture
 def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    model = real.smollm2()  # before the cache is another one
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -23,10 +24,10 @@ def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder.mkdir(parents=True)
     (shared.parents[1] / "refs/main").write_text("abcd")
     for path in (
-        ours / real.smollm2().name, ours / "hub/own/one/m-Q8_0.gguf", ours / "hub/own/one/mmproj.gguf",
+        ours / model.name, ours / "hub/own/one/m-Q8_0.gguf", ours / "hub/own/one/mmproj.gguf",
         shared / "a-Q4_1.gguf", shared / "b-Q4_1.gguf", shared / "plain.gguf",
     ):  # fmt: skip
-        path.symlink_to(real.smollm2())
+        path.symlink_to(model)
     (ours / "hub/own/one/m-Q4_0.gguf").write_text("no GGUF")
     (ours / "hub/own/one/m-Q5_0.gguf.0123.part").write_text("not yet")
     return tmp_path
