@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -62,8 +64,12 @@ def chat(
                         raise
                     message(f"error: {describe(error)}")
                     del messages[-1]
-                else:
+                    continue
+                if answer or not interrupts.wanted:
                     messages.append({"role": "assistant", "content": answer})
+                else:
+                    del messages[-1]
+                    message("stopped before there was an answer: the question is forgotten")
 
 
 def _turn(state: Chat, interrupts: Interrupts) -> str:
@@ -81,7 +87,10 @@ def _turn(state: Chat, interrupts: Interrupts) -> str:
                 raise
             message(f"the conversation is longer than the context ({model.n_ctx} tokens): its oldest turn is left out")
             del messages[oldest : oldest + 2]
-    return show(model, pieces, interrupts, open_reasoning(model, messages, state.options))
+    first = ""
+    with suppress(KeyboardInterrupt), interrupts.awaiting():
+        first = next(pieces, "")
+    return show(model, chain([first], pieces), interrupts, open_reasoning(model, messages, state.options))
 
 
 def open_reasoning(model: "Model", messages: Conversation, options: Mapping[str, Any]) -> str | None:

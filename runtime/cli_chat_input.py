@@ -22,7 +22,8 @@ ReadLine = Callable[[str], str | None]  # prompt -> a line without its end, None
 class Interrupts:
     """Ctrl-C as a wish, not an exception: it can come between any two steps, and none may end the program.
 
-    Only while input is awaited does it raise KeyboardInterrupt, since nothing else ends a wait for a key.
+    Only while input or the first token is awaited does it raise KeyboardInterrupt: nothing else ends a wait for a key,
+    and a long prompt takes its time.
     """
 
     def __init__(self) -> None:
@@ -32,6 +33,7 @@ class Interrupts:
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         self.wanted = True
         if self._awaiting:
+            self._awaiting = False  # once
             raise KeyboardInterrupt
 
     @contextmanager
@@ -44,7 +46,7 @@ class Interrupts:
             signal.signal(signal.SIGINT, before)
 
     @contextmanager
-    def awaiting_input(self) -> Iterator[None]:
+    def awaiting(self) -> Iterator[None]:
         """KeyboardInterrupt may come out of this."""
         self._awaiting = True
         try:
@@ -66,7 +68,7 @@ def inputs(first: str | None, interrupts: Interrupts) -> Iterator[str]:
     was_interrupted = False
     while sys.stdin is not None:
         try:
-            with interrupts.awaiting_input():
+            with interrupts.awaiting():
                 text = _text(_from_terminal if on_terminal() else _from_pipe)
         except KeyboardInterrupt:
             if was_interrupted:

@@ -433,10 +433,8 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(path: Path) -> Iterator[Terminal]:
-    terminal = Terminal(
-        [path, "--chat", "--no-history", "--seed", "1", "--top-k", "300", "--temperature", "5", "-n", "3900"]
-    )
+def terminal(endless: Path) -> Iterator[Terminal]:
+    terminal = Terminal([endless, "--chat", "--no-history", "--seed", "1", "--temperature", "5", "-c", "65536"])
     yield terminal
     terminal.close()
 

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -351,3 +352,22 @@ def test_thoughts_on_a_terminal(path: Path, tmp_path: Path, environment: dict[st
         shown = output.read(1 << 16).decode()
     assert done.returncode == 0
     assert (shown.startswith(DIM), PLAIN in shown) == ((False, False) if environment else (True, True))
+
+
+def test_ctrl_c_while_a_prompt_is_read(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The question is as if never asked, the next one is answered as ever."""
+    forward, calls = model.decoder.forward, []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return forward(*arguments)
+
+    expected = answers(model, "Two")
+    monkeypatch.setattr(model.decoder, "forward", interrupted)
+    script = iter(["One", "Two"])
+    monkeypatch.setattr(cli_chat, "inputs", lambda *_: script)
+    messages: list[dict[str, Any]] = []
+    cli_chat.chat(model, messages, None, {"temperature": 0, "max_tokens": 6})
+    assert [message["content"] for message in messages] == ["Two", *expected]
