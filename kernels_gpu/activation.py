@@ -11,3 +11,13 @@ def activate(x, NAME: tl.constexpr):  # type: ignore[no-untyped-def]
         return x * tl.sigmoid(x)
     else:
         return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
+def gate_by(gate, up, NAME: tl.constexpr):  # type: ignore[no-untyped-def]
+    """activation(gate) * up. NAME: of activate, or "swiglu_oai" (models.backend.Recorder.moe)."""
+    if NAME == "swiglu_oai":
+        gate = tl.minimum(gate, 7.0)
+        return gate * tl.sigmoid(1.702 * gate) * (tl.clamp(up, -7.0, 7.0) + 1.0)
+    else:
+        return activate(gate, NAME) * up

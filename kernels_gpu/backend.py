@@ -1,6 +1,7 @@
 """A GPU as a models.backend.Backend: Triton kernels over panels."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from gguf_run.kernels_gpu.device import capability, current
 from gguf_run.kernels_gpu.errors import gpu_errors
 from gguf_run.kernels_gpu.matmul import DEFAULT, TUNINGS
 from gguf_run.kernels_gpu.memory import GpuBuffer, GpuWeight, WeightPart
+from gguf_run.kernels_gpu.moe_launch import GpuExperts
 from gguf_run.kernels_gpu.recorder import GpuRecorder
 from gguf_run.kernels_gpu.repack import Uploader
 
@@ -63,8 +65,20 @@ class GpuBackend:
         runs = itertools.groupby(tensors, key=lambda tensor: tensor.type.id)
         return GpuWeight(tensors[0].ne[0], tuple(self._upload([*run]) for _, run in runs))
 
-    def experts(self, tensors: Sequence[Tensor]) -> Any:
-        raise UnsupportedError("experts do not run on a GPU in this version: use --device cpu")
+    def experts(self, tensors: Sequence[Tensor]) -> GpuExperts:
+        gate, up, down, *biases = tensors
+        if gate.type.name != up.type.name:
+            names, types = f"{gate.name} and {up.name}", f"{gate.type.name} and {up.type.name}"
+            raise UnsupportedError(f"{names} have the types {types}; this version needs one for both")
+        n_expert = math.prod(gate.ne[2:])
+        with current(self.device):
+            both = self._uploader.repack([part.matrix(e) for e in range(n_expert) for part in (gate, up)])
+            one = self._uploader.repack([down])
+        self._bytes["weights"] += both.nbytes + one.nbytes
+        if not biases:
+            return GpuExperts(n_expert, both, one, None, None)
+        shifts = [self.vector([bias]).view(n_expert, -1) for bias in biases]
+        return GpuExperts(n_expert, both, one, torch.cat(shifts[:2], 1), shifts[2])
 
     def vector(self, tensors: Sequence[Tensor]) -> Array:
         values = [dequantize(tensor.blocks(), tensor.type).reshape(-1) for tensor in tensors]

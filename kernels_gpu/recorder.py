@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor as Array
 
-from gguf_run.formats.errors import UnsupportedError
 from gguf_run.kernels_gpu import rope as rotary
 from gguf_run.kernels_gpu import rows
 from gguf_run.kernels_gpu.activations import Forms, Halves, Int8, power_of_2
@@ -21,6 +20,7 @@ from gguf_run.kernels_gpu.cache import GpuCache
 from gguf_run.kernels_gpu.layer_norm import layer_norm
 from gguf_run.kernels_gpu.matmul import FEW, SCRATCH, After, Norm, Product, Scratch, Tuning, result_width
 from gguf_run.kernels_gpu.memory import GpuBuffer, GpuWeight, WeightPart, padded
+from gguf_run.kernels_gpu.moe_launch import GpuExperts, GpuExpertSquares, MoeOp, PairMemory
 from gguf_run.kernels_gpu.panels import IntPanel, Panel
 from gguf_run.kernels_gpu.program import GpuProgram, Launches, StepInput
 from gguf_run.kernels_gpu.quantize import BLOCK
@@ -55,6 +55,7 @@ class GpuRecorder:
         self._int8: dict[tuple[int, int, int], Int8] = {}
         self._halves: dict[tuple[int, int, int], Halves] = {}
         self._angles: dict[int, tuple[Any, Array]] = {}
+        self._pairs: dict[tuple[int, ...], PairMemory] = {}
         self._wide: dict[tuple[bool, int], GpuBuffer] = {}
         self._n_raw = self._n_scratch = 0
         self._last_rope: tuple[Callable[[int], None], GpuBuffer, Any] | None = None
@@ -264,8 +265,20 @@ class GpuRecorder:
         )
         self._written(x)
 
-    def moe(self, *_: Any, **__: Any) -> None:
-        raise UnsupportedError("experts do not run on a GPU in this version: use --device cpu")
+    def moe(
+        self, x: GpuBuffer, logits: GpuBuffer, experts: GpuExperts, shape: Any, out: GpuBuffer, *, observe: bool = False
+    ) -> tuple[GpuExpertSquares, GpuExpertSquares] | None:
+        n_expert, n_ff, n_embd = experts.n_expert, experts.down.n_in, x.width
+        forms, key = self._want(x, experts.x_panel), (len(x.memory), shape.n_used, n_expert, n_ff, n_embd)
+        memory = self._pairs[key] = self._pairs.get(key) or PairMemory.empty(*key, self.device)
+        widths = (n_embd, n_ff) if observe else ()
+        squares = tuple(GpuExpertSquares(n_expert, width, self.device) for width in widths)
+        positions = None if x.after else self.step.positions
+        op = MoeOp(x, logits, experts, shape, out, forms, memory, self.tuning, positions, squares)
+        self._n_counts = max(self._n_counts, op.n_counts)
+        self._ops.append(lambda n: op.launch(n, self._counts[0]))
+        self._written(out)
+        return (squares[0], squares[1]) if observe else None
 
     def observe(self, x: GpuBuffer) -> GpuSquares:
         self._observes = True  # each step counts rows on the host

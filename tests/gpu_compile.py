@@ -29,8 +29,9 @@ from gguf_run.kernels_gpu.activations import Halves, Int8
 from gguf_run.kernels_gpu.backend import GpuBackend
 from gguf_run.kernels_gpu.matmul import DEFAULT, Product, Scratch
 from gguf_run.kernels_gpu.memory import GpuBuffer, GpuWeight, empty
+from gguf_run.kernels_gpu.moe_launch import GpuExperts
 from gguf_run.kernels_gpu.panels import PANELS, IntPanel
-from gguf_run.models.backend import Attention, CacheType, Rope, Run
+from gguf_run.models.backend import Attention, CacheType, Moe, Rope, Run
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "cuobjdump")
 CPU = torch.device("cpu")
@@ -47,6 +48,7 @@ ATTENTION = (
     ("int8", "fp8_e4m3", 256, 1),
     ("fp8_e5m2", "int8", 64, 64),
 )
+MOE = {"full": (1, 64, 512), "short": (1, 512), "least": (1,)}
 LEAST = ("Q4_K", "Q3_K", "Q6_K")
 
 
@@ -153,6 +155,20 @@ def attention(k: str, v: str, head_dim: int, n: int) -> None:
     program.run(np.zeros(n, np.int32), [Run(0, 0, n)], ())
 
 
+def moe(gate_up: str, down: str, n: int, activation: str, biases: bool) -> None:
+    """8 of 64 experts."""
+    n_expert, n_embd, n_ff = 64, 6144, 768
+    recorder = GpuBackend(CPU).recorder(512, 1)
+    x, logits = recorder.buffer(n_embd), recorder.buffer(n_expert)
+    parts = (
+        empty(PANELS[gate_up], n_embd, n_expert * 2 * n_ff, CPU),
+        empty(PANELS[down], n_ff, n_expert * n_embd, CPU),
+    )
+    shifts = [torch.zeros(n_expert, n) if biases else None for n in (2 * n_ff, n_embd)]
+    recorder.moe(x, logits, GpuExperts(n_expert, *parts, *shifts), Moe(8, True, 1.0, activation), x)
+    recorder.finish(recorder.outputs(x)).run(np.zeros(n, np.int32), [Run(0, 0, n)], ())
+
+
 def main(target: str, how: str) -> None:
     use_target(target)
     found: dict[str, dict[str, Any]] = {}
@@ -164,7 +180,7 @@ def main(target: str, how: str) -> None:
             options.pop("maxnreg", None)  # torch for AMD does not ask for it
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         if kernel.hash not in found:
-            sass = self.__name__.startswith(("matmul", "attend"))
+            sass = self.__name__.startswith(("matmul", "attend", "expert"))
             facts = inspect(kernel.asm["cubin"], sass) if target.isdigit() else {}
             facts |= {"kernel": self.__name__, "case": what["name"], "shared": kernel.metadata.shared}
             found[kernel.hash] = facts
@@ -188,6 +204,9 @@ def main(target: str, how: str) -> None:
     if how == "full":
         cases += [(f"few {name} {n}", functools.partial(few, name, n)) for name in ("Q4_K", "Q8_0") for n in (2, 4)]
         cases += [(f"few {name} 1", functools.partial(few, name, 1)) for name in ("F32", "BF16")]
+    if how == "full":
+        cases.append(("moe MXFP4 1", functools.partial(moe, "MXFP4", "MXFP4", 1, "swiglu_oai", True)))
+    cases += [(f"moe Q4_K {n}", functools.partial(moe, "Q4_K", "Q6_K", n, "silu", False)) for n in MOE[how]]
     for name, case in cases:
         what["name"] = name
         case()

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from gguf_run.kernels_gpu import matmul_decode  # noqa: E402
+from gguf_run.kernels_gpu import matmul_decode, units  # noqa: E402
 from gguf_run.kernels_gpu.backend import GpuBackend  # noqa: E402
 from gguf_run.kernels_gpu.memory import WeightPart  # noqa: E402
 from gguf_run.kernels_gpu.panels import IntPanel  # noqa: E402
@@ -45,6 +45,12 @@ def dp4a(a: Any, b: Any, c: Any) -> Any:
     return _tensor(c.handle.data + (_bytes(a) * _bytes(b)).sum(-1), c)
 
 
+def look_up(word: Any, BOOK: Any) -> tuple[Any, Any]:
+    """kernels_gpu.dots.look_up."""
+    book, codes = np.array([int(part) for part in BOOK], np.int32).view(np.int8), _bytes(word)
+    return tuple(_tensor(book[c & 15].view(np.int32)[..., 0], word) for c in (codes, codes >> 4))
+
+
 @pytest.fixture
 def fast_dots(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
@@ -55,6 +61,7 @@ def speed_up(replace: Callable[[Any, str, Any], None]) -> None:
     """The interpreter takes 40 us for each operation on tensors, most of which are those of dp4a's fallback, and longer
     to put its operations into triton.language, which it does anew for every function that a kernel calls."""
     replace(matmul_decode, "dp4a", dp4a)
+    replace(units, "look_up", look_up)
     call, seen = interpreter.InterpretedFunction.__call__, set()
 
     def call_function(function: Any, *args: Any, **options: Any) -> Any:

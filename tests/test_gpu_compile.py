@@ -60,7 +60,8 @@ def test_no_kernel_spills_or_needs_too_much_shared_memory(target: str, compiled:
 @pytest.mark.parametrize("target", TARGETS)
 def test_decode_kernels(target: str, compiled: Any) -> None:
     """Whole vectors of quants, dot products in hardware, nothing but arithmetic in the loop, within the budget."""
-    cases = {kernel["case"]: kernel for kernel in compiled[target].result() if kernel["kernel"].startswith("matmul_")}
+    kernels = compiled[target].result()
+    cases = {kernel["case"]: kernel for kernel in kernels if kernel["kernel"].startswith("matmul_")}
     n_row = dict(DEFAULT.rows)[1]
     for name, budget in BUDGET.items():
         kernel = cases.get(f"few {name} 1")
@@ -73,13 +74,24 @@ def test_decode_kernels(target: str, compiled: Any) -> None:
         assert kernel["in_loop"] == [], kernel
         assert (kernel["dp4a"] >= 4 * n_row) == (name != "F16"), kernel
     assert cases["few Q4_K 1 gated"]["loop"] <= 1.1 * cases["few Q4_K 1"]["loop"]
+    of_experts = [kernel for kernel in kernels if kernel["kernel"] in ("expert_gate_up", "expert_down")]
+    assert len(of_experts) == (4 if TARGETS[target] == "full" else 2)
+    for kernel in of_experts:
+        name = (
+            "MXFP4"
+            if "MXFP4" in kernel["case"]
+            else {"expert_gate_up": "Q4_K", "expert_down": "Q6_K"}[kernel["kernel"]]
+        )
+        assert 50 < kernel["loop"] <= BUDGET[name] * n_row * PANELS[name].unit, kernel
+        assert kernel["dp4a"] == 8 * n_row, kernel
+        assert kernel["in_loop"] == [], kernel
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_tensor_cores(target: str, compiled: Any) -> None:
     kernels = compiled[target].result()
-    tiles = [kernel for kernel in kernels if kernel["kernel"] == "matmul_tile"]
-    assert len(tiles) == 2
+    tiles = [kernel for kernel in kernels if kernel["kernel"] in ("matmul_tile", "expert_tile")]
+    assert len(tiles) == {"full": 6, "short": 4, "least": 2}[TARGETS[target]]
     many = ("attention q8_0 q8_0 128 64", "attention f16 f16 128 64")
     tiles += [kernel for kernel in kernels if kernel["kernel"] == "attend" and kernel["case"] in many]
     assert len(tiles) > 2
@@ -101,4 +113,6 @@ def test_attention_of_one_token(target: str, compiled: Any) -> None:
 @pytest.mark.parametrize("target", AMD)
 def test_amd_targets(target: str, compiled: Any) -> None:
     """No instruction of one maker only: everything compiles for the other one's targets, with fallbacks."""
-    assert {kernel["kernel"] for kernel in compiled[target].result()} >= {"matmul_decode", "embed", "rms_norm"}
+    assert {kernel["kernel"] for kernel in compiled[target].result()} >= {
+        "matmul_decode", "embed", "rms_norm", "expert_down",
+    }  # fmt: skip

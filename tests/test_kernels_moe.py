@@ -1,30 +1,12 @@
 """The CPU backend's mixture of experts against its NumPy twin in float64, one token and one expert at a time."""
 
-from dataclasses import dataclass, replace
-from typing import Any
-
 import numpy as np
 import pytest
-from cpu_ops import MemoryTensor, Q8Backend, Step, cpu, error, f32_tensor, random_tensor, weights_of
+from cpu_ops import Q8Backend, Step, cpu, error
+from moe_ops import Case, experts, program
 
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.models.backend import Moe
-
-N_TOKENS = 40
-
-
-@dataclass(frozen=True)
-class Case:
-    """types: of gate and up, and of down."""
-
-    types: tuple[str, str]
-    n_embd: int
-    n_ff: int
-    n_expert: int
-    moe: Moe
-    biases: bool = False
-    n_threads: int = 2
-
 
 CASES = {
     "floats": Case(("F32", "F16"), 48, 24, 5, Moe(2, True, 1.0, "silu")),
@@ -35,30 +17,6 @@ CASES = {
     "float down": Case(("Q8_0", "F16"), 64, 50, 4, Moe(2, True, 1.0, "silu")),
     "gpt-oss": Case(("MXFP4", "MXFP4"), 64, 96, 4, Moe(4, True, 1.0, "swiglu_oai"), biases=True),
 }
-
-
-def experts(type_name: str, n_expert: int, n_out: int, n_in: int, seed: int) -> MemoryTensor:
-    return replace(random_tensor(type_name, n_expert * n_out, n_in, seed), ne=(n_in, n_out, n_expert))
-
-
-def program(case: Case, backend: Any, *, observe: bool = False) -> tuple[Step, Any]:
-    """out += moe(x), with products of about 1; and what was observed."""
-    rng = np.random.default_rng(1)
-    shapes = (case.types[0], case.n_ff, case.n_embd), (case.types[0], case.n_ff, case.n_embd)
-    tensors = [
-        experts(type_name, case.n_expert, n_out, n_in, seed)
-        for seed, (type_name, n_out, n_in) in enumerate([*shapes, (case.types[1], case.n_embd, case.n_ff)])
-    ]
-    scale = 2 / np.sqrt((weights_of(tensors[:1]) ** 2).mean() * case.n_embd)
-    if case.biases:
-        tensors += [f32_tensor(rng.standard_normal((case.n_expert, t.ne[1])).astype(np.float32)) for t in tensors[:3]]
-    step = Step(backend, N_TOKENS)
-    x, logits, out = (
-        step.input((rng.standard_normal((N_TOKENS, width)) * factor).astype(np.float32))
-        for width, factor in ((case.n_embd, scale), (case.n_expert, 2), (case.n_embd, 1))
-    )
-    squares = step.rec.moe(x, logits, backend.experts(tensors), case.moe, out, observe=observe)
-    return step.finish(out), squares
 
 
 @pytest.mark.parametrize("name", CASES)

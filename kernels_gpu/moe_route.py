@@ -1,0 +1,98 @@
+"""Which experts each token goes to, and the pairs of a token and one of its experts sorted by expert.
+
+Pair p = t * n_used + k is token t's k-th expert. Nothing of this is known on the host: launches are as many as there
+could be work for, and find theirs in device memory.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def route(  # type: ignore[no-untyped-def]
+    logits,
+    logits_stride,
+    positions,
+    n_expert,
+    scale,
+    chosen,
+    weights,
+    NORM: tl.constexpr,
+    N_USED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """chosen int32[p] = the experts of the greatest logits, the first of equal ones; weights f32[p], see
+    models.backend.Moe; grid (tokens,), WIDTH >= n_expert, SLOTS >= N_USED. positions, if not None, are -1 for rows that
+    only fill up: those get -1. NaN counts as the least: whatever comes in, the experts exist."""
+    t = tl.program_id(0)
+    e, slot = tl.arange(0, WIDTH), tl.arange(0, SLOTS)
+    value = tl.load(logits + t * logits_stride + e, mask=e < n_expert, other=float("-inf"))
+    value = tl.where(value == value, value, float("-inf"))
+    largest = tl.max(value, axis=0)
+    every = tl.sum(tl.exp(value - largest), axis=0)
+    picked = tl.full((SLOTS,), -1, tl.int32)
+    power = tl.zeros((SLOTS,), tl.float32)
+    for k in range(N_USED):
+        best = tl.max(value, axis=0)
+        where = tl.min(tl.where(value == best, e, WIDTH), axis=0)
+        picked = tl.where(slot == k, where, picked)
+        power = tl.where(slot == k, tl.exp(best - largest), power)
+        value = tl.where(e == where, float("-inf"), value)
+    if positions is not None:
+        picked = tl.where(tl.load(positions + t) < 0, -1, picked)
+    total = tl.sum(power, axis=0) if NORM else every
+    tl.store(chosen + t * N_USED + slot, picked, mask=slot < N_USED)
+    tl.store(weights + t * N_USED + slot, power * (scale / total), mask=slot < N_USED)
+
+
+@triton.jit
+def group(chosen, n_pairs, counts, order, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """counts int32[e] = pairs of expert e; order int32: all pairs, those of expert 0 first; grid (n_expert,)."""
+    e = tl.program_id(0)
+    first = 0
+    n = 0
+    for start in range(0, n_pairs, WIDTH):
+        p = start + tl.arange(0, WIDTH)
+        expert = tl.load(chosen + p, mask=p < n_pairs, other=-1)
+        first += tl.sum(((expert >= 0) & (expert < e)).to(tl.int32), axis=0)
+        n += tl.sum((expert == e).to(tl.int32), axis=0)
+    tl.store(counts + e, n)
+    if n > 0:
+        for start in range(0, n_pairs, WIDTH):
+            p = start + tl.arange(0, WIDTH)
+            expert = tl.load(chosen + p, mask=p < n_pairs, other=-1)
+            is_own = (expert == e).to(tl.int32)
+            place = tl.cumsum(is_own, axis=0)
+            tl.store(order + first + place - 1, p, mask=expert == e)
+            first += tl.sum(is_own, axis=0)
+
+
+@triton.jit
+def observe_experts(  # type: ignore[no-untyped-def]
+    x,
+    x_stride,
+    counts,
+    order,
+    sums,
+    seen,
+    n_expert,
+    n,
+    N_USED: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """sums f64[e, n] += the squares of the rows pair / N_USED of x, and seen int64[e] += their number, for all pairs of
+    expert e; grid (n_expert, n / WIDTH), EXPERTS >= n_expert."""
+    e, each = tl.program_id(0), tl.arange(0, EXPERTS)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    first = tl.sum(tl.load(counts + each, mask=each < tl.minimum(e, n_expert), other=0), axis=0)
+    n_pairs = tl.load(counts + e)
+    total = tl.load(sums + e * n + column, mask=column < n)
+    for i in range(0, n_pairs):
+        row = (tl.load(order + first + i) // N_USED).to(tl.int64)
+        value = tl.load(x + row * x_stride + column, mask=column < n).to(tl.float64)
+        total += value * value
+    tl.store(sums + e * n + column, total, mask=column < n)
+    if tl.program_id(1) == 0:
+        tl.store(seen + e, tl.load(seen + e) + n_pairs)

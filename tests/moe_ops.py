@@ -1,0 +1,50 @@
+"""A mixture of experts as one op, for the tests of both backends."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from cpu_ops import MemoryTensor, Step, f32_tensor, random_tensor, weights_of
+
+from gguf_run.models.backend import Moe
+
+N_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class Case:
+    """types: of gate and up, and of down."""
+
+    types: tuple[str, str]
+    n_embd: int
+    n_ff: int
+    n_expert: int
+    moe: Moe
+    biases: bool = False
+    n_threads: int = 2
+
+
+def experts(type_name: str, n_expert: int, n_out: int, n_in: int, seed: int) -> MemoryTensor:
+    return replace(random_tensor(type_name, n_expert * n_out, n_in, seed), ne=(n_in, n_out, n_expert))
+
+
+def program(case: Case, backend: Any, *, observe: bool = False, scores: np.ndarray | None = None) -> tuple[Step, Any]:
+    """out += moe(x), with products of about 1; and what was observed. scores: the logits, if not random."""
+    rng = np.random.default_rng(1)
+    shapes = (case.types[0], case.n_ff, case.n_embd), (case.types[0], case.n_ff, case.n_embd)
+    tensors = [
+        experts(type_name, case.n_expert, n_out, n_in, seed)
+        for seed, (type_name, n_out, n_in) in enumerate([*shapes, (case.types[1], case.n_embd, case.n_ff)])
+    ]
+    scale = 2 / np.sqrt((weights_of(tensors[:1]) ** 2).mean() * case.n_embd)
+    if case.biases:
+        tensors += [f32_tensor(rng.standard_normal((case.n_expert, t.ne[1])).astype(np.float32)) for t in tensors[:3]]
+    step = Step(backend, N_TOKENS)
+    x, logits, out = (
+        step.input((rng.standard_normal((N_TOKENS, width)) * factor).astype(np.float32))
+        for width, factor in ((case.n_embd, scale), (case.n_expert, 2), (case.n_embd, 1))
+    )
+    if scores is not None:
+        logits = step.input(scores)
+    squares = step.rec.moe(x, logits, backend.experts(tensors), case.moe, out, observe=observe)
+    return step.finish(out), squares
