@@ -17,6 +17,8 @@ from gguf_run.kernels_gpu.panels import PANELS, IntPanel, Panel
 from gguf_run.kernels_gpu.quantize import BLOCK
 
 _WIDTH = 1024
+# Else NVIDIA's assembler may spill a number to have one program more on a multiprocessor. AMD's has no such option.
+_REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
 _TILES = 16, 64  # pairs of a tile: the first where an expert has no more of them on average
 
 
@@ -143,7 +145,7 @@ class MoeOp:
         moe.expert_down[(-(-self.out.width // n_row), n)](
             down.qs, down.high, down.scale, down.d, q8.xq, q8.xd, q8.xs, memory.chosen, memory.weights,
             experts.bias_down, self.out.data, self.out.stride, self.out.width, **down.panel.constants,
-            N_UNIT=down.n_unit, N_USED=n_used, R=n_row, UNITS=units, num_warps=units // 32,
+            N_UNIT=down.n_unit, N_USED=n_used, R=n_row, UNITS=units, num_warps=units // 32, **_REGISTERS,
         )  # fmt: skip
 
     def _many(self, n: int) -> None:
