@@ -123,13 +123,14 @@ class MemoryPlan:
 
     def _gpu_buffers(self) -> int:
         """What a kernels_gpu.recorder makes: rows of numbers, their int8 or f16 forms, angles, the parts of attention,
-        results of products and weights that are f16 for a while."""
+        results of products, also of pairs of tokens and experts, and weights that are f16 for a while."""
         config, n_outputs = self.config, max(min(N_OUTPUTS, self.n_rows), self.n_seq)
         n_rows, n_outputs = (-(-n // 32) * 32 for n in (self.n_rows, n_outputs))
         matrices = [tensor for tensor in self.tensors if len(tensor.ne) > 1]
         inner = max(tensor.ne[1] * (2 if "ffn_" in tensor.name else 1) for tensor in matrices if "blk." in tensor.name)
         sums = max(n_rows, _ATTENTION_PARTS) * config.n_head * (config.head_dim + 2)
-        rows = (n_rows + n_outputs) * (self._widths() + inner + 2 * config.n_rot) + n_outputs * config.n_vocab
+        pairs = config.moe.n_used * (max(2 * config.n_ff_exp, config.n_embd) + 4) + 2 * config.n_expert
+        rows = (n_rows + n_outputs) * (self._widths() + inner + 2 * config.n_rot + pairs) + n_outputs * config.n_vocab
         result = max(n_rows * inner, n_outputs * config.n_vocab)
         scratch = min(_F16_WEIGHTS, max(tensor.ne[0] * tensor.ne[1] for tensor in matrices))
         return 4 * (rows + result + sums) + 2 * scratch
