@@ -31,7 +31,8 @@ from gguf_run.runtime.quantize_rules import FILE_TYPES
 
 RESULTS = Path(__file__).parent.parent / "docs/data/formats.json"
 _NO_WEIGHTS = ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64")  # activations, and tables that are no weights
-_NO_FILES = ("COPY", "F32", "Q2_K_S")  # the last wants an importance matrix
+# Q2_K_S wants an importance matrix, MXFP4_MOE experts, and TQ1_0, TQ2_0 models trained for them (others: KL 10).
+_NO_FILES = ("COPY", "F32", "Q2_K_S", "MXFP4_MOE", "TQ1_0", "TQ2_0")
 _KL_FIGURES = ("kl_mean", "kl_mean_error", "kl_99", "same_top", "perplexity", "perplexity_error")
 
 

@@ -127,7 +127,7 @@ def files() -> str:
 
     def cells(name: str, row: Mapping[str, Any]) -> Iterator[object]:
         parts = sorted(row["parts"].items(), key=lambda item: -item[1])
-        yield from (name, f"{row['bits']:.2f}", ", ".join(f"{type} {part:.0%}" for type, part in parts))
+        yield from (name, f"{row['bits']:.2f}", ", ".join(f"{type} {part:.0%}" for type, part in parts if part >= 0.01))
         yield from (f"{row['kl_mean']:.2g}", f"{row['same_top']:.1%}", f"{row['perplexity']:.2f}")
 
     rows = sorted(load("formats")["files"].items(), key=lambda item: -item[1]["bits"])
