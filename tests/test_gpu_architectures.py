@@ -3,6 +3,7 @@ transformers in float32."""
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ pytest.importorskip("torch")
 pytest.importorskip("triton")
 pytest.importorskip("transformers")
 
-from cpu_ops import error
+from cpu_ops import cpu, error, tensor_of
 from gpu_ops import fast_dots, gpu
 
+from gguf_run.formats.dequantizer import dequantize
+from gguf_run.formats.quantizer import quantize
 from gguf_run.kernels_gpu import attention_launch, program, recorder
 from gguf_run.kernels_gpu import backend as gpu_backend
 from gguf_run.kernels_gpu.matmul import Tuning
@@ -42,7 +45,6 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "granitemoe": ("mixtral", {}, {"general.architecture": "granitemoe"}),
     "phi3-longrope": ("phi3-longrope", LONG | {"rope_parameters": hf_tiny._LONGROPE | LONG}, {}),
 }
-SLOW = "starcoder2"  # whose single token goes through matmul_float too, which takes the interpreter seconds
 
 
 def renamed(metadata: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,9 +55,10 @@ def renamed(metadata: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_those_of_transformers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch of 4 tokens, and one token after it, which a window makes forget the first ones."""
+    """A batch of 4 tokens, and one token after it, which a window makes forget the first ones. Products of single
+    tokens, which take the interpreter seconds, go as those of many."""
     for module in (attention_launch, program, recorder):
-        monkeypatch.setattr(module, "FEW", 1 if module is not recorder or name == SLOW else 0)
+        monkeypatch.setattr(module, "FEW", int(module is not recorder))
     monkeypatch.setattr(gpu_backend, "DEFAULT", Tuning(tile=(256, 16)))  # the interpreter takes no longer
     checkpoint, own, metadata = CASES[name]
     expected = hf_tiny.logits(hf_tiny.make(checkpoint, tmp_path, **own), IDS)
@@ -66,3 +69,33 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path, monkeypatch
         parts = [block.copy() for ids in (IDS[:4], IDS[4:]) for block in decoder.forward(ids, len(ids))]
     # Experts of floats read activations as f16.
     assert error(np.concatenate(parts), expected) < (1e-3 if config.n_expert else 1e-5)
+
+
+SMALL = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 32}
+SMALL |= {"num_hidden_layers": 1, "query_pre_attn_scalar": 32, "layer_types": ["full_attention"]}
+# One for each order of norms, products and activations, which are fused for a few tokens and quantized weights.
+FUSED = ("gemma3", "olmo2", "stablelm-parallel", "starcoder2")
+
+
+def small(tensor: Any) -> Any:
+    """A matrix as Q8_0, in memory, for 32 tokens only."""
+    if len(tensor.ne) != 2:
+        return tensor
+    values = dequantize(tensor.blocks(), tensor.type).reshape(tensor.n_rows, -1)
+    kept = values[:32] if tensor.n_rows == hf_tiny.N_VOCAB else values
+    return replace(tensor_of(quantize(kept, "Q8_0"), "Q8_0"), name=tensor.name)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_quantized_logits_are_those_of_the_cpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token: activations are int8 on both."""
+    monkeypatch.setattr(gpu_backend, "DEFAULT", Tuning(rows=((1, 16),)))
+    hf_tiny.make(name, tmp_path, **SMALL)
+    with open_checkpoint(tmp_path) as file:
+        tensors = {name: small(tensor) for name, tensor in file.tensors.items()}
+        config = ModelConfig.from_metadata(file.metadata, tensors)
+        kinds, results = [CacheType("f32", "f32")] * config.n_layer, []
+        for backend in (gpu(), cpu(2)):
+            decoder = Decoder(config, tensors, [backend] * config.n_layer, 64, 4, 4, cache_types=kinds)
+            results += [block.copy() for block in decoder.forward(IDS[:1])]
+    assert error(*results) < 1e-5
