@@ -1,6 +1,8 @@
-"""Compiles the GPU backend's kernels for a target that this machine need not have, and says what came out, as JSON.
+"""Compiles the GPU backend's kernels for targets that this machine need not have, and says what came out, as JSON.
 
-    python tests/gpu_compile.py 90 full       (or: 80, 86, 89, 100, gfx942, gfx1100; short or least)
+    python tests/gpu_compile.py 90 80 gfx942       (or: 86, 89, 100, gfx1100)
+
+For FULL that is every kind of kernel and what its instructions are, for the others each kernel at least once.
 
 The backend runs as it always does, on tensors in CPU memory, but launches only compile: so kernels are specialized for
 the arguments that they really get. A process of its own, because the interpreter is on in the one that tests run in.
@@ -36,7 +38,8 @@ from gguf_run.models.backend import Attention, CacheType, Moe, Rope, Run
 CUOBJDUMP = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "cuobjdump")
 CPU = torch.device("cpu")
 N_IN, N_OUT = 4096, 256
-SHORT = ("Q4_K", "Q2_K", "Q3_K", "Q5_0", "Q6_K", "Q8_0", "IQ4_XS")  # all ways that units are read
+FULL = "90"
+MMA = r"(?:mma\.sync|wgmma\.mma|tcgen05\.mma|v_wmma|v_mfma)"  # in assembler
 # K, V, head_dim, tokens
 ATTENTION = (
     ("q8_0", "q8_0", 128, 1),
@@ -48,8 +51,6 @@ ATTENTION = (
     ("int8", "fp8_e4m3", 256, 1),
     ("fp8_e5m2", "int8", 64, 64),
 )
-MOE = {"full": (1, 64, 512), "short": (1, 512), "least": (1,)}
-LEAST = ("Q4_K", "Q3_K", "Q6_K")
 
 
 def use_target(name: str) -> None:
@@ -58,7 +59,7 @@ def use_target(name: str) -> None:
     driver.set_active(
         SimpleNamespace(
             get_current_target=lambda: target,
-            get_current_device=lambda: 0,
+            get_current_device=lambda: name,  # Triton keeps the kernels of each device
             get_current_stream=lambda device=None: 0,
         )
     )
@@ -74,25 +75,27 @@ def loops(sass: list[tuple[str, str]], labels: dict[str, int]) -> list[list[str]
     return found
 
 
-def inspect(cubin: bytes, sass: bool) -> dict[str, Any]:
-    """Registers and memory of a kernel and, if asked for, what its instructions are, which takes much longer."""
+def usage(kernel: Any, *options: str) -> tuple[dict[str, Any], str]:
+    """Registers and memory of a kernel for NVIDIA, and all that cuobjdump says."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(kernel.asm["cubin"])
         file.flush()
-        options = ["-res-usage", "-sass"] if sass else ["-res-usage"]
-        text = subprocess.run([CUOBJDUMP, *options, file.name], capture_output=True, text=True, check=True).stdout
-    usage = {name.lower(): int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    if not sass:
-        return usage
+        command = [CUOBJDUMP, "-res-usage", *options, file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name.lower(): int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}, text
+
+
+def inspect(kernel: Any) -> dict[str, Any]:
+    """What the instructions of a kernel are, which takes much longer."""
+    facts, text = usage(kernel, "-sass")
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);", text)
     labels = {f"0x{int(at, 16):x}": i for i, (at, _, _) in enumerate(lines)}
     body = max(loops([(op, rest) for _, op, rest in lines], labels), key=len, default=[])
     ops = [op for _, op, _ in lines]
-    return usage | {
+    return facts | {
         "spills": sum(op.startswith(("STL", "LDL")) for op in ops),
         "vector_loads": sum(op.startswith("LDG.E") and ".128" in op for op in ops),
         "dp4a": sum(op.startswith("IDP.4A") for op in ops),
-        "mma": sorted({op for op in ops if op.startswith(("HMMA", "HGMMA", "UTCHMMA"))}),
         "loop": len(body),
         "in_loop": sorted({op.split(".")[0] for op in body} & {"BAR", "LDS", "STS", "STL", "LDL"}),
     }
@@ -120,9 +123,8 @@ def ops() -> None:
     """Every op of a recorder but the products, which have one weight type here."""
     backend = GpuBackend(CPU)
     recorder = backend.recorder(64, 64)
-    shape = Attention(n_head=8, n_head_kv=2, head_dim=128, scale=0.1)
     x, y, qkv, ff = (recorder.buffer(n) for n in (1024, 1024, 1536, 512))
-    q, k, v = qkv.columns(0, 1024), qkv.columns(1024, 256), qkv.columns(1280, 256)
+    q = qkv.columns(0, 1024)
     weight = GpuWeight(1024, (empty(PANELS["Q8_0"], 1024, 1024, CPU),))
     recorder.embed(empty(PANELS["Q4_K"], 1024, 99, CPU), x)
     recorder.rms_norm(x, torch.ones(1024), y, 1e-5)
@@ -133,7 +135,6 @@ def ops() -> None:
     recorder.rms_norm(q, torch.ones(128), q, 1e-5, n_group=8)
     for style in ("norm", "neox"):
         recorder.rope(qkv.columns(0, 1280), Rope(style, 128, np.ones(64)), 128)
-    recorder.attention(q, k, v, backend.cache(shape, 64, 64), shape, y)
     for name in ACTIVATIONS:
         recorder.gated(x, y, y, name)
     recorder.observe(x)
@@ -151,6 +152,7 @@ def attention(k: str, v: str, head_dim: int, n: int) -> None:
     q, kv = qkv.columns(0, 8 * head_dim), [qkv.columns(i * head_dim, 2 * head_dim) for i in (8, 10)]
     recorder.rope(qkv.columns(0, 10 * head_dim), Rope("norm", head_dim, np.ones(head_dim // 2)), head_dim)
     recorder.attention(q, *kv, backend.cache(shape, 32768, 64, 1, CacheType(k, v)), shape, out)
+    recorder.matmul(out, GpuWeight(1024, (empty(PANELS["Q8_0"], 8 * head_dim, 1024, CPU),)), recorder.buffer(1024))
     program = recorder.finish(recorder.outputs(out))
     program.run(np.zeros(n, np.int32), [Run(0, 0, n)], ())
 
@@ -169,49 +171,55 @@ def moe(gate_up: str, down: str, n: int, activation: str, biases: bool) -> None:
     recorder.finish(recorder.outputs(x)).run(np.zeros(n, np.int32), [Run(0, 0, n)], ())
 
 
-def main(target: str, how: str) -> None:
-    use_target(target)
-    found: dict[str, dict[str, Any]] = {}
-    run, what = JITFunction.run, {"name": ""}
+def cases(full: bool) -> dict[str, Callable[[], None]]:
+    every = [name for name, panel in PANELS.items() if isinstance(panel, IntPanel)]
+    few_cases = [(name, 1) for name in (*every, "F16", "F32", "BF16")] if full else [("Q3_K", 1), ("Q6_K", 1)]
+    many_cases = [("Q6_K", 16)]
+    attentions = ATTENTION if full else ATTENTION[:2]
+    if full:
+        few_cases += [("Q4_K", 2), ("Q8_0", 4), ("Q4_K", 8), ("Q3_K", 8)]
+        many_cases += [("Q4_K", 32), ("Q3_K", 64)]
+    moes = [("Q4_K", "Q6_K", n, "silu", False) for n in ((1, 64, 512) if full else (1, 512))]
+    if full:
+        moes.append(("MXFP4", "MXFP4", 1, "swiglu_oai", True))
+    return {
+        "ops": ops,
+        **{f"few {name} {n}": functools.partial(few, name, n) for name, n in few_cases},
+        **({"few Q4_K 1 gated": functools.partial(few, "Q4_K", 1, "silu")} if full else {}),
+        **{f"many {name} {n}": functools.partial(many, name, n) for name, n in many_cases},
+        **{"attention {} {} {} {}".format(*case): functools.partial(attention, *case) for case in attentions},
+        **{f"moe {case[0]} {case[2]}": functools.partial(moe, *case) for case in moes},
+    }
+
+
+def main(targets: list[str]) -> None:
+    found: dict[str, dict[str, dict[str, Any]]] = {target: {} for target in targets}
+    run, now = JITFunction.run, {"target": "", "case": ""}
 
     @functools.wraps(run)
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        target = now["target"]
         if not target.isdigit():
             options.pop("maxnreg", None)  # torch for AMD does not ask for it
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        if kernel.hash not in found:
-            sass = self.__name__.startswith(("matmul", "attend", "expert"))
-            facts = inspect(kernel.asm["cubin"], sass) if target.isdigit() else {}
-            facts |= {"kernel": self.__name__, "case": what["name"], "shared": kernel.metadata.shared}
-            found[kernel.hash] = facts
+        if kernel.hash not in found[target]:
+            facts: dict[str, Any] = {"kernel": self.__name__, "case": now["case"], "shared": kernel.metadata.shared}
+            facts["mma"] = sorted(set(re.findall(MMA, kernel.asm.get("ptx") or kernel.asm["amdgcn"])))
+            if target == FULL and self.__name__.startswith(("matmul", "attend", "expert")):
+                facts |= inspect(kernel)
+            elif target.isdigit():
+                facts |= usage(kernel)[0]
+            found[target][kernel.hash] = facts
         return kernel
 
     JITFunction.run = compile_only
-    every = [name for name, panel in PANELS.items() if isinstance(panel, IntPanel)]
-    types = {"full": every, "short": SHORT, "least": LEAST}[how]
-    cases: list[tuple[str, Callable[[], None]]] = [
-        ("ops", ops),
-        *((f"few {name} 1", functools.partial(few, name, 1)) for name in (*types, "F16")),
-        ("few Q4_K 1 gated", functools.partial(few, "Q4_K", 1, "silu")),
-        ("many Q6_K 16", functools.partial(many, "Q6_K", 16)),
-        ("many Q4_K 32", functools.partial(many, "Q4_K", 32)),
-    ]
-    for k, v, head_dim, n in ATTENTION[: {"full": 8, "short": 4, "least": 2}[how]]:
-        cases.append((f"attention {k} {v} {head_dim} {n}", functools.partial(attention, k, v, head_dim, n)))
-    if how != "least":
-        cases += [(f"few {name} 8", functools.partial(few, name, 8)) for name in ("Q4_K", "Q3_K")]
-        cases += [(f"many {name} 64", functools.partial(many, name, 64)) for name in ("Q3_K", "Q6_K")]
-    if how == "full":
-        cases += [(f"few {name} {n}", functools.partial(few, name, n)) for name in ("Q4_K", "Q8_0") for n in (2, 4)]
-        cases += [(f"few {name} 1", functools.partial(few, name, 1)) for name in ("F32", "BF16")]
-    if how == "full":
-        cases.append(("moe MXFP4 1", functools.partial(moe, "MXFP4", "MXFP4", 1, "swiglu_oai", True)))
-    cases += [(f"moe Q4_K {n}", functools.partial(moe, "Q4_K", "Q6_K", n, "silu", False)) for n in MOE[how]]
-    for name, case in cases:
-        what["name"] = name
-        case()
-    json.dump([*found.values()], sys.stdout)
+    for target in targets:
+        use_target(target)
+        for name, case in cases(target == FULL).items():
+            now |= {"target": target, "case": name}
+            case()
+    json.dump({target: [*kernels.values()] for target, kernels in found.items()}, sys.stdout)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:])
