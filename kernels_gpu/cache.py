@@ -15,6 +15,7 @@ from torch import Tensor as Array
 from gguf_run.kernels_gpu.activations import power_of_2
 from gguf_run.kernels_gpu.attention_append import append, read_rows
 from gguf_run.kernels_gpu.cache_formats import GROUP, CacheFormat
+from gguf_run.kernels_gpu.device import current
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,8 @@ class GpuCache:
         first = max(n_keep + n_discard, end - self.n_ctx)
         source, target = self._slots(first, end), self._slots(first - n_discard, end - n_discard)
         if rope is not None:
-            self._turn(seq, source, target, rope, -n_discard)
+            with current(self.k.qs.device):
+                self._turn(seq, source, target, rope, -n_discard)
         for plane in ([] if rope else self.k.planes) + self.v.planes:
             plane[seq][:, target] = plane[seq][:, source]
 

@@ -169,7 +169,9 @@ class Product:
 
 def multiply(x: Array, w: Array, out: Array) -> None:
     """out f32 = x @ w.T of f16, summed in f32."""
-    if x.is_cuda:
+    if x.is_cuda and torch.version.hip:  # which may lack out_dtype
+        out.copy_(torch.mm(x, w.T))
+    elif x.is_cuda:
         torch.mm(x, w.T, out_dtype=torch.float32, out=out)
     else:
         torch.mm(x.float(), w.float().T, out=out)

@@ -62,6 +62,7 @@ class Launches:
     def __init__(self, ops: Sequence[Callable[[int], None]], device: torch.device, capture: bool) -> None:
         self._ops, self._graphs = list(ops), dict[int, torch.cuda.CUDAGraph]()
         self._most = FEW if capture and device.type == "cuda" else 0
+        self._device = device
 
     def run(self, n_row: int) -> None:
         n = bucket(n_row)
@@ -72,7 +73,9 @@ class Launches:
             op(n)
         if n <= self._most:  # that has compiled and loaded all kernels: now they are recorded, which runs nothing
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # torch's own stream for captures is one device's; what other threads do meanwhile is no error
+            stream = torch.cuda.Stream(self._device)
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 for op in self._ops:
                     op(n)
             self._graphs[n] = graph

@@ -42,7 +42,7 @@ def quantize(x, x_stride, n, xq, xd, xs, WIDTH: tl.constexpr):  # type: ignore[n
 def store_halves(x, column, xh, xm, row, n):  # type: ignore[no-untyped-def]
     """A whole row x f32[...], zeros beyond n."""
     largest = tl.max(tl.abs(x), axis=0)
-    inverse = tl.where(largest == 0, 0.0, 1.0 / largest)
+    inverse = tl.where(largest < 1e-37, 0.0, 1.0 / largest)  # whose own would be no number
     tl.store(xh + row * n + column, (x * inverse).to(tl.float16), mask=column < n)
     tl.store(xm + row, largest)
 

@@ -53,6 +53,9 @@ ATTENTION = (
 )
 
 
+MEMORY = r"(st\.global|bar\.sync|bar\.warp\.sync|atom[\w.]+|ld\.global\.cg)"
+
+
 def use_target(name: str) -> None:
     wave = 32 if name.isdigit() or name.startswith("gfx11") else 64
     target = GPUTarget("cuda", int(name), 32) if name.isdigit() else GPUTarget("hip", name, wave)
@@ -205,6 +208,8 @@ def main(targets: list[str]) -> None:
         if kernel.hash not in found[target]:
             facts: dict[str, Any] = {"kernel": self.__name__, "case": now["case"], "shared": kernel.metadata.shared}
             facts["mma"] = sorted(set(re.findall(MMA, kernel.asm.get("ptx") or kernel.asm["amdgcn"])))
+            if self.__name__ == "matmul_decode" and target.isdigit():
+                facts["memory"] = re.findall(MEMORY, kernel.asm["ptx"])
             if target == FULL and self.__name__.startswith(("matmul", "attend", "expert")):
                 facts |= inspect(kernel)
             elif target.isdigit():

@@ -83,6 +83,19 @@ def test_decode_kernels(compiled: Any) -> None:
         assert kernel["in_loop"] == [], kernel
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_last_program_reads_what_the_others_stored(target: str, compiled: Any) -> None:
+    """Stores, a barrier of the program, the count, which releases them and acquires those of others, a barrier; then
+    what is read comes from the second level's cache."""
+    handed = [k["memory"] for k in compiled[target].result()[target] if any("atom" in op for op in k.get("memory", ()))]
+    assert len(handed) > 1
+    for ops in handed:
+        at = ops.index("atom.global.gpu.acq_rel.add.u32")
+        assert ops[at - 2 : at + 2] == ["st.global", "bar.sync", "atom.global.gpu.acq_rel.add.u32", "bar.sync"]
+        assert "ld.global.cg" in ops[at:]
+        assert "ld.global.cg" not in ops[:at]
+
+
 @pytest.mark.parametrize("target", [*TARGETS, *AMD])
 def test_tensor_cores(target: str, compiled: Any) -> None:
     many = ("attention q8_0 q8_0 128 64", "attention f16 f16 128 64")

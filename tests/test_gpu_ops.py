@@ -261,9 +261,10 @@ def test_graphs_are_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) 
             calls.append("replay")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext(calls.append("capture")))
+    monkeypatch.setattr(torch.cuda, "Stream", str)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream, **_: contextlib.nullcontext(calls.append(stream)))
     for device, capture, expected in (
-        ("cuda", True, [4, "capture", 4, "replay", 9, 9]),
+        ("cuda:1", True, [4, "cuda:1", 4, "replay", 9, 9]),
         ("cuda", False, [4, 4, 9, 9]),
         ("cpu", True, [4, 4, 9, 9]),
     ):
