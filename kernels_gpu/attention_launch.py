@@ -22,7 +22,8 @@ _REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 @dataclass(frozen=True)
 class AttentionOp:
     """One layer's. shape, rope: of models.backend; rope, with its table angles: where q and k are yet to be turned.
-    programs: how many keep the GPU busy."""
+    norms: of the heads of q and of k, before that: their weights and the eps, or None. programs: how many keep the GPU
+    busy."""
 
     q: GpuBuffer
     k: GpuBuffer
@@ -33,6 +34,7 @@ class AttentionOp:
     sinks: Array | None
     rope: Any
     angles: Array | None
+    norms: tuple[Array, Array, float] | None
     programs: int
 
     def _n_part(self, n: int) -> int:
@@ -66,10 +68,11 @@ class AttentionOp:
         q, k, v, out, shape, rope = self.q, self.k, self.v, self.out, self.shape, self.rope
         k_rows, v_rows, n_ctx = self.cache.k, self.cache.v, self.cache.n_ctx
         n_head, n_head_kv = shape.n_head, shape.n_head_kv
-        n_changed = n_head if rope or k_rows.rotates else 0
+        n_changed = n_head if rope or self.norms or k_rows.rotates else 0
+        norms = self.norms or (None, None, 0.0)
         types, sizes = (k_rows.form.name, v_rows.form.name), (shape.head_dim, k_rows.width)
         append[(n, n_changed + 2 * n_head_kv)](
-            q.data, q.stride, k.data, k.stride, v.data, v.stride, k_rows.qs, k_rows.d, v_rows.qs, v_rows.d,
+            q.data, q.stride, k.data, k.stride, v.data, v.stride, *norms, k_rows.qs, k_rows.d, v_rows.qs, v_rows.d,
             k_rows.scales, v_rows.scales, step.seqs, step.positions, self.angles, rope.n_rot // 2 if rope else 0,
             n_ctx, n_changed, n_head_kv, rope.style if rope else None, *types, k_rows.rotates, v_rows.rotates, *sizes,
         )  # fmt: skip

@@ -88,8 +88,9 @@ class GpuCache:
         keys = (keys if h is None else keys @ h).transpose(0, 1).reshape(n, -1).contiguous()
         seqs = torch.full((n,), seq, dtype=torch.int32, device=keys.device)
         append[(n, n_head_kv)](
-            None, 0, keys, keys.stride(0), None, 0, k.qs, k.d, None, None, k.scales, None, seqs, target.int(), None, 0,
-            self.n_ctx, 0, n_head_kv, None, k.form.name, k.form.name, False, False, k.head_dim, k.width,
+            None, 0, keys, keys.stride(0), None, 0, None, None, 0.0, k.qs, k.d, None, None, k.scales, None, seqs,
+            target.int(), None, 0, self.n_ctx, 0, n_head_kv, None, k.form.name, k.form.name, False, False, k.head_dim,
+            k.width,
         )  # fmt: skip
 
     def read(self, seq: int, kind: str, first: int, end: int) -> NDArray[np.uint8]:

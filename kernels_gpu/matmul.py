@@ -1,6 +1,7 @@
 """Which kernels multiply how many tokens with a matrix, and how they are launched."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor as Array
@@ -58,21 +59,30 @@ def result_width(n_out: int) -> int:
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMS norm of a product's rows, which the product's last program does."""
+    """An RMS norm (+ residual) of a product's rows, which the product's last program does."""
 
     weight: Array
     out: GpuBuffer
     eps: float
+    residual: GpuBuffer | None = None
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        residual = (self.residual.data, self.residual.stride) if self.residual else (None, 0)
+        return self.weight, self.out.data, self.out.stride, self.eps, *residual
+
+
+NO_NORM = (None, None, 0, 0.0, None, 0)
 
 
 @dataclass
 class After:
-    """What a product of a few tokens does with its result: forms of it, or of its norm, where there is one. counts: a
-    list of one, memory for the programs that are ready."""
+    """What a product of a few tokens does with its result: norms, the second one of what the first one makes, and forms
+    of what comes last. counts: a list of one, memory for the programs that are ready."""
 
     forms: Forms
     counts: list[Array]
-    norm: Norm | None = None
+    norms: list[Norm] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -117,12 +127,12 @@ class Product:
             n_row = max(2, n_row)
         per_program = n_row if self.activation is None else n_row // 2
         made = after.forms.int8 if after else None
-        norm = after.norm if after else None
+        norms = after.norms if after else []
         matmul_decode[(-(-self.n_out // per_program),)](
             part.qs, part.high, part.scale, part.d, q8.xq, q8.xd, q8.xs, out, bias, residual, self.n_out, n_unit,
             self.out.stride, residual_stride, *((made.xq, made.xd, made.xs) if made else (None, None, None)),
-            after.counts[0] if after else None, *((norm.weight, norm.out.data, norm.out.stride, norm.eps) if norm else
-            (None, None, 0, 0.0)), **part.panel.constants, M=n, R=n_row, UNITS=units,
+            after.counts[0] if after else None, *(norms[0].arguments if norms else NO_NORM),
+            *(norms[1].arguments[:4] if norms[1:] else NO_NORM[:4]), **part.panel.constants, M=n, R=n_row, UNITS=units,
             EVEN=n_unit % units == 0, ACTIVATION=self.activation,
             WIDTH=max(32, power_of_2(self.n_out)), num_warps=units // 32,
         )  # fmt: skip

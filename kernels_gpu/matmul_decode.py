@@ -128,6 +128,12 @@ def matmul_decode(  # type: ignore[no-untyped-def]
     norm_out,
     norm_stride,
     eps,
+    more,
+    more_stride,
+    norm2,
+    norm2_out,
+    norm2_stride,
+    eps2,
     BITS: tl.constexpr,
     HIGH: tl.constexpr,
     GROUP: tl.constexpr,
@@ -148,7 +154,8 @@ def matmul_decode(  # type: ignore[no-untyped-def]
 
     What needs more of out than a program has is done by the program that is the last to be ready, which counts, zeros
     when a launch begins and ends, tell. oq, not None (with od, os): gets blocks of an ACTIVATION's out as int8. norm,
-    not None: weights of an RMS norm of out's rows, WIDTH >= n_out, into norm_out and, if not None, oq.
+    not None: weights of an RMS norm of out's rows, WIDTH >= n_out, into norm_out, with the rows of more added, if any;
+    norm2, not None: of a norm of that; oq, not None: gets what comes last.
     """
     PAIRS: tl.constexpr = R if ACTIVATION is None else R // 2
     first = tl.program_id(0) * PAIRS
@@ -201,6 +208,12 @@ def matmul_decode(  # type: ignore[no-untyped-def]
             for row in range(M):
                 made = tl.load(out + row * out_stride + column, mask=column < n_out, other=0.0, cache_modifier=".cg")
                 made = normed(made, norm, column, n_out, eps)
+                if more is not None:
+                    made += tl.load(more + row * more_stride + column, mask=column < n_out, other=0.0)
                 tl.store(norm_out + row * norm_stride + column, made, mask=column < n_out)
+                if norm2 is not None:
+                    tl.debug_barrier()  # else its weights are loaded before registers are free
+                    made = normed(made, norm2, column, n_out, eps2)
+                    tl.store(norm2_out + row * norm2_stride + column, made, mask=column < n_out)
                 if oq is not None:
                     store_int8(made, 0, oq, od, os, row, n_out, WIDTH)

@@ -58,6 +58,7 @@ class GpuRecorder:
         self._pairs: dict[tuple[int, ...], PairMemory] = {}
         self._wide: dict[tuple[bool, int], GpuBuffer] = {}
         self._n_raw = self._n_scratch = 0
+        self._head_norms: list[tuple[Callable[[int], None], GpuBuffer, Array, float, int]] = []
         self._last_rope: tuple[Callable[[int], None], GpuBuffer, Any] | None = None
         self._last_product: tuple[Callable[[int], None], GpuBuffer, After] | None = None
         self._counts: list[Array] = []
@@ -121,9 +122,8 @@ class GpuRecorder:
         forms = self._written(out, ("int8", "halves") if n_group == 1 else ())
 
         last = self._last_product
-        with_product = last is not None and last[0] is self._ops[-1] and last[1] is x and n_group == 1 and not residual
-        if last is not None and with_product:
-            last[2].forms, last[2].norm = forms, Norm(weight, out, eps)
+        after = last[2] if last and last[0] is self._ops[-1] and last[1] is x and n_group == 1 else None
+        with_product = after is not None and (not after.norms or (len(after.norms) < 2 and residual is None))
 
         def launch(n_row: int) -> None:
             few = n_row <= FEW
@@ -138,6 +138,14 @@ class GpuRecorder:
             )  # fmt: skip
 
         self._ops.append(launch)
+        if after is not None and with_product:
+            if after.norms:
+                after.forms.by_producer = ("halves",)
+            after.forms = forms
+            after.norms.append(Norm(weight, out, eps, residual))
+            self._last_product = launch, out, after
+        if x is out and residual is None:
+            self._head_norms = [*self._head_norms[-1:], (launch, x, weight, eps, n_group)]
 
     def layer_norm(
         self, x: GpuBuffer, weight: Array, bias: Array | None, out: GpuBuffer, eps: float, *, n_group: int = 1
@@ -197,8 +205,9 @@ class GpuRecorder:
             table = torch.zeros(len(x.memory), n_half, 2, device=self.device)
             self._angles[id(rope)] = rope, table
             inv_freq = torch.tensor(np.asarray(rope.inv_freq, np.float64), device=self.device)
-            self._ops.append(
-                lambda n: rotary.angles[(n,)](self.step.positions, inv_freq, table, n_half, rope.scale, width)
+            self._n_before = None if self._n_before is None else self._n_before + 1
+            self._ops.insert(  # first, so that it does not stand between ops that belong together
+                0, lambda n: rotary.angles[(n,)](self.step.positions, inv_freq, table, n_half, rope.scale, width)
             )
         n_head, table = x.width // head_dim, self._angles[id(rope)][1]
 
@@ -223,9 +232,10 @@ class GpuRecorder:
         sinks: Array | None = None,
     ) -> None:
         rope, angles = self._take_rope(q, k)
+        norms = self._take_norms((q, shape.n_head), (k, shape.n_head_kv))
         self._written(q)
         forms = self._written(out, ("int8",) if shape.head_dim == cache.k.width else ())
-        op = AttentionOp(q, k, v, cache, shape, out, sinks, rope, angles, self.tuning.programs)
+        op = AttentionOp(q, k, v, cache, shape, out, sinks, rope, angles, norms, self.tuning.programs)
         self._n_sums, self._widest_head = max(self._n_sums, op.n_sums), max(self._widest_head, shape.head_dim)
         self._ops.append(lambda n: op.launch(n, self.step, self._sums, forms.int8 if n <= FEW else None))
 
@@ -241,6 +251,19 @@ class GpuRecorder:
             return None, None
         self._ops.pop()
         return rope, self._angles[id(rope)][1]
+
+    def _take_norms(self, *sides: tuple[GpuBuffer, int]) -> tuple[Array, Array, float] | None:
+        """The norms of q's and k's heads, if they are the ops that were recorded last: attention does those too."""
+        if [norm[0] for norm in self._head_norms] != self._ops[-2:] or len(self._head_norms) < 2:
+            return None
+        (_, q, q_weight, eps, q_groups), (_, k, k_weight, k_eps, k_groups) = self._head_norms
+        if eps != k_eps or any(
+            (x.memory is not side.memory, x.start, x.width, n) != (False, side.start, side.width, n_head)
+            for (x, n), (side, n_head) in zip(((q, q_groups), (k, k_groups)), sides, strict=True)
+        ):
+            return None
+        del self._ops[-2:]
+        return q_weight, k_weight, eps
 
     def gated(self, gate: GpuBuffer, up: GpuBuffer | None, out: GpuBuffer, activation: str) -> None:
         n, others = gate.width, (up.data, up.stride) if up else (None, 0)

@@ -132,7 +132,8 @@ def ops() -> None:
     recorder.embed(empty(PANELS["Q4_K"], 1024, 99, CPU), x)
     recorder.rms_norm(x, torch.ones(1024), y, 1e-5)
     recorder.matmul(y, weight, x, residual=x)
-    recorder.rms_norm(x, torch.ones(1024), y, 1e-5)  # by the product's last program, as ff's int8 blocks
+    recorder.rms_norm(x, torch.ones(1024), x, 1e-5, residual=y)  # by the product's last program, as ff's int8 blocks
+    recorder.rms_norm(x, torch.ones(1024), y, 1e-5)
     recorder.matmul_gated(y, weight, ff, "silu")
     recorder.matmul(ff, GpuWeight(512, (empty(PANELS["Q8_0"], 512, 1024, CPU),)), x)
     recorder.rms_norm(q, torch.ones(128), q, 1e-5, n_group=8)

@@ -97,20 +97,36 @@ def test_tiny_models(name: str, tmp_path: Path) -> None:
         assert distance(singles[0], singles[2]) < max(0.01, 1.5 * distance(singles[1], singles[2]))
 
 
+# Norms of a layer beyond llama's, and how many values they have; None: llama's that are not there.
+NORMS: dict[str, dict[str, int | None]] = {
+    "llama": {},
+    "qwen3": {"attn_q_norm": 32, "attn_k_norm": 32},
+    "gemma2": {"post_attention_norm": 64, "post_ffw_norm": 64},
+    "gemma3": {},  # tinymodel has them
+    "olmo2": {"attn_norm": None, "ffn_norm": None, "post_attention_norm": 64, "post_ffw_norm": 64}
+    | {"attn_q_norm": 128, "attn_k_norm": 32},
+}
+
+
 @only_interpreted
-def test_launches_of_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One token and one layer more: 7 launches."""
+@pytest.mark.parametrize("arch", NORMS)
+def test_launches_of_a_layer(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token and one layer more: 7 launches. Norms of whole rows of q and k are launches of their own."""
     from triton.runtime.interpreter import GridExecutor
 
     launched: list[str] = []
     monkeypatch.setattr(GridExecutor, "__call__", lambda self, *_, **__: launched.append(self.fn.__name__))
-    write_tiny(tmp_path / "model.gguf", replace(LLAMA, n_layer=3, n_head=2, n_embd=64))
+    norms = {f"{name}.weight": None if n is None else np.ones(n, np.float32) for name, n in NORMS[arch].items()}
+    tensors = {f"blk.{il}.{name}": values for il in range(3) for name, values in norms.items()}
+    model = Tiny(arch=arch, n_layer=3, n_embd=64, n_head_kv=1, n_ff=32, type="Q8_0", tensors=tensors)
+    write_tiny(tmp_path / "model.gguf", model)
     counts = []
     for n_layer in (1, 2, 3):
         launched.clear()
         logits(open_decoder(tmp_path / "model.gguf", gpu(), n_layer), [5], 1)
         counts.append(launched.copy())
-    assert [len(more) - len(few) for few, more in itertools.pairwise(counts)] == [7, 7], counts[-1]
+    n = 9 if arch == "olmo2" else 7
+    assert [len(more) - len(few) for few, more in itertools.pairwise(counts)] == [n, n], counts[-1]
 
 
 def test_layers_on_several_devices(tmp_path: Path) -> None:

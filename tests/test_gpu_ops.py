@@ -225,25 +225,34 @@ def test_what_rms_norm_makes_is_multiplied(type_name: str) -> None:
 
 
 def test_what_products_make_is_multiplied() -> None:
-    """A product's last program norms its rows, and makes int8 of a gated product's; twice, with other rows."""
+    """A product's last program norms its rows, once or twice, with a residual between, and makes int8 of a gated
+    product's; twice, with other rows."""
     rng = np.random.default_rng(12)
     x, weight = rng.standard_normal((20, 96)).astype(np.float32), rng.standard_normal(96)
     first, gate_up, down = (random_tensor("Q8_0", *size) for size in ((96, 96), (128, 96), (96, 64)))
     halves = random_tensor("F16", 96, 96)
     step = Step(gpu(), 20)
-    b, a, h, ff, out = step.input(x), step.input(x), *(step.rec.buffer(n) for n in (96, 64, 96))
+    b, a, h, g, ff, out = step.input(x), step.input(x), *(step.rec.buffer(n) for n in (96, 96, 64, 96))
     step.rec.matmul(b, step.backend.weight([first]), a, residual=a)
     step.rec.rms_norm(a, step.vector(weight), h, 0.01)
+    step.rec.matmul(h, step.backend.weight([first]), g)
+    step.rec.rms_norm(g, step.vector(2 * weight), a, 0.01, residual=a)
+    step.rec.rms_norm(a, step.vector(weight), h, 0.02)
     step.rec.matmul_gated(h, step.backend.weight([gate_up]), ff, "silu")
     step.rec.matmul(ff, step.backend.weight([down]), out)
     step.rec.matmul(h, step.backend.weight([halves]), out, residual=out)
     step.finish(out)
     w = [weights_of([tensor]) for tensor in (first, gate_up, down, halves)]
+
+    def rms(rows: np.ndarray, eps: float) -> np.ndarray:
+        return rows / np.sqrt((rows**2).mean(1, keepdims=True) + eps) * weight.astype(np.float32)
+
     for n, first_id in ((1, 0), (3, 2), (1, 5), (20, 0)):
         read = as_quantized if n < 20 else lambda values: values
         rows = x[first_id : first_id + n]
         sums = read(rows) @ w[0].T + rows
-        normed = sums / np.sqrt((sums**2).mean(1, keepdims=True) + 0.01) * weight.astype(np.float32)
+        added = rms(read(rms(sums, 0.01)) @ w[0].T, 0.01) * 2 + sums
+        normed = rms(added, 0.02)
         both = read(normed) @ w[1].T
         made = read(ACTIVATIONS["silu"](both[:, :64]) * both[:, 64:])
         assert error(step.run(n, 0, first_id), made @ w[2].T + normed @ w[3].T) < HALF, n
