@@ -209,10 +209,10 @@ def matmul_decode(  # type: ignore[no-untyped-def]
                 made = tl.load(out + row * out_stride + column, mask=column < n_out, other=0.0, cache_modifier=".cg")
                 made = normed(made, norm, column, n_out, eps)
                 if more is not None:
+                    tl.debug_barrier()  # else it is loaded before registers are free
                     made += tl.load(more + row * more_stride + column, mask=column < n_out, other=0.0)
                 tl.store(norm_out + row * norm_stride + column, made, mask=column < n_out)
                 if norm2 is not None:
-                    tl.debug_barrier()  # else its weights are loaded before registers are free
                     made = normed(made, norm2, column, n_out, eps2)
                     tl.store(norm2_out + row * norm2_stride + column, made, mask=column < n_out)
                 if oq is not None:
