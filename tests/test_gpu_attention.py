@@ -69,8 +69,8 @@ def roundings(
 
     Rounding moves a number x by up to U |x|, by U |x| / sqrt(3) in the mean square, each one by itself. d(result) =
     sum of weights * (values - result) * d(score) to first order, where score = scale * q . k: so much for q, which is
-    the same for all positions, and for k; a softcap makes it no more. And weights and values are rounded, by up to 2^-25
-    where they are tiny. What f32 adds is 2e-5 at most, by exp2 of scores up to 100.
+    the same for all positions, and for k; a softcap makes it no more. And weights and values are rounded, tiny ones by
+    up to 2^-25. What f32 adds is 2e-5 at most, by exp2 of scores up to 100.
     """
     distance = positions[:, None] - np.arange(len(k))
     hidden = (distance < 0) | ((distance >= shape.window) if shape.window else False)
