@@ -117,6 +117,14 @@ _ENTRIES = (
         expected={"hidden_act": ("silu",), "norm_topk_prob": (True,)},
     ),
     Architecture(
+        "olmoe",
+        ("OlmoeForCausalLM",),
+        ("olmoe",),
+        layer={**LLAMA, **QK_NORM, **EXPERTS},
+        ffn=(MOE_FFN,),
+        expected={"hidden_act": ("silu",), "norm_topk_prob": (False,), "clip_qkv": (None,)},
+    ),
+    Architecture(
         "gemma",
         ("GemmaForCausalLM",),
         ("gemma",),

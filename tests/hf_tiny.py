@@ -50,6 +50,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2moe": ("Qwen2MoeForCausalLM", {**_TIED, **_MOE, "shared_expert_intermediate_size": 56}),
     "qwen3": ("Qwen3ForCausalLM", {**_FREE}),
     "qwen3moe": ("Qwen3MoeForCausalLM", {**_FREE, **_MOE, "norm_topk_prob": True}),
+    "olmoe": ("OlmoeForCausalLM", {**_TIED, "num_experts": 4, "num_experts_per_tok": 2}),
     "gemma": ("GemmaForCausalLM", {**_FREE, "tie_word_embeddings": True}),
     "gemma2": ("Gemma2ForCausalLM", {**_FREE, **_WINDOWED, "tie_word_embeddings": True}),
     "gemma3": ("Gemma3ForCausalLM", {**_FREE, **_WINDOWED, "tie_word_embeddings": True}),
