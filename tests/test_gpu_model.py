@@ -25,7 +25,6 @@ from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.reader import GGUFFile
 from gguf_run.kernels_gpu import backend as gpu_backend
 from gguf_run.kernels_gpu.cache_formats import CACHE_FORMATS
-from gguf_run.kernels_gpu.device import open_device
 from gguf_run.kernels_gpu.errors import explain
 from gguf_run.kernels_gpu.matmul import Tuning
 from gguf_run.kernels_gpu.program import Launches
@@ -223,32 +222,6 @@ def test_errors_of_gpus_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert decoder.n_past == 0
     for other in (RuntimeError("shapes do not fit"), ValueError("out of memory")):
         assert explain(other) is None
-
-
-@pytest.mark.parametrize(
-    ("cuda", "available", "capability", "words"),
-    [
-        (None, False, (9, 0), r"--device cuda:1: this torch \(.*\) is built for CPUs only; install one with CUDA"),
-        ("13.0", False, (9, 0), "--device cuda:1: torch .* finds no usable GPU; check the driver with nvidia-smi"),
-        ("13.0", True, (7, 5), "--device cuda:1: a card has compute capability 7.5, at least 8.0 is needed"),
-        ("13.0", True, (8, 0), None),
-    ],
-)
-def test_gpus_that_cannot_be_used(
-    cuda: str | None, available: bool, capability: tuple[int, int], words: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(torch.version, "hip", None)
-    answers = {"is_available": available, "device_count": 2, "get_device_capability": capability}
-    for name, answer in (answers | {"get_device_name": "a card"}).items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
-    if words is None:
-        assert open_device(1) == torch.device("cuda", 1)
-        with pytest.raises(GgufRunError, match="--device cuda:2: this machine has 2 GPUs, numbered from 0 on"):
-            open_device(2)
-    else:
-        with pytest.raises(GgufRunError, match=words):
-            open_device(1)
 
 
 def test_two_layers_of_a_real_model(monkeypatch: pytest.MonkeyPatch) -> None:

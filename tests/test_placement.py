@@ -1,6 +1,5 @@
 """What runs where: from options and sizes alone."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -295,27 +294,3 @@ def test_gpu_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert open_gpus(Wanted((CPU,)), lines.append, tmp_path) == {}
     with pytest.raises(GgufRunError, match="--device cuda:0: no"):
         open_gpus(Wanted(n_gpu=3), lines.append, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (ModuleNotFoundError("x", name="triton"), "triton is not installed; install it with: pip install 'gguf-run"),
-        (ImportError("undefined symbol: abc"), r"torch and triton do not work here \(undefined symbol: abc\); install"),
-    ],
-)
-def test_libraries_that_are_missing_or_do_not_match(
-    error: Exception, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import builtins
-
-    real: Callable[..., Any] = builtins.__import__
-
-    def load(name: str, *args: Any, **options: Any) -> Any:
-        if name.startswith("gguf_run.kernels_gpu"):
-            raise error
-        return real(name, *args, **options)
-
-    monkeypatch.setattr(builtins, "__import__", load)
-    with pytest.raises(GgufRunError, match=f"--device cuda:1: {words}"):
-        devices.open_gpu(GPU[1])
