@@ -29,6 +29,13 @@ class CpuProgram:
         self._table.set_tokens(ids, runs)
         return self._replay(self._all if len(rows) else self._before, rows)
 
+    @property
+    def n_top(self) -> int:
+        return 0
+
+    def run_top(self, *_: Any) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+        raise NotImplementedError("the host has all results")
+
     def more(self, rows: Sequence[int]) -> NDArray[np.float32]:
         return self._replay(self._after, rows)
 

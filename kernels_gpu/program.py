@@ -11,6 +11,7 @@ from gguf_run.kernels_gpu.device import current
 from gguf_run.kernels_gpu.errors import gpu_errors
 from gguf_run.kernels_gpu.matmul import FEW
 from gguf_run.kernels_gpu.memory import GpuBuffer, padded
+from gguf_run.kernels_gpu.top import SIZES, Top
 
 
 def bucket(n_row: int) -> int:
@@ -80,6 +81,11 @@ class Launches:
                     op(n)
             self._graphs[n] = graph
 
+    def followed_by(self, op: Callable[[int], None]) -> "Launches":
+        launches = Launches([*self._ops, op], torch.device("cpu"), False)
+        launches._most = self._most
+        return launches
+
     def clear(self) -> None:
         self._ops.clear()
         self._graphs.clear()
@@ -96,16 +102,38 @@ class GpuProgram:
         self._step, self._before, self._after, self._result = step, before, after, result
         self._device = result.memory.device
         self._host = torch.zeros(padded(n_outputs), result.width, pin_memory=self._device.type == "cuda")
+        self._tops = dict[int, tuple[Launches, Top]]()
         self._closed = False
+
+    @property
+    def n_top(self) -> int:
+        return SIZES[-1]
 
     @gpu_errors()
     def run(self, ids: NDArray[np.int32], runs: Sequence[Any], rows: Sequence[int]) -> NDArray[np.float32]:
+        with current(self._device):
+            self._run_before(ids, runs, rows)
+            return self._results(len(rows))
+
+    @gpu_errors()
+    def run_top(
+        self, ids: NDArray[np.int32], runs: Sequence[Any], row: int, k: int
+    ) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+        size = next(n for n in SIZES if k <= n)
+        with current(self._device):
+            self._run_before(ids, runs, [row])
+            if size not in self._tops:
+                top = Top(self._result, size)
+                self._tops[size] = self._after.followed_by(top.launch), top
+            launches, top = self._tops[size]
+            launches.run(1)
+            return top.fetch(k)
+
+    def _run_before(self, ids: NDArray[np.int32], runs: Sequence[Any], rows: Sequence[int]) -> None:
         if self._closed:  # its memory is gone
             raise ValueError("the program is closed")
-        with current(self._device):
-            self._step.set(rows, ids, runs)
-            self._before.run(len(ids))
-            return self._results(len(rows))
+        self._step.set(rows, ids, runs)
+        self._before.run(len(ids))
 
     @gpu_errors()
     def more(self, rows: Sequence[int]) -> NDArray[np.float32]:
@@ -124,5 +152,6 @@ class GpuProgram:
 
     def close(self) -> None:
         self._closed = True
-        self._before.clear()
-        self._after.clear()
+        for launches in (self._before, self._after, *(launches for launches, _ in self._tops.values())):
+            launches.clear()
+        self._tops.clear()

@@ -1,4 +1,4 @@
-"""Ops on rows: embeddings, the choice of result rows, gating, sums of squares, the greatest of a row."""
+"""Ops on rows: embeddings, the choice of result rows, gating, sums of squares."""
 
 import triton
 import triton.language as tl
@@ -96,18 +96,3 @@ def observe(x, x_stride, sums, n_row, n, WIDTH: tl.constexpr):  # type: ignore[n
         total += value * value
         at += x_stride
     tl.store(sums + column, total, mask=mask)
-
-
-@triton.jit
-def argmax(x, x_stride, out, n, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """out int32[row] = the first column of the greatest value; grid (rows,)."""
-    row = tl.program_id(0).to(tl.int64)
-    best = tl.full((WIDTH,), float("-inf"), tl.float32)
-    where = tl.zeros((WIDTH,), tl.int32)
-    for start in range(0, n, WIDTH):
-        column = start + tl.arange(0, WIDTH)
-        value = tl.load(x + row * x_stride + column, mask=column < n, other=float("-inf"))
-        where = tl.where(value > best, column, where)
-        best = tl.maximum(best, value)
-    greatest = tl.max(best, axis=0)
-    tl.store(out + row, tl.min(tl.where(best == greatest, where, n), axis=0))

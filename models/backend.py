@@ -239,6 +239,18 @@ class Program(Protocol):
         """
         ...
 
+    @property
+    def n_top(self) -> int:
+        """How many of the greatest results run_top finds, where that saves the way of all to the host; else 0."""
+        ...
+
+    def run_top(
+        self, ids: NDArray[np.int32], runs: Sequence[Run], row: int, k: int
+    ) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+        """As run, but return the columns and values of the k <= n_top greatest results of one token, in order; of equal
+        ones the first comes first, and a NaN before all else."""
+        ...
+
     def more(self, rows: Sequence[int]) -> NDArray[np.float32]:
         """Other result rows of the tokens of the last run: only what stands after Recorder.outputs runs again."""
         ...

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.reader import Tensor
-from gguf_run.models.backend import Backend, Buffer, CacheType, Program
+from gguf_run.models.backend import Backend, Buffer, CacheType, Program, Run
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer, KvCache
 from gguf_run.models.layer import Loader, Observed, Step
@@ -162,6 +162,21 @@ class Decoder:
             start += n_batch
         return self._logits(tokens[start:], first - start, seq)
 
+    @property
+    def n_top(self) -> int:
+        """Most of the greatest logits that `top` finds, 0 where it does not."""
+        return self._program.n_top
+
+    def top(self, ids: Sequence[int], k: int, seq: int = 0) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+        """Append up to n_batch tokens; return the k <= n_top likeliest next tokens and their logits, see
+        Program.run_top. GgufRunError as for forward."""
+        self._check(ids, seq)
+        tokens = np.asarray(ids, np.int32)
+        runs = self._before_last(tokens, {seq: len(ids)})
+        top = self._program.run_top(tokens, runs, len(ids) - 1, k)
+        self.cache.end(runs)
+        return top
+
     def _check(self, ids: Sequence[int], seq: int) -> None:
         """GgufRunError if ids cannot be appended to a sequence."""
         n_past, n_vocab = self.cache.n_past(seq), self.config.n_vocab
@@ -200,13 +215,18 @@ class Decoder:
         return self._run(tokens, counts, [end - 1 for end in itertools.accumulate(counts.values())])
 
     def _run(self, batch: NDArray[np.int32], counts: Mapping[int, int], rows: Sequence[int]) -> NDArray[np.float32]:
+        runs = self._before_last(batch, counts)
+        logits = self._program.run(batch, runs, rows)
+        self.cache.end(runs)
+        return logits
+
+    def _before_last(self, batch: NDArray[np.int32], counts: Mapping[int, int]) -> list[Run]:
+        """Run all stages but the last, which is to run with what is returned."""
         runs = self.cache.begin(counts)
         for stage, following in itertools.pairwise(self._stages):
             stage.program.run(batch, runs, ())
             following.backend.from_host(stage.backend.to_host(stage.x, len(batch)), following.x)
-        logits = self._program.run(batch, runs, rows)
-        self.cache.end(runs)
-        return logits
+        return runs
 
     def rewind(self, n_past: int, seq: int = 0) -> int:
         """Forget a sequence's tokens from position n_past on; returns how many are left: see KvCache.rewind."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.models.kv_cache import GROUP
+from gguf_run.runtime.samplers import Candidates
 from gguf_run.runtime.sampling import Sampler
 
 if TYPE_CHECKING:
@@ -86,6 +87,16 @@ class Session:
     def append(self, id: int, n_keep: int | None = None) -> NDArray[np.float32]:
         """Add one token; return the logits f32[n_vocab] after it."""
         return self._run([id], n_keep)
+
+    def append_top(self, id: int, n_keep: int | None, n_top: int) -> NDArray[np.float32] | Candidates:
+        """The same; but if not 0, the n_top greatest logits are enough: all come only where the decoder has them."""
+        if not 0 < n_top <= self.decoder.n_top:
+            return self._run([id], n_keep)
+        if n_keep is not None and not self.n_free:
+            self._make_room(n_keep)
+        ids, logits = self.decoder.top([id], n_top)
+        self._history.append(id)
+        return Candidates(logits, ids, True)
 
     def hold(self, ids: Sequence[int]) -> int:
         """Make `ids` the whole context, without logits; returns how many were reused."""
@@ -235,9 +246,9 @@ class Generation:
                     "end first, or use generate_batch"
                 )
             start = time.perf_counter()
-            logits = self._session.append(id, self._n_keep)
+            following = self._session.append_top(id, self._n_keep, self.sampler.n_top)
             self.sampler.accept([id])
-            id = self.sampler.sample(logits)
+            id = self.sampler.sample(following)
             self.n_decoded += 1
             self.decode_s += time.perf_counter() - start
 

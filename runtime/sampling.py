@@ -58,6 +58,11 @@ class Sampler:
             n_first = max((i + 1 for i, kind in enumerate(stages) if not kind.keeps_best), default=0)
             stages = stages[:n_first] + [kind for kind in stages[n_first:] if kind.name == "temperature"]
         self._stages = stages
+        # Of the greatest logits, how many are enough to choose from: 0 if all must be known.
+        self.n_top = 0
+        if stages and not params.logit_bias and not params.logits_processors and params.logprobs is None:
+            is_greedy = stages[0].name == "temperature" and params.temperature < GREEDY and not params.dynatemp_range
+            self.n_top = params.top_k if stages[0].name == "top_k" else int(is_greedy)
         names = {kind.name for kind in stages}
         n_recent = max(
             params.repeat_last_n if "penalties" in names else 0, params.dry_penalty_last_n if "dry" in names else 0
@@ -74,23 +79,27 @@ class Sampler:
             self._context.extend(ids)
         self._recent.extend(ids)
 
-    def sample(self, logits: NDArray[np.float32]) -> int:
-        """Choose from f32[n_vocab] (not changed). GgufRunError if the logits are not numbers, or no token is left."""
-        best = int(logits.argmax())
-        if not np.isfinite(logits[best]):
+    def sample(self, logits: NDArray[np.float32] | Candidates) -> int:
+        """Choose from f32[n_vocab] (not changed), or, if n_top is not 0, from the n_top greatest in order.
+        GgufRunError if the logits are not numbers, or no token is left."""
+        best = logits.logits[0] if isinstance(logits, Candidates) else logits[int(logits.argmax())]
+        if not np.isfinite(best):
             raise GgufRunError(
-                f"the model's output for the next token is {logits[best]}, not a number: the file is damaged, or its "
+                f"the model's output for the next token is {best}, not a number: the file is damaged, or its "
                 "values are too large for this computation"
             )
         with np.errstate(over="ignore"):
-            candidates = Candidates(self._processed(logits))
+            if isinstance(logits, Candidates):
+                candidates = logits.take(logits.logits > -np.inf, True)
+            else:
+                candidates = Candidates(self._processed(logits))
             for kind in self._stages:
                 candidates = APPLY[kind.name](candidates, self.params, self._state)
             candidates = self._selector.distribution(candidates)
         i = _draw(candidates.probabilities(), self._random) if len(candidates.logits) > 1 else 0
         self._selector.chosen(candidates, i)
         id = candidates.id(i)
-        if self.params.logprobs is not None:
+        if self.params.logprobs is not None and not isinstance(logits, Candidates):
             self.logprobs.append(_logprobs(logits, id, self.params.logprobs))
         return id
 

@@ -146,6 +146,7 @@ def ops() -> None:
     program = recorder.finish(recorder.outputs(x))
     for n in (1, 64):
         program.run(np.zeros(n, np.int32), [Run(0, 0, n)], [0])
+    program.run_top(np.zeros(1, np.int32), [Run(0, 0, 1)], 0, 64)
 
 
 def attention(k: str, v: str, head_dim: int, n: int) -> None:

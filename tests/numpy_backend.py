@@ -350,6 +350,7 @@ class NumpyProgram:
     result: NumpyBuffer
     op_names: list[str]
     step: Step | None = None
+    n_top: int = 0
 
     def run(self, ids: np.ndarray, runs: Sequence[Run], rows: Sequence[int]) -> np.ndarray:
         assert 0 < len(ids) == sum(run.n_tokens for run in runs) <= self.n_batch

@@ -21,8 +21,8 @@ GREEDY = SamplingParams(temperature=0)
 class FakeDecoder:
     """The next token is a number made of all tokens in the cache, so that a wrong one shows. Remembers what it ran."""
 
-    def __init__(self, n_ctx: int = 32) -> None:
-        self.n_ctx, self.n_past = n_ctx, 0
+    def __init__(self, n_ctx: int = 32, n_top: int = 0) -> None:
+        self.n_ctx, self.n_past, self.n_top = n_ctx, 0, n_top
         self.held = [0] * n_ctx
         self.cache = SimpleNamespace(shift=self.shift)
         self.can_shift = True
@@ -43,6 +43,13 @@ class FakeDecoder:
                 block[:] = 0
                 block[0, next_id(self.held[: self.n_past])] = 1
                 yield block
+
+    def top(self, ids: Sequence[int], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Logits as of a device that finds the greatest itself."""
+        assert k <= self.n_top
+        ((logits,),) = (block.copy() for block in self.forward(ids))
+        found = np.argsort(-logits, kind="stable")[:k]
+        return found, logits[found]
 
     def rewind(self, n_past: int) -> int:
         assert 0 <= n_past <= self.n_past
@@ -165,6 +172,17 @@ def test_empty_prompt() -> None:
 def test_max_tokens_not_allowed(max_tokens: int) -> None:
     with pytest.raises(OptionError, match="max_tokens"):
         Generation(Session(FakeDecoder()), [1], Sampler(GREEDY), (), max_tokens)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=5, temperature=3.0), SamplingParams(seed=5, top_k=65)])
+def test_the_greatest_logits_are_enough(params: SamplingParams) -> None:
+    """The same ids, whether the decoder gives all logits or finds the greatest itself; when the context shifts, too."""
+    answers = []
+    for n_top in (0, 64):
+        session = Session(FakeDecoder(128, n_top))
+        answers.append([*Generation(session, [1, 2, 3], Sampler(params), (), 200, 0)])
+        assert session.ids[-1] == answers[-1][-2]
+    assert answers[0] == answers[1]
 
 
 def test_repeat_penalty_sees_prompt_and_answer() -> None:

@@ -94,6 +94,11 @@ def test_tiny_models(name: str, tmp_path: Path) -> None:
     if name == "llama":
         singles = [logits(decoder, IDS[11:], 1) for decoder in (one, other, exact)]
         assert distance(singles[0], singles[2]) < max(0.01, 1.5 * distance(singles[1], singles[2]))
+        one.rewind(11)
+        ids, values = one.top(IDS[11:], 3)
+        assert np.array_equal(values, singles[0][0, ids])
+        assert np.array_equal(ids, np.argsort(-singles[0][0], kind="stable")[:3])
+        assert one.n_past == 12
 
 
 # Norms of a layer beyond llama's, and how many values they have; None: llama's that are not there.

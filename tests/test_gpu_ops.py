@@ -315,16 +315,24 @@ def test_attention(window: int) -> None:
     both(record, [(0, 12), (12, 1), *([(13, 12), (25, 12), (37, 12), (49, 12), (61, 12)] if window else [])], HALF)
 
 
-def test_argmax() -> None:
-    import torch
-
-    from gguf_run.kernels_gpu.rows import argmax
-
-    x = np.random.default_rng(2).standard_normal((3, 2500)).astype(np.float32)
-    x[1, [700, 1900]] = 9
-    out = torch.zeros(3, dtype=torch.int32, device=DEVICE)
-    argmax[(3,)](torch.from_numpy(x).to(DEVICE), 2500, out, 2500, 1024)
-    assert np.array_equal(out.cpu(), x.argmax(1))
+def test_the_greatest_results() -> None:
+    """Equal ones, zeros of both signs, numbers that are none; fewer columns than are asked for."""
+    x = np.random.default_rng(2).standard_normal((4, 1500)).astype(np.float32)
+    x[0, ::9], x[1, 20:], x[1, 5], x[2] = 1.5, -np.inf, -0.0, -np.inf
+    x[1, 3:5], x[2, 7], x[3, [40, 1200]] = 0, np.inf, np.nan
+    step = Step(gpu(), 4)
+    step.finish(step.input(x))
+    for row in range(4):
+        for k in (1, 3, 64):
+            ids, values = step.program.run_top(np.arange(4, dtype=np.int32), [Run(0, 0, 4)], row, k)
+            expected = np.argsort(-np.where(np.isnan(x[row]), np.inf, x[row]), kind="stable")[:k]
+            assert np.array_equal(ids, expected)
+            assert np.array_equal(values, x[row, expected], equal_nan=True)
+    few = Step(gpu(), 1)
+    few.finish(few.input(x[:1, :5]))
+    ids, values = few.program.run_top(np.zeros(1, np.int32), [Run(0, 0, 1)], 0, 64)
+    assert np.array_equal(values, x[0, ids])
+    assert np.array_equal(ids, np.argsort(-x[0, :5]))
 
 
 def test_observe() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.runtime import samplers
+from gguf_run.runtime.samplers import Candidates
 from gguf_run.runtime.samplers_history import breakers, repeated_runs
 from gguf_run.runtime.sampling import APPLY, Sampler
 from gguf_run.runtime.sampling_params import SAMPLERS, SamplingParams
@@ -135,6 +136,36 @@ def test_repeat_penalty_forgets_after_64_tokens() -> None:
     assert sampler.sample(logits) == 1
     sampler.accept([2])
     assert sampler.sample(logits) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "n_top"),
+    [
+        ({"temperature": 0}, 1),
+        ({}, 40),
+        ({"top_k": 5, "min_p": 0.01, "top_p": 1.0}, 5),
+        ({"top_k": 50, "typical_p": 0.9, "xtc_probability": 0.5}, 50),
+        ({"temperature": 0, "adaptive_target": 0.5}, 1),
+        ({"top_k": 0}, 0),
+        ({"repeat_penalty": 1.1}, 0),
+        ({"logprobs": 2}, 0),
+        ({"logit_bias": {3: 1.0}}, 0),
+        ({"top_n_sigma": 1.0}, 0),
+        ({"mirostat": 2}, 0),
+    ],
+)
+def test_the_greatest_logits_are_enough(options: dict[str, Any], n_top: int) -> None:
+    """The very same tokens, also where many logits are alike or tokens cannot come."""
+    every, few = (Sampler(SamplingParams(seed=3, **options)) for _ in range(2))
+    assert every.n_top == few.n_top == n_top
+    rng = np.random.default_rng(1)
+    for i in range(40 if n_top else 0):
+        logits = rng.integers(0, 12, 300).astype(np.float32) if i % 2 else rng.standard_normal(300, np.float32)
+        logits[i + 1 :] = -np.inf if i % 3 == 0 else logits[i + 1 :]
+        order = np.argsort(-logits, kind="stable")[:n_top]
+        assert every.sample(logits) == few.sample(Candidates(logits[order], order, True))
+    with pytest.raises(GgufRunError, match="output for the next token is nan"):
+        few.sample(Candidates(np.array([np.nan, 1], np.float32), np.array([4, 2]), True))
 
 
 def test_seed_repeats_draws() -> None:
