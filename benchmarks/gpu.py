@@ -3,6 +3,7 @@
     python benchmarks/gpu.py [--check] [--sweep] [--model] [--tune] [--quick] [--perplexity MODEL TEXT] [--json OUT]
 
 Where gguf-run is not installed: make build/typing/gguf_run && PYTHONPATH=build/typing python3 benchmarks/gpu.py
+The tests need pytest and gguf, and are quicker with pytest-xdist.
 
 --check runs tests/test_gpu_*.py on the GPU, every kernel against float64 NumPy. All other cases are in gpu_cases.py.
 They run in processes of their own, so that what fails takes nothing else along: first in several at a time, which
@@ -27,10 +28,10 @@ from typing import Any
 import click
 
 ROOT = Path(__file__).parents[1]
-TESTS = [f"tests/test_gpu_{name}.py" for name in ("ops", "attention", "repack", "model")]
+TESTS = [f"tests/test_gpu_{name}.py" for name in ("ops", "attention", "repack", "moe", "model")]
 NO_MODEL_FILES = "not real_model"
 NOMINAL = {"H200": 4.0e12, "H100": 2.9e12}  # bytes per second that issue 7 and notes count with
-SILENT = 120.0  # seconds without a record after which a process is stopped
+SILENT = 120.0  # seconds without a record after which a process is stopped; the interpreter gets ten times as long
 QUICK = ("limits", "check", "Q4_K", "Q6_K", "Q8_0", "attention f16", "attention q8_0", "llama-8b Q4_K_M")
 # Part of case and record: tokens per second on an H200, or the part of what the bytes allow at its nominal bandwidth.
 TARGETS: tuple[tuple[str, str, float], ...] = (
@@ -93,7 +94,7 @@ def _lines(path: Path) -> list[Record]:
 
 def in_processes(keys: Sequence[Key], options: Sequence[str], deadline: float) -> list[Record]:
     """Records of the cases, by as many processes as it takes: each goes on behind the case that ended the last one."""
-    left, found = list(keys), list[Record]()
+    left, found, silent = list(keys), list[Record](), SILENT * (10 if "--interpret" in options else 1)
     while left:
         if time.monotonic() > deadline:
             return found + [{"key": key, "error": "left out: no time"} for key in left]
@@ -108,7 +109,7 @@ def in_processes(keys: Sequence[Key], options: Sequence[str], deadline: float) -
                     code, now = process.poll(), out.stat().st_size
                     if now > size:
                         size, since = now, time.monotonic()
-                    if time.monotonic() > min(deadline + 30, since + SILENT):
+                    if time.monotonic() > min(deadline + 30, since + silent):
                         process.kill()
             lines, last = _lines(out), log.read_text().strip().splitlines()[-1:]
         found += [line for line in lines if "key" in line]
@@ -117,7 +118,8 @@ def in_processes(keys: Sequence[Key], options: Sequence[str], deadline: float) -
         left = [key for key in left if key not in ended]
         if left and (code != 3 or not ended):
             left.remove(begun[0])
-            found.append({"key": begun[0], "error": f"the process ended with {code}: {''.join(last)[:160]}"})
+            text = "".join(last)[:160] or "no answer for too long"
+            found.append({"key": begun[0], "error": f"the process ended with {code}: {text}"})
     return found
 
 
@@ -128,6 +130,7 @@ def run_tests(interpret: bool, deadline: float) -> list[Record]:
         workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
         only = "fallbacks or activations" if interpret else NO_MODEL_FILES
         command = [sys.executable, "-m", "pytest", *TESTS, "-k", only, "-p", "no:warnings", "-p", "no:cacheprovider"]
+        command.append("--continue-on-collection-errors")
         environment = os.environ | {"TRITON_INTERPRET": str(int(interpret))}
         seconds = max(1.0, deadline - time.monotonic())
         try:
