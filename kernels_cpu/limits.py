@@ -39,11 +39,12 @@ _RUNS = 50  # so many times `seconds` in all, but a few runs at least
 @dataclass(frozen=True)
 class Limits:
     """read_bytes: bytes read per second; int8_ops: int8 operations per second, a multiplication and an addition each
-    counted as one."""
+    counted as one. name: of a GPU (n_threads is 0 then, and the operations are f16)."""
 
     n_threads: int
     read_bytes: float
     int8_ops: float
+    name: str = ""
 
 
 def measure_limits(n_threads: int, n_bytes: int | None = None, seconds: float = 0.005) -> Limits:

@@ -17,6 +17,7 @@ from gguf_run.kernels_gpu.cache import GpuCache, new_rows
 from gguf_run.kernels_gpu.cache_formats import cache_format, rows_stored
 from gguf_run.kernels_gpu.device import capability, current
 from gguf_run.kernels_gpu.errors import gpu_errors
+from gguf_run.kernels_gpu.limits import measure_limits
 from gguf_run.kernels_gpu.matmul import DEFAULT, TUNINGS
 from gguf_run.kernels_gpu.memory import GpuBuffer, GpuWeight, WeightPart
 from gguf_run.kernels_gpu.moe_launch import GpuExperts
@@ -40,6 +41,12 @@ class GpuBackend:
         if self.device.type != "cuda":
             return f"Triton's interpreter on {self.device}"
         return f"GPU {self.device.index}, {torch.cuda.get_device_name(self.device)}"
+
+    @gpu_errors()
+    def limits(self) -> tuple[float, float]:
+        """Bytes read and f16 operations, per second."""
+        with current(self.device):
+            return measure_limits(self.device, min(1 << 30, self.free_memory() // 4))
 
     def free_memory(self) -> int:
         """Bytes that can still be taken; without a GPU, no limit."""

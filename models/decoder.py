@@ -34,7 +34,7 @@ def _parts(backends: Sequence[Backend], embedding: Backend) -> list[tuple[Backen
 
 
 class Decoder:
-    """A model that is ready to run. cache: the tokens of n_seq sequences, numbered from 0 on."""
+    """A model that is ready to run. cache: the tokens of n_seq sequences, from 0 on. backends: of the layers."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Decoder:
             raise ValueError(f"{len(backends)} backends for {config.n_layer} layers")
         embedding = embedding or backends[0]
         self._backends = {id(backend): backend for backend in (embedding, *backends)}
-        self.config = config
+        self.config, self.backends = config, backends
         self.n_ctx = n_ctx
         self.observed: list[Observed] | None = [] if observe else None
         n_batch = max(min(n_batch, n_ctx), n_seq)

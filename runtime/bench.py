@@ -16,10 +16,13 @@ from typing import Any
 import numpy as np
 
 from gguf_run.formats.reader import GGUFFile, Tensor
+from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.kernels_cpu.cache_types import GROUP, cache_bytes
 from gguf_run.kernels_cpu.limits import Limits, measure_limits
 from gguf_run.models.config import ModelConfig
+from gguf_run.runtime.cache_plan import plan_cache
 from gguf_run.runtime.fetch import find_model
+from gguf_run.runtime.memory import MemoryPlan
 from gguf_run.runtime.model import Model
 from gguf_run.runtime.model_type import model_type
 
@@ -96,15 +99,16 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Result:
-    """A test that has run. samples_ns: nanoseconds of each repetition; fraction: of the machine's limit, see
-    ideal_seconds; test_time: when it began, UTC."""
+    """A test that has run. samples_ns: nanoseconds of each repetition; fraction: of the limit of the machine or of its
+    GPU, see ideal_seconds, None if layers run on both; test_time: when it began, UTC; gpus: names of those that ran."""
 
     case: Case
     facts: ModelFacts
     limits: Limits
-    fraction: float
+    fraction: float | None
     test_time: str
     samples_ns: tuple[int, ...]
+    gpus: tuple[str, ...] = ()
 
     @property
     def samples_ts(self) -> list[float]:
@@ -215,14 +219,24 @@ def _run_group(path: Path, cases: Sequence[Case], limits: Limits, how: Procedure
     ) as model:
         with GGUFFile.open(path) as file:
             facts = ModelFacts.of(file)
+            sizes = MemoryPlan(facts.config, [*file.tensors.values()], 1, plan_cache(facts.config)).gpu_sizes().weights
+        weight_bytes = model.decoder.nbytes()["weights"]
+        backends: list[Any] = [*dict.fromkeys(model.decoder.backends)]
+        gpus = [backend for backend in backends if not isinstance(backend, CpuBackend)]
+        if gpus:
+            how.notify(f"measuring the limits of {gpus[0].name}")
+            read_bytes, f16_ops = gpus[0].limits()
+            limits, weight_bytes = Limits(0, read_bytes, f16_ops, gpus[0].name), sum(sizes.layers) + sizes.output
+        both = 0 < len(gpus) < len(backends)
         runner = _Runner(model)
         for case in cases:
             time.sleep(how.delay)
             test_time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
             samples = runner.samples(case, how)
-            ideal = ideal_seconds(case, facts, model.decoder.nbytes()["weights"], limits)
+            ideal = ideal_seconds(case, facts, weight_bytes, limits)
             fraction = ideal * fmean(_speeds(case, samples)) / (case.n_prompt + case.n_gen)
-            yield Result(case, facts, limits, fraction, test_time, tuple(samples))
+            names = tuple(gpu.name for gpu in gpus)
+            yield Result(case, facts, limits, None if both else fraction, test_time, tuple(samples), names)
 
 
 class _Runner:

@@ -34,7 +34,7 @@ FIELDS: Mapping[str, str] = {
 }  # fmt: skip
 # What llama-bench says of settings that nobody changed: two results are compared only where all of these are equal.
 _UNCHANGED: Mapping[str, Any] = {
-    "gpu_info": "", "backends": "CPU", "cpu_mask": "0x0", "cpu_strict": False, "poll": 50,
+    "cpu_mask": "0x0", "cpu_strict": False, "poll": 50,
     "n_cpu_moe": 0, "split_mode": "layer", "main_gpu": 0, "no_kv_offload": False, "flash_attn": -1,
     "tensor_buft_overrides": "none", "load_mode": "auto", "lazy_mode": "auto",
     "embeddings": False, "no_op_offload": 0, "no_host": False, "repack": True, "fit_target": 0, "fit_min_ctx": 0,
@@ -49,6 +49,8 @@ def fields(result: Result) -> dict[str, Any]:
         "build_commit": commit,
         "build_number": number,
         "cpu_info": cpu_info(),
+        "gpu_info": ", ".join(result.gpus),
+        "backends": ",".join(["Triton"] * bool(result.gpus) + ["CPU"] * (not result.gpus or result.fraction is None)),
         "model_filename": case.model,
         "model_type": facts.model_type,
         "model_size": facts.model_size,
@@ -72,7 +74,7 @@ def own_fields(result: Result) -> dict[str, Any]:
     return {
         "limit_read_bytes": round(result.limits.read_bytes),
         "limit_int8_ops": round(result.limits.int8_ops),
-        "limit_fraction": round(result.fraction, 4),
+        "limit_fraction": None if result.fraction is None else round(result.fraction, 4),
     }
 
 
@@ -228,11 +230,12 @@ class Markdown:
 
     def row(self, result: Result) -> str:
         values = fields(result) | {
+            "backends": ", ".join([*result.gpus, *(["CPU"] * (not result.gpus or result.fraction is None))]),
             "size": _binary_size(result.facts.model_size),
             "params": _count(result.facts.n_params),
             "test": str(result.case),
             "t/s": f"{result.avg_ts:.2f} ± {result.stddev_ts:.2f}",
-            "of limit": f"{result.fraction:.1%}",
+            "of limit": "" if result.fraction is None else f"{result.fraction:.1%}",
         }
         return self._line([str(values[name]) for name in self._columns])
 
@@ -240,9 +243,10 @@ class Markdown:
         commit, number = build()
         lines = ["", f"build: {commit} ({number})"]
         for limits in dict.fromkeys(result.limits for result in results):
-            threads = f"{limits.n_threads} thread{'s' * (limits.n_threads > 1)}"
+            whose = limits.name or f"{limits.n_threads} thread{'s' * (limits.n_threads > 1)}"
             speeds = f"read {limits.read_bytes / 1e9:.1f} GB/s, int8 dot {limits.int8_ops / 1e9:.0f} Gop/s"
-            lines.append(f"limits, {threads}: {speeds} ({isa.current().name})")
+            speeds = speeds.replace("int8", "f16") if limits.name else f"{speeds} ({isa.current().name})"
+            lines.append(f"limits, {whose}: {speeds}")
         return "\n".join(lines) + "\n"
 
     def _shown(self) -> list[tuple[str, int]]:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from cpu_ops import cpu
 from tinymodel import TINY_GEMMA3, Tiny, write_tiny
 
 from gguf_run.formats.errors import GgufRunError
@@ -23,8 +24,10 @@ LIMITS = Limits(1, read_bytes=1e9, int8_ops=1e10)
 class FakeDecoder:
     """Keeps what it is told: ("rewind", n_past) and ("forward", ids, n_outputs)."""
 
+    of_layers: tuple[Any, ...] = ()
+
     def __init__(self, n_vocab: int) -> None:
-        self.config = SimpleNamespace(n_vocab=n_vocab)
+        self.config, self.backends = SimpleNamespace(n_vocab=n_vocab), self.of_layers
         self.n_past = 0
         self.log: list[tuple[Any, ...]] = []
 
@@ -83,6 +86,26 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("models") / "tiny.gguf"
     write_tiny(path)
     return str(path)
+
+
+class FakeGpu:
+    name = "a GPU"
+
+    def limits(self) -> tuple[float, float]:
+        return 1e12, 1e15
+
+
+def test_gpus(fake: type[FakeModel], model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have limits of their own; where layers run on the CPU too, there is no limit to compare with."""
+    gpu, case = FakeGpu(), Case(model, 0, 4)
+    for backends, both in (((gpu, gpu), False), ((cpu(2), gpu), True)):
+        monkeypatch.setattr(FakeDecoder, "of_layers", backends)
+        (result,) = run_cases([case], Procedure(repetitions=1))
+        assert (result.gpus, result.limits) == (("a GPU",), Limits(0, 1e12, 1e15, "a GPU"))
+        assert (result.fraction is None) == both
+        if not both:  # Tiny's F32 weights, the embeddings are the output too
+            seconds = ideal_seconds(case, result.facts, 4 * (279 * 96 + 2 * 96 * 864 + 5 * 96), result.limits)
+            assert result.fraction == pytest.approx(seconds * result.avg_ts / 4, rel=1e-3)
 
 
 def steps(decoder: FakeDecoder) -> list[tuple[int, int, int]]:

@@ -205,3 +205,18 @@ def test_build_names_the_commit_or_the_version(tmp_path: Path, monkeypatch: pyte
     assert commit.startswith("gguf-run-")
     assert number == 0
     assert bench_output.cpu_info()
+
+
+def test_gpus_are_named(results: list[Result]) -> None:
+    limits = Limits(0, 4.3e12, 7.9e14, "GPU 0, NVIDIA H200")
+    gpu = replace(results[0], limits=limits, gpus=("GPU 0, NVIDIA H200",))
+    both = replace(gpu, fraction=None)
+    assert [bench_output.fields(result)["backends"] for result in (gpu, both)] == ["Triton", "Triton,CPU"]
+    assert bench_output.fields(gpu)["gpu_info"] == "GPU 0, NVIDIA H200"
+    lines = text_of("md", [gpu, both]).splitlines()
+    assert "| GPU 0, NVIDIA H200 |" in lines[2]
+    assert lines[2].endswith("45.7% |")
+    assert "| GPU 0, NVIDIA H200, CPU |" in lines[3]
+    assert lines[3].endswith("|          |")
+    assert lines[-1] == "limits, GPU 0, NVIDIA H200: read 4300.0 GB/s, f16 dot 790000 Gop/s"
+    assert '"limit_fraction": null' in text_of("jsonl", [both])

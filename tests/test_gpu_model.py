@@ -1,5 +1,6 @@
 """Whole models on the GPU backend, in Triton's interpreter, against the CPU backend and NumPy."""
 
+import functools
 import gc
 import itertools
 from collections.abc import Sequence
@@ -24,8 +25,10 @@ from triton.runtime.errors import OutOfResources
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.reader import GGUFFile
 from gguf_run.kernels_gpu import backend as gpu_backend
+from gguf_run.kernels_gpu.backend import GpuBackend
 from gguf_run.kernels_gpu.cache_formats import CACHE_FORMATS
 from gguf_run.kernels_gpu.errors import explain
+from gguf_run.kernels_gpu.limits import measure_limits
 from gguf_run.kernels_gpu.matmul import Tuning
 from gguf_run.kernels_gpu.program import Launches
 from gguf_run.models.backend import CacheType
@@ -227,6 +230,12 @@ def test_errors_of_gpus_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert decoder.n_past == 0
     for other in (RuntimeError("shapes do not fit"), ValueError("out of memory")):
         assert explain(other) is None
+
+
+def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GpuBackend, "free_memory", lambda self: 1 << 16)
+    monkeypatch.setattr(gpu_backend, "measure_limits", functools.partial(measure_limits, side=32))
+    assert all(0 < rate < float("inf") for rate in gpu().limits())
 
 
 def test_two_layers_of_a_real_model(monkeypatch: pytest.MonkeyPatch) -> None:
