@@ -121,7 +121,7 @@ def _launches(program: Any, n: int) -> Callable[[], None]:
     """All launches of a program before the choice of result rows, for n tokens."""
 
     def run() -> None:
-        for op in program._before._ops:
+        for op in program._parts[0]._ops:
             op(n)
 
     return run
@@ -279,7 +279,7 @@ def model(bench: Bench, name: str, type_name: str, kind: str = "f16", what: str 
         wall = bench.wall(tokens, 3) / steps
 
         def device() -> None:
-            program._before.run(1)
+            program._parts[0].run(1)
             program._after.run(1)
 
         on_device = wall if bench.warm else bench.events(device)
@@ -306,7 +306,7 @@ def graphs(bench: Bench) -> list[Record]:
     program: Any = decoder._program
     made: list[NDArray[np.float32]] = []
     for replay in (True, False):
-        for launches in (program._before, program._after):
+        for launches in (program._parts[0], program._after):
             if not replay:
                 launches._graphs.clear()
                 launches._most = 0
@@ -335,7 +335,7 @@ def launches(bench: Bench) -> list[Record]:
         program._step.set([0], np.zeros(1, np.int32), [Run(0, 0, 1)])
         setattr(owner, attribute, counted)
         try:
-            for op in program._before._ops + program._after._ops:
+            for op in program._parts[0]._ops + program._after._ops:
                 op(1)
         finally:
             setattr(owner, attribute, original)

@@ -15,19 +15,29 @@ class CpuProgram:
     """models.backend.Program."""
 
     def __init__(
-        self, team: Team, tape: NDArray[np.int64], body: int, table: RunTable, result: CpuBuffer, keep: list[Any]
+        self,
+        team: Team,
+        tape: NDArray[np.int64],
+        body: int,
+        cuts: Sequence[int],
+        table: RunTable,
+        result: CpuBuffer,
+        keep: list[Any],
     ) -> None:
-        """body: number of ops before the choice of output rows. keep: what the tape's addresses point into."""
+        """body: number of ops before the choice of output rows. cuts: where parts begin, but for the first. keep: what
+        the tape's addresses point into."""
         self.n_batch, self.n_outputs = len(table.ids), len(table.rows)
         self._team, self._table, self._keep = team, table, keep
-        self._all, self._before, self._after = tape, tape[:body], tape[body:]
+        self._parts, self._after = np.split(tape[:body], cuts), tape[body:]
+        self._last = tape[cuts[-1] if cuts else 0 :]
         self._result = result.memory[:, result.start : result.start + result.width]
 
     def run(
-        self, ids: NDArray[np.int32], runs: Iterable[tuple[int, int, int]], rows: Sequence[int]
+        self, ids: NDArray[np.int32], runs: Iterable[tuple[int, int, int]], rows: Sequence[int], part: int = 0
     ) -> NDArray[np.float32]:
-        self._table.set_tokens(ids, runs)
-        return self._replay(self._all if len(rows) else self._before, rows)
+        if part == 0:
+            self._table.set_tokens(ids, runs)
+        return self._replay(self._last if len(rows) else self._parts[part], rows)
 
     @property
     def n_top(self) -> int:

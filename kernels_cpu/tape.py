@@ -43,6 +43,7 @@ class Tape:
         self.table = RunTable(n_batch, n_outputs)
         self.q8: dict[tuple[int, int], NDArray[np.uint8]] = {}
         self._body = -1
+        self._cuts: list[int] = []
         self._scratch_bytes = self._parts_bytes = 0
         self._known: dict[int, dict[tuple[int, int], _Activations]] = {}
 
@@ -99,6 +100,10 @@ class Tape:
             return self.quantized(x).ctypes.data, 2 * x.width
         return x.address, x.stride
 
+    def cut(self) -> None:
+        self._cuts.append(len(self.ops))
+        self._known.clear()
+
     def outputs(self, x: CpuBuffer) -> CpuBuffer:
         self._body = len(self.ops)
         out = self.buffer(x.width)
@@ -128,4 +133,4 @@ class Tape:
         tape = np.array([(op.compiled.address, arguments.ctypes.data) for op, arguments in self.ops], np.int64)
         keep = [self.keep, [arguments for _, arguments in self.ops], self.q8, scratch, parts]
         body = self._body if self.is_after else len(tape)
-        return CpuProgram(self._team, tape, body, self.table, result, keep)
+        return CpuProgram(self._team, tape, body, self._cuts, self.table, result, keep)

@@ -95,11 +95,17 @@ class GpuProgram:
     """models.backend.Program."""
 
     def __init__(
-        self, step: StepInput, before: Launches, after: Launches, result: GpuBuffer, n_batch: int, n_outputs: int
+        self,
+        step: StepInput,
+        parts: Sequence[Launches],
+        after: Launches,
+        result: GpuBuffer,
+        n_batch: int,
+        n_outputs: int,
     ) -> None:
-        """before, after: ops before the choice of result rows, and from it on."""
+        """parts, after: ops before the choice of result rows, and from it on."""
         self.n_batch, self.n_outputs = n_batch, n_outputs
-        self._step, self._before, self._after, self._result = step, before, after, result
+        self._step, self._parts, self._after, self._result = step, parts, after, result
         self._device = result.memory.device
         self._host = torch.zeros(padded(n_outputs), result.width, pin_memory=self._device.type == "cuda")
         self._tops = dict[int, tuple[Launches, Top]]()
@@ -110,18 +116,20 @@ class GpuProgram:
         return SIZES[-1]
 
     @gpu_errors()
-    def run(self, ids: NDArray[np.int32], runs: Sequence[Any], rows: Sequence[int]) -> NDArray[np.float32]:
+    def run(
+        self, ids: NDArray[np.int32], runs: Sequence[Any], rows: Sequence[int], part: int = 0
+    ) -> NDArray[np.float32]:
         with current(self._device):
-            self._run_before(ids, runs, rows)
+            self._run_before(ids, runs, rows, part)
             return self._results(len(rows))
 
     @gpu_errors()
     def run_top(
-        self, ids: NDArray[np.int32], runs: Sequence[Any], row: int, k: int
+        self, ids: NDArray[np.int32], runs: Sequence[Any], row: int, k: int, part: int = 0
     ) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
         size = next(n for n in SIZES if k <= n)
         with current(self._device):
-            self._run_before(ids, runs, [row])
+            self._run_before(ids, runs, [row], part)
             if size not in self._tops:
                 top = Top(self._result, size)
                 self._tops[size] = self._after.followed_by(top.launch), top
@@ -129,11 +137,14 @@ class GpuProgram:
             launches.run(1)
             return top.fetch(k)
 
-    def _run_before(self, ids: NDArray[np.int32], runs: Sequence[Any], rows: Sequence[int]) -> None:
+    def _run_before(self, ids: NDArray[np.int32], runs: Sequence[Any], rows: Sequence[int], part: int) -> None:
         if self._closed:  # its memory is gone
             raise ValueError("the program is closed")
-        self._step.set(rows, ids, runs)
-        self._before.run(len(ids))
+        if part == 0:
+            self._step.set(rows, ids, runs)
+        elif rows:
+            self._step.set(rows)
+        self._parts[part].run(len(ids))
 
     @gpu_errors()
     def more(self, rows: Sequence[int]) -> NDArray[np.float32]:
@@ -152,6 +163,6 @@ class GpuProgram:
 
     def close(self) -> None:
         self._closed = True
-        for launches in (self._before, self._after, *(launches for launches, _ in self._tops.values())):
+        for launches in (*self._parts, self._after, *(launches for launches, _ in self._tops.values())):
             launches.clear()
         self._tops.clear()

@@ -4,6 +4,7 @@ All memory that launches use is made here and stays where it is, and what change
 result rows) is read from device memory: so the launches for one number of rows can be captured as a graph.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,7 @@ class GpuRecorder:
         self.device, self.tuning, self.n_batch, self.n_outputs = device, tuning, n_batch, n_outputs
         self.step = StepInput(n_batch, n_outputs, device)
         self._ops: list[Callable[[int], None]] = []
+        self._cuts = [0]  # where parts begin
         self._n_before: int | None = None  # ops before the choice of result rows
         self._known: dict[int, dict[tuple[int, int], Forms]] = {}
         self._int8: dict[tuple[int, int, int], Int8] = {}
@@ -315,6 +317,11 @@ class GpuRecorder:
         self._ops.append(launch)
         return squares
 
+    def cut(self) -> None:
+        self._cuts.append(len(self._ops))
+        self._known.clear()
+        self._last_rope = self._last_product = None
+
     def outputs(self, x: GpuBuffer) -> GpuBuffer:
         self._n_before = len(self._ops)
         out, n = self.buffer(x.width), x.width
@@ -335,7 +342,6 @@ class GpuRecorder:
             torch.zeros(self._n_sums, 2, device=self.device),
         )
         n_before = len(self._ops) if self._n_before is None else self._n_before
-        before, after = (
-            Launches(ops, self.device, not self._observes) for ops in (self._ops[:n_before], self._ops[n_before:])
-        )
-        return GpuProgram(self.step, before, after, result, self.n_batch, self.n_outputs)
+        bounds = itertools.pairwise([*self._cuts, n_before, len(self._ops)])
+        *parts, after = (Launches(self._ops[first:end], self.device, not self._observes) for first, end in bounds)
+        return GpuProgram(self.step, parts, after, result, self.n_batch, self.n_outputs)

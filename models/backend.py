@@ -211,6 +211,11 @@ class Recorder(Protocol):
         """Add the squares of x, column by column, to sums in float64."""
         ...
 
+    def cut(self) -> None:
+        """Another part of the program begins, which runs by itself: before it does, Backend.from_host may write
+        buffers."""
+        ...
+
     def outputs(self, x: Any, /) -> Buffer:
         """A copy of the rows of x whose logits are wanted (chosen at run time). Called once: the ops and buffers that
         follow are for those rows only, and leave everything from before as it is, so that they can run again."""
@@ -230,12 +235,15 @@ class Program(Protocol):
     @property
     def n_outputs(self) -> int: ...
 
-    def run(self, ids: NDArray[np.int32], runs: Sequence[Run], rows: Sequence[int]) -> NDArray[np.float32]:
+    def run(
+        self, ids: NDArray[np.int32], runs: Sequence[Run], rows: Sequence[int], part: int = 0
+    ) -> NDArray[np.float32]:
         """Run tokens `ids`, which `runs` deal out to sequences from the first to the last; no sequence has two runs.
 
         rows: the tokens, by their number in ids, whose results are wanted, at most n_outputs; with none, nothing that
         stands after Recorder.outputs runs. Returns f32[len(rows), width], the program's own memory, overwritten by the
-        next run.
+        next run. If the recorder was cut, one part runs, after those before it, with the same ids
+        and runs; the last one has the results.
         """
         ...
 
@@ -245,7 +253,7 @@ class Program(Protocol):
         ...
 
     def run_top(
-        self, ids: NDArray[np.int32], runs: Sequence[Run], row: int, k: int
+        self, ids: NDArray[np.int32], runs: Sequence[Run], row: int, k: int, part: int = 0
     ) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
         """As run, but return the columns and values of the k <= n_top greatest results of one token, in order; of equal
         ones the first comes first, and a NaN before all else."""

@@ -13,24 +13,47 @@ from gguf_run.formats.reader import Tensor
 from gguf_run.models.backend import Backend, Buffer, CacheType, Program, Run
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer, KvCache
-from gguf_run.models.layer import Loader, Observed, Step
+from gguf_run.models.layer import Layer, Loader, Observed, Step
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """A part of the model that runs on one backend, as one program. x: its tokens' hidden state, f32[n_batch, n_embd],
-    which comes from the stage before and goes on to the next."""
+    """A part of the model that runs on one backend, as part `i` of its program. reads: buffers that the stage before
+    fills from its `leaves`: the tokens' hidden state, f32[n_batch, n_embd], and what experts read besides."""
 
     backend: Backend
-    program: Program
-    x: Buffer
+    i: int
+    reads: tuple[Buffer, ...]
+    leaves: tuple[Buffer, ...]
 
 
-def _parts(backends: Sequence[Backend], embedding: Backend) -> list[tuple[Backend, list[int]]]:
-    """The stages' backends and layers. The first, which looks up the embeddings, may have no layer."""
-    runs = [[*run] for _, run in itertools.groupby(range(len(backends)), key=lambda il: id(backends[il]))]
-    parts = [(backends[run[0]], run) for run in runs]
-    return parts if embedding is backends[0] else [(embedding, []), *parts]
+@dataclass(frozen=True)
+class _Part:
+    """A layer, or a half of one whose experts are on another backend: what stands "before" them, or "experts"."""
+
+    backend: Backend
+    il: int
+    what: str  # "layer", "before" or "experts"
+
+
+def _parts(
+    backends: Sequence[Backend], experts: Sequence[Backend], embedding: Backend
+) -> list[tuple[Backend, list[_Part]]]:
+    """The stages' backends and parts. The first, which looks up the embeddings, and the last, which makes the logits,
+    may have none."""
+    parts = []
+    for il, (backend, others) in enumerate(zip(backends, experts, strict=True)):
+        if others is backend:
+            parts.append(_Part(backend, il, "layer"))
+        else:
+            parts += [_Part(backend, il, "before"), _Part(others, il, "experts")]
+    runs = [[*run] for _, run in itertools.groupby(parts, key=lambda part: id(part.backend))]
+    stages = [(run[0].backend, run) for run in runs]
+    if embedding is not stages[0][0]:
+        stages.insert(0, (embedding, []))
+    if backends[-1] is not stages[-1][0]:
+        stages.append((backends[-1], []))
+    return stages
 
 
 class Decoder:
@@ -49,12 +72,14 @@ class Decoder:
         progress: Callable[[int], None] | None = None,
         observe: bool = False,
         embedding: Backend | None = None,
+        experts: Sequence[Backend] | None = None,
     ) -> None:
         """Load the weights and record the step.
 
         config: made from the same tensors, which it has checked. backends: one for each layer; the last
-        layer's has the output matrix too. embedding: which looks up the embeddings; None: the first layer's. Where the
-        backend changes from layer to layer, the hidden state crosses over. n_ctx: positions in the KV caches, for each
+        layer's has the output matrix too. embedding: which looks up the embeddings; None: the first layer's. experts:
+        which have the layers' experts; None: those of the layers. Where the backend changes from layer to layer, the
+        hidden state crosses over, and on the way to experts what they read. n_ctx: positions in the KV caches, for each
         sequence. n_batch: tokens that run at once. n_outputs: rows of logits that are held at once.
         Both are at least n_seq, so that all sequences fit into one step. cache_types: of each layer; None: the
         backends' own. progress: called with the number of bytes of each tensor that is loaded. observe: fill
@@ -67,8 +92,11 @@ class Decoder:
             )
         if len(backends) != config.n_layer:
             raise ValueError(f"{len(backends)} backends for {config.n_layer} layers")
-        embedding = embedding or backends[0]
-        self._backends = {id(backend): backend for backend in (embedding, *backends)}
+        embedding, experts_on = embedding or backends[0], backends
+        if experts is not None and config.n_expert:  # a layer may have none all the same
+            there = [f"blk.{il}.ffn_gate_inp.weight" in tensors for il in range(config.n_layer)]
+            experts_on = [other if has else own for has, other, own in zip(there, experts, backends, strict=True)]
+        self._backends = {id(backend): backend for backend in (embedding, *backends, *experts_on)}
         self.config, self.backends = config, backends
         self.n_ctx = n_ctx
         self.observed: list[Observed] | None = [] if observe else None
@@ -83,54 +111,69 @@ class Decoder:
             layers.append(CacheLayer(cache, shape.window, ropes[il]))
         self.cache = KvCache(layers, n_ctx, n_seq)
         n_outputs = max(min(n_outputs, n_batch), n_seq)
-        self._stages: list[_Stage] = []
-        for backend, part in _parts(backends, embedding):
-            self._stages.append(self._record(backend, part, layers, load, n_batch, n_outputs))
+        self._record(backends, experts_on, embedding, layers, load, n_batch, n_outputs)
 
     def _record(
         self,
-        backend: Backend,
-        part: list[int],
+        backends: Sequence[Backend],
+        experts_on: Sequence[Backend],
+        embedding: Backend,
         caches: Sequence[CacheLayer],
         load: Loader,
         n_batch: int,
         n_outputs: int,
-    ) -> _Stage:
-        """Load layers and record their program: embed before the first, logits after the last of all."""
-        config, first = self.config, not self._stages
-        last = config.n_layer - 1 in part
-        layers = [load.layer(backend, config, il, caches[il].rope, caches[il].cache) for il in part]
+    ) -> None:
+        """Load the layers and record the backends' programs: embed before the first, logits after the last of all."""
+        config, last = self.config, self.config.n_layer - 1
         # A model without an output matrix uses the embeddings; their table reads rows from the file when they are
         # needed, so that its pages can be released after the matrix is made.
         embd = load.tensors["token_embd.weight"]
         tied = "output.weight" not in load.tensors
-        if last:
-            output_norm = load.norm(backend, "output_norm")
-            output = load.matrix(backend, "token_embd" if tied else "output", bias=["output"])
-        if first and not tied:
+        if not tied:
             load.progress(embd.nbytes)
-
-        recorder = backend.recorder(n_batch, n_outputs)
-        step = Step(recorder, config, self.observed)
-        x = result = step.x
-        if first:
-            recorder.embed(backend.table(embd), x, config.embd_scale)
-        for il, layer in zip(part, layers, strict=True):
-            step.attention(layer)
-            if il == config.n_layer - 1 and self.observed is None:
-                step.only_outputs()
-            step.ffn(layer)
-        if last:
-            if self.observed is not None:
-                step.only_outputs()
-            assert output_norm is not None  # config has checked it
-            result = step.output(output_norm, output)
-        return _Stage(backend, recorder.finish(result), x)
+        steps: dict[int, Step] = {}
+        n_parts: Counter[int] = Counter()
+        layers: dict[int, Layer] = {}
+        self._stages: list[_Stage] = []
+        narrowed = False
+        for backend, parts in _parts(backends, experts_on, embedding):
+            if id(backend) in steps:
+                steps[id(backend)].rec.cut()
+            else:
+                steps[id(backend)] = Step(backend.recorder(n_batch, n_outputs), config, self.observed)
+            step = steps[id(backend)]
+            reads: tuple[Buffer, ...] = (step.x,)
+            if not self._stages:
+                step.rec.embed(backend.table(embd), step.x, config.embd_scale)
+            for at, part in enumerate(parts):
+                il = part.il
+                if il not in layers:
+                    cache = caches[il]
+                    layers[il] = load.layer(backend, experts_on[il], config, il, cache.rope, cache.cache)
+                if part.what == "experts":
+                    reads = step.to_experts if at == 0 else reads
+                    step.experts(layers[il])
+                    continue
+                step.attention(layers[il])
+                if part.what == "layer" and il == last and self.observed is None:
+                    step.only_outputs()
+                    narrowed = True
+                step.ffn(layers[il], experts=part.what == "layer")
+            leaves = step.to_experts if parts and parts[-1].what == "before" else (step.x,)
+            self._stages.append(_Stage(backend, n_parts[id(backend)], reads, leaves))
+            n_parts[id(backend)] += 1
+        if not narrowed:
+            step.only_outputs()
+        output_norm = load.norm(backend, "output_norm")
+        output = load.matrix(backend, "token_embd" if tied else "output", bias=["output"])
+        assert output_norm is not None  # config has checked it
+        result = step.output(output_norm, output)
+        self._programs = {key: step.rec.finish(result if key == id(backend) else step.x) for key, step in steps.items()}
 
     @property
     def _program(self) -> Program:
         """That of the last stage, which makes the logits."""
-        return self._stages[-1].program
+        return self._programs[id(self._stages[-1].backend)]
 
     @property
     def n_batch(self) -> int:
@@ -173,7 +216,7 @@ class Decoder:
         self._check(ids, seq)
         tokens = np.asarray(ids, np.int32)
         runs = self._before_last(tokens, {seq: len(ids)})
-        top = self._program.run_top(tokens, runs, len(ids) - 1, k)
+        top = self._program.run_top(tokens, runs, len(ids) - 1, k, self._stages[-1].i)
         self.cache.end(runs)
         return top
 
@@ -216,7 +259,7 @@ class Decoder:
 
     def _run(self, batch: NDArray[np.int32], counts: Mapping[int, int], rows: Sequence[int]) -> NDArray[np.float32]:
         runs = self._before_last(batch, counts)
-        logits = self._program.run(batch, runs, rows)
+        logits = self._program.run(batch, runs, rows, self._stages[-1].i)
         self.cache.end(runs)
         return logits
 
@@ -224,8 +267,9 @@ class Decoder:
         """Run all stages but the last, which is to run with what is returned."""
         runs = self.cache.begin(counts)
         for stage, following in itertools.pairwise(self._stages):
-            stage.program.run(batch, runs, ())
-            following.backend.from_host(stage.backend.to_host(stage.x, len(batch)), following.x)
+            self._programs[id(stage.backend)].run(batch, runs, (), stage.i)
+            for buffer, copy in zip(stage.leaves, following.reads, strict=True):
+                following.backend.from_host(stage.backend.to_host(buffer, len(batch)), copy)
         return runs
 
     def rewind(self, n_past: int, seq: int = 0) -> int:
@@ -241,5 +285,5 @@ class Decoder:
 
     def close(self) -> None:
         """Free the programs. The backends belong to the caller."""
-        for stage in self._stages:
-            stage.program.close()
+        for program in self._programs.values():
+            program.close()

@@ -108,7 +108,9 @@ class Loader:
         weight = self.take(backend.vector, [f"{name}.weight"])
         return None if weight is None else Norm(weight, self.take(backend.vector, [f"{name}.bias"]))
 
-    def layer(self, backend: Backend, config: ModelConfig, il: int, rope: Rope | None, cache: Any) -> Layer:
+    def layer(
+        self, backend: Backend, experts_on: Backend, config: ModelConfig, il: int, rope: Rope | None, cache: Any
+    ) -> Layer:
         arch, block = config.arch, f"blk.{il}."
 
         def matrix(*names: str) -> Matrix | None:
@@ -133,7 +135,7 @@ class Loader:
             ffn_norm=norms.get(arch.ffn_norm),
             parallel="ffn_norm" in arch.optional_norms and norms["ffn_norm"] is None,
             ffn_gate_inp=matrix("ffn_gate_inp"),
-            experts=self.take(backend.experts, experts),
+            experts=self.take(experts_on.experts, experts),
             ffn_gate_shexp=matrix("ffn_gate_inp_shexp"),
             ffn_gate_up=matrix(*gate_up),
             ffn_down=matrix(down),
@@ -223,22 +225,35 @@ class Step:
         self.x = self.rec.outputs(self.x)
         self._buffers()
 
-    def ffn(self, layer: Layer) -> None:
-        """x += down(activation(gate(norm(x))) * up(norm(x))), for the layer's one ffn or for some experts"""
+    def ffn(self, layer: Layer, experts: bool = True) -> None:
+        """x += down(activation(gate(norm(x))) * up(norm(x))), for the layer's one ffn or for some experts. experts:
+        False if another backend has them: `experts` follows there, and reads `to_experts`."""
         if not layer.parallel:
-            self._ffn(layer, self._normed(layer.ffn_norm))
+            self._ffn(layer, self._normed(layer.ffn_norm), experts)
 
-    def _ffn(self, layer: Layer, h: Buffer) -> None:
+    @property
+    def to_experts(self) -> tuple[Buffer, ...]:
+        """x, which experts are added to, what they read, and the router's logits."""
+        assert self.logits is not None
+        return self.x, self.h, self.logits
+
+    def experts(self, layer: Layer) -> None:
+        """x += the experts' part of the ffn, of h as the router's logits say"""
+        assert layer.ffn_gate_inp is not None
+        _, h, logits = self.to_experts
+        squares = self.rec.moe(h, logits, layer.experts, self.config.moe, self.x, observe=self.observed is not None)
+        if self.observed is not None and squares is not None:
+            block = layer.ffn_gate_inp.names[0].removesuffix("ffn_gate_inp.weight")
+            *first, last = (f"{block}{name}.weight" for name in EXPERTS)
+            self.observed += [Observed(tuple(first), squares[0]), Observed((last,), squares[1])]
+
+    def _ffn(self, layer: Layer, h: Buffer, experts: bool = True) -> None:
         rec, activation = self.rec, self.config.arch.activation
         if layer.ffn_gate_inp is not None:
             assert self.logits is not None
             self.matmul(h, layer.ffn_gate_inp, self.logits)
-            observe = self.observed is not None
-            squares = rec.moe(h, self.logits, layer.experts, self.config.moe, self.x, observe=observe)
-            if self.observed is not None and squares is not None:
-                block = layer.ffn_gate_inp.names[0].removesuffix("ffn_gate_inp.weight")
-                *first, last = (f"{block}{name}.weight" for name in EXPERTS)
-                self.observed += [Observed(tuple(first), squares[0]), Observed((last,), squares[1])]
+            if experts:
+                self.experts(layer)
         if layer.ffn_gate_up is None or layer.ffn_down is None:
             return
         ff = self.ff.columns(0, layer.ffn_down.weight.n_in)

@@ -20,8 +20,13 @@ _ROWS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
         ("--tensor-split", "-ts"),
         {"metavar": "N,N", "help": "Parts of these for each of several GPUs: 3,1  [default: by free memory]"},
     ),
+    (("--cpu-moe", "-cmoe"), {"is_flag": True, "help": "Keep the experts of all layers on the CPU."}),
+    (
+        ("--n-cpu-moe", "-ncmoe"),
+        {"type": int, "metavar": "N", "help": "Or of the first N layers.  [default: as few as it takes]"},
+    ),
 )
-NAMES = ("device", "gpu_layers", "tensor_split")  # as Model.load calls them
+NAMES = ("device", "gpu_layers", "tensor_split", "cpu_moe", "n_cpu_moe")  # as Model.load calls them
 DEVICE_OPTIONS = tuple(click.Option(list(names), **row) for names, row in _ROWS)
 
 

@@ -49,15 +49,15 @@ def load_parts(
     kinds = plan_cache(config, **cache)
     plan = MemoryPlan(config, tensors, n_ctx, kinds, n_batch, n_seq)
     placement, gpus = open_placement(plan, wanted, report)
-    if CPU in placement.layers:
-        plan.on_cpu(placement.n_gpu).check(available_memory())
+    if CPU in placement.devices:
+        plan.on_cpu(placement.n_gpu, placement.n_cpu_moe).check(available_memory())
     if n_ctx > config.n_ctx_train:
         warnings.warn(
             f"context of {n_ctx} tokens: the model was trained with {config.n_ctx_train}, beyond it answers get worse",
             stacklevel=3,
         )
     # What text needs is made beside the weights: they are repacked without the GIL.
-    on_cpu = CPU in placement.layers
+    on_cpu = CPU in (*placement.layers, *placement.experts)
     compiling = compile_ahead.helper(file.path, quantize, kinds, n_threads) if on_cpu else nullcontext()
     with ThreadPoolExecutor(1) as pool, compiling, gpu_errors(gpus):
         text = pool.submit(_load_text, file)
@@ -81,6 +81,7 @@ def load_parts(
                 progress=_reporter(progress, sum(tensor.nbytes for tensor in tensors)),
                 observe=observe,
                 embedding=backends[placement.embedding],
+                experts=[backends[device] for device in placement.experts],
             )
 
         try:

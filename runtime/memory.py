@@ -40,12 +40,14 @@ class MemoryNeed:
 
 @dataclass(frozen=True)
 class WeightSizes:
-    """Bytes of weights on one kind of device. output: with its norm; tied: its matrix is that of the embeddings."""
+    """Bytes of weights on one kind of device. output: with its norm; tied: its matrix is that of the embeddings.
+    experts: those of layers."""
 
     layers: tuple[int, ...]
     embedding: int
     output: int
     tied: bool
+    experts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class GpuSizes:
 @dataclass(frozen=True)
 class MemoryPlan:
     """What is to be loaded: n_ctx positions of n_seq sequences, a cache type for each layer, n_batch tokens at once.
-    n_gpu: so many of the last layers, and with them the output, are not in the CPU's memory."""
+    n_gpu: so many of the last layers, and with them the output, are not in the CPU's memory, but for the experts of the
+    first n_cpu_moe layers."""
 
     config: ModelConfig
     tensors: Sequence[TensorInfo]
@@ -69,6 +72,7 @@ class MemoryPlan:
     n_batch: int = 512
     n_seq: int = 1
     n_gpu: int = 0
+    n_cpu_moe: int = 0
 
     def needed(self) -> MemoryNeed:
         """What it takes, in bytes: the weights and the cache exactly, the rest about."""
@@ -76,7 +80,9 @@ class MemoryPlan:
         output = weights.output + (0 if weights.tied else weights.embedding)
         n_outputs = 0 if self.n_gpu else N_OUTPUTS
         return MemoryNeed(
-            weights=sum(weights.layers[: self._n_cpu]) + (0 if self.n_gpu else output),
+            weights=sum(weights.layers[: self._n_cpu])
+            + sum(weights.experts[self._n_cpu : self.n_cpu_moe])
+            + (0 if self.n_gpu else output),
             cache=self.cache_bytes(),
             buffers=4 * (self.n_rows * self._widths() + n_outputs * self.config.n_vocab),
         )
@@ -97,7 +103,7 @@ class MemoryPlan:
 
     def weights(self, matrix_bytes: Callable[[str, int, int], int]) -> WeightSizes:
         """matrix_bytes: a backend's, of a tensor type, a row's length and the number of rows."""
-        layers = [0] * self.config.n_layer
+        layers, experts = [0] * self.config.n_layer, [0] * self.config.n_layer
         others: Counter[str] = Counter()
         for tensor in self.tensors:
             size = matrix_bytes(tensor.type.name, tensor.ne[0], tensor.n_rows) if len(tensor.ne) > 1 else tensor.nbytes
@@ -106,12 +112,17 @@ class MemoryPlan:
                 others["embedding" if tensor.name == "token_embd.weight" else tensor.name] += size
             elif int(block[1]) < len(layers):
                 layers[int(block[1])] += size
+                experts[int(block[1])] += size if "_exps." in tensor.name else 0
         embedding, tied = others.pop("embedding"), "output.weight" not in others
-        return WeightSizes(tuple(layers), embedding, others.total() + (embedding if tied else 0), tied)
+        total = others.total() + (embedding if tied else 0)
+        return WeightSizes(tuple(layers), embedding, total, tied, tuple(experts))
 
     def gpu_sizes(self) -> GpuSizes:
         """Weights in the GPU's panels, and the caches, exactly; the buffers of one GPU about, but not less."""
-        return GpuSizes(self.weights(gpu_matrix_bytes), self._gpu_caches(), self._gpu_buffers())
+        weights = self.weights(gpu_matrix_bytes)
+        there = zip(weights.layers, weights.experts, strict=True)
+        layers = tuple(size - (away if il < self.n_cpu_moe else 0) for il, (size, away) in enumerate(there))
+        return GpuSizes(replace(weights, layers=layers), self._gpu_caches(), self._gpu_buffers())
 
     def _gpu_caches(self) -> tuple[int, ...]:
         sizes = []
@@ -138,9 +149,9 @@ class MemoryPlan:
     def cache_bytes(self) -> int:
         return sum(layer_bytes(self.config, self.cache, self.n_ctx, self.n_batch, self.n_seq)[: self._n_cpu])
 
-    def on_cpu(self, n_gpu: int) -> "MemoryPlan":
+    def on_cpu(self, n_gpu: int, n_cpu_moe: int = 0) -> "MemoryPlan":
         """The same with so many layers on GPUs: what is left for the CPU."""
-        return replace(self, n_gpu=n_gpu)
+        return replace(self, n_gpu=n_gpu, n_cpu_moe=n_cpu_moe)
 
     def with_type(self, name: str) -> "MemoryPlan":
         """The same with another type for K and V of all layers."""

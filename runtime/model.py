@@ -105,6 +105,8 @@ class Model:
         device: str = "auto",
         gpu_layers: str | int | None = None,
         tensor_split: str | None = None,
+        cpu_moe: bool = False,
+        n_cpu_moe: int | None = None,
         n_batch: int = 512,
         n_seq: int = 1,
         cache_type: str | tuple[str, str] | list[CacheType] | None = None,
@@ -121,11 +123,12 @@ class Model:
         None: the default model. n_ctx: positions of the KV cache (the model's own, at most 4096, if None). n_threads:
         physical cores if None. device: "cpu", "cuda", "cuda:N", several of these with commas, or "auto": a GPU if there
         is one. gpu_layers: how many of the last layers it gets, "all", or "auto": as many as fit. tensor_split: parts
-        of these for each of several GPUs, as "3,1"; None: by their free memory. report: called with lines on what runs
-        where, before it is loaded, if a GPU is used or cannot be. n_batch: tokens of a prompt that run at once.
-        n_seq: sequences that the KV cache has room for, of n_ctx positions each: as many prompts as generate_batch can
-        take. progress: called with bytes loaded and bytes in all. observe: see Decoder. quantize: a file type such as
-        "Q4_K_M", in which the weights are put while they are read.
+        of these for each of several GPUs, as "3,1"; None: by their free memory. cpu_moe, n_cpu_moe: the experts of all,
+        or of the first n layers stay on the CPU; neither: of as many as it takes for all else to be on GPUs. report:
+        called with lines on what runs where, before it is loaded, if a GPU is used or cannot be. n_batch: tokens of a
+        prompt that run at once. n_seq: sequences that the KV cache has room for, of n_ctx positions each: as many
+        prompts as generate_batch can take. progress: called with bytes loaded and bytes in all. observe: see Decoder.
+        quantize: a file type such as "Q4_K_M", in which the weights are put while they are read.
 
         cache_type: of the KV cache's keys and values, such as "q8_0", or a pair of two, or a list of one CacheType
         for each layer; None: what cache_scales says, else "f16". cache_rotation: of rows before they are stored, by a
@@ -147,7 +150,7 @@ class Model:
 
         _check_range("n_threads (--threads)", n_threads, 1, MAX_THREADS)
         n_threads = n_threads or min(default_threads(), MAX_THREADS)
-        wanted = parse_wanted(device, gpu_layers, tensor_split)
+        wanted = parse_wanted(device, gpu_layers, tensor_split, cpu_moe, n_cpu_moe)
         before = time.perf_counter()
         found = find_model(os.fspath(path) if path is not None else None, "any")
         start += time.perf_counter() - before  # a download is not part of the load time

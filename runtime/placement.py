@@ -9,7 +9,7 @@ room. Several GPUs have consecutive layers each.
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.kernels_gpu.cache_formats import cache_format
@@ -37,11 +37,14 @@ CPU = Device("cpu")
 @dataclass(frozen=True)
 class Wanted:
     """The options: devices (none: as few GPUs as hold it, if there are any), n_gpu layers on them (None: as many as
-    fit, -1: all), split: parts of the layers for each GPU (none: by free memory)."""
+    fit, -1: all), split: parts of the layers for each GPU (none: by free memory). n_cpu_moe: first layers whose experts
+    are on the CPU in any case, -1: all layers' are; None: as many as it takes for all layers to be on GPUs, if n_gpu is
+    None too."""
 
     devices: tuple[Device, ...] = ()
     n_gpu: int | None = None
     split: tuple[float, ...] = ()
+    n_cpu_moe: int | None = None
 
     @property
     def cpu_only(self) -> bool:
@@ -63,8 +66,17 @@ def parse_device(text: str) -> Device | None:
     return Device(match[1], int(match[2] or 0))
 
 
-def parse_wanted(device: str = "auto", gpu_layers: str | int | None = None, tensor_split: str | None = None) -> Wanted:
-    """What --device, --gpu-layers and --tensor-split ask for; OptionError for what they cannot mean."""
+def parse_wanted(
+    device: str = "auto",
+    gpu_layers: str | int | None = None,
+    tensor_split: str | None = None,
+    cpu_moe: bool = False,
+    n_cpu_moe: int | None = None,
+) -> Wanted:
+    """What --device, --gpu-layers, --tensor-split, --cpu-moe and --n-cpu-moe ask for; OptionError for what they cannot
+    mean."""
+    if n_cpu_moe is not None and (cpu_moe or n_cpu_moe < 0):
+        raise OptionError(f"--n-cpu-moe {n_cpu_moe}: must be a number of layers from 0, without --cpu-moe")
     names = device.split(",")
     devices = tuple(found for name in names if (found := parse_device(name)))
     if len(names) > 1 and (len({*devices}) < len(names) or CPU in devices):
@@ -78,7 +90,7 @@ def parse_wanted(device: str = "auto", gpu_layers: str | int | None = None, tens
     split = _parse_split(tensor_split) if tensor_split else ()
     if split and len(split) != max(len(devices), 1):
         raise OptionError(f"--tensor-split {tensor_split} has {len(split)} parts, --device {device} {len(names)}")
-    return Wanted(devices, n_gpu, split if len(split) > 1 else ())
+    return Wanted(devices, n_gpu, split if len(split) > 1 else (), -1 if cpu_moe else n_cpu_moe)
 
 
 def _parse_split(text: str) -> tuple[float, ...]:
@@ -92,10 +104,12 @@ def _parse_split(text: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Placement:
-    """embedding, layers: the device of each; the output is with the last layer."""
+    """embedding, layers: the device of each; the output is with the last layer. n_cpu_moe: first layers whose experts
+    are on the CPU in any case."""
 
     embedding: Device
     layers: tuple[Device, ...]
+    n_cpu_moe: int = 0
 
     @property
     def n_gpu(self) -> int:
@@ -103,7 +117,12 @@ class Placement:
 
     @property
     def devices(self) -> tuple[Device, ...]:
-        return tuple(dict.fromkeys((self.embedding, *self.layers)))
+        return tuple(dict.fromkeys((self.embedding, *self.layers, *self.experts)))
+
+    @property
+    def experts(self) -> tuple[Device, ...]:
+        """The device of each layer's experts, if it has any."""
+        return tuple(CPU if il < self.n_cpu_moe else device for il, device in enumerate(self.layers))
 
     def needed(self, device: Device, sizes: GpuSizes) -> tuple[int, int, int]:
         """Bytes of weights, cache and buffers on a GPU."""
@@ -159,15 +178,34 @@ def place(plan: MemoryPlan, wanted: Wanted, free: Mapping[Device, int]) -> Place
     if wanted.insists and (n_gpu or 1) > most:
         raise OptionError(lacking)
     numbers = range(most, -1, -1) if n_gpu is None else (n_gpu,)
+    plan = with_experts_on_cpu(plan, wanted)
     found = fit(plan.gpu_sizes(), numbers, wanted.split, free, fewest=not wanted.devices)
+    if n_gpu is None and wanted.n_cpu_moe is None and plan.config.n_expert and (not found or found.n_gpu < most):
+        # Experts are most of a model, of which a token needs a few: all else is better off on a GPU.
+        for n in range(1, n_layer + 1):
+            plan = replace(plan, n_cpu_moe=n)
+            last = numbers if n == n_layer else (most,)
+            found = fit(plan.gpu_sizes(), last, wanted.split, free, fewest=not wanted.devices)
+            if found is not None:
+                break
+    found = found and replace(found, n_cpu_moe=plan.n_cpu_moe if found.n_gpu else 0)
     if found is not None and (found.n_gpu or n_gpu == 0 or not wanted.insists):
         return found
     raise GgufRunError(_too_small(plan, n_gpu or 1, wanted.split, free))
 
 
+def with_experts_on_cpu(plan: MemoryPlan, wanted: Wanted) -> MemoryPlan:
+    """The plan as --cpu-moe and --n-cpu-moe have it."""
+    n, n_layer = wanted.n_cpu_moe or 0, plan.config.n_layer
+    if n > n_layer:
+        raise OptionError(f"--n-cpu-moe {n}: allowed are 0 to {n_layer}, the model's layers")
+    return replace(plan, n_cpu_moe=0 if not plan.config.n_expert else n_layer if n == -1 else n)
+
+
 def holds_all(plan: MemoryPlan, wanted: Wanted, free: Mapping[Device, int]) -> bool:
     """Whether GPUs hold all layers that are wanted and that GPUs can have."""
     n_gpu = plan.config.n_layer if wanted.n_gpu in (None, -1) else wanted.n_gpu
+    plan = with_experts_on_cpu(plan, wanted)
     return fit(plan.gpu_sizes(), (min(n_gpu or 0, most_layers(plan)[0]),), wanted.split, free) is not None
 
 
@@ -214,6 +252,9 @@ def _too_small(plan: MemoryPlan, n_gpu: int, split: Sequence[float], free: Mappi
     fewer = fit(sizes, range(n_gpu - 1, 0, -1), split, free)
     n_ctx = plan.largest_context(lambda other: fit(other.gpu_sizes(), (n_gpu,), split, free) is not None)
     advice = [f"--gpu-layers {fewer.n_gpu}"] if fewer else []
+    without = replace(plan, n_cpu_moe=plan.config.n_layer)
+    if plan.config.n_expert and fit(without.gpu_sizes(), (n_gpu,), split, free):
+        advice.append("--cpu-moe")
     advice += [f"--ctx-size {n_ctx}"] if n_ctx else []
     total, weights, cache, buffers = map(size_text, (sum(need), *need))
     return (
@@ -223,16 +264,24 @@ def _too_small(plan: MemoryPlan, n_gpu: int, split: Sequence[float], free: Mappi
     )
 
 
+def _span(layers: Sequence[int]) -> str:
+    return f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
+
+
 def plan_lines(plan: MemoryPlan, placement: Placement, free: Mapping[Device, int]) -> Iterator[str]:
     """What runs where, a line for each device."""
+    plan = plan.on_cpu(placement.n_gpu, placement.n_cpu_moe)
     sizes = plan.gpu_sizes()
+    first = plan.config.n_layer - placement.n_gpu  # on a GPU
     for device in placement.devices:
         here = [il for il, place in enumerate(placement.layers) if place == device]
         parts = ["embeddings"] if placement.embedding == device else []
-        parts += [f"layers {here[0]} to {here[-1]}" if len(here) > 1 else f"layer {here[0]}"] if here else []
+        parts += [_span(here)] if here else []
         parts += ["output"] if placement.layers[-1] == device else []
         if device == CPU:
-            need = plan.on_cpu(placement.n_gpu).needed()
+            if placement.n_cpu_moe > first:
+                parts += [f"experts of {_span(range(first, placement.n_cpu_moe))}"]
+            need = plan.needed()
             numbers, end = (need.weights, need.cache, need.buffers), ""
         else:
             numbers = placement.needed(device, sizes)

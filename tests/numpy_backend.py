@@ -4,6 +4,7 @@ Recorded ops are closures, run in order. Weights are dequantized to `dtype` (flo
 also the type of all arithmetic and, unless told otherwise, of the KV cache.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -182,6 +183,10 @@ class NumpyRecorder:
         self.ops: list[Op] = []
         self.split: int | None = None  # ops from here on are for the wanted rows
         self.op_names: list[str] = []
+        self.cuts: list[int] = []
+
+    def cut(self) -> None:
+        self.cuts.append(len(self.ops))
 
     def _add(self, name: str, op: Op) -> None:
         self.op_names.append(name)
@@ -338,26 +343,29 @@ class NumpyRecorder:
 
     def finish(self, result: NumpyBuffer) -> "NumpyProgram":
         split = len(self.ops) if self.split is None else self.split
-        return NumpyProgram(self.n_batch, self.n_outputs, self.ops[:split], self.ops[split:], result, self.op_names)
+        bounds = itertools.pairwise([0, *self.cuts, split])
+        parts = [self.ops[first:end] for first, end in bounds]
+        return NumpyProgram(self.n_batch, self.n_outputs, parts, self.ops[split:], result, self.op_names)
 
 
 @dataclass
 class NumpyProgram:
     n_batch: int
     n_outputs: int
-    ops: list[Op]
+    parts: list[list[Op]]
     output_ops: list[Op]
     result: NumpyBuffer
     op_names: list[str]
     step: Step | None = None
     n_top: int = 0
 
-    def run(self, ids: np.ndarray, runs: Sequence[Run], rows: Sequence[int]) -> np.ndarray:
+    def run(self, ids: np.ndarray, runs: Sequence[Run], rows: Sequence[int], part: int = 0) -> np.ndarray:
         assert 0 < len(ids) == sum(run.n_tokens for run in runs) <= self.n_batch
         assert len({run.seq for run in runs}) == len(runs)
         assert ids.dtype == np.int32
+        assert not rows or part == len(self.parts) - 1
         self.step = Step(ids, runs)
-        for op in self.ops:
+        for op in self.parts[part]:
             op(self.step)
         return self.more(rows)
 
@@ -372,7 +380,7 @@ class NumpyProgram:
         return self.result.rows(self.step)
 
     def close(self) -> None:
-        self.ops, self.output_ops = [], []
+        self.parts, self.output_ops = [], []
 
 
 class NumpyBackend:

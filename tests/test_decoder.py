@@ -253,5 +253,5 @@ def test_buffers_for_logits_are_small(build: Callable[..., Decoder]) -> None:
     program: Any = decoder._program
     assert program.result.data.shape == (4, decoder.config.n_vocab)
     # Once the rows are chosen only they are computed: the last layer's ffn and the output.
-    names = program.op_names[len(program.ops) :]
+    names = program.op_names[-len(program.output_ops) :]
     assert names == ["outputs", "rms_norm", "matmul", "gated", "matmul", "rms_norm", "matmul"]

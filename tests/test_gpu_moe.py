@@ -1,6 +1,7 @@
 """The GPU backend's mixture of experts in Triton's interpreter, against NumPy in float64, one expert at a time."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,15 +10,19 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from cpu_ops import Q8Backend, error
+from cpu_ops import Q8Backend, cpu, error
 from gpu_ops import fast_dots, gpu
 from moe_ops import N_TOKENS, Case, experts, program
 from numpy_backend import NumpyBackend
+from tinymodel import tiny_moe, write_tiny
 
 from gguf_run.formats.errors import UnsupportedError
+from gguf_run.formats.reader import GGUFFile
 from gguf_run.kernels_gpu import backend as gpu_backend
 from gguf_run.kernels_gpu.matmul import FEW, Tuning
 from gguf_run.models.backend import Moe
+from gguf_run.models.config import ModelConfig
+from gguf_run.models.decoder import Decoder
 
 __all__ = ["fast_dots"]
 pytestmark = [
@@ -98,6 +103,21 @@ def test_what_experts_read_is_observed(name: str) -> None:
         assert counts.sum() == 14 * case.moe.n_used
         assert error(sums, exact_sums) < HALF
         assert not any(part.any() for part in actual.take())
+
+
+def test_experts_on_the_cpu(tmp_path: Path) -> None:
+    """All else on the GPU: what experts read and the router's logits cross over."""
+    write_tiny(tmp_path / "model.gguf", tiny_moe(2, "F16"))
+    file = GGUFFile.open(tmp_path / "model.gguf")
+    config = ModelConfig.from_metadata(file.metadata, file.tensors)
+    results = []
+    for backend, others in ((gpu(), cpu(2)), (cpu(2), None), (gpu(), None)):
+        experts = None if others is None else [others, backend]
+        decoder = Decoder(config, file.tensors, [backend] * 2, 32, 16, 16, experts=experts)
+        results.append(np.concatenate([block.copy() for block in decoder.forward(range(9, 20), 4)]))
+    away, on_cpu, on_gpu = results
+    assert error(away, on_cpu) < 5e-3
+    assert error(on_gpu, on_cpu) < 5e-3
 
 
 def test_gate_and_up_of_two_types_are_refused() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from cpu_ops import cpu
-from tinymodel import AWKWARD_LLAMA, TINY_GEMMA3, Tiny, write_tiny
+from cpu_ops import cpu, error
+from tinymodel import AWKWARD_LLAMA, TINY_GEMMA3, Tiny, tiny_moe, write_tiny
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.formats.reader import GGUFFile
@@ -17,13 +17,17 @@ from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 from gguf_run.runtime import Model, devices
+from gguf_run.runtime.cache_plan import plan_cache
 from gguf_run.runtime.cli import main
+from gguf_run.runtime.memory import MemoryPlan
 from gguf_run.runtime.placement import MARGIN
 
 IDS = [(7 * i * i + 3 * i + 1) % 270 for i in range(60)]
 # Which of two backends looks up the embeddings and has each of the six layers.
 PLACES = ("aaaabbb", "aabbbbb", "abbbbbb", "abbaaba", "aababab")
 MODELS = {"llama": replace(AWKWARD_LLAMA, n_layer=6, type="Q8_0"), "gemma3": replace(TINY_GEMMA3, n_layer=6)}
+
+MOE = tiny_moe(3)
 
 
 def logits(decoder: Decoder, ids: Sequence[int], n_outputs: int | None = None, seq: int = 0) -> np.ndarray:
@@ -138,6 +142,54 @@ def test_command_line(model: str, options: list[str], where: str, lines: list[st
     assert done.stdout == plain.stdout
 
 
+@pytest.mark.parametrize(
+    ("options", "room", "lines"),
+    [
+        (
+            ["-ngl", "2", "--cpu-moe"],
+            1.0,
+            ["cpu: embeddings, layer 0, experts of layers 1 to 2", "cuda:0: layers 1 to 2"],
+        ),
+        (["-ngl", "2", "-ncmoe", "2"], 1.0, ["cpu: embeddings, layer 0, experts of layer 1", "cuda:0: layers 1 to 2"]),
+        (["-ngl", "2", "-ncmoe", "1"], 1.0, ["cpu: embeddings, layer 0", "cuda:0: layers 1 to 2"]),
+        ([], 1.0, ["cuda:0: embeddings, layers 0 to 2"]),
+        ([], 0.9, ["cuda:0: embeddings, layers 0 to 2", "cpu: experts of layer 0"]),
+        ([], 0.45, ["cuda:0: embeddings, layers 0 to 2", "cpu: experts of layers 0 to 2"]),
+        ([], 0.2, ["cpu: embeddings, layers 0 to 1, experts of layer 2", "cuda:0: layer 2"]),
+    ],
+)
+def test_experts_on_the_cpu(
+    model: str, options: list[str], room: float, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no room for all layers, experts stay on the CPU first. room: of what all layers take."""
+    write_tiny(Path(model), MOE)
+    with GGUFFile.open(model) as file:
+        config = ModelConfig.from_metadata(file.metadata, file.tensors)
+        plan = MemoryPlan(config, list(file.tensors.values()), 128, plan_cache(config))
+    sizes = plan.gpu_sizes()
+    others = sizes.buffers + sizes.weights.output + sum(sizes.caches)
+    monkeypatch.setattr(FakeGpu, "free", MARGIN + others + int(room * sum(sizes.weights.layers)))
+    arguments = [model, "--raw", "-p", "the", "-n", "2", "--temperature", "0"]
+    done, plain = (CliRunner().invoke(main, [*arguments, *more]) for more in (options, ["--device", "cpu"]))
+    assert done.exit_code == 0, done.stderr
+    *told, _ = (line for line in done.stderr.splitlines() if not line.startswith("compiling"))
+    assert [line.split(": ")[0] + ": " + line.split(": ")[1].removesuffix(", output") for line in told] == lines
+    assert done.stdout == plain.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"n_cpu_moe": 4}, "--n-cpu-moe 4: allowed are 0 to 3, the model's layers"),
+        ({"n_cpu_moe": -1}, "--n-cpu-moe -1: must be a number of layers from 0"),
+        ({"n_cpu_moe": 1, "cpu_moe": True}, "--n-cpu-moe 1: .* without --cpu-moe"),
+    ],
+)
+def test_experts_out_of_range(model: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        Model.load(model, **options)
+
+
 def test_what_the_gpu_lacks_is_an_error_where_it_is_named(model: str) -> None:
     with pytest.raises(OptionError, match="no caches of 77"):
         Model.load(model, device="cuda", n_ctx=77)
@@ -171,3 +223,23 @@ def test_sizes_are_those_of_all_backends(build: Callable[..., Decoder]) -> None:
     decoder.close()
     for backend in backends.values():
         backend.close()
+
+
+@pytest.mark.parametrize("observe", [False, True])
+@pytest.mark.parametrize("places", ["aaaa", "abbb", "babb"])
+def test_experts_on_another_backend(places: str, observe: bool, build: Callable[..., Decoder]) -> None:
+    """Logits of some tokens, more of them than fit at once. The shared expert is added before the others then."""
+    backends = {letter: cpu(n, "f32") for n, letter in enumerate("cab", 1)}
+    options = {"n_batch": 16, "n_outputs": 4, "observe": observe}
+    one, away = (
+        build(MOE, places, backends, experts=[backends[e] for e in "cca"] if split else None, **options)
+        for split in (False, True)
+    )
+    for ids, n_outputs in ((IDS[:37], 9), (IDS[37:38], 1), (IDS[38:50], 0)):
+        a, b = ([block.copy() for block in decoder.forward(ids, n_outputs)] for decoder in (one, away))
+        assert len(a) == len(b)
+        assert all(error(x, y) < 1e-5 for x, y in zip(a, b, strict=True))
+    if observe:
+        sums = [{seen.names: seen.squares.take()[0] for seen in decoder.observed or ()} for decoder in (one, away)]
+        assert sums[0].keys() == sums[1].keys()
+        assert all(error(sums[0][name], sums[1][name]) < 1e-5 for name in sums[0])

@@ -82,6 +82,26 @@ TINY_GEMMA3 = Tiny(
 WIDE_LLAMA = Tiny(n_embd=256, n_head=4, n_head_kv=2, head_dim=64, n_ff=512)
 
 
+def tiny_moe(n_layer: int, type: str = "F32") -> Tiny:
+    """qwen2moe: five experts, of which a token has two, and one that all share. type: of the experts too."""
+    rng, n_embd, n_ff, n_expert = np.random.default_rng(1), 64, 32, 5
+    shapes = {
+        "ffn_gate_inp": (n_expert, n_embd), "ffn_gate_exps": (n_expert, n_ff, n_embd),
+        "ffn_up_exps": (n_expert, n_ff, n_embd), "ffn_down_exps": (n_expert, n_embd, n_ff),
+        "ffn_gate_inp_shexp": (n_embd,), "ffn_gate_shexp": (n_ff, n_embd), "ffn_up_shexp": (n_ff, n_embd),
+        "ffn_down_shexp": (n_embd, n_ff), "ffn_gate": None, "ffn_up": None, "ffn_down": None,
+    }  # fmt: skip
+    tensors = {
+        f"blk.{il}.{name}.weight": shape and (rng.standard_normal(shape) * shape[-1] ** -0.5).astype(np.float32)
+        for il in range(n_layer)
+        for name, shape in shapes.items()
+    }
+    metadata = {"expert_count": n_expert, "expert_used_count": 2, "expert_feed_forward_length": n_ff}
+    metadata |= {"expert_shared_feed_forward_length": n_ff}
+    sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": 2, "n_head_kv": 1, "n_ff": n_ff, "type": type}
+    return Tiny(arch="qwen2moe", types={"ffn_gate_inp": "F32"}, biases=QKV, metadata=metadata, tensors=tensors, **sizes)
+
+
 def byte_tokens() -> list[str]:
     """GPT-2's printable character for each of the 256 bytes."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -202,7 +222,7 @@ def write_tiny(path: Path, tiny: Tiny | None = None) -> dict[str, np.ndarray]:
     for name, values in weights.items():
         if values is None:
             continue
-        is_matrix = values.ndim == 2
+        is_matrix = values.ndim > 1
         type_name = tiny.types.get(name.removesuffix(".weight").split(".")[-1], tiny.type) if is_matrix else "F32"
         blocks = quantize(values, type_name)
         qtype = gguf.GGMLQuantizationType[type_name]
