@@ -122,11 +122,11 @@ class Spy(NumpyBackend):
         spy = self
 
         class SpyProgram(NumpyProgram):
-            def run(self, ids: np.ndarray, runs: Sequence[Run], rows: Sequence[int]) -> np.ndarray:
+            def run(self, ids: np.ndarray, runs: Sequence[Run], rows: Sequence[int], part: int = 0) -> np.ndarray:
                 ((seq, n_past, n_tokens),) = runs
                 assert (seq, n_tokens) == (0, len(ids))
                 spy.passes.append((n_tokens, n_past, min(rows, default=0), len(rows)))
-                return super().run(ids, runs, rows)
+                return super().run(ids, runs, rows, part)
 
         class SpyRecorder(NumpyRecorder):
             def finish(self, result: Any) -> NumpyProgram:

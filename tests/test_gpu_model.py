@@ -194,7 +194,7 @@ def test_planned_sizes(n_gpu: int, tied: bool, tmp_path: Path) -> None:
     vectors = 4 * 64 * (2 * n_gpu + 1) + biases * n_gpu
     assert (held["weights"] + vectors, held["cache"]) == (weights, cache)
     pinned = sum(staging.nbytes for staging in backends[device]._uploader._staging)
-    pinned += sum(stage.program._host.nbytes for stage in decoder._stages if stage.backend is backends[device])
+    pinned += decoder._programs[id(backends[device])]._host.nbytes
     made = allocated() - before - weights - cache - pinned
     assert buffers / 2 < made <= buffers
     decoder.close()
