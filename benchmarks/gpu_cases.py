@@ -311,7 +311,9 @@ def graphs(bench: Bench) -> list[Record]:
                 launches._graphs.clear()
                 launches._most = 0
         decoder.rewind(0)
-        made.append(np.stack([decoder.step({0: [i]})[0].copy() for i in range(5 if bench.is_cuda and not bench.warm else 1)]))
+        made.append(
+            np.stack([decoder.step({0: [i]})[0].copy() for i in range(5 if bench.is_cuda and not bench.warm else 1)])
+        )
     same = np.array_equal(made[0], made[1])
     if not same or not np.isfinite(made[0]).all():
         raise AssertionError(f"logits differ by up to {np.abs(made[0] - made[1]).max():.2e}")
