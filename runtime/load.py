@@ -8,12 +8,12 @@ from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from gguf_run.formats.errors import FormatError, OptionError, UnsupportedError
+from gguf_run.formats.errors import FormatError
 from gguf_run.formats.reader import GGUFFile
 from gguf_run.models.backend import CacheType
 
 if TYPE_CHECKING:
-    from gguf_run.runtime.placement import Device, Placement, Wanted
+    from gguf_run.runtime.placement import Device, Wanted
     from gguf_run.runtime.session_file import SessionHeader
     from gguf_run.runtime.tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ def load_parts(
     from gguf_run.runtime.cache_plan import plan_cache
     from gguf_run.runtime.devices import gpu_errors, open_placement
     from gguf_run.runtime.memory import MemoryPlan, available_memory
-    from gguf_run.runtime.placement import CPU, cpu_only
+    from gguf_run.runtime.placement import CPU
 
     config = ModelConfig.from_metadata(file.metadata, file.tensors)
     n_ctx = n_ctx or min(config.n_ctx_train, DEFAULT_N_CTX)
@@ -67,10 +67,10 @@ def load_parts(
 
         backends: dict[Device, Any] = dict(gpus)
 
-        def load(placement: "Placement") -> Decoder:
+        try:
             if CPU in placement.devices:
                 backends[CPU] = CpuBackend(n_threads)
-            return Decoder(
+            decoder = Decoder(
                 config,
                 file.tensors,
                 [backends[device] for device in placement.layers],
@@ -83,22 +83,6 @@ def load_parts(
                 embedding=backends[placement.embedding],
                 experts=[backends[device] for device in placement.experts],
             )
-
-        try:
-            lacking = ""
-            try:
-                decoder = load(placement)
-            except (UnsupportedError, OptionError) as error:  # what the GPU backend lacks
-                if wanted.insists or not placement.n_gpu:
-                    raise
-                lacking = str(error)
-            if lacking:  # here nothing holds what was loaded any more
-                report(f"all on the CPU: {lacking}")
-                if CPU in backends:
-                    backends.pop(CPU).close()
-                placement = cpu_only(config.n_layer)
-                plan.check(available_memory())
-                decoder = load(placement)
             tokenizer, template, tool_template = text.result()
             return {
                 "decoder": decoder,

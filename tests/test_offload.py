@@ -93,18 +93,13 @@ def test_what_matrices_read_is_observed_on_all_backends(build: Callable[..., Dec
 
 
 class FakeGpu(CpuBackend):
-    """Runs on the CPU; lacks caches of 77 positions."""
+    """Runs on the CPU."""
 
     name = "a GPU"
     free = 1 << 40
 
     def free_memory(self) -> int:
         return self.free
-
-    def cache(self, shape: Any, n_ctx: int, n_batch: int, n_seq: int = 1, kind: Any = None) -> Any:
-        if n_ctx == 77:
-            raise OptionError("this GPU has no caches of 77 positions")
-        return super().cache(shape, n_ctx, n_batch, n_seq, kind)
 
 
 @pytest.fixture
@@ -128,7 +123,6 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
             ["cpu: embeddings, layer 0", "cuda:1: layer 1", "cuda:0: layer 2, output"],
         ),
         (["-ngl", "0"], "3 layers on CPU", []),
-        (["-c", "77"], "3 layers on CPU", ["cuda:0: embeddings, layers 0 to 2, output", "all on the CPU"]),
     ],
 )
 def test_command_line(model: str, options: list[str], where: str, lines: list[str]) -> None:
@@ -188,11 +182,6 @@ def test_experts_on_the_cpu(
 def test_experts_out_of_range(model: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError, match=words):
         Model.load(model, **options)
-
-
-def test_what_the_gpu_lacks_is_an_error_where_it_is_named(model: str) -> None:
-    with pytest.raises(OptionError, match="no caches of 77"):
-        Model.load(model, device="cuda", n_ctx=77)
 
 
 def test_layers_that_do_not_fit(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
