@@ -17,26 +17,30 @@ from datetime import datetime
 from types import FrameType
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateError, TemplateSyntaxError, pass_context
 from jinja2.compiler import CodeGenerator
 from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Concat, Node
+from jinja2.nodes import Concat, Dict, List, Node, Tuple
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from gguf_run.formats.errors import GgufRunError
 
-MAX_STEPS = 2_000_000  # lines of compiled template; a long conversation takes some ten thousand
-MAX_SECONDS = 10.0  # of processor time, since one step can be a long one
+MAX_STEPS = 20_000_000  # a long conversation takes some ten thousand; where each message looks at all others, millions
+MAX_SECONDS = 20.0  # of processor time, since one step can be a long one
 MAX_CHARS = 1 << 27  # of all texts made on the way to the result, whether kept or not
+MAX_ITEMS = 1 << 18  # of lists in lists, as often as they occur: thirty steps of [x, x] make a billion
 MAX_BITS = 1 << 12  # of an integer
 MAX_TEMPLATE = 1 << 20  # characters
 
 # Methods of strings and filters whose result may be longer than all they are given.
 _GROWING = frozenset({
     "batch", "center", "expandtabs", "format", "format_map", "indent", "join", "ljust", "replace", "rjust", "slice",
-    "tojson", "translate", "wordwrap", "zfill",
+    "pprint", "string", "tojson", "translate", "wordwrap", "zfill",
 })  # fmt: skip
+_HOLDERS: tuple[type, ...] = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
 _FORMATS = frozenset({"%", "format", "format_map"})
 
 
@@ -87,14 +91,31 @@ class _Generation(Extension):
 
 
 class _CodeGenerator(CodeGenerator):
-    """Sends `a ~ b` through the environment, as all other joining of text goes."""
+    """Sends `a ~ b` and what holds other values through the environment, as all that makes something goes."""
 
     def visit_Concat(self, node: Concat, frame: Any) -> None:
-        self.write("environment.concat(map(str, (")
+        self.write("environment.concat(map(str, map(environment.counted, (")
         for part in node.nodes:
             self.visit(part, frame)
             self.write(", ")
-        self.write(")))")
+        self.write("))))")
+
+    def visit_List(self, node: List, frame: Any) -> None:
+        self._counted(super().visit_List, node, frame)
+
+    def visit_Dict(self, node: Dict, frame: Any) -> None:
+        self._counted(super().visit_Dict, node, frame)
+
+    def visit_Tuple(self, node: Tuple, frame: Any) -> None:
+        if node.ctx == "load":
+            self._counted(super().visit_Tuple, node, frame)
+        else:
+            super().visit_Tuple(node, frame)
+
+    def _counted(self, visit: Callable[[Any, Any], None], node: Node, frame: Any) -> None:
+        self.write("environment.counted(")
+        visit(node, frame)
+        self.write(")")
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -104,7 +125,13 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     code_generator_class = _CodeGenerator
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, loopcontrols],
+            optimized=False,  # nothing is computed before the limits hold
+            finalize=_finalize,
+        )
         self._chars_left: float = MAX_CHARS
         self.concat = self._concat  # type: ignore[method-assign]
         self.filters["tojson"] = _tojson
@@ -118,28 +145,28 @@ class _Sandbox(ImmutableSandboxedEnvironment):
                 raise TemplateError(f"it makes an integer of more than {MAX_BITS} bits")
         elif operator in ("*", "%"):
             self._before_growth(operator, left, right)
-        return self._counted(super().call_binop(context, operator, left, right))
+        return self.counted(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps "".format
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         if isinstance(owner, str) and name in _GROWING:
             __self._before_growth(name, owner, *args, *kwargs.values())
-        return __self._counted(super().call(__context, __obj, *args, **kwargs))
+        return __self.counted(super().call(__context, __obj, *args, **kwargs))
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        return self._counted(super().getitem(obj, argument))
+        return self.counted(super().getitem(obj, argument))
 
     def _concat(self, parts: Iterable[str]) -> str:
         """Join the result, what a block or a macro makes, `a ~ b`."""
-        return self._counted("".join([self._counted(part) for part in parts]))
+        return self.counted("".join([self.counted(part) for part in parts]))
 
     def _measured(self, name: str, filter: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(filter)
         def measured(*args: Any, **kwargs: Any) -> Any:
             if name in _GROWING:
                 self._before_growth(name, *args, *kwargs.values())
-            return self._counted(filter(*args, **kwargs))
+            return self.counted(filter(*args, **kwargs))
 
         return measured
 
@@ -151,7 +178,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             if any(widths):
                 raise TemplateError("it formats a value to a width of more than four digits")
 
-    def _counted(self, value: Any) -> Any:
+    def counted(self, value: Any) -> Any:
+        """Return the value, its size added up; TemplateError if that is too much."""
         size = _size(value) if not isinstance(value, int) else 0
         self._check(size)
         self._chars_left -= size
@@ -162,19 +190,27 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             raise TemplateError(f"it makes more than {MAX_CHARS} characters of text")
 
 
+@pass_context
+def _finalize(context: Context, value: Any) -> Any:
+    """Before a value becomes text."""
+    return context.environment.counted(value)  # type: ignore[attr-defined]
+
+
 @contextmanager
 def _limited_steps() -> Iterator[None]:
-    """Raise in this thread's Python code after MAX_STEPS lines or MAX_SECONDS. A debugger's trace is set aside."""
+    """Raise in this thread's Python code after MAX_STEPS, lines of the template and calls, or MAX_SECONDS. A debugger's
+    trace is set aside."""
     left, end = MAX_STEPS, time.thread_time() + MAX_SECONDS
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
         nonlocal left
         left -= 1
-        if left < 0:
-            raise TemplateError(f"it does not end: more than {MAX_STEPS} steps")
-        if not left % 16 and time.thread_time() > end:
-            raise TemplateError(f"it does not end: more than {MAX_SECONDS:.0f} seconds of processor time")
-        return trace
+        if not left % 16:
+            if left < 0:
+                raise TemplateError(f"it does not end: more than {MAX_STEPS} steps")
+            if time.thread_time() > end:
+                raise TemplateError(f"it does not end: more than {MAX_SECONDS:.0f} seconds of processor time")
+        return trace if frame.f_code.co_filename == "<template>" else None
 
     before = sys.gettrace()
     sys.settrace(trace)
@@ -189,9 +225,30 @@ def _size(value: Any) -> int:
     bytes), or a number itself as a width."""
     if isinstance(value, int):
         return abs(value)
-    if isinstance(value, list | tuple):
-        return 8 * len(value) + sum(len(item) for item in value if isinstance(item, str))
-    return len(value) if isinstance(value, str | Mapping) else 1
+    if isinstance(value, str):
+        return len(value)
+    n_bytes = 8 * _n_items(value)
+    return n_bytes + (
+        sum(len(item) for item in value if isinstance(item, str)) if isinstance(value, list | tuple) else 1
+    )
+
+
+def _n_items(value: Any) -> int:
+    """Return how many items a list or a dict has, those of its items included."""
+    n, rest = 0, [value]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, Namespace):
+            item = object.__getattribute__(item, "_Namespace__attrs")
+        if isinstance(item, dict):
+            item = item.values()
+        elif not isinstance(item, _HOLDERS):
+            continue
+        n += len(item)
+        if n > MAX_ITEMS:
+            raise TemplateError(f"it makes a list of more than {MAX_ITEMS} items, those of its lists included")
+        rest.extend(item)
+    return n
 
 
 def _bits(number: int) -> int:
