@@ -29,7 +29,7 @@ from jinja2.utils import Namespace
 from gguf_run.formats.errors import GgufRunError
 
 MAX_STEPS = 20_000_000  # a long conversation takes some ten thousand; where each message looks at all others, millions
-MAX_SECONDS = 20.0  # of processor time, since one step can be a long one
+MAX_SECONDS = 10.0  # of processor time, since one step can be a long one
 MAX_CHARS = 1 << 27  # of all texts made on the way to the result, whether kept or not
 MAX_ITEMS = 1 << 18  # of lists in lists, as often as they occur: thirty steps of [x, x] make a billion
 MAX_BITS = 1 << 12  # of an integer
@@ -198,8 +198,8 @@ def _finalize(context: Context, value: Any) -> Any:
 
 @contextmanager
 def _limited_steps() -> Iterator[None]:
-    """Raise in this thread's Python code after MAX_STEPS, lines of the template and calls, or MAX_SECONDS. A debugger's
-    trace is set aside."""
+    """Raise in this thread's Python code after MAX_STEPS, calls and lines outside this file, or MAX_SECONDS. A
+    debugger's trace is set aside."""
     left, end = MAX_STEPS, time.thread_time() + MAX_SECONDS
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
@@ -210,7 +210,7 @@ def _limited_steps() -> Iterator[None]:
                 raise TemplateError(f"it does not end: more than {MAX_STEPS} steps")
             if time.thread_time() > end:
                 raise TemplateError(f"it does not end: more than {MAX_SECONDS:.0f} seconds of processor time")
-        return trace if frame.f_code.co_filename == "<template>" else None
+        return None if frame.f_code.co_filename == __file__ else trace
 
     before = sys.gettrace()
     sys.settrace(trace)
