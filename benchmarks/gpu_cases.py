@@ -147,7 +147,7 @@ def _quantized(x: torch.Tensor) -> torch.Tensor:
     """What int8 blocks of 32 leave of rows f32."""
     blocks = x.unflatten(1, (-1, 32))
     d = blocks.abs().amax(2, keepdim=True)
-    inverse = torch.where(d == 0, 0.0, 127 / d)
+    inverse = torch.where(d == 0, 0.0, torch.full_like(d, 127) / d)  # 127 / d would round twice
     return ((blocks * inverse).round().double() * (d / 127).double()).flatten(1)
 
 
@@ -159,7 +159,7 @@ def _distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def matmul(
     bench: Bench, type_name: str, tokens: Sequence[int] | None = None, tuning: Tuning | None = None, gated: bool = False
 ) -> list[Record]:
-    """Products with cold weights. x[t] is row t of the weights, so that a part of the result is known.
+    """Products with cold weights, checked for as many columns as there are tokens.
 
     The bounds: int8 blocks are those of the kernel, sums are f32; products of f16.
     """
@@ -172,15 +172,17 @@ def matmul(
     recorder: Any = backend.recorder(n_batch, 1)
     recorder.tuning = tuning or recorder.tuning
     x, out = recorder.buffer(n_in), recorder.buffer(n_out)
-    recorder.embed(first, x)
+    y = recorder.buffer(n_in)
+    recorder.embed(first, y)  # the weights as numbers
+    recorder.embed(random_part("F32", n_in, n_batch, bench.device), x)
     for part in [*parts, first]:
         if gated:
             recorder.matmul_gated(x, GpuWeight(n_in, (part,)), out.columns(0, n_out // 2), "silu")
         else:
             recorder.matmul(x, GpuWeight(n_in, (part,)), out)
     program = recorder.finish(recorder.outputs(out))
-    program.run(np.arange(n_batch, dtype=np.int32), [Run(0, 0, n_batch)], ())  # all rows of x
-    w = x.data[:n_batch].double()
+    program.run(np.arange(n_batch, dtype=np.int32), [Run(0, 0, n_batch)], ())
+    w = y.data[:n_batch].double()
     found = []
     for n in tokens:
         out.data.fill_(float("nan"))
@@ -259,7 +261,7 @@ def _set_depth(decoder: Decoder, n_past: int) -> None:
 
 
 def model(bench: Bench, name: str, type_name: str, kind: str = "f16", what: str = "all") -> Iterator[Record]:
-    """Decode, short and at depth, and prefill, through Decoder.forward, as programs do. what: all, or decode."""
+    """Decode (greedy), short and at depth, and prefill, through the Decoder, as programs do. what: all, or decode."""
     sizes = bench.sizes
     shape, n_batch = sizes.shapes[name], max(sizes.prefill)
     decoder, weight_bytes = decoder_of(bench, shape, type_name, sizes.depth + n_batch, n_batch, kind)
@@ -273,14 +275,14 @@ def model(bench: Bench, name: str, type_name: str, kind: str = "f16", what: str 
         def tokens(n: int = steps, depth: int = depth) -> None:
             _set_depth(decoder, depth)
             for i in range(n):
-                decoder.step({0: [i]})
+                decoder.top([i], 1)
 
         tokens(min(2, steps))
         wall = bench.wall(tokens, 3) / steps
 
         def device() -> None:
             program._parts[0].run(1)
-            program._after.run(1)
+            program._tops[1][0].run(1)
 
         on_device = wall if bench.warm else bench.events(device)
         at = f"decode at depth {depth}" if depth else "decode"
@@ -311,9 +313,8 @@ def graphs(bench: Bench) -> list[Record]:
                 launches._graphs.clear()
                 launches._most = 0
         decoder.rewind(0)
-        made.append(
-            np.stack([decoder.step({0: [i]})[0].copy() for i in range(5 if bench.is_cuda and not bench.warm else 1)])
-        )
+        steps = 5 if bench.is_cuda and not bench.warm else 1
+        made.append(np.stack([decoder.step({0: [i]})[0].copy() for i in range(steps)]))
     same = np.array_equal(made[0], made[1])
     if not same or not np.isfinite(made[0]).all():
         raise AssertionError(f"logits differ by up to {np.abs(made[0] - made[1]).max():.2e}")

@@ -109,12 +109,12 @@ def store_row(x, qs, d, row, scales, head, TYPE: tl.constexpr, HEAD_DIM: tl.cons
         block = tl.arange(0, WIDTH // 32)
         size = tl.max(tl.abs(blocks), axis=1)
         if TYPE == "q8_0":
-            scale = size / 127.0
+            scale = tl.div_rn(size, 127.0)
         else:  # the first of the largest values becomes -8
             i = tl.arange(0, 32)[None, :]
             first = tl.min(tl.where(tl.abs(blocks) == size[:, None], i, 32), axis=1)
-            scale = tl.sum(tl.where(i == first[:, None], blocks, 0.0), axis=1) / -8.0
-        inverse = tl.where(scale == 0, 0.0, 1.0 / scale)
+            scale = tl.sum(tl.where(i == first[:, None], blocks, 0.0), axis=1) * -0.125
+        inverse = tl.where(scale == 0, 0.0, tl.div_rn(1.0, scale))
         tl.store(d + row * (HEAD_DIM // 32) + block, scale.to(tl.float16), mask=block < HEAD_DIM // 32)
         value = blocks * inverse[:, None]
         if TYPE == "q8_0":
@@ -130,12 +130,12 @@ def store_row(x, qs, d, row, scales, head, TYPE: tl.constexpr, HEAD_DIM: tl.cons
     else:
         LARGEST: tl.constexpr = 127.0 if TYPE == "int8" else (448.0 if TYPE == "fp8_e4m3" else 57344.0)
         if scales is None:
-            scale = (tl.max(tl.abs(x), axis=0) / LARGEST).to(tl.float16)
+            scale = tl.div_rn(tl.max(tl.abs(x), axis=0), LARGEST).to(tl.float16)
         else:
             scale = tl.load(scales + head).to(tl.float16)
         tl.store(d + row, scale)
         factor = scale.to(tl.float32)
-        value = x * tl.where(factor == 0, 0.0, 1.0 / factor)
+        value = x * tl.where(factor == 0, 0.0, tl.div_rn(1.0, factor))
         if TYPE == "int8":
             value = tl.minimum(tl.maximum(value, -127.0), 127.0)
             tl.store(qs + at, ((value + 12582912.0) - 12582912.0).to(tl.int8).to(tl.uint8, bitcast=True), mask=mask)

@@ -12,11 +12,11 @@ BLOCK = 32
 
 @triton.jit
 def store_int8(x, at, xq, xd, xs, row, n, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Columns at + 0 .. WIDTH of a row of n: x f32[WIDTH], zeros beyond n. Rounds half to even, as the CPU does."""
+    """Columns at + 0 .. WIDTH of a row of n: x f32[WIDTH], zeros beyond n. Rounds as the CPU does (`/` would not)."""
     N: tl.constexpr = WIDTH // 32
     halves = tl.reshape(x, (N, 2, 16))
     largest = tl.max(tl.max(tl.abs(halves), axis=2), axis=1)
-    inverse = tl.where(largest == 0, 0.0, 127.0 / largest)
+    inverse = tl.where(largest == 0, 0.0, tl.div_rn(127.0, largest))
     # Adding and taking away 1.5 * 2^23 leaves the nearest integer.
     q = ((halves * inverse[:, None, None] + 12582912.0) - 12582912.0).to(tl.int32)
     block = at // 32 + tl.arange(0, N)
@@ -25,7 +25,7 @@ def store_int8(x, at, xq, xd, xs, row, n, WIDTH: tl.constexpr):  # type: ignore[
     tl.store(xq.to(tl.pointer_type(tl.int8)) + row * n + column, q.to(tl.int8), mask=column < n)
     low, high = tl.split(tl.sum(q, axis=2))
     to = row * (n // 32) + block
-    tl.store(xd + to, largest / 127.0, mask=block * 32 < n)
+    tl.store(xd + to, tl.div_rn(largest, 127.0), mask=block * 32 < n)
     tl.store(xs + to, (low & 0xFFFF) | (high << 16), mask=block * 32 < n)
 
 
