@@ -36,10 +36,9 @@ CASES = {
     "odd widths": (Case(("F16", "F32"), 50, 45, 8, Moe(3, False, 2.5, "swiglu_oai"), biases=True), (2, 9)),
     "float down": (Case(("Q8_0", "F16"), 64, 50, 4, Moe(2, True, 1.0, "silu")), (7,)),
     "one expert": (Case(("Q8_0", "Q8_0"), 32, 32, 1, Moe(1, False, 1.0, "gelu")), (3,)),
-    "Q4_K": (Case(("Q4_K", "Q8_0"), 256, 32, 3, Moe(1, True, 1.0, "silu")), (1, 9)),
-    "Q6_K": (Case(("Q8_0", "Q6_K"), 32, 256, 3, Moe(1, True, 1.0, "silu")), (9,)),
+    "Q4_K": (Case(("Q4_K", "Q8_0"), 256, 32, 3, Moe(1, True, 1.0, "silu")), (1,)),
     "biases": (Case(("Q8_0", "Q4_0"), 32, 64, 8, Moe(2, True, 1.0, "swiglu_oai"), biases=True), (1,)),
-    "gpt-oss": (Case(("MXFP4", "MXFP4"), 32, 32, 5, Moe(1, True, 1.0, "swiglu_oai"), biases=True), (1, 33)),
+    "gpt-oss": (Case(("MXFP4", "MXFP4"), 32, 32, 5, Moe(1, True, 1.0, "swiglu_oai"), biases=True), (9,)),
     "many": (Case(("Q4_0", "Q4_0"), 32, 32, 60, Moe(2, False, 0.7, "silu")), (9,)),
 }
 
@@ -107,17 +106,14 @@ def test_what_experts_read_is_observed(name: str) -> None:
 
 def test_experts_on_the_cpu(tmp_path: Path) -> None:
     """All else on the GPU: what experts read and the router's logits cross over."""
-    write_tiny(tmp_path / "model.gguf", tiny_moe(2, "F16"))
+    write_tiny(tmp_path / "model.gguf", tiny_moe(1))
     file = GGUFFile.open(tmp_path / "model.gguf")
     config = ModelConfig.from_metadata(file.metadata, file.tensors)
     results = []
-    for backend, others in ((gpu(), cpu(2)), (cpu(2), None), (gpu(), None)):
-        experts = None if others is None else [others, backend]
-        decoder = Decoder(config, file.tensors, [backend] * 2, 32, 16, 16, experts=experts)
+    for backend in (gpu(), cpu(2)):
+        decoder = Decoder(config, file.tensors, [backend], 32, 16, 16, experts=[cpu(2)])
         results.append(np.concatenate([block.copy() for block in decoder.forward(range(9, 20), 4)]))
-    away, on_cpu, on_gpu = results
-    assert error(away, on_cpu) < 5e-3
-    assert error(on_gpu, on_cpu) < 5e-3
+    assert error(*results) < 2e-3
 
 
 def test_gate_and_up_of_two_types_are_refused() -> None:
