@@ -84,10 +84,12 @@ def attend(  # type: ignore[no-untyped-def]
         row = (s * n_head_kv + kv_head.to(tl.int64)) * n_ctx
         k_at, kd_at = planes_at(k_qs, k_d, row, K, HEAD_DIM)
         v_at, vd_at = planes_at(v_qs, v_d, row, V, HEAD_DIM)
+        slot = first % n_ctx
         for start in range(first, tl.minimum(first + size, end), SPAN):
             p = start + tl.arange(0, SPAN)
             live = p < end
-            rows = start % n_ctx + tl.arange(0, SPAN)  # n_ctx is a multiple of SPAN
+            rows = slot + tl.arange(0, SPAN)  # n_ctx is a multiple of SPAN
+            slot = tl.where(slot + SPAN == n_ctx, 0, slot + SPAN)
             keys = load_rows(k_at, kd_at, rows, live, K, HEAD_DIM, WIDTH)
             score = tl.dot(queries[0], tl.trans(keys[0]), input_precision=K_PRECISION)
             if K_PARTS == 2:

@@ -56,7 +56,7 @@ class AttentionOp:
         rep = power_of_2(self.shape.n_head // self.shape.n_head_kv)
         narrow = self.cache.k.width <= 128 and all(form.bits < 32 for form in forms)
         if n <= FEW:
-            span = SPAN if narrow and all(form.bits > 4 for form in forms) else SPAN // 2
+            span = SPAN if narrow else SPAN // 2
             return {"TOKENS": 1, "REP": max(16, rep), "SPAN": span, "num_warps": 4 if narrow else 8} | _REGISTERS
         n_row = 64 if narrow and all(form.bits > 4 and form.name != "bf16" for form in forms) else 32
         span = SPAN if narrow and all(form.name == "f16" for form in forms) else SPAN // 2
