@@ -20,19 +20,22 @@ _WIDTH = 1024
 
 @dataclass(frozen=True)
 class Tuning:
-    """How an architecture likes its products. small: tokens for which matmul_tile is faster than dequantizing to memory
-    and multiplying there. tile: its rows and units. rows: of matmul_decode, by the number of tokens. programs: of
+    """How an architecture likes its products. small: tokens for which matmul_tile, which takes up to 64, is faster than
+    dequantizing to memory and multiplying there. tile: its rows and units. rows: of matmul_decode, by the number of tokens. programs: of
     attention for a few tokens, about two for each multiprocessor."""
 
-    small: int = 32
+    small: int = 64
     tile: tuple[int, int] = (64, 4)
     rows: tuple[tuple[int, int], ...] = ((1, 4), (2, 2), (4, 2), (8, 1))
     programs: int = 264
 
 
 DEFAULT = Tuning()
-# By compute capability; what is missing takes DEFAULT.
-TUNINGS: dict[int, Tuning] = {}
+# By compute capability; what is missing takes DEFAULT. Computed, not measured: two programs on each multiprocessor of an
+# A100, RTX 3090, RTX 4090, H100 and B200. Tiles: 8 to 15 instructions a weight (Q4_K), whose memory is read once;
+# dequantizing: 8, and four bytes more to write and to read.
+TUNINGS = {80: Tuning(programs=216), 86: Tuning(programs=164), 89: Tuning(programs=256), 90: Tuning(programs=264)}
+TUNINGS |= {100: Tuning(programs=256)}  # no more: runtime.memory counts with 264
 
 
 def units_at_once(n_unit: int) -> int:
@@ -160,7 +163,7 @@ class Product:
         part, (n_row, units) = self.part, self.tuning.tile
         matmul_tile[(-(-part.n_out // n_row),)](
             part.qs, part.high, part.scale, part.d, halves.xh, raw, part.n_out, part.n_in, part.n_unit,
-            raw.stride(0), **part.panel.constants, M=16 if n <= 16 else 32, N=n_row, UNITS=units, num_warps=4,
+            raw.stride(0), **part.panel.constants, M=max(16, power_of_2(n)), N=n_row, UNITS=units, num_warps=4,
         )  # fmt: skip
 
     def _in_memory(self, xh: Array, raw: Array, weights: Array) -> None:

@@ -105,7 +105,7 @@ def inspect(kernel: Any) -> dict[str, Any]:
 
 
 def buffer(width: int) -> GpuBuffer:
-    return GpuBuffer(torch.zeros(64, width), False, 0, width)
+    return GpuBuffer(torch.zeros(96, width), False, 0, width)
 
 
 def product(name: str, activation: str | None = None) -> Product:
@@ -118,14 +118,14 @@ def few(name: str, n: int, activation: str | None = None) -> None:
 
 
 def many(name: str, n: int) -> None:
-    scratch = Scratch(torch.zeros(N_OUT * N_IN, dtype=torch.float16), torch.zeros(64 * N_OUT))
-    product(name).many(n, Halves.empty(64, N_IN, CPU), scratch)
+    scratch = Scratch(torch.zeros(N_OUT * N_IN, dtype=torch.float16), torch.zeros(96 * N_OUT))
+    product(name).many(n, Halves.empty(96, N_IN, CPU), scratch)
 
 
 def ops() -> None:
     """Every op of a recorder but the products, which have one weight type here."""
     backend = GpuBackend(CPU)
-    recorder = backend.recorder(64, 64)
+    recorder = backend.recorder(96, 96)
     x, y, qkv, ff = (recorder.buffer(n) for n in (1024, 1024, 1536, 512))
     q = qkv.columns(0, 1024)
     weight = GpuWeight(1024, (empty(PANELS["Q8_0"], 1024, 1024, CPU),))
@@ -144,7 +144,7 @@ def ops() -> None:
     recorder.observe(x)
     recorder.matmul(y, weight, x)
     program = recorder.finish(recorder.outputs(x))
-    for n in (1, 64):
+    for n in (1, 96):
         program.run(np.zeros(n, np.int32), [Run(0, 0, n)], [0])
     program.run_top(np.zeros(1, np.int32), [Run(0, 0, 1)], 0, 64)
 
@@ -183,7 +183,7 @@ def cases(full: bool) -> dict[str, Callable[[], None]]:
     attentions = ATTENTION if full else ATTENTION[:2]
     if full:
         few_cases += [("Q4_K", 2), ("Q8_0", 4), ("Q4_K", 8), ("Q3_K", 8)]
-        many_cases += [("Q4_K", 32), ("Q3_K", 64)]
+        many_cases += [("Q4_K", 32), ("Q6_K", 64), ("Q3_K", 96)]
     moes = [("Q4_K", "Q6_K", n, "silu", False) for n in ((1, 64, 512) if full else (1, 512))]
     if full:
         moes.append(("MXFP4", "MXFP4", 1, "swiglu_oai", True))

@@ -114,6 +114,7 @@ def test_attention_of_one_token(compiled: Any) -> None:
     loops = {kernel["case"]: kernel["loop"] / (2 * 64 * 128 / 128) for kernel in found}
     assert 3 < loops["attention q8_0 q8_0 128 1"] < 8.3
     assert 3 < loops["attention f16 f16 128 1"] < 5
+    assert 3 < loops["attention q4_0 q4_0 128 1"] < 9
 
 
 @pytest.mark.parametrize("target", AMD)

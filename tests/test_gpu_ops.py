@@ -89,7 +89,7 @@ def test_matmul_of_float_panels(name: str, n_in: int) -> None:
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q3_K", "Q6_K", "Q8_0"])
 def test_matmul_of_a_few_tokens(name: str) -> None:
-    check_matmul([random_tensor(name, 3, 256)], (2, 3, 8))
+    check_matmul([random_tensor(name, 3, 256)], (2, 3, 8, 33))
 
 
 def test_matmul_of_stacked_types() -> None:
