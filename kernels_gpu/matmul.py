@@ -21,8 +21,8 @@ _WIDTH = 1024
 @dataclass(frozen=True)
 class Tuning:
     """How an architecture likes its products. small: tokens for which matmul_tile, which takes up to 64, is faster than
-    dequantizing to memory and multiplying there. tile: its rows and units. rows: of matmul_decode, by the number of tokens. programs: of
-    attention for a few tokens, about two for each multiprocessor."""
+    dequantizing to memory and multiplying there. tile: its rows and units. rows: of matmul_decode, by the number of
+    tokens. programs: of attention for a few tokens, about two for each multiprocessor."""
 
     small: int = 64
     tile: tuple[int, int] = (64, 4)
@@ -31,8 +31,8 @@ class Tuning:
 
 
 DEFAULT = Tuning()
-# By compute capability; what is missing takes DEFAULT. Computed, not measured: two programs on each multiprocessor of an
-# A100, RTX 3090, RTX 4090, H100 and B200. Tiles: 8 to 15 instructions a weight (Q4_K), whose memory is read once;
+# By compute capability; what is missing takes DEFAULT. Computed, not measured: two programs on each multiprocessor of
+# an A100, RTX 3090, RTX 4090, H100 and B200. Tiles: 8 to 15 instructions a weight (Q4_K), whose memory is read once;
 # dequantizing: 8, and four bytes more to write and to read.
 TUNINGS = {80: Tuning(programs=216), 86: Tuning(programs=164), 89: Tuning(programs=256), 90: Tuning(programs=264)}
 TUNINGS |= {100: Tuning(programs=256)}  # no more: runtime.memory counts with 264
