@@ -82,9 +82,7 @@ class Launches:
             self._graphs[n] = graph
 
     def followed_by(self, op: Callable[[int], None]) -> "Launches":
-        launches = Launches([*self._ops, op], torch.device("cpu"), False)
-        launches._most = self._most
-        return launches
+        return Launches([*self._ops, op], self._device, self._most > 0)
 
     def clear(self) -> None:
         self._ops.clear()

@@ -282,6 +282,9 @@ def test_graphs_are_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) 
         for n in (3, 4, 9, 9):
             launches.run(n)
         assert calls == expected
+    calls.clear()
+    Launches([calls.append], torch.device("cuda:1"), True).followed_by(lambda n: calls.append(-n)).run(4)
+    assert calls == [4, -4, "cuda:1", 4, -4]
 
 
 @pytest.mark.parametrize("style", ["norm", "neox"])
