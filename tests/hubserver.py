@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-PATIENCE = 20  # seconds
+PATIENCE = 120  # seconds
 
 
 @dataclass

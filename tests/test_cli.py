@@ -25,7 +25,7 @@ from gguf_run.runtime.cli import main
 from gguf_run.runtime.cli_common import Command, decode_text, one_line
 
 RUN = [sys.executable, "-c", "from gguf_run.runtime.cli import main; main(prog_name='gguf-run')"]
-PATIENCE = 60
+PATIENCE = 240  # seconds: a process that hangs is found, a busy machine is not
 GREEDY = ["--temperature", "0", "-n", "8"]
 
 

@@ -279,7 +279,7 @@ def test_interrupted(model: Path) -> None:
         while b"samples_ns" not in seen:  # pp4 has run, tg4000 takes its time
             seen += os.read(process.stdout.fileno(), 65536)
         process.send_signal(signal.SIGINT)
-        rest, errors = process.communicate(timeout=60)
+        rest, errors = process.communicate(timeout=240)
     assert process.returncode == 130
     assert errors == b"\n"
     assert [row["n_prompt"] for row in json.loads(seen + rest)] == [4]
@@ -287,7 +287,7 @@ def test_interrupted(model: Path) -> None:
 
 def test_closed_stdout(model: Path) -> None:
     command = " ".join([*(f'"{word}"' for word in COMMAND), str(model), "-p 4 -n 2 -r 1 -t 1"])
-    done = subprocess.run(["bash", "-c", f"{command} >&-"], capture_output=True, timeout=60)
+    done = subprocess.run(["bash", "-c", f"{command} >&-"], capture_output=True, timeout=240)
     assert done.returncode == 1
     assert done.stderr == b"error: stdout is closed: there is nowhere to write to\n"
 

@@ -347,7 +347,7 @@ def test_thoughts_on_a_terminal(path: Path, tmp_path: Path, environment: dict[st
     clean = {name: value for name, value in os.environ.items() if name != "NO_COLOR"} | {"TERM": "xterm"} | environment
     with os.fdopen(terminal, "rb", buffering=0) as output, os.fdopen(end, "wb") as stdout:
         done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], stdout=stdout, stderr=subprocess.PIPE, env=clean, timeout=60
+            [sys.executable, "-c", code, *arguments], stdout=stdout, stderr=subprocess.PIPE, env=clean, timeout=240
         )
         shown = output.read(1 << 16).decode()
     assert done.returncode == 0

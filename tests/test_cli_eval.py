@@ -23,7 +23,7 @@ from gguf_run.runtime.eval_report import Figure
 from gguf_run.runtime.eval_text import Scorer
 
 RUN = [sys.executable, "-c", "from gguf_run.runtime.cli_eval import main; main(prog_name='gguf-eval')"]
-PATIENCE = 60
+PATIENCE = 240  # seconds: a process that hangs is found, a busy machine is not
 TEXT = "the order and another one, or the other end of the road and so on, and then there were none. " * 4
 SMALL = ["-c", "32", "-t", "2"]
 

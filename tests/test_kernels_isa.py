@@ -105,7 +105,7 @@ def processes() -> Iterator[dict[str, subprocess.Popen[str]]]:
 def test_kernels_for(name: str, processes: dict[str, subprocess.Popen[str]]) -> None:
     if name not in processes:
         pytest.skip(f"this machine does not have {name}")
-    output, _ = processes[name].communicate(timeout=300)
+    output, _ = processes[name].communicate(timeout=900)
     assert processes[name].returncode == 0, output[-5000:]
     assert " passed in " in output
     assert "skipped" not in output

@@ -330,7 +330,7 @@ def test_left_open_at_the_end_of_a_program(path: Path) -> None:
         "model = Model.load(sys.argv[1])\nanswer = model.generate('the', ignore_eos=True)\nnext(answer)\n"
         "keep = Model.load(sys.argv[1])\nkeep.close()\nother = Model.load(sys.argv[1])\ndel other\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -429,7 +429,7 @@ def test_import_is_light() -> None:
         "assert 'Model' in r.__all__\n"
         "print([name for name in ('numpy', 'numba', 'tokenizers', 'jinja2') if name in sys.modules])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 

@@ -26,7 +26,7 @@ SCRIPTS: dict[str, str] = PYPROJECT["project"]["scripts"]
 def run_python(code: str, **environment: str) -> str:
     """Run code in a fresh interpreter; return what it prints."""
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -83,7 +83,7 @@ def linted(tree: Path) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"PYTHONPATH": str(tree)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
 
 
