@@ -126,7 +126,7 @@ def store_row(x, qs, d, row, scales, head, TYPE: tl.constexpr, HEAD_DIM: tl.cons
             scale = tl.sum(tl.where(i == first[:, None], blocks, 0.0), axis=1) * -0.125
         inverse = tl.where(scale == 0, 0.0, tl.div_rn(1.0, scale))
         tl.store(d + row * (HEAD_DIM // 32) + block, scale.to(tl.float16), mask=block < HEAD_DIM // 32)
-        value = blocks * inverse[:, None]
+        value = tl.fma(blocks, inverse[:, None], 0.0)  # a plain product would be fused with the addition below
         if TYPE == "q8_0":
             whole = tl.floor(tl.abs(value) + 0.5)
             code = tl.reshape(tl.where(value < 0, -whole, whole), (WIDTH,)).to(tl.int8)

@@ -210,6 +210,7 @@ def main(targets: list[str]) -> None:
         if kernel.hash not in found[target]:
             facts: dict[str, Any] = {"kernel": self.__name__, "case": now["case"], "shared": kernel.metadata.shared}
             facts["mma"] = sorted(set(re.findall(MMA, kernel.asm.get("ptx") or kernel.asm["amdgcn"])))
+            facts["fused"] = bool(re.search(r"fma\.rn\.f32[^;]*0f4B400000", kernel.asm.get("ptx", "")))
             if self.__name__ == "matmul_decode" and target.isdigit():
                 facts["memory"] = re.findall(MEMORY, kernel.asm["ptx"])
             if target == FULL and self.__name__.startswith(("matmul", "attend", "expert")):

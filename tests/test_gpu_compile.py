@@ -96,6 +96,12 @@ def test_a_last_program_reads_what_the_others_stored(target: str, compiled: Any)
         assert "ld.global.cg" not in ops[:at]
 
 
+def test_products_are_rounded_before_they_become_int8(compiled: Any) -> None:
+    """As on the CPU: not fused with the addition of 1.5 * 2^23 that leaves the nearest integer."""
+    names = ("quantize", "rms_norm", "matmul_decode")
+    assert {k["fused"] for k in compiled[FULL].result()[FULL] if k["kernel"] in names} == {False}
+
+
 @pytest.mark.parametrize("target", [*TARGETS, *AMD])
 def test_tensor_cores(target: str, compiled: Any) -> None:
     many = ("attention q8_0 q8_0 128 64", "attention f16 f16 128 64")
