@@ -134,8 +134,8 @@ class CpuBackend:
     def to_host(self, buffer: CpuBuffer, n_tokens: int) -> NDArray[np.float32]:
         return buffer.memory[:n_tokens, buffer.start : buffer.start + buffer.width]
 
-    def from_host(self, rows: NDArray[np.float32], buffer: CpuBuffer) -> None:
-        self.to_host(buffer, len(rows))[:] = rows
+    def copy_from(self, other: Any, source: Any, n_tokens: int, target: CpuBuffer) -> None:
+        self.to_host(target, n_tokens)[:] = other.to_host(source, n_tokens)
 
     def nbytes(self) -> dict[str, int]:
         return dict(self._bytes)

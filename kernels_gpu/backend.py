@@ -112,8 +112,12 @@ class GpuBackend:
         return rows
 
     @gpu_errors()
-    def from_host(self, rows: NDArray[np.float32], buffer: GpuBuffer) -> None:
-        buffer.data[: len(rows)].copy_(torch.from_numpy(rows))
+    def copy_from(self, other: Any, source: Any, n_tokens: int, target: GpuBuffer) -> None:
+        """From another GPU without a wait: torch has the copy follow what both devices' streams have to do before, and
+        be followed by what comes."""
+        is_gpu = isinstance(other, GpuBackend)
+        rows = source.data[:n_tokens] if is_gpu else torch.from_numpy(other.to_host(source, n_tokens))
+        target.data[:n_tokens].copy_(rows, non_blocking=is_gpu)
 
     def close(self) -> None:
         """Forget the weights: the device gets its memory back when nothing else holds them."""

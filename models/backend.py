@@ -212,7 +212,7 @@ class Recorder(Protocol):
         ...
 
     def cut(self) -> None:
-        """Another part of the program begins, which runs by itself: before it does, Backend.from_host may write
+        """Another part of the program begins, which runs by itself: before it does, Backend.copy_from may write
         buffers."""
         ...
 
@@ -310,8 +310,8 @@ class Backend(Protocol):
         """The first rows of a buffer, valid until the next run: how the hidden state leaves a device."""
         ...
 
-    def from_host(self, rows: NDArray[np.float32], buffer: Any, /) -> None:
-        """Write the first rows of a buffer, before its program runs."""
+    def copy_from(self, other: "Backend", source: Any, n_tokens: int, target: Any, /) -> None:
+        """The first rows of another backend's buffer become those of `target`, before its program runs."""
         ...
 
     def nbytes(self) -> dict[str, int]:

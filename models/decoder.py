@@ -269,7 +269,7 @@ class Decoder:
         for stage, following in itertools.pairwise(self._stages):
             self._programs[id(stage.backend)].run(batch, runs, (), stage.i)
             for buffer, copy in zip(stage.leaves, following.reads, strict=True):
-                following.backend.from_host(stage.backend.to_host(buffer, len(batch)), copy)
+                following.backend.copy_from(stage.backend, buffer, len(batch), copy)
         return runs
 
     def rewind(self, n_past: int, seq: int = 0) -> int:

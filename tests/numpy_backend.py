@@ -421,8 +421,8 @@ class NumpyBackend:
     def to_host(self, buffer: NumpyBuffer, n_tokens: int) -> np.ndarray:
         return buffer.data[:n_tokens]
 
-    def from_host(self, rows: np.ndarray, buffer: NumpyBuffer) -> None:
-        buffer.data[: len(rows)] = rows
+    def copy_from(self, other: Any, source: Any, n_tokens: int, target: NumpyBuffer) -> None:
+        target.data[:n_tokens] = other.to_host(source, n_tokens)
 
     def nbytes(self) -> dict[str, int]:
         return dict(self._nbytes)
