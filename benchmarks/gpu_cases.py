@@ -347,12 +347,13 @@ def launches(bench: Bench) -> list[Record]:
 
 
 def perplexity(bench: Bench, model_file: str, text: str) -> list[Record]:
-    """Of a file and the first 2,048 tokens of a text, on the GPU and on the CPU."""
-    values = []
+    """Of a file and the first 2,048 tokens of a text (64 in the interpreter), on the GPU and on the CPU."""
+    values, (n_ctx, n_chunk) = [], (512, 4) if bench.is_cuda else (64, 1)
     for backend in (GpuBackend(bench.device), None):
         engine = Ours(Path(model_file), 8, 512, backend=backend)
         ids = engine.tokenize(Path(text).read_text())
-        values.append([*perplexities(engine, ids, 512, min(4, len(ids) // 512))][-1])
+        n_ctx = min(n_ctx, len(ids))
+        values.append([*perplexities(engine, ids, n_ctx, min(n_chunk, len(ids) // n_ctx))][-1])
         engine.close()
     off = abs(values[0] / values[1] - 1)
     name = f"{values[0]:.4f}, CPU {values[1]:.4f}"
