@@ -44,6 +44,8 @@ class Case:
     device: str = "auto"
     gpu_layers: str = "auto"
     tensor_split: str | None = None
+    cpu_moe: bool = False
+    n_cpu_moe: int | None = None
 
     @property
     def n_ctx(self) -> int:
@@ -58,7 +60,13 @@ class Case:
     @property
     def placement(self) -> dict[str, Any]:
         """What runs where, as Model.load takes it."""
-        return {"device": self.device, "gpu_layers": self.gpu_layers, "tensor_split": self.tensor_split}
+        names = ("device", "gpu_layers", "tensor_split", "cpu_moe", "n_cpu_moe")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def experts_on_cpu(self) -> int:
+        """First layers whose experts are wanted there, -1: all."""
+        return -1 if self.cpu_moe else self.n_cpu_moe or 0
 
     @property
     def at_once(self) -> int:

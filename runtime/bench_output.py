@@ -35,7 +35,7 @@ FIELDS: Mapping[str, str] = {
 # What llama-bench says of settings that nobody changed: two results are compared only where all of these are equal.
 _UNCHANGED: Mapping[str, Any] = {
     "cpu_mask": "0x0", "cpu_strict": False, "poll": 50,
-    "n_cpu_moe": 0, "split_mode": "layer", "main_gpu": 0, "no_kv_offload": False, "flash_attn": -1,
+    "split_mode": "layer", "main_gpu": 0, "no_kv_offload": False, "flash_attn": -1,
     "tensor_buft_overrides": "none", "load_mode": "auto", "lazy_mode": "auto",
     "embeddings": False, "no_op_offload": 0, "no_host": False, "repack": True, "fit_target": 0, "fit_min_ctx": 0,
 }  # fmt: skip
@@ -59,6 +59,7 @@ def fields(result: Result) -> dict[str, Any]:
         "type_v": case.type_v,
         "devices": case.device.replace(",", "/"),
         "n_gpu_layers": {"auto": -1, "all": -2}.get(case.gpu_layers) or int(case.gpu_layers),
+        "n_cpu_moe": case.experts_on_cpu,
         "tensor_split": "/".join(f"{float(part):.2f}" for part in (case.tensor_split or "0").split(",")),
         "test_time": result.test_time,
         **{name: getattr(case, name) for name in ("n_batch", "n_ubatch", "n_threads", "n_prompt", "n_gen", "n_depth")},
@@ -198,7 +199,7 @@ def _quoted(value: Any) -> str:
 _COLUMNS: Mapping[str, tuple[str, int]] = {
     "model_type": ("model", -30), "size": ("size", 10), "params": ("params", 10), "backends": ("backend", -10),
     "n_threads": ("threads", 7), "n_batch": ("n_batch", 7), "n_ubatch": ("n_ubatch", 8), "type_k": ("type_k", 6),
-    "type_v": ("type_v", 6), "n_gpu_layers": ("ngl", 3), "tensor_split": ("ts", 12),
+    "type_v": ("type_v", 6), "n_gpu_layers": ("ngl", 3), "n_cpu_moe": ("n_cpu_moe", 9), "tensor_split": ("ts", 12),
     "devices": ("dev", -12), "test": ("test", 15), "t/s": ("t/s", 20),
     "of limit": ("of limit", 8),
 }  # fmt: skip
@@ -208,6 +209,7 @@ _IF_CHANGED = {
     "type_k": "type_k",
     "type_v": "type_v",
     "n_gpu_layers": "gpu_layers",
+    "n_cpu_moe": "experts_on_cpu",
     "tensor_split": "tensor_split",
     "devices": "device",
 }

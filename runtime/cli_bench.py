@@ -114,6 +114,8 @@ _types = partial(click.option, multiple=True, metavar="TYPE,...")
 )
 @_numbers("-ngl", "--gpu-layers", default=("auto",), help="Layers on the GPU; or all, auto.")
 @_numbers("-ts", "--tensor-split", help="Parts of these for each of several GPUs: 3/1.  [default: by free memory]")
+@click.option("-cmoe", "--cpu-moe", is_flag=True, help="Keep the experts of all layers on the CPU.")
+@_numbers("-ncmoe", "--n-cpu-moe", help="Or of the first N layers.  [default: as few as it takes]")
 @click.option("-r", "--repetitions", default=5, type=click.IntRange(1, 100_000), help="Times each test is repeated.")
 @click.option("--delay", default=0.0, type=click.FloatRange(0, 86_400), help="Seconds to wait before each test.")
 @click.option("--no-warmup", is_flag=True, help="Leave out the first, unmeasured run of each test.")
@@ -178,6 +180,8 @@ def _cases(
     device: Sequence[str],
     gpu_layers: Sequence[str],
     tensor_split: Sequence[str],
+    cpu_moe: bool,
+    n_cpu_moe: Sequence[str],
 ) -> "list[Case]":
     """All combinations, in llama-bench's order: a model is loaded as seldom as possible."""
     from gguf_run.kernels_cpu.team import MAX_THREADS
@@ -195,7 +199,8 @@ def _cases(
         for texts in (device, gpu_layers, tensor_split)
     )
     splits: list[Any] = [*parts] or [None]
-    places: list[Any] = [*product(devices, layers, splits)]
+    experts: list[Any] = parse_values("--n-cpu-moe", n_cpu_moe, 0) or [None]
+    places: list[Any] = [*product(devices, layers, splits, [cpu_moe], experts)]
     for place in places:
         parse_wanted(*place)
     axes = (

@@ -30,11 +30,16 @@ NAMES = ("device", "gpu_layers", "tensor_split", "cpu_moe", "n_cpu_moe")  # as M
 DEVICE_OPTIONS = tuple(click.Option(list(names), **row) for names, row in _ROWS)
 
 
-def device_options(function: F) -> F:
-    """Add the options to a command; it gets them as NAMES."""
-    for names, row in reversed(_ROWS):
+def device_options(function: F, first: int = 0) -> F:
+    """Add the options, from number `first` on, to a command; it gets them as NAMES."""
+    for names, row in reversed(_ROWS[first:]):
         function = click.option(*names, **row)(function)
     return function
+
+
+def expert_options(function: F) -> F:
+    """As device_options, only what says where experts are."""
+    return device_options(function, NAMES.index("cpu_moe"))
 
 
 def placement_options(options: Mapping[str, Any]) -> dict[str, Any]:

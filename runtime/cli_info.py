@@ -15,6 +15,7 @@ from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.formats.reader import GGUFFile, Tensor
 from gguf_run.runtime.cli_cache import cache_options, load_options
 from gguf_run.runtime.cli_common import Command, one_line
+from gguf_run.runtime.cli_device import expert_options
 from gguf_run.runtime.cli_quantize import byte_size
 from gguf_run.runtime.fetch import find_model
 from gguf_run.runtime.info_diff import change_lines, compare, diff_lines
@@ -53,6 +54,7 @@ STATISTICS = tuple(column.name for column in fields(Statistics))
 )
 @click.option("--gpu-layers", "-ngl", default="auto", show_default=True, metavar="N|auto|all", help="Layers on them.")
 @click.option("--tensor-split", "-ts", metavar="N,N", help="Parts of these for each.  [default: by free memory]")
+@expert_options
 @click.version_option(package_name="gguf-run", prog_name="gguf-info")
 def main(
     models: Sequence[str],
@@ -70,6 +72,8 @@ def main(
     gpu_memory: str | None,
     gpu_layers: str,
     tensor_split: str | None,
+    cpu_moe: bool,
+    n_cpu_moe: int | None,
     **cache: Any,
 ) -> None:
     """Show what is in a GGUF file: metadata, sizes per tensor type, parameters, and the memory it will need.
@@ -94,9 +98,9 @@ def main(
     pattern, options = _pattern(match), load_options(cache)
     gpus = [byte_size(part, "--gpu-memory") for part in gpu_memory.split(",")] if gpu_memory else []
     device = ",".join(f"cuda:{i}" for i in range(len(gpus))) or "auto"
-    wanted = parse_wanted(device, gpu_layers, tensor_split)
+    wanted = parse_wanted(device, gpu_layers, tensor_split, cpu_moe, n_cpu_moe)
     if wanted != Wanted() and not gpus:
-        raise click.UsageError("--gpu-layers and --tensor-split need --gpu-memory.")
+        raise click.UsageError("--gpu-layers, --tensor-split, --cpu-moe and --n-cpu-moe need --gpu-memory.")
     with ExitStack() as files:
         file = files.enter_context(GGUFFile.open(find_model(models[0])))
         if editing:

@@ -134,6 +134,8 @@ def test_prompt_then_tokens_one_by_one(fake: type[FakeModel], model: str) -> Non
             "device": "auto",
             "gpu_layers": "auto",
             "tensor_split": None,
+            "cpu_moe": False,
+            "n_cpu_moe": None,
             "cache_rotation": None,
             "progress": fake.loaded[0]["progress"],
         }
@@ -186,7 +188,7 @@ def test_neighbours_share_a_loaded_model(fake: type[FakeModel], model: str) -> N
     ]
     others = [Case(model, 8, 0, n_threads=2), Case(model, 8, 0, n_threads=2, type_k="f32")]
     others += [Case(model, 8, 0, n_batch=64), Case(model, 8, 0, n_batch=64, device="cpu")]
-    others += [Case(model, 8, 0, gpu_layers="all"), Case(model, 8, 0, tensor_split="3,1")]
+    others += [Case(model, 8, 0, gpu_layers="all"), Case(model, 8, 0, n_cpu_moe=1)]
     results = list(run_cases([*same, *others], Procedure(repetitions=1)))
     assert [result.case for result in results] == [*same, *others]
     assert [load["n_ctx"] for load in fake.loaded] == [11, *[8] * 6]

@@ -161,6 +161,8 @@ limits, 2 threads: read 40.0 GB/s, int8 dot 1800 Gop/s ("""  # noqa: E501
         ({"device": "cpu"}, "dev         ", "cpu         "),
         ({"gpu_layers": "12"}, "ngl", " 12"),
         ({"gpu_layers": "all"}, "ngl", " -2"),
+        ({"n_cpu_moe": 3}, "n_cpu_moe", "        3"),
+        ({"cpu_moe": True}, "n_cpu_moe", "       -1"),
         (
             {"device": "cuda:0,cuda:1", "tensor_split": "3,1"},
             "          ts | dev         ",

@@ -184,6 +184,7 @@ def test_cache_types(options: list[str], pairs: list[str]) -> None:
         (["-dev", "tpu"], "--device 'tpu'"),
         (["-dev", "cuda:0/cuda:0"], "--device cuda:0,cuda:0: several devices must be different GPUs"),
         (["-ngl", "3,x"], "--gpu-layers x: allowed are a number of layers"),
+        (["-cmoe", "-ncmoe", "2"], "--n-cpu-moe 2: must be a number of layers from 0, without --cpu-moe"),
         (["-ts", "1/1"], "--tensor-split 1,1 has 2 parts"),
         (["-p", "1-200", "-d", "1-200"], "more than 10000 tests"),
         (["-p", "2000000000", "-d", "2000000000"], "a context of 4000000000 tokens"),

@@ -14,6 +14,7 @@ import real
 from click.testing import CliRunner, Result
 from ggufbuild import T, Typed, write
 from test_reader import write_split
+from tinymodel import tiny_moe, write_tiny
 
 from gguf_run.runtime.cli_info import main
 
@@ -124,6 +125,7 @@ def test_gpu_plan() -> None:
     assert [line.partition(":")[0] for line in two["memory"]["placement"]] == ["cpu", "cuda", "cuda"]
     for options, code, words in (
         (["-ngl", "3"], 2, "need --gpu-memory"),
+        (["--cpu-moe"], 2, "need --gpu-memory"),
         (["--gpu-memory", "8 GB"], 2, "--gpu-memory 8 GB: must be a number of bytes, as 500M or 2G"),
         (["--gpu-memory", "8G", "-ngl", "31"], 2, "--gpu-layers 31: allowed are 0 to 30"),
         (["--gpu-memory", "600M", "-ngl", "all"], 1, "--gpu-layers 30: out of memory on cuda:0"),
@@ -131,6 +133,16 @@ def test_gpu_plan() -> None:
         result = run(real.smollm2(), *options)
         assert (result.exit_code, result.stdout) == (code, "")
         assert words in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "experts"), [(["--cpu-moe"], "experts of layers 0 to 2"), (["-ncmoe", "1"], "experts of layer 0")]
+)
+def test_experts_in_the_gpu_plan(option: list[str], experts: str, tmp_path: Path) -> None:
+    write_tiny(tmp_path / "moe.gguf", tiny_moe(3))
+    lines = run(tmp_path / "moe.gguf", "--gpu-memory", "8G", *option).stdout.splitlines()[-2:]
+    told = [line.rsplit(":", 1)[0] for line in lines]
+    assert told == ["cuda:0: embeddings, layers 0 to 2, output", f"cpu: {experts}"]
 
 
 def test_bad_files(tmp_path: Path) -> None:
