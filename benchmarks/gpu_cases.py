@@ -288,7 +288,7 @@ def model(bench: Bench, name: str, type_name: str, kind: str = "f16", what: str 
         at = f"decode at depth {depth}" if depth else "decode"
         cache = f", {kind} cache" if depth else ""
         yield {"name": at + cache, "seconds": wall, "tokens": 1, "bytes": weight_bytes + kv_bytes * (depth + steps / 2)}
-        yield {"name": at + cache + ": not on the device", "seconds": max(0.0, wall - on_device)}
+        yield {"name": at + cache + ": not on the device", "seconds": max(1e-9, wall - on_device)}
     if what == "all":
         for n in sizes.prefill:
 
