@@ -76,10 +76,14 @@ def _list(url: str, repo: str, type: str | None, kind: Kind, here: Mapping[str, 
 
 
 def _ask(repo: str) -> list[str]:
-    """The hub's list of the repository's files. (list_repo_files would try for 24 s where there is no network.)"""
+    """The hub's list of the repository's files, of which none may lead out of the folder of our downloads.
+
+    (list_repo_files would try for 24 s where there is no network.)
+    """
     from huggingface_hub import model_info
 
-    return [file.rfilename for file in model_info(repo, timeout=15).siblings or ()]
+    names = [file.rfilename for file in model_info(repo, timeout=15).siblings or ()]
+    return [name for name in names if not re.search(r"[\\:]|(^|/)\.{0,2}(/|$)", name)]
 
 
 def _check_package(url: str) -> None:

