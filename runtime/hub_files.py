@@ -98,14 +98,14 @@ def hub_cache() -> Path:
     """The cache that huggingface_hub and other programs share."""
     home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
     named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    return Path(named or home / "hub").expanduser()
+    return Path(os.path.expanduser(named or home / "hub"))  # as it is where there is no home: nothing is there
 
 
 def cached_files(repo: str) -> Mapping[str, Path]:
     """Return the files of a repository that are here, by name: in the shared cache (the main branch), or in ours."""
     shared = hub_cache() / f"models--{repo.replace('/', '--')}"
     try:
-        commit = (shared / "refs/main").read_text().strip()
+        commit = (shared / "refs/main").read_text(errors="replace").strip()
     except OSError:
         commit = ""
     folders = [*([shared / "snapshots" / commit] if re.fullmatch("[0-9a-f]{4,64}", commit) else []), own_folder(repo)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gguf_run.formats.errors import GgufRunError
+from gguf_run.runtime.cli_common import one_line
 from gguf_run.runtime.fetch import DEFAULT_MODEL, models_dir
 from gguf_run.runtime.hub_files import cached_files, cached_repos, models_among, pick, shards, type_of
 from gguf_run.runtime.text_table import size_text, table
@@ -28,7 +29,6 @@ class CachedModel:
     def kind(self) -> str:
         """Architecture and size, as "llama 135M"; of a file that cannot be read, "damaged"."""
         from gguf_run.formats.reader import GGUFFile
-        from gguf_run.runtime.cli_common import one_line
         from gguf_run.runtime.model_type import model_type
 
         try:
@@ -37,7 +37,7 @@ class CachedModel:
                 return one_line(str(config["model_type"]))
             with GGUFFile.open(self.paths[0]) as file:
                 return " ".join(one_line(model_type(file)).split()[:2])
-        except (GgufRunError, OSError, ValueError, LookupError, TypeError):
+        except (GgufRunError, OSError, ValueError, LookupError, TypeError, RecursionError):
             return "damaged"
 
 
@@ -61,10 +61,10 @@ def cached_models() -> list[CachedModel]:
 
 def list_lines(verbose: bool) -> Iterator[str]:
     """Lines for people: as many columns as the terminal has room for, in a pipe all. verbose: paths too."""
-    rows = [
-        [model.name or "(the default)", model.type, size_text(model.nbytes), model.kind(), str(model.paths[0])]
-        for model in cached_models()
-    ]
+    rows = []
+    for model in cached_models():
+        name, path = one_line(model.name) or "(the default)", one_line(str(model.paths[0]))
+        rows.append([name, model.type, size_text(model.nbytes), model.kind(), path])
     head, align = ["model", "type", "size", "architecture", "path"], "llrll"
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
     for n in (5 if verbose else 4, 3, 2, 1):

@@ -65,3 +65,21 @@ def test_list(caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(caches / "none"))
     monkeypatch.setenv("HF_HOME", str(caches / "none"))
     assert str(caches / "none") in CliRunner().invoke(main, ["--list"]).output
+
+
+def test_damaged_caches(caches: Path) -> None:
+    """Each is a line, whatever it holds; names that hold line breaks or escape codes too."""
+    hub = caches / "hf/hub"
+    for name, commit in (("org--odd", b"dead"), ("org--bytes", b"\xff")):
+        (hub / f"models--{name}/refs").mkdir(parents=True)
+        (hub / f"models--{name}/refs/main").write_bytes(commit)
+    folder = hub / "models--org--odd/snapshots/dead"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("[" * 100_000)
+    (folder / "model.safetensors").write_text("x")
+    (caches / "cache/gguf-run/models/hub/own/one/a\x1b[31m\nb.gguf").write_text("x")
+    lines = CliRunner().invoke(main, ["--list", "-v"]).output.splitlines()
+    assert len(lines) == 1 + 6 + 2
+    assert any(line.startswith("hf:org/odd ") and " damaged " in line for line in lines)
+    assert any(line.startswith(r"hf:own/one/a\x1b[31m b.gguf") for line in lines)
+    assert "\x1b" not in "".join(lines)
