@@ -40,14 +40,12 @@ def find_template(name: str) -> str:
     """Return the text of a template that is named here, or stands in a file. GgufRunError if it is neither."""
     if name in TEMPLATES:
         return TEMPLATES[name]
-    path = Path(name)
-    if not path.is_file():
-        raise GgufRunError(
-            f"--chat-template {name}: neither a file nor one of {', '.join(TEMPLATES)}: name a Jinja template's file"
-        )
-    with path.open("rb") as stream:
-        data = stream.read(4 * MAX_TEMPLATE)
     try:
-        return data.decode("utf-8-sig")
+        with Path(name).open("rb") as stream:
+            return stream.read(4 * MAX_TEMPLATE).decode("utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError):
+        known = ", ".join(TEMPLATES)
+        reason = f"neither a file nor one of {known}: name a Jinja template's file"
+        raise GgufRunError(f"--chat-template {name}: {reason}") from None
     except UnicodeDecodeError:
         raise GgufRunError(f"--chat-template {name}: not UTF-8 text: name a Jinja template's file") from None

@@ -86,7 +86,7 @@ def _turn(state: Chat, interrupts: Interrupts) -> str:
             if len(messages) == oldest + 1:
                 raise
             message(f"the conversation is longer than the context ({model.n_ctx} tokens): its oldest turn is left out")
-            del messages[oldest : oldest + 2]
+            del messages[oldest : min(oldest + 2, len(messages) - 1)]  # never the question
     first = ""
     with suppress(KeyboardInterrupt), interrupts.awaiting():
         first = next(pieces, "")

@@ -87,7 +87,7 @@ def _models(typed: str) -> list[str]:
 def _types(typed: str) -> list[str]:
     from gguf_run.runtime.quantize_rules import FILE_TYPES
 
-    return [*FILE_TYPES, "auto"]
+    return [*FILE_TYPES]
 
 
 def _tensor_types(typed: str) -> tuple[str, ...]:
@@ -126,7 +126,8 @@ def _words(words: str, typed: str) -> list[str]:
 _VALUES: dict[str, Callable[[str], Iterable[str]]] = {
     **dict.fromkeys(("model", "models", "diff", "base"), _models),
     **dict.fromkeys(("cache_type", "cache_type_k", "cache_type_v", "types"), _cache_types),
-    **dict.fromkeys(("quantize", "kind", "rest"), _types),
+    **dict.fromkeys(("quantize", "rest"), _types),
+    "kind": lambda typed: ["auto", *_types(typed)],
     **dict.fromkeys(("output_tensor_type", "token_embedding_type"), _tensor_types),
     **dict.fromkeys(("file", "in_file", "path"), _files),
     "device": partial(_words, "auto cpu cuda cuda:0"),

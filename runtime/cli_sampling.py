@@ -34,7 +34,8 @@ _OPTIONS = (
     ("--adaptive-target", "adaptive_target", "For the sampler adaptive_p: prefer tokens of this probability."),
     ("--adaptive-decay", "adaptive_decay", "How slowly adaptive_p forgets."),
 )
-NAMES = (*(name for _, name, _ in _OPTIONS), "seed", "samplers", "logit_bias", "dry_sequence_breakers")
+_TAKEN = (*(name for _, name, _ in _OPTIONS), "seed", "samplers", "ignore_eos")  # as they are
+NAMES = (*_TAKEN, "logit_bias", "dry_sequence_breakers")
 
 
 def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,8 +65,7 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def take_sampling(options: dict[str, Any]) -> dict[str, Any]:
     """Take them out of a command's options, as arguments of SamplingParams."""
-    names = [name for _, name, _ in _OPTIONS] + ["seed", "samplers", "ignore_eos"]
-    found = {name: options.pop(name) for name in names}
+    found = {name: options.pop(name) for name in _TAKEN}
     if biases := options.pop("logit_bias"):
         found["logit_bias"] = dict(_bias(text) for text in biases)
     if breakers := options.pop("dry_sequence_breakers"):
