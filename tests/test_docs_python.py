@@ -1,4 +1,4 @@
-"""What the documents show of the Python API runs, as it stands there."""
+"""What the documents show of the Python API runs, as it stands there but for shorter answers."""
 
 import re
 from collections.abc import Iterator
@@ -32,6 +32,7 @@ def test_examples_run(
     found = [*examples((ROOT / document).read_text())]
     assert found
     for i, (code, expected) in enumerate(found):
+        code = re.sub(r"max_tokens=\d\d", "max_tokens=5", code)
         exec(compile(code, f"{document}, python block {i + 1}", "exec"), names)
         printed = capsys.readouterr().out
         assert expected is None or printed == expected

@@ -85,8 +85,10 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_tiny_models(name: str, tmp_path: Path) -> None:
-    """A batch, with f16 activations, and one token with int8 ones, which cost as much accuracy as on the CPU."""
+def test_tiny_models(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch, with f16 activations, and one token with int8 ones, which cost as much accuracy as on the CPU. Large
+    tiles: the interpreter takes no longer for them."""
+    monkeypatch.setattr(gpu_backend, "DEFAULT", Tuning(tile=(256, 16), rows=((1, 16),)))
     write_tiny(tmp_path / "model.gguf", MODELS[name])
     one, other, exact = (
         open_decoder(tmp_path / "model.gguf", backend) for backend in (gpu(), cpu(2), NumpyBackend(np.float64))

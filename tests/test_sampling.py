@@ -90,7 +90,7 @@ def test_chain(chain: dict[str, Any], n_vocab: int, spread: float) -> None:
     agree(logits, SamplingParams(**chain))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_chain_with_equal_logits(data: st.DataObject) -> None:
     """Few different values: ties everywhere, at the border of top_k too. The lower id wins."""
@@ -339,7 +339,7 @@ EXTREMES: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.fixed_dictionaries({name: st.sampled_from(values) for name, values in EXTREMES.items()}), st.data())
 def test_extreme_options_still_choose_a_token(options: dict[str, Any], data: st.DataObject) -> None:
     """Whatever is asked for: a token that is not forbidden, and no warning of NumPy's."""
