@@ -54,12 +54,14 @@ class AttentionOp:
         into registers (tests/gpu_compile.py). 64 queries are what Hopper's tensor cores want."""
         forms = self.cache.k.form, self.cache.v.form
         rep = power_of_2(self.shape.n_head // self.shape.n_head_kv)
-        narrow = self.cache.k.width <= 128 and all(form.bits < 32 for form in forms)
+        floats = any(form.bits == 32 for form in forms)
+        narrow = self.cache.k.width <= 128 and not floats
+        less = SPAN // 4 if floats else SPAN // 2
         if n <= FEW:
-            span = SPAN if narrow else SPAN // 2
+            span = SPAN if narrow else less
             return {"TOKENS": 1, "REP": max(16, rep), "SPAN": span, "num_warps": 4 if narrow else 8} | _REGISTERS
-        n_row = 64 if narrow and all(form.bits > 4 and form.name != "bf16" for form in forms) else 32
-        span = SPAN if narrow and all(form.name == "f16" for form in forms) else SPAN // 2
+        n_row = 16 if floats else 64 if narrow and all(form.bits > 4 and form.name != "bf16" for form in forms) else 32
+        span = SPAN if narrow and all(form.name == "f16" for form in forms) else less
         return {"TOKENS": max(1, n_row // rep), "REP": rep, "SPAN": span, "num_warps": 8} | _REGISTERS
 
     def launch(self, n: int, step: Any, sums: list[Array], q8: Int8 | None) -> None:
