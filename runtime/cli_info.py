@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.formats.reader import GGUFFile, Tensor
@@ -87,6 +88,11 @@ def main(
     if sys.stdout is None:
         raise GgufRunError("stdout is closed: there is nowhere to write to")
     if fit:
+        context = click.get_current_context()
+        for option in context.command.params:
+            is_given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
+            if is_given and option.name not in ("models", "as_json", "fit"):
+                raise click.UsageError(f"--fit goes without {option.opts[0]}: it takes MODELs and --json only.")
         return _fit(models, as_json)
     if len(models) != 1:
         raise click.UsageError(f"{len(models)} MODELs are given, must be one.")

@@ -20,6 +20,7 @@ from gguf_run.runtime import Model, cli_chat, cli_chat_input
 from gguf_run.runtime.cli import main
 from gguf_run.runtime.cli_chat_commands import COMMANDS, Chat, run_command
 from gguf_run.runtime.cli_style import DIM, PLAIN, dimmed, has_colours, open_tag
+from gguf_run.runtime.generate import ContextError
 
 GREEDY = ["--temperature", "0", "-n", "6"]
 
@@ -371,3 +372,23 @@ def test_ctrl_c_while_a_prompt_is_read(model: Model, monkeypatch: pytest.MonkeyP
     messages: list[dict[str, Any]] = []
     cli_chat.chat(model, messages, None, {"temperature": 0, "max_tokens": 6})
     assert [message["content"] for message in messages] == ["Two", *expected]
+
+
+def test_a_full_context_keeps_the_question(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a conversation that does not end with an answer, as a file of a session may have it."""
+    asked: list[list[str]] = []
+
+    def fake(messages: list[dict[str, str]], **_: Any) -> Iterator[str]:
+        asked.append([message["content"] for message in messages])
+        if len(messages) > 2:
+            raise ContextError("too long")
+        return iter("A")
+
+    monkeypatch.setattr(model, "chat", fake)
+    roles = zip(["system", "user", "user", "user"], "sabc", strict=True)
+    state = Chat(model, [{"role": role, "content": text} for role, text in roles], {})
+    cli_chat._turn(state, cli_chat_input.Interrupts())
+    assert asked == [["s", "a", "b", "c"], ["s", "c"]]
+    state.messages[1:] = [{"role": "user", "content": text} for text in "xy"]
+    cli_chat._turn(state, cli_chat_input.Interrupts())
+    assert asked[2:] == [["s", "x", "y"], ["s", "y"]]

@@ -77,8 +77,15 @@ def test_table_of_usual_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [([], "0 MODELs"), (["a", "b"], "2 MODELs"), (["--fit", "no.gguf"], "no.gguf")]
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "0 MODELs"),
+        (["a", "b"], 2, "2 MODELs"),
+        (["--fit", "no.gguf"], 1, "no.gguf"),
+        (["--fit", "a", "-c", "100"], 2, "--fit goes without --ctx-size"),
+        (["--fit", "a", "--set", "a=b", "--in-place"], 2, "--fit goes without --set"),
+    ],
 )
-def test_refuses(arguments: list[str], message: str) -> None:
+def test_refuses(arguments: list[str], code: int, message: str) -> None:
     done = CliRunner().invoke(main, arguments)
-    assert (done.exit_code, message in done.stderr) == (1 if "--fit" in arguments else 2, True)
+    assert (done.exit_code, message in done.stderr) == (code, True)
