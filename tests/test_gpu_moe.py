@@ -46,7 +46,7 @@ CASES = {
 @pytest.fixture(autouse=True)
 def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes no longer for them."""
-    monkeypatch.setattr(gpu_backend, "DEFAULT", Tuning(tile=(256, 8)))
+    monkeypatch.setattr(gpu_backend, "DEFAULT", Tuning(tile=(256, 8), rows=((1, 16), (2, 16), (4, 16), (8, 16))))
 
 
 def check(case: Case, tokens: tuple[int, ...], **options: Any) -> None:
