@@ -140,8 +140,15 @@ def test_base_options(folder: Path) -> None:
     arguments = ["kl", "tiny.gguf", "-f", "text.txt", *SMALL, "--chunks", "2"]
     values = figures(folder, *arguments, "--base-options", "--cache-type f32")
     assert 0 < values["kl_mean"] < 1e-5
-    expected = {"threads": 2, "cache_type": "f32", "device": "auto", "cache_type_k": None, "cache_rotation": None}
-    rest = ("cache_type_v", "cache_scales", "gpu_layers", "tensor_split")
+    expected = {
+        "threads": 2,
+        "cache_type": "f32",
+        "device": "auto",
+        "cache_type_k": None,
+        "cache_rotation": None,
+        "cpu_moe": False,
+    }
+    rest = ("cache_type_v", "cache_scales", "gpu_layers", "tensor_split", "n_cpu_moe")
     assert values["base_options"] == expected | dict.fromkeys(rest)
     same = figures(folder, *arguments, "--cache-type", "f32", "--base-options", "")
     assert (same["kl_mean"], same["base_options"]["cache_type"]) == (0, "f32")
