@@ -57,7 +57,8 @@ def _parts(
 
 
 class Decoder:
-    """A model that is ready to run. cache: the tokens of n_seq sequences, from 0 on. backends: of the layers."""
+    """A model that is ready to run. cache: the tokens of n_seq sequences, from 0 on. backends: of the layers, then of
+    their experts."""
 
     def __init__(
         self,
@@ -97,7 +98,7 @@ class Decoder:
             there = [f"blk.{il}.ffn_gate_inp.weight" in tensors for il in range(config.n_layer)]
             experts_on = [other if has else own for has, other, own in zip(there, experts, backends, strict=True)]
         self._backends = {id(backend): backend for backend in (embedding, *backends, *experts_on)}
-        self.config, self.backends = config, backends
+        self.config, self.backends = config, (*backends, *experts_on)
         self.n_ctx = n_ctx
         self.observed: list[Observed] | None = [] if observe else None
         n_batch = max(min(n_batch, n_ctx), n_seq)

@@ -112,6 +112,7 @@ def test_experts_on_the_cpu(tmp_path: Path) -> None:
     results = []
     for backend in (gpu(), cpu(2)):
         decoder = Decoder(config, file.tensors, [backend], 32, 16, 16, experts=[cpu(2)])
+        assert {*decoder.backends} == {backend, cpu(2)}  # gguf-bench asks what runs where
         results.append(np.concatenate([block.copy() for block in decoder.forward(range(9, 20), 4)]))
     assert error(*results) < 2e-3
 
