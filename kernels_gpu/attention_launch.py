@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor as Array
 
 from gguf_run.kernels_gpu.activations import Int8, power_of_2
@@ -11,12 +10,11 @@ from gguf_run.kernels_gpu.attention import add_up, attend
 from gguf_run.kernels_gpu.attention_append import append
 from gguf_run.kernels_gpu.cache import GpuCache
 from gguf_run.kernels_gpu.cache_formats import SPAN
+from gguf_run.kernels_gpu.device import registers
 from gguf_run.kernels_gpu.matmul import FEW
 from gguf_run.kernels_gpu.memory import GpuBuffer
 
 _MOST_PARTS = 64
-# Else NVIDIA's assembler spills to have three programs on a multiprocessor. AMD's has no such option.
-_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 
 
 @dataclass(frozen=True)
@@ -59,10 +57,10 @@ class AttentionOp:
         less = SPAN // 4 if floats else SPAN // 2
         if n <= FEW:
             span = SPAN if narrow else less
-            return {"TOKENS": 1, "REP": max(16, rep), "SPAN": span, "num_warps": 4 if narrow else 8} | _REGISTERS
+            return {"TOKENS": 1, "REP": max(16, rep), "SPAN": span, "num_warps": 4 if narrow else 8} | registers(255)
         n_row = 16 if floats else 64 if narrow and all(form.bits > 4 and form.name != "bf16" for form in forms) else 32
         span = SPAN if narrow and all(form.name == "f16" for form in forms) else less
-        return {"TOKENS": max(1, n_row // rep), "REP": rep, "SPAN": span, "num_warps": 8} | _REGISTERS
+        return {"TOKENS": max(1, n_row // rep), "REP": rep, "SPAN": span, "num_warps": 8} | registers(255)
 
     def launch(self, n: int, step: Any, sums: list[Array], q8: Int8 | None) -> None:
         """step: program.StepInput. sums: memory for the parts' sums and what they are relative to. q8: gets the result

@@ -44,3 +44,9 @@ def capability(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def registers(n: int) -> dict[str, int]:
+    """The launch option that lets each thread have n registers. Without it NVIDIA's assembler may spill some, to have
+    more programs on a multiprocessor; AMD's Triton has no such option."""
+    return {} if torch.version.hip else {"maxnreg": n}

@@ -8,7 +8,7 @@ the sums of each block's halves as two int16.
 import triton
 import triton.language as tl
 
-from gguf_run.kernels_gpu.activation import activate
+from gguf_run.kernels_gpu.activation import gate_by
 from gguf_run.kernels_gpu.dots import dp2a, dp4a
 from gguf_run.kernels_gpu.quantize import store_int8
 from gguf_run.kernels_gpu.rms_norm import normed
@@ -190,7 +190,7 @@ def matmul_decode(  # type: ignore[no-untyped-def]
                 other = tl.sum(sums[m * R + PAIRS + r], 0)
                 if bias is not None:
                     other += tl.load(bias + n_out + o, mask=mask, other=0.0)
-                value = activate(value, ACTIVATION) * other
+                value = gate_by(value, other, ACTIVATION)
             if residual is not None:
                 value += tl.load(residual + m * residual_stride + o, mask=mask, other=0.0)
             tl.store(out + m * out_stride + o, value, mask=mask)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from gguf_run.kernels_gpu.activation import activate
+from gguf_run.kernels_gpu.activation import gate_by
 from gguf_run.kernels_gpu.tile import tile_field
 
 
@@ -138,7 +138,7 @@ def finish(  # type: ignore[no-untyped-def]
         other = tl.load(raw + row * raw_stride + n_out + o, mask=mask) * factor
         if bias is not None:
             other += tl.load(bias + n_out + o, mask=mask)
-        value = activate(value, ACTIVATION) * other
+        value = gate_by(value, other, ACTIVATION)
     if residual is not None:
         value += tl.load(residual + row * residual_stride + o, mask=mask)
     tl.store(out + row * out_stride + o, value, mask=mask)

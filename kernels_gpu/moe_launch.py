@@ -11,14 +11,13 @@ from torch import Tensor as Array
 
 from gguf_run.kernels_gpu import moe, moe_route
 from gguf_run.kernels_gpu.activations import Forms, Halves, Int8, power_of_2
+from gguf_run.kernels_gpu.device import registers
 from gguf_run.kernels_gpu.matmul import FEW, Tuning, units_at_once
 from gguf_run.kernels_gpu.memory import GpuBuffer, WeightPart
 from gguf_run.kernels_gpu.panels import PANELS, IntPanel, Panel
 from gguf_run.kernels_gpu.quantize import BLOCK
 
 _WIDTH = 1024
-# Else NVIDIA's assembler may spill a number to have one program more on a multiprocessor. AMD's has no such option.
-_REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
 _TILES = 16, 64  # pairs of a tile: the first where an expert has no more of them on average
 
 
@@ -145,7 +144,7 @@ class MoeOp:
         moe.expert_down[(-(-self.out.width // n_row), n)](
             down.qs, down.high, down.scale, down.d, q8.xq, q8.xd, q8.xs, memory.chosen, memory.weights,
             experts.bias_down, self.out.data, self.out.stride, self.out.width, **down.panel.constants,
-            N_UNIT=down.n_unit, N_USED=n_used, R=n_row, UNITS=units, num_warps=units // 32, **_REGISTERS,
+            N_UNIT=down.n_unit, N_USED=n_used, R=n_row, UNITS=units, num_warps=units // 32, **registers(128),
         )  # fmt: skip
 
     def _many(self, n: int) -> None:

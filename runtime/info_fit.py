@@ -17,6 +17,7 @@ from gguf_run.formats.types import type_by_name
 from gguf_run.kernels_cpu import isa
 from gguf_run.kernels_cpu.limits import Limits, measure_limits
 from gguf_run.kernels_cpu.panels import matrix_bytes
+from gguf_run.models.architectures import EXPERTS, LAYER_SHAPES, MODEL_SHAPES
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.cli_common import one_line
@@ -64,25 +65,22 @@ class Shape:
             experts = {"expert_count": self.n_expert, "expert_used_count": self.n_used}
             numbers |= {**experts, "expert_feed_forward_length": self.n_ff}
         metadata = {"general.architecture": arch} | {f"{arch}.{key}": value for key, value in numbers.items()}
-        q, kv = self.n_head * self.head_dim, self.n_head_kv * self.head_dim
-        up, down = (self.n_embd, self.n_ff), (self.n_ff, self.n_embd)
-        layer: dict[str, tuple[int, ...]] = {
-            "attn_norm": (self.n_embd,), "ffn_norm": (self.n_embd,), "attn_q": (self.n_embd, q),
-            "attn_k": (self.n_embd, kv), "attn_v": (self.n_embd, kv), "attn_output": (q, self.n_embd),
-        }  # fmt: skip
+        widths = {
+            "n_embd_q": self.n_head * self.head_dim, "n_embd_kv": self.n_head_kv * self.head_dim, "n_ff_exp": self.n_ff,
+        } | vars(self)  # fmt: skip
+        layer = ["attn_norm", "ffn_norm", "attn_q", "attn_k", "attn_v", "attn_output"]
         if self.n_expert:
-            layer |= {"attn_q_norm": (self.head_dim,), "attn_k_norm": (self.head_dim,)}
-            layer |= {"ffn_gate_inp": (self.n_embd, self.n_expert)}
-            layer |= {
-                f"ffn_{name}_exps": (*ne, self.n_expert) for name, ne in (("gate", up), ("up", up), ("down", down))
-            }
+            layer += ["attn_q_norm", "attn_k_norm", "ffn_gate_inp", *EXPERTS]
         else:
-            layer |= {"ffn_gate": up, "ffn_up": up, "ffn_down": down}
-        sizes = {f"blk.{il}.{name}.weight": ne for il in range(self.n_layer) for name, ne in layer.items()}
-        sizes |= {"token_embd.weight": (self.n_embd, self.n_vocab), "output_norm.weight": (self.n_embd,)}
-        sizes |= {} if self.tied else {"output.weight": (self.n_embd, self.n_vocab)}
+            layer += ["ffn_gate", "ffn_up", "ffn_down"]
+        shapes = {f"blk.{il}.{name}.weight": LAYER_SHAPES[name] for il in range(self.n_layer) for name in layer}
+        model = ("token_embd.weight", "output_norm.weight", *(() if self.tied else ("output.weight",)))
+        shapes |= {name: MODEL_SHAPES[name] for name in model}
         f32, bf16 = type_by_name("F32"), type_by_name("BF16")
-        tensors = [TensorInfo(name, ne, bf16 if len(ne) > 1 else f32) for name, ne in sizes.items()]
+        tensors = [
+            TensorInfo(name, tuple(widths[word] for word in words), bf16 if len(words) > 1 else f32)
+            for name, words in shapes.items()
+        ]
         by_name = cast(Mapping[str, Tensor], {tensor.name: tensor for tensor in tensors})
         return ModelConfig.from_metadata(metadata, by_name), tensors
 
