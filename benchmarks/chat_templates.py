@@ -3,7 +3,7 @@
     python benchmarks/chat_templates.py FOLDER | llama_cpp_python-0.3.36.tar.gz
 
 The sdist of llama-cpp-python holds some 70 real templates (models/templates/*.jinja). They are other people's text, so
-they are put into the cache folder, where tests/test_chat_templates.py finds them.
+they are put into the cache folder, where tests/runtime/chat/test_named.py finds them.
 """
 
 import sys
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gguf_run.formats.cachedir import user_cache_dir
+from gguf_run.formats.compiler.cachedir import user_cache_dir
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.chat_template import render_chat
+from gguf_run.runtime.chat.template import render_chat
 
 FOLDER = user_cache_dir() / "chat-templates"
 _CITY = {"type": "string", "description": 'A <city> & its "country", é'}

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests/helpers"))
 IDS = [(7 * i * i + 3 * i + 2) % 300 for i in range(24)]
 LIMIT = 1e-3
 
@@ -74,10 +74,10 @@ def main() -> None:
     import hf_tiny
 
     from gguf_run.formats.errors import GgufRunError
-    from gguf_run.runtime.convert import open_checkpoint
-    from gguf_run.runtime.quantize_file import quantize_file
-    from gguf_run.runtime.quantize_plan import Options, make_plan
-    from gguf_run.runtime.quantize_rules import file_type
+    from gguf_run.runtime.convert.open_checkpoint import open_checkpoint
+    from gguf_run.runtime.quantize.file import quantize_file
+    from gguf_run.runtime.quantize.plan import Options, make_plan
+    from gguf_run.runtime.quantize.rules import file_type
 
     failed = 0
     print(

@@ -7,12 +7,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.reader import GGUFFile
+from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
-from gguf_run.runtime.tokenizer import Tokenizer
+from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
 
 class Engine(Protocol):

@@ -21,13 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats import dequantize, quantize
-from gguf_run.formats.quantizer import QUANTIZERS
-from gguf_run.formats.reader import GGUFFile
-from gguf_run.formats.tensors import Tensor, TensorInfo
-from gguf_run.formats.types import TENSOR_TYPES, type_by_name
-from gguf_run.formats.writer import GGUFWriter
-from gguf_run.runtime.fetch import find_model
-from gguf_run.runtime.quantize_rules import FILE_TYPES
+from gguf_run.formats.blocks.types import TENSOR_TYPES, type_by_name
+from gguf_run.formats.gguf.reader import GGUFFile
+from gguf_run.formats.gguf.tensors import Tensor, TensorInfo
+from gguf_run.formats.gguf.writer import GGUFWriter
+from gguf_run.formats.quantizers.quantizer import QUANTIZERS
+from gguf_run.runtime.hub.find import find_model
+from gguf_run.runtime.quantize.rules import FILE_TYPES
 
 RESULTS = Path(__file__).parent.parent / "docs/data/formats.json"
 _NO_WEIGHTS = ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64")  # activations, and tables that are no weights

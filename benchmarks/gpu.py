@@ -5,8 +5,8 @@
 Where gguf-run is not installed: make build/typing/gguf_run && PYTHONPATH=build/typing python3 benchmarks/gpu.py
 The tests need pytest and gguf, and are quicker with pytest-xdist.
 
---check runs tests/test_gpu_*.py on the GPU, every kernel against float64 NumPy. All other cases are in gpu_cases.py.
-They run in processes of their own, so that what fails takes nothing else along: first in several at a time, which
+--check runs the tests of kernels_gpu on the GPU, every kernel against float64 NumPy. All other cases are in
+gpu_cases.py. Each runs in a process of its own, so that a failure stops nothing else: first several at a time, which
 compiles all kernels, then one by one for the timings. --interpret runs all of it on tiny shapes without a GPU.
 """
 
@@ -28,7 +28,10 @@ from typing import Any
 import click
 
 ROOT = Path(__file__).parents[1]
-TESTS = [f"tests/test_gpu_{name}.py" for name in ("ops", "attention", "repack", "moe", "model")]
+TESTS = [
+    f"tests/kernels_gpu/{name}.py"
+    for name in ("test_ops", "attention/test_attention", "panels/test_repack", "matmul/test_moe", "test_backend")
+]
 NO_MODEL_FILES = "not real_model"
 NOMINAL = {"H200": 4.0e12, "H100": 2.9e12}  # bytes per second that a plain read reaches
 SILENT = 120.0  # seconds without a record after which a process is stopped; the interpreter gets ten times as long
@@ -73,7 +76,7 @@ def child(keys: Sequence[Key], out: Path, interpret: bool, warm: bool) -> None:
     from gpu_cases import FULL, TINY, Bench
 
     if interpret:
-        sys.path.append(str(ROOT / "tests"))
+        sys.path.append(str(ROOT / "tests/helpers"))
         from gpu_ops import speed_up
 
         speed_up(setattr)
@@ -222,7 +225,7 @@ def _target(record: Record, rate: float, of: float, nominal: float) -> str:
 
 
 def best_tuning(records: Sequence[Record]) -> str:
-    """The fastest candidates, as a row of kernels_gpu.matmul.TUNINGS."""
+    """The fastest candidates, as a row of kernels_gpu.matmul.launch.TUNINGS."""
     times = {r["key"][1]: r["seconds"] for r in records if r["key"][0] == "tune" and "seconds" in r}
 
     def best(prefix: str) -> str:
@@ -237,7 +240,7 @@ def best_tuning(records: Sequence[Record]) -> str:
 @click.option("--check", "parts", flag_value="check", multiple=True, help="Every kernel against NumPy; graphs.")
 @click.option("--sweep", "parts", flag_value="sweep", multiple=True, help="Products and attention, each type.")
 @click.option("--model", "parts", flag_value="model", multiple=True, help="Whole decoders with random weights.")
-@click.option("--tune", "parts", flag_value="tune", multiple=True, help="Candidates for kernels_gpu.matmul.TUNINGS.")
+@click.option("--tune", "parts", flag_value="tune", multiple=True, help="Candidates for the table TUNINGS.")
 @click.option("--perplexity", nargs=2, type=click.Path(exists=True), help="MODEL TEXT: GPU against CPU, 0.2 %.")
 @click.option("--quick", is_flag=True, help="Fewer types and models.")
 @click.option("--interpret", is_flag=True, help="Tiny shapes in Triton's interpreter: no time means anything.")

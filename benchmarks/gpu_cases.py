@@ -23,9 +23,9 @@ from triton.runtime.interpreter import GridExecutor
 from triton.runtime.jit import JITFunction
 
 from gguf_run.kernels_gpu.backend import GpuBackend
-from gguf_run.kernels_gpu.matmul import FEW, Tuning
-from gguf_run.kernels_gpu.memory import GpuWeight
-from gguf_run.kernels_gpu.panels import PANELS, IntPanel
+from gguf_run.kernels_gpu.matmul.launch import FEW, Tuning
+from gguf_run.kernels_gpu.panels.memory import GpuWeight
+from gguf_run.kernels_gpu.panels.panels import PANELS, IntPanel
 from gguf_run.models.backend import Attention, CacheType, Rope, Run
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from gguf_run.formats.reader import Tensor
-from gguf_run.formats.tensors import TensorInfo
+from gguf_run.formats.gguf.reader import Tensor
+from gguf_run.formats.gguf.tensors import TensorInfo
+from gguf_run.kernels_gpu.attention.cache import GpuCache
 from gguf_run.kernels_gpu.backend import GpuBackend
-from gguf_run.kernels_gpu.cache import GpuCache
-from gguf_run.kernels_gpu.memory import WeightPart, empty
-from gguf_run.kernels_gpu.panels import IntPanel, panel_for
-from gguf_run.kernels_gpu.repack import Uploader
+from gguf_run.kernels_gpu.panels.memory import WeightPart, empty
+from gguf_run.kernels_gpu.panels.panels import IntPanel, panel_for
+from gguf_run.kernels_gpu.panels.repack import Uploader
 
 STD = 0.02  # standard deviation of the weights; their mean is about 0
 

@@ -6,7 +6,7 @@ _AVX2 = (
     "+avx,+avx2,+bmi,+bmi2,+cmov,+cx16,+f16c,+fma,+fxsr,+lzcnt,+movbe,+mmx,+popcnt,"
     "+sse,+sse2,+sse3,+sse4.1,+sse4.2,+ssse3,+xsave"
 )
-# By the name in kernels_cpu.isa.ISAS: NUMBA_CPU_NAME, NUMBA_CPU_FEATURES.
+# By the name in kernels_cpu.vector.isa.ISAS: NUMBA_CPU_NAME, NUMBA_CPU_FEATURES.
 LIMITED = {
     "AVX-VNNI": ("alderlake", _AVX2 + ",+avxvnni"),
     "AVX2": ("haswell", _AVX2),

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from peer import CACHE_TYPES as PEER_TYPES
 from peer import Peer
 
-from gguf_run.kernels_cpu.cache_types import CACHE_FORMATS, GROUP
-from gguf_run.kernels_cpu.log_softmax import LogSoftmax
-from gguf_run.runtime.eval_text import Chunk, bos_of, cut_chunks, tokens_of
+from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS, GROUP
+from gguf_run.kernels_cpu.measure.log_softmax import LogSoftmax
+from gguf_run.runtime.evaluate.text import Chunk, bos_of, cut_chunks, tokens_of
 from gguf_run.runtime.model import Model
 
 

@@ -15,14 +15,14 @@ import click
 import numpy as np
 from random_blocks import FLOATS, RandomBlocks
 
+from gguf_run.formats.blocks.types import TENSOR_TYPES, type_by_name
 from gguf_run.formats.errors import OptionError
-from gguf_run.formats.reader import GGUFFile
-from gguf_run.formats.types import TENSOR_TYPES, type_by_name
-from gguf_run.formats.writer import GGUFWriter, TensorInfo, Typed
-from gguf_run.runtime import quantize_rules
-from gguf_run.runtime.cli_common import Command
-from gguf_run.runtime.fetch import find_model
-from gguf_run.runtime.model_type import FILE_TYPES
+from gguf_run.formats.gguf.reader import GGUFFile
+from gguf_run.formats.gguf.writer import GGUFWriter, TensorInfo, Typed
+from gguf_run.runtime.cli.common import Command
+from gguf_run.runtime.hub.find import find_model
+from gguf_run.runtime.quantize import rules as quantize_rules
+from gguf_run.runtime.quantize.file_types import FILE_TYPES
 
 _CHUNK = 4 << 20  # bytes drawn at a time
 _NORMAL, _UNUSED = 1, 5  # token types

@@ -20,7 +20,7 @@ import numpy as np
 from engine import Engine, Ours
 from peer import Peer
 
-from gguf_run.kernels_cpu.limits import Limits, measure_limits
+from gguf_run.kernels_cpu.measure.limits import Limits, measure_limits
 
 _WARM_TOKENS = 64  # of the run before the first one that counts
 _LIMIT_SECONDS = 0.002  # see measure_limits: a tenth of a second for each limit

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.cachedir import user_cache_dir
+from gguf_run.formats.compiler.cachedir import user_cache_dir
 
 PACKAGE, VERSION = "@node-llama-cpp/linux-x64", "3.22.1"
 

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from peer import _open, library_folder
 
-from gguf_run.formats.quantizer import QUANTIZERS, quantize
-from gguf_run.formats.types import TensorType, type_by_name
+from gguf_run.formats.blocks.types import TensorType, type_by_name
+from gguf_run.formats.quantizers.quantizer import QUANTIZERS, quantize
 
 Floats = NDArray[np.float32]
 Reference = Callable[[Floats, TensorType, Floats | None], NDArray[np.uint8]]

@@ -24,10 +24,10 @@ import click
 import numpy as np
 from peer import _LOG, _TEXT, _open, library_folder
 
-from gguf_run.formats.reader import GGUFFile
-from gguf_run.runtime.quantize_rules import file_type
+from gguf_run.formats.gguf.reader import GGUFFile
+from gguf_run.runtime.quantize.rules import file_type
 
-_OURS = "from gguf_run.runtime.cli_quantize import main; main()"
+_OURS = "from gguf_run.runtime.cli.quantize import main; main()"
 
 
 class _Params(ctypes.Structure):
@@ -74,7 +74,7 @@ def quantize_with_peer(source: str, output: str, kind: str, n_threads: int, imat
     params = library.llama_model_quantize_default_params()
     params.nthread, params.ftype = n_threads, file_type(kind).id
     if imatrix:
-        from gguf_run.formats.imatrix import Imatrix
+        from gguf_run.formats.gguf.imatrix import Imatrix
 
         values = {name.encode(): np.ascontiguousarray(v) for name, v in Imatrix.open(imatrix).entries.items()}
         entries = [_Entry(name, v.ctypes.data, v.size) for name, v in values.items()]

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.dequantizer import dequantize
-from gguf_run.formats.types import TensorType
+from gguf_run.formats.blocks.dequantizer import dequantize
+from gguf_run.formats.blocks.types import TensorType
 
 STD = 0.02  # standard deviation of the weights; their mean is 0
 # Exponents 2^-7 and 2^-6 with any sign and mantissa: the random bits that stay, and those that are set.

@@ -1,6 +1,6 @@
-"""What llama.cpp's samplers leave of made-up logits, and with which probabilities: writes tests/sampler_cases.json.
+"""What llama.cpp's samplers leave of made-up logits, and with which probabilities: writes sampler_cases.json.
 
-    python benchmarks/samplers_vs_llamacpp.py tests/sampler_cases.json [--library FOLDER]
+    python benchmarks/samplers_vs_llamacpp.py tests/runtime/sampling/sampler_cases.json [--library FOLDER]
 
 Each case names the options, the logits (made by `logits` from n, seed and spread) and the context; then one row for
 each token drawn: the ids that are left, their probabilities, and which of them llama.cpp drew.

@@ -17,14 +17,14 @@ from statistics import median
 
 import click
 
-from gguf_run.formats.reader import GGUFFile
+from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.models.config import ModelConfig
-from gguf_run.runtime.tokenizer import Tokenizer
+from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
 _WORDS = "The quick brown fox jumps over the lazy dog near the bank of the river while the sun is setting behind hills"
 _N_TOKENS = 20
 _ALLOWED = 250_000_000
-_COMMAND = (sys.executable, "-c", "from gguf_run.runtime.cli import main; main()")
+_COMMAND = (sys.executable, "-c", "from gguf_run.runtime.cli.run import main; main()")
 _FIELDS = ("VmHWM", "VmRSS", "RssAnon", "RssFile")
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/tokenizers_agree.py [-n 10000] [MODEL.gguf | DIR ...]
 
-Without names: tokenizers of every kind, trained on a few texts (tests/hftokenizers.py). DIR: a checkpoint with a
-tokenizer.json. MODEL.gguf: its tokenizer is first exported, then converted again.
+Without names: tokenizers of every kind, trained on a few texts (tests/helpers/hftokenizers.py). DIR: a checkpoint with
+a tokenizer.json. MODEL.gguf: its tokenizer is first exported, then converted again.
 """
 
 import argparse
@@ -16,12 +16,12 @@ from typing import Any
 
 from tokenizers import Tokenizer as HfTokenizer
 
-from gguf_run.formats.reader import GGUFFile
-from gguf_run.runtime.convert_tokenizer import tokenizer_metadata
-from gguf_run.runtime.export_hf_tokenizer import tokenizer_files
-from gguf_run.runtime.tokenizer import Tokenizer
+from gguf_run.formats.gguf.reader import GGUFFile
+from gguf_run.runtime.convert.back.tokenizer import tokenizer_files
+from gguf_run.runtime.convert.vocabulary.metadata import tokenizer_metadata
+from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests/helpers"))
 N_SPECIAL = 100  # special tokens that come up in texts
 
 

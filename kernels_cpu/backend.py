@@ -11,22 +11,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.dequantizer import dequantize
+from gguf_run.formats.blocks.dequantizer import dequantize
+from gguf_run.formats.blocks.unpack import INTEGER_FORMS
 from gguf_run.formats.errors import UnsupportedError
-from gguf_run.formats.reader import Tensor
-from gguf_run.formats.unpack import INTEGER_FORMS
-from gguf_run.kernels_cpu import isa
-from gguf_run.kernels_cpu.cache import CpuCache, new_cache, rows_stored
-from gguf_run.kernels_cpu.cache_rows import CacheRows
-from gguf_run.kernels_cpu.cache_types import CACHE_FORMATS
-from gguf_run.kernels_cpu.memory import Arena, CpuBuffer, CpuTable, CpuWeight, WeightPart
-from gguf_run.kernels_cpu.moe import EXPERT_ROWS, CpuExperts, ExpertMatrix
-from gguf_run.kernels_cpu.op import Op
-from gguf_run.kernels_cpu.panels import ROWS, Panel, panel_for
+from gguf_run.formats.gguf.reader import Tensor
+from gguf_run.kernels_cpu.attention.cache import CpuCache, new_cache, rows_stored
+from gguf_run.kernels_cpu.attention.cache_rows import CacheRows
+from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
+from gguf_run.kernels_cpu.matmul.moe import EXPERT_ROWS, CpuExperts, ExpertMatrix
+from gguf_run.kernels_cpu.panels.memory import Arena, CpuBuffer, CpuTable, CpuWeight, WeightPart
+from gguf_run.kernels_cpu.panels.panels import ROWS, Panel, panel_for
+from gguf_run.kernels_cpu.panels.repack import repack
 from gguf_run.kernels_cpu.recorder import CpuRecorder
-from gguf_run.kernels_cpu.repack import repack
-from gguf_run.kernels_cpu.rows import FLOAT_TABLES
-from gguf_run.kernels_cpu.team import Team
+from gguf_run.kernels_cpu.replay.op import Op
+from gguf_run.kernels_cpu.replay.team import Team
+from gguf_run.kernels_cpu.rows.embed import FLOAT_TABLES
+from gguf_run.kernels_cpu.vector import isa
 
 _QUEUED = 64  # pieces of weights to be repacked: enough that no thread waits between two tensors
 

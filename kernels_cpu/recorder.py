@@ -6,29 +6,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.kernels_cpu.attention import attend
-from gguf_run.kernels_cpu.attention_append import append
-from gguf_run.kernels_cpu.attention_merge import merge
-from gguf_run.kernels_cpu.attention_plan import max_parts, max_rows, part_floats, scratch_floats
-from gguf_run.kernels_cpu.cache import CpuCache
-from gguf_run.kernels_cpu.cache_rows import filled, scratch_bytes
-from gguf_run.kernels_cpu.cache_types import format_id
-from gguf_run.kernels_cpu.gated import gated
-from gguf_run.kernels_cpu.layer_norm import layer_norm
-from gguf_run.kernels_cpu.matmul import TOKENS, matmul
-from gguf_run.kernels_cpu.matmul_gated import SCRATCH_BYTES, matmul_gated
-from gguf_run.kernels_cpu.memory import LANES, CpuBuffer, CpuTable, CpuWeight, aligned
-from gguf_run.kernels_cpu.moe import CpuExperts
-from gguf_run.kernels_cpu.moe_record import MoeMemory, record_moe
-from gguf_run.kernels_cpu.observe import CpuSquares, observe
-from gguf_run.kernels_cpu.op import Op
-from gguf_run.kernels_cpu.panels import BLOCK, ROWS, panel_id
-from gguf_run.kernels_cpu.rms_norm import rms_norm
-from gguf_run.kernels_cpu.rope import angles, rope
-from gguf_run.kernels_cpu.rows import embed
-from gguf_run.kernels_cpu.scale import gate_rows, softcap
-from gguf_run.kernels_cpu.tape import Tape
-from gguf_run.kernels_cpu.team import Team
+from gguf_run.kernels_cpu.attention.append import append
+from gguf_run.kernels_cpu.attention.attention import attend
+from gguf_run.kernels_cpu.attention.cache import CpuCache
+from gguf_run.kernels_cpu.attention.cache_rows import filled, scratch_bytes
+from gguf_run.kernels_cpu.attention.cache_types import format_id
+from gguf_run.kernels_cpu.attention.merge import merge
+from gguf_run.kernels_cpu.attention.plan import max_parts, max_rows, part_floats, scratch_floats
+from gguf_run.kernels_cpu.matmul.gated import SCRATCH_BYTES, matmul_gated
+from gguf_run.kernels_cpu.matmul.matmul import TOKENS, matmul
+from gguf_run.kernels_cpu.matmul.moe import CpuExperts
+from gguf_run.kernels_cpu.matmul.moe_record import MoeMemory, record_moe
+from gguf_run.kernels_cpu.panels.memory import LANES, CpuBuffer, CpuTable, CpuWeight, aligned
+from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, panel_id
+from gguf_run.kernels_cpu.replay.op import Op
+from gguf_run.kernels_cpu.replay.tape import Tape
+from gguf_run.kernels_cpu.replay.team import Team
+from gguf_run.kernels_cpu.rows.activation import gated
+from gguf_run.kernels_cpu.rows.embed import embed
+from gguf_run.kernels_cpu.rows.layer_norm import layer_norm
+from gguf_run.kernels_cpu.rows.observe import CpuSquares, observe
+from gguf_run.kernels_cpu.rows.rms_norm import rms_norm
+from gguf_run.kernels_cpu.rows.rope import angles, rope
+from gguf_run.kernels_cpu.rows.scale import gate_rows, softcap
 
 
 class CpuRecorder(Tape):

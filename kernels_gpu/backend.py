@@ -10,19 +10,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor as Array
 
-from gguf_run.formats.dequantizer import dequantize
+from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.errors import UnsupportedError
-from gguf_run.formats.reader import Tensor
-from gguf_run.kernels_gpu.cache import GpuCache, new_rows
-from gguf_run.kernels_gpu.cache_formats import cache_format, rows_stored
-from gguf_run.kernels_gpu.device import capability, current
-from gguf_run.kernels_gpu.errors import gpu_errors
-from gguf_run.kernels_gpu.limits import measure_limits
-from gguf_run.kernels_gpu.matmul import DEFAULT, TUNINGS
-from gguf_run.kernels_gpu.memory import GpuBuffer, GpuWeight, WeightPart
-from gguf_run.kernels_gpu.moe_launch import GpuExperts
+from gguf_run.formats.gguf.reader import Tensor
+from gguf_run.kernels_gpu.attention.cache import GpuCache, new_rows
+from gguf_run.kernels_gpu.attention.cache_types import cache_format, rows_stored
+from gguf_run.kernels_gpu.device.device import capability, current
+from gguf_run.kernels_gpu.device.errors import gpu_errors
+from gguf_run.kernels_gpu.device.limits import measure_limits
+from gguf_run.kernels_gpu.matmul.launch import DEFAULT, TUNINGS
+from gguf_run.kernels_gpu.matmul.moe_launch import GpuExperts
+from gguf_run.kernels_gpu.panels.memory import GpuBuffer, GpuWeight, WeightPart
+from gguf_run.kernels_gpu.panels.repack import Uploader
 from gguf_run.kernels_gpu.recorder import GpuRecorder
-from gguf_run.kernels_gpu.repack import Uploader
 
 
 class GpuBackend:

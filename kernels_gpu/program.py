@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gguf_run.kernels_gpu.device import current
-from gguf_run.kernels_gpu.errors import gpu_errors
-from gguf_run.kernels_gpu.matmul import FEW
-from gguf_run.kernels_gpu.memory import GpuBuffer, padded
-from gguf_run.kernels_gpu.top import SIZES, Top
+from gguf_run.kernels_gpu.device.device import current
+from gguf_run.kernels_gpu.device.errors import gpu_errors
+from gguf_run.kernels_gpu.matmul.launch import FEW
+from gguf_run.kernels_gpu.panels.memory import GpuBuffer, padded
+from gguf_run.kernels_gpu.rows.top import SIZES, Top
 
 
 def bucket(n_row: int) -> int:

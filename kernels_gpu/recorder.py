@@ -13,19 +13,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor as Array
 
-from gguf_run.kernels_gpu import rope as rotary
-from gguf_run.kernels_gpu import rows
-from gguf_run.kernels_gpu.activations import Forms, Halves, Int8, power_of_2
-from gguf_run.kernels_gpu.attention_launch import AttentionOp
-from gguf_run.kernels_gpu.cache import GpuCache
-from gguf_run.kernels_gpu.layer_norm import layer_norm
-from gguf_run.kernels_gpu.matmul import FEW, SCRATCH, After, Norm, Product, Scratch, Tuning, result_width
-from gguf_run.kernels_gpu.memory import GpuBuffer, GpuWeight, WeightPart, padded
-from gguf_run.kernels_gpu.moe_launch import GpuExperts, GpuExpertSquares, MoeOp, PairMemory
-from gguf_run.kernels_gpu.panels import IntPanel, Panel
+from gguf_run.kernels_gpu.attention.cache import GpuCache
+from gguf_run.kernels_gpu.attention.launch import AttentionOp
+from gguf_run.kernels_gpu.matmul.launch import FEW, SCRATCH, After, Norm, Product, Scratch, Tuning, result_width
+from gguf_run.kernels_gpu.matmul.moe_launch import GpuExperts, GpuExpertSquares, MoeOp, PairMemory
+from gguf_run.kernels_gpu.panels.memory import GpuBuffer, GpuWeight, WeightPart, padded
+from gguf_run.kernels_gpu.panels.panels import IntPanel, Panel
 from gguf_run.kernels_gpu.program import GpuProgram, Launches, StepInput
-from gguf_run.kernels_gpu.quantize import BLOCK
-from gguf_run.kernels_gpu.rms_norm import rms_norm
+from gguf_run.kernels_gpu.rows import embed as rows
+from gguf_run.kernels_gpu.rows import rope as rotary
+from gguf_run.kernels_gpu.rows.activations import Forms, Halves, Int8, power_of_2
+from gguf_run.kernels_gpu.rows.layer_norm import layer_norm
+from gguf_run.kernels_gpu.rows.quantize import BLOCK
+from gguf_run.kernels_gpu.rows.rms_norm import rms_norm
 
 _WIDTH = 1024  # columns of a program
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.reader import Tensor
+from gguf_run.formats.gguf.reader import Tensor
 
 
 @dataclass(frozen=True, eq=False)

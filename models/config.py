@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
-from gguf_run.formats.reader import Tensor
+from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.architectures import (
     ARCHITECTURES,
     EXPERTS,

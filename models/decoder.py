@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.formats.reader import Tensor
+from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.backend import Backend, Buffer, CacheType, Program, Run
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer, KvCache

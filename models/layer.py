@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
-from gguf_run.formats.mapped import quoted
-from gguf_run.formats.reader import Tensor
+from gguf_run.formats.gguf.mapped import quoted
+from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.architectures import EXPERTS, ROPE_FACTORS
 from gguf_run.models.backend import Attention, Backend, Buffer, Recorder, Rope, Squares, Weight
 from gguf_run.models.config import ModelConfig

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError, UnsupportedError
 
 if TYPE_CHECKING:
-    from gguf_run.runtime.batch import Answer
+    from gguf_run.runtime.engine.batch import Answer
     from gguf_run.runtime.model import Model, Stats
-    from gguf_run.runtime.sampling import TokenLogprob
-    from gguf_run.runtime.sampling_params import SamplingParams
+    from gguf_run.runtime.sampling.params import SamplingParams
+    from gguf_run.runtime.sampling.sampler import TokenLogprob
 
 __all__ = [
     "Answer",
@@ -24,11 +24,11 @@ __all__ = [
 ]
 
 _PLACES = {
-    "Answer": "batch",
+    "Answer": "engine.batch",
     "Model": "model",
-    "SamplingParams": "sampling_params",
+    "SamplingParams": "sampling.params",
     "Stats": "model",
-    "TokenLogprob": "sampling",
+    "TokenLogprob": "sampling.sampler",
 }
 
 

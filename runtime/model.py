@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
 from gguf_run.models.backend import CacheType
-from gguf_run.runtime.batch import Answer, Batch, OneOfMany
-from gguf_run.runtime.generate import Closed, Generation, Session, StopStrings, text_pieces
-from gguf_run.runtime.samplers_history import Breakers, breakers
-from gguf_run.runtime.sampling import Sampler, TokenLogprob
-from gguf_run.runtime.sampling_params import SamplingParams
+from gguf_run.runtime.engine.batch import Answer, Batch, OneOfMany
+from gguf_run.runtime.engine.generation import Closed, Generation, Session, StopStrings, text_pieces
+from gguf_run.runtime.sampling.history import Breakers, breakers
+from gguf_run.runtime.sampling.params import SamplingParams
+from gguf_run.runtime.sampling.sampler import Sampler, TokenLogprob
 
 if TYPE_CHECKING:
     from gguf_run.models.decoder import Decoder
-    from gguf_run.runtime.session_file import SessionHeader
-    from gguf_run.runtime.tokenizer import Tokenizer
+    from gguf_run.runtime.engine.session_file import SessionHeader
+    from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
 MAX_N_CTX = 2**31 - 1
 MAX_N_SEQ = 1024
@@ -141,12 +141,12 @@ class Model:
         _check_range("n_ctx (--ctx-size)", n_ctx, 1, MAX_N_CTX)
         _check_range("n_batch", n_batch, 1, MAX_N_CTX)
         _check_range("n_seq", n_seq, 1, MAX_N_SEQ)
-        from gguf_run.kernels_cpu.team import MAX_THREADS
-        from gguf_run.runtime.fetch import find_model
-        from gguf_run.runtime.load import load_parts
-        from gguf_run.runtime.open_model import open_model
-        from gguf_run.runtime.placement import parse_wanted
-        from gguf_run.runtime.threads import default_threads
+        from gguf_run.kernels_cpu.replay.team import MAX_THREADS
+        from gguf_run.runtime.hub.find import find_model
+        from gguf_run.runtime.load.machine import default_threads
+        from gguf_run.runtime.load.open_model import open_model
+        from gguf_run.runtime.load.parts import load_parts
+        from gguf_run.runtime.load.placement import parse_wanted
 
         _check_range("n_threads (--threads)", n_threads, 1, MAX_THREADS)
         n_threads = n_threads or min(default_threads(), MAX_THREADS)
@@ -221,7 +221,7 @@ class Model:
     ) -> str:
         """Return a conversation as the chat template (`chat_template`, the file's unless you set another) writes it, up
         to where the answer begins. GgufRunError if there is no template, or it refuses the messages."""
-        from gguf_run.runtime.chat_template import render_chat
+        from gguf_run.runtime.chat.template import render_chat
 
         template = (self.tool_template if tools else None) or self.chat_template
         if template is None:
@@ -323,7 +323,7 @@ class Model:
 
     def save_session(self, path: str | os.PathLike[str], messages: Sequence[Message] = ()) -> None:
         """Save the context with its KV cache, and the conversation that it is of, to a file, whole or not at all."""
-        from gguf_run.runtime.session_file import save
+        from gguf_run.runtime.engine.session_file import save
 
         header = self._session_header()
         conversation = [dict(message) for message in messages]
@@ -336,7 +336,7 @@ class Model:
         of another model or type of cache or longer than the context, FormatError if the file is damaged; the context
         is then empty, or as it was.
         """
-        from gguf_run.runtime.session_file import check_session, open_session
+        from gguf_run.runtime.engine.session_file import check_session, open_session
 
         header = self._session_header()
         with open_session(Path(path)) as (found, parts):

@@ -1,13 +1,11 @@
 """The project's own rules: packaging, imports, documents. Each check is also shown something that it must reject."""
 
 import ast
-import importlib
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +13,11 @@ import click
 import plots
 import pytest
 import tables
+from documents import PYPROJECT, ROOT, SCRIPTS, command_of, commands_in, options_of
 
-ROOT = Path(__file__).resolve().parent.parent
-PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-FOLDERS = tuple(name.removeprefix("gguf_run.") for name in PYPROJECT["tool"]["setuptools"]["packages"])
+PACKAGES = tuple(PYPROJECT["tool"]["setuptools"]["packages"])
+FOLDERS = tuple(name.removeprefix("gguf_run.") for name in PACKAGES if name.count(".") == 1)
 SOURCES = tuple(path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py")))
-SCRIPTS: dict[str, str] = PYPROJECT["project"]["scripts"]
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -43,10 +40,20 @@ def imports(source: str, *, everywhere: bool) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def module_of(path: Path) -> str:
+    """The dotted name of a source, or of a folder."""
+    path = path.parent if path.name == "__init__.py" else path
+    return ".".join(("gguf_run", *path.relative_to(ROOT).with_suffix("").parts))
+
+
+def is_gpu(path: Path) -> bool:
+    return path.relative_to(ROOT).parts[0] == "kernels_gpu"
+
+
 def test_all_sources_are_packaged() -> None:
-    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert folders == set(FOLDERS)
-    assert {path.parent for path in SOURCES} == {ROOT / folder for folder in FOLDERS}, "subfolders are not packaged"
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == set(FOLDERS)
+    assert {module_of(path.parent) for path in SOURCES} == set(PACKAGES)
+    assert all((path.parent / "__init__.py").is_file() for path in SOURCES)
     assert f"FOLDERS  := {' '.join(FOLDERS)}\n" in (ROOT / "Makefile").read_text()
 
 
@@ -55,13 +62,13 @@ def test_modules_need_core_dependencies_only() -> None:
     core = {re.match(r"[\w-]+", line).group() for line in PYPROJECT["project"]["dependencies"]}  # type: ignore[union-attr]
     allowed = core | {"gguf_run", "llvmlite"} | sys.stdlib_module_names  # llvmlite comes with numba
     for path in SOURCES:
-        if path.parent.name != "kernels_gpu":
+        if not is_gpu(path):
             found = {name.split(".")[0] for name in imports(path.read_text(), everywhere=False)}
             assert found <= allowed, path
 
 
 def test_numba_decorators_come_from_one_place() -> None:
-    """Only formats/jit.py knows the options and the cache; `import numba` would hide a decorator from this check."""
+    """Only formats/compiler/jit.py knows the options and the cache. `import numba` would hide a decorator."""
     banned = {"numba", *(f"numba.{name}" for name in ("njit", "jit", "cfunc", "vectorize", "guvectorize"))}
     users = {path.name for path in SOURCES if banned & set(imports(path.read_text(), everywhere=True))}
     assert users == {"jit.py"}
@@ -69,8 +76,7 @@ def test_numba_decorators_come_from_one_place() -> None:
 
 def test_cpu_modules_never_load_torch() -> None:
     """Not through a dependency either."""
-    modules = [f"gguf_run.{path.parent.name}.{path.stem}" for path in SOURCES if path.parent.name != "kernels_gpu"]
-    names = ", ".join(module.removesuffix(".__init__") for module in modules)
+    names = ", ".join(module_of(path) for path in SOURCES if not is_gpu(path))
     code = f"import sys, {names}; print([name for name in ('torch', 'triton', 'transformers') if name in sys.modules])"
     assert run_python(code).strip() == "[]"
 
@@ -108,20 +114,25 @@ def test_import_linter_rejects(tmp_path: Path, folder: str, line: str) -> None:
     assert "1 broken" in linted(tmp_path).stdout
 
 
-def test_kernel_cache_follows_sources_of_helpers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("room", ["formats", "formats/blocks", "kernels_cpu/rows/deeper"])
+def test_kernel_cache_follows_sources_of_helpers(tmp_path: Path, room: str) -> None:
     """An edit in one file recompiles a cached kernel of another file that calls it (numba alone would not)."""
-    formats = tmp_path / "gguf_run/formats"
-    formats.mkdir(parents=True)
-    for name in ("__init__", "errors", "cachedir", "jit", "machine_code"):
-        shutil.copy(ROOT / f"formats/{name}.py", formats)
-    prelude = "from gguf_run.formats.jit import njit\n"
-    kernel = "from gguf_run.formats.helper import helper\n@njit\ndef kernel(x):\n    return helper(x) * 10\n"
-    (formats / "kernel.py").write_text(prelude + kernel)
+    package = tmp_path / "gguf_run"
+    (package / room).mkdir(parents=True, exist_ok=True)
+    (package / "formats/compiler").mkdir(parents=True, exist_ok=True)
+    for name in ("errors", "compiler/cachedir", "compiler/jit", "compiler/machine_code"):
+        shutil.copy(ROOT / f"formats/{name}.py", package / f"formats/{name}.py")
+    prelude = "from gguf_run.formats.compiler.jit import njit\n"
+    module = f"gguf_run.{room.replace('/', '.')}.helper"
+    kernel = f"from {module} import helper\n@njit\ndef kernel(x):\n    return helper(x) * 10\n"
+    (package / "formats/kernel.py").write_text(prelude + kernel)
     code = "import sys; from gguf_run.formats.kernel import kernel; print(kernel(1), 'numba' in sys.modules)"
 
     def kernel_of(helper_adds: int) -> list[str]:
-        (formats / "helper.py").write_text(f"{prelude}@njit\ndef helper(x):\n    return x + {helper_adds}\n")
-        return run_python(code, PYTHONPATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path / "cache")).split()
+        (package / room / "helper.py").write_text(f"{prelude}@njit\ndef helper(x):\n    return x + {helper_adds}\n")
+        # Two edits within a second look alike to Python's own cache of bytecode.
+        environment = {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+        return run_python(code, XDG_CACHE_HOME=str(tmp_path / "cache"), **environment).split()
 
     assert kernel_of(helper_adds=1) == ["20", "True"]
     assert kernel_of(helper_adds=1) == ["20", "False"]
@@ -132,25 +143,11 @@ def test_kernels_compile_without_a_writable_cache() -> None:
     code = (
         "import warnings\n"
         "with warnings.catch_warnings(record=True) as caught:\n"
-        "    from gguf_run.formats.jit import njit\n"
+        "    from gguf_run.formats.compiler.jit import njit\n"
         "    three = njit(lambda a, b: a + b)(1, 2)\n"
         "print(three, len(caught), 'XDG_CACHE_HOME' in str(caught[0].message))\n"
     )
     assert run_python(code, XDG_CACHE_HOME="/dev/null").split() == ["3", "1", "True"]
-
-
-def commands_in(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield (script, options) of each line of a text's code blocks and inline code that calls one of our scripts. A
-    script with subcommands comes with the one that is called: "gguf-eval kl"."""
-    code = re.findall(r"```\w*\n(.*?)```|`([^`\n]+)`", text, re.DOTALL)
-    for line in (line for block in code for line in "".join(block).replace("\\\n", " ").splitlines()):
-        line = re.sub(r"\"[^\"]*\"|'[^']*'|#.*", "", line)
-        for command in re.split(r"[|;&]", line):
-            if match := re.search(r"(?:^|[\s/])(gguf-\w+)((?:\s.*)?)$", command):
-                name = match[1]
-                if isinstance(command_of(name), click.Group) and (words := match[2].split()):
-                    name = f"{name} {words[0]}"
-                yield name, re.findall(r"(?<=[\s[])--?[a-z][\w-]*", match[2])
 
 
 def test_commands_in_finds_options() -> None:
@@ -162,19 +159,6 @@ def test_commands_in_finds_options() -> None:
 
 def test_commands_in_finds_subcommands() -> None:
     assert list(commands_in("`gguf-eval kl m.gguf --chunks 4`")) == [("gguf-eval kl", ["--chunks"])]
-
-
-def command_of(script: str) -> click.Command:
-    """The click command of "gguf-run", or of "gguf-eval kl". KeyError if there is none."""
-    script, _, subcommand = script.partition(" ")
-    module, _, function = SCRIPTS[script].partition(":")
-    command = getattr(importlib.import_module(module), function)
-    return command.commands[subcommand] if subcommand else command
-
-
-def options_of(script: str) -> set[str]:
-    command = command_of(script)
-    return {"--help", *(name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts))}
 
 
 DOCUMENTS = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))

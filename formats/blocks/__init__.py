@@ -1,0 +1,1 @@
+"""Types of tensors and their bits. Start with types.py (the table), then unpack.py (a block taken apart)."""

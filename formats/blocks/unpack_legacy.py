@@ -1,0 +1,99 @@
+"""Unpackers of the types with one scale per block of 32 to 128 weights: Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q8_1 Q1_0 Q2_0.
+
+unpack.py says what an unpacker does. In the 4- and 5-bit types byte i of `qs` holds weights i and i + 16, and bit i of
+the 32-bit `qh` is the fifth bit of weight i:
+
+      qs[i]   7  6  5  4 | 3  2  1  0
+             weight i+16 | weight i
+"""
+
+from typing import Any
+
+from gguf_run.formats.blocks.scalars import f16, u32
+from gguf_run.formats.compiler.jit import njit
+
+
+@njit(forceinline=True)
+def unpack_q4_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
+    """d f16 | qs u8[16]; weight = d * (q - 8)."""
+    scale[0] = f16(src, at)
+    qs = src[at + 2 : at + 18]
+    for i in range(16):
+        q[i] = (qs[i] & 15) - 8
+    for i in range(16):
+        q[16 + i] = (qs[i] >> 4) - 8
+
+
+@njit(forceinline=True)
+def unpack_q4_1(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
+    """d f16 | m f16 | qs u8[16]; weight = d * q + m."""
+    scale[0] = f16(src, at)
+    minimum[0] = f16(src, at + 2)
+    qs = src[at + 4 : at + 20]
+    for i in range(16):
+        q[i] = qs[i] & 15
+    for i in range(16):
+        q[16 + i] = qs[i] >> 4
+
+
+@njit(forceinline=True)
+def unpack_q5_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
+    """d f16 | qh u32 | qs u8[16]; weight = d * (q - 16)."""
+    scale[0] = f16(src, at)
+    qh = u32(src, at + 2)
+    qs = src[at + 6 : at + 22]
+    for i in range(16):
+        q[i] = ((qs[i] & 15) | ((qh >> i) & 1) << 4) - 16
+    for i in range(16):
+        q[16 + i] = ((qs[i] >> 4) | ((qh >> (16 + i)) & 1) << 4) - 16
+
+
+@njit(forceinline=True)
+def unpack_q5_1(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
+    """d f16 | m f16 | qh u32 | qs u8[16]; weight = d * q + m."""
+    scale[0] = f16(src, at)
+    minimum[0] = f16(src, at + 2)
+    qh = u32(src, at + 4)
+    qs = src[at + 8 : at + 24]
+    for i in range(16):
+        q[i] = (qs[i] & 15) | ((qh >> i) & 1) << 4
+    for i in range(16):
+        q[16 + i] = (qs[i] >> 4) | ((qh >> (16 + i)) & 1) << 4
+
+
+@njit(forceinline=True)
+def unpack_q8_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
+    """d f16 | qs i8[32]; weight = d * q."""
+    scale[0] = f16(src, at)
+    qs = src[at + 2 : at + 34]
+    for i in range(32):
+        q[i] = qs[i]
+
+
+@njit(forceinline=True)
+def unpack_q8_1(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
+    """d f16 | s f16 | qs i8[32]; weight = d * q. s = d * sum(qs) serves dot products only."""
+    scale[0] = f16(src, at)
+    qs = src[at + 4 : at + 36]
+    for i in range(32):
+        q[i] = qs[i]
+
+
+@njit(forceinline=True)
+def unpack_q1_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
+    """d f16 | qs u8[16]; weight = d * (1 if its bit is set else -1), lowest bit first."""
+    scale[:] = f16(src, at)
+    qs = src[at + 2 : at + 18]
+    for i in range(16):
+        for j in range(8):
+            q[8 * i + j] = ((qs[i] >> j) & 1) * 2 - 1
+
+
+@njit(forceinline=True)
+def unpack_q2_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
+    """d f16 | qs u8[16]; weight = d * (q - 1), lowest two bits first."""
+    scale[:] = f16(src, at)
+    qs = src[at + 2 : at + 18]
+    for i in range(16):
+        for j in range(4):
+            q[4 * i + j] = ((qs[i] >> 2 * j) & 3) - 1

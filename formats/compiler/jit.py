@@ -1,0 +1,294 @@
+"""The one place that knows numba's options: every compiled function of the project is made by `njit`.
+
+numba itself is imported only when something must be compiled. What machine_code.py can take, and that is everything
+on the way to the first token, is kept as object files; the rest goes to numba's own cache.
+
+Why a cache folder of our own: numba notices an edit of the file that holds a function, but not of a helper that the
+function calls in another file, and would then run stale machine code. The folder's name is therefore a hash of all
+sources that can end up in a kernel.
+"""
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import threading
+import time
+import types as python_types
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numpy as np
+from llvmlite import binding
+
+from gguf_run.formats.compiler.cachedir import user_cache_dir
+from gguf_run.formats.compiler.machine_code import Entry, Kind, Loader, compile_entry
+
+# error_model="numpy": no hidden branch that raises on division. No fastmath: results must not depend on the
+# instruction set more than the SIMD kernels' own summation order; a kernel that wants it asks for it.
+_OPTIONS: dict[str, Any] = {"error_model": "numpy"}
+_KERNEL_FOLDERS = tuple(Path(__file__).resolve().parents[2] / name for name in ("formats", "kernels_cpu"))
+_KEEP_FOLDERS, _KEEP_SECONDS = 16, 86400  # of other versions: so many, and those in use today
+
+
+@functools.cache
+def kernel_cache_dir() -> Path | None:
+    """Return the folder for compiled kernels of exactly these sources, or None (with a warning) if none is writable."""
+    digest = hashlib.sha256()
+    for folder in _KERNEL_FOLDERS:
+        for source in sorted(folder.rglob("*.py")):
+            digest.update(source.relative_to(folder).as_posix().encode() + b"\0" + source.read_bytes())
+    path = user_cache_dir() / f"kernels-{digest.hexdigest()[:16]}"
+    try:
+        if not path.is_dir():
+            path.mkdir(parents=True, exist_ok=True)
+            _remove_old(path.parent)
+        os.utime(path)  # used now
+        if os.access(path, os.W_OK):
+            return path
+        reason = "read-only"
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+    warnings.warn(
+        f"cannot write to {path} ({reason}): kernels are compiled anew in every run; "
+        "set XDG_CACHE_HOME to a writable folder",
+        stacklevel=2,
+    )
+    return None
+
+
+def _remove_old(caches: Path) -> None:
+    """Remove kernels of versions that are not used any more. A process that still uses them compiles again."""
+    used = sorted(((path.stat().st_mtime, path) for path in caches.glob("kernels-*")), reverse=True)
+    for when, path in used[_KEEP_FOLDERS:]:
+        if time.time() - when > _KEEP_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class Deferred:
+    """Something that is made when it is first used: what is numba's or depends on it."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+
+    @functools.cached_property
+    def real(self) -> Any:
+        return self._make()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.real, name)
+
+
+def _deferred(module: str, name: str) -> Any:
+    return Deferred(lambda: getattr(importlib.import_module(module), name))
+
+
+# What kernels need of numba.
+carray, types, cgutils = _deferred("numba", "carray"), _deferred("numba", "types"), _deferred("numba.core", "cgutils")
+
+
+def intrinsic(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """numba's decorator for a function that returns LLVM code; usable bare or with options."""
+    if function is None:
+        return functools.partial(intrinsic, **options)
+    numba = _deferred("numba.extending", "intrinsic")
+    return Deferred(lambda: numba.real(**options)(function) if options else numba.real(function))
+
+
+def resolved(function: Callable[..., Any]) -> Any:
+    """A copy that names real things instead of deferred ones, for numba to see."""
+
+    def real(value: Any) -> Any:
+        return value.real if isinstance(value, Deferred) else value
+
+    values = function.__globals__
+    named = {name: real(values[name]) for name in function.__code__.co_names if name in values}
+    cells = tuple(python_types.CellType(real(cell.cell_contents)) for cell in function.__closure__ or ())
+    return _copy(function, function.__name__, {**values, **named}, cells)
+
+
+def _copy(function: Callable[..., Any], name: str, values: dict[str, Any], cells: tuple[Any, ...]) -> Any:
+    copy = python_types.FunctionType(function.__code__, values, name, function.__defaults__, cells)
+    copy.__qualname__ = function.__qualname__.removesuffix(function.__name__) + name
+    return copy
+
+
+class Kernel(Deferred):
+    """A function that is compiled when it is first called; numba's dispatcher stands for it in other kernels."""
+
+    def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
+        # Called by compiled code only: what Python would need to call it takes long to compile.
+        wrappers = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+        super().__init__(lambda: _numba_njit(function, {**options, **wrappers}))
+        self._function, self._options = function, options
+        self._entries: dict[tuple[Kind | None, ...], Entry | None] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        """Run it without the GIL. Arguments are numbers and arrays."""
+        kinds = tuple(map(_kind, args))
+        entry = self._entries[kinds] if kinds in self._entries else self.entry(kinds)
+        if entry is not None:
+            done, result = entry(*args)
+            if done:
+                return result
+        return self._dispatcher(*args)
+
+    def entry(self, kinds: tuple[Kind | None, ...]) -> Entry | None:
+        """Compile it for arguments of these kinds, or load it from the cache; None if that must be left to numba."""
+        store = _store()
+        with store.lock:
+            if kinds not in self._entries:
+                plain = tuple(kind for kind in kinds if kind is not None)
+                self._entries[kinds] = store.find(self, plain) if len(plain) == len(kinds) else None
+        return self._entries[kinds]
+
+    def bare(self, *kinds: Kind) -> Callable[..., None]:
+        """The C function itself: no signal comes between its call and its end. machine_code.py has its arguments."""
+        entry = self.entry(kinds)
+        assert entry is not None
+        return entry.function
+
+    def compile(self, kinds: tuple[Kind, ...]) -> bytes | None:
+        return compile_entry(resolved(self._function), kinds, {**_OPTIONS, **self._options})
+
+    def file_name(self, kinds: tuple[Kind, ...]) -> str:
+        """The name says all that the code depends on and the folder's name does not."""
+        function = self._function
+        cells = [cell.cell_contents for cell in function.__closure__ or ()]
+        cells = [cell.file_name(()) if isinstance(cell, Kernel) else cell for cell in cells]
+        options = [sorted(value) if isinstance(value, set) else value for value in self._options.values()]
+        source = Path(function.__code__.co_filename)
+        stamp = None
+        if not any(map(source.is_relative_to, _KERNEL_FOLDERS)):
+            with suppress(OSError):
+                stamp = source.stat().st_mtime_ns
+        name = (function.__module__, function.__qualname__, function.__code__.co_firstlineno)
+        key = repr((name, kinds, list(self._options), options, cells, stamp, _machine()))
+        assert " at 0x" not in key, f"{name} depends on {cells}: the cache can only tell plain values apart"
+        return f"{function.__name__}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.o"
+
+    @functools.cached_property
+    def _dispatcher(self) -> Any:
+        """numba reads its cache folder when a function is decorated: set ours for that moment, in one thread."""
+        from numba.core import config
+
+        with _store().lock:
+            path, before = kernel_cache_dir(), config.CACHE_DIR
+            config.CACHE_DIR = os.fspath(path or before)
+            try:
+                return _numba_njit(self._function, {**self._options, "cache": path is not None})
+            finally:
+                config.CACHE_DIR = before
+
+
+def _numba_njit(function: Callable[..., Any], options: dict[str, Any]) -> Any:
+    import numba
+
+    return numba.njit(nogil=True, **_OPTIONS, **options)(resolved(function))
+
+
+_SCALARS: dict[type, Kind] = {int: "i8", float: "f8", bool: "b1", np.int64: "i8", np.float64: "f8"}
+_ITEMS = frozenset(np.dtype(name).str for name in ["?", "b", "B", "h", "H", "i", "I", "q", "Q", "f", "d"])
+
+
+def _kind(value: Any) -> Kind | None:
+    if type(value) is np.ndarray and value.dtype.str in _ITEMS and value.flags.c_contiguous and value.flags.aligned:
+        return value.dtype.str, value.ndim
+    return _SCALARS.get(type(value))
+
+
+@functools.cache
+def _machine() -> tuple[Any, ...]:
+    """What else machine code depends on: versions, the CPU, numba's settings."""
+    numba = importlib.util.find_spec("numba")
+    assert numba is not None and numba.origin is not None  # noqa: PT018
+    version = (Path(numba.origin).parent / "_version.py").read_bytes()
+    settings = sorted((name, value) for name, value in os.environ.items() if name.startswith("NUMBA_"))
+    cpu = (platform.machine(), binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten())
+    return sys.version, np.__version__, llvmlite.__version__, version, cpu, settings
+
+
+class _Store:
+    """The compiled functions of this process and of the cache folder."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.before_compiling: list[Callable[[], None]] = []
+        self._loader = Loader()
+
+    def find(self, kernel: Kernel, kinds: tuple[Kind, ...]) -> Entry | None:
+        folder = kernel_cache_dir()
+        path = folder / kernel.file_name(kinds) if folder else None
+        code = None
+        with suppress(OSError):
+            code = path.read_bytes() if path else None
+        entry = self._loader.load(code, kinds) if code else None
+        if entry is not None or code == b"":  # empty: numba's business
+            return entry
+        for notify in self.before_compiling:
+            notify()
+        code = kernel.compile(kinds)
+        if path:
+            _write(path, code or b"")
+        return self._loader.load(code, kinds) if code else None
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Put a file into the cache as a whole, or not at all: it is missed only in the next process."""
+    part = path.with_suffix(f".{os.getpid()}")
+    with suppress(OSError):
+        part.write_bytes(data)
+        part.replace(path)
+
+
+@functools.cache
+def _store() -> _Store:
+    return _Store()
+
+
+def njit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """Compile a function on its first call (without the GIL, cached on disk). Usable bare or with numba's options."""
+    return functools.partial(njit, **options) if function is None else Kernel(function, options)
+
+
+def clone(function: Callable[..., Any], name: str, **names: Any) -> Callable[..., Any]:
+    """Return a copy of a plain function in which the global names `names` stand for these values.
+
+    This is how one generic loop serves many types: `clone(loop, "Q4_0", unpack=unpack_q4_0, BLOCK_SIZE=32)`. The
+    values are constants to the compiler, and compiled functions among them are inlined. A closure would do the same,
+    but caches could not tell compiled functions in closures apart; here the key is the copy's own name, so `name` must
+    say all that `names` depends on.
+    """
+    return _copy(function, f"{function.__name__}_{name}", {**function.__globals__, **names}, ())
+
+
+def specialize(function: Callable[..., Any], name: str, **names: Any) -> Any:
+    """Compile a `clone`."""
+    return njit(clone(function, name, **names))
+
+
+@contextmanager
+def compile_notice(notify: Callable[[], None]) -> Iterator[None]:
+    """Call `notify` once, when the first function that the disk cache lacks begins to compile: that takes seconds."""
+    store = _store()
+
+    def once() -> None:
+        store.before_compiling.remove(once)
+        notify()
+
+    store.before_compiling.append(once)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):
+            store.before_compiling.remove(once)

@@ -1,0 +1,138 @@
+"""Importance matrices: for every weight matrix the mean square of its input, channel by channel, over a text.
+
+Two forms of file exist, both made by llama-imatrix (common/imatrix-loader.cpp of llama.cpp):
+- GGUF: for each matrix F32 tensors `<name>.in_sum2`, sums [n_in, n_expert], and `<name>.counts`, the tokens summed over
+  [1, n_expert]; metadata imatrix.datasets (array of string), imatrix.chunk_count and imatrix.chunk_size (u32).
+- legacy .dat, int32 and float32: number of entries; for each: length and bytes of the name, calls, number of values,
+  values (sums of each call's means); behind them, in newer files, the number of chunks, length and name of the dataset.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.formats.errors import FormatError
+from gguf_run.formats.gguf.mapped import Cursor, MappedFile, quoted
+from gguf_run.formats.gguf.reader import GGUFFile
+from gguf_run.formats.gguf.strings import StringArray
+from gguf_run.formats.gguf.tensors import MAX_TENSORS
+
+SUMS, COUNTS = ".in_sum2", ".counts"
+DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
+_MAX_NAME = 4096
+
+
+@dataclass(frozen=True)
+class Sums:
+    """One matrix's sums of squares, float32[n_expert, n_in] (legacy: [1, n_expert * n_in]), over counts[n_expert]."""
+
+    sums: NDArray[np.float32]
+    counts: NDArray[np.float32]
+
+    def means(self) -> NDArray[np.float32]:
+        """Sums by counts, float32; 1 for an expert that saw no token. [n_in], or [n_expert, n_in] of several."""
+        counts = self.counts[:, None]
+        means = np.where(counts > 0, self.sums / np.maximum(counts, 1), np.float32(1))
+        return means[0] if len(means) == 1 else means
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """sums: by tensor name; datasets: names of the texts; chunk_count chunks of chunk_size tokens (0: not known)."""
+
+    sums: Mapping[str, Sums]
+    datasets: tuple[str, ...]
+    chunk_count: int
+    chunk_size: int
+
+    @property
+    def dataset(self) -> str:
+        """The first text's name, or "" if none is known."""
+        return self.datasets[0] if self.datasets else ""
+
+    @property
+    def entries(self) -> Mapping[str, NDArray[np.float32]]:
+        """By tensor name: the importance of each input channel, float32[n_in] or [n_expert, n_in]."""
+        return MappingProxyType({name: sums.means() for name, sums in self.sums.items()})
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "Imatrix":
+        """Read a file of either form. GgufRunError if it cannot be opened, FormatError if it is no imatrix."""
+        file = MappedFile(path)
+        is_gguf = file.map[:4] == b"GGUF"
+        try:
+            imatrix = None if is_gguf else _read_legacy(Cursor(file))
+        finally:
+            file.close()
+        if imatrix is None:
+            with GGUFFile.open(path) as gguf:
+                imatrix = _read_gguf(gguf)
+        for name, entry in imatrix.sums.items():
+            if not all(np.isfinite(values).all() and (values >= 0).all() for values in (entry.sums, entry.counts)):
+                raise FormatError(
+                    f"{path}: entry {quoted(name)} has values that are not sums of squares: make it again"
+                )
+        return imatrix
+
+
+def _read_gguf(file: GGUFFile) -> Imatrix:
+    names = [name.removesuffix(SUMS) for name in file.tensors if name.endswith(SUMS)]
+    if not names:
+        raise FormatError(f"{file.path}: is not an imatrix: it has no tensors named ...{SUMS}")
+    sums = {name: Sums(_values(file, name + SUMS), _values(file, name + COUNTS)[:, 0]) for name in names}
+    for name, entry in sums.items():
+        if len(entry.sums) != len(entry.counts):
+            raise FormatError(
+                f"{file.path}: entry {quoted(name)} has {len(entry.sums)} rows of sums, but {len(entry.counts)} counts"
+            )
+    texts = file.metadata.get(DATASETS)
+    numbers = {key: file.metadata.get(key, 0) for key in (CHUNK_COUNT, CHUNK_SIZE)}
+    for key, number in numbers.items():
+        if type(number) is not int or number < 0:
+            raise FormatError(f"{file.path}: {key} is {number!r:.60}, must be a number of at least 0")
+    return Imatrix(sums, tuple(texts) if isinstance(texts, StringArray) else (), *numbers.values())
+
+
+def _values(file: GGUFFile, name: str) -> NDArray[np.float32]:
+    """A tensor as float32[n_rows, ne0]."""
+    tensor = file.tensors.get(name)
+    if tensor is None or tensor.type.name != "F32":
+        found = "is missing" if tensor is None else f"is {tensor.type.name}, must be F32"
+        raise FormatError(f"{file.path}: tensor {quoted(name)} {found}: make the imatrix again")
+    return tensor.blocks().view(np.float32)
+
+
+def _read_legacy(cursor: Cursor) -> Imatrix:
+    n_entries = _number(cursor, "the number of entries", MAX_TENSORS)
+    sums: dict[str, Sums] = {}
+    for i in range(n_entries):
+        what = f"entry {i + 1} of {n_entries}"
+        name = _text(cursor, f"the name of {what}")
+        calls = cursor.number("i", f"the number of calls of {what}")
+        n = _number(cursor, f"the number of values of {what}", 2**31 - 1)
+        values = cursor.file.bytes_at(cursor.skip(4 * n, f"the values of {what}"), 4 * n).view("<f4").copy()
+        sums[name] = Sums(values[None], np.array([max(calls, 1)], np.float32))
+    if cursor.at == cursor.file.size:
+        return Imatrix(MappingProxyType(sums), (), 0, 0)
+    chunk_count = cursor.number("i", "the number of chunks")
+    dataset = (_text(cursor, "the dataset"),) if cursor.at < cursor.file.size else ()
+    return Imatrix(MappingProxyType(sums), dataset, max(0, chunk_count), 0)
+
+
+def _number(cursor: Cursor, what: str, limit: int) -> Any:
+    at = cursor.at
+    number = cursor.number("i", what)
+    if not 1 <= number <= limit:
+        raise cursor.error(f"{what} is {number}, not from 1 to {limit}: this is not an imatrix file", at)
+    return number
+
+
+def _text(cursor: Cursor, what: str) -> str:
+    length = _number(cursor, f"the length of {what}", _MAX_NAME)
+    at = cursor.skip(length, what)
+    return cursor.file.map[at : at + length].rstrip(b"\0").decode(errors="replace")

@@ -1,0 +1,183 @@
+"""Reading GGUF files: versions 2 and 3, both byte orders, split or not. The header is checked when a file is opened.
+
+A file lies as: "GGUF", version (uint32), number of tensors and of metadata pairs (uint64 each), the pairs
+(metadata.py), the tensor entries (tensors.py), padding, the tensors' data. A model may be split into files named
+`<name>-00001-of-0000N.gguf`; the first of them says so in `split.count` and holds the metadata.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
+from gguf_run.formats.gguf.mapped import Cursor, MappedFile, MemoryFile, quoted
+from gguf_run.formats.gguf.metadata import Metadata, read_metadata
+from gguf_run.formats.gguf.tensors import Tensor, read_tensors
+from gguf_run.formats.gguf.writer_metadata import MetaValue, encode_pair
+
+__all__ = ["GGUFFile", "Tensor"]
+
+VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+
+# What people open by mistake.
+_NOT_GGUF = (
+    (b"version https://git-lfs", "a Git LFS pointer: fetch the real file with `git lfs pull`"),
+    (b"<", "a web page: the download went wrong, get the file itself"),
+    (b"PK", "a zip archive (a PyTorch checkpoint?): convert it to GGUF"),
+    (b"lmgg", "a GGML file from before GGUF: get the model as GGUF"),
+    (b"tjgg", "a GGJT file from before GGUF: get the model as GGUF"),
+    (b"fmgg", "a GGMF file from before GGUF: get the model as GGUF"),
+)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One file of a model."""
+
+    file: MappedFile
+    version: int
+    alignment: int
+    metadata: Metadata
+    tensors: dict[str, Tensor]
+
+
+class GGUFFile:
+    """A model's file, or all files of a split one. Use as a context manager, or call close().
+
+    path: of the (first) file; version, byte_order ("<" or ">") and alignment are that file's.
+    paths: of all files. metadata: see Metadata. tensors: by name, in file order, of all parts. split: the number of
+    tensors in each file of a split model.
+    """
+
+    def __init__(self, parts: Sequence[_Part]) -> None:
+        first = parts[0]
+        self.path: Path = first.file.path
+        self.version: int = first.version
+        self.byte_order: str = first.file.order
+        self.alignment: int = first.alignment
+        self.metadata: Metadata = first.metadata
+        self.tensors: Mapping[str, Tensor] = MappingProxyType(_all_tensors(parts))
+        self.paths: tuple[Path, ...] = tuple(part.file.path for part in parts)
+        self.n_parts: int = len(parts)
+        self.split: tuple[int, ...] = tuple(len(part.tensors) for part in parts) if len(parts) > 1 else ()
+        self.nbytes: int = sum(part.file.size for part in parts)
+        self._parts = parts
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "GGUFFile":
+        """Map a file and check its header; the data is read only when a tensor is used.
+
+        Given the first file of a split model, all its files are opened. GgufRunError if a file cannot be opened,
+        FormatError if it is not as it must be, UnsupportedError for a version or tensor type that is not known.
+        """
+        return cls(_read_parts(Path(path)))
+
+    @classmethod
+    def of(cls, path: Path, metadata: Mapping[str, MetaValue], tensors: Mapping[str, Tensor]) -> "GGUFFile":
+        """Return what would be read from a file of these; path: what errors name."""
+        pairs = b"".join(encode_pair(key, value, "<") for key, value in metadata.items())
+        file = MemoryFile(path, pairs)
+        read = read_metadata(Cursor(file), len(metadata))
+        return cls([_Part(file, VERSIONS[-1], DEFAULT_ALIGNMENT, read, dict(tensors))])
+
+    def close(self) -> None:
+        """Unmap the file. Arrays that were taken from it stay valid; new ones cannot be taken."""
+        for part in self._parts:
+            part.file.close()
+
+    def __enter__(self) -> "GGUFFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _read_part(path: Path) -> _Part:
+    file = MappedFile(path)
+    cursor = Cursor(file)
+    version = _read_version(cursor)
+    n_tensors = cursor.number("Q", "the number of tensors")
+    n_kv = cursor.number("Q", "the number of metadata keys")
+    metadata = read_metadata(cursor, n_kv)
+    alignment = _integer(path, metadata, "general.alignment", DEFAULT_ALIGNMENT)
+    if alignment < 1 or alignment & (alignment - 1):
+        raise FormatError(f"{path}: general.alignment is {alignment}: it must be a power of two")
+    return _Part(file, version, alignment, metadata, read_tensors(cursor, n_tensors, alignment))
+
+
+def _read_version(cursor: Cursor) -> int:
+    """Read magic and version, and from the version the byte order."""
+    file = cursor.file
+    magic = file.map[:4]
+    if magic != b"GGUF":
+        for start, hint in _NOT_GGUF:
+            if file.map[: len(start)] == start:
+                raise FormatError(f"{file.path}: is not a GGUF file but {hint}")
+        raise FormatError(f'{file.path}: is not a GGUF file: it begins with {magic!r}, not "GGUF"')
+    cursor.skip(4, "the magic")
+    version: int = cursor.number("I", "the version")
+    if version & 0xFFFF == 0:  # a small number in the other byte order
+        file.order = ">"
+        cursor.at = 4
+        version = cursor.number("I", "the version")
+    if version not in VERSIONS:
+        raise UnsupportedError(
+            f"{file.path}: is GGUF version {version}: versions 2 and 3 are known, convert the model again"
+        )
+    return version
+
+
+def _integer(path: Path, metadata: Mapping[str, Any], key: str, default: int) -> int:
+    value = metadata.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise FormatError(f"{path}: {key} is not an integer")
+    return value
+
+
+def part_path(first: Path, prefix: str, no: int, count: int) -> Path:
+    return first.with_name(f"{prefix}-{no + 1:05d}-of-{count:05d}.gguf")
+
+
+def _read_parts(path: Path) -> list[_Part]:
+    """Read a file and, if it is the first of a split model, the others. `no` counts from 0, file names from 1."""
+    first = _read_part(path)
+    count = _integer(path, first.metadata, "split.count", 1)
+    no = _integer(path, first.metadata, "split.no", 0)
+    if count <= 1:
+        return [first]
+    name = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name, re.DOTALL)
+    if name is None or int(name[3]) != count or int(name[2]) != no + 1:
+        raise FormatError(
+            f"{path}: holds part {no + 1} of {count} of a split model: its name must end in "
+            f"-{no + 1:05d}-of-{count:05d}.gguf"
+        )
+    if no != 0:
+        raise GgufRunError(f"{path}: is part {no + 1} of {count}: open {part_path(path, name[1], 0, count).name}")
+    parts = [first]
+    for no in range(1, count):
+        part = part_path(path, name[1], no, count)
+        if not os.path.isfile(part):  # unlike Path.is_file, never an error
+            raise GgufRunError(f"{part}: is missing: {path.name} is the first of {count} files, get them all")
+        parts.append(_read_part(part))
+        found = tuple(_integer(part, parts[no].metadata, key, -1) for key in ("split.no", "split.count"))
+        if found != (no, count):
+            raise FormatError(f"{part}: has split.no and split.count {found}, not {(no, count)}: not of this model")
+    n_tensors = sum(len(part.tensors) for part in parts)
+    claimed = _integer(path, first.metadata, "split.tensors.count", n_tensors)
+    if claimed != n_tensors:
+        raise FormatError(f"{path}: split.tensors.count is {claimed}, but its {count} files hold {n_tensors} tensors")
+    return parts
+
+
+def _all_tensors(parts: Sequence[_Part]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for part in parts:
+        for name in part.tensors.keys() & tensors.keys():
+            raise FormatError(f"{part.file.path}: tensor {quoted(name)} is also in {tensors[name].file.path}")
+        tensors.update(part.tensors)
+    return tensors

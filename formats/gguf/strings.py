@@ -1,0 +1,134 @@
+"""Arrays of strings in a mapped file: a vocabulary of 262,144 tokens is walked by compiled code, decoded when asked.
+
+An array lies as n times (uint64 length, bytes): where string i begins is known only after walking those before it.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.formats.compiler.jit import njit
+from gguf_run.formats.gguf.mapped import Cursor, MappedFile, decode
+
+
+@njit
+def _walk(data: Any, place: Any, n: Any, big_endian: Any, starts: Any) -> Any:
+    """Walk n strings from offset place[0] of uint8[:] data, which becomes the one behind them; return how many fit.
+
+    starts: intp[n + 1], filled with the offset of each string's length and of the end; or intp[0]: not wanted.
+    """
+    end = np.int64(len(data))
+    at = place[0]
+    for i in range(n):
+        place[0] = at
+        if len(starts) > 0:
+            starts[i] = at
+        if end - at < 8:
+            return i
+        length = np.uint64(0)
+        for j in range(8):
+            byte = data[at + j] if big_endian else data[at + 7 - j]
+            length = (length << np.uint64(8)) | np.uint64(byte)
+        if length > np.uint64(end - at - 8):
+            return i
+        at += 8 + np.int64(length)
+    if len(starts) > 0:
+        starts[n] = at
+    place[0] = at
+    return n
+
+
+@njit
+def _join(data: Any, starts: Any, separator: Any, out: Any) -> None:
+    """Write every string, each followed by the bytes of `separator`, to out: uint8[total]."""
+    k = 0
+    for i in range(len(starts) - 1):
+        for at in range(starts[i] + 8, starts[i + 1]):
+            out[k] = data[at]
+            k += 1
+        for byte in separator:
+            out[k] = byte
+            k += 1
+
+
+# Not a character, so hardly ever in a text; in UTF-8 its bytes cannot complete a broken string before it.
+_SEPARATOR = "\uffff"
+
+
+def skip_strings(cursor: Cursor, n: int, what: str) -> None:
+    """Move the cursor over an array of n strings; FormatError if they do not fit into the file."""
+    cursor.at = _checked_walk(cursor, n, what, np.empty(0, np.intp))
+
+
+def _checked_walk(cursor: Cursor, n: int, what: str, starts: NDArray[np.intp]) -> int:
+    file = cursor.file
+    place = np.array([cursor.at], np.int64)
+    done, at = _walk(file.bytes_at(0, file.size), place, n, file.order == ">", starts), int(place[0])
+    if done < n:
+        raise cursor.error(f"string {done} of {n} of {what} does not fit into the file: it is truncated or damaged", at)
+    return at
+
+
+class StringArray(Sequence[str]):
+    """A lazy sequence of strings. Single items and slices decode only what they show; `tolist` decodes all at once."""
+
+    def __init__(self, file: MappedFile, at: int, n: int, what: str) -> None:
+        """n strings from offset `at`. The caller has checked that 8 * n bytes are there."""
+        self._cursor = Cursor(file, at)
+        self._what = what
+        self._starts = np.empty(n + 1, np.intp)
+        _checked_walk(self._cursor, n, what, self._starts)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self._item(i) for i in range(*index.indices(len(self)))]
+        return self._item(range(len(self))[index])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tolist())
+
+    def __repr__(self) -> str:
+        return f"StringArray({len(self)} strings)"
+
+    def _item(self, i: int) -> str:
+        start, end = int(self._starts[i]) + 8, int(self._starts[i + 1])
+        return decode(self._cursor.file.map[start:end], self._cursor, f"string {i} of {self._what}", start)
+
+    def stored(self, order: str) -> bytes:
+        """Return the strings as a file of byte order "<" or ">" holds them: lengths and bytes, valid UTF-8 or not."""
+        file, starts = self._cursor.file, self._starts
+        data = file.bytes_at(int(starts[0]), int(starts[-1] - starts[0]))
+        if order != file.order:
+            data = data.copy()
+            lengths = (starts[:-1] - starts[0])[:, None] + np.arange(8)
+            data[lengths] = data[lengths[:, ::-1]]
+        return data.tobytes()
+
+    def tolist(self) -> list[str]:
+        """Return all strings. FormatError names the first one that is not UTF-8.
+
+        One pass: all bytes are joined by a separator, decoded and split again.
+        """
+        n = len(self)
+        if n == 0:
+            return []
+        file = self._cursor.file
+        separator = np.frombuffer(_SEPARATOR.encode(), np.uint8)
+        nbytes = int(self._starts[n] - self._starts[0])
+        joined = np.empty(nbytes + n * (len(separator) - 8), np.uint8)
+        _join(file.bytes_at(0, file.size), self._starts, separator, joined)
+        try:
+            strings = joined.tobytes().decode().split(_SEPARATOR)
+        except UnicodeDecodeError:
+            strings = []
+        # Otherwise one string holds the separator, or is not UTF-8: one by one, which finds it and raises.
+        return strings[:-1] if len(strings) == n + 1 else self[:]

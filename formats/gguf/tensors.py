@@ -1,0 +1,165 @@
+"""A tensor in a GGUF file, and the section of the header that says which there are and where they lie.
+
+An entry lies as: name (string), number of dimensions (uint32), the dimensions (uint64 each, ne[0] first), type
+(uint32), offset (uint64, from the start of the data section, which is aligned like every tensor).
+"""
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.formats.blocks.types import TensorType, type_by_id
+from gguf_run.formats.errors import FormatError, UnsupportedError
+from gguf_run.formats.gguf.mapped import Cursor, MappedFile, quoted
+
+# ggml's limits (GGML_MAX_DIMS, GGML_MAX_NAME), and one on the count that no real model comes near.
+MAX_DIMS = 4
+MAX_NAME_BYTES = 63
+MAX_TENSORS = 1 << 18
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a tensor is: ne: 1 to 4 sizes in ggml's order, ne[0] is a row's length."""
+
+    name: str
+    ne: tuple[int, ...]
+    type: TensorType
+
+    @property
+    def n_elements(self) -> int:
+        return math.prod(self.ne)
+
+    @property
+    def n_rows(self) -> int:
+        return math.prod(self.ne[1:])
+
+    @property
+    def nbytes(self) -> int:
+        return self.n_rows * self.type.row_bytes(self.ne[0])
+
+
+@dataclass(frozen=True)
+class Tensor(TensorInfo):
+    """A tensor in a mapped file. offset: in the file. scales: what the weights of each of its matrices are multiplied
+    by after all else, none: nothing (llama.cpp keeps NVFP4's f32 scales in tensors of their own, "... .scale")."""
+
+    offset: int
+    file: MappedFile = field(repr=False, compare=False)
+    scales: tuple[float, ...] = field(default=(), kw_only=True, compare=False)
+
+    def blocks(self, first: int = 0, end: int | None = None) -> NDArray[np.uint8]:
+        """Return the bytes of rows first .. end (all) as uint8[rows, row_bytes], little-endian, read-only.
+
+        A view of the file, which is read when it is used; of a big-endian file a copy with every field swapped.
+        """
+        row_bytes = self.type.row_bytes(self.ne[0])
+        end = self.n_rows if end is None else end
+        data = self.file.bytes_at(self.offset + first * row_bytes, (end - first) * row_bytes)
+        if self.file.order == ">":
+            data = data.view(self.type.dtype.newbyteorder(">")).astype(self.type.dtype).view(np.uint8)
+            data.flags.writeable = False
+        return data.reshape(end - first, row_bytes)
+
+    def matrix(self, i: int) -> "Tensor":
+        """Matrix i of a tensor of three dimensions."""
+        part = self.scales[i : i + 1]
+        return _Matrix(self.name, self.ne[:2], self.type, self.offset, self.file, self, i * self.ne[1], scales=part)
+
+    def release(self, first: int = 0, end: int | None = None) -> None:
+        """Tell the OS that the file's pages under rows first .. end (all) are not needed soon. Views stay valid."""
+        row_bytes = self.nbytes // self.n_rows
+        end = self.n_rows if end is None else end
+        self.file.release(self.offset + first * row_bytes, (end - first) * row_bytes)
+
+
+@dataclass(frozen=True)
+class _Matrix(Tensor):
+    """Rows of `whole` from `start` on."""
+
+    whole: Tensor
+    start: int
+
+    def blocks(self, first: int = 0, end: int | None = None) -> NDArray[np.uint8]:
+        return self.whole.blocks(self.start + first, self.start + (self.n_rows if end is None else end))
+
+    def release(self, first: int = 0, end: int | None = None) -> None:
+        self.whole.release(self.start + first, self.start + (self.n_rows if end is None else end))
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor as the header describes it. offset: from the start of the data section; at: of the entry itself."""
+
+    name: str
+    ne: tuple[int, ...]
+    type: TensorType
+    offset: int
+    at: int
+
+
+def read_tensors(cursor: Cursor, n_tensors: int, alignment: int) -> dict[str, Tensor]:
+    """Read n_tensors entries at the cursor. FormatError unless each lies aligned, alone and inside the file."""
+    if n_tensors > MAX_TENSORS:
+        raise cursor.error(f"the header claims {n_tensors} tensors: at most {MAX_TENSORS} are allowed")
+    entries: dict[str, _Entry] = {}
+    for i in range(n_tensors):
+        entry = _read_entry(cursor, f"tensor {i} of {n_tensors}")
+        if entry.name in entries:
+            raise cursor.error(f"there are two tensors called {quoted(entry.name)}", entry.at)
+        entries[entry.name] = entry
+    start = -(-cursor.at // alignment) * alignment
+    tensors = {e.name: Tensor(e.name, e.ne, e.type, start + e.offset, cursor.file) for e in entries.values()}
+    for entry, tensor in zip(entries.values(), tensors.values(), strict=True):
+        if entry.offset % alignment:
+            raise cursor.error(
+                f"tensor {quoted(entry.name)} lies at {entry.offset}, not at a multiple of the alignment {alignment}",
+                entry.at,
+            )
+        if tensor.offset + tensor.nbytes > cursor.file.size:
+            raise cursor.error(
+                f"tensor {quoted(entry.name)} ends at byte {tensor.offset + tensor.nbytes}, but the file has only "
+                f"{cursor.file.size}: it is truncated or damaged, get it again",
+                entry.at,
+            )
+    _check_overlap(tensors.values(), cursor.file.path)
+    return tensors
+
+
+def _read_entry(cursor: Cursor, what: str) -> _Entry:
+    at = cursor.at
+    name = cursor.string(f"the name of {what}", MAX_NAME_BYTES)
+    what = f"tensor {quoted(name)}"
+    n_dims = cursor.number("I", f"the number of dimensions of {what}")
+    if n_dims > MAX_DIMS:
+        raise cursor.error(f"{what} has {n_dims} dimensions: at most {MAX_DIMS} are allowed", at)
+    # ggml writes a scalar without dimensions.
+    ne = tuple(cursor.number("Q", f"the shape of {what}") for _ in range(n_dims)) or (1,)
+    id = cursor.number("I", f"the type of {what}")
+    offset = cursor.number("Q", f"the offset of {what}")
+    if 0 in ne or math.prod(ne) >= 1 << 63:
+        raise cursor.error(f"{what} has the shape {ne}: every size is at least 1, and their product below 2^63", at)
+    try:
+        type = type_by_id(id)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{cursor.file.path}: offset {at}: {what}: {error}") from None
+    if ne[0] % type.block_size:
+        raise cursor.error(
+            f"{what} has rows of {ne[0]} weights: {type.name} needs a multiple of its block of {type.block_size}", at
+        )
+    return _Entry(name, ne, type, offset, at)
+
+
+def _check_overlap(tensors: Iterable[Tensor], path: Path) -> None:
+    ordered = sorted(tensors, key=lambda tensor: tensor.offset)
+    for one, other in itertools.pairwise(ordered):
+        if one.offset + one.nbytes > other.offset:
+            raise FormatError(
+                f"{path}: tensor {quoted(one.name)} ends at byte {one.offset + one.nbytes}, inside tensor "
+                f"{quoted(other.name)}, which begins at {other.offset}"
+            )

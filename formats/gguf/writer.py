@@ -1,0 +1,273 @@
+"""Writing GGUF files, version 3, tensor by tensor: the sizes are known up front, so the header goes first.
+
+A split model is files named `<name>-00001-of-0000N.gguf`. Each holds `split.no`, `split.count` and
+`split.tensors.count`; all other metadata stands in the first (as llama.cpp's gguf-split does it).
+"""
+
+import math
+import os
+import re
+import shutil
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.gguf.mapped import quoted
+from gguf_run.formats.gguf.metadata import MAX_KEYS, Typed
+from gguf_run.formats.gguf.reader import DEFAULT_ALIGNMENT, part_path
+from gguf_run.formats.gguf.tensors import MAX_DIMS, MAX_NAME_BYTES, MAX_TENSORS, Tensor, TensorInfo
+from gguf_run.formats.gguf.writer_metadata import MetaValue, as_typed, encode_pair
+
+__all__ = ["GGUFWriter", "MetaValue", "TensorInfo", "Typed", "split_counts"]
+
+ALIGNMENT = "general.alignment"
+_COPY_BYTES = 64 << 20
+
+
+class GGUFWriter:
+    """Writes one model. As a context manager: the files get their names when all went well, else nothing is left.
+
+    paths: the files that there will be; nbytes: of all of them together.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        metadata: Mapping[str, MetaValue],
+        tensors: Sequence[TensorInfo],
+        *,
+        byte_order: str = "<",
+        alignment: int | None = None,
+        split_max_size: int = 0,
+        split_max_tensors: int = 0,
+        split: Sequence[int] = (),
+        inputs: Iterable[str | os.PathLike[str]] = (),
+    ) -> None:
+        """Check everything and write the (first) header.
+
+        metadata: in the order in which it is written; keys `split.*` are left out. GGUFFile.metadata.typed(key) takes a
+        value with its exact type from another file. tensors: in the order in which their data will come.
+        alignment: of the data in bytes, a power of two. Default: what general.alignment says, else 32.
+        split_max_size, split_max_tensors: limits of each file's tensors (bytes with padding), 0: none; a larger tensor
+        has a file of its own. split: the numbers of tensors in each file, instead of limits.
+        inputs: files that are being read and must not be written.
+        Raises GgufRunError for metadata or tensors that a reader would refuse, an output that is an input or not a
+        file, a full disk, or a file that cannot be made.
+        """
+        _check_tensors(tensors)
+        pairs = {key: value for key, value in metadata.items() if not key.startswith("split.")}
+        self.alignment = _alignment(pairs, alignment)
+        if split_max_size or split_max_tensors:
+            split = split_counts(tensors, split_max_size, split_max_tensors, self.alignment)
+        if split and sum(split) != len(tensors):
+            raise ValueError(f"a split of {sum(split)} tensors, but there are {len(tensors)}")
+        ends = np.cumsum(split or [len(tensors)]).tolist()
+        shards = [tensors[end - n : end] for end, n in zip(ends, split or [len(tensors)], strict=True)]
+        headers = []
+        for no, shard in enumerate(shards):
+            own = dict(pairs) if no == 0 else {}
+            if self.alignment != DEFAULT_ALIGNMENT:
+                own[ALIGNMENT] = pairs[ALIGNMENT]
+            if split:
+                own["split.no"], own["split.count"] = Typed("u16", no), Typed("u16", len(shards))
+                own["split.tensors.count"] = Typed("i32", len(tensors))
+            headers.append(encode_header(own, shard, byte_order, self.alignment))
+        self.paths = _output_paths(Path(path), len(split))
+        self.nbytes = sum(map(len, headers)) + sum(_padded(tensor.nbytes, self.alignment) for tensor in tensors)
+        self._order = byte_order
+        self._headers, self._shards = headers, shards
+        self._no = -1
+        self._file: BinaryIO | None = None
+        self._partial = [path.with_name(f"{path.name}.{os.getpid()}.partial") for path in self.paths]
+        self._check_outputs([Path(path) for path in inputs])
+        try:
+            with self._errors():
+                self._next_file()
+        except BaseException:
+            self.abort()
+            raise
+
+    def write(self, name: str, blocks: NDArray[np.uint8]) -> None:
+        """Write the blocks of the next tensor: uint8 of any shape, little-endian, as Tensor.blocks() has them.
+
+        A tensor may come in several calls, each with whole blocks. ValueError if it is not this one's turn, or if it
+        has more bytes than declared; GgufRunError if the disk is full.
+        """
+        assert self._file is not None
+        tensor = self._shards[self._no][self._index] if self._index < len(self._shards[self._no]) else None
+        if tensor is None or name != tensor.name:
+            raise ValueError(f"tensor {name}: the next one is {tensor and tensor.name}")
+        if blocks.dtype != np.uint8 or blocks.nbytes > self._left or blocks.nbytes % tensor.type.type_size:
+            raise ValueError(f"tensor {name}: {blocks.nbytes} bytes of {blocks.dtype}, {self._left} are left to write")
+        blocks = np.ascontiguousarray(blocks).reshape(-1)
+        if self._order == ">":
+            blocks = blocks.view(tensor.type.dtype).astype(tensor.type.dtype.newbyteorder(">")).view(np.uint8)
+        with self._errors():
+            self._file.write(blocks.data)
+            self._left -= blocks.nbytes
+            if self._left == 0:
+                self._file.write(bytes(-self._file.tell() % self.alignment))
+                self._next_tensor()
+
+    def copy(self, tensor: Tensor) -> None:
+        """Write the next tensor as another file has it, with a bounded amount of memory."""
+        blocks = tensor.blocks()
+        step = max(1, _COPY_BYTES // blocks.shape[1])
+        for first in range(0, len(blocks), step):
+            self.write(tensor.name, blocks[first : first + step])
+            tensor.release(first, min(first + step, len(blocks)))
+
+    def close(self) -> None:
+        """Give the files their names. ValueError if tensors are missing."""
+        if self._file is not None:
+            if self._no + 1 < len(self._shards) or self._index < len(self._shards[self._no]):
+                raise ValueError(f"{self.paths[self._no]}: tensors are missing")
+            with self._errors():
+                self._file.close()
+                self._file = None
+                # The first file, which the others are found by, comes last.
+                for partial, path in reversed(list(zip(self._partial, self.paths, strict=True))):
+                    os.replace(partial, path)
+
+    def abort(self) -> None:
+        """Remove what was written. Does nothing after close()."""
+        if self._file is not None:
+            with suppress(OSError):  # a full disk shows here once more
+                self._file.close()
+            self._file = None
+        for partial in self._partial:
+            with suppress(OSError):
+                partial.unlink()
+
+    def __enter__(self) -> "GGUFWriter":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self.abort()
+
+    def _check_outputs(self, inputs: Sequence[Path]) -> None:
+        for path in self.paths:
+            if path.exists() and not path.is_file():
+                raise GgufRunError(f"{path}: is a {'folder' if path.is_dir() else 'device or pipe'}: name a file")
+            for other in inputs:
+                if path.exists() and other.exists() and path.samefile(other):
+                    raise GgufRunError(f"{path}: is the file that is read: name another output")
+        folder = self.paths[0].absolute().parent
+        if not folder.is_dir():
+            raise GgufRunError(f"{self.paths[0]}: there is no folder {folder}: make it first")
+        free = shutil.disk_usage(folder).free
+        if free < self.nbytes:
+            raise GgufRunError(
+                f"{self.paths[0]}: takes {self.nbytes / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB left: "
+                "make room, or name an output on another disk"
+            )
+
+    def _next_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._no += 1
+        self._file = open(self._partial[self._no], "wb")  # noqa: SIM115
+        self._file.write(self._headers[self._no])
+        self._index = -1
+        self._next_tensor()
+
+    def _next_tensor(self) -> None:
+        self._index += 1
+        if self._index < len(self._shards[self._no]):
+            self._left = self._shards[self._no][self._index].nbytes
+        elif self._no + 1 < len(self._shards):
+            self._next_file()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            path = self.paths[max(0, self._no)]
+            raise GgufRunError(f"{path}: cannot be written: {error.strerror or error}: nothing was kept") from error
+
+
+def encode_header(
+    metadata: Mapping[str, MetaValue], tensors: Sequence[TensorInfo], byte_order: str, alignment: int
+) -> bytes:
+    """Return everything before the tensors' data, which begins at a multiple of the alignment."""
+    if len(metadata) > MAX_KEYS:
+        raise GgufRunError(f"there are {len(metadata)} metadata keys: at most {MAX_KEYS} are allowed")
+    parts = [b"GGUF", struct.pack(byte_order + "IQQ", 3, len(tensors), len(metadata))]
+    parts += [encode_pair(key, value, byte_order) for key, value in metadata.items()]
+    offset = 0
+    for tensor in tensors:
+        name, n_dims = tensor.name.encode(), len(tensor.ne)
+        parts.append(struct.pack(byte_order + "Q", len(name)) + name)
+        parts.append(struct.pack(f"{byte_order}I{n_dims}QIQ", n_dims, *tensor.ne, tensor.type.id, offset))
+        offset += _padded(tensor.nbytes, alignment)
+    header = b"".join(parts)
+    return header + bytes(-len(header) % alignment)
+
+
+def split_counts(tensors: Sequence[TensorInfo], max_size: int, max_tensors: int, alignment: int) -> list[int]:
+    """Return how many tensors each file of a split model gets (GGUFWriter tells the limits)."""
+    counts, size = [0], 0
+    for tensor in tensors:
+        nbytes = _padded(tensor.nbytes, alignment)
+        if counts[-1] and (0 < max_size < size + nbytes or counts[-1] == max_tensors):
+            counts.append(0)
+            size = 0
+        counts[-1] += 1
+        size += nbytes
+    return counts
+
+
+def _padded(nbytes: int, alignment: int) -> int:
+    return nbytes + -nbytes % alignment
+
+
+def _alignment(pairs: dict[str, MetaValue], wanted: int | None) -> int:
+    """Return the alignment; general.alignment is changed or added if it would say something else."""
+    stated = as_typed(pairs[ALIGNMENT]).value if ALIGNMENT in pairs else DEFAULT_ALIGNMENT
+    alignment = stated if wanted is None else wanted
+    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+        raise GgufRunError(f"general.alignment is {alignment!r}: it must be an int, a power of two")
+    if alignment != stated:
+        pairs[ALIGNMENT] = Typed("u32", alignment)
+    return alignment
+
+
+def _check_tensors(tensors: Sequence[TensorInfo]) -> None:
+    """GgufRunError for what a reader would refuse."""
+    if len(tensors) > MAX_TENSORS:
+        raise GgufRunError(f"there are {len(tensors)} tensors: at most {MAX_TENSORS} are allowed")
+    names: set[str] = set()
+    for tensor in tensors:
+        what = f"tensor {quoted(tensor.name)}"
+        n_bytes = len(tensor.name.encode())
+        if n_bytes > MAX_NAME_BYTES:
+            raise GgufRunError(f"{what}: the name has {n_bytes} bytes: at most {MAX_NAME_BYTES} are allowed")
+        if tensor.name in names:
+            raise GgufRunError(f"there are two tensors called {quoted(tensor.name)}")
+        if not 1 <= len(tensor.ne) <= MAX_DIMS or min(tensor.ne) < 1 or math.prod(tensor.ne) >= 1 << 63:
+            raise GgufRunError(f"{what} has the shape {tensor.ne}: 1 to {MAX_DIMS} sizes of at least 1 are allowed")
+        if tensor.ne[0] % tensor.type.block_size:
+            raise GgufRunError(
+                f"{what} has rows of {tensor.ne[0]} weights: {tensor.type.name} needs a multiple of "
+                f"{tensor.type.block_size}"
+            )
+        names.add(tensor.name)
+
+
+def _output_paths(path: Path, n_files: int) -> list[Path]:
+    """The path itself, through links, or those of n_files parts."""
+    if not n_files:
+        return [path.resolve()]
+    prefix = re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.name)
+    return [part_path(path, prefix, no, n_files) for no in range(n_files)]

@@ -1,0 +1,236 @@
+"""Quantizers of the K-quants, byte for byte as ggml's reference; their layouts are drawn in unpack_k.py.
+
+Every lane (see lanes.py) works on a super-block of its own. The reference builds (libgguf 0.2.2, ggml-base of the
+prebuilt llama.cpp) are compiled without fused multiply-adds and agree with each other in every byte.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from gguf_run.formats.compiler.jit import njit
+from gguf_run.formats.quantizers.encode import Quantizer, block_quantizer
+from gguf_run.formats.quantizers.lanes import (
+    f32,
+    fabs,
+    offset,
+    scratch_f32,
+    sqrt,
+    to_float,
+    to_int,
+    where,
+)
+from gguf_run.formats.quantizers.pack import (
+    half,
+    half_to_f32,
+    put,
+    put_bits,
+    put_crumbs,
+    put_half,
+    put_nibbles,
+    put_scales,
+    put_scales_and_minimums,
+)
+from gguf_run.formats.quantizers.search import (
+    EPS,
+    largest,
+    nearest,
+    quant,
+    search_min,
+    search_positive,
+    search_signed,
+    search_signed_3bit,
+    sum_of_squares,
+    weigh,
+)
+
+_F = np.float32
+_0, _3, _4, _15, _31, _32, _63, _127, _128, _255, _256 = (_F(n) for n in (0, 3, 4, 15, 31, 32, 63, 127, 128, 255, 256))
+
+
+@njit(forceinline=True)
+def _requantize(x: Any, q: Any, n: Any, scale: Any, minimum: Any, lowest: Any, highest: Any) -> None:
+    """q = x in terms of the scale and minimum as stored, from 0; a scale of 0 leaves what the search found."""
+    for i in range(n):
+        q[i] = where(scale == 0, q[i], quant((x[i] + minimum) / scale, lowest, highest) - lowest)
+
+
+@njit(forceinline=True)
+def _share(values: Any, codes: Any, n: Any, top: Any) -> Any:
+    """codes = values in units of their maximum / top; returns that unit."""
+    peak = f32(0)
+    for j in range(n):
+        peak = where(values[j] > peak, values[j], peak)
+    inverse = where(peak > 0, top / peak, 0)
+    for j in range(n):
+        code = to_float(to_int(nearest(inverse * values[j])) & 255)
+        codes[j] = where(code < top, code, top)
+    return peak / top
+
+
+@njit(forceinline=True)
+def _as_stored(codes: Any, min_codes: Any, top: Any, limit: Any) -> None:
+    """Make the codes what a reader will see. ggml's weighted search leaves codes beyond `top` once in 10**4 odd blocks:
+    Q5_K limits them, in Q2_K and Q4_K their high bits run into the field beside."""
+    if top == _15:
+        for j in range(16):
+            both = (to_int(codes[j]) | to_int(min_codes[j]) << 4) & 255
+            codes[j], min_codes[j] = to_float(both & 15), to_float(both >> 4)
+    else:
+        for values in (codes, min_codes):
+            for j in range(4):
+                a, b = values[j], values[4 + j]
+                a, b = to_int(where(a < limit, a, limit)), to_int(where(b < limit, b, limit))
+                a = (a | b >> 4 << 6) & 255
+                values[j], values[4 + j] = to_float(a & 63), to_float((b & 15) | a >> 6 << 4)
+
+
+@njit(inline="always")
+def _encode_min(x: Any, importance: Any, q: Any, codes: Any, min_codes: Any, weighted: Any, form: Any) -> Any:
+    """Quants, group scales and minimums (codes of 0..top) of a type with minimums; returns d and dmin as f16 bits."""
+    group, nmax, top, limit, first, step, n_step, absolute = form
+    w, scales, minimums, sums = scratch_f32(32), scratch_f32(16), scratch_f32(16), scratch_f32(16)
+    n = 256 // group
+    sigma2 = sum_of_squares(x, 256)
+    sigma2 = (sigma2 if absolute else 2 * sigma2) / _256
+    if weighted:
+        first, step, n_step, absolute = _F(-0.9), _F(0.05), 36, False
+    for j in range(n):
+        xj = offset(x, j * group)
+        if weighted:
+            sums[j] = weigh(xj, offset(importance, j * group), w, group, sigma2)
+        else:
+            mean = f32(0)
+            if not absolute:
+                mean = sqrt(sum_of_squares(xj, group) / _F(group))
+            for i in range(group):
+                w[i] = mean + fabs(xj[i])
+        qj = offset(q, j * group)
+        scales[j], minimums[j] = search_min(xj, w, qj, group, nmax, first, step, n_step, absolute)
+    if weighted:
+        d = search_positive(scales, sums, codes, n, top)
+        dmin = search_positive(minimums, sums, min_codes, n, top)
+        _as_stored(codes, min_codes, top, limit)
+    else:
+        d = _share(scales, codes, n, top)
+        dmin = _share(minimums, min_codes, n, top)
+    d, dmin = half(d), half(dmin)
+    for j in range(n):
+        scale, minimum = half_to_f32(d) * codes[j], half_to_f32(dmin) * min_codes[j]
+        _requantize(offset(x, j * group), offset(q, j * group), group, scale, minimum, _0, nmax)
+    return d, dmin
+
+
+# weights per group, greatest quant, greatest scale code, limit of codes, search_min's first, step, n_step, absolute
+_Q2_K = (16, _3, _15, _255, _F(-0.5), _F(0.1), 15, True)
+_Q4_K = (32, _15, _63, _255, _F(-1.0), _F(0.1), 20, False)
+_Q5_K = (32, _31, _63, _63, _F(-0.5), _F(0.1), 15, False)
+
+
+@njit(inline="always")
+def _encode_q2_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> None:
+    codes, min_codes = scratch_f32(16), scratch_f32(16)
+    d, dmin = _encode_min(x, importance, q, codes, min_codes, weighted, _Q2_K)
+    for j in range(16):
+        put(block, j, to_int(codes[j]) | to_int(min_codes[j]) << 4)
+    put_crumbs(block, 16, q, 0, 0)
+    put_crumbs(block, 48, q, 128, 0)
+    put_half(block, 80, d)
+    put_half(block, 82, dmin)
+
+
+@njit(inline="always")
+def _encode_q4_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> None:
+    codes, min_codes = scratch_f32(16), scratch_f32(16)
+    d, dmin = _encode_min(x, importance, q, codes, min_codes, weighted, _Q4_K)
+    put_half(block, 0, d)
+    put_half(block, 2, dmin)
+    put_scales_and_minimums(block, 4, codes, min_codes)
+    for c in range(4):
+        put_nibbles(block, 16 + 32 * c, q, 64 * c)
+
+
+@njit(inline="always")
+def _encode_q5_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> None:
+    codes, min_codes = scratch_f32(16), scratch_f32(16)
+    d, dmin = _encode_min(x, importance, q, codes, min_codes, weighted, _Q5_K)
+    put_half(block, 0, d)
+    put_half(block, 2, dmin)
+    put_scales_and_minimums(block, 4, codes, min_codes)
+    put_bits(block, 16, q, 4)
+    for c in range(4):
+        put_nibbles(block, 48 + 32 * c, q, 64 * c)
+
+
+@njit(inline="always")
+def _encode_q3_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> None:
+    w, scales, codes, sums = scratch_f32(16), scratch_f32(16), scratch_f32(16), scratch_f32(16)
+    sigma2 = 2 * sum_of_squares(x, 256) / _256
+    for j in range(16):
+        xj, qj = offset(x, 16 * j), offset(q, 16 * j)
+        if weighted:
+            sums[j] = weigh(xj, offset(importance, 16 * j), w, 16, sigma2)
+            scales[j] = search_signed(xj, w, qj, 16, _4)
+        else:
+            for i in range(16):
+                w[i] = xj[i] * xj[i]
+            scales[j] = search_signed_3bit(xj, w, qj, 16, _4)
+    if weighted:
+        d = half(search_signed(scales, sums, codes, 16, _32))
+    else:
+        peak, _ = largest(scales, 16)
+        inverse = -_32 / peak
+        for j in range(16):
+            code = to_int(nearest(inverse * scales[j])) << 24 >> 24  # ggml keeps it in an int8 before the limits
+            codes[j] = where(peak == 0, 0, quant(to_float(code), -_32, _31) + _32)
+        d = half(where(peak == 0, 0, 1 / inverse))
+    for j in range(16):
+        _requantize(offset(x, 16 * j), offset(q, 16 * j), 16, half_to_f32(d) * (codes[j] - _32), f32(0), -_4, _3)
+    put_bits(block, 0, q, 2)
+    put_crumbs(block, 32, q, 0, 0)
+    put_crumbs(block, 64, q, 128, 0)
+    put_scales(block, 96, codes)
+    put_half(block, 108, d)
+
+
+@njit(inline="always")
+def _encode_q6_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> None:
+    w, scales = scratch_f32(16), scratch_f32(16)
+    for j in range(16):
+        xj = offset(x, 16 * j)
+        for i in range(16):
+            w[i] = importance[16 * j + i] if weighted else xj[i] * xj[i]
+        scales[j] = search_signed(xj, w, offset(q, 16 * j), 16, _32)
+    peak, magnitude = largest(scales, 16)
+    zero = magnitude < EPS
+    inverse = -_128 / peak
+    d = where(zero, 0, half(1 / inverse))
+    for j in range(16):
+        code = nearest(inverse * scales[j])
+        code = where(zero, 0, where(code < _127, code, _127))
+        put(block, 192 + j, to_int(code))
+        _requantize(offset(x, 16 * j), offset(q, 16 * j), 16, half_to_f32(d) * code, f32(0), -_32, _31)
+    for i in range(256):
+        q[i] = where(zero, 0, q[i])
+    for c in range(2):
+        for i in range(64):
+            low, high = to_int(q[128 * c + i]), to_int(q[128 * c + 64 + i])
+            put(block, 64 * c + i, (low & 15) | high << 4)
+        put_crumbs(block, 128 + 32 * c, q, 128 * c, 4)
+    put_half(block, 208, d)
+
+
+K_QUANTIZERS: Mapping[str, Quantizer] = MappingProxyType(
+    {
+        name: block_quantizer(name, encode)
+        for name, encode in (
+            ("Q2_K", _encode_q2_k),
+            ("Q3_K", _encode_q3_k),
+            ("Q4_K", _encode_q4_k),
+            ("Q5_K", _encode_q5_k),
+            ("Q6_K", _encode_q6_k),
+        )
+    }
+)

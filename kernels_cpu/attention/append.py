@@ -1,0 +1,51 @@
+"""The tokens' k and v rows go into the cache: rotated where the type wants that, quantized, laid out."""
+
+import functools
+
+from gguf_run.formats.compiler.jit import carray, njit
+from gguf_run.kernels_cpu.attention.cache_rows import store_row
+from gguf_run.kernels_cpu.attention.cache_types import GROUP
+from gguf_run.kernels_cpu.replay.op import PER_THREAD, Op, op
+from gguf_run.kernels_cpu.replay.runs import runs_at
+from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
+
+
+@njit(inline="always")
+def _first_of_group(t, n_tokens, positions, run_of):  # type: ignore[no-untyped-def]
+    """The first token from t on that begins a group or a run: rows of a group share bytes, and so belong together."""
+    while 0 < t < n_tokens and positions[t] % GROUP and run_of[t] == run_of[t - 1]:
+        t += 1
+    return t
+
+
+@functools.cache
+def append(k_form: int, v_form: int) -> Op:
+    """Write the tokens' k and v rows into a cache of these types (places in FORMATS)."""
+    store_k, store_v = store_row(k_form, 0), store_row(v_form, 1)
+
+    @op(
+        "rows runs run_of positions n_head_kv head_dim n_wide n_ctx "
+        "cache_k k_wide k_group k_rotate k_static k k_stride "
+        "cache_v v_wide v_group v_rotate v_static v v_stride scratch scratch_stride"
+    )
+    def append_rows(args, piece, ith, nth):  # type: ignore[no-untyped-def]
+        a = carray(args, 1)[0]
+        n_tokens, n, n_head = i64_at(a.rows, 1)[0], a.head_dim, a.n_head_kv
+        n_parts = max(1, min(n_tokens // GROUP, PER_THREAD * nth))
+        if piece < 0:
+            return n_head * n_parts
+        positions, run_of, runs = i64_at(a.positions, n_tokens), i64_at(a.run_of, n_tokens), runs_at(a.runs, n_tokens)
+        k_static, v_static = f32_at(a.k_static, n_head), f32_at(a.v_static, n_head)
+        head, part, scratch = piece % n_head, piece // n_head, a.scratch + ith * a.scratch_stride
+        first = _first_of_group(n_tokens * part // n_parts, n_tokens, positions, run_of)
+        end = _first_of_group(n_tokens * (part + 1) // n_parts, n_tokens, positions, run_of)
+        for t in range(first, end):
+            slot = positions[t] % a.n_ctx
+            group, row = ((runs[run_of[t]].seq * n_head + head) * a.n_ctx + slot) // GROUP, slot % GROUP
+            k, v = a.k + t * a.k_stride + head * n * 4, a.v + t * a.v_stride + head * n * 4
+            to_k, to_v = a.cache_k + group * a.k_group, a.cache_v + group * a.v_group
+            store_k(k, n, a.n_wide, a.k_wide, a.k_rotate, k_static[head], to_k, row, scratch)
+            store_v(v, n, a.n_wide, a.v_wide, a.v_rotate, v_static[head], to_v, row, scratch)
+        return 0
+
+    return append_rows

@@ -1,0 +1,96 @@
+"""The KV cache of one layer: n_seq slots, one for each sequence; cache_types.py has the layout."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.kernels_cpu.attention.cache_rows import CacheRows
+from gguf_run.kernels_cpu.attention.cache_types import GROUP
+from gguf_run.kernels_cpu.attention.softmax import SPAN
+from gguf_run.kernels_cpu.panels.memory import Arena
+
+
+def rows_stored(n_ctx: int, n_batch: int, window: int) -> int:
+    """Positions of one sequence that a layer stores: all of them, or its window and a batch, in whole spans.
+
+    A batch is appended before its first token looks back over the window, and a span must not go over the ring's end.
+    One more group lets a batch be taken back and what is left be saved, which goes by whole groups.
+    """
+    ring = -(-(window + n_batch + GROUP) // SPAN) * SPAN
+    full = -(-n_ctx // GROUP) * GROUP
+    return min(full, ring) if window else full
+
+
+@dataclass(frozen=True, eq=False)
+class CpuCache:
+    """K and V of one layer. rows_k, rows_v: what a slot of k and of v, u8[n_seq, nbytes], holds."""
+
+    n_seq: int
+    rows_k: CacheRows
+    rows_v: CacheRows
+    k: NDArray[np.uint8]
+    v: NDArray[np.uint8]
+
+    @property
+    def n_ctx(self) -> int:
+        """Positions of a slot as stored."""
+        return self.rows_k.n_rows
+
+    def _groups(self, kind: str) -> NDArray[np.uint8]:
+        """[n_seq, n_head_kv, n_ctx / GROUP, bytes of a group of a head]"""
+        side = {"k": self.k, "v": self.v}[kind]
+        return side.reshape(self.n_seq, self.rows_k.n_head_kv, self.n_ctx // GROUP, -1)
+
+    def copy(self, source: int, target: int, n_rows: int) -> None:
+        for kind in "kv":
+            groups = self._groups(kind)[:, :, : -(-n_rows // GROUP)]
+            groups[target] = groups[source]
+
+    def shift(self, seq: int, n_past: int, n_keep: int, n_discard: int, rope: Any) -> None:
+        ring, end = self.n_ctx // GROUP, -(-n_past // GROUP)
+        source = np.arange(max((n_keep + n_discard) // GROUP, end - ring), end)
+        target = (source - n_discard // GROUP) % ring
+        for kind in "kv":
+            groups = self._groups(kind)[seq]
+            moved = groups.take(source % ring, axis=1)
+            if kind == "k" and rope is not None:
+                self._turn(moved, rope, -n_discard)
+            groups[:, target] = moved
+
+    def _turn(self, groups: NDArray[np.uint8], rope: Any, distance: int) -> None:
+        """Turn the keys of groups, uint8[n_head_kv, n, bytes], by a distance of positions."""
+        rows = replace(self.rows_k, n_rows=groups.shape[1] * GROUP)
+        memory, slots = groups.reshape(-1), np.arange(rows.n_rows)
+        keys = rows.load(memory, slots)
+        half, angle = rope.n_rot // 2, distance * rope.inv_freq
+        cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+        pairs = (
+            (slice(0, half), slice(half, 2 * half))
+            if rope.style == "neox"
+            else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+        )
+        a, b = (keys[..., part].copy() for part in pairs)
+        keys[..., pairs[0]], keys[..., pairs[1]] = a * cos - b * sin, a * sin + b * cos
+        rows.store(memory, slots, keys)
+
+    def read(self, seq: int, kind: str, first: int, end: int) -> NDArray[np.uint8]:
+        return self._groups(kind)[seq].take(np.arange(first, end) % (self.n_ctx // GROUP), axis=1).reshape(-1)
+
+    def write(self, seq: int, kind: str, end: int, data: Any) -> int | None:
+        groups = self._groups(kind)[seq]
+        n_heads, ring, n_bytes = groups.shape
+        n_groups, rest = divmod(len(data), n_heads * n_bytes)
+        if rest or n_groups > end:
+            return None
+        new = np.frombuffer(data, np.uint8).reshape(n_heads, n_groups, n_bytes)[:, -ring:]
+        first = end - new.shape[1]
+        groups[:, np.arange(first, end) % ring] = new
+        return first
+
+
+def new_cache(arena: Arena, n_seq: int, rows_k: CacheRows, rows_v: CacheRows) -> CpuCache:
+    """A cache of n_seq slots."""
+    k, v = (arena.take(n_seq * rows.nbytes).reshape(n_seq, -1) for rows in (rows_k, rows_v))
+    return CpuCache(n_seq, rows_k, rows_v, k, v)

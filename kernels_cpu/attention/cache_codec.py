@@ -1,0 +1,272 @@
+"""A row of K or V as f32, and as what a cache type stores: codes and the f16 numbers of its blocks.
+
+Codes are one byte for integers (unsigned, as in panels.py) and 8-bit floats, else 2 or 4. ggml's types come out byte
+for byte as its reference quantizers (quantize_row_*_ref) make them: the same operations in the same order.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+
+from gguf_run.formats.compiler.jit import intrinsic, types
+from gguf_run.kernels_cpu.attention.cache_types import FORMATS, GROUP, CacheFormat
+from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel, IntPanel
+from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val, kernel
+
+_HALVES = (0, 1)  # a block is two vectors of 16
+_FLOAT8 = {"E4M3": (3, 7), "E5M2": (2, 15)}  # bits of the mantissa, the exponent's bias
+# f16 has the exponent bits of e5m2, and one more than e4m3 and another bias: widen_float8 leaves this factor out.
+FLOAT8_FACTOR = {"E4M3": 256.0, "E5M2": 1.0}
+
+
+def widen_float8(s: Simd, name: str, stored: Val) -> Val:
+    """Bytes as f32, but for FLOAT8_FACTOR. The stored bits become those of an f16: NaN and infinity never occur."""
+    if name == "E5M2":
+        return (stored.to(I16, signed=False) << 8).as_type(F16).to(F32)
+    return ((stored.to(I16) << 7) & 0xBFFF).as_type(F16).to(F32)
+
+
+def narrow_float8(s: Simd, name: str, x: Val, largest: float) -> Val:
+    """f32 to bytes: to nearest, halves to even; what is too large becomes the largest number."""
+    mantissa, bias = _FLOAT8[name]
+    bits = x.as_type(I32)
+    sign = (bits >> 24) & 0x80
+    size = s.absolute(x)
+    top = s.const(F32, largest, x.lanes)
+    size = s.select(size.compare("<", top), size, top)
+    rest, drop = size.as_type(I32), 23 - mantissa
+    # below the smallest normal number: adding 2^drop steps leaves a multiple of the step in the mantissa, rounded
+    magic = s.const(F32, 2.0 ** (drop + 1 - bias), x.lanes)
+    small = (size + magic).as_type(I32) - magic.as_type(I32)
+    normal = (rest - ((127 - bias) << 23) + ((1 << (drop - 1)) - 1) + ((rest >> drop) & 1)) >> drop
+    smallest = s.const(F32, 2.0 ** (1 - bias), x.lanes)
+    return (s.select(size.compare("<", smallest), small, normal) | sign).to(I8)
+
+
+def _by_inverse(s: Simd, d: Val) -> Val:
+    """1 / d, or 0 where d is 0."""
+    zero = s.const(F32, 0.0)
+    return s.splat(s.select(d.compare("==", 0.0), zero, s.const(F32, 1.0) / d), ROWS)
+
+
+def _at_most(s: Simd, level: Val, most: int) -> Val:
+    top = s.const(I32, most, ROWS)
+    return s.select(level.compare("<", top), level, top)
+
+
+def _fold(s: Simd, halves: list[Val], combine: Callable[[Val, Val], Val]) -> Val:
+    return s.fold(combine(*halves), combine)
+
+
+def _farthest(s: Simd, x: list[Val]) -> Val:
+    """The first of the numbers of largest magnitude, with its sign."""
+    sizes = [s.absolute(half) for half in x]
+    largest = _fold(s, sizes, s.maximum)
+    keys = []
+    for h in _HALVES:
+        key = s.constants(I32, [2 * (16 * h + i) for i in range(ROWS)]) | (x[h].as_type(I32) >> 31)
+        is_largest = sizes[h].compare("==", s.splat(largest, ROWS))
+        keys.append(s.select(is_largest, s.const(I32, 0, ROWS) - key, s.const(I32, -1000, ROWS)))
+    is_negative = (s.const(I32, 0) - _fold(s, keys, s.maximum)) & 1
+    return s.select(is_negative.compare("==", 1), largest * -1.0, largest)
+
+
+_Encoded = tuple[list[Val], list[Val]]  # numbers of a block, f32; codes, i32
+
+
+def _with_scale(s: Simd, panel: IntPanel, x: list[Val]) -> _Encoded:
+    nmax = panel.offset
+    d = _farthest(s, x) / -float(nmax)
+    inverse = _by_inverse(s, d)
+    return [d], [_at_most(s, (half * inverse + (nmax + 0.5)).to(I32), 2 * nmax - 1) for half in x]
+
+
+def _with_minimum(s: Simd, panel: IntPanel, x: list[Val]) -> _Encoded:
+    nmax = (1 << panel.bits) - 1
+    low, high = _fold(s, x, lambda a, b: s.select(a.compare("<", b), a, b)), _fold(s, x, s.maximum)
+    d = (high - low) / float(nmax)
+    inverse = _by_inverse(s, d)
+    return [d, low], [_at_most(s, ((half - s.splat(low, ROWS)) * inverse + 0.5).to(I32), nmax) for half in x]
+
+
+def _signed_bytes(s: Simd, panel: IntPanel, x: list[Val]) -> _Encoded:
+    d = _fold(s, [s.absolute(half) for half in x], s.maximum) / 127.0
+    levels = []
+    for level in [half * _by_inverse(s, d) for half in x]:  # halves away from zero; 0.49999997 + 0.5 is 1
+        half = s.const(F32, 0.49999997, ROWS)
+        levels.append((level + s.select(level.compare(">=", 0.0), half, half * -1.0)).to(I32) + 128)
+    return [d], levels
+
+
+def _with_codebook(s: Simd, panel: IntPanel, x: list[Val]) -> _Encoded:
+    book = panel.codebook
+    d = _farthest(s, x) / float(book[0])
+    inverse = _by_inverse(s, d)
+    codes, products, squares = [], [], []
+    for half in x:
+        level = half * inverse
+        code, value = s.const(I32, 0, ROWS), s.const(F32, book[0], ROWS)
+        for low, high in itertools.pairwise(book):
+            above = (level - low).compare(">=", s.const(F32, high, ROWS) - level)
+            code = code + Val(s, s.b.zext(above.ir, code.type))
+            value = s.select(above, s.const(F32, high, ROWS), value)
+        weighted = half * half * value
+        codes.append(code)
+        products.append(weighted * half)
+        squares.append(weighted * value)
+    total, weight = (_in_order(s, halves) for halves in (products, squares))
+    return [s.select(weight.compare(">", 0.0), total / weight, s.const(F32, 0.0))], codes
+
+
+def _in_order(s: Simd, halves: list[Val]) -> Val:
+    """The sum, added up from left to right as C does it."""
+    total = s.const(F32, 0.0)
+    for half in halves:
+        for i in range(ROWS):
+            total = total + Val(s, s.b.extract_element(half.ir, ir.Constant(I32, i)))
+    return total
+
+
+_TRIES = (1.0, 0.92, 0.85, 0.78)  # int4: scales that are tried, as parts of the one that holds the largest number
+
+
+def _least_squares(s: Simd, panel: IntPanel, x: list[Val]) -> _Encoded:
+    """Of some scales the one whose codes fit best, fitted to them once more."""
+    nmax, largest = panel.offset, _farthest(s, x)
+    best: list[Val] = []
+    for part in _TRIES:
+        inverse = _by_inverse(s, largest * (-part / nmax))
+        scaled = [half * inverse + (nmax + 0.5) for half in x]
+        codes = [_at_most(s, s.maximum(v, s.const(F32, 0.0, ROWS)).to(I32), 2 * nmax - 1) for v in scaled]
+        qs = [(code - nmax).to(F32) for code in codes]
+        product, square = (
+            s.sum(a[0] * b[0] + a[1] * b[1]) for a, b in ((x, qs), (qs, qs))
+        )  # the error that is left is x.x - product^2 / square
+        square = s.maximum(square, s.const(F32, 1.0))
+        new = [product * product / square, product / square, *codes]
+        if best:
+            better = new[0].compare(">", best[0])
+            new = [s.select(better, a, b) for a, b in zip(new, best, strict=True)]
+        best = new
+    return [best[1]], best[2:]
+
+
+_ENCODERS = {
+    "q8_0": _signed_bytes,
+    "q5_1": _with_minimum,
+    "q5_0": _with_scale,
+    "q4_1": _with_minimum,
+    "q4_0": _with_scale,
+    "iq4_nl": _with_codebook,
+    "int4": _least_squares,
+}
+
+
+def _encode_blocks(s: Simd, form: CacheFormat, x: Val, n: Val, codes: Val, numbers: Val) -> None:
+    def body(b: Val, none: list[Val]) -> list[Val]:
+        halves = [s.load(x + b * 128 + 64 * h, F32, ROWS) for h in _HALVES]
+        assert isinstance(form.panel, IntPanel)
+        found, us = _ENCODERS[form.name](s, form.panel, halves)
+        for i, number in enumerate(found):
+            s.store(number.to(F16), numbers + b * (2 * len(found)) + 2 * i)
+        for h in _HALVES:
+            s.store(us[h].to(I8), codes + b * GROUP + 16 * h)
+        return none
+
+    s.loop(n >> 5, [], body)
+
+
+def _encode_row(s: Simd, form: CacheFormat, x: Val, n: Val, codes: Val, numbers: Val, static: Val) -> None:
+    """One scale, f16, for the whole row: the given one if it is not 0, else what fits."""
+
+    def largest(i: Val, acc: list[Val]) -> list[Val]:
+        return [s.maximum(acc[0], s.absolute(s.load(x + i * 64, F32, ROWS)))]
+
+    most = s.fold(s.loop(n >> 4, [s.const(F32, 0.0, ROWS)], largest)[0], s.maximum)
+    scale = s.select(static.compare("==", 0.0), most / form.largest, static).to(F16)
+    s.store(scale, numbers)
+    inverse = _by_inverse(s, scale.to(F32))
+
+    def body(i: Val, none: list[Val]) -> list[Val]:
+        level = s.load(x + i * 64, F32, ROWS) * inverse
+        if isinstance(form.panel, FloatPanel):
+            s.store(narrow_float8(s, form.panel.name, level, form.largest), codes + i * ROWS)
+        else:
+            top = s.const(F32, form.largest, ROWS)
+            level = s.maximum(s.select(level.compare("<", top), level, top), top * -1.0)
+            s.store((s.rint(level) + 128).to(I8), codes + i * ROWS)
+        return none
+
+    s.loop(n >> 4, [], body)
+
+
+def _encode_floats(s: Simd, panel: FloatPanel, x: Val, n: Val, codes: Val) -> None:
+    def body(i: Val, none: list[Val]) -> list[Val]:
+        value = s.load(x + i * 64, F32, ROWS)
+        if panel.element == I16:  # bfloat16: to nearest, halves to even
+            bits = value.as_type(I32)
+            value = ((bits + ((bits >> 16) & 1) + 0x7FFF) >> 16).to(I16)
+        else:
+            value = value.to(panel.element)
+        s.store(value, codes + i * (ROWS * panel.element_bytes))
+        return none
+
+    s.loop(n >> 4, [], body)
+
+
+@intrinsic(prefer_literal=True)
+def encode(typing_context: Any, form: Any, x: Any, n: Any, codes: Any, numbers: Any, static: Any) -> Any:
+    """Quantize a row. form: literal, the type's place in FORMATS. x: f32[n], n a multiple of 32; codes: n of them;
+    numbers: f16, those of the first block, those of the second ... static: the row's scale, or 0 to find it."""
+    type = FORMATS[form.literal_value]
+
+    def emit(s: Simd, x: Val, n: Val, codes: Val, numbers: Val, static: Val) -> None:
+        if type.block:
+            _encode_blocks(s, type, x, n, codes, numbers)
+        elif type.n_numbers:
+            _encode_row(s, type, x, n, codes, numbers, static)
+        elif isinstance(type.panel, FloatPanel):
+            _encode_floats(s, type.panel, x, n, codes)
+
+    return kernel(types.void(form, *[types.intp] * 4, types.float32), emit)
+
+
+@intrinsic(prefer_literal=True)
+def decode(typing_context: Any, form: Any, codes: Any, numbers: Any, n: Any, x: Any) -> Any:
+    """What `encode` made, as f32[n] at x."""
+    type = FORMATS[form.literal_value]
+    panel, count = type.panel, type.n_numbers
+
+    def emit(s: Simd, codes: Val, numbers: Val, n: Val, x: Val) -> None:
+        def body(i: Val, none: list[Val]) -> list[Val]:
+            block = i >> 1 if type.block else s.const(I64, 0)
+            found = [s.load(numbers + block * (2 * count) + 2 * j, F16).to(F32) for j in range(count)]
+            if isinstance(panel, FloatPanel):
+                value = widen(s, panel, s.load(codes + i * (ROWS * panel.element_bytes), panel.element, ROWS))
+                value = value * FLOAT8_FACTOR.get(panel.name, 1.0)
+            else:
+                u = s.load(codes + i * ROWS, I8, ROWS)
+                if panel.codebook:
+                    u = s.look_up(panel.codebook, s.concat(s.concat(u, u), s.concat(u, u))).part(0, ROWS)
+                value = u.to(I32, signed=bool(panel.codebook)).to(F32) - float(0 if panel.codebook else panel.offset)
+            if found:
+                value = value * s.splat(found[0], ROWS)
+            if count == 2:
+                value = value + s.splat(found[1], ROWS)
+            s.store(value, x + i * 64)
+            return none
+
+        s.loop(n >> 4, [], body)
+
+    return kernel(types.void(form, *[types.intp] * 4), emit)
+
+
+def widen(s: Simd, panel: FloatPanel, stored: Val) -> Val:
+    """Elements of a float panel as f32 (8 bits: see widen_float8)."""
+    if panel.element == I8:
+        return widen_float8(s, panel.name, stored)
+    if panel.element == I16:  # bfloat16 is the upper half of an f32
+        return (stored.to(I32, signed=False) << 16).as_type(F32)
+    return stored.to(F32)

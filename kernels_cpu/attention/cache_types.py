@@ -1,0 +1,113 @@
+"""The table of KV cache types: what a position's K and V are stored as, and how many bytes that takes.
+
+K and V of a head are sequences of groups of 32 positions, each position a row of `wide` columns (head_dim, filled up to
+32 where the type is not a float). A row's scales are f16: one for each block of 32 columns in ggml's types, with
+a minimum or without; one for the whole row (per token and KV head) in int8 and fp8.
+
+    K  blocks   [2][wide / 32] spans of an integer panel (panels.py) whose 16 rows are positions: q.k is a matmul tile
+       others   scales [32] f16, if any; [2][wide][16] elements
+    V  blocks   scales [wide / 32][1 or 2][32] f16; [wide / 16][planes][16][4] u8: an integer panel whose rows are the
+                columns, and whose columns are positions in the order of `V_ORDER`
+       int8     the same with scales [32] f16
+       others   scales [32] f16, if any; [32][wide] elements
+
+The order of V's positions makes pairs of 16 bits of positions l and l + 16 stand side by side, see attention_int.py.
+"""
+
+from dataclasses import dataclass
+
+from gguf_run.kernels_cpu.panels.panels import CACHE_PANELS, PANEL_OF, IntPanel, Panel
+
+GROUP = 32  # positions of a group, columns of a block
+# Byte c of V's vector i (column 4i + c of the panel) is this position of the group.
+V_ORDER = tuple(2 * i + c % 2 + 16 * (c // 2) for i in range(8) for c in range(4))
+MOST_ROTATED_BITS = 8  # types of 8 bits lose a third to a quarter of the divergence with it, see README
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """One cache type. bits: of an element; panel: K's, and V's form of elements; block: columns that share a scale: 0:
+    there is none, None: all of a row. largest: the stored number of a row's largest value, where there is a scale for
+    the row."""
+
+    name: str
+    bits: int
+    panel: Panel
+    block: int | None = 0
+    largest: float = 0.0
+
+    @property
+    def is_integer(self) -> bool:
+        return isinstance(self.panel, IntPanel)
+
+    @property
+    def n_numbers(self) -> int:
+        """Numbers (f16) of a block: none, its scale, or scale and minimum."""
+        return 0 if self.block == 0 else 1 + (isinstance(self.panel, IntPanel) and self.panel.has_minimum)
+
+    def wide(self, head_dim: int, is_v: bool) -> int:
+        """Columns of a row as stored: filled up to 32 for integers, and for V."""
+        return -(-head_dim // GROUP) * GROUP if is_v or self.is_integer else head_dim
+
+    def n_blocks(self, wide: int) -> int:
+        """Blocks of a row of `wide` columns that have numbers of their own."""
+        return wide // self.block if self.block else 1
+
+    def group_bytes(self, head_dim: int, is_v: bool) -> int:
+        """Bytes of 32 positions of one KV head."""
+        wide = self.wide(head_dim, is_v)
+        return GROUP * (2 * self.n_numbers * self.n_blocks(wide) + wide * self.bits // 8)
+
+    def elements_at(self, head_dim: int, is_v: bool) -> int:
+        """Bytes of a group before its elements: its numbers, but those of K in blocks stand in the panels."""
+        return 2 * GROUP * self.n_numbers * self.n_blocks(self.wide(head_dim, is_v)) if is_v or not self.block else 0
+
+    def allows(self, head_dim: int) -> bool:
+        """Blocks must be whole."""
+        return not self.block or head_dim % self.block == 0
+
+    def rotates(self, head_dim: int, rotate: bool | None) -> bool:
+        """Whether rows go through the Hadamard transform; rotate: models.backend.CacheType's."""
+        wanted = self.bits <= MOST_ROTATED_BITS if rotate is None else rotate
+        return wanted and head_dim % GROUP == 0
+
+    def nbytes(self, n_head_kv: int, head_dim: int, n_ctx: int, is_v: bool) -> int:
+        """Bytes of K or V of one layer for n_ctx positions, filled up to whole groups."""
+        return n_head_kv * -(-n_ctx // GROUP) * self.group_bytes(head_dim, is_v)
+
+
+def _blocks(name: str, bits: int, panel: str = "") -> CacheFormat:
+    return CacheFormat(name, bits, PANEL_OF[panel or name.upper()], GROUP)
+
+
+CACHE_FORMATS = {
+    row.name: row
+    for row in (
+        CacheFormat("f32", 32, PANEL_OF["F32"]),
+        CacheFormat("f16", 16, PANEL_OF["F16"]),
+        CacheFormat("bf16", 16, PANEL_OF["BF16"]),
+        _blocks("q8_0", 8),
+        _blocks("q5_1", 5),
+        _blocks("q5_0", 5),
+        _blocks("q4_1", 4),
+        _blocks("q4_0", 4),
+        _blocks("iq4_nl", 4),
+        CacheFormat("int8", 8, CACHE_PANELS["INT8"], None, 127.0),
+        CacheFormat("fp8_e4m3", 8, CACHE_PANELS["E4M3"], None, 448.0),
+        CacheFormat("fp8_e5m2", 8, CACHE_PANELS["E5M2"], None, 57344.0),
+        _blocks("int4", 4, "Q4_0"),
+    )
+}
+# Kernels are compiled for a type given as a literal integer: its place in this list.
+FORMATS = tuple(CACHE_FORMATS.values())
+
+
+def format_id(name: str) -> int:
+    """The type's number, the compile-time constant of its kernels."""
+    return FORMATS.index(CACHE_FORMATS[name])
+
+
+def cache_bytes(k: str, v: str, n_head_kv: int, head_dim: int, n_ctx: int) -> int:
+    """Bytes of one layer's cache of the types k and v."""
+    sides = (CACHE_FORMATS[k], False), (CACHE_FORMATS[v], True)
+    return sum(form.nbytes(n_head_kv, head_dim, n_ctx, is_v) for form, is_v in sides)

@@ -1,0 +1,162 @@
+"""The matrix products of attention: query rows times vectors of 16 positions (q.k) or of 16 columns (p.v).
+
+A tile is TILE query rows, or FEW if there are no more; K and V are read from the cache as they are stored.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+
+from gguf_run.formats.compiler.jit import intrinsic, types
+from gguf_run.kernels_cpu.attention.cache_codec import widen
+from gguf_run.kernels_cpu.attention.cache_types import FORMATS, CacheFormat
+from gguf_run.kernels_cpu.attention.softmax import SPAN
+from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel
+from gguf_run.kernels_cpu.vector import isa
+from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val, kernel
+
+# Rows and vectors of a tile: as many sums as the registers hold, by the lanes that the instruction set likes best. With
+# fewer than _SUMS sums they are kept several times over, so that they do not wait for each other.
+FEW = 4
+TILE, VECTORS, FEW_VECTORS, _SUMS = {16: (8, 2, 2, 16), 8: (6, 1, 1, 6), 4: (4, 1, 1, 4)}[isa.current().lanes]
+_LINE = 64
+
+
+def _load(s: Simd, panel: FloatPanel, at: Val) -> Val:
+    """16 elements of a float panel as f32."""
+    return widen(s, panel, s.load(at, panel.element, ROWS))
+
+
+def _sums(
+    s: Simd, init: list[Val], n_steps: Val, products: Callable[[Val], list[tuple[Val, Val]]], ahead: Val
+) -> list[Val]:
+    """init + the sums of products over n_steps steps, in each of which a line of memory at `ahead` is fetched."""
+    n = len(init)
+    unroll = max(1, _SUMS // n)
+
+    def step(i: Val, acc: list[Val]) -> list[Val]:
+        s.prefetch(ahead + i * _LINE)
+        return [s.fma(a, b, total) for (a, b), total in zip(products(i), acc, strict=True)]
+
+    def steps(i: Val, acc: list[Val]) -> list[Val]:
+        return [value for u in range(unroll) for value in step(i * unroll + u, acc[u * n : u * n + n])]
+
+    whole = n_steps >> (unroll.bit_length() - 1)
+    acc = s.loop(whole, init + [s.const(F32, 0.0, ROWS)] * (n * (unroll - 1)), steps)
+    totals = acc[:n]
+    for u in range(1, unroll):
+        totals = [a + b for a, b in zip(totals, acc[u * n : u * n + n], strict=True)]
+    if unroll == 1:
+        return totals
+    return s.loop(n_steps - whole * unroll, totals, lambda i, acc: step(whole * unroll + i, acc))
+
+
+def apart(name: str, emit: Callable[..., None]) -> Callable[..., None]:
+    """A call of emit(s, *arguments) as a function of its own that is not inlined: a loop then has all registers."""
+
+    def emit_call(s: Simd, *arguments: Val) -> None:
+        s.b.call(_function(s, name, emit, arguments), [argument.ir for argument in arguments])
+
+    return emit_call
+
+
+def nothing(s: Simd, *arguments: Val) -> None:
+    """For the types that a step is not for."""
+
+
+def _function(s: Simd, name: str, emit: Callable[..., None], arguments: tuple[Val, ...]) -> ir.Value:
+    if name in s.b.module.globals:
+        return s.b.module.globals[name]
+    new = ir.Function(s.b.module, ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments]), name)
+    new.linkage = "internal"
+    new.attributes.add("noinline")
+    inner = Simd(ir.IRBuilder(new.append_basic_block()), s.isa)
+    emit(inner, *[Val(inner, argument) for argument in new.args])
+    inner.b.ret_void()
+    return new
+
+
+def _by_rows(name: str, form: CacheFormat, emit: Callable[..., None]) -> Callable[..., None]:
+    """A call of emit(s, *arguments, panel=, n_rows=, n_vectors=) for FEW or TILE rows, as the first argument says."""
+    panel = form.panel
+
+    def emit_call(s: Simd, few: Val, *arguments: Val) -> None:
+        functions = [
+            _function(
+                s, f"{name}_{form.name}_{n}", functools.partial(emit, panel=panel, n_rows=n, n_vectors=m), arguments
+            )
+            for n, m in ((FEW, FEW_VECTORS), (TILE, VECTORS))
+        ]
+        s.b.call(s.b.select(few.ir, *functions), [argument.ir for argument in arguments])
+
+    return emit_call if isinstance(panel, FloatPanel) else nothing
+
+
+def _scores(
+    s: Simd,
+    q: Val,
+    k: Val,
+    k_vector: Val,
+    n: Val,
+    ahead: Val,
+    out: Val,
+    *,
+    panel: FloatPanel,
+    n_rows: int,
+    n_vectors: int,
+) -> None:
+    qs = [q + n * (4 * r) for r in range(n_rows)]
+    ks = [k + k_vector * j for j in range(n_vectors)]
+
+    def products(i: Val) -> list[tuple[Val, Val]]:
+        columns = [_load(s, panel, at + i * (ROWS * panel.element_bytes)) for at in ks]
+        return [(value, column) for value in [s.load(at + i * 4, F32, splat=ROWS) for at in qs] for column in columns]
+
+    for i, value in enumerate(_sums(s, [s.const(F32, 0.0, ROWS)] * (n_rows * n_vectors), n, products, ahead)):
+        s.store(value, out + (i // n_vectors * SPAN + i % n_vectors * ROWS) * 4)
+
+
+def _values(
+    s: Simd, p: Val, v: Val, v_step: Val, n_seen: Val, ahead: Val, out: Val, out_row: Val, *, panel: FloatPanel,
+    n_rows: int, n_vectors: int,
+) -> None:  # fmt: skip
+    places = [out + out_row * r + 64 * j for r in range(n_rows) for j in range(n_vectors)]
+
+    def products(i: Val) -> list[tuple[Val, Val]]:
+        columns = [_load(s, panel, v + i * v_step + ROWS * panel.element_bytes * j) for j in range(n_vectors)]
+        ps = [s.load(p + i * 4 + 4 * SPAN * r, F32, splat=ROWS) for r in range(n_rows)]
+        return [(value, column) for value in ps for column in columns]
+
+    totals = _sums(s, [s.load(at, F32, ROWS) for at in places], n_seen, products, ahead)
+    for value, at in zip(totals, places, strict=True):
+        s.store(value, at)
+
+
+@intrinsic(prefer_literal=True)
+def score_tile(
+    typing_context: Any, form: Any, few: Any, q: Any, k: Any, k_vector: Any, n: Any, ahead: Any, scores: Any
+) -> Any:
+    """scores[r, j] = q[r] . k[j], f32[rows][SPAN], for the tile's rows r and 16 * vectors j.
+
+    form: literal, K's place in FORMATS; nothing is done if it is not a float. Scales of rows are left out. q:
+    f32[rows, n]; k: [vectors][n][16], k_vector bytes from vector to vector. ahead: n cache lines that will be needed
+    soon.
+    """
+    emit = _by_rows("scores", FORMATS[form.literal_value], _scores)
+    return kernel(types.void(form, types.boolean, *[types.intp] * 6), emit)
+
+
+@intrinsic(prefer_literal=True)
+def value_tile(
+    typing_context: Any, form: Any, few: Any, p: Any, v: Any, v_step: Any, n_seen: Any, ahead: Any, sums: Any,
+    sums_row: Any,
+) -> Any:  # fmt: skip
+    """sums[r, j] += sum over n_seen positions i of p[r, i] * v[i, j] for the tile's rows r and 16 * vectors j.
+
+    p: f32[rows][SPAN]; v_step, sums_row: bytes from position to position of v, from row to row of sums (f32). The rest
+    is as in score_tile; ahead: n_seen cache lines.
+    """
+    emit = _by_rows("values", FORMATS[form.literal_value], _values)
+    return kernel(types.void(form, types.boolean, *[types.intp] * 7), emit)

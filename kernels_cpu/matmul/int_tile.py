@@ -1,0 +1,212 @@
+"""16 rows of an integer panel times one or several tokens, whose activations are int8 (see tile.py, panels.py).
+
+Activations stand in blocks of 32 columns (made by quantize.py), one cache line each:
+
+    offset  0: 32 int8 values, never -128
+           32: f32 d                    value = d * int8
+           36: i32 sums of values 0..31, 0..15, 16..31
+           48: f32 d * those three sums
+           60: unused
+"""
+
+import functools
+import operator
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from gguf_run.kernels_cpu.panels.panels import BLOCK, PARTS, ROWS, IntPanel
+from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val
+
+X_BLOCK_BYTES = 64
+X_D, X_SUMS, X_D_SUMS = 32, 36, 48
+# One token: bytes between what is used and what is asked for. Left to itself, the processor reads panels whose scales
+# stand apart from their quants at half the speed of memory.
+AHEAD = 6144
+
+
+def int_tile(
+    s: Simd, panel: IntPanel, ws: list[Val], n_steps: Val, xs: list[Val], places: list[tuple[Val, Val]], ahead: Val
+) -> None:
+    """out[t, p, r] = init[t, p, r] + sum of w[p, r] * x[t].
+
+    Addresses: ws of the panels, xs of the tokens' blocks, places of (init, out) for each token and panel, the panels of
+    a token one after the other.
+    """
+    lanes = s.isa.lanes if len(xs) > 1 else ROWS
+
+    def some_rows(i: Val, none: list[Val]) -> list[Val]:
+        first = i * lanes
+        acc = [s.load(init + first * 4, F32, lanes) for init, _ in places]
+        panels = [_Panel(s, panel, w, first, lanes) for w in ws]
+        for value, (_, out) in zip(_run(s, panels, n_steps, xs, acc, ahead), places, strict=True):
+            s.store(value, out + first * 4)
+        return none
+
+    if lanes == ROWS:
+        some_rows(s.const(I64, 0), [])
+    else:
+        s.loop(s.const(I64, ROWS // lanes), [], some_rows)
+
+
+def _run(s: Simd, panels: "list[_Panel]", n_steps: Val, xs: list[Val], acc: list[Val], ahead: Val) -> list[Val]:
+    shape = panels[0].shape
+    n_blocks = shape.columns // BLOCK
+
+    def step(k: Val, acc: list[Val]) -> list[Val]:
+        with s.b.if_then(ahead.compare("!=", 0).ir) if len(xs) > 1 else nullcontext():
+            for panel in panels:
+                panel.prefetch(k, ahead)
+        stepped = [panel.blocks(k) for panel in panels]
+        for n in range(n_blocks):
+            at = (k * n_blocks + n) * X_BLOCK_BYTES
+            acc = _add(s, shape, [blocks[n] for blocks in stepped], [x + at for x in xs], acc)
+        return acc
+
+    return s.loop(n_steps, acc, step)
+
+
+def _add(s: Simd, shape: IntPanel, blocks: "list[_Block]", xs: list[Val], acc: list[Val]) -> list[Val]:
+    """The same 32 columns of all panels. xs: addresses of the tokens' blocks."""
+    lanes, n_groups = acc[0].lanes, BLOCK // shape.group
+    first_sum = 0 if n_groups == 1 else 4  # the sum of all 32, or of each half
+    signed = shape.offset == 128 and s.isa.signed_bytes
+    ds = [s.load(x + X_D, F32, splat=lanes) for x in xs]
+    for g in range(n_groups):
+        dots = [[s.dot_sum(s.const(I32, 0, lanes), -8 if signed else shape.dot_bits) for _ in blocks] for _ in xs]
+        for i in range(8 // n_groups * g, 8 // n_groups * (g + 1)):
+            us = [block.quant(i) ^ 0x80 if signed else block.quant(i) for block in blocks]
+            for x, row in zip(xs, dots, strict=True):
+                x4 = s.load(x + 4 * i, I32, splat=lanes).as_type(I8)
+                for u, dot in zip(us, row, strict=True):
+                    dot.add(u, x4)
+        new = []
+        for t, (x, d) in enumerate(zip(xs, ds, strict=True)):
+            correction = None
+            if shape.offset and not signed:  # sum (u - offset) * x = sum u * x - offset * sum x
+                correction = s.load(x + (X_SUMS + first_sum + 4 * g), I32, splat=lanes) << _log2(shape.offset)
+            for p, (block, dot) in enumerate(zip(blocks, dots[t], strict=True)):
+                total = dot.total() - correction if correction else dot.total()
+                factor = block.scales[g] * d if block.scales else d
+                new.append(s.fma(total.to(F32), factor, acc[t * len(blocks) + p]))
+        acc = new
+    if shape.has_minimum:
+        for g in range(n_groups):
+            d_sums = [s.load(x + (X_D_SUMS + first_sum + 4 * g), F32, splat=lanes) for x in xs]
+            pairs = [(block.minimums[g], d_sum) for d_sum in d_sums for block in blocks]
+            acc = [s.fma(minimum, d_sum, a) for (minimum, d_sum), a in zip(pairs, acc, strict=True)]
+    return acc
+
+
+@dataclass(frozen=True)
+class _Block:
+    """32 columns of some rows: for each group a scale and, or not, a minimum, f32[lanes]; the planes."""
+
+    s: Simd
+    shape: IntPanel
+    scales: list[Val]
+    minimums: list[Val]
+    stored: list[Val]
+
+    def quant(self, i: int) -> Val:
+        """u of vector i: columns 4i .. 4i+3 of each row."""
+        shape = self.shape
+        if shape.bits == 8:
+            return self.stored[i]
+        parts, plane, bit = [], 0, 0
+        for width in PARTS[shape.bits]:
+            mask = ((1 << width) - 1) << bit
+            parts.append(_moved(self.stored[plane + i % width], bit - width * (i // width)) & mask)
+            plane, bit = plane + width, bit + width
+        u = functools.reduce(operator.or_, parts)
+        return self.s.look_up([value + shape.offset for value in shape.codebook], u) if shape.codebook else u
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """Rows first .. first + lanes of the panel at w."""
+
+    s: Simd
+    shape: IntPanel
+    w: Val
+    first: Val
+    lanes: int
+
+    def prefetch(self, k: Val, ahead: Val) -> None:
+        """Ask for what comes `ahead` bytes after step k."""
+        per_step = self.shape.span_bytes // self.shape.n_steps
+        for line in range(0, per_step, 64):
+            self.s.prefetch(self.w + k * per_step + ahead + line)
+
+    def blocks(self, k: Val) -> list[_Block]:
+        """Step k: its scales decoded, its planes loaded."""
+        s, shape = self.s, self.shape
+        one = shape.n_steps == 1
+        span, i = (k, s.const(I64, 0)) if one else (k >> _log2(shape.n_steps), k & (shape.n_steps - 1))
+        at = self.w + span * shape.span_bytes
+        factors = [s.load(at + self.first * 2 + 2 * ROWS * n, F16, self.lanes).to(F32) for n in range(shape.n_factors)]
+        scales, minimums = self._head(at + i * shape.head_bytes + 2 * ROWS * shape.n_factors)
+        if factors:
+            scales = [scale * factors[0] for scale in scales]
+            minimums = [minimum * factors[1] for minimum in minimums]
+        quants = at + self.first * 4 + i * shape.step_bytes + shape.quants_at
+        per = BLOCK // shape.group
+        return [
+            _Block(
+                s,
+                shape,
+                scales[per * n : per * n + per],
+                minimums[per * n : per * n + per],
+                [s.load(quants + 64 * (shape.bits * n + plane), I8, 4 * self.lanes) for plane in range(shape.bits)],
+            )
+            for n in range(shape.columns // BLOCK)
+        ]
+
+    def _head(self, at: Val) -> tuple[list[Val], list[Val]]:
+        """The scales and minimums of a step (see panels.py), without the factors of their span."""
+        s, name, lanes = self.s, self.shape.scales.name, self.lanes
+        n = self.shape.columns // self.shape.group
+
+        def byte(i: int) -> Val:
+            return s.load(at + self.first + ROWS * i, I8, lanes).to(I32, signed=name == "k8")
+
+        match name:
+            case "k4":
+                both = [byte(i) for i in range(n)]
+                return [(v & 15).to(F32) for v in both], [(v >> 4).to(F32) for v in both]
+            case "k6":
+                low = [byte(i) for i in range(3)]
+                six = [v & 63 for v in low] + [low[0] >> 6 | (low[1] >> 6) << 2 | (low[2] >> 6) << 4]
+                if self.shape.has_minimum:
+                    return [v.to(F32) for v in six[:n]], [v.to(F32) for v in six[n:]]
+                return [(v - 32).to(F32) for v in six], []
+            case "k8":
+                return [byte(i).to(F32) for i in range(n)], []
+            case "none":
+                return [], []
+            case "e8m0":
+                e = byte(0)
+                power = s.select(e.compare("<", 2), s.const(I32, 0x00200000, lanes) << e, (e - 1) << 23)
+                return [power.as_type(F32)], []
+        width, element = (2, F16) if name == "f16" else (4, F32)
+        count = n * (1 + self.shape.has_minimum)
+        at = at + self.first * width
+        numbers = [s.load(at + ROWS * width * i, element, lanes).to(F32) for i in range(count)]
+        return numbers[:n], numbers[n:]
+
+
+def unpacked(s: Simd, shape: IntPanel, planes: Val) -> Callable[[int], Val]:
+    """The planes of 32 columns of 16 rows: a function that gives vector i of u, bytes."""
+    return _Block(s, shape, [], [], [s.load(planes + 64 * plane, I8, 4 * ROWS) for plane in range(shape.bits)]).quant
+
+
+def _log2(power: int) -> int:
+    return power.bit_length() - 1
+
+
+def _moved(v: Val, left: int) -> Val:
+    """All bytes shifted left (right if negative); bits that come from a neighbour are the caller's to mask."""
+    if left == 0:
+        return v
+    words = v.as_type(I16)
+    return (words << left if left > 0 else words >> -left).as_type(I8)

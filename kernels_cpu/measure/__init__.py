@@ -1,0 +1,1 @@
+"""What the machine can do: bandwidth and operations per second."""

@@ -1,0 +1,226 @@
+"""File blocks to panels (panels.py has the layouts), at load, all threads."""
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.formats.blocks.dequantizer import dequantize
+from gguf_run.formats.blocks.unpack import INTEGER_FORMS
+from gguf_run.formats.compiler.jit import intrinsic, njit, specialize, types
+from gguf_run.formats.gguf.reader import Tensor
+from gguf_run.kernels_cpu.panels.panels import (
+    BLOCK,
+    PANELS,
+    PARTS,
+    ROWS,
+    FloatPanel,
+    IntPanel,
+    Panel,
+    panel_for,
+    panel_id,
+)
+from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val, kernel
+
+_LEAST_BYTES, _MOST_BYTES = 1 << 17, 1 << 22  # panels that a thread makes at a time
+
+# Names that `specialize` puts into _repack_int; here for the type checker.
+unpack: Any = None
+PANEL = BLOCK_SIZE = TYPE_SIZE = GROUP = BYTES = 0
+
+
+@intrinsic(prefer_literal=True)
+def _pack(
+    typing_context: Any, panel: Any, n_columns: Any, q: Any, scale: Any, minimum: Any, factor: Any, out: Any
+) -> Any:
+    """The unpacked blocks of 16 rows to spans of their panel.
+
+    panel, n_columns: literal integers (place in PANELS; a multiple of its span). The others are addresses: q
+    int8[16][n_columns], scale and minimum f32[n_columns / group][16], factor f32[2][16].
+    """
+    shape, columns = PANELS[panel.literal_value], n_columns.literal_value
+    assert isinstance(shape, IntPanel)
+
+    def emit(s: Simd, q: Val, scale: Val, minimum: Val, factor: Val, out: Val) -> None:
+        _each(s, columns // shape.span, lambda n: span(s, n, q, scale, minimum, factor, out + n * shape.span_bytes))
+
+    def span(s: Simd, n: Val, q: Val, scale: Val, minimum: Val, factor: Val, out: Val) -> None:
+        for i in range(shape.n_factors):
+            s.store(s.load(factor + 64 * i, F32, ROWS).to(F16), out + 2 * ROWS * i)
+        _each(s, shape.n_steps, lambda i: step(s, n * shape.n_steps + i, i, q, [scale, minimum], out))
+
+    def step(s: Simd, k: Val, i: Val, q: Val, numbers: list[Val], out: Val) -> None:
+        """Step k of all, i of its span."""
+        per = shape.columns // shape.group
+        numbers = [at + k * (4 * ROWS * per) for at in numbers[: 1 + shape.has_minimum]]
+        fields = _heads(s, shape, [s.load(at + 4 * ROWS * g, F32, ROWS) for at in numbers for g in range(per)])
+        head = out + i * shape.head_bytes + 2 * ROWS * shape.n_factors
+        for n, field in enumerate(fields):
+            s.store(field, head + shape.head_bytes // len(fields) * n)
+        quants = out + i * shape.step_bytes + shape.quants_at
+        for b in range(shape.columns // BLOCK):
+            at = q + k * shape.columns + BLOCK * b
+            vectors = _across(s, [s.load(at + columns * r, I32, BLOCK // 4) for r in range(ROWS)])
+            for n, plane in enumerate(_planes(shape, vectors)):
+                s.store(plane, quants + 64 * (shape.bits * b + n))
+
+    return kernel(types.void(panel, n_columns, *[types.intp] * 5), emit)
+
+
+def _each(s: Simd, count: int, body: Callable[[Val], None]) -> None:
+    def once(i: Val, none: list[Val]) -> list[Val]:
+        body(i)
+        return none
+
+    s.loop(s.const(I64, count), [], once)
+
+
+def _across(s: Simd, rows: list[Val]) -> list[Val]:
+    """16 rows of 8 words to 8 vectors of 16: interleaving row r with row r + 8, then r + 4, r + 2, r + 1."""
+    vectors = [s.zip(rows[r], rows[r + 8], 0, 8) for r in range(8)]
+    for distance in (4, 2, 1):
+        # what stands for one row on the left is a list of words of ever fewer columns
+        count = len(vectors) // (2 * distance)
+        pairs = [
+            (vectors[c * 2 * distance + r], vectors[c * 2 * distance + r + distance])
+            for c in range(count)
+            for r in range(distance)
+        ]
+        halves = [[s.zip(a, b, first, 8) for a, b in pairs] for first in (0, 8)]
+        vectors = [
+            value for c in range(count) for half in halves for value in half[c * distance : c * distance + distance]
+        ]
+    return [vector.as_type(I8) for vector in vectors]
+
+
+def _planes(panel: IntPanel, vectors: list[Val]) -> list[Val]:
+    """Eight vectors of q, or of codes, to the planes of panels.py."""
+    u = vectors if panel.codebook else [v + panel.offset for v in vectors]
+    planes: list[Val] = []
+    bit = 0
+    for width in PARTS[panel.bits]:
+        mask = (1 << width) - 1
+        for plane in range(width):
+            parts = [_shifted((u[i] >> bit) & mask, width * (i // width)) for i in range(plane, 8, width)]
+            planes.append(functools.reduce(lambda a, b: a | b, parts))
+        bit += width
+    return planes
+
+
+def _shifted(v: Val, left: int) -> Val:
+    return (v.as_type(I16) << left).as_type(I8)  # no bit leaves its byte
+
+
+def _heads(s: Simd, panel: IntPanel, numbers: list[Val]) -> list[Val]:
+    """The fields of a step's head, from its scales and then its minimums."""
+    words = [v.to(I32) for v in numbers] if panel.scales.shared else []
+    n = panel.columns // panel.group
+    match panel.scales.name:
+        case "f16":
+            return [v.to(F16) for v in numbers]
+        case "f32":
+            return numbers
+        case "k8":
+            return [v.to(I8) for v in words]
+        case "k4":
+            return [(words[g] | words[n + g] << 4).to(I8) for g in range(n)]
+        case "k6":
+            six = words if panel.has_minimum else [v + 32 for v in words]
+            return [(six[i] | ((six[3] >> 2 * i) & 3) << 6).to(I8) for i in range(3)]
+        case _:  # e8m0: see e8m0_half
+            bits = numbers[0].as_type(I32)
+            e = s.select((bits >> 23).compare("==", 0), (bits >> 22) & 1, (bits >> 23) + 1)
+            return [e.to(I8)]
+
+
+def _repack_int(src, row_bytes, n_rows, n_in, grid, times, out, first, end):  # type: ignore[no-untyped-def]
+    """Groups first .. end of 16 rows. src: uint8[n_rows * row_bytes], times: f32 factors of equal shares of the rows,
+    out: address of the panels."""
+    n_scales = BLOCK_SIZE // GROUP
+    q = np.zeros((ROWS, BLOCK_SIZE), np.int8)
+    scale, minimum = np.zeros((n_scales, ROWS), np.float32), np.zeros((n_scales, ROWS), np.float32)
+    factor = np.zeros((2, ROWS), np.float32)
+    row_scale, row_minimum = np.zeros(n_scales, np.float32), np.zeros(n_scales, np.float32)
+    row_factor = np.ones(2, np.float32)
+    for group in range(first, end):
+        rows = min(ROWS, n_rows - group * ROWS)
+        if rows < ROWS:  # rows that fill the last panel
+            q[:] = 0
+            scale[:] = 0
+            minimum[:] = 0
+            factor[:] = 0
+        for b in range(n_in // BLOCK_SIZE):
+            for r in range(rows):
+                at = (group * ROWS + r) * row_bytes + b * TYPE_SIZE
+                unpack(src, at, q[r], row_scale, row_minimum, row_factor, grid)
+                more = times[(group * ROWS + r) * len(times) // n_rows]
+                for g in range(n_scales):
+                    scale[g, r], minimum[g, r] = row_scale[g] * more, row_minimum[g]
+                factor[0, r], factor[1, r] = row_factor[0], row_factor[1]
+            to = out + group * (n_in // BLOCK_SIZE) * BYTES + b * BYTES
+            _pack(PANEL, BLOCK_SIZE, q.ctypes.data, scale.ctypes.data, minimum.ctypes.data, factor.ctypes.data, to)
+
+
+@functools.cache
+def _repack_int_for(type_name: str) -> Callable[..., None]:
+    form, panel = INTEGER_FORMS[type_name], panel_for(type_name)
+    n_bytes = panel.group_bytes(form.type.block_size)
+    return specialize(_repack_int, type_name, PANEL=panel_id(panel), BYTES=n_bytes, **form.constants)
+
+
+@njit
+def _repack_float(src, n_rows, n_in, out, first, end):  # type: ignore[no-untyped-def]
+    """src: [n_rows * n_in], out: [n_group * n_in * 16], both unsigned integers of the element's width."""
+    for group in range(first, end):
+        for r in range(ROWS):
+            row = group * ROWS + r
+            for i in range(n_in):
+                out[(group * n_in + i) * ROWS + r] = src[row * n_in + i] if row < n_rows else 0
+
+
+def repack(tensors: list[Tensor], out: NDArray[np.uint8], executor: Executor, n_threads: int) -> list[Future[None]]:
+    """Begin to fill out, uint8[n_group * group_bytes], with the rows of matrices of one type and width, stacked.
+
+    All but the last have a number of rows that 16 divides.
+    """
+    panel = panel_for(tensors[0].type.name)
+    jobs: list[Future[None]] = []
+    at = 0
+    for tensor in tensors:
+        n_in = tensor.ne[0]
+        n_group = -(-tensor.n_rows // ROWS)
+        part = out[at : (at := at + n_group * panel.group_bytes(n_in))]
+        work = _work(tensor, panel, part)
+        piece = min(max(part.nbytes // (4 * n_threads), _LEAST_BYTES), _MOST_BYTES)
+        pieces = max(1, min(n_group, part.nbytes // piece))
+        jobs += [executor.submit(work, n_group * i // pieces, n_group * (i + 1) // pieces) for i in range(pieces)]
+    return jobs
+
+
+def _work(tensor: Tensor, panel: Panel, out: NDArray[np.uint8]) -> Callable[[int, int], None]:
+    blocks, n_rows, n_in = tensor.blocks(), tensor.n_rows, tensor.ne[0]
+    if isinstance(panel, FloatPanel):
+        if tensor.type.name != panel.name:
+            blocks = dequantize(blocks, tensor.type).view(np.uint8)
+        word = np.dtype(f"u{panel.element_bytes}")
+        src, to = blocks.reshape(-1).view(word), out.view(word)
+        make = functools.partial(_repack_float, src, n_rows, n_in, to)
+    else:
+        # a panel with a codebook holds the codes
+        grid = (
+            np.arange(len(panel.codebook), dtype=np.int8) if panel.codebook else INTEGER_FORMS[tensor.type.name].grid()
+        )
+        grid.flags.writeable = False
+        flat, row_bytes = blocks.reshape(-1), blocks.shape[-1]
+        repack_int = _repack_int_for(tensor.type.name)
+        times = np.array(tensor.scales or (1,), np.float32)
+        make = functools.partial(repack_int, flat, row_bytes, n_rows, n_in, grid, times, out.ctypes.data)
+
+    def work(first: int, end: int) -> None:
+        make(first, end)
+        tensor.release(first * ROWS, min(end * ROWS, n_rows))  # or a large tensor is in memory twice
+
+    return work

@@ -1,0 +1,81 @@
+"""An op: one compiled function of a tape, and the record of arguments that it reads.
+
+`@op("x y n", "scale")` declares a function `f(args, piece, ith, nth)`; `carray(args, 1)[0]` shows the record with the
+named fields, integers (counts, strides, addresses) first and floats after. With piece < 0 it does nothing but return
+the number of pieces of its work for this step; with piece >= 0 it does that piece, as thread `ith` of `nth`. Pieces run
+in any order and at the same time.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.formats.compiler.jit import njit
+from gguf_run.formats.compiler.machine_code import Entry
+
+PER_THREAD = 4  # pieces of an op that a thread does on average, when all threads get on alike
+SHRINKING = 8  # the same for pieces of shrinking size
+
+
+class Op:
+    """A function of a tape. It is compiled, or loaded from the cache, when its address is first asked for."""
+
+    def __init__(self, function: Callable[..., None], fields: np.dtype, options: dict[str, Any]) -> None:
+        self.function, self.fields, self.options = function, fields, options
+
+    @functools.cached_property
+    def compiled(self) -> Entry:
+        entry = njit(self.function, **self.options).entry((self.fields, "i8", "i8", "i8"))
+        assert entry is not None, f"{self.function.__name__} does not return a number"
+        return entry
+
+    def bind(self, **values: Any) -> NDArray[np.void]:
+        """One record of arguments; every field must be given."""
+        names = set(self.fields.names or ())
+        if names != set(values):
+            raise TypeError(f"{self.function.__name__}: arguments differ from fields: {sorted(names ^ set(values))}")
+        record = np.zeros(1, self.fields)
+        for name, value in values.items():
+            record[name] = value
+        return record
+
+
+def op(integers: str, floats: str = "", **options: Any) -> Callable[[Callable[..., None]], Op]:
+    """Declare an op with int64 and float64 fields (names separated by blanks); options go to numba."""
+    fields = np.dtype([(name, "i8") for name in integers.split()] + [(name, "f8") for name in floats.split()])
+    return lambda function: Op(function, fields, options)
+
+
+@njit(inline="always")
+def n_pieces(n, grain, nth):  # type: ignore[no-untyped-def]
+    """How many pieces n items make: at least `grain` items each, and a few for each thread at most."""
+    return max(1, min((n + grain - 1) // grain, PER_THREAD * nth))
+
+
+@njit(inline="always")
+def items(piece, n, grain, nth):  # type: ignore[no-untyped-def]
+    """The items (first, end) of a piece, cut as n_pieces says."""
+    pieces = n_pieces(n, grain, nth)
+    return n * piece // pieces, n * (piece + 1) // pieces
+
+
+@njit(inline="always")
+def n_shrinking(n, grain, nth):  # type: ignore[no-untyped-def]
+    """How many pieces of shrinking size n items make, the smallest of about `grain` items: see shrinking."""
+    return 1 if nth == 1 else max(1, min(SHRINKING * nth, int(math.sqrt(2 * n / grain + 0.25) - 0.5)))
+
+
+@njit(inline="always")
+def shrinking(piece, n, pieces):  # type: ignore[no-untyped-def]
+    """The items (first, end) of a piece: i + 1 shares for piece i.
+
+    Pieces are taken from the last to the first, so that large ones, at whose ends a thread stops streaming for a
+    moment, come first, and small ones last, so that all threads end together (trapezoid self-scheduling, Tzen and Ni
+    1993).
+    """
+    whole = pieces * (pieces + 1)
+    return n * piece * (piece + 1) // whole, n * (piece + 1) * (piece + 2) // whole

@@ -1,0 +1,60 @@
+"""The sequence table: which tokens of a step belong to which sequence, at which positions. It stands in fixed buffers.
+
+    ids, positions, run_of   one for each token
+    runs                     one RUN for each sequence of the step: its tokens stand next to each other
+    rows                     the tokens whose results are wanted, one for each row
+
+How attention cuts its work into pieces depends on all runs at once: its counting call fills the last fields of RUN.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.formats.compiler.jit import carray, njit
+from gguf_run.kernels_cpu.vector.native import pointer
+
+# first: the first token's number in the step; n_past: its position. first_piece, n_split, first_part: attention.py.
+_FIELDS = ("first", "n_tokens", "n_past", "seq", "first_piece", "n_split", "first_part", "unused")
+RUN = np.dtype([(name, "i8") for name in _FIELDS])
+_N_TOKENS, _N_OUT, _N_RUNS = range(0, 24, 8)  # one on a cache line
+
+
+class RunTable:
+    """The buffers of one program."""
+
+    def __init__(self, n_batch: int, n_outputs: int) -> None:
+        self._counts = np.zeros(32, np.int64)
+        self.ids = np.zeros(n_batch, np.int32)
+        self.positions = np.zeros(n_batch, np.int64)
+        self.run_of = np.zeros(n_batch, np.int64)
+        self.runs = np.zeros(n_batch, RUN)
+        self.rows = np.zeros(n_outputs, np.int64)
+        self.n_tokens, self.n_out, self.n_runs = (
+            self._counts.ctypes.data + 8 * word for word in (_N_TOKENS, _N_OUT, _N_RUNS)
+        )
+
+    def set_tokens(self, ids: NDArray[np.int32], runs: Iterable[tuple[int, int, int]]) -> None:
+        """runs: (seq, n_past, n_tokens), see models.backend.Run."""
+        first = n_runs = 0
+        for n_runs, (seq, n_past, n_tokens) in enumerate(runs, 1):
+            end = first + n_tokens
+            self.positions[first:end] = np.arange(n_past, n_past + n_tokens)
+            self.run_of[first:end] = n_runs - 1
+            self.runs[n_runs - 1] = (first, n_tokens, n_past, seq, 0, 0, 0, 0)
+            first = end
+        if first != len(ids):
+            raise ValueError(f"the runs have {first} tokens, there are {len(ids)} ids")
+        self.ids[:first] = ids
+        self._counts[_N_TOKENS], self._counts[_N_RUNS] = first, n_runs
+
+    def set_rows(self, rows: Sequence[int]) -> None:
+        self.rows[: len(rows)] = rows
+        self._counts[_N_OUT] = len(rows)
+
+
+@njit(inline="always")
+def runs_at(address, n):  # type: ignore[no-untyped-def]
+    """RUN[n] at an address."""
+    return carray(pointer(address), n, RUN)

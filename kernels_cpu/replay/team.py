@@ -1,0 +1,172 @@
+"""A team of threads that runs tapes: the list of ops of a step, one after the other, all threads on each.
+
+A tape is int64[n_ops, 2]: the address of an op's function and of its arguments. The work of an op is dealt out in
+pieces from one shared word, the ticket, which holds the serial number of the running op and how many of its pieces
+nobody has taken yet; they are taken from the last to the first. The thread that ends an op's last unfinished piece
+moves the ticket on to the next op. So there is no barrier at which a thread must arrive: one that the system has
+suspended is waited for only if it holds a piece, and joins again wherever the others are. A thread that finds no piece
+spins for some microseconds, then offers its core to other processes.
+
+Between two steps the helpers spin for a moment too, since the next step of a decode follows at once; then they sleep
+until they are called.
+"""
+
+import queue
+import threading
+import weakref
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.formats.compiler.jit import njit
+from gguf_run.kernels_cpu.vector.native import (
+    atomic_add,
+    atomic_load,
+    atomic_store,
+    atomic_swap_if,
+    call_op,
+    i64_at,
+    pause,
+    yield_cpu,
+)
+
+MAX_THREADS = 64  # more would mostly wait for each other
+# The team's shared words, in bytes; each that threads fight for has a cache line of its own.
+_STEP = 0  # number of the step; odd while its description is being written
+_TICKET = 64  # serial number of the op << _PIECE_BITS | pieces to be taken
+_UNFINISHED = 128  # pieces of the op that are not done
+_TAPE, _N_OPS, _BASE, _STOP = range(192, 192 + 32, 8)  # _BASE: serial number of the step's first op
+_ASLEEP = 256  # one word for each helper follows
+_PIECE_BITS = 24
+_SPINS = 2000  # times `pause` before a waiting thread offers its core to others
+_IDLE_SPINS = 20000  # the same for a helper between two steps, before it sleeps
+
+
+@njit
+def _open(shared, tape, serial, base, n_ops, nth):  # type: ignore[no-untyped-def]
+    """Move the ticket to the op with this serial number; ops without work are passed over."""
+    ops = i64_at(tape, 2 * n_ops)
+    n_pieces = 0
+    while serial < base + n_ops:
+        i = serial - base
+        n_pieces = call_op(ops[2 * i], ops[2 * i + 1], -1, 0, nth)
+        if n_pieces > 0:
+            break
+        serial += 1
+        n_pieces = 0
+    atomic_store(shared + _UNFINISHED, n_pieces)
+    atomic_store(shared + _TICKET, serial << _PIECE_BITS | n_pieces)
+
+
+@njit
+def _run(shared, tape, base, n_ops, ith, nth):  # type: ignore[no-untyped-def]
+    """Take pieces until the step's last op is done. Nothing of the step is touched without holding a piece of it."""
+    spins = 0
+    while True:
+        ticket = atomic_load(shared + _TICKET)
+        serial, left = ticket >> _PIECE_BITS, ticket & ((1 << _PIECE_BITS) - 1)
+        if serial >= base + n_ops:
+            return
+        if left == 0:
+            spins += 1
+            if spins < _SPINS:
+                pause()
+            else:
+                yield_cpu()
+        elif atomic_swap_if(shared + _TICKET, ticket, ticket - 1):
+            ops = i64_at(tape, 2 * n_ops)
+            call_op(ops[2 * (serial - base)], ops[2 * (serial - base) + 1], left - 1, ith, nth)
+            if atomic_add(shared + _UNFINISHED, -1) == 1:
+                _open(shared, tape, serial + 1, base, n_ops, nth)
+            spins = 0
+
+
+@njit
+def _help(shared, step, ith, nth):  # type: ignore[no-untyped-def]
+    """Take part in steps after number `step`. Returns the number of the last one when none has come for a while."""
+    atomic_store(shared + _ASLEEP + 8 * ith, 0)
+    spins = 0
+    while spins < _IDLE_SPINS:
+        now = atomic_load(shared + _STEP)
+        if now != step and now & 1 == 0:
+            if atomic_load(shared + _STOP):
+                return -1
+            tape, base = atomic_load(shared + _TAPE), atomic_load(shared + _BASE)
+            n_ops = atomic_load(shared + _N_OPS)
+            if atomic_load(shared + _STEP) == now:  # else the step has ended and the words may be mixed
+                step = now
+                _run(shared, tape, base, n_ops, ith, nth)
+            spins = 0
+        spins += 1
+        pause()
+    atomic_store(shared + _ASLEEP + 8 * ith, 1)
+    # a step that was announced before that store is seen here; one announced after it sees the store and calls
+    if atomic_load(shared + _STEP) != step:
+        atomic_store(shared + _ASLEEP + 8 * ith, 0)
+    return step
+
+
+@njit
+def _announce(shared, tape, n_ops, nth):  # type: ignore[no-untyped-def]
+    """Tell the helpers of a step."""
+    base = atomic_load(shared + _TICKET) >> _PIECE_BITS
+    atomic_add(shared + _STEP, 1)
+    atomic_store(shared + _TAPE, tape)
+    atomic_store(shared + _BASE, base)
+    atomic_store(shared + _N_OPS, n_ops)
+    _open(shared, tape, base, base, n_ops, nth)
+    atomic_add(shared + _STEP, 1)
+
+
+@njit
+def _lead(shared, nth):  # type: ignore[no-untyped-def]
+    """Take part in the step that was announced last, until it is done; nothing if it is."""
+    _run(shared, atomic_load(shared + _TAPE), atomic_load(shared + _BASE), atomic_load(shared + _N_OPS), 0, nth)
+
+
+@njit
+def _stop(shared):  # type: ignore[no-untyped-def]
+    atomic_store(shared + _STOP, 1)
+    atomic_add(shared + _STEP, 2)
+
+
+def _helper(words: NDArray[np.int64], calls: "queue.SimpleQueue[None]", ith: int, nth: int) -> None:
+    step = 0
+    while (step := _help(words.ctypes.data, step, ith, nth)) >= 0:
+        if words[_ASLEEP // 8 + ith]:
+            calls.get()  # one call too many is harmless: the next round of _help finds no new step
+
+
+def _end(words: NDArray[np.int64], calls: "list[queue.SimpleQueue[None]]") -> None:
+    _stop(words.ctypes.data)
+    for call in calls:
+        call.put(None)
+
+
+class Team:
+    """n_threads threads, the caller's included. Its helpers end with close() or when the team is collected."""
+
+    def __init__(self, n_threads: int) -> None:
+        if not 1 <= n_threads <= MAX_THREADS:
+            raise ValueError(f"n_threads is {n_threads}; allowed are 1 to {MAX_THREADS}")
+        self.n_threads = n_threads
+        memory = np.zeros(_ASLEEP // 8 + n_threads + 8, np.int64)
+        self._words = memory[-memory.ctypes.data % 64 // 8 :]
+        self._announce, self._lead = _announce.bare(*["i8"] * 4), _lead.bare("i8", "i8")
+        self._outcome = np.zeros(2, np.int64)  # of the two: nobody looks at it
+        self._calls = [queue.SimpleQueue[None]() for _ in range(1, n_threads)]
+        for ith, calls in enumerate(self._calls, 1):
+            threading.Thread(target=_helper, args=(self._words, calls, ith, n_threads), daemon=True).start()
+        self.close = weakref.finalize(self, _end, self._words, self._calls)
+
+    def run(self, tape: NDArray[np.int64]) -> None:
+        """Run a tape, int64[n_ops, 2]; returns when every op is done."""
+        shared, n_ops, address = self._words.ctypes.data, len(tape), tape.ctypes.data
+        outcome = self._outcome.ctypes.data
+        try:
+            self._announce(shared, address, n_ops, self.n_threads, outcome)
+            for ith, calls in enumerate(self._calls, 1):
+                if self._words[_ASLEEP // 8 + ith] and calls.empty():
+                    calls.put(None)
+        finally:  # Ctrl-C may come in between: a step that helpers have begun is always finished
+            self._lead(shared, self.n_threads, outcome)

@@ -1,0 +1,1 @@
+"""Ops that work on rows of activations: norms, rotation, embedding, activation functions."""

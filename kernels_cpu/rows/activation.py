@@ -1,0 +1,69 @@
+"""out = activation(gate) * up."""
+
+import functools
+import math
+from typing import Any
+
+from gguf_run.formats.compiler.jit import carray, intrinsic, types
+from gguf_run.kernels_cpu.replay.op import Op, items, n_pieces, op
+from gguf_run.kernels_cpu.rows.quantize import quantize_row
+from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
+from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val, kernel
+
+ACTIVATIONS = ("silu", "gelu", "swiglu_oai")
+_PIECE = 512  # columns that a thread takes at a time; whole activation blocks
+_GELU = 1.5957691216057308  # 2 * sqrt(2 / pi)
+_ALPHA, _LIMIT = 1.702, 7.0
+
+
+# All activations are x * sigmoid(f(x)): silu with f(x) = x, gelu's tanh form with f(x) = _GELU * (x + 0.044715 x^3),
+# gpt-oss's with f(x) = _ALPHA * x, which clamps x and up to _LIMIT and adds 1 to up.
+@intrinsic(prefer_literal=True)
+def gated_row(typing_context: Any, activation: Any, gate: Any, up: Any, out: Any, n_vectors: Any) -> Any:
+    """16 columns at a time; activation: literal place in ACTIVATIONS, the others addresses."""
+    name = ACTIVATIONS[activation.literal_value]
+
+    def emit(s: Simd, gate: Val, up: Val, out: Val, n_vectors: Val) -> None:
+        def body(i: Val, none: list[Val]) -> list[Val]:
+            g, u = s.load(gate + i * 64, F32, 16), s.load(up + i * 64, F32, 16)
+            if name == "swiglu_oai":
+                limit = s.const(F32, _LIMIT, 16)
+                g = s.select(g.compare(">", limit), limit, g)
+                u = s.select(u.compare(">", limit), limit, s.select(u.compare("<", -_LIMIT), limit * -1.0, u)) + 1.0
+            f = {"silu": -1.0, "gelu": -_GELU, "swiglu_oai": -_ALPHA}[name]
+            s.store(g / (s.exp((g + g * g * g * 0.044715 if name == "gelu" else g) * f) + 1.0) * u, out + i * 64)
+            return none
+
+        s.loop(n_vectors, [], body)
+
+    return kernel(types.void(activation, *[types.intp] * 4), emit)
+
+
+@functools.cache
+def gated(activation: str) -> Op:
+    """The op for silu or gelu. n: columns; q8: where the quantized rows go, or 0."""
+    gelu = ("silu", "gelu").index(activation)
+
+    @op("rows n gate gate_stride up up_stride out out_stride q8 q8_stride")
+    def gated_rows(args, piece, ith, nth):  # type: ignore[no-untyped-def]
+        a = carray(args, 1)[0]
+        per_row = (a.n + _PIECE - 1) // _PIECE
+        n_items = i64_at(a.rows, 1)[0] * per_row
+        if piece < 0:
+            return n_pieces(n_items, 1, nth)
+        first, end = items(piece, n_items, 1, nth)
+        for item in range(first, end):
+            t, start = item // per_row, item % per_row * _PIECE
+            n = min(_PIECE, a.n - start)
+            gate, up = a.gate + t * a.gate_stride + start * 4, a.up + t * a.up_stride + start * 4
+            out = a.out + t * a.out_stride + start * 4
+            gated_row(gelu, gate, up, out, n // 16)
+            g, u, o = f32_at(gate, n), f32_at(up, n), f32_at(out, n)
+            for i in range(n // 16 * 16, n):
+                f = _GELU * (g[i] + 0.044715 * g[i] * g[i] * g[i]) if gelu else g[i]
+                o[i] = g[i] / (1 + math.exp(-f)) * u[i]
+            if a.q8:
+                quantize_row(out, n // 32, a.q8 + t * a.q8_stride + start * 2)
+        return 0
+
+    return gated_rows

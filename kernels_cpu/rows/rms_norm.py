@@ -1,0 +1,43 @@
+"""out = x / sqrt(mean(x^2) + eps) * weight (+ residual), each row or each of n_group parts of a row by itself."""
+
+import math
+
+import numpy as np
+
+from gguf_run.formats.compiler.jit import carray
+from gguf_run.kernels_cpu.replay.op import items, n_pieces, op
+from gguf_run.kernels_cpu.rows.quantize import quantize_if_wanted
+from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
+
+
+# reassoc: sums of squares may be taken 16 at a time
+@op(
+    "rows n_group n x x_stride weight out out_stride residual residual_stride q8 q8_stride",
+    "eps",
+    fastmath={"reassoc", "contract"},
+)
+def rms_norm(args, piece, ith, nth):  # type: ignore[no-untyped-def]
+    """n: width of a group. residual: rows or 0. q8: where the quantized row goes (n_group = 1), or 0."""
+    a = carray(args, 1)[0]
+    n_items = i64_at(a.rows, 1)[0] * a.n_group
+    if piece < 0:
+        return n_pieces(n_items, 1, nth)
+    first, end = items(piece, n_items, 1, nth)
+    n = a.n
+    weight = f32_at(a.weight, n)
+    for item in range(first, end):
+        t, start = item // a.n_group, item % a.n_group * n * 4
+        x, out = f32_at(a.x + t * a.x_stride + start, n), f32_at(a.out + t * a.out_stride + start, n)
+        total = np.float32(0)
+        for i in range(n):
+            total += x[i] * x[i]
+        factor = np.float32(1 / math.sqrt(total / n + a.eps))
+        if a.residual:
+            residual = f32_at(a.residual + t * a.residual_stride + start, n)
+            for i in range(n):
+                out[i] = x[i] * factor * weight[i] + residual[i]
+        else:
+            for i in range(n):
+                out[i] = x[i] * factor * weight[i]
+        quantize_if_wanted(a.q8, a.q8_stride, t, a.out + t * a.out_stride, n)
+    return 0

@@ -1,0 +1,128 @@
+"""What C gives and Python lacks: typed views of addresses, atomics, and giving way to other threads."""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+
+from gguf_run.formats.compiler.jit import carray, cgutils, intrinsic, njit, types
+
+_I64 = ir.IntType(64)
+
+
+@intrinsic
+def pointer(typing_context: Any, address: Any) -> Any:
+    """An integer address as void*."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.intp), codegen
+
+
+@njit(inline="always")
+def f32_at(address, n):  # type: ignore[no-untyped-def]
+    """float32[n] at an address."""
+    return carray(pointer(address), n, np.float32)
+
+
+@njit(inline="always")
+def i32_at(address, n):  # type: ignore[no-untyped-def]
+    """int32[n] at an address."""
+    return carray(pointer(address), n, np.int32)
+
+
+@njit(inline="always")
+def i64_at(address, n):  # type: ignore[no-untyped-def]
+    """int64[n] at an address."""
+    return carray(pointer(address), n, np.int64)
+
+
+@njit(inline="always")
+def u8_at(address, n):  # type: ignore[no-untyped-def]
+    """uint8[n] at an address."""
+    return carray(pointer(address), n, np.uint8)
+
+
+@intrinsic
+def atomic_add(typing_context: Any, address: Any, value: Any) -> Any:
+    """Add to the int64 at an address; returns what was there before. Sequentially consistent, as all atomics here."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], _I64.as_pointer()), args[1], "seq_cst")
+
+    return types.int64(types.intp, types.int64), codegen
+
+
+@intrinsic
+def atomic_load(typing_context: Any, address: Any) -> Any:
+    """The int64 at an address."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        return builder.load_atomic(builder.inttoptr(args[0], _I64.as_pointer()), "seq_cst", 8)
+
+    return types.int64(types.intp), codegen
+
+
+@intrinsic
+def atomic_store(typing_context: Any, address: Any, value: Any) -> Any:
+    """Set the int64 at an address."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        builder.store_atomic(args[1], builder.inttoptr(args[0], _I64.as_pointer()), "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.int64), codegen
+
+
+@intrinsic
+def atomic_swap_if(typing_context: Any, address: Any, expected: Any, new: Any) -> Any:
+    """Set the int64 at an address to `new` if it is `expected`; whether it was."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        where = builder.inttoptr(args[0], _I64.as_pointer())
+        return builder.extract_value(builder.cmpxchg(where, args[1], args[2], "seq_cst", "seq_cst"), 1)
+
+    return types.boolean(types.intp, types.int64, types.int64), codegen
+
+
+_PAUSE = {"x86_64": "llvm.x86.sse2.pause", "aarch64": "llvm.aarch64.hint", "arm64": "llvm.aarch64.hint"}
+
+
+@intrinsic
+def pause(typing_context: Any) -> Any:
+    """Tell the CPU that this is a spin loop."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        name = _PAUSE.get(builder.module.triple.split("-")[0])
+        if name:
+            hint = [ir.Constant(ir.IntType(32), 1)] if "aarch64" in name else []
+            signature = ir.FunctionType(ir.VoidType(), [value.type for value in hint])
+            builder.call(cgutils.get_or_insert_function(builder.module, signature, name), hint)
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def yield_cpu(typing_context: Any) -> Any:
+    """Let another thread of the machine run, if one waits for this core."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        name = "SwitchToThread" if "windows" in builder.module.triple else "sched_yield"
+        signature = ir.FunctionType(ir.IntType(32), [])
+        builder.call(cgutils.get_or_insert_function(builder.module, signature, name), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def call_op(typing_context: Any, function: Any, args: Any, piece: Any, ith: Any, nth: Any) -> Any:
+    """function(args, piece, ith, nth), function being the address of an op."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, a: Any) -> Any:
+        signature = ir.FunctionType(_I64, [_I64] * 4)
+        return builder.call(builder.inttoptr(a[0], signature.as_pointer()), a[1:])
+
+    return types.intp(*[types.intp] * 5), codegen

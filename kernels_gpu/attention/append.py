@@ -1,0 +1,115 @@
+"""What comes before attention, in one launch: rope of queries and keys, their rotation, and new rows of the cache."""
+
+import triton
+import triton.language as tl
+
+from gguf_run.kernels_gpu.attention.cache_rows import column_of, load_rows, planes_at, row_factors, store_row
+from gguf_run.kernels_gpu.rows.hadamard import hadamard
+
+
+@triton.jit
+def _turned(  # type: ignore[no-untyped-def]
+    at, norm, eps, table, t, n_half, STYLE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
+):
+    """A head at `at`, normed where norm, its weights, is not None, then turned by the token's cosines and sines
+    (rope.py) where STYLE is not None."""
+    i = tl.arange(0, WIDTH)
+    x = tl.load(at + i, mask=i < HEAD_DIM, other=0.0)
+    if norm is not None:
+        factor = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=0) / HEAD_DIM + eps)
+        x = x * factor * tl.load(norm + i, mask=i < HEAD_DIM, other=0.0)
+    if STYLE is not None:
+        turns = i < 2 * n_half
+        first = i < n_half if STYLE == "neox" else i % 2 == 0
+        other = tl.where(first, i + n_half, i - n_half) if STYLE == "neox" else i ^ 1
+        pair = (i % n_half if STYLE == "neox" else i // 2) * 2
+        y = tl.load(at + other, mask=turns, other=0.0)
+        if norm is not None:
+            y = y * factor * tl.load(norm + other, mask=turns, other=0.0)
+        cos = tl.load(table + t * n_half * 2 + pair, mask=turns, other=1.0)
+        sin = tl.load(table + t * n_half * 2 + pair + 1, mask=turns, other=0.0)
+        x = x * cos + tl.where(first, -y, y) * sin
+    return x
+
+
+@triton.jit
+def append(  # type: ignore[no-untyped-def]
+    q,
+    q_stride,
+    k,
+    k_stride,
+    v,
+    v_stride,
+    q_norm,
+    k_norm,
+    eps,
+    k_qs,
+    k_d,
+    v_qs,
+    v_d,
+    k_scales,
+    v_scales,
+    seqs,
+    positions,
+    table,
+    n_half,
+    n_ctx,
+    n_head,
+    n_head_kv,
+    STYLE: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    ROTATE_K: tl.constexpr,
+    ROTATE_V: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """q, in place, and rows of the cache from k and v; grid (tokens, n_head + 2 n_head_kv). n_head may be 0.
+    q_norm, k_norm: None, or weights of an RMS norm of each head.
+
+    A token of position -1 only fills up: nothing of it is stored.
+    """
+    t = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    position = tl.load(positions + t)
+    if position < 0:
+        return
+    kv_head = (head - n_head) % n_head_kv
+    row = (tl.load(seqs + t).to(tl.int64) * n_head_kv + kv_head) * n_ctx + position % n_ctx
+    if head < n_head:
+        at = q + t * q_stride + head * HEAD_DIM
+        x = _turned(at, q_norm, eps, table, t, n_half, STYLE, HEAD_DIM, WIDTH)
+        if ROTATE_K:
+            x = hadamard(x, HEAD_DIM)
+        tl.debug_barrier()  # other threads have read what is written now
+        i = tl.arange(0, WIDTH)
+        tl.store(at + i, x, mask=i < HEAD_DIM)
+    elif head < n_head + n_head_kv:
+        x = _turned(k + t * k_stride + kv_head * HEAD_DIM, k_norm, eps, table, t, n_half, STYLE, HEAD_DIM, WIDTH)
+        if ROTATE_K:
+            x = hadamard(x, HEAD_DIM)
+        store_row(x, k_qs, k_d, row, k_scales, kv_head, K, HEAD_DIM)
+    else:
+        x = _turned(v + t * v_stride + kv_head * HEAD_DIM, None, eps, table, t, n_half, None, HEAD_DIM, WIDTH)
+        if ROTATE_V:
+            x = hadamard(x, HEAD_DIM)
+        store_row(x, v_qs, v_d, row, v_scales, kv_head, V, HEAD_DIM)
+
+
+@triton.jit
+def read_rows(qs, d, slots, first, n_ctx, out, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """out f32[heads, n, HEAD_DIM] = row slots[i] of each head, from row `first` on, as stored; grid (n, heads)."""
+    i = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    qs, d = planes_at(qs, d, first + head * n_ctx, TYPE, HEAD_DIM)
+    rows = tl.load(slots + i + tl.arange(0, 1))
+    live = rows >= 0
+    tiles = load_rows(qs, d, rows, live, TYPE, HEAD_DIM, WIDTH)
+    for part in tl.static_range(len(tiles)):
+        value = tiles[part].to(tl.float32)
+        if TYPE == "int8" or TYPE == "fp8_e4m3" or TYPE == "fp8_e5m2":
+            value *= row_factors(d, rows, live, TYPE)[:, None]
+        c = tl.arange(0, WIDTH // len(tiles))
+        column = column_of(c, part, TYPE)
+        at = out + (head * tl.num_programs(0) + i) * HEAD_DIM + column[None, :]
+        tl.store(at, value, mask=column[None, :] < HEAD_DIM)

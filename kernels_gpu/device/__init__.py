@@ -1,0 +1,1 @@
+"""The GPU itself: opening it, its errors, its limits, constants by architecture."""

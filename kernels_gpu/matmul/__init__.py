@@ -1,0 +1,1 @@
+"""Rows times panels. Start with launch.py; decode.py is the kernel for a few tokens."""

@@ -1,0 +1,31 @@
+"""The Hadamard transform that flattens outliers before few bits are stored (kernels_cpu/attention/hadamard.py)."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _mix(x, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Transform the rows of x f32[rows, N]: column i is the sum over j of x[j] * (-1)^(bits that i and j share)."""
+    i = tl.arange(0, N)
+    bits = i[:, None] & i[None, :]
+    bits ^= bits >> 4
+    bits ^= bits >> 2
+    bits ^= bits >> 1
+    return tl.sum(x[:, :, None] * (1 - 2 * (bits & 1)).to(tl.float32)[None, :, :], axis=1)
+
+
+@triton.jit
+def hadamard(x, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Orthonormal transform of x f32[WIDTH] in blocks of the largest power of two that divides N, at least 32.
+
+    A block as a matrix of 8 columns: first its rows are transformed, then its columns.
+    """
+    BLOCK: tl.constexpr = N & -N
+    A: tl.constexpr = BLOCK // 8
+    WIDTH: tl.constexpr = x.shape[0]
+    y = _mix(tl.reshape(x, (WIDTH // 8, 8)), 8)
+    y = tl.permute(tl.reshape(y, (WIDTH // BLOCK, A, 8)), (0, 2, 1))
+    y = _mix(tl.reshape(y, (WIDTH // A, A)), A)
+    y = tl.permute(tl.reshape(y, (WIDTH // BLOCK, 8, A)), (0, 2, 1))
+    return tl.reshape(y, (WIDTH,)) * (BLOCK**-0.5)

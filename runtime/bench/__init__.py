@@ -1,0 +1,1 @@
+"""Timing a model: gguf-bench without its command line. It prints nothing."""

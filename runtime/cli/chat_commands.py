@@ -1,0 +1,133 @@
+"""Commands of the chat: /save, /load, /reset, /regenerate, /system, /set, /help, /exit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.runtime.cli.common import describe, message
+from gguf_run.runtime.cli.session import Conversation, check_place
+from gguf_run.runtime.sampling.params import SamplingParams
+
+if TYPE_CHECKING:
+    from gguf_run.runtime.model import Model
+
+
+@dataclass
+class Chat:
+    """A conversation and what it is held with. options: of Model.chat."""
+
+    model: "Model"
+    messages: Conversation
+    options: dict[str, Any]
+    is_over: bool = False
+    answers: bool = field(default=False, init=False)  # the last message waits for an answer
+
+
+def run_command(chat: Chat, line: str) -> bool:
+    """Do what a line says, if it is a command: its first word is one of COMMANDS. Its errors are shown, the chat goes
+    on."""
+    name, _, rest = line.partition(" ")
+    if name not in COMMANDS:
+        # "/usr/bin is full" is something to say, "/exti" a slip.
+        if not (name.startswith("/") and name[1:].isalpha()):
+            return False
+        message(f"{name} is not a command; there are {', '.join(COMMANDS)} (a space before it sends it to the model)")
+        return True
+    try:
+        COMMANDS[name][1](chat, rest.strip())
+    except (GgufRunError, OSError) as error:
+        message(f"error: {describe(error)}")
+    return True
+
+
+def _save(chat: Chat, path: str) -> None:
+    _needs(path, "/save FILE")
+    check_place(Path(path), "/save")
+    chat.model.save_session(path, chat.messages)
+    message(f"saved to {path}: {len(chat.messages)} messages")
+
+
+def _load(chat: Chat, path: str) -> None:
+    _needs(path, "/load FILE")
+    chat.messages[:] = chat.model.load_session(path)
+    message(f"{path}: {len(chat.messages)} messages")
+
+
+def _reset(chat: Chat, rest: str) -> None:
+    del chat.messages[_n_system(chat) :]
+    message("forgot the conversation" + ", not the system message" * bool(chat.messages))
+
+
+def _regenerate(chat: Chat, rest: str) -> None:
+    if not chat.messages or chat.messages[-1]["role"] != "assistant":
+        raise GgufRunError("/regenerate: there is no answer yet")
+    del chat.messages[-1]
+    if chat.options.get("seed") is not None:  # the same draw would give the same answer
+        chat.options["seed"] = (chat.options["seed"] + 1) % 2**64
+    chat.answers = True
+
+
+def _system(chat: Chat, text: str) -> None:
+    del chat.messages[: _n_system(chat)]
+    if text:
+        chat.messages.insert(0, {"role": "system", "content": text})
+    message("the system message is set" if text else "no system message")
+
+
+def _set(chat: Chat, rest: str) -> None:
+    numbers = {option.name: type(option.default) for option in fields(SamplingParams)}
+    kinds = {name: kind for name, kind in numbers.items() if kind in (int, float)}
+    kinds |= {"seed": int, "max_tokens": int, "samplers": str}
+    name, _, text = rest.replace("=", " ").partition(" ")
+    name, text = name.lstrip("-").replace("-", "_"), text.strip()
+    alike = [known for known in kinds if name and known.startswith(name)]
+    name = alike[0] if len(alike) == 1 else name
+    if not name:
+        message(", ".join(f"{name} {chat.options.get(name)}" for name in kinds))
+        return
+    if name not in kinds or not text:
+        raise OptionError(f"/set {rest}: write a name and a value; the names are {', '.join(kinds)}")
+    try:
+        value: Any = kinds[name](text)
+    except ValueError:
+        raise OptionError(f"/set {name}: {text!r} is not a number") from None
+    if name == "max_tokens":
+        if value < 1:
+            raise OptionError(f"max_tokens is {value}; allowed: at least 1")
+    else:
+        SamplingParams(**{name: value})
+    chat.options[name] = value
+    message(f"{name} {value}")
+
+
+def _exit(chat: Chat, rest: str) -> None:
+    chat.is_over = True
+
+
+def _help(chat: Chat, rest: str) -> None:
+    for name, (what, _) in COMMANDS.items():
+        message(f"{name} {what}")
+    message('A line that ends with \\ goes on in the next; so does all between lines of """.')
+
+
+def _n_system(chat: Chat) -> int:
+    return int(bool(chat.messages) and chat.messages[0]["role"] == "system")
+
+
+def _needs(text: str, usage: str) -> None:
+    if not text:
+        raise OptionError(f"{usage}: name the file")
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Chat, str], None]]] = {
+    "/save": ("FILE: write the conversation and its KV cache", _save),
+    "/load": ("FILE: go on from there", _load),
+    "/reset": ("forgets the conversation", _reset),
+    "/regenerate": ("answers the last question anew", _regenerate),
+    "/system": ("TEXT: change the system message", _system),
+    "/set": ("NAME VALUE: change how tokens are chosen, or max-tokens; alone: show that", _set),
+    "/help": ("shows this", _help),
+    "/exit": ("leaves, as Ctrl-D does", _exit),
+}

@@ -1,0 +1,145 @@
+"""What the user says in a chat: lines from a terminal or a pipe, their history, Ctrl-C."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+import click
+
+from gguf_run.formats.compiler.cachedir import user_cache_dir
+from gguf_run.runtime.cli.common import decode_text, message
+
+QUOTES = '"""'
+MAX_HISTORY = 1000  # lines
+
+ReadLine = Callable[[str], str | None]  # prompt -> a line without its end, None at the end of all
+
+
+class Interrupts:
+    """Ctrl-C as a wish, not an exception: it can come between any two steps, and none may end the program.
+
+    Only while input or the first token is awaited does it raise KeyboardInterrupt: nothing else ends a wait for a key,
+    and a long prompt takes its time.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._awaiting = False
+
+    def _arrived(self, number: int, frame: FrameType | None) -> None:
+        self.wanted = True
+        if self._awaiting:
+            self._awaiting = False  # once
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Catch Ctrl-C for a while."""
+        before = signal.signal(signal.SIGINT, self._arrived)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    @contextmanager
+    def awaiting(self) -> Iterator[None]:
+        """KeyboardInterrupt may come out of this."""
+        self._awaiting = True
+        try:
+            yield
+        finally:
+            self._awaiting = False
+
+
+def on_terminal() -> bool:
+    """Whether somebody sits there."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def inputs(first: str | None, interrupts: Interrupts) -> Iterator[str]:
+    """Messages and commands, until stdin ends or Ctrl-C comes twice. A line that ends with a backslash goes on in the
+    next one; lines of three double quotes enclose several. Ctrl-C drops what was begun."""
+    if first is not None:
+        yield first
+    was_interrupted = False
+    while sys.stdin is not None:
+        try:
+            with interrupts.awaiting():
+                text = _text(_from_terminal if on_terminal() else _from_pipe)
+        except KeyboardInterrupt:
+            if was_interrupted:
+                text = None
+            else:
+                was_interrupted = True
+                click.echo(err=True)
+                message("(Ctrl-C once more or Ctrl-D leaves)")
+                continue
+        except UnicodeDecodeError:
+            message("warning: that line is not valid UTF-8, please write it again")
+            continue
+        if text is None:
+            break
+        was_interrupted = False
+        if text.strip():
+            yield text
+    if on_terminal():
+        click.echo()
+
+
+def _text(read: ReadLine) -> str | None:
+    line = read("> ")
+    if line is not None and line.strip() == QUOTES:
+        return "\n".join(iter(lambda: _else(read(". "), QUOTES), QUOTES))
+    while line is not None and line.endswith("\\"):
+        line = line[:-1] + "\n" + _else(read(". "), "")
+    return line
+
+
+def _else(line: str | None, end: str) -> str:
+    return end if line is None else line
+
+
+def _from_terminal(prompt: str) -> str | None:
+    try:
+        return input(prompt)
+    except EOFError:
+        return None
+
+
+def _from_pipe(prompt: str) -> str | None:
+    line = decode_text(sys.stdin.buffer.readline(), "stdin")
+    return line.rstrip("\r\n") if line else None
+
+
+@contextmanager
+def line_editing(keep_history: bool) -> Iterator[None]:
+    """On a terminal, and where Python has readline: the arrow keys edit lines and bring back earlier ones, also those
+    of earlier chats, from a file that only the user may read. Pasted lines stay together."""
+    readline: Any = None
+    with suppress(ImportError):
+        if on_terminal():
+            import readline
+    if readline is None:
+        yield
+        return
+    if os.environ.get("TERM") != "dumb":
+        readline.parse_and_bind("set enable-bracketed-paste on")
+    path = user_cache_dir() / "chat-history"
+    readline.set_history_length(MAX_HISTORY)
+    if keep_history:
+        with suppress(OSError):  # none yet
+            readline.read_history_file(path)
+    n_before = readline.get_current_history_length()
+    try:
+        yield
+    finally:
+        n_new = readline.get_current_history_length() - n_before
+        if keep_history and n_new > 0:
+            with suppress(OSError):  # it is a comfort, not worth an error
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+                readline.append_history_file(n_new, path)

@@ -1,0 +1,161 @@
+"""What the command lines share: every error a user can meet becomes one line on stderr and the right exit code.
+
+exit code  when
+0          all went well
+1          `error: ...`: bad input, a file or network error, out of memory, a closed or full stdout
+2          wrong usage of the command line, an option's value that is not allowed
+130        interrupted with Ctrl-C
+141        the reader of stdout went away (`| head`): nothing is printed, as other filters do
+"""
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gguf_run.formats.errors import GgufRunError, OptionError
+
+FAILED = 1
+WRONG_USAGE = 2
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+
+class _Command(click.Command):
+    """A click command with our help, and with completion of values."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        from gguf_run.runtime.cli.help import help_text
+
+        return help_text(self, ctx)
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        if any(name.startswith("_GGUF_") and name.endswith("_COMPLETE") for name in os.environ):
+            from gguf_run.runtime.cli.complete import prepare
+
+            prepare(self)
+        return super().main(*args, **extra)
+
+
+class Group(_Command, click.Group):
+    """A click group with subcommands of the class Command."""
+
+
+class Command(_Command):
+    """A click command that ends with one line on any error. Use: `@click.command(cls=Command)`."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        verbose = bool(ctx.params.get("verbose"))
+        with _plain_warnings(), _one_line_errors(ctx, verbose):
+            _never_fail_to_encode()
+            result = super().invoke(ctx)
+            # A full disk or a gone reader must show here, not while the interpreter shuts down.
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return result
+
+
+def one_line(text: str) -> str:
+    """Return text on one line that is safe to show: names from a file may hold escape codes or line breaks."""
+    joined = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
+
+
+def message(text: str) -> None:
+    """Print one line on stderr."""
+    click.echo(one_line(text), err=True)
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file. Errors name the file and the place of the first invalid byte."""
+    return decode_text(path.read_bytes(), str(path))
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """Decode UTF-8 (a byte order mark is dropped); GgufRunError names `name` and the first invalid byte."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # utf-8-sig counts from behind the mark.
+        offset = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
+        raise GgufRunError(
+            f"{name}: byte 0x{data[offset]:02x} at offset {offset} is not valid UTF-8: convert the text to UTF-8"
+        ) from None
+
+
+@contextmanager
+def _one_line_errors(ctx: click.Context, verbose: bool) -> Iterator[None]:
+    try:
+        yield
+    except (click.ClickException, click.exceptions.Exit):
+        raise
+    except KeyboardInterrupt:
+        click.echo(err=True)
+        ctx.exit(INTERRUPTED)
+    except BrokenPipeError:
+        _drop_stdout()
+        ctx.exit(BROKEN_PIPE)
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        # What was printed so far comes first; a stdout that fails is dropped, or it would fail again at exit.
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:
+            _drop_stdout()
+        message(f"error: {describe(error)}")
+        ctx.exit(WRONG_USAGE if isinstance(error, OptionError) else FAILED)
+
+
+def describe(error: Exception) -> str:
+    """What went wrong, for the line that a user sees."""
+    if isinstance(error, GgufRunError):
+        return str(error)
+    if isinstance(error, MemoryError) or str(error) == "can't start new thread":
+        detail = f" ({error})" if str(error) else ""
+        return f"out of memory{detail}: choose a smaller model or context, or close other programs"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    if isinstance(error, OSError):
+        return str(error) or type(error).__name__
+    # A bug of ours, but still one line: --verbose shows the traceback where a command has it.
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(frame.filename).name}:{frame.lineno}"
+    return f"internal error, please report it: {type(error).__name__}: {error} ({place})"
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show a library's warnings to the user as one line, and hide those that are meant for programmers."""
+
+    def show(text: Warning | str, category: type[Warning], *_: Any) -> None:
+        message(f"warning: {text}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", category=UserWarning)
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
+
+
+def _never_fail_to_encode() -> None:
+    """A terminal that cannot show a character gets a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _drop_stdout() -> None:
+    """Send what is still buffered for a broken stdout to nowhere, so that nothing is reported at exit."""
+    with suppress(OSError, ValueError):  # a test's stdout has no file descriptor
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)

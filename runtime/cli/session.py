@@ -1,0 +1,42 @@
+"""gguf-run --session: a conversation and its KV cache come from a file and go back to it."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gguf_run.formats.errors import GgufRunError
+from gguf_run.runtime.cli.common import message
+
+if TYPE_CHECKING:
+    from gguf_run.runtime.model import Model
+
+Conversation = list[dict[str, Any]]
+
+
+def check_place(path: Path, option: str = "--session") -> None:
+    """GgufRunError if a session could not be saved there: better before a long chat than after it."""
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise GgufRunError(f"{option} {path}: cannot be written: name a file in a folder that can be")
+
+
+@contextmanager
+def conversation(model: "Model", path: Path | None, system: str | None) -> Iterator[Conversation]:
+    """The conversation so far, a system message first if there is one, to be added to; saved at the end if all went
+    well. system: replaces that of the file."""
+    messages: Conversation = []
+    if path is not None and path.exists():
+        start = time.perf_counter()
+        messages = model.load_session(path)
+        seconds = time.perf_counter() - start
+        message(f"{path}: {model.decoder.n_past} tokens, {len(messages)} messages restored in {1000 * seconds:.0f} ms")
+    if system is not None:
+        if messages and messages[0]["role"] == "system":
+            del messages[0]
+        messages.insert(0, {"role": "system", "content": system})
+    yield messages
+    if path is not None:
+        model.save_session(path, messages)

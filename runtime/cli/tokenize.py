@@ -1,0 +1,65 @@
+"""gguf-tokenize: the tokens of a text, by a model's own tokenizer."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.gguf.reader import GGUFFile
+from gguf_run.runtime.cli.common import Command, decode_text, read_text
+from gguf_run.runtime.hub.find import find_model
+
+# Lines printed by one write: each for itself is slow, and of all together `| head` would wait for the last.
+LINES_AT_ONCE = 1000
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model")
+@click.argument("text", required=False)
+@click.option("--file", "-f", "path", type=click.Path(path_type=Path), help="Read the text from a UTF-8 file.")
+@click.option("--ids", "only_ids", is_flag=True, help="Print one list of ids.")
+@click.option("--count", is_flag=True, help="Print only how many tokens there are.")
+@click.option("--no-special", is_flag=True, help="Add no BOS or EOS, and read <|im_start|> and the like as plain text.")
+@click.version_option(package_name="gguf-run", prog_name="gguf-tokenize")
+def main(model: str, text: str | None, path: Path | None, only_ids: bool, count: bool, no_special: bool) -> None:
+    """Print the tokens of TEXT, of a file, or of stdin: on each line an id and the token's text as Python writes it,
+    with b'...' for bytes that are no whole character.
+
+    MODEL is a GGUF file or hf:owner/repo[:Q4_K_M].
+    """
+    if text is not None and path is not None:
+        raise click.UsageError("give TEXT or --file, not both")
+    if only_ids and count:
+        raise click.UsageError("give --ids or --count, not both")
+    if sys.stdout is None:
+        raise GgufRunError("stdout is closed: there is nowhere to write to")
+    if text is None:
+        text = read_text(path) if path is not None else _read_stdin()
+
+    from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
+
+    with GGUFFile.open(find_model(model)) as file:
+        tokenizer = Tokenizer.from_metadata(file.metadata)
+    ids = tokenizer.encode(text, add_special=not no_special, parse_special=not no_special)
+    if count:
+        click.echo(len(ids))
+    elif only_ids:
+        click.echo(ids)
+    else:
+        for start in range(0, len(ids), LINES_AT_ONCE):
+            lines = [f"{id:>7} {_show(tokenizer.piece(id))}" for id in ids[start : start + LINES_AT_ONCE]]
+            click.echo("\n".join(lines))
+
+
+def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise GgufRunError("stdin is closed: give TEXT or --file")
+    return decode_text(sys.stdin.buffer.read(), "stdin")
+
+
+def _show(piece: bytes) -> str:
+    try:
+        return repr(piece.decode())
+    except UnicodeDecodeError:
+        return repr(piece)

@@ -1,0 +1,219 @@
+"""The tokenizer in a GGUF file as tokenizer.json and tokenizer_config.json of a Hugging Face checkpoint."""
+
+import base64
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from gguf_run.runtime.tokenizers import spm as tokenizer_spm
+from gguf_run.runtime.tokenizers import unigram as tokenizer_ugm
+from gguf_run.runtime.tokenizers import wordpiece as tokenizer_wpm
+from gguf_run.runtime.tokenizers.pretokenizers import pre_tokenizer
+from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
+from gguf_run.runtime.tokenizers.vocab import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Defaults,
+    Vocab,
+    read_numbers,
+    read_strings,
+    read_vocab,
+    strip_ids,
+)  # fmt: skip
+
+Json = dict[str, Any]
+_SPACE = "▁"
+_PREFIX = "tokenizer.ggml."
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+_DECODE = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
+
+
+def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, Json]:
+    """Return the contents of tokenizer.json and tokenizer_config.json, which give the ids that this program gives.
+
+    FormatError, UnsupportedError: as of Tokenizer.from_metadata.
+    """
+    tokenizer = Tokenizer.from_metadata(metadata)  # checks all there is
+    defaults, model = _KINDS[metadata[f"{_PREFIX}model"]]
+    vocab = read_vocab(metadata, defaults)
+    ids = {"bos": vocab.bos, "eos": vocab.eos, "unk": vocab.unknown}
+    for role, key in (("pad", "padding"), ("sep", "seperator"), ("cls", "cls"), ("mask", "mask")):
+        ids[role] = metadata.get(f"{_PREFIX}{key}_token_id")
+    names = {role: _name(vocab, id) for role, id in ids.items()}
+    flags = {"single_word": False, "normalized": False}
+    left, right = strip_ids(metadata, vocab)
+    data = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": id,
+                "content": vocab.tokens[id],
+                **flags,
+                "lstrip": id in left,
+                "rstrip": id in right,
+                "special": vocab.types[id] != USER_DEFINED,
+            }
+            for id in vocab.of_type(CONTROL, UNKNOWN, USER_DEFINED)
+        ],
+        **model(vocab, metadata),
+    }
+    bos, eos = names["bos"] if tokenizer.add_bos else None, names["eos"] if tokenizer.add_eos else None
+    if bos or eos:
+        data["post_processor"] = _template(bos, eos, vocab)
+    settings: Json = {f"{role}_token": name for role, name in names.items() if name is not None}
+    settings |= {"add_bos_token": tokenizer.add_bos, "add_eos_token": tokenizer.add_eos}
+    settings |= {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
+    template = _chat_template(metadata)
+    if template:
+        settings["chat_template"] = template
+    return {"tokenizer.json": data, "tokenizer_config.json": settings}
+
+
+def _name(vocab: Vocab, id: Any) -> str | None:
+    return vocab.tokens[id] if isinstance(id, int) and 0 <= id < len(vocab.tokens) else None
+
+
+def _chat_template(metadata: Mapping[str, Any]) -> str | list[dict[str, str]] | None:
+    """The template, or where there are several a list of their names and texts."""
+    key = "tokenizer.chat_template"
+    default = metadata.get(key)
+    named = {name.removeprefix(f"{key}."): text for name, text in metadata.items() if name.startswith(f"{key}.")}
+    if not named:
+        return default if isinstance(default, str) else None
+    named = {"default": default} | named if isinstance(default, str) else named
+    return [{"name": name, "template": text} for name, text in named.items() if isinstance(text, str)]
+
+
+def _template(bos: str | None, eos: str | None, vocab: Vocab) -> Json:
+    def token(name: str | None, part: int) -> list[Json]:
+        return [] if name is None else [{"SpecialToken": {"id": name, "type_id": part}}]
+
+    def sequence(name: str, part: int) -> list[Json]:
+        return [*token(bos, part), {"Sequence": {"id": name, "type_id": part}}, *token(eos, part)]
+
+    special = {name: {"id": name, "ids": [vocab.ids[name]], "tokens": [name]} for name in (bos, eos) if name}
+    pair = [*sequence("A", 0), *sequence("B", 1)]
+    return {"type": "TemplateProcessing", "single": sequence("A", 0), "pair": pair, "special_tokens": special}
+
+
+def _entries(vocab: Vocab) -> dict[str, int]:
+    """All tokens but those that only fill the vocabulary up."""
+    return {token: id for id, token in enumerate(vocab.tokens) if vocab.types[id] != UNUSED}
+
+
+def _bpe(model: Json, entries: dict[str, int], merges: list[list[str]], unknown: str | None, by_bytes: bool) -> Json:
+    return {
+        "type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": None,
+        "end_of_word_suffix": None, "fuse_unk": by_bytes, "byte_fallback": by_bytes, "ignore_merges": False,
+        "vocab": entries, "merges": merges, **model,
+    }  # fmt: skip
+
+
+def _gpt2(vocab: Vocab, metadata: Mapping[str, Any]) -> Json:
+    pre = pre_tokenizer(metadata.get(f"{_PREFIX}pre"))
+    entries = _entries(vocab)
+    pairs = (merge.split(" ") for merge in read_strings(metadata, "merges"))
+    merges = [pair for pair in pairs if pair[0] in entries and pair[1] in entries and "".join(pair) in entries]
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    splits = [{**split, "pattern": {"Regex": step}} for step in pre.steps]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "normalizer": {"type": "NFC"} if metadata.get(f"{_PREFIX}normalizer.nfc") else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
+        "post_processor": byte_level,
+        "decoder": byte_level,
+        "model": _bpe({"ignore_merges": pre.whole_words}, entries, merges, None, False),
+    }
+
+
+def _llama(vocab: Vocab, metadata: Mapping[str, Any]) -> Json:
+    """SentencePiece's BPE joins whatever gives a token, the best score first: as merges, all pairs in that order."""
+    scores = read_numbers(metadata, "scores", len(vocab.tokens))
+    assert scores is not None  # Tokenizer has seen to it
+    entries = _entries(vocab)
+    usual = [id for id in np.argsort(-scores, kind="stable").tolist() if vocab.types[id] in (NORMAL, USER_DEFINED)]
+    merges = []
+    for token in (vocab.tokens[id] for id in usual):
+        pairs = [[token[:i], token[i:]] for i in range(1, len(token))]
+        pairs = [pair for pair in pairs if pair[0] in entries and pair[1] in entries]
+        merges += sorted(pairs, key=lambda pair: (entries[pair[0]], entries[pair[1]]))
+    prefix = bool(metadata.get(f"{_PREFIX}add_space_prefix", True))
+    scheme = metadata.get(f"{_PREFIX}metaspace") if prefix else None
+    steps = [{"type": "Prepend", "prepend": _SPACE}, _REPLACE] if prefix else [_REPLACE]
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    unknown = _name(vocab, vocab.unknown)
+    return {
+        "normalizer": None if scheme else {"type": "Sequence", "normalizers": steps},
+        "pre_tokenizer": _metaspace(scheme, False) if scheme else None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [_DECODE, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+        "model": _bpe({}, entries, merges, unknown, True),
+    }
+
+
+def _t5(vocab: Vocab, metadata: Mapping[str, Any]) -> Json:
+    scores = read_numbers(metadata, "scores", len(vocab.tokens))
+    assert scores is not None
+    prefix = bool(metadata.get(f"{_PREFIX}add_space_prefix", True))
+    normalizers = [name for name in ("NFC", "NFKC") if metadata.get(f"{_PREFIX}normalizer.{name.lower()}")]
+    steps: list[Json] = [{"type": name} for name in normalizers]
+    charsmap = metadata.get(f"{_PREFIX}precompiled_charsmap")
+    if charsmap is not None:
+        text = base64.b64encode(np.asarray(charsmap).tobytes()).decode()
+        steps.append({"type": "Precompiled", "precompiled_charsmap": text})
+    joined = bool(metadata.get(f"{_PREFIX}remove_extra_whitespaces", True))
+    metaspace = _metaspace("always" if prefix or joined else "never", True)
+    words = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace]}
+    types = np.frombuffer(vocab.types, np.uint8)
+    usual = np.isin(types, (NORMAL, BYTE))
+    filler = np.where(types == UNUSED, scores[usual].min(initial=0.0), 0.0)
+    used = vocab.tokens[: int(np.flatnonzero(types != UNUSED)[-1]) + 1]
+    pieces = [list(pair) for pair in zip(used, np.where(usual, scores, filler).tolist(), strict=False)]
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": steps} if steps else None,
+        "pre_tokenizer": words if joined else metaspace,
+        "post_processor": None,
+        "decoder": metaspace,
+        "model": {"type": "Unigram", "unk_id": vocab.unknown, "vocab": pieces, "byte_fallback": BYTE in vocab.types},
+    }
+
+
+def _bert(vocab: Vocab, metadata: Mapping[str, Any]) -> Json:
+    lowercase = bool(metadata.get(f"{_PREFIX}normalizer.lowercase", True))
+    entries: dict[str, int] = {}
+    for token, id in _entries(vocab).items():
+        inner = token.removeprefix(_SPACE) if token.startswith(_SPACE) and token != _SPACE else f"##{token}"
+        entries[inner if vocab.types[id] == NORMAL else token] = id
+    return {
+        "normalizer": {
+            "type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "lowercase": lowercase,
+            "strip_accents": bool(metadata.get(f"{_PREFIX}normalizer.strip_accents", lowercase)),
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": None,
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {
+            "type": "WordPiece", "unk_token": _name(vocab, vocab.unknown), "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100, "vocab": entries,
+        },
+    }  # fmt: skip
+
+
+def _metaspace(scheme: str, split: bool) -> Json:
+    return {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": scheme, "split": split}
+
+
+_KINDS: Mapping[str, tuple[Defaults, Callable[[Vocab, Mapping[str, Any]], Json]]] = MappingProxyType({
+    "gpt2": (Defaults(), _gpt2),
+    "llama": (tokenizer_spm.DEFAULTS, _llama),
+    "t5": (tokenizer_ugm.DEFAULTS, _t5),
+    "bert": (tokenizer_wpm.DEFAULTS, _bert),
+})  # fmt: skip

@@ -1,0 +1,72 @@
+"""bitsandbytes: NF4 and FP4 (a table of 16 values, scaled by 64 weights or so), and LLM.int8 (int8 rows).
+
+Weights of 4 bits lie as one run over all rows, the first of two in the high nibble; with double quantization their
+scales (absmax) are codes of 8 bits themselves, with a table, scales by 256 and an offset. Reference: bitsandbytes 0.50.
+"""
+
+import json
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.formats.errors import UnsupportedError
+from gguf_run.formats.gguf.mapped import quoted
+from gguf_run.formats.gguf.tensors import Tensor
+from gguf_run.runtime.convert.quantized.parts import Parts, wrong
+from gguf_run.runtime.convert.quantized.scaled import int8_weight
+from gguf_run.runtime.convert.stored.sources import F32, source
+
+
+def bnb_4bit(parts: Parts) -> list[Tensor]:
+    """base: the weight, bytes in any dtype; .absmax, .quant_map F32[16], .quant_state.bitsandbytes__*: JSON as bytes;
+    .nested_absmax and .nested_quant_map F32[256] of a double quantization."""
+    weight, absmax = parts.need(""), parts.need(".absmax", "F32", "U8")
+    table = parts.need(".quant_map", "F32", shape=(16,)).array()
+    name = next(
+        (kind for kind in ("nf4", "fp4") if f"{parts.base}.quant_state.bitsandbytes__{kind}" in parts.stored), "nf4"
+    )
+    text = parts.need(f".quant_state.bitsandbytes__{name}", "U8")
+    try:
+        state = json.loads(text.array().tobytes())
+        shape, size = tuple(int(n) for n in state["shape"]), int(state["blocksize"])
+        nested_size, offset = int(state.get("nested_blocksize", 256)), np.float32(state.get("nested_offset", 0))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise wrong(text, f"says {error!r}", "the JSON of a quant_state") from None
+    n = math.prod(shape)
+    if len(shape) != 2 or min(shape) < 1 or min(size, nested_size) < 1 or (n + 1) // 2 != weight.data.nbytes:
+        raise wrong(weight, f"has {weight.data.nbytes} bytes", f"half of its shape {shape} in blocks of {size}")
+    absmax = parts.need(".absmax", "F32", "U8", shape=(-(-n // size),))
+    nested = None
+    if absmax.dtype == "U8":
+        n_nested = -(-absmax.data.nbytes // nested_size)
+        nested = (
+            parts.need(".nested_quant_map", "F32", shape=(256,)).array(),
+            parts.need(".nested_absmax", "F32", shape=(n_nested,)).array(),
+        )
+
+    def scale(blocks: NDArray[np.int64]) -> NDArray[np.float32]:
+        found = absmax.array()[blocks]
+        return found if nested is None else nested[0][found] * nested[1][blocks // nested_size] + offset
+
+    @np.errstate(all="ignore")
+    def read(first: int, end: int) -> NDArray[np.float32]:
+        start, stop = first * shape[1], end * shape[1]
+        octets = weight.data[start // 2 : (stop + 1) // 2]
+        codes = np.stack((octets >> 4, octets & 15), axis=-1).reshape(-1)[start % 2 :][: stop - start]
+        low, at = start // size, np.arange(start, stop) // size
+        return table[codes] * scale(np.arange(low, at[-1] + 1))[at - low]
+
+    return [source(parts.base, shape, F32, weight.file, read)]
+
+
+def bnb_8bit(parts: Parts) -> list[Tensor]:
+    """weight I8[n_out, n_in] and SCB F32[n_out], the magnitude that 127 stands for in each row."""
+    weight = parts.need(".weight", "I8", ndim=2)
+    scb = parts.need(".SCB", "F32", shape=weight.shape[:1])
+    layout = parts.get(".weight_format")
+    if layout is not None and layout.array().any():
+        raise UnsupportedError(f"{weight.file.path}: {quoted(weight.name)} lies in a GPU's order: save the model again")
+    groups = np.zeros(weight.shape[1], np.int64)
+    scale = (scb.array() / np.float32(127))[:, None]
+    return [int8_weight(parts, weight.name, weight, 8, scale, "F32", None, groups)]

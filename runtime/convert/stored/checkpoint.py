@@ -1,0 +1,156 @@
+"""A Hugging Face checkpoint: a folder with config.json and weights, in one file or in several that an index lists."""
+
+import importlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf_run.formats.errors import FormatError, GgufRunError
+from gguf_run.formats.gguf.mapped import MappedFile, quoted
+from gguf_run.runtime.convert.stored.safetensors import Stored, read_safetensors, unique_keys
+
+_MAX_JSON_BYTES = 64 << 20
+_MAX_SIZE = 2**31 - 1
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# torch's names of what safetensors calls ...
+_TORCH_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64", "float8_e4m3fn": "F8_E4M3",
+                 "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
+                 "bool": "BOOL"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """config.json, with what is under text_config on top (models of text and images)."""
+
+    path: Path
+    values: Mapping[str, Any]
+
+    def get(self, *keys: str) -> Any:
+        """Return the first of these that is there and not null, or None."""
+        return next((self.values[key] for key in keys if self.values.get(key) is not None), None)
+
+    def integer(self, *keys: str, default: int | None = None, low: int = 1) -> int:
+        """Return a number from low to 2^31 - 1. FormatError if there is neither one nor a default."""
+        value = self.get(*keys)
+        value = default if value is None else value
+        if type(value) is not int or not low <= value <= _MAX_SIZE:
+            raise self.wrong(keys, f"a whole number from {low} to {_MAX_SIZE}")
+        return value
+
+    def number(self, *keys: str, default: float | None = None) -> float:
+        """Return a number."""
+        value = self.get(*keys)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+            raise self.wrong(keys, "a number")
+        return float(value)
+
+    def wrong(self, keys: Sequence[str], allowed: str) -> FormatError:
+        """Return (not raise) the error that the value of `keys` is not as it must be."""
+        value = self.get(*keys)
+        shown = "is missing" if value is None else f"is {json.dumps(value)[:100]}"  # which escapes what is not ASCII
+        return FormatError(f"{self.path}: {' or '.join(keys)} {shown}, must be {allowed}")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """tensors: by name, as they are stored; read when they are used."""
+
+    directory: Path
+    config: Config
+    tensors: Mapping[str, Stored]
+
+    @classmethod
+    def open(cls, directory: Path, weights: bool = True) -> "Checkpoint":
+        """Read config.json and map the weights (or leave them). GgufRunError if something is missing or wrong."""
+        if not (directory / "config.json").is_file():
+            raise GgufRunError(f"{directory}: there is no config.json: name the folder of a Hugging Face checkpoint")
+        config = read_config(directory)
+        return cls(directory, config, _read_weights(directory) if weights else {})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; FormatError if there is another thing in it."""
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise FormatError(f"{path}: is larger than {_MAX_JSON_BYTES} bytes: not what its name says")
+    try:
+        value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: is not JSON ({error}): get it again") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: holds no JSON object: get it again")
+    return value
+
+
+def read_config(directory: Path) -> Config:
+    values = read_json(directory / "config.json")
+    text = values.get("text_config")
+    return Config(directory / "config.json", {**values, **text} if isinstance(text, dict) else values)
+
+
+def _read_weights(directory: Path) -> dict[str, Stored]:
+    for name in _WEIGHTS:
+        read = read_safetensors if name.endswith(".safetensors") else _read_torch
+        if (directory / name).is_file():
+            return read(directory / name)
+        if (directory / f"{name}.index.json").is_file():
+            return _read_shards(directory / f"{name}.index.json", read)
+    raise GgufRunError(f"{directory}: there are no weights: model.safetensors (or its .index.json) or {_WEIGHTS[1]}")
+
+
+def _read_shards(index: Path, read: Any) -> dict[str, Stored]:
+    """Read all files of an index, and check that they hold what it says."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(place, str) for place in places.values()):
+        raise FormatError(f"{index}: weight_map does not tell the file of each tensor")
+    tensors: dict[str, Stored] = {}
+    names = sorted(set(places.values()))
+    if bad := [name for name in names if not re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII)]:
+        raise FormatError(f"{index}: names the file {quoted(bad[0])}: must be one in the same folder")
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise GgufRunError(f"{index.parent}: {missing[0]} is missing ({len(missing)} of {len(names)} files): get it")
+    for file in names:
+        for name, tensor in read(index.parent / file).items():
+            if places.get(name) != file:
+                where = f"in {quoted(places[name])}" if name in places else "nowhere"
+                raise FormatError(f"{index.parent / file}: holds tensor {quoted(name)}, which {index.name} has {where}")
+            tensors[name] = tensor
+    if lost := places.keys() - tensors.keys():
+        name = min(lost)
+        raise FormatError(
+            f"{index}: says that {quoted(name)} is in {places[name]}, but it is not ({len(lost)} such tensors)"
+        )
+    return tensors
+
+
+def _read_torch(path: Path) -> dict[str, Stored]:
+    """Read a file of torch.save. Its pickle runs no code: torch builds tensors and nothing else (weights_only)."""
+    file = MappedFile(path)
+    try:
+        # By name: an import statement would bind this module to torch, which only these old files need.
+        torch = importlib.import_module("torch")
+    except ImportError:
+        raise GgufRunError(
+            f'{path}: reading it needs torch: pip install "gguf-run[gpu]", or get the model as safetensors'
+        ) from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a pickle can go wrong in any way
+        reason = str(error).partition("\n")[0][:150]
+        raise GgufRunError(
+            f"{path}: torch refuses to load it ({reason}): it holds more than weights, or is damaged; get the model as "
+            "safetensors"
+        ) from None
+    if not isinstance(state, dict):
+        raise FormatError(f"{path}: holds no table of tensors")
+    tensors = {}
+    for name, value in state.items():
+        dtype = _TORCH_DTYPES.get(str(getattr(value, "dtype", "")).removeprefix("torch."))
+        if not isinstance(name, str) or dtype is None:
+            raise FormatError(f"{path}: {quoted(str(name))} is not a tensor of a known type")
+        data = value.detach().contiguous().flatten().view(torch.uint8).numpy()
+        tensors[name] = Stored(name, dtype, tuple(value.shape), data, file)
+    return tensors

@@ -1,0 +1,167 @@
+"""The tokenizer of a Hugging Face checkpoint as metadata of a GGUF file, under the names of llama.cpp's converter."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from gguf_run.formats.errors import FormatError
+from gguf_run.runtime.convert.stored.checkpoint import read_json
+from gguf_run.runtime.convert.vocabulary.sentencepiece import is_sentencepiece, read_sentencepiece
+from gguf_run.runtime.convert.vocabulary.tiktoken import read_tekken, read_tiktoken
+from gguf_run.runtime.convert.vocabulary.tokenizer_json import read_tokenizer_json
+from gguf_run.runtime.convert.vocabulary.vocabulary import Added, Vocabulary, added_tokens, mark_added, read_file
+from gguf_run.runtime.tokenizers.vocab import END_NAMES
+
+_PREFIX = "tokenizer.ggml."
+
+# Roles as tokenizer_config.json and config.json call them, and their keys.
+_ROLES = MappingProxyType({
+    "bos": "bos_token_id", "eos": "eos_token_id", "eot": "eot_token_id", "eom": "eom_token_id",
+    "unk": "unknown_token_id", "sep": "seperator_token_id", "pad": "padding_token_id", "cls": "cls_token_id",
+    "mask": "mask_token_id",
+})  # fmt: skip
+
+_SOURCES = (
+    "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "tiktoken.model",
+    "*.tiktoken",
+)  # fmt: skip
+
+
+def tokenizer_metadata(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metadata pairs `tokenizer.*` for the checkpoint in a directory.
+
+    config: its config.json, of which vocab_size, model_type and the ids of roles matter. FormatError: files that are
+    missing, damaged or contradict each other. UnsupportedError: a kind of tokenizer without a place in GGUF.
+    ConversionWarning: what cannot be carried over.
+    """
+    text_config = config.get("text_config")
+    config = config | text_config if isinstance(text_config, Mapping) else config  # type: ignore[operator]
+    n_vocab = config.get("vocab_size")
+    if n_vocab is not None and (not isinstance(n_vocab, int) or isinstance(n_vocab, bool) or n_vocab < 1):
+        raise FormatError(
+            f"{directory / 'config.json'}: vocab_size is {str(n_vocab)[:40]}: a number from 1 on is allowed"
+        )
+    settings: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        settings |= _read_if_there(directory / name)
+    vocabulary = _read_vocabulary(directory, n_vocab, str(config.get("model_type", "")))
+    if vocabulary.model in ("llama", "t5"):
+        mark_added(vocabulary, _more_added(directory, settings))
+    pairs: dict[str, Any] = {_PREFIX + name: getattr(vocabulary, name) for name in ("model", "pre", "tokens")}
+    if vocabulary.scores is not None:
+        pairs[f"{_PREFIX}scores"] = np.array(vocabulary.scores, np.float32)
+    pairs[f"{_PREFIX}token_type"] = np.array(vocabulary.types, np.int32)
+    if vocabulary.merges is not None:
+        pairs[f"{_PREFIX}merges"] = vocabulary.merges
+    generation = _read_if_there(directory / "generation_config.json")
+    for role, id in _role_ids(vocabulary, settings, config, generation).items():
+        pairs[_PREFIX + _ROLES[role]] = id
+    more = dict(vocabulary.more)
+    for role in ("bos", "eos"):
+        add = settings.get(f"add_{role}_token")
+        if isinstance(add, bool):
+            more.setdefault(f"add_{role}_token", add)
+    pairs |= {_PREFIX + name: value for name, value in more.items()}
+    return pairs | dict(_chat_templates(directory, settings))
+
+
+def _read_vocabulary(directory: Path, n_vocab: int | None, model_type: str) -> Vocabulary:
+    """Read the file that knows most. SentencePiece's own has scores, of which tokenizer.json knows only the order."""
+    found = [path for name in _SOURCES for path in sorted(directory.glob(name))]
+    if not found:
+        raise FormatError(f"{directory}: there is no tokenizer: one of {', '.join(_SOURCES)} is needed")
+    first = found[0]
+    piece_file = next((path for path in found if path.suffix == ".model" and is_sentencepiece(read_file(path))), None)
+    if first.name == "tokenizer.json":
+        vocabulary = read_tokenizer_json(first, n_vocab, model_type)
+        if vocabulary.model == "llama" and piece_file is not None:
+            exact = read_sentencepiece(piece_file, n_vocab)
+            if exact.model == "llama":
+                exact.more |= vocabulary.more
+                exact.roles |= vocabulary.roles
+                mark_added(exact, added_tokens(read_json(first).get("added_tokens"), first))
+                return exact
+        return vocabulary
+    if piece_file is not None:
+        return read_sentencepiece(piece_file, n_vocab)
+    return read_tekken(first, n_vocab) if first.name == "tekken.json" else read_tiktoken(first, n_vocab)
+
+
+def _more_added(directory: Path, settings: Mapping[str, Any]) -> list[Added]:
+    """Return the tokens that files beside a SentencePiece model add to it."""
+    path = directory / "added_tokens.json"
+    listed = [{"id": id, "content": token} for token, id in _read_if_there(path).items()]
+    decoder = settings.get("added_tokens_decoder")
+    entries: list[Any] = []
+    for id, entry in (decoder if isinstance(decoder, Mapping) else {}).items():
+        entries.append({**entry, "id": int(id)} if isinstance(entry, Mapping) and id.isdecimal() else entry)
+    return added_tokens(listed, path) + added_tokens(entries, directory / "tokenizer_config.json")
+
+
+def _role_ids(
+    vocabulary: Vocabulary, settings: Mapping[str, Any], config: Mapping[str, Any], generation: Mapping[str, Any]
+) -> dict[str, int]:
+    """Return the ids of roles: from tokenizer_config.json, what its tokenizer puts around texts, and config.json."""
+    ids = {token: id for id, token in enumerate(vocabulary.tokens)}
+    named = {role: _content(settings.get(f"{role}_token")) for role in _ROLES}
+    named["bos"] = named["bos"] or named["cls"]
+    named["eos"] = named["eos"] or named["sep"]
+    found: dict[str, int] = {}
+    for role in _ROLES:
+        around = vocabulary.roles.get(role) if vocabulary.more.get(f"add_{role}_token") else None
+        for candidate in (around, named[role], vocabulary.roles.get(role), config.get(f"{role}_token_id")):
+            id = ids.get(candidate) if isinstance(candidate, str) else candidate
+            if isinstance(id, int) and not isinstance(id, bool) and 0 <= id < len(vocabulary.tokens):
+                found[role] = id
+                break
+    if "eos" in found and "eot" not in found:
+        eot = _other_end(vocabulary, ids.get(named["eos"] or ""), found["eos"], generation.get("eos_token_id"))
+        if eot is not None:
+            found["eot"] = eot
+    return {role: found[role] for role in _ROLES if role in found}
+
+
+def _other_end(vocabulary: Vocabulary, named: int | None, eos: int, ends: Any) -> int | None:
+    """Return another token that ends an answer: what tokenizer_config.json has for EOS, or generation_config.json."""
+    if named is not None and named != eos:
+        return named
+    ends = ends if isinstance(ends, list) else []
+    others = [id for id in ends if isinstance(id, int) and 0 <= id < len(vocabulary.tokens) and id != eos]
+    return next((id for id in others if vocabulary.tokens[id] in END_NAMES), next(iter(others), None))
+
+
+def _chat_templates(directory: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the keys of chat templates: chat_template.jinja counts before tokenizer_config.json, as in transformers."""
+    file = directory / "chat_template.jinja"
+    given = settings.get("chat_template") or _read_if_there(directory / "chat_template.json").get("chat_template")
+    templates: dict[str, str] = {"default": given} if isinstance(given, str) else {}
+    for entry in given if isinstance(given, list) else ():
+        name, template = (entry.get("name"), entry.get("template")) if isinstance(entry, Mapping) else (None, None)
+        if isinstance(name, str) and isinstance(template, str):
+            templates[name] = template
+    more = sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    for name, path in [("default", file)] * file.is_file() + [(path.stem, path) for path in more]:
+        try:
+            templates[name] = read_file(path).decode()
+        except UnicodeDecodeError:
+            raise FormatError(f"{path}: no UTF-8") from None
+    default = templates.pop("default", None)
+    names = {"".join(c if c.isascii() and c.isalnum() else "_" for c in name): text for name, text in templates.items()}
+    yield from ((f"tokenizer.chat_template.{name}", text) for name, text in names.items())
+    if names:
+        yield "tokenizer.chat_templates", list(names)
+    if default is not None:
+        yield "tokenizer.chat_template", default
+
+
+def _content(value: Any) -> str | None:
+    """The text of a token that stands as itself or as an object."""
+    value = value.get("content") if isinstance(value, Mapping) else value
+    return value if isinstance(value, str) else None
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}

@@ -1,0 +1,117 @@
+"""Which name in `tokenizer.ggml.pre` stands for the pre-tokenizer of a tokenizer.json: found by what it does to texts.
+
+Expressions that cut alike can be written in many ways, and a file's hash says nothing about a model fine-tuned with two
+more tokens. So the checkpoint's own pre-tokenizer and each known one cut the same awkward texts, and the cuts decide.
+"""
+
+import functools
+import json
+import random
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import PreTokenizer as Cutter
+
+from gguf_run.formats.errors import FormatError
+from gguf_run.runtime.convert.vocabulary.vocabulary import ConversionWarning
+from gguf_run.runtime.tokenizers.pretokenizers import PRE_TOKENIZERS, TABLE
+
+# Names that llama.cpp's converter gives to models of these types, where several names mean the same cuts.
+_USUAL_NAMES = {
+    "starcoder2": "starcoder", "granite": "refact", "granitemoe": "refact", "stablelm": "stablelm2", "olmo": "olmo",
+    "cohere": "command-r", "exaone": "exaone", "falcon3": "falcon3", "llama4_text": "llama4", "phi": "phi-2",
+    "mpt": "mpt", "codeshell": "codeshell", "glm4": "glm4", "chatglm": "chatglm-bpe", "bloom": "bloom",
+}  # fmt: skip
+
+# What the known expressions tell apart: case, contractions, digits, spaces, line ends, marks, scripts, symbols.
+_PIECES = (
+    "a", "the", "of", "B", "API", "É", "ßz", "camelCase", "HTTPServer", "'s", "'T", "'ll", "'RE", "don't", "'x",
+    "1", "12", "1234", "1234567", "2024", "3.14", "٣٤", "½", " ", " ", " ", " ", "  ", "     ", "\t", "\n",
+    "\n\n", "\r\n", " \n", "\n  ", ".", ",", "!?", "...", "-", "--", "_", "/", "//", "\\", "(", ")", "();", "{",
+    "}", "$", "+", "=", "==", "<", ">", "^", "~", "|", "`", "#", "@", "*", "&", "%", '"', ":", ";", "[", "]",
+    "。", "，", "“", "”", "…", "日本", "中文字", "ひらが", "カタ", "한국어", "ไทย", "नमस्ते", "سلام", "שלום",
+    "Привет", "мир", "Ελλ", "Հայ", "ქარ", "e\u0301", "ο\u0308", "😀", "👨\u200d👩", "€", "→", "©", "\u00a0",
+    "\u3000", "\ue000", "\x00", "\x1b", "IMGIMGAAZ", "<sentinel:1>", " a", " B", " 12", " !", " 日", "\na",
+    "\n1",
+)  # fmt: skip
+
+
+def pre_tokenizer_name(pre: Any, whole_words: bool, model_type: str, file: str) -> str:
+    """Return the name for a tokenizer.json's `pre_tokenizer` (None, or an object with a type).
+
+    whole_words: its model has ignore_merges, and decides between names whose cuts are the same; model_type: from
+    config.json, decides between names that mean the same in every respect. Where no name cuts alike: the one with the
+    fewest texts cut otherwise, and a ConversionWarning. FormatError: the tokenizers package does not take it.
+    """
+    cutter = _cutter(pre, file)
+    own = _own_cuts(cutter, file)
+    first = [names.split()[0] for names, _ in TABLE]
+    least, names = 0, [name for name in first if _differences(own, name, 0) == 0]
+    if not names:
+        wrong = {name: _differences(own, name, len(own)) for name in first}
+        least = min(wrong.values())
+        names = [name for name, n in wrong.items() if n == least]
+    names = [name for name in names if PRE_TOKENIZERS[name].whole_words == whole_words] or names
+    row = [name for name, known in PRE_TOKENIZERS.items() if known is PRE_TOKENIZERS[names[0]]]
+    usual = _USUAL_NAMES.get(model_type)
+    name = usual if usual in row else names[0]
+    if least:
+        warnings.warn(
+            f'{file}: no known pre-tokenizer cuts text as this one does; "{name}" comes nearest, with {least} of '
+            f"{len(probes())} test texts cut otherwise. Compare gguf-tokenize with the original on your texts",
+            ConversionWarning,
+            stacklevel=2,
+        )
+    return name
+
+
+@functools.cache
+def probes() -> tuple[str, ...]:
+    """Return the texts to cut, the same in each run."""
+    chance = random.Random(8)
+    texts = ["".join(chance.choices(_PIECES, k=chance.randint(2, 14))) for _ in range(400)]
+    return (*texts, "x" + " " * 700 + "y" + " " * 9 + "\n" * 5, "12345678 " * 3, "a1b2c3 " * 4)
+
+
+def _own_cuts(cutter: Cutter, file: str) -> list[list[tuple[int, int]]]:
+    try:
+        return [_cut(cutter, text) for text in probes()]
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # which the package raises, of no class that it gives out
+            raise
+        raise FormatError(f"{file}: pre_tokenizer fails ({error}): it takes too long for some texts") from None
+
+
+def _cut(cutter: Cutter, text: str) -> list[tuple[int, int]]:
+    return [span for _, span in cutter.pre_tokenize_str(text)]
+
+
+def _differences(own: Sequence[list[tuple[int, int]]], name: str, enough: int) -> int:
+    """Count the probes that a known pre-tokenizer cuts otherwise, up to one more than is of interest."""
+    cutter = PRE_TOKENIZERS[name].build()
+    n = 0
+    for text, cuts in zip(probes(), own, strict=True):
+        n += _cut(cutter, text) != cuts
+        if n > enough:
+            break
+    return n
+
+
+def _cutter(pre: Any, file: str) -> Cutter:
+    """Build a tokenizer.json's pre-tokenizer alone, whose bytes do not begin with a space that is not there."""
+    empty = {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    try:
+        built = Tokenizer.from_str(json.dumps(empty | {"pre_tokenizer": _without_prefix(pre)})).pre_tokenizer
+    except Exception as error:  # the package raises Exception itself
+        raise FormatError(f"{file}: pre_tokenizer is not understood ({error})") from None
+    if built is None:
+        raise FormatError(f"{file}: a byte-level BPE without pre_tokenizer is not supported")
+    return built
+
+
+def _without_prefix(pre: Any) -> Any:
+    if isinstance(pre, Mapping):
+        return {key: False if key == "add_prefix_space" else _without_prefix(value) for key, value in pre.items()}
+    return [_without_prefix(item) for item in pre] if isinstance(pre, list) else pre

@@ -1,0 +1,122 @@
+"""SentencePiece's tokenizer.model: a protobuf message of which a dozen fields matter, read without the library.
+
+A message is a row of fields: a varint with number << 3 | wire type, then a varint (0), 8 bytes (1), a varint length and
+as many bytes (2), or 4 bytes (5). Field numbers: sentencepiece_model.proto of SentencePiece.
+"""
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gguf_run.formats.errors import FormatError, UnsupportedError
+from gguf_run.runtime.convert.vocabulary.vocabulary import PADDING_SCORE, Vocabulary, lay_out, read_file
+from gguf_run.runtime.tokenizers.vocab import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+
+# SentencePiece.Type in ggml's token types.
+_TYPES = {1: NORMAL, 2: UNKNOWN, 3: CONTROL, 4: USER_DEFINED, 5: UNUSED, 6: BYTE}
+
+_UNIGRAM, _BPE = 1, 2
+
+
+def read_sentencepiece(path: Path, n_vocab: int | None) -> Vocabulary:
+    """Return the vocabulary of a SentencePiece model, padded or cut to n_vocab tokens where config.json tells.
+
+    FormatError: damaged. UnsupportedError: a model of words or characters.
+    """
+    message = _Message(read_file(path), path)
+    pieces: list[tuple[str, float, int]] = []
+    trainer = normalizer = _Message(b"", path)
+    for number, value in message.fields():
+        if number == 1:
+            pieces.append(_piece(_Message(value, path), len(pieces)))
+        elif number == 2:
+            trainer = _Message(value, path)
+        elif number == 3:
+            normalizer = _Message(value, path)
+    if not pieces:
+        raise FormatError(f"{path}: there are no tokens in it; is it a SentencePiece model?")
+    train, norm = dict(trainer.fields()), dict(normalizer.fields())
+    kind = train.get(3, _UNIGRAM)
+    if kind not in (_UNIGRAM, _BPE):
+        raise UnsupportedError(f"{path}: a SentencePiece model of type {kind!r}: 1 (unigram) and 2 (BPE) are supported")
+    found = {id: token for id, (token, _, _) in enumerate(pieces)}
+    n_vocab = n_vocab or len(pieces)
+    tokens, types = lay_out(found, n_vocab, path)
+    types[: len(pieces)] = [type for _, _, type in pieces[:n_vocab]]
+    scores = [score for _, score, _ in pieces[:n_vocab]] + [PADDING_SCORE] * (n_vocab - len(pieces))
+    vocabulary = Vocabulary("llama" if kind == _BPE else "t5", "default", tokens, types, scores)
+    vocabulary.more["add_space_prefix"] = norm.get(3, 1) != 0
+    if kind == _UNIGRAM:
+        vocabulary.more["remove_extra_whitespaces"] = norm.get(4, 1) != 0
+        charsmap = norm.get(2)
+        if isinstance(charsmap, bytes) and charsmap:
+            vocabulary.more["precompiled_charsmap"] = np.frombuffer(charsmap, np.uint8)
+    for role, field, default in (("unk", 40, 0), ("bos", 41, 1), ("eos", 42, 2), ("pad", 43, -1)):
+        id = train.get(field, default)
+        if isinstance(id, int) and 0 <= id < len(pieces):
+            vocabulary.roles[role] = id
+    return vocabulary
+
+
+def is_sentencepiece(data: bytes) -> bool:
+    """Whether a file begins as a SentencePiece model does, with a field 1 of bytes; tiktoken files are text."""
+    return data[:1] == b"\x0a"
+
+
+def _piece(message: "_Message", id: int) -> tuple[str, float, int]:
+    text, score, type = b"", 0.0, 1
+    for number, value in message.fields():
+        if number == 1 and isinstance(value, bytes):
+            text = value
+        elif number == 2 and isinstance(value, float):
+            score = value
+        elif number == 3 and isinstance(value, int):
+            type = value
+    if score != score or type not in _TYPES:
+        raise FormatError(f"{message.path}: token {id} has the score {score} and the type {type}")
+    try:
+        return text.decode(), score, _TYPES[type]
+    except UnicodeDecodeError:
+        raise FormatError(f"{message.path}: token {id} is no UTF-8") from None
+
+
+class _Message:
+    def __init__(self, data: Any, path: Path) -> None:
+        if not isinstance(data, bytes):
+            raise FormatError(f"{path}: no SentencePiece model: a number stands where a message must")
+        self.path = path
+        self._data = data
+
+    def fields(self) -> Iterator[tuple[int, int | float | bytes]]:
+        """Yield each field's number and value: int, bytes, or float for four bytes."""
+        data, at = self._data, 0
+        while at < len(data):
+            tag, at = self._varint(at)
+            number, wire = tag >> 3, tag & 7
+            if wire == 0:
+                value, at = self._varint(at)
+                yield number, value - (1 << 64) if value >> 63 else value
+                continue
+            n = {1: 8, 5: 4}.get(wire, -1)
+            if wire == 2:
+                n, at = self._varint(at)
+            if n < 0 or n > len(data) - at:
+                raise FormatError(
+                    f"{self.path}: no SentencePiece model: field {number} does not fit into {len(data)} bytes"
+                )
+            part, at = data[at : at + n], at + n
+            yield number, struct.unpack("<f", part)[0] if wire == 5 else part
+
+    def _varint(self, at: int) -> tuple[int, int]:
+        value = 0
+        for i in range(10):
+            if at + i >= len(self._data):
+                break
+            byte = self._data[at + i]
+            value |= (byte & 0x7F) << (7 * i)
+            if byte < 0x80:
+                return value, at + i + 1
+        raise FormatError(f"{self.path}: no SentencePiece model: a number is cut off or longer than 64 bits")

@@ -1,0 +1,250 @@
+"""tokenizer.json of the tokenizers package: byte-level BPE, SentencePiece as BPE or Unigram, and WordPiece."""
+
+import base64
+import binascii
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.formats.errors import FormatError, UnsupportedError
+from gguf_run.runtime.convert.stored.checkpoint import read_json
+from gguf_run.runtime.convert.vocabulary.pre_tokenizer import pre_tokenizer_name
+from gguf_run.runtime.convert.vocabulary.vocabulary import (
+    PADDING_SCORE,
+    SPACE,
+    ConversionWarning,
+    Vocabulary,
+    added_tokens,
+    lay_out,
+    mark_added,
+    tokens_by_id,
+)
+from gguf_run.runtime.tokenizers.vocab import BYTE, NORMAL, UNKNOWN
+
+_BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+
+
+def read_tokenizer_json(path: Path, n_vocab: int | None, model_type: str) -> Vocabulary:
+    """Return the vocabulary of a tokenizer.json, padded or cut to n_vocab tokens where config.json tells.
+
+    FormatError: damaged. UnsupportedError: a kind of model or step that GGUF has no place for. ConversionWarning: a
+    step that changes some texts has no place.
+    """
+    data = read_json(path)
+    model = data.get("model")
+    if not isinstance(model, dict):
+        raise FormatError(f"{path}: there is no model in it")
+    kind = model.get("type", "BPE" if "merges" in model else None)
+    if not isinstance(kind, str) or kind not in _READERS:
+        raise UnsupportedError(f"{path}: the model is {str(kind)[:40]!r}: {', '.join(_READERS)} are supported")
+    added = added_tokens(data.get("added_tokens"), path)
+    vocab = model.get("vocab")
+    if kind == "Unigram":
+        vocab = {token: id for id, (token, _) in enumerate(_unigram_pieces(vocab, path))}
+    if not isinstance(vocab, dict):
+        raise FormatError(f"{path}: the model's vocab must be an object of tokens and ids")
+    found = tokens_by_id(vocab, added, path)
+    tokens, types = lay_out(found, n_vocab or max(found) + 1, path)
+    vocabulary = _READERS[kind](data, Vocabulary("", "default", tokens, types), path, model_type)
+    mark_added(vocabulary, added)
+    unknown = model.get("unk_token")
+    if isinstance(unknown, str) and vocab.get(unknown, len(tokens)) < len(tokens):
+        vocabulary.roles.setdefault("unk", vocab[unknown])
+    _read_post_processor(data, vocabulary)
+    return vocabulary
+
+
+def steps(component: Any, path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the parts of a normalizer, pre-tokenizer, decoder or post-processor, out of the sequences they stand in."""
+    stack = [component]
+    while stack:
+        item = stack.pop()
+        if item is None:
+            continue
+        if not isinstance(item, dict) or not isinstance(item.get("type"), str):
+            raise FormatError(f"{path}: a step is {str(item)[:60]}: it needs a type")
+        if item["type"] == "Sequence":
+            inner = next((v for v in item.values() if isinstance(v, list)), [])
+            stack += reversed(inner)
+        else:
+            yield item
+
+
+def _bpe(data: dict[str, Any], vocabulary: Vocabulary, path: Path, model_type: str) -> Vocabulary:
+    model = data["model"]
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise UnsupportedError(f"{path}: BPE with {name} {str(model[name])[:20]!r} has no place in GGUF")
+    merges = _merges(model.get("merges"), path)
+    types = {step["type"] for part in ("pre_tokenizer", "decoder") for step in steps(data.get(part), path)}
+    if "ByteLevel" not in types:
+        return _spm_bpe(data, vocabulary, merges, path)
+    vocabulary.model = "gpt2"
+    pre = data.get("pre_tokenizer")
+    if any(step.get("add_prefix_space") for step in steps(pre, path) if step["type"] == "ByteLevel"):
+        _warn(path, "it puts a space before a text, which a GGUF file cannot say of byte-level BPE")
+    vocabulary.pre = pre_tokenizer_name(pre, model.get("ignore_merges") is True, model_type, str(path))
+    vocabulary.merges = [f"{left} {right}" for left, right in merges]
+    for step in steps(data.get("normalizer"), path):
+        if step["type"] == "NFC":
+            vocabulary.more["normalizer.nfc"] = True
+        else:
+            _warn(path, f"its normalizer {step['type']} has no place in a GGUF file")
+    return vocabulary
+
+
+def _spm_bpe(data: dict[str, Any], vocabulary: Vocabulary, merges: list[tuple[str, str]], path: Path) -> Vocabulary:
+    """SentencePiece written as BPE: a list of merges takes the place of scores, which it is turned back to.
+
+    SentencePiece joins whatever gives a token, the best-scored first. That is the same if the merges name all pairs.
+    """
+    vocabulary.model = "llama"
+    ranks = {token: rank for rank, token in enumerate(dict.fromkeys(left + right for left, right in merges))}
+    known = set(vocabulary.tokens)
+    n_pairs = sum(token[:i] in known and token[i:] in known for token in ranks for i in range(1, len(token)))
+    n_merges = len(set(merges))
+    if n_pairs > n_merges:
+        _warn(path, f"it has {n_merges} of {n_pairs} possible merges; a GGUF file has all: some texts may differ")
+    _mark_bytes(vocabulary)
+    for token, type in zip(vocabulary.tokens, vocabulary.types, strict=True):
+        if type == NORMAL:
+            ranks.setdefault(token, len(ranks))
+    vocabulary.scores = [-float(ranks.get(token, 0)) for token in vocabulary.tokens]
+    _read_prefix(data, vocabulary, path)
+    return vocabulary
+
+
+def _unigram(data: dict[str, Any], vocabulary: Vocabulary, path: Path, model_type: str) -> Vocabulary:
+    del model_type
+    vocabulary.model = "t5"
+    scores = [score for _, score in _unigram_pieces(data["model"].get("vocab"), path)][: len(vocabulary.tokens)]
+    vocabulary.scores = scores + [PADDING_SCORE] * (len(vocabulary.tokens) - len(scores))
+    unknown = data["model"].get("unk_id")
+    if isinstance(unknown, int) and 0 <= unknown < len(vocabulary.tokens):
+        vocabulary.types[unknown] = UNKNOWN
+        vocabulary.roles["unk"] = unknown
+    if data["model"].get("byte_fallback"):
+        _mark_bytes(vocabulary)
+    _read_prefix(data, vocabulary, path)
+    split = any(step["type"] == "WhitespaceSplit" for step in steps(data.get("pre_tokenizer"), path))
+    for step in steps(data.get("normalizer"), path):
+        if step["type"] == "Precompiled":
+            vocabulary.more["precompiled_charsmap"] = _charsmap(step.get("precompiled_charsmap"), path)
+        elif step["type"] == "Replace" and " {2,}" in str(step.get("pattern")):
+            split = True
+        elif step["type"] in ("NFC", "NFKC"):
+            vocabulary.more[f"normalizer.{step['type'].lower()}"] = True
+        elif step["type"] not in ("Replace", "Prepend", "Strip"):
+            _warn(path, f"its normalizer {step['type']} has no place in a GGUF file")
+    vocabulary.more["remove_extra_whitespaces"] = split
+    return vocabulary
+
+
+def _wordpiece(data: dict[str, Any], vocabulary: Vocabulary, path: Path, model_type: str) -> Vocabulary:
+    """Tokens that begin a word get a "▁" and others lose their "##": how llama.cpp tells them apart."""
+    del model_type
+    vocabulary.model = "bert"
+    prefix = str(data["model"].get("continuing_subword_prefix", "##"))
+    added = {entry.id for entry in added_tokens(data.get("added_tokens"), path)}
+    vocabulary.tokens = [
+        token if id in added or type != NORMAL
+        else token.removeprefix(prefix) if token.startswith(prefix) and token != prefix
+        else SPACE + token
+        for id, (token, type) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
+    ]  # fmt: skip
+    for step in steps(data.get("normalizer"), path):
+        if step["type"] in ("BertNormalizer", "Lowercase"):
+            lowercase = step.get("lowercase", True) is True
+            strip = step.get("strip_accents")
+            vocabulary.more["normalizer.lowercase"] = lowercase
+            vocabulary.more["normalizer.strip_accents"] = lowercase if strip is None else strip is True
+    return vocabulary
+
+
+_READERS: Mapping[str, Callable[[dict[str, Any], Vocabulary, Path, str], Vocabulary]] = MappingProxyType(
+    {"BPE": _bpe, "Unigram": _unigram, "WordPiece": _wordpiece}
+)
+
+
+def _merges(value: Any, path: Path) -> list[tuple[str, str]]:
+    """Return merges as pairs: files have "left right" or, since parts may hold spaces, ["left", "right"]."""
+    if not isinstance(value, list) or not value:
+        raise FormatError(f"{path}: the model has no merges")
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in value]
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise FormatError(f'{path}: merge {i} is {str(value[i])[:60]}, not "left right"')
+    return [(left.replace(" ", "Ġ"), right.replace(" ", "Ġ")) for left, right in pairs]
+
+
+def _unigram_pieces(value: Any, path: Path) -> list[tuple[str, float]]:
+    """Check the vocabulary of a Unigram model: [[token, log probability], ...]."""
+    if not isinstance(value, list):
+        raise FormatError(f"{path}: the model's vocab must be a list of tokens and scores")
+    for i, item in enumerate(value):
+        if not isinstance(item, list) or len(item) != 2 or not isinstance(item[0], str):
+            raise FormatError(f"{path}: entry {i} of the vocabulary is {str(item)[:60]}, not [token, score]")
+        if isinstance(item[1], bool) or not isinstance(item[1], int | float) or not -1e30 < item[1] < 1e30:
+            raise FormatError(f"{path}: token {item[0][:40]!r} has the score {str(item[1])[:40]}, which is no number")
+    if len({item[0] for item in value}) < len(value):
+        twice = next(a[0] for a, b in pairwise(sorted(value, key=lambda item: item[0])) if a[0] == b[0])
+        raise FormatError(f"{path}: token {twice[:40]!r} stands there twice")
+    return [(token, float(score)) for token, score in value]
+
+
+def _mark_bytes(vocabulary: Vocabulary) -> None:
+    vocabulary.types = [
+        BYTE if token in _BYTE_TOKENS else type for token, type in zip(vocabulary.tokens, vocabulary.types, strict=True)
+    ]
+
+
+def _read_prefix(data: dict[str, Any], vocabulary: Vocabulary, path: Path) -> None:
+    """Whether a text gets a space in front: by the normalizer (always), or by Metaspace (unless it begins with one)."""
+    prefix = any(step["type"] == "Prepend" for step in steps(data.get("normalizer"), path))
+    for step in steps(data.get("pre_tokenizer"), path):
+        if step["type"] == "Metaspace":
+            scheme = str(step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never"))
+            prefix = scheme in ("first", "always")
+            if prefix:
+                vocabulary.more["metaspace"] = scheme
+    vocabulary.more["add_space_prefix"] = prefix
+
+
+def _charsmap(value: Any, path: Path) -> NDArray[np.uint8]:
+    try:
+        return np.frombuffer(base64.b64decode(value, validate=True), np.uint8)
+    except (TypeError, ValueError, binascii.Error):
+        raise FormatError(f"{path}: precompiled_charsmap is no base64") from None
+
+
+def _read_post_processor(data: dict[str, Any], vocabulary: Vocabulary) -> None:
+    """Find the tokens that the post-processor puts around a text."""
+    for step in steps(data.get("post_processor"), Path("tokenizer.json")):
+        if step["type"] == "ByteLevel":
+            vocabulary.more.setdefault("add_bos_token", False)
+            vocabulary.more.setdefault("add_eos_token", False)
+        elif step["type"] in ("RobertaProcessing", "BertProcessing"):
+            for role, name in (("bos", "cls"), ("eos", "sep")):
+                pair = step.get(name)
+                if isinstance(pair, list) and pair and isinstance(pair[0], str):
+                    vocabulary.roles[role] = pair[0]
+                    vocabulary.more[f"add_{role}_token"] = True
+        elif step["type"] == "TemplateProcessing":
+            single = step.get("single")
+            if isinstance(single, list) and len(single) > 1:
+                for role, part in (("bos", single[0]), ("eos", single[-1])):
+                    special = part.get("SpecialToken") if isinstance(part, dict) else None
+                    token = special.get("id") if isinstance(special, dict) else None
+                    vocabulary.more[f"add_{role}_token"] = isinstance(token, str)
+                    if isinstance(token, str):
+                        vocabulary.roles[role] = token
+
+
+def _warn(path: Path, text: str) -> None:
+    warnings.warn(f"{path}: {text}", ConversionWarning, stacklevel=3)

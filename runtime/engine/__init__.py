@@ -1,0 +1,1 @@
+"""Prompt to text: everything that generates goes through here. Start with generation.py."""

@@ -1,0 +1,205 @@
+"""Multiple choice: which of some continuations does the model find most likely? HellaSwag, and files of anyone's own.
+
+As llama.cpp scores HellaSwag: each choice is tokenized together with the prompt; the tokens that all choices begin with
+are the context, the others are scored. The choice with the highest mean log-probability per token wins ("normalized");
+counted as well is the one with the highest sum. Ties go to the first.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.formats.errors import GgufRunError
+from gguf_run.runtime.evaluate.text import Scorer, check_finite, tokens_of
+from gguf_run.runtime.model import Model
+
+HELLASWAG_LINES = 6
+Z_95 = 1.959963984540054  # 97.5th percentile of the normal distribution
+
+
+@dataclass(frozen=True)
+class Question:
+    """texts: the prompt with each choice; answer: index of the right one; line: where it stands in its file."""
+
+    texts: tuple[str, ...]
+    answer: int
+    line: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """A question in tokens; the first n_common are the same in all choices, and at least one more follows in each."""
+
+    choices: list[list[int]]
+    n_common: int
+    answer: int
+
+    @property
+    def n_tokens(self) -> int:
+        """All tokens, those in common once."""
+        return self.n_common + sum(len(choice) - self.n_common for choice in self.choices)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How many of n tasks were answered right, by mean (normalized) and by sum of log-probabilities."""
+
+    n: int = 0
+    n_normalized: int = 0
+    n_sum: int = 0
+
+    @property
+    def normalized(self) -> tuple[float, tuple[float, float]]:
+        """The share of right answers and its 95 % interval."""
+        return self.n_normalized / self.n, wilson_interval(self.n_normalized, self.n)
+
+    @property
+    def by_sum(self) -> tuple[float, tuple[float, float]]:
+        return self.n_sum / self.n, wilson_interval(self.n_sum, self.n)
+
+
+def wilson_interval(n_right: int, n: int) -> tuple[float, float]:
+    """Return the 95 % score interval of a proportion (Wilson 1927)."""
+    z2 = Z_95**2 / n
+    p = n_right / n
+    half = Z_95 * math.sqrt((p * (1 - p) + z2 / 4) / n)
+    return max(0.0, (p + z2 / 2 - half) / (1 + z2)), min(1.0, (p + z2 / 2 + half) / (1 + z2))
+
+
+def read_hellaswag(text: str, name: str) -> list[Question]:
+    """Read llama.cpp's form, six lines a task: context, index of the right ending, four endings."""
+    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+    if not lines or len(lines) % HELLASWAG_LINES:
+        raise GgufRunError(
+            f"{name}: has {len(lines)} lines; a HellaSwag file has {HELLASWAG_LINES} for each task: the context, the "
+            "number of the right ending, and four endings"
+        )
+    questions = []
+    for start in range(0, len(lines), HELLASWAG_LINES):
+        context, answer, *endings = lines[start : start + HELLASWAG_LINES]
+        if answer.strip() not in ("0", "1", "2", "3"):
+            raise GgufRunError(f"{name}, line {start + 2}: is {answer[:40]!r}; the right ending is 0, 1, 2 or 3")
+        questions.append(Question(tuple(f"{context} {ending}" for ending in endings), int(answer), start + 1))
+    return questions
+
+
+def read_choices(text: str, name: str) -> list[Question]:
+    """Read JSON lines {"prompt": text, "choices": [text, ...], "answer": index or text}; other fields are ignored. A
+    blank is put between prompt and choice where neither has one there."""
+    questions = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise GgufRunError(f"{name}, line {number}: is not valid JSON: {error}") from None
+            if problem := _problem(record):
+                raise GgufRunError(f"{name}, line {number}: {problem}")
+            prompt, choices, answer = record["prompt"], record["choices"], record["answer"]
+            texts = tuple(_join(prompt, choice) for choice in choices)
+            questions.append(Question(texts, choices.index(answer) if isinstance(answer, str) else answer, number))
+    if not questions:
+        raise GgufRunError(f'{name}: holds no tasks; each line is {{"prompt": ..., "choices": [...], "answer": ...}}')
+    return questions
+
+
+def _problem(record: Any) -> str | None:
+    if not isinstance(record, dict):
+        return "is not a JSON object with prompt, choices and answer"
+    missing = [name for name in ("prompt", "choices", "answer") if name not in record]
+    if missing:
+        return f"has no {' and no '.join(missing)}"
+    choices, answer = record["choices"], record["answer"]
+    if not isinstance(record["prompt"], str):
+        return "prompt is not a text"
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        return "choices is not a list of at least two texts"
+    if isinstance(answer, str):
+        return None if answer in choices else f"answer {answer[:40]!r} is none of the choices"
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+        return f"answer is {answer!r}; allowed: 0 to {len(choices) - 1}, or the text of the right choice"
+    return None
+
+
+def _join(prompt: str, choice: str) -> str:
+    glued = not prompt or prompt[-1].isspace() or choice[0].isspace()
+    return prompt + choice if glued else f"{prompt} {choice}"
+
+
+def llama_cpp_order(n: int) -> list[int]:
+    """The order in which llama.cpp takes n tasks: each is drawn from those that are left by std::mt19937 with seed 1
+    and libstdc++'s uniform distribution (Lemire's method on 32-bit draws)."""
+    draw = np.random.RandomState(1)
+    left = list(range(n))
+    order = []
+    for n_left in range(n, 0, -1):
+        product, low = 0, -1
+        while low < (1 << 32) % n_left:
+            product = int(draw.randint(0, 1 << 32, dtype=np.uint32)) * n_left
+            low = product & 0xFFFFFFFF
+        order.append(left.pop(product >> 32))
+    return order
+
+
+def make_tasks(model: Model, questions: Sequence[Question], name: str) -> list[Task]:
+    """Tokenize questions. GgufRunError for one that the model's context cannot hold."""
+    tasks = []
+    for question in questions:
+        choices = [tokens_of(model, text) for text in question.texts]
+        n_common = min(_n_common(choices[0], choice) for choice in choices)
+        n_common = min(n_common, *(len(choice) - 1 for choice in choices))
+        where = f"{name}, line {question.line}"
+        if n_common < 1:
+            raise GgufRunError(f"{where}: the choices have no beginning in common: give a prompt")
+        if max(map(len, choices)) > model.n_ctx:
+            raise GgufRunError(
+                f"{where}: has {max(map(len, choices))} tokens, the context holds {model.n_ctx}: use a larger "
+                "--ctx-size, or leave the task out"
+            )
+        tasks.append(Task(choices, n_common, question.answer))
+    return tasks
+
+
+def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def accuracy(scorer: Scorer, tasks: Sequence[Task]) -> Iterator[Accuracy]:
+    """Yield the accuracy over all tasks so far, after each. What a task's prompt shares with the one before (examples
+    that all begin with, say) is not computed again."""
+    done = Accuracy()
+    context: list[int] = []
+    for number, task in enumerate(tasks, 1):
+        common = task.choices[0][: task.n_common]
+        n_keep = scorer.model.decoder.rewind(min(_n_common(context, common), len(common) - 1))
+        sums = _log_probabilities(scorer, task, n_keep)
+        check_finite(sums, f"task {number}")
+        context = common
+        lengths = np.array([len(choice) - task.n_common for choice in task.choices])
+        done = replace(
+            done,
+            n=number,
+            n_normalized=done.n_normalized + int((sums / lengths).argmax() == task.answer),
+            n_sum=done.n_sum + int(sums.argmax() == task.answer),
+        )
+        yield done
+
+
+def _log_probabilities(scorer: Scorer, task: Task, n_keep: int) -> NDArray[np.float64]:
+    """Sum of log-probabilities of each choice's tokens after the common ones, of which n_keep are in the context."""
+    n_common = task.n_common
+    first = [choice[n_common] for choice in task.choices]
+    # One row of logits, after the last common token, scores every choice's first token.
+    (block,) = scorer.run(task.choices[0][n_keep:n_common], first[:1], n_keep)
+    sums = block.logits[0, first].astype(np.float64) - block.logits[0, first[0]] - block.nll[0]
+    for i, choice in enumerate(task.choices):
+        if len(choice) > n_common + 1:
+            n_keep = scorer.model.decoder.rewind(n_common)
+            rest = scorer.run(choice[n_keep:-1], choice[n_common + 1 :], n_keep)
+            sums[i] -= sum(block.nll.sum() for block in rest)
+    return sums

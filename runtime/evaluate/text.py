@@ -1,0 +1,134 @@
+"""What all evaluations share: a text cut into chunks, and tokens scored by a model, block by block.
+
+The protocol is that of llama.cpp's perplexity tool, so that figures can be compared. The whole text is tokenized, with
+BOS where the model adds one, and cut into chunks of n_ctx tokens; BOS takes the place of each chunk's first token. The
+tokens of a chunk's second half are scored, each on all that stand before it in the chunk:
+
+    position   0 ..... n_ctx/2 | n_ctx/2 + 1 ..... n_ctx - 1
+               context         | scored: n_ctx - 1 - n_ctx/2
+
+With a stride, windows of n_ctx + stride/2 tokens start at every stride-th token and the last `stride` tokens of each
+are scored, so that every token has at least n_ctx - stride/2 before it. (llama.cpp puts BOS into a window only after
+the window has run, so without effect; here it takes the place of the first token in both cases.)
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.kernels_cpu.measure.log_softmax import LogSoftmax
+from gguf_run.runtime.model import Model
+
+N_CTX = 512
+MIN_N_CTX = 4
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """ids: the tokens to run; targets: the tokens to score, the last of which stands behind the last of ids."""
+
+    ids: list[int]
+    targets: list[int]
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.ids) + 1
+
+
+def window_size(n_ctx: int, stride: int | None = None) -> int:
+    """Tokens in a chunk. OptionError for sizes that are not allowed."""
+    if n_ctx < MIN_N_CTX:
+        raise OptionError(f"--ctx-size is {n_ctx}; allowed: at least {MIN_N_CTX}")
+    if stride is not None and not 1 <= stride <= n_ctx:
+        raise OptionError(f"--stride is {stride}; allowed: 1 to the context size, {n_ctx}")
+    return n_ctx + (stride or 0) // 2
+
+
+def cut_chunks(
+    ids: Sequence[int], n_ctx: int, bos: int | None, n_chunk: int | None = None, stride: int | None = None
+) -> list[Chunk]:
+    """Return the chunks of a text's ids, at most n_chunk. GgufRunError if the text is shorter than one."""
+    size = window_size(n_ctx, stride)
+    if n_chunk is not None and n_chunk < 1:
+        raise OptionError(f"--chunks is {n_chunk}; allowed: at least 1")
+    if len(ids) < size + (stride is not None):
+        raise GgufRunError(
+            f"the text has {len(ids)} tokens, one chunk needs {size + (stride is not None)}: "
+            "use a longer text or a smaller --ctx-size"
+        )
+    n_scored = stride or n_ctx - 1 - n_ctx // 2
+    n_last = len(ids) - size + (stride is None)  # a window starts before this token
+    chunks = []
+    for start in list(range(0, n_last, stride or n_ctx))[:n_chunk]:
+        window = list(ids[start : start + size])
+        chunks.append(Chunk([window[0] if bos is None else bos, *window[1:-1]], window[-n_scored:]))
+    return chunks
+
+
+def tokens_of(model: Model, text: str, parse_special: bool = False) -> list[int]:
+    """Ids of a text with BOS where the model adds one, without EOS; names of control tokens are plain text unless
+    parse_special says otherwise."""
+    ids = model.tokenizer.encode(text, parse_special=parse_special)
+    return ids[:-1] if model.tokenizer.add_eos else ids
+
+
+def bos_of(model: Model) -> int | None:
+    """The token that a context starts with, if the model adds one."""
+    return model.tokenizer.bos if model.tokenizer.add_bos else None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Scored tokens. logits f32[n, n_vocab]: what the model expected, valid until the next block; nll f64[n]: -log of
+    the probability of the token that came; known_top: see top, if that is known already."""
+
+    logits: NDArray[np.float32]
+    nll: NDArray[np.float64]
+    known_top: NDArray[np.int64] | None = None
+
+    @property
+    def top(self) -> NDArray[np.int64]:
+        """The most likely token of each row, int64[n]."""
+        return self.logits.argmax(axis=1) if self.known_top is None else self.known_top
+
+    def rows(self, first: int, end: int | None = None) -> "Block":
+        """Some of the rows."""
+        return Block(self.logits[first:end], self.nll[first:end], self.top[first:end])
+
+
+class Scorer:
+    """Scores tokens with a model. Close it before the model."""
+
+    def __init__(self, model: Model, n_threads: int) -> None:
+        self.model = model
+        self.reduce = LogSoftmax(n_threads)
+        self.reduce.divergence(*np.zeros((2, 1, 1), np.float32))  # compiles it now, if ever
+
+    def run(self, ids: Sequence[int], targets: Sequence[int], n_keep: int = 0) -> Iterator[Block]:
+        """Append ids to the first n_keep tokens of the context and yield the scores of targets, in order. n_keep: what
+        Decoder.rewind has left."""
+        decoder = self.model.decoder
+        decoder.rewind(n_keep)
+        at = 0
+        for logits in decoder.forward(ids, len(targets)):
+            wanted = targets[at : at + len(logits)]
+            at += len(logits)
+            yield Block(logits, self.reduce.log_sum_exp(logits) - logits[np.arange(len(wanted)), wanted])
+
+    def close(self) -> None:
+        self.reduce.close()
+
+    def __enter__(self) -> "Scorer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def check_finite(values: NDArray[np.float64], what: str) -> None:
+    """GgufRunError if the model's numbers have broken down."""
+    if not np.isfinite(values).all():
+        raise GgufRunError(f"{what}: the model's logits are not finite numbers: is its file damaged?")

@@ -1,0 +1,76 @@
+"""The models on this machine that need no download, and what to type for each: `gguf-run --list`, shell completion."""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gguf_run.formats.errors import GgufRunError
+from gguf_run.runtime.cli.common import one_line
+from gguf_run.runtime.hub.files import cached_files, cached_repos, models_among, pick, shards, type_of
+from gguf_run.runtime.hub.find import DEFAULT_MODEL, models_dir
+from gguf_run.runtime.terminal.text import size_text, table
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """name: what to type ("": nothing, it is the default model); type: of a GGUF file, else "checkpoint"."""
+
+    name: str
+    type: str
+    paths: tuple[Path, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(path.stat().st_size for path in self.paths)
+
+    def kind(self) -> str:
+        """Architecture and size, as "llama 135M"; of a file that cannot be read, "damaged"."""
+        from gguf_run.formats.gguf.reader import GGUFFile
+        from gguf_run.runtime.quantize.file_types import model_type
+
+        try:
+            if self.type == "checkpoint":
+                config = json.loads((self.paths[0].parent / "config.json").read_text())
+                return one_line(str(config["model_type"]))
+            with GGUFFile.open(self.paths[0]) as file:
+                return " ".join(one_line(model_type(file)).split()[:2])
+        except (GgufRunError, OSError, ValueError, LookupError, TypeError, RecursionError):
+            return "damaged"
+
+
+def cached_models() -> list[CachedModel]:
+    """Return the default model if it is here, then what is here of the hub's."""
+    default = models_dir() / Path(DEFAULT_MODEL.member).name
+    found = [CachedModel("", type_of(default.name), (default,))] if default.is_file() else []
+    for repo in cached_repos():
+        here = cached_files(repo)
+        models = models_among(here)
+        for name in models:
+            type = type_of(name)
+            only = bool(type) and pick(models, type) == [name]
+            paths = tuple(here[part] for part in shards(name))
+            found.append(CachedModel(f"hf:{repo}:{type}" if only else f"hf:{repo}/{name}", type, paths))
+        weights = tuple(path for name, path in here.items() if name.endswith(".safetensors") and "/" not in name)
+        if not models and weights and "config.json" in here:
+            found.append(CachedModel(f"hf:{repo}", "checkpoint", weights))
+    return found
+
+
+def list_lines(verbose: bool) -> Iterator[str]:
+    """Lines for people: as many columns as the terminal has room for, in a pipe all. verbose: paths too."""
+    rows = []
+    for model in cached_models():
+        name, path = one_line(model.name) or "(the default)", one_line(str(model.paths[0]))
+        rows.append([name, model.type, size_text(model.nbytes), model.kind(), path])
+    head, align = ["model", "type", "size", "architecture", "path"], "llrll"
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    for n in (5 if verbose else 4, 3, 2, 1):
+        lines = list(table(head[:n], [row[:n] for row in rows], align[:n]))
+        if verbose or max(map(len, lines)) <= width:
+            break
+    yield from lines
+    if not rows:
+        yield f"none yet; they will be in {models_dir()}"

@@ -1,0 +1,136 @@
+"""gguf-info MODEL --set, --remove: another metadata for the same tensors, in a new file or in place."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.formats.gguf.mapped import quoted
+from gguf_run.formats.gguf.metadata import VALUE_TYPES, Metadata, Typed
+from gguf_run.formats.gguf.reader import GGUFFile
+from gguf_run.formats.gguf.writer import ALIGNMENT, GGUFWriter, encode_header
+from gguf_run.formats.gguf.writer_metadata import as_typed, encode_pair
+from gguf_run.runtime.info.diff import metadata_changes
+from gguf_run.runtime.terminal.progress import Progress
+
+_TRUTH = {"true": True, "1": True, "false": False, "0": False}
+
+
+def edit(
+    file: GGUFFile, assignments: Sequence[str], removed: Sequence[str], output: Path | None
+) -> list[dict[str, Any]]:
+    """Write the file with changed metadata to `output`, or change the file itself; return the metadata_changes.
+
+    assignments: `key=value` or `key:type=value`. OptionError for one that is not allowed; GgufRunError as GGUFWriter's,
+    or if the file cannot be changed in place.
+    """
+    pairs = _edited(file.metadata, assignments, removed)
+    changes = list(metadata_changes({key: file.metadata.typed(key) for key in file.metadata}, pairs))
+    if output:
+        _write(file, pairs, output)
+    else:
+        _write_in_place(file, pairs)
+    return changes
+
+
+def _edited(metadata: Metadata, assignments: Sequence[str], removed: Sequence[str]) -> dict[str, Typed]:
+    """The metadata with keys set and removed; new keys come last."""
+    pairs = {key: metadata.typed(key) for key in metadata if key not in removed}
+    for key in removed:
+        if key not in metadata:
+            raise OptionError(f"--remove {key}: the file has no such key")
+    changed = list(removed)
+    for text in assignments:
+        key, typed = _assignment(text, metadata)
+        pairs[key] = typed
+        changed.append(key)
+    for key in changed:
+        if changed.count(key) > 1:
+            raise OptionError(f"{key}: is set or removed twice")
+        if key.startswith("split."):
+            raise OptionError(f"{key}: belongs to how the model is split over files, and follows from that")
+    return pairs
+
+
+def _assignment(text: str, metadata: Metadata) -> tuple[str, Typed]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise OptionError(f"--set {quoted(text)}: expected key=value or key:type=value")
+    name, _, type = key.rpartition(":")
+    if key in metadata:
+        type = metadata.type_name(key)
+    elif name:
+        key = name
+    else:
+        type = ""
+    try:
+        typed = Typed(type, _parse(value, type)) if type else as_typed(_guess(value))
+        encode_pair(key, typed, "<")
+    except ValueError:
+        raise OptionError(f"--set {quoted(text)}: {quoted(value)} is not a value of type {type}") from None
+    except GgufRunError as error:
+        raise OptionError(f"--set {quoted(text)}: {error}") from None
+    return key, typed
+
+
+def _parse(value: str, type: str) -> Any:
+    """The value of a type that is known. ValueError if it is none; an unknown type is told later."""
+    if type == "string":
+        return value
+    if type == "bool":
+        if value.lower() not in _TRUTH:
+            raise ValueError(value)
+        return _TRUTH[value.lower()]
+    if type.startswith("array"):
+        return json.loads(value)
+    if type in VALUE_TYPES:
+        return float(value) if type in ("f32", "f64") else int(value, 0)
+    return value
+
+
+def _guess(value: str) -> Any:
+    """true, false, numbers and lists as JSON has them; everything else is text."""
+    try:
+        found = json.loads(value)
+    except ValueError:
+        return value
+    is_finite = not isinstance(found, float) or math.isfinite(found)
+    return found if isinstance(found, bool | int | float | list) and is_finite else value
+
+
+def _write(file: GGUFFile, pairs: Mapping[str, Typed], output: Path) -> None:
+    """A file with this metadata and the tensors of `file`, split as that is."""
+    tensors = list(file.tensors.values())
+    total, done = sum(tensor.nbytes for tensor in tensors), 0
+    with (
+        Progress("writing") as progress,
+        GGUFWriter(output, pairs, tensors, byte_order=file.byte_order, split=file.split, inputs=file.paths) as writer,
+    ):
+        for tensor in tensors:
+            writer.copy(tensor)
+            done += tensor.nbytes
+            progress.set(done, total)
+
+
+def _write_in_place(file: GGUFFile, pairs: Mapping[str, Typed]) -> None:
+    """Change the (first) file itself, unless its tensors would have to move."""
+    tensors = [tensor for tensor in file.tensors.values() if tensor.file.path == file.path]
+    before = {key: file.metadata.typed(key) for key in file.metadata}
+    old, new = (encode_header(side, tensors, file.byte_order, file.alignment) for side in (before, pairs))
+    with open(file.path, "r+b") as output:
+        if output.read(len(old)) != old or before.get(ALIGNMENT) != pairs.get(ALIGNMENT):
+            raise GgufRunError(f"{file.path}: is laid out in a way that cannot be edited in place: use -o OUT")
+        if len(new) != len(old):
+            raise GgufRunError(
+                f"{file.path}: the new header takes {len(new)} bytes, the old one {len(old)}: use -o OUT, the file "
+                "cannot be edited in place"
+            )
+        # As little as possible, in one go: nobody should see half of it.
+        changed = np.flatnonzero(np.frombuffer(old, np.uint8) != np.frombuffer(new, np.uint8))
+        if len(changed):
+            output.seek(changed[0])
+            output.write(new[changed[0] : changed[-1] + 1])

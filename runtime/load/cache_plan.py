@@ -1,0 +1,94 @@
+"""Which types each layer's KV cache has, from a user's options and a calibration file, and how large that is."""
+
+import os
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+
+from gguf_run.formats.errors import OptionError, did_you_mean
+from gguf_run.kernels_cpu.attention.cache import rows_stored
+from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS, cache_bytes
+from gguf_run.models.backend import CacheType
+from gguf_run.models.config import ModelConfig
+
+DEFAULT_TYPE = "f16"
+
+
+def plan_cache(
+    config: ModelConfig,
+    cache_type: str | tuple[str, str] | list[CacheType] | None = None,
+    cache_rotation: bool | None = None,
+    cache_scales: str | os.PathLike[str] | None = None,
+) -> tuple[CacheType, ...]:
+    """Return the cache type of each layer.
+
+    The options are those of Model.load. OptionError for a type that is not known or that the model's heads do not
+    allow; errors of reading the file of scales. Static scales are of rows that are not rotated.
+    """
+    if isinstance(cache_type, list):
+        return tuple(cache_type)
+    both = isinstance(cache_type, str)
+    pair = (cache_type, cache_type) if isinstance(cache_type, str) else cache_type
+    found = None
+    if cache_scales is not None:
+        from gguf_run.runtime.load.kv_scales import KvScales
+
+        found = KvScales.read(cache_scales, config).layers
+    plan = []
+    for il in range(config.n_layer):
+        layer = found[il] if found is not None else None
+        k, v = pair or (layer and layer.types) or (DEFAULT_TYPE, DEFAULT_TYPE)
+        check_type("--cache-type" if both else "--cache-type-k", k, config.attention(il).head_dim)
+        check_type("--cache-type-v", v, config.attention(il).head_dim)
+        static = (layer.scales(k, "k"), layer.scales(v, "v")) if layer and not cache_rotation else (None, None)
+        plan.append(CacheType(k, v, cache_rotation, *static))
+    return tuple(plan)
+
+
+def check_type(option: str, name: str, head_dim: int) -> None:
+    """OptionError unless heads of head_dim numbers can be stored as the type `name`."""
+    if name not in CACHE_FORMATS:
+        raise OptionError(
+            f"{option} is {name!r}; {did_you_mean(name, CACHE_FORMATS)}allowed: {', '.join(CACHE_FORMATS)}"
+        )
+    if not CACHE_FORMATS[name].allows(head_dim):
+        allowed = [other for other, form in CACHE_FORMATS.items() if form.allows(head_dim)]
+        raise OptionError(
+            f"{option} {name} stores blocks of {CACHE_FORMATS[name].block} numbers, the model's heads have {head_dim}; "
+            f"allowed: {', '.join(allowed)}"
+        )
+
+
+def layer_bytes(
+    config: ModelConfig, plan: Sequence[CacheType], n_ctx: int, n_batch: int, n_seq: int = 1
+) -> tuple[int, ...]:
+    """Bytes that the cache of each layer takes: layers with a window store only their window and a batch."""
+    n_batch = max(min(n_batch, n_ctx), n_seq)
+    sizes = []
+    for il, kind in enumerate(plan):
+        shape = config.attention(il)
+        rows = rows_stored(n_ctx, n_batch, shape.window)
+        sizes.append(n_seq * cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, rows))
+    return tuple(sizes)
+
+
+def plan_bytes(config: ModelConfig, plan: Sequence[CacheType], n_ctx: int, n_batch: int, n_seq: int = 1) -> int:
+    """Bytes that the caches of all layers take."""
+    return sum(layer_bytes(config, plan, n_ctx, n_batch, n_seq))
+
+
+def describe_plan(plan: Sequence[CacheType]) -> str:
+    """One line for people: "q8_0", "K q8_0, V q4_0", or how many layers have which. It differs wherever the bytes of a
+    cache mean something else, so that sessions can be compared by it."""
+    counts = Counter(_describe(kind) for kind in plan)
+    text = next(iter(counts)) if len(counts) == 1 else "; ".join(f"{n} x {name}" for name, n in counts.items())
+    static = [(kind.k_scales, kind.v_scales) for kind in plan]
+    if len(counts) > 1 or any(scales != (None, None) for scales in static):
+        names = [_describe(kind) for kind in plan]
+        text += f" (layers {zlib.crc32(repr((names, static)).encode()):08x})"
+    return text
+
+
+def _describe(kind: CacheType) -> str:
+    name = kind.k if kind.k == kind.v else f"K {kind.k}, V {kind.v}"
+    return name + {None: "", True: ", all rotated", False: ", not rotated"}[kind.rotate]

@@ -1,0 +1,97 @@
+"""Opens the GPUs that a user wants, or says in one line why there are none. torch is imported only where one is."""
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from gguf_run.formats.errors import GgufRunError
+from gguf_run.runtime.load.memory import MemoryPlan
+from gguf_run.runtime.load.placement import Device, Placement, Wanted, holds_all, most_layers, place, plan_lines
+
+# What drivers of NVIDIA, of AMD and of Windows' Linux leave in the system.
+_DRIVERS = ("dev/nvidiactl", "dev/kfd", "dev/dxg")
+
+
+def driver_there(root: Path = Path("/")) -> bool:
+    """Whether this machine seems to have a GPU: importing torch to find that out would take a second or two."""
+    if os.name == "nt":
+        return (Path(os.environ.get("SYSTEMROOT", "C:/Windows")) / "System32/nvcuda.dll").exists()
+    return any((root / name).exists() for name in _DRIVERS)
+
+
+def open_gpus(wanted: Wanted, report: Callable[[str], None], root: Path = Path("/")) -> dict[Device, Any]:
+    """Return a kernels_gpu.backend.GpuBackend for each GPU that is named or, if none is, for all that are usable; none
+    if the CPU is wanted, or if there is no usable GPU and none is insisted on: then report gets the reason, unless the
+    machine has no GPU's driver."""
+    if wanted.cpu_only or (not wanted.insists and not driver_there(root)):
+        return {}
+    found, errors = {}, []
+    for device in wanted.devices or [Device("cuda", i) for i in range(n_gpus())]:
+        try:
+            found[device] = open_gpu(device)
+        except GgufRunError as error:
+            if wanted.devices:
+                raise
+            errors.append(error)
+    if not found and wanted.insists:
+        raise errors[0]
+    if not found:
+        report(f"all on the CPU: {errors[0]}")
+    return found
+
+
+def n_gpus() -> int:
+    """GPUs of this machine, at least 1: opening it says why there is none."""
+    try:
+        from gguf_run.kernels_gpu.device.device import n_devices
+    except (ImportError, AttributeError, OSError):
+        return 1
+    return max(1, n_devices())
+
+
+def open_placement(
+    plan: MemoryPlan, wanted: Wanted, report: Callable[[str], None]
+) -> tuple[Placement, dict[Device, Any]]:
+    """Where everything goes, and the backends of the GPUs that are used. report gets the plan, if there is a choice."""
+    gpus = open_gpus(wanted, report)
+    free: dict[Device, int] = {}
+    with gpu_errors(gpus):
+        for device, gpu in gpus.items():
+            free[device] = gpu.free_memory()  # which takes some of it: so others are asked only if they are needed
+            if not wanted.devices and holds_all(plan, wanted, free):
+                break
+    placement = place(plan, wanted, free)
+    if gpus and not placement.n_gpu:
+        report(f"all on the CPU: {most_layers(plan)[1] or 'not one layer fits into the free memory of the GPU'}")
+    elif gpus:
+        for line in plan_lines(plan, placement, free):
+            report(line)
+    return placement, {device: gpus[device] for device in placement.devices if device in gpus}
+
+
+def gpu_errors(gpus: Mapping[Device, Any]) -> AbstractContextManager[None]:
+    """Errors of these GPUs become a GgufRunError."""
+    if not gpus:
+        return nullcontext()
+    from gguf_run.kernels_gpu.device.errors import gpu_errors
+
+    return gpu_errors()
+
+
+def open_gpu(device: Device) -> Any:
+    """A kernels_gpu.backend.GpuBackend. GgufRunError if the GPU, or what runs it, is missing."""
+    try:
+        from gguf_run.kernels_gpu.backend import GpuBackend
+        from gguf_run.kernels_gpu.device.device import open_device
+    except ModuleNotFoundError as error:
+        raise GgufRunError(
+            f"--device {device}: {error.name} is not installed; install it with: pip install 'gguf-run[gpu]'"
+        ) from None
+    except (ImportError, AttributeError, OSError) as error:  # a library that does not load, or of another version
+        raise GgufRunError(
+            f"--device {device}: torch and triton do not work here ({error}); install versions that belong together: "
+            "pip install --force-reinstall 'gguf-run[gpu]'"
+        ) from None
+    return GpuBackend(open_device(device.index))

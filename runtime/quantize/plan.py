@@ -1,0 +1,205 @@
+"""What gguf-quantize will write, decided before any weight is read: tensors, types, metadata, importance weights."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.formats.gguf.imatrix import Imatrix
+from gguf_run.formats.gguf.mapped import quoted
+from gguf_run.formats.gguf.metadata import Typed
+from gguf_run.formats.gguf.reader import GGUFFile, Tensor
+from gguf_run.formats.gguf.tensors import TensorInfo
+from gguf_run.formats.gguf.writer import MetaValue
+from gguf_run.runtime.quantize.rules import Choice, FileType, ModelFacts, Overrides, choose_types, layer_order
+
+_QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION: the meaning of the blocks
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user wants. metadata: keys to set; prune: numbers of layers to leave out; imatrix_path: as it is noted
+    in the file. use_entries: which of the imatrix's entries to use (names that hold one of these texts; none: all),
+    skip_entries: which not."""
+
+    kind: FileType
+    overrides: Overrides = field(default_factory=Overrides)
+    imatrix: Imatrix | None = None
+    imatrix_path: str = ""
+    use_entries: tuple[str, ...] = ()
+    skip_entries: tuple[str, ...] = ()
+    metadata: Mapping[str, MetaValue] = field(default_factory=dict)
+    prune: frozenset[int] = frozenset()
+    keep_split: bool = False
+
+
+@dataclass(frozen=True)
+class Item:
+    """A tensor to write. importance: float32[n_expert, ne[0]], or None."""
+
+    source: Tensor
+    target: TensorInfo
+    choice: Choice
+    importance: NDArray[np.float32] | None = None
+
+    @property
+    def is_copy(self) -> bool:
+        return self.source.type is self.target.type
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole job. split: numbers of tensors in each file to write, none: one file; inputs: files that must not be
+    written; notes: lines for the user."""
+
+    items: Sequence[Item]
+    metadata: Mapping[str, MetaValue]
+    split: Sequence[int]
+    inputs: Sequence[Path]
+    notes: Sequence[str]
+
+
+def make_plan(file: GGUFFile, options: Options) -> Plan:
+    """Decide everything. GgufRunError for an imatrix of another model, OptionError for a layer that does not exist."""
+    keys: dict[str, Any] = {**file.metadata, **{key: _plain(value) for key, value in options.metadata.items()}}
+    layers = sorted({layer_order(name)[0] for name in file.tensors} - {-1})
+    if missing := options.prune - set(layers):
+        there = f"layers {layers[0]} to {layers[-1]}" if layers else "no layers"
+        raise OptionError(f"--prune-layers {min(missing)}: the model has {there}")
+    kept = [il for il in layers if il not in options.prune]
+    names = {name: _renamed(name, kept) for name in file.tensors if layer_order(name)[0] not in options.prune}
+    sources = [file.tensors[name] for name in _ordered(file, options.keep_split) if name in names]
+    weights = [TensorInfo(names[source.name], source.ne, source.type) for source in sources]
+
+    importance = _entries(options)
+    facts = ModelFacts.from_metadata(keys, max(layers, default=-1) + 1, bool(importance))
+    choices = choose_types(weights, facts, options.kind, options.overrides)
+    items = [
+        Item(source, TensorInfo(weight.name, weight.ne, choice.type), choice, _importance(source, choice, importance))
+        for source, weight, choice in zip(sources, weights, choices, strict=True)
+    ]
+    if options.imatrix is not None and not any(name in options.imatrix.sums for name in file.tensors):
+        raise GgufRunError(
+            f"{options.imatrix_path}: none of its {len(options.imatrix.sums)} entries is a tensor of {file.path}: it "
+            "is of another model"
+        )
+    metadata = _metadata(file, options, facts, kept, len(importance))
+    parts = Counter(item.source.file.path for item in items)
+    split = list(parts.values()) if options.keep_split else []
+    inputs = {tensor.file.path for tensor in file.tensors.values()}
+    if options.imatrix_path:
+        inputs.add(Path(options.imatrix_path))
+    return Plan(items, metadata, split, list(inputs), list(_notes(items, options)))
+
+
+def _plain(value: MetaValue) -> Any:
+    return value.value if isinstance(value, Typed) else value
+
+
+def _renamed(name: str, kept: Sequence[int]) -> str:
+    """The name with the layer's new number."""
+    layer, _ = layer_order(name)
+    return name if layer < 0 else name.replace(f"blk.{layer}.", f"blk.{kept.index(layer)}.", 1)
+
+
+def _ordered(file: GGUFFile, keep_split: bool) -> list[str]:
+    """Names in the order of the output: llama.cpp's, or that of the files if they stay as they are."""
+    if not keep_split:
+        return sorted(file.tensors, key=layer_order)
+    parts = list(dict.fromkeys(tensor.file.path for tensor in file.tensors.values()))
+    return sorted(file.tensors, key=lambda name: (parts.index(file.tensors[name].file.path), file.tensors[name].offset))
+
+
+def _entries(options: Options) -> Mapping[str, NDArray[np.float32]]:
+    """The importance of each tensor's input channels, by name in the input file."""
+    if options.imatrix is None:
+        return {}
+    return {
+        name: values
+        for name, values in options.imatrix.entries.items()
+        if not any(text in name for text in options.skip_entries)
+        and (not options.use_entries or any(text in name for text in options.use_entries))
+    }
+
+
+def _importance(
+    source: Tensor, choice: Choice, entries: Mapping[str, NDArray[np.float32]]
+) -> NDArray[np.float32] | None:
+    values = entries.get(source.name)
+    if values is None or choice.type is source.type or not choice.type.is_quantized:
+        return None
+    n_expert = source.ne[2] if len(source.ne) > 2 else 1
+    if values.size == source.ne[0] * n_expert:
+        return values.reshape(n_expert, source.ne[0])
+    if source.name.endswith("token_embd.weight"):
+        return None  # collected by no program in a form that fits
+    raise GgufRunError(
+        f"--imatrix: {quoted(source.name)} has {values.size} values, the tensor needs {source.ne[0] * n_expert}: "
+        "it is of another model"
+    )
+
+
+def check_plan(plan: Plan, allow_requantize: bool) -> None:
+    """GgufRunError for quantized tensors that would be converted without allow_requantize, and for a tensor whose type
+    is of no use without importance weights and that has none."""
+    again = [item.source for item in plan.items if item.source.type.is_quantized and not item.is_copy]
+    if again and not allow_requantize:
+        raise GgufRunError(
+            f"{again[0].file.path}: {_tensors(len(again))} quantized already, {quoted(again[0].name)} is "
+            f"{again[0].type.name}: start from F16, BF16 or F32, or give --allow-requantize, which costs quality"
+        )
+    for item in plan.items:
+        if item.choice.needs_imatrix and item.importance is None and not item.is_copy:
+            raise GgufRunError(
+                f"tensor {quoted(item.target.name)} would be {item.target.type.name} without importance weights, which "
+                "is of no use: give --imatrix FILE with an entry for it, or choose a type of more bits"
+            )
+
+
+def _metadata(
+    file: GGUFFile, options: Options, facts: ModelFacts, kept: Sequence[int], n_entries: int
+) -> dict[str, MetaValue]:
+    """The input's keys, what quantizing changes behind them, as llama-quantize has it."""
+    metadata: dict[str, MetaValue] = {key: file.metadata.typed(key) for key in file.metadata}
+    changes: dict[str, MetaValue] = {"general.quantization_version": Typed("u32", _QUANTIZATION_VERSION)}
+    if options.kind.id is not None:
+        changes["general.file_type"] = Typed("u32", options.kind.id)
+    changes.update(options.metadata)
+    if options.imatrix is not None and n_entries:
+        changes["quantize.imatrix.file"] = options.imatrix_path
+        if options.imatrix.dataset:
+            changes["quantize.imatrix.dataset"] = options.imatrix.dataset
+        changes["quantize.imatrix.entries_count"] = Typed("u32", n_entries)
+        if options.imatrix.chunk_count:
+            changes["quantize.imatrix.chunks_count"] = Typed("u32", options.imatrix.chunk_count)
+    if options.prune:
+        changes[f"{facts.arch}.block_count"] = Typed("u32", len(kept))
+        for key, value in file.metadata.items():  # arrays with one value for each layer
+            ours = key.startswith(f"{facts.arch}.") and not key.startswith(f"{facts.arch}.rope.")
+            if ours and isinstance(value, np.ndarray) and len(value) == facts.n_layer:
+                metadata[key] = Typed(file.metadata.type_name(key), value[kept])
+    return {key: value for key, value in metadata.items() if key not in changes} | changes
+
+
+def _notes(items: Sequence[Item], options: Options) -> Iterator[str]:
+    replaced = Counter(
+        (item.choice.wanted, item.target.type, item.target.ne[0]) for item in items if item.choice.wanted is not None
+    )
+    for (wanted, type, n), count in replaced.items():
+        yield (
+            f"{_tensors(count)} with rows of {n} weights cannot be {wanted.name}, whose blocks hold "
+            f"{wanted.block_size}: {type.name} instead"
+        )
+    if options.imatrix is not None:
+        without = [i for i in items if i.importance is None and not i.is_copy and i.target.type.is_quantized]
+        if without:
+            yield f"{_tensors(len(without))} without importance weights, {quoted(without[0].target.name)} is the first"
+
+
+def _tensors(count: int) -> str:
+    return f"{count} tensor{'s' if count != 1 else ''}"

@@ -1,0 +1,1 @@
+"""Logits to a token. Start with params.py, then sampler.py."""

@@ -1,0 +1,146 @@
+"""Choosing the next token: logit bias, logits processors, samplers, then a draw, in llama.cpp's order."""
+
+import math
+import random
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.formats.errors import GgufRunError
+from gguf_run.runtime.sampling import filters as samplers
+from gguf_run.runtime.sampling import history as samplers_history
+from gguf_run.runtime.sampling.filters import EXACT, GREEDY, Candidates, State, largest
+from gguf_run.runtime.sampling.params import SAMPLERS, SamplingParams
+from gguf_run.runtime.sampling.select import selector
+
+APPLY = {
+    "penalties": samplers_history.penalties,
+    "dry": samplers_history.dry,
+    "top_n_sigma": samplers.top_n_sigma,
+    "top_k": samplers.top_k,
+    "typ_p": samplers.typical,
+    "top_p": samplers.top_p,
+    "min_p": samplers.min_p,
+    "xtc": samplers.xtc,
+    "temperature": samplers.temperature,
+}
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A chosen token, the natural logarithm of the probability that the model gave it, and the most likely tokens with
+    theirs. That is the model's own distribution, before samplers, biases and processors."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class Sampler:
+    """Draws tokens from logits. `seed` is the seed in use, so that a result can be repeated. logprobs: of the tokens
+    drawn so far, if wanted."""
+
+    def __init__(
+        self, params: SamplingParams, breakers: Mapping[int, tuple[tuple[int, ...], ...]] | None = None
+    ) -> None:
+        """breakers: the tokens that stand for params.dry_sequence_breakers, see samplers_history.breakers."""
+        if params.mirostat:
+            params = replace(params, samplers=("temperature",), dynatemp_range=0.0)
+        self.params = params
+        self.seed = random.getrandbits(32) if params.seed is None else int(params.seed)
+        self.logprobs: list[TokenLogprob] = []
+        self._random = random.Random(self.seed)
+        stages = [SAMPLERS[name] for name in params.chain if SAMPLERS[name].is_on(params)]
+        if "temperature" in params.chain and params.temperature < GREEDY and params.dynatemp_range == 0:
+            # What leaves the best token in place need not run to find it, unless another looks at what it leaves.
+            n_first = max((i + 1 for i, kind in enumerate(stages) if not kind.keeps_best), default=0)
+            stages = stages[:n_first] + [kind for kind in stages[n_first:] if kind.name == "temperature"]
+        self._stages = stages
+        # Of the greatest logits, how many are enough to choose from: 0 if all must be known.
+        self.n_top = 0
+        if stages and not params.logit_bias and not params.logits_processors and params.logprobs is None:
+            is_greedy = stages[0].name == "temperature" and params.temperature < GREEDY and not params.dynatemp_range
+            self.n_top = params.top_k if stages[0].name == "top_k" else int(is_greedy)
+        names = {kind.name for kind in stages}
+        n_recent = max(
+            params.repeat_last_n if "penalties" in names else 0, params.dry_penalty_last_n if "dry" in names else 0
+        )
+        self._recent: deque[int] = deque(maxlen=n_recent)
+        self._state = State(self._random, self._recent, breakers or {})
+        self._context: list[int] = []  # for logits processors only
+        self._selector = selector(params)
+
+    def accept(self, ids: Iterable[int]) -> None:
+        """Tokens that now stand in the context (prompt or answer): the penalties look at the last of them."""
+        if self.params.logits_processors:
+            ids = list(ids)
+            self._context.extend(ids)
+        self._recent.extend(ids)
+
+    def sample(self, logits: NDArray[np.float32] | Candidates) -> int:
+        """Choose from f32[n_vocab] (not changed), or, if n_top is not 0, from the n_top greatest in order.
+        GgufRunError if the logits are not numbers, or no token is left."""
+        best = logits.logits[0] if isinstance(logits, Candidates) else logits[int(logits.argmax())]
+        if not np.isfinite(best):
+            raise GgufRunError(
+                f"the model's output for the next token is {best}, not a number: the file is damaged, or its "
+                "values are too large for this computation"
+            )
+        with np.errstate(over="ignore"):
+            if isinstance(logits, Candidates):
+                candidates = logits.take(logits.logits > -np.inf, True)
+            else:
+                candidates = Candidates(self._processed(logits))
+            for kind in self._stages:
+                candidates = APPLY[kind.name](candidates, self.params, self._state)
+            candidates = self._selector.distribution(candidates)
+        i = _draw(candidates.probabilities(), self._random) if len(candidates.logits) > 1 else 0
+        self._selector.chosen(candidates, i)
+        id = candidates.id(i)
+        if self.params.logprobs is not None and not isinstance(logits, Candidates):
+            self.logprobs.append(_logprobs(logits, id, self.params.logprobs))
+        return id
+
+    def _processed(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Apply logit_bias and the logits processors, to a copy."""
+        params = self.params
+        if not params.logit_bias and not params.logits_processors:
+            return logits
+        shape, logits = logits.shape, logits.copy()
+        for id, bias in params.logit_bias.items():
+            logits[id] += np.float32(bias)
+        for processor in params.logits_processors:
+            logits = np.asarray(processor(np.array(self._context, np.intp), logits), np.float32)
+            if logits.shape != shape:
+                raise GgufRunError(
+                    f"a logits processor returned an array of shape {logits.shape}: it must return logits of {shape}"
+                )
+        best = logits.max()
+        if not np.isfinite(best):
+            raise GgufRunError(
+                f"logit_bias or a logits processor leaves no token to choose from (the largest logit is {best}): leave "
+                "one finite at least, and none inf or nan"
+            )
+        return logits
+
+
+def _draw(probabilities: NDArray[np.floating], source: random.Random) -> int:
+    """In two steps, a block and one of its tokens: a float64 copy of all takes ten times as long."""
+    blocks = np.add.reduceat(probabilities, np.arange(0, len(probabilities), EXACT), dtype=np.float64).cumsum()
+    wanted = source.random() * blocks[-1]
+    i = int(blocks.searchsorted(wanted, side="right"))
+    block = probabilities[i * EXACT : (i + 1) * EXACT].astype(np.float64)
+    at = int(block.cumsum().searchsorted(wanted - (blocks[i - 1] if i else 0), side="right"))
+    return i * EXACT + (at if at < len(block) else int(block.argmax()))  # rounding may leave none
+
+
+def _logprobs(logits: NDArray[np.float32], id: int, n: int) -> TokenLogprob:
+    top = largest(logits, n) if n else ()
+    most = float(logits.max())
+    total = most + math.log(np.exp(logits - most).sum(dtype=np.float64))
+    return TokenLogprob(
+        id, float(logits[id]) - total, tuple((int(other), float(logits[other]) - total) for other in top)
+    )

@@ -1,0 +1,105 @@
+"""The end of a chain: draw a token, by its probability, by mirostat or by adaptive-p.
+
+Each has `distribution`, candidates in whose proportion one is drawn, and `chosen`, told which one it was.
+"""
+
+import math
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.runtime.sampling.filters import Candidates, head
+
+if TYPE_CHECKING:
+    from gguf_run.runtime.sampling.params import SamplingParams
+
+
+class Selector(Protocol):
+    """How the last step works, and what it remembers from token to token."""
+
+    def distribution(self, candidates: Candidates) -> Candidates:
+        """The candidates to draw from."""
+
+    def chosen(self, candidates: Candidates, i: int) -> None:
+        """Candidate i of a distribution has been drawn."""
+
+
+class Draw:
+    """By probability."""
+
+    def distribution(self, candidates: Candidates) -> Candidates:
+        return candidates
+
+    def chosen(self, candidates: Candidates, i: int) -> None:
+        pass
+
+
+class Mirostat:
+    """Keeps the surprise of the text near tau (Basu et al. 2020). Version 1 estimates Zipf's exponent from the most
+    likely tokens and derives how many may come, version 2 forbids tokens of more surprise than mu, in bits."""
+
+    N_ESTIMATE = 100
+    MAX_MU = 1000.0  # bits: 2^mu stays a number
+
+    def __init__(self, version: int, tau: float, eta: float) -> None:
+        self._narrowed = {1: self._by_exponent, 2: self._by_surprise}[version]
+        self._tau, self._eta = tau, eta
+        self.mu = min(2 * tau, self.MAX_MU)
+
+    def distribution(self, candidates: Candidates) -> Candidates:
+        return self._narrowed(candidates) if len(candidates.logits) > 1 else candidates
+
+    def chosen(self, candidates: Candidates, i: int) -> None:
+        mu = self.mu - self._eta * (-math.log2(candidates.probabilities()[i]) - self._tau)
+        self.mu = min(self.MAX_MU, max(-self.MAX_MU, mu))
+
+    def _by_exponent(self, candidates: Candidates) -> Candidates:
+        n_vocab = float(len(candidates.logits))  # nothing but the temperature comes before
+        likely = head(candidates, self.N_ESTIMATE).logits.astype(np.float64)
+        if len(likely) < 2 or likely[0] == likely[-1]:
+            return candidates
+        ranks = np.arange(1, len(likely))
+        steps = np.log((ranks + 1) / ranks)
+        exponent = (steps @ (likely[:-1] - likely[1:])) / (steps @ steps)
+        epsilon = exponent - 1
+        with np.errstate(all="ignore"):
+            k = (epsilon * 2**self.mu / (1 - n_vocab**-epsilon)) ** (1 / exponent)
+        return head(candidates, max(1, int(min(k, len(candidates.logits)))) if k == k else 1)
+
+    def _by_surprise(self, candidates: Candidates) -> Candidates:
+        probabilities = candidates.probabilities()
+        keeps = probabilities >= min(2.0**-self.mu, float(probabilities.max()))
+        return candidates.take(keeps, candidates.is_sorted)
+
+
+class AdaptiveP:
+    """Prefers tokens near a probability: the target, moved against the mean of what came before (weights decay)."""
+
+    WIDTH, PEAK, SHARPNESS = 0.3, 5.0, 10.0
+
+    def __init__(self, target: float, decay: float) -> None:
+        self._target, self._decay = target, decay
+        self._weight = 1 / (1 - decay)
+        self._sum = target * self._weight
+        self._before: NDArray[np.floating] = np.empty(0)
+
+    def distribution(self, candidates: Candidates) -> Candidates:
+        self._before = probabilities = candidates.probabilities()
+        target = min(1.0, max(0.0, 2 * self._target - self._sum / self._weight))
+        distance = np.abs(probabilities - target) / self.WIDTH
+        logits = self.PEAK - self.SHARPNESS * distance * distance / (1 + distance)
+        return Candidates(np.where(candidates.logits == -np.inf, -np.inf, logits), candidates.ids)
+
+    def chosen(self, candidates: Candidates, i: int) -> None:
+        self._sum = float(self._before[i]) + self._decay * self._sum
+        self._weight = 1 + self._decay * self._weight
+
+
+def selector(params: "SamplingParams") -> Selector:
+    """What the options ask for."""
+    if params.mirostat:
+        return Mirostat(params.mirostat, params.mirostat_tau, params.mirostat_eta)
+    if params.adaptive_target >= 0 and "adaptive_p" in params.chain:
+        return AdaptiveP(params.adaptive_target, params.adaptive_decay)
+    return Draw()

@@ -1,0 +1,1 @@
+"""Text, tables, colours and progress for people at a terminal."""

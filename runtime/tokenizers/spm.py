@@ -1,0 +1,122 @@
+"""SentencePiece BPE (`tokenizer.ggml.model` = "llama"): the adjacent pair that makes the best-scored token is joined.
+
+Reference: Kudo and Richardson, "SentencePiece", and llama.cpp, whose order among equal scores (the leftmost) holds.
+"""
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from gguf_run.formats.errors import FormatError
+from gguf_run.runtime.tokenizers.merge import CACHED_CHARS, CACHED_WORDS, merge
+from gguf_run.runtime.tokenizers.vocab import BYTE, NORMAL, Defaults, Vocab, read_bool, read_numbers
+
+DEFAULTS = Defaults(add_bos=True, bos=1, eos=2, unknown=0)
+
+_SPACE = "▁"  # how a space is spelled in tokens
+
+# Up to this many characters, encoding texts whole is faster than finding out where this vocabulary lets them be cut.
+FEW_CHARS = 4096
+
+
+class SpmPieces:
+    """What tokens stand for where "▁" is a space."""
+
+    prefix = ""
+    drops_first_space = True
+
+    def __init__(self, vocab: Vocab) -> None:
+        self._vocab = vocab
+
+    def piece(self, id: int) -> bytes:
+        """Return the bytes that a token which is not special stands for."""
+        token, type = self._vocab.tokens[id], self._vocab.types[id]
+        if type == NORMAL:
+            return token.replace(_SPACE, " ").encode()
+        if type == BYTE:
+            return bytes([_byte_value(token)])
+        return b""
+
+
+class SpmEncoder(SpmPieces):
+    """Encodes text between special tokens."""
+
+    def __init__(self, vocab: Vocab, metadata: Mapping[str, Any]) -> None:
+        """FormatError if scores are missing, of a wrong number, or not numbers."""
+        scores = read_numbers(metadata, "scores", len(vocab.tokens))
+        if scores is None:
+            raise FormatError(
+                "tokenizer.ggml.scores is missing: this kind of tokenizer needs it, convert the model again"
+            )
+        if np.isnan(scores).any():
+            raise FormatError(f"tokenizer.ggml.scores: entry {int(np.isnan(scores).argmax())} is not a number")
+        super().__init__(vocab)
+        self.drops_first_space = read_bool(metadata, "add_space_prefix", True)
+        scheme = metadata.get("tokenizer.ggml.metaspace", "special")
+        if scheme not in ("special", "first", "always"):
+            raise FormatError(f'tokenizer.ggml.metaspace is {str(scheme)[:40]!r}: "first" and "always" are allowed')
+        self.prefix = scheme if self.drops_first_space else ""
+        self._costs: list[float] = (-scores.astype(np.float64)).tolist()
+        self._cache: dict[str, list[int]] = {}
+        self._n_encoded = 0
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text without special tokens."""
+        ids: list[int] = []
+        text = text.replace(" ", _SPACE)
+        self._n_encoded += len(text)
+        for word in self._word.findall(text) if self._n_encoded > FEW_CHARS else [text]:
+            found = self._cache.get(word)
+            if found is None:
+                found = self._encode_word(word)
+                if len(word) <= CACHED_CHARS and len(self._cache) < CACHED_WORDS:
+                    self._cache[word] = found
+            ids += found
+        return ids
+
+    @functools.cached_property
+    def _word(self) -> re.Pattern[str]:
+        """Matches the parts of a text that can be encoded one by one, because no token reaches from one to the next.
+
+        A part begins with the spaces before a word: tokens hold them at the start. Some vocabularies have a few tokens
+        with a space behind another character; those characters do not end a part.
+        """
+        joined = "\0".join(self._vocab.tokens)
+        inner = {before[-1] for before in joined.split(_SPACE)[:-1] if before}
+        if joined.count("\0") < len(self._vocab.tokens):
+            inner.discard("\0")  # it only stands between tokens
+        goes_on = f"(?:(?<=[{re.escape(''.join(sorted(inner)))}]){_SPACE}+[^{_SPACE}]*)*" if inner else ""
+        return re.compile(f"{_SPACE}*[^{_SPACE}]+{goes_on}|{_SPACE}+")
+
+    def _encode_word(self, word: str) -> list[int]:
+        ids, costs = self._vocab.ids, self._costs
+
+        def rank(left: str, right: str) -> float | None:
+            id = ids.get(left + right)
+            return None if id is None else costs[id]
+
+        out: list[int] = []
+        for symbol in merge(list(word), rank):
+            id = ids.get(symbol)
+            out += self._bytes(symbol) if id is None else (id,)
+        return out
+
+    def _bytes(self, symbol: str) -> list[int]:
+        """Spell a character that is no token in bytes, `<0xXX>` each, or as the unknown token."""
+        spelled = [self._vocab.ids.get(f"<0x{byte:02X}>", self._vocab.unknown) for byte in symbol.encode()]
+        ids = [id for id in spelled if id is not None]
+        if len(ids) < len(spelled):
+            raise FormatError(f"the vocabulary has no token for {symbol!r}, its bytes, or unknown text")
+        return ids
+
+
+def _byte_value(token: str) -> int:
+    match = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)
+    if match is None:
+        raise FormatError(
+            f"tokenizer.ggml.tokens: {token!r} has the type of a byte, but is not spelled <0x00> to <0xFF>"
+        )
+    return int(match[1], 16)

@@ -1,0 +1,59 @@
+"""WordPiece (`tokenizer.ggml.model` = "bert"): words are cut into the longest tokens from the left, or are unknown.
+
+In a vocabulary, tokens that begin a word have "▁" before them. Reference: Schuster and Nakajima, "Japanese and Korean
+voice search" (2012), and BERT, whose cuts into words the tokenizers package makes.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+
+from gguf_run.formats.errors import FormatError
+from gguf_run.runtime.tokenizers.spm import SpmPieces
+from gguf_run.runtime.tokenizers.vocab import Defaults, Vocab, read_bool
+
+DEFAULTS = Defaults(add_bos=True, add_eos=True, bos=101, unknown=100, eos=102)
+
+_SPACE = "▁"
+_MAX_CHARS = 100  # longer words are unknown, as in BERT
+
+
+class WpmEncoder(SpmPieces):
+    """Encodes text between special tokens."""
+
+    def __init__(self, vocab: Vocab, metadata: Mapping[str, Any]) -> None:
+        """FormatError if there is no token for unknown words."""
+        super().__init__(vocab)
+        if vocab.unknown is None:
+            raise FormatError("tokenizer.ggml.unknown_token_id is missing: this kind of tokenizer needs it")
+        self._unknown = vocab.unknown
+        lowercase = read_bool(metadata, "normalizer.lowercase", True)
+        accents = read_bool(metadata, "normalizer.strip_accents", lowercase)
+        self._normalizer = BertNormalizer(lowercase=lowercase, strip_accents=accents)
+        self._words = BertPreTokenizer()
+        self._longest = max(map(len, vocab.tokens))
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text without special tokens."""
+        ids: list[int] = []
+        for word, _ in self._words.pre_tokenize_str(self._normalizer.normalize_str(text)):
+            ids += self._encode_word(word)
+        return ids
+
+    def _encode_word(self, word: str) -> list[int]:
+        ids: list[int] = []
+        if len(word) > _MAX_CHARS:
+            return [self._unknown]
+        rest = _SPACE + word
+        while rest:
+            for n in range(min(len(rest), self._longest), 0, -1):
+                id = self._vocab.ids.get(rest[:n])
+                if id is not None:
+                    break
+            else:
+                return [self._unknown]
+            ids.append(id)
+            rest = rest[n:]
+        return ids

@@ -1,0 +1,267 @@
+"""Single ops run through the Backend protocol: a test's values go in through `embed`, results come out as `outputs`.
+
+Nothing but the protocol is used, so the same tests will do for another backend. What is private to the CPU backend (the
+blocks of int8 activations, panels) has its NumPy twin at the end.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy_backend import NumpyBackend, NumpyRecorder, NumpyWeight
+
+from gguf_run.formats.blocks.dequantizer import dequantize
+from gguf_run.formats.blocks.types import TensorType, type_by_name
+from gguf_run.formats.blocks.unpack import INTEGER_FORMS
+from gguf_run.kernels_cpu.backend import CpuBackend
+from gguf_run.kernels_cpu.matmul.int_tile import X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS
+from gguf_run.kernels_cpu.panels.memory import WeightPart
+from gguf_run.kernels_cpu.panels.panels import BLOCK, PARTS, ROWS, IntPanel
+from gguf_run.kernels_cpu.vector.simd import I16
+from gguf_run.models.backend import Run
+
+# Types whose weights are multiplied with int8 activations; all others read the activations as they are.
+QUANTIZED = tuple(INTEGER_FORMS)
+
+
+@functools.cache
+def cpu(n_threads: int = 2, cache_type: str = "f16") -> CpuBackend:
+    """A backend that all tests share, so that not every test starts threads."""
+    return CpuBackend(n_threads, cache_type)
+
+
+@dataclass(frozen=True)
+class MemoryTensor:
+    """formats.gguf.reader.Tensor without a file. data: uint8[n_rows, row_bytes]."""
+
+    name: str
+    type: TensorType
+    ne: tuple[int, ...]
+    data: np.ndarray
+    scales: tuple[float, ...] = ()
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.data)
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def blocks(self, first: int = 0, end: int | None = None) -> np.ndarray:
+        return self.data[first:end]
+
+    def matrix(self, i: int) -> "MemoryTensor":
+        n_rows = self.ne[1]
+        part = self.scales[i : i + 1]
+        return replace(self, ne=self.ne[:2], data=self.data[i * n_rows : (i + 1) * n_rows], scales=part)
+
+    def release(self, first: int = 0, end: int | None = None) -> None:
+        pass
+
+
+def tensor_of(blocks: np.ndarray, type_name: str) -> MemoryTensor:
+    """A tensor of blocks, uint8[n_rows, row_bytes]."""
+    type = type_by_name(type_name)
+    n_in = blocks.shape[1] // type.type_size * type.block_size
+    return MemoryTensor("test", type, (n_in, len(blocks)), blocks)
+
+
+def f32_tensor(values: np.ndarray) -> MemoryTensor:
+    """values: [n_rows, n_in]."""
+    return tensor_of(np.ascontiguousarray(values, np.float32).view(np.uint8), "F32")
+
+
+def random_tensor(type_name: str, n_rows: int, n_in: int, seed: int = 0) -> MemoryTensor:
+    """Blocks in which every bit is random but those of factors that could be infinite, NaN or far apart in size."""
+    rng, type = np.random.default_rng(seed), type_by_name(type_name)
+    shape = (n_rows, n_in // type.block_size)
+    assert n_in % type.block_size == 0
+    if type.dtype.kind == "f":
+        numbers = rng.standard_normal(shape).astype(type.dtype)
+    elif type_name == "BF16":
+        numbers = (rng.standard_normal(shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    elif type.dtype.kind == "i":
+        numbers = rng.integers(-128, 128, shape).astype(type.dtype)
+    else:
+        numbers = rng.integers(0, 256, (*shape, type.type_size), np.uint8).view(type.dtype)[..., 0]
+        for name in type.dtype.names:
+            part = numbers[name]
+            if part.dtype.kind == "f":  # of both signs, and nowhere near 0
+                part[...] = rng.choice([-1, 1], part.shape) * rng.uniform(0.01, 0.1, part.shape)
+        if type_name == "MXFP4":
+            numbers["e"] = rng.integers(120, 128, shape)
+        if type_name == "NVFP4":
+            numbers["d"] = rng.integers(0x20, 0x40, numbers["d"].shape)
+        if type_name == "IQ1_M":  # d's bits are the top nibbles of the four scales
+            d = rng.uniform(0.01, 0.1, shape).astype(np.float16).view(np.uint16)
+            for i in range(4):
+                numbers["scales"][..., i] = numbers["scales"][..., i] & 0xFFF | (d >> 4 * i & 15) << 12
+    return tensor_of(np.ascontiguousarray(numbers).view(np.uint8).reshape(n_rows, -1), type_name)
+
+
+def weights_of(tensors: Sequence[MemoryTensor]) -> np.ndarray:
+    """float64[n_out, n_in]."""
+    return np.concatenate([dequantize(t.blocks(), t.type).astype(np.float64) for t in tensors])
+
+
+class Step:
+    """A program for a few ops. `rec` records them; `run` closes the recording at its first call."""
+
+    def __init__(self, backend: Any, n_batch: int) -> None:
+        self.backend, self.n_batch = backend, n_batch
+        self.rec = backend.recorder(n_batch, n_batch)
+        self.program: Any = None
+
+    def input(self, values: np.ndarray, out: Any | None = None) -> Any:
+        """A buffer (or `out`) that holds row ids[t] of values, float32[any, width], whenever the program runs."""
+        out = out or self.rec.buffer(values.shape[1])
+        self.rec.embed(self.backend.table(f32_tensor(values)), out)
+        return out
+
+    def vector(self, values: np.ndarray) -> Any:
+        return self.backend.vector([f32_tensor(values[None])])
+
+    def finish(self, result: Any) -> "Step":
+        self.program = self.rec.finish(self.rec.outputs(result))
+        return self
+
+    def run(self, n_tokens: int, n_past: int = 0, first_id: int = 0) -> np.ndarray:
+        """All result rows for ids first_id, first_id + 1, ..."""
+        ids = np.arange(first_id, first_id + n_tokens, dtype=np.int32)
+        return self.program.run(ids, [Run(0, n_past, n_tokens)], range(n_tokens)).copy()
+
+
+def error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, relative to the largest number expected. NaN where one has NaN and the other has not."""
+    assert actual.shape == expected.shape
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+# Twins of what is private to the CPU backend.
+def quantize_twin(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks of 32: d f32[..., n / 32] and q int8[..., n / 32, 32], with the same roundings as the kernel."""
+    x = np.asarray(x, np.float32).reshape(*x.shape[:-1], -1, BLOCK)
+    largest = np.abs(x).max(axis=-1)
+    with np.errstate(divide="ignore"):
+        inverse = np.where(largest == 0, np.float32(0), np.float32(127) / largest)
+    return largest / np.float32(127), np.rint(x * inverse[..., None]).astype(np.int8)
+
+
+def as_quantized(x: np.ndarray) -> np.ndarray:
+    """What is left of x, float64, when it has been made int8."""
+    d, q = quantize_twin(x)
+    return (d[..., None].astype(np.float64) * q).reshape(x.shape)
+
+
+def read_q8(blocks: np.ndarray) -> dict[str, np.ndarray]:
+    """The fields of activation blocks, uint8[..., n * X_BLOCK_BYTES] (layout: int_tile.py)."""
+    offsets = {"q": (0, "i1", BLOCK), "d": (X_D, "f4", 1), "sums": (X_SUMS, "i4", 3), "d_sums": (X_D_SUMS, "f4", 3)}
+    dtype = np.dtype(
+        {
+            "names": list(offsets),
+            "offsets": [at for at, _, _ in offsets.values()],
+            "formats": [(code, n) for _, code, n in offsets.values()],
+            "itemsize": X_BLOCK_BYTES,
+        }
+    )
+    fields = np.ascontiguousarray(blocks).view(dtype)
+    return {name: fields[name] for name in offsets}
+
+
+def unpack_panel(part: WeightPart, n_in: int) -> np.ndarray:
+    """The numbers in a panel, float32[rows up to the next multiple of 16, n_in] (layout: panels.py)."""
+    panel, n_group = part.panel, -(-part.n_out // ROWS)
+    if not isinstance(panel, IntPanel):
+        words = part.data.view(f"u{panel.element_bytes}").reshape(n_group, n_in, ROWS).swapaxes(1, 2)
+        words = np.ascontiguousarray(words).reshape(-1, n_in)
+        if panel.element == I16:
+            return (words.astype(np.uint32) << 16).view(np.float32)
+        return words.view(f"f{panel.element_bytes}").astype(np.float32)
+    spans = part.data.reshape(n_group, n_in // panel.span, panel.span_bytes)
+    factors = _bytes(spans, 0, 2 * ROWS * panel.n_factors).view("f2").astype(np.float32)
+    factors = factors.reshape(*spans.shape[:2], panel.n_factors, ROWS)
+    heads = _bytes(spans, 2 * ROWS * panel.n_factors, panel.quants_at)
+    heads = heads.reshape(*spans.shape[:2], panel.n_steps, panel.head_bytes)
+    numbers = _head_twin(panel, heads)  # [group, span, step, scales and then minimums, row]
+    per = panel.columns // panel.group
+    scale, minimum = numbers[..., :per, :], numbers[..., per:, :]
+    if panel.scales.shared:
+        scale = factors[:, :, None, :1] * scale
+        minimum = factors[:, :, None, 1:] * minimum
+    planes = _bytes(spans, panel.quants_at, panel.span_bytes)
+    planes = planes.reshape(n_group, -1, panel.bits, ROWS, 4)  # of blocks of 32 columns
+    u = np.zeros((*planes.shape[:2], 8, ROWS, 4), np.int16)
+    first = bit = 0
+    for width in PARTS[panel.bits]:
+        for i in range(8):
+            u[:, :, i] |= (
+                planes[:, :, first + i % width].astype(np.int16) >> width * (i // width) & (1 << width) - 1
+            ) << bit
+        first, bit = first + width, bit + width
+    if panel.codebook:
+        u = np.array(panel.codebook)[u] + panel.offset
+    assert u.max() < 1 << panel.dot_bits
+    # [group, block, columns / 4, row, 4] -> [group, row, scale's group, column]
+    q = u.transpose(0, 3, 1, 2, 4).reshape(n_group, ROWS, -1, panel.group).astype(np.float32) - np.float32(panel.offset)
+    scale, minimum = (a.reshape(n_group, -1, ROWS).transpose(0, 2, 1)[..., None] for a in (scale, minimum))
+    values = scale * q
+    return (values + minimum if panel.has_minimum else values).reshape(-1, n_in)
+
+
+def _bytes(spans: np.ndarray, first: int, end: int) -> np.ndarray:
+    return np.ascontiguousarray(spans[..., first:end])
+
+
+def _head_twin(panel: IntPanel, heads: np.ndarray) -> np.ndarray:
+    """float32[..., numbers of a step, ROWS] from uint8[..., head_bytes] (layout: panels.py)."""
+    name = panel.scales.name
+    if name in ("f16", "f32"):
+        return heads.view({"f16": "f2", "f32": "f4"}[name]).astype(np.float32).reshape(*heads.shape[:-1], -1, ROWS)
+    fields = heads.reshape(*heads.shape[:-1], -1, ROWS).astype(np.int32)
+    if name == "k4":
+        fields = np.concatenate([fields & 15, fields >> 4], axis=-2)
+    elif name == "k6":
+        fourth = sum((fields[..., i, :] >> 6) << 2 * i for i in range(3))
+        fields = np.concatenate([fields & 63, fourth[..., None, :]], axis=-2) - (0 if panel.has_minimum else 32)
+    elif name == "k8":
+        fields = fields.astype(np.uint8).view(np.int8)
+    else:
+        return np.ldexp(np.float32(1), fields - 128).astype(np.float32)
+    return fields.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Q8Weight(NumpyWeight):
+    """is_quantized: bool[n_out], the rows that are multiplied with int8 activations."""
+
+    is_quantized: np.ndarray
+
+
+class Q8Recorder(NumpyRecorder):
+    def matmul(self, x: Any, weight: Any, out: Any, *, bias: Any = None, residual: Any = None) -> None:
+        def op(step: Any) -> None:
+            rows = x.rows(step)
+            result = rows @ weight.data.T
+            if weight.is_quantized.any():
+                result[:, weight.is_quantized] = as_quantized(rows) @ weight.data[weight.is_quantized].T
+            result += 0 if bias is None else bias
+            out.rows(step)[:] = result if residual is None else result + residual.rows(step)
+
+        self._add("matmul", op)
+
+    def as_read(self, x: np.ndarray, type_name: str) -> np.ndarray:
+        return as_quantized(x) if type_name in QUANTIZED else x
+
+
+class Q8Backend(NumpyBackend):
+    """The float64 oracle of what CpuBackend does: exact but for int8 activations where weights are quantized."""
+
+    def weight(self, tensors: Sequence[Any]) -> Q8Weight:
+        is_quantized = np.concatenate([np.full(t.n_rows, t.type.name in QUANTIZED) for t in tensors])
+        return Q8Weight(self._dequantized(tensors), is_quantized)
+
+    def recorder(self, n_batch: int, n_outputs: int) -> Q8Recorder:
+        return Q8Recorder(self.dtype, n_batch, n_outputs)

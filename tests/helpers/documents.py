@@ -1,0 +1,44 @@
+"""What the documents and pyproject.toml say of the commands."""
+
+import importlib
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+SCRIPTS: dict[str, str] = PYPROJECT["project"]["scripts"]
+
+
+def commands_in(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield (script, options) of each line of a text's code blocks and inline code that calls one of our scripts. A
+    script with subcommands comes with the one that is called: "gguf-eval kl"."""
+    code = re.findall(r"```\w*\n(.*?)```|`([^`\n]+)`", text, re.DOTALL)
+    for line in (line for block in code for line in "".join(block).replace("\\\n", " ").splitlines()):
+        line = re.sub(r"\"[^\"]*\"|'[^']*'|#.*", "", line)
+        for command in re.split(r"[|;&]", line):
+            if match := re.search(r"(?:^|[\s/])(gguf-\w+)((?:\s.*)?)$", command):
+                name = match[1]
+                if isinstance(command_of(name), click.Group) and (words := match[2].split()):
+                    name = f"{name} {words[0]}"
+                yield name, re.findall(r"(?<=[\s[])--?[a-z][\w-]*", match[2])
+
+
+def command_of(script: str) -> click.Command:
+    """The click command of "gguf-run", or of "gguf-eval kl". KeyError if there is none."""
+    script, _, subcommand = script.partition(" ")
+    module, _, function = SCRIPTS[script].partition(":")
+    command = getattr(importlib.import_module(module), function)
+    return command.commands[subcommand] if subcommand else command
+
+
+def options_of(script: str) -> set[str]:
+    command = command_of(script)
+    return {"--help", *(name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts))}

@@ -1,0 +1,233 @@
+"""Compiles the GPU backend's kernels for targets that this machine need not have, and says what came out, as JSON.
+
+    python tests/helpers/gpu_compile.py 90 80 gfx942       (or: 86, 89, 100, gfx1100)
+
+For FULL that is every kind of kernel and what its instructions are, for the others each kernel at least once.
+
+The backend runs as it always does, on tensors in CPU memory, but launches only compile: so kernels are specialized for
+the arguments that they really get. A process of its own, because the interpreter is on in the one that tests run in.
+"""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import triton.backends.nvidia
+from numpy_backend import ACTIVATIONS
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from gguf_run.kernels_gpu.backend import GpuBackend
+from gguf_run.kernels_gpu.matmul.launch import DEFAULT, Product, Scratch
+from gguf_run.kernels_gpu.matmul.moe_launch import GpuExperts
+from gguf_run.kernels_gpu.panels.memory import GpuBuffer, GpuWeight, empty
+from gguf_run.kernels_gpu.panels.panels import PANELS, IntPanel
+from gguf_run.kernels_gpu.rows.activations import Halves, Int8
+from gguf_run.models.backend import Attention, CacheType, Moe, Rope, Run
+
+CUOBJDUMP = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "cuobjdump")
+CPU = torch.device("cpu")
+N_IN, N_OUT = 4096, 256
+FULL = "90"
+MMA = r"(?:mma\.sync|wgmma\.mma|tcgen05\.mma|v_wmma|v_mfma)"  # in assembler
+# K, V, head_dim, tokens
+ATTENTION = (
+    ("q8_0", "q8_0", 128, 1),
+    ("q8_0", "q8_0", 128, 64),
+    ("f16", "f16", 128, 1),
+    ("f16", "f16", 128, 64),
+    ("q4_0", "q4_0", 128, 1),
+    ("bf16", "bf16", 128, 64),
+    ("int8", "fp8_e4m3", 256, 1),
+    ("fp8_e5m2", "int8", 64, 64),
+)
+
+
+MEMORY = r"(st\.global|bar\.sync|bar\.warp\.sync|atom[\w.]+|ld\.global\.cg)"
+
+
+def use_target(name: str) -> None:
+    wave = 32 if name.isdigit() or name.startswith("gfx11") else 64
+    target = GPUTarget("cuda", int(name), 32) if name.isdigit() else GPUTarget("hip", name, wave)
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: target,
+            get_current_device=lambda: name,  # Triton keeps the kernels of each device
+            get_current_stream=lambda device=None: 0,
+        )
+    )
+
+
+def loops(sass: list[tuple[str, str]], labels: dict[str, int]) -> list[list[str]]:
+    """The instructions of every loop: what stands between a label and a branch back to it."""
+    found = []
+    for i, (op, arguments) in enumerate(sass):
+        target = re.search(r"(0x[0-9a-f]+|\.L_x_\d+)", arguments) if op.startswith("BRA") else None
+        if target and labels.get(target[1], len(sass)) < i - 3:
+            found.append([op for op, _ in sass[labels[target[1]] : i + 1]])
+    return found
+
+
+def usage(kernel: Any, *options: str) -> tuple[dict[str, Any], str]:
+    """Registers and memory of a kernel for NVIDIA, and all that cuobjdump says."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [CUOBJDUMP, "-res-usage", *options, file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name.lower(): int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}, text
+
+
+def inspect(kernel: Any) -> dict[str, Any]:
+    """What the instructions of a kernel are, which takes much longer."""
+    facts, text = usage(kernel, "-sass")
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);", text)
+    labels = {f"0x{int(at, 16):x}": i for i, (at, _, _) in enumerate(lines)}
+    body = max(loops([(op, rest) for _, op, rest in lines], labels), key=len, default=[])
+    ops = [op for _, op, _ in lines]
+    return facts | {
+        "spills": sum(op.startswith(("STL", "LDL")) for op in ops),
+        "vector_loads": sum(op.startswith("LDG.E") and ".128" in op for op in ops),
+        "dp4a": sum(op.startswith("IDP.4A") for op in ops),
+        "loop": len(body),
+        "in_loop": sorted({op.split(".")[0] for op in body} & {"BAR", "LDS", "STS", "STL", "LDL"}),
+    }
+
+
+def buffer(width: int) -> GpuBuffer:
+    return GpuBuffer(torch.zeros(96, width), False, 0, width)
+
+
+def product(name: str, activation: str | None = None) -> Product:
+    part = empty(PANELS[name], N_IN, N_OUT, CPU)
+    return Product(part, 0, buffer(N_IN), buffer(N_OUT), None, None, activation, DEFAULT)
+
+
+def few(name: str, n: int, activation: str | None = None) -> None:
+    product(name, activation).few(n, Int8.empty(8, N_IN, CPU) if isinstance(PANELS[name], IntPanel) else None)
+
+
+def many(name: str, n: int) -> None:
+    scratch = Scratch(torch.zeros(N_OUT * N_IN, dtype=torch.float16), torch.zeros(96 * N_OUT))
+    product(name).many(n, Halves.empty(96, N_IN, CPU), scratch)
+
+
+def ops() -> None:
+    """Every op of a recorder but the products, which have one weight type here."""
+    backend = GpuBackend(CPU)
+    recorder = backend.recorder(96, 96)
+    x, y, qkv, ff = (recorder.buffer(n) for n in (1024, 1024, 1536, 512))
+    q = qkv.columns(0, 1024)
+    weight = GpuWeight(1024, (empty(PANELS["Q8_0"], 1024, 1024, CPU),))
+    recorder.embed(empty(PANELS["Q4_K"], 1024, 99, CPU), x)
+    recorder.rms_norm(x, torch.ones(1024), y, 1e-5)
+    recorder.matmul(y, weight, x, residual=x)
+    recorder.rms_norm(x, torch.ones(1024), x, 1e-5, residual=y)  # by the product's last program, as ff's int8 blocks
+    recorder.rms_norm(x, torch.ones(1024), y, 1e-5)
+    recorder.matmul_gated(y, weight, ff, "silu")
+    recorder.matmul(ff, GpuWeight(512, (empty(PANELS["Q8_0"], 512, 1024, CPU),)), x)
+    recorder.rms_norm(q, torch.ones(128), q, 1e-5, n_group=8)
+    for style in ("norm", "neox"):
+        recorder.rope(qkv.columns(0, 1280), Rope(style, 128, np.ones(64)), 128)
+    for name in ACTIVATIONS:
+        recorder.gated(x, y, y, name)
+    recorder.observe(x)
+    recorder.matmul(y, weight, x)
+    program = recorder.finish(recorder.outputs(x))
+    for n in (1, 96):
+        program.run(np.zeros(n, np.int32), [Run(0, 0, n)], [0])
+    program.run_top(np.zeros(1, np.int32), [Run(0, 0, 1)], 0, 64)
+
+
+def attention(k: str, v: str, head_dim: int, n: int) -> None:
+    backend = GpuBackend(CPU)
+    recorder = backend.recorder(64, 64)
+    shape = Attention(n_head=8, n_head_kv=2, head_dim=head_dim, scale=0.1)
+    qkv, out = recorder.buffer(12 * head_dim), recorder.buffer(8 * head_dim)
+    q, kv = qkv.columns(0, 8 * head_dim), [qkv.columns(i * head_dim, 2 * head_dim) for i in (8, 10)]
+    recorder.rope(qkv.columns(0, 10 * head_dim), Rope("norm", head_dim, np.ones(head_dim // 2)), head_dim)
+    recorder.attention(q, *kv, backend.cache(shape, 32768, 64, 1, CacheType(k, v)), shape, out)
+    recorder.matmul(out, GpuWeight(1024, (empty(PANELS["Q8_0"], 8 * head_dim, 1024, CPU),)), recorder.buffer(1024))
+    program = recorder.finish(recorder.outputs(out))
+    program.run(np.zeros(n, np.int32), [Run(0, 0, n)], ())
+
+
+def moe(gate_up: str, down: str, n: int, activation: str, biases: bool) -> None:
+    """8 of 64 experts."""
+    n_expert, n_embd, n_ff = 64, 6144, 768
+    recorder = GpuBackend(CPU).recorder(512, 1)
+    x, logits = recorder.buffer(n_embd), recorder.buffer(n_expert)
+    parts = (
+        empty(PANELS[gate_up], n_embd, n_expert * 2 * n_ff, CPU),
+        empty(PANELS[down], n_ff, n_expert * n_embd, CPU),
+    )
+    shifts = [torch.zeros(n_expert, n) if biases else None for n in (2 * n_ff, n_embd)]
+    recorder.moe(x, logits, GpuExperts(n_expert, *parts, *shifts), Moe(8, True, 1.0, activation), x)
+    recorder.finish(recorder.outputs(x)).run(np.zeros(n, np.int32), [Run(0, 0, n)], ())
+
+
+def cases(full: bool) -> dict[str, Callable[[], None]]:
+    every = [name for name, panel in PANELS.items() if isinstance(panel, IntPanel)]
+    few_cases = [(name, 1) for name in (*every, "F16", "F32", "BF16")] if full else [("Q3_K", 1), ("Q6_K", 1)]
+    many_cases = [("Q6_K", 16)]
+    attentions = ATTENTION if full else ATTENTION[:2]
+    if full:
+        few_cases += [("Q4_K", 2), ("Q8_0", 4), ("Q4_K", 8), ("Q3_K", 8)]
+        many_cases += [("Q4_K", 32), ("Q6_K", 64), ("Q3_K", 96)]
+    moes = [("Q4_K", "Q6_K", n, "silu", False) for n in ((1, 64, 512) if full else (1, 512))]
+    if full:
+        moes.append(("MXFP4", "MXFP4", 1, "swiglu_oai", True))
+    return {
+        "ops": ops,
+        **{f"few {name} {n}": functools.partial(few, name, n) for name, n in few_cases},
+        **({"few Q4_K 1 gated": functools.partial(few, "Q4_K", 1, "silu")} if full else {}),
+        **{f"many {name} {n}": functools.partial(many, name, n) for name, n in many_cases},
+        **{"attention {} {} {} {}".format(*case): functools.partial(attention, *case) for case in attentions},
+        **{f"moe {case[0]} {case[2]}": functools.partial(moe, *case) for case in moes},
+    }
+
+
+def main(targets: list[str]) -> None:
+    found: dict[str, dict[str, dict[str, Any]]] = {target: {} for target in targets}
+    run, now = JITFunction.run, {"target": "", "case": ""}
+
+    @functools.wraps(run)
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        target = now["target"]
+        if not target.isdigit():
+            options.pop("maxnreg", None)  # torch for AMD does not ask for it
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        if kernel.hash not in found[target]:
+            facts: dict[str, Any] = {"kernel": self.__name__, "case": now["case"], "shared": kernel.metadata.shared}
+            facts["mma"] = sorted(set(re.findall(MMA, kernel.asm.get("ptx") or kernel.asm["amdgcn"])))
+            facts["fused"] = bool(re.search(r"fma\.rn\.f32[^;]*0f4B400000", kernel.asm.get("ptx", "")))
+            if self.__name__ == "matmul_decode" and target.isdigit():
+                facts["memory"] = re.findall(MEMORY, kernel.asm["ptx"])
+            if target == FULL and self.__name__.startswith(("matmul", "attend", "expert")):
+                facts |= inspect(kernel)
+            elif target.isdigit():
+                facts |= usage(kernel)[0]
+            found[target][kernel.hash] = facts
+        return kernel
+
+    JITFunction.run = compile_only
+    for target in targets:
+        use_target(target)
+        for name, case in cases(target == FULL).items():
+            now |= {"target": target, "case": name}
+            case()
+    json.dump({target: [*kernels.values()] for target, kernels in found.items()}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

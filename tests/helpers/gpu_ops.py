@@ -1,0 +1,124 @@
+"""For tests of the GPU backend: in Triton's interpreter, on torch's CPU tensors, or on a GPU. And NumPy twins of its
+panels.
+
+conftest.py turns the interpreter on; it is set before triton is imported, for the whole process.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch: Any = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+
+from gguf_run.kernels_gpu.backend import GpuBackend  # noqa: E402
+from gguf_run.kernels_gpu.matmul import decode as matmul_decode  # noqa: E402
+from gguf_run.kernels_gpu.panels import units  # noqa: E402
+from gguf_run.kernels_gpu.panels.memory import WeightPart  # noqa: E402
+from gguf_run.kernels_gpu.panels.panels import IntPanel  # noqa: E402
+
+INTERPRETED = os.environ["TRITON_INTERPRET"] != "0"
+DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
+only_interpreted = pytest.mark.skipif(not INTERPRETED, reason="looks into the interpreter")
+torch.set_num_threads(1)
+
+
+def gpu() -> GpuBackend:
+    return GpuBackend(DEVICE)
+
+
+def _bytes(word: Any) -> np.ndarray:
+    return np.ascontiguousarray(word.handle.data, np.int32)[..., None].view(np.int8).astype(np.int32)
+
+
+def _tensor(values: np.ndarray, like: Any) -> Any:
+    return tl.tensor(interpreter.TensorHandle(values.astype(np.int32), tl.int32), like.type)
+
+
+def dp4a(a: Any, b: Any, c: Any) -> Any:
+    """kernels_gpu.panels.dots.dp4a in one operation instead of twenty."""
+    return _tensor(c.handle.data + (_bytes(a) * _bytes(b)).sum(-1), c)
+
+
+def look_up(word: Any, BOOK: Any) -> tuple[Any, Any]:
+    """kernels_gpu.panels.dots.look_up."""
+    book, codes = np.array([int(part) for part in BOOK], np.int32).view(np.int8), _bytes(word)
+    return tuple(_tensor(book[c & 15].view(np.int32)[..., 0], word) for c in (codes, codes >> 4))
+
+
+@pytest.fixture
+def fast_dots(monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETED:
+        speed_up(monkeypatch.setattr)
+
+
+def speed_up(replace: Callable[[Any, str, Any], None]) -> None:
+    """The interpreter takes 40 us for each operation on tensors, most of which are those of dp4a's fallback, and longer
+    to put its operations into triton.language, which it does anew for every function that a kernel calls."""
+    replace(matmul_decode, "dp4a", dp4a)
+    replace(units, "look_up", look_up)
+    call, seen = interpreter.InterpretedFunction.__call__, set()
+
+    def call_function(function: Any, *args: Any, **options: Any) -> Any:
+        if function.fn.__module__.startswith("triton") and function.fn not in seen:
+            seen.add(function.fn)
+            return call(function, *args, **options)
+        return function.rewrite()(*args, **options)
+
+    replace(interpreter.InterpretedFunction, "__call__", call_function)
+
+
+def _bits(plane: np.ndarray, at: np.ndarray, bit: np.ndarray, n: int) -> np.ndarray:
+    """n bits of the bytes number `at` of each unit, plane uint8[n_out, n_unit, bytes], from `bit` on."""
+    return (plane[..., at] >> bit) & (1 << n) - 1
+
+
+def unpack_part(part: WeightPart) -> np.ndarray:
+    """The numbers in a panel, float32[n_out, n_in] (layout: panels.py), with the roundings of the reference."""
+    panel, n_in = part.panel, part.n_in
+    planes = {name: getattr(part, name) for name in ("qs", "high", "scale", "d")}
+    planes = {name: plane.cpu().numpy() for name, plane in planes.items() if plane is not None}
+    if not isinstance(panel, IntPanel):
+        if panel.name == "BF16":
+            return (planes["qs"].view(np.uint16).astype(np.uint32) << 16).view(np.float32)[:, :n_in]
+        return planes["qs"].view({"F32": np.float32, "F16": np.float16}[panel.name]).astype(np.float32)[:, :n_in]
+    n_out, n_unit, unit = part.n_out, part.n_unit, panel.unit
+    f, b = np.divmod(np.arange(unit), 16)
+    if panel.bits == 8:
+        u = planes["qs"].view(np.int8).reshape(n_out, 2, n_unit, 16)[:, f, :, b].transpose(1, 2, 0).astype(np.int32)
+    else:
+        u = _bits(planes["qs"].reshape(n_out, n_unit, 16), b, panel.bits * f, panel.bits).astype(np.int32)
+    if panel.high == 2:
+        u |= _bits(planes["high"].reshape(n_out, n_unit, 8), 4 * f + b % 4, b // 4 * 2, 2).astype(np.int32) << 4
+    elif panel.high:
+        at, bit = (b % 4, 4 * f + b // 4) if panel.bits == 4 else (4 * (f // 2) + b % 4, f % 2 * 4 + b // 4)
+        plane = planes["high"].reshape(n_out, n_unit, unit // 8)
+        u |= _bits(plane, at, bit, 1).astype(np.int32) << panel.bits
+    values = np.array(panel.book)[u] if panel.book else u - panel.offset
+    q = values.reshape(n_out, -1, panel.group).astype(np.float32)
+    scale, minimum = _scales(panel, planes, n_out)
+    weights = scale[..., None] * q
+    return (weights if minimum is None else weights + minimum[..., None]).reshape(n_out, n_in)
+
+
+def _scales(panel: IntPanel, planes: dict[str, np.ndarray], n_out: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """f32[n_out, n_in / group] each."""
+    scale = planes["scale"]
+    halves = scale.view(np.float16).astype(np.float32) if panel.scales in ("f16", "f16m") else None
+    if halves is not None:
+        return (halves, None) if panel.scales == "f16" else (halves[:, ::2], halves[:, 1::2])
+    if panel.scales == "e8m0":
+        return np.ldexp(np.float32(1), scale.astype(np.int32) - 128).astype(np.float32), None
+    d = planes["d"].view(np.float16).astype(np.float32).reshape(n_out, -1, panel.d_bytes // 2)
+    per = 256 // panel.group
+    one, two = (np.repeat(d[..., i], per, axis=1) for i in (0, -1))
+    if panel.scales == "k8":
+        return one * scale.view(np.int8).astype(np.float32), None
+    s, m = (scale & 15, scale >> 4) if panel.scales == "k4" else (scale[:, ::2], scale[:, 1::2])
+    return one * s.astype(np.float32), -two * m.astype(np.float32)

@@ -1,0 +1,256 @@
+"""Whole models on the GPU backend, in Triton's interpreter, against the CPU backend and NumPy."""
+
+import functools
+import gc
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+import torch
+from cpu_ops import cpu
+from gpu_ops import fast_dots, gpu, only_interpreted
+from numpy_backend import NumpyBackend
+from real import smollm2
+from tinymodel import ALL_BIASES, TINY_GEMMA3, Tiny, write_tiny
+from triton.runtime.errors import OutOfResources
+
+from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.gguf.reader import GGUFFile
+from gguf_run.kernels_gpu import backend as gpu_backend
+from gguf_run.kernels_gpu.attention.cache_types import CACHE_FORMATS
+from gguf_run.kernels_gpu.backend import GpuBackend
+from gguf_run.kernels_gpu.device.errors import explain
+from gguf_run.kernels_gpu.device.limits import measure_limits
+from gguf_run.kernels_gpu.matmul.launch import Tuning
+from gguf_run.kernels_gpu.program import Launches
+from gguf_run.models.backend import CacheType
+from gguf_run.models.config import ModelConfig
+from gguf_run.models.decoder import Decoder
+from gguf_run.runtime.load.cache_plan import plan_cache
+from gguf_run.runtime.load.memory import MemoryPlan
+from gguf_run.runtime.load.placement import CPU, Device, fit
+
+__all__ = ["fast_dots"]
+pytestmark = [
+    pytest.mark.usefixtures("fast_dots"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # rows that only fill up may hold anything
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # the interpreter's own
+]
+LLAMA = Tiny(n_layer=1, n_embd=64, n_head=2, n_head_kv=1, n_ff=32, type="Q8_0", biases=ALL_BIASES)
+MODELS = {
+    "llama": replace(LLAMA, types={"attn_v": "Q5_1", "ffn_down": "F16"}),
+    "gemma3": replace(TINY_GEMMA3, n_layer=1, window=0, type="Q4_0", types={"attn_v": "F32"}),
+}
+GPU_ERRORS = [
+    (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee"),
+        "fewer --gpu-layers or",
+    ),
+    (RuntimeError("CUDA error: unspecified launch failure\nCompile with ..."), "a kernel failed, .*please report it"),
+    (
+        torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"),
+        "the GPU is lost or busy; .*nvidia-smi",
+    ),
+    (torch.AcceleratorError("CUDA error: device is lost"), "the GPU is lost or busy"),
+    (RuntimeError("CUDA error: no kernel image is available for execution on the device"), "driver and torch 2"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), "the GPU failed; start again"),
+    (OutOfResources(300000, 232448, "shared memory"), "triton 3.* cannot build a kernel .*use --device cpu"),
+]
+IDS = [(7 * i * i + 3 * i + 1) % 270 for i in range(12)]
+
+
+def open_decoder(path: Path, backend: Any, n_layer: int | None = None, **options: Any) -> Decoder:
+    """n_layer: the first so many only. backend: one, or those of the layers."""
+    file = GGUFFile.open(path)
+    config = ModelConfig.from_metadata(file.metadata, file.tensors)
+    config = replace(config, n_layer=n_layer or config.n_layer)
+    backends = backend if isinstance(backend, list) else [backend] * config.n_layer
+    return Decoder(config, file.tensors, backends, 64, n_batch=32, n_outputs=16, **options)
+
+
+def logits(decoder: Decoder, ids: Sequence[int], n_outputs: int) -> np.ndarray:
+    return np.concatenate([block.copy() for block in decoder.forward(ids, n_outputs)])
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.sqrt(((a - b) ** 2).mean() / (b**2).mean()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tiny_models(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch, with f16 activations, and one token with int8 ones, which cost as much accuracy as on the CPU. Large
+    tiles: the interpreter takes no longer for them."""
+    monkeypatch.setattr(gpu_backend, "DEFAULT", Tuning(tile=(256, 16), rows=((1, 16),)))
+    write_tiny(tmp_path / "model.gguf", MODELS[name])
+    one, other, exact = (
+        open_decoder(tmp_path / "model.gguf", backend) for backend in (gpu(), cpu(2), NumpyBackend(np.float64))
+    )
+    batches = [logits(decoder, IDS[:11], 11) for decoder in (one, other, exact)]
+    assert distance(batches[0], batches[2]) < 3e-3
+    assert distance(batches[0], batches[1]) < 0.05
+    if name == "llama":
+        singles = [logits(decoder, IDS[11:], 1) for decoder in (one, other, exact)]
+        assert distance(singles[0], singles[2]) < max(0.01, 1.5 * distance(singles[1], singles[2]))
+        one.rewind(11)
+        ids, values = one.top(IDS[11:], 3)
+        assert np.array_equal(values, singles[0][0, ids])
+        assert np.array_equal(ids, np.argsort(-singles[0][0], kind="stable")[:3])
+        assert one.n_past == 12
+
+
+# Norms of a layer beyond llama's, and how many values they have; None: llama's that are not there.
+NORMS: dict[str, dict[str, int | None]] = {
+    "llama": {},
+    "qwen3": {"attn_q_norm": 32, "attn_k_norm": 32},
+    "gemma2": {"post_attention_norm": 64, "post_ffw_norm": 64},
+    "gemma3": {},  # tinymodel has them
+    "olmo2": {"attn_norm": None, "ffn_norm": None, "post_attention_norm": 64, "post_ffw_norm": 64}
+    | {"attn_q_norm": 128, "attn_k_norm": 32},
+}
+
+
+@only_interpreted
+@pytest.mark.parametrize("arch", NORMS)
+def test_launches_of_a_layer(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token and one layer more: 7 launches. Norms of whole rows of q and k are launches of their own."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launched: list[str] = []
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *_, **__: launched.append(self.fn.__name__))
+    norms = {f"{name}.weight": None if n is None else np.ones(n, np.float32) for name, n in NORMS[arch].items()}
+    tensors = {f"blk.{il}.{name}": values for il in range(3) for name, values in norms.items()}
+    model = Tiny(arch=arch, n_layer=3, n_embd=64, n_head_kv=1, n_ff=32, type="Q8_0", tensors=tensors)
+    write_tiny(tmp_path / "model.gguf", model)
+    counts = []
+    for n_layer in (1, 2, 3):
+        launched.clear()
+        logits(open_decoder(tmp_path / "model.gguf", gpu(), n_layer), [5], 1)
+        counts.append(launched.copy())
+    n = 9 if arch == "olmo2" else 7
+    assert [len(more) - len(few) for few, more in itertools.pairwise(counts)] == [n, n], counts[-1]
+
+
+def test_layers_on_several_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embeddings on the CPU, a layer on a GPU, one on another, one on the CPU: a batch, two sequences, caches of
+    two types, which cost as much accuracy as on the CPU. From GPU to GPU nothing goes through the host."""
+    write_tiny(tmp_path / "model.gguf", replace(LLAMA, n_layer=3, n_ff=32))
+    places: list[Any] = [gpu(), gpu(), cpu(2)]
+    monkeypatch.setattr(places[0], "to_host", None)
+    options = {"n_seq": 2, "cache_types": [CacheType("q8_0", "q8_0"), CacheType(), CacheType("q8_0", "q8_0")]}
+    mixed = open_decoder(tmp_path / "model.gguf", places, embedding=cpu(2), **options)
+    one, exact = (open_decoder(tmp_path / "model.gguf", b, **options) for b in (cpu(2), NumpyBackend(np.float64)))
+    results = []
+    for decoder in (mixed, one, exact):
+        made = [logits(decoder, IDS[:10], 3)]
+        decoder.rewind(9)
+        decoder.cache.copy_prefix(0, 1, 9)
+        parts = [(il, kind, bytes(data)) for il, kind, data in decoder.cache.export(1)]
+        decoder.cache.load(9, parts, seq=0)
+        made.append(decoder.step({1: IDS[:5], 0: IDS[5:9]}).copy())  # more than FEW: quicker in the interpreter
+        results.append(made)
+    for a, b, c in zip(*results, strict=True):
+        assert distance(a, b) < 0.05
+        assert distance(a, c) < max(0.01, 1.5 * distance(b, c))
+
+
+def test_the_last_layers_on_a_gpu(tmp_path: Path) -> None:
+    """As --gpu-layers 1 has it: the output too, whose rows are those that are wanted."""
+    write_tiny(tmp_path / "model.gguf", replace(LLAMA, n_layer=2, types={"token_embd": "F32"}))
+    mixed, one = (open_decoder(tmp_path / "model.gguf", places) for places in ([cpu(2), gpu()], cpu(2)))
+    a, b = (logits(decoder, IDS, 9) for decoder in (mixed, one))
+    assert a.shape == b.shape == (9, mixed.config.n_vocab)
+    assert distance(a, b) < 0.05
+
+
+@only_interpreted
+@pytest.mark.parametrize(("n_gpu", "tied"), [(1, True), (2, False), (3, True), (3, False)])
+def test_planned_sizes(n_gpu: int, tied: bool, tmp_path: Path) -> None:
+    """Weights and caches to the byte, buffers no less than are made."""
+    types = {"attn_v": "Q5_1", "ffn_down": "F16", "token_embd": "Q8_0"}
+    write_tiny(tmp_path / "model.gguf", replace(LLAMA, n_layer=3, types=types, tied=tied))
+    file = GGUFFile.open(tmp_path / "model.gguf")
+    config = ModelConfig.from_metadata(file.metadata, file.tensors)
+    plan = MemoryPlan(config, list(file.tensors.values()), 64, plan_cache(config), 32)
+    device = Device("cuda")
+    placement = fit(plan.gpu_sizes(), [n_gpu], (), {device: 1 << 40})
+    assert placement is not None
+    backends: dict[Device, Any] = {CPU: cpu(2), device: gpu()}
+
+    def allocated() -> int:
+        storages = {t.untyped_storage() for t in gc.get_objects() if type(t) is torch.Tensor}
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    gc.collect()
+    before = allocated()
+    decoder = open_decoder(
+        tmp_path / "model.gguf", [backends[d] for d in placement.layers], embedding=backends[placement.embedding]
+    )
+    weights, cache, buffers = placement.needed(device, plan.gpu_sizes())
+    held = backends[device].nbytes()
+    biases = sum(tensor.nbytes for name, tensor in file.tensors.items() if name.endswith("bias")) // 3
+    vectors = 4 * 64 * (2 * n_gpu + 1) + biases * n_gpu
+    assert (held["weights"] + vectors, held["cache"]) == (weights, cache)
+    pinned = sum(staging.nbytes for staging in backends[device]._uploader._staging)
+    pinned += decoder._programs[id(backends[device])]._host.nbytes
+    made = allocated() - before - weights - cache - pinned
+    assert buffers / 2 < made <= buffers
+    decoder.close()
+
+
+def test_planned_caches(tmp_path: Path) -> None:
+    """To the byte: every type, windows, whose rings are whole spans, several sequences, a batch beyond the context."""
+    write_tiny(tmp_path / "model.gguf", replace(TINY_GEMMA3, window=70))
+    with GGUFFile.open(tmp_path / "model.gguf") as file:
+        config, tensors = ModelConfig.from_metadata(file.metadata, file.tensors), [*file.tensors.values()]
+    names = [*CACHE_FORMATS]
+    kinds = [CacheType(*pair) for pair in zip(names, names[3:] + names[:3], strict=True)][: config.n_layer]
+    for n_ctx, n_batch, n_seq in ((1000, 32, 1), (100, 512, 3), (128, 1, 2)):
+        plan = MemoryPlan(config, tensors, n_ctx, kinds, n_batch, n_seq)
+        for il, kind in enumerate(kinds):
+            backend = gpu()
+            backend.cache(config.attention(il), n_ctx, max(min(n_batch, n_ctx), n_seq), n_seq, kind)
+            assert backend.nbytes()["cache"] == plan.gpu_sizes().caches[il]
+
+
+def test_errors_of_gpus_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny(tmp_path / "model.gguf", LLAMA)
+    decoder = open_decoder(tmp_path / "model.gguf", gpu())
+    for error, words in GPU_ERRORS:
+
+        def fail(*_: Any, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(Launches, "run", fail)
+        with pytest.raises(GgufRunError, match=words) as caught:
+            logits(decoder, IDS[:3], 1)
+        assert "\n" not in str(caught.value)
+        assert decoder.n_past == 0
+    for other in (RuntimeError("shapes do not fit"), ValueError("out of memory")):
+        assert explain(other) is None
+
+
+def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GpuBackend, "free_memory", lambda self: 1 << 16)
+    monkeypatch.setattr(gpu_backend, "measure_limits", functools.partial(measure_limits, side=32))
+    assert all(0 < rate < float("inf") for rate in gpu().limits())
+
+
+def test_two_layers_of_a_real_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolLM2, Q4_1: large tiles, because the interpreter takes no longer for them. The GPU multiplies f16 with what
+    the CPU makes int8 of."""
+    monkeypatch.setattr(gpu_backend, "DEFAULT", Tuning(tile=(1024, 32)))
+    ids = [1, 4093, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712]
+    exact = open_decoder(smollm2(), NumpyBackend(np.float64), n_layer=2)
+    one, other = (open_decoder(smollm2(), backend, n_layer=2) for backend in (gpu(), cpu(2)))
+    a, b, c = (logits(decoder, ids, 12) for decoder in (one, other, exact))
+    assert distance(a, c) < 1e-3
+    assert distance(b, c) < 0.015
+    assert (a.argmax(-1) == c.argmax(-1)).all()

@@ -1,0 +1,372 @@
+"""The ops of the GPU backend in Triton's interpreter, against float64 NumPy: awkward shapes, few and many tokens."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from cpu_ops import MemoryTensor, Step, as_quantized, error, quantize_twin, random_tensor, weights_of
+from gpu_ops import DEVICE, INTERPRETED, fast_dots, gpu
+from numpy_backend import ACTIVATIONS, NumpyBackend
+
+from gguf_run.kernels_gpu import backend as gpu_backend
+from gguf_run.kernels_gpu.matmul import launch as matmul
+from gguf_run.kernels_gpu.panels import dots
+from gguf_run.kernels_gpu.panels.memory import GpuBuffer
+from gguf_run.kernels_gpu.panels.panels import PANELS, FloatPanel, IntPanel
+from gguf_run.kernels_gpu.rows.activations import Halves, Int8
+from gguf_run.models.backend import Attention, Rope, Run
+
+__all__ = ["fast_dots"]
+pytestmark = [
+    pytest.mark.usefixtures("fast_dots"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # rows that only fill up may hold anything
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # the interpreter's own
+]
+INTEGER = [name for name, panel in PANELS.items() if isinstance(panel, IntPanel)]
+FLOAT = [name for name, panel in PANELS.items() if isinstance(panel, FloatPanel)]
+GUARD = np.float32(-777.25)
+MANY = () if INTERPRETED else (2, 4, 8, 9, 16, 17, 32, 33, 64, 100)  # more numbers of tokens, where that costs little
+EXACT, HALF = 1e-5, 2e-3  # float32 sums; products of numbers with 11 bits
+
+
+def check_matmul(
+    tensors: Sequence[MemoryTensor], tokens: Sequence[int], activation: str = "", bias: bool = True
+) -> None:
+    """One program with bias and residual, run for several numbers of tokens; out stands between columns that must not
+    change. Few tokens are multiplied as int8 if the weights are quantized, many as f16."""
+    rng, n_batch = np.random.default_rng(7), max(tokens)
+    w = weights_of(tensors)
+    n_out, n_in = w.shape
+    x = (rng.standard_normal((n_batch, n_in)) * np.exp(rng.standard_normal((n_batch, 1)))).astype(np.float32)
+    is_quantized = np.concatenate([np.full(t.n_rows, t.type.name in INTEGER) for t in tensors])
+    q8 = as_quantized(x) if is_quantized.any() else x
+    step = Step(gpu(), n_batch)
+    weight = step.backend.weight(tensors)
+    assert (weight.n_in, weight.n_out) == (n_in, n_out)
+    shift = rng.standard_normal(n_out).astype(np.float32) * bias
+    vector = step.vector(shift) if bias else None
+    n = n_out // 2 if activation else n_out
+    residual = 0.1 * rng.standard_normal((n_batch, n)).astype(np.float32)
+    wide = step.input(np.full((n_batch, n + 20), GUARD))
+    out = wide.columns(8, n)
+    if activation:
+        step.rec.matmul_gated(step.input(x), weight, out, activation, bias=vector)
+    else:
+        step.rec.matmul(step.input(x), weight, out, bias=vector, residual=step.input(residual, out))
+    step.finish(wide)
+    for n_tokens in tokens:
+        few = n_tokens <= matmul.FEW
+        exact = x.astype(np.float64) @ w.T
+        expected = (np.where(is_quantized, q8 @ w.T, exact) if few else exact) + shift
+        gated = activation and ACTIVATIONS[activation](expected[:, :n]) * expected[:, n:]
+        expected = gated if activation else expected + residual
+        result = step.run(n_tokens)
+        assert error(result[:, 8 : 8 + n], expected[:n_tokens]) < (EXACT if few else HALF), n_tokens
+        assert (result[:, :8] == GUARD).all()
+        assert (result[:, 8 + n :] == GUARD).all()
+
+
+@pytest.mark.parametrize("name", INTEGER)
+def test_matmul_of_integer_panels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two trips and a rest, a last program with rows that are not there; by tiles in registers and in memory."""
+    monkeypatch.setattr(gpu_backend, "DEFAULT", replace(matmul.DEFAULT, small=16))
+    monkeypatch.setattr(matmul, "SCRATCH", 5 * 768)
+    n_in = 768 if PANELS[name].unit == 64 or "_K" in name or name == "IQ4_XS" else 32 * 35
+    check_matmul([random_tensor(name, 7, n_in)], (1, 9, 17, *MANY))
+
+
+@pytest.mark.parametrize("name", FLOAT)
+@pytest.mark.parametrize("n_in", [7, 300])
+def test_matmul_of_float_panels(name: str, n_in: int) -> None:
+    check_matmul([random_tensor(name, 9, n_in)], (1, 3, 17, *MANY))
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q3_K", "Q6_K", "Q8_0"])
+def test_matmul_of_a_few_tokens(name: str) -> None:
+    check_matmul([random_tensor(name, 3, 256)], (2, 3, 8, 33))
+
+
+def test_matmul_of_stacked_types() -> None:
+    check_matmul(
+        [random_tensor(name, n, 256) for name, n in (("Q4_K", 5), ("Q6_K", 2), ("F16", 3))], (1, 9), bias=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("activation", "types"), [("silu", ("Q4_0", "Q4_0")), ("gelu", ("Q4_0", "Q8_0")), ("gelu", ("Q8_0", "Q8_0"))]
+)
+def test_matmul_gated(activation: str, types: Sequence[str]) -> None:
+    check_matmul([random_tensor(name, 3, 96, i) for i, name in enumerate(types)], (1, 2, 9), activation)
+
+
+def test_fallbacks_of_dot_products() -> None:
+    """The plain Triton of what is one instruction on NVIDIA GPUs: books of values, four and two products at a time."""
+    import torch
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(a, b, out, BOOK: tl.constexpr):  # type: ignore[no-untyped-def]
+        i = tl.arange(0, 64)
+        x, y = tl.load(a + i), tl.load(b + i)
+        low, high = dots.look_up(x, BOOK)
+        tl.store(out + i, dots.dp4a(x, y, y))
+        tl.store(out + 64 + i, dots.dp2a(x, y, 0))
+        tl.store(out + 128 + i, dots.dp2a(x, y, 1))
+        tl.store(out + 192 + i, low)
+        tl.store(out + 256 + i, high)
+
+    rng = np.random.default_rng(1)
+    a, b = rng.integers(-(2**31), 2**31, (2, 64), np.int32)
+    book = rng.integers(-128, 128, 16).astype(np.int8)
+    made = torch.zeros(5, 64, dtype=torch.int32, device=DEVICE)
+    x, y = (torch.from_numpy(words).to(DEVICE) for words in (a, b))
+    kernel[(1,)](x, y, made, tuple(book.view(np.int32).tolist()))
+    out = made.cpu()
+    bytes_a, bytes_b, pairs = (x.astype(np.int64) for x in (_view(a, np.int8), _view(b, np.int8), _view(a, np.int16)))
+    assert np.array_equal(out[0], ((bytes_a * bytes_b).sum(1) + b).astype(np.int32))
+    assert np.array_equal(out[1], (pairs * bytes_b[:, :2]).sum(1))
+    assert np.array_equal(out[2], (pairs * bytes_b[:, 2:]).sum(1))
+    codes = _view(a, np.uint8)
+    assert np.array_equal(_view(out[3].numpy(), np.int8), book[codes & 15])
+    assert np.array_equal(_view(out[4].numpy(), np.int8), book[codes >> 4])
+
+
+def _view(words: np.ndarray, dtype: Any) -> np.ndarray:
+    return words[:, None].view(dtype)
+
+
+def test_activations() -> None:
+    """int8 blocks with the CPU's roundings, and their sums; halves with a factor for each row; zeros stay zeros."""
+    import torch
+
+    rng = np.random.default_rng(3)
+    x = (rng.standard_normal((3, 1120)) * np.exp(rng.standard_normal((3, 1120)))).astype(np.float32)
+    x[1, 64:128], x[2] = 0, 0
+    buffer = GpuBuffer(torch.from_numpy(np.pad(x, ((0, 0), (8, 0)))).to(DEVICE), False, 8, 1120)
+    int8, halves = Int8.empty(3, 1120, DEVICE), Halves.empty(3, 1120, DEVICE)
+    int8.fill(buffer, 3)
+    halves.fill(buffer, 3)
+    d, q = quantize_twin(x)
+    xq, xd, xs, xh, xm = (form.cpu().numpy() for form in (int8.xq, int8.xd, int8.xs, halves.xh, halves.xm))
+    assert np.array_equal(xd, d)
+    assert np.array_equal(xq.view(np.int8).reshape(q.shape), q)
+    assert np.array_equal(xs.view(np.int16).reshape(3, -1), q.reshape(3, -1, 16).sum(2))
+    assert np.array_equal(xm, np.abs(x).max(1))
+    assert np.abs(xh * xm[:, None] - x).max() <= np.abs(x).max() * 2.0**-11
+
+
+@pytest.mark.parametrize("name", [*PANELS, "IQ2_S"])
+def test_embed(name: str) -> None:
+    n_in = 40 if name in FLOAT else 768
+    table = random_tensor(name, 5, n_in)
+    backend = gpu()
+    recorder = backend.recorder(4, 4)
+    out = recorder.buffer(n_in)
+    recorder.embed(backend.table(table), out, 3.0)
+    program = recorder.finish(recorder.outputs(out))
+    ids = np.array([4, 0, 4], np.int32)
+    result = program.run(ids, [Run(0, 0, 3)], [2, 1])
+    expected = 3 * weights_of([table])[ids]
+    assert error(result, expected[[2, 1]]) < 1e-6
+    assert error(program.more([1]), expected[[1]]) < 1e-6
+    assert program.run(ids, [Run(0, 0, 3)], ()).shape == (0, n_in)
+
+
+def both(record: Any, runs: Sequence[tuple[int, int]], bound: float = EXACT) -> None:
+    """The same ops on the NumPy backend in float64. runs: n_past and the number of tokens, up to 12."""
+    programs = [record(Step(backend, 12)) for backend in (gpu(), NumpyBackend(np.float64, np.float16))]
+    for n_past, n in runs:
+        actual, expected = (program.run(n, n_past) for program in programs)
+        assert error(actual, expected) < bound, n_past
+
+
+@pytest.mark.parametrize(("n_group", "residual"), [(1, False), (3, True)])
+def test_rms_norm(n_group: int, residual: bool) -> None:
+    rng = np.random.default_rng(5)
+    x, more, weight = rng.standard_normal((3, 12, 84))
+
+    def record(step: Step) -> Step:
+        a, b = step.input(x), step.input(more)
+        options = {"n_group": n_group, "residual": b if residual else None}
+        step.rec.rms_norm(a, step.vector(weight[0, : 84 // n_group]), a, 0.01, **options)
+        return step.finish(a)
+
+    both(record, [(0, 1), (0, 12)])
+
+
+@pytest.mark.parametrize("type_name", ["Q8_0", "F16"])
+def test_what_rms_norm_makes_is_multiplied(type_name: str) -> None:
+    """The norm writes int8 or halves itself, for two matrices, and once more after its output has changed."""
+    rng = np.random.default_rng(6)
+    x, weight = rng.standard_normal((20, 64)).astype(np.float32), rng.standard_normal(64)
+    tensors = [random_tensor(type_name, 4, 64, i) for i in range(2)]
+    step = Step(gpu(), 20)
+    a, h, one, two, three = step.input(x), *(step.rec.buffer(n) for n in (64, 4, 4, 4))
+    step.rec.rms_norm(a, step.vector(weight), h, 0.01)
+    step.rec.matmul(h, step.backend.weight(tensors[:1]), one)
+    step.rec.matmul(h, step.backend.weight(tensors[1:]), two)
+    step.rec.gated(h, h, h, "silu")
+    step.rec.matmul(h, step.backend.weight(tensors[1:]), three, residual=two)
+    step.finish(three)
+    w = weights_of(tensors)[4:]
+    normed = x / np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True) + 0.01) * weight.astype(np.float32)
+    changed = ACTIVATIONS["silu"](normed) * normed
+    for n in (1, 20):
+        few = n == 1 and type_name == "Q8_0"
+        expected = sum((as_quantized(v) if few else v)[:n] @ w.T for v in (normed, changed))
+        assert error(step.run(n), expected) < HALF
+
+
+def test_what_products_make_is_multiplied() -> None:
+    """A product's last program norms its rows, once or twice, with a residual between, and makes int8 of a gated
+    product's; twice, with other rows."""
+    rng = np.random.default_rng(12)
+    x, weight = rng.standard_normal((20, 96)).astype(np.float32), rng.standard_normal(96)
+    first, gate_up, down = (random_tensor("Q8_0", *size) for size in ((96, 96), (128, 96), (96, 64)))
+    halves = random_tensor("F16", 96, 96)
+    step = Step(gpu(), 20)
+    b, a, h, g, ff, out = step.input(x), step.input(x), *(step.rec.buffer(n) for n in (96, 96, 64, 96))
+    step.rec.matmul(b, step.backend.weight([first]), a, residual=a)
+    step.rec.rms_norm(a, step.vector(weight), h, 0.01)
+    step.rec.matmul(h, step.backend.weight([first]), g)
+    step.rec.rms_norm(g, step.vector(2 * weight), a, 0.01, residual=a)
+    step.rec.rms_norm(a, step.vector(weight), h, 0.02)
+    step.rec.matmul_gated(h, step.backend.weight([gate_up]), ff, "silu")
+    step.rec.matmul(ff, step.backend.weight([down]), out)
+    step.rec.matmul(h, step.backend.weight([halves]), out, residual=out)
+    step.finish(out)
+    w = [weights_of([tensor]) for tensor in (first, gate_up, down, halves)]
+
+    def rms(rows: np.ndarray, eps: float) -> np.ndarray:
+        return rows / np.sqrt((rows**2).mean(1, keepdims=True) + eps) * weight.astype(np.float32)
+
+    for n, first_id in ((1, 0), (3, 2), (1, 5), (20, 0)):
+        read = as_quantized if n < 20 else lambda values: values
+        rows = x[first_id : first_id + n]
+        sums = read(rows) @ w[0].T + rows
+        added = rms(read(rms(sums, 0.01)) @ w[0].T, 0.01) * 2 + sums
+        normed = rms(added, 0.02)
+        both = read(normed) @ w[1].T
+        made = read(ACTIVATIONS["silu"](both[:, :64]) * both[:, 64:])
+        assert error(step.run(n, 0, first_id), made @ w[2].T + normed @ w[3].T) < HALF, n
+
+
+def test_graphs_are_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from gguf_run.kernels_gpu.program import Launches
+
+    calls: list[Any] = []
+
+    class Graph:
+        def replay(self) -> None:
+            calls.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", str)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream, **_: contextlib.nullcontext(calls.append(stream)))
+    for device, capture, expected in (
+        ("cuda:1", True, [4, "cuda:1", 4, "replay", 9, 9]),
+        ("cuda", False, [4, 4, 9, 9]),
+        ("cpu", True, [4, 4, 9, 9]),
+    ):
+        calls.clear()
+        launches = Launches([calls.append], torch.device(device), capture)
+        for n in (3, 4, 9, 9):
+            launches.run(n)
+        assert calls == expected
+    calls.clear()
+    Launches([calls.append], torch.device("cuda:1"), True).followed_by(lambda n: calls.append(-n)).run(4)
+    assert calls == [4, -4, "cuda:1", 4, -4]
+
+
+@pytest.mark.parametrize("style", ["norm", "neox"])
+@pytest.mark.parametrize(("head_dim", "n_rot"), [(10, 10), (32, 20)])
+def test_rope(style: str, head_dim: int, n_rot: int) -> None:
+    rng = np.random.default_rng(8)
+    x = rng.standard_normal((12, 5 * head_dim))
+    rope = Rope(style, n_rot, 1e4 ** -(np.arange(n_rot // 2) / n_rot * 2), 1.3)
+
+    def record(step: Step) -> Step:
+        a = step.input(np.pad(x, ((0, 0), (4, 0)))).columns(4, 5 * head_dim)
+        step.rec.rope(a, rope, head_dim)
+        return step.finish(a)
+
+    both(record, [(100_000, 12), (7, 1)])
+
+
+@pytest.mark.parametrize("window", [0, 9])
+def test_attention(window: int) -> None:
+    """A batch, a single token and, at the end of the window's ring, a batch that goes round."""
+    shape = Attention(4, 2, 10, 0.3, window, softcap=float(window))
+    qkv = np.random.default_rng(9).standard_normal((12, 80))
+
+    def record(step: Step) -> Step:
+        a, out = step.input(qkv), step.rec.buffer(40)
+        cache = step.backend.cache(shape, 100, 12)
+        sinks = None if window else step.vector(np.array([0.5, 3, -2, 1]))
+        step.rec.attention(a.columns(0, 40), a.columns(40, 20), a.columns(60, 20), cache, shape, out, sinks=sinks)
+        return step.finish(out)
+
+    both(record, [(0, 12), (12, 1), *([(13, 12), (25, 12), (37, 12), (49, 12), (61, 12)] if window else [])], HALF)
+
+
+def test_the_greatest_results() -> None:
+    """Equal ones, zeros of both signs, numbers that are none; fewer columns than are asked for."""
+    x = np.random.default_rng(2).standard_normal((4, 1500)).astype(np.float32)
+    x[0, ::9], x[1, 20:], x[1, 5], x[2] = 1.5, -np.inf, -0.0, -np.inf
+    x[1, 3:5], x[2, 7], x[3, [40, 1200]] = 0, np.inf, np.nan
+    step = Step(gpu(), 4)
+    step.finish(step.input(x))
+    for row in range(4):
+        for k in (1, 3, 64):
+            ids, values = step.program.run_top(np.arange(4, dtype=np.int32), [Run(0, 0, 4)], row, k)
+            expected = np.argsort(-np.where(np.isnan(x[row]), np.inf, x[row]), kind="stable")[:k]
+            assert np.array_equal(ids, expected)
+            assert np.array_equal(values, x[row, expected], equal_nan=True)
+    few = Step(gpu(), 1)
+    few.finish(few.input(x[:1, :5]))
+    ids, values = few.program.run_top(np.zeros(1, np.int32), [Run(0, 0, 1)], 0, 64)
+    assert np.array_equal(values, x[0, ids])
+    assert np.array_equal(ids, np.argsort(-x[0, :5]))
+
+
+def test_observe() -> None:
+    x = np.random.default_rng(4).standard_normal((12, 33)).astype(np.float32)
+    step = Step(gpu(), 12)
+    a = step.input(x)
+    squares = step.rec.observe(a)
+    step.finish(a)
+    for n in (5, 12):
+        step.run(n)
+    expected = (x[:5].astype(np.float64) ** 2).sum(0) + (x.astype(np.float64) ** 2).sum(0)
+    sums, counts = squares.take()
+    assert error(sums, expected[None]) < 1e-12
+    assert counts.tolist() == [17]
+    assert not any(part.any() for part in squares.take())
+
+
+@pytest.mark.parametrize("n_group", [1, 3])
+def test_layer_norm_and_small_ops(n_group: int) -> None:
+    rng = np.random.default_rng(11)
+    x, gate, weight = rng.standard_normal((3, 12, 84))
+    cap = 3.0 * (n_group - 1)
+
+    def record(step: Step) -> Step:
+        a, b = step.input(x), step.input(gate[:, :1])
+        bias = step.vector(weight[1]) if n_group == 1 else None
+        step.rec.layer_norm(a, step.vector(weight[0]), bias, a, 0.01, n_group=n_group)
+        step.rec.gate_rows(a, b)
+        step.rec.softcap(a, 1.7, cap)
+        step.rec.gated(a, None, a, "gelu")
+        return step.finish(a)
+
+    both(record, [(0, 12)])

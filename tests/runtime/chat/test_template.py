@@ -1,0 +1,195 @@
+"""Chat templates: what they make of messages, and templates that mean harm."""
+
+import sys
+import time
+from typing import Any
+
+import pytest
+import real
+
+from gguf_run.formats.errors import FormatError, GgufRunError
+from gguf_run.formats.gguf.reader import GGUFFile
+from gguf_run.runtime.chat import template as chat_template_module
+from gguf_run.runtime.chat.template import MAX_STEPS, MAX_TEMPLATE, render_chat
+from gguf_run.runtime.load.parts import chat_template
+from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
+
+SYSTEM = {"role": "system", "content": "Be <brief>."}
+USER = {"role": "user", "content": "Hi"}
+ANSWER = {"role": "assistant", "content": "Hello é"}
+
+# As of Llama 2, with BOS, a check of the roles and loop variables.
+LLAMA2 = """\
+{%- if messages[0]['role'] == 'system' %}{% set system, messages = messages[0]['content'], messages[1:] %}{% endif %}
+{%- for message in messages %}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('Roles must alternate:\nuser, assistant') }}
+    {%- endif %}
+    {%- if message.role == 'user' %}
+        {{- bos_token + '[INST] ' + ('<<SYS>>' ~ system ~ '<</SYS>> ' if loop.first and system else '') }}
+        {{- message.content.strip() + ' [/INST]' }}
+    {%- else %}
+        {{- ' ' + message.content | trim + eos_token }}
+    {%- endif %}
+{%- endfor %}"""
+
+
+def render(template: str, *messages: dict[str, Any], **options: Any) -> str:
+    return render_chat(template, messages or [USER], **({"bos_token": "<s>", "eos_token": "</s>"} | options))
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "options", "expected"),
+    [
+        (LLAMA2, [USER], {}, "<s>[INST] Hi [/INST]"),
+        (LLAMA2, [SYSTEM, USER, ANSWER, USER], {},
+         "<s>[INST] <<SYS>>Be <brief>.<</SYS>> Hi [/INST] Hello é</s><s>[INST] Hi [/INST]"),
+        ("{{ bos_token }}|{{ eos_token }}", [], {"bos_token": None, "eos_token": None}, "|"),
+        ("{% if add_generation_prompt %}A{% endif %}", [], {}, "A"),
+        ("{% if add_generation_prompt %}A{% endif %}", [], {"add_generation_prompt": False}, ""),
+        ("{{ tools is none }} {{ documents is none }} {{ other is defined }}", [], {}, "True True False"),
+        ("{{ tools | tojson }}", [], {"tools": [{"a": "<é>"}]}, '[{"a": "<é>"}]'),
+        ("{{ tools | tojson(indent=1) }}", [], {"tools": [{"a": 1}]}, '[\n {\n  "a": 1\n }\n]'),
+        ("a\n  {% if true %}\nb\n  {% endif %}\nc\n", [], {}, "a\nb\nc"),  # trim_blocks, lstrip_blocks
+        ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", [], {}, "01"),
+        ("a{% generation %}b{{ messages[0].content }}{% endgeneration %}c", [USER], {}, "abHic"),
+        ("{{ strftime_now('%Y') | length }}", [], {}, "4"),
+        ("{{ enable_thinking }} {{ documents | length }} {{ messages | length }}", [USER],
+         {"options": {"enable_thinking": False, "documents": ["a", "b"]}}, "False 2 1"),
+        ("{% set ns = namespace(n=1) %}{% set ns.n = ns.n + 1 %}{{ ns.n ~ 'x' ~ none }}", [], {}, "2xNone"),
+        ("{{ 7 % 4 }} {{ 2 ** 10 }} {{ 1.5 * 2 }} {{ 3 * 'b' }} {{ [1] + [2] }} {{ '%s-%d' % ('x', 3) }}", [], {},
+         "3 1024 3.0 bbb [1, 2] x-3"),
+        ("{{ '{:>5}'.format('a') }}{{ 'a,b'.split(',') | join('-') | replace('-', '--') }}", [], {}, "    aa--b"),
+        ("{% set f = '{0.__class__}'.format %}[{{ f(messages) }}]", [], {}, "[]"),  # nothing comes out of the sandbox
+    ],
+)  # fmt: skip
+def test_renders(template: str, messages: list[dict[str, Any]], options: dict[str, Any], expected: str) -> None:
+    assert render(template, *messages, **options) == expected
+
+
+GROWING = "{%% set ns = namespace(s='ab') %%}{%% for i in range(99) %%}%s{%% endfor %%}"
+NESTING = "{%% set n = namespace(s=%s) %%}{%% for i in range(40) %%}{%% set n.s = %s %%}{%% endfor %%}"
+
+HOSTILE = [
+    ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
+    ("{{ cycler.__init__.__globals__ }}", "access to attribute '__init__' of 'type' object is unsafe"),
+    ("{{ (''|attr('__class__')).x }}", "is unsafe"),
+    ("{{ messages.append(1) }}", "access to attribute 'append' of 'list' object is unsafe"),
+    ("{{ messages[0].update(role='x') }}", "access to attribute 'update' of 'dict' object is unsafe"),
+    ("{% include '/etc/passwd' %}", "no loader"),
+    ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it does not end"),
+    ("{% for i in range(99999) %}{% for j in range(99999) %}xxxxx{% endfor %}{% endfor %}", "it does not end"),
+    ("{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}{% endmacro %}{{ m(60) }}", "it does not end"),
+    ("{{ lipsum(n=100000000) }}", "it does not end"),
+    ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
+    ("{{" + "(" * 5000 + "1" + ")" * 5000 + "}}", "RecursionError"),
+    ("{{ 'a' * 10**9 }}", "characters of text"),
+    ("{{ [1] * 10**9 }}", "characters of text"),
+    ("{{ [1] * (2**27 - 1) }}", "characters of text"),  # would be a gigabyte
+    ("{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}", "a list of more than"),
+    (NESTING % ("[1]", "[n.s, n.s]") + "{{ n.s }}", "a list of more than"),
+    (NESTING % ("[1]", "{'a': n.s, 'b': n.s}") + "{{ n.s == 1 }}", "a list of more than"),
+    (NESTING % ("[1]", "[n.s] * 2") + "{{ n.s | tojson }}", "a list of more than"),
+    (NESTING % ("[1]", "namespace(a=n.s, b=n.s)") + "{{ n.s }}", "a list of more than"),
+    (NESTING % ("1", "namespace(a=n.s, b=n.s)") + "{{ n.s ~ 'a' }}", "a list of more than"),
+    (NESTING % ("1", "namespace(a=n.s, b=n.s)") + "{{ '%s' % n.s }}", "a list of more than"),
+    (NESTING % ("1", "dict(a=n.s, b=n.s).values()") + "{{ n.s }}", "a list of more than"),
+    (NESTING % ("(1,)", "(n.s, n.s)") + "{{ {n.s: 1} }}", "a list of more than"),
+    ("{% set n = namespace(s=[]) %}{% for i in range(1200) %}{% set n.s = [n.s] %}{% endfor %}{{ n.s }}", "Recursion"),
+    ("{{ 'a'.ljust(10**10) }}", "characters of text"),
+    ("{{ 'a' | center(1000000000) }}", "characters of text"),
+    ("{{ range(99999) | map('center', 1000000) | list | length }}", "characters of text"),
+    ("{{ messages | tojson(indent=1000000000) }}", "characters of text"),
+    (GROWING % "{% set ns.s = ns.s ~ ns.s %}", "characters of text"),
+    (GROWING % "{% set ns.s = ns.s + ns.s %}", "characters of text"),
+    (GROWING % "{% set ns.s = ns.s.replace('a', 'aa') %}", "characters of text"),
+    (GROWING % "{% set ns.s = ns.s | replace('a', 'aa') %}", "characters of text"),
+    (GROWING % "{% set ns.s %}{{ ns.s }}{{ ns.s }}{% endset %}", "characters of text"),
+    ("{{ '%999999999d' % 1 }}", "a width of more than four digits"),
+    ("{{ '{:999999999}'.format(1) }}", "a width of more than four digits"),
+    ("{{ '%999999999d' | format(1) }}", "a width of more than four digits"),
+    ("{{ 2 ** 100000 }}", "an integer of more than 4096 bits"),
+    (GROWING.replace("'ab'", "2") % "{% set ns.s = ns.s * ns.s %}", "an integer of more than 4096 bits"),
+    ("x" * (MAX_TEMPLATE + 1), f"it has {MAX_TEMPLATE + 1} characters: {MAX_TEMPLATE} are allowed"),
+    ("a\n{% if %}", "failed in line 2: Expected an expression"),
+    ("{{ nothing.x }}", "'nothing' is undefined"),
+    ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ("{{ raise_exception('a\nb') }}", "failed: a b$"),
+]
+
+
+@pytest.mark.parametrize(("template", "message"), HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_templates_end_with_one_line(template: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template_module, "MAX_STEPS", 200_000)
+    monkeypatch.setattr(chat_template_module, "MAX_ITEMS", 1 << 12)
+    start = time.thread_time()
+    with pytest.raises(GgufRunError, match=message) as caught:
+        render(template)
+    assert time.thread_time() - start < 20
+    assert str(caught.value).startswith("the model's chat template failed")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_few_steps_that_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each searches a text of 50 million characters."""
+    monkeypatch.setattr(chat_template_module, "MAX_SECONDS", 0.1)
+    template = "{% set s = 'ab' * 25000000 %}{% for i in range(99999) %}{% if 'bb' in s %}{% endif %}{% endfor %}"
+    with pytest.raises(GgufRunError, match=r"it does not end: more than 0 seconds of processor time$"):
+        render(template)
+
+
+def test_roles_that_a_template_refuses() -> None:
+    with pytest.raises(GgufRunError, match=r"failed: Roles must alternate: user, assistant$"):
+        render(LLAMA2, USER, USER)
+
+
+def test_a_long_conversation_stays_within_the_limits() -> None:
+    prompt = render(LLAMA2, *[{"role": "user", "content": "x" * 10_000}, ANSWER] * 200)
+    assert prompt.count("[INST]") == 200
+
+
+def test_each_message_may_look_at_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Gemma 4's template does: millions of steps in a conversation of 200 messages; a tenth of both in each way."""
+    monkeypatch.setattr(chat_template_module, "MAX_STEPS", MAX_STEPS // 100)
+    template = (
+        "{% for m in messages %}{% set n = namespace(k=0) %}{% for other in messages %}"
+        "{% if other.role == m.role %}{% set n.k = n.k + 1 %}{% endif %}{% endfor %}{{ n.k }} {% endfor %}"
+    )
+    assert render(template, *[USER, ANSWER] * 10).split() == ["10"] * 20
+
+
+def test_a_debuggers_trace_comes_back() -> None:
+    def trace(*_: object) -> None:
+        return None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        render("x")
+        assert sys.gettrace() is trace
+    finally:
+        sys.settrace(before)
+
+
+def test_chat_template_of_a_file() -> None:
+    assert chat_template({}) is None
+    assert chat_template({"tokenizer.chat_template": ""}) is None
+    assert chat_template({"tokenizer.chat_template": "x"}) == "x"
+    with pytest.raises(FormatError, match=r"tokenizer.chat_template must be a string, but is int"):
+        chat_template({"tokenizer.chat_template": 1})
+
+
+def test_smollm2() -> None:
+    with GGUFFile.open(real.smollm2()) as file:
+        template = chat_template(file.metadata)
+        tokenizer = Tokenizer.from_metadata(file.metadata)
+    assert template is not None
+    prompt = render(template, USER)
+    assert prompt == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    ids = tokenizer.encode_chat(prompt)
+    assert (ids[0], ids.count(1), ids.count(2)) == (1, 3, 2)

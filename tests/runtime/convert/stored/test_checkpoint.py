@@ -1,0 +1,265 @@
+"""Reading checkpoints: what safetensors files hold, and one clear line for everything that is wrong with a folder."""
+
+import json
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import hf_tiny
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quantpack import write_safetensors
+
+from gguf_run.formats.blocks.dequantizer import dequantize
+from gguf_run.formats.errors import GgufRunError
+from gguf_run.runtime.convert.open_checkpoint import open_checkpoint
+from gguf_run.runtime.convert.stored.safetensors import float8, read_safetensors
+
+X = np.arange(12, dtype=np.float32).reshape(3, 4)
+
+
+def raw(path: Path, header: Any, data: bytes = b"", n: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if n is None else n) + text + data)
+    return path
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": [3, 4], "data_offsets": [0, 48], **changes}
+
+
+def test_every_float_is_read(tmp_path: Path) -> None:
+    bits = (X.view(np.uint32) >> 16).astype(np.uint16)
+    tensors = {"a": ("F32", X), "b": ("F16", X), "c": ("BF16", bits), "e": ("F8_E5M2", X.astype(np.uint8))}
+    write_safetensors(tmp_path / "x.safetensors", tensors, {"format": "pt"})
+    found = read_safetensors(tmp_path / "x.safetensors")
+    assert list(found) == list("abce")
+    for name in "abc":
+        tensor = found[name].floats()
+        assert (tensor.ne, tensor.type.name) == ((4, 3), tensors[name][0])
+        np.testing.assert_array_equal(dequantize(tensor.blocks(1, 3), tensor.type), X[1:])
+    np.testing.assert_array_equal(found["e"].floats().blocks().view(np.float32), float8("F8_E5M2")[:12].reshape(3, 4))
+
+
+def test_float8_is_that_of_torch() -> None:
+    torch = pytest.importorskip("torch")
+    codes = torch.arange(256, dtype=torch.uint8)
+    for name, dtype in (("F8_E4M3", torch.float8_e4m3fn), ("F8_E5M2", torch.float8_e5m2)):
+        np.testing.assert_array_equal(float8(name), codes.view(dtype).float().numpy())
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "error"),
+    [
+        (b"", b"", "not JSON"),
+        (b"[]", b"", "not a JSON object"),
+        (b'{"a": 1, "a": 1}', b"", "a key occurs twice"),
+        (b"[" * 100000, b"", "not JSON"),
+        ({"a": 3}, b"", "has the dtype"),
+        ({"a": entry(dtype="F128")}, bytes(48), '"a" has the dtype "F128": known are F64'),
+        ({"a": entry(shape=[3, -4])}, bytes(48), "no valid shape"),
+        ({"a": entry(shape=[1] * 9)}, bytes(48), "no valid shape"),
+        ({"a": entry(shape=[3, 4.0])}, bytes(48), "no valid shape"),
+        ({"a": entry(data_offsets=[0])}, bytes(48), "no valid shape and data_offsets"),
+        ({"a": entry(data_offsets=[0, True])}, bytes(48), "no valid shape and data_offsets"),
+        ({"a": entry(shape=[3, 5])}, bytes(48), "takes 60 bytes, not 48"),
+        ({"a": entry(shape=[2**40, 2**40])}, bytes(48), "not 48"),
+        ({"a": entry()}, bytes(47), "the file has only"),
+        ({"a": entry(), "b": entry(data_offsets=[44, 92])}, bytes(92), '"a" and "b" overlap'),
+        ({"a\x1b[31m\n": entry(shape=[])}, bytes(48), r'"a\\x1b\[31m\\n"'),
+    ],
+)
+def test_broken_safetensors(tmp_path: Path, header: Any, data: bytes, error: str) -> None:
+    with pytest.raises(GgufRunError, match=error) as caught:
+        read_safetensors(raw(tmp_path / "x.safetensors", header, data))
+    assert str(caught.value).startswith(str(tmp_path / "x.safetensors"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("n", "error"), [(3, "ends"), (2**63, "at most"), (1 << 26, "ends")])
+def test_header_longer_than_the_file(tmp_path: Path, n: int, error: str) -> None:
+    with pytest.raises(GgufRunError, match=error):
+        read_safetensors(raw(tmp_path / "x", b"{}" if n > 3 else b"{", n=n))
+
+
+@settings(max_examples=150, deadline=None)
+@given(at=st.integers(0, 150), byte=st.integers(0, 255), cut=st.integers(0, 250))
+def test_any_damage_is_an_error_or_harmless(
+    tmp_path_factory: pytest.TempPathFactory, at: int, byte: int, cut: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
+    write_safetensors(path, {"a": ("F32", X), "b": ("BF16", np.zeros((2, 3)))}, {"format": "pt"})
+    data = bytearray(path.read_bytes())
+    data[at % len(data)] = byte
+    path.write_bytes(data[: len(data) - cut // 2])
+    with suppress(GgufRunError):
+        for tensor in read_safetensors(path).values():
+            tensor.array().sum()
+
+
+Tensors = dict[str, tuple[str, Any]]
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def changed(folder: Path, change: Callable[[Path, Tensors, dict[str, Any]], None]) -> None:
+    """A llama checkpoint whose tensors and config went through `change`."""
+    tensors = hf_tiny.plain_llama(folder)
+    config = json.loads((folder / "config.json").read_text())
+    change(folder, tensors, config)
+    (folder / "config.json").write_text(json.dumps(config))
+    if (folder / "model.safetensors").exists():
+        write_safetensors(folder / "model.safetensors", tensors)
+
+
+def index(folder: Path, tensors: Tensors, **places: str) -> None:
+    """Two shards; places: where the index has a tensor, by its name with _ for the dots."""
+    (folder / "model.safetensors").unlink()
+    parts = {"one.safetensors": dict(list(tensors.items())[:5]), "two.safetensors": dict(list(tensors.items())[5:])}
+    for name, part in parts.items():
+        write_safetensors(folder / name, part)
+    weight_map = {name: file for file, part in parts.items() for name in part}
+    weight_map.update({name: places.get(name.replace(".", "_"), file) for name, file in weight_map.items()})
+    write_index(folder, weight_map)
+
+
+def write_index(folder: Path, weight_map: Any) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+WRONG: dict[str, tuple[Callable[[Path, Tensors, dict[str, Any]], Any], str]] = {
+    "no weights": (lambda f, t, c: (f / "model.safetensors").unlink(), "there are no weights: model.safetensors"),
+    "missing shard": (
+        lambda f, t, c: (index(f, t), (f / "two.safetensors").unlink()),
+        r"two.safetensors is missing \(1 of 2 files\)",
+    ),
+    "tensor in another file than the index says": (
+        lambda f, t, c: index(f, t, **{UP.replace(".", "_"): "one.safetensors"}),
+        f'two.safetensors: holds tensor "{UP}", which model.safetensors.index.json has in "one.safetensors"',
+    ),
+    "index without that tensor": (
+        lambda f, t, c: (index(f, t), write_safetensors(f / "one.safetensors", {"x": ("F32", X)})),
+        'holds tensor "x", which model.safetensors.index.json has nowhere',
+    ),
+    "index with too many tensors": (
+        lambda f, t, c: (index(f, t), write_safetensors(f / "one.safetensors", dict(list(t.items())[:1]))),
+        r"says that .* is in one.safetensors, but it is not \(4 such tensors\)",
+    ),
+    "index that leads elsewhere": (
+        lambda f, t, c: index(f, t, model_norm_weight="../one.safetensors"),
+        r'names the file "\.\./one.safetensors": must be one in the same folder',
+    ),
+    "index of nothing": (
+        lambda f, t, c: (f / "model.safetensors").rename(f / "one") and write_index(f, 3),
+        "weight_map does not tell the file of each tensor",
+    ),
+    "wrong shape": (
+        lambda f, t, c: t.update({UP: ("F32", np.zeros((511, 256)))}),
+        r"blk.1.ffn_up.weight has the shape \[511, 256\], by config.json it must have \[512, 256\]",
+    ),
+    "config of another model": (lambda f, t, c: c.update(num_key_value_heads=4), r"must have \[256, 256\]"),
+    "missing tensor": (lambda f, t, c: t.pop(UP), r"no tensor for blk.1.ffn_up.weight \(mlp.up_proj\): weights are"),
+    "more layers than config.json says": (lambda f, t, c: c.update(num_hidden_layers=1), "llama model of 1 layers"),
+    "fewer layers": (lambda f, t, c: c.update(num_hidden_layers=3), "no tensor for blk.2.attn_norm.weight"),
+    "layers without end": (lambda f, t, c: c.update(num_hidden_layers=10**9), "no tensor for blk.2.attn_norm.weight"),
+    "an empty tensor": (lambda f, t, c: t.update({UP: ("F32", np.zeros((0, 256)))}), "has no values"),
+    "experts of two dimensions": (
+        lambda f, t, c: t.update({"model.layers.1.mlp.experts.gate_up_proj": ("F32", X)}),
+        r"has the shape \[3, 4\], of which ffn_gate_exps and ffn_up_exps cannot be made",
+    ),
+    "an odd number of rows": (
+        lambda f, t, c: t.update({"model.layers.1.mlp.experts.gate_up_proj": ("F32", X[None])}),
+        r"has the shape \[1, 3, 4\], of which",
+    ),
+    "rotary part": (
+        lambda f, t, c: c.update(rope_scaling={"partial_rotary_factor": 2e9}),
+        r"partial_rotary_factor is 2000000000.0, must be more than 0 and at most 1",
+    ),
+    "rotary factors": (
+        lambda f, t, c: c.update(rope_scaling={"rope_type": "llama3", "factor": 0, "rope_theta": -1}),
+        "rope_theta or factor is -1, must be numbers that make rotary factors above 0",
+    ),
+    "unknown tensor": (
+        lambda f, t, c: t.update({"model.layers.1.mlp.extra.weight": ("F32", X)}),
+        '"model.layers.1.mlp.extra.weight" is not a part of a llama model of 2 layers',
+    ),
+    "integers": (lambda f, t, c: t.update({UP: ("I32", np.zeros((512, 256)))}), "has values of type I32"),
+    "unknown architecture": (
+        lambda f, t, c: c.update(architectures=["MambaForCausalLM"]),
+        r'architectures is \["MambaForCausalLM"\], must be one of DeepseekForCausalLM, Gemma2ForCausalLM, .*',
+    ),
+    "no architecture": (lambda f, t, c: (c.pop("architectures"), c.pop("model_type")), "architectures is missing"),
+    "unknown quantization": (
+        lambda f, t, c: c.update(quantization_config={"quant_method": "hqq"}),
+        "hqq",
+    ),
+    "activation": (lambda f, t, c: c.update(hidden_act="relu"), 'hidden_act is "relu", must be silu or swish'),
+    "rope": (lambda f, t, c: c.update(rope_scaling={"type": "ntk"}), "rope_type is .ntk., must be one of default"),
+    "rope list": (lambda f, t, c: c.update(rope_scaling={"rope_type": ["yarn"]}), "rope_type is ..yarn.., must be"),
+    "number": (lambda f, t, c: c.update(hidden_size="256"), "hidden_size is .*, must be a whole number from 1"),
+    "no number": (lambda f, t, c: c.pop("num_attention_heads"), "num_attention_heads is missing"),
+    "epsilon": (lambda f, t, c: c.update(rms_norm_eps=[1]), r"rms_norm_eps is .*, must be a number"),
+    "rows": (lambda f, t, c: t.update({"model.embed_tokens.weight": ("F32", X)}), r"must have \[300, 256"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_checkpoint_is_named_in_one_line(tmp_path: Path, case: str) -> None:
+    change, error = WRONG[case]
+    changed(tmp_path, lambda *parts: change(*parts) and None)
+    with pytest.raises(GgufRunError, match=error) as caught:
+        open_checkpoint(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1, "a": 2}', "[" * 100000])
+def test_config_that_is_no_json_object(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(GgufRunError, match=r"config\.json: (is not JSON|holds no JSON object)"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(GgufRunError, match=r"there is no config\.json"):
+        open_checkpoint(tmp_path / "elsewhere")
+
+
+def test_shards_are_one_model(tmp_path: Path) -> None:
+    hf_tiny.plain_llama(tmp_path / "one")
+    changed(tmp_path / "two", lambda folder, tensors, config: index(folder, tensors))
+    with open_checkpoint(tmp_path / "one") as one, open_checkpoint(tmp_path / "two") as two:
+        assert {n: t.blocks().tobytes() for n, t in one.tensors.items()} == {
+            n: t.blocks().tobytes() for n, t in two.tensors.items()
+        }
+
+
+def test_pairs_of_rows(tmp_path: Path) -> None:
+    """The first halves of q's and k's heads come between the second ones, as llama.cpp rotates; v stays."""
+    tensors = hf_tiny.plain_llama(tmp_path)
+    with open_checkpoint(tmp_path) as file:
+        for name, n_head in (("q", 4), ("k", 2), ("v", 0)):
+            rows = tensors[f"model.layers.0.self_attn.{name}_proj.weight"][1]
+            if n_head:
+                rows = rows.reshape(n_head, 2, -1, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
+            found = file.tensors[f"blk.0.attn_{name}.weight"]
+            np.testing.assert_array_equal(found.blocks().view(np.uint16), rows)
+
+
+def test_gemma3_loses_rows_without_tokens(tmp_path: Path) -> None:
+    def longer(folder: Path, tensors: Tensors, config: dict[str, Any]) -> None:
+        kind, bits = tensors["model.embed_tokens.weight"]
+        tensors["model.embed_tokens.weight"] = kind, np.concatenate([bits, bits[:64]])
+        config["vocab_size"] = 364
+
+    changed(tmp_path, longer)
+    with open_checkpoint(tmp_path) as file:
+        n_tokens = len(file.metadata["tokenizer.ggml.tokens"])
+        assert file.tensors["token_embd.weight"].ne == (256, n_tokens)
+
+
+def test_dynamic_rope_scaling_is_left_out(tmp_path: Path) -> None:
+    hf_tiny.plain_llama(tmp_path, rope_scaling={"type": "dynamic", "factor": 2.0})
+    with pytest.warns(UserWarning, match="dynamic rope scaling, which begins beyond 512 tokens"):
+        file = open_checkpoint(tmp_path)
+    assert not any("scaling" in key for key in file.metadata)

@@ -1,0 +1,198 @@
+"""Comparison of two models: the figures by their definitions, and whole models against each other."""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tinymodel import Tiny, write_tiny
+
+from gguf_run.formats.errors import GgufRunError
+from gguf_run.kernels_cpu.measure.log_softmax import LogSoftmax
+from gguf_run.runtime import Model
+from gguf_run.runtime.evaluate.kl import Comparison, compare
+from gguf_run.runtime.evaluate.logits_file import round_logits, unround_logits
+from gguf_run.runtime.evaluate.text import Block, Chunk, Scorer, bos_of, cut_chunks, tokens_of
+
+TEXT = "the order and another one, or the other end of the road and so on, and then there were none. " * 3
+
+
+def compared(p: list[NDArray[np.float64]], q: list[NDArray[np.float64]], right: list[NDArray[np.int64]]) -> Comparison:
+    """A comparison of known distributions: chunks of probabilities [n, n_vocab] and the right tokens."""
+    done = Comparison()
+    for a, b, targets in zip(p, q, right, strict=True):
+        at = np.arange(len(a)), targets
+        done.kl.append((a * np.log(a / b)).sum(1))
+        done.nll_base.append(-np.log(a[at]))
+        done.nll.append(-np.log(b[at]))
+        done.same_top.append((a.argmax(1) == b.argmax(1)).astype(float))
+    return done
+
+
+def test_figures_by_llama_cpp_definitions() -> None:
+    """With sums of squares and covariances, as its perplexity tool has them."""
+    rng = np.random.default_rng(0)
+    p = [rng.dirichlet(np.ones(9), n) for n in (40, 33)]
+    q = [0.8 * a + 0.2 * rng.dirichlet(np.ones(9), len(a)) for a in p]
+    right = [rng.integers(0, 9, len(a)) for a in p]
+    done = compared(p, q, right)
+    assert (done.n_chunk, done.n_scored()) == (2, 73)
+
+    n = 73
+    nll, base, kl = (np.concatenate(values) for values in (done.nll, done.nll_base, done.kl))
+
+    def mean_and_error(x: NDArray[np.float64]) -> tuple[float, float]:
+        return x.mean(), math.sqrt(((x * x).mean() - x.mean() ** 2) / (n - 1))
+
+    (log_q, error_q), (log_p, error_p) = mean_and_error(nll), mean_and_error(base)
+    covariance = ((nll * base).mean() - log_q * log_p) / (n - 1)
+    log_ratio_error = math.sqrt(error_q**2 + error_p**2 - 2 * covariance)
+    ratio = math.exp(log_q - log_p)
+    change = np.exp(-nll) - np.exp(-base)
+    square, square_error = mean_and_error(change**2)
+    same = sum((a.argmax(1) == b.argmax(1)).sum() for a, b in zip(p, q, strict=True)) / n
+    expected = {
+        done.perplexity: (math.exp(log_q), math.exp(log_q) * error_q),
+        done.perplexity_base: (math.exp(log_p), math.exp(log_p) * error_p),
+        done.ratio: (ratio, ratio * log_ratio_error),
+        done.mean_kl: mean_and_error(kl),
+        done.mean_change: mean_and_error(change),
+        done.rms_change: (math.sqrt(square), 0.5 / math.sqrt(square) * square_error),
+        done.agreement: (same, math.sqrt(same * (1 - same) / (n - 1))),
+    }
+    for figure, values in expected.items():
+        found = figure()
+        assert (found.value, found.error) == pytest.approx(values, rel=1e-9), figure.__name__
+    assert 0 < same < 1
+
+
+def test_percentiles_are_interpolated() -> None:
+    done = Comparison([np.arange(0, 1001.0, 2), np.arange(1, 1001.0, 2)], same_top=[np.ones(501), np.ones(500)])
+    expected = {50: 500, 90: 900, 95: 950, 99: 990, 99.9: 999, 100: 1000}
+    assert done.kl_percentiles() == pytest.approx(expected)
+    done = Comparison([np.array([1.0, 2.0])], same_top=[np.ones(2)])
+    assert done.kl_percentiles()[90.0] == pytest.approx(1.9)
+
+
+def test_a_single_value_has_no_error() -> None:
+    done = compared([np.array([[0.5, 0.5]])], [np.array([[0.4, 0.6]])], [np.array([0])])
+    assert done.mean_kl().value == pytest.approx(0.5 * math.log(0.5 / 0.4 * 0.5 / 0.6))
+    assert math.isnan(done.mean_kl().error)
+
+
+def test_an_interrupted_chunk_does_not_count() -> None:
+    whole = compared([np.array([[0.5, 0.5]])], [np.array([[0.4, 0.6]])], [np.array([0])])
+    whole.kl.append(np.array([5.0]))
+    whole.nll.append(np.array([5.0]))
+    assert (whole.n_chunk, whole.n_scored()) == (1, 1)
+    assert whole.ratio().value == pytest.approx(0.5 / 0.4)
+
+
+# Two models.
+
+
+class Fixed:
+    """In place of a Scorer: gives out these logits, in blocks of `size`."""
+
+    def __init__(self, logits: NDArray[np.float32], right: list[int], size: int, reduce: LogSoftmax) -> None:
+        self.logits, self.right, self.size, self.reduce = logits, right, size, reduce
+
+    def run(self, ids: list[int], targets: list[int]) -> Iterator[Block]:
+        for start in range(0, len(self.right), self.size):
+            rows = self.logits[start : start + self.size].copy()
+            right = self.right[start : start + self.size]
+            yield Block(rows, self.reduce.log_sum_exp(rows) - rows[np.arange(len(rows)), right])
+            rows[:] = np.nan  # a block is gone once the next is asked for
+
+
+@pytest.fixture
+def reduce() -> Iterator[LogSoftmax]:
+    kernels = LogSoftmax(2)
+    yield kernels
+    kernels.close()
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (3, 5), (5, 3), (1, 12), (12, 5)])
+def test_blocks_of_different_sizes(reduce: LogSoftmax, sizes: tuple[int, int]) -> None:
+    rng = np.random.default_rng(1)
+    p, q = rng.standard_normal((2, 12, 70)).astype(np.float32)
+    q[:6] = p[:6] + 0.01 * q[:6]
+    right = rng.integers(0, 70, 12).tolist()
+    ours, theirs = (Fixed(x, right, size, reduce) for x, size in zip((q, p), sizes, strict=True))
+    (done,) = compare(ours, lambda i: theirs.run([], right), [Chunk([], right)])  # type: ignore[arg-type]
+    a, b = (np.exp(x.astype(np.float64)) / np.exp(x.astype(np.float64)).sum(1, keepdims=True) for x in (p, q))
+    expected = compared([a], [b], [np.array(right)])
+    for name in ("kl", "nll", "nll_base", "same_top"):
+        assert getattr(done, name)[0] == pytest.approx(getattr(expected, name)[0], rel=1e-4, abs=1e-7)
+    assert 6 <= done.same_top[0].sum() < 12
+
+
+def test_rounded_base_is_compared_with_rounded_logits(reduce: LogSoftmax) -> None:
+    rng = np.random.default_rng(2)
+    logits = (5 * rng.standard_normal((6, 70))).astype(np.float32)
+    right = [0, 1, 2, 3, 4, 5]
+    scorer = Fixed(logits, right, 6, reduce)
+
+    def saved(i: int) -> Iterator[Block]:
+        for block in scorer.run([], right):
+            yield Block(unround_logits(*round_logits(block.logits)), block.nll, block.top)
+
+    (exact,) = compare(scorer, saved, [Chunk([], right)], rounded=True)  # type: ignore[arg-type]
+    assert (exact.mean_kl().value, exact.ratio().value, exact.agreement().value) == (0, 1, 1)
+    (rough,) = compare(scorer, saved, [Chunk([], right)])  # type: ignore[arg-type]
+    assert 0 < rough.mean_kl().value < 1e-8
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    folder = tmp_path_factory.mktemp("tiny")
+
+    def make(type_name: str) -> Path:
+        path = folder / f"{type_name}.gguf"
+        if not path.exists():
+            write_tiny(path, Tiny(type=type_name))
+        return path
+
+    return make
+
+
+def comparison(path: Path, base: Path, **base_options: str) -> Comparison:
+    with (
+        Model.load(path, n_ctx=64, n_threads=2) as model,
+        Model.load(base, n_ctx=64, n_threads=2, **base_options) as other,
+        Scorer(model, 2) as scorer,
+        Scorer(other, 2) as theirs,
+    ):
+        chunks = cut_chunks(tokens_of(model, TEXT), 64, bos_of(model))
+        *_, last = compare(scorer, lambda i: theirs.run(chunks[i].ids, chunks[i].targets), chunks)
+    return last
+
+
+@pytest.mark.parametrize("type_name", ["F32", "Q8_0", "Q4_0"])
+def test_a_model_against_itself(tiny: Callable[[str], Path], type_name: str) -> None:
+    done = comparison(tiny(type_name), tiny(type_name))
+    assert done.n_chunk > 1
+    assert (np.concatenate(done.kl) == 0).all()
+    assert (done.agreement().value, done.ratio().value, done.rms_change().value) == (1, 1, 0)
+
+
+def test_cache_types(tiny: Callable[[str], Path]) -> None:
+    """f16 keys and values cost next to nothing, but not nothing. (With quantized weights activations are rounded to 8
+    bits, which turns the smallest difference into a rounding step here and there.)"""
+    done = comparison(tiny("F32"), tiny("F32"), cache_type="f32")
+    assert 0 < done.mean_kl().value < 1e-5
+    assert done.agreement().value == 1
+
+
+def test_quantization_costs_more_with_fewer_bits(tiny: Callable[[str], Path]) -> None:
+    kl = [comparison(tiny(type_name), tiny("F32")).mean_kl().value for type_name in ("F16", "Q8_0", "Q4_0")]
+    assert 0 < kl[0] < 1e-5 < kl[1] < kl[2]
+
+
+def test_broken_logits_are_an_error(reduce: LogSoftmax) -> None:
+    logits = np.zeros((2, 70), np.float32)
+    good, bad = Fixed(logits, [0, 1], 2, reduce), Fixed(logits + np.float32(np.nan), [0, 1], 2, reduce)
+    with pytest.raises(GgufRunError, match="chunk 1: the model's logits are not finite"):
+        list(compare(good, lambda i: bad.run([], []), [Chunk([], [0, 1])]))  # type: ignore[arg-type]

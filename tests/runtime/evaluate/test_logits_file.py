@@ -1,0 +1,244 @@
+"""Files of logits: what is in them byte by byte, how exact they are, and that no damaged one is believed."""
+
+import hashlib
+import itertools
+import json
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ggufbuild import write
+from tinymodel import write_tiny
+
+from gguf_run.formats.errors import FormatError, GgufRunError
+from gguf_run.runtime.evaluate.logits_file import (
+    LogitsFile,
+    LogitsHeader,
+    LogitsWriter,
+    hash_file,
+    hash_ids,
+    hash_vocabulary,
+    round_logits,
+    unround_logits,
+)
+from gguf_run.runtime.evaluate.text import Block
+
+N_VOCAB, N_CHUNK, N_CTX = 21, 2, 140
+N_SCORED = N_CTX // 2 - 1  # more than are read at once
+HEADER = LogitsHeader(
+    n_vocab=N_VOCAB,
+    n_ctx=N_CTX,
+    n_chunk=N_CHUNK,
+    n_scored=N_SCORED,
+    model_hash=b"m" * 31 + b"\0",
+    vocab_hash=b"v" * 32,
+    text_hash=b"t" * 32,
+    model="modèle.gguf",
+)
+
+
+def blocks(seed: int = 0) -> list[Block]:
+    rng = np.random.default_rng(seed)
+    logits = (4 * rng.standard_normal((N_CHUNK * N_SCORED, N_VOCAB))).astype(np.float32)
+    whole = Block(logits, rng.random(len(logits)))
+    cuts = [0, 50, N_SCORED, N_SCORED + 64, 2 * N_SCORED]
+    return [whole.rows(first, end) for first, end in itertools.pairwise(cuts)]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    with LogitsWriter(tmp_path / "a.logits", HEADER) as writer:
+        for block in blocks():
+            writer.add(block)
+    return tmp_path / "a.logits"
+
+
+def test_round_trip(path: Path) -> None:
+    assert [file.name for file in path.parent.iterdir()] == ["a.logits"]
+    expected = blocks()
+    with LogitsFile(path) as file:
+        assert file.header == HEADER
+        for i in (1, 0):  # in any order
+            found = list(file.chunk(i))
+            assert [len(block.nll) for block in found] == [64, N_SCORED - 64]
+            nll, top, logits = (
+                np.concatenate([getattr(block, name) for block in found]) for name in ("nll", "top", "logits")
+            )
+            whole = np.concatenate([block.logits for block in expected[2 * i : 2 * i + 2]])
+            assert (nll == np.concatenate([block.nll for block in expected[2 * i : 2 * i + 2]])).all()
+            assert (top == whole.argmax(1)).all()
+            relative = whole - whole.max(1, keepdims=True)
+            step = -relative.min(1, keepdims=True) / 65535
+            assert (np.abs(logits - relative) <= 0.51 * step + 1e-6).all()
+
+
+def test_layout(path: Path) -> None:
+    """As the module's docstring says, read without numpy."""
+    data = path.read_bytes()
+    names = "magic version n_vocab n_ctx n_chunk n_scored model_hash vocab_hash text_hash model crc"
+    header = dict(zip(names.split(), struct.unpack("<8s5I32s32s32s128sI", data[:256]), strict=True))
+    sizes = [header[name] for name in names.split()[1:6]]
+    assert (header["magic"], sizes) == (b"GGRLOGIT", [1, N_VOCAB, N_CTX, N_CHUNK, N_SCORED])
+    assert header["model"].rstrip(b"\0").decode() == HEADER.model
+    assert (header["model_hash"], header["vocab_hash"]) == (HEADER.model_hash, HEADER.vocab_hash)
+    assert header["crc"] == zlib.crc32(data[:252])
+    row_bytes = 16 + 2 * N_VOCAB
+    chunk_bytes = N_SCORED * row_bytes
+    assert len(data) == HEADER.nbytes == 256 + N_CHUNK * (chunk_bytes + 4)
+    for i in range(N_CHUNK):
+        chunk = data[256 + i * (chunk_bytes + 4) :][: chunk_bytes + 4]
+        assert struct.unpack("<I", chunk[-4:])[0] == zlib.crc32(chunk[:-4])
+    nll, top, step, *q = struct.unpack(f"<dIf{N_VOCAB}H", data[256 : 256 + row_bytes])
+    first = blocks()[0]
+    assert (nll, top, max(q), min(q)) == (first.nll[0], first.top[0], 65535, 0)
+    assert q.index(65535) == top
+    relative = first.logits[0] - first.logits[0].max()
+    assert [(value - 65535) * step for value in q] == pytest.approx(relative.tolist(), abs=0.51 * step)
+
+
+@pytest.mark.parametrize(
+    ("logits", "expected"),
+    [
+        ([3.0, 3.0, 3.0], [0, 0, 0]),  # no range
+        ([-7.0], [0]),
+        ([0.0, -100.0, -1e30, -64.0], [0, -64, -64, -64]),  # what is impossible at any rate is cut off
+        ([5.0, 4.0, -5.0], [0, -1, -10]),
+    ],
+)
+def test_rounding(logits: list[float], expected: list[float]) -> None:
+    found = unround_logits(*round_logits(np.array([logits], np.float32)))
+    assert found.dtype == np.float32
+    assert found[0] == pytest.approx(expected, abs=1e-3)
+
+
+def test_rounding_leaves_its_argument_alone() -> None:
+    logits = np.array([[1.0, 2.0]], np.float32)
+    round_logits(logits)
+    assert logits.tolist() == [[1.0, 2.0]]
+
+
+def put(at: int, data: bytes) -> Callable[[bytes], bytes]:
+    return lambda whole: whole[:at] + data + whole[at + len(data) :]
+
+
+def sealed(at: int, data: bytes) -> Callable[[bytes], bytes]:
+    """A changed header with the right checksum."""
+
+    def change(whole: bytes) -> bytes:
+        header = put(at, data)(whole)[:252]
+        return header + struct.pack("<I", zlib.crc32(header)) + whole[256:]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: b"", "is not a file of logits"),
+        (lambda data: b"GGUF" + data[4:], "is not a file of logits"),
+        (lambda data: data[:8], "is cut off in its header"),
+        (lambda data: data[:255], "is cut off in its header"),
+        (lambda data: data[:256], "has 256 bytes, its header says 8"),
+        (lambda data: data[:-1], "it is cut off or damaged"),
+        (lambda data: data + b"\0", "it is cut off or damaged"),
+        (put(8, b"\2"), "is of version 2, this program reads 1"),
+        (put(12, b"\xff"), "its header is damaged"),
+        (put(130, b"x"), "its header is damaged"),
+        (sealed(12, b"\0"), "impossible sizes"),
+        (sealed(12, b"\xff\xff\xff\xff"), "impossible sizes"),
+        (sealed(20, b"\xff\xff\xff\xff"), "impossible sizes"),
+        (sealed(16, b"\1"), "impossible sizes"),  # n_ctx and n_scored do not belong together
+        (sealed(20, b"\3"), "it is cut off or damaged"),
+    ],
+)
+def test_damaged_files(path: Path, change: Callable[[bytes], bytes], message: str) -> None:
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(FormatError, match=message) as caught:
+        LogitsFile(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("at", [256, 300, 256 + N_SCORED * (16 + 2 * N_VOCAB) - 1, -1, -5])
+def test_damaged_chunks(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    damaged = 1 if at < 0 else 0
+    with LogitsFile(path) as file:
+        list(file.chunk(1 - damaged))
+        with pytest.raises(FormatError, match=rf"chunk {damaged + 1} is damaged"):
+            list(file.chunk(damaged))
+
+
+def test_file_that_shrinks_while_it_is_read(path: Path) -> None:
+    with LogitsFile(path) as file:
+        path.write_bytes(path.read_bytes()[:300])
+        with pytest.raises(FormatError, match="became shorter"):
+            list(file.chunk(0))
+
+
+# Writing.
+
+
+def test_nothing_is_left_of_an_incomplete_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.logits"
+    path.write_text("an older one")
+    with LogitsWriter(path, HEADER) as writer:
+        writer.add(blocks()[0])
+        assert not writer.is_complete
+    with suppress(KeyboardInterrupt), LogitsWriter(path, HEADER) as writer:
+        for block in blocks():
+            writer.add(block)
+        assert writer.is_complete
+        raise KeyboardInterrupt
+    assert [file.name for file in tmp_path.iterdir()] == ["a.logits"]
+    assert path.read_text() == "an older one"
+
+
+def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(GgufRunError, match="is a folder"):
+        LogitsWriter(tmp_path, HEADER)
+    with pytest.raises(FileNotFoundError):
+        LogitsWriter(tmp_path / "no/such.logits", HEADER)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=HEADER.nbytes - 1))
+    with pytest.raises(GgufRunError, match=r"the logits take 0\.0 GB, the disk has 0\.0 GB left: use fewer --chunks"):
+        LogitsWriter(tmp_path / "a.logits", HEADER)
+    assert not list(tmp_path.iterdir())
+
+
+def test_long_names_are_cut(tmp_path: Path) -> None:
+    header = replace(HEADER, n_chunk=1, n_ctx=4, n_scored=1, model="é" * 100)
+    with LogitsWriter(tmp_path / "a.logits", header) as writer:
+        writer.add(Block(np.zeros((1, N_VOCAB), np.float32), np.zeros(1)))
+    with LogitsFile(tmp_path / "a.logits") as file:
+        assert file.header.model == "é" * 64
+
+
+# Hashes.
+
+
+def test_hash_of_a_model_is_that_of_its_file(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "a.gguf")
+    data = (tmp_path / "a.gguf").read_bytes()
+    assert hash_file(tmp_path / "a.gguf") == hashlib.sha256(hashlib.sha256(data).digest()).digest()
+    (tmp_path / "b.gguf").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert hash_file(tmp_path / "b.gguf") != hash_file(tmp_path / "a.gguf")
+
+
+def test_hash_of_a_vocabulary(tmp_path: Path) -> None:
+    def hashed(*tokens: str) -> bytes:
+        return hash_vocabulary(write(tmp_path / "a.gguf", {"tokenizer.ggml.tokens": list(tokens)}))
+
+    assert hashed("a", "b") == hashlib.sha256(json.dumps(["a", "b"]).encode()).digest()
+    assert len({hashed("a", "b"), hashed("ab"), hashed("b", "a"), hashed("a", "b", "")}) == 4
+
+
+def test_hash_of_ids() -> None:
+    assert hash_ids([1, 2]) == hashlib.sha256(struct.pack("<2i", 1, 2)).digest()

@@ -1,0 +1,220 @@
+"""What KV caches take, which types models allow, what is advised where memory is short, calibration files."""
+
+import json
+import re
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tinymodel import TINY_GEMMA3, Tiny, write_tiny
+
+from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
+from gguf_run.formats.gguf.reader import GGUFFile
+from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
+from gguf_run.kernels_cpu.backend import CpuBackend
+from gguf_run.models.backend import CacheType
+from gguf_run.models.config import ModelConfig
+from gguf_run.runtime.load.cache_plan import describe_plan, plan_bytes, plan_cache
+from gguf_run.runtime.load.kv_scales import KvScales, LayerScales
+from gguf_run.runtime.load.memory import MemoryPlan
+
+# Bytes of a row of 64 numbers, from ggml's block layouts and from "one f16 scale for each row".
+ROW_OF_64 = {
+    "f32": 256, "f16": 128, "bf16": 128, "q8_0": 2 * 34, "q5_1": 2 * 24, "q5_0": 2 * 22, "q4_1": 2 * 20, "q4_0": 2 * 18,
+    "iq4_nl": 2 * 18, "int8": 66, "fp8_e4m3": 66, "fp8_e5m2": 66, "int4": 2 * 18,
+}  # fmt: skip
+
+
+def config_of(folder: Path, tiny: Tiny) -> ModelConfig:
+    write_tiny(folder / "m.gguf", tiny)
+    with GGUFFile.open(folder / "m.gguf") as file:
+        return ModelConfig.from_metadata(file.metadata, file.tensors)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> ModelConfig:
+    return config_of(tmp_path, Tiny(head_dim=64))  # 2 layers, 2 KV heads
+
+
+@pytest.mark.parametrize(("name", "row"), ROW_OF_64.items())
+def test_bytes_of_each_type(config: ModelConfig, name: str, row: int) -> None:
+    assert plan_bytes(config, plan_cache(config, name), 128, 128) == 2 * 2 * 2 * 128 * row
+    mixed = plan_cache(config, (name, "f16"))
+    assert plan_bytes(config, mixed, 128, 128) == 2 * 2 * 128 * (row + 128)
+    assert plan_bytes(config, mixed, 97, 97, n_seq=3) == 3 * plan_bytes(config, mixed, 128, 128)
+
+
+@pytest.mark.parametrize(("name", "ratio"), [("q8_0", 0.53125), ("q4_0", 0.28125), ("int8", 0.5078125)])
+def test_parts_of_f16(tmp_path: Path, name: str, ratio: float) -> None:
+    """Heads of 128 numbers, as most models have."""
+    config = config_of(tmp_path, Tiny(head_dim=128))
+    f16, other = (plan_bytes(config, plan_cache(config, kind), 4096, 512) for kind in ("f16", name))
+    assert other == ratio * f16
+
+
+def test_types_and_rotation(config: ModelConfig) -> None:
+    assert plan_cache(config) == (CacheType("f16", "f16"),) * 2
+    assert plan_cache(config, ("q8_0", "q4_0")) == (CacheType("q8_0", "q4_0"),) * 2
+    assert plan_cache(config, "q4_0", cache_rotation=False) == (CacheType("q4_0", "q4_0", False),) * 2
+    assert plan_cache(config, "int8", cache_rotation=True) == (CacheType("int8", "int8", True),) * 2
+    each = [CacheType("f16", "f32"), CacheType("int8", "int8")]
+    assert plan_cache(config, each) == tuple(each)
+
+
+def test_descriptions_differ_where_bytes_mean_something_else(config: ModelConfig, tmp_path: Path) -> None:
+    each = [CacheType("f16", "f32"), CacheType("int8", "int8")]
+    static = [write_json(tmp_path / f"{n}.json", calibration(layers=[LAYER | {"k_max": [n, 1]}] * 2)) for n in (1, 2)]
+    plans = {
+        "int8": plan_cache(config, "int8"),
+        "K f16, V q4_0": plan_cache(config, ("f16", "q4_0")),
+        "q4_0": plan_cache(config, "q4_0"),
+        "q4_0, not rotated": plan_cache(config, "q4_0", cache_rotation=False),
+        "fp8_e4m3": plan_cache(config, "fp8_e4m3"),
+        r"1 x K f16, V f32; 1 x int8 \(layers \w{8}\)": each,
+        r"1 x int8; 1 x K f16, V f32 \(layers \w{8}\)": each[::-1],
+        r"fp8_e4m3 \(layers \w{8}\)": plan_cache(config, "fp8_e4m3", cache_scales=static[0]),
+        r"fp8_e4m3 \(layers (\w{8})\)": plan_cache(config, "fp8_e4m3", cache_scales=static[1]),
+    }
+    found = {pattern: describe_plan(plan) for pattern, plan in plans.items()}
+    assert all(re.fullmatch(pattern, text) for pattern, text in found.items()), found
+    assert len(set(found.values())) == len(plans)
+
+
+def test_types_that_heads_do_not_allow(tmp_path: Path) -> None:
+    config = config_of(tmp_path, Tiny(head_dim=12, n_embd=48))
+    words = (
+        "--cache-type-v q4_0 stores blocks of 32 numbers, the model's heads have 12; allowed: f32, f16, bf16, int8, fp8"
+    )
+    with pytest.raises(OptionError, match=words):
+        plan_cache(config, ("int8", "q4_0"))
+    with pytest.raises(OptionError, match="--cache-type-k is 'q9'; allowed: f32, "):
+        plan_cache(config, ("q9", "f16"))
+
+
+def memory_plan(tmp_path: Path, n_ctx: int, kind: str = "f16", tiny: Tiny | None = None) -> MemoryPlan:
+    write_tiny(tmp_path / "m.gguf", tiny or Tiny(head_dim=64))
+    with GGUFFile.open(tmp_path / "m.gguf") as file:
+        config = ModelConfig.from_metadata(file.metadata, file.tensors)
+        return MemoryPlan(config, list(file.tensors.values()), n_ctx, plan_cache(config, kind), n_batch=32)
+
+
+def test_memory_that_is_enough(tmp_path: Path) -> None:
+    plan = memory_plan(tmp_path, 4096)
+    need = plan.needed()
+    assert need.total == need.weights + need.cache + need.buffers
+    plan.check(None)
+    plan.check(need.total)
+
+
+def test_what_would_fit(tmp_path: Path) -> None:
+    """What is advised fits, and the next larger context does not."""
+    plan = memory_plan(tmp_path, 4096)
+    available = plan.needed().total - 1
+    with pytest.raises(
+        GgufRunError, match=r"of 4096 tokens as f16 4\.19 MB\).*--ctx-size 3840 or --cache-type q8_0 would"
+    ):
+        plan.check(available)
+    half = replace(plan, n_ctx=1536).needed().total
+    with pytest.raises(GgufRunError, match=r"--ctx-size 1536 or --cache-type q4_0 would fit"):
+        plan.check(half)
+    with pytest.raises(GgufRunError, match=r": --ctx-size 1280 would fit"):
+        memory_plan(tmp_path, 4096, "q4_0").check(memory_plan(tmp_path, 1280, "q4_0").needed().total)
+    with pytest.raises(GgufRunError, match="choose a smaller context"):
+        plan.check(plan.needed().weights)
+
+
+def test_heads_that_allow_no_blocks_are_advised_int8(tmp_path: Path) -> None:
+    plan = memory_plan(tmp_path, 4096, tiny=Tiny(head_dim=48))
+    with pytest.raises(GgufRunError, match=r"--cache-type int8 would fit"):
+        plan.check(plan.needed().total - 1)
+
+
+# Calibration files.
+
+
+def calibration(**changes: Any) -> dict[str, Any]:
+    layers = [{"k_max": [1.0, 448.0], "v_max": [2, 0]}, {"k_max": [1, 1], "v_max": [1, 1], "k": "q8_0", "v": "q4_0"}]
+    return {"format": "gguf-run kv-scales", "version": 1, "model": "m", "text": "t", "layers": layers} | changes
+
+
+def write_json(path: Path, facts: Any) -> Path:
+    path.write_text(json.dumps(facts))
+    return path
+
+
+def test_a_calibration_file(config: ModelConfig, tmp_path: Path) -> None:
+    path = write_json(tmp_path / "s.json", calibration())
+    assert [(kind.k, kind.v) for kind in plan_cache(config, cache_scales=path)] == [("f16", "f16"), ("q8_0", "q4_0")]
+    first, second = plan_cache(config, ("fp8_e4m3", "fp8_e5m2"), cache_scales=path)
+    assert (first.k, first.v, second.k) == ("fp8_e4m3", "fp8_e5m2", "fp8_e4m3")
+    assert first.k_scales == (2 / 448, 2.0)  # twice what was seen fits
+    assert first.v_scales == (4 / 57344, 2 / 57344)  # all zeros: any scale will do
+    assert plan_cache(config, "int8", cache_scales=path)[0].k_scales is None
+    assert plan_cache(config, "fp8_e4m3", True, path)[0].k_scales is None  # rotated rows need scales of their own
+
+
+def test_a_calibration_file_survives(config: ModelConfig, tmp_path: Path) -> None:
+    layers = (LayerScales((1.5, 0.0), (3.0, 1e-7)), LayerScales((1.0, 2.0), (3.0, 4.0), ("f16", "iq4_nl")))
+    scales = KvScales("model", "text", 7, layers, {"q4_0": {"k": [0.1, 0.2], "v": [0.0, 1.0]}})
+    scales.write(tmp_path / "s.json")
+    assert KvScales.read(tmp_path / "s.json", config).layers == layers
+    assert json.loads((tmp_path / "s.json").read_text())["sensitivity"] == scales.sensitivity
+    assert [file.name for file in tmp_path.glob("s*")] == ["s.json"]
+
+
+LAYER = calibration()["layers"][0]
+BAD = {
+    "a list": ([], FormatError, "is not a calibration file: `gguf-eval kv-scales"),
+    "another format": (calibration(format="x"), FormatError, "is not a calibration file"),
+    "version": (calibration(version=2), FormatError, "is of version 2, this program reads 1"),
+    "no layers": (calibration(layers=None), GgufRunError, "of a model with no layers, this one has 2"),
+    "layers": (calibration(layers=[LAYER] * 3), GgufRunError, "of a model with 3 layers, this one has 2"),
+    "no object": (calibration(layers=[3, LAYER]), FormatError, "layer 0 is '3', must be an object"),
+    "heads": (
+        calibration(layers=[LAYER, LAYER | {"v_max": [1]}]),
+        GgufRunError,
+        "layer 1 has 1 values of v_max, the mo",
+    ),
+    "no maxima": (calibration(layers=[LAYER, {}]), GgufRunError, "layer 1 has no values of k_max"),
+    "negative": (calibration(layers=[LAYER, LAYER | {"k_max": [-1, 1]}]), FormatError, "k_max must be numbers from 0"),
+    "infinite": (calibration(layers=[LAYER, LAYER | {"k_max": [1e999, 1]}]), FormatError, "k_max must be numbers"),
+    "text": (calibration(layers=[LAYER, LAYER | {"k_max": ["1", 1]}]), FormatError, "k_max must be numbers"),
+    "type": (
+        calibration(layers=[LAYER | {"k": "q4_0", "v": "q1"}, LAYER]),
+        FormatError,
+        "layer 0 has the cache type 'q1'",
+    ),
+    "half a type": (calibration(layers=[LAYER | {"k": "q4_0"}, LAYER]), FormatError, "layer 0 has the cache type None"),
+    "a list as type": (calibration(layers=[LAYER | {"k": [], "v": []}, LAYER]), FormatError, "cache type \\[\\]"),
+}
+
+
+@pytest.mark.parametrize(("facts", "error", "words"), BAD.values(), ids=BAD)
+def test_bad_calibration_files(config: ModelConfig, tmp_path: Path, facts: Any, error: type, words: str) -> None:
+    path = write_json(tmp_path / "s.json", facts)
+    with pytest.raises(error, match=rf"s\.json: .*{words}"):
+        KvScales.read(path, config)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", b"GGUF", b"[" * 100_000])
+def test_files_that_are_no_json(config: ModelConfig, tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "s.json").write_bytes(data)
+    with pytest.raises(FormatError, match="is not a calibration file"):
+        KvScales.read(tmp_path / "s.json", config)
+
+
+@pytest.mark.parametrize("kind", ROW_OF_64)
+@pytest.mark.parametrize("tiny", [Tiny(head_dim=40), TINY_GEMMA3])
+def test_bytes_are_those_that_are_held(tmp_path: Path, tiny: Tiny, kind: str) -> None:
+    """Heads that are filled up, windows, contexts that are no whole groups, several sequences."""
+    config = config_of(tmp_path, tiny)
+    if not CACHE_FORMATS[kind].allows(config.head_dim):
+        return
+    for n_ctx, n_batch, n_seq in ((100, 7, 1), (1000, 512, 3)):
+        plan = plan_cache(config, (kind, "f16"))
+        with closing(CpuBackend(1)) as backend:
+            for il, layer in enumerate(plan):
+                backend.cache(config.attention(il), n_ctx, n_batch, n_seq, layer)
+            assert backend.nbytes()["cache"] == plan_bytes(config, plan, n_ctx, n_batch, n_seq)
