@@ -300,7 +300,7 @@ def test_no_chat_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path:
         (MemoryError("9 GiB"), "error: out of memory (9 GiB): choose"),
         (OSError(28, "No space left on device", "a\nb"), r"error: a b: No space left on device"),
         (GgufRunError("two\nlines \x1b[0m"), r"error: two lines \x1b[0m"),
-        (KeyError("x"), "error: internal error, please report it: KeyError: 'x' (test_cli.py:"),
+        (KeyError("x"), "error: internal error, please report it: KeyError: 'x' (test_run.py:"),
     ],
 )
 def test_any_error_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, expected: str) -> None:
