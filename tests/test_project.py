@@ -13,7 +13,7 @@ import click
 import plots
 import pytest
 import tables
-from documents import PYPROJECT, ROOT, SCRIPTS, command_of, commands_in, options_of
+from documents import DOCUMENTS, PYPROJECT, ROOT, SCRIPTS, command_of, commands_in, options_of
 
 PACKAGES = tuple(PYPROJECT["tool"]["setuptools"]["packages"])
 FOLDERS = tuple(name.removeprefix("gguf_run.") for name in PACKAGES if name.count(".") == 1)
@@ -159,9 +159,6 @@ def test_commands_in_finds_options() -> None:
 
 def test_commands_in_finds_subcommands() -> None:
     assert list(commands_in("`gguf-eval kl m.gguf --chunks 4`")) == [("gguf-eval kl", ["--chunks"])]
-
-
-DOCUMENTS = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, "Makefile"])

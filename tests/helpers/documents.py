@@ -14,6 +14,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
+DOCUMENTS = (
+    *sorted(path.name for path in ROOT.glob("*.md")),
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+)
 SCRIPTS: dict[str, str] = PYPROJECT["project"]["scripts"]
 
 
