@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,7 +70,7 @@ class Model:
         self.chat_template = parts.chat_template
         self.tool_template = parts.tool_template
         self.where = parts.where
-        self.load_s = parts.load_s
+        self.load_s = 0.0  # seconds that loading took, without a download
         self._identity = parts.identity
         self._close = parts.close
         self._session = Session(parts.decoder)
@@ -83,7 +84,7 @@ class Model:
         options: LoadOptions | None = None,
         *,
         progress: Callable[[int, int], None] | None = None,
-        report: Callable[[str], None] | None = None,
+        report: Callable[[str], None] = lambda line: None,
         **keywords: Any,
     ) -> "Model":
         """Load a model.
@@ -97,9 +98,13 @@ class Model:
         Warns if n_ctx is more than the model was trained for. Raises GgufRunError and its kinds: OptionError for a
         value that is not allowed, FormatError for a damaged file, UnsupportedError for one that cannot be run.
         """
+        options, start = replace(options or LoadOptions(), **keywords), time.perf_counter()
         from gguf_run.runtime.load.load_model import load_model
 
-        return cls(load_model(path, replace(options or LoadOptions(), **keywords), progress, report))
+        parts = load_model(path, options, progress, report)
+        model = cls(parts)
+        model.load_s = time.perf_counter() - start - parts.download_s
+        return model
 
     @property
     def n_ctx(self) -> int:
