@@ -80,8 +80,8 @@ def _load(
     if CPU in placement.devices:
         plan.on_cpu(placement.n_gpu, placement.n_cpu_moe).check(available_memory())
     if plan.n_ctx > (trained := plan.config.n_ctx_train):
-        text = f"context of {plan.n_ctx} tokens: the model was trained with {trained}, beyond it answers get worse"
-        warnings.warn(text, stacklevel=4)
+        warning = f"context of {plan.n_ctx} tokens: the model was trained with {trained}, beyond it answers get worse"
+        warnings.warn(warning, stacklevel=4)
     n_threads = options.n_threads or min(default_threads(), MAX_THREADS)
     computes = CPU in (*placement.layers, *placement.experts)
     compiling = compile_ahead.helper(file.path, options.quantize, plan.cache, n_threads) if computes else nullcontext()
