@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
 from gguf_run.runtime.engine.generation import Closed, Generation, Session, StopStrings, text_pieces
 from gguf_run.runtime.load.options import LoadOptions
-from gguf_run.runtime.sampling.history import Breakers, breakers
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler, TokenLogprob
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from gguf_run.runtime.engine.batch import Answer, Batch
     from gguf_run.runtime.engine.session_file import SessionHeader
     from gguf_run.runtime.load.load_model import LoadedModel
+    from gguf_run.runtime.sampling.history import Breakers
 
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
@@ -75,7 +75,7 @@ class Model:
         self._close = parts.close
         self._session = Session(parts.decoder)
         self._generation: Generation | Batch | None = None
-        self._breakers: dict[tuple[str, ...], Breakers] = {}
+        self._breakers: dict[tuple[str, ...], Breakers] = {}  # of dry_sequence_breakers: slow to find
 
     @classmethod
     def load(
@@ -337,6 +337,8 @@ class Model:
             params = replace(params, logit_bias={**params.logit_bias, **never})
         if not params.dry_multiplier:
             return Sampler(params)
+        from gguf_run.runtime.sampling.history import breakers
+
         texts = tuple(params.dry_sequence_breakers)
         if texts not in self._breakers:
             self._breakers = {texts: breakers(self.tokenizer, texts)}

@@ -17,7 +17,6 @@ from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.kernels_cpu.replay.team import MAX_THREADS
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
-from gguf_run.runtime.hub.find import find_model
 from gguf_run.runtime.load import compile_ahead
 from gguf_run.runtime.load.cache_plan import describe_plan, plan_cache
 from gguf_run.runtime.load.machine import available_memory, default_threads, driver_there
@@ -56,7 +55,7 @@ def load_model(
 ) -> LoadedModel:
     """Load a model. path, progress, report and errors: see Model.load."""
     start = time.perf_counter()
-    found = find_model(os.fspath(path) if path is not None else None, "any")
+    found = _find(None if path is None else os.fspath(path))
     download_s = time.perf_counter() - start
     file = open_model(found, options.quantize)
     try:
@@ -70,6 +69,14 @@ def load_model(
     except BaseException:
         file.close()
         raise
+
+
+def _find(name: str | None) -> Path:
+    if name is not None and not name.startswith("hf:") and Path(name).exists():
+        return Path(name)
+    from gguf_run.runtime.hub.find import find_model
+
+    return find_model(name, "any")
 
 
 def _load(
