@@ -196,8 +196,8 @@ class Model:
             32) are taken out, and the text goes on.
         sampling: temperature, top_k, seed, logits_processors, logprobs and others, see SamplingParams.
         """
-        shift = n_keep if context_shift else None
-        return self._start(self._open_ended(self.tokenize(prompt)), max_tokens, stop, shift, sampling)
+        ids = self._open_ended(self.tokenize(prompt))
+        return self._start(ids, max_tokens, stop, n_keep if context_shift else None, sampling)
 
     def generate_batch(
         self, prompts: Sequence[str], *, max_tokens: int | None = None, stop: Sequence[str] = (), **sampling: Any
@@ -241,9 +241,8 @@ class Model:
         The beginning that this conversation shares with the one before is not computed again. GgufRunError as for
         tokenize_chat.
         """
-        shift = n_keep if context_shift else None
         ids = self.tokenize_chat(messages, tools, template_options)
-        return self._start(ids, max_tokens, stop, shift, sampling)
+        return self._start(ids, max_tokens, stop, n_keep if context_shift else None, sampling)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Return the logits f32[n_tokens, n_vocab] after each of ids, from an empty context."""

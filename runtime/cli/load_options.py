@@ -56,12 +56,12 @@ GPU_LAYERS = click.Option(
     ["--gpu-layers", "-ngl"],
     metavar="N|auto|all",
     shell_complete=complete.words("auto all"),
-    help="Layers on the GPU, from the last one on.  [default: auto, as many as fit]",
+    help="So many of the last layers run on the GPU.  [default: auto, as many as fit]",
 )
 TENSOR_SPLIT = click.Option(
     ["--tensor-split", "-ts"],
     metavar="N,N",
-    help="Parts of these for each of several GPUs: 3,1  [default: by free memory]",
+    help="How several GPUs share these layers: 3,1  [default: by free memory]",
 )
 EXPERT_OPTIONS = [
     click.Option(["--cpu-moe", "-cmoe"], is_flag=True, help="Keep the experts of all layers on the CPU."),
@@ -69,7 +69,7 @@ EXPERT_OPTIONS = [
         ["--n-cpu-moe", "-ncmoe"],
         type=int,
         metavar="N",
-        help="Keep the experts of the first N layers on the CPU.  [default: as few as it takes]",
+        help="Keep the experts of the first N layers on the CPU.  [default: as few as possible]",
     ),
 ]
 DEVICE_OPTIONS = [
@@ -79,7 +79,7 @@ DEVICE_OPTIONS = [
         default="auto",
         show_default=True,
         shell_complete=complete.words("auto cpu cuda cuda:0"),
-        help="cpu, cuda, cuda:1, cuda:0,cuda:1, or auto.",
+        help="Where the model runs: cpu, cuda, cuda:1, cuda:0,cuda:1, or auto.",
     ),
     GPU_LAYERS,
     TENSOR_SPLIT,

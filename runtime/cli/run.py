@@ -43,29 +43,33 @@ _PARAMS = [
         ["--chat-template"],
         metavar="FILE|NAME",
         shell_complete=complete.chat_templates,
-        help="Instead of the model's own: Jinja, or chatml, llama3, ...",
+        help="In place of the model's own: a Jinja file, or chatml, llama3, ...",
     ),
-    click.Option(["--chat-template-kwargs"], metavar="JSON", help='For the template, as {"enable_thinking": false}.'),
+    click.Option(
+        ["--chat-template-kwargs"], metavar="JSON", help='Variables for the template, as {"enable_thinking": false}.'
+    ),
     click.Option(["--tools"], type=PATH, help="JSON file: functions that the model may call."),
-    click.Option(["--no-history"], is_flag=True, help="Keep no lines of --chat for the arrow keys of the next one."),
+    click.Option(["--no-history"], is_flag=True, help="Do not keep the lines typed in --chat for its next start."),
     click.Option(["--raw"], is_flag=True, help="Continue the prompt as it is, without the model's chat template."),
-    click.Option(["--max-tokens", "-n"], type=int, help="Stop after so many tokens.  [default: when the model ends]"),
+    click.Option(
+        ["--max-tokens", "-n"], type=int, help="The most tokens of the answer.  [default: until the model ends it]"
+    ),
     CTX_SIZE,
     *CACHE_OPTIONS,
-    click.Option(["--session"], type=PATH, help="Go on from this file if it is there, save to it at the end."),
+    click.Option(["--session"], type=PATH, help="Go on from this file if it exists, and save to it at the end."),
     *SAMPLING_OPTIONS,
     *DEVICE_OPTIONS,
     click.Option(
         ["--quantize"],
         metavar="TYPE",
         shell_complete=complete.file_types,
-        help="Put the weights into fewer bits while loading, such as Q4_K_M.",
+        help="Quantize the weights while loading, for example to Q4_K_M.",
     ),
     click.Option(["--context-shift"], is_flag=True, help="When the context is full, drop half of it and go on."),
     click.Option(["--keep", "n_keep"], type=int, default=0, help="Tokens at the beginning that --context-shift keeps."),
     click.Option(["--warm-up"], is_flag=True, help="Compile what the model needs, so that the next start is quick."),
     click.Option(
-        ["--list", "list_models"], is_flag=True, help="Show the models that are on this machine; -v: and where."
+        ["--list", "list_models"], is_flag=True, help="List the models on this machine; with -v also their files."
     ),
     click.Option(
         ["--completion"],
