@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ Tool = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Stats:
-    """What the last generation took. Times are in seconds."""
+    """What the last generation took: attributes of Generation and Batch. Times are in seconds."""
 
     load_s: float  # loading the model
     n_prompt: int = 0  # tokens of the prompt
@@ -114,19 +114,10 @@ class Model:
     @property
     def stats(self) -> Stats:
         """Times and counts of the last generate or chat."""
-        last = self._generation
-        if last is None:
+        if self._generation is None:
             return Stats(self.load_s)
-        return Stats(
-            load_s=self.load_s,
-            n_prompt=last.n_prompt,
-            n_reused=last.n_reused,
-            prefill_s=last.prefill_s,
-            n_decoded=last.n_decoded,
-            decode_s=last.decode_s,
-            finish=last.finish,
-            seed=last.seed,
-        )
+        measured = {field.name: getattr(self._generation, field.name) for field in fields(Stats)[1:]}
+        return Stats(self.load_s, **measured)
 
     @property
     def logprobs(self) -> list[TokenLogprob]:
