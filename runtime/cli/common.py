@@ -30,10 +30,7 @@ BROKEN_PIPE = 141
 
 
 class Command(click.Command):
-    """A click command that ends with one line on any error.
-
-    It has our help, with its own examples, and completes values in shells. It does not start where stdout is closed.
-    """
+    """A click command that shows any error as one line. It has our help, with examples, and completion in shells."""
 
     def __init__(self, *args: Any, examples: Sequence[str] = (), **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -72,7 +69,11 @@ class Group(Command, click.Group):
 def tool(
     name: str, cls: type[Command] = Command, params: Sequence[click.Parameter] = (), examples: Sequence[str] = ()
 ) -> Callable[[Callable[..., Any]], Any]:
-    """Make a function a tool of ours, with -h and --version. params: in front of those that click's decorators add."""
+    """Return a decorator that makes a function one of our tools, with -h and --version.
+
+    params: parameters of the command; those that click's decorators add come behind them.
+    examples: command lines for --help.
+    """
 
     def decorate(function: Callable[..., Any]) -> Any:
         settings = {"help_option_names": ["-h", "--help"], "show_default": True}

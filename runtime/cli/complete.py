@@ -13,9 +13,10 @@ Complete: TypeAlias = "Callable[[click.Context, click.Parameter, str], list[Comp
 
 
 def among(values: Callable[[str], Iterable[str]]) -> Complete:
-    """Return a shell_complete= that offers those of values(what is typed) that begin so, or files if there are none.
+    """Return a shell_complete= that offers values: those that begin with the typed text. If none does, it offers files.
 
-    Of an option that may be repeated, values with commas between them are completed one by one.
+    values: called with the typed text. An option that may be repeated takes a list with commas; its last part is
+    completed.
     """
 
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
@@ -40,7 +41,7 @@ files = words("")
 
 @among
 def models(typed: str) -> list[str]:
-    """Cached models, GGUF files, and folders. Folders alone: the shell completes them better."""
+    """Return cached models, GGUF files and folders. If only folders fit, the shell does it better: return nothing."""
     from gguf_run.runtime.hub.listing import cached_models
 
     names = [model.name for model in cached_models() if model.name]
@@ -54,7 +55,7 @@ def models(typed: str) -> list[str]:
 
 @among
 def file_types(typed: str) -> list[str]:
-    """What gguf-quantize can write."""
+    """Return the file types that gguf-quantize can write."""
     from gguf_run.runtime.quantize.rules import FILE_TYPES
 
     return [*FILE_TYPES]
@@ -62,7 +63,7 @@ def file_types(typed: str) -> list[str]:
 
 @among
 def tensor_types(typed: str) -> Iterable[str]:
-    """What a single tensor can become."""
+    """Return the types that a single tensor can be quantized to."""
     from gguf_run.runtime.quantize.rules import WRITABLE
 
     return WRITABLE
@@ -70,7 +71,7 @@ def tensor_types(typed: str) -> Iterable[str]:
 
 @among
 def cache_types(typed: str) -> list[str]:
-    """Types of the KV cache."""
+    """Return the types of the KV cache."""
     from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
 
     return [*CACHE_FORMATS]
@@ -78,7 +79,7 @@ def cache_types(typed: str) -> list[str]:
 
 @among
 def samplers(typed: str) -> list[str]:
-    """Names of samplers, with semicolons between them."""
+    """Return what is typed with each name of a sampler behind its last semicolon."""
     from gguf_run.runtime.sampling.params import SAMPLERS
 
     before, sign, _ = typed.rpartition(";")
@@ -87,7 +88,7 @@ def samplers(typed: str) -> list[str]:
 
 @among
 def chat_templates(typed: str) -> list[str]:
-    """The chat templates that have a name."""
+    """Return the names of chat templates."""
     from gguf_run.runtime.chat.named import TEMPLATES
 
     return [*TEMPLATES]

@@ -20,7 +20,7 @@ PATH = click.Path(path_type=Path)
 
 
 def option(flags: str, text: str, **settings: Any) -> click.Option:
-    """Make an option of flags with blanks between them; a name for the command's parameter may follow them."""
+    """Make an option. flags: as "--ctx-size -c n_ctx"; the last word without dashes names the parameter."""
     return click.Option(flags.split(), help=text, **settings)
 
 
@@ -91,8 +91,9 @@ def byte_size(text: str | None, option: str = "--split-max-size") -> int:
 
 
 def to_load_options(values: Mapping[str, Any], **more: Any) -> LoadOptions:
-    """Make LoadOptions of a command's parameters, those of other names left out. more: fields that come before them.
+    """Make LoadOptions of a command's parameters.
 
+    values: by name; names that are no options of loading are ignored. more: fields of LoadOptions that replace them.
     OptionError for values that are not allowed, or not together.
     """
     found = {name: value for name, value in values.items() if name in _FIELDS} | {"n_threads": values.get("threads")}
@@ -108,7 +109,7 @@ def _cache_type(both: str | None, k: str | None, v: str | None) -> str | tuple[s
 
 
 def load_model(path: str | None, options: LoadOptions) -> "Model":
-    """Load a model; a bar on stderr shows how far it is, and lines say what runs where if GPUs are used."""
+    """Load a model. stderr shows a progress bar, and lines that say what runs where if a GPU is used."""
     from gguf_run.runtime.model import Model
     from gguf_run.runtime.terminal.progress import progress
 

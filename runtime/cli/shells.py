@@ -29,14 +29,14 @@ def completion_script(shell: str) -> str:
 
 
 def complete_in_bash() -> None:
-    """Answer bash with the class below."""
+    """Make click use _Bash when bash asks."""
     add_completion_class(_Bash, "bash")
 
 
 class _Bash(BashComplete):
-    """Completes hf:owner/repo:TYPE although bash takes a colon for the end of a word.
+    """Completes hf:owner/repo:TYPE although bash ends a word at a colon.
 
-    The parts are put together; what is offered begins after the last colon.
+    The words around colons are joined, and a value is offered without its part up to the last typed colon.
     """
 
     def get_completion_args(self) -> tuple[list[str], str]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def helper(path: Path, quantize: str | None, cache: Sequence[CacheType], n_threads: int) -> Iterator[None]:
-    """Start the second process when the first kernel must be compiled, unless there is only one CPU."""
+    """Return a context that starts the second process when the first kernel must be compiled; not for one thread."""
     if n_threads == 1 or not sys.executable or kernel_cache_dir() is None:
         yield
         return

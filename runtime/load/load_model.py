@@ -187,7 +187,7 @@ def _load_text(file: GGUFFile) -> "tuple[Tokenizer, str | None, str | None]":
 
 
 def _adding(progress: Progress, total: int) -> Callable[[int], None]:
-    """Return a function that adds up bytes and calls progress with the sum."""
+    """Return a function that is given the bytes of a tensor and calls progress with the sum so far."""
     done = 0
 
     def add(n_bytes: int) -> None:
