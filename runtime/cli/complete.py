@@ -55,7 +55,7 @@ def models(typed: str) -> list[str]:
 
 @among
 def file_types(typed: str) -> list[str]:
-    """Return the file types that gguf-quantize can write."""
+    """What gguf-quantize can write."""
     from gguf_run.runtime.quantize.rules import FILE_TYPES
 
     return [*FILE_TYPES]
@@ -63,7 +63,7 @@ def file_types(typed: str) -> list[str]:
 
 @among
 def tensor_types(typed: str) -> Iterable[str]:
-    """Return the types that a single tensor can be quantized to."""
+    """What a single tensor can become."""
     from gguf_run.runtime.quantize.rules import WRITABLE
 
     return WRITABLE
