@@ -1,18 +1,18 @@
-"""What the command lines share: every error a user can meet becomes one line on stderr and the right exit code.
+"""What all commands share: every error that a user can meet becomes one line on stderr and the right exit code.
 
 exit code  when
 0          all went well
 1          `error: ...`: bad input, a file or network error, out of memory, a closed or full stdout
 2          wrong usage of the command line, an option's value that is not allowed
 130        interrupted with Ctrl-C
-141        the reader of stdout went away (`| head`): nothing is printed, as other filters do
+141        the reader of stdout went away (`| head`): nothing is printed, as in other filters
 """
 
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 import click
 
 from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.runtime.terminal.text import message
 
 FAILED = 1
 WRONG_USAGE = 2
@@ -28,8 +29,12 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 
 
-class _Command(click.Command):
-    """A click command with our help, and with completion of values."""
+class Command(click.Command):
+    """A click command that shows any error as one line. It has our help, with examples, and completion in shells."""
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.examples = examples
 
     def get_help(self, ctx: click.Context) -> str:
         from gguf_run.runtime.cli.help import help_text
@@ -38,56 +43,44 @@ class _Command(click.Command):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         if any(name.startswith("_GGUF_") and name.endswith("_COMPLETE") for name in os.environ):
-            from gguf_run.runtime.cli.complete import prepare
+            from gguf_run.runtime.cli.shells import complete_in_bash
 
-            prepare(self)
+            complete_in_bash()
         return super().main(*args, **extra)
-
-
-class Group(_Command, click.Group):
-    """A click group with subcommands of the class Command."""
-
-
-class Command(_Command):
-    """A click command that ends with one line on any error. Use: `@click.command(cls=Command)`."""
 
     def invoke(self, ctx: click.Context) -> Any:
         verbose = bool(ctx.params.get("verbose"))
         with _plain_warnings(), _one_line_errors(ctx, verbose):
+            if sys.stdout is None:
+                raise GgufRunError("stdout is closed: there is nowhere to write to")
             _never_fail_to_encode()
             result = super().invoke(ctx)
-            # A full disk or a gone reader must show here, not while the interpreter shuts down.
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            # A full disk or a reader that went away must show here, not while the interpreter shuts down.
+            sys.stdout.flush()
             return result
 
 
-def one_line(text: str) -> str:
-    """Return text on one line that is safe to show: names from a file may hold escape codes or line breaks."""
-    joined = " ".join(text.split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
+class Group(Command, click.Group):
+    """A click group whose subcommands are of the class Command."""
+
+    command_class = Command
 
 
-def message(text: str) -> None:
-    """Print one line on stderr."""
-    click.echo(one_line(text), err=True)
+def tool(
+    name: str, cls: type[Command] = Command, params: Sequence[click.Parameter] = (), examples: Sequence[str] = ()
+) -> Callable[[Callable[..., Any]], Any]:
+    """Return a decorator that makes a function one of our tools, with -h and --version.
 
+    params: parameters of the command; those that click's decorators add come behind them.
+    examples: command lines for --help.
+    """
 
-def read_text(path: Path) -> str:
-    """Read a UTF-8 text file. Errors name the file and the place of the first invalid byte."""
-    return decode_text(path.read_bytes(), str(path))
+    def decorate(function: Callable[..., Any]) -> Any:
+        settings = {"help_option_names": ["-h", "--help"], "show_default": True}
+        command = click.command(name, cls, params=[*params], examples=examples, context_settings=settings)(function)
+        return click.version_option(package_name="gguf-run", prog_name=name)(command)
 
-
-def decode_text(data: bytes, name: str) -> str:
-    """Decode UTF-8 (a byte order mark is dropped); GgufRunError names `name` and the first invalid byte."""
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        # utf-8-sig counts from behind the mark.
-        offset = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
-        raise GgufRunError(
-            f"{name}: byte 0x{data[offset]:02x} at offset {offset} is not valid UTF-8: convert the text to UTF-8"
-        ) from None
+    return decorate
 
 
 @contextmanager
@@ -105,7 +98,7 @@ def _one_line_errors(ctx: click.Context, verbose: bool) -> Iterator[None]:
     except Exception as error:
         if verbose:
             traceback.print_exc()
-        # What was printed so far comes first; a stdout that fails is dropped, or it would fail again at exit.
+        # Printed text comes before the error; a stdout that fails is dropped, or it would fail again at exit.
         try:
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -116,7 +109,7 @@ def _one_line_errors(ctx: click.Context, verbose: bool) -> Iterator[None]:
 
 
 def describe(error: Exception) -> str:
-    """What went wrong, for the line that a user sees."""
+    """Return what went wrong, for the line that a user sees."""
     if isinstance(error, GgufRunError):
         return str(error)
     if isinstance(error, MemoryError) or str(error) == "can't start new thread":
@@ -126,7 +119,7 @@ def describe(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     if isinstance(error, OSError):
         return str(error) or type(error).__name__
-    # A bug of ours, but still one line: --verbose shows the traceback where a command has it.
+    # A bug of ours: still one line. Commands with --verbose show the traceback.
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{Path(frame.filename).name}:{frame.lineno}"
     return f"internal error, please report it: {type(error).__name__}: {error} ({place})"
@@ -134,7 +127,7 @@ def describe(error: Exception) -> str:
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Show a library's warnings to the user as one line, and hide those that are meant for programmers."""
+    """Show warnings to the user as one line each, and hide those that are meant for programmers."""
 
     def show(text: Warning | str, category: type[Warning], *_: Any) -> None:
         message(f"warning: {text}")
@@ -147,14 +140,14 @@ def _plain_warnings() -> Iterator[None]:
 
 
 def _never_fail_to_encode() -> None:
-    """A terminal that cannot show a character gets a question mark."""
+    """Write a question mark for a character that the terminal cannot show."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def _drop_stdout() -> None:
-    """Send what is still buffered for a broken stdout to nowhere, so that nothing is reported at exit."""
+    """Redirect a broken stdout to nowhere: its buffer cannot fail again at exit."""
     with suppress(OSError, ValueError):  # a test's stdout has no file descriptor
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())

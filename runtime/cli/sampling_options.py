@@ -1,15 +1,16 @@
 """gguf-run's options of sampling: llama.cpp's names, for the fields of SamplingParams."""
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import click
 
+from gguf_run.runtime.cli import complete
+from gguf_run.runtime.cli.load_options import option
 from gguf_run.runtime.sampling.params import DEFAULT_CHAIN, SamplingParams
 
-# (flags, field of SamplingParams, help)
-_OPTIONS = (
+# (flags, field of SamplingParams, help). The field's default gives the option's default and type.
+_ROWS = (
     ("--temp --temperature", "temperature", "0 always takes the most likely token."),
     ("--top-k", "top_k", "Choose among the k most likely tokens; 0 is off."),
     ("--top-p", "top_p", "Choose among the tokens that make up this probability; 1 is off."),
@@ -27,50 +28,57 @@ _OPTIONS = (
     ("--dry-allowed-length", "dry_allowed_length", "Sequences up to this length may repeat."),
     ("--dry-penalty-last-n", "dry_penalty_last_n", "How many tokens DRY looks back."),
     ("--dynatemp-range", "dynatemp_range", "Temperature +- this, by how unsure the model is; 0 is off."),
-    ("--dynatemp-exp", "dynatemp_exponent", "How the entropy is mapped to that range."),
-    ("--mirostat", "mirostat", "Keep the surprise of the text constant: 1 or 2, instead of other samplers; 0 is off."),
+    ("--dynatemp-exp", "dynatemp_exponent", "Exponent that maps the entropy to that range."),
+    ("--mirostat", "mirostat", "Keep the surprise of the text constant, in place of other samplers: 1 or 2; 0 is off."),
     ("--mirostat-ent", "mirostat_tau", "Mirostat's surprise in bits."),
     ("--mirostat-lr", "mirostat_eta", "How fast mirostat learns."),
     ("--adaptive-target", "adaptive_target", "For the sampler adaptive_p: prefer tokens of this probability."),
     ("--adaptive-decay", "adaptive_decay", "How slowly adaptive_p forgets."),
 )
-_TAKEN = (*(name for _, name, _ in _OPTIONS), "seed", "samplers", "ignore_eos")  # as they are
-NAMES = (*_TAKEN, "logit_bias", "dry_sequence_breakers")
 
 
-def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options to a click command."""
-    for option in (
-        click.option("--ignore-eos", is_flag=True, help="The model cannot end its answer: -n or the context does."),
-        click.option("--seed", type=int, help="Repeat a draw.  [default: a new one each time]"),
-        click.option(
-            "--logit-bias", "-l", multiple=True, metavar="ID+BIAS",
-            help="Add to a token's logit, as 15043+1 or 15043-inf; may be repeated.",
-        ),
-        click.option(
-            "--dry-sequence-breaker", "dry_sequence_breakers", multiple=True, metavar="TEXT", show_default=False,
-            help="DRY starts anew after this text; may be repeated; none: nowhere.  [default: line end, : \" *]",
-        ),
-        click.option(
-            "--samplers", default=";".join(DEFAULT_CHAIN), metavar="NAMES", show_default=False,
-            help="Samplers in their order: names with ; between them, or letters.  [default: edskypmxt]",
-        ),
-    ):  # fmt: skip
-        command = option(command)
-    for flags, name, text in reversed(_OPTIONS):
-        default = getattr(SamplingParams, name)
-        command = click.option(*flags.split(), name, type=type(default), default=default, help=text)(command)
-    return command
+def _numeric(flags: str, name: str, text: str) -> click.Option:
+    default = getattr(SamplingParams, name)
+    return option(f"{flags} {name}", text, type=type(default), default=default)
 
 
-def take_sampling(options: dict[str, Any]) -> dict[str, Any]:
-    """Take them out of a command's options, as arguments of SamplingParams."""
-    found = {name: options.pop(name) for name in _TAKEN}
-    if biases := options.pop("logit_bias"):
-        found["logit_bias"] = dict(_bias(text) for text in biases)
-    if breakers := options.pop("dry_sequence_breakers"):
-        found["dry_sequence_breakers"] = [text for text in breakers if text != "none"]
-    return found
+SAMPLING_OPTIONS = [
+    *(_numeric(*row) for row in _ROWS),
+    option("--ignore-eos", "The model cannot end its answer: -n or a full context ends it.", is_flag=True),
+    option("--seed", "Number that makes a draw repeatable.  [default: a new one each time]", type=int),
+    option(
+        "--logit-bias -l",
+        "Add to the logit of a token, as 15043+1 or 15043-inf; may be repeated.",
+        multiple=True,
+        metavar="ID+BIAS",
+    ),
+    option(
+        "--dry-sequence-breaker dry_sequence_breakers",
+        'DRY starts anew after this text; may be repeated; "none": never.  [default: line end, : " *]',
+        multiple=True,
+        metavar="TEXT",
+        show_default=False,
+    ),
+    option(
+        "--samplers",
+        "Samplers in their order: names with ; between them, or letters.  [default: edskypmxt]",
+        default=";".join(DEFAULT_CHAIN),
+        metavar="NAMES",
+        show_default=False,
+        shell_complete=complete.samplers,
+    ),
+]
+
+
+def take_sampling(values: dict[str, Any]) -> dict[str, Any]:
+    """Take the options out of a command's parameters; return arguments of SamplingParams."""
+    sampling = {str(option.name): values.pop(str(option.name)) for option in SAMPLING_OPTIONS}
+    biases, breakers = sampling.pop("logit_bias"), sampling.pop("dry_sequence_breakers")
+    if biases:
+        sampling["logit_bias"] = dict(_bias(text) for text in biases)
+    if breakers:
+        sampling["dry_sequence_breakers"] = [text for text in breakers if text != "none"]
+    return sampling
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -21,7 +20,6 @@ from tinymodel import Tiny, vocabulary, write_tiny
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime import Model
 from gguf_run.runtime import model as model_module
-from gguf_run.runtime.cli.common import Command, decode_text, one_line
 from gguf_run.runtime.cli.run import main
 
 RUN = [sys.executable, "-c", "from gguf_run.runtime.cli.run import main; main(prog_name='gguf-run')"]
@@ -283,9 +281,9 @@ def test_warm_up(path: Path) -> None:
 
 def test_no_chat_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     """A base model's prompt is continued; what needs a template says so."""
-    from gguf_run.runtime.load import parts as load
+    from gguf_run.runtime.load import load_model
 
-    monkeypatch.setattr(load, "chat_template", lambda *_: None)
+    monkeypatch.setattr(load_model, "chat_template", lambda *_: None)
     plain = invoke(path, "-p", "Hello", *GREEDY)
     assert plain.stdout == invoke(path, "--raw", "-p", "Hello", *GREEDY).stdout
     for arguments in (["--chat"], ["-p", "Hello", "--system", "x"]):
@@ -340,7 +338,7 @@ def test_closed_stdout(path: Path) -> None:
     shell = ["sh", "-c", '"$@" >&-', "sh"]
     done = subprocess.run([*shell, *RUN, str(path), "-p", "Hello"], stderr=subprocess.PIPE, timeout=PATIENCE)
     assert done.returncode == 1
-    assert done.stderr == b"error: stdout is closed: there is nowhere to write the answer\n"
+    assert done.stderr == b"error: stdout is closed: there is nowhere to write to\n"
 
 
 def test_terminal_without_unicode(path: Path) -> None:
@@ -457,27 +455,3 @@ def test_terminal_chat(terminal: Terminal) -> None:
     terminal.type("\x04")
     terminal.wait_for("load ")
     assert terminal.process.wait(PATIENCE) == 0
-
-
-# The helpers of all command lines.
-
-
-def test_one_line() -> None:
-    assert one_line("a\n b\t\x1b[2J\x00é\udcff") == "a b \\x1b[2J\\x00é\\udcff"
-
-
-def test_decode_text_counts_from_the_first_byte() -> None:
-    assert decode_text(b"\xef\xbb\xbfabc", "x") == "abc"
-    with pytest.raises(GgufRunError, match="x: byte 0xff at offset 4 "):
-        decode_text(b"\xef\xbb\xbfa\xff", "x")
-
-
-def test_programmers_warnings_are_hidden() -> None:
-    import warnings
-
-    @click.command(cls=Command)
-    def warn() -> None:
-        warnings.warn("of interest", stacklevel=1)
-        warnings.warn("of no interest", DeprecationWarning, stacklevel=1)
-
-    assert CliRunner().invoke(warn).stderr == "warning: of interest\n"

@@ -16,59 +16,15 @@ from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.load import devices
 from gguf_run.runtime.load.cache_plan import plan_cache
-from gguf_run.runtime.load.devices import driver_there, open_gpus, open_placement
-from gguf_run.runtime.load.memory import GpuSizes, MemoryPlan, WeightSizes
-from gguf_run.runtime.load.placement import CPU, MARGIN, Device, Placement, Wanted, fit, parse_wanted, place
+from gguf_run.runtime.load.devices import open_gpus, open_placement
+from gguf_run.runtime.load.fit import MARGIN, GpuSizes, fit, gpu_sizes, place
+from gguf_run.runtime.load.load_model import tries_gpus
+from gguf_run.runtime.load.machine import driver_there
+from gguf_run.runtime.load.memory import MemoryPlan, WeightSizes
+from gguf_run.runtime.load.options import Wanted
+from gguf_run.runtime.load.placement import CPU, Device, Placement
 
 GPU = [Device("cuda", i) for i in range(3)]
-
-
-@pytest.mark.parametrize(
-    ("options", "wanted", "cpu_only", "insists"),
-    [
-        ({}, Wanted(), False, False),
-        ({"gpu_layers": "auto"}, Wanted(), False, False),
-        ({"device": "cpu"}, Wanted((CPU,)), True, False),
-        ({"device": "cpu", "gpu_layers": 0}, Wanted((CPU,), 0), True, False),
-        ({"device": "cuda"}, Wanted((GPU[0],)), False, True),
-        ({"device": "cuda:0", "gpu_layers": "0"}, Wanted((GPU[0],), 0), True, False),
-        ({"device": "cuda:12", "gpu_layers": 7}, Wanted((Device("cuda", 12),), 7), False, True),
-        ({"gpu_layers": "all"}, Wanted((), -1), False, True),
-        ({"device": "cuda:1,cuda:0", "tensor_split": "3,1.5"}, Wanted((GPU[1], GPU[0]), None, (3, 1.5)), False, True),
-    ],
-)
-def test_options(options: dict[str, Any], wanted: Wanted, cpu_only: bool, insists: bool) -> None:
-    found = parse_wanted(**options)
-    assert (found, found.cpu_only, found.insists) == (wanted, cpu_only, insists)
-    assert str(GPU[1]) == "cuda:1"
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        *(
-            ({"device": text}, f"--device {text!r}: allowed are cpu, cuda")
-            for text in ("CPU", "cpu:0", "cuda:", "cuda:-1")
-        ),
-        *(
-            ({"device": text}, "allowed are cpu, cuda")
-            for text in ("", "cuda:x", "cuda:0 ", "cuda:1000", "cuda:٣", "cuda,")
-        ),
-        *(({"device": text}, "must be different GPUs") for text in ("cuda,cuda:0", "cpu,cuda", "auto,cuda")),
-        *(({"gpu_layers": text}, "--gpu-layers") for text in ("", "-1", "some", "1.5", "٣", -1)),
-        ({"device": "cpu", "gpu_layers": "all"}, "--gpu-layers all with --device cpu: name a GPU"),
-        ({"device": "cpu", "gpu_layers": 3}, "--gpu-layers 3 with --device cpu: name a GPU"),
-        ({"tensor_split": "1,1"}, "--tensor-split 1,1 has 2 parts, --device auto 1"),
-        *(
-            ({"device": "cuda:0,cuda:1", "tensor_split": text}, f"--tensor-split {text}")
-            for text in ("1", "0,0", "1,-1", "1,x", "1,2,3", "nan,1", "1;2")
-        ),
-    ],
-)
-def test_options_not_allowed(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(OptionError) as error:
-        parse_wanted(**options)
-    assert words in str(error.value)
 
 
 def sizes(layers: list[int], embedding: int = 5, output: int = 6, buffers: int = 1, tied: bool = False) -> GpuSizes:
@@ -175,7 +131,7 @@ def plan(tmp_path: Path) -> MemoryPlan:
 
 def need(plan: MemoryPlan, n_gpu: int) -> int:
     """Bytes that a GPU with the last n_gpu layers must have free, at least."""
-    found = plan.gpu_sizes()
+    found = gpu_sizes(plan)
     weights = sum(found.weights.layers[6 - n_gpu :]) + found.weights.output
     return MARGIN + weights + sum(found.caches[6 - n_gpu :]) + found.buffers
 
@@ -206,14 +162,13 @@ def test_layers_out_of_range(plan: MemoryPlan) -> None:
 def test_the_cpu_needs_memory_for_what_is_left(plan: MemoryPlan) -> None:
     whole, half = plan.needed(), plan.on_cpu(3).needed()
     assert half.cache * 2 == whole.cache
-    assert half.weights == sum(plan.gpu_sizes().weights.layers[:3])  # F32: as wide on both
+    assert half.weights == sum(gpu_sizes(plan).weights.layers[:3])  # F32: as wide on both
     assert half.buffers < whole.buffers
 
 
 def test_the_plan_is_told(plan: MemoryPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     """And which GPU the sizes are of."""
     free = {GPU[0]: need(plan, 2), GPU[1]: 0}
-    monkeypatch.setattr(devices, "driver_there", lambda root: True)
     monkeypatch.setattr(
         devices, "open_gpu", lambda device: SimpleNamespace(free_memory=lambda: free[device], device=device)
     )
@@ -246,7 +201,6 @@ def test_cache_types_that_gpus_lack(plan: MemoryPlan, monkeypatch: pytest.Monkey
     none = lacking.with_type("int4")
     with pytest.raises(OptionError, match="cache type int4"):
         place(none, Wanted((GPU[0],)), room)
-    monkeypatch.setattr(devices, "driver_there", lambda root: True)
     monkeypatch.setattr(devices, "open_gpu", lambda device: SimpleNamespace(free_memory=lambda: 1 << 40))
     lines: list[str] = []
     assert letters(open_placement(none, Wanted(), lines.append)[0]) == "ccccccc"
@@ -262,7 +216,6 @@ def test_gpus_are_asked_only_if_they_are_needed(plan: MemoryPlan, monkeypatch: p
             raise GgufRunError(f"--device {device}: too old")
         return SimpleNamespace(free_memory=lambda: asked.append(device) or free[device])
 
-    monkeypatch.setattr(devices, "driver_there", lambda root: True)
     monkeypatch.setattr(devices, "n_gpus", lambda: 3)
     monkeypatch.setattr(devices, "open_gpu", open_gpu)
     cases = [(Wanted(), need(plan, 6), "1"), (Wanted(n_gpu=2), need(plan, 2), "1"), (Wanted(), need(plan, 4), "12")]
@@ -285,12 +238,13 @@ def test_gpu_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(devices, "open_gpu", broken)
     lines: list[str] = []
     assert not driver_there(tmp_path)
-    assert open_gpus(Wanted(), lines.append, tmp_path) == {}
-    assert lines == []
+    assert not tries_gpus(Wanted(), tmp_path)
+    assert tries_gpus(Wanted(n_gpu=3), tmp_path)
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev/nvidiactl").touch()
-    assert open_gpus(Wanted(), lines.append, tmp_path) == {}
+    assert tries_gpus(Wanted(), tmp_path)
+    assert open_gpus(Wanted(), lines.append) == {}
     assert lines == ["all on the CPU: --device cuda:0: no"]
-    assert open_gpus(Wanted((CPU,)), lines.append, tmp_path) == {}
+    assert not tries_gpus(Wanted((CPU,)), tmp_path)
     with pytest.raises(GgufRunError, match="--device cuda:0: no"):
-        open_gpus(Wanted(n_gpu=3), lines.append, tmp_path)
+        open_gpus(Wanted(n_gpu=3), lines.append)
