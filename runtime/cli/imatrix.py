@@ -70,19 +70,32 @@ def main(model: str | None, file: Path | None, output: Path | None, in_file: tup
     elif output is not None or not options["show_statistics"]:
         write(output or "imatrix.gguf", imatrix)
     if options["show_statistics"]:
-        _show(imatrix)
+        show_uses(imatrix)
 
 
-def _show(imatrix: "Imatrix") -> None:
-    from gguf_run.runtime.evaluate.imatrix_statistics import statistics, table
+def show_uses(imatrix: "Imatrix") -> None:
+    """Print the use of each tensor's input channels, then each layer's means."""
+    from gguf_run.runtime.evaluate.imatrix_file import mean_uses, tensor_uses
 
-    for line in table(statistics(imatrix)):
-        click.echo(line)
+    uses = tensor_uses(imatrix)
+    click.echo(
+        f"{'Layer':>5}  {'Tensor':<20} {'Σ(Act²)':>12} {'Min':>9} {'Max':>11} {'μ':>9} {'σ':>9} {'% Active':>9} "
+        f"{'N':>7} {'Entropy':>8} {'E (norm)':>9} {'ZD':>8} {'CosSim':>7}"
+    )
+    for use in uses:
+        click.echo(
+            f"{use.layer if use.layer >= 0 else '-':>5}  {use.tensor:<20} {use.total:>12.2f} {use.low:>9.4f} "
+            f"{use.high:>11.4f} {use.mean:>9.2f} {use.deviation:>9.2f} {use.active:>9.2%} {use.n:>7} "
+            f"{use.entropy:>8.4f} {use.normalized_entropy:>9.2%} {use.z_density:>8.2%} {use.similarity:>7.4f}"
+        )
+    click.echo(f"\n{'Layer':>5} {'μΣ(Act²)':>12} {'μZD':>9} {'μCosSim':>8}")
+    for layer, total, z_density, similarity in mean_uses(uses):
+        click.echo(f"{layer:>5} {total:>12.2f} {z_density:>9.4%} {similarity:>8.4f}")
 
 
 def _collect(model: str, file: Path, output: Path, imatrix: "Imatrix", options: dict[str, Any]) -> "Imatrix":
     from gguf_run.formats.gguf.writer import GGUFWriter
-    from gguf_run.runtime.cli.evaluate_report import PERPLEXITY, Run, load_scorer
+    from gguf_run.runtime.cli.report import PERPLEXITY, Report, load_scorer
     from gguf_run.runtime.evaluate.imatrix import Collector
     from gguf_run.runtime.evaluate.imatrix_file import write
     from gguf_run.runtime.evaluate.text import bos_of, cut_chunks, tokens_of
@@ -105,11 +118,11 @@ def _collect(model: str, file: Path, output: Path, imatrix: "Imatrix", options: 
                     write(output, collector.imatrix, inputs)
                 yield done
 
-        run = Run(PERPLEXITY if ppl else replace(PERPLEXITY, row=None, figures=lambda done: []))
-        done = run.all(steps(), chunks)
+        report = Report(PERPLEXITY if ppl else replace(PERPLEXITY, row=None, figures=lambda done: []))
+        done = report.run(steps(), chunks)
         if done:
             write(output, collector.imatrix, inputs)
-        if run.interrupted and done:
+        if report.interrupted and done:
             message(f"{output} has them; to go on: --in-file {output} --from-chunk {first + len(done)}")
-        run.finish({}, scorer.model.where)
+        report.finish({}, scorer.model.where)
     return collector.imatrix
