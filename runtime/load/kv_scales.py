@@ -74,7 +74,7 @@ class KvScales:
             )
         if (version := facts.get("version")) != VERSION:
             raise FormatError(f"{path}: is of version {version!r}, this program reads {VERSION}: make it again")
-        layers = facts.get("layers")
+        layers: Any = facts.get("layers")
         if _length(layers) != config.n_layer:
             raise GgufRunError(
                 f"{path}: is of a model with {_length(layers)} layers, this one has {config.n_layer}: make one for it"
@@ -104,17 +104,16 @@ def _layer(name: str, layer: Any, n_head_kv: int, head_dim: int) -> LayerScales:
     if not isinstance(layer, dict):
         raise FormatError(f"{name} is {str(layer)[:40]!r}, must be an object: make the file again")
     for key in ("k_max", "v_max"):
-        values = layer.get(key)
+        values: Any = layer.get(key)
         if _length(values) != n_head_kv:
             raise GgufRunError(f"{name} has {_length(values)} values of {key}, the model has {n_head_kv} KV heads")
         if not all(isinstance(value, int | float) and 0 <= value < math.inf for value in values):
             raise FormatError(f"{name}: {key} must be numbers from 0 on: make the file again")
     k_max, v_max = (tuple(map(float, layer[key])) for key in ("k_max", "v_max"))
-    types = layer.get("k"), layer.get("v")
-    if types == (None, None):
+    if layer.get("k") is None and layer.get("v") is None:
         return LayerScales(k_max, v_max)
     allowed = [type_name for type_name, form in CACHE_FORMATS.items() if form.allows(head_dim)]
-    for type_name in types:
+    for type_name in (layer.get("k"), layer.get("v")):
         if type_name not in allowed:
             raise FormatError(f"{name} has the cache type {type_name!r}; allowed: {', '.join(allowed)}")
-    return LayerScales(k_max, v_max, types)
+    return LayerScales(k_max, v_max, (layer["k"], layer["v"]))
