@@ -7,20 +7,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gguf_run.formats.errors import OptionError
-from gguf_run.runtime.cli import device_options as cli_device
-from gguf_run.runtime.cli.common import Command, Group, read_text
-from gguf_run.runtime.cli.load_options import CACHE_OPTIONS
+from gguf_run.runtime.cli import complete
+from gguf_run.runtime.cli.common import Group, tool
+from gguf_run.runtime.cli.load_options import CTX_SIZE, DEVICE_OPTIONS, PATH, RUNTIME_OPTIONS
+from gguf_run.runtime.terminal.text import read_text
 
 if TYPE_CHECKING:
     from gguf_run.runtime.evaluate.choices import Accuracy, Question
 
-# What may differ between a model and its base.
-DEVICE_OPTIONS = (
-    click.Option(["--threads", "-t"], type=int, help="Threads that compute.  [default: physical cores]"),
-    *cli_device.DEVICE_OPTIONS,
-)
-RUNTIME_OPTIONS = (*DEVICE_OPTIONS, *CACHE_OPTIONS)
-PATH = click.Path(path_type=Path)
+MODEL = click.Argument(["model"], shell_complete=complete.models)
 JSON = click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object.")
 TEXT = click.Option(["--file", "-f"], type=PATH, required=True, help="The text, UTF-8.")
 CHUNK_SIZE = click.Option(["--ctx-size", "-c", "n_ctx"], type=int, help="Tokens of a chunk.  [default: 512]")
@@ -28,41 +23,64 @@ CHUNKS = click.Option(["--chunks", "n_chunk"], type=int, help="Stop after so man
 STRIDE = click.Option(["--stride"], type=int, help="Tokens from one window to the next.")
 TASK_FILE = click.Option(["--file", "-f"], type=PATH, required=True, help="The tasks.")
 TASKS = click.Option(["--tasks", "n_task"], type=int, help="Stop after so many.  [default: all]")
-CTX_SIZE = click.Option(
-    ["--ctx-size", "-c", "n_ctx"], type=int, help="Positions of the context.  [default: the model's, at most 4096]"
+BASE = click.Option(
+    ["--base"],
+    shell_complete=complete.models,
+    help="The model to compare with.  [default: MODEL itself, with --base-options]",
 )
-KL_OPTIONS = (
-    click.Option(["--base"], help="The model to compare with.  [default: MODEL itself, with --base-options]"),
+KL_OPTIONS = [
+    BASE,
     click.Option(["--base-options"], help='What is different for the base, as in "--cache-type f32 -t 4".'),
     click.Option(["--save-logits"], type=PATH, help="Save MODEL's logits for --base-logits; compare nothing."),
     click.Option(["--base-logits"], type=PATH, help="Saved logits of the base; with --base, checked to be its."),
-)
-
-
+]
 _AT_LEAST_1 = click.IntRange(1)
-SCALES_OPTIONS = (
+TYPES = click.Option(
+    ["--types"],
+    metavar="TYPE,...",
+    shell_complete=complete.cache_types,
+    help="Cache types to try in each layer: q4_0,q8_0",
+)
+SCALES_OPTIONS = [
     click.Option(["--output", "-o"], type=PATH, required=True, help="The calibration file to write, JSON."),
     CHUNK_SIZE,
     click.Option(["--chunks", "n_chunk"], type=_AT_LEAST_1, default=16, show_default=True, help="Chunks to read."),
-    click.Option(["--types"], metavar="TYPE,...", help="Cache types to try in each layer: q4_0,q8_0"),
+    TYPES,
     click.Option(["--bits"], type=float, help="Choose each layer's types: bits a number, on average."),
     click.Option(
         ["--probe-chunks", "n_probed"], type=_AT_LEAST_1, default=2, show_default=True, help="Chunks for each try."
     ),
+]
+
+
+@tool(
+    "gguf-eval",
+    Group,
+    examples=(
+        "gguf-eval perplexity model.gguf -f wiki.test.raw --chunks 64",
+        "gguf-eval kl q4.gguf --base f16.gguf -f wiki.test.raw",
+        "gguf-eval hellaswag model.gguf -f hellaswag_val_400.txt --tasks 100",
+    ),
 )
-
-
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="gguf-run", prog_name="gguf-eval")
 def main() -> None:
     """Measure the quality of a GGUF language model. MODEL is a GGUF file or hf:owner/repo[:Q4_K_M]."""
 
 
-def _command(*params: click.Option) -> Callable[[Callable[..., None]], click.Command]:
-    return main.command(cls=Command, params=[click.Argument(["model"]), *params, *RUNTIME_OPTIONS, JSON])
+def _command(*params: click.Option, examples: Sequence[str]) -> Callable[[Callable[..., None]], click.Command]:
+    return main.command(params=[MODEL, *params, *RUNTIME_OPTIONS, JSON], examples=examples)
 
 
-@_command(TEXT, CHUNK_SIZE, CHUNKS, STRIDE)
+@_command(
+    TEXT,
+    CHUNK_SIZE,
+    CHUNKS,
+    STRIDE,
+    examples=(
+        "gguf-eval perplexity model.gguf -f wiki.test.raw",
+        "gguf-eval perplexity model.gguf -f wiki.test.raw --chunks 64 -ct q8_0",
+        "gguf-eval perplexity model.gguf -f wiki.test.raw -c 2048 --stride 512 --json",
+    ),
+)
 def perplexity(
     model: str, file: Path, n_ctx: int | None, n_chunk: int | None, stride: int | None, as_json: bool, **options: Any
 ) -> None:
@@ -77,7 +95,7 @@ def perplexity(
     n_ctx = N_CTX if n_ctx is None else n_ctx
     size = window_size(n_ctx, stride)
     text = read_text(file)
-    with load_scorer(model, size, options) as scorer:
+    with load_scorer(model, options, n_ctx=size) as scorer:
         chunks = cut_chunks(tokens_of(scorer.model, text), n_ctx, bos_of(scorer.model), n_chunk, stride)
         report = Report(PERPLEXITY, as_json)
         done = report.run(perplexity(scorer, chunks), chunks)
@@ -86,7 +104,18 @@ def perplexity(
         report.finish(facts, scorer.model.where)
 
 
-@_command(TEXT, *KL_OPTIONS, CHUNK_SIZE, CHUNKS)
+@_command(
+    TEXT,
+    *KL_OPTIONS,
+    CHUNK_SIZE,
+    CHUNKS,
+    examples=(
+        "gguf-eval kl q4.gguf --base f16.gguf -f wiki.test.raw --chunks 16",
+        "gguf-eval kl model.gguf --base-options '--cache-type f32' -ct q4_0 -f text.txt",
+        "gguf-eval kl f16.gguf -f text.txt --save-logits f16.logits",
+        "gguf-eval kl q4.gguf -f text.txt --base-logits f16.logits",
+    ),
+)
 def kl(**options: Any) -> None:
     """How far the predictions of MODEL over a text are from those of a base.
 
@@ -99,7 +128,15 @@ def kl(**options: Any) -> None:
     run(**options)
 
 
-@main.command("kv-scales", cls=Command, params=[click.Argument(["model"]), TEXT, *SCALES_OPTIONS, *DEVICE_OPTIONS])
+@main.command(
+    "kv-scales",
+    params=[MODEL, TEXT, *SCALES_OPTIONS, *DEVICE_OPTIONS],
+    examples=(
+        "gguf-eval kv-scales model.gguf -f text.txt -o scales.json",
+        "gguf-eval kv-scales model.gguf -f t.txt -o kv.json --types q4_0,q8_0 --bits 6",
+        "gguf-run model.gguf --cache-scales scales.json --chat",
+    ),
+)
 def kv_scales(**options: Any) -> None:
     """Calibrate the KV cache: find the largest keys and values of each layer and head, for static scales of fp8.
 
@@ -112,7 +149,16 @@ def kv_scales(**options: Any) -> None:
     run(**options)
 
 
-@_command(TASK_FILE, TASKS, CTX_SIZE)
+@_command(
+    TASK_FILE,
+    TASKS,
+    CTX_SIZE,
+    examples=(
+        "gguf-eval hellaswag model.gguf -f hellaswag_val_400.txt",
+        "gguf-eval hellaswag model.gguf -f hellaswag_val_400.txt --tasks 100 -t 4",
+        "gguf-eval hellaswag model.gguf -f hellaswag_val_400.txt --json",
+    ),
+)
 def hellaswag(file: Path, **options: Any) -> None:
     """HellaSwag: how often the right one of four endings is the most likely.
 
@@ -125,7 +171,16 @@ def hellaswag(file: Path, **options: Any) -> None:
     _answer([questions[i] for i in llama_cpp_order(len(questions))], file, **options)
 
 
-@_command(TASK_FILE, TASKS, CTX_SIZE)
+@_command(
+    TASK_FILE,
+    TASKS,
+    CTX_SIZE,
+    examples=(
+        "gguf-eval choices model.gguf -f questions.jsonl",
+        "gguf-eval choices model.gguf -f questions.jsonl --tasks 50",
+        "gguf-eval choices model.gguf -f questions.jsonl --json",
+    ),
+)
 def choices(file: Path, **options: Any) -> None:
     """Multiple choice: how often the right choice is the most likely.
 
@@ -162,7 +217,7 @@ def _answer(
         value, (low, high) = done.normalized
         return f"{done.n:>5} {100 * value:>10.3f} % {100 * low:>10.3f} to {100 * high:.3f} %"
 
-    with load_scorer(model, n_ctx, options) as scorer:
+    with load_scorer(model, options, n_ctx=n_ctx) as scorer:
         tasks = make_tasks(scorer.model, questions[:n_task], str(file))
         layout = Layout("tasks", f"{'task':>5} {'normalized':>12} {'95 % interval':>22}", row, figures)
         report = Report(layout, as_json)

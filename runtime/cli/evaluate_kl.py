@@ -9,8 +9,7 @@ from typing import Any
 import click
 
 from gguf_run.formats.errors import GgufRunError, OptionError
-from gguf_run.runtime.cli.common import message, read_text
-from gguf_run.runtime.cli.evaluate import RUNTIME_OPTIONS
+from gguf_run.runtime.cli.load_options import RUNTIME_OPTIONS
 from gguf_run.runtime.cli.report import PERPLEXITY, Figure, Layout, Report, load_scorer
 from gguf_run.runtime.evaluate.kl import Comparison, compare
 from gguf_run.runtime.evaluate.logits_file import (
@@ -24,6 +23,7 @@ from gguf_run.runtime.evaluate.logits_file import (
 from gguf_run.runtime.evaluate.perplexity import perplexity
 from gguf_run.runtime.evaluate.text import N_CTX, Block, Chunk, Scorer, bos_of, cut_chunks, tokens_of, window_size
 from gguf_run.runtime.hub.find import find_model
+from gguf_run.runtime.terminal.text import message, read_text
 
 _HEAD = f"{'chunk':>5} {'perplexity':>12} {'ratio':>12} {'KL divergence':>14} {'same top':>11}"
 
@@ -85,7 +85,7 @@ class KlJob:
     def save(self, path: Path) -> None:
         """Write the model's logits, and print its perplexity."""
         n_ctx = self.n_ctx or N_CTX
-        with load_scorer(self.model, n_ctx, self.options) as scorer:
+        with load_scorer(self.model, self.options, n_ctx=n_ctx) as scorer:
             ids = tokens_of(scorer.model, self.text)
             chunks = cut_chunks(ids, n_ctx, bos_of(scorer.model), self.n_chunk)
             file = find_model(self.model)
@@ -119,7 +119,7 @@ class KlJob:
                 raise GgufRunError(f"{path}: holds the logits of another model, {header.model}, not of {base}")
             if hash_vocabulary(find_model(self.model)) != header.vocab_hash:
                 raise self._other_vocabulary(str(path))
-            with load_scorer(self.model, header.n_ctx, self.options) as scorer:
+            with load_scorer(self.model, self.options, n_ctx=header.n_ctx) as scorer:
                 if scorer.model.decoder.config.n_vocab != header.n_vocab:
                     raise self._other_vocabulary(str(path))
                 ids = tokens_of(scorer.model, self.text)
@@ -138,8 +138,8 @@ class KlJob:
         if hash_vocabulary(find_model(self.model)) != hash_vocabulary(find_model(base)):
             raise self._other_vocabulary(base)
         with (
-            load_scorer(self.model, n_ctx, self.options) as scorer,
-            load_scorer(base, n_ctx, base_options) as theirs,
+            load_scorer(self.model, self.options, n_ctx=n_ctx) as scorer,
+            load_scorer(base, base_options, n_ctx=n_ctx) as theirs,
         ):
             if scorer.model.decoder.config.n_vocab != theirs.model.decoder.config.n_vocab:
                 raise self._other_vocabulary(base)

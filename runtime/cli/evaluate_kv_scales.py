@@ -10,14 +10,13 @@ import click
 
 from gguf_run.formats.errors import OptionError
 from gguf_run.models.backend import CacheType
-from gguf_run.runtime.cli.common import read_text
+from gguf_run.runtime.cli.common import progress
 from gguf_run.runtime.cli.report import load_scorer
 from gguf_run.runtime.evaluate.kv_scales import KINDS, best_types, calibrate, check_budget, probe, probes
 from gguf_run.runtime.evaluate.text import N_CTX, Scorer, bos_of, cut_chunks, tokens_of
 from gguf_run.runtime.load.cache_plan import check_type
 from gguf_run.runtime.load.kv_scales import KvScales
-from gguf_run.runtime.terminal.progress import Progress
-from gguf_run.runtime.terminal.text import table
+from gguf_run.runtime.terminal.text import read_text, table
 
 
 def run(
@@ -38,7 +37,7 @@ def run(
     n_ctx, text = n_ctx or N_CTX, read_text(file)
 
     def load(cache: str | list[CacheType]) -> AbstractContextManager[Scorer]:
-        return load_scorer(model, n_ctx, options, cache=cache)
+        return load_scorer(model, options, n_ctx=n_ctx, cache_type=cache)
 
     with load("f32") as scorer:
         config = scorer.model.decoder.config
@@ -47,16 +46,21 @@ def run(
         if bits is not None:
             check_budget(names, config.head_dim, bits)
         chunks = cut_chunks(tokens_of(scorer.model, text), n_ctx, bos_of(scorer.model), n_chunk)
-        with Progress("measuring", "chunks") as progress:
+        with progress("measuring", "chunks") as bar:
             for seen in calibrate(scorer, chunks, n_probed if names else 0):
-                progress.set(seen.n_chunk, len(chunks))
+                bar.set(seen.n_chunk, len(chunks))
     layers, todo = seen.layers(), probes(config, names)
     costs: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in KINDS} for name in names}
-    with Progress("trying", "caches") as progress:
-        kls = probe(load, [plan for _, _, plan in todo], chunks, seen.logits)
+    with progress("trying", "caches") as bar:
+
+        def load_below(plan: list[CacheType]) -> AbstractContextManager[Scorer]:
+            bar.clear()  # loading has a bar of its own
+            return load(plan)
+
+        kls = probe(load_below, [plan for _, _, plan in todo], chunks, seen.logits)
         for i, ((name, kind, _), kl) in enumerate(zip(todo, kls, strict=True), 1):
             costs[name][kind].append(kl)
-            progress.set(i, len(todo))
+            bar.set(i, len(todo))
     if bits is not None:
         chosen = best_types(costs, config, bits)
         layers = tuple(replace(layer, types=pair) for layer, pair in zip(layers, chosen, strict=True))

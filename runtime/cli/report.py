@@ -5,7 +5,6 @@ Results go to stdout, as a table and figures or, with --json, as one object; eve
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,12 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
-from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.cli.common import INTERRUPTED, message
-from gguf_run.runtime.terminal.progress import Progress
+from gguf_run.runtime.cli.common import INTERRUPTED, progress
+from gguf_run.runtime.terminal.text import message
 
 if TYPE_CHECKING:
-    from gguf_run.models.backend import CacheType
     from gguf_run.runtime.evaluate.perplexity import Perplexity
     from gguf_run.runtime.evaluate.text import Scorer
 
@@ -60,49 +57,21 @@ def _or_none(value: Any) -> Any:
 
 
 @contextmanager
-def load_scorer(
-    model: str,
-    n_ctx: int | None,
-    options: Mapping[str, Any],
-    observe: bool = False,
-    cache: "str | list[CacheType] | None" = None,
-) -> "Iterator[Scorer]":
-    """Load a model and what scores its logits. options: threads, cli_device.NAMES and, unless `cache` is Model.load's
-    cache_type, cli_cache.NAMES. observe: see Model.load."""
-    if sys.stdout is None:
-        raise GgufRunError("stdout is closed: there is nowhere to write the result")
-    from gguf_run.formats.compiler.jit import compile_notice
-    from gguf_run.runtime.cli.device_options import placement_options
-    from gguf_run.runtime.cli.load_options import load_options
+def load_scorer(model: str, options: Mapping[str, Any], **more: Any) -> "Iterator[Scorer]":
+    """Load a model and what scores its tokens.
+
+    options: the command's parameters. more: fields of LoadOptions that come before them.
+    """
+    from gguf_run.runtime.cli.load_options import load_model, to_load_options
     from gguf_run.runtime.evaluate.text import Scorer
     from gguf_run.runtime.load.machine import default_threads
-    from gguf_run.runtime.model import Model
 
-    threads = options["threads"]
-    with Progress("loading") as progress:
-
-        def notify() -> None:
-            progress.clear()
-            message("compiling kernels for this machine; this takes some seconds, once")
-
-        def report(line: str) -> None:
-            progress.clear()
-            message(line)
-
-        with compile_notice(notify):
-            loaded = Model.load(
-                model,
-                n_ctx=n_ctx,
-                n_threads=threads,
-                **placement_options(options),
-                **({"cache_type": cache} if cache else load_options(options)),
-                progress=progress.set,
-                observe=observe,
-                report=report,
-            )
-            scorer = Scorer(loaded, threads or default_threads())
-    with loaded, scorer:
-        yield scorer
+    chosen = to_load_options(options, **more)
+    with load_model(model, chosen) as loaded:
+        with progress("loading"):  # says so if kernels must be compiled
+            scorer = Scorer(loaded, chosen.n_threads or default_threads())
+        with scorer:
+            yield scorer
 
 
 @dataclass(frozen=True)
@@ -139,17 +108,17 @@ class Report:
         layout = self._layout
         row = None if self._as_json else layout.row
         try:
-            with Progress("evaluating", layout.unit) as progress:
+            with progress("evaluating", layout.unit) as bar:
                 if row is not None:
                     click.echo(layout.head)
-                progress.set(0, len(items))
+                bar.set(0, len(items))
                 for result in steps:
                     done.append(result)
                     self._seconds = time.perf_counter() - start
                     if row is not None:
-                        progress.clear()
+                        bar.clear()
                         click.echo(row(result))
-                    progress.set(len(done), len(items))
+                    bar.set(len(done), len(items))
         except KeyboardInterrupt:
             self.interrupted = True
             message(f"interrupted after {len(done)} of {len(items)} {layout.unit}")

@@ -18,11 +18,11 @@ from click.testing import CliRunner, Result
 from tinymodel import Tiny, write_tiny
 
 from gguf_run.runtime import Model
-from gguf_run.runtime.cli import report
 from gguf_run.runtime.cli.evaluate import main
 from gguf_run.runtime.cli.report import Figure
 from gguf_run.runtime.evaluate import perplexity as eval_perplexity
 from gguf_run.runtime.evaluate.text import Scorer
+from gguf_run.runtime.terminal.progress import Progress
 
 RUN = [sys.executable, "-c", "from gguf_run.runtime.cli.evaluate import main; main(prog_name='gguf-eval')"]
 PATIENCE = 240  # seconds: a process that hangs is found, a busy machine is not
@@ -420,7 +420,7 @@ def test_reader_of_stdout_goes_away(folder: Path, long_text: Path) -> None:
 def test_closed_stdout(folder: Path) -> None:
     command = [*RUN, "perplexity", str(folder / "tiny.gguf"), "-f", str(folder / "text.txt"), *SMALL]
     done = subprocess.run(command, stderr=subprocess.PIPE, timeout=PATIENCE, preexec_fn=lambda: os.close(1))
-    assert (done.returncode, done.stderr) == (1, b"error: stdout is closed: there is nowhere to write the result\n")
+    assert (done.returncode, done.stderr) == (1, b"error: stdout is closed: there is nowhere to write to\n")
 
 
 def test_terminal(folder: Path, long_text: Path) -> None:
@@ -450,7 +450,7 @@ def test_estimate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     now = 100.0
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setattr("time.monotonic", lambda: now)
-    progress = report.Progress("evaluating", "chunks")
+    progress = Progress("evaluating", "chunks")
     progress.set(0, 8)
     now += 30
     progress.set(2, 8)
