@@ -22,6 +22,7 @@ from gguf_run.kernels_cpu.measure.limits import Limits, measure_limits
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.hub.find import find_model
 from gguf_run.runtime.load.cache_plan import plan_cache
+from gguf_run.runtime.load.fit import gpu_sizes
 from gguf_run.runtime.load.memory import MemoryPlan
 from gguf_run.runtime.load.options import LoadOptions
 from gguf_run.runtime.model import Model
@@ -117,20 +118,8 @@ class Result:
 
     @property
     def stddev_ts(self) -> float:
-        return _deviation(self.samples_ts)
-
-    @property
-    def avg_ns(self) -> int:
-        return int(fmean(self.samples_ns))
-
-    @property
-    def stddev_ns(self) -> int:
-        return int(_deviation(self.samples_ns))
-
-
-def _deviation(samples: Sequence[float]) -> float:
-    """Standard deviation of the population that the samples are from; 0 for a single sample."""
-    return stdev(samples) if len(samples) > 1 else 0.0
+        """Standard deviation of the population that the samples are from; 0 for a single sample."""
+        return stdev(self.samples_ts) if len(self.samples_ts) > 1 else 0.0
 
 
 def ideal_seconds(case: Case, model: BenchedModel, weight_bytes: int, limits: Limits) -> float:
@@ -208,14 +197,15 @@ def _run_group(
     with Model.load(path, options, progress=progress) as loaded:
         with GGUFFile.open(path) as file:
             model = BenchedModel.of(file)
-            sizes = MemoryPlan(model.config, [*file.tensors.values()], 1, plan_cache(model.config)).gpu_sizes().weights
+            plan = MemoryPlan(model.config, [*file.tensors.values()], 1, plan_cache(model.config))
         weight_bytes = loaded.decoder.nbytes()["weights"]
         backends: list[Any] = [*dict.fromkeys(loaded.decoder.backends)]
         gpus = [backend for backend in backends if not isinstance(backend, CpuBackend)]
         if gpus:
             how.notify(f"measuring the limits of {gpus[0].name}")
             read_bytes, f16_ops = gpus[0].limits()
-            limits, weight_bytes = Limits(0, read_bytes, f16_ops, gpus[0].name), sum(sizes.layers) + sizes.output
+            limits, sizes = Limits(0, read_bytes, f16_ops, gpus[0].name), gpu_sizes(plan).weights
+            weight_bytes = sum(sizes.layers) + sizes.output
         on_both = 0 < len(gpus) < len(backends)
         runner = _Runner(loaded)
         for case in cases:

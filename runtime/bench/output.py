@@ -69,8 +69,6 @@ RESULT_COLUMNS: Mapping[str, Callable[[Result], Any]] = {
     "model_size": lambda r: r.model.model_size,
     "model_n_params": lambda r: r.model.n_params,
     "test_time": lambda r: r.test_time,
-    "avg_ns": lambda r: r.avg_ns,
-    "stddev_ns": lambda r: r.stddev_ns,
     "avg_ts": lambda r: round(r.avg_ts, 6),
     "stddev_ts": lambda r: round(r.stddev_ts, 6),
     "limit_read_bytes": lambda r: round(r.limits.read_bytes),

@@ -21,7 +21,6 @@ from typing import Any
 import click
 
 from gguf_run.formats.errors import GgufRunError, OptionError
-from gguf_run.runtime.terminal.progress import Progress
 from gguf_run.runtime.terminal.text import message
 
 FAILED = 1
@@ -81,16 +80,6 @@ def tool(
         return click.version_option(package_name="gguf-run", prog_name=name)(command)
 
     return decorate
-
-
-@contextmanager
-def progress(label: str, unit: str = "") -> Iterator[Progress]:
-    """Show a progress bar, and one line when kernels must be compiled. label, unit: see Progress."""
-    from gguf_run.formats.compiler.jit import compile_notice
-
-    note = "compiling kernels for this machine; this takes some seconds, once"
-    with Progress(label, unit) as bar, compile_notice(lambda: bar.message(note)):
-        yield bar
 
 
 @contextmanager

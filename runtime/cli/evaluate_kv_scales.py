@@ -10,12 +10,12 @@ import click
 
 from gguf_run.formats.errors import OptionError
 from gguf_run.models.backend import CacheType
-from gguf_run.runtime.cli.common import progress
 from gguf_run.runtime.cli.report import load_scorer
 from gguf_run.runtime.evaluate.kv_scales import KINDS, best_types, calibrate, check_budget, probe, probes
 from gguf_run.runtime.evaluate.text import N_CTX, Scorer, bos_of, cut_chunks, tokens_of
 from gguf_run.runtime.load.cache_plan import check_type
 from gguf_run.runtime.load.kv_scales import KvScales
+from gguf_run.runtime.terminal.progress import progress
 from gguf_run.runtime.terminal.text import read_text, table
 
 

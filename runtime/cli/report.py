@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
-from gguf_run.runtime.cli.common import INTERRUPTED, progress
+from gguf_run.runtime.cli.common import INTERRUPTED
+from gguf_run.runtime.terminal.progress import progress
 from gguf_run.runtime.terminal.text import message
 
 if TYPE_CHECKING:
