@@ -19,10 +19,10 @@ MODEL = click.Argument(["model"], shell_complete=complete.models)
 JSON = click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object.")
 TEXT = click.Option(["--file", "-f"], type=PATH, required=True, help="The text, UTF-8.")
 CHUNK_SIZE = click.Option(["--ctx-size", "-c", "n_ctx"], type=int, help="Tokens of a chunk.  [default: 512]")
-CHUNKS = click.Option(["--chunks", "n_chunk"], type=int, help="Stop after so many.  [default: the whole text]")
+CHUNKS = click.Option(["--chunks", "n_chunk"], type=int, help="Read so many chunks.  [default: the whole text]")
 STRIDE = click.Option(["--stride"], type=int, help="Tokens from one window to the next.")
 TASK_FILE = click.Option(["--file", "-f"], type=PATH, required=True, help="The tasks.")
-TASKS = click.Option(["--tasks", "n_task"], type=int, help="Stop after so many.  [default: all]")
+TASKS = click.Option(["--tasks", "n_task"], type=int, help="Take so many tasks.  [default: all]")
 BASE = click.Option(
     ["--base"],
     shell_complete=complete.models,
@@ -30,9 +30,11 @@ BASE = click.Option(
 )
 KL_OPTIONS = [
     BASE,
-    click.Option(["--base-options"], help='What is different for the base, as in "--cache-type f32 -t 4".'),
+    click.Option(["--base-options"], help='Options that differ for the base, as in "--cache-type f32 -t 4".'),
     click.Option(["--save-logits"], type=PATH, help="Save MODEL's logits for --base-logits; compare nothing."),
-    click.Option(["--base-logits"], type=PATH, help="Saved logits of the base; with --base, checked to be its."),
+    click.Option(
+        ["--base-logits"], type=PATH, help="Compare with saved logits. With --base: they must be of that model."
+    ),
 ]
 _AT_LEAST_1 = click.IntRange(1)
 TYPES = click.Option(
@@ -44,12 +46,10 @@ TYPES = click.Option(
 SCALES_OPTIONS = [
     click.Option(["--output", "-o"], type=PATH, required=True, help="The calibration file to write, JSON."),
     CHUNK_SIZE,
-    click.Option(["--chunks", "n_chunk"], type=_AT_LEAST_1, default=16, show_default=True, help="Chunks to read."),
+    click.Option(["--chunks", "n_chunk"], type=_AT_LEAST_1, default=16, help="Chunks to read."),
     TYPES,
-    click.Option(["--bits"], type=float, help="Choose each layer's types: bits a number, on average."),
-    click.Option(
-        ["--probe-chunks", "n_probed"], type=_AT_LEAST_1, default=2, show_default=True, help="Chunks for each try."
-    ),
+    click.Option(["--bits"], type=float, help="Choose types of so many bits a number, on average."),
+    click.Option(["--probe-chunks", "n_probed"], type=_AT_LEAST_1, default=2, help="Chunks for each try."),
 ]
 
 

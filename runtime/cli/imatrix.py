@@ -20,29 +20,27 @@ if TYPE_CHECKING:
     from gguf_run.formats.gguf.imatrix import Imatrix
     from gguf_run.runtime.evaluate.perplexity import Perplexity
 
-_AT_LEAST_1 = click.IntRange(1, 2**31 - 1)
-_OPTIONS = (
+_OPTIONS = [
     click.Option(["--file", "-f"], type=PATH, help="The text, UTF-8.  [none: only add up --in-file]"),
-    click.Option(["--output", "--output-file", "-o"], type=PATH, help="Where to write.  [default: imatrix.gguf]"),
-    click.Option(["--in-file"], type=PATH, multiple=True, help="Add to what is in this file; may be repeated."),
+    click.Option(["--output", "--output-file", "-o"], type=PATH, help="The file to write.  [default: imatrix.gguf]"),
+    click.Option(["--in-file"], type=PATH, multiple=True, help="Add to what this file has; may be repeated."),
     click.Option(
         ["--ctx-size", "-c", "n_ctx"], type=int, help="Tokens of a chunk.  [default: as in --in-file, else 512]"
     ),
-    click.Option(["--chunks", "n_chunk"], type=int, help="Stop after so many.  [default: the whole text]"),
-    click.Option(["--from-chunk", "--chunk"], type=click.IntRange(0), default=0, help="Skip so many at the beginning."),
+    click.Option(["--chunks", "n_chunk"], type=int, help="Read so many chunks.  [default: the whole text]"),
+    click.Option(["--from-chunk", "--chunk"], type=click.IntRange(0), default=0, help="Skip so many chunks first."),
     click.Option(
         ["--output-frequency", "-ofreq"],
-        type=_AT_LEAST_1,
+        type=click.IntRange(1, 2**31 - 1),
         default=10,
-        show_default=True,
-        help="Write what there is after so many chunks.",
+        help="Write the file after every N chunks.",
     ),
     click.Option(["--process-output"], is_flag=True, help="Collect for the output matrix too."),
     click.Option(["--parse-special"], is_flag=True, help="Control tokens written in the text become tokens."),
     click.Option(["--no-ppl"], is_flag=True, help="Leave out the running perplexity: faster."),
     click.Option(["--show-statistics"], is_flag=True, help="Print figures of each tensor and layer."),
     *RUNTIME_OPTIONS,
-)
+]
 
 
 @tool(
@@ -56,10 +54,11 @@ _OPTIONS = (
     ),
 )
 def main(model: str | None, file: Path | None, output: Path | None, in_file: tuple[Path, ...], **options: Any) -> None:
-    """Collect an importance matrix: MODEL (a GGUF file or hf:owner/repo[:Q4_K_M]) reads a text, and the squares of
-    what each of its matrices reads are added up, in llama.cpp's GGUF form.
+    """Collect an importance matrix, for gguf-quantize --imatrix.
 
-    Without MODEL, what --in-file names is added up, converted or, with --show-statistics, looked at.
+    MODEL (a GGUF file or hf:owner/repo[:Q4_K_M]) reads a text, and the squares of each matrix's inputs are added up.
+    The file has llama.cpp's GGUF form. Without MODEL, the files of --in-file are added up, converted or, with
+    --show-statistics, described.
     """
     if (model is None) != (file is None):
         raise OptionError("MODEL reads the text of --file: give both, or neither and --in-file")

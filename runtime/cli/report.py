@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -18,8 +18,9 @@ from gguf_run.runtime.terminal.progress import progress
 from gguf_run.runtime.terminal.text import message
 
 if TYPE_CHECKING:
+    from gguf_run.runtime.evaluate.choices import Task
     from gguf_run.runtime.evaluate.perplexity import Perplexity
-    from gguf_run.runtime.evaluate.text import Scorer
+    from gguf_run.runtime.evaluate.text import Chunk, Scorer
 
 T = TypeVar("T")
 
@@ -85,13 +86,6 @@ class Layout:
     figures: Callable[[Any], list[Figure]]  # what the last result says
 
 
-class Sized(Protocol):
-    """What a step works on: a chunk, a task."""
-
-    @property
-    def n_tokens(self) -> int: ...
-
-
 class Report:
     """Goes through the steps of an evaluation and prints the results. After Ctrl-C, the results so far count."""
 
@@ -102,7 +96,7 @@ class Report:
         self._figures: list[Figure] = []
         self.interrupted = False
 
-    def run(self, steps: Iterable[T], items: Sequence[Sized]) -> list[T]:
+    def run(self, steps: Iterable[T], items: "Sequence[Chunk | Task]") -> list[T]:
         """Go through the steps; return their results. items: what the steps work on, one for each."""
         start = time.perf_counter()
         done: list[T] = []
@@ -150,8 +144,9 @@ def _perplexity_row(done: "Perplexity") -> str:
     return f"{done.n_chunk:>5} {done.value:>12.4f}"
 
 
-def _perplexity_figures(done: "Perplexity") -> list[Figure]:
-    return [Figure("perplexity", "perplexity", done.value, done.error)]
-
-
-PERPLEXITY = Layout("chunks", f"{'chunk':>5} {'perplexity':>12}", _perplexity_row, _perplexity_figures)
+PERPLEXITY = Layout(
+    unit="chunks",
+    head=f"{'chunk':>5} {'perplexity':>12}",
+    row=_perplexity_row,
+    figures=lambda done: [Figure("perplexity", "perplexity", done.value, done.error)],
+)
