@@ -1,7 +1,7 @@
-"""Speed of models, measured as llama.cpp's llama-bench does, and the fraction of this machine's limits that it is.
+"""How fast models run, measured like llama.cpp's llama-bench, and how near that comes to the limits of this machine.
 
-A test runs a prompt of n_prompt random tokens (pp), or n_gen tokens one by one (tg), or the one after the other, behind
-n_depth tokens that are in the context already. Tokenizing and sampling are left out.
+A test runs a prompt of n_prompt random tokens (pp), or n_gen random tokens one by one (tg), or first the prompt and
+then the single tokens. n_depth tokens are in the context before. Tokenizing and sampling are left out.
 """
 
 import itertools
@@ -33,7 +33,7 @@ DEFAULTS = LoadOptions(n_threads=1, cache_type=("f16", "f16"))
 
 @dataclass(frozen=True)
 class Case:
-    """One test."""
+    """One test: a model, how it is loaded, and the tokens that it runs."""
 
     name: str  # the model: a file, or hf:owner/repo[:TYPE]
     n_prompt: int  # tokens of the prompt
@@ -67,7 +67,7 @@ class Case:
 
 @dataclass(frozen=True)
 class BenchedModel:
-    """What the model of a test is."""
+    """Facts about the model of a test."""
 
     model_type: str  # for people: "llama 8B Q4_K - Medium"
     model_size: int  # bytes of all tensors in the file
@@ -123,12 +123,12 @@ class Result:
 
 
 def ideal_seconds(case: Case, model: BenchedModel, weight_bytes: int, limits: Limits) -> float:
-    """Return the seconds that a test takes at least on a machine with these limits.
+    """Return the least seconds that a test can take on a machine with these limits.
 
-    Tokens that run at once must read all weights and the cached keys and values before them, and must do a
-    multiplication and an addition for each weight and token; the slower of the two counts. Reading bounds decoding,
-    arithmetic bounds a long prompt. The products of attention are left out, they are not int8; models of float weights
-    stay far from the int8 limit. weight_bytes: bytes of all weights as the backend holds them.
+    A run of tokens reads all weights once (weight_bytes: as the backend holds them) and the cached keys and values
+    before the tokens. It does a multiplication and an addition for each weight and token. The slower of the two
+    counts: reading bounds decoding, arithmetic bounds a long prompt. The products of attention are left out because
+    they are not int8. Models of float weights stay far from the int8 limit.
     """
     config = model.config
     position_bytes = cache_bytes(*case.cache_types, config.n_head_kv, config.head_dim, GROUP) // GROUP
@@ -248,7 +248,7 @@ class _Runner:
         self._depth = n_depth
 
     def _run(self, case: Case, n_prompt: int, n_gen: int) -> int:
-        """Run a prompt and tokens behind the tokens that fill the context; return the nanoseconds."""
+        """Run a prompt, then tokens one by one, behind the filled context; return the nanoseconds."""
         if self._decoder.rewind(self._depth) != self._depth:  # a window no longer holds the tokens
             self._fill(self._depth)
         prompt, generated = self._ids(n_prompt), self._ids(n_gen)

@@ -117,7 +117,7 @@ class JsonLines(Printer):
 
 
 class Json(Printer):
-    """An array. The array is complete even if Ctrl-C ends the tests."""
+    """A JSON array, which is complete even if Ctrl-C ends the tests."""
 
     separator = ""
 
@@ -144,8 +144,8 @@ class Column:
 
     title: str
     width: int  # negative: the text is at the left
-    cell: Callable[[Result], object] | None = None  # None: the field `name`
-    name: str = ""  # one of CASE_COLUMNS; the column is left out if all tests have the default
+    cell: Callable[[Result], object] | None = None  # what the column shows; None: CASE_COLUMNS[name]
+    name: str = ""  # the column is left out if CASE_COLUMNS[name] is the default for all tests
 
     def text(self, result: Result) -> str:
         return str(self.cell(result) if self.cell else CASE_COLUMNS[self.name](result.case))
@@ -187,7 +187,7 @@ TABLE = (
 
 
 class Markdown(Printer):
-    """llama-bench's table. The foot says the build and the limits."""
+    """llama-bench's table, and below it the build and the limits of the machine."""
 
     def __init__(self, cases: Sequence[Case]) -> None:
         super().__init__(cases)

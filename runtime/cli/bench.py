@@ -24,9 +24,9 @@ _FORMATS = ("md", "csv", "json", "jsonl")
 
 
 def parse_values(option: str, texts: Sequence[str], lowest: int, highest: int = _MOST) -> list[int]:
-    """Return the numbers of an option: "8", "1,2,4", "1-8", "128-512+128", "1-64*2", and all of these for each use.
+    """Return the numbers that an option names: "8", "1,2,4", "1-8", "128-512+128" or "1-64*2".
 
-    OptionError for anything else, and for numbers out of lowest .. highest.
+    texts: one for each use of the option. OptionError for anything else, and for numbers below lowest or above highest.
     """
     values: list[int] = []
     for part in (part for text in texts for part in text.split(",")):
@@ -58,7 +58,7 @@ def _range(value: int, last: int, kind: str | None, step: int) -> Iterator[int]:
 
 
 def _pairs(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """The values of -pg."""
+    """Return the pairs (n_prompt, n_gen) that -pg names."""
     pairs = []
     for text in texts:
         numbers = parse_values("-pg", [text], 0) if "-" not in text else []
@@ -71,7 +71,10 @@ def _pairs(texts: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def _cache_types(both: Sequence[str], k: Sequence[str], v: Sequence[str]) -> list[tuple[str, str]]:
-    """Types of K and V: those that are alike, then all combinations; f16 if none is named."""
+    """Return pairs (type of K, type of V): those of --cache-type, then all combinations of the other two options.
+
+    Without any of the options, the pair is (f16, f16).
+    """
     from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
 
     named = []
@@ -129,7 +132,7 @@ _types = partial(click.option, multiple=True, metavar="TYPE,...", shell_complete
 def main(models: tuple[str, ...], repetitions: int, delay: float, no_warmup: bool, output: str, **options: Any) -> None:
     """Measure how fast models run: tokens per second of a prompt (pp) and of generation (tg).
 
-    Options, columns and output are those of llama.cpp's llama-bench. Every option takes several values with commas
+    Options and the table are those of llama.cpp's llama-bench. Every option takes several values with commas
     between them, and ranges: 1-8, 128-512+128, 1-64*2; tests run in all combinations. The last column compares with the
     most that this machine can do: the speeds of its memory and of its int8 instructions are measured in the same run.
 

@@ -40,7 +40,7 @@ def run(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """The command, see its help. options: RUNTIME_OPTIONS."""
+    """Run the command; its help says what it does. options: RUNTIME_OPTIONS of the model."""
     if save_logits is not None and (base, base_options, base_logits) != (None, None, None):
         raise OptionError("--save-logits saves the logits of MODEL: leave out --base, --base-options and --base-logits")
     if (save_logits, base, base_options, base_logits) == (None, None, None, None):

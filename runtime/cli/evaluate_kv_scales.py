@@ -11,7 +11,7 @@ import click
 from gguf_run.formats.errors import OptionError
 from gguf_run.models.backend import CacheType
 from gguf_run.runtime.cli.report import load_scorer
-from gguf_run.runtime.evaluate.kv_scales import KINDS, best_types, calibrate, check_budget, probe, probes
+from gguf_run.runtime.evaluate.kv_scales import KINDS, best_types, calibrate, check_budget, divergences, trials
 from gguf_run.runtime.evaluate.text import N_CTX, Scorer, bos_of, cut_chunks, tokens_of
 from gguf_run.runtime.load.cache_plan import check_type
 from gguf_run.runtime.load.kv_scales import KvScales
@@ -30,7 +30,7 @@ def run(
     bits: float | None,
     **options: Any,
 ) -> None:
-    """The command, see its help. options: DEVICE_OPTIONS."""
+    """Run the command; its help says what it does. options: DEVICE_OPTIONS."""
     names = types.split(",") if types else []
     if bits is not None and not names:
         raise OptionError("--bits chooses among --types: give those too")
@@ -49,7 +49,7 @@ def run(
         with progress("measuring", "chunks") as bar:
             for seen in calibrate(scorer, chunks, n_probed if names else 0):
                 bar.set(seen.n_chunk, len(chunks))
-    layers, todo = seen.layers(), probes(config, names)
+    layers, todo = seen.layers(), trials(config, names)
     costs: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in KINDS} for name in names}
     with progress("trying", "caches") as bar:
 
@@ -57,7 +57,7 @@ def run(
             bar.clear()  # loading has a bar of its own
             return load(plan)
 
-        kls = probe(load_below, [plan for _, _, plan in todo], chunks, seen.logits)
+        kls = divergences(load_below, [plan for _, _, plan in todo], chunks, seen.logits)
         for i, ((name, kind, _), kl) in enumerate(zip(todo, kls, strict=True), 1):
             costs[name][kind].append(kl)
             bar.set(i, len(todo))

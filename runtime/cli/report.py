@@ -54,7 +54,7 @@ class Figure:
 
 
 def _or_none(value: Any) -> Any:
-    """JSON has no word for nan, the error of a single value."""
+    """None in place of nan (the error of a single value), for which JSON has no word."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -87,7 +87,7 @@ class Layout:
 
 
 class Report:
-    """Goes through the steps of an evaluation and prints the results. After Ctrl-C, the results so far count."""
+    """Goes through the steps of an evaluation and prints the results. Ctrl-C ends the steps, not the printing."""
 
     def __init__(self, layout: Layout, as_json: bool = False) -> None:
         self._layout, self._as_json = layout, as_json
@@ -122,7 +122,7 @@ class Report:
         return done
 
     def finish(self, facts: Mapping[str, Any], where: str) -> None:
-        """Print the figures of the last result; exit as interrupted if Ctrl-C came.
+        """Print the figures of the last result; exit with INTERRUPTED if Ctrl-C came.
 
         facts: what JSON says before the figures. where: what ran on which device.
         """

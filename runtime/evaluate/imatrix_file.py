@@ -83,8 +83,8 @@ def write(path: str | os.PathLike[str], imatrix: Imatrix, inputs: Iterable[str |
 class TensorUse:
     """How a tensor's input channels are used: figures of llama-imatrix --show-statistics.
 
-    All figures are of the mean squares of what the channels carry: one value for each input channel, and of each
-    expert that saw a token.
+    The figures are of n values, one for each input channel (of each expert that saw a token): the mean square of what
+    the channel carries.
     """
 
     layer: int  # -1: the tensor is in no layer

@@ -29,7 +29,7 @@ Costs = Mapping[str, Mapping[str, Sequence[float]]]  # type, "k" or "v": the div
 
 @dataclass
 class Calibration:
-    """What one pass over a text has shown so far."""
+    """What the text read so far has shown."""
 
     maxima: dict[str, list[NDArray[np.float64]]]  # "k" or "v": of each layer f64[n_head_kv]
     logits: list[NDArray[np.float32]]  # of each chunk that is kept f32[N_SCORED, n_vocab]
@@ -44,7 +44,7 @@ class Calibration:
 def calibrate(scorer: Scorer, chunks: Sequence[Chunk], n_kept: int) -> Iterator[Calibration]:
     """Run chunks on a model with an f32 cache; yield what is known after each (one object that grows).
 
-    n_kept: the number of first chunks whose logits are kept, for `probe`.
+    n_kept: the number of first chunks whose logits are kept, for `divergences`.
     """
     decoder = scorer.model.decoder
     config = decoder.config
@@ -69,8 +69,8 @@ def _logits(scorer: Scorer, chunk: Chunk) -> NDArray[np.float32]:
     return np.concatenate([part.copy() for part in scorer.model.decoder.forward(chunk.ids, n_scored)])
 
 
-def probes(config: ModelConfig, types: Sequence[str]) -> list[tuple[str, str, list[CacheType]]]:
-    """The measurements to make: (type, "k" or "v", cache types of all layers), layer by layer."""
+def trials(config: ModelConfig, types: Sequence[str]) -> list[tuple[str, str, list[CacheType]]]:
+    """Return the measurements to make, layer by layer: (type, "k" or "v", cache types of all layers)."""
     found = []
     for name in types:
         for kind in KINDS:
@@ -81,15 +81,15 @@ def probes(config: ModelConfig, types: Sequence[str]) -> list[tuple[str, str, li
     return found
 
 
-def probe(
+def divergences(
     load: Callable[[list[CacheType]], AbstractContextManager[Scorer]],
     plans: Sequence[list[CacheType]],
     chunks: Sequence[Chunk],
     expected: Sequence[NDArray[np.float32]],
 ) -> Iterator[float]:
-    """Yield the mean KL divergence of the predictions with each plan: cache types of all layers.
+    """Load a model with each plan (cache types of all layers); yield the mean KL divergence of its predictions.
 
-    load: loads the model with a plan. expected: the logits that `calibrate` has kept of the first chunks.
+    load: loads the model. expected: the logits that `calibrate` has kept of the first chunks.
     """
     for plan in plans:
         with load(plan) as scorer:
@@ -110,7 +110,10 @@ def check_budget(types: Sequence[str], head_dim: int, budget: float) -> None:
 
 
 def best_types(costs: Costs, config: ModelConfig, budget: float) -> list[tuple[str, str]]:
-    """Return the types of K and V of each layer that take `budget` bits a number on average, see check_budget."""
+    """Return types of K and V of each layer that cost least and take at most `budget` bits a number on average.
+
+    The budget has passed check_budget.
+    """
     bits = {name: bits_of(name, config.head_dim) for name in costs}
     smallest = min(bits, key=lambda name: bits[name])
     places = [(kind, il) for il in range(config.n_layer) for kind in KINDS]

@@ -14,7 +14,7 @@ from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 from gguf_run.runtime.cli.evaluate import main
-from gguf_run.runtime.evaluate.kv_scales import KINDS, best_types, bits_of, calibrate, check_budget, probes
+from gguf_run.runtime.evaluate.kv_scales import KINDS, best_types, bits_of, calibrate, check_budget, trials
 from gguf_run.runtime.evaluate.text import Scorer, cut_chunks, tokens_of
 from gguf_run.runtime.model import Model
 
@@ -40,8 +40,8 @@ def test_bits() -> None:
     assert found == {"f16": 16, "q8_0": 8.5, "q5_1": 6, "q4_0": 4.5, "int8": 8.25}
 
 
-def test_each_probe_changes_one_place(config: ModelConfig) -> None:
-    found = probes(config, ["q4_0", "q8_0"])
+def test_each_trial_changes_one_place(config: ModelConfig) -> None:
+    found = trials(config, ["q4_0", "q8_0"])
     assert [(name, kind) for name, kind, _ in found] == [
         (name, kind) for name in ("q4_0", "q8_0") for kind in "kv" for _ in range(2)
     ]
