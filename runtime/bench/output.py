@@ -94,6 +94,7 @@ class Printer:
         return ""
 
     def row(self, result: Result) -> str:
+        """What is written when a result is there."""
         raise NotImplementedError
 
     def foot(self, results: Sequence[Result]) -> str:
@@ -102,6 +103,8 @@ class Printer:
 
 
 class Csv(Printer):
+    """A line of names, then a line for each result."""
+
     def head(self) -> str:
         return ",".join([*CASE_COLUMNS, *RESULT_COLUMNS]) + "\n"
 
@@ -112,6 +115,8 @@ class Csv(Printer):
 
 
 class JsonLines(Printer):
+    """One JSON object in a line for each result."""
+
     def row(self, result: Result) -> str:
         return json.dumps(_with_samples(result)) + "\n"
 
@@ -148,9 +153,11 @@ class Column:
     name: str = ""  # the column is left out if CASE_COLUMNS[name] is the default for all tests
 
     def text(self, result: Result) -> str:
+        """The cell of a result."""
         return str(self.cell(result) if self.cell else CASE_COLUMNS[self.name](result.case))
 
     def is_shown(self, cases: Sequence[Case]) -> bool:
+        """Whether a test has another value than the default."""
         value = CASE_COLUMNS.get(self.name)
         return value is None or any(value(case) != value(Case("", 0, 0)) for case in cases)
 

@@ -36,6 +36,7 @@ class Figure:
     percent: bool = False  # people see 100 * value
 
     def line(self) -> str:
+        """The line that people see."""
         unit = " %" if self.percent else ""
         error = ""
         if isinstance(self.error, tuple):
@@ -48,6 +49,7 @@ class Figure:
         return f"{100 * value:.3f}" if self.percent else f"{value:.6g}"
 
     def json(self) -> dict[str, Any]:
+        """The fields of the JSON object."""
         name = "interval_95" if isinstance(self.error, tuple) else "error"
         error = {} if self.error is None else {f"{self.key}_{name}": self.error}
         return {key: _or_none(value) for key, value in {self.key: self.value, **error}.items()}

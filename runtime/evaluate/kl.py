@@ -84,6 +84,7 @@ class Comparison:
         return Estimate.of_mean(self._change())
 
     def rms_change(self) -> Estimate:
+        """The root of the mean square of the changes."""
         square = Estimate.of_mean(self._change() ** 2)
         return square.map(math.sqrt, 0.5 / math.sqrt(square.value)) if square.value else square
 

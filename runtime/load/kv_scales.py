@@ -86,6 +86,7 @@ class KvScales:
         return cls(str(facts.get("model")), str(facts.get("text")), 0, tuple(checked))
 
     def write(self, path: Path) -> None:
+        """Write a file that `read` takes."""
         layers = [
             {"k_max": layer.k_max, "v_max": layer.v_max} | dict(zip("kv", layer.types or (), strict=False))
             for layer in self.layers
