@@ -66,15 +66,12 @@ def main() -> None:
     """Measure the quality of a GGUF language model. MODEL is a GGUF file or hf:owner/repo[:Q4_K_M]."""
 
 
-def _command(*params: click.Option, examples: Sequence[str]) -> Callable[[Callable[..., None]], click.Command]:
+def _command(params: Sequence[click.Option], examples: Sequence[str]) -> Callable[[Callable[..., None]], click.Command]:
     return main.command(params=[MODEL, *params, *RUNTIME_OPTIONS, JSON], examples=examples)
 
 
 @_command(
-    TEXT,
-    CHUNK_SIZE,
-    CHUNKS,
-    STRIDE,
+    [TEXT, CHUNK_SIZE, CHUNKS, STRIDE],
     examples=(
         "gguf-eval perplexity model.gguf -f wiki.test.raw",
         "gguf-eval perplexity model.gguf -f wiki.test.raw --chunks 64 -ct q8_0",
@@ -105,10 +102,7 @@ def perplexity(
 
 
 @_command(
-    TEXT,
-    *KL_OPTIONS,
-    CHUNK_SIZE,
-    CHUNKS,
+    [TEXT, *KL_OPTIONS, CHUNK_SIZE, CHUNKS],
     examples=(
         "gguf-eval kl q4.gguf --base f16.gguf -f wiki.test.raw --chunks 16",
         "gguf-eval kl model.gguf --base-options '--cache-type f32' -ct q4_0 -f text.txt",
@@ -150,9 +144,7 @@ def kv_scales(**options: Any) -> None:
 
 
 @_command(
-    TASK_FILE,
-    TASKS,
-    CTX_SIZE,
+    [TASK_FILE, TASKS, CTX_SIZE],
     examples=(
         "gguf-eval hellaswag model.gguf -f hellaswag_val_400.txt",
         "gguf-eval hellaswag model.gguf -f hellaswag_val_400.txt --tasks 100 -t 4",
@@ -172,9 +164,7 @@ def hellaswag(file: Path, **options: Any) -> None:
 
 
 @_command(
-    TASK_FILE,
-    TASKS,
-    CTX_SIZE,
+    [TASK_FILE, TASKS, CTX_SIZE],
     examples=(
         "gguf-eval choices model.gguf -f questions.jsonl",
         "gguf-eval choices model.gguf -f questions.jsonl --tasks 50",
