@@ -25,6 +25,15 @@ from gguf_run.runtime.evaluate.text import N_CTX, Block, Chunk, Scorer, bos_of, 
 from gguf_run.runtime.hub.find import find_model
 from gguf_run.runtime.terminal.text import message, read_text
 
+_LABELS = {  # by figure: its label, and whether it is shown in percent
+    "perplexity": ("perplexity", False),
+    "perplexity_base": ("perplexity of the base", False),
+    "perplexity_ratio": ("ratio", False),
+    "p_change_mean": ("change of p, mean", True),
+    "p_change_rms": ("change of p, RMS", True),
+    "same_top": ("same top token", True),
+    "kl_mean": ("KL divergence, mean", False),
+}
 _HEAD = f"{'chunk':>5} {'perplexity':>12} {'ratio':>12} {'KL divergence':>14} {'same top':>11}"
 
 
@@ -172,25 +181,17 @@ class KlJob:
 
 
 def _row(done: Comparison) -> str:
-    return (
-        f"{done.n_chunk:>5} {done.perplexity().value:>12.4f} {done.ratio().value:>12.6f} "
-        f"{done.mean_kl().value:>14.6g} {100 * done.agreement().value:>9.3f} %"
-    )
+    found = {name: estimate.value for name, estimate in done.estimates().items()}
+    ratio, same = found["perplexity_ratio"], 100 * found["same_top"]
+    return f"{done.n_chunk:>5} {found['perplexity']:>12.4f} {ratio:>12.6f} {found['kl_mean']:>14.6g} {same:>9.3f} %"
 
 
 def _figures(done: Comparison) -> list[Figure]:
-    estimates = (
-        ("perplexity", "perplexity", done.perplexity(), False),
-        ("perplexity_base", "perplexity of the base", done.perplexity_base(), False),
-        ("perplexity_ratio", "ratio", done.ratio(), False),
-        ("p_change_mean", "change of p, mean", done.mean_change(), True),
-        ("p_change_rms", "change of p, RMS", done.rms_change(), True),
-        ("same_top", "same top token", done.agreement(), True),
-        ("kl_mean", "KL divergence, mean", done.mean_kl(), False),
-    )
-    percentiles = done.kl_percentiles()
-    names = {50.0: ("kl_median", "  median"), 100.0: ("kl_max", "  maximum")}
-    return [
-        *(Figure(key, label, e.value, e.error, percent) for key, label, e, percent in estimates),
-        *(Figure(*names.get(p, (f"kl_{p:g}", f"  {p:g} %")), value) for p, value in percentiles.items()),
-    ]
+    figures = []
+    for name, estimate in done.estimates().items():
+        label, percent = _LABELS[name]
+        figures.append(Figure(name, label, estimate.value, estimate.error, percent))
+    for p, value in done.kl_percentiles().items():
+        name, label = {50.0: ("median", "median"), 100.0: ("max", "maximum")}.get(p, (f"{p:g}", f"{p:g} %"))
+        figures.append(Figure(f"kl_{name}", f"  {label}", value))
+    return figures

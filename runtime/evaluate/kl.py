@@ -65,31 +65,20 @@ class Comparison:
         """One field of TOKEN_SCORES of all tokens, f64[n_scored]."""
         return np.concatenate([chunk[name] for chunk in self.chunks])
 
-    def perplexity(self) -> Estimate:
-        return Estimate.of_mean(self.scores("nll")).exp()
-
-    def perplexity_base(self) -> Estimate:
-        return Estimate.of_mean(self.scores("nll_base")).exp()
-
-    def ratio(self) -> Estimate:
-        return Estimate.of_mean(self.scores("nll") - self.scores("nll_base")).exp()
-
-    def mean_kl(self) -> Estimate:
-        return Estimate.of_mean(self.scores("kl"))
-
-    def agreement(self) -> Estimate:
-        return Estimate.of_mean(self.scores("same_top"))
-
-    def mean_change(self) -> Estimate:
-        return Estimate.of_mean(self._change())
-
-    def rms_change(self) -> Estimate:
-        """The root of the mean square of the changes."""
-        square = Estimate.of_mean(self._change() ** 2)
-        return square.map(math.sqrt, 0.5 / math.sqrt(square.value)) if square.value else square
-
-    def _change(self) -> NDArray[np.float64]:
-        return np.exp(-self.scores("nll")) - np.exp(-self.scores("nll_base"))
+    def estimates(self) -> dict[str, Estimate]:
+        """Return the figures by the names that gguf-eval --json gives them."""
+        kl, nll, nll_base, same_top = (self.scores(name) for name in ("kl", "nll", "nll_base", "same_top"))
+        change = np.exp(-nll) - np.exp(-nll_base)
+        square = Estimate.of_mean(change**2)
+        return {
+            "perplexity": Estimate.of_mean(nll).exp(),
+            "perplexity_base": Estimate.of_mean(nll_base).exp(),
+            "perplexity_ratio": Estimate.of_mean(nll - nll_base).exp(),
+            "p_change_mean": Estimate.of_mean(change),
+            "p_change_rms": square.map(math.sqrt, 0.5 / math.sqrt(square.value)) if square.value else square,
+            "same_top": Estimate.of_mean(same_top),
+            "kl_mean": Estimate.of_mean(kl),
+        }
 
     def kl_percentiles(self) -> dict[float, float]:
         """Each of PERCENTILES (50: the median, 100: the largest value) and the divergence there, interpolated."""

@@ -63,17 +63,18 @@ def test_figures_by_llama_cpp_definitions() -> None:
     square, square_error = mean_and_error(change**2)
     same = sum((a.argmax(1) == b.argmax(1)).sum() for a, b in zip(p, q, strict=True)) / n
     expected = {
-        done.perplexity: (math.exp(log_q), math.exp(log_q) * error_q),
-        done.perplexity_base: (math.exp(log_p), math.exp(log_p) * error_p),
-        done.ratio: (ratio, ratio * log_ratio_error),
-        done.mean_kl: mean_and_error(kl),
-        done.mean_change: mean_and_error(change),
-        done.rms_change: (math.sqrt(square), 0.5 / math.sqrt(square) * square_error),
-        done.agreement: (same, math.sqrt(same * (1 - same) / (n - 1))),
+        "perplexity": (math.exp(log_q), math.exp(log_q) * error_q),
+        "perplexity_base": (math.exp(log_p), math.exp(log_p) * error_p),
+        "perplexity_ratio": (ratio, ratio * log_ratio_error),
+        "kl_mean": mean_and_error(kl),
+        "p_change_mean": mean_and_error(change),
+        "p_change_rms": (math.sqrt(square), 0.5 / math.sqrt(square) * square_error),
+        "same_top": (same, math.sqrt(same * (1 - same) / (n - 1))),
     }
-    for figure, values in expected.items():
-        found = figure()
-        assert (found.value, found.error) == pytest.approx(values, rel=1e-9), figure.__name__
+    found = done.estimates()
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert (found[name].value, found[name].error) == pytest.approx(values, rel=1e-9), name
     assert 0 < same < 1
 
 
@@ -87,8 +88,8 @@ def test_percentiles_are_interpolated() -> None:
 
 def test_a_single_value_has_no_error() -> None:
     done = compared([np.array([[0.5, 0.5]])], [np.array([[0.4, 0.6]])], [np.array([0])])
-    assert done.mean_kl().value == pytest.approx(0.5 * math.log(0.5 / 0.4 * 0.5 / 0.6))
-    assert math.isnan(done.mean_kl().error)
+    assert done.estimates()["kl_mean"].value == pytest.approx(0.5 * math.log(0.5 / 0.4 * 0.5 / 0.6))
+    assert math.isnan(done.estimates()["kl_mean"].error)
 
 
 def test_an_interrupted_chunk_does_not_count(reduce: LogSoftmax) -> None:
@@ -108,7 +109,7 @@ def test_an_interrupted_chunk_does_not_count(reduce: LogSoftmax) -> None:
         done.extend(compare(model, base, [Chunk([], [0, 0])] * 2))  # type: ignore[arg-type]
     (whole,) = done
     assert (whole.n_chunk, len(whole.scores("kl"))) == (1, 2)
-    assert whole.ratio().value == pytest.approx(0.5 / 0.4)
+    assert whole.estimates()["perplexity_ratio"].value == pytest.approx(0.5 / 0.4)
 
 
 # Two models.
@@ -161,9 +162,10 @@ def test_rounded_base_is_compared_with_rounded_logits(reduce: LogSoftmax) -> Non
             yield Block(unround_logits(*round_logits(block.logits)), block.nll, block.top)
 
     (exact,) = compare(scorer, saved, [Chunk([], right)], rounded=True)  # type: ignore[arg-type]
-    assert (exact.mean_kl().value, exact.ratio().value, exact.agreement().value) == (0, 1, 1)
+    found = [exact.estimates()[name].value for name in ("kl_mean", "perplexity_ratio", "same_top")]
+    assert found == [0, 1, 1]
     (rough,) = compare(scorer, saved, [Chunk([], right)])  # type: ignore[arg-type]
-    assert 0 < rough.mean_kl().value < 1e-8
+    assert 0 < rough.estimates()["kl_mean"].value < 1e-8
 
 
 @pytest.fixture(scope="module")
@@ -196,19 +198,22 @@ def test_a_model_against_itself(tiny: Callable[[str], Path], type_name: str) -> 
     done = comparison(tiny(type_name), tiny(type_name))
     assert done.n_chunk > 1
     assert (done.scores("kl") == 0).all()
-    assert (done.agreement().value, done.ratio().value, done.rms_change().value) == (1, 1, 0)
+    found = [done.estimates()[name].value for name in ("same_top", "perplexity_ratio", "p_change_rms")]
+    assert found == [1, 1, 0]
 
 
 def test_cache_types(tiny: Callable[[str], Path]) -> None:
     """f16 keys and values cost next to nothing, but not nothing. (With quantized weights activations are rounded to 8
     bits, which turns the smallest difference into a rounding step here and there.)"""
     done = comparison(tiny("F32"), tiny("F32"), cache_type="f32")
-    assert 0 < done.mean_kl().value < 1e-5
-    assert done.agreement().value == 1
+    assert 0 < done.estimates()["kl_mean"].value < 1e-5
+    assert done.estimates()["same_top"].value == 1
 
 
 def test_quantization_costs_more_with_fewer_bits(tiny: Callable[[str], Path]) -> None:
-    kl = [comparison(tiny(type_name), tiny("F32")).mean_kl().value for type_name in ("F16", "Q8_0", "Q4_0")]
+    kl = [
+        comparison(tiny(type_name), tiny("F32")).estimates()["kl_mean"].value for type_name in ("F16", "Q8_0", "Q4_0")
+    ]
     assert 0 < kl[0] < 1e-5 < kl[1] < kl[2]
 
 
