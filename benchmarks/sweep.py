@@ -24,7 +24,7 @@ from make_model import SHAPES, mix_of, write_model
 from pair import Rounds, Test, Worker, compare
 
 from gguf_run.formats.gguf.reader import GGUFFile
-from gguf_run.runtime.bench.bench import Case, ModelFacts, ideal_seconds
+from gguf_run.runtime.bench.bench import BenchedModel, Case, ideal_seconds
 from gguf_run.runtime.hub.find import find_model, models_dir
 
 _SHAPE = "llama-1b"
@@ -98,7 +98,7 @@ def model_file(model: str, folder: Path, gemma: Path) -> Path:
 def measure(row: Row, path: Path, plan: Plan) -> dict[str, Any]:
     """Measure a row; return its line of the results: every round's seconds, limits, and the part of them reached."""
     with GGUFFile.open(path) as file:
-        facts = ModelFacts.of(file)
+        model = BenchedModel.of(file)
         # a separate table of embeddings is not read but for one row
         unread = file.tensors["token_embd.weight"].nbytes if "output.weight" in file.tensors else 0
     n_ctx = -(-(row.depth + max(plan.n_prompt, plan.n_gen)) // 256) * 256
@@ -117,20 +117,20 @@ def measure(row: Row, path: Path, plan: Plan) -> dict[str, Any]:
         "cpus": [peer.cpu, ours.cpu],
         "tests": [
             asdict(each)
-            | {"of_file": _fractions(each, facts, facts.model_size - unread)}
-            | {"of_panels": _fractions(each, facts, ours.weight_bytes)}
+            | {"of_file": _fractions(each, model, model.model_size - unread)}
+            | {"of_panels": _fractions(each, model, ours.weight_bytes)}
             for each in rounds
         ],
     }
 
 
-def _fractions(rounds: Rounds, facts: ModelFacts, weight_bytes: int) -> list[float]:
+def _fractions(rounds: Rounds, model: BenchedModel, weight_bytes: int) -> list[float]:
     """The part of the limits that each of our rounds reached, if so many bytes must be read for the weights."""
     test = rounds.test
     n_prompt, n_gen = (test.n, 0) if test.kind == "pp" else (0, test.n)
     case = Case("", n_prompt, n_gen, test.depth)
     pairs = zip(rounds.limits, rounds.ours, strict=True)
-    return [ideal_seconds(case, facts, weight_bytes, limits) / seconds for limits, seconds in pairs]
+    return [ideal_seconds(case, model, weight_bytes, limits) / seconds for limits, seconds in pairs]
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:

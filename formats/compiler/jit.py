@@ -251,8 +251,17 @@ def _write(path: Path, data: bytes) -> None:
         part.replace(path)
 
 
-@functools.cache
+_making_store = threading.Lock()
+
+
 def _store() -> _Store:
+    """The store of this process. Two threads may ask for it at once; machine code in a second store would be freed."""
+    with _making_store:
+        return _only_store()
+
+
+@functools.cache
+def _only_store() -> _Store:
     return _Store()
 
 

@@ -2,32 +2,31 @@
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice, product
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.formats.errors import OptionError
 from gguf_run.runtime.cli import complete
 from gguf_run.runtime.cli.common import tool
 from gguf_run.runtime.cli.load_options import ROTATION
-from gguf_run.runtime.terminal.progress import Progress
-from gguf_run.runtime.terminal.text import message
+from gguf_run.runtime.terminal.progress import progress
 
 if TYPE_CHECKING:
     from gguf_run.runtime.bench.bench import Case
 
 MAX_TESTS = 10_000
 _MOST = 2**31 - 1
-_FORMATS = ("md", "csv", "json", "jsonl", "sql")
+_FORMATS = ("md", "csv", "json", "jsonl")
 
 
 def parse_values(option: str, texts: Sequence[str], lowest: int, highest: int = _MOST) -> list[int]:
-    """Return the numbers of an option: "8", "1,2,4", "1-8", "128-512+128", "1-64*2", and all of these for each use.
+    """Return the numbers that an option names: "8", "1,2,4", "1-8", "128-512+128" or "1-64*2".
 
-    OptionError for anything else, and for numbers out of lowest .. highest.
+    texts: one for each use of the option. OptionError for anything else, and for numbers below lowest or above highest.
     """
     values: list[int] = []
     for part in (part for text in texts for part in text.split(",")):
@@ -59,7 +58,7 @@ def _range(value: int, last: int, kind: str | None, step: int) -> Iterator[int]:
 
 
 def _pairs(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """The values of -pg."""
+    """Return the pairs (n_prompt, n_gen) that -pg names."""
     pairs = []
     for text in texts:
         numbers = parse_values("-pg", [text], 0) if "-" not in text else []
@@ -72,7 +71,10 @@ def _pairs(texts: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def _cache_types(both: Sequence[str], k: Sequence[str], v: Sequence[str]) -> list[tuple[str, str]]:
-    """Types of K and V: those that are alike, then all combinations; f16 if none is named."""
+    """Return pairs (type of K, type of V): those of --cache-type, then all combinations of the other two options.
+
+    Without any of the options, the pair is (f16, f16).
+    """
     from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
 
     named = []
@@ -84,14 +86,6 @@ def _cache_types(both: Sequence[str], k: Sequence[str], v: Sequence[str]) -> lis
     alike, ks, vs = named
     pairs = product(ks or ["f16"], vs or ["f16"]) if ks or vs or not alike else ()
     return list(dict.fromkeys([*((name, name) for name in alike), *pairs]))
-
-
-class _Status(Progress):
-    """A line on stderr that says what is going on, if that is a terminal."""
-
-    def show(self, line: str) -> None:
-        if self._visible:
-            self._draw(line)
 
 
 _numbers = partial(click.option, multiple=True, metavar="N,...")
@@ -111,8 +105,13 @@ _types = partial(click.option, multiple=True, metavar="TYPE,...", shell_complete
 @_numbers("-p", "--n-prompt", default=("512",), help="Tokens of a prompt (pp); 0: none.")
 @_numbers("-n", "--n-gen", default=("128",), help="Tokens to generate one by one (tg); 0: none.")
 @click.option("-pg", "pg", multiple=True, metavar="PP,TG", help="A prompt and then tokens to generate, in one test.")
-@_numbers("-d", "--n-depth", default=("0",), help="Tokens that stand in the context before.")
-@_numbers("-b", "--batch-size", default=("2048",), help="Tokens after each of which logits are made.")
+@_numbers("-d", "--n-depth", default=("0",), help="Tokens that are in the context before.")
+@_numbers(
+    "-b",
+    "--batch-size",
+    default=("2048",),
+    help="Tokens of a prompt's parts, with logits after each.",
+)
 @_numbers("-ub", "--ubatch-size", default=("512",), help="Tokens that run at once, at most.")
 @_types("-ct", "--cache-type", help="Type of the KV cache, for K and V alike.")
 @_types("-ctk", "--cache-type-k", help="Type of K, in all combinations with V's.  [default: f16]")
@@ -125,7 +124,7 @@ _types = partial(click.option, multiple=True, metavar="TYPE,...", shell_complete
 @_numbers("-ngl", "--gpu-layers", default=("auto",), help="Layers on the GPU; or all, auto.")
 @_numbers("-ts", "--tensor-split", help="Parts of these for each of several GPUs: 3/1.  [default: by free memory]")
 @click.option("-cmoe", "--cpu-moe", is_flag=True, help="Keep the experts of all layers on the CPU.")
-@_numbers("-ncmoe", "--n-cpu-moe", help="Or of the first N layers.  [default: as few as it takes]")
+@_numbers("-ncmoe", "--n-cpu-moe", help="Or of the first N layers only.  [default: as few as it takes]")
 @click.option("-r", "--repetitions", default=5, type=click.IntRange(1, 100_000), help="Times each test is repeated.")
 @click.option("--delay", default=0.0, type=click.FloatRange(0, 86_400), help="Seconds to wait before each test.")
 @click.option("--no-warmup", is_flag=True, help="Leave out the first, unmeasured run of each test.")
@@ -133,99 +132,73 @@ _types = partial(click.option, multiple=True, metavar="TYPE,...", shell_complete
 def main(models: tuple[str, ...], repetitions: int, delay: float, no_warmup: bool, output: str, **options: Any) -> None:
     """Measure how fast models run: tokens per second of a prompt (pp) and of generation (tg).
 
-    Options, columns and output are those of llama.cpp's llama-bench. Every option takes several values with commas
-    between them, and ranges: 1-8, 128-512+128, 1-64*2; tests run in all combinations. The last column is the part of
-    what this machine could do at most, by its memory's and its int8 instructions' speed, measured in the same run.
+    Options and the table are those of llama.cpp's llama-bench. Every option takes several values with commas
+    between them, and ranges: 1-8, 128-512+128, 1-64*2; tests run in all combinations. The last column compares with the
+    most that this machine can do: the speeds of its memory and of its int8 instructions are measured in the same run.
 
     MODEL is a GGUF file or hf:owner/repo[:Q4_K_M].
     """
     if delay != delay:
         raise OptionError("--delay nan: allowed are numbers of seconds from 0")
-    if sys.stdout is None:
-        raise GgufRunError("stdout is closed: there is nowhere to write to")
-    cases = _cases(models, **options)
-    from gguf_run.formats.compiler.jit import compile_notice
+    cases = _cases(models, options)
     from gguf_run.runtime.bench.bench import Procedure, Result, run_cases
     from gguf_run.runtime.bench.output import PRINTERS
 
-    printer = PRINTERS[output]()
+    printer = PRINTERS[output](cases)
     results: list[Result] = []
-    status = _Status("")
-    with status:
+    with progress("") as bar:
 
         def write(text: str) -> None:
-            status.clear()
+            bar.clear()
             click.echo(text, nl=False)
             sys.stdout.flush()
 
-        def compiling() -> None:
-            status.clear()
-            message("compiling kernels for this machine; this takes some seconds, once")
-
-        coming = run_cases(cases, Procedure(repetitions, not no_warmup, delay, status.show))
-        write(printer.head(cases))
+        coming = run_cases(cases, Procedure(repetitions, not no_warmup, delay, bar.show))
+        write(printer.head())
         try:
-            with compile_notice(compiling):
-                for result in coming:
-                    results.append(result)
-                    write(printer.row(result))
+            for result in coming:
+                results.append(result)
+                write(printer.row(result))
         finally:
             write(printer.foot(results))
 
 
-def _cases(
-    models: Sequence[str],
-    n_prompt: Sequence[str],
-    n_gen: Sequence[str],
-    pg: Sequence[str],
-    n_depth: Sequence[str],
-    batch_size: Sequence[str],
-    ubatch_size: Sequence[str],
-    cache_type: Sequence[str],
-    cache_type_k: Sequence[str],
-    cache_type_v: Sequence[str],
-    cache_rotation: bool | None,
-    threads: Sequence[str],
-    device: Sequence[str],
-    gpu_layers: Sequence[str],
-    tensor_split: Sequence[str],
-    cpu_moe: bool,
-    n_cpu_moe: Sequence[str],
-) -> "list[Case]":
-    """All combinations, in llama-bench's order: a model is loaded as seldom as possible."""
+def _cases(models: Sequence[str], given: Mapping[str, Any]) -> "list[Case]":
+    """Return all combinations, in llama-bench's order, so that a model is loaded as seldom as possible.
+
+    given: the command's other parameters.
+    """
     from gguf_run.kernels_cpu.replay.team import MAX_THREADS
     from gguf_run.runtime.bench.bench import Case
     from gguf_run.runtime.load.machine import default_threads
     from gguf_run.runtime.load.options import LoadOptions
 
-    lengths = [(n, 0) for n in parse_values("--n-prompt", n_prompt, 0)]
-    lengths += [(0, n) for n in parse_values("--n-gen", n_gen, 0)]
-    lengths = [pair for pair in [*lengths, *_pairs(pg)] if any(pair)]
+    lengths = [(n, 0) for n in parse_values("--n-prompt", given["n_prompt"], 0)]
+    lengths += [(0, n) for n in parse_values("--n-gen", given["n_gen"], 0)]
+    lengths = [pair for pair in [*lengths, *_pairs(given["pg"])] if any(pair)]
     if not lengths:
         raise OptionError("--n-prompt 0 with --n-gen 0 and no -pg: there is nothing to measure")
-    devices, layers, parts = (
-        [part.replace("/", ",") for text in texts for part in text.split(",")]
-        for texts in (device, gpu_layers, tensor_split)
-    )
-    splits: list[Any] = [*parts] or [None]
-    experts: list[Any] = parse_values("--n-cpu-moe", n_cpu_moe, 0) or [None]
-    places: list[Any] = [*product(devices, layers, splits, [cpu_moe], experts)]
-    for place in places:
-        LoadOptions(**dict(zip(("device", "gpu_layers", "tensor_split", "cpu_moe", "n_cpu_moe"), place, strict=True)))
+    placements: dict[str, list[Any]] = {
+        name: [part.replace("/", ",") for text in given[name] for part in text.split(",")]
+        for name in ("device", "gpu_layers", "tensor_split")
+    }
+    placements["n_cpu_moe"] = [*parse_values("--n-cpu-moe", given["n_cpu_moe"], 0)]
+    threads = given["threads"] or [str(min(default_threads(), MAX_THREADS))]
     axes = (
         models,
-        places,
-        parse_values("--batch-size", batch_size, 1),
-        parse_values("--ubatch-size", ubatch_size, 1),
-        _cache_types(cache_type, cache_type_k, cache_type_v),
-        parse_values("--threads", threads or [str(min(default_threads(), MAX_THREADS))], 1, MAX_THREADS),
-        parse_values("--n-depth", n_depth, 0),
+        product(*(values or [None] for values in placements.values())),
+        parse_values("--batch-size", given["batch_size"], 1),
+        parse_values("--ubatch-size", given["ubatch_size"], 1),
+        _cache_types(given["cache_type"], given["cache_type_k"], given["cache_type_v"]),
+        parse_values("--threads", threads, 1, MAX_THREADS),
+        parse_values("--n-depth", given["n_depth"], 0),
         lengths,
     )
-    cases = [
-        Case(model, *length, depth, n_batch, n_ubatch, n_threads, *kinds, cache_rotation, *place)  # type: ignore[call-arg]
-        for model, place, n_batch, n_ubatch, kinds, n_threads, depth, length in islice(product(*axes), MAX_TESTS + 1)
-    ]
+    cases = []
+    for model, place, n_batch, n_ubatch, kinds, n_threads, depth, (pp, tg) in islice(product(*axes), MAX_TESTS + 1):
+        options = {name: given[name] for name in ("cpu_moe", "cache_rotation")}
+        options |= {"n_threads": n_threads, "cache_type": kinds} | dict(zip(placements, place, strict=True))
+        cases.append(Case(model, pp, tg, depth, n_batch, n_ubatch, LoadOptions(**options)))
     if len(cases) > MAX_TESTS:
         raise OptionError(f"the options make more than {MAX_TESTS} tests: give fewer values")
     for case in cases:

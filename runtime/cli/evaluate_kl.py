@@ -1,12 +1,16 @@
 """The three ways of `gguf-eval kl`: save a model's logits, compare with saved ones, compare with a second model."""
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
+
 from gguf_run.formats.errors import GgufRunError, OptionError
-from gguf_run.runtime.cli.evaluate_report import PERPLEXITY, Figure, Kind, Run, load_scorer
+from gguf_run.runtime.cli.load_options import RUNTIME_OPTIONS
+from gguf_run.runtime.cli.report import PERPLEXITY, Figure, Layout, Report, load_scorer
 from gguf_run.runtime.evaluate.kl import Comparison, compare
 from gguf_run.runtime.evaluate.logits_file import (
     LogitsFile,
@@ -17,29 +21,80 @@ from gguf_run.runtime.evaluate.logits_file import (
     hash_vocabulary,
 )
 from gguf_run.runtime.evaluate.perplexity import perplexity
-from gguf_run.runtime.evaluate.text import N_CTX, Block, Chunk, Scorer, bos_of, cut_chunks, tokens_of
+from gguf_run.runtime.evaluate.text import N_CTX, Block, Chunk, Scorer, bos_of, cut_chunks, tokens_of, window_size
 from gguf_run.runtime.hub.find import find_model
-from gguf_run.runtime.terminal.text import message
+from gguf_run.runtime.terminal.text import message, read_text
 
+_LABELS = {  # by figure: its label, and whether it is shown in percent
+    "perplexity": ("perplexity", False),
+    "perplexity_base": ("perplexity of the base", False),
+    "perplexity_ratio": ("ratio", False),
+    "p_change_mean": ("change of p, mean", True),
+    "p_change_rms": ("change of p, RMS", True),
+    "same_top": ("same top token", True),
+    "kl_mean": ("KL divergence, mean", False),
+}
 _HEAD = f"{'chunk':>5} {'perplexity':>12} {'ratio':>12} {'KL divergence':>14} {'same top':>11}"
 
 
+def run(
+    model: str,
+    file: Path,
+    base: str | None,
+    base_options: str | None,
+    save_logits: Path | None,
+    base_logits: Path | None,
+    n_ctx: int | None,
+    n_chunk: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Run the command; its help says what it does. options: RUNTIME_OPTIONS of the model."""
+    if save_logits is not None and (base, base_options, base_logits) != (None, None, None):
+        raise OptionError("--save-logits saves the logits of MODEL: leave out --base, --base-options and --base-logits")
+    if (save_logits, base, base_options, base_logits) == (None, None, None, None):
+        raise OptionError("nothing to compare with: give --base, --base-options or --base-logits, or --save-logits")
+    if base_logits is not None and base_options is not None:
+        raise OptionError("--base-logits are what the base gave: --base-options change nothing, leave them out")
+    if n_ctx is not None:
+        window_size(n_ctx)
+    theirs = read_options(base_options or "", options)
+    job = KlJob(model, str(file), read_text(file), n_ctx, n_chunk, options, as_json)
+    if save_logits is not None:
+        job.save(save_logits)
+    elif base_logits is not None:
+        job.compare_saved(base_logits, base)
+    else:
+        job.compare_live(base or model, theirs)
+
+
+def read_options(text: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    """Read --base-options. An option that the text does not name is as in `defaults`."""
+    command = click.Command("--base-options", params=list(RUNTIME_OPTIONS), add_help_option=False)
+    try:
+        return command.make_context("--base-options", shlex.split(text), default_map=defaults).params
+    except (click.UsageError, ValueError) as error:
+        problem = error.format_message() if isinstance(error, click.UsageError) else str(error)
+        allowed = ", ".join(option.opts[0] for option in RUNTIME_OPTIONS)
+        raise OptionError(f"--base-options {text!r}: {problem.rstrip('.')}; allowed are {allowed}") from None
+
+
 @dataclass(frozen=True)
-class KlRun:
-    """What the three ways have in common. n_ctx, n_chunk: None if the user did not say."""
+class KlJob:
+    """What the three ways have in common."""
 
     model: str
     text_name: str
     text: str
-    n_ctx: int | None
-    n_chunk: int | None
-    options: Mapping[str, Any]
+    n_ctx: int | None  # None: the user did not say
+    n_chunk: int | None  # None: the user did not say
+    options: Mapping[str, Any]  # RUNTIME_OPTIONS of the model
     as_json: bool
 
     def save(self, path: Path) -> None:
-        """Write MODEL's logits, and print its perplexity."""
+        """Write the model's logits, and print its perplexity."""
         n_ctx = self.n_ctx or N_CTX
-        with load_scorer(self.model, n_ctx, self.options) as scorer:
+        with load_scorer(self.model, self.options, n_ctx=n_ctx) as scorer:
             ids = tokens_of(scorer.model, self.text)
             chunks = cut_chunks(ids, n_ctx, bos_of(scorer.model), self.n_chunk)
             file = find_model(self.model)
@@ -53,16 +108,16 @@ class KlRun:
                 text_hash=hash_ids(ids),
                 model=file.name,
             )
-            run = Run(PERPLEXITY, self.as_json)
+            report = Report(PERPLEXITY, self.as_json)
             with LogitsWriter(path, header) as writer:
-                run.all(perplexity(scorer, chunks, writer.add), chunks)
+                report.run(perplexity(scorer, chunks, writer.add), chunks)
             saved = writer.is_complete
             message(f"{path} holds the logits" if saved else f"{path} is not written: it would be incomplete")
             facts = self._facts(n_ctx) | {"saved_logits": str(path) if saved else None}
-            run.finish(facts, scorer.model.where)
+            report.finish(facts, scorer.model.where)
 
     def compare_saved(self, path: Path, base: str | None) -> None:
-        """Compare with a file of logits; if a base is named, they must be its."""
+        """Compare with a file of logits. base: the model that made the file, None: any."""
         with LogitsFile(path) as saved:
             header = saved.header
             if self.n_ctx not in (None, header.n_ctx):
@@ -73,7 +128,7 @@ class KlRun:
                 raise GgufRunError(f"{path}: holds the logits of another model, {header.model}, not of {base}")
             if hash_vocabulary(find_model(self.model)) != header.vocab_hash:
                 raise self._other_vocabulary(str(path))
-            with load_scorer(self.model, header.n_ctx, self.options) as scorer:
+            with load_scorer(self.model, self.options, n_ctx=header.n_ctx) as scorer:
                 if scorer.model.decoder.config.n_vocab != header.n_vocab:
                     raise self._other_vocabulary(str(path))
                 ids = tokens_of(scorer.model, self.text)
@@ -87,13 +142,13 @@ class KlRun:
                 self._compare(scorer, saved.chunk, chunks, facts, rounded=True)
 
     def compare_live(self, base: str, base_options: Mapping[str, Any]) -> None:
-        """Run base beside MODEL."""
+        """Compare with a second model, which runs beside the first."""
         n_ctx = self.n_ctx or N_CTX
         if hash_vocabulary(find_model(self.model)) != hash_vocabulary(find_model(base)):
             raise self._other_vocabulary(base)
         with (
-            load_scorer(self.model, n_ctx, self.options) as scorer,
-            load_scorer(base, n_ctx, base_options) as theirs,
+            load_scorer(self.model, self.options, n_ctx=n_ctx) as scorer,
+            load_scorer(base, base_options, n_ctx=n_ctx) as theirs,
         ):
             if scorer.model.decoder.config.n_vocab != theirs.model.decoder.config.n_vocab:
                 raise self._other_vocabulary(base)
@@ -112,9 +167,9 @@ class KlRun:
         facts: dict[str, Any],
         rounded: bool = False,
     ) -> None:
-        run = Run(Kind("chunks", _HEAD, _row, _figures), self.as_json)
-        run.all(compare(scorer, base, chunks, rounded), chunks)
-        run.finish(facts, scorer.model.where)
+        report = Report(Layout("chunks", _HEAD, _row, _figures), self.as_json)
+        report.run(compare(scorer, base, chunks, rounded), chunks)
+        report.finish(facts, scorer.model.where)
 
     def _facts(self, n_ctx: int) -> dict[str, Any]:
         return {"model": self.model, "file": self.text_name, **self.options, "n_ctx": n_ctx}
@@ -126,25 +181,17 @@ class KlRun:
 
 
 def _row(done: Comparison) -> str:
-    return (
-        f"{done.n_chunk:>5} {done.perplexity().value:>12.4f} {done.ratio().value:>12.6f} "
-        f"{done.mean_kl().value:>14.6g} {100 * done.agreement().value:>9.3f} %"
-    )
+    found = {name: estimate.value for name, estimate in done.estimates().items()}
+    ratio, same = found["perplexity_ratio"], 100 * found["same_top"]
+    return f"{done.n_chunk:>5} {found['perplexity']:>12.4f} {ratio:>12.6f} {found['kl_mean']:>14.6g} {same:>9.3f} %"
 
 
 def _figures(done: Comparison) -> list[Figure]:
-    estimates = (
-        ("perplexity", "perplexity", done.perplexity(), False),
-        ("perplexity_base", "perplexity of the base", done.perplexity_base(), False),
-        ("perplexity_ratio", "ratio", done.ratio(), False),
-        ("p_change_mean", "change of p, mean", done.mean_change(), True),
-        ("p_change_rms", "change of p, RMS", done.rms_change(), True),
-        ("same_top", "same top token", done.agreement(), True),
-        ("kl_mean", "KL divergence, mean", done.mean_kl(), False),
-    )
-    percentiles = done.kl_percentiles()
-    names = {50.0: ("kl_median", "  median"), 100.0: ("kl_max", "  maximum")}
-    return [
-        *(Figure(key, label, e.value, e.error, percent) for key, label, e, percent in estimates),
-        *(Figure(*names.get(p, (f"kl_{p:g}", f"  {p:g} %")), value) for p, value in percentiles.items()),
-    ]
+    figures = []
+    for name, estimate in done.estimates().items():
+        label, percent = _LABELS[name]
+        figures.append(Figure(name, label, estimate.value, estimate.error, percent))
+    for p, value in done.kl_percentiles().items():
+        name, label = {50.0: ("median", "median"), 100.0: ("max", "maximum")}.get(p, (f"{p:g}", f"{p:g} %"))
+        figures.append(Figure(f"kl_{name}", f"  {label}", value))
+    return figures

@@ -1,6 +1,6 @@
-"""`gguf-eval kv-scales`: observe, probe, choose, write, print."""
+"""`gguf-eval kv-scales`: measure the largest keys and values, try cache types, choose among them, write the file."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +10,12 @@ import click
 
 from gguf_run.formats.errors import OptionError
 from gguf_run.models.backend import CacheType
-from gguf_run.models.config import ModelConfig
-from gguf_run.runtime.cli.evaluate_report import load_scorer
-from gguf_run.runtime.evaluate.kv_scales import KINDS, Calibration, choose, divergence, observe, probes
-from gguf_run.runtime.evaluate.text import N_CTX, Chunk, Scorer, bos_of, cut_chunks, tokens_of
+from gguf_run.runtime.cli.report import load_scorer
+from gguf_run.runtime.evaluate.kv_scales import KINDS, best_types, calibrate, check_budget, divergences, trials
+from gguf_run.runtime.evaluate.text import N_CTX, Scorer, bos_of, cut_chunks, tokens_of
 from gguf_run.runtime.load.cache_plan import check_type
 from gguf_run.runtime.load.kv_scales import KvScales
-from gguf_run.runtime.terminal.progress import Progress
+from gguf_run.runtime.terminal.progress import progress
 from gguf_run.runtime.terminal.text import read_text, table
 
 
@@ -27,56 +26,48 @@ def run(
     n_ctx: int | None,
     n_chunk: int,
     n_probed: int,
-    types: Sequence[str],
+    types: str | None,
     bits: float | None,
-    options: Mapping[str, Any],
+    **options: Any,
 ) -> None:
-    """The command, see its help."""
-    if bits is not None and not types:
+    """Run the command; its help says what it does. options: DEVICE_OPTIONS."""
+    names = types.split(",") if types else []
+    if bits is not None and not names:
         raise OptionError("--bits chooses among --types: give those too")
     n_ctx, text = n_ctx or N_CTX, read_text(file)
 
     def load(cache: str | list[CacheType]) -> AbstractContextManager[Scorer]:
-        return load_scorer(model, n_ctx, options, cache=cache)
+        return load_scorer(model, options, n_ctx=n_ctx, cache_type=cache)
 
     with load("f32") as scorer:
         config = scorer.model.decoder.config
-        for name in types:
+        for name in names:
             check_type("--types", name, config.head_dim)
         if bits is not None:
-            choose({name: {kind: [0.0] * config.n_layer for kind in KINDS} for name in types}, config, bits)
+            check_budget(names, config.head_dim, bits)
         chunks = cut_chunks(tokens_of(scorer.model, text), n_ctx, bos_of(scorer.model), n_chunk)
-        with Progress("observing", "chunks") as progress:
-            for seen in observe(scorer, chunks, n_probed if types else 0):
-                progress.set(seen.n_chunk, len(chunks))
-    costs = _probe(load, config, types, chunks, seen)
-    layers = seen.layers()
+        with progress("measuring", "chunks") as bar:
+            for seen in calibrate(scorer, chunks, n_probed if names else 0):
+                bar.set(seen.n_chunk, len(chunks))
+    layers, todo = seen.layers(), trials(config, names)
+    costs: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in KINDS} for name in names}
+    with progress("trying", "caches") as bar:
+
+        def load_below(plan: list[CacheType]) -> AbstractContextManager[Scorer]:
+            bar.clear()  # loading has a bar of its own
+            return load(plan)
+
+        kls = divergences(load_below, [plan for _, _, plan in todo], chunks, seen.logits)
+        for i, ((name, kind, _), kl) in enumerate(zip(todo, kls, strict=True), 1):
+            costs[name][kind].append(kl)
+            bar.set(i, len(todo))
     if bits is not None:
-        chosen = choose(costs, config, bits)
-        layers = tuple(replace(layer, types=types) for layer, types in zip(layers, chosen, strict=True))
+        chosen = best_types(costs, config, bits)
+        layers = tuple(replace(layer, types=pair) for layer, pair in zip(layers, chosen, strict=True))
     scales = KvScales(Path(model).name, file.name, seen.n_tokens, layers, costs)
     scales.write(output)
     for line in _table(scales):
         click.echo(line)
-
-
-def _probe(
-    load: Callable[[list[CacheType]], AbstractContextManager[Scorer]],
-    config: ModelConfig,
-    types: Sequence[str],
-    chunks: Sequence[Chunk],
-    seen: Calibration,
-) -> dict[str, dict[str, list[float]]]:
-    """The divergence of each type in each layer's K and V."""
-    costs: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in KINDS} for name in types}
-    todo = probes(config, types)
-    with Progress("probing", "caches") as progress:
-        for i, (name, kind, plan) in enumerate(todo):
-            progress.clear()
-            with load(plan) as scorer:
-                costs[name][kind].append(divergence(scorer, chunks, seen.logits))
-            progress.set(i + 1, len(todo))
-    return costs
 
 
 def _table(scales: KvScales) -> Iterator[str]:

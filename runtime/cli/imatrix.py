@@ -20,29 +20,27 @@ if TYPE_CHECKING:
     from gguf_run.formats.gguf.imatrix import Imatrix
     from gguf_run.runtime.evaluate.perplexity import Perplexity
 
-_AT_LEAST_1 = click.IntRange(1, 2**31 - 1)
-_OPTIONS = (
+_OPTIONS = [
     click.Option(["--file", "-f"], type=PATH, help="The text, UTF-8.  [none: only add up --in-file]"),
-    click.Option(["--output", "--output-file", "-o"], type=PATH, help="Where to write.  [default: imatrix.gguf]"),
-    click.Option(["--in-file"], type=PATH, multiple=True, help="Add to what is in this file; may be repeated."),
+    click.Option(["--output", "--output-file", "-o"], type=PATH, help="The file to write.  [default: imatrix.gguf]"),
+    click.Option(["--in-file"], type=PATH, multiple=True, help="Add to what this file has; may be repeated."),
     click.Option(
         ["--ctx-size", "-c", "n_ctx"], type=int, help="Tokens of a chunk.  [default: as in --in-file, else 512]"
     ),
-    click.Option(["--chunks", "n_chunk"], type=int, help="Stop after so many.  [default: the whole text]"),
-    click.Option(["--from-chunk", "--chunk"], type=click.IntRange(0), default=0, help="Skip so many at the beginning."),
+    click.Option(["--chunks", "n_chunk"], type=int, help="Read so many chunks.  [default: the whole text]"),
+    click.Option(["--from-chunk", "--chunk"], type=click.IntRange(0), default=0, help="Skip so many chunks first."),
     click.Option(
         ["--output-frequency", "-ofreq"],
-        type=_AT_LEAST_1,
+        type=click.IntRange(1, 2**31 - 1),
         default=10,
-        show_default=True,
-        help="Write what there is after so many chunks.",
+        help="Write the file after every N chunks.",
     ),
     click.Option(["--process-output"], is_flag=True, help="Collect for the output matrix too."),
     click.Option(["--parse-special"], is_flag=True, help="Control tokens written in the text become tokens."),
     click.Option(["--no-ppl"], is_flag=True, help="Leave out the running perplexity: faster."),
     click.Option(["--show-statistics"], is_flag=True, help="Print figures of each tensor and layer."),
     *RUNTIME_OPTIONS,
-)
+]
 
 
 @tool(
@@ -56,10 +54,11 @@ _OPTIONS = (
     ),
 )
 def main(model: str | None, file: Path | None, output: Path | None, in_file: tuple[Path, ...], **options: Any) -> None:
-    """Collect an importance matrix: MODEL (a GGUF file or hf:owner/repo[:Q4_K_M]) reads a text, and the squares of
-    what each of its matrices reads are added up, in llama.cpp's GGUF form.
+    """Collect an importance matrix, for gguf-quantize --imatrix.
 
-    Without MODEL, what --in-file names is added up, converted or, with --show-statistics, looked at.
+    MODEL (a GGUF file or hf:owner/repo[:Q4_K_M]) reads a text, and the squares of each matrix's inputs are added up.
+    The file has llama.cpp's GGUF form. Without MODEL, the files of --in-file are added up, converted or, with
+    --show-statistics, described.
     """
     if (model is None) != (file is None):
         raise OptionError("MODEL reads the text of --file: give both, or neither and --in-file")
@@ -76,19 +75,32 @@ def main(model: str | None, file: Path | None, output: Path | None, in_file: tup
     elif output is not None or not options["show_statistics"]:
         write(output or "imatrix.gguf", imatrix)
     if options["show_statistics"]:
-        _show(imatrix)
+        show_uses(imatrix)
 
 
-def _show(imatrix: "Imatrix") -> None:
-    from gguf_run.runtime.evaluate.imatrix_statistics import statistics, table
+def show_uses(imatrix: "Imatrix") -> None:
+    """Print the use of each tensor's input channels, then each layer's means."""
+    from gguf_run.runtime.evaluate.imatrix_file import mean_uses, tensor_uses
 
-    for line in table(statistics(imatrix)):
-        click.echo(line)
+    uses = tensor_uses(imatrix)
+    click.echo(
+        f"{'Layer':>5}  {'Tensor':<20} {'Σ(Act²)':>12} {'Min':>9} {'Max':>11} {'μ':>9} {'σ':>9} {'% Active':>9} "
+        f"{'N':>7} {'Entropy':>8} {'E (norm)':>9} {'ZD':>8} {'CosSim':>7}"
+    )
+    for use in uses:
+        click.echo(
+            f"{use.layer if use.layer >= 0 else '-':>5}  {use.tensor:<20} {use.total:>12.2f} {use.low:>9.4f} "
+            f"{use.high:>11.4f} {use.mean:>9.2f} {use.deviation:>9.2f} {use.active:>9.2%} {use.n:>7} "
+            f"{use.entropy:>8.4f} {use.normalized_entropy:>9.2%} {use.z_density:>8.2%} {use.similarity:>7.4f}"
+        )
+    click.echo(f"\n{'Layer':>5} {'μΣ(Act²)':>12} {'μZD':>9} {'μCosSim':>8}")
+    for layer, total, z_density, similarity in mean_uses(uses):
+        click.echo(f"{layer:>5} {total:>12.2f} {z_density:>9.4%} {similarity:>8.4f}")
 
 
 def _collect(model: str, file: Path, output: Path, imatrix: "Imatrix", options: dict[str, Any]) -> "Imatrix":
     from gguf_run.formats.gguf.writer import GGUFWriter
-    from gguf_run.runtime.cli.evaluate_report import PERPLEXITY, Run, load_scorer
+    from gguf_run.runtime.cli.report import PERPLEXITY, Report, load_scorer
     from gguf_run.runtime.evaluate.imatrix import Collector
     from gguf_run.runtime.evaluate.imatrix_file import write
     from gguf_run.runtime.evaluate.text import bos_of, cut_chunks, tokens_of
@@ -98,7 +110,7 @@ def _collect(model: str, file: Path, output: Path, imatrix: "Imatrix", options: 
     text = read_text(file)
     inputs = [find_model(model), file]
     GGUFWriter(output, {}, [], inputs=inputs).abort()  # what is wrong with the output shows now, not after hours
-    with load_scorer(model, n_ctx, options, observe=True) as scorer:
+    with load_scorer(model, options, n_ctx=n_ctx, observe=True) as scorer:
         ids = tokens_of(scorer.model, text, options["parse_special"])
         if 0 < len(ids) // n_ctx <= first:
             raise OptionError(f"--from-chunk is {first}; the text has {len(ids) // n_ctx} chunks of {n_ctx} tokens")
@@ -111,11 +123,11 @@ def _collect(model: str, file: Path, output: Path, imatrix: "Imatrix", options: 
                     write(output, collector.imatrix, inputs)
                 yield done
 
-        run = Run(PERPLEXITY if ppl else replace(PERPLEXITY, row=None, figures=lambda done: []))
-        done = run.all(steps(), chunks)
+        report = Report(PERPLEXITY if ppl else replace(PERPLEXITY, row=None, figures=lambda done: []))
+        done = report.run(steps(), chunks)
         if done:
             write(output, collector.imatrix, inputs)
-        if run.interrupted and done:
+        if report.interrupted and done:
             message(f"{output} has them; to go on: --in-file {output} --from-chunk {first + len(done)}")
-        run.finish({}, scorer.model.where)
+        report.finish({}, scorer.model.where)
     return collector.imatrix

@@ -1,14 +1,14 @@
-"""Multiple choice: which of some continuations does the model find most likely? HellaSwag, and files of anyone's own.
+"""Multiple choice: which of several continuations does the model find most likely? HellaSwag, and users' own files.
 
-As llama.cpp scores HellaSwag: each choice is tokenized together with the prompt; the tokens that all choices begin with
-are the context, the others are scored. The choice with the highest mean log-probability per token wins ("normalized");
-counted as well is the one with the highest sum. Ties go to the first.
+The scores are those of llama.cpp. Each choice is tokenized together with the prompt. The tokens that all choices begin
+with are the context, the others are scored. The choice with the highest mean log-probability per token wins
+("normalized"); the choice with the highest sum is counted too. In a tie the first choice wins.
 """
 
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,42 +24,43 @@ Z_95 = 1.959963984540054  # 97.5th percentile of the normal distribution
 
 @dataclass(frozen=True)
 class Question:
-    """texts: the prompt with each choice; answer: index of the right one; line: where it stands in its file."""
+    """A question as a file has it."""
 
-    texts: tuple[str, ...]
-    answer: int
-    line: int
+    texts: tuple[str, ...]  # the prompt followed by each choice
+    answer: int  # index of the right choice
+    line: int  # number of its line in the file
 
 
 @dataclass(frozen=True)
 class Task:
-    """A question in tokens; the first n_common are the same in all choices, and at least one more follows in each."""
+    """A question in tokens."""
 
-    choices: list[list[int]]
-    n_common: int
-    answer: int
+    choices: list[list[int]]  # the ids of each of Question.texts
+    n_common: int  # the number of first ids that all choices share; each choice has at least one more
+    answer: int  # index of the right choice
 
     @property
     def n_tokens(self) -> int:
-        """All tokens, those in common once."""
+        """The number of tokens; the common ones count once."""
         return self.n_common + sum(len(choice) - self.n_common for choice in self.choices)
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many of n tasks were answered right, by mean (normalized) and by sum of log-probabilities."""
+    """How many tasks the model answered right."""
 
-    n: int = 0
-    n_normalized: int = 0
-    n_sum: int = 0
+    n: int = 0  # tasks
+    n_normalized: int = 0  # right by the mean log-probability
+    n_sum: int = 0  # right by the sum of log-probabilities
 
     @property
     def normalized(self) -> tuple[float, tuple[float, float]]:
-        """The share of right answers and its 95 % interval."""
+        """The share of right answers by the mean, and the share's 95 % interval."""
         return self.n_normalized / self.n, wilson_interval(self.n_normalized, self.n)
 
     @property
     def by_sum(self) -> tuple[float, tuple[float, float]]:
+        """The share of right answers by the sum, and the share's 95 % interval."""
         return self.n_sum / self.n, wilson_interval(self.n_sum, self.n)
 
 
@@ -72,7 +73,10 @@ def wilson_interval(n_right: int, n: int) -> tuple[float, float]:
 
 
 def read_hellaswag(text: str, name: str) -> list[Question]:
-    """Read llama.cpp's form, six lines a task: context, index of the right ending, four endings."""
+    """Read llama.cpp's form: six lines a task, namely the context, the index of the right ending, and four endings.
+
+    name: the file's name, for errors. GgufRunError for any other text.
+    """
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
     if not lines or len(lines) % HELLASWAG_LINES:
         raise GgufRunError(
@@ -89,20 +93,24 @@ def read_hellaswag(text: str, name: str) -> list[Question]:
 
 
 def read_choices(text: str, name: str) -> list[Question]:
-    """Read JSON lines {"prompt": text, "choices": [text, ...], "answer": index or text}; other fields are ignored. A
-    blank is put between prompt and choice where neither has one there."""
+    """Read JSON lines {"prompt": text, "choices": [text, ...], "answer": index or text}; other fields are ignored.
+
+    A blank comes between prompt and choice if neither has one there. name: the file's name, for errors. GgufRunError
+    for any other text.
+    """
     questions = []
     for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise GgufRunError(f"{name}, line {number}: is not valid JSON: {error}") from None
-            if problem := _problem(record):
-                raise GgufRunError(f"{name}, line {number}: {problem}")
-            prompt, choices, answer = record["prompt"], record["choices"], record["answer"]
-            texts = tuple(_join(prompt, choice) for choice in choices)
-            questions.append(Question(texts, choices.index(answer) if isinstance(answer, str) else answer, number))
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise GgufRunError(f"{name}, line {number}: is not valid JSON: {error}") from None
+        if problem := _problem(record):
+            raise GgufRunError(f"{name}, line {number}: {problem}")
+        prompt, choices, answer = record["prompt"], record["choices"], record["answer"]
+        texts = tuple(_join(prompt, choice) for choice in choices)
+        questions.append(Question(texts, choices.index(answer) if isinstance(answer, str) else answer, number))
     if not questions:
         raise GgufRunError(f'{name}: holds no tasks; each line is {{"prompt": ..., "choices": [...], "answer": ...}}')
     return questions
@@ -132,8 +140,11 @@ def _join(prompt: str, choice: str) -> str:
 
 
 def llama_cpp_order(n: int) -> list[int]:
-    """The order in which llama.cpp takes n tasks: each is drawn from those that are left by std::mt19937 with seed 1
-    and libstdc++'s uniform distribution (Lemire's method on 32-bit draws)."""
+    """Return the order in which llama.cpp takes n tasks.
+
+    Each task is drawn from those that are left, by std::mt19937 with seed 1 and libstdc++'s uniform distribution
+    (Lemire's method on 32-bit draws).
+    """
     draw = np.random.RandomState(1)
     left = list(range(n))
     order = []
@@ -147,7 +158,7 @@ def llama_cpp_order(n: int) -> list[int]:
 
 
 def make_tasks(model: Model, questions: Sequence[Question], name: str) -> list[Task]:
-    """Tokenize questions. GgufRunError for one that the model's context cannot hold."""
+    """Tokenize questions. name: the file's name, for errors. GgufRunError if a question does not fit the context."""
     tasks = []
     for question in questions:
         choices = [tokens_of(model, text) for text in question.texts]
@@ -166,12 +177,15 @@ def make_tasks(model: Model, questions: Sequence[Question], name: str) -> list[T
 
 
 def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """The number of first ids that a and b share."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def accuracy(scorer: Scorer, tasks: Sequence[Task]) -> Iterator[Accuracy]:
-    """Yield the accuracy over all tasks so far, after each. What a task's prompt shares with the one before (examples
-    that all begin with, say) is not computed again."""
+    """Yield the accuracy over all tasks so far, after each task.
+
+    The tokens that a prompt shares with the prompt before it (examples at its start, say) are not computed again.
+    """
     done = Accuracy()
     context: list[int] = []
     for number, task in enumerate(tasks, 1):
@@ -180,18 +194,17 @@ def accuracy(scorer: Scorer, tasks: Sequence[Task]) -> Iterator[Accuracy]:
         sums = _log_probabilities(scorer, task, n_keep)
         check_finite(sums, f"task {number}")
         context = common
-        lengths = np.array([len(choice) - task.n_common for choice in task.choices])
-        done = replace(
-            done,
-            n=number,
-            n_normalized=done.n_normalized + int((sums / lengths).argmax() == task.answer),
-            n_sum=done.n_sum + int(sums.argmax() == task.answer),
-        )
+        means = sums / [len(choice) - task.n_common for choice in task.choices]
+        n_normalized = done.n_normalized + int(means.argmax() == task.answer)
+        done = Accuracy(number, n_normalized, done.n_sum + int(sums.argmax() == task.answer))
         yield done
 
 
 def _log_probabilities(scorer: Scorer, task: Task, n_keep: int) -> NDArray[np.float64]:
-    """Sum of log-probabilities of each choice's tokens after the common ones, of which n_keep are in the context."""
+    """The sum of log-probabilities of each choice's tokens after the common ones, f64[n_choice].
+
+    n_keep: the number of common tokens that are in the context already.
+    """
     n_common = task.n_common
     first = [choice[n_common] for choice in task.choices]
     # One row of logits, after the last common token, scores every choice's first token.

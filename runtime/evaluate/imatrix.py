@@ -1,9 +1,9 @@
-"""Collecting an importance matrix: a model reads a text chunk by chunk, and the squares of what its matrices read are
-added up.
+"""Collecting an importance matrix: a model reads a text, and the squares of what its matrices read are added up.
 
-As llama-imatrix does it: every chunk starts from an empty context with BOS where the model adds one, every token of it
-counts, and sums are float32. Each chunk's own sums are made in float64 and rounded once. A file holds the whole state,
-so that a run that goes on from one ends with the same bits as one that was never interrupted.
+This is llama-imatrix's procedure. Every chunk starts from an empty context, with BOS where the model adds one, and
+every token of a chunk counts. The sums of one chunk are made in float64 and rounded once; the sums over chunks are
+float32. A file holds the whole state, so a run that continues from a file ends with the same bits as a run that was
+never interrupted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,8 +22,11 @@ class Collector:
     """Adds chunks to `imatrix`. The scorer's model was loaded with observe=True."""
 
     def __init__(self, scorer: Scorer, imatrix: Imatrix, dataset: str, process_output: bool, ppl: bool) -> None:
-        """imatrix: what is there before. dataset: the text's name. process_output: collect for the output matrix too.
-        ppl: score tokens on the way. GgufRunError if `imatrix` is of another model."""
+        """Prepare a run.
+
+        imatrix: what was collected before. dataset: the text's name. process_output: collect for the output matrix
+        too. ppl: score the tokens on the way. GgufRunError if `imatrix` is of another model.
+        """
         assert scorer.model.decoder.observed is not None
         self._scorer, self._observed, self._ppl = scorer, scorer.model.decoder.observed, ppl
         self._n_ctx, self._dataset = imatrix.chunk_size, dataset
@@ -40,8 +43,10 @@ class Collector:
         self.imatrix = imatrix
 
     def run(self, chunks: Sequence[Chunk]) -> Iterator[Perplexity]:
-        """Add chunks of imatrix.chunk_size tokens; yield after each, with the perplexity over all so far (of 0 tokens
-        without ppl). GgufRunError if the model's numbers break down."""
+        """Add chunks of imatrix.chunk_size tokens; yield the perplexity over all chunks so far after each.
+
+        Without ppl, the perplexity is over 0 tokens. GgufRunError if logits or sums are not finite.
+        """
         done = Perplexity()
         for chunk in chunks:
             done = done.plus(self._score(chunk))
@@ -49,14 +54,14 @@ class Collector:
             yield done
 
     def _score(self, chunk: Chunk) -> NDArray[np.float64]:
-        """Run all tokens of a chunk: the last one too, although nothing is known of what follows it."""
+        """Run all tokens of a chunk. Nothing follows the last token, but it counts too."""
         ids = [*chunk.ids, chunk.targets[-1]]
         targets = [*ids[1:], 0][len(ids) - self._n_rows :]
         nll = [block.nll for block in self._scorer.run(ids, targets)]
         return np.concatenate(nll)[-1 - len(chunk.targets) : -1] if self._ppl else np.zeros(0)
 
     def _take(self) -> Imatrix:
-        """One chunk's sums."""
+        """The sums of the chunk that has just run."""
         sums: dict[str, Sums] = {}
         for item in self._observed:
             squares, counts = item.squares.take()

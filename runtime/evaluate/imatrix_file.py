@@ -1,8 +1,10 @@
-"""Importance matrices added up and written. formats/gguf/imatrix.py has the form of the file."""
+"""Importance matrices added up, described and written. formats/gguf/imatrix.py has the form of the file."""
 
+import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +14,11 @@ from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.imatrix import CHUNK_COUNT, CHUNK_SIZE, COUNTS, DATASETS, SUMS, Imatrix, Sums
 from gguf_run.formats.gguf.writer import GGUFWriter, MetaValue, TensorInfo, Typed
 
+_ACTIVE = 1e-5
+
 
 def read_all(paths: Sequence[str | os.PathLike[str]], n_ctx: int | None) -> Imatrix:
-    """Read files and add them up. n_ctx: tokens of a chunk; None: as the first file says, else 512."""
+    """Read files and add them up. n_ctx: the tokens of a chunk; None: what the first file says, else 512."""
     files = [Imatrix.open(path) for path in paths]
     n_ctx = n_ctx or (files[0].chunk_size if files else 0) or 512
     total = Imatrix({}, (), 0, n_ctx)
@@ -30,7 +34,10 @@ def read_all(paths: Sequence[str | os.PathLike[str]], n_ctx: int | None) -> Imat
 
 
 def add(a: Imatrix, b: Imatrix) -> Imatrix:
-    """Sums over the texts of both, in chunks of a's size. GgufRunError if they cannot be of the same model."""
+    """Return the sums over the texts of both, in chunks of a's size.
+
+    GgufRunError if the two cannot be of the same model, or if sums are not finite.
+    """
     sums = {**a.sums, **b.sums}
     for name in a.sums.keys() & b.sums.keys():
         sums[name] = _add(name, a.sums[name], b.sums[name])
@@ -43,7 +50,7 @@ def add(a: Imatrix, b: Imatrix) -> Imatrix:
 
 
 def _add(name: str, a: Sums, b: Sums) -> Sums:
-    """One side may have one count for all experts: it holds for each of them."""
+    """Add two entries. One of them may have a single count, which is then the count of each expert."""
     n = max(len(a.counts), len(b.counts))
     if a.sums.size != b.sums.size or {len(a.counts), len(b.counts)} - {1, n}:
         raise GgufRunError(
@@ -55,7 +62,7 @@ def _add(name: str, a: Sums, b: Sums) -> Sums:
 
 
 def write(path: str | os.PathLike[str], imatrix: Imatrix, inputs: Iterable[str | os.PathLike[str]] = ()) -> None:
-    """Write the GGUF form, tensors by name. inputs: files that must not be written. Errors: see GGUFWriter."""
+    """Write the GGUF form, tensors by name. inputs: files that must not be overwritten. Errors: see GGUFWriter."""
     metadata: dict[str, MetaValue] = {
         "general.type": "imatrix",
         DATASETS: Typed("array[string]", list(imatrix.datasets)),
@@ -70,3 +77,80 @@ def write(path: str | os.PathLike[str], imatrix: Imatrix, inputs: Iterable[str |
     with GGUFWriter(path, metadata, infos, inputs=inputs) as writer:
         for name, rows in values.items():
             writer.write(name, np.ascontiguousarray(rows, "<f4").view(np.uint8))
+
+
+@dataclass(frozen=True)
+class TensorUse:
+    """How a tensor's input channels are used: figures of llama-imatrix --show-statistics.
+
+    The figures are of n values, one for each input channel (of each expert that saw a token): the mean square of what
+    the channel carries.
+    """
+
+    layer: int  # -1: the tensor is in no layer
+    tensor: str  # the name without "blk.N." and ".weight"
+    n: int  # values
+    total: float
+    low: float
+    high: float
+    mean: float
+    deviation: float  # standard deviation
+    active: float  # the share of values above 1e-5
+    entropy: float  # of the values' shares of their sum, in bits
+    z_density: float  # the share of values more than one deviation above the mean (Dumitru 2024, arXiv:2406.17415)
+    similarity: float  # cosine of the sums with those of the same tensor one layer before; 0: there is none
+
+    @property
+    def normalized_entropy(self) -> float:
+        """The entropy as a share of log2(n), the largest that n values can have."""
+        return self.entropy / math.log2(self.n) if self.n > 1 else 0.0
+
+
+def tensor_uses(imatrix: Imatrix) -> list[TensorUse]:
+    """Return the use of each tensor, sorted by name and then by sum, the largest first.
+
+    Tensors that saw no token are left out.
+    """
+    uses = [_use(name, imatrix.sums) for name, entry in imatrix.sums.items() if entry.counts.any()]
+    return sorted(uses, key=lambda use: (use.tensor, -use.total))
+
+
+def _use(name: str, sums: Mapping[str, Sums]) -> TensorUse:
+    entry = sums[name]
+    seen = entry.counts > 0
+    x = (entry.sums[seen] / entry.counts[seen, None].astype(np.float64)).reshape(-1)
+    total, deviation = x.sum(), x.std()
+    p = x[x > 0] / total
+    match = re.search(r"blk\.(\d+)\.", name)
+    before = None
+    if match is not None:
+        before = sums.get(f"{name[: match.start(1)]}{int(match[1]) - 1}{name[match.end(1) :]}")
+    return TensorUse(
+        layer=-1 if match is None else int(match[1]),
+        tensor=name.removesuffix(".weight").split(".")[-1],
+        n=x.size,
+        total=float(total),
+        low=float(x.min()),
+        high=float(x.max()),
+        mean=float(x.mean()),
+        deviation=float(deviation),
+        active=float((x > _ACTIVE).mean()),
+        entropy=float(-(p * np.log2(p)).sum()),
+        z_density=float((x - x.mean() > deviation).mean()) if deviation else 0.0,
+        similarity=_cosine(entry.sums, before.sums) if before else 0.0,
+    )
+
+
+def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    x, y = (values.reshape(-1).astype(np.float64) for values in (a, b))
+    lengths = np.linalg.norm(x) * np.linalg.norm(y)
+    return float(x @ y / lengths) if x.size == y.size and lengths else 0.0
+
+
+def mean_uses(uses: Sequence[TensorUse]) -> list[tuple[int, float, float, float]]:
+    """Return (layer, total, z_density, similarity) of each layer: means over its tensors, weighted by their n."""
+    means = []
+    for layer in sorted({use.layer for use in uses} - {-1}):
+        rows = np.array([(u.n, u.total, u.z_density, u.similarity) for u in uses if u.layer == layer])
+        means.append((layer, *(rows[:, 0] @ rows[:, 1:] / rows[:, 0].sum()).tolist()))
+    return means

@@ -1,16 +1,18 @@
-"""How far a model's predictions are from a base's: Kullback-Leibler divergence and its kin, defined as in llama.cpp's
-perplexity tool. p is the base's distribution over the next token, q the model's; each scored token gives one value.
+"""How far a model's predictions are from those of a base: Kullback-Leibler divergence and related figures.
+
+The definitions are those of llama.cpp's perplexity tool. p is the base's distribution over the next token, q the
+model's. Each scored token gives one value of each figure:
 
     kl         sum p log(p / q), in nats
     change     q(right token) - p(right token)
-    agreement  how often both find the same token most likely
-    ratio      perplexity(model) / perplexity(base); its uncertainty is that of the mean of log q - log p, so what both
-               find hard does not count
+    agreement  1 if both find the same token most likely, else 0
+    ratio      perplexity(model) / perplexity(base); its standard error comes from the mean of log q - log p, so that
+               tokens that are hard for both do not widen it
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +20,15 @@ from numpy.typing import NDArray
 from gguf_run.runtime.evaluate.logits_file import round_logits, unround_logits
 from gguf_run.runtime.evaluate.text import Block, Chunk, Scorer, check_finite
 
-PERCENTILES = (90.0, 95.0, 99.0, 99.9)
+PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9, 100.0)
+TOKEN_SCORES = np.dtype(
+    [
+        ("kl", "f8"),  # nats
+        ("nll", "f8"),  # -log q(right token)
+        ("nll_base", "f8"),  # -log p(right token)
+        ("same_top", "f8"),  # agreement, 0 or 1
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,7 @@ class Estimate:
     """A value and its standard error."""
 
     value: float
-    error: float
+    error: float  # nan for the mean of a single value
 
     @classmethod
     def of_mean(cls, values: NDArray[np.float64]) -> "Estimate":
@@ -34,92 +44,72 @@ class Estimate:
         return cls(float(values.mean()), float(values.std() / math.sqrt(n - 1)) if n > 1 else math.nan)
 
     def map(self, function: Callable[[float], float], slope: float) -> "Estimate":
-        """The estimate of function(value); slope: the function's, there."""
+        """The estimate of function(value). slope: the derivative of function at value."""
         return Estimate(function(self.value), abs(slope) * self.error)
 
+    def exp(self) -> "Estimate":
+        return self.map(math.exp, math.exp(self.value))
 
-@dataclass
+
+@dataclass(frozen=True)
 class Comparison:
-    """One value for each scored token, chunk by chunk; same_top holds 0 and 1."""
+    """The figures over some chunks of a text."""
 
-    kl: list[NDArray[np.float64]] = field(default_factory=list)
-    nll: list[NDArray[np.float64]] = field(default_factory=list)
-    nll_base: list[NDArray[np.float64]] = field(default_factory=list)
-    same_top: list[NDArray[np.float64]] = field(default_factory=list)
+    chunks: tuple[NDArray[np.void], ...] = ()  # of each chunk, TOKEN_SCORES[n_scored]
 
     @property
     def n_chunk(self) -> int:
-        return len(self.same_top)
+        return len(self.chunks)
 
-    def _all(self, parts: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-        return np.concatenate(parts[: self.n_chunk])  # an interrupt may have come between two lists
+    def scores(self, name: str) -> NDArray[np.float64]:
+        """One field of TOKEN_SCORES of all tokens, f64[n_scored]."""
+        return np.concatenate([chunk[name] for chunk in self.chunks])
 
-    def perplexity(self) -> Estimate:
-        return _exp(Estimate.of_mean(self._all(self.nll)))
-
-    def perplexity_base(self) -> Estimate:
-        return _exp(Estimate.of_mean(self._all(self.nll_base)))
-
-    def ratio(self) -> Estimate:
-        return _exp(Estimate.of_mean(self._all(self.nll) - self._all(self.nll_base)))
-
-    def mean_kl(self) -> Estimate:
-        return Estimate.of_mean(self._all(self.kl))
-
-    def agreement(self) -> Estimate:
-        return Estimate.of_mean(self._all(self.same_top))
-
-    def _change(self) -> NDArray[np.float64]:
-        return np.exp(-self._all(self.nll)) - np.exp(-self._all(self.nll_base))
-
-    def mean_change(self) -> Estimate:
-        return Estimate.of_mean(self._change())
-
-    def rms_change(self) -> Estimate:
-        square = Estimate.of_mean(self._change() ** 2)
-        if square.value == 0:
-            return square
-        return square.map(math.sqrt, 0.5 / math.sqrt(square.value))
+    def estimates(self) -> dict[str, Estimate]:
+        """Return the figures by the names that gguf-eval --json gives them."""
+        kl, nll, nll_base, same_top = (self.scores(name) for name in ("kl", "nll", "nll_base", "same_top"))
+        change = np.exp(-nll) - np.exp(-nll_base)
+        square = Estimate.of_mean(change**2)
+        return {
+            "perplexity": Estimate.of_mean(nll).exp(),
+            "perplexity_base": Estimate.of_mean(nll_base).exp(),
+            "perplexity_ratio": Estimate.of_mean(nll - nll_base).exp(),
+            "p_change_mean": Estimate.of_mean(change),
+            "p_change_rms": square.map(math.sqrt, 0.5 / math.sqrt(square.value)) if square.value else square,
+            "same_top": Estimate.of_mean(same_top),
+            "kl_mean": Estimate.of_mean(kl),
+        }
 
     def kl_percentiles(self) -> dict[float, float]:
-        """The median, PERCENTILES and the largest value (100), interpolated."""
-        percents = (50.0, *PERCENTILES, 100.0)
-        return dict(zip(percents, np.percentile(self._all(self.kl), percents).tolist(), strict=True))
-
-    def n_scored(self) -> int:
-        return len(self._all(self.kl))
-
-
-def _exp(estimate: Estimate) -> Estimate:
-    return estimate.map(math.exp, math.exp(estimate.value))
+        """Each of PERCENTILES (50: the median, 100: the largest value) and the divergence there, interpolated."""
+        return dict(zip(PERCENTILES, np.percentile(self.scores("kl"), PERCENTILES).tolist(), strict=True))
 
 
 def compare(
     scorer: Scorer, base: Callable[[int], Iterator[Block]], chunks: Sequence[Chunk], rounded: bool = False
 ) -> Iterator[Comparison]:
-    """Yield the comparison, over all chunks so far, after each (one object that grows).
+    """Yield the comparison over all chunks so far, after each chunk.
 
-    base: yields what the base gave for chunk i: another model, which runs beside this one, or a file of logits.
-    rounded: base's logits are rounded as round_logits does.
+    base: yields the base's blocks of chunk i; the base is a second model or a file of logits. rounded: the base's
+    logits went through round_logits, so the model's do too. GgufRunError if logits are not finite.
     """
     done = Comparison()
     for i, chunk in enumerate(chunks):
-        kl, nll, nll_base, same_top = [], [], [], []
+        parts = []
         for p, q in _pairs(base(i), scorer.run(chunk.ids, chunk.targets)):
             logits = unround_logits(*round_logits(q.logits)) if rounded else q.logits
-            kl.append(scorer.reduce.divergence(p.logits, logits))
-            nll.append(q.nll)
-            nll_base.append(p.nll)
-            same_top.append((p.top == q.top).astype(np.float64))
-        parts = [np.concatenate(values) for values in (kl, nll, nll_base, same_top)]
-        check_finite(np.stack(parts), f"chunk {i + 1}")
-        for values, part in zip((done.kl, done.nll, done.nll_base, done.same_top), parts, strict=True):
-            values.append(part)
+            part = np.empty(len(q.nll), TOKEN_SCORES)
+            part["kl"] = scorer.reduce.divergence(p.logits, logits)
+            part["nll"], part["nll_base"], part["same_top"] = q.nll, p.nll, p.top == q.top
+            parts.append(part)
+        scores = np.concatenate(parts)
+        check_finite(scores.view(np.float64), f"chunk {i + 1}")
+        done = Comparison((*done.chunks, scores))
         yield done
 
 
 def _pairs(a: Iterator[Block], b: Iterator[Block]) -> Iterator[tuple[Block, Block]]:
-    """Yield blocks of a and b for the same tokens: two devices may make blocks of different sizes."""
+    """Yield blocks of a and b that are of the same tokens. Two devices may make blocks of different sizes."""
     left, right = next(a, None), next(b, None)
     while left is not None and right is not None:
         n = min(len(left.nll), len(right.nll))

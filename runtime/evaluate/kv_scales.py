@@ -1,11 +1,13 @@
 """Calibrating a KV cache: how large keys and values get, and which layers suffer from which cache type.
 
-The model reads a text with an f32 cache. For the sensitivity of a layer, its K or V alone is stored as the type in
-question, and the KL divergence of the predictions is measured; those of several layers about add up. With a budget of
-bits, each K and V starts with the smallest type, and the change that saves most divergence per bit comes next.
+The model reads a text with an f32 cache. Then, for each layer and each of its K and V, a model whose cache stores that
+one place as the type in question reads the text again; the KL divergence of its predictions is the place's cost. The
+costs of several places about add up. With a budget of bits, each place starts with the smallest type, and then the
+change that saves most divergence per bit comes next.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,16 +24,15 @@ N_SCORED = 64  # tokens at a chunk's end whose predictions are compared
 KINDS = "kv"
 EXACT = CacheType("f32", "f32")
 
-Costs = Mapping[str, Mapping[str, Sequence[float]]]  # type, "k" or "v": divergence of each layer
+Costs = Mapping[str, Mapping[str, Sequence[float]]]  # type, "k" or "v": the divergence of each layer
 
 
 @dataclass
 class Calibration:
-    """What one pass over a text shows. maxima: by "k" or "v", of each layer, f64[n_head_kv]; logits: of each chunk,
-    f32[N_SCORED, n_vocab]."""
+    """What the text read so far has shown."""
 
-    maxima: dict[str, list[NDArray[np.float64]]]
-    logits: list[NDArray[np.float32]]
+    maxima: dict[str, list[NDArray[np.float64]]]  # "k" or "v": of each layer f64[n_head_kv]
+    logits: list[NDArray[np.float32]]  # of each chunk that is kept f32[N_SCORED, n_vocab]
     n_chunk: int = 0
     n_tokens: int = 0
 
@@ -40,15 +41,18 @@ class Calibration:
         return tuple(LayerScales(tuple(k.tolist()), tuple(v.tolist())) for k, v in pairs)
 
 
-def observe(scorer: Scorer, chunks: Sequence[Chunk], n_probed: int) -> Iterator[Calibration]:
-    """Run chunks on a model with an f32 cache; yield what is known after each. n_probed: chunks to keep logits of."""
+def calibrate(scorer: Scorer, chunks: Sequence[Chunk], n_kept: int) -> Iterator[Calibration]:
+    """Run chunks on a model with an f32 cache; yield what is known after each (one object that grows).
+
+    n_kept: the number of first chunks whose logits are kept, for `divergences`.
+    """
     decoder = scorer.model.decoder
     config = decoder.config
     heads = [config.attention(il).n_head_kv for il in range(config.n_layer)]
     done = Calibration({kind: [np.zeros(n) for n in heads] for kind in KINDS}, [])
     for i, chunk in enumerate(chunks):
         logits = _logits(scorer, chunk)
-        if i < n_probed:
+        if i < n_kept:
             done.logits.append(logits)
         for il, kind, data in decoder.cache.export():
             values = np.frombuffer(data, np.float32).reshape(heads[il], -1)
@@ -59,22 +63,14 @@ def observe(scorer: Scorer, chunks: Sequence[Chunk], n_probed: int) -> Iterator[
 
 
 def _logits(scorer: Scorer, chunk: Chunk) -> NDArray[np.float32]:
+    """The logits at a chunk's end, f32[N_SCORED, n_vocab] or fewer rows."""
     scorer.model.decoder.rewind(0)
-    return np.concatenate([part.copy() for part in scorer.model.decoder.forward(chunk.ids, _n_scored(chunk))])
+    n_scored = min(N_SCORED, len(chunk.targets))
+    return np.concatenate([part.copy() for part in scorer.model.decoder.forward(chunk.ids, n_scored)])
 
 
-def _n_scored(chunk: Chunk) -> int:
-    return min(N_SCORED, len(chunk.targets))
-
-
-def divergence(scorer: Scorer, chunks: Sequence[Chunk], expected: Sequence[NDArray[np.float32]]) -> float:
-    """Mean KL divergence of a model's predictions at the ends of chunks."""
-    parts = [scorer.reduce.divergence(p, _logits(scorer, chunk)) for chunk, p in zip(chunks, expected, strict=False)]
-    return float(np.concatenate(parts).mean())
-
-
-def probes(config: ModelConfig, types: Sequence[str]) -> list[tuple[str, str, list[CacheType]]]:
-    """(type, "k" or "v", cache types of all layers) of each measurement, layer by layer."""
+def trials(config: ModelConfig, types: Sequence[str]) -> list[tuple[str, str, list[CacheType]]]:
+    """Return the measurements to make, layer by layer: (type, "k" or "v", cache types of all layers)."""
     found = []
     for name in types:
         for kind in KINDS:
@@ -85,31 +81,53 @@ def probes(config: ModelConfig, types: Sequence[str]) -> list[tuple[str, str, li
     return found
 
 
+def divergences(
+    load: Callable[[list[CacheType]], AbstractContextManager[Scorer]],
+    plans: Sequence[list[CacheType]],
+    chunks: Sequence[Chunk],
+    expected: Sequence[NDArray[np.float32]],
+) -> Iterator[float]:
+    """Load a model with each plan (cache types of all layers); yield the mean KL divergence of its predictions.
+
+    load: loads the model. expected: the logits that `calibrate` has kept of the first chunks.
+    """
+    for plan in plans:
+        with load(plan) as scorer:
+            parts = [scorer.reduce.divergence(p, _logits(scorer, c)) for p, c in zip(expected, chunks, strict=False)]
+        yield float(np.concatenate(parts).mean())
+
+
 def bits_of(name: str, head_dim: int) -> float:
-    """Bits of a number as stored, scales included."""
+    """The bits that a cache type takes for each number, scales included."""
     return 8 * CACHE_FORMATS[name].group_bytes(head_dim, False) / (GROUP * head_dim)
 
 
-def choose(costs: Costs, config: ModelConfig, budget: float) -> list[tuple[str, str]]:
-    """Return the types of K and V of each layer, of `budget` bits a number on average. OptionError if no type fits."""
+def check_budget(types: Sequence[str], head_dim: int, budget: float) -> None:
+    """OptionError if no type fits into `budget` bits a number."""
+    smallest = min(types, key=lambda name: bits_of(name, head_dim))
+    if (bits := bits_of(smallest, head_dim)) > budget:
+        raise OptionError(f"--bits {budget:g}: the smallest of --types, {smallest}, takes {bits:g} bits a number")
+
+
+def best_types(costs: Costs, config: ModelConfig, budget: float) -> list[tuple[str, str]]:
+    """Return types of K and V of each layer that cost least and take at most `budget` bits a number on average.
+
+    The budget has passed check_budget.
+    """
     bits = {name: bits_of(name, config.head_dim) for name in costs}
     smallest = min(bits, key=lambda name: bits[name])
-    if bits[smallest] > budget:
-        raise OptionError(
-            f"--bits {budget:g}: the smallest of --types, {smallest}, takes {bits[smallest]:g} bits a number"
-        )
     places = [(kind, il) for il in range(config.n_layer) for kind in KINDS]
-    chosen = dict.fromkeys(places, smallest)
+    types = dict.fromkeys(places, smallest)
     left = (budget - bits[smallest]) * len(places)
     while True:
         gains = [
-            ((costs[chosen[kind, il]][kind][il] - costs[name][kind][il]) / more, more, kind, il, name)
+            ((costs[types[kind, il]][kind][il] - costs[name][kind][il]) / more, more, kind, il, name)
             for kind, il in places
             for name in costs
-            if 0 < (more := bits[name] - bits[chosen[kind, il]]) <= left
+            if 0 < (more := bits[name] - bits[types[kind, il]]) <= left
         ]
         gain, more, kind, il, name = max(gains, default=(0.0, 0.0, "", 0, ""))
         if gain <= 0:
-            return [(chosen["k", il], chosen["v", il]) for il in range(config.n_layer)]
-        chosen[kind, il] = name
+            return [(types["k", il], types["v", il]) for il in range(config.n_layer)]
+        types[kind, il] = name
         left -= more

@@ -12,12 +12,12 @@ from gguf_run.runtime.evaluate.text import Block, Chunk, Scorer, check_finite
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Over n_chunk chunks, n_scored tokens. total, total2: sums of -log p and of its square."""
+    """The perplexity over some chunks."""
 
     n_chunk: int = 0
-    n_scored: int = 0
-    total: float = 0.0
-    total2: float = 0.0
+    n_scored: int = 0  # tokens
+    total: float = 0.0  # sum of -log p
+    total2: float = 0.0  # sum of (log p)^2
 
     @property
     def mean(self) -> float:
@@ -29,14 +29,14 @@ class Perplexity:
 
     @property
     def error(self) -> float:
-        """Standard error of the value: that of the mean, carried through exp."""
+        """Standard error of the value: the error of the mean times the slope of exp; nan for a single token."""
         if self.n_scored < 2:
             return math.nan
         variance = max(0.0, self.total2 / self.n_scored - self.mean**2)
         return self.value * math.sqrt(variance / (self.n_scored - 1))
 
     def plus(self, nll: NDArray[np.float64]) -> "Perplexity":
-        """With one more chunk. GgufRunError if the model's numbers have broken down."""
+        """Return the perplexity over one more chunk. nll: -log p of its tokens. GgufRunError if nll is not finite."""
         number = self.n_chunk + 1
         check_finite(nll, f"chunk {number}")
         return Perplexity(number, self.n_scored + len(nll), self.total + nll.sum(), self.total2 + (nll * nll).sum())
@@ -45,7 +45,10 @@ class Perplexity:
 def perplexity(
     scorer: Scorer, chunks: Sequence[Chunk], see: Callable[[Block], None] = lambda block: None
 ) -> Iterator[Perplexity]:
-    """Yield the perplexity over all chunks so far, after each. see: is shown each block of scores."""
+    """Yield the perplexity over all chunks so far, after each chunk.
+
+    see: gets each block of scores while its logits are valid. GgufRunError if logits are not finite.
+    """
     done = Perplexity()
     for chunk in chunks:
         parts = []

@@ -1,15 +1,15 @@
-"""What all evaluations share: a text cut into chunks, and tokens scored by a model, block by block.
+"""What all evaluations share: a text is cut into chunks, and a model scores their tokens, block by block.
 
 The protocol is that of llama.cpp's perplexity tool, so that figures can be compared. The whole text is tokenized, with
-BOS where the model adds one, and cut into chunks of n_ctx tokens; BOS takes the place of each chunk's first token. The
-tokens of a chunk's second half are scored, each on all that stand before it in the chunk:
+BOS where the model adds one, and cut into chunks of n_ctx tokens. BOS replaces the first token of each chunk. The
+tokens of a chunk's second half are scored; the model sees all tokens of the chunk before the scored one:
 
     position   0 ..... n_ctx/2 | n_ctx/2 + 1 ..... n_ctx - 1
                context         | scored: n_ctx - 1 - n_ctx/2
 
-With a stride, windows of n_ctx + stride/2 tokens start at every stride-th token and the last `stride` tokens of each
-are scored, so that every token has at least n_ctx - stride/2 before it. (llama.cpp puts BOS into a window only after
-the window has run, so without effect; here it takes the place of the first token in both cases.)
+With a stride, a window of n_ctx + stride/2 tokens starts at every stride-th token, and its last `stride` tokens are
+scored: every scored token has at least n_ctx - stride/2 tokens before it. (llama.cpp puts BOS into a window only after
+the window has run, which has no effect. Here BOS replaces the first token of a window too.)
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,10 +28,10 @@ MIN_N_CTX = 4
 
 @dataclass(frozen=True)
 class Chunk:
-    """ids: the tokens to run; targets: the tokens to score, the last of which stands behind the last of ids."""
+    """A piece of a text."""
 
-    ids: list[int]
-    targets: list[int]
+    ids: list[int]  # the tokens to run
+    targets: list[int]  # the tokens to score; the last one follows the last of ids
 
     @property
     def n_tokens(self) -> int:
@@ -39,7 +39,7 @@ class Chunk:
 
 
 def window_size(n_ctx: int, stride: int | None = None) -> int:
-    """Tokens in a chunk. OptionError for sizes that are not allowed."""
+    """Return the number of tokens in a chunk. OptionError for sizes that are not allowed."""
     if n_ctx < MIN_N_CTX:
         raise OptionError(f"--ctx-size is {n_ctx}; allowed: at least {MIN_N_CTX}")
     if stride is not None and not 1 <= stride <= n_ctx:
@@ -50,7 +50,10 @@ def window_size(n_ctx: int, stride: int | None = None) -> int:
 def cut_chunks(
     ids: Sequence[int], n_ctx: int, bos: int | None, n_chunk: int | None = None, stride: int | None = None
 ) -> list[Chunk]:
-    """Return the chunks of a text's ids, at most n_chunk. GgufRunError if the text is shorter than one."""
+    """Cut a text's ids into at most n_chunk chunks. bos: the first token of each chunk, None: the text's own.
+
+    GgufRunError if the text is shorter than one chunk, OptionError for sizes that are not allowed.
+    """
     size = window_size(n_ctx, stride)
     if n_chunk is not None and n_chunk < 1:
         raise OptionError(f"--chunks is {n_chunk}; allowed: at least 1")
@@ -69,33 +72,33 @@ def cut_chunks(
 
 
 def tokens_of(model: Model, text: str, parse_special: bool = False) -> list[int]:
-    """Ids of a text with BOS where the model adds one, without EOS; names of control tokens are plain text unless
-    parse_special says otherwise."""
+    """Return the ids of a text, with BOS where the model adds one, without EOS.
+
+    parse_special: the name of a control token in the text becomes that token; else it is plain text.
+    """
     ids = model.tokenizer.encode(text, parse_special=parse_special)
     return ids[:-1] if model.tokenizer.add_eos else ids
 
 
 def bos_of(model: Model) -> int | None:
-    """The token that a context starts with, if the model adds one."""
+    """Return the token that the model adds at the start of a context, or None."""
     return model.tokenizer.bos if model.tokenizer.add_bos else None
 
 
 @dataclass(frozen=True)
 class Block:
-    """Scored tokens. logits f32[n, n_vocab]: what the model expected, valid until the next block; nll f64[n]: -log of
-    the probability of the token that came; known_top: see top, if that is known already."""
+    """The scores of n successive tokens."""
 
-    logits: NDArray[np.float32]
-    nll: NDArray[np.float64]
-    known_top: NDArray[np.int64] | None = None
+    logits: NDArray[np.float32]  # [n, n_vocab], valid until the next block is made
+    nll: NDArray[np.float64]  # [n], -log of the probability of the token in the text
+    known_top: NDArray[np.int64] | None = None  # [n], `top` if a file of logits says it
 
     @property
     def top(self) -> NDArray[np.int64]:
-        """The most likely token of each row, int64[n]."""
+        """The most likely token of each row, i64[n]."""
         return self.logits.argmax(axis=1) if self.known_top is None else self.known_top
 
     def rows(self, first: int, end: int | None = None) -> "Block":
-        """Some of the rows."""
         return Block(self.logits[first:end], self.nll[first:end], self.top[first:end])
 
 
@@ -105,11 +108,13 @@ class Scorer:
     def __init__(self, model: Model, n_threads: int) -> None:
         self.model = model
         self.reduce = LogSoftmax(n_threads)
-        self.reduce.divergence(*np.zeros((2, 1, 1), np.float32))  # compiles it now, if ever
+        self.reduce.divergence(*np.zeros((2, 1, 1), np.float32))  # compile now, before results are printed
 
     def run(self, ids: Sequence[int], targets: Sequence[int], n_keep: int = 0) -> Iterator[Block]:
-        """Append ids to the first n_keep tokens of the context and yield the scores of targets, in order. n_keep: what
-        Decoder.rewind has left."""
+        """Append ids to the first n_keep tokens of the context; yield the scores of targets, in order.
+
+        n_keep: a number of tokens that Decoder.rewind returned.
+        """
         decoder = self.model.decoder
         decoder.rewind(n_keep)
         at = 0
@@ -129,6 +134,6 @@ class Scorer:
 
 
 def check_finite(values: NDArray[np.float64], what: str) -> None:
-    """GgufRunError if the model's numbers have broken down."""
+    """GgufRunError, which begins with `what`, if a value is not finite."""
     if not np.isfinite(values).all():
         raise GgufRunError(f"{what}: the model's logits are not finite numbers: is its file damaged?")

@@ -1,12 +1,12 @@
 """A calibration file for KV caches: how large a model's keys and values get, and which type each layer should have.
 
-JSON, so that it can be read and changed by hand:
+It is JSON, so that people can read and change it:
 
     {"format": "gguf-run kv-scales", "version": 1, "model": name, "text": name, "n_tokens": n,
      "layers": [{"k_max": [largest |K| of each KV head], "v_max": [...], "k": "q8_0", "v": "q4_0"}, ...],
      "sensitivity": {"q4_0": {"k": [KL of each layer], "v": [...]}}}
 
-k and v, the types of a layer, may be missing; sensitivity is for people.
+"k" and "v", the cache types of a layer, may be missing. "sensitivity" is not read, it is for people.
 """
 
 import json
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gguf_run.formats.atomic import replacing
 from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
 from gguf_run.models.config import ModelConfig
@@ -28,14 +29,14 @@ _LARGEST_FILE = 64 << 20
 
 @dataclass(frozen=True)
 class LayerScales:
-    """k_max, v_max: largest absolute value of each KV head. types: of K and V, None where the file names none."""
+    """What a calibration file says of one layer."""
 
-    k_max: tuple[float, ...]
-    v_max: tuple[float, ...]
-    types: tuple[str, str] | None = None
+    k_max: tuple[float, ...]  # largest |K| of each KV head
+    v_max: tuple[float, ...]  # largest |V| of each KV head
+    types: tuple[str, str] | None = None  # cache types of K and V, None: the file names none
 
     def scales(self, type_name: str, kind: str) -> tuple[float, ...] | None:
-        """The static scale of each KV head, for types that can have one: fp8."""
+        """The static scale of each KV head of the keys (kind "k") or values ("v"); None if the type is not fp8."""
         if not type_name.startswith("fp8"):
             return None
         largest = CACHE_FORMATS[type_name].largest
@@ -44,18 +45,23 @@ class LayerScales:
 
 @dataclass(frozen=True)
 class KvScales:
-    """What a calibration file holds. sensitivity: by type and "k" or "v", the KL divergence of each layer."""
+    """What a calibration file holds."""
 
-    model: str
-    text: str
-    n_tokens: int
+    model: str  # the name of the model's file
+    text: str  # the name of the text's file
+    n_tokens: int  # tokens of the text that were read
     layers: tuple[LayerScales, ...]
-    sensitivity: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    sensitivity: Mapping[str, Mapping[str, Sequence[float]]] = field(
+        default_factory=dict
+    )  # type, "k" or "v": KL by layer
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], config: ModelConfig) -> "KvScales":
-        """Read and check a file. FormatError unless it is a calibration file of this version, GgufRunError if it is of
-        a model with another number of layers or KV heads."""
+        """Read and check a file.
+
+        FormatError if it is no calibration file of this version. GgufRunError if it is of a model with another number
+        of layers or KV heads.
+        """
         with open(path, "rb") as file:
             data = file.read(_LARGEST_FILE + 1)
         try:
@@ -66,56 +72,49 @@ class KvScales:
             raise FormatError(
                 f"{path}: is not a calibration file: `gguf-eval kv-scales MODEL -f TEXT -o FILE` makes one"
             )
-        if facts.get("version") != VERSION:
-            raise FormatError(
-                f"{path}: is of version {facts.get('version')!r}, this program reads {VERSION}: make it again"
+        if (version := facts.get("version")) != VERSION:
+            raise FormatError(f"{path}: is of version {version!r}, this program reads {VERSION}: make it again")
+        layers: Any = facts.get("layers")
+        if _length(layers) != config.n_layer:
+            raise GgufRunError(
+                f"{path}: is of a model with {_length(layers)} layers, this one has {config.n_layer}: make one for it"
             )
-        layers = facts.get("layers")
-        if not isinstance(layers, list) or len(layers) != config.n_layer:
-            n = len(layers) if isinstance(layers, list) else "no"
-            raise GgufRunError(f"{path}: is of a model with {n} layers, this one has {config.n_layer}: make one for it")
-        checked = tuple(_layer(path, il, layer, config) for il, layer in enumerate(layers))
-        return cls(str(facts.get("model")), str(facts.get("text")), 0, checked)
+        checked = []
+        for il, layer in enumerate(layers):
+            shape = config.attention(il)
+            checked.append(_layer(f"{path}: layer {il}", layer, shape.n_head_kv, shape.head_dim))
+        return cls(str(facts.get("model")), str(facts.get("text")), 0, tuple(checked))
 
     def write(self, path: Path) -> None:
-        """Write the file under a temporary name, then rename it."""
-        layers = []
-        for layer in self.layers:
-            types = dict(zip("kv", layer.types, strict=True)) if layer.types else {}
-            layers.append({"k_max": layer.k_max, "v_max": layer.v_max} | types)
-        facts = {
-            "format": FORMAT,
-            "version": VERSION,
-            "model": self.model,
-            "text": self.text,
-            "n_tokens": self.n_tokens,
-        }
-        text = json.dumps(facts | {"layers": layers, "sensitivity": self.sensitivity}, indent=1)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(text)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        """Write a file that `read` takes."""
+        layers = [
+            {"k_max": layer.k_max, "v_max": layer.v_max} | dict(zip("kv", layer.types or (), strict=False))
+            for layer in self.layers
+        ]
+        facts = {"format": FORMAT, "version": VERSION, "model": self.model, "text": self.text}
+        facts |= {"n_tokens": self.n_tokens, "layers": layers, "sensitivity": self.sensitivity}
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(facts, indent=1))
 
 
-def _layer(path: str | os.PathLike[str], il: int, layer: Any, config: ModelConfig) -> LayerScales:
-    shape = config.attention(il)
+def _length(values: Any) -> int | str:
+    return len(values) if isinstance(values, list) else "no"
+
+
+def _layer(name: str, layer: Any, n_head_kv: int, head_dim: int) -> LayerScales:
     if not isinstance(layer, dict):
-        raise FormatError(f"{path}: layer {il} is {str(layer)[:40]!r}, must be an object: make the file again")
-    limits: dict[str, Any] = {}
+        raise FormatError(f"{name} is {str(layer)[:40]!r}, must be an object: make the file again")
     for key in ("k_max", "v_max"):
-        values = layer.get(key)
-        if not isinstance(values, list) or len(values) != shape.n_head_kv:
-            n = len(values) if isinstance(values, list) else "no"
-            raise GgufRunError(f"{path}: layer {il} has {n} values of {key}, the model has {shape.n_head_kv} KV heads")
+        values: Any = layer.get(key)
+        if _length(values) != n_head_kv:
+            raise GgufRunError(f"{name} has {_length(values)} values of {key}, the model has {n_head_kv} KV heads")
         if not all(isinstance(value, int | float) and 0 <= value < math.inf for value in values):
-            raise FormatError(f"{path}: layer {il}: {key} must be numbers from 0 on: make the file again")
-        limits[key] = tuple(map(float, values))
+            raise FormatError(f"{name}: {key} must be numbers from 0 on: make the file again")
+    k_max, v_max = (tuple(map(float, layer[key])) for key in ("k_max", "v_max"))
     if layer.get("k") is None and layer.get("v") is None:
-        return LayerScales(**limits)
-    for name in (layer.get("k"), layer.get("v")):
-        if not isinstance(name, str) or name not in CACHE_FORMATS or not CACHE_FORMATS[name].allows(shape.head_dim):
-            allowed = [other for other, form in CACHE_FORMATS.items() if form.allows(shape.head_dim)]
-            raise FormatError(f"{path}: layer {il} has the cache type {name!r}; allowed: {', '.join(allowed)}")
-    return LayerScales(**limits, types=(layer["k"], layer["v"]))
+        return LayerScales(k_max, v_max)
+    allowed = [type_name for type_name, form in CACHE_FORMATS.items() if form.allows(head_dim)]
+    for type_name in (layer.get("k"), layer.get("v")):
+        if type_name not in allowed:
+            raise FormatError(f"{name} has the cache type {type_name!r}; allowed: {', '.join(allowed)}")
+    return LayerScales(k_max, v_max, (layer["k"], layer["v"]))

@@ -46,6 +46,11 @@ class Progress:
         sys.stderr.flush()
         self._drawn = len(line)
 
+    def show(self, line: str) -> None:
+        """Show a line of text in place of the bar."""
+        if self._visible:
+            self._draw(line)
+
     def clear(self) -> None:
         """Erase the bar, so that something else can be written on its line."""
         if self._drawn:

@@ -1,9 +1,11 @@
 """Compiled functions as object files: arguments, results and errors as numba has them, a cache that may be damaged."""
 
+import functools
 import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -141,3 +143,11 @@ def test_a_second_start_needs_no_numba(tmp_path: Path) -> None:
         loaded.logits([1, 2])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "False"]
+
+
+def test_threads_that_ask_at_once_share_one_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second store would be freed with the machine code that a thread still calls."""
+    monkeypatch.setattr(jit, "_only_store", functools.cache(lambda: time.sleep(0.05) or object()))
+    with ThreadPoolExecutor(4) as pool:
+        stores = [*pool.map(lambda _: jit._store(), range(4))]
+    assert len(set(map(id, stores))) == 1

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,8 @@ from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.kernels_cpu.measure.limits import Limits
 from gguf_run.runtime.bench import bench
-from gguf_run.runtime.bench.bench import Case, ModelFacts, Procedure, Result, ideal_seconds, run_cases
+from gguf_run.runtime.bench.bench import DEFAULTS, BenchedModel, Case, Procedure, Result, ideal_seconds, run_cases
+from gguf_run.runtime.load.options import LoadOptions
 from gguf_run.runtime.model import Model
 from gguf_run.runtime.quantize.file_types import model_type
 
@@ -47,13 +49,13 @@ class FakeDecoder:
 
 
 class FakeModel:
-    loaded: list[dict[str, Any]]
+    loaded: list[tuple[Path, LoadOptions, Any]]
     decoders: list[FakeDecoder]
     add_bos = True
 
     @classmethod
-    def load(cls, path: Path, **options: Any) -> "FakeModel":
-        cls.loaded.append({"path": path, **options})
+    def load(cls, path: Path, options: LoadOptions, progress: Any) -> "FakeModel":
+        cls.loaded.append((path, options, progress))
         return cls()
 
     def __init__(self) -> None:
@@ -73,7 +75,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeModel]:
     """Models and limits are fake; limits.n_threads tells for how many threads they were measured."""
 
     class Fake(FakeModel):
-        loaded: list[dict[str, Any]] = []  # noqa: RUF012
+        loaded: list[tuple[Path, LoadOptions, Any]] = []  # noqa: RUF012
         decoders: list[FakeDecoder] = []  # noqa: RUF012
 
     monkeypatch.setattr(bench, "Model", Fake)
@@ -104,7 +106,7 @@ def test_gpus(fake: type[FakeModel], model: str, monkeypatch: pytest.MonkeyPatch
         assert (result.gpus, result.limits) == (("a GPU",), Limits(0, 1e12, 1e15, "a GPU"))
         assert (result.fraction is None) == both
         if not both:  # Tiny's F32 weights, the embeddings are the output too
-            seconds = ideal_seconds(case, result.facts, 4 * (279 * 96 + 2 * 96 * 864 + 5 * 96), result.limits)
+            seconds = ideal_seconds(case, result.model, 4 * (279 * 96 + 2 * 96 * 864 + 5 * 96), result.limits)
             assert result.fraction == pytest.approx(seconds * result.avg_ts / 4, rel=1e-3)
 
 
@@ -128,18 +130,8 @@ def test_prompt_then_tokens_one_by_one(fake: type[FakeModel], model: str) -> Non
     run = [*prompt, (20, 1, 1), (21, 1, 1), (22, 1, 1)]
     assert steps(fake.decoders[0]) == [*prompt, (20, 1, 1), *run, *run]
     assert len(result.samples_ns) == 2
-    assert fake.loaded == [
-        {"path": Path(model), "n_ctx": 23, "n_threads": 1, "n_batch": 4, "cache_type": ("f16", "f16")}
-        | {
-            "device": "auto",
-            "gpu_layers": "auto",
-            "tensor_split": None,
-            "cpu_moe": False,
-            "n_cpu_moe": None,
-            "cache_rotation": None,
-            "progress": fake.loaded[0]["progress"],
-        }
-    ]
+    ((path, options, _),) = fake.loaded
+    assert (path, options) == (Path(model), replace(DEFAULTS, n_ctx=23, n_batch=4))
 
 
 def test_no_warmup(fake: type[FakeModel], model: str) -> None:
@@ -160,7 +152,7 @@ def test_the_context_is_filled_once_for_a_depth(fake: type[FakeModel], model: st
         (0, 0, 0),
         (0, 4, 1),
     ]
-    assert fake.loaded[0]["n_ctx"] == 14
+    assert fake.loaded[0][1].n_ctx == 14
 
 
 def test_tokens_are_random_and_start_with_bos(fake: type[FakeModel], model: str) -> None:
@@ -186,13 +178,16 @@ def test_neighbours_share_a_loaded_model(fake: type[FakeModel], model: str) -> N
         Case(model, 8, 0, n_batch=600),
         Case(model, 8, 0, n_ubatch=512, n_depth=3),
     ]
-    others = [Case(model, 8, 0, n_threads=2), Case(model, 8, 0, n_threads=2, type_k="f32")]
-    others += [Case(model, 8, 0, n_batch=64), Case(model, 8, 0, n_batch=64, device="cpu")]
-    others += [Case(model, 8, 0, gpu_layers="all"), Case(model, 8, 0, n_cpu_moe=1)]
+    changes: list[dict[str, Any]] = [{"n_threads": 2}, {"n_threads": 2, "cache_type": ("f32", "f16")}]
+    others = [Case(model, 8, 0, options=replace(DEFAULTS, **change)) for change in changes]
+    others += [Case(model, 8, 0, n_batch=64)]
+    others += [Case(model, 8, 0, n_batch=64, options=replace(DEFAULTS, device="cpu"))]
+    changes = [{"gpu_layers": "all"}, {"n_cpu_moe": 1}]
+    others += [Case(model, 8, 0, options=replace(DEFAULTS, **change)) for change in changes]
     results = list(run_cases([*same, *others], Procedure(repetitions=1)))
     assert [result.case for result in results] == [*same, *others]
-    assert [load["n_ctx"] for load in fake.loaded] == [11, *[8] * 6]
-    assert [load["n_batch"] for load in fake.loaded] == [512, 512, 512, 64, 64, 512, 512]
+    assert [options.n_ctx for _, options, _ in fake.loaded] == [11, *[8] * 6]
+    assert [options.n_batch for _, options, _ in fake.loaded] == [512, 512, 512, 64, 64, 512, 512]
     assert [result.limits.n_threads for result in results] == [1, 1, 1, 1, 2, 2, 1, 1, 1, 1]
 
 
@@ -201,7 +196,8 @@ def test_limits_are_measured_once_for_each_number_of_threads(
 ) -> None:
     asked = []
     monkeypatch.setattr(bench, "measure_limits", lambda n: asked.append(n) or LIMITS)  # type: ignore[func-returns-value]
-    cases = [Case(model, 4, 0, n_threads=n, type_k=t, type_v=t) for n in (1, 2) for t in ("f16", "f32", "f16")]
+    options = [LoadOptions(n_threads=n, cache_type=(t, t)) for n in (1, 2) for t in ("f16", "f32", "f16")]
+    cases = [Case(model, 4, 0, options=each) for each in options]
     list(run_cases(cases, Procedure(repetitions=1)))
     assert asked == [1, 2]
 
@@ -223,7 +219,7 @@ def test_delay_and_notes(fake: type[FakeModel], model: str, monkeypatch: pytest.
         *("pp4: warming up", "pp4: run 1 of 2", "pp4: run 2 of 2"),
         *("tg4 @ d2: filling the context", "tg4 @ d2: warming up", "tg4 @ d2: run 1 of 2", "tg4 @ d2: run 2 of 2"),
     ]
-    fake.loaded[0]["progress"](1, 4)
+    fake.loaded[0][2](1, 4)
     assert notes[-1] == "loading tiny.gguf: 25%"
 
 
@@ -240,28 +236,26 @@ def test_names(case: Case, name: str) -> None:
     assert str(case) == name
 
 
-def facts_of(path: Path) -> ModelFacts:
+def model_of(path: Path) -> BenchedModel:
     with GGUFFile.open(path) as file:
-        return ModelFacts.of(file)
+        return BenchedModel.of(file)
 
 
 def test_statistics(model: str) -> None:
     """Speeds are averaged, not times; the deviation is that of a sample."""
     case, samples = Case("m", 30, 10), (1_000_000_000, 2_000_000_000, 4_000_000_000)
-    result = Result(case, facts_of(Path(model)), LIMITS, 0.5, "", samples)
+    result = Result(case, model_of(Path(model)), LIMITS, 0.5, "", samples)
     assert result.samples_ts == [40, 20, 10]
     assert result.avg_ts == pytest.approx(70 / 3)
     assert result.stddev_ts == pytest.approx(statistics.stdev([40, 20, 10])) == pytest.approx(15.2752523)
-    assert result.avg_ns == 2_333_333_333
-    assert result.stddev_ns == 1_527_525_231
-    single = Result(case, result.facts, LIMITS, 0.5, "", samples[:1])
-    assert (single.stddev_ts, single.stddev_ns) == (0, 0)
+    single = Result(case, result.model, LIMITS, 0.5, "", samples[:1])
+    assert single.stddev_ts == 0
 
 
 def test_facts(tmp_path: Path) -> None:
     tiny = Tiny(n_layer=3, n_embd=64, n_head=4, n_head_kv=2, head_dim=16, n_ff=96, type="Q8_0", biases=("attn_output",))
     weights = write_tiny(tmp_path / "m.gguf", tiny)
-    facts = facts_of(tmp_path / "m.gguf")
+    facts = model_of(tmp_path / "m.gguf")
     assert facts.n_params == sum(values.size for values in weights.values())
     assert facts.layer_weights == 3 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96)
     n_vocab = len(weights["token_embd.weight"])
@@ -269,13 +263,13 @@ def test_facts(tmp_path: Path) -> None:
     matrices = facts.layer_weights + facts.output_weights
     assert facts.model_size == matrices * 34 // 32 + 4 * (facts.n_params - matrices)
     untied = write_tiny(tmp_path / "u.gguf", Tiny(tied=False))
-    assert facts_of(tmp_path / "u.gguf").output_weights == untied["output.weight"].size
+    assert model_of(tmp_path / "u.gguf").output_weights == untied["output.weight"].size
 
 
 def test_decoding_is_bounded_by_bytes(tmp_path: Path) -> None:
     """Each token reads all weights and the keys and values up to its own, in layers with a window those inside it."""
     write_tiny(tmp_path / "m.gguf", TINY_GEMMA3)  # 6 layers, 5 of them with a window of 7; one KV head of 32
-    facts = facts_of(tmp_path / "m.gguf")
+    facts = model_of(tmp_path / "m.gguf")
     n_bytes = 0
     for position in (5, 6, 7, 8):
         n_bytes += 100_000_000
@@ -284,13 +278,14 @@ def test_decoding_is_bounded_by_bytes(tmp_path: Path) -> None:
             n_bytes += (before + 1) * 2 * 32 * 2
     case = Case("m", 0, 4, n_depth=5)
     assert ideal_seconds(case, facts, 100_000_000, LIMITS) == pytest.approx(n_bytes / 1e9, rel=1e-12)
-    wide = ideal_seconds(Case("m", 0, 4, n_depth=5, type_k="f32", type_v="f32"), facts, 100_000_000, LIMITS)
+    f32 = replace(case, options=replace(DEFAULTS, cache_type=("f32", "f32")))
+    wide = ideal_seconds(f32, facts, 100_000_000, LIMITS)
     assert wide == pytest.approx((2 * n_bytes - 4 * 100_000_000) / 1e9, rel=1e-12)
 
 
 def test_a_prompt_is_bounded_by_operations(model: str) -> None:
     """2 per weight and token; the output matrix counts only at the end of a logical batch."""
-    facts = facts_of(Path(model))
+    facts = model_of(Path(model))
     slow = Limits(1, read_bytes=1e15, int8_ops=1e6)
     for n_batch, n_outputs in ((100, 1), (50, 2), (40, 3)):
         case = Case("m", 100, 0, n_batch=n_batch, n_ubatch=16)
@@ -300,7 +295,7 @@ def test_a_prompt_is_bounded_by_operations(model: str) -> None:
 
 def test_a_short_prompt_is_bounded_by_bytes(model: str) -> None:
     """Tokens that run at once read the weights once; the slower of both limits counts for each such step."""
-    facts = facts_of(Path(model))
+    facts = model_of(Path(model))
     n_kv = 2 * 2 * 64 * 2  # bytes per position: two layers of keys and values, 64 wide, f16
     limits = Limits(1, read_bytes=1e9, int8_ops=1e15)
     seconds = ideal_seconds(Case("m", 12, 0, n_ubatch=8), facts, 1_000_000, limits)
@@ -309,13 +304,13 @@ def test_a_short_prompt_is_bounded_by_bytes(model: str) -> None:
 
 def test_fraction_is_the_ideal_time_over_the_measured_one(fake: type[FakeModel], model: str) -> None:
     (result,) = run_cases([Case(model, 6, 2)], Procedure(repetitions=3))
-    ideal = ideal_seconds(result.case, result.facts, 1000, result.limits)
+    ideal = ideal_seconds(result.case, result.model, 1000, result.limits)
     assert result.fraction == pytest.approx(ideal * result.avg_ts / 8)
 
 
 def test_a_real_decoder_tells_the_bytes_it_reads(model: str) -> None:
     """Panels of float32 hold 16 rows each."""
-    facts = facts_of(Path(model))
+    facts = model_of(Path(model))
     with Model.load(model, n_ctx=32, n_threads=1) as loaded:
         held = loaded.decoder.nbytes()
     assert 4 * (facts.layer_weights + facts.output_weights) <= held["weights"]

@@ -18,11 +18,11 @@ from click.testing import CliRunner, Result
 from tinymodel import Tiny, write_tiny
 
 from gguf_run.runtime import Model
-from gguf_run.runtime.cli import evaluate_report as eval_report
 from gguf_run.runtime.cli.evaluate import main
-from gguf_run.runtime.cli.evaluate_report import Figure
+from gguf_run.runtime.cli.report import Figure
 from gguf_run.runtime.evaluate import perplexity as eval_perplexity
 from gguf_run.runtime.evaluate.text import Scorer
+from gguf_run.runtime.terminal.progress import Progress
 
 RUN = [sys.executable, "-c", "from gguf_run.runtime.cli.evaluate import main; main(prog_name='gguf-eval')"]
 PATIENCE = 240  # seconds: a process that hangs is found, a busy machine is not
@@ -450,7 +450,7 @@ def test_estimate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     now = 100.0
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setattr("time.monotonic", lambda: now)
-    progress = eval_report.Progress("evaluating", "chunks")
+    progress = Progress("evaluating", "chunks")
     progress.set(0, 8)
     now += 30
     progress.set(2, 8)

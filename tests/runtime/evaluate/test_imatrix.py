@@ -22,10 +22,9 @@ from gguf_run.kernels_cpu.rows.observe import CpuSquares
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 from gguf_run.runtime import Model
-from gguf_run.runtime.cli.imatrix import main
+from gguf_run.runtime.cli.imatrix import main, show_uses
 from gguf_run.runtime.evaluate.imatrix import Collector
-from gguf_run.runtime.evaluate.imatrix_file import write
-from gguf_run.runtime.evaluate.imatrix_statistics import statistics, table
+from gguf_run.runtime.evaluate.imatrix_file import mean_uses, tensor_uses, write
 from gguf_run.runtime.evaluate.text import Scorer
 
 IDS = [(7 * i * i + 3 * i + 1) % 270 for i in range(14)]
@@ -270,30 +269,33 @@ def test_legacy_files_and_experts_are_added_up(tmp_path: Path) -> None:
     assert collected(tmp_path, "--in-file", "old.dat", "-c", "10", model=False).sums["blk.0"].counts.tolist() == [30]
 
 
-def test_statistics() -> None:
+def test_statistics(capsys: pytest.CaptureFixture[str]) -> None:
     """Worked out by hand: means 1, 1, 2, 0 of 4 channels."""
     blk = [
         Sums(np.array([x], np.float32), np.array([4], np.float32)) for x in ([4, 4, 8, 0], [0, 4, 0, 0], [8, 8, 8, 8])
     ]
     names = ("blk.1.ffn_up.weight", "blk.0.ffn_up.weight", "blk.1.attn_q.weight", "blk.0.x.weight")
     unseen = Sums(np.zeros((1, 4), np.float32), np.zeros(1, np.float32))
-    found = statistics(Imatrix(dict(zip(names, [*blk, unseen], strict=True)), (), 1, 4))
+    imatrix = Imatrix(dict(zip(names, [*blk, unseen], strict=True)), (), 1, 4)
+    found = tensor_uses(imatrix)
     assert [(s.layer, s.tensor) for s in found] == [(1, "attn_q"), (1, "ffn_up"), (0, "ffn_up")]
     flat, up, one = found
     assert (up.n, up.total, up.low, up.high, up.mean) == (4, 4, 0, 2, 1)
     assert up.deviation == pytest.approx(math.sqrt(0.5))
-    assert (up.active, up.entropy, up.normalized, up.z_density) == (0.75, 1.5, 0.75, 0.25)
+    assert (up.active, up.entropy, up.normalized_entropy, up.z_density) == (0.75, 1.5, 0.75, 0.25)
     assert up.similarity == pytest.approx(16 / math.sqrt(96) / 4)
-    assert (flat.entropy, flat.normalized, flat.z_density, flat.similarity) == (2, 1, 0, 0)
+    assert (flat.entropy, flat.normalized_entropy, flat.z_density, flat.similarity) == (2, 1, 0, 0)
     assert (one.entropy, one.active, one.similarity) == (0, 0.25, 0)
-    lines = list(table(found))
+    assert mean_uses(found) == [(0, 1, 0.25, 0), (1, 6, 0.125, pytest.approx(up.similarity / 2))]
+    show_uses(imatrix)
+    lines = capsys.readouterr().out.splitlines()
     assert lines[2].split()[:3] == ["1", "ffn_up", "4.00"]
     assert lines[-1].split() == ["1", "6.00", "12.5000%", f"{up.similarity / 2:.4f}"]
 
 
 def test_statistics_of_several_experts_leave_out_the_unseen() -> None:
     entry = Sums(np.array([[2, 6], [0, 0]], np.float32), np.array([2, 0], np.float32))
-    (found,) = statistics(Imatrix({"blk.0.x.weight": entry}, (), 1, 4))
+    (found,) = tensor_uses(Imatrix({"blk.0.x.weight": entry}, (), 1, 4))
     assert (found.n, found.total, found.low, found.high) == (2, 4, 1, 3)
 
 

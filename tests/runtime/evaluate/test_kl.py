@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tinymodel import Tiny, write_tiny
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.kernels_cpu.measure.log_softmax import LogSoftmax
 from gguf_run.runtime import Model
-from gguf_run.runtime.evaluate.kl import Comparison, compare
+from gguf_run.runtime.evaluate.kl import TOKEN_SCORES, Comparison, compare
 from gguf_run.runtime.evaluate.logits_file import round_logits, unround_logits
 from gguf_run.runtime.evaluate.text import Block, Chunk, Scorer, bos_of, cut_chunks, tokens_of
 
@@ -21,14 +22,22 @@ TEXT = "the order and another one, or the other end of the road and so on, and t
 
 def compared(p: list[NDArray[np.float64]], q: list[NDArray[np.float64]], right: list[NDArray[np.int64]]) -> Comparison:
     """A comparison of known distributions: chunks of probabilities [n, n_vocab] and the right tokens."""
-    done = Comparison()
+    chunks = []
     for a, b, targets in zip(p, q, right, strict=True):
         at = np.arange(len(a)), targets
-        done.kl.append((a * np.log(a / b)).sum(1))
-        done.nll_base.append(-np.log(a[at]))
-        done.nll.append(-np.log(b[at]))
-        done.same_top.append((a.argmax(1) == b.argmax(1)).astype(float))
-    return done
+        same_top = a.argmax(1) == b.argmax(1)
+        chunks.append(
+            scores(kl=(a * np.log(a / b)).sum(1), nll=-np.log(b[at]), nll_base=-np.log(a[at]), same_top=same_top)
+        )
+    return Comparison(tuple(chunks))
+
+
+def scores(**fields: NDArray[Any]) -> NDArray[np.void]:
+    """Scores of the tokens of one chunk; fields that are not given are 0."""
+    made = np.zeros(len(next(iter(fields.values()))), TOKEN_SCORES)
+    for name, values in fields.items():
+        made[name] = values
+    return made
 
 
 def test_figures_by_llama_cpp_definitions() -> None:
@@ -38,10 +47,10 @@ def test_figures_by_llama_cpp_definitions() -> None:
     q = [0.8 * a + 0.2 * rng.dirichlet(np.ones(9), len(a)) for a in p]
     right = [rng.integers(0, 9, len(a)) for a in p]
     done = compared(p, q, right)
-    assert (done.n_chunk, done.n_scored()) == (2, 73)
+    assert (done.n_chunk, len(done.scores("kl"))) == (2, 73)
 
     n = 73
-    nll, base, kl = (np.concatenate(values) for values in (done.nll, done.nll_base, done.kl))
+    nll, base, kl = (done.scores(name) for name in ("nll", "nll_base", "kl"))
 
     def mean_and_error(x: NDArray[np.float64]) -> tuple[float, float]:
         return x.mean(), math.sqrt(((x * x).mean() - x.mean() ** 2) / (n - 1))
@@ -54,40 +63,53 @@ def test_figures_by_llama_cpp_definitions() -> None:
     square, square_error = mean_and_error(change**2)
     same = sum((a.argmax(1) == b.argmax(1)).sum() for a, b in zip(p, q, strict=True)) / n
     expected = {
-        done.perplexity: (math.exp(log_q), math.exp(log_q) * error_q),
-        done.perplexity_base: (math.exp(log_p), math.exp(log_p) * error_p),
-        done.ratio: (ratio, ratio * log_ratio_error),
-        done.mean_kl: mean_and_error(kl),
-        done.mean_change: mean_and_error(change),
-        done.rms_change: (math.sqrt(square), 0.5 / math.sqrt(square) * square_error),
-        done.agreement: (same, math.sqrt(same * (1 - same) / (n - 1))),
+        "perplexity": (math.exp(log_q), math.exp(log_q) * error_q),
+        "perplexity_base": (math.exp(log_p), math.exp(log_p) * error_p),
+        "perplexity_ratio": (ratio, ratio * log_ratio_error),
+        "kl_mean": mean_and_error(kl),
+        "p_change_mean": mean_and_error(change),
+        "p_change_rms": (math.sqrt(square), 0.5 / math.sqrt(square) * square_error),
+        "same_top": (same, math.sqrt(same * (1 - same) / (n - 1))),
     }
-    for figure, values in expected.items():
-        found = figure()
-        assert (found.value, found.error) == pytest.approx(values, rel=1e-9), figure.__name__
+    found = done.estimates()
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert (found[name].value, found[name].error) == pytest.approx(values, rel=1e-9), name
     assert 0 < same < 1
 
 
 def test_percentiles_are_interpolated() -> None:
-    done = Comparison([np.arange(0, 1001.0, 2), np.arange(1, 1001.0, 2)], same_top=[np.ones(501), np.ones(500)])
+    done = Comparison((scores(kl=np.arange(0, 1001.0, 2)), scores(kl=np.arange(1, 1001.0, 2))))
     expected = {50: 500, 90: 900, 95: 950, 99: 990, 99.9: 999, 100: 1000}
     assert done.kl_percentiles() == pytest.approx(expected)
-    done = Comparison([np.array([1.0, 2.0])], same_top=[np.ones(2)])
+    done = Comparison((scores(kl=np.array([1.0, 2.0])),))
     assert done.kl_percentiles()[90.0] == pytest.approx(1.9)
 
 
 def test_a_single_value_has_no_error() -> None:
     done = compared([np.array([[0.5, 0.5]])], [np.array([[0.4, 0.6]])], [np.array([0])])
-    assert done.mean_kl().value == pytest.approx(0.5 * math.log(0.5 / 0.4 * 0.5 / 0.6))
-    assert math.isnan(done.mean_kl().error)
+    assert done.estimates()["kl_mean"].value == pytest.approx(0.5 * math.log(0.5 / 0.4 * 0.5 / 0.6))
+    assert math.isnan(done.estimates()["kl_mean"].error)
 
 
-def test_an_interrupted_chunk_does_not_count() -> None:
-    whole = compared([np.array([[0.5, 0.5]])], [np.array([[0.4, 0.6]])], [np.array([0])])
-    whole.kl.append(np.array([5.0]))
-    whole.nll.append(np.array([5.0]))
-    assert (whole.n_chunk, whole.n_scored()) == (1, 1)
-    assert whole.ratio().value == pytest.approx(0.5 / 0.4)
+def test_an_interrupted_chunk_does_not_count(reduce: LogSoftmax) -> None:
+    """Ctrl-C after the first block of the second chunk."""
+    model, other = (
+        Fixed(np.log(np.array(p, np.float32)), [0, 0], 1, reduce) for p in ([[0.4, 0.6]] * 2, [[0.5, 0.5]] * 2)
+    )
+
+    def base(i: int) -> Iterator[Block]:
+        for block in other.run([], [0, 0]):
+            yield block
+            if i == 1:
+                raise KeyboardInterrupt
+
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        done.extend(compare(model, base, [Chunk([], [0, 0])] * 2))  # type: ignore[arg-type]
+    (whole,) = done
+    assert (whole.n_chunk, len(whole.scores("kl"))) == (1, 2)
+    assert whole.estimates()["perplexity_ratio"].value == pytest.approx(0.5 / 0.4)
 
 
 # Two models.
@@ -125,8 +147,8 @@ def test_blocks_of_different_sizes(reduce: LogSoftmax, sizes: tuple[int, int]) -
     a, b = (np.exp(x.astype(np.float64)) / np.exp(x.astype(np.float64)).sum(1, keepdims=True) for x in (p, q))
     expected = compared([a], [b], [np.array(right)])
     for name in ("kl", "nll", "nll_base", "same_top"):
-        assert getattr(done, name)[0] == pytest.approx(getattr(expected, name)[0], rel=1e-4, abs=1e-7)
-    assert 6 <= done.same_top[0].sum() < 12
+        assert done.scores(name) == pytest.approx(expected.scores(name), rel=1e-4, abs=1e-7)
+    assert 6 <= done.scores("same_top").sum() < 12
 
 
 def test_rounded_base_is_compared_with_rounded_logits(reduce: LogSoftmax) -> None:
@@ -140,9 +162,10 @@ def test_rounded_base_is_compared_with_rounded_logits(reduce: LogSoftmax) -> Non
             yield Block(unround_logits(*round_logits(block.logits)), block.nll, block.top)
 
     (exact,) = compare(scorer, saved, [Chunk([], right)], rounded=True)  # type: ignore[arg-type]
-    assert (exact.mean_kl().value, exact.ratio().value, exact.agreement().value) == (0, 1, 1)
+    found = [exact.estimates()[name].value for name in ("kl_mean", "perplexity_ratio", "same_top")]
+    assert found == [0, 1, 1]
     (rough,) = compare(scorer, saved, [Chunk([], right)])  # type: ignore[arg-type]
-    assert 0 < rough.mean_kl().value < 1e-8
+    assert 0 < rough.estimates()["kl_mean"].value < 1e-8
 
 
 @pytest.fixture(scope="module")
@@ -174,20 +197,23 @@ def comparison(path: Path, base: Path, **base_options: str) -> Comparison:
 def test_a_model_against_itself(tiny: Callable[[str], Path], type_name: str) -> None:
     done = comparison(tiny(type_name), tiny(type_name))
     assert done.n_chunk > 1
-    assert (np.concatenate(done.kl) == 0).all()
-    assert (done.agreement().value, done.ratio().value, done.rms_change().value) == (1, 1, 0)
+    assert (done.scores("kl") == 0).all()
+    found = [done.estimates()[name].value for name in ("same_top", "perplexity_ratio", "p_change_rms")]
+    assert found == [1, 1, 0]
 
 
 def test_cache_types(tiny: Callable[[str], Path]) -> None:
     """f16 keys and values cost next to nothing, but not nothing. (With quantized weights activations are rounded to 8
     bits, which turns the smallest difference into a rounding step here and there.)"""
     done = comparison(tiny("F32"), tiny("F32"), cache_type="f32")
-    assert 0 < done.mean_kl().value < 1e-5
-    assert done.agreement().value == 1
+    assert 0 < done.estimates()["kl_mean"].value < 1e-5
+    assert done.estimates()["same_top"].value == 1
 
 
 def test_quantization_costs_more_with_fewer_bits(tiny: Callable[[str], Path]) -> None:
-    kl = [comparison(tiny(type_name), tiny("F32")).mean_kl().value for type_name in ("F16", "Q8_0", "Q4_0")]
+    kl = [
+        comparison(tiny(type_name), tiny("F32")).estimates()["kl_mean"].value for type_name in ("F16", "Q8_0", "Q4_0")
+    ]
     assert 0 < kl[0] < 1e-5 < kl[1] < kl[2]
 
 

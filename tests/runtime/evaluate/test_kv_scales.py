@@ -14,7 +14,7 @@ from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 from gguf_run.runtime.cli.evaluate import main
-from gguf_run.runtime.evaluate.kv_scales import KINDS, bits_of, choose, observe, probes
+from gguf_run.runtime.evaluate.kv_scales import KINDS, best_types, bits_of, calibrate, check_budget, trials
 from gguf_run.runtime.evaluate.text import Scorer, cut_chunks, tokens_of
 from gguf_run.runtime.model import Model
 
@@ -40,8 +40,8 @@ def test_bits() -> None:
     assert found == {"f16": 16, "q8_0": 8.5, "q5_1": 6, "q4_0": 4.5, "int8": 8.25}
 
 
-def test_each_probe_changes_one_place(config: ModelConfig) -> None:
-    found = probes(config, ["q4_0", "q8_0"])
+def test_each_trial_changes_one_place(config: ModelConfig) -> None:
+    found = trials(config, ["q4_0", "q8_0"])
     assert [(name, kind) for name, kind, _ in found] == [
         (name, kind) for name in ("q4_0", "q8_0") for kind in "kv" for _ in range(2)
     ]
@@ -72,19 +72,19 @@ COSTS = {
     ],
 )
 def test_a_budget_buys_the_best_first(config: ModelConfig, budget: float, expected: list[tuple[str, str]]) -> None:
-    assert choose(COSTS, config, budget) == expected
+    assert best_types(COSTS, config, budget) == expected
 
 
 def test_a_budget_that_is_too_small(config: ModelConfig) -> None:
     with pytest.raises(OptionError, match=r"--bits 4: the smallest of --types, q4_0, takes 4\.5 bits a number"):
-        choose(COSTS, config, 4.0)
+        check_budget([*COSTS], config.head_dim, 4.0)
 
 
 def test_maxima_are_those_of_numpy(folder: Path, config: ModelConfig) -> None:
     """The largest |K| and |V| of each layer and head over two chunks, of which the second is not the larger one."""
     with Model.load(folder / "m.gguf", n_ctx=40, n_threads=2, cache_type="f32") as model, Scorer(model, 1) as scorer:
         chunks = cut_chunks(tokens_of(model, TEXT), 40, None, 2)
-        *_, seen = observe(scorer, chunks, n_probed=1)
+        *_, seen = calibrate(scorer, chunks, n_kept=1)
     k, v = (np.zeros((config.n_layer, config.n_head_kv)) for _ in KINDS)
     with GGUFFile.open(folder / "m.gguf") as file:
         for chunk in chunks:

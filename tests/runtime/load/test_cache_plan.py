@@ -1,6 +1,5 @@
-"""What KV caches take, which types models allow, what is advised where memory is short, calibration files."""
+"""What KV caches take, which types models allow, what is advised where memory is short."""
 
-import json
 import re
 from contextlib import closing
 from dataclasses import replace
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 from tinymodel import TINY_GEMMA3, Tiny, write_tiny
 
-from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
+from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
 from gguf_run.kernels_cpu.backend import CpuBackend
@@ -69,7 +68,9 @@ def test_types_and_rotation(config: ModelConfig) -> None:
 
 def test_descriptions_differ_where_bytes_mean_something_else(config: ModelConfig, tmp_path: Path) -> None:
     each = [CacheType("f16", "f32"), CacheType("int8", "int8")]
-    static = [write_json(tmp_path / f"{n}.json", calibration(layers=[LAYER | {"k_max": [n, 1]}] * 2)) for n in (1, 2)]
+    static = [tmp_path / f"{n}.json" for n in (1, 2)]
+    for n, path in enumerate(static, 1):
+        KvScales("m", "t", 1, (LayerScales((n, 1.0), (2.0, 0.0)),) * 2).write(path)
     plans = {
         "int8": plan_cache(config, "int8"),
         "K f16, V q4_0": plan_cache(config, ("f16", "q4_0")),
@@ -133,80 +134,6 @@ def test_heads_that_allow_no_blocks_are_advised_int8(tmp_path: Path) -> None:
     plan = memory_plan(tmp_path, 4096, tiny=Tiny(head_dim=48))
     with pytest.raises(GgufRunError, match=r"--cache-type int8 would fit"):
         plan.check(plan.needed().total - 1)
-
-
-# Calibration files.
-
-
-def calibration(**changes: Any) -> dict[str, Any]:
-    layers = [{"k_max": [1.0, 448.0], "v_max": [2, 0]}, {"k_max": [1, 1], "v_max": [1, 1], "k": "q8_0", "v": "q4_0"}]
-    return {"format": "gguf-run kv-scales", "version": 1, "model": "m", "text": "t", "layers": layers} | changes
-
-
-def write_json(path: Path, facts: Any) -> Path:
-    path.write_text(json.dumps(facts))
-    return path
-
-
-def test_a_calibration_file(config: ModelConfig, tmp_path: Path) -> None:
-    path = write_json(tmp_path / "s.json", calibration())
-    assert [(kind.k, kind.v) for kind in plan_cache(config, cache_scales=path)] == [("f16", "f16"), ("q8_0", "q4_0")]
-    first, second = plan_cache(config, ("fp8_e4m3", "fp8_e5m2"), cache_scales=path)
-    assert (first.k, first.v, second.k) == ("fp8_e4m3", "fp8_e5m2", "fp8_e4m3")
-    assert first.k_scales == (2 / 448, 2.0)  # twice what was seen fits
-    assert first.v_scales == (4 / 57344, 2 / 57344)  # all zeros: any scale will do
-    assert plan_cache(config, "int8", cache_scales=path)[0].k_scales is None
-    assert plan_cache(config, "fp8_e4m3", True, path)[0].k_scales is None  # rotated rows need scales of their own
-
-
-def test_a_calibration_file_survives(config: ModelConfig, tmp_path: Path) -> None:
-    layers = (LayerScales((1.5, 0.0), (3.0, 1e-7)), LayerScales((1.0, 2.0), (3.0, 4.0), ("f16", "iq4_nl")))
-    scales = KvScales("model", "text", 7, layers, {"q4_0": {"k": [0.1, 0.2], "v": [0.0, 1.0]}})
-    scales.write(tmp_path / "s.json")
-    assert KvScales.read(tmp_path / "s.json", config).layers == layers
-    assert json.loads((tmp_path / "s.json").read_text())["sensitivity"] == scales.sensitivity
-    assert [file.name for file in tmp_path.glob("s*")] == ["s.json"]
-
-
-LAYER = calibration()["layers"][0]
-BAD = {
-    "a list": ([], FormatError, "is not a calibration file: `gguf-eval kv-scales"),
-    "another format": (calibration(format="x"), FormatError, "is not a calibration file"),
-    "version": (calibration(version=2), FormatError, "is of version 2, this program reads 1"),
-    "no layers": (calibration(layers=None), GgufRunError, "of a model with no layers, this one has 2"),
-    "layers": (calibration(layers=[LAYER] * 3), GgufRunError, "of a model with 3 layers, this one has 2"),
-    "no object": (calibration(layers=[3, LAYER]), FormatError, "layer 0 is '3', must be an object"),
-    "heads": (
-        calibration(layers=[LAYER, LAYER | {"v_max": [1]}]),
-        GgufRunError,
-        "layer 1 has 1 values of v_max, the mo",
-    ),
-    "no maxima": (calibration(layers=[LAYER, {}]), GgufRunError, "layer 1 has no values of k_max"),
-    "negative": (calibration(layers=[LAYER, LAYER | {"k_max": [-1, 1]}]), FormatError, "k_max must be numbers from 0"),
-    "infinite": (calibration(layers=[LAYER, LAYER | {"k_max": [1e999, 1]}]), FormatError, "k_max must be numbers"),
-    "text": (calibration(layers=[LAYER, LAYER | {"k_max": ["1", 1]}]), FormatError, "k_max must be numbers"),
-    "type": (
-        calibration(layers=[LAYER | {"k": "q4_0", "v": "q1"}, LAYER]),
-        FormatError,
-        "layer 0 has the cache type 'q1'",
-    ),
-    "half a type": (calibration(layers=[LAYER | {"k": "q4_0"}, LAYER]), FormatError, "layer 0 has the cache type None"),
-    "a list as type": (calibration(layers=[LAYER | {"k": [], "v": []}, LAYER]), FormatError, "cache type \\[\\]"),
-}
-
-
-@pytest.mark.parametrize(("facts", "error", "words"), BAD.values(), ids=BAD)
-def test_bad_calibration_files(config: ModelConfig, tmp_path: Path, facts: Any, error: type, words: str) -> None:
-    path = write_json(tmp_path / "s.json", facts)
-    with pytest.raises(error, match=rf"s\.json: .*{words}"):
-        KvScales.read(path, config)
-
-
-@pytest.mark.parametrize("data", [b"", b"\xff", b"GGUF", b"[" * 100_000])
-def test_files_that_are_no_json(config: ModelConfig, tmp_path: Path, data: bytes) -> None:
-    (tmp_path / "s.json").write_bytes(data)
-    with pytest.raises(FormatError, match="is not a calibration file"):
-        KvScales.read(tmp_path / "s.json", config)
 
 
 @pytest.mark.parametrize("kind", ROW_OF_64)

@@ -1,4 +1,7 @@
-"""What the commands of gguf-eval share: load a model, go through an evaluation's steps, print what was measured."""
+"""How commands show an evaluation: they load a model, go through the steps, and print what was measured.
+
+Results go to stdout, as a table and figures or, with --json, as one object; everything else goes to stderr.
+"""
 
 import json
 import math
@@ -6,33 +9,34 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from gguf_run.runtime.cli.common import INTERRUPTED
-from gguf_run.runtime.terminal.progress import Progress
+from gguf_run.runtime.terminal.progress import progress
 from gguf_run.runtime.terminal.text import message
 
 if TYPE_CHECKING:
-    from gguf_run.models.backend import CacheType
+    from gguf_run.runtime.evaluate.choices import Task
     from gguf_run.runtime.evaluate.perplexity import Perplexity
-    from gguf_run.runtime.evaluate.text import Scorer
+    from gguf_run.runtime.evaluate.text import Chunk, Scorer
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of a result. error: standard error, or the ends of an interval. percent: shown times 100."""
+    """One line of a result."""
 
-    key: str
-    label: str
+    key: str  # the name in JSON
+    label: str  # the name for people
     value: float
-    error: float | tuple[float, float] | None = None
-    percent: bool = False
+    error: float | tuple[float, float] | None = None  # standard error, or the ends of a 95 % interval
+    percent: bool = False  # people see 100 * value
 
     def line(self) -> str:
+        """The line that people see."""
         unit = " %" if self.percent else ""
         error = ""
         if isinstance(self.error, tuple):
@@ -45,102 +49,95 @@ class Figure:
         return f"{100 * value:.3f}" if self.percent else f"{value:.6g}"
 
     def json(self) -> dict[str, Any]:
+        """The fields of the JSON object."""
         name = "interval_95" if isinstance(self.error, tuple) else "error"
         error = {} if self.error is None else {f"{self.key}_{name}": self.error}
         return {key: _or_none(value) for key, value in {self.key: self.value, **error}.items()}
 
 
 def _or_none(value: Any) -> Any:
-    """JSON has no word for nan (the error of a single value)."""
+    """None in place of nan (the error of a single value), for which JSON has no word."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
-def load_scorer(
-    model: str,
-    n_ctx: int | None,
-    options: Mapping[str, Any],
-    observe: bool = False,
-    cache: "str | list[CacheType] | None" = None,
-) -> "Iterator[Scorer]":
-    """Load a model and what scores its logits. options: the command's, see
-    to_load_options. cache, observe: see LoadOptions."""
+def load_scorer(model: str, options: Mapping[str, Any], **more: Any) -> "Iterator[Scorer]":
+    """Load a model and what scores its tokens.
+
+    options: the command's parameters. more: fields of LoadOptions that come before them.
+    """
     from gguf_run.runtime.cli.load_options import load_model, to_load_options
     from gguf_run.runtime.evaluate.text import Scorer
     from gguf_run.runtime.load.machine import default_threads
 
-    chosen = to_load_options(options, n_ctx=n_ctx, observe=observe, **({"cache_type": cache} if cache else {}))
-    with load_model(model, chosen) as loaded, Scorer(loaded, chosen.n_threads or default_threads()) as scorer:
-        yield scorer
+    chosen = to_load_options(options, **more)
+    with load_model(model, chosen) as loaded:
+        with progress("loading"):  # says so if kernels must be compiled
+            scorer = Scorer(loaded, chosen.n_threads or default_threads())
+        with scorer:
+            yield scorer
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A kind of evaluation. unit: what a step is, a plural. head, row: a table of results so far, a line for each step
-    (row None: no table). figures: what the last result says."""
+class Layout:
+    """What is shown of a kind of evaluation."""
 
-    unit: str
-    head: str
-    row: Callable[[Any], str] | None
-    figures: Callable[[Any], list[Figure]]
-
-
-class Sized(Protocol):
-    """What a step works on: a chunk, a task."""
-
-    @property
-    def n_tokens(self) -> int: ...
+    unit: str  # what a step is, a plural
+    head: str  # of the table of results so far
+    row: Callable[[Any], str] | None  # a result's line in the table; None: there is no table
+    figures: Callable[[Any], list[Figure]]  # what the last result says
 
 
-class Run:
-    """Goes through the steps of an evaluation and prints what was measured: all, or what there is at Ctrl-C."""
+class Report:
+    """Goes through the steps of an evaluation and prints the results. Ctrl-C ends the steps, not the printing."""
 
-    def __init__(self, kind: Kind, as_json: bool = False) -> None:
-        self._kind, self._as_json = kind, as_json
+    def __init__(self, layout: Layout, as_json: bool = False) -> None:
+        self._layout, self._as_json = layout, as_json
         self._seconds = 0.0
         self._n_done = self._n_tokens = 0
         self._figures: list[Figure] = []
         self.interrupted = False
 
-    def all(self, steps: Iterable[T], items: Sequence[Sized]) -> list[T]:
-        """Return the results, one for each step that was done. items: what the steps work on."""
+    def run(self, steps: Iterable[T], items: "Sequence[Chunk | Task]") -> list[T]:
+        """Go through the steps; return their results. items: what the steps work on, one for each."""
         start = time.perf_counter()
         done: list[T] = []
-        row = None if self._as_json else self._kind.row
+        layout = self._layout
+        row = None if self._as_json else layout.row
         try:
-            with Progress("evaluating", self._kind.unit) as progress:
+            with progress("evaluating", layout.unit) as bar:
                 if row is not None:
-                    click.echo(self._kind.head)
-                progress.set(0, len(items))
+                    click.echo(layout.head)
+                bar.set(0, len(items))
                 for result in steps:
                     done.append(result)
                     self._seconds = time.perf_counter() - start
                     if row is not None:
-                        progress.clear()
+                        bar.clear()
                         click.echo(row(result))
-                    progress.set(len(done), len(items))
+                    bar.set(len(done), len(items))
         except KeyboardInterrupt:
             self.interrupted = True
-            message(f"interrupted after {len(done)} of {len(items)} {self._kind.unit}")
+            message(f"interrupted after {len(done)} of {len(items)} {layout.unit}")
         self._n_done, self._n_tokens = len(done), sum(item.n_tokens for item in items[: len(done)])
-        self._figures = self._kind.figures(done[-1]) if done else []
+        self._figures = layout.figures(done[-1]) if done else []
         return done
 
     def finish(self, facts: Mapping[str, Any], where: str) -> None:
-        """Print the result; end with an interrupt's exit code if there was one.
+        """Print the figures of the last result; exit with INTERRUPTED if Ctrl-C came.
 
         facts: what JSON says before the figures. where: what ran on which device.
         """
         speed = self._n_tokens / self._seconds if self._seconds else 0.0
         if self._as_json:
-            record = {**facts, self._kind.unit: self._n_done, "interrupted": self.interrupted}
+            record = {**facts, self._layout.unit: self._n_done, "interrupted": self.interrupted}
             for figure in self._figures:
                 record |= figure.json()
             click.echo(json.dumps(record | {"seconds": self._seconds, "tokens_per_second": speed}))
         else:
             click.echo("".join(f"{figure.line()}\n" for figure in self._figures), nl=False)
             took = f"{self._n_tokens} tokens in {self._seconds:.2f} s, {speed:.0f}/s"
-            message(f"{self._n_done} {self._kind.unit}, {took} | {where}")
+            message(f"{self._n_done} {self._layout.unit}, {took} | {where}")
         if self.interrupted:
             click.get_current_context().exit(INTERRUPTED)
 
@@ -149,8 +146,9 @@ def _perplexity_row(done: "Perplexity") -> str:
     return f"{done.n_chunk:>5} {done.value:>12.4f}"
 
 
-def _perplexity_figures(done: "Perplexity") -> list[Figure]:
-    return [Figure("perplexity", "perplexity", done.value, done.error)]
-
-
-PERPLEXITY = Kind("chunks", f"{'chunk':>5} {'perplexity':>12}", _perplexity_row, _perplexity_figures)
+PERPLEXITY = Layout(
+    unit="chunks",
+    head=f"{'chunk':>5} {'perplexity':>12}",
+    row=_perplexity_row,
+    figures=lambda done: [Figure("perplexity", "perplexity", done.value, done.error)],
+)
