@@ -33,7 +33,6 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "gguf-info model.gguf -c 32768",
         "gguf-info --fit model.gguf",
         "gguf-info model.gguf --tensors --match 'blk.0' --stats",
-        "gguf-info model.gguf --ops",
         "gguf-info f16.gguf --diff q4.gguf --json",
         "gguf-info model.gguf --set general.name='My model' -o new.gguf",
     ),
