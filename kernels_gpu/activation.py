@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def activate(x, NAME: tl.constexpr):  # type: ignore[no-untyped-def]
+def activate(x, NAME: tl.constexpr):
     """NAME: "silu", or "gelu" in its tanh form, tanh(y) = 2 sigmoid(2 y) - 1."""
     if NAME == "silu":
         return x * tl.sigmoid(x)
@@ -14,7 +14,7 @@ def activate(x, NAME: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def gate_by(gate, up, NAME: tl.constexpr):  # type: ignore[no-untyped-def]
+def gate_by(gate, up, NAME: tl.constexpr):
     """activation(gate) * up. NAME: of activate, or "swiglu_oai" (models.backend.Recorder.moe)."""
     if NAME == "swiglu_oai":
         gate = tl.minimum(gate, 7.0)

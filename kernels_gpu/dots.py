@@ -9,13 +9,13 @@ from triton.language import target_info
 
 
 @triton.jit
-def _byte(word, j: tl.constexpr):  # type: ignore[no-untyped-def]
+def _byte(word, j: tl.constexpr):
     """Byte j, signed."""
     return (word << (24 - 8 * j)) >> 24
 
 
 @triton.jit
-def dp4a(a, b, c):  # type: ignore[no-untyped-def]
+def dp4a(a, b, c):
     """c + the products of the four signed bytes of a and b."""
     if target_info.is_cuda():
         asm: tl.constexpr = "dp4a.s32.s32 $0, $1, $2, $3;"
@@ -27,7 +27,7 @@ def dp4a(a, b, c):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def dp2a(a, b, half: tl.constexpr):  # type: ignore[no-untyped-def]
+def dp2a(a, b, half: tl.constexpr):
     """The two signed 16-bit halves of a times bytes 2 half and 2 half + 1 of b, signed."""
     if target_info.is_cuda():
         asm: tl.constexpr = "dp2a.hi.s32.s32 $0, $1, $2, 0;" if half else "dp2a.lo.s32.s32 $0, $1, $2, 0;"
@@ -37,7 +37,7 @@ def dp2a(a, b, half: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def look_up(word, BOOK: tl.constexpr):  # type: ignore[no-untyped-def]
+def look_up(word, BOOK: tl.constexpr):
     """Bytes of BOOK (16 of them in four int32) for the low nibbles of word's bytes, and for the high ones.
 
     prmt picks four of eight bytes by the low three bits of four nibbles: it is asked twice, for the lower and the upper
@@ -78,7 +78,7 @@ def look_up(word, BOOK: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def book_value(code, BOOK: tl.constexpr):  # type: ignore[no-untyped-def]
+def book_value(code, BOOK: tl.constexpr):
     """The signed byte of BOOK that the low nibble of code picks."""
     code = code & 15
     words = tl.where(code < 8, tl.where(code < 4, BOOK[0], BOOK[1]), tl.where(code < 12, BOOK[2], BOOK[3]))

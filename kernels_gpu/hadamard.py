@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _mix(x, N: tl.constexpr):  # type: ignore[no-untyped-def]
+def _mix(x, N: tl.constexpr):
     """Transform the rows of x f32[rows, N]: column i is the sum over j of x[j] * (-1)^(bits that i and j share)."""
     i = tl.arange(0, N)
     bits = i[:, None] & i[None, :]
@@ -16,7 +16,7 @@ def _mix(x, N: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def hadamard(x, N: tl.constexpr):  # type: ignore[no-untyped-def]
+def hadamard(x, N: tl.constexpr):
     """Orthonormal transform of x f32[WIDTH] in blocks of the largest power of two that divides N, at least 32.
 
     A block as a matrix of 8 columns: first its rows are transformed, then its columns.

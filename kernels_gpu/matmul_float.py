@@ -5,25 +5,25 @@ import triton.language as tl
 
 
 @triton.jit
-def matmul_float(  # type: ignore[no-untyped-def]
+def matmul_float(
     qs,
     x,
     x_stride,
     out,
+    out_stride,
     bias,
     residual,
+    residual_stride,
     n_out,
     n_in,
     n_unit,
-    out_stride,
-    residual_stride,
-    NAME: tl.constexpr,
+    TYPE: tl.constexpr,
     M: tl.constexpr,
     R: tl.constexpr,
     UNITS: tl.constexpr,
 ):
     """out[m, o] = w[o] * x[m] (+ bias[o]) (+ residual[m, o]) for M tokens, R rows a program."""
-    E: tl.constexpr = 4 if NAME == "F32" else 8
+    E: tl.constexpr = 4 if TYPE == "F32" else 8
     first = tl.program_id(0) * R
     e = tl.arange(0, E)[None, :]
     sums = ()
@@ -36,9 +36,9 @@ def matmul_float(  # type: ignore[no-untyped-def]
         rows = ()
         for r in tl.static_range(R):
             at = tl.minimum(first + r, n_out - 1).to(tl.int64) * (n_unit * E) + units
-            if NAME == "F32":
+            if TYPE == "F32":
                 rows = rows + (tl.load(qs.to(tl.pointer_type(tl.float32)) + at),)
-            elif NAME == "F16":
+            elif TYPE == "F16":
                 rows = rows + (tl.load(qs.to(tl.pointer_type(tl.float16)) + at).to(tl.float32),)
             else:
                 words = tl.load(qs.to(tl.pointer_type(tl.uint16)) + at).to(tl.int32)

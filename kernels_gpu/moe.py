@@ -15,28 +15,16 @@ from gguf_run.kernels_gpu.units import unit_factors, unit_words
 
 
 @triton.jit
-def expert_gate_up(  # type: ignore[no-untyped-def]
-    qs,
-    high,
-    scale,
-    d,
-    xq,
-    xd,
-    xs,
+def expert_gate_up(
+    w,
+    x,
     chosen,
     bias,
     out,
-    oq,
-    od,
-    os,
+    made,
     counts,
     n_ff,
-    BITS: tl.constexpr,
-    HIGH: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALES: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BOOK: tl.constexpr,
+    PANEL: tl.constexpr,
     N_UNIT: tl.constexpr,
     N_USED: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -50,7 +38,7 @@ def expert_gate_up(  # type: ignore[no-untyped-def]
     e = tl.load(chosen + p)
     if e < 0:
         return
-    x = p // N_USED * N_UNIT
+    before = p // N_USED * N_UNIT
     base = e.to(tl.int64) * (2 * n_ff)
     first = tl.program_id(1) * PAIRS
     sums = ()
@@ -64,9 +52,8 @@ def expert_gate_up(  # type: ignore[no-untyped-def]
         rows = ()
         for r in tl.static_range(2 * PAIRS):
             row = base + tl.minimum(first + r % PAIRS, n_ff - 1) + (r // PAIRS) * n_ff
-            w = unit_words(qs, high, row, u, N_UNIT, BITS, HIGH, BOOK)
-            rows = rows + ((w, unit_factors(scale, d, row, u, N_UNIT, BITS, GROUP, SCALES)),)
-        values = dot_units(rows, xq, xd, xs, x + u, live, 2 * PAIRS, BITS, GROUP, SCALES, OFFSET, EVEN)
+            rows = rows + ((unit_words(w, row, u, N_UNIT, PANEL), unit_factors(w, row, u, N_UNIT, PANEL)),)
+        values = dot_units(rows, x, before + u, live, 2 * PAIRS, PANEL, EVEN)
         added = ()
         for r in tl.static_range(2 * PAIRS):
             added = added + (sums[r] + values[r],)
@@ -80,31 +67,21 @@ def expert_gate_up(  # type: ignore[no-untyped-def]
         tl.store(out + p * n_ff + o, gate_by(gate, up, ACTIVATION), mask=o < n_ff)
     block = first // 32
     if is_last(counts + p * (n_ff // 32) + block, 32 // PAIRS):
-        made = tl.load(out + p * n_ff + block * 32 + tl.arange(0, 32), cache_modifier=".cg")
-        store_int8(made, block * 32, oq, od, os, p, n_ff, 32)
+        value = tl.load(out + p * n_ff + block * 32 + tl.arange(0, 32), cache_modifier=".cg")
+        store_int8(value, block * 32, made, p, n_ff, 32)
 
 
 @triton.jit
-def expert_down(  # type: ignore[no-untyped-def]
-    qs,
-    high,
-    scale,
-    d,
-    xq,
-    xd,
-    xs,
+def expert_down(
+    w,
+    x,
     chosen,
     weights,
     bias,
     out,
     out_stride,
     n_out,
-    BITS: tl.constexpr,
-    HIGH: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALES: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BOOK: tl.constexpr,
+    PANEL: tl.constexpr,
     N_UNIT: tl.constexpr,
     N_USED: tl.constexpr,
     R: tl.constexpr,
@@ -128,14 +105,13 @@ def expert_down(  # type: ignore[no-untyped-def]
             i = tl.minimum(i, N_ALL - 1)
         p, u = t * N_USED + i // N_UNIT, i % N_UNIT
         base = tl.load(chosen + p).to(tl.int64) * (n_out * N_UNIT)  # the units before those of the expert
-        words, factors = base * (2 if BITS == 8 else 1) + u, base + u
+        words, factors = base * (2 if PANEL.bits == 8 else 1) + u, base + u
         rows = ()
         for r in tl.static_range(R):
             row = tl.minimum(first + r, n_out - 1).to(tl.int64)
-            w = unit_words(qs, high, row, words, N_UNIT, BITS, HIGH, BOOK)
-            rows = rows + ((w, unit_factors(scale, d, row, factors, N_UNIT, BITS, GROUP, SCALES)),)
+            rows = rows + ((unit_words(w, row, words, N_UNIT, PANEL), unit_factors(w, row, factors, N_UNIT, PANEL)),)
         weight = tl.load(weights + p)
-        values = dot_units(rows, xq, xd, xs, t * N_ALL + i, live, R, BITS, GROUP, SCALES, OFFSET, EVEN)
+        values = dot_units(rows, x, t * N_ALL + i, live, R, PANEL, EVEN)
         added = ()
         for r in tl.static_range(R):
             added = added + (sums[r] + weight * values[r],)
@@ -152,11 +128,8 @@ def expert_down(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def expert_tile(  # type: ignore[no-untyped-def]
-    qs,
-    high,
-    scale,
-    d,
+def expert_tile(
+    w,
     xh,
     counts,
     order,
@@ -166,12 +139,7 @@ def expert_tile(  # type: ignore[no-untyped-def]
     n_out,
     n_in,
     n_unit,
-    BITS: tl.constexpr,
-    HIGH: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALES: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BOOK: tl.constexpr,
+    PANEL: tl.constexpr,
     PER_ROW: tl.constexpr,
     EXPERTS: tl.constexpr,
     M: tl.constexpr,
@@ -195,12 +163,12 @@ def expert_tile(  # type: ignore[no-untyped-def]
     o = tl.program_id(0) * N + tl.arange(0, N)
     rows = e.to(tl.int64) * n_out + tl.minimum(o, n_out - 1)
     x_rows = xh + p // PER_ROW * n_in
-    acc = tile_product(qs, high, scale, d, rows, x_rows, n_in, n_unit, BITS, HIGH, GROUP, SCALES, OFFSET, BOOK, UNITS)
+    acc = tile_product(w, rows, x_rows, n_in, n_unit, PANEL, UNITS)
     tl.store(raw + p[None, :] * raw_stride + o[:, None], acc, mask=live[None, :] & (o[:, None] < n_out))
 
 
 @triton.jit
-def gate_pairs(  # type: ignore[no-untyped-def]
+def gate_pairs(
     raw,
     raw_stride,
     xm,
@@ -208,8 +176,7 @@ def gate_pairs(  # type: ignore[no-untyped-def]
     bias,
     n_ff,
     out,
-    oh,
-    om,
+    halves,
     N_USED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -229,14 +196,14 @@ def gate_pairs(  # type: ignore[no-untyped-def]
         at = bias + e.to(tl.int64) * (2 * n_ff) + column
         gate += tl.load(at, mask=mask, other=0.0)
         up += tl.load(at + n_ff, mask=mask, other=0.0)
-    made = gate_by(gate, up, ACTIVATION)
+    value = gate_by(gate, up, ACTIVATION)
     if out is not None:
-        tl.store(out + p * n_ff + column, made, mask=mask)
-    store_halves(made, column, oh, om, p, n_ff)
+        tl.store(out + p * n_ff + column, value, mask=mask)
+    store_halves(value, column, halves, p, n_ff)
 
 
 @triton.jit
-def add_pairs(  # type: ignore[no-untyped-def]
+def add_pairs(
     raw, raw_stride, xm, chosen, weights, bias, out, out_stride, n_out, N_USED: tl.constexpr, WIDTH: tl.constexpr
 ):
     """out[t] += weights[p] * (xm[p] * raw[p] (+ bias[e])) for each of t's pairs p; grid (tokens, n_out / WIDTH)."""

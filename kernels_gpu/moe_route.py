@@ -9,7 +9,7 @@ import triton.language as tl
 
 
 @triton.jit
-def route(  # type: ignore[no-untyped-def]
+def route(
     logits,
     logits_stride,
     positions,
@@ -47,7 +47,7 @@ def route(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def group(chosen, n_pairs, counts, order, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def group(chosen, n_pairs, counts, order, WIDTH: tl.constexpr):
     """counts int32[e] = pairs of expert e; order int32: all pairs, those of expert 0 first; grid (n_expert,)."""
     e = tl.program_id(0)
     first = 0
@@ -69,7 +69,7 @@ def group(chosen, n_pairs, counts, order, WIDTH: tl.constexpr):  # type: ignore[
 
 
 @triton.jit
-def observe_experts(  # type: ignore[no-untyped-def]
+def observe_experts(
     x,
     x_stride,
     counts,

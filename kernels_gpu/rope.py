@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _cos_sin(turns):  # type: ignore[no-untyped-def]
+def _cos_sin(turns):
     """Of an f64 number of turns: the library's functions keep a table on the stack for large angles.
 
     The nearest quarter turn is taken away in f64, and what is left, up to an eighth, goes into Taylor's series.
@@ -24,7 +24,7 @@ def _cos_sin(turns):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def angles(positions, inv_freq, table, n_half, scale, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def angles(positions, inv_freq, table, n_half, scale, WIDTH: tl.constexpr):
     """table[t, i] = scale * (cos, sin) of positions[t] * inv_freq[i]; grid (tokens,)."""
     t = tl.program_id(0)
     i = tl.arange(0, WIDTH)
@@ -37,9 +37,7 @@ def angles(positions, inv_freq, table, n_half, scale, WIDTH: tl.constexpr):  # t
 
 
 @triton.jit
-def rope(  # type: ignore[no-untyped-def]
-    x, x_stride, table, n_head, head_dim, n_half, NEOX: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr
-):
+def rope(x, x_stride, table, n_head, head_dim, n_half, NEOX: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr):
     """Rotates pairs (i, n_half + i) or (2 i, 2 i + 1) of each head, in place; grid (tokens,)."""
     t = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, WIDTH)[None, :]

@@ -10,7 +10,7 @@ from gguf_run.kernels_gpu.dots import look_up
 
 
 @triton.jit
-def words4(at):  # type: ignore[no-untyped-def]
+def words4(at):
     """The four words at pointers [n] to int32: one 16-byte load a thread."""
     n: tl.constexpr = at.shape[0]
     even, odd = tl.split(tl.reshape(tl.load(at[:, None] + tl.arange(0, 4)[None, :]), (n, 2, 2)))
@@ -20,7 +20,7 @@ def words4(at):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def half_pair(word):  # type: ignore[no-untyped-def]
+def half_pair(word):
     """The two f16 in an int32, as f32."""
     low = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     high = ((word >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -28,7 +28,7 @@ def half_pair(word):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _high_words(high, at, HIGH: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _high_words(high, at, HIGH: tl.constexpr, BITS: tl.constexpr):
     """The words of high bits of units at [n]: the second one is the first again where a unit has only one."""
     if HIGH == 0:
         none = tl.zeros(at.shape, tl.int32)
@@ -42,8 +42,12 @@ def _high_words(high, at, HIGH: tl.constexpr, BITS: tl.constexpr):  # type: igno
 
 
 @triton.jit
-def unit_words(qs, high, row, u, n_unit, BITS: tl.constexpr, HIGH: tl.constexpr, BOOK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Bytes u of units [n] of a row: a tuple of fields of four words, 16 weights each."""
+def unit_words(w, row, u, n_unit, PANEL: tl.constexpr):
+    """Return the codes of units u [n] of a row, a byte each: a tuple of fields of four words, 16 weights a field."""
+    BITS: tl.constexpr = PANEL.bits
+    HIGH: tl.constexpr = PANEL.high
+    BOOK: tl.constexpr = PANEL.book_words
+    qs, high, _scale, _d = w
     qs = qs.to(tl.pointer_type(tl.int32))
     fields = ()
     if BITS == 8:
@@ -77,24 +81,27 @@ def unit_words(qs, high, row, u, n_unit, BITS: tl.constexpr, HIGH: tl.constexpr,
 
 
 @triton.jit
-def _shift(word, left: tl.constexpr):  # type: ignore[no-untyped-def]
+def _shift(word, left: tl.constexpr):
     return word << left if left >= 0 else word >> -left
 
 
 @triton.jit
-def exponent_half(e):  # type: ignore[no-untyped-def]
+def exponent_half(e):
     """2**(e - 128) of int32 e, whose doubled value e8m0 means: books of e2m1 hold doubled values."""
     bits = tl.where(e < 2, 0x200000 << e, (e - 1) << 23)
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def unit_factors(scale, d, row, u, n_unit, BITS: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr):  # type: ignore[no-untyped-def]
+def unit_factors(w, row, u, n_unit, PANEL: tl.constexpr):
     """What the dot products of units [n] are multiplied with, and what is added.
 
     GROUP 32: (scale f32, minimum f32); minimum is 0 and unused where there is none. GROUP 16: (packed int8 scales,
     their packed minimums, d, -dmin).
     """
+    _qs, _high, scale, d = w
+    BITS: tl.constexpr = PANEL.bits
+    SCALES: tl.constexpr = PANEL.scales
     at = row * n_unit + u
     none = tl.zeros(u.shape, tl.float32)
     zero = tl.zeros(u.shape, tl.int32)
@@ -116,7 +123,7 @@ def unit_factors(scale, d, row, u, n_unit, BITS: tl.constexpr, GROUP: tl.constex
         return pairs & 0x0F0F0F0F, (pairs >> 4) & 0x0F0F0F0F, factor, -minimum
     else:
         factor = tl.load(d.to(tl.pointer_type(tl.float16)) + at_d).to(tl.float32)
-        if GROUP == 32:
+        if PANEL.group == 32:
             return factor * tl.load(scale.to(tl.pointer_type(tl.int8)) + at).to(tl.float32), none
         elif BITS == 2:
             return tl.load(scale.to(tl.pointer_type(tl.int32)) + at), zero, factor, none

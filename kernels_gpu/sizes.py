@@ -1,0 +1,35 @@
+"""Bytes of the memory that a GPU program will allocate (buffers.py), without torch: what placement counts with."""
+
+from collections.abc import Sequence
+
+from gguf_run.formats.tensors import TensorInfo
+from gguf_run.kernels_gpu.tuning import MOST_PROGRAMS, SCRATCH
+from gguf_run.models.config import ModelConfig
+
+ROWS = 32  # buffers have a multiple of this many rows, so that kernels for few tokens need no masks
+
+
+def padded(n_row: int) -> int:
+    """Return the rows of memory for n_row rows."""
+    return -(-n_row // ROWS) * ROWS
+
+
+def program_bytes(
+    config: ModelConfig, tensors: Sequence[TensorInfo], n_batch: int, n_outputs: int, row_width: int
+) -> int:
+    """Return an upper estimate of a program's memory, in bytes, for a step of n_batch tokens and n_outputs result rows.
+
+    row_width: columns of all buffers of a token together.
+    """
+    n_batch, n_outputs = padded(n_batch), padded(n_outputs)
+    matrices = [tensor for tensor in tensors if len(tensor.ne) > 1]
+    inner = max(tensor.ne[1] * (2 if "ffn_" in tensor.name else 1) for tensor in matrices if "blk." in tensor.name)
+    # Attention's sums of parts, and what the sums are relative to.
+    attention = max(n_batch, MOST_PROGRAMS) * config.n_head * (config.head_dim + 2)
+    # Pairs of tokens and experts: results of products, choice, weights, counts.
+    pairs = config.moe.n_used * (max(2 * config.n_ff_exp, config.n_embd) + 4) + 2 * config.n_expert
+    # For each row: buffers, their int8 or f16 forms (not larger than `inner`), angles of two rotations.
+    rows = (n_batch + n_outputs) * (row_width + inner + 2 * config.n_rot + pairs) + n_outputs * config.n_vocab
+    raw = max(n_batch * inner, n_outputs * config.n_vocab)
+    weights = min(SCRATCH, max(tensor.ne[0] * tensor.ne[1] for tensor in matrices))
+    return 4 * (rows + raw + attention) + 2 * weights
