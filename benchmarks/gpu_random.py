@@ -34,7 +34,7 @@ def random_part(type_name: str, n_in: int, n_out: int, device: torch.device) -> 
     panel = panel_for(type_name)
     part = empty(panel, n_in, n_out, device)
     if not isinstance(panel, IntPanel):
-        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[panel.name]
+        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[panel.scales]
         part.qs.view(dtype)[:, :n_in].normal_(0, STD)
         return part
     for plane in (part.qs, part.high):

@@ -13,13 +13,14 @@ from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.reader import Tensor
 from gguf_run.kernels_gpu.buffers import Memory
 from gguf_run.kernels_gpu.cache import GpuCache, new_rows
-from gguf_run.kernels_gpu.cache_formats import cache_format, rows_stored
+from gguf_run.kernels_gpu.cache_formats import cache_format
 from gguf_run.kernels_gpu.device import capability, current
 from gguf_run.kernels_gpu.errors import gpu_errors
 from gguf_run.kernels_gpu.limits import measure_limits
 from gguf_run.kernels_gpu.memory import GpuExperts, GpuSquares, GpuWeight, WeightPart
 from gguf_run.kernels_gpu.program import GpuProgram
 from gguf_run.kernels_gpu.repack import Uploader
+from gguf_run.kernels_gpu.sizes import cache_rows
 from gguf_run.kernels_gpu.tuning import DEFAULT, TUNINGS
 from gguf_run.models.backend import CacheType
 from gguf_run.models.operands import AttentionShape, Buffer
@@ -33,7 +34,7 @@ class GpuBackend:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._tuning = TUNINGS.get(capability(device), DEFAULT)
+        self.tuning = TUNINGS.get(capability(device), DEFAULT)
         self._uploader = Uploader(device)
         self._uploaded: dict[int, tuple[Tensor, WeightPart]] = {}
         self._bytes = {"weights": 0, "cache": 0}
@@ -95,7 +96,7 @@ class GpuBackend:
         return torch.from_numpy(np.concatenate(values)).to(self.device)
 
     def cache(self, shape: AttentionShape, n_ctx: int, n_batch: int, n_seq: int, kind: CacheType) -> GpuCache:
-        n_rows = rows_stored(n_ctx, n_batch, shape.window)
+        n_rows = cache_rows(n_ctx, n_batch, shape.window)
         k, v = (
             new_rows(cache_format(name, shape.head_dim), shape, n_rows, n_seq, kind.rotate, scales, self.device)
             for name, scales in ((kind.k, kind.k_scales), (kind.v, kind.v_scales))
@@ -109,7 +110,7 @@ class GpuBackend:
     def program(
         self, parts: Sequence[Sequence[GpuOp]], after: Sequence[GpuOp], result: Buffer, n_batch: int, n_outputs: int
     ) -> GpuProgram:
-        memory = Memory(self.device, self._tuning, n_batch, n_outputs)
+        memory = Memory(self.device, self.tuning, n_batch, n_outputs)
         return GpuProgram(memory, parts, after, result, n_batch, n_outputs)
 
     def close(self) -> None:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor as Array
 
 from gguf_run.kernels_gpu.attention_append import append, read_rows
-from gguf_run.kernels_gpu.cache_formats import GROUP, CacheFormat
+from gguf_run.kernels_gpu.cache_formats import CacheFormat
 from gguf_run.kernels_gpu.device import current
+from gguf_run.models.kv_cache import GROUP, rotates
 from gguf_run.models.operands import AttentionShape, Rotation
 
 
@@ -142,10 +143,10 @@ def new_rows(
     scales: Sequence[float] | None,
     device: torch.device,
 ) -> Rows:
-    """Return memory for K or V. n_rows: see cache_formats.rows_stored. rotate, scales: see models.backend.CacheType."""
+    """Return memory for K or V. n_rows: see sizes.cache_rows. rotate, scales: see models.backend.CacheType."""
     size, head_dim = (n_seq, shape.n_head_kv, n_rows), shape.head_dim
     qs = torch.zeros(*size, head_dim * form.bits // 8, dtype=torch.uint8, device=device)
     n_scale = form.n_scale(head_dim)
     d = torch.zeros(*size, n_scale, dtype=torch.float16, device=device) if n_scale else None
     static = None if scales is None else torch.tensor(scales, device=device)
-    return Rows(form, head_dim, form.rotates(head_dim, rotate, scales is not None), static, qs, d)
+    return Rows(form, head_dim, rotates(form.bits, head_dim, rotate, scales is not None), static, qs, d)

@@ -41,17 +41,19 @@ class Launches:
         if n in self._graphs:
             self._graphs[n].replay()
             return
-        launches = self._few if n <= FEW else self._many
-        for launch in launches:
-            launch(n)
+        self.launch(n)
         if n <= FEW and self._captures:  # all kernels are compiled and loaded now; capturing runs nothing
             graph = torch.cuda.CUDAGraph()
             # torch's own stream for captures is one device's; what other threads do meanwhile is no error
             stream = torch.cuda.Stream(self._device)
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                for launch in launches:
-                    launch(n)
+                self.launch(n)
             self._graphs[n] = graph
+
+    def launch(self, n: int) -> None:
+        """Launch all kernels for n rows, a bucket."""
+        for launch in self._few if n <= FEW else self._many:
+            launch(n)
 
     def followed_by(self, launch: Launch) -> "Launches":
         return Launches([*self._few, launch], [*self._many, launch], self._device, self._captures)
@@ -75,7 +77,7 @@ class GpuProgram:
     ) -> None:
         """parts, after: lists of ops. See models.backend.Backend.program."""
         self.n_batch, self.n_outputs = n_batch, n_outputs
-        self._memory, self._result = memory, memory.rows(result)
+        self.memory, self._result = memory, memory.rows(result)
         capture = not any(isinstance(op, Observe) for ops in (*parts, after) for op in ops)  # its rows change each step
         known: set[Rotation] = set()
         launches = []
@@ -95,11 +97,11 @@ class GpuProgram:
     ) -> Results:
         if self._closed:  # its memory is gone
             raise ValueError("the program is closed")
-        with current(self._memory.device):
+        with current(self.memory.device):
             if part == 0:
-                self._memory.step.set(rows, ids, runs)
+                self.memory.step.set(rows, ids, runs)
             elif rows:
-                self._memory.step.set(rows)
+                self.memory.step.set(rows)
             self._parts[part].run(len(ids))
             if len(rows) == 1 and 0 < n_top <= SIZES[-1]:
                 return self._greatest(n_top)
@@ -118,8 +120,8 @@ class GpuProgram:
 
     @gpu_errors()
     def more(self, rows: Sequence[int]) -> NDArray[np.float32]:
-        with current(self._memory.device):
-            self._memory.step.set(rows)
+        with current(self.memory.device):
+            self.memory.step.set(rows)
             return self._results(len(rows))
 
     def _results(self, n_row: int) -> NDArray[np.float32]:
@@ -127,21 +129,21 @@ class GpuProgram:
         if n_row:
             self._after.run(n_row)
             host.copy_(self._result[:n_row], non_blocking=True)
-            if self._memory.device.type == "cuda":
+            if self.memory.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()
         return host.numpy()
 
     @gpu_errors()
     def to_host(self, buffer: Buffer, n_tokens: int) -> NDArray[np.float32]:
-        rows: NDArray[np.float32] = self._memory.rows(buffer)[:n_tokens].cpu().numpy()
+        rows: NDArray[np.float32] = self.memory.rows(buffer)[:n_tokens].cpu().numpy()
         return rows
 
     @gpu_errors()
     def copy_from(self, other: Program, source: Buffer, n_tokens: int, target: Buffer) -> None:
         """From another GPU without a wait: torch orders the copy after what both devices' streams have to do before."""
-        to = self._memory.rows(target)[:n_tokens]
+        to = self.memory.rows(target)[:n_tokens]
         if isinstance(other, GpuProgram):
-            to.copy_(other._memory.rows(source)[:n_tokens], non_blocking=True)
+            to.copy_(other.memory.rows(source)[:n_tokens], non_blocking=True)
         else:
             to.copy_(torch.from_numpy(other.to_host(source, n_tokens)))
 

@@ -1,10 +1,14 @@
-"""Bytes of the memory that a GPU program will allocate (buffers.py), without torch: what placement counts with."""
+"""Bytes that the GPU backend will allocate for caches and programs (buffers.py), without torch: for placement."""
 
 from collections.abc import Sequence
 
 from gguf_run.formats.tensors import TensorInfo
+from gguf_run.kernels_gpu.cache_formats import CACHE_FORMATS, SPAN
 from gguf_run.kernels_gpu.tuning import MOST_PROGRAMS, SCRATCH
+from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
+from gguf_run.models.kv_cache import rows_stored
+from gguf_run.models.operands import AttentionShape
 
 ROWS = 32  # buffers have a multiple of this many rows, so that kernels for few tokens need no masks
 
@@ -12,6 +16,18 @@ ROWS = 32  # buffers have a multiple of this many rows, so that kernels for few 
 def padded(n_row: int) -> int:
     """Return the rows of memory for n_row rows."""
     return -(-n_row // ROWS) * ROWS
+
+
+def cache_rows(n_ctx: int, n_batch: int, window: int) -> int:
+    """Return how many positions of a sequence a layer stores."""
+    return rows_stored(n_ctx, n_batch, window, multiple=SPAN, span=SPAN)
+
+
+def cache_bytes(shape: AttentionShape, kind: CacheType, n_ctx: int, n_batch: int, n_seq: int) -> int:
+    """Return the bytes of one layer's cache, exactly. A type that GPUs do not have takes none."""
+    n_rows = n_seq * cache_rows(n_ctx, n_batch, shape.window)
+    forms = [CACHE_FORMATS[name] for name in (kind.k, kind.v) if name in CACHE_FORMATS]
+    return shape.n_head_kv * n_rows * sum(form.row_bytes(shape.head_dim) for form in forms)
 
 
 def program_bytes(

@@ -10,13 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("torch")
-pytest.importorskip("triton")
-
-import torch
 from cpu_ops import cpu
-from gpu_ops import fast_dots, gpu, only_interpreted
+from gpu_ops import fast_dots, gpu, only_interpreted, pytestmark, torch, use_tuning
 from numpy_backend import NumpyBackend
 from real import smollm2
 from tinymodel import ALL_BIASES, TINY_GEMMA3, Tiny, write_tiny
@@ -29,7 +24,6 @@ from gguf_run.kernels_gpu.backend import GpuBackend
 from gguf_run.kernels_gpu.cache_formats import CACHE_FORMATS
 from gguf_run.kernels_gpu.errors import explain
 from gguf_run.kernels_gpu.limits import measure_limits
-from gguf_run.kernels_gpu.matmul import Tuning
 from gguf_run.kernels_gpu.program import Launches
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
@@ -38,12 +32,7 @@ from gguf_run.runtime.cache_plan import plan_cache
 from gguf_run.runtime.memory import MemoryPlan
 from gguf_run.runtime.placement import CPU, Device, fit
 
-__all__ = ["fast_dots"]
-pytestmark = [
-    pytest.mark.usefixtures("fast_dots"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # rows that only fill up may hold anything
-    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # the interpreter's own
-]
+__all__ = ["fast_dots", "pytestmark"]
 LLAMA = Tiny(n_layer=1, n_embd=64, n_head=2, n_head_kv=1, n_ff=32, type="Q8_0", biases=ALL_BIASES)
 MODELS = {
     "llama": replace(LLAMA, types={"attn_v": "Q5_1", "ffn_down": "F16"}),
@@ -88,7 +77,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 def test_tiny_models(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch, with f16 activations, and one token with int8 ones, which cost as much accuracy as on the CPU. Large
     tiles: the interpreter takes no longer for them."""
-    monkeypatch.setattr(gpu_backend, "DEFAULT", Tuning(tile=(256, 16), rows=((1, 16),)))
+    use_tuning(monkeypatch, tile=(256, 16), rows=((1, 16),))
     write_tiny(tmp_path / "model.gguf", MODELS[name])
     one, other, exact = (
         open_decoder(tmp_path / "model.gguf", backend) for backend in (gpu(), cpu(2), NumpyBackend(np.float64))
@@ -143,7 +132,6 @@ def test_layers_on_several_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     two types, which cost as much accuracy as on the CPU. From GPU to GPU nothing goes through the host."""
     write_tiny(tmp_path / "model.gguf", replace(LLAMA, n_layer=3, n_ff=32))
     places: list[Any] = [gpu(), gpu(), cpu(2)]
-    monkeypatch.setattr(places[0], "to_host", None)
     options = {"n_seq": 2, "cache_types": [CacheType("q8_0", "q8_0"), CacheType(), CacheType("q8_0", "q8_0")]}
     mixed = open_decoder(tmp_path / "model.gguf", places, embedding=cpu(2), **options)
     one, exact = (open_decoder(tmp_path / "model.gguf", b, **options) for b in (cpu(2), NumpyBackend(np.float64)))
@@ -246,7 +234,7 @@ def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_layers_of_a_real_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """SmolLM2, Q4_1: large tiles, because the interpreter takes no longer for them. The GPU multiplies f16 with what
     the CPU makes int8 of."""
-    monkeypatch.setattr(gpu_backend, "DEFAULT", Tuning(tile=(1024, 32)))
+    use_tuning(monkeypatch, tile=(1024, 32))
     ids = [1, 4093, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712]
     exact = open_decoder(smollm2(), NumpyBackend(np.float64), n_layer=2)
     one, other = (open_decoder(smollm2(), backend, n_layer=2) for backend in (gpu(), cpu(2)))
