@@ -36,6 +36,7 @@ from gguf_run.formats.machine_code import Entry, Kind, Loader, compile_entry
 # instruction set more than the SIMD kernels' own summation order; a kernel that wants it asks for it.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy"}
 _KERNEL_FOLDERS = tuple(Path(__file__).resolve().parent.parent / name for name in ("formats", "kernels_cpu"))
+_CONSTANTS = Path(__file__).resolve().parent.parent / "models" / "kv_cache.py"  # whose numbers are in kernels
 _KEEP_FOLDERS, _KEEP_SECONDS = 16, 86400  # of other versions: so many, and those in use today
 
 
@@ -43,9 +44,8 @@ _KEEP_FOLDERS, _KEEP_SECONDS = 16, 86400  # of other versions: so many, and thos
 def kernel_cache_dir() -> Path | None:
     """Return the folder for compiled kernels of exactly these sources, or None (with a warning) if none is writable."""
     digest = hashlib.sha256()
-    for folder in _KERNEL_FOLDERS:
-        for source in sorted(folder.glob("*.py")):
-            digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    for source in (*(source for folder in _KERNEL_FOLDERS for source in sorted(folder.glob("*.py"))), _CONSTANTS):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
     path = user_cache_dir() / f"kernels-{digest.hexdigest()[:16]}"
     try:
         if not path.is_dir():

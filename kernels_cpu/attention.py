@@ -38,13 +38,14 @@ from gguf_run.kernels_cpu.attention_softmax import (
     scale_vectors,
 )
 from gguf_run.kernels_cpu.attention_tile import FEW, FEW_VECTORS, TILE, VECTORS, score_tile, value_tile
-from gguf_run.kernels_cpu.cache_types import FORMATS, GROUP
+from gguf_run.kernels_cpu.cache_types import FORMATS
 from gguf_run.kernels_cpu.hadamard import hadamard
 from gguf_run.kernels_cpu.native import f32_at, i64_at
-from gguf_run.kernels_cpu.op import Op, op
+from gguf_run.kernels_cpu.op import TapeOp, op
 from gguf_run.kernels_cpu.panels import BLOCK, ROWS, FloatPanel, IntPanel
 from gguf_run.kernels_cpu.quantize import quantize_row
 from gguf_run.kernels_cpu.runs import runs_at
+from gguf_run.models.kv_cache import GROUP
 
 _AHEAD = 2  # groups of integers between what is used and what is asked for
 
@@ -57,7 +58,7 @@ def scaled_copy(source, n, factor, to):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def attend(k_form: int, v_form: int) -> Op:
+def attend(k_form: int, v_form: int) -> TapeOp:
     """softmax(scale * q.k) @ v over a cache of these types (places in FORMATS).
 
     With one part, out gets the result; with more, parts gets each piece's sums, maxima and sums of exponentials.

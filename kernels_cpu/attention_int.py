@@ -18,10 +18,11 @@ from gguf_run.kernels_cpu import isa
 from gguf_run.kernels_cpu.attention_softmax import SPAN
 from gguf_run.kernels_cpu.attention_tile import apart, nothing
 from gguf_run.kernels_cpu.cache_codec import FLOAT8_FACTOR
-from gguf_run.kernels_cpu.cache_types import FORMATS, GROUP, CacheFormat
+from gguf_run.kernels_cpu.cache_types import FORMATS, CacheFormat
 from gguf_run.kernels_cpu.int_tile import int_tile, unpacked
 from gguf_run.kernels_cpu.panels import ROWS, FloatPanel, IntPanel
 from gguf_run.kernels_cpu.simd import F16, F32, I16, I32, I64, Simd, Val, kernel
+from gguf_run.models.kv_cache import GROUP
 
 INT_ROWS = 4 if isa.current().lanes == 16 else 2  # query rows of a tile, by 2 vectors; divides FEW and TILE
 _VECTORS = SPAN // ROWS

@@ -21,7 +21,7 @@ PER_THREAD = 4  # pieces of an op that a thread does on average, when all thread
 SHRINKING = 8  # the same for pieces of shrinking size
 
 
-class Op:
+class TapeOp:
     """A function of a tape. It is compiled, or loaded from the cache, when its address is first asked for."""
 
     def __init__(self, function: Callable[..., None], fields: np.dtype, options: dict[str, Any]) -> None:
@@ -44,10 +44,10 @@ class Op:
         return record
 
 
-def op(integers: str, floats: str = "", **options: Any) -> Callable[[Callable[..., None]], Op]:
+def op(integers: str, floats: str = "", **options: Any) -> Callable[[Callable[..., None]], TapeOp]:
     """Declare an op with int64 and float64 fields (names separated by blanks); options go to numba."""
     fields = np.dtype([(name, "i8") for name in integers.split()] + [(name, "f8") for name in floats.split()])
-    return lambda function: Op(function, fields, options)
+    return lambda function: TapeOp(function, fields, options)
 
 
 @njit(inline="always")

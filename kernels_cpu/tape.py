@@ -1,136 +1,142 @@
-"""What is recorded of a step: its ops on a tape, their buffers, and which rows stand somewhere as int8 already."""
+"""A tape: the kernels of a program, bound to addresses in the order in which they run, and their memory."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.kernels_cpu.matmul import TOKENS
-from gguf_run.kernels_cpu.memory import CpuBuffer, aligned
-from gguf_run.kernels_cpu.op import Op
-from gguf_run.kernels_cpu.panels import ROWS, IntPanel, Panel
-from gguf_run.kernels_cpu.program import CpuProgram
-from gguf_run.kernels_cpu.quantize import quantize
-from gguf_run.kernels_cpu.rows import copy_rows
+from gguf_run.kernels_cpu.memory import LANES, aligned
+from gguf_run.kernels_cpu.op import TapeOp
+from gguf_run.kernels_cpu.panels import ROWS
 from gguf_run.kernels_cpu.runs import RunTable
-from gguf_run.kernels_cpu.team import Team
+from gguf_run.models.operands import Buffer, Rotation
 
-_SHARED = ("scratch", "scratch_stride", "parts")  # fields that `finish` fills
+_SCRATCH = ("scratch", "scratch_stride", "parts")  # fields that `finish` fills
 
 
-@dataclass
-class _Activations:
-    """What is known of a buffer's present contents in the form that integer panels read."""
+class Rows(NamedTuple):
+    """Where rows are."""
 
-    producer: NDArray[np.void] | None = None  # the arguments of the op that can quantize what it has just made
-    q8: NDArray[np.uint8] | None = None  # the quantized rows, once something wants them
+    address: int
+    stride: int  # bytes from one row to the next
+
+
+Value: TypeAlias = "Buffer | Rows | NDArray[np.generic] | int | float | None"
 
 
 class Tape:
-    """Ops bound to addresses, in the order in which they run, and the memory that they share.
+    """Kernels are recorded; `finish` lays them out for the team of threads.
 
-    keep: what has its address in an op's arguments. q8: activations as int8, by the place of the rows.
+    The tape keeps alive whatever has its address in a kernel's arguments.
     """
 
-    def __init__(self, team: Team, n_batch: int, n_outputs: int, compile_ops: Callable[[Iterable[Op]], None]) -> None:
-        """compile_ops: called at the end with the ops of the tape."""
-        self._team, self._compile = team, compile_ops
-        self.n_batch, self.n_outputs, self.n_threads = n_batch, n_outputs, team.n_threads
-        self.ops: list[tuple[Op, NDArray[np.void]]] = []
-        self.keep: list[Any] = []
-        self.table = RunTable(n_batch, n_outputs)
-        self.q8: dict[tuple[int, int], NDArray[np.uint8]] = {}
-        self._body = -1
-        self._cuts: list[int] = []
+    def __init__(self, n_threads: int, n_batch: int, n_outputs: int) -> None:
+        self.n_threads, self.n_batch, self.n_outputs = n_threads, n_batch, n_outputs
+        self.kernels: list[TapeOp] = []
+        self.table = table = RunTable(n_batch, n_outputs)
+        self._arguments: list[NDArray[np.void]] = []
+        self._kept: dict[int, NDArray[np.generic]] = {}
+        self.angles: dict[Rotation, NDArray[np.float32]] = {}  # cos and sin of the positions of a step
+        self._buffers: dict[str, NDArray[np.float32]] = {}
+        self._int8: dict[Buffer, NDArray[np.uint8]] = {}
+        self._shared: dict[tuple[str, int], NDArray[np.uint8]] = {}
         self._scratch_bytes = self._parts_bytes = 0
-        self._known: dict[int, dict[tuple[int, int], _Activations]] = {}
+        self.need(scratch=4 * TOKENS * ROWS)
+        self.zeros = Rows(self.address(aligned(4 * LANES)), 0)
+        # Fields that mean the same in all kernels.
+        self._common: dict[str, float] = {**dict.fromkeys(_SCRATCH, 0), "n_runs": table.n_runs}
+        for name in ("ids", "positions", "run_of", "runs"):
+            self._common[name] = self.address(getattr(table, name))
 
-    @property
-    def is_after(self) -> bool:
-        """Whether the rows whose results are wanted have been chosen."""
-        return self._body >= 0
+    def address(self, array: NDArray[np.generic]) -> int:
+        """Keep an array alive and return its address."""
+        self._kept[id(array)] = array
+        return array.ctypes.data
 
     def need(self, *, scratch: int = 0, parts: int = 0) -> None:
-        """Ops with the fields of these names get memory: `scratch` bytes for each thread, `parts` bytes for all."""
+        """Kernels with the fields of these names get memory: `scratch` bytes for each thread, `parts` bytes for all."""
         self._scratch_bytes = max(self._scratch_bytes, scratch)
         self._parts_bytes = max(self._parts_bytes, parts)
 
-    def record(self, op: Op, **values: Any) -> NDArray[np.void]:
-        """Append an op. Returns its arguments: they can still be changed."""
-        names = op.fields.names or ()
-        arguments = op.bind(**values, **{name: 0 for name in _SHARED if name in names})
-        self.ops.append((op, arguments))
-        return arguments
+    def buffer(self, buffer: Buffer) -> NDArray[np.float32]:
+        """Return a buffer's rows, f32[n, width]. The memory of its name is allocated at the first call."""
+        memory = self._buffers.get(buffer.name)
+        if memory is None:
+            n_rows = -(-(self.n_outputs if buffer.outputs else self.n_batch) // TOKENS) * TOKENS
+            width = -(-buffer.row_width // ROWS) * ROWS
+            memory = aligned(4 * n_rows * width).view(np.float32).reshape(n_rows, width)
+            self._buffers[buffer.name] = memory
+        return memory[:, buffer.start : buffer.start + buffer.width]
 
-    def written(self, out: CpuBuffer, producer: NDArray[np.void] | None = None) -> None:
-        """Columns of out's memory have new contents."""
-        known = self._known[id(out.memory)] = {}
-        if producer is not None and out.width % 32 == 0:
-            known[out.address, out.width] = _Activations(producer)
+    def rows(self, buffer: Buffer) -> Rows:
+        """Return where the rows of a buffer are."""
+        data = self.buffer(buffer)
+        return Rows(data.ctypes.data, data.strides[0])
 
-    def quantized(self, x: CpuBuffer) -> NDArray[np.uint8]:
-        """x's rows as activation blocks: by the op that made x, if it can, else by an op of its own; once."""
-        key = (x.address, x.width)
-        known = self._known.setdefault(id(x.memory), {}).setdefault(key, _Activations())
-        if known.q8 is None:
-            if key not in self.q8:
-                self.q8[key] = aligned(len(x.memory) * 2 * x.width)
-            known.q8 = self.q8[key]
-            q8 = {"q8": known.q8.ctypes.data, "q8_stride": 2 * x.width}
-            if known.producer is not None:
-                for name, value in q8.items():
-                    known.producer[name] = value
-            else:
-                self.record(quantize, rows=x.rows, n=x.width, x=x.address, x_stride=x.stride, **q8)
-        return known.q8
+    def int8(self, buffer: Buffer) -> Rows:
+        """Return where the int8 form of a buffer's rows is, in activation blocks (int_tile.py)."""
+        if buffer not in self._int8:
+            self._int8[buffer] = aligned(len(self.buffer(buffer)) * 2 * buffer.width)
+        return Rows(self._int8[buffer].ctypes.data, 2 * buffer.width)
 
-    def buffer(self, width: int) -> CpuBuffer:
-        after = self.is_after
-        n_rows = -(-(self.n_outputs if after else self.n_batch) // TOKENS) * TOKENS
-        stride = -(-width // ROWS) * ROWS
-        memory = aligned(4 * n_rows * stride).view(np.float32).reshape(n_rows, stride)
-        self.keep.append(memory)
-        return CpuBuffer(memory, self.table.n_out if after else self.table.n_tokens, 0, width)
+    def shared(self, name: str, n_bytes: int) -> NDArray[np.uint8]:
+        """Return memory that all kernels with one name and size use in turn."""
+        key = name, n_bytes
+        if key not in self._shared:
+            self._shared[key] = aligned(n_bytes)
+        return self._shared[key]
 
-    def rows_of(self, x: CpuBuffer, panel: Panel) -> tuple[int, int]:
-        """Address and stride of x's rows in the form that a panel is multiplied with."""
-        if isinstance(panel, IntPanel):
-            return self.quantized(x).ctypes.data, 2 * x.width
-        return x.address, x.stride
+    def shared_rows(self, name: str, n: int, stride: int) -> Rows:
+        """Return where n rows of `stride` bytes in shared memory are."""
+        return Rows(self.address(self.shared(name, n * stride)), stride)
 
-    def cut(self) -> None:
-        self._cuts.append(len(self.ops))
-        self._known.clear()
+    def record(self, kernel: TapeOp, rows: Buffer, **values: Value) -> None:
+        """Append one kernel: see record_all."""
+        self.record_all([kernel], rows, **values)
 
-    def outputs(self, x: CpuBuffer) -> CpuBuffer:
-        self._body = len(self.ops)
-        out = self.buffer(x.width)
-        self.record(
-            copy_rows,
-            rows=out.rows,
-            index=self.table.rows.ctypes.data,
-            n=x.width,
-            x=x.address,
-            x_stride=x.stride,
-            out=out.address,
-            out_stride=out.stride,
-        )
-        self.written(out)
-        return out
+    def record_all(self, kernels: Sequence[TapeOp], rows: Buffer, **values: Value) -> None:
+        """Append kernels. Each one takes the values of its fields.
 
-    def finish(self, result: CpuBuffer) -> "CpuProgram":
-        """Give the ops their shared memory, compile them, and lay out the tape."""
-        self._compile(dict.fromkeys(op for op, _ in self.ops))
-        n_threads = self.n_threads
+        rows: the kernels work on as many rows as this buffer has.
+        values: by the name of a field. An array stands for its address, None for 0. Buffers and Rows fill two fields,
+            NAME and NAME_stride.
+
+        Raises TypeError for a value that no kernel has a field for, and for a field without a value.
+        """
+        unknown = values.keys() - {name for kernel in kernels for name in kernel.fields.names or ()}
+        if unknown:
+            raise TypeError(f"{kernels[0].function.__name__} has no fields {sorted(unknown)}")
+        numbers = self._common | {"rows": self.table.n_out if rows.outputs else self.table.n_tokens}
+        for name, value in values.items():
+            numbers |= self._numbers(name, value)
+        for kernel in kernels:
+            names = kernel.fields.names or ()
+            self._arguments.append(kernel.bind(**{name: numbers[name] for name in names if name in numbers}))
+            self.kernels.append(kernel)
+
+    def _numbers(self, name: str, value: Value) -> dict[str, float]:
+        """Return the fields that a value fills, and their numbers."""
+        if isinstance(value, Buffer):
+            value = self.rows(value)
+        if isinstance(value, Rows):
+            return {name: value.address, f"{name}_stride": value.stride}
+        if value is None:
+            return {name: 0, f"{name}_stride": 0}
+        return {name: self.address(value) if isinstance(value, np.ndarray) else value}
+
+    def finish(self) -> NDArray[np.int64]:
+        """Give the kernels their scratch memory and return their addresses and arguments, int64[n, 2]."""
         stride = -(-self._scratch_bytes // 64) * 64
-        scratch, parts = aligned(stride * n_threads), aligned(self._parts_bytes)
-        shared = dict(zip(_SHARED, (scratch.ctypes.data, stride, parts.ctypes.data), strict=True))
-        for op, arguments in self.ops:
-            for name in shared.keys() & set(op.fields.names or ()):
+        scratch = self.shared("scratch", stride * self.n_threads).ctypes.data
+        shared = dict(
+            zip(_SCRATCH, (scratch, stride, self.shared("parts", self._parts_bytes).ctypes.data), strict=True)
+        )
+        for arguments in self._arguments:
+            for name in shared.keys() & set(arguments.dtype.names or ()):
                 arguments[name] = shared[name]
-        tape = np.array([(op.compiled.address, arguments.ctypes.data) for op, arguments in self.ops], np.int64)
-        keep = [self.keep, [arguments for _, arguments in self.ops], self.q8, scratch, parts]
-        body = self._body if self.is_after else len(tape)
-        return CpuProgram(self._team, tape, body, self._cuts, self.table, result, keep)
+        return np.array(
+            [(kernel.compiled.address, a.ctypes.data) for kernel, a in zip(self.kernels, self._arguments, strict=True)],
+            np.int64,
+        ).reshape(-1, 2)

@@ -18,7 +18,7 @@ from gguf_run.models.architectures import (
     Architecture,
     Shape,
 )
-from gguf_run.models.backend import Attention, Moe
+from gguf_run.models.operands import AttentionShape, Mixture
 from gguf_run.models.rope import SCALING_TYPES, RopeScaling
 
 _MAX_LAYERS = 1024
@@ -74,7 +74,7 @@ class ModelConfig:
     n_layer_dense_lead: int
     n_ff_exp: int
     n_ff_shexp: int
-    moe: Moe
+    moe: Mixture
 
     @property
     def n_embd_q(self) -> int:
@@ -91,10 +91,12 @@ class ModelConfig:
         """Pairs of dimensions that are rotated."""
         return self.n_rot // 2
 
-    def attention(self, il: int) -> Attention:
+    def attention(self, il: int) -> AttentionShape:
         """Return the shape of layer il's attention."""
         window = self.window if self.is_swa[il] else 0
-        return Attention(self.n_head, self.n_head_kv, self.head_dim, self.attention_scale, window, self.attn_softcap)
+        return AttentionShape(
+            self.n_head, self.n_head_kv, self.head_dim, self.attention_scale, window, self.attn_softcap
+        )
 
     def has_rope(self, il: int) -> bool:
         """Whether layer il rotates q and k."""
@@ -272,7 +274,7 @@ def _read(arch: Architecture, keys: _Keys, tensors: Mapping[str, Tensor]) -> Mod
         n_layer_dense_lead=keys.integer("leading_dense_block_count", 0, low=0, high=n_layer),
         n_ff_exp=n_ff_exp,
         n_ff_shexp=keys.integer("expert_shared_feed_forward_length", n_ff_shared, low=0) if n_expert else 0,
-        moe=Moe(
+        moe=Mixture(
             n_used,
             arch.expert_norm,
             keys.factor("expert_weights_scale"),

@@ -17,9 +17,10 @@ import numpy as np
 
 from gguf_run.formats.reader import GGUFFile, Tensor
 from gguf_run.kernels_cpu.backend import CpuBackend
-from gguf_run.kernels_cpu.cache_types import GROUP, cache_bytes
+from gguf_run.kernels_cpu.cache_types import cache_bytes
 from gguf_run.kernels_cpu.limits import Limits, measure_limits
 from gguf_run.models.config import ModelConfig
+from gguf_run.models.kv_cache import GROUP
 from gguf_run.runtime.cache_plan import plan_cache
 from gguf_run.runtime.fetch import find_model
 from gguf_run.runtime.memory import MemoryPlan

@@ -20,8 +20,8 @@ from gguf_run.kernels_cpu.int_tile import X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS
 from gguf_run.kernels_cpu.memory import WeightPart
 from gguf_run.kernels_cpu.panels import BLOCK, PARTS, ROWS, IntPanel
 from gguf_run.kernels_cpu.simd import I16
-from gguf_run.models.backend import Run
-from gguf_run.models.operands import Buffer
+from gguf_run.models.backend import CacheType, Run
+from gguf_run.models.operands import AttentionShape, Buffer
 from gguf_run.models.ops import Embed, Outputs
 
 # Types whose weights are multiplied with int8 activations; all others read the activations as they are.
@@ -29,9 +29,9 @@ QUANTIZED = tuple(INTEGER_FORMS)
 
 
 @functools.cache
-def cpu(n_threads: int = 2, cache_type: str = "f16") -> CpuBackend:
+def cpu(n_threads: int = 2) -> CpuBackend:
     """A backend that all tests share, so that not every test starts threads."""
-    return CpuBackend(n_threads, cache_type)
+    return CpuBackend(n_threads)
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,15 @@ class Step:
         """All result rows for ids first_id, first_id + 1, ..."""
         ids = np.arange(first_id, first_id + n_tokens, dtype=np.int32)
         return self.program.run(ids, [Run(0, n_past, n_tokens)], range(n_tokens)).values.copy()
+
+
+def new_cache(backend: Any, shape: AttentionShape, n_ctx: int, n_batch: int, n_seq: int = 1, kind: str = "f16") -> Any:
+    return backend.cache(shape, n_ctx, n_batch, n_seq, CacheType(kind, kind))
+
+
+def kernel_names(step: Step) -> list[str]:
+    """The kernels on the tape of a program of the CPU backend."""
+    return [kernel.function.__name__ for kernel in step.program._tape.kernels]
 
 
 def error(actual: np.ndarray, expected: np.ndarray) -> float:

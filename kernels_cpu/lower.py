@@ -1,0 +1,276 @@
+"""From a list of ops (models/ops.py) to kernels on a tape: LOWER has one function for each op."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gguf_run.kernels_cpu import moe
+from gguf_run.kernels_cpu.attention import attend
+from gguf_run.kernels_cpu.attention_append import append
+from gguf_run.kernels_cpu.attention_merge import merge
+from gguf_run.kernels_cpu.attention_plan import max_parts, max_rows, part_floats, scratch_floats
+from gguf_run.kernels_cpu.cache import CpuCache
+from gguf_run.kernels_cpu.cache_rows import filled, scratch_bytes
+from gguf_run.kernels_cpu.cache_types import format_id
+from gguf_run.kernels_cpu.gated import gated
+from gguf_run.kernels_cpu.int8_forms import CpuOp, CpuVector, Quantize, with_int8
+from gguf_run.kernels_cpu.layer_norm import layer_norm
+from gguf_run.kernels_cpu.matmul import matmul
+from gguf_run.kernels_cpu.matmul_gated import SCRATCH_BYTES, matmul_gated
+from gguf_run.kernels_cpu.memory import CpuTable, CpuWeight
+from gguf_run.kernels_cpu.moe import CpuExperts
+from gguf_run.kernels_cpu.observe import CpuSquares, observe, observe_experts
+from gguf_run.kernels_cpu.panels import BLOCK, ROWS, IntPanel, Panel, panel_id
+from gguf_run.kernels_cpu.quantize import quantize
+from gguf_run.kernels_cpu.rms_norm import rms_norm
+from gguf_run.kernels_cpu.rope import angles, rope
+from gguf_run.kernels_cpu.rows import copy_rows, embed
+from gguf_run.kernels_cpu.scale import gate_rows, softcap
+from gguf_run.kernels_cpu.tape import Rows, Tape
+from gguf_run.models import ops
+from gguf_run.models.operands import Buffer
+
+
+def lower(tape: Tape, step: Sequence[CpuOp]) -> int:
+    """Append a list of ops to a tape. Returns the number of kernels on it."""
+    for op, int8 in with_int8(step):
+        LOWER[type(op)](tape, op, tape.int8(int8) if int8 else None)
+    return len(tape.kernels)
+
+
+# One function for each op. int8: where the op stores its result as int8 too.
+
+
+def _quantize(tape: Tape, op: Quantize, int8: Rows | None) -> None:
+    tape.record(quantize, op.x, n=op.x.width, x=op.x, q8=tape.int8(op.x))
+
+
+def _embed(tape: Tape, op: ops.Embed[CpuTable], int8: Rows | None) -> None:
+    table = op.table
+    tape.record(
+        embed(table.type_name),
+        op.out,
+        table=table.blocks,
+        row_bytes=table.blocks.shape[1],
+        n=table.n_in,
+        out=op.out,
+        grid=table.grid,
+        n_grid=table.grid.size,
+        scale=op.scale,
+    )
+
+
+def _rms_norm(tape: Tape, op: ops.RmsNorm[CpuVector], int8: Rows | None) -> None:
+    tape.record(
+        rms_norm,
+        op.x,
+        n_group=op.n_group,
+        n=op.x.width // op.n_group,
+        x=op.x,
+        weight=op.weight,
+        out=op.out,
+        residual=op.residual,
+        q8=int8,
+        eps=op.eps,
+    )
+
+
+def _layer_norm(tape: Tape, op: ops.LayerNorm[CpuVector], int8: Rows | None) -> None:
+    tape.record(
+        layer_norm,
+        op.x,
+        n_group=op.n_group,
+        n=op.x.width // op.n_group,
+        x=op.x,
+        weight=op.weight,
+        bias=op.bias,
+        out=op.out,
+        q8=int8,
+        eps=op.eps,
+    )
+
+
+def _read(tape: Tape, x: Buffer, panel: Panel) -> Buffer | Rows:
+    """Return x in the form that a panel is multiplied with."""
+    return tape.int8(x) if isinstance(panel, IntPanel) else x
+
+
+def _sizes(panel: Panel, n_in: int) -> dict[str, int]:
+    return {
+        "n_steps": n_in // panel.columns,
+        "step_bytes": panel.step_bytes,
+        "group_bytes": panel.group_bytes(n_in),
+    }
+
+
+def _matmul(tape: Tape, op: ops.Matmul[CpuWeight, CpuVector], int8: Rows | None) -> None:
+    for part in op.weight.parts:
+        columns = part.first, part.n_out
+        tape.record(
+            matmul(panel_id(part.panel)),
+            op.x,
+            n_out=part.n_out,
+            **_sizes(part.panel, op.weight.n_in),
+            w=part.data,
+            x=_read(tape, op.x, part.panel),
+            out=op.out.columns(*columns),
+            residual=op.residual.columns(*columns) if op.residual else tape.zeros,
+            residual_group=4 * ROWS if op.residual else 0,
+            bias=op.bias[part.first :] if op.bias is not None else None,
+        )
+
+
+def _matmul_gated(tape: Tape, op: ops.MatmulGated[CpuWeight, CpuVector], int8: Rows | None) -> None:
+    n_ff, part = op.weight.n_out // 2, op.weight.parts[0]
+    if op.bias is not None or len(op.weight.parts) > 1 or n_ff % BLOCK:
+        wide = Buffer.whole(f"gate and up, {2 * n_ff}, {op.x.outputs}", 2 * n_ff, outputs=op.x.outputs)
+        _matmul(tape, ops.Matmul(op.x, op.weight, wide, op.bias), None)
+        _gated(tape, ops.Gated(wide.columns(0, n_ff), wide.columns(n_ff, n_ff), op.out, op.activation), int8)
+        return
+    tape.need(scratch=SCRATCH_BYTES)
+    tape.record(
+        matmul_gated(panel_id(part.panel), op.activation),
+        op.x,
+        n_out=n_ff,
+        **_sizes(part.panel, op.weight.n_in),
+        w=part.data,
+        x=_read(tape, op.x, part.panel),
+        out=op.out,
+        q8=int8,
+        zeros=tape.zeros,
+    )
+
+
+def _rope(tape: Tape, op: ops.Rope, int8: Rows | None) -> None:
+    rotation, n_half = op.rotation, op.rotation.n_rot // 2
+    table = tape.angles.get(rotation)
+    if table is None:
+        table = tape.angles[rotation] = np.zeros((tape.n_batch, n_half, 2), np.float32)
+        inv_freq = np.ascontiguousarray(rotation.inv_freq, np.float64)
+        tape.record(angles, op.x, n_half=n_half, inv_freq=inv_freq, table=table, scale=rotation.scale)
+    tape.record(
+        rope,
+        op.x,
+        n_head=op.x.width // op.head_dim,
+        head_dim=op.head_dim,
+        n_half=n_half,
+        neox=rotation.style == "neox",
+        x=op.x,
+        table=table,
+    )
+
+
+def _attend(tape: Tape, op: ops.Attend[CpuCache, CpuVector], int8: Rows | None) -> None:
+    """Three kernels: append stores k and v, attend reads them in parts, merge joins the parts of a row."""
+    shape, cache, k, v = op.shape, op.cache, op.cache.rows_k, op.cache.rows_v
+    n_rep, n_wide = shape.n_head // shape.n_head_kv, filled(shape.head_dim)
+    part_bytes = 4 * part_floats(v.wide, n_rep)
+    tape.need(parts=part_bytes * max_parts(tape.n_threads))
+    tape.need(scratch=max(4 * scratch_floats(n_wide, v.wide, n_rep), scratch_bytes(shape.head_dim)))
+    forms = format_id(k.name), format_id(v.name)
+    tape.record_all(
+        (append(*forms), attend(*forms), merge),
+        op.q,
+        n_head=shape.n_head,
+        n_head_kv=shape.n_head_kv,
+        head_dim=shape.head_dim,
+        n_wide=n_wide,
+        wide=v.wide,
+        n_ctx=cache.n_ctx,
+        window=shape.window,
+        scale=shape.scale,
+        softcap=shape.softcap,
+        q=op.q,
+        k=op.k,
+        k_wide=k.wide,
+        k_rotate=k.rotates,
+        k_static=k.static,
+        k_at=k.form.elements_at(shape.head_dim, False),
+        k_group=k.group_bytes,
+        cache_k=cache.k,
+        v=op.v,
+        v_wide=v.wide,
+        v_rotate=v.rotates,
+        v_static=v.static,
+        v_at=v.form.elements_at(shape.head_dim, True),
+        v_group=v.group_bytes,
+        cache_v=cache.v,
+        sinks=op.sinks,
+        out=op.out,
+        part_bytes=part_bytes,
+        max_rows=max_rows(n_rep),
+        q8=int8,
+    )
+
+
+def _gated(tape: Tape, op: ops.Gated, int8: Rows | None) -> None:
+    n = op.gate.width
+    up = op.up or Rows(tape.address(np.ones(n, np.float32)), 0)
+    tape.record(gated(op.activation), op.gate, n=n, gate=op.gate, up=up, out=op.out, q8=int8)
+
+
+def _moe(tape: Tape, op: ops.Moe[CpuExperts, CpuSquares], int8: Rows | None) -> None:
+    """Three kernels: route chooses experts, gate_up makes a row for each pair of a token and an expert, down adds these
+    to the tokens' rows. Pairs have rows as f32 if somebody reads them as f32, and as int8 if down's panel is one."""
+    gate, up, down, n_expert = op.experts.gate, op.experts.up, op.experts.down, op.experts.n_expert
+    n_pairs, width = tape.n_batch * op.mixture.n_used, -(-down.n_in // BLOCK) * BLOCK
+    is_int = isinstance(down.panel, IntPanel)
+    rows = tape.shared_rows("pairs", n_pairs, 4 * width) if op.squares or not is_int else None
+    rows_int8 = tape.shared_rows("int8 pairs", n_pairs, 2 * width) if is_int else None
+    tape.need(scratch=max(moe.GATE_UP_SCRATCH, moe.PLACES + tape.rows(op.out).stride))
+    common: dict[str, Any] = {
+        "n_expert": n_expert,
+        "n_used": op.mixture.n_used,
+        "plan": tape.shared("plan", 8 * moe.plan_words(n_expert, n_pairs)),
+        "weights": tape.shared("weights of pairs", 8 * n_pairs),
+    }
+    tape.record(moe.route, op.x, norm=op.mixture.norm, scale=op.mixture.scale, logits=op.logits, **common)
+    tape.record(
+        moe.gate_up(panel_id(gate.panel), op.mixture.activation),
+        op.x,
+        to_up=tape.address(up.data) - tape.address(gate.data),
+        x=_read(tape, op.x, gate.panel),
+        out=rows,
+        q8=rows_int8,
+        bias_up=up.bias,
+        **common,
+        **gate.fields(),
+    )
+    tape.record(moe.down(panel_id(down.panel)), op.x, x=rows_int8 or rows, out=op.out, **common, **down.fields())
+    for squares, x, by_pair in zip(op.squares or (), (op.x, rows), (0, 1), strict=False):
+        tape.record(observe_experts, op.x, x=x, by_pair=by_pair, **squares.fields(), **common)
+
+
+def _gate_rows(tape: Tape, op: ops.GateRows, int8: Rows | None) -> None:
+    tape.record(gate_rows, op.x, n=op.x.width, x=op.x, gate=op.gate)
+
+
+def _softcap(tape: Tape, op: ops.Softcap, int8: Rows | None) -> None:
+    tape.record(softcap, op.x, n=op.x.width, x=op.x, scale=op.scale, cap=op.cap)
+
+
+def _observe(tape: Tape, op: ops.Observe[CpuSquares], int8: Rows | None) -> None:
+    tape.record(observe, op.x, x=op.x, **op.squares.fields())
+
+
+def _outputs(tape: Tape, op: ops.Outputs, int8: Rows | None) -> None:
+    tape.record(copy_rows, op.out, index=tape.table.rows, n=op.x.width, x=op.x, out=op.out)
+
+
+LOWER: Mapping[type, Callable[[Tape, Any, Rows | None], None]] = {
+    Quantize: _quantize,
+    ops.Embed: _embed,
+    ops.RmsNorm: _rms_norm,
+    ops.LayerNorm: _layer_norm,
+    ops.Matmul: _matmul,
+    ops.MatmulGated: _matmul_gated,
+    ops.Rope: _rope,
+    ops.Attend: _attend,
+    ops.Gated: _gated,
+    ops.Moe: _moe,
+    ops.GateRows: _gate_rows,
+    ops.Softcap: _softcap,
+    ops.Observe: _observe,
+    ops.Outputs: _outputs,
+}
