@@ -73,29 +73,10 @@ def _add_values(acc, old, weight, v, rows, live, V: tl.constexpr, HEAD_DIM: tl.c
 
 @triton.jit
 def attend(
-    q,
-    q_stride,
-    k,
-    v,
-    seqs,
-    positions,
-    sums,
-    stats,
-    n_ctx,
-    n_head_kv,
-    n_rep,
-    n_token,
-    scale,
-    window,
-    SOFTCAP: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr,
-    REP: tl.constexpr,
-    SPAN: tl.constexpr,
-):
+    q, q_stride, k, v, seqs, positions, sums, stats, n_ctx, n_head_kv, n_rep, n_token, scale, window,
+    SOFTCAP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr, REP: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
     """Attend over a part of the positions that a token sees.
 
     sums f32[part, n_token, n_head, HEAD_DIM] = exp2(score - greatest) @ v
@@ -157,17 +138,9 @@ def attend(
 
 @triton.jit
 def add_up(
-    sums,
-    stats,
-    sinks,
-    out,
-    out_stride,
-    int8,
-    PARTS: tl.constexpr,
-    ROTATE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    sums, stats, sinks, out, out_stride, int8,
+    PARTS: tl.constexpr, ROTATE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """out = the sum of attend's parts; grid (tokens, heads).
 
     sinks: None, or a score for each head that has no value.

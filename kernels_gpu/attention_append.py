@@ -35,34 +35,11 @@ def _turned(at, norm, eps, table, t, n_half, STYLE: tl.constexpr, HEAD_DIM: tl.c
 
 @triton.jit
 def append(
-    q,
-    q_stride,
-    k,
-    k_stride,
-    v,
-    v_stride,
-    q_norm,
-    k_norm,
-    eps,
-    k_planes,
-    v_planes,
-    k_scales,
-    v_scales,
-    seqs,
-    positions,
-    table,
-    n_half,
-    n_ctx,
-    n_head,
-    n_head_kv,
-    STYLE: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    ROTATE_K: tl.constexpr,
-    ROTATE_V: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    q, q_stride, k, k_stride, v, v_stride, q_norm, k_norm, eps, k_planes, v_planes, k_scales, v_scales, seqs,
+    positions, table, n_half, n_ctx, n_head, n_head_kv,
+    STYLE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ROTATE_K: tl.constexpr, ROTATE_V: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """Norm and turn q in place and k; store rows of the cache from k and v. Grid (tokens, n_head + 2 n_head_kv).
 
     n_head: heads of q; 0 if q stays as it is. q_norm, k_norm: None, or weights of an RMS norm of each head.

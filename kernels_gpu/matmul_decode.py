@@ -68,14 +68,9 @@ def _block(x, at, live, EVEN: tl.constexpr):
 
 @triton.jit
 def dot_units(
-    rows,
-    x,
-    at,
-    live,
-    R: tl.constexpr,
-    PANEL: tl.constexpr,
-    EVEN: tl.constexpr,
-):
+    rows, x, at, live,
+    R: tl.constexpr, PANEL: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
     """Multiply the units of R rows with the activations of the units number `at` [n].
 
     rows: pairs of what unit_words and unit_factors return. x: int8 activations (xq, xd, xs).
@@ -143,27 +138,10 @@ def _after_norms(out, out_stride, norm, norm2, made, counts, n_out, M: tl.conste
 
 @triton.jit
 def matmul_decode(
-    w,
-    x,
-    out,
-    out_stride,
-    bias,
-    residual,
-    residual_stride,
-    n_out,
-    n_unit,
-    made,
-    counts,
-    norm,
-    norm2,
-    PANEL: tl.constexpr,
-    M: tl.constexpr,
-    R: tl.constexpr,
-    UNITS: tl.constexpr,
-    EVEN: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    w, x, out, out_stride, bias, residual, residual_stride, n_out, n_unit, made, counts, norm, norm2,
+    PANEL: tl.constexpr, M: tl.constexpr, R: tl.constexpr, UNITS: tl.constexpr, EVEN: tl.constexpr,
+    ACTIVATION: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """out[m, o] = sum of w[o] * x[m] (+ bias[o]) (+ residual[m, o]) for M tokens, R rows of w a program.
 
     w: planes of the weights. x: int8 activations (xq, xd, xs).

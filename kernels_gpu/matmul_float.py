@@ -6,22 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def matmul_float(
-    qs,
-    x,
-    x_stride,
-    out,
-    out_stride,
-    bias,
-    residual,
-    residual_stride,
-    n_out,
-    n_in,
-    n_unit,
-    TYPE: tl.constexpr,
-    M: tl.constexpr,
-    R: tl.constexpr,
-    UNITS: tl.constexpr,
-):
+    qs, x, x_stride, out, out_stride, bias, residual, residual_stride, n_out, n_in, n_unit,
+    TYPE: tl.constexpr, M: tl.constexpr, R: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
     """out[m, o] = w[o] * x[m] (+ bias[o]) (+ residual[m, o]) for M tokens, R rows a program."""
     E: tl.constexpr = 4 if TYPE == "F32" else 8
     first = tl.program_id(0) * R

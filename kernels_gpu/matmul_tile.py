@@ -9,14 +9,9 @@ from gguf_run.kernels_gpu.tile import field_width, tile_field
 
 @triton.jit
 def tile_product(
-    w,
-    rows,
-    x_rows,
-    n_in,
-    n_unit,
-    PANEL: tl.constexpr,
-    UNITS: tl.constexpr,
-):
+    w, rows, x_rows, n_in, n_unit,
+    PANEL: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
     """f32[N, M], `rows` int64[N] of the weights times the f16 rows at pointers x_rows [M]; UNITS of each at a time.
 
     The weights are the left operand of the dot product: then each warp has rows of its own and none is converted twice.
@@ -38,18 +33,9 @@ def tile_product(
 
 @triton.jit
 def matmul_tile(
-    w,
-    xh,
-    raw,
-    n_out,
-    n_in,
-    n_unit,
-    raw_stride,
-    PANEL: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    UNITS: tl.constexpr,
-):
+    w, xh, raw, n_out, n_in, n_unit, raw_stride,
+    PANEL: tl.constexpr, M: tl.constexpr, N: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
     """raw[m, o] = w[o] * xh[m], f32, for M tokens and N rows a program; UNITS of each row at a time."""
     o = tl.program_id(0) * N + tl.arange(0, N)
     rows = tl.minimum(o, n_out - 1).to(tl.int64)
@@ -60,16 +46,9 @@ def matmul_tile(
 
 @triton.jit
 def dequantize(
-    w,
-    out,
-    first,
-    n_row,
-    n_in,
-    n_unit,
-    PANEL: tl.constexpr,
-    N: tl.constexpr,
-    UNITS: tl.constexpr,
-):
+    w, out, first, n_row, n_in, n_unit,
+    PANEL: tl.constexpr, N: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
     """out f16[n_row, n_in] = rows first .. of the weights; grid (n_row / N, n_unit / UNITS)."""
     E: tl.constexpr = field_width(PANEL)
     UNIT: tl.constexpr = PANEL.unit
@@ -86,18 +65,9 @@ def dequantize(
 
 @triton.jit
 def finish(
-    raw,
-    raw_stride,
-    xm,
-    out,
-    out_stride,
-    bias,
-    residual,
-    residual_stride,
-    n_out,
-    ACTIVATION: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    raw, raw_stride, xm, out, out_stride, bias, residual, residual_stride, n_out,
+    ACTIVATION: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """out = raw * xm (+ bias) (+ residual), or, gated, activation(first half) * second; grid (rows, n_out / WIDTH)."""
     row = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)

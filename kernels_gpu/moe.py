@@ -16,21 +16,10 @@ from gguf_run.kernels_gpu.units import unit_factors, unit_words
 
 @triton.jit
 def expert_gate_up(
-    w,
-    x,
-    chosen,
-    bias,
-    out,
-    made,
-    counts,
-    n_ff,
-    PANEL: tl.constexpr,
-    N_UNIT: tl.constexpr,
-    N_USED: tl.constexpr,
-    PAIRS: tl.constexpr,
-    UNITS: tl.constexpr,
+    w, x, chosen, bias, out, made, counts, n_ff,
+    PANEL: tl.constexpr, N_UNIT: tl.constexpr, N_USED: tl.constexpr, PAIRS: tl.constexpr, UNITS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-):
+):  # fmt: skip
     """out f32[p, n_ff] = activation(gate[e] * x) * (up[e] * x) of pair p's expert e and token, and the same as int8
     into oq (with od, os); grid (pairs, n_ff / PAIRS). bias: f32[n_expert, 2, n_ff] or None. See matmul_decode."""
     EVEN: tl.constexpr = N_UNIT % UNITS == 0
@@ -73,20 +62,9 @@ def expert_gate_up(
 
 @triton.jit
 def expert_down(
-    w,
-    x,
-    chosen,
-    weights,
-    bias,
-    out,
-    out_stride,
-    n_out,
-    PANEL: tl.constexpr,
-    N_UNIT: tl.constexpr,
-    N_USED: tl.constexpr,
-    R: tl.constexpr,
-    UNITS: tl.constexpr,
-):
+    w, x, chosen, weights, bias, out, out_stride, n_out,
+    PANEL: tl.constexpr, N_UNIT: tl.constexpr, N_USED: tl.constexpr, R: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
     """out[t, o] += sum over token t's pairs p of weights[p] * (down[e, o] * x[p] (+ bias[e, o])); grid (n_out / R,
     tokens). A row is that of all its experts, one after the other: so the sum has one order, and no thread is idle."""
     N_ALL: tl.constexpr = N_USED * N_UNIT
@@ -129,23 +107,10 @@ def expert_down(
 
 @triton.jit
 def expert_tile(
-    w,
-    xh,
-    counts,
-    order,
-    raw,
-    raw_stride,
-    n_expert,
-    n_out,
-    n_in,
-    n_unit,
-    PANEL: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
+    w, xh, counts, order, raw, raw_stride, n_expert, n_out, n_in, n_unit,
+    PANEL: tl.constexpr, PER_ROW: tl.constexpr, EXPERTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     UNITS: tl.constexpr,
-):
+):  # fmt: skip
     """raw f32[p, o] = w[e, o] * xh[p / PER_ROW] of pair p's expert e; grid (n_out / N, tiles of M pairs of an expert:
     as many as there could be). EXPERTS >= n_expert."""
     tile = tl.program_id(1)
@@ -169,18 +134,9 @@ def expert_tile(
 
 @triton.jit
 def gate_pairs(
-    raw,
-    raw_stride,
-    xm,
-    chosen,
-    bias,
-    n_ff,
-    out,
-    halves,
-    N_USED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    raw, raw_stride, xm, chosen, bias, n_ff, out, halves,
+    N_USED: tl.constexpr, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """The gates and `up`s in raw become activation(gate) * up: f16 in oh (with om) and, if not None, f32 in out; grid
     (pairs,), WIDTH >= n_ff. xm: the tokens' factors."""
     p = tl.program_id(0).to(tl.int64)

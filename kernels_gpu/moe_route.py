@@ -10,18 +10,9 @@ import triton.language as tl
 
 @triton.jit
 def route(
-    logits,
-    logits_stride,
-    positions,
-    n_expert,
-    scale,
-    chosen,
-    weights,
-    NORM: tl.constexpr,
-    N_USED: tl.constexpr,
-    SLOTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    logits, logits_stride, positions, n_expert, scale, chosen, weights,
+    NORM: tl.constexpr, N_USED: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """chosen int32[p] = the experts of the greatest logits, the first of equal ones; weights f32[p], see
     models.backend.Moe; grid (tokens,), WIDTH >= n_expert, SLOTS >= N_USED. positions, if not None, are -1 for rows that
     only fill up: those get -1. NaN counts as the least: whatever comes in, the experts exist."""
@@ -70,18 +61,9 @@ def group(chosen, n_pairs, counts, order, WIDTH: tl.constexpr):
 
 @triton.jit
 def observe_experts(
-    x,
-    x_stride,
-    counts,
-    order,
-    sums,
-    seen,
-    n_expert,
-    n,
-    N_USED: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    x, x_stride, counts, order, sums, seen, n_expert, n,
+    N_USED: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """sums f64[e, n] += the squares of the rows pair / N_USED of x, and seen int64[e] += their number, for all pairs of
     expert e; grid (n_expert, n / WIDTH), EXPERTS >= n_expert."""
     e, each = tl.program_id(0), tl.arange(0, EXPERTS)

@@ -9,16 +9,9 @@ from gguf_run.kernels_gpu.tile import field_width, tile_field
 
 @triton.jit
 def embed(
-    w,
-    ids,
-    out,
-    out_stride,
-    n_in,
-    n_unit,
-    factor,
-    PANEL: tl.constexpr,
-    UNITS: tl.constexpr,
-):
+    w, ids, out, out_stride, n_in, n_unit, factor,
+    PANEL: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
     """out[t] = factor * table[ids[t]]; grid (tokens, n_unit / UNITS)."""
     E: tl.constexpr = field_width(PANEL)
     UNIT: tl.constexpr = PANEL.unit
