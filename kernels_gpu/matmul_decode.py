@@ -12,7 +12,7 @@ from gguf_run.kernels_gpu.activation import gate_by
 from gguf_run.kernels_gpu.dots import dp2a, dp4a
 from gguf_run.kernels_gpu.quantize import store_int8
 from gguf_run.kernels_gpu.rms_norm import normed
-from gguf_run.kernels_gpu.units import unit_factors, unit_words, words4
+from gguf_run.kernels_gpu.units import added, unit_factors, unit_words, words4, zeros
 
 
 @triton.jit
@@ -157,9 +157,7 @@ def matmul_decode(
     PAIRS: tl.constexpr = R if ACTIVATION is None else R // 2
     first = tl.program_id(0) * PAIRS
     lane = tl.arange(0, UNITS)
-    sums = ()
-    for _ in tl.static_range(M * R):
-        sums = sums + (tl.zeros((UNITS,), tl.float32),)
+    sums = zeros(M * R, UNITS)
     for start in range(0, n_unit, UNITS):
         u = start + lane
         live = u < n_unit
@@ -169,12 +167,10 @@ def matmul_decode(
         for r in tl.static_range(R):
             row = (tl.minimum(first + r % PAIRS, n_out - 1) + (r // PAIRS) * n_out).to(tl.int64)
             rows = rows + ((unit_words(w, row, u, n_unit, PANEL), unit_factors(w, row, u, n_unit, PANEL)),)
-        added = ()
+        values = ()
         for m in tl.static_range(M):
-            values = dot_units(rows, x, m * n_unit + u, live, R, PANEL, EVEN)
-            for r in tl.static_range(R):
-                added = added + (sums[m * R + r] + values[r],)
-        sums = added
+            values = values + dot_units(rows, x, m * n_unit + u, live, R, PANEL, EVEN)
+        sums = added(sums, values)
     for m in tl.static_range(M):
         for r in tl.static_range(PAIRS):
             o = first + r

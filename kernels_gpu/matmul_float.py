@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from gguf_run.kernels_gpu.units import added, zeros
+
 
 @triton.jit
 def matmul_float(
@@ -13,9 +15,7 @@ def matmul_float(
     E: tl.constexpr = 4 if TYPE == "F32" else 8
     first = tl.program_id(0) * R
     e = tl.arange(0, E)[None, :]
-    sums = ()
-    for _ in tl.static_range(M * R):
-        sums = sums + (tl.zeros((UNITS,), tl.float32),)
+    sums = zeros(M * R, UNITS)
     for start in range(0, n_unit, UNITS):
         u = start + tl.arange(0, UNITS)
         units = tl.minimum(u, n_unit - 1)[:, None] * E + e
@@ -30,12 +30,12 @@ def matmul_float(
             else:
                 words = tl.load(qs.to(tl.pointer_type(tl.uint16)) + at).to(tl.int32)
                 rows = rows + ((words << 16).to(tl.float32, bitcast=True),)
-        added = ()
+        values = ()
         for m in tl.static_range(M):
-            values = tl.load(x + m * x_stride + column, mask=column < n_in, other=0.0)
+            x_m = tl.load(x + m * x_stride + column, mask=column < n_in, other=0.0)
             for r in tl.static_range(R):
-                added = added + (sums[m * R + r] + tl.sum(rows[r] * values, axis=1),)
-        sums = added
+                values = values + (tl.sum(rows[r] * x_m, axis=1),)
+        sums = added(sums, values)
     for m in tl.static_range(M):
         for r in tl.static_range(R):
             o = first + r

@@ -1,7 +1,7 @@
-"""The products of a mixture of experts, of whose matrices a token reads those of its experts only.
+"""The products of a mixture of experts. A token reads only the matrices of its experts.
 
-An expert's rows stand one after the other: first its gates and then its `up`s, [n_expert][2][n_ff], in one matrix, and
-[n_expert][n_embd] in the other. For pairs, chosen and order see moe_route.py.
+The rows of an expert are neighbours: in gate_up first its gates, then its `up`s, [n_expert][2][n_ff]; in down
+[n_expert][n_embd]. A pair p is a token and one of its experts; for chosen, weights and order see moe_route.py.
 """
 
 import triton
@@ -11,7 +11,7 @@ from gguf_run.kernels_gpu.activation import gate_by
 from gguf_run.kernels_gpu.matmul_decode import dot_units, is_last
 from gguf_run.kernels_gpu.matmul_tile import tile_product
 from gguf_run.kernels_gpu.quantize import store_halves, store_int8
-from gguf_run.kernels_gpu.units import unit_factors, unit_words
+from gguf_run.kernels_gpu.units import added, unit_factors, unit_words, zeros
 
 
 @triton.jit
@@ -20,8 +20,11 @@ def expert_gate_up(
     PANEL: tl.constexpr, N_UNIT: tl.constexpr, N_USED: tl.constexpr, PAIRS: tl.constexpr, UNITS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """out f32[p, n_ff] = activation(gate[e] * x) * (up[e] * x) of pair p's expert e and token, and the same as int8
-    into oq (with od, os); grid (pairs, n_ff / PAIRS). bias: f32[n_expert, 2, n_ff] or None. See matmul_decode."""
+    """out f32[p, n_ff] = activation(gate[e] * x) * (up[e] * x) for few tokens, of pair p's expert e and token.
+
+    Grid (pairs, n_ff / PAIRS). bias: None, or f32[n_expert, 2, n_ff]. made: (xq, xd, xs), gets out as int8.
+    counts: zeros, one for each block of made. For the others see matmul_decode.
+    """
     EVEN: tl.constexpr = N_UNIT % UNITS == 0
     p = tl.program_id(0)
     e = tl.load(chosen + p)
@@ -30,9 +33,7 @@ def expert_gate_up(
     before = p // N_USED * N_UNIT
     base = e.to(tl.int64) * (2 * n_ff)
     first = tl.program_id(1) * PAIRS
-    sums = ()
-    for _ in tl.static_range(2 * PAIRS):
-        sums = sums + (tl.zeros((UNITS,), tl.float32),)
+    sums = zeros(2 * PAIRS, UNITS)
     for start in range(0, N_UNIT, UNITS):
         u = start + tl.arange(0, UNITS)
         live = u < N_UNIT
@@ -42,11 +43,7 @@ def expert_gate_up(
         for r in tl.static_range(2 * PAIRS):
             row = base + tl.minimum(first + r % PAIRS, n_ff - 1) + (r // PAIRS) * n_ff
             rows = rows + ((unit_words(w, row, u, N_UNIT, PANEL), unit_factors(w, row, u, N_UNIT, PANEL)),)
-        values = dot_units(rows, x, before + u, live, 2 * PAIRS, PANEL, EVEN)
-        added = ()
-        for r in tl.static_range(2 * PAIRS):
-            added = added + (sums[r] + values[r],)
-        sums = added
+        sums = added(sums, dot_units(rows, x, before + u, live, 2 * PAIRS, PANEL, EVEN))
     for r in tl.static_range(PAIRS):
         o = first + r
         gate, up = tl.sum(sums[r], 0), tl.sum(sums[PAIRS + r], 0)
@@ -65,17 +62,18 @@ def expert_down(
     w, x, chosen, weights, bias, out, out_stride, n_out,
     PANEL: tl.constexpr, N_UNIT: tl.constexpr, N_USED: tl.constexpr, R: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    """out[t, o] += sum over token t's pairs p of weights[p] * (down[e, o] * x[p] (+ bias[e, o])); grid (n_out / R,
-    tokens). A row is that of all its experts, one after the other: so the sum has one order, and no thread is idle."""
+    """out[t, o] += sum over token t's pairs p of weights[p] * (down[e, o] * x[p] (+ bias[e, o])), for few tokens.
+
+    Grid (n_out / R, tokens). A row is the rows of all experts of the token, one after the other: so the sum has one
+    order, and few threads are idle.
+    """
     N_ALL: tl.constexpr = N_USED * N_UNIT
     EVEN: tl.constexpr = N_ALL % UNITS == 0
     t = tl.program_id(1)
     if tl.load(chosen + t * N_USED) < 0:
         return
     first = tl.program_id(0) * R
-    sums = ()
-    for _ in tl.static_range(R):
-        sums = sums + (tl.zeros((UNITS,), tl.float32),)
+    sums = zeros(R, UNITS)
     for start in range(0, N_ALL, UNITS):
         i = start + tl.arange(0, UNITS)
         live = i < N_ALL
@@ -89,11 +87,11 @@ def expert_down(
             row = tl.minimum(first + r, n_out - 1).to(tl.int64)
             rows = rows + ((unit_words(w, row, words, N_UNIT, PANEL), unit_factors(w, row, factors, N_UNIT, PANEL)),)
         weight = tl.load(weights + p)
-        values = dot_units(rows, x, t * N_ALL + i, live, R, PANEL, EVEN)
-        added = ()
+        dots = dot_units(rows, x, t * N_ALL + i, live, R, PANEL, EVEN)
+        values = ()
         for r in tl.static_range(R):
-            added = added + (sums[r] + weight * values[r],)
-        sums = added
+            values = values + (weight * dots[r],)
+        sums = added(sums, values)
     for r in tl.static_range(R):
         o = first + r
         value = tl.load(out + t * out_stride + o, mask=o < n_out, other=0.0) + tl.sum(sums[r], 0)
@@ -111,8 +109,10 @@ def expert_tile(
     PANEL: tl.constexpr, PER_ROW: tl.constexpr, EXPERTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     UNITS: tl.constexpr,
 ):  # fmt: skip
-    """raw f32[p, o] = w[e, o] * xh[p / PER_ROW] of pair p's expert e; grid (n_out / N, tiles of M pairs of an expert:
-    as many as there could be). EXPERTS >= n_expert."""
+    """raw f32[p, o] = w[e, o] * xh[p / PER_ROW] for many tokens, of pair p's expert e.
+
+    Grid (n_out / N, the most tiles of M pairs of one expert that there can be). EXPERTS >= n_expert.
+    """
     tile = tl.program_id(1)
     each = tl.arange(0, EXPERTS)
     n_pairs = tl.load(counts + each, mask=each < n_expert, other=0)
@@ -137,8 +137,10 @@ def gate_pairs(
     raw, raw_stride, xm, chosen, bias, n_ff, out, halves,
     N_USED: tl.constexpr, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The gates and `up`s in raw become activation(gate) * up: f16 in oh (with om) and, if not None, f32 in out; grid
-    (pairs,), WIDTH >= n_ff. xm: the tokens' factors."""
+    """halves[p] = activation(gate) * up of the gates and `up`s in raw; grid (pairs,), WIDTH >= n_ff.
+
+    xm: the tokens' factors. halves: (xh, xm). out: None, or f32[pairs, n_ff], gets the same.
+    """
     p = tl.program_id(0).to(tl.int64)
     e = tl.load(chosen + p)
     if e < 0:

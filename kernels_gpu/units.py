@@ -20,6 +20,24 @@ def words4(at):
 
 
 @triton.jit
+def zeros(n: tl.constexpr, UNITS: tl.constexpr):
+    """Return n sums f32[UNITS] of 0: one number a thread."""
+    sums = ()
+    for _ in tl.static_range(n):
+        sums = sums + (tl.zeros((UNITS,), tl.float32),)
+    return sums
+
+
+@triton.jit
+def added(sums, values):
+    """Return two tuples of tensors, added one by one."""
+    total = ()
+    for i in tl.static_range(len(sums)):
+        total = total + (sums[i] + values[i],)
+    return total
+
+
+@triton.jit
 def half_pair(word):
     """The two f16 in an int32, as f32."""
     low = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
