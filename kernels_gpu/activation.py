@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def activate(x, NAME: tl.constexpr):
-    """NAME: "silu", or "gelu" in its tanh form, tanh(y) = 2 sigmoid(2 y) - 1."""
+    """Return activation(x). NAME: "silu", or "gelu" in its tanh form, with tanh(y) = 2 sigmoid(2 y) - 1."""
     if NAME == "silu":
         return x * tl.sigmoid(x)
     else:
@@ -15,7 +15,7 @@ def activate(x, NAME: tl.constexpr):
 
 @triton.jit
 def gate_by(gate, up, NAME: tl.constexpr):
-    """activation(gate) * up. NAME: of activate, or "swiglu_oai" (models.backend.Recorder.moe)."""
+    """Return activation(gate) * up. NAME: of `activate`, or "swiglu_oai" (models.ops.Moe)."""
     if NAME == "swiglu_oai":
         gate = tl.minimum(gate, 7.0)
         return gate * tl.sigmoid(1.702 * gate) * (tl.clamp(up, -7.0, 7.0) + 1.0)

@@ -30,7 +30,7 @@ GpuOp = Op[WeightPart, GpuWeight, Array, GpuCache, GpuExperts, GpuSquares]
 
 
 class GpuBackend:
-    """Runs on one device, see device.open_device. In Triton's interpreter it runs on torch's CPU device too."""
+    """Weights, caches and programs on one device (device.open_device). Triton's interpreter runs on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -48,17 +48,16 @@ class GpuBackend:
 
     @gpu_errors()
     def limits(self) -> tuple[float, float]:
-        """Bytes read and f16 operations, per second."""
+        """Return the bytes that the device can read and the f16 operations that it can do, per second."""
         with current(self.device):
             return measure_limits(self.device, min(1 << 30, self.free_memory() // 4))
 
     def free_memory(self) -> int:
-        """Bytes that can still be taken; without a GPU, no limit."""
+        """Return the bytes that can still be allocated: no limit without a GPU."""
         return int(torch.cuda.mem_get_info(self.device)[0]) if self.device.type == "cuda" else 1 << 60
 
     def _upload(self, tensors: list[Tensor]) -> WeightPart:
-        """Tensors of one type as panels. One that is asked for again, as embeddings that are the output matrix too, is
-        not uploaded twice."""
+        """Return tensors of one type as panels. One tensor is uploaded once: embeddings may be the output too."""
         known = self._uploaded.get(id(tensors[0]))
         if len(tensors) == 1 and known is not None:
             return known[1]
@@ -114,7 +113,7 @@ class GpuBackend:
         return GpuProgram(memory, parts, after, result, n_batch, n_outputs)
 
     def close(self) -> None:
-        """Forget the weights: the device gets its memory back when nothing else holds them."""
+        """Forget the weights. Their memory is free when nothing else holds them."""
         self._uploaded.clear()
 
     def nbytes(self) -> dict[str, int]:

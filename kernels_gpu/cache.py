@@ -84,22 +84,17 @@ class GpuCache:
         keys = torch.empty(n_head_kv, n, k.head_dim, device=k.qs.device)
         first = seq * n_head_kv * self.n_ctx
         read_rows[(n, n_head_kv)](k.pair, source, first, self.n_ctx, keys, k.form.name, k.head_dim, k.width)
-        h = _hadamard(k.head_dim).to(keys.device) if k.rotates else None
-        keys = keys if h is None else keys @ h
-        half = rotation.n_rot // 2
+        if k.rotates:
+            keys = keys @ _hadamard(k.head_dim).to(keys.device)
+        keys = keys.transpose(0, 1).reshape(n, -1).contiguous()
         angle = torch.from_numpy(np.asarray(distance * rotation.inv_freq, np.float64)).to(keys.device)
-        cos, sin = torch.cos(angle).float(), torch.sin(angle).float()
-        neox = rotation.style == "neox"
-        one, two = (slice(0, half), slice(half, 2 * half)) if neox else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
-        a, b = keys[..., one].clone(), keys[..., two].clone()
-        keys[..., one], keys[..., two] = a * cos - b * sin, a * sin + b * cos
-        keys = (keys if h is None else keys @ h).transpose(0, 1).reshape(n, -1).contiguous()
+        table = torch.stack([torch.cos(angle), torch.sin(angle)], 1).float().repeat(n, 1, 1)  # without its scale
         seqs = torch.full((n,), seq, dtype=torch.int32, device=keys.device)
         # The grid ends with the heads of k: q and v are only named, so that the kernel compiles.
         append[(n, n_head_kv)](
             keys, keys.stride(0), keys, keys.stride(0), keys, keys.stride(0), None, None, 0.0, k.pair, k.pair, k.scales,
-            k.scales, seqs, target.int(), None, 0, self.n_ctx, 0, n_head_kv, None, k.form.name, k.form.name, False,
-            False, k.head_dim, k.width,
+            k.scales, seqs, target.int(), table, rotation.n_rot // 2, self.n_ctx, 0, n_head_kv, rotation.style,
+            k.form.name, k.form.name, k.rotates, k.rotates, k.head_dim, k.width,
         )  # fmt: skip
 
     def read(self, seq: int, kind: str, first: int, end: int) -> NDArray[np.uint8]:

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
-from gguf_run.models.operands import Buffer, Rotation
+from gguf_run.models.operands import Buffer, Rotation, WeightHandle
 from gguf_run.models.ops import Attend, Gated, Matmul, MatmulGated, Moe, RmsNorm, Rope, written
 
 Form = Literal["int8", "halves"]
@@ -25,32 +25,22 @@ NONE: Forms = frozenset()
 BLOCK = 32  # columns of a block of int8 activations
 
 
-class WeightForm(Protocol):
+class WeightForm(WeightHandle, Protocol):
     """What fuse asks of a weight."""
 
     @property
-    def reads_int8(self) -> bool:
-        """Whether few tokens are multiplied as int8, in some part of the matrix at least."""
-        ...
-
+    def n_part(self) -> int: ...  # parts of the matrix, which are multiplied one after the other
     @property
-    def reads_halves(self) -> bool:
-        """Whether many tokens are multiplied as f16, in some part of the matrix at least."""
-        ...
-
+    def reads_int8(self) -> bool: ...  # few tokens are multiplied as int8, in some part at least
     @property
-    def n_part(self) -> int:
-        """Parts of the matrix that are multiplied one after the other."""
-        ...
+    def reads_halves(self) -> bool: ...  # many tokens are multiplied as f16, in some part at least
 
 
 class ExpertsForm(Protocol):
     """What fuse asks of experts."""
 
     @property
-    def reads_int8(self) -> bool:
-        """Whether few tokens are multiplied as int8. All others are multiplied as f16."""
-        ...
+    def reads_int8(self) -> bool: ...  # few tokens are multiplied as int8; otherwise as f16, as many tokens are
 
 
 @dataclass(frozen=True)
@@ -80,7 +70,7 @@ class Norm:
 class Product:
     """A product whose rows may be normed after it."""
 
-    op: Matmul[Any, Any] | MatmulGated[Any, Any]
+    op: Matmul[Any, Any] | MatmulGated[Any, Any]  # of a WeightForm
     few: bool  # which kernels: those for few tokens, or those for many
     norms: tuple[RmsNorm[Any], ...] = ()  # of the rows of op.out, then of the rows that the first norm makes
     forms: Forms = NONE  # that the last result is written in
@@ -88,7 +78,7 @@ class Product:
     @property
     def is_int(self) -> bool:
         """Whether the whole matrix is one integer panel."""
-        return bool(self.op.weight.reads_int8) and self.op.weight.n_part == 1
+        return bool(self.op.weight.reads_int8 and self.op.weight.n_part == 1)
 
 
 @dataclass(frozen=True)
@@ -106,7 +96,7 @@ class Attention:
 class Mix:
     """A mixture of experts."""
 
-    op: Moe[Any, Any]
+    op: Moe[Any, Any]  # of ExpertsForm
     form: Form  # that x is read in: int8 for few tokens and integer panels, if nothing is observed
 
 

@@ -1,4 +1,4 @@
-"""Layer norm of rows or of equal parts of them."""
+"""Layer norm of rows or of equal parts of rows."""
 
 import triton
 import triton.language as tl

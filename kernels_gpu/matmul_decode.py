@@ -1,8 +1,7 @@
-"""matmul for a few tokens: weights are read once, units of quants times int8 activations with dp4a.
+"""matmul for few tokens: dp4a multiplies units of quants with int8 activations; weights are read once.
 
-A thread has one unit of R rows at a time and keeps a sum for each row and token: no shared memory, no barrier and no
-conversion of layouts in the loop. Activations are blocks of 32 int8 values (quantize.py): xq, their factor xd, and xs,
-the sums of each block's halves as two int16.
+A thread has one unit of R rows at a time, and a sum for each row and token. The loop has no shared memory, no barrier
+and no conversion of layouts. For the blocks of int8 activations (xq, xd, xs) see quantize.py.
 """
 
 import triton
@@ -24,7 +23,7 @@ def _dot16(w, x, c):
 
 @triton.jit
 def _dot32(w, x, factors, OFFSET: tl.constexpr, GROUP: tl.constexpr, MINIMUM: tl.constexpr):
-    """A unit of 32 weights times x = (halves' words, d, halves' sums)."""
+    """Return units of 32 weights times blocks of activations (see _block)."""
     a, b, xd, low, high = x
     if GROUP == 32:
         dot = _dot16(w[0], a, _dot16(w[1], b, (low + high) * -OFFSET))
@@ -41,7 +40,10 @@ def _dot32(w, x, factors, OFFSET: tl.constexpr, GROUP: tl.constexpr, MINIMUM: tl
 
 @triton.jit
 def _dot64(w, x, factors, OFFSET: tl.constexpr, MINIMUM: tl.constexpr):
-    """A unit of 64 weights with four scales. Dot products of 16 weights of up to 3 bits fit into int16."""
+    """Return units of 64 weights, with four scales each, times pairs of blocks of activations.
+
+    Dot products of 16 weights of up to 3 bits fit into int16.
+    """
     scales, minimums, d, dmin = factors
     value = tl.zeros(d.shape, tl.float32)
     for half in tl.static_range(2):
@@ -57,7 +59,7 @@ def _dot64(w, x, factors, OFFSET: tl.constexpr, MINIMUM: tl.constexpr):
 
 @triton.jit
 def _block(x, at, live, EVEN: tl.constexpr):
-    """Blocks of activations at [n]; those that are not live count for nothing."""
+    """Return blocks of activations at [n]: words of both halves, factor, sums of both halves. Factor 0 if not live."""
     xq, xd, xs = x
     d = tl.load(xd + at)
     sums = tl.load(xs + at)

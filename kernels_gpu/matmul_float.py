@@ -1,4 +1,4 @@
-"""matmul of float panels for a few tokens, in f32. A thread has 16 bytes of each of R rows at a time."""
+"""matmul of float panels for few tokens, in f32. A thread multiplies 16 bytes of each of R rows at a time."""
 
 import triton
 import triton.language as tl
@@ -11,7 +11,7 @@ def matmul_float(
     qs, x, x_stride, out, out_stride, bias, residual, residual_stride, n_out, n_in, n_unit,
     TYPE: tl.constexpr, M: tl.constexpr, R: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    """out[m, o] = w[o] * x[m] (+ bias[o]) (+ residual[m, o]) for M tokens, R rows a program."""
+    """out[m, o] = w[o] * x[m] (+ bias[o]) (+ residual[m, o]) for M tokens, R rows a program. TYPE: of the panel."""
     E: tl.constexpr = 4 if TYPE == "F32" else 8
     first = tl.program_id(0) * R
     e = tl.arange(0, E)[None, :]

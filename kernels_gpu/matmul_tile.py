@@ -1,4 +1,4 @@
-"""matmul for more tokens: tiles of weights become f16 for the tensor cores, in registers or in scratch memory."""
+"""matmul for many tokens: tiles of weights become f16 for the tensor cores, in registers or in scratch memory."""
 
 import triton
 import triton.language as tl
@@ -12,9 +12,10 @@ def tile_product(
     w, rows, x_rows, n_in, n_unit,
     PANEL: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    """f32[N, M], `rows` int64[N] of the weights times the f16 rows at pointers x_rows [M]; UNITS of each at a time.
+    """Return f32[N, M]: `rows` int64[N] of the weights times the f16 rows at pointers x_rows [M].
 
-    The weights are the left operand of the dot product: then each warp has rows of its own and none is converted twice.
+    UNITS: units of a row at a time. The weights are the left operand of tl.dot: so each warp has rows of its own, and
+    no weight is converted twice.
     """
     E: tl.constexpr = field_width(PANEL)
     UNIT: tl.constexpr = PANEL.unit
@@ -36,7 +37,7 @@ def matmul_tile(
     w, xh, raw, n_out, n_in, n_unit, raw_stride,
     PANEL: tl.constexpr, M: tl.constexpr, N: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    """raw[m, o] = w[o] * xh[m], f32, for M tokens and N rows a program; UNITS of each row at a time."""
+    """raw f32[m, o] = w[o] * xh[m] for M tokens, N rows a program. UNITS: units of a row at a time."""
     o = tl.program_id(0) * N + tl.arange(0, N)
     rows = tl.minimum(o, n_out - 1).to(tl.int64)
     m = tl.arange(0, M)
@@ -49,7 +50,7 @@ def dequantize(
     w, out, first, n_row, n_in, n_unit,
     PANEL: tl.constexpr, N: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    """out f16[n_row, n_in] = rows first .. of the weights; grid (n_row / N, n_unit / UNITS)."""
+    """out f16[n_row, n_in] = rows first .. first + n_row of the weights; grid (n_row / N, n_unit / UNITS)."""
     E: tl.constexpr = field_width(PANEL)
     UNIT: tl.constexpr = PANEL.unit
     o = tl.program_id(0) * N + tl.arange(0, N)
@@ -68,7 +69,10 @@ def finish(
     raw, raw_stride, xm, out, out_stride, bias, residual, residual_stride, n_out,
     ACTIVATION: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """out = raw * xm (+ bias) (+ residual), or, gated, activation(first half) * second; grid (rows, n_out / WIDTH)."""
+    """out = raw * xm (+ bias) (+ residual); grid (rows, n_out / WIDTH).
+
+    xm: factors of the rows. ACTIVATION: None, or out = activation(first half of raw * xm) * second half.
+    """
     row = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     mask = o < n_out

@@ -1,7 +1,7 @@
 """Panels: the GPU's form of a weight matrix. Each row is cut into units whose quants fill one 16-byte vector load.
 
-Integer panels hold weight = scale * (u - offset) (+ minimum) with unsigned u, or scale * book[u], as planes of their
-own, each [n_out][n_unit]:
+Integer panels hold weight = scale * (u - offset) (+ minimum) with unsigned u, or scale * book[u]. They are planes, each
+[n_out][n_unit]:
 
     qs     16 bytes a unit (8 bits: two planes [n_out][2][n_unit])
     high   the bits of u above those of qs, 4 or 8 bytes a unit
@@ -15,9 +15,9 @@ A unit is 32 weights, 64 where qs has 2 bits. Weight 16 f + b of a unit (field f
     4     byte b, bits 4f .. 4f+3           b % 4                       4f + b/4    4f + b % 4             2 (b/4)
     2     byte b, bits 2f .. 2f+1           4 (f/2) + b % 4             4 (f % 2) + b/4
 
-so that the four bytes of a 32-bit word take their high bits from the same bit of four bytes: one shift and one mask.
+The four bytes of a 32-bit word take their high bits from the same bit of four bytes: one shift and one mask.
 
-Float panels hold the numbers of the file; their units are 16 bytes too. Rows are filled up with zeros.
+Float panels hold the numbers of the file. Their units are 16 bytes too; zeros fill up the rows.
 """
 
 from dataclasses import dataclass
@@ -147,10 +147,10 @@ PANELS: dict[str, Panel] = {
 
 
 def panel_for(type_name: str) -> Panel:
-    """The panel that holds a tensor type exactly. Types that have none of their own go through F32."""
+    """Return the panel that holds a tensor type exactly: F32 for types without a panel of their own."""
     return PANELS.get(type_name, PANELS["F32"])
 
 
 def matrix_bytes(type_name: str, n_in: int, n_out: int) -> int:
-    """Bytes of a matrix as panels: what placement counts with."""
+    """Return the bytes of a matrix as a panel."""
     return n_out * panel_for(type_name).row_bytes(n_in)

@@ -1,13 +1,11 @@
-"""Activations as matmul reads them: int8 in blocks of 32 for a few tokens, f16 for many.
+"""Activations as matmul reads them: int8 in blocks of 32 for few tokens, f16 for many.
 
-int8: xq, a block's factor xd = max|x| / 127, and xs, the sums of the block's two halves as int16 in one int32. f16: xh
-and a factor for each row, xm = max|x|: numbers up to 1, so that nothing is too large for an f16.
+int8: xq, the factor of each block, xd = max|x| / 127, and xs, the sums of a block's halves as two int16 in an int32.
+f16: xh and a factor for each row, xm = max|x|. The numbers are up to 1: none is too large for an f16.
 """
 
 import triton
 import triton.language as tl
-
-BLOCK = 32
 
 
 @triton.jit
@@ -21,7 +19,7 @@ def store_int8(x, at, made, row, n, WIDTH: tl.constexpr):
     halves = tl.reshape(x, (N, 2, 16))
     largest = tl.max(tl.max(tl.abs(halves), axis=2), axis=1)
     inverse = tl.where(largest == 0, 0.0, tl.div_rn(127.0, largest))
-    # Adding and taking away 1.5 * 2^23 leaves the nearest integer. A GPU would fuse a plain product with the addition.
+    # Adding and subtracting 1.5 * 2^23 rounds. tl.fma: a GPU would fuse a plain product with the addition.
     q = ((tl.fma(halves, inverse[:, None, None], 0.0) + 12582912.0) - 12582912.0).to(tl.int32)
     block = at // 32 + tl.arange(0, N)
     i = tl.arange(0, 16)[None, None, :] + 16 * tl.arange(0, 2)[None, :, None]

@@ -1,4 +1,4 @@
-"""RMS norm of rows or of equal parts of them, with the residual added and the result made ready for matmul."""
+"""RMS norm of rows or of equal parts of rows. It may add a residual, and write the result as matmul reads it."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ from gguf_run.kernels_gpu.quantize import store_halves, store_int8
 
 @triton.jit
 def normed(value, weight, column, n, eps):
-    """A row of n values, 0 beyond, by its root mean square, times weight."""
+    """Return an RMS norm of a row of n values, 0 beyond."""
     mean = tl.sum(value * value, axis=0) / n
     return value * (1.0 / tl.sqrt_rn(mean + eps)) * tl.load(weight + column, mask=column < n, other=0.0)
 

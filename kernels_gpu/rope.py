@@ -6,9 +6,10 @@ import triton.language as tl
 
 @triton.jit
 def _cos_sin(turns):
-    """Of an f64 number of turns: the library's functions keep a table on the stack for large angles.
+    """Return the cosine and the sine of an f64 number of turns.
 
-    The nearest quarter turn is taken away in f64, and what is left, up to an eighth, goes into Taylor's series.
+    The nearest quarter turn is subtracted in f64; Taylor's series take the rest, up to an eighth of a turn. The
+    library's functions would keep a table on the stack.
     """
     turns -= tl.floor(turns)
     quarter = tl.floor(turns * 4 + 0.5)
@@ -38,7 +39,7 @@ def angles(positions, inv_freq, table, n_half, scale, WIDTH: tl.constexpr):
 
 @triton.jit
 def rope(x, x_stride, table, n_head, head_dim, n_half, NEOX: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr):
-    """Rotates pairs (i, n_half + i) or (2 i, 2 i + 1) of each head, in place; grid (tokens,)."""
+    """Rotate pairs (i, n_half + i) or (2 i, 2 i + 1) of each head, in place; grid (tokens,)."""
     t = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, WIDTH)[None, :]
     head = tl.arange(0, HEADS)[:, None]

@@ -1,4 +1,4 @@
-"""Ops on rows: embeddings, the choice of result rows, gating, sums of squares."""
+"""Ops on rows: embeddings, the wanted rows, gating, softcap, sums of squares."""
 
 import triton
 import triton.language as tl

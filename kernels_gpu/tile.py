@@ -1,4 +1,4 @@
-"""Reads tiles of any panel (panels.py has the layouts) as f32: for tensor cores, embeddings and dequantizing."""
+"""Reads tiles of any panel (layouts: panels.py) as f32: for tensor cores, embeddings and dequantizing."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ from gguf_run.kernels_gpu.units import exponent_half, half_pair
 
 @triton.jit
 def _scales(scale, d, at, at_d, f: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr):
-    """Scale and minimum of field f of units at `at`."""
+    """Return scale and minimum of field f of units. at: numbers of the units; at_d: numbers of their d."""
     n_group: tl.constexpr = 1 if GROUP == 32 else (4 if BITS == 2 else 2)
     if SCALES == "f16":
         factor = tl.load(scale.to(tl.pointer_type(tl.float16)) + at).to(tl.float32)
@@ -41,7 +41,7 @@ def field_width(panel):
 
 @triton.jit
 def tile_field(w, rows, units, n_unit, f: tl.constexpr, PANEL: tl.constexpr):
-    """Field f of `units` int32[n] of `rows` int64[m]: f32[m, n, 16], or the 4 or 8 numbers of a float panel's unit."""
+    """Return field f of `units` int32[n] of `rows` int64[m], f32[m, n, field_width]. w: planes of the weights."""
     qs, high, scale, d = w
     BITS: tl.constexpr = PANEL.bits
     HIGH: tl.constexpr = PANEL.high

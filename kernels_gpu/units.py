@@ -1,6 +1,6 @@
-"""Reads units of integer panels (panels.py has the layouts) in a form that dp4a takes.
+"""Reads units of integer panels (layouts: panels.py) in the form that dp4a takes.
 
-A thread has whole units: all values are tensors [n], one unit each, and words are tuples of them.
+A thread has whole units: all values are tensors [n] with a number for each unit. Words are tuples of such tensors.
 """
 
 import triton
@@ -11,7 +11,7 @@ from gguf_run.kernels_gpu.dots import look_up
 
 @triton.jit
 def words4(at):
-    """The four words at pointers [n] to int32: one 16-byte load a thread."""
+    """Return the four words at pointers [n] to int32: one 16-byte load a thread."""
     n: tl.constexpr = at.shape[0]
     even, odd = tl.split(tl.reshape(tl.load(at[:, None] + tl.arange(0, 4)[None, :]), (n, 2, 2)))
     w0, w2 = tl.split(even)
@@ -39,7 +39,7 @@ def added(sums, values):
 
 @triton.jit
 def half_pair(word):
-    """The two f16 in an int32, as f32."""
+    """Return the two f16 in an int32, as f32."""
     low = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     high = ((word >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     return low, high
@@ -47,7 +47,7 @@ def half_pair(word):
 
 @triton.jit
 def _high_words(high, at, HIGH: tl.constexpr, BITS: tl.constexpr):
-    """The words of high bits of units at [n]: the second one is the first again where a unit has only one."""
+    """Return two words of high bits of units at [n]: the same word twice if a unit has only one."""
     if HIGH == 0:
         none = tl.zeros(at.shape, tl.int32)
         return none, none
@@ -105,17 +105,17 @@ def _shift(word, left: tl.constexpr):
 
 @triton.jit
 def exponent_half(e):
-    """2**(e - 128) of int32 e, whose doubled value e8m0 means: books of e2m1 hold doubled values."""
+    """Return 2**(e - 128) of int32 e. e8m0 means twice that; the books of e2m1 hold doubled values."""
     bits = tl.where(e < 2, 0x200000 << e, (e - 1) << 23)
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def unit_factors(w, row, u, n_unit, PANEL: tl.constexpr):
-    """What the dot products of units [n] are multiplied with, and what is added.
+    """Return the factors of the dot products of units u [n] of a row.
 
-    GROUP 32: (scale f32, minimum f32); minimum is 0 and unused where there is none. GROUP 16: (packed int8 scales,
-    their packed minimums, d, -dmin).
+    One scale a unit (group 32): (scale f32, minimum f32); a type without minimums has 0, which is not used.
+    Several (group 16): (packed int8 scales, packed minimums, d, -dmin).
     """
     _qs, _high, scale, d = w
     BITS: tl.constexpr = PANEL.bits
