@@ -18,7 +18,7 @@ from gguf_run.kernels_cpu.int8_forms import CpuOp, CpuVector, Quantize, with_int
 from gguf_run.kernels_cpu.layer_norm import layer_norm
 from gguf_run.kernels_cpu.matmul import matmul
 from gguf_run.kernels_cpu.matmul_gated import SCRATCH_BYTES, matmul_gated
-from gguf_run.kernels_cpu.memory import CpuTable, CpuWeight
+from gguf_run.kernels_cpu.memory import CpuTable, CpuWeight, WeightPart
 from gguf_run.kernels_cpu.moe import CpuExperts
 from gguf_run.kernels_cpu.observe import CpuSquares, observe, observe_experts
 from gguf_run.kernels_cpu.panels import BLOCK, ROWS, IntPanel, Panel, panel_id
@@ -43,52 +43,21 @@ def lower(tape: Tape, step: Sequence[CpuOp]) -> int:
 
 
 def _quantize(tape: Tape, op: Quantize, int8: Rows | None) -> None:
-    tape.record(quantize, op.x, n=op.x.width, x=op.x, q8=tape.int8(op.x))
+    tape.record(op, quantize, n=op.x.width, q8=tape.int8(op.x))
 
 
 def _embed(tape: Tape, op: ops.Embed[CpuTable], int8: Rows | None) -> None:
-    table = op.table
-    tape.record(
-        embed(table.type_name),
-        op.out,
-        table=table.blocks,
-        row_bytes=table.blocks.shape[1],
-        n=table.n_in,
-        out=op.out,
-        grid=table.grid,
-        n_grid=table.grid.size,
-        scale=op.scale,
-    )
+    table, row_bytes = op.table, op.table.blocks.shape[1]
+    sizes = {"n": table.n_in, "row_bytes": row_bytes, "n_grid": table.grid.size}
+    tape.record(op, embed(table.type_name), table=table.blocks, grid=table.grid, **sizes)
 
 
 def _rms_norm(tape: Tape, op: ops.RmsNorm[CpuVector], int8: Rows | None) -> None:
-    tape.record(
-        rms_norm,
-        op.x,
-        n_group=op.n_group,
-        n=op.x.width // op.n_group,
-        x=op.x,
-        weight=op.weight,
-        out=op.out,
-        residual=op.residual,
-        q8=int8,
-        eps=op.eps,
-    )
+    tape.record(op, rms_norm, n=op.x.width // op.n_group, q8=int8)
 
 
 def _layer_norm(tape: Tape, op: ops.LayerNorm[CpuVector], int8: Rows | None) -> None:
-    tape.record(
-        layer_norm,
-        op.x,
-        n_group=op.n_group,
-        n=op.x.width // op.n_group,
-        x=op.x,
-        weight=op.weight,
-        bias=op.bias,
-        out=op.out,
-        q8=int8,
-        eps=op.eps,
-    )
+    tape.record(op, layer_norm, n=op.x.width // op.n_group, q8=int8)
 
 
 def _read(tape: Tape, x: Buffer, panel: Panel) -> Buffer | Rows:
@@ -96,23 +65,21 @@ def _read(tape: Tape, x: Buffer, panel: Panel) -> Buffer | Rows:
     return tape.int8(x) if isinstance(panel, IntPanel) else x
 
 
-def _sizes(panel: Panel, n_in: int) -> dict[str, int]:
-    return {
-        "n_steps": n_in // panel.columns,
-        "step_bytes": panel.step_bytes,
-        "group_bytes": panel.group_bytes(n_in),
-    }
+def _matrix(part: WeightPart, n_in: int) -> dict[str, Any]:
+    """Return the fields that describe a matrix."""
+    panel = part.panel
+    sizes = {"step_bytes": panel.step_bytes, "group_bytes": panel.group_bytes(n_in)}
+    return {"w": part.data, "n_steps": n_in // panel.columns, **sizes}
 
 
 def _matmul(tape: Tape, op: ops.Matmul[CpuWeight, CpuVector], int8: Rows | None) -> None:
     for part in op.weight.parts:
         columns = part.first, part.n_out
         tape.record(
+            op,
             matmul(panel_id(part.panel)),
-            op.x,
+            **_matrix(part, op.weight.n_in),
             n_out=part.n_out,
-            **_sizes(part.panel, op.weight.n_in),
-            w=part.data,
             x=_read(tape, op.x, part.panel),
             out=op.out.columns(*columns),
             residual=op.residual.columns(*columns) if op.residual else tape.zeros,
@@ -129,17 +96,9 @@ def _matmul_gated(tape: Tape, op: ops.MatmulGated[CpuWeight, CpuVector], int8: R
         _gated(tape, ops.Gated(wide.columns(0, n_ff), wide.columns(n_ff, n_ff), op.out, op.activation), int8)
         return
     tape.need(scratch=SCRATCH_BYTES)
-    tape.record(
-        matmul_gated(panel_id(part.panel), op.activation),
-        op.x,
-        n_out=n_ff,
-        **_sizes(part.panel, op.weight.n_in),
-        w=part.data,
-        x=_read(tape, op.x, part.panel),
-        out=op.out,
-        q8=int8,
-        zeros=tape.zeros,
-    )
+    matrix, x = _matrix(part, op.weight.n_in), _read(tape, op.x, part.panel)
+    kernel = matmul_gated(panel_id(part.panel), op.activation)
+    tape.record(op, kernel, **matrix, n_out=n_ff, x=x, q8=int8, zeros=tape.zeros)
 
 
 def _rope(tape: Tape, op: ops.Rope, int8: Rows | None) -> None:
@@ -148,56 +107,40 @@ def _rope(tape: Tape, op: ops.Rope, int8: Rows | None) -> None:
     if table is None:
         table = tape.angles[rotation] = np.zeros((tape.n_batch, n_half, 2), np.float32)
         inv_freq = np.ascontiguousarray(rotation.inv_freq, np.float64)
-        tape.record(angles, op.x, n_half=n_half, inv_freq=inv_freq, table=table, scale=rotation.scale)
-    tape.record(
-        rope,
-        op.x,
-        n_head=op.x.width // op.head_dim,
-        head_dim=op.head_dim,
-        n_half=n_half,
-        neox=rotation.style == "neox",
-        x=op.x,
-        table=table,
-    )
+        tape.record(op, angles, n_half=n_half, inv_freq=inv_freq, table=table, scale=rotation.scale)
+    n_head, neox = op.x.width // op.head_dim, rotation.style == "neox"
+    tape.record(op, rope, n_head=n_head, n_half=n_half, neox=neox, table=table)
 
 
 def _attend(tape: Tape, op: ops.Attend[CpuCache, CpuVector], int8: Rows | None) -> None:
     """Three kernels: append stores k and v, attend reads them in parts, merge joins the parts of a row."""
-    shape, cache, k, v = op.shape, op.cache, op.cache.rows_k, op.cache.rows_v
+    shape, k, v = op.shape, op.cache.rows_k, op.cache.rows_v
     n_rep, n_wide = shape.n_head // shape.n_head_kv, filled(shape.head_dim)
     part_bytes = 4 * part_floats(v.wide, n_rep)
     tape.need(parts=part_bytes * max_parts(tape.n_threads))
     tape.need(scratch=max(4 * scratch_floats(n_wide, v.wide, n_rep), scratch_bytes(shape.head_dim)))
     forms = format_id(k.name), format_id(v.name)
-    tape.record_all(
-        (append(*forms), attend(*forms), merge),
-        op.q,
-        n_head=shape.n_head,
-        n_head_kv=shape.n_head_kv,
-        head_dim=shape.head_dim,
+    tape.record(
+        op,
+        append(*forms),
+        attend(*forms),
+        merge,
+        **vars(shape),
         n_wide=n_wide,
         wide=v.wide,
-        n_ctx=cache.n_ctx,
-        window=shape.window,
-        scale=shape.scale,
-        softcap=shape.softcap,
-        q=op.q,
-        k=op.k,
+        n_ctx=op.cache.n_ctx,
+        cache_k=op.cache.k,
         k_wide=k.wide,
         k_rotate=k.rotates,
         k_static=k.static,
         k_at=k.form.elements_at(shape.head_dim, False),
         k_group=k.group_bytes,
-        cache_k=cache.k,
-        v=op.v,
+        cache_v=op.cache.v,
         v_wide=v.wide,
         v_rotate=v.rotates,
         v_static=v.static,
         v_at=v.form.elements_at(shape.head_dim, True),
         v_group=v.group_bytes,
-        cache_v=cache.v,
-        sinks=op.sinks,
-        out=op.out,
         part_bytes=part_bytes,
         max_rows=max_rows(n_rep),
         q8=int8,
@@ -205,9 +148,8 @@ def _attend(tape: Tape, op: ops.Attend[CpuCache, CpuVector], int8: Rows | None) 
 
 
 def _gated(tape: Tape, op: ops.Gated, int8: Rows | None) -> None:
-    n = op.gate.width
-    up = op.up or Rows(tape.address(np.ones(n, np.float32)), 0)
-    tape.record(gated(op.activation), op.gate, n=n, gate=op.gate, up=up, out=op.out, q8=int8)
+    up = op.up or Rows(tape.address(np.ones(op.gate.width, np.float32)), 0)
+    tape.record(op, gated(op.activation), n=op.gate.width, up=up, q8=int8)
 
 
 def _moe(tape: Tape, op: ops.Moe[CpuExperts, CpuSquares], int8: Rows | None) -> None:
@@ -225,10 +167,10 @@ def _moe(tape: Tape, op: ops.Moe[CpuExperts, CpuSquares], int8: Rows | None) -> 
         "plan": tape.shared("plan", 8 * moe.plan_words(n_expert, n_pairs)),
         "weights": tape.shared("weights of pairs", 8 * n_pairs),
     }
-    tape.record(moe.route, op.x, norm=op.mixture.norm, scale=op.mixture.scale, logits=op.logits, **common)
+    tape.record(op, moe.route, norm=op.mixture.norm, scale=op.mixture.scale, **common)
     tape.record(
+        op,
         moe.gate_up(panel_id(gate.panel), op.mixture.activation),
-        op.x,
         to_up=tape.address(up.data) - tape.address(gate.data),
         x=_read(tape, op.x, gate.panel),
         out=rows,
@@ -237,25 +179,25 @@ def _moe(tape: Tape, op: ops.Moe[CpuExperts, CpuSquares], int8: Rows | None) -> 
         **common,
         **gate.fields(),
     )
-    tape.record(moe.down(panel_id(down.panel)), op.x, x=rows_int8 or rows, out=op.out, **common, **down.fields())
+    tape.record(op, moe.down(panel_id(down.panel)), x=rows_int8 or rows, **common, **down.fields())
     for squares, x, by_pair in zip(op.squares or (), (op.x, rows), (0, 1), strict=False):
-        tape.record(observe_experts, op.x, x=x, by_pair=by_pair, **squares.fields(), **common)
+        tape.record(op, observe_experts, x=x, by_pair=by_pair, **squares.fields(), **common)
 
 
 def _gate_rows(tape: Tape, op: ops.GateRows, int8: Rows | None) -> None:
-    tape.record(gate_rows, op.x, n=op.x.width, x=op.x, gate=op.gate)
+    tape.record(op, gate_rows, n=op.x.width)
 
 
 def _softcap(tape: Tape, op: ops.Softcap, int8: Rows | None) -> None:
-    tape.record(softcap, op.x, n=op.x.width, x=op.x, scale=op.scale, cap=op.cap)
+    tape.record(op, softcap, n=op.x.width)
 
 
 def _observe(tape: Tape, op: ops.Observe[CpuSquares], int8: Rows | None) -> None:
-    tape.record(observe, op.x, x=op.x, **op.squares.fields())
+    tape.record(op, observe, **op.squares.fields())
 
 
 def _outputs(tape: Tape, op: ops.Outputs, int8: Rows | None) -> None:
-    tape.record(copy_rows, op.out, index=tape.table.rows, n=op.x.width, x=op.x, out=op.out)
+    tape.record(op, copy_rows, index=tape.table.rows, n=op.x.width)
 
 
 LOWER: Mapping[type, Callable[[Tape, Any, Rows | None], None]] = {

@@ -1,7 +1,6 @@
 """A tape: the kernels of a program, bound to addresses in the order in which they run, and their memory."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,25 +91,24 @@ class Tape:
         """Return where n rows of `stride` bytes in shared memory are."""
         return Rows(self.address(self.shared(name, n * stride)), stride)
 
-    def record(self, kernel: TapeOp, rows: Buffer, **values: Value) -> None:
-        """Append one kernel: see record_all."""
-        self.record_all([kernel], rows, **values)
+    def record(self, op: Any, *kernels: TapeOp, **values: Value) -> None:
+        """Append the kernels of an op. Each kernel takes the values of its fields.
 
-    def record_all(self, kernels: Sequence[TapeOp], rows: Buffer, **values: Value) -> None:
-        """Append kernels. Each one takes the values of its fields.
-
-        rows: the kernels work on as many rows as this buffer has.
-        values: by the name of a field. An array stands for its address, None for 0. Buffers and Rows fill two fields,
-            NAME and NAME_stride.
+        op: of models/ops.py. The kernels work on the rows of its `out`, or of x if it has none.
+        values: by field. A field that is missing here has the value of the op's field of the same name.
+            An array stands for its address, None for 0. Buffers and Rows fill two fields, NAME and NAME_stride.
 
         Raises TypeError for a value that no kernel has a field for, and for a field without a value.
         """
-        unknown = values.keys() - {name for kernel in kernels for name in kernel.fields.names or ()}
-        if unknown:
+        fields = {name for kernel in kernels for name in kernel.fields.names or ()}
+        if unknown := values.keys() - fields:
             raise TypeError(f"{kernels[0].function.__name__} has no fields {sorted(unknown)}")
+        given = vars(op) | values
+        rows: Buffer = vars(op).get("out") or op.x
         numbers = self._common | {"rows": self.table.n_out if rows.outputs else self.table.n_tokens}
-        for name, value in values.items():
-            numbers |= self._numbers(name, value)
+        for name, value in given.items():
+            if name in fields:
+                numbers |= self._numbers(name, value)
         for kernel in kernels:
             names = kernel.fields.names or ()
             self._arguments.append(kernel.bind(**{name: numbers[name] for name in names if name in numbers}))

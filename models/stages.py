@@ -3,14 +3,15 @@
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal
+from typing import Generic, Literal
 
 from gguf_run.formats.reader import Tensor
 from gguf_run.models.backend import AnyBackend, Backend, Program
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer
 from gguf_run.models.layer import Loader
-from gguf_run.models.operands import Buffer, Cache, Experts, Squares, Table, Vector, Weight
+from gguf_run.models.operands import Buffer, Cache, Experts, Rotation, Squares, Table, Vector, Weight
+from gguf_run.models.ops import Op
 from gguf_run.models.step import Observed, Step
 
 
@@ -62,7 +63,7 @@ def _pieces(placed: Placed) -> list[tuple[AnyBackend, list[_Piece]]]:
 
 
 class _Side(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
-    """One backend: its weights, and the lists of its program."""
+    """What is on one backend: weights, and the lists of a program."""
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class _Side(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
         progress: Callable[[int], None],
         observed: list[Observed] | None,
     ) -> None:
-        self._backend, self._config, self._observed = backend, config, observed
+        self._config, self._observed = config, observed
         self._load = Loader(backend, tensors, progress)
         self._tied = "output.weight" not in tensors  # the embeddings are the output matrix too
         self.step = Step(backend, config, observed)
@@ -80,13 +81,13 @@ class _Side(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
     def embed(self) -> None:
         self.step.embed(self._load.embeddings(tied=self._tied))
 
-    def add(self, piece: _Piece, cache: Cache, layer: CacheLayer) -> None:
-        """Load the weights of a piece and append its ops. cache: that of the layer, which this backend has made."""
+    def add(self, piece: _Piece, cache: Cache, rotation: Rotation | None) -> None:
+        """Load the weights of a piece and append its ops. cache: that of the layer, on this backend."""
         il, step = piece.il, self.step
         if piece.what == "experts":
             step.experts(self._load.experts(il))
             return
-        weights = self._load.layer(self._config, il, cache, layer.rotation)
+        weights = self._load.layer(self._config, il, cache, rotation)
         is_whole = piece.what == "layer"
         experts = self._load.experts(il) if is_whole and self._config.has_experts(il) else None
         step.attention(weights)
@@ -101,9 +102,6 @@ class _Side(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
         norm = self._load.norm("output_norm")
         assert norm is not None  # config has checked it
         return self.step.logits(norm, self._load.matrix("token_embd" if self._tied else "output", bias=["output"]))
-
-    def program(self, result: Buffer, n_batch: int, n_outputs: int) -> Program:
-        return self._backend.program(self.step.parts, self.step.after, result, n_batch, n_outputs)
 
 
 def build(
@@ -120,11 +118,11 @@ def build(
 
     layers: the KV caches, made by the backends of `placed`. The other arguments are those of Decoder.
     """
-    sides: dict[int, _Side[Any, Any, Any, Any, Any, Any]] = {}
+    plan = _pieces(placed)
+    backends = {id(backend): backend for backend, _ in plan}
+    sides = {key: _Side(backend, config, tensors, progress, observed) for key, backend in backends.items()}
     stages: list[tuple[int, int, tuple[Buffer, ...], tuple[Buffer, ...]]] = []
-    for backend, pieces in _pieces(placed):
-        if id(backend) not in sides:
-            sides[id(backend)] = _Side(backend, config, tensors, progress, observed)
+    for backend, pieces in plan:
         side = sides[id(backend)]
         step = side.step
         step.new_part()
@@ -132,9 +130,29 @@ def build(
             side.embed()
         reads = step.to_experts if pieces and pieces[0].what == "experts" else (step.x,)
         for piece in pieces:
-            side.add(piece, layers[piece.il].cache, layers[piece.il])
+            side.add(piece, layers[piece.il].cache, layers[piece.il].rotation)
         leaves = step.to_experts if pieces and pieces[-1].what == "before experts" else (step.x,)
         stages.append((id(backend), len(step.parts) - 1, reads, leaves))
     results = {key: side.step.x for key, side in sides.items()} | {id(backend): side.logits()}
-    programs = {key: side.program(results[key], n_batch, n_outputs) for key, side in sides.items()}
+    programs = {
+        key: backends[key].program(side.step.parts, side.step.after, results[key], n_batch, n_outputs)
+        for key, side in sides.items()
+    }
     return [Stage(programs[key], part, reads, leaves) for key, part, reads, leaves in stages]
+
+
+def list_ops(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    backend: Backend[Table, Weight, Vector, Cache, Experts, Squares],
+    caches: Sequence[Cache],
+    rotations: Sequence[Rotation | None],
+) -> list[Op[Table, Weight, Vector, Cache, Experts, Squares]]:
+    """Return the ops of a whole model on one backend. caches, rotations: one for each layer."""
+    side = _Side(backend, config, tensors, lambda n_bytes: None, None)
+    side.step.new_part()
+    side.embed()
+    for il, (cache, rotation) in enumerate(zip(caches, rotations, strict=True)):
+        side.add(_Piece(il, "layer"), cache, rotation)
+    side.logits()
+    return [*side.step.parts[0], *side.step.after]

@@ -39,7 +39,7 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
         config: ModelConfig,
         observed: list[Observed] | None,
     ) -> None:
-        """observed: gets the input of every matmul; None: nothing is observed."""
+        """backend: makes the sums of squares. observed: gets the input of every matmul; None: nothing is observed."""
         self._backend, self._config, self._observed = backend, config, observed
         self.parts: list[list[ops.Op[Table, Weight, Vector, Cache, Experts, Squares]]] = []
         self.after: list[ops.Op[Table, Weight, Vector, Cache, Experts, Squares]] = []

@@ -22,6 +22,7 @@ from gguf_run.runtime.fetch import find_model
 from gguf_run.runtime.info_diff import change_lines, compare, diff_lines
 from gguf_run.runtime.info_edit import edit
 from gguf_run.runtime.info_memory import memory_facts, memory_lines
+from gguf_run.runtime.info_ops import ops_facts, ops_lines
 from gguf_run.runtime.info_tensors import Statistics, statistics
 from gguf_run.runtime.info_values import describe_value, show_value
 from gguf_run.runtime.placement import Wanted, parse_wanted
@@ -36,6 +37,7 @@ STATISTICS = tuple(column.name for column in fields(Statistics))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--fit", is_flag=True, help="Show what fits this machine, and how fast: of MODELs, or of usual sizes.")
 @click.option("--tensors", is_flag=True, help="List the tensors as well.")
+@click.option("--ops", is_flag=True, help="Show the ops of a token instead: bytes read and operations of each.")
 @click.option("--stats", is_flag=True, help="Show statistics of the tensors' weights as well.")
 @click.option("--diff", metavar="OTHER", help="Show what differs in another file: metadata, tensors, error of each.")
 @click.option("--match", metavar="REGEX", default="", help="Only tensors whose name holds a match.  [default: all]")
@@ -62,6 +64,7 @@ def main(
     as_json: bool,
     fit: bool,
     tensors: bool,
+    ops: bool,
     stats: bool,
     diff: str | None,
     match: str,
@@ -101,6 +104,8 @@ def main(
         raise click.UsageError("--set and --remove need either -o OUT or --in-place, and these need one of them.")
     if editing and (tensors or stats or diff):
         raise click.UsageError("--set and --remove go without --tensors, --stats and --diff.")
+    if ops and (editing or tensors or stats or diff):
+        raise click.UsageError("--ops goes without --set, --remove, --tensors, --stats and --diff.")
     pattern, options = _pattern(match), load_options(cache)
     gpus = [byte_size(part, "--gpu-memory") for part in gpu_memory.split(",")] if gpu_memory else []
     device = ",".join(f"cuda:{i}" for i in range(len(gpus))) or "auto"
@@ -109,7 +114,10 @@ def main(
         raise click.UsageError("--gpu-layers, --tensor-split, --cpu-moe and --n-cpu-moe need --gpu-memory.")
     with ExitStack() as files:
         file = files.enter_context(GGUFFile.open(find_model(models[0])))
-        if editing:
+        if ops:
+            facts = ops_facts(file, ctx_size, options)
+            lines = ops_lines(facts)
+        elif editing:
             facts = {"metadata": edit(file, assignments, remove, output)}
             lines = change_lines(facts["metadata"])
         elif diff:

@@ -89,7 +89,7 @@ class Session:
         return self._run([id], n_keep)
 
     def append_top(self, id: int, n_keep: int | None, n_top: int) -> NDArray[np.float32] | Candidates:
-        """Add one token; return the n_top greatest logits after it. All come where the decoder has all, or n_top is 0."""
+        """Add one token; return the n_top greatest logits after it: all if n_top is 0, or if the decoder has all."""
         if not n_top:
             return self._run([id], n_keep)
         if n_keep is not None and not self.n_free:

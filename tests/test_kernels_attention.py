@@ -299,7 +299,7 @@ def test_a_layer_with_a_window_holds_no_more_than_that_and_a_batch(window: int, 
     """
     heads, n_tokens = Heads(4, 2, 16, window), 1000
     ring, full = (Case(heads, n_tokens, n_threads, "f16", n, 2) for n in (n_batch, n_tokens))
-    n_rows = ring.step.backend.cache(heads.shape, n_tokens, n_batch).n_ctx
+    n_rows = new_cache(ring.step.backend, heads.shape, n_tokens, n_batch).n_ctx
     assert window + n_batch <= n_rows < window + n_batch + 96
     n_past = 0
     while n_past + n_batch <= 700:

@@ -40,7 +40,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         file = GGUFFile.open(path)
         config = ModelConfig.from_metadata(file.metadata, file.tensors)
         kinds, backends = [CacheType(cache, cache)] * config.n_layer, [backend] * config.n_layer
-        return Decoder(config, file.tensors, backends, n_ctx, n_batch, cache_types=kinds, **more)
+        return Decoder(config, file.tensors, backends, n_ctx, n_batch, cache_types=kinds, **options)
 
     return build
 
