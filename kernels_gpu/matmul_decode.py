@@ -93,6 +93,30 @@ def dot_units(
 
 
 @triton.jit
+def store_sums(
+    sums, first, out, out_stride, bias, residual, residual_stride, n_out,
+    M: tl.constexpr, R: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Store what the threads' sums add up to, for M tokens and R rows of a matrix: see matmul_decode."""
+    N: tl.constexpr = R if ACTIVATION is None else R // 2  # columns of out, from `first` on
+    for m in tl.static_range(M):
+        for r in tl.static_range(N):
+            o = first + r
+            mask = o < n_out
+            value = tl.sum(sums[m * R + r], 0)
+            if bias is not None:
+                value += tl.load(bias + o, mask=mask, other=0.0)
+            if ACTIVATION is not None:
+                other = tl.sum(sums[m * R + N + r], 0)
+                if bias is not None:
+                    other += tl.load(bias + n_out + o, mask=mask, other=0.0)
+                value = gate_by(value, other, ACTIVATION)
+            if residual is not None:
+                value += tl.load(residual + m * residual_stride + o, mask=mask, other=0.0)
+            tl.store(out + m * out_stride + o, value, mask=mask)
+
+
+@triton.jit
 def is_last(count, n):
     """Return whether this program is the last of n that call it. Its loads past L1 then see the stores of the others.
 
@@ -106,18 +130,21 @@ def is_last(count, n):
 
 
 @triton.jit
-def _after_gate(out, out_stride, first, made, counts, n_out, M: tl.constexpr, PAIRS: tl.constexpr):
-    """Write blocks of out as int8, `made`: the last of the programs that have columns of a block does it."""
+def store_blocks(out, out_stride, first, row, made, counts, n_out, M: tl.constexpr, N: tl.constexpr):
+    """Write M rows of out, from `row` on, as int8: `made`. The last of the programs that share a block of 32 does it.
+
+    N: columns of a program, from `first` on. counts: zeros, one for each block of a row.
+    """
     block = first // 32
-    if is_last(counts + block, 32 // PAIRS):
+    if is_last(counts + block, 32 // N):
         column = block * 32 + tl.arange(0, 32)
-        for row in range(M):
-            value = tl.load(out + row * out_stride + column, cache_modifier=".cg")
-            store_int8(value, block * 32, made, row, n_out, 32)
+        for m in range(M):
+            value = tl.load(out + (row + m) * out_stride + column, cache_modifier=".cg")
+            store_int8(value, block * 32, made, row + m, n_out, 32)
 
 
 @triton.jit
-def _after_norms(out, out_stride, norm, norm2, made, counts, n_out, M: tl.constexpr, WIDTH: tl.constexpr):
+def _norm_rows(out, out_stride, norm, norm2, made, counts, n_out, M: tl.constexpr, WIDTH: tl.constexpr):
     """Norm the rows of out: the last program does it. WIDTH >= n_out. See matmul_decode."""
     weight, norm_out, norm_stride, eps, residual, residual_stride = norm
     column = tl.arange(0, WIDTH)
@@ -173,23 +200,9 @@ def matmul_decode(
         for m in tl.static_range(M):
             values = values + dot_units(rows, x, m * n_unit + u, live, R, PANEL, EVEN)
         sums = added(sums, values)
-    for m in tl.static_range(M):
-        for r in tl.static_range(PAIRS):
-            o = first + r
-            mask = o < n_out
-            value = tl.sum(sums[m * R + r], 0)
-            if bias is not None:
-                value += tl.load(bias + o, mask=mask, other=0.0)
-            if ACTIVATION is not None:
-                other = tl.sum(sums[m * R + PAIRS + r], 0)
-                if bias is not None:
-                    other += tl.load(bias + n_out + o, mask=mask, other=0.0)
-                value = gate_by(value, other, ACTIVATION)
-            if residual is not None:
-                value += tl.load(residual + m * residual_stride + o, mask=mask, other=0.0)
-            tl.store(out + m * out_stride + o, value, mask=mask)
+    store_sums(sums, first, out, out_stride, bias, residual, residual_stride, n_out, M, R, ACTIVATION)
     if ACTIVATION is not None:
         if made is not None:
-            _after_gate(out, out_stride, first, made, counts, n_out, M, PAIRS)
+            store_blocks(out, out_stride, first, 0, made, counts, n_out, M, PAIRS)
     elif norm is not None:
-        _after_norms(out, out_stride, norm, norm2, made, counts, n_out, M, WIDTH)
+        _norm_rows(out, out_stride, norm, norm2, made, counts, n_out, M, WIDTH)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from gguf_run.kernels_gpu.matmul_decode import store_sums
 from gguf_run.kernels_gpu.units import added, zeros
 
 
@@ -36,13 +37,4 @@ def matmul_float(
             for r in tl.static_range(R):
                 values = values + (tl.sum(rows[r] * x_m, axis=1),)
         sums = added(sums, values)
-    for m in tl.static_range(M):
-        for r in tl.static_range(R):
-            o = first + r
-            mask = o < n_out
-            value = tl.sum(sums[m * R + r], 0)
-            if bias is not None:
-                value += tl.load(bias + o, mask=mask, other=0.0)
-            if residual is not None:
-                value += tl.load(residual + m * residual_stride + o, mask=mask, other=0.0)
-            tl.store(out + m * out_stride + o, value, mask=mask)
+    store_sums(sums, first, out, out_stride, bias, residual, residual_stride, n_out, M, R, None)

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 
 from gguf_run.kernels_gpu.activation import gate_by
-from gguf_run.kernels_gpu.matmul_decode import dot_units, is_last
+from gguf_run.kernels_gpu.matmul_decode import dot_units, store_blocks, store_sums
 from gguf_run.kernels_gpu.matmul_tile import tile_product
-from gguf_run.kernels_gpu.quantize import store_halves, store_int8
+from gguf_run.kernels_gpu.quantize import store_halves
 from gguf_run.kernels_gpu.units import added, unit_factors, unit_words, zeros
 
 
@@ -44,17 +44,10 @@ def expert_gate_up(
             row = base + tl.minimum(first + r % PAIRS, n_ff - 1) + (r // PAIRS) * n_ff
             rows = rows + ((unit_words(w, row, u, N_UNIT, PANEL), unit_factors(w, row, u, N_UNIT, PANEL)),)
         sums = added(sums, dot_units(rows, x, before + u, live, 2 * PAIRS, PANEL, EVEN))
-    for r in tl.static_range(PAIRS):
-        o = first + r
-        gate, up = tl.sum(sums[r], 0), tl.sum(sums[PAIRS + r], 0)
-        if bias is not None:
-            gate += tl.load(bias + base + o, mask=o < n_ff, other=0.0)
-            up += tl.load(bias + base + n_ff + o, mask=o < n_ff, other=0.0)
-        tl.store(out + p * n_ff + o, gate_by(gate, up, ACTIVATION), mask=o < n_ff)
-    block = first // 32
-    if is_last(counts + p * (n_ff // 32) + block, 32 // PAIRS):
-        value = tl.load(out + p * n_ff + block * 32 + tl.arange(0, 32), cache_modifier=".cg")
-        store_int8(value, block * 32, made, p, n_ff, 32)
+    if bias is not None:
+        bias += base
+    store_sums(sums, first, out + p * n_ff, n_ff, bias, None, 0, n_ff, 1, 2 * PAIRS, ACTIVATION)
+    store_blocks(out, n_ff, first, p, made, counts + p * (n_ff // 32), n_ff, 1, PAIRS)
 
 
 @triton.jit
