@@ -90,8 +90,8 @@ class RandomBackend(GpuBackend):
     def cache(self, *args: Any, **options: Any) -> GpuCache:
         cache = super().cache(*args, **options)
         for rows in (cache.k, cache.v):
-            if rows.form.bits == 16:
-                rows.qs.view(torch.float16 if rows.form.name == "f16" else torch.bfloat16).normal_()
+            if rows.type.bits == 16:
+                rows.qs.view(torch.float16 if rows.type.name == "f16" else torch.bfloat16).normal_()
             else:
                 rows.qs.random_(0, 120)  # no NaN in any format
             if rows.d is not None:

@@ -12,7 +12,7 @@ from gguf_run.kernels_gpu.buffers import Launch, Memory
 from gguf_run.kernels_gpu.cache import GpuCache
 from gguf_run.kernels_gpu.cache_formats import SPAN
 from gguf_run.kernels_gpu.device import registers
-from gguf_run.kernels_gpu.fuse import Attention
+from gguf_run.kernels_gpu.fuse import FusedAttention
 from gguf_run.kernels_gpu.tuning import FEW
 from gguf_run.models.operands import AttentionShape
 
@@ -43,22 +43,22 @@ class _Tiling:
 
         All of it must fit into registers (tests/gpu_compile.py). Hopper's tensor cores want 64 queries.
         """
-        forms = self.cache.k.form, self.cache.v.form
+        types = self.cache.k.type, self.cache.v.type
         rep = triton.next_power_of_2(self.shape.n_head // self.shape.n_head_kv)
-        floats = any(form.bits == 32 for form in forms)
+        floats = any(type.bits == 32 for type in types)
         narrow = self.cache.k.width <= 128 and not floats
         less = SPAN // 4 if floats else SPAN // 2
         if n <= FEW:
             span = SPAN if narrow else less
             return {"TOKENS": 1, "REP": max(16, rep), "SPAN": span, "num_warps": 4 if narrow else 8} | registers(255)
-        n_row = 16 if floats else 64 if narrow and all(form.bits > 4 and form.name != "bf16" for form in forms) else 32
-        span = SPAN if narrow and all(form.name == "f16" for form in forms) else less
+        n_row = 16 if floats else 64 if narrow and all(type.bits > 4 and type.name != "bf16" for type in types) else 32
+        span = SPAN if narrow and all(type.name == "f16" for type in types) else less
         return {"TOKENS": max(1, n_row // rep), "REP": rep, "SPAN": span, "num_warps": 8} | registers(255)
 
 
-def bind_attention(attention: Attention, memory: Memory) -> Launch:
+def bind_attention(fused: FusedAttention, memory: Memory) -> Launch:
     """Return a function that launches attention for so many rows."""
-    op, rotation, step = attention.op, attention.rotation, memory.step
+    op, rotation, step = fused.op, fused.rotation, memory.step
     q, k, v, out = (memory.rows(x) for x in (op.q, op.k, op.v, op.out))
     cache: GpuCache = op.cache
     shape, k_rows, v_rows = op.shape, op.cache.k, op.cache.v
@@ -66,14 +66,14 @@ def bind_attention(attention: Attention, memory: Memory) -> Launch:
     tiling = _Tiling(cache, shape, memory.tuning.programs)
     n_sum = tiling.n_sum(len(out))
     memory.want(sums=n_sum * shape.head_dim, stats=n_sum * 2)
-    int8 = memory.int8(op.out) if attention.forms else None
-    n_changed = n_head if rotation or attention.norms or k_rows.rotates else 0  # heads of q that append writes
+    int8 = memory.int8(op.out) if fused.forms else None
+    n_changed = n_head if rotation or fused.norms or k_rows.rotates else 0  # heads of q that append writes
     norms: tuple[Array | None, Array | None, float] = (None, None, 0.0)
-    if attention.norms:
-        norms = attention.norms[0].weight, attention.norms[1].weight, attention.norms[0].eps
+    if fused.norms:
+        norms = fused.norms[0].weight, fused.norms[1].weight, fused.norms[0].eps
     angles = None if rotation is None else memory.angles(rotation)
     n_half, style = (rotation.n_rot // 2, rotation.style) if rotation else (0, None)
-    types, sizes = (k_rows.form.name, v_rows.form.name), (shape.head_dim, k_rows.width)
+    types, sizes = (k_rows.type.name, v_rows.type.name), (shape.head_dim, k_rows.width)
 
     def launch(n: int) -> None:
         sums = memory.scratch["sums"], memory.scratch["stats"]

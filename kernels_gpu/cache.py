@@ -25,7 +25,7 @@ from gguf_run.models.operands import AttentionShape, Rotation
 class Rows:
     """K or V."""
 
-    form: CacheFormat
+    type: CacheFormat
     head_dim: int
     rotates: bool  # rows went through the Hadamard transform
     scales: Array | None  # f32[n_head_kv]: static scales
@@ -83,7 +83,7 @@ class GpuCache:
         k, n, n_head_kv = self.k, len(source), self.k.qs.shape[1]
         keys = torch.empty(n_head_kv, n, k.head_dim, device=k.qs.device)
         first = seq * n_head_kv * self.n_ctx
-        read_rows[(n, n_head_kv)](k.pair, source, first, self.n_ctx, keys, k.form.name, k.head_dim, k.width)
+        read_rows[(n, n_head_kv)](k.pair, source, first, self.n_ctx, keys, k.type.name, k.head_dim, k.width)
         if k.rotates:
             keys = keys @ _hadamard(k.head_dim).to(keys.device)
         keys = keys.transpose(0, 1).reshape(n, -1).contiguous()
@@ -94,7 +94,7 @@ class GpuCache:
         append[(n, n_head_kv)](
             keys, keys.stride(0), keys, keys.stride(0), keys, keys.stride(0), None, None, 0.0, k.pair, k.pair, k.scales,
             k.scales, seqs, target.int(), table, rotation.n_rot // 2, self.n_ctx, 0, n_head_kv, rotation.style,
-            k.form.name, k.form.name, k.rotates, k.rotates, k.head_dim, k.width,
+            k.type.name, k.type.name, k.rotates, k.rotates, k.head_dim, k.width,
         )  # fmt: skip
 
     def read(self, seq: int, kind: str, first: int, end: int) -> NDArray[np.uint8]:
@@ -130,7 +130,7 @@ def _hadamard(n: int) -> Array:
 
 
 def new_rows(
-    form: CacheFormat,
+    type: CacheFormat,
     shape: AttentionShape,
     n_rows: int,
     n_seq: int,
@@ -140,8 +140,8 @@ def new_rows(
 ) -> Rows:
     """Return memory for K or V. n_rows: see sizes.cache_rows. rotate, scales: see models.backend.CacheType."""
     size, head_dim = (n_seq, shape.n_head_kv, n_rows), shape.head_dim
-    qs = torch.zeros(*size, head_dim * form.bits // 8, dtype=torch.uint8, device=device)
-    n_scale = form.n_scale(head_dim)
+    qs = torch.zeros(*size, head_dim * type.bits // 8, dtype=torch.uint8, device=device)
+    n_scale = type.n_scale(head_dim)
     d = torch.zeros(*size, n_scale, dtype=torch.float16, device=device) if n_scale else None
     static = None if scales is None else torch.tensor(scales, device=device)
-    return Rows(form, head_dim, rotates(form.bits, head_dim, rotate, scales is not None), static, qs, d)
+    return Rows(type, head_dim, rotates(type.bits, head_dim, rotate, scales is not None), static, qs, d)

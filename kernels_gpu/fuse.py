@@ -59,21 +59,21 @@ class Convert:
 
 
 @dataclass(frozen=True)
-class Norm:
-    """An RMS norm that writes its result in some forms too."""
+class FusedNorm:
+    """An RMS norm that may write its result in other forms too."""
 
     op: RmsNorm[Any]
     forms: Forms = NONE
 
 
 @dataclass(frozen=True)
-class Product:
-    """A product whose rows may be normed after it."""
+class FusedMatmul:
+    """A product whose last program may norm the rows of the result."""
 
     op: Matmul[Any, Any] | MatmulGated[Any, Any]  # of a WeightForm
-    few: bool  # which kernels: those for few tokens, or those for many
-    norms: tuple[RmsNorm[Any], ...] = ()  # of the rows of op.out, then of the rows that the first norm makes
-    forms: Forms = NONE  # that the last result is written in
+    few: bool  # whether the kernels are those for few tokens
+    norms: tuple[RmsNorm[Any], ...] = ()  # the first one reads op.out, the second one what the first one writes
+    forms: Forms = NONE  # other forms that the last result is written in
 
     @property
     def is_int(self) -> bool:
@@ -82,8 +82,8 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Attention:
-    """Attention that turns the heads of q and k itself, after norming them."""
+class FusedAttention:
+    """Attention that may norm and turn the heads of q and k."""
 
     op: Attend[Any, Any]
     few: bool
@@ -93,11 +93,11 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Mix:
-    """A mixture of experts."""
+class FusedMoe:
+    """A mixture of experts, and how its products read x."""
 
     op: Moe[Any, Any]  # of ExpertsForm
-    form: Form  # that x is read in: int8 for few tokens and integer panels, if nothing is observed
+    form: Form  # int8 for few tokens and integer panels, if nothing is observed
 
 
 def fuse(ops: Iterable[Any], *, few: bool, known: Collection[Rotation] = ()) -> list[Any]:
@@ -118,38 +118,41 @@ def fuse(ops: Iterable[Any], *, few: bool, known: Collection[Rotation] = ()) -> 
 def _append(fused: list[Any], op: Any, few: bool) -> None:
     """Append an op to a list, or make it one op with the last ones of the list."""
     if isinstance(op, Matmul):
-        fused.append(Product(op, few))
+        fused.append(FusedMatmul(op, few))
     elif isinstance(op, MatmulGated):
         fused += _gated_product(op, few)
     elif isinstance(op, RmsNorm):
         if fused and _can_norm(fused[-1], op):
             fused[-1] = replace(fused[-1], norms=(*fused[-1].norms, op))
         else:
-            fused.append(Norm(op))
+            fused.append(FusedNorm(op))
     elif isinstance(op, Attend):
         rotation = _take_rotation(fused, op)
-        fused.append(Attention(op, few, rotation, _take_norms(fused, op)))
+        fused.append(FusedAttention(op, few, rotation, _take_norms(fused, op)))
     elif isinstance(op, Moe):
         is_int8 = few and op.experts.reads_int8 and op.squares is None
-        fused.append(Mix(op, "int8" if is_int8 else "halves"))
+        fused.append(FusedMoe(op, "int8" if is_int8 else "halves"))
     else:
         fused.append(op)
 
 
 def _gated_product(op: MatmulGated[Any, Any], few: bool) -> list[Any]:
     """One integer panel: the product gates. Else gate and up go through a buffer."""
-    product = Product(op, few)
+    product = FusedMatmul(op, few)
     if product.is_int:
         return [product]
     n, outputs = op.weight.n_out, op.out.outputs
     both = Buffer.whole(f"gate_up {n}{' outputs' * outputs}", n, outputs=outputs)
     matmul = Matmul(op.x, op.weight, both, op.bias)
-    return [Product(matmul, few), Gated(both.columns(0, n // 2), both.columns(n // 2, n // 2), op.out, op.activation)]
+    return [
+        FusedMatmul(matmul, few),
+        Gated(both.columns(0, n // 2), both.columns(n // 2, n // 2), op.out, op.activation),
+    ]
 
 
 def _can_norm(last: Any, norm: RmsNorm[Any]) -> bool:
     """Whether the last op of a list is a product that can norm its rows as `norm` does."""
-    if not (isinstance(last, Product) and last.few and last.is_int and isinstance(last.op, Matmul)):
+    if not (isinstance(last, FusedMatmul) and last.few and last.is_int and isinstance(last.op, Matmul)):
         return False
     made = last.norms[-1].out if last.norms else last.op.out
     is_possible = not last.norms or (len(last.norms) == 1 and norm.residual is None)
@@ -168,7 +171,7 @@ def _take_rotation(fused: list[Any], op: Attend[Any, Any]) -> Rotation | None:
 
 def _take_norms(fused: list[Any], op: Attend[Any, Any]) -> tuple[RmsNorm[Any], ...]:
     """Remove the norms of the heads of q and of k from the end of the list; return them."""
-    norms = tuple(last.op for last in fused[-2:] if isinstance(last, Norm))
+    norms = tuple(last.op for last in fused[-2:] if isinstance(last, FusedNorm))
     if [(norm.x, norm.n_group) for norm in norms] != [(op.q, op.shape.n_head), (op.k, op.shape.n_head_kv)]:
         return ()
     if norms[0].eps != norms[1].eps or any(norm.out != norm.x or norm.residual is not None for norm in norms):
@@ -196,11 +199,11 @@ def _with_forms(ops: Sequence[Any], few: bool) -> list[Any]:
 
 def _read(op: Any) -> tuple[Buffer, Form] | None:
     """Return the buffer that a product reads in a form, and the form."""
-    if isinstance(op, Mix):
+    if isinstance(op, FusedMoe):
         return op.op.x, op.form
-    if isinstance(op, Product) and op.few:
+    if isinstance(op, FusedMatmul) and op.few:
         return (op.op.x, "int8") if op.op.weight.reads_int8 else None
-    if isinstance(op, Product):
+    if isinstance(op, FusedMatmul):
         return (op.op.x, "halves") if op.op.weight.reads_halves else None
     return None
 
@@ -219,23 +222,23 @@ def _written(op: Any) -> list[Buffer]:
     """Return the buffers whose contents an op replaces."""
     if isinstance(op, Angles | Convert):
         return []
-    if isinstance(op, Product):
+    if isinstance(op, FusedMatmul):
         return [op.op.out, *(norm.out for norm in op.norms)]
-    if isinstance(op, Attention):
+    if isinstance(op, FusedAttention):
         return [op.op.q, op.op.out]
-    buffer = written(op.op if isinstance(op, Norm | Mix) else op)
+    buffer = written(op.op if isinstance(op, FusedNorm | FusedMoe) else op)
     return [] if buffer is None else [buffer]
 
 
 def _possible(op: Any) -> list[tuple[Buffer, Form]]:
     """Return the forms that an op can write of what it computes."""
-    if isinstance(op, Norm) and op.op.n_group == 1:
+    if isinstance(op, FusedNorm) and op.op.n_group == 1:
         return [(op.op.out, "int8"), (op.op.out, "halves")]
-    if isinstance(op, Product) and op.norms:
+    if isinstance(op, FusedMatmul) and op.norms:
         return [(op.norms[-1].out, "int8")]
-    if isinstance(op, Product) and op.few and isinstance(op.op, MatmulGated) and op.op.out.width % BLOCK == 0:
+    if isinstance(op, FusedMatmul) and op.few and isinstance(op.op, MatmulGated) and op.op.out.width % BLOCK == 0:
         return [(op.op.out, "int8")]
-    if isinstance(op, Attention) and op.few:
+    if isinstance(op, FusedAttention) and op.few:
         head_dim = op.op.shape.head_dim
         is_power = head_dim & (head_dim - 1) == 0
         return [(op.op.out, "int8")] if is_power and head_dim >= BLOCK else []

@@ -14,26 +14,25 @@ from torch import Tensor as Array
 from gguf_run.kernels_gpu import quantize, rope, rows
 from gguf_run.kernels_gpu.attention_launch import bind_attention
 from gguf_run.kernels_gpu.buffers import Launch, Memory
-from gguf_run.kernels_gpu.fuse import Angles, Attention, Convert, Mix, Norm, Product
+from gguf_run.kernels_gpu.fuse import Angles, Convert, FusedAttention, FusedMatmul, FusedMoe, FusedNorm
 from gguf_run.kernels_gpu.layer_norm import layer_norm
-from gguf_run.kernels_gpu.matmul import bind_product
+from gguf_run.kernels_gpu.matmul import bind_matmul
 from gguf_run.kernels_gpu.memory import GpuSquares, WeightPart
-from gguf_run.kernels_gpu.moe_launch import bind_mix
+from gguf_run.kernels_gpu.moe_launch import bind_moe
 from gguf_run.kernels_gpu.rms_norm import rms_norm
+from gguf_run.kernels_gpu.tuning import WIDTH
 from gguf_run.models.ops import Embed, Gated, GateRows, LayerNorm, Observe, Outputs, Rope, Softcap
-
-_WIDTH = 1024  # columns of a program
 
 
 def _embed(op: Embed[WeightPart], memory: Memory) -> Launch:
     table, out, ids = op.table, memory.rows(op.out), memory.step.ids
-    units = min(_WIDTH // table.panel.unit, triton.next_power_of_2(table.n_unit))
+    units = min(WIDTH // table.panel.unit, triton.next_power_of_2(table.n_unit))
     return lambda n: rows.embed[(n, -(-table.n_unit // units))](
         table.w, ids, out, out.stride(0), table.n_in, table.n_unit, op.scale, PANEL=table.panel, UNITS=units
     )
 
 
-def _norm(norm: Norm, memory: Memory) -> Launch:
+def _norm(norm: FusedNorm, memory: Memory) -> Launch:
     op, x, out = norm.op, memory.rows(norm.op.x), memory.rows(norm.op.out)
     n, residual = op.x.width // op.n_group, None if op.residual is None else memory.rows(op.residual)
     residual_stride = 0 if residual is None else residual.stride(0)
@@ -56,7 +55,7 @@ def _convert(op: Convert, memory: Memory) -> Launch:
     x, width = memory.rows(op.x), op.x.width
     if op.form == "int8":
         int8 = memory.int8(op.x)
-        return lambda n: quantize.quantize[(n, -(-width // _WIDTH))](x, x.stride(0), width, int8, _WIDTH)
+        return lambda n: quantize.quantize[(n, -(-width // WIDTH))](x, x.stride(0), width, int8, WIDTH)
     halves = memory.halves(op.x)
     return lambda n: quantize.halve[(n,)](x, x.stride(0), width, halves, triton.next_power_of_2(width))
 
@@ -83,46 +82,46 @@ def _gated(op: Gated, memory: Memory) -> Launch:
     gate, out, n = memory.rows(op.gate), memory.rows(op.out), op.gate.width
     up = None if op.up is None else memory.rows(op.up)
     up_stride = 0 if up is None else up.stride(0)
-    return lambda n_row: rows.gated[(n_row, -(-n // _WIDTH))](
-        gate, gate.stride(0), up, up_stride, out, out.stride(0), n, op.activation, _WIDTH
+    return lambda n_row: rows.gated[(n_row, -(-n // WIDTH))](
+        gate, gate.stride(0), up, up_stride, out, out.stride(0), n, op.activation, WIDTH
     )
 
 
 def _gate_rows(op: GateRows, memory: Memory) -> Launch:
     x, gate, n = memory.rows(op.x), memory.rows(op.gate), op.x.width
-    return lambda n_row: rows.gate_rows[(n_row, -(-n // _WIDTH))](x, x.stride(0), gate, gate.stride(0), n, _WIDTH)
+    return lambda n_row: rows.gate_rows[(n_row, -(-n // WIDTH))](x, x.stride(0), gate, gate.stride(0), n, WIDTH)
 
 
 def _softcap(op: Softcap, memory: Memory) -> Launch:
     x, n = memory.rows(op.x), op.x.width
-    return lambda n_row: rows.softcap[(n_row, -(-n // _WIDTH))](x, x.stride(0), n, op.scale, op.cap or None, _WIDTH)
+    return lambda n_row: rows.softcap[(n_row, -(-n // WIDTH))](x, x.stride(0), n, op.scale, op.cap or None, WIDTH)
 
 
 def _observe(op: Observe[GpuSquares], memory: Memory) -> Launch:
     x, step, squares, n = memory.rows(op.x), memory.step, op.squares, op.x.width
-    return lambda _: rows.observe[(-(-n // _WIDTH),)](
-        x, x.stride(0), squares.sums, squares.n_row, step.n_out if op.x.outputs else step.n_tokens, n, _WIDTH
+    return lambda _: rows.observe[(-(-n // WIDTH),)](
+        x, x.stride(0), squares.sums, squares.n_row, step.n_out if op.x.outputs else step.n_tokens, n, WIDTH
     )
 
 
 def _outputs(op: Outputs, memory: Memory) -> Launch:
     x, out, chosen, n = memory.rows(op.x), memory.rows(op.out), memory.step.rows, op.x.width
-    return lambda n_row: rows.copy_rows[(n_row, -(-n // _WIDTH))](x, x.stride(0), chosen, out, out.stride(0), n, _WIDTH)
+    return lambda n_row: rows.copy_rows[(n_row, -(-n // WIDTH))](x, x.stride(0), chosen, out, out.stride(0), n, WIDTH)
 
 
 _BIND: dict[type, Callable[[Any, Memory], Launch]] = {
     Angles: _angles,
-    Attention: bind_attention,
+    FusedAttention: bind_attention,
     Convert: _convert,
     Embed: _embed,
     Gated: _gated,
     GateRows: _gate_rows,
     LayerNorm: _layer_norm,
-    Mix: bind_mix,
-    Norm: _norm,
+    FusedMoe: bind_moe,
+    FusedNorm: _norm,
     Observe: _observe,
     Outputs: _outputs,
-    Product: bind_product,
+    FusedMatmul: bind_matmul,
     Rope: _rope,
     Softcap: _softcap,
 }

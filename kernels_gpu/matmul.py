@@ -7,18 +7,16 @@ import triton
 from torch import Tensor as Array
 
 from gguf_run.kernels_gpu.buffers import Halves, Int8, Launch, Memory
-from gguf_run.kernels_gpu.fuse import BLOCK, Product
+from gguf_run.kernels_gpu.fuse import BLOCK, FusedMatmul
 from gguf_run.kernels_gpu.matmul_decode import matmul_decode
 from gguf_run.kernels_gpu.matmul_float import matmul_float
 from gguf_run.kernels_gpu.matmul_tile import dequantize, finish, matmul_tile
 from gguf_run.kernels_gpu.memory import WeightPart
-from gguf_run.kernels_gpu.tuning import SCRATCH
+from gguf_run.kernels_gpu.tuning import SCRATCH, WIDTH
 from gguf_run.models.operands import Buffer
 from gguf_run.models.ops import Matmul, MatmulGated, RmsNorm
 
-_WIDTH = 1024  # columns of a program of finish
-
-Norm = tuple[Array, Array, int, float, Array | None, int]  # see matmul_decode
+_Norm = tuple[Array, Array, int, float, Array | None, int]  # see matmul_decode
 
 
 def units_at_once(n_unit: int) -> int:
@@ -54,7 +52,7 @@ class PartProduct:
     def residual_stride(self) -> int:
         return 0 if self.residual is None else self.residual.stride(0)
 
-    def few(self, n: int, made: Int8 | None = None, norms: tuple[Norm, ...] = ()) -> None:
+    def few(self, n: int, made: Int8 | None = None, norms: tuple[_Norm, ...] = ()) -> None:
         """Multiply n tokens, a bucket up to FEW. made, norms: see matmul_decode; for integer panels only."""
         part, n_unit = self.part, self.part.n_unit
         n_row, units = self.memory.tuning.n_row(n), units_at_once(n_unit)
@@ -86,9 +84,9 @@ class PartProduct:
         else:
             self._in_memory(self.halves.xh[:n], raw)
         factor = None if self.halves is None else self.halves.xm
-        finish[(n, -(-self.n_out // _WIDTH))](
+        finish[(n, -(-self.n_out // WIDTH))](
             raw, raw.stride(0), factor, self.out, self.out.stride(0), self.bias, self.residual, self.residual_stride,
-            self.n_out, self.activation, _WIDTH,
+            self.n_out, self.activation, WIDTH,
         )  # fmt: skip
 
     def _tiles(self, n: int, halves: Halves, raw: Array) -> None:
@@ -122,7 +120,7 @@ def multiply(x: Array, w: Array, out: Array) -> None:
         torch.mm(x.float(), w.float().T, out=out)
 
 
-def _part_products(product: Product, memory: Memory) -> list[PartProduct]:
+def _part_products(product: FusedMatmul, memory: Memory) -> list[PartProduct]:
     """Bind the product of each part of a matrix."""
     op, parts, first = product.op, [], 0
     x, out = memory.rows(op.x), memory.rows(op.out)
@@ -150,7 +148,7 @@ def _part_products(product: Product, memory: Memory) -> list[PartProduct]:
     return parts
 
 
-def bind_product(product: Product, memory: Memory) -> Launch:
+def bind_matmul(product: FusedMatmul, memory: Memory) -> Launch:
     """Return a function that launches a product for so many rows."""
     parts = _part_products(product, memory)
     if not product.few:
@@ -171,7 +169,7 @@ def bind_product(product: Product, memory: Memory) -> Launch:
     return few
 
 
-def _norm(op: RmsNorm[Array], memory: Memory) -> Norm:
+def _norm(op: RmsNorm[Array], memory: Memory) -> _Norm:
     """Return what matmul_decode takes of a norm."""
     out = memory.rows(op.out)
     residual = None if op.residual is None else memory.rows(op.residual)

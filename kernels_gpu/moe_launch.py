@@ -9,13 +9,12 @@ from torch import Tensor as Array
 from gguf_run.kernels_gpu import moe, moe_route
 from gguf_run.kernels_gpu.buffers import Halves, Int8, Launch, Memory, PairMemory
 from gguf_run.kernels_gpu.device import registers
-from gguf_run.kernels_gpu.fuse import BLOCK, Mix
+from gguf_run.kernels_gpu.fuse import BLOCK, FusedMoe
 from gguf_run.kernels_gpu.matmul import units_at_once
 from gguf_run.kernels_gpu.memory import GpuExperts, GpuSquares, WeightPart
-from gguf_run.kernels_gpu.tuning import FEW, Tuning
+from gguf_run.kernels_gpu.tuning import FEW, WIDTH, Tuning
 from gguf_run.models.operands import Mixture
 
-_WIDTH = 1024  # columns of a program
 _TILES = 16, 64  # pairs of a tile: the first where an expert has no more pairs on average
 
 
@@ -68,7 +67,7 @@ class _Mixture:
         """Multiply tokens as f16: tiles of the pairs of each expert."""
         experts, pairs, n_used = self.experts, self.pairs, self.mixture.n_used
         n_pairs, n_ff, n_embd = n * n_used, self.n_ff, self.out.shape[1]
-        moe_route.group[(experts.n_expert,)](pairs.chosen, n_pairs, pairs.counts, pairs.order, _WIDTH)
+        moe_route.group[(experts.n_expert,)](pairs.chosen, n_pairs, pairs.counts, pairs.order, WIDTH)
         self._tiles(n_pairs, experts.gate_up, x.xh, n_used)
         made = torch.empty(n_pairs, n_ff, device=pairs.raw.device) if self.squares else None
         wide = triton.next_power_of_2(n_ff)
@@ -77,9 +76,9 @@ class _Mixture:
             self.mixture.activation, wide, num_warps=8 if wide > 4096 else 4,
         )  # fmt: skip
         self._tiles(n_pairs, experts.down, pairs.halves.xh, 1)
-        moe.add_pairs[(n, -(-n_embd // _WIDTH))](
+        moe.add_pairs[(n, -(-n_embd // WIDTH))](
             pairs.raw, pairs.raw.stride(0), pairs.halves.xm, pairs.chosen, pairs.weights, experts.bias_down, self.out,
-            self.out.stride(0), n_embd, n_used, _WIDTH,
+            self.out.stride(0), n_embd, n_used, WIDTH,
         )  # fmt: skip
         if self.squares and made is not None:
             self._observe(self.x, n_used, self.squares[0])
@@ -99,15 +98,15 @@ class _Mixture:
     def _observe(self, rows: Array, per_row: int, squares: GpuSquares) -> None:
         """Add the squares of the rows that each expert reads. per_row: pairs that share a row."""
         n_expert, width = squares.sums.shape
-        moe_route.observe_experts[(n_expert, -(-width // _WIDTH))](
+        moe_route.observe_experts[(n_expert, -(-width // WIDTH))](
             rows, rows.stride(0), self.pairs.counts, self.pairs.order, squares.sums, squares.n_row, n_expert, width,
-            per_row, triton.next_power_of_2(n_expert), _WIDTH,
+            per_row, triton.next_power_of_2(n_expert), WIDTH,
         )  # fmt: skip
 
 
-def bind_mix(mix: Mix, memory: Memory) -> Launch:
+def bind_moe(fused: FusedMoe, memory: Memory) -> Launch:
     """Return a function that launches a mixture for so many rows."""
-    op = mix.op
+    op = fused.op
     mixture = _Mixture(
         op.experts,
         op.mixture,
@@ -119,7 +118,7 @@ def bind_mix(mix: Mix, memory: Memory) -> Launch:
         None if op.x.outputs else memory.step.positions,
         op.squares,
     )
-    if mix.form == "int8":
+    if fused.form == "int8":
         memory.want(counts=FEW * op.mixture.n_used * -(-mixture.n_ff // BLOCK))
         int8 = memory.int8(op.x)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 FEW = 8  # the most tokens whose products are those of matmul_decode; more go through f16 and tensor cores
+WIDTH = 1024  # columns of a program of the kernels that work on rows
 SCRATCH = 1 << 26  # weights that are f16 in memory at a time
 
 

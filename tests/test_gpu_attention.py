@@ -28,7 +28,7 @@ SIGMAS = 5
 
 def stored(rows: Rows, seq: int = 0) -> np.ndarray:
     """Rows of a sequence as they are stored, without turning them back: float64[n_ctx, n_head_kv, head_dim]."""
-    qs, name = rows.qs[seq].cpu().numpy(), rows.form.name
+    qs, name = rows.qs[seq].cpu().numpy(), rows.type.name
     d = None if rows.d is None else rows.d[seq].cpu().numpy().astype(np.float64)
     if name == "q4_0":
         byte = qs.reshape(*qs.shape[:-1], -1, 1, 16)
@@ -153,10 +153,10 @@ def test_attention_over_what_is_stored(k: str, v: str, monkeypatch: pytest.Monke
     case = Case(CacheType(k, v, False), AttentionShape(3, 1, 64, 0.2))
     case.check()
     for rows, values in ((case.cache.k, case.k), (case.cache.v, case.v)):
-        if rows.form.name == "bf16":
+        if rows.type.name == "bf16":
             assert (np.abs(stored(rows)[: len(values)] - values) <= 2.0**-8 * np.abs(values)).all()
         else:
-            twin = {"f32": np.float32, "f16": np.float16, **TWINS}[rows.form.name]
+            twin = {"f32": np.float32, "f16": np.float16, **TWINS}[rows.type.name]
             np.testing.assert_array_equal(stored(rows)[: len(values)], twin(values))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gguf_run.kernels_gpu.fuse import Angles, Attention, Convert, Mix, Norm, Product, fuse
+from gguf_run.kernels_gpu.fuse import Angles, Convert, FusedAttention, FusedMatmul, FusedMoe, FusedNorm, fuse
 from gguf_run.models.operands import AttentionShape, Buffer, Mixture, Rotation
 from gguf_run.models.ops import Attend, Embed, Gated, Matmul, MatmulGated, Moe, Observe, Outputs, RmsNorm, Rope
 
@@ -54,24 +54,24 @@ def test_a_layer_of_llama() -> None:
     few, many = both(first, qkv, ROPE, ATTEND, output, second, gated, last)
     assert few == [
         Angles(ROTATION),
-        Norm(first, INT8),
-        Product(qkv, True),
-        Attention(ATTEND, True, ROTATION, (), INT8),
-        Product(output, True, (second,), INT8),
-        Product(gated, True, (), INT8),
-        Product(last, True),
+        FusedNorm(first, INT8),
+        FusedMatmul(qkv, True),
+        FusedAttention(ATTEND, True, ROTATION, (), INT8),
+        FusedMatmul(output, True, (second,), INT8),
+        FusedMatmul(gated, True, (), INT8),
+        FusedMatmul(last, True),
     ]
     assert many == [
         Angles(ROTATION),
-        Norm(first, HALVES),
-        Product(qkv, False),
-        Attention(ATTEND, False, ROTATION),
+        FusedNorm(first, HALVES),
+        FusedMatmul(qkv, False),
+        FusedAttention(ATTEND, False, ROTATION),
         Convert(OUT, "halves"),
-        Product(output, False),
-        Norm(second, HALVES),
-        Product(gated, False),
+        FusedMatmul(output, False),
+        FusedNorm(second, HALVES),
+        FusedMatmul(gated, False),
         Convert(FF, "halves"),
-        Product(last, False),
+        FusedMatmul(last, False),
     ]
 
 
@@ -80,14 +80,14 @@ def test_two_norms_after_a_product() -> None:
     product, one, two, three = Matmul(H, W, OUT), norm(OUT, X, residual=X), norm(X, H), norm(H, FF.columns(0, 64))
     reader = Matmul(H, W, OUT)
     few, _ = both(product, one, two, reader)
-    assert few[1:] == [Product(product, True, (one, two), INT8), Product(reader, True)]
+    assert few[1:] == [FusedMatmul(product, True, (one, two), INT8), FusedMatmul(reader, True)]
     few, _ = both(product, one, two, three)
-    assert few[1:] == [Product(product, True, (one, two)), Norm(three)]
+    assert few[1:] == [FusedMatmul(product, True, (one, two)), FusedNorm(three)]
     again = norm(X, X, residual=H)
-    assert both(product, one, again)[0][1:] == [Product(product, True, (one,)), Norm(again)]
+    assert both(product, one, again)[0][1:] == [FusedMatmul(product, True, (one,)), FusedNorm(again)]
     # What the first norm makes is no form that the product writes.
     reader = Matmul(X, W, OUT)
-    assert both(product, one, two, reader)[0][2:] == [Convert(X, "int8"), Product(reader, True)]
+    assert both(product, one, two, reader)[0][2:] == [Convert(X, "int8"), FusedMatmul(reader, True)]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_two_norms_after_a_product() -> None:
     ],
 )
 def test_norms_that_stand_by_themselves(product: Any, after: RmsNorm[Any]) -> None:
-    assert both(product, after)[0][-2:] == [Product(product, True), Norm(after)]
+    assert both(product, after)[0][-2:] == [FusedMatmul(product, True), FusedNorm(after)]
 
 
 def test_norms_of_heads() -> None:
@@ -110,15 +110,15 @@ def test_norms_of_heads() -> None:
     q, k = norm(Q, Q, n_group=2), norm(K, K, n_group=2)
     for result in both(q, k, ROPE, ATTEND):
         assert [(op.rotation, op.norms) for op in result[1:]] == [(ROTATION, (q, k))]
-    assert both(q, k, ATTEND)[0] == [Attention(ATTEND, True, None, (q, k))]
+    assert both(q, k, ATTEND)[0] == [FusedAttention(ATTEND, True, None, (q, k))]
     for others in ([k, q], [k], [q, norm(K, K, n_group=1)], [q, RmsNorm(K, "weight", K, 1e-6, 2)]):
-        assert both(*others, ATTEND)[0] == [*map(Norm, others), Attention(ATTEND, True)]
+        assert both(*others, ATTEND)[0] == [*map(FusedNorm, others), FusedAttention(ATTEND, True)]
 
 
 @pytest.mark.parametrize("x", [Q, QKV, QKV.columns(64, 128)])
 def test_rope_of_something_else(x: Buffer) -> None:
     rope = Rope(x, ROTATION, 32)
-    assert both(rope, ATTEND)[0] == [Angles(ROTATION), rope, Attention(ATTEND, True)]
+    assert both(rope, ATTEND)[0] == [Angles(ROTATION), rope, FusedAttention(ATTEND, True)]
 
 
 def test_angles_come_first_and_once() -> None:
@@ -135,7 +135,7 @@ def test_a_gated_product_of_several_parts() -> None:
     wide = Buffer.whole("gate_up 192", 192)
     gated = Gated(wide.columns(0, 96), wide.columns(96, 96), FF, "gelu")
     for few, result in zip((True, False), both(op), strict=True):
-        assert result[1:] == [Product(Matmul(H, weight, wide, "bias"), few), gated]
+        assert result[1:] == [FusedMatmul(Matmul(H, weight, wide, "bias"), few), gated]
     h, ff = (Buffer.whole(name, width, outputs=True) for name, width in (("h2", 64), ("ff2", 96)))
     assert both(MatmulGated(h, weight, ff, "gelu"))[0][1].op.out == Buffer.whole(
         "gate_up 192 outputs", 192, outputs=True
@@ -147,13 +147,13 @@ def test_forms_are_made_once_for_all_readers() -> None:
     readers = [Matmul(H, W, OUT), Matmul(H, MIXED, OUT), Matmul(H, F32, OUT)]
     first, changed = norm(X, H), Gated(H, None, H, "silu")
     few, many = both(first, *readers, changed, readers[0])
-    assert few[0] == Norm(first, INT8)
-    assert many[0] == Norm(first, HALVES)
+    assert few[0] == FusedNorm(first, INT8)
+    assert many[0] == FusedNorm(first, HALVES)
     for result, form in ((few, "int8"), (many, "halves")):
         assert [op for op in result if isinstance(op, Convert)] == [Convert(H, form)]
         assert result[-3:-1] == [changed, Convert(H, form)]
     part = Matmul(H.columns(0, 32), Weight(n_in=32), OUT)
-    assert both(first, part)[0][:2] == [Norm(first), Convert(part.x, "int8")]
+    assert both(first, part)[0][:2] == [FusedNorm(first), Convert(part.x, "int8")]
 
 
 def test_floats_are_read_as_they_are() -> None:
@@ -167,12 +167,12 @@ def test_floats_are_read_as_they_are() -> None:
 def test_what_cannot_write_int8() -> None:
     """Norms of parts of rows, heads that are no power of two, rows that are no whole blocks."""
     grouped = norm(X, X, n_group=2)
-    assert both(grouped, Matmul(X, W, OUT))[0][:2] == [Norm(grouped), Convert(X, "int8")]
+    assert both(grouped, Matmul(X, W, OUT))[0][:2] == [FusedNorm(grouped), Convert(X, "int8")]
     attend = Attend(Q, K, V, "cache", AttentionShape(1, 1, 48, 0.1), OUT)
     assert both(attend, Matmul(OUT, W, X))[0][1] == Convert(OUT, "int8")
     ff = Buffer.whole("ff", 48)
     gated = MatmulGated(H, Weight(n_out=96), ff, "silu")
-    assert both(gated, Matmul(ff, Weight(n_in=48), X))[0][1:3] == [Product(gated, True), Convert(ff, "int8")]
+    assert both(gated, Matmul(ff, Weight(n_in=48), X))[0][1:3] == [FusedMatmul(gated, True), Convert(ff, "int8")]
 
 
 def test_experts() -> None:
@@ -182,8 +182,8 @@ def test_experts() -> None:
     for weight, squares, form in ((W, None, "int8"), (W, ("a", "b"), "halves"), (F16, None, "halves")):
         moe = Moe(H, logits, weight, mixture, X, squares)
         few, many = both(first, router, moe)
-        assert few == [Norm(first, INT8 | {form}), Product(router, True), Mix(moe, form)]
-        assert many == [Norm(first, HALVES), Product(router, False), Mix(moe, "halves")]
+        assert few == [FusedNorm(first, INT8 | {form}), FusedMatmul(router, True), FusedMoe(moe, form)]
+        assert many == [FusedNorm(first, HALVES), FusedMatmul(router, False), FusedMoe(moe, "halves")]
 
 
 def test_other_ops_stay() -> None:
