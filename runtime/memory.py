@@ -10,8 +10,9 @@ from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.tensors import TensorInfo
 from gguf_run.kernels_cpu.cache_types import CACHE_FORMATS
 from gguf_run.kernels_cpu.panels import matrix_bytes as cpu_matrix_bytes
-from gguf_run.kernels_gpu import cache_formats
 from gguf_run.kernels_gpu.panels import matrix_bytes as gpu_matrix_bytes
+from gguf_run.kernels_gpu.sizes import cache_bytes as gpu_cache_bytes
+from gguf_run.kernels_gpu.sizes import program_bytes as gpu_program_bytes
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime import cgroup
@@ -20,8 +21,6 @@ from gguf_run.runtime.text_table import size_text
 
 N_OUTPUTS = 64  # rows of logits that are held at once
 _CTX_STEP = 256  # to which the context that would fit is rounded down
-_ATTENTION_PARTS = 264  # kernels_gpu.matmul.Tuning.programs: rows of partial sums, at most
-_F16_WEIGHTS = 1 << 26  # kernels_gpu.matmul.SCRATCH
 _ADVISED = ("q8_0", "int8", "q4_0")  # smaller types to advise, best first
 
 
@@ -128,23 +127,12 @@ class MemoryPlan:
         sizes = []
         for il, kind in enumerate(self.cache):
             shape = self.config.attention(il)
-            n_rows = self.n_seq * cache_formats.rows_stored(self.n_ctx, self.n_rows, shape.window)
-            sizes.append(cache_formats.cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, n_rows))
+            sizes.append(gpu_cache_bytes(shape, kind, self.n_ctx, self.n_rows, self.n_seq))
         return tuple(sizes)
 
     def _gpu_buffers(self) -> int:
-        """What a kernels_gpu.recorder makes: rows of numbers, their int8 or f16 forms, angles, the parts of attention,
-        results of products, also of pairs of tokens and experts, and weights that are f16 for a while."""
-        config, n_outputs = self.config, max(min(N_OUTPUTS, self.n_rows), self.n_seq)
-        n_rows, n_outputs = (-(-n // 32) * 32 for n in (self.n_rows, n_outputs))
-        matrices = [tensor for tensor in self.tensors if len(tensor.ne) > 1]
-        inner = max(tensor.ne[1] * (2 if "ffn_" in tensor.name else 1) for tensor in matrices if "blk." in tensor.name)
-        sums = max(n_rows, _ATTENTION_PARTS) * config.n_head * (config.head_dim + 2)
-        pairs = config.moe.n_used * (max(2 * config.n_ff_exp, config.n_embd) + 4) + 2 * config.n_expert
-        rows = (n_rows + n_outputs) * (self._widths() + inner + 2 * config.n_rot + pairs) + n_outputs * config.n_vocab
-        result = max(n_rows * inner, n_outputs * config.n_vocab)
-        scratch = min(_F16_WEIGHTS, max(tensor.ne[0] * tensor.ne[1] for tensor in matrices))
-        return 4 * (rows + result + sums) + 2 * scratch
+        n_outputs = max(min(N_OUTPUTS, self.n_rows), self.n_seq)
+        return gpu_program_bytes(self.config, self.tensors, self.n_rows, n_outputs, self._widths())
 
     def cache_bytes(self) -> int:
         return sum(layer_bytes(self.config, self.cache, self.n_ctx, self.n_batch, self.n_seq)[: self._n_cpu])

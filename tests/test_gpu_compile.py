@@ -14,8 +14,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from gguf_run.kernels_gpu.matmul import DEFAULT
 from gguf_run.kernels_gpu.panels import PANELS
+from gguf_run.kernels_gpu.tuning import DEFAULT
 
 FULL = "90"
 TARGETS = (FULL, "80", "86", "89", "100")
