@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,6 @@ from gguf_run.kernels_cpu.cache_rows import CacheRows
 from gguf_run.kernels_cpu.int8_forms import CpuOp
 from gguf_run.kernels_cpu.lower import lower
 from gguf_run.kernels_cpu.memory import Arena, CpuTable, CpuWeight, WeightPart
-from gguf_run.kernels_cpu.moe import EXPERT_ROWS, CpuExperts, ExpertMatrix
-from gguf_run.kernels_cpu.observe import CpuSquares
 from gguf_run.kernels_cpu.op import TapeOp
 from gguf_run.kernels_cpu.panels import ROWS, Panel, panel_for
 from gguf_run.kernels_cpu.program import CpuProgram
@@ -31,6 +30,10 @@ from gguf_run.kernels_cpu.tape import Tape
 from gguf_run.kernels_cpu.team import Team
 from gguf_run.models.backend import CacheType
 from gguf_run.models.operands import AttentionShape, Buffer
+
+if TYPE_CHECKING:
+    from gguf_run.kernels_cpu.moe import CpuExperts, ExpertMatrix
+    from gguf_run.kernels_cpu.observe import CpuSquares
 
 _QUEUED = 64  # pieces of weights to be repacked: enough that no thread waits between two tensors
 
@@ -79,7 +82,9 @@ class CpuBackend:
         self._repacking += repack(tensors, to, self._executor, self.n_threads)
         self.wait(_QUEUED)
 
-    def experts(self, tensors: Sequence[Tensor]) -> CpuExperts:
+    def experts(self, tensors: Sequence[Tensor]) -> "CpuExperts":
+        from gguf_run.kernels_cpu.moe import CpuExperts  # late: most models have no experts
+
         types = [tensor.type.name for tensor in tensors[:2]]
         if types[0] != types[1]:
             names = " and ".join(tensor.name for tensor in tensors[:2])
@@ -89,7 +94,9 @@ class CpuBackend:
         parts = [self._expert_matrix(t, n_expert, bias) for t, bias in zip(tensors[:3], biases, strict=True)]
         return CpuExperts(n_expert, *parts)
 
-    def _expert_matrix(self, tensor: Tensor, n_expert: int, bias: NDArray[np.float32] | None) -> ExpertMatrix:
+    def _expert_matrix(self, tensor: Tensor, n_expert: int, bias: NDArray[np.float32] | None) -> "ExpertMatrix":
+        from gguf_run.kernels_cpu.moe import EXPERT_ROWS, ExpertMatrix
+
         n_in, n_out = tensor.ne[0], tensor.ne[1]
         empty = ExpertMatrix(panel_for(tensor.type.name), np.zeros(0, np.uint8), n_in, n_out, bias)
         data = self._arena.take(n_expert * empty.expert_bytes)
@@ -111,7 +118,9 @@ class CpuBackend:
         self._bytes["cache"] += cache.k.nbytes + cache.v.nbytes
         return cache
 
-    def squares(self, width: int, n_expert: int = 1) -> CpuSquares:
+    def squares(self, width: int, n_expert: int = 1) -> "CpuSquares":
+        from gguf_run.kernels_cpu.observe import CpuSquares
+
         return CpuSquares(width, n_expert)
 
     def program(

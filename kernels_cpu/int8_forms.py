@@ -6,21 +6,23 @@ makes what an integer panel reads, the pass puts a Quantize op in front of the r
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.kernels_cpu.cache import CpuCache
 from gguf_run.kernels_cpu.memory import CpuTable, CpuWeight
-from gguf_run.kernels_cpu.moe import CpuExperts
-from gguf_run.kernels_cpu.observe import CpuSquares
 from gguf_run.kernels_cpu.panels import IntPanel
 from gguf_run.models import ops
 from gguf_run.models.operands import Buffer
 
+if TYPE_CHECKING:  # most models have no experts
+    from gguf_run.kernels_cpu.moe import CpuExperts
+    from gguf_run.kernels_cpu.observe import CpuSquares
+
 CpuVector: TypeAlias = NDArray[np.float32]
-CpuOp: TypeAlias = ops.Op[CpuTable, CpuWeight, CpuVector, CpuCache, CpuExperts, CpuSquares]
+CpuOp: TypeAlias = "ops.Op[CpuTable, CpuWeight, CpuVector, CpuCache, CpuExperts, CpuSquares]"
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Quantize:
     x: Buffer
 
 
-def with_int8(step: Sequence[CpuOp]) -> Iterator[tuple[CpuOp | Quantize, Buffer | None]]:
+def with_int8(step: Sequence[CpuOp]) -> "Iterator[tuple[CpuOp | Quantize, Buffer | None]]":
     """Yield the ops and the Quantize ops in their order, each with its `out` if it makes that as int8 too."""
     ready: set[Buffer] = set()  # whose present contents have an int8 form
     for i, op in enumerate(step):

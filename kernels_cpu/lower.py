@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from gguf_run.kernels_cpu import moe
 from gguf_run.kernels_cpu.attention import attend
 from gguf_run.kernels_cpu.attention_append import append
 from gguf_run.kernels_cpu.attention_merge import merge
@@ -19,9 +18,7 @@ from gguf_run.kernels_cpu.layer_norm import layer_norm
 from gguf_run.kernels_cpu.matmul import matmul
 from gguf_run.kernels_cpu.matmul_gated import SCRATCH_BYTES, matmul_gated
 from gguf_run.kernels_cpu.memory import CpuTable, CpuWeight, WeightPart
-from gguf_run.kernels_cpu.moe import CpuExperts
-from gguf_run.kernels_cpu.observe import CpuSquares, observe, observe_experts
-from gguf_run.kernels_cpu.panels import BLOCK, ROWS, IntPanel, Panel, panel_id
+from gguf_run.kernels_cpu.panels import BLOCK, ROWS, panel_id
 from gguf_run.kernels_cpu.quantize import quantize
 from gguf_run.kernels_cpu.rms_norm import rms_norm
 from gguf_run.kernels_cpu.rope import angles, rope
@@ -60,11 +57,6 @@ def _layer_norm(tape: Tape, op: ops.LayerNorm[CpuVector], int8: Rows | None) -> 
     tape.record(op, layer_norm, n=op.x.width // op.n_group, q8=int8)
 
 
-def _read(tape: Tape, x: Buffer, panel: Panel) -> Buffer | Rows:
-    """Return x in the form that a panel is multiplied with."""
-    return tape.int8(x) if isinstance(panel, IntPanel) else x
-
-
 def _matrix(part: WeightPart, n_in: int) -> dict[str, Any]:
     """Return the fields that describe a matrix."""
     panel = part.panel
@@ -80,7 +72,7 @@ def _matmul(tape: Tape, op: ops.Matmul[CpuWeight, CpuVector], int8: Rows | None)
             matmul(panel_id(part.panel)),
             **_matrix(part, op.weight.n_in),
             n_out=part.n_out,
-            x=_read(tape, op.x, part.panel),
+            x=tape.form(op.x, part.panel),
             out=op.out.columns(*columns),
             residual=op.residual.columns(*columns) if op.residual else tape.zeros,
             residual_group=4 * ROWS if op.residual else 0,
@@ -96,7 +88,7 @@ def _matmul_gated(tape: Tape, op: ops.MatmulGated[CpuWeight, CpuVector], int8: R
         _gated(tape, ops.Gated(wide.columns(0, n_ff), wide.columns(n_ff, n_ff), op.out, op.activation), int8)
         return
     tape.need(scratch=SCRATCH_BYTES)
-    matrix, x = _matrix(part, op.weight.n_in), _read(tape, op.x, part.panel)
+    matrix, x = _matrix(part, op.weight.n_in), tape.form(op.x, part.panel)
     kernel = matmul_gated(panel_id(part.panel), op.activation)
     tape.record(op, kernel, **matrix, n_out=n_ff, x=x, q8=int8, zeros=tape.zeros)
 
@@ -152,36 +144,10 @@ def _gated(tape: Tape, op: ops.Gated, int8: Rows | None) -> None:
     tape.record(op, gated(op.activation), n=op.gate.width, up=up, q8=int8)
 
 
-def _moe(tape: Tape, op: ops.Moe[CpuExperts, CpuSquares], int8: Rows | None) -> None:
-    """Three kernels: route chooses experts, gate_up makes a row for each pair of a token and an expert, down adds these
-    to the tokens' rows. Pairs have rows as f32 if somebody reads them as f32, and as int8 if down's panel is one."""
-    gate, up, down, n_expert = op.experts.gate, op.experts.up, op.experts.down, op.experts.n_expert
-    n_pairs, width = tape.n_batch * op.mixture.n_used, -(-down.n_in // BLOCK) * BLOCK
-    is_int = isinstance(down.panel, IntPanel)
-    rows = tape.shared_rows("pairs", n_pairs, 4 * width) if op.squares or not is_int else None
-    rows_int8 = tape.shared_rows("int8 pairs", n_pairs, 2 * width) if is_int else None
-    tape.need(scratch=max(moe.GATE_UP_SCRATCH, moe.PLACES + tape.rows(op.out).stride))
-    common: dict[str, Any] = {
-        "n_expert": n_expert,
-        "n_used": op.mixture.n_used,
-        "plan": tape.shared("plan", 8 * moe.plan_words(n_expert, n_pairs)),
-        "weights": tape.shared("weights of pairs", 8 * n_pairs),
-    }
-    tape.record(op, moe.route, norm=op.mixture.norm, scale=op.mixture.scale, **common)
-    tape.record(
-        op,
-        moe.gate_up(panel_id(gate.panel), op.mixture.activation),
-        to_up=tape.address(up.data) - tape.address(gate.data),
-        x=_read(tape, op.x, gate.panel),
-        out=rows,
-        q8=rows_int8,
-        bias_up=up.bias,
-        **common,
-        **gate.fields(),
-    )
-    tape.record(op, moe.down(panel_id(down.panel)), x=rows_int8 or rows, **common, **down.fields())
-    for squares, x, by_pair in zip(op.squares or (), (op.x, rows), (0, 1), strict=False):
-        tape.record(op, observe_experts, x=x, by_pair=by_pair, **squares.fields(), **common)
+def _moe(tape: Tape, op: Any, int8: Rows | None) -> None:
+    from gguf_run.kernels_cpu.lower_moe import lower_moe  # late: most models have no experts
+
+    lower_moe(tape, op)
 
 
 def _gate_rows(tape: Tape, op: ops.GateRows, int8: Rows | None) -> None:
@@ -192,7 +158,9 @@ def _softcap(tape: Tape, op: ops.Softcap, int8: Rows | None) -> None:
     tape.record(op, softcap, n=op.x.width)
 
 
-def _observe(tape: Tape, op: ops.Observe[CpuSquares], int8: Rows | None) -> None:
+def _observe(tape: Tape, op: Any, int8: Rows | None) -> None:
+    from gguf_run.kernels_cpu.observe import observe  # late: nothing is observed where models only run
+
     tape.record(op, observe, **op.squares.fields())
 
 

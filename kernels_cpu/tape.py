@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from gguf_run.kernels_cpu.matmul import TOKENS
 from gguf_run.kernels_cpu.memory import LANES, aligned
 from gguf_run.kernels_cpu.op import TapeOp
-from gguf_run.kernels_cpu.panels import ROWS
+from gguf_run.kernels_cpu.panels import ROWS, IntPanel, Panel
 from gguf_run.kernels_cpu.runs import RunTable
 from gguf_run.models.operands import Buffer, Rotation
 
@@ -79,6 +79,10 @@ class Tape:
         if buffer not in self._int8:
             self._int8[buffer] = aligned(len(self.buffer(buffer)) * 2 * buffer.width)
         return Rows(self._int8[buffer].ctypes.data, 2 * buffer.width)
+
+    def form(self, x: Buffer, panel: Panel) -> Buffer | Rows:
+        """Return x in the form that a panel is multiplied with."""
+        return self.int8(x) if isinstance(panel, IntPanel) else x
 
     def shared(self, name: str, n_bytes: int) -> NDArray[np.uint8]:
         """Return memory that all kernels with one name and size use in turn."""
