@@ -14,8 +14,7 @@ from torch import Tensor as Array
 
 from gguf_run.kernels_gpu.fuse import BLOCK
 from gguf_run.kernels_gpu.memory import GpuExperts
-from gguf_run.kernels_gpu.sizes import padded
-from gguf_run.kernels_gpu.tuning import FEW, Tuning
+from gguf_run.kernels_gpu.tuning import FEW, Tuning, padded
 from gguf_run.models.backend import Run
 from gguf_run.models.operands import Buffer, Mixture, Rotation
 

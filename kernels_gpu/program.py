@@ -12,9 +12,8 @@ from gguf_run.kernels_gpu.device import current
 from gguf_run.kernels_gpu.errors import gpu_errors
 from gguf_run.kernels_gpu.fuse import fuse
 from gguf_run.kernels_gpu.launch import bind
-from gguf_run.kernels_gpu.sizes import padded
 from gguf_run.kernels_gpu.top import SIZES, Top
-from gguf_run.kernels_gpu.tuning import FEW
+from gguf_run.kernels_gpu.tuning import FEW, padded
 from gguf_run.models.backend import Program, Results, Run
 from gguf_run.models.operands import Buffer, Rotation
 from gguf_run.models.ops import Observe, Rope
