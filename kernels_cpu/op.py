@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from gguf_run.formats.jit import njit
 from gguf_run.formats.machine_code import Entry
 
-PER_THREAD = 4  # pieces of an op that a thread does on average, when all threads get on alike
+PER_THREAD = 4  # pieces of an op that a thread does, when threads progress evenly
 SHRINKING = 8  # the same for pieces of shrinking size
 
 
@@ -34,14 +34,11 @@ class TapeOp:
         return entry
 
     def bind(self, **values: Any) -> NDArray[np.void]:
-        """One record of arguments; every field must be given."""
-        names = set(self.fields.names or ())
-        if names != set(values):
-            raise TypeError(f"{self.function.__name__}: arguments differ from fields: {sorted(names ^ set(values))}")
-        record = np.zeros(1, self.fields)
-        for name, value in values.items():
-            record[name] = value
-        return record
+        """Return one record of arguments. Every field must have a value."""
+        names = self.fields.names or ()
+        if different := values.keys() ^ set(names):
+            raise TypeError(f"{self.function.__name__}: arguments differ from fields: {sorted(different)}")
+        return np.array([tuple(values[name] for name in names)], self.fields)
 
 
 def op(integers: str, floats: str = "", **options: Any) -> Callable[[Callable[..., None]], TapeOp]:

@@ -107,22 +107,18 @@ class Tape:
         rows: Buffer = vars(op).get("out") or op.x
         numbers = self._common | {"rows": self.table.n_out if rows.outputs else self.table.n_tokens}
         for name, value in given.items():
-            if name in fields:
-                numbers |= self._numbers(name, value)
+            if name not in fields:
+                continue
+            if isinstance(value, Buffer):
+                value = self.rows(value)
+            if isinstance(value, Rows) or value is None:
+                numbers[name], numbers[f"{name}_stride"] = value or (0, 0)
+            else:
+                numbers[name] = self.address(value) if isinstance(value, np.ndarray) else value
         for kernel in kernels:
             names = kernel.fields.names or ()
             self._arguments.append(kernel.bind(**{name: numbers[name] for name in names if name in numbers}))
             self.kernels.append(kernel)
-
-    def _numbers(self, name: str, value: Value) -> dict[str, float]:
-        """Return the fields that a value fills, and their numbers."""
-        if isinstance(value, Buffer):
-            value = self.rows(value)
-        if isinstance(value, Rows):
-            return {name: value.address, f"{name}_stride": value.stride}
-        if value is None:
-            return {name: 0, f"{name}_stride": 0}
-        return {name: self.address(value) if isinstance(value, np.ndarray) else value}
 
     def finish(self) -> NDArray[np.int64]:
         """Give the kernels their scratch memory and return their addresses and arguments, int64[n, 2]."""

@@ -108,26 +108,31 @@ class ModelConfig:
 
         optional: of those that a file may leave out (biases, an output matrix ...), not of those that it must have.
         """
-        arch = self.arch
-        shapes = {**LAYER_SHAPES, **arch.shapes}
         if optional:
-            names = ["output.weight", "output.bias", *(["output_norm.bias"] if arch.layer_norm else [])]
-            found = {name: MODEL_SHAPES[name] for name in names}
-            found |= dict.fromkeys(ROPE_FACTORS if arch.rope_factors else (), ("n_rope_freqs",))
+            names = ["output.weight", "output.bias", *(["output_norm.bias"] if self.arch.layer_norm else [])]
         else:
-            found = {name: MODEL_SHAPES[name] for name in ("token_embd.weight", "output_norm.weight")}
-        norms = [name for name in arch.norms if (name in arch.optional_norms) == optional]
+            names = ["token_embd.weight", "output_norm.weight"]
+        found = {name: MODEL_SHAPES[name] for name in names}
+        if optional and self.arch.rope_factors:
+            found |= dict.fromkeys(ROPE_FACTORS, ("n_rope_freqs",))
         for il in range(self.n_layer):
-            gate_up, down = self.ffn(il)
-            matrices = [*arch.qkv, "attn_output", *gate_up, *([down] if down else [])]
-            if self.has_experts(il):
-                matrices += ["ffn_gate_inp", *EXPERTS, *(["ffn_gate_inp_shexp"] if arch.shared_gate else [])]
-            names = norms if optional else [*norms, *matrices, *(["attn_sinks"] if arch.sinks else [])]
-            found |= {f"blk.{il}.{name}.weight": shapes[name] for name in names}
-            if optional:
-                biased = matrices + ([name for name in arch.norms if name.endswith("norm")] if arch.layer_norm else [])
-                found |= {f"blk.{il}.{name}.bias": shapes[name][1:] or shapes[name] for name in biased}
+            found |= {f"blk.{il}.{name}": shape for name, shape in self._layer_tensors(il, optional).items()}
         return found
+
+    def _layer_tensors(self, il: int, optional: bool) -> dict[str, Shape]:
+        """Return the tensors of layer il, see `tensors`; their names are without its prefix."""
+        arch, (gate_up, down) = self.arch, self.ffn(il)
+        shapes = {**LAYER_SHAPES, **arch.shapes}
+        matrices = [*arch.qkv, "attn_output", *gate_up, *([down] if down else [])]
+        if self.has_experts(il):
+            matrices += ["ffn_gate_inp", *EXPERTS, *(["ffn_gate_inp_shexp"] if arch.shared_gate else [])]
+        norms = [name for name in arch.norms if (name in arch.optional_norms) == optional]
+        if not optional:
+            names = [*norms, *matrices, *(["attn_sinks"] if arch.sinks else [])]
+            return {f"{name}.weight": shapes[name] for name in names}
+        biased = matrices + ([name for name in arch.norms if name.endswith("norm")] if arch.layer_norm else [])
+        biases = {f"{name}.bias": shapes[name][1:] or shapes[name] for name in biased}
+        return {f"{name}.weight": shapes[name] for name in norms} | biases
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "ModelConfig":

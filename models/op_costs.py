@@ -5,7 +5,7 @@ The ops are those of a model whose handles hold no numbers, so that no weights a
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from gguf_run.formats.reader import Tensor
@@ -118,7 +118,7 @@ def op_costs(
 
 
 def _cost(op: Any) -> OpCost:
-    held = [value for value in (getattr(op, field.name) for field in fields(op)) if isinstance(value, Held)]
+    held = [value for value in vars(op).values() if isinstance(value, Held)]
     nbytes = sum(handle.nbytes for handle in held)
     if isinstance(op, ops.Moe):
         nbytes = nbytes * op.mixture.n_used // op.logits.width

@@ -8,7 +8,7 @@ x of width n_in to out of width n_out, `out[t, o] = sum_i w[o, i] * x[t, i]`. `o
 so. Weights, vectors, tables, experts, caches and squares are handles of a backend (operands.py).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Generic
 
 from gguf_run.models.operands import (
@@ -184,9 +184,3 @@ def written(op: Any) -> Buffer | None:
         return None
     buffer: Buffer = op.x if isinstance(op, Rope | GateRows | Softcap) else op.out
     return buffer
-
-
-def buffers(op: Any) -> list[Buffer]:
-    """Return all buffers of an op, in the order of its fields."""
-    values = (getattr(op, field.name) for field in fields(op))
-    return [value for value in values if isinstance(value, Buffer)]

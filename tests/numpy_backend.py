@@ -158,21 +158,18 @@ class NumpySquares:
         return taken
 
 
+@dataclass
 class NumpyProgram:
     """Runs its ops one by one. Indexed by a buffer, it has the rows that the step uses."""
 
-    def __init__(
-        self,
-        backend: "NumpyBackend",
-        parts: Sequence[Sequence[Any]],
-        after: Sequence[Any],
-        result: Buffer,
-        n_batch: int,
-        n_outputs: int,
-    ) -> None:
-        self.backend, self.dtype = backend, backend.dtype
-        self.parts, self.after, self.result = parts, after, result
-        self.n_batch, self.n_outputs = n_batch, n_outputs
+    backend: "NumpyBackend"
+    parts: Sequence[Sequence[Any]]
+    after: Sequence[Any]
+    result: Buffer
+    n_batch: int
+    n_outputs: int
+
+    def __post_init__(self) -> None:
         self.ids, self.runs, self.wanted = np.zeros(0, np.int32), list[Run](), list[int]()
         self._memories: dict[str, np.ndarray] = {}
 
@@ -180,19 +177,12 @@ class NumpyProgram:
         """All rows of a buffer."""
         shape = (self.n_outputs if buffer.outputs else self.n_batch), buffer.row_width
         # NaN: an op that reads what no op has written shows.
-        memory = self._memories.setdefault(buffer.name, np.full(shape, np.nan, self.dtype))
+        memory = self._memories.setdefault(buffer.name, np.full(shape, np.nan, self.backend.dtype))
         assert memory.shape == shape
         return memory[:, buffer.start : buffer.start + buffer.width]
 
     def __getitem__(self, buffer: Buffer) -> np.ndarray:
         return self.memory(buffer)[: len(self.wanted) if buffer.outputs else len(self.ids)]
-
-    def __setitem__(self, buffer: Buffer, rows: np.ndarray) -> None:
-        assert rows.shape == self[buffer].shape
-        self[buffer][:] = rows
-
-    def residual(self, buffer: Buffer | None) -> Any:
-        return 0 if buffer is None else self[buffer]
 
     @property
     def positions(self) -> np.ndarray:
@@ -200,7 +190,10 @@ class NumpyProgram:
 
     def _do(self, step: Sequence[Any]) -> None:
         for op in step:
-            self.backend.functions[type(op)](self, op)
+            rows, out = FUNCTIONS[type(op)](self, op), ops.written(op)
+            if out is not None:
+                assert rows.shape == self[out].shape
+                self[out][:] = rows
 
     def run(self, ids: np.ndarray, runs: Sequence[Run], rows: Sequence[int], part: int = 0, n_top: int = 0) -> Results:
         assert 0 < len(ids) == sum(run.n_tokens for run in runs) <= self.n_batch
@@ -229,58 +222,51 @@ class NumpyProgram:
         self.parts, self.after = [], []
 
 
-def embed(p: NumpyProgram, op: ops.Embed[Tensor]) -> None:
-    p[op.out] = dequantize(op.table.blocks()[p.ids], op.table.type).astype(p.dtype) * p.dtype(op.scale)
+# Each function returns the new rows of the buffer that its op writes.
 
 
-def rms_norm(p: NumpyProgram, op: ops.RmsNorm[np.ndarray]) -> None:
+def rms_norm(p: NumpyProgram, op: ops.RmsNorm[np.ndarray]) -> np.ndarray:
     part = p[op.x].reshape(-1, op.n_group, len(op.weight))
-    mean = (part * part).mean(axis=-1, keepdims=True, dtype=p.dtype)
-    p[op.out] = (part / np.sqrt(mean + p.dtype(op.eps)) * op.weight).reshape(-1, op.x.width) + p.residual(op.residual)
+    mean = (part * part).mean(axis=-1, keepdims=True, dtype=part.dtype)
+    rows = (part / np.sqrt(mean + part.dtype.type(op.eps)) * op.weight).reshape(-1, op.x.width)
+    return rows if op.residual is None else rows + p[op.residual]
 
 
-def layer_norm(p: NumpyProgram, op: ops.LayerNorm[np.ndarray]) -> None:
+def layer_norm(p: NumpyProgram, op: ops.LayerNorm[np.ndarray]) -> np.ndarray:
     part = p[op.x].reshape(-1, op.n_group, op.x.width // op.n_group)
     part = part - part.mean(axis=-1, keepdims=True)
-    part = part / np.sqrt((part * part).mean(axis=-1, keepdims=True) + p.dtype(op.eps))
-    p[op.out] = part.reshape(-1, op.x.width) * op.weight + (0 if op.bias is None else op.bias)
+    part = part / np.sqrt((part * part).mean(axis=-1, keepdims=True) + part.dtype.type(op.eps))
+    return part.reshape(-1, op.x.width) * op.weight + (0 if op.bias is None else op.bias)
 
 
-def matmul(p: NumpyProgram, op: ops.Matmul[NumpyWeight, np.ndarray]) -> None:
-    p[op.out] = op.weight.product(p[op.x]) + (0 if op.bias is None else op.bias) + p.residual(op.residual)
+def matmul(p: NumpyProgram, op: Any) -> np.ndarray:
+    return op.weight.product(p[op.x]) + (0 if op.bias is None else op.bias)
 
 
-def matmul_gated(p: NumpyProgram, op: ops.MatmulGated[NumpyWeight, np.ndarray]) -> None:
-    gate, up = np.split(op.weight.product(p[op.x]) + (0 if op.bias is None else op.bias), 2, axis=1)
-    p[op.out] = GATED[op.activation](gate, up)
+def rope(p: NumpyProgram, op: ops.Rope) -> np.ndarray:
+    rows = p[op.x]
+    return rotate(rows.reshape(len(rows), -1, op.head_dim), op.rotation, p.positions).reshape(rows.shape)
 
 
-def rope(p: NumpyProgram, op: ops.Rope) -> None:
-    heads = p[op.x].reshape(len(p.ids), -1, op.head_dim)
-    p[op.x] = rotate(heads, op.rotation, p.positions).reshape(len(p.ids), -1)
-
-
-def attention(p: NumpyProgram, op: ops.Attend[NumpyCache, np.ndarray]) -> None:
-    at, shape, cache = 0, op.shape, op.cache
+def attention(p: NumpyProgram, op: ops.Attend[NumpyCache, np.ndarray]) -> np.ndarray:
+    shape, cache, parts = op.shape, op.cache, []
+    at = 0
     for seq, n_past, n in p.runs:
         rows, stop = slice(at, at + n), n_past + n
         for kept, new in ((cache.k, op.k), (cache.v, op.v)):
             kept[seq, n_past:stop] = p[new][rows].reshape(n, shape.n_head_kv, shape.head_dim)
-        keys, values = (kept[seq, :stop].astype(p.dtype) for kept in (cache.k, cache.v))
+        keys, values = (kept[seq, :stop].astype(p[op.q].dtype) for kept in (cache.k, cache.v))
         queries, positions = p[op.q][rows].reshape(n, shape.n_head, shape.head_dim), n_past + np.arange(n)
         result = attend(queries, keys, values, positions, shape.scale, shape.window, shape.softcap, op.sinks)
-        p[op.out][rows] = result.reshape(n, -1)
+        parts.append(result.reshape(n, -1))
         at += n
+    return np.concatenate(parts)
 
 
-def gated(p: NumpyProgram, op: ops.Gated) -> None:
-    p[op.out] = ACTIVATIONS[op.activation](p[op.gate]) * (1 if op.up is None else p[op.up])
-
-
-def moe(p: NumpyProgram, op: ops.Moe[NumpyExperts, NumpySquares]) -> None:
+def moe(p: NumpyProgram, op: ops.Moe[NumpyExperts, NumpySquares]) -> np.ndarray:
     """One token and one expert at a time."""
-    mixture, experts = op.mixture, op.experts
-    for scores, row, out in zip(p[op.logits], p[op.x], p[op.out], strict=True):
+    mixture, experts, result = op.mixture, op.experts, p[op.out].copy()
+    for scores, row, out in zip(p[op.logits], p[op.x], result, strict=True):
         chosen = np.argsort(-scores, kind="stable")[: mixture.n_used]
         weights = (softmax(scores[chosen]) if mixture.norm else softmax(scores)[chosen]) * mixture.scale
         for e, weight in zip(chosen, weights, strict=True):
@@ -289,44 +275,32 @@ def moe(p: NumpyProgram, op: ops.Moe[NumpyExperts, NumpySquares]) -> None:
             out += experts.down[e].product(made * weight) + weight * down
             for seen, read in zip(op.squares or (), (row, made), strict=False):
                 seen.add(read[None], e)
+    return result
 
 
-def gate_rows(p: NumpyProgram, op: ops.GateRows) -> None:
-    p[op.x] = p[op.x] / (1 + np.exp(-p[op.gate]))
+def softcap(x: np.ndarray, scale: float, cap: float) -> np.ndarray:
+    return cap * np.tanh(x * scale / cap) if cap else x * scale
 
 
-def softcap(p: NumpyProgram, op: ops.Softcap) -> None:
-    p[op.x] = op.cap * np.tanh(p[op.x] * op.scale / op.cap) if op.cap else p[op.x] * op.scale
-
-
-def observe(p: NumpyProgram, op: ops.Observe[NumpySquares]) -> None:
-    op.squares.add(p[op.x])
-
-
-def outputs(p: NumpyProgram, op: ops.Outputs) -> None:
-    p[op.out] = p[op.x][p.wanted]
-
-
-FUNCTIONS: Mapping[type, Callable[[NumpyProgram, Any], None]] = {
-    ops.Embed: embed,
+FUNCTIONS: Mapping[type, Callable[[NumpyProgram, Any], Any]] = {
+    ops.Embed: lambda p, op: dequantize(op.table.blocks()[p.ids], op.table.type).astype(p[op.out].dtype) * op.scale,
     ops.RmsNorm: rms_norm,
     ops.LayerNorm: layer_norm,
-    ops.Matmul: matmul,
-    ops.MatmulGated: matmul_gated,
+    ops.Matmul: lambda p, op: matmul(p, op) + (0 if op.residual is None else p[op.residual]),
+    ops.MatmulGated: lambda p, op: GATED[op.activation](*np.split(matmul(p, op), 2, axis=1)),
     ops.Rope: rope,
     ops.Attend: attention,
-    ops.Gated: gated,
+    ops.Gated: lambda p, op: ACTIVATIONS[op.activation](p[op.gate]) * (1 if op.up is None else p[op.up]),
     ops.Moe: moe,
-    ops.GateRows: gate_rows,
-    ops.Softcap: softcap,
-    ops.Observe: observe,
-    ops.Outputs: outputs,
+    ops.GateRows: lambda p, op: p[op.x] / (1 + np.exp(-p[op.gate])),
+    ops.Softcap: lambda p, op: softcap(p[op.x], op.scale, op.cap),
+    ops.Observe: lambda p, op: op.squares.add(p[op.x]),
+    ops.Outputs: lambda p, op: p[op.x][p.wanted],
 }
 
 
 class NumpyBackend:
     name = "numpy"
-    functions = FUNCTIONS
 
     def __init__(self, dtype: Any = np.float32, cache_dtype: Any | None = None) -> None:
         self.dtype, self.cache_dtype = dtype, cache_dtype or dtype
