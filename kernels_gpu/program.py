@@ -74,7 +74,7 @@ class GpuProgram:
         n_batch: int,
         n_outputs: int,
     ) -> None:
-        """parts, after: lists of ops. See models.backend.Backend.program."""
+        """Bind lists of ops to memory. See models.backend.Backend.program."""
         self.n_batch, self.n_outputs = n_batch, n_outputs
         self.memory, self._result = memory, memory.rows(result)
         capture = not any(isinstance(op, Observe) for ops in (*parts, after) for op in ops)  # its rows change each step
@@ -139,7 +139,7 @@ class GpuProgram:
 
     @gpu_errors()
     def copy_from(self, other: Program, source: Buffer, n_tokens: int, target: Buffer) -> None:
-        """From another GPU without a wait: torch orders the copy after what both devices' streams have to do before."""
+        """Copy rows. From GPU to GPU the host does not wait: torch orders the copy after earlier work of both GPUs."""
         to = self.memory.rows(target)[:n_tokens]
         if isinstance(other, GpuProgram):
             to.copy_(other.memory.rows(source)[:n_tokens], non_blocking=True)
