@@ -222,7 +222,7 @@ def _target(record: Record, rate: float, of: float, nominal: float) -> str:
 
 
 def best_tuning(records: Sequence[Record]) -> str:
-    """The fastest candidates, as a row of kernels_gpu.tuning.TUNINGS."""
+    """The fastest candidates, as a row of TUNINGS."""
     times = {r["key"][1]: r["seconds"] for r in records if r["key"][0] == "tune" and "seconds" in r}
 
     def best(prefix: str) -> str:
@@ -237,7 +237,7 @@ def best_tuning(records: Sequence[Record]) -> str:
 @click.option("--check", "parts", flag_value="check", multiple=True, help="Every kernel against NumPy; graphs.")
 @click.option("--sweep", "parts", flag_value="sweep", multiple=True, help="Products and attention, each type.")
 @click.option("--model", "parts", flag_value="model", multiple=True, help="Whole decoders with random weights.")
-@click.option("--tune", "parts", flag_value="tune", multiple=True, help="Candidates for kernels_gpu.tuning.TUNINGS.")
+@click.option("--tune", "parts", flag_value="tune", multiple=True, help="Candidates for TUNINGS of the GPU backend.")
 @click.option("--perplexity", nargs=2, type=click.Path(exists=True), help="MODEL TEXT: GPU against CPU, 0.2 %.")
 @click.option("--quick", is_flag=True, help="Fewer types and models.")
 @click.option("--interpret", is_flag=True, help="Tiny shapes in Triton's interpreter: no time means anything.")

@@ -14,8 +14,7 @@ from torch import Tensor as Array
 
 from gguf_run.kernels_gpu.fuse import BLOCK
 from gguf_run.kernels_gpu.memory import GpuExperts
-from gguf_run.kernels_gpu.sizes import padded
-from gguf_run.kernels_gpu.tuning import FEW, Tuning
+from gguf_run.kernels_gpu.tuning import FEW, Tuning, padded
 from gguf_run.models.backend import Run
 from gguf_run.models.operands import Buffer, Mixture, Rotation
 
@@ -86,16 +85,16 @@ class Halves(NamedTuple):
 
 
 class PairMemory:
-    """What mixtures use, one after the other: memory for the pairs of a token and one of its experts."""
+    """Memory for the pairs of a token and one of its experts. The mixtures of a program use it one after the other."""
 
     def __init__(self, n_row: int, n_used: int, n_expert: int, n_ff: int, n_embd: int, device: torch.device) -> None:
         n_pairs, n_few = n_row * n_used, FEW * n_used
-        self.chosen, self.order = torch.zeros(2, n_pairs, dtype=torch.int32, device=device)  # see moe_route.py
+        self.chosen, self.order = torch.zeros(2, n_pairs, dtype=torch.int32, device=device)  # int32: moe_route.py
         self.weights = torch.zeros(n_pairs, device=device)
         self.counts = torch.zeros(n_expert, dtype=torch.int32, device=device)
-        self.made = torch.zeros(n_few, n_ff, device=device)  # what down reads, for few tokens
-        self.int8 = Int8.empty(n_few, n_ff, device)  # the same as int8
-        self.halves = Halves.empty(n_pairs, n_ff, device)  # what down reads, for many tokens
+        self.made = torch.zeros(n_few, n_ff, device=device)  # few tokens: the rows that down reads
+        self.int8 = Int8.empty(n_few, n_ff, device)  # few tokens: `made` as int8
+        self.halves = Halves.empty(n_pairs, n_ff, device)  # many tokens: the rows that down reads
         self.raw = torch.zeros(n_pairs, max(2 * n_ff, n_embd), device=device)  # results of products
 
 
@@ -109,12 +108,12 @@ _SCRATCH = {
 
 
 class Memory:
-    """All memory of a program, by the names of its buffers. Binding ops asks for it; launches use it."""
+    """All memory of a program, by the names of its buffers. bind (launch.py) asks for it; the launches use it."""
 
     def __init__(self, device: torch.device, tuning: Tuning, n_batch: int, n_outputs: int) -> None:
         self.device, self.tuning = device, tuning
         self.step = StepInput(n_batch, n_outputs, device)
-        self.scratch = dict[str, Array]()  # what ops share, one after the other; see allocate
+        self.scratch = dict[str, Array]()  # by the names of _SCRATCH: ops use it one after the other
         self._n_row = {False: padded(n_batch), True: padded(n_outputs)}
         self._n_scratch = dict.fromkeys(_SCRATCH, 0)
         self._buffers = dict[str, Array]()
@@ -124,7 +123,7 @@ class Memory:
         self._pairs = dict[tuple[int, ...], PairMemory]()
 
     def n_row(self, x: Buffer) -> int:
-        """Rows of a buffer's memory."""
+        """Return the rows of a buffer's memory."""
         return self._n_row[x.outputs]
 
     def rows(self, x: Buffer) -> Array:
@@ -160,10 +159,10 @@ class Memory:
         return self._pairs[key]
 
     def want(self, **sizes: int) -> None:
-        """Ask for scratch memory: the numbers of elements by name, see _SCRATCH."""
+        """Ask for scratch memory of at least so many elements, by the names of _SCRATCH."""
         self._n_scratch |= {name: max(n, self._n_scratch[name]) for name, n in sizes.items()}
 
     def allocate(self) -> None:
-        """Make the scratch memory, when all ops are bound."""
+        """Make the scratch memory. All ops must be bound."""
         for name, n in self._n_scratch.items():
             self.scratch[name] = torch.zeros(n, dtype=_SCRATCH[name], device=self.device)

@@ -1,4 +1,4 @@
-"""The Hadamard transform, which flattens outliers before few bits are stored. As in kernels_cpu/hadamard.py."""
+"""The Hadamard transform, which flattens outliers before few bits are stored. The CPU has the same transform."""
 
 import triton
 import triton.language as tl

@@ -12,9 +12,8 @@ from gguf_run.kernels_gpu.device import current
 from gguf_run.kernels_gpu.errors import gpu_errors
 from gguf_run.kernels_gpu.fuse import fuse
 from gguf_run.kernels_gpu.launch import bind
-from gguf_run.kernels_gpu.sizes import padded
 from gguf_run.kernels_gpu.top import SIZES, Top
-from gguf_run.kernels_gpu.tuning import FEW
+from gguf_run.kernels_gpu.tuning import FEW, padded
 from gguf_run.models.backend import Program, Results, Run
 from gguf_run.models.operands import Buffer, Rotation
 from gguf_run.models.ops import Observe, Rope
@@ -75,7 +74,7 @@ class GpuProgram:
         n_batch: int,
         n_outputs: int,
     ) -> None:
-        """parts, after: lists of ops. See models.backend.Backend.program."""
+        """Bind lists of ops to memory. See models.backend.Backend.program."""
         self.n_batch, self.n_outputs = n_batch, n_outputs
         self.memory, self._result = memory, memory.rows(result)
         capture = not any(isinstance(op, Observe) for ops in (*parts, after) for op in ops)  # its rows change each step
@@ -140,7 +139,7 @@ class GpuProgram:
 
     @gpu_errors()
     def copy_from(self, other: Program, source: Buffer, n_tokens: int, target: Buffer) -> None:
-        """From another GPU without a wait: torch orders the copy after what both devices' streams have to do before."""
+        """Copy rows. From GPU to GPU the host does not wait: torch orders the copy after earlier work of both GPUs."""
         to = self.memory.rows(target)[:n_tokens]
         if isinstance(other, GpuProgram):
             to.copy_(other.memory.rows(source)[:n_tokens], non_blocking=True)

@@ -4,18 +4,11 @@ from collections.abc import Sequence
 
 from gguf_run.formats.tensors import TensorInfo
 from gguf_run.kernels_gpu.cache_formats import CACHE_FORMATS, SPAN
-from gguf_run.kernels_gpu.tuning import MOST_PROGRAMS, SCRATCH
+from gguf_run.kernels_gpu.tuning import MOST_PROGRAMS, SCRATCH, padded
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import rows_stored
 from gguf_run.models.operands import AttentionShape
-
-ROWS = 32  # buffers have a multiple of this many rows, so that kernels for few tokens need no masks
-
-
-def padded(n_row: int) -> int:
-    """Return the rows of memory for n_row rows."""
-    return -(-n_row // ROWS) * ROWS
 
 
 def cache_rows(n_ctx: int, n_batch: int, window: int) -> int:

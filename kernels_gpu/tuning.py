@@ -5,6 +5,12 @@ from dataclasses import dataclass
 FEW = 8  # the most tokens whose products are those of matmul_decode; more go through f16 and tensor cores
 WIDTH = 1024  # columns of a program of the kernels that work on rows
 SCRATCH = 1 << 26  # weights that are f16 in memory at a time
+ROWS = 32  # buffers have a multiple of this many rows, so that kernels for few tokens need no masks
+
+
+def padded(n_row: int) -> int:
+    """Return the rows of memory for n_row rows."""
+    return -(-n_row // ROWS) * ROWS
 
 
 @dataclass(frozen=True)
