@@ -12,9 +12,9 @@ from gguf_run.formats.reader import Tensor
 from gguf_run.models.backend import AnyBackend, CacheType, Program, Results, Run
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer, KvCache
-from gguf_run.models.layer import rotations
 from gguf_run.models.stages import Placed, build
 from gguf_run.models.step import Observed
+from gguf_run.models.weights import rotations
 
 
 class Decoder:

@@ -12,9 +12,9 @@ from gguf_run.formats.reader import Tensor
 from gguf_run.models import ops
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
-from gguf_run.models.layer import rotations
 from gguf_run.models.operands import AttentionShape
-from gguf_run.models.stages import list_ops
+from gguf_run.models.step import Step
+from gguf_run.models.weights import Loader, rotations
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,14 @@ def op_costs(
     kinds: the cache type of each layer.
     n_ctx: positions that the token sees, its own included.
     """
-    shapes = [config.attention(il) for il in range(config.n_layer)]
-    caches = [sizes.cache(shape, n_ctx, 1, 1, kind) for shape, kind in zip(shapes, kinds, strict=True)]
-    return [_cost(op) for op in list_ops(config, tensors, sizes, caches, rotations(config, tensors, n_ctx))]
+    step = Step(Loader(sizes, tensors, lambda n_bytes: None), config, None)
+    step.new_part()
+    step.embed()
+    for il, rotation in enumerate(rotations(config, tensors, n_ctx)):
+        cache = sizes.cache(config.attention(il), n_ctx, 1, 1, kinds[il])
+        step.layer(il, cache, rotation, experts=True)
+    step.logits()
+    return [_cost(op) for op in (*step.parts[0], *step.after)]
 
 
 def _cost(op: Any) -> OpCost:

@@ -3,16 +3,15 @@
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal
+from typing import Literal
 
 from gguf_run.formats.reader import Tensor
-from gguf_run.models.backend import AnyBackend, Backend, Program
+from gguf_run.models.backend import AnyBackend, Program
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer
-from gguf_run.models.layer import Loader
-from gguf_run.models.operands import Buffer, Cache, Experts, Rotation, Squares, Table, Vector, Weight
-from gguf_run.models.ops import Op
+from gguf_run.models.operands import Buffer
 from gguf_run.models.step import Observed, Step
+from gguf_run.models.weights import Loader
 
 
 @dataclass(frozen=True)
@@ -62,48 +61,6 @@ def _pieces(placed: Placed) -> list[tuple[AnyBackend, list[_Piece]]]:
     return stages
 
 
-class _Side(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
-    """What is on one backend: weights, and the lists of a program."""
-
-    def __init__(
-        self,
-        backend: Backend[Table, Weight, Vector, Cache, Experts, Squares],
-        config: ModelConfig,
-        tensors: Mapping[str, Tensor],
-        progress: Callable[[int], None],
-        observed: list[Observed] | None,
-    ) -> None:
-        self._config, self._observed = config, observed
-        self._load = Loader(backend, tensors, progress)
-        self._tied = "output.weight" not in tensors  # the embeddings are the output matrix too
-        self.step = Step(backend, config, observed)
-
-    def embed(self) -> None:
-        self.step.embed(self._load.embeddings(tied=self._tied))
-
-    def add(self, piece: _Piece, cache: Cache, rotation: Rotation | None) -> None:
-        """Load the weights of a piece and append its ops. cache: that of the layer, on this backend."""
-        il, step = piece.il, self.step
-        if piece.what == "experts":
-            step.experts(self._load.experts(il))
-            return
-        weights = self._load.layer(self._config, il, cache, rotation)
-        is_whole = piece.what == "layer"
-        experts = self._load.experts(il) if is_whole and self._config.has_experts(il) else None
-        step.attention(weights)
-        if is_whole and il == self._config.n_layer - 1 and self._observed is None:
-            step.only_outputs()
-        step.ffn(weights, experts)
-
-    def logits(self) -> Buffer:
-        """Append the ops from the hidden state to the logits. Returns the buffer of these."""
-        if not self.step.after:
-            self.step.only_outputs()
-        norm = self._load.norm("output_norm")
-        assert norm is not None  # config has checked it
-        return self.step.logits(norm, self._load.matrix("token_embd" if self._tied else "output", bias=["output"]))
-
-
 def build(
     config: ModelConfig,
     tensors: Mapping[str, Tensor],
@@ -120,39 +77,25 @@ def build(
     """
     plan = _pieces(placed)
     backends = {id(backend): backend for backend, _ in plan}
-    sides = {key: _Side(backend, config, tensors, progress, observed) for key, backend in backends.items()}
+    steps = {key: Step(Loader(backend, tensors, progress), config, observed) for key, backend in backends.items()}
     stages: list[tuple[int, int, tuple[Buffer, ...], tuple[Buffer, ...]]] = []
     for backend, pieces in plan:
-        side = sides[id(backend)]
-        step = side.step
+        step = steps[id(backend)]
         step.new_part()
         if not stages:
-            side.embed()
+            step.embed()
         reads = step.to_experts if pieces and pieces[0].what == "experts" else (step.x,)
         for piece in pieces:
-            side.add(piece, layers[piece.il].cache, layers[piece.il].rotation)
+            if piece.what == "experts":
+                step.experts(piece.il)
+            else:
+                layer = layers[piece.il]
+                step.layer(piece.il, layer.cache, layer.rotation, experts=piece.what == "layer")
         leaves = step.to_experts if pieces and pieces[-1].what == "before experts" else (step.x,)
         stages.append((id(backend), len(step.parts) - 1, reads, leaves))
-    results = {key: side.step.x for key, side in sides.items()} | {id(backend): side.logits()}
+    results = {key: step.x for key, step in steps.items()} | {id(backend): step.logits()}
     programs = {
-        key: backends[key].program(side.step.parts, side.step.after, results[key], n_batch, n_outputs)
-        for key, side in sides.items()
+        key: backends[key].program(step.parts, step.after, results[key], n_batch, n_outputs)
+        for key, step in steps.items()
     }
     return [Stage(programs[key], part, reads, leaves) for key, part, reads, leaves in stages]
-
-
-def list_ops(
-    config: ModelConfig,
-    tensors: Mapping[str, Tensor],
-    backend: Backend[Table, Weight, Vector, Cache, Experts, Squares],
-    caches: Sequence[Cache],
-    rotations: Sequence[Rotation | None],
-) -> list[Op[Table, Weight, Vector, Cache, Experts, Squares]]:
-    """Return the ops of a whole model on one backend. caches, rotations: one for each layer."""
-    side = _Side(backend, config, tensors, lambda n_bytes: None, None)
-    side.step.new_part()
-    side.embed()
-    for il, (cache, rotation) in enumerate(zip(caches, rotations, strict=True)):
-        side.add(_Piece(il, "layer"), cache, rotation)
-    side.logits()
-    return [*side.step.parts[0], *side.step.after]

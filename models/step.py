@@ -4,19 +4,20 @@ from dataclasses import dataclass
 from typing import Generic
 
 from gguf_run.models import ops
-from gguf_run.models.backend import Backend
+from gguf_run.models.architectures import EXPERTS
 from gguf_run.models.config import ModelConfig
-from gguf_run.models.layer import Layer, LayerExperts, Matrix, Norm
 from gguf_run.models.operands import (
     Buffer,
     Cache,
     Experts,
+    Rotation,
     Squares,
     SquaresHandle,
     Table,
     Vector,
     Weight,
 )
+from gguf_run.models.weights import Loader, Matrix
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,17 @@ class Observed:
 class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
     """Builds the lists of one backend: the parts of its program, and the ops for the wanted rows.
 
-    All layers use the same buffers. x is the residual stream.
+    Weights are loaded when their op is listed. All layers use the same buffers; x is the residual stream.
     """
 
     def __init__(
         self,
-        backend: Backend[Table, Weight, Vector, Cache, Experts, Squares],
+        load: Loader[Table, Weight, Vector, Cache, Experts, Squares],
         config: ModelConfig,
         observed: list[Observed] | None,
     ) -> None:
-        """backend: makes the sums of squares. observed: gets the input of every matmul; None: nothing is observed."""
-        self._backend, self._config, self._observed = backend, config, observed
+        """observed: gets the input of every matmul; None: nothing is observed."""
+        self._load, self._config, self._observed = load, config, observed
         self.parts: list[list[ops.Op[Table, Weight, Vector, Cache, Experts, Squares]]] = []
         self.after: list[ops.Op[Table, Weight, Vector, Cache, Experts, Squares]] = []
         self._ops = self.after  # the list that grows
@@ -62,107 +63,120 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
         self._ops = []
         self.parts.append(self._ops)
 
-    def embed(self, table: Table) -> None:
+    def embed(self) -> None:
         """x = embeddings of the tokens"""
-        self._ops.append(ops.Embed(table, self.x, self._config.embd_scale))
+        self._ops.append(ops.Embed(self._load.embeddings(), self.x, self._config.embd_scale))
 
-    def attention(self, layer: Layer[Weight, Vector, Cache]) -> None:
-        """x += attention(norm(x)), and the ffn too, if both are parallel"""
-        config, qkv = self._config, self._qkv
+    def layer(self, il: int, cache: Cache, rotation: Rotation | None, *, experts: bool) -> None:
+        """x += attention(norm(x)), then x += ffn(norm(x)); or both at once, if they are parallel.
+
+        experts: False if the layer's experts are on another backend, where `experts` follows and reads `to_experts`.
+        """
+        arch, block = self._config.arch, f"blk.{il}."
+        h = self._normed(block, "attn_norm")
+        self._matmul(h, self._load.matrix(*(block + name for name in arch.qkv)), self._qkv)
+        is_parallel = "ffn_norm" in arch.optional_norms and not self._load.has(f"{block}ffn_norm")
+        if is_parallel:
+            self._ffn(il, h, experts)
+        self._attention(il, cache, rotation)
+        if experts and il == self._config.n_layer - 1 and self._observed is None:
+            self._only_outputs()
+        if not is_parallel:
+            self._ffn(il, self._normed(block, arch.ffn_norm), experts)
+
+    def _attention(self, il: int, cache: Cache, rotation: Rotation | None) -> None:
+        """x += attention of q, k and v"""
+        config, qkv, block = self._config, self._qkv, f"blk.{il}."
         n_q, n_kv, head_dim = config.n_embd_q, config.n_embd_kv, config.head_dim
         q, k, v = qkv.columns(0, n_q), qkv.columns(n_q, n_kv), qkv.columns(n_q + n_kv, n_kv)
-        h = self._normed(layer.attn_norm)
-        self._matmul(h, layer.attn_qkv, qkv)
-        if layer.parallel:
-            self._ffn(layer, h, None)
-        for part, norm, n_head in ((q, layer.attn_q_norm, config.n_head), (k, layer.attn_k_norm, config.n_head_kv)):
-            if norm is not None:
-                self._norm(part, norm, part, n_group=n_head if config.arch.norm_per_head else 1)
-        if layer.rotation is not None:
-            self._ops.append(ops.Rope(qkv.columns(0, n_q + n_kv), layer.rotation, head_dim))
-        self._ops.append(ops.Attend(q, k, v, layer.cache, layer.attention, self._attn, layer.attn_sinks))
-        self._add(self._attn, layer.attn_output, layer.post_attention_norm)
-
-    def ffn(self, layer: Layer[Weight, Vector, Cache], experts: LayerExperts[Experts] | None) -> None:
-        """x += down(activation(gate(norm(x))) * up(norm(x)))
-
-        experts: those of the layer, which are added to x as well. None if the layer has none, or if another backend has
-        them, whose Step then reads `to_experts`.
-        """
-        if not layer.parallel:
-            self._ffn(layer, self._normed(layer.ffn_norm), experts)
+        for part, name, n_head in ((q, "attn_q_norm", config.n_head), (k, "attn_k_norm", config.n_head_kv)):
+            if self._has_norm(block, name):
+                self._norm(part, block + name, part, n_group=n_head if config.arch.norm_per_head else 1)
+        if rotation is not None:
+            self._ops.append(ops.Rope(qkv.columns(0, n_q + n_kv), rotation, head_dim))
+        sinks = self._load.vector(f"{block}attn_sinks")
+        self._ops.append(ops.Attend(q, k, v, cache, config.attention(il), self._attn, sinks))
+        self._add(self._attn, block, "attn_output", "post_attention_norm")
 
     @property
     def to_experts(self) -> tuple[Buffer, ...]:
         """The buffers that `experts` reads: x, to which experts are added, their input, the router's logits."""
         return self.x, self._h, self._router
 
-    def experts(self, layer: LayerExperts[Experts]) -> None:
+    def experts(self, il: int) -> None:
         """x += the experts' part of the ffn, as the router's logits say"""
-        config = self._config
+        config, names = self._config, tuple(f"blk.{il}.{name}" for name in EXPERTS)
         squares = None
         if self._observed is not None:
-            widths = config.n_embd, config.n_ff_exp
-            squares = (
-                self._backend.squares(widths[0], config.n_expert),
-                self._backend.squares(widths[1], config.n_expert),
-            )
-            self._observed += [Observed(layer.names[:2], squares[0]), Observed(layer.names[2:], squares[1])]
-        self._ops.append(ops.Moe(self._h, self._router, layer.experts, config.moe, self.x, squares))
+            first = self._load.backend.squares(config.n_embd, config.n_expert)
+            last = self._load.backend.squares(config.n_ff_exp, config.n_expert)
+            squares = first, last
+            weights = tuple(f"{name}.weight" for name in names)
+            self._observed += [Observed(weights[:2], first), Observed(weights[2:], last)]
+        experts = self._load.experts(names)
+        self._ops.append(ops.Moe(self._h, self._router, experts, config.moe, self.x, squares))
 
-    def only_outputs(self) -> None:
+    def _only_outputs(self) -> None:
         """The following ops are for the wanted rows only: the residual stream is copied, other buffers are new."""
         x, self.x = self.x, Buffer.whole("x_out", self._config.n_embd, outputs=True)
         self._ops = self.after
         self._ops.append(ops.Outputs(x, self.x))
         self._name_buffers(outputs=True)
 
-    def logits(self, norm: Norm[Vector], matrix: Matrix[Weight, Vector]) -> Buffer:
+    def logits(self) -> Buffer:
         """Return the buffer of the logits, softcap(output(norm(x)))."""
-        config = self._config
-        self._norm(self.x, norm, self._h)
+        config, is_tied = self._config, not self._load.has("output")
+        if not self.after:
+            self._only_outputs()
+        self._norm(self.x, "output_norm", self._h)
         logits = Buffer.whole("logits", config.n_vocab, outputs=True)
-        self._matmul(self._h, matrix, logits)
+        output = self._load.matrix("token_embd" if is_tied else "output", bias=["output"])
+        self._matmul(self._h, output, logits)
         if config.logit_scale != 1 or config.final_softcap:
             self._ops.append(ops.Softcap(logits, config.logit_scale, config.final_softcap))
         return logits
 
-    def _ffn(self, layer: Layer[Weight, Vector, Cache], h: Buffer, experts: LayerExperts[Experts] | None) -> None:
-        if layer.ffn_gate_inp is not None:
-            self._matmul(h, layer.ffn_gate_inp, self._router)
-        if experts is not None:
-            self.experts(experts)
-        if layer.ffn_gate_up is None or layer.ffn_down is None:
+    def _ffn(self, il: int, h: Buffer, experts: bool) -> None:
+        """x += down(activation(gate(h)) * up(h)), and the experts' part"""
+        config, load, block = self._config, self._load, f"blk.{il}."
+        if config.has_experts(il):
+            self._matmul(h, load.matrix(f"{block}ffn_gate_inp"), self._router)
+            if experts:
+                self.experts(il)
+        names, down = config.ffn(il)
+        if not names:
             return
-        activation, gate_up = self._config.arch.activation, layer.ffn_gate_up
-        ff = self._ff.columns(0, layer.ffn_down.weight.n_in)
-        if self._config.arch.gated:
+        gate_up, activation = load.matrix(*(block + name for name in names)), config.arch.activation
+        width = gate_up.weight.n_out // (2 if config.arch.gated else 1)
+        ff = self._ff.columns(0, width)
+        if config.arch.gated:
             self._observe(h, gate_up)
             self._ops.append(ops.MatmulGated(h, gate_up.weight, ff, activation, gate_up.bias))
         else:
             self._matmul(h, gate_up, ff)
             self._ops.append(ops.Gated(ff, None, ff, activation))
-        if layer.ffn_gate_shexp is not None and self._config.arch.shared_gate:
-            self._matmul(h, layer.ffn_gate_shexp, self._gate)
+        if config.has_experts(il) and config.arch.shared_gate:
+            self._matmul(h, load.matrix(f"{block}ffn_gate_inp_shexp"), self._gate)
             self._ops.append(ops.GateRows(ff, self._gate))
-        self._add(ff, layer.ffn_down, layer.post_ffw_norm)
+        self._add(ff, block, down, "post_ffw_norm")
 
-    def _normed(self, norm: Norm[Vector] | None) -> Buffer:
+    def _has_norm(self, block: str, name: str) -> bool:
+        return name in self._config.arch.norms and self._load.has(block + name)
+
+    def _normed(self, block: str, name: str) -> Buffer:
         """Return what attention or the ffn reads: norm(x), or x."""
-        if norm is None:
+        if not self._has_norm(block, name):
             return self.x
-        self._norm(self.x, norm, self._h)
+        self._norm(self.x, block + name, self._h)
         return self._h
 
-    def _norm(
-        self, x: Buffer, norm: Norm[Vector], out: Buffer, n_group: int = 1, residual: Buffer | None = None
-    ) -> None:
-        eps = self._config.rms_eps
+    def _norm(self, x: Buffer, name: str, out: Buffer, n_group: int = 1, residual: Buffer | None = None) -> None:
+        eps, (weight, bias) = self._config.rms_eps, self._load.norm(name)
         if self._config.arch.layer_norm:
             assert residual is None
-            self._ops.append(ops.LayerNorm(x, norm.weight, norm.bias, out, eps, n_group))
+            self._ops.append(ops.LayerNorm(x, weight, bias, out, eps, n_group))
         else:
-            self._ops.append(ops.RmsNorm(x, norm.weight, out, eps, n_group, residual))
+            self._ops.append(ops.RmsNorm(x, weight, out, eps, n_group, residual))
 
     def _matmul(self, x: Buffer, matrix: Matrix[Weight, Vector], out: Buffer, residual: Buffer | None = None) -> None:
         self._observe(x, matrix)
@@ -170,14 +184,15 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
 
     def _observe(self, x: Buffer, matrix: Matrix[Weight, Vector]) -> None:
         if self._observed is not None:
-            squares = self._backend.squares(x.width)
+            squares = self._load.backend.squares(x.width)
             self._observed.append(Observed(matrix.names, squares))
             self._ops.append(ops.Observe(x, squares))
 
-    def _add(self, y: Buffer, matrix: Matrix[Weight, Vector], post_norm: Norm[Vector] | None) -> None:
-        """x += matrix @ y, normed first where the architecture says so"""
-        if post_norm is None:
+    def _add(self, y: Buffer, block: str, name: str, post_norm: str) -> None:
+        """x += matrix @ y, normed first if the layer has that norm, and has it not before the ffn"""
+        matrix = self._load.matrix(block + name)
+        if post_norm == self._config.arch.ffn_norm or not self._has_norm(block, post_norm):
             self._matmul(y, matrix, self.x, residual=self.x)
         else:
             self._matmul(y, matrix, self._h)
-            self._norm(self._h, post_norm, self.x, residual=self.x)
+            self._norm(self._h, block + post_norm, self.x, residual=self.x)
