@@ -225,7 +225,7 @@ def _target(record: Record, rate: float, of: float, nominal: float) -> str:
 
 
 def best_tuning(records: Sequence[Record]) -> str:
-    """The fastest candidates, as a row of kernels_gpu.matmul.launch.TUNINGS."""
+    """The fastest candidates, as a row of TUNINGS."""
     times = {r["key"][1]: r["seconds"] for r in records if r["key"][0] == "tune" and "seconds" in r}
 
     def best(prefix: str) -> str:

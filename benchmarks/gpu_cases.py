@@ -23,12 +23,15 @@ from triton.runtime.interpreter import GridExecutor
 from triton.runtime.jit import JITFunction
 
 from gguf_run.kernels_gpu.backend import GpuBackend
-from gguf_run.kernels_gpu.matmul.launch import FEW, Tuning
+from gguf_run.kernels_gpu.device.tuning import FEW, Tuning
 from gguf_run.kernels_gpu.panels.memory import GpuWeight
 from gguf_run.kernels_gpu.panels.panels import PANELS, IntPanel
-from gguf_run.models.backend import Attention, CacheType, Rope, Run
+from gguf_run.kernels_gpu.program import GpuProgram
+from gguf_run.models.backend import CacheType, Run
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
+from gguf_run.models.operands import AttentionShape, Buffer, Rotation
+from gguf_run.models.ops import Attend, Embed, Matmul, MatmulGated, Outputs, Rope
 
 Record = dict[str, Any]
 
@@ -117,14 +120,14 @@ class Bench:
         return self.events(graph.replay)
 
 
-def _launches(program: Any, n: int) -> Callable[[], None]:
+def _launches(program: GpuProgram, n: int) -> Callable[[], None]:
     """All launches of a program before the choice of result rows, for n tokens."""
+    return functools.partial(program._parts[0].launch, n)
 
-    def run() -> None:
-        for op in program._parts[0]._ops:
-            op(n)
 
-    return run
+def _program(backend: GpuBackend, ops: Sequence[Any], result: Buffer, n_batch: int) -> GpuProgram:
+    outputs = Buffer.whole("outputs", result.width, outputs=True)
+    return backend.program([ops], [Outputs(result, outputs)], outputs, n_batch, 1)
 
 
 def limits(bench: Bench) -> list[Record]:
@@ -169,30 +172,27 @@ def matmul(
     n_batch = max(tokens)  # at most n_out
     first = random_part(type_name, n_in, n_out, bench.device)
     parts = [random_part(type_name, n_in, n_out, bench.device) for _ in range(-(-sizes.cold // first.nbytes))]
-    recorder: Any = backend.recorder(n_batch, 1)
-    recorder.tuning = tuning or recorder.tuning
-    x, out = recorder.buffer(n_in), recorder.buffer(n_out)
-    y = recorder.buffer(n_in)
-    recorder.embed(first, y)  # the weights as numbers
-    recorder.embed(random_part("F32", n_in, n_batch, bench.device), x)
+    backend.tuning = tuning or backend.tuning
+    x, y, out = Buffer.whole("x", n_in), Buffer.whole("y", n_in), Buffer.whole("out", n_out)
+    ops: list[Any] = [Embed(first, y)]  # the weights as numbers
+    ops.append(Embed(random_part("F32", n_in, n_batch, bench.device), x))
     for part in [*parts, first]:
-        if gated:
-            recorder.matmul_gated(x, GpuWeight(n_in, (part,)), out.columns(0, n_out // 2), "silu")
-        else:
-            recorder.matmul(x, GpuWeight(n_in, (part,)), out)
-    program = recorder.finish(recorder.outputs(out))
+        weight = GpuWeight(n_in, (part,))
+        ops.append(MatmulGated(x, weight, out.columns(0, n_out // 2), "silu") if gated else Matmul(x, weight, out))
+    program = _program(backend, ops, out, n_batch)
     program.run(np.arange(n_batch, dtype=np.int32), [Run(0, 0, n_batch)], ())
-    w = y.data[:n_batch].double()
+    rows, result = program.memory.rows(x), program.memory.rows(out)
+    w = program.memory.rows(y)[:n_batch].double()
     found = []
     for n in tokens:
-        out.data.fill_(float("nan"))
+        result.fill_(float("nan"))
         seconds = bench.captured(_launches(program, n)) / (len(parts) + 1)
         is_int8 = n <= FEW and isinstance(panel, IntPanel)
-        left = _quantized(x.data[:n]) if is_int8 else x.data[:n].double()
+        left = _quantized(rows[:n]) if is_int8 else rows[:n].double()
         off, bound = 0.0, 2e-5 if n <= FEW or type_name == "F32" else 2e-3
         if not gated:
-            off = _distance(out.data[:n, :n_batch], left @ w.T)
-        if not off < bound or not out.data[:n, : n_out // 2 if gated else n_out].isfinite().all():
+            off = _distance(result[:n, :n_batch], left @ w.T)
+        if not off < bound or not result[:n, : n_out // 2 if gated else n_out].isfinite().all():
             raise AssertionError(f"{n} tokens: off by {off:.2e}, at most {bound:.0e} is allowed")
         record = {"name": f"{n} tokens" + ", gated" * gated, "seconds": seconds, "tokens": n, "off": off}
         work = {"bytes": first.nbytes} if n <= 32 else {"flops": 2 * n * n_in * n_out}
@@ -205,32 +205,29 @@ def attention(bench: Bench, kind: str, prefill: bool = False, programs: int | No
     n = max(bench.sizes.prefill) if prefill else 1
     depth = bench.sizes.depth if n == 1 else 0
     n_head, n_head_kv, head_dim = (32, 8, 128) if bench.is_cuda else (2, 1, 32)
-    shape = Attention(n_head, n_head_kv, head_dim, head_dim**-0.5)
+    shape = AttentionShape(n_head, n_head_kv, head_dim, head_dim**-0.5)
     backend = RandomBackend(bench.device)
-    recorder: Any = backend.recorder(n, 1)
     if programs:
-        recorder.tuning = replace(recorder.tuning, programs=programs)
+        backend.tuning = replace(backend.tuning, programs=programs)
     n_q, n_kv = n_head * head_dim, n_head_kv * head_dim
     table = random_part("F32", n_q + 2 * n_kv, n, bench.device)
     table.qs.view(torch.float32).mul_(50)
     caches = [backend.cache(shape, depth + n, n, 1, CacheType(kind, kind)) for _ in range(3 if n == 1 else 1)]
-    qkv, out = recorder.buffer(n_q + 2 * n_kv), recorder.buffer(n_q)
-    recorder.embed(table, qkv)
-    rope = Rope("norm", head_dim, 5e5 ** -(np.arange(head_dim // 2) / head_dim * 2))
-    for i, cache in enumerate(caches):
-        if i == 0:
-            recorder.rope(qkv.columns(0, n_q + n_kv), rope, head_dim)
-        recorder.attention(*(qkv.columns(*c) for c in ((0, n_q), (n_q, n_kv), (n_q + n_kv, n_kv))), cache, shape, out)
-    program = recorder.finish(recorder.outputs(out))
-    program._step.set((), np.arange(n, dtype=np.int32), [Run(0, depth, n)])
+    qkv, out = Buffer.whole("qkv", n_q + 2 * n_kv), Buffer.whole("out", n_q)
+    rotation = Rotation("norm", head_dim, 5e5 ** -(np.arange(head_dim // 2) / head_dim * 2))
+    ops: list[Any] = [Embed(table, qkv), Rope(qkv.columns(0, n_q + n_kv), rotation, head_dim)]
+    q, k, v = (qkv.columns(*c) for c in ((0, n_q), (n_q, n_kv), (n_q + n_kv, n_kv)))
+    ops += [Attend(q, k, v, cache, shape, out) for cache in caches]
+    program = _program(backend, ops, out, n)
+    program.memory.step.set((), np.arange(n, dtype=np.int32), [Run(0, depth, n)])
     seconds = bench.captured(_launches(program, n)) / len(caches)
-    off = 0.0
+    off, result = 0.0, program.memory.rows(out)
     if kind == "f16":  # queries of the last token, which stay turned in the buffer
         k, v = (rows.qs[0].view(torch.float16)[:, : depth + n].double() for rows in (caches[-1].k, caches[-1].v))
-        q = qkv.data[n - 1, :n_q].double().view(n_head_kv, -1, head_dim)
+        q = program.memory.rows(qkv)[n - 1, :n_q].double().view(n_head_kv, -1, head_dim)
         expected = torch.softmax(q @ k.mT * shape.scale, -1) @ v
-        off = _distance(out.data[n - 1], expected.reshape(-1))
-    if not off < 4e-3 or not out.data[:n].isfinite().all():
+        off = _distance(result[n - 1], expected.reshape(-1))
+    if not off < 4e-3 or not result[:n].isfinite().all():
         raise AssertionError(f"off by {off:.2e}, at most 4e-3 is allowed")
     name = f"at depth {depth}" if n == 1 else f"{n} tokens"
     work = {"bytes": (caches[0].k.nbytes + caches[0].v.nbytes)} if n == 1 else {"flops": 2 * n * n * n_q}
@@ -311,7 +308,7 @@ def graphs(bench: Bench) -> list[Record]:
         for launches in (program._parts[0], program._after):
             if not replay:
                 launches._graphs.clear()
-                launches._most = 0
+                launches._captures = False
         decoder.rewind(0)
         steps = 5 if bench.is_cuda and not bench.warm else 1
         made.append(np.stack([decoder.step({0: [i]})[0].copy() for i in range(steps)]))

@@ -34,7 +34,7 @@ def random_part(type_name: str, n_in: int, n_out: int, device: torch.device) -> 
     panel = panel_for(type_name)
     part = empty(panel, n_in, n_out, device)
     if not isinstance(panel, IntPanel):
-        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[panel.name]
+        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[panel.scales]
         part.qs.view(dtype)[:, :n_in].normal_(0, STD)
         return part
     for plane in (part.qs, part.high):
@@ -90,8 +90,8 @@ class RandomBackend(GpuBackend):
     def cache(self, *args: Any, **options: Any) -> GpuCache:
         cache = super().cache(*args, **options)
         for rows in (cache.k, cache.v):
-            if rows.form.bits == 16:
-                rows.qs.view(torch.float16 if rows.form.name == "f16" else torch.bfloat16).normal_()
+            if rows.type.bits == 16:
+                rows.qs.view(torch.float16 if rows.type.name == "f16" else torch.bfloat16).normal_()
             else:
                 rows.qs.random_(0, 120)  # no NaN in any format
             if rows.d is not None:

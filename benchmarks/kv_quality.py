@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from peer import CACHE_TYPES as PEER_TYPES
 from peer import Peer
 
-from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS, GROUP
+from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
 from gguf_run.kernels_cpu.measure.log_softmax import LogSoftmax
+from gguf_run.models.kv_cache import BLOCK, rotates
 from gguf_run.runtime.evaluate.text import Chunk, bos_of, cut_chunks, tokens_of
 from gguf_run.runtime.model import Model
 
@@ -105,7 +106,11 @@ def main(
         )
         return stack.enter_context(loaded).decoder
 
-    every = [name + end for name, form in CACHE_FORMATS.items() for end in ("", "-")[: 1 + form.rotates(GROUP, None)]]
+    every = [
+        name + end
+        for name, form in CACHE_FORMATS.items()
+        for end in ("", "-")[: 1 + rotates(form.bits, BLOCK, None, False)]
+    ]
     names = types.split(",") if types else [*PEER_TYPES] if peer else every
     with ExitStack() as stack, Model.load(model, n_ctx=n_ctx, n_threads=threads) as ours:
         cut = cut_chunks(tokens_of(ours, text.read_bytes().decode()), n_ctx, bos_of(ours), chunks)

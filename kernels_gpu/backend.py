@@ -3,34 +3,38 @@
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor as Array
 
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.kernels_gpu.attention.cache import GpuCache, new_rows
-from gguf_run.kernels_gpu.attention.cache_types import cache_format, rows_stored
+from gguf_run.kernels_gpu.attention.cache_types import cache_format
+from gguf_run.kernels_gpu.buffers import Memory
 from gguf_run.kernels_gpu.device.device import capability, current
 from gguf_run.kernels_gpu.device.errors import gpu_errors
 from gguf_run.kernels_gpu.device.limits import measure_limits
-from gguf_run.kernels_gpu.matmul.launch import DEFAULT, TUNINGS
-from gguf_run.kernels_gpu.matmul.moe_launch import GpuExperts
-from gguf_run.kernels_gpu.panels.memory import GpuBuffer, GpuWeight, WeightPart
+from gguf_run.kernels_gpu.device.tuning import DEFAULT, TUNINGS
+from gguf_run.kernels_gpu.panels.memory import GpuExperts, GpuSquares, GpuWeight, WeightPart
 from gguf_run.kernels_gpu.panels.repack import Uploader
-from gguf_run.kernels_gpu.recorder import GpuRecorder
+from gguf_run.kernels_gpu.program import GpuProgram
+from gguf_run.kernels_gpu.sizes import cache_rows
+from gguf_run.models.backend import CacheType
+from gguf_run.models.operands import AttentionShape, Buffer
+from gguf_run.models.ops import Op
+
+GpuOp = Op[WeightPart, GpuWeight, Array, GpuCache, GpuExperts, GpuSquares]
 
 
 class GpuBackend:
-    """Runs on one device, see device.open_device. In Triton's interpreter it runs on torch's CPU device too."""
+    """Weights, caches and programs on one device (device.open_device). Triton's interpreter runs on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._tuning = TUNINGS.get(capability(device), DEFAULT)
+        self.tuning = TUNINGS.get(capability(device), DEFAULT)
         self._uploader = Uploader(device)
         self._uploaded: dict[int, tuple[Tensor, WeightPart]] = {}
         self._bytes = {"weights": 0, "cache": 0}
@@ -44,17 +48,16 @@ class GpuBackend:
 
     @gpu_errors()
     def limits(self) -> tuple[float, float]:
-        """Bytes read and f16 operations, per second."""
+        """Return the bytes that the device can read and the f16 operations that it can do, per second."""
         with current(self.device):
             return measure_limits(self.device, min(1 << 30, self.free_memory() // 4))
 
     def free_memory(self) -> int:
-        """Bytes that can still be taken; without a GPU, no limit."""
+        """Return the bytes that can still be allocated: no limit without a GPU."""
         return int(torch.cuda.mem_get_info(self.device)[0]) if self.device.type == "cuda" else 1 << 60
 
     def _upload(self, tensors: list[Tensor]) -> WeightPart:
-        """Tensors of one type as panels. One that is asked for again, as embeddings that are the output matrix too, is
-        not uploaded twice."""
+        """Return tensors of one type as panels. One tensor is uploaded once: embeddings may be the output too."""
         known = self._uploaded.get(id(tensors[0]))
         if len(tensors) == 1 and known is not None:
             return known[1]
@@ -91,36 +94,26 @@ class GpuBackend:
         values = [dequantize(tensor.blocks(), tensor.type).reshape(-1) for tensor in tensors]
         return torch.from_numpy(np.concatenate(values)).to(self.device)
 
-    def cache(self, shape: Any, n_ctx: int, n_batch: int, n_seq: int = 1, kind: Any = None) -> GpuCache:
-        n_rows = rows_stored(n_ctx, n_batch, shape.window)
-        rotate = None if kind is None else kind.rotate
-        sides = (("f16", None),) * 2 if kind is None else ((kind.k, kind.k_scales), (kind.v, kind.v_scales))
+    def cache(self, shape: AttentionShape, n_ctx: int, n_batch: int, n_seq: int, kind: CacheType) -> GpuCache:
+        n_rows = cache_rows(n_ctx, n_batch, shape.window)
         k, v = (
-            new_rows(cache_format(name, shape.head_dim), shape, n_rows, n_seq, rotate, scales, self.device)
-            for name, scales in sides
+            new_rows(cache_format(name, shape.head_dim), shape, n_rows, n_seq, kind.rotate, scales, self.device)
+            for name, scales in ((kind.k, kind.k_scales), (kind.v, kind.v_scales))
         )
-        cache = GpuCache(n_rows, k, v)
-        self._bytes["cache"] += cache.k.nbytes + cache.v.nbytes
-        return cache
+        self._bytes["cache"] += k.nbytes + v.nbytes
+        return GpuCache(n_rows, k, v)
 
-    def recorder(self, n_batch: int, n_outputs: int) -> GpuRecorder:
-        return GpuRecorder(self.device, self._tuning, n_batch, n_outputs)
+    def squares(self, width: int, n_expert: int = 1) -> GpuSquares:
+        return GpuSquares(n_expert, width, self.device)
 
-    @gpu_errors()
-    def to_host(self, buffer: GpuBuffer, n_tokens: int) -> NDArray[np.float32]:
-        rows: NDArray[np.float32] = buffer.data[:n_tokens].cpu().numpy()
-        return rows
-
-    @gpu_errors()
-    def copy_from(self, other: Any, source: Any, n_tokens: int, target: GpuBuffer) -> None:
-        """From another GPU without a wait: torch has the copy follow what both devices' streams have to do before, and
-        be followed by what comes."""
-        is_gpu = isinstance(other, GpuBackend)
-        rows = source.data[:n_tokens] if is_gpu else torch.from_numpy(other.to_host(source, n_tokens))
-        target.data[:n_tokens].copy_(rows, non_blocking=is_gpu)
+    def program(
+        self, parts: Sequence[Sequence[GpuOp]], after: Sequence[GpuOp], result: Buffer, n_batch: int, n_outputs: int
+    ) -> GpuProgram:
+        memory = Memory(self.device, self.tuning, n_batch, n_outputs)
+        return GpuProgram(memory, parts, after, result, n_batch, n_outputs)
 
     def close(self) -> None:
-        """Forget the weights: the device gets its memory back when nothing else holds them."""
+        """Forget the weights. Their memory is free when nothing else holds them."""
         self._uploaded.clear()
 
     def nbytes(self) -> dict[str, int]:

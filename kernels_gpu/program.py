@@ -1,68 +1,38 @@
-"""A recorded step on the GPU: what changes from step to step is written to device memory, then the launches follow."""
+"""A step on the GPU: what changes from step to step is written to device memory, then the launches follow."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gguf_run.kernels_gpu.buffers import Launch, Memory
 from gguf_run.kernels_gpu.device.device import current
 from gguf_run.kernels_gpu.device.errors import gpu_errors
-from gguf_run.kernels_gpu.matmul.launch import FEW
-from gguf_run.kernels_gpu.panels.memory import GpuBuffer, padded
+from gguf_run.kernels_gpu.device.tuning import FEW, padded
+from gguf_run.kernels_gpu.fuse import fuse
+from gguf_run.kernels_gpu.launch import bind
 from gguf_run.kernels_gpu.rows.top import SIZES, Top
+from gguf_run.models.backend import Program, Results, Run
+from gguf_run.models.operands import Buffer, Rotation
+from gguf_run.models.ops import Observe, Rope
 
 
 def bucket(n_row: int) -> int:
-    """How many rows run for n_row: few kinds of small steps, so that each is compiled, or captured, once."""
+    """Return how many rows run for n_row: few kinds of small steps, so that each is compiled, or captured, once."""
     return next((m for m in (1, 2, 4, FEW) if n_row <= m), n_row)
 
 
-class StepInput:
-    """ids, seqs, positions int32[n_batch] of the tokens and rows int32[n_outputs] of the wanted results, on the device.
+class Launches:
+    """Launches that follow each other: those for few rows, or those for more.
 
-    Rows that only fill a bucket up have position -1: they are not appended to any cache.
+    On a GPU those for few rows are captured as a graph, one for each bucket.
     """
 
-    def __init__(self, n_batch: int, n_outputs: int, device: torch.device) -> None:
-        n_batch, n_outputs = padded(n_batch), padded(n_outputs)
-        self._host = torch.zeros(3 * n_batch + n_outputs, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._device = self._host.to(device, copy=True)
-        self.ids, self.seqs, self.positions = self._device[: 3 * n_batch].view(3, -1)
-        self.rows = self._device[3 * n_batch :]
-        self._tokens, self._rows = np.split(self._host.numpy(), [3 * n_batch])
-        self._sent = torch.cuda.Event() if device.type == "cuda" else None
-        self.n_tokens = self.n_out = 0
-
-    def set(self, rows: Sequence[int], ids: NDArray[np.int32] | None = None, runs: Sequence[Any] = ()) -> None:
-        """runs: models.backend.Run; without ids, the tokens stay."""
-        if self._sent is not None:
-            self._sent.synchronize()  # what was sent last has been read
-        self.n_out = len(rows)
-        self._rows[:] = 0
-        self._rows[: len(rows)] = rows
-        if ids is not None:
-            tokens = self._tokens.reshape(3, -1)
-            self.n_tokens = at = 0
-            tokens[:] = [[0], [0], [-1]]
-            tokens[0, : len(ids)] = ids
-            for seq, n_past, n_tokens in runs:
-                tokens[1, at : at + n_tokens] = seq
-                tokens[2, at : at + n_tokens] = np.arange(n_past, n_past + n_tokens)
-                at += n_tokens
-            self.n_tokens = len(ids)
-        self._device.copy_(self._host, non_blocking=True)
-        if self._sent is not None:
-            self._sent.record()
-
-
-class Launches:
-    """Ops that follow each other. On a GPU, those for a few rows are captured as a graph, one for each bucket."""
-
-    def __init__(self, ops: Sequence[Callable[[int], None]], device: torch.device, capture: bool) -> None:
-        self._ops, self._graphs = list(ops), dict[int, torch.cuda.CUDAGraph]()
-        self._most = FEW if capture and device.type == "cuda" else 0
+    def __init__(self, few: Sequence[Launch], many: Sequence[Launch], device: torch.device, capture: bool) -> None:
+        self._few, self._many, self._graphs = list(few), list(many), dict[int, torch.cuda.CUDAGraph]()
+        self._captures = capture and device.type == "cuda"
         self._device = device
 
     def run(self, n_row: int) -> None:
@@ -70,23 +40,26 @@ class Launches:
         if n in self._graphs:
             self._graphs[n].replay()
             return
-        for op in self._ops:
-            op(n)
-        if n <= self._most:  # that has compiled and loaded all kernels: now they are recorded, which runs nothing
+        self.launch(n)
+        if n <= FEW and self._captures:  # all kernels are compiled and loaded now; capturing runs nothing
             graph = torch.cuda.CUDAGraph()
             # torch's own stream for captures is one device's; what other threads do meanwhile is no error
             stream = torch.cuda.Stream(self._device)
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                for op in self._ops:
-                    op(n)
+                self.launch(n)
             self._graphs[n] = graph
 
-    def followed_by(self, op: Callable[[int], None]) -> "Launches":
-        return Launches([*self._ops, op], self._device, self._most > 0)
+    def launch(self, n: int) -> None:
+        """Launch all kernels for n rows, a bucket."""
+        for launch in self._few if n <= FEW else self._many:
+            launch(n)
+
+    def followed_by(self, launch: Launch) -> "Launches":
+        return Launches([*self._few, launch], [*self._many, launch], self._device, self._captures)
 
     def clear(self) -> None:
-        self._ops.clear()
-        self._graphs.clear()
+        for held in (self._few, self._many, self._graphs):
+            held.clear()
 
 
 class GpuProgram:
@@ -94,70 +67,84 @@ class GpuProgram:
 
     def __init__(
         self,
-        step: StepInput,
-        parts: Sequence[Launches],
-        after: Launches,
-        result: GpuBuffer,
+        memory: Memory,
+        parts: Sequence[Sequence[Any]],
+        after: Sequence[Any],
+        result: Buffer,
         n_batch: int,
         n_outputs: int,
     ) -> None:
-        """parts, after: ops before the choice of result rows, and from it on."""
+        """Bind lists of ops to memory. See models.backend.Backend.program."""
         self.n_batch, self.n_outputs = n_batch, n_outputs
-        self._step, self._parts, self._after, self._result = step, parts, after, result
-        self._device = result.memory.device
-        self._host = torch.zeros(padded(n_outputs), result.width, pin_memory=self._device.type == "cuda")
+        self.memory, self._result = memory, memory.rows(result)
+        capture = not any(isinstance(op, Observe) for ops in (*parts, after) for op in ops)  # its rows change each step
+        known: set[Rotation] = set()
+        launches = []
+        for ops in (*parts, after):
+            few, many = (bind(fuse(ops, few=few, known=known), memory) for few in (True, False))
+            launches.append(Launches(few, many, memory.device, capture))
+            known |= {op.rotation for op in ops if isinstance(op, Rope)}
+        *self._parts, self._after = launches
+        memory.allocate()
+        self._host = torch.zeros(padded(n_outputs), result.width, pin_memory=memory.device.type == "cuda")
         self._tops = dict[int, tuple[Launches, Top]]()
         self._closed = False
 
-    @property
-    def n_top(self) -> int:
-        return SIZES[-1]
-
     @gpu_errors()
     def run(
-        self, ids: NDArray[np.int32], runs: Sequence[Any], rows: Sequence[int], part: int = 0
-    ) -> NDArray[np.float32]:
-        with current(self._device):
-            self._run_before(ids, runs, rows, part)
-            return self._results(len(rows))
-
-    @gpu_errors()
-    def run_top(
-        self, ids: NDArray[np.int32], runs: Sequence[Any], row: int, k: int, part: int = 0
-    ) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-        size = next(n for n in SIZES if k <= n)
-        with current(self._device):
-            self._run_before(ids, runs, [row], part)
-            if size not in self._tops:
-                top = Top(self._result, size)
-                self._tops[size] = self._after.followed_by(top.launch), top
-            launches, top = self._tops[size]
-            launches.run(1)
-            return top.fetch(k)
-
-    def _run_before(self, ids: NDArray[np.int32], runs: Sequence[Any], rows: Sequence[int], part: int) -> None:
+        self, ids: NDArray[np.int32], runs: Sequence[Run], rows: Sequence[int], part: int = 0, n_top: int = 0
+    ) -> Results:
         if self._closed:  # its memory is gone
             raise ValueError("the program is closed")
-        if part == 0:
-            self._step.set(rows, ids, runs)
-        elif rows:
-            self._step.set(rows)
-        self._parts[part].run(len(ids))
+        with current(self.memory.device):
+            if part == 0:
+                self.memory.step.set(rows, ids, runs)
+            elif rows:
+                self.memory.step.set(rows)
+            self._parts[part].run(len(ids))
+            if len(rows) == 1 and 0 < n_top <= SIZES[-1]:
+                return self._greatest(n_top)
+            return Results(self._results(len(rows)))
+
+    def _greatest(self, k: int) -> Results:
+        """Return the k greatest values of the only result row."""
+        size = next(n for n in SIZES if k <= n)
+        if size not in self._tops:
+            top = Top(self._result, size)
+            self._tops[size] = self._after.followed_by(top.launch), top
+        launches, top = self._tops[size]
+        launches.run(1)
+        columns, values = top.fetch(k)
+        return Results(values, columns)
 
     @gpu_errors()
     def more(self, rows: Sequence[int]) -> NDArray[np.float32]:
-        with current(self._device):
-            self._step.set(rows)
+        with current(self.memory.device):
+            self.memory.step.set(rows)
             return self._results(len(rows))
 
     def _results(self, n_row: int) -> NDArray[np.float32]:
         host = self._host[:n_row]
         if n_row:
             self._after.run(n_row)
-            host.copy_(self._result.data[:n_row], non_blocking=True)
-            if self._device.type == "cuda":
+            host.copy_(self._result[:n_row], non_blocking=True)
+            if self.memory.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()
         return host.numpy()
+
+    @gpu_errors()
+    def to_host(self, buffer: Buffer, n_tokens: int) -> NDArray[np.float32]:
+        rows: NDArray[np.float32] = self.memory.rows(buffer)[:n_tokens].cpu().numpy()
+        return rows
+
+    @gpu_errors()
+    def copy_from(self, other: Program, source: Buffer, n_tokens: int, target: Buffer) -> None:
+        """Copy rows. From GPU to GPU the host does not wait: torch orders the copy after earlier work of both GPUs."""
+        to = self.memory.rows(target)[:n_tokens]
+        if isinstance(other, GpuProgram):
+            to.copy_(other.memory.rows(source)[:n_tokens], non_blocking=True)
+        else:
+            to.copy_(torch.from_numpy(other.to_host(source, n_tokens)))
 
     def close(self) -> None:
         self._closed = True

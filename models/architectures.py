@@ -1,7 +1,7 @@
-"""What differs between architectures, as data: one entry each, and the tensors that an entry asks for.
+"""What differs between architectures, as data: one entry for each, and the shapes of tensors.
 
 An entry says what differs from `llama`. Facts are those of llama.cpp (src/models/*.cpp), whose converter makes the
-files. A new architecture is a new entry as long as its layer has the shape of models/layer.py.
+files. A new architecture is a new entry, if its layer has the form of models/step.py.
 """
 
 from collections.abc import Mapping
@@ -12,58 +12,41 @@ Shape = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Architecture:
-    """One value of `general.architecture`.
-
-    rope_style: "norm" or "neox", see backend.Rope. activation: of the ffn, see Recorder.gated; gated: it has a gate.
-    qkv, gate_up: tensors whose rows, one after the other, make q, k, v and gate, up. norms: tensors of norms, of which
-    a file may leave out optional_norms; layer_norm: they subtract the mean, and have biases. attn_norm and the one
-    called as ffn_norm says stand before attention and ffn, attn_q_norm and attn_k_norm before the rotation (per head,
-    unless `shapes` says otherwise), post_attention_norm and post_ffw_norm after what is added to the residual stream.
-    Where an optional ffn_norm is missing, attention and ffn read the same normed values. sinks: attention has them.
-
-    rope_factors: `rope_freqs.weight`, or rope_factors_long and _short, are used if there. no_rope_period: every so
-    manieth layer does not rotate. scaled_embd: embeddings are multiplied by sqrt(n_embd). n_embd_scale_n_layer: the
-    numbers of layers with which q.k is scaled by 1/sqrt(n_embd/n_head), not 1/sqrt(head_dim). attn_softcap,
-    final_softcap: of attention's scores and the logits where the file says nothing; 0: none. Where a file has a sliding
-    window, every swa_period-th layer sees all positions all the same (0: none does). swa_rope_freq_base: rotary base of
-    the window's layers unless the file has one (0: that of the others); swa_rope_scaled: rope scaling is theirs too.
-    yarn_truncate: YaRN's ramp begins and ends at whole pairs.
-
-    moe: "no", "yes", or "maybe": if the file says so. expert_norm: see Moe.norm. expert_activation: if another than
-    activation. shared_gate: the shared expert's output is weighted. shapes: tensors that have another shape than
-    LAYER_SHAPES says.
-    """
+    """One value of `general.architecture`. A default is what llama has."""
 
     name: str
-    rope_style: str = "norm"
-    activation: str = "silu"
-    gated: bool = True
-    qkv: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")
-    gate_up: tuple[str, ...] = ("ffn_gate", "ffn_up")
+    rope_style: str = "norm"  # see operands.Rotation
+    activation: str = "silu"  # of the ffn, see ops.Gated
+    gated: bool = True  # the ffn has a gate
+    qkv: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")  # tensors whose rows, in this order, make q, k and v
+    gate_up: tuple[str, ...] = ("ffn_gate", "ffn_up")  # tensors whose rows make gate and up
+    # Tensors of norms. attn_norm and `ffn_norm` are before attention and ffn; attn_q_norm and attn_k_norm before the
+    # rotation; post_attention_norm and post_ffw_norm before a result is added to the residual stream.
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")
+    # Norms that a file may leave out. Without ffn_norm, attention and ffn read the same normed values.
     optional_norms: tuple[str, ...] = ()
-    ffn_norm: str = "ffn_norm"
-    layer_norm: bool = False
-    sinks: bool = False
-    rope_factors: bool = False
-    no_rope_period: int = 0
-    scaled_embd: bool = False
-    n_embd_scale_n_layer: tuple[int, ...] = ()
-    attn_softcap: float = 0.0
-    final_softcap: float = 0.0
-    swa_period: int = 0
-    swa_rope_freq_base: float = 0.0
-    swa_rope_scaled: bool = True
-    yarn_truncate: bool = True
-    moe: str = "no"
-    expert_norm: bool = True
-    expert_activation: str = ""
-    shared_gate: bool = False
-    shapes: Mapping[str, Shape] = field(default_factory=dict)
+    ffn_norm: str = "ffn_norm"  # name of the norm before the ffn
+    layer_norm: bool = False  # norms subtract the mean and have biases
+    sinks: bool = False  # attention has sinks
+    rope_factors: bool = False  # rope_freqs.weight, or rope_factors_long and _short, are used if the file has them
+    no_rope_period: int = 0  # every n-th layer does not rotate; 0: all rotate
+    scaled_embd: bool = False  # embeddings are multiplied by sqrt(n_embd)
+    n_embd_scale_n_layer: tuple[int, ...] = ()  # models of so many layers scale q.k by 1/sqrt(n_embd/n_head)
+    attn_softcap: float = 0.0  # of attention's scores, unless the file has one; 0: none
+    final_softcap: float = 0.0  # of the logits, unless the file has one; 0: none
+    swa_period: int = 0  # in a file with a window, every n-th layer sees all positions; 0: none does
+    swa_rope_freq_base: float = 0.0  # of layers with a window, unless the file has one; 0: that of the others
+    swa_rope_scaled: bool = True  # layers with a window have the rope scaling too
+    yarn_truncate: bool = True  # YaRN's ramp begins and ends at whole pairs
+    moe: str = "no"  # layers have experts: "no", "yes", or "maybe": if the file says so
+    expert_norm: bool = True  # see operands.Mixture.norm
+    expert_activation: str = ""  # of the experts, if another than `activation`
+    shared_gate: bool = False  # the result of the shared expert is weighted
+    shapes: Mapping[str, Shape] = field(default_factory=dict)  # of tensors whose shape differs from LAYER_SHAPES
 
     @property
     def norm_per_head(self) -> bool:
-        """Whether attn_q_norm and attn_k_norm see a head, not a row."""
+        """Whether attn_q_norm and attn_k_norm norm each head by itself, not the whole row."""
         return {**LAYER_SHAPES, **self.shapes}["attn_q_norm"][0] == "head_dim"
 
 

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.architectures import (
@@ -18,21 +16,20 @@ from gguf_run.models.architectures import (
     Architecture,
     Shape,
 )
-from gguf_run.models.backend import Attention, Moe
-from gguf_run.models.rope import SCALING_TYPES, RopeScaling
+from gguf_run.models.keys import MAX_LAYERS, Keys, rope_scaling, show, swa_layers
+from gguf_run.models.operands import AttentionShape, Mixture
+from gguf_run.models.rope import RopeScaling
 
-_MAX_LAYERS = 1024
 _MAX_EXPERTS = 1024
-_MAX_SIZE = 2**31 - 1
 
-# Keys that change what a model computes in ways the decoder does not have yet, and the value that changes nothing.
+# Keys of features that the decoder does not have, and the value that stands for no such feature.
 _NEUTRAL: Mapping[str, float | bool] = {
     "attention.causal": True,
     "attention.clamp_kqv": 0,
     "attention.temperature_scale": 0,
     "expert_group_count": 1,
 }
-# Tensors that nobody reads: old converters wrote them; scales of activations for GPUs that multiply in NVFP4.
+# Tensors that nobody reads: those that old converters wrote, and the scales of activations for NVFP4 products.
 _UNUSED_SUFFIXES = (".attn_rot_embd.weight", ".rope_freqs.weight", ".input_scale")
 
 
@@ -40,41 +37,36 @@ _UNUSED_SUFFIXES = (".attn_rot_embd.weight", ".rope_freqs.weight", ".input_scale
 class ModelConfig:
     """Sizes and constants of one model, in ggml's names.
 
-    n_head query heads share n_head_kv heads of keys and values, each of head_dim values, n_rot of which are rotated.
-    is_swa: per layer, whether it sees only the last `window` positions. attention_scale multiplies q.k, logit_scale the
-    logits, embd_scale the embeddings. n_expert: 0 where there are none; then moe says nothing. The first
-    n_layer_dense_lead layers have no experts. n_ff_shexp: width of the expert that all tokens share, or 0.
-
-    A model with a residual scale r has a residual stream divided by r: nothing has to be multiplied then, since norms
-    see no difference if rms_eps is divided by r^2, as it is here, and the embeddings by r.
+    A model with a residual scale r is run with a residual stream that is divided by r. Embeddings are divided by r, and
+    rms_eps by r^2: then norms see no difference, and nothing has to be multiplied.
     """
 
     arch: Architecture
     n_layer: int
     n_embd: int
     n_ff: int
-    n_head: int
-    n_head_kv: int
-    head_dim: int
-    n_rot: int
+    n_head: int  # heads of queries
+    n_head_kv: int  # heads of keys and values, each shared by n_head / n_head_kv heads of queries
+    head_dim: int  # columns of a head
+    n_rot: int  # columns of a head that are rotated
     n_vocab: int
     n_ctx_train: int
     rms_eps: float
     rope_freq_base: float
-    rope_freq_base_swa: float
+    rope_freq_base_swa: float  # of layers with a window
     rope_scaling: RopeScaling
-    window: int
-    is_swa: tuple[bool, ...]
-    attention_scale: float
+    window: int  # positions that a layer with a window sees; 0: no layer has one
+    is_swa: tuple[bool, ...]  # which layers have the window
+    attention_scale: float  # factor on q.k
     attn_softcap: float
-    embd_scale: float
-    logit_scale: float
+    embd_scale: float  # factor on the embeddings
+    logit_scale: float  # factor on the logits
     final_softcap: float
-    n_expert: int
-    n_layer_dense_lead: int
+    n_expert: int  # experts of a layer; 0: no layer has any
+    n_layer_dense_lead: int  # so many layers at the beginning have no experts
     n_ff_exp: int
-    n_ff_shexp: int
-    moe: Moe
+    n_ff_shexp: int  # width of the expert that all tokens share; 0: there is none
+    moe: Mixture  # how experts are mixed; without meaning if there are none
 
     @property
     def n_embd_q(self) -> int:
@@ -91,10 +83,12 @@ class ModelConfig:
         """Pairs of dimensions that are rotated."""
         return self.n_rot // 2
 
-    def attention(self, il: int) -> Attention:
+    def attention(self, il: int) -> AttentionShape:
         """Return the shape of layer il's attention."""
         window = self.window if self.is_swa[il] else 0
-        return Attention(self.n_head, self.n_head_kv, self.head_dim, self.attention_scale, window, self.attn_softcap)
+        return AttentionShape(
+            self.n_head, self.n_head_kv, self.head_dim, self.attention_scale, window, self.attn_softcap
+        )
 
     def has_rope(self, il: int) -> bool:
         """Whether layer il rotates q and k."""
@@ -104,153 +98,83 @@ class ModelConfig:
         return bool(self.n_expert) and il >= self.n_layer_dense_lead
 
     def ffn(self, il: int) -> tuple[tuple[str, ...], str]:
-        """Return what layer il's matrices of gate and up, and of down, are called; () and "" if it has experts only."""
+        """Return the names of layer il's matrices of gate and up, and of down; () and "" if it has only experts."""
         if not self.has_experts(il):
             return self.arch.gate_up, "ffn_down"
         return (SHARED[:2], SHARED[2]) if self.n_ff_shexp else ((), "")
 
     def tensors(self, *, optional: bool) -> dict[str, Shape]:
-        """Return name and shape of the tensors without which the model cannot run, or of those that are used if there:
-        biases, an output matrix ..."""
-        arch = self.arch
-        shapes = {**LAYER_SHAPES, **arch.shapes}
+        """Return the names and shapes of the model's tensors.
+
+        optional: of those that a file may leave out (biases, an output matrix ...), not of those that it must have.
+        """
         if optional:
-            names = ["output.weight", "output.bias", *(["output_norm.bias"] if arch.layer_norm else [])]
-            found = {name: MODEL_SHAPES[name] for name in names}
-            found |= dict.fromkeys(ROPE_FACTORS if arch.rope_factors else (), ("n_rope_freqs",))
+            names = ["output.weight", "output.bias", *(["output_norm.bias"] if self.arch.layer_norm else [])]
         else:
-            found = {name: MODEL_SHAPES[name] for name in ("token_embd.weight", "output_norm.weight")}
-        norms = [name for name in arch.norms if (name in arch.optional_norms) == optional]
+            names = ["token_embd.weight", "output_norm.weight"]
+        found = {name: MODEL_SHAPES[name] for name in names}
+        if optional and self.arch.rope_factors:
+            found |= dict.fromkeys(ROPE_FACTORS, ("n_rope_freqs",))
         for il in range(self.n_layer):
-            gate_up, down = self.ffn(il)
-            matrices = [*arch.qkv, "attn_output", *gate_up, *([down] if down else [])]
-            if self.has_experts(il):
-                matrices += ["ffn_gate_inp", *EXPERTS, *(["ffn_gate_inp_shexp"] if arch.shared_gate else [])]
-            names = norms if optional else [*norms, *matrices, *(["attn_sinks"] if arch.sinks else [])]
-            found |= {f"blk.{il}.{name}.weight": shapes[name] for name in names}
-            if optional:
-                biased = matrices + ([name for name in arch.norms if name.endswith("norm")] if arch.layer_norm else [])
-                found |= {f"blk.{il}.{name}.bias": shapes[name][1:] or shapes[name] for name in biased}
+            found |= {f"blk.{il}.{name}": shape for name, shape in self._layer_tensors(il, optional).items()}
         return found
+
+    def _layer_tensors(self, il: int, optional: bool) -> dict[str, Shape]:
+        """Return the tensors of layer il, see `tensors`; their names are without its prefix."""
+        arch, (gate_up, down) = self.arch, self.ffn(il)
+        shapes = {**LAYER_SHAPES, **arch.shapes}
+        matrices = [*arch.qkv, "attn_output", *gate_up, *([down] if down else [])]
+        if self.has_experts(il):
+            matrices += ["ffn_gate_inp", *EXPERTS, *(["ffn_gate_inp_shexp"] if arch.shared_gate else [])]
+        norms = [name for name in arch.norms if (name in arch.optional_norms) == optional]
+        if not optional:
+            names = [*norms, *matrices, *(["attn_sinks"] if arch.sinks else [])]
+            return {f"{name}.weight": shapes[name] for name in names}
+        biased = matrices + ([name for name in arch.norms if name.endswith("norm")] if arch.layer_norm else [])
+        biases = {f"{name}.bias": shapes[name][1:] or shapes[name] for name in biased}
+        return {f"{name}.weight": shapes[name] for name in norms} | biases
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "ModelConfig":
-        """Read and check everything that the decoder will rely on, shapes of all tensors included.
+        """Read and check all numbers that the decoder relies on, and the shapes of all tensors.
 
         Raises FormatError for a key or tensor that is missing or wrong, UnsupportedError for an architecture or a
-        feature that this program does not have; neither knows the name of the file.
+        feature that this program does not have. The errors do not name the file.
         """
         name = metadata.get("general.architecture")
         if not isinstance(name, str):
-            raise FormatError(f"general.architecture is {_show(name)}, must be the name of an architecture")
+            raise FormatError(f"general.architecture is {show(name)}, must be the name of an architecture")
         if name not in ARCHITECTURES:
             known = ", ".join(sorted(ARCHITECTURES))
-            raise UnsupportedError(f"general.architecture is {_show(name)}; this program runs: {known}")
-        config = _read(ARCHITECTURES[name], _Keys(metadata, name), tensors)
+            raise UnsupportedError(f"general.architecture is {show(name)}; this program runs: {known}")
+        config = _read(ARCHITECTURES[name], Keys(metadata, name), tensors)
         _check_tensors(config, tensors)
         return config
 
 
-def _show(value: Any) -> str:
-    """Return a value as one short line."""
-    if value is None:
-        return "missing"
-    if isinstance(value, str | int | float):
-        text = repr(value)
-        return text if len(text) <= 60 else f"{text[:57]}..."
-    return f"an array of {len(value)} values"
-
-
-@dataclass(frozen=True)
-class _Keys:
-    """The metadata of one architecture: typed look-ups that name key, value found and values allowed."""
-
-    metadata: Mapping[str, Any]
-    prefix: str
-
-    def get(self, key: str) -> Any:
-        return self.metadata.get(f"{self.prefix}.{key}")
-
-    def wrong(self, key: str, allowed: str) -> FormatError:
-        return FormatError(f"{self.prefix}.{key} is {_show(self.get(key))}, must be {allowed}")
-
-    def integer(self, key: str, default: int | None = None, low: int = 1, high: int = _MAX_SIZE) -> int:
-        """An integer, or an array with one for each layer that are all the same."""
-        value = self.get(key)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, np.ndarray) and value.ndim == 1 and value.size:
-            if (value != value[0]).any():
-                raise UnsupportedError(
-                    f"{self.prefix}.{key} differs from layer to layer ({value.min()} to {value.max()}); "
-                    "this program runs models with equal layers"
-                )
-            value = value[0].item()
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.wrong(key, f"an integer from {low} to {high}")
-        return value
-
-    def number(self, key: str, default: float | None = None, low: float = 0.0, high: float = 1e6) -> float:
-        """A number from low to high."""
-        value = self.get(key)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise self.wrong(key, f"a number from {low:g} to {high:g}")
-        return float(value)
-
-    def factor(self, key: str) -> float:
-        """A number to multiply or divide by; 1 where it is missing or 0."""
-        value = self.number(key, 1.0) or 1.0
-        if value < 1e-6:
-            raise self.wrong(key, "a number from 1e-06 to 1e+06")
-        return value
-
-
-def _read(arch: Architecture, keys: _Keys, tensors: Mapping[str, Tensor]) -> ModelConfig:
+def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> ModelConfig:
     for key, neutral in _NEUTRAL.items():
         value = keys.get(key)
         if value is not None and not (isinstance(value, int | float) and value == neutral):
-            raise UnsupportedError(f"{arch.name}.{key} is {_show(value)}: this program does not have that yet")
-    n_layer = keys.integer("block_count", high=_MAX_LAYERS)
+            raise UnsupportedError(f"{arch.name}.{key} is {show(value)}: this program does not have that yet")
+    n_layer = keys.integer("block_count", high=MAX_LAYERS)
     n_embd = keys.integer("embedding_length")
-    n_head = keys.integer("attention.head_count")
-    n_head_kv = keys.integer("attention.head_count_kv", n_head)
-    if n_head % n_head_kv:
-        raise keys.wrong("attention.head_count_kv", f"a divisor of {arch.name}.attention.head_count, which is {n_head}")
-    head_dim = keys.integer("attention.key_length", n_embd // n_head)
-    if keys.get("attention.key_length") is None and n_embd % n_head:
-        raise keys.wrong("attention.head_count", f"a divisor of {arch.name}.embedding_length, which is {n_embd}")
-    if keys.integer("attention.value_length", n_embd // n_head) != head_dim:
-        raise keys.wrong("attention.value_length", f"the same as the length of a key, which is {head_dim}")
-    n_rot = keys.integer("rope.dimension_count", head_dim)
-    if n_rot % 2 or n_rot > head_dim:
-        raise FormatError(
-            f"{arch.name}.rope.dimension_count is {n_rot}, must be even and at most the length of a head, {head_dim}"
-        )
+    n_head, n_head_kv, head_dim, n_rot = _heads(keys, n_embd)
+    n_ff, n_expert, n_ff_exp, n_ff_shexp, mixture = _ffn(arch, keys)
     embd = tensors.get("token_embd.weight")
     if embd is None or len(embd.ne) != 2:
         raise FormatError(f"tensor token_embd.weight {_shape_of(embd)}, must have {n_embd} x (number of tokens) values")
     n_ctx_train = keys.integer("context_length")
     window = keys.integer("attention.sliding_window", 0, low=0)
-    by_embd = n_layer in arch.n_embd_scale_n_layer
-    n_expert = keys.integer("expert_count", 0, low=0, high=_MAX_EXPERTS)
-    if bool(n_expert) not in {"no": (False,), "yes": (True,), "maybe": (False, True)}[arch.moe]:
-        raise UnsupportedError(f"{arch.name}.expert_count is {n_expert}: this program does not have that yet")
-    n_used = keys.integer("expert_used_count", high=n_expert) if n_expert else 0
-    n_ff = keys.integer("feed_forward_length", keys.integer("expert_feed_forward_length", 0, low=0) or None)
-    n_ff_exp = keys.integer("expert_feed_forward_length", n_ff) if n_expert else 0
-    n_ff_shared = keys.integer("expert_shared_count", 0, low=0, high=_MAX_EXPERTS) * n_ff_exp
     residual_scale = keys.factor("residual_scale")
     eps = "attention.layer_norm_epsilon" if arch.layer_norm else "attention.layer_norm_rms_epsilon"
     base = keys.number("rope.freq_base", 1e4, low=2, high=1e12)
-    head_scale: float = (n_embd // n_head if by_embd else head_dim) ** -0.5
+    head_scale: float = (n_embd // n_head if n_layer in arch.n_embd_scale_n_layer else head_dim) ** -0.5
     embd_scale = n_embd**0.5 if arch.scaled_embd else keys.factor("embedding_scale")
     return ModelConfig(
         arch=arch,
         n_layer=n_layer,
         n_embd=n_embd,
-        n_ff=n_ff,
         n_head=n_head,
         n_head_kv=n_head_kv,
         head_dim=head_dim,
@@ -260,62 +184,58 @@ def _read(arch: Architecture, keys: _Keys, tensors: Mapping[str, Tensor]) -> Mod
         rms_eps=keys.number(eps, high=1) / residual_scale**2,
         rope_freq_base=base,
         rope_freq_base_swa=keys.number("rope.freq_base_swa", arch.swa_rope_freq_base or base, low=2, high=1e12),
-        rope_scaling=_rope_scaling(keys, n_ctx_train, arch.yarn_truncate),
+        rope_scaling=rope_scaling(keys, n_ctx_train, arch.yarn_truncate),
         window=window,
-        is_swa=_swa_layers(keys, n_layer, arch.swa_period) if window else (False,) * n_layer,
+        is_swa=swa_layers(keys, n_layer, arch.swa_period) if window else (False,) * n_layer,
         attention_scale=keys.number("attention.scale", 0.0) or head_scale,
         attn_softcap=keys.number("attn_logit_softcapping", arch.attn_softcap),
         embd_scale=embd_scale / residual_scale,
         logit_scale=1 / keys.factor("logit_scale"),
         final_softcap=keys.number("final_logit_softcapping", arch.final_softcap),
-        n_expert=n_expert,
         n_layer_dense_lead=keys.integer("leading_dense_block_count", 0, low=0, high=n_layer),
+        n_ff=n_ff,
+        n_expert=n_expert,
         n_ff_exp=n_ff_exp,
-        n_ff_shexp=keys.integer("expert_shared_feed_forward_length", n_ff_shared, low=0) if n_expert else 0,
-        moe=Moe(
-            n_used,
-            arch.expert_norm,
-            keys.factor("expert_weights_scale"),
-            arch.expert_activation or arch.activation,
-        ),
+        n_ff_shexp=n_ff_shexp,
+        moe=mixture,
     )
 
 
-def _rope_scaling(keys: _Keys, n_ctx_train: int, yarn_truncate: bool) -> RopeScaling:
-    """Read the rope.scaling keys; without a type a factor means linear scaling, as in files from before the type."""
-    kind = keys.get("rope.scaling.type")
-    if kind is not None and not (isinstance(kind, str) and kind in SCALING_TYPES):
-        raise UnsupportedError(
-            f"{keys.prefix}.rope.scaling.type is {_show(kind)}; this program runs: {', '.join(SCALING_TYPES)}"
-        )
-    old_key = keys.get("rope.scaling.factor") is None and keys.get("rope.scale_linear") is not None
-    factor = keys.number("rope.scale_linear" if old_key else "rope.scaling.factor", 1.0)
-    return RopeScaling(
-        type=kind or "linear",
-        factor=factor or 1.0,  # 0 stands for no scaling
-        n_ctx_orig=keys.integer("rope.scaling.original_context_length", n_ctx_train),
-        attn_factor=keys.number("rope.scaling.attn_factor", 1.0),
-        ext_factor=keys.number("rope.scaling.yarn_ext_factor", 1.0, high=1),
-        beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0, low=0.001),
-        beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0, low=0.001),
-        log_multiplier=keys.number("rope.scaling.yarn_log_multiplier", 0.0),
-        truncate=yarn_truncate,
-    )
+def _heads(keys: Keys, n_embd: int) -> tuple[int, int, int, int]:
+    """Return n_head, n_head_kv, head_dim and n_rot."""
+    n_head = keys.integer("attention.head_count")
+    n_head_kv = keys.integer("attention.head_count_kv", n_head)
+    if n_head % n_head_kv:
+        allowed = f"a divisor of {keys.prefix}.attention.head_count, which is {n_head}"
+        raise keys.wrong("attention.head_count_kv", allowed)
+    head_dim = keys.integer("attention.key_length", n_embd // n_head)
+    if keys.get("attention.key_length") is None and n_embd % n_head:
+        raise keys.wrong("attention.head_count", f"a divisor of {keys.prefix}.embedding_length, which is {n_embd}")
+    if keys.integer("attention.value_length", n_embd // n_head) != head_dim:
+        raise keys.wrong("attention.value_length", f"the same as the length of a key, which is {head_dim}")
+    n_rot = keys.integer("rope.dimension_count", head_dim)
+    if n_rot % 2 or n_rot > head_dim:
+        allowed = f"even and at most the length of a head, {head_dim}"
+        raise FormatError(f"{keys.prefix}.rope.dimension_count is {n_rot}, must be {allowed}")
+    return n_head, n_head_kv, head_dim, n_rot
 
 
-def _swa_layers(keys: _Keys, n_layer: int, period: int) -> tuple[bool, ...]:
-    """Which layers have the window: a list in the file, or all but every period-th; period 0: all."""
-    pattern = keys.get("attention.sliding_window_pattern")
-    if isinstance(pattern, np.ndarray):
-        if pattern.shape != (n_layer,) or pattern.dtype.kind not in "biu":
-            raise keys.wrong("attention.sliding_window_pattern", f"{n_layer} values of true or false, one for a layer")
-        return tuple(bool(v) for v in pattern)
-    period = keys.integer("attention.sliding_window_pattern", period, low=0, high=_MAX_LAYERS)
-    return tuple(period == 0 or (il + 1) % period != 0 for il in range(n_layer))
+def _ffn(arch: Architecture, keys: Keys) -> tuple[int, int, int, int, Mixture]:
+    """Return n_ff, n_expert, n_ff_exp, n_ff_shexp, and how the experts are mixed."""
+    n_expert = keys.integer("expert_count", 0, low=0, high=_MAX_EXPERTS)
+    if bool(n_expert) not in {"no": (False,), "yes": (True,), "maybe": (False, True)}[arch.moe]:
+        raise UnsupportedError(f"{arch.name}.expert_count is {n_expert}: this program does not have that yet")
+    n_used = keys.integer("expert_used_count", high=n_expert) if n_expert else 0
+    n_ff = keys.integer("feed_forward_length", keys.integer("expert_feed_forward_length", 0, low=0) or None)
+    n_ff_exp = keys.integer("expert_feed_forward_length", n_ff) if n_expert else 0
+    n_ff_shared = keys.integer("expert_shared_count", 0, low=0, high=_MAX_EXPERTS) * n_ff_exp
+    scale, activation = keys.factor("expert_weights_scale"), arch.expert_activation or arch.activation
+    n_ff_shexp = keys.integer("expert_shared_feed_forward_length", n_ff_shared, low=0) if n_expert else 0
+    return n_ff, n_expert, n_ff_exp, n_ff_shexp, Mixture(n_used, arch.expert_norm, scale, activation)
 
 
 def _size(ne: tuple[int, ...]) -> tuple[int, ...]:
-    """Sizes without those of 1 at the end, which files may leave out."""
+    """Return sizes without those of 1 at the end: files may leave these out."""
     return ne if not ne or ne[-1] != 1 else _size(ne[:-1])
 
 
@@ -324,13 +244,13 @@ def _shape_of(tensor: Tensor | None) -> str:
 
 
 def _is_factor(name: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether it is what an NVFP4 matrix is multiplied by."""
+    """Whether a tensor has the factors of an NVFP4 matrix."""
     weight = tensors.get(f"{name.removesuffix('.scale')}.weight")
     return name.endswith(".scale") and weight is not None and weight.type.name == "NVFP4"
 
 
 def _check_tensors(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Every tensor that the decoder takes has the right shape, and none is there that it would silently leave out."""
+    """Raise an error if a tensor is missing, has a wrong shape, or would silently be left out."""
 
     def check(name: str, shape: Shape) -> None:
         ne = tuple(sum(getattr(config, part) for part in size.split("+")) for size in shape)
@@ -349,10 +269,10 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
             check(name, optional[name])
         elif name not in required and not name.endswith(_UNUSED_SUFFIXES) and not _is_factor(name, tensors):
             raise UnsupportedError(
-                f"tensor {_show(name)} is not a part of a {config.arch.name} model of {config.n_layer} layers as this "
+                f"tensor {show(name)} is not a part of a {config.arch.name} model of {config.n_layer} layers as this "
                 "program knows it; without it the results would be wrong"
             )
-    # One matrix of q, k, v, or of gate and up, needs one bias for all its rows or none.
+    # q, k and v are one matrix, gate and up are one, too: all rows of a matrix have a bias or none has.
     for il in range(config.n_layer):
         for group in (config.arch.qkv, config.ffn(il)[0], EXPERTS):
             biases = {f"blk.{il}.{name}.bias": f"blk.{il}.{name}.bias" in tensors for name in group}

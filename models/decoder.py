@@ -1,70 +1,34 @@
-"""The decoder: loads a model's weights into backends, records its step once, and runs tokens through it."""
+"""The decoder: loads a model's weights into backends, makes their programs once, and runs tokens through them."""
 
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.models.backend import Backend, Buffer, CacheType, Program, Run
+from gguf_run.models.backend import AnyBackend, CacheType, Program, Results, Run
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer, KvCache
-from gguf_run.models.layer import Layer, Loader, Observed, Step
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """A part of the model that runs on one backend, as part `i` of its program. reads: buffers that the stage before
-    fills from its `leaves`: the tokens' hidden state, f32[n_batch, n_embd], and what experts read besides."""
-
-    backend: Backend
-    i: int
-    reads: tuple[Buffer, ...]
-    leaves: tuple[Buffer, ...]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A layer, or a half of one whose experts are on another backend: what stands "before" them, or "experts"."""
-
-    backend: Backend
-    il: int
-    what: str  # "layer", "before" or "experts"
-
-
-def _parts(
-    backends: Sequence[Backend], experts: Sequence[Backend], embedding: Backend
-) -> list[tuple[Backend, list[_Part]]]:
-    """The stages' backends and parts. The first, which looks up the embeddings, and the last, which makes the logits,
-    may have none."""
-    parts = []
-    for il, (backend, others) in enumerate(zip(backends, experts, strict=True)):
-        if others is backend:
-            parts.append(_Part(backend, il, "layer"))
-        else:
-            parts += [_Part(backend, il, "before"), _Part(others, il, "experts")]
-    runs = [[*run] for _, run in itertools.groupby(parts, key=lambda part: id(part.backend))]
-    stages = [(run[0].backend, run) for run in runs]
-    if embedding is not stages[0][0]:
-        stages.insert(0, (embedding, []))
-    if backends[-1] is not stages[-1][0]:
-        stages.append((backends[-1], []))
-    return stages
+from gguf_run.models.stages import Placed, build
+from gguf_run.models.step import Observed
+from gguf_run.models.weights import rotations
 
 
 class Decoder:
-    """A model that is ready to run. cache: the tokens of n_seq sequences, from 0 on. backends: of the layers, then of
-    their experts."""
+    """A model that is ready to run."""
+
+    cache: KvCache  # the tokens of n_seq sequences, from 0 on
+    backends: Sequence[AnyBackend]  # those of the layers, then those of their experts
+    observed: list[Observed] | None  # squares of the inputs of all matmuls, if wanted
 
     def __init__(
         self,
         config: ModelConfig,
         tensors: Mapping[str, Tensor],
-        backends: Sequence[Backend],
+        backends: Sequence[AnyBackend],
         n_ctx: int,
         n_batch: int = 512,
         n_outputs: int = 64,
@@ -72,20 +36,25 @@ class Decoder:
         cache_types: Sequence[CacheType] | None = None,
         progress: Callable[[int], None] | None = None,
         observe: bool = False,
-        embedding: Backend | None = None,
-        experts: Sequence[Backend] | None = None,
+        embedding: AnyBackend | None = None,
+        experts: Sequence[AnyBackend] | None = None,
     ) -> None:
-        """Load the weights and record the step.
+        """Load the weights and make the programs.
 
-        config: made from the same tensors, which it has checked. backends: one for each layer; the last
-        layer's has the output matrix too. embedding: which looks up the embeddings; None: the first layer's. experts:
-        which have the layers' experts; None: those of the layers. Where the backend changes from layer to layer, the
-        hidden state crosses over, and on the way to experts what they read. n_ctx: positions in the KV caches, for each
-        sequence. n_batch: tokens that run at once. n_outputs: rows of logits that are held at once.
-        Both are at least n_seq, so that all sequences fit into one step. cache_types: of each layer; None: the
-        backends' own. progress: called with the number of bytes of each tensor that is loaded. observe: fill
-        `observed`, the inputs of all matmuls: those of the layers see every token, that of the output matrix the tokens
-        whose logits are asked for.
+        config: made from the same tensors, which it has checked.
+        backends: one for each layer. The last one has the output matrix too. Where the backend changes between two
+            layers, the hidden state is copied.
+        n_ctx: positions in the KV caches, for each sequence.
+        n_batch: tokens that run at once; at least n_seq of them do, so that all sequences fit into one step.
+        n_outputs: rows of logits that are held at once; at least n_seq.
+        cache_types: one for each layer; None: f16.
+        progress: called with the number of bytes of each tensor that is loaded.
+        observe: fill `observed`. The matrices of layers see every token, the output matrix sees the tokens whose logits
+            are asked for.
+        embedding: the backend that looks up the embeddings; None: the first layer's.
+        experts: one backend for the experts of each layer; None: those of the layers.
+
+        Raises GgufRunError for sizes below 1, and the backends' errors.
         """
         if n_ctx < 1 or n_batch < 1 or n_outputs < 1 or n_seq < 1:
             raise GgufRunError(
@@ -93,92 +62,34 @@ class Decoder:
             )
         if len(backends) != config.n_layer:
             raise ValueError(f"{len(backends)} backends for {config.n_layer} layers")
-        embedding, experts_on = embedding or backends[0], backends
-        if experts is not None and config.n_expert:  # a layer may have none all the same
-            there = [f"blk.{il}.ffn_gate_inp.weight" in tensors for il in range(config.n_layer)]
-            experts_on = [other if has else own for has, other, own in zip(there, experts, backends, strict=True)]
-        self._backends = {id(backend): backend for backend in (embedding, *backends, *experts_on)}
-        self.config, self.backends = config, (*backends, *experts_on)
-        self.n_ctx = n_ctx
-        self.observed: list[Observed] | None = [] if observe else None
+        pairs = enumerate(zip(experts or backends, backends, strict=True))
+        experts = [others if config.has_experts(il) else own for il, (others, own) in pairs]
+        placed = Placed(backends, experts, embedding or backends[0])
+        self.config, self.n_ctx = config, n_ctx
+        self.backends = (*backends, *experts)
+        self._backends = {id(backend): backend for backend in (placed.embedding, *self.backends)}
+        self.observed = [] if observe else None
         n_batch = max(min(n_batch, n_ctx), n_seq)
-        load = Loader(tensors, progress)
-        ropes = load.ropes(config, n_ctx)
-        layers = []
-        kinds: Sequence[CacheType | None] = cache_types or [None] * config.n_layer
-        for il, (backend, kind) in enumerate(zip(backends, kinds, strict=True)):
-            shape = config.attention(il)
-            cache = backend.cache(shape, n_ctx, n_batch, n_seq, kind)
-            layers.append(CacheLayer(cache, shape.window, ropes[il]))
-        self.cache = KvCache(layers, n_ctx, n_seq)
         n_outputs = max(min(n_outputs, n_batch), n_seq)
-        self._record(backends, experts_on, embedding, layers, load, n_batch, n_outputs)
-
-    def _record(
-        self,
-        backends: Sequence[Backend],
-        experts_on: Sequence[Backend],
-        embedding: Backend,
-        caches: Sequence[CacheLayer],
-        load: Loader,
-        n_batch: int,
-        n_outputs: int,
-    ) -> None:
-        """Load the layers and record the backends' programs: embed before the first, logits after the last of all."""
-        config, last = self.config, self.config.n_layer - 1
-        # A model without an output matrix uses the embeddings; their table reads rows from the file when they are
-        # needed, so that its pages can be released after the matrix is made.
-        embd = load.tensors["token_embd.weight"]
-        tied = "output.weight" not in load.tensors
-        if not tied:
-            load.progress(embd.nbytes)
-        steps: dict[int, Step] = {}
-        n_parts: Counter[int] = Counter()
-        layers: dict[int, Layer] = {}
-        self._stages: list[_Stage] = []
-        narrowed = False
-        for backend, parts in _parts(backends, experts_on, embedding):
-            if id(backend) in steps:
-                steps[id(backend)].rec.cut()
-            else:
-                steps[id(backend)] = Step(backend.recorder(n_batch, n_outputs), config, self.observed)
-            step = steps[id(backend)]
-            reads: tuple[Buffer, ...] = (step.x,)
-            if not self._stages:
-                step.rec.embed(backend.table(embd), step.x, config.embd_scale)
-            for at, part in enumerate(parts):
-                il = part.il
-                if il not in layers:
-                    cache = caches[il]
-                    layers[il] = load.layer(backend, experts_on[il], config, il, cache.rope, cache.cache)
-                if part.what == "experts":
-                    reads = step.to_experts if at == 0 else reads
-                    step.experts(layers[il])
-                    continue
-                step.attention(layers[il])
-                if part.what == "layer" and il == last and self.observed is None:
-                    step.only_outputs()
-                    narrowed = True
-                step.ffn(layers[il], experts=part.what == "layer")
-            leaves = step.to_experts if parts and parts[-1].what == "before" else (step.x,)
-            self._stages.append(_Stage(backend, n_parts[id(backend)], reads, leaves))
-            n_parts[id(backend)] += 1
-        if not narrowed:
-            step.only_outputs()
-        output_norm = load.norm(backend, "output_norm")
-        output = load.matrix(backend, "token_embd" if tied else "output", bias=["output"])
-        assert output_norm is not None  # config has checked it
-        result = step.output(output_norm, output)
-        self._programs = {key: step.rec.finish(result if key == id(backend) else step.x) for key, step in steps.items()}
+        kinds = cache_types or [CacheType()] * config.n_layer
+        layers = []
+        for il, rotation in enumerate(rotations(config, tensors, n_ctx)):
+            shape = config.attention(il)
+            cache = backends[il].cache(shape, n_ctx, n_batch, n_seq, kinds[il])
+            layers.append(CacheLayer(cache, shape.window, rotation))
+        self.cache = KvCache(layers, n_ctx, n_seq)
+        self._stages = build(
+            config, tensors, placed, layers, n_batch, n_outputs, progress or (lambda n_bytes: None), self.observed
+        )
 
     @property
     def _program(self) -> Program:
-        """That of the last stage, which makes the logits."""
-        return self._programs[id(self._stages[-1].backend)]
+        """The program of the last stage, which makes the logits."""
+        return self._stages[-1].program
 
     @property
     def n_batch(self) -> int:
-        """Tokens of a step, at most."""
+        """The most tokens of a step."""
         return self._program.n_batch
 
     @property
@@ -189,11 +100,13 @@ class Decoder:
     def forward(self, ids: Sequence[int], n_outputs: int = 1, seq: int = 0) -> Iterator[NDArray[np.float32]]:
         """Append tokens to a sequence; return an iterator over the logits of the last n_outputs of them.
 
-        The logits come in order, in blocks f32[n, n_vocab] that are valid until the next block is asked for. Batches
-        of which no logits are wanted run at once, the others when the iterator reaches them: use it up before the next
-        call. n_past counts the tokens of the batches that have run. n_outputs: 0 to len(ids).
+        The logits come in order, in blocks f32[n, n_vocab]. A block is valid until the next one is asked for.
+        Batches without wanted logits run at once. The others run when the iterator reaches them: use the iterator up
+        before the next call. n_past counts the tokens of the batches that have run.
 
-        Raises GgufRunError for an id that is not in the vocabulary and for more tokens than the context has room for.
+        n_outputs: 0 to len(ids).
+
+        Raises GgufRunError for an id that is not in the vocabulary, and for more tokens than the context has room for.
         """
         if not 0 <= n_outputs <= len(ids):
             raise ValueError(f"n_outputs is {n_outputs}, must be from 0 to the number of tokens, {len(ids)}")
@@ -206,23 +119,18 @@ class Decoder:
             start += n_batch
         return self._logits(tokens[start:], first - start, seq)
 
-    @property
-    def n_top(self) -> int:
-        """Most of the greatest logits that `top` finds, 0 where it does not."""
-        return self._program.n_top
+    def top(self, ids: Sequence[int], n_top: int, seq: int = 0) -> Results:
+        """Append up to n_batch tokens; return the n_top greatest logits of the next token, or all of them.
 
-    def top(self, ids: Sequence[int], k: int, seq: int = 0) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-        """Append up to n_batch tokens; return the k <= n_top likeliest next tokens and their logits, see
-        Program.run_top. GgufRunError as for forward."""
+        All logits come where the backend does not find the greatest itself. n_top: see Program.run.
+
+        Raises GgufRunError as forward does.
+        """
         self._check(ids, seq)
-        tokens = np.asarray(ids, np.int32)
-        runs = self._before_last(tokens, {seq: len(ids)})
-        top = self._program.run_top(tokens, runs, len(ids) - 1, k, self._stages[-1].i)
-        self.cache.end(runs)
-        return top
+        return self._run_step(np.asarray(ids, np.int32), {seq: len(ids)}, [len(ids) - 1], n_top)
 
     def _check(self, ids: Sequence[int], seq: int) -> None:
-        """GgufRunError if ids cannot be appended to a sequence."""
+        """Raise GgufRunError if ids cannot be appended to a sequence."""
         n_past, n_vocab = self.cache.n_past(seq), self.config.n_vocab
         for i, id in enumerate(ids):
             if not 0 <= id < n_vocab:
@@ -234,7 +142,7 @@ class Decoder:
             )
 
     def _logits(self, tokens: NDArray[np.int32], first: int, seq: int) -> Iterator[NDArray[np.float32]]:
-        """Run tokens in batches and yield the logits of all from `first` on, which is in the first batch."""
+        """Run tokens in batches and yield the logits of all tokens from `first` on, which is in the first batch."""
         program = self._program
         for start in range(0, len(tokens), program.n_batch):
             batch = tokens[start : start + program.n_batch]
@@ -244,10 +152,11 @@ class Decoder:
                 yield program.more(wanted[at : at + program.n_outputs])
 
     def step(self, batch: Mapping[int, Sequence[int]]) -> NDArray[np.float32]:
-        """Append tokens to several sequences at once: {seq: ids}, n_batch tokens at most, at least one for each.
+        """Append tokens to several sequences at once: {seq: ids}, at least one for each, n_batch in all at most.
 
-        Returns the logits after the last token of each, f32[len(batch), n_vocab], valid until the next call.
-        GgufRunError as for forward: then no sequence has changed.
+        Returns the logits after the last token of each sequence, f32[len(batch), n_vocab], valid until the next call.
+
+        Raises GgufRunError as forward does; then no sequence has changed.
         """
         for seq, ids in batch.items():
             self._check(ids, seq)
@@ -259,26 +168,27 @@ class Decoder:
         return self._run(tokens, counts, [end - 1 for end in itertools.accumulate(counts.values())])
 
     def _run(self, batch: NDArray[np.int32], counts: Mapping[int, int], rows: Sequence[int]) -> NDArray[np.float32]:
-        runs = self._before_last(batch, counts)
-        logits = self._program.run(batch, runs, rows, self._stages[-1].i)
-        self.cache.end(runs)
-        return logits
+        return self._run_step(batch, counts, rows, 0).values
 
-    def _before_last(self, batch: NDArray[np.int32], counts: Mapping[int, int]) -> list[Run]:
-        """Run all stages but the last, which is to run with what is returned."""
-        runs = self.cache.begin(counts)
+    def _run_step(
+        self, batch: NDArray[np.int32], counts: Mapping[int, int], rows: Sequence[int], n_top: int
+    ) -> Results:
+        """Run all stages for {seq: number of tokens}. rows, n_top: see Program.run."""
+        runs: list[Run] = self.cache.begin(counts)
         for stage, following in itertools.pairwise(self._stages):
-            self._programs[id(stage.backend)].run(batch, runs, (), stage.i)
-            for buffer, copy in zip(stage.leaves, following.reads, strict=True):
-                following.backend.copy_from(stage.backend, buffer, len(batch), copy)
-        return runs
+            stage.program.run(batch, runs, (), stage.part)
+            for source, target in zip(stage.leaves, following.reads, strict=True):
+                following.program.copy_from(stage.program, source, len(batch), target)
+        results = self._program.run(batch, runs, rows, self._stages[-1].part, n_top)
+        self.cache.end(runs)
+        return results
 
     def rewind(self, n_past: int, seq: int = 0) -> int:
-        """Forget a sequence's tokens from position n_past on; returns how many are left: see KvCache.rewind."""
+        """Forget a sequence's tokens from position n_past on. Returns how many are left: see KvCache.rewind."""
         return self.cache.rewind(n_past, seq)
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes that the backends hold, by purpose: see Backend.nbytes."""
+        """Return the bytes that the backends hold, by purpose: see Backend.nbytes."""
         held: Counter[str] = Counter()
         for backend in self._backends.values():
             held.update(backend.nbytes())
@@ -286,5 +196,5 @@ class Decoder:
 
     def close(self) -> None:
         """Free the programs. The backends belong to the caller."""
-        for program in self._programs.values():
-            program.close()
+        for stage in self._stages:
+            stage.program.close()

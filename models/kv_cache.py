@@ -1,8 +1,10 @@
-"""The KV cache of a model as one thing: how many tokens of each sequence it holds, and what can be done with them.
+"""The KV cache of a model: how many tokens of each sequence it holds, and what can be done with them.
 
-It stands above the caches of the layers (models.backend.Cache), whose formats it does not know. Layers with a window
-hold only the last positions of a sequence. What needs more than they hold ends with an empty sequence: those methods
-return how many tokens are left, and the caller runs the rest again.
+It manages the caches of the layers (operands.CacheHandle), whose formats it does not know. The constants and rules that
+all formats share are here too.
+
+Layers with a window hold only the last positions of a sequence. An operation that needs older positions leaves an empty
+sequence: those methods return how many tokens are left, and the caller runs the others again.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,31 +12,58 @@ from dataclasses import dataclass
 from typing import Any
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.models.backend import Cache, Rope, Run
+from gguf_run.models.backend import Run
+from gguf_run.models.operands import CacheHandle, Rotation
 
 GROUP = 32  # positions that are moved together: backends store them side by side
+BLOCK = 32  # columns of a row that share a scale, in cache types with blocks; heads of whole blocks can be rotated
+_MOST_ROTATED_BITS = 8  # rotation saves types of 8 bits a third to a quarter of the divergence, see docs/kv_cache.md
+
+
+def rotates(bits: int, head_dim: int, rotate: bool | None, has_scales: bool) -> bool:
+    """Return whether a head's rows go through the Hadamard transform before they are stored.
+
+    bits: of a stored element.
+    rotate: what the user wants, see backend.CacheType.
+    has_scales: whether the scales are static: they were found for rows that are not rotated.
+    """
+    wanted = bits <= _MOST_ROTATED_BITS and not has_scales if rotate is None else rotate
+    return wanted and head_dim % BLOCK == 0
+
+
+def rows_stored(n_ctx: int, n_batch: int, window: int, *, multiple: int, span: int) -> int:
+    """Return how many positions of a sequence a layer stores: all n_ctx, or its window and a batch.
+
+    A batch is appended before its first token looks back over the window. One more group allows a batch to be taken
+    back, and the rest, in whole groups, to be saved.
+
+    multiple: n_ctx is filled up to a multiple of this.
+    span: positions that attention reads at once; no span crosses the end of the ring of a window.
+    """
+    full = -(-n_ctx // multiple) * multiple
+    return min(full, -(-(window + n_batch + GROUP) // span) * span) if window else full
 
 
 @dataclass
 class _Slot:
-    """One sequence: n_past of its tokens are here. n_lost: of these, how many are not in all layers any more."""
+    """One sequence."""
 
-    n_past: int = 0
-    n_lost: int = 0
+    n_past: int = 0  # its tokens
+    n_lost: int = 0  # the first of them that not all layers hold any more
 
 
 @dataclass(frozen=True)
 class CacheLayer:
-    """window: positions that the layer looks back on, itself included (0: all)."""
-
-    cache: Cache
-    window: int
-    rope: Rope | None
+    cache: CacheHandle
+    window: int  # positions that the layer looks back on, a token's own included; 0: all
+    rotation: Rotation | None
 
 
 class KvCache:
-    """n_seq sequences, numbered from 0 on, of up to n_ctx tokens each. Methods raise GgufRunError for a sequence that
-    there is not."""
+    """n_seq sequences, numbered from 0, of up to n_ctx tokens each.
+
+    Methods raise GgufRunError for a sequence that does not exist.
+    """
 
     def __init__(self, layers: Sequence[CacheLayer], n_ctx: int, n_seq: int) -> None:
         self.n_ctx, self.n_seq = n_ctx, n_seq
@@ -44,7 +73,7 @@ class KvCache:
         self._window = max(layer.window for layer in layers)
 
     def n_past(self, seq: int = 0) -> int:
-        """Tokens of a sequence."""
+        """Return the number of tokens of a sequence."""
         return self._slot(seq).n_past
 
     def _slot(self, seq: int) -> _Slot:
@@ -56,21 +85,22 @@ class KvCache:
         return self._slots[seq]
 
     def begin(self, counts: Mapping[int, int]) -> list[Run]:
-        """The runs of a step that appends tokens, {seq: how many}. They count only after `end`."""
+        """Return the runs of a step that appends tokens, {seq: how many}. The tokens count only after `end`."""
         runs = [Run(seq, self._slot(seq).n_past, n) for seq, n in counts.items()]
         for seq, n_past, n in runs:
-            # an interrupted step has written over what it pushed out, but has added nothing
+            # A step that is interrupted has overwritten old rows, but added no tokens.
             self._slots[seq].n_lost = max(self._slots[seq].n_lost, n_past + n - self._n_held)
         return runs
 
     def end(self, runs: Sequence[Run]) -> None:
+        """Count the tokens of a step that has run."""
         for seq, n_past, n in runs:
             self._slots[seq].n_past = n_past + n
 
     def rewind(self, n_past: int, seq: int = 0) -> int:
-        """Forget a sequence's tokens from position n_past on; returns how many are left: n_past or 0.
+        """Forget a sequence's tokens from position n_past on. Returns how many are left: n_past or 0.
 
-        Going back by a batch (n_batch) or less from the longest it has been is always possible.
+        It is always possible to go back by n_batch tokens from the longest that the sequence has been.
         """
         slot = self._slot(seq)
         if not 0 <= n_past <= slot.n_past:
@@ -78,13 +108,13 @@ class KvCache:
         return self._set(slot, n_past, slot.n_lost)
 
     def _set(self, slot: _Slot, n_past: int, n_lost: int) -> int:
-        """The slot holds n_past tokens but for the first n_lost; nothing, if the next one would look back on those."""
+        """Set a slot to n_past tokens, or to none if the next token would look back on one of the first n_lost."""
         possible = n_past and max(0, n_past + 1 - self._window) >= n_lost
         slot.n_past, slot.n_lost = (n_past, n_lost) if possible else (0, 0)
         return slot.n_past
 
     def copy_prefix(self, source: int, target: int, n: int) -> int:
-        """Make the first n tokens of a sequence another one's only content; returns how many that are: n or 0."""
+        """Replace sequence `target` by the first n tokens of `source`. Returns its number of tokens: n or 0."""
         a, b = self._slot(source), self._slot(target)
         if not 0 <= n <= a.n_past or source == target:
             raise ValueError(f"cannot copy {n} tokens from sequence {source} to {target}: it has {a.n_past}")
@@ -94,22 +124,22 @@ class KvCache:
         return self._set(b, n, a.n_lost)
 
     def shift(self, n_keep: int, n_discard: int, seq: int = 0) -> int:
-        """Take n_discard tokens out behind the first n_keep, both multiples of GROUP; those that follow move up.
+        """Remove n_discard tokens behind the first n_keep; later tokens move up. Both are multiples of GROUP.
 
-        Their keys are turned back by n_discard positions; their keys and values still are what they were with the
-        tokens that are gone (as llama.cpp's context shift). Returns how many tokens are left, or 0.
+        The keys of later tokens are turned back by n_discard positions. Keys and values still depend on the removed
+        tokens, as in llama.cpp's context shift. Returns how many tokens are left, or 0.
         """
         slot = self._slot(seq)
         if n_keep % GROUP or n_discard % GROUP or n_keep < 0 or not 0 < n_discard <= slot.n_past - n_keep:
             raise ValueError(f"cannot take {n_discard} of {slot.n_past} tokens out behind {n_keep}")
         n_past, n_lost = slot.n_past, slot.n_lost
-        slot.n_past = 0  # until all layers are done
+        slot.n_past = 0  # until all layers have moved
         for layer in self._layers:
-            layer.cache.shift(seq, n_past, n_keep, n_discard, layer.rope)
+            layer.cache.shift(seq, n_past, n_keep, n_discard, layer.rotation)
         return self._set(slot, n_past - n_discard, max(n_keep, n_lost - n_discard) if n_lost else 0)
 
     def export(self, seq: int = 0) -> Iterator[tuple[int, str, Any]]:
-        """Yield (layer, "k" or "v", bytes) of all that is held of a sequence, as the backends store it."""
+        """Yield (layer, "k" or "v", bytes) for all that the layers hold of a sequence, as the backends store it."""
         slot = self._slot(seq)
         for il, layer in enumerate(self._layers):
             first = -(-slot.n_lost // GROUP) if layer.window else 0
@@ -117,8 +147,10 @@ class KvCache:
                 yield il, kind, layer.cache.read(seq, kind, first, -(-slot.n_past // GROUP))
 
     def load(self, n_past: int, parts: Iterable[tuple[int, str, Any]], seq: int = 0) -> None:
-        """Make what `export` gave for n_past tokens a sequence's only content. GgufRunError if the parts do not fit;
-        then, or if iterating over them fails, the sequence is empty."""
+        """Replace a sequence by n_past tokens that `export` gave.
+
+        Raises GgufRunError if the parts do not fit. Then, and if iterating over the parts fails, the sequence is empty.
+        """
         slot = self._slot(seq)
         slot.n_past = slot.n_lost = 0
         n_lost, end = 0, -(-n_past // GROUP)

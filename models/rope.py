@@ -6,38 +6,31 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gguf_run.models.backend import Rope
+from gguf_run.models.operands import Rotation
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How positions are stretched to a context longer than the one of the first training.
+    """How positions are stretched to a context that is longer than the one of the first training."""
 
-    type: "none", "linear" (every angle divided by factor), "yarn" (only slow angles are) or "longrope" (the file has a
-    factor for each). n_ctx_orig: context of the first training. attn_factor: extra factor on the rotated values,
-    whatever the type. yarn only: ext_factor weighs the unscaled fast angles; pairs that turn more than beta_fast times
-    in n_ctx_orig positions stay as they are, those that turn less than beta_slow times are divided by factor, and a
-    linear ramp joins them, whose ends are whole pairs if truncate. log_multiplier: 0, or what the attention factor is
-    divided by is computed with.
-    """
-
-    type: str = "none"
-    factor: float = 1.0
-    n_ctx_orig: int = 0
-    attn_factor: float = 1.0
-    ext_factor: float = 1.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    log_multiplier: float = 0.0
-    truncate: bool = True
+    type: str = "none"  # one of SCALING_TYPES
+    factor: float = 1.0  # "linear": all angles are divided by it; "yarn": only slow ones; "longrope": no effect
+    n_ctx_orig: int = 0  # context of the first training
+    attn_factor: float = 1.0  # extra factor on the rotated values, for any type
+    # "yarn" only:
+    ext_factor: float = 1.0  # weight of the fast pairs' angles as they are, instead of divided by factor
+    beta_fast: float = 32.0  # pairs that turn more often than this in n_ctx_orig positions are fast
+    beta_slow: float = 1.0  # pairs that turn less often are slow; a linear ramp joins both
+    log_multiplier: float = 0.0  # for the divisor of the attention factor; 0: it is 1
+    truncate: bool = True  # the ramp begins and ends at whole pairs
 
 
 UNSCALED = RopeScaling()
-SCALING_TYPES = ("none", "linear", "yarn", "longrope")
+SCALING_TYPES = ("none", "linear", "yarn", "longrope")  # longrope: the file has a factor for each frequency
 
 
 def _yarn_ramp(n_rot: int, freq_base: float, scaling: RopeScaling) -> NDArray[np.float64]:
-    """Return f64[n_rot/2]: 1 where a pair keeps its angle, 0 where the angle is divided by the factor."""
+    """Return f64[n_rot / 2]: 1 where a pair keeps its angle, 0 where the angle is divided by the factor."""
 
     def pair_of(n_turns: float) -> float:
         # Pair i turns n_ctx_orig / (2 pi) * freq_base ** (-2i / n_rot) times in n_ctx_orig positions; solved for i.
@@ -52,11 +45,12 @@ def _yarn_ramp(n_rot: int, freq_base: float, scaling: RopeScaling) -> NDArray[np
 
 def make_rope(
     style: str, n_rot: int, freq_base: float, scaling: RopeScaling = UNSCALED, factors: ArrayLike | None = None
-) -> Rope:
-    """Compute the frequencies in float64, with the results that llama.cpp reaches in its kernel and its context set-up.
+) -> Rotation:
+    """Return the frequencies, computed in float64. They equal those of llama.cpp.
 
-    factors: [n_rot/2], each divides its frequency (`rope_freqs.weight`, Llama 3.1). YaRN: Peng et al., 2023,
-    arXiv:2309.00071, with the attention factor 1 + 0.1 ln(factor) that it proposes.
+    factors: [n_rot / 2], each divides its frequency (`rope_freqs.weight`, Llama 3.1).
+
+    YaRN: Peng et al., 2023, arXiv:2309.00071, with its attention factor 1 + 0.1 ln(factor).
     """
     inv_freq = freq_base ** (-np.arange(0, n_rot, 2, dtype=np.float64) / n_rot)
     if factors is not None:
@@ -70,4 +64,4 @@ def make_rope(
         if scaling.ext_factor and scaling.factor > 1:
             scale *= 1 + 0.1 * math.log(scaling.factor)
             scale /= 1 + 0.1 * scaling.log_multiplier * math.log(scaling.factor)
-    return Rope(style, n_rot, inv_freq, scale)
+    return Rotation(style, n_rot, inv_freq, scale)

@@ -35,7 +35,9 @@ from gguf_run.formats.compiler.machine_code import Entry, Kind, Loader, compile_
 # error_model="numpy": no hidden branch that raises on division. No fastmath: results must not depend on the
 # instruction set more than the SIMD kernels' own summation order; a kernel that wants it asks for it.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy"}
-_KERNEL_FOLDERS = tuple(Path(__file__).resolve().parents[2] / name for name in ("formats", "kernels_cpu"))
+# Files whose numbers can end up in a kernel.
+_KERNEL_SOURCES = {"formats": "**/*.py", "kernels_cpu": "**/*.py", "models": "kv_cache.py"}
+_KERNEL_FOLDERS = tuple(Path(__file__).resolve().parents[2] / name for name in _KERNEL_SOURCES)
 _KEEP_FOLDERS, _KEEP_SECONDS = 16, 86400  # of other versions: so many, and those in use today
 
 
@@ -43,8 +45,8 @@ _KEEP_FOLDERS, _KEEP_SECONDS = 16, 86400  # of other versions: so many, and thos
 def kernel_cache_dir() -> Path | None:
     """Return the folder for compiled kernels of exactly these sources, or None (with a warning) if none is writable."""
     digest = hashlib.sha256()
-    for folder in _KERNEL_FOLDERS:
-        for source in sorted(folder.rglob("*.py")):
+    for folder, pattern in zip(_KERNEL_FOLDERS, _KERNEL_SOURCES.values(), strict=True):
+        for source in sorted(folder.glob(pattern)):
             digest.update(source.relative_to(folder).as_posix().encode() + b"\0" + source.read_bytes())
     path = user_cache_dir() / f"kernels-{digest.hexdigest()[:16]}"
     try:

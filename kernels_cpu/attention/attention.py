@@ -15,7 +15,7 @@ import math
 import numpy as np
 
 from gguf_run.formats.compiler.jit import carray, njit
-from gguf_run.kernels_cpu.attention.cache_types import FORMATS, GROUP
+from gguf_run.kernels_cpu.attention.cache_types import FORMATS
 from gguf_run.kernels_cpu.attention.float_tiles import FEW, FEW_VECTORS, TILE, VECTORS, score_tile, value_tile
 from gguf_run.kernels_cpu.attention.hadamard import hadamard
 from gguf_run.kernels_cpu.attention.int_tiles import (
@@ -41,10 +41,11 @@ from gguf_run.kernels_cpu.attention.softmax import (
     scale_vectors,
 )
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, FloatPanel, IntPanel
-from gguf_run.kernels_cpu.replay.op import Op, op
+from gguf_run.kernels_cpu.replay.op import TapeOp, op
 from gguf_run.kernels_cpu.replay.runs import runs_at
 from gguf_run.kernels_cpu.rows.quantize import quantize_row
 from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
+from gguf_run.models.kv_cache import GROUP
 
 _AHEAD = 2  # groups of integers between what is used and what is asked for
 
@@ -57,7 +58,7 @@ def scaled_copy(source, n, factor, to):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def attend(k_form: int, v_form: int) -> Op:
+def attend(k_form: int, v_form: int) -> TapeOp:
     """softmax(scale * q.k) @ v over a cache of these types (places in FORMATS).
 
     With one part, out gets the result; with more, parts gets each piece's sums, maxima and sums of exponentials.

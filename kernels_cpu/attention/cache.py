@@ -7,20 +7,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.kernels_cpu.attention.cache_rows import CacheRows
-from gguf_run.kernels_cpu.attention.cache_types import GROUP
 from gguf_run.kernels_cpu.attention.softmax import SPAN
 from gguf_run.kernels_cpu.panels.memory import Arena
+from gguf_run.models import kv_cache
+from gguf_run.models.kv_cache import GROUP
+from gguf_run.models.operands import Rotation
 
 
 def rows_stored(n_ctx: int, n_batch: int, window: int) -> int:
-    """Positions of one sequence that a layer stores: all of them, or its window and a batch, in whole spans.
-
-    A batch is appended before its first token looks back over the window, and a span must not go over the ring's end.
-    One more group lets a batch be taken back and what is left be saved, which goes by whole groups.
-    """
-    ring = -(-(window + n_batch + GROUP) // SPAN) * SPAN
-    full = -(-n_ctx // GROUP) * GROUP
-    return min(full, ring) if window else full
+    """Return how many positions of a sequence a layer stores, see kv_cache.rows_stored."""
+    return kv_cache.rows_stored(n_ctx, n_batch, window, multiple=GROUP, span=SPAN)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,27 +44,27 @@ class CpuCache:
             groups = self._groups(kind)[:, :, : -(-n_rows // GROUP)]
             groups[target] = groups[source]
 
-    def shift(self, seq: int, n_past: int, n_keep: int, n_discard: int, rope: Any) -> None:
+    def shift(self, seq: int, n_past: int, n_keep: int, n_discard: int, rotation: Rotation | None) -> None:
         ring, end = self.n_ctx // GROUP, -(-n_past // GROUP)
         source = np.arange(max((n_keep + n_discard) // GROUP, end - ring), end)
         target = (source - n_discard // GROUP) % ring
         for kind in "kv":
             groups = self._groups(kind)[seq]
             moved = groups.take(source % ring, axis=1)
-            if kind == "k" and rope is not None:
-                self._turn(moved, rope, -n_discard)
+            if kind == "k" and rotation is not None:
+                self._turn(moved, rotation, -n_discard)
             groups[:, target] = moved
 
-    def _turn(self, groups: NDArray[np.uint8], rope: Any, distance: int) -> None:
+    def _turn(self, groups: NDArray[np.uint8], rotation: Rotation, distance: int) -> None:
         """Turn the keys of groups, uint8[n_head_kv, n, bytes], by a distance of positions."""
         rows = replace(self.rows_k, n_rows=groups.shape[1] * GROUP)
         memory, slots = groups.reshape(-1), np.arange(rows.n_rows)
         keys = rows.load(memory, slots)
-        half, angle = rope.n_rot // 2, distance * rope.inv_freq
+        half, angle = rotation.n_rot // 2, distance * rotation.inv_freq
         cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
         pairs = (
             (slice(0, half), slice(half, 2 * half))
-            if rope.style == "neox"
+            if rotation.style == "neox"
             else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
         )
         a, b = (keys[..., part].copy() for part in pairs)

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.compiler.jit import intrinsic, njit, types
 from gguf_run.kernels_cpu.attention.cache_codec import decode, encode
-from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS, FORMATS, GROUP, CacheFormat, format_id
+from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS, FORMATS, CacheFormat, format_id
 from gguf_run.kernels_cpu.attention.hadamard import hadamard
 from gguf_run.kernels_cpu.panels.panels import PARTS, ROWS, FloatPanel, IntPanel
 from gguf_run.kernels_cpu.vector.native import f32_at
 from gguf_run.kernels_cpu.vector.simd import I8, I16, I32, I64, Simd, Val, kernel
+from gguf_run.models.kv_cache import GROUP, rotates
 
 _BYTES = 0x01010101
 
@@ -224,9 +225,8 @@ class CacheRows:
 
     @property
     def rotates(self) -> bool:
-        """Static scales are of rows that are not rotated."""
-        static = self.scales is not None and self.rotate is None
-        return self.form.rotates(self.head_dim, False if static else self.rotate)
+        """Whether rows go through the Hadamard transform."""
+        return rotates(self.form.bits, self.head_dim, self.rotate, self.scales is not None)
 
     @property
     def wide(self) -> int:

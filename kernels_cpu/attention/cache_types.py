@@ -17,11 +17,10 @@ The order of V's positions makes pairs of 16 bits of positions l and l + 16 stan
 from dataclasses import dataclass
 
 from gguf_run.kernels_cpu.panels.panels import CACHE_PANELS, PANEL_OF, IntPanel, Panel
+from gguf_run.models.kv_cache import BLOCK, GROUP
 
-GROUP = 32  # positions of a group, columns of a block
 # Byte c of V's vector i (column 4i + c of the panel) is this position of the group.
 V_ORDER = tuple(2 * i + c % 2 + 16 * (c // 2) for i in range(8) for c in range(4))
-MOST_ROTATED_BITS = 8  # types of 8 bits lose a third to a quarter of the divergence with it, see README
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class CacheFormat:
 
     def wide(self, head_dim: int, is_v: bool) -> int:
         """Columns of a row as stored: filled up to 32 for integers, and for V."""
-        return -(-head_dim // GROUP) * GROUP if is_v or self.is_integer else head_dim
+        return -(-head_dim // BLOCK) * BLOCK if is_v or self.is_integer else head_dim
 
     def n_blocks(self, wide: int) -> int:
         """Blocks of a row of `wide` columns that have numbers of their own."""
@@ -63,13 +62,8 @@ class CacheFormat:
         return 2 * GROUP * self.n_numbers * self.n_blocks(self.wide(head_dim, is_v)) if is_v or not self.block else 0
 
     def allows(self, head_dim: int) -> bool:
-        """Blocks must be whole."""
+        """Whether a head is whole blocks."""
         return not self.block or head_dim % self.block == 0
-
-    def rotates(self, head_dim: int, rotate: bool | None) -> bool:
-        """Whether rows go through the Hadamard transform; rotate: models.backend.CacheType's."""
-        wanted = self.bits <= MOST_ROTATED_BITS if rotate is None else rotate
-        return wanted and head_dim % GROUP == 0
 
     def nbytes(self, n_head_kv: int, head_dim: int, n_ctx: int, is_v: bool) -> int:
         """Bytes of K or V of one layer for n_ctx positions, filled up to whole groups."""
@@ -77,7 +71,7 @@ class CacheFormat:
 
 
 def _blocks(name: str, bits: int, panel: str = "") -> CacheFormat:
-    return CacheFormat(name, bits, PANEL_OF[panel or name.upper()], GROUP)
+    return CacheFormat(name, bits, PANEL_OF[panel or name.upper()], BLOCK)
 
 
 CACHE_FORMATS = {

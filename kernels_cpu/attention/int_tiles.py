@@ -15,13 +15,14 @@ from typing import Any
 
 from gguf_run.formats.compiler.jit import intrinsic, types
 from gguf_run.kernels_cpu.attention.cache_codec import FLOAT8_FACTOR
-from gguf_run.kernels_cpu.attention.cache_types import FORMATS, GROUP, CacheFormat
+from gguf_run.kernels_cpu.attention.cache_types import FORMATS, CacheFormat
 from gguf_run.kernels_cpu.attention.float_tiles import apart, nothing
 from gguf_run.kernels_cpu.attention.softmax import SPAN
 from gguf_run.kernels_cpu.matmul.int_tile import int_tile, unpacked
 from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel, IntPanel
 from gguf_run.kernels_cpu.vector import isa
 from gguf_run.kernels_cpu.vector.simd import F16, F32, I16, I32, I64, Simd, Val, kernel
+from gguf_run.models.kv_cache import GROUP
 
 INT_ROWS = 4 if isa.current().lanes == 16 else 2  # query rows of a tile, by 2 vectors; divides FEW and TILE
 _VECTORS = SPAN // ROWS

@@ -7,7 +7,7 @@ from gguf_run.kernels_cpu.matmul.int_tile import AHEAD
 from gguf_run.kernels_cpu.matmul.matmul import TOKENS, cut, tile_panels
 from gguf_run.kernels_cpu.matmul.tile import prefetch, tile
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS
-from gguf_run.kernels_cpu.replay.op import Op, op
+from gguf_run.kernels_cpu.replay.op import TapeOp, op
 from gguf_run.kernels_cpu.rows.activation import ACTIVATIONS, gated_row
 from gguf_run.kernels_cpu.rows.quantize import quantize_row
 from gguf_run.kernels_cpu.vector.native import i64_at
@@ -18,7 +18,7 @@ SCRATCH_BYTES = TOKENS * 2 * _PAIR
 
 
 @functools.cache
-def matmul_gated(panel: int, activation: str) -> Op:
+def matmul_gated(panel: int, activation: str) -> TapeOp:
     """The op for one panel, a number of PANELS, and one of ACTIVATIONS.
 
     Fields as in matmul; n_out: columns of out, a multiple of 32: the matrix has twice as many rows. A unit of work is

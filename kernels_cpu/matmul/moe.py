@@ -9,6 +9,7 @@ other expert's at all. A pair's weight scales its row between the two matmuls.
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from gguf_run.formats.compiler.jit import carray, njit
 from gguf_run.kernels_cpu.matmul.matmul import TOKENS, cut, tile_panels
 from gguf_run.kernels_cpu.matmul.tile import prefetch, tile_at
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, Panel
-from gguf_run.kernels_cpu.replay.op import Op, n_shrinking, op, shrinking
+from gguf_run.kernels_cpu.replay.op import TapeOp, n_shrinking, op, shrinking
 from gguf_run.kernels_cpu.rows.activation import ACTIVATIONS, gated_row
 from gguf_run.kernels_cpu.rows.quantize import quantize_row
 from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
@@ -42,17 +43,12 @@ class ExpertMatrix:
     def expert_bytes(self) -> int:
         return -(-self.n_out // EXPERT_ROWS) * (EXPERT_ROWS // ROWS) * self.panel.group_bytes(self.n_in)
 
-    @property
-    def bias_at(self) -> int:
-        """Address of the bias, or 0."""
-        return 0 if self.bias is None else self.bias.ctypes.data
-
-    def fields(self) -> dict[str, int]:
-        """The fields of an op that belong to its matrix."""
+    def fields(self) -> dict[str, Any]:
+        """The fields of a kernel that belong to its matrix."""
         panel = self.panel
         sizes = {"n_out": self.n_out, "n_steps": self.n_in // panel.columns, "step_bytes": panel.step_bytes}
         sizes |= {"group_bytes": panel.group_bytes(self.n_in), "expert_bytes": self.expert_bytes}
-        return sizes | {"w": self.data.ctypes.data, "bias": self.bias_at}
+        return sizes | {"w": self.data, "bias": self.bias}
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +138,7 @@ GATE_UP_SCRATCH = PLACES + TOKENS * (2 * _PAIR + 4 * BLOCK)
 
 
 @functools.cache
-def gate_up(panel: int, activation: str) -> Op:
+def gate_up(panel: int, activation: str) -> TapeOp:
     """out[p] = weights[p] * activation(gate[e] @ x[t]) * (up[e] @ x[t]) for each pair p of expert e and token t.
 
     Fields as in matmul; w: of the gates, to_up: bytes from there to w of `up`. A unit of work is 32 columns of an
@@ -226,7 +222,7 @@ def gate_up(panel: int, activation: str) -> Op:
 
 
 @functools.cache
-def down(panel: int) -> Op:
+def down(panel: int) -> TapeOp:
     """out[t] += down[e] @ x[p] (+ weights[p] * bias[e]) for each pair p of expert e and token t.
 
     x: rows by pair, weighted already. n_out: columns of out, whose rows are stored filled up to whole panels. A thread

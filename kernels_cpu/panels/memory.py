@@ -1,4 +1,4 @@
-"""What the CPU backend's handles are: weights as panels, vectors, embedding tables, buffers of rows."""
+"""What the CPU backend's handles are: weights as panels, vectors, embedding tables."""
 
 from dataclasses import dataclass
 
@@ -62,25 +62,3 @@ class CpuTable:
     n_in: int
     blocks: NDArray[np.uint8]
     grid: NDArray[np.int8]
-
-
-@dataclass(frozen=True, eq=False)
-class CpuBuffer:
-    """Columns of f32 rows. rows: address of the number of rows in use, which differs from step to step."""
-
-    memory: NDArray[np.float32]
-    rows: int
-    start: int
-    width: int
-
-    def columns(self, start: int, width: int) -> "CpuBuffer":
-        return CpuBuffer(self.memory, self.rows, self.start + start, width)
-
-    @property
-    def address(self) -> int:
-        return self.memory.ctypes.data + 4 * self.start
-
-    @property
-    def stride(self) -> int:
-        """Bytes from one row to the next."""
-        return self.memory.strides[0]

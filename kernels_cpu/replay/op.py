@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from gguf_run.formats.compiler.jit import njit
 from gguf_run.formats.compiler.machine_code import Entry
 
-PER_THREAD = 4  # pieces of an op that a thread does on average, when all threads get on alike
+PER_THREAD = 4  # pieces of an op that a thread does, when threads progress evenly
 SHRINKING = 8  # the same for pieces of shrinking size
 
 
-class Op:
+class TapeOp:
     """A function of a tape. It is compiled, or loaded from the cache, when its address is first asked for."""
 
     def __init__(self, function: Callable[..., None], fields: np.dtype, options: dict[str, Any]) -> None:
@@ -34,20 +34,17 @@ class Op:
         return entry
 
     def bind(self, **values: Any) -> NDArray[np.void]:
-        """One record of arguments; every field must be given."""
-        names = set(self.fields.names or ())
-        if names != set(values):
-            raise TypeError(f"{self.function.__name__}: arguments differ from fields: {sorted(names ^ set(values))}")
-        record = np.zeros(1, self.fields)
-        for name, value in values.items():
-            record[name] = value
-        return record
+        """Return one record of arguments. Every field must have a value."""
+        names = self.fields.names or ()
+        if different := values.keys() ^ set(names):
+            raise TypeError(f"{self.function.__name__}: arguments differ from fields: {sorted(different)}")
+        return np.array([tuple(values[name] for name in names)], self.fields)
 
 
-def op(integers: str, floats: str = "", **options: Any) -> Callable[[Callable[..., None]], Op]:
+def op(integers: str, floats: str = "", **options: Any) -> Callable[[Callable[..., None]], TapeOp]:
     """Declare an op with int64 and float64 fields (names separated by blanks); options go to numba."""
     fields = np.dtype([(name, "i8") for name in integers.split()] + [(name, "f8") for name in floats.split()])
-    return lambda function: Op(function, fields, options)
+    return lambda function: TapeOp(function, fields, options)
 
 
 @njit(inline="always")

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from gguf_run.formats.compiler.jit import carray, intrinsic, types
-from gguf_run.kernels_cpu.replay.op import Op, items, n_pieces, op
+from gguf_run.kernels_cpu.replay.op import TapeOp, items, n_pieces, op
 from gguf_run.kernels_cpu.rows.quantize import quantize_row
 from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
 from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val, kernel
@@ -40,7 +40,7 @@ def gated_row(typing_context: Any, activation: Any, gate: Any, up: Any, out: Any
 
 
 @functools.cache
-def gated(activation: str) -> Op:
+def gated(activation: str) -> TapeOp:
     """The op for silu or gelu. n: columns; q8: where the quantized rows go, or 0."""
     gelu = ("silu", "gelu").index(activation)
 

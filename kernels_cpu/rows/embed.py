@@ -8,7 +8,7 @@ import numpy as np
 from gguf_run.formats.blocks.scalars import half_to_f32
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
 from gguf_run.formats.compiler.jit import carray, clone
-from gguf_run.kernels_cpu.replay.op import Op, items, n_pieces, op
+from gguf_run.kernels_cpu.replay.op import TapeOp, items, n_pieces, op
 from gguf_run.kernels_cpu.vector.native import f32_at, i32_at, i64_at, pointer
 
 # Names that `clone` puts into _embed_blocks; here for the type checker.
@@ -45,7 +45,7 @@ def _embed_blocks(args, piece, ith, nth):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def _embed_floats(kind: int) -> Op:
+def _embed_floats(kind: int) -> TapeOp:
     """The same for a table of one of FLOAT_TABLES."""
 
     @op(_FIELDS, "scale")
@@ -75,7 +75,7 @@ def _embed_floats(kind: int) -> Op:
 
 
 @functools.cache
-def embed(type_name: str) -> Op:
+def embed(type_name: str) -> TapeOp:
     """The op for a table of one tensor type: block-quantized, F32, F16 or BF16."""
     form = INTEGER_FORMS.get(type_name)
     if form is None:

@@ -1,5 +1,7 @@
 """sums += x^2, column by column: how strongly each input channel of a matrix is used."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,7 +14,7 @@ _COLUMNS = 64  # a thread takes whole columns, so that sums do not depend on the
 
 
 class CpuSquares:
-    """models.backend.Squares, of one matrix or of n_expert."""
+    """Sums of squares of what one matrix reads, or n_expert matrices: models.operands.SquaresHandle."""
 
     def __init__(self, width: int, n_expert: int = 1) -> None:
         self.sums, self.counts = np.zeros((n_expert, width)), np.zeros(n_expert, np.int64)
@@ -23,9 +25,9 @@ class CpuSquares:
         self.counts[:] = 0
         return taken
 
-    def fields(self) -> dict[str, int]:
-        """Those of an op that adds to it."""
-        return {"n": self.sums.shape[1], "sums": self.sums.ctypes.data, "counts": self.counts.ctypes.data}
+    def fields(self) -> dict[str, Any]:
+        """The fields of a kernel that adds to the sums."""
+        return {"n": self.sums.shape[1], "sums": self.sums, "counts": self.counts}
 
 
 @njit(inline="always")

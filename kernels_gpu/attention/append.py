@@ -1,18 +1,26 @@
-"""What comes before attention, in one launch: rope of queries and keys, their rotation, and new rows of the cache."""
+"""What comes before attention, in one launch: norms, rope and Hadamard transform of heads; new rows of the cache."""
 
 import triton
 import triton.language as tl
 
-from gguf_run.kernels_gpu.attention.cache_rows import column_of, load_rows, planes_at, row_factors, store_row
+from gguf_run.kernels_gpu.attention.cache_rows import (
+    column_of,
+    has_row_factor,
+    load_rows,
+    planes_at,
+    row_factors,
+    store_row,
+)
 from gguf_run.kernels_gpu.rows.hadamard import hadamard
 
 
 @triton.jit
-def _turned(  # type: ignore[no-untyped-def]
-    at, norm, eps, table, t, n_half, STYLE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
-):
-    """A head at `at`, normed where norm, its weights, is not None, then turned by the token's cosines and sines
-    (rope.py) where STYLE is not None."""
+def _turned(at, norm, eps, table, t, n_half, STYLE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Return a head at `at`, normed and turned.
+
+    norm: None, or the weights of an RMS norm. table: the tokens' cosines and sines (rope.py).
+    STYLE: None, or that of the rotation, see operands.Rotation.
+    """
     i = tl.arange(0, WIDTH)
     x = tl.load(at + i, mask=i < HEAD_DIM, other=0.0)
     if norm is not None:
@@ -33,41 +41,16 @@ def _turned(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def append(  # type: ignore[no-untyped-def]
-    q,
-    q_stride,
-    k,
-    k_stride,
-    v,
-    v_stride,
-    q_norm,
-    k_norm,
-    eps,
-    k_qs,
-    k_d,
-    v_qs,
-    v_d,
-    k_scales,
-    v_scales,
-    seqs,
-    positions,
-    table,
-    n_half,
-    n_ctx,
-    n_head,
-    n_head_kv,
-    STYLE: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    ROTATE_K: tl.constexpr,
-    ROTATE_V: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """q, in place, and rows of the cache from k and v; grid (tokens, n_head + 2 n_head_kv). n_head may be 0.
-    q_norm, k_norm: None, or weights of an RMS norm of each head.
+def append(
+    q, q_stride, k, k_stride, v, v_stride, q_norm, k_norm, eps, k_planes, v_planes, k_scales, v_scales, seqs,
+    positions, table, n_half, n_ctx, n_head, n_head_kv,
+    STYLE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ROTATE_K: tl.constexpr, ROTATE_V: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Norm and turn q in place and k; store rows of the cache from k and v. Grid (tokens, n_head + 2 n_head_kv).
 
-    A token of position -1 only fills up: nothing of it is stored.
+    n_head: heads of q; 0 if q stays as it is. q_norm, k_norm: None, or weights of an RMS norm of each head.
+    k_planes, v_planes: (qs, d) of the cache. A token of position -1 only fills up: nothing of it is stored.
     """
     t = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -88,27 +71,27 @@ def append(  # type: ignore[no-untyped-def]
         x = _turned(k + t * k_stride + kv_head * HEAD_DIM, k_norm, eps, table, t, n_half, STYLE, HEAD_DIM, WIDTH)
         if ROTATE_K:
             x = hadamard(x, HEAD_DIM)
-        store_row(x, k_qs, k_d, row, k_scales, kv_head, K, HEAD_DIM)
+        store_row(x, k_planes, row, k_scales, kv_head, K, HEAD_DIM)
     else:
         x = _turned(v + t * v_stride + kv_head * HEAD_DIM, None, eps, table, t, n_half, None, HEAD_DIM, WIDTH)
         if ROTATE_V:
             x = hadamard(x, HEAD_DIM)
-        store_row(x, v_qs, v_d, row, v_scales, kv_head, V, HEAD_DIM)
+        store_row(x, v_planes, row, v_scales, kv_head, V, HEAD_DIM)
 
 
 @triton.jit
-def read_rows(qs, d, slots, first, n_ctx, out, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """out f32[heads, n, HEAD_DIM] = row slots[i] of each head, from row `first` on, as stored; grid (n, heads)."""
+def read_rows(planes, slots, first, n_ctx, out, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """out f32[heads, n, HEAD_DIM] = rows slots[i] of each head, as stored; grid (n, heads). first: row of head 0."""
     i = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    qs, d = planes_at(qs, d, first + head * n_ctx, TYPE, HEAD_DIM)
+    planes = planes_at(planes, first + head * n_ctx, TYPE, HEAD_DIM)
     rows = tl.load(slots + i + tl.arange(0, 1))
     live = rows >= 0
-    tiles = load_rows(qs, d, rows, live, TYPE, HEAD_DIM, WIDTH)
+    tiles = load_rows(planes, rows, live, TYPE, HEAD_DIM, WIDTH)
     for part in tl.static_range(len(tiles)):
         value = tiles[part].to(tl.float32)
-        if TYPE == "int8" or TYPE == "fp8_e4m3" or TYPE == "fp8_e5m2":
-            value *= row_factors(d, rows, live, TYPE)[:, None]
+        if has_row_factor(TYPE):
+            value *= row_factors(planes, rows, live, TYPE)[:, None]
         c = tl.arange(0, WIDTH // len(tiles))
         column = column_of(c, part, TYPE)
         at = out + (head * tl.num_programs(0) + i) * HEAD_DIM + column[None, :]

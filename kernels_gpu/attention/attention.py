@@ -1,13 +1,22 @@
 """Causal attention over a cache: each KV head's positions in parts (split-KV), and a second kernel that adds them up.
 
-A program has the query heads of one KV head for one token or for some, as the rows of one tile for tensor cores. Scores
-are in units of log2(e): softmax takes powers of two.
+A program has the query heads of one KV head, for one token or for several: the rows of one tile for tensor cores.
+Scores are multiplied with log2(e): softmax takes powers of two.
 """
 
 import triton
 import triton.language as tl
 
-from gguf_run.kernels_gpu.attention.cache_rows import column_of, load_rows, planes_at, row_factors
+from gguf_run.kernels_gpu.attention.cache_rows import (
+    column_of,
+    has_row_factor,
+    is_wide,
+    load_rows,
+    n_operand,
+    planes_at,
+    precision,
+    row_factors,
+)
 from gguf_run.kernels_gpu.rows.hadamard import hadamard
 from gguf_run.kernels_gpu.rows.quantize import store_int8
 
@@ -15,45 +24,69 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def attend(  # type: ignore[no-untyped-def]
-    q,
-    q_stride,
-    k_qs,
-    k_d,
-    v_qs,
-    v_d,
-    seqs,
-    positions,
-    sums,
-    stats,
-    n_ctx,
-    n_head_kv,
-    n_rep,
-    n_token,
-    scale,
-    window,
-    SOFTCAP: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr,
-    REP: tl.constexpr,
-    SPAN: tl.constexpr,
-):
-    """sums f32[part, n_token, n_head, HEAD_DIM] = exp2(score - greatest) @ v over a part of the positions that a token
-    sees; stats f32[part, n_token, n_head, 2] = (greatest score, sum of exp2(score - greatest)), (-inf, 0) for none.
+def _queries(q, q_stride, t, head, there, K: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the queries of tokens t and heads [M]: a tuple of operands that fit those of load_rows for K."""
+    queries = ()
+    for i in tl.static_range(n_operand(K)):
+        column = column_of(tl.arange(0, WIDTH // n_operand(K)), i, K)[None, :]
+        at = q + t[:, None] * q_stride + head[:, None] * HEAD_DIM + column
+        x = tl.load(at, mask=there[:, None] & (column < HEAD_DIM), other=0.0)
+        queries = queries + ((x if is_wide(K) else x.to(tl.float16)),)
+    return queries
 
-    Grid (n_token / TOKENS, n_head_kv, parts). Rows of a tile are TOKENS tokens x REP heads, n_rep of which are there.
-    SPAN: positions at a time. SOFTCAP: None, or scores become SOFTCAP * tanh(score / SOFTCAP). Tokens of one tile may
-    be of several sequences, which it takes one after the other.
+
+@triton.jit
+def _scores(
+    queries, k, rows, live, scale, SOFTCAP: tl.constexpr, K: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Return the scores of queries and some rows of keys, f32[M, rows]."""
+    keys = load_rows(k, rows, live, K, HEAD_DIM, WIDTH)
+    score = tl.dot(queries[0], tl.trans(keys[0]), input_precision=precision(K))
+    if n_operand(K) == 2:
+        score = tl.dot(queries[1], tl.trans(keys[1]), score)
+    score *= scale
+    if has_row_factor(K):
+        score *= row_factors(k, rows, live, K)[None, :]
+    if SOFTCAP is not None:
+        score = SOFTCAP * (2 * tl.sigmoid(score * (2 / SOFTCAP)) - 1)
+    return score
+
+
+@triton.jit
+def _add_values(acc, old, weight, v, rows, live, V: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Return acc * old + weight @ values, for each operand of the values. acc: a tuple of f32[M, columns]."""
+    values = load_rows(v, rows, live, V, HEAD_DIM, WIDTH)
+    if has_row_factor(V):  # the weights take the factors, relative to the greatest one: so f16 holds them
+        factor = row_factors(v, rows, live, V)
+        largest = tl.max(factor, axis=0)
+        weight *= (factor / tl.where(largest == 0, 1.0, largest))[None, :]
+    if not is_wide(V):
+        weight = weight.to(tl.float16)
+    added = ()
+    for i in tl.static_range(n_operand(V)):
+        if has_row_factor(V):
+            added = added + (acc[i] * old[:, None] + tl.dot(weight, values[i]) * largest,)
+        else:
+            added = added + (tl.dot(weight, values[i], acc[i] * old[:, None], input_precision=precision(V)),)
+    return added
+
+
+@triton.jit
+def attend(
+    q, q_stride, k, v, seqs, positions, sums, stats, n_ctx, n_head_kv, n_rep, n_token, scale, window,
+    SOFTCAP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr, REP: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """Attend over a part of the positions that a token sees.
+
+    sums f32[part, n_token, n_head, HEAD_DIM] = exp2(score - greatest) @ v
+    stats f32[part, n_token, n_head, 2] = (greatest score, sum of exp2(score - greatest)); (-inf, 0) for no position
+
+    Grid (n_token / TOKENS, n_head_kv, parts). k, v: planes of the cache (qs, d). n_rep: heads of queries for a KV head.
+    SOFTCAP: None, or scores become SOFTCAP * tanh(score / SOFTCAP). K, V: cache types. WIDTH: power of 2 >= HEAD_DIM.
+    The rows of a tile are TOKENS tokens x REP heads; n_rep of REP heads are used. SPAN: positions at a time.
+    Tokens of one tile may be of several sequences: the tile goes through the sequences one after the other.
     """
-    K_PARTS: tl.constexpr = 2 if K == "q4_0" else 1
-    V_PARTS: tl.constexpr = 2 if V == "q4_0" else 1
-    K_BY_ROW: tl.constexpr = K == "int8" or K == "fp8_e4m3" or K == "fp8_e5m2"
-    V_BY_ROW: tl.constexpr = V == "int8" or V == "fp8_e4m3" or V == "fp8_e5m2"
-    K_PRECISION: tl.constexpr = "ieee" if K == "f32" else None
-    V_PRECISION: tl.constexpr = "ieee" if V == "f32" else None
     M: tl.constexpr = TOKENS * REP
     kv_head = tl.program_id(1)
     part = tl.program_id(2)
@@ -63,15 +96,10 @@ def attend(  # type: ignore[no-untyped-def]
     head = kv_head * n_rep + r % REP
     position = tl.load(positions + t, mask=there, other=-1)
     seq = tl.load(seqs + t, mask=t < n_token, other=0)
-    queries = ()
-    for i in tl.static_range(K_PARTS):
-        column = column_of(tl.arange(0, WIDTH // K_PARTS), i, K)[None, :]
-        at = q + t[:, None] * q_stride + head[:, None] * HEAD_DIM + column
-        x = tl.load(at, mask=there[:, None] & (column < HEAD_DIM), other=0.0)
-        queries = queries + ((x if K == "bf16" or K == "f32" else x.to(tl.float16)),)
+    queries = _queries(q, q_stride, t, head, there, K, HEAD_DIM, WIDTH)
     acc = ()
-    for _ in tl.static_range(V_PARTS):
-        acc = acc + (tl.zeros((M, WIDTH // V_PARTS), tl.float32),)
+    for _ in tl.static_range(n_operand(V)):
+        acc = acc + (tl.zeros((M, WIDTH // n_operand(V)), tl.float32),)
     greatest = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     for s in range(tl.min(seq, axis=0), tl.max(seq, axis=0) + 1):
@@ -82,70 +110,42 @@ def attend(  # type: ignore[no-untyped-def]
         size = tl.cdiv(tl.cdiv(end - first, SPAN), tl.num_programs(2)) * SPAN
         first += part * size
         row = (s * n_head_kv + kv_head.to(tl.int64)) * n_ctx
-        k_at, kd_at = planes_at(k_qs, k_d, row, K, HEAD_DIM)
-        v_at, vd_at = planes_at(v_qs, v_d, row, V, HEAD_DIM)
+        k_rows = planes_at(k, row, K, HEAD_DIM)
+        v_rows = planes_at(v, row, V, HEAD_DIM)
         slot = first % n_ctx
         for start in range(first, tl.minimum(first + size, end), SPAN):
             p = start + tl.arange(0, SPAN)
             live = p < end
             rows = slot + tl.arange(0, SPAN)  # n_ctx is a multiple of SPAN
             slot = tl.where(slot + SPAN == n_ctx, 0, slot + SPAN)
-            keys = load_rows(k_at, kd_at, rows, live, K, HEAD_DIM, WIDTH)
-            score = tl.dot(queries[0], tl.trans(keys[0]), input_precision=K_PRECISION)
-            if K_PARTS == 2:
-                score = tl.dot(queries[1], tl.trans(keys[1]), score)
-            score *= scale
-            if K_BY_ROW:
-                score *= row_factors(kd_at, rows, live, K)[None, :]
-            if SOFTCAP is not None:
-                score = SOFTCAP * (2 * tl.sigmoid(score * (2 / SOFTCAP)) - 1)
+            score = _scores(queries, k_rows, rows, live, scale, SOFTCAP, K, HEAD_DIM, WIDTH)
             far = position[:, None] - p[None, :]
             score = tl.where(mine[:, None] & (far >= 0) & (far < window), score * LOG2E, float("-inf"))
             new = tl.maximum(greatest, tl.max(score, axis=1))
-            known = tl.where(new == float("-inf"), 0.0, new)  # nothing seen yet: all weights are 0
+            known = tl.where(new == float("-inf"), 0.0, new)  # no position yet: all weights are 0
             weight = tl.exp2(score - known[:, None])
             old = tl.exp2(greatest - known)
             total = total * old + tl.sum(weight, axis=1)
             greatest = new
-            values = load_rows(v_at, vd_at, rows, live, V, HEAD_DIM, WIDTH)
-            if V_BY_ROW:  # on the weights; relative to the greatest, so that f16 holds them
-                factor = row_factors(vd_at, rows, live, V)
-                largest = tl.max(factor, axis=0)
-                weight *= (factor / tl.where(largest == 0, 1.0, largest))[None, :]
-            if V != "bf16" and V != "f32":
-                weight = weight.to(tl.float16)
-            added = ()
-            for i in tl.static_range(V_PARTS):
-                if V_BY_ROW:
-                    added = added + (acc[i] * old[:, None] + tl.dot(weight, values[i]) * largest,)
-                else:
-                    added = added + (tl.dot(weight, values[i], acc[i] * old[:, None], input_precision=V_PRECISION),)
-            acc = added
+            acc = _add_values(acc, old, weight, v_rows, rows, live, V, HEAD_DIM, WIDTH)
     to = (part.to(tl.int64) * n_token + t) * (n_head_kv * n_rep) + head
     tl.store(stats + to * 2, greatest, mask=there)
     tl.store(stats + to * 2 + 1, total, mask=there)
-    for i in tl.static_range(V_PARTS):
-        column = column_of(tl.arange(0, WIDTH // V_PARTS), i, V)[None, :]
+    for i in tl.static_range(n_operand(V)):
+        column = column_of(tl.arange(0, WIDTH // n_operand(V)), i, V)[None, :]
         tl.store(sums + to[:, None] * HEAD_DIM + column, acc[i], mask=there[:, None] & (column < HEAD_DIM))
 
 
 @triton.jit
-def add_up(  # type: ignore[no-untyped-def]
-    sums,
-    stats,
-    sinks,
-    out,
-    out_stride,
-    xq,
-    xd,
-    xs,
-    PARTS: tl.constexpr,
-    ROTATE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """out = what attend's parts add up to; grid (tokens, heads). sinks: None, or a score for each head that has no
-    value. xq, not None (with xd, xs), gets the result as int8 (quantize.py); HEAD_DIM is WIDTH then."""
+def add_up(
+    sums, stats, sinks, out, out_stride, int8,
+    PARTS: tl.constexpr, ROTATE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """out = the sum of attend's parts; grid (tokens, heads).
+
+    sinks: None, or a score for each head that has no value.
+    int8: None, or (xq, xd, xs): gets the result as int8 (quantize.py); HEAD_DIM must be WIDTH.
+    """
     t = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     n_head = tl.num_programs(1)
@@ -167,5 +167,5 @@ def add_up(  # type: ignore[no-untyped-def]
     if ROTATE:
         value = hadamard(value, HEAD_DIM)
     tl.store(out + t * out_stride + head * HEAD_DIM + column, value, mask=column < HEAD_DIM)
-    if xq is not None:
-        store_int8(value, head * HEAD_DIM, xq, xd, xs, t, n_head * HEAD_DIM, WIDTH)
+    if int8 is not None:
+        store_int8(value, head * HEAD_DIM, int8, t, n_head * HEAD_DIM, WIDTH)

@@ -1,43 +1,51 @@
 """The KV cache of one layer: rows [n_seq, n_head_kv, n_ctx] for K and for V; position p is in row p % n_ctx.
 
-cache_types.py has what a row is.
+cache_types.py says what a row is.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import triton
 from numpy.typing import NDArray
 from torch import Tensor as Array
 
 from gguf_run.kernels_gpu.attention.append import append, read_rows
-from gguf_run.kernels_gpu.attention.cache_types import GROUP, CacheFormat
+from gguf_run.kernels_gpu.attention.cache_types import CacheFormat
 from gguf_run.kernels_gpu.device.device import current
-from gguf_run.kernels_gpu.rows.activations import power_of_2
+from gguf_run.models.kv_cache import GROUP, rotates
+from gguf_run.models.operands import AttentionShape, Rotation
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """K or V. qs: u8[n_seq, n_head_kv, n_ctx, bytes]; d: f16[n_seq, n_head_kv, n_ctx, scales], if the type has any.
-    rotates: rows went through the Hadamard transform. scales: static ones, f32[n_head_kv], or None."""
+    """K or V."""
 
-    form: CacheFormat
+    type: CacheFormat
     head_dim: int
-    rotates: bool
-    scales: Array | None
-    qs: Array
-    d: Array | None
+    rotates: bool  # rows went through the Hadamard transform
+    scales: Array | None  # f32[n_head_kv]: static scales
+    qs: Array  # u8[n_seq, n_head_kv, n_ctx, bytes]
+    d: Array | None  # f16[n_seq, n_head_kv, n_ctx, scales], if the type has scales
+
+    @property
+    def pair(self) -> tuple[Array, Array | None]:
+        """Both planes, as kernels take them."""
+        return self.qs, self.d
 
     @property
     def planes(self) -> list[Array]:
-        return [self.qs] if self.d is None else [self.qs, self.d]
+        """The planes that the type has."""
+        return [plane for plane in self.pair if plane is not None]
 
     @property
     def width(self) -> int:
         """Columns of a kernel's tile."""
-        return max(32, power_of_2(self.head_dim))
+        return max(32, triton.next_power_of_2(self.head_dim))
 
     @property
     def nbytes(self) -> int:
@@ -46,55 +54,51 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class GpuCache:
-    """models.backend.Cache."""
+    """models.operands.CacheHandle."""
 
-    n_ctx: int
+    n_ctx: int  # positions that are held of a sequence
     k: Rows
     v: Rows
 
     def _slots(self, first: int, end: int) -> Array:
-        """Where positions first .. end stand."""
+        """Return the rows of positions first .. end."""
         return torch.arange(first, end, device=self.k.qs.device) % self.n_ctx
 
     def copy(self, source: int, target: int, n_rows: int) -> None:
         for plane in self.k.planes + self.v.planes:
             plane[target, :, :n_rows] = plane[source, :, :n_rows]
 
-    def shift(self, seq: int, n_past: int, n_keep: int, n_discard: int, rope: Any) -> None:
+    def shift(self, seq: int, n_past: int, n_keep: int, n_discard: int, rotation: Rotation | None) -> None:
         end = -(-n_past // GROUP) * GROUP
         first = max(n_keep + n_discard, end - self.n_ctx)
         source, target = self._slots(first, end), self._slots(first - n_discard, end - n_discard)
-        if rope is not None:
+        if rotation is not None:
             with current(self.k.qs.device):
-                self._turn(seq, source, target, rope, -n_discard)
-        for plane in ([] if rope else self.k.planes) + self.v.planes:
+                self._turn(seq, source, target, rotation, -n_discard)
+        for plane in ([] if rotation else self.k.planes) + self.v.planes:
             plane[seq][:, target] = plane[seq][:, source]
 
-    def _turn(self, seq: int, source: Array, target: Array, rope: Any, distance: int) -> None:
-        """Keys of slots `source`, turned by a distance of positions, into slots `target`."""
+    def _turn(self, seq: int, source: Array, target: Array, rotation: Rotation, distance: int) -> None:
+        """Turn the keys of slots `source` by a distance of positions; store them in slots `target`."""
         k, n, n_head_kv = self.k, len(source), self.k.qs.shape[1]
         keys = torch.empty(n_head_kv, n, k.head_dim, device=k.qs.device)
         first = seq * n_head_kv * self.n_ctx
-        read_rows[(n, n_head_kv)](k.qs, k.d, source, first, self.n_ctx, keys, k.form.name, k.head_dim, k.width)
-        h = _hadamard(k.head_dim).to(keys.device) if k.rotates else None
-        keys = keys if h is None else keys @ h
-        half = rope.n_rot // 2
-        angle = torch.from_numpy(np.asarray(distance * rope.inv_freq, np.float64)).to(keys.device)
-        cos, sin = torch.cos(angle).float(), torch.sin(angle).float()
-        neox = rope.style == "neox"
-        one, two = (slice(0, half), slice(half, 2 * half)) if neox else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
-        a, b = keys[..., one].clone(), keys[..., two].clone()
-        keys[..., one], keys[..., two] = a * cos - b * sin, a * sin + b * cos
-        keys = (keys if h is None else keys @ h).transpose(0, 1).reshape(n, -1).contiguous()
+        read_rows[(n, n_head_kv)](k.pair, source, first, self.n_ctx, keys, k.type.name, k.head_dim, k.width)
+        if k.rotates:
+            keys = keys @ _hadamard(k.head_dim).to(keys.device)
+        keys = keys.transpose(0, 1).reshape(n, -1).contiguous()
+        angle = torch.from_numpy(np.asarray(distance * rotation.inv_freq, np.float64)).to(keys.device)
+        table = torch.stack([torch.cos(angle), torch.sin(angle)], 1).float().repeat(n, 1, 1)  # without its scale
         seqs = torch.full((n,), seq, dtype=torch.int32, device=keys.device)
+        # The grid ends with the heads of k: q and v are only named, so that the kernel compiles.
         append[(n, n_head_kv)](
-            None, 0, keys, keys.stride(0), None, 0, None, None, 0.0, k.qs, k.d, None, None, k.scales, None, seqs,
-            target.int(), None, 0, self.n_ctx, 0, n_head_kv, None, k.form.name, k.form.name, False, False, k.head_dim,
-            k.width,
+            keys, keys.stride(0), keys, keys.stride(0), keys, keys.stride(0), None, None, 0.0, k.pair, k.pair, k.scales,
+            k.scales, seqs, target.int(), table, rotation.n_rot // 2, self.n_ctx, 0, n_head_kv, rotation.style,
+            k.type.name, k.type.name, k.rotates, k.rotates, k.head_dim, k.width,
         )  # fmt: skip
 
     def read(self, seq: int, kind: str, first: int, end: int) -> NDArray[np.uint8]:
-        """Bytes of the elements, then those of the scales."""
+        """Return the bytes of the elements, then those of the scales."""
         slots = self._slots(GROUP * first, GROUP * end)
         parts = [plane[seq][:, slots] for plane in {"k": self.k, "v": self.v}[kind].planes]
         return np.concatenate([part.cpu().numpy().reshape(-1).view(np.uint8) for part in parts])
@@ -117,7 +121,7 @@ class GpuCache:
 
 
 def _hadamard(n: int) -> Array:
-    """The matrix of hadamard.py's transform, which is its own inverse."""
+    """Return the matrix of hadamard.py's transform. It is its own inverse."""
     block = n & -n
     h = torch.ones(1, 1)
     while len(h) < block:
@@ -126,12 +130,18 @@ def _hadamard(n: int) -> Array:
 
 
 def new_rows(
-    form: CacheFormat, shape: Any, n_rows: int, n_seq: int, rotate: bool | None, scales: Any, device: torch.device
+    type: CacheFormat,
+    shape: AttentionShape,
+    n_rows: int,
+    n_seq: int,
+    rotate: bool | None,
+    scales: Sequence[float] | None,
+    device: torch.device,
 ) -> Rows:
-    """shape: models.backend.Attention. n_rows: see rows_stored. rotate, scales: models.backend.CacheType's."""
+    """Return memory for K or V. n_rows: see sizes.cache_rows. rotate, scales: see models.backend.CacheType."""
     size, head_dim = (n_seq, shape.n_head_kv, n_rows), shape.head_dim
-    qs = torch.zeros(*size, head_dim * form.bits // 8, dtype=torch.uint8, device=device)
-    n_scale = form.n_scale(head_dim)
+    qs = torch.zeros(*size, head_dim * type.bits // 8, dtype=torch.uint8, device=device)
+    n_scale = type.n_scale(head_dim)
     d = torch.zeros(*size, n_scale, dtype=torch.float16, device=device) if n_scale else None
     static = None if scales is None else torch.tensor(scales, device=device)
-    return Rows(form, head_dim, form.rotates(head_dim, rotate, scales is not None), static, qs, d)
+    return Rows(type, head_dim, rotates(type.bits, head_dim, rotate, scales is not None), static, qs, d)

@@ -1,8 +1,8 @@
 """How rows of a KV cache are stored and read; cache_formats.py has the table of types.
 
-A row is one position of one KV head: its elements in one plane, its scales (f16) in another one, if it has any: one for
-each block of 32 columns in ggml's types, one for the row (per token and KV head) in int8 and fp8. Byte j of a block
-of q4_0 has columns j and 16 + j, so a tile of rows is two operands of half the width: columns j, and columns 16 + j.
+A row is one position of one KV head. Its elements are in the plane qs. Its scales (f16), if it has any, are in the
+plane d: one for each block of 32 columns in ggml's types, one for the row in int8 and fp8. Byte j of a block of q4_0
+has columns j and 16 + j: so a tile of rows is two operands of half the width, columns j and columns 16 + j.
 """
 
 import triton
@@ -10,38 +10,68 @@ import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
 
+@triton.constexpr_function
+def n_operand(name):
+    """Return how many operands of tl.dot a tile of rows is: 2 for q4_0."""
+    return 2 if name == "q4_0" else 1
+
+
+@triton.constexpr_function
+def has_row_factor(name):
+    """Return whether a row has one scale, which load_rows leaves to row_factors."""
+    return name in ("int8", "fp8_e4m3", "fp8_e5m2")
+
+
+@triton.constexpr_function
+def is_wide(name):
+    """Return whether the operands are f32, else f16."""
+    return name in ("bf16", "f32")
+
+
+@triton.constexpr_function
+def precision(name):
+    """Return the precision of tl.dot: exact for f32. Tensor cores take more bits of an f32 than a bf16 has."""
+    return "ieee" if name == "f32" else None
+
+
+@triton.constexpr_function
+def row_sizes(name, head_dim):
+    """Return the bytes of a row's elements and the number of its scales."""
+    bits = {"f32": 32, "f16": 16, "bf16": 16, "q4_0": 4}.get(name, 8)
+    return head_dim * bits // 8, head_dim // 32 if name in ("q8_0", "q4_0") else 1
+
+
 @triton.jit
-def column_of(c, part: tl.constexpr, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The column that column c of operand `part` of a type holds."""
+def column_of(c, part: tl.constexpr, TYPE: tl.constexpr):
+    """Return the column that is column c of operand `part`."""
     return c // 16 * 32 + 16 * part + c % 16 if TYPE == "q4_0" else c
 
 
 @triton.jit
-def planes_at(qs, d, row, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The planes from a row on: rows are counted from there in int32 then."""
-    BITS: tl.constexpr = (
-        32 if TYPE == "f32" else (16 if TYPE == "f16" or TYPE == "bf16" else (4 if TYPE == "q4_0" else 8))
-    )
-    N: tl.constexpr = HEAD_DIM // 32 if TYPE == "q8_0" or TYPE == "q4_0" else 1
-    qs += row * (HEAD_DIM * BITS // 8)
+def planes_at(planes, row, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Return the planes (qs, d) from a row on: from there int32 is enough to count rows."""
+    qs, d = planes
+    SIZES: tl.constexpr = row_sizes(TYPE, HEAD_DIM)
+    qs += row * SIZES[0]
     if d is None:
         return qs, qs
     else:
-        return qs, d + row * N
+        return qs, d + row * SIZES[1]
 
 
 @triton.jit
-def _half(code, OFFSET: tl.constexpr):  # type: ignore[no-untyped-def]
+def _half(code, OFFSET: tl.constexpr):
     """code - OFFSET of uint8 as f16, exactly: 0x6400 + code is the f16 1024 + code. Cheaper than a conversion."""
     return (code.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + OFFSET)
 
 
 @triton.jit
-def load_rows(qs, d, rows, live, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows [n] as operands of tl.dot, a tuple of one [n, WIDTH], or of two of half the width; 0 where not live.
+def load_rows(planes, rows, live, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Return rows [n] as operands of tl.dot: one [n, WIDTH], or two of half the width (n_operand). 0 where not live.
 
-    f16, or f32 (of bf16, tensor cores take the 10 bits that it does not even have). Without the factors of row_factors.
+    f16, or f32 if is_wide. The factors of row_factors are not applied.
     """
+    qs, d = planes
     if TYPE == "q8_0" or TYPE == "q4_0":
         BYTES: tl.constexpr = 32 if TYPE == "q8_0" else 16
         block = tl.arange(0, WIDTH // 32)[None, :]
@@ -79,14 +109,15 @@ def load_rows(qs, d, rows, live, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr, WID
 
 
 @triton.jit
-def row_factors(d, rows, live, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """f32[n]: what the elements of rows are multiplied with, for types with a scale for the row; 0 where not live."""
+def row_factors(planes, rows, live, TYPE: tl.constexpr):
+    """Return the factors of rows f32[n], for types with has_row_factor; 0 where not live."""
+    _qs, d = planes
     factor = tl.load(d + rows, mask=live, other=0.0).to(tl.float32)
     return factor * 256.0 if TYPE == "fp8_e4m3" and not cuda_capability_geq(8, 9) else factor
 
 
 @triton.jit
-def _fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
+def _fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr):
     """The nearest code, halves to even, saturating. Hardware has it from sm_89 on only."""
     bits = x.to(tl.int32, bitcast=True)
     size = tl.minimum(tl.abs(x), LARGEST)
@@ -99,9 +130,12 @@ def _fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr): 
 
 
 @triton.jit
-def store_row(x, qs, d, row, scales, head, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x f32[WIDTH], 0 beyond HEAD_DIM, becomes a row, with the roundings of the reference. scales: None, or static
-    ones f32 for each head."""
+def store_row(x, planes, row, scales, head, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Store x f32[WIDTH], 0 beyond HEAD_DIM, as a row, with the roundings of the reference.
+
+    scales: None, or f32[n_head_kv]: static scales.
+    """
+    qs, d = planes
     WIDTH: tl.constexpr = x.shape[0]
     column = tl.arange(0, WIDTH)
     mask = column < HEAD_DIM

@@ -11,7 +11,7 @@ MIN_CAPABILITY = 80  # below, tensor cores lack what the kernels need
 
 
 def open_device(index: int) -> torch.device:
-    """The GPU number `index`. GgufRunError if torch, its driver or the GPU cannot run the kernels."""
+    """Return the GPU number `index`. GgufRunError if torch, its driver or the GPU cannot run the kernels."""
     name = f"--device cuda:{index}"
     if torch.version.cuda is None and torch.version.hip is None:
         raise GgufRunError(f"{name}: this torch ({torch.__version__}) is built for CPUs only; install one with CUDA")
@@ -34,12 +34,12 @@ def n_devices() -> int:
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on torch's current device, and events are recorded there: this makes it `device`."""
+    """Make `device` torch's current device, on which Triton launches kernels and events are recorded."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def capability(device: torch.device) -> int:
-    """For example 90; 0 for a device that is no NVIDIA GPU."""
+    """Return the compute capability, for example 90 for 9.0; 0 for a device that is no NVIDIA GPU."""
     if device.type != "cuda" or torch.version.cuda is None:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -47,6 +47,9 @@ def capability(device: torch.device) -> int:
 
 
 def registers(n: int) -> dict[str, int]:
-    """The launch option that lets each thread have n registers. Without it NVIDIA's assembler may spill some, to have
-    more programs on a multiprocessor; AMD's Triton has no such option."""
+    """Return the launch option that allows each thread n registers.
+
+    Without it NVIDIA's assembler may spill registers, to run more programs on a multiprocessor. AMD's Triton has no
+    such option.
+    """
     return {} if torch.version.hip else {"maxnreg": n}

@@ -11,7 +11,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from gguf_run.formats.errors import GgufRunError
 
-# What CUDA's and HIP's messages hold, and what they mean. The first that is found counts.
+# Words of CUDA's and HIP's messages, and what they mean. The first row that fits counts.
 _MEANINGS = (
     ("out of memory|alloc_failed", "the GPU is out of memory; use fewer --gpu-layers or a smaller --ctx-size"),
     (
@@ -32,7 +32,7 @@ _MEANINGS = (
 
 
 def explain(error: Exception) -> str | None:
-    """What an error of the GPU means and what to do; None if it is something else."""
+    """Return what an error of the GPU means and what to do; None if the error is something else."""
     detail = " ".join(str(error).splitlines()[:1])[:200]
     if isinstance(error, CompilationError | OutOfResources | PTXASError):
         return f"triton {triton.__version__} cannot build a kernel ({type(error).__name__}: {detail}); use --device cpu"
@@ -45,7 +45,7 @@ def explain(error: Exception) -> str | None:
 
 @contextmanager
 def gpu_errors() -> Iterator[None]:
-    """Errors of the GPU become a GgufRunError. Also a decorator."""
+    """Turn errors of the GPU into a GgufRunError. Also a decorator."""
     try:
         yield
     except (RuntimeError, CompilationError, OutOfResources, PTXASError) as error:

@@ -1,7 +1,4 @@
-"""What a GPU can do at most: bytes read from its memory and f16 operations, each per second.
-
-As kernels_cpu.measure.limits for the CPU: decoding is bounded by the first, a long prompt by the second.
-"""
+"""Measures the bytes that a GPU reads per second, which bound decoding, and its f16 operations, which bound prefill."""
 
 import time
 from collections.abc import Callable
@@ -13,14 +10,14 @@ _RUNS = 20
 
 
 def measure_limits(device: torch.device, n_bytes: int = 1 << 30, side: int = 8192) -> tuple[float, float]:
-    """Read n_bytes, multiply matrices of side x side; each is the best of some runs."""
+    """Return bytes read and f16 operations, per second: the best runs over n_bytes and matrices of side x side."""
     x = torch.ones(n_bytes // 4, device=device)
     a = torch.randn(side, side, device=device).half()
     return n_bytes / _best(lambda: x.sum(), device), 2 * side**3 / _best(lambda: a @ a, device)
 
 
 def _best(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds."""
+    """Return the seconds of the fastest run."""
     seconds = []
     for _ in range(_RUNS):
         start = time.perf_counter()

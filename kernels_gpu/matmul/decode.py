@@ -1,30 +1,29 @@
-"""matmul for a few tokens: weights are read once, units of quants times int8 activations with dp4a.
+"""matmul for few tokens: dp4a multiplies units of quants with int8 activations; weights are read once.
 
-A thread has one unit of R rows at a time and keeps a sum for each row and token: no shared memory, no barrier and no
-conversion of layouts in the loop. Activations are blocks of 32 int8 values (quantize.py): xq, their factor xd, and xs,
-the sums of each block's halves as two int16.
+A thread has one unit of R rows at a time, and a sum for each row and token. The loop has no shared memory, no barrier
+and no conversion of layouts. For the blocks of int8 activations (xq, xd, xs) see quantize.py.
 """
 
 import triton
 import triton.language as tl
 
 from gguf_run.kernels_gpu.panels.dots import dp2a, dp4a
-from gguf_run.kernels_gpu.panels.units import unit_factors, unit_words, words4
+from gguf_run.kernels_gpu.panels.units import added, unit_factors, unit_words, words4, zeros
 from gguf_run.kernels_gpu.rows.activation import gate_by
 from gguf_run.kernels_gpu.rows.quantize import store_int8
 from gguf_run.kernels_gpu.rows.rms_norm import normed
 
 
 @triton.jit
-def _dot16(w, x, c):  # type: ignore[no-untyped-def]
+def _dot16(w, x, c):
     for i in tl.static_range(4):
         c = dp4a(w[i], x[i], c)
     return c
 
 
 @triton.jit
-def _dot32(w, x, factors, OFFSET: tl.constexpr, GROUP: tl.constexpr, MINIMUM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A unit of 32 weights times x = (halves' words, d, halves' sums)."""
+def _dot32(w, x, factors, OFFSET: tl.constexpr, GROUP: tl.constexpr, MINIMUM: tl.constexpr):
+    """Return units of 32 weights times blocks of activations (see _block)."""
     a, b, xd, low, high = x
     if GROUP == 32:
         dot = _dot16(w[0], a, _dot16(w[1], b, (low + high) * -OFFSET))
@@ -40,8 +39,11 @@ def _dot32(w, x, factors, OFFSET: tl.constexpr, GROUP: tl.constexpr, MINIMUM: tl
 
 
 @triton.jit
-def _dot64(w, x, factors, OFFSET: tl.constexpr, MINIMUM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A unit of 64 weights with four scales. Dot products of 16 weights of up to 3 bits fit into int16."""
+def _dot64(w, x, factors, OFFSET: tl.constexpr, MINIMUM: tl.constexpr):
+    """Return units of 64 weights, with four scales each, times pairs of blocks of activations.
+
+    Dot products of 16 weights of up to 3 bits fit into int16.
+    """
     scales, minimums, d, dmin = factors
     value = tl.zeros(d.shape, tl.float32)
     for half in tl.static_range(2):
@@ -56,8 +58,9 @@ def _dot64(w, x, factors, OFFSET: tl.constexpr, MINIMUM: tl.constexpr):  # type:
 
 
 @triton.jit
-def _block(xq, xd, xs, at, live, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Blocks of activations at [n]; those that are not live count for nothing."""
+def _block(x, at, live, EVEN: tl.constexpr):
+    """Return blocks of activations at [n]: words of both halves, factor, sums of both halves. Factor 0 if not live."""
+    xq, xd, xs = x
     d = tl.load(xd + at)
     sums = tl.load(xs + at)
     if not EVEN:
@@ -66,37 +69,59 @@ def _block(xq, xd, xs, at, live, EVEN: tl.constexpr):  # type: ignore[no-untyped
 
 
 @triton.jit
-def dot_units(  # type: ignore[no-untyped-def]
-    rows,
-    xq,
-    xd,
-    xs,
-    at,
-    live,
-    R: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALES: tl.constexpr,
-    OFFSET: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    """Units of R rows, pairs of what unit_words and unit_factors return, times the activations of units number `at`."""
+def dot_units(
+    rows, x, at, live,
+    R: tl.constexpr, PANEL: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Multiply the units of R rows with the activations of the units number `at` [n].
+
+    rows: pairs of what unit_words and unit_factors return. x: int8 activations (xq, xd, xs).
+    """
+    OFFSET: tl.constexpr = PANEL.offset
+    SCALES: tl.constexpr = PANEL.scales
     MINIMUM: tl.constexpr = SCALES == "f16m" or SCALES == "k6m" or SCALES == "k4"
     values = ()
-    if BITS == 2:
-        x = (_block(xq, xd, xs, at * 2, live, EVEN), _block(xq, xd, xs, at * 2 + 1, live, EVEN))
+    if PANEL.bits == 2:
+        blocks = (_block(x, at * 2, live, EVEN), _block(x, at * 2 + 1, live, EVEN))
         for r in tl.static_range(R):
-            values = values + (_dot64(rows[r][0], x, rows[r][1], OFFSET, MINIMUM),)
+            values = values + (_dot64(rows[r][0], blocks, rows[r][1], OFFSET, MINIMUM),)
     else:
-        x = _block(xq, xd, xs, at, live, EVEN)
+        block = _block(x, at, live, EVEN)
         for r in tl.static_range(R):
-            values = values + (_dot32(rows[r][0], x, rows[r][1], OFFSET, GROUP, MINIMUM),)
+            values = values + (_dot32(rows[r][0], block, rows[r][1], OFFSET, PANEL.group, MINIMUM),)
     return values
 
 
 @triton.jit
-def is_last(count, n):  # type: ignore[no-untyped-def]
-    """Whether all of n programs that call it but this one have done so; then their stores can be read (past L1)."""
+def store_sums(
+    sums, first, out, out_stride, bias, residual, residual_stride, n_out,
+    M: tl.constexpr, R: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Store what the threads' sums add up to, for M tokens and R rows of a matrix: see matmul_decode."""
+    N: tl.constexpr = R if ACTIVATION is None else R // 2  # columns of out, from `first` on
+    for m in tl.static_range(M):
+        for r in tl.static_range(N):
+            o = first + r
+            mask = o < n_out
+            value = tl.sum(sums[m * R + r], 0)
+            if bias is not None:
+                value += tl.load(bias + o, mask=mask, other=0.0)
+            if ACTIVATION is not None:
+                other = tl.sum(sums[m * R + N + r], 0)
+                if bias is not None:
+                    other += tl.load(bias + n_out + o, mask=mask, other=0.0)
+                value = gate_by(value, other, ACTIVATION)
+            if residual is not None:
+                value += tl.load(residual + m * residual_stride + o, mask=mask, other=0.0)
+            tl.store(out + m * out_stride + o, value, mask=mask)
+
+
+@triton.jit
+def is_last(count, n):
+    """Return whether this program is the last of n that call it. Its loads past L1 then see the stores of the others.
+
+    count: 0 before the first call; 0 again after the last one.
+    """
     tl.debug_barrier()  # all of this program's stores come before its count
     last = tl.atomic_add(count, 1, sem="acq_rel") == n - 1
     if last:
@@ -105,64 +130,63 @@ def is_last(count, n):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def matmul_decode(  # type: ignore[no-untyped-def]
-    qs,
-    high,
-    scale,
-    d,
-    xq,
-    xd,
-    xs,
-    out,
-    bias,
-    residual,
-    n_out,
-    n_unit,
-    out_stride,
-    residual_stride,
-    oq,
-    od,
-    os,
-    counts,
-    norm,
-    norm_out,
-    norm_stride,
-    eps,
-    more,
-    more_stride,
-    norm2,
-    norm2_out,
-    norm2_stride,
-    eps2,
-    BITS: tl.constexpr,
-    HIGH: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALES: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BOOK: tl.constexpr,
-    M: tl.constexpr,
-    R: tl.constexpr,
-    UNITS: tl.constexpr,
-    EVEN: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """out[m, o] = sum of w[o] * x[m] (+ bias[o]) (+ residual[m, o]) for M tokens, R rows a program.
+def store_blocks(out, out_stride, first, row, made, counts, n_out, M: tl.constexpr, N: tl.constexpr):
+    """Write M rows of out, from `row` on, as int8: `made`. The last of the programs that share a block of 32 does it.
 
-    UNITS: units of a row at once, one a thread. EVEN: it divides n_unit. ACTIVATION, if any: half of the R rows come
-    from the second half of the matrix, and out = activation(first) * second; n_out counts the pairs.
+    N: columns of a program, from `first` on. counts: zeros, one for each block of a row.
+    """
+    block = first // 32
+    if is_last(counts + block, 32 // N):
+        column = block * 32 + tl.arange(0, 32)
+        for m in range(M):
+            value = tl.load(out + (row + m) * out_stride + column, cache_modifier=".cg")
+            store_int8(value, block * 32, made, row + m, n_out, 32)
 
-    What needs more of out than a program has is done by the program that is the last to be ready, which counts, zeros
-    when a launch begins and ends, tell. oq, not None (with od, os): gets blocks of an ACTIVATION's out as int8. norm,
-    not None: weights of an RMS norm of out's rows, WIDTH >= n_out, into norm_out, with the rows of more added, if any;
-    norm2, not None: of a norm of that; oq, not None: gets what comes last.
+
+@triton.jit
+def _norm_rows(out, out_stride, norm, norm2, made, counts, n_out, M: tl.constexpr, WIDTH: tl.constexpr):
+    """Norm the rows of out: the last program does it. WIDTH >= n_out. See matmul_decode."""
+    weight, norm_out, norm_stride, eps, residual, residual_stride = norm
+    column = tl.arange(0, WIDTH)
+    mask = column < n_out
+    if is_last(counts, tl.num_programs(0)):
+        for row in range(M):
+            value = tl.load(out + row * out_stride + column, mask=mask, other=0.0, cache_modifier=".cg")
+            value = normed(value, weight, column, n_out, eps)
+            if residual is not None:
+                tl.debug_barrier()  # else it is loaded before registers are free
+                value += tl.load(residual + row * residual_stride + column, mask=mask, other=0.0)
+            tl.store(norm_out + row * norm_stride + column, value, mask=mask)
+            if norm2 is not None:
+                weight2, norm_out2, norm_stride2, eps2 = norm2
+                value = normed(value, weight2, column, n_out, eps2)
+                tl.store(norm_out2 + row * norm_stride2 + column, value, mask=mask)
+            if made is not None:
+                store_int8(value, 0, made, row, n_out, WIDTH)
+
+
+@triton.jit
+def matmul_decode(
+    w, x, out, out_stride, bias, residual, residual_stride, n_out, n_unit, made, counts, norm, norm2,
+    PANEL: tl.constexpr, M: tl.constexpr, R: tl.constexpr, UNITS: tl.constexpr, EVEN: tl.constexpr,
+    ACTIVATION: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """out[m, o] = sum of w[o] * x[m] (+ bias[o]) (+ residual[m, o]) for M tokens, R rows of w a program.
+
+    w: planes of the weights. x: int8 activations (xq, xd, xs).
+    n_out: columns of out. n_unit: units of a row of w. UNITS: units at once, one a thread. EVEN: UNITS divides n_unit.
+    ACTIVATION: None, or out = activation(first half of w * x) * second half; a program has R / 2 rows of each half.
+
+    Epilogues need more of out than a program has. The last program to finish runs them: `counts`, all 0 before and
+    after a launch, tells which one that is.
+    norm: None, or (weight, norm_out, its stride, eps, residual, its stride): norm_out = rms_norm(out) (+ residual).
+    norm2: None, or (weight, norm_out, its stride, eps): an RMS norm of the first norm's result.
+    made: None, or (xq, xd, xs): gets the last result as int8. Without a norm only that of an ACTIVATION.
     """
     PAIRS: tl.constexpr = R if ACTIVATION is None else R // 2
     first = tl.program_id(0) * PAIRS
     lane = tl.arange(0, UNITS)
-    sums = ()
-    for _ in tl.static_range(M * R):
-        sums = sums + (tl.zeros((UNITS,), tl.float32),)
+    sums = zeros(M * R, UNITS)
     for start in range(0, n_unit, UNITS):
         u = start + lane
         live = u < n_unit
@@ -171,49 +195,14 @@ def matmul_decode(  # type: ignore[no-untyped-def]
         rows = ()
         for r in tl.static_range(R):
             row = (tl.minimum(first + r % PAIRS, n_out - 1) + (r // PAIRS) * n_out).to(tl.int64)
-            w = unit_words(qs, high, row, u, n_unit, BITS, HIGH, BOOK)
-            rows = rows + ((w, unit_factors(scale, d, row, u, n_unit, BITS, GROUP, SCALES)),)
-        added = ()
+            rows = rows + ((unit_words(w, row, u, n_unit, PANEL), unit_factors(w, row, u, n_unit, PANEL)),)
+        values = ()
         for m in tl.static_range(M):
-            values = dot_units(rows, xq, xd, xs, m * n_unit + u, live, R, BITS, GROUP, SCALES, OFFSET, EVEN)
-            for r in tl.static_range(R):
-                added = added + (sums[m * R + r] + values[r],)
-        sums = added
-    for m in tl.static_range(M):
-        for r in tl.static_range(PAIRS):
-            o = first + r
-            mask = o < n_out
-            value = tl.sum(sums[m * R + r], 0)
-            if bias is not None:
-                value += tl.load(bias + o, mask=mask, other=0.0)
-            if ACTIVATION is not None:
-                other = tl.sum(sums[m * R + PAIRS + r], 0)
-                if bias is not None:
-                    other += tl.load(bias + n_out + o, mask=mask, other=0.0)
-                value = gate_by(value, other, ACTIVATION)
-            if residual is not None:
-                value += tl.load(residual + m * residual_stride + o, mask=mask, other=0.0)
-            tl.store(out + m * out_stride + o, value, mask=mask)
+            values = values + dot_units(rows, x, m * n_unit + u, live, R, PANEL, EVEN)
+        sums = added(sums, values)
+    store_sums(sums, first, out, out_stride, bias, residual, residual_stride, n_out, M, R, ACTIVATION)
     if ACTIVATION is not None:
-        if oq is not None:
-            block = first // 32
-            if is_last(counts + block, 32 // PAIRS):
-                column = block * 32 + tl.arange(0, 32)
-                for row in range(M):
-                    made = tl.load(out + row * out_stride + column, cache_modifier=".cg")
-                    store_int8(made, block * 32, oq, od, os, row, n_out, 32)
+        if made is not None:
+            store_blocks(out, out_stride, first, 0, made, counts, n_out, M, PAIRS)
     elif norm is not None:
-        column = tl.arange(0, WIDTH)
-        if is_last(counts, tl.num_programs(0)):
-            for row in range(M):
-                made = tl.load(out + row * out_stride + column, mask=column < n_out, other=0.0, cache_modifier=".cg")
-                made = normed(made, norm, column, n_out, eps)
-                if more is not None:
-                    tl.debug_barrier()  # else it is loaded before registers are free
-                    made += tl.load(more + row * more_stride + column, mask=column < n_out, other=0.0)
-                tl.store(norm_out + row * norm_stride + column, made, mask=column < n_out)
-                if norm2 is not None:
-                    made = normed(made, norm2, column, n_out, eps2)
-                    tl.store(norm2_out + row * norm2_stride + column, made, mask=column < n_out)
-                if oq is not None:
-                    store_int8(made, 0, oq, od, os, row, n_out, WIDTH)
+        _norm_rows(out, out_stride, norm, norm2, made, counts, n_out, M, WIDTH)

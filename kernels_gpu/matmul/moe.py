@@ -1,61 +1,39 @@
-"""The products of a mixture of experts, of whose matrices a token reads those of its experts only.
+"""The products of a mixture of experts. A token reads only the matrices of its experts.
 
-An expert's rows stand one after the other: first its gates and then its `up`s, [n_expert][2][n_ff], in one matrix, and
-[n_expert][n_embd] in the other. For pairs, chosen and order see moe_route.py.
+The rows of an expert are neighbours: in gate_up first its gates, then its `up`s, [n_expert][2][n_ff]; in down
+[n_expert][n_embd]. A pair p is a token and one of its experts; for chosen, weights and order see moe_route.py.
 """
 
 import triton
 import triton.language as tl
 
-from gguf_run.kernels_gpu.matmul.decode import dot_units, is_last
+from gguf_run.kernels_gpu.matmul.decode import dot_units, store_blocks, store_sums
 from gguf_run.kernels_gpu.matmul.tiles import tile_product
-from gguf_run.kernels_gpu.panels.units import unit_factors, unit_words
+from gguf_run.kernels_gpu.panels.units import added, unit_factors, unit_words, zeros
 from gguf_run.kernels_gpu.rows.activation import gate_by
-from gguf_run.kernels_gpu.rows.quantize import store_halves, store_int8
+from gguf_run.kernels_gpu.rows.quantize import store_halves
 
 
 @triton.jit
-def expert_gate_up(  # type: ignore[no-untyped-def]
-    qs,
-    high,
-    scale,
-    d,
-    xq,
-    xd,
-    xs,
-    chosen,
-    bias,
-    out,
-    oq,
-    od,
-    os,
-    counts,
-    n_ff,
-    BITS: tl.constexpr,
-    HIGH: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALES: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BOOK: tl.constexpr,
-    N_UNIT: tl.constexpr,
-    N_USED: tl.constexpr,
-    PAIRS: tl.constexpr,
-    UNITS: tl.constexpr,
+def expert_gate_up(
+    w, x, chosen, bias, out, made, counts, n_ff,
+    PANEL: tl.constexpr, N_UNIT: tl.constexpr, N_USED: tl.constexpr, PAIRS: tl.constexpr, UNITS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-):
-    """out f32[p, n_ff] = activation(gate[e] * x) * (up[e] * x) of pair p's expert e and token, and the same as int8
-    into oq (with od, os); grid (pairs, n_ff / PAIRS). bias: f32[n_expert, 2, n_ff] or None. See matmul_decode."""
+):  # fmt: skip
+    """out f32[p, n_ff] = activation(gate[e] * x) * (up[e] * x) for few tokens, of pair p's expert e and token.
+
+    Grid (pairs, n_ff / PAIRS). bias: None, or f32[n_expert, 2, n_ff]. made: (xq, xd, xs), gets out as int8.
+    counts: zeros, one for each block of made. For the others see matmul_decode.
+    """
     EVEN: tl.constexpr = N_UNIT % UNITS == 0
     p = tl.program_id(0)
     e = tl.load(chosen + p)
     if e < 0:
         return
-    x = p // N_USED * N_UNIT
+    before = p // N_USED * N_UNIT
     base = e.to(tl.int64) * (2 * n_ff)
     first = tl.program_id(1) * PAIRS
-    sums = ()
-    for _ in tl.static_range(2 * PAIRS):
-        sums = sums + (tl.zeros((UNITS,), tl.float32),)
+    sums = zeros(2 * PAIRS, UNITS)
     for start in range(0, N_UNIT, UNITS):
         u = start + tl.arange(0, UNITS)
         live = u < N_UNIT
@@ -64,63 +42,31 @@ def expert_gate_up(  # type: ignore[no-untyped-def]
         rows = ()
         for r in tl.static_range(2 * PAIRS):
             row = base + tl.minimum(first + r % PAIRS, n_ff - 1) + (r // PAIRS) * n_ff
-            w = unit_words(qs, high, row, u, N_UNIT, BITS, HIGH, BOOK)
-            rows = rows + ((w, unit_factors(scale, d, row, u, N_UNIT, BITS, GROUP, SCALES)),)
-        values = dot_units(rows, xq, xd, xs, x + u, live, 2 * PAIRS, BITS, GROUP, SCALES, OFFSET, EVEN)
-        added = ()
-        for r in tl.static_range(2 * PAIRS):
-            added = added + (sums[r] + values[r],)
-        sums = added
-    for r in tl.static_range(PAIRS):
-        o = first + r
-        gate, up = tl.sum(sums[r], 0), tl.sum(sums[PAIRS + r], 0)
-        if bias is not None:
-            gate += tl.load(bias + base + o, mask=o < n_ff, other=0.0)
-            up += tl.load(bias + base + n_ff + o, mask=o < n_ff, other=0.0)
-        tl.store(out + p * n_ff + o, gate_by(gate, up, ACTIVATION), mask=o < n_ff)
-    block = first // 32
-    if is_last(counts + p * (n_ff // 32) + block, 32 // PAIRS):
-        made = tl.load(out + p * n_ff + block * 32 + tl.arange(0, 32), cache_modifier=".cg")
-        store_int8(made, block * 32, oq, od, os, p, n_ff, 32)
+            rows = rows + ((unit_words(w, row, u, N_UNIT, PANEL), unit_factors(w, row, u, N_UNIT, PANEL)),)
+        sums = added(sums, dot_units(rows, x, before + u, live, 2 * PAIRS, PANEL, EVEN))
+    if bias is not None:
+        bias += base
+    store_sums(sums, first, out + p * n_ff, n_ff, bias, None, 0, n_ff, 1, 2 * PAIRS, ACTIVATION)
+    store_blocks(out, n_ff, first, p, made, counts + p * (n_ff // 32), n_ff, 1, PAIRS)
 
 
 @triton.jit
-def expert_down(  # type: ignore[no-untyped-def]
-    qs,
-    high,
-    scale,
-    d,
-    xq,
-    xd,
-    xs,
-    chosen,
-    weights,
-    bias,
-    out,
-    out_stride,
-    n_out,
-    BITS: tl.constexpr,
-    HIGH: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALES: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BOOK: tl.constexpr,
-    N_UNIT: tl.constexpr,
-    N_USED: tl.constexpr,
-    R: tl.constexpr,
-    UNITS: tl.constexpr,
-):
-    """out[t, o] += sum over token t's pairs p of weights[p] * (down[e, o] * x[p] (+ bias[e, o])); grid (n_out / R,
-    tokens). A row is that of all its experts, one after the other: so the sum has one order, and no thread is idle."""
+def expert_down(
+    w, x, chosen, weights, bias, out, out_stride, n_out,
+    PANEL: tl.constexpr, N_UNIT: tl.constexpr, N_USED: tl.constexpr, R: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """out[t, o] += sum over token t's pairs p of weights[p] * (down[e, o] * x[p] (+ bias[e, o])), for few tokens.
+
+    Grid (n_out / R, tokens). A row is the rows of all experts of the token, one after the other: so the sum has one
+    order, and few threads are idle.
+    """
     N_ALL: tl.constexpr = N_USED * N_UNIT
     EVEN: tl.constexpr = N_ALL % UNITS == 0
     t = tl.program_id(1)
     if tl.load(chosen + t * N_USED) < 0:
         return
     first = tl.program_id(0) * R
-    sums = ()
-    for _ in tl.static_range(R):
-        sums = sums + (tl.zeros((UNITS,), tl.float32),)
+    sums = zeros(R, UNITS)
     for start in range(0, N_ALL, UNITS):
         i = start + tl.arange(0, UNITS)
         live = i < N_ALL
@@ -128,18 +74,17 @@ def expert_down(  # type: ignore[no-untyped-def]
             i = tl.minimum(i, N_ALL - 1)
         p, u = t * N_USED + i // N_UNIT, i % N_UNIT
         base = tl.load(chosen + p).to(tl.int64) * (n_out * N_UNIT)  # the units before those of the expert
-        words, factors = base * (2 if BITS == 8 else 1) + u, base + u
+        words, factors = base * (2 if PANEL.bits == 8 else 1) + u, base + u
         rows = ()
         for r in tl.static_range(R):
             row = tl.minimum(first + r, n_out - 1).to(tl.int64)
-            w = unit_words(qs, high, row, words, N_UNIT, BITS, HIGH, BOOK)
-            rows = rows + ((w, unit_factors(scale, d, row, factors, N_UNIT, BITS, GROUP, SCALES)),)
+            rows = rows + ((unit_words(w, row, words, N_UNIT, PANEL), unit_factors(w, row, factors, N_UNIT, PANEL)),)
         weight = tl.load(weights + p)
-        values = dot_units(rows, xq, xd, xs, t * N_ALL + i, live, R, BITS, GROUP, SCALES, OFFSET, EVEN)
-        added = ()
+        dots = dot_units(rows, x, t * N_ALL + i, live, R, PANEL, EVEN)
+        values = ()
         for r in tl.static_range(R):
-            added = added + (sums[r] + weight * values[r],)
-        sums = added
+            values = values + (weight * dots[r],)
+        sums = added(sums, values)
     for r in tl.static_range(R):
         o = first + r
         value = tl.load(out + t * out_stride + o, mask=o < n_out, other=0.0) + tl.sum(sums[r], 0)
@@ -152,34 +97,15 @@ def expert_down(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def expert_tile(  # type: ignore[no-untyped-def]
-    qs,
-    high,
-    scale,
-    d,
-    xh,
-    counts,
-    order,
-    raw,
-    raw_stride,
-    n_expert,
-    n_out,
-    n_in,
-    n_unit,
-    BITS: tl.constexpr,
-    HIGH: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALES: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BOOK: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
+def expert_tile(
+    w, xh, counts, order, raw, raw_stride, n_expert, n_out, n_in, n_unit,
+    PANEL: tl.constexpr, PER_ROW: tl.constexpr, EXPERTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     UNITS: tl.constexpr,
-):
-    """raw f32[p, o] = w[e, o] * xh[p / PER_ROW] of pair p's expert e; grid (n_out / N, tiles of M pairs of an expert:
-    as many as there could be). EXPERTS >= n_expert."""
+):  # fmt: skip
+    """raw f32[p, o] = w[e, o] * xh[p / PER_ROW] for many tokens, of pair p's expert e.
+
+    Grid (n_out / N, the most tiles of M pairs of one expert that there can be). EXPERTS >= n_expert.
+    """
     tile = tl.program_id(1)
     each = tl.arange(0, EXPERTS)
     n_pairs = tl.load(counts + each, mask=each < n_expert, other=0)
@@ -195,27 +121,19 @@ def expert_tile(  # type: ignore[no-untyped-def]
     o = tl.program_id(0) * N + tl.arange(0, N)
     rows = e.to(tl.int64) * n_out + tl.minimum(o, n_out - 1)
     x_rows = xh + p // PER_ROW * n_in
-    acc = tile_product(qs, high, scale, d, rows, x_rows, n_in, n_unit, BITS, HIGH, GROUP, SCALES, OFFSET, BOOK, UNITS)
+    acc = tile_product(w, rows, x_rows, n_in, n_unit, PANEL, UNITS)
     tl.store(raw + p[None, :] * raw_stride + o[:, None], acc, mask=live[None, :] & (o[:, None] < n_out))
 
 
 @triton.jit
-def gate_pairs(  # type: ignore[no-untyped-def]
-    raw,
-    raw_stride,
-    xm,
-    chosen,
-    bias,
-    n_ff,
-    out,
-    oh,
-    om,
-    N_USED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """The gates and `up`s in raw become activation(gate) * up: f16 in oh (with om) and, if not None, f32 in out; grid
-    (pairs,), WIDTH >= n_ff. xm: the tokens' factors."""
+def gate_pairs(
+    raw, raw_stride, xm, chosen, bias, n_ff, out, halves,
+    N_USED: tl.constexpr, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """halves[p] = activation(gate) * up of the gates and `up`s in raw; grid (pairs,), WIDTH >= n_ff.
+
+    xm: the tokens' factors. halves: (xh, xm). out: None, or f32[pairs, n_ff], gets the same.
+    """
     p = tl.program_id(0).to(tl.int64)
     e = tl.load(chosen + p)
     if e < 0:
@@ -229,14 +147,14 @@ def gate_pairs(  # type: ignore[no-untyped-def]
         at = bias + e.to(tl.int64) * (2 * n_ff) + column
         gate += tl.load(at, mask=mask, other=0.0)
         up += tl.load(at + n_ff, mask=mask, other=0.0)
-    made = gate_by(gate, up, ACTIVATION)
+    value = gate_by(gate, up, ACTIVATION)
     if out is not None:
-        tl.store(out + p * n_ff + column, made, mask=mask)
-    store_halves(made, column, oh, om, p, n_ff)
+        tl.store(out + p * n_ff + column, value, mask=mask)
+    store_halves(value, column, halves, p, n_ff)
 
 
 @triton.jit
-def add_pairs(  # type: ignore[no-untyped-def]
+def add_pairs(
     raw, raw_stride, xm, chosen, weights, bias, out, out_stride, n_out, N_USED: tl.constexpr, WIDTH: tl.constexpr
 ):
     """out[t] += weights[p] * (xm[p] * raw[p] (+ bias[e])) for each of t's pairs p; grid (tokens, n_out / WIDTH)."""

@@ -1,7 +1,7 @@
-"""Which experts each token goes to, and the pairs of a token and one of its experts sorted by expert.
+"""Chooses the experts of each token, and sorts the pairs of a token and one of its experts by expert.
 
-Pair p = t * n_used + k is token t's k-th expert. Nothing of this is known on the host: launches are as many as there
-could be work for, and find theirs in device memory.
+Pair p = t * n_used + k is token t's k-th expert. The host knows no result: kernels are launched for the most work that
+there can be, and find their work in device memory.
 """
 
 import triton
@@ -9,22 +9,16 @@ import triton.language as tl
 
 
 @triton.jit
-def route(  # type: ignore[no-untyped-def]
-    logits,
-    logits_stride,
-    positions,
-    n_expert,
-    scale,
-    chosen,
-    weights,
-    NORM: tl.constexpr,
-    N_USED: tl.constexpr,
-    SLOTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """chosen int32[p] = the experts of the greatest logits, the first of equal ones; weights f32[p], see
-    models.backend.Moe; grid (tokens,), WIDTH >= n_expert, SLOTS >= N_USED. positions, if not None, are -1 for rows that
-    only fill up: those get -1. NaN counts as the least: whatever comes in, the experts exist."""
+def route(
+    logits, logits_stride, positions, n_expert, scale, chosen, weights,
+    NORM: tl.constexpr, N_USED: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """chosen int32[p] = the experts of the greatest logits; weights f32[p], see models.operands.Mixture.
+
+    Grid (tokens,). WIDTH >= n_expert, SLOTS >= N_USED.
+    Of equal logits the first one counts. NaN counts as the least: so all chosen experts exist.
+    positions: None, or int32[tokens]: rows of position -1 only fill up, and get the expert -1.
+    """
     t = tl.program_id(0)
     e, slot = tl.arange(0, WIDTH), tl.arange(0, SLOTS)
     value = tl.load(logits + t * logits_stride + e, mask=e < n_expert, other=float("-inf"))
@@ -47,8 +41,8 @@ def route(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def group(chosen, n_pairs, counts, order, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """counts int32[e] = pairs of expert e; order int32: all pairs, those of expert 0 first; grid (n_expert,)."""
+def group(chosen, n_pairs, counts, order, WIDTH: tl.constexpr):
+    """counts int32[e] = number of expert e's pairs; order int32[p] = the pairs sorted by expert; grid (n_expert,)."""
     e = tl.program_id(0)
     first = 0
     n = 0
@@ -69,21 +63,14 @@ def group(chosen, n_pairs, counts, order, WIDTH: tl.constexpr):  # type: ignore[
 
 
 @triton.jit
-def observe_experts(  # type: ignore[no-untyped-def]
-    x,
-    x_stride,
-    counts,
-    order,
-    sums,
-    seen,
-    n_expert,
-    n,
-    N_USED: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """sums f64[e, n] += the squares of the rows pair / N_USED of x, and seen int64[e] += their number, for all pairs of
-    expert e; grid (n_expert, n / WIDTH), EXPERTS >= n_expert."""
+def observe_experts(
+    x, x_stride, counts, order, sums, seen, n_expert, n,
+    N_USED: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """sums f64[e, n] += the squares of the rows that expert e reads; seen int64[e] += the number of these rows.
+
+    Grid (n_expert, n / WIDTH). Pair p reads row p / N_USED of x. EXPERTS >= n_expert.
+    """
     e, each = tl.program_id(0), tl.arange(0, EXPERTS)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     first = tl.sum(tl.load(counts + each, mask=each < tl.minimum(e, n_expert), other=0), axis=0)

@@ -1,130 +1,78 @@
-"""matmul for more tokens: tiles of weights become f16 for the tensor cores, in registers or in scratch memory."""
+"""matmul for many tokens: tiles of weights become f16 for the tensor cores, in registers or in scratch memory."""
 
 import triton
 import triton.language as tl
 
-from gguf_run.kernels_gpu.panels.fields import tile_field
+from gguf_run.kernels_gpu.panels.fields import field_width, tile_field
 from gguf_run.kernels_gpu.rows.activation import gate_by
 
 
 @triton.jit
-def tile_product(  # type: ignore[no-untyped-def]
-    qs,
-    high,
-    scale,
-    d,
-    rows,
-    x_rows,
-    n_in,
-    n_unit,
-    BITS: tl.constexpr,
-    HIGH: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALES: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BOOK: tl.constexpr,
-    UNITS: tl.constexpr,
-):
-    """f32[N, M], `rows` int64[N] of the weights times the f16 rows at pointers x_rows [M]; UNITS of each at a time.
+def tile_product(
+    w, rows, x_rows, n_in, n_unit,
+    PANEL: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """Return f32[N, M]: `rows` int64[N] of the weights times the f16 rows at pointers x_rows [M].
 
-    The weights are the left operand of the dot product: then each warp has rows of its own and none is converted twice.
+    UNITS: units of a row at a time. The weights are the left operand of tl.dot: so each warp has rows of its own, and
+    no weight is converted twice.
     """
-    E: tl.constexpr = 128 // BITS if BITS >= 16 else 16
-    UNIT: tl.constexpr = E if BITS >= 16 else (64 if BITS == 2 else 32)
+    E: tl.constexpr = field_width(PANEL)
+    UNIT: tl.constexpr = PANEL.unit
     N: tl.constexpr = rows.shape[0]
     acc = tl.zeros((N, x_rows.shape[0]), tl.float32)
     for start in range(0, n_unit, UNITS):
         u = start + tl.arange(0, UNITS)
         units = tl.minimum(u, n_unit - 1)
         for f in tl.static_range(UNIT // E):
-            w = tile_field(qs, high, scale, d, rows, units, n_unit, f, BITS, HIGH, GROUP, SCALES, OFFSET, BOOK)
+            field = tile_field(w, rows, units, n_unit, f, PANEL)
             column = tl.reshape(u[:, None] * UNIT + f * E + tl.arange(0, E)[None, :], (UNITS * E,))
             x = tl.load(x_rows[:, None] + column[None, :], mask=column[None, :] < n_in, other=0.0)
-            acc = tl.dot(tl.reshape(w, (N, UNITS * E)).to(tl.float16), tl.trans(x), acc)
+            acc = tl.dot(tl.reshape(field, (N, UNITS * E)).to(tl.float16), tl.trans(x), acc)
     return acc
 
 
 @triton.jit
-def matmul_tile(  # type: ignore[no-untyped-def]
-    qs,
-    high,
-    scale,
-    d,
-    xh,
-    raw,
-    n_out,
-    n_in,
-    n_unit,
-    raw_stride,
-    BITS: tl.constexpr,
-    HIGH: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALES: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BOOK: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    UNITS: tl.constexpr,
-):
-    """raw[m, o] = w[o] * xh[m], f32, for M tokens and N rows a program; UNITS of each row at a time."""
+def matmul_tile(
+    w, xh, raw, n_out, n_in, n_unit, raw_stride,
+    PANEL: tl.constexpr, M: tl.constexpr, N: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """raw f32[m, o] = w[o] * xh[m] for M tokens, N rows a program. UNITS: units of a row at a time."""
     o = tl.program_id(0) * N + tl.arange(0, N)
     rows = tl.minimum(o, n_out - 1).to(tl.int64)
     m = tl.arange(0, M)
-    acc = tile_product(
-        qs, high, scale, d, rows, xh + m * n_in, n_in, n_unit, BITS, HIGH, GROUP, SCALES, OFFSET, BOOK, UNITS
-    )
+    acc = tile_product(w, rows, xh + m * n_in, n_in, n_unit, PANEL, UNITS)
     tl.store(raw + m[None, :] * raw_stride + o[:, None], acc, mask=o[:, None] < n_out)
 
 
 @triton.jit
-def dequantize(  # type: ignore[no-untyped-def]
-    qs,
-    high,
-    scale,
-    d,
-    out,
-    first,
-    n_row,
-    n_in,
-    n_unit,
-    BITS: tl.constexpr,
-    HIGH: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALES: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BOOK: tl.constexpr,
-    N: tl.constexpr,
-    UNITS: tl.constexpr,
-):
-    """out f16[n_row, n_in] = rows first .. of the weights; grid (n_row / N, n_unit / UNITS)."""
-    E: tl.constexpr = 128 // BITS if BITS >= 16 else 16
-    UNIT: tl.constexpr = E if BITS >= 16 else (64 if BITS == 2 else 32)
+def dequantize(
+    w, out, first, n_row, n_in, n_unit,
+    PANEL: tl.constexpr, N: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """out f16[n_row, n_in] = rows first .. first + n_row of the weights; grid (n_row / N, n_unit / UNITS)."""
+    E: tl.constexpr = field_width(PANEL)
+    UNIT: tl.constexpr = PANEL.unit
     o = tl.program_id(0) * N + tl.arange(0, N)
     u = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
     rows = (first + tl.minimum(o, n_row - 1)).to(tl.int64)
     for f in tl.static_range(UNIT // E):
         units = tl.minimum(u, n_unit - 1)
-        w = tile_field(qs, high, scale, d, rows, units, n_unit, f, BITS, HIGH, GROUP, SCALES, OFFSET, BOOK)
+        field = tile_field(w, rows, units, n_unit, f, PANEL)
         column = u[None, :, None] * UNIT + f * E + tl.arange(0, E)[None, None, :]
         to = out + o[:, None, None].to(tl.int64) * n_in + column
-        tl.store(to, w.to(tl.float16), mask=(o[:, None, None] < n_row) & (column < n_in))
+        tl.store(to, field.to(tl.float16), mask=(o[:, None, None] < n_row) & (column < n_in))
 
 
 @triton.jit
-def finish(  # type: ignore[no-untyped-def]
-    raw,
-    raw_stride,
-    xm,
-    out,
-    out_stride,
-    bias,
-    residual,
-    residual_stride,
-    n_out,
-    ACTIVATION: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """out = raw * xm (+ bias) (+ residual), or, gated, activation(first half) * second; grid (rows, n_out / WIDTH)."""
+def finish(
+    raw, raw_stride, xm, out, out_stride, bias, residual, residual_stride, n_out,
+    ACTIVATION: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """out = raw * xm (+ bias) (+ residual); grid (rows, n_out / WIDTH).
+
+    xm: factors of the rows. ACTIVATION: None, or out = activation(first half of raw * xm) * second half.
+    """
     row = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     mask = o < n_out

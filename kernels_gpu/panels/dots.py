@@ -1,6 +1,6 @@
-"""Dot products of packed bytes, one instruction each on NVIDIA GPUs, in plain Triton elsewhere.
+"""Dot products of packed bytes: one instruction each on NVIDIA GPUs, plain Triton elsewhere.
 
-All take and return int32 tensors of one shape.
+All functions take and return int32 tensors of one shape.
 """
 
 import triton
@@ -9,14 +9,14 @@ from triton.language import target_info
 
 
 @triton.jit
-def _byte(word, j: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Byte j, signed."""
+def _byte(word, j: tl.constexpr):
+    """Return byte j of a word, signed."""
     return (word << (24 - 8 * j)) >> 24
 
 
 @triton.jit
-def dp4a(a, b, c):  # type: ignore[no-untyped-def]
-    """c + the products of the four signed bytes of a and b."""
+def dp4a(a, b, c):
+    """Return c + the sum of the products of the four signed bytes of a and b."""
     if target_info.is_cuda():
         asm: tl.constexpr = "dp4a.s32.s32 $0, $1, $2, $3;"
         c = tl.inline_asm_elementwise(asm, "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1)
@@ -27,8 +27,8 @@ def dp4a(a, b, c):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def dp2a(a, b, half: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The two signed 16-bit halves of a times bytes 2 half and 2 half + 1 of b, signed."""
+def dp2a(a, b, half: tl.constexpr):
+    """Return the two signed 16-bit halves of a times the signed bytes 2 half and 2 half + 1 of b, added."""
     if target_info.is_cuda():
         asm: tl.constexpr = "dp2a.hi.s32.s32 $0, $1, $2, 0;" if half else "dp2a.lo.s32.s32 $0, $1, $2, 0;"
         return tl.inline_asm_elementwise(asm, "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
@@ -37,11 +37,12 @@ def dp2a(a, b, half: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def look_up(word, BOOK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Bytes of BOOK (16 of them in four int32) for the low nibbles of word's bytes, and for the high ones.
+def look_up(word, BOOK: tl.constexpr):
+    """Return the bytes of BOOK for the low nibbles of a word's bytes, and those for the high nibbles.
 
-    prmt picks four of eight bytes by the low three bits of four nibbles: it is asked twice, for the lower and the upper
-    half of the book, and then the nibbles' top bits pick one of the two answers; at last even and odd are told apart.
+    BOOK: 16 bytes in four int32. On NVIDIA GPUs prmt picks four of eight bytes by the low three bits of four nibbles.
+    It does so in the lower and in the upper half of the book; then the top bits of the nibbles pick one of both
+    results. The last two instructions separate low nibbles (even) from high nibbles (odd).
     """
     if target_info.is_cuda():
         asm: tl.constexpr = """{
@@ -78,8 +79,8 @@ def look_up(word, BOOK: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def book_value(code, BOOK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The signed byte of BOOK that the low nibble of code picks."""
+def book_value(code, BOOK: tl.constexpr):
+    """Return the signed byte of BOOK that the low nibble of a code picks."""
     code = code & 15
     words = tl.where(code < 8, tl.where(code < 4, BOOK[0], BOOK[1]), tl.where(code < 12, BOOK[2], BOOK[3]))
     return (words << (24 - 8 * (code & 3))) >> 24

@@ -1,4 +1,4 @@
-"""Reads tiles of any panel (panels.py has the layouts) as f32: for tensor cores, embeddings and dequantizing."""
+"""Reads tiles of any panel (layouts: panels.py) as f32: for tensor cores, embeddings and dequantizing."""
 
 import triton
 import triton.language as tl
@@ -8,8 +8,8 @@ from gguf_run.kernels_gpu.panels.units import exponent_half, half_pair
 
 
 @triton.jit
-def _scales(scale, d, at, at_d, f: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Scale and minimum of field f of units at `at`."""
+def _scales(scale, d, at, at_d, f: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr):
+    """Return scale and minimum of field f of units. at: numbers of the units; at_d: numbers of their d."""
     n_group: tl.constexpr = 1 if GROUP == 32 else (4 if BITS == 2 else 2)
     if SCALES == "f16":
         factor = tl.load(scale.to(tl.pointer_type(tl.float16)) + at).to(tl.float32)
@@ -33,24 +33,20 @@ def _scales(scale, d, at, at_d, f: tl.constexpr, BITS: tl.constexpr, GROUP: tl.c
             return factor * (pair & 255).to(tl.float32), -minimum * (pair >> 8).to(tl.float32)
 
 
+@triton.constexpr_function
+def field_width(panel):
+    """Weights of a field: a float panel's unit is one field."""
+    return panel.unit if panel.bits >= 16 else 16
+
+
 @triton.jit
-def tile_field(  # type: ignore[no-untyped-def]
-    qs,
-    high,
-    scale,
-    d,
-    rows,
-    units,
-    n_unit,
-    f: tl.constexpr,
-    BITS: tl.constexpr,
-    HIGH: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALES: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BOOK: tl.constexpr,
-):
-    """Field f of `units` int32[n] of `rows` int64[m]: f32[m, n, 16], or the 4 or 8 numbers of a float panel's unit."""
+def tile_field(w, rows, units, n_unit, f: tl.constexpr, PANEL: tl.constexpr):
+    """Return field f of `units` int32[n] of `rows` int64[m], f32[m, n, field_width]. w: planes of the weights."""
+    qs, high, scale, d = w
+    BITS: tl.constexpr = PANEL.bits
+    HIGH: tl.constexpr = PANEL.high
+    SCALES: tl.constexpr = PANEL.scales
+    BOOK: tl.constexpr = PANEL.book_words
     at = rows[:, None] * n_unit + units[None, :]
     if BITS >= 16:
         e = tl.arange(0, 128 // BITS)[None, None, :]
@@ -82,8 +78,8 @@ def tile_field(  # type: ignore[no-untyped-def]
             code = book_value(code, BOOK)
         per: tl.constexpr = 4 if BITS == 2 else 8
         at_d = rows[:, None] * (n_unit // per) + units[None, :] // per
-        factor, minimum = _scales(scale, d, at, at_d, f, BITS, GROUP, SCALES)
-        value = factor[:, :, None] * (code - OFFSET).to(tl.float32)
+        factor, minimum = _scales(scale, d, at, at_d, f, BITS, PANEL.group, SCALES)
+        value = factor[:, :, None] * (code - PANEL.offset).to(tl.float32)
         if SCALES == "f16m" or SCALES == "k4" or SCALES == "k6m":
             value += minimum[:, :, None]
         return value

@@ -1,23 +1,20 @@
-"""What the GPU backend's handles are: weights as panels, buffers of rows."""
+"""The handles of the GPU backend: weights as panels, experts, sums of squares."""
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor as Array
 
 from gguf_run.kernels_gpu.panels.panels import FACTOR, IntPanel, Panel
 
-ROWS = 32  # buffers have a multiple of this many rows, so that kernels for a few tokens need no masks
-
-
-def padded(n_row: int) -> int:
-    """Rows of memory for n_row rows."""
-    return -(-n_row // ROWS) * ROWS
+Planes = tuple[Array, Array | None, Array | None, Array | None]
 
 
 @dataclass(frozen=True, eq=False)
 class WeightPart:
-    """Rows of a matrix in one panel: planes of uint8[n_out, bytes of a row]; high and d may be None."""
+    """Rows of a matrix in one panel: planes of uint8[n_out, bytes of a row] (panels.py)."""
 
     panel: Panel
     n_in: int
@@ -28,8 +25,18 @@ class WeightPart:
     d: Array | None = None
 
     @property
+    def w(self) -> Planes:
+        """All planes, as kernels take them."""
+        return self.qs, self.high, self.scale, self.d
+
+    @property
     def planes(self) -> list[Array]:
-        return [plane for plane in (self.qs, self.high, self.scale, self.d) if plane is not None]
+        """The planes that the panel has."""
+        return [plane for plane in self.w if plane is not None]
+
+    @property
+    def is_int(self) -> bool:
+        return isinstance(self.panel, IntPanel)
 
     @property
     def n_unit(self) -> int:
@@ -42,23 +49,22 @@ class WeightPart:
 
 
 def empty(panel: Panel, n_in: int, n_out: int, device: torch.device) -> WeightPart:
-    """Memory for a matrix; the columns that a row is filled up with are 0."""
+    """Return memory for a matrix. The columns that fill up a row of floats are 0."""
     if not isinstance(panel, IntPanel):
-        return WeightPart(
-            panel, n_in, n_out, torch.zeros(n_out, panel.row_bytes(n_in), dtype=torch.uint8, device=device)
-        )
+        qs = torch.zeros(n_out, panel.row_bytes(n_in), dtype=torch.uint8, device=device)
+        return WeightPart(panel, n_in, n_out, qs)
     n_unit = n_in // panel.unit
     widths = [n_unit * n for n in (panel.qs_bytes, panel.high_bytes, panel.scale_bytes)]
     widths.append(n_in // FACTOR * panel.d_bytes)
     planes = (torch.empty(n_out, n, dtype=torch.uint8, device=device) if n else None for n in widths)
-    qs, *others = planes
-    assert qs is not None
-    return WeightPart(panel, n_in, n_out, qs, *others)
+    first, *others = planes
+    assert first is not None
+    return WeightPart(panel, n_in, n_out, first, *others)
 
 
 @dataclass(frozen=True, eq=False)
 class GpuWeight:
-    """A matrix as parts, one for each run of rows of one tensor type."""
+    """A matrix: one part for each run of rows of one tensor type. fuse.WeightForm."""
 
     n_in: int
     parts: tuple[WeightPart, ...]
@@ -67,24 +73,43 @@ class GpuWeight:
     def n_out(self) -> int:
         return sum(part.n_out for part in self.parts)
 
+    @property
+    def n_part(self) -> int:
+        return len(self.parts)
+
+    @property
+    def reads_int8(self) -> bool:
+        return any(part.is_int for part in self.parts)
+
+    @property
+    def reads_halves(self) -> bool:
+        return any(part.panel.scales != "F32" for part in self.parts)
+
 
 @dataclass(frozen=True, eq=False)
-class GpuBuffer:
-    """Columns of f32 rows; after: of the rows whose results are wanted, else of all tokens."""
+class GpuExperts:
+    """The experts of a layer. fuse.ExpertsForm."""
 
-    memory: Array
-    after: bool
-    start: int
-    width: int
-
-    def columns(self, start: int, width: int) -> "GpuBuffer":
-        return GpuBuffer(self.memory, self.after, self.start + start, width)
+    n_expert: int
+    gate_up: WeightPart  # rows [n_expert, 2, n_ff]: for each expert its gates, then its `up`s
+    down: WeightPart  # rows [n_expert, n_embd]
+    bias_gate_up: Array | None  # f32[n_expert, 2 * n_ff]
+    bias_down: Array | None  # f32[n_expert, n_embd]
 
     @property
-    def data(self) -> Array:
-        """f32[rows, width], a view."""
-        return self.memory[:, self.start : self.start + self.width]
+    def reads_int8(self) -> bool:
+        return self.gate_up.is_int and self.down.is_int
 
-    @property
-    def stride(self) -> int:
-        return self.memory.stride(0)
+
+class GpuSquares:
+    """models.operands.SquaresHandle: of the rows that a matrix reads, or of those that each of n_expert reads."""
+
+    def __init__(self, n_expert: int, width: int, device: torch.device) -> None:
+        self.sums = torch.zeros(n_expert, width, dtype=torch.float64, device=device)
+        self.n_row = torch.zeros(n_expert, dtype=torch.int64, device=device)
+
+    def take(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        taken = self.sums.cpu().numpy().copy(), self.n_row.cpu().numpy().copy()
+        self.sums.zero_()
+        self.n_row.zero_()
+        return taken

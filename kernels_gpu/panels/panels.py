@@ -1,7 +1,7 @@
 """Panels: the GPU's form of a weight matrix. Each row is cut into units whose quants fill one 16-byte vector load.
 
-Integer panels hold weight = scale * (u - offset) (+ minimum) with unsigned u, or scale * book[u], as planes of their
-own, each [n_out][n_unit]:
+Integer panels hold weight = scale * (u - offset) (+ minimum) with unsigned u, or scale * book[u]. They are planes, each
+[n_out][n_unit]:
 
     qs     16 bytes a unit (8 bits: two planes [n_out][2][n_unit])
     high   the bits of u above those of qs, 4 or 8 bytes a unit
@@ -15,13 +15,13 @@ A unit is 32 weights, 64 where qs has 2 bits. Weight 16 f + b of a unit (field f
     4     byte b, bits 4f .. 4f+3           b % 4                       4f + b/4    4f + b % 4             2 (b/4)
     2     byte b, bits 2f .. 2f+1           4 (f/2) + b % 4             4 (f % 2) + b/4
 
-so that the four bytes of a 32-bit word take their high bits from the same bit of four bytes: one shift and one mask.
+The four bytes of a 32-bit word take their high bits from the same bit of four bytes: one shift and one mask.
 
-Float panels hold the numbers of the file; their units are 16 bytes too. Rows are filled up with zeros.
+Float panels hold the numbers of the file. Their units are 16 bytes too; zeros fill up the rows.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -31,21 +31,27 @@ from gguf_run.formats.blocks.unpack import INTEGER_FORMS
 VECTOR = 16  # bytes that a thread loads at once
 FACTOR = 256  # weights that share d
 
-# Bytes of scales for a unit of (32, 64) weights, and of d for 256. f16: one per 32 weights. f16m: and a minimum. k4: a
-# nibble and a minimum per 16. k6m: a byte and a minimum's byte per 32. k8: an int8 per group. e8m0: an exponent per 32.
-SCALES = {"f16": (2, 0), "f16m": (4, 0), "k4": (4, 4), "k6m": (2, 4), "k8": (0, 2), "e8m0": (1, 0)}
+# How scales are stored: bytes of a unit's scales (0: one for each group), bytes of d for 256 weights.
+SCALES = {
+    "f16": (2, 0),  # f16 for each 32 weights
+    "f16m": (4, 0),  # f16 and an f16 minimum for each 32 weights
+    "k4": (4, 4),  # 4 bits and a minimum of 4 bits for each 16 weights
+    "k6m": (2, 4),  # a byte and a minimum's byte for each 32 weights
+    "k8": (0, 2),  # int8 for each group
+    "e8m0": (1, 0),  # an exponent for each 32 weights
+}
 
 
 @dataclass(frozen=True)
 class IntPanel:
-    """bits, high: of u in qs and above them. group: weights per scale. book: u stands for a value of it."""
+    """A panel of integers. Kernels are compiled for a panel: they take the object as a constant."""
 
-    bits: int
-    high: int
-    group: int
-    scales: str
+    bits: int  # of u that are in qs
+    high: int  # bits of u above those of qs
+    group: int  # weights that share a scale
+    scales: str  # a key of SCALES
     offset: int
-    book: tuple[int, ...] = ()
+    book: tuple[int, ...] = ()  # the 16 values that u stands for, int8; none: u stands for itself
 
     @property
     def unit(self) -> int:
@@ -59,47 +65,49 @@ class IntPanel:
 
     @property
     def high_bytes(self) -> int:
+        """Bytes of a unit's high bits."""
         return self.unit * self.high // 8
 
     @property
     def scale_bytes(self) -> int:
+        """Bytes of a unit's scales."""
         return SCALES[self.scales][0] or self.unit // self.group
 
     @property
     def d_bytes(self) -> int:
-        """Bytes for FACTOR weights."""
+        """Bytes of d for FACTOR weights."""
         return SCALES[self.scales][1]
 
+    @property
+    def book_words(self) -> tuple[int, ...] | None:
+        """The book as four int32."""
+        return tuple(np.array(self.book, np.int8).view(np.int32).tolist()) if self.book else None
+
     def row_bytes(self, n_in: int) -> int:
+        """Bytes of a row of n_in weights, all planes together."""
         unit_bytes = self.qs_bytes + self.high_bytes + self.scale_bytes
         return n_in // self.unit * unit_bytes + n_in // FACTOR * self.d_bytes
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """What a kernel is compiled for."""
-        book = np.array(self.book or (0,) * 16, np.int8).view(np.int32).tolist()
-        names = {"BITS": self.bits, "HIGH": self.high, "GROUP": self.group, "SCALES": self.scales}
-        return names | {"OFFSET": self.offset, "BOOK": tuple(book) if self.book else None}
 
 
 @dataclass(frozen=True)
 class FloatPanel:
-    """name: F32, F16 or BF16."""
+    """A panel of floats. Kernels take it as they take an IntPanel."""
 
-    name: str
-    element_bytes: int
+    scales: str  # the type: "F32", "F16" or "BF16"
+    bits: int
+    high: ClassVar = 0
+    group: ClassVar = 0
+    offset: ClassVar = 0
+    book_words: ClassVar = None
 
     @property
     def unit(self) -> int:
-        return VECTOR // self.element_bytes
+        """Weights of a unit."""
+        return 8 * VECTOR // self.bits
 
     def row_bytes(self, n_in: int) -> int:
+        """Bytes of a row of n_in weights, filled up to whole units."""
         return -(-n_in // self.unit) * VECTOR
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        names = {"BITS": 8 * self.element_bytes, "HIGH": 0, "GROUP": 0, "SCALES": self.name}
-        return names | {"OFFSET": 0, "BOOK": None}
 
 
 Panel = IntPanel | FloatPanel
@@ -132,17 +140,17 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
 )
 # fmt: on
 PANELS: dict[str, Panel] = {
-    "F32": FloatPanel("F32", 4),
-    "F16": FloatPanel("F16", 2),
-    "BF16": FloatPanel("BF16", 2),
+    "F32": FloatPanel("F32", 32),
+    "F16": FloatPanel("F16", 16),
+    "BF16": FloatPanel("BF16", 16),
 } | {name: _int_panel(name, *row) for name, *row in _ROWS}
 
 
 def panel_for(type_name: str) -> Panel:
-    """The panel that holds a tensor type exactly. Types that have none of their own go through F32."""
+    """Return the panel that holds a tensor type exactly: F32 for types without a panel of their own."""
     return PANELS.get(type_name, PANELS["F32"])
 
 
 def matrix_bytes(type_name: str, n_in: int, n_out: int) -> int:
-    """Bytes of a matrix as panels: what placement counts with."""
+    """Return the bytes of a matrix as a panel."""
     return n_out * panel_for(type_name).row_bytes(n_in)

@@ -1,4 +1,4 @@
-"""File blocks to panels (panels.py has the layouts), at load, on the device: exact, in pieces, with torch's ops."""
+"""Makes panels (layouts: panels.py) of a file's blocks at load: exactly, on the device, with torch's ops."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,10 +14,10 @@ from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.kernels_gpu.panels.memory import WeightPart, empty
 from gguf_run.kernels_gpu.panels.panels import PANELS, FloatPanel, IntPanel, panel_for
 
-_PIECE = 16 << 20  # bytes of the file that are under way at a time; what repacking them needs is some times as much
+_PIECE = 16 << 20  # bytes of the file at a time; repacking needs several times as much memory
 
-# Where a type's codes are: (field, run, bits) means that a run of bytes holds first the low `bits` of each weight of
-# one run of weights, then those of the next: nibbles, crumbs or single bits. First qs, then the high bits.
+# Where a type's codes are: first qs, then the high bits. (field, run, bits): each run of bytes of a field holds
+# 8 / bits runs of weights; the first run of weights is in the lowest bits.
 _CODES: dict[str, tuple[tuple[str, int, int], ...]] = {
     "Q4_0": (("qs", 16, 4),),
     "Q4_1": (("qs", 16, 4),),
@@ -40,14 +40,14 @@ def _shifts(device: Any, n: int, by: int) -> Array:
 
 
 def _field(blocks: Array, type: TensorType, name: str, size: int = 0) -> Array:
-    """The bytes of a field, or `size` bytes from where it begins: uint8[n_row, n_block, bytes]."""
+    """Return uint8[n_row, n_block, bytes]: the bytes of a field, or `size` bytes from its first byte on."""
     assert type.dtype.fields is not None
     dtype, at = type.dtype.fields[name][:2]
     return blocks[..., at : at + (size or dtype.itemsize)]
 
 
 def _codes(blocks: Array, type: TensorType, name: str, run: int, bits: int) -> Array:
-    """uint8[n_row, n_in]: a part of all codes, in the order of the weights."""
+    """Return uint8[n_row, n_in]: some bits of all codes, in the order of the weights."""
     runs = _field(blocks, type, name).unflatten(-1, (-1, 1, run))
     parts = runs >> _shifts(blocks.device, 8 // bits, bits)[:, None] & (1 << bits) - 1
     return parts.reshape(len(blocks), -1)
@@ -62,8 +62,10 @@ def _pack_qs(codes: Array, panel: IntPanel) -> Array:
 
 
 def _pack_high(codes: Array, panel: IntPanel) -> Array:
-    """Weight 16 f + 4 i + j of a unit goes into byte j of a word: into bit 4 (f % 2) + i of word f / 2 or, with two
-    bits, into bits 2 i of word f."""
+    """Pack high bits. Those of weight 16 f + 4 i + j of a unit go into byte j of a word.
+
+    One bit: bit 4 (f % 2) + i of word f / 2. Two bits: bits 2 i and 2 i + 1 of word f.
+    """
     n_share = 3 - panel.high
     shifts = _shifts(codes.device, n_share, 4)[:, None] + _shifts(codes.device, 4, panel.high)
     words = codes.unflatten(-1, (-1, panel.unit // 16 // n_share, n_share, 4, 4)) << shifts[..., None]
@@ -71,7 +73,7 @@ def _pack_high(codes: Array, panel: IntPanel) -> Array:
 
 
 def _pairs_of_6_bits(scales: Array) -> Array:
-    """Scale and minimum, a byte each, of eight groups (layout: formats/blocks/unpack_k.py)."""
+    """Return scale and minimum of eight groups, a byte each (layout: formats/blocks/unpack_k.py)."""
     s, m, low = scales.unflatten(-1, (3, 4)).unbind(-2)
     scale = torch.cat([s & 63, low & 15 | s >> 6 << 4], -1)
     minimum = torch.cat([m & 63, low >> 4 | m >> 6 << 4], -1)
@@ -79,7 +81,7 @@ def _pairs_of_6_bits(scales: Array) -> Array:
 
 
 def _scales_q3_k(blocks: Array, type: TensorType) -> Array:
-    """16 scales of 6 bits, less 32."""
+    """Return 16 scales of 6 bits, minus 32."""
     scales = _field(blocks, type, "scales")
     low, top = scales[..., :8], scales[..., 8:]
     low = torch.cat([low & 15, low >> 4], -1)
@@ -88,14 +90,14 @@ def _scales_q3_k(blocks: Array, type: TensorType) -> Array:
 
 
 def _scales_iq4_xs(blocks: Array, type: TensorType) -> Array:
-    """8 scales of 6 bits, less 32."""
+    """Return 8 scales of 6 bits, minus 32."""
     low, top = _field(blocks, type, "scales_l"), _field(blocks, type, "scales_h")
     low = (low.unsqueeze(-1) >> _shifts(blocks.device, 2, 4) & 15).flatten(-2)
     top = (top.unsqueeze(-1) >> _shifts(blocks.device, 4, 2) & 3).flatten(-2)
     return (low | top << 4) - 32
 
 
-# The scales in the panel's form, for all types but those whose bytes the file has in that form.
+# Scales in the panel's form. The other types have them in that form in the file.
 _SCALES: dict[str, Callable[[Array, TensorType], Array]] = {
     "Q4_1": lambda blocks, type: _field(blocks, type, "d", 4),
     "Q5_1": lambda blocks, type: _field(blocks, type, "d", 4),
@@ -108,7 +110,7 @@ _SCALES: dict[str, Callable[[Array, TensorType], Array]] = {
 
 
 def _planes(blocks: Array, type: TensorType, panel: IntPanel) -> list[Array]:
-    """The planes of rows of blocks uint8[n_row, n_block, type_size]."""
+    """Return the planes of rows of blocks, uint8[n_row, n_block, type_size]."""
     qs, *high = (_codes(blocks, type, *codes) for codes in _CODES[type.name])
     planes = [_pack_qs(qs, panel), *(_pack_high(codes, panel) for codes in high)]
     if panel.d_bytes:
@@ -118,7 +120,7 @@ def _planes(blocks: Array, type: TensorType, panel: IntPanel) -> list[Array]:
 
 
 class Uploader:
-    """Brings rows of files to a device through two pinned buffers: one is filled while the other one is under way."""
+    """Copies rows of files to a device through two pinned buffers: one is filled while the other one is sent."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -126,7 +128,7 @@ class Uploader:
         self._sent: list[Any] = [None, None]
 
     def send(self, data: NDArray[np.uint8]) -> Array:
-        """A copy of data on the device."""
+        """Return a copy of data on the device."""
         is_cuda = self.device.type == "cuda"
         if not self._staging:
             self._staging = [torch.empty(0, dtype=torch.uint8)] * 2
@@ -145,7 +147,7 @@ class Uploader:
         return sent.view(data.shape)
 
     def repack(self, tensors: Sequence[Tensor]) -> WeightPart:
-        """The rows of tensors of one type, one after the other, as one part. Drops the file's pages behind it."""
+        """Return the rows of all tensors, which have one type, as one part. Release the file's pages."""
         type, n_in = tensors[0].type, tensors[0].ne[0]
         panel = panel_for(type.name)
         n_out = sum(tensor.n_rows for tensor in tensors)

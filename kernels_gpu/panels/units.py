@@ -1,6 +1,6 @@
-"""Reads units of integer panels (panels.py has the layouts) in a form that dp4a takes.
+"""Reads units of integer panels (layouts: panels.py) in the form that dp4a takes.
 
-A thread has whole units: all values are tensors [n], one unit each, and words are tuples of them.
+A thread has whole units: all values are tensors [n] with a number for each unit. Words are tuples of such tensors.
 """
 
 import triton
@@ -10,8 +10,8 @@ from gguf_run.kernels_gpu.panels.dots import look_up
 
 
 @triton.jit
-def words4(at):  # type: ignore[no-untyped-def]
-    """The four words at pointers [n] to int32: one 16-byte load a thread."""
+def words4(at):
+    """Return the four words at pointers [n] to int32: one 16-byte load a thread."""
     n: tl.constexpr = at.shape[0]
     even, odd = tl.split(tl.reshape(tl.load(at[:, None] + tl.arange(0, 4)[None, :]), (n, 2, 2)))
     w0, w2 = tl.split(even)
@@ -20,16 +20,34 @@ def words4(at):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def half_pair(word):  # type: ignore[no-untyped-def]
-    """The two f16 in an int32, as f32."""
+def zeros(n: tl.constexpr, UNITS: tl.constexpr):
+    """Return n sums f32[UNITS] of 0: one number a thread."""
+    sums = ()
+    for _ in tl.static_range(n):
+        sums = sums + (tl.zeros((UNITS,), tl.float32),)
+    return sums
+
+
+@triton.jit
+def added(sums, values):
+    """Return two tuples of tensors, added one by one."""
+    total = ()
+    for i in tl.static_range(len(sums)):
+        total = total + (sums[i] + values[i],)
+    return total
+
+
+@triton.jit
+def half_pair(word):
+    """Return the two f16 in an int32, as f32."""
     low = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     high = ((word >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     return low, high
 
 
 @triton.jit
-def _high_words(high, at, HIGH: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The words of high bits of units at [n]: the second one is the first again where a unit has only one."""
+def _high_words(high, at, HIGH: tl.constexpr, BITS: tl.constexpr):
+    """Return two words of high bits of units at [n]: the same word twice if a unit has only one."""
     if HIGH == 0:
         none = tl.zeros(at.shape, tl.int32)
         return none, none
@@ -42,8 +60,12 @@ def _high_words(high, at, HIGH: tl.constexpr, BITS: tl.constexpr):  # type: igno
 
 
 @triton.jit
-def unit_words(qs, high, row, u, n_unit, BITS: tl.constexpr, HIGH: tl.constexpr, BOOK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Bytes u of units [n] of a row: a tuple of fields of four words, 16 weights each."""
+def unit_words(w, row, u, n_unit, PANEL: tl.constexpr):
+    """Return the codes of units u [n] of a row, a byte each: a tuple of fields of four words, 16 weights a field."""
+    BITS: tl.constexpr = PANEL.bits
+    HIGH: tl.constexpr = PANEL.high
+    BOOK: tl.constexpr = PANEL.book_words
+    qs, high, _scale, _d = w
     qs = qs.to(tl.pointer_type(tl.int32))
     fields = ()
     if BITS == 8:
@@ -77,24 +99,27 @@ def unit_words(qs, high, row, u, n_unit, BITS: tl.constexpr, HIGH: tl.constexpr,
 
 
 @triton.jit
-def _shift(word, left: tl.constexpr):  # type: ignore[no-untyped-def]
+def _shift(word, left: tl.constexpr):
     return word << left if left >= 0 else word >> -left
 
 
 @triton.jit
-def exponent_half(e):  # type: ignore[no-untyped-def]
-    """2**(e - 128) of int32 e, whose doubled value e8m0 means: books of e2m1 hold doubled values."""
+def exponent_half(e):
+    """Return 2**(e - 128) of int32 e. e8m0 means twice that; the books of e2m1 hold doubled values."""
     bits = tl.where(e < 2, 0x200000 << e, (e - 1) << 23)
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def unit_factors(scale, d, row, u, n_unit, BITS: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What the dot products of units [n] are multiplied with, and what is added.
+def unit_factors(w, row, u, n_unit, PANEL: tl.constexpr):
+    """Return the factors of the dot products of units u [n] of a row.
 
-    GROUP 32: (scale f32, minimum f32); minimum is 0 and unused where there is none. GROUP 16: (packed int8 scales,
-    their packed minimums, d, -dmin).
+    One scale a unit (group 32): (scale f32, minimum f32); a type without minimums has 0, which is not used.
+    Several (group 16): (packed int8 scales, packed minimums, d, -dmin).
     """
+    _qs, _high, scale, d = w
+    BITS: tl.constexpr = PANEL.bits
+    SCALES: tl.constexpr = PANEL.scales
     at = row * n_unit + u
     none = tl.zeros(u.shape, tl.float32)
     zero = tl.zeros(u.shape, tl.int32)
@@ -116,7 +141,7 @@ def unit_factors(scale, d, row, u, n_unit, BITS: tl.constexpr, GROUP: tl.constex
         return pairs & 0x0F0F0F0F, (pairs >> 4) & 0x0F0F0F0F, factor, -minimum
     else:
         factor = tl.load(d.to(tl.pointer_type(tl.float16)) + at_d).to(tl.float32)
-        if GROUP == 32:
+        if PANEL.group == 32:
             return factor * tl.load(scale.to(tl.pointer_type(tl.int8)) + at).to(tl.float32), none
         elif BITS == 2:
             return tl.load(scale.to(tl.pointer_type(tl.int32)) + at), zero, factor, none

@@ -5,8 +5,8 @@ import triton.language as tl
 
 
 @triton.jit
-def activate(x, NAME: tl.constexpr):  # type: ignore[no-untyped-def]
-    """NAME: "silu", or "gelu" in its tanh form, tanh(y) = 2 sigmoid(2 y) - 1."""
+def activate(x, NAME: tl.constexpr):
+    """Return activation(x). NAME: "silu", or "gelu" in its tanh form, with tanh(y) = 2 sigmoid(2 y) - 1."""
     if NAME == "silu":
         return x * tl.sigmoid(x)
     else:
@@ -14,8 +14,8 @@ def activate(x, NAME: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def gate_by(gate, up, NAME: tl.constexpr):  # type: ignore[no-untyped-def]
-    """activation(gate) * up. NAME: of activate, or "swiglu_oai" (models.backend.Recorder.moe)."""
+def gate_by(gate, up, NAME: tl.constexpr):
+    """Return activation(gate) * up. NAME: of `activate`, or "swiglu_oai" (models.ops.Moe)."""
     if NAME == "swiglu_oai":
         gate = tl.minimum(gate, 7.0)
         return gate * tl.sigmoid(1.702 * gate) * (tl.clamp(up, -7.0, 7.0) + 1.0)

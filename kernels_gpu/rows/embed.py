@@ -1,47 +1,32 @@
-"""Ops on rows: embeddings, the choice of result rows, gating, sums of squares."""
+"""Ops on rows: embeddings, the wanted rows, gating, softcap, sums of squares."""
 
 import triton
 import triton.language as tl
 
-from gguf_run.kernels_gpu.panels.fields import tile_field
+from gguf_run.kernels_gpu.panels.fields import field_width, tile_field
 from gguf_run.kernels_gpu.rows.activation import activate
 
 
 @triton.jit
-def embed(  # type: ignore[no-untyped-def]
-    qs,
-    high,
-    scale,
-    d,
-    ids,
-    out,
-    out_stride,
-    n_in,
-    n_unit,
-    factor,
-    BITS: tl.constexpr,
-    HIGH: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALES: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BOOK: tl.constexpr,
-    UNITS: tl.constexpr,
-):
+def embed(
+    w, ids, out, out_stride, n_in, n_unit, factor,
+    PANEL: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
     """out[t] = factor * table[ids[t]]; grid (tokens, n_unit / UNITS)."""
-    E: tl.constexpr = 128 // BITS if BITS >= 16 else 16
-    UNIT: tl.constexpr = E if BITS >= 16 else (64 if BITS == 2 else 32)
+    E: tl.constexpr = field_width(PANEL)
+    UNIT: tl.constexpr = PANEL.unit
     t = tl.program_id(0).to(tl.int64)
     rows = tl.load(ids + t + tl.arange(0, 1)).to(tl.int64)
     u = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
     units = tl.minimum(u, n_unit - 1)
     for f in tl.static_range(UNIT // E):
-        w = tile_field(qs, high, scale, d, rows, units, n_unit, f, BITS, HIGH, GROUP, SCALES, OFFSET, BOOK)
+        field = tile_field(w, rows, units, n_unit, f, PANEL)
         column = u[None, :, None] * UNIT + f * E + tl.arange(0, E)[None, None, :]
-        tl.store(out + t * out_stride + column, w * factor, mask=column < n_in)
+        tl.store(out + t * out_stride + column, field * factor, mask=column < n_in)
 
 
 @triton.jit
-def copy_rows(x, x_stride, rows, out, out_stride, n, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def copy_rows(x, x_stride, rows, out, out_stride, n, WIDTH: tl.constexpr):
     """out[i] = x[rows[i]]; grid (rows, n / WIDTH)."""
     i = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -51,7 +36,7 @@ def copy_rows(x, x_stride, rows, out, out_stride, n, WIDTH: tl.constexpr):  # ty
 
 
 @triton.jit
-def gated(gate, gate_stride, up, up_stride, out, out_stride, n, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def gated(gate, gate_stride, up, up_stride, out, out_stride, n, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr):
     """out = activation(gate) (* up); grid (rows, n / WIDTH)."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -63,7 +48,7 @@ def gated(gate, gate_stride, up, up_stride, out, out_stride, n, ACTIVATION: tl.c
 
 
 @triton.jit
-def gate_rows(x, x_stride, gate, gate_stride, n, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def gate_rows(x, x_stride, gate, gate_stride, n, WIDTH: tl.constexpr):
     """x[t] *= sigmoid(gate[t, 0]); grid (rows, n / WIDTH)."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -73,7 +58,7 @@ def gate_rows(x, x_stride, gate, gate_stride, n, WIDTH: tl.constexpr):  # type: 
 
 
 @triton.jit
-def softcap(x, x_stride, n, scale, CAP: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def softcap(x, x_stride, n, scale, CAP: tl.constexpr, WIDTH: tl.constexpr):
     """x = CAP * tanh(scale * x / CAP), or scale * x without CAP; grid (rows, n / WIDTH)."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -85,8 +70,8 @@ def softcap(x, x_stride, n, scale, CAP: tl.constexpr, WIDTH: tl.constexpr):  # t
 
 
 @triton.jit
-def observe(x, x_stride, sums, n_row, n, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """sums f64[n] += the squares of all rows; grid (n / WIDTH,)."""
+def observe(x, x_stride, sums, seen, n_row, n, WIDTH: tl.constexpr):
+    """sums f64[n] += the squares of n_row rows of x; seen int64[1] += n_row; grid (n / WIDTH,)."""
     column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     mask = column < n
     total = tl.load(sums + column, mask=mask)
@@ -96,3 +81,5 @@ def observe(x, x_stride, sums, n_row, n, WIDTH: tl.constexpr):  # type: ignore[n
         total += value * value
         at += x_stride
     tl.store(sums + column, total, mask=mask)
+    if tl.program_id(0) == 0:
+        tl.store(seen, tl.load(seen) + n_row)

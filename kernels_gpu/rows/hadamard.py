@@ -1,12 +1,12 @@
-"""The Hadamard transform that flattens outliers before few bits are stored (kernels_cpu/attention/hadamard.py)."""
+"""The Hadamard transform, which flattens outliers before few bits are stored. The CPU has the same transform."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _mix(x, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Transform the rows of x f32[rows, N]: column i is the sum over j of x[j] * (-1)^(bits that i and j share)."""
+def _mix(x, N: tl.constexpr):
+    """Transform the rows of x f32[rows, blocks, N]: out[i] = sum over j of x[j] * (-1)^(number of bits in i & j)."""
     i = tl.arange(0, N)
     bits = i[:, None] & i[None, :]
     bits ^= bits >> 4
@@ -16,10 +16,10 @@ def _mix(x, N: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def hadamard(x, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Orthonormal transform of x f32[WIDTH] in blocks of the largest power of two that divides N, at least 32.
+def hadamard(x, N: tl.constexpr):
+    """Return the orthonormal transform of x f32[WIDTH], in blocks of the largest power of two that divides N (>= 32).
 
-    A block as a matrix of 8 columns: first its rows are transformed, then its columns.
+    A block is a matrix of 8 columns: first its rows are transformed, then its columns.
     """
     BLOCK: tl.constexpr = N & -N
     A: tl.constexpr = BLOCK // 8

@@ -1,11 +1,11 @@
-"""Layer norm of rows or of equal parts of them."""
+"""Layer norm of rows or of equal parts of rows."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def layer_norm(x, x_stride, weight, bias, n, eps, out, out_stride, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def layer_norm(x, x_stride, weight, bias, n, eps, out, out_stride, WIDTH: tl.constexpr):
     """out = (x - mean) / sqrt(variance + eps) * weight (+ bias); grid (rows, parts of n columns), WIDTH >= n."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1) * n

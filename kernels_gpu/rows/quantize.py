@@ -1,23 +1,25 @@
-"""Activations as matmul reads them: int8 in blocks of 32 for a few tokens, f16 for many.
+"""Activations as matmul reads them: int8 in blocks of 32 for few tokens, f16 for many.
 
-int8: xq, a block's factor xd = max|x| / 127, and xs, the sums of the block's two halves as int16 in one int32. f16: xh
-and a factor for each row, xm = max|x|: numbers up to 1, so that nothing is too large for an f16.
+int8: xq, the factor of each block, xd = max|x| / 127, and xs, the sums of a block's halves as two int16 in an int32.
+f16: xh and a factor for each row, xm = max|x|. The numbers are up to 1: none is too large for an f16.
 """
 
 import triton
 import triton.language as tl
 
-BLOCK = 32
-
 
 @triton.jit
-def store_int8(x, at, xq, xd, xs, row, n, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Columns at + 0 .. WIDTH of a row of n: x f32[WIDTH], zeros beyond n. Rounds as the CPU does (`/` would not)."""
+def store_int8(x, at, made, row, n, WIDTH: tl.constexpr):
+    """Store x f32[WIDTH], 0 beyond n, as columns `at` .. of a row of n columns of made = (xq, xd, xs).
+
+    Rounds as the CPU does (`/` would not).
+    """
+    xq, xd, xs = made
     N: tl.constexpr = WIDTH // 32
     halves = tl.reshape(x, (N, 2, 16))
     largest = tl.max(tl.max(tl.abs(halves), axis=2), axis=1)
     inverse = tl.where(largest == 0, 0.0, tl.div_rn(127.0, largest))
-    # Adding and taking away 1.5 * 2^23 leaves the nearest integer. A GPU would fuse a plain product with the addition.
+    # Adding and subtracting 1.5 * 2^23 rounds. tl.fma: a GPU would fuse a plain product with the addition.
     q = ((tl.fma(halves, inverse[:, None, None], 0.0) + 12582912.0) - 12582912.0).to(tl.int32)
     block = at // 32 + tl.arange(0, N)
     i = tl.arange(0, 16)[None, None, :] + 16 * tl.arange(0, 2)[None, :, None]
@@ -30,26 +32,27 @@ def store_int8(x, at, xq, xd, xs, row, n, WIDTH: tl.constexpr):  # type: ignore[
 
 
 @triton.jit
-def quantize(x, x_stride, n, xq, xd, xs, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows f32 to int8; grid (rows, n / WIDTH)."""
+def quantize(x, x_stride, n, made, WIDTH: tl.constexpr):
+    """Rows f32 to int8, made = (xq, xd, xs); grid (rows, n / WIDTH)."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * WIDTH
     column = at + tl.arange(0, WIDTH)
-    store_int8(tl.load(x + row * x_stride + column, mask=column < n, other=0.0), at, xq, xd, xs, row, n, WIDTH)
+    store_int8(tl.load(x + row * x_stride + column, mask=column < n, other=0.0), at, made, row, n, WIDTH)
 
 
 @triton.jit
-def store_halves(x, column, xh, xm, row, n):  # type: ignore[no-untyped-def]
-    """A whole row x f32[...], zeros beyond n."""
+def store_halves(x, column, made, row, n):
+    """Store a whole row x f32[...], 0 beyond n, in made = (xh, xm)."""
+    xh, xm = made
     largest = tl.max(tl.abs(x), axis=0)
-    inverse = tl.where(largest < 1e-37, 0.0, 1.0 / largest)  # whose own would be no number
+    inverse = tl.where(largest < 1e-37, 0.0, 1.0 / largest)  # 1 / largest might be inf
     tl.store(xh + row * n + column, (x * inverse).to(tl.float16), mask=column < n)
     tl.store(xm + row, largest)
 
 
 @triton.jit
-def halve(x, x_stride, n, xh, xm, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows f32 to f16; grid (rows,), WIDTH >= n."""
+def halve(x, x_stride, n, made, WIDTH: tl.constexpr):
+    """Rows f32 to f16, made = (xh, xm); grid (rows,), WIDTH >= n."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
-    store_halves(tl.load(x + row * x_stride + column, mask=column < n, other=0.0), column, xh, xm, row, n)
+    store_halves(tl.load(x + row * x_stride + column, mask=column < n, other=0.0), column, made, row, n)

@@ -1,4 +1,4 @@
-"""RMS norm of rows or of equal parts of them, with the residual added and the result made ready for matmul."""
+"""RMS norm of rows or of equal parts of rows. It may add a residual, and write the result as matmul reads it."""
 
 import triton
 import triton.language as tl
@@ -7,19 +7,19 @@ from gguf_run.kernels_gpu.rows.quantize import store_halves, store_int8
 
 
 @triton.jit
-def normed(value, weight, column, n, eps):  # type: ignore[no-untyped-def]
-    """A row of n values, 0 beyond, by its root mean square, times weight."""
+def normed(value, weight, column, n, eps):
+    """Return an RMS norm of a row of n values, 0 beyond."""
     mean = tl.sum(value * value, axis=0) / n
     return value * (1.0 / tl.sqrt_rn(mean + eps)) * tl.load(weight + column, mask=column < n, other=0.0)
 
 
 @triton.jit
-def rms_norm(  # type: ignore[no-untyped-def]
-    x, x_stride, weight, n, eps, out, out_stride, residual, residual_stride, xq, xd, xs, xh, xm, WIDTH: tl.constexpr
+def rms_norm(
+    x, x_stride, weight, n, eps, out, out_stride, residual, residual_stride, int8, halves, WIDTH: tl.constexpr
 ):
     """out = x / sqrt(mean(x^2) + eps) * weight (+ residual); grid (rows, parts of n columns), WIDTH >= n.
 
-    Not None: xq (with xd, xs) gets the result as int8, xh (with xm) as f16 (quantize.py); one part only.
+    int8: None, or (xq, xd, xs): gets the result as int8. halves: None, or (xh, xm): as f16. Both for one part only.
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1) * n
@@ -30,7 +30,7 @@ def rms_norm(  # type: ignore[no-untyped-def]
     if residual is not None:
         value += tl.load(residual + row * residual_stride + part + column, mask=mask, other=0.0)
     tl.store(out + row * out_stride + part + column, value, mask=mask)
-    if xq is not None:
-        store_int8(value, 0, xq, xd, xs, row, n, WIDTH)
-    if xh is not None:
-        store_halves(value, column, xh, xm, row, n)
+    if int8 is not None:
+        store_int8(value, 0, int8, row, n, WIDTH)
+    if halves is not None:
+        store_halves(value, column, halves, row, n)

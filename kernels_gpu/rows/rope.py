@@ -5,10 +5,11 @@ import triton.language as tl
 
 
 @triton.jit
-def _cos_sin(turns):  # type: ignore[no-untyped-def]
-    """Of an f64 number of turns: the library's functions keep a table on the stack for large angles.
+def _cos_sin(turns):
+    """Return the cosine and the sine of an f64 number of turns.
 
-    The nearest quarter turn is taken away in f64, and what is left, up to an eighth, goes into Taylor's series.
+    The nearest quarter turn is subtracted in f64; Taylor's series take the rest, up to an eighth of a turn. The
+    library's functions would keep a table on the stack.
     """
     turns -= tl.floor(turns)
     quarter = tl.floor(turns * 4 + 0.5)
@@ -24,7 +25,7 @@ def _cos_sin(turns):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def angles(positions, inv_freq, table, n_half, scale, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def angles(positions, inv_freq, table, n_half, scale, WIDTH: tl.constexpr):
     """table[t, i] = scale * (cos, sin) of positions[t] * inv_freq[i]; grid (tokens,)."""
     t = tl.program_id(0)
     i = tl.arange(0, WIDTH)
@@ -37,10 +38,8 @@ def angles(positions, inv_freq, table, n_half, scale, WIDTH: tl.constexpr):  # t
 
 
 @triton.jit
-def rope(  # type: ignore[no-untyped-def]
-    x, x_stride, table, n_head, head_dim, n_half, NEOX: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr
-):
-    """Rotates pairs (i, n_half + i) or (2 i, 2 i + 1) of each head, in place; grid (tokens,)."""
+def rope(x, x_stride, table, n_head, head_dim, n_half, NEOX: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr):
+    """Rotate pairs (i, n_half + i) or (2 i, 2 i + 1) of each head, in place; grid (tokens,)."""
     t = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, WIDTH)[None, :]
     head = tl.arange(0, HEADS)[:, None]

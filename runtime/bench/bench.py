@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from gguf_run.formats.gguf.reader import GGUFFile
-from gguf_run.kernels_cpu.attention.cache_types import GROUP, cache_bytes
+from gguf_run.kernels_cpu.attention.cache_types import cache_bytes
 from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.kernels_cpu.measure.limits import Limits, measure_limits
 from gguf_run.models.config import ModelConfig
+from gguf_run.models.kv_cache import GROUP
 from gguf_run.runtime.hub.find import find_model
 from gguf_run.runtime.load.cache_plan import plan_cache
 from gguf_run.runtime.load.fit import gpu_sizes

@@ -21,6 +21,7 @@ from gguf_run.runtime.hub.find import find_model
 from gguf_run.runtime.info.diff import change_lines, compare, diff_lines
 from gguf_run.runtime.info.edit import edit
 from gguf_run.runtime.info.memory import memory_facts, memory_lines
+from gguf_run.runtime.info.ops import ops_facts, ops_lines
 from gguf_run.runtime.info.tensors import Statistics, statistics
 from gguf_run.runtime.info.values import describe_value, show_value
 from gguf_run.runtime.load.options import LoadOptions, Wanted
@@ -45,6 +46,7 @@ STATISTICS = tuple(column.name for column in fields(Statistics))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--fit", is_flag=True, help="Show what fits this machine, and how fast: of MODELs, or of usual sizes.")
 @click.option("--tensors", is_flag=True, help="List the tensors as well.")
+@click.option("--ops", is_flag=True, help="Show the ops of a token instead: bytes read and operations of each.")
 @click.option("--stats", is_flag=True, help="Show statistics of the tensors' weights as well.")
 @click.option(
     "--diff",
@@ -79,6 +81,7 @@ def main(
     as_json: bool,
     fit: bool,
     tensors: bool,
+    ops: bool,
     stats: bool,
     diff: str | None,
     match: str,
@@ -118,6 +121,8 @@ def main(
         raise click.UsageError("--set and --remove need either -o OUT or --in-place, and these need one of them.")
     if editing and (tensors or stats or diff):
         raise click.UsageError("--set and --remove go without --tensors, --stats and --diff.")
+    if ops and (editing or tensors or stats or diff):
+        raise click.UsageError("--ops goes without --set, --remove, --tensors, --stats and --diff.")
     pattern, options = _pattern(match), to_load_options(cache)
     gpus = [byte_size(part, "--gpu-memory") for part in gpu_memory.split(",")] if gpu_memory else []
     device = ",".join(f"cuda:{i}" for i in range(len(gpus))) or "auto"
@@ -128,7 +133,10 @@ def main(
         raise click.UsageError("--gpu-layers, --tensor-split, --cpu-moe and --n-cpu-moe need --gpu-memory.")
     with ExitStack() as files:
         file = files.enter_context(GGUFFile.open(find_model(models[0])))
-        if editing:
+        if ops:
+            facts = ops_facts(file, ctx_size, options)
+            lines = ops_lines(facts)
+        elif editing:
             facts = {"metadata": edit(file, assignments, remove, output)}
             lines = change_lines(facts["metadata"])
         elif diff:

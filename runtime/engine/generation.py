@@ -89,14 +89,14 @@ class Session:
         return self._run([id], n_keep)
 
     def append_top(self, id: int, n_keep: int | None, n_top: int) -> NDArray[np.float32] | Candidates:
-        """The same; but if not 0, the n_top greatest logits are enough: all come only where the decoder has them."""
-        if not 0 < n_top <= self.decoder.n_top:
+        """Add one token; return the n_top greatest logits after it: all if n_top is 0, or if the decoder has all."""
+        if not n_top:
             return self._run([id], n_keep)
         if n_keep is not None and not self.n_free:
             self._make_room(n_keep)
-        ids, logits = self.decoder.top([id], n_top)
+        found = self.decoder.top([id], n_top)
         self._history.append(id)
-        return Candidates(logits, ids, True)
+        return found.values[0] if found.columns is None else Candidates(found.values[0], found.columns, True)
 
     def hold(self, ids: Sequence[int]) -> int:
         """Make `ids` the whole context, without logits; returns how many were reused."""

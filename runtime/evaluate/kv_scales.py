@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import OptionError
-from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS, GROUP
+from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
+from gguf_run.models.kv_cache import GROUP
 from gguf_run.runtime.evaluate.text import Chunk, Scorer
 from gguf_run.runtime.load.kv_scales import LayerScales
 

@@ -46,7 +46,7 @@ def helper(path: Path, quantize: str | None, cache: Sequence[CacheType], n_threa
 
 def main() -> None:
     """What the second process does. Arguments: path, type to quantize to, types of each layer's KV cache."""
-    from gguf_run.kernels_cpu.backend import CpuBackend
+    from gguf_run.kernels_cpu.backend import KernelCompiler
     from gguf_run.models.config import ModelConfig
     from gguf_run.models.decoder import Decoder
     from gguf_run.runtime.load.open_model import open_model
@@ -54,7 +54,7 @@ def main() -> None:
     path, quantize, cache = sys.argv[1], sys.argv[2], [CacheType(*fields) for fields in json.loads(sys.argv[3])]
     with open_model(Path(path), quantize or None) as file:
         config = ModelConfig.from_metadata(file.metadata, file.tensors)
-        backend = CpuBackend(1, dry=True)
+        backend = KernelCompiler()
         Decoder(config, file.tensors, [backend] * config.n_layer, n_ctx=1, cache_types=cache)
 
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gguf_run.formats.errors import GgufRunError, OptionError
-from gguf_run.kernels_gpu.attention import cache_types
+from gguf_run.kernels_gpu.attention.cache_types import cache_format
 from gguf_run.kernels_gpu.panels.panels import matrix_bytes
+from gguf_run.kernels_gpu.sizes import cache_bytes, program_bytes
 from gguf_run.runtime.load.memory import N_OUTPUTS, MemoryNeed, MemoryPlan, WeightSizes
 from gguf_run.runtime.load.options import Wanted
 from gguf_run.runtime.load.placement import CPU, Device, Placement, cpu_only
@@ -20,8 +21,6 @@ from gguf_run.runtime.terminal.text import size_text
 
 # Bytes of a GPU that stay free: for compiled kernels, captured graphs, libraries and what the allocator rounds up.
 MARGIN = 500_000_000
-_ATTENTION_PARTS = 264  # kernels_gpu.matmul.launch.Tuning.programs: rows of partial sums, at most
-_F16_WEIGHTS = 1 << 26  # kernels_gpu.matmul.launch.SCRATCH
 
 
 @dataclass(frozen=True)
@@ -39,30 +38,13 @@ def gpu_sizes(plan: MemoryPlan) -> GpuSizes:
     layers = list(weights.layers)
     for il in range(plan.n_cpu_moe):
         layers[il] -= weights.experts[il]
-    caches = []
-    for il, kind in enumerate(plan.cache):
-        shape = plan.config.attention(il)
-        n_rows = plan.n_seq * cache_types.rows_stored(plan.n_ctx, plan.n_rows, shape.window)
-        caches.append(cache_types.cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, n_rows))
-    return GpuSizes(replace(weights, layers=tuple(layers)), tuple(caches), _buffers(plan))
-
-
-def _buffers(plan: MemoryPlan) -> int:
-    """Return an upper estimate of the memory that a program of the GPU makes.
-
-    It holds rows of numbers, their int8 or f16 forms, angles, partial sums of attention, results of products (also of
-    pairs of tokens and experts), and weights that are f16 for a while.
-    """
-    config, n_outputs = plan.config, max(min(N_OUTPUTS, plan.n_rows), plan.n_seq)
-    n_rows, n_outputs = (-(-n // 32) * 32 for n in (plan.n_rows, n_outputs))
-    matrices = [tensor for tensor in plan.tensors if len(tensor.ne) > 1]
-    inner = max(tensor.ne[1] * (2 if "ffn_" in tensor.name else 1) for tensor in matrices if "blk." in tensor.name)
-    sums = max(n_rows, _ATTENTION_PARTS) * config.n_head * (config.head_dim + 2)
-    pairs = config.moe.n_used * (max(2 * config.n_ff_exp, config.n_embd) + 4) + 2 * config.n_expert
-    rows = (n_rows + n_outputs) * (plan.widths + inner + 2 * config.n_rot + pairs) + n_outputs * config.n_vocab
-    result = max(n_rows * inner, n_outputs * config.n_vocab)
-    scratch = min(_F16_WEIGHTS, max(tensor.ne[0] * tensor.ne[1] for tensor in matrices))
-    return 4 * (rows + result + sums) + 2 * scratch
+    caches = [
+        cache_bytes(plan.config.attention(il), kind, plan.n_ctx, plan.n_rows, plan.n_seq)
+        for il, kind in enumerate(plan.cache)
+    ]
+    n_outputs = max(min(N_OUTPUTS, plan.n_rows), plan.n_seq)
+    buffers = program_bytes(plan.config, plan.tensors, plan.n_rows, n_outputs, plan.widths)
+    return GpuSizes(replace(weights, layers=tuple(layers)), tuple(caches), buffers)
 
 
 def needed(placement: Placement, device: Device, sizes: GpuSizes) -> MemoryNeed:
@@ -152,7 +134,7 @@ def most_layers(plan: MemoryPlan) -> tuple[int, str]:
     for n_gpu, il in enumerate(reversed(range(plan.config.n_layer))):
         try:
             for name in (plan.cache[il].k, plan.cache[il].v):
-                cache_types.cache_format(name, plan.config.attention(il).head_dim)
+                cache_format(name, plan.config.attention(il).head_dim)
         except OptionError as error:
             return n_gpu, str(error)
     return plan.config.n_layer, ""

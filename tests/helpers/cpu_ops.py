@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy_backend import NumpyBackend, NumpyRecorder, NumpyWeight
+from numpy_backend import NumpyBackend, NumpyWeight
 
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.types import TensorType, type_by_name
@@ -20,16 +20,18 @@ from gguf_run.kernels_cpu.matmul.int_tile import X_BLOCK_BYTES, X_D, X_D_SUMS, X
 from gguf_run.kernels_cpu.panels.memory import WeightPart
 from gguf_run.kernels_cpu.panels.panels import BLOCK, PARTS, ROWS, IntPanel
 from gguf_run.kernels_cpu.vector.simd import I16
-from gguf_run.models.backend import Run
+from gguf_run.models.backend import CacheType, Run
+from gguf_run.models.operands import AttentionShape, Buffer
+from gguf_run.models.ops import Embed, Outputs
 
 # Types whose weights are multiplied with int8 activations; all others read the activations as they are.
 QUANTIZED = tuple(INTEGER_FORMS)
 
 
 @functools.cache
-def cpu(n_threads: int = 2, cache_type: str = "f16") -> CpuBackend:
+def cpu(n_threads: int = 2) -> CpuBackend:
     """A backend that all tests share, so that not every test starts threads."""
-    return CpuBackend(n_threads, cache_type)
+    return CpuBackend(n_threads)
 
 
 @dataclass(frozen=True)
@@ -108,30 +110,63 @@ def weights_of(tensors: Sequence[MemoryTensor]) -> np.ndarray:
 
 
 class Step:
-    """A program for a few ops. `rec` records them; `run` closes the recording at its first call."""
+    """A program for a few ops, which a test adds one after the other."""
 
     def __init__(self, backend: Any, n_batch: int) -> None:
         self.backend, self.n_batch = backend, n_batch
-        self.rec = backend.recorder(n_batch, n_batch)
+        self.parts: list[list[Any]] = [[]]
+        self.after: list[Any] = []
+        self._n_buffers = 0
         self.program: Any = None
 
-    def input(self, values: np.ndarray, out: Any | None = None) -> Any:
+    @property
+    def ops(self) -> list[Any]:
+        """The list that grows."""
+        return self.after or self.parts[-1]
+
+    def add(self, op: Any) -> None:
+        self.ops.append(op)
+
+    def buffer(self, width: int) -> Buffer:
+        """A new buffer: for all tokens, or after `outputs` for the wanted ones."""
+        self._n_buffers += 1
+        return Buffer.whole(f"buffer {self._n_buffers}", width, outputs=bool(self.after))
+
+    def input(self, values: np.ndarray, out: Buffer | None = None) -> Buffer:
         """A buffer (or `out`) that holds row ids[t] of values, float32[any, width], whenever the program runs."""
-        out = out or self.rec.buffer(values.shape[1])
-        self.rec.embed(self.backend.table(f32_tensor(values)), out)
+        out = out or self.buffer(values.shape[1])
+        self.add(Embed(self.backend.table(f32_tensor(values)), out))
         return out
 
     def vector(self, values: np.ndarray) -> Any:
         return self.backend.vector([f32_tensor(values[None])])
 
-    def finish(self, result: Any) -> "Step":
-        self.program = self.rec.finish(self.rec.outputs(result))
+    def outputs(self, x: Buffer) -> Buffer:
+        """A buffer of the wanted rows of x. Ops that are added from now on are for those rows."""
+        out = Buffer.whole("outputs", x.width, outputs=True)
+        self.after.append(Outputs(x, out))
+        return out
+
+    def finish(self, result: Buffer) -> "Step":
+        """Make the program. It returns rows of `result`."""
+        if not self.after:
+            result = self.outputs(result)
+        self.program = self.backend.program(self.parts, self.after, result, self.n_batch, self.n_batch)
         return self
 
     def run(self, n_tokens: int, n_past: int = 0, first_id: int = 0) -> np.ndarray:
         """All result rows for ids first_id, first_id + 1, ..."""
         ids = np.arange(first_id, first_id + n_tokens, dtype=np.int32)
-        return self.program.run(ids, [Run(0, n_past, n_tokens)], range(n_tokens)).copy()
+        return self.program.run(ids, [Run(0, n_past, n_tokens)], range(n_tokens)).values.copy()
+
+
+def new_cache(backend: Any, shape: AttentionShape, n_ctx: int, n_batch: int, n_seq: int = 1, kind: str = "f16") -> Any:
+    return backend.cache(shape, n_ctx, n_batch, n_seq, CacheType(kind, kind))
+
+
+def kernel_names(step: Step) -> list[str]:
+    """The kernels on the tape of a program of the CPU backend."""
+    return [kernel.function.__name__ for kernel in step.program._tape.kernels]
 
 
 def error(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -239,21 +274,11 @@ class Q8Weight(NumpyWeight):
 
     is_quantized: np.ndarray
 
-
-class Q8Recorder(NumpyRecorder):
-    def matmul(self, x: Any, weight: Any, out: Any, *, bias: Any = None, residual: Any = None) -> None:
-        def op(step: Any) -> None:
-            rows = x.rows(step)
-            result = rows @ weight.data.T
-            if weight.is_quantized.any():
-                result[:, weight.is_quantized] = as_quantized(rows) @ weight.data[weight.is_quantized].T
-            result += 0 if bias is None else bias
-            out.rows(step)[:] = result if residual is None else result + residual.rows(step)
-
-        self._add("matmul", op)
-
-    def as_read(self, x: np.ndarray, type_name: str) -> np.ndarray:
-        return as_quantized(x) if type_name in QUANTIZED else x
+    def product(self, x: np.ndarray) -> np.ndarray:
+        result = super().product(x)
+        if self.is_quantized.any():
+            result[..., self.is_quantized] = as_quantized(x) @ self.data[self.is_quantized].T
+        return result
 
 
 class Q8Backend(NumpyBackend):
@@ -262,6 +287,3 @@ class Q8Backend(NumpyBackend):
     def weight(self, tensors: Sequence[Any]) -> Q8Weight:
         is_quantized = np.concatenate([np.full(t.n_rows, t.type.name in QUANTIZED) for t in tensors])
         return Q8Weight(self._dequantized(tensors), is_quantized)
-
-    def recorder(self, n_batch: int, n_outputs: int) -> Q8Recorder:
-        return Q8Recorder(self.dtype, n_batch, n_outputs)

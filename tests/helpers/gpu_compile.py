@@ -15,25 +15,25 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import triton.backends.nvidia
+from cpu_ops import Step
 from numpy_backend import ACTIVATIONS
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from gguf_run.kernels_gpu.backend import GpuBackend
-from gguf_run.kernels_gpu.matmul.launch import DEFAULT, Product, Scratch
-from gguf_run.kernels_gpu.matmul.moe_launch import GpuExperts
-from gguf_run.kernels_gpu.panels.memory import GpuBuffer, GpuWeight, empty
+from gguf_run.kernels_gpu.panels.memory import GpuExperts, GpuWeight, empty
 from gguf_run.kernels_gpu.panels.panels import PANELS, IntPanel
-from gguf_run.kernels_gpu.rows.activations import Halves, Int8
-from gguf_run.models.backend import Attention, CacheType, Moe, Rope, Run
+from gguf_run.models.backend import CacheType, Run
+from gguf_run.models.operands import AttentionShape, Mixture, Rotation
+from gguf_run.models.ops import Attend, Embed, Gated, Matmul, MatmulGated, Moe, Observe, RmsNorm, Rope
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "cuobjdump")
 CPU = torch.device("cpu")
@@ -104,76 +104,78 @@ def inspect(kernel: Any) -> dict[str, Any]:
     }
 
 
-def buffer(width: int) -> GpuBuffer:
-    return GpuBuffer(torch.zeros(96, width), False, 0, width)
+def weight(name: str, n_in: int, n_out: int) -> GpuWeight:
+    return GpuWeight(n_in, (empty(PANELS[name], n_in, n_out, CPU),))
 
 
-def product(name: str, activation: str | None = None) -> Product:
-    part = empty(PANELS[name], N_IN, N_OUT, CPU)
-    return Product(part, 0, buffer(N_IN), buffer(N_OUT), None, None, activation, DEFAULT)
+def run(step: Step, n: int, rows: Sequence[int] = (), n_top: int = 0) -> None:
+    step.program.run(np.zeros(n, np.int32), [Run(0, 0, n)], rows, n_top=n_top)
 
 
-def few(name: str, n: int, activation: str | None = None) -> None:
-    product(name, activation).few(n, Int8.empty(8, N_IN, CPU) if isinstance(PANELS[name], IntPanel) else None)
-
-
-def many(name: str, n: int) -> None:
-    scratch = Scratch(torch.zeros(N_OUT * N_IN, dtype=torch.float16), torch.zeros(96 * N_OUT))
-    product(name).many(n, Halves.empty(96, N_IN, CPU), scratch)
+def product(name: str, n: int, activation: str | None = None) -> None:
+    step = Step(GpuBackend(CPU), 96)
+    x, w = step.buffer(N_IN), weight(name, N_IN, N_OUT)
+    if activation is None:
+        step.add(Matmul(x, w, step.buffer(N_OUT)))
+    else:
+        step.add(MatmulGated(x, w, step.buffer(N_OUT // 2), activation))
+    run(step.finish(x), n)
 
 
 def ops() -> None:
-    """Every op of a recorder but the products, which have one weight type here."""
+    """Every op but the products, which have one weight type here."""
     backend = GpuBackend(CPU)
-    recorder = backend.recorder(96, 96)
-    x, y, qkv, ff = (recorder.buffer(n) for n in (1024, 1024, 1536, 512))
-    q = qkv.columns(0, 1024)
-    weight = GpuWeight(1024, (empty(PANELS["Q8_0"], 1024, 1024, CPU),))
-    recorder.embed(empty(PANELS["Q4_K"], 1024, 99, CPU), x)
-    recorder.rms_norm(x, torch.ones(1024), y, 1e-5)
-    recorder.matmul(y, weight, x, residual=x)
-    recorder.rms_norm(x, torch.ones(1024), x, 1e-5, residual=y)  # by the product's last program, as ff's int8 blocks
-    recorder.rms_norm(x, torch.ones(1024), y, 1e-5)
-    recorder.matmul_gated(y, weight, ff, "silu")
-    recorder.matmul(ff, GpuWeight(512, (empty(PANELS["Q8_0"], 512, 1024, CPU),)), x)
-    recorder.rms_norm(q, torch.ones(128), q, 1e-5, n_group=8)
+    step = Step(backend, 96)
+    x, y, qkv, ff = (step.buffer(n) for n in (1024, 1024, 1536, 512))
+    q, ones = qkv.columns(0, 1024), torch.ones(1024)
+    step.add(Embed(empty(PANELS["Q4_K"], 1024, 99, CPU), x))
+    step.add(RmsNorm(x, ones, y, 1e-5))
+    step.add(Matmul(y, weight("Q8_0", 1024, 1024), x, residual=x))
+    step.add(RmsNorm(x, ones, x, 1e-5, residual=y))  # by the product's last program, as ff's int8 blocks
+    step.add(RmsNorm(x, ones, y, 1e-5))
+    step.add(MatmulGated(y, weight("Q8_0", 1024, 1024), ff, "silu"))
+    step.add(Matmul(ff, weight("Q8_0", 512, 1024), x))
+    step.add(RmsNorm(q, ones[:128], q, 1e-5, n_group=8))
     for style in ("norm", "neox"):
-        recorder.rope(qkv.columns(0, 1280), Rope(style, 128, np.ones(64)), 128)
+        step.add(Rope(qkv.columns(0, 1280), Rotation(style, 128, np.ones(64)), 128))
     for name in ACTIVATIONS:
-        recorder.gated(x, y, y, name)
-    recorder.observe(x)
-    recorder.matmul(y, weight, x)
-    program = recorder.finish(recorder.outputs(x))
+        step.add(Gated(x, y, y, name))
+    step.add(Observe(x, backend.squares(1024)))
+    step.add(Matmul(y, weight("Q8_0", 1024, 1024), x))
+    step.finish(x)
     for n in (1, 96):
-        program.run(np.zeros(n, np.int32), [Run(0, 0, n)], [0])
-    program.run_top(np.zeros(1, np.int32), [Run(0, 0, 1)], 0, 64)
+        run(step, n, [0])
+    run(step, 1, [0], n_top=64)
 
 
 def attention(k: str, v: str, head_dim: int, n: int) -> None:
+    """Also a shift of the cache, which turns keys."""
     backend = GpuBackend(CPU)
-    recorder = backend.recorder(64, 64)
-    shape = Attention(n_head=8, n_head_kv=2, head_dim=head_dim, scale=0.1)
-    qkv, out = recorder.buffer(12 * head_dim), recorder.buffer(8 * head_dim)
-    q, kv = qkv.columns(0, 8 * head_dim), [qkv.columns(i * head_dim, 2 * head_dim) for i in (8, 10)]
-    recorder.rope(qkv.columns(0, 10 * head_dim), Rope("norm", head_dim, np.ones(head_dim // 2)), head_dim)
-    recorder.attention(q, *kv, backend.cache(shape, 32768, 64, 1, CacheType(k, v)), shape, out)
-    recorder.matmul(out, GpuWeight(1024, (empty(PANELS["Q8_0"], 8 * head_dim, 1024, CPU),)), recorder.buffer(1024))
-    program = recorder.finish(recorder.outputs(out))
-    program.run(np.zeros(n, np.int32), [Run(0, 0, n)], ())
+    step = Step(backend, 64)
+    shape = AttentionShape(n_head=8, n_head_kv=2, head_dim=head_dim, scale=0.1)
+    qkv, out = step.buffer(12 * head_dim), step.buffer(8 * head_dim)
+    q, keys, values = qkv.columns(0, 8 * head_dim), *(qkv.columns(i * head_dim, 2 * head_dim) for i in (8, 10))
+    rotation = Rotation("norm", head_dim, np.ones(head_dim // 2))
+    cache = backend.cache(shape, 32768, 64, 1, CacheType(k, v))
+    step.add(Rope(qkv.columns(0, 10 * head_dim), rotation, head_dim))
+    step.add(Attend(q, keys, values, cache, shape, out))
+    step.add(Matmul(out, weight("Q8_0", 8 * head_dim, 1024), step.buffer(1024)))
+    run(step.finish(out), n)
+    cache.shift(0, 64, 0, 32, rotation)
 
 
 def moe(gate_up: str, down: str, n: int, activation: str, biases: bool) -> None:
     """8 of 64 experts."""
     n_expert, n_embd, n_ff = 64, 6144, 768
-    recorder = GpuBackend(CPU).recorder(512, 1)
-    x, logits = recorder.buffer(n_embd), recorder.buffer(n_expert)
+    step = Step(GpuBackend(CPU), 512)
+    x, logits = step.buffer(n_embd), step.buffer(n_expert)
     parts = (
         empty(PANELS[gate_up], n_embd, n_expert * 2 * n_ff, CPU),
         empty(PANELS[down], n_ff, n_expert * n_embd, CPU),
     )
     shifts = [torch.zeros(n_expert, n) if biases else None for n in (2 * n_ff, n_embd)]
-    recorder.moe(x, logits, GpuExperts(n_expert, *parts, *shifts), Moe(8, True, 1.0, activation), x)
-    recorder.finish(recorder.outputs(x)).run(np.zeros(n, np.int32), [Run(0, 0, n)], ())
+    step.add(Moe(x, logits, GpuExperts(n_expert, *parts, *shifts), Mixture(8, True, 1.0, activation), x))
+    run(step.finish(x), n)
 
 
 def cases(full: bool) -> dict[str, Callable[[], None]]:
@@ -189,9 +191,9 @@ def cases(full: bool) -> dict[str, Callable[[], None]]:
         moes.append(("MXFP4", "MXFP4", 1, "swiglu_oai", True))
     return {
         "ops": ops,
-        **{f"few {name} {n}": functools.partial(few, name, n) for name, n in few_cases},
-        **({"few Q4_K 1 gated": functools.partial(few, "Q4_K", 1, "silu")} if full else {}),
-        **{f"many {name} {n}": functools.partial(many, name, n) for name, n in many_cases},
+        **{f"few {name} {n}": functools.partial(product, name, n) for name, n in few_cases},
+        **({"few Q4_K 1 gated": functools.partial(product, "Q4_K", 1, "silu")} if full else {}),
+        **{f"many {name} {n}": functools.partial(product, name, n) for name, n in many_cases},
         **{"attention {} {} {} {}".format(*case): functools.partial(attention, *case) for case in attentions},
         **{f"moe {case[0]} {case[2]}": functools.partial(moe, *case) for case in moes},
     }

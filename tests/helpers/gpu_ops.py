@@ -1,7 +1,7 @@
-"""For tests of the GPU backend: in Triton's interpreter, on torch's CPU tensors, or on a GPU. And NumPy twins of its
-panels.
+"""For tests of the GPU backend: in Triton's interpreter, on torch's CPU tensors, or on a GPU. NumPy twins of panels.
 
-conftest.py turns the interpreter on; it is set before triton is imported, for the whole process.
+conftest.py turns the interpreter on; it is set before triton is imported, for the whole process. A module that imports
+this one is skipped if torch or Triton is missing.
 """
 
 import os
@@ -17,7 +17,9 @@ pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
+from gguf_run.kernels_gpu import backend  # noqa: E402
 from gguf_run.kernels_gpu.backend import GpuBackend  # noqa: E402
+from gguf_run.kernels_gpu.device.tuning import Tuning  # noqa: E402
 from gguf_run.kernels_gpu.matmul import decode as matmul_decode  # noqa: E402
 from gguf_run.kernels_gpu.panels import units  # noqa: E402
 from gguf_run.kernels_gpu.panels.memory import WeightPart  # noqa: E402
@@ -27,10 +29,20 @@ INTERPRETED = os.environ["TRITON_INTERPRET"] != "0"
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
 only_interpreted = pytest.mark.skipif(not INTERPRETED, reason="looks into the interpreter")
 torch.set_num_threads(1)
+pytestmark = [  # for all modules that run kernels
+    pytest.mark.usefixtures("fast_dots"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # rows that only fill up may hold anything
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # the interpreter's own
+]
 
 
 def gpu() -> GpuBackend:
     return GpuBackend(DEVICE)
+
+
+def use_tuning(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """Have GpuBackend take a Tuning: large tiles, because the interpreter takes no longer for them."""
+    monkeypatch.setattr(backend, "DEFAULT", Tuning(**options))
 
 
 def _bytes(word: Any) -> np.ndarray:
@@ -85,9 +97,9 @@ def unpack_part(part: WeightPart) -> np.ndarray:
     planes = {name: getattr(part, name) for name in ("qs", "high", "scale", "d")}
     planes = {name: plane.cpu().numpy() for name, plane in planes.items() if plane is not None}
     if not isinstance(panel, IntPanel):
-        if panel.name == "BF16":
+        if panel.scales == "BF16":
             return (planes["qs"].view(np.uint16).astype(np.uint32) << 16).view(np.float32)[:, :n_in]
-        return planes["qs"].view({"F32": np.float32, "F16": np.float16}[panel.name]).astype(np.float32)[:, :n_in]
+        return planes["qs"].view({"F32": np.float32, "F16": np.float16}[panel.scales]).astype(np.float32)[:, :n_in]
     n_out, n_unit, unit = part.n_out, part.n_unit, panel.unit
     f, b = np.divmod(np.arange(unit), 16)
     if panel.bits == 8:

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from cpu_ops import MemoryTensor, Step, f32_tensor, random_tensor, weights_of
 
-from gguf_run.models.backend import Moe
+from gguf_run.models.operands import Mixture
+from gguf_run.models.ops import Moe
 
 N_TOKENS = 40
 
@@ -19,7 +20,7 @@ class Case:
     n_embd: int
     n_ff: int
     n_expert: int
-    moe: Moe
+    moe: Mixture
     biases: bool = False
     n_threads: int = 2
 
@@ -46,5 +47,8 @@ def program(case: Case, backend: Any, *, observe: bool = False, scores: np.ndarr
     )
     if scores is not None:
         logits = step.input(scores)
-    squares = step.rec.moe(x, logits, backend.experts(tensors), case.moe, out, observe=observe)
+    squares = (
+        (backend.squares(case.n_embd, case.n_expert), backend.squares(case.n_ff, case.n_expert)) if observe else None
+    )
+    step.add(Moe(x, logits, backend.experts(tensors), case.moe, out, squares))
     return step.finish(out), squares

@@ -1,11 +1,10 @@
 """The Backend protocol in plain NumPy: the twin that compiled backends are compared with.
 
-Recorded ops are closures, run in order. Weights are dequantized to `dtype` (float32, or float64 as an oracle), which is
+FUNCTIONS has one function for each op. Weights are dequantized to `dtype` (float32, or float64 as an oracle), which is
 also the type of all arithmetic and, unless told otherwise, of the KV cache.
 """
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,24 +12,10 @@ import numpy as np
 
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.models.backend import Attention, CacheType, Moe, Rope, Run
+from gguf_run.models import ops
+from gguf_run.models.backend import CacheType, Results, Run
 from gguf_run.models.kv_cache import GROUP
-
-
-@dataclass
-class Step:
-    """What changes from run to run: the batch, and the rows whose results are wanted."""
-
-    ids: np.ndarray
-    sequences: Sequence[Run]
-    wanted: Sequence[int] = ()
-
-    @property
-    def positions(self) -> np.ndarray:
-        return np.concatenate([run.n_past + np.arange(run.n_tokens) for run in self.sequences])
-
-
-Op = Callable[[Step], None]
+from gguf_run.models.operands import AttentionShape, Buffer, Rotation
 
 
 @dataclass(frozen=True)
@@ -45,22 +30,18 @@ class NumpyWeight:
     def n_out(self) -> int:
         return self.data.shape[0]
 
+    def product(self, x: np.ndarray) -> np.ndarray:
+        """x @ weight.T, [..., n_out]"""
+        result: np.ndarray = x @ self.data.T
+        return result
+
 
 @dataclass(frozen=True)
-class NumpyBuffer:
-    data: np.ndarray
-    is_output: bool
-
-    @property
-    def width(self) -> int:
-        return self.data.shape[1]
-
-    def columns(self, start: int, width: int) -> "NumpyBuffer":
-        assert 0 <= start < start + width <= self.width
-        return NumpyBuffer(self.data[:, start : start + width], self.is_output)
-
-    def rows(self, step: Step) -> np.ndarray:
-        return self.data[: len(step.wanted) if self.is_output else len(step.ids)]
+class NumpyExperts:
+    gate: list[NumpyWeight]  # one for each expert
+    up: list[NumpyWeight]
+    down: list[NumpyWeight]
+    biases: list[np.ndarray]  # of gate, up and down, [n_expert, n_out]
 
 
 @dataclass(frozen=True)
@@ -78,11 +59,11 @@ class NumpyCache:
         for side in (self.k, self.v):
             side[target, :n_rows] = side[source, :n_rows]
 
-    def shift(self, seq: int, n_past: int, n_keep: int, n_discard: int, rope: Rope | None) -> None:
+    def shift(self, seq: int, n_past: int, n_keep: int, n_discard: int, rotation: Rotation | None) -> None:
         for side in (self.k, self.v):
             moved = side[seq, n_keep + n_discard : n_past].copy()
-            if side is self.k and rope is not None:
-                moved = rotate(moved, replace(rope, scale=1.0), np.full(len(moved), -n_discard))
+            if side is self.k and rotation is not None:
+                moved = rotate(moved, replace(rotation, scale=1.0), np.full(len(moved), -n_discard))
             side[seq, n_keep : n_past - n_discard] = moved
 
     def read(self, seq: int, kind: str, first: int, end: int) -> np.ndarray:
@@ -99,15 +80,15 @@ class NumpyCache:
         return first // GROUP
 
 
-def rotate(x: np.ndarray, rope: Rope, positions: np.ndarray) -> np.ndarray:
+def rotate(x: np.ndarray, rotation: Rotation, positions: np.ndarray) -> np.ndarray:
     """x: [n_tokens, n_head, head_dim]."""
-    angle = positions[:, None, None] * rope.inv_freq
-    cos, sin = (np.cos(angle) * rope.scale).astype(x.dtype), (np.sin(angle) * rope.scale).astype(x.dtype)
-    half = rope.n_rot // 2
+    angle = positions[:, None, None] * rotation.inv_freq
+    cos, sin = (np.cos(angle) * rotation.scale).astype(x.dtype), (np.sin(angle) * rotation.scale).astype(x.dtype)
+    half = rotation.n_rot // 2
     one, two = {
-        "norm": (slice(0, rope.n_rot, 2), slice(1, rope.n_rot, 2)),
-        "neox": (slice(0, half), slice(half, rope.n_rot)),
-    }[rope.style]
+        "norm": (slice(0, rotation.n_rot, 2), slice(1, rotation.n_rot, 2)),
+        "neox": (slice(0, half), slice(half, rotation.n_rot)),
+    }[rotation.style]
     out = x.copy()
     out[..., one] = x[..., one] * cos - x[..., two] * sin
     out[..., two] = x[..., one] * sin + x[..., two] * cos
@@ -177,210 +158,145 @@ class NumpySquares:
         return taken
 
 
-class NumpyRecorder:
-    def __init__(self, dtype: Any, n_batch: int, n_outputs: int) -> None:
-        self.dtype, self.n_batch, self.n_outputs = dtype, n_batch, n_outputs
-        self.ops: list[Op] = []
-        self.split: int | None = None  # ops from here on are for the wanted rows
-        self.op_names: list[str] = []
-        self.cuts: list[int] = []
-
-    def cut(self) -> None:
-        self.cuts.append(len(self.ops))
-
-    def _add(self, name: str, op: Op) -> None:
-        self.op_names.append(name)
-        self.ops.append(op)
-
-    def buffer(self, width: int) -> NumpyBuffer:
-        n = self.n_batch if self.split is None else self.n_outputs
-        # NaN: an op that reads what no op has written shows.
-        return NumpyBuffer(np.full((n, width), np.nan, self.dtype), self.split is not None)
-
-    def embed(self, table: Tensor, out: NumpyBuffer, scale: float = 1.0) -> None:
-        def op(step: Step) -> None:
-            rows = dequantize(table.blocks()[step.ids], table.type)
-            out.rows(step)[:] = rows.astype(self.dtype) * self.dtype(scale)
-
-        self._add("embed", op)
-
-    def rms_norm(
-        self, x: Any, weight: Any, out: Any, eps: float, *, n_group: int = 1, residual: Any | None = None
-    ) -> None:
-        assert x.width == out.width == len(weight) * n_group
-
-        def op(step: Step) -> None:
-            part = x.rows(step).reshape(-1, n_group, len(weight))
-            mean = (part * part).mean(axis=-1, keepdims=True, dtype=self.dtype)
-            result = (part / np.sqrt(mean + self.dtype(eps)) * weight).reshape(-1, x.width)
-            out.rows(step)[:] = result if residual is None else result + residual.rows(step)
-
-        self._add("rms_norm", op)
-
-    def layer_norm(self, x: Any, weight: Any, bias: Any, out: Any, eps: float, *, n_group: int = 1) -> None:
-        assert x.width == out.width == len(weight)
-
-        def op(step: Step) -> None:
-            part = x.rows(step).reshape(-1, n_group, x.width // n_group)
-            part = part - part.mean(axis=-1, keepdims=True)
-            part = part / np.sqrt((part * part).mean(axis=-1, keepdims=True) + self.dtype(eps))
-            out.rows(step)[:] = part.reshape(-1, x.width) * weight + (0 if bias is None else bias)
-
-        self._add("layer_norm", op)
-
-    def matmul(self, x: Any, weight: Any, out: Any, *, bias: Any = None, residual: Any = None) -> None:
-        assert (x.width, out.width) == (weight.n_in, weight.n_out)
-        assert bias is None or len(bias) == weight.n_out
-
-        def op(step: Step) -> None:
-            result = x.rows(step) @ weight.data.T
-            if bias is not None:
-                result = result + bias
-            out.rows(step)[:] = result if residual is None else result + residual.rows(step)
-
-        self._add("matmul", op)
-
-    def rope(self, x: Any, rope: Rope, head_dim: int) -> None:
-        def op(step: Step) -> None:
-            rows = x.rows(step)
-            rows[:] = rotate(rows.reshape(len(rows), -1, head_dim), rope, step.positions).reshape(rows.shape)
-
-        self._add("rope", op)
-
-    def attention(
-        self, q: Any, k: Any, v: Any, cache: Any, shape: Attention, out: Any, *, sinks: np.ndarray | None = None
-    ) -> None:
-        def op(step: Step) -> None:
-            at, more = 0, (shape.softcap, sinks)
-            for seq, n_past, n in step.sequences:
-                rows, stop = slice(at, at + n), n_past + n
-                for kept, new in zip((cache.k, cache.v), (k, v), strict=True):
-                    kept[seq, n_past:stop] = new.rows(step)[rows].reshape(n, shape.n_head_kv, shape.head_dim)
-                keys, values = (kept[seq, :stop].astype(self.dtype) for kept in (cache.k, cache.v))
-                queries = q.rows(step)[rows].reshape(n, shape.n_head, shape.head_dim)
-                result = attend(queries, keys, values, n_past + np.arange(n), shape.scale, shape.window, *more)
-                out.rows(step)[rows] = result.reshape(n, -1)
-                at += n
-
-        self._add("attention", op)
-
-    def matmul_gated(self, x: Any, weight: Any, out: Any, activation: str, *, bias: Any = None) -> None:
-        wide, n = self.buffer(weight.n_out), weight.n_out // 2
-        self.matmul(x, weight, wide, bias=bias)
-        self.gated(wide.columns(0, n), wide.columns(n, n), out, activation)
-
-    def gated(self, gate: Any, up: Any, out: Any, activation: str) -> None:
-        function = ACTIVATIONS[activation]
-
-        def op(step: Step) -> None:
-            out.rows(step)[:] = function(gate.rows(step)) * (up.rows(step) if up else 1)
-
-        self._add("gated", op)
-
-    def moe(
-        self, x: Any, logits: Any, experts: Any, shape: Moe, out: Any, *, observe: bool = False
-    ) -> tuple[NumpySquares, NumpySquares] | None:
-        """One token and one expert at a time."""
-        gate, up, down, *biases = experts
-        biases = [values for values, _ in biases] or [np.zeros(values.shape[:2], self.dtype) for values, _ in experts]
-
-        squares = tuple(NumpySquares(values.shape[2], len(values)) for values, _ in (gate, down))
-
-        def product(matrix: Any, e: int, row: np.ndarray) -> np.ndarray:
-            values, type_name = matrix
-            return values[e] @ self.as_read(row, type_name)
-
-        def op(step: Step) -> None:
-            for scores, row, to in zip(logits.rows(step), x.rows(step), out.rows(step), strict=True):
-                chosen = np.argsort(-scores, kind="stable")[: shape.n_used]
-                weights = (softmax(scores[chosen]) if shape.norm else softmax(scores)[chosen]) * shape.scale
-                for e, weight in zip(chosen, weights, strict=True):
-                    both = product(gate, e, row) + biases[0][e], product(up, e, row) + biases[1][e]
-                    made = GATED[shape.activation](*both)
-                    to += product(down, e, made * weight) + weight * biases[2][e]
-                    for seen, read in zip(squares, (row, made), strict=True):
-                        seen.add(read[None], e)
-
-        self._add("moe", op)
-        return squares if observe else None
-
-    def as_read(self, x: np.ndarray, type_name: str) -> np.ndarray:
-        """What is left of x when it is multiplied with an expert's weights of a type."""
-        return x
-
-    def gate_rows(self, x: Any, gate: Any) -> None:
-        def op(step: Step) -> None:
-            x.rows(step)[:] /= 1 + np.exp(-gate.rows(step))
-
-        self._add("gate_rows", op)
-
-    def softcap(self, x: Any, scale: float, cap: float) -> None:
-        def op(step: Step) -> None:
-            scaled = x.rows(step) * scale
-            x.rows(step)[:] = cap * np.tanh(scaled / cap) if cap else scaled
-
-        self._add("softcap", op)
-
-    def observe(self, x: Any) -> NumpySquares:
-        squares = NumpySquares(x.width)
-
-        def op(step: Step) -> None:
-            squares.add(x.rows(step))
-
-        self._add("observe", op)
-        return squares
-
-    def outputs(self, x: Any) -> NumpyBuffer:
-        assert self.split is None, "outputs is called once"
-        self.split = len(self.ops)
-        out = self.buffer(x.width)
-
-        def op(step: Step) -> None:
-            out.rows(step)[:] = x.rows(step)[list(step.wanted)]
-
-        self._add("outputs", op)
-        return out
-
-    def finish(self, result: NumpyBuffer) -> "NumpyProgram":
-        split = len(self.ops) if self.split is None else self.split
-        bounds = itertools.pairwise([0, *self.cuts, split])
-        parts = [self.ops[first:end] for first, end in bounds]
-        return NumpyProgram(self.n_batch, self.n_outputs, parts, self.ops[split:], result, self.op_names)
-
-
 @dataclass
 class NumpyProgram:
+    """Runs its ops one by one. Indexed by a buffer, it has the rows that the step uses."""
+
+    backend: "NumpyBackend"
+    parts: Sequence[Sequence[Any]]
+    after: Sequence[Any]
+    result: Buffer
     n_batch: int
     n_outputs: int
-    parts: list[list[Op]]
-    output_ops: list[Op]
-    result: NumpyBuffer
-    op_names: list[str]
-    step: Step | None = None
-    n_top: int = 0
 
-    def run(self, ids: np.ndarray, runs: Sequence[Run], rows: Sequence[int], part: int = 0) -> np.ndarray:
+    def __post_init__(self) -> None:
+        self.ids, self.runs, self.wanted = np.zeros(0, np.int32), list[Run](), list[int]()
+        self._memories: dict[str, np.ndarray] = {}
+
+    def memory(self, buffer: Buffer) -> np.ndarray:
+        """All rows of a buffer."""
+        shape = (self.n_outputs if buffer.outputs else self.n_batch), buffer.row_width
+        # NaN: an op that reads what no op has written shows.
+        memory = self._memories.setdefault(buffer.name, np.full(shape, np.nan, self.backend.dtype))
+        assert memory.shape == shape
+        return memory[:, buffer.start : buffer.start + buffer.width]
+
+    def __getitem__(self, buffer: Buffer) -> np.ndarray:
+        return self.memory(buffer)[: len(self.wanted) if buffer.outputs else len(self.ids)]
+
+    @property
+    def positions(self) -> np.ndarray:
+        return np.concatenate([run.n_past + np.arange(run.n_tokens) for run in self.runs])
+
+    def _do(self, step: Sequence[Any]) -> None:
+        for op in step:
+            rows, out = FUNCTIONS[type(op)](self, op), ops.written(op)
+            if out is not None:
+                assert rows.shape == self[out].shape
+                self[out][:] = rows
+
+    def run(self, ids: np.ndarray, runs: Sequence[Run], rows: Sequence[int], part: int = 0, n_top: int = 0) -> Results:
         assert 0 < len(ids) == sum(run.n_tokens for run in runs) <= self.n_batch
         assert len({run.seq for run in runs}) == len(runs)
         assert ids.dtype == np.int32
         assert not rows or part == len(self.parts) - 1
-        self.step = Step(ids, runs)
-        for op in self.parts[part]:
-            op(self.step)
-        return self.more(rows)
+        self.ids, self.runs = ids, list(runs)
+        self._do(self.parts[part])
+        return Results(self.more(rows))
 
     def more(self, rows: Sequence[int]) -> np.ndarray:
-        assert self.step is not None
-        assert all(0 <= row < len(self.step.ids) for row in rows)
+        assert all(0 <= row < len(self.ids) for row in rows)
         assert len(rows) <= self.n_outputs
-        self.step.wanted = rows
+        self.wanted = list(rows)
         if rows:
-            for op in self.output_ops:
-                op(self.step)
-        return self.result.rows(self.step)
+            self._do(self.after)
+        return self.memory(self.result)[: len(rows)]
+
+    def to_host(self, buffer: Buffer, n_tokens: int) -> np.ndarray:
+        return self.memory(buffer)[:n_tokens]
+
+    def copy_from(self, other: Any, source: Buffer, n_tokens: int, target: Buffer) -> None:
+        self.memory(target)[:n_tokens] = other.to_host(source, n_tokens)
 
     def close(self) -> None:
-        self.parts, self.output_ops = [], []
+        self.parts, self.after = [], []
+
+
+# Each function returns the new rows of the buffer that its op writes.
+
+
+def rms_norm(p: NumpyProgram, op: ops.RmsNorm[np.ndarray]) -> np.ndarray:
+    part = p[op.x].reshape(-1, op.n_group, len(op.weight))
+    mean = (part * part).mean(axis=-1, keepdims=True, dtype=part.dtype)
+    rows = (part / np.sqrt(mean + part.dtype.type(op.eps)) * op.weight).reshape(-1, op.x.width)
+    return rows if op.residual is None else rows + p[op.residual]
+
+
+def layer_norm(p: NumpyProgram, op: ops.LayerNorm[np.ndarray]) -> np.ndarray:
+    part = p[op.x].reshape(-1, op.n_group, op.x.width // op.n_group)
+    part = part - part.mean(axis=-1, keepdims=True)
+    part = part / np.sqrt((part * part).mean(axis=-1, keepdims=True) + part.dtype.type(op.eps))
+    return part.reshape(-1, op.x.width) * op.weight + (0 if op.bias is None else op.bias)
+
+
+def matmul(p: NumpyProgram, op: Any) -> np.ndarray:
+    return op.weight.product(p[op.x]) + (0 if op.bias is None else op.bias)
+
+
+def rope(p: NumpyProgram, op: ops.Rope) -> np.ndarray:
+    rows = p[op.x]
+    return rotate(rows.reshape(len(rows), -1, op.head_dim), op.rotation, p.positions).reshape(rows.shape)
+
+
+def attention(p: NumpyProgram, op: ops.Attend[NumpyCache, np.ndarray]) -> np.ndarray:
+    shape, cache, parts = op.shape, op.cache, []
+    at = 0
+    for seq, n_past, n in p.runs:
+        rows, stop = slice(at, at + n), n_past + n
+        for kept, new in ((cache.k, op.k), (cache.v, op.v)):
+            kept[seq, n_past:stop] = p[new][rows].reshape(n, shape.n_head_kv, shape.head_dim)
+        keys, values = (kept[seq, :stop].astype(p[op.q].dtype) for kept in (cache.k, cache.v))
+        queries, positions = p[op.q][rows].reshape(n, shape.n_head, shape.head_dim), n_past + np.arange(n)
+        result = attend(queries, keys, values, positions, shape.scale, shape.window, shape.softcap, op.sinks)
+        parts.append(result.reshape(n, -1))
+        at += n
+    return np.concatenate(parts)
+
+
+def moe(p: NumpyProgram, op: ops.Moe[NumpyExperts, NumpySquares]) -> np.ndarray:
+    """One token and one expert at a time."""
+    mixture, experts, result = op.mixture, op.experts, p[op.out].copy()
+    for scores, row, out in zip(p[op.logits], p[op.x], result, strict=True):
+        chosen = np.argsort(-scores, kind="stable")[: mixture.n_used]
+        weights = (softmax(scores[chosen]) if mixture.norm else softmax(scores)[chosen]) * mixture.scale
+        for e, weight in zip(chosen, weights, strict=True):
+            gate, up, down = (bias[e] for bias in experts.biases)
+            made = GATED[mixture.activation](experts.gate[e].product(row) + gate, experts.up[e].product(row) + up)
+            out += experts.down[e].product(made * weight) + weight * down
+            for seen, read in zip(op.squares or (), (row, made), strict=False):
+                seen.add(read[None], e)
+    return result
+
+
+def softcap(x: np.ndarray, scale: float, cap: float) -> np.ndarray:
+    return cap * np.tanh(x * scale / cap) if cap else x * scale
+
+
+FUNCTIONS: Mapping[type, Callable[[NumpyProgram, Any], Any]] = {
+    ops.Embed: lambda p, op: dequantize(op.table.blocks()[p.ids], op.table.type).astype(p[op.out].dtype) * op.scale,
+    ops.RmsNorm: rms_norm,
+    ops.LayerNorm: layer_norm,
+    ops.Matmul: lambda p, op: matmul(p, op) + (0 if op.residual is None else p[op.residual]),
+    ops.MatmulGated: lambda p, op: GATED[op.activation](*np.split(matmul(p, op), 2, axis=1)),
+    ops.Rope: rope,
+    ops.Attend: attention,
+    ops.Gated: lambda p, op: ACTIVATIONS[op.activation](p[op.gate]) * (1 if op.up is None else p[op.up]),
+    ops.Moe: moe,
+    ops.GateRows: lambda p, op: p[op.x] / (1 + np.exp(-p[op.gate])),
+    ops.Softcap: lambda p, op: softcap(p[op.x], op.scale, op.cap),
+    ops.Observe: lambda p, op: op.squares.add(p[op.x]),
+    ops.Outputs: lambda p, op: p[op.x][p.wanted],
+}
 
 
 class NumpyBackend:
@@ -401,28 +317,27 @@ class NumpyBackend:
     def weight(self, tensors: Sequence[Tensor]) -> NumpyWeight:
         return NumpyWeight(self._dequantized(tensors))
 
-    def experts(self, tensors: Sequence[Tensor]) -> list[tuple[np.ndarray, str]]:
-        """Matrices and biases, [n_expert, ...] each, and their types."""
-        return [(self._dequantized([t]).reshape(t.ne[::-1]), t.type.name) for t in tensors]
+    def experts(self, tensors: Sequence[Tensor]) -> NumpyExperts:
+        n_expert = tensors[0].ne[2]
+        matrices = [[self.weight([t.matrix(e)]) for e in range(n_expert)] for t in tensors[:3]]
+        biases = [self.vector([t]).reshape(n_expert, -1) for t in tensors[3:]]
+        return NumpyExperts(*matrices, biases or [np.zeros((n_expert, t.ne[1]), self.dtype) for t in tensors[:3]])
 
     def vector(self, tensors: Sequence[Tensor]) -> np.ndarray:
         return np.concatenate([dequantize(t.blocks(), t.type).reshape(-1) for t in tensors]).astype(self.dtype)
 
-    def cache(
-        self, shape: Attention, n_ctx: int, n_batch: int, n_seq: int = 1, kind: CacheType | None = None
-    ) -> NumpyCache:
+    def cache(self, shape: AttentionShape, n_ctx: int, n_batch: int, n_seq: int, kind: CacheType) -> NumpyCache:
         k, v = (np.full((n_seq, n_ctx, shape.n_head_kv, shape.head_dim), np.nan, self.cache_dtype) for _ in "kv")
         self._nbytes["cache"] += k.nbytes + v.nbytes
         return NumpyCache(k, v)
 
-    def recorder(self, n_batch: int, n_outputs: int) -> NumpyRecorder:
-        return NumpyRecorder(self.dtype, n_batch, n_outputs)
+    def squares(self, width: int, n_expert: int = 1) -> NumpySquares:
+        return NumpySquares(width, n_expert)
 
-    def to_host(self, buffer: NumpyBuffer, n_tokens: int) -> np.ndarray:
-        return buffer.data[:n_tokens]
-
-    def copy_from(self, other: Any, source: Any, n_tokens: int, target: NumpyBuffer) -> None:
-        target.data[:n_tokens] = other.to_host(source, n_tokens)
+    def program(
+        self, parts: Sequence[Sequence[Any]], after: Sequence[Any], result: Buffer, n_batch: int, n_outputs: int
+    ) -> NumpyProgram:
+        return NumpyProgram(self, parts, after, result, n_batch, n_outputs)
 
     def nbytes(self) -> dict[str, int]:
         return dict(self._nbytes)

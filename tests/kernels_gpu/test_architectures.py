@@ -11,30 +11,21 @@ import hf_tiny
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
-pytest.importorskip("triton")
 pytest.importorskip("transformers")
 
 from cpu_ops import cpu, error, tensor_of
-from gpu_ops import fast_dots, gpu
+from gpu_ops import fast_dots, gpu, pytestmark, use_tuning
 
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.quantizers.quantizer import quantize
-from gguf_run.kernels_gpu import backend as gpu_backend
-from gguf_run.kernels_gpu import program, recorder
+from gguf_run.kernels_gpu import program
 from gguf_run.kernels_gpu.attention import launch as attention_launch
-from gguf_run.kernels_gpu.matmul.launch import Tuning
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 from gguf_run.runtime.convert.open_checkpoint import open_checkpoint
 
-__all__ = ["fast_dots"]
-pytestmark = [
-    pytest.mark.usefixtures("fast_dots"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # rows that only fill up may hold anything
-    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # the interpreter's own
-]
+__all__ = ["fast_dots", "pytestmark"]
 IDS = [2, 12, 36, 74]
 WINDOW = {"sliding_window": 3}
 LONG = {"original_max_position_embeddings": 3}  # so that 4 tokens are many
@@ -59,9 +50,9 @@ def renamed(metadata: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
 def test_logits_are_those_of_transformers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch of 3 tokens, and one token after it, which a window makes forget the first ones. Products of single
     tokens, which take the interpreter seconds, go as those of many."""
-    for module in (attention_launch, program, recorder):
-        monkeypatch.setattr(module, "FEW", int(module is not recorder))
-    monkeypatch.setattr(gpu_backend, "DEFAULT", Tuning(tile=(256, 16)))  # the interpreter takes no longer
+    monkeypatch.setattr(attention_launch, "FEW", 1)
+    monkeypatch.setattr(program, "FEW", 0)
+    use_tuning(monkeypatch, tile=(256, 16))
     checkpoint, own, metadata = CASES[name]
     own = own if checkpoint in SEVERAL else own | {"num_hidden_layers": 1}
     expected = hf_tiny.logits(hf_tiny.make(checkpoint, tmp_path, **own), IDS)
@@ -92,7 +83,7 @@ def small(tensor: Any) -> Any:
 @pytest.mark.parametrize("name", FUSED)
 def test_quantized_logits_are_those_of_the_cpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One token: activations are int8 on both."""
-    monkeypatch.setattr(gpu_backend, "DEFAULT", Tuning(rows=((1, 16),)))
+    use_tuning(monkeypatch, rows=((1, 16),))
     hf_tiny.make(name, tmp_path, **SMALL)
     with open_checkpoint(tmp_path) as file:
         tensors = {name: small(tensor) for name, tensor in file.tensors.items()}

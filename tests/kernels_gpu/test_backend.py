@@ -10,13 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("torch")
-pytest.importorskip("triton")
-
-import torch
 from cpu_ops import cpu
-from gpu_ops import fast_dots, gpu, only_interpreted
+from gpu_ops import fast_dots, gpu, only_interpreted, pytestmark, torch, use_tuning
 from numpy_backend import NumpyBackend
 from real import smollm2
 from tinymodel import ALL_BIASES, TINY_GEMMA3, Tiny, write_tiny
@@ -29,8 +24,7 @@ from gguf_run.kernels_gpu.attention.cache_types import CACHE_FORMATS
 from gguf_run.kernels_gpu.backend import GpuBackend
 from gguf_run.kernels_gpu.device.errors import explain
 from gguf_run.kernels_gpu.device.limits import measure_limits
-from gguf_run.kernels_gpu.matmul.launch import Tuning
-from gguf_run.kernels_gpu.program import Launches
+from gguf_run.kernels_gpu.program import GpuProgram, Launches
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
@@ -39,12 +33,7 @@ from gguf_run.runtime.load.fit import fit, gpu_sizes, needed
 from gguf_run.runtime.load.memory import MemoryPlan
 from gguf_run.runtime.load.placement import CPU, Device
 
-__all__ = ["fast_dots"]
-pytestmark = [
-    pytest.mark.usefixtures("fast_dots"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # rows that only fill up may hold anything
-    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # the interpreter's own
-]
+__all__ = ["fast_dots", "pytestmark"]
 LLAMA = Tiny(n_layer=1, n_embd=64, n_head=2, n_head_kv=1, n_ff=32, type="Q8_0", biases=ALL_BIASES)
 MODELS = {
     "llama": replace(LLAMA, types={"attn_v": "Q5_1", "ffn_down": "F16"}),
@@ -72,7 +61,8 @@ def open_decoder(path: Path, backend: Any, n_layer: int | None = None, **options
     """n_layer: the first so many only. backend: one, or those of the layers."""
     file = GGUFFile.open(path)
     config = ModelConfig.from_metadata(file.metadata, file.tensors)
-    config = replace(config, n_layer=n_layer or config.n_layer)
+    n_layer = n_layer or config.n_layer
+    config = replace(config, n_layer=n_layer, is_swa=config.is_swa[:n_layer])
     backends = backend if isinstance(backend, list) else [backend] * config.n_layer
     return Decoder(config, file.tensors, backends, 64, n_batch=32, n_outputs=16, **options)
 
@@ -89,7 +79,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 def test_tiny_models(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch, with f16 activations, and one token with int8 ones, which cost as much accuracy as on the CPU. Large
     tiles: the interpreter takes no longer for them."""
-    monkeypatch.setattr(gpu_backend, "DEFAULT", Tuning(tile=(256, 16), rows=((1, 16),)))
+    use_tuning(monkeypatch, tile=(256, 16), rows=((1, 16),))
     write_tiny(tmp_path / "model.gguf", MODELS[name])
     one, other, exact = (
         open_decoder(tmp_path / "model.gguf", backend) for backend in (gpu(), cpu(2), NumpyBackend(np.float64))
@@ -101,7 +91,8 @@ def test_tiny_models(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         singles = [logits(decoder, IDS[11:], 1) for decoder in (one, other, exact)]
         assert distance(singles[0], singles[2]) < max(0.01, 1.5 * distance(singles[1], singles[2]))
         one.rewind(11)
-        ids, values = one.top(IDS[11:], 3)
+        values, ids = one.top(IDS[11:], 3)
+        assert ids is not None
         assert np.array_equal(values, singles[0][0, ids])
         assert np.array_equal(ids, np.argsort(-singles[0][0], kind="stable")[:3])
         assert one.n_past == 12
@@ -144,9 +135,9 @@ def test_layers_on_several_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     two types, which cost as much accuracy as on the CPU. From GPU to GPU nothing goes through the host."""
     write_tiny(tmp_path / "model.gguf", replace(LLAMA, n_layer=3, n_ff=32))
     places: list[Any] = [gpu(), gpu(), cpu(2)]
-    monkeypatch.setattr(places[0], "to_host", None)
     options = {"n_seq": 2, "cache_types": [CacheType("q8_0", "q8_0"), CacheType(), CacheType("q8_0", "q8_0")]}
     mixed = open_decoder(tmp_path / "model.gguf", places, embedding=cpu(2), **options)
+    monkeypatch.setattr(mixed._stages[1].program, "to_host", None)
     one, exact = (open_decoder(tmp_path / "model.gguf", b, **options) for b in (cpu(2), NumpyBackend(np.float64)))
     results = []
     for decoder in (mixed, one, exact):
@@ -200,7 +191,7 @@ def test_planned_sizes(n_gpu: int, tied: bool, tmp_path: Path) -> None:
     vectors = 4 * 64 * (2 * n_gpu + 1) + biases * n_gpu
     assert (held["weights"] + vectors, held["cache"]) == (need.weights, need.cache)
     pinned = sum(staging.nbytes for staging in backends[device]._uploader._staging)
-    pinned += decoder._programs[id(backends[device])]._host.nbytes
+    pinned += next(s.program for s in decoder._stages if isinstance(s.program, GpuProgram))._host.nbytes
     made = allocated() - before - need.weights - need.cache - pinned
     assert need.buffers / 2 < made <= need.buffers
     decoder.close()
@@ -247,7 +238,7 @@ def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_layers_of_a_real_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """SmolLM2, Q4_1: large tiles, because the interpreter takes no longer for them. The GPU multiplies f16 with what
     the CPU makes int8 of."""
-    monkeypatch.setattr(gpu_backend, "DEFAULT", Tuning(tile=(1024, 32)))
+    use_tuning(monkeypatch, tile=(1024, 32))
     ids = [1, 4093, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712]
     exact = open_decoder(smollm2(), NumpyBackend(np.float64), n_layer=2)
     one, other = (open_decoder(smollm2(), backend, n_layer=2) for backend in (gpu(), cpu(2)))

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from gguf_run.kernels_gpu.matmul.launch import DEFAULT
+from gguf_run.kernels_gpu.device.tuning import DEFAULT
 from gguf_run.kernels_gpu.panels.panels import PANELS
 
 FULL = "90"

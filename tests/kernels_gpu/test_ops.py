@@ -2,33 +2,38 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("torch")
-pytest.importorskip("triton")
-
 from cpu_ops import MemoryTensor, Step, as_quantized, error, quantize_twin, random_tensor, weights_of
-from gpu_ops import DEVICE, INTERPRETED, fast_dots, gpu
+from gpu_ops import DEVICE, INTERPRETED, fast_dots, gpu, pytestmark, use_tuning
 from numpy_backend import ACTIVATIONS, NumpyBackend
 
-from gguf_run.kernels_gpu import backend as gpu_backend
+from gguf_run.kernels_gpu.buffers import Memory
+from gguf_run.kernels_gpu.device.tuning import DEFAULT, FEW
+from gguf_run.kernels_gpu.fuse import Convert
+from gguf_run.kernels_gpu.launch import bind
 from gguf_run.kernels_gpu.matmul import launch as matmul
 from gguf_run.kernels_gpu.panels import dots
-from gguf_run.kernels_gpu.panels.memory import GpuBuffer
 from gguf_run.kernels_gpu.panels.panels import PANELS, FloatPanel, IntPanel
-from gguf_run.kernels_gpu.rows.activations import Halves, Int8
-from gguf_run.models.backend import Attention, Rope, Run
+from gguf_run.models.backend import CacheType, Run
+from gguf_run.models.operands import AttentionShape, Buffer, Rotation
+from gguf_run.models.ops import (
+    Attend,
+    Embed,
+    Gated,
+    GateRows,
+    LayerNorm,
+    Matmul,
+    MatmulGated,
+    Observe,
+    RmsNorm,
+    Rope,
+    Softcap,
+)
 
-__all__ = ["fast_dots"]
-pytestmark = [
-    pytest.mark.usefixtures("fast_dots"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # rows that only fill up may hold anything
-    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # the interpreter's own
-]
+__all__ = ["fast_dots", "pytestmark"]
 INTEGER = [name for name, panel in PANELS.items() if isinstance(panel, IntPanel)]
 FLOAT = [name for name, panel in PANELS.items() if isinstance(panel, FloatPanel)]
 GUARD = np.float32(-777.25)
@@ -57,12 +62,12 @@ def check_matmul(
     wide = step.input(np.full((n_batch, n + 20), GUARD))
     out = wide.columns(8, n)
     if activation:
-        step.rec.matmul_gated(step.input(x), weight, out, activation, bias=vector)
+        step.add(MatmulGated(step.input(x), weight, out, activation, vector))
     else:
-        step.rec.matmul(step.input(x), weight, out, bias=vector, residual=step.input(residual, out))
+        step.add(Matmul(step.input(x), weight, out, vector, step.input(residual, out)))
     step.finish(wide)
     for n_tokens in tokens:
-        few = n_tokens <= matmul.FEW
+        few = n_tokens <= FEW
         exact = x.astype(np.float64) @ w.T
         expected = (np.where(is_quantized, q8 @ w.T, exact) if few else exact) + shift
         gated = activation and ACTIVATIONS[activation](expected[:, :n]) * expected[:, n:]
@@ -76,7 +81,7 @@ def check_matmul(
 @pytest.mark.parametrize("name", INTEGER)
 def test_matmul_of_integer_panels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two trips and a rest, a last program with rows that are not there; by tiles in registers and in memory."""
-    monkeypatch.setattr(gpu_backend, "DEFAULT", replace(matmul.DEFAULT, small=16))
+    use_tuning(monkeypatch, small=16)
     monkeypatch.setattr(matmul, "SCRATCH", 5 * 768)
     n_in = 768 if PANELS[name].unit == 64 or "_K" in name or name == "IQ4_XS" else 32 * 35
     check_matmul([random_tensor(name, 7, n_in)], (1, 9, 17, *MANY))
@@ -150,12 +155,13 @@ def test_activations() -> None:
     rng = np.random.default_rng(3)
     x = (rng.standard_normal((3, 1120)) * np.exp(rng.standard_normal((3, 1120)))).astype(np.float32)
     x[1, 64:128], x[2] = 0, 0
-    buffer = GpuBuffer(torch.from_numpy(np.pad(x, ((0, 0), (8, 0)))).to(DEVICE), False, 8, 1120)
-    int8, halves = Int8.empty(3, 1120, DEVICE), Halves.empty(3, 1120, DEVICE)
-    int8.fill(buffer, 3)
-    halves.fill(buffer, 3)
+    memory, buffer = Memory(DEVICE, DEFAULT, 3, 1), Buffer.whole("x", 1128).columns(8, 1120)
+    memory.rows(buffer)[:3] = torch.from_numpy(x)
+    for launch in bind([Convert(buffer, "int8"), Convert(buffer, "halves")], memory):
+        launch(3)
+    int8, halves = memory.int8(buffer), memory.halves(buffer)
     d, q = quantize_twin(x)
-    xq, xd, xs, xh, xm = (form.cpu().numpy() for form in (int8.xq, int8.xd, int8.xs, halves.xh, halves.xm))
+    xq, xd, xs, xh, xm = (form[:3].cpu().numpy() for form in (*int8, *halves))
     assert np.array_equal(xd, d)
     assert np.array_equal(xq.view(np.int8).reshape(q.shape), q)
     assert np.array_equal(xs.view(np.int16).reshape(3, -1), q.reshape(3, -1, 16).sum(2))
@@ -167,17 +173,16 @@ def test_activations() -> None:
 def test_embed(name: str) -> None:
     n_in = 40 if name in FLOAT else 768
     table = random_tensor(name, 5, n_in)
-    backend = gpu()
-    recorder = backend.recorder(4, 4)
-    out = recorder.buffer(n_in)
-    recorder.embed(backend.table(table), out, 3.0)
-    program = recorder.finish(recorder.outputs(out))
+    step = Step(gpu(), 4)
+    out = step.buffer(n_in)
+    step.add(Embed(step.backend.table(table), out, 3.0))
+    program = step.finish(out).program
     ids = np.array([4, 0, 4], np.int32)
-    result = program.run(ids, [Run(0, 0, 3)], [2, 1])
+    result = program.run(ids, [Run(0, 0, 3)], [2, 1]).values
     expected = 3 * weights_of([table])[ids]
     assert error(result, expected[[2, 1]]) < 1e-6
     assert error(program.more([1]), expected[[1]]) < 1e-6
-    assert program.run(ids, [Run(0, 0, 3)], ()).shape == (0, n_in)
+    assert program.run(ids, [Run(0, 0, 3)], ()).values.shape == (0, n_in)
 
 
 def both(record: Any, runs: Sequence[tuple[int, int]], bound: float = EXACT) -> None:
@@ -195,8 +200,7 @@ def test_rms_norm(n_group: int, residual: bool) -> None:
 
     def record(step: Step) -> Step:
         a, b = step.input(x), step.input(more)
-        options = {"n_group": n_group, "residual": b if residual else None}
-        step.rec.rms_norm(a, step.vector(weight[0, : 84 // n_group]), a, 0.01, **options)
+        step.add(RmsNorm(a, step.vector(weight[0, : 84 // n_group]), a, 0.01, n_group, b if residual else None))
         return step.finish(a)
 
     both(record, [(0, 1), (0, 12)])
@@ -209,12 +213,12 @@ def test_what_rms_norm_makes_is_multiplied(type_name: str) -> None:
     x, weight = rng.standard_normal((20, 64)).astype(np.float32), rng.standard_normal(64)
     tensors = [random_tensor(type_name, 4, 64, i) for i in range(2)]
     step = Step(gpu(), 20)
-    a, h, one, two, three = step.input(x), *(step.rec.buffer(n) for n in (64, 4, 4, 4))
-    step.rec.rms_norm(a, step.vector(weight), h, 0.01)
-    step.rec.matmul(h, step.backend.weight(tensors[:1]), one)
-    step.rec.matmul(h, step.backend.weight(tensors[1:]), two)
-    step.rec.gated(h, h, h, "silu")
-    step.rec.matmul(h, step.backend.weight(tensors[1:]), three, residual=two)
+    a, h, one, two, three = step.input(x), *(step.buffer(n) for n in (64, 4, 4, 4))
+    step.add(RmsNorm(a, step.vector(weight), h, 0.01))
+    step.add(Matmul(h, step.backend.weight(tensors[:1]), one))
+    step.add(Matmul(h, step.backend.weight(tensors[1:]), two))
+    step.add(Gated(h, h, h, "silu"))
+    step.add(Matmul(h, step.backend.weight(tensors[1:]), three, residual=two))
     step.finish(three)
     w = weights_of(tensors)[4:]
     normed = x / np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True) + 0.01) * weight.astype(np.float32)
@@ -233,15 +237,15 @@ def test_what_products_make_is_multiplied() -> None:
     first, gate_up, down = (random_tensor("Q8_0", *size) for size in ((96, 96), (128, 96), (96, 64)))
     halves = random_tensor("F16", 96, 96)
     step = Step(gpu(), 20)
-    b, a, h, g, ff, out = step.input(x), step.input(x), *(step.rec.buffer(n) for n in (96, 96, 64, 96))
-    step.rec.matmul(b, step.backend.weight([first]), a, residual=a)
-    step.rec.rms_norm(a, step.vector(weight), h, 0.01)
-    step.rec.matmul(h, step.backend.weight([first]), g)
-    step.rec.rms_norm(g, step.vector(2 * weight), a, 0.01, residual=a)
-    step.rec.rms_norm(a, step.vector(weight), h, 0.02)
-    step.rec.matmul_gated(h, step.backend.weight([gate_up]), ff, "silu")
-    step.rec.matmul(ff, step.backend.weight([down]), out)
-    step.rec.matmul(h, step.backend.weight([halves]), out, residual=out)
+    b, a, h, g, ff, out = step.input(x), step.input(x), *(step.buffer(n) for n in (96, 96, 64, 96))
+    step.add(Matmul(b, step.backend.weight([first]), a, residual=a))
+    step.add(RmsNorm(a, step.vector(weight), h, 0.01))
+    step.add(Matmul(h, step.backend.weight([first]), g))
+    step.add(RmsNorm(g, step.vector(2 * weight), a, 0.01, residual=a))
+    step.add(RmsNorm(a, step.vector(weight), h, 0.02))
+    step.add(MatmulGated(h, step.backend.weight([gate_up]), ff, "silu"))
+    step.add(Matmul(ff, step.backend.weight([down]), out))
+    step.add(Matmul(h, step.backend.weight([halves]), out, residual=out))
     step.finish(out)
     w = [weights_of([tensor]) for tensor in (first, gate_up, down, halves)]
 
@@ -274,17 +278,17 @@ def test_graphs_are_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "Stream", str)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream, **_: contextlib.nullcontext(calls.append(stream)))
     for device, capture, expected in (
-        ("cuda:1", True, [4, "cuda:1", 4, "replay", 9, 9]),
-        ("cuda", False, [4, 4, 9, 9]),
-        ("cpu", True, [4, 4, 9, 9]),
+        ("cuda:1", True, [4, "cuda:1", 4, "replay", -9, -9]),
+        ("cuda", False, [4, 4, -9, -9]),
+        ("cpu", True, [4, 4, -9, -9]),
     ):
         calls.clear()
-        launches = Launches([calls.append], torch.device(device), capture)
+        launches = Launches([calls.append], [lambda n: calls.append(-n)], torch.device(device), capture)
         for n in (3, 4, 9, 9):
             launches.run(n)
         assert calls == expected
     calls.clear()
-    Launches([calls.append], torch.device("cuda:1"), True).followed_by(lambda n: calls.append(-n)).run(4)
+    Launches([calls.append], [], torch.device("cuda:1"), True).followed_by(lambda n: calls.append(-n)).run(4)
     assert calls == [4, -4, "cuda:1", 4, -4]
 
 
@@ -293,11 +297,11 @@ def test_graphs_are_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) 
 def test_rope(style: str, head_dim: int, n_rot: int) -> None:
     rng = np.random.default_rng(8)
     x = rng.standard_normal((12, 5 * head_dim))
-    rope = Rope(style, n_rot, 1e4 ** -(np.arange(n_rot // 2) / n_rot * 2), 1.3)
+    rotation = Rotation(style, n_rot, 1e4 ** -(np.arange(n_rot // 2) / n_rot * 2), 1.3)
 
     def record(step: Step) -> Step:
         a = step.input(np.pad(x, ((0, 0), (4, 0)))).columns(4, 5 * head_dim)
-        step.rec.rope(a, rope, head_dim)
+        step.add(Rope(a, rotation, head_dim))
         return step.finish(a)
 
     both(record, [(100_000, 12), (7, 1)])
@@ -306,14 +310,14 @@ def test_rope(style: str, head_dim: int, n_rot: int) -> None:
 @pytest.mark.parametrize("window", [0, 9])
 def test_attention(window: int) -> None:
     """A batch, a single token and, at the end of the window's ring, a batch that goes round."""
-    shape = Attention(4, 2, 10, 0.3, window, softcap=float(window))
+    shape = AttentionShape(4, 2, 10, 0.3, window, softcap=float(window))
     qkv = np.random.default_rng(9).standard_normal((12, 80))
 
     def record(step: Step) -> Step:
-        a, out = step.input(qkv), step.rec.buffer(40)
-        cache = step.backend.cache(shape, 100, 12)
+        a, out = step.input(qkv), step.buffer(40)
+        cache = step.backend.cache(shape, 100, 12, 1, CacheType())
         sinks = None if window else step.vector(np.array([0.5, 3, -2, 1]))
-        step.rec.attention(a.columns(0, 40), a.columns(40, 20), a.columns(60, 20), cache, shape, out, sinks=sinks)
+        step.add(Attend(a.columns(0, 40), a.columns(40, 20), a.columns(60, 20), cache, shape, out, sinks))
         return step.finish(out)
 
     both(record, [(0, 12), (12, 1), *([(13, 12), (25, 12), (37, 12), (49, 12), (61, 12)] if window else [])], HALF)
@@ -328,13 +332,13 @@ def test_the_greatest_results() -> None:
     step.finish(step.input(x))
     for row in range(4):
         for k in (1, 3, 64):
-            ids, values = step.program.run_top(np.arange(4, dtype=np.int32), [Run(0, 0, 4)], row, k)
+            values, ids = step.program.run(np.arange(4, dtype=np.int32), [Run(0, 0, 4)], [row], n_top=k)
             expected = np.argsort(-np.where(np.isnan(x[row]), np.inf, x[row]), kind="stable")[:k]
             assert np.array_equal(ids, expected)
             assert np.array_equal(values, x[row, expected], equal_nan=True)
     few = Step(gpu(), 1)
     few.finish(few.input(x[:1, :5]))
-    ids, values = few.program.run_top(np.zeros(1, np.int32), [Run(0, 0, 1)], 0, 64)
+    values, ids = few.program.run(np.zeros(1, np.int32), [Run(0, 0, 1)], [0], n_top=64)
     assert np.array_equal(values, x[0, ids])
     assert np.array_equal(ids, np.argsort(-x[0, :5]))
 
@@ -343,7 +347,8 @@ def test_observe() -> None:
     x = np.random.default_rng(4).standard_normal((12, 33)).astype(np.float32)
     step = Step(gpu(), 12)
     a = step.input(x)
-    squares = step.rec.observe(a)
+    squares = step.backend.squares(33)
+    step.add(Observe(a, squares))
     step.finish(a)
     for n in (5, 12):
         step.run(n)
@@ -363,10 +368,10 @@ def test_layer_norm_and_small_ops(n_group: int) -> None:
     def record(step: Step) -> Step:
         a, b = step.input(x), step.input(gate[:, :1])
         bias = step.vector(weight[1]) if n_group == 1 else None
-        step.rec.layer_norm(a, step.vector(weight[0]), bias, a, 0.01, n_group=n_group)
-        step.rec.gate_rows(a, b)
-        step.rec.softcap(a, 1.7, cap)
-        step.rec.gated(a, None, a, "gelu")
+        step.add(LayerNorm(a, step.vector(weight[0]), bias, a, 0.01, n_group))
+        step.add(GateRows(a, b))
+        step.add(Softcap(a, 1.7, cap))
+        step.add(Gated(a, None, a, "gelu"))
         return step.finish(a)
 
     both(record, [(0, 12)])

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy_backend import NumpyBackend, NumpyProgram, NumpyRecorder
+from numpy_backend import NumpyBackend, NumpyProgram
 from plain_model import reference
 from tinymodel import ALL_BIASES, AWKWARD_LLAMA, QKV, TINY_GEMMA3, WIDE_LLAMA, Tiny, write_tiny
 
@@ -16,7 +16,7 @@ from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.models.architectures import ARCHITECTURES, Architecture
-from gguf_run.models.backend import Run
+from gguf_run.models.backend import Results, Run
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 
@@ -118,21 +118,17 @@ class Spy(NumpyBackend):
     def __post_init__(self) -> None:
         super().__init__(np.float64)
 
-    def recorder(self, n_batch: int, n_outputs: int) -> NumpyRecorder:
+    def program(self, *arguments: Any) -> NumpyProgram:
         spy = self
 
         class SpyProgram(NumpyProgram):
-            def run(self, ids: np.ndarray, runs: Sequence[Run], rows: Sequence[int], part: int = 0) -> np.ndarray:
+            def run(self, ids: np.ndarray, runs: Sequence[Run], rows: Sequence[int], *more: int) -> Results:
                 ((seq, n_past, n_tokens),) = runs
                 assert (seq, n_tokens) == (0, len(ids))
                 spy.passes.append((n_tokens, n_past, min(rows, default=0), len(rows)))
-                return super().run(ids, runs, rows, part)
+                return super().run(ids, runs, rows, *more)
 
-        class SpyRecorder(NumpyRecorder):
-            def finish(self, result: Any) -> NumpyProgram:
-                return SpyProgram(**vars(super().finish(result)))
-
-        return SpyRecorder(self.dtype, n_batch, n_outputs)
+        return SpyProgram(self, *arguments)
 
 
 @pytest.mark.parametrize("tiny", [AWKWARD_LLAMA, TINY_GEMMA3], ids=["llama", "gemma3"])
@@ -251,7 +247,7 @@ def test_buffers_for_logits_are_small(build: Callable[..., Decoder]) -> None:
     """n_batch rows of a large vocabulary would take hundreds of megabytes."""
     decoder = build(Tiny(), n_batch=32, n_outputs=4)
     program: Any = decoder._program
-    assert program.result.data.shape == (4, decoder.config.n_vocab)
+    assert program.memory(program.result).shape == (4, decoder.config.n_vocab)
     # Once the rows are chosen only they are computed: the last layer's ffn and the output.
-    names = program.op_names[-len(program.output_ops) :]
-    assert names == ["outputs", "rms_norm", "matmul", "gated", "matmul", "rms_norm", "matmul"]
+    names = [type(op).__name__ for op in program.after]
+    assert names == ["Outputs", "RmsNorm", "MatmulGated", "Matmul", "RmsNorm", "Matmul"]

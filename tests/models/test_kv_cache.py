@@ -23,7 +23,7 @@ from gguf_run.models.kv_cache import GROUP
 LLAMA, GEMMA = Tiny(n_ctx=512), replace(TINY_GEMMA3, n_ctx=512, window=40)
 IDS = [(7 * i * i + 3 * i + 1) % 270 for i in range(400)]
 # Backend, and how near it comes to float64 in whole models.
-BACKENDS = {"numpy": (lambda: NumpyBackend(np.float64), 1e-9), "cpu": (lambda: cpu(2, "f32"), 3e-5)}
+BACKENDS = {"numpy": (lambda: NumpyBackend(np.float64), 1e-9), "cpu": (lambda: cpu(2), 3e-5)}
 Build = Callable[..., Decoder]
 
 
@@ -31,13 +31,16 @@ Build = Callable[..., Decoder]
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     folder: Path = tmp_path_factory.mktemp("models")
 
-    def build(tiny: Tiny, backend: Any, n_ctx: int = 400, n_batch: int = 32, **options: Any) -> Decoder:
+    def build(
+        tiny: Tiny, backend: Any, n_ctx: int = 400, n_batch: int = 32, cache: str = "f32", **options: Any
+    ) -> Decoder:
         path = folder / f"{tiny.arch}{tiny.n_layer}.gguf"
         if not path.exists():
             write_tiny(path, tiny)
         file = GGUFFile.open(path)
         config = ModelConfig.from_metadata(file.metadata, file.tensors)
-        return Decoder(config, file.tensors, [backend] * config.n_layer, n_ctx, n_batch, **options)
+        kinds, backends = [CacheType(cache, cache)] * config.n_layer, [backend] * config.n_layer
+        return Decoder(config, file.tensors, backends, n_ctx, n_batch, cache_types=kinds, **options)
 
     return build
 
@@ -86,7 +89,7 @@ def test_a_step_that_cannot_be_changes_nothing(build: Build) -> None:
 
 
 def test_a_window_can_go_back_by_a_batch_and_says_when_it_cannot(build: Build) -> None:
-    decoder = build(GEMMA, cpu(2, "f32"))
+    decoder = build(GEMMA, cpu(2))
     last(decoder, IDS[:300])
     for n_past in (299, 280, 268):  # 300 less a batch
         assert decoder.rewind(n_past) == n_past
@@ -140,7 +143,7 @@ def test_a_shift_of_many_layers_turns_keys_only(build: Build) -> None:
     """The twin's shift moves rows of exact numbers: the CPU backend's rings and panels must come to the same."""
     for tiny in (LLAMA, GEMMA):
         results = []
-        for backend in (NumpyBackend(np.float64), cpu(2, "f32")):
+        for backend in (NumpyBackend(np.float64), cpu(2)):
             decoder = build(tiny, backend)
             last(decoder, IDS[:333])
             decoder.cache.shift(32, 128)
@@ -152,12 +155,12 @@ def test_a_shift_of_many_layers_turns_keys_only(build: Build) -> None:
 def test_keys_of_any_type_are_turned(name: str, bound: float, build: Build) -> None:
     """They are rounded once more. int4's go through a Hadamard transform, out of it to be turned, and back."""
     tiny = replace(LLAMA, n_layer=1)
-    decoder = build(tiny, cpu(2), cache_types=[CacheType(name, name)])
+    decoder = build(tiny, cpu(2), cache=name)
     last(decoder, IDS[:300])
     decoder.cache.shift(32, 128)
     ids = [*IDS[:32], *IDS[160:300], 3]
     expected = fresh(build, tiny, ids)
-    plain = error(last(build(tiny, cpu(2), cache_types=[CacheType(name, name)]), ids), expected)
+    plain = error(last(build(tiny, cpu(2), cache=name), ids), expected)
     assert error(last(decoder, [3]), expected) < min(bound, 3 * plain)
 
 
@@ -166,7 +169,7 @@ def test_keys_of_any_type_are_turned(name: str, bound: float, build: Build) -> N
 def test_any_order_of_operations(build: Build, steps: list[tuple[str, int]]) -> None:
     """One layer, so that recomputing is an oracle of everything."""
     tiny = replace(GEMMA, n_layer=1)
-    decoder, texts = build(tiny, cpu(2, "f32"), n_seq=2), [list(IDS[:150]), [1]]
+    decoder, texts = build(tiny, cpu(2), n_seq=2), [list(IDS[:150]), [1]]
     for seq in (0, 1):
         last(decoder, texts[seq], seq)
     for what, number in steps:
@@ -198,12 +201,12 @@ def parts_of(decoder: Decoder, seq: int = 0) -> list[tuple[int, str, bytes]]:
 @pytest.mark.parametrize("tiny", [LLAMA, GEMMA], ids=["llama", "gemma3"])
 def test_bytes_go_out_and_in(tiny: Tiny, n_past: int, build: Build) -> None:
     """Also into a context of another size, with rings of another size."""
-    source = build(tiny, cpu(2), n_seq=2)
+    source = build(tiny, cpu(2), n_seq=2, cache="f16")
     last(source, IDS[:n_past], 1)
     parts = parts_of(source, 1)
     n_rows = sum(len(data) for _, kind, data in parts if kind == "k")
     assert n_rows <= 2 * tiny.n_layer * tiny.n_head_kv * tiny.head_dim * (n_past + GROUP)
-    targets = [build(tiny, cpu(2), n_ctx=512, n_batch=n) for n in (32, 100, 7)]
+    targets = [build(tiny, cpu(2), n_ctx=512, n_batch=n, cache="f16") for n in (32, 100, 7)]
     expected = last(source, [1, 2, 3], 1)
     for target in targets:
         last(target, [7] * 200)
@@ -216,7 +219,7 @@ def test_bytes_go_out_and_in(tiny: Tiny, n_past: int, build: Build) -> None:
 
 
 def test_bytes_that_do_not_fit(build: Build) -> None:
-    source, target = build(LLAMA, cpu(2)), build(LLAMA, cpu(2))
+    source, target = build(LLAMA, cpu(2), cache="f16"), build(LLAMA, cpu(2), cache="f16")
     last(source, IDS[:100])
     parts = parts_of(source)
     short = [(il, kind, data[: len(data) // 2]) for il, kind, data in parts]

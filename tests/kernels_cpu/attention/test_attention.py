@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from cpu_ops import Step, cpu, error
+from cpu_ops import Step, cpu, error, new_cache
 from numpy_backend import attend
 
-from gguf_run.models.backend import Attention, Run
+from gguf_run.models.backend import Run
+from gguf_run.models.operands import AttentionShape
+from gguf_run.models.ops import Attend
 
 BOUND = 1e-5
 CACHE_TYPES = {"f32": np.float32, "f16": np.float16}
@@ -28,9 +30,9 @@ class Heads:
         return f"{self.n_head} heads, {self.n_head_kv} kv, {self.head_dim} wide, window {self.window}"
 
     @property
-    def shape(self) -> Attention:
+    def shape(self) -> AttentionShape:
         scale = self.scale or 1.3 / self.head_dim**0.5
-        return Attention(self.n_head, self.n_head_kv, self.head_dim, scale, self.window)
+        return AttentionShape(self.n_head, self.n_head_kv, self.head_dim, scale, self.window)
 
 
 HEADS = (
@@ -70,16 +72,16 @@ class Case:
     ) -> None:
         self.heads, self.dtype = heads, CACHE_TYPES[cache_type]
         self.values = random_values(heads, values) if isinstance(values, int) else values
-        self.step = Step(cpu(n_threads, cache_type), n_batch)
+        self.step = Step(cpu(n_threads), n_batch)
         # q, k and v are columns of one buffer, as in a decoder
-        qkv = self.step.rec.buffer(sum(part.shape[1] for part in self.values.values()) + 3)
+        qkv = self.step.buffer(sum(part.shape[1] for part in self.values.values()) + 3)
         at, parts = 3, []
         for part in self.values.values():
             parts.append(self.step.input(part, qkv.columns(at, part.shape[1])))
             at += part.shape[1]
-        cache = self.step.backend.cache(heads.shape, len(self.values["k"]), n_batch, n_seq)
-        out = self.step.rec.buffer(heads.n_head * heads.head_dim)
-        self.step.rec.attention(*parts, cache, heads.shape, out)
+        cache = new_cache(self.step.backend, heads.shape, len(self.values["k"]), n_batch, n_seq, cache_type)
+        out = self.step.buffer(heads.n_head * heads.head_dim)
+        self.step.add(Attend(*parts, cache, heads.shape, out))
         self.step.finish(out)
 
     def expected(self, ids: Iterable[int], positions: np.ndarray) -> np.ndarray:
@@ -102,7 +104,7 @@ class Case:
     def run(self, runs: Iterable[Run], ids: Iterable[int]) -> np.ndarray:
         """All result rows of a step of several sequences."""
         tokens = np.fromiter(ids, np.int32)
-        result: np.ndarray = self.step.program.run(tokens, list(runs), range(len(tokens))).copy()
+        result: np.ndarray = self.step.program.run(tokens, list(runs), range(len(tokens))).values.copy()
         return result
 
     def check_chunks(self, chunks: Iterable[int]) -> None:
@@ -206,14 +208,14 @@ def test_scores_of_any_size(size: float) -> None:
 
 def test_layers_share_scratch_but_not_caches() -> None:
     """Layers of different shapes in one program, over and over; the one that needs most is in the middle."""
-    shapes = [Attention(2, 1, 16, 0.3), Attention(8, 8, 64, 0.2, 5), Attention(4, 2, 8, 0.5)]
+    shapes = [AttentionShape(2, 1, 16, 0.3), AttentionShape(8, 8, 64, 0.2, 5), AttentionShape(4, 2, 8, 0.5)]
     values = np.random.default_rng(0).standard_normal((200, 512)).astype(np.float32)
     step = Step(cpu(3), 100)
-    x, out = step.input(values), step.rec.buffer(3 * 512)
+    x, out = step.input(values), step.buffer(3 * 512)
     for i, shape in enumerate(shapes):
         q, kv = (x.columns(0, n * shape.head_dim) for n in (shape.n_head, shape.n_head_kv))
-        cache = step.backend.cache(shape, 200, 100)
-        step.rec.attention(q, kv, kv, cache, shape, out.columns(i * 512, q.width))
+        cache = new_cache(step.backend, shape, 200, 100)
+        step.add(Attend(q, kv, kv, cache, shape, out.columns(i * 512, q.width)))
     step.finish(out)
     kept = values.astype(np.float16).astype(np.float64)
     n_past = 0
@@ -232,9 +234,9 @@ def test_layers_share_scratch_but_not_caches() -> None:
 
 
 def test_cache_size_is_reported() -> None:
-    backend = cpu(2, "f16")
+    backend = cpu(2)
     before = backend.nbytes()["cache"]
-    backend.cache(Attention(9, 3, 64, 0.125), 4096, 512)
+    new_cache(backend, AttentionShape(9, 3, 64, 0.125), 4096, 512)
     assert backend.nbytes()["cache"] - before == 2 * 2 * 3 * 64 * 4096
 
 
@@ -297,7 +299,7 @@ def test_a_layer_with_a_window_holds_no_more_than_that_and_a_batch(window: int, 
     """
     heads, n_tokens = Heads(4, 2, 16, window), 1000
     ring, full = (Case(heads, n_tokens, n_threads, "f16", n, 2) for n in (n_batch, n_tokens))
-    n_rows = ring.step.backend.cache(heads.shape, n_tokens, n_batch).n_ctx
+    n_rows = new_cache(ring.step.backend, heads.shape, n_tokens, n_batch).n_ctx
     assert window + n_batch <= n_rows < window + n_batch + 96
     n_past = 0
     while n_past + n_batch <= 700:

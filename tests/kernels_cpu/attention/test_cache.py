@@ -15,7 +15,9 @@ from numpy_backend import attend
 
 from gguf_run.kernels_cpu.attention.cache import CpuCache
 from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS, cache_bytes
-from gguf_run.models.backend import Attention, CacheType
+from gguf_run.models.backend import CacheType
+from gguf_run.models.operands import AttentionShape
+from gguf_run.models.ops import Attend
 
 # Of K and V; every way to store, multiply and unpack occurs.
 PAIRS = (("q8_0", "q4_0"), ("q5_1", "int8"), ("fp8_e4m3", "iq4_nl"), ("int4", "fp8_e5m2"))
@@ -35,7 +37,7 @@ class Case:
     """A program of one attention op. values: rows of q, k and v, of several sizes and with outliers."""
 
     def __init__(
-        self, kind: CacheType, shape: Attention, chunks: Sequence[int] = CHUNKS, sinks: np.ndarray | None = None
+        self, kind: CacheType, shape: AttentionShape, chunks: Sequence[int] = CHUNKS, sinks: np.ndarray | None = None
     ) -> None:
         self.shape, self.chunks, self.sinks = shape, chunks, sinks
         n, rng = sum(chunks), np.random.default_rng(7)
@@ -49,9 +51,9 @@ class Case:
         step = self.step = Step(cpu(3), max(chunks))
         inputs = [step.input(part.reshape(n, -1)) for part in self.values.values()]
         self.cache: CpuCache = step.backend.cache(shape, n, max(chunks), 1, kind)
-        out = step.rec.buffer(shape.n_head * shape.head_dim)
+        out = step.buffer(shape.n_head * shape.head_dim)
         logits = step.vector(sinks) if sinks is not None else None
-        step.rec.attention(*inputs, self.cache, shape, out, sinks=logits)
+        step.add(Attend(*inputs, self.cache, shape, out, sinks=logits))
         step.finish(out)
 
     def expected(self, positions: np.ndarray) -> np.ndarray:
@@ -78,8 +80,8 @@ class Case:
             assert error(result, expected) < bound, n_past
 
 
-def attention(n_head: int, n_head_kv: int, head_dim: int, window: int = 0, softcap: float = 0.0) -> Attention:
-    return Attention(n_head, n_head_kv, head_dim, 1.3 / head_dim**0.5, window, softcap)
+def attention(n_head: int, n_head_kv: int, head_dim: int, window: int = 0, softcap: float = 0.0) -> AttentionShape:
+    return AttentionShape(n_head, n_head_kv, head_dim, 1.3 / head_dim**0.5, window, softcap)
 
 
 @pytest.mark.parametrize(("k", "v"), PAIRS)

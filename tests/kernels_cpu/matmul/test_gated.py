@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from cpu_ops import QUANTIZED, MemoryTensor, Step, as_quantized, cpu, error, random_tensor, weights_of
+from cpu_ops import QUANTIZED, MemoryTensor, Step, as_quantized, cpu, error, kernel_names, random_tensor, weights_of
 from numpy_backend import ACTIVATIONS
+
+from gguf_run.models.ops import Matmul, MatmulGated
 
 BOUND = 1e-5
 
@@ -24,12 +26,11 @@ def check(tensors: Sequence[MemoryTensor], n_threads: int, activation: str, *, b
         values = rng.standard_normal(2 * n_ff).astype(np.float32)
         options["bias"], expected = step.vector(values), expected + values
     expected = ACTIVATIONS[activation](expected[:, :n_ff]) * expected[:, n_ff:]
-    both = step.rec.buffer(n_ff + 32)
+    both = step.buffer(n_ff + 32)
     out = both.columns(0, n_ff)
-    step.rec.matmul_gated(step.input(x), step.backend.weight(tensors), out, activation, **options)
-    step.rec.matmul(out, step.backend.weight([down]), both.columns(n_ff, 32))
-    names = [op.function.__name__ for op, _ in step.rec.ops]
-    step.finish(both)
+    step.add(MatmulGated(step.input(x), step.backend.weight(tensors), out, activation, **options))
+    step.add(Matmul(out, step.backend.weight([down]), both.columns(n_ff, 32)))
+    names = kernel_names(step.finish(both))
     for n in (1, 2, 5, 66):
         result = step.run(n)
         made = result[:, :n_ff]
@@ -66,6 +67,7 @@ def test_layers_that_are_not_fused_share_one_buffer() -> None:
     x = step.input(np.ones((8, 512)))
     weight = step.backend.weight([random_tensor(name, 64, 512) for name in ("Q4_K", "Q8_0")])
     for _ in range(3):
-        step.rec.matmul_gated(x, weight, step.rec.buffer(64), "silu")
-    wide = [item for item in step.rec.keep if isinstance(item, np.ndarray) and item.shape == (8, 128)]
+        step.add(MatmulGated(x, weight, step.buffer(64), "silu"))
+    memories = step.finish(x).program._tape._buffers.values()
+    wide = [memory for memory in memories if memory.shape == (8, 128)]
     assert len(wide) == 1

@@ -10,6 +10,7 @@ from cpu_ops import QUANTIZED, MemoryTensor, Step, as_quantized, cpu, error, ran
 
 from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.kernels_cpu.backend import CpuBackend
+from gguf_run.models.ops import Matmul
 
 FLOATS = ("F32", "F16", "BF16", "F64", "I8", "I16")
 TOKENS = (1, 2, 3, 4, 5, 17, 64)
@@ -70,15 +71,15 @@ def check_matmul(
     if shape.bias:
         options["bias"] = step.vector(bias)
         expected = expected + bias
-    step.rec.matmul(step.input(x), weight, out, **options)
-    step.finish(wide)
+    step.add(Matmul(step.input(x), weight, out, **options))
+    memory = step.finish(wide).program.to_host(wide, 2 * n_batch)  # and the rows that only fill up a tile
     for n in tokens:
-        wide.memory[:] = GUARD
+        memory[:] = GUARD
         result = step.run(n)
         assert error(result[:, 16 : 16 + n_out], expected[:n]) < BOUND, (n, shape)
         assert (result[:, :16] == GUARD).all()
         assert (result[:, 16 + n_out :] == GUARD).all()
-        assert (wide.memory[-(-n // 4) * 4 :] == GUARD).all(), "a row of no tile was written"
+        assert (memory[-(-n // 4) * 4 :] == GUARD).all(), "a row of no tile was written"
 
 
 def check_type(type_name: str, shapes: Sequence[Shape] = SHAPES) -> None:
@@ -134,9 +135,9 @@ def test_one_input_for_weights_of_both_kinds() -> None:
     step = Step(cpu(2), 9)
     x = step.input(values).columns(48, 64)
     tensors = [random_tensor(name, 24, 64) for name in ("Q8_0", "F32", "Q4_1")]
-    out = step.rec.buffer(72)
+    out = step.buffer(72)
     for i, tensor in enumerate(tensors):
-        step.rec.matmul(x, step.backend.weight([tensor]), out.columns(24 * i, 24))
+        step.add(Matmul(x, step.backend.weight([tensor]), out.columns(24 * i, 24)))
     part = values[:, 48:112]
     expected = [(part if t.type.name == "F32" else as_quantized(part)) @ weights_of([t]).T for t in tensors]
     assert error(step.finish(out).run(9), np.concatenate(expected, axis=1)) < BOUND
@@ -148,8 +149,8 @@ def test_threads_do_not_change_a_bit() -> None:
     x = np.random.default_rng(1).standard_normal((40, 512)).astype(np.float32)
     for n_threads in (1, 2, 3):
         step = Step(cpu(n_threads), 40)
-        out = step.rec.buffer(333)
-        step.rec.matmul(step.input(x), step.backend.weight([random_tensor("Q4_K", 333, 512)]), out)
+        out = step.buffer(333)
+        step.add(Matmul(step.input(x), step.backend.weight([random_tensor("Q4_K", 333, 512)]), out))
         step.finish(out)
         results.append([step.run(n) for n in (1, 40)])
     for one, *others in zip(*results, strict=True):
@@ -167,8 +168,8 @@ def test_what_is_not_finite_stays_in_its_row(type_name: str, value: float) -> No
     x = np.ones((6, 64), np.float32)
     x[2, 40] = value
     step = Step(cpu(2), 6)
-    out = step.rec.buffer(20)
+    out = step.buffer(20)
     tensor = random_tensor(type_name, 20, 64)
-    step.rec.matmul(step.input(x), step.backend.weight([tensor]), out)
+    step.add(Matmul(step.input(x), step.backend.weight([tensor]), out))
     result = step.finish(out).run(6)
     assert error(np.delete(result, 2, 0), np.delete(np.ones((6, 64)) @ weights_of([tensor]).T, 2, 0)) < BOUND

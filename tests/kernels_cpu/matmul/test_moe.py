@@ -6,16 +6,17 @@ from cpu_ops import Q8Backend, Step, cpu, error
 from moe_ops import Case, experts, program
 
 from gguf_run.formats.errors import UnsupportedError
-from gguf_run.models.backend import Moe
+from gguf_run.models.operands import Mixture
+from gguf_run.models.ops import Moe
 
 CASES = {
-    "floats": Case(("F32", "F16"), 48, 24, 5, Moe(2, True, 1.0, "silu")),
-    "odd widths": Case(("F32", "F32"), 50, 45, 7, Moe(3, False, 2.5, "swiglu_oai"), biases=True, n_threads=3),
-    "one expert": Case(("F16", "F32"), 32, 40, 1, Moe(1, False, 1.0, "gelu")),
-    "Q4_K_M": Case(("Q4_K", "Q6_K"), 256, 256, 9, Moe(4, True, 1.0, "silu"), n_threads=3),
-    "Q8_0": Case(("Q8_0", "Q8_0"), 64, 352, 70, Moe(8, False, 1.0, "silu"), n_threads=1),
-    "float down": Case(("Q8_0", "F16"), 64, 50, 4, Moe(2, True, 1.0, "silu")),
-    "gpt-oss": Case(("MXFP4", "MXFP4"), 64, 96, 4, Moe(4, True, 1.0, "swiglu_oai"), biases=True),
+    "floats": Case(("F32", "F16"), 48, 24, 5, Mixture(2, True, 1.0, "silu")),
+    "odd widths": Case(("F32", "F32"), 50, 45, 7, Mixture(3, False, 2.5, "swiglu_oai"), biases=True, n_threads=3),
+    "one expert": Case(("F16", "F32"), 32, 40, 1, Mixture(1, False, 1.0, "gelu")),
+    "Q4_K_M": Case(("Q4_K", "Q6_K"), 256, 256, 9, Mixture(4, True, 1.0, "silu"), n_threads=3),
+    "Q8_0": Case(("Q8_0", "Q8_0"), 64, 352, 70, Mixture(8, False, 1.0, "silu"), n_threads=1),
+    "float down": Case(("Q8_0", "F16"), 64, 50, 4, Mixture(2, True, 1.0, "silu")),
+    "gpt-oss": Case(("MXFP4", "MXFP4"), 64, 96, 4, Mixture(4, True, 1.0, "swiglu_oai"), biases=True),
 }
 
 
@@ -53,7 +54,7 @@ def test_equal_logits_and_nan_choose_experts_that_exist() -> None:
     tensors = [experts("F32", 3, 32, 32, seed) for seed in range(3)]
     values = np.array([[0, 0, 0], [np.nan, 1, 2], [np.nan] * 3, [np.inf, -np.inf, 0]], np.float32)
     x, logits, out = step.input(np.ones((4, 32), np.float32)), step.input(values), step.input(np.zeros((4, 32)))
-    step.rec.moe(x, logits, step.backend.experts(tensors), Moe(2, True, 1.0, "silu"), out)
+    step.add(Moe(x, logits, step.backend.experts(tensors), Mixture(2, True, 1.0, "silu"), out))
     step.finish(out).run(4)
     assert np.isfinite(step.run(1)).all()
 

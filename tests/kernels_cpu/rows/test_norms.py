@@ -9,6 +9,8 @@ import pytest
 from cpu_ops import QUANTIZED, Step, as_quantized, cpu, error, random_tensor, weights_of
 from numpy_backend import NumpyBackend
 
+from gguf_run.models.ops import Gated, GateRows, LayerNorm, Matmul, Softcap
+
 N_TOKENS = 19
 
 
@@ -32,8 +34,8 @@ def test_layer_norm(n: int, n_group: int, bias: bool) -> None:
     values = normal(N_TOKENS, width) * np.exp(normal(N_TOKENS, 1, seed=1)) + 2
 
     def record(step: Step, x: Any, in_place: bool) -> Any:
-        out = x if in_place else step.rec.buffer(width)
-        step.rec.layer_norm(x, step.vector(weight), step.vector(more) if bias else None, out, 1e-5, n_group=n_group)
+        out = x if in_place else step.buffer(width)
+        step.add(LayerNorm(x, step.vector(weight), step.vector(more) if bias else None, out, 1e-5, n_group=n_group))
         return out
 
     for in_place in (False, True):
@@ -47,7 +49,7 @@ def test_softcap(n: int, scale: float, cap: float) -> None:
     values[0, :4] = [0, 1e-3, -1e30, 1e30]
 
     def record(step: Step, x: Any) -> Any:
-        step.rec.softcap(x, scale, cap)
+        step.add(Softcap(x, scale, cap))
         return x
 
     compare(record, np.clip(values, -1e4, 1e4), 2)
@@ -59,8 +61,8 @@ def test_gate_rows_and_plain_activation(width: int) -> None:
     gates = normal(N_TOKENS, 1, seed=4) * 5
 
     def record(step: Step, x: Any) -> Any:
-        step.rec.gated(x, None, x, "gelu")
-        step.rec.gate_rows(x, step.input(gates))
+        step.add(Gated(x, None, x, "gelu"))
+        step.add(GateRows(x, step.input(gates)))
         return x
 
     compare(record, normal(N_TOKENS, width) * 3, 3)
@@ -71,16 +73,16 @@ def test_what_they_leave_is_quantized_anew() -> None:
     values, tensor = normal(N_TOKENS, 64), random_tensor("Q8_0", 16, 64)
     assert "Q8_0" in QUANTIZED
     step = Step(cpu(2), N_TOKENS)
-    x, out, weight = step.input(values), step.rec.buffer(64), step.backend.weight([tensor])
+    x, out, weight = step.input(values), step.buffer(64), step.backend.weight([tensor])
     for i, change in enumerate(
         (
-            lambda: step.rec.layer_norm(x, step.vector(np.ones(64)), None, x, 1e-5),
-            lambda: step.rec.gated(x, None, x, "silu"),
-            lambda: step.rec.gate_rows(x, step.input(np.zeros((N_TOKENS, 1), np.float32))),
+            lambda: step.add(LayerNorm(x, step.vector(np.ones(64)), None, x, 1e-5)),
+            lambda: step.add(Gated(x, None, x, "silu")),
+            lambda: step.add(GateRows(x, step.input(np.zeros((N_TOKENS, 1), np.float32)))),
         )
     ):
         change()
-        step.rec.matmul(x, weight, out.columns(16 * i, 16))
+        step.add(Matmul(x, weight, out.columns(16 * i, 16)))
     result = step.finish(out).run(N_TOKENS)
     normed = values - values.mean(1, keepdims=True, dtype=np.float64)
     normed /= np.sqrt((normed**2).mean(1, keepdims=True) + 1e-5)

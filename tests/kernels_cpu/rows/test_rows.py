@@ -11,6 +11,7 @@ from cpu_ops import (
     as_quantized,
     cpu,
     error,
+    new_cache,
     quantize_twin,
     random_tensor,
     read_q8,
@@ -20,8 +21,9 @@ from numpy_backend import ACTIVATIONS, rotate
 
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.types import TENSOR_TYPES, type_by_name
-from gguf_run.kernels_cpu.panels.memory import CpuBuffer
-from gguf_run.models.backend import Attention, Rope, Run
+from gguf_run.models.backend import Run
+from gguf_run.models.operands import AttentionShape, Buffer, Rotation
+from gguf_run.models.ops import Attend, Embed, Gated, Matmul, RmsNorm, Rope
 
 TOKENS = (1, 2, 5, 19)
 
@@ -31,9 +33,9 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 # int8 activations
-def written_q8(step: Step, x: CpuBuffer, n_tokens: int) -> dict[str, np.ndarray]:
+def written_q8(step: Step, x: Buffer, n_tokens: int) -> dict[str, np.ndarray]:
     """The fields of x's activation blocks, [n_tokens, n / 32, ...], after a run."""
-    blocks = step.rec.q8[x.address, x.width]
+    blocks = step.program._tape._int8[x]
     return {name: field[:n_tokens] for name, field in read_q8(blocks.reshape(-1, 2 * x.width)).items()}
 
 
@@ -47,10 +49,10 @@ def check_q8(fields: dict[str, np.ndarray], x: np.ndarray) -> None:
     np.testing.assert_array_equal(fields["d_sums"], np.stack(sums, -1).astype(np.float32) * d[..., None])
 
 
-def matmul_with(step: Step, x: CpuBuffer, type_name: str = "Q8_0") -> CpuBuffer:
-    """Record a matmul that wants x in int8."""
-    out = step.rec.buffer(16)
-    step.rec.matmul(x, step.backend.weight([random_tensor(type_name, 16, x.width)]), out)
+def matmul_with(step: Step, x: Buffer, type_name: str = "Q8_0") -> Buffer:
+    """Add a matmul that reads x as int8."""
+    out = step.buffer(16)
+    step.add(Matmul(x, step.backend.weight([random_tensor(type_name, 16, x.width)]), out))
     return out
 
 
@@ -109,40 +111,40 @@ def test_the_op_that_makes_a_row_quantizes_it(producer: str, n_threads: int) -> 
     """Whoever does it, the blocks are those of the row as it is when the matmul comes."""
     n = 544  # one piece of gated and a bit
     step = Step(cpu(n_threads), 19)
-    rec, x, out = step.rec, step.input(normal(19, n)), step.rec.buffer(n)
+    x, out = step.input(normal(19, n)), step.buffer(n)
     other = step.input(normal(19, n, seed=1))
     if producer.startswith("rms_norm"):
         out = x if "place" in producer else out
-        rec.rms_norm(x, step.vector(normal(n)), out, 1e-5)
+        step.add(RmsNorm(x, step.vector(normal(n)), out, 1e-5))
     elif producer.startswith("gated"):
         out = x if "place" in producer else out
-        rec.gated(x, other, out, "silu")
+        step.add(Gated(x, other, out, "silu"))
     elif producer == "attention":
-        shape = Attention(17, 17, 32, 0.2)
-        rec.attention(x, other, other, step.backend.cache(shape, 32, 32), shape, out)
+        shape = AttentionShape(17, 17, 32, 0.2)
+        step.add(Attend(x, other, other, new_cache(step.backend, shape, 32, 32), shape, out))
     elif producer == "matmul":
-        rec.matmul(x, step.backend.weight([random_tensor("F32", n, n)]), out)
+        step.add(Matmul(x, step.backend.weight([random_tensor("F32", n, n)]), out))
     else:
         out = x
         matmul_with(step, x)  # the blocks of what x was before
         if producer == "rope":
-            rec.rope(x, Rope("neox", 32, np.ones(16)), 32)
+            step.add(Rope(x, Rotation("neox", 32, np.ones(16)), 32))
         else:
-            rec.rms_norm(x, step.vector(normal(32)), x, 1e-5, n_group=17)
+            step.add(RmsNorm(x, step.vector(normal(32)), x, 1e-5, n_group=17))
     step.finish(matmul_with(step, out))
     for n_tokens in TOKENS:
         step.run(n_tokens)
-        check_q8(written_q8(step, out, n_tokens), out.memory[:n_tokens, :n])
+        check_q8(written_q8(step, out, n_tokens), step.program.to_host(out, n_tokens))
 
 
 def test_blocks_are_made_anew_when_a_part_of_a_row_changes() -> None:
     values, weight = normal(3, 128), [random_tensor("Q8_0", 16, 64)]
     step = Step(cpu(2), 3)
-    x, both = step.input(values), step.rec.buffer(32)
+    x, both = step.input(values), step.buffer(32)
     half = x.columns(64, 64)
     for i in range(2):
-        step.rec.matmul(half, step.backend.weight(weight), both.columns(16 * i, 16))
-        step.rec.rms_norm(x.columns(64, 32), step.vector(np.full(32, 2.0)), x.columns(64, 32), 1e-5)
+        step.add(Matmul(half, step.backend.weight(weight), both.columns(16 * i, 16)))
+        step.add(RmsNorm(x.columns(64, 32), step.vector(np.full(32, 2.0)), x.columns(64, 32), 1e-5))
     result = step.finish(both).run(3)
     part = values[:, 64:].astype(np.float64)
     changed = part.copy()
@@ -161,11 +163,10 @@ def test_embed(type_name: str) -> None:
     rows = dequantize(tensor.blocks(), tensor.type)
     ids = np.array([22, 0, 5, 5, 21, 3, 0], np.int32)
     for scale, n_threads in ((1.0, 1), (math.sqrt(640), 3)):
-        rec = cpu(n_threads).recorder(8, 8)
-        out = rec.buffer(rows.shape[1] + 5)
-        rec.embed(cpu(n_threads).table(tensor), out.columns(3, rows.shape[1]), scale)
-        program = rec.finish(rec.outputs(out))
-        result = program.run(ids, [Run(0, 0, len(ids))], range(len(ids)))
+        step = Step(cpu(n_threads), 8)
+        out = step.buffer(rows.shape[1] + 5)
+        step.add(Embed(cpu(n_threads).table(tensor), out.columns(3, rows.shape[1]), scale))
+        result = step.finish(out).program.run(ids, [Run(0, 0, len(ids))], range(len(ids))).values
         np.testing.assert_array_equal(result[:, 3:-2], (rows[ids].astype(np.float64) * scale).astype(np.float32))
         assert (result[:, :3] == 0).all()
         assert (result[:, -2:] == 0).all()
@@ -173,20 +174,21 @@ def test_embed(type_name: str) -> None:
 
 def test_outputs_copies_the_wanted_rows() -> None:
     values = normal(40, 21)
-    rec = cpu(2).recorder(40, 7)
-    x = rec.buffer(21)
-    rec.embed(cpu(2).table(random_tensor("F32", 40, 21)), x)
+    step = Step(cpu(2), 40)
+    x = step.buffer(21)
+    step.add(Embed(cpu(2).table(random_tensor("F32", 40, 21)), x))
     values = weights_of([random_tensor("F32", 40, 21)])
-    out = rec.outputs(x)
-    double = rec.buffer(21)
-    rec.matmul(out, cpu(2).weight([random_tensor("F32", 21, 21)]), double)
-    program = rec.finish(double)
+    out = step.outputs(x)
+    double = step.buffer(21)
+    step.add(Matmul(out, cpu(2).weight([random_tensor("F32", 21, 21)]), double))
+    program = cpu(2).program(step.parts, step.after, double, 40, 7)
     assert (program.n_batch, program.n_outputs) == (40, 7)
     expected = values @ weights_of([random_tensor("F32", 21, 21)]).T
-    assert program.run(np.arange(40, dtype=np.int32), [Run(0, 0, 40)], ()).shape == (0, 21)
+    assert program.run(np.arange(40, dtype=np.int32), [Run(0, 0, 40)], ()).values.shape == (0, 21)
     for first, count in ((0, 7), (33, 7), (39, 1), (5, 2), (0, 0)):
         assert np.abs(program.more(range(first, first + count)) - expected[first : first + count]).max(initial=0) < 1e-5
-    assert np.abs(program.run(np.arange(3, 9, dtype=np.int32), [Run(0, 0, 6)], [4, 5]) - expected[7:9]).max() < 1e-5
+    rows = program.run(np.arange(3, 9, dtype=np.int32), [Run(0, 0, 6)], [4, 5]).values
+    assert np.abs(rows - expected[7:9]).max() < 1e-5
 
 
 # rms_norm
@@ -206,8 +208,8 @@ def test_rms_norm(n: int, n_group: int, where: str) -> None:
         step = Step(cpu(n_threads), 19)
         x, residual = step.input(values), normal(19, width, seed=3)
         rest = step.input(residual) if with_residual else None
-        out = {"new": step.rec.buffer(width + 9).columns(5, width), "x": x, "residual": rest}[where]
-        step.rec.rms_norm(x, step.vector(weight), out, eps, n_group=n_group, residual=rest)
+        out = {"new": step.buffer(width + 9).columns(5, width), "x": x, "residual": rest}[where]
+        step.add(RmsNorm(x, step.vector(weight), out, eps, n_group=n_group, residual=rest))
         step.finish(out)
         expected = norm_twin(values, weight, eps, n_group) + (residual if with_residual else 0)
         for n_tokens in TOKENS:
@@ -218,8 +220,8 @@ def test_rms_norm_of_tiny_rows_is_ruled_by_eps() -> None:
     values = normal(3, 64) * np.float32(1e-4)
     for eps in (1e-6, 1e-12):
         step = Step(cpu(2), 3)
-        out = step.rec.buffer(64)
-        step.rec.rms_norm(step.input(values), step.vector(np.ones(64)), out, eps)
+        out = step.buffer(64)
+        step.add(RmsNorm(step.input(values), step.vector(np.ones(64)), out, eps))
         assert error(step.finish(out).run(3), norm_twin(values, np.ones(64), eps, 1)) < 1e-6
 
 
@@ -231,11 +233,11 @@ def test_rms_norm_of_tiny_rows_is_ruled_by_eps() -> None:
 def test_rope(n_head: int, head_dim: int, n_rot: int, style: str) -> None:
     width = n_head * head_dim
     values = normal(19, width + 3)
-    rope = Rope(style, n_rot, 1e4 ** -(np.arange(n_rot // 2) / (n_rot // 2)), 0.8)
+    rope = Rotation(style, n_rot, 1e4 ** -(np.arange(n_rot // 2) / (n_rot // 2)), 0.8)
     for n_threads in (1, 3):
         step = Step(cpu(n_threads), 19)
         x = step.input(values)
-        step.rec.rope(x.columns(3, width), rope, head_dim)
+        step.add(Rope(x.columns(3, width), rope, head_dim))
         step.finish(x)
         for n_tokens, n_past in itertools.product(TOKENS, (0, 1, 4093, 100_000, 1_000_000)):
             result = step.run(n_tokens, n_past)
@@ -250,12 +252,12 @@ def test_rope(n_head: int, head_dim: int, n_rot: int, style: str) -> None:
 
 def test_ropes_of_one_program_do_not_mix() -> None:
     """gemma3 turns by two bases; each by its own table, whichever comes first and as often as it likes."""
-    ropes = [Rope("neox", 16, base ** -(np.arange(8) / 8)) for base in (1e4, 1e6)]
+    ropes = [Rotation("neox", 16, base ** -(np.arange(8) / 8)) for base in (1e4, 1e6)]
     values = normal(5, 16)
     step = Step(cpu(2), 5)
     x = step.input(values)
     for i in (0, 1, 0, 1, 1):
-        step.rec.rope(x, ropes[i], 16)
+        step.add(Rope(x, ropes[i], 16))
     expected = values.astype(np.float64)[:, None]
     for i in (0, 1, 0, 1, 1):
         expected = rotate(expected, ropes[i], 7 + np.arange(5))
@@ -271,10 +273,10 @@ def test_gated(activation: str, width: int, where: str) -> None:
     expected = ACTIVATIONS[activation](gates.astype(np.float64)) * ups
     for n_threads in (1, 3):
         step = Step(cpu(n_threads), 19)
-        wide = step.rec.buffer(2 * width)
+        wide = step.buffer(2 * width)
         gate, up = step.input(gates, wide.columns(0, width)), step.input(ups, wide.columns(width, width))
-        out = {"new": step.rec.buffer(width), "gate": gate, "up": up}[where]
-        step.rec.gated(gate, up, out, activation)
+        out = {"new": step.buffer(width), "gate": gate, "up": up}[where]
+        step.add(Gated(gate, up, out, activation))
         step.finish(out)
         for n in TOKENS:
             # far below 0 the result is tiny and so is what its error means
@@ -288,8 +290,8 @@ def test_gated_at_extremes(activation: str) -> None:
     gates = np.array([numbers * 2, (numbers * 2)[::-1]], np.float32)
     assert gates.shape[1] % 16 != 0
     step = Step(cpu(2), 2)
-    out = step.rec.buffer(gates.shape[1])
-    step.rec.gated(step.input(gates), step.input(np.full(gates.shape, 0.5)), out, activation)
+    out = step.buffer(gates.shape[1])
+    step.add(Gated(step.input(gates), step.input(np.full(gates.shape, 0.5)), out, activation))
     result = step.finish(out).run(2)
     with np.errstate(over="ignore"):
         expected = ACTIVATIONS[activation](gates.astype(np.float64)) * 0.5
@@ -302,9 +304,9 @@ def test_gated_leaves_int8_for_the_next_matmul(type_name: str) -> None:
     """ffn_down reads columns of a wider buffer, in place of the gate."""
     gates, ups = normal(6, 1120), normal(6, 1120, seed=1)
     step = Step(cpu(3), 6)
-    wide = step.rec.buffer(2 * 1120)
+    wide = step.buffer(2 * 1120)
     gate, up = step.input(gates, wide.columns(0, 1120)), step.input(ups, wide.columns(1120, 1120))
-    step.rec.gated(gate, up, gate, "silu")
+    step.add(Gated(gate, up, gate, "silu"))
     step.finish(matmul_with(step, gate, type_name))
     step.run(6)
-    check_q8(written_q8(step, gate, 6), wide.memory[:6, :1120])
+    check_q8(written_q8(step, gate, 6), step.program.to_host(gate, 6))

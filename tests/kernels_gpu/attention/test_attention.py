@@ -5,28 +5,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("torch")
-pytest.importorskip("triton")
-
-import torch
 from cache_twins import TWINS, hadamard
 from cpu_ops import Step, error
-from gpu_ops import fast_dots, gpu
+from gpu_ops import fast_dots, gpu, pytestmark, torch
 from numpy_backend import attend, rotate, softmax
 
 from gguf_run.formats.errors import OptionError
 from gguf_run.kernels_gpu.attention import launch as attention_launch
 from gguf_run.kernels_gpu.attention.cache import GpuCache, Rows
 from gguf_run.kernels_gpu.attention.cache_types import CACHE_FORMATS
-from gguf_run.models.backend import Attention, CacheType, Rope, Run
+from gguf_run.models.backend import CacheType, Run
+from gguf_run.models.operands import AttentionShape, Rotation
+from gguf_run.models.ops import Attend, Rope
 
-__all__ = ["fast_dots"]
-pytestmark = [
-    pytest.mark.usefixtures("fast_dots"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # rows that only fill up may hold anything
-    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # the interpreter's own
-]
+__all__ = ["fast_dots", "pytestmark"]
 PAIRS = (("f16", "bf16"), ("q8_0", "q4_0"), ("q4_0", "int8"), ("int8", "q8_0"), ("fp8_e4m3", "fp8_e5m2"))
 PAIRS += (("bf16", "fp8_e4m3"), ("fp8_e5m2", "f32"), ("f32", "f16"))
 CHUNKS = (3, 40, 1)
@@ -36,7 +28,7 @@ SIGMAS = 5
 
 def stored(rows: Rows, seq: int = 0) -> np.ndarray:
     """Rows of a sequence as they are stored, without turning them back: float64[n_ctx, n_head_kv, head_dim]."""
-    qs, name = rows.qs[seq].cpu().numpy(), rows.form.name
+    qs, name = rows.qs[seq].cpu().numpy(), rows.type.name
     d = None if rows.d is None else rows.d[seq].cpu().numpy().astype(np.float64)
     if name == "q4_0":
         byte = qs.reshape(*qs.shape[:-1], -1, 1, 16)
@@ -63,7 +55,7 @@ def stored(rows: Rows, seq: int = 0) -> np.ndarray:
 
 
 def roundings(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, shape: Attention, sinks: Any, h: np.ndarray
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, shape: AttentionShape, sinks: Any, h: np.ndarray
 ) -> np.ndarray:
     """What attention over k, v and h's transform of the result may be off, from what becomes an f16 on the way.
 
@@ -100,14 +92,14 @@ class Case:
     def __init__(
         self,
         kind: CacheType,
-        shape: Attention,
+        shape: AttentionShape,
         *,
-        rope: Rope | None = None,
+        rotation: Rotation | None = None,
         sinks: np.ndarray | None = None,
         chunks: Sequence[int] = CHUNKS,
         n_seq: int = 1,
     ) -> None:
-        self.shape, self.rope, self.sinks, self.chunks = shape, rope, sinks, chunks
+        self.shape, self.rotation, self.sinks, self.chunks = shape, rotation, sinks, chunks
         n, rng = sum(chunks), np.random.default_rng(7)
         heads = (shape.n_head, shape.n_head_kv, shape.n_head_kv)
         self.q, self.k, self.v = (rng.standard_normal((n, h, shape.head_dim)).astype(np.float32) for h in heads)
@@ -118,17 +110,17 @@ class Case:
         step = self.step = Step(gpu(), max(chunks))
         qkv = step.input(np.concatenate([x.reshape(n, -1) for x in (self.q, self.k, self.v)], axis=1))
         n_q, n_kv = (h * shape.head_dim for h in heads[:2])
-        if rope is not None:
-            step.rec.rope(qkv.columns(0, n_q + n_kv), rope, shape.head_dim)
+        if rotation is not None:
+            step.add(Rope(qkv.columns(0, n_q + n_kv), rotation, shape.head_dim))
         self.cache: GpuCache = step.backend.cache(shape, n, max(chunks), n_seq, kind)
-        out = step.rec.buffer(n_q)
+        out = step.buffer(n_q)
         logits = step.vector(sinks) if sinks is not None else None
         parts = qkv.columns(0, n_q), qkv.columns(n_q, n_kv), qkv.columns(n_q + n_kv, n_kv)
-        step.rec.attention(*parts, self.cache, shape, out, sinks=logits)
+        step.add(Attend(*parts, self.cache, shape, out, logits))
         step.finish(out)
 
     def turned(self, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        return x if self.rope is None else rotate(x.astype(np.float64), self.rope, positions)
+        return x if self.rotation is None else rotate(x.astype(np.float64), self.rotation, positions)
 
     def check_rows(self, result: np.ndarray, tokens: np.ndarray, positions: np.ndarray, seq: int = 0) -> None:
         """Rows that a step has made, against float64 with what is stored now."""
@@ -158,13 +150,13 @@ class Case:
 def test_attention_over_what_is_stored(k: str, v: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One token, some and many, over several parts of the positions; the rows that are stored."""
     monkeypatch.setattr(attention_launch, "SPAN", 32)
-    case = Case(CacheType(k, v, False), Attention(3, 1, 64, 0.2))
+    case = Case(CacheType(k, v, False), AttentionShape(3, 1, 64, 0.2))
     case.check()
     for rows, values in ((case.cache.k, case.k), (case.cache.v, case.v)):
-        if rows.form.name == "bf16":
+        if rows.type.name == "bf16":
             assert (np.abs(stored(rows)[: len(values)] - values) <= 2.0**-8 * np.abs(values)).all()
         else:
-            twin = {"f32": np.float32, "f16": np.float16, **TWINS}[rows.form.name]
+            twin = {"f32": np.float32, "f16": np.float16, **TWINS}[rows.type.name]
             np.testing.assert_array_equal(stored(rows)[: len(values)], twin(values))
 
 
@@ -172,21 +164,21 @@ def test_attention_over_what_is_stored(k: str, v: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(("k", "v", "head_dim", "n_rot"), [("f16", "q4_0", 96, 40), ("q8_0", "f16", 32, 32)])
 def test_rope_and_rotation(style: str, k: str, v: str, head_dim: int, n_rot: int) -> None:
     """Both are done by the kernel that appends; a shift turns stored keys."""
-    rope = Rope(style, n_rot, 1e4 ** -(np.arange(n_rot // 2) / n_rot * 2), 1.3)
-    case = Case(CacheType(k, v), Attention(3, 1, head_dim, 0.1), rope=rope, chunks=(40, 3, 1))
+    rotation = Rotation(style, n_rot, 1e4 ** -(np.arange(n_rot // 2) / n_rot * 2), 1.3)
+    case = Case(CacheType(k, v), AttentionShape(3, 1, head_dim, 0.1), rotation=rotation, chunks=(40, 3, 1))
     case.check()
     assert (case.cache.k.rotates, case.cache.v.rotates) == (k != "f16", v != "f16")
     before = stored(case.cache.k), stored(case.cache.v)
-    case.cache.shift(0, 44, 0, 32, Rope(style, n_rot, rope.inv_freq))
+    case.cache.shift(0, 44, 0, 32, Rotation(style, n_rot, rotation.inv_freq))
     h = hadamard(head_dim) if case.cache.k.rotates else np.eye(head_dim)
-    turned = rotate(before[0][32:44] @ h, Rope(style, n_rot, rope.inv_freq), np.full(12, -32)) @ h
+    turned = rotate(before[0][32:44] @ h, Rotation(style, n_rot, rotation.inv_freq), np.full(12, -32)) @ h
     assert error(stored(case.cache.k)[:12], turned) < (0.02 if k == "q8_0" else 1e-3)
     assert np.array_equal(stored(case.cache.v)[:12], before[1][32:44])
 
 
 def test_window_softcap_and_sinks() -> None:
     """The ring goes round; a window that ends within a tile; sinks that no score reaches and that all do."""
-    shape = Attention(2, 1, 32, 0.2, window=20, softcap=5.0)
+    shape = AttentionShape(2, 1, 32, 0.2, window=20, softcap=5.0)
     case = Case(CacheType("int8", "q8_0"), shape, sinks=np.array([0.5, 90]), chunks=(1, 50, 50, 40, 1))
     assert case.cache.n_ctx < sum(case.chunks)
     case.check()
@@ -194,7 +186,7 @@ def test_window_softcap_and_sinks() -> None:
 
 def test_static_scales() -> None:
     scales = (0.02, 0.5)
-    case = Case(CacheType("fp8_e4m3", "int8", None, scales, scales), Attention(2, 2, 64, 0.1), chunks=(9, 1))
+    case = Case(CacheType("fp8_e4m3", "int8", None, scales, scales), AttentionShape(2, 2, 64, 0.1), chunks=(9, 1))
     case.check()
     assert not case.cache.k.rotates
     assert np.array_equal(case.cache.k.d[0, :, :10, 0].cpu(), np.array(scales, np.float16)[:, None].repeat(10, 1))
@@ -202,31 +194,31 @@ def test_static_scales() -> None:
 
 @pytest.mark.parametrize("head_dim", [40, 80])
 def test_head_sizes_that_are_no_powers_of_two(head_dim: int) -> None:
-    Case(CacheType("f16", "int8"), Attention(3, 1, head_dim, 0.1), chunks=(10, 1)).check()
+    Case(CacheType("f16", "int8"), AttentionShape(3, 1, head_dim, 0.1), chunks=(10, 1)).check()
     for name in ("q8_0", "q4_0", "f64"):
         with pytest.raises(OptionError, match=f"cache type {name}"):
-            gpu().cache(Attention(1, 1, head_dim, 1.0), 64, 8, 1, CacheType(name, "f16"))
+            gpu().cache(AttentionShape(1, 1, head_dim, 1.0), 64, 8, 1, CacheType(name, "f16"))
 
 
 def test_several_sequences() -> None:
     """Tokens of three sequences in one tile, and one token of each."""
-    case = Case(CacheType("q8_0", "f16"), Attention(4, 2, 32, 0.2), chunks=(20, 3), n_seq=3)
+    case = Case(CacheType("q8_0", "f16"), AttentionShape(4, 2, 32, 0.2), chunks=(20, 3), n_seq=3)
     runs = [Run(2, 0, 7), Run(0, 0, 9), Run(1, 0, 4)]
     ids = np.arange(20, dtype=np.int32)
-    result = case.step.program.run(ids, runs, range(20)).copy()
+    result = case.step.program.run(ids, runs, range(20)).values.copy()
     at = 0
     for seq, n_past, n in runs:
         case.check_rows(result[at : at + n], ids[at : at + n], n_past + np.arange(n), seq)
         at += n
     runs = [Run(1, 4, 1), Run(0, 9, 1), Run(2, 7, 1)]
-    result = case.step.program.run(np.arange(20, 23, dtype=np.int32), runs, range(3))
+    result = case.step.program.run(np.arange(20, 23, dtype=np.int32), runs, range(3)).values
     for i, (seq, position, _) in enumerate(runs):
         case.check_rows(result[i], np.array([20 + i]), np.array([position]), seq)
 
 
 @pytest.mark.parametrize("name", CACHE_FORMATS)
 def test_what_is_read_can_be_written(name: str) -> None:
-    cache: GpuCache = gpu().cache(Attention(2, 2, 64, 1.0, window=50), 1000, 14, 2, CacheType(name, name))
+    cache: GpuCache = gpu().cache(AttentionShape(2, 2, 64, 1.0, window=50), 1000, 14, 2, CacheType(name, name))
     assert cache.n_ctx == 128
     rng = np.random.default_rng(1)
     for plane in cache.k.planes:

@@ -6,47 +6,36 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("torch")
-pytest.importorskip("triton")
-
 from cpu_ops import Q8Backend, cpu, error
-from gpu_ops import fast_dots, gpu
+from gpu_ops import fast_dots, gpu, pytestmark, use_tuning
 from moe_ops import N_TOKENS, Case, experts, program
 from numpy_backend import NumpyBackend
 from tinymodel import tiny_moe, write_tiny
 
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.reader import GGUFFile
-from gguf_run.kernels_gpu import backend as gpu_backend
-from gguf_run.kernels_gpu.matmul.launch import FEW, Tuning
-from gguf_run.models.backend import Moe
+from gguf_run.kernels_gpu.device.tuning import FEW
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
+from gguf_run.models.operands import Mixture
 
-__all__ = ["fast_dots"]
-pytestmark = [
-    pytest.mark.usefixtures("fast_dots"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # rows that only fill up may hold anything
-    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # the interpreter's own
-]
+__all__ = ["fast_dots", "pytestmark"]
 ROUNDED, HALF = 2e-3, 2e-3  # int8 activations, of which a few may be rounded the other way; products of 11 bits
 CASES = {
-    "floats": (Case(("F32", "BF16"), 48, 24, 3, Moe(2, True, 1.0, "silu")), (1, 33)),
-    "odd widths": (Case(("F16", "F32"), 50, 45, 8, Moe(3, False, 2.5, "swiglu_oai"), biases=True), (2, 9)),
-    "float down": (Case(("Q8_0", "F16"), 64, 50, 4, Moe(2, True, 1.0, "silu")), (7,)),
-    "one expert": (Case(("Q8_0", "Q8_0"), 32, 32, 1, Moe(1, False, 1.0, "gelu")), (3,)),
-    "Q4_K": (Case(("Q4_K", "Q8_0"), 256, 32, 3, Moe(1, True, 1.0, "silu")), (1,)),
-    "biases": (Case(("Q8_0", "Q4_0"), 32, 64, 8, Moe(2, True, 1.0, "swiglu_oai"), biases=True), (1,)),
-    "gpt-oss": (Case(("MXFP4", "MXFP4"), 32, 32, 5, Moe(1, True, 1.0, "swiglu_oai"), biases=True), (9,)),
-    "many": (Case(("Q4_0", "Q4_0"), 32, 32, 60, Moe(2, False, 0.7, "silu")), (9,)),
+    "floats": (Case(("F32", "BF16"), 48, 24, 3, Mixture(2, True, 1.0, "silu")), (1, 33)),
+    "odd widths": (Case(("F16", "F32"), 50, 45, 8, Mixture(3, False, 2.5, "swiglu_oai"), biases=True), (2, 9)),
+    "float down": (Case(("Q8_0", "F16"), 64, 50, 4, Mixture(2, True, 1.0, "silu")), (7,)),
+    "one expert": (Case(("Q8_0", "Q8_0"), 32, 32, 1, Mixture(1, False, 1.0, "gelu")), (3,)),
+    "Q4_K": (Case(("Q4_K", "Q8_0"), 256, 32, 3, Mixture(1, True, 1.0, "silu")), (1,)),
+    "biases": (Case(("Q8_0", "Q4_0"), 32, 64, 8, Mixture(2, True, 1.0, "swiglu_oai"), biases=True), (1,)),
+    "gpt-oss": (Case(("MXFP4", "MXFP4"), 32, 32, 5, Mixture(1, True, 1.0, "swiglu_oai"), biases=True), (9,)),
+    "many": (Case(("Q4_0", "Q4_0"), 32, 32, 60, Mixture(2, False, 0.7, "silu")), (9,)),
 }
 
 
 @pytest.fixture(autouse=True)
 def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes no longer for them."""
-    monkeypatch.setattr(gpu_backend, "DEFAULT", Tuning(tile=(256, 8), rows=((1, 16), (2, 16), (4, 16), (8, 16))))
+    use_tuning(monkeypatch, tile=(256, 8), rows=((1, 16), (2, 16), (4, 16), (8, 16)))
 
 
 def check(case: Case, tokens: tuple[int, ...], **options: Any) -> None:
@@ -74,14 +63,14 @@ def test_who_is_chosen(n: int) -> None:
     scores[:, 3] = 2
     scores[1::2, 3] = -1
     for n_used in (1,) if n == 34 else (2, 5):
-        check(Case(("F16", "F16"), 32, 32, 5, Moe(n_used, True, 1.0, "silu")), (n,), scores=scores)
+        check(Case(("F16", "F16"), 32, 32, 5, Mixture(n_used, True, 1.0, "silu")), (n,), scores=scores)
 
 
 def test_whatever_the_router_says() -> None:
     """Nothing outside the weights is read, and good rows stay good."""
     scores = np.zeros((N_TOKENS, 3), np.float32)
     scores[1:5] = [[np.nan, 1, 2], [np.nan] * 3, [np.inf, -np.inf, 0], [-np.inf] * 3]
-    step, _ = program(Case(("F16", "F16"), 32, 32, 3, Moe(2, True, 1.0, "silu")), gpu(), scores=scores)
+    step, _ = program(Case(("F16", "F16"), 32, 32, 3, Mixture(2, True, 1.0, "silu")), gpu(), scores=scores)
     for n in (6, 9):
         made = np.isfinite(step.run(n)).all(axis=1)
         assert made.tolist() == [True, True, False, False, False, *[True] * (n - 5)]

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.models.backend import Results
 from gguf_run.runtime.engine.generation import ContextError, Generation, Session, StopStrings, text_pieces
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler
@@ -44,12 +45,13 @@ class FakeDecoder:
                 block[0, next_id(self.held[: self.n_past])] = 1
                 yield block
 
-    def top(self, ids: Sequence[int], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Logits as of a device that finds the greatest itself."""
-        assert k <= self.n_top
-        ((logits,),) = (block.copy() for block in self.forward(ids))
-        found = np.argsort(-logits, kind="stable")[:k]
-        return found, logits[found]
+    def top(self, ids: Sequence[int], n_top: int) -> Results:
+        """The greatest logits, as of a device that finds them itself, if it finds so many."""
+        (logits,) = (block.copy() for block in self.forward(ids))
+        if n_top > self.n_top:
+            return Results(logits)
+        found = np.argsort(-logits[0], kind="stable")[:n_top]
+        return Results(logits[:, found], found)
 
     def rewind(self, n_past: int) -> int:
         assert 0 <= n_past <= self.n_past

@@ -19,14 +19,17 @@ from tinymodel import AWKWARD_LLAMA, TINY_GEMMA3, WIDE_LLAMA, Tiny, write_tiny
 from gguf_run.formats.gguf.imatrix import Imatrix, Sums
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.kernels_cpu.rows.observe import CpuSquares
+from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
+from gguf_run.models.ops import Observe
 from gguf_run.runtime import Model
 from gguf_run.runtime.cli.imatrix import main, show_uses
 from gguf_run.runtime.evaluate.imatrix import Collector
 from gguf_run.runtime.evaluate.imatrix_file import mean_uses, tensor_uses, write
 from gguf_run.runtime.evaluate.text import Scorer
 
+F32 = CacheType("f32", "f32")
 IDS = [(7 * i * i + 3 * i + 1) % 270 for i in range(14)]
 TEXT = "the order and another one, or the other end of the road and so on, and then there were none. " * 4
 
@@ -41,7 +44,8 @@ def test_squares_are_added_bit_for_bit(n_threads: int, width: int, start: int, n
     values = (np.random.default_rng(width).standard_normal((40, width)) * 1e3).astype(np.float32)
     step = Step(cpu(n_threads), 32)
     x = step.input(values)
-    squares = step.rec.observe(x.columns(start, n))
+    squares = step.backend.squares(n)
+    step.add(Observe(x.columns(start, n), squares))
     step.finish(x)
     step.run(32)
     step.run(7, first_id=32)
@@ -59,7 +63,8 @@ def observed(path: Path, backend: Any, n_rows: int, ids: Sequence[int] = IDS, **
     """Sums by tensor over ids, with the logits of the last n_rows asked for."""
     with GGUFFile.open(path) as file:
         config = ModelConfig.from_metadata(file.metadata, file.tensors)
-        decoder = Decoder(config, file.tensors, [backend] * config.n_layer, 64, observe=True, **options)
+        backends, kinds = [backend] * config.n_layer, [F32] * config.n_layer
+        decoder = Decoder(config, file.tensors, backends, 64, observe=True, cache_types=kinds, **options)
         for _ in decoder.forward(ids, n_rows):
             pass
     assert decoder.observed is not None
@@ -79,8 +84,8 @@ def test_experts_are_observed_each_by_itself(tmp_path: Path) -> None:
     seen = []
     with GGUFFile.open(tmp_path / "moe.gguf") as file:
         config = ModelConfig.from_metadata(file.metadata, file.tensors)
-        for backend in (NumpyBackend(np.float64), cpu(2, "f32")):
-            decoder = Decoder(config, file.tensors, [backend], 64, observe=True)
+        for backend in (NumpyBackend(np.float64), cpu(2)):
+            decoder = Decoder(config, file.tensors, [backend], 64, observe=True, cache_types=[F32])
             assert list(decoder.forward(IDS, 0)) == []
             assert decoder.observed is not None
             seen.append({name: item.squares.take() for item in decoder.observed for name in item.names[:1]})
@@ -103,7 +108,7 @@ def test_inputs_are_those_of_a_plain_implementation(tiny: Tiny, tmp_path: Path) 
     output = "token_embd.weight" if tiny.tied else "output.weight"
     expected = {name: (np.array(rows[-3:] if name == output else rows) ** 2).sum(0) for name, rows in inputs.items()}
     exact = observed(tmp_path / "tiny.gguf", NumpyBackend(np.float64), 3)
-    fast = observed(tmp_path / "tiny.gguf", cpu(2, "f32"), 3, n_batch=5, n_outputs=2)
+    fast = observed(tmp_path / "tiny.gguf", cpu(2), 3, n_batch=5, n_outputs=2)
     assert exact.keys() == fast.keys() == expected.keys()
     for name, values in expected.items():
         assert exact[name] == pytest.approx(values, rel=1e-5), name

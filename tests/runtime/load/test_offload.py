@@ -14,6 +14,7 @@ from tinymodel import AWKWARD_LLAMA, TINY_GEMMA3, Tiny, tiny_moe, write_tiny
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.kernels_cpu.backend import CpuBackend
+from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 from gguf_run.runtime import Model
@@ -219,8 +220,8 @@ def test_sizes_are_those_of_all_backends(build: Callable[..., Decoder]) -> None:
 @pytest.mark.parametrize("places", ["aaaa", "abbb", "babb"])
 def test_experts_on_another_backend(places: str, observe: bool, build: Callable[..., Decoder]) -> None:
     """Logits of some tokens, more of them than fit at once. The shared expert is added before the others then."""
-    backends = {letter: cpu(n, "f32") for n, letter in enumerate("cab", 1)}
-    options = {"n_batch": 16, "n_outputs": 4, "observe": observe}
+    backends = {letter: cpu(n) for n, letter in enumerate("cab", 1)}
+    options = {"n_batch": 16, "n_outputs": 4, "observe": observe, "cache_types": [CacheType("f32", "f32")] * 3}
     one, away = (
         build(MOE, places, backends, experts=[backends[e] for e in "cca"] if split else None, **options)
         for split in (False, True)

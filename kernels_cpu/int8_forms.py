@@ -1,0 +1,75 @@
+"""Which ops store their result as int8 too: a pass over the list of ops, before any kernel is chosen.
+
+Integer panels read rows as int8. An op that makes whole rows can store their int8 form at no cost. Where no such op
+makes what an integer panel reads, the pass puts a Quantize op in front of the reader.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.kernels_cpu.attention.cache import CpuCache
+from gguf_run.kernels_cpu.panels.memory import CpuTable, CpuWeight
+from gguf_run.kernels_cpu.panels.panels import IntPanel
+from gguf_run.models import ops
+from gguf_run.models.operands import Buffer
+
+if TYPE_CHECKING:  # most models have no experts
+    from gguf_run.kernels_cpu.matmul.moe import CpuExperts
+    from gguf_run.kernels_cpu.rows.observe import CpuSquares
+
+CpuVector: TypeAlias = NDArray[np.float32]
+CpuOp: TypeAlias = "ops.Op[CpuTable, CpuWeight, CpuVector, CpuCache, CpuExperts, CpuSquares]"
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Make the int8 form of x, where the op that makes x cannot."""
+
+    x: Buffer
+
+
+def with_int8(step: Sequence[CpuOp]) -> "Iterator[tuple[CpuOp | Quantize, Buffer | None]]":
+    """Yield the ops and the Quantize ops in their order, each with its `out` if it makes that as int8 too."""
+    ready: set[Buffer] = set()  # whose present contents have an int8 form
+    for i, op in enumerate(step):
+        x = _read_as_int8(op)
+        if x is not None and x not in ready:
+            yield Quantize(x), None
+            ready.add(x)
+        out = ops.written(op)
+        if out is None:
+            yield op, None
+            continue
+        int8 = out if _can_make_int8(op) and _is_read_as_int8(out, step[i + 1 :]) else None
+        ready = {buffer for buffer in ready if buffer.name != out.name} | ({int8} if int8 else set())
+        yield op, int8
+
+
+def _read_as_int8(op: CpuOp) -> Buffer | None:
+    """Return the buffer that an op reads as int8."""
+    if isinstance(op, ops.Moe):
+        return op.x if isinstance(op.experts.gate.panel, IntPanel) else None
+    if isinstance(op, ops.Matmul | ops.MatmulGated):
+        return op.x if any(isinstance(part.panel, IntPanel) for part in op.weight.parts) else None
+    return None
+
+
+def _can_make_int8(op: CpuOp) -> bool:
+    if isinstance(op, ops.RmsNorm | ops.LayerNorm):
+        return op.n_group == 1
+    return isinstance(op, ops.MatmulGated | ops.Gated | ops.Attend)
+
+
+def _is_read_as_int8(buffer: Buffer, following: Sequence[CpuOp]) -> bool:
+    """Whether a following op reads the present contents of a buffer as int8."""
+    for op in following:
+        if _read_as_int8(op) == buffer:
+            return True
+        out = ops.written(op)
+        if out is not None and out.name == buffer.name:
+            return False
+    return False

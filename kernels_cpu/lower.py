@@ -1,0 +1,186 @@
+"""From a list of ops (models/ops.py) to kernels on a tape: LOWER has one function for each op."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gguf_run.kernels_cpu.attention.append import append
+from gguf_run.kernels_cpu.attention.attention import attend
+from gguf_run.kernels_cpu.attention.cache import CpuCache
+from gguf_run.kernels_cpu.attention.cache_rows import filled, scratch_bytes
+from gguf_run.kernels_cpu.attention.cache_types import format_id
+from gguf_run.kernels_cpu.attention.merge import merge
+from gguf_run.kernels_cpu.attention.plan import max_parts, max_rows, part_floats, scratch_floats
+from gguf_run.kernels_cpu.int8_forms import CpuOp, CpuVector, Quantize, with_int8
+from gguf_run.kernels_cpu.matmul.gated import SCRATCH_BYTES, matmul_gated
+from gguf_run.kernels_cpu.matmul.matmul import matmul
+from gguf_run.kernels_cpu.panels.memory import CpuTable, CpuWeight, WeightPart
+from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, panel_id
+from gguf_run.kernels_cpu.rows.activation import gated
+from gguf_run.kernels_cpu.rows.embed import copy_rows, embed
+from gguf_run.kernels_cpu.rows.layer_norm import layer_norm
+from gguf_run.kernels_cpu.rows.quantize import quantize
+from gguf_run.kernels_cpu.rows.rms_norm import rms_norm
+from gguf_run.kernels_cpu.rows.rope import angles, rope
+from gguf_run.kernels_cpu.rows.scale import gate_rows, softcap
+from gguf_run.kernels_cpu.tape import Rows, Tape
+from gguf_run.models import ops
+from gguf_run.models.operands import Buffer
+
+
+def lower(tape: Tape, step: Sequence[CpuOp]) -> int:
+    """Append a list of ops to a tape. Returns the number of kernels on it."""
+    for op, int8 in with_int8(step):
+        LOWER[type(op)](tape, op, tape.int8(int8) if int8 else None)
+    return len(tape.kernels)
+
+
+# One function for each op. int8: where the op stores its result as int8 too.
+
+
+def _quantize(tape: Tape, op: Quantize, int8: Rows | None) -> None:
+    tape.record(op, quantize, n=op.x.width, q8=tape.int8(op.x))
+
+
+def _embed(tape: Tape, op: ops.Embed[CpuTable], int8: Rows | None) -> None:
+    table, row_bytes = op.table, op.table.blocks.shape[1]
+    sizes = {"n": table.n_in, "row_bytes": row_bytes, "n_grid": table.grid.size}
+    tape.record(op, embed(table.type_name), table=table.blocks, grid=table.grid, **sizes)
+
+
+def _rms_norm(tape: Tape, op: ops.RmsNorm[CpuVector], int8: Rows | None) -> None:
+    tape.record(op, rms_norm, n=op.x.width // op.n_group, q8=int8)
+
+
+def _layer_norm(tape: Tape, op: ops.LayerNorm[CpuVector], int8: Rows | None) -> None:
+    tape.record(op, layer_norm, n=op.x.width // op.n_group, q8=int8)
+
+
+def _matrix(part: WeightPart, n_in: int) -> dict[str, Any]:
+    """Return the fields that describe a matrix."""
+    panel = part.panel
+    sizes = {"step_bytes": panel.step_bytes, "group_bytes": panel.group_bytes(n_in)}
+    return {"w": part.data, "n_steps": n_in // panel.columns, **sizes}
+
+
+def _matmul(tape: Tape, op: ops.Matmul[CpuWeight, CpuVector], int8: Rows | None) -> None:
+    for part in op.weight.parts:
+        columns = part.first, part.n_out
+        tape.record(
+            op,
+            matmul(panel_id(part.panel)),
+            **_matrix(part, op.weight.n_in),
+            n_out=part.n_out,
+            x=tape.form(op.x, part.panel),
+            out=op.out.columns(*columns),
+            residual=op.residual.columns(*columns) if op.residual else tape.zeros,
+            residual_group=4 * ROWS if op.residual else 0,
+            bias=op.bias[part.first :] if op.bias is not None else None,
+        )
+
+
+def _matmul_gated(tape: Tape, op: ops.MatmulGated[CpuWeight, CpuVector], int8: Rows | None) -> None:
+    n_ff, part = op.weight.n_out // 2, op.weight.parts[0]
+    if op.bias is not None or len(op.weight.parts) > 1 or n_ff % BLOCK:
+        wide = Buffer.whole(f"gate and up, {2 * n_ff}, {op.x.outputs}", 2 * n_ff, outputs=op.x.outputs)
+        _matmul(tape, ops.Matmul(op.x, op.weight, wide, op.bias), None)
+        _gated(tape, ops.Gated(wide.columns(0, n_ff), wide.columns(n_ff, n_ff), op.out, op.activation), int8)
+        return
+    tape.need(scratch=SCRATCH_BYTES)
+    matrix, x = _matrix(part, op.weight.n_in), tape.form(op.x, part.panel)
+    kernel = matmul_gated(panel_id(part.panel), op.activation)
+    tape.record(op, kernel, **matrix, n_out=n_ff, x=x, q8=int8, zeros=tape.zeros)
+
+
+def _rope(tape: Tape, op: ops.Rope, int8: Rows | None) -> None:
+    rotation, n_half = op.rotation, op.rotation.n_rot // 2
+    table = tape.angles.get(rotation)
+    if table is None:
+        table = tape.angles[rotation] = np.zeros((tape.n_batch, n_half, 2), np.float32)
+        inv_freq = np.ascontiguousarray(rotation.inv_freq, np.float64)
+        tape.record(op, angles, n_half=n_half, inv_freq=inv_freq, table=table, scale=rotation.scale)
+    n_head, neox = op.x.width // op.head_dim, rotation.style == "neox"
+    tape.record(op, rope, n_head=n_head, n_half=n_half, neox=neox, table=table)
+
+
+def _attend(tape: Tape, op: ops.Attend[CpuCache, CpuVector], int8: Rows | None) -> None:
+    """Three kernels: append stores k and v, attend reads them in parts, merge joins the parts of a row."""
+    shape, k, v = op.shape, op.cache.rows_k, op.cache.rows_v
+    n_rep, n_wide = shape.n_head // shape.n_head_kv, filled(shape.head_dim)
+    part_bytes = 4 * part_floats(v.wide, n_rep)
+    tape.need(parts=part_bytes * max_parts(tape.n_threads))
+    tape.need(scratch=max(4 * scratch_floats(n_wide, v.wide, n_rep), scratch_bytes(shape.head_dim)))
+    forms = format_id(k.name), format_id(v.name)
+    tape.record(
+        op,
+        append(*forms),
+        attend(*forms),
+        merge,
+        **vars(shape),
+        n_wide=n_wide,
+        wide=v.wide,
+        n_ctx=op.cache.n_ctx,
+        cache_k=op.cache.k,
+        k_wide=k.wide,
+        k_rotate=k.rotates,
+        k_static=k.static,
+        k_at=k.form.elements_at(shape.head_dim, False),
+        k_group=k.group_bytes,
+        cache_v=op.cache.v,
+        v_wide=v.wide,
+        v_rotate=v.rotates,
+        v_static=v.static,
+        v_at=v.form.elements_at(shape.head_dim, True),
+        v_group=v.group_bytes,
+        part_bytes=part_bytes,
+        max_rows=max_rows(n_rep),
+        q8=int8,
+    )
+
+
+def _gated(tape: Tape, op: ops.Gated, int8: Rows | None) -> None:
+    up = op.up or Rows(tape.address(np.ones(op.gate.width, np.float32)), 0)
+    tape.record(op, gated(op.activation), n=op.gate.width, up=up, q8=int8)
+
+
+def _moe(tape: Tape, op: Any, int8: Rows | None) -> None:
+    from gguf_run.kernels_cpu.lower_moe import lower_moe  # late: most models have no experts
+
+    lower_moe(tape, op)
+
+
+def _gate_rows(tape: Tape, op: ops.GateRows, int8: Rows | None) -> None:
+    tape.record(op, gate_rows, n=op.x.width)
+
+
+def _softcap(tape: Tape, op: ops.Softcap, int8: Rows | None) -> None:
+    tape.record(op, softcap, n=op.x.width)
+
+
+def _observe(tape: Tape, op: Any, int8: Rows | None) -> None:
+    from gguf_run.kernels_cpu.rows.observe import observe  # late: nothing is observed where models only run
+
+    tape.record(op, observe, **op.squares.fields())
+
+
+def _outputs(tape: Tape, op: ops.Outputs, int8: Rows | None) -> None:
+    tape.record(op, copy_rows, index=tape.table.rows, n=op.x.width)
+
+
+LOWER: Mapping[type, Callable[[Tape, Any, Rows | None], None]] = {
+    Quantize: _quantize,
+    ops.Embed: _embed,
+    ops.RmsNorm: _rms_norm,
+    ops.LayerNorm: _layer_norm,
+    ops.Matmul: _matmul,
+    ops.MatmulGated: _matmul_gated,
+    ops.Rope: _rope,
+    ops.Attend: _attend,
+    ops.Gated: _gated,
+    ops.Moe: _moe,
+    ops.GateRows: _gate_rows,
+    ops.Softcap: _softcap,
+    ops.Observe: _observe,
+    ops.Outputs: _outputs,
+}

@@ -1,0 +1,140 @@
+"""A tape: the kernels of a program, bound to addresses in the order in which they run, and their memory."""
+
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.kernels_cpu.matmul.matmul import TOKENS
+from gguf_run.kernels_cpu.panels.memory import LANES, aligned
+from gguf_run.kernels_cpu.panels.panels import ROWS, IntPanel, Panel
+from gguf_run.kernels_cpu.replay.op import TapeOp
+from gguf_run.kernels_cpu.replay.runs import RunTable
+from gguf_run.models.operands import Buffer, Rotation
+
+_SCRATCH = ("scratch", "scratch_stride", "parts")  # fields that `finish` fills
+
+
+class Rows(NamedTuple):
+    """Where rows are."""
+
+    address: int
+    stride: int  # bytes from one row to the next
+
+
+Value: TypeAlias = "Buffer | Rows | NDArray[np.generic] | int | float | None"
+
+
+class Tape:
+    """Kernels are recorded; `finish` lays them out for the team of threads.
+
+    The tape keeps alive whatever has its address in a kernel's arguments.
+    """
+
+    def __init__(self, n_threads: int, n_batch: int, n_outputs: int) -> None:
+        self.n_threads, self.n_batch, self.n_outputs = n_threads, n_batch, n_outputs
+        self.kernels: list[TapeOp] = []
+        self.table = table = RunTable(n_batch, n_outputs)
+        self._arguments: list[NDArray[np.void]] = []
+        self._kept: dict[int, NDArray[np.generic]] = {}
+        self.angles: dict[Rotation, NDArray[np.float32]] = {}  # cos and sin of the positions of a step
+        self._buffers: dict[str, NDArray[np.float32]] = {}
+        self._int8: dict[Buffer, NDArray[np.uint8]] = {}
+        self._shared: dict[tuple[str, int], NDArray[np.uint8]] = {}
+        self._scratch_bytes = self._parts_bytes = 0
+        self.need(scratch=4 * TOKENS * ROWS)
+        self.zeros = Rows(self.address(aligned(4 * LANES)), 0)
+        # Fields that mean the same in all kernels.
+        self._common: dict[str, float] = {**dict.fromkeys(_SCRATCH, 0), "n_runs": table.n_runs}
+        for name in ("ids", "positions", "run_of", "runs"):
+            self._common[name] = self.address(getattr(table, name))
+
+    def address(self, array: NDArray[np.generic]) -> int:
+        """Keep an array alive and return its address."""
+        self._kept[id(array)] = array
+        return array.ctypes.data
+
+    def need(self, *, scratch: int = 0, parts: int = 0) -> None:
+        """Kernels with the fields of these names get memory: `scratch` bytes for each thread, `parts` bytes for all."""
+        self._scratch_bytes = max(self._scratch_bytes, scratch)
+        self._parts_bytes = max(self._parts_bytes, parts)
+
+    def buffer(self, buffer: Buffer) -> NDArray[np.float32]:
+        """Return a buffer's rows, f32[n, width]. The memory of its name is allocated at the first call."""
+        memory = self._buffers.get(buffer.name)
+        if memory is None:
+            n_rows = -(-(self.n_outputs if buffer.outputs else self.n_batch) // TOKENS) * TOKENS
+            width = -(-buffer.row_width // ROWS) * ROWS
+            memory = aligned(4 * n_rows * width).view(np.float32).reshape(n_rows, width)
+            self._buffers[buffer.name] = memory
+        return memory[:, buffer.start : buffer.start + buffer.width]
+
+    def rows(self, buffer: Buffer) -> Rows:
+        """Return where the rows of a buffer are."""
+        data = self.buffer(buffer)
+        return Rows(data.ctypes.data, data.strides[0])
+
+    def int8(self, buffer: Buffer) -> Rows:
+        """Return where the int8 form of a buffer's rows is, in activation blocks (int_tile.py)."""
+        if buffer not in self._int8:
+            self._int8[buffer] = aligned(len(self.buffer(buffer)) * 2 * buffer.width)
+        return Rows(self._int8[buffer].ctypes.data, 2 * buffer.width)
+
+    def form(self, x: Buffer, panel: Panel) -> Buffer | Rows:
+        """Return x in the form that a panel is multiplied with."""
+        return self.int8(x) if isinstance(panel, IntPanel) else x
+
+    def shared(self, name: str, n_bytes: int) -> NDArray[np.uint8]:
+        """Return memory that all kernels with one name and size use in turn."""
+        key = name, n_bytes
+        if key not in self._shared:
+            self._shared[key] = aligned(n_bytes)
+        return self._shared[key]
+
+    def shared_rows(self, name: str, n: int, stride: int) -> Rows:
+        """Return where n rows of `stride` bytes in shared memory are."""
+        return Rows(self.address(self.shared(name, n * stride)), stride)
+
+    def record(self, op: Any, *kernels: TapeOp, **values: Value) -> None:
+        """Append the kernels of an op. Each kernel takes the values of its fields.
+
+        op: of models/ops.py. The kernels work on the rows of its `out`, or of x if it has none.
+        values: by field. A field that is missing here has the value of the op's field of the same name.
+            An array stands for its address, None for 0. Buffers and Rows fill two fields, NAME and NAME_stride.
+
+        Raises TypeError for a value that no kernel has a field for, and for a field without a value.
+        """
+        fields = {name for kernel in kernels for name in kernel.fields.names or ()}
+        if unknown := values.keys() - fields:
+            raise TypeError(f"{kernels[0].function.__name__} has no fields {sorted(unknown)}")
+        given = vars(op) | values
+        rows: Buffer = vars(op).get("out") or op.x
+        numbers = self._common | {"rows": self.table.n_out if rows.outputs else self.table.n_tokens}
+        for name, value in given.items():
+            if name not in fields:
+                continue
+            if isinstance(value, Buffer):
+                value = self.rows(value)
+            if isinstance(value, Rows) or value is None:
+                numbers[name], numbers[f"{name}_stride"] = value or (0, 0)
+            else:
+                numbers[name] = self.address(value) if isinstance(value, np.ndarray) else value
+        for kernel in kernels:
+            names = kernel.fields.names or ()
+            self._arguments.append(kernel.bind(**{name: numbers[name] for name in names if name in numbers}))
+            self.kernels.append(kernel)
+
+    def finish(self) -> NDArray[np.int64]:
+        """Give the kernels their scratch memory and return their addresses and arguments, int64[n, 2]."""
+        stride = -(-self._scratch_bytes // 64) * 64
+        scratch = self.shared("scratch", stride * self.n_threads).ctypes.data
+        shared = dict(
+            zip(_SCRATCH, (scratch, stride, self.shared("parts", self._parts_bytes).ctypes.data), strict=True)
+        )
+        for arguments in self._arguments:
+            for name in shared.keys() & set(arguments.dtype.names or ()):
+                arguments[name] = shared[name]
+        return np.array(
+            [(kernel.compiled.address, a.ctypes.data) for kernel, a in zip(self.kernels, self._arguments, strict=True)],
+            np.int64,
+        ).reshape(-1, 2)

@@ -1,0 +1,44 @@
+"""Bytes that the GPU backend will allocate for caches and programs (buffers.py), without torch: for placement."""
+
+from collections.abc import Sequence
+
+from gguf_run.formats.gguf.tensors import TensorInfo
+from gguf_run.kernels_gpu.attention.cache_types import CACHE_FORMATS, SPAN
+from gguf_run.kernels_gpu.device.tuning import MOST_PROGRAMS, SCRATCH, padded
+from gguf_run.models.backend import CacheType
+from gguf_run.models.config import ModelConfig
+from gguf_run.models.kv_cache import rows_stored
+from gguf_run.models.operands import AttentionShape
+
+
+def cache_rows(n_ctx: int, n_batch: int, window: int) -> int:
+    """Return how many positions of a sequence a layer stores."""
+    return rows_stored(n_ctx, n_batch, window, multiple=SPAN, span=SPAN)
+
+
+def cache_bytes(shape: AttentionShape, kind: CacheType, n_ctx: int, n_batch: int, n_seq: int) -> int:
+    """Return the bytes of one layer's cache, exactly. A type that GPUs do not have takes none."""
+    n_rows = n_seq * cache_rows(n_ctx, n_batch, shape.window)
+    forms = [CACHE_FORMATS[name] for name in (kind.k, kind.v) if name in CACHE_FORMATS]
+    return shape.n_head_kv * n_rows * sum(form.row_bytes(shape.head_dim) for form in forms)
+
+
+def program_bytes(
+    config: ModelConfig, tensors: Sequence[TensorInfo], n_batch: int, n_outputs: int, row_width: int
+) -> int:
+    """Return an upper estimate of a program's memory, in bytes, for a step of n_batch tokens and n_outputs result rows.
+
+    row_width: columns of all buffers of a token together.
+    """
+    n_batch, n_outputs = padded(n_batch), padded(n_outputs)
+    matrices = [tensor for tensor in tensors if len(tensor.ne) > 1]
+    inner = max(tensor.ne[1] * (2 if "ffn_" in tensor.name else 1) for tensor in matrices if "blk." in tensor.name)
+    # Attention's sums of parts, and what the sums are relative to.
+    attention = max(n_batch, MOST_PROGRAMS) * config.n_head * (config.head_dim + 2)
+    # Pairs of tokens and experts: results of products, choice, weights, counts.
+    pairs = config.moe.n_used * (max(2 * config.n_ff_exp, config.n_embd) + 4) + 2 * config.n_expert
+    # For each row: buffers, their int8 or f16 forms (not larger than `inner`), angles of two rotations.
+    rows = (n_batch + n_outputs) * (row_width + inner + 2 * config.n_rot + pairs) + n_outputs * config.n_vocab
+    raw = max(n_batch * inner, n_outputs * config.n_vocab)
+    weights = min(SCRATCH, max(tensor.ne[0] * tensor.ne[1] for tensor in matrices))
+    return 4 * (rows + raw + attention) + 2 * weights

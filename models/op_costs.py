@@ -1,0 +1,132 @@
+"""What each op of a step reads and computes for one token: where the time of a decoded token must go.
+
+The ops are those of a model whose handles hold no numbers, so that no weights are loaded.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from gguf_run.formats.gguf.reader import Tensor
+from gguf_run.models import ops
+from gguf_run.models.backend import CacheType
+from gguf_run.models.config import ModelConfig
+from gguf_run.models.operands import AttentionShape
+from gguf_run.models.step import Step
+from gguf_run.models.weights import Loader, rotations
+
+
+@dataclass(frozen=True)
+class OpCost:
+    """One op, for one token."""
+
+    op: str  # name of its class in ops.py
+    tensors: tuple[str, ...]
+    types: tuple[str, ...]  # of the tensors, each once; of K and V
+    nbytes: int  # that it reads of weights and of the KV cache
+    operations: int  # additions and multiplications; about, where it is not a product
+
+
+@dataclass(frozen=True)
+class Held:
+    """A handle without numbers: of some tensors, or of a KV cache."""
+
+    names: tuple[str, ...]
+    types: tuple[str, ...]
+    n_in: int
+    n_out: int  # rows of all tensors; positions of a cache
+    n_weights: int
+    nbytes: int
+
+
+class Sizes:
+    """Makes handles without numbers: a models.backend.Backend whose programs cannot be run."""
+
+    name = "handles without numbers"
+
+    def __init__(
+        self, matrix_bytes: Callable[[str, int, int], int], cache_bytes: Callable[[str, str, int, int, int], int]
+    ) -> None:
+        """matrix_bytes: of a tensor type, row length and number of rows, as the backend stores a matrix.
+
+        cache_bytes: of the types of K and V, heads, columns of a head, and positions.
+        """
+        self._matrix_bytes, self._cache_bytes = matrix_bytes, cache_bytes
+
+    def _held(self, tensors: Sequence[Tensor], nbytes: int) -> Held:
+        names, types = tuple(t.name for t in tensors), tuple(t.type.name for t in tensors)
+        n_rows, n_weights = sum(t.n_rows for t in tensors), sum(t.n_elements for t in tensors)
+        return Held(names, types, tensors[0].ne[0], n_rows, n_weights, nbytes)
+
+    def table(self, tensor: Tensor) -> Held:
+        return self._held([tensor], tensor.type.row_bytes(tensor.ne[0]))
+
+    def weight(self, tensors: Sequence[Tensor]) -> Held:
+        return self._held(tensors, sum(self._matrix_bytes(t.type.name, t.ne[0], t.n_rows) for t in tensors))
+
+    def vector(self, tensors: Sequence[Tensor]) -> Held:
+        return self._held(tensors, 4 * sum(t.n_elements for t in tensors))
+
+    def experts(self, tensors: Sequence[Tensor]) -> Held:
+        return self.weight(tensors)
+
+    def cache(self, shape: AttentionShape, n_ctx: int, n_batch: int, n_seq: int, kind: CacheType) -> Any:
+        """Return a Held: a cache of which a token sees all n_ctx positions, or those of its window."""
+        n_seen = min(shape.window or n_ctx, n_ctx)
+        nbytes = self._cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, n_seen)
+        return Held((), (kind.k, kind.v), shape.head_dim, n_seen, 0, nbytes)
+
+    def squares(self, width: int, n_expert: int = 1) -> Any:
+        raise NotImplementedError(self.name)
+
+    def program(self, *_: Any) -> NoReturn:
+        raise NotImplementedError(self.name)
+
+    def nbytes(self) -> dict[str, int]:
+        return {}
+
+
+# Additions and multiplications of an op for one token. An exponential or a root counts as one.
+OPERATIONS: Mapping[type, Callable[[Any], int]] = {
+    ops.Embed: lambda op: op.out.width,
+    ops.RmsNorm: lambda op: 4 * op.x.width,
+    ops.LayerNorm: lambda op: 7 * op.x.width,
+    ops.Matmul: lambda op: 2 * op.weight.n_weights,
+    ops.MatmulGated: lambda op: 2 * op.weight.n_weights,
+    ops.Rope: lambda op: 3 * op.rotation.n_rot * (op.x.width // op.head_dim),
+    ops.Attend: lambda op: 4 * op.shape.n_head * op.shape.head_dim * op.cache.n_out,
+    ops.Gated: lambda op: 5 * op.out.width,
+    ops.Moe: lambda op: 2 * op.experts.n_weights * op.mixture.n_used // op.logits.width,
+    ops.GateRows: lambda op: op.x.width,
+    ops.Softcap: lambda op: 3 * op.x.width,
+    ops.Outputs: lambda op: 0,
+}
+
+
+def op_costs(
+    config: ModelConfig, tensors: Mapping[str, Tensor], kinds: Sequence[CacheType], n_ctx: int, sizes: Sizes
+) -> list[OpCost]:
+    """Return the costs of all ops of a token, in their order.
+
+    kinds: the cache type of each layer.
+    n_ctx: positions that the token sees, its own included.
+    """
+    step = Step(Loader(sizes, tensors, lambda n_bytes: None), config, None)
+    step.new_part()
+    step.embed()
+    for il, rotation in enumerate(rotations(config, tensors, n_ctx)):
+        cache = sizes.cache(config.attention(il), n_ctx, 1, 1, kinds[il])
+        step.layer(il, cache, rotation, experts=True)
+    step.logits()
+    return [_cost(op) for op in (*step.parts[0], *step.after)]
+
+
+def _cost(op: Any) -> OpCost:
+    held = [value for value in vars(op).values() if isinstance(value, Held)]
+    nbytes = sum(handle.nbytes for handle in held)
+    if isinstance(op, ops.Moe):
+        nbytes = nbytes * op.mixture.n_used // op.logits.width
+    names = itertools.chain.from_iterable(handle.names for handle in held)
+    types = dict.fromkeys(itertools.chain.from_iterable(handle.types for handle in held))
+    return OpCost(type(op).__name__, tuple(names), tuple(types), nbytes, OPERATIONS[type(op)](op))

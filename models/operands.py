@@ -1,0 +1,133 @@
+"""What ops are applied to: buffers, numbers of the model, and handles of a backend.
+
+Each backend makes the handles with classes of its own. Ops and backends are generic in these classes, so that mypy sees
+where a handle of one backend is given to another one.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """f32[rows, width]: columns of some memory of a program. Buffers compare by value.
+
+    A buffer is only a name. The backend allocates the memory of each name when it is given the lists of a program, so
+    a name stands for one memory within a program.
+    """
+
+    name: str  # of the memory
+    row_width: int  # columns of the memory
+    start: int  # first column of this buffer
+    width: int  # columns of this buffer
+    outputs: bool = False  # rows are the tokens whose results are wanted; False: all tokens of the step
+
+    @classmethod
+    def whole(cls, name: str, width: int, *, outputs: bool = False) -> "Buffer":
+        """Return all columns of a memory."""
+        return cls(name, width, 0, width, outputs)
+
+    def columns(self, start: int, width: int) -> "Buffer":
+        """Return the same rows, columns start .. start + width of this buffer."""
+        if not 0 <= start < start + width <= self.width:
+            raise ValueError(f"columns {start} .. {start + width} of {self.name}, which has {self.width}")
+        return replace(self, start=self.start + start, width=width)
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """Rotary embedding: pair i of the first n_rot dimensions of a head turns by `position * inv_freq[i]`.
+
+    Layers that turn alike share one object, and objects compare by identity: a backend keeps one table of cosines for
+    each object.
+    """
+
+    style: str  # pairs are "norm": (2i, 2i + 1), or "neox": (i, i + n_rot / 2)
+    n_rot: int  # dimensions that turn; the others stay as they are
+    inv_freq: NDArray[np.float64]  # [n_rot / 2], scaling and factors of the model applied
+    scale: float = 1.0  # factor on the rotated values: YaRN's attention factor
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The numbers of one layer's attention."""
+
+    n_head: int  # heads of queries
+    n_head_kv: int  # heads of keys and values, each for n_head / n_head_kv heads of queries
+    head_dim: int
+    scale: float  # factor on q.k
+    window: int = 0  # positions that a token sees, its own included; 0: all
+    softcap: float = 0.0  # scores become softcap * tanh(score / softcap); 0: they stay
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How a token's experts are chosen and weighted."""
+
+    n_used: int  # experts of a token: those of its greatest logits
+    norm: bool  # weights are the softmax over the logits of these; False: over all logits
+    scale: float  # factor on the weights
+    activation: str  # of the gate: "silu", "gelu" or "swiglu_oai", see ops.Moe
+
+
+class WeightHandle(Protocol):
+    """A matrix of n_out rows of n_in, in the form that the backend multiplies with."""
+
+    @property
+    def n_in(self) -> int: ...
+    @property
+    def n_out(self) -> int: ...
+
+
+class CacheHandle(Protocol):
+    """K and V of one layer for some sequences. Groups are those of models.kv_cache.GROUP positions."""
+
+    @property
+    def n_ctx(self) -> int:
+        """Positions that the layer holds of a sequence: its last ones. Position p is in row p % n_ctx."""
+        ...
+
+    def copy(self, source: int, target: int, n_rows: int, /) -> None:
+        """Copy the first n_rows rows of sequence `source` to sequence `target`."""
+        ...
+
+    def shift(self, seq: int, n_past: int, n_keep: int, n_discard: int, rotation: Rotation | None, /) -> None:
+        """Move the held positions n_keep + n_discard .. n_past to n_keep ..; turn their keys back by n_discard."""
+        ...
+
+    def read(self, seq: int, kind: str, first: int, end: int, /) -> NDArray[np.uint8]:
+        """Return the bytes of K or V ("k", "v") of groups first .. end. All of them must be held."""
+        ...
+
+    def write(self, seq: int, kind: str, end: int, data: Any, /) -> int | None:
+        """Store the bytes that `read` returned for groups that stop at `end`.
+
+        A smaller cache stores only the last groups of them. Returns the first group that is stored, or None if the
+        number of bytes fits no number of groups.
+        """
+        ...
+
+
+class SquaresHandle(Protocol):
+    """Sums of squares: what the ops Observe and Moe collect of the rows that a matrix reads."""
+
+    def take(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Return the sums over all rows since the last call, and start again from 0.
+
+        Returns:
+            f64[n, width]: the sum of the squares of each column.
+            i64[n]: the number of rows.
+            n is the number of experts, which see different rows each; it is 1 for a matrix that is no expert.
+        """
+        ...
+
+
+Table = TypeVar("Table")  # a matrix whose rows are looked up: the embeddings
+Weight = TypeVar("Weight", bound=WeightHandle)  # a matrix that is multiplied
+Vector = TypeVar("Vector")  # f32 numbers: the weight of a norm, a bias
+Cache = TypeVar("Cache", bound=CacheHandle)
+Experts = TypeVar("Experts")  # the three matrices of all experts of a layer, and their biases
+Squares = TypeVar("Squares", bound=SquaresHandle)

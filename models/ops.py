@@ -1,0 +1,186 @@
+"""The ops of a decoder. A step is a list of them: data that interpreters read.
+
+Models build the lists (layer.py). kernels_cpu, kernels_gpu and the NumPy twin of the tests run them; op_costs.py counts
+their bytes. Ops run in the order of the list.
+
+All values of a step are f32, one row per token. Matrices are laid out by row: a weight `w` of n_out rows of n_in maps
+x of width n_in to out of width n_out, `out[t, o] = sum_i w[o, i] * x[t, i]`. `out` may be an input where the op says
+so. Weights, vectors, tables, experts, caches and squares are handles of a backend (operands.py).
+"""
+
+from dataclasses import dataclass
+from typing import Any, Generic
+
+from gguf_run.models.operands import (
+    AttentionShape,
+    Buffer,
+    Cache,
+    Experts,
+    Mixture,
+    Rotation,
+    Squares,
+    Table,
+    Vector,
+    Weight,
+)
+
+
+@dataclass(frozen=True)
+class Embed(Generic[Table]):
+    """out[t] = scale * table[ids[t]]"""
+
+    table: Table
+    out: Buffer
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class RmsNorm(Generic[Vector]):
+    """out = x / sqrt(mean(x^2) + eps) * weight (+ residual)"""
+
+    x: Buffer
+    weight: Vector  # f32[x.width / n_group]
+    out: Buffer  # may be x or residual
+    eps: float
+    n_group: int = 1  # equal parts of a row that are normed by themselves, all with the same weight
+    residual: Buffer | None = None
+
+
+@dataclass(frozen=True)
+class LayerNorm(Generic[Vector]):
+    """out = (x - mean(x)) / sqrt(variance(x) + eps) * weight (+ bias)"""
+
+    x: Buffer
+    weight: Vector  # f32[x.width]
+    bias: Vector | None  # f32[x.width]
+    out: Buffer  # may be x
+    eps: float
+    n_group: int = 1  # equal parts of a row that are normed by themselves, each with its part of weight and bias
+
+
+@dataclass(frozen=True)
+class Matmul(Generic[Weight, Vector]):
+    """out = x @ weight.T (+ bias) (+ residual)"""
+
+    x: Buffer
+    weight: Weight
+    out: Buffer  # may be residual, not x
+    bias: Vector | None = None  # f32[n_out]
+    residual: Buffer | None = None
+
+
+@dataclass(frozen=True)
+class MatmulGated(Generic[Weight, Vector]):
+    """out = activation(gate) * up, where gate and up are the left and the right half of x @ weight.T (+ bias)"""
+
+    x: Buffer
+    weight: Weight
+    out: Buffer  # half as wide as weight.n_out; not x
+    activation: str  # see Gated
+    bias: Vector | None = None  # f32[n_out]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotate each part of x of head_dim columns, in place, by its token's position."""
+
+    x: Buffer
+    rotation: Rotation
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Attend(Generic[Cache, Vector]):
+    """Append k and v to the cache; out = softmax(scale * q.k, causal, window) @ v for each head."""
+
+    q: Buffer
+    k: Buffer
+    v: Buffer
+    cache: Cache
+    shape: AttentionShape
+    out: Buffer  # none of q, k, v
+    sinks: Vector | None = None  # f32[n_head]: logits that count in a head's softmax, but have no value
+
+
+@dataclass(frozen=True)
+class Gated:
+    """out = activation(gate) * up, or activation(gate) if there is no up"""
+
+    gate: Buffer
+    up: Buffer | None
+    out: Buffer  # may be gate or up
+    activation: str  # "silu" or "gelu" (the tanh form)
+
+
+@dataclass(frozen=True)
+class Moe(Generic[Experts, Squares]):
+    """out += sum over the token's experts e of weight[e] * down[e] @ (activation(gate[e] @ x) * (up[e] @ x))
+
+    Biases are added to each of the three products if the experts have them. The activation "swiglu_oai" is
+    g * sigmoid(1.702 g) * (u + 1) with g = min(gate, 7) and u = up from -7 to 7.
+    """
+
+    x: Buffer
+    logits: Buffer  # f32[rows, n_expert], overwritten
+    experts: Experts
+    mixture: Mixture
+    out: Buffer  # a whole buffer
+    squares: tuple[Squares, Squares] | None = None  # what gate and up read, and what down reads (before weighting)
+
+
+@dataclass(frozen=True)
+class GateRows:
+    """x[t] *= sigmoid(gate[t, 0])"""
+
+    x: Buffer
+    gate: Buffer  # one column
+
+
+@dataclass(frozen=True)
+class Softcap:
+    """x = cap * tanh(scale * x / cap), or scale * x if cap is 0"""
+
+    x: Buffer  # a whole buffer
+    scale: float
+    cap: float
+
+
+@dataclass(frozen=True)
+class Observe(Generic[Squares]):
+    """Add the square of each column of x to a sum in float64."""
+
+    x: Buffer
+    squares: Squares
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """out = the rows of x whose results are wanted, which Program.run is told. First op of a program's `after`."""
+
+    x: Buffer
+    out: Buffer
+
+
+Op = (
+    Embed[Table]
+    | Matmul[Weight, Vector]
+    | MatmulGated[Weight, Vector]
+    | RmsNorm[Vector]
+    | LayerNorm[Vector]
+    | Rope
+    | Attend[Cache, Vector]
+    | Gated
+    | Moe[Experts, Squares]
+    | GateRows
+    | Softcap
+    | Observe[Squares]
+    | Outputs
+)
+
+
+def written(op: Any) -> Buffer | None:
+    """Return the buffer whose contents an op replaces: its `out`, or x if it works in place."""
+    if isinstance(op, Observe):
+        return None
+    buffer: Buffer = op.x if isinstance(op, Rope | GateRows | Softcap) else op.out
+    return buffer

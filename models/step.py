@@ -1,0 +1,198 @@
+"""The ops of a step: what the layers of a model compute, as lists for one backend."""
+
+from dataclasses import dataclass
+from typing import Generic
+
+from gguf_run.models import ops
+from gguf_run.models.architectures import EXPERTS
+from gguf_run.models.config import ModelConfig
+from gguf_run.models.operands import (
+    Buffer,
+    Cache,
+    Experts,
+    Rotation,
+    Squares,
+    SquaresHandle,
+    Table,
+    Vector,
+    Weight,
+)
+from gguf_run.models.weights import Loader, Matrix
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Squares of the input that some matrices share."""
+
+    names: tuple[str, ...]  # tensors of the matrices
+    squares: SquaresHandle
+
+
+class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
+    """Builds the lists of one backend: the parts of its program, and the ops for the wanted rows.
+
+    Weights are loaded when their op is listed. All layers use the same buffers; x is the residual stream.
+    """
+
+    def __init__(
+        self,
+        load: Loader[Table, Weight, Vector, Cache, Experts, Squares],
+        config: ModelConfig,
+        observed: list[Observed] | None,
+    ) -> None:
+        """observed: gets the input of every matmul; None: nothing is observed."""
+        self._load, self._config, self._observed = load, config, observed
+        self.parts: list[list[ops.Op[Table, Weight, Vector, Cache, Experts, Squares]]] = []
+        self.after: list[ops.Op[Table, Weight, Vector, Cache, Experts, Squares]] = []
+        self._ops = self.after  # the list that grows
+        self.x = Buffer.whole("x", config.n_embd)
+        self._qkv = Buffer.whole("qkv", config.n_embd_q + 2 * config.n_embd_kv)
+        self._attn = Buffer.whole("attn", config.n_embd_q)
+        self._name_buffers(outputs=False)
+
+    def _name_buffers(self, *, outputs: bool) -> None:
+        """Name the buffers that the ffn and the output use. outputs: those of the wanted rows."""
+        config, end = self._config, "_out" if outputs else ""
+        self._h = Buffer.whole(f"h{end}", config.n_embd, outputs=outputs)
+        self._ff = Buffer.whole(f"ff{end}", max(config.n_ff, config.n_ff_shexp), outputs=outputs)
+        self._router = Buffer.whole(f"router{end}", config.n_expert, outputs=outputs)
+        self._gate = Buffer.whole(f"gate{end}", 1, outputs=outputs)
+
+    def new_part(self) -> None:
+        """The following ops belong to a new part, which runs by itself."""
+        self._ops = []
+        self.parts.append(self._ops)
+
+    def embed(self) -> None:
+        """x = embeddings of the tokens"""
+        self._ops.append(ops.Embed(self._load.embeddings(), self.x, self._config.embd_scale))
+
+    def layer(self, il: int, cache: Cache, rotation: Rotation | None, *, experts: bool) -> None:
+        """x += attention(norm(x)), then x += ffn(norm(x)); or both at once, if they are parallel.
+
+        experts: False if the layer's experts are on another backend, where `experts` follows and reads `to_experts`.
+        """
+        arch, block = self._config.arch, f"blk.{il}."
+        h = self._normed(block, "attn_norm")
+        self._matmul(h, self._load.matrix(*(block + name for name in arch.qkv)), self._qkv)
+        is_parallel = "ffn_norm" in arch.optional_norms and not self._load.has(f"{block}ffn_norm")
+        if is_parallel:
+            self._ffn(il, h, experts)
+        self._attention(il, cache, rotation)
+        if experts and il == self._config.n_layer - 1 and self._observed is None:
+            self._only_outputs()
+        if not is_parallel:
+            self._ffn(il, self._normed(block, arch.ffn_norm), experts)
+
+    def _attention(self, il: int, cache: Cache, rotation: Rotation | None) -> None:
+        """x += attention of q, k and v"""
+        config, qkv, block = self._config, self._qkv, f"blk.{il}."
+        n_q, n_kv, head_dim = config.n_embd_q, config.n_embd_kv, config.head_dim
+        q, k, v = qkv.columns(0, n_q), qkv.columns(n_q, n_kv), qkv.columns(n_q + n_kv, n_kv)
+        for part, name, n_head in ((q, "attn_q_norm", config.n_head), (k, "attn_k_norm", config.n_head_kv)):
+            if self._has_norm(block, name):
+                self._norm(part, block + name, part, n_group=n_head if config.arch.norm_per_head else 1)
+        if rotation is not None:
+            self._ops.append(ops.Rope(qkv.columns(0, n_q + n_kv), rotation, head_dim))
+        sinks = self._load.vector(f"{block}attn_sinks")
+        self._ops.append(ops.Attend(q, k, v, cache, config.attention(il), self._attn, sinks))
+        self._add(self._attn, block, "attn_output", "post_attention_norm")
+
+    @property
+    def to_experts(self) -> tuple[Buffer, ...]:
+        """The buffers that `experts` reads: x, to which experts are added, their input, the router's logits."""
+        return self.x, self._h, self._router
+
+    def experts(self, il: int) -> None:
+        """x += the experts' part of the ffn, as the router's logits say"""
+        config, names = self._config, tuple(f"blk.{il}.{name}" for name in EXPERTS)
+        squares = None
+        if self._observed is not None:
+            first = self._load.backend.squares(config.n_embd, config.n_expert)
+            last = self._load.backend.squares(config.n_ff_exp, config.n_expert)
+            squares = first, last
+            weights = tuple(f"{name}.weight" for name in names)
+            self._observed += [Observed(weights[:2], first), Observed(weights[2:], last)]
+        experts = self._load.experts(names)
+        self._ops.append(ops.Moe(self._h, self._router, experts, config.moe, self.x, squares))
+
+    def _only_outputs(self) -> None:
+        """The following ops are for the wanted rows only: the residual stream is copied, other buffers are new."""
+        x, self.x = self.x, Buffer.whole("x_out", self._config.n_embd, outputs=True)
+        self._ops = self.after
+        self._ops.append(ops.Outputs(x, self.x))
+        self._name_buffers(outputs=True)
+
+    def logits(self) -> Buffer:
+        """Return the buffer of the logits, softcap(output(norm(x)))."""
+        config, is_tied = self._config, not self._load.has("output")
+        if not self.after:
+            self._only_outputs()
+        self._norm(self.x, "output_norm", self._h)
+        logits = Buffer.whole("logits", config.n_vocab, outputs=True)
+        output = self._load.matrix("token_embd" if is_tied else "output", bias=["output"])
+        self._matmul(self._h, output, logits)
+        if config.logit_scale != 1 or config.final_softcap:
+            self._ops.append(ops.Softcap(logits, config.logit_scale, config.final_softcap))
+        return logits
+
+    def _ffn(self, il: int, h: Buffer, experts: bool) -> None:
+        """x += down(activation(gate(h)) * up(h)), and the experts' part"""
+        config, load, block = self._config, self._load, f"blk.{il}."
+        if config.has_experts(il):
+            self._matmul(h, load.matrix(f"{block}ffn_gate_inp"), self._router)
+            if experts:
+                self.experts(il)
+        names, down = config.ffn(il)
+        if not names:
+            return
+        gate_up, activation = load.matrix(*(block + name for name in names)), config.arch.activation
+        width = gate_up.weight.n_out // (2 if config.arch.gated else 1)
+        ff = self._ff.columns(0, width)
+        if config.arch.gated:
+            self._observe(h, gate_up)
+            self._ops.append(ops.MatmulGated(h, gate_up.weight, ff, activation, gate_up.bias))
+        else:
+            self._matmul(h, gate_up, ff)
+            self._ops.append(ops.Gated(ff, None, ff, activation))
+        if config.has_experts(il) and config.arch.shared_gate:
+            self._matmul(h, load.matrix(f"{block}ffn_gate_inp_shexp"), self._gate)
+            self._ops.append(ops.GateRows(ff, self._gate))
+        self._add(ff, block, down, "post_ffw_norm")
+
+    def _has_norm(self, block: str, name: str) -> bool:
+        return name in self._config.arch.norms and self._load.has(block + name)
+
+    def _normed(self, block: str, name: str) -> Buffer:
+        """Return what attention or the ffn reads: norm(x), or x."""
+        if not self._has_norm(block, name):
+            return self.x
+        self._norm(self.x, block + name, self._h)
+        return self._h
+
+    def _norm(self, x: Buffer, name: str, out: Buffer, n_group: int = 1, residual: Buffer | None = None) -> None:
+        eps, (weight, bias) = self._config.rms_eps, self._load.norm(name)
+        if self._config.arch.layer_norm:
+            assert residual is None
+            self._ops.append(ops.LayerNorm(x, weight, bias, out, eps, n_group))
+        else:
+            self._ops.append(ops.RmsNorm(x, weight, out, eps, n_group, residual))
+
+    def _matmul(self, x: Buffer, matrix: Matrix[Weight, Vector], out: Buffer, residual: Buffer | None = None) -> None:
+        self._observe(x, matrix)
+        self._ops.append(ops.Matmul(x, matrix.weight, out, matrix.bias, residual))
+
+    def _observe(self, x: Buffer, matrix: Matrix[Weight, Vector]) -> None:
+        if self._observed is not None:
+            squares = self._load.backend.squares(x.width)
+            self._observed.append(Observed(matrix.names, squares))
+            self._ops.append(ops.Observe(x, squares))
+
+    def _add(self, y: Buffer, block: str, name: str, post_norm: str) -> None:
+        """x += matrix @ y, normed first if the layer has that norm, and has it not before the ffn"""
+        matrix = self._load.matrix(block + name)
+        if post_norm == self._config.arch.ffn_norm or not self._has_norm(block, post_norm):
+            self._matmul(y, matrix, self.x, residual=self.x)
+        else:
+            self._matmul(y, matrix, self._h)
+            self._norm(self._h, block + post_norm, self.x, residual=self.x)
