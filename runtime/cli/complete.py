@@ -85,13 +85,13 @@ def _models(typed: str) -> list[str]:
 
 
 def _types(typed: str) -> list[str]:
-    from gguf_run.runtime.quantize.rules import FILE_TYPES
+    from gguf_run.runtime.quantize.file_types import WRITABLE_FILES
 
-    return [*FILE_TYPES]
+    return [*WRITABLE_FILES]
 
 
 def _tensor_types(typed: str) -> tuple[str, ...]:
-    from gguf_run.runtime.quantize.rules import WRITABLE
+    from gguf_run.runtime.quantize.file_types import WRITABLE
 
     return WRITABLE
 

@@ -13,7 +13,7 @@ from gguf_run.runtime.cli.common import Command, message, one_line
 from gguf_run.runtime.cli.quantize import byte_size, run_plan, show_types
 from gguf_run.runtime.hub.find import find_model
 from gguf_run.runtime.load.machine import default_threads
-from gguf_run.runtime.quantize.rules import FILE_TYPES, file_type
+from gguf_run.runtime.quantize.file_types import FILE_TYPES, file_type
 from gguf_run.runtime.terminal.progress import Progress
 
 

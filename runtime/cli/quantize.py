@@ -14,7 +14,8 @@ from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.runtime.cli.common import Command, message, one_line
 from gguf_run.runtime.hub.find import find_model
 from gguf_run.runtime.load.machine import default_threads
-from gguf_run.runtime.quantize.rules import Overrides, file_type, writable_type
+from gguf_run.runtime.quantize.file_types import file_type, writable_type
+from gguf_run.runtime.quantize.rules import Overrides
 from gguf_run.runtime.terminal.progress import Progress
 from gguf_run.runtime.terminal.text import size_text, table
 

@@ -24,7 +24,8 @@ from gguf_run.runtime.cli.common import one_line
 from gguf_run.runtime.load.machine import default_threads
 from gguf_run.runtime.load.memory import MemoryPlan, available_memory
 from gguf_run.runtime.load.parts import DEFAULT_N_CTX
-from gguf_run.runtime.quantize.rules import FILE_TYPES, ModelFacts, choose_types, layer_order
+from gguf_run.runtime.quantize.file_types import FILE_TYPES
+from gguf_run.runtime.quantize.rules import MixtureFacts, choose_types, layer_order
 from gguf_run.runtime.terminal.text import size_text, table
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
@@ -175,7 +176,7 @@ def fit_row(name: str, config: ModelConfig, tensors: Sequence[TensorInfo], machi
 def quantized(tensors: Sequence[TensorInfo], metadata: Mapping[str, Any], n_layer: int, type: str) -> list[TensorInfo]:
     """The tensors with the types that gguf-quantize would give them."""
     ordered = sorted(tensors, key=lambda tensor: layer_order(tensor.name))
-    facts = ModelFacts.from_metadata(metadata, n_layer, has_imatrix=False)
+    facts = MixtureFacts.from_metadata(metadata, n_layer, has_imatrix=False)
     choices = choose_types(ordered, facts, FILE_TYPES[type])
     return [TensorInfo(t.name, t.ne, choice.type) for t, choice in zip(ordered, choices, strict=True)]
 

@@ -16,7 +16,8 @@ from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.formats.gguf.reader import GGUFFile, Tensor
 from gguf_run.formats.gguf.tensors import TensorInfo
 from gguf_run.formats.gguf.writer import MetaValue
-from gguf_run.runtime.quantize.rules import Choice, FileType, ModelFacts, Overrides, choose_types, layer_order
+from gguf_run.runtime.quantize.file_types import FileType
+from gguf_run.runtime.quantize.rules import Choice, MixtureFacts, Overrides, choose_types, layer_order
 
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION: the meaning of the blocks
 
@@ -77,7 +78,7 @@ def make_plan(file: GGUFFile, options: Options) -> Plan:
     weights = [TensorInfo(names[source.name], source.ne, source.type) for source in sources]
 
     importance = _entries(options)
-    facts = ModelFacts.from_metadata(keys, max(layers, default=-1) + 1, bool(importance))
+    facts = MixtureFacts.from_metadata(keys, max(layers, default=-1) + 1, bool(importance))
     choices = choose_types(weights, facts, options.kind, options.overrides)
     items = [
         Item(source, TensorInfo(weight.name, weight.ne, choice.type), choice, _importance(source, choice, importance))
@@ -162,7 +163,7 @@ def check_plan(plan: Plan, allow_requantize: bool) -> None:
 
 
 def _metadata(
-    file: GGUFFile, options: Options, facts: ModelFacts, kept: Sequence[int], n_entries: int
+    file: GGUFFile, options: Options, facts: MixtureFacts, kept: Sequence[int], n_entries: int
 ) -> dict[str, MetaValue]:
     """The input's keys, what quantizing changes behind them, as llama-quantize has it."""
     metadata: dict[str, MetaValue] = {key: file.metadata.typed(key) for key in file.metadata}
