@@ -38,8 +38,8 @@ _KV_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": {"t
 )
 @click.argument("model", metavar="IN", shell_complete=complete.models)
 @click.argument("rest", metavar="OUT TYPE", nargs=-1, required=True, shell_complete=complete.file_types)
-@click.option("--include-weights", multiple=True, metavar="TEXT", help="Use only imatrix entries with TEXT in the name.")
-@click.option("--exclude-weights", multiple=True, metavar="TEXT", help="Use no imatrix entries with TEXT in the name.")
+@click.option("--include-weights", multiple=True, metavar="TEXT", help="Use only imatrix entries named like TEXT.")
+@click.option("--exclude-weights", multiple=True, metavar="TEXT", help="Use no imatrix entries named like TEXT.")
 @click.option("--pure", is_flag=True, help="One type for all matrices, no mixture.")
 @click.option("--tensor-type", multiple=True, metavar="REGEX=TYPE", help="Type of the tensors whose name matches.")
 @click.option(
@@ -55,11 +55,11 @@ _KV_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": {"t
     help="Type of the token embeddings.",
 )
 @click.option("--leave-output-tensor", is_flag=True, help="Keep output.weight as it is.")
-@click.option("--allow-requantize", is_flag=True, help="Quantize tensors that are quantized already: this costs quality.")
+@click.option("--allow-requantize", is_flag=True, help="Quantize quantized tensors again: this costs quality.")
 @click.option("--override-kv", multiple=True, metavar="KEY=TYPE:VALUE", help="Set metadata; int, float, bool or str.")
 @click.option("--prune-layers", metavar="L,...", help="Leave these layers out and renumber the others.")
 @click.option("--keep-split", is_flag=True, help="Split the output into the same files as the input.")
-@click.option("--split-max-tensors", type=click.IntRange(1), help="Split the output into files of at most so many tensors.")
+@click.option("--split-max-tensors", type=click.IntRange(1), help="Put at most so many tensors into one file.")
 def main(model: str, rest: tuple[str, ...], dry_run: bool, threads: int | None, **given: Any) -> None:
     """Write the model IN to OUT with weights of TYPE, such as Q4_K_M or Q8_0. The bytes are those of llama-quantize.
 
