@@ -105,12 +105,9 @@ class _Matrix(Tensor):
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _Entry(TensorInfo):
     """A tensor as the header describes it."""
 
-    name: str
-    ne: tuple[int, ...]
-    type: TensorType
     offset: int  # from the start of the data section
     at: int  # the offset of the entry in the file, for errors
 

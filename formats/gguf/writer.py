@@ -45,7 +45,6 @@ class GGUFWriter:
         tensors: Sequence[TensorInfo],
         *,
         byte_order: str = "<",
-        alignment: int | None = None,
         split_max_size: int = 0,
         split_max_tensors: int = 0,
         split: Sequence[int] = (),
@@ -56,7 +55,6 @@ class GGUFWriter:
         metadata: in the order of the file. Keys `split.*` are left out. GGUFFile.metadata.typed(key) copies a value
             with its exact type from another file.
         tensors: in the order in which their data will come.
-        alignment: of the data in bytes, a power of two. Default: general.alignment, else 32.
         split_max_size: bytes of the tensors of each file at most, with padding; 0: no limit. A larger tensor has a
             file of its own.
         split_max_tensors: tensors of each file at most; 0: no limit.
@@ -67,7 +65,7 @@ class GGUFWriter:
         """
         _check_tensors(tensors)
         pairs = {key: value for key, value in metadata.items() if not key.startswith("split.")}
-        self.alignment = _alignment(pairs, alignment)
+        self.alignment = _alignment(pairs)
         if split_max_size or split_max_tensors:
             split = split_counts(tensors, split_max_size, split_max_tensors, self.alignment)
         if split and sum(split) != len(tensors):
@@ -236,14 +234,11 @@ def _padded(nbytes: int, alignment: int) -> int:
     return nbytes + -nbytes % alignment
 
 
-def _alignment(pairs: dict[str, MetaValue], wanted: int | None) -> int:
-    """Return the alignment in bytes. Set general.alignment in `pairs` if it differs."""
-    stated = as_typed(pairs[ALIGNMENT]).value if ALIGNMENT in pairs else DEFAULT_ALIGNMENT
-    alignment = stated if wanted is None else wanted
+def _alignment(pairs: Mapping[str, MetaValue]) -> int:
+    """Return general.alignment, the alignment of the tensors' data in bytes."""
+    alignment = as_typed(pairs[ALIGNMENT]).value if ALIGNMENT in pairs else DEFAULT_ALIGNMENT
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise GgufRunError(f"general.alignment is {alignment!r}: it must be an int, a power of two")
-    if alignment != stated:
-        pairs[ALIGNMENT] = Typed("u32", alignment)
     return alignment
 
 

@@ -14,7 +14,6 @@ from gguf_run.runtime.terminal.text import one_line, size_text, table
 
 if TYPE_CHECKING:
     from gguf_run.runtime.quantize.plan import Plan
-    from gguf_run.runtime.quantize.report import Sizes
 
 IMATRIX = click.Option(["--imatrix"], type=PATH, help="Importance matrix, from gguf-imatrix.")
 SPLIT_MAX_SIZE = click.Option(
@@ -28,30 +27,26 @@ THREADS = click.Option(
 
 def show_types(plan: "Plan") -> Iterator[str]:
     """Yield the lines of a dry run: each tensor's types and sizes before and after."""
-    from gguf_run.runtime.quantize.report import Sizes
-
-    yield from table(
-        ["tensor", "ne", "type", "to", "size", "to", "bits/weight"],
-        [
-            [
-                one_line(item.target.name), " x ".join(map(str, item.target.ne)), item.source.type.name,
-                "" if item.is_copy else item.target.type.name, size_text(item.source.nbytes),
-                size_text(item.target.nbytes), f"{Sizes.of([item]).bits_per_weight()[1]:.2f}",
-            ]
-            for item in plan.items
-        ],
-        "llllrrr",
-    )  # fmt: skip
+    rows = []
+    for item in plan.items:
+        source, target = item.source, item.target
+        types = [source.type.name, "" if item.is_copy else target.type.name]
+        sizes = [size_text(source.nbytes), size_text(target.nbytes), f"{8 * target.nbytes / target.n_elements:.2f}"]
+        rows.append([one_line(target.name), " x ".join(map(str, target.ne)), *types, *sizes])
+    yield from table(["tensor", "ne", "type", "to", "size", "to", "bits/weight"], rows, "llllrrr")
     yield ""
-    yield _total(Sizes.of(plan.items))
+    yield _total(plan)
     if any(item.choice.needs_imatrix and item.importance is None for item in plan.items):
         yield "this type needs --imatrix"
 
 
 def run_plan(plan: "Plan", path: Path, n_threads: int | None, limits: dict[str, Any]) -> Iterator[str]:
-    """Write the files of a plan and yield the closing lines. limits: split_max_size, split_max_tensors (None: no)."""
+    """Write the files of a plan and yield the closing lines.
+
+    limits: split_max_size and split_max_tensors of GGUFWriter, None or 0 for no limit.
+    """
     from gguf_run.runtime.quantize.file import quantize_file
-    from gguf_run.runtime.quantize.report import Sizes, type_reports
+    from gguf_run.runtime.quantize.report import type_reports
 
     start = time.monotonic()
     with progress("quantizing") as bar:
@@ -59,20 +54,21 @@ def run_plan(plan: "Plan", path: Path, n_threads: int | None, limits: dict[str, 
         writer, losses = quantize_file(plan, path, n_threads or default_threads(), bar.set, **split)
     rows = []
     for report in type_reports(plan.items, losses):
-        size = [report.type, str(report.sizes.n_tensors), size_text(report.sizes.after)]
-        size.append(f"{report.sizes.bits_per_weight()[1]:.2f}")
-        if report.worst is None:
-            rows.append([*size, "-", "-", "copied"])
-        else:
-            name, loss = report.worst
-            rows.append([*size, f"{report.rmse:.3g}", f"{report.relative:.2%}", f"{loss:.2%} {one_line(name)}"])
+        loss = ["-", "-", "copied"]
+        if report.loss and report.worst:
+            name, worst = report.worst
+            loss = [f"{report.rmse:.3g}", f"{report.loss.relative():.2%}", f"{worst.relative():.2%} {one_line(name)}"]
+        size = [str(report.n_tensors), size_text(report.nbytes), f"{report.bits_per_weight:.2f}"]
+        rows.append([report.type, *size, *loss])
     yield from table(["type", "tensors", "size", "bits/weight", "RMSE", "of RMS", "worst tensor"], rows, "lrrrrrl")
     yield ""
     parts = f" and {len(writer.paths) - 1} more" if len(writer.paths) > 1 else ""
-    seconds = time.monotonic() - start
-    yield f"{one_line(str(writer.paths[0]))}{parts}: {_total(Sizes.of(plan.items))}, {seconds:.1f} s"
+    yield f"{one_line(str(writer.paths[0]))}{parts}: {_total(plan)}, {time.monotonic() - start:.1f} s"
 
 
-def _total(sizes: "Sizes") -> str:
-    before, after = sizes.bits_per_weight()
-    return f"{size_text(sizes.before)} -> {size_text(sizes.after)}, {before:.2f} -> {after:.2f} bits per weight"
+def _total(plan: "Plan") -> str:
+    from gguf_run.runtime.quantize.report import bits_per_weight
+
+    sides = [item.source for item in plan.items], [item.target for item in plan.items]
+    sizes = " -> ".join(size_text(sum(tensor.nbytes for tensor in side)) for side in sides)
+    return f"{sizes}, {' -> '.join(f'{bits_per_weight(side):.2f}' for side in sides)} bits per weight"

@@ -21,24 +21,10 @@ from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.formats.gguf.writer import GGUFWriter
 from gguf_run.formats.quantizers.quantizer import count_bad, quantize
 from gguf_run.runtime.quantize.plan import Item, Plan
+from gguf_run.runtime.quantize.report import Loss
 
 _SLAB = 1 << 18  # weights of a slab: 1 MB of f32 stays in a core's cache from one step to the next
 _AHEAD = 4  # slabs per thread that may wait to be written
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What a tensor lost. Both sums are 0 for a tensor that was copied."""
-
-    error: float = 0.0  # sum over its weights of the squared errors
-    power: float = 0.0  # sum over its weights of the squares
-
-    def __add__(self, other: "Loss") -> "Loss":
-        return Loss(self.error + other.error, self.power + other.power)
-
-    def relative(self) -> float:
-        """Return sqrt(error / power), 0 for a tensor of zeros."""
-        return math.sqrt(self.error / self.power) if self.power else 0.0
 
 
 @dataclass(frozen=True)

@@ -104,75 +104,53 @@ class Choice:
     needs_imatrix: bool = False  # without importance weights the tensor is of no use
 
 
-@dataclass(frozen=True)
-class _Position:
-    """Tensor number i of the n tensors of its category. The methods are the tests of the table below."""
-
-    i: int
-    n: int
-    facts: MixtureFacts
-
-    def always(self) -> bool:
-        return True
-
-    def more_bits(self) -> bool:
-        return use_more_bits(self.i, self.n)
-
-    def first_2(self) -> bool:
-        return self.i < 2
-
-    def first_4(self) -> bool:
-        return self.i < 4
-
-    def first_8th(self) -> bool:
-        return self.i < self.n // 8
-
-    def first_16th(self) -> bool:
-        return self.i < self.n // 16
-
-    def gqa_4(self) -> bool:
-        return self.facts.n_gqa >= 4
-
-    def early_with_imatrix(self) -> bool:
-        return self.first_8th() and self.facts.has_imatrix
-
-    def early_without_imatrix(self) -> bool:
-        return self.first_8th() and not self.facts.has_imatrix
-
-
-_Rules = Mapping[str, tuple[tuple[Callable[[_Position], bool], str], ...]]
-_P = _Position
-# category -> file type -> (test, type): the first test that holds gives the type. Without one it is the default type.
+# The conditions of the table below, for tensor i of the n tensors of its category.
+_TESTS: Mapping[str, Callable[[int, int, MixtureFacts], bool]] = MappingProxyType(
+    {
+        "always": lambda i, n, facts: True,
+        "more bits": lambda i, n, facts: use_more_bits(i, n),
+        "first 2": lambda i, n, facts: i < 2,
+        "first 4": lambda i, n, facts: i < 4,
+        "first 8th": lambda i, n, facts: i < n // 8,
+        "first 16th": lambda i, n, facts: i < n // 16,
+        "gqa 4": lambda i, n, facts: facts.n_gqa >= 4,
+        "first 8th, imatrix": lambda i, n, facts: i < n // 8 and facts.has_imatrix,
+        "first 8th, no imatrix": lambda i, n, facts: i < n // 8 and not facts.has_imatrix,
+    }
+)
+_Rules = Mapping[str, tuple[tuple[str, str], ...]]
+# category -> file type -> (condition, type): the first condition that holds gives the type. If none holds, it is the
+# default type.
 _RULES: Mapping[str, _Rules] = MappingProxyType(
     {
         "attn_v": {
-            "Q2_K": ((_P.gqa_4, "Q4_K"), (_P.always, "Q3_K")),
-            "Q2_K_S": ((_P.gqa_4, "Q4_K"),),
-            "Q3_K_M": ((_P.first_2, "Q5_K"), (_P.always, "Q4_K")),
-            "Q3_K_L": ((_P.always, "Q5_K"),),
-            "Q4_K_S": ((_P.first_4, "Q5_K"),),
-            "Q4_K_M": ((_P.more_bits, "Q6_K"),),
-            "Q5_K_M": ((_P.more_bits, "Q6_K"),),
-            "IQ4_NL": ((_P.gqa_4, "Q5_K"),),
-            "IQ4_XS": ((_P.gqa_4, "Q5_K"),),
+            "Q2_K": (("gqa 4", "Q4_K"), ("always", "Q3_K")),
+            "Q2_K_S": (("gqa 4", "Q4_K"),),
+            "Q3_K_M": (("first 2", "Q5_K"), ("always", "Q4_K")),
+            "Q3_K_L": (("always", "Q5_K"),),
+            "Q4_K_S": (("first 4", "Q5_K"),),
+            "Q4_K_M": (("more bits", "Q6_K"),),
+            "Q5_K_M": (("more bits", "Q6_K"),),
+            "IQ4_NL": (("gqa 4", "Q5_K"),),
+            "IQ4_XS": (("gqa 4", "Q5_K"),),
         },
         "ffn_down": {
-            "Q2_K": ((_P.always, "Q3_K"),),
-            "Q2_K_S": ((_P.first_8th, "Q4_K"),),
-            "Q3_K_M": ((_P.first_16th, "Q5_K"), (_P.always, "Q4_K")),
-            "Q3_K_L": ((_P.always, "Q5_K"),),
-            "Q4_K_S": ((_P.first_8th, "Q5_K"),),
-            "Q4_K_M": ((_P.more_bits, "Q6_K"),),
-            "Q5_K_M": ((_P.more_bits, "Q6_K"),),
-            "IQ4_NL": ((_P.early_without_imatrix, "Q5_K"),),
-            "IQ4_XS": ((_P.early_without_imatrix, "Q5_K"),),
-            "Q4_0": ((_P.early_with_imatrix, "Q4_1"),),
-            "Q5_0": ((_P.early_with_imatrix, "Q5_1"),),
+            "Q2_K": (("always", "Q3_K"),),
+            "Q2_K_S": (("first 8th", "Q4_K"),),
+            "Q3_K_M": (("first 16th", "Q5_K"), ("always", "Q4_K")),
+            "Q3_K_L": (("always", "Q5_K"),),
+            "Q4_K_S": (("first 8th", "Q5_K"),),
+            "Q4_K_M": (("more bits", "Q6_K"),),
+            "Q5_K_M": (("more bits", "Q6_K"),),
+            "IQ4_NL": (("first 8th, no imatrix", "Q5_K"),),
+            "IQ4_XS": (("first 8th, no imatrix", "Q5_K"),),
+            "Q4_0": (("first 8th, imatrix", "Q4_1"),),
+            "Q5_0": (("first 8th, imatrix", "Q5_1"),),
         },
         "attn_output": {
-            "Q2_K": ((_P.always, "Q3_K"),),
-            "Q3_K_M": ((_P.always, "Q4_K"),),
-            "Q3_K_L": ((_P.always, "Q5_K"),),
+            "Q2_K": (("always", "Q3_K"),),
+            "Q3_K_M": (("always", "Q4_K"),),
+            "Q3_K_L": (("always", "Q5_K"),),
         },
     }
 )
@@ -182,12 +160,12 @@ _FALCON: Mapping[str, _Rules] = MappingProxyType(
         **_RULES,
         "ffn_down": {
             **_RULES["ffn_down"],
-            "Q3_K_M": ((_P.first_16th, "Q5_K"), (_P.more_bits, "Q4_K")),
-            "Q3_K_L": ((_P.always, "Q4_K"),),
+            "Q3_K_M": (("first 16th", "Q5_K"), ("more bits", "Q4_K")),
+            "Q3_K_L": (("always", "Q4_K"),),
             "Q4_K_S": (),
-            "Q4_K_M": ((_P.first_16th, "Q6_K"), (_P.more_bits, "Q5_K")),
+            "Q4_K_M": (("first 16th", "Q6_K"), ("more bits", "Q5_K")),
         },
-        "attn_output": {"Q3_K_L": ((_P.always, "Q4_K"),)},
+        "attn_output": {"Q3_K_L": (("always", "Q4_K"),)},
     }
 )
 # Architecture -> layers of its model of 70 billion weights, whose attn_v is an eighth of attn_q and costs little.
@@ -303,8 +281,7 @@ class _Mixture:
         i = _layer(weight.name, n) if category == "ffn_down" and facts.n_expert > 1 else self._seen[category]
         self._seen[category] += 1
         rules = self._rules.get(category, {}).get(self._kind.name, ())
-        position = _Position(i, n, facts)
-        type = next((type for test, type in rules if test(position)), self._kind.default)
+        type = next((type for test, type in rules if _TESTS[test](i, n, facts)), self._kind.default)
         is_70b = facts.n_layer == _LAYERS_70B.get(facts.arch) and (facts.arch, facts.n_gqa) != ("llama", 1)
         return "Q5_K" if is_70b and category == "attn_v" and type in ("Q3_K", "Q4_K") else type
 
