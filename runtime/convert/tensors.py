@@ -68,7 +68,7 @@ def model_tensors(entry: Architecture, config: Config, tensors: Mapping[str, Ten
     _check_complete(entry, config, found)
     for name, tensor in found.items():
         ne = shape(entry, name.removeprefix(_prefix(name)), numbers)
-        if not tensor.same_shape(ne) and not name.endswith(".scale"):
+        if _size(tensor.ne) != _size(ne) and not name.endswith(".scale"):
             raise FormatError(
                 f"{tensor.file.path}: {name} has the shape {list(tensor.ne[::-1])}, by config.json it must have "
                 f"{list(ne[::-1])}: they are not of one model"
@@ -195,3 +195,8 @@ def _check_complete(entry: Architecture, config: Config, found: Mapping[str, Ten
 def _prefix(name: str) -> str:
     match = re.match(r"blk\.\d+\.", name)
     return match[0] if match else ""
+
+
+def _size(ne: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes without those of 1 at the end."""
+    return ne if not ne or ne[-1] != 1 else _size(ne[:-1])

@@ -117,24 +117,18 @@ class Machine:
         }
 
 
-def used_part(config: ModelConfig, name: str) -> float:
-    """Return the part of a tensor that a token needs: of experts those it is sent to, of embeddings a row (0)."""
-    if "_exps." in name:
-        return config.moe.n_used / config.n_expert
-    return 0.0 if name == "token_embd.weight" else 1.0
-
-
 def speeds(config: ModelConfig, tensors: Sequence[TensorInfo], limits: Limits) -> tuple[float, float]:
     """Return estimates of the tokens per second that are decoded after a short text, and that are prefilled.
 
-    Decoding reads the weights that a token needs once. A prompt of N_PROMPT tokens is multiplied with the weights of
-    the layers, and its queries with the keys and values of the positions before them.
+    Decoding reads the weights that a token needs once: of experts those that it is sent to, of embeddings only a row,
+    unless they make the logits too. A prompt of N_PROMPT tokens is multiplied with the weights of the layers, and its
+    queries with the keys and values of the positions before them.
     """
-    tied = all(tensor.name != "output.weight" for tensor in tensors)
+    has_output = any(tensor.name == "output.weight" for tensor in tensors)
     n_bytes, n_ops = 0.0, 2.0 * FLOAT_OPS * N_PROMPT * config.n_embd_q * config.n_layer
     for tensor in tensors:
-        if len(tensor.ne) > 1:
-            part = 1.0 if tied and tensor.name == "token_embd.weight" else used_part(config, tensor.name)
+        if len(tensor.ne) > 1 and not (has_output and tensor.name == "token_embd.weight"):
+            part = config.moe.n_used / config.n_expert if "_exps." in tensor.name else 1.0
             n_bytes += part * matrix_bytes(tensor.type.name, tensor.ne[0], tensor.n_rows)
             n_ops += 2 * part * tensor.n_elements * tensor.name.startswith("blk.")
     return DECODE_PART * limits.read_bytes / n_bytes, PREFILL_PART * limits.int8_ops / n_ops
