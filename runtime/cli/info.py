@@ -47,26 +47,26 @@ Answer = tuple[Mapping[str, Any], Iterator[str]]  # facts for --json, and the sa
 )
 @click.argument("models", metavar="[MODEL...]", nargs=-1, shell_complete=complete.models)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--fit", is_flag=True, help="Show what fits this machine, and how fast: of MODELs, or of usual sizes.")
-@click.option("--tensors", is_flag=True, help="List the tensors as well.")
-@click.option("--stats", is_flag=True, help="Show statistics of the tensors' weights as well.")
+@click.option("--fit", is_flag=True, help="Show what fits this machine, and how fast: each MODEL, or usual sizes.")
+@click.option("--tensors", is_flag=True, help="Also list the tensors.")
+@click.option("--stats", is_flag=True, help="Also show statistics of the weights of each tensor.")
 @click.option(
     "--diff",
     metavar="OTHER",
     shell_complete=complete.models,
-    help="Show what differs in another file: metadata, tensors, error of each.",
+    help="Show what differs in another file: metadata, tensors, and the error of each.",
 )
 @click.option(
     "--match",
     metavar="REGEX",
     default="",
     show_default=False,
-    help="Only tensors whose name holds a match.  [default: all]",
+    help="Only tensors in whose names REGEX is found.  [default: all]",
 )
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Change a metadata key; see above.")
 @click.option("--remove", metavar="KEY", multiple=True, help="Remove a metadata key.")
 @click.option("--output", "-o", type=PATH, help="File to write the changed model to.")
-@click.option("--in-place", is_flag=True, help="Change the file itself, if its size stays the same.")
+@click.option("--in-place", is_flag=True, help="Change the file itself. Its header must keep its size.")
 @click.option("--gpu-memory", metavar="N(M|G),...", help="Show what goes on GPUs with these bytes of free memory.")
 def main(models: Sequence[str], as_json: bool, fit: bool, **given: Any) -> None:
     """Show what is in a GGUF file: metadata, sizes per tensor type, parameters, and the memory it will need.
@@ -89,7 +89,7 @@ def main(models: Sequence[str], as_json: bool, fit: bool, **given: Any) -> None:
 
 def _fit(models: Sequence[str]) -> Answer:
     """Return what fits this machine, of the files or of usual sizes."""
-    from gguf_run.runtime.info.fit import SHAPES, Machine, fit_file, fit_shape
+    from gguf_run.runtime.info.fit import USUAL_MODELS, Machine, fit_file, fit_usual
 
     context = click.get_current_context()
     for option in context.command.params:
@@ -100,7 +100,7 @@ def _fit(models: Sequence[str]) -> Answer:
     with ExitStack() as files:
         opened = [files.enter_context(GGUFFile.open(path)) for path in paths]
         machine = Machine.measure()
-        found = [fit_file(file, machine) for file in opened] or [fit_shape(shape, machine) for shape in SHAPES]
+        found = [fit_file(file, machine) for file in opened] or [fit_usual(model, machine) for model in USUAL_MODELS]
     measured = machine.facts()
     return {"machine": measured, "models": found}, fit_lines(measured, found)
 
