@@ -61,7 +61,8 @@ class GGUFFile:
 
     def __init__(self, parts: Sequence[_Part]) -> None:
         first = parts[0]
-        self.path: Path = first.file.path  # of the first file, as the next four
+        # Path, version, byte order, alignment and metadata are those of the first file.
+        self.path: Path = first.file.path
         self.version: int = first.version
         self.byte_order: str = first.file.order  # "<" or ">"
         self.alignment: int = first.alignment

@@ -97,7 +97,7 @@ def _parse(value: str, type: str) -> Any:
 
 
 def _guess(value: str) -> Any:
-    """Return true, false, a number or a list that the text is in JSON. Any other text is a string."""
+    """Return the bool, number or list that the text stands for in JSON. Any other text is a string."""
     try:
         parsed = json.loads(value)
     except ValueError:

@@ -31,7 +31,7 @@ CACHES = ("f16", "q8_0")  # types of the KV cache
 N_PROMPT = 512  # tokens of the prompt whose speed is estimated
 # The part of the limits that the kernels reach (docs/measured.md).
 DECODE_PART, PREFILL_PART = 0.8, 0.48
-FLOAT_OPS = 4  # int8 operations that take as long as one of floats
+FLOAT_OPS = 4  # int8 operations in the time of one float operation
 
 
 @dataclass(frozen=True)

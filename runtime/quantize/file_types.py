@@ -22,7 +22,7 @@ class FileType:
     id: int | None  # general.file_type; None: the number of the input stays
     name: str  # as llama-quantize knows it
     default: str  # the tensor type of most matrices
-    label: str = ""  # what llama.cpp shows, where that is not the name
+    label: str = ""  # what llama.cpp shows; "": the name
 
     @property
     def is_writable(self) -> bool:

@@ -100,7 +100,7 @@ class Choice:
     """The type that a tensor gets."""
 
     type: TensorType
-    wanted: TensorType | None = None  # the type that the length of the rows forbids, if it does
+    wanted: TensorType | None = None  # the better type that the row length rules out, None: there is none
     needs_imatrix: bool = False  # without importance weights the tensor is of no use
 
 
