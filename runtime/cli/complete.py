@@ -56,15 +56,15 @@ def models(typed: str) -> list[str]:
 @among
 def file_types(typed: str) -> list[str]:
     """What gguf-quantize can write."""
-    from gguf_run.runtime.quantize.rules import FILE_TYPES
+    from gguf_run.runtime.quantize.file_types import WRITABLE_FILES
 
-    return [*FILE_TYPES]
+    return [*WRITABLE_FILES]
 
 
 @among
 def tensor_types(typed: str) -> Iterable[str]:
     """What a single tensor can become."""
-    from gguf_run.runtime.quantize.rules import WRITABLE
+    from gguf_run.runtime.quantize.file_types import WRITABLE
 
     return WRITABLE
 

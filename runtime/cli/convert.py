@@ -12,10 +12,10 @@ from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.runtime.cli import complete
 from gguf_run.runtime.cli.common import tool
 from gguf_run.runtime.cli.load_options import byte_size
-from gguf_run.runtime.cli.quantize import run_plan, show_types
+from gguf_run.runtime.cli.quantize_report import run_plan, show_types
 from gguf_run.runtime.hub.find import find_model
 from gguf_run.runtime.load.machine import default_threads
-from gguf_run.runtime.quantize.rules import FILE_TYPES, file_type
+from gguf_run.runtime.quantize.file_types import FILE_TYPES, WRITABLE_FILES, file_type
 from gguf_run.runtime.terminal.progress import Progress
 from gguf_run.runtime.terminal.text import message, one_line
 
@@ -36,7 +36,7 @@ from gguf_run.runtime.terminal.text import message, one_line
     "--type",
     "kind",
     default="auto",
-    shell_complete=complete.among(lambda typed: ["auto", *FILE_TYPES]),
+    shell_complete=complete.among(lambda typed: ["auto", *WRITABLE_FILES]),
     help="As of gguf-quantize, or auto: what DIR has.",
 )
 @click.option("--imatrix", type=click.Path(path_type=Path), help="Importance matrix, from gguf-imatrix.")
