@@ -43,6 +43,11 @@ class TensorInfo:
     def nbytes(self) -> int:
         return self.n_rows * self.type.row_bytes(self.ne[0])
 
+    def same_shape(self, ne: tuple[int, ...]) -> bool:
+        """Whether the tensor has these sizes. Sizes of 1 at the end do not count: files may leave them out."""
+        n = max(len(self.ne), len(ne))
+        return self.ne + (1,) * (n - len(self.ne)) == ne + (1,) * (n - len(ne))
+
 
 @dataclass(frozen=True)
 class Tensor(TensorInfo):

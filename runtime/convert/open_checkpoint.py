@@ -19,9 +19,9 @@ from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.formats.gguf.writer_metadata import MetaValue
 from gguf_run.formats.quantizers.quantizer import quantize
+from gguf_run.runtime.convert.architectures import IGNORED, OTHER_PARTS
 from gguf_run.runtime.convert.card import general_metadata
-from gguf_run.runtime.convert.metadata import architecture, hyperparameters, rope_tensors
-from gguf_run.runtime.convert.names import IGNORED, OTHER_PARTS
+from gguf_run.runtime.convert.metadata import hyperparameters, layout_of, rope_tensors
 from gguf_run.runtime.convert.quantized.methods import KEPT, plain_tensors
 from gguf_run.runtime.convert.stored.checkpoint import Checkpoint
 from gguf_run.runtime.convert.stored.sources import F32, rows, source
@@ -40,7 +40,7 @@ def open_checkpoint(
     GgufRunError and its kinds, one line each, for anything that is missing, wrong or not known.
     """
     checkpoint = Checkpoint.open(directory, weights=not vocab_only)
-    entry, config = architecture(checkpoint.config)
+    layout, config = layout_of(checkpoint.config)
     tensors: dict[str, Tensor] = {}
     if not vocab_only:
         stored = {
@@ -49,17 +49,17 @@ def open_checkpoint(
             if not name.endswith(IGNORED) and not name.startswith(OTHER_PARTS)
         }
         plain = plain_tensors(dataclasses.replace(checkpoint, config=config, tensors=stored), keep)
-        tensors = model_tensors(entry, config, plain)
-        for key, values in rope_tensors(entry, config).items():
+        tensors = model_tensors(layout, config, plain)
+        for key, values in rope_tensors(config).items():
             file = MemoryFile(config.path, values.tobytes())
             tensors[key] = source(key, values.shape, F32, file, lambda first, end, values=values: values)  # type: ignore[misc]
     vocabulary = tokenizer_metadata(directory, config.values)
     _fit_vocabulary(directory, tensors, vocabulary)
     metadata: dict[str, MetaValue] = {
-        "general.architecture": entry.arch,
+        "general.architecture": layout.arch,
         "general.type": "model",
         **general_metadata(directory, checkpoint.config.values, name, list(tensors.values())),
-        **hyperparameters(entry, config),
+        **hyperparameters(layout, config),
         **vocabulary,
     }
     return GGUFFile.of(directory, metadata, tensors)
