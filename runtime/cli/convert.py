@@ -78,7 +78,7 @@ def main(
         stated = plan.metadata.get("general.file_type")
         id = stated.value if isinstance(stated, Typed) else stated
         type_name = next((row.name for row in FILE_TYPES.values() if row.id == id), "auto")
-        default = file_name(file.metadata, None if vocab_only else type_name)
+        default = file_name(file.metadata, "vocab" if vocab_only else type_name)
         path = Path(default) if output is None else output / default if output.is_dir() else output
         kept = kept_note(file, plan)
         for note in [*plan.notes, *([kept] if kept else [])]:

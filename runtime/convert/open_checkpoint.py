@@ -58,7 +58,7 @@ def open_checkpoint(
     metadata: dict[str, MetaValue] = {
         "general.architecture": layout.arch,
         "general.type": "model",
-        **general_metadata(directory, checkpoint.config.values, name, list(tensors.values())),
+        **general_metadata(directory, name, list(tensors.values())),
         **hyperparameters(layout, config),
         **vocabulary,
     }
