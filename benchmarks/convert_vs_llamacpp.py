@@ -76,8 +76,8 @@ def main() -> None:
     from gguf_run.formats.errors import GgufRunError
     from gguf_run.runtime.convert.open_checkpoint import open_checkpoint
     from gguf_run.runtime.quantize.file import quantize_file
+    from gguf_run.runtime.quantize.file_types import file_type
     from gguf_run.runtime.quantize.plan import Options, make_plan
-    from gguf_run.runtime.quantize.rules import file_type
 
     failed = 0
     print(

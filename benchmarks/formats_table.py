@@ -27,7 +27,7 @@ from gguf_run.formats.gguf.tensors import Tensor, TensorInfo
 from gguf_run.formats.gguf.writer import GGUFWriter
 from gguf_run.formats.quantizers.quantizer import QUANTIZERS
 from gguf_run.runtime.hub.find import find_model
-from gguf_run.runtime.quantize.rules import FILE_TYPES
+from gguf_run.runtime.quantize.file_types import WRITABLE_FILES
 
 RESULTS = Path(__file__).parent.parent / "docs/data/formats.json"
 _NO_WEIGHTS = ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64")  # activations, and tables that are no weights
@@ -122,7 +122,7 @@ def main(text: Path, work: Path, chunks: int, again: bool) -> None:
     data: dict[str, Any] = {} if again or not RESULTS.is_file() else json.loads(RESULTS.read_text())
     data |= {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "text": text.name, "types": type_rows(base)}
     files = data.setdefault("files", {})
-    for kind in FILE_TYPES:
+    for kind in WRITABLE_FILES:
         if kind not in (*_NO_FILES, *files):
             files[kind] = file_row(base, kind, text, chunks, work)
             click.echo(f"{kind}: {files[kind]}")

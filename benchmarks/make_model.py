@@ -22,7 +22,7 @@ from gguf_run.formats.gguf.writer import GGUFWriter, TensorInfo, Typed
 from gguf_run.runtime.cli.common import Command
 from gguf_run.runtime.hub.find import find_model
 from gguf_run.runtime.quantize import rules as quantize_rules
-from gguf_run.runtime.quantize.file_types import FILE_TYPES
+from gguf_run.runtime.quantize.file_types import FILE_TYPES, WRITABLE_FILES
 
 _CHUNK = 4 << 20  # bytes drawn at a time
 _NORMAL, _UNUSED = 1, 5  # token types
@@ -80,7 +80,7 @@ SHAPES: Mapping[str, Shape] = {
 
 
 PURE = (*FLOATS, *(row.name for row in TENSOR_TYPES if row.is_quantized and row.name not in ("Q8_1", "Q8_K")))
-MIXES = tuple(name for name in quantize_rules.FILE_TYPES if name not in (*PURE, "COPY"))
+MIXES = tuple(name for name in WRITABLE_FILES if name not in (*PURE, "COPY"))
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,9 @@ def mix_of(name: str) -> Mix:
     name = name.upper()
     if name not in MIXES and name not in PURE:
         raise OptionError(f"type {name!r}: allowed are the mixes {', '.join(MIXES)} and the types {', '.join(PURE)}")
-    id = quantize_rules.FILE_TYPES[name].id if name in MIXES else None
-    return Mix(name, next(i for i, text in FILE_TYPES.items() if name in text.split()) if id is None else id)
+    kind = FILE_TYPES.get(name) or next(kind for kind in FILE_TYPES.values() if kind.default == name)
+    assert kind.id is not None
+    return Mix(name, kind.id)
 
 
 def tensors_of(shape: Shape, mix: Mix) -> list[TensorInfo]:
@@ -110,10 +111,10 @@ def tensors_of(shape: Shape, mix: Mix) -> list[TensorInfo]:
             t.type if f32 else quantize_rules.fallback(wanted, t.ne[0]) for t, f32 in zip(tensors, is_f32, strict=True)
         ]
     else:
-        facts = quantize_rules.ModelFacts(
+        facts = quantize_rules.MixtureFacts(
             shape.arch, shape.n_layer, shape.n_head // shape.n_head_kv, n_expert=shape.n_expert
         )
-        kind = quantize_rules.FILE_TYPES[mix.name]
+        kind = FILE_TYPES[mix.name]
         types = [choice.type for choice in quantize_rules.choose_types(tensors, facts, kind)]
     return [TensorInfo(t.name, t.ne, type) for t, type in zip(tensors, types, strict=True)]
 

@@ -25,7 +25,7 @@ import numpy as np
 from peer import _LOG, _TEXT, _open, library_folder
 
 from gguf_run.formats.gguf.reader import GGUFFile
-from gguf_run.runtime.quantize.rules import file_type
+from gguf_run.runtime.quantize.file_types import file_type
 
 _OURS = "from gguf_run.runtime.cli.quantize import main; main()"
 

@@ -1,5 +1,8 @@
-"""GGUF files and their blocks. `quantize` and `dequantize` stand here for users; they are loaded when first asked for,
-because what they need takes longer to import than a model's header to read."""
+"""GGUF files and their blocks. Start with gguf/reader.py and blocks/types.py.
+
+Users import `quantize` and `dequantize` from here. Both are loaded at first use: the compiler behind them takes longer
+to import than the header of a model takes to read.
+"""
 
 from typing import TYPE_CHECKING, Any
 

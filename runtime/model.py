@@ -2,7 +2,6 @@
 
 import math
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,20 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
-from gguf_run.models.backend import CacheType
 from gguf_run.runtime.engine.batch import Answer, Batch, OneOfMany
 from gguf_run.runtime.engine.generation import Closed, Generation, Session, StopStrings, text_pieces
+from gguf_run.runtime.load.options import LoadOptions
 from gguf_run.runtime.sampling.history import Breakers, breakers
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler, TokenLogprob
 
 if TYPE_CHECKING:
-    from gguf_run.models.decoder import Decoder
     from gguf_run.runtime.engine.session_file import SessionHeader
-    from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
-
-MAX_N_CTX = 2**31 - 1
-MAX_N_SEQ = 1024
+    from gguf_run.runtime.load.load_model import LoadedModel
 
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
@@ -67,31 +62,17 @@ class Model:
     at a time may use a model.
     """
 
-    def __init__(
-        self,
-        decoder: "Decoder",
-        tokenizer: "Tokenizer",
-        *,
-        chat_template: str | None = None,
-        tool_template: str | None = None,
-        where: str = "",
-        load_s: float = 0.0,
-        identity: "Callable[[], SessionHeader] | None" = None,
-        close: Sequence[Callable[[], None]] = (),
-    ) -> None:
-        """Put a model together from its parts; Model.load does this for a file. tool_template: in place of
-        chat_template for conversations with tools (some files have both). where: what runs on which device.
-        identity: tells what sessions are of; None: they cannot be saved. close: called at the end, to free what the
-        decoder does not own."""
-        self.decoder = decoder
-        self.tokenizer = tokenizer
-        self.chat_template = chat_template
-        self.tool_template = tool_template
-        self.where = where
-        self.load_s = load_s
-        self._identity = identity
-        self._close = close
-        self._session = Session(decoder)
+    def __init__(self, parts: "LoadedModel") -> None:
+        """Model.load makes the parts from a file."""
+        self.decoder = parts.decoder
+        self.tokenizer = parts.tokenizer
+        self.chat_template = parts.chat_template
+        self.tool_template = parts.tool_template
+        self.where = parts.where
+        self.load_s = parts.load_s
+        self._identity = parts.identity
+        self._close = parts.close
+        self._session = Session(parts.decoder)
         self._generation: Generation | Batch | None = None
         self._breakers: dict[tuple[str, ...], Breakers] = {}
 
@@ -99,87 +80,26 @@ class Model:
     def load(
         cls,
         path: str | os.PathLike[str] | None = None,
+        options: LoadOptions | None = None,
         *,
-        n_ctx: int | None = None,
-        n_threads: int | None = None,
-        device: str = "auto",
-        gpu_layers: str | int | None = None,
-        tensor_split: str | None = None,
-        cpu_moe: bool = False,
-        n_cpu_moe: int | None = None,
-        n_batch: int = 512,
-        n_seq: int = 1,
-        cache_type: str | tuple[str, str] | list[CacheType] | None = None,
-        cache_rotation: bool | None = None,
-        cache_scales: str | os.PathLike[str] | None = None,
         progress: Callable[[int, int], None] | None = None,
-        observe: bool = False,
-        quantize: str | None = None,
         report: Callable[[str], None] | None = None,
+        **keywords: Any,
     ) -> "Model":
         """Load a model.
 
         path: a GGUF file, a Hugging Face checkpoint's folder, `hf:owner/repo[:TYPE]`, `hf:owner/repo/file.gguf`, or
-        None: the default model. n_ctx: positions of the KV cache (the model's own, at most 4096, if None). n_threads:
-        physical cores if None. device: "cpu", "cuda", "cuda:N", several of these with commas, or "auto": a GPU if there
-        is one. gpu_layers: how many of the last layers it gets, "all", or "auto": as many as fit. tensor_split: parts
-        of these for each of several GPUs, as "3,1"; None: by their free memory. cpu_moe, n_cpu_moe: the experts of all,
-        or of the first n layers stay on the CPU; neither: of as many as it takes for all else to be on GPUs. report:
-        called with lines on what runs where, before it is loaded, if a GPU is used or cannot be. n_batch: tokens of a
-        prompt that run at once. n_seq: sequences that the KV cache has room for, of n_ctx positions each: as many
-        prompts as generate_batch can take. progress: called with bytes loaded and bytes in all. observe: see Decoder.
-        quantize: a file type such as "Q4_K_M", in which the weights are put while they are read.
-
-        cache_type: of the KV cache's keys and values, such as "q8_0", or a pair of two, or a list of one CacheType
-        for each layer; None: what cache_scales says, else "f16". cache_rotation: of rows before they are stored, by a
-        Hadamard transform; None: for types of 8 bits or less. cache_scales: a calibration file, see kv_scales.py.
+            None: the default model.
+        options, keywords: what LoadOptions holds, as `n_ctx=4096, device="cpu"`. Keywords come before options.
+        progress: called with the bytes that are loaded and the bytes of all weights.
+        report: called with lines that say what runs where, if a GPU is used or cannot be used.
 
         Warns if n_ctx is more than the model was trained for. Raises GgufRunError and its kinds: OptionError for a
         value that is not allowed, FormatError for a damaged file, UnsupportedError for one that cannot be run.
         """
-        start = time.perf_counter()
-        _check_range("n_ctx (--ctx-size)", n_ctx, 1, MAX_N_CTX)
-        _check_range("n_batch", n_batch, 1, MAX_N_CTX)
-        _check_range("n_seq", n_seq, 1, MAX_N_SEQ)
-        from gguf_run.kernels_cpu.replay.team import MAX_THREADS
-        from gguf_run.runtime.hub.find import find_model
-        from gguf_run.runtime.load.machine import default_threads
-        from gguf_run.runtime.load.open_model import open_model
-        from gguf_run.runtime.load.parts import load_parts
-        from gguf_run.runtime.load.placement import parse_wanted
+        from gguf_run.runtime.load.load_model import load_model
 
-        _check_range("n_threads (--threads)", n_threads, 1, MAX_THREADS)
-        n_threads = n_threads or min(default_threads(), MAX_THREADS)
-        wanted = parse_wanted(device, gpu_layers, tensor_split, cpu_moe, n_cpu_moe)
-        before = time.perf_counter()
-        found = find_model(os.fspath(path) if path is not None else None, "any")
-        start += time.perf_counter() - before  # a download is not part of the load time
-        file = open_model(found, quantize)
-        cache = {"cache_type": cache_type, "cache_rotation": cache_rotation, "cache_scales": cache_scales}
-        try:
-            parts = load_parts(
-                file,
-                n_ctx=n_ctx,
-                n_threads=n_threads,
-                wanted=wanted,
-                n_batch=n_batch,
-                n_seq=n_seq,
-                cache=cache,
-                progress=progress,
-                observe=observe,
-                quantize=quantize,
-                report=report or (lambda line: None),
-            )
-            return cls(**parts, load_s=time.perf_counter() - start)
-        except GgufRunError as error:
-            file.close()
-            # Below the runtime nobody knows the name of the file.
-            if str(file.path) in str(error) or isinstance(error, OptionError):
-                raise
-            raise type(error)(f"{file.path}: {error}") from error
-        except BaseException:
-            file.close()
-            raise
+        return cls(load_model(path, replace(options or LoadOptions(), **keywords), progress, report))
 
     @property
     def n_ctx(self) -> int:
@@ -408,8 +328,3 @@ class Model:
     def _open_ended(self, ids: list[int]) -> list[int]:
         """A text that is to go on must not end with EOS, which some models want around a text."""
         return ids[:-1] if self.tokenizer.add_eos and ids[-1:] == [self.tokenizer.eos] else ids
-
-
-def _check_range(name: str, value: int | None, lowest: int, highest: int) -> None:
-    if value is not None and not (isinstance(value, int) and lowest <= value <= highest):
-        raise OptionError(f"{name} is {value!r}; allowed: a whole number from {lowest} to {highest}")

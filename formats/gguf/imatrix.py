@@ -1,10 +1,19 @@
-"""Importance matrices: for every weight matrix the mean square of its input, channel by channel, over a text.
+"""Importance matrices: for every weight matrix the mean square of each input channel over a text.
 
-Two forms of file exist, both made by llama-imatrix (common/imatrix-loader.cpp of llama.cpp):
-- GGUF: for each matrix F32 tensors `<name>.in_sum2`, sums [n_in, n_expert], and `<name>.counts`, the tokens summed over
-  [1, n_expert]; metadata imatrix.datasets (array of string), imatrix.chunk_count and imatrix.chunk_size (u32).
-- legacy .dat, int32 and float32: number of entries; for each: length and bytes of the name, calls, number of values,
-  values (sums of each call's means); behind them, in newer files, the number of chunks, length and name of the dataset.
+llama-imatrix writes two forms of file (common/imatrix-loader.cpp of llama.cpp).
+
+GGUF:
+F32 tensor `<name>.in_sum2`    [n_in, n_expert]    sums of squares
+F32 tensor `<name>.counts`     [1, n_expert]       tokens that were summed
+imatrix.datasets               array of string     names of the texts
+imatrix.chunk_count            u32
+imatrix.chunk_size             u32                 tokens
+
+Legacy .dat, all numbers int32 but the values:
+n_entries
+for each entry                 length of the name, name, number of calls, n_values, float32[n_values]: sums of the
+                               means of each call
+in newer files                 number of chunks, length of the dataset's name, name
 """
 
 import os
@@ -29,13 +38,13 @@ _MAX_NAME = 4096
 
 @dataclass(frozen=True)
 class Sums:
-    """One matrix's sums of squares, float32[n_expert, n_in] (legacy: [1, n_expert * n_in]), over counts[n_expert]."""
+    """The sums of squares of one matrix."""
 
-    sums: NDArray[np.float32]
-    counts: NDArray[np.float32]
+    sums: NDArray[np.float32]  # float32[n_expert, n_in], of a legacy file float32[1, n_expert * n_in]
+    counts: NDArray[np.float32]  # float32[n_expert]: how many squares each sum is of
 
     def means(self) -> NDArray[np.float32]:
-        """Sums by counts, float32; 1 for an expert that saw no token. [n_in], or [n_expert, n_in] of several."""
+        """Return sums / counts, float32[n_in] or float32[n_expert, n_in]: all 1 for an expert without tokens."""
         counts = self.counts[:, None]
         means = np.where(counts > 0, self.sums / np.maximum(counts, 1), np.float32(1))
         return means[0] if len(means) == 1 else means
@@ -43,26 +52,26 @@ class Sums:
 
 @dataclass(frozen=True)
 class Imatrix:
-    """sums: by tensor name; datasets: names of the texts; chunk_count chunks of chunk_size tokens (0: not known)."""
+    """An importance matrix."""
 
-    sums: Mapping[str, Sums]
-    datasets: tuple[str, ...]
-    chunk_count: int
-    chunk_size: int
+    sums: Mapping[str, Sums]  # by tensor name
+    datasets: tuple[str, ...]  # names of the texts
+    chunk_count: int  # 0: not known
+    chunk_size: int  # tokens, 0: not known
 
     @property
     def dataset(self) -> str:
-        """The first text's name, or "" if none is known."""
+        """The name of the first text, "" if none is known."""
         return self.datasets[0] if self.datasets else ""
 
     @property
     def entries(self) -> Mapping[str, NDArray[np.float32]]:
-        """By tensor name: the importance of each input channel, float32[n_in] or [n_expert, n_in]."""
+        """The importance of each input channel by tensor name: float32[n_in] or float32[n_expert, n_in]."""
         return MappingProxyType({name: sums.means() for name, sums in self.sums.items()})
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "Imatrix":
-        """Read a file of either form. GgufRunError if it cannot be opened, FormatError if it is no imatrix."""
+        """Read a file of either form. GgufRunError if it cannot be opened, FormatError if it is damaged."""
         file = MappedFile(path)
         is_gguf = file.map[:4] == b"GGUF"
         try:
@@ -99,7 +108,7 @@ def _read_gguf(file: GGUFFile) -> Imatrix:
 
 
 def _values(file: GGUFFile, name: str) -> NDArray[np.float32]:
-    """A tensor as float32[n_rows, ne0]."""
+    """Return a tensor as float32[n_rows, ne[0]]."""
     tensor = file.tensors.get(name)
     if tensor is None or tensor.type.name != "F32":
         found = "is missing" if tensor is None else f"is {tensor.type.name}, must be F32"

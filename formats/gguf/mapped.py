@@ -1,4 +1,4 @@
-"""A file mapped into memory, and a cursor that reads numbers and strings from it and believes none of them."""
+"""A file mapped into memory, and a cursor that reads numbers and strings from it and checks each of them."""
 
 import mmap
 import os
@@ -16,7 +16,7 @@ from gguf_run.formats.errors import FormatError, GgufRunError
 
 
 class MappedFile:
-    """A regular file, mapped read-only. `order` ("<" or ">") is set by whoever reads the header.
+    """A regular file, mapped read-only.
 
     The file must not shrink while it is mapped: the operating system would end the process on access.
     """
@@ -24,9 +24,9 @@ class MappedFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Map the file. GgufRunError if it cannot be opened, FormatError if it is empty."""
         self.path = Path(path)
-        self.order = "<"
+        self.order = "<"  # byte order, "<" or ">": set by the function that reads the header
         try:
-            # Looked at before it is opened: opening a named pipe would wait for a writer.
+            # The check comes before the file is opened: opening a named pipe would wait for a writer.
             if not stat.S_ISREG(os.stat(path).st_mode):
                 kind = "directory" if os.path.isdir(path) else "device or pipe"
                 raise GgufRunError(f"{path}: is a {kind}, not a file: give the path of a GGUF file")
@@ -40,53 +40,53 @@ class MappedFile:
             raise GgufRunError(f"{path}: cannot open the file: {reason}") from None
 
     def bytes_at(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
-        """Return a read-only view of a range inside the file."""
+        """Return a read-only view of nbytes bytes from `offset` on. The range must lie inside the file."""
         return np.frombuffer(self.map, np.uint8, nbytes, offset)
 
     def release(self, offset: int, nbytes: int) -> None:
-        """Let the OS drop the pages that lie fully inside the range; a later access reads them from the file again."""
+        """Let the OS drop the pages that lie fully inside the range. A later access reads them from the file again."""
         start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         if sys.platform != "win32" and end > start:
             self.map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def close(self) -> None:
-        """Unmap the file; if views of it are still in use, that happens when the last of them goes."""
+        """Unmap the file. If views are still in use, the file is unmapped when the last of them goes."""
         with suppress(BufferError):
             self.map.close()
 
 
 class MemoryFile(MappedFile):
-    """Bytes that were made here, in the place of a file's."""
+    """Bytes of this process in the place of a file."""
 
     def __init__(self, path: str | os.PathLike[str], data: bytes) -> None:
-        """path: what errors name."""
+        """path: the path that errors name."""
         self.path, self.order, self.size = Path(path), "<", len(data)
         self.map = mmap.mmap(-1, max(1, len(data)))
         self.map.write(data)
 
     def bytes_at(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
         view = super().bytes_at(offset, nbytes)
-        view.flags.writeable = False  # as of a file: compiled functions know one kind of array
+        view.flags.writeable = False  # as for a file: compiled functions are compiled for one kind of array
         return view
 
     def release(self, offset: int, nbytes: int) -> None:
-        """Nothing: there is no file to read the bytes from again."""
+        """Do nothing: there is no file to read the bytes from again."""
 
 
 class Cursor:
-    """A place in a mapped file that moves forward as fields are read. Every error names the file and the offset."""
+    """An offset in a mapped file that moves forward as fields are read. Every error names the file and the offset."""
 
     def __init__(self, file: MappedFile, at: int = 0) -> None:
         self.file = file
         self.at = at
 
     def error(self, text: str, at: int | None = None) -> FormatError:
-        """Return (not raise) the error `text` at offset `at` (default: here)."""
+        """Return an error to raise: `text` at offset `at` (default: the cursor's)."""
         return FormatError(f"{self.file.path}: offset {self.at if at is None else at}: {text}")
 
     def skip(self, nbytes: int, what: str) -> int:
-        """Move over nbytes and return the offset where they begin; FormatError if the file ends before."""
+        """Move over nbytes and return the offset where they begin. FormatError if the file has less left."""
         at = self.at
         if nbytes > self.file.size - at:
             raise self.error(
@@ -97,12 +97,12 @@ class Cursor:
         return at
 
     def number(self, code: str, what: str) -> Any:
-        """Read one number; `code` is its letter in the struct module ("I": uint32, "Q": uint64 ...)."""
+        """Read one number. `code` is its letter in the struct module ("I": uint32, "Q": uint64 ...)."""
         code = self.file.order + code
         return struct.unpack_from(code, self.file.map, self.skip(struct.calcsize(code), what))[0]
 
     def string(self, what: str, limit: int) -> str:
-        """Read a string of at most `limit` bytes: uint64 length, then UTF-8."""
+        """Read a string: a uint64 length, at most `limit`, then so many bytes of UTF-8."""
         start = self.at
         length = self.number("Q", f"the length of {what}")
         if length > limit:
@@ -112,13 +112,13 @@ class Cursor:
 
 
 def quoted(name: str) -> str:
-    """Return a name from a file as it may be shown: in quotes, on one line, without escape codes, not too long."""
+    """Return a name from a file in a form that is safe to show: in quotes, on one line, at most 100 characters."""
     short = name if len(name) <= 100 else name[:99] + "…"
     return '"' + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short) + '"'
 
 
 def decode(data: bytes, cursor: Cursor, what: str, at: int) -> str:
-    """Decode UTF-8 that stands at offset `at`."""
+    """Decode UTF-8 that was read at offset `at`."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:

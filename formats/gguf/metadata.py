@@ -1,7 +1,11 @@
-"""The key-value section of a GGUF file: every value is checked against the file's end now and decoded when asked.
+"""The key-value section of a GGUF file. Values are checked when the file is opened and decoded when they are read.
 
-A pair lies as: key (string), value type (uint32), value. A string is a uint64 length and UTF-8 bytes; an array is an
-item type (uint32), a count (uint64) and the items. Reference: docs/gguf.md of ggml.
+part      layout
+pair      key (string), value type (uint32), value
+string    length in bytes (uint64), UTF-8
+array     type of the items (uint32), number of items (uint64), items
+
+Reference: docs/gguf.md of ggml.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,22 +18,22 @@ import numpy as np
 from gguf_run.formats.gguf.mapped import Cursor, MappedFile, quoted
 from gguf_run.formats.gguf.strings import StringArray, skip_strings
 
-# Limits on what a header may claim, far above any real model; ggml's own where it has one.
+# Limits on what a header may claim: those of ggml where it has one. All are far above any real model.
 MAX_KEYS = 1 << 16
 MAX_KEY_BYTES = (1 << 16) - 1
 MAX_STRING_BYTES = 1 << 30
 MAX_ITEMS = 1 << 30
 MAX_DEPTH = 8
-MAX_NESTED = 1 << 16  # arrays that stand inside arrays, in one value
+MAX_NESTED = 1 << 16  # arrays inside arrays, in one value
 
 
 @dataclass(frozen=True)
 class ValueType:
-    """A type of metadata value. code: its letter in the struct module and in numpy, or "" if it has no fixed size."""
+    """A type of metadata value."""
 
     id: int
     name: str
-    code: str
+    code: str  # the letter of the type in the struct module and in NumPy; "": values have no fixed size
 
     @property
     def size(self) -> int:
@@ -53,21 +57,25 @@ VALUE_TYPES = MappingProxyType({type.name: type for type in _VALUE_TYPES.values(
 
 @dataclass(frozen=True)
 class Typed:
-    """A metadata value with the name of its type as stored: "u32", "string", "array[f32]", "array[array]" ..."""
+    """A metadata value with its type."""
 
-    type: str
+    type: str  # as stored: "u32", "string", "array[f32]", "array[array]" ...
     value: Any
 
 
 class Metadata(Mapping[str, Any]):
-    """The metadata of one file, in file order: str, int, float, bool; numeric arrays as read-only numpy arrays in
-    native byte order, arrays of strings as StringArray, nested arrays as lists of these.
+    """The metadata of one file, in file order.
 
-    A string that is not valid UTF-8 raises FormatError when it is asked for.
+    stored               Python value
+    string               str; FormatError if the bytes are not UTF-8
+    number, bool         int, float, bool
+    array of numbers     read-only NumPy array in native byte order
+    array of strings     StringArray
+    array of arrays      list of these
     """
 
     def __init__(self, file: MappedFile, entries: Mapping[str, tuple[ValueType, int]]) -> None:
-        """entries: for every key its value's type and offset."""
+        """entries: for every key the type and the offset of the value."""
         self._file = file
         self._entries = entries
         self._decoded: dict[str, Any] = {}
@@ -88,24 +96,24 @@ class Metadata(Mapping[str, Any]):
         return key in self._entries
 
     def type_name(self, key: str) -> str:
-        """Return the type of a value as stored: "u32", "string", "array[f32]" ..."""
+        """Return the type of a value as it is stored: "u32", "string", "array[f32]" ..."""
         type, at = self._entries[key]
         if type is not _ARRAY:
             return type.name
         return f"array[{_array_header(Cursor(self._file, at), key)[0].name}]"
 
     def typed(self, key: str) -> Typed:
-        """Return a value with its exact type, for a writer. Numpy arrays and StringArrays know theirs."""
+        """Return a value with its exact type, for a writer."""
         return Typed(self.type_name(key), _nested(self[key]) if isinstance(self[key], list) else self[key])
 
 
 def _nested(arrays: list[Any]) -> list[Any]:
-    """An array of arrays whose inner arrays all know their type, even those that hold no array."""
+    """Return an array of arrays in which every inner array has its type, even an empty one."""
     return [Typed("array[array]", _nested(item)) if isinstance(item, list) else item for item in arrays]
 
 
 def read_metadata(cursor: Cursor, n_kv: int) -> Metadata:
-    """Read n_kv pairs at the cursor and leave it behind them. FormatError for anything that is not as it must be."""
+    """Read n_kv pairs and leave the cursor behind them. FormatError if a pair is damaged, too large or there twice."""
     if n_kv > MAX_KEYS:
         raise cursor.error(f"the header claims {n_kv} metadata keys: at most {MAX_KEYS} are allowed")
     entries: dict[str, tuple[ValueType, int]] = {}
@@ -129,7 +137,7 @@ def _value_type(cursor: Cursor, what: str) -> ValueType:
 
 
 def _array_header(cursor: Cursor, what: str) -> tuple[ValueType, int]:
-    """Return the type and the number of items, which fit into the file at their smallest."""
+    """Return the type and the number of the items. The file is large enough for so many of the smallest size."""
     type = _value_type(cursor, f"an item of {what}")
     at = cursor.at
     n = cursor.number("Q", f"the number of items of {what}")
@@ -142,14 +150,14 @@ def _array_header(cursor: Cursor, what: str) -> tuple[ValueType, int]:
 
 @dataclass
 class _Nesting:
-    """How deep the walk stands in arrays of arrays, and how many of them it has met."""
+    """The arrays of arrays in one value."""
 
-    depth: int = 0
-    count: int = 0
+    depth: int = 0  # arrays around the cursor
+    count: int = 0  # inner arrays so far
 
 
 def _skip(cursor: Cursor, type: ValueType, what: str, nesting: _Nesting) -> None:
-    """Move the cursor over a value and check that it lies inside the file."""
+    """Move the cursor over a value. FormatError if the value does not lie inside the file."""
     if type.code:
         cursor.skip(type.size, what)
     elif type is _STRING:
@@ -178,7 +186,7 @@ def _skip(cursor: Cursor, type: ValueType, what: str, nesting: _Nesting) -> None
 
 
 def _decode(cursor: Cursor, type: ValueType, what: str) -> Any:
-    """Read a value that _skip has seen. Limits that do not depend on the bytes' meaning are checked again."""
+    """Read a value that _skip has checked before."""
     if type.code:
         return cursor.number(type.code, what)
     if type is _STRING:
@@ -186,7 +194,7 @@ def _decode(cursor: Cursor, type: ValueType, what: str) -> Any:
     items, n = _array_header(cursor, what)
     if items.code:
         data = cursor.file.bytes_at(cursor.skip(n * items.size, what), n * items.size)
-        # A bool is any byte but 0; numbers of the other byte order are turned into native ones.
+        # A bool is true for any byte but 0. Numbers of the other byte order are swapped.
         stored = np.dtype(cursor.file.order + items.code)
         values = data != 0 if items.code == "?" else data.view(stored).astype(stored.newbyteorder("="), copy=False)
         values.flags.writeable = False
@@ -197,7 +205,7 @@ def _decode(cursor: Cursor, type: ValueType, what: str) -> Any:
 
 
 def _decode_next(cursor: Cursor, what: str) -> Any:
-    """Decode one array and move behind it: decoding a lazy value does not move the cursor by itself."""
+    """Decode one array and move behind it. Decoding alone would not move the cursor over a lazy array."""
     at = cursor.at
     _skip(cursor, _ARRAY, what, _Nesting())
     return _decode(Cursor(cursor.file, at), _ARRAY, what)

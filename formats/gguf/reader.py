@@ -1,8 +1,16 @@
 """Reading GGUF files: versions 2 and 3, both byte orders, split or not. The header is checked when a file is opened.
 
-A file lies as: "GGUF", version (uint32), number of tensors and of metadata pairs (uint64 each), the pairs
-(metadata.py), the tensor entries (tensors.py), padding, the tensors' data. A model may be split into files named
-`<name>-00001-of-0000N.gguf`; the first of them says so in `split.count` and holds the metadata.
+part                type                      see
+magic               "GGUF"
+version             uint32
+n_tensors           uint64
+n_kv                uint64
+metadata            n_kv pairs                metadata.py
+tensor entries      n_tensors entries         tensors.py
+padding             to the alignment
+data                the blocks of each tensor, aligned
+
+A model may be split into files named `<name>-00001-of-0000N.gguf`. The first file has the metadata, `split.count` too.
 """
 
 import os
@@ -24,7 +32,7 @@ __all__ = ["GGUFFile", "Tensor"]
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 
-# What people open by mistake.
+# How files begin that people open by mistake.
 _NOT_GGUF = (
     (b"version https://git-lfs", "a Git LFS pointer: fetch the real file with `git lfs pull`"),
     (b"<", "a web page: the download went wrong, get the file itself"),
@@ -47,46 +55,43 @@ class _Part:
 
 
 class GGUFFile:
-    """A model's file, or all files of a split one. Use as a context manager, or call close().
-
-    path: of the (first) file; version, byte_order ("<" or ">") and alignment are that file's.
-    paths: of all files. metadata: see Metadata. tensors: by name, in file order, of all parts. split: the number of
-    tensors in each file of a split model.
-    """
+    """A model's file, or all files of a split model. Use as a context manager, or call close()."""
 
     def __init__(self, parts: Sequence[_Part]) -> None:
         first = parts[0]
-        self.path: Path = first.file.path
+        self.path: Path = first.file.path  # of the first file, as the next four
         self.version: int = first.version
-        self.byte_order: str = first.file.order
+        self.byte_order: str = first.file.order  # "<" or ">"
         self.alignment: int = first.alignment
         self.metadata: Metadata = first.metadata
-        self.tensors: Mapping[str, Tensor] = MappingProxyType(_all_tensors(parts))
+        self.tensors: Mapping[str, Tensor] = MappingProxyType(_all_tensors(parts))  # of all files, in file order
         self.paths: tuple[Path, ...] = tuple(part.file.path for part in parts)
         self.n_parts: int = len(parts)
+        # The number of tensors in each file of a split model, () for a single file.
         self.split: tuple[int, ...] = tuple(len(part.tensors) for part in parts) if len(parts) > 1 else ()
         self.nbytes: int = sum(part.file.size for part in parts)
         self._parts = parts
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "GGUFFile":
-        """Map a file and check its header; the data is read only when a tensor is used.
+        """Map a file and check its header. The data is read only when a tensor is used.
 
-        Given the first file of a split model, all its files are opened. GgufRunError if a file cannot be opened,
-        FormatError if it is not as it must be, UnsupportedError for a version or tensor type that is not known.
+        path: of a split model the first file. All its files are opened.
+        GgufRunError if a file cannot be opened, FormatError if it is damaged or no GGUF file, UnsupportedError for an
+        unknown version or tensor type.
         """
         return cls(_read_parts(Path(path)))
 
     @classmethod
     def of(cls, path: Path, metadata: Mapping[str, MetaValue], tensors: Mapping[str, Tensor]) -> "GGUFFile":
-        """Return what would be read from a file of these; path: what errors name."""
+        """Return the file that these metadata and tensors would make. path: the path that errors name."""
         pairs = b"".join(encode_pair(key, value, "<") for key, value in metadata.items())
         file = MemoryFile(path, pairs)
         read = read_metadata(Cursor(file), len(metadata))
         return cls([_Part(file, VERSIONS[-1], DEFAULT_ALIGNMENT, read, dict(tensors))])
 
     def close(self) -> None:
-        """Unmap the file. Arrays that were taken from it stay valid; new ones cannot be taken."""
+        """Unmap the file. Arrays that were taken before stay valid. No new ones can be taken."""
         for part in self._parts:
             part.file.close()
 
@@ -111,7 +116,7 @@ def _read_part(path: Path) -> _Part:
 
 
 def _read_version(cursor: Cursor) -> int:
-    """Read magic and version, and from the version the byte order."""
+    """Read magic and version. The byte order follows from the version."""
     file = cursor.file
     magic = file.map[:4]
     if magic != b"GGUF":
@@ -140,11 +145,12 @@ def _integer(path: Path, metadata: Mapping[str, Any], key: str, default: int) ->
 
 
 def part_path(first: Path, prefix: str, no: int, count: int) -> Path:
+    """Return the path of file `no` (from 0) of a split model of `count` files, beside `first`."""
     return first.with_name(f"{prefix}-{no + 1:05d}-of-{count:05d}.gguf")
 
 
 def _read_parts(path: Path) -> list[_Part]:
-    """Read a file and, if it is the first of a split model, the others. `no` counts from 0, file names from 1."""
+    """Read a file. If it is the first of a split model, read the others. `no` counts from 0, names of files from 1."""
     first = _read_part(path)
     count = _integer(path, first.metadata, "split.count", 1)
     no = _integer(path, first.metadata, "split.no", 0)

@@ -1,6 +1,6 @@
-"""Arrays of strings in a mapped file: a vocabulary of 262,144 tokens is walked by compiled code, decoded when asked.
+"""Arrays of strings in a mapped file. Compiled code finds the strings; they are decoded when they are read.
 
-An array lies as n times (uint64 length, bytes): where string i begins is known only after walking those before it.
+Each string is a uint64 length and its bytes. So the start of a string is known only after a walk over those before it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,9 +15,10 @@ from gguf_run.formats.gguf.mapped import Cursor, MappedFile, decode
 
 @njit
 def _walk(data: Any, place: Any, n: Any, big_endian: Any, starts: Any) -> Any:
-    """Walk n strings from offset place[0] of uint8[:] data, which becomes the one behind them; return how many fit.
+    """Walk over n strings of uint8[:] data and return how many of them fit into it.
 
-    starts: intp[n + 1], filled with the offset of each string's length and of the end; or intp[0]: not wanted.
+    place: int64[1], the offset where the walk begins. It is changed to the offset where the walk ends.
+    starts: intp[n + 1], filled with the offset of each string's length and of the end; intp[0]: not wanted.
     """
     end = np.int64(len(data))
     at = place[0]
@@ -42,7 +43,7 @@ def _walk(data: Any, place: Any, n: Any, big_endian: Any, starts: Any) -> Any:
 
 @njit
 def _join(data: Any, starts: Any, separator: Any, out: Any) -> None:
-    """Write every string, each followed by the bytes of `separator`, to out: uint8[total]."""
+    """Write the bytes of every string, and of `separator` after each, to out: uint8[total]."""
     k = 0
     for i in range(len(starts) - 1):
         for at in range(starts[i] + 8, starts[i + 1]):
@@ -53,7 +54,7 @@ def _join(data: Any, starts: Any, separator: Any, out: Any) -> None:
             k += 1
 
 
-# Not a character, so hardly ever in a text; in UTF-8 its bytes cannot complete a broken string before it.
+# U+FFFF is no character, so texts hardly ever hold it. Its UTF-8 bytes cannot complete a broken string before them.
 _SEPARATOR = "\uffff"
 
 
@@ -72,10 +73,10 @@ def _checked_walk(cursor: Cursor, n: int, what: str, starts: NDArray[np.intp]) -
 
 
 class StringArray(Sequence[str]):
-    """A lazy sequence of strings. Single items and slices decode only what they show; `tolist` decodes all at once."""
+    """A lazy sequence of strings. An item or a slice decodes only its own strings, `tolist` decodes all at once."""
 
     def __init__(self, file: MappedFile, at: int, n: int, what: str) -> None:
-        """n strings from offset `at`. The caller has checked that 8 * n bytes are there."""
+        """n strings begin at offset `at`. The caller has checked that the file has 8 * n bytes from there on."""
         self._cursor = Cursor(file, at)
         self._what = what
         self._starts = np.empty(n + 1, np.intp)
@@ -104,7 +105,7 @@ class StringArray(Sequence[str]):
         return decode(self._cursor.file.map[start:end], self._cursor, f"string {i} of {self._what}", start)
 
     def stored(self, order: str) -> bytes:
-        """Return the strings as a file of byte order "<" or ">" holds them: lengths and bytes, valid UTF-8 or not."""
+        """Return lengths and bytes as a file of byte order "<" or ">" holds them, even where they are not UTF-8."""
         file, starts = self._cursor.file, self._starts
         data = file.bytes_at(int(starts[0]), int(starts[-1] - starts[0]))
         if order != file.order:
@@ -116,7 +117,7 @@ class StringArray(Sequence[str]):
     def tolist(self) -> list[str]:
         """Return all strings. FormatError names the first one that is not UTF-8.
 
-        One pass: all bytes are joined by a separator, decoded and split again.
+        The bytes of all strings are joined by a separator, decoded at once, and split again.
         """
         n = len(self)
         if n == 0:
@@ -130,5 +131,5 @@ class StringArray(Sequence[str]):
             strings = joined.tobytes().decode().split(_SEPARATOR)
         except UnicodeDecodeError:
             strings = []
-        # Otherwise one string holds the separator, or is not UTF-8: one by one, which finds it and raises.
+        # Else a string holds the separator or is not UTF-8. Decoding one by one finds it and raises.
         return strings[:-1] if len(strings) == n + 1 else self[:]

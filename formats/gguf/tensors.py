@@ -1,7 +1,13 @@
-"""A tensor in a GGUF file, and the section of the header that says which there are and where they lie.
+"""A tensor in a GGUF file, and the section of the header that lists the tensors.
 
-An entry lies as: name (string), number of dimensions (uint32), the dimensions (uint64 each, ne[0] first), type
-(uint32), offset (uint64, from the start of the data section, which is aligned like every tensor).
+An entry of the section has these fields:
+
+field       type           meaning
+name        string         at most 63 bytes
+n_dims      uint32         0 to 4
+ne          uint64 each    the sizes, ne[0] first
+type        uint32         the number of a TensorType
+offset      uint64         from the start of the data section, a multiple of the alignment
 """
 
 import itertools
@@ -17,7 +23,7 @@ from gguf_run.formats.blocks.types import TensorType, type_by_id
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.gguf.mapped import Cursor, MappedFile, quoted
 
-# ggml's limits (GGML_MAX_DIMS, GGML_MAX_NAME), and one on the count that no real model comes near.
+# The first two are ggml's limits (GGML_MAX_DIMS, GGML_MAX_NAME). The third is far above any real model.
 MAX_DIMS = 4
 MAX_NAME_BYTES = 63
 MAX_TENSORS = 1 << 18
@@ -25,10 +31,10 @@ MAX_TENSORS = 1 << 18
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a tensor is: ne: 1 to 4 sizes in ggml's order, ne[0] is a row's length."""
+    """Name, shape and type of a tensor."""
 
     name: str
-    ne: tuple[int, ...]
+    ne: tuple[int, ...]  # 1 to 4 sizes in ggml's order: ne[0] is the length of a row
     type: TensorType
 
     @property
@@ -51,17 +57,18 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Tensor(TensorInfo):
-    """A tensor in a mapped file. offset: in the file. scales: what the weights of each of its matrices are multiplied
-    by after all else, none: nothing (llama.cpp keeps NVFP4's f32 scales in tensors of their own, "... .scale")."""
+    """A tensor in a mapped file."""
 
-    offset: int
+    offset: int  # of the first block, from the start of the file
     file: MappedFile = field(repr=False, compare=False)
+    # A factor for the weights of each matrix; (): none. NVFP4 has them: llama.cpp keeps them in tensors "... .scale".
     scales: tuple[float, ...] = field(default=(), kw_only=True, compare=False)
 
     def blocks(self, first: int = 0, end: int | None = None) -> NDArray[np.uint8]:
-        """Return the bytes of rows first .. end (all) as uint8[rows, row_bytes], little-endian, read-only.
+        """Return the bytes of rows first .. end (default: all) as uint8[rows, row_bytes], little-endian, read-only.
 
-        A view of the file, which is read when it is used; of a big-endian file a copy with every field swapped.
+        The array is a view of the file. The file is read when the array is used. For a big-endian file the array is a
+        copy with every field swapped.
         """
         row_bytes = self.type.row_bytes(self.ne[0])
         end = self.n_rows if end is None else end
@@ -72,12 +79,12 @@ class Tensor(TensorInfo):
         return data.reshape(end - first, row_bytes)
 
     def matrix(self, i: int) -> "Tensor":
-        """Matrix i of a tensor of three dimensions."""
+        """Return matrix i of a tensor of three dimensions."""
         part = self.scales[i : i + 1]
         return _Matrix(self.name, self.ne[:2], self.type, self.offset, self.file, self, i * self.ne[1], scales=part)
 
     def release(self, first: int = 0, end: int | None = None) -> None:
-        """Tell the OS that the file's pages under rows first .. end (all) are not needed soon. Views stay valid."""
+        """Tell the OS that rows first .. end (default: all) are not needed soon. Views stay valid."""
         row_bytes = self.nbytes // self.n_rows
         end = self.n_rows if end is None else end
         self.file.release(self.offset + first * row_bytes, (end - first) * row_bytes)
@@ -85,10 +92,10 @@ class Tensor(TensorInfo):
 
 @dataclass(frozen=True)
 class _Matrix(Tensor):
-    """Rows of `whole` from `start` on."""
+    """One matrix of a tensor of three dimensions."""
 
     whole: Tensor
-    start: int
+    start: int  # the row of `whole` where the matrix begins
 
     def blocks(self, first: int = 0, end: int | None = None) -> NDArray[np.uint8]:
         return self.whole.blocks(self.start + first, self.start + (self.n_rows if end is None else end))
@@ -98,18 +105,15 @@ class _Matrix(Tensor):
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """A tensor as the header describes it. offset: from the start of the data section; at: of the entry itself."""
+class _Entry(TensorInfo):
+    """A tensor as the header describes it."""
 
-    name: str
-    ne: tuple[int, ...]
-    type: TensorType
-    offset: int
-    at: int
+    offset: int  # from the start of the data section
+    at: int  # the offset of the entry in the file, for errors
 
 
 def read_tensors(cursor: Cursor, n_tensors: int, alignment: int) -> dict[str, Tensor]:
-    """Read n_tensors entries at the cursor. FormatError unless each lies aligned, alone and inside the file."""
+    """Read n_tensors entries. FormatError unless each tensor is aligned, inside the file, and overlaps no other."""
     if n_tensors > MAX_TENSORS:
         raise cursor.error(f"the header claims {n_tensors} tensors: at most {MAX_TENSORS} are allowed")
     entries: dict[str, _Entry] = {}
@@ -143,7 +147,7 @@ def _read_entry(cursor: Cursor, what: str) -> _Entry:
     n_dims = cursor.number("I", f"the number of dimensions of {what}")
     if n_dims > MAX_DIMS:
         raise cursor.error(f"{what} has {n_dims} dimensions: at most {MAX_DIMS} are allowed", at)
-    # ggml writes a scalar without dimensions.
+    # ggml writes a scalar with no dimensions.
     ne = tuple(cursor.number("Q", f"the shape of {what}") for _ in range(n_dims)) or (1,)
     id = cursor.number("I", f"the type of {what}")
     offset = cursor.number("Q", f"the offset of {what}")

@@ -1,7 +1,7 @@
-"""Writing GGUF files, version 3, tensor by tensor: the sizes are known up front, so the header goes first.
+"""Writing GGUF files of version 3, tensor by tensor. All sizes are known beforehand, so the header is written first.
 
-A split model is files named `<name>-00001-of-0000N.gguf`. Each holds `split.no`, `split.count` and
-`split.tensors.count`; all other metadata stands in the first (as llama.cpp's gguf-split does it).
+The files of a split model are named `<name>-00001-of-0000N.gguf`. Each holds `split.no`, `split.count` and
+`split.tensors.count`. All other metadata is in the first file, as llama.cpp's gguf-split has it.
 """
 
 import math
@@ -10,13 +10,14 @@ import re
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.atomic import replacing
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.metadata import MAX_KEYS, Typed
@@ -30,11 +31,12 @@ ALIGNMENT = "general.alignment"
 _COPY_BYTES = 64 << 20
 
 
-class GGUFWriter:
-    """Writes one model. As a context manager: the files get their names when all went well, else nothing is left.
+class _Abandoned(Exception):
+    """Ends the writing of files without giving them their names."""
 
-    paths: the files that there will be; nbytes: of all of them together.
-    """
+
+class GGUFWriter:
+    """Writes one model. Use as a context manager: the files get their names at its end; after an error none is left."""
 
     def __init__(
         self,
@@ -43,49 +45,52 @@ class GGUFWriter:
         tensors: Sequence[TensorInfo],
         *,
         byte_order: str = "<",
-        alignment: int | None = None,
         split_max_size: int = 0,
         split_max_tensors: int = 0,
         split: Sequence[int] = (),
         inputs: Iterable[str | os.PathLike[str]] = (),
     ) -> None:
-        """Check everything and write the (first) header.
+        """Check everything and write the header of the first file.
 
-        metadata: in the order in which it is written; keys `split.*` are left out. GGUFFile.metadata.typed(key) takes a
-        value with its exact type from another file. tensors: in the order in which their data will come.
-        alignment: of the data in bytes, a power of two. Default: what general.alignment says, else 32.
-        split_max_size, split_max_tensors: limits of each file's tensors (bytes with padding), 0: none; a larger tensor
-        has a file of its own. split: the numbers of tensors in each file, instead of limits.
+        metadata: in the order of the file. Keys `split.*` are left out. GGUFFile.metadata.typed(key) copies a value
+            with its exact type from another file.
+        tensors: in the order in which their data will come.
+        split_max_size: bytes of the tensors of each file at most, with padding; 0: no limit. A larger tensor has a
+            file of its own.
+        split_max_tensors: tensors of each file at most; 0: no limit.
+        split: the number of tensors in each file, instead of the two limits.
         inputs: files that are being read and must not be written.
-        Raises GgufRunError for metadata or tensors that a reader would refuse, an output that is an input or not a
-        file, a full disk, or a file that cannot be made.
+        GgufRunError for metadata or tensors that a reader would refuse, an output that is an input or no file, a full
+        disk, or a file that cannot be made.
         """
         _check_tensors(tensors)
         pairs = {key: value for key, value in metadata.items() if not key.startswith("split.")}
-        self.alignment = _alignment(pairs, alignment)
+        self.alignment = _alignment(pairs)
         if split_max_size or split_max_tensors:
             split = split_counts(tensors, split_max_size, split_max_tensors, self.alignment)
         if split and sum(split) != len(tensors):
             raise ValueError(f"a split of {sum(split)} tensors, but there are {len(tensors)}")
-        ends = np.cumsum(split or [len(tensors)]).tolist()
-        shards = [tensors[end - n : end] for end, n in zip(ends, split or [len(tensors)], strict=True)]
-        headers = []
-        for no, shard in enumerate(shards):
+        counts = split or [len(tensors)]
+        ends = np.cumsum(counts).tolist()
+        self._shards = [tensors[end - n : end] for end, n in zip(ends, counts, strict=True)]  # tensors of each file
+        self._headers = []
+        for no, shard in enumerate(self._shards):
             own = dict(pairs) if no == 0 else {}
             if self.alignment != DEFAULT_ALIGNMENT:
                 own[ALIGNMENT] = pairs[ALIGNMENT]
             if split:
-                own["split.no"], own["split.count"] = Typed("u16", no), Typed("u16", len(shards))
+                own["split.no"], own["split.count"] = Typed("u16", no), Typed("u16", len(split))
                 own["split.tensors.count"] = Typed("i32", len(tensors))
-            headers.append(encode_header(own, shard, byte_order, self.alignment))
-        self.paths = _output_paths(Path(path), len(split))
-        self.nbytes = sum(map(len, headers)) + sum(_padded(tensor.nbytes, self.alignment) for tensor in tensors)
+            self._headers.append(encode_header(own, shard, byte_order, self.alignment))
+        self.paths = _output_paths(Path(path), len(split))  # the files that there will be
+        size = sum(_padded(tensor.nbytes, self.alignment) for tensor in tensors)
+        self.nbytes = sum(map(len, self._headers)) + size  # of all files together
         self._order = byte_order
-        self._headers, self._shards = headers, shards
-        self._no = -1
+        self._no = -1  # number of the file that is being written
         self._file: BinaryIO | None = None
-        self._partial = [path.with_name(f"{path.name}.{os.getpid()}.partial") for path in self.paths]
         self._check_outputs([Path(path) for path in inputs])
+        self._replacing = ExitStack()
+        self._temporary = [self._replacing.enter_context(replacing(path)) for path in self.paths]
         try:
             with self._errors():
                 self._next_file()
@@ -94,10 +99,10 @@ class GGUFWriter:
             raise
 
     def write(self, name: str, blocks: NDArray[np.uint8]) -> None:
-        """Write the blocks of the next tensor: uint8 of any shape, little-endian, as Tensor.blocks() has them.
+        """Write blocks of the next tensor: uint8 of any shape, little-endian, as Tensor.blocks() returns them.
 
-        A tensor may come in several calls, each with whole blocks. ValueError if it is not this one's turn, or if it
-        has more bytes than declared; GgufRunError if the disk is full.
+        A tensor may come in several calls, each with whole blocks. ValueError if another tensor is next or if these
+        are too many bytes, GgufRunError if the disk is full.
         """
         assert self._file is not None
         tensor = self._shards[self._no][self._index] if self._index < len(self._shards[self._no]) else None
@@ -116,7 +121,7 @@ class GGUFWriter:
                 self._next_tensor()
 
     def copy(self, tensor: Tensor) -> None:
-        """Write the next tensor as another file has it, with a bounded amount of memory."""
+        """Write the next tensor with the blocks of a tensor in another file, a part at a time."""
         blocks = tensor.blocks()
         step = max(1, _COPY_BYTES // blocks.shape[1])
         for first in range(0, len(blocks), step):
@@ -131,19 +136,16 @@ class GGUFWriter:
             with self._errors():
                 self._file.close()
                 self._file = None
-                # The first file, which the others are found by, comes last.
-                for partial, path in reversed(list(zip(self._partial, self.paths, strict=True))):
-                    os.replace(partial, path)
+                self._replacing.close()  # the last file first: readers find the others by the first
 
     def abort(self) -> None:
-        """Remove what was written. Does nothing after close()."""
+        """Remove all files. Does nothing after close()."""
         if self._file is not None:
             with suppress(OSError):  # a full disk shows here once more
                 self._file.close()
             self._file = None
-        for partial in self._partial:
-            with suppress(OSError):
-                partial.unlink()
+        with suppress(_Abandoned, OSError), self._replacing:
+            raise _Abandoned
 
     def __enter__(self) -> "GGUFWriter":
         return self
@@ -176,7 +178,7 @@ class GGUFWriter:
         if self._file is not None:
             self._file.close()
         self._no += 1
-        self._file = open(self._partial[self._no], "wb")  # noqa: SIM115
+        self._file = open(self._temporary[self._no], "wb")  # noqa: SIM115
         self._file.write(self._headers[self._no])
         self._index = -1
         self._next_tensor()
@@ -200,7 +202,7 @@ class GGUFWriter:
 def encode_header(
     metadata: Mapping[str, MetaValue], tensors: Sequence[TensorInfo], byte_order: str, alignment: int
 ) -> bytes:
-    """Return everything before the tensors' data, which begins at a multiple of the alignment."""
+    """Return all bytes before the data of the tensors. Their number is a multiple of the alignment."""
     if len(metadata) > MAX_KEYS:
         raise GgufRunError(f"there are {len(metadata)} metadata keys: at most {MAX_KEYS} are allowed")
     parts = [b"GGUF", struct.pack(byte_order + "IQQ", 3, len(tensors), len(metadata))]
@@ -216,7 +218,7 @@ def encode_header(
 
 
 def split_counts(tensors: Sequence[TensorInfo], max_size: int, max_tensors: int, alignment: int) -> list[int]:
-    """Return how many tensors each file of a split model gets (GGUFWriter tells the limits)."""
+    """Return how many tensors each file of a split model gets. For the limits see GGUFWriter."""
     counts, size = [0], 0
     for tensor in tensors:
         nbytes = _padded(tensor.nbytes, alignment)
@@ -232,19 +234,16 @@ def _padded(nbytes: int, alignment: int) -> int:
     return nbytes + -nbytes % alignment
 
 
-def _alignment(pairs: dict[str, MetaValue], wanted: int | None) -> int:
-    """Return the alignment; general.alignment is changed or added if it would say something else."""
-    stated = as_typed(pairs[ALIGNMENT]).value if ALIGNMENT in pairs else DEFAULT_ALIGNMENT
-    alignment = stated if wanted is None else wanted
+def _alignment(pairs: Mapping[str, MetaValue]) -> int:
+    """Return general.alignment, the alignment of the tensors' data in bytes."""
+    alignment = as_typed(pairs[ALIGNMENT]).value if ALIGNMENT in pairs else DEFAULT_ALIGNMENT
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise GgufRunError(f"general.alignment is {alignment!r}: it must be an int, a power of two")
-    if alignment != stated:
-        pairs[ALIGNMENT] = Typed("u32", alignment)
     return alignment
 
 
 def _check_tensors(tensors: Sequence[TensorInfo]) -> None:
-    """GgufRunError for what a reader would refuse."""
+    """GgufRunError for tensors that a reader would refuse."""
     if len(tensors) > MAX_TENSORS:
         raise GgufRunError(f"there are {len(tensors)} tensors: at most {MAX_TENSORS} are allowed")
     names: set[str] = set()
@@ -266,7 +265,7 @@ def _check_tensors(tensors: Sequence[TensorInfo]) -> None:
 
 
 def _output_paths(path: Path, n_files: int) -> list[Path]:
-    """The path itself, through links, or those of n_files parts."""
+    """Return the path itself with links followed, or the paths of the n_files files of a split model."""
     if not n_files:
         return [path.resolve()]
     prefix = re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.name)

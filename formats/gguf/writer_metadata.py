@@ -1,4 +1,4 @@
-"""Metadata pairs as a GGUF file holds them (metadata.py draws them): the types of Python values, and their bytes."""
+"""Metadata pairs for a GGUF file: the types of Python values, and their bytes. metadata.py shows the layout."""
 
 import struct
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.metadata import MAX_DEPTH, MAX_KEY_BYTES, VALUE_TYPES, Typed, ValueType
 from gguf_run.formats.gguf.strings import StringArray
 
-# A value, or Typed. Lists and tuples are arrays, numpy scalars and arrays have the type of their dtype.
+# Lists and tuples are arrays. NumPy scalars and arrays have the type of their dtype.
 MetaValue = Typed | str | bytes | bool | int | float | np.generic | np.ndarray[Any, Any] | Sequence[Any]
 
 _BY_DTYPE: Mapping[Any, str] = MappingProxyType({np.dtype(t.code): t.name for t in VALUE_TYPES.values() if t.code})
@@ -22,8 +22,8 @@ _BY_DTYPE: Mapping[Any, str] = MappingProxyType({np.dtype(t.code): t.name for t 
 def encode_pair(key: str, value: MetaValue, order: str) -> bytes:
     """Return key, type and value for a file of byte order "<" or ">". GgufRunError if the value does not fit its type.
 
-    The type of a value that is not Typed: string, bool, f32, and for integers the first of u32, i32, u64, i64 that
-    holds it (for an array: all items).
+    A value that is not Typed becomes a string, a bool, an f32, or for integers the first of u32, i32, u64, i64 that
+    holds the value or all items of the array.
     """
     what = f"metadata key {quoted(key)}"
     data = _text(key, what)
@@ -35,7 +35,7 @@ def encode_pair(key: str, value: MetaValue, order: str) -> bytes:
 
 
 def as_typed(value: MetaValue, what: str = "the value") -> Typed:
-    """Return the value with its type; GgufRunError if it has none (encode_pair tells the rules)."""
+    """Return the value with its type by the rules of encode_pair. GgufRunError if it has none."""
     if isinstance(value, Typed):
         return value
     if isinstance(value, np.generic | np.ndarray) and value.dtype.newbyteorder("=") in _BY_DTYPE:
@@ -75,7 +75,7 @@ def _integer_type(values: Sequence[int], what: str) -> str:
 
 
 def _split(name: str, what: str) -> tuple[ValueType, str]:
-    """Return "array" and the items' type of "array[...]", or a type and "". Deeper levels are not looked at."""
+    """Split "array[...]" into "array" and the type of its items; another type into itself and "". One level only."""
     kind, bracket, items = name.partition("[")
     known = kind in VALUE_TYPES and (items.endswith("]") and kind == "array" if bracket else kind != "array")
     if not known or name.count("[") >= MAX_DEPTH:
@@ -84,7 +84,7 @@ def _split(name: str, what: str) -> tuple[ValueType, str]:
 
 
 def _encode(typed: Typed, order: str, what: str) -> bytes:
-    """The bytes of a value behind its type number."""
+    """Return the bytes that follow the number of the value's type."""
     kind, items = _split(typed.type, what)
     value = typed.value
     if not items:
@@ -104,7 +104,7 @@ def _encode(typed: Typed, order: str, what: str) -> bytes:
 
 
 def _plain(values: Any, kind: ValueType, order: str, what: str) -> bytes:
-    """Strings or numbers, one after the other."""
+    """Return the bytes of strings or numbers, one after the other."""
     if not kind.code:
         return b"".join(_string(_text(value, what), order) for value in values)
     numbers = values.tolist() if isinstance(values, np.ndarray) else list(values)
@@ -116,7 +116,7 @@ def _plain(values: Any, kind: ValueType, order: str, what: str) -> bytes:
 
 
 def _text(value: object, what: str) -> bytes:
-    """Bytes of a string are taken as they are: they need not be UTF-8."""
+    """Return a string as bytes. Values of type bytes need not be UTF-8."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, str):

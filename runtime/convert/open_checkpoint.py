@@ -27,8 +27,8 @@ from gguf_run.runtime.convert.stored.checkpoint import Checkpoint
 from gguf_run.runtime.convert.stored.sources import F32, rows, source
 from gguf_run.runtime.convert.tensors import model_tensors
 from gguf_run.runtime.convert.vocabulary.metadata import tokenizer_metadata
+from gguf_run.runtime.quantize.file_types import FILE_TYPES, KEEP, FileType
 from gguf_run.runtime.quantize.plan import Item, Plan
-from gguf_run.runtime.quantize.rules import FILE_TYPES, KEEP, FileType
 
 
 def open_checkpoint(
@@ -85,7 +85,7 @@ def auto_type(file: GGUFFile) -> tuple[FileType, int | None]:
     quantized = Counter(tensor.type.name for tensor in matrices(file) if tensor.type.is_quantized)
     if quantized:
         name = {"MXFP4": "MXFP4_MOE"}.get(most := quantized.most_common(1)[0][0], most)
-        return KEEP, FILE_TYPES[name].id if name in FILE_TYPES else 39 if name == "NVFP4" else None
+        return KEEP, FILE_TYPES[name].id if name in FILE_TYPES else None
     first = next((name for name in names if name != "F32"), "F16")  # F32: perhaps FP8 before, whatever the others are
     return FILE_TYPES["BF16" if first == "BF16" else "F16"], None
 

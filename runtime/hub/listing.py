@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.cli.common import one_line
 from gguf_run.runtime.hub.files import cached_files, cached_repos, models_among, pick, shards, type_of
 from gguf_run.runtime.hub.find import DEFAULT_MODEL, models_dir
-from gguf_run.runtime.terminal.text import size_text, table
+from gguf_run.runtime.terminal.text import one_line, size_text, table
 
 
 @dataclass(frozen=True)

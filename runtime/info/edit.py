@@ -1,8 +1,8 @@
-"""gguf-info MODEL --set, --remove: another metadata for the same tensors, in a new file or in place."""
+"""Changing the metadata of a GGUF file, in a new file or in place. The tensors stay the same."""
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +14,38 @@ from gguf_run.formats.gguf.metadata import VALUE_TYPES, Metadata, Typed
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.gguf.writer import ALIGNMENT, GGUFWriter, encode_header
 from gguf_run.formats.gguf.writer_metadata import as_typed, encode_pair
-from gguf_run.runtime.info.diff import metadata_changes
-from gguf_run.runtime.terminal.progress import Progress
+from gguf_run.runtime.info.diff import metadata_changes, typed_metadata
 
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
 
 def edit(
-    file: GGUFFile, assignments: Sequence[str], removed: Sequence[str], output: Path | None
+    file: GGUFFile,
+    assignments: Sequence[str],
+    removed: Sequence[str],
+    output: Path | None,
+    progress: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
-    """Write the file with changed metadata to `output`, or change the file itself; return the metadata_changes.
+    """Write the file with changed metadata and return the metadata_changes.
 
-    assignments: `key=value` or `key:type=value`. OptionError for one that is not allowed; GgufRunError as GGUFWriter's,
-    or if the file cannot be changed in place.
+    assignments: `key=value` or `key:type=value`.
+    removed: keys.
+    output: the new file; None: the file itself is changed.
+    progress: called with the bytes that are copied to `output` and with all of them.
+    OptionError for an assignment or a key that is not allowed. GgufRunError as from GGUFWriter, or if the file cannot
+    be changed in place.
     """
     pairs = _edited(file.metadata, assignments, removed)
-    changes = list(metadata_changes({key: file.metadata.typed(key) for key in file.metadata}, pairs))
+    changes = list(metadata_changes(typed_metadata(file), pairs))
     if output:
-        _write(file, pairs, output)
+        _write(file, pairs, output, progress)
     else:
         _write_in_place(file, pairs)
     return changes
 
 
 def _edited(metadata: Metadata, assignments: Sequence[str], removed: Sequence[str]) -> dict[str, Typed]:
-    """The metadata with keys set and removed; new keys come last."""
+    """Return the metadata with keys set and removed. New keys come last."""
     pairs = {key: metadata.typed(key) for key in metadata if key not in removed}
     for key in removed:
         if key not in metadata:
@@ -52,11 +59,12 @@ def _edited(metadata: Metadata, assignments: Sequence[str], removed: Sequence[st
         if changed.count(key) > 1:
             raise OptionError(f"{key}: is set or removed twice")
         if key.startswith("split."):
-            raise OptionError(f"{key}: belongs to how the model is split over files, and follows from that")
+            raise OptionError(f"{key}: belongs to how the model is split over files, and cannot be changed")
     return pairs
 
 
 def _assignment(text: str, metadata: Metadata) -> tuple[str, Typed]:
+    """Return the key and the value that `key=value` or `key:type=value` sets."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise OptionError(f"--set {quoted(text)}: expected key=value or key:type=value")
@@ -78,7 +86,7 @@ def _assignment(text: str, metadata: Metadata) -> tuple[str, Typed]:
 
 
 def _parse(value: str, type: str) -> Any:
-    """The value of a type that is known. ValueError if it is none; an unknown type is told later."""
+    """Return the value of a known type. ValueError if the text is no such value. encode_pair refuses unknown types."""
     if type == "string":
         return value
     if type == "bool":
@@ -93,7 +101,7 @@ def _parse(value: str, type: str) -> Any:
 
 
 def _guess(value: str) -> Any:
-    """true, false, numbers and lists as JSON has them; everything else is text."""
+    """Return true, false, a number or a list that the text is in JSON. Any other text is a string."""
     try:
         found = json.loads(value)
     except ValueError:
@@ -102,24 +110,22 @@ def _guess(value: str) -> Any:
     return found if isinstance(found, bool | int | float | list) and is_finite else value
 
 
-def _write(file: GGUFFile, pairs: Mapping[str, Typed], output: Path) -> None:
-    """A file with this metadata and the tensors of `file`, split as that is."""
+def _write(file: GGUFFile, pairs: Mapping[str, Typed], output: Path, progress: Callable[[int, int], None]) -> None:
+    """Write a file with this metadata and the tensors of `file`, split into the same files."""
     tensors = list(file.tensors.values())
     total, done = sum(tensor.nbytes for tensor in tensors), 0
-    with (
-        Progress("writing") as progress,
-        GGUFWriter(output, pairs, tensors, byte_order=file.byte_order, split=file.split, inputs=file.paths) as writer,
-    ):
+    order, inputs = file.byte_order, file.paths
+    with GGUFWriter(output, pairs, tensors, byte_order=order, split=file.split, inputs=inputs) as writer:
         for tensor in tensors:
             writer.copy(tensor)
             done += tensor.nbytes
-            progress.set(done, total)
+            progress(done, total)
 
 
 def _write_in_place(file: GGUFFile, pairs: Mapping[str, Typed]) -> None:
-    """Change the (first) file itself, unless its tensors would have to move."""
+    """Change the file itself, of a split model the first. GgufRunError if its tensors would have to move."""
     tensors = [tensor for tensor in file.tensors.values() if tensor.file.path == file.path]
-    before = {key: file.metadata.typed(key) for key in file.metadata}
+    before = typed_metadata(file)
     old, new = (encode_header(side, tensors, file.byte_order, file.alignment) for side in (before, pairs))
     with open(file.path, "r+b") as output:
         if output.read(len(old)) != old or before.get(ALIGNMENT) != pairs.get(ALIGNMENT):
@@ -129,7 +135,7 @@ def _write_in_place(file: GGUFFile, pairs: Mapping[str, Typed]) -> None:
                 f"{file.path}: the new header takes {len(new)} bytes, the old one {len(old)}: use -o OUT, the file "
                 "cannot be edited in place"
             )
-        # As little as possible, in one go: nobody should see half of it.
+        # One write of as few bytes as possible: other processes should not see half of the change.
         changed = np.flatnonzero(np.frombuffer(old, np.uint8) != np.frombuffer(new, np.uint8))
         if len(changed):
             output.seek(changed[0])

@@ -1,13 +1,12 @@
-"""`gguf-info --fit`: which types and contexts this machine has room for, and about how fast they will run on its CPU.
+"""Which types and contexts of a model this machine has room for, and how fast they will run on its CPU.
 
-Memory is exact, as the loader counts it. Speed is what the memory's and the arithmetic's, both measured now, allow at
-most, times what the kernels reach of that.
+Memory is exact: it is what the loader counts. Speed is an estimate: the limits of the machine's memory and arithmetic,
+measured now, times the part of these limits that the kernels reach.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 from gguf_run.formats.blocks.types import type_by_name
@@ -20,19 +19,19 @@ from gguf_run.kernels_cpu.vector import isa
 from gguf_run.models.architectures import EXPERTS, LAYER_SHAPES, MODEL_SHAPES
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
-from gguf_run.runtime.cli.common import one_line
-from gguf_run.runtime.load.machine import default_threads
-from gguf_run.runtime.load.memory import MemoryPlan, available_memory
-from gguf_run.runtime.load.parts import DEFAULT_N_CTX
-from gguf_run.runtime.quantize.rules import FILE_TYPES, ModelFacts, choose_types, layer_order
-from gguf_run.runtime.terminal.text import size_text, table
+from gguf_run.runtime.load.machine import available_memory, default_threads
+from gguf_run.runtime.load.memory import MemoryPlan
+from gguf_run.runtime.load.options import DEFAULT_N_CTX
+from gguf_run.runtime.quantize.file_types import FILE_TYPES, stated_file_type
+from gguf_run.runtime.quantize.rules import MixtureFacts, choose_types, layer_order
 
-TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
-FEW_TYPES = ("Q8_0", "Q4_K_M", "Q2_K")
-CACHES = ("f16", "q8_0")
-N_PROMPT = 512
-# What the kernels reach of the limits (README, "Measured"), and how many int8 operations take as long as one of floats.
-DECODE_PART, PREFILL_PART, FLOAT_OPS = 0.8, 0.48, 4
+TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")  # for files
+FEW_TYPES = ("Q8_0", "Q4_K_M", "Q2_K")  # for the table of usual sizes
+CACHES = ("f16", "q8_0")  # types of the KV cache
+N_PROMPT = 512  # tokens of the prompt whose speed is estimated
+# The part of the limits that the kernels reach (docs/measured.md).
+DECODE_PART, PREFILL_PART = 0.8, 0.48
+FLOAT_OPS = 4  # int8 operations that take as long as one of floats
 
 
 @dataclass(frozen=True)
@@ -45,15 +44,15 @@ class Shape:
     n_head: int
     n_head_kv: int
     head_dim: int
-    n_ff: int
+    n_ff: int  # of one expert, if there are experts
     n_vocab: int
-    n_ctx: int
-    tied: bool = False
+    n_ctx: int  # of the training
+    tied: bool = False  # the embeddings make the logits too
     n_expert: int = 0
-    n_used: int = 0
+    n_used: int = 0  # experts that a token is sent to
 
     def model(self) -> tuple[ModelConfig, list[TensorInfo]]:
-        """The config, and the tensors in BF16."""
+        """Return the config, and the tensors in BF16."""
         arch = "qwen3moe" if self.n_expert else "llama"
         numbers = {
             "block_count": self.n_layer, "embedding_length": self.n_embd, "feed_forward_length": self.n_ff,
@@ -61,26 +60,24 @@ class Shape:
             "attention.key_length": self.head_dim, "attention.value_length": self.head_dim,
             "context_length": self.n_ctx, "attention.layer_norm_rms_epsilon": 1e-5,
         }  # fmt: skip
-        if self.n_expert:
-            experts = {"expert_count": self.n_expert, "expert_used_count": self.n_used}
-            numbers |= {**experts, "expert_feed_forward_length": self.n_ff}
-        metadata = {"general.architecture": arch} | {f"{arch}.{key}": value for key, value in numbers.items()}
-        widths = {
-            "n_embd_q": self.n_head * self.head_dim, "n_embd_kv": self.n_head_kv * self.head_dim, "n_ff_exp": self.n_ff,
-        } | vars(self)  # fmt: skip
         layer = ["attn_norm", "ffn_norm", "attn_q", "attn_k", "attn_v", "attn_output"]
         if self.n_expert:
+            numbers |= {"expert_count": self.n_expert, "expert_used_count": self.n_used}
+            numbers["expert_feed_forward_length"] = self.n_ff
             layer += ["attn_q_norm", "attn_k_norm", "ffn_gate_inp", *EXPERTS]
         else:
             layer += ["ffn_gate", "ffn_up", "ffn_down"]
         shapes = {f"blk.{il}.{name}.weight": LAYER_SHAPES[name] for il in range(self.n_layer) for name in layer}
         model = ("token_embd.weight", "output_norm.weight", *(() if self.tied else ("output.weight",)))
         shapes |= {name: MODEL_SHAPES[name] for name in model}
+        widths = {"n_embd_q": self.n_head * self.head_dim, "n_embd_kv": self.n_head_kv * self.head_dim}
+        widths |= {"n_ff_exp": self.n_ff} | vars(self)
         f32, bf16 = type_by_name("F32"), type_by_name("BF16")
         tensors = [
             TensorInfo(name, tuple(widths[word] for word in words), bf16 if len(words) > 1 else f32)
             for name, words in shapes.items()
         ]
+        metadata = {"general.architecture": arch} | {f"{arch}.{key}": value for key, value in numbers.items()}
         by_name = cast(Mapping[str, Tensor], {tensor.name: tensor for tensor in tensors})
         return ModelConfig.from_metadata(metadata, by_name), tensors
 
@@ -99,14 +96,14 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Machine:
-    """available: bytes of memory that can still be taken, None: not known."""
+    """What this machine has."""
 
-    available: int | None
+    available: int | None  # bytes of memory that can still be taken, None: not known
     limits: Limits
 
     @classmethod
     def measure(cls) -> "Machine":
-        """Takes a second or two."""
+        """Measure it. Takes a second or two."""
         available = available_memory()  # before the measurement takes some
         return cls(available, measure_limits(default_threads()))
 
@@ -121,17 +118,17 @@ class Machine:
 
 
 def used_part(config: ModelConfig, name: str) -> float:
-    """How much of a tensor a token needs: of experts those that it is sent to, of embeddings a row."""
+    """Return the part of a tensor that a token needs: of experts those it is sent to, of embeddings a row (0)."""
     if "_exps." in name:
         return config.moe.n_used / config.n_expert
     return 0.0 if name == "token_embd.weight" else 1.0
 
 
 def speeds(config: ModelConfig, tensors: Sequence[TensorInfo], limits: Limits) -> tuple[float, float]:
-    """Return about how many tokens per second will be decoded, behind a short text, and prefilled.
+    """Return estimates of the tokens per second that are decoded after a short text, and that are prefilled.
 
-    Decoding reads the weights that a token needs, once; a prompt of N_PROMPT tokens multiplies with those of the
-    layers, and its queries with the keys and values of the positions before.
+    Decoding reads the weights that a token needs once. A prompt of N_PROMPT tokens is multiplied with the weights of
+    the layers, and its queries with the keys and values of the positions before them.
     """
     tied = all(tensor.name != "output.weight" for tensor in tensors)
     n_bytes, n_ops = 0.0, 2.0 * FLOAT_OPS * N_PROMPT * config.n_embd_q * config.n_layer
@@ -144,20 +141,22 @@ def speeds(config: ModelConfig, tensors: Sequence[TensorInfo], limits: Limits) -
 
 
 def fit_row(name: str, config: ModelConfig, tensors: Sequence[TensorInfo], machine: Machine) -> dict[str, Any]:
-    """What a model of these tensors takes on the machine. memory: with a context of n_ctx tokens; contexts: the largest
-    one for each type of cache, 0: the model does not fit. Sizes in bytes, speeds in tokens per second."""
+    """Return what a model of these tensors takes on the machine. Sizes are in bytes, speeds in tokens per second.
+
+    memory: with a context of n_ctx tokens.
+    contexts: the largest context for each type of cache, 0 if the model does not fit.
+    """
     n_bytes, n_weights = sum(tensor.nbytes for tensor in tensors), sum(tensor.n_elements for tensor in tensors)
     n_ctx = min(config.n_ctx_train, DEFAULT_N_CTX)
     plan = MemoryPlan(config, tensors, n_ctx, [CacheType("f16", "f16")] * config.n_layer)
     need = plan.needed()
+    rest = need.weights + need.buffers
     contexts = {}
     for kind in CACHES:
-        largest = MemoryPlan(config, tensors, config.n_ctx_train, plan.with_type(kind).cache)
         if plan.allows(kind):
+            largest = MemoryPlan(config, tensors, config.n_ctx_train, plan.with_type(kind).cache)
             contexts[kind] = largest.largest_context(
-                lambda p: (
-                    machine.available is None or need.weights + need.buffers + p.cache_bytes() <= machine.available
-                )
+                lambda p: machine.available is None or rest + p.cache_bytes() <= machine.available
             )
     decode, prefill = speeds(config, tensors, machine.limits)
     return {
@@ -172,72 +171,30 @@ def fit_row(name: str, config: ModelConfig, tensors: Sequence[TensorInfo], machi
     }
 
 
-def quantized(tensors: Sequence[TensorInfo], metadata: Mapping[str, Any], n_layer: int, type: str) -> list[TensorInfo]:
-    """The tensors with the types that gguf-quantize would give them."""
+def quantized(tensors: Sequence[TensorInfo], config: ModelConfig, kind: str) -> list[TensorInfo]:
+    """Return the tensors with the types that gguf-quantize would give them."""
     ordered = sorted(tensors, key=lambda tensor: layer_order(tensor.name))
-    facts = ModelFacts.from_metadata(metadata, n_layer, has_imatrix=False)
-    choices = choose_types(ordered, facts, FILE_TYPES[type])
+    facts = MixtureFacts(config.arch.name, config.n_layer, config.n_head // config.n_head_kv, config.n_expert)
+    choices = choose_types(ordered, facts, FILE_TYPES[kind])
     return [TensorInfo(t.name, t.ne, choice.type) for t, choice in zip(ordered, choices, strict=True)]
 
 
 def fit_file(file: GGUFFile, machine: Machine) -> dict[str, Any]:
-    """The file as it is, and in other types. Errors as ModelConfig.from_metadata, with the name of the file."""
+    """Return the rows of a file as it is, and in other types. Errors as from ModelConfig, with the name of the file."""
     try:
         config = ModelConfig.from_metadata(file.metadata, file.tensors)
     except GgufRunError as error:
         raise type(error)(f"{file.path}: {error}") from None
-    tensors = list(file.tensors.values())
-    stated = file.metadata.get("general.file_type")
-    own = next((kind.name for kind in FILE_TYPES.values() if kind.id == stated and stated is not None), None)
-    own = own or Counter(tensor.type.name for tensor in tensors if len(tensor.ne) > 1).most_common(1)[0][0]
+    tensors, kind = list(file.tensors.values()), stated_file_type(file)
+    matrices = Counter(tensor.type.name for tensor in tensors if len(tensor.ne) > 1)
+    own = kind.name if kind else matrices.most_common(1)[0][0]
     rows = [fit_row(own, config, tensors, machine)]
-    for name in TYPES:
-        if name != own:
-            rows.append(fit_row(name, config, quantized(tensors, file.metadata, config.n_layer, name), machine))
+    rows += [fit_row(name, config, quantized(tensors, config, name), machine) for name in TYPES if name != own]
     return {"model": str(file.path), "n_ctx_train": config.n_ctx_train, "rows": rows}
 
 
 def fit_shape(shape: Shape, machine: Machine) -> dict[str, Any]:
-    """A model of that shape in a few types."""
+    """Return the rows of a model of that shape in a few types."""
     config, tensors = shape.model()
-    arch = config.arch.name
-    metadata = {
-        "general.architecture": arch, f"{arch}.attention.head_count": config.n_head,
-        f"{arch}.attention.head_count_kv": config.n_head_kv, f"{arch}.expert_count": config.n_expert,
-    }  # fmt: skip
-    rows = [fit_row(name, config, quantized(tensors, metadata, config.n_layer, name), machine) for name in FEW_TYPES]
+    rows = [fit_row(name, config, quantized(tensors, config, name), machine) for name in FEW_TYPES]
     return {"model": shape.name, "n_ctx_train": config.n_ctx_train, "rows": rows}
-
-
-def fit_lines(machine: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """The facts for people."""
-    free = machine["available_memory"]
-    yield (
-        f"{'unknown' if free is None else size_text(free)} free; {machine['n_threads']} threads, "
-        f"{machine['instructions']}: {machine['read_bytes_per_second'] / 1e9:.3g} GB/s, "
-        f"{machine['int8_operations_per_second'] / 1e12:.3g}e12 int8 operations/s"
-    )
-    yield ""
-    yield from table(
-        ["model", "type", "bits", "file", "memory", *(f"ctx {kind}" for kind in CACHES), "decode/s", "prefill/s"],
-        [
-            [one_line(Path(model["model"]).name) if first else "", row["type"], f"{row['bits_per_weight']:.2f}"]
-            + [f"{row['nbytes'] / 1e9:.2f}", f"{row['memory'] / 1e9:.2f}"]
-            + [_context(row["contexts"].get(kind)) for kind in CACHES]
-            + [_speed(row[key]) if any(row["contexts"].values()) else "-" for key in ("decode", "prefill")]
-            for model in models
-            for first, row in zip([True, *[False] * len(model["rows"])], model["rows"], strict=False)
-        ],
-        "llrrrrrrr",
-    )
-    yield ""
-    yield f"Sizes in GB; memory with {DEFAULT_N_CTX} tokens of f16 cache. ctx: the largest context that"
-    yield "fits, up to the model's own. Tokens per second are estimates."
-
-
-def _context(n: int | None) -> str:
-    return "-" if n is None else str(n) if n else "no room"
-
-
-def _speed(x: float) -> str:
-    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"

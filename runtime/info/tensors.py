@@ -1,4 +1,4 @@
-"""What the numbers of a tensor are like, and how far those of another are from them: a chunk of weights at a time."""
+"""Statistics of a tensor's weights, and the difference of two tensors. Both read a chunk of weights at a time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,39 +9,37 @@ from numpy.typing import NDArray
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.gguf.tensors import Tensor
 
-_CHUNK = 1 << 16  # weights: their float64 stay in the processor's cache; a multiple of every block
-_RELEASE = 256  # chunks between two calls that let the OS drop what was read
+_CHUNK = 1 << 16  # weights, a multiple of every block size: their float64 stay in the processor's cache
+_RELEASE = 256  # chunks between two calls that let the OS drop pages
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """Of the finite weights (None if there is none). zeros: the part that is 0. kurtosis: 3 for a normal distribution,
-    None if all weights are the same. n_not_finite: how many are infinite or not a number."""
+class TensorStatistics:
+    """Statistics of a tensor's finite weights. All but the last are None if there is no finite weight."""
 
     min: float | None
     max: float | None
     mean: float | None
     std: float | None
     rms: float | None
-    zeros: float | None
-    kurtosis: float | None
-    n_not_finite: int
+    zeros: float | None  # the part of the weights that is 0
+    kurtosis: float | None  # 3 for a normal distribution, None if all weights are equal
+    n_not_finite: int  # weights that are infinite or NaN
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of b from a, over the weights where the difference is finite. relative_rmse: by the RMS of a, None if that is 0.
-    n_different: weights that are not the same number; n_not_finite: those among them whose difference is not finite."""
+    """How tensor b differs from tensor a. The first three are of the weights whose difference is finite."""
 
     rmse: float
-    relative_rmse: float | None
+    relative_rmse: float | None  # rmse / (RMS of a), None if a is all 0
     max_abs: float
-    n_different: int
-    n_not_finite: int
+    n_different: int  # weights that are different numbers
+    n_not_finite: int  # weights among them whose difference is not finite
 
 
-def statistics(tensor: Tensor) -> Statistics:
-    """Return a tensor's statistics, computed in float64. Memory: a few megabytes."""
+def tensor_statistics(tensor: Tensor) -> TensorStatistics:
+    """Return the statistics of a tensor, computed in float64. Needs a few megabytes of memory."""
     n = n_zero = n_not_finite = 0
     low, high, shift = np.inf, -np.inf, 0.0
     power = np.zeros(5)  # sums of (weight - shift)^k
@@ -50,7 +48,7 @@ def statistics(tensor: Tensor) -> Statistics:
         n_not_finite += len(chunk) - len(x)
         if not len(x):
             continue
-        if n == 0:  # close to the mean, so that little cancels; and exactly the weights if all are the same
+        if n == 0:  # near the mean, so that little cancels; exact if all weights are equal
             shift = float(np.float32(x.mean(dtype=np.float64)))
         low, high = min(low, float(x.min())), max(high, float(x.max()))
         n, n_zero = n + len(x), n_zero + len(x) - int(np.count_nonzero(x))
@@ -58,17 +56,24 @@ def statistics(tensor: Tensor) -> Statistics:
         d2 = d * d
         power += (len(x), d.sum(), d2.sum(), np.dot(d2, d), np.dot(d2, d2))
     if n == 0:
-        return Statistics(None, None, None, None, None, None, None, n_not_finite)
+        return TensorStatistics(None, None, None, None, None, None, None, n_not_finite)
     _, m1, m2, m3, m4 = power / n
     mean, variance = shift + m1, max(0.0, m2 - m1 * m1)
     fourth = m4 - 4 * m1 * m3 + 6 * m1 * m1 * m2 - 3 * m1**4
-    kurtosis = float(fourth / variance**2) if variance else None
-    rms = np.sqrt(mean * mean + variance)
-    return Statistics(low, high, float(mean), float(np.sqrt(variance)), float(rms), n_zero / n, kurtosis, n_not_finite)
+    return TensorStatistics(
+        min=low,
+        max=high,
+        mean=float(mean),
+        std=float(np.sqrt(variance)),
+        rms=float(np.sqrt(mean * mean + variance)),
+        zeros=n_zero / n,
+        kurtosis=float(fourth / variance**2) if variance else None,
+        n_not_finite=n_not_finite,
+    )
 
 
 def difference(a: Tensor, b: Tensor) -> Difference | None:
-    """Compare two tensors of one shape; None if type and bytes are the same. float64, memory: a few megabytes."""
+    """Compare two tensors of one shape in float64. None if types and bytes agree. Needs a few megabytes of memory."""
     if a.type is b.type and all(np.array_equal(x, y) for x, y in _pieces(a, b)):
         return None
     worst = square = square_a = 0.0
@@ -79,7 +84,7 @@ def difference(a: Tensor, b: Tensor) -> Difference | None:
         with np.errstate(invalid="ignore"):
             d -= y
         if not np.isfinite(size + np.dot(d, d)):
-            d[x == y] = 0.0  # of infinities too
+            d[x == y] = 0.0  # also where both are the same infinity
             bad = ~np.isfinite(d)
             n_different += int(np.count_nonzero(bad))
             n_not_finite += int(np.count_nonzero(bad))
@@ -95,7 +100,7 @@ def difference(a: Tensor, b: Tensor) -> Difference | None:
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[NDArray[np.uint8], ...]]:
-    """Yield the blocks of the same _CHUNK weights of each tensor."""
+    """Yield the blocks of the same _CHUNK weights of every tensor, chunk by chunk."""
     blocks = [tensor.blocks().reshape(-1) for tensor in tensors]
     steps = [_CHUNK // tensor.type.block_size * tensor.type.type_size for tensor in tensors]
     for i in range(-(-tensors[0].n_elements // _CHUNK)):
@@ -108,6 +113,6 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[NDArray[np.uint8], ...]]:
 
 
 def _chunks(*tensors: Tensor) -> Iterator[list[NDArray[np.float32]]]:
-    """Yield the same _CHUNK weights of each tensor."""
+    """Yield the same _CHUNK weights of every tensor, chunk by chunk."""
     for pieces in _pieces(*tensors):
         yield [dequantize(piece, tensor.type) for piece, tensor in zip(pieces, tensors, strict=True)]

@@ -1,10 +1,9 @@
-"""Memory that a model will need, and the memory there is: a model that cannot fit is refused before it is loaded."""
+"""The memory that a model will need: a model that cannot fit is refused before it is loaded."""
 
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.tensors import TensorInfo
@@ -14,7 +13,6 @@ from gguf_run.kernels_gpu.attention import cache_types as cache_formats
 from gguf_run.kernels_gpu.panels.panels import matrix_bytes as gpu_matrix_bytes
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
-from gguf_run.runtime.load import cgroup
 from gguf_run.runtime.load.cache_plan import describe_plan, layer_bytes
 from gguf_run.runtime.terminal.text import size_text
 
@@ -188,25 +186,3 @@ class MemoryPlan:
     def allows(self, name: str) -> bool:
         """Do the model's heads allow this cache type?"""
         return all(CACHE_FORMATS[name].allows(self.config.attention(il).head_dim) for il in range(self.config.n_layer))
-
-
-def available_memory(root: Path = Path("/")) -> int | None:
-    """Return the bytes this process can still take without others being killed, swap included; None if not known."""
-    meminfo = dict(re.findall(r"^(\w+): +(\d+) kB$", cgroup.read(root / "proc/meminfo"), re.MULTILINE))
-    if "MemAvailable" not in meminfo:
-        return None
-    left = [1024 * (int(meminfo["MemAvailable"]) + int(meminfo.get("SwapFree", 0)))]
-    for group in cgroup.levels("memory", root):
-        for limit_file, used_file in (
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ):
-            limit, used = cgroup.read(group / limit_file), cgroup.read(group / used_file)
-            if limit.isdigit() and used.isdigit():
-                # Cached file pages count as used, but are given up when memory is needed.
-                # (v1 counts the groups below in lines of their own, "total_...").
-                cached = re.findall(
-                    r"^(?:total_)?inactive_file (\d+)$", cgroup.read(group / "memory.stat"), re.MULTILINE
-                )
-                left.append(int(limit) - int(used) + max(map(int, cached), default=0))
-    return max(0, min(left))

@@ -12,8 +12,8 @@ def open_model(path: Path, quantize: str | None = None) -> GGUFFile:
         return GGUFFile.open(path)
     from gguf_run.runtime.convert.open_checkpoint import auto_type, in_memory, matrices, open_checkpoint
     from gguf_run.runtime.convert.quantized.methods import KEPT
+    from gguf_run.runtime.quantize.file_types import file_type
     from gguf_run.runtime.quantize.plan import Options, check_plan, make_plan
-    from gguf_run.runtime.quantize.rules import file_type
 
     kind = file_type(quantize) if quantize else None
     keep = {kind.default} if kind else KEPT

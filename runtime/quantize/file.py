@@ -1,7 +1,7 @@
 """Quantizing a file: slabs of rows go through a pool of threads and are written in order.
 
-Only a few slabs are in memory at any time, whatever the size of the tensors; the input is a mapped file, whose
-pages are given back as soon as their slab is done.
+Only a few slabs are in memory at any time, however large the tensors are. The input is a mapped file. Its pages are
+given back as soon as their slab is written.
 """
 
 import math
@@ -21,29 +21,15 @@ from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.formats.gguf.writer import GGUFWriter
 from gguf_run.formats.quantizers.quantizer import count_bad, quantize
 from gguf_run.runtime.quantize.plan import Item, Plan
+from gguf_run.runtime.quantize.report import Loss
 
-_SLAB = 1 << 18  # weights: 1 MB of f32, which stays in a core's cache from one step to the next
-_AHEAD = 4  # slabs per thread that are begun before they are written
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What a tensor lost: sums over its weights of the squared errors and of the squares. Zero where it was copied."""
-
-    error: float = 0.0
-    power: float = 0.0
-
-    def __add__(self, other: "Loss") -> "Loss":
-        return Loss(self.error + other.error, self.power + other.power)
-
-    def relative(self) -> float:
-        """Root of error by power, 0 for a tensor of zeros."""
-        return math.sqrt(self.error / self.power) if self.power else 0.0
+_SLAB = 1 << 18  # weights of a slab: 1 MB of f32 stays in a core's cache from one step to the next
+_AHEAD = 4  # slabs per thread that may wait to be written
 
 
 @dataclass(frozen=True)
 class _Slab:
-    """Rows first .. end of a tensor, all of one expert."""
+    """Rows first .. end of a tensor. All belong to one expert."""
 
     item: Item
     first: int
@@ -58,10 +44,12 @@ def quantize_file(
     split_max_size: int = 0,
     split_max_tensors: int = 0,
 ) -> tuple[GGUFWriter, list[Loss]]:
-    """Write the planned model; return the writer, which knows the files, and what each tensor lost.
+    """Write the planned model. Return the writer, which knows the files, and the loss of each tensor.
 
-    progress: is told the bytes of the input that are done, and all. GgufRunError if weights are NaN or infinite, too
-    large for their type, or if the output cannot be written: then nothing of it is left.
+    progress: called with the bytes of the input that are done and with all of them.
+    split_max_size, split_max_tensors: as in GGUFWriter.
+    GgufRunError if weights are NaN or infinite or too large for their type, or if the output cannot be written. Then
+    no file is left.
     """
     losses = [Loss() for _ in plan.items]
     index = {item.target.name: i for i, item in enumerate(plan.items)}
@@ -108,7 +96,7 @@ def _slabs(plan: Plan) -> Iterator[_Slab]:
 
 
 def _run(slab: _Slab) -> tuple[NDArray[np.uint8], Loss]:
-    """Return the blocks of a slab as they will be written, and what they lost."""
+    """Return the blocks of a slab as the file will hold them, and their loss."""
     item, source, type = slab.item, slab.item.source, slab.item.target.type
     blocks = source.blocks(slab.first, slab.end)
     if source.type.dtype.kind == "i":
@@ -137,12 +125,12 @@ def _run(slab: _Slab) -> tuple[NDArray[np.uint8], Loss]:
 
 
 def _sum_of_squares(x: NDArray[np.float32]) -> float:
-    # A dot product would start threads of the linear algebra library's own.
+    # np.dot would start the threads of the linear algebra library.
     return float(np.einsum("ij,ij->", x, x))
 
 
 def _bad_weights(tensor: Tensor) -> GgufRunError:
-    """The error that tells of all weights of a tensor that are no numbers."""
+    """Return the error that counts all weights of a tensor that are NaN or infinite."""
     step = max(1, _SLAB // tensor.ne[0])
     count, first = 0, -1
     for row in range(0, tensor.n_rows, step):

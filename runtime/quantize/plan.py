@@ -1,4 +1,4 @@
-"""What gguf-quantize will write, decided before any weight is read: tensors, types, metadata, importance weights."""
+"""What quantizing will write. Tensors, types, metadata and importance weights are decided before a weight is read."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,36 +16,35 @@ from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.formats.gguf.reader import GGUFFile, Tensor
 from gguf_run.formats.gguf.tensors import TensorInfo
 from gguf_run.formats.gguf.writer import MetaValue
-from gguf_run.runtime.quantize.rules import Choice, FileType, ModelFacts, Overrides, choose_types, layer_order
+from gguf_run.runtime.quantize.file_types import FileType
+from gguf_run.runtime.quantize.rules import Choice, MixtureFacts, Overrides, choose_types, layer_order
 
-_QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION: the meaning of the blocks
+_QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml: the meaning of the blocks
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user wants. metadata: keys to set; prune: numbers of layers to leave out; imatrix_path: as it is noted
-    in the file. use_entries: which of the imatrix's entries to use (names that hold one of these texts; none: all),
-    skip_entries: which not."""
+    """What the user wants."""
 
     kind: FileType
     overrides: Overrides = field(default_factory=Overrides)
     imatrix: Imatrix | None = None
-    imatrix_path: str = ""
-    use_entries: tuple[str, ...] = ()
-    skip_entries: tuple[str, ...] = ()
-    metadata: Mapping[str, MetaValue] = field(default_factory=dict)
-    prune: frozenset[int] = frozenset()
-    keep_split: bool = False
+    imatrix_path: str = ""  # the path that is noted in the file
+    use_entries: tuple[str, ...] = ()  # use entries of the imatrix whose names hold one of these texts; (): all
+    skip_entries: tuple[str, ...] = ()  # and none whose name holds one of these
+    metadata: Mapping[str, MetaValue] = field(default_factory=dict)  # keys to set
+    prune: frozenset[int] = frozenset()  # numbers of the layers to leave out
+    keep_split: bool = False  # write as many files as the input has, with the same tensors
 
 
 @dataclass(frozen=True)
 class Item:
-    """A tensor to write. importance: float32[n_expert, ne[0]], or None."""
+    """A tensor to write."""
 
-    source: Tensor
-    target: TensorInfo
+    source: Tensor  # in the input
+    target: TensorInfo  # in the output
     choice: Choice
-    importance: NDArray[np.float32] | None = None
+    importance: NDArray[np.float32] | None = None  # float32[n_expert, ne[0]]
 
     @property
     def is_copy(self) -> bool:
@@ -54,30 +53,29 @@ class Item:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole job. split: numbers of tensors in each file to write, none: one file; inputs: files that must not be
-    written; notes: lines for the user."""
+    """The whole job."""
 
-    items: Sequence[Item]
+    items: Sequence[Item]  # in the order of the output
     metadata: Mapping[str, MetaValue]
-    split: Sequence[int]
-    inputs: Sequence[Path]
-    notes: Sequence[str]
+    split: Sequence[int]  # the number of tensors in each file to write; empty: one file
+    inputs: Sequence[Path]  # files that must not be overwritten
+    notes: Sequence[str]  # lines for the user
 
 
 def make_plan(file: GGUFFile, options: Options) -> Plan:
-    """Decide everything. GgufRunError for an imatrix of another model, OptionError for a layer that does not exist."""
+    """Decide everything. OptionError for a layer that does not exist, GgufRunError for an imatrix of another model."""
     keys: dict[str, Any] = {**file.metadata, **{key: _plain(value) for key, value in options.metadata.items()}}
     layers = sorted({layer_order(name)[0] for name in file.tensors} - {-1})
     if missing := options.prune - set(layers):
         there = f"layers {layers[0]} to {layers[-1]}" if layers else "no layers"
         raise OptionError(f"--prune-layers {min(missing)}: the model has {there}")
     kept = [il for il in layers if il not in options.prune]
-    names = {name: _renamed(name, kept) for name in file.tensors if layer_order(name)[0] not in options.prune}
+    names = {name: _renumbered(name, kept) for name in file.tensors if layer_order(name)[0] not in options.prune}
     sources = [file.tensors[name] for name in _ordered(file, options.keep_split) if name in names]
     weights = [TensorInfo(names[source.name], source.ne, source.type) for source in sources]
 
     importance = _entries(options)
-    facts = ModelFacts.from_metadata(keys, max(layers, default=-1) + 1, bool(importance))
+    facts = MixtureFacts.from_metadata(keys, max(layers, default=-1) + 1, bool(importance))
     choices = choose_types(weights, facts, options.kind, options.overrides)
     items = [
         Item(source, TensorInfo(weight.name, weight.ne, choice.type), choice, _importance(source, choice, importance))
@@ -101,14 +99,14 @@ def _plain(value: MetaValue) -> Any:
     return value.value if isinstance(value, Typed) else value
 
 
-def _renamed(name: str, kept: Sequence[int]) -> str:
-    """The name with the layer's new number."""
+def _renumbered(name: str, kept: Sequence[int]) -> str:
+    """Return the name with the new number of its layer."""
     layer, _ = layer_order(name)
     return name if layer < 0 else name.replace(f"blk.{layer}.", f"blk.{kept.index(layer)}.", 1)
 
 
 def _ordered(file: GGUFFile, keep_split: bool) -> list[str]:
-    """Names in the order of the output: llama.cpp's, or that of the files if they stay as they are."""
+    """Return the names in the order of the output: that of the input if it stays split, else llama.cpp's."""
     if not keep_split:
         return sorted(file.tensors, key=layer_order)
     parts = list(dict.fromkeys(tensor.file.path for tensor in file.tensors.values()))
@@ -116,7 +114,7 @@ def _ordered(file: GGUFFile, keep_split: bool) -> list[str]:
 
 
 def _entries(options: Options) -> Mapping[str, NDArray[np.float32]]:
-    """The importance of each tensor's input channels, by name in the input file."""
+    """Return the entries of the imatrix that are wanted, by tensor name in the input file."""
     if options.imatrix is None:
         return {}
     return {
@@ -130,6 +128,7 @@ def _entries(options: Options) -> Mapping[str, NDArray[np.float32]]:
 def _importance(
     source: Tensor, choice: Choice, entries: Mapping[str, NDArray[np.float32]]
 ) -> NDArray[np.float32] | None:
+    """Return float32[n_expert, ne[0]], or None if there is no entry or the type does not use one."""
     values = entries.get(source.name)
     if values is None or choice.type is source.type or not choice.type.is_quantized:
         return None
@@ -137,7 +136,7 @@ def _importance(
     if values.size == source.ne[0] * n_expert:
         return values.reshape(n_expert, source.ne[0])
     if source.name.endswith("token_embd.weight"):
-        return None  # collected by no program in a form that fits
+        return None  # a row is looked up, not multiplied: no program collects one value for each channel
     raise GgufRunError(
         f"--imatrix: {quoted(source.name)} has {values.size} values, the tensor needs {source.ne[0] * n_expert}: "
         "it is of another model"
@@ -145,8 +144,11 @@ def _importance(
 
 
 def check_plan(plan: Plan, allow_requantize: bool) -> None:
-    """GgufRunError for quantized tensors that would be converted without allow_requantize, and for a tensor whose type
-    is of no use without importance weights and that has none."""
+    """Check that the result is of use.
+
+    GgufRunError if quantized tensors would be converted without allow_requantize, and for a tensor that has no
+    importance weights and a type that needs them.
+    """
     again = [item.source for item in plan.items if item.source.type.is_quantized and not item.is_copy]
     if again and not allow_requantize:
         raise GgufRunError(
@@ -162,9 +164,9 @@ def check_plan(plan: Plan, allow_requantize: bool) -> None:
 
 
 def _metadata(
-    file: GGUFFile, options: Options, facts: ModelFacts, kept: Sequence[int], n_entries: int
+    file: GGUFFile, options: Options, facts: MixtureFacts, kept: Sequence[int], n_entries: int
 ) -> dict[str, MetaValue]:
-    """The input's keys, what quantizing changes behind them, as llama-quantize has it."""
+    """Return the input's keys, then those that quantizing changes, as llama-quantize writes them."""
     metadata: dict[str, MetaValue] = {key: file.metadata.typed(key) for key in file.metadata}
     changes: dict[str, MetaValue] = {"general.quantization_version": Typed("u32", _QUANTIZATION_VERSION)}
     if options.kind.id is not None:
@@ -187,6 +189,7 @@ def _metadata(
 
 
 def _notes(items: Sequence[Item], options: Options) -> Iterator[str]:
+    """Yield lines about types that did not fit and importance weights that are missing."""
     replaced = Counter(
         (item.choice.wanted, item.target.type, item.target.ne[0]) for item in items if item.choice.wanted is not None
     )

@@ -1,8 +1,8 @@
 """Which tensor gets which type: the mixtures of llama-quantize as a pure function of names, shapes and a few facts.
 
-A mixture such as Q4_K_M gives most matrices one type and the sensitive ones more bits: those that make the logits, the
-values of attention, the way down of the feed-forward network, first and last layers. Facts from src/llama-quant.cpp of
-llama.cpp (2026-09); tests/runtime/quantize/test_rules.py compares with what that library chose.
+A mixture such as Q4_K_M gives most matrices one type. Sensitive matrices get more bits: the one that makes the logits,
+the values of attention, the output of the feed-forward network, the first and the last layers. Source:
+src/llama-quant.cpp of llama.cpp (2026-09). tests/runtime/quantize/test_rules.py compares with what that library chose.
 """
 
 import re
@@ -15,44 +15,18 @@ from typing import Any
 import numpy as np
 
 from gguf_run.formats.blocks.types import TENSOR_TYPES, TensorType, type_by_name
-from gguf_run.formats.errors import GgufRunError, OptionError, did_you_mean
+from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.tensors import TensorInfo
+from gguf_run.runtime.quantize.file_types import KEEP, FileType
 
-
-@dataclass(frozen=True)
-class FileType:
-    """A kind of file. id: general.file_type (COPY: that of the input); default: the type of most matrices."""
-
-    id: int | None
-    name: str
-    default: str
-
-
-# fmt: off
-FILE_TYPES: Mapping[str, FileType] = MappingProxyType({name: FileType(id, name, default) for id, name, default in (
-    (0, "F32", "F32"), (1, "F16", "F16"), (32, "BF16", "BF16"), (2, "Q4_0", "Q4_0"), (3, "Q4_1", "Q4_1"),
-    (8, "Q5_0", "Q5_0"), (9, "Q5_1", "Q5_1"), (7, "Q8_0", "Q8_0"), (10, "Q2_K", "Q2_K"), (21, "Q2_K_S", "Q2_K"),
-    (11, "Q3_K_S", "Q3_K"), (12, "Q3_K_M", "Q3_K"), (13, "Q3_K_L", "Q3_K"), (14, "Q4_K_S", "Q4_K"),
-    (15, "Q4_K_M", "Q4_K"), (16, "Q5_K_S", "Q5_K"), (17, "Q5_K_M", "Q5_K"), (18, "Q6_K", "Q6_K"),
-    (25, "IQ4_NL", "IQ4_NL"), (30, "IQ4_XS", "IQ4_XS"), (36, "TQ1_0", "TQ1_0"), (37, "TQ2_0", "TQ2_0"),
-    (38, "MXFP4_MOE", "MXFP4"), (None, "COPY", "F32"),
-)})
-# fmt: on
-KEEP = FileType(None, "KEEP", "F16")  # all as it is, but F32 matrices
-ALIASES: Mapping[str, str] = MappingProxyType(
-    {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
-)
-# Types that can be written; the others of ggml can only be read or copied.
-WRITABLE = ("F32", "F16", "BF16", *sorted({kind.default for kind in FILE_TYPES.values()} - {"F32", "F16", "BF16"}))
-
-# What a type is replaced by in rows that its blocks do not divide; F16 where that does not fit either.
+# The type that stands in where a row is no multiple of a type's block. F16 stands in where that type does not fit.
 _FALLBACK: Mapping[str, str] = MappingProxyType(
     {row.name: "IQ4_NL" for row in TENSOR_TYPES if row.name.startswith("IQ") and row.name != "IQ4_NL"}
     | dict.fromkeys(("Q2_K", "Q3_K", "TQ1_0", "TQ2_0", "Q2_0"), "Q4_0")
     | {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 )
 
-# Matrices that are small or too sensitive: they keep the type that they have.
+# Parts of names. These matrices are small or too sensitive: they keep their type.
 _KEPT = (
     "_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj",
     "ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight", "time_mix_first.weight",
@@ -62,14 +36,8 @@ _KEPT = (
     "a.rvq.codebook", "mm.a.code_embd",
 )  # fmt: skip
 _KEPT_EXACT = ("position_embd.weight", "token_types.weight")
-_KEPT_GLM5_NEXT = (
-    "hc_", "indexer.attn_q_b", "indexer.attn_k", "indexer.proj", "indexer_compressor_gate", "indexer_compressor_ape",
-    "ssm_f_a.weight", "ssm_f_b.weight", "ssm_g_a.weight", "ssm_g_b.weight", "ssm_beta.weight", "attn_kv_a_mqa.weight",
-    "attn_k_b.weight", "attn_v_b.weight",
-)  # fmt: skip
-_Q8_GLM5_NEXT = ("attn_q_a", "attn_q_b", "nextn.eh_proj")
 
-# The first part of a name that occurs decides the category.
+# (part of a name, category): the first row whose part occurs in a name decides.
 _CATEGORIES = (
     ("attn_qkv.weight", "attn_v"), ("attn_kv_b.weight", "attn_v"), ("attn_v.weight", "attn_v"),
     ("attn_k.weight", "attn_k"), ("attn_q.weight", "attn_q"), ("attn_output.weight", "attn_output"),
@@ -78,18 +46,21 @@ _CATEGORIES = (
 
 
 @dataclass(frozen=True)
-class ModelFacts:
-    """What the rules ask of a model. n_gqa: query heads for each head of keys (0: no attention)."""
+class MixtureFacts:
+    """What the rules ask of a model."""
 
-    arch: str
+    arch: str  # general.architecture
     n_layer: int
-    n_gqa: int = 1
+    n_gqa: int = 1  # heads of queries for each head of keys; 0: the model has no attention
     n_expert: int = 0
     has_imatrix: bool = False
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any], n_layer: int, has_imatrix: bool) -> "ModelFacts":
-        """n_layer: where the metadata does not tell. What is not an integer counts as missing."""
+    def from_metadata(cls, metadata: Mapping[str, Any], n_layer: int, has_imatrix: bool) -> "MixtureFacts":
+        """Read the facts from metadata. A value that is not an integer counts as missing.
+
+        n_layer: used where the metadata has no block_count.
+        """
         arch = metadata.get("general.architecture")
 
         def number(key: str, default: int) -> int:
@@ -111,12 +82,13 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Overrides:
-    """What the user decides. tensor_types: patterns searched for in names, the first that is found counts."""
+    """What the user decides."""
 
-    pure: bool = False
-    leave_output: bool = False
+    pure: bool = False  # one type for all matrices, no mixture
+    leave_output: bool = False  # output.weight keeps its type
     output_type: TensorType | None = None
     token_embd_type: TensorType | None = None
+    # (pattern, type): the first pattern that is found in a tensor's name counts.
     tensor_types: tuple[tuple[re.Pattern[str], TensorType], ...] = ()
 
     def named(self, name: str) -> TensorType | None:
@@ -125,216 +97,193 @@ class Overrides:
 
 @dataclass(frozen=True)
 class Choice:
-    """The type a tensor gets. wanted: the one that its row length forbids, if any."""
+    """The type that a tensor gets."""
 
     type: TensorType
-    wanted: TensorType | None = None
-    needs_imatrix: bool = False
+    wanted: TensorType | None = None  # the type that the length of the rows forbids, if it does
+    needs_imatrix: bool = False  # without importance weights the tensor is of no use
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor stands: number i of n of its kind. The methods are the tests of the table below."""
-
-    i: int
-    n: int
-    facts: ModelFacts
-
-    def always(self) -> bool:
-        return True
-
-    def more_bits(self) -> bool:
-        return use_more_bits(self.i, self.n)
-
-    def first_2(self) -> bool:
-        return self.i < 2
-
-    def first_4(self) -> bool:
-        return self.i < 4
-
-    def first_8th(self) -> bool:
-        return self.i < self.n // 8
-
-    def first_16th(self) -> bool:
-        return self.i < self.n // 16
-
-    def gqa_4(self) -> bool:
-        return self.facts.n_gqa >= 4
-
-    def early_with_imatrix(self) -> bool:
-        return self.first_8th() and self.facts.has_imatrix
-
-    def early_without_imatrix(self) -> bool:
-        return self.first_8th() and not self.facts.has_imatrix
-
-
-_Rules = Mapping[str, tuple[tuple[Callable[[_Place], bool], str], ...]]
-_P = _Place
-# category -> file type -> the first test that holds gives the type; else it is the default one.
+# The conditions of the table below, for tensor i of the n tensors of its category.
+_TESTS: Mapping[str, Callable[[int, int, MixtureFacts], bool]] = MappingProxyType(
+    {
+        "always": lambda i, n, facts: True,
+        "more bits": lambda i, n, facts: use_more_bits(i, n),
+        "first 2": lambda i, n, facts: i < 2,
+        "first 4": lambda i, n, facts: i < 4,
+        "first 8th": lambda i, n, facts: i < n // 8,
+        "first 16th": lambda i, n, facts: i < n // 16,
+        "gqa 4": lambda i, n, facts: facts.n_gqa >= 4,
+        "first 8th, imatrix": lambda i, n, facts: i < n // 8 and facts.has_imatrix,
+        "first 8th, no imatrix": lambda i, n, facts: i < n // 8 and not facts.has_imatrix,
+    }
+)
+_Rules = Mapping[str, tuple[tuple[str, str], ...]]
+# category -> file type -> (condition, type): the first condition that holds gives the type. If none holds, it is the
+# default type.
 _RULES: Mapping[str, _Rules] = MappingProxyType(
     {
         "attn_v": {
-            "Q2_K": ((_P.gqa_4, "Q4_K"), (_P.always, "Q3_K")),
-            "Q2_K_S": ((_P.gqa_4, "Q4_K"),),
-            "Q3_K_M": ((_P.first_2, "Q5_K"), (_P.always, "Q4_K")),
-            "Q3_K_L": ((_P.always, "Q5_K"),),
-            "Q4_K_S": ((_P.first_4, "Q5_K"),),
-            "Q4_K_M": ((_P.more_bits, "Q6_K"),),
-            "Q5_K_M": ((_P.more_bits, "Q6_K"),),
-            "IQ4_NL": ((_P.gqa_4, "Q5_K"),),
-            "IQ4_XS": ((_P.gqa_4, "Q5_K"),),
+            "Q2_K": (("gqa 4", "Q4_K"), ("always", "Q3_K")),
+            "Q2_K_S": (("gqa 4", "Q4_K"),),
+            "Q3_K_M": (("first 2", "Q5_K"), ("always", "Q4_K")),
+            "Q3_K_L": (("always", "Q5_K"),),
+            "Q4_K_S": (("first 4", "Q5_K"),),
+            "Q4_K_M": (("more bits", "Q6_K"),),
+            "Q5_K_M": (("more bits", "Q6_K"),),
+            "IQ4_NL": (("gqa 4", "Q5_K"),),
+            "IQ4_XS": (("gqa 4", "Q5_K"),),
         },
         "ffn_down": {
-            "Q2_K": ((_P.always, "Q3_K"),),
-            "Q2_K_S": ((_P.first_8th, "Q4_K"),),
-            "Q3_K_M": ((_P.first_16th, "Q5_K"), (_P.always, "Q4_K")),
-            "Q3_K_L": ((_P.always, "Q5_K"),),
-            "Q4_K_S": ((_P.first_8th, "Q5_K"),),
-            "Q4_K_M": ((_P.more_bits, "Q6_K"),),
-            "Q5_K_M": ((_P.more_bits, "Q6_K"),),
-            "IQ4_NL": ((_P.early_without_imatrix, "Q5_K"),),
-            "IQ4_XS": ((_P.early_without_imatrix, "Q5_K"),),
-            "Q4_0": ((_P.early_with_imatrix, "Q4_1"),),
-            "Q5_0": ((_P.early_with_imatrix, "Q5_1"),),
+            "Q2_K": (("always", "Q3_K"),),
+            "Q2_K_S": (("first 8th", "Q4_K"),),
+            "Q3_K_M": (("first 16th", "Q5_K"), ("always", "Q4_K")),
+            "Q3_K_L": (("always", "Q5_K"),),
+            "Q4_K_S": (("first 8th", "Q5_K"),),
+            "Q4_K_M": (("more bits", "Q6_K"),),
+            "Q5_K_M": (("more bits", "Q6_K"),),
+            "IQ4_NL": (("first 8th, no imatrix", "Q5_K"),),
+            "IQ4_XS": (("first 8th, no imatrix", "Q5_K"),),
+            "Q4_0": (("first 8th, imatrix", "Q4_1"),),
+            "Q5_0": (("first 8th, imatrix", "Q5_1"),),
         },
         "attn_output": {
-            "Q2_K": ((_P.always, "Q3_K"),),
-            "Q3_K_M": ((_P.always, "Q4_K"),),
-            "Q3_K_L": ((_P.always, "Q5_K"),),
+            "Q2_K": (("always", "Q3_K"),),
+            "Q3_K_M": (("always", "Q4_K"),),
+            "Q3_K_L": (("always", "Q5_K"),),
         },
     }
 )
-# Falcon's own rows of that table.
+# The same table for Falcon.
 _FALCON: Mapping[str, _Rules] = MappingProxyType(
     {
+        **_RULES,
         "ffn_down": {
             **_RULES["ffn_down"],
-            "Q3_K_M": ((_P.first_16th, "Q5_K"), (_P.more_bits, "Q4_K")),
-            "Q3_K_L": ((_P.always, "Q4_K"),),
+            "Q3_K_M": (("first 16th", "Q5_K"), ("more bits", "Q4_K")),
+            "Q3_K_L": (("always", "Q4_K"),),
             "Q4_K_S": (),
-            "Q4_K_M": ((_P.first_16th, "Q6_K"), (_P.more_bits, "Q5_K")),
+            "Q4_K_M": (("first 16th", "Q6_K"), ("more bits", "Q5_K")),
         },
-        "attn_output": {"Q3_K_L": ((_P.always, "Q4_K"),)},
+        "attn_output": {"Q3_K_L": (("always", "Q4_K"),)},
     }
 )
-# Models of 70 billion weights: their attn_v is an eighth of attn_q and costs little.
-_LAYERS_70B: Mapping[str, int] = MappingProxyType({"llama": 80, "qwen2": 80, "deci": 80, "olmo": 80, "jais2": 68})
-# A model of 8 experts: its attention is a small part of the file.
+# Architecture -> layers of its model of 70 billion weights, whose attn_v is an eighth of attn_q and costs little.
+_LAYERS_70B: Mapping[str, int] = MappingProxyType({"llama": 80, "qwen2": 80})
+# File types that give attn_output of a model with 8 experts a Q5_K: the attention is a small part of such a file.
 _EIGHT_EXPERTS_OUTPUT = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "IQ4_NL", "IQ4_XS")
 
 
-def file_type(text: str) -> FileType:
-    """Return the file type of that name, alias or number. OptionError lists what is allowed."""
-    name = ALIASES.get(text.upper(), text.upper())
-    for kind in FILE_TYPES.values():
-        if name == kind.name or (text.isdecimal() and int(text) == kind.id):
-            return kind
-    hint = did_you_mean(text, FILE_TYPES)
-    raise OptionError(f'TYPE is "{text}": {hint}allowed are {", ".join(FILE_TYPES)}, or the number of a file type')
-
-
-def writable_type(text: str, option: str) -> TensorType:
-    """Return the tensor type of that name, if it can be written. OptionError names the option."""
-    if text.upper() not in WRITABLE:
-        raise OptionError(f'{option}: "{text}" is not a type that can be written: allowed are {", ".join(WRITABLE)}')
-    return type_by_name(text)
-
-
 def layer_order(name: str) -> tuple[int, str]:
-    """The key by which llama.cpp sorts tensors: the layer (-1: none), then the name."""
+    """Return the key by which llama.cpp sorts tensors: the layer (-1: none), then the name."""
     layer = re.match(r"blk\.(\d+)", name)
     return int(layer[1]) if layer else -1, name
 
 
 def use_more_bits(i: int, n: int) -> bool:
-    """Whether number i of n is in the first or last eighth, or every third between."""
+    """Whether tensor i of n is in the first or the last eighth, or is every third one between them."""
     return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
 
 
 def fallback(type: TensorType, n: int) -> TensorType:
-    """Return `type`, or what takes its place in rows of n weights that its blocks do not divide."""
+    """Return `type`, or the type that stands in where rows of n weights are no multiple of its block."""
     while n % type.block_size:
         type = type_by_name(_FALLBACK.get(type.name, "F16"))
     return type
 
 
 def choose_types(
-    weights: Sequence[TensorInfo], facts: ModelFacts, kind: FileType, overrides: Overrides | None = None
+    weights: Sequence[TensorInfo], facts: MixtureFacts, kind: FileType, overrides: Overrides | None = None
 ) -> list[Choice]:
-    """Return a choice for every tensor. The rules count: weights are all of the model, in the order of the file that is
-    written (layer_order, if it is not split). GgufRunError if an expert's tensor does not tell its layer."""
-    overrides = overrides or Overrides()
-    n_attn_v = sum(_category(weight.name) == "attn_v" for weight in weights)
-    tied = all(weight.name != "output.weight" for weight in weights)
-    seen: Counter[str] = Counter()
+    """Return a choice for every tensor of a model.
 
-    def mixture(weight: TensorInfo, category: str) -> str:
-        """The type by the rules of the file type."""
-        if facts.arch == "glm5-next" and _has(weight.name, _Q8_GLM5_NEXT):
-            return "Q8_0"
-        default = type_by_name(kind.default)
-        if category == "output" or (tied and category == "token_embd"):
-            if overrides.output_type:
-                return overrides.output_type.name
-            q8 = kind.name in ("MXFP4_MOE", "Q8_0") or facts.arch == "falcon" or weight.ne[0] % default.block_size
-            return "Q8_0" if q8 else "Q6_K"
-        if kind.name == "MXFP4_MOE":
-            experts = len(weight.ne) > 2 and weight.ne[2] > 1
-            return "MXFP4" if experts and (facts.arch != "bailingmoe3" or category.startswith("ffn_")) else "Q8_0"
-        if category == "token_embd":
-            return "Q4_K" if kind.name in ("TQ1_0", "TQ2_0") else kind.default
-        if facts.n_expert == 8 and category in ("attn_v", "attn_k"):
-            return "Q8_0"
-        if facts.n_expert == 8 and category == "attn_output" and facts.arch != "falcon":
-            return "Q5_K" if kind.name in _EIGHT_EXPERTS_OUTPUT else kind.default
-        n = n_attn_v if category == "attn_v" else facts.n_layer
-        i = _layer(weight.name, n) if category == "ffn_down" and facts.n_expert > 1 else seen[category]
-        seen[category] += 1
-        rules = (_FALCON if facts.arch == "falcon" else _RULES).get(category) or _RULES.get(category, {})
-        place = _Place(i, n, facts)
-        type = next((type for test, type in rules.get(kind.name, ()) if test(place)), kind.default)
-        shared = facts.n_layer == _LAYERS_70B.get(facts.arch) and not (facts.arch == "llama" and facts.n_gqa == 1)
-        return "Q5_K" if shared and category == "attn_v" and type in ("Q3_K", "Q4_K") else type
+    weights: all tensors, in the order of the file that is written (layer_order unless the file is split): the rules
+    count tensors. GgufRunError if the name of an expert's tensor has no layer.
+    """
+    mixture = _Mixture(weights, facts, kind, overrides or Overrides())
+    return [mixture.choice(weight) for weight in weights]
 
-    def choose(weight: TensorInfo) -> Choice:
-        as_is = kind.name == "COPY" or (kind is KEEP and weight.type.name != "F32")
-        if as_is or not _may_change(weight, facts, overrides):
+
+class _Mixture:
+    """The choices for one model. The class counts tensors: `choice` is called once for each of them, in their order."""
+
+    def __init__(
+        self, weights: Sequence[TensorInfo], facts: MixtureFacts, kind: FileType, overrides: Overrides
+    ) -> None:
+        self._facts, self._kind, self._overrides = facts, kind, overrides
+        self._default = type_by_name(kind.default)
+        self._rules = _FALCON if facts.arch == "falcon" else _RULES
+        self._n_attn_v = sum(_category(weight.name) == "attn_v" for weight in weights)
+        self._tied = all(weight.name != "output.weight" for weight in weights)
+        self._seen: Counter[str] = Counter()  # tensors of each category so far
+
+    def choice(self, weight: TensorInfo) -> Choice:
+        """Return the choice for the next tensor."""
+        if self._keeps(weight):
             return Choice(weight.type)
         category = _category(weight.name)
-        manual = overrides.named(weight.name)
-        default = type_by_name(kind.default)
-        if (
-            category == "token_embd"
-            and overrides.token_embd_type
-            and not (manual and weight.name == "per_layer_token_embd.weight")
-        ):
-            wanted = overrides.token_embd_type
-        elif category == "output" and overrides.output_type:
-            wanted = overrides.output_type
-        elif not default.is_quantized:
-            wanted = default
-        elif manual:
-            wanted = manual
-        else:
-            wanted = default if overrides.pure else type_by_name(mixture(weight, category))
+        wanted = self._by_user(weight.name, category) or type_by_name(self._by_rules(weight, category))
         type = fallback(wanted, weight.ne[0])
-        needs = type.name == "Q2_K" and kind.name == "Q2_K_S" and category not in ("output", "token_embd")
+        needs = type.name == "Q2_K" and self._kind.name == "Q2_K_S" and category not in ("output", "token_embd")
         return Choice(type, None if type is wanted else wanted, needs)
 
-    return [choose(weight) for weight in weights]
+    def _keeps(self, weight: TensorInfo) -> bool:
+        """Whether the tensor keeps its type."""
+        name = weight.name
+        return (
+            self._kind.name == "COPY"
+            or (self._kind is KEEP and weight.type.name != "F32")
+            or max(weight.ne[1:], default=1) == 1
+            or not name.endswith("weight")
+            or (self._overrides.leave_output and name == "output.weight")
+            or name in _KEPT_EXACT
+            or any(part in name for part in _KEPT)
+            or weight.type.dtype.kind == "i"
+        )
 
+    def _by_user(self, name: str, category: str) -> TensorType | None:
+        """Return the type that the options or a file of floats give the tensor, None where the rules decide."""
+        user, named = self._overrides, self._overrides.named(name)
+        if category == "token_embd" and user.token_embd_type and not (named and name.startswith("per_layer")):
+            return user.token_embd_type
+        if category == "output" and user.output_type:
+            return user.output_type
+        if not self._default.is_quantized:
+            return self._default
+        return named or (self._default if user.pure else None)
 
-def _may_change(weight: TensorInfo, facts: ModelFacts, overrides: Overrides) -> bool:
-    name = weight.name
-    return (
-        max(weight.ne[1:], default=1) > 1
-        and name.endswith("weight")
-        and not (overrides.leave_output and name == "output.weight")
-        and name not in _KEPT_EXACT
-        and not _has(name, _KEPT)
-        and not (facts.arch == "glm5-next" and _has(name, _KEPT_GLM5_NEXT))
-        and weight.type.dtype.kind != "i"
-    )
+    def _by_rules(self, weight: TensorInfo, category: str) -> str:
+        """Return the type by the rules of the file type."""
+        kind = self._kind.name
+        if category == "output" or (self._tied and category == "token_embd"):
+            return self._of_output(weight)
+        if kind == "MXFP4_MOE":
+            return "MXFP4" if len(weight.ne) > 2 and weight.ne[2] > 1 else "Q8_0"
+        if category == "token_embd":
+            return "Q4_K" if kind in ("TQ1_0", "TQ2_0") else self._kind.default
+        if self._facts.n_expert == 8 and category in ("attn_v", "attn_k"):
+            return "Q8_0"
+        if self._facts.n_expert == 8 and category == "attn_output":
+            return "Q5_K" if kind in _EIGHT_EXPERTS_OUTPUT else self._kind.default
+        return self._of_layer(weight, category)
+
+    def _of_output(self, weight: TensorInfo) -> str:
+        """Return the type of the matrix that makes the logits."""
+        if self._overrides.output_type:
+            return self._overrides.output_type.name
+        is_eight = self._kind.name in ("MXFP4_MOE", "Q8_0") or self._facts.arch == "falcon"
+        return "Q8_0" if is_eight or weight.ne[0] % self._default.block_size else "Q6_K"
+
+    def _of_layer(self, weight: TensorInfo, category: str) -> str:
+        """Return the type of a layer's matrix, by its position among those of its category."""
+        facts = self._facts
+        n = self._n_attn_v if category == "attn_v" else facts.n_layer
+        i = _layer(weight.name, n) if category == "ffn_down" and facts.n_expert > 1 else self._seen[category]
+        self._seen[category] += 1
+        rules = self._rules.get(category, {}).get(self._kind.name, ())
+        type = next((type for test, type in rules if _TESTS[test](i, n, facts)), self._kind.default)
+        is_70b = facts.n_layer == _LAYERS_70B.get(facts.arch) and (facts.arch, facts.n_gqa) != ("llama", 1)
+        return "Q5_K" if is_70b and category == "attn_v" and type in ("Q3_K", "Q4_K") else type
 
 
 def _category(name: str) -> str:
@@ -350,7 +299,3 @@ def _layer(name: str, n_layer: int) -> int:
     if not 0 <= layer < n_layer:
         raise GgufRunError(f'tensor "{name}" is not in a layer blk.0 to blk.{n_layer - 1}: is block_count right?')
     return layer
-
-
-def _has(name: str, parts: Sequence[str]) -> bool:
-    return any(part in name for part in parts)

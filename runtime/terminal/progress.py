@@ -4,6 +4,8 @@ import sys
 import time
 from types import TracebackType
 
+from gguf_run.runtime.terminal.text import message
+
 BAR_WIDTH = 30
 SECONDS_PER_DRAW = 0.05
 
@@ -46,6 +48,11 @@ class Progress:
             self._draw("")
             sys.stderr.write("\r")
             sys.stderr.flush()
+
+    def message(self, text: str) -> None:
+        """Print one line on stderr, in place of the bar."""
+        self.clear()
+        message(text)
 
     def __enter__(self) -> "Progress":
         return self

@@ -35,8 +35,9 @@ from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 from gguf_run.runtime.load.cache_plan import plan_cache
+from gguf_run.runtime.load.fit import fit, needed
 from gguf_run.runtime.load.memory import MemoryPlan
-from gguf_run.runtime.load.placement import CPU, Device, fit
+from gguf_run.runtime.load.placement import CPU, Device
 
 __all__ = ["fast_dots"]
 pytestmark = [
@@ -193,7 +194,7 @@ def test_planned_sizes(n_gpu: int, tied: bool, tmp_path: Path) -> None:
     decoder = open_decoder(
         tmp_path / "model.gguf", [backends[d] for d in placement.layers], embedding=backends[placement.embedding]
     )
-    weights, cache, buffers = placement.needed(device, plan.gpu_sizes())
+    weights, cache, buffers = needed(placement, device, plan.gpu_sizes())
     held = backends[device].nbytes()
     biases = sum(tensor.nbytes for name, tensor in file.tensors.items() if name.endswith("bias")) // 3
     vectors = 4 * 64 * (2 * n_gpu + 1) + biases * n_gpu

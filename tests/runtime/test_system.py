@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gguf_run.runtime.load.machine import available_cores, default_threads
-from gguf_run.runtime.load.memory import available_memory
+from gguf_run.runtime.load.machine import available_cores, available_memory, default_threads
 from gguf_run.runtime.terminal.progress import Progress
 
 GIB = 1 << 30

@@ -152,7 +152,8 @@ def test_round_trip(
 ) -> None:
     folder = tmp_path_factory.mktemp("w")
     options = {"split_max_size": limits[0], "split_max_tensors": limits[1]}
-    paths = write(folder / "m.gguf", pairs, tensors, byte_order=order, alignment=alignment, **options)
+    pairs = pairs | ({"general.alignment": alignment} if alignment else {})
+    paths = write(folder / "m.gguf", pairs, tensors, byte_order=order, **options)
     assert sorted(folder.iterdir()) == paths
     with GGUFFile.open(paths[0]) as file:
         assert (file.version, file.byte_order, file.alignment) == (3, order, alignment or 32)
@@ -175,14 +176,14 @@ def test_gguf_package_reads_it(tmp_path: Path, order: str) -> None:
         "general.architecture": "llama", "a.u8": Typed("u8", 200), "a.i64": Typed("i64", -5),
         "a.f64": Typed("f64", 0.1),
         "a.bool": True, "a.f32s": [0.5, 1.5],
-        "a.strings": ["x", "", "é"], "a.i16s": np.arange(-2, 3, dtype=np.int16),
+        "a.strings": ["x", "", "é"], "a.i16s": np.arange(-2, 3, dtype=np.int16), "general.alignment": 64,
     }  # fmt: skip
     # Of big-endian blocks the package gives the file's bytes: compare floats only.
     types = (
         [t.name for t in TENSOR_TYPES if t.name not in ("Q8_1", "NVFP4", "Q1_0", "Q2_0")] if order == "<" else ["F32"]
     )
     tensors = [info(name.lower(), (256, 2, 3), name) for name in types]
-    (path,) = write(tmp_path / "m.gguf", pairs, tensors, byte_order=order, alignment=64)
+    (path,) = write(tmp_path / "m.gguf", pairs, tensors, byte_order=order)
     reader = gguf.GGUFReader(path)
     for key, value in pairs.items():
         value = value.value if isinstance(value, Typed) else value

@@ -16,7 +16,6 @@ from gguf_run.kernels_cpu.measure.limits import Limits
 from gguf_run.runtime.bench import bench
 from gguf_run.runtime.bench.bench import Case, ModelFacts, Procedure, Result, ideal_seconds, run_cases
 from gguf_run.runtime.model import Model
-from gguf_run.runtime.quantize.file_types import model_type
 
 LIMITS = Limits(1, read_bytes=1e9, int8_ops=1e10)
 
@@ -321,35 +320,3 @@ def test_a_real_decoder_tells_the_bytes_it_reads(model: str) -> None:
     assert 4 * (facts.layer_weights + facts.output_weights) <= held["weights"]
     assert held["weights"] < 4 * (facts.layer_weights + facts.output_weights + 16 * 160 * 8)
     assert held["cache"] == 2 * 2 * 32 * 64 * 2
-
-
-@pytest.mark.parametrize(
-    ("metadata", "type", "expected"),
-    [
-        ({"general.size_label": "8B", "general.file_type": 15}, "F32", "llama 8B Q4_K - Medium"),
-        ({"general.file_type": 2}, "F32", "llama 0M Q4_0"),
-        ({"general.file_type": 999}, "Q8_0", "llama 0M Q8_0"),
-        ({"general.size_label": "a\nb", "general.file_type": "x"}, "F16", "llama 0M F16"),
-    ],
-)
-def test_model_type(metadata: dict[str, Any], type: str, expected: str, tmp_path: Path) -> None:
-    from ggufbuild import T, write
-
-    path = write(
-        tmp_path / "m.gguf", {"general.architecture": "llama"} | metadata, [T("a", (256, 4), type), T("b", (9,))]
-    )
-    with GGUFFile.open(path) as file:
-        assert model_type(file) == expected
-
-
-@pytest.mark.parametrize(
-    ("n_params", "label"),
-    [
-        (134_515_008, "135M"), (999_600_000, "1B"), (1_235_814_400, "1.2B"), (8_030_261_248, "8B"),
-        (9_960_000_000, "10B"), (70_553_706_496, "71B"),
-    ],
-)  # fmt: skip
-def test_size_label(n_params: int, label: str) -> None:
-    from gguf_run.runtime.quantize.file_types import _size_label
-
-    assert _size_label(n_params) == label

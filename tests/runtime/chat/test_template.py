@@ -11,7 +11,7 @@ from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.runtime.chat import template as chat_template_module
 from gguf_run.runtime.chat.template import MAX_STEPS, MAX_TEMPLATE, render_chat
-from gguf_run.runtime.load.parts import chat_template
+from gguf_run.runtime.load.load_model import chat_template
 from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
 SYSTEM = {"role": "system", "content": "Be <brief>."}

@@ -165,14 +165,18 @@ def test_bad_files(tmp_path: Path) -> None:
             assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "args", [(), ("a", "b"), ("a", "--what"), ("a", "-c", "0"), ("a", "-c", "x"), ("a", "-c", "1e3")]
-)
+@pytest.mark.parametrize("args", [(), ("a", "b"), ("a", "--what"), ("a", "-c", "x"), ("a", "-c", "1e3")])
 def test_wrong_usage(args: tuple[str, ...]) -> None:
     result = run(*args)
     assert result.exit_code == 2
     assert result.stdout == ""
     assert "Usage: " in result.stderr
+
+
+def test_context_without_positions() -> None:
+    result = run("a", "-c", "0")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "(--ctx-size) is 0; allowed: a whole number from 1" in result.stderr
 
 
 def test_help_and_version() -> None:

@@ -15,8 +15,8 @@ from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 from gguf_run.runtime.convert.open_checkpoint import open_checkpoint
 from gguf_run.runtime.quantize.file import quantize_file
+from gguf_run.runtime.quantize.file_types import file_type
 from gguf_run.runtime.quantize.plan import Options, make_plan
-from gguf_run.runtime.quantize.rules import file_type
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")

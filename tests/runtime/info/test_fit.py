@@ -35,7 +35,7 @@ def test_parameters_as_published() -> None:
 
 def test_largest_context_fits_and_no_larger_one() -> None:
     config, tensors = BY_NAME["8B"].model()
-    tensors = quantized(tensors, {"general.architecture": "llama"}, config.n_layer, "Q6_K")
+    tensors = quantized(tensors, config, "Q6_K")
     row = fit_row("Q6_K", config, tensors, MACHINE)
     for kind, n_ctx in row["contexts"].items():
         plan = MemoryPlan(config, tensors, n_ctx, ()).with_type(kind)

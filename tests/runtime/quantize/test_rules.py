@@ -15,20 +15,16 @@ import numpy as np
 import pytest
 
 from gguf_run.formats.blocks.types import type_by_name
-from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.tensors import TensorInfo as Weight
-from gguf_run.formats.quantizers.quantizer import QUANTIZERS
+from gguf_run.runtime.quantize.file_types import WRITABLE_FILES, file_type
 from gguf_run.runtime.quantize.rules import (
-    FILE_TYPES,
-    WRITABLE,
-    ModelFacts,
+    MixtureFacts,
     Overrides,
     choose_types,
     fallback,
-    file_type,
     layer_order,
     use_more_bits,
-    writable_type,
 )
 
 F16, F32 = type_by_name("F16"), type_by_name("F32")
@@ -67,7 +63,7 @@ def summary(weights: Sequence[Weight], types: Sequence[str]) -> str:
     )
 
 
-def chosen(weights: list[Weight], facts: ModelFacts, kind: str, **overrides: Any) -> dict[str, str]:
+def chosen(weights: list[Weight], facts: MixtureFacts, kind: str, **overrides: Any) -> dict[str, str]:
     choices = choose_types(weights, facts, file_type(kind), Overrides(**overrides))
     return {weight.name: choice.type.name for weight, choice in zip(weights, choices, strict=True)}
 
@@ -77,8 +73,8 @@ def test_as_llama_cpp(model: str) -> None:
     arch, *numbers = model.split()
     n_layer, n_head, n_head_kv, n_expert, tied, n_embd = map(int, numbers)
     weights = model_weights(arch, n_layer, n_expert, bool(tied), n_embd)
-    facts = ModelFacts(arch, n_layer, n_head // n_head_kv, n_expert)
-    assert len(REFERENCE[model]) == len(FILE_TYPES) - 1
+    facts = MixtureFacts(arch, n_layer, n_head // n_head_kv, n_expert)
+    assert len(REFERENCE[model]) == len(WRITABLE_FILES) - 1
     for kind, expected in REFERENCE[model].items():
         assert summary(weights, list(chosen(weights, facts, kind).values())) == expected, kind
 
@@ -94,7 +90,7 @@ def test_more_bits() -> None:
 def test_imatrix_changes_early_ffn_down(kind: str, with_imatrix: str, without: str) -> None:
     weights = model_weights("llama", 16)
     for has_imatrix, early in ((True, with_imatrix), (False, without)):
-        types = chosen(weights, ModelFacts("llama", 16, has_imatrix=has_imatrix), kind)
+        types = chosen(weights, MixtureFacts("llama", 16, has_imatrix=has_imatrix), kind)
         found = [types[f"blk.{il}.ffn_down.weight"] for il in (0, 1, 2, 15)]
         assert found == [early, early, kind, kind]
 
@@ -107,12 +103,12 @@ def test_imatrix_changes_early_ffn_down(kind: str, with_imatrix: str, without: s
 def test_never_changed(name: str) -> None:
     for kind in ("Q4_K_M", "F16", "Q8_0"):
         for pure in (False, True):
-            assert chosen([Weight(name, (256, 4), F32)], ModelFacts("llama", 1), kind, pure=pure) == {name: "F32"}
+            assert chosen([Weight(name, (256, 4), F32)], MixtureFacts("llama", 1), kind, pure=pure) == {name: "F32"}
 
 
 def test_vectors_and_integers_keep_their_type() -> None:
     weights = [Weight("a.weight", (256, 1), F32), Weight("b.weight", (256, 4), type_by_name("I32"))]
-    assert set(chosen(weights, ModelFacts("llama", 1), "Q8_0").values()) == {"F32", "I32"}
+    assert set(chosen(weights, MixtureFacts("llama", 1), "Q8_0").values()) == {"F32", "I32"}
 
 
 @pytest.mark.parametrize(
@@ -123,13 +119,13 @@ def test_vectors_and_integers_keep_their_type() -> None:
 )  # fmt: skip
 def test_fallback(kind: str, n: int, expected: str) -> None:
     assert fallback(type_by_name(kind), n).name == expected
-    [choice] = choose_types([Weight("x.weight", (n, 2), F32)], ModelFacts("", 1), file_type("Q8_0"), Overrides(
+    [choice] = choose_types([Weight("x.weight", (n, 2), F32)], MixtureFacts("", 1), file_type("Q8_0"), Overrides(
         tensor_types=((re.compile("x"), type_by_name(kind)),)))  # fmt: skip
     assert (choice.type.name, choice.wanted and choice.wanted.name) == (expected, None if kind == expected else kind)
 
 
 def test_precedence() -> None:
-    weights, facts = model_weights("llama", 16), ModelFacts("llama", 16)
+    weights, facts = model_weights("llama", 16), MixtureFacts("llama", 16)
     tensor_types = ((re.compile("attn_v"), type_by_name("Q8_0")), (re.compile("."), type_by_name("Q4_1")))
     types = chosen(
         weights, facts, "Q4_K_M", output_type=F16, token_embd_type=type_by_name("Q5_0"), tensor_types=tensor_types
@@ -148,34 +144,20 @@ def test_precedence() -> None:
 def test_only_q2_k_s_needs_an_imatrix() -> None:
     weights = model_weights("llama", 16)
     for kind, needed in (("Q2_K_S", {"Q2_K"}), ("Q2_K", set())):
-        choices = choose_types(weights, ModelFacts("llama", 16), file_type(kind))
+        choices = choose_types(weights, MixtureFacts("llama", 16), file_type(kind))
         assert {choice.type.name for choice in choices if choice.needs_imatrix} == needed
         assert not choices[[weight.name for weight in weights].index("token_embd.weight")].needs_imatrix
 
 
 def test_layer_of_an_expert_must_exist() -> None:
     with pytest.raises(GgufRunError, match=r"blk\.7\.ffn_down_exps\.weight.*blk\.3"):
-        choose_types([Weight("blk.7.ffn_down_exps.weight", (256, 4, 2), F16)], ModelFacts("x", 4, 1, 2),
+        choose_types([Weight("blk.7.ffn_down_exps.weight", (256, 4, 2), F16)], MixtureFacts("x", 4, 1, 2),
                      file_type("Q4_K_M"))  # fmt: skip
-
-
-def test_writable_types_are_those_of_the_codecs() -> None:
-    assert set(QUANTIZERS) == set(WRITABLE)
-
-
-def test_names_of_file_types() -> None:
-    assert [file_type(text).name for text in ("q4_k", "15", "Q4_K_M")] == ["Q4_K_M"] * 3
-    assert [file_type(text).name for text in ("mxfp4", "38", "copy", "0")] == ["MXFP4_MOE", "MXFP4_MOE", "COPY", "F32"]
-    for text in ("Q4_K_X", "99", "", "-1"):
-        with pytest.raises(OptionError, match="allowed are F32, F16"):
-            file_type(text)
-    with pytest.raises(OptionError, match=r"--output-tensor-type.*IQ2_XXS.*allowed are F32"):
-        writable_type("IQ2_XXS", "--output-tensor-type")
 
 
 def test_facts_from_metadata() -> None:
     keys = {"general.architecture": "a", "a.block_count": 4, "a.attention.head_count": np.array([8, 8]),
             "a.attention.head_count_kv": 2, "a.expert_count": 8}  # fmt: skip
-    assert ModelFacts.from_metadata(keys, 9, True) == ModelFacts("a", 4, 4, 8, True)
-    assert ModelFacts.from_metadata({}, 9, False) == ModelFacts("", 9, 0, 0, False)
-    assert ModelFacts.from_metadata({"general.architecture": "a", "a.attention.head_count": 8}, 9, False).n_gqa == 1
+    assert MixtureFacts.from_metadata(keys, 9, True) == MixtureFacts("a", 4, 4, 8, True)
+    assert MixtureFacts.from_metadata({}, 9, False) == MixtureFacts("", 9, 0, 0, False)
+    assert MixtureFacts.from_metadata({"general.architecture": "a", "a.attention.head_count": 8}, 9, False).n_gqa == 1

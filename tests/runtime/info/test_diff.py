@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.runtime.cli.info import main
-from gguf_run.runtime.info.tensors import Difference, difference, statistics
+from gguf_run.runtime.info.tensors import Difference, difference, tensor_statistics
 
 INF, NAN = float("inf"), float("nan")
 rng = np.random.default_rng(4)
@@ -55,7 +55,7 @@ def test_statistics(tmp_path: Path, values: NDArray[np.float32]) -> None:
     path = file_of(tmp_path / "m.gguf", values)
     x = weights(path)
     with GGUFFile.open(path) as file:
-        s = statistics(file.tensors["t"])
+        s = tensor_statistics(file.tensors["t"])
     d = x - x.mean()
     assert (s.min, s.max, s.zeros, s.n_not_finite) == (x.min(), x.max(), (x == 0).mean(), 0)
     expected = (x.mean(), x.std(), np.sqrt((x * x).mean()))
@@ -65,15 +65,15 @@ def test_statistics(tmp_path: Path, values: NDArray[np.float32]) -> None:
 
 def test_statistics_of_odd_tensors(tmp_path: Path) -> None:
     with GGUFFile.open(file_of(tmp_path / "m.gguf", np.full(100_000, 0.1, "<f4"))) as file:
-        s = statistics(file.tensors["t"])
+        s = tensor_statistics(file.tensors["t"])
     value = float(np.float32(0.1))
     assert (s.min, s.max, s.mean, s.std, s.kurtosis, s.zeros) == (value, value, value, 0.0, None, 0.0)
     values = np.tile(np.array([NAN, 1, INF, -INF, -1, 0], "<f4"), 20_000)
     with GGUFFile.open(file_of(tmp_path / "m.gguf", values)) as file:
-        s = statistics(file.tensors["t"])
+        s = tensor_statistics(file.tensors["t"])
     assert (s.min, s.max, s.mean, s.zeros, s.n_not_finite) == (-1, 1, 0, 1 / 3, 60_000)
     with GGUFFile.open(file_of(tmp_path / "m.gguf", np.full(3, NAN, "<f4"))) as file:
-        s = statistics(file.tensors["t"])
+        s = tensor_statistics(file.tensors["t"])
     assert (s.min, s.mean, s.rms, s.n_not_finite) == (None, None, None, 3)
 
 

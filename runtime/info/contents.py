@@ -1,0 +1,124 @@
+"""What a GGUF file holds, as facts that JSON can hold: metadata, sizes, tensors, and the memory that its model needs.
+
+All sizes are in bytes.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.gguf.metadata import Typed
+from gguf_run.formats.gguf.reader import GGUFFile
+from gguf_run.formats.gguf.strings import StringArray
+from gguf_run.formats.gguf.tensors import Tensor
+from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
+from gguf_run.models.config import ModelConfig
+from gguf_run.runtime.info.tensors import tensor_statistics
+from gguf_run.runtime.load.cache_plan import describe_plan, plan_cache
+from gguf_run.runtime.load.fit import place, plan_lines
+from gguf_run.runtime.load.memory import MemoryPlan
+from gguf_run.runtime.load.options import DEFAULT_N_CTX, LoadOptions
+from gguf_run.runtime.load.placement import Device
+
+SHOWN_ITEMS = 8  # items of an array
+
+
+def file_facts(file: GGUFFile) -> dict[str, Any]:
+    """Return sizes, metadata and the tensor types of a file. JSON shows these as they are."""
+    tensors = list(file.tensors.values())
+    types = [t.type.name for t in tensors]
+    by_type = [{"type": name} | _sums([t for t in tensors if t.type.name == name]) for name in dict.fromkeys(types)]
+    return {
+        "path": str(file.path),
+        "n_parts": file.n_parts,
+        "version": file.version,
+        "byte_order": {"<": "little", ">": "big"}[file.byte_order],
+        "alignment": file.alignment,
+        "nbytes": file.nbytes,
+        "metadata": {
+            key: {"type": file.metadata.type_name(key)} | value_facts(value) for key, value in file.metadata.items()
+        },
+        "total": _sums(tensors),
+        "types": sorted(by_type, key=lambda row: row["nbytes"], reverse=True),
+    }
+
+
+def _sums(tensors: Sequence[Tensor]) -> dict[str, Any]:
+    n_elements, nbytes = sum(t.n_elements for t in tensors), sum(t.nbytes for t in tensors)
+    bits = round(8 * nbytes / n_elements, 3) if n_elements else None
+    return {"n_tensors": len(tensors), "n_parameters": n_elements, "nbytes": nbytes, "bits_per_weight": bits}
+
+
+def value_facts(value: Any, start: int = 0) -> dict[str, Any]:
+    """Return a metadata value as JSON can hold it: of an array the length and SHOWN_ITEMS items from `start` on."""
+    if isinstance(value, np.ndarray | StringArray | list):
+        items = value[start : start + SHOWN_ITEMS]
+        shown = items.tolist() if isinstance(items, np.ndarray) else items
+        return {"length": len(value)} | ({"from": start} if start else {}) | {"value": [_plain(item) for item in shown]}
+    return {"value": _plain(value)}
+
+
+def _plain(value: Any) -> Any:
+    """Return an item as JSON can hold it: infinities as text, an inner array as its length."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Typed):
+        value = value.value
+    return f"array of {len(value)}" if isinstance(value, np.ndarray | StringArray | list) else value
+
+
+def tensor_facts(tensor: Tensor) -> dict[str, Any]:
+    """Return name, type and shape of a tensor."""
+    return {"name": tensor.name, "type": tensor.type.name, "ne": list(tensor.ne)}
+
+
+def listed_tensors(
+    tensors: Sequence[Tensor], with_statistics: bool, progress: Callable[[int, int], None]
+) -> list[dict[str, Any]]:
+    """Return name, type, shape and size of each tensor, and its TensorStatistics if they are wanted.
+
+    progress: called with the bytes that are read and with all of them.
+    """
+    rows: list[dict[str, Any]] = []
+    total, done = sum(tensor.nbytes for tensor in tensors), 0
+    for tensor in tensors:
+        rows.append(tensor_facts(tensor) | {"nbytes": tensor.nbytes})
+        if with_statistics:
+            rows[-1] |= asdict(tensor_statistics(tensor))
+            done += tensor.nbytes
+            progress(done, total)
+    return rows
+
+
+def memory_facts(file: GGUFFile, options: LoadOptions, gpus: Sequence[int] = ()) -> dict[str, Any]:
+    """Return the bytes that the model needs, or {"unknown": reason}: a GGUF file need not hold a model.
+
+    gpus: free bytes of each GPU. With GPUs, "placement" has lines that say what goes where.
+    "cache_types" has the bytes of the KV cache for every type that the model's heads allow.
+    OptionError for a cache type that they do not allow, GgufRunError for GPUs that are too small.
+    """
+    try:
+        config = ModelConfig.from_metadata(file.metadata, file.tensors)
+    except GgufRunError as error:
+        return {"unknown": str(error)}
+    n_ctx = options.n_ctx or min(config.n_ctx_train, DEFAULT_N_CTX)
+    kinds = plan_cache(config, options.cache_type, options.cache_rotation, options.cache_scales)
+    plan = MemoryPlan(config, list(file.tensors.values()), n_ctx, kinds)
+    need = plan.needed()
+    placement = {}
+    if gpus:
+        free = {Device("cuda", i): nbytes for i, nbytes in enumerate(gpus)}
+        placement["placement"] = [*plan_lines(plan, place(plan, options.wanted, free), free)]
+    return placement | {
+        "n_ctx": n_ctx,
+        "cache_type": describe_plan(kinds),
+        "weights": need.weights,
+        "cache": need.cache,
+        "buffers": need.buffers,
+        "total": need.total,
+        "cache_types": {name: plan.with_type(name).cache_bytes() for name in CACHE_FORMATS if plan.allows(name)},
+    }
