@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,16 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
-from gguf_run.runtime.engine.batch import Answer, Batch, OneOfMany
 from gguf_run.runtime.engine.generation import Closed, Generation, Session, StopStrings, text_pieces
 from gguf_run.runtime.load.options import LoadOptions
-from gguf_run.runtime.sampling.history import Breakers, breakers
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler, TokenLogprob
 
 if TYPE_CHECKING:
+    from gguf_run.runtime.engine.batch import Answer, Batch
     from gguf_run.runtime.engine.session_file import SessionHeader
     from gguf_run.runtime.load.load_model import LoadedModel
+    from gguf_run.runtime.sampling.history import Breakers
 
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
@@ -29,16 +30,16 @@ Tool = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Stats:
-    """What the last generation took. Times in seconds; see Generation. load_s: loading the model."""
+    """What the last generation took. Times are in seconds."""
 
-    load_s: float
-    n_prompt: int = 0
-    n_reused: int = 0
-    prefill_s: float = 0.0
-    n_decoded: int = 0
-    decode_s: float = 0.0
-    finish: str = ""
-    seed: int = 0
+    load_s: float  # loading the model
+    n_prompt: int = 0  # tokens of the prompt
+    n_reused: int = 0  # of these, tokens that the cache held already
+    prefill_s: float = 0.0  # computing the others
+    n_decoded: int = 0  # tokens of the answer
+    decode_s: float = 0.0  # computing these
+    finish: str = ""  # why the answer ended, see Generation
+    seed: int = 0  # of the draws
 
     @property
     def prefill_speed(self) -> float:
@@ -52,14 +53,14 @@ class Stats:
 
 
 class Model:
-    """A language model that is ready to run. Use as a context manager, or call close().
+    """A language model that is ready to run. Use it as a context manager, or call close().
 
         with Model.load("model.gguf") as model:
             for text in model.generate("Once upon a time", max_tokens=50):
                 print(text, end="")
 
-    A new call of generate, chat or logits takes the context: the iterator of the one before cannot go on. One thread
-    at a time may use a model.
+    A new call of generate, chat or logits takes over the context: the iterator of the call before it ends with an
+    error. Only one thread at a time may use a model.
     """
 
     def __init__(self, parts: "LoadedModel") -> None:
@@ -69,12 +70,12 @@ class Model:
         self.chat_template = parts.chat_template
         self.tool_template = parts.tool_template
         self.where = parts.where
-        self.load_s = parts.load_s
+        self.load_s = 0.0  # seconds that loading took, without a download
         self._identity = parts.identity
         self._close = parts.close
         self._session = Session(parts.decoder)
         self._generation: Generation | Batch | None = None
-        self._breakers: dict[tuple[str, ...], Breakers] = {}
+        self._breakers: dict[tuple[str, ...], Breakers] = {}  # of dry_sequence_breakers: slow to find
 
     @classmethod
     def load(
@@ -83,7 +84,7 @@ class Model:
         options: LoadOptions | None = None,
         *,
         progress: Callable[[int, int], None] | None = None,
-        report: Callable[[str], None] | None = None,
+        report: Callable[[str], None] = lambda line: None,
         **keywords: Any,
     ) -> "Model":
         """Load a model.
@@ -97,9 +98,13 @@ class Model:
         Warns if n_ctx is more than the model was trained for. Raises GgufRunError and its kinds: OptionError for a
         value that is not allowed, FormatError for a damaged file, UnsupportedError for one that cannot be run.
         """
+        options, start = replace(options or LoadOptions(), **keywords), time.perf_counter()
         from gguf_run.runtime.load.load_model import load_model
 
-        return cls(load_model(path, replace(options or LoadOptions(), **keywords), progress, report))
+        parts = load_model(path, options, progress, report)
+        model = cls(parts)
+        model.load_s = time.perf_counter() - start - parts.download_s
+        return model
 
     @property
     def n_ctx(self) -> int:
@@ -125,12 +130,15 @@ class Model:
 
     @property
     def logprobs(self) -> list[TokenLogprob]:
-        """Of the tokens that the last generate or chat has chosen so far, if it was asked with logprobs=N."""
+        """Log probabilities of the tokens that the last generate or chat has chosen, if it was given logprobs=N."""
         return self._generation.sampler.logprobs if isinstance(self._generation, Generation) else []
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
-        """Return ids. add_special: with the tokens that the model wants around a text (BOS). parse_special: special
-        tokens written in the text become ids."""
+        """Return the ids of a text.
+
+        add_special: add the tokens that the model wants around a text (BOS).
+        parse_special: special tokens that are written in the text, such as <|im_start|>, become single ids.
+        """
         return self.tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
 
     def chat_prompt(
@@ -139,8 +147,11 @@ class Model:
         tools: Sequence[Tool] | None = None,
         template_options: Mapping[str, Any] | None = None,
     ) -> str:
-        """Return a conversation as the chat template (`chat_template`, the file's unless you set another) writes it, up
-        to where the answer begins. GgufRunError if there is no template, or it refuses the messages."""
+        """Return the text that the chat template makes of a conversation, up to where the answer begins.
+
+        The template is the attribute chat_template: the file's, unless you set another. GgufRunError if there is none,
+        or if it refuses the messages.
+        """
         from gguf_run.runtime.chat.template import render_chat
 
         template = (self.tool_template if tools else None) or self.chat_template
@@ -179,22 +190,25 @@ class Model:
     ) -> Iterator[str]:
         """Continue a text; return an iterator over pieces of text.
 
-        max_tokens: None goes on until the model ends or the context is full (stats.finish tells). stop: texts that end
-        the answer. context_shift: a full context does not end it: half of what stands behind the first n_keep tokens
-        (32 at least) is taken out, and the text may be as long as it likes. sampling: temperature, top_k, seed,
-        logits_processors, logprobs and others, see SamplingParams.
+        max_tokens: the most tokens; None: until the model ends or the context is full (stats.finish tells which).
+        stop: texts that end the answer.
+        context_shift: a full context does not end the answer: half of the tokens behind the first n_keep (at least
+            32) are taken out, and the text goes on.
+        sampling: temperature, top_k, seed, logits_processors, logprobs and others, see SamplingParams.
         """
         shift = n_keep if context_shift else None
         return self._start(self._open_ended(self.tokenize(prompt)), max_tokens, stop, shift, sampling)
 
     def generate_batch(
         self, prompts: Sequence[str], *, max_tokens: int | None = None, stop: Sequence[str] = (), **sampling: Any
-    ) -> list[Answer]:
-        """Continue several texts together, as many as n_seq of Model.load; return the answers in the prompts' order.
+    ) -> "list[Answer]":
+        """Continue several texts together, at most n_seq of Model.load; return the answers in the prompts' order.
 
-        All share each step, which reads the weights once, and what the prompts begin with in common is computed once.
-        Options as for generate; prompt i draws with the seed + i. GgufRunError for too many prompts, or none.
+        All share each step, which reads the weights once. The tokens that all prompts begin with are computed once.
+        Options as for generate; prompt i draws with seed + i. GgufRunError for too many prompts, or none.
         """
+        from gguf_run.runtime.engine.batch import Batch, OneOfMany
+
         params = SamplingParams(**sampling)
         sequences = []
         for i, prompt in enumerate(prompts):
@@ -216,12 +230,15 @@ class Model:
         n_keep: int = 0,
         **sampling: Any,
     ) -> Iterator[str]:
-        """Answer the last of `messages` ({"role": "system" | "user" | "assistant" | "tool", "content": text}); as
-        generate. tools: JSON schemas of functions ({"type": "function", "function": {...}}) that the template tells the
-        model of; what the model calls stands in its answer, as its template has it. template_options: what else the
-        template is told, as {"enable_thinking": False} for Qwen3's.
+        """Answer the last message of a conversation; return an iterator over pieces of text.
 
-        The start that the conversation shares with the one before is not computed again. GgufRunError as for
+        messages: {"role": "system" | "user" | "assistant" | "tool", "content": text} each.
+        tools: JSON schemas of functions that the model may call, {"type": "function", "function": {...}}. A call
+            stands in the answer, in the form that the chat template defines.
+        template_options: variables for the template, as {"enable_thinking": False} for Qwen3's.
+        Others as for generate.
+
+        The beginning that this conversation shares with the one before is not computed again. GgufRunError as for
         tokenize_chat.
         """
         shift = n_keep if context_shift else None
@@ -229,7 +246,7 @@ class Model:
         return self._start(ids, max_tokens, stop, shift, sampling)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Return f32[n_tokens, n_vocab]: what the model expects after each of ids, from an empty context."""
+        """Return the logits f32[n_tokens, n_vocab] after each of ids, from an empty context."""
         out = np.empty((len(ids), self.decoder.config.n_vocab), np.float32)
         n_done = 0
         for block in self._session.logits(ids):
@@ -238,11 +255,11 @@ class Model:
         return out
 
     def reset(self) -> None:
-        """Forget the context: what comes next is computed as after loading, to the last bit."""
+        """Empty the context: the next text is computed as after loading, bit for bit."""
         self._session.forget()
 
     def save_session(self, path: str | os.PathLike[str], messages: Sequence[Message] = ()) -> None:
-        """Save the context with its KV cache, and the conversation that it is of, to a file, whole or not at all."""
+        """Save the context with its KV cache, and the conversation in it, to a file: whole or not at all."""
         from gguf_run.runtime.engine.session_file import save
 
         header = self._session_header()
@@ -250,11 +267,11 @@ class Model:
         self._session.save(lambda ids, parts: save(Path(path), replace(header, ids=ids, messages=conversation), parts))
 
     def load_session(self, path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-        """Go on from a file: make its tokens the context, without computing them; return the conversation.
+        """Make the tokens of a saved session the context, without computing them; return its conversation.
 
-        What generate or chat are asked next reuses the tokens that it shares with them. GgufRunError if the session is
-        of another model or type of cache or longer than the context, FormatError if the file is damaged; the context
-        is then empty, or as it was.
+        The next generate or chat reuses the tokens that its prompt begins with. GgufRunError if the session is of
+        another model or cache type or longer than the context; FormatError if the file is damaged. After an error the
+        context is empty, or as before.
         """
         from gguf_run.runtime.engine.session_file import check_session, open_session
 
@@ -285,7 +302,7 @@ class Model:
         return f"<Model {name}, {layers}{', ' * bool(self.where)}{self.where}>"
 
     def close(self) -> None:
-        """Free the weights and the KV cache, stop the threads, close the file. The tokenizer can still be used."""
+        """Free the weights and the KV cache, stop the threads, close the file. The tokenizer stays usable."""
         for close in (self.decoder.close, *self._close) if not self._is_closed else ():
             close()
         self._session.close()
@@ -320,11 +337,13 @@ class Model:
             params = replace(params, logit_bias={**params.logit_bias, **never})
         if not params.dry_multiplier:
             return Sampler(params)
+        from gguf_run.runtime.sampling.history import breakers
+
         texts = tuple(params.dry_sequence_breakers)
         if texts not in self._breakers:
             self._breakers = {texts: breakers(self.tokenizer, texts)}
         return Sampler(params, self._breakers[texts])
 
     def _open_ended(self, ids: list[int]) -> list[int]:
-        """A text that is to go on must not end with EOS, which some models want around a text."""
+        """Return ids without the EOS that some models want behind a text: the text is to go on."""
         return ids[:-1] if self.tokenizer.add_eos and ids[-1:] == [self.tokenizer.eos] else ids

@@ -119,8 +119,8 @@ def _cache_type(both: str | None, k: str | None, v: str | None) -> str | tuple[s
 
 def load_model(path: str | None, options: LoadOptions) -> "Model":
     """Load a model; a bar on stderr shows how far it is, and lines say what runs where if GPUs are used."""
-    from gguf_run.runtime.cli.common import progress
     from gguf_run.runtime.model import Model
+    from gguf_run.runtime.terminal.progress import progress
 
     with progress("loading") as bar:
         return Model.load(path, options, progress=bar.set, report=bar.message)

@@ -20,7 +20,7 @@ from gguf_run.runtime import Model
 from gguf_run.runtime.cli.run import main
 from gguf_run.runtime.load import devices, load_model
 from gguf_run.runtime.load.cache_plan import plan_cache
-from gguf_run.runtime.load.fit import MARGIN
+from gguf_run.runtime.load.fit import MARGIN, gpu_sizes
 from gguf_run.runtime.load.memory import MemoryPlan
 
 IDS = [(7 * i * i + 3 * i + 1) % 270 for i in range(60)]
@@ -161,7 +161,7 @@ def test_experts_on_the_cpu(
     with GGUFFile.open(model) as file:
         config = ModelConfig.from_metadata(file.metadata, file.tensors)
         plan = MemoryPlan(config, list(file.tensors.values()), 128, plan_cache(config))
-    sizes = plan.gpu_sizes()
+    sizes = gpu_sizes(plan)
     others = sizes.buffers + sizes.weights.output + sum(sizes.caches)
     monkeypatch.setattr(FakeGpu, "free", MARGIN + others + int(room * sum(sizes.weights.layers)))
     arguments = [model, "--raw", "-p", "the", "-n", "2", "--temperature", "0"]

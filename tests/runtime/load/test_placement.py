@@ -17,10 +17,10 @@ from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.load import devices
 from gguf_run.runtime.load.cache_plan import plan_cache
 from gguf_run.runtime.load.devices import open_gpus, open_placement
-from gguf_run.runtime.load.fit import MARGIN, fit, place
+from gguf_run.runtime.load.fit import MARGIN, GpuSizes, fit, gpu_sizes, place
 from gguf_run.runtime.load.load_model import tries_gpus
 from gguf_run.runtime.load.machine import driver_there
-from gguf_run.runtime.load.memory import GpuSizes, MemoryPlan, WeightSizes
+from gguf_run.runtime.load.memory import MemoryPlan, WeightSizes
 from gguf_run.runtime.load.options import LoadOptions, Wanted
 from gguf_run.runtime.load.placement import CPU, Device, Placement
 
@@ -179,7 +179,7 @@ def plan(tmp_path: Path) -> MemoryPlan:
 
 def need(plan: MemoryPlan, n_gpu: int) -> int:
     """Bytes that a GPU with the last n_gpu layers must have free, at least."""
-    found = plan.gpu_sizes()
+    found = gpu_sizes(plan)
     weights = sum(found.weights.layers[6 - n_gpu :]) + found.weights.output
     return MARGIN + weights + sum(found.caches[6 - n_gpu :]) + found.buffers
 
@@ -210,7 +210,7 @@ def test_layers_out_of_range(plan: MemoryPlan) -> None:
 def test_the_cpu_needs_memory_for_what_is_left(plan: MemoryPlan) -> None:
     whole, half = plan.needed(), plan.on_cpu(3).needed()
     assert half.cache * 2 == whole.cache
-    assert half.weights == sum(plan.gpu_sizes().weights.layers[:3])  # F32: as wide on both
+    assert half.weights == sum(gpu_sizes(plan).weights.layers[:3])  # F32: as wide on both
     assert half.buffers < whole.buffers
 
 
