@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gguf_run.runtime.cli.common import progress
 from gguf_run.runtime.cli.load_options import PATH
 from gguf_run.runtime.load.machine import default_threads
+from gguf_run.runtime.terminal.progress import progress
 from gguf_run.runtime.terminal.text import one_line, size_text, table
 
 if TYPE_CHECKING:

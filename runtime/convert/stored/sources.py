@@ -8,6 +8,7 @@ quantized, written or run without a copy of it in memory or on disk. Rows keep t
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.types import TensorType, type_by_name
 from gguf_run.formats.errors import FormatError, UnsupportedError
-from gguf_run.formats.gguf.mapped import MappedFile, quoted
+from gguf_run.formats.gguf.mapped import MappedFile, MemoryFile, quoted
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.formats.safetensors import StoredArray
 
@@ -88,6 +89,11 @@ def float8(dtype: str) -> NDArray[np.float32]:
     size = np.where(exponent > 0, np.ldexp(8 + mantissa, exponent - 10), np.ldexp(mantissa, -9))
     size[codes & 127 == 127] = np.nan
     return np.where(codes & 128, -size, size).astype(np.float32)
+
+
+def computed(name: str, array: NDArray[np.float32], path: Path) -> Tensor:
+    """Return values that no file holds as an F32 tensor. path: what errors name."""
+    return source(name, array.shape, F32, MemoryFile(path, array.tobytes()), lambda first, end: array)
 
 
 def renamed(tensor: Tensor, name: str) -> Tensor:
