@@ -1,8 +1,8 @@
 """Tensors that are computed when their rows are read: views of a checkpoint in the layout of a GGUF file.
 
-A Source stands wherever a tensor of a GGUF file does (Tensor): its rows are blocks of its type. So a checkpoint is
-quantized, written or run without a copy of it in memory or on disk. Rows keep their blocks when they are only moved
-(`rows`, `stacked`), so a tensor that is quantized already passes through unchanged.
+A Source can be used like any Tensor of a GGUF file: its rows are blocks of its type. So a checkpoint is quantized,
+written or run without a copy of it in memory or on disk. `rows` and `stacked` only move rows, so blocks of a quantized
+tensor pass through them unchanged.
 """
 
 import math
@@ -31,10 +31,11 @@ def _nothing(first: int, end: int) -> None:
 
 @dataclass(frozen=True)
 class Source(Tensor):
-    """read(first, end): rows first .. end, an array of any shape and dtype with the bytes of their blocks. free(first,
-    end): those rows are not needed soon. Both are called from several threads. offset means nothing here."""
+    """A tensor of which rows first .. end are computed. `offset` means nothing. Several threads may read at a time."""
 
+    # Returns the bytes of the rows' blocks, as an array of any shape and dtype.
     read: Callable[[int, int], Array] = field(repr=False, compare=False)
+    # Is told which rows are not needed soon.
     free: Callable[[int, int], None] = field(default=_nothing, repr=False, compare=False)
 
     def blocks(self, first: int = 0, end: int | None = None) -> NDArray[np.uint8]:
@@ -54,7 +55,7 @@ def source(
     read: Callable[[int, int], Array],
     free: Callable[[int, int], None] = _nothing,
 ) -> Source:
-    """Return a tensor of that shape in the checkpoint's order (rows last): ne is the shape reversed."""
+    """Return a Source. shape: in the checkpoint's order, which is that of ne reversed."""
     return Source(name, tuple(reversed(shape)) or (1,), type, 0, file, read, free)
 
 
@@ -102,7 +103,7 @@ def renamed(tensor: Tensor, name: str) -> Tensor:
 
 
 def values(tensor: Tensor, function: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None) -> Tensor:
-    """Return the tensor as F32, each row's values changed by `function` (of and to float32[rows, n])."""
+    """Return the tensor as F32. function: changes the values of some rows, float32[n_rows, ne[0]]."""
     if function is None and tensor.type is F32:
         return tensor
 
@@ -114,7 +115,7 @@ def values(tensor: Tensor, function: Callable[[NDArray[np.float32]], NDArray[np.
 
 
 def rows(tensor: Tensor, index: NDArray[np.int64], ne: tuple[int, ...]) -> Tensor:
-    """Return rows `index` of the tensor, in that order, as a tensor of ne."""
+    """Return rows `index` of the tensor, in that order, as a tensor of the sizes ne."""
     assert len(index) == math.prod(ne[1:])
 
     def read(first: int, end: int) -> Array:
@@ -144,7 +145,7 @@ def halves(tensor: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
 def unpermuted(tensor: Tensor, n_head: int, back: bool = False) -> Tensor:
     """Put the rows of each head, which come as two halves for the rotation, in pairs: 0, n/2, 1, n/2 + 1, ...
 
-    A bias has a value, not a row, for each row of its matrix. back: undo that.
+    Of a bias the values are moved. back: put pairs into halves again.
     """
     head = np.arange(tensor.ne[-1], dtype=np.int64).reshape(n_head, 2, -1)
     index = head.swapaxes(1, 2).reshape(-1)
@@ -168,7 +169,7 @@ def transposed(tensor: Tensor) -> Tensor:
 
 
 def stacked(name: str, tensors: Sequence[Tensor]) -> Tensor:
-    """Return tensors of one shape and type as one with one dimension more."""
+    """Return tensors of one shape and type as one tensor with one dimension more."""
     one = tensors[0]
     n_rows = one.n_rows
 
@@ -189,7 +190,7 @@ def stacked(name: str, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def gathered(tensors: Sequence[Tensor], index: NDArray[np.int64], ne: tuple[int, ...]) -> Tensor:
-    """Return rows `index` of several tensors, counted through all of them, as one F32 tensor of ne."""
+    """Return rows of several tensors as one F32 tensor of the sizes ne. index: rows, counted through all tensors."""
     starts = np.cumsum([0, *(tensor.n_rows for tensor in tensors)])
     assert len(index) == math.prod(ne[1:])
 
@@ -208,7 +209,7 @@ def gathered(tensors: Sequence[Tensor], index: NDArray[np.int64], ne: tuple[int,
 
 
 def columns(tensor: Tensor, start: int, step: int) -> Tensor:
-    """Return every step-th column from `start` on, as F32."""
+    """Return the columns start, start + step, start + 2 step ... as F32."""
     ne = (len(range(start, tensor.ne[0], step)), *tensor.ne[1:])
 
     def read(first: int, end: int) -> Array:

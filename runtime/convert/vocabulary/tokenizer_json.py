@@ -239,12 +239,8 @@ def _read_post_processor(data: dict[str, Any], vocabulary: Vocabulary, path: Pat
 def _tokens_around(step: dict[str, Any]) -> dict[str, str | None]:
     """Return the tokens that a step puts before (bos) and after (eos) a text, as far as it tells. None: no token."""
     if step["type"] in ("RobertaProcessing", "BertProcessing"):
-        pairs = {role: step.get(name) for role, name in (("bos", "cls"), ("eos", "sep"))}
-        return {
-            role: pair[0]
-            for role, pair in pairs.items()
-            if isinstance(pair, list) and pair and isinstance(pair[0], str)
-        }
+        pairs = (("bos", step.get("cls")), ("eos", step.get("sep")))
+        return {role: pair[0] for role, pair in pairs if isinstance(pair, list) and pair and isinstance(pair[0], str)}
     single = step.get("single") if step["type"] == "TemplateProcessing" else None
     if not isinstance(single, list) or len(single) < 2:
         return {}

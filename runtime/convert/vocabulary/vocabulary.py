@@ -79,7 +79,7 @@ def added_tokens(entries: Any, path: Path) -> list[Added]:
 
 
 def tokens_by_id(vocab: Mapping[str, Any], added: Iterable[Added], path: Path) -> dict[int, str]:
-    """Return tokens of a vocabulary {token: id} and added ones by id. FormatError for a wrong id, or an id or text twice."""
+    """Return the tokens of a vocabulary {token: id} and added ones, by id. FormatError for a wrong or repeated id."""
     found: dict[int, str] = {}
     for token, id in vocab.items():
         if not isinstance(id, int) or isinstance(id, bool) or not 0 <= id < MAX_TOKENS:
