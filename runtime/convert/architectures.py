@@ -43,6 +43,7 @@ _MIXTRAL_EXPERTS: Names = {
     "block_sparse_moe.experts.@.w2": "ffn_down_exps",
 }
 _LLAMA: Names = {**_PRE_NORMS, **_ATTENTION, **_DENSE}
+_LLAMA_MOE: Names = {**_PRE_NORMS, **_ATTENTION, **_EXPERTS}
 
 # Ends of names of tensors that hold no weights.
 IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
@@ -91,9 +92,8 @@ class CheckpointLayout:
     """One architecture of checkpoints."""
 
     arch: str  # general.architecture
-    # What config.json calls it. The first is written on the way back; the last if the model has experts and may have.
-    classes: tuple[str, ...]
-    model_types: tuple[str, ...]
+    # Class -> model_type, as in config.json. The way back writes the first; the last if experts are optional and there.
+    classes: Mapping[str, str]
     layer: Names = field(default_factory=lambda: _LLAMA)  # modules of a layer
     model: Names = field(default_factory=lambda: _MODEL)  # modules beside the layers
     bare: tuple[str, ...] = ()  # tensors without ".weight" in the checkpoint; matrices of experts are [n_in, n_out]
@@ -136,58 +136,51 @@ _ROWS = (
     # Llama 1 to 3.x, Mistral, Mixtral, and what copies their layer.
     CheckpointLayout(
         "llama",
-        ("LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"),
-        ("llama", "mistral", "mixtral"),
+        {
+            "LlamaForCausalLM": "llama",
+            "LLaMAForCausalLM": "llama",
+            "MistralForCausalLM": "mistral",
+            "MixtralForCausalLM": "mixtral",
+        },
         layer={**_LLAMA, **_MIXTRAL_EXPERTS, **_EXPERTS},
         permuted=True,
         rope_dim=True,
         keys=(_VOCAB_SIZE,),
     ),
-    CheckpointLayout("qwen2", ("Qwen2ForCausalLM",), ("qwen2",), bias_key=""),
+    CheckpointLayout("qwen2", {"Qwen2ForCausalLM": "qwen2"}, bias_key=""),
     CheckpointLayout(
         "qwen2moe",
-        ("Qwen2MoeForCausalLM",),
-        ("qwen2_moe",),
-        layer={
-            **_PRE_NORMS,
-            **_ATTENTION,
-            **_EXPERTS,
-            "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
-            **_shared("shared_expert"),
-        },
+        {"Qwen2MoeForCausalLM": "qwen2_moe"},
+        layer={**_LLAMA_MOE, "mlp.shared_expert_gate": "ffn_gate_inp_shexp", **_shared("shared_expert")},
         tied_copy=True,
         keys=(_N_EXPERT, _EXPERT_FF, _SHARED_FF),
         bias_key="",
         expected={**_SILU, "norm_topk_prob": (False,)},
     ),
-    CheckpointLayout("qwen3", ("Qwen3ForCausalLM",), ("qwen3",), layer={**_LLAMA, **_QK_NORM}),
+    CheckpointLayout("qwen3", {"Qwen3ForCausalLM": "qwen3"}, layer={**_LLAMA, **_QK_NORM}),
     CheckpointLayout(
         "qwen3moe",
-        ("Qwen3MoeForCausalLM",),
-        ("qwen3_moe",),
-        layer={**_PRE_NORMS, **_ATTENTION, **_QK_NORM, **_EXPERTS},
+        {"Qwen3MoeForCausalLM": "qwen3_moe"},
+        layer={**_LLAMA_MOE, **_QK_NORM},
         keys=(_N_EXPERT, _EXPERT_FF),
         expected={**_SILU, "norm_topk_prob": (True,)},
     ),
     CheckpointLayout(
         "olmoe",
-        ("OlmoeForCausalLM",),
-        ("olmoe",),
-        layer={**_PRE_NORMS, **_ATTENTION, **_QK_NORM, **_EXPERTS},
+        {"OlmoeForCausalLM": "olmoe"},
+        layer={**_LLAMA_MOE, **_QK_NORM},
         expected={**_SILU, "norm_topk_prob": (False,), "clip_qkv": (None,)},
     ),
     CheckpointLayout(
         "gemma",
-        ("GemmaForCausalLM",),
-        ("gemma",),
+        {"GemmaForCausalLM": "gemma"},
         norm_offset=1.0,
         defaults=_GEMMA,
         expected={"hidden_act": _GEMMA_ACTIVATION["hidden_activation"]},
     ),
     CheckpointLayout(
         "gemma2",
-        ("Gemma2ForCausalLM",),
-        ("gemma2",),
+        {"Gemma2ForCausalLM": "gemma2"},
         layer={**_LLAMA, **_GEMMA2_NORMS},
         norm_offset=1.0,
         keys=(("attn_logit_softcapping", "f32", ("attn_logit_softcapping",)), _FINAL_CAP, _WINDOW),
@@ -196,8 +189,7 @@ _ROWS = (
     ),
     CheckpointLayout(
         "gemma3",
-        ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
-        ("gemma3_text", "gemma3"),
+        {"Gemma3ForCausalLM": "gemma3_text", "Gemma3ForConditionalGeneration": "gemma3"},
         layer={**_LLAMA, **_GEMMA2_NORMS, **_QK_NORM},
         norm_offset=1.0,
         keys=(_FINAL_CAP, _WINDOW),
@@ -215,8 +207,7 @@ _ROWS = (
     ),
     CheckpointLayout(
         "phi3",
-        ("Phi3ForCausalLM",),
-        ("phi3",),
+        {"Phi3ForCausalLM": "phi3"},
         layer={
             **_PRE_NORMS,
             "self_attn.qkv_proj": "attn_qkv",
@@ -232,8 +223,7 @@ _ROWS = (
     ),
     CheckpointLayout(
         "smollm3",
-        ("SmolLM3ForCausalLM",),
-        ("smollm3",),
+        {"SmolLM3ForCausalLM": "smollm3"},
         permuted=True,
         rope_dim=True,
         keys=(_VOCAB_SIZE,),
@@ -241,8 +231,7 @@ _ROWS = (
     ),
     CheckpointLayout(
         "granite",
-        ("GraniteForCausalLM",),
-        ("granite",),
+        {"GraniteForCausalLM": "granite"},
         permuted=True,
         rope_dim=True,
         keys=(
@@ -255,15 +244,13 @@ _ROWS = (
     ),
     CheckpointLayout(
         "olmo2",
-        ("Olmo2ForCausalLM",),
-        ("olmo2",),
+        {"Olmo2ForCausalLM": "olmo2"},
         layer={**_ATTENTION, **_DENSE, **_QK_NORM, **_POST_NORMS},
         tied_copy=True,
     ),
     CheckpointLayout(
         "stablelm",
-        ("StableLmForCausalLM", "StableLMEpochForCausalLM"),
-        ("stablelm", "stablelm_epoch"),
+        {"StableLmForCausalLM": "stablelm", "StableLMEpochForCausalLM": "stablelm_epoch"},
         layer={**_LLAMA, **{f"self_attn.{name}_layernorm.norms.@": f"attn_{name}_norm" for name in "qk"}},
         rope_dim=True,
         tied_copy=True,
@@ -273,8 +260,7 @@ _ROWS = (
     ),
     CheckpointLayout(
         "starcoder2",
-        ("Starcoder2ForCausalLM",),
-        ("starcoder2",),
+        {"Starcoder2ForCausalLM": "starcoder2"},
         layer={**_PRE_NORMS, **_ATTENTION, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
         keys=(("attention.layer_norm_epsilon", "f32", ("norm_epsilon", "layer_norm_eps")),),
         bias_key="use_bias",
@@ -282,8 +268,7 @@ _ROWS = (
     ),
     CheckpointLayout(
         "internlm2",
-        ("InternLM2ForCausalLM",),
-        ("internlm2",),
+        {"InternLM2ForCausalLM": "internlm2"},
         model={"model.tok_embeddings": "token_embd", "model.norm": "output_norm", "output": "output"},
         layer={
             "attention_norm": "attn_norm",
@@ -300,8 +285,7 @@ _ROWS = (
     ),
     CheckpointLayout(
         "deepseek",
-        ("DeepseekForCausalLM",),
-        ("deepseek",),
+        {"DeepseekForCausalLM": "deepseek"},
         layer={**_LLAMA, **_EXPERTS, **_shared("shared_experts")},
         permuted=True,
         rope_dim=True,
@@ -319,8 +303,7 @@ _ROWS = (
     ),
     CheckpointLayout(
         "gpt-oss",
-        ("GptOssForCausalLM",),
-        ("gpt_oss",),
+        {"GptOssForCausalLM": "gpt_oss"},
         layer={
             **_ATTENTION,
             "input_layernorm": "attn_norm",
@@ -336,5 +319,5 @@ _ROWS = (
     ),
 )
 BY_CLASS: Mapping[str, CheckpointLayout] = {name: row for row in _ROWS for name in row.classes}
-BY_MODEL_TYPE: Mapping[str, CheckpointLayout] = {name: row for row in _ROWS for name in row.model_types}
+BY_MODEL_TYPE: Mapping[str, CheckpointLayout] = {name: row for row in _ROWS for name in row.classes.values()}
 BY_ARCH: Mapping[str, CheckpointLayout] = {row.arch: row for row in _ROWS}

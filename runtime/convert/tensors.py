@@ -154,8 +154,6 @@ def _stacked(name: str, items: Mapping[int, Tensor]) -> Tensor:
         if tensor.ne != first.ne:
             raise FormatError(f"{tensor.file.path}: {quoted(tensor.name)} and {quoted(first.name)} differ in shape")
     tensors = [items[i] for i in range(len(items))]
-    if len({tensor.type for tensor in tensors}) > 1:  # blocks could not hold the codes of some
-        tensors = [values(tensor) for tensor in tensors]
     if name.endswith(".scale"):
         scales = np.concatenate([values(tensor).blocks() for tensor in tensors]).view(np.float32).reshape(-1)
         return source(name, scales.shape, F32, first.file, lambda start, end: scales)

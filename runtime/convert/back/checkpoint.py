@@ -93,10 +93,8 @@ def checkpoint_tensors(layout: CheckpointLayout, config: Config, file: GGUFFile)
                 parts = {base: left.pop(name) for base, name in zip(bases, full, strict=True)}
                 found.update(_module(layout, numbers, there + module, kind, parts))
     if left:
-        name = next(iter(left))
-        raise UnsupportedError(
-            f"{file.path}: tensor {quoted(name)} ({len(left)} such) has no place in a checkpoint of {layout.classes[0]}"
-        )
+        name, kind = quoted(next(iter(left))), next(iter(layout.classes))
+        raise UnsupportedError(f"{file.path}: tensor {name} ({len(left)} such) has no place in a checkpoint of {kind}")
     return found
 
 
@@ -140,7 +138,7 @@ def _grouped(numbers: Mapping[str, int], parts: Sequence[Tensor]) -> Tensor:
     n_rows = sum(part.n_rows for part in parts)
     ends = np.cumsum([part.n_rows for part in parts])[:-1]
     index = [part.reshape(n_kv, -1, head_dim) for part in np.split(np.arange(n_rows, dtype=np.int64), ends)]
-    return gathered(parts, np.concatenate(index, axis=1).reshape(-1), (parts[0].ne[0], n_rows))
+    return gathered(parts[0].name, parts, np.concatenate(index, axis=1).reshape(-1), (parts[0].ne[0], n_rows))
 
 
 def _both_halves(parts: Sequence[Tensor], interleaved: bool) -> Tensor:
@@ -149,7 +147,8 @@ def _both_halves(parts: Sequence[Tensor], interleaved: bool) -> Tensor:
     n, axis = gate.ne[-2], 1 if interleaved else 0
     if len(gate.ne) == 3:
         at = np.arange(2 * gate.n_rows, dtype=np.int64).reshape(2, gate.ne[2], n)
-        return gathered(parts, np.stack((at[0], at[1]), axis=1 + axis).reshape(-1), (gate.ne[0], 2 * n, gate.ne[2]))
+        index = np.stack((at[0], at[1]), axis=1 + axis).reshape(-1)
+        return gathered(gate.name, parts, index, (gate.ne[0], 2 * n, gate.ne[2]))
 
     def read(first: int, end: int) -> NDArray[np.float32]:
         both = [dequantize(part.blocks(first, end), part.type) for part in parts]

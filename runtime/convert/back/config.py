@@ -40,10 +40,11 @@ def model_config(layout: CheckpointLayout, file: GGUFFile, dtype: str) -> Json:
     token_embd = file.tensors.get("token_embd.weight")
     if token_embd is None or len(token_embd.ne) != 2:
         raise FormatError(f"{file.path}: there is no matrix token_embd.weight: not a whole model")
-    which = -1 if layout.decoder.moe == "maybe" and _get(file, "expert_count") else 0
+    has_experts = layout.decoder.moe == "maybe" and _get(file, "expert_count")
+    name, model_type = list(layout.classes.items())[-1 if has_experts else 0]
     values: Json = {
-        "architectures": [layout.classes[which]],
-        "model_type": layout.model_types[which],
+        "architectures": [name],
+        "model_type": model_type,
         "torch_dtype": _TORCH_DTYPES[dtype],
         **_token_ids(file.metadata),
     }

@@ -1,12 +1,12 @@
 """Tensors that are computed when their rows are read: views of a checkpoint in the layout of a GGUF file.
 
 A Source can be used like any Tensor of a GGUF file: its rows are blocks of its type. So a checkpoint is quantized,
-written or run without a copy of it in memory or on disk. `rows` and `stacked` only move rows, so blocks of a quantized
-tensor pass through them unchanged.
+written or run without a copy of it in memory or on disk. `gathered` only moves rows, so blocks of a quantized tensor
+pass through it unchanged.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -114,22 +114,51 @@ def values(tensor: Tensor, function: Callable[[NDArray[np.float32]], NDArray[np.
     return Source(tensor.name, tensor.ne, F32, 0, tensor.file, read, tensor.release)
 
 
-def rows(tensor: Tensor, index: NDArray[np.int64], ne: tuple[int, ...]) -> Tensor:
-    """Return rows `index` of the tensor, in that order, as a tensor of the sizes ne."""
-    assert len(index) == math.prod(ne[1:])
+def gathered(name: str, tensors: Sequence[Tensor], index: NDArray[np.int64] | None, ne: tuple[int, ...]) -> Tensor:
+    """Return rows of several tensors as one tensor of the sizes ne: in their type, or F32 if they have several types.
+
+    index: rows, counted through all tensors; None: all rows in their order.
+    """
+    if len({tensor.type for tensor in tensors}) > 1:
+        tensors = [values(tensor) for tensor in tensors]
+    starts = np.cumsum([0, *(tensor.n_rows for tensor in tensors)])
+    assert math.prod(ne[1:]) == (starts[-1] if index is None else len(index))
+
+    def pieces(first: int, end: int) -> Iterator[tuple[Tensor, NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield each tensor of which rows are wanted, where in the result they go, and which rows they are."""
+        asked = np.arange(first, end) if index is None else index[first:end]
+        owner = np.searchsorted(starts, asked, "right") - 1
+        for i in np.unique(owner).tolist():
+            at = np.flatnonzero(owner == i)
+            yield tensors[i], at, asked[at] - starts[i]
 
     def read(first: int, end: int) -> Array:
-        wanted = index[first:end]
-        low, high = int(wanted.min()), int(wanted.max()) + 1
-        if high - low == len(wanted) and (np.diff(wanted) == 1).all():
-            return tensor.blocks(low, high)
-        return tensor.blocks(low, high)[wanted - low]
+        out: Array = np.empty((end - first, tensors[0].type.row_bytes(ne[0])), np.uint8)
+        for tensor, at, wanted in pieces(first, end):
+            low, high = int(wanted.min()), int(wanted.max()) + 1
+            found = tensor.blocks(low, high)
+            if high - low != len(wanted) or (np.diff(wanted) != 1).any():
+                found = found[wanted - low]
+            if len(at) == end - first:
+                return found
+            out[at] = found
+        return out
 
     def free(first: int, end: int) -> None:
-        wanted = index[first:end]
-        tensor.release(int(wanted.min()), int(wanted.max()) + 1)
+        for tensor, _, wanted in pieces(first, end):
+            tensor.release(int(wanted.min()), int(wanted.max()) + 1)
 
-    return Source(tensor.name, ne, tensor.type, 0, tensor.file, read, free)
+    return Source(name, ne, tensors[0].type, 0, tensors[0].file, read, free)
+
+
+def rows(tensor: Tensor, index: NDArray[np.int64], ne: tuple[int, ...]) -> Tensor:
+    """Return rows `index` of the tensor, in that order, as a tensor of the sizes ne."""
+    return gathered(tensor.name, [tensor], index, ne)
+
+
+def stacked(name: str, tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors of one shape as one tensor with one dimension more."""
+    return gathered(name, tensors, None, (*tensors[0].ne, len(tensors)))
 
 
 def halves(tensor: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -166,46 +195,6 @@ def transposed(tensor: Tensor) -> Tensor:
         return np.concatenate(parts)
 
     return Source(tensor.name, (n_in, n_out, *more), tensor.type, 0, tensor.file, read)
-
-
-def stacked(name: str, tensors: Sequence[Tensor]) -> Tensor:
-    """Return tensors of one shape and type as one tensor with one dimension more."""
-    one = tensors[0]
-    n_rows = one.n_rows
-
-    def pieces(first: int, end: int) -> list[tuple[Tensor, int, int]]:
-        return [
-            (tensors[i], max(first - i * n_rows, 0), min(end - i * n_rows, n_rows))
-            for i in range(first // n_rows, -(-end // n_rows))
-        ]
-
-    def read(first: int, end: int) -> Array:
-        return np.concatenate([tensor.blocks(a, b) for tensor, a, b in pieces(first, end)])
-
-    def free(first: int, end: int) -> None:
-        for tensor, a, b in pieces(first, end):
-            tensor.release(a, b)
-
-    return Source(name, (*one.ne, len(tensors)), one.type, 0, one.file, read, free)
-
-
-def gathered(tensors: Sequence[Tensor], index: NDArray[np.int64], ne: tuple[int, ...]) -> Tensor:
-    """Return rows of several tensors as one F32 tensor of the sizes ne. index: rows, counted through all tensors."""
-    starts = np.cumsum([0, *(tensor.n_rows for tensor in tensors)])
-    assert len(index) == math.prod(ne[1:])
-
-    def read(first: int, end: int) -> Array:
-        wanted = index[first:end]
-        out = np.empty((len(wanted), ne[0]), np.float32)
-        for tensor, start, stop in zip(tensors, starts[:-1], starts[1:], strict=True):
-            at = np.flatnonzero((wanted >= start) & (wanted < stop))
-            if len(at):
-                inner = wanted[at] - start
-                low = int(inner.min())
-                out[at] = dequantize(tensor.blocks(low, int(inner.max()) + 1), tensor.type)[inner - low]
-        return out
-
-    return Source(tensors[0].name, ne, F32, 0, tensors[0].file, read)
 
 
 def columns(tensor: Tensor, start: int, step: int) -> Tensor:
