@@ -314,6 +314,11 @@ def _swa_layers(keys: _Keys, n_layer: int, period: int) -> tuple[bool, ...]:
     return tuple(period == 0 or (il + 1) % period != 0 for il in range(n_layer))
 
 
+def _size(ne: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes without those of 1 at the end, which files may leave out."""
+    return ne if not ne or ne[-1] != 1 else _size(ne[:-1])
+
+
 def _shape_of(tensor: Tensor | None) -> str:
     return "is missing" if tensor is None else f"has {' x '.join(map(str, tensor.ne))} values"
 
@@ -330,7 +335,7 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
     def check(name: str, shape: Shape) -> None:
         ne = tuple(sum(getattr(config, part) for part in size.split("+")) for size in shape)
         tensor = tensors.get(name)
-        if tensor is None or not tensor.same_shape(ne):
+        if tensor is None or _size(tensor.ne) != _size(ne):
             expected = " x ".join(map(str, ne))
             raise FormatError(
                 f"tensor {name} {_shape_of(tensor)}, must have {expected} in this {config.arch.name} model"

@@ -1,1 +1,1 @@
-"""What a GGUF file holds. Start with reader.py; writer.py is the way back."""
+"""Reading and writing GGUF files. Start with reader.py; writer.py is the way back."""

@@ -41,7 +41,7 @@ class Sums:
     """The sums of squares of one matrix."""
 
     sums: NDArray[np.float32]  # float32[n_expert, n_in], of a legacy file float32[1, n_expert * n_in]
-    counts: NDArray[np.float32]  # float32[n_expert]: how many squares each sum is of
+    counts: NDArray[np.float32]  # float32[n_expert]: the number of squares in each sum
 
     def means(self) -> NDArray[np.float32]:
         """Return sums / counts, float32[n_in] or float32[n_expert, n_in]: all 1 for an expert without tokens."""

@@ -113,7 +113,7 @@ def _nested(arrays: list[Any]) -> list[Any]:
 
 
 def read_metadata(cursor: Cursor, n_kv: int) -> Metadata:
-    """Read n_kv pairs and leave the cursor behind them. FormatError if a pair is damaged, too large or there twice."""
+    """Read n_kv pairs and leave the cursor behind them. FormatError for a bad pair or a key that occurs twice."""
     if n_kv > MAX_KEYS:
         raise cursor.error(f"the header claims {n_kv} metadata keys: at most {MAX_KEYS} are allowed")
     entries: dict[str, tuple[ValueType, int]] = {}
@@ -137,7 +137,7 @@ def _value_type(cursor: Cursor, what: str) -> ValueType:
 
 
 def _array_header(cursor: Cursor, what: str) -> tuple[ValueType, int]:
-    """Return the type and the number of the items. The file is large enough for so many of the smallest size."""
+    """Return the type and the number of the items. FormatError if the file is too short for so many."""
     type = _value_type(cursor, f"an item of {what}")
     at = cursor.at
     n = cursor.number("Q", f"the number of items of {what}")

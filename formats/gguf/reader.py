@@ -19,13 +19,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
 from gguf_run.formats.gguf.mapped import Cursor, MappedFile, MemoryFile, quoted
 from gguf_run.formats.gguf.metadata import Metadata, read_metadata
 from gguf_run.formats.gguf.tensors import Tensor, read_tensors
-from gguf_run.formats.gguf.writer_metadata import MetaValue, encode_pair
+
+if TYPE_CHECKING:
+    from gguf_run.formats.gguf.writer_metadata import MetaValue
 
 __all__ = ["GGUFFile", "Tensor"]
 
@@ -59,7 +61,8 @@ class GGUFFile:
 
     def __init__(self, parts: Sequence[_Part]) -> None:
         first = parts[0]
-        self.path: Path = first.file.path  # of the first file, as the next four
+        # Path, version, byte order, alignment and metadata are those of the first file.
+        self.path: Path = first.file.path
         self.version: int = first.version
         self.byte_order: str = first.file.order  # "<" or ">"
         self.alignment: int = first.alignment
@@ -83,8 +86,10 @@ class GGUFFile:
         return cls(_read_parts(Path(path)))
 
     @classmethod
-    def of(cls, path: Path, metadata: Mapping[str, MetaValue], tensors: Mapping[str, Tensor]) -> "GGUFFile":
+    def of(cls, path: Path, metadata: "Mapping[str, MetaValue]", tensors: Mapping[str, Tensor]) -> "GGUFFile":
         """Return the file that these metadata and tensors would make. path: the path that errors name."""
+        from gguf_run.formats.gguf.writer_metadata import encode_pair
+
         pairs = b"".join(encode_pair(key, value, "<") for key, value in metadata.items())
         file = MemoryFile(path, pairs)
         read = read_metadata(Cursor(file), len(metadata))

@@ -139,7 +139,7 @@ class GGUFWriter:
                 self._replacing.close()  # the last file first: readers find the others by the first
 
     def abort(self) -> None:
-        """Remove all files. Does nothing after close()."""
+        """Remove the files that are being written. Does nothing after close()."""
         if self._file is not None:
             with suppress(OSError):  # a full disk shows here once more
                 self._file.close()
@@ -243,7 +243,7 @@ def _alignment(pairs: Mapping[str, MetaValue]) -> int:
 
 
 def _check_tensors(tensors: Sequence[TensorInfo]) -> None:
-    """GgufRunError for tensors that a reader would refuse."""
+    """Raise GgufRunError for tensors that a reader would refuse."""
     if len(tensors) > MAX_TENSORS:
         raise GgufRunError(f"there are {len(tensors)} tensors: at most {MAX_TENSORS} are allowed")
     names: set[str] = set()

@@ -11,19 +11,9 @@ from click.core import ParameterSource
 
 from gguf_run.formats.errors import OptionError
 from gguf_run.formats.gguf.reader import GGUFFile
-from gguf_run.runtime.cli import complete
+from gguf_run.runtime.cli import complete, load_options
 from gguf_run.runtime.cli.common import tool
 from gguf_run.runtime.cli.info_report import change_lines, diff_lines, file_lines, fit_lines
-from gguf_run.runtime.cli.load_options import (
-    CACHE_OPTIONS,
-    CTX_SIZE,
-    EXPERT_OPTIONS,
-    GPU_LAYERS,
-    PATH,
-    TENSOR_SPLIT,
-    byte_size,
-    to_load_options,
-)
 from gguf_run.runtime.hub.find import find_model
 from gguf_run.runtime.info.contents import file_facts, listed_tensors, memory_facts
 from gguf_run.runtime.info.diff import compare
@@ -36,7 +26,13 @@ Answer = tuple[Mapping[str, Any], Iterator[str]]  # facts for --json, and the sa
 
 @tool(
     "gguf-info",
-    params=[CTX_SIZE, *CACHE_OPTIONS, GPU_LAYERS, TENSOR_SPLIT, *EXPERT_OPTIONS],
+    params=[
+        load_options.CTX_SIZE,
+        *load_options.CACHE_OPTIONS,
+        load_options.GPU_LAYERS,
+        load_options.TENSOR_SPLIT,
+        *load_options.EXPERT_OPTIONS,
+    ],
     examples=(
         "gguf-info model.gguf -c 32768",
         "gguf-info --fit model.gguf",
@@ -47,26 +43,17 @@ Answer = tuple[Mapping[str, Any], Iterator[str]]  # facts for --json, and the sa
 )
 @click.argument("models", metavar="[MODEL...]", nargs=-1, shell_complete=complete.models)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--fit", is_flag=True, help="Show what fits this machine, and how fast: of MODELs, or of usual sizes.")
-@click.option("--tensors", is_flag=True, help="List the tensors as well.")
-@click.option("--stats", is_flag=True, help="Show statistics of the tensors' weights as well.")
+@click.option("--fit", is_flag=True, help="Show what fits this machine, and how fast: each MODEL, or usual sizes.")
+@click.option("--tensors", is_flag=True, help="Also list the tensors.")
+@click.option("--stats", is_flag=True, help="Also show statistics of the weights of each tensor.")
 @click.option(
-    "--diff",
-    metavar="OTHER",
-    shell_complete=complete.models,
-    help="Show what differs in another file: metadata, tensors, error of each.",
+    "--diff", metavar="OTHER", shell_complete=complete.models, help="Show how another file differs from MODEL."
 )
-@click.option(
-    "--match",
-    metavar="REGEX",
-    default="",
-    show_default=False,
-    help="Only tensors whose name holds a match.  [default: all]",
-)
+@click.option("--match", metavar="REGEX", default=".*", help="Only tensors in whose names REGEX is found.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Change a metadata key; see above.")
 @click.option("--remove", metavar="KEY", multiple=True, help="Remove a metadata key.")
-@click.option("--output", "-o", type=PATH, help="File to write the changed model to.")
-@click.option("--in-place", is_flag=True, help="Change the file itself, if its size stays the same.")
+@click.option("--output", "-o", type=load_options.PATH, help="File to write the changed model to.")
+@click.option("--in-place", is_flag=True, help="Change the file itself. Its header must keep its size.")
 @click.option("--gpu-memory", metavar="N(M|G),...", help="Show what goes on GPUs with these bytes of free memory.")
 def main(models: Sequence[str], as_json: bool, fit: bool, **given: Any) -> None:
     """Show what is in a GGUF file: metadata, sizes per tensor type, parameters, and the memory it will need.
@@ -89,7 +76,7 @@ def main(models: Sequence[str], as_json: bool, fit: bool, **given: Any) -> None:
 
 def _fit(models: Sequence[str]) -> Answer:
     """Return what fits this machine, of the files or of usual sizes."""
-    from gguf_run.runtime.info.fit import SHAPES, Machine, fit_file, fit_shape
+    from gguf_run.runtime.info.fit import USUAL_MODELS, Machine, fit_file, fit_usual
 
     context = click.get_current_context()
     for option in context.command.params:
@@ -100,7 +87,7 @@ def _fit(models: Sequence[str]) -> Answer:
     with ExitStack() as files:
         opened = [files.enter_context(GGUFFile.open(path)) for path in paths]
         machine = Machine.measure()
-        found = [fit_file(file, machine) for file in opened] or [fit_shape(shape, machine) for shape in SHAPES]
+        found = [fit_file(file, machine) for file in opened] or [fit_usual(model, machine) for model in USUAL_MODELS]
     measured = machine.facts()
     return {"machine": measured, "models": found}, fit_lines(measured, found)
 
@@ -112,7 +99,7 @@ def _one(
     is_edit = _is_edit(**given)
     if is_edit and (tensors or stats or diff):
         raise click.UsageError("--set and --remove go without --tensors, --stats and --diff.")
-    pattern, (options, gpus) = _pattern(match), _load_options(gpu_memory, given)
+    pattern, (options, gpus) = _pattern(match), _loading(gpu_memory, given)
     with GGUFFile.open(find_model(model)) as file:
         if is_edit:
             with Progress("writing") as progress:
@@ -139,10 +126,10 @@ def _is_edit(assignments: Sequence[str], remove: Sequence[str], output: Any, in_
     return is_edit
 
 
-def _load_options(gpu_memory: str | None, given: Mapping[str, Any]) -> tuple[LoadOptions, list[int]]:
+def _loading(gpu_memory: str | None, given: Mapping[str, Any]) -> tuple[LoadOptions, list[int]]:
     """Return the options of loading the model, and the free bytes of each GPU."""
-    gpus = [byte_size(part, "--gpu-memory") for part in gpu_memory.split(",")] if gpu_memory else []
-    options = to_load_options(given, device=",".join(f"cuda:{i}" for i in range(len(gpus))) or "auto")
+    gpus = [load_options.byte_size(part, "--gpu-memory") for part in gpu_memory.split(",")] if gpu_memory else []
+    options = load_options.to_load_options(given, device=",".join(f"cuda:{i}" for i in range(len(gpus))) or "auto")
     if options.wanted != Wanted() and not gpus:
         raise click.UsageError("--gpu-layers, --tensor-split, --cpu-moe and --n-cpu-moe need --gpu-memory.")
     return options, gpus

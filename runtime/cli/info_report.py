@@ -94,7 +94,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _value(entry: Facts) -> str:
-    """Return a metadata value on one line, of a long one the beginning."""
+    """Return a metadata value on one line. A long value is cut."""
     value, start, length = entry["value"], entry.get("from", 0), entry.get("length", 0)
     place, more = "", ""
     if "length" in entry:

@@ -38,21 +38,17 @@ _KV_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": {"t
 )
 @click.argument("model", metavar="IN", shell_complete=complete.models)
 @click.argument("rest", metavar="OUT TYPE", nargs=-1, required=True, shell_complete=complete.file_types)
-@click.option("--include-weights", multiple=True, metavar="TEXT", help="Use only imatrix entries named like TEXT.")
-@click.option("--exclude-weights", multiple=True, metavar="TEXT", help="Use no imatrix entries named like TEXT.")
+@click.option(
+    "--include-weights", multiple=True, metavar="TEXT", help="Use only imatrix entries whose names hold TEXT."
+)
+@click.option("--exclude-weights", multiple=True, metavar="TEXT", help="Use no imatrix entries whose names hold TEXT.")
 @click.option("--pure", is_flag=True, help="One type for all matrices, no mixture.")
 @click.option("--tensor-type", multiple=True, metavar="REGEX=TYPE", help="Type of the tensors whose name matches.")
 @click.option(
-    "--output-tensor-type",
-    metavar="TYPE",
-    shell_complete=complete.tensor_types,
-    help="Type of the matrix that makes the logits.",
+    "--output-tensor-type", metavar="TYPE", shell_complete=complete.tensor_types, help="Type of the output matrix."
 )
 @click.option(
-    "--token-embedding-type",
-    metavar="TYPE",
-    shell_complete=complete.tensor_types,
-    help="Type of the token embeddings.",
+    "--token-embedding-type", metavar="TYPE", shell_complete=complete.tensor_types, help="Type of the embeddings."
 )
 @click.option("--leave-output-tensor", is_flag=True, help="Keep output.weight as it is.")
 @click.option("--allow-requantize", is_flag=True, help="Quantize quantized tensors again: this costs quality.")

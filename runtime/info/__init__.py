@@ -1,1 +1,1 @@
-"""What a GGUF file says of itself. It prints nothing."""
+"""Facts about GGUF files: contents, differences, edits, what fits this machine. Start with contents.py."""

@@ -78,7 +78,7 @@ def _assignment(text: str, metadata: Metadata) -> tuple[str, Typed]:
     try:
         typed = Typed(type, _parse(value, type)) if type else as_typed(_guess(value))
         encode_pair(key, typed, "<")
-    except ValueError:
+    except (KeyError, ValueError):
         raise OptionError(f"--set {quoted(text)}: {quoted(value)} is not a value of type {type}") from None
     except GgufRunError as error:
         raise OptionError(f"--set {quoted(text)}: {error}") from None
@@ -86,28 +86,24 @@ def _assignment(text: str, metadata: Metadata) -> tuple[str, Typed]:
 
 
 def _parse(value: str, type: str) -> Any:
-    """Return the value of a known type. ValueError if the text is no such value. encode_pair refuses unknown types."""
-    if type == "string":
-        return value
+    """Return the value of a type. ValueError or KeyError if the text is no such value. encode_pair checks the type."""
     if type == "bool":
-        if value.lower() not in _TRUTH:
-            raise ValueError(value)
         return _TRUTH[value.lower()]
+    if type in ("f32", "f64"):
+        return float(value)
     if type.startswith("array"):
         return json.loads(value)
-    if type in VALUE_TYPES:
-        return float(value) if type in ("f32", "f64") else int(value, 0)
-    return value
+    return int(value, 0) if type in VALUE_TYPES and type != "string" else value
 
 
 def _guess(value: str) -> Any:
-    """Return true, false, a number or a list that the text is in JSON. Any other text is a string."""
+    """Return the bool, number or list that the text stands for in JSON. Any other text is a string."""
     try:
-        found = json.loads(value)
+        parsed = json.loads(value)
     except ValueError:
         return value
-    is_finite = not isinstance(found, float) or math.isfinite(found)
-    return found if isinstance(found, bool | int | float | list) and is_finite else value
+    is_finite = not isinstance(parsed, float) or math.isfinite(parsed)
+    return parsed if isinstance(parsed, bool | int | float | list) and is_finite else value
 
 
 def _write(file: GGUFFile, pairs: Mapping[str, Typed], output: Path, progress: Callable[[int, int], None]) -> None:

@@ -16,7 +16,7 @@ from gguf_run.formats.gguf.tensors import TensorInfo
 from gguf_run.kernels_cpu.measure.limits import Limits, measure_limits
 from gguf_run.kernels_cpu.panels.panels import matrix_bytes
 from gguf_run.kernels_cpu.vector import isa
-from gguf_run.models.architectures import EXPERTS, LAYER_SHAPES, MODEL_SHAPES
+from gguf_run.models.architectures import ARCHITECTURES, EXPERTS, LAYER_SHAPES, MODEL_SHAPES
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.load.machine import available_memory, default_threads
@@ -31,12 +31,12 @@ CACHES = ("f16", "q8_0")  # types of the KV cache
 N_PROMPT = 512  # tokens of the prompt whose speed is estimated
 # The part of the limits that the kernels reach (docs/measured.md).
 DECODE_PART, PREFILL_PART = 0.8, 0.48
-FLOAT_OPS = 4  # int8 operations that take as long as one of floats
+FLOAT_OPS = 4  # int8 operations in the time of one float operation
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The sizes of a model that many people run, for the table without files."""
+class UsualModel:
+    """The sizes of a model that many people run. --fit shows these where no file is given."""
 
     name: str
     n_layer: int
@@ -51,25 +51,21 @@ class Shape:
     n_expert: int = 0
     n_used: int = 0  # experts that a token is sent to
 
-    def model(self) -> tuple[ModelConfig, list[TensorInfo]]:
+    def tensors(self) -> tuple[ModelConfig, list[TensorInfo]]:
         """Return the config, and the tensors in BF16."""
-        arch = "qwen3moe" if self.n_expert else "llama"
+        arch = ARCHITECTURES["qwen3moe" if self.n_expert else "llama"]
         numbers = {
             "block_count": self.n_layer, "embedding_length": self.n_embd, "feed_forward_length": self.n_ff,
             "attention.head_count": self.n_head, "attention.head_count_kv": self.n_head_kv,
             "attention.key_length": self.head_dim, "attention.value_length": self.head_dim,
-            "context_length": self.n_ctx, "attention.layer_norm_rms_epsilon": 1e-5,
+            "context_length": self.n_ctx, "attention.layer_norm_rms_epsilon": 1e-5, "expert_count": self.n_expert,
+            "expert_used_count": self.n_used, "expert_feed_forward_length": self.n_ff,
         }  # fmt: skip
-        layer = ["attn_norm", "ffn_norm", "attn_q", "attn_k", "attn_v", "attn_output"]
-        if self.n_expert:
-            numbers |= {"expert_count": self.n_expert, "expert_used_count": self.n_used}
-            numbers["expert_feed_forward_length"] = self.n_ff
-            layer += ["attn_q_norm", "attn_k_norm", "ffn_gate_inp", *EXPERTS]
-        else:
-            layer += ["ffn_gate", "ffn_up", "ffn_down"]
+        ffn = ("ffn_gate_inp", *EXPERTS) if self.n_expert else (*arch.gate_up, "ffn_down")
+        layer = (*arch.norms, *arch.qkv, "attn_output", *ffn)
         shapes = {f"blk.{il}.{name}.weight": LAYER_SHAPES[name] for il in range(self.n_layer) for name in layer}
-        model = ("token_embd.weight", "output_norm.weight", *(() if self.tied else ("output.weight",)))
-        shapes |= {name: MODEL_SHAPES[name] for name in model}
+        left_out = ("output.bias", "output_norm.bias", *(["output.weight"] if self.tied else []))
+        shapes |= {name: shape for name, shape in MODEL_SHAPES.items() if name not in left_out}
         widths = {"n_embd_q": self.n_head * self.head_dim, "n_embd_kv": self.n_head_kv * self.head_dim}
         widths |= {"n_ff_exp": self.n_ff} | vars(self)
         f32, bf16 = type_by_name("F32"), type_by_name("BF16")
@@ -77,20 +73,20 @@ class Shape:
             TensorInfo(name, tuple(widths[word] for word in words), bf16 if len(words) > 1 else f32)
             for name, words in shapes.items()
         ]
-        metadata = {"general.architecture": arch} | {f"{arch}.{key}": value for key, value in numbers.items()}
+        metadata = {"general.architecture": arch.name} | {f"{arch.name}.{key}": n for key, n in numbers.items()}
         by_name = cast(Mapping[str, Tensor], {tensor.name: tensor for tensor in tensors})
         return ModelConfig.from_metadata(metadata, by_name), tensors
 
 
 # Llama 3.1 to 3.3; 14B, 32B and the mixture of experts are Qwen 3.
-SHAPES = (
-    Shape("1B", 16, 2048, 32, 8, 64, 8192, 128256, 131072, True),
-    Shape("3B", 28, 3072, 24, 8, 128, 8192, 128256, 131072, True),
-    Shape("8B", 32, 4096, 32, 8, 128, 14336, 128256, 131072),
-    Shape("14B", 40, 5120, 40, 8, 128, 17408, 151936, 40960),
-    Shape("30B-A3B", 48, 2048, 32, 4, 128, 768, 151936, 40960, False, 128, 8),
-    Shape("32B", 64, 5120, 64, 8, 128, 25600, 151936, 40960),
-    Shape("70B", 80, 8192, 64, 8, 128, 28672, 128256, 131072),
+USUAL_MODELS = (
+    UsualModel("1B", 16, 2048, 32, 8, 64, 8192, 128256, 131072, True),
+    UsualModel("3B", 28, 3072, 24, 8, 128, 8192, 128256, 131072, True),
+    UsualModel("8B", 32, 4096, 32, 8, 128, 14336, 128256, 131072),
+    UsualModel("14B", 40, 5120, 40, 8, 128, 17408, 151936, 40960),
+    UsualModel("30B-A3B", 48, 2048, 32, 4, 128, 768, 151936, 40960, False, 128, 8),
+    UsualModel("32B", 64, 5120, 64, 8, 128, 25600, 151936, 40960),
+    UsualModel("70B", 80, 8192, 64, 8, 128, 28672, 128256, 131072),
 )
 
 
@@ -117,24 +113,18 @@ class Machine:
         }
 
 
-def used_part(config: ModelConfig, name: str) -> float:
-    """Return the part of a tensor that a token needs: of experts those it is sent to, of embeddings a row (0)."""
-    if "_exps." in name:
-        return config.moe.n_used / config.n_expert
-    return 0.0 if name == "token_embd.weight" else 1.0
-
-
 def speeds(config: ModelConfig, tensors: Sequence[TensorInfo], limits: Limits) -> tuple[float, float]:
     """Return estimates of the tokens per second that are decoded after a short text, and that are prefilled.
 
-    Decoding reads the weights that a token needs once. A prompt of N_PROMPT tokens is multiplied with the weights of
-    the layers, and its queries with the keys and values of the positions before them.
+    Decoding reads the weights that a token needs once: of experts those that it is sent to, of embeddings only a row,
+    unless they make the logits too. A prompt of N_PROMPT tokens is multiplied with the weights of the layers, and its
+    queries with the keys and values of the positions before them.
     """
-    tied = all(tensor.name != "output.weight" for tensor in tensors)
+    has_output = any(tensor.name == "output.weight" for tensor in tensors)
     n_bytes, n_ops = 0.0, 2.0 * FLOAT_OPS * N_PROMPT * config.n_embd_q * config.n_layer
     for tensor in tensors:
-        if len(tensor.ne) > 1:
-            part = 1.0 if tied and tensor.name == "token_embd.weight" else used_part(config, tensor.name)
+        if len(tensor.ne) > 1 and not (has_output and tensor.name == "token_embd.weight"):
+            part = config.moe.n_used / config.n_expert if "_exps." in tensor.name else 1.0
             n_bytes += part * matrix_bytes(tensor.type.name, tensor.ne[0], tensor.n_rows)
             n_ops += 2 * part * tensor.n_elements * tensor.name.startswith("blk.")
     return DECODE_PART * limits.read_bytes / n_bytes, PREFILL_PART * limits.int8_ops / n_ops
@@ -193,8 +183,8 @@ def fit_file(file: GGUFFile, machine: Machine) -> dict[str, Any]:
     return {"model": str(file.path), "n_ctx_train": config.n_ctx_train, "rows": rows}
 
 
-def fit_shape(shape: Shape, machine: Machine) -> dict[str, Any]:
-    """Return the rows of a model of that shape in a few types."""
-    config, tensors = shape.model()
+def fit_usual(model: UsualModel, machine: Machine) -> dict[str, Any]:
+    """Return the rows of a model of usual size in a few types."""
+    config, tensors = model.tensors()
     rows = [fit_row(name, config, quantized(tensors, config, name), machine) for name in FEW_TYPES]
-    return {"model": shape.name, "n_ctx_train": config.n_ctx_train, "rows": rows}
+    return {"model": model.name, "n_ctx_train": config.n_ctx_train, "rows": rows}

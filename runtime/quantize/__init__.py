@@ -1,1 +1,1 @@
-"""Which type each tensor gets, then the new file. Start with rules.py."""
+"""Quantizing a file: which type each tensor gets (rules.py), then the new file (file.py). Start with plan.py."""

@@ -22,7 +22,7 @@ class FileType:
     id: int | None  # general.file_type; None: the number of the input stays
     name: str  # as llama-quantize knows it
     default: str  # the tensor type of most matrices
-    label: str = ""  # what llama.cpp shows, where that is not the name
+    label: str = ""  # what llama.cpp shows; "": the name
 
     @property
     def is_writable(self) -> bool:
@@ -30,52 +30,28 @@ class FileType:
         return self.default in WRITABLE
 
 
-# The numbers and labels are those of llama.h and src/llama-model-loader.cpp of llama.cpp.
-FILE_TYPES: Mapping[str, FileType] = MappingProxyType(
-    {
-        kind.name: kind
-        for kind in (
-            FileType(0, "F32", "F32", "all F32"),
-            FileType(1, "F16", "F16"),
-            FileType(32, "BF16", "BF16"),
-            FileType(2, "Q4_0", "Q4_0"),
-            FileType(3, "Q4_1", "Q4_1"),
-            FileType(8, "Q5_0", "Q5_0"),
-            FileType(9, "Q5_1", "Q5_1"),
-            FileType(7, "Q8_0", "Q8_0"),
-            FileType(10, "Q2_K", "Q2_K", "Q2_K - Medium"),
-            FileType(21, "Q2_K_S", "Q2_K", "Q2_K - Small"),
-            FileType(11, "Q3_K_S", "Q3_K", "Q3_K - Small"),
-            FileType(12, "Q3_K_M", "Q3_K", "Q3_K - Medium"),
-            FileType(13, "Q3_K_L", "Q3_K", "Q3_K - Large"),
-            FileType(14, "Q4_K_S", "Q4_K", "Q4_K - Small"),
-            FileType(15, "Q4_K_M", "Q4_K", "Q4_K - Medium"),
-            FileType(16, "Q5_K_S", "Q5_K", "Q5_K - Small"),
-            FileType(17, "Q5_K_M", "Q5_K", "Q5_K - Medium"),
-            FileType(18, "Q6_K", "Q6_K"),
-            FileType(25, "IQ4_NL", "IQ4_NL", "IQ4_NL - 4.5 bpw"),
-            FileType(30, "IQ4_XS", "IQ4_XS", "IQ4_XS - 4.25 bpw"),
-            FileType(36, "TQ1_0", "TQ1_0", "TQ1_0 - 1.69 bpw ternary"),
-            FileType(37, "TQ2_0", "TQ2_0", "TQ2_0 - 2.06 bpw ternary"),
-            FileType(38, "MXFP4_MOE", "MXFP4", "MXFP4 MoE"),
-            FileType(None, "COPY", "F32"),
-            # Files that this program reads and does not write.
-            FileType(24, "IQ1_S", "IQ1_S", "IQ1_S - 1.5625 bpw"),
-            FileType(31, "IQ1_M", "IQ1_M", "IQ1_M - 1.75 bpw"),
-            FileType(19, "IQ2_XXS", "IQ2_XXS", "IQ2_XXS - 2.0625 bpw"),
-            FileType(20, "IQ2_XS", "IQ2_XS", "IQ2_XS - 2.3125 bpw"),
-            FileType(28, "IQ2_S", "IQ2_XS", "IQ2_S - 2.5 bpw"),
-            FileType(29, "IQ2_M", "IQ2_S", "IQ2_M - 2.7 bpw"),
-            FileType(23, "IQ3_XXS", "IQ3_XXS", "IQ3_XXS - 3.0625 bpw"),
-            FileType(22, "IQ3_XS", "IQ3_S", "IQ3_XS - 3.3 bpw"),
-            FileType(26, "IQ3_S", "IQ3_S", "IQ3_S - 3.4375 bpw"),
-            FileType(27, "IQ3_M", "IQ3_S", "IQ3_S mix - 3.66 bpw"),
-            FileType(39, "NVFP4", "NVFP4"),
-            FileType(40, "Q1_0", "Q1_0"),
-            FileType(41, "Q2_0", "Q2_0"),
-        )
-    }
-)
+# Numbers from llama.h, labels from src/llama-model-loader.cpp of llama.cpp.
+# fmt: off
+FILE_TYPES: Mapping[str, FileType] = MappingProxyType({row[1]: FileType(*row) for row in (
+    (0, "F32", "F32", "all F32"), (1, "F16", "F16"), (32, "BF16", "BF16"),
+    (2, "Q4_0", "Q4_0"), (3, "Q4_1", "Q4_1"), (8, "Q5_0", "Q5_0"), (9, "Q5_1", "Q5_1"), (7, "Q8_0", "Q8_0"),
+    (10, "Q2_K", "Q2_K", "Q2_K - Medium"), (21, "Q2_K_S", "Q2_K", "Q2_K - Small"),
+    (11, "Q3_K_S", "Q3_K", "Q3_K - Small"), (12, "Q3_K_M", "Q3_K", "Q3_K - Medium"),
+    (13, "Q3_K_L", "Q3_K", "Q3_K - Large"),
+    (14, "Q4_K_S", "Q4_K", "Q4_K - Small"), (15, "Q4_K_M", "Q4_K", "Q4_K - Medium"),
+    (16, "Q5_K_S", "Q5_K", "Q5_K - Small"), (17, "Q5_K_M", "Q5_K", "Q5_K - Medium"), (18, "Q6_K", "Q6_K"),
+    (25, "IQ4_NL", "IQ4_NL", "IQ4_NL - 4.5 bpw"), (30, "IQ4_XS", "IQ4_XS", "IQ4_XS - 4.25 bpw"),
+    (36, "TQ1_0", "TQ1_0", "TQ1_0 - 1.69 bpw ternary"), (37, "TQ2_0", "TQ2_0", "TQ2_0 - 2.06 bpw ternary"),
+    (38, "MXFP4_MOE", "MXFP4", "MXFP4 MoE"), (None, "COPY", "F32"),
+    # Files that this program reads and does not write.
+    (24, "IQ1_S", "IQ1_S", "IQ1_S - 1.5625 bpw"), (31, "IQ1_M", "IQ1_M", "IQ1_M - 1.75 bpw"),
+    (19, "IQ2_XXS", "IQ2_XXS", "IQ2_XXS - 2.0625 bpw"), (20, "IQ2_XS", "IQ2_XS", "IQ2_XS - 2.3125 bpw"),
+    (28, "IQ2_S", "IQ2_XS", "IQ2_S - 2.5 bpw"), (29, "IQ2_M", "IQ2_S", "IQ2_M - 2.7 bpw"),
+    (23, "IQ3_XXS", "IQ3_XXS", "IQ3_XXS - 3.0625 bpw"), (22, "IQ3_XS", "IQ3_S", "IQ3_XS - 3.3 bpw"),
+    (26, "IQ3_S", "IQ3_S", "IQ3_S - 3.4375 bpw"), (27, "IQ3_M", "IQ3_S", "IQ3_S mix - 3.66 bpw"),
+    (39, "NVFP4", "NVFP4"), (40, "Q1_0", "Q1_0"), (41, "Q2_0", "Q2_0"),
+)})
+# fmt: on
 WRITABLE_FILES = tuple(kind.name for kind in FILE_TYPES.values() if kind.is_writable)
 # Every matrix keeps its type, except that F32 becomes F16. The name is not for users: gguf-convert chooses this kind.
 KEEP = FileType(None, "KEEP", "F16")

@@ -30,8 +30,8 @@ class Options:
     overrides: Overrides = field(default_factory=Overrides)
     imatrix: Imatrix | None = None
     imatrix_path: str = ""  # the path that is noted in the file
-    use_entries: tuple[str, ...] = ()  # use entries of the imatrix whose names hold one of these texts; (): all
-    skip_entries: tuple[str, ...] = ()  # and none whose name holds one of these
+    use_entries: tuple[str, ...] = ()  # use imatrix entries whose names hold one of these texts; (): all
+    skip_entries: tuple[str, ...] = ()  # skip imatrix entries whose names hold one of these texts
     metadata: Mapping[str, MetaValue] = field(default_factory=dict)  # keys to set
     prune: frozenset[int] = frozenset()  # numbers of the layers to leave out
     keep_split: bool = False  # write as many files as the input has, with the same tensors

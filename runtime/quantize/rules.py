@@ -100,7 +100,7 @@ class Choice:
     """The type that a tensor gets."""
 
     type: TensorType
-    wanted: TensorType | None = None  # the type that the length of the rows forbids, if it does
+    wanted: TensorType | None = None  # the better type that the row length rules out, None: there is none
     needs_imatrix: bool = False  # without importance weights the tensor is of no use
 
 
@@ -168,7 +168,8 @@ _FALCON: Mapping[str, _Rules] = MappingProxyType(
         "attn_output": {"Q3_K_L": (("always", "Q4_K"),)},
     }
 )
-# Architecture -> layers of its model of 70 billion weights, whose attn_v is an eighth of attn_q and costs little.
+# Architecture -> layers of its model of 70 billion weights, whose attn_v is an eighth of attn_q and costs little. A
+# llama with as many heads of keys as of queries is another model.
 _LAYERS_70B: Mapping[str, int] = MappingProxyType({"llama": 80, "qwen2": 80})
 # File types that give attn_output of a model with 8 experts a Q5_K: the attention is a small part of such a file.
 _EIGHT_EXPERTS_OUTPUT = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "IQ4_NL", "IQ4_XS")
@@ -271,8 +272,8 @@ class _Mixture:
         """Return the type of the matrix that makes the logits."""
         if self._overrides.output_type:
             return self._overrides.output_type.name
-        is_eight = self._kind.name in ("MXFP4_MOE", "Q8_0") or self._facts.arch == "falcon"
-        return "Q8_0" if is_eight or weight.ne[0] % self._default.block_size else "Q6_K"
+        is_q8 = self._kind.name in ("MXFP4_MOE", "Q8_0") or self._facts.arch == "falcon"
+        return "Q8_0" if is_q8 or weight.ne[0] % self._default.block_size else "Q6_K"
 
     def _of_layer(self, weight: TensorInfo, category: str) -> str:
         """Return the type of a layer's matrix, by its position among those of its category."""

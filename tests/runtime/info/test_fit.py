@@ -9,11 +9,11 @@ from click.testing import CliRunner
 
 from gguf_run.kernels_cpu.measure.limits import Limits
 from gguf_run.runtime.cli.info import main
-from gguf_run.runtime.info.fit import DECODE_PART, SHAPES, TYPES, Machine, fit_row, fit_shape, quantized, speeds
+from gguf_run.runtime.info.fit import DECODE_PART, TYPES, USUAL_MODELS, Machine, fit_row, fit_usual, quantized, speeds
 from gguf_run.runtime.load.memory import MemoryPlan
 
 MACHINE = Machine(10_000_000_000, Limits(2, 40e9, 1.8e12))
-BY_NAME = {shape.name: shape for shape in SHAPES}
+BY_NAME = {model.name: model for model in USUAL_MODELS}
 
 
 @pytest.mark.parametrize(
@@ -22,19 +22,19 @@ BY_NAME = {shape.name: shape for shape in SHAPES}
 )
 def test_sizes_as_published(name: str, type: str, gib: float) -> None:
     """llama-bench's "size" of these models, in many of its published tables."""
-    row = next(row for row in fit_shape(BY_NAME[name], MACHINE)["rows"] if row["type"] == type)
+    row = next(row for row in fit_usual(BY_NAME[name], MACHINE)["rows"] if row["type"] == type)
     assert round(row["nbytes"] / 2**30, 2) == gib
 
 
 def test_parameters_as_published() -> None:
-    n_weights = {name: sum(t.n_elements for t in shape.model()[1]) for name, shape in BY_NAME.items()}
+    n_weights = {name: sum(t.n_elements for t in model.tensors()[1]) for name, model in BY_NAME.items()}
     assert {name: round(n / 1e9, 2) for name, n in n_weights.items()} == {
         "1B": 1.24, "3B": 3.21, "8B": 8.03, "14B": 14.77, "30B-A3B": 30.53, "32B": 32.76, "70B": 70.55,
     }  # fmt: skip
 
 
 def test_largest_context_fits_and_no_larger_one() -> None:
-    config, tensors = BY_NAME["8B"].model()
+    config, tensors = BY_NAME["8B"].tensors()
     tensors = quantized(tensors, config, "Q6_K")
     row = fit_row("Q6_K", config, tensors, MACHINE)
     for kind, n_ctx in row["contexts"].items():
@@ -48,7 +48,7 @@ def test_largest_context_fits_and_no_larger_one() -> None:
 def test_decoding_reads_what_a_token_needs() -> None:
     """All but the embeddings, of which it takes a row; of 128 experts 8: 3.04 of 30.53 billion weights."""
     for name, n_read in (("8B", 7.50e9), ("1B", 1.236e9), ("30B-A3B", 3.04e9)):
-        config, tensors = BY_NAME[name].model()
+        config, tensors = BY_NAME[name].tensors()
         speed, _ = speeds(config, tensors, MACHINE.limits)
         assert DECODE_PART * 40e9 / speed / 2 == pytest.approx(n_read, rel=0.003)
 

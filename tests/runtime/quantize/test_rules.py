@@ -57,7 +57,7 @@ def summary(weights: Sequence[Weight], types: Sequence[str]) -> str:
     for weight, type in zip(weights, types, strict=True):
         if len(weight.ne) > 1:
             kinds.setdefault(re.sub(r"blk\.\d+\.|\.weight", "", weight.name), []).append(type)
-    runs = {kind: [(len(list(run)), type) for type, run in itertools.groupby(all)] for kind, all in kinds.items()}
+    runs = {kind: [(len(list(run)), type) for type, run in itertools.groupby(types)] for kind, types in kinds.items()}
     return " ".join(
         f"{kind}=" + ",".join(f"{n}*{type}" if n > 1 else type for n, type in parts) for kind, parts in runs.items()
     )
