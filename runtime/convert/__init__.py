@@ -1,1 +1,4 @@
-"""A checkpoint of Hugging Face as a GGUF file. Start with open_checkpoint.py."""
+"""A checkpoint of Hugging Face as a GGUF file.
+
+Start with open_checkpoint.py. stored/ reads files, quantized/ and vocabulary/ translate, back/ writes a checkpoint.
+"""

@@ -1,57 +1,67 @@
-"""What differs between the architectures of Hugging Face checkpoints, as data: one entry each.
+"""How the architectures of Hugging Face checkpoints differ, as data: one row each.
 
-Facts are those of the converter of llama.cpp (2026-09), whose files other programs expect.
+A row says where a checkpoint differs from Llama's. models/architectures.py has the other half: which tensors a layer
+needs, and their shapes. The facts are those of llama.cpp's converter (2026-09): other programs expect its files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gguf_run.runtime.convert.names import ATTENTION, DENSE_FFN, EXPERTS, GEMMA2, LLAMA, MODEL, MOE_FFN, QK_NORM, Names
+from gguf_run.models.architectures import ARCHITECTURES, EXPERTS, Architecture
 
-# (key without the architecture's name, type, names of the value in config.json): left out where config.json has none.
+# A module of the checkpoint -> the tensor of the GGUF file. Both names get ".weight" or ".bias".
+# "@": the number of an expert (or head); all of them become one tensor. Two names: the tensor is split in halves.
+# Three names: q, k and v; the checkpoint has them together for each head of keys.
+Names = Mapping[str, str | tuple[str, ...]]
+# A key without the architecture's name, its type, and the names in config.json. A value that is not there is left out.
 Key = tuple[str, str, tuple[str, ...]]
 
-_GEMMA_ACTIVATIONS = ("gelu_pytorch_tanh", "gelu")  # "gelu" was an error in the first files, and meant the other
+_MODEL: Names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_ATTENTION: Names = {f"self_attn.{name}_proj": f"attn_{name}" for name in "qkv"} | {"self_attn.o_proj": "attn_output"}
+_PRE_NORMS: Names = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+_QK_NORM: Names = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+_POST_NORMS: Names = {
+    "post_attention_layernorm": "post_attention_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_GEMMA2_NORMS: Names = {**_PRE_NORMS, **_POST_NORMS, "pre_feedforward_layernorm": "ffn_norm"}
+_DENSE: Names = {f"mlp.{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")}
+_FUSED_EXPERTS: Names = {
+    "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
+    "mlp.experts.down_proj": "ffn_down_exps",
+}
+_EXPERTS: Names = {
+    "mlp.gate": "ffn_gate_inp",
+    **{f"mlp.experts.@.{name}_proj": f"ffn_{name}_exps" for name in ("gate", "up", "down")},
+    **_FUSED_EXPERTS,
+}
+_MIXTRAL_EXPERTS: Names = {
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "block_sparse_moe.experts.@.w1": "ffn_gate_exps",
+    "block_sparse_moe.experts.@.w3": "ffn_up_exps",
+    "block_sparse_moe.experts.@.w2": "ffn_down_exps",
+}
+_LLAMA: Names = {**_PRE_NORMS, **_ATTENTION, **_DENSE}
+_LLAMA_MOE: Names = {**_PRE_NORMS, **_ATTENTION, **_EXPERTS}
+
+# Ends of names of tensors that hold no weights.
+IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
+# Parts of a model for images and text, of which only the text is converted.
+OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """arch: general.architecture; classes, model_types: what config.json calls it.
-
-    layer: names of what is in a layer; model: of what is beside the layers. required: the tensors that every layer has;
-    ffn: sets of tensors of which a layer has one. permuted: rows of q and k are put in pairs (unpermuted).
-    grouped_qkv: attn_qkv has q, k and v of each group of heads together, and is taken apart.
-    norm_offset: is added to the weights of norms. interleaved, transposed: how gate_up_proj of the experts lies.
-    keys: metadata beyond BASE_KEYS. defaults: values that old files of config.json leave out. expected: values that a
-    GGUF file cannot tell: a config.json with another one cannot be converted; "=key" is another key's value.
-    swa_period: every swa_period-th layer sees all positions (0: the window, if any, is not for this program to say).
-    rope_dim: rope.dimension_count is written. rope_type: rope.scaling.type where config.json asks for no scaling.
-    tied_copy: programs want output.weight even where it is the same as token_embd.weight.
-    """
-
-    arch: str
-    classes: tuple[str, ...]
-    model_types: tuple[str, ...]
-    layer: Names = field(default_factory=lambda: LLAMA)
-    model: Names = field(default_factory=lambda: MODEL)
-    required: tuple[str, ...] = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm")
-    ffn: tuple[tuple[str, ...], ...] = (DENSE_FFN,)
-    permuted: bool = False
-    grouped_qkv: bool = False
-    norm_offset: float = 0.0
-    interleaved: bool = False
-    transposed: bool = False
-    swa_period: int = 0
-    rope_dim: bool = False
-    rope_type: str = ""
-    tied_copy: bool = False
-    keys: tuple[Key, ...] = ()
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    expected: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: {"hidden_act": ("silu", "swish")})
+def _shared(module: str) -> Names:
+    """Return the names of the expert that sees every token."""
+    return {f"mlp.{module}.{name}_proj": f"ffn_{name}_shexp" for name in ("gate", "up", "down")}
 
 
-# Every architecture's, in the order of llama.cpp's converter; those of rope stand in convert_metadata.py.
+def names_of(target: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Return a value of Names as a tuple."""
+    return (target,) if isinstance(target, str) else target
+
+
+# Keys that every architecture has, in the order of llama.cpp's converter. metadata.py adds those of the rotation.
 BASE_KEYS: tuple[Key, ...] = (
     ("block_count", "u32", ("num_hidden_layers",)),
     ("context_length", "u32", ("max_position_embeddings",)),
@@ -66,156 +76,162 @@ BASE_KEYS: tuple[Key, ...] = (
 )
 _VOCAB_SIZE: Key = ("vocab_size", "u32", ("vocab_size",))
 _WINDOW: Key = ("attention.sliding_window", "u32", ("sliding_window",))
+_N_EXPERT: Key = ("expert_count", "u32", ("num_experts", "num_local_experts"))
 _EXPERT_FF: Key = ("expert_feed_forward_length", "u32", ("moe_intermediate_size",))
+_SHARED_FF: Key = ("expert_shared_feed_forward_length", "u32", ("shared_expert_intermediate_size",))
 _FINAL_CAP: Key = ("final_logit_softcapping", "f32", ("final_logit_softcapping",))
 
-_ENTRIES = (
+_SILU = {"hidden_act": ("silu",)}
+# "gelu" was an error in the first files: they meant the other one.
+_GEMMA_ACTIVATION = {"hidden_activation": ("gelu_pytorch_tanh", "gelu")}
+_GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
+
+
+@dataclass(frozen=True)
+class CheckpointLayout:
+    """One architecture of checkpoints."""
+
+    arch: str  # general.architecture
+    # Class -> model_type, as in config.json. The way back writes the first; the last if experts are optional and there.
+    classes: Mapping[str, str]
+    layer: Names = field(default_factory=lambda: _LLAMA)  # modules of a layer
+    model: Names = field(default_factory=lambda: _MODEL)  # modules beside the layers
+    bare: tuple[str, ...] = ()  # tensors without ".weight" in the checkpoint; matrices of experts are [n_in, n_out]
+    permuted: bool = False  # rows of q and k come as two halves of each head; GGUF has them in pairs
+    interleaved: bool = False  # a tensor with two names has their rows in turns, not one half after the other
+    norm_offset: float = 0.0  # added to the weights of norms
+    tied_copy: bool = False  # output.weight is written even where it is the same as token_embd.weight
+    keys: tuple[Key, ...] = ()  # metadata beyond BASE_KEYS, or instead of one of them
+    rope_dim: bool = False  # rope.dimension_count is written
+    rope_type: str = ""  # rope.scaling.type where config.json asks for no scaling
+    original_context: bool = False  # rope.scaling.original_context_length is written for every kind of scaling
+    bias_key: str = "attention_bias"  # config.json: whether q, k and v have biases; "": nothing says it
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # values that old files of config.json leave out
+    # Values of config.json that a GGUF file cannot tell: any other cannot be converted. "=key": another key's value.
+    expected: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: {"hidden_act": ("silu", "swish")})
+
+    @property
+    def decoder(self) -> Architecture:
+        """What this program knows of the model in a GGUF file."""
+        return ARCHITECTURES[self.arch]
+
+    def all_keys(self) -> Sequence[Key]:
+        """Return BASE_KEYS, in which `keys` replaces rows, and the rest of `keys`."""
+        return tuple({key[0]: key for key in (*BASE_KEYS, *self.keys)}.values())
+
+    def required(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Return the tensors of every layer, and sets of tensors of which a layer has one: its feed-forward network."""
+        arch = self.decoder
+        norms = [name for name in arch.norms if name not in arch.optional_norms]
+        always = (*norms, *arch.qkv, "attn_output", *(("attn_sinks",) if arch.sinks else ()))
+        known = dict.fromkeys(name for target in self.layer.values() for name in names_of(target))
+        dense = (*arch.gate_up, "ffn_down")
+        experts = tuple(
+            name for name in known if name.startswith("ffn_") and name.endswith(("_exps", "_shexp", "_inp"))
+        )
+        return always, [names for names in (dense, experts) if names and known.keys() >= set(names)]
+
+
+_ROWS = (
     # Llama 1 to 3.x, Mistral, Mixtral, and what copies their layer.
-    Architecture(
+    CheckpointLayout(
         "llama",
-        ("LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"),
-        ("llama", "mistral", "mixtral"),
-        layer={
-            **LLAMA,
-            "block_sparse_moe.gate": "ffn_gate_inp",
-            "block_sparse_moe.experts.@.w1": "ffn_gate_exps",
-            "block_sparse_moe.experts.@.w3": "ffn_up_exps",
-            "block_sparse_moe.experts.@.w2": "ffn_down_exps",
-            **EXPERTS,
+        {
+            "LlamaForCausalLM": "llama",
+            "LLaMAForCausalLM": "llama",
+            "MistralForCausalLM": "mistral",
+            "MixtralForCausalLM": "mixtral",
         },
-        ffn=(DENSE_FFN, MOE_FFN),
+        layer={**_LLAMA, **_MIXTRAL_EXPERTS, **_EXPERTS},
         permuted=True,
         rope_dim=True,
         keys=(_VOCAB_SIZE,),
     ),
-    Architecture("qwen2", ("Qwen2ForCausalLM",), ("qwen2",)),
-    Architecture(
+    CheckpointLayout("qwen2", {"Qwen2ForCausalLM": "qwen2"}, bias_key=""),
+    CheckpointLayout(
         "qwen2moe",
-        ("Qwen2MoeForCausalLM",),
-        ("qwen2_moe",),
-        layer={
-            **LLAMA,
-            **EXPERTS,
-            "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
-            "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
-            "mlp.shared_expert.up_proj": "ffn_up_shexp",
-            "mlp.shared_expert.down_proj": "ffn_down_shexp",
-        },
-        ffn=((*MOE_FFN, "ffn_gate_inp_shexp", "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"),),
+        {"Qwen2MoeForCausalLM": "qwen2_moe"},
+        layer={**_LLAMA_MOE, "mlp.shared_expert_gate": "ffn_gate_inp_shexp", **_shared("shared_expert")},
         tied_copy=True,
-        keys=(_EXPERT_FF, ("expert_shared_feed_forward_length", "u32", ("shared_expert_intermediate_size",))),
-        expected={"hidden_act": ("silu",), "norm_topk_prob": (False,)},
+        keys=(_N_EXPERT, _EXPERT_FF, _SHARED_FF),
+        bias_key="",
+        expected={**_SILU, "norm_topk_prob": (False,)},
     ),
-    Architecture("qwen3", ("Qwen3ForCausalLM",), ("qwen3",), layer={**LLAMA, **QK_NORM}),
-    Architecture(
+    CheckpointLayout("qwen3", {"Qwen3ForCausalLM": "qwen3"}, layer={**_LLAMA, **_QK_NORM}),
+    CheckpointLayout(
         "qwen3moe",
-        ("Qwen3MoeForCausalLM",),
-        ("qwen3_moe",),
-        layer={**ATTENTION, **QK_NORM, **EXPERTS},
-        ffn=(MOE_FFN,),
-        keys=(_EXPERT_FF,),
-        expected={"hidden_act": ("silu",), "norm_topk_prob": (True,)},
+        {"Qwen3MoeForCausalLM": "qwen3_moe"},
+        layer={**_LLAMA_MOE, **_QK_NORM},
+        keys=(_N_EXPERT, _EXPERT_FF),
+        expected={**_SILU, "norm_topk_prob": (True,)},
     ),
-    Architecture(
+    CheckpointLayout(
         "olmoe",
-        ("OlmoeForCausalLM",),
-        ("olmoe",),
-        layer={**LLAMA, **QK_NORM, **EXPERTS},
-        ffn=(MOE_FFN,),
-        expected={"hidden_act": ("silu",), "norm_topk_prob": (False,), "clip_qkv": (None,)},
+        {"OlmoeForCausalLM": "olmoe"},
+        layer={**_LLAMA_MOE, **_QK_NORM},
+        expected={**_SILU, "norm_topk_prob": (False,), "clip_qkv": (None,)},
     ),
-    Architecture(
+    CheckpointLayout(
         "gemma",
-        ("GemmaForCausalLM",),
-        ("gemma",),
+        {"GemmaForCausalLM": "gemma"},
         norm_offset=1.0,
-        defaults={"head_dim": 256, "tie_word_embeddings": True},
-        expected={"hidden_act": _GEMMA_ACTIVATIONS},
+        defaults=_GEMMA,
+        expected={"hidden_act": _GEMMA_ACTIVATION["hidden_activation"]},
     ),
-    Architecture(
+    CheckpointLayout(
         "gemma2",
-        ("Gemma2ForCausalLM",),
-        ("gemma2",),
-        layer=GEMMA2,
-        required=(
-            "attn_norm",
-            "attn_q",
-            "attn_k",
-            "attn_v",
-            "attn_output",
-            "post_attention_norm",
-            "ffn_norm",
-            "post_ffw_norm",
-        ),
+        {"Gemma2ForCausalLM": "gemma2"},
+        layer={**_LLAMA, **_GEMMA2_NORMS},
         norm_offset=1.0,
-        swa_period=2,
         keys=(("attn_logit_softcapping", "f32", ("attn_logit_softcapping",)), _FINAL_CAP, _WINDOW),
-        defaults={"head_dim": 256, "tie_word_embeddings": True, "sliding_window": 4096},
-        expected={"hidden_activation": _GEMMA_ACTIVATIONS, "query_pre_attn_scalar": ("=head_dim", 144)},
+        defaults={**_GEMMA, "sliding_window": 4096},
+        expected={**_GEMMA_ACTIVATION, "query_pre_attn_scalar": ("=head_dim", 144)},
     ),
-    Architecture(
+    CheckpointLayout(
         "gemma3",
-        ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
-        ("gemma3_text", "gemma3"),
-        layer={**GEMMA2, **QK_NORM},
-        required=(
-            "attn_norm",
-            "attn_q",
-            "attn_k",
-            "attn_v",
-            "attn_output",
-            "attn_q_norm",
-            "attn_k_norm",
-            "post_attention_norm",
-            "ffn_norm",
-            "post_ffw_norm",
-        ),
+        {"Gemma3ForCausalLM": "gemma3_text", "Gemma3ForConditionalGeneration": "gemma3"},
+        layer={**_LLAMA, **_GEMMA2_NORMS, **_QK_NORM},
         norm_offset=1.0,
-        swa_period=6,
         keys=(_FINAL_CAP, _WINDOW),
-        # The first configs leave out what is as in the class.
+        # The first files leave out what is as in the class.
         defaults={
+            **_GEMMA,
             "num_attention_heads": 8,
             "num_key_value_heads": 4,
-            "head_dim": 256,
             "rms_norm_eps": 1e-6,
             "max_position_embeddings": 131072,
             "rope_theta": 1e6,
             "sliding_window": 4096,
-            "tie_word_embeddings": True,
         },
-        expected={"hidden_activation": _GEMMA_ACTIVATIONS, "query_pre_attn_scalar": ("=head_dim", 168)},
+        expected={**_GEMMA_ACTIVATION, "query_pre_attn_scalar": ("=head_dim", 168)},
     ),
-    Architecture(
+    CheckpointLayout(
         "phi3",
-        ("Phi3ForCausalLM",),
-        ("phi3",),
+        {"Phi3ForCausalLM": "phi3"},
         layer={
-            **ATTENTION,
+            **_PRE_NORMS,
             "self_attn.qkv_proj": "attn_qkv",
+            "self_attn.o_proj": "attn_output",
             "mlp.gate_up_proj": "ffn_up",
             "mlp.down_proj": "ffn_down",
         },
-        required=("attn_norm", "attn_qkv", "attn_output", "ffn_norm"),
-        ffn=(("ffn_up", "ffn_down"),),
         rope_dim=True,
-        # 0: that there is none is said too, in old files a missing key meant 2047.
+        original_context=True,
         keys=(_WINDOW,),
-        defaults={"sliding_window": 0},
+        bias_key="",
+        defaults={"sliding_window": 0},  # written too: in old files a missing key means 2047
     ),
-    Architecture(
+    CheckpointLayout(
         "smollm3",
-        ("SmolLM3ForCausalLM",),
-        ("smollm3",),
+        {"SmolLM3ForCausalLM": "smollm3"},
         permuted=True,
         rope_dim=True,
         keys=(_VOCAB_SIZE,),
-        expected={"hidden_act": ("silu",), "no_rope_layer_interval": (4,), "use_sliding_window": (False,)},
+        expected={**_SILU, "no_rope_layer_interval": (4,), "use_sliding_window": (False,)},
     ),
-    Architecture(
+    CheckpointLayout(
         "granite",
-        ("GraniteForCausalLM",),
-        ("granite",),
+        {"GraniteForCausalLM": "granite"},
         permuted=True,
         rope_dim=True,
         keys=(
@@ -226,59 +242,37 @@ _ENTRIES = (
             ("logit_scale", "f32", ("logits_scaling",)),
         ),
     ),
-    Architecture(
+    CheckpointLayout(
         "olmo2",
-        ("Olmo2ForCausalLM",),
-        ("olmo2",),
-        layer={
-            **LLAMA,
-            **QK_NORM,
-            "post_attention_layernorm": "post_attention_norm",
-            "post_feedforward_layernorm": "post_ffw_norm",
-        },
-        required=(
-            "attn_q",
-            "attn_k",
-            "attn_v",
-            "attn_output",
-            "attn_q_norm",
-            "attn_k_norm",
-            "post_attention_norm",
-            "post_ffw_norm",
-        ),
+        {"Olmo2ForCausalLM": "olmo2"},
+        layer={**_ATTENTION, **_DENSE, **_QK_NORM, **_POST_NORMS},
         tied_copy=True,
     ),
-    Architecture(
+    CheckpointLayout(
         "stablelm",
-        ("StableLmForCausalLM", "StableLMEpochForCausalLM"),
-        ("stablelm", "stablelm_epoch"),
+        {"StableLmForCausalLM": "stablelm", "StableLMEpochForCausalLM": "stablelm_epoch"},
+        layer={**_LLAMA, **{f"self_attn.{name}_layernorm.norms.@": f"attn_{name}_norm" for name in "qk"}},
         rope_dim=True,
-        layer={
-            **LLAMA,
-            "self_attn.q_layernorm.norms.@": "attn_q_norm",
-            "self_attn.k_layernorm.norms.@": "attn_k_norm",
-        },
-        required=("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output"),
         tied_copy=True,
         keys=(("use_parallel_residual", "bool", ("use_parallel_residual",)),),
+        bias_key="use_qkv_bias",
         defaults={"partial_rotary_factor": 0.25},
     ),
-    Architecture(
+    CheckpointLayout(
         "starcoder2",
-        ("Starcoder2ForCausalLM",),
-        ("starcoder2",),
-        layer={**ATTENTION, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
-        ffn=(("ffn_up", "ffn_down"),),
+        {"Starcoder2ForCausalLM": "starcoder2"},
+        layer={**_PRE_NORMS, **_ATTENTION, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
+        keys=(("attention.layer_norm_epsilon", "f32", ("norm_epsilon", "layer_norm_eps")),),
+        bias_key="use_bias",
         expected={"hidden_act": ("gelu_pytorch_tanh",)},
     ),
-    Architecture(
+    CheckpointLayout(
         "internlm2",
-        ("InternLM2ForCausalLM",),
-        ("internlm2",),
+        {"InternLM2ForCausalLM": "internlm2"},
         model={"model.tok_embeddings": "token_embd", "model.norm": "output_norm", "output": "output"},
         layer={
             "attention_norm": "attn_norm",
-            "attention.wqkv": "attn_qkv",
+            "attention.wqkv": ("attn_q", "attn_k", "attn_v"),
             "attention.wo": "attn_output",
             "ffn_norm": "ffn_norm",
             "feed_forward.w1": "ffn_gate",
@@ -286,54 +280,44 @@ _ENTRIES = (
             "feed_forward.w2": "ffn_down",
         },
         permuted=True,
-        grouped_qkv=True,
         tied_copy=True,
+        bias_key="bias",
     ),
-    Architecture(
+    CheckpointLayout(
         "deepseek",
-        ("DeepseekForCausalLM",),
-        ("deepseek",),
-        layer={
-            **LLAMA,
-            **EXPERTS,
-            "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
-            "mlp.shared_experts.up_proj": "ffn_up_shexp",
-            "mlp.shared_experts.down_proj": "ffn_down_shexp",
-        },
-        ffn=(DENSE_FFN, (*MOE_FFN, "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")),
+        {"DeepseekForCausalLM": "deepseek"},
+        layer={**_LLAMA, **_EXPERTS, **_shared("shared_experts")},
         permuted=True,
         rope_dim=True,
         rope_type="none",
         keys=(
             ("leading_dense_block_count", "u32", ("first_k_dense_replace",)),
             _VOCAB_SIZE,
+            ("expert_count", "u32", ("n_routed_experts",)),
             _EXPERT_FF,
             ("expert_shared_count", "u32", ("n_shared_experts",)),
             ("expert_weights_scale", "f32", ("routed_scaling_factor",)),
         ),
         defaults={"first_k_dense_replace": 0, "routed_scaling_factor": 1.0},
-        expected={"hidden_act": ("silu",), "norm_topk_prob": (False,), "scoring_func": ("softmax",)},
+        expected={**_SILU, "norm_topk_prob": (False,), "scoring_func": ("softmax",)},
     ),
-    Architecture(
+    CheckpointLayout(
         "gpt-oss",
-        ("GptOssForCausalLM",),
-        ("gpt_oss",),
+        {"GptOssForCausalLM": "gpt_oss"},
         layer={
-            **ATTENTION,
+            **_ATTENTION,
+            "input_layernorm": "attn_norm",
             "post_attention_layernorm": "post_attention_norm",
             "self_attn.sinks": "attn_sinks",
             "mlp.router": "ffn_gate_inp",
-            "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
-            "mlp.experts.down_proj": "ffn_down_exps",
+            **_FUSED_EXPERTS,
         },
-        required=("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "attn_sinks", "post_attention_norm"),
-        ffn=(MOE_FFN,),
+        bare=("attn_sinks", *EXPERTS),
         interleaved=True,
-        transposed=True,
-        swa_period=2,
         tied_copy=True,
         keys=(_WINDOW, ("expert_feed_forward_length", "u32", ("intermediate_size",))),
     ),
 )
-ARCHITECTURES: Mapping[str, Architecture] = {name: entry for entry in _ENTRIES for name in entry.classes}
-MODEL_TYPES: Mapping[str, Architecture] = {name: entry for entry in _ENTRIES for name in entry.model_types}
+BY_CLASS: Mapping[str, CheckpointLayout] = {name: row for row in _ROWS for name in row.classes}
+BY_MODEL_TYPE: Mapping[str, CheckpointLayout] = {name: row for row in _ROWS for name in row.classes.values()}
+BY_ARCH: Mapping[str, CheckpointLayout] = {row.arch: row for row in _ROWS}

@@ -1,28 +1,21 @@
-"""The numbers of a model: config.json as GGUF metadata, and what is computed from it (rotary factors, shapes)."""
+"""The numbers of a model: config.json as GGUF metadata, and what is computed from it (shapes, rotary factors)."""
 
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.metadata import Typed
-from gguf_run.models import architectures as decoder
-from gguf_run.runtime.convert.architectures import (
-    ARCHITECTURES,
-    BASE_KEYS,
-    MODEL_TYPES,
-    Architecture,
-    Key,
-)
+from gguf_run.models.architectures import LAYER_SHAPES, MODEL_SHAPES
+from gguf_run.runtime.convert.architectures import BY_CLASS, BY_MODEL_TYPE, CheckpointLayout, Key
 from gguf_run.runtime.convert.stored.checkpoint import Config
 
-Rope = Mapping[str, Any]
-# config.json's name -> key under rope.scaling, of YaRN.
+Floats = NDArray[np.float32]
+# YaRN: config.json's name -> key under rope.scaling.
 YARN = (
     ("extrapolation_factor", "yarn_ext_factor"),
     ("attention_factor", "yarn_attn_factor"),
@@ -31,48 +24,48 @@ YARN = (
     ("beta_slow", "yarn_beta_slow"),
 )
 _ROPE_TYPES = ("default", "linear", "yarn", "longrope", "su", "llama3", "dynamic")
+_NEEDED = ("block_count", "context_length", "embedding_length", "attention.head_count")
+_N_BEFORE_ROPE = 6  # so many keys stand before those of the rotation
 
 
-def architecture(config: Config) -> tuple[Architecture, Config]:
-    """Return the entry for a checkpoint, and its config with the defaults of that architecture."""
+def layout_of(config: Config) -> tuple[CheckpointLayout, Config]:
+    """Return the layout of a checkpoint, and its config.json with the defaults of that layout.
+
+    UnsupportedError for an architecture that is not known, and for a value that a GGUF file cannot tell.
+    """
     classes = config.get("architectures")
     name = classes[0] if isinstance(classes, list) and classes else None
     model_type = config.get("model_type")
-    entry = ARCHITECTURES.get(name) if isinstance(name, str) else None
-    if entry is None and name is None and isinstance(model_type, str):
-        entry = MODEL_TYPES.get(model_type)
-    if entry is None:
-        shown = config.wrong(("architectures",), f"one of {', '.join(sorted(ARCHITECTURES))}")
+    layout = BY_CLASS.get(name) if isinstance(name, str) else None
+    if layout is None and name is None and isinstance(model_type, str):
+        layout = BY_MODEL_TYPE.get(model_type)
+    if layout is None:
+        shown = config.wrong(("architectures",), f"one of {', '.join(sorted(BY_CLASS))}")
         raise UnsupportedError(f"{shown}: only these can be converted")
     given = {key: value for key, value in config.values.items() if value is not None}
-    config = Config(config.path, {**entry.defaults, **given})
-    _check(entry, config)
-    return entry, config
+    config = Config(config.path, {**layout.defaults, **given})
+    _check_expected(layout, config)
+    return layout, config
 
 
-def _check(entry: Architecture, config: Config) -> None:
-    """UnsupportedError for a value that a GGUF file of this architecture cannot tell."""
-    for key, allowed in entry.expected.items():
+def _check_expected(layout: CheckpointLayout, config: Config) -> None:
+    for key, allowed in layout.expected.items():
         value = config.get(key)
         known = [config.get(a[1:]) if isinstance(a, str) and a.startswith("=") else a for a in allowed]
         if value is not None and value not in known:
             raise UnsupportedError(
-                f"{config.wrong((key,), ' or '.join(map(str, known)))}: a GGUF file of the architecture {entry.arch} "
+                f"{config.wrong((key,), ' or '.join(map(str, known)))}: a GGUF file of the architecture {layout.arch} "
                 "has no place for another value"
             )
-    pattern = config.get("no_rope_layers")
-    if (
-        entry.arch == "smollm3"
-        and pattern is not None
-        and pattern != [int((i + 1) % 4 > 0) for i in range(len(pattern))]
-    ):
-        raise UnsupportedError(
-            f"{config.wrong(('no_rope_layers',), '0 for every fourth layer')}: it is built into smollm3"
-        )
+    period, pattern = layout.decoder.no_rope_period, config.get("no_rope_layers")
+    n = len(pattern) if isinstance(pattern, list) else 1
+    if period and pattern is not None and pattern != [int((i + 1) % period > 0) for i in range(n)]:
+        shown = config.wrong(("no_rope_layers",), f"0 for every layer whose number is a multiple of {period}, else 1")
+        raise UnsupportedError(f"{shown}: a GGUF file of the architecture {layout.arch} has no place for another value")
 
 
 def sizes(config: Config) -> dict[str, int]:
-    """Return the numbers that shapes of tensors are about, see models/architectures.py."""
+    """Return the sizes of a model by ggml's names, which shapes in models/architectures.py use."""
     n_head = config.integer("num_attention_heads")
     n_head_kv = config.integer("num_key_value_heads", default=n_head)
     n_embd = config.integer("hidden_size")
@@ -81,6 +74,7 @@ def sizes(config: Config) -> dict[str, int]:
     n_ff_exp = config.integer("moe_intermediate_size", default=n_ff)
     n_shared = config.integer("n_shared_experts", default=1)
     return {
+        "n_layer": config.integer("num_hidden_layers"),
         "n_vocab": config.integer("vocab_size"),
         "n_embd": n_embd,
         "n_head": n_head,
@@ -95,69 +89,70 @@ def sizes(config: Config) -> dict[str, int]:
     }
 
 
-def shape(entry: Architecture, name: str, numbers: Mapping[str, int]) -> tuple[int, ...]:
-    """Return ne of the tensor `name` ("attn_q.weight"): of a bias all but the length of the matrix's rows."""
+def shape(layout: CheckpointLayout, name: str, numbers: Mapping[str, int]) -> tuple[int, ...]:
+    """Return ne of the tensor `name` ("attn_q.weight"). A bias has one value for each row of its matrix."""
     base, _, kind = name.rpartition(".")
-    own = decoder.ARCHITECTURES[entry.arch].shapes
-    words = decoder.MODEL_SHAPES.get(f"{base}.weight") or own.get(base) or decoder.LAYER_SHAPES[base]
+    words = MODEL_SHAPES.get(f"{base}.weight") or layout.decoder.shapes.get(base) or LAYER_SHAPES[base]
     ne = tuple(sum(numbers[part] for part in word.split("+")) for word in words)
     return ne[1:] if kind == "bias" and len(ne) > 1 else ne
 
 
-def rope_parameters(config: Config) -> tuple[Rope, Rope]:
-    """Return the rotary parameters of layers that see all positions, and of those with a window, in the newest form."""
-    given = config.get("rope_parameters", "rope_scaling")
-    given = given if isinstance(given, dict) else {}
-    full, window = (given.get(kind) for kind in ("full_attention", "sliding_attention"))
-    if isinstance(full, dict):
-        return full, window if isinstance(window, dict) else {}
-    parameters = dict(given)
-    for key, old in (("rope_theta", "rope_theta"), ("rope_type", "type"), ("partial_rotary_factor", "rope_pct"),
-                     ("partial_rotary_factor", "partial_rotary_factor"),
-                     ("original_max_position_embeddings", "original_max_position_embeddings")):  # fmt: skip
-        value = given.get(old) if key == "rope_type" else config.get(old)
-        if value is not None:
-            parameters.setdefault(key, value)
-    local = config.get("rope_local_base_freq")
-    return parameters, {"rope_theta": local} if local is not None else {}
-
-
-def hyperparameters(entry: Architecture, config: Config) -> dict[str, Typed]:
+def hyperparameters(layout: CheckpointLayout, config: Config) -> dict[str, Typed]:
     """Return the keys of the architecture, in the order of llama.cpp's converter."""
     found: dict[str, Typed] = {}
-    for key in BASE_KEYS[:6]:
+    keys = layout.all_keys()
+    for key in keys[:_N_BEFORE_ROPE]:
         _put(found, config, key)
     found.setdefault("attention.head_count_kv", found.get("attention.head_count", Typed("u32", 1)))
-    found.update(_rope(entry, config))
-    for key in (*BASE_KEYS[6:], *entry.keys):
+    found.update(_rope(layout, config))
+    for key in keys[_N_BEFORE_ROPE:]:
         _put(found, config, key)
     numbers = sizes(config)
     if numbers["head_dim"] != numbers["n_embd"] // numbers["n_head"]:  # which is what a missing key means
         found["attention.key_length"] = found["attention.value_length"] = Typed("u32", numbers["head_dim"])
-    types = config.get("layer_types")
-    if entry.swa_period and isinstance(types, list):
+    types, period = config.get("layer_types"), layout.decoder.swa_period
+    if period and isinstance(types, list):
         pattern = [kind == "sliding_attention" for kind in types]
-        if pattern != [(i + 1) % entry.swa_period != 0 for i in range(len(types))]:
+        if pattern != [(i + 1) % period != 0 for i in range(len(types))]:
             found["attention.sliding_window_pattern"] = Typed("array[bool]", pattern)
-    return {f"{entry.arch}.{key}": value for key, value in found.items()}
+    return {f"{layout.arch}.{key}": value for key, value in found.items()}
 
 
 def _put(found: dict[str, Typed], config: Config, key: Key) -> None:
-    name, type, names = key
+    name, kind, names = key
     value = config.get(*names)
-    if value is None and name not in ("block_count", "context_length", "embedding_length", "attention.head_count"):
+    if value is None and name not in _NEEDED:
         return
-    if type == "bool":
+    if kind == "bool":
         if not isinstance(value, bool):
             raise config.wrong(names, "true or false")
-        found[name] = Typed(type, value)
+        found[name] = Typed(kind, value)
     else:
-        found[name] = Typed(type, config.integer(*names, low=0) if type == "u32" else config.number(*names))
+        found[name] = Typed(kind, config.integer(*names, low=0) if kind == "u32" else config.number(*names))
 
 
-def _rope(entry: Architecture, config: Config) -> Iterator[tuple[str, Typed]]:
-    full, window = rope_parameters(config)
-    rope = Config(config.path, full)
+def _rope_parameters(config: Config) -> tuple[Config, Config]:
+    """Return the rotary parameters of layers that see all positions, and of those with a window.
+
+    config.json has them in three forms. The result has the newest: rope_type, rope_theta, partial_rotary_factor ...
+    """
+    given = config.get("rope_parameters", "rope_scaling")
+    given = given if isinstance(given, dict) else {}
+    full, window = (given.get(kind) for kind in ("full_attention", "sliding_attention"))
+    if isinstance(full, dict):
+        return Config(config.path, full), Config(config.path, window if isinstance(window, dict) else {})
+    older = {
+        "rope_theta": config.get("rope_theta"),
+        "rope_type": given.get("type"),
+        "partial_rotary_factor": config.get("rope_pct", "partial_rotary_factor"),
+        "original_max_position_embeddings": config.get("original_max_position_embeddings"),
+    }
+    local = config.get("rope_local_base_freq")
+    return Config(config.path, {**older, **given}), Config(config.path, {"rope_theta": local})
+
+
+def _rope(layout: CheckpointLayout, config: Config) -> Iterator[tuple[str, Typed]]:
+    rope, window = _rope_parameters(config)
     kind = rope.get("rope_type") or "default"
     if kind not in _ROPE_TYPES:
         raise UnsupportedError(f"{rope.wrong(('rope_type',), 'one of ' + ', '.join(_ROPE_TYPES))}")
@@ -172,19 +167,17 @@ def _rope(entry: Architecture, config: Config) -> Iterator[tuple[str, Typed]]:
     elif kind in ("longrope", "su"):
         yield "rope.scaling.type", Typed("string", "longrope")
         yield "rope.scaling.attn_factor", Typed("f32", _longrope_attention(config, rope))
-    elif entry.rope_type:
-        yield "rope.scaling.type", Typed("string", entry.rope_type)
-    if kind == "yarn" or (entry.arch == "phi3" and rope.get("original_max_position_embeddings")):
+    elif layout.rope_type:
+        yield "rope.scaling.type", Typed("string", layout.rope_type)
+    if kind == "yarn" or (layout.original_context and rope.get("original_max_position_embeddings")):
         yield "rope.scaling.original_context_length", Typed("u32", rope.integer("original_max_position_embeddings"))
-    if kind == "yarn":
-        for name, key in YARN:
-            if rope.get(name) is not None:
-                yield f"rope.scaling.{key}", Typed("f32", rope.number(name))
-    if rope.get("rope_theta") is not None:
-        yield "rope.freq_base", Typed("f32", rope.number("rope_theta"))
-    if window.get("rope_theta") is not None:
-        yield "rope.freq_base_swa", Typed("f32", Config(config.path, window).number("rope_theta"))
-    if entry.rope_dim:
+    for name, key in YARN if kind == "yarn" else ():
+        if rope.get(name) is not None:
+            yield f"rope.scaling.{key}", Typed("f32", rope.number(name))
+    for key, parameters in (("freq_base", rope), ("freq_base_swa", window)):
+        if parameters.get("rope_theta") is not None:
+            yield f"rope.{key}", Typed("f32", parameters.number("rope_theta"))
+    if layout.rope_dim:
         yield "rope.dimension_count", Typed("u32", _n_rot(config, rope))
 
 
@@ -196,22 +189,22 @@ def _n_rot(config: Config, rope: Config) -> int:
 
 
 def _longrope_attention(config: Config, rope: Config) -> float:
-    """The factor on queries and keys that Phi-3's code applies."""
+    """Return the factor on queries and keys that Phi-3's code applies."""
     original = rope.integer("original_max_position_embeddings", low=2)
     scale = config.integer("max_position_embeddings") / original
     return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
 
 
-def rope_tensors(entry: Architecture, config: Config) -> dict[str, NDArray[np.float32]]:
-    """Return the tensors that divide the rotation's frequencies: of Llama 3.1, and those of long and of short texts."""
-    rope = Config(config.path, rope_parameters(config)[0])
+def rope_tensors(config: Config) -> dict[str, Floats]:
+    """Return the tensors that divide the rotation's frequencies: Llama 3.1's, or those of long and of short texts."""
+    rope, _ = _rope_parameters(config)
     kind = rope.get("rope_type")
     make = _FACTORS.get(kind) if isinstance(kind, str) else None
     return make(config, rope) if make else {}
 
 
-def _llama3_factors(config: Config, rope: Config) -> dict[str, NDArray[np.float32]]:
-    """Low frequencies are slowed by `factor`, high ones stay, those between are blended. f32 as in llama.cpp."""
+def _llama3_factors(config: Config, rope: Config) -> dict[str, Floats]:
+    """Slow low frequencies by `factor`, leave high ones, blend those between. Computed in f32, as in llama.cpp."""
     n_rot = _n_rot(config, rope)
     base = np.float32(rope.number("rope_theta", default=1e4))
     with np.errstate(all="ignore"):
@@ -221,7 +214,7 @@ def _llama3_factors(config: Config, rope: Config) -> dict[str, NDArray[np.float3
     return {"rope_freqs.weight": factors}
 
 
-def _blended(rope: Config, base: np.float32, n_rot: int) -> NDArray[np.float32]:
+def _blended(rope: Config, base: np.float32, n_rot: int) -> Floats:
     frequencies = 1 / base ** (np.arange(0, n_rot, 2, dtype=np.float32) / np.float32(n_rot))
     lengths = (np.float32(2 * math.pi) / frequencies).astype(np.float32)
     factor = np.float32(rope.number("factor", default=8.0))
@@ -233,7 +226,7 @@ def _blended(rope: Config, base: np.float32, n_rot: int) -> NDArray[np.float32]:
     return factors.astype(np.float32)
 
 
-def _longrope_factors(config: Config, rope: Config) -> dict[str, NDArray[np.float32]]:
+def _longrope_factors(config: Config, rope: Config) -> dict[str, Floats]:
     n = _n_rot(config, rope) // 2
     found = {}
     for kind in ("long", "short"):
@@ -244,6 +237,6 @@ def _longrope_factors(config: Config, rope: Config) -> dict[str, NDArray[np.floa
     return found
 
 
-_FACTORS: Mapping[str, Callable[[Config, Config], dict[str, NDArray[np.float32]]]] = MappingProxyType(
+_FACTORS: Mapping[str, Callable[[Config, Config], dict[str, Floats]]] = MappingProxyType(
     {"llama3": _llama3_factors, "longrope": _longrope_factors, "su": _longrope_factors}
 )

@@ -1,30 +1,28 @@
-"""A Hugging Face checkpoint as a GGUF file that is never written: metadata in memory, tensors read when used.
+"""A Hugging Face checkpoint as a GGUF file that is never written: metadata in memory, tensors computed when read.
 
-What it returns goes wherever a GGUF file goes: into quantize_plan and quantize_file, which write it in any type in one
-step, or into a Model, which runs it.
+The result can be used like any GGUF file: quantize/ writes it in any type in one step, and a Model runs it.
 """
 
 import dataclasses
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.errors import FormatError
-from gguf_run.formats.gguf.mapped import MemoryFile
-from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.formats.gguf.writer_metadata import MetaValue
 from gguf_run.formats.quantizers.quantizer import quantize
+from gguf_run.runtime.convert.architectures import IGNORED, OTHER_PARTS
 from gguf_run.runtime.convert.card import general_metadata
-from gguf_run.runtime.convert.metadata import architecture, hyperparameters, rope_tensors
-from gguf_run.runtime.convert.names import IGNORED, OTHER_PARTS
+from gguf_run.runtime.convert.metadata import hyperparameters, layout_of, rope_tensors
 from gguf_run.runtime.convert.quantized.methods import KEPT, plain_tensors
 from gguf_run.runtime.convert.stored.checkpoint import Checkpoint
-from gguf_run.runtime.convert.stored.sources import F32, rows, source
+from gguf_run.runtime.convert.stored.sources import computed, rows, source
 from gguf_run.runtime.convert.tensors import model_tensors
 from gguf_run.runtime.convert.vocabulary.metadata import tokenizer_metadata
 from gguf_run.runtime.quantize.file_types import FILE_TYPES, KEEP, FileType
@@ -34,13 +32,16 @@ from gguf_run.runtime.quantize.plan import Item, Plan
 def open_checkpoint(
     directory: Path, *, name: str | None = None, vocab_only: bool = False, keep: Container[str] = KEPT
 ) -> GGUFFile:
-    """Return a checkpoint as the GGUF file that it makes, in the types that it has. name: general.name. keep: of what
-    is quantized already only these types are kept; the rest is F32.
+    """Return a checkpoint as the GGUF file that it makes, in the types that it has.
+
+    name: general.name; None: from the card or the folder.
+    vocab_only: without weights.
+    keep: types whose blocks stay as they are in a checkpoint that is quantized already. Other weights become F32.
 
     GgufRunError and its kinds, one line each, for anything that is missing, wrong or not known.
     """
     checkpoint = Checkpoint.open(directory, weights=not vocab_only)
-    entry, config = architecture(checkpoint.config)
+    layout, config = layout_of(checkpoint.config)
     tensors: dict[str, Tensor] = {}
     if not vocab_only:
         stored = {
@@ -49,57 +50,59 @@ def open_checkpoint(
             if not name.endswith(IGNORED) and not name.startswith(OTHER_PARTS)
         }
         plain = plain_tensors(dataclasses.replace(checkpoint, config=config, tensors=stored), keep)
-        tensors = model_tensors(entry, config, plain)
-        for key, values in rope_tensors(entry, config).items():
-            file = MemoryFile(config.path, values.tobytes())
-            tensors[key] = source(key, values.shape, F32, file, lambda first, end, values=values: values)  # type: ignore[misc]
+        tensors = model_tensors(layout, config, plain)
+        tensors |= {key: computed(key, values, config.path) for key, values in rope_tensors(config).items()}
     vocabulary = tokenizer_metadata(directory, config.values)
-    _fit_vocabulary(directory, tensors, vocabulary)
+    _fit_vocabulary(directory, tensors, len(vocabulary["tokenizer.ggml.tokens"]))
     metadata: dict[str, MetaValue] = {
-        "general.architecture": entry.arch,
+        "general.architecture": layout.arch,
         "general.type": "model",
-        **general_metadata(directory, checkpoint.config.values, name, list(tensors.values())),
-        **hyperparameters(entry, config),
+        **general_metadata(directory, name, list(tensors.values())),
+        **hyperparameters(layout, config),
         **vocabulary,
     }
     return GGUFFile.of(directory, metadata, tensors)
 
 
-def _fit_vocabulary(directory: Path, tensors: dict[str, Tensor], vocabulary: Mapping[str, MetaValue]) -> None:
-    """Drop rows of the embeddings beyond the last token, as Gemma 3 has them; FormatError if rows are missing."""
-    tokens = vocabulary.get("tokenizer.ggml.tokens")
-    tokens = tokens.value if isinstance(tokens, Typed) else tokens
+def _fit_vocabulary(directory: Path, tensors: dict[str, Tensor], n_tokens: int) -> None:
+    """Drop rows of the embeddings beyond the last token, as Gemma 3 has them. FormatError if rows are missing."""
     for name in ("token_embd.weight", "output.weight", "output.bias"):
-        if name in tensors and isinstance(tokens, Sequence):
-            tensor, n = tensors[name], len(tokens)
-            if tensor.ne[-1] < n:
-                raise FormatError(f"{directory}: {name} has {tensor.ne[-1]} rows for {n} tokens: not of one model")
-            if tensor.ne[-1] > n and len(tensor.ne) == 2:
-                tensors[name] = rows(tensor, np.arange(n, dtype=np.int64), (tensor.ne[0], n))
+        if name not in tensors:
+            continue
+        tensor = tensors[name]
+        if tensor.ne[-1] < n_tokens:
+            raise FormatError(f"{directory}: {name} has {tensor.ne[-1]} rows for {n_tokens} tokens: not of one model")
+        if tensor.ne[-1] > n_tokens and len(tensor.ne) == 2:
+            tensors[name] = rows(tensor, np.arange(n_tokens, dtype=np.int64), (tensor.ne[0], n_tokens))
 
 
-def auto_type(file: GGUFFile) -> tuple[FileType, int | None]:
-    """Return the type that keeps most of a checkpoint, and general.file_type where that does not tell it: BF16 for
-    BF16, F16 for other floats, KEEP (and F16 for what must be dequantized) where tensors are quantized."""
+def auto_type(file: GGUFFile) -> FileType:
+    """Return the type that keeps most of a checkpoint.
+
+    BF16 for BF16, F16 for other floats. KEEP for quantized matrices, with the number of the type that most have; what
+    must be dequantized becomes F16.
+    """
     names = [tensor.type.name for tensor in matrices(file)]
     quantized = Counter(tensor.type.name for tensor in matrices(file) if tensor.type.is_quantized)
     if quantized:
-        name = {"MXFP4": "MXFP4_MOE"}.get(most := quantized.most_common(1)[0][0], most)
-        return KEEP, FILE_TYPES[name].id if name in FILE_TYPES else None
-    first = next((name for name in names if name != "F32"), "F16")  # F32: perhaps FP8 before, whatever the others are
-    return FILE_TYPES["BF16" if first == "BF16" else "F16"], None
+        most = quantized.most_common(1)[0][0]
+        known = FILE_TYPES.get("MXFP4_MOE" if most == "MXFP4" else most)
+        return dataclasses.replace(KEEP, id=known.id) if known else KEEP
+    # F32 matrices beside others may have been FP8.
+    first = next((name for name in names if name != "F32"), "F16")
+    return FILE_TYPES["BF16" if first == "BF16" else "F16"]
 
 
-def kept_note(file: GGUFFile, plan: Plan) -> str | None:
-    """Return a line that tells which quantized matrices of a checkpoint stay as they are, None if there are none."""
-    types = {tensor.name: tensor.type for tensor in matrices(file)}
-    if not any(type.is_quantized for type in types.values()):
-        return None
-    items = [item for item in plan.items if item.source.name in types]
+def kept_note(file: GGUFFile, plan: Plan) -> Iterator[str]:
+    """Yield a line that says how many quantized matrices of a checkpoint stay as they are, if there are any."""
+    names = {tensor.name for tensor in matrices(file)}
+    items = [item for item in plan.items if item.source.name in names]
+    if not any(item.source.type.is_quantized for item in items):
+        return
     kept = Counter(item.target.type.name for item in items if item.source.type.is_quantized and item.is_copy)
     others = Counter(item.target.type.name for item in items) - kept
     first, second = (", ".join(f"{n} {name}" for name, n in c.most_common()) or "none" for c in (kept, others))
-    return f"matrices kept without requantizing: {first}; others: {second}"
+    yield f"matrices kept without requantizing: {first}; others: {second}"
 
 
 def matrices(file: GGUFFile) -> list[Tensor]:
@@ -108,7 +111,7 @@ def matrices(file: GGUFFile) -> list[Tensor]:
 
 
 def in_memory(file: GGUFFile, plan: Plan) -> GGUFFile:
-    """Return what the plan would write as a file that is quantized while it is read."""
+    """Return what the plan would write, as a file that is quantized while it is read."""
     return GGUFFile.of(file.path, plan.metadata, {item.target.name: _quantized(item) for item in plan.items})
 
 
@@ -117,7 +120,7 @@ def _quantized(item: Item) -> Tensor:
         return item.source
     origin, target = item.source, item.target
 
-    def read(first: int, end: int) -> "np.typing.NDArray[np.uint8]":
+    def read(first: int, end: int) -> NDArray[np.uint8]:
         blocks = np.empty((end - first, target.type.row_bytes(target.ne[0])), np.uint8)
         n_rows = target.ne[1] if len(target.ne) > 1 else 1
         for start in range(first, end, n_rows):  # an expert at a time: each has importance weights of its own

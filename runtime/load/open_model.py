@@ -24,6 +24,6 @@ def open_model(path: Path, quantize: str | None = None) -> GGUFFile:
     if kind is None and all(tensor.type.name == "F32" for tensor in matrices(file)):
         return file
     # F32 matrices beside others were dequantized, as FP8 must be: the plan gives them the type of the others.
-    plan = make_plan(file, Options(kind or auto_type(file)[0]))
+    plan = make_plan(file, Options(kind or auto_type(file)))
     check_plan(plan, allow_requantize=path.is_dir())
     return in_memory(file, plan)

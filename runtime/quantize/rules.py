@@ -233,7 +233,7 @@ class _Mixture:
         name = weight.name
         return (
             self._kind.name == "COPY"
-            or (self._kind is KEEP and weight.type.name != "F32")
+            or (self._kind.name == KEEP.name and weight.type.name != "F32")
             or max(weight.ne[1:], default=1) == 1
             or not name.endswith("weight")
             or (self._overrides.leave_output and name == "output.weight")

@@ -1,1 +1,4 @@
-"""A GGUF file as a checkpoint of Hugging Face. Start with checkpoint.py."""
+"""The way back: a GGUF file as a checkpoint of Hugging Face.
+
+Start with checkpoint.py.
+"""

@@ -1,19 +1,19 @@
 """A GGUF file as a Hugging Face checkpoint: what gguf-convert does, backwards.
 
-Names, order of rows, stacks of experts and offsets of norms are undone by the table that converts them. Safetensors
-files lie as convert_safetensors.py draws them.
+The table of architectures.py is read backwards: names, order of rows, stacks of experts, offsets of norms.
 """
 
 import json
-import os
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, product
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from gguf_run.formats.atomic import replacing
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.formats.errors import GgufRunError, UnsupportedError
@@ -21,8 +21,10 @@ from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.formats.quantizers.quantizer import quantize
-from gguf_run.runtime.convert.architectures import Architecture
-from gguf_run.runtime.convert.back.config import by_architecture, generation_config, model_config
+from gguf_run.formats.safetensors import writing_safetensors
+from gguf_run.models.architectures import ROPE_FACTORS
+from gguf_run.runtime.convert.architectures import CheckpointLayout, names_of
+from gguf_run.runtime.convert.back.config import generation_config, layout_of_file, model_config
 from gguf_run.runtime.convert.back.tokenizer import tokenizer_files
 from gguf_run.runtime.convert.metadata import sizes
 from gguf_run.runtime.convert.stored.checkpoint import Config
@@ -31,7 +33,6 @@ from gguf_run.runtime.convert.stored.sources import F32, Source, gathered, rows,
 DTYPES = ("BF16", "F16", "F32")
 DEFAULT_SHARD = 5 << 30
 _CHUNK = 1 << 24  # values that are converted at a time
-_COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 def export_hf(
@@ -42,11 +43,15 @@ def export_hf(
     vocab_only: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """Write config.json, generation_config.json, the tokenizer and safetensors; return the files' names.
+    """Write config.json, generation_config.json, the tokenizer and safetensors. Return the files' names.
 
-    dtype: of DTYPES, or auto: what most matrices have, F16 for quantized ones. shard_size: bytes of tensors in a file,
-    0: DEFAULT_SHARD. vocab_only: the tokenizer alone. progress: bytes done, of all. GgufRunError if the directory is
-    there and not empty, and for what a checkpoint has no place for; then nothing is left behind.
+    dtype: one of DTYPES, or "auto": the type of most matrices, F16 if they are quantized.
+    shard_size: bytes of tensors in a file; 0: DEFAULT_SHARD.
+    vocab_only: write the tokenizer alone.
+    progress: called with the bytes done and the bytes of all tensors.
+
+    GgufRunError if the directory exists and is not empty, and for anything that a checkpoint has no place for. Nothing
+    is left behind then.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise GgufRunError(f"{directory}: is there already: name a new folder, or an empty one")
@@ -54,81 +59,57 @@ def export_hf(
     tensors: dict[str, Tensor] = {}
     dtype = _usual_dtype(file) if dtype == "auto" else dtype
     if not vocab_only:
-        entry = by_architecture(file)
-        config = model_config(entry, file, dtype)
-        tensors = checkpoint_tensors(entry, Config(file.path, config), file)
+        layout = layout_of_file(file)
+        config = model_config(layout, file, dtype)
+        tensors = checkpoint_tensors(layout, Config(file.path, config), file)
         files |= {"config.json": config, "generation_config.json": generation_config(file.metadata)}
-    part = directory.with_name(f"{directory.name}.{os.getpid()}.part")
     try:
-        part.mkdir(parents=True)
-        for name, value in files.items():
-            indent = None if name == "tokenizer.json" else 2
-            (part / name).write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
-        if tensors:
-            _write_tensors(part, tensors, dtype, shard_size or DEFAULT_SHARD, progress)
-        if directory.exists():
-            directory.rmdir()
-        part.rename(directory)
+        with replacing(directory) as temporary:
+            temporary.mkdir(parents=True)
+            for name, value in files.items():
+                text = json.dumps(value, ensure_ascii=False, indent=None if name == "tokenizer.json" else 2)
+                (temporary / name).write_text(text + "\n", encoding="utf-8")
+            if tensors:
+                _write_tensors(temporary, tensors, dtype, shard_size or DEFAULT_SHARD, progress)
     except OSError as error:
         raise GgufRunError(f"{directory}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return sorted(path.name for path in directory.iterdir())
 
 
-def checkpoint_tensors(entry: Architecture, config: Config, file: GGUFFile) -> dict[str, Tensor]:
+def checkpoint_tensors(layout: CheckpointLayout, config: Config, file: GGUFFile) -> dict[str, Tensor]:
     """Return the tensors under the names of the checkpoint. UnsupportedError for one that it does not have."""
     found: dict[str, Tensor] = {}
-    left = {name: tensor for name, tensor in file.tensors.items() if name not in _COMPUTED}
+    left = {name: tensor for name, tensor in file.tensors.items() if name not in ROPE_FACTORS}
     if config.get("tie_word_embeddings"):
         left.pop("output.weight", None)
-    for prefix, names in _modules(entry, config):
-        for module, target in names.items():
-            targets = (target,) if isinstance(target, str) else target
-            if targets == ("attn_qkv",) and entry.grouped_qkv:
-                targets = ("attn_q", "attn_k", "attn_v")
-            for kind in ("weight", "bias"):
-                parts = [left.get(f"{prefix[1]}{base}.{kind}") for base in targets]
-                if all(part is not None for part in parts):
-                    for base in targets:
-                        del left[f"{prefix[1]}{base}.{kind}"]
-                    found.update(_module(entry, config, prefix[0] + module, targets, kind, parts))  # type: ignore[arg-type]
+    numbers = sizes(config)
+    layers = ((f"model.layers.{il}.", f"blk.{il}.", layout.layer) for il in range(numbers["n_layer"]))
+    # Prefix of names in the checkpoint, prefix in the GGUF file, names.
+    for there, here, names in chain([("", "", layout.model)], layers):
+        for (module, target), kind in product(names.items(), ("weight", "bias")):
+            bases = names_of(target)
+            full = [f"{here}{base}.{kind}" for base in bases]
+            if all(name in left for name in full):
+                parts = {base: left.pop(name) for base, name in zip(bases, full, strict=True)}
+                found.update(_module(layout, numbers, there + module, kind, parts))
     if left:
-        name = next(iter(left))
-        raise UnsupportedError(
-            f"{file.path}: tensor {quoted(name)} ({len(left)} such) has no place in a checkpoint of {entry.classes[0]}"
-        )
+        name, kind = quoted(next(iter(left))), next(iter(layout.classes))
+        raise UnsupportedError(f"{file.path}: tensor {name} ({len(left)} such) has no place in a checkpoint of {kind}")
     return found
 
 
-def _modules(entry: Architecture, config: Config) -> Iterator[tuple[tuple[str, str], Mapping[str, Any]]]:
-    """Yield names beside the layers and in each layer, with the checkpoint's prefix and that of the GGUF file."""
-    yield ("", ""), entry.model
-    for il in range(config.integer("num_hidden_layers")):
-        yield (f"model.layers.{il}.", f"blk.{il}."), entry.layer
-
-
 def _module(
-    entry: Architecture, config: Config, module: str, targets: tuple[str, ...], kind: str, parts: list[Tensor]
+    layout: CheckpointLayout, numbers: Mapping[str, int], module: str, kind: str, parts: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield what one module of the checkpoint has of a kind, by name."""
-    numbers = sizes(config)
-    heads = {"attn_q": numbers["n_head"], "attn_k": numbers["n_head_kv"]} if entry.permuted else {}
-    for i, base in enumerate(targets):
-        tensor = parts[i]
-        if base in heads and tensor.ne[-1] % (2 * heads[base]) == 0:
-            tensor = unpermuted(tensor, heads[base], back=True)
-        if base.endswith("_norm") and kind == "weight" and entry.norm_offset:
-            offset = np.float32(entry.norm_offset)
-            tensor = values(tensor, lambda x, offset=offset: x - offset)  # type: ignore[misc]
-        parts[i] = tensor
-    tensor = parts[0]
+    """Yield by name the weights or the biases of one module of the checkpoint. parts: what it has in the GGUF file."""
+    tensors = [_original(layout, numbers, base, kind, tensor) for base, tensor in parts.items()]
+    tensor = tensors[0]
+    if len(tensors) == 3:
+        tensor = _grouped(numbers, tensors)
+    elif len(tensors) == 2:
+        tensor = _both_halves(tensors, layout.interleaved)
     name = f"{module}.{kind}"
-    if len(targets) == 3:
-        tensor = _grouped(numbers, parts)
-    elif len(targets) == 2:
-        tensor = _both_halves(parts, entry.interleaved)
-    if entry.arch == "gpt-oss" and (base == "attn_sinks" or base.endswith("_exps")):
+    if next(iter(parts)) in layout.bare:
         name = module if kind == "weight" else f"{module}_bias"
         tensor = transposed(values(tensor)) if kind == "weight" and len(tensor.ne) == 3 else tensor
     if "@" not in name:
@@ -140,27 +121,36 @@ def _module(
         yield name.replace("@", str(i)), rows(tensor, index, tensor.ne[:-1])
 
 
-def _grouped(numbers: Mapping[str, int], parts: list[Tensor]) -> Tensor:
-    """q, k and v as one matrix: for each head of keys its query heads, then itself, then its values."""
+def _original(layout: CheckpointLayout, numbers: Mapping[str, int], base: str, kind: str, tensor: Tensor) -> Tensor:
+    """Return the tensor with the checkpoint's order of rows, and norms without the offset."""
+    heads = {"attn_q": numbers["n_head"], "attn_k": numbers["n_head_kv"]} if layout.permuted else {}
+    if base in heads and tensor.ne[-1] % (2 * heads[base]) == 0:
+        tensor = unpermuted(tensor, heads[base], back=True)
+    if base.endswith("_norm") and kind == "weight" and layout.norm_offset:
+        offset = np.float32(layout.norm_offset)
+        tensor = values(tensor, lambda x: x - offset)
+    return tensor
+
+
+def _grouped(numbers: Mapping[str, int], parts: Sequence[Tensor]) -> Tensor:
+    """Return q, k and v as one matrix that has for each head of keys: its query heads, its keys, its values."""
     n_kv, head_dim = numbers["n_head_kv"], numbers["head_dim"]
-    starts = np.cumsum([0] + [part.n_rows for part in parts])
-    index = [
-        np.arange(start, start + part.n_rows, dtype=np.int64).reshape(n_kv, -1, head_dim)
-        for start, part in zip(starts.tolist(), parts, strict=False)
-    ]
-    joined = np.concatenate(index, axis=1).reshape(-1)
-    return gathered(parts, joined, (parts[0].ne[0], len(joined)))
+    n_rows = sum(part.n_rows for part in parts)
+    ends = np.cumsum([part.n_rows for part in parts])[:-1]
+    index = [part.reshape(n_kv, -1, head_dim) for part in np.split(np.arange(n_rows, dtype=np.int64), ends)]
+    return gathered(parts[0].name, parts, np.concatenate(index, axis=1).reshape(-1), (parts[0].ne[0], n_rows))
 
 
-def _both_halves(parts: list[Tensor], interleaved: bool) -> Tensor:
-    """Gate and up as one tensor: of each expert the rows (of a bias the values) in turns, or one after the other."""
+def _both_halves(parts: Sequence[Tensor], interleaved: bool) -> Tensor:
+    """Return gate and up as one tensor: their rows (of a bias: values) in turns, or one matrix after the other."""
     gate = parts[0]
     n, axis = gate.ne[-2], 1 if interleaved else 0
     if len(gate.ne) == 3:
         at = np.arange(2 * gate.n_rows, dtype=np.int64).reshape(2, gate.ne[2], n)
-        return gathered(parts, np.stack((at[0], at[1]), axis=1 + axis).reshape(-1), (gate.ne[0], 2 * n, gate.ne[2]))
+        index = np.stack((at[0], at[1]), axis=1 + axis).reshape(-1)
+        return gathered(gate.name, parts, index, (gate.ne[0], 2 * n, gate.ne[2]))
 
-    def read(first: int, end: int) -> Any:
+    def read(first: int, end: int) -> NDArray[np.float32]:
         both = [dequantize(part.blocks(first, end), part.type) for part in parts]
         return np.stack(both, axis=1 + axis).reshape(end - first, 2 * n)
 
@@ -168,7 +158,7 @@ def _both_halves(parts: list[Tensor], interleaved: bool) -> Tensor:
 
 
 def _usual_dtype(file: GGUFFile) -> str:
-    """The type of most matrices' values. F16 keeps those of quantized ones better than BF16."""
+    """Return the type of most matrices. F16 holds dequantized values better than BF16."""
     count: Counter[str] = Counter()
     for tensor in file.tensors.values():
         if len(tensor.ne) > 1:
@@ -192,39 +182,31 @@ def _write_tensors(
     done = 0
     for i, names in enumerate(shards):
         path = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        with (directory / path).open("xb") as output:
-            for n_bytes in _write_shard(output, {name: tensors[name] for name in names}, size, dtype):
-                done += n_bytes
-                progress(done, total)
+        arrays = {name: (dtype, tensors[name].ne[::-1]) for name in names}
+        with writing_safetensors(directory / path, arrays, {"format": "pt"}) as append:
+            for name in names:
+                for blocks in _converted(name, tensors[name], dtype):
+                    append(name, blocks)
+                    done += blocks.nbytes
+                    progress(done, total)
         places |= dict.fromkeys(names, path)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(output: BinaryIO, tensors: Mapping[str, Tensor], size: Mapping[str, int], dtype: str) -> Iterator[int]:
-    """Write header and data; yield the bytes of each piece that is done."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in tensors.items():
-        shape = list(reversed(tensor.ne))
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size[name]]}
-        offset += size[name]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    output.write(len(text).to_bytes(8, "little") + text)
+def _converted(name: str, tensor: Tensor, dtype: str) -> Iterator[NDArray[np.uint8]]:
+    """Yield the tensor's bytes in that type, some rows at a time."""
     target = type_by_name(dtype)
-    for name, tensor in tensors.items():
-        n_matrix = tensor.ne[1] if len(tensor.ne) > 2 else 1  # whole matrices: transposing reads all of one
-        step = max(1, _CHUNK // tensor.ne[0] // n_matrix) * n_matrix
-        for first in range(0, tensor.n_rows, step):
-            end = min(first + step, tensor.n_rows)
-            blocks = tensor.blocks(first, end)
-            if tensor.type is not target:
-                x = dequantize(blocks, tensor.type)
-                if dtype == "F16" and np.abs(x).max(initial=0.0) > np.finfo(np.float16).max:
-                    raise GgufRunError(f"{name} has values beyond those of F16 (65504): use --type BF16 or F32")
-                blocks = quantize(x, target)
-            output.write(np.ascontiguousarray(blocks).data)
-            tensor.release(first, end)
-            yield blocks.nbytes
+    n_matrix = tensor.ne[1] if len(tensor.ne) > 2 else 1  # whole matrices: transposing reads all of one
+    step = max(1, _CHUNK // tensor.ne[0] // n_matrix) * n_matrix
+    for first in range(0, tensor.n_rows, step):
+        end = min(first + step, tensor.n_rows)
+        blocks = tensor.blocks(first, end)
+        if tensor.type is not target:
+            x = dequantize(blocks, tensor.type)
+            if dtype == "F16" and np.abs(x).max(initial=0.0) > np.finfo(np.float16).max:
+                raise GgufRunError(f"{name} has values beyond those of F16 (65504): use --type BF16 or F32")
+            blocks = quantize(x, target)
+        yield np.ascontiguousarray(blocks)
+        tensor.release(first, end)

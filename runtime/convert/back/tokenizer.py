@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from gguf_run.runtime.tokenizers import spm as tokenizer_spm
-from gguf_run.runtime.tokenizers import unigram as tokenizer_ugm
-from gguf_run.runtime.tokenizers import wordpiece as tokenizer_wpm
+from gguf_run.runtime.convert.vocabulary.vocabulary import SPACE, pairs_of
+from gguf_run.runtime.tokenizers import spm, unigram, wordpiece
 from gguf_run.runtime.tokenizers.pretokenizers import pre_tokenizer
 from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 from gguf_run.runtime.tokenizers.vocab import (
@@ -28,16 +27,15 @@ from gguf_run.runtime.tokenizers.vocab import (
 )  # fmt: skip
 
 Json = dict[str, Any]
-_SPACE = "▁"
 _PREFIX = "tokenizer.ggml."
-_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-_DECODE = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+_DECODE = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
 
 
 def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, Json]:
-    """Return the contents of tokenizer.json and tokenizer_config.json, which give the ids that this program gives.
+    """Return the contents of tokenizer.json and tokenizer_config.json. They give the ids that this program gives.
 
-    FormatError, UnsupportedError: as of Tokenizer.from_metadata.
+    Errors are those of Tokenizer.from_metadata.
     """
     tokenizer = Tokenizer.from_metadata(metadata)  # checks all there is
     defaults, model = _KINDS[metadata[f"{_PREFIX}model"]]
@@ -46,25 +44,15 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, Json]:
     for role, key in (("pad", "padding"), ("sep", "seperator"), ("cls", "cls"), ("mask", "mask")):
         ids[role] = metadata.get(f"{_PREFIX}{key}_token_id")
     names = {role: _name(vocab, id) for role, id in ids.items()}
-    flags = {"single_word": False, "normalized": False}
     left, right = strip_ids(metadata, vocab)
-    data = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": id,
-                "content": vocab.tokens[id],
-                **flags,
-                "lstrip": id in left,
-                "rstrip": id in right,
-                "special": vocab.types[id] != USER_DEFINED,
-            }
-            for id in vocab.of_type(CONTROL, UNKNOWN, USER_DEFINED)
-        ],
-        **model(vocab, metadata),
-    }
+    added = [
+        {
+            "id": id, "content": vocab.tokens[id], "single_word": False, "normalized": False, "lstrip": id in left,
+            "rstrip": id in right, "special": vocab.types[id] != USER_DEFINED,
+        }
+        for id in vocab.of_type(CONTROL, UNKNOWN, USER_DEFINED)
+    ]  # fmt: skip
+    data = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **model(vocab, metadata)}
     bos, eos = names["bos"] if tokenizer.add_bos else None, names["eos"] if tokenizer.add_eos else None
     if bos or eos:
         data["post_processor"] = _template(bos, eos, vocab)
@@ -82,7 +70,7 @@ def _name(vocab: Vocab, id: Any) -> str | None:
 
 
 def _chat_template(metadata: Mapping[str, Any]) -> str | list[dict[str, str]] | None:
-    """The template, or where there are several a list of their names and texts."""
+    """Return the template, or a list of names and texts if there are several."""
     key = "tokenizer.chat_template"
     default = metadata.get(key)
     named = {name.removeprefix(f"{key}."): text for name, text in metadata.items() if name.startswith(f"{key}.")}
@@ -105,7 +93,7 @@ def _template(bos: str | None, eos: str | None, vocab: Vocab) -> Json:
 
 
 def _entries(vocab: Vocab) -> dict[str, int]:
-    """All tokens but those that only fill the vocabulary up."""
+    """Return the ids of all tokens, without those that only fill the vocabulary up."""
     return {token: id for id, token in enumerate(vocab.tokens) if vocab.types[id] != UNUSED}
 
 
@@ -135,19 +123,15 @@ def _gpt2(vocab: Vocab, metadata: Mapping[str, Any]) -> Json:
 
 
 def _llama(vocab: Vocab, metadata: Mapping[str, Any]) -> Json:
-    """SentencePiece's BPE joins whatever gives a token, the best score first: as merges, all pairs in that order."""
+    """Return merges for SentencePiece's BPE, which joins any two tokens that give a token, the best score first."""
     scores = read_numbers(metadata, "scores", len(vocab.tokens))
     assert scores is not None  # Tokenizer has seen to it
     entries = _entries(vocab)
     usual = [id for id in np.argsort(-scores, kind="stable").tolist() if vocab.types[id] in (NORMAL, USER_DEFINED)]
-    merges = []
-    for token in (vocab.tokens[id] for id in usual):
-        pairs = [[token[:i], token[i:]] for i in range(1, len(token))]
-        pairs = [pair for pair in pairs if pair[0] in entries and pair[1] in entries]
-        merges += sorted(pairs, key=lambda pair: (entries[pair[0]], entries[pair[1]]))
+    merges = [list(pair) for id in usual for pair in pairs_of(vocab.tokens[id], entries)]
     prefix = bool(metadata.get(f"{_PREFIX}add_space_prefix", True))
     scheme = metadata.get(f"{_PREFIX}metaspace") if prefix else None
-    steps = [{"type": "Prepend", "prepend": _SPACE}, _REPLACE] if prefix else [_REPLACE]
+    steps = [{"type": "Prepend", "prepend": SPACE}, _REPLACE] if prefix else [_REPLACE]
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     unknown = _name(vocab, vocab.unknown)
     return {
@@ -190,7 +174,7 @@ def _bert(vocab: Vocab, metadata: Mapping[str, Any]) -> Json:
     lowercase = bool(metadata.get(f"{_PREFIX}normalizer.lowercase", True))
     entries: dict[str, int] = {}
     for token, id in _entries(vocab).items():
-        inner = token.removeprefix(_SPACE) if token.startswith(_SPACE) and token != _SPACE else f"##{token}"
+        inner = token.removeprefix(SPACE) if token.startswith(SPACE) and token != SPACE else f"##{token}"
         entries[inner if vocab.types[id] == NORMAL else token] = id
     return {
         "normalizer": {
@@ -208,12 +192,12 @@ def _bert(vocab: Vocab, metadata: Mapping[str, Any]) -> Json:
 
 
 def _metaspace(scheme: str, split: bool) -> Json:
-    return {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": scheme, "split": split}
+    return {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": split}
 
 
 _KINDS: Mapping[str, tuple[Defaults, Callable[[Vocab, Mapping[str, Any]], Json]]] = MappingProxyType({
     "gpt2": (Defaults(), _gpt2),
-    "llama": (tokenizer_spm.DEFAULTS, _llama),
-    "t5": (tokenizer_ugm.DEFAULTS, _t5),
-    "bert": (tokenizer_wpm.DEFAULTS, _bert),
+    "llama": (spm.DEFAULTS, _llama),
+    "t5": (unigram.DEFAULTS, _t5),
+    "bert": (wordpiece.DEFAULTS, _bert),
 })  # fmt: skip

@@ -1,7 +1,8 @@
-"""bitsandbytes: NF4 and FP4 (a table of 16 values, scaled by 64 weights or so), and LLM.int8 (int8 rows).
+"""bitsandbytes: NF4 and FP4 (codes of 4 bits into a table), and LLM.int8 (int8 rows with a scale each).
 
-Weights of 4 bits lie as one run over all rows, the first of two in the high nibble; with double quantization their
-scales (absmax) are codes of 8 bits themselves, with a table, scales by 256 and an offset. Reference: bitsandbytes 0.50.
+Codes of 4 bits lie as one run over all rows, the first of two in the high nibble. A scale (absmax) belongs to a block
+of the run, of 64 weights mostly. With double quantization the scales are codes of 8 bits, with a table, a scale for
+each 256 of them, and one offset. Reference: bitsandbytes 0.50.
 """
 
 import json
@@ -19,14 +20,19 @@ from gguf_run.runtime.convert.stored.sources import F32, source
 
 
 def bnb_4bit(parts: Parts) -> list[Tensor]:
-    """base: the weight, bytes in any dtype; .absmax, .quant_map F32[16], .quant_state.bitsandbytes__*: JSON as bytes;
-    .nested_absmax and .nested_quant_map F32[256] of a double quantization."""
-    weight, absmax = parts.need(""), parts.need(".absmax", "F32", "U8")
+    """Return the weight of these tensors:
+
+    (base)                          the codes, in any dtype
+    .absmax                         F32 or, with double quantization, U8
+    .quant_map                      F32[16]
+    .quant_state.bitsandbytes__*    U8: JSON with the shape and the sizes of blocks
+    .nested_absmax                  F32, with double quantization
+    .nested_quant_map               F32[256], with double quantization
+    """
+    weight = parts.need("")
     table = parts.need(".quant_map", "F32", shape=(16,)).array()
-    name = next(
-        (kind for kind in ("nf4", "fp4") if f"{parts.base}.quant_state.bitsandbytes__{kind}" in parts.stored), "nf4"
-    )
-    text = parts.need(f".quant_state.bitsandbytes__{name}", "U8")
+    kinds = [f".quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")]
+    text = parts.need(next((kind for kind in kinds if parts.base + kind in parts.stored), kinds[0]), "U8")
     try:
         state = json.loads(text.array().tobytes())
         shape, size = tuple(int(n) for n in state["shape"]), int(state["blocksize"])
@@ -61,7 +67,7 @@ def bnb_4bit(parts: Parts) -> list[Tensor]:
 
 
 def bnb_8bit(parts: Parts) -> list[Tensor]:
-    """weight I8[n_out, n_in] and SCB F32[n_out], the magnitude that 127 stands for in each row."""
+    """Return the weight of .weight I8[n_out, n_in] and .SCB F32[n_out]: what code 127 means in each row."""
     weight = parts.need(".weight", "I8", ndim=2)
     scb = parts.need(".SCB", "F32", shape=weight.shape[:1])
     layout = parts.get(".weight_format")

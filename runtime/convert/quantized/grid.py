@@ -1,10 +1,10 @@
-"""Weights on an integer grid, as GPTQ, AWQ and their kin store them, and the GGUF blocks that can hold their codes.
+"""Weights on an integer grid, as GPTQ, AWQ and others store them, and the GGUF blocks that can hold their codes.
 
 weight[o, i] = scale[o, g] * (code[o, i] - zero[o, g]) + bias[o, g], where g is the group of column i.
 
-A block of Q4_0, Q4_1 or Q8_0 has a scale (and a minimum) of its own for 32 weights of a row. So where groups are runs
-of a multiple of 32 columns the codes move into blocks as they are, and only scale and minimum are rounded to f16.
-Codes of fewer bits fit too: a file of 2 or 3 bits grows, but loses nothing.
+A block of Q4_0, Q4_1 or Q8_0 has a scale (and a minimum) for 32 weights of a row. If groups are runs of a multiple of
+32 columns, the codes move into blocks unchanged; only scale and minimum are rounded to f16. Codes of 2 or 3 bits move
+too: the file grows, but loses nothing.
 """
 
 from collections.abc import Callable
@@ -19,17 +19,17 @@ from gguf_run.formats.blocks.types import type_by_name
 
 Array = NDArray[Any]
 _BLOCK = 32
-# What rounding a scale and a minimum to f16 may move a weight by, of the range of its codes. Normal numbers stay below.
+# How far rounding scale and minimum to f16 may move a weight, in parts of the range of its codes.
 _TOLERANCE = 1e-3
-# (most bits, whether zero is half of the codes) -> type whose blocks hold them
+# At most so many bits, whether the zero point is half of the codes, the type whose blocks hold them.
 _KEPT = ((4, True, "Q4_0"), (4, False, "Q4_1"), (8, True, "Q8_0"))
 
 
 def unpack_codes(packed: Array, n_bits: int) -> NDArray[np.uint8]:
-    """Return the codes uint8[..., n] that lie one after the other, lowest bits first, in the rows of packed.
+    """Return the codes uint8[..., n] of rows in which they follow each other, lowest bits first.
 
-    packed: rows of any little-endian integer type; n: as many codes of n_bits (1 to 8) as fit. Eight codes are n_bits
-    whole bytes, so this also reads codes that cross from one word into the next.
+    packed: rows of any little-endian integer type. n: as many codes of n_bits (1 to 8) as fit. Eight codes are n_bits
+    whole bytes, so a code may cross from one word into the next.
     """
     octets = np.ascontiguousarray(packed).view(np.uint8)
     n_groups = octets.shape[-1] // n_bits
@@ -45,33 +45,32 @@ def unpack_codes(packed: Array, n_bits: int) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class GridNumbers:
-    """Of some rows, [n_rows, n_group or 1] each: scale and bias float32, zero in units of a code."""
+    """What the codes of some rows mean. Each array is [n_rows, n_group or 1]."""
 
-    scale: Array
-    zero: Array
-    bias: Array | None = None
+    scale: Array  # float32
+    zero: Array  # in units of a code
+    bias: Array | None = None  # float32
 
     @property
     def minimum(self) -> NDArray[np.float64]:
-        """What code 0 means."""
+        """The weight of code 0."""
         low = -self.scale.astype(np.float64) * self.zero
         return low if self.bias is None else low + self.bias
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A matrix float[n_out, n_in]. codes(first, end): the codes uint8[end - first, n_in] of some rows, below 2**n_bits;
-    numbers(first, end): what they mean. Both read the file when called. groups: int[n_in], the group of each column."""
+    """A matrix float[n_out, n_in]. `codes` and `numbers` are functions of rows first .. end that read the file."""
 
     n_out: int
-    n_bits: int
-    groups: NDArray[np.int64]
-    codes: Callable[[int, int], NDArray[np.uint8]]
+    n_bits: int  # codes are below 2**n_bits
+    groups: NDArray[np.int64]  # [n_in]: the group of each column
+    codes: Callable[[int, int], NDArray[np.uint8]]  # -> [end - first, n_in]
     numbers: Callable[[int, int], GridNumbers]
 
     @cached_property
     def kept(self) -> str | None:
-        """The tensor type whose blocks hold the codes as they are, None if there is none."""
+        """The tensor type whose blocks hold the codes unchanged; None: there is none."""
         runs = self.groups[: len(self.groups) // _BLOCK * _BLOCK].reshape(-1, _BLOCK)
         if len(self.groups) % _BLOCK or (runs != runs[:, :1]).any():
             return None
@@ -80,7 +79,7 @@ class Grid:
         name = next((name for bits, zero, name in _KEPT if self.n_bits <= bits and symmetric == zero), None)
         if name is None:
             return None
-        # The furthest that a weight moves: the code furthest from 0 by the scale's error, all by the minimum's.
+        # The code that is furthest from the zero point moves most by the scale's error; all move by the minimum's.
         scale, last = numbers.scale.astype(np.float64), (1 << self.n_bits) - 1
         with np.errstate(all="ignore"):
             error = np.abs(scale.astype(np.float16) - scale) * (1 << self.n_bits - 1 if symmetric else last)

@@ -1,7 +1,7 @@
 """Checkpoints that are quantized already: their weights as tensors that the converter takes.
 
-What is quantized lies in several stored tensors: codes, scales, zero points. A method knows by the end of a name which
-tensor marks a weight, and makes one tensor of all that belong to it.
+A quantized weight is stored as several tensors: codes, scales, zero points. A method knows a mark: the end of the name
+of one of them. From the mark and its companions it makes one tensor.
 """
 
 from collections.abc import Callable, Container, Mapping
@@ -18,8 +18,9 @@ from gguf_run.runtime.convert.quantized.parts import Parts
 from gguf_run.runtime.convert.quantized.scaled import mxfp4_experts, scaled
 from gguf_run.runtime.convert.quantized.torchao import torchao
 from gguf_run.runtime.convert.stored.checkpoint import Checkpoint, read_json
+from gguf_run.runtime.convert.stored.sources import floats
 
-# End of the name of the tensor that marks a quantized weight -> what makes the weight of it and its companions.
+# Mark -> function that makes the weight of all tensors whose names begin alike.
 Marks = Mapping[str, Callable[[Parts], list[Tensor]]]
 
 _GPTQ: Marks = {".qweight": gptq, ".B": marlin}
@@ -42,12 +43,12 @@ _METHODS: Mapping[str, Marks] = MappingProxyType(
 )
 # The types that can hold codes of quantized checkpoints.
 KEPT = frozenset(("Q4_0", "Q4_1", "Q8_0", "MXFP4", "NVFP4"))
-# Where config.json says nothing: files of modelopt, and of AutoGPTQ and AutoAWQ before transformers knew them.
+# Files that name the method where config.json does not: modelopt's, and old ones of AutoGPTQ and AutoAWQ.
 _FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
-# Ends of names of tensors that are about activations and caches, or repeat what shapes say.
+# Ends of names of tensors that concern activations and caches, or that repeat a shape.
 _UNUSED = ("input_scale", "output_scale", ".q_scale", ".k_scale", ".v_scale", "activation_scale", "input_global_scale",
            "weight_shape", "workspace", "weight_format")  # fmt: skip
-# Kinds of a method that would be read wrongly or not at all: key of the config -> its values that can be read.
+# Methods that have kinds: key of the config -> the values that can be read.
 _KINDS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
         "gptq": {"checkpoint_format": ("gptq", "gptq_v2", "marlin")},
@@ -61,16 +62,17 @@ _KINDS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
 
 
 def plain_tensors(checkpoint: Checkpoint, keep: Container[str] = KEPT) -> Mapping[str, Tensor]:
-    """Return all tensors by the names that the checkpoint would have unquantized ("... .weight").
+    """Return all tensors by the names of a checkpoint that is not quantized ("... .weight").
 
-    Of what is quantized: Sources of F32, or of blocks where a type in `keep` holds the codes as they are. Experts of
-    gpt-oss get names that end in ".weight": their rows are outputs, as everywhere. NVFP4 has a second tensor,
-    "... .scale" (F32, one value), that all weights are to be multiplied by.
-    UnsupportedError names a method that is not known; FormatError a tensor that is missing or has the wrong shape.
+    Quantized weights become blocks, if a type in `keep` holds their codes unchanged, else F32. Weights of NVFP4 in
+    blocks have a second tensor "... .scale": F32[1], which multiplies all of them. Experts of gpt-oss get names that
+    end in ".weight", because their rows are outputs.
+
+    UnsupportedError for an unknown method. FormatError for a tensor that is missing or has the wrong shape.
     """
     path, config = _quantization(checkpoint)
     if config is None:
-        return {name: tensor.floats() for name, tensor in checkpoint.tensors.items()}
+        return {name: floats(tensor) for name, tensor in checkpoint.tensors.items()}
     marks = _marks(path, config)
     left = dict(checkpoint.tensors)
     found: dict[str, Tensor] = {}
@@ -82,12 +84,12 @@ def plain_tensors(checkpoint: Checkpoint, keep: Container[str] = KEPT) -> Mappin
                     found[tensor.name] = tensor
                 for used in parts.used:
                     left.pop(used, None)
-    found |= {name: tensor.floats() for name, tensor in left.items() if not name.endswith(_UNUSED)}
+    found |= {name: floats(tensor) for name, tensor in left.items() if not name.endswith(_UNUSED)}
     return found
 
 
 def _quantization(checkpoint: Checkpoint) -> tuple[Path, dict[str, Any] | None]:
-    """Return how the checkpoint is quantized, or None, and the file that says so."""
+    """Return the quantization config, or None, and the file that holds it."""
     path, config = checkpoint.config.path, checkpoint.config.get("quantization_config", "compression_config")
     for name, method in _FILES.items():
         other = checkpoint.directory / name
@@ -101,7 +103,7 @@ def _quantization(checkpoint: Checkpoint) -> tuple[Path, dict[str, Any] | None]:
 
 
 def _marks(path: Path, config: dict[str, Any]) -> Marks:
-    """Return what a method marks its weights with. UnsupportedError for an unknown method or kind of it."""
+    """Return the marks of a method. UnsupportedError for an unknown method, or kind of a method."""
     method = str(config.get("quant_method") or ("gptq" if "bits" in config else None)).lower()
     if method in ("auto-round", "intel/auto-round"):
         packing = str(config.get("packing_format"))

@@ -1,9 +1,15 @@
 """FP8, int8 and FP4 weights with scales of their own: compressed-tensors, modelopt, DeepSeek's FP8, MXFP4 and NVFP4.
 
-Scales are one number, one for each row, or one for each rectangle (DeepSeek: 128 x 128; NVFP4: 1 x 16 with e4m3 scales
-and one f32 for all; MXFP4: 1 x 32 with powers of two). References: OCP MX 1.0, compressed-tensors 0.20, modelopt 0.47.
+A scale belongs to all weights, to a row, or to a rectangle of [rows, columns]:
+
+DeepSeek   128 x 128
+NVFP4      1 x 16, e4m3; one f32 for all besides
+MXFP4      1 x 32, powers of two
+
+References: OCP MX 1.0, compressed-tensors 0.20, modelopt 0.47.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +21,10 @@ from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.tensors import Tensor
+from gguf_run.formats.safetensors import StoredArray
 from gguf_run.runtime.convert.quantized.grid import Grid, GridNumbers
-from gguf_run.runtime.convert.quantized.parts import FLOATS, Parts, even_groups, numbers, rows_of, wrong
-from gguf_run.runtime.convert.stored.safetensors import Stored, float8
-from gguf_run.runtime.convert.stored.sources import F32, source
+from gguf_run.runtime.convert.quantized.parts import FLOATS, Parts, even_groups, numbers, wrong
+from gguf_run.runtime.convert.stored.sources import F32, computed, float8, source
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _SCALES = (*FLOATS, "F8_E4M3", "F8_E8M0", "U8")
@@ -26,8 +32,10 @@ _GROUP = {"NVFP4": 16, "MXFP4": 32}  # weights per scale
 
 
 def scaled(parts: Parts) -> list[Tensor]:
-    """A weight of FP8, int8 or FP4 and its "_scale" or "_scale_inv" (which both are multiplied by); none if `base` is
-    no tensor, as for the scale of an activation."""
+    """Return a weight of FP8, int8 or FP4 that is multiplied by its "_scale" or "_scale_inv".
+
+    The list is empty if `base` is no tensor: then the scale is one of an activation.
+    """
     weight = parts.get("")
     scale = parts.get("_scale_inv") or parts.get("_scale")
     if weight is None or scale is None:
@@ -46,21 +54,26 @@ def scaled(parts: Parts) -> list[Tensor]:
         return [_int8(parts, weight, scale)]
     if weight.dtype not in _FP8:
         raise wrong(weight, f"has values of type {weight.dtype}", f"I8 U8 {' '.join(_FP8)}")
-    table, expand, n_in = float8(weight.dtype), scale_of(weight, scale, parts.config), weight.shape[-1]
-    codes = weight.array().reshape(-1, n_in)
+    return [fp8_weight(parts.base, weight, scale, parts.config)]
+
+
+def fp8_weight(name: str, weight: StoredArray, scale: StoredArray, config: Any) -> Tensor:
+    """Return FP8 codes times their scale as F32. config: may have weight_block_size."""
+    table, expand = float8(weight.dtype), _scale_of(weight, scale, config)
+    codes = weight.array().reshape(-1, weight.shape[-1])
 
     @np.errstate(all="ignore")
     def read(first: int, end: int) -> NDArray[np.float32]:
-        out = table[codes[first:end]]
-        out *= expand(first, end)
-        return out
+        return table[codes[first:end]] * expand(first, end)
 
-    return [source(parts.base, weight.shape, F32, weight.file, read, weight.release)]
+    return source(name, weight.shape, F32, weight.file, read, weight.release)
 
 
-def scale_of(weight: Stored, scale: Stored, config: Any) -> Callable[[int, int], NDArray[np.float32]]:
-    """Return expand(first, end): what rows first .. end of a weight [..., n_out, n_in] are multiplied by, an array of
-    as many rows or 1 and n_in columns or 1. A row is one of all dimensions but the last."""
+def _scale_of(weight: StoredArray, scale: StoredArray, config: Any) -> Callable[[int, int], NDArray[np.float32]]:
+    """Return a function of rows first .. end of weight[..., n_out, n_in] that gives the factors of their values.
+
+    The factors have as many rows as asked for, or 1, and n_in columns, or 1. All dimensions but the last are rows.
+    """
     *lead, n_out, n_in = weight.shape
     values = scale.array()
     if values.size == 1:
@@ -88,14 +101,13 @@ def scale_of(weight: Stored, scale: Stored, config: Any) -> Callable[[int, int],
 
 
 def _block(n: int, n_scales: int, wanted: Any) -> int:
-    """Return how many of n weights share one of n_scales; 0 if that cannot be."""
-    powers = [n // n_scales, *(1 << i for i in range(16))]  # equal blocks; else the last is cut off
-    sizes = [wanted, n if n_scales == 1 else 0, *powers]
+    """Return how many of n weights share one of n_scales; 0 if no size fits. The last block may be cut off."""
+    sizes = [wanted, n if n_scales == 1 else 0, n // n_scales, *(1 << i for i in range(16))]
     return next((b for b in sizes if type(b) is int and b > 0 and -(-n // b) == n_scales), 0)
 
 
-def _int8(parts: Parts, weight: Stored, scale: Stored) -> Tensor:
-    """int8 codes with a scale for all, a row or a group of a row, and perhaps zero points of the same shape."""
+def _int8(parts: Parts, weight: StoredArray, scale: StoredArray) -> Tensor:
+    """Return int8 codes with a scale for all, a row or a group of a row. Zero points have the same shape, if any."""
     if len(weight.shape) != 2:
         raise wrong(weight, f"has the shape {weight.shape}", "two dimensions")
     n_out, n_in = weight.shape
@@ -112,15 +124,17 @@ def _int8(parts: Parts, weight: Stored, scale: Stored) -> Tensor:
 def int8_weight(
     parts: Parts,
     name: str,
-    weight: Stored,
+    weight: StoredArray,
     n_bits: int,
     scale: NDArray[Any],
     dtype: str,
     zero: NDArray[Any] | None,
     groups: NDArray[np.int64],
 ) -> Tensor:
-    """Return the weight of signed codes I8[n_out, n_in] of n_bits; scale (stored as dtype) and zero [n_out or 1,
-    n_group]. The grid's codes are not negative: 2**(n_bits - 1) is added to them and to the zero points.
+    """Return the weight of signed codes on a grid.
+
+    weight: I8[n_out, n_in], codes of n_bits. scale: [n_out or 1, n_group], stored as dtype. zero: of the same shape;
+    None: 0. The grid's codes are not negative: 2**(n_bits - 1) is added to codes and zero points.
     """
     n_out, half = weight.shape[0], 1 << n_bits - 1
     scale = np.broadcast_to(scale, (n_out, scale.shape[1]))
@@ -139,35 +153,32 @@ def int8_weight(
     return parts.weight(name, Grid(n_out, n_bits, groups, codes, read), weight)
 
 
-def fp4(parts: Parts, weight: Stored) -> list[Tensor]:
-    """NVFP4 and MXFP4: codes U8[n_out, n_in / 2], the even columns in the low nibbles, scales [n_out, n_in / group].
+def fp4(parts: Parts, weight: StoredArray) -> list[Tensor]:
+    """Return the weight of NVFP4 or MXFP4.
 
+    weight: U8[n_out, n_in / 2], the even columns in the low nibbles. "_scale": [n_out, n_in / group].
     A scale for all: "_scale_2" multiplies (modelopt), "_global_scale" divides (compressed-tensors).
     """
     scale = parts.need("_scale", "F8_E4M3", "U8", "F8_E8M0", ndim=2)
-    name = parts.base.removesuffix("_packed")
     kind = "NVFP4" if scale.dtype == "F8_E4M3" else "MXFP4"
-    if len(weight.shape) != 2 or (scale.shape[0], scale.shape[1] * _GROUP[kind]) != (
-        weight.shape[0],
-        2 * weight.shape[1],
-    ):
-        raise wrong(
-            scale, f"has the shape {scale.shape}", f"one scale for {_GROUP[kind]} weights of {weight.shape[1] * 2}"
-        )
+    n_out, n_in = weight.shape[0], 2 * weight.shape[-1]
+    if len(weight.shape) != 2 or (scale.shape[0], scale.shape[1] * _GROUP[kind]) != (n_out, n_in):
+        raise wrong(scale, f"has the shape {scale.shape}", f"one scale for {_GROUP[kind]} weights of {n_in}")
     times, over = parts.get("_scale_2"), parts.get("_global_scale")
     for stored in (times, over):
         if stored is not None and (stored.dtype != "F32" or stored.data.nbytes != 4):
             raise wrong(stored, f"is {stored.dtype} of shape {stored.shape}", "one F32")
     factor = None
     if times is not None:
-        factor = times.array().reshape(-1)[0]
+        factor = times.array().reshape(1)
     elif over is not None:
-        factor = np.float32(1) / over.array().reshape(-1)[0]
+        factor = np.float32(1) / over.array().reshape(1)
+    name = parts.base.removesuffix("_packed")
     return _fp4_tensors(parts, name, kind, weight, weight.array(), scale.array().view(np.uint8), factor)
 
 
 def mxfp4_experts(parts: Parts) -> list[Tensor]:
-    """gpt-oss: _blocks U8[n_expert, n_out, n_in / 32, 16] and _scales U8[n_expert, n_out, n_in / 32]."""
+    """Return gpt-oss's experts: _blocks U8[n_expert, n_out, n_in / 32, 16], _scales U8[n_expert, n_out, n_in / 32]."""
     blocks = parts.need("_blocks", "U8", ndim=4)
     scales = parts.need("_scales", "U8", shape=blocks.shape[:-1])
     if blocks.shape[-1] != 16:
@@ -181,17 +192,20 @@ def _fp4_tensors(
     parts: Parts,
     name: str,
     kind: str,
-    weight: Stored,
+    weight: StoredArray,
     codes: NDArray[np.uint8],
     scale: NDArray[np.uint8],
-    factor: np.float32 | None,
+    factor: NDArray[np.float32] | None,
 ) -> list[Tensor]:
-    """Return the weight codes U8[..., n_in / 2] with scale U8[..., n_in / group], and its factor if it has one."""
+    """Return the weight, and its factor if it has one and the weight stays in blocks.
+
+    codes: U8[..., n_in / 2]. scale: U8[..., n_in / group]. factor: F32[1], of all weights.
+    """
     shape = (*codes.shape[:-1], 2 * codes.shape[-1])
-    type, group = type_by_name(kind), _GROUP[kind]
-    codes, scale = codes.reshape(rows_of(shape), -1), scale.reshape(rows_of(shape), -1)
+    block, group, n_rows = type_by_name(kind), _GROUP[kind], math.prod(shape[:-1])
+    codes, scale = codes.reshape(n_rows, -1), scale.reshape(n_rows, -1)
     # ggml takes no sign from a scale of NVFP4, and takes NaN for 0.
-    kept = shape[-1] % type.block_size == 0 and (kind == "MXFP4" or bool((scale < 0x7F).all()))
+    kept = shape[-1] % block.block_size == 0 and (kind == "MXFP4" or bool((scale < 0x7F).all()))
 
     def nibbles(first: int, end: int) -> NDArray[np.uint8]:
         pairs = codes[first:end].reshape(end - first, -1, group // 2)
@@ -199,7 +213,7 @@ def _fp4_tensors(
 
     def blocks(first: int, end: int) -> NDArray[np.uint8]:
         found, half = nibbles(first, end), group // 2
-        out = np.empty((end - first, shape[-1] // type.block_size), type.dtype)
+        out = np.empty((end - first, shape[-1] // block.block_size), block.dtype)
         head, qs = ("d" if kind == "NVFP4" else "e"), found[..., :half] | found[..., half:] << 4
         out[head] = scale[first:end].reshape(out[head].shape)
         out["qs"] = qs.reshape(out["qs"].shape)
@@ -215,8 +229,7 @@ def _fp4_tensors(
 
     if not kept or kind not in parts.keep:
         return [source(name, shape, F32, weight.file, floats)]
-    tensors: list[Tensor] = [source(name, shape, type, weight.file, blocks)]
+    tensors: list[Tensor] = [source(name, shape, block, weight.file, blocks)]
     if factor is not None:
-        one = np.array([factor], np.float32)
-        tensors.append(source(f"{name.removesuffix('.weight')}.scale", (1,), F32, weight.file, lambda a, b: one))
+        tensors.append(computed(f"{name.removesuffix('.weight')}.scale", factor, weight.file.path))
     return tensors

@@ -1,7 +1,7 @@
 """torchao: a weight "module.weight" is stored as "module._weight_qdata", "_scale" and "_zero_point".
 
-What they mean is told by the class of tensor that the file's own metadata names. Reference: torchao 0.18
-(prototype/safetensors, quantize_/workflows); Int4Tensor's packing is that of mslk (int4_row_quantize_zp, pack_int4).
+The metadata of the file names the class of each weight, which says what they mean. References: torchao 0.18
+(prototype/safetensors, quantize_/workflows), and mslk for the packing of Int4Tensor (int4_row_quantize_zp, pack_int4).
 """
 
 import json
@@ -16,13 +16,11 @@ from gguf_run.formats.gguf.mapped import MappedFile, quoted
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.runtime.convert.quantized.grid import Grid, GridNumbers, unpack_codes
 from gguf_run.runtime.convert.quantized.parts import FLOATS, Parts, even_groups, numbers, wrong
-from gguf_run.runtime.convert.quantized.scaled import int8_weight, scale_of
-from gguf_run.runtime.convert.stored.safetensors import float8
-from gguf_run.runtime.convert.stored.sources import F32, source
+from gguf_run.runtime.convert.quantized.scaled import fp8_weight, int8_weight
 
 
 def torchao(parts: Parts) -> list[Tensor]:
-    """One weight of a class in _KINDS; UnsupportedError for others."""
+    """Return a weight of a class in _KINDS. UnsupportedError for other classes."""
     module, _, weight = parts.base.rpartition("._")
     name = f"{module}.{weight}"
     qdata = parts.need("_qdata")
@@ -38,7 +36,7 @@ def torchao(parts: Parts) -> list[Tensor]:
 
 
 def _described(file: MappedFile, name: str) -> tuple[str, Mapping[str, Any]]:
-    """Return the class of a tensor and its attributes, as the header of the (checked) safetensors file has them."""
+    """Return the class of a tensor and its attributes, from the header of the (checked) safetensors file."""
     n = int.from_bytes(file.map[:8], "little")
     try:
         entry = json.loads(json.loads(file.map[8 : 8 + n])["__metadata__"][name])
@@ -50,8 +48,10 @@ def _described(file: MappedFile, name: str) -> tuple[str, Mapping[str, Any]]:
 
 
 def _int4(parts: Parts, name: str, attributes: Mapping[str, Any]) -> Tensor:
-    """qdata [n_out, n_in / 2], signed nibbles, the even columns low; scale and zero_point (a weight, not a code)
-    [n_group, n_out]: weight = scale * code + zero_point."""
+    """Return weight = scale * code + zero_point, where zero_point is a weight, not a code.
+
+    _qdata: [n_out, n_in / 2], signed nibbles, the even columns low. _scale, _zero_point: [n_group, n_out].
+    """
     qdata = parts.need("_qdata", "U8", "I8", ndim=2)
     n_out, n_in = qdata.shape[0], 2 * qdata.shape[1]
     scale = parts.need("_scale", *FLOATS, ndim=2)
@@ -70,7 +70,7 @@ def _int4(parts: Parts, name: str, attributes: Mapping[str, Any]) -> Tensor:
 
 
 def _signed(parts: Parts, name: str, attributes: Mapping[str, Any]) -> Tensor:
-    """qdata I8[n_out, n_in]; scale, and zero_point in units of a code, [n_out or 1, n_group]."""
+    """_qdata: I8[n_out, n_in]. _scale, and _zero_point in units of a code: [n_out or 1, n_group]."""
     qdata = parts.need("_qdata", "I8", ndim=2)
     scale, zero = parts.need("_scale", *FLOATS, ndim=2), parts.get("_zero_point")
     target = attributes.get("target_dtype")
@@ -88,14 +88,7 @@ def _signed(parts: Parts, name: str, attributes: Mapping[str, Any]) -> Tensor:
 
 
 def _float8(parts: Parts, name: str, attributes: Mapping[str, Any]) -> Tensor:
-    qdata = parts.need("_qdata", "F8_E4M3", "F8_E5M2", ndim=2)
-    table, expand = float8(qdata.dtype), scale_of(qdata, parts.need("_scale", *FLOATS), {})
-
-    @np.errstate(all="ignore")
-    def read(first: int, end: int) -> NDArray[np.float32]:
-        return table[qdata.array()[first:end]] * expand(first, end)
-
-    return source(name, qdata.shape, F32, qdata.file, read, qdata.release)
+    return fp8_weight(name, parts.need("_qdata", "F8_E4M3", "F8_E5M2", ndim=2), parts.need("_scale", *FLOATS), {})
 
 
 _KINDS: Mapping[str, Callable[[Parts, str, Mapping[str, Any]], Tensor]] = {

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint: a folder with config.json and weights, in one file or in several that an index lists."""
+"""A Hugging Face checkpoint: a folder with config.json and weights. An index lists the files if there are several."""
 
 import importlib
 import json
@@ -10,12 +10,12 @@ from typing import Any
 
 from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.formats.gguf.mapped import MappedFile, quoted
-from gguf_run.runtime.convert.stored.safetensors import Stored, read_safetensors, unique_keys
+from gguf_run.formats.safetensors import StoredArray, read_safetensors, unique_keys
 
 _MAX_JSON_BYTES = 64 << 20
 _MAX_SIZE = 2**31 - 1
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# torch's names of what safetensors calls ...
+# Name of a type in torch -> name in safetensors files.
 _TORCH_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64", "float8_e4m3fn": "F8_E4M3",
                  "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
                  "bool": "BOOL"}  # fmt: skip
@@ -23,17 +23,17 @@ _TORCH_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float6
 
 @dataclass(frozen=True)
 class Config:
-    """config.json, with what is under text_config on top (models of text and images)."""
+    """config.json. In models for images and text, the keys under text_config replace the others."""
 
     path: Path
     values: Mapping[str, Any]
 
     def get(self, *keys: str) -> Any:
-        """Return the first of these that is there and not null, or None."""
+        """Return the value of the first of these keys that is there and not null, or None."""
         return next((self.values[key] for key in keys if self.values.get(key) is not None), None)
 
     def integer(self, *keys: str, default: int | None = None, low: int = 1) -> int:
-        """Return a number from low to 2^31 - 1. FormatError if there is neither one nor a default."""
+        """Return a whole number from low to 2^31 - 1. FormatError if there is neither one nor a default."""
         value = self.get(*keys)
         value = default if value is None else value
         if type(value) is not int or not low <= value <= _MAX_SIZE:
@@ -41,7 +41,7 @@ class Config:
         return value
 
     def number(self, *keys: str, default: float | None = None) -> float:
-        """Return a number."""
+        """Return a number. FormatError if there is neither one nor a default."""
         value = self.get(*keys)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
@@ -49,7 +49,7 @@ class Config:
         return float(value)
 
     def wrong(self, keys: Sequence[str], allowed: str) -> FormatError:
-        """Return (not raise) the error that the value of `keys` is not as it must be."""
+        """Return (not raise) the error that the value of `keys` is not one of the allowed ones."""
         value = self.get(*keys)
         shown = "is missing" if value is None else f"is {json.dumps(value)[:100]}"  # which escapes what is not ASCII
         return FormatError(f"{self.path}: {' or '.join(keys)} {shown}, must be {allowed}")
@@ -57,15 +57,15 @@ class Config:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """tensors: by name, as they are stored; read when they are used."""
+    """The files of a checkpoint, opened."""
 
     directory: Path
     config: Config
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredArray]  # by name, read when they are used
 
     @classmethod
     def open(cls, directory: Path, weights: bool = True) -> "Checkpoint":
-        """Read config.json and map the weights (or leave them). GgufRunError if something is missing or wrong."""
+        """Read config.json and, if `weights`, map the weights. GgufRunError if a file is missing or wrong."""
         if not (directory / "config.json").is_file():
             raise GgufRunError(f"{directory}: there is no config.json: name the folder of a Hugging Face checkpoint")
         config = read_config(directory)
@@ -73,7 +73,7 @@ class Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; FormatError if there is another thing in it."""
+    """Return the object in a JSON file. FormatError if the file holds no object."""
     if path.stat().st_size > _MAX_JSON_BYTES:
         raise FormatError(f"{path}: is larger than {_MAX_JSON_BYTES} bytes: not what its name says")
     try:
@@ -86,14 +86,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(directory: Path) -> Config:
+    """Return config.json."""
     values = read_json(directory / "config.json")
     text = values.get("text_config")
     return Config(directory / "config.json", {**values, **text} if isinstance(text, dict) else values)
 
 
-def _read_weights(directory: Path) -> dict[str, Stored]:
+def _read_weights(directory: Path) -> Mapping[str, StoredArray]:
     for name in _WEIGHTS:
-        read = read_safetensors if name.endswith(".safetensors") else _read_torch
+        read = _read_safetensors if name.endswith(".safetensors") else _read_torch
         if (directory / name).is_file():
             return read(directory / name)
         if (directory / f"{name}.index.json").is_file():
@@ -101,12 +102,12 @@ def _read_weights(directory: Path) -> dict[str, Stored]:
     raise GgufRunError(f"{directory}: there are no weights: model.safetensors (or its .index.json) or {_WEIGHTS[1]}")
 
 
-def _read_shards(index: Path, read: Any) -> dict[str, Stored]:
-    """Read all files of an index, and check that they hold what it says."""
+def _read_shards(index: Path, read: Any) -> dict[str, StoredArray]:
+    """Read all files of an index. FormatError unless they hold the tensors that the index says."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(place, str) for place in places.values()):
         raise FormatError(f"{index}: weight_map does not tell the file of each tensor")
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredArray] = {}
     names = sorted(set(places.values()))
     if bad := [name for name in names if not re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII)]:
         raise FormatError(f"{index}: names the file {quoted(bad[0])}: must be one in the same folder")
@@ -126,8 +127,12 @@ def _read_shards(index: Path, read: Any) -> dict[str, Stored]:
     return tensors
 
 
-def _read_torch(path: Path) -> dict[str, Stored]:
-    """Read a file of torch.save. Its pickle runs no code: torch builds tensors and nothing else (weights_only)."""
+def _read_safetensors(path: Path) -> Mapping[str, StoredArray]:
+    return read_safetensors(path).arrays
+
+
+def _read_torch(path: Path) -> dict[str, StoredArray]:
+    """Read a file of torch.save. The pickle in it runs no code: with weights_only torch builds nothing but tensors."""
     file = MappedFile(path)
     try:
         # By name: an import statement would bind this module to torch, which only these old files need.
@@ -152,5 +157,5 @@ def _read_torch(path: Path) -> dict[str, Stored]:
         if not isinstance(name, str) or dtype is None:
             raise FormatError(f"{path}: {quoted(str(name))} is not a tensor of a known type")
         data = value.detach().contiguous().flatten().view(torch.uint8).numpy()
-        tensors[name] = Stored(name, dtype, tuple(value.shape), data, file)
+        tensors[name] = StoredArray(name, dtype, tuple(value.shape), data, file)
     return tensors

@@ -1,13 +1,14 @@
 """Tensors that are computed when their rows are read: views of a checkpoint in the layout of a GGUF file.
 
-A Source stands wherever a tensor of a GGUF file does (Tensor): its rows are blocks of its type. So a checkpoint is
-quantized, written or run without a copy of it in memory or on disk. Rows keep their blocks when they are only moved
-(`rows`, `stacked`), so a tensor that is quantized already passes through unchanged.
+A Source can be used like any Tensor of a GGUF file: its rows are blocks of its type. So a checkpoint is quantized,
+written or run without a copy of it in memory or on disk. `gathered` only moves rows, so blocks of a quantized tensor
+pass through it unchanged.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.types import TensorType, type_by_name
-from gguf_run.formats.gguf.mapped import MappedFile
+from gguf_run.formats.errors import FormatError, UnsupportedError
+from gguf_run.formats.gguf.mapped import MappedFile, MemoryFile, quoted
 from gguf_run.formats.gguf.tensors import Tensor
+from gguf_run.formats.safetensors import StoredArray
 
 F32 = type_by_name("F32")
 Array = NDArray[Any]
@@ -28,10 +31,11 @@ def _nothing(first: int, end: int) -> None:
 
 @dataclass(frozen=True)
 class Source(Tensor):
-    """read(first, end): rows first .. end, an array of any shape and dtype with the bytes of their blocks. free(first,
-    end): those rows are not needed soon. Both are called from several threads. offset means nothing here."""
+    """A tensor of which rows first .. end are computed. `offset` means nothing. Several threads may read at a time."""
 
+    # Returns the bytes of the rows' blocks, as an array of any shape and dtype.
     read: Callable[[int, int], Array] = field(repr=False, compare=False)
+    # Is told which rows are not needed soon.
     free: Callable[[int, int], None] = field(default=_nothing, repr=False, compare=False)
 
     def blocks(self, first: int = 0, end: int | None = None) -> NDArray[np.uint8]:
@@ -51,8 +55,47 @@ def source(
     read: Callable[[int, int], Array],
     free: Callable[[int, int], None] = _nothing,
 ) -> Source:
-    """Return a tensor of that shape in the checkpoint's order (rows last): ne is the shape reversed."""
+    """Return a Source. shape: in the checkpoint's order, which is that of ne reversed."""
     return Source(name, tuple(reversed(shape)) or (1,), type, 0, file, read, free)
+
+
+def floats(stored: StoredArray) -> Tensor:
+    """Return an array of a checkpoint as BF16, F16 or F32 (any other float). UnsupportedError if it holds no floats."""
+    if not stored.dtype.startswith(("F", "BF")) or stored.dtype == "F8_E8M0":
+        raise UnsupportedError(
+            f"{stored.file.path}: tensor {quoted(stored.name)} has values of type {stored.dtype}: weights are "
+            "F32, F16, BF16, F64, F8_E4M3 or F8_E5M2"
+        )
+    if 0 in stored.shape:
+        raise FormatError(f"{stored.file.path}: tensor {quoted(stored.name)} of shape {stored.shape} has no values")
+    array = stored.array().reshape(-1, *stored.shape[-1:])
+    if stored.dtype in ("F32", "F16", "BF16"):
+        dtype = type_by_name(stored.dtype)
+        return source(stored.name, stored.shape, dtype, stored.file, lambda a, b: array[a:b], stored.release)
+    table = float8(stored.dtype) if array.dtype == np.uint8 else None
+
+    def read(first: int, end: int) -> Array:
+        part = array[first:end]
+        return part.astype(np.float32) if table is None else table[part]
+
+    return source(stored.name, stored.shape, F32, stored.file, read, stored.release)
+
+
+def float8(dtype: str) -> NDArray[np.float32]:
+    """Return the value of each of the 256 codes of F8_E4M3 (no infinities; 0x7f and 0xff are NaN) or F8_E5M2."""
+    codes = np.arange(256, dtype=np.uint16)
+    if dtype == "F8_E5M2":
+        return (codes << 8).view(np.float16).astype(np.float32)  # the upper half of an F16
+    exponent, mantissa = (codes >> 3 & 15).astype(np.int32), (codes & 7).astype(np.float32)
+    size = np.where(exponent > 0, np.ldexp(8 + mantissa, exponent - 10), np.ldexp(mantissa, -9))
+    size[codes & 127 == 127] = np.nan
+    return np.where(codes & 128, -size, size).astype(np.float32)
+
+
+def computed(name: str, array: NDArray[np.float32], path: Path) -> Tensor:
+    """Return values that no file holds as an F32 tensor. path: what errors name."""
+    table = array.reshape(-1, array.shape[-1])
+    return source(name, array.shape, F32, MemoryFile(path, b""), lambda first, end: table[first:end])
 
 
 def renamed(tensor: Tensor, name: str) -> Tensor:
@@ -61,7 +104,7 @@ def renamed(tensor: Tensor, name: str) -> Tensor:
 
 
 def values(tensor: Tensor, function: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None) -> Tensor:
-    """Return the tensor as F32, each row's values changed by `function` (of and to float32[rows, n])."""
+    """Return the tensor as F32. function: changes the values of some rows, float32[n_rows, ne[0]]."""
     if function is None and tensor.type is F32:
         return tensor
 
@@ -72,22 +115,51 @@ def values(tensor: Tensor, function: Callable[[NDArray[np.float32]], NDArray[np.
     return Source(tensor.name, tensor.ne, F32, 0, tensor.file, read, tensor.release)
 
 
-def rows(tensor: Tensor, index: NDArray[np.int64], ne: tuple[int, ...]) -> Tensor:
-    """Return rows `index` of the tensor, in that order, as a tensor of ne."""
-    assert len(index) == math.prod(ne[1:])
+def gathered(name: str, tensors: Sequence[Tensor], index: NDArray[np.int64] | None, ne: tuple[int, ...]) -> Tensor:
+    """Return rows of several tensors as one tensor of the sizes ne: in their type, or F32 if they have several types.
+
+    index: rows, counted through all tensors; None: all rows in their order.
+    """
+    if len({tensor.type for tensor in tensors}) > 1:
+        tensors = [values(tensor) for tensor in tensors]
+    starts = np.cumsum([0, *(tensor.n_rows for tensor in tensors)])
+    assert math.prod(ne[1:]) == (starts[-1] if index is None else len(index))
+
+    def pieces(first: int, end: int) -> Iterator[tuple[Tensor, NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield each tensor of which rows are wanted, where in the result they go, and which rows they are."""
+        asked = np.arange(first, end) if index is None else index[first:end]
+        owner = np.searchsorted(starts, asked, "right") - 1
+        for i in np.unique(owner).tolist():
+            at = np.flatnonzero(owner == i)
+            yield tensors[i], at, asked[at] - starts[i]
 
     def read(first: int, end: int) -> Array:
-        wanted = index[first:end]
-        low, high = int(wanted.min()), int(wanted.max()) + 1
-        if high - low == len(wanted) and (np.diff(wanted) == 1).all():
-            return tensor.blocks(low, high)
-        return tensor.blocks(low, high)[wanted - low]
+        out: Array = np.empty((end - first, tensors[0].type.row_bytes(ne[0])), np.uint8)
+        for tensor, at, wanted in pieces(first, end):
+            low, high = int(wanted.min()), int(wanted.max()) + 1
+            found = tensor.blocks(low, high)
+            if high - low != len(wanted) or (np.diff(wanted) != 1).any():
+                found = found[wanted - low]
+            if len(at) == end - first:
+                return found
+            out[at] = found
+        return out
 
     def free(first: int, end: int) -> None:
-        wanted = index[first:end]
-        tensor.release(int(wanted.min()), int(wanted.max()) + 1)
+        for tensor, _, wanted in pieces(first, end):
+            tensor.release(int(wanted.min()), int(wanted.max()) + 1)
 
-    return Source(tensor.name, ne, tensor.type, 0, tensor.file, read, free)
+    return Source(name, ne, tensors[0].type, 0, tensors[0].file, read, free)
+
+
+def rows(tensor: Tensor, index: NDArray[np.int64], ne: tuple[int, ...]) -> Tensor:
+    """Return rows `index` of the tensor, in that order, as a tensor of the sizes ne."""
+    return gathered(tensor.name, [tensor], index, ne)
+
+
+def stacked(name: str, tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors of one shape as one tensor with one dimension more."""
+    return gathered(name, tensors, None, (*tensors[0].ne, len(tensors)))
 
 
 def halves(tensor: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -103,7 +175,7 @@ def halves(tensor: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
 def unpermuted(tensor: Tensor, n_head: int, back: bool = False) -> Tensor:
     """Put the rows of each head, which come as two halves for the rotation, in pairs: 0, n/2, 1, n/2 + 1, ...
 
-    A bias has a value, not a row, for each row of its matrix. back: undo that.
+    Of a bias the values are moved. back: put pairs into halves again.
     """
     head = np.arange(tensor.ne[-1], dtype=np.int64).reshape(n_head, 2, -1)
     index = head.swapaxes(1, 2).reshape(-1)
@@ -126,48 +198,8 @@ def transposed(tensor: Tensor) -> Tensor:
     return Source(tensor.name, (n_in, n_out, *more), tensor.type, 0, tensor.file, read)
 
 
-def stacked(name: str, tensors: Sequence[Tensor]) -> Tensor:
-    """Return tensors of one shape and type as one with one dimension more."""
-    one = tensors[0]
-    n_rows = one.n_rows
-
-    def pieces(first: int, end: int) -> list[tuple[Tensor, int, int]]:
-        return [
-            (tensors[i], max(first - i * n_rows, 0), min(end - i * n_rows, n_rows))
-            for i in range(first // n_rows, -(-end // n_rows))
-        ]
-
-    def read(first: int, end: int) -> Array:
-        return np.concatenate([tensor.blocks(a, b) for tensor, a, b in pieces(first, end)])
-
-    def free(first: int, end: int) -> None:
-        for tensor, a, b in pieces(first, end):
-            tensor.release(a, b)
-
-    return Source(name, (*one.ne, len(tensors)), one.type, 0, one.file, read, free)
-
-
-def gathered(tensors: Sequence[Tensor], index: NDArray[np.int64], ne: tuple[int, ...]) -> Tensor:
-    """Return rows `index` of several tensors, counted through all of them, as one F32 tensor of ne."""
-    starts = np.cumsum([0, *(tensor.n_rows for tensor in tensors)])
-    assert len(index) == math.prod(ne[1:])
-
-    def read(first: int, end: int) -> Array:
-        wanted = index[first:end]
-        out = np.empty((len(wanted), ne[0]), np.float32)
-        for tensor, start, stop in zip(tensors, starts[:-1], starts[1:], strict=True):
-            at = np.flatnonzero((wanted >= start) & (wanted < stop))
-            if len(at):
-                inner = wanted[at] - start
-                low = int(inner.min())
-                out[at] = dequantize(tensor.blocks(low, int(inner.max()) + 1), tensor.type)[inner - low]
-        return out
-
-    return Source(tensors[0].name, ne, F32, 0, tensors[0].file, read)
-
-
 def columns(tensor: Tensor, start: int, step: int) -> Tensor:
-    """Return every step-th column from `start` on, as F32."""
+    """Return the columns start, start + step, start + 2 step ... as F32."""
     ne = (len(range(start, tensor.ne[0], step)), *tensor.ne[1:])
 
     def read(first: int, end: int) -> Array:

@@ -1,1 +1,4 @@
-"""The tokenizer of a checkpoint as metadata of a GGUF file. Start with metadata.py."""
+"""The tokenizer of a checkpoint as metadata.
+
+Start with metadata.py. It has a reader for each kind of file, which makes a Vocabulary.
+"""

@@ -17,7 +17,7 @@ from gguf_run.runtime.tokenizers.vocab import END_NAMES
 
 _PREFIX = "tokenizer.ggml."
 
-# Roles as tokenizer_config.json and config.json call them, and their keys.
+# Role, as tokenizer_config.json and config.json call it -> key of the GGUF file.
 _ROLES = MappingProxyType({
     "bos": "bos_token_id", "eos": "eos_token_id", "eot": "eot_token_id", "eom": "eom_token_id",
     "unk": "unknown_token_id", "sep": "seperator_token_id", "pad": "padding_token_id", "cls": "cls_token_id",
@@ -33,12 +33,11 @@ _SOURCES = (
 def tokenizer_metadata(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metadata pairs `tokenizer.*` for the checkpoint in a directory.
 
-    config: its config.json, of which vocab_size, model_type and the ids of roles matter. FormatError: files that are
-    missing, damaged or contradict each other. UnsupportedError: a kind of tokenizer without a place in GGUF.
-    ConversionWarning: what cannot be carried over.
+    config: its config.json; vocab_size, model_type and the ids of roles are used.
+
+    FormatError for files that are missing, damaged or contradict each other. UnsupportedError for a kind of tokenizer
+    that GGUF has no place for. ConversionWarning for a detail that GGUF has no place for.
     """
-    text_config = config.get("text_config")
-    config = config | text_config if isinstance(text_config, Mapping) else config  # type: ignore[operator]
     n_vocab = config.get("vocab_size")
     if n_vocab is not None and (not isinstance(n_vocab, int) or isinstance(n_vocab, bool) or n_vocab < 1):
         raise FormatError(
@@ -69,7 +68,7 @@ def tokenizer_metadata(directory: Path, config: Mapping[str, Any]) -> dict[str, 
 
 
 def _read_vocabulary(directory: Path, n_vocab: int | None, model_type: str) -> Vocabulary:
-    """Read the file that knows most. SentencePiece's own has scores, of which tokenizer.json knows only the order."""
+    """Read the file that tells most. SentencePiece's has scores; tokenizer.json has only their order."""
     found = [path for name in _SOURCES for path in sorted(directory.glob(name))]
     if not found:
         raise FormatError(f"{directory}: there is no tokenizer: one of {', '.join(_SOURCES)} is needed")
@@ -104,7 +103,7 @@ def _more_added(directory: Path, settings: Mapping[str, Any]) -> list[Added]:
 def _role_ids(
     vocabulary: Vocabulary, settings: Mapping[str, Any], config: Mapping[str, Any], generation: Mapping[str, Any]
 ) -> dict[str, int]:
-    """Return the ids of roles: from tokenizer_config.json, what its tokenizer puts around texts, and config.json."""
+    """Return the ids of roles, from the tokens around texts, tokenizer_config.json, the vocabulary or config.json."""
     ids = {token: id for id, token in enumerate(vocabulary.tokens)}
     named = {role: _content(settings.get(f"{role}_token")) for role in _ROLES}
     named["bos"] = named["bos"] or named["cls"]
@@ -125,7 +124,7 @@ def _role_ids(
 
 
 def _other_end(vocabulary: Vocabulary, named: int | None, eos: int, ends: Any) -> int | None:
-    """Return another token that ends an answer: what tokenizer_config.json has for EOS, or generation_config.json."""
+    """Return another token that ends an answer, from tokenizer_config.json (named) or generation_config.json (ends)."""
     if named is not None and named != eos:
         return named
     ends = ends if isinstance(ends, list) else []
@@ -134,7 +133,7 @@ def _other_end(vocabulary: Vocabulary, named: int | None, eos: int, ends: Any) -
 
 
 def _chat_templates(directory: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the keys of chat templates: chat_template.jinja counts before tokenizer_config.json, as in transformers."""
+    """Yield the keys of chat templates. As in transformers, chat_template.jinja wins over tokenizer_config.json."""
     file = directory / "chat_template.jinja"
     given = settings.get("chat_template") or _read_if_there(directory / "chat_template.json").get("chat_template")
     templates: dict[str, str] = {"default": given} if isinstance(given, str) else {}
@@ -158,7 +157,7 @@ def _chat_templates(directory: Path, settings: Mapping[str, Any]) -> Iterator[tu
 
 
 def _content(value: Any) -> str | None:
-    """The text of a token that stands as itself or as an object."""
+    """Return the text of a token, which is given as a text or as an object."""
     value = value.get("content") if isinstance(value, Mapping) else value
     return value if isinstance(value, str) else None
 

@@ -1,7 +1,7 @@
-"""Which name in `tokenizer.ggml.pre` stands for the pre-tokenizer of a tokenizer.json: found by what it does to texts.
+"""Finds the name in `tokenizer.ggml.pre` for the pre-tokenizer of a tokenizer.json, by what it does to texts.
 
-Expressions that cut alike can be written in many ways, and a file's hash says nothing about a model fine-tuned with two
-more tokens. So the checkpoint's own pre-tokenizer and each known one cut the same awkward texts, and the cuts decide.
+Regular expressions that cut alike can be written in many ways, and a file's hash changes when a fine-tuned model adds
+two tokens. So the checkpoint's pre-tokenizer and each known one cut the same awkward texts, and the cuts decide.
 """
 
 import functools
@@ -19,11 +19,7 @@ from gguf_run.runtime.convert.vocabulary.vocabulary import ConversionWarning
 from gguf_run.runtime.tokenizers.pretokenizers import PRE_TOKENIZERS, TABLE
 
 # Names that llama.cpp's converter gives to models of these types, where several names mean the same cuts.
-_USUAL_NAMES = {
-    "starcoder2": "starcoder", "granite": "refact", "granitemoe": "refact", "stablelm": "stablelm2", "olmo": "olmo",
-    "cohere": "command-r", "exaone": "exaone", "falcon3": "falcon3", "llama4_text": "llama4", "phi": "phi-2",
-    "mpt": "mpt", "codeshell": "codeshell", "glm4": "glm4", "chatglm": "chatglm-bpe", "bloom": "bloom",
-}  # fmt: skip
+_USUAL_NAMES = {"starcoder2": "starcoder", "granite": "refact", "stablelm": "stablelm2"}
 
 # What the known expressions tell apart: case, contractions, digits, spaces, line ends, marks, scripts, symbols.
 _PIECES = (
@@ -39,11 +35,13 @@ _PIECES = (
 
 
 def pre_tokenizer_name(pre: Any, whole_words: bool, model_type: str, file: str) -> str:
-    """Return the name for a tokenizer.json's `pre_tokenizer` (None, or an object with a type).
+    """Return the name for the `pre_tokenizer` of a tokenizer.json.
 
-    whole_words: its model has ignore_merges, and decides between names whose cuts are the same; model_type: from
-    config.json, decides between names that mean the same in every respect. Where no name cuts alike: the one with the
-    fewest texts cut otherwise, and a ConversionWarning. FormatError: the tokenizers package does not take it.
+    pre: None, or an object with a type. whole_words: ignore_merges of its model, which decides between names with the
+    same cuts. model_type: of config.json; it decides between names that mean the same in every respect.
+
+    ConversionWarning if no known name cuts alike: the name with the fewest other cuts is returned. FormatError if the
+    tokenizers package refuses `pre`.
     """
     cutter = _cutter(pre, file)
     own = _own_cuts(cutter, file)
@@ -69,7 +67,7 @@ def pre_tokenizer_name(pre: Any, whole_words: bool, model_type: str, file: str) 
 
 @functools.cache
 def probes() -> tuple[str, ...]:
-    """Return the texts to cut, the same in each run."""
+    """Return the texts to cut. They are the same in each run."""
     chance = random.Random(8)
     texts = ["".join(chance.choices(_PIECES, k=chance.randint(2, 14))) for _ in range(400)]
     return (*texts, "x" + " " * 700 + "y" + " " * 9 + "\n" * 5, "12345678 " * 3, "a1b2c3 " * 4)
@@ -89,7 +87,7 @@ def _cut(cutter: Cutter, text: str) -> list[tuple[int, int]]:
 
 
 def _differences(own: Sequence[list[tuple[int, int]]], name: str, enough: int) -> int:
-    """Count the probes that a known pre-tokenizer cuts otherwise, up to one more than is of interest."""
+    """Count the probes that a known pre-tokenizer cuts otherwise. Stop above `enough`."""
     cutter = PRE_TOKENIZERS[name].build()
     n = 0
     for text, cuts in zip(probes(), own, strict=True):
@@ -100,7 +98,7 @@ def _differences(own: Sequence[list[tuple[int, int]]], name: str, enough: int) -
 
 
 def _cutter(pre: Any, file: str) -> Cutter:
-    """Build a tokenizer.json's pre-tokenizer alone, whose bytes do not begin with a space that is not there."""
+    """Build the pre-tokenizer alone, without the space that it may put before a text."""
     empty = {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}
     try:
         built = Tokenizer.from_str(json.dumps(empty | {"pre_tokenizer": _without_prefix(pre)})).pre_tokenizer

@@ -1,7 +1,14 @@
 """SentencePiece's tokenizer.model: a protobuf message of which a dozen fields matter, read without the library.
 
-A message is a row of fields: a varint with number << 3 | wire type, then a varint (0), 8 bytes (1), a varint length and
-as many bytes (2), or 4 bytes (5). Field numbers: sentencepiece_model.proto of SentencePiece.
+A message is a row of fields. A field begins with a varint: its number << 3 | its wire type. Then follows
+
+wire type   value
+0           a varint
+1           8 bytes
+2           a varint n, n bytes
+5           4 bytes
+
+Field numbers: sentencepiece_model.proto of SentencePiece.
 """
 
 import struct
@@ -22,9 +29,11 @@ _UNIGRAM, _BPE = 1, 2
 
 
 def read_sentencepiece(path: Path, n_vocab: int | None) -> Vocabulary:
-    """Return the vocabulary of a SentencePiece model, padded or cut to n_vocab tokens where config.json tells.
+    """Return the vocabulary of a SentencePiece model.
 
-    FormatError: damaged. UnsupportedError: a model of words or characters.
+    n_vocab: tokens are added or cut to make so many; None: as many as the file has.
+
+    FormatError for a damaged file. UnsupportedError for a model of words or characters.
     """
     message = _Message(read_file(path), path)
     pieces: list[tuple[str, float, int]] = []
@@ -62,24 +71,18 @@ def read_sentencepiece(path: Path, n_vocab: int | None) -> Vocabulary:
 
 
 def is_sentencepiece(data: bytes) -> bool:
-    """Whether a file begins as a SentencePiece model does, with a field 1 of bytes; tiktoken files are text."""
+    """Tell whether a file begins like a SentencePiece model, with field 1 of bytes. Tiktoken files are text."""
     return data[:1] == b"\x0a"
 
 
 def _piece(message: "_Message", id: int) -> tuple[str, float, int]:
-    text, score, type = b"", 0.0, 1
-    for number, value in message.fields():
-        if number == 1 and isinstance(value, bytes):
-            text = value
-        elif number == 2 and isinstance(value, float):
-            score = value
-        elif number == 3 and isinstance(value, int):
-            type = value
-    if score != score or type not in _TYPES:
-        raise FormatError(f"{message.path}: token {id} has the score {score} and the type {type}")
+    fields: dict[int, Any] = {1: b"", 2: 0.0, 3: 1} | dict(message.fields())
+    text, score, kind = (fields[number] for number in (1, 2, 3))
+    if not isinstance(score, float) or score != score or kind not in _TYPES:
+        raise FormatError(f"{message.path}: token {id} has the score {score!r} and the type {kind!r}")
     try:
-        return text.decode(), score, _TYPES[type]
-    except UnicodeDecodeError:
+        return bytes.decode(text), score, _TYPES[kind]
+    except (UnicodeDecodeError, TypeError):
         raise FormatError(f"{message.path}: token {id} is no UTF-8") from None
 
 
@@ -91,7 +94,7 @@ class _Message:
         self._data = data
 
     def fields(self) -> Iterator[tuple[int, int | float | bytes]]:
-        """Yield each field's number and value: int, bytes, or float for four bytes."""
+        """Yield the number and value of each field: an int, bytes, or a float for four bytes."""
         data, at = self._data, 0
         while at < len(data):
             tag, at = self._varint(at)

@@ -9,7 +9,7 @@ from typing import Any
 from gguf_run.formats.errors import FormatError
 from gguf_run.runtime.convert.stored.checkpoint import read_json
 from gguf_run.runtime.convert.vocabulary.pre_tokenizer import pre_tokenizer_name
-from gguf_run.runtime.convert.vocabulary.vocabulary import MAX_TOKENS, Vocabulary, lay_out, read_file
+from gguf_run.runtime.convert.vocabulary.vocabulary import MAX_TOKENS, Vocabulary, lay_out, pairs_of, read_file
 from gguf_run.runtime.tokenizers.bpe import BYTE_CHARACTERS
 from gguf_run.runtime.tokenizers.vocab import CONTROL
 
@@ -22,7 +22,7 @@ _LLAMA3_SPECIAL = (
     *(_RESERVED.format(i) for i in range(3, 248)),
 )  # fmt: skip
 
-# The file does not tell the expressions or the special tokens: the number of ranks says which vocabulary it is.
+# The file does not hold the pre-tokenizer or the special tokens. The number of ranks tells which vocabulary it is.
 _KNOWN: Mapping[int, tuple[str, tuple[str, ...]]] = {
     50256: ("gpt-2", ("<|endoftext|>",)),
     100256: ("dbrx", ()),
@@ -37,7 +37,7 @@ _TEKKEN_SPECIAL = (
     "[/TOOL_RESULTS]", "[TOOL_CALLS]", "<pad>", "[PREFIX]", "[MIDDLE]", "[SUFFIX]",
 )  # fmt: skip
 
-# A longer token would make many pairs; published ones have at most some 130 bytes.
+# A longer token would make many pairs. Published ones have at most some 130 bytes.
 _MAX_TOKEN_BYTES = 1024
 
 
@@ -121,16 +121,7 @@ def _byte_level(found: Mapping[int, str], tokens: list[bytes], n_vocab: int | No
     if not longest or len(found) > MAX_TOKENS or longest > _MAX_TOKEN_BYTES:
         raise FormatError(f"{path}: {len(tokens)} tokens of up to {longest} bytes are no vocabulary")
     names, types = lay_out(found, n_vocab or len(found), path)
-    return Vocabulary("gpt2", "", names, types, merges=_merges(tokens))
-
-
-def _merges(tokens: list[bytes]) -> list[str]:
-    """Return all pairs of tokens that make a token: tiktoken joins whatever gives the lowest rank."""
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    merges = []
-    for token in tokens:
-        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
-        pairs = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
-        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-        merges += [" ".join(_spell(list(pair))) for pair in pairs]
-    return merges
+    # Tiktoken joins any two tokens that give a token, the lowest rank first: merges name all such pairs.
+    merges = [" ".join(_spell(list(pair))) for token in tokens for pair in pairs_of(token, ranks)]
+    return Vocabulary("gpt2", "", names, types, merges=merges)

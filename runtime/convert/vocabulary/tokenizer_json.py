@@ -23,6 +23,7 @@ from gguf_run.runtime.convert.vocabulary.vocabulary import (
     added_tokens,
     lay_out,
     mark_added,
+    pairs_of,
     tokens_by_id,
 )
 from gguf_run.runtime.tokenizers.vocab import BYTE, NORMAL, UNKNOWN
@@ -31,10 +32,12 @@ _BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
 def read_tokenizer_json(path: Path, n_vocab: int | None, model_type: str) -> Vocabulary:
-    """Return the vocabulary of a tokenizer.json, padded or cut to n_vocab tokens where config.json tells.
+    """Return the vocabulary of a tokenizer.json.
 
-    FormatError: damaged. UnsupportedError: a kind of model or step that GGUF has no place for. ConversionWarning: a
-    step that changes some texts has no place.
+    n_vocab: tokens are added or cut to make so many; None: as many as the file has. model_type: of config.json.
+
+    FormatError for a damaged file. UnsupportedError for a kind of model or step that GGUF has no place for.
+    ConversionWarning if GGUF has no place for a step that changes some texts.
     """
     data = read_json(path)
     model = data.get("model")
@@ -56,12 +59,12 @@ def read_tokenizer_json(path: Path, n_vocab: int | None, model_type: str) -> Voc
     unknown = model.get("unk_token")
     if isinstance(unknown, str) and vocab.get(unknown, len(tokens)) < len(tokens):
         vocabulary.roles.setdefault("unk", vocab[unknown])
-    _read_post_processor(data, vocabulary)
+    _read_post_processor(data, vocabulary, path)
     return vocabulary
 
 
 def steps(component: Any, path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the parts of a normalizer, pre-tokenizer, decoder or post-processor, out of the sequences they stand in."""
+    """Yield the steps of a normalizer, pre-tokenizer, decoder or post-processor. Sequences are flattened."""
     stack = [component]
     while stack:
         item = stack.pop()
@@ -100,14 +103,15 @@ def _bpe(data: dict[str, Any], vocabulary: Vocabulary, path: Path, model_type: s
 
 
 def _spm_bpe(data: dict[str, Any], vocabulary: Vocabulary, merges: list[tuple[str, str]], path: Path) -> Vocabulary:
-    """SentencePiece written as BPE: a list of merges takes the place of scores, which it is turned back to.
+    """Turn the merges of a SentencePiece model that is written as BPE back into scores.
 
-    SentencePiece joins whatever gives a token, the best-scored first. That is the same if the merges name all pairs.
+    SentencePiece joins any two tokens that give a token, the best score first. BPE does the same if its merges name
+    all such pairs.
     """
     vocabulary.model = "llama"
     ranks = {token: rank for rank, token in enumerate(dict.fromkeys(left + right for left, right in merges))}
-    known = set(vocabulary.tokens)
-    n_pairs = sum(token[:i] in known and token[i:] in known for token in ranks for i in range(1, len(token)))
+    known = dict.fromkeys(vocabulary.tokens, 0)
+    n_pairs = sum(len(pairs_of(token, known)) for token in ranks)
     n_merges = len(set(merges))
     if n_pairs > n_merges:
         _warn(path, f"it has {n_merges} of {n_pairs} possible merges; a GGUF file has all: some texts may differ")
@@ -121,7 +125,6 @@ def _spm_bpe(data: dict[str, Any], vocabulary: Vocabulary, merges: list[tuple[st
 
 
 def _unigram(data: dict[str, Any], vocabulary: Vocabulary, path: Path, model_type: str) -> Vocabulary:
-    del model_type
     vocabulary.model = "t5"
     scores = [score for _, score in _unigram_pieces(data["model"].get("vocab"), path)][: len(vocabulary.tokens)]
     vocabulary.scores = scores + [PADDING_SCORE] * (len(vocabulary.tokens) - len(scores))
@@ -147,8 +150,7 @@ def _unigram(data: dict[str, Any], vocabulary: Vocabulary, path: Path, model_typ
 
 
 def _wordpiece(data: dict[str, Any], vocabulary: Vocabulary, path: Path, model_type: str) -> Vocabulary:
-    """Tokens that begin a word get a "▁" and others lose their "##": how llama.cpp tells them apart."""
-    del model_type
+    """Give tokens that begin a word a "▁", and take the "##" from others: llama.cpp tells them apart so."""
     vocabulary.model = "bert"
     prefix = str(data["model"].get("continuing_subword_prefix", "##"))
     added = {entry.id for entry in added_tokens(data.get("added_tokens"), path)}
@@ -173,7 +175,7 @@ _READERS: Mapping[str, Callable[[dict[str, Any], Vocabulary, Path, str], Vocabul
 
 
 def _merges(value: Any, path: Path) -> list[tuple[str, str]]:
-    """Return merges as pairs: files have "left right" or, since parts may hold spaces, ["left", "right"]."""
+    """Return merges as pairs. A file has "left right", or ["left", "right"], whose parts may hold spaces."""
     if not isinstance(value, list) or not value:
         raise FormatError(f"{path}: the model has no merges")
     pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in value]
@@ -205,7 +207,7 @@ def _mark_bytes(vocabulary: Vocabulary) -> None:
 
 
 def _read_prefix(data: dict[str, Any], vocabulary: Vocabulary, path: Path) -> None:
-    """Whether a text gets a space in front: by the normalizer (always), or by Metaspace (unless it begins with one)."""
+    """Find out whether a text gets a space in front: from the normalizer, or from Metaspace (if it has none)."""
     prefix = any(step["type"] == "Prepend" for step in steps(data.get("normalizer"), path))
     for step in steps(data.get("pre_tokenizer"), path):
         if step["type"] == "Metaspace":
@@ -223,27 +225,32 @@ def _charsmap(value: Any, path: Path) -> NDArray[np.uint8]:
         raise FormatError(f"{path}: precompiled_charsmap is no base64") from None
 
 
-def _read_post_processor(data: dict[str, Any], vocabulary: Vocabulary) -> None:
+def _read_post_processor(data: dict[str, Any], vocabulary: Vocabulary, path: Path) -> None:
     """Find the tokens that the post-processor puts around a text."""
-    for step in steps(data.get("post_processor"), Path("tokenizer.json")):
+    for step in steps(data.get("post_processor"), path):
         if step["type"] == "ByteLevel":
-            vocabulary.more.setdefault("add_bos_token", False)
-            vocabulary.more.setdefault("add_eos_token", False)
-        elif step["type"] in ("RobertaProcessing", "BertProcessing"):
-            for role, name in (("bos", "cls"), ("eos", "sep")):
-                pair = step.get(name)
-                if isinstance(pair, list) and pair and isinstance(pair[0], str):
-                    vocabulary.roles[role] = pair[0]
-                    vocabulary.more[f"add_{role}_token"] = True
-        elif step["type"] == "TemplateProcessing":
-            single = step.get("single")
-            if isinstance(single, list) and len(single) > 1:
-                for role, part in (("bos", single[0]), ("eos", single[-1])):
-                    special = part.get("SpecialToken") if isinstance(part, dict) else None
-                    token = special.get("id") if isinstance(special, dict) else None
-                    vocabulary.more[f"add_{role}_token"] = isinstance(token, str)
-                    if isinstance(token, str):
-                        vocabulary.roles[role] = token
+            vocabulary.more = {"add_bos_token": False, "add_eos_token": False} | vocabulary.more
+        for role, token in _tokens_around(step).items():
+            vocabulary.more[f"add_{role}_token"] = token is not None
+            if token is not None:
+                vocabulary.roles[role] = token
+
+
+def _tokens_around(step: dict[str, Any]) -> dict[str, str | None]:
+    """Return the tokens that a step puts before (bos) and after (eos) a text, as far as it tells. None: no token."""
+    if step["type"] in ("RobertaProcessing", "BertProcessing"):
+        pairs = (("bos", step.get("cls")), ("eos", step.get("sep")))
+        return {role: pair[0] for role, pair in pairs if isinstance(pair, list) and pair and isinstance(pair[0], str)}
+    single = step.get("single") if step["type"] == "TemplateProcessing" else None
+    if not isinstance(single, list) or len(single) < 2:
+        return {}
+    return {"bos": _special_token(single[0]), "eos": _special_token(single[-1])}
+
+
+def _special_token(part: Any) -> str | None:
+    special = part.get("SpecialToken") if isinstance(part, dict) else None
+    token = special.get("id") if isinstance(special, dict) else None
+    return token if isinstance(token, str) else None
 
 
 def _warn(path: Path, text: str) -> None:

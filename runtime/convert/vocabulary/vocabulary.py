@@ -1,15 +1,18 @@
-"""A checkpoint's vocabulary in the shape that a GGUF file holds, before the ids of roles and templates join it."""
+"""A vocabulary as a GGUF file has it, and what all readers of tokenizer files share."""
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gguf_run.formats.errors import FormatError
 from gguf_run.runtime.tokenizers.vocab import CONTROL, NORMAL, UNUSED, USER_DEFINED
 
-# Larger ones are not read: the largest published vocabularies have some 260,000 tokens in 35 MB.
+T = TypeVar("T", str, bytes)
+
+# Limits. The largest published vocabularies have some 260,000 tokens in 35 MB.
 MAX_FILE_BYTES = 1 << 29
 MAX_TOKENS = 1 << 22
 
@@ -17,44 +20,42 @@ SPACE = "▁"  # how SentencePiece spells a space
 PADDING_SCORE = -10000.0
 ADDED_SCORE = -1000.0
 
-# Added tokens that checkpoints mark as ordinary, and that no text should turn into (as llama.cpp's converter has it).
+# Added tokens that are control tokens although checkpoints mark them as ordinary ones (as in llama.cpp's converter).
 _CONTROL_NAMES = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 _CONTROL_BRACKETS = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
 
 
 class ConversionWarning(UserWarning):
-    """Something of a checkpoint cannot be carried over exactly; says what, and how to check."""
+    """A GGUF file cannot say all that the checkpoint does. The text says what is lost, and how to check."""
 
 
 @dataclass
 class Vocabulary:
-    """model: `tokenizer.ggml.model`; pre: `tokenizer.ggml.pre`; tokens, types and scores by id (scores of some models
-    only); merges: "left right" each; more: other keys `tokenizer.ggml.*` without their prefix; roles: names or ids of
-    tokens with a role, as far as the file tells."""
+    """The tokens of a model and what belongs to them. Keys are those of GGUF, without "tokenizer.ggml."."""
 
     model: str
     pre: str
-    tokens: list[str]
-    types: list[int]
-    scores: list[float] | None = None
-    merges: list[str] | None = None
-    more: dict[str, Any] = field(default_factory=dict)
-    roles: dict[str, int | str] = field(default_factory=dict)
+    tokens: list[str]  # by id
+    types: list[int]  # by id, ggml's numbers
+    scores: list[float] | None = None  # by id, of some models
+    merges: list[str] | None = None  # "left right" each, of some models
+    more: dict[str, Any] = field(default_factory=dict)  # other keys
+    roles: dict[str, int | str] = field(default_factory=dict)  # role ("bos" ...) -> id or token, as far as a file tells
 
 
 @dataclass(frozen=True)
 class Added:
-    """A token added to the vocabulary of a model, as tokenizer.json and tokenizer_config.json list them."""
+    """An added token of tokenizer.json or tokenizer_config.json."""
 
     id: int
     content: str
-    special: bool
-    lstrip: bool = False
-    rstrip: bool = False
+    special: bool  # no text is turned into it
+    lstrip: bool = False  # takes the white space on its left
+    rstrip: bool = False  # takes the white space on its right
 
 
 def read_file(path: Path) -> bytes:
-    """Return a file's bytes; FormatError if it cannot be read or is far larger than any tokenizer."""
+    """Return a file's bytes. FormatError if it cannot be read or is far larger than any tokenizer."""
     try:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
@@ -65,7 +66,7 @@ def read_file(path: Path) -> bytes:
 
 
 def added_tokens(entries: Any, path: Path) -> list[Added]:
-    """Check a list of {"id", "content", "special"}; None is an empty one."""
+    """Return a checked list of {"id", "content", "special"} entries. None is an empty list."""
     if entries is not None and not isinstance(entries, list):
         raise FormatError(f"{path}: added_tokens is {type(entries).__name__}: a list is allowed")
     found = []
@@ -78,7 +79,7 @@ def added_tokens(entries: Any, path: Path) -> list[Added]:
 
 
 def tokens_by_id(vocab: Mapping[str, Any], added: Iterable[Added], path: Path) -> dict[int, str]:
-    """Join a vocabulary {token: id} and added tokens. FormatError: ids that are no ids, or one id or text twice."""
+    """Return the tokens of a vocabulary {token: id} and added ones, by id. FormatError for a wrong or repeated id."""
     found: dict[int, str] = {}
     for token, id in vocab.items():
         if not isinstance(id, int) or isinstance(id, bool) or not 0 <= id < MAX_TOKENS:
@@ -98,35 +99,36 @@ def tokens_by_id(vocab: Mapping[str, Any], added: Iterable[Added], path: Path) -
 
 
 def lay_out(found: Mapping[int, str], n_vocab: int, path: Path) -> tuple[list[str], list[int]]:
-    """Return tokens and types for the ids 0 to n_vocab - 1; ids without a token become [PADn], of type unused.
+    """Return tokens and types of the ids 0 to n_vocab - 1. An id without a token becomes [PADn], of type unused.
 
-    ConversionWarning if tokens have ids from n_vocab on: the model has no rows for them, so they are left out.
+    ConversionWarning if tokens have larger ids. They are left out, because the model has no rows for them.
     """
     tokens = [found.get(id, f"[PAD{id}]") for id in range(n_vocab)]
     types = [NORMAL if id in found else UNUSED for id in range(n_vocab)]
-    _warn_if_left_out(found, n_vocab, path)
-    if len(set(tokens)) < n_vocab:
-        seen: set[str] = set()
-        twice = next(token for token in tokens if token in seen or seen.add(token))  # type: ignore[func-returns-value]
-        raise FormatError(f"{path}: token {twice[:40]!r} stands there twice")
-    return tokens, types
-
-
-def _warn_if_left_out(found: Mapping[int, str], n_vocab: int, path: Path) -> None:
-    left_out = [token for id, token in found.items() if id >= n_vocab]
-    if left_out:
+    if left_out := [token for id, token in found.items() if id >= n_vocab]:
         warnings.warn(
             f"{path}: {len(left_out)} tokens such as {left_out[0][:40]!r} are left out: config.json says vocab_size "
             f"{n_vocab}, so the model has no embedding for them",
             ConversionWarning,
             stacklevel=3,
         )
+    if len(set(tokens)) < n_vocab:
+        twice, _ = Counter(tokens).most_common(1)[0]
+        raise FormatError(f"{path}: token {twice[:40]!r} stands there twice")
+    return tokens, types
+
+
+def pairs_of(token: T, ranks: Mapping[T, int]) -> list[tuple[T, T]]:
+    """Return all pairs of tokens that make a token, the lowest ranks first. ranks: by token."""
+    pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+    known = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
+    return sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
 
 
 def mark_added(vocabulary: Vocabulary, added: Iterable[Added]) -> None:
-    """Give added tokens their types (and scores), and their texts: a text that is to be found has real spaces.
+    """Give added tokens their types, scores and texts. The text of a token that is no control token has real spaces.
 
-    Those that take the white space beside them have lists, lstrip_token_ids and rstrip_token_ids.
+    Tokens that take white space are listed under lstrip_token_ids and rstrip_token_ids.
     """
     for entry in added:
         if entry.id >= len(vocabulary.tokens):
@@ -143,5 +145,5 @@ def mark_added(vocabulary: Vocabulary, added: Iterable[Added]) -> None:
 
 
 def looks_like_control(token: str) -> bool:
-    """Whether a name is one that models use for control tokens."""
+    """Tell whether models use this name for a control token."""
     return token in _CONTROL_NAMES or any(token.startswith(a) and token.endswith(z) for a, z in _CONTROL_BRACKETS)

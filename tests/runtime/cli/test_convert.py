@@ -69,9 +69,9 @@ def test_auto_keeps_the_weights(folder: Path, tmp_path: Path) -> None:
     expected = {
         "general.architecture": "llama", "general.type": "model", "general.file_type": 32,
         "general.name": "The Tiny One",
-        "general.finetune": "Instruct", "general.basename": "Tiny", "general.size_label": "0.9M",
-        "general.license": "apache-2.0", "general.base_model.count": 2, "general.base_model.0.name": "Base 7B v2",
-        "general.base_model.0.version": "v2", "general.base_model.0.organization": "Owner",
+        "general.size_label": "1.3M",
+        "general.license": "apache-2.0", "general.base_model.count": 2, "general.base_model.0.name": "Base-7B-v2",
+        "general.base_model.0.organization": "owner",
         "general.base_model.0.repo_url": "https://huggingface.co/owner/Base-7B-v2",
         "general.base_model.1.repo_url": "https://huggingface.co/other/thing",
         "general.sampling.temp": pytest.approx(0.6), "general.sampling.top_k": 20,
@@ -92,10 +92,10 @@ def test_names_of_files(folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert run(folder, "--vocab-only").exit_code == 0
     assert run(folder, "--type", "F32", "--split-max-size", "1M", "-o", "split.gguf").exit_code == 0
     names = {path.name for path in tmp_path.glob("*.gguf")}
-    assert {"Tiny-0.9M-Instruct-Q8_0.gguf", "Tiny-0.9M-Instruct-F16.gguf", "Tiny-Instruct-vocab.gguf"} < names
-    with GGUFFile.open(tmp_path / "Tiny-0.9M-Instruct-F16.gguf") as file:
+    assert {"Tiny-0.9M-Instruct-Q8_0.gguf", "A-Name-of-mine-F16.gguf", "Tiny-0.9M-Instruct-vocab.gguf"} < names
+    with GGUFFile.open(tmp_path / "A-Name-of-mine-F16.gguf") as file:
         assert file.metadata["general.name"] == "A Name/of mine"
-    with GGUFFile.open(tmp_path / "Tiny-Instruct-vocab.gguf") as file:
+    with GGUFFile.open(tmp_path / "Tiny-0.9M-Instruct-vocab.gguf") as file:
         assert not file.tensors
         assert len(file.metadata["tokenizer.ggml.tokens"]) == 300
     (first,) = (name for name in names if name.startswith("split-00001-of-"))
