@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError, UnsupportedError
 
 if TYPE_CHECKING:
-    from gguf_run.runtime.engine.batch import Answer
+    from gguf_run.runtime.engine.reply import Answer
     from gguf_run.runtime.model import Model, Stats
     from gguf_run.runtime.sampling.params import SamplingParams
     from gguf_run.runtime.sampling.sampler import TokenLogprob
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 _PLACES = {
-    "Answer": "engine.batch",
+    "Answer": "engine.reply",
     "Model": "model",
     "SamplingParams": "sampling.params",
     "Stats": "model",

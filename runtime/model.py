@@ -14,8 +14,11 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
 from gguf_run.models.backend import CacheType
-from gguf_run.runtime.engine.batch import Answer, Batch, OneOfMany
-from gguf_run.runtime.engine.generation import Closed, Generation, Session, StopStrings, text_pieces
+from gguf_run.runtime.engine.batch import Batch
+from gguf_run.runtime.engine.context import Closed, Context
+from gguf_run.runtime.engine.generation import Generation
+from gguf_run.runtime.engine.reply import Answer, Reply
+from gguf_run.runtime.engine.stop import StopStrings
 from gguf_run.runtime.sampling.history import Breakers, breakers
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler, TokenLogprob
@@ -91,7 +94,7 @@ class Model:
         self.load_s = load_s
         self._identity = identity
         self._close = close
-        self._session = Session(decoder)
+        self._session = Context(decoder)
         self._generation: Generation | Batch | None = None
         self._breakers: dict[tuple[str, ...], Breakers] = {}
 
@@ -276,12 +279,12 @@ class Model:
         Options as for generate; prompt i draws with the seed + i. GgufRunError for too many prompts, or none.
         """
         params = SamplingParams(**sampling)
-        sequences = []
+        replies = []
         for i, prompt in enumerate(prompts):
             seed = None if params.seed is None else (params.seed + i) % 2**64
-            ids, sampler = self._open_ended(self.tokenize(prompt)), self._sampler(replace(params, seed=seed))
-            sequences.append(OneOfMany(ids, sampler, self.tokenizer.stream(), StopStrings(stop)))
-        self._generation = batch = Batch(self._session, sequences, self.tokenizer.stop_ids, max_tokens)
+            ids = self._open_ended(self.tokenize(prompt))
+            replies.append(self._reply(ids, replace(params, seed=seed), stop, max_tokens))
+        self._generation = batch = Batch(self._session, replies)
         return batch.run()
 
     def chat(
@@ -387,9 +390,13 @@ class Model:
         n_keep: int | None,
         sampling: Mapping[str, Any],
     ) -> Iterator[str]:
-        sampler = self._sampler(SamplingParams(**sampling))
-        self._generation = Generation(self._session, ids, sampler, self.tokenizer.stop_ids, max_tokens, n_keep)
-        return text_pieces(self._generation, self.tokenizer.stream(), StopStrings(stop))
+        reply = self._reply(ids, SamplingParams(**sampling), stop, max_tokens)
+        self._generation = Generation(self._session, reply, n_keep)
+        return iter(self._generation)
+
+    def _reply(self, ids: list[int], params: SamplingParams, stop: Sequence[str], max_tokens: int | None) -> Reply:
+        tokenizer = self.tokenizer
+        return Reply(ids, self._sampler(params), tokenizer.stream(), StopStrings(stop), tokenizer.stop_ids, max_tokens)
 
     def _sampler(self, params: SamplingParams) -> Sampler:
         n_vocab = self.decoder.config.n_vocab

@@ -41,7 +41,7 @@ def sandbox() -> ImmutableSandboxedEnvironment:
         extensions=[_Generation, loopcontrols],
         optimized=False,  # Jinja would compute constants such as "a" * 10**9 while it compiles
     )
-    environment.concat = _joined  # type: ignore[method-assign,assignment]
+    environment.concat = _joined  # type: ignore[method-assign]
     environment.filters["tojson"] = _tojson
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     return environment

@@ -74,7 +74,7 @@ def chat(
 
 def _turn(state: Chat, interrupts: Interrupts) -> str:
     """Answer the last message; forget the oldest ones where the context is too small for all."""
-    from gguf_run.runtime.engine.generation import ContextError
+    from gguf_run.runtime.engine.context import ContextError
 
     model, messages = state.model, state.messages
     oldest = int(messages[0]["role"] == "system")

@@ -17,12 +17,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
+from gguf_run.runtime.engine.context import Part
 
 MAGIC, VERSION = b"GGRSESSN", 1
 HEADER = np.dtype(
@@ -41,8 +42,6 @@ assert (HEADER.itemsize, PART.itemsize) == (60, 20)
 _MOST_IDS, _MOST_TEXT, _MOST_PARTS = 2**31 - 1, 1 << 28, 1 << 16
 _SAMPLE = 4096  # bytes of each tensor that the hash of a model covers, at most
 _AGAIN = "start a new session: delete the file or name another"
-
-Part = tuple[int, str, Any]  # layer, kind ("k" or "v"), bytes
 
 
 @dataclass(frozen=True)

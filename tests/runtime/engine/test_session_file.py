@@ -15,7 +15,8 @@ from tinymodel import Tiny, write_tiny
 
 from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
-from gguf_run.runtime.engine.session_file import Part, SessionHeader, check_session, hash_model, open_session, save
+from gguf_run.runtime.engine.context import Part
+from gguf_run.runtime.engine.session_file import SessionHeader, check_session, hash_model, open_session, save
 from gguf_run.runtime.load.open_model import open_model
 
 HEADER = SessionHeader(
