@@ -1,19 +1,18 @@
 """A GGUF file as a Hugging Face checkpoint: what gguf-convert does, backwards.
 
-Names, order of rows, stacks of experts and offsets of norms are undone by the table that converts them. Safetensors
-files lie as convert_safetensors.py draws them.
+The table that converts them also undoes names, order of rows, stacks of experts and offsets of norms.
 """
 
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from gguf_run.formats.atomic import replacing
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.formats.errors import GgufRunError, UnsupportedError
@@ -21,6 +20,7 @@ from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.formats.quantizers.quantizer import quantize
+from gguf_run.formats.safetensors import writing_safetensors
 from gguf_run.runtime.convert.architectures import Architecture
 from gguf_run.runtime.convert.back.config import by_architecture, generation_config, model_config
 from gguf_run.runtime.convert.back.tokenizer import tokenizer_files
@@ -58,21 +58,16 @@ def export_hf(
         config = model_config(entry, file, dtype)
         tensors = checkpoint_tensors(entry, Config(file.path, config), file)
         files |= {"config.json": config, "generation_config.json": generation_config(file.metadata)}
-    part = directory.with_name(f"{directory.name}.{os.getpid()}.part")
     try:
-        part.mkdir(parents=True)
-        for name, value in files.items():
-            indent = None if name == "tokenizer.json" else 2
-            (part / name).write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
-        if tensors:
-            _write_tensors(part, tensors, dtype, shard_size or DEFAULT_SHARD, progress)
-        if directory.exists():
-            directory.rmdir()
-        part.rename(directory)
+        with replacing(directory) as temporary:
+            temporary.mkdir(parents=True)
+            for name, value in files.items():
+                text = json.dumps(value, ensure_ascii=False, indent=None if name == "tokenizer.json" else 2)
+                (temporary / name).write_text(text + "\n", encoding="utf-8")
+            if tensors:
+                _write_tensors(temporary, tensors, dtype, shard_size or DEFAULT_SHARD, progress)
     except OSError as error:
         raise GgufRunError(f"{directory}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return sorted(path.name for path in directory.iterdir())
 
 
@@ -192,39 +187,31 @@ def _write_tensors(
     done = 0
     for i, names in enumerate(shards):
         path = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        with (directory / path).open("xb") as output:
-            for n_bytes in _write_shard(output, {name: tensors[name] for name in names}, size, dtype):
-                done += n_bytes
-                progress(done, total)
+        arrays = {name: (dtype, tensors[name].ne[::-1]) for name in names}
+        with writing_safetensors(directory / path, arrays, {"format": "pt"}) as append:
+            for name in names:
+                for blocks in _converted(name, tensors[name], dtype):
+                    append(name, blocks)
+                    done += blocks.nbytes
+                    progress(done, total)
         places |= dict.fromkeys(names, path)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(output: BinaryIO, tensors: Mapping[str, Tensor], size: Mapping[str, int], dtype: str) -> Iterator[int]:
-    """Write header and data; yield the bytes of each piece that is done."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in tensors.items():
-        shape = list(reversed(tensor.ne))
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size[name]]}
-        offset += size[name]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    output.write(len(text).to_bytes(8, "little") + text)
+def _converted(name: str, tensor: Tensor, dtype: str) -> Iterator[NDArray[np.uint8]]:
+    """Yield the tensor's bytes in that type, some rows at a time."""
     target = type_by_name(dtype)
-    for name, tensor in tensors.items():
-        n_matrix = tensor.ne[1] if len(tensor.ne) > 2 else 1  # whole matrices: transposing reads all of one
-        step = max(1, _CHUNK // tensor.ne[0] // n_matrix) * n_matrix
-        for first in range(0, tensor.n_rows, step):
-            end = min(first + step, tensor.n_rows)
-            blocks = tensor.blocks(first, end)
-            if tensor.type is not target:
-                x = dequantize(blocks, tensor.type)
-                if dtype == "F16" and np.abs(x).max(initial=0.0) > np.finfo(np.float16).max:
-                    raise GgufRunError(f"{name} has values beyond those of F16 (65504): use --type BF16 or F32")
-                blocks = quantize(x, target)
-            output.write(np.ascontiguousarray(blocks).data)
-            tensor.release(first, end)
-            yield blocks.nbytes
+    n_matrix = tensor.ne[1] if len(tensor.ne) > 2 else 1  # whole matrices: transposing reads all of one
+    step = max(1, _CHUNK // tensor.ne[0] // n_matrix) * n_matrix
+    for first in range(0, tensor.n_rows, step):
+        end = min(first + step, tensor.n_rows)
+        blocks = tensor.blocks(first, end)
+        if tensor.type is not target:
+            x = dequantize(blocks, tensor.type)
+            if dtype == "F16" and np.abs(x).max(initial=0.0) > np.finfo(np.float16).max:
+                raise GgufRunError(f"{name} has values beyond those of F16 (65504): use --type BF16 or F32")
+            blocks = quantize(x, target)
+        yield np.ascontiguousarray(blocks)
+        tensor.release(first, end)

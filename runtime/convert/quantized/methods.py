@@ -18,6 +18,7 @@ from gguf_run.runtime.convert.quantized.parts import Parts
 from gguf_run.runtime.convert.quantized.scaled import mxfp4_experts, scaled
 from gguf_run.runtime.convert.quantized.torchao import torchao
 from gguf_run.runtime.convert.stored.checkpoint import Checkpoint, read_json
+from gguf_run.runtime.convert.stored.sources import floats
 
 # End of the name of the tensor that marks a quantized weight -> what makes the weight of it and its companions.
 Marks = Mapping[str, Callable[[Parts], list[Tensor]]]
@@ -70,7 +71,7 @@ def plain_tensors(checkpoint: Checkpoint, keep: Container[str] = KEPT) -> Mappin
     """
     path, config = _quantization(checkpoint)
     if config is None:
-        return {name: tensor.floats() for name, tensor in checkpoint.tensors.items()}
+        return {name: floats(tensor) for name, tensor in checkpoint.tensors.items()}
     marks = _marks(path, config)
     left = dict(checkpoint.tensors)
     found: dict[str, Tensor] = {}
@@ -82,7 +83,7 @@ def plain_tensors(checkpoint: Checkpoint, keep: Container[str] = KEPT) -> Mappin
                     found[tensor.name] = tensor
                 for used in parts.used:
                     left.pop(used, None)
-    found |= {name: tensor.floats() for name, tensor in left.items() if not name.endswith(_UNUSED)}
+    found |= {name: floats(tensor) for name, tensor in left.items() if not name.endswith(_UNUSED)}
     return found
 
 

@@ -13,9 +13,9 @@ from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.formats.errors import FormatError
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.tensors import Tensor
+from gguf_run.formats.safetensors import StoredArray
 from gguf_run.runtime.convert.quantized.grid import Grid
-from gguf_run.runtime.convert.stored.safetensors import Stored, float8
-from gguf_run.runtime.convert.stored.sources import F32, source
+from gguf_run.runtime.convert.stored.sources import F32, float8, source
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 
@@ -25,21 +25,23 @@ class Parts:
     """base: the start of their names. config: the checkpoint's quantization_config, from the file `path`. keep: the
     types whose blocks are wanted. used: the names of all that were taken."""
 
-    stored: Mapping[str, Stored]
+    stored: Mapping[str, StoredArray]
     base: str
     config: Mapping[str, Any]
     path: Path
     keep: Container[str]
     used: list[str] = field(default_factory=list)
 
-    def get(self, end: str) -> Stored | None:
+    def get(self, end: str) -> StoredArray | None:
         """Return the tensor whose name is base + end, or None."""
         tensor = self.stored.get(self.base + end)
         if tensor is not None:
             self.used.append(tensor.name)
         return tensor
 
-    def need(self, end: str, *dtypes: str, ndim: int | None = None, shape: tuple[int, ...] | None = None) -> Stored:
+    def need(
+        self, end: str, *dtypes: str, ndim: int | None = None, shape: tuple[int, ...] | None = None
+    ) -> StoredArray:
         """Return that tensor. FormatError unless it is there, of one of the dtypes (if any are given) and of the
         number of dimensions or the shape."""
         tensor = self.get(end)
@@ -54,7 +56,7 @@ class Parts:
             raise wrong(tensor, f"has the shape {tensor.shape}", f"{ndim} dimensions of at least 1")
         return tensor
 
-    def weight(self, name: str, grid: Grid, stored: Stored) -> Tensor:
+    def weight(self, name: str, grid: Grid, stored: StoredArray) -> Tensor:
         """Return the weight as blocks of the type that keeps its codes, or as F32. stored: what holds the codes."""
         shape = (grid.n_out, len(grid.groups))
         if grid.kept and grid.kept in self.keep:
@@ -62,7 +64,7 @@ class Parts:
         return source(name, shape, F32, stored.file, grid.floats)
 
 
-def wrong(tensor: Stored, found: str, allowed: str) -> FormatError:
+def wrong(tensor: StoredArray, found: str, allowed: str) -> FormatError:
     """Return (not raise) the error that a stored tensor is not what its method says."""
     return FormatError(f"{tensor.file.path}: tensor {quoted(tensor.name)} {found}, must be {allowed}")
 
@@ -78,7 +80,7 @@ def numbers(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     return float8(dtype)[values] if dtype.startswith("F8") else values.astype(np.float32)
 
 
-def even_groups(n_in: int, n_groups: int, tensor: Stored) -> NDArray[np.int64]:
+def even_groups(n_in: int, n_groups: int, tensor: StoredArray) -> NDArray[np.int64]:
     """Return the group of each of n_in columns, of n_groups of equal length (the last may be shorter)."""
     size = -(-n_in // n_groups)
     if -(-n_in // size) != n_groups:

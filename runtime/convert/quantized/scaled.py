@@ -15,10 +15,10 @@ from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.tensors import Tensor
+from gguf_run.formats.safetensors import StoredArray
 from gguf_run.runtime.convert.quantized.grid import Grid, GridNumbers
 from gguf_run.runtime.convert.quantized.parts import FLOATS, Parts, even_groups, numbers, rows_of, wrong
-from gguf_run.runtime.convert.stored.safetensors import Stored, float8
-from gguf_run.runtime.convert.stored.sources import F32, source
+from gguf_run.runtime.convert.stored.sources import F32, float8, source
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _SCALES = (*FLOATS, "F8_E4M3", "F8_E8M0", "U8")
@@ -58,7 +58,7 @@ def scaled(parts: Parts) -> list[Tensor]:
     return [source(parts.base, weight.shape, F32, weight.file, read, weight.release)]
 
 
-def scale_of(weight: Stored, scale: Stored, config: Any) -> Callable[[int, int], NDArray[np.float32]]:
+def scale_of(weight: StoredArray, scale: StoredArray, config: Any) -> Callable[[int, int], NDArray[np.float32]]:
     """Return expand(first, end): what rows first .. end of a weight [..., n_out, n_in] are multiplied by, an array of
     as many rows or 1 and n_in columns or 1. A row is one of all dimensions but the last."""
     *lead, n_out, n_in = weight.shape
@@ -94,7 +94,7 @@ def _block(n: int, n_scales: int, wanted: Any) -> int:
     return next((b for b in sizes if type(b) is int and b > 0 and -(-n // b) == n_scales), 0)
 
 
-def _int8(parts: Parts, weight: Stored, scale: Stored) -> Tensor:
+def _int8(parts: Parts, weight: StoredArray, scale: StoredArray) -> Tensor:
     """int8 codes with a scale for all, a row or a group of a row, and perhaps zero points of the same shape."""
     if len(weight.shape) != 2:
         raise wrong(weight, f"has the shape {weight.shape}", "two dimensions")
@@ -112,7 +112,7 @@ def _int8(parts: Parts, weight: Stored, scale: Stored) -> Tensor:
 def int8_weight(
     parts: Parts,
     name: str,
-    weight: Stored,
+    weight: StoredArray,
     n_bits: int,
     scale: NDArray[Any],
     dtype: str,
@@ -139,7 +139,7 @@ def int8_weight(
     return parts.weight(name, Grid(n_out, n_bits, groups, codes, read), weight)
 
 
-def fp4(parts: Parts, weight: Stored) -> list[Tensor]:
+def fp4(parts: Parts, weight: StoredArray) -> list[Tensor]:
     """NVFP4 and MXFP4: codes U8[n_out, n_in / 2], the even columns in the low nibbles, scales [n_out, n_in / group].
 
     A scale for all: "_scale_2" multiplies (modelopt), "_global_scale" divides (compressed-tensors).
@@ -181,7 +181,7 @@ def _fp4_tensors(
     parts: Parts,
     name: str,
     kind: str,
-    weight: Stored,
+    weight: StoredArray,
     codes: NDArray[np.uint8],
     scale: NDArray[np.uint8],
     factor: np.float32 | None,

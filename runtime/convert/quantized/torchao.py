@@ -17,8 +17,7 @@ from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.runtime.convert.quantized.grid import Grid, GridNumbers, unpack_codes
 from gguf_run.runtime.convert.quantized.parts import FLOATS, Parts, even_groups, numbers, wrong
 from gguf_run.runtime.convert.quantized.scaled import int8_weight, scale_of
-from gguf_run.runtime.convert.stored.safetensors import float8
-from gguf_run.runtime.convert.stored.sources import F32, source
+from gguf_run.runtime.convert.stored.sources import F32, float8, source
 
 
 def torchao(parts: Parts) -> list[Tensor]:

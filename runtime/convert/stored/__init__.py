@@ -1,1 +1,1 @@
-"""The files of a checkpoint. Start with checkpoint.py."""
+"""The files of a checkpoint, and tensors that are computed from them when read. Start with checkpoint.py."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.formats.gguf.mapped import MappedFile, quoted
-from gguf_run.runtime.convert.stored.safetensors import Stored, read_safetensors, unique_keys
+from gguf_run.formats.safetensors import StoredArray, read_safetensors, unique_keys
 
 _MAX_JSON_BYTES = 64 << 20
 _MAX_SIZE = 2**31 - 1
@@ -61,7 +61,7 @@ class Checkpoint:
 
     directory: Path
     config: Config
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredArray]
 
     @classmethod
     def open(cls, directory: Path, weights: bool = True) -> "Checkpoint":
@@ -91,9 +91,9 @@ def read_config(directory: Path) -> Config:
     return Config(directory / "config.json", {**values, **text} if isinstance(text, dict) else values)
 
 
-def _read_weights(directory: Path) -> dict[str, Stored]:
+def _read_weights(directory: Path) -> Mapping[str, StoredArray]:
     for name in _WEIGHTS:
-        read = read_safetensors if name.endswith(".safetensors") else _read_torch
+        read = _read_safetensors if name.endswith(".safetensors") else _read_torch
         if (directory / name).is_file():
             return read(directory / name)
         if (directory / f"{name}.index.json").is_file():
@@ -101,12 +101,12 @@ def _read_weights(directory: Path) -> dict[str, Stored]:
     raise GgufRunError(f"{directory}: there are no weights: model.safetensors (or its .index.json) or {_WEIGHTS[1]}")
 
 
-def _read_shards(index: Path, read: Any) -> dict[str, Stored]:
+def _read_shards(index: Path, read: Any) -> dict[str, StoredArray]:
     """Read all files of an index, and check that they hold what it says."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(place, str) for place in places.values()):
         raise FormatError(f"{index}: weight_map does not tell the file of each tensor")
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredArray] = {}
     names = sorted(set(places.values()))
     if bad := [name for name in names if not re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII)]:
         raise FormatError(f"{index}: names the file {quoted(bad[0])}: must be one in the same folder")
@@ -126,7 +126,11 @@ def _read_shards(index: Path, read: Any) -> dict[str, Stored]:
     return tensors
 
 
-def _read_torch(path: Path) -> dict[str, Stored]:
+def _read_safetensors(path: Path) -> Mapping[str, StoredArray]:
+    return read_safetensors(path).arrays
+
+
+def _read_torch(path: Path) -> dict[str, StoredArray]:
     """Read a file of torch.save. Its pickle runs no code: torch builds tensors and nothing else (weights_only)."""
     file = MappedFile(path)
     try:
@@ -152,5 +156,5 @@ def _read_torch(path: Path) -> dict[str, Stored]:
         if not isinstance(name, str) or dtype is None:
             raise FormatError(f"{path}: {quoted(str(name))} is not a tensor of a known type")
         data = value.detach().contiguous().flatten().view(torch.uint8).numpy()
-        tensors[name] = Stored(name, dtype, tuple(value.shape), data, file)
+        tensors[name] = StoredArray(name, dtype, tuple(value.shape), data, file)
     return tensors

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.types import TensorType, type_by_name
-from gguf_run.formats.gguf.mapped import MappedFile
+from gguf_run.formats.errors import FormatError, UnsupportedError
+from gguf_run.formats.gguf.mapped import MappedFile, quoted
 from gguf_run.formats.gguf.tensors import Tensor
+from gguf_run.formats.safetensors import StoredArray
 
 F32 = type_by_name("F32")
 Array = NDArray[Any]
@@ -53,6 +55,39 @@ def source(
 ) -> Source:
     """Return a tensor of that shape in the checkpoint's order (rows last): ne is the shape reversed."""
     return Source(name, tuple(reversed(shape)) or (1,), type, 0, file, read, free)
+
+
+def floats(stored: StoredArray) -> Tensor:
+    """Return an array of a checkpoint as BF16, F16 or F32 (any other float). UnsupportedError if it holds no floats."""
+    if not stored.dtype.startswith(("F", "BF")) or stored.dtype == "F8_E8M0":
+        raise UnsupportedError(
+            f"{stored.file.path}: tensor {quoted(stored.name)} has values of type {stored.dtype}: weights are "
+            "F32, F16, BF16, F64, F8_E4M3 or F8_E5M2"
+        )
+    if 0 in stored.shape:
+        raise FormatError(f"{stored.file.path}: tensor {quoted(stored.name)} of shape {stored.shape} has no values")
+    array = stored.array().reshape(-1, *stored.shape[-1:])
+    if stored.dtype in ("F32", "F16", "BF16"):
+        dtype = type_by_name(stored.dtype)
+        return source(stored.name, stored.shape, dtype, stored.file, lambda a, b: array[a:b], stored.release)
+    table = float8(stored.dtype) if array.dtype == np.uint8 else None
+
+    def read(first: int, end: int) -> Array:
+        part = array[first:end]
+        return part.astype(np.float32) if table is None else table[part]
+
+    return source(stored.name, stored.shape, F32, stored.file, read, stored.release)
+
+
+def float8(dtype: str) -> NDArray[np.float32]:
+    """Return the value of each of the 256 codes of F8_E4M3 (no infinities; 0x7f and 0xff are NaN) or F8_E5M2."""
+    codes = np.arange(256, dtype=np.uint16)
+    if dtype == "F8_E5M2":
+        return (codes << 8).view(np.float16).astype(np.float32)  # the upper half of an F16
+    exponent, mantissa = (codes >> 3 & 15).astype(np.int32), (codes & 7).astype(np.float32)
+    size = np.where(exponent > 0, np.ldexp(8 + mantissa, exponent - 10), np.ldexp(mantissa, -9))
+    size[codes & 127 == 127] = np.nan
+    return np.where(codes & 128, -size, size).astype(np.float32)
 
 
 def renamed(tensor: Tensor, name: str) -> Tensor:

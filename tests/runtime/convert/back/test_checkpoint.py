@@ -18,11 +18,11 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
+from gguf_run.formats.safetensors import read_safetensors
 from gguf_run.runtime.cli.convert import main
 from gguf_run.runtime.convert.back.checkpoint import export_hf
 from gguf_run.runtime.convert.back.tokenizer import tokenizer_files
 from gguf_run.runtime.convert.open_checkpoint import open_checkpoint
-from gguf_run.runtime.convert.stored.safetensors import read_safetensors
 from gguf_run.runtime.convert.vocabulary.metadata import tokenizer_metadata
 from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
@@ -118,10 +118,10 @@ def test_shards_and_types(llama: Path, tmp_path: Path) -> None:
     shards = sorted(set(index["weight_map"].values()))
     assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
     assert set(shards) < set(sharded)
-    whole = read_safetensors(tmp_path / "whole" / "model.safetensors")
+    whole = read_safetensors(tmp_path / "whole" / "model.safetensors").arrays
     n_bytes = 0
     for shard in shards:
-        for name, tensor in read_safetensors(tmp_path / "parts" / shard).items():
+        for name, tensor in read_safetensors(tmp_path / "parts" / shard).arrays.items():
             assert index["weight_map"][name] == shard
             assert (tensor.dtype, tensor.shape) == ("BF16", whole[name].shape)
             exact, bits = whole[name].array(), tensor.array().astype(np.uint32) << 16
@@ -137,9 +137,9 @@ def test_quantized_files_become_f16(llama: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [str(tmp_path / "q.gguf"), "-o", str(tmp_path / "out"), "--to-hf"])
     assert result.exit_code == 0, result.output
     assert "config.json, generation_config.json, model.safetensors, tokenizer.json" in result.output
-    stored = read_safetensors(tmp_path / "out" / "model.safetensors")
+    stored = read_safetensors(tmp_path / "out" / "model.safetensors").arrays
     assert {tensor.dtype for tensor in stored.values()} == {"F16"}
-    exact = read_safetensors(llama / "model.safetensors")["model.embed_tokens.weight"].array()
+    exact = read_safetensors(llama / "model.safetensors").arrays["model.embed_tokens.weight"].array()
     assert np.abs(stored["model.embed_tokens.weight"].array() - exact).max() < np.abs(exact).max() / 100
 
 
