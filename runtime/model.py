@@ -330,7 +330,9 @@ class Model:
 
         header = self._session_header()
         conversation = [dict(message) for message in messages]
-        self._session.save(lambda ids, parts: save(Path(path), replace(header, ids=ids, messages=conversation), parts))
+        self._session.save(
+            lambda ids, export: save(Path(path), replace(header, ids=ids, messages=conversation), export)
+        )
 
     def load_session(self, path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         """Go on from a file: make its tokens the context, without computing them; return the conversation.
@@ -342,12 +344,12 @@ class Model:
         from gguf_run.runtime.engine.session_file import check_session, open_session
 
         header = self._session_header()
-        with open_session(Path(path)) as (found, parts):
-            check_session(Path(path), found, header, self.n_ctx, self.decoder.config.n_vocab)
-            try:
-                self._session.restore(found.ids, parts)
-            except GgufRunError as error:
-                raise error if str(path) in str(error) else FormatError(f"{path}: {error}") from None
+        found, parts = open_session(Path(path))
+        check_session(Path(path), found, header, self.n_ctx, self.decoder.config.n_vocab)
+        try:
+            self._session.restore(found.ids, parts)
+        except GgufRunError as error:
+            raise FormatError(f"{path}: {error}") from None
         return list(found.messages)
 
     def _session_header(self) -> "SessionHeader":

@@ -112,10 +112,10 @@ class Context:
         yield from self.decoder.forward(ids, len(ids))
         self._history = list(ids)
 
-    def save(self, write: Callable[[list[int], Iterator[Part]], None]) -> None:
-        """Call `write` with the ids and the parts of their cache."""
+    def save(self, write: Callable[[list[int], Callable[[], Iterator[Part]]], None]) -> None:
+        """Call `write` with the ids and a function that gives the parts of their cache."""
         self._rewind(len(self._history))
-        write(self.ids, self.decoder.cache.export())
+        write(self.ids, self.decoder.cache.export)
 
     def restore(self, ids: Sequence[int], parts: Iterable[Part]) -> None:
         """Make `ids` the context, with the cache that `save` wrote.
