@@ -40,7 +40,7 @@ def _decode_speeds(model: Model, n_batch: int, n_prompt: int, n_gen: int, repeat
 def _restore(model: Model, n_tokens: int, repeat: int) -> tuple[float, float, bool, int]:
     """Seconds of computing and of restoring n_tokens, whether the logits after it are equal, bytes of the file."""
     ids = np.random.default_rng(1).integers(0, model.decoder.config.n_vocab, n_tokens).tolist()
-    session = model._session
+    session = model._context
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "session"
         session.forget()

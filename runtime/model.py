@@ -2,7 +2,6 @@
 
 import math
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,23 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
-from gguf_run.models.backend import CacheType
-from gguf_run.runtime.engine.batch import Batch
 from gguf_run.runtime.engine.context import Closed, Context
 from gguf_run.runtime.engine.generation import Generation
 from gguf_run.runtime.engine.reply import Answer, Reply
 from gguf_run.runtime.engine.stop import StopStrings
+from gguf_run.runtime.load.options import LoadOptions
 from gguf_run.runtime.sampling.history import Breakers, breakers
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler, TokenLogprob
 
 if TYPE_CHECKING:
-    from gguf_run.models.decoder import Decoder
+    from gguf_run.runtime.engine.batch import Batch
     from gguf_run.runtime.engine.session_file import SessionHeader
-    from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
-
-MAX_N_CTX = 2**31 - 1
-MAX_N_SEQ = 1024
+    from gguf_run.runtime.load.load_model import LoadedModel
 
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
@@ -37,16 +32,16 @@ Tool = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Stats:
-    """What the last generation took. Times in seconds; see Generation. load_s: loading the model."""
+    """What the last generation took. Times are in seconds."""
 
-    load_s: float
-    n_prompt: int = 0
-    n_reused: int = 0
-    prefill_s: float = 0.0
-    n_decoded: int = 0
-    decode_s: float = 0.0
-    finish: str = ""
-    seed: int = 0
+    load_s: float  # loading the model
+    n_prompt: int = 0  # tokens of the prompt
+    n_reused: int = 0  # of these, tokens that the cache held already
+    prefill_s: float = 0.0  # computing the others
+    n_decoded: int = 0  # tokens of the answer
+    decode_s: float = 0.0  # computing these
+    finish: str = ""  # why the answer ended, see Generation
+    seed: int = 0  # of the draws
 
     @property
     def prefill_speed(self) -> float:
@@ -60,41 +55,27 @@ class Stats:
 
 
 class Model:
-    """A language model that is ready to run. Use as a context manager, or call close().
+    """A language model that is ready to run. Use it as a context manager, or call close().
 
         with Model.load("model.gguf") as model:
             for text in model.generate("Once upon a time", max_tokens=50):
                 print(text, end="")
 
-    A new call of generate, chat or logits takes the context: the iterator of the one before cannot go on. One thread
-    at a time may use a model.
+    A new call of generate, chat or logits takes over the context: the iterator of the call before it ends with an
+    error. Only one thread at a time may use a model.
     """
 
-    def __init__(
-        self,
-        decoder: "Decoder",
-        tokenizer: "Tokenizer",
-        *,
-        chat_template: str | None = None,
-        tool_template: str | None = None,
-        where: str = "",
-        load_s: float = 0.0,
-        identity: "Callable[[], SessionHeader] | None" = None,
-        close: Sequence[Callable[[], None]] = (),
-    ) -> None:
-        """Put a model together from its parts; Model.load does this for a file. tool_template: in place of
-        chat_template for conversations with tools (some files have both). where: what runs on which device.
-        identity: tells what sessions are of; None: they cannot be saved. close: called at the end, to free what the
-        decoder does not own."""
-        self.decoder = decoder
-        self.tokenizer = tokenizer
-        self.chat_template = chat_template
-        self.tool_template = tool_template
-        self.where = where
-        self.load_s = load_s
-        self._identity = identity
-        self._close = close
-        self._session = Context(decoder)
+    def __init__(self, parts: "LoadedModel") -> None:
+        """Model.load makes the parts from a file."""
+        self.decoder = parts.decoder
+        self.tokenizer = parts.tokenizer
+        self.chat_template = parts.chat_template
+        self.tool_template = parts.tool_template
+        self.where = parts.where
+        self.load_s = parts.load_s
+        self._identity = parts.identity
+        self._close = parts.close
+        self._context = Context(parts.decoder)
         self._generation: Generation | Batch | None = None
         self._breakers: dict[tuple[str, ...], Breakers] = {}
 
@@ -102,87 +83,26 @@ class Model:
     def load(
         cls,
         path: str | os.PathLike[str] | None = None,
+        options: LoadOptions | None = None,
         *,
-        n_ctx: int | None = None,
-        n_threads: int | None = None,
-        device: str = "auto",
-        gpu_layers: str | int | None = None,
-        tensor_split: str | None = None,
-        cpu_moe: bool = False,
-        n_cpu_moe: int | None = None,
-        n_batch: int = 512,
-        n_seq: int = 1,
-        cache_type: str | tuple[str, str] | list[CacheType] | None = None,
-        cache_rotation: bool | None = None,
-        cache_scales: str | os.PathLike[str] | None = None,
         progress: Callable[[int, int], None] | None = None,
-        observe: bool = False,
-        quantize: str | None = None,
         report: Callable[[str], None] | None = None,
+        **keywords: Any,
     ) -> "Model":
         """Load a model.
 
         path: a GGUF file, a Hugging Face checkpoint's folder, `hf:owner/repo[:TYPE]`, `hf:owner/repo/file.gguf`, or
-        None: the default model. n_ctx: positions of the KV cache (the model's own, at most 4096, if None). n_threads:
-        physical cores if None. device: "cpu", "cuda", "cuda:N", several of these with commas, or "auto": a GPU if there
-        is one. gpu_layers: how many of the last layers it gets, "all", or "auto": as many as fit. tensor_split: parts
-        of these for each of several GPUs, as "3,1"; None: by their free memory. cpu_moe, n_cpu_moe: the experts of all,
-        or of the first n layers stay on the CPU; neither: of as many as it takes for all else to be on GPUs. report:
-        called with lines on what runs where, before it is loaded, if a GPU is used or cannot be. n_batch: tokens of a
-        prompt that run at once. n_seq: sequences that the KV cache has room for, of n_ctx positions each: as many
-        prompts as generate_batch can take. progress: called with bytes loaded and bytes in all. observe: see Decoder.
-        quantize: a file type such as "Q4_K_M", in which the weights are put while they are read.
-
-        cache_type: of the KV cache's keys and values, such as "q8_0", or a pair of two, or a list of one CacheType
-        for each layer; None: what cache_scales says, else "f16". cache_rotation: of rows before they are stored, by a
-        Hadamard transform; None: for types of 8 bits or less. cache_scales: a calibration file, see kv_scales.py.
+            None: the default model.
+        options, keywords: what LoadOptions holds, as `n_ctx=4096, device="cpu"`. Keywords come before options.
+        progress: called with the bytes that are loaded and the bytes of all weights.
+        report: called with lines that say what runs where, if a GPU is used or cannot be used.
 
         Warns if n_ctx is more than the model was trained for. Raises GgufRunError and its kinds: OptionError for a
         value that is not allowed, FormatError for a damaged file, UnsupportedError for one that cannot be run.
         """
-        start = time.perf_counter()
-        _check_range("n_ctx (--ctx-size)", n_ctx, 1, MAX_N_CTX)
-        _check_range("n_batch", n_batch, 1, MAX_N_CTX)
-        _check_range("n_seq", n_seq, 1, MAX_N_SEQ)
-        from gguf_run.kernels_cpu.replay.team import MAX_THREADS
-        from gguf_run.runtime.hub.find import find_model
-        from gguf_run.runtime.load.machine import default_threads
-        from gguf_run.runtime.load.open_model import open_model
-        from gguf_run.runtime.load.parts import load_parts
-        from gguf_run.runtime.load.placement import parse_wanted
+        from gguf_run.runtime.load.load_model import load_model
 
-        _check_range("n_threads (--threads)", n_threads, 1, MAX_THREADS)
-        n_threads = n_threads or min(default_threads(), MAX_THREADS)
-        wanted = parse_wanted(device, gpu_layers, tensor_split, cpu_moe, n_cpu_moe)
-        before = time.perf_counter()
-        found = find_model(os.fspath(path) if path is not None else None, "any")
-        start += time.perf_counter() - before  # a download is not part of the load time
-        file = open_model(found, quantize)
-        cache = {"cache_type": cache_type, "cache_rotation": cache_rotation, "cache_scales": cache_scales}
-        try:
-            parts = load_parts(
-                file,
-                n_ctx=n_ctx,
-                n_threads=n_threads,
-                wanted=wanted,
-                n_batch=n_batch,
-                n_seq=n_seq,
-                cache=cache,
-                progress=progress,
-                observe=observe,
-                quantize=quantize,
-                report=report or (lambda line: None),
-            )
-            return cls(**parts, load_s=time.perf_counter() - start)
-        except GgufRunError as error:
-            file.close()
-            # Below the runtime nobody knows the name of the file.
-            if str(file.path) in str(error) or isinstance(error, OptionError):
-                raise
-            raise type(error)(f"{file.path}: {error}") from error
-        except BaseException:
-            file.close()
-            raise
+        return cls(load_model(path, replace(options or LoadOptions(), **keywords), progress, report))
 
     @property
     def n_ctx(self) -> int:
@@ -208,12 +128,15 @@ class Model:
 
     @property
     def logprobs(self) -> list[TokenLogprob]:
-        """Of the tokens that the last generate or chat has chosen so far, if it was asked with logprobs=N."""
+        """Log probabilities of the tokens that the last generate or chat has chosen, if it was given logprobs=N."""
         return self._generation.sampler.logprobs if isinstance(self._generation, Generation) else []
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
-        """Return ids. add_special: with the tokens that the model wants around a text (BOS). parse_special: special
-        tokens written in the text become ids."""
+        """Return the ids of a text.
+
+        add_special: add the tokens that the model wants around a text (BOS).
+        parse_special: special tokens that are written in the text, such as <|im_start|>, become single ids.
+        """
         return self.tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
 
     def chat_prompt(
@@ -222,8 +145,11 @@ class Model:
         tools: Sequence[Tool] | None = None,
         template_options: Mapping[str, Any] | None = None,
     ) -> str:
-        """Return a conversation as the chat template (`chat_template`, the file's unless you set another) writes it, up
-        to where the answer begins. GgufRunError if there is no template, or it refuses the messages."""
+        """Return the text that the chat template makes of a conversation, up to where the answer begins.
+
+        The template is the attribute chat_template: the file's, unless you set another. GgufRunError if there is none,
+        or if it refuses the messages.
+        """
         from gguf_run.runtime.chat.template import render_chat
 
         template = (self.tool_template if tools else None) or self.chat_template
@@ -262,10 +188,11 @@ class Model:
     ) -> Iterator[str]:
         """Continue a text; return an iterator over pieces of text.
 
-        max_tokens: None goes on until the model ends or the context is full (stats.finish tells). stop: texts that end
-        the answer. context_shift: a full context does not end it: half of what stands behind the first n_keep tokens
-        (32 at least) is taken out, and the text may be as long as it likes. sampling: temperature, top_k, seed,
-        logits_processors, logprobs and others, see SamplingParams.
+        max_tokens: the most tokens; None: until the model ends or the context is full (stats.finish tells which).
+        stop: texts that end the answer.
+        context_shift: a full context does not end the answer: half of the tokens behind the first n_keep (at least
+            32) are taken out, and the text goes on.
+        sampling: temperature, top_k, seed, logits_processors, logprobs and others, see SamplingParams.
         """
         shift = n_keep if context_shift else None
         return self._start(self._open_ended(self.tokenize(prompt)), max_tokens, stop, shift, sampling)
@@ -273,18 +200,20 @@ class Model:
     def generate_batch(
         self, prompts: Sequence[str], *, max_tokens: int | None = None, stop: Sequence[str] = (), **sampling: Any
     ) -> list[Answer]:
-        """Continue several texts together, as many as n_seq of Model.load; return the answers in the prompts' order.
+        """Continue several texts together, at most n_seq of Model.load; return the answers in the prompts' order.
 
-        All share each step, which reads the weights once, and what the prompts begin with in common is computed once.
-        Options as for generate; prompt i draws with the seed + i. GgufRunError for too many prompts, or none.
+        All share each step, which reads the weights once. The tokens that all prompts begin with are computed once.
+        Options as for generate; prompt i draws with seed + i. GgufRunError for too many prompts, or none.
         """
+        from gguf_run.runtime.engine.batch import Batch
+
         params = SamplingParams(**sampling)
         replies = []
         for i, prompt in enumerate(prompts):
             seed = None if params.seed is None else (params.seed + i) % 2**64
             ids = self._open_ended(self.tokenize(prompt))
             replies.append(self._reply(ids, replace(params, seed=seed), stop, max_tokens))
-        self._generation = batch = Batch(self._session, replies)
+        self._generation = batch = Batch(self._context, replies)
         return batch.run()
 
     def chat(
@@ -299,12 +228,15 @@ class Model:
         n_keep: int = 0,
         **sampling: Any,
     ) -> Iterator[str]:
-        """Answer the last of `messages` ({"role": "system" | "user" | "assistant" | "tool", "content": text}); as
-        generate. tools: JSON schemas of functions ({"type": "function", "function": {...}}) that the template tells the
-        model of; what the model calls stands in its answer, as its template has it. template_options: what else the
-        template is told, as {"enable_thinking": False} for Qwen3's.
+        """Answer the last message of a conversation; return an iterator over pieces of text.
 
-        The start that the conversation shares with the one before is not computed again. GgufRunError as for
+        messages: {"role": "system" | "user" | "assistant" | "tool", "content": text} each.
+        tools: JSON schemas of functions that the model may call, {"type": "function", "function": {...}}. A call
+            stands in the answer, in the form that the chat template defines.
+        template_options: variables for the template, as {"enable_thinking": False} for Qwen3's.
+        Others as for generate.
+
+        The beginning that this conversation shares with the one before is not computed again. GgufRunError as for
         tokenize_chat.
         """
         shift = n_keep if context_shift else None
@@ -312,34 +244,31 @@ class Model:
         return self._start(ids, max_tokens, stop, shift, sampling)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Return f32[n_tokens, n_vocab]: what the model expects after each of ids, from an empty context."""
+        """Return the logits f32[n_tokens, n_vocab] after each of ids, from an empty context."""
         out = np.empty((len(ids), self.decoder.config.n_vocab), np.float32)
         n_done = 0
-        for block in self._session.logits(ids):
+        for block in self._context.logits(ids):
             out[n_done : n_done + len(block)] = block
             n_done += len(block)
         return out
 
     def reset(self) -> None:
-        """Forget the context: what comes next is computed as after loading, to the last bit."""
-        self._session.forget()
+        """Empty the context: the next text is computed as after loading, bit for bit."""
+        self._context.forget()
 
     def save_session(self, path: str | os.PathLike[str], messages: Sequence[Message] = ()) -> None:
-        """Save the context with its KV cache, and the conversation that it is of, to a file, whole or not at all."""
+        """Save the context with its KV cache, and the conversation in it, to a file: whole or not at all."""
         from gguf_run.runtime.engine.session_file import save
 
-        header = self._session_header()
-        conversation = [dict(message) for message in messages]
-        self._session.save(
-            lambda ids, export: save(Path(path), replace(header, ids=ids, messages=conversation), export)
-        )
+        header = replace(self._session_header(), messages=[dict(message) for message in messages])
+        self._context.save(lambda ids, export: save(Path(path), replace(header, ids=ids), export))
 
     def load_session(self, path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-        """Go on from a file: make its tokens the context, without computing them; return the conversation.
+        """Make the tokens of a saved session the context, without computing them; return its conversation.
 
-        What generate or chat are asked next reuses the tokens that it shares with them. GgufRunError if the session is
-        of another model or type of cache or longer than the context, FormatError if the file is damaged; the context
-        is then empty, or as it was.
+        The next generate or chat reuses the tokens that its prompt begins with. GgufRunError if the session is of
+        another model or cache type or longer than the context; FormatError if the file is damaged. After an error the
+        context is empty, or as before.
         """
         from gguf_run.runtime.engine.session_file import check_session, open_session
 
@@ -347,7 +276,7 @@ class Model:
         found, parts = open_session(Path(path))
         check_session(Path(path), found, header, self.n_ctx, self.decoder.config.n_vocab)
         try:
-            self._session.restore(found.ids, parts)
+            self._context.restore(found.ids, parts)
         except GgufRunError as error:
             raise FormatError(f"{path}: {error}") from None
         return list(found.messages)
@@ -370,11 +299,11 @@ class Model:
         return f"<Model {name}, {layers}{', ' * bool(self.where)}{self.where}>"
 
     def close(self) -> None:
-        """Free the weights and the KV cache, stop the threads, close the file. The tokenizer can still be used."""
+        """Free the weights and the KV cache, stop the threads, close the file. The tokenizer stays usable."""
         for close in (self.decoder.close, *self._close) if not self._is_closed else ():
             close()
-        self._session.close()
-        self.decoder, self._close, self._identity = self._session.decoder, (), None
+        self._context.close()
+        self.decoder, self._close, self._identity = self._context.decoder, (), None
 
     def __enter__(self) -> "Model":
         return self
@@ -393,7 +322,7 @@ class Model:
         sampling: Mapping[str, Any],
     ) -> Iterator[str]:
         reply = self._reply(ids, SamplingParams(**sampling), stop, max_tokens)
-        self._generation = Generation(self._session, reply, n_keep)
+        self._generation = Generation(self._context, reply, n_keep)
         return iter(self._generation)
 
     def _reply(self, ids: list[int], params: SamplingParams, stop: Sequence[str], max_tokens: int | None) -> Reply:
@@ -415,10 +344,5 @@ class Model:
         return Sampler(params, self._breakers[texts])
 
     def _open_ended(self, ids: list[int]) -> list[int]:
-        """A text that is to go on must not end with EOS, which some models want around a text."""
+        """Return ids without the EOS that some models want behind a text: the text is to go on."""
         return ids[:-1] if self.tokenizer.add_eos and ids[-1:] == [self.tokenizer.eos] else ids
-
-
-def _check_range(name: str, value: int | None, lowest: int, highest: int) -> None:
-    if value is not None and not (isinstance(value, int) and lowest <= value <= highest):
-        raise OptionError(f"{name} is {value!r}; allowed: a whole number from {lowest} to {highest}")

@@ -22,6 +22,7 @@ from gguf_run.kernels_cpu.measure.limits import Limits, measure_limits
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.hub.find import find_model
 from gguf_run.runtime.load.cache_plan import plan_cache
+from gguf_run.runtime.load.fit import gpu_sizes
 from gguf_run.runtime.load.memory import MemoryPlan
 from gguf_run.runtime.model import Model
 from gguf_run.runtime.quantize.file_types import model_type
@@ -227,7 +228,8 @@ def _run_group(path: Path, cases: Sequence[Case], limits: Limits, how: Procedure
     ) as model:
         with GGUFFile.open(path) as file:
             facts = ModelFacts.of(file)
-            sizes = MemoryPlan(facts.config, [*file.tensors.values()], 1, plan_cache(facts.config)).gpu_sizes().weights
+            plan = MemoryPlan(facts.config, [*file.tensors.values()], 1, plan_cache(facts.config))
+            sizes = gpu_sizes(plan).weights
         weight_bytes = model.decoder.nbytes()["weights"]
         backends: list[Any] = [*dict.fromkeys(model.decoder.backends)]
         gpus = [backend for backend in backends if not isinstance(backend, CpuBackend)]

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gguf_run.formats.errors import GgufRunError, OptionError
-from gguf_run.runtime.cli.common import Command, message
+from gguf_run.runtime.cli import complete
+from gguf_run.runtime.cli.common import tool
 from gguf_run.runtime.cli.load_options import ROTATION
 from gguf_run.runtime.terminal.progress import Progress
+from gguf_run.runtime.terminal.text import message
 
 if TYPE_CHECKING:
     from gguf_run.runtime.bench.bench import Case
@@ -93,11 +95,19 @@ class _Status(Progress):
 
 
 _numbers = partial(click.option, multiple=True, metavar="N,...")
-_types = partial(click.option, multiple=True, metavar="TYPE,...")
+_types = partial(click.option, multiple=True, metavar="TYPE,...", shell_complete=complete.cache_types)
 
 
-@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@tool(
+    "gguf-bench",
+    examples=(
+        "gguf-bench model.gguf",
+        "gguf-bench q4.gguf q8.gguf -p 128-512*2 -n 64 -r 3",
+        "gguf-bench model.gguf -t 1,2,4 -d 0,8192 -ct f16,q8_0",
+        "gguf-bench model.gguf -o csv > speed.csv",
+    ),
+)
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...", shell_complete=complete.models)
 @_numbers("-p", "--n-prompt", default=("512",), help="Tokens of a prompt (pp); 0: none.")
 @_numbers("-n", "--n-gen", default=("128",), help="Tokens to generate one by one (tg); 0: none.")
 @click.option("-pg", "pg", multiple=True, metavar="PP,TG", help="A prompt and then tokens to generate, in one test.")
@@ -107,7 +117,7 @@ _types = partial(click.option, multiple=True, metavar="TYPE,...")
 @_types("-ct", "--cache-type", help="Type of the KV cache, for K and V alike.")
 @_types("-ctk", "--cache-type-k", help="Type of K, in all combinations with V's.  [default: f16]")
 @_types("-ctv", "--cache-type-v", help="Type of V.  [default: f16]")
-@click.option(*ROTATION[0], **ROTATION[1])
+@click.option("--cache-rotation/--no-cache-rotation", default=None, help=ROTATION.help)
 @_numbers("-t", "--threads", help="Threads that compute.  [default: physical cores]")
 @click.option(
     "-dev", "--device", default=("auto",), multiple=True, metavar="DEVICE,...", help="cpu, cuda:1, cuda:0/cuda:1, ..."
@@ -120,7 +130,6 @@ _types = partial(click.option, multiple=True, metavar="TYPE,...")
 @click.option("--delay", default=0.0, type=click.FloatRange(0, 86_400), help="Seconds to wait before each test.")
 @click.option("--no-warmup", is_flag=True, help="Leave out the first, unmeasured run of each test.")
 @click.option("-o", "--output", default="md", type=click.Choice(_FORMATS), help="Format of the results.")
-@click.version_option(package_name="gguf-run", prog_name="gguf-bench")
 def main(models: tuple[str, ...], repetitions: int, delay: float, no_warmup: bool, output: str, **options: Any) -> None:
     """Measure how fast models run: tokens per second of a prompt (pp) and of generation (tg).
 
@@ -187,7 +196,7 @@ def _cases(
     from gguf_run.kernels_cpu.replay.team import MAX_THREADS
     from gguf_run.runtime.bench.bench import Case
     from gguf_run.runtime.load.machine import default_threads
-    from gguf_run.runtime.load.placement import parse_wanted
+    from gguf_run.runtime.load.options import LoadOptions
 
     lengths = [(n, 0) for n in parse_values("--n-prompt", n_prompt, 0)]
     lengths += [(0, n) for n in parse_values("--n-gen", n_gen, 0)]
@@ -202,7 +211,7 @@ def _cases(
     experts: list[Any] = parse_values("--n-cpu-moe", n_cpu_moe, 0) or [None]
     places: list[Any] = [*product(devices, layers, splits, [cpu_moe], experts)]
     for place in places:
-        parse_wanted(*place)
+        LoadOptions(**dict(zip(("device", "gpu_layers", "tensor_split", "cpu_moe", "n_cpu_moe"), place, strict=True)))
     axes = (
         models,
         places,

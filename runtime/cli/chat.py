@@ -1,45 +1,19 @@
 """The interactive chat of gguf-run: Ctrl-C stops an answer, twice or Ctrl-D leaves, /help tells the commands."""
 
-import sys
-from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from gguf_run.formats.errors import GgufRunError
+from gguf_run.runtime.cli.answer import open_reasoning, show
 from gguf_run.runtime.cli.chat_commands import Chat, run_command
 from gguf_run.runtime.cli.chat_input import Interrupts, inputs, line_editing, on_terminal
-from gguf_run.runtime.cli.common import describe, message
+from gguf_run.runtime.cli.common import describe
 from gguf_run.runtime.cli.session import Conversation
-from gguf_run.runtime.terminal.colours import dimmed, has_colours, open_tag
+from gguf_run.runtime.terminal.text import message
 
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model
-
-
-def show(model: "Model", pieces: Iterable[str], interrupts: Interrupts | None = None, tag: str | None = None) -> str:
-    """Write an answer as it comes; return it, or what there is of it when Ctrl-C is pressed. tag: of reasoning that the
-    prompt has begun."""
-    answer: list[str] = []
-
-    def taken() -> Iterator[str]:
-        for piece in pieces:
-            answer.append(piece)
-            yield piece
-            if interrupts is not None and interrupts.wanted:
-                break
-
-    for text in dimmed(taken(), tag) if has_colours() else taken():
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    if not "".join(answer[-1:]).endswith("\n"):
-        click.echo()
-    if model.stats.finish == "context":
-        full = f"the context is full ({model.n_ctx} tokens), the answer ends here"
-        message(f"{full}: choose a larger --ctx-size or --context-shift")
-    return "".join(answer)
 
 
 def chat(
@@ -90,11 +64,5 @@ def _turn(state: Chat, interrupts: Interrupts) -> str:
     first = ""
     with suppress(KeyboardInterrupt), interrupts.awaiting():
         first = next(pieces, "")
-    return show(model, chain([first], pieces), interrupts, open_reasoning(model, messages, state.options))
-
-
-def open_reasoning(model: "Model", messages: Conversation, options: Mapping[str, Any]) -> str | None:
-    """The tag of a block of reasoning that the prompt of an answer begins, if the output has colours to show it."""
-    if not has_colours():
-        return None
-    return open_tag(model.chat_prompt(messages, options.get("tools"), options.get("template_options")))
+    tag = open_reasoning(model, messages, state.options)
+    return show(model, chain([first], pieces), lambda: interrupts.wanted, tag)

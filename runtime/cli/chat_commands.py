@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gguf_run.formats.errors import GgufRunError, OptionError
-from gguf_run.runtime.cli.common import describe, message
+from gguf_run.runtime.cli.common import describe
 from gguf_run.runtime.cli.session import Conversation, check_place
 from gguf_run.runtime.sampling.params import SamplingParams
+from gguf_run.runtime.terminal.text import message
 
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model

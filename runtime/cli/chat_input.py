@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from gguf_run.formats.compiler.cachedir import user_cache_dir
-from gguf_run.runtime.cli.common import decode_text, message
+from gguf_run.runtime.terminal.text import decode_text, message
 
 QUOTES = '"""'
 MAX_HISTORY = 1000  # lines

@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 import click
 
 from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.runtime.terminal.text import message
 
 FAILED = 1
 WRONG_USAGE = 2
@@ -28,8 +29,15 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 
 
-class _Command(click.Command):
-    """A click command with our help, and with completion of values."""
+class Command(click.Command):
+    """A click command that ends with one line on any error.
+
+    It has our help, with its own examples, and completes values in shells. It does not start where stdout is closed.
+    """
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.examples = examples
 
     def get_help(self, ctx: click.Context) -> str:
         from gguf_run.runtime.cli.help import help_text
@@ -38,56 +46,40 @@ class _Command(click.Command):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         if any(name.startswith("_GGUF_") and name.endswith("_COMPLETE") for name in os.environ):
-            from gguf_run.runtime.cli.complete import prepare
+            from gguf_run.runtime.cli.shells import complete_in_bash
 
-            prepare(self)
+            complete_in_bash()
         return super().main(*args, **extra)
-
-
-class Group(_Command, click.Group):
-    """A click group with subcommands of the class Command."""
-
-
-class Command(_Command):
-    """A click command that ends with one line on any error. Use: `@click.command(cls=Command)`."""
 
     def invoke(self, ctx: click.Context) -> Any:
         verbose = bool(ctx.params.get("verbose"))
         with _plain_warnings(), _one_line_errors(ctx, verbose):
+            if sys.stdout is None:
+                raise GgufRunError("stdout is closed: there is nowhere to write to")
             _never_fail_to_encode()
             result = super().invoke(ctx)
-            # A full disk or a gone reader must show here, not while the interpreter shuts down.
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            # A full disk or a reader that went away must show here, not while the interpreter shuts down.
+            sys.stdout.flush()
             return result
 
 
-def one_line(text: str) -> str:
-    """Return text on one line that is safe to show: names from a file may hold escape codes or line breaks."""
-    joined = " ".join(text.split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
+class Group(Command, click.Group):
+    """A click group whose subcommands are of the class Command."""
+
+    command_class = Command
 
 
-def message(text: str) -> None:
-    """Print one line on stderr."""
-    click.echo(one_line(text), err=True)
+def tool(
+    name: str, cls: type[Command] = Command, params: Sequence[click.Parameter] = (), examples: Sequence[str] = ()
+) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function a tool of ours, with -h and --version. params: in front of those that click's decorators add."""
 
+    def decorate(function: Callable[..., Any]) -> Any:
+        settings = {"help_option_names": ["-h", "--help"], "show_default": True}
+        command = click.command(name, cls, params=[*params], examples=examples, context_settings=settings)(function)
+        return click.version_option(package_name="gguf-run", prog_name=name)(command)
 
-def read_text(path: Path) -> str:
-    """Read a UTF-8 text file. Errors name the file and the place of the first invalid byte."""
-    return decode_text(path.read_bytes(), str(path))
-
-
-def decode_text(data: bytes, name: str) -> str:
-    """Decode UTF-8 (a byte order mark is dropped); GgufRunError names `name` and the first invalid byte."""
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        # utf-8-sig counts from behind the mark.
-        offset = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
-        raise GgufRunError(
-            f"{name}: byte 0x{data[offset]:02x} at offset {offset} is not valid UTF-8: convert the text to UTF-8"
-        ) from None
+    return decorate
 
 
 @contextmanager

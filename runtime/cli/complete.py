@@ -1,77 +1,45 @@
-"""Completion in bash, zsh and fish: click's, which knows the options, with what their values may be.
+"""What the values of parameters may be, for completion in shells: each function is a parameter's shell_complete=."""
 
-Imported only while a shell asks. `gguf-run --completion SHELL` prints what makes it ask.
-"""
-
-import os
 from collections.abc import Callable, Iterable
-from functools import partial
-from importlib.metadata import distribution
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import click
-from click.shell_completion import BashComplete, CompletionItem, add_completion_class, get_completion_class
 
-SHELLS = ("bash", "zsh", "fish")
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
-
-def completion_script(shell: str) -> str:
-    """Return the lines that a shell must read to complete all of our commands."""
-    kind = get_completion_class(shell)
-    assert kind is not None
-    names = [script.name for script in distribution("gguf-run").entry_points if script.group == "console_scripts"]
-    scripts = [kind(click.Command(name), {}, name, f"_{name}_COMPLETE".replace("-", "_").upper()) for name in names]
-    return "\n".join(script.source_template % script.source_vars() for script in scripts)
+Complete: TypeAlias = "Callable[[click.Context, click.Parameter, str], list[CompletionItem]]"
 
 
-def prepare(command: click.Command) -> None:
-    """Let the parameters of a command, and of its subcommands, know their values."""
-    add_completion_class(_Bash, "bash")
-    for member in [command, *(command.commands.values() if isinstance(command, click.Group) else ())]:
-        for parameter in member.params:
-            values = _VALUES.get(parameter.name or "") or (_files if parameter.metavar == "FILE" else None)
-            if values is not None and not getattr(parameter, "is_flag", False):
-                parameter.type = _Completed(values)
+def among(values: Callable[[str], Iterable[str]]) -> Complete:
+    """Return a shell_complete= that offers those of values(what is typed) that begin so, or files if there are none.
+
+    Of an option that may be repeated, values with commas between them are completed one by one.
+    """
+
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+        from click.shell_completion import CompletionItem
+
+        is_list = getattr(param, "multiple", False)
+        before, comma, typed = incomplete.rpartition(",") if is_list else ("", "", incomplete)
+        found = [value for value in values(typed) if value.lower().startswith(typed.lower())]
+        items: list[CompletionItem] = [CompletionItem(before + comma + value) for value in found]
+        return items or [CompletionItem(incomplete, type="file")]
+
+    return complete
 
 
-class _Completed(click.ParamType):
-    """A parameter with values that can be completed. values: from what is typed to all that could be meant."""
-
-    name = "text"
-
-    def __init__(self, values: Callable[[str], Iterable[str]]) -> None:
-        self.values = values
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        before, comma, last = incomplete.rpartition(",") if getattr(param, "multiple", False) else ("", "", incomplete)
-        found = [value for value in self.values(last) if value.lower().startswith(last.lower())]
-        return [CompletionItem(before + comma + value) for value in found] or [CompletionItem(incomplete, type="file")]
+def words(text: str) -> Complete:
+    """Return a shell_complete= that offers the words of a text."""
+    return among(lambda typed: text.split())
 
 
-class _Bash(BashComplete):
-    """bash takes a colon for the end of a word: the parts of hf:owner/repo:TYPE are put together, and completed from
-    the last colon on."""
-
-    def get_completion_args(self) -> tuple[list[str], str]:
-        n_words = int(os.environ["COMP_CWORD"])
-        words = click.shell_completion.split_arg_string(os.environ["COMP_WORDS"])
-        joined: list[str] = []
-        for word in words[1 : n_words + 1]:
-            if joined and (word == ":" or joined[-1].endswith(":")):
-                joined[-1] += word
-            else:
-                joined.append(word)
-        incomplete = joined.pop() if len(words) > n_words and joined else ""
-        return joined, incomplete
-
-    def format_completion(self, item: CompletionItem[Any]) -> str:
-        _, incomplete = self.get_completion_args()
-        value = item.value[incomplete.rfind(":") + 1 :] if item.type == "plain" else item.value
-        return f"{item.type},{value}"
+files = words("")
 
 
-def _models(typed: str) -> list[str]:
+@among
+def models(typed: str) -> list[str]:
     """Cached models, GGUF files, and folders. Folders alone: the shell completes them better."""
     from gguf_run.runtime.hub.listing import cached_models
 
@@ -84,54 +52,42 @@ def _models(typed: str) -> list[str]:
     return names + folders if any(name.lower().startswith(typed.lower()) for name in names) else []
 
 
-def _types(typed: str) -> list[str]:
+@among
+def file_types(typed: str) -> list[str]:
+    """What gguf-quantize can write."""
     from gguf_run.runtime.quantize.rules import FILE_TYPES
 
     return [*FILE_TYPES]
 
 
-def _tensor_types(typed: str) -> tuple[str, ...]:
+@among
+def tensor_types(typed: str) -> Iterable[str]:
+    """What a single tensor can become."""
     from gguf_run.runtime.quantize.rules import WRITABLE
 
     return WRITABLE
 
 
-def _cache_types(typed: str) -> list[str]:
+@among
+def cache_types(typed: str) -> list[str]:
+    """Types of the KV cache."""
     from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
 
     return [*CACHE_FORMATS]
 
 
-def _samplers(typed: str) -> list[str]:
+@among
+def samplers(typed: str) -> list[str]:
+    """Names of samplers, with semicolons between them."""
     from gguf_run.runtime.sampling.params import SAMPLERS
 
     before, sign, _ = typed.rpartition(";")
     return [f"{before}{sign}{name}" for name in SAMPLERS]
 
 
-def _templates(typed: str) -> list[str]:
+@among
+def chat_templates(typed: str) -> list[str]:
+    """The chat templates that have a name."""
     from gguf_run.runtime.chat.named import TEMPLATES
 
     return [*TEMPLATES]
-
-
-def _files(typed: str) -> list[str]:
-    return []
-
-
-def _words(words: str, typed: str) -> list[str]:
-    return words.split()
-
-
-_VALUES: dict[str, Callable[[str], Iterable[str]]] = {
-    **dict.fromkeys(("model", "models", "diff", "base"), _models),
-    **dict.fromkeys(("cache_type", "cache_type_k", "cache_type_v", "types"), _cache_types),
-    **dict.fromkeys(("quantize", "rest"), _types),
-    "kind": lambda typed: ["auto", *_types(typed)],
-    **dict.fromkeys(("output_tensor_type", "token_embedding_type"), _tensor_types),
-    **dict.fromkeys(("file", "in_file", "path"), _files),
-    "device": partial(_words, "auto cpu cuda cuda:0"),
-    "gpu_layers": partial(_words, "auto all"),
-    "samplers": _samplers,
-    "chat_template": _templates,
-}

@@ -9,26 +9,42 @@ import click
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.formats.gguf.reader import GGUFFile
-from gguf_run.runtime.cli.common import Command, message, one_line
-from gguf_run.runtime.cli.quantize import byte_size, run_plan, show_types
+from gguf_run.runtime.cli import complete
+from gguf_run.runtime.cli.common import tool
+from gguf_run.runtime.cli.load_options import byte_size
+from gguf_run.runtime.cli.quantize import run_plan, show_types
 from gguf_run.runtime.hub.find import find_model
 from gguf_run.runtime.load.machine import default_threads
 from gguf_run.runtime.quantize.rules import FILE_TYPES, file_type
 from gguf_run.runtime.terminal.progress import Progress
+from gguf_run.runtime.terminal.text import message, one_line
 
 
-@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("model", metavar="DIR")
+@tool(
+    "gguf-convert",
+    examples=(
+        "gguf-convert folder",
+        "gguf-convert folder -o model.gguf --type Q4_K_M",
+        "gguf-convert hf:Qwen/Qwen3-0.6B --dry-run",
+        "gguf-convert model.gguf -o folder --to-hf",
+    ),
+)
+@click.argument("model", metavar="DIR", shell_complete=complete.models)
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="File, or folder for a file with its usual name.")
 @click.option("--to-hf", is_flag=True, help="Convert back: MODEL.gguf to a checkpoint in the new folder -o.")
-@click.option("--type", "kind", default="auto", show_default=True, help="As of gguf-quantize, or auto: what DIR has.")
+@click.option(
+    "--type",
+    "kind",
+    default="auto",
+    shell_complete=complete.among(lambda typed: ["auto", *FILE_TYPES]),
+    help="As of gguf-quantize, or auto: what DIR has.",
+)
 @click.option("--imatrix", type=click.Path(path_type=Path), help="Importance matrix, from gguf-imatrix.")
 @click.option("--split-max-size", metavar="N(K|M|G)", help="Split the output into files of at most so many bytes.")
 @click.option("--name", help="What the model is called.  [default: from its card, or the folder]")
 @click.option("--vocab-only", is_flag=True, help="Convert the tokenizer and the metadata, no weights.")
 @click.option("--dry-run", is_flag=True, help="Only show the types and sizes that there would be.")
 @click.option("--threads", "-t", type=click.IntRange(1, 512), help="Threads.  [default: physical cores]")
-@click.version_option(package_name="gguf-run", prog_name="gguf-convert")
 def main(
     model: str,
     output: Path | None,

@@ -11,20 +11,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gguf_run.formats.errors import OptionError
-from gguf_run.runtime.cli import device_options as cli_device
-from gguf_run.runtime.cli.common import Command, Group, read_text
-from gguf_run.runtime.cli.load_options import CACHE_OPTIONS
+from gguf_run.runtime.cli import complete
+from gguf_run.runtime.cli.common import Group, tool
+from gguf_run.runtime.cli.load_options import CTX_SIZE, DEVICE_OPTIONS, PATH, RUNTIME_OPTIONS
+from gguf_run.runtime.terminal.text import read_text
 
 if TYPE_CHECKING:
     from gguf_run.runtime.evaluate.choices import Accuracy, Question
 
-# What may differ between a model and its base.
-DEVICE_OPTIONS = (
-    click.Option(["--threads", "-t"], type=int, help="Threads that compute.  [default: physical cores]"),
-    *cli_device.DEVICE_OPTIONS,
-)
-RUNTIME_OPTIONS = (*DEVICE_OPTIONS, *CACHE_OPTIONS)
-PATH = click.Path(path_type=Path)
+MODEL = click.Argument(["model"], shell_complete=complete.models)
 JSON = click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object.")
 TEXT = click.Option(["--file", "-f"], type=PATH, required=True, help="The text, UTF-8.")
 CHUNK_SIZE = click.Option(["--ctx-size", "-c", "n_ctx"], type=int, help="Tokens of a chunk.  [default: 512]")
@@ -32,11 +27,12 @@ CHUNKS = click.Option(["--chunks", "n_chunk"], type=int, help="Stop after so man
 STRIDE = click.Option(["--stride"], type=int, help="Tokens from one window to the next.")
 TASK_FILE = click.Option(["--file", "-f"], type=PATH, required=True, help="The tasks.")
 TASKS = click.Option(["--tasks", "n_task"], type=int, help="Stop after so many.  [default: all]")
-CTX_SIZE = click.Option(
-    ["--ctx-size", "-c", "n_ctx"], type=int, help="Positions of the context.  [default: the model's, at most 4096]"
-)
 KL_OPTIONS = (
-    click.Option(["--base"], help="The model to compare with.  [default: MODEL itself, with --base-options]"),
+    click.Option(
+        ["--base"],
+        shell_complete=complete.models,
+        help="The model to compare with.  [default: MODEL itself, with --base-options]",
+    ),
     click.Option(["--base-options"], help='What is different for the base, as in "--cache-type f32 -t 4".'),
     click.Option(["--save-logits"], type=PATH, help="Save MODEL's logits for --base-logits; compare nothing."),
     click.Option(["--base-logits"], type=PATH, help="Saved logits of the base; with --base, checked to be its."),
@@ -48,7 +44,12 @@ SCALES_OPTIONS = (
     click.Option(["--output", "-o"], type=PATH, required=True, help="The calibration file to write, JSON."),
     CHUNK_SIZE,
     click.Option(["--chunks", "n_chunk"], type=_AT_LEAST_1, default=16, show_default=True, help="Chunks to read."),
-    click.Option(["--types"], metavar="TYPE,...", help="Cache types to try in each layer: q4_0,q8_0"),
+    click.Option(
+        ["--types"],
+        metavar="TYPE,...",
+        shell_complete=complete.cache_types,
+        help="Cache types to try in each layer: q4_0,q8_0",
+    ),
     click.Option(["--bits"], type=float, help="Choose each layer's types: bits a number, on average."),
     click.Option(
         ["--probe-chunks", "n_probed"], type=_AT_LEAST_1, default=2, show_default=True, help="Chunks for each try."
@@ -56,17 +57,34 @@ SCALES_OPTIONS = (
 )
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="gguf-run", prog_name="gguf-eval")
+@tool(
+    "gguf-eval",
+    Group,
+    examples=(
+        "gguf-eval perplexity model.gguf -f wiki.test.raw --chunks 64",
+        "gguf-eval kl q4.gguf --base f16.gguf -f wiki.test.raw",
+        "gguf-eval hellaswag model.gguf -f hellaswag_val_400.txt --tasks 100",
+    ),
+)
 def main() -> None:
     """Measure the quality of a GGUF language model. MODEL is a GGUF file or hf:owner/repo[:Q4_K_M]."""
 
 
-def _command(*params: click.Option) -> Callable[[Callable[..., None]], click.Command]:
-    return main.command(cls=Command, params=[click.Argument(["model"]), *params, *RUNTIME_OPTIONS, JSON])
+def _command(*params: click.Option, examples: Sequence[str]) -> Callable[[Callable[..., None]], click.Command]:
+    return main.command(params=[MODEL, *params, *RUNTIME_OPTIONS, JSON], examples=examples)
 
 
-@_command(TEXT, CHUNK_SIZE, CHUNKS, STRIDE)
+@_command(
+    TEXT,
+    CHUNK_SIZE,
+    CHUNKS,
+    STRIDE,
+    examples=(
+        "gguf-eval perplexity model.gguf -f wiki.test.raw",
+        "gguf-eval perplexity model.gguf -f wiki.test.raw --chunks 64 -ct q8_0",
+        "gguf-eval perplexity model.gguf -f wiki.test.raw -c 2048 --stride 512 --json",
+    ),
+)
 def perplexity(
     model: str, file: Path, n_ctx: int | None, n_chunk: int | None, stride: int | None, as_json: bool, **options: Any
 ) -> None:
@@ -90,7 +108,18 @@ def perplexity(
         run.finish(facts, scorer.model.where)
 
 
-@_command(TEXT, *KL_OPTIONS, CHUNK_SIZE, CHUNKS)
+@_command(
+    TEXT,
+    *KL_OPTIONS,
+    CHUNK_SIZE,
+    CHUNKS,
+    examples=(
+        "gguf-eval kl q4.gguf --base f16.gguf -f wiki.test.raw --chunks 16",
+        "gguf-eval kl model.gguf --base-options '--cache-type f32' -ct q4_0 -f text.txt",
+        "gguf-eval kl f16.gguf -f text.txt --save-logits f16.logits",
+        "gguf-eval kl q4.gguf -f text.txt --base-logits f16.logits",
+    ),
+)
 def kl(
     model: str,
     file: Path,
@@ -129,7 +158,15 @@ def kl(
         run.compare_live(base or model, theirs)
 
 
-@main.command("kv-scales", cls=Command, params=[click.Argument(["model"]), TEXT, *SCALES_OPTIONS, *DEVICE_OPTIONS])
+@main.command(
+    "kv-scales",
+    params=[MODEL, TEXT, *SCALES_OPTIONS, *DEVICE_OPTIONS],
+    examples=(
+        "gguf-eval kv-scales model.gguf -f text.txt -o scales.json",
+        "gguf-eval kv-scales model.gguf -f t.txt -o kv.json --types q4_0,q8_0 --bits 6",
+        "gguf-run model.gguf --cache-scales scales.json --chat",
+    ),
+)
 def kv_scales(
     model: str,
     file: Path,
@@ -163,7 +200,16 @@ def read_options(text: str, defaults: dict[str, Any]) -> dict[str, Any]:
         raise OptionError(f"--base-options {text!r}: {problem.rstrip('.')}; allowed are {allowed}") from None
 
 
-@_command(TASK_FILE, TASKS, CTX_SIZE)
+@_command(
+    TASK_FILE,
+    TASKS,
+    CTX_SIZE,
+    examples=(
+        "gguf-eval hellaswag model.gguf -f hellaswag_val_400.txt",
+        "gguf-eval hellaswag model.gguf -f hellaswag_val_400.txt --tasks 100 -t 4",
+        "gguf-eval hellaswag model.gguf -f hellaswag_val_400.txt --json",
+    ),
+)
 def hellaswag(model: str, file: Path, n_task: int | None, n_ctx: int | None, as_json: bool, **options: Any) -> None:
     """HellaSwag: how often the right one of four endings is the most likely.
 
@@ -177,7 +223,16 @@ def hellaswag(model: str, file: Path, n_task: int | None, n_ctx: int | None, as_
     _choose(model, file, [questions[i] for i in order], n_task, n_ctx, as_json, options)
 
 
-@_command(TASK_FILE, TASKS, CTX_SIZE)
+@_command(
+    TASK_FILE,
+    TASKS,
+    CTX_SIZE,
+    examples=(
+        "gguf-eval choices model.gguf -f questions.jsonl",
+        "gguf-eval choices model.gguf -f questions.jsonl --tasks 50",
+        "gguf-eval choices model.gguf -f questions.jsonl --json",
+    ),
+)
 def choices(model: str, file: Path, n_task: int | None, n_ctx: int | None, as_json: bool, **options: Any) -> None:
     """Multiple choice: how often the right choice is the most likely.
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from gguf_run.formats.errors import GgufRunError, OptionError
-from gguf_run.runtime.cli.common import message
 from gguf_run.runtime.cli.evaluate_report import PERPLEXITY, Figure, Kind, Run, load_scorer
 from gguf_run.runtime.evaluate.kl import Comparison, compare
 from gguf_run.runtime.evaluate.logits_file import (
@@ -20,6 +19,7 @@ from gguf_run.runtime.evaluate.logits_file import (
 from gguf_run.runtime.evaluate.perplexity import perplexity
 from gguf_run.runtime.evaluate.text import N_CTX, Block, Chunk, Scorer, bos_of, cut_chunks, tokens_of
 from gguf_run.runtime.hub.find import find_model
+from gguf_run.runtime.terminal.text import message
 
 _HEAD = f"{'chunk':>5} {'perplexity':>12} {'ratio':>12} {'KL divergence':>14} {'same top':>11}"
 

@@ -11,14 +11,13 @@ import click
 from gguf_run.formats.errors import OptionError
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
-from gguf_run.runtime.cli.common import read_text
 from gguf_run.runtime.cli.evaluate_report import load_scorer
 from gguf_run.runtime.evaluate.kv_scales import KINDS, Calibration, choose, divergence, observe, probes
 from gguf_run.runtime.evaluate.text import N_CTX, Chunk, Scorer, bos_of, cut_chunks, tokens_of
 from gguf_run.runtime.load.cache_plan import check_type
 from gguf_run.runtime.load.kv_scales import KvScales
 from gguf_run.runtime.terminal.progress import Progress
-from gguf_run.runtime.terminal.text import table
+from gguf_run.runtime.terminal.text import read_text, table
 
 
 def run(

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
-from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.cli.common import INTERRUPTED, message
+from gguf_run.runtime.cli.common import INTERRUPTED
 from gguf_run.runtime.terminal.progress import Progress
+from gguf_run.runtime.terminal.text import message
 
 if TYPE_CHECKING:
     from gguf_run.models.backend import CacheType
@@ -64,41 +63,14 @@ def load_scorer(
     observe: bool = False,
     cache: "str | list[CacheType] | None" = None,
 ) -> "Iterator[Scorer]":
-    """Load a model and what scores its logits. options: threads, cli_device.NAMES and, unless `cache` is Model.load's
-    cache_type, cli_cache.NAMES. observe: see Model.load."""
-    if sys.stdout is None:
-        raise GgufRunError("stdout is closed: there is nowhere to write the result")
-    from gguf_run.formats.compiler.jit import compile_notice
-    from gguf_run.runtime.cli.device_options import placement_options
-    from gguf_run.runtime.cli.load_options import load_options
+    """Load a model and what scores its logits. options: the command's, see
+    to_load_options. cache, observe: see LoadOptions."""
+    from gguf_run.runtime.cli.load_options import load_model, to_load_options
     from gguf_run.runtime.evaluate.text import Scorer
     from gguf_run.runtime.load.machine import default_threads
-    from gguf_run.runtime.model import Model
 
-    threads = options["threads"]
-    with Progress("loading") as progress:
-
-        def notify() -> None:
-            progress.clear()
-            message("compiling kernels for this machine; this takes some seconds, once")
-
-        def report(line: str) -> None:
-            progress.clear()
-            message(line)
-
-        with compile_notice(notify):
-            loaded = Model.load(
-                model,
-                n_ctx=n_ctx,
-                n_threads=threads,
-                **placement_options(options),
-                **({"cache_type": cache} if cache else load_options(options)),
-                progress=progress.set,
-                observe=observe,
-                report=report,
-            )
-            scorer = Scorer(loaded, threads or default_threads())
-    with loaded, scorer:
+    chosen = to_load_options(options, n_ctx=n_ctx, observe=observe, **({"cache_type": cache} if cache else {}))
+    with load_model(model, chosen) as loaded, Scorer(loaded, chosen.n_threads or default_threads()) as scorer:
         yield scorer
 
 

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gguf_run.formats.errors import OptionError
-from gguf_run.runtime.cli.common import Command, message, read_text
-from gguf_run.runtime.cli.evaluate import PATH, RUNTIME_OPTIONS
+from gguf_run.runtime.cli import complete
+from gguf_run.runtime.cli.common import tool
+from gguf_run.runtime.cli.load_options import PATH, RUNTIME_OPTIONS
+from gguf_run.runtime.terminal.text import message, read_text
 
 if TYPE_CHECKING:
     from gguf_run.formats.gguf.imatrix import Imatrix
@@ -43,12 +45,16 @@ _OPTIONS = (
 )
 
 
-@click.command(
-    cls=Command,
-    params=[click.Argument(["model"], required=False), *_OPTIONS],
-    context_settings={"help_option_names": ["-h", "--help"]},
+@tool(
+    "gguf-imatrix",
+    params=[click.Argument(["model"], required=False, shell_complete=complete.models), *_OPTIONS],
+    examples=(
+        "gguf-imatrix f16.gguf -f calibration.txt -o imatrix.gguf",
+        "gguf-imatrix f16.gguf -f calibration.txt -o imatrix.gguf --chunks 100",
+        "gguf-imatrix --in-file a.gguf --in-file b.gguf -o both.gguf",
+        "gguf-imatrix --in-file imatrix.gguf --show-statistics",
+    ),
 )
-@click.version_option(package_name="gguf-run", prog_name="gguf-imatrix")
 def main(model: str | None, file: Path | None, output: Path | None, in_file: tuple[Path, ...], **options: Any) -> None:
     """Collect an importance matrix: MODEL (a GGUF file or hf:owner/repo[:Q4_K_M]) reads a text, and the squares of
     what each of its matrices reads are added up, in llama.cpp's GGUF form.

@@ -14,31 +14,51 @@ from click.core import ParameterSource
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.formats.gguf.reader import GGUFFile, Tensor
-from gguf_run.runtime.cli.common import Command, one_line
-from gguf_run.runtime.cli.device_options import expert_options
-from gguf_run.runtime.cli.load_options import cache_options, load_options
-from gguf_run.runtime.cli.quantize import byte_size
+from gguf_run.runtime.cli import complete
+from gguf_run.runtime.cli.common import tool
+from gguf_run.runtime.cli.load_options import CACHE_OPTIONS, EXPERT_OPTIONS, byte_size, to_load_options
 from gguf_run.runtime.hub.find import find_model
 from gguf_run.runtime.info.diff import change_lines, compare, diff_lines
 from gguf_run.runtime.info.edit import edit
 from gguf_run.runtime.info.memory import memory_facts, memory_lines
 from gguf_run.runtime.info.tensors import Statistics, statistics
 from gguf_run.runtime.info.values import describe_value, show_value
-from gguf_run.runtime.load.placement import Wanted, parse_wanted
+from gguf_run.runtime.load.options import LoadOptions, Wanted
 from gguf_run.runtime.terminal.progress import Progress
-from gguf_run.runtime.terminal.text import size_text, table
+from gguf_run.runtime.terminal.text import one_line, size_text, table
 
 STATISTICS = tuple(column.name for column in fields(Statistics))
 
 
-@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("models", metavar="[MODEL...]", nargs=-1)
+@tool(
+    "gguf-info",
+    params=[*CACHE_OPTIONS, *EXPERT_OPTIONS],
+    examples=(
+        "gguf-info model.gguf -c 32768",
+        "gguf-info --fit model.gguf",
+        "gguf-info model.gguf --tensors --match 'blk.0' --stats",
+        "gguf-info f16.gguf --diff q4.gguf --json",
+        "gguf-info model.gguf --set general.name='My model' -o new.gguf",
+    ),
+)
+@click.argument("models", metavar="[MODEL...]", nargs=-1, shell_complete=complete.models)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--fit", is_flag=True, help="Show what fits this machine, and how fast: of MODELs, or of usual sizes.")
 @click.option("--tensors", is_flag=True, help="List the tensors as well.")
 @click.option("--stats", is_flag=True, help="Show statistics of the tensors' weights as well.")
-@click.option("--diff", metavar="OTHER", help="Show what differs in another file: metadata, tensors, error of each.")
-@click.option("--match", metavar="REGEX", default="", help="Only tensors whose name holds a match.  [default: all]")
+@click.option(
+    "--diff",
+    metavar="OTHER",
+    shell_complete=complete.models,
+    help="Show what differs in another file: metadata, tensors, error of each.",
+)
+@click.option(
+    "--match",
+    metavar="REGEX",
+    default="",
+    show_default=False,
+    help="Only tensors whose name holds a match.  [default: all]",
+)
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Change a metadata key; see above.")
 @click.option("--remove", metavar="KEY", multiple=True, help="Remove a metadata key.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="File to write the changed model to.")
@@ -49,14 +69,11 @@ STATISTICS = tuple(column.name for column in fields(Statistics))
     type=click.IntRange(1, 2**31 - 1),
     help="Positions of the context, for the memory needed.  [default: the model's, at most 4096]",
 )
-@cache_options
 @click.option(
     "--gpu-memory", metavar="N(M|G),...", help="Show what goes on a GPU, or several, with so much free memory."
 )
 @click.option("--gpu-layers", "-ngl", default="auto", show_default=True, metavar="N|auto|all", help="Layers on them.")
 @click.option("--tensor-split", "-ts", metavar="N,N", help="Parts of these for each.  [default: by free memory]")
-@expert_options
-@click.version_option(package_name="gguf-run", prog_name="gguf-info")
 def main(
     models: Sequence[str],
     as_json: bool,
@@ -101,10 +118,12 @@ def main(
         raise click.UsageError("--set and --remove need either -o OUT or --in-place, and these need one of them.")
     if editing and (tensors or stats or diff):
         raise click.UsageError("--set and --remove go without --tensors, --stats and --diff.")
-    pattern, options = _pattern(match), load_options(cache)
+    pattern, options = _pattern(match), to_load_options(cache)
     gpus = [byte_size(part, "--gpu-memory") for part in gpu_memory.split(",")] if gpu_memory else []
     device = ",".join(f"cuda:{i}" for i in range(len(gpus))) or "auto"
-    wanted = parse_wanted(device, gpu_layers, tensor_split, cpu_moe, n_cpu_moe)
+    wanted = LoadOptions(
+        device=device, gpu_layers=gpu_layers, tensor_split=tensor_split, cpu_moe=cpu_moe, n_cpu_moe=n_cpu_moe
+    ).wanted
     if wanted != Wanted() and not gpus:
         raise click.UsageError("--gpu-layers, --tensor-split, --cpu-moe and --n-cpu-moe need --gpu-memory.")
     with ExitStack() as files:

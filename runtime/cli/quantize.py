@@ -11,31 +11,50 @@ import click
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.formats.gguf.reader import GGUFFile
-from gguf_run.runtime.cli.common import Command, message, one_line
+from gguf_run.runtime.cli import complete
+from gguf_run.runtime.cli.common import tool
+from gguf_run.runtime.cli.load_options import byte_size
 from gguf_run.runtime.hub.find import find_model
 from gguf_run.runtime.load.machine import default_threads
 from gguf_run.runtime.quantize.rules import Overrides, file_type, writable_type
 from gguf_run.runtime.terminal.progress import Progress
-from gguf_run.runtime.terminal.text import size_text, table
+from gguf_run.runtime.terminal.text import message, one_line, size_text, table
 
 if TYPE_CHECKING:
     from gguf_run.runtime.quantize.file import Loss
     from gguf_run.runtime.quantize.plan import Item, Options, Plan
 
-_UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
 _KV_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": {"true": True, "false": False}.__getitem__}
 
 
-@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("model", metavar="IN")
-@click.argument("rest", metavar="OUT TYPE", nargs=-1, required=True)
+@tool(
+    "gguf-quantize",
+    examples=(
+        "gguf-quantize f16.gguf q4.gguf Q4_K_M",
+        "gguf-quantize f16.gguf q3.gguf Q3_K_M --imatrix imatrix.gguf",
+        "gguf-quantize f16.gguf Q5_K_S --dry-run",
+        "gguf-quantize f16.gguf out.gguf Q4_K_M --tensor-type ffn_down=Q6_K",
+    ),
+)
+@click.argument("model", metavar="IN", shell_complete=complete.models)
+@click.argument("rest", metavar="OUT TYPE", nargs=-1, required=True, shell_complete=complete.file_types)
 @click.option("--imatrix", type=click.Path(path_type=Path), help="Importance matrix, from gguf-imatrix.")
 @click.option("--include-weights", multiple=True, metavar="TEXT", help="Use only its entries with TEXT in the name.")
 @click.option("--exclude-weights", multiple=True, metavar="TEXT", help="Do not use its entries with TEXT in the name.")
 @click.option("--pure", is_flag=True, help="One type for all matrices, no mixture.")
 @click.option("--tensor-type", multiple=True, metavar="REGEX=TYPE", help="Type of the tensors whose name matches.")
-@click.option("--output-tensor-type", metavar="TYPE", help="Type of the matrix that makes the logits.")
-@click.option("--token-embedding-type", metavar="TYPE", help="Type of the token embeddings.")
+@click.option(
+    "--output-tensor-type",
+    metavar="TYPE",
+    shell_complete=complete.tensor_types,
+    help="Type of the matrix that makes the logits.",
+)
+@click.option(
+    "--token-embedding-type",
+    metavar="TYPE",
+    shell_complete=complete.tensor_types,
+    help="Type of the token embeddings.",
+)
 @click.option("--leave-output-tensor", is_flag=True, help="Keep output.weight as it is.")
 @click.option("--allow-requantize", is_flag=True, help="Quantize what is quantized already: it costs quality.")
 @click.option("--override-kv", multiple=True, metavar="KEY=TYPE:VALUE", help="Set metadata; int, float, bool or str.")
@@ -45,7 +64,6 @@ _KV_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": {"t
 @click.option("--split-max-tensors", type=click.IntRange(1), help="Split the output into files of so many tensors.")
 @click.option("--dry-run", is_flag=True, help="Only show the types and sizes that there would be; OUT may be left out.")
 @click.option("--threads", "-t", type=click.IntRange(1, 512), help="Threads.  [default: physical cores]")
-@click.version_option(package_name="gguf-run", prog_name="gguf-quantize")
 def main(model: str, rest: tuple[str, ...], dry_run: bool, threads: int | None, **given: Any) -> None:
     """Write the model IN to OUT with weights of TYPE, such as Q4_K_M or Q8_0; the same bytes as llama-quantize.
 
@@ -219,13 +237,3 @@ def _layers(text: str | None) -> frozenset[int]:
     if text and not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
         raise OptionError(f"--prune-layers {text}: must be numbers with commas between them: 20,21,22")
     return frozenset(map(int, text.split(","))) if text else frozenset()
-
-
-def byte_size(text: str | None, option: str = "--split-max-size") -> int:
-    """Return the size that an option gives in bytes; none is 0."""
-    if not text:
-        return 0
-    match = re.fullmatch(r"([1-9]\d{0,9})([KMG]?)", text.upper())
-    if not match:
-        raise OptionError(f"{option} {text}: must be a number of bytes, as 500M or 2G")
-    return int(match[1]) * _UNITS.get(match[2], 1)

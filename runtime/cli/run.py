@@ -1,27 +1,27 @@
 """gguf-run: ask a model something, continue a text, or chat.
 
-Text goes to stdout as it comes; everything else goes to stderr.
+The answer goes to stdout as it comes; everything else goes to stderr.
 """
 
 import gc
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from gguf_run.formats.errors import GgufRunError, OptionError
-from gguf_run.runtime.cli.chat import chat as chat_with
-from gguf_run.runtime.cli.chat import open_reasoning, show
-from gguf_run.runtime.cli.common import Command, decode_text, message, read_text
-from gguf_run.runtime.cli.device_options import device_options, placement_options
-from gguf_run.runtime.cli.load_options import cache_options, load_options
-from gguf_run.runtime.cli.sampling_options import sampling_options, take_sampling
-from gguf_run.runtime.cli.session import Conversation, check_place, conversation
+from gguf_run.runtime.cli import complete
+from gguf_run.runtime.cli.answer import open_reasoning, show
+from gguf_run.runtime.cli.common import tool
+from gguf_run.runtime.cli.load_options import CACHE_OPTIONS, CTX_SIZE, DEVICE_OPTIONS, PATH, load_model, to_load_options
+from gguf_run.runtime.cli.sampling_options import SAMPLING_OPTIONS, take_sampling
 from gguf_run.runtime.sampling.params import SamplingParams
+from gguf_run.runtime.terminal.text import decode_text, message, read_text
 
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model
@@ -29,132 +29,169 @@ if TYPE_CHECKING:
 MAX_PROMPT_BYTES = 64 << 20
 
 
-@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.argument("model", required=False)
-@click.option("--prompt", "-p", help="The question, or with --raw the text to continue.")
-@click.option("--file", "-f", help="Read the prompt from a UTF-8 text file; - is stdin, the default.")
-@click.option("--chat", "-i", is_flag=True, help="Talk: Ctrl-C stops an answer, Ctrl-D leaves.")
-@click.option("--system", help="System message for the chat template.")
-@click.option("--chat-template", metavar="FILE|NAME", help="Instead of the model's own: Jinja, or chatml, llama3, ...")
-@click.option("--chat-template-kwargs", metavar="JSON", help='For the template, as {"enable_thinking": false}.')
-@click.option("--tools", type=click.Path(path_type=Path), help="JSON file: functions that the model may call.")
-@click.option("--no-history", is_flag=True, help="Keep no lines of --chat for the arrow keys of the next one.")
-@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the model's chat template.")
-@click.option("--max-tokens", "-n", type=int, help="Stop after so many tokens.  [default: when the model ends]")
-@click.option("--ctx-size", "-c", type=int, help="Positions of the context.  [default: the model's, at most 4096]")
-@click.option("--threads", "-t", type=int, help="Threads that compute.  [default: physical cores]")
-@cache_options
-@click.option(
-    "--session", type=click.Path(path_type=Path), help="Go on from this file if it is there, save to it at the end."
+_PARAMS = [
+    click.Argument(["model"], required=False, shell_complete=complete.models),
+    click.Option(["--prompt", "-p"], help="The question, or with --raw the text to continue."),
+    click.Option(
+        ["--file", "-f"],
+        shell_complete=complete.files,
+        help="Read the prompt from a UTF-8 text file; - is stdin, the default.",
+    ),
+    click.Option(["--chat", "-i"], is_flag=True, help="Talk: Ctrl-C stops an answer, Ctrl-D leaves."),
+    click.Option(["--system"], help="System message for the chat template."),
+    click.Option(
+        ["--chat-template"],
+        metavar="FILE|NAME",
+        shell_complete=complete.chat_templates,
+        help="Instead of the model's own: Jinja, or chatml, llama3, ...",
+    ),
+    click.Option(["--chat-template-kwargs"], metavar="JSON", help='For the template, as {"enable_thinking": false}.'),
+    click.Option(["--tools"], type=PATH, help="JSON file: functions that the model may call."),
+    click.Option(["--no-history"], is_flag=True, help="Keep no lines of --chat for the arrow keys of the next one."),
+    click.Option(["--raw"], is_flag=True, help="Continue the prompt as it is, without the model's chat template."),
+    click.Option(["--max-tokens", "-n"], type=int, help="Stop after so many tokens.  [default: when the model ends]"),
+    CTX_SIZE,
+    *CACHE_OPTIONS,
+    click.Option(["--session"], type=PATH, help="Go on from this file if it is there, save to it at the end."),
+    *SAMPLING_OPTIONS,
+    *DEVICE_OPTIONS,
+    click.Option(
+        ["--quantize"],
+        metavar="TYPE",
+        shell_complete=complete.file_types,
+        help="Put the weights into fewer bits while loading, such as Q4_K_M.",
+    ),
+    click.Option(["--context-shift"], is_flag=True, help="When the context is full, drop half of it and go on."),
+    click.Option(["--keep", "n_keep"], type=int, default=0, help="Tokens at the beginning that --context-shift keeps."),
+    click.Option(["--warm-up"], is_flag=True, help="Compile what the model needs, so that the next start is quick."),
+    click.Option(
+        ["--list", "list_models"], is_flag=True, help="Show the models that are on this machine; -v: and where."
+    ),
+    click.Option(
+        ["--completion"],
+        type=click.Choice(("bash", "zsh", "fish")),
+        help="Print what a shell needs to complete all of our commands.",
+    ),
+    click.Option(["--verbose", "-v"], is_flag=True, help="Say more on stderr."),
+]
+
+
+@tool(
+    "gguf-run",
+    params=_PARAMS,
+    examples=(
+        'gguf-run --prompt "What is the capital of France?"',
+        "gguf-run model.gguf --chat -c 16384 -ct q8_0",
+        'gguf-run hf:bartowski/Llama-3.2-1B-Instruct-GGUF:Q5_K_M -p "Hello" --temp 0',
+        "cat article.txt | gguf-run model.gguf --system 'Sum up in one sentence.'",
+        "gguf-run model.gguf --raw --file story.txt -n 200 --seed 1",
+    ),
 )
-@sampling_options
-@device_options
-@click.option("--quantize", metavar="TYPE", help="Put the weights into fewer bits while loading, such as Q4_K_M.")
-@click.option("--context-shift", is_flag=True, help="When the context is full, drop half of it and go on.")
-@click.option("--keep", type=int, default=0, help="Tokens at the beginning that --context-shift keeps.")
-@click.option("--warm-up", is_flag=True, help="Compile what the model needs, so that the next start is quick.")
-@click.option("--list", "list_models", is_flag=True, help="Show the models that are on this machine; -v: and where.")
-@click.option(
-    "--completion",
-    type=click.Choice(("bash", "zsh", "fish")),
-    help="Print what a shell needs to complete all of our commands.",
-)
-@click.option("--verbose", "-v", is_flag=True, help="Say more on stderr.")
-@click.version_option(package_name="gguf-run", prog_name="gguf-run")
-def main(
-    model: str | None,
-    prompt: str | None,
-    file: str | None,
-    chat: bool,
-    system: str | None,
-    chat_template: str | None,
-    chat_template_kwargs: str | None,
-    tools: Path | None,
-    no_history: bool,
-    raw: bool,
-    max_tokens: int | None,
-    ctx_size: int | None,
-    threads: int | None,
-    quantize: str | None,
-    session: Path | None,
-    context_shift: bool,
-    keep: int,
-    warm_up: bool,
-    list_models: bool,
-    completion: str | None,
-    verbose: bool,
-    **options: Any,
-) -> None:
+def main(model: str | None, completion: str | None, list_models: bool, **values: Any) -> None:
     """Run a GGUF language model.
 
     MODEL is a GGUF file, the folder of a Hugging Face checkpoint, or hf:owner/repo[:Q4_K_M]; without
     it a small model, SmolLM2-135M-Instruct, is fetched once.
     """
-    if raw and (chat or any(value is not None for value in (system, chat_template, chat_template_kwargs, tools))):
-        raise click.UsageError(
-            "--raw works without a chat template: leave out --chat, --system, --tools and --chat-template(-kwargs)."
-        )
-    if sys.stdout is None:
-        raise GgufRunError("stdout is closed: there is nowhere to write the answer")
     if completion is not None:
-        from gguf_run.runtime.cli.complete import completion_script
+        from gguf_run.runtime.cli.shells import completion_script
 
-        return click.echo(completion_script(completion))
-    if list_models:
+        click.echo(completion_script(completion))
+    elif list_models:
         from gguf_run.runtime.hub.listing import list_lines
 
-        for line in list_lines(verbose):
+        for line in list_lines(values["verbose"]):
             click.echo(line)
-        return
-    text = "Hello" if warm_up else _prompt(prompt, file, chat)
-    if session is not None:
-        check_place(session)
-    if system is not None:
-        system = _argument(system, "--system")
-    template = None
-    if chat_template is not None:
-        from gguf_run.runtime.chat.named import find_template
-
-        template = find_template(chat_template)
-    functions = None if tools is None else _functions(tools)
-    template_options = None if chat_template_kwargs is None else _template_options(chat_template_kwargs)
-    load = {"n_ctx": ctx_size, "n_threads": threads, "quantize": quantize}
-    load |= load_options(options) | placement_options(options)
-    options = take_sampling(options)
-    SamplingParams(**options)  # says what is wrong before a model is loaded
-    with _paused_gc():
-        loading = _load(model, **load)
-    with loading as loaded:
-        options |= {"max_tokens": max_tokens, "context_shift": context_shift, "n_keep": keep}
-        if template is not None:
-            loaded.chat_template, loaded.tool_template = template, None
-        if verbose:
-            _describe(loaded)
-        if warm_up:
-            for _ in loaded.generate(text or "", max_tokens=1):
-                pass
-        else:
-            with conversation(loaded, session, system) as messages:
-                if functions is not None:
-                    options["tools"] = functions
-                if template_options is not None:
-                    options["template_options"] = template_options
-                if chat:
-                    chat_with(loaded, messages, text, options, not no_history)
-                else:
-                    _answer(loaded, messages, text or "", raw, options)
-        _report(loaded, verbose)
+    else:
+        task, options = _Task.of(values), to_load_options(values)
+        with _paused_gc():
+            loading = load_model(model, options)
+        with loading as loaded:
+            if values["verbose"]:
+                _describe(loaded)
+            task.run(loaded)
+            _report(loaded, values["verbose"])
 
 
 @contextmanager
 def _paused_gc() -> Iterator[None]:
-    """Start 0.2 s sooner: what imports make stays, and is not searched for garbage while it grows or at the end."""
+    """Start 0.2 s sooner: the garbage collector never searches what imports make."""
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
         gc.enable()
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What the model is asked to do; everything in it is checked before the model is loaded."""
+
+    kind: str  # "raw": continue text, "ask": answer it, "chat", "warm-up"
+    text: str | None  # the first text for the model; None: a chat begins without one
+    system: str | None  # system message
+    template: str | None  # chat template in place of the model's own
+    session: Path | None  # file that the conversation comes from and goes to
+    keep_history: bool  # of the lines that are typed in a chat
+    generating: Mapping[str, Any]  # arguments of Model.generate
+    chatting: Mapping[str, Any] = field(default_factory=dict)  # arguments that Model.chat takes besides
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "_Task":
+        """Make it of the command's parameters. GgufRunError, click.UsageError for what they cannot mean."""
+        templated = ("system", "chat_template", "chat_template_kwargs", "tools")
+        if values["raw"] and (values["chat"] or any(values[name] is not None for name in templated)):
+            raise click.UsageError(
+                "--raw works without a chat template: leave out --chat, --system, --tools and --chat-template(-kwargs)."
+            )
+        kinds = [kind for kind, name in (("warm-up", "warm_up"), ("chat", "chat"), ("raw", "raw")) if values[name]]
+        text = "Hello" if values["warm_up"] else _prompt(values["prompt"], values["file"], values["chat"])
+        if values["session"] is not None:
+            from gguf_run.runtime.cli.session import check_place
+
+            check_place(values["session"])
+        system = None if values["system"] is None else _argument(values["system"], "--system")
+        chatting: dict[str, Any] = {}
+        if values["tools"] is not None:
+            chatting["tools"] = _functions(values["tools"])
+        if values["chat_template_kwargs"] is not None:
+            chatting["template_options"] = _template_options(values["chat_template_kwargs"])
+        generating = take_sampling(values)
+        SamplingParams(**generating)  # says what is wrong
+        generating |= {name: values[name] for name in ("max_tokens", "context_shift", "n_keep")}
+        template = _template(values["chat_template"])
+        kind = [*kinds, "ask"][0]
+        return cls(kind, text, system, template, values["session"], not values["no_history"], generating, chatting)
+
+    def run(self, model: "Model") -> None:
+        """Do it."""
+        if self.template is not None:
+            model.chat_template, model.tool_template = self.template, None
+        if self.kind == "warm-up":
+            for _ in model.generate(self.text or "", max_tokens=1):
+                pass
+            return
+        with self._conversation(model) as messages:
+            if self.kind == "chat":
+                from gguf_run.runtime.cli.chat import chat
+
+                chat(model, messages, self.text, {**self.generating, **self.chatting}, self.keep_history)
+            elif self.kind == "raw" or (model.chat_template is None and not messages and not self.chatting):
+                show(model, model.generate(self.text or "", **self.generating))
+            else:
+                messages.append({"role": "user", "content": self.text})
+                pieces = model.chat(messages, **self.generating, **self.chatting)
+                answer = show(model, pieces, tag=open_reasoning(model, messages, self.chatting))
+                messages.append({"role": "assistant", "content": answer})
+
+    def _conversation(self, model: "Model") -> AbstractContextManager[list[dict[str, Any]]]:
+        """The messages so far. With --session they come from a file, and go to it at the end."""
+        if self.session is None:
+            return nullcontext([] if self.system is None else [{"role": "system", "content": self.system}])
+        from gguf_run.runtime.cli.session import conversation
+
+        return conversation(model, self.session, self.system)
 
 
 def _prompt(prompt: str | None, file: str | None, chat: bool) -> str | None:
@@ -175,6 +212,14 @@ def _prompt(prompt: str | None, file: str | None, chat: bool) -> str | None:
     if not text.strip():
         raise GgufRunError("the prompt is empty: write something after --prompt, into the --file or on stdin")
     return text
+
+
+def _template(name: str | None) -> str | None:
+    if name is None:
+        return None
+    from gguf_run.runtime.chat.named import find_template
+
+    return find_template(name)
 
 
 def _functions(path: Path) -> list[dict[str, Any]]:
@@ -211,35 +256,6 @@ def _read_all(stream: Any, name: str) -> bytes:
     if len(data) > MAX_PROMPT_BYTES:
         raise GgufRunError(f"{name} is longer than {MAX_PROMPT_BYTES} bytes: no context holds that much text")
     return data
-
-
-def _load(path: str | None, **options: Any) -> "Model":
-    from gguf_run.formats.compiler.jit import compile_notice
-    from gguf_run.runtime.model import Model
-    from gguf_run.runtime.terminal.progress import Progress
-
-    with Progress("loading") as progress:
-
-        def notify() -> None:
-            progress.clear()
-            message("compiling kernels for this machine; this takes some seconds, once")
-
-        def report(line: str) -> None:
-            progress.clear()
-            message(line)
-
-        with compile_notice(notify):
-            return Model.load(path, progress=progress.set, report=report, **options)
-
-
-def _answer(model: "Model", messages: Conversation, text: str, raw: bool, options: dict[str, Any]) -> None:
-    if raw or (model.chat_template is None and not messages and not {"tools", "template_options"} & set(options)):
-        show(model, model.generate(text, **options))
-    else:
-        messages.append({"role": "user", "content": text})
-        pieces = model.chat(messages, **options)
-        tag = open_reasoning(model, messages, options)
-        messages.append({"role": "assistant", "content": show(model, pieces, tag=tag)})
 
 
 def _describe(model: "Model") -> None:

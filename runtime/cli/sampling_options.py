@@ -1,15 +1,15 @@
 """gguf-run's options of sampling: llama.cpp's names, for the fields of SamplingParams."""
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import click
 
+from gguf_run.runtime.cli import complete
 from gguf_run.runtime.sampling.params import DEFAULT_CHAIN, SamplingParams
 
-# (flags, field of SamplingParams, help)
-_OPTIONS = (
+# (flags, field of SamplingParams, help). The field's default gives the option's default and type.
+_ROWS = (
     ("--temp --temperature", "temperature", "0 always takes the most likely token."),
     ("--top-k", "top_k", "Choose among the k most likely tokens; 0 is off."),
     ("--top-p", "top_p", "Choose among the tokens that make up this probability; 1 is off."),
@@ -34,43 +34,50 @@ _OPTIONS = (
     ("--adaptive-target", "adaptive_target", "For the sampler adaptive_p: prefer tokens of this probability."),
     ("--adaptive-decay", "adaptive_decay", "How slowly adaptive_p forgets."),
 )
-_TAKEN = (*(name for _, name, _ in _OPTIONS), "seed", "samplers", "ignore_eos")  # as they are
-NAMES = (*_TAKEN, "logit_bias", "dry_sequence_breakers")
 
 
-def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options to a click command."""
-    for option in (
-        click.option("--ignore-eos", is_flag=True, help="The model cannot end its answer: -n or the context does."),
-        click.option("--seed", type=int, help="Repeat a draw.  [default: a new one each time]"),
-        click.option(
-            "--logit-bias", "-l", multiple=True, metavar="ID+BIAS",
-            help="Add to a token's logit, as 15043+1 or 15043-inf; may be repeated.",
-        ),
-        click.option(
-            "--dry-sequence-breaker", "dry_sequence_breakers", multiple=True, metavar="TEXT", show_default=False,
-            help="DRY starts anew after this text; may be repeated; none: nowhere.  [default: line end, : \" *]",
-        ),
-        click.option(
-            "--samplers", default=";".join(DEFAULT_CHAIN), metavar="NAMES", show_default=False,
-            help="Samplers in their order: names with ; between them, or letters.  [default: edskypmxt]",
-        ),
-    ):  # fmt: skip
-        command = option(command)
-    for flags, name, text in reversed(_OPTIONS):
-        default = getattr(SamplingParams, name)
-        command = click.option(*flags.split(), name, type=type(default), default=default, help=text)(command)
-    return command
+def _numeric(flags: str, name: str, text: str) -> click.Option:
+    default = getattr(SamplingParams, name)
+    return click.Option([*flags.split(), name], type=type(default), default=default, help=text)
 
 
-def take_sampling(options: dict[str, Any]) -> dict[str, Any]:
-    """Take them out of a command's options, as arguments of SamplingParams."""
-    found = {name: options.pop(name) for name in _TAKEN}
-    if biases := options.pop("logit_bias"):
-        found["logit_bias"] = dict(_bias(text) for text in biases)
-    if breakers := options.pop("dry_sequence_breakers"):
-        found["dry_sequence_breakers"] = [text for text in breakers if text != "none"]
-    return found
+SAMPLING_OPTIONS = [
+    *(_numeric(*row) for row in _ROWS),
+    click.Option(["--ignore-eos"], is_flag=True, help="The model cannot end its answer: -n or the context does."),
+    click.Option(["--seed"], type=int, help="Repeat a draw.  [default: a new one each time]"),
+    click.Option(
+        ["--logit-bias", "-l"],
+        multiple=True,
+        metavar="ID+BIAS",
+        help="Add to a token's logit, as 15043+1 or 15043-inf; may be repeated.",
+    ),
+    click.Option(
+        ["--dry-sequence-breaker", "dry_sequence_breakers"],
+        multiple=True,
+        metavar="TEXT",
+        show_default=False,
+        help='DRY starts anew after this text; may be repeated; none: nowhere.  [default: line end, : " *]',
+    ),
+    click.Option(
+        ["--samplers"],
+        default=";".join(DEFAULT_CHAIN),
+        metavar="NAMES",
+        show_default=False,
+        shell_complete=complete.samplers,
+        help="Samplers in their order: names with ; between them, or letters.  [default: edskypmxt]",
+    ),
+]
+
+
+def take_sampling(values: dict[str, Any]) -> dict[str, Any]:
+    """Take the options out of a command's parameters; return arguments of SamplingParams."""
+    sampling = {str(option.name): values.pop(str(option.name)) for option in SAMPLING_OPTIONS}
+    biases, breakers = sampling.pop("logit_bias"), sampling.pop("dry_sequence_breakers")
+    if biases:
+        sampling["logit_bias"] = dict(_bias(text) for text in biases)
+    if breakers:
+        sampling["dry_sequence_breakers"] = [text for text in breakers if text != "none"]
+    return sampling
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.cli.common import message
+from gguf_run.runtime.terminal.text import message
 
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model

@@ -7,21 +7,29 @@ import click
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
-from gguf_run.runtime.cli.common import Command, decode_text, read_text
+from gguf_run.runtime.cli import complete
+from gguf_run.runtime.cli.common import tool
 from gguf_run.runtime.hub.find import find_model
+from gguf_run.runtime.terminal.text import decode_text, read_text
 
 # Lines printed by one write: each for itself is slow, and of all together `| head` would wait for the last.
 LINES_AT_ONCE = 1000
 
 
-@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("model")
+@tool(
+    "gguf-tokenize",
+    examples=(
+        'gguf-tokenize model.gguf "Hello world"',
+        'gguf-tokenize model.gguf "Hello world" --ids',
+        "gguf-tokenize model.gguf --file book.txt --count",
+    ),
+)
+@click.argument("model", shell_complete=complete.models)
 @click.argument("text", required=False)
 @click.option("--file", "-f", "path", type=click.Path(path_type=Path), help="Read the text from a UTF-8 file.")
 @click.option("--ids", "only_ids", is_flag=True, help="Print one list of ids.")
 @click.option("--count", is_flag=True, help="Print only how many tokens there are.")
 @click.option("--no-special", is_flag=True, help="Add no BOS or EOS, and read <|im_start|> and the like as plain text.")
-@click.version_option(package_name="gguf-run", prog_name="gguf-tokenize")
 def main(model: str, text: str | None, path: Path | None, only_ids: bool, count: bool, no_special: bool) -> None:
     """Print the tokens of TEXT, of a file, or of stdin: on each line an id and the token's text as Python writes it,
     with b'...' for bytes that are no whole character.
@@ -32,8 +40,6 @@ def main(model: str, text: str | None, path: Path | None, only_ids: bool, count:
         raise click.UsageError("give TEXT or --file, not both")
     if only_ids and count:
         raise click.UsageError("give --ids or --count, not both")
-    if sys.stdout is None:
-        raise GgufRunError("stdout is closed: there is nowhere to write to")
     if text is None:
         text = read_text(path) if path is not None else _read_stdin()
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.cli.common import one_line
 from gguf_run.runtime.hub.files import models_among, pick, shards, type_of
 from gguf_run.runtime.hub.find import DEFAULT_MODEL
 from gguf_run.runtime.hub.places import cached_files, cached_repos, hub_cache, models_dir
-from gguf_run.runtime.terminal.text import size_text, table
+from gguf_run.runtime.terminal.text import one_line, size_text, table
 
 
 @dataclass(frozen=True)

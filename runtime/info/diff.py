@@ -9,11 +9,10 @@ from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.formats.gguf.writer_metadata import encode_pair
-from gguf_run.runtime.cli.common import one_line
 from gguf_run.runtime.info.tensors import difference
 from gguf_run.runtime.info.values import describe_value, show_value
 from gguf_run.runtime.terminal.progress import Progress
-from gguf_run.runtime.terminal.text import table
+from gguf_run.runtime.terminal.text import one_line, table
 
 
 def compare(a: GGUFFile, b: GGUFFile, match: re.Pattern[str]) -> dict[str, Any]:

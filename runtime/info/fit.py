@@ -20,12 +20,11 @@ from gguf_run.kernels_cpu.vector import isa
 from gguf_run.models.architectures import EXPERTS, LAYER_SHAPES, MODEL_SHAPES
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
-from gguf_run.runtime.cli.common import one_line
-from gguf_run.runtime.load.machine import default_threads
-from gguf_run.runtime.load.memory import MemoryPlan, available_memory
-from gguf_run.runtime.load.parts import DEFAULT_N_CTX
+from gguf_run.runtime.load.machine import available_memory, default_threads
+from gguf_run.runtime.load.memory import MemoryPlan
+from gguf_run.runtime.load.options import DEFAULT_N_CTX
 from gguf_run.runtime.quantize.rules import FILE_TYPES, ModelFacts, choose_types, layer_order
-from gguf_run.runtime.terminal.text import size_text, table
+from gguf_run.runtime.terminal.text import one_line, size_text, table
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
 FEW_TYPES = ("Q8_0", "Q4_K_M", "Q2_K")

@@ -7,20 +7,20 @@ from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
 from gguf_run.models.config import ModelConfig
-from gguf_run.runtime.cli.common import one_line
 from gguf_run.runtime.load.cache_plan import describe_plan, plan_cache
+from gguf_run.runtime.load.fit import place, plan_lines
 from gguf_run.runtime.load.memory import MemoryPlan
-from gguf_run.runtime.load.parts import DEFAULT_N_CTX
-from gguf_run.runtime.load.placement import Device, Wanted, place, plan_lines
-from gguf_run.runtime.terminal.text import size_text, table
+from gguf_run.runtime.load.options import DEFAULT_N_CTX, LoadOptions, Wanted
+from gguf_run.runtime.load.placement import Device
+from gguf_run.runtime.terminal.text import one_line, size_text, table
 
 
 def memory_facts(
-    file: GGUFFile, n_ctx: int | None, cache: Mapping[str, Any], wanted: Wanted | None = None, gpus: Sequence[int] = ()
+    file: GGUFFile, n_ctx: int | None, options: LoadOptions, wanted: Wanted | None = None, gpus: Sequence[int] = ()
 ) -> dict[str, Any]:
     """Bytes needed to run the model, or why that cannot be told: gguf-info shows any GGUF file, not only models.
 
-    cache: the cache options of Model.load. gpus: free bytes of GPUs, on which layers go as `wanted` says. cache_types:
+    options: those of the cache are read. gpus: free bytes of GPUs, on which layers go as `wanted` says. cache_types:
     bytes of the cache if all of it has one type. OptionError for a type that the model's heads do not allow,
     GgufRunError for GPUs that are too small.
     """
@@ -29,7 +29,7 @@ def memory_facts(
     except GgufRunError as error:
         return {"unknown": one_line(str(error))}
     n_ctx = n_ctx or min(config.n_ctx_train, DEFAULT_N_CTX)
-    kinds = plan_cache(config, **cache)
+    kinds = plan_cache(config, options.cache_type, options.cache_rotation, options.cache_scales)
     plan = MemoryPlan(config, list(file.tensors.values()), n_ctx, kinds)
     need = plan.needed()
     alike = {name: plan.with_type(name).cache_bytes() for name in CACHE_FORMATS if plan.allows(name)}

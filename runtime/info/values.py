@@ -9,7 +9,7 @@ import numpy as np
 
 from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.formats.gguf.strings import StringArray
-from gguf_run.runtime.cli.common import one_line
+from gguf_run.runtime.terminal.text import one_line
 
 # Of an array, this many items are shown; of a text, this many characters (in the table only, JSON has all of it).
 SHOWN_ITEMS = 8

@@ -72,11 +72,6 @@ def layer_bytes(
     return tuple(sizes)
 
 
-def plan_bytes(config: ModelConfig, plan: Sequence[CacheType], n_ctx: int, n_batch: int, n_seq: int = 1) -> int:
-    """Bytes that the caches of all layers take."""
-    return sum(layer_bytes(config, plan, n_ctx, n_batch, n_seq))
-
-
 def describe_plan(plan: Sequence[CacheType]) -> str:
     """One line for people: "q8_0", "K q8_0, V q4_0", or how many layers have which. It differs wherever the bytes of a
     cache mean something else, so that sessions can be compared by it."""

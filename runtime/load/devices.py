@@ -1,32 +1,21 @@
 """Opens the GPUs that a user wants, or says in one line why there are none. torch is imported only where one is."""
 
-import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 from gguf_run.formats.errors import GgufRunError
+from gguf_run.runtime.load.fit import holds_all, most_layers, place, plan_lines
 from gguf_run.runtime.load.memory import MemoryPlan
-from gguf_run.runtime.load.placement import Device, Placement, Wanted, holds_all, most_layers, place, plan_lines
-
-# What drivers of NVIDIA, of AMD and of Windows' Linux leave in the system.
-_DRIVERS = ("dev/nvidiactl", "dev/kfd", "dev/dxg")
+from gguf_run.runtime.load.options import Wanted
+from gguf_run.runtime.load.placement import Device, Placement
 
 
-def driver_there(root: Path = Path("/")) -> bool:
-    """Whether this machine seems to have a GPU: importing torch to find that out would take a second or two."""
-    if os.name == "nt":
-        return (Path(os.environ.get("SYSTEMROOT", "C:/Windows")) / "System32/nvcuda.dll").exists()
-    return any((root / name).exists() for name in _DRIVERS)
+def open_gpus(wanted: Wanted, report: Callable[[str], None]) -> dict[Device, Any]:
+    """Return a kernels_gpu.backend.GpuBackend for each GPU that is named or, if none is, for all that are usable.
 
-
-def open_gpus(wanted: Wanted, report: Callable[[str], None], root: Path = Path("/")) -> dict[Device, Any]:
-    """Return a kernels_gpu.backend.GpuBackend for each GPU that is named or, if none is, for all that are usable; none
-    if the CPU is wanted, or if there is no usable GPU and none is insisted on: then report gets the reason, unless the
-    machine has no GPU's driver."""
-    if wanted.cpu_only or (not wanted.insists and not driver_there(root)):
-        return {}
+    If no GPU is usable and none is insisted on, the result is empty and report gets the reason.
+    """
     found, errors = {}, []
     for device in wanted.devices or [Device("cuda", i) for i in range(n_gpus())]:
         try:
@@ -43,7 +32,7 @@ def open_gpus(wanted: Wanted, report: Callable[[str], None], root: Path = Path("
 
 
 def n_gpus() -> int:
-    """GPUs of this machine, at least 1: opening it says why there is none."""
+    """Return the number of GPUs, at least 1: open_gpu says why there is none."""
     try:
         from gguf_run.kernels_gpu.device.device import n_devices
     except (ImportError, AttributeError, OSError):
@@ -54,12 +43,12 @@ def n_gpus() -> int:
 def open_placement(
     plan: MemoryPlan, wanted: Wanted, report: Callable[[str], None]
 ) -> tuple[Placement, dict[Device, Any]]:
-    """Where everything goes, and the backends of the GPUs that are used. report gets the plan, if there is a choice."""
+    """Return where everything goes, and the backends of the GPUs that are used. report gets lines with the plan."""
     gpus = open_gpus(wanted, report)
     free: dict[Device, int] = {}
     with gpu_errors(gpus):
         for device, gpu in gpus.items():
-            free[device] = gpu.free_memory()  # which takes some of it: so others are asked only if they are needed
+            free[device] = gpu.free_memory()  # to ask takes memory of the GPU: the next is asked only if it is needed
             if not wanted.devices and holds_all(plan, wanted, free):
                 break
     placement = place(plan, wanted, free)
@@ -72,7 +61,7 @@ def open_placement(
 
 
 def gpu_errors(gpus: Mapping[Device, Any]) -> AbstractContextManager[None]:
-    """Errors of these GPUs become a GgufRunError."""
+    """Return a context in which errors of these GPUs become a GgufRunError."""
     if not gpus:
         return nullcontext()
     from gguf_run.kernels_gpu.device.errors import gpu_errors
@@ -81,7 +70,7 @@ def gpu_errors(gpus: Mapping[Device, Any]) -> AbstractContextManager[None]:
 
 
 def open_gpu(device: Device) -> Any:
-    """A kernels_gpu.backend.GpuBackend. GgufRunError if the GPU, or what runs it, is missing."""
+    """Return a kernels_gpu.backend.GpuBackend. GgufRunError if the GPU, or what runs it, is missing."""
     try:
         from gguf_run.kernels_gpu.backend import GpuBackend
         from gguf_run.kernels_gpu.device.device import open_device

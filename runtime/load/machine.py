@@ -1,8 +1,6 @@
-"""How many threads compute: the physical cores that this process may use.
+"""What this machine has for us: threads, memory, the driver of a GPU.
 
-Two hardware threads of one core share its vector units, so a second one adds nothing to these kernels; and a team
-larger than its share of CPU time (container quotas) is put to sleep at a barrier. Hence: the cores of the CPUs in the
-affinity mask, at most the whole CPUs of the cgroup quota.
+Linux control groups (cgroups, v1 and v2) limit what a process in a container may use of these.
 """
 
 import os
@@ -11,35 +9,91 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from gguf_run.runtime.load import cgroup
+# What drivers leave in the system: NVIDIA's, AMD's, and that of Linux in Windows.
+_DRIVERS = ("dev/nvidiactl", "dev/kfd", "dev/dxg")
 
 
 def default_threads() -> int:
-    """Return the number of physical cores available to this process, at least 1."""
+    """Return the number of physical cores that this process may use, at least 1.
+
+    Two hardware threads of one core share its vector units: a second one adds nothing to these kernels. A team of
+    threads larger than its share of CPU time is put to sleep at a barrier. So these are the cores of the CPUs in the
+    affinity mask, and at most the whole CPUs that the cgroup grants.
+    """
     try:
         cpus = os.sched_getaffinity(0)
     except AttributeError:
-        # No affinity mask to ask (macOS, Windows): x86 machines mostly have two hardware threads per core.
+        # macOS and Windows have no affinity mask: x86 machines mostly have two hardware threads per core.
         n_cpu = os.cpu_count() or 1
         return max(1, n_cpu // 2) if platform.machine().lower() in ("x86_64", "amd64") else n_cpu
     return available_cores(cpus)
 
 
 def available_cores(cpus: Iterable[int], root: Path = Path("/")) -> int:
-    """Count the physical cores behind logical `cpus`, at most the cgroup quota. `root` holds /sys and /proc."""
+    """Count the physical cores behind logical `cpus`, at most the cgroup's quota. `root` holds /sys and /proc."""
     n_core = len({_siblings(cpu, root) for cpu in cpus})
     return max(1, min([n_core, *(int(quota) for quota in _quotas(root))]))
 
 
 def _siblings(cpu: int, root: Path) -> str:
-    """A text that is the same for all hardware threads of one core."""
-    return cgroup.read(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or f"cpu{cpu}"
+    """Return a text that is the same for all hardware threads of one core."""
+    return _read(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or f"cpu{cpu}"
 
 
 def _quotas(root: Path) -> Iterator[float]:
     """Yield the CPUs granted by each cgroup that has a limit."""
-    for group in cgroup.levels("cpu", root):
-        v1 = f"{cgroup.read(group / 'cpu.cfs_quota_us')} {cgroup.read(group / 'cpu.cfs_period_us')}"
+    for group in _cgroups("cpu", root):
+        v1 = f"{_read(group / 'cpu.cfs_quota_us')} {_read(group / 'cpu.cfs_period_us')}"
         # "max" (v2) and -1 (v1) mean no limit.
-        if match := re.fullmatch(r"(\d+) ([1-9]\d*)", cgroup.read(group / "cpu.max") or v1):
+        if match := re.fullmatch(r"(\d+) ([1-9]\d*)", _read(group / "cpu.max") or v1):
             yield int(match[1]) / int(match[2])
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Return the bytes, swap included, that this process can take before others are killed; None if not known."""
+    meminfo = dict(re.findall(r"^(\w+): +(\d+) kB$", _read(root / "proc/meminfo"), re.MULTILINE))
+    if "MemAvailable" not in meminfo:
+        return None
+    left = [1024 * (int(meminfo["MemAvailable"]) + int(meminfo.get("SwapFree", 0)))]
+    for group in _cgroups("memory", root):
+        for limit_file, used_file in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            limit, used = _read(group / limit_file), _read(group / used_file)
+            if limit.isdigit() and used.isdigit():
+                # Cached file pages count as used, but are given up when memory is needed. v1 counts those of the
+                # groups below in lines of their own, "total_...".
+                stat = _read(group / "memory.stat")
+                cached = re.findall(r"^(?:total_)?inactive_file (\d+)$", stat, re.MULTILINE)
+                left.append(int(limit) - int(used) + max(map(int, cached), default=0))
+    return max(0, min(left))
+
+
+def driver_there(root: Path = Path("/")) -> bool:
+    """Whether this machine seems to have a GPU. To ask torch would take a second or two, for its import."""
+    if os.name == "nt":
+        return (Path(os.environ.get("SYSTEMROOT", "C:/Windows")) / "System32/nvcuda.dll").exists()
+    return any((root / name).exists() for name in _DRIVERS)
+
+
+def _cgroups(controller: str, root: Path) -> Iterator[Path]:
+    """Yield the folders of the cgroups that this process is in, its own first. `root` holds /sys and /proc."""
+    mounts = root / "sys/fs/cgroup"
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        # "0::/user.slice/a" (v2) or "4:cpu,cpuacct:/a" (v1). In a container the path may be the host's: then only
+        # the mount itself exists, and it is the container's group.
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        mount = mounts / controllers
+        group = mount / path.lstrip("/")
+        yield from (level for level in (group, *group.parents) if level.is_relative_to(mount))
+
+
+def _read(path: Path) -> str:
+    """Return the text of a small file of the kernel, "" if there is none."""
+    try:
+        return path.read_text().strip()
+    except (OSError, ValueError):
+        return ""

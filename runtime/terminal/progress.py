@@ -1,16 +1,22 @@
-"""A progress bar on one line of stderr. On anything but a terminal it stays silent."""
+"""A progress bar on one line of stderr. It is silent where stderr is no terminal."""
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
+
+from gguf_run.runtime.terminal.text import message, size_text
 
 BAR_WIDTH = 30
 SECONDS_PER_DRAW = 0.05
 
 
 class Progress:
-    """Progress through bytes, or through what `unit` names (a plural), then with an estimate of the time left.
-    Use as a context manager; the line is erased at the end."""
+    """A bar that shows how many bytes are done, or how many of what `unit` names (a plural) and the time left.
+
+    Use as a context manager; the line is erased at the end.
+    """
 
     def __init__(self, label: str, unit: str = "") -> None:
         self.label, self.unit = label, unit
@@ -20,12 +26,12 @@ class Progress:
         self._drawn = 0
 
     def set(self, done: int, total: int) -> None:
-        """`done` of `total` are done."""
+        """Show that `done` of `total` are done."""
         if self._visible and time.monotonic() >= self._next_draw:
             self._next_draw = time.monotonic() + SECONDS_PER_DRAW
             part = min(1.0, done / max(1, total))
             bar = "#" * int(part * BAR_WIDTH)
-            whole = f"{total} {self.unit}{self._left(part)}" if self.unit else f"{total / 1e6:.0f} MB"
+            whole = f"{total} {self.unit}{self._left(part)}" if self.unit else f"{size_text(total, 1)}"
             self._draw(f"{self.label} [{bar:<{BAR_WIDTH}}] {part * 100:3.0f} % of {whole}")
 
     def _left(self, part: float) -> str:
@@ -35,17 +41,22 @@ class Progress:
         return f", {minutes}:{seconds:02d} left"
 
     def _draw(self, line: str) -> None:
-        # Spaces clear what a longer line before left; no escape codes, they are not for every terminal.
+        # Spaces clear the rest of a longer line; not every terminal knows escape codes.
         sys.stderr.write(f"\r{line:<{self._drawn}}")
         sys.stderr.flush()
         self._drawn = len(line)
 
     def clear(self) -> None:
-        """Take the bar off the line, so that something else can be written."""
+        """Erase the bar, so that something else can be written on its line."""
         if self._drawn:
             self._draw("")
             sys.stderr.write("\r")
             sys.stderr.flush()
+
+    def message(self, text: str) -> None:
+        """Print one line on stderr, in place of the bar."""
+        self.clear()
+        message(text)
 
     def __enter__(self) -> "Progress":
         return self
@@ -54,3 +65,13 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.clear()
+
+
+@contextmanager
+def progress(label: str, unit: str = "") -> Iterator[Progress]:
+    """Show a progress bar, and one line when kernels must be compiled. label, unit: see Progress."""
+    from gguf_run.formats.compiler.jit import compile_notice
+
+    note = "compiling kernels for this machine; this takes some seconds, once"
+    with Progress(label, unit) as bar, compile_notice(lambda: bar.message(note)):
+        yield bar

@@ -35,8 +35,9 @@ from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 from gguf_run.runtime.load.cache_plan import plan_cache
+from gguf_run.runtime.load.fit import fit, gpu_sizes, needed
 from gguf_run.runtime.load.memory import MemoryPlan
-from gguf_run.runtime.load.placement import CPU, Device, fit
+from gguf_run.runtime.load.placement import CPU, Device
 
 __all__ = ["fast_dots"]
 pytestmark = [
@@ -180,7 +181,7 @@ def test_planned_sizes(n_gpu: int, tied: bool, tmp_path: Path) -> None:
     config = ModelConfig.from_metadata(file.metadata, file.tensors)
     plan = MemoryPlan(config, list(file.tensors.values()), 64, plan_cache(config), 32)
     device = Device("cuda")
-    placement = fit(plan.gpu_sizes(), [n_gpu], (), {device: 1 << 40})
+    placement = fit(gpu_sizes(plan), [n_gpu], (), {device: 1 << 40})
     assert placement is not None
     backends: dict[Device, Any] = {CPU: cpu(2), device: gpu()}
 
@@ -193,15 +194,15 @@ def test_planned_sizes(n_gpu: int, tied: bool, tmp_path: Path) -> None:
     decoder = open_decoder(
         tmp_path / "model.gguf", [backends[d] for d in placement.layers], embedding=backends[placement.embedding]
     )
-    weights, cache, buffers = placement.needed(device, plan.gpu_sizes())
+    need = needed(placement, device, gpu_sizes(plan))
     held = backends[device].nbytes()
     biases = sum(tensor.nbytes for name, tensor in file.tensors.items() if name.endswith("bias")) // 3
     vectors = 4 * 64 * (2 * n_gpu + 1) + biases * n_gpu
-    assert (held["weights"] + vectors, held["cache"]) == (weights, cache)
+    assert (held["weights"] + vectors, held["cache"]) == (need.weights, need.cache)
     pinned = sum(staging.nbytes for staging in backends[device]._uploader._staging)
     pinned += decoder._programs[id(backends[device])]._host.nbytes
-    made = allocated() - before - weights - cache - pinned
-    assert buffers / 2 < made <= buffers
+    made = allocated() - before - need.weights - need.cache - pinned
+    assert need.buffers / 2 < made <= need.buffers
     decoder.close()
 
 
@@ -217,7 +218,7 @@ def test_planned_caches(tmp_path: Path) -> None:
         for il, kind in enumerate(kinds):
             backend = gpu()
             backend.cache(config.attention(il), n_ctx, max(min(n_batch, n_ctx), n_seq), n_seq, kind)
-            assert backend.nbytes()["cache"] == plan.gpu_sizes().caches[il]
+            assert backend.nbytes()["cache"] == gpu_sizes(plan).caches[il]
 
 
 def test_errors_of_gpus_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

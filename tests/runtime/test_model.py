@@ -20,8 +20,8 @@ from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 from gguf_run.runtime import Model, TokenLogprob
-from gguf_run.runtime.load import memory
-from gguf_run.runtime.load.devices import driver_there
+from gguf_run.runtime.load import load_model
+from gguf_run.runtime.load.machine import driver_there
 from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
 TEXT = "the order and another one"
@@ -59,7 +59,7 @@ def on_numpy(path: Path) -> Model:
     config = ModelConfig.from_metadata(file.metadata, file.tensors)
     backend = NumpyBackend(np.float64)
     decoder = Decoder(config, file.tensors, [backend] * config.n_layer, 64, n_batch=16)
-    return Model(decoder, Tokenizer.from_metadata(file.metadata))
+    return Model(load_model.LoadedModel(decoder, Tokenizer.from_metadata(file.metadata)))
 
 
 def test_logits_against_numpy(tiny_path: Path) -> None:
@@ -405,7 +405,7 @@ def test_tokenizer_beside_the_weights(path: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_model_that_cannot_fit(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda: 100_000)
+    monkeypatch.setattr(load_model, "available_memory", lambda: 100_000)
     with pytest.raises(
         GgufRunError, match=r"tiny\.gguf: out of memory: .* needed .*100\.00 kB available: choose a smaller"
     ):

@@ -20,8 +20,8 @@ from gguf_run.kernels_gpu.backend import GpuBackend
 from gguf_run.kernels_gpu.device.device import open_device
 from gguf_run.kernels_gpu.program import Launches
 from gguf_run.runtime.cli.run import main
-from gguf_run.runtime.load import devices
-from gguf_run.runtime.load.placement import MARGIN
+from gguf_run.runtime.load import devices, load_model
+from gguf_run.runtime.load.fit import MARGIN
 
 Patch = pytest.MonkeyPatch
 
@@ -102,7 +102,7 @@ CASES: dict[str, tuple[Callable[[Patch], None], str, int, str]] = {
 def test_one_line_and_the_exit_code(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change, options, code, words = CASES[what]
     write_tiny(tmp_path / "m.gguf", Tiny(n_layer=3, n_ctx=4096))
-    monkeypatch.setattr(devices, "driver_there", lambda root: True)
+    monkeypatch.setattr(load_model, "driver_there", lambda root: True)
     change(monkeypatch)
     done = CliRunner().invoke(main, [str(tmp_path / "m.gguf"), "--raw", "-p", "the", "-n", "2", *options.split()])
     *plan, line = done.stderr.splitlines()

@@ -10,7 +10,7 @@ from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.runtime.chat import sandbox
 from gguf_run.runtime.chat.sandbox import MAX_TEMPLATE
 from gguf_run.runtime.chat.template import render_chat
-from gguf_run.runtime.load.parts import chat_template
+from gguf_run.runtime.load.load_model import chat_template
 from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
 SYSTEM = {"role": "system", "content": "Be <brief>."}

@@ -420,7 +420,7 @@ def test_reader_of_stdout_goes_away(folder: Path, long_text: Path) -> None:
 def test_closed_stdout(folder: Path) -> None:
     command = [*RUN, "perplexity", str(folder / "tiny.gguf"), "-f", str(folder / "text.txt"), *SMALL]
     done = subprocess.run(command, stderr=subprocess.PIPE, timeout=PATIENCE, preexec_fn=lambda: os.close(1))
-    assert (done.returncode, done.stderr) == (1, b"error: stdout is closed: there is nowhere to write the result\n")
+    assert (done.returncode, done.stderr) == (1, b"error: stdout is closed: there is nowhere to write to\n")
 
 
 def test_terminal(folder: Path, long_text: Path) -> None:

@@ -21,8 +21,9 @@ from tinymodel import Tiny, vocabulary, write_tiny
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime import Model
 from gguf_run.runtime import model as model_module
-from gguf_run.runtime.cli.common import Command, decode_text, one_line
+from gguf_run.runtime.cli.common import Command
 from gguf_run.runtime.cli.run import main
+from gguf_run.runtime.terminal.text import decode_text, one_line
 
 RUN = [sys.executable, "-c", "from gguf_run.runtime.cli.run import main; main(prog_name='gguf-run')"]
 PATIENCE = 240  # seconds: a process that hangs is found, a busy machine is not
@@ -283,9 +284,9 @@ def test_warm_up(path: Path) -> None:
 
 def test_no_chat_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     """A base model's prompt is continued; what needs a template says so."""
-    from gguf_run.runtime.load import parts as load
+    from gguf_run.runtime.load import load_model
 
-    monkeypatch.setattr(load, "chat_template", lambda *_: None)
+    monkeypatch.setattr(load_model, "chat_template", lambda *_: None)
     plain = invoke(path, "-p", "Hello", *GREEDY)
     assert plain.stdout == invoke(path, "--raw", "-p", "Hello", *GREEDY).stdout
     for arguments in (["--chat"], ["-p", "Hello", "--system", "x"]):
@@ -340,7 +341,7 @@ def test_closed_stdout(path: Path) -> None:
     shell = ["sh", "-c", '"$@" >&-', "sh"]
     done = subprocess.run([*shell, *RUN, str(path), "-p", "Hello"], stderr=subprocess.PIPE, timeout=PATIENCE)
     assert done.returncode == 1
-    assert done.stderr == b"error: stdout is closed: there is nowhere to write the answer\n"
+    assert done.stderr == b"error: stdout is closed: there is nowhere to write to\n"
 
 
 def test_terminal_without_unicode(path: Path) -> None:

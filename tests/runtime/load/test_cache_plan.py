@@ -16,7 +16,7 @@ from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
 from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
-from gguf_run.runtime.load.cache_plan import describe_plan, plan_bytes, plan_cache
+from gguf_run.runtime.load.cache_plan import describe_plan, layer_bytes, plan_cache
 from gguf_run.runtime.load.kv_scales import KvScales, LayerScales
 from gguf_run.runtime.load.memory import MemoryPlan
 
@@ -25,6 +25,10 @@ ROW_OF_64 = {
     "f32": 256, "f16": 128, "bf16": 128, "q8_0": 2 * 34, "q5_1": 2 * 24, "q5_0": 2 * 22, "q4_1": 2 * 20, "q4_0": 2 * 18,
     "iq4_nl": 2 * 18, "int8": 66, "fp8_e4m3": 66, "fp8_e5m2": 66, "int4": 2 * 18,
 }  # fmt: skip
+
+
+def total_bytes(config: ModelConfig, *plan: Any, n_seq: int = 1) -> int:
+    return sum(layer_bytes(config, *plan, n_seq=n_seq))
 
 
 def config_of(folder: Path, tiny: Tiny) -> ModelConfig:
@@ -40,17 +44,17 @@ def config(tmp_path: Path) -> ModelConfig:
 
 @pytest.mark.parametrize(("name", "row"), ROW_OF_64.items())
 def test_bytes_of_each_type(config: ModelConfig, name: str, row: int) -> None:
-    assert plan_bytes(config, plan_cache(config, name), 128, 128) == 2 * 2 * 2 * 128 * row
+    assert total_bytes(config, plan_cache(config, name), 128, 128) == 2 * 2 * 2 * 128 * row
     mixed = plan_cache(config, (name, "f16"))
-    assert plan_bytes(config, mixed, 128, 128) == 2 * 2 * 128 * (row + 128)
-    assert plan_bytes(config, mixed, 97, 97, n_seq=3) == 3 * plan_bytes(config, mixed, 128, 128)
+    assert total_bytes(config, mixed, 128, 128) == 2 * 2 * 128 * (row + 128)
+    assert total_bytes(config, mixed, 97, 97, n_seq=3) == 3 * total_bytes(config, mixed, 128, 128)
 
 
 @pytest.mark.parametrize(("name", "ratio"), [("q8_0", 0.53125), ("q4_0", 0.28125), ("int8", 0.5078125)])
 def test_parts_of_f16(tmp_path: Path, name: str, ratio: float) -> None:
     """Heads of 128 numbers, as most models have."""
     config = config_of(tmp_path, Tiny(head_dim=128))
-    f16, other = (plan_bytes(config, plan_cache(config, kind), 4096, 512) for kind in ("f16", name))
+    f16, other = (total_bytes(config, plan_cache(config, kind), 4096, 512) for kind in ("f16", name))
     assert other == ratio * f16
 
 
@@ -217,4 +221,4 @@ def test_bytes_are_those_that_are_held(tmp_path: Path, tiny: Tiny, kind: str) ->
         with closing(CpuBackend(1)) as backend:
             for il, layer in enumerate(plan):
                 backend.cache(config.attention(il), n_ctx, n_batch, n_seq, layer)
-            assert backend.nbytes()["cache"] == plan_bytes(config, plan, n_ctx, n_batch, n_seq)
+            assert backend.nbytes()["cache"] == total_bytes(config, plan, n_ctx, n_batch, n_seq=n_seq)

@@ -18,10 +18,10 @@ from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 from gguf_run.runtime import Model
 from gguf_run.runtime.cli.run import main
-from gguf_run.runtime.load import devices
+from gguf_run.runtime.load import devices, load_model
 from gguf_run.runtime.load.cache_plan import plan_cache
+from gguf_run.runtime.load.fit import MARGIN, gpu_sizes
 from gguf_run.runtime.load.memory import MemoryPlan
-from gguf_run.runtime.load.placement import MARGIN
 
 IDS = [(7 * i * i + 3 * i + 1) % 270 for i in range(60)]
 # Which of two backends looks up the embeddings and has each of the six layers.
@@ -106,7 +106,7 @@ class FakeGpu(CpuBackend):
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A model of three layers, and GPUs to run it on."""
-    monkeypatch.setattr(devices, "driver_there", lambda root: True)
+    monkeypatch.setattr(load_model, "driver_there", lambda root: True)
     monkeypatch.setattr(devices, "open_gpu", lambda device: FakeGpu(1))
     write_tiny(tmp_path / "tiny.gguf", Tiny(n_layer=3))
     return str(tmp_path / "tiny.gguf")
@@ -161,7 +161,7 @@ def test_experts_on_the_cpu(
     with GGUFFile.open(model) as file:
         config = ModelConfig.from_metadata(file.metadata, file.tensors)
         plan = MemoryPlan(config, list(file.tensors.values()), 128, plan_cache(config))
-    sizes = plan.gpu_sizes()
+    sizes = gpu_sizes(plan)
     others = sizes.buffers + sizes.weights.output + sum(sizes.caches)
     monkeypatch.setattr(FakeGpu, "free", MARGIN + others + int(room * sum(sizes.weights.layers)))
     arguments = [model, "--raw", "-p", "the", "-n", "2", "--temperature", "0"]

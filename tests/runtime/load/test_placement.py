@@ -16,9 +16,13 @@ from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.load import devices
 from gguf_run.runtime.load.cache_plan import plan_cache
-from gguf_run.runtime.load.devices import driver_there, open_gpus, open_placement
-from gguf_run.runtime.load.memory import GpuSizes, MemoryPlan, WeightSizes
-from gguf_run.runtime.load.placement import CPU, MARGIN, Device, Placement, Wanted, fit, parse_wanted, place
+from gguf_run.runtime.load.devices import open_gpus, open_placement
+from gguf_run.runtime.load.fit import MARGIN, GpuSizes, fit, gpu_sizes, place
+from gguf_run.runtime.load.load_model import tries_gpus
+from gguf_run.runtime.load.machine import driver_there
+from gguf_run.runtime.load.memory import MemoryPlan, WeightSizes
+from gguf_run.runtime.load.options import LoadOptions, Wanted
+from gguf_run.runtime.load.placement import CPU, Device, Placement
 
 GPU = [Device("cuda", i) for i in range(3)]
 
@@ -38,7 +42,7 @@ GPU = [Device("cuda", i) for i in range(3)]
     ],
 )
 def test_options(options: dict[str, Any], wanted: Wanted, cpu_only: bool, insists: bool) -> None:
-    found = parse_wanted(**options)
+    found = LoadOptions(**options).wanted
     assert (found, found.cpu_only, found.insists) == (wanted, cpu_only, insists)
     assert str(GPU[1]) == "cuda:1"
 
@@ -67,7 +71,7 @@ def test_options(options: dict[str, Any], wanted: Wanted, cpu_only: bool, insist
 )
 def test_options_not_allowed(options: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError) as error:
-        parse_wanted(**options)
+        LoadOptions(**options)
     assert words in str(error.value)
 
 
@@ -175,7 +179,7 @@ def plan(tmp_path: Path) -> MemoryPlan:
 
 def need(plan: MemoryPlan, n_gpu: int) -> int:
     """Bytes that a GPU with the last n_gpu layers must have free, at least."""
-    found = plan.gpu_sizes()
+    found = gpu_sizes(plan)
     weights = sum(found.weights.layers[6 - n_gpu :]) + found.weights.output
     return MARGIN + weights + sum(found.caches[6 - n_gpu :]) + found.buffers
 
@@ -206,14 +210,13 @@ def test_layers_out_of_range(plan: MemoryPlan) -> None:
 def test_the_cpu_needs_memory_for_what_is_left(plan: MemoryPlan) -> None:
     whole, half = plan.needed(), plan.on_cpu(3).needed()
     assert half.cache * 2 == whole.cache
-    assert half.weights == sum(plan.gpu_sizes().weights.layers[:3])  # F32: as wide on both
+    assert half.weights == sum(gpu_sizes(plan).weights.layers[:3])  # F32: as wide on both
     assert half.buffers < whole.buffers
 
 
 def test_the_plan_is_told(plan: MemoryPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     """And which GPU the sizes are of."""
     free = {GPU[0]: need(plan, 2), GPU[1]: 0}
-    monkeypatch.setattr(devices, "driver_there", lambda root: True)
     monkeypatch.setattr(
         devices, "open_gpu", lambda device: SimpleNamespace(free_memory=lambda: free[device], device=device)
     )
@@ -246,7 +249,6 @@ def test_cache_types_that_gpus_lack(plan: MemoryPlan, monkeypatch: pytest.Monkey
     none = lacking.with_type("int4")
     with pytest.raises(OptionError, match="cache type int4"):
         place(none, Wanted((GPU[0],)), room)
-    monkeypatch.setattr(devices, "driver_there", lambda root: True)
     monkeypatch.setattr(devices, "open_gpu", lambda device: SimpleNamespace(free_memory=lambda: 1 << 40))
     lines: list[str] = []
     assert letters(open_placement(none, Wanted(), lines.append)[0]) == "ccccccc"
@@ -262,7 +264,6 @@ def test_gpus_are_asked_only_if_they_are_needed(plan: MemoryPlan, monkeypatch: p
             raise GgufRunError(f"--device {device}: too old")
         return SimpleNamespace(free_memory=lambda: asked.append(device) or free[device])
 
-    monkeypatch.setattr(devices, "driver_there", lambda root: True)
     monkeypatch.setattr(devices, "n_gpus", lambda: 3)
     monkeypatch.setattr(devices, "open_gpu", open_gpu)
     cases = [(Wanted(), need(plan, 6), "1"), (Wanted(n_gpu=2), need(plan, 2), "1"), (Wanted(), need(plan, 4), "12")]
@@ -285,12 +286,13 @@ def test_gpu_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(devices, "open_gpu", broken)
     lines: list[str] = []
     assert not driver_there(tmp_path)
-    assert open_gpus(Wanted(), lines.append, tmp_path) == {}
-    assert lines == []
+    assert not tries_gpus(Wanted(), tmp_path)
+    assert tries_gpus(Wanted(n_gpu=3), tmp_path)
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev/nvidiactl").touch()
-    assert open_gpus(Wanted(), lines.append, tmp_path) == {}
+    assert tries_gpus(Wanted(), tmp_path)
+    assert open_gpus(Wanted(), lines.append) == {}
     assert lines == ["all on the CPU: --device cuda:0: no"]
-    assert open_gpus(Wanted((CPU,)), lines.append, tmp_path) == {}
+    assert not tries_gpus(Wanted((CPU,)), tmp_path)
     with pytest.raises(GgufRunError, match="--device cuda:0: no"):
-        open_gpus(Wanted(n_gpu=3), lines.append, tmp_path)
+        open_gpus(Wanted(n_gpu=3), lines.append)

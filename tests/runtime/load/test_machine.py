@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gguf_run.runtime.load.machine import available_cores, default_threads
-from gguf_run.runtime.load.memory import available_memory
+from gguf_run.runtime.load.machine import available_cores, available_memory, default_threads
 from gguf_run.runtime.terminal.progress import Progress
 
 GIB = 1 << 30
@@ -112,5 +111,5 @@ def test_progress_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
         progress.set(5_000_000, 10_000_000)
         progress.set(6_000_000, 10_000_000)  # too soon to draw again
     shown = capsys.readouterr().err
-    bar = "loading [###############               ]  50 % of 10 MB"
+    bar = "loading [###############               ]  50 % of 10.0 MB"
     assert shown == f"\r{bar}\r{' ' * len(bar)}\r"

@@ -1,0 +1,225 @@
+"""Chooses which device runs which part of a model: pure functions of options and sizes, tested without any device.
+
+The last N layers and the output run on GPUs, the embeddings and the first layers on the CPU. So the hidden state
+crosses over once, the output, the largest matrix, is on the faster device, and logits are made where the last layer
+is. Looking up embeddings is a copy of one row, for which no GPU is needed: they follow the first layer if there is
+room. Several GPUs have consecutive layers each.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.kernels_gpu.attention import cache_types
+from gguf_run.kernels_gpu.panels.panels import matrix_bytes
+from gguf_run.runtime.load.memory import N_OUTPUTS, MemoryNeed, MemoryPlan, WeightSizes
+from gguf_run.runtime.load.options import Wanted
+from gguf_run.runtime.load.placement import CPU, Device, Placement, cpu_only
+from gguf_run.runtime.terminal.text import size_text
+
+# Bytes of a GPU that stay free: for compiled kernels, captured graphs, libraries and what the allocator rounds up.
+MARGIN = 500_000_000
+_ATTENTION_PARTS = 264  # kernels_gpu.matmul.launch.Tuning.programs: rows of partial sums, at most
+_F16_WEIGHTS = 1 << 26  # kernels_gpu.matmul.launch.SCRATCH
+
+
+@dataclass(frozen=True)
+class GpuSizes:
+    """Bytes on GPUs, wherever the layers go."""
+
+    weights: WeightSizes  # without the experts that stay on the CPU
+    caches: tuple[int, ...]  # of each layer
+    buffers: int  # of each GPU
+
+
+def gpu_sizes(plan: MemoryPlan) -> GpuSizes:
+    """Return what a model takes on GPUs: weights and caches exactly, buffers at most."""
+    weights = plan.weights(matrix_bytes)
+    layers = list(weights.layers)
+    for il in range(plan.n_cpu_moe):
+        layers[il] -= weights.experts[il]
+    caches = []
+    for il, kind in enumerate(plan.cache):
+        shape = plan.config.attention(il)
+        n_rows = plan.n_seq * cache_types.rows_stored(plan.n_ctx, plan.n_rows, shape.window)
+        caches.append(cache_types.cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, n_rows))
+    return GpuSizes(replace(weights, layers=tuple(layers)), tuple(caches), _buffers(plan))
+
+
+def _buffers(plan: MemoryPlan) -> int:
+    """What a kernels_gpu.recorder makes: rows of numbers, their int8 or f16 forms, angles, the parts of attention,
+    results of products, also of pairs of tokens and experts, and weights that are f16 for a while."""
+    config, n_outputs = plan.config, max(min(N_OUTPUTS, plan.n_rows), plan.n_seq)
+    n_rows, n_outputs = (-(-n // 32) * 32 for n in (plan.n_rows, n_outputs))
+    matrices = [tensor for tensor in plan.tensors if len(tensor.ne) > 1]
+    inner = max(tensor.ne[1] * (2 if "ffn_" in tensor.name else 1) for tensor in matrices if "blk." in tensor.name)
+    sums = max(n_rows, _ATTENTION_PARTS) * config.n_head * (config.head_dim + 2)
+    pairs = config.moe.n_used * (max(2 * config.n_ff_exp, config.n_embd) + 4) + 2 * config.n_expert
+    rows = (n_rows + n_outputs) * (plan.widths + inner + 2 * config.n_rot + pairs) + n_outputs * config.n_vocab
+    result = max(n_rows * inner, n_outputs * config.n_vocab)
+    scratch = min(_F16_WEIGHTS, max(tensor.ne[0] * tensor.ne[1] for tensor in matrices))
+    return 4 * (rows + result + sums) + 2 * scratch
+
+
+def needed(placement: Placement, device: Device, sizes: GpuSizes) -> MemoryNeed:
+    """Return what a placement takes on a GPU."""
+    weights, here = sizes.weights, [il for il, place in enumerate(placement.layers) if place == device]
+    total = sum(weights.layers[il] for il in here)
+    has_output, has_embedding = placement.layers[-1] == device, placement.embedding == device
+    total += weights.output if has_output else 0
+    total += weights.embedding if has_embedding and not (has_output and weights.tied) else 0
+    return MemoryNeed(total, sum(sizes.caches[il] for il in here), sizes.buffers)
+
+
+def fits(placement: Placement, sizes: GpuSizes, free: Mapping[Device, int]) -> bool:
+    """Whether every GPU has room for its part of a placement. free: bytes of each GPU."""
+    used = (device for device in placement.devices if device != CPU)
+    return all(needed(placement, device, sizes).total + MARGIN <= free[device] for device in used)
+
+
+def _candidates(n_gpu: int, sizes: GpuSizes, free: Mapping[Device, int], split: Sequence[float]) -> Iterator[Placement]:
+    """Yield placements of the last n_gpu layers, the better one first."""
+    weights, n_layer = sizes.weights, len(sizes.caches)
+    layers = [CPU] * (n_layer - n_gpu)
+    if n_gpu:
+        each = [weights.layers[il] + sizes.caches[il] for il in range(n_layer - n_gpu, n_layer)]
+        each[-1] += weights.output
+        shares = list(split or (max(0, size - MARGIN - sizes.buffers) for size in free.values()))
+        shares = shares if any(shares) else [1.0] * len(shares)
+        total, at = sum(each), 0.0
+        ends = [total * sum(shares[: i + 1]) / sum(shares) for i in range(len(shares))]
+        for size in each:  # the GPU in whose share the layer's middle is gets the layer
+            middle = at + size / 2
+            layers.append(next(gpu for gpu, end in zip(free, ends, strict=True) if middle < end))
+            at += size
+    if layers[0] != CPU:
+        yield Placement(layers[0], tuple(layers))
+    yield Placement(CPU, tuple(layers))
+
+
+def place(plan: MemoryPlan, wanted: Wanted, free: Mapping[Device, int]) -> Placement:
+    """Return where everything goes. free: bytes of each GPU, in the order in which they get layers; may be empty.
+
+    OptionError for --gpu-layers out of range and for a cache type that GPUs do not have; GgufRunError, which says what
+    would fit, if there is not enough memory.
+    """
+    n_layer = plan.config.n_layer
+    if wanted.n_gpu is not None and wanted.n_gpu > n_layer:
+        raise OptionError(f"--gpu-layers {wanted.n_gpu}: allowed are 0 to {n_layer}, the model's layers, all and auto")
+    if not free:
+        return cpu_only(n_layer)
+    n_gpu, (most, lacking) = n_layer if wanted.n_gpu == -1 else wanted.n_gpu, most_layers(plan)
+    if wanted.insists and (n_gpu or 1) > most:
+        raise OptionError(lacking)
+    numbers = range(most, -1, -1) if n_gpu is None else (n_gpu,)
+    plan = with_experts_on_cpu(plan, wanted)
+    found = fit(gpu_sizes(plan), numbers, wanted.split, free, fewest=not wanted.devices)
+    if n_gpu is None and wanted.n_cpu_moe is None and plan.config.n_expert and (not found or found.n_gpu < most):
+        # Experts are most of a model's bytes, and a token needs a few of them: keep experts on the CPU, not layers.
+        for n in range(1, n_layer + 1):
+            plan = replace(plan, n_cpu_moe=n)
+            last = numbers if n == n_layer else (most,)
+            found = fit(gpu_sizes(plan), last, wanted.split, free, fewest=not wanted.devices)
+            if found is not None:
+                break
+    found = found and replace(found, n_cpu_moe=plan.n_cpu_moe if found.n_gpu else 0)
+    if found is not None and (found.n_gpu or n_gpu == 0 or not wanted.insists):
+        return found
+    raise GgufRunError(_too_small(plan, n_gpu or 1, wanted.split, free))
+
+
+def with_experts_on_cpu(plan: MemoryPlan, wanted: Wanted) -> MemoryPlan:
+    """Return the plan with the experts on the CPU that --cpu-moe and --n-cpu-moe ask for."""
+    n, n_layer = wanted.n_cpu_moe or 0, plan.config.n_layer
+    if n > n_layer:
+        raise OptionError(f"--n-cpu-moe {n}: allowed are 0 to {n_layer}, the model's layers")
+    return replace(plan, n_cpu_moe=0 if not plan.config.n_expert else n_layer if n == -1 else n)
+
+
+def holds_all(plan: MemoryPlan, wanted: Wanted, free: Mapping[Device, int]) -> bool:
+    """Whether GPUs hold all layers that are wanted and that GPUs can have."""
+    n_gpu = plan.config.n_layer if wanted.n_gpu in (None, -1) else wanted.n_gpu
+    plan = with_experts_on_cpu(plan, wanted)
+    return fit(gpu_sizes(plan), (min(n_gpu or 0, most_layers(plan)[0]),), wanted.split, free) is not None
+
+
+def most_layers(plan: MemoryPlan) -> tuple[int, str]:
+    """Return how many of the last layers have cache types that GPUs know, and the error for the layer before them."""
+    for n_gpu, il in enumerate(reversed(range(plan.config.n_layer))):
+        try:
+            for name in (plan.cache[il].k, plan.cache[il].v):
+                cache_types.cache_format(name, plan.config.attention(il).head_dim)
+        except OptionError as error:
+            return n_gpu, str(error)
+    return plan.config.n_layer, ""
+
+
+def fit(
+    sizes: GpuSizes,
+    numbers: Sequence[int],
+    split: Sequence[float],
+    free: Mapping[Device, int],
+    fewest: bool = False,
+) -> Placement | None:
+    """Return a placement for the first of these numbers of layers that fits on GPUs; None if none does.
+
+    fewest: try one GPU, then the first two, the first three, ...
+    """
+    groups: list[Mapping[Device, int]] = [free]
+    if fewest and len(free) > 1:
+        groups = [{device: size} for device, size in free.items()]
+        groups += [dict(itertools.islice(free.items(), n)) for n in range(2, len(free) + 1)]
+    for n_gpu in numbers:
+        for group in groups:
+            for placement in _candidates(n_gpu, sizes, group, split):
+                if fits(placement, sizes, group):
+                    return placement
+    return None
+
+
+def _too_small(plan: MemoryPlan, n_gpu: int, split: Sequence[float], free: Mapping[Device, int]) -> str:
+    sizes = gpu_sizes(plan)
+    *_, placement = _candidates(n_gpu, sizes, free, split)
+    needs = {device: needed(placement, device, sizes) for device in placement.devices if device != CPU}
+    device, need = next((d, n) for d, n in needs.items() if n.total + MARGIN > free[d])
+    fewer = fit(sizes, range(n_gpu - 1, 0, -1), split, free)
+    n_ctx = plan.largest_context(lambda other: fit(gpu_sizes(other), (n_gpu,), split, free) is not None)
+    advice = [f"--gpu-layers {fewer.n_gpu}"] if fewer else []
+    without = replace(plan, n_cpu_moe=plan.config.n_layer)
+    if plan.config.n_expert and fit(gpu_sizes(without), (n_gpu,), split, free):
+        advice.append("--cpu-moe")
+    advice += [f"--ctx-size {n_ctx}"] if n_ctx else []
+    return (
+        f"--gpu-layers {n_gpu}: out of memory on {device}: {size_text(need.total)} needed (weights "
+        f"{size_text(need.weights)}, KV cache of {plan.n_ctx} tokens {size_text(need.cache)}, buffers "
+        f"{size_text(need.buffers)}) and {size_text(MARGIN)} to spare, {size_text(free[device])} free: "
+        + (f"{' or '.join(advice)} would fit" if advice else "use a smaller context (--ctx-size) or --device cpu")
+    )
+
+
+def plan_lines(plan: MemoryPlan, placement: Placement, free: Mapping[Device, int]) -> Iterator[str]:
+    """Yield a line for each device: what runs there, and its memory."""
+    plan = plan.on_cpu(placement.n_gpu, placement.n_cpu_moe)
+    sizes = gpu_sizes(plan)
+    first = plan.config.n_layer - placement.n_gpu  # on a GPU
+    for device in placement.devices:
+        here = [il for il, place in enumerate(placement.layers) if place == device]
+        parts = ["embeddings"] if placement.embedding == device else []
+        parts += [_span(here)] if here else []
+        parts += ["output"] if placement.layers[-1] == device else []
+        if device == CPU:
+            if placement.n_cpu_moe > first:
+                parts.append(f"experts of {_span(range(first, placement.n_cpu_moe))}")
+            need, end = plan.needed(), ""
+        else:
+            need = needed(placement, device, sizes)
+            end = f", of {size_text(free[device])} free ({size_text(MARGIN)} to spare)"
+        yield (
+            f"{device}: {', '.join(parts)}: {size_text(need.total)} (weights {size_text(need.weights)}, "
+            f"KV cache {size_text(need.cache)}, buffers {size_text(need.buffers)}){end}"
+        )
+
+
+def _span(layers: Sequence[int]) -> str:
+    return f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"

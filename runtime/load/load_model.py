@@ -1,0 +1,192 @@
+"""Loads a model: from a file and options to all that Model is made of."""
+
+import os
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
+from gguf_run.formats.gguf.reader import GGUFFile
+from gguf_run.kernels_cpu.replay.team import MAX_THREADS
+from gguf_run.models.backend import CacheType
+from gguf_run.models.config import ModelConfig
+from gguf_run.runtime.hub.find import find_model
+from gguf_run.runtime.load import compile_ahead
+from gguf_run.runtime.load.cache_plan import describe_plan, plan_cache
+from gguf_run.runtime.load.machine import available_memory, default_threads, driver_there
+from gguf_run.runtime.load.memory import MemoryPlan
+from gguf_run.runtime.load.open_model import open_model
+from gguf_run.runtime.load.options import DEFAULT_N_CTX, LoadOptions, Wanted
+from gguf_run.runtime.load.placement import CPU, Device, Placement, cpu_only
+
+if TYPE_CHECKING:
+    from gguf_run.models.decoder import Decoder
+    from gguf_run.runtime.engine.session_file import SessionHeader
+    from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """All that a Model is made of."""
+
+    decoder: "Decoder"
+    tokenizer: "Tokenizer"
+    chat_template: str | None = None
+    tool_template: str | None = None  # in place of chat_template for conversations with tools; some files have both
+    where: str = ""  # what runs on which device, for people
+    load_s: float = 0.0  # seconds that loading took, without a download
+    identity: "Callable[[], SessionHeader] | None" = None  # tells what sessions are of; None: they cannot be saved
+    close: Sequence[Callable[[], None]] = ()  # called at the end, to free what the decoder does not own
+
+
+def load_model(
+    path: str | os.PathLike[str] | None,
+    options: LoadOptions,
+    progress: Progress | None = None,
+    report: Callable[[str], None] | None = None,
+) -> LoadedModel:
+    """Load a model. path, progress, report and errors: see Model.load."""
+    start = time.perf_counter()
+    found = find_model(os.fspath(path) if path is not None else None, "any")
+    download_s = time.perf_counter() - start
+    file = open_model(found, options.quantize)
+    try:
+        parts = _load(file, options, progress, report or (lambda line: None))
+        return replace(parts, load_s=time.perf_counter() - start - download_s)
+    except GgufRunError as error:
+        file.close()
+        # Below this room nobody knows the name of the file.
+        if str(file.path) in str(error) or isinstance(error, OptionError):
+            raise
+        raise type(error)(f"{file.path}: {error}") from error
+    except BaseException:
+        file.close()
+        raise
+
+
+def _load(
+    file: GGUFFile, options: LoadOptions, progress: Progress | None, report: Callable[[str], None]
+) -> LoadedModel:
+    config = ModelConfig.from_metadata(file.metadata, file.tensors)
+    n_threads = options.n_threads or min(default_threads(), MAX_THREADS)
+    n_ctx = options.n_ctx or min(config.n_ctx_train, DEFAULT_N_CTX)
+    kinds = plan_cache(config, options.cache_type, options.cache_rotation, options.cache_scales)
+    plan = MemoryPlan(config, list(file.tensors.values()), n_ctx, kinds, options.n_batch, options.n_seq)
+    placement, gpus = _place(plan, options, report)
+    if CPU in placement.devices:
+        plan.on_cpu(placement.n_gpu, placement.n_cpu_moe).check(available_memory())
+    if n_ctx > config.n_ctx_train:
+        warnings.warn(
+            f"context of {n_ctx} tokens: the model was trained with {config.n_ctx_train}, beyond it answers get worse",
+            stacklevel=4,
+        )
+    computes = CPU in (*placement.layers, *placement.experts)
+    compiling = compile_ahead.helper(file.path, options.quantize, kinds, n_threads) if computes else nullcontext()
+    # The tokenizer is made beside the weights, which are repacked without the GIL.
+    with ThreadPoolExecutor(1) as pool, compiling, _gpu_errors(gpus):
+        text = pool.submit(_load_text, file)
+        from gguf_run.kernels_cpu.backend import CpuBackend
+        from gguf_run.models.decoder import Decoder
+
+        backends: dict[Device, Any] = dict(gpus)
+        try:
+            if CPU in placement.devices:
+                backends[CPU] = CpuBackend(n_threads)
+            decoder = Decoder(
+                config,
+                file.tensors,
+                [backends[device] for device in placement.layers],
+                n_ctx,
+                options.n_batch,
+                n_seq=options.n_seq,
+                cache_types=kinds,
+                progress=_reporter(progress, sum(tensor.nbytes for tensor in plan.tensors)),
+                observe=options.observe,
+                embedding=backends[placement.embedding],
+                experts=[backends[device] for device in placement.experts],
+            )
+            tokenizer, template, tool_template = text.result()
+        except BaseException:
+            for backend in backends.values():
+                backend.close()
+            raise
+    layers = Counter(placement.layers)
+    return LoadedModel(
+        decoder,
+        tokenizer,
+        template,
+        tool_template,
+        where=", ".join(f"{n} layer{'s' * (n > 1)} on {backends[device].name}" for device, n in layers.items()),
+        identity=partial(_identity, file, kinds, placement.n_gpu),
+        close=[*(backend.close for backend in backends.values()), file.close],
+    )
+
+
+def tries_gpus(wanted: Wanted, root: Path = Path("/")) -> bool:
+    """Whether GPUs are opened. One that nobody insists on is opened only where there is a driver."""
+    return not wanted.cpu_only and (wanted.insists or driver_there(root))
+
+
+def _place(
+    plan: MemoryPlan, options: LoadOptions, report: Callable[[str], None]
+) -> tuple[Placement, dict[Device, Any]]:
+    """Return where everything goes, and the backends of the GPUs that are used."""
+    wanted = options.wanted
+    if not tries_gpus(wanted):
+        return cpu_only(plan.config.n_layer), {}
+    from gguf_run.runtime.load.devices import open_placement
+
+    return open_placement(plan, wanted, report)
+
+
+def _gpu_errors(gpus: Mapping[Device, Any]) -> AbstractContextManager[None]:
+    if not gpus:
+        return nullcontext()
+    from gguf_run.runtime.load.devices import gpu_errors
+
+    return gpu_errors(gpus)
+
+
+def chat_template(metadata: Mapping[str, Any], key: str = "tokenizer.chat_template") -> str | None:
+    """Return the file's chat template, or None: it has none, prompts are used as they are."""
+    template = metadata.get(key)
+    if template is not None and not isinstance(template, str):
+        raise FormatError(f"{key} must be a string, but is {type(template).__name__}")
+    return template or None
+
+
+def _identity(file: GGUFFile, plan: Sequence[CacheType], n_gpu: int) -> "SessionHeader":
+    from gguf_run.runtime.engine.session_file import SessionHeader, hash_model
+
+    # Each kind of device has its own layout of a cache's bytes.
+    cache = describe_plan(plan) + (f", the last {n_gpu} layers' on a GPU" if n_gpu else "")
+    return SessionHeader(hash_model(file), file.path.name, cache, ids=())
+
+
+def _load_text(file: GGUFFile) -> "tuple[Tokenizer, str | None, str | None]":
+    from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
+
+    tool_template = chat_template(file.metadata, "tokenizer.chat_template.tool_use")
+    return Tokenizer.from_metadata(file.metadata), chat_template(file.metadata), tool_template
+
+
+def _reporter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None] | None:
+    if progress is None:
+        return None
+    done = 0
+
+    def add(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        progress(done, total)
+
+    return add
