@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.hub.files import DEFAULT_TYPE, choose, models_among, pick, shards
-from gguf_run.runtime.hub.places import announce, cached_files, hub_cache, own_folder, shared_files
+from gguf_run.runtime.hub.places import cached_files, hub_cache, own_folder, shared_files
+from gguf_run.runtime.terminal.text import message, size_text
 
 _URL = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>(?:[\w.+ -]+/)*[\w.+ -]+\.gguf)", re.ASCII)
 _REPO = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+(?<!\.gguf))(?::(?P<type>[\w-]+))?", re.ASCII)
@@ -68,7 +69,7 @@ def _list(url: str, repo: str, type: str | None, kind: Kind, here: Mapping[str, 
         usable = pick(models_among(here), type) if kind != "checkpoint" else []
         if not usable and (kind == "gguf" or type or "config.json" not in here):
             raise GgufRunError(reason) from error
-        announce(f"{reason}; taking what is cached")
+        message(f"{reason}; taking what is cached")
         return []
 
 
@@ -138,8 +139,8 @@ def _download(repo: str, name: str) -> Path:
     host = urlsplit(url).netloc
     try:
         metadata = get_hf_file_metadata(url)
-        size = f"{metadata.size / 1e6:.1f} MB" if metadata.size else "size unknown"
-        announce(f"fetching {file} from {host} ({size}) into {hub_cache()}")
+        size = size_text(metadata.size, 1) if metadata.size else "size unknown"
+        message(f"fetching {file} from {host} ({size}) into {hub_cache()}")
         return Path(hf_hub_download(repo, name))
     except Exception as error:
         # The HTTP library behind huggingface_hub, and so its errors, differs between versions.

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.hub.places import announce
+from gguf_run.runtime.terminal.text import message
 
 MAX_SHARDS = 1000
 DEFAULT_TYPE = "Q4_K_M"
@@ -88,5 +88,5 @@ def choose(repo: str, wanted: str | None, names: Iterable[str]) -> str:
     if len(found) > 1:
         raise GgufRunError(f"hf:{repo} has several such files: name one: {', '.join(f'hf:{repo}/{n}' for n in found)}")
     if wanted is None and type_of(found[0]) != DEFAULT_TYPE and len(models) > 1:
-        announce(f"hf:{repo} has no {DEFAULT_TYPE}: taking {found[0]} (it has {types})")
+        message(f"hf:{repo} has no {DEFAULT_TYPE}: taking {found[0]} (it has {types})")
     return found[0]

