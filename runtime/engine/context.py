@@ -77,14 +77,10 @@ class Context:
         self._asked = list(ids), logits.copy()
         return logits, n_reused
 
-    def append(self, id: int, n_keep: int | None = None) -> NDArray[np.float32]:
-        """Run one more token; return the logits f32[n_vocab] after it. n_keep: as for prefill."""
-        return self._run([id], n_keep)
-
     def append_top(self, id: int, n_keep: int | None, n_top: int) -> NDArray[np.float32] | Candidates:
-        """Run one more token; return the n_top greatest logits after it where the decoder can find them, else all.
+        """Run one more token; return the logits f32[n_vocab] after it, or the n_top greatest if the decoder finds them.
 
-        n_top: 0 if all logits are wanted.
+        n_keep: as for prefill. n_top: 0 if all logits are wanted.
         """
         if not 0 < n_top <= self.decoder.n_top:
             return self._run([id], n_keep)
