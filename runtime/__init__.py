@@ -1,4 +1,7 @@
-"""Load a model, generate text, and the command lines. What needs NumPy is imported when it is first asked for."""
+"""All that runs around the kernels, from a file to text. Start with model.py, the Python API.
+
+The public names below are imported when they are first used: the errors do not need NumPy.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -7,6 +10,7 @@ from gguf_run.formats.errors import FormatError, GgufRunError, OptionError, Unsu
 
 if TYPE_CHECKING:
     from gguf_run.runtime.engine.reply import Answer
+    from gguf_run.runtime.load.options import LoadOptions
     from gguf_run.runtime.model import Model, Stats
     from gguf_run.runtime.sampling.params import SamplingParams
     from gguf_run.runtime.sampling.sampler import TokenLogprob
@@ -15,6 +19,7 @@ __all__ = [
     "Answer",
     "FormatError",
     "GgufRunError",
+    "LoadOptions",
     "Model",
     "OptionError",
     "SamplingParams",
@@ -25,6 +30,7 @@ __all__ = [
 
 _PLACES = {
     "Answer": "engine.reply",
+    "LoadOptions": "load.options",
     "Model": "model",
     "SamplingParams": "sampling.params",
     "Stats": "model",

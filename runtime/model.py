@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,6 @@ from gguf_run.runtime.engine.generation import Generation
 from gguf_run.runtime.engine.reply import Answer, Reply
 from gguf_run.runtime.engine.stop import StopStrings
 from gguf_run.runtime.load.options import LoadOptions
-from gguf_run.runtime.sampling.history import Breakers, breakers
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler, TokenLogprob
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gguf_run.runtime.engine.batch import Batch
     from gguf_run.runtime.engine.session_file import SessionHeader
     from gguf_run.runtime.load.load_model import LoadedModel
+    from gguf_run.runtime.sampling.history import Breakers
 
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
@@ -72,12 +73,12 @@ class Model:
         self.chat_template = parts.chat_template
         self.tool_template = parts.tool_template
         self.where = parts.where
-        self.load_s = parts.load_s
+        self.load_s = 0.0  # seconds that loading took, without a download
         self._identity = parts.identity
         self._close = parts.close
         self._context = Context(parts.decoder)
         self._generation: Generation | Batch | None = None
-        self._breakers: dict[tuple[str, ...], Breakers] = {}
+        self._breakers: dict[tuple[str, ...], Breakers] = {}  # of dry_sequence_breakers: slow to find
 
     @classmethod
     def load(
@@ -86,7 +87,7 @@ class Model:
         options: LoadOptions | None = None,
         *,
         progress: Callable[[int, int], None] | None = None,
-        report: Callable[[str], None] | None = None,
+        report: Callable[[str], None] = lambda line: None,
         **keywords: Any,
     ) -> "Model":
         """Load a model.
@@ -100,9 +101,13 @@ class Model:
         Warns if n_ctx is more than the model was trained for. Raises GgufRunError and its kinds: OptionError for a
         value that is not allowed, FormatError for a damaged file, UnsupportedError for one that cannot be run.
         """
+        options, start = replace(options or LoadOptions(), **keywords), time.perf_counter()
         from gguf_run.runtime.load.load_model import load_model
 
-        return cls(load_model(path, replace(options or LoadOptions(), **keywords), progress, report))
+        parts = load_model(path, options, progress, report)
+        model = cls(parts)
+        model.load_s = time.perf_counter() - start - parts.download_s
+        return model
 
     @property
     def n_ctx(self) -> int:
@@ -338,6 +343,8 @@ class Model:
             params = replace(params, logit_bias={**params.logit_bias, **never})
         if not params.dry_multiplier:
             return Sampler(params)
+        from gguf_run.runtime.sampling.history import breakers
+
         texts = tuple(params.dry_sequence_breakers)
         if texts not in self._breakers:
             self._breakers = {texts: breakers(self.tokenizer, texts)}

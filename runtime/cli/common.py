@@ -1,11 +1,11 @@
-"""What the command lines share: every error a user can meet becomes one line on stderr and the right exit code.
+"""What all commands share: every error that a user can meet becomes one line on stderr and the right exit code.
 
 exit code  when
 0          all went well
 1          `error: ...`: bad input, a file or network error, out of memory, a closed or full stdout
 2          wrong usage of the command line, an option's value that is not allowed
 130        interrupted with Ctrl-C
-141        the reader of stdout went away (`| head`): nothing is printed, as other filters do
+141        the reader of stdout went away (`| head`): nothing is printed, as in other filters
 """
 
 import os
@@ -97,7 +97,7 @@ def _one_line_errors(ctx: click.Context, verbose: bool) -> Iterator[None]:
     except Exception as error:
         if verbose:
             traceback.print_exc()
-        # What was printed so far comes first; a stdout that fails is dropped, or it would fail again at exit.
+        # Printed text comes before the error; a stdout that fails is dropped, or it would fail again at exit.
         try:
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -108,7 +108,7 @@ def _one_line_errors(ctx: click.Context, verbose: bool) -> Iterator[None]:
 
 
 def describe(error: Exception) -> str:
-    """What went wrong, for the line that a user sees."""
+    """Return what went wrong, for the line that a user sees."""
     if isinstance(error, GgufRunError):
         return str(error)
     if isinstance(error, MemoryError) or str(error) == "can't start new thread":
@@ -118,7 +118,7 @@ def describe(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     if isinstance(error, OSError):
         return str(error) or type(error).__name__
-    # A bug of ours, but still one line: --verbose shows the traceback where a command has it.
+    # A bug of ours: still one line. Commands with --verbose show the traceback.
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{Path(frame.filename).name}:{frame.lineno}"
     return f"internal error, please report it: {type(error).__name__}: {error} ({place})"
@@ -126,7 +126,7 @@ def describe(error: Exception) -> str:
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Show a library's warnings to the user as one line, and hide those that are meant for programmers."""
+    """Show warnings to the user as one line each, and hide those that are meant for programmers."""
 
     def show(text: Warning | str, category: type[Warning], *_: Any) -> None:
         message(f"warning: {text}")
@@ -139,14 +139,14 @@ def _plain_warnings() -> Iterator[None]:
 
 
 def _never_fail_to_encode() -> None:
-    """A terminal that cannot show a character gets a question mark."""
+    """Write a question mark for a character that the terminal cannot show."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def _drop_stdout() -> None:
-    """Send what is still buffered for a broken stdout to nowhere, so that nothing is reported at exit."""
+    """Redirect a broken stdout to nowhere: its buffer cannot fail again at exit."""
     with suppress(OSError, ValueError):  # a test's stdout has no file descriptor
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())

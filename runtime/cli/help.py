@@ -1,6 +1,7 @@
-"""What `--help` shows: how to call a command, its options in groups, examples, exit codes, the environment.
+"""The text of `--help`: how to call a command, its options in groups, examples, exit codes, the environment.
 
-Imported only when it is asked for. As wide as the terminal (or COLUMNS says), 100 at most; 80 in a pipe.
+Imported only when help is asked for. The text is as wide as the terminal or as COLUMNS says, at most 100 columns; in a
+pipe it has 80.
 """
 
 import shutil
@@ -13,7 +14,7 @@ from gguf_run.runtime.cli.sampling_options import SAMPLING_OPTIONS
 from gguf_run.runtime.terminal.colours import has_colours
 
 MOST_COLUMNS = 100
-# Options by the names that commands get them under; all others stand in the first group.
+# Titles of groups, and the names of the parameters in them. All other options stand in the first group.
 GROUPS: tuple[tuple[str, Sequence[str | None]], ...] = (
     ("Options", ()),
     ("Sampling", [option.name for option in SAMPLING_OPTIONS]),
@@ -23,14 +24,14 @@ GROUPS: tuple[tuple[str, Sequence[str | None]], ...] = (
 )
 EXIT_CODES = (
     ("0", "all went well"),
-    ("1", "an error, which one line on stderr tells"),
+    ("1", "an error: one line on stderr says which"),
     ("2", "wrong usage, or an option's value that is not allowed"),
     ("130", "interrupted with Ctrl-C"),
     ("141", "the reader of the output went away, as in `| head`"),
 )
 ENVIRONMENT = (
-    ("XDG_CACHE_HOME", "where gguf-run/ with compiled kernels and downloaded models lies [default: ~/.cache]"),
-    ("HF_TOKEN", "for models on the Hugging Face hub that want one; HF_HOME, HF_HUB_CACHE, HF_ENDPOINT work too"),
+    ("XDG_CACHE_HOME", "folder of gguf-run/, which holds compiled kernels and downloaded models [default: ~/.cache]"),
+    ("HF_TOKEN", "token for models on the Hugging Face hub; HF_HOME, HF_HUB_CACHE and HF_ENDPOINT work too"),
     ("NO_COLOR", "if set, no colours; there are none in a pipe either"),
     ("COLUMNS", "the width of this text"),
 )

@@ -103,9 +103,9 @@ def main(model: str | None, completion: str | None, list_models: bool, **values:
         for line in list_lines(values["verbose"]):
             click.echo(line)
     else:
-        task, options = _Task.of(values), to_load_options(values)
+        task = _Task.of(values)
         with _paused_gc():
-            loading = load_model(model, options)
+            loading = load_model(model, to_load_options(values))
         with loading as loaded:
             if values["verbose"]:
                 _describe(loaded)
@@ -115,7 +115,7 @@ def main(model: str | None, completion: str | None, list_models: bool, **values:
 
 @contextmanager
 def _paused_gc() -> Iterator[None]:
-    """Start 0.2 s sooner: the garbage collector never searches what imports make."""
+    """Start 0.2 s sooner: the garbage collector never looks at what imports make."""
     gc.disable()
     try:
         yield
@@ -139,7 +139,7 @@ class _Task:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> "_Task":
-        """Make it of the command's parameters. GgufRunError, click.UsageError for what they cannot mean."""
+        """Make a task of the command's parameters. click.UsageError or GgufRunError for what they cannot mean."""
         templated = ("system", "chat_template", "chat_template_kwargs", "tools")
         if values["raw"] and (values["chat"] or any(values[name] is not None for name in templated)):
             raise click.UsageError(
@@ -165,7 +165,7 @@ class _Task:
         return cls(kind, text, system, template, values["session"], not values["no_history"], generating, chatting)
 
     def run(self, model: "Model") -> None:
-        """Do it."""
+        """Do the task: write the answer to stdout."""
         if self.template is not None:
             model.chat_template, model.tool_template = self.template, None
         if self.kind == "warm-up":
@@ -186,7 +186,7 @@ class _Task:
                 messages.append({"role": "assistant", "content": answer})
 
     def _conversation(self, model: "Model") -> AbstractContextManager[list[dict[str, Any]]]:
-        """The messages so far. With --session they come from a file, and go to it at the end."""
+        """Return the messages so far. With --session they come from a file, and go to it at the end."""
         if self.session is None:
             return nullcontext([] if self.system is None else [{"role": "system", "content": self.system}])
         from gguf_run.runtime.cli.session import conversation
@@ -195,7 +195,7 @@ class _Task:
 
 
 def _prompt(prompt: str | None, file: str | None, chat: bool) -> str | None:
-    """The first text for the model; None if a chat starts without one."""
+    """Return the first text for the model; None if a chat starts without one."""
     if prompt is not None and file is not None:
         raise click.UsageError("--prompt and --file exclude each other.")
     if prompt is not None:
@@ -267,7 +267,7 @@ def _describe(model: "Model") -> None:
 
 
 def _report(model: "Model", verbose: bool) -> None:
-    """The last line: what it took, and what ran where."""
+    """Print the last line: times, speeds, and what ran where."""
     stats = model.stats
     n_prefill = f"{stats.n_prompt - stats.n_reused}" + (f" (+ {stats.n_reused} known)" if stats.n_reused else "")
     parts = [

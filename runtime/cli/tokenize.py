@@ -12,7 +12,7 @@ from gguf_run.runtime.cli.common import tool
 from gguf_run.runtime.hub.find import find_model
 from gguf_run.runtime.terminal.text import decode_text, read_text
 
-# Lines printed by one write: each for itself is slow, and of all together `| head` would wait for the last.
+# Lines printed by one write: single lines are slow, and `| head` would wait for all lines together.
 LINES_AT_ONCE = 1000
 
 
@@ -31,8 +31,9 @@ LINES_AT_ONCE = 1000
 @click.option("--count", is_flag=True, help="Print only how many tokens there are.")
 @click.option("--no-special", is_flag=True, help="Add no BOS or EOS, and read <|im_start|> and the like as plain text.")
 def main(model: str, text: str | None, path: Path | None, only_ids: bool, count: bool, no_special: bool) -> None:
-    """Print the tokens of TEXT, of a file, or of stdin: on each line an id and the token's text as Python writes it,
-    with b'...' for bytes that are no whole character.
+    """Print the tokens of TEXT, of a file, or of stdin.
+
+    Each line has an id and the token's text as Python writes it, with b'...' for bytes that are no whole character.
 
     MODEL is a GGUF file or hf:owner/repo[:Q4_K_M].
     """

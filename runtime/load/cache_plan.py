@@ -1,4 +1,4 @@
-"""Which types each layer's KV cache has, from a user's options and a calibration file, and how large that is."""
+"""Chooses the types of each layer's KV cache, from options and a calibration file, and tells their sizes."""
 
 import os
 import zlib
@@ -20,10 +20,10 @@ def plan_cache(
     cache_rotation: bool | None = None,
     cache_scales: str | os.PathLike[str] | None = None,
 ) -> tuple[CacheType, ...]:
-    """Return the cache type of each layer.
+    """Return the cache type of each layer. The options are those of LoadOptions.
 
-    The options are those of Model.load. OptionError for a type that is not known or that the model's heads do not
-    allow; errors of reading the file of scales. Static scales are of rows that are not rotated.
+    A calibration file's static scales are used where rows are not rotated. OptionError for a type that is not known or
+    that the model's heads do not allow; errors of KvScales.read.
     """
     if isinstance(cache_type, list):
         return tuple(cache_type)
@@ -62,7 +62,7 @@ def check_type(option: str, name: str, head_dim: int) -> None:
 def layer_bytes(
     config: ModelConfig, plan: Sequence[CacheType], n_ctx: int, n_batch: int, n_seq: int = 1
 ) -> tuple[int, ...]:
-    """Bytes that the cache of each layer takes: layers with a window store only their window and a batch."""
+    """Return the bytes of each layer's cache. Layers with a window store only the window and a batch."""
     n_batch = max(min(n_batch, n_ctx), n_seq)
     sizes = []
     for il, kind in enumerate(plan):
@@ -73,8 +73,10 @@ def layer_bytes(
 
 
 def describe_plan(plan: Sequence[CacheType]) -> str:
-    """One line for people: "q8_0", "K q8_0, V q4_0", or how many layers have which. It differs wherever the bytes of a
-    cache mean something else, so that sessions can be compared by it."""
+    """Return one line for people: "q8_0", "K q8_0, V q4_0", or how many layers have which type.
+
+    Two caches whose bytes mean different things have different lines: sessions are compared by it.
+    """
     counts = Counter(_describe(kind) for kind in plan)
     text = next(iter(counts)) if len(counts) == 1 else "; ".join(f"{n} x {name}" for name, n in counts.items())
     static = [(kind.k_scales, kind.v_scales) for kind in plan]

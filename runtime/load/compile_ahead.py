@@ -1,7 +1,7 @@
-"""A second process that helps to compile a model's kernels: numba keeps other threads waiting while it compiles.
+"""A second process that helps to compile a model's kernels: within one process, numba compiles one at a time.
 
 It takes the kernels of a step from the last to the first and leaves them in the cache on disk. The process that loads
-the model takes them from the first to the last, and finds those that are ready.
+the model takes them from the first to the last, until it finds those that are ready.
 """
 
 import json
@@ -11,37 +11,30 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from gguf_run.formats.compiler.jit import compile_notice, kernel_cache_dir
 from gguf_run.models.backend import CacheType
 
-_CODE = "from gguf_run.runtime.load.compile_ahead import main; main()"
+if TYPE_CHECKING:
+    import subprocess
 
 
 @contextmanager
 def helper(path: Path, quantize: str | None, cache: Sequence[CacheType], n_threads: int) -> Iterator[None]:
-    """Have help from when the first kernel must be compiled, if there is a second CPU to do it."""
-    helpers: list[Any] = []
+    """Start the second process when the first kernel must be compiled, unless there is only one CPU."""
+    if n_threads == 1 or not sys.executable or kernel_cache_dir() is None:
+        yield
+        return
+    arguments = [os.fspath(path), quantize or "", json.dumps([*map(astuple, cache)])]
+    helpers: list[subprocess.Popen[bytes]] = []
 
     def start() -> None:
         import subprocess
 
-        command = [
-            sys.executable,
-            "-P",
-            "-c",
-            _CODE,
-            os.fspath(path),
-            quantize or "",
-            json.dumps([*map(astuple, cache)]),
-        ]
-        quiet = subprocess.DEVNULL
+        command, quiet = [sys.executable, "-P", "-m", __name__, *arguments], subprocess.DEVNULL
         helpers.append(subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet))
 
-    if n_threads == 1 or not sys.executable or kernel_cache_dir() is None:
-        yield
-        return
     with compile_notice(start):
         try:
             yield
@@ -63,3 +56,7 @@ def main() -> None:
         config = ModelConfig.from_metadata(file.metadata, file.tensors)
         backend = CpuBackend(1, dry=True)
         Decoder(config, file.tensors, [backend] * config.n_layer, n_ctx=1, cache_types=cache)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,9 @@
 """Chooses which device runs which part of a model: pure functions of options and sizes, tested without any device.
 
 The last N layers and the output run on GPUs, the embeddings and the first layers on the CPU. So the hidden state
-crosses over once, the output, the largest matrix, is on the faster device, and logits are made where the last layer
-is. Looking up embeddings is a copy of one row, for which no GPU is needed: they follow the first layer if there is
-room. Several GPUs have consecutive layers each.
+crosses over once, and the output, the largest matrix, is on the faster device, beside the last layer. To look up
+embeddings is to copy one row, which needs no GPU: the embeddings go where the first layer is if there is room. Each of
+several GPUs gets consecutive layers.
 """
 
 import itertools
@@ -48,8 +48,11 @@ def gpu_sizes(plan: MemoryPlan) -> GpuSizes:
 
 
 def _buffers(plan: MemoryPlan) -> int:
-    """What a kernels_gpu.recorder makes: rows of numbers, their int8 or f16 forms, angles, the parts of attention,
-    results of products, also of pairs of tokens and experts, and weights that are f16 for a while."""
+    """Return an upper estimate of the memory that a program of the GPU makes.
+
+    It holds rows of numbers, their int8 or f16 forms, angles, partial sums of attention, results of products (also of
+    pairs of tokens and experts), and weights that are f16 for a while.
+    """
     config, n_outputs = plan.config, max(min(N_OUTPUTS, plan.n_rows), plan.n_seq)
     n_rows, n_outputs = (-(-n // 32) * 32 for n in (plan.n_rows, n_outputs))
     matrices = [tensor for tensor in plan.tensors if len(tensor.ne) > 1]

@@ -17,7 +17,6 @@ from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.kernels_cpu.replay.team import MAX_THREADS
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
-from gguf_run.runtime.hub.find import find_model
 from gguf_run.runtime.load import compile_ahead
 from gguf_run.runtime.load.cache_plan import describe_plan, plan_cache
 from gguf_run.runtime.load.machine import available_memory, default_threads, driver_there
@@ -43,7 +42,7 @@ class LoadedModel:
     chat_template: str | None = None
     tool_template: str | None = None  # in place of chat_template for conversations with tools; some files have both
     where: str = ""  # what runs on which device, for people
-    load_s: float = 0.0  # seconds that loading took, without a download
+    download_s: float = 0.0  # seconds that it took to find or to download the file
     identity: "Callable[[], SessionHeader] | None" = None  # tells what sessions are of; None: they cannot be saved
     close: Sequence[Callable[[], None]] = ()  # called at the end, to free what the decoder does not own
 
@@ -52,19 +51,18 @@ def load_model(
     path: str | os.PathLike[str] | None,
     options: LoadOptions,
     progress: Progress | None = None,
-    report: Callable[[str], None] | None = None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> LoadedModel:
     """Load a model. path, progress, report and errors: see Model.load."""
     start = time.perf_counter()
-    found = find_model(os.fspath(path) if path is not None else None, "any")
+    found = _find(None if path is None else os.fspath(path))
     download_s = time.perf_counter() - start
     file = open_model(found, options.quantize)
     try:
-        parts = _load(file, options, progress, report or (lambda line: None))
-        return replace(parts, load_s=time.perf_counter() - start - download_s)
+        return replace(_load(file, options, progress, report), download_s=download_s)
     except GgufRunError as error:
         file.close()
-        # Below this room nobody knows the name of the file.
+        # Nothing that _load calls knows the name of the file.
         if str(file.path) in str(error) or isinstance(error, OptionError):
             raise
         raise type(error)(f"{file.path}: {error}") from error
@@ -73,27 +71,29 @@ def load_model(
         raise
 
 
+def _find(name: str | None) -> Path:
+    if name is not None and not name.startswith("hf:") and Path(name).exists():
+        return Path(name)
+    from gguf_run.runtime.hub.find import find_model
+
+    return find_model(name, "any")
+
+
 def _load(
     file: GGUFFile, options: LoadOptions, progress: Progress | None, report: Callable[[str], None]
 ) -> LoadedModel:
-    config = ModelConfig.from_metadata(file.metadata, file.tensors)
-    n_threads = options.n_threads or min(default_threads(), MAX_THREADS)
-    n_ctx = options.n_ctx or min(config.n_ctx_train, DEFAULT_N_CTX)
-    kinds = plan_cache(config, options.cache_type, options.cache_rotation, options.cache_scales)
-    plan = MemoryPlan(config, list(file.tensors.values()), n_ctx, kinds, options.n_batch, options.n_seq)
+    plan = _plan(file, options)
     placement, gpus = _place(plan, options, report)
     if CPU in placement.devices:
         plan.on_cpu(placement.n_gpu, placement.n_cpu_moe).check(available_memory())
-    if n_ctx > config.n_ctx_train:
-        warnings.warn(
-            f"context of {n_ctx} tokens: the model was trained with {config.n_ctx_train}, beyond it answers get worse",
-            stacklevel=4,
-        )
+    if plan.n_ctx > (trained := plan.config.n_ctx_train):
+        warning = f"context of {plan.n_ctx} tokens: the model was trained with {trained}, beyond it answers get worse"
+        warnings.warn(warning, stacklevel=4)
+    n_threads = options.n_threads or min(default_threads(), MAX_THREADS)
     computes = CPU in (*placement.layers, *placement.experts)
-    compiling = compile_ahead.helper(file.path, options.quantize, kinds, n_threads) if computes else nullcontext()
-    # The tokenizer is made beside the weights, which are repacked without the GIL.
+    compiling = compile_ahead.helper(file.path, options.quantize, plan.cache, n_threads) if computes else nullcontext()
     with ThreadPoolExecutor(1) as pool, compiling, _gpu_errors(gpus):
-        text = pool.submit(_load_text, file)
+        text = pool.submit(_load_text, file)  # beside the weights, which are repacked without the GIL
         from gguf_run.kernels_cpu.backend import CpuBackend
         from gguf_run.models.decoder import Decoder
 
@@ -102,14 +102,14 @@ def _load(
             if CPU in placement.devices:
                 backends[CPU] = CpuBackend(n_threads)
             decoder = Decoder(
-                config,
+                plan.config,
                 file.tensors,
                 [backends[device] for device in placement.layers],
-                n_ctx,
+                plan.n_ctx,
                 options.n_batch,
                 n_seq=options.n_seq,
-                cache_types=kinds,
-                progress=_reporter(progress, sum(tensor.nbytes for tensor in plan.tensors)),
+                cache_types=plan.cache,
+                progress=_adding(progress, sum(tensor.nbytes for tensor in plan.tensors)) if progress else None,
                 observe=options.observe,
                 embedding=backends[placement.embedding],
                 experts=[backends[device] for device in placement.experts],
@@ -126,9 +126,16 @@ def _load(
         template,
         tool_template,
         where=", ".join(f"{n} layer{'s' * (n > 1)} on {backends[device].name}" for device, n in layers.items()),
-        identity=partial(_identity, file, kinds, placement.n_gpu),
+        identity=partial(_identity, file, plan.cache, placement.n_gpu),
         close=[*(backend.close for backend in backends.values()), file.close],
     )
+
+
+def _plan(file: GGUFFile, options: LoadOptions) -> MemoryPlan:
+    config = ModelConfig.from_metadata(file.metadata, file.tensors)
+    n_ctx = options.n_ctx or min(config.n_ctx_train, DEFAULT_N_CTX)
+    cache = plan_cache(config, options.cache_type, options.cache_rotation, options.cache_scales)
+    return MemoryPlan(config, list(file.tensors.values()), n_ctx, cache, options.n_batch, options.n_seq)
 
 
 def tries_gpus(wanted: Wanted, root: Path = Path("/")) -> bool:
@@ -157,7 +164,7 @@ def _gpu_errors(gpus: Mapping[Device, Any]) -> AbstractContextManager[None]:
 
 
 def chat_template(metadata: Mapping[str, Any], key: str = "tokenizer.chat_template") -> str | None:
-    """Return the file's chat template, or None: it has none, prompts are used as they are."""
+    """Return the file's chat template, or None if it has none."""
     template = metadata.get(key)
     if template is not None and not isinstance(template, str):
         raise FormatError(f"{key} must be a string, but is {type(template).__name__}")
@@ -179,9 +186,8 @@ def _load_text(file: GGUFFile) -> "tuple[Tokenizer, str | None, str | None]":
     return Tokenizer.from_metadata(file.metadata), chat_template(file.metadata), tool_template
 
 
-def _reporter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None] | None:
-    if progress is None:
-        return None
+def _adding(progress: Progress, total: int) -> Callable[[int], None]:
+    """Return a function that adds up bytes and calls progress with the sum."""
     done = 0
 
     def add(n_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""A model as a GGUF file: a file, or a checkpoint that is converted while it is read, quantized if wanted."""
+"""Opens a model as a GGUF file: a file, or a checkpoint that is converted while it is read; quantized if wanted."""
 
 from pathlib import Path
 
@@ -6,8 +6,11 @@ from gguf_run.formats.gguf.reader import GGUFFile
 
 
 def open_model(path: Path, quantize: str | None = None) -> GGUFFile:
-    """Return the file, or the folder's checkpoint as one. quantize: a file type such as "Q4_K_M", in which the weights
-    are put when they are read; nothing is written. Errors as GGUFFile.open, open_checkpoint and gguf-quantize."""
+    """Return the file at `path`, or the checkpoint in the folder `path` as a file. Nothing is written.
+
+    quantize: a file type such as "Q4_K_M", to which weights are quantized when they are read. Errors are those of
+    GGUFFile.open, open_checkpoint and gguf-quantize.
+    """
     if not path.is_dir() and quantize is None:
         return GGUFFile.open(path)
     from gguf_run.runtime.convert.open_checkpoint import auto_type, in_memory, matrices, open_checkpoint
@@ -20,6 +23,7 @@ def open_model(path: Path, quantize: str | None = None) -> GGUFFile:
     file = open_checkpoint(path, keep=keep) if path.is_dir() else GGUFFile.open(path)
     if kind is None and all(tensor.type.name == "F32" for tensor in matrices(file)):
         return file
-    plan = make_plan(file, Options(kind or auto_type(file)[0]))  # F32 beside others: dequantized, as FP8 must be
+    # F32 matrices beside others were dequantized, as FP8 must be: the plan gives them the type of the others.
+    plan = make_plan(file, Options(kind or auto_type(file)[0]))
     check_plan(plan, allow_requantize=path.is_dir())
     return in_memory(file, plan)

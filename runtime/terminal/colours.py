@@ -1,12 +1,14 @@
-"""How answers look on a terminal: what a model thinks before it answers is dimmed. Nothing of it where the output is no
-terminal, or where NO_COLOR is set (https://no-color.org)."""
+"""Colours of answers on a terminal: what a model thinks before it answers is dimmed.
+
+There are no colours where the output is no terminal, or where NO_COLOR is set (https://no-color.org).
+"""
 
 import os
 import sys
 from collections.abc import Iterable, Iterator
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-# What begins and ends a block of reasoning: DeepSeek-R1, Qwen3 and most others; Magistral; Seed-OSS.
+# Tags that begin and end a block of reasoning: of DeepSeek-R1, Qwen3 and most others; of Magistral; of Seed-OSS.
 TAGS = {"<think>": "</think>", "[THINK]": "[/THINK]", "<seed:think>": "</seed:think>"}
 
 
@@ -16,13 +18,15 @@ def has_colours() -> bool:
 
 
 def open_tag(prompt: str) -> str | None:
-    """The tag with which a prompt ends, if the template has begun the reasoning itself."""
+    """Return the tag that a prompt ends with: the template has begun the reasoning itself. None if there is no tag."""
     return next((tag for tag in TAGS if prompt.rstrip().endswith(tag)), None)
 
 
 def dimmed(pieces: Iterable[str], inside: str | None) -> Iterator[str]:
-    """Put the codes around reasoning blocks. inside: the tag of a block that is open already. A tag may come in parts;
-    what could be the beginning of one is held back."""
+    """Yield the text of pieces with escape codes around blocks of reasoning. inside: tag of a block that is open.
+
+    A tag may come in several pieces: text that could be the beginning of a tag is held back.
+    """
     held = ""
     if inside is not None:
         yield DIM
