@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SamplerKind:
-    """A row of the table of samplers. Their functions stand in sampler.APPLY."""
+    """A row of the table of samplers. Its function: see sampler.function."""
 
     name: str
     letter: str  # for --samplers, as in llama.cpp

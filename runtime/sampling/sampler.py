@@ -3,21 +3,24 @@
 import math
 import random
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.sampling import filters, history
+from gguf_run.runtime.sampling import filters
 from gguf_run.runtime.sampling.filters import EXACT, GREEDY, Candidates, State, largest
 from gguf_run.runtime.sampling.params import SAMPLERS, SamplingParams
-from gguf_run.runtime.sampling.select import selector
 
-APPLY = {
-    "penalties": history.penalties,
-    "dry": history.dry,
+if TYPE_CHECKING:
+    from gguf_run.runtime.sampling.select import AdaptiveP, Mirostat
+
+Function = Callable[[Candidates, SamplingParams, State], Candidates]
+
+_FILTERS: dict[str, Function] = {
     "top_n_sigma": filters.top_n_sigma,
     "top_k": filters.top_k,
     "typ_p": filters.typical,
@@ -55,7 +58,7 @@ class Sampler:
             # Samplers that keep the best token need not run, unless a sampler behind them may change it.
             n_first = max((i + 1 for i, kind in enumerate(stages) if not kind.keeps_best), default=0)
             stages = stages[:n_first] + [kind for kind in stages[n_first:] if kind.name == "temperature"]
-        self._stages = stages
+        self._functions = [function(kind.name) for kind in stages]
         self.n_top = 0  # so many of the greatest logits are enough to choose from; 0: all must be known
         if stages and not params.logit_bias and not params.logits_processors and params.logprobs is None:
             is_greedy = stages[0].name == "temperature" and params.temperature < GREEDY and not params.dynatemp_range
@@ -67,7 +70,7 @@ class Sampler:
         self._recent: deque[int] = deque(maxlen=n_recent)
         self._state = State(self._random, self._recent, breakers or {})
         self._context: list[int] = []  # for logits processors only
-        self._selector = selector(params)
+        self._selector = _selector(params)
 
     def accept(self, ids: Iterable[int]) -> None:
         """Note tokens of the prompt or the answer: penalties and logits processors look at them."""
@@ -93,15 +96,20 @@ class Sampler:
                 candidates = logits.take(logits.logits > -np.inf, True)
             else:
                 candidates = Candidates(self._processed(logits))
-            for kind in self._stages:
-                candidates = APPLY[kind.name](candidates, self.params, self._state)
-            candidates = self._selector.distribution(candidates)
+            for apply in self._functions:
+                candidates = apply(candidates, self.params, self._state)
+            candidates = self._distribution(candidates)
         i = _draw(candidates.probabilities(), self._random) if len(candidates.logits) > 1 else 0
-        self._selector.chosen(candidates, i)
+        if self._selector is not None:
+            self._selector.chosen(candidates, i)
         id = candidates.id(i)
         if self.params.logprobs is not None and not isinstance(logits, Candidates):
             self.logprobs.append(_logprobs(logits, id, self.params.logprobs))
         return id
+
+    def _distribution(self, candidates: Candidates) -> Candidates:
+        """Return the candidates from which one is drawn."""
+        return candidates if self._selector is None else self._selector.distribution(candidates)
 
     def _processed(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Apply logit_bias and the logits processors, to a copy."""
@@ -124,6 +132,26 @@ class Sampler:
                 "one finite at least, and none inf or nan"
             )
         return logits
+
+
+def function(name: str) -> Function:
+    """Return the function of a sampler. Those that look back at the context are imported when they are on."""
+    if name in _FILTERS:
+        return _FILTERS[name]
+    from gguf_run.runtime.sampling.history import dry, penalties
+
+    return {"penalties": penalties, "dry": dry}[name]
+
+
+def _selector(params: SamplingParams) -> "Mirostat | AdaptiveP | None":
+    """Return what selects the candidates for the draw; None: the samplers alone do."""
+    if not params.mirostat and (params.adaptive_target < 0 or "adaptive_p" not in params.chain):
+        return None
+    from gguf_run.runtime.sampling.select import AdaptiveP, Mirostat
+
+    if params.mirostat:
+        return Mirostat(params.mirostat, params.mirostat_tau, params.mirostat_eta)
+    return AdaptiveP(params.adaptive_target, params.adaptive_decay)
 
 
 def _draw(probabilities: NDArray[np.floating], source: random.Random) -> int:

@@ -1,35 +1,15 @@
-"""The end of the chain: from which candidates a token is drawn. By probability, by mirostat or by adaptive-p."""
+"""The end of the chain, if options ask for it: mirostat and adaptive-p choose the candidates of the draw.
+
+Each has two methods. `distribution` returns the candidates to draw from, by the softmax of their logits; `chosen` tells
+that candidate i of the last distribution has been drawn.
+"""
 
 import math
-from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.runtime.sampling.filters import Candidates, head
-
-if TYPE_CHECKING:
-    from gguf_run.runtime.sampling.params import SamplingParams
-
-
-class Selector(Protocol):
-    """The last step before the draw. It may remember something from token to token."""
-
-    def distribution(self, candidates: Candidates) -> Candidates:
-        """Return the candidates to draw from, by the softmax of their logits."""
-
-    def chosen(self, candidates: Candidates, i: int) -> None:
-        """Learn that candidate i of the last distribution has been drawn."""
-
-
-class Draw:
-    """Draws by probability."""
-
-    def distribution(self, candidates: Candidates) -> Candidates:
-        return candidates
-
-    def chosen(self, candidates: Candidates, i: int) -> None:
-        pass
 
 
 class Mirostat:
@@ -97,12 +77,3 @@ class AdaptiveP:
     def chosen(self, candidates: Candidates, i: int) -> None:
         self._sum = float(self._before[i]) + self._decay * self._sum
         self._weight = 1 + self._decay * self._weight
-
-
-def selector(params: "SamplingParams") -> Selector:
-    """Return the selector that the options ask for."""
-    if params.mirostat:
-        return Mirostat(params.mirostat, params.mirostat_tau, params.mirostat_eta)
-    if params.adaptive_target >= 0 and "adaptive_p" in params.chain:
-        return AdaptiveP(params.adaptive_target, params.adaptive_decay)
-    return Draw()
