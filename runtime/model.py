@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ Tool = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Stats:
-    """What the last generation took. Times are in seconds."""
+    """What the last generation took: attributes of Generation and Batch. Times are in seconds."""
 
     load_s: float  # loading the model
     n_prompt: int = 0  # tokens of the prompt
@@ -117,19 +117,10 @@ class Model:
     @property
     def stats(self) -> Stats:
         """Times and counts of the last generate or chat."""
-        last = self._generation
-        if last is None:
+        if self._generation is None:
             return Stats(self.load_s)
-        return Stats(
-            load_s=self.load_s,
-            n_prompt=last.n_prompt,
-            n_reused=last.n_reused,
-            prefill_s=last.prefill_s,
-            n_decoded=last.n_decoded,
-            decode_s=last.decode_s,
-            finish=last.finish,
-            seed=last.seed,
-        )
+        measured = {field.name: getattr(self._generation, field.name) for field in fields(Stats)[1:]}
+        return Stats(self.load_s, **measured)
 
     @property
     def logprobs(self) -> list[TokenLogprob]:
@@ -199,8 +190,8 @@ class Model:
             32) are taken out, and the text goes on.
         sampling: temperature, top_k, seed, logits_processors, logprobs and others, see SamplingParams.
         """
-        shift = n_keep if context_shift else None
-        return self._start(self._open_ended(self.tokenize(prompt)), max_tokens, stop, shift, sampling)
+        ids = self._open_ended(self.tokenize(prompt))
+        return self._start(ids, max_tokens, stop, n_keep if context_shift else None, sampling)
 
     def generate_batch(
         self, prompts: Sequence[str], *, max_tokens: int | None = None, stop: Sequence[str] = (), **sampling: Any
@@ -244,9 +235,8 @@ class Model:
         The beginning that this conversation shares with the one before is not computed again. GgufRunError as for
         tokenize_chat.
         """
-        shift = n_keep if context_shift else None
         ids = self.tokenize_chat(messages, tools, template_options)
-        return self._start(ids, max_tokens, stop, shift, sampling)
+        return self._start(ids, max_tokens, stop, n_keep if context_shift else None, sampling)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Return the logits f32[n_tokens, n_vocab] after each of ids, from an empty context."""

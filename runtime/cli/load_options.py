@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,70 +17,59 @@ if TYPE_CHECKING:
     from gguf_run.runtime.model import Model
 
 PATH = click.Path(path_type=Path)
-THREADS = click.Option(["--threads", "-t"], type=int, help="Threads that compute.  [default: physical cores]")
-CTX_SIZE = click.Option(
-    ["--ctx-size", "-c", "n_ctx"], type=int, help="Positions of the context.  [default: the model's, at most 4096]"
-)
-ROTATION = click.Option(
-    ["--cache-rotation/--no-cache-rotation"],
+
+
+def option(flags: str, text: str, **settings: Any) -> click.Option:
+    """Make an option of flags with blanks between them; a name for the command's parameter may follow them."""
+    return click.Option(flags.split(), help=text, **settings)
+
+
+THREADS = option("--threads -t", "Threads that compute.  [default: physical cores]", type=int)
+CTX_SIZE = option("--ctx-size -c n_ctx", "Positions of the context.  [default: the model's, at most 4096]", type=int)
+_cache_type_option = partial(option, metavar="TYPE", shell_complete=complete.cache_types)
+ROTATION = option(
+    "--cache-rotation/--no-cache-rotation",
+    "Rotate keys and values by a Hadamard transform: more exact.  [default: types of 8 bits or less]",
     default=None,
-    help="Rotate keys and values by a Hadamard transform: more exact.  [default: types of 8 bits or less]",
 )
 CACHE_OPTIONS = [
-    click.Option(
-        ["--cache-type", "-ct"],
-        metavar="TYPE",
-        shell_complete=complete.cache_types,
-        help="Type of the KV cache: f16, q8_0, int8, q4_0, ...  [default: f16]",
-    ),
-    click.Option(
-        ["--cache-type-k", "-ctk"],
-        metavar="TYPE",
-        shell_complete=complete.cache_types,
-        help="Type of the keys alone.",
-    ),
-    click.Option(
-        ["--cache-type-v", "-ctv"],
-        metavar="TYPE",
-        shell_complete=complete.cache_types,
-        help="Type of the values alone.",
-    ),
+    _cache_type_option("--cache-type -ct", "Type of the KV cache: f16, q8_0, int8, q4_0, ...  [default: f16]"),
+    _cache_type_option("--cache-type-k -ctk", "Type of the keys alone."),
+    _cache_type_option("--cache-type-v -ctv", "Type of the values alone."),
     ROTATION,
-    click.Option(
-        ["--cache-scales"],
+    option(
+        "--cache-scales",
+        "A calibration file (gguf-eval kv-scales): scales of fp8, types of each layer.",
         metavar="FILE",
         shell_complete=complete.files,
-        help="A calibration file (gguf-eval kv-scales): scales of fp8, types of each layer.",
     ),
 ]
-GPU_LAYERS = click.Option(
-    ["--gpu-layers", "-ngl"],
+GPU_LAYERS = option(
+    "--gpu-layers -ngl",
+    "So many of the last layers run on the GPU.  [default: auto, as many as fit]",
     metavar="N|auto|all",
     shell_complete=complete.words("auto all"),
-    help="Layers on the GPU, from the last one on.  [default: auto, as many as fit]",
 )
-TENSOR_SPLIT = click.Option(
-    ["--tensor-split", "-ts"],
-    metavar="N,N",
-    help="Parts of these for each of several GPUs: 3,1  [default: by free memory]",
+TENSOR_SPLIT = option(
+    "--tensor-split -ts", "How several GPUs share these layers: 3,1  [default: by free memory]", metavar="N,N"
 )
 EXPERT_OPTIONS = [
-    click.Option(["--cpu-moe", "-cmoe"], is_flag=True, help="Keep the experts of all layers on the CPU."),
-    click.Option(
-        ["--n-cpu-moe", "-ncmoe"],
+    option("--cpu-moe -cmoe", "Keep the experts of all layers on the CPU.", is_flag=True),
+    option(
+        "--n-cpu-moe -ncmoe",
+        "Keep the experts of the first N layers on the CPU.  [default: as few as possible]",
         type=int,
         metavar="N",
-        help="Keep the experts of the first N layers on the CPU.  [default: as few as it takes]",
     ),
 ]
 DEVICE_OPTIONS = [
     THREADS,
-    click.Option(
-        ["--device", "-dev"],
+    option(
+        "--device -dev",
+        "Where the model runs: cpu, cuda, cuda:1, cuda:0,cuda:1, or auto.",
         default="auto",
         show_default=True,
         shell_complete=complete.words("auto cpu cuda cuda:0"),
-        help="cpu, cuda, cuda:1, cuda:0,cuda:1, or auto.",
     ),
     GPU_LAYERS,
     TENSOR_SPLIT,

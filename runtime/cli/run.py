@@ -18,7 +18,15 @@ from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.runtime.cli import complete
 from gguf_run.runtime.cli.answer import open_reasoning, show
 from gguf_run.runtime.cli.common import tool
-from gguf_run.runtime.cli.load_options import CACHE_OPTIONS, CTX_SIZE, DEVICE_OPTIONS, PATH, load_model, to_load_options
+from gguf_run.runtime.cli.load_options import (
+    CACHE_OPTIONS,
+    CTX_SIZE,
+    DEVICE_OPTIONS,
+    PATH,
+    load_model,
+    option,
+    to_load_options,
+)
 from gguf_run.runtime.cli.sampling_options import SAMPLING_OPTIONS, take_sampling
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.terminal.text import decode_text, message, read_text
@@ -27,52 +35,46 @@ if TYPE_CHECKING:
     from gguf_run.runtime.model import Model
 
 MAX_PROMPT_BYTES = 64 << 20
-
-
 _PARAMS = [
     click.Argument(["model"], required=False, shell_complete=complete.models),
-    click.Option(["--prompt", "-p"], help="The question, or with --raw the text to continue."),
-    click.Option(
-        ["--file", "-f"],
-        shell_complete=complete.files,
-        help="Read the prompt from a UTF-8 text file; - is stdin, the default.",
+    option("--prompt -p", "The question, or with --raw the text to continue."),
+    option(
+        "--file -f", "Read the prompt from a UTF-8 text file; - is stdin, the default.", shell_complete=complete.files
     ),
-    click.Option(["--chat", "-i"], is_flag=True, help="Talk: Ctrl-C stops an answer, Ctrl-D leaves."),
-    click.Option(["--system"], help="System message for the chat template."),
-    click.Option(
-        ["--chat-template"],
+    option("--chat -i", "Talk: Ctrl-C stops an answer, Ctrl-D leaves.", is_flag=True),
+    option("--system", "System message for the chat template."),
+    option(
+        "--chat-template",
+        "In place of the model's own: a Jinja file, or chatml, llama3, ...",
         metavar="FILE|NAME",
         shell_complete=complete.chat_templates,
-        help="Instead of the model's own: Jinja, or chatml, llama3, ...",
     ),
-    click.Option(["--chat-template-kwargs"], metavar="JSON", help='For the template, as {"enable_thinking": false}.'),
-    click.Option(["--tools"], type=PATH, help="JSON file: functions that the model may call."),
-    click.Option(["--no-history"], is_flag=True, help="Keep no lines of --chat for the arrow keys of the next one."),
-    click.Option(["--raw"], is_flag=True, help="Continue the prompt as it is, without the model's chat template."),
-    click.Option(["--max-tokens", "-n"], type=int, help="Stop after so many tokens.  [default: when the model ends]"),
+    option("--chat-template-kwargs", 'Variables for the template, as {"enable_thinking": false}.', metavar="JSON"),
+    option("--tools", "JSON file: functions that the model may call.", type=PATH),
+    option("--no-history", "Do not keep the lines typed in --chat for its next start.", is_flag=True),
+    option("--raw", "Continue the prompt as it is, without the model's chat template.", is_flag=True),
+    option("--max-tokens -n", "The most tokens of the answer.  [default: until the model ends it]", type=int),
     CTX_SIZE,
     *CACHE_OPTIONS,
-    click.Option(["--session"], type=PATH, help="Go on from this file if it is there, save to it at the end."),
+    option("--session", "Go on from this file if it exists, and save to it at the end.", type=PATH),
     *SAMPLING_OPTIONS,
     *DEVICE_OPTIONS,
-    click.Option(
-        ["--quantize"],
+    option(
+        "--quantize",
+        "Quantize the weights while loading, for example to Q4_K_M.",
         metavar="TYPE",
         shell_complete=complete.file_types,
-        help="Put the weights into fewer bits while loading, such as Q4_K_M.",
     ),
-    click.Option(["--context-shift"], is_flag=True, help="When the context is full, drop half of it and go on."),
-    click.Option(["--keep", "n_keep"], type=int, default=0, help="Tokens at the beginning that --context-shift keeps."),
-    click.Option(["--warm-up"], is_flag=True, help="Compile what the model needs, so that the next start is quick."),
-    click.Option(
-        ["--list", "list_models"], is_flag=True, help="Show the models that are on this machine; -v: and where."
-    ),
-    click.Option(
-        ["--completion"],
+    option("--context-shift", "When the context is full, drop half of it and go on.", is_flag=True),
+    option("--keep n_keep", "Tokens at the beginning that --context-shift keeps.", type=int, default=0),
+    option("--warm-up", "Compile what the model needs, so that the next start is quick.", is_flag=True),
+    option("--list list_models", "List the models on this machine; with -v also their files.", is_flag=True),
+    option(
+        "--completion",
+        "Print what a shell needs to complete all of our commands.",
         type=click.Choice(("bash", "zsh", "fish")),
-        help="Print what a shell needs to complete all of our commands.",
     ),
-    click.Option(["--verbose", "-v"], is_flag=True, help="Say more on stderr."),
+    option("--verbose -v", "Say more on stderr.", is_flag=True),
 ]
 
 

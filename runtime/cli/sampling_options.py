@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from gguf_run.runtime.cli import complete
+from gguf_run.runtime.cli.load_options import option
 from gguf_run.runtime.sampling.params import DEFAULT_CHAIN, SamplingParams
 
 # (flags, field of SamplingParams, help). The field's default gives the option's default and type.
@@ -27,8 +28,8 @@ _ROWS = (
     ("--dry-allowed-length", "dry_allowed_length", "Sequences up to this length may repeat."),
     ("--dry-penalty-last-n", "dry_penalty_last_n", "How many tokens DRY looks back."),
     ("--dynatemp-range", "dynatemp_range", "Temperature +- this, by how unsure the model is; 0 is off."),
-    ("--dynatemp-exp", "dynatemp_exponent", "How the entropy is mapped to that range."),
-    ("--mirostat", "mirostat", "Keep the surprise of the text constant: 1 or 2, instead of other samplers; 0 is off."),
+    ("--dynatemp-exp", "dynatemp_exponent", "Exponent that maps the entropy to that range."),
+    ("--mirostat", "mirostat", "Keep the surprise of the text constant, in place of other samplers: 1 or 2; 0 is off."),
     ("--mirostat-ent", "mirostat_tau", "Mirostat's surprise in bits."),
     ("--mirostat-lr", "mirostat_eta", "How fast mirostat learns."),
     ("--adaptive-target", "adaptive_target", "For the sampler adaptive_p: prefer tokens of this probability."),
@@ -38,33 +39,33 @@ _ROWS = (
 
 def _numeric(flags: str, name: str, text: str) -> click.Option:
     default = getattr(SamplingParams, name)
-    return click.Option([*flags.split(), name], type=type(default), default=default, help=text)
+    return option(f"{flags} {name}", text, type=type(default), default=default)
 
 
 SAMPLING_OPTIONS = [
     *(_numeric(*row) for row in _ROWS),
-    click.Option(["--ignore-eos"], is_flag=True, help="The model cannot end its answer: -n or the context does."),
-    click.Option(["--seed"], type=int, help="Repeat a draw.  [default: a new one each time]"),
-    click.Option(
-        ["--logit-bias", "-l"],
+    option("--ignore-eos", "The model cannot end its answer: -n or a full context ends it.", is_flag=True),
+    option("--seed", "Number that makes a draw repeatable.  [default: a new one each time]", type=int),
+    option(
+        "--logit-bias -l",
+        "Add to the logit of a token, as 15043+1 or 15043-inf; may be repeated.",
         multiple=True,
         metavar="ID+BIAS",
-        help="Add to a token's logit, as 15043+1 or 15043-inf; may be repeated.",
     ),
-    click.Option(
-        ["--dry-sequence-breaker", "dry_sequence_breakers"],
+    option(
+        "--dry-sequence-breaker dry_sequence_breakers",
+        'DRY starts anew after this text; may be repeated; "none": never.  [default: line end, : " *]',
         multiple=True,
         metavar="TEXT",
         show_default=False,
-        help='DRY starts anew after this text; may be repeated; none: nowhere.  [default: line end, : " *]',
     ),
-    click.Option(
-        ["--samplers"],
+    option(
+        "--samplers",
+        "Samplers in their order: names with ; between them, or letters.  [default: edskypmxt]",
         default=";".join(DEFAULT_CHAIN),
         metavar="NAMES",
         show_default=False,
         shell_complete=complete.samplers,
-        help="Samplers in their order: names with ; between them, or letters.  [default: edskypmxt]",
     ),
 ]
 

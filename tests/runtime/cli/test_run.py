@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -21,9 +20,7 @@ from tinymodel import Tiny, vocabulary, write_tiny
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime import Model
 from gguf_run.runtime import model as model_module
-from gguf_run.runtime.cli.common import Command
 from gguf_run.runtime.cli.run import main
-from gguf_run.runtime.terminal.text import decode_text, one_line
 
 RUN = [sys.executable, "-c", "from gguf_run.runtime.cli.run import main; main(prog_name='gguf-run')"]
 PATIENCE = 240  # seconds: a process that hangs is found, a busy machine is not
@@ -458,27 +455,3 @@ def test_terminal_chat(terminal: Terminal) -> None:
     terminal.type("\x04")
     terminal.wait_for("load ")
     assert terminal.process.wait(PATIENCE) == 0
-
-
-# The helpers of all command lines.
-
-
-def test_one_line() -> None:
-    assert one_line("a\n b\t\x1b[2J\x00é\udcff") == "a b \\x1b[2J\\x00é\\udcff"
-
-
-def test_decode_text_counts_from_the_first_byte() -> None:
-    assert decode_text(b"\xef\xbb\xbfabc", "x") == "abc"
-    with pytest.raises(GgufRunError, match="x: byte 0xff at offset 4 "):
-        decode_text(b"\xef\xbb\xbfa\xff", "x")
-
-
-def test_programmers_warnings_are_hidden() -> None:
-    import warnings
-
-    @click.command(cls=Command)
-    def warn() -> None:
-        warnings.warn("of interest", stacklevel=1)
-        warnings.warn("of no interest", DeprecationWarning, stacklevel=1)
-
-    assert CliRunner().invoke(warn).stderr == "warning: of interest\n"

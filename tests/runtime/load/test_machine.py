@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from gguf_run.runtime.load.machine import available_cores, available_memory, default_threads
-from gguf_run.runtime.terminal.progress import Progress
 
 GIB = 1 << 30
 MEMINFO = "MemTotal: 16777216 kB\nMemFree: 1048576 kB\nMemAvailable: 8388608 kB\nSwapFree: 2097152 kB\n"
@@ -97,19 +96,3 @@ def test_default_threads_of_this_machine() -> None:
 )
 def test_available_memory(tmp_path: Path, files: dict[str, str], expected: int | None) -> None:
     assert available_memory(write(tmp_path, files)) == expected
-
-
-def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress("loading") as progress:
-        progress.set(5, 10)
-    assert capsys.readouterr().err == ""
-
-
-def test_progress_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with Progress("loading") as progress:
-        progress.set(5_000_000, 10_000_000)
-        progress.set(6_000_000, 10_000_000)  # too soon to draw again
-    shown = capsys.readouterr().err
-    bar = "loading [###############               ]  50 % of 10.0 MB"
-    assert shown == f"\r{bar}\r{' ' * len(bar)}\r"

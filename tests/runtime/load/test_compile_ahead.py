@@ -1,0 +1,43 @@
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tinymodel import Tiny, write_tiny
+
+from gguf_run.models.backend import CacheType
+from gguf_run.runtime.load import compile_ahead
+
+F16 = CacheType("f16", "f16")
+
+
+@contextmanager
+def compile_at_once(start: Callable[[], None]) -> Iterator[None]:
+    start()
+    yield
+
+
+def test_the_second_process_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny(tmp_path / "m.gguf", Tiny(n_layer=1))
+    ended: list[int] = []
+
+    class Waiting(subprocess.Popen[bytes]):
+        def kill(self) -> None:
+            ended.append(self.wait())
+
+    monkeypatch.setattr(subprocess, "Popen", Waiting)
+    monkeypatch.setattr(compile_ahead, "compile_notice", compile_at_once)
+    with compile_ahead.helper(tmp_path / "m.gguf", None, [F16], n_threads=2):
+        pass
+    assert ended == [0]
+
+
+def test_one_thread_has_no_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(compile_ahead, "compile_notice", never)
+    with compile_ahead.helper(Path("m.gguf"), None, [F16], n_threads=1):
+        pass
