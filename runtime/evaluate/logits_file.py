@@ -31,6 +31,7 @@ from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.safetensors import DTYPES, writing_safetensors
 from gguf_run.formats.sealed import FileKind
 from gguf_run.runtime.evaluate.text import Block
+from gguf_run.runtime.terminal.text import size_text
 
 KIND = FileKind("file of logits", b"GGRLOGIT", "make it again with `gguf-eval kl MODEL --save-logits FILE`")
 MAX_RANGE = 64.0
@@ -126,10 +127,8 @@ class LogitsWriter:
             raise GgufRunError(f"{path} is a folder: name a file")
         free = shutil.disk_usage(path.absolute().parent).free
         if free < header.nbytes:
-            raise GgufRunError(
-                f"{path}: the logits take {header.nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left: "
-                "use fewer --chunks"
-            )
+            needed, left = size_text(header.nbytes, 1), size_text(free, 1)
+            raise GgufRunError(f"{path}: the logits take {needed}, the disk has {left} left: use fewer --chunks")
         metadata = {name: str(value) for name, value in asdict(header).items()}
         self._header, self._n_row = header, 0
         self._crc = np.zeros(len(_ROWS), "<u4")
@@ -149,7 +148,7 @@ class LogitsWriter:
 
     @property
     def is_complete(self) -> bool:
-        """Are all rows there?"""
+        """Tell whether all rows came."""
         return self._n_row == self._header.n_chunk * self._header.n_scored
 
     def __enter__(self) -> "LogitsWriter":

@@ -202,7 +202,7 @@ def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
         LogitsWriter(tmp_path / "no/such.logits", HEADER)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=HEADER.nbytes - 1))
-    with pytest.raises(GgufRunError, match=r"the logits take 0\.0 GB, the disk has 0\.0 GB left: use fewer --chunks"):
+    with pytest.raises(GgufRunError, match=r"the logits take 8\.0 kB, the disk has 8\.0 kB left: use fewer --chunks"):
         LogitsWriter(tmp_path / "a.logits", HEADER)
     assert not list(tmp_path.iterdir())
 
