@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.safetensors import DTYPES, writing_safetensors
 from gguf_run.formats.sealed import FileKind
@@ -182,6 +182,8 @@ class LogitsFile:
         chunk = {name: array.array()[i] for name, array in self._arrays.items()}
         crc = [0] * len(_ROWS)
         for start in range(0, self.header.n_scored, _ROWS_AT_ONCE):
+            if self.path.stat().st_size < self._arrays["q"].file.size:  # reading on would end the process
+                raise FormatError(f"{self.path}: became shorter while it was read")
             nll, top, step, q = rows = [chunk[name][start : start + _ROWS_AT_ONCE] for name in _ROWS]
             crc = [zlib.crc32(values.data, before) for values, before in zip(rows, crc, strict=True)]
             yield Block(unround_logits(q, step), nll.copy(), top.astype(np.int64))

@@ -177,6 +177,13 @@ def test_damaged_chunks(path: Path, name: str, damaged: int) -> None:
             list(file.chunk(damaged))
 
 
+def test_file_that_shrinks_while_it_is_read(path: Path) -> None:
+    with LogitsFile(path) as file:
+        path.write_bytes(path.read_bytes()[:300])
+        with pytest.raises(FormatError, match="became shorter"):
+            list(file.chunk(0))
+
+
 # Writing.
 
 
