@@ -40,22 +40,22 @@ def _decode_speeds(model: Model, n_batch: int, n_prompt: int, n_gen: int, repeat
 def _restore(model: Model, n_tokens: int, repeat: int) -> tuple[float, float, bool, int]:
     """Seconds of computing and of restoring n_tokens, whether the logits after it are equal, bytes of the file."""
     ids = np.random.default_rng(1).integers(0, model.decoder.config.n_vocab, n_tokens).tolist()
-    session = model._session
+    context = model._context
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "session"
-        session.forget()
+        context.forget()
         start = time.perf_counter()
-        session.hold(ids)
+        context.hold(ids)
         computed = time.perf_counter() - start
         model.save_session(path)
-        expected = session.append(ids[0]).copy()
+        expected = context.prefill([*ids, ids[0]])[0].copy()
         times = []
         for _ in range(repeat):
-            session.forget()
+            context.forget()
             start = time.perf_counter()
             model.load_session(path)
             times.append(time.perf_counter() - start)
-        same = bool((session.append(ids[0]) == expected).all())
+        same = bool((context.prefill([*ids, ids[0]])[0] == expected).all())
         return computed, median(times), same, path.stat().st_size
 
 

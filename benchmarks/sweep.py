@@ -25,7 +25,8 @@ from pair import Rounds, Test, Worker, compare
 
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.runtime.bench.bench import BenchedModel, Case, ideal_seconds
-from gguf_run.runtime.hub.find import find_model, models_dir
+from gguf_run.runtime.hub.find import find_model
+from gguf_run.runtime.hub.places import models_dir
 
 _SHAPE = "llama-1b"
 _TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_K_M")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError, UnsupportedError
 
 if TYPE_CHECKING:
-    from gguf_run.runtime.engine.batch import Answer
+    from gguf_run.runtime.engine.reply import Answer
     from gguf_run.runtime.load.options import LoadOptions
     from gguf_run.runtime.model import Model, Stats
     from gguf_run.runtime.sampling.params import SamplingParams
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 _PLACES = {
-    "Answer": "engine.batch",
+    "Answer": "engine.reply",
     "LoadOptions": "load.options",
     "Model": "model",
     "SamplingParams": "sampling.params",

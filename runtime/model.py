@@ -13,13 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
-from gguf_run.runtime.engine.generation import Closed, Generation, Session, StopStrings, text_pieces
+from gguf_run.runtime.engine.context import Closed, Context
+from gguf_run.runtime.engine.generation import Generation
+from gguf_run.runtime.engine.reply import Answer, Reply
+from gguf_run.runtime.engine.stop import StopStrings
 from gguf_run.runtime.load.options import LoadOptions
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler, TokenLogprob
 
 if TYPE_CHECKING:
-    from gguf_run.runtime.engine.batch import Answer, Batch
+    from gguf_run.runtime.engine.batch import Batch
     from gguf_run.runtime.engine.session_file import SessionHeader
     from gguf_run.runtime.load.load_model import LoadedModel
     from gguf_run.runtime.sampling.history import Breakers
@@ -73,7 +76,7 @@ class Model:
         self.load_s = 0.0  # seconds that loading took, without a download
         self._identity = parts.identity
         self._close = parts.close
-        self._session = Session(parts.decoder)
+        self._context = Context(parts.decoder)
         self._generation: Generation | Batch | None = None
         self._breakers: dict[tuple[str, ...], Breakers] = {}  # of dry_sequence_breakers: slow to find
 
@@ -192,21 +195,21 @@ class Model:
 
     def generate_batch(
         self, prompts: Sequence[str], *, max_tokens: int | None = None, stop: Sequence[str] = (), **sampling: Any
-    ) -> "list[Answer]":
+    ) -> list[Answer]:
         """Continue several texts together, at most n_seq of Model.load; return the answers in the prompts' order.
 
         All share each step, which reads the weights once. The tokens that all prompts begin with are computed once.
         Options as for generate; prompt i draws with seed + i. GgufRunError for too many prompts, or none.
         """
-        from gguf_run.runtime.engine.batch import Batch, OneOfMany
+        from gguf_run.runtime.engine.batch import Batch
 
         params = SamplingParams(**sampling)
-        sequences = []
+        replies = []
         for i, prompt in enumerate(prompts):
             seed = None if params.seed is None else (params.seed + i) % 2**64
-            ids, sampler = self._open_ended(self.tokenize(prompt)), self._sampler(replace(params, seed=seed))
-            sequences.append(OneOfMany(ids, sampler, self.tokenizer.stream(), StopStrings(stop)))
-        self._generation = batch = Batch(self._session, sequences, self.tokenizer.stop_ids, max_tokens)
+            ids = self._open_ended(self.tokenize(prompt))
+            replies.append(self._reply(ids, replace(params, seed=seed), stop, max_tokens))
+        self._generation = batch = Batch(self._context, replies)
         return batch.run()
 
     def chat(
@@ -239,22 +242,21 @@ class Model:
         """Return the logits f32[n_tokens, n_vocab] after each of ids, from an empty context."""
         out = np.empty((len(ids), self.decoder.config.n_vocab), np.float32)
         n_done = 0
-        for block in self._session.logits(ids):
+        for block in self._context.logits(ids):
             out[n_done : n_done + len(block)] = block
             n_done += len(block)
         return out
 
     def reset(self) -> None:
         """Empty the context: the next text is computed as after loading, bit for bit."""
-        self._session.forget()
+        self._context.forget()
 
     def save_session(self, path: str | os.PathLike[str], messages: Sequence[Message] = ()) -> None:
         """Save the context with its KV cache, and the conversation in it, to a file: whole or not at all."""
         from gguf_run.runtime.engine.session_file import save
 
-        header = self._session_header()
-        conversation = [dict(message) for message in messages]
-        self._session.save(lambda ids, parts: save(Path(path), replace(header, ids=ids, messages=conversation), parts))
+        header = replace(self._session_header(), messages=[dict(message) for message in messages])
+        self._context.save(lambda ids, export: save(Path(path), replace(header, ids=ids), export))
 
     def load_session(self, path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         """Make the tokens of a saved session the context, without computing them; return its conversation.
@@ -266,12 +268,12 @@ class Model:
         from gguf_run.runtime.engine.session_file import check_session, open_session
 
         header = self._session_header()
-        with open_session(Path(path)) as (found, parts):
-            check_session(Path(path), found, header, self.n_ctx, self.decoder.config.n_vocab)
-            try:
-                self._session.restore(found.ids, parts)
-            except GgufRunError as error:
-                raise error if str(path) in str(error) else FormatError(f"{path}: {error}") from None
+        found, parts = open_session(Path(path))
+        check_session(Path(path), found, header, self.n_ctx, self.decoder.config.n_vocab)
+        try:
+            self._context.restore(found.ids, parts)
+        except GgufRunError as error:
+            raise FormatError(f"{path}: {error}") from None
         return list(found.messages)
 
     def _session_header(self) -> "SessionHeader":
@@ -295,8 +297,8 @@ class Model:
         """Free the weights and the KV cache, stop the threads, close the file. The tokenizer stays usable."""
         for close in (self.decoder.close, *self._close) if not self._is_closed else ():
             close()
-        self._session.close()
-        self.decoder, self._close, self._identity = self._session.decoder, (), None
+        self._context.close()
+        self.decoder, self._close, self._identity = self._context.decoder, (), None
 
     def __enter__(self) -> "Model":
         return self
@@ -314,9 +316,13 @@ class Model:
         n_keep: int | None,
         sampling: Mapping[str, Any],
     ) -> Iterator[str]:
-        sampler = self._sampler(SamplingParams(**sampling))
-        self._generation = Generation(self._session, ids, sampler, self.tokenizer.stop_ids, max_tokens, n_keep)
-        return text_pieces(self._generation, self.tokenizer.stream(), StopStrings(stop))
+        reply = self._reply(ids, SamplingParams(**sampling), stop, max_tokens)
+        self._generation = Generation(self._context, reply, n_keep)
+        return iter(self._generation)
+
+    def _reply(self, ids: list[int], params: SamplingParams, stop: Sequence[str], max_tokens: int | None) -> Reply:
+        tokenizer = self.tokenizer
+        return Reply(ids, self._sampler(params), tokenizer.stream(), StopStrings(stop), tokenizer.stop_ids, max_tokens)
 
     def _sampler(self, params: SamplingParams) -> Sampler:
         n_vocab = self.decoder.config.n_vocab

@@ -1,13 +1,12 @@
-"""Chat templates by name, for --chat-template: the forms that models were trained on whose files carry none.
+"""Chat templates by name (--chat-template NAME), for models whose files carry no template.
 
-The names are llama.cpp's, and so is what they make of system, user and assistant messages. BOS is the
-tokenizer's matter.
+The names and the prompts for system, user and assistant messages are llama.cpp's. The tokenizer adds BOS.
 """
 
 from pathlib import Path
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.chat.template import MAX_TEMPLATE
+from gguf_run.runtime.chat.sandbox import MAX_TEMPLATE
 
 _EACH = "{% for m in messages %}"
 _ANSWER = "{% endfor %}{% if add_generation_prompt %}"
@@ -37,7 +36,10 @@ TEMPLATES = {
 
 
 def find_template(name: str) -> str:
-    """Return the text of a template that is named here, or stands in a file. GgufRunError if it is neither."""
+    """Return the text of a template: one of TEMPLATES by its name, or the content of a file.
+
+    GgufRunError if `name` is neither, or the file is not UTF-8 text.
+    """
     if name in TEMPLATES:
         return TEMPLATES[name]
     try:
@@ -45,7 +47,7 @@ def find_template(name: str) -> str:
             return stream.read(4 * MAX_TEMPLATE).decode("utf-8-sig")
     except (FileNotFoundError, IsADirectoryError):
         known = ", ".join(TEMPLATES)
-        reason = f"neither a file nor one of {known}: name a Jinja template's file"
+        reason = f"neither a file nor one of {known}: name the file of a Jinja template"
         raise GgufRunError(f"--chat-template {name}: {reason}") from None
     except UnicodeDecodeError:
-        raise GgufRunError(f"--chat-template {name}: not UTF-8 text: name a Jinja template's file") from None
+        raise GgufRunError(f"--chat-template {name}: not UTF-8 text: name the file of a Jinja template") from None

@@ -1,4 +1,4 @@
-"""The interactive chat of gguf-run: Ctrl-C stops an answer, twice or Ctrl-D leaves, /help tells the commands."""
+"""The chat of gguf-run: Ctrl-C stops an answer, Ctrl-C twice or Ctrl-D ends the chat, /help lists the commands."""
 
 from contextlib import suppress
 from itertools import chain
@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 def chat(
     model: "Model", messages: Conversation, first: str | None, options: dict[str, Any], keep_history: bool = False
 ) -> None:
-    """Read a message or a command, answer it, add both to messages, until stdin ends or /exit."""
-    model.tokenize_chat([{"role": "user", "content": "?"}])  # a model without a chat template says so now
+    """Read messages and commands until stdin ends or /exit; answer each message.
+
+    messages: the conversation so far; questions and answers are added to it. first: a message before those of stdin.
+    options: arguments of Model.chat. keep_history: keep lines for the arrow keys of the next chat.
+    """
+    model.tokenize_chat([{"role": "user", "content": "?"}])  # the error of a missing chat template comes now
     interrupts, state = Interrupts(), Chat(model, messages, options)
     with line_editing(keep_history), interrupts.caught():
         for text in inputs(first, interrupts):
@@ -31,38 +35,46 @@ def chat(
             if state.is_over:
                 return
             if state.answers:
-                try:
-                    answer = _turn(state, interrupts)
-                except GgufRunError as error:  # somebody who sits there may say it otherwise
-                    if not on_terminal():
-                        raise
-                    message(f"error: {describe(error)}")
-                    del messages[-1]
-                    continue
-                if answer or not interrupts.wanted:
-                    messages.append({"role": "assistant", "content": answer})
-                else:
-                    del messages[-1]
-                    message("stopped before there was an answer: the question is forgotten")
+                _turn(state, interrupts)
 
 
-def _turn(state: Chat, interrupts: Interrupts) -> str:
-    """Answer the last message; forget the oldest ones where the context is too small for all."""
-    from gguf_run.runtime.engine.generation import ContextError
+def _turn(state: Chat, interrupts: Interrupts) -> None:
+    """Answer the last message. A question without an answer is dropped from the conversation."""
+    messages = state.messages
+    try:
+        answer = _answer(state, interrupts)
+    except GgufRunError as error:
+        if not on_terminal():
+            raise
+        message(f"error: {describe(error)}")  # the user can rephrase the question
+        del messages[-1]
+        return
+    if answer or not interrupts.wanted:
+        messages.append({"role": "assistant", "content": answer})
+    else:
+        del messages[-1]
+        message("stopped before there was an answer: the question is forgotten")
+
+
+def _answer(state: Chat, interrupts: Interrupts) -> str:
+    """Show and return the answer to the last message. The oldest turns are dropped if the context cannot hold all."""
+    from gguf_run.runtime.engine.context import ContextError
 
     model, messages = state.model, state.messages
     oldest = int(messages[0]["role"] == "system")
-    while True:
-        try:
-            pieces = model.chat(messages, **state.options)
-            break
-        except ContextError:
-            if len(messages) == oldest + 1:
-                raise
-            message(f"the conversation is longer than the context ({model.n_ctx} tokens): its oldest turn is left out")
-            del messages[oldest : min(oldest + 2, len(messages) - 1)]  # never the question
-    first = ""
+    first, pieces = "", None
     with suppress(KeyboardInterrupt), interrupts.awaiting():
+        while pieces is None:
+            try:
+                pieces = model.chat(messages, **state.options)
+            except ContextError:
+                if len(messages) == oldest + 1:
+                    raise
+                full = f"the conversation is longer than the context ({model.n_ctx} tokens)"
+                message(f"{full}: its oldest turn is left out")
+                del messages[oldest : min(oldest + 2, len(messages) - 1)]  # the question stays
         first = next(pieces, "")
+    if pieces is None:
+        return ""
     tag = open_reasoning(model, messages, state.options)
     return show(model, chain([first], pieces), lambda: interrupts.wanted, tag)

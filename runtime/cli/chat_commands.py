@@ -1,4 +1,4 @@
-"""Commands of the chat: /save, /load, /reset, /regenerate, /system, /set, /help, /exit."""
+"""The commands that a user can type in a chat, such as /save and /system: one function and one row of COMMANDS each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -17,21 +17,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class Chat:
-    """A conversation and what it is held with. options: of Model.chat."""
+    """A running chat."""
 
     model: "Model"
     messages: Conversation
-    options: dict[str, Any]
-    is_over: bool = False
+    options: dict[str, Any]  # arguments of Model.chat
+    is_over: bool = False  # /exit was typed
     answers: bool = field(default=False, init=False)  # the last message waits for an answer
 
 
 def run_command(chat: Chat, line: str) -> bool:
-    """Do what a line says, if it is a command: its first word is one of COMMANDS. Its errors are shown, the chat goes
-    on."""
+    """Run a line that is a command; return False for any other line.
+
+    Errors of a command are shown, and the chat goes on.
+    """
     name, _, rest = line.partition(" ")
     if name not in COMMANDS:
-        # "/usr/bin is full" is something to say, "/exti" a slip.
+        # "/usr/bin is full" is a message, "/exti" is a slip.
         if not (name.startswith("/") and name[1:].isalpha()):
             return False
         message(f"{name} is not a command; there are {', '.join(COMMANDS)} (a space before it sends it to the model)")
@@ -65,7 +67,7 @@ def _regenerate(chat: Chat, rest: str) -> None:
     if not chat.messages or chat.messages[-1]["role"] != "assistant":
         raise GgufRunError("/regenerate: there is no answer yet")
     del chat.messages[-1]
-    if chat.options.get("seed") is not None:  # the same draw would give the same answer
+    if chat.options.get("seed") is not None:  # the same seed would give the same answer
         chat.options["seed"] = (chat.options["seed"] + 1) % 2**64
     chat.answers = True
 
@@ -78,20 +80,20 @@ def _system(chat: Chat, text: str) -> None:
 
 
 def _set(chat: Chat, rest: str) -> None:
-    numbers = {option.name: type(option.default) for option in fields(SamplingParams)}
-    kinds = {name: kind for name, kind in numbers.items() if kind in (int, float)}
-    kinds |= {"seed": int, "max_tokens": int, "samplers": str}
+    types = {option.name: type(option.default) for option in fields(SamplingParams)}
+    settable = {name: type for name, type in types.items() if type in (int, float)}
+    settable |= {"seed": int, "max_tokens": int, "samplers": str}
     name, _, text = rest.replace("=", " ").partition(" ")
     name, text = name.lstrip("-").replace("-", "_"), text.strip()
-    alike = [known for known in kinds if name and known.startswith(name)]
-    name = alike[0] if len(alike) == 1 else name
     if not name:
-        message(", ".join(f"{name} {chat.options.get(name)}" for name in kinds))
+        message(", ".join(f"{name} {chat.options.get(name)}" for name in settable))
         return
-    if name not in kinds or not text:
-        raise OptionError(f"/set {rest}: write a name and a value; the names are {', '.join(kinds)}")
+    alike = [known for known in settable if known.startswith(name)]
+    name = alike[0] if len(alike) == 1 else name
+    if name not in settable or not text:
+        raise OptionError(f"/set {rest}: write a name and a value; the names are {', '.join(settable)}")
     try:
-        value: Any = kinds[name](text)
+        value: Any = settable[name](text)
     except ValueError:
         raise OptionError(f"/set {name}: {text!r} is not a number") from None
     if name == "max_tokens":
@@ -110,7 +112,7 @@ def _exit(chat: Chat, rest: str) -> None:
 def _help(chat: Chat, rest: str) -> None:
     for name, (what, _) in COMMANDS.items():
         message(f"{name} {what}")
-    message('A line that ends with \\ goes on in the next; so does all between lines of """.')
+    message('A line that ends with \\ goes on in the next one. Lines of """ enclose a message of several lines.')
 
 
 def _n_system(chat: Chat) -> int:
@@ -123,12 +125,12 @@ def _needs(text: str, usage: str) -> None:
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Chat, str], None]]] = {
-    "/save": ("FILE: write the conversation and its KV cache", _save),
-    "/load": ("FILE: go on from there", _load),
-    "/reset": ("forgets the conversation", _reset),
-    "/regenerate": ("answers the last question anew", _regenerate),
+    "/save": ("FILE: write the conversation and its KV cache to a file", _save),
+    "/load": ("FILE: go on from a file that /save wrote", _load),
+    "/reset": ("forget the conversation", _reset),
+    "/regenerate": ("answer the last question again", _regenerate),
     "/system": ("TEXT: change the system message", _system),
-    "/set": ("NAME VALUE: change how tokens are chosen, or max-tokens; alone: show that", _set),
-    "/help": ("shows this", _help),
-    "/exit": ("leaves, as Ctrl-D does", _exit),
+    "/set": ("NAME VALUE: change an option of sampling or max-tokens; /set alone shows them", _set),
+    "/help": ("show this help", _help),
+    "/exit": ("end the chat, as Ctrl-D does", _exit),
 }

@@ -1,4 +1,4 @@
-"""What the user says in a chat: lines from a terminal or a pipe, their history, Ctrl-C."""
+"""The input of a chat: lines from a terminal or a pipe, their history, and Ctrl-C."""
 
 import os
 import signal
@@ -16,29 +16,29 @@ from gguf_run.runtime.terminal.text import decode_text, message
 QUOTES = '"""'
 MAX_HISTORY = 1000  # lines
 
-ReadLine = Callable[[str], str | None]  # prompt -> a line without its end, None at the end of all
+ReadLine = Callable[[str], str | None]  # prompt -> a line without its line end; None at the end of the input
 
 
 class Interrupts:
-    """Ctrl-C as a wish, not an exception: it can come between any two steps, and none may end the program.
+    """Notes Ctrl-C instead of raising KeyboardInterrupt, which could come between any two steps and end the program.
 
-    Only while input or the first token is awaited does it raise KeyboardInterrupt: nothing else ends a wait for a key,
-    and a long prompt takes its time.
+    KeyboardInterrupt is raised only within `awaiting`: while the program waits for input, or for the first token of
+    an answer to a long prompt.
     """
 
     def __init__(self) -> None:
-        self.wanted = False
+        self.wanted = False  # Ctrl-C has come
         self._awaiting = False
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         self.wanted = True
         if self._awaiting:
-            self._awaiting = False  # once
+            self._awaiting = False  # a second Ctrl-C must not interrupt the handling of the first
             raise KeyboardInterrupt
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Catch Ctrl-C for a while."""
+        """Note Ctrl-C inside of this block."""
         before = signal.signal(signal.SIGINT, self._arrived)
         try:
             yield
@@ -47,7 +47,7 @@ class Interrupts:
 
     @contextmanager
     def awaiting(self) -> Iterator[None]:
-        """KeyboardInterrupt may come out of this."""
+        """Let Ctrl-C raise KeyboardInterrupt inside of this block."""
         self._awaiting = True
         try:
             yield
@@ -56,13 +56,16 @@ class Interrupts:
 
 
 def on_terminal() -> bool:
-    """Whether somebody sits there."""
+    """Tell whether a user sits at a terminal: stdin and stdout are one."""
     return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def inputs(first: str | None, interrupts: Interrupts) -> Iterator[str]:
-    """Messages and commands, until stdin ends or Ctrl-C comes twice. A line that ends with a backslash goes on in the
-    next one; lines of three double quotes enclose several. Ctrl-C drops what was begun."""
+    """Yield messages and commands until stdin ends or Ctrl-C comes twice. first: comes before them.
+
+    A line that ends with a backslash goes on in the next one. Lines of three double quotes enclose a text of several
+    lines. Ctrl-C drops a text that was begun.
+    """
     if first is not None:
         yield first
     was_interrupted = False
@@ -76,7 +79,7 @@ def inputs(first: str | None, interrupts: Interrupts) -> Iterator[str]:
             else:
                 was_interrupted = True
                 click.echo(err=True)
-                message("(Ctrl-C once more or Ctrl-D leaves)")
+                message("(Ctrl-C once more or Ctrl-D ends the chat)")
                 continue
         except UnicodeDecodeError:
             message("warning: that line is not valid UTF-8, please write it again")
@@ -117,8 +120,11 @@ def _from_pipe(prompt: str) -> str | None:
 
 @contextmanager
 def line_editing(keep_history: bool) -> Iterator[None]:
-    """On a terminal, and where Python has readline: the arrow keys edit lines and bring back earlier ones, also those
-    of earlier chats, from a file that only the user may read. Pasted lines stay together."""
+    """Let the user edit lines and recall earlier ones with the arrow keys, on a terminal and if Python has readline.
+
+    keep_history: lines of earlier chats too; they are kept in a file that only the user may read. Pasted lines stay
+    together.
+    """
     readline: Any = None
     with suppress(ImportError):
         if on_terminal():
@@ -131,7 +137,7 @@ def line_editing(keep_history: bool) -> Iterator[None]:
     path = user_cache_dir() / "chat-history"
     readline.set_history_length(MAX_HISTORY)
     if keep_history:
-        with suppress(OSError):  # none yet
+        with suppress(OSError):  # there is none yet
             readline.read_history_file(path)
     n_before = readline.get_current_history_length()
     try:
@@ -139,7 +145,7 @@ def line_editing(keep_history: bool) -> Iterator[None]:
     finally:
         n_new = readline.get_current_history_length() - n_before
         if keep_history and n_new > 0:
-            with suppress(OSError):  # it is a comfort, not worth an error
+            with suppress(OSError):  # a lost history is not worth an error
                 path.parent.mkdir(parents=True, exist_ok=True)
                 os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
                 readline.append_history_file(n_new, path)

@@ -1,4 +1,4 @@
-"""gguf-run --session: a conversation and its KV cache come from a file and go back to it."""
+"""gguf-run --session: a conversation and its KV cache are read from a file and saved to it at the end."""
 
 import os
 import time
@@ -17,7 +17,7 @@ Conversation = list[dict[str, Any]]
 
 
 def check_place(path: Path, option: str = "--session") -> None:
-    """GgufRunError if a session could not be saved there: better before a long chat than after it."""
+    """GgufRunError if a session cannot be saved at `path`: the user learns it before a long chat, not after it."""
     folder = path.absolute().parent
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise GgufRunError(f"{option} {path}: cannot be written: name a file in a folder that can be")
@@ -25,8 +25,10 @@ def check_place(path: Path, option: str = "--session") -> None:
 
 @contextmanager
 def conversation(model: "Model", path: Path | None, system: str | None) -> Iterator[Conversation]:
-    """The conversation so far, a system message first if there is one, to be added to; saved at the end if all went
-    well. system: replaces that of the file."""
+    """Yield the conversation so far, for the block to add to; save it when the block ends without an error.
+
+    path: the session's file, None for no session. system: a system message, which replaces that of the file.
+    """
     messages: Conversation = []
     if path is not None and path.exists():
         start = time.perf_counter()

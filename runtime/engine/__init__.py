@@ -1,1 +1,1 @@
-"""Prompt to text: everything that generates goes through here. Start with generation.py."""
+"""Prompt to text: everything that generates goes through here. Start with generation.py, then reply.py."""

@@ -1,19 +1,14 @@
-"""Which of a repository's GGUF files `hf:owner/repo[:TYPE]` means, and which files are on this machine already.
+"""Which of a repository's GGUF files `hf:owner/repo[:TYPE]` means: pure work on names."""
 
-Nothing here asks the hub or imports its package: what is cached is found without network and without waiting.
-"""
-
-import os
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.hub.find import announce, models_dir
+from gguf_run.runtime.terminal.text import message
 
 MAX_SHARDS = 1000
 DEFAULT_TYPE = "Q4_K_M"
-# Without a type and without Q4_K_M: about as many bits first, then more of them, then fewer.
+# The order of choice where no type is named and there is no Q4_K_M: about as many bits, then more, then fewer.
 _NEXT_BEST = (
     *("Q4_K", "Q4_K_XL", "Q4_K_L", "Q4_K_S", "MXFP4", "MXFP4_MOE", "Q4_1", "IQ4_NL", "IQ4_XS", "Q4_0", "Q4"),
     *("Q5_K_M", "Q5_K", "Q5_K_S", "Q5_K_XL", "Q5_K_L", "Q5_1", "Q5_0", "Q6_K", "Q6_K_L", "Q6_K_XL", "Q8_0", "Q8"),
@@ -23,11 +18,14 @@ _TYPE = re.compile(
     r"(?<![A-Z0-9])(?:(?:UD-)?[IT]?Q\d(?:_[A-Z0-9]{1,3})*|B?F16|FP16|FP?32|(?:NV|MX)FP4(?:_MOE)?)(?![A-Z0-9])", re.I
 )
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
-_BESIDE = re.compile(r"mmproj|imatrix", re.I)  # what lies beside models: pictures' encoders, importance matrices
+_BESIDE = re.compile(r"mmproj|imatrix", re.I)  # GGUF files that are no models: image encoders, importance matrices
 
 
 def shards(name: str) -> list[str]:
-    """Return the names of all files of a split model, or the one name. GgufRunError for a number that cannot be."""
+    """Return the names of all files of a split model; of any other model its one name.
+
+    GgufRunError if the name has the number of a part that cannot be.
+    """
     match = _SHARD.fullmatch(name)
     if match is None:
         return [name]
@@ -38,30 +36,30 @@ def shards(name: str) -> list[str]:
 
 
 def type_of(name: str) -> str:
-    """Return the type that a file's name tells, such as "Q4_K_M" or "UD-Q2_K_XL"; "" if it tells none."""
+    """Return the type in a file's name, such as "Q4_K_M" or "UD-Q2_K_XL"; "" if there is none."""
     return next(reversed(_TYPE.findall(name.upper())), "")
 
 
 def models_among(names: Iterable[str]) -> list[str]:
-    """Return the GGUF files that are models; of split ones the first file, if all of them are there."""
-    there = set(names)
-    found = []
-    for name in sorted(there):
+    """Return the GGUF files that are models; of a split model the first file, if all of its files are there."""
+    known = set(names)
+    models = []
+    for name in sorted(known):
         if name.lower().endswith(".gguf") and not _BESIDE.search(name):
             match = _SHARD.fullmatch(name)
             whole = match is None or (
-                int(match["number"]) == 1 and 0 < int(match["count"]) <= MAX_SHARDS and there.issuperset(shards(name))
+                int(match["number"]) == 1 and 0 < int(match["count"]) <= MAX_SHARDS and known.issuperset(shards(name))
             )
             if whole:
-                found.append(name)
-    return found
+                models.append(name)
+    return models
 
 
 def pick(models: Iterable[str], wanted: str | None) -> list[str]:
-    """Return those of models_among that have the wanted type (any case): "Q4_K_M" before "UD-Q4_K_M".
+    """Return the models of the wanted type, in upper or lower case; "Q4_K_M" is preferred to "UD-Q4_K_M".
 
-    None: Q4_K_M, or the next best that there is. The result is empty if there is none, and has several names if the
-    type does not tell them apart.
+    models: names from models_among. wanted: None for Q4_K_M or the next best type.
+    The result is empty if no model has the type. It has several names if several models have it.
     """
     types: dict[str, list[str]] = {}
     for name in models:
@@ -74,9 +72,9 @@ def pick(models: Iterable[str], wanted: str | None) -> list[str]:
 
 
 def choose(repo: str, wanted: str | None, names: Iterable[str]) -> str:
-    """Return the file of hf:repo[:wanted] among all names of the repository, and say which if it is a second choice.
+    """Return the file of hf:repo[:wanted] among all names of the repository; announce a second choice.
 
-    GgufRunError, which lists what there is, if there is no such type or more than one file of it.
+    GgufRunError, with a list of what there is, if no file or more than one has the type.
     """
     names = list(names)
     models = models_among(names)
@@ -90,40 +88,5 @@ def choose(repo: str, wanted: str | None, names: Iterable[str]) -> str:
     if len(found) > 1:
         raise GgufRunError(f"hf:{repo} has several such files: name one: {', '.join(f'hf:{repo}/{n}' for n in found)}")
     if wanted is None and type_of(found[0]) != DEFAULT_TYPE and len(models) > 1:
-        announce(f"hf:{repo} has no {DEFAULT_TYPE}: taking {found[0]} (it has {types})")
+        message(f"hf:{repo} has no {DEFAULT_TYPE}: taking {found[0]} (it has {types})")
     return found[0]
-
-
-def hub_cache() -> Path:
-    """The cache that huggingface_hub and other programs share."""
-    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
-    named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    return Path(os.path.expanduser(named or home / "hub"))  # as it is where there is no home: nothing is there
-
-
-def cached_files(repo: str) -> Mapping[str, Path]:
-    """Return the files of a repository that are here, by name: in the shared cache (the main branch), or in ours."""
-    shared = hub_cache() / f"models--{repo.replace('/', '--')}"
-    try:
-        commit = (shared / "refs/main").read_text(errors="replace").strip()
-    except OSError:
-        commit = ""
-    folders = [*([shared / "snapshots" / commit] if re.fullmatch("[0-9a-f]{4,64}", commit) else []), own_folder(repo)]
-    return {
-        path.relative_to(folder).as_posix(): path
-        for folder in folders
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.endswith((".part", ".lock", ".checkpoint"))
-    }
-
-
-def own_folder(repo: str) -> Path:
-    """Where our downloads of a repository lie."""
-    return models_dir() / "hub" / repo
-
-
-def cached_repos() -> list[str]:
-    """Return the repositories of which something is here: "owner/repo"."""
-    shared = [path.name.split("--") for path in hub_cache().glob("models--*--*")]
-    ours = [path.relative_to(models_dir() / "hub").parts for path in (models_dir() / "hub").glob("*/*")]
-    return sorted({f"{parts[-2]}/{parts[-1]}" for parts in [*shared, *ours]})

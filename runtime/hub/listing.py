@@ -1,4 +1,4 @@
-"""The models on this machine that need no download, and what to type for each: `gguf-run --list`, shell completion."""
+"""The models that need no download, and what to type for each: for `gguf-run --list` and shell completion."""
 
 import json
 import shutil
@@ -8,25 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.hub.files import cached_files, cached_repos, models_among, pick, shards, type_of
-from gguf_run.runtime.hub.find import DEFAULT_MODEL, models_dir
+from gguf_run.runtime.hub.files import models_among, pick, shards, type_of
+from gguf_run.runtime.hub.find import DEFAULT_MODEL
+from gguf_run.runtime.hub.places import cached_files, cached_repos, hub_cache, models_dir
 from gguf_run.runtime.terminal.text import one_line, size_text, table
 
 
 @dataclass(frozen=True)
 class CachedModel:
-    """name: what to type ("": nothing, it is the default model); type: of a GGUF file, else "checkpoint"."""
+    """A model on this machine."""
 
-    name: str
-    type: str
-    paths: tuple[Path, ...]
+    name: str  # what to type; "" for the default model
+    type: str  # in the name of a GGUF file, such as "Q4_K_M"; "checkpoint" for a checkpoint
+    paths: tuple[Path, ...]  # the files with the weights
 
     @property
     def nbytes(self) -> int:
+        """Size of all files."""
         return sum(path.stat().st_size for path in self.paths)
 
     def kind(self) -> str:
-        """Architecture and size, as "llama 135M"; of a file that cannot be read, "damaged"."""
+        """Return architecture and size, as "llama 135M"; "damaged" if the file cannot be read."""
         from gguf_run.formats.gguf.reader import GGUFFile
         from gguf_run.runtime.quantize.file_types import model_type
 
@@ -41,7 +43,7 @@ class CachedModel:
 
 
 def cached_models() -> list[CachedModel]:
-    """Return the default model if it is here, then what is here of the hub's."""
+    """Return the default model, then the models of the hub, as far as they are here."""
     default = models_dir() / Path(DEFAULT_MODEL.member).name
     found = [CachedModel("", type_of(default.name), (default,))] if default.is_file() else []
     for repo in cached_repos():
@@ -59,7 +61,10 @@ def cached_models() -> list[CachedModel]:
 
 
 def list_lines(verbose: bool) -> Iterator[str]:
-    """Lines for people: as many columns as the terminal has room for, in a pipe all. verbose: paths too."""
+    """Yield a table as lines. A terminal gets as many columns as it has room for, a pipe all.
+
+    verbose: with a column of paths.
+    """
     rows = []
     for model in cached_models():
         name, path = one_line(model.name) or "(the default)", one_line(str(model.paths[0]))
@@ -72,4 +77,4 @@ def list_lines(verbose: bool) -> Iterator[str]:
             break
     yield from lines
     if not rows:
-        yield f"none yet; they will be in {models_dir()}"
+        yield f"none yet; they will be in {models_dir()} and {hub_cache()}"

@@ -1,7 +1,7 @@
-"""Samplers that take tokens away or bend their logits: top-k, top-p, min-p, typical, top-n-sigma, XTC, temperature.
+"""Samplers that drop tokens or change their logits: top-k, top-p, min-p, typical, top-n-sigma, XTC, temperature.
 
-Each maps candidates to candidates, as llama.cpp's sampler of that name does. The vocabulary has up to 262,144 tokens
-and this runs once per token, so nothing here sorts more than it must: top-k comes early, and what follows it is small.
+Each maps candidates to candidates, as llama.cpp's sampler of that name does. A sampler runs once per token, on up to
+262,144 candidates, so none sorts more than it must. Top-k comes early; the samplers behind it see few candidates.
 """
 
 import math
@@ -20,47 +20,44 @@ if TYPE_CHECKING:
 Side = Literal["left", "right"]
 
 GREEDY = 1e-20  # temperatures below this take the best token
-EXACT = 4096  # so many candidates are computed in float64, more in float32
-N_STEP, MAX_STEP = 512, 1 << 14  # of a logit; of all, the last one takes the rest
+EXACT = 4096  # up to this many candidates are computed in float64, more in float32
+N_STEP = 512  # steps into which _reaching divides a logit of 1
+MAX_STEP = 1 << 14  # its last step, which takes all logits farther below the largest
 
 
 class Candidates(NamedTuple):
-    """Tokens that may still come, and their logits f32 or f64. ids: None for the whole vocabulary, in its order.
+    """Tokens that may still be chosen. The arrays are never written to."""
 
-    is_sorted: the largest logit comes first. Arrays are never written to.
-    """
-
-    logits: NDArray[np.floating]
-    ids: NDArray[np.intp] | None = None
-    is_sorted: bool = False
+    logits: NDArray[np.floating]  # f32 or f64
+    ids: NDArray[np.intp] | None = None  # None: all tokens of the vocabulary, in order
+    is_sorted: bool = False  # the largest logit comes first
 
     def id(self, i: int) -> int:
-        """Token id of candidate i."""
+        """Return the token id of candidate i."""
         return i if self.ids is None else int(self.ids[i])
 
     def take(self, chosen: "NDArray[np.intp] | NDArray[np.bool_] | slice", is_sorted: bool) -> "Candidates":
-        """Those of an index, a mask or a slice."""
+        """Return some of the candidates, by indices, a mask or a slice."""
         at = np.arange(len(self.logits))[chosen] if isinstance(chosen, slice) else chosen
         at = np.flatnonzero(at) if at.dtype == np.bool_ else at.astype(np.intp, copy=False)
         return Candidates(self.logits[at], at if self.ids is None else self.ids[at], is_sorted)
 
     def probabilities(self) -> NDArray[np.floating]:
-        """Softmax of the logits."""
+        """Return the softmax of the logits."""
         logits = self.logits.astype(np.float64) if len(self.logits) <= EXACT else self.logits
         weights = logits - logits.max()
-        np.exp(weights, out=weights)  # in place: fresh memory costs more than the arithmetic
+        np.exp(weights, out=weights)  # in place: new memory costs more time than the arithmetic
         weights /= weights.sum(dtype=np.float64).astype(weights.dtype)
         return weights
 
 
 @dataclass
 class State:
-    """What samplers see besides the candidates. recent: tokens of the context, the last one last. breakers: see dry.py;
-    a token that begins one, and what then follows it."""
+    """What samplers see besides the candidates."""
 
     random: random.Random
-    recent: deque[int]
-    breakers: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    recent: deque[int]  # the last tokens of the context, the last one at the end
+    breakers: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)  # see history.breakers
 
 
 def top_k(candidates: Candidates, params: "SamplingParams", _: State) -> Candidates:
@@ -69,7 +66,7 @@ def top_k(candidates: Candidates, params: "SamplingParams", _: State) -> Candida
 
 
 def top_p(candidates: Candidates, params: "SamplingParams", _: State) -> Candidates:
-    """Keep the fewest that together have this probability (Holtzman et al. 2019)."""
+    """Keep the most likely tokens, just enough to have this probability together (Holtzman et al. 2019)."""
     if candidates.is_sorted:
         cumulative = candidates.probabilities().astype(np.float64).cumsum()
         return candidates.take(slice(int(cumulative.searchsorted(params.top_p)) + 1), True)
@@ -77,14 +74,16 @@ def top_p(candidates: Candidates, params: "SamplingParams", _: State) -> Candida
 
 
 def min_p(candidates: Candidates, params: "SamplingParams", _: State) -> Candidates:
-    """Keep what is at least this fraction as likely as the best."""
+    """Keep tokens that are at least this fraction as likely as the best one."""
     likely = candidates.logits >= candidates.logits.max() + math.log(params.min_p)
     return candidates.take(likely, candidates.is_sorted)
 
 
 def typical(candidates: Candidates, params: "SamplingParams", _: State) -> Candidates:
-    """Keep the tokens whose surprise is nearest to the expected one (Meister et al. 2022), until they have this
-    probability."""
+    """Keep the tokens whose surprise is nearest to the expected surprise, just enough to have this probability.
+
+    Meister et al. 2022, "Locally typical sampling".
+    """
     probabilities = candidates.probabilities()
     surprise = _surprise(probabilities)
     distance = np.abs(surprise - _entropy(probabilities, surprise))
@@ -103,21 +102,24 @@ def top_n_sigma(candidates: Candidates, params: "SamplingParams", _: State) -> C
 
 
 def xtc(candidates: Candidates, params: "SamplingParams", state: State) -> Candidates:
-    """Exclude top choices: now and then, drop all tokens above a threshold but the least likely of them."""
+    """Exclude top choices: with some probability, drop the tokens above a threshold, but the least likely of them."""
     if len(candidates.logits) < 2 or state.random.random() > params.xtc_probability:
         return candidates
     probabilities = candidates.probabilities()
     above = (probabilities >= params.xtc_threshold) & (probabilities > 0)  # a forbidden token is no choice
     at = np.flatnonzero(above)[::-1]
     if len(at) > 1:
-        above[at[candidates.logits[at].argmin()]] = False  # among equals, the one that came last
+        above[at[candidates.logits[at].argmin()]] = False  # among equals, the last one
         candidates = candidates.take(~above, candidates.is_sorted)
     return candidates
 
 
 def temperature(candidates: Candidates, params: "SamplingParams", _: State) -> Candidates:
-    """Divide the logits. With a range, by more where the model is unsure: from temperature - range at no entropy to
-    temperature + range at the highest."""
+    """Divide the logits by the temperature.
+
+    With a range the divisor follows the entropy of the candidates: from temperature - range where one token is
+    certain to temperature + range where all are equally likely.
+    """
     divisor = params.temperature
     if params.dynatemp_range > 0:
         if len(candidates.logits) == 1:
@@ -130,21 +132,22 @@ def temperature(candidates: Candidates, params: "SamplingParams", _: State) -> C
         return candidates.take(np.array([int(candidates.logits.argmax())]), True)
     logits = candidates.logits.astype(np.float64) if divisor < 1e-3 else candidates.logits  # out of float32's range
     logits = logits / logits.dtype.type(min(divisor, 1e30))
-    if not np.isfinite(logits.max()):  # so far apart that only the best can come
+    if not np.isfinite(logits.max()):  # the logits are too far apart: only the best token can come
         return head(candidates, 1)
     return candidates._replace(logits=logits)
 
 
 def head(candidates: Candidates, k: int) -> Candidates:
-    """The k most likely in order; of those that cannot come (-inf), none."""
+    """Keep the k most likely candidates, in order, without those that cannot come (-inf)."""
     return candidates.take(slice(k) if candidates.is_sorted else largest(candidates.logits, k), True)
 
 
 def largest(values: NDArray[np.floating], k: int) -> NDArray[np.intp]:
-    """Return where the k largest stand, largest first, the first one first among equals; -inf only if all are.
+    """Return the indices of the k largest values, the largest first; of equal values, the first comes first.
 
-    At least k values are no smaller than the k-th largest of the maxima of >= k disjoint groups, so only values from
-    that bound up are sorted. Groups are the columns of a matrix: their maxima are one vectorized pass.
+    -inf does not count, unless all values are -inf.
+    Take the maxima of at least k disjoint groups: at least k values are no smaller than the k-th largest maximum. So
+    only values from this bound up are sorted. Groups are the columns of a matrix: one vectorized pass finds the maxima.
     """
     k = min(k, len(values))
     n_group = max(2 * k, len(values) // 64)
@@ -154,26 +157,26 @@ def largest(values: NDArray[np.floating], k: int) -> NDArray[np.intp]:
         bound = np.partition(maxima, n_group - k)[n_group - k]
     else:
         bound = np.partition(values, len(values) - k)[len(values) - k]
-    found = np.flatnonzero(values >= bound if bound > -np.inf else values > -np.inf)
-    if len(found) > 4 * k:  # many equals: the first ones do
-        is_above = values[found] > bound
-        found = np.concatenate([found[is_above], found[~is_above][:k]])
-    return found[np.argsort(-values[found], kind="stable")[:k]]
+    at = np.flatnonzero(values >= bound if bound > -np.inf else values > -np.inf)
+    if len(at) > 4 * k:  # many values equal the bound: the first k of them are enough
+        is_above = values[at] > bound
+        at = np.concatenate([at[is_above], at[~is_above][:k]])
+    return at[np.argsort(-values[at], kind="stable")[:k]]
 
 
 def _reaching(
     values: NDArray[np.floating], weights: NDArray[np.floating], wanted: float, side: Side
 ) -> "NDArray[np.intp] | NDArray[np.bool_]":
-    """Where the largest values stand whose weights add up to what is wanted ("left") or more ("right").
+    """Return where the largest values stand, just enough for their weights to reach `wanted` ("right": to exceed it).
 
-    They are nearly always few: sort a head of them. If they are not, tell by their number in each of many steps
-    where the last one stands, and sort only those of that step.
+    They are nearly always few, so a head of the values is sorted. If that is not enough, the values are counted in
+    small steps below the largest one; only the step in which the sum reaches `wanted` is sorted.
     """
-    found = largest(values, EXACT)
-    cumulative = weights[found].astype(np.float64).cumsum()
-    if cumulative[-1] > wanted or len(found) < EXACT:
-        return found[: int(cumulative.searchsorted(wanted, side=side)) + 1]
-    distance = values[found[0]] - values
+    first = largest(values, EXACT)
+    cumulative = weights[first].astype(np.float64).cumsum()
+    if cumulative[-1] > wanted or len(first) < EXACT:
+        return first[: int(cumulative.searchsorted(wanted, side=side)) + 1]
+    distance = values[first[0]] - values
     distance *= N_STEP
     steps = np.minimum(distance, MAX_STEP, out=distance).astype(np.intp)
     cumulative = np.bincount(steps, weights).cumsum()
@@ -188,7 +191,7 @@ def _reaching(
 
 
 def _surprise(probabilities: NDArray[np.floating]) -> NDArray[np.floating]:
-    """-log p; 0 where p is 0, so that it counts for nothing in an entropy."""
+    """Return -log p, but 0 where p is 0, so that such a token adds nothing to an entropy."""
     return -np.log(probabilities, out=np.zeros_like(probabilities), where=probabilities > 0)
 
 

@@ -1,7 +1,7 @@
 """Samplers that look back at the context: repeat, frequency and presence penalties, and DRY.
 
-DRY ("don't repeat yourself") makes a token less likely the longer the run of tokens that it would repeat. A run ends at
-a breaker: a text such as a line's end. `breakers` finds the tokens in which one stands or begins.
+DRY ("don't repeat yourself") makes a token less likely if it would make a repetition longer: the longer the repetition,
+the less likely. A repetition ends at a breaker, a text such as the end of a line.
 """
 
 import math
@@ -21,12 +21,16 @@ Breakers = dict[int, tuple[tuple[int, ...], ...]]
 
 MAX_BREAKER_BYTES = 40
 MAX_BREAKER_TOKENS = 20
-MAX_LOG = 88.7228391  # of what a float32 can hold
-HIGHEST = 1e37
+MAX_LOG = 88.7228391  # the logarithm of the largest float32
+HIGHEST = 1e37  # the largest logit that a penalty leaves
 
 
 def penalties(candidates: Candidates, params: "SamplingParams", state: State) -> Candidates:
-    """Divide positive and multiply negative logits of recent tokens; subtract for each time that one came, and once."""
+    """Penalize recent tokens.
+
+    repeat_penalty divides their positive logits and multiplies the negative ones. frequency_penalty is subtracted for
+    each time that a token came, presence_penalty once.
+    """
     counts = Counter(_last(state.recent, params.repeat_last_n))
     if not counts:
         return candidates
@@ -41,7 +45,7 @@ def penalties(candidates: Candidates, params: "SamplingParams", state: State) ->
 
 
 def dry(candidates: Candidates, params: "SamplingParams", state: State) -> Candidates:
-    """Subtract multiplier * base^(n - allowed_length) where a token would make a repetition of n tokens longer."""
+    """Subtract multiplier * base^(n - allowed_length) from tokens that would make a repetition of n tokens longer."""
     runs = {
         id: n
         for id, n in repeated_runs(_last(state.recent, params.dry_penalty_last_n), params, state.breakers).items()
@@ -62,9 +66,10 @@ def dry(candidates: Candidates, params: "SamplingParams", state: State) -> Candi
 def repeated_runs(
     recent: Sequence[int], params: "SamplingParams", breakers: Mapping[int, tuple[tuple[int, ...], ...]]
 ) -> dict[int, int]:
-    """Tokens that would lengthen a repetition, and the most tokens that it already has, allowed_length or more.
+    """Return the tokens that would make a repetition longer, and how many tokens the repetition has already.
 
-    >>> a b c x a b c: the run "a b c" came before and went on with x, so {x: 3}
+    Repetitions of fewer than dry_allowed_length tokens do not count. Example: after a b c x a b c, the run "a b c"
+    has come twice and went on with x the first time: {x: 3}.
     """
     if len(recent) <= params.dry_allowed_length:
         return {}
@@ -81,23 +86,26 @@ def repeated_runs(
 
 
 def breakers(tokenizer: "Tokenizer", texts: Iterable[str]) -> Breakers:
-    """For each token that holds a breaker or ends with its beginning: the tokens that complete it, () for none."""
-    found: dict[int, set[tuple[int, ...]]] = {}
+    """Return the tokens at which a breaker stands or begins, and for each the tokens that complete the breaker.
+
+    texts: the breakers. () stands for a token that holds a whole breaker. Several breakers may begin in a token.
+    """
+    completions: dict[int, set[tuple[int, ...]]] = {}
     pieces = [tokenizer.piece(id) for id in range(tokenizer.n_vocab)]
     for text in texts:
         whole = text.encode()[:MAX_BREAKER_BYTES]
-        # Where a piece may end inside a breaker, and what is then still to come.
+        # The starts of the breaker, with which a piece may end, and the tokens of the rest.
         rests = {}
         for n in range(1, len(whole)):
             tail = tokenizer.encode(whole[n:].decode(errors="ignore"), add_special=False, parse_special=False)
             rests[whole[:n]] = tuple(tail[:MAX_BREAKER_TOKENS])
         for id, piece in enumerate(pieces):
             if whole in piece:
-                found.setdefault(id, set()).add(())
+                completions.setdefault(id, set()).add(())
             else:
                 for rest in (rest for start, rest in rests.items() if piece.endswith(start)):
-                    found.setdefault(id, set()).add(rest)
-    return {id: tuple(sorted(rests)) for id, rests in found.items()}
+                    completions.setdefault(id, set()).add(rest)
+    return {id: tuple(sorted(rests)) for id, rests in completions.items()}
 
 
 def _last(recent: Iterable[int], n: int) -> list[int]:
@@ -105,12 +113,12 @@ def _last(recent: Iterable[int], n: int) -> list[int]:
 
 
 def _in_range(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """A penalty, however large, neither forbids a token nor allows one that was forbidden."""
+    """Limit penalized logits: no penalty forbids a token, and none allows a token that was forbidden."""
     return np.where(old > -np.inf, np.clip(new, -HIGHEST, HIGHEST), old)
 
 
 def _find(candidates: Candidates, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Where ids stand among the candidates, and which of them those are."""
+    """Return where some of the ids stand among the candidates, and the places of these in `ids`."""
     wanted = np.array(ids, np.intp)
     if candidates.ids is None:
         which = np.flatnonzero(wanted < len(candidates.logits))
@@ -120,7 +128,7 @@ def _find(candidates: Candidates, ids: list[int]) -> tuple[np.ndarray, np.ndarra
 
 
 def _since_breaker(back: Sequence[int], breakers: Mapping[int, tuple[tuple[int, ...], ...]]) -> int:
-    """How many tokens came since the last breaker. back: the last token first."""
+    """Return how many tokens came since the last breaker. back: the context, the last token first."""
     for i, id in enumerate(back):
         lengths = [len(rest) for rest in breakers.get(id, ()) if tuple(back[i - len(rest) : i][::-1]) == rest]
         if lengths:
@@ -129,7 +137,10 @@ def _since_breaker(back: Sequence[int], breakers: Mapping[int, tuple[tuple[int, 
 
 
 def _matches(ids: Sequence[int]) -> list[int]:
-    """How many tokens at each place are the same as at the beginning: the Z function, in linear time (Gusfield)."""
+    """Return for each place how many tokens from there on equal those at the beginning.
+
+    This is the Z function, computed in linear time (Gusfield, "Algorithms on strings, trees and sequences").
+    """
     n, left, right = len(ids), 0, 0
     z = [n] + [0] * (n - 1)
     for i in range(1, n):

@@ -1,6 +1,6 @@
 """The options of sampling: llama.cpp's names, defaults and limits, and the table of samplers in its order.
 
-Light, since the command line shows the defaults: NumPy comes with sampling.py only.
+The command line imports this file for its help, so it does without NumPy.
 """
 
 import math
@@ -20,14 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SamplerKind:
-    """One sampler; what it does is in sampling.APPLY. parameters: its options. is_on: whether these ask for anything.
-    keeps_best: what is most likely before it is so after it."""
+    """A row of the table of samplers. Its function: see sampler.function."""
 
     name: str
-    letter: str
-    parameters: tuple[str, ...]
-    is_on: "Callable[[SamplingParams], bool]"
-    keeps_best: bool = True
+    letter: str  # for --samplers, as in llama.cpp
+    parameters: tuple[str, ...]  # its options
+    is_on: "Callable[[SamplingParams], bool]"  # tells whether the options ask for anything
+    keeps_best: bool = True  # the most likely token stays the most likely one
 
 
 SAMPLERS = {
@@ -57,7 +56,7 @@ SAMPLERS = {
             "temperature", "t", ("temperature", "dynatemp_range", "dynatemp_exponent"),
             lambda p: p.temperature != 1 or p.dynatemp_range > 0,
         ),
-        # No stage: takes the place of the draw at the end, wherever it stands (samplers_select.py).
+        # It replaces the draw at the end, wherever it stands in the chain: see select.py.
         SamplerKind("adaptive_p", "a", ("adaptive_target", "adaptive_decay"), lambda p: False),
     )
 }  # fmt: skip
@@ -98,53 +97,44 @@ _LIMITS: dict[str, tuple[float, float, bool, str]] = {
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens. The defaults are llama.cpp's. OptionError where a value is not allowed.
+    """How to choose tokens, with llama.cpp's names and defaults. OptionError for a value that is not allowed.
 
-    samplers: names in the order in which they work, a list or with ";" between them, or their letters: "edskypmxt" is
-    the default. Each has its options; which values turn it off, README tells.
-    temperature: divides the logits; 0 is greedy. dynatemp_range, dynatemp_exponent: see samplers.temperature.
-    top_k: keep the k most likely. top_p: keep the smallest set that holds this probability. min_p: keep what is at
-    least this fraction as likely as the best. typical_p, top_n_sigma, xtc_probability, xtc_threshold: see samplers.py.
-    repeat_penalty: divides positive and multiplies negative logits of the last `repeat_last_n` tokens;
-    frequency_penalty is taken off for each time that they came, presence_penalty once. dry_*: samplers_history.dry.
-    mirostat: 1 or 2 takes the place of all but the temperature. adaptive_*: for the sampler adaptive_p, which must be
-    named. logit_bias: what to add to a token's logit; -inf forbids it. seed: None draws one.
-    logits_processors: called one after the other with the context's ids and logits f32[n_vocab], which they may change
-    or replace; they return the logits. They come before all samplers, the biases first.
-    ignore_eos: forbid the tokens with which a model ends its answer (Model does).
-    logprobs: record each token's log-probability and those of so many most likely ones, see Model.logprobs.
+    docs/running.md tells which values turn a sampler off.
     """
 
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
-    repeat_last_n: int = 64
-    seed: int | None = None
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    dry_multiplier: float = 0.0
-    dry_base: float = 1.75
+    temperature: float = 0.8  # divides the logits; 0: always the most likely token
+    top_k: int = 40  # keep the k most likely tokens
+    top_p: float = 0.95  # keep the most likely tokens that together have this probability
+    min_p: float = 0.05  # keep tokens that are at least this fraction as likely as the best one
+    repeat_penalty: float = 1.0  # divides positive and multiplies negative logits of recent tokens
+    repeat_last_n: int = 64  # how many tokens count as recent
+    seed: int | None = None  # of the draws; None: any
+    frequency_penalty: float = 0.0  # subtracted for each time that a recent token came
+    presence_penalty: float = 0.0  # subtracted once from each recent token
+    dry_multiplier: float = 0.0  # DRY subtracts multiplier * base^(n - allowed_length) from the logit of a token
+    dry_base: float = 1.75  # that would make a repetition of n tokens longer, see history.dry
     dry_allowed_length: int = 2
-    dry_penalty_last_n: int = 64
-    dry_sequence_breakers: Sequence[str] = ("\n", ":", '"', "*")
-    top_n_sigma: float = -1.0
-    typical_p: float = 1.0
-    xtc_probability: float = 0.0
-    xtc_threshold: float = 0.1
-    dynatemp_range: float = 0.0
+    dry_penalty_last_n: int = 64  # how many tokens back it looks for a repetition
+    dry_sequence_breakers: Sequence[str] = ("\n", ":", '"', "*")  # a repetition ends at these texts
+    top_n_sigma: float = -1.0  # keep logits within n standard deviations below the largest
+    typical_p: float = 1.0  # keep tokens of typical surprise that together have this probability
+    xtc_probability: float = 0.0  # how often XTC drops the most likely tokens
+    xtc_threshold: float = 0.1  # it drops tokens above this probability, but the least likely of them
+    dynatemp_range: float = 0.0  # the temperature varies by so much with the entropy, see filters.temperature
     dynatemp_exponent: float = 1.0
-    mirostat: int = 0
-    mirostat_tau: float = 5.0
-    mirostat_eta: float = 0.1
-    adaptive_target: float = -1.0
-    adaptive_decay: float = 0.9
+    mirostat: int = 0  # 1 or 2: mirostat replaces all samplers but the temperature
+    mirostat_tau: float = 5.0  # the surprise that it aims at, in bits
+    mirostat_eta: float = 0.1  # how fast it adapts
+    adaptive_target: float = -1.0  # the probability that the sampler adaptive_p aims at
+    adaptive_decay: float = 0.9  # how slowly it forgets
+    # Names of samplers in their order: a list, one text with ";" between them, or letters ("edskypmxt" is the default).
     samplers: str | Sequence[str] = DEFAULT_CHAIN
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of tokens; -inf forbids one
+    # Called in turn, after the biases and before the samplers, with the ids of the context and the logits f32[n_vocab].
+    # Each returns the logits, and may write to those that it was given.
     logits_processors: "Sequence[LogitsProcessor]" = ()
-    logprobs: int | None = None
-    ignore_eos: bool = False
+    logprobs: int | None = None  # record the log-probability of each token, and those of so many most likely ones
+    ignore_eos: bool = False  # forbid the tokens that end an answer
 
     def __post_init__(self) -> None:
         for name, (lowest, highest, whole, allowed) in _LIMITS.items():
@@ -173,7 +163,7 @@ def _is_number(value: Any, whole: bool) -> bool:
 
 
 def _chain(samplers: str | Sequence[str]) -> tuple[str, ...]:
-    """Names from any way to write them: top_k, top-k, TopK; letters."""
+    """Return the names of samplers. A name may be written top_k, top-k or TopK; one text may hold letters."""
     flat = {name.replace("_", ""): name for name in SAMPLERS} | _ALIASES
     names = [name for name in samplers.split(";") if name.strip()] if isinstance(samplers, str) else list(samplers)
     found = [flat.get(str(name).strip().lower().replace("_", "").replace("-", "")) for name in names]

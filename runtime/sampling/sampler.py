@@ -1,66 +1,65 @@
-"""Choosing the next token: logit bias, logits processors, samplers, then a draw, in llama.cpp's order."""
+"""Chooses the next token: biases, logits processors, samplers, then a draw, in llama.cpp's order."""
 
 import math
 import random
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.sampling import filters as samplers
-from gguf_run.runtime.sampling import history as samplers_history
+from gguf_run.runtime.sampling import filters
 from gguf_run.runtime.sampling.filters import EXACT, GREEDY, Candidates, State, largest
 from gguf_run.runtime.sampling.params import SAMPLERS, SamplingParams
-from gguf_run.runtime.sampling.select import selector
 
-APPLY = {
-    "penalties": samplers_history.penalties,
-    "dry": samplers_history.dry,
-    "top_n_sigma": samplers.top_n_sigma,
-    "top_k": samplers.top_k,
-    "typ_p": samplers.typical,
-    "top_p": samplers.top_p,
-    "min_p": samplers.min_p,
-    "xtc": samplers.xtc,
-    "temperature": samplers.temperature,
+if TYPE_CHECKING:
+    from gguf_run.runtime.sampling.select import AdaptiveP, Mirostat
+
+Function = Callable[[Candidates, SamplingParams, State], Candidates]
+
+_FILTERS: dict[str, Function] = {
+    "top_n_sigma": filters.top_n_sigma,
+    "top_k": filters.top_k,
+    "typ_p": filters.typical,
+    "top_p": filters.top_p,
+    "min_p": filters.min_p,
+    "xtc": filters.xtc,
+    "temperature": filters.temperature,
 }
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A chosen token, the natural logarithm of the probability that the model gave it, and the most likely tokens with
-    theirs. That is the model's own distribution, before samplers, biases and processors."""
+    """Natural logarithms of probabilities where a token was chosen, before any bias, processor or sampler."""
 
-    id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
+    id: int  # the token
+    logprob: float  # of the token
+    top: tuple[tuple[int, float], ...]  # the most likely tokens with theirs
 
 
 class Sampler:
-    """Draws tokens from logits. `seed` is the seed in use, so that a result can be repeated. logprobs: of the tokens
-    drawn so far, if wanted."""
+    """Chooses tokens from logits, one after the other."""
 
     def __init__(
         self, params: SamplingParams, breakers: Mapping[int, tuple[tuple[int, ...], ...]] | None = None
     ) -> None:
-        """breakers: the tokens that stand for params.dry_sequence_breakers, see samplers_history.breakers."""
+        """breakers: history.breakers of params.dry_sequence_breakers."""
         if params.mirostat:
             params = replace(params, samplers=("temperature",), dynatemp_range=0.0)
         self.params = params
-        self.seed = random.getrandbits(32) if params.seed is None else int(params.seed)
-        self.logprobs: list[TokenLogprob] = []
+        self.seed = random.getrandbits(32) if params.seed is None else int(params.seed)  # gives the same text again
+        self.logprobs: list[TokenLogprob] = []  # of the tokens so far, if params.logprobs asks for them
         self._random = random.Random(self.seed)
         stages = [SAMPLERS[name] for name in params.chain if SAMPLERS[name].is_on(params)]
         if "temperature" in params.chain and params.temperature < GREEDY and params.dynatemp_range == 0:
-            # What leaves the best token in place need not run to find it, unless another looks at what it leaves.
+            # Samplers that keep the best token need not run, unless a sampler behind them may change it.
             n_first = max((i + 1 for i, kind in enumerate(stages) if not kind.keeps_best), default=0)
             stages = stages[:n_first] + [kind for kind in stages[n_first:] if kind.name == "temperature"]
-        self._stages = stages
-        # Of the greatest logits, how many are enough to choose from: 0 if all must be known.
-        self.n_top = 0
+        self._functions = [function(kind.name) for kind in stages]
+        self.n_top = 0  # so many of the greatest logits are enough to choose from; 0: all must be known
         if stages and not params.logit_bias and not params.logits_processors and params.logprobs is None:
             is_greedy = stages[0].name == "temperature" and params.temperature < GREEDY and not params.dynatemp_range
             self.n_top = params.top_k if stages[0].name == "top_k" else int(is_greedy)
@@ -71,18 +70,21 @@ class Sampler:
         self._recent: deque[int] = deque(maxlen=n_recent)
         self._state = State(self._random, self._recent, breakers or {})
         self._context: list[int] = []  # for logits processors only
-        self._selector = selector(params)
+        self._selector = _selector(params)
 
     def accept(self, ids: Iterable[int]) -> None:
-        """Tokens that now stand in the context (prompt or answer): the penalties look at the last of them."""
+        """Note tokens of the prompt or the answer: penalties and logits processors look at them."""
         if self.params.logits_processors:
             ids = list(ids)
             self._context.extend(ids)
         self._recent.extend(ids)
 
     def sample(self, logits: NDArray[np.float32] | Candidates) -> int:
-        """Choose from f32[n_vocab] (not changed), or, if n_top is not 0, from the n_top greatest in order.
-        GgufRunError if the logits are not numbers, or no token is left."""
+        """Return the id of the next token.
+
+        logits: f32[n_vocab], which stay as they are; or, if n_top is not 0, the n_top greatest, in order.
+        GgufRunError if the logits are no numbers, or no token is left to choose from.
+        """
         best = logits.logits[0] if isinstance(logits, Candidates) else logits[int(logits.argmax())]
         if not np.isfinite(best):
             raise GgufRunError(
@@ -94,15 +96,20 @@ class Sampler:
                 candidates = logits.take(logits.logits > -np.inf, True)
             else:
                 candidates = Candidates(self._processed(logits))
-            for kind in self._stages:
-                candidates = APPLY[kind.name](candidates, self.params, self._state)
-            candidates = self._selector.distribution(candidates)
+            for apply in self._functions:
+                candidates = apply(candidates, self.params, self._state)
+            candidates = self._distribution(candidates)
         i = _draw(candidates.probabilities(), self._random) if len(candidates.logits) > 1 else 0
-        self._selector.chosen(candidates, i)
+        if self._selector is not None:
+            self._selector.chosen(candidates, i)
         id = candidates.id(i)
         if self.params.logprobs is not None and not isinstance(logits, Candidates):
             self.logprobs.append(_logprobs(logits, id, self.params.logprobs))
         return id
+
+    def _distribution(self, candidates: Candidates) -> Candidates:
+        """Return the candidates from which one is drawn."""
+        return candidates if self._selector is None else self._selector.distribution(candidates)
 
     def _processed(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Apply logit_bias and the logits processors, to a copy."""
@@ -127,14 +134,34 @@ class Sampler:
         return logits
 
 
+def function(name: str) -> Function:
+    """Return the function of a sampler. Those that look back at the context are imported when they are on."""
+    if name in _FILTERS:
+        return _FILTERS[name]
+    from gguf_run.runtime.sampling.history import dry, penalties
+
+    return {"penalties": penalties, "dry": dry}[name]
+
+
+def _selector(params: SamplingParams) -> "Mirostat | AdaptiveP | None":
+    """Return what selects the candidates for the draw; None: the samplers alone do."""
+    if not params.mirostat and (params.adaptive_target < 0 or "adaptive_p" not in params.chain):
+        return None
+    from gguf_run.runtime.sampling.select import AdaptiveP, Mirostat
+
+    if params.mirostat:
+        return Mirostat(params.mirostat, params.mirostat_tau, params.mirostat_eta)
+    return AdaptiveP(params.adaptive_target, params.adaptive_decay)
+
+
 def _draw(probabilities: NDArray[np.floating], source: random.Random) -> int:
-    """In two steps, a block and one of its tokens: a float64 copy of all takes ten times as long."""
+    """Draw an index. First a block is drawn, then one of its tokens: a float64 copy of all takes ten times as long."""
     blocks = np.add.reduceat(probabilities, np.arange(0, len(probabilities), EXACT), dtype=np.float64).cumsum()
     wanted = source.random() * blocks[-1]
     i = int(blocks.searchsorted(wanted, side="right"))
     block = probabilities[i * EXACT : (i + 1) * EXACT].astype(np.float64)
     at = int(block.cumsum().searchsorted(wanted - (blocks[i - 1] if i else 0), side="right"))
-    return i * EXACT + (at if at < len(block) else int(block.argmax()))  # rounding may leave none
+    return i * EXACT + (at if at < len(block) else int(block.argmax()))  # rounding may lead behind the block
 
 
 def _logprobs(logits: NDArray[np.float32], id: int, n: int) -> TokenLogprob:

@@ -1,46 +1,26 @@
-"""The end of a chain: draw a token, by its probability, by mirostat or by adaptive-p.
+"""The end of the chain, if options ask for it: mirostat and adaptive-p choose the candidates of the draw.
 
-Each has `distribution`, candidates in whose proportion one is drawn, and `chosen`, told which one it was.
+Each has two methods. `distribution` returns the candidates to draw from, by the softmax of their logits; `chosen` tells
+that candidate i of the last distribution has been drawn.
 """
 
 import math
-from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.runtime.sampling.filters import Candidates, head
 
-if TYPE_CHECKING:
-    from gguf_run.runtime.sampling.params import SamplingParams
-
-
-class Selector(Protocol):
-    """How the last step works, and what it remembers from token to token."""
-
-    def distribution(self, candidates: Candidates) -> Candidates:
-        """The candidates to draw from."""
-
-    def chosen(self, candidates: Candidates, i: int) -> None:
-        """Candidate i of a distribution has been drawn."""
-
-
-class Draw:
-    """By probability."""
-
-    def distribution(self, candidates: Candidates) -> Candidates:
-        return candidates
-
-    def chosen(self, candidates: Candidates, i: int) -> None:
-        pass
-
 
 class Mirostat:
-    """Keeps the surprise of the text near tau (Basu et al. 2020). Version 1 estimates Zipf's exponent from the most
-    likely tokens and derives how many may come, version 2 forbids tokens of more surprise than mu, in bits."""
+    """Keeps the surprise of the text near tau, in bits (Basu et al. 2020, "Mirostat").
 
-    N_ESTIMATE = 100
-    MAX_MU = 1000.0  # bits: 2^mu stays a number
+    Version 1 estimates the exponent of Zipf's law from the most likely tokens and derives how many tokens may come.
+    Version 2 forbids tokens of more surprise than mu. Both adapt mu after each token.
+    """
+
+    N_ESTIMATE = 100  # tokens from which version 1 estimates
+    MAX_MU = 1000.0  # bits; 2^mu must stay a number
 
     def __init__(self, version: int, tau: float, eta: float) -> None:
         self._narrowed = {1: self._by_exponent, 2: self._by_surprise}[version]
@@ -55,7 +35,7 @@ class Mirostat:
         self.mu = min(self.MAX_MU, max(-self.MAX_MU, mu))
 
     def _by_exponent(self, candidates: Candidates) -> Candidates:
-        n_vocab = float(len(candidates.logits))  # nothing but the temperature comes before
+        n_vocab = float(len(candidates.logits))  # only the temperature runs before mirostat: all tokens are here
         likely = head(candidates, self.N_ESTIMATE).logits.astype(np.float64)
         if len(likely) < 2 or likely[0] == likely[-1]:
             return candidates
@@ -74,7 +54,10 @@ class Mirostat:
 
 
 class AdaptiveP:
-    """Prefers tokens near a probability: the target, moved against the mean of what came before (weights decay)."""
+    """Prefers tokens whose probability is near a target.
+
+    The target moves against the weighted mean of the probabilities that came before; older ones weigh less.
+    """
 
     WIDTH, PEAK, SHARPNESS = 0.3, 5.0, 10.0
 
@@ -94,12 +77,3 @@ class AdaptiveP:
     def chosen(self, candidates: Candidates, i: int) -> None:
         self._sum = float(self._before[i]) + self._decay * self._sum
         self._weight = 1 + self._decay * self._weight
-
-
-def selector(params: "SamplingParams") -> Selector:
-    """What the options ask for."""
-    if params.mirostat:
-        return Mirostat(params.mirostat, params.mirostat_tau, params.mirostat_eta)
-    if params.adaptive_target >= 0 and "adaptive_p" in params.chain:
-        return AdaptiveP(params.adaptive_target, params.adaptive_decay)
-    return Draw()

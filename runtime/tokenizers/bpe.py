@@ -1,7 +1,8 @@
-"""Byte-level BPE (`tokenizer.ggml.model` = "gpt2"): words, each spelled in 256 stand-ins for bytes, merged by a list.
+"""Byte-level BPE (`tokenizer.ggml.model` = "gpt2"): the bytes of a word are joined, pair by pair, by a list of merges.
 
-The `tokenizers` package cuts a text into words and spells them: it has the Unicode tables. Merging is done here, since
-its BPE takes ten times as long to set up as these two dicts, and refuses vocabularies that lack a merge's result.
+A character stands for each byte. The `tokenizers` package, which has the Unicode tables, cuts a text into words and
+spells them in these characters. Merging is done here: the package takes ten times as long to set up as these two
+dicts, and refuses vocabularies that lack the result of a merge.
 Reference: Radford et al., "Language models are unsupervised multitask learners", and its encoder.py.
 """
 
@@ -17,7 +18,7 @@ from gguf_run.runtime.tokenizers.vocab import NORMAL, Vocab, read_bool, read_str
 
 
 def _byte_characters() -> dict[str, int]:
-    """Bytes that print stand for themselves; the others, in order, for the characters from U+0100 on."""
+    """Printing bytes are written as themselves, the others, in their order, as the characters from U+0100 on."""
     printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printing]
     return {chr(byte): byte for byte in printing} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -39,7 +40,7 @@ class BpeEncoder:
             for i, pair in enumerate(merges):
                 if pair.count(" ") != 1:
                     raise FormatError(f'tokenizer.ggml.merges: entry {i} is {pair[:40]!r}, not "left right"')
-        # From the end, so that of equal entries the first one stays.
+        # From the end: of equal entries, the first one counts.
         self._ranks = {merges[i]: i for i in range(len(merges) - 1, -1, -1)}
         self._vocab = vocab
         self._whole_words = pre.whole_words
@@ -62,7 +63,7 @@ class BpeEncoder:
         return ids
 
     def piece(self, id: int) -> bytes:
-        """Return the bytes that a token which is not special stands for."""
+        """Return the bytes of a token that is not special."""
         token = self._vocab.tokens[id]
         if self._vocab.types[id] != NORMAL:
             return b""
@@ -79,12 +80,12 @@ class BpeEncoder:
         if self._whole_words and word in ids:
             return [ids[word]]
         out: list[int] = []
-        # Bytes that a vocabulary lacks (control characters, of some) are lost before their neighbours are joined, as in
-        # the tokenizers package; llama.cpp loses them behind that.
+        # Bytes that the vocabulary lacks (some lack control characters) are dropped before the merges, as in the
+        # tokenizers package; llama.cpp drops them after the merges.
         for symbol in merge([character for character in word if character in ids], self._rank):
             if symbol in ids:
                 out.append(ids[symbol])
             else:
-                # As llama.cpp does: what a vocabulary lacks is spelled in ASCII as far as it goes, and else lost.
+                # As in llama.cpp: of a symbol that the vocabulary lacks, the ASCII characters that it has are kept.
                 out += [ids[character] for character in symbol if character.isascii() and character in ids]
         return out

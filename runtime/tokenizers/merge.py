@@ -1,21 +1,22 @@
-"""The merge loop that byte-level BPE and SentencePiece share: join the best adjacent pair until none can be joined."""
+"""The merge loop of byte-level BPE and SentencePiece: join the best adjacent pair until no pair can be joined."""
 
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 
-# Words met again are looked up. Longer ones hardly ever come twice, and the table must not grow without end.
+# Limits of the encoders' tables of words that they have met.
 CACHED_WORDS = 1 << 16
-CACHED_CHARS = 64
+CACHED_CHARS = 64  # of a word; longer words hardly ever come twice
 
 Rank = Callable[[str, str], float | None]
 
 
 def merge(symbols: list[str], rank: Rank) -> list[str]:
-    """Join adjacent symbols, the pair of the smallest rank first, the leftmost of equals; `symbols` is used up.
+    """Join adjacent symbols and return the result: the pair of the smallest rank first, of equals the leftmost.
 
-    rank(left, right) says how early a pair is joined, None: never. A heap holds the possible pairs; an entry whose
-    symbols have changed since is stale, which their length shows (symbols only grow, and an absorbed one is ""), so
-    the whole takes O(n log n). As in Sennrich et al., "Neural machine translation of rare words with subword units".
+    symbols: is changed. rank(left, right): how early a pair is joined; None: never.
+    A heap holds the possible pairs, so this takes O(n log n). An entry is stale if a symbol of it has changed since.
+    Symbols only grow, or become "" when they are joined to their left neighbour, so their length shows it.
+    Sennrich et al., "Neural machine translation of rare words with subword units".
     """
     n = len(symbols)
     before = list(range(-1, n - 1))

@@ -1,8 +1,8 @@
 """How byte-level BPE cuts a text into words: the names in `tokenizer.ggml.pre`, and what each of them means.
 
-A pre-tokenizer is a list of regular expressions. Each in turn cuts every part so far into its matches and what lies
-between them. The names are llama.cpp's. The expressions are the models' own where these are known to differ from what
-llama.cpp makes of them, as with the marks and cases of gpt-4o and tekken: a model was trained on its own.
+A pre-tokenizer is a list of regular expressions. Each of them cuts every part of the text into its matches and the
+texts between the matches. The names are llama.cpp's. Where llama.cpp's expressions differ from those that a model was
+trained with (marks and letter cases of gpt-4o and tekken), the expressions here are the model's.
 """
 
 import warnings
@@ -42,7 +42,7 @@ _GRANITE = _cased(rf"[{_MARKED}&&[^a-z]]", rf"[{_MARKED}&&[^A-Z]]", f"(?:{_CONTR
 _KANJI_KANA = r"[一-龥぀-ゟ゠-ヿ]+"
 _PUNCTUATED = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+"
 _DEEPSEEK3 = (r"\p{N}{1,3}", _KANJI_KANA, rf"{_PUNCTUATED}[\r\n]*|{_LINES}")
-_CJK = r"[一-龥ࠀ-一가-퟿]+"  # the second range holds scripts from Samaritan on, and some spaces
+_CJK = r"[一-龥ࠀ-一가-퟿]+"  # the second range holds the scripts from Samaritan on, and some spaces
 _CASED_LETTERS = (
     "[A-Za-z"
     "\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376"
@@ -65,29 +65,29 @@ _YOUTU = (
     "[\uac00-\ud7a3\u3131-\u318e]+|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f\ufe30-\ufe4f]+"
     "|[\u3105-\u312f]+|" + _KANJI_KANA
 )
-# Digits in threes counted from the right; what stands before a number stays with its first group for the steps behind.
-# It begins at the start or behind a digit only: else a long text without digits is searched anew from each character.
+# Groups of three digits, counted from the right. The text before a number stays with its first group, for the next
+# steps to cut. A match begins at the start or behind a digit only: otherwise a long text without digits would be
+# searched again from each character.
 _THREES = r"(?<!\P{N})\P{N}*+\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
 _BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """steps: regular expressions (Oniguruma's syntax). whole_words: a word that is a token is not built by merges.
-    add_bos: whether a text begins with BOS where the metadata does not say."""
+    """A way to cut a text into words."""
 
-    steps: tuple[str, ...]
-    whole_words: bool = False
-    add_bos: bool = False
+    steps: tuple[str, ...]  # regular expressions in Oniguruma's syntax
+    whole_words: bool = False  # a word that is a token is taken as it is, without merges
+    add_bos: bool = False  # a text begins with BOS if the metadata does not say otherwise
 
     def build(self) -> Sequence:
-        """Return it as an object of the tokenizers package, which also spells every word in bytes."""
+        """Return an object of the tokenizers package that cuts a text and spells every word in bytes."""
         splits = [Split(Regex(step), "isolated") for step in self.steps]
         return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 class PreTokenizerWarning(UserWarning):
-    """The file's pre-tokenizer is not known, so its text may be cut into other tokens than the model was trained on."""
+    """The pre-tokenizer of a file is not known: text may be cut into other tokens than the model was trained on."""
 
 
 _DEFAULT = PreTokenizer((r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"))
@@ -148,12 +148,12 @@ PRE_TOKENIZERS = MappingProxyType({name: pre for names, pre in TABLE for name in
 
 
 def pre_tokenizer(name: str | None) -> PreTokenizer:
-    """Return the row for a value of `tokenizer.ggml.pre`. For one that is not known: "default", PreTokenizerWarning."""
+    """Return the row for a value of `tokenizer.ggml.pre`. PreTokenizerWarning and "default" if it is not known."""
     if name is not None and name in PRE_TOKENIZERS:
         return PRE_TOKENIZERS[name]
-    found = "names no pre-tokenizer" if name is None else f"names the pre-tokenizer {name!r}, which is not known"
+    fault = "names no pre-tokenizer" if name is None else f"names the pre-tokenizer {name!r}, which is not known"
     warnings.warn(
-        f'the file {found} (tokenizer.ggml.pre): text is cut as for "default", answers may be worse',
+        f'the file {fault} (tokenizer.ggml.pre): text is cut as for "default", answers may be worse',
         PreTokenizerWarning,
         stacklevel=2,
     )

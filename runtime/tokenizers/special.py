@@ -3,21 +3,21 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence, Set
 
-# What Unicode calls white space: Python's own idea of it has four control characters more.
+# White space as Unicode defines it: Python's isspace counts four control characters more.
 WHITE_SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f")
 
 
 class SpecialTokens:
-    """Finds special tokens in a text, the longest (in UTF-8 bytes) of all first, wherever it stands, as llama.cpp does.
+    """Finds special tokens in a text, as llama.cpp does: the longest token (in UTF-8 bytes) first, wherever it stands.
 
-    That is not the usual scan from the left: of two tokens that overlap in a text the longer one wins, not the first.
+    This is no scan from the left: of two tokens that overlap in a text, the longer one is found, not the first one.
     """
 
     def __init__(self, tokens: Sequence[str], ids: Iterable[int]) -> None:
         """tokens: the vocabulary; ids: those to find."""
         self._tokens = tokens
         self._order = sorted(ids, key=lambda id: (-len(tokens[id].encode()), id))
-        # A vocabulary may have thousands of them: a text is searched for their first two characters only.
+        # There may be thousands of special tokens: a text is searched for their first two characters only.
         self._starts: defaultdict[str, dict[str, int]] = defaultdict(dict)
         for i, id in enumerate(self._order):
             self._starts[tokens[id][:2]][tokens[id]] = i
@@ -42,18 +42,18 @@ class SpecialTokens:
 
     @staticmethod
     def strip(pieces: list[str | int], left: Set[int], right: Set[int]) -> list[str | int]:
-        """Take white space away before the tokens `left` and behind the tokens `right`."""
-        found: list[str | int] = []
+        """Remove white space before the tokens `left` and behind the tokens `right`."""
+        stripped: list[str | int] = []
         for before, piece, after in zip([-1, *pieces], pieces, [*pieces[1:], -1], strict=False):
             if isinstance(piece, str):
                 piece = piece.lstrip(WHITE_SPACE) if before in right else piece
                 piece = piece.rstrip(WHITE_SPACE) if after in left else piece
             if piece != "":
-                found.append(piece)
-        return found
+                stripped.append(piece)
+        return stripped
 
     def _present(self, text: str) -> set[int]:
-        """Return which tokens (by their place in the order) occur somewhere in the text."""
+        """Return the tokens that occur in the text, by their place in the order."""
         present: set[int] = set()
         for start, group in self._starts.items():
             found: set[int] = set()

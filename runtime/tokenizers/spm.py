@@ -1,6 +1,7 @@
-"""SentencePiece BPE (`tokenizer.ggml.model` = "llama"): the adjacent pair that makes the best-scored token is joined.
+"""SentencePiece BPE (`tokenizer.ggml.model` = "llama"): the adjacent pair that makes the token of the best score is
+joined; of equal scores the leftmost, as in llama.cpp.
 
-Reference: Kudo and Richardson, "SentencePiece", and llama.cpp, whose order among equal scores (the leftmost) holds.
+Reference: Kudo and Richardson, "SentencePiece".
 """
 
 import functools
@@ -18,12 +19,13 @@ DEFAULTS = Defaults(add_bos=True, bos=1, eos=2, unknown=0)
 
 _SPACE = "▁"  # how a space is spelled in tokens
 
-# Up to this many characters, encoding texts whole is faster than finding out where this vocabulary lets them be cut.
+# Texts of up to this many characters in all are encoded whole: that is faster than to find out where the vocabulary
+# lets them be cut.
 FEW_CHARS = 4096
 
 
 class SpmPieces:
-    """What tokens stand for where "▁" is a space."""
+    """The bytes of tokens in vocabularies that write a space as "▁"."""
 
     prefix = ""
     drops_first_space = True
@@ -32,7 +34,7 @@ class SpmPieces:
         self._vocab = vocab
 
     def piece(self, id: int) -> bytes:
-        """Return the bytes that a token which is not special stands for."""
+        """Return the bytes of a token that is not special."""
         token, type = self._vocab.tokens[id], self._vocab.types[id]
         if type == NORMAL:
             return token.replace(_SPACE, " ").encode()
@@ -79,15 +81,15 @@ class SpmEncoder(SpmPieces):
 
     @functools.cached_property
     def _word(self) -> re.Pattern[str]:
-        """Matches the parts of a text that can be encoded one by one, because no token reaches from one to the next.
+        """A pattern that matches the parts of a text that can be encoded alone: no token reaches from one to the next.
 
-        A part begins with the spaces before a word: tokens hold them at the start. Some vocabularies have a few tokens
-        with a space behind another character; those characters do not end a part.
+        A part begins with the spaces before a word, since tokens have their spaces at the start. Some vocabularies have
+        a few tokens with a space behind another character: no part ends behind such a character.
         """
         joined = "\0".join(self._vocab.tokens)
         inner = {before[-1] for before in joined.split(_SPACE)[:-1] if before}
         if joined.count("\0") < len(self._vocab.tokens):
-            inner.discard("\0")  # it only stands between tokens
+            inner.discard("\0")  # no token holds it: it only stands between tokens here
         goes_on = f"(?:(?<=[{re.escape(''.join(sorted(inner)))}]){_SPACE}+[^{_SPACE}]*)*" if inner else ""
         return re.compile(f"{_SPACE}*[^{_SPACE}]+{goes_on}|{_SPACE}+")
 
@@ -105,7 +107,7 @@ class SpmEncoder(SpmPieces):
         return out
 
     def _bytes(self, symbol: str) -> list[int]:
-        """Spell a character that is no token in bytes, `<0xXX>` each, or as the unknown token."""
+        """Return the tokens of the bytes of a character that is no token, `<0xXX>` each, or the unknown token."""
         spelled = [self._vocab.ids.get(f"<0x{byte:02X}>", self._vocab.unknown) for byte in symbol.encode()]
         ids = [id for id in spelled if id is not None]
         if len(ids) < len(spelled):

@@ -1,88 +1,61 @@
-"""From text to token ids and back, as the metadata of a GGUF file says."""
+"""Text to token ids and back, as the metadata of a GGUF file says."""
 
 import codecs
 import functools
-import importlib
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType
 from typing import Any, Protocol
 
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
-from gguf_run.runtime.tokenizers.bpe import BpeEncoder
-from gguf_run.runtime.tokenizers.pretokenizers import pre_tokenizer
 from gguf_run.runtime.tokenizers.special import SpecialTokens
 from gguf_run.runtime.tokenizers.vocab import CONTROL, UNKNOWN, USER_DEFINED, Defaults, Vocab, read_vocab, strip_ids
 
 
 class Encoder(Protocol):
-    """One kind of tokenizer, for text between special tokens.
+    """A kind of tokenizer, for text between special tokens."""
 
-    prefix: where a space is put before text: "" nowhere; "special" at the start and after special tokens; "first" at
-    the start and "always" anywhere, unless the text begins with one. drops_first_space: decoding takes it away.
-    """
-
+    # Where a space is put before text. "": nowhere; "special": at the start and after special tokens; "first": at the
+    # start, and "always": before each text between special tokens, both unless it begins with a space.
     prefix: str
-    drops_first_space: bool
+    drops_first_space: bool  # decoding removes a space at the start
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
         ...
 
     def piece(self, id: int) -> bytes:
-        """Return what a token that is not special stands for; a character may be spread over several tokens."""
+        """Return the bytes of a token that is not special. A character may be spread over several tokens."""
         ...
 
 
-# tokenizer.ggml.model -> the module beside this one, loaded when it is needed, and its Encoder.
-_KINDS = MappingProxyType({
-    "llama": ("spm", "SpmEncoder"),
-    "t5": ("unigram", "UgmEncoder"),
-    "bert": ("wordpiece", "WpmEncoder"),
-})  # fmt: skip
-
-
 class Tokenizer:
-    """n_vocab: tokens; bos, eos, eot: ids, None if the model has none; stop_ids: all ids that end an answer;
-    add_bos, add_eos: what encode adds."""
+    """Makes token ids of text, and text of token ids."""
 
     def __init__(self, vocab: Vocab, encoder: Encoder, strips: tuple[frozenset[int], frozenset[int]]) -> None:
-        self._vocab = vocab
-        self._encoder = encoder
+        """strips: see vocab.strip_ids."""
         self.n_vocab = len(vocab.tokens)
-        self.bos, self.eos, self.eot = vocab.bos, vocab.eos, vocab.eot
-        self.stop_ids = vocab.stop_ids
-        self.add_bos = vocab.add_bos and vocab.bos is not None
-        self.add_eos = vocab.add_eos and vocab.eos is not None
-        self._strips = strips
+        self.bos, self.eos, self.eot = vocab.bos, vocab.eos, vocab.eot  # ids; None if the model has no such token
+        self.stop_ids = vocab.stop_ids  # all tokens that end an answer
+        self.add_bos = vocab.add_bos and vocab.bos is not None  # encode begins with BOS
+        self.add_eos = vocab.add_eos and vocab.eos is not None  # encode ends with EOS
+        self._vocab, self._encoder, self._strips = vocab, encoder, strips
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
         """Build the tokenizer that the keys `tokenizer.ggml.*` describe.
 
-        FormatError: they contradict each other or are damaged. UnsupportedError: a kind of tokenizer that is not
-        known. PreTokenizerWarning: text is cut by rules that may differ from the model's.
+        FormatError: the keys are damaged or contradict each other. UnsupportedError: a kind of tokenizer that is not
+        known. PreTokenizerWarning: text is cut into words by rules that may differ from the model's.
         """
-        model = _string(metadata, "tokenizer.ggml.model")
-        if model == "gpt2":
-            pre = pre_tokenizer(_string(metadata, "tokenizer.ggml.pre"))
-            vocab = read_vocab(metadata, Defaults(add_bos=pre.add_bos))
-            return cls(vocab, BpeEncoder(vocab, metadata, pre), strip_ids(metadata, vocab))
-        if model is None:
-            raise FormatError("tokenizer.ggml.model is missing: the file holds no tokenizer, convert the model again")
-        if model not in _KINDS:
-            known = ", ".join(("gpt2", *_KINDS))
-            raise UnsupportedError(f"tokenizer.ggml.model is {model[:40]!r}: {known} are supported")
-        module_name, kind = _KINDS[model]
-        module = importlib.import_module(f"{__package__}.{module_name}")
-        vocab = read_vocab(metadata, module.DEFAULTS)
-        return cls(vocab, getattr(module, kind)(vocab, metadata), strip_ids(metadata, vocab))
+        vocab, encoder = _read(metadata)
+        return cls(vocab, encoder, strip_ids(metadata, vocab))
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Return the ids of a text.
 
-        add_special: put BOS and EOS around it where the model wants them. parse_special: the names of control tokens
-        in the text ("<|im_start|>") mean these tokens. User-defined tokens are always found. Half a surrogate pair
-        becomes U+FFFD.
+        add_special: put BOS and EOS around the text if the model wants them.
+        parse_special: names of control tokens in the text ("<|im_start|>") become these tokens. User-defined tokens
+        always do.
+        Half of a surrogate pair counts as U+FFFD.
         """
         ids = [self.bos] if add_special and self.add_bos and self.bos is not None else []
         first = after_special = True
@@ -98,14 +71,18 @@ class Tokenizer:
         return ids
 
     def encode_chat(self, prompt: str) -> list[int]:
-        """Return the ids of a prompt that a chat template has written: with BOS once, whether or not the template wrote
-        it, and without EOS, since the answer follows."""
+        """Return the ids of a prompt that a chat template has written.
+
+        BOS stands there once, whether the template wrote it or not. EOS does not follow: the answer does.
+        """
         ids = self.encode(prompt, add_special=False)
         return [self.bos, *ids] if self.add_bos and self.bos is not None and ids[:1] != [self.bos] else ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """Return the text of ids: the reverse of encode. skip_special: leave out control tokens. Bytes that are not
-        UTF-8 become U+FFFD. For the rest of a text that has begun use `stream`, which keeps a leading space."""
+        """Return the text of ids, the reverse of encode. Bytes that are not UTF-8 become U+FFFD.
+
+        skip_special: leave out control tokens. For the rest of a text use `stream`, which keeps a space at its start.
+        """
         ids = list(ids)
         pieces = [self.piece(id, skip_special=skip_special) for id in ids]
         if self._encoder.drops_first_space:
@@ -119,7 +96,7 @@ class Tokenizer:
         return TokenStream(self, skip_special)
 
     def piece(self, id: int, *, skip_special: bool = False) -> bytes:
-        """Return the bytes of one token, which need not be whole characters."""
+        """Return the bytes of a token, maybe a part of a character. skip_special: none for a control token."""
         if not 0 <= id < self.n_vocab:
             raise GgufRunError(f"token id {id} is not in the vocabulary: 0 to {self.n_vocab - 1} are")
         if not self._is_special(id):
@@ -129,7 +106,7 @@ class Tokenizer:
         return self._vocab.tokens[id].encode()
 
     def token_text(self, id: int) -> str:
-        """Return a token for display; bytes that are no whole character look like \\xe2."""
+        """Return the text of a token for display; a byte that is no whole character is written as \\xe2."""
         return self.piece(id).decode(errors="backslashreplace")
 
     def _prefixed(self, text: str, first: bool, after_special: bool) -> str:
@@ -152,7 +129,7 @@ class Tokenizer:
 
 
 class TokenStream:
-    """Turns tokens into text one by one and never gives out half a character."""
+    """Turns tokens into text, one by one; the text has whole characters only."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
         self._tokenizer = tokenizer
@@ -160,16 +137,46 @@ class TokenStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, id: int) -> str:
-        """Return the text that is complete with this token, maybe "". Bytes that are not UTF-8 become U+FFFD."""
+        """Return the text that this token completes, maybe "". Bytes that are not UTF-8 become U+FFFD."""
         return self._decoder.decode(self._tokenizer.piece(id, skip_special=self._skip_special))
 
     def flush(self) -> str:
-        """End the text: return U+FFFD if it breaks off inside a character, else ""."""
+        """Return the end of the text: U+FFFD if it breaks off inside a character, else ""."""
         return self._decoder.decode(b"", final=True)
 
 
+def _read(metadata: Mapping[str, Any]) -> tuple[Vocab, Encoder]:
+    """Return the vocabulary and the encoder. A kind of tokenizer is imported when it is needed."""
+    model = _string(metadata, "tokenizer.ggml.model")
+    if model == "gpt2":
+        from gguf_run.runtime.tokenizers.bpe import BpeEncoder
+        from gguf_run.runtime.tokenizers.pretokenizers import pre_tokenizer
+
+        pre = pre_tokenizer(_string(metadata, "tokenizer.ggml.pre"))
+        vocab = read_vocab(metadata, Defaults(add_bos=pre.add_bos))
+        return vocab, BpeEncoder(vocab, metadata, pre)
+    if model == "llama":
+        from gguf_run.runtime.tokenizers import spm
+
+        vocab = read_vocab(metadata, spm.DEFAULTS)
+        return vocab, spm.SpmEncoder(vocab, metadata)
+    if model == "t5":
+        from gguf_run.runtime.tokenizers import unigram
+
+        vocab = read_vocab(metadata, unigram.DEFAULTS)
+        return vocab, unigram.UgmEncoder(vocab, metadata)
+    if model == "bert":
+        from gguf_run.runtime.tokenizers import wordpiece
+
+        vocab = read_vocab(metadata, wordpiece.DEFAULTS)
+        return vocab, wordpiece.WpmEncoder(vocab, metadata)
+    if model is None:
+        raise FormatError("tokenizer.ggml.model is missing: the file holds no tokenizer, convert the model again")
+    raise UnsupportedError(f"tokenizer.ggml.model is {model[:40]!r}: gpt2, llama, t5, bert are supported")
+
+
 def _valid(text: str) -> str:
-    """Replace what UTF-8 cannot express, such as the stand-ins that Python puts for invalid bytes in arguments."""
+    """Replace characters that UTF-8 cannot express: Python puts such for invalid bytes of the command line."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,7 +1,8 @@
 """Unigram (`tokenizer.ggml.model` = "t5"): of all ways to cut a text into tokens, the most probable one.
 
-The tokenizers package finds it; here its texts are prepared as SentencePiece does: replacements by the model's table of
-characters, spaces joined, "▁" before words. Reference: Kudo, "Subword regularization" (2018), and SentencePiece.
+The tokenizers package finds it. Here a text is prepared for it as SentencePiece does: characters are replaced by the
+model's table, spaces are joined, and "▁" is put before words.
+Reference: Kudo, "Subword regularization" (2018).
 """
 
 import re
@@ -39,7 +40,7 @@ class UgmEncoder(SpmPieces):
         in_texts = np.isin(types, (NORMAL, BYTE, USER_DEFINED))
         least = float(scores[np.isin(types, (NORMAL, BYTE))].min(initial=0.0))
         scores = np.where(types == USER_DEFINED, 0.0, np.where(in_texts, scores.astype(np.float64), least))
-        # No text holds U+FFFF (encode sees to it), so that it never gives a control token.
+        # Names with U+FFFF hide control tokens: encode removes this character from texts.
         names = [
             token if ok else f"\uffff{id}" for id, (token, ok) in enumerate(zip(vocab.tokens, in_texts, strict=True))
         ]
@@ -66,7 +67,7 @@ class UgmEncoder(SpmPieces):
 
 
 def _normalizer(metadata: Mapping[str, Any]) -> Normalizer:
-    """The model's replacements: Unicode's, and those of its table of characters."""
+    """Return the replacements of characters: those of Unicode and those of the model's table."""
     steps: list[Normalizer] = [step() for name, step in (("nfc", NFC), ("nfkc", NFKC))
                                if read_bool(metadata, f"normalizer.{name}", False)]  # fmt: skip
     key = "tokenizer.ggml.precompiled_charsmap"
@@ -84,9 +85,12 @@ def _normalizer(metadata: Mapping[str, Any]) -> Normalizer:
 
 
 def _checked(data: bytes, key: str) -> bytes:
-    """Check a table: u32 size, a trie in units of 32 bits, each of which must lead to another, and NUL-ended texts.
+    """Check a table of replacements and return it: a u32 size, a trie of u32 units, then texts that end with NUL.
 
-    A unit's bits: 31: it is a text's place; else 10-30 base, 9: base counts 256-fold, 8: a text ends here, 0-7 byte.
+    Every unit must lead to another one inside of the trie.
+
+        bit 31 = 1    the unit holds the place of a text (bits 0-30)
+        bit 31 = 0    10-30 base | 9 base is multiplied by 256 | 8 a text ends here | 0-7 byte
     """
     size = int.from_bytes(data[:4], "little")
     if len(data) < 8 or size % 4 or not 0 < size < len(data) - 4 or data[-1]:

@@ -1,4 +1,4 @@
-"""The vocabulary in a file's metadata, checked: tokens, their types and scores, and the ids that have a role."""
+"""The vocabulary in a file's metadata, checked: tokens, their types, and the ids that have a role."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,26 +9,26 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.errors import FormatError
 
-# Values of tokenizer.ggml.token_type; 0 and what is not here means undefined.
+# Values of tokenizer.ggml.token_type; any other value means undefined.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 _PREFIX = "tokenizer.ggml."
 
-# What converters write where a model has no such token: -1, as a signed or an unsigned number.
+# Converters write -1, signed or unsigned, if a model has no such token.
 _NO_ID = (-1, 0xFFFFFFFF)
 
-# Tokens that end an answer whatever the metadata says. They are control tokens even where token_type forgot it.
+# Tokens that end an answer whatever the metadata says. They are control tokens even if token_type does not say so.
 END_NAMES = (
     "<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|end_of_text|>", "<|endoftext|>", "<EOT>", "_<EOT>",
     "[EOT]", "<｜end▁of▁sentence｜>", "<end_of_utterance>", "<|eom_id|>", "<|return|>", "<|call|>", "<|flush|>",
     "<|calls|>", "[EOS]", "<eos>", "<turn|>", "<|tool_response>", "[e~[",
 )  # fmt: skip
 
-# Ends an answer only as a control token: Gemma's vocabulary has it as a tag of HTML.
+# This one ends an answer only if it is a control token: in Gemma's vocabulary it is a tag of HTML.
 _END_IF_CONTROL = "</s>"
 
-# Structure of an answer with several messages: shown, although files call them control tokens. With one of each of
-# the two sets, "<|end|>" ends a message and not the answer.
+# The structure of an answer with several messages. These tokens are shown, although files call them control tokens. In
+# a vocabulary with a token of each of the two last sets, "<|end|>" ends a message and not the answer.
 _SHOWN_NAMES = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 _END_OF_MESSAGE = "<|end|>"
 _ENDS_OF_MANY_MESSAGES = (("<|call|>", "<|calls|>"), ("<|return|>", "<|flush|>"))
@@ -36,10 +36,10 @@ _ENDS_OF_MANY_MESSAGES = (("<|call|>", "<|calls|>"), ("<|return|>", "<|flush|>")
 
 @dataclass(frozen=True)
 class _Role:
-    """A token's task. Its id stands in the metadata as `<key>_token_id`; where not, one of these names tells it."""
+    """The role of a token."""
 
-    key: str
-    names: tuple[str, ...]
+    key: str  # the metadata has the id as `tokenizer.ggml.<key>_token_id`
+    names: tuple[str, ...]  # texts of the token, if the metadata has no id
     ends_answer: bool = False
 
 
@@ -60,7 +60,7 @@ _ROLES = (
 
 @dataclass(frozen=True)
 class Defaults:
-    """What holds where the metadata is silent; it depends on the kind of tokenizer."""
+    """Values for keys that the metadata lacks. They depend on the kind of tokenizer."""
 
     add_bos: bool = False
     add_eos: bool = False
@@ -71,19 +71,18 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Vocab:
-    """tokens: texts by id; ids: the reverse; types: one token type per byte; the ids of roles (None: has no such
-    token); stop_ids: all that end an answer."""
+    """A checked vocabulary. Ids of roles are None if the model has no such token."""
 
-    tokens: list[str]
-    ids: dict[str, int]
-    types: bytes
-    bos: int | None
-    eos: int | None
-    eot: int | None
-    unknown: int | None
-    stop_ids: frozenset[int]
-    add_bos: bool
-    add_eos: bool
+    tokens: list[str]  # texts, by id
+    ids: dict[str, int]  # the reverse
+    types: bytes  # NORMAL, CONTROL ..., one byte for each token
+    bos: int | None  # begins a text
+    eos: int | None  # ends a text
+    eot: int | None  # ends a turn of a conversation
+    unknown: int | None  # stands for text that the vocabulary cannot express
+    stop_ids: frozenset[int]  # all tokens that end an answer
+    add_bos: bool  # the model wants BOS before a text
+    add_eos: bool  # the model wants EOS after a text
 
     def of_type(self, *types: int) -> list[int]:
         """Return the ids of all tokens of the given types, in order."""
@@ -144,18 +143,19 @@ def read_vocab(metadata: Mapping[str, Any], defaults: Defaults) -> Vocab:
 
 
 def strip_ids(metadata: Mapping[str, Any], vocab: Vocab) -> tuple[frozenset[int], frozenset[int]]:
-    """Return the ids of special tokens that take the white space on their left, and on their right.
+    """Return the ids of special tokens that remove white space on their left, and of those on their right.
 
-    gguf-convert lists them; without a list Phi-3's take what is on their right, as in llama.cpp. FormatError: no ids.
+    gguf-convert writes lists of them. Without a list, Phi-3's tokens remove it on their right, as in llama.cpp.
+    FormatError if a list holds anything but ids.
     """
-    found = []
+    sides = []
     for side in ("lstrip", "rstrip"):
         ids = metadata.get(f"{_PREFIX}{side}_token_ids", ())
         ids = ids.tolist() if isinstance(ids, np.ndarray) else ids
         if not isinstance(ids, Sequence) or not all(isinstance(id, int) and 0 <= id < len(vocab.tokens) for id in ids):
             raise FormatError(f"{_PREFIX}{side}_token_ids must be a list of ids from 0 to {len(vocab.tokens) - 1}")
-        found.append(frozenset(ids))
-    left, right = found
+        sides.append(frozenset(ids))
+    left, right = sides
     name = str(metadata.get("general.name", "")).lower()
     if not right and ("phi-3" in name or "phi3" in name):
         usual = ("<unk>", "<s>", "<|endoftext|>")
@@ -177,7 +177,7 @@ def read_strings(metadata: Mapping[str, Any], name: str) -> list[str]:
     try:
         "".join(strings).encode()
     except (TypeError, UnicodeEncodeError):
-        # Which one it is matters only now: looking at each costs more than joining all.
+        # The faulty string is looked for only now: joining all is faster than looking at each.
         for i, string in enumerate(strings):
             if not isinstance(string, str):
                 raise FormatError(f"{key}: entry {i} is no string, but {_describe(string)}") from None
@@ -234,6 +234,6 @@ def _id(metadata: Mapping[str, Any], role: str, n: int, default: int | None = No
 
 
 def _describe(value: object) -> str:
-    """Name a wrong value in a message: its type, and itself where it is short."""
+    """Describe a wrong value for an error: its type, and the value, cut if it is long."""
     text = repr(value) if isinstance(value, int | float | str) else ""
     return f"{type(value).__name__} {text}".strip() if len(text) <= 40 else f"{type(value).__name__} {text[:40]}..."

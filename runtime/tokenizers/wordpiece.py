@@ -1,7 +1,8 @@
-"""WordPiece (`tokenizer.ggml.model` = "bert"): words are cut into the longest tokens from the left, or are unknown.
+"""WordPiece (`tokenizer.ggml.model` = "bert"): a word is cut into tokens from the left, the longest first.
 
-In a vocabulary, tokens that begin a word have "▁" before them. Reference: Schuster and Nakajima, "Japanese and Korean
-voice search" (2012), and BERT, whose cuts into words the tokenizers package makes.
+A word of which a part is no token is unknown. In the vocabulary, tokens that begin a word have "▁" before them. The
+tokenizers package cuts a text into words as BERT does.
+Reference: Schuster and Nakajima, "Japanese and Korean voice search" (2012).
 """
 
 from collections.abc import Mapping

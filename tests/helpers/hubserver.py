@@ -26,13 +26,12 @@ class Request:
 
 @dataclass
 class Hub:
-    """files: by "owner/repo/file". token: what is asked for, if anything. stall_after: bytes of the storage's next
-    answer before it waits for the end of the test; corrupt: the storage sends other bytes than it announced."""
+    """The server; use it as a context manager."""
 
-    files: dict[str, bytes]
-    token: str | None = None
-    stall_after: int | None = None
-    corrupt: bool = False
+    files: dict[str, bytes]  # by "owner/repo/file"
+    token: str | None = None  # asked of each request for a repository
+    stall_after: int | None = None  # bytes of the storage's next answer before it waits for the end of the test
+    truncates: bool = False  # the storage sends half of each file
     over: threading.Event = field(default_factory=threading.Event)
     requests: list[Request] = field(default_factory=list)
 
@@ -70,10 +69,6 @@ class Hub:
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.port}"
-
-    def ranges(self) -> list[str | None]:
-        """What was asked of the storage."""
-        return [r.range for r in self.requests if r.method == "GET" and r.path.startswith("/storage/")]
 
 
 def _answer(hub: Hub, handler: BaseHTTPRequestHandler) -> None:
@@ -123,7 +118,7 @@ def _send_file(hub: Hub, handler: BaseHTTPRequestHandler, data: bytes) -> None:
     start = 0
     if handler.headers["Range"]:
         start = int(handler.headers["Range"].removeprefix("bytes=").partition("-")[0])
-    body = data[start:] if not hub.corrupt else bytes(len(data) - start)
+    body = data[start : len(data) // 2 if hub.truncates else None]
     handler.send_response(206 if start else 200)
     handler.send_header("Content-Length", str(len(body)))
     if start:

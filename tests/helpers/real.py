@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.hub.find import DEFAULT_MODEL, WheelModel, fetch_wheel_model, models_dir
+from gguf_run.runtime.hub.find import DEFAULT_MODEL, WheelModel, fetch_wheel_model
+from gguf_run.runtime.hub.places import models_dir
 
 SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 

@@ -1,7 +1,5 @@
 """Chat templates: what they make of messages, and templates that mean harm."""
 
-import sys
-import time
 from typing import Any
 
 import pytest
@@ -9,8 +7,9 @@ import real
 
 from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
-from gguf_run.runtime.chat import template as chat_template_module
-from gguf_run.runtime.chat.template import MAX_STEPS, MAX_TEMPLATE, render_chat
+from gguf_run.runtime.chat import sandbox
+from gguf_run.runtime.chat.sandbox import MAX_TEMPLATE
+from gguf_run.runtime.chat.template import render_chat
 from gguf_run.runtime.load.load_model import chat_template
 from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
@@ -67,9 +66,6 @@ def test_renders(template: str, messages: list[dict[str, Any]], options: dict[st
     assert render(template, *messages, **options) == expected
 
 
-GROWING = "{%% set ns = namespace(s='ab') %%}{%% for i in range(99) %%}%s{%% endfor %%}"
-NESTING = "{%% set n = namespace(s=%s) %%}{%% for i in range(40) %%}{%% set n.s = %s %%}{%% endfor %%}"
-
 HOSTILE = [
     ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
     ("{{ cycler.__init__.__globals__ }}", "access to attribute '__init__' of 'type' object is unsafe"),
@@ -78,39 +74,18 @@ HOSTILE = [
     ("{{ messages[0].update(role='x') }}", "access to attribute 'update' of 'dict' object is unsafe"),
     ("{% include '/etc/passwd' %}", "no loader"),
     ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
-    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it does not end"),
-    ("{% for i in range(99999) %}{% for j in range(99999) %}xxxxx{% endfor %}{% endfor %}", "it does not end"),
-    ("{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}{% endmacro %}{{ m(60) }}", "it does not end"),
-    ("{{ lipsum(n=100000000) }}", "it does not end"),
+    ("{% for i in range(99999) %}{% for j in range(99999) %}xxxxx{% endfor %}{% endfor %}", "characters of text"),
+    ("{% for i in range(99999) %}{{ messages | tojson }}{% endfor %}", "characters of text"),
+    ("{% macro m() %}{{ 'a' * 200000 }}{% endmacro %}{{ m() | length }}", "characters of text"),
     ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
     ("{{" + "(" * 5000 + "1" + ")" * 5000 + "}}", "RecursionError"),
-    ("{{ 'a' * 10**9 }}", "characters of text"),
-    ("{{ [1] * 10**9 }}", "characters of text"),
-    ("{{ [1] * (2**27 - 1) }}", "characters of text"),  # would be a gigabyte
-    ("{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}", "a list of more than"),
-    (NESTING % ("[1]", "[n.s, n.s]") + "{{ n.s }}", "a list of more than"),
-    (NESTING % ("[1]", "{'a': n.s, 'b': n.s}") + "{{ n.s == 1 }}", "a list of more than"),
-    (NESTING % ("[1]", "[n.s] * 2") + "{{ n.s | tojson }}", "a list of more than"),
-    (NESTING % ("[1]", "namespace(a=n.s, b=n.s)") + "{{ n.s }}", "a list of more than"),
-    (NESTING % ("1", "namespace(a=n.s, b=n.s)") + "{{ n.s ~ 'a' }}", "a list of more than"),
-    (NESTING % ("1", "namespace(a=n.s, b=n.s)") + "{{ '%s' % n.s }}", "a list of more than"),
-    (NESTING % ("1", "dict(a=n.s, b=n.s).values()") + "{{ n.s }}", "a list of more than"),
-    (NESTING % ("(1,)", "(n.s, n.s)") + "{{ {n.s: 1} }}", "a list of more than"),
     ("{% set n = namespace(s=[]) %}{% for i in range(1200) %}{% set n.s = [n.s] %}{% endfor %}{{ n.s }}", "Recursion"),
-    ("{{ 'a'.ljust(10**10) }}", "characters of text"),
-    ("{{ 'a' | center(1000000000) }}", "characters of text"),
-    ("{{ range(99999) | map('center', 1000000) | list | length }}", "characters of text"),
-    ("{{ messages | tojson(indent=1000000000) }}", "characters of text"),
-    (GROWING % "{% set ns.s = ns.s ~ ns.s %}", "characters of text"),
-    (GROWING % "{% set ns.s = ns.s + ns.s %}", "characters of text"),
-    (GROWING % "{% set ns.s = ns.s.replace('a', 'aa') %}", "characters of text"),
-    (GROWING % "{% set ns.s = ns.s | replace('a', 'aa') %}", "characters of text"),
-    (GROWING % "{% set ns.s %}{{ ns.s }}{{ ns.s }}{% endset %}", "characters of text"),
-    ("{{ '%999999999d' % 1 }}", "a width of more than four digits"),
-    ("{{ '{:999999999}'.format(1) }}", "a width of more than four digits"),
-    ("{{ '%999999999d' | format(1) }}", "a width of more than four digits"),
-    ("{{ 2 ** 100000 }}", "an integer of more than 4096 bits"),
-    (GROWING.replace("'ab'", "2") % "{% set ns.s = ns.s * ns.s %}", "an integer of more than 4096 bits"),
+    ("{{ 'a' * 10**6 }}", "characters of text"),
+    ("{{ [1] * 10**6 }}", "characters of text"),
+    ("{{ 'a'.ljust(10**6) }}", "characters of text"),
+    ("{{ 'a' | center(1000000) }}", "characters of text"),
+    ("{{ messages | tojson(indent=1000000) }}", "characters of text"),
+    ("{{ '%999999d' % 1 }}", "characters of text"),
     ("x" * (MAX_TEMPLATE + 1), f"it has {MAX_TEMPLATE + 1} characters: {MAX_TEMPLATE} are allowed"),
     ("a\n{% if %}", "failed in line 2: Expected an expression"),
     ("{{ nothing.x }}", "'nothing' is undefined"),
@@ -121,23 +96,12 @@ HOSTILE = [
 
 @pytest.mark.parametrize(("template", "message"), HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_templates_end_with_one_line(template: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template_module, "MAX_STEPS", 200_000)
-    monkeypatch.setattr(chat_template_module, "MAX_ITEMS", 1 << 12)
-    start = time.thread_time()
+    monkeypatch.setattr(sandbox, "MAX_CHARS", 100_000)
     with pytest.raises(GgufRunError, match=message) as caught:
         render(template)
-    assert time.thread_time() - start < 20
     assert str(caught.value).startswith("the model's chat template failed")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
-
-
-def test_few_steps_that_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each searches a text of 50 million characters."""
-    monkeypatch.setattr(chat_template_module, "MAX_SECONDS", 0.1)
-    template = "{% set s = 'ab' * 25000000 %}{% for i in range(99999) %}{% if 'bb' in s %}{% endif %}{% endfor %}"
-    with pytest.raises(GgufRunError, match=r"it does not end: more than 0 seconds of processor time$"):
-        render(template)
 
 
 def test_roles_that_a_template_refuses() -> None:
@@ -150,27 +114,13 @@ def test_a_long_conversation_stays_within_the_limits() -> None:
     assert prompt.count("[INST]") == 200
 
 
-def test_each_message_may_look_at_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Gemma 4's template does: millions of steps in a conversation of 200 messages; a tenth of both in each way."""
-    monkeypatch.setattr(chat_template_module, "MAX_STEPS", MAX_STEPS // 100)
+def test_each_message_may_look_at_all_others() -> None:
+    """As Gemma 4's template does."""
     template = (
         "{% for m in messages %}{% set n = namespace(k=0) %}{% for other in messages %}"
         "{% if other.role == m.role %}{% set n.k = n.k + 1 %}{% endif %}{% endfor %}{{ n.k }} {% endfor %}"
     )
     assert render(template, *[USER, ANSWER] * 10).split() == ["10"] * 20
-
-
-def test_a_debuggers_trace_comes_back() -> None:
-    def trace(*_: object) -> None:
-        return None
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        render("x")
-        assert sys.gettrace() is trace
-    finally:
-        sys.settrace(before)
 
 
 def test_chat_template_of_a_file() -> None:

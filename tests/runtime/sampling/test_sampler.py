@@ -16,7 +16,7 @@ from gguf_run.runtime.sampling import filters as samplers
 from gguf_run.runtime.sampling.filters import Candidates
 from gguf_run.runtime.sampling.history import breakers, repeated_runs
 from gguf_run.runtime.sampling.params import SAMPLERS, SamplingParams
-from gguf_run.runtime.sampling.sampler import APPLY, Sampler
+from gguf_run.runtime.sampling.sampler import Sampler, function
 
 OFF: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
@@ -298,7 +298,8 @@ def test_order_counts() -> None:
 
 
 def test_every_sampler_has_a_function() -> None:
-    assert [*APPLY, "adaptive_p"] == list(SAMPLERS)
+    functions = [function(name) for name in SAMPLERS if name != "adaptive_p"]
+    assert len({*functions}) == len(SAMPLERS) - 1
 
 
 def test_breakers() -> None:

@@ -20,7 +20,7 @@ class Chooses:
     """A source of random numbers that makes the sampler draw one token."""
 
     def __init__(self, sampler: Sampler) -> None:
-        self._distribution = sampler._selector.distribution
+        self._distribution = sampler._distribution
         self.wanted, self.seen = -1, Candidates(np.zeros(0))
 
     def distribution(self, candidates: Candidates) -> Candidates:
@@ -43,7 +43,7 @@ def test_as_llama_cpp(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
         options = options | {"logit_bias": {int(id): bias for id, bias in options["logit_bias"].items()}}
     sampler = Sampler(SamplingParams(**options), {head: (tuple(rest),) for head, *rest in case["breakers"]})
     source = Chooses(sampler)
-    monkeypatch.setattr(sampler._selector, "distribution", source.distribution)
+    monkeypatch.setattr(sampler, "_distribution", source.distribution)
     sampler._random = sampler._state.random = source  # type: ignore[assignment]
     sampler.accept(case.get("context", ()))
     for step, (ids, probabilities, source.wanted) in enumerate(case["rows"]):
