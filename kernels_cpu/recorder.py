@@ -14,19 +14,18 @@ from gguf_run.kernels_cpu.attention.cache_types import format_id
 from gguf_run.kernels_cpu.attention.merge import merge
 from gguf_run.kernels_cpu.attention.plan import max_parts, max_rows, part_floats, scratch_floats
 from gguf_run.kernels_cpu.matmul.gated import SCRATCH_BYTES, matmul_gated
-from gguf_run.kernels_cpu.matmul.matmul import TOKENS, matmul
+from gguf_run.kernels_cpu.matmul.matmul import matmul
 from gguf_run.kernels_cpu.matmul.moe import CpuExperts
 from gguf_run.kernels_cpu.matmul.moe_record import MoeMemory, record_moe
 from gguf_run.kernels_cpu.panels.memory import LANES, CpuBuffer, CpuTable, CpuWeight, aligned
-from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, panel_id
+from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, TOKENS, panel_id
 from gguf_run.kernels_cpu.replay.op import Op
 from gguf_run.kernels_cpu.replay.tape import Tape
 from gguf_run.kernels_cpu.replay.team import Team
 from gguf_run.kernels_cpu.rows.activation import gated
 from gguf_run.kernels_cpu.rows.embed import embed
-from gguf_run.kernels_cpu.rows.layer_norm import layer_norm
+from gguf_run.kernels_cpu.rows.norms import layer_norm, rms_norm
 from gguf_run.kernels_cpu.rows.observe import CpuSquares, observe
-from gguf_run.kernels_cpu.rows.rms_norm import rms_norm
 from gguf_run.kernels_cpu.rows.rope import angles, rope
 from gguf_run.kernels_cpu.rows.scale import gate_rows, softcap
 

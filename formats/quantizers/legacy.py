@@ -1,7 +1,7 @@
-"""Quantizers of Q4_0 Q4_1 Q5_0 Q5_1 Q8_0, byte for byte as ggml's reference; layouts: unpack_legacy.py.
+"""Quantizers of Q4_0 Q4_1 Q5_0 Q5_1 Q8_0, byte for byte as ggml's reference. unpack_legacy.py draws the layouts.
 
-Without importance weights the largest weight of a block (or the largest and the smallest) sets the scale; with them,
-the searches of the K-quants do. Q8_0 has no use for them.
+Without importance weights, the largest weight of a block (or the largest and the smallest) gives the scale. With them,
+the searches of the K-quants find it. Q8_0 does not use importance weights.
 """
 
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ from gguf_run.formats.quantizers.pack import half, put, put_half
 from gguf_run.formats.quantizers.search import largest, search_min, search_signed, weigh
 
 _F = np.float32
-BITS = 0  # a placeholder
+BITS = 0  # a placeholder: `clone` replaces it
 
 
 @njit(forceinline=True)
 def _put_quants(block: Any, at: Any, q: Any, bits: Any) -> None:
-    """qh u32, the fifth bits, if there are any | qs u8[16]."""
+    """qh u32 (the fifth bits, if bits is 5) | qs u8[16]."""
     if bits == 5:
         for c in range(4):
             byte = to_int(q[8 * c]) >> 4
@@ -77,7 +77,7 @@ def _encode_minimum(x: Any, importance: Any, mean: Any, q: Any, block: Any, weig
 
 @njit(inline="always")
 def _encode_q8_0(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> None:
-    """d f16 | qs i8[32]; the largest magnitude becomes 127."""
+    """d f16 | qs i8[32]. The largest magnitude becomes 127."""
     d = largest(x, 32)[1] / _F(127)
     inverse = where(d == 0, 0, 1 / d)
     put_half(block, 0, half(d))

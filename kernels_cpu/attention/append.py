@@ -11,7 +11,7 @@ from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
 
 
 @njit(inline="always")
-def _first_of_group(t, n_tokens, positions, run_of):  # type: ignore[no-untyped-def]
+def _first_of_group(t, n_tokens, positions, run_of):
     """The first token from t on that begins a group or a run: rows of a group share bytes, and so belong together."""
     while 0 < t < n_tokens and positions[t] % GROUP and run_of[t] == run_of[t - 1]:
         t += 1
@@ -28,7 +28,7 @@ def append(k_form: int, v_form: int) -> Op:
         "cache_k k_wide k_group k_rotate k_static k k_stride "
         "cache_v v_wide v_group v_rotate v_static v v_stride scratch scratch_stride"
     )
-    def append_rows(args, piece, ith, nth):  # type: ignore[no-untyped-def]
+    def append_rows(args, piece, ith, nth):
         a = carray(args, 1)[0]
         n_tokens, n, n_head = i64_at(a.rows, 1)[0], a.head_dim, a.n_head_kv
         n_parts = max(1, min(n_tokens // GROUP, PER_THREAD * nth))

@@ -13,7 +13,8 @@ from llvmlite import ir
 from gguf_run.formats.compiler.jit import intrinsic, types
 from gguf_run.kernels_cpu.attention.cache_types import FORMATS, GROUP, CacheFormat
 from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel, IntPanel
-from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val, kernel
+from gguf_run.kernels_cpu.vector.kernel import kernel
+from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val
 
 _HALVES = (0, 1)  # a block is two vectors of 16
 _FLOAT8 = {"E4M3": (3, 7), "E5M2": (2, 15)}  # bits of the mantissa, the exponent's bias

@@ -15,7 +15,8 @@ from gguf_run.kernels_cpu.attention.cache_types import FORMATS, CacheFormat
 from gguf_run.kernels_cpu.attention.softmax import SPAN
 from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel
 from gguf_run.kernels_cpu.vector import isa
-from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val, kernel
+from gguf_run.kernels_cpu.vector.kernel import kernel
+from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val
 
 # Rows and vectors of a tile: as many sums as the registers hold, by the lanes that the instruction set likes best. With
 # fewer than _SUMS sums they are kept several times over, so that they do not wait for each other.
@@ -72,7 +73,7 @@ def _function(s: Simd, name: str, emit: Callable[..., None], arguments: tuple[Va
     new = ir.Function(s.b.module, ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments]), name)
     new.linkage = "internal"
     new.attributes.add("noinline")
-    inner = Simd(ir.IRBuilder(new.append_basic_block()), s.isa)
+    inner = s.inside(ir.IRBuilder(new.append_basic_block()))
     emit(inner, *[Val(inner, argument) for argument in new.args])
     inner.b.ret_void()
     return new

@@ -11,7 +11,8 @@ import numpy as np
 
 from gguf_run.formats.compiler.jit import intrinsic, njit, types
 from gguf_run.kernels_cpu.panels.panels import ROWS
-from gguf_run.kernels_cpu.vector.simd import F32, I32, Simd, Val, kernel
+from gguf_run.kernels_cpu.vector.kernel import kernel
+from gguf_run.kernels_cpu.vector.simd import F32, I32, Simd, Val
 
 
 @intrinsic
@@ -51,7 +52,7 @@ def _across_vectors(typing_context: Any, x: Any, n: Any, step: Any) -> Any:
 
 
 @njit(inline="always")
-def hadamard(x, n):  # type: ignore[no-untyped-def]
+def hadamard(x, n):
     """Transform f32[n] at x in place, n a multiple of 32."""
     block, step = n & -n, 1
     _within_vectors(x, n // ROWS, np.float32(1 / math.sqrt(block)))

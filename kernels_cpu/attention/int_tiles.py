@@ -21,7 +21,8 @@ from gguf_run.kernels_cpu.attention.softmax import SPAN
 from gguf_run.kernels_cpu.matmul.int_tile import int_tile, unpacked
 from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel, IntPanel
 from gguf_run.kernels_cpu.vector import isa
-from gguf_run.kernels_cpu.vector.simd import F16, F32, I16, I32, I64, Simd, Val, kernel
+from gguf_run.kernels_cpu.vector.kernel import kernel
+from gguf_run.kernels_cpu.vector.simd import F16, F32, I16, I32, I64, Simd, Val
 
 INT_ROWS = 4 if isa.current().lanes == 16 else 2  # query rows of a tile, by 2 vectors; divides FEW and TILE
 _VECTORS = SPAN // ROWS

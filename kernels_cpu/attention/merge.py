@@ -18,7 +18,7 @@ from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
     "rows runs run_of n_head n_head_kv head_dim wide v_rotate sinks out out_stride parts part_bytes max_rows "
     "q8 q8_stride"
 )
-def merge(args, piece, ith, nth):  # type: ignore[no-untyped-def]
+def merge(args, piece, ith, nth):
     """Put the parts of split positions together into out, and quantize out's rows if q8 is not 0."""
     a = carray(args, 1)[0]
     n_tokens, n = i64_at(a.rows, 1)[0], a.head_dim

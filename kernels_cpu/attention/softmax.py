@@ -12,7 +12,8 @@ from llvmlite import ir
 
 from gguf_run.formats.compiler.jit import intrinsic, types
 from gguf_run.kernels_cpu.panels.panels import ROWS
-from gguf_run.kernels_cpu.vector.simd import F32, I32, Simd, Val, kernel
+from gguf_run.kernels_cpu.vector.kernel import kernel
+from gguf_run.kernels_cpu.vector.simd import F32, I32, Simd, Val
 
 SPAN = 64  # positions between two looks at the maximum
 HEADROOM = np.float32(8)

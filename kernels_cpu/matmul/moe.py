@@ -1,9 +1,15 @@
-"""A mixture of experts: which experts each token goes to, and their matmuls, grouped by expert.
+"""A mixture of experts: the choice of experts for each token, and their matmuls, grouped by expert.
 
-`route` writes a plan, int64: the number of experts in use; [n_expert] their numbers, ascending; [n_expert + 1] the
-first pair of each of them and the end; [n_pairs] the token of each pair; as many words of work space. A pair is a token
-and one of its experts; pairs are sorted by expert, so that an expert's weights are read once for all its tokens and no
-other expert's at all. A pair's weight scales its row between the two matmuls.
+A pair is a token and one of its experts. Pairs are sorted by expert: the weights of an expert are read once for all its
+tokens, and the weights of an expert without tokens are not read. `route` writes a plan, int64:
+
+    [1]             number of experts in use
+    [n_expert]      their numbers, ascending
+    [n_expert + 1]  the first pair of each, and the end
+    [n_pairs]       the token of each pair
+    [n_pairs]       work space
+
+The weight of a pair scales the pair's row between the two matmuls.
 """
 
 import functools
@@ -14,29 +20,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.compiler.jit import carray, njit
-from gguf_run.kernels_cpu.matmul.matmul import TOKENS, cut, tile_panels
+from gguf_run.kernels_cpu.matmul.matmul import cut, tile_panels
 from gguf_run.kernels_cpu.matmul.tile import prefetch, tile_at
-from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, Panel
+from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, TOKENS, Panel
 from gguf_run.kernels_cpu.replay.op import Op, n_shrinking, op, shrinking
 from gguf_run.kernels_cpu.rows.activation import ACTIVATIONS, gated_row
 from gguf_run.kernels_cpu.rows.quantize import quantize_row
 from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
 
-EXPERT_ROWS = BLOCK  # an expert's rows are filled up to a multiple of this
-_PIECE_BYTES = 16384  # weights that a thread takes at a time, at least
-_UNITS, _GROUPS = 4, 8  # units of 2 * 32 rows, and panels, that many tokens are multiplied with one after the other
-_PAIR = 4 * ROWS  # bytes of 16 gates; as many of `up` follow
+EXPERT_ROWS = BLOCK  # the rows of an expert are filled up to a multiple of this
+_PIECE_BYTES = 16384  # bytes of weights that a thread takes at a time, or more
+_UNITS, _GROUPS = 4, 8  # of gate_up: units of 2 * 32 rows in a piece; of down: panels in a piece
+_PAIR = 4 * ROWS  # bytes of 16 gates of a token; 16 numbers of `up` follow
 
 
 @dataclass(frozen=True, eq=False)
 class ExpertMatrix:
-    """Panels of n_expert matrices one after the other. bias: f32[n_expert, n_out], or None."""
+    """Panels of n_expert matrices, one after the other."""
 
     panel: Panel
     data: NDArray[np.uint8]
     n_in: int
-    n_out: int
-    bias: NDArray[np.float32] | None
+    n_out: int  # rows of one matrix
+    bias: NDArray[np.float32] | None  # [n_expert, n_out]
 
     @property
     def expert_bytes(self) -> int:
@@ -48,7 +54,7 @@ class ExpertMatrix:
         return 0 if self.bias is None else self.bias.ctypes.data
 
     def fields(self) -> dict[str, int]:
-        """The fields of an op that belong to its matrix."""
+        """Return the fields of an op that describe its matrix."""
         panel = self.panel
         sizes = {"n_out": self.n_out, "n_steps": self.n_in // panel.columns, "step_bytes": panel.step_bytes}
         sizes |= {"group_bytes": panel.group_bytes(self.n_in), "expert_bytes": self.expert_bytes}
@@ -66,21 +72,24 @@ class CpuExperts:
 
 
 def plan_words(n_expert: int, n_pairs: int) -> int:
+    """Return the int64 words of a plan."""
     return 2 * n_expert + 2 + 2 * n_pairs
 
 
 @njit(inline="always")
-def plan_parts(plan, n_expert, n_pairs):  # type: ignore[no-untyped-def]
-    """Numbers of the experts in use, the first pair of each, and the tokens of the pairs."""
+def plan_parts(plan, n_expert, n_pairs):
+    """Return three parts of a plan: the experts in use, the first pair of each, and the tokens of the pairs."""
     firsts = plan + 8 * (n_expert + 1)
     return i64_at(plan + 8, n_expert), i64_at(firsts, n_expert + 1), i64_at(firsts + 8 * (n_expert + 1), n_pairs)
 
 
 @op("rows n_expert n_used norm logits logits_stride plan weights", "scale")
-def route(args, piece, ith, nth):  # type: ignore[no-untyped-def]
-    """Choose the n_used experts of the greatest logits for each token. One thread does it all: it is little.
+def route(args, piece, ith, nth):
+    """Choose the n_used experts of the greatest logits for each token, and write the plan. One thread does this.
 
-    norm: weights are the softmax over the chosen experts, not over all. weights: f32[2 * n_pairs], half work space.
+    norm: the weights are the softmax over the chosen experts, not over all experts.
+    scale: factor of all weights.
+    weights: f32[2 * n_pairs]: the weights of the pairs, then work space.
     """
     a = carray(args, 1)[0]
     if piece < 0:
@@ -114,12 +123,12 @@ def route(args, piece, ith, nth):  # type: ignore[no-untyped-def]
             unsorted[k] *= a.scale / total
     for e in range(a.n_expert):
         first[e + 1] += first[e]
-    for k in range(n_pairs):  # leaves in first[e] where e ends
+    for k in range(n_pairs):  # after this loop, first[e] is the end of expert e
         p = first[chosen[k]]
         first[chosen[k]] += 1
         tokens[p], weights[p] = k // a.n_used, unsorted[k]
     n_active = start = 0
-    for e in range(a.n_expert):  # n_active <= e: what is overwritten has been read
+    for e in range(a.n_expert):  # n_active <= e: first[n_active] has been read before it is overwritten
         end = first[e]
         if end > start:
             experts[n_active], first[n_active] = e, start
@@ -131,13 +140,13 @@ def route(args, piece, ith, nth):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _start(row, bias, i, n):  # type: ignore[no-untyped-def]
-    """What 16 sums begin with: 0, or the columns i .. i + 16 of n of a bias."""
+def _start(row, bias, i, n):
+    """row = what 16 sums begin with: columns i to i + 15 of the n columns of a bias; 0 beyond n or without a bias."""
     for r in range(ROWS):
         row[r] = f32_at(bias, n)[i + r] if bias and i + r < n else np.float32(0)
 
 
-PLACES = 16 * TOKENS  # bytes of the places of tile_at
+PLACES = 16 * TOKENS  # bytes of the addresses that tile_at reads
 GATE_UP_SCRATCH = PLACES + TOKENS * (2 * _PAIR + 4 * BLOCK)
 
 
@@ -145,17 +154,24 @@ GATE_UP_SCRATCH = PLACES + TOKENS * (2 * _PAIR + 4 * BLOCK)
 def gate_up(panel: int, activation: str) -> Op:
     """out[p] = weights[p] * activation(gate[e] @ x[t]) * (up[e] @ x[t]) for each pair p of expert e and token t.
 
-    Fields as in matmul; w: of the gates, to_up: bytes from there to w of `up`. A unit of work is 32 columns of an
-    expert's pairs. n_out: columns of out, stored filled up to whole units. out, q8: where rows go, or 0. bias,
-    bias_up: f32[n_expert, n_out] or 0. scratch: see GATE_UP_SCRATCH.
+    Return the op. A unit of work is 32 columns of an expert's pairs. Fields are as in matmul, and
+
+    plan, weights: see route.
+    n_out: columns of out. Rows of out have memory for whole units.
+    expert_bytes: bytes of the panels of an expert.
+    w: panels of the gates.
+    to_up: bytes from a panel of a gate to the panel of `up`.
+    out, q8: rows of the pairs as f32 and as int8, or 0.
+    bias, bias_up: f32[n_expert, n_out], or 0.
+    scratch: GATE_UP_SCRATCH bytes for each thread.
     """
-    tokens, panels, act = TOKENS, tile_panels(panel), ACTIVATIONS.index(activation)
+    tokens, panels, activation_id = TOKENS, tile_panels(panel), ACTIVATIONS.index(activation)
 
     @op(
         "rows n_expert n_used plan weights n_out n_steps step_bytes group_bytes expert_bytes w to_up x x_stride "
         "out out_stride q8 q8_stride bias bias_up scratch scratch_stride"
     )
-    def moe_gate_up(args, piece, ith, nth):  # type: ignore[no-untyped-def]
+    def moe_gate_up(args, piece, ith, nth):
         a = carray(args, 1)[0]
         n_pairs = i64_at(a.rows, 1)[0] * a.n_used
         n_unit = (a.n_out + BLOCK - 1) // BLOCK
@@ -180,7 +196,7 @@ def gate_up(panel: int, activation: str) -> Op:
             bias_up = a.bias_up + 4 * e * a.n_out if a.bias else 0
             for p0 in range(firsts[i], firsts[i + 1], tokens):
                 n = min(tokens, firsts[i + 1] - p0)
-                for k in range(tokens):  # where a tile has fewer tokens, the last is repeated
+                for k in range(tokens):  # if fewer pairs are left, the last one is repeated
                     at[k] = a.x + token_of[p0 + min(k, n - 1)] * a.x_stride
                     at[tokens + k] = pair + k * 2 * _PAIR
                 if n == 1:
@@ -205,7 +221,7 @@ def gate_up(panel: int, activation: str) -> Op:
                                 )  # fmt: skip
                         for k in range(n):
                             row = pair + k * 2 * _PAIR
-                            gated_row(act, row, row + _PAIR, row, 1)
+                            gated_row(activation_id, row, row + _PAIR, row, 1)
                             made, to = f32_at(row, ROWS), f32_at(spare + k * BLOCK * 4 + half * _PAIR, ROWS)
                             for r in range(ROWS):
                                 to[r] = made[r] * weights[p0 + k]
@@ -229,8 +245,12 @@ def gate_up(panel: int, activation: str) -> Op:
 def down(panel: int) -> Op:
     """out[t] += down[e] @ x[p] (+ weights[p] * bias[e]) for each pair p of expert e and token t.
 
-    x: rows by pair, weighted already. n_out: columns of out, whose rows are stored filled up to whole panels. A thread
-    takes some columns of all pairs: no two of them add to the same number. scratch: PLACES and a row that nobody reads.
+    Return the op. A piece of work is some columns of all pairs: no two threads add to the same number. Fields are as in
+    gate_up, and
+
+    x: rows of the pairs, already weighted.
+    n_out: columns of out. Rows of out have memory for whole panels.
+    scratch: PLACES bytes and a row for each thread. Nobody reads the row.
     """
     tokens, panels = TOKENS, tile_panels(panel)
 
@@ -238,7 +258,7 @@ def down(panel: int) -> Op:
         "rows n_expert n_used plan weights n_out n_steps step_bytes group_bytes expert_bytes w x x_stride "
         "out out_stride bias scratch scratch_stride"
     )
-    def moe_down(args, piece, ith, nth):  # type: ignore[no-untyped-def]
+    def moe_down(args, piece, ith, nth):
         a = carray(args, 1)[0]
         n_tokens, n_active = i64_at(a.rows, 1)[0], i64_at(a.plan, 1)[0]
         n_group = (a.n_out + ROWS - 1) // ROWS

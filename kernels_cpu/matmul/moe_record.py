@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 
 from gguf_run.kernels_cpu.matmul import moe
 from gguf_run.kernels_cpu.matmul.moe import CpuExperts
+from gguf_run.kernels_cpu.matmul.moe_observe import observe_experts
 from gguf_run.kernels_cpu.panels.memory import CpuBuffer, aligned
 from gguf_run.kernels_cpu.panels.panels import BLOCK, IntPanel, panel_id
-from gguf_run.kernels_cpu.rows.observe import CpuSquares, observe_experts
+from gguf_run.kernels_cpu.rows.observe import CpuSquares
 
 if TYPE_CHECKING:
     from gguf_run.kernels_cpu.recorder import CpuRecorder

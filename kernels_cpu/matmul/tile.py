@@ -1,7 +1,7 @@
-"""The innermost kernel: 16 rows of a panel times 1 or 4 tokens, for every panel and instruction set.
+"""The innermost kernel: 16 rows of a panel times 1 or 4 tokens, for each panel and instruction set.
 
-Each of the 16 f32 lanes is one row, so nothing is summed across lanes. A vector of weights is loaded and unpacked once
-and used for all tokens of the tile; a token's activations are broadcast. Integer panels are in int_tile.py.
+Each of the 16 f32 lanes is one row: nothing is summed across lanes. A vector of weights is loaded and unpacked once,
+and multiplied with all tokens of the tile. An activation is repeated in all lanes. Integer panels are in int_tile.py.
 """
 
 from typing import Any
@@ -9,9 +9,10 @@ from typing import Any
 from gguf_run.formats.compiler.jit import intrinsic, types
 from gguf_run.kernels_cpu.matmul.int_tile import AHEAD, int_tile
 from gguf_run.kernels_cpu.panels.panels import PANELS, ROWS, FloatPanel, IntPanel, Panel
-from gguf_run.kernels_cpu.vector.simd import F32, I16, I32, I64, Simd, Val, kernel
+from gguf_run.kernels_cpu.vector.kernel import kernel
+from gguf_run.kernels_cpu.vector.simd import F32, I16, I32, I64, Simd, Val
 
-_FLOAT_SUMS = 16  # sums of a float tile that run side by side, so that they do not wait for each other
+_FLOAT_SUMS = 16  # sums of a float tile that are independent: none waits for another
 
 
 @intrinsic(prefer_literal=True)
@@ -34,11 +35,15 @@ def tile(
 ) -> Any:
     """out[t, r] = init[t, r] + sum over columns of w[r, column] * x[t, column], t < n_tokens, r < 16 * n_panels.
 
-    panel, n_panels, n_tokens: literal integers (place in PANELS; panels and tokens of the tile). Addresses and strides
-    in bytes. n_steps: of panel.columns columns each. Integer panels: x in activation blocks. Float panels: x in f32;
-    w_step: bytes from one step to the next. w_panel: bytes from one panel to the next; 0: there is but one, computed
-    n_panels times. init may be out; init_stride 0 repeats one row. ahead: how many bytes from what is used to what is
-    asked of memory for later (integer panels; 0: nothing is, if there are several tokens).
+    panel: literal, place in PANELS.
+    n_panels, n_tokens: literals, the size of the tile.
+    w: address of the first panel.
+    w_panel: bytes from one panel to the next. 0: there is one panel, which is computed n_panels times.
+    w_step: bytes from one step to the next, for float panels.
+    n_steps: steps of panel.columns columns.
+    x, x_stride: rows of activation blocks for integer panels, of f32 for float panels.
+    init, init_stride: rows of f32. init may be out; init_stride 0 repeats one row.
+    ahead: as in int_tile.
     """
     shape, panels, tokens = PANELS[panel.literal_value], n_panels.literal_value, n_tokens.literal_value
 
@@ -67,9 +72,9 @@ def tile_at(
     at: Any,
     move: Any,
 ) -> Any:
-    """As `tile`, for tokens that stand anywhere: out[t, r] += sum over columns of w[r, column] * x[t, column].
+    """As `tile`, for rows at any addresses: out[t, r] += sum over columns of w[r, column] * x[t, column].
 
-    at: of int64[2, n_tokens], the addresses of x[t] and, `move` bytes before the place, of out[t].
+    at: address of int64[2, n_tokens]: addresses of x[t], then addresses of out[t] less `move` bytes.
     """
     shape, panels, tokens = PANELS[panel.literal_value], n_panels.literal_value, n_tokens.literal_value
 
@@ -87,7 +92,7 @@ def _tile(
     s: Simd, panel: Panel, ws: list[Val], w_step: Val, n_steps: Val, xs: list[Val], places: list[tuple[Val, Val]],
     ahead: Val,
 ) -> None:  # fmt: skip
-    """See int_tile."""
+    """A tile of an integer or a float panel. The arguments are as in int_tile."""
     if isinstance(panel, IntPanel):
         int_tile(s, panel, ws, n_steps, xs, places, ahead)
         return
@@ -100,6 +105,8 @@ def _tile(
 def _float_panel(
     s: Simd, panel: FloatPanel, ws: list[Val], w_step: Val, n_steps: Val, xs: list[Val], start: list[Val]
 ) -> list[Val]:
+    """Return start + the products over all steps."""
+
     def weights(w: Val, k: Val) -> Val:
         stored = s.load(w + w_step * k, panel.element, ROWS)
         if panel.element == I16:  # bfloat16 is the upper half of an f32
@@ -115,7 +122,7 @@ def _float_panel(
     n = len(start)
     zero = s.const(F32, 0.0, ROWS)
 
-    unroll = max(1, _FLOAT_SUMS // n)  # columns per iteration; each has sums of its own
+    unroll = max(1, _FLOAT_SUMS // n)  # columns of an iteration, each with sums of its own
 
     def columns(i: Val, acc: list[Val]) -> list[Val]:
         return [value for u in range(unroll) for value in column(i * unroll + u, acc[u * n : u * n + n])]
@@ -131,8 +138,11 @@ def _float_panel(
 
 @intrinsic
 def prefetch(typing_context: Any, address: Any) -> Any:
-    """Ask for the first panels of a piece of work. Within a piece `tile` asks ahead, but where a thread begins anew the
-    memory would take as long to answer as 30 kB take to stream."""
+    """Prefetch the first panels of a piece of work.
+
+    Within a piece, `tile` prefetches. At the begin of a piece the first answer of the memory would take as long as
+    30 kB of a stream.
+    """
 
     def emit(s: Simd, address: Val) -> None:
         def line(i: Val, none: list[Val]) -> list[Val]:

@@ -21,7 +21,8 @@ from gguf_run.kernels_cpu.panels.memory import aligned
 from gguf_run.kernels_cpu.replay.op import Op, op
 from gguf_run.kernels_cpu.replay.team import Team
 from gguf_run.kernels_cpu.vector import isa
-from gguf_run.kernels_cpu.vector.simd import I8, I32, Simd, Val, kernel
+from gguf_run.kernels_cpu.vector.kernel import kernel
+from gguf_run.kernels_cpu.vector.simd import I8, I32, Simd, Val
 
 _LINE = 64
 _LANES = 16  # i32 lanes of a 64-byte vector
@@ -131,7 +132,7 @@ def _read_lines(typing_context: Any, address: Any, n_steps: Any, to: Any) -> Any
 
 
 @op("data n_bytes sums")
-def _read(args, piece, ith, nth):  # type: ignore[no-untyped-def]
+def _read(args, piece, ith, nth):
     """Read all of data once."""
     a = carray(args, 1)[0]
     if piece < 0:
@@ -163,7 +164,7 @@ def _dots(typing_context: Any, address: Any, n_steps: Any, to: Any) -> Any:
 
 
 @op("data sums")
-def _dot(args, piece, ith, nth):  # type: ignore[no-untyped-def]
+def _dot(args, piece, ith, nth):
     """_DOT_PIECES pieces of dot products for each thread."""
     a = carray(args, 1)[0]
     if piece < 0:

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.compiler.jit import intrinsic, njit, types
+from gguf_run.kernels_cpu.vector.kernel import kernel
 from gguf_run.kernels_cpu.vector.native import f32_at
-from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val, kernel
+from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val
 
 _LANES = 64
 _VECTOR_BYTES = 4 * _LANES
@@ -82,7 +83,7 @@ def _sum_divergence(typing_context: Any, p: Any, q: Any, n_vectors: Any, max_p: 
 
 
 @njit
-def _max_and_log_sum(x, n):  # type: ignore[no-untyped-def]
+def _max_and_log_sum(x, n):
     """The largest of n values at address x, and log(sum(exp(x - max))).
 
     A row may be longer than the caches: each run is read once, and the sum scaled down when its largest is larger.
@@ -105,14 +106,14 @@ def _max_and_log_sum(x, n):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _log_sum_exp(n, first, end, out, x, x_stride):  # type: ignore[no-untyped-def]
+def _log_sum_exp(n, first, end, out, x, x_stride):
     for row in range(first, end):
         highest, log_sum = _max_and_log_sum(x + row * x_stride, n)
         out[row] = highest + log_sum
 
 
 @njit
-def _divergence(n, first, end, out, p, p_stride, q, q_stride):  # type: ignore[no-untyped-def]
+def _divergence(n, first, end, out, p, p_stride, q, q_stride):
     n_vectors = n // _LANES
     for row in range(first, end):
         a, b = p + row * p_stride, q + row * q_stride

@@ -51,26 +51,26 @@ def op(integers: str, floats: str = "", **options: Any) -> Callable[[Callable[..
 
 
 @njit(inline="always")
-def n_pieces(n, grain, nth):  # type: ignore[no-untyped-def]
+def n_pieces(n, grain, nth):
     """How many pieces n items make: at least `grain` items each, and a few for each thread at most."""
     return max(1, min((n + grain - 1) // grain, PER_THREAD * nth))
 
 
 @njit(inline="always")
-def items(piece, n, grain, nth):  # type: ignore[no-untyped-def]
+def items(piece, n, grain, nth):
     """The items (first, end) of a piece, cut as n_pieces says."""
     pieces = n_pieces(n, grain, nth)
     return n * piece // pieces, n * (piece + 1) // pieces
 
 
 @njit(inline="always")
-def n_shrinking(n, grain, nth):  # type: ignore[no-untyped-def]
+def n_shrinking(n, grain, nth):
     """How many pieces of shrinking size n items make, the smallest of about `grain` items: see shrinking."""
     return 1 if nth == 1 else max(1, min(SHRINKING * nth, int(math.sqrt(2 * n / grain + 0.25) - 0.5)))
 
 
 @njit(inline="always")
-def shrinking(piece, n, pieces):  # type: ignore[no-untyped-def]
+def shrinking(piece, n, pieces):
     """The items (first, end) of a piece: i + 1 shares for piece i.
 
     Pieces are taken from the last to the first, so that large ones, at whose ends a thread stops streaming for a

@@ -55,6 +55,6 @@ class RunTable:
 
 
 @njit(inline="always")
-def runs_at(address, n):  # type: ignore[no-untyped-def]
+def runs_at(address, n):
     """RUN[n] at an address."""
     return carray(pointer(address), n, RUN)

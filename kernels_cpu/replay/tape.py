@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.kernels_cpu.matmul.matmul import TOKENS
 from gguf_run.kernels_cpu.panels.memory import CpuBuffer, aligned
-from gguf_run.kernels_cpu.panels.panels import ROWS, IntPanel, Panel
+from gguf_run.kernels_cpu.panels.panels import ROWS, TOKENS, IntPanel, Panel
 from gguf_run.kernels_cpu.replay.op import Op
 from gguf_run.kernels_cpu.replay.program import CpuProgram
 from gguf_run.kernels_cpu.replay.runs import RunTable

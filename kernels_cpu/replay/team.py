@@ -43,7 +43,7 @@ _IDLE_SPINS = 20000  # the same for a helper between two steps, before it sleeps
 
 
 @njit
-def _open(shared, tape, serial, base, n_ops, nth):  # type: ignore[no-untyped-def]
+def _open(shared, tape, serial, base, n_ops, nth):
     """Move the ticket to the op with this serial number; ops without work are passed over."""
     ops = i64_at(tape, 2 * n_ops)
     n_pieces = 0
@@ -59,7 +59,7 @@ def _open(shared, tape, serial, base, n_ops, nth):  # type: ignore[no-untyped-de
 
 
 @njit
-def _run(shared, tape, base, n_ops, ith, nth):  # type: ignore[no-untyped-def]
+def _run(shared, tape, base, n_ops, ith, nth):
     """Take pieces until the step's last op is done. Nothing of the step is touched without holding a piece of it."""
     spins = 0
     while True:
@@ -82,7 +82,7 @@ def _run(shared, tape, base, n_ops, ith, nth):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _help(shared, step, ith, nth):  # type: ignore[no-untyped-def]
+def _help(shared, step, ith, nth):
     """Take part in steps after number `step`. Returns the number of the last one when none has come for a while."""
     atomic_store(shared + _ASLEEP + 8 * ith, 0)
     spins = 0
@@ -107,7 +107,7 @@ def _help(shared, step, ith, nth):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _announce(shared, tape, n_ops, nth):  # type: ignore[no-untyped-def]
+def _announce(shared, tape, n_ops, nth):
     """Tell the helpers of a step."""
     base = atomic_load(shared + _TICKET) >> _PIECE_BITS
     atomic_add(shared + _STEP, 1)
@@ -119,13 +119,13 @@ def _announce(shared, tape, n_ops, nth):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _lead(shared, nth):  # type: ignore[no-untyped-def]
+def _lead(shared, nth):
     """Take part in the step that was announced last, until it is done; nothing if it is."""
     _run(shared, atomic_load(shared + _TAPE), atomic_load(shared + _BASE), atomic_load(shared + _N_OPS), 0, nth)
 
 
 @njit
-def _stop(shared):  # type: ignore[no-untyped-def]
+def _stop(shared):
     atomic_store(shared + _STOP, 1)
     atomic_add(shared + _STEP, 2)
 

@@ -1,4 +1,4 @@
-"""out = activation(gate) * up."""
+"""out = activation(gate) * up, row by row."""
 
 import functools
 import math
@@ -7,20 +7,26 @@ from typing import Any
 from gguf_run.formats.compiler.jit import carray, intrinsic, types
 from gguf_run.kernels_cpu.replay.op import Op, items, n_pieces, op
 from gguf_run.kernels_cpu.rows.quantize import quantize_row
+from gguf_run.kernels_cpu.vector.kernel import kernel
 from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
-from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val, kernel
+from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val
 
 ACTIVATIONS = ("silu", "gelu", "swiglu_oai")
-_PIECE = 512  # columns that a thread takes at a time; whole activation blocks
+_PIECE = 512  # columns that a thread takes at a time: whole blocks of 32
 _GELU = 1.5957691216057308  # 2 * sqrt(2 / pi)
 _ALPHA, _LIMIT = 1.702, 7.0
 
 
-# All activations are x * sigmoid(f(x)): silu with f(x) = x, gelu's tanh form with f(x) = _GELU * (x + 0.044715 x^3),
-# gpt-oss's with f(x) = _ALPHA * x, which clamps x and up to _LIMIT and adds 1 to up.
+# All activations are x * sigmoid(f(x)):
+#   silu        f(x) = x
+#   gelu        f(x) = _GELU * (x + 0.044715 x^3), the tanh form
+#   swiglu_oai  f(x) = _ALPHA * x (gpt-oss); x and up are limited by _LIMIT first, and up grows by 1
 @intrinsic(prefer_literal=True)
 def gated_row(typing_context: Any, activation: Any, gate: Any, up: Any, out: Any, n_vectors: Any) -> Any:
-    """16 columns at a time; activation: literal place in ACTIVATIONS, the others addresses."""
+    """out = activation(gate) * up for n_vectors times 16 columns.
+
+    activation: literal, place in ACTIVATIONS. gate, up, out: addresses of f32.
+    """
     name = ACTIVATIONS[activation.literal_value]
 
     def emit(s: Simd, gate: Val, up: Val, out: Val, n_vectors: Val) -> None:
@@ -41,11 +47,11 @@ def gated_row(typing_context: Any, activation: Any, gate: Any, up: Any, out: Any
 
 @functools.cache
 def gated(activation: str) -> Op:
-    """The op for silu or gelu. n: columns; q8: where the quantized rows go, or 0."""
-    gelu = ("silu", "gelu").index(activation)
+    """Return the op for silu or gelu. n: columns. q8: int8 form of the result, or 0."""
+    is_gelu = ("silu", "gelu").index(activation)
 
     @op("rows n gate gate_stride up up_stride out out_stride q8 q8_stride")
-    def gated_rows(args, piece, ith, nth):  # type: ignore[no-untyped-def]
+    def gated_rows(args, piece, ith, nth):
         a = carray(args, 1)[0]
         per_row = (a.n + _PIECE - 1) // _PIECE
         n_items = i64_at(a.rows, 1)[0] * per_row
@@ -57,10 +63,10 @@ def gated(activation: str) -> Op:
             n = min(_PIECE, a.n - start)
             gate, up = a.gate + t * a.gate_stride + start * 4, a.up + t * a.up_stride + start * 4
             out = a.out + t * a.out_stride + start * 4
-            gated_row(gelu, gate, up, out, n // 16)
+            gated_row(is_gelu, gate, up, out, n // 16)
             g, u, o = f32_at(gate, n), f32_at(up, n), f32_at(out, n)
             for i in range(n // 16 * 16, n):
-                f = _GELU * (g[i] + 0.044715 * g[i] * g[i] * g[i]) if gelu else g[i]
+                f = _GELU * (g[i] + 0.044715 * g[i] * g[i] * g[i]) if is_gelu else g[i]
                 o[i] = g[i] / (1 + math.exp(-f)) * u[i]
             if a.q8:
                 quantize_row(out, n // 32, a.q8 + t * a.q8_stride + start * 2)

@@ -1,4 +1,4 @@
-"""Rows in and out: embeddings of token ids, and the rows whose logits are wanted."""
+"""Copies of rows: embeddings of token ids, and the rows whose logits are wanted."""
 
 import functools
 from typing import Any
@@ -11,7 +11,7 @@ from gguf_run.formats.compiler.jit import carray, clone
 from gguf_run.kernels_cpu.replay.op import Op, items, n_pieces, op
 from gguf_run.kernels_cpu.vector.native import f32_at, i32_at, i64_at, pointer
 
-# Names that `clone` puts into _embed_blocks; here for the type checker.
+# Placeholders: `clone` replaces them in _embed_blocks.
 unpack: Any = None
 BLOCK_SIZE = TYPE_SIZE = GROUP = 0
 HAS_MINIMUM = False
@@ -20,8 +20,8 @@ FLOAT_TABLES = ("F32", "F16", "BF16")
 _FIELDS = "rows ids table row_bytes n out out_stride grid n_grid"
 
 
-def _embed_blocks(args, piece, ith, nth):  # type: ignore[no-untyped-def]
-    """out[t] = scale * row ids[t] of a table of a block-quantized type, as it stands in the file."""
+def _embed_blocks(args, piece, ith, nth):
+    """out[t] = scale * row ids[t] of a table of a block-quantized type, stored as in the file."""
     a = carray(args, 1)[0]
     n_tokens = i64_at(a.rows, 1)[0]
     ids = i32_at(a.ids, n_tokens)
@@ -46,10 +46,10 @@ def _embed_blocks(args, piece, ith, nth):  # type: ignore[no-untyped-def]
 
 @functools.cache
 def _embed_floats(kind: int) -> Op:
-    """The same for a table of one of FLOAT_TABLES."""
+    """Return the op out[t] = scale * row ids[t] of a table of floats. kind: place in FLOAT_TABLES."""
 
     @op(_FIELDS, "scale")
-    def embed_floats(args, piece, ith, nth):  # type: ignore[no-untyped-def]
+    def embed_floats(args, piece, ith, nth):
         a = carray(args, 1)[0]
         n_tokens = i64_at(a.rows, 1)[0]
         ids = i32_at(a.ids, n_tokens)
@@ -76,7 +76,7 @@ def _embed_floats(kind: int) -> Op:
 
 @functools.cache
 def embed(type_name: str) -> Op:
-    """The op for a table of one tensor type: block-quantized, F32, F16 or BF16."""
+    """Return the op out[t] = scale * row ids[t] of a table of one type: block-quantized, F32, F16 or BF16."""
     form = INTEGER_FORMS.get(type_name)
     if form is None:
         return _embed_floats(FLOAT_TABLES.index(type_name))
@@ -85,8 +85,8 @@ def embed(type_name: str) -> Op:
 
 
 @op("rows index n x x_stride out out_stride")
-def copy_rows(args, piece, ith, nth):  # type: ignore[no-untyped-def]
-    """out[i] = x[index[i]] for the number of rows at `rows`."""
+def copy_rows(args, piece, ith, nth):
+    """out[i] = x[index[i]]."""
     a = carray(args, 1)[0]
     n_items = i64_at(a.rows, 1)[0]
     index = i64_at(a.index, n_items)

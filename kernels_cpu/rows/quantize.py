@@ -1,17 +1,18 @@
-"""Activations for integer panels: f32 rows to blocks of 32 int8 values (layout in int_tile.py)."""
+"""Activations for integer panels: f32 rows to blocks of 32 int8 values (layout: panels.py)."""
 
 from typing import Any
 
 from gguf_run.formats.compiler.jit import carray, intrinsic, njit, types
-from gguf_run.kernels_cpu.matmul.int_tile import X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS
+from gguf_run.kernels_cpu.panels.panels import X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS
 from gguf_run.kernels_cpu.replay.op import items, n_pieces, op
+from gguf_run.kernels_cpu.vector.kernel import kernel
 from gguf_run.kernels_cpu.vector.native import i64_at
-from gguf_run.kernels_cpu.vector.simd import F32, I8, Simd, Val, kernel
+from gguf_run.kernels_cpu.vector.simd import F32, I8, Simd, Val
 
 
 @intrinsic
 def quantize_row(typing_context: Any, x: Any, n_block: Any, out: Any) -> Any:
-    """Quantize f32[32 * n_block] at x: d = max|x| / 127, q = nearest integer to x / d, per block."""
+    """Quantize f32[32 * n_block] at x to blocks at out. Of each block: d = max|x| / 127, q = nearest to x / d."""
 
     def emit(s: Simd, x: Val, n_block: Val, out: Val) -> None:
         def body(k: Val, none: list[Val]) -> list[Val]:
@@ -38,15 +39,15 @@ def quantize_row(typing_context: Any, x: Any, n_block: Any, out: Any) -> Any:
 
 
 @njit(inline="always")
-def quantize_if_wanted(q8, q8_stride, t, x, n):  # type: ignore[no-untyped-def]
-    """The last act of an op that made row t: f32[n] at x also goes into q8's row t, if q8 is not 0."""
+def quantize_if_wanted(q8, q8_stride, t, x, n):
+    """Quantize f32[n] at x, which is row t of an op's result, into row t of q8; nothing if q8 is 0."""
     if q8:
         quantize_row(x, n // 32, q8 + t * q8_stride)
 
 
 @op("rows n x x_stride q8 q8_stride")
-def quantize(args, piece, ith, nth):  # type: ignore[no-untyped-def]
-    """q8[t] = x[t] for all rows."""
+def quantize(args, piece, ith, nth):
+    """q8[t] = x[t] quantized."""
     a = carray(args, 1)[0]
     n_items = i64_at(a.rows, 1)[0]
     if piece < 0:

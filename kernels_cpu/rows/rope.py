@@ -1,4 +1,4 @@
-"""Rotary position embedding: a table of cosines and sines for the tokens of a step, and the rotation itself."""
+"""Rotary position embedding: a table of cosines and sines for the tokens of a step, and the rotation."""
 
 import math
 
@@ -8,12 +8,12 @@ from gguf_run.formats.compiler.jit import carray, njit
 from gguf_run.kernels_cpu.replay.op import items, n_pieces, op
 from gguf_run.kernels_cpu.vector.native import f32_at, i64_at, pointer
 
-_HEADS = 32  # heads that a thread takes at a time, at least
+_HEADS = 32  # heads that a thread takes at a time, or more
 
 
 @op("rows positions n_half inv_freq table", "scale")
-def angles(args, piece, ith, nth):  # type: ignore[no-untyped-def]
-    """table[t, i] = scale * (cos, sin) of positions[t] * inv_freq[i]; f32[n_tokens, n_half, 2]."""
+def angles(args, piece, ith, nth):
+    """table[t, i] = scale * (cos, sin) of positions[t] * inv_freq[i]. table: f32[n_tokens, n_half, 2]."""
     a = carray(args, 1)[0]
     n_tokens = i64_at(a.rows, 1)[0]
     positions = i64_at(a.positions, n_tokens)
@@ -31,7 +31,8 @@ def angles(args, piece, ith, nth):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _rotate(x, table, n_half, step, apart):  # type: ignore[no-untyped-def]
+def _rotate(x, table, n_half, step, apart):
+    """Rotate n_half pairs of numbers. Pair i is x[i * step] and x[i * step + apart]."""
     for i in range(n_half):
         c, s = table[2 * i], table[2 * i + 1]
         first, second = x[i * step], x[i * step + apart]
@@ -40,8 +41,8 @@ def _rotate(x, table, n_half, step, apart):  # type: ignore[no-untyped-def]
 
 
 @op("rows n_head head_dim n_half neox x x_stride table")
-def rope(args, piece, ith, nth):  # type: ignore[no-untyped-def]
-    """Rotate the first 2 * n_half of each head's dimensions. neox: pairs (i, i + n_half), else (2i, 2i + 1)."""
+def rope(args, piece, ith, nth):
+    """Rotate the first 2 * n_half columns of each head. Pairs are (i, i + n_half) if neox, else (2i, 2i + 1)."""
     a = carray(args, 1)[0]
     n_items = i64_at(a.rows, 1)[0] * a.n_head
     if piece < 0:

@@ -1,12 +1,13 @@
-"""Rows times a number, in place: logits scaled and soft-capped, a shared expert weighted by its gate."""
+"""Rows are scaled in place: logits by a factor and a soft cap, the result of a shared expert by its gate."""
 
 import math
 from typing import Any
 
 from gguf_run.formats.compiler.jit import carray, intrinsic, types
 from gguf_run.kernels_cpu.replay.op import items, n_pieces, op
+from gguf_run.kernels_cpu.vector.kernel import kernel
 from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
-from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val, kernel
+from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val
 
 _PIECE = 512  # columns that a thread takes at a time
 
@@ -29,8 +30,8 @@ def _cap(typing_context: Any, x: Any, n_vectors: Any, factor: Any, cap: Any) -> 
 
 
 @op("rows n x x_stride", "scale cap")
-def softcap(args, piece, ith, nth):  # type: ignore[no-untyped-def]
-    """x = cap * tanh(scale * x / cap), or scale * x if cap is 0. Rows are stored filled up to 16 columns."""
+def softcap(args, piece, ith, nth):
+    """x = cap * tanh(scale * x / cap), or scale * x if cap is 0. Rows have memory for whole vectors of 16 columns."""
     a = carray(args, 1)[0]
     per_row = (a.n + _PIECE - 1) // _PIECE
     n_items = i64_at(a.rows, 1)[0] * per_row
@@ -50,7 +51,7 @@ def softcap(args, piece, ith, nth):  # type: ignore[no-untyped-def]
 
 
 @op("rows n x x_stride gate gate_stride")
-def gate_rows(args, piece, ith, nth):  # type: ignore[no-untyped-def]
+def gate_rows(args, piece, ith, nth):
     """x[t] *= sigmoid(gate[t, 0])."""
     a = carray(args, 1)[0]
     n_items = i64_at(a.rows, 1)[0]

@@ -1,4 +1,4 @@
-"""What C gives and Python lacks: typed views of addresses, atomics, and giving way to other threads."""
+"""What kernels need and Python lacks: typed views of addresses, atomics, pauses of threads, calls of addresses."""
 
 from typing import Any
 
@@ -21,32 +21,26 @@ def pointer(typing_context: Any, address: Any) -> Any:
 
 
 @njit(inline="always")
-def f32_at(address, n):  # type: ignore[no-untyped-def]
+def f32_at(address, n):
     """float32[n] at an address."""
     return carray(pointer(address), n, np.float32)
 
 
 @njit(inline="always")
-def i32_at(address, n):  # type: ignore[no-untyped-def]
+def i32_at(address, n):
     """int32[n] at an address."""
     return carray(pointer(address), n, np.int32)
 
 
 @njit(inline="always")
-def i64_at(address, n):  # type: ignore[no-untyped-def]
+def i64_at(address, n):
     """int64[n] at an address."""
     return carray(pointer(address), n, np.int64)
 
 
-@njit(inline="always")
-def u8_at(address, n):  # type: ignore[no-untyped-def]
-    """uint8[n] at an address."""
-    return carray(pointer(address), n, np.uint8)
-
-
 @intrinsic
 def atomic_add(typing_context: Any, address: Any, value: Any) -> Any:
-    """Add to the int64 at an address; returns what was there before. Sequentially consistent, as all atomics here."""
+    """Add to the int64 at an address; return its old value. All atomics here are sequentially consistent."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
         return builder.atomic_rmw("add", builder.inttoptr(args[0], _I64.as_pointer()), args[1], "seq_cst")
@@ -77,7 +71,7 @@ def atomic_store(typing_context: Any, address: Any, value: Any) -> Any:
 
 @intrinsic
 def atomic_swap_if(typing_context: Any, address: Any, expected: Any, new: Any) -> Any:
-    """Set the int64 at an address to `new` if it is `expected`; whether it was."""
+    """Set the int64 at an address to `new` if it is `expected`; return whether it was."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
         where = builder.inttoptr(args[0], _I64.as_pointer())
@@ -91,7 +85,7 @@ _PAUSE = {"x86_64": "llvm.x86.sse2.pause", "aarch64": "llvm.aarch64.hint", "arm6
 
 @intrinsic
 def pause(typing_context: Any) -> Any:
-    """Tell the CPU that this is a spin loop."""
+    """Tell the CPU that this is a loop that waits."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
         name = _PAUSE.get(builder.module.triple.split("-")[0])
@@ -106,7 +100,7 @@ def pause(typing_context: Any) -> Any:
 
 @intrinsic
 def yield_cpu(typing_context: Any) -> Any:
-    """Let another thread of the machine run, if one waits for this core."""
+    """Let another thread run, if one waits for this core."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
         name = "SwitchToThread" if "windows" in builder.module.triple else "sched_yield"
@@ -119,7 +113,7 @@ def yield_cpu(typing_context: Any) -> Any:
 
 @intrinsic
 def call_op(typing_context: Any, function: Any, args: Any, piece: Any, ith: Any, nth: Any) -> Any:
-    """function(args, piece, ith, nth), function being the address of an op."""
+    """Call function(args, piece, ith, nth). function: the address of an op's compiled function."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, a: Any) -> Any:
         signature = ir.FunctionType(_I64, [_I64] * 4)
