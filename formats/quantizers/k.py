@@ -12,16 +12,7 @@ import numpy as np
 
 from gguf_run.formats.compiler.jit import njit
 from gguf_run.formats.quantizers.encode import Quantizer, block_quantizer
-from gguf_run.formats.quantizers.lanes import (
-    f32,
-    fabs,
-    offset,
-    scratch_f32,
-    sqrt,
-    to_float,
-    to_int,
-    where,
-)
+from gguf_run.formats.quantizers.lanes import f32, fabs, offset, scratch_f32, sqrt, to_float, to_int, where
 from gguf_run.formats.quantizers.pack import (
     half,
     half_to_f32,

@@ -6,7 +6,6 @@ for byte as its reference quantizers (quantize_row_*_ref) make them: the same op
 
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 from llvmlite import ir
 
@@ -218,7 +217,7 @@ def _encode_floats(s: Simd, panel: FloatPanel, x: Val, n: Val, codes: Val) -> No
 
 
 @intrinsic(prefer_literal=True)
-def encode(typing_context: Any, form: Any, x: Any, n: Any, codes: Any, numbers: Any, static: Any) -> Any:
+def encode(typing_context, form, x, n, codes, numbers, static):
     """Quantize a row. form: literal, the type's place in FORMATS. x: f32[n], n a multiple of 32; codes: n of them;
     numbers: f16, those of the first block, those of the second ... static: the row's scale, or 0 to find it."""
     type = FORMATS[form.literal_value]
@@ -235,7 +234,7 @@ def encode(typing_context: Any, form: Any, x: Any, n: Any, codes: Any, numbers: 
 
 
 @intrinsic(prefer_literal=True)
-def decode(typing_context: Any, form: Any, codes: Any, numbers: Any, n: Any, x: Any) -> Any:
+def decode(typing_context, form, codes, numbers, n, x):
     """What `encode` made, as f32[n] at x."""
     type = FORMATS[form.literal_value]
     panel, count = type.panel, type.n_numbers

@@ -178,9 +178,7 @@ def _mover(form: Any, is_v: Any, of_floats: Callable[[_Places, Simd], None], of_
 
 
 @intrinsic(prefer_literal=True)
-def put_row(
-    typing_context: Any, form: Any, is_v: Any, group: Any, row: Any, wide: Any, codes: Any, numbers: Any
-) -> Any:
+def put_row(typing_context, form, is_v, group, row, wide, codes, numbers):
     """Copy a row from codes and numbers (cache_codec.py) into a group.
 
     form, is_v: literal. group: address of the group. row: 0 to 31. wide: columns. The rows of V of one group share
@@ -190,8 +188,6 @@ def put_row(
 
 
 @intrinsic(prefer_literal=True)
-def get_row(
-    typing_context: Any, form: Any, is_v: Any, group: Any, row: Any, wide: Any, codes: Any, numbers: Any
-) -> Any:
+def get_row(typing_context, form, is_v, group, row, wide, codes, numbers):
     """Copy a row from a group to codes and numbers: the reverse of put_row."""
     return _mover(form, is_v, _Places.get, _get_k, _get_v)

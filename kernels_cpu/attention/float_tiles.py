@@ -5,7 +5,6 @@ A tile is TILE query rows, or FEW if there are no more; K and V are read from th
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 from llvmlite import ir
 
@@ -136,9 +135,7 @@ def _values(
 
 
 @intrinsic(prefer_literal=True)
-def score_tile(
-    typing_context: Any, form: Any, few: Any, q: Any, k: Any, k_vector: Any, n: Any, ahead: Any, scores: Any
-) -> Any:
+def score_tile(typing_context, form, few, q, k, k_vector, n, ahead, scores):
     """scores[r, j] = q[r] . k[j], f32[rows][SPAN], for the tile's rows r and 16 * vectors j.
 
     form: literal, K's place in FORMATS; nothing is done if it is not a float. Scales of rows are left out. q:
@@ -150,10 +147,7 @@ def score_tile(
 
 
 @intrinsic(prefer_literal=True)
-def value_tile(
-    typing_context: Any, form: Any, few: Any, p: Any, v: Any, v_step: Any, n_seen: Any, ahead: Any, sums: Any,
-    sums_row: Any,
-) -> Any:  # fmt: skip
+def value_tile(typing_context, form, few, p, v, v_step, n_seen, ahead, sums, sums_row):
     """sums[r, j] += sum over n_seen positions i of p[r, i] * v[i, j] for the tile's rows r and 16 * vectors j.
 
     p: f32[rows][SPAN]; v_step, sums_row: bytes from position to position of v, from row to row of sums (f32). The rest

@@ -5,7 +5,6 @@ that divides head_dim (QuaRot, Ashkboos et al. 2024).
 """
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from gguf_run.kernels_cpu.vector.simd import F32, I32, Simd, Val
 
 
 @intrinsic
-def _within_vectors(typing_context: Any, x: Any, n: Any, factor: Any) -> Any:
+def _within_vectors(typing_context, x, n, factor):
     """Each of n vectors: lane i becomes factor * the sum over j of x[j] * (-1)^(bits that i and j have in common)."""
 
     def emit(s: Simd, x: Val, n: Val, factor: Val) -> None:
@@ -34,7 +33,7 @@ def _within_vectors(typing_context: Any, x: Any, n: Any, factor: Any) -> Any:
 
 
 @intrinsic
-def _across_vectors(typing_context: Any, x: Any, n: Any, step: Any) -> Any:
+def _across_vectors(typing_context, x, n, step):
     """Sum and difference of vectors i and i + step, a power of two, for every i < n that lacks its bit."""
 
     def emit(s: Simd, x: Val, n: Val, step: Val) -> None:

@@ -11,7 +11,6 @@ l + 16 of a group, which the packing of two vectors of p puts side by side.
 
 import functools
 import operator
-from typing import Any
 
 from gguf_run.formats.compiler.jit import intrinsic, types
 from gguf_run.kernels_cpu.attention.cache_codec import FLOAT8_FACTOR
@@ -32,9 +31,7 @@ P_FACTOR, P_START, P_MINIMUM, P_BYTES = 128, 132, 136, 160
 
 
 @intrinsic(prefer_literal=True)
-def int_score_tile(
-    typing_context: Any, form: Any, q: Any, q_row: Any, k: Any, n_blocks: Any, zeros: Any, scores: Any
-) -> Any:
+def int_score_tile(typing_context, form, q, q_row, k, n_blocks, zeros, scores):
     """scores[r, j] = q[r] . k[j] for INT_ROWS rows r and the 32 positions j of a group, f32[rows][SPAN].
 
     form: literal, K's place in FORMATS; nothing is done if it is not an integer. q: rows of n_blocks activation blocks
@@ -67,9 +64,7 @@ def _two_groups(s: Simd, first: Val, group_bytes: Val, n_seen: Val) -> list[Val]
 
 
 @intrinsic(prefer_literal=True)
-def scale_columns(
-    typing_context: Any, form: Any, scores: Any, n_rows: Any, group: Any, group_bytes: Any, n_seen: Any
-) -> Any:
+def scale_columns(typing_context, form, scores, n_rows, group, group_bytes, n_seen):
     """Multiply scores, f32[n_rows][SPAN], by the scales of the positions' rows in two groups, where there are such.
 
     form: literal, place in FORMATS.
@@ -93,10 +88,7 @@ def scale_columns(
 
 
 @intrinsic(prefer_literal=True)
-def quantize_p(
-    typing_context: Any, form: Any, p: Any, n_rows: Any, group: Any, group_bytes: Any, n_seen: Any, n_blocks: Any,
-    out: Any,
-) -> Any:  # fmt: skip
+def quantize_p(typing_context, form, p, n_rows, group, group_bytes, n_seen, n_blocks, out):
     """p of each row times the scales of each block of V, as integers: see P_FACTOR.
 
     form: literal, V's place in FORMATS; nothing is done if it is not an integer. p: f32[n_rows][SPAN], not negative;
@@ -144,10 +136,7 @@ def quantize_p(
 
 
 @intrinsic(prefer_literal=True)
-def int_value_tile(
-    typing_context: Any, form: Any, p: Any, p_row: Any, v: Any, group_bytes: Any, n_groups: Any, sums: Any,
-    sums_row: Any,
-) -> Any:  # fmt: skip
+def int_value_tile(typing_context, form, p, p_row, v, group_bytes, n_groups, sums, sums_row):
     """sums[r, d] += sum over the positions of n_groups groups of p[r] * v[d], for INT_ROWS rows r and 32 columns d.
 
     form: literal, V's place in FORMATS; nothing is done if it is not an integer. p: what quantize_p made for the first
@@ -189,7 +178,7 @@ def int_value_tile(
 
 
 @intrinsic
-def fetch(typing_context: Any, address: Any, n_bytes: Any) -> Any:
+def fetch(typing_context, address, n_bytes):
     """Ask for memory that will be read soon."""
 
     def emit(s: Simd, address: Val, n_bytes: Val) -> None:

@@ -5,7 +5,6 @@ multiplied anew, but for the few spans in which it rises (FlashAttention-4 does 
 """
 
 import functools
-from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -27,7 +26,7 @@ def _row(s: Simd, scores: Val) -> list[Val]:
 
 
 @intrinsic
-def hide(typing_context: Any, scores: Any, since: Any, until: Any) -> Any:
+def hide(typing_context, scores, since, until):
     """Hide a row's positions, but for since <= position < until."""
 
     def emit(s: Simd, scores: Val, since: Val, until: Val) -> None:
@@ -42,7 +41,7 @@ def hide(typing_context: Any, scores: Any, since: Any, until: Any) -> Any:
 
 
 @intrinsic
-def cap(typing_context: Any, scores: Any, n_rows: Any, softcap: Any) -> Any:
+def cap(typing_context, scores, n_rows, softcap):
     """scores = softcap * tanh(scores / softcap), tanh(x) being 1 - 2 / (e^2x + 1)."""
 
     def emit(s: Simd, scores: Val, n_rows: Val, softcap: Val) -> None:
@@ -61,7 +60,7 @@ def cap(typing_context: Any, scores: Any, n_rows: Any, softcap: Any) -> Any:
 
 
 @intrinsic
-def rise(typing_context: Any, scores: Any, n_rows: Any, most: Any) -> Any:
+def rise(typing_context, scores, n_rows, most):
     """By how much a score exceeds its row's maximum so far, f32[n_rows] at `most`: the largest of all."""
 
     def emit(s: Simd, scores: Val, n_rows: Val, most: Val) -> Val:
@@ -75,7 +74,7 @@ def rise(typing_context: Any, scores: Any, n_rows: Any, most: Any) -> Any:
 
 
 @intrinsic
-def raise_maximum(typing_context: Any, scores: Any, most: Any) -> Any:
+def raise_maximum(typing_context, scores, most):
     """Take one row's scores into its maximum, f32 at `most`; returns what its sums must be multiplied by."""
 
     def emit(s: Simd, scores: Val, most: Val) -> Val:
@@ -88,7 +87,7 @@ def raise_maximum(typing_context: Any, scores: Any, most: Any) -> Any:
 
 
 @intrinsic
-def exponentials(typing_context: Any, scores: Any, n_rows: Any, most: Any, sums: Any) -> Any:
+def exponentials(typing_context, scores, n_rows, most, sums):
     """scores = exp(scores - maximum); adds them to sums, f32[n_rows, 16], lane by lane."""
 
     def emit(s: Simd, scores: Val, n_rows: Val, most: Val, sums: Val) -> None:
@@ -107,13 +106,13 @@ def exponentials(typing_context: Any, scores: Any, n_rows: Any, most: Any, sums:
 
 
 @intrinsic
-def lane_sum(typing_context: Any, address: Any) -> Any:
+def lane_sum(typing_context, address):
     """The sum of f32[16]."""
     return kernel(types.float32(types.intp), lambda s, address: s.sum(s.load(address, F32, ROWS)))
 
 
 @intrinsic
-def scale_vectors(typing_context: Any, address: Any, n: Any, factor: Any) -> Any:
+def scale_vectors(typing_context, address, n, factor):
     """f32[16 * n] *= factor."""
 
     def emit(s: Simd, address: Val, n: Val, factor: Val) -> None:

@@ -4,8 +4,6 @@ Each of the 16 f32 lanes is one row: nothing is summed across lanes. A vector of
 and multiplied with all tokens of the tile. An activation is repeated in all lanes. Integer panels are in int_tile.py.
 """
 
-from typing import Any
-
 from gguf_run.formats.compiler.jit import intrinsic, types
 from gguf_run.kernels_cpu.matmul.int_tile import AHEAD, int_tile
 from gguf_run.kernels_cpu.panels.panels import PANELS, ROWS, FloatPanel, IntPanel, Panel
@@ -17,22 +15,22 @@ _FLOAT_SUMS = 16  # sums of a float tile that are independent: none waits for an
 
 @intrinsic(prefer_literal=True)
 def tile(
-    typing_context: Any,
-    panel: Any,
-    n_panels: Any,
-    n_tokens: Any,
-    w: Any,
-    w_panel: Any,
-    w_step: Any,
-    n_steps: Any,
-    x: Any,
-    x_stride: Any,
-    out: Any,
-    out_stride: Any,
-    init: Any,
-    init_stride: Any,
-    ahead: Any,
-) -> Any:
+    typing_context,
+    panel,
+    n_panels,
+    n_tokens,
+    w,
+    w_panel,
+    w_step,
+    n_steps,
+    x,
+    x_stride,
+    out,
+    out_stride,
+    init,
+    init_stride,
+    ahead,
+):
     """out[t, r] = init[t, r] + sum over columns of w[r, column] * x[t, column], t < n_tokens, r < 16 * n_panels.
 
     panel: literal, place in PANELS.
@@ -60,18 +58,7 @@ def tile(
 
 
 @intrinsic(prefer_literal=True)
-def tile_at(
-    typing_context: Any,
-    panel: Any,
-    n_panels: Any,
-    n_tokens: Any,
-    w: Any,
-    w_panel: Any,
-    w_step: Any,
-    n_steps: Any,
-    at: Any,
-    move: Any,
-) -> Any:
+def tile_at(typing_context, panel, n_panels, n_tokens, w, w_panel, w_step, n_steps, at, move):
     """As `tile`, for rows at any addresses: out[t, r] += sum over columns of w[r, column] * x[t, column].
 
     at: address of int64[2, n_tokens]: addresses of x[t], then addresses of out[t] less `move` bytes.
@@ -137,7 +124,7 @@ def _float_panel(
 
 
 @intrinsic
-def prefetch(typing_context: Any, address: Any) -> Any:
+def prefetch(typing_context, address):
     """Prefetch the first panels of a piece of work.
 
     Within a piece, `tile` prefetches. At the begin of a piece the first answer of the memory would take as long as

@@ -11,7 +11,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,7 +117,7 @@ def _keep(s: Simd, sums: list[Val], address: Val) -> None:
 
 
 @intrinsic
-def _read_lines(typing_context: Any, address: Any, n_steps: Any, to: Any) -> Any:
+def _read_lines(typing_context, address, n_steps, to):
     """Read _LOADS cache lines in each of n_steps steps."""
 
     def emit(s: Simd, address: Val, n_steps: Val, to: Val) -> None:
@@ -142,7 +141,7 @@ def _read(args, piece, ith, nth):
 
 
 @intrinsic
-def _dots(typing_context: Any, address: Any, n_steps: Any, to: Any) -> Any:
+def _dots(typing_context, address, n_steps, to):
     """Dot products of a few kB that stay in the first-level cache with vectors that stay in registers.
 
     One operand is loaded anew in each step, or the compiler would take the products out of the loop.

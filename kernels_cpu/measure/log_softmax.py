@@ -7,7 +7,6 @@ import itertools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +23,7 @@ _LOWEST = np.finfo(np.float32).min
 
 
 @intrinsic
-def _maximum(typing_context: Any, x: Any, n_vectors: Any) -> Any:
+def _maximum(typing_context, x, n_vectors):
     def emit(s: Simd, x: Val, n_vectors: Val) -> Val:
         def body(i: Val, best: list[Val]) -> list[Val]:
             return [s.maximum(s.load(x + i * _VECTOR_BYTES, F32, _LANES), best[0])]
@@ -36,7 +35,7 @@ def _maximum(typing_context: Any, x: Any, n_vectors: Any) -> Any:
 
 
 @intrinsic
-def _sum_exp(typing_context: Any, x: Any, n_vectors: Any, shift: Any) -> Any:
+def _sum_exp(typing_context, x, n_vectors, shift):
     """Sum of exp(x - shift)."""
 
     def emit(s: Simd, x: Val, n_vectors: Val, shift: Val) -> Val:
@@ -58,7 +57,7 @@ _SERIES = (1 / 40320, -1 / 5040, 1 / 720, -1 / 120, 1 / 24, -1 / 6, 1 / 2)
 
 
 @intrinsic
-def _sum_divergence(typing_context: Any, p: Any, q: Any, n_vectors: Any, max_p: Any, log_p: Any, shift: Any) -> Any:
+def _sum_divergence(typing_context, p, q, n_vectors, max_p, log_p, shift):
     """Sum of p (exp(-t) - 1 + t). p, q: addresses of logits; max_p + log_p: log(sum(exp)) of p's; shift: the same of q
     less that of p."""
 

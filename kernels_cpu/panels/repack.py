@@ -34,9 +34,7 @@ PANEL = BLOCK_SIZE = TYPE_SIZE = GROUP = BYTES = 0
 
 
 @intrinsic(prefer_literal=True)
-def _pack(
-    typing_context: Any, panel: Any, n_columns: Any, q: Any, scale: Any, minimum: Any, factor: Any, out: Any
-) -> Any:
+def _pack(typing_context, panel, n_columns, q, scale, minimum, factor, out):
     """Pack the unpacked blocks of 16 rows into spans of their panel.
 
     panel: literal, place in PANELS.

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from typing import Any
 
 from gguf_run.formats.compiler.jit import carray, intrinsic, types
 from gguf_run.kernels_cpu.replay.op import Op, items, n_pieces, op
@@ -22,7 +21,7 @@ _ALPHA, _LIMIT = 1.702, 7.0
 #   gelu        f(x) = _GELU * (x + 0.044715 x^3), the tanh form
 #   swiglu_oai  f(x) = _ALPHA * x (gpt-oss); x and up are limited by _LIMIT first, and up grows by 1
 @intrinsic(prefer_literal=True)
-def gated_row(typing_context: Any, activation: Any, gate: Any, up: Any, out: Any, n_vectors: Any) -> Any:
+def gated_row(typing_context, activation, gate, up, out, n_vectors):
     """out = activation(gate) * up for n_vectors times 16 columns.
 
     activation: literal, place in ACTIVATIONS. gate, up, out: addresses of f32.

@@ -16,11 +16,7 @@ from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
 _FASTMATH = {"reassoc", "contract"}  # sums may be taken 16 numbers at a time
 
 
-@op(
-    "rows n_group n x x_stride weight out out_stride residual residual_stride q8 q8_stride",
-    "eps",
-    fastmath=_FASTMATH,
-)
+@op("rows n_group n x x_stride weight out out_stride residual residual_stride q8 q8_stride", "eps", fastmath=_FASTMATH)
 def rms_norm(args, piece, ith, nth):
     """n: width of a group. weight: f32[n]. residual: rows, or 0. q8: int8 form of the rows if n_group is 1, or 0."""
     a = carray(args, 1)[0]

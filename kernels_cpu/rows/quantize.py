@@ -1,7 +1,5 @@
 """Activations for integer panels: f32 rows to blocks of 32 int8 values (layout: panels.py)."""
 
-from typing import Any
-
 from gguf_run.formats.compiler.jit import carray, intrinsic, njit, types
 from gguf_run.kernels_cpu.panels.panels import X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS
 from gguf_run.kernels_cpu.replay.op import items, n_pieces, op
@@ -11,7 +9,7 @@ from gguf_run.kernels_cpu.vector.simd import F32, I8, Simd, Val
 
 
 @intrinsic
-def quantize_row(typing_context: Any, x: Any, n_block: Any, out: Any) -> Any:
+def quantize_row(typing_context, x, n_block, out):
     """Quantize f32[32 * n_block] at x to blocks at out. Of each block: d = max|x| / 127, q = nearest to x / d."""
 
     def emit(s: Simd, x: Val, n_block: Val, out: Val) -> None:

@@ -1,7 +1,6 @@
 """Rows are scaled in place: logits by a factor and a soft cap, the result of a shared expert by its gate."""
 
 import math
-from typing import Any
 
 from gguf_run.formats.compiler.jit import carray, intrinsic, types
 from gguf_run.kernels_cpu.replay.op import items, n_pieces, op
@@ -13,7 +12,7 @@ _PIECE = 512  # columns that a thread takes at a time
 
 
 @intrinsic
-def _cap(typing_context: Any, x: Any, n_vectors: Any, factor: Any, cap: Any) -> Any:
+def _cap(typing_context, x, n_vectors, factor, cap):
     """x = cap * tanh(factor * x), 16 columns at a time: tanh(y) = 1 - 2 / (1 + e^2y)."""
 
     def emit(s: Simd, x: Val, n_vectors: Val, factor: Val, cap: Val) -> None:

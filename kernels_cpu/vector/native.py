@@ -11,7 +11,7 @@ _I64 = ir.IntType(64)
 
 
 @intrinsic
-def pointer(typing_context: Any, address: Any) -> Any:
+def pointer(typing_context, address):
     """An integer address as void*."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
@@ -39,7 +39,7 @@ def i64_at(address, n):
 
 
 @intrinsic
-def atomic_add(typing_context: Any, address: Any, value: Any) -> Any:
+def atomic_add(typing_context, address, value):
     """Add to the int64 at an address; return its old value. All atomics here are sequentially consistent."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
@@ -49,7 +49,7 @@ def atomic_add(typing_context: Any, address: Any, value: Any) -> Any:
 
 
 @intrinsic
-def atomic_load(typing_context: Any, address: Any) -> Any:
+def atomic_load(typing_context, address):
     """The int64 at an address."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
@@ -59,7 +59,7 @@ def atomic_load(typing_context: Any, address: Any) -> Any:
 
 
 @intrinsic
-def atomic_store(typing_context: Any, address: Any, value: Any) -> Any:
+def atomic_store(typing_context, address, value):
     """Set the int64 at an address."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
@@ -70,7 +70,7 @@ def atomic_store(typing_context: Any, address: Any, value: Any) -> Any:
 
 
 @intrinsic
-def atomic_swap_if(typing_context: Any, address: Any, expected: Any, new: Any) -> Any:
+def atomic_swap_if(typing_context, address, expected, new):
     """Set the int64 at an address to `new` if it is `expected`; return whether it was."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
@@ -84,7 +84,7 @@ _PAUSE = {"x86_64": "llvm.x86.sse2.pause", "aarch64": "llvm.aarch64.hint", "arm6
 
 
 @intrinsic
-def pause(typing_context: Any) -> Any:
+def pause(typing_context):
     """Tell the CPU that this is a loop that waits."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
@@ -99,7 +99,7 @@ def pause(typing_context: Any) -> Any:
 
 
 @intrinsic
-def yield_cpu(typing_context: Any) -> Any:
+def yield_cpu(typing_context):
     """Let another thread run, if one waits for this core."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
@@ -112,7 +112,7 @@ def yield_cpu(typing_context: Any) -> Any:
 
 
 @intrinsic
-def call_op(typing_context: Any, function: Any, args: Any, piece: Any, ith: Any, nth: Any) -> Any:
+def call_op(typing_context, function, args, piece, ith, nth):
     """Call function(args, piece, ith, nth). function: the address of an op's compiled function."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, a: Any) -> Any:
