@@ -23,7 +23,7 @@ from gguf_run.kernels_cpu.panels.memory import Arena, CpuBuffer, CpuTable, CpuWe
 from gguf_run.kernels_cpu.panels.panels import ROWS, Panel, panel_for
 from gguf_run.kernels_cpu.panels.repack import repack
 from gguf_run.kernels_cpu.recorder import CpuRecorder
-from gguf_run.kernels_cpu.replay.op import Op
+from gguf_run.kernels_cpu.replay.op import TapeOp
 from gguf_run.kernels_cpu.replay.team import Team
 from gguf_run.kernels_cpu.rows.embed import FLOAT_TABLES
 from gguf_run.kernels_cpu.vector import isa
@@ -120,7 +120,7 @@ class CpuBackend:
     def recorder(self, n_batch: int, n_outputs: int) -> CpuRecorder:
         return CpuRecorder(self._team, n_batch, n_outputs, self._compile)
 
-    def _compile(self, ops: Iterable[Op]) -> None:
+    def _compile(self, ops: Iterable[TapeOp]) -> None:
         """Compile a program's ops, while weights are repacked, and wait until these are."""
         for op in reversed([*ops]) if self._dry else ops:
             op.compiled  # noqa: B018

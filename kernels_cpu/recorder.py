@@ -19,7 +19,7 @@ from gguf_run.kernels_cpu.matmul.moe import CpuExperts
 from gguf_run.kernels_cpu.matmul.moe_record import MoeMemory, record_moe
 from gguf_run.kernels_cpu.panels.memory import LANES, CpuBuffer, CpuTable, CpuWeight, aligned
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, TOKENS, panel_id
-from gguf_run.kernels_cpu.replay.op import Op
+from gguf_run.kernels_cpu.replay.op import TapeOp
 from gguf_run.kernels_cpu.replay.tape import Tape
 from gguf_run.kernels_cpu.replay.team import Team
 from gguf_run.kernels_cpu.rows.activation import gated
@@ -33,7 +33,9 @@ from gguf_run.kernels_cpu.rows.scale import gate_rows, softcap
 class CpuRecorder(Tape):
     """models.backend.Recorder: each call binds an op to addresses and appends it to the tape."""
 
-    def __init__(self, team: Team, n_batch: int, n_outputs: int, compile_ops: Callable[[Iterable[Op]], None]) -> None:
+    def __init__(
+        self, team: Team, n_batch: int, n_outputs: int, compile_ops: Callable[[Iterable[TapeOp]], None]
+    ) -> None:
         super().__init__(team, n_batch, n_outputs, compile_ops)
         self.need(scratch=4 * TOKENS * ROWS)
         self._zeros = aligned(4 * LANES)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.blocks.types import type_by_name
+from gguf_run.formats.blocks.types import TensorType, type_by_name
 from gguf_run.formats.compiler.jit import njit, specialize
 from gguf_run.formats.quantizers.lanes import LANES, f32, fabs, numbers, scratch_f32, scratch_u8, to_int, where
 
@@ -81,8 +81,8 @@ def _quantize(x: Any, n: Any, importance: Any, out: Any) -> None:
                 out[(first + lane) * TYPE_SIZE + i] = octets[i * LANES + lane]
 
 
-def block_quantizer(name: str, encode: Any, *, needs_mean: bool = False) -> Quantizer:
-    """Return the quantizer of a type. It calls `encode` for each LANES blocks:
+def block_quantizers(*, needs_mean: bool = False, **encoders: Any) -> dict[str, Quantizer]:
+    """Return quantizers by type, from encoders by type. A quantizer calls its encoder for each LANES blocks:
 
     encode(x, importance, [mean,] q, block, weighted)
         x           CPointer(F32) [block_size]: the weights
@@ -91,6 +91,9 @@ def block_quantizer(name: str, encode: Any, *, needs_mean: bool = False) -> Quan
         q           CPointer(F32) [block_size]: work space
         block       CPointer(U8) [type_size]: the result
     """
-    type = type_by_name(name)
-    sizes = {"BLOCK_SIZE": type.block_size, "TYPE_SIZE": type.type_size}
-    return specialize(_quantize, name, encode=encode, NEEDS_MEAN=needs_mean, **sizes)
+
+    def quantizer(type: TensorType, encode: Any) -> Quantizer:
+        sizes = {"BLOCK_SIZE": type.block_size, "TYPE_SIZE": type.type_size}
+        return specialize(_quantize, type.name, encode=encode, NEEDS_MEAN=needs_mean, **sizes)
+
+    return {name: quantizer(type_by_name(name), encode) for name, encode in encoders.items()}

@@ -4,14 +4,12 @@ Each lane (see lanes.py) works on a block of its own. The reference builds (libg
 llama.cpp) have no fused multiply-adds and agree with each other in every byte.
 """
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from gguf_run.formats.compiler.jit import njit
-from gguf_run.formats.quantizers.encode import Quantizer, block_quantizer
+from gguf_run.formats.quantizers.encode import block_quantizers
 from gguf_run.formats.quantizers.lanes import f32, fabs, offset, scratch_f32, sqrt, to_float, to_int, where
 from gguf_run.formats.quantizers.pack import (
     half,
@@ -219,15 +217,6 @@ def _encode_q6_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> 
     put_half(block, 208, d)
 
 
-K_QUANTIZERS: Mapping[str, Quantizer] = MappingProxyType(
-    {
-        name: block_quantizer(name, encode)
-        for name, encode in (
-            ("Q2_K", _encode_q2_k),
-            ("Q3_K", _encode_q3_k),
-            ("Q4_K", _encode_q4_k),
-            ("Q5_K", _encode_q5_k),
-            ("Q6_K", _encode_q6_k),
-        )
-    }
+K_QUANTIZERS = block_quantizers(
+    Q2_K=_encode_q2_k, Q3_K=_encode_q3_k, Q4_K=_encode_q4_k, Q5_K=_encode_q5_k, Q6_K=_encode_q6_k
 )

@@ -4,14 +4,12 @@ Without importance weights, the largest weight of a block (or the largest and th
 the searches of the K-quants find it. Q8_0 does not use importance weights.
 """
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from gguf_run.formats.compiler.jit import clone, njit
-from gguf_run.formats.quantizers.encode import Quantizer, block_quantizer, cut, roundf
+from gguf_run.formats.quantizers.encode import block_quantizers, cut, roundf
 from gguf_run.formats.quantizers.lanes import scratch_f32, to_float, to_int, where
 from gguf_run.formats.quantizers.pack import half, put, put_half
 from gguf_run.formats.quantizers.search import largest, search_min, search_signed, weigh
@@ -85,15 +83,11 @@ def _encode_q8_0(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> 
         put(block, 2 + i, roundf(x[i] * inverse))
 
 
-LEGACY_QUANTIZERS: Mapping[str, Quantizer] = MappingProxyType(
-    {
-        name: block_quantizer(name, njit(clone(encode, name, BITS=bits), inline="always"), needs_mean=True)
-        for name, encode, bits in (
-            ("Q4_0", _encode_scale, 4),
-            ("Q4_1", _encode_minimum, 4),
-            ("Q5_0", _encode_scale, 5),
-            ("Q5_1", _encode_minimum, 5),
-        )
-    }
-    | {"Q8_0": block_quantizer("Q8_0", _encode_q8_0)}
+_BY_BITS = (
+    ("Q4_0", _encode_scale, 4),
+    ("Q4_1", _encode_minimum, 4),
+    ("Q5_0", _encode_scale, 5),
+    ("Q5_1", _encode_minimum, 5),
 )
+_ENCODERS = {name: njit(clone(encode, name, BITS=bits), inline="always") for name, encode, bits in _BY_BITS}
+LEGACY_QUANTIZERS = block_quantizers(needs_mean=True, **_ENCODERS) | block_quantizers(Q8_0=_encode_q8_0)

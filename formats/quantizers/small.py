@@ -5,9 +5,7 @@ unpack_small.py draws the layouts.
 Only IQ4_NL and IQ4_XS use importance weights.
 """
 
-from collections.abc import Mapping
 from itertools import pairwise
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ import numpy as np
 from gguf_run.formats.blocks import grids
 from gguf_run.formats.blocks.scalars import half_bits
 from gguf_run.formats.compiler.jit import njit
-from gguf_run.formats.quantizers.encode import Quantizer, block_quantizer, roundf
+from gguf_run.formats.quantizers.encode import Quantizer, block_quantizers, roundf
 from gguf_run.formats.quantizers.lanes import (
     LANES,
     f32,
@@ -225,16 +223,6 @@ def _f32(x: Any, n: int, importance: Any, out: Any) -> None:
     out[:] = x.view(np.uint8)
 
 
-SMALL_QUANTIZERS: Mapping[str, Quantizer] = MappingProxyType(
-    {
-        name: block_quantizer(name, encode)
-        for name, encode in (
-            ("IQ4_NL", _encode_iq4_nl),
-            ("IQ4_XS", _encode_iq4_xs),
-            ("MXFP4", _encode_mxfp4),
-            ("TQ1_0", _encode_tq1_0),
-            ("TQ2_0", _encode_tq2_0),
-        )
-    }
-    | {"F32": _f32, "F16": _f16, "BF16": _bf16}
-)
+SMALL_QUANTIZERS: dict[str, Quantizer] = block_quantizers(
+    IQ4_NL=_encode_iq4_nl, IQ4_XS=_encode_iq4_xs, MXFP4=_encode_mxfp4, TQ1_0=_encode_tq1_0, TQ2_0=_encode_tq2_0
+) | {"F32": _f32, "F16": _f16, "BF16": _bf16}

@@ -5,7 +5,7 @@ import functools
 from gguf_run.formats.compiler.jit import carray, njit
 from gguf_run.kernels_cpu.attention.cache_rows import store_row
 from gguf_run.kernels_cpu.attention.cache_types import GROUP
-from gguf_run.kernels_cpu.replay.op import PER_THREAD, Op, op
+from gguf_run.kernels_cpu.replay.op import PER_THREAD, TapeOp, op
 from gguf_run.kernels_cpu.replay.runs import runs_at
 from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
 
@@ -19,7 +19,7 @@ def _first_of_group(t, n_tokens, positions, run_of):
 
 
 @functools.cache
-def append(k_form: int, v_form: int) -> Op:
+def append(k_form: int, v_form: int) -> TapeOp:
     """Write the tokens' k and v rows into a cache of these types (places in FORMATS)."""
     store_k, store_v = store_row(k_form, 0), store_row(v_form, 1)
 

@@ -42,7 +42,7 @@ from gguf_run.kernels_cpu.attention.softmax import (
     scale_vectors,
 )
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, FloatPanel, IntPanel
-from gguf_run.kernels_cpu.replay.op import Op, op
+from gguf_run.kernels_cpu.replay.op import TapeOp, op
 from gguf_run.kernels_cpu.replay.runs import runs_at
 from gguf_run.kernels_cpu.rows.quantize import quantize_row
 from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
@@ -217,7 +217,7 @@ def _result(a, piece, m, r):
 
 
 @functools.cache
-def attend(k_form: int, v_form: int) -> Op:
+def attend(k_form: int, v_form: int) -> TapeOp:
     """Return the op softmax(scale * q.k) @ v over a cache of these types (places in FORMATS).
 
     Pieces whose positions are not split write to out. The others write to parts: sums, maxima, sums of exponentials.

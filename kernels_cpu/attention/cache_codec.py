@@ -12,7 +12,7 @@ from llvmlite import ir
 from gguf_run.formats.compiler.jit import intrinsic, types
 from gguf_run.kernels_cpu.attention.cache_types import FORMATS, GROUP, CacheFormat
 from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel, IntPanel
-from gguf_run.kernels_cpu.vector.kernel import kernel
+from gguf_run.kernels_cpu.vector.lowering import kernel
 from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val
 
 _HALVES = (0, 1)  # a block is two vectors of 16
@@ -165,7 +165,7 @@ _ENCODERS = {
 
 
 def _encode_blocks(s: Simd, form: CacheFormat, x: Val, n: Val, codes: Val, numbers: Val) -> None:
-    def body(b: Val, none: list[Val]) -> list[Val]:
+    def body(b: Val) -> None:
         halves = [s.load(x + b * 128 + 64 * h, F32, ROWS) for h in _HALVES]
         assert isinstance(form.panel, IntPanel)
         found, us = _ENCODERS[form.name](s, form.panel, halves)
@@ -173,9 +173,8 @@ def _encode_blocks(s: Simd, form: CacheFormat, x: Val, n: Val, codes: Val, numbe
             s.store(number.to(F16), numbers + b * (2 * len(found)) + 2 * i)
         for h in _HALVES:
             s.store(us[h].to(I8), codes + b * GROUP + 16 * h)
-        return none
 
-    s.loop(n >> 5, [], body)
+    s.each(n >> 5, body)
 
 
 def _encode_row(s: Simd, form: CacheFormat, x: Val, n: Val, codes: Val, numbers: Val, static: Val) -> None:
@@ -189,7 +188,7 @@ def _encode_row(s: Simd, form: CacheFormat, x: Val, n: Val, codes: Val, numbers:
     s.store(scale, numbers)
     inverse = _by_inverse(s, scale.to(F32))
 
-    def body(i: Val, none: list[Val]) -> list[Val]:
+    def body(i: Val) -> None:
         level = s.load(x + i * 64, F32, ROWS) * inverse
         if isinstance(form.panel, FloatPanel):
             s.store(narrow_float8(s, form.panel.name, level, form.largest), codes + i * ROWS)
@@ -197,13 +196,12 @@ def _encode_row(s: Simd, form: CacheFormat, x: Val, n: Val, codes: Val, numbers:
             top = s.const(F32, form.largest, ROWS)
             level = s.maximum(s.select(level.compare("<", top), level, top), top * -1.0)
             s.store((s.rint(level) + 128).to(I8), codes + i * ROWS)
-        return none
 
-    s.loop(n >> 4, [], body)
+    s.each(n >> 4, body)
 
 
 def _encode_floats(s: Simd, panel: FloatPanel, x: Val, n: Val, codes: Val) -> None:
-    def body(i: Val, none: list[Val]) -> list[Val]:
+    def body(i: Val) -> None:
         value = s.load(x + i * 64, F32, ROWS)
         if panel.element == I16:  # bfloat16: to nearest, halves to even
             bits = value.as_type(I32)
@@ -211,9 +209,8 @@ def _encode_floats(s: Simd, panel: FloatPanel, x: Val, n: Val, codes: Val) -> No
         else:
             value = value.to(panel.element)
         s.store(value, codes + i * (ROWS * panel.element_bytes))
-        return none
 
-    s.loop(n >> 4, [], body)
+    s.each(n >> 4, body)
 
 
 @intrinsic(prefer_literal=True)
@@ -240,7 +237,7 @@ def decode(typing_context, form, codes, numbers, n, x):
     panel, count = type.panel, type.n_numbers
 
     def emit(s: Simd, codes: Val, numbers: Val, n: Val, x: Val) -> None:
-        def body(i: Val, none: list[Val]) -> list[Val]:
+        def body(i: Val) -> None:
             block = i >> 1 if type.block else s.const(I64, 0)
             found = [s.load(numbers + block * (2 * count) + 2 * j, F16).to(F32) for j in range(count)]
             if isinstance(panel, FloatPanel):
@@ -256,9 +253,8 @@ def decode(typing_context, form, codes, numbers, n, x):
             if count == 2:
                 value = value + s.splat(found[1], ROWS)
             s.store(value, x + i * 64)
-            return none
 
-        s.loop(n >> 4, [], body)
+        s.each(n >> 4, body)
 
     return kernel(types.void(form, *[types.intp] * 4), emit)
 

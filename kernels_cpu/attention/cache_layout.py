@@ -7,7 +7,7 @@ from typing import Any
 from gguf_run.formats.compiler.jit import intrinsic, types
 from gguf_run.kernels_cpu.attention.cache_types import FORMATS, GROUP, CacheFormat
 from gguf_run.kernels_cpu.panels.panels import PARTS, ROWS, FloatPanel, IntPanel
-from gguf_run.kernels_cpu.vector.kernel import kernel
+from gguf_run.kernels_cpu.vector.lowering import kernel
 from gguf_run.kernels_cpu.vector.simd import I8, I16, I32, I64, Simd, Val
 
 _BYTES = 0x01010101  # a mask for one byte becomes a mask for four
@@ -38,11 +38,10 @@ class _Places:
         self._copy(s, self.group, self.group_step, self.row, self.row_step)
 
     def _copy(self, s: Simd, source: Val, source_step: int, to: Val, to_step: int) -> None:
-        def body(i: Val, none: list[Val]) -> list[Val]:
+        def body(i: Val) -> None:
             s.store(s.load(source + i * source_step, self.element, self.lanes), to + i * to_step)
-            return none
 
-        s.loop(self.n, [], body)
+        s.each(self.n, body)
 
 
 def _numbers(s: Simd, form: CacheFormat, is_v: bool, group: Val, row: Val, wide: Val, numbers: Val) -> list[_Places]:
@@ -82,11 +81,10 @@ def _k_blocks(
     """body(the row's first plane, its codes) for each block of 32 columns. at: the group's elements."""
     first = at + (row >> 4) * (wide >> 5) * panel.span_bytes + (row & 15) * 4 + panel.quants_at
 
-    def block(b: Val, none: list[Val]) -> list[Val]:
+    def block(b: Val) -> None:
         body(first + b * panel.span_bytes, codes + b * GROUP)
-        return none
 
-    s.loop(wide >> 5, [], block)
+    s.each(wide >> 5, block)
 
 
 def _put_k(s: Simd, panel: IntPanel, at: Val, row: Val, wide: Val, codes: Val) -> None:
@@ -126,7 +124,7 @@ def _v_columns(
     low = row & 15
     vector, byte = low >> 1, (row & 1) + ((row >> 4) << 1)  # see V_ORDER
 
-    def columns(g: Val, none: list[Val]) -> list[Val]:
+    def columns(g: Val) -> None:
         parts, plane, bit = [], 0, 0
         for width in PARTS[panel.bits]:
             place = at + g * (64 * panel.bits) + ((vector & (width - 1)) + plane) * 64
@@ -134,9 +132,8 @@ def _v_columns(
             parts.append((place, bit, s.const(I32, (1 << width) - 1, ROWS), left))
             plane, bit = plane + width, bit + width
         body(parts, codes + g * ROWS)
-        return none
 
-    s.loop(wide >> 4, [], columns)
+    s.each(wide >> 4, columns)
 
 
 def _put_v(s: Simd, panel: IntPanel, at: Val, row: Val, wide: Val, codes: Val) -> None:

@@ -14,7 +14,7 @@ from gguf_run.kernels_cpu.attention.cache_types import FORMATS, CacheFormat
 from gguf_run.kernels_cpu.attention.softmax import SPAN
 from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel
 from gguf_run.kernels_cpu.vector import isa
-from gguf_run.kernels_cpu.vector.kernel import kernel
+from gguf_run.kernels_cpu.vector.lowering import kernel
 from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val
 
 # Rows and vectors of a tile: as many sums as the registers hold, by the lanes that the instruction set likes best. With

@@ -10,7 +10,7 @@ import numpy as np
 
 from gguf_run.formats.compiler.jit import intrinsic, njit, types
 from gguf_run.kernels_cpu.panels.panels import ROWS
-from gguf_run.kernels_cpu.vector.kernel import kernel
+from gguf_run.kernels_cpu.vector.lowering import kernel
 from gguf_run.kernels_cpu.vector.simd import F32, I32, Simd, Val
 
 
@@ -19,15 +19,14 @@ def _within_vectors(typing_context, x, n, factor):
     """Each of n vectors: lane i becomes factor * the sum over j of x[j] * (-1)^(bits that i and j have in common)."""
 
     def emit(s: Simd, x: Val, n: Val, factor: Val) -> None:
-        def body(i: Val, none: list[Val]) -> list[Val]:
+        def body(i: Val) -> None:
             value = s.load(x + i * 64, F32, ROWS)
             for bit in (1, 2, 4, 8):
                 signs = s.constants(I32, [-1 if lane & bit else 1 for lane in range(ROWS)]).to(F32)
                 value = s.fma(value, signs, s.shuffle(value, [lane ^ bit for lane in range(ROWS)]))
             s.store(value * s.splat(factor, ROWS), x + i * 64)
-            return none
 
-        s.loop(n, [], body)
+        s.each(n, body)
 
     return kernel(types.void(types.intp, types.intp, types.float32), emit)
 
@@ -37,15 +36,14 @@ def _across_vectors(typing_context, x, n, step):
     """Sum and difference of vectors i and i + step, a power of two, for every i < n that lacks its bit."""
 
     def emit(s: Simd, x: Val, n: Val, step: Val) -> None:
-        def body(j: Val, none: list[Val]) -> list[Val]:
+        def body(j: Val) -> None:
             low = j & (step - 1)
             at = x + (((j - low) << 1) + low) * 64
             a, b = (s.load(place, F32, ROWS) for place in (at, at + step * 64))
             s.store(a + b, at)
             s.store(a - b, at + step * 64)
-            return none
 
-        s.loop(n >> 1, [], body)
+        s.each(n >> 1, body)
 
     return kernel(types.void(*[types.intp] * 3), emit)
 

@@ -20,7 +20,7 @@ from gguf_run.kernels_cpu.attention.softmax import SPAN
 from gguf_run.kernels_cpu.matmul.int_tile import int_tile, unpacked
 from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel, IntPanel
 from gguf_run.kernels_cpu.vector import isa
-from gguf_run.kernels_cpu.vector.kernel import kernel
+from gguf_run.kernels_cpu.vector.lowering import kernel
 from gguf_run.kernels_cpu.vector.simd import F16, F32, I16, I32, I64, Simd, Val
 
 INT_ROWS = 4 if isa.current().lanes == 16 else 2  # query rows of a tile, by 2 vectors; divides FEW and TILE
@@ -76,13 +76,12 @@ def scale_columns(typing_context, form, scores, n_rows, group, group_bytes, n_se
             return
         scales = _numbers(s, type, _two_groups(s, group, group_bytes, n_seen), 0)
 
-        def body(r: Val, none: list[Val]) -> list[Val]:
+        def body(r: Val) -> None:
             for i, scale in enumerate(scales):
                 at = scores + r * (4 * SPAN) + 64 * i
                 s.store(s.load(at, F32, ROWS) * scale, at)
-            return none
 
-        s.loop(n_rows, [], body)
+        s.each(n_rows, body)
 
     return kernel(types.void(form, *[types.intp] * 5), emit)
 
@@ -104,12 +103,12 @@ def quantize_p(typing_context, form, p, n_rows, group, group_bytes, n_seen, n_bl
         magic = s.const(F32, 12582912.0, ROWS)  # as in Simd.rint
         zero = s.const(F32, 0.0)
 
-        def block(b: Val, none: list[Val]) -> list[Val]:
+        def block(b: Val) -> None:
             at = b * (2 * GROUP * type.n_numbers)
             scales = _numbers(s, type, groups, at)
             minimums = _numbers(s, type, groups, at + 2 * GROUP) if panel.has_minimum else []
 
-            def row(r: Val, none: list[Val]) -> list[Val]:
+            def row(r: Val) -> None:
                 to = out + (r * n_blocks + b) * P_BYTES
                 values = [s.load(p + r * (4 * SPAN) + 64 * i, F32, ROWS) for i in range(_VECTORS)]
                 scaled = [value * scale for value, scale in zip(values, scales, strict=True)]
@@ -125,12 +124,10 @@ def quantize_p(typing_context, form, p, n_rows, group, group_bytes, n_seen, n_bl
                 if minimums:
                     parts = [value * minimum for value, minimum in zip(values, minimums, strict=True)]
                     s.store(s.sum(functools.reduce(operator.add, parts)), to + P_MINIMUM)
-                return none
 
-            s.loop(n_rows, [], row)
-            return none
+            s.each(n_rows, row)
 
-        s.loop(n_blocks, [], block)
+        s.each(n_blocks, block)
 
     return kernel(types.void(form, *[types.intp] * 7), emit if panel else nothing)
 
@@ -182,10 +179,9 @@ def fetch(typing_context, address, n_bytes):
     """Ask for memory that will be read soon."""
 
     def emit(s: Simd, address: Val, n_bytes: Val) -> None:
-        def line(i: Val, none: list[Val]) -> list[Val]:
+        def line(i: Val) -> None:
             s.prefetch(address + i * 64)
-            return none
 
-        s.loop(n_bytes >> 6, [], line)
+        s.each(n_bytes >> 6, line)
 
     return kernel(types.void(types.intp, types.intp), emit)

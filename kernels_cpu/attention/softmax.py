@@ -11,7 +11,7 @@ from llvmlite import ir
 
 from gguf_run.formats.compiler.jit import intrinsic, types
 from gguf_run.kernels_cpu.panels.panels import ROWS
-from gguf_run.kernels_cpu.vector.kernel import kernel
+from gguf_run.kernels_cpu.vector.lowering import kernel
 from gguf_run.kernels_cpu.vector.simd import F32, I32, Simd, Val
 
 SPAN = 64  # positions between two looks at the maximum
@@ -47,14 +47,13 @@ def cap(typing_context, scores, n_rows, softcap):
     def emit(s: Simd, scores: Val, n_rows: Val, softcap: Val) -> None:
         factor, top = s.splat(s.const(F32, 2.0) / softcap, ROWS), s.splat(softcap, ROWS)
 
-        def body(r: Val, none: list[Val]) -> list[Val]:
+        def body(r: Val) -> None:
             at = scores + r * (4 * SPAN)
             for offset, row in zip(_VECTORS, _row(s, at), strict=True):
                 lower = s.const(F32, 2.0, ROWS) / (s.exp(row * factor) + 1.0)
                 s.store(top - top * lower, at + offset)
-            return none
 
-        s.loop(n_rows, [], body)
+        s.each(n_rows, body)
 
     return kernel(types.void(types.intp, types.intp, types.float32), emit)
 
@@ -91,16 +90,15 @@ def exponentials(typing_context, scores, n_rows, most, sums):
     """scores = exp(scores - maximum); adds them to sums, f32[n_rows, 16], lane by lane."""
 
     def emit(s: Simd, scores: Val, n_rows: Val, most: Val, sums: Val) -> None:
-        def body(r: Val, none: list[Val]) -> list[Val]:
+        def body(r: Val) -> None:
             at, sum_at = scores + r * (4 * SPAN), sums + r * (4 * ROWS)
             shift = s.load(most + r * 4, F32, splat=ROWS)
             values = [s.exp(row - shift, bounded=True) for row in _row(s, at)]
             for value, offset in zip(values, _VECTORS, strict=True):
                 s.store(value, at + offset)
             s.store(functools.reduce(lambda a, b: a + b, values, s.load(sum_at, F32, ROWS)), sum_at)
-            return none
 
-        s.loop(n_rows, [], body)
+        s.each(n_rows, body)
 
     return kernel(types.void(*[types.intp] * 4), emit)
 
@@ -116,10 +114,9 @@ def scale_vectors(typing_context, address, n, factor):
     """f32[16 * n] *= factor."""
 
     def emit(s: Simd, address: Val, n: Val, factor: Val) -> None:
-        def body(i: Val, none: list[Val]) -> list[Val]:
+        def body(i: Val) -> None:
             s.store(s.load(address + i * 64, F32, ROWS) * s.splat(factor, ROWS), address + i * 64)
-            return none
 
-        s.loop(n, [], body)
+        s.each(n, body)
 
     return kernel(types.void(types.intp, types.intp, types.float32), emit)

@@ -7,7 +7,7 @@ from gguf_run.kernels_cpu.matmul.int_tile import AHEAD
 from gguf_run.kernels_cpu.matmul.matmul import cut, tile_panels
 from gguf_run.kernels_cpu.matmul.tile import prefetch, tile
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, TOKENS
-from gguf_run.kernels_cpu.replay.op import Op, op
+from gguf_run.kernels_cpu.replay.op import TapeOp, op
 from gguf_run.kernels_cpu.rows.activation import ACTIVATIONS, gated_row
 from gguf_run.kernels_cpu.rows.quantize import quantize_row
 from gguf_run.kernels_cpu.vector.native import i64_at
@@ -18,7 +18,7 @@ SCRATCH_BYTES = TOKENS * 2 * _PAIR
 
 
 @functools.cache
-def matmul_gated(panel: int, activation: str) -> Op:
+def matmul_gated(panel: int, activation: str) -> TapeOp:
     """Return the op for one kind of panel (its place in PANELS) and one of ACTIVATIONS.
 
     A unit of work is 32 columns of out. Fields are as in matmul, and

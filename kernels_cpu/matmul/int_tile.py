@@ -26,18 +26,17 @@ def int_tile(
     """
     lanes = s.isa.lanes if len(xs) > 1 else ROWS
 
-    def some_rows(i: Val, none: list[Val]) -> list[Val]:
+    def some_rows(i: Val) -> None:
         first = i * lanes
         acc = [s.load(init + first * 4, F32, lanes) for init, _ in places]
         panels = [_Panel(s, panel, w, first, lanes) for w in ws]
         for value, (_, out) in zip(_run(s, panels, n_steps, xs, acc, ahead), places, strict=True):
             s.store(value, out + first * 4)
-        return none
 
     if lanes == ROWS:
-        some_rows(s.const(I64, 0), [])
+        some_rows(s.const(I64, 0))
     else:
-        s.loop(s.const(I64, ROWS // lanes), [], some_rows)
+        s.each(s.const(I64, ROWS // lanes), some_rows)
 
 
 def _run(s: Simd, panels: "list[_Panel]", n_steps: Val, xs: list[Val], acc: list[Val], ahead: Val) -> list[Val]:

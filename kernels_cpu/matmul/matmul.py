@@ -6,7 +6,7 @@ from gguf_run.formats.compiler.jit import carray, njit
 from gguf_run.kernels_cpu.matmul.int_tile import AHEAD
 from gguf_run.kernels_cpu.matmul.tile import prefetch, tile
 from gguf_run.kernels_cpu.panels.panels import PANELS, ROWS, TOKENS, IntPanel
-from gguf_run.kernels_cpu.replay.op import Op, n_shrinking, op, shrinking
+from gguf_run.kernels_cpu.replay.op import TapeOp, n_shrinking, op, shrinking
 from gguf_run.kernels_cpu.vector import isa
 from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
 
@@ -49,7 +49,7 @@ def tile_panels(panel: int) -> int:
 
 
 @functools.cache
-def matmul(panel: int) -> Op:
+def matmul(panel: int) -> TapeOp:
     """Return the op for one kind of panel: its place in PANELS.
 
     rows: address of the number of tokens.

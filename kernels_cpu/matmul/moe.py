@@ -23,7 +23,7 @@ from gguf_run.formats.compiler.jit import carray, njit
 from gguf_run.kernels_cpu.matmul.matmul import cut, tile_panels
 from gguf_run.kernels_cpu.matmul.tile import prefetch, tile_at
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, TOKENS, Panel
-from gguf_run.kernels_cpu.replay.op import Op, n_shrinking, op, shrinking
+from gguf_run.kernels_cpu.replay.op import TapeOp, n_shrinking, op, shrinking
 from gguf_run.kernels_cpu.rows.activation import ACTIVATIONS, gated_row
 from gguf_run.kernels_cpu.rows.quantize import quantize_row
 from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
@@ -151,7 +151,7 @@ GATE_UP_SCRATCH = PLACES + TOKENS * (2 * _PAIR + 4 * BLOCK)
 
 
 @functools.cache
-def gate_up(panel: int, activation: str) -> Op:
+def gate_up(panel: int, activation: str) -> TapeOp:
     """out[p] = weights[p] * activation(gate[e] @ x[t]) * (up[e] @ x[t]) for each pair p of expert e and token t.
 
     Return the op. A unit of work is 32 columns of an expert's pairs. Fields are as in matmul, and
@@ -242,7 +242,7 @@ def gate_up(panel: int, activation: str) -> Op:
 
 
 @functools.cache
-def down(panel: int) -> Op:
+def down(panel: int) -> TapeOp:
     """out[t] += down[e] @ x[p] (+ weights[p] * bias[e]) for each pair p of expert e and token t.
 
     Return the op. A piece of work is some columns of all pairs: no two threads add to the same number. Fields are as in

@@ -7,7 +7,7 @@ and multiplied with all tokens of the tile. An activation is repeated in all lan
 from gguf_run.formats.compiler.jit import intrinsic, types
 from gguf_run.kernels_cpu.matmul.int_tile import AHEAD, int_tile
 from gguf_run.kernels_cpu.panels.panels import PANELS, ROWS, FloatPanel, IntPanel, Panel
-from gguf_run.kernels_cpu.vector.kernel import kernel
+from gguf_run.kernels_cpu.vector.lowering import kernel
 from gguf_run.kernels_cpu.vector.simd import F32, I16, I32, I64, Simd, Val
 
 _FLOAT_SUMS = 16  # sums of a float tile that are independent: none waits for another
@@ -132,10 +132,9 @@ def prefetch(typing_context, address):
     """
 
     def emit(s: Simd, address: Val) -> None:
-        def line(i: Val, none: list[Val]) -> list[Val]:
+        def line(i: Val) -> None:
             s.prefetch(address + i * 64)
-            return none
 
-        s.loop(s.const(I64, AHEAD // 64), [], line)
+        s.each(s.const(I64, AHEAD // 64), line)
 
     return kernel(types.void(types.intp), emit)

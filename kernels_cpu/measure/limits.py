@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.compiler.jit import carray, intrinsic, types
 from gguf_run.kernels_cpu.panels.memory import aligned
-from gguf_run.kernels_cpu.replay.op import Op, op
+from gguf_run.kernels_cpu.replay.op import TapeOp, op
 from gguf_run.kernels_cpu.replay.team import Team
 from gguf_run.kernels_cpu.vector import isa
-from gguf_run.kernels_cpu.vector.kernel import kernel
+from gguf_run.kernels_cpu.vector.lowering import kernel
 from gguf_run.kernels_cpu.vector.simd import I8, I32, Simd, Val
 
 _LINE = 64
@@ -95,7 +95,7 @@ def _read_size(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
     return min(max(_CACHES * sum(caches.values()), _LEAST_READ), _MOST_READ)
 
 
-def _rate(team: Team, op: Op, work: int, seconds: float, **arguments: int) -> float:
+def _rate(team: Team, op: TapeOp, work: int, seconds: float, **arguments: int) -> float:
     """Work per second of the best run; op does `work`, often enough in a run to take `seconds`."""
     bound = op.bind(**arguments)
     tape = np.array([(op.compiled.address, bound.ctypes.data)], np.int64)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.compiler.jit import intrinsic, njit, types
-from gguf_run.kernels_cpu.vector.kernel import kernel
+from gguf_run.kernels_cpu.vector.lowering import kernel
 from gguf_run.kernels_cpu.vector.native import f32_at
 from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val
 

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.compiler.jit import njit
+from gguf_run.formats.compiler.jit import carray, njit
 from gguf_run.formats.compiler.machine_code import Entry
+from gguf_run.kernels_cpu.vector.native import i64_at
 
 PER_THREAD = 4  # pieces of an op that a thread does on average, when all threads get on alike
 SHRINKING = 8  # the same for pieces of shrinking size
 
 
-class Op:
+class TapeOp:
     """A function of a tape. It is compiled, or loaded from the cache, when its address is first asked for."""
 
     def __init__(self, function: Callable[..., None], fields: np.dtype, options: dict[str, Any]) -> None:
@@ -44,10 +45,10 @@ class Op:
         return record
 
 
-def op(integers: str, floats: str = "", **options: Any) -> Callable[[Callable[..., None]], Op]:
+def op(integers: str, floats: str = "", **options: Any) -> Callable[[Callable[..., None]], TapeOp]:
     """Declare an op with int64 and float64 fields (names separated by blanks); options go to numba."""
     fields = np.dtype([(name, "i8") for name in integers.split()] + [(name, "f8") for name in floats.split()])
-    return lambda function: Op(function, fields, options)
+    return lambda function: TapeOp(function, fields, options)
 
 
 @njit(inline="always")
@@ -61,6 +62,39 @@ def items(piece, n, grain, nth):
     """The items (first, end) of a piece, cut as n_pieces says."""
     pieces = n_pieces(n, grain, nth)
     return n * piece // pieces, n * (piece + 1) // pieces
+
+
+@njit(inline="always")
+def n_rows(a):
+    """The number of rows of this step. Its address is in the field `rows`."""
+    return i64_at(a.rows, 1)[0]
+
+
+def row_op(
+    integers: str, floats: str = "", *, n_items: Callable[[Any], Any] = n_rows, grain: int = 1, **options: Any
+) -> Callable[[Callable[..., None]], TapeOp]:
+    """Declare an op whose work is n_items(a) items, by a function `f(a, first, end)` that does the items from first on.
+
+    a: the record. grain: the fewest items of a piece. The rest is as in `op`.
+    """
+
+    def declare(function: Callable[..., None]) -> TapeOp:
+        count = n_items if n_items is n_rows else njit(n_items, inline="always")
+        work = njit(function, inline="always")
+
+        def run(args, piece, ith, nth):
+            a = carray(args, 1)[0]
+            n = count(a)
+            if piece < 0:
+                return n_pieces(n, grain, nth)
+            first, end = items(piece, n, grain, nth)
+            work(a, first, end)
+            return 0
+
+        run.__name__, run.__qualname__, run.__module__ = function.__name__, function.__qualname__, function.__module__
+        return op(integers, floats, **options)(run)
+
+    return declare
 
 
 @njit(inline="always")

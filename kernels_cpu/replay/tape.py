@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from gguf_run.kernels_cpu.panels.memory import CpuBuffer, aligned
 from gguf_run.kernels_cpu.panels.panels import ROWS, TOKENS, IntPanel, Panel
-from gguf_run.kernels_cpu.replay.op import Op
+from gguf_run.kernels_cpu.replay.op import TapeOp
 from gguf_run.kernels_cpu.replay.program import CpuProgram
 from gguf_run.kernels_cpu.replay.runs import RunTable
 from gguf_run.kernels_cpu.replay.team import Team
@@ -33,11 +33,13 @@ class Tape:
     keep: what has its address in an op's arguments. q8: activations as int8, by the place of the rows.
     """
 
-    def __init__(self, team: Team, n_batch: int, n_outputs: int, compile_ops: Callable[[Iterable[Op]], None]) -> None:
+    def __init__(
+        self, team: Team, n_batch: int, n_outputs: int, compile_ops: Callable[[Iterable[TapeOp]], None]
+    ) -> None:
         """compile_ops: called at the end with the ops of the tape."""
         self._team, self._compile = team, compile_ops
         self.n_batch, self.n_outputs, self.n_threads = n_batch, n_outputs, team.n_threads
-        self.ops: list[tuple[Op, NDArray[np.void]]] = []
+        self.ops: list[tuple[TapeOp, NDArray[np.void]]] = []
         self.keep: list[Any] = []
         self.table = RunTable(n_batch, n_outputs)
         self.q8: dict[tuple[int, int], NDArray[np.uint8]] = {}
@@ -56,7 +58,7 @@ class Tape:
         self._scratch_bytes = max(self._scratch_bytes, scratch)
         self._parts_bytes = max(self._parts_bytes, parts)
 
-    def record(self, op: Op, **values: Any) -> NDArray[np.void]:
+    def record(self, op: TapeOp, **values: Any) -> NDArray[np.void]:
         """Append an op. Returns its arguments: they can still be changed."""
         names = op.fields.names or ()
         arguments = op.bind(**values, **{name: 0 for name in _SHARED if name in names})

@@ -8,22 +8,26 @@ import math
 
 import numpy as np
 
-from gguf_run.formats.compiler.jit import carray
-from gguf_run.kernels_cpu.replay.op import items, n_pieces, op
+from gguf_run.kernels_cpu.replay.op import n_rows, row_op
 from gguf_run.kernels_cpu.rows.quantize import quantize_if_wanted
-from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
+from gguf_run.kernels_cpu.vector.native import f32_at
+
+
+def _n_groups(a):
+    return n_rows(a) * a.n_group
+
 
 _FASTMATH = {"reassoc", "contract"}  # sums may be taken 16 numbers at a time
 
 
-@op("rows n_group n x x_stride weight out out_stride residual residual_stride q8 q8_stride", "eps", fastmath=_FASTMATH)
-def rms_norm(args, piece, ith, nth):
+@row_op(
+    "rows n_group n x x_stride weight out out_stride residual residual_stride q8 q8_stride",
+    "eps",
+    n_items=_n_groups,
+    fastmath=_FASTMATH,
+)
+def rms_norm(a, first, end):
     """n: width of a group. weight: f32[n]. residual: rows, or 0. q8: int8 form of the rows if n_group is 1, or 0."""
-    a = carray(args, 1)[0]
-    n_items = i64_at(a.rows, 1)[0] * a.n_group
-    if piece < 0:
-        return n_pieces(n_items, 1, nth)
-    first, end = items(piece, n_items, 1, nth)
     n = a.n
     weight = f32_at(a.weight, n)
     for item in range(first, end):
@@ -41,17 +45,13 @@ def rms_norm(args, piece, ith, nth):
             for i in range(n):
                 out[i] = x[i] * factor * weight[i]
         quantize_if_wanted(a.q8, a.q8_stride, t, a.out + t * a.out_stride, n)
-    return 0
 
 
-@op("rows n_group n x x_stride weight bias out out_stride q8 q8_stride", "eps", fastmath=_FASTMATH)
-def layer_norm(args, piece, ith, nth):
+@row_op(
+    "rows n_group n x x_stride weight bias out out_stride q8 q8_stride", "eps", n_items=_n_groups, fastmath=_FASTMATH
+)
+def layer_norm(a, first, end):
     """n: width of a group. weight: f32[n_group * n]. bias: the same, or 0. q8: as in rms_norm."""
-    a = carray(args, 1)[0]
-    n_items = i64_at(a.rows, 1)[0] * a.n_group
-    if piece < 0:
-        return n_pieces(n_items, 1, nth)
-    first, end = items(piece, n_items, 1, nth)
     n = a.n
     for item in range(first, end):
         t, start = item // a.n_group, item % a.n_group * n * 4
@@ -71,4 +71,3 @@ def layer_norm(args, piece, ith, nth):
             for i in range(n):
                 out[i] += bias[i]
         quantize_if_wanted(a.q8, a.q8_stride, t, a.out + t * a.out_stride, n)
-    return 0

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.compiler.jit import carray, njit
-from gguf_run.kernels_cpu.replay.op import items, n_pieces, op
+from gguf_run.kernels_cpu.replay.op import n_rows, row_op
 from gguf_run.kernels_cpu.vector.native import f32_at, i64_at, pointer
 
 COLUMNS = 64  # columns of a piece. A thread sums whole columns: sums do not depend on the number of threads
@@ -35,17 +35,12 @@ def add_squares(sums, x, scale, n):
         sums[i] += value * value
 
 
-@op("rows n x x_stride sums counts")
-def observe(args, piece, ith, nth):
+@row_op("rows n x x_stride sums counts", n_items=lambda a: a.n, grain=COLUMNS)
+def observe(a, first, end):
     """sums[i] += sum over t of x[t, i]^2; counts[0] += rows. Squares of float32 are exact in float64."""
-    a = carray(args, 1)[0]
-    if piece < 0:
-        return n_pieces(a.n, COLUMNS, nth)
-    first, end = items(piece, a.n, COLUMNS, nth)
     sums = carray(pointer(a.sums + 8 * first), end - first, np.float64)
-    n_tokens = i64_at(a.rows, 1)[0]
+    n_tokens = n_rows(a)
     for t in range(n_tokens):
         add_squares(sums, f32_at(a.x + t * a.x_stride + 4 * first, end - first), 1.0, end - first)
-    if piece == 0:
+    if first == 0:
         i64_at(a.counts, 1)[0] += n_tokens
-    return 0

@@ -1,10 +1,9 @@
 """Activations for integer panels: f32 rows to blocks of 32 int8 values (layout: panels.py)."""
 
-from gguf_run.formats.compiler.jit import carray, intrinsic, njit, types
+from gguf_run.formats.compiler.jit import intrinsic, njit, types
 from gguf_run.kernels_cpu.panels.panels import X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS
-from gguf_run.kernels_cpu.replay.op import items, n_pieces, op
-from gguf_run.kernels_cpu.vector.kernel import kernel
-from gguf_run.kernels_cpu.vector.native import i64_at
+from gguf_run.kernels_cpu.replay.op import row_op
+from gguf_run.kernels_cpu.vector.lowering import kernel
 from gguf_run.kernels_cpu.vector.simd import F32, I8, Simd, Val
 
 
@@ -13,7 +12,7 @@ def quantize_row(typing_context, x, n_block, out):
     """Quantize f32[32 * n_block] at x to blocks at out. Of each block: d = max|x| / 127, q = nearest to x / d."""
 
     def emit(s: Simd, x: Val, n_block: Val, out: Val) -> None:
-        def body(k: Val, none: list[Val]) -> list[Val]:
+        def body(k: Val) -> None:
             halves = [s.load(x + k * 128 + 64 * h, F32, 16) for h in (0, 1)]
             largest = s.fold(s.maximum(s.absolute(halves[0]), s.absolute(halves[1])), s.maximum)
             d = largest / 127.0
@@ -29,9 +28,8 @@ def quantize_row(typing_context, x, n_block, out):
             for i, total in enumerate([sums[0] + sums[1], *sums]):
                 s.store(total, at + (X_SUMS + 4 * i))
                 s.store(total.to(F32) * d, at + (X_D_SUMS + 4 * i))
-            return none
 
-        s.loop(n_block, [], body)
+        s.each(n_block, body)
 
     return kernel(types.void(types.intp, types.intp, types.intp), emit)
 
@@ -43,14 +41,8 @@ def quantize_if_wanted(q8, q8_stride, t, x, n):
         quantize_row(x, n // 32, q8 + t * q8_stride)
 
 
-@op("rows n x x_stride q8 q8_stride")
-def quantize(args, piece, ith, nth):
+@row_op("rows n x x_stride q8 q8_stride")
+def quantize(a, first, end):
     """q8[t] = x[t] quantized."""
-    a = carray(args, 1)[0]
-    n_items = i64_at(a.rows, 1)[0]
-    if piece < 0:
-        return n_pieces(n_items, 1, nth)
-    first, end = items(piece, n_items, 1, nth)
     for t in range(first, end):
         quantize_row(a.x + t * a.x_stride, a.n // 32, a.q8 + t * a.q8_stride)
-    return 0

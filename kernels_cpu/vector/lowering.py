@@ -1,9 +1,15 @@
-"""The operations that differ between instruction sets: dot products of bytes and of 16-bit numbers, table look-ups."""
+"""The operations that differ between instruction sets: dot products of bytes and of 16-bit numbers, table look-ups.
+
+`kernel` is the one function that knows both these operations and the vocabulary.
+"""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from llvmlite import binding, ir
 
+from gguf_run.formats.compiler.jit import types
+from gguf_run.kernels_cpu.vector.isa import current
 from gguf_run.kernels_cpu.vector.simd import DotSum, Lowering, Simd, Val
 
 _I8, _I16, _I32 = (ir.IntType(n) for n in (8, 16, 32))
@@ -172,3 +178,20 @@ LOWERINGS = {
     "neon": Lowering(_Neon, _pairs_generic, _look_up_by("llvm.aarch64.neon.tbl1.v16i8", 16)),
     "generic": Lowering(_Generic, _pairs_generic, _look_up_generic),
 }
+
+
+def kernel(signature: Any, emit: Callable[..., Val | None]) -> tuple[Any, Callable[..., ir.Value]]:
+    """Return what an @intrinsic must return: `emit(s, *arguments)` becomes the code of a call with this signature.
+
+    signature: of numba's types. emit does not get literal arguments (compile-time constants): the intrinsic closes over
+    their values.
+    """
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+        isa = current()
+        s = Simd(builder, isa, LOWERINGS[isa.dot])
+        values = [Val(s, a) for a, t in zip(arguments, sig.args, strict=True) if not isinstance(t, types.Literal)]
+        result = emit(s, *values)
+        return result.ir if result is not None else context.get_dummy_value()
+
+    return signature, codegen

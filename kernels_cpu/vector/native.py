@@ -10,14 +10,16 @@ from gguf_run.formats.compiler.jit import carray, cgutils, intrinsic, njit, type
 _I64 = ir.IntType(64)
 
 
+def _place(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """Return an address as a pointer to an int64."""
+    return builder.inttoptr(address, _I64.as_pointer())
+
+
 @intrinsic
 def pointer(typing_context, address):
     """An integer address as void*."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.intp), codegen
+    pointer_type = ir.IntType(8).as_pointer()
+    return types.voidptr(types.intp), lambda context, builder, sig, args: builder.inttoptr(args[0], pointer_type)
 
 
 @njit(inline="always")
@@ -43,7 +45,7 @@ def atomic_add(typing_context, address, value):
     """Add to the int64 at an address; return its old value. All atomics here are sequentially consistent."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        return builder.atomic_rmw("add", builder.inttoptr(args[0], _I64.as_pointer()), args[1], "seq_cst")
+        return builder.atomic_rmw("add", _place(builder, args[0]), args[1], "seq_cst")
 
     return types.int64(types.intp, types.int64), codegen
 
@@ -53,7 +55,7 @@ def atomic_load(typing_context, address):
     """The int64 at an address."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        return builder.load_atomic(builder.inttoptr(args[0], _I64.as_pointer()), "seq_cst", 8)
+        return builder.load_atomic(_place(builder, args[0]), "seq_cst", 8)
 
     return types.int64(types.intp), codegen
 
@@ -63,7 +65,7 @@ def atomic_store(typing_context, address, value):
     """Set the int64 at an address."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        builder.store_atomic(args[1], builder.inttoptr(args[0], _I64.as_pointer()), "seq_cst", 8)
+        builder.store_atomic(args[1], _place(builder, args[0]), "seq_cst", 8)
         return context.get_dummy_value()
 
     return types.void(types.intp, types.int64), codegen
@@ -74,8 +76,8 @@ def atomic_swap_if(typing_context, address, expected, new):
     """Set the int64 at an address to `new` if it is `expected`; return whether it was."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        where = builder.inttoptr(args[0], _I64.as_pointer())
-        return builder.extract_value(builder.cmpxchg(where, args[1], args[2], "seq_cst", "seq_cst"), 1)
+        swapped = builder.cmpxchg(_place(builder, args[0]), args[1], args[2], "seq_cst", "seq_cst")
+        return builder.extract_value(swapped, 1)
 
     return types.boolean(types.intp, types.int64, types.int64), codegen
 

@@ -9,7 +9,7 @@ will exist when the compiled code runs. So Python's loops become unrolled code, 
         return s.sum(s.loop(n, [s.const(F32, 0.0, 16)], body)[0])
 
 Vectors may be wider than the machine's registers: LLVM splits them. The code depends on the instruction set only for
-half floats, for fused multiply-add and for the operations in lowering.py. kernel.py makes an intrinsic of `emit`.
+half floats, for fused multiply-add and for the operations in lowering.py, whose `kernel` makes an intrinsic of `emit`.
 """
 
 from collections.abc import Callable, Sequence
@@ -224,6 +224,15 @@ class Simd:
         self.b.branch(head)
         self.b.position_at_end(after)
         return [Val(self, phi) for phi in phis]
+
+    def each(self, count: Val, body: Callable[[Val], None]) -> None:
+        """for i in range(count): body(i)."""
+
+        def once(i: Val, none: list[Val]) -> list[Val]:
+            body(i)
+            return none
+
+        self.loop(count, [], once)
 
     # arithmetic
     def call(self, name: str, result: ir.Type, *arguments: Val) -> Val:

@@ -8,11 +8,11 @@ import pytest
 from gguf_run.kernels_cpu.measure import limits
 from gguf_run.kernels_cpu.measure.limits import measure_limits
 from gguf_run.kernels_cpu.panels.memory import aligned
-from gguf_run.kernels_cpu.replay.op import Op
+from gguf_run.kernels_cpu.replay.op import TapeOp
 from gguf_run.kernels_cpu.replay.team import Team
 
 
-def run_op(op: Op, n_threads: int, **arguments: int) -> None:
+def run_op(op: TapeOp, n_threads: int, **arguments: int) -> None:
     bound = op.bind(**arguments)
     team = Team(n_threads)
     try:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numba import carray
 
-from gguf_run.kernels_cpu.replay.op import Op, items, n_pieces, n_shrinking, op, shrinking
+from gguf_run.kernels_cpu.replay.op import TapeOp, items, n_pieces, n_shrinking, op, shrinking
 from gguf_run.kernels_cpu.replay.team import MAX_THREADS, Team
 from gguf_run.kernels_cpu.vector.native import atomic_add, i64_at
 
@@ -49,7 +49,7 @@ def pieces_of(args, piece, ith, nth):  # type: ignore[no-untyped-def]
     return 0
 
 
-def tape_of(*ops: tuple[Op, np.ndarray]) -> np.ndarray:
+def tape_of(*ops: tuple[TapeOp, np.ndarray]) -> np.ndarray:
     return np.array([(op.compiled.address, record.ctypes.data) for op, record in ops], np.int64).reshape(-1, 2)
 
 

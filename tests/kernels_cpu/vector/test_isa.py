@@ -17,7 +17,7 @@ from numba import from_dtype, types
 from gguf_run.formats.compiler.deferred import resolved
 from gguf_run.kernels_cpu.matmul.matmul import matmul
 from gguf_run.kernels_cpu.panels.panels import PANEL_OF, panel_id
-from gguf_run.kernels_cpu.replay.op import Op
+from gguf_run.kernels_cpu.replay.op import TapeOp
 from gguf_run.kernels_cpu.vector.isa import current
 
 FOLDER = Path(__file__).parents[1]
@@ -66,7 +66,7 @@ INSTRUCTIONS = {
 }
 
 
-def assembly(op: Op) -> str:
+def assembly(op: TapeOp) -> str:
     """Compile once more, as what comes from the cache on disk has no assembly."""
     signature = types.intp(types.CPointer(from_dtype(op.fields)), types.intp, types.intp, types.intp)
     return str(numba.cfunc(signature, error_model="numpy", **op.options)(resolved(op.function))._library.get_asm_str())

@@ -32,12 +32,11 @@ def run(isa: Isa, emit: Callable[..., None], *arrays: np.ndarray) -> None:
             s = Simd(builder, isa, LOWERINGS[isa.dot])
             table, count = (Val(s, argument) for argument in arguments)
 
-            def body(i: Val, none: list[Val]) -> list[Val]:
+            def body(i: Val) -> None:
                 starts = [s.load(table + 8 * k, ir.IntType(64)) for k in range(len(arrays))]
                 emit(s, *[start + i * array.strides[0] for start, array in zip(starts, arrays, strict=True)])
-                return none
 
-            s.loop(count, [], body)
+            s.each(count, body)
             return context.get_dummy_value()
 
         return types.void(types.intp, types.intp), codegen
