@@ -1,4 +1,4 @@
-"""The tokens' k and v rows go into the cache: rotated where the type wants that, quantized, laid out."""
+"""The k and v rows of tokens go into the cache: rotated if the cache type wants that, quantized, laid out."""
 
 import functools
 
@@ -12,7 +12,7 @@ from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
 
 @njit(inline="always")
 def _first_of_group(t, n_tokens, positions, run_of):
-    """The first token from t on that begins a group or a run: rows of a group share bytes, and so belong together."""
+    """The first token from t on that begins a group or a run. Rows of a group share bytes: one thread stores all."""
     while 0 < t < n_tokens and positions[t] % GROUP and run_of[t] == run_of[t - 1]:
         t += 1
     return t
@@ -20,7 +20,7 @@ def _first_of_group(t, n_tokens, positions, run_of):
 
 @functools.cache
 def append(k_form: int, v_form: int) -> TapeOp:
-    """Write the tokens' k and v rows into a cache of these types (places in FORMATS)."""
+    """Return the op that stores the k and v rows of tokens in a cache of these types (places in FORMATS)."""
     store_k, store_v = store_row(k_form, 0), store_row(v_form, 1)
 
     @op(

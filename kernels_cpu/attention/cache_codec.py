@@ -1,7 +1,7 @@
-"""A row of K or V as f32, and as what a cache type stores: codes and the f16 numbers of its blocks.
+"""A row of K or V as f32, and as what a cache type stores: codes, and the f16 numbers of its blocks.
 
-Codes are one byte for integers (unsigned, as in panels.py) and 8-bit floats, else 2 or 4. ggml's types come out byte
-for byte as its reference quantizers (quantize_row_*_ref) make them: the same operations in the same order.
+A code is one byte for integers (unsigned, as in panels.py) and 8-bit floats, 2 or 4 bytes for other floats. Rows of
+ggml's types equal the result of quantize_row_*_ref byte for byte: the operations and their order are ggml's.
 """
 
 import itertools
@@ -15,21 +15,21 @@ from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel, IntPanel
 from gguf_run.kernels_cpu.vector.lowering import kernel
 from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val
 
-_HALVES = (0, 1)  # a block is two vectors of 16
+_HALVES = (0, 1)  # a block of 32 columns is two vectors
 _FLOAT8 = {"E4M3": (3, 7), "E5M2": (2, 15)}  # bits of the mantissa, the exponent's bias
-# f16 has the exponent bits of e5m2, and one more than e4m3 and another bias: widen_float8 leaves this factor out.
+# What widen_float8 leaves out: f16 has e5m2's exponent, but one more bit than e4m3's, with another bias.
 FLOAT8_FACTOR = {"E4M3": 256.0, "E5M2": 1.0}
 
 
 def widen_float8(s: Simd, name: str, stored: Val) -> Val:
-    """Bytes as f32, but for FLOAT8_FACTOR. The stored bits become those of an f16: NaN and infinity never occur."""
+    """Bytes as f32 / FLOAT8_FACTOR: their bits become the bits of an f16. None is NaN or infinite."""
     if name == "E5M2":
         return (stored.to(I16, signed=False) << 8).as_type(F16).to(F32)
     return ((stored.to(I16) << 7) & 0xBFFF).as_type(F16).to(F32)
 
 
 def narrow_float8(s: Simd, name: str, x: Val, largest: float) -> Val:
-    """f32 to bytes: to nearest, halves to even; what is too large becomes the largest number."""
+    """f32 to bytes: to nearest, halves to even. Numbers that are too large become the largest number."""
     mantissa, bias = _FLOAT8[name]
     bits = x.as_type(I32)
     sign = (bits >> 24) & 0x80
@@ -37,7 +37,7 @@ def narrow_float8(s: Simd, name: str, x: Val, largest: float) -> Val:
     top = s.const(F32, largest, x.lanes)
     size = s.select(size.compare("<", top), size, top)
     rest, drop = size.as_type(I32), 23 - mantissa
-    # below the smallest normal number: adding 2^drop steps leaves a multiple of the step in the mantissa, rounded
+    # Below the smallest normal number: after adding 2^drop steps, the mantissa is a multiple of the step, rounded.
     magic = s.const(F32, 2.0 ** (drop + 1 - bias), x.lanes)
     small = (size + magic).as_type(I32) - magic.as_type(I32)
     normal = (rest - ((127 - bias) << 23) + ((1 << (drop - 1)) - 1) + ((rest >> drop) & 1)) >> drop
@@ -52,16 +52,18 @@ def _by_inverse(s: Simd, d: Val) -> Val:
 
 
 def _at_most(s: Simd, level: Val, most: int) -> Val:
+    """The smaller of level and most."""
     top = s.const(I32, most, ROWS)
     return s.select(level.compare("<", top), level, top)
 
 
 def _fold(s: Simd, halves: list[Val], combine: Callable[[Val, Val], Val]) -> Val:
+    """Combine all numbers of a block."""
     return s.fold(combine(*halves), combine)
 
 
 def _farthest(s: Simd, x: list[Val]) -> Val:
-    """The first of the numbers of largest magnitude, with its sign."""
+    """The number of largest magnitude (the first of several), with its sign."""
     sizes = [s.absolute(half) for half in x]
     largest = _fold(s, sizes, s.maximum)
     keys = []
@@ -94,7 +96,7 @@ def _with_minimum(s: Simd, panel: IntPanel, x: list[Val]) -> _Encoded:
 def _signed_bytes(s: Simd, panel: IntPanel, x: list[Val]) -> _Encoded:
     d = _fold(s, [s.absolute(half) for half in x], s.maximum) / 127.0
     levels = []
-    for level in [half * _by_inverse(s, d) for half in x]:  # halves away from zero; 0.49999997 + 0.5 is 1
+    for level in [half * _by_inverse(s, d) for half in x]:  # halves go away from zero; 0.49999997 + 0.5 is 1
         half = s.const(F32, 0.49999997, ROWS)
         levels.append((level + s.select(level.compare(">=", 0.0), half, half * -1.0)).to(I32) + 128)
     return [d], levels
@@ -121,7 +123,7 @@ def _with_codebook(s: Simd, panel: IntPanel, x: list[Val]) -> _Encoded:
 
 
 def _in_order(s: Simd, halves: list[Val]) -> Val:
-    """The sum, added up from left to right as C does it."""
+    """The sum of all numbers from left to right, as C computes it."""
     total = s.const(F32, 0.0)
     for half in halves:
         for i in range(ROWS):
@@ -129,11 +131,11 @@ def _in_order(s: Simd, halves: list[Val]) -> Val:
     return total
 
 
-_TRIES = (1.0, 0.92, 0.85, 0.78)  # int4: scales that are tried, as parts of the one that holds the largest number
+_TRIES = (1.0, 0.92, 0.85, 0.78)  # int4: scales to try; 1 is the scale that fits the largest number
 
 
 def _least_squares(s: Simd, panel: IntPanel, x: list[Val]) -> _Encoded:
-    """Of some scales the one whose codes fit best, fitted to them once more."""
+    """Try some scales. The codes that fit best stay, with the scale that fits them best."""
     nmax, largest = panel.offset, _farthest(s, x)
     best: list[Val] = []
     for part in _TRIES:
@@ -143,7 +145,7 @@ def _least_squares(s: Simd, panel: IntPanel, x: list[Val]) -> _Encoded:
         qs = [(code - nmax).to(F32) for code in codes]
         product, square = (
             s.sum(a[0] * b[0] + a[1] * b[1]) for a, b in ((x, qs), (qs, qs))
-        )  # the error that is left is x.x - product^2 / square
+        )  # the error is x.x - product^2 / square
         square = s.maximum(square, s.const(F32, 1.0))
         new = [product * product / square, product / square, *codes]
         if best:
@@ -178,7 +180,7 @@ def _encode_blocks(s: Simd, form: CacheFormat, x: Val, n: Val, codes: Val, numbe
 
 
 def _encode_row(s: Simd, form: CacheFormat, x: Val, n: Val, codes: Val, numbers: Val, static: Val) -> None:
-    """One scale, f16, for the whole row: the given one if it is not 0, else what fits."""
+    """Encode a row with one scale, f16: `static` if it is not 0, else the scale that fits the largest number."""
 
     def largest(i: Val, acc: list[Val]) -> list[Val]:
         return [s.maximum(acc[0], s.absolute(s.load(x + i * 64, F32, ROWS)))]
@@ -215,8 +217,14 @@ def _encode_floats(s: Simd, panel: FloatPanel, x: Val, n: Val, codes: Val) -> No
 
 @intrinsic(prefer_literal=True)
 def encode(typing_context, form, x, n, codes, numbers, static):
-    """Quantize a row. form: literal, the type's place in FORMATS. x: f32[n], n a multiple of 32; codes: n of them;
-    numbers: f16, those of the first block, those of the second ... static: the row's scale, or 0 to find it."""
+    """Quantize a row.
+
+    form: literal, place in FORMATS.
+    x, n: f32[n], n a multiple of 32.
+    codes: n codes.
+    numbers: f16, the numbers of one block after those of another.
+    static: scale of the row, or 0 to compute it.
+    """
     type = FORMATS[form.literal_value]
 
     def emit(s: Simd, x: Val, n: Val, codes: Val, numbers: Val, static: Val) -> None:
@@ -232,7 +240,7 @@ def encode(typing_context, form, x, n, codes, numbers, static):
 
 @intrinsic(prefer_literal=True)
 def decode(typing_context, form, codes, numbers, n, x):
-    """What `encode` made, as f32[n] at x."""
+    """Write the row that `encode` made as f32[n] at x."""
     type = FORMATS[form.literal_value]
     panel, count = type.panel, type.n_numbers
 
@@ -260,7 +268,7 @@ def decode(typing_context, form, codes, numbers, n, x):
 
 
 def widen(s: Simd, panel: FloatPanel, stored: Val) -> Val:
-    """Elements of a float panel as f32 (8 bits: see widen_float8)."""
+    """Elements of a float panel as f32. For those of 8 bits see widen_float8."""
     if panel.element == I8:
         return widen_float8(s, panel.name, stored)
     if panel.element == I16:  # bfloat16 is the upper half of an f32

@@ -17,18 +17,18 @@ from gguf_run.kernels_cpu.vector.native import f32_at
 
 
 def filled(head_dim: int) -> int:
-    """Columns of a row in scratch memory: filled up to whole blocks."""
+    """Return the columns of a row in scratch memory: head_dim filled up to whole blocks."""
     return -(-head_dim // GROUP) * GROUP
 
 
 def scratch_bytes(head_dim: int) -> int:
-    """Bytes of scratch memory of a row: itself in f32, its codes, its numbers."""
+    """Return the bytes of scratch memory for a row: its f32 numbers, its codes, the numbers of its blocks."""
     return (4 + 4 + 1) * filled(head_dim)
 
 
 @functools.cache
 def store_row(form: int, is_v: int) -> Any:
-    """The function that quantizes f32[n] at x into row `row` of a group. n_wide: filled(n); wide: columns as stored."""
+    """Return the kernel that quantizes f32[n] at x into a row. n_wide: filled(n). wide: columns as stored."""
 
     @njit
     def store(x, n, n_wide, wide, rotate, static, group, row, scratch):
@@ -83,19 +83,19 @@ def _load_rows(form: int, is_v: int) -> Any:
 
 @dataclass(frozen=True)
 class CacheRows:
-    """K or V of one sequence in one layer: memory u8[nbytes] with n_rows rows (a multiple of 32) of each KV head.
+    """The layout of K or V of one sequence in one layer, in memory u8[nbytes].
 
-    Groups of 32 rows stand together: memory.reshape(n_head_kv, n_rows / 32, -1) is theirs, and copying whole groups
-    copies rows exactly, for another sequence or for a file. Slots are row numbers, i64[n].
+    memory.reshape(n_head_kv, n_rows / 32, -1) has the groups of 32 rows. A copy of whole groups copies their rows
+    exactly, into another sequence or a file.
     """
 
-    name: str
+    name: str  # of a row of CACHE_FORMATS
     is_v: bool
     n_head_kv: int
     head_dim: int
-    n_rows: int
-    rotate: bool | None = None
-    scales: tuple[float, ...] | None = None
+    n_rows: int  # rows of each KV head, a multiple of 32
+    rotate: bool | None = None  # models.backend.CacheType.rotate
+    scales: tuple[float, ...] | None = None  # static scales of the KV heads
 
     @property
     def form(self) -> CacheFormat:
@@ -117,7 +117,7 @@ class CacheRows:
 
     @property
     def head_bytes(self) -> int:
-        """Bytes of all rows of a head."""
+        """Bytes of all rows of a KV head."""
         return self.n_rows // GROUP * self.group_bytes
 
     @property
@@ -126,16 +126,16 @@ class CacheRows:
 
     @property
     def static(self) -> NDArray[np.float32]:
-        """f32[n_head_kv]: the scale of each head's rows, 0 where it is found anew for each row."""
+        """f32[n_head_kv]: the static scale of each KV head, or 0: each row has a scale of its own."""
         return np.array(self.scales or [0.0] * self.n_head_kv, np.float32)
 
     def store(self, memory: NDArray[np.uint8], slots: NDArray[np.int64], x: NDArray[np.float32]) -> None:
-        """Quantize rows, f32[n, n_head_kv, head_dim], into the slots."""
+        """Quantize rows, f32[n, n_head_kv, head_dim], into the rows with the numbers slots, i64[n]."""
         x = np.ascontiguousarray(x, np.float32)
         self._kernel(_store_rows)(memory, slots, self._sizes, self.rotates, self.static, x, self._scratch)
 
     def load(self, memory: NDArray[np.uint8], slots: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The slots' rows as f32[n, n_head_kv, head_dim], as near as they were kept to what was stored."""
+        """Return the rows with the numbers slots, i64[n], as f32[n, n_head_kv, head_dim]."""
         x = np.empty((len(slots), self.n_head_kv, self.head_dim), np.float32)
         self._kernel(_load_rows)(memory, slots, self._sizes, self.rotates, x, self._scratch)
         return x

@@ -1,6 +1,6 @@
-"""The matrix products of attention: query rows times vectors of 16 positions (q.k) or of 16 columns (p.v).
+"""The matrix products of attention over floats: query rows times 16 positions (q.k) or 16 columns (p.v).
 
-A tile is TILE query rows, or FEW if there are no more; K and V are read from the cache as they are stored.
+A tile is TILE query rows, or FEW if there are no more. K and V are read from the cache as they are stored.
 """
 
 import functools
@@ -17,8 +17,8 @@ from gguf_run.kernels_cpu.vector import isa
 from gguf_run.kernels_cpu.vector.lowering import kernel
 from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val
 
-# Rows and vectors of a tile: as many sums as the registers hold, by the lanes that the instruction set likes best. With
-# fewer than _SUMS sums they are kept several times over, so that they do not wait for each other.
+# Rows and vectors of a tile, by Isa.lanes: as many sums as the registers hold. A tile with fewer than _SUMS sums splits
+# each into several, so that no addition waits for another.
 FEW = 4
 TILE, VECTORS, FEW_VECTORS, _SUMS = {16: (8, 2, 2, 16), 8: (6, 1, 1, 6), 4: (4, 1, 1, 4)}[isa.current().lanes]
 _LINE = 64
@@ -32,7 +32,7 @@ def _load(s: Simd, panel: FloatPanel, at: Val) -> Val:
 def _sums(
     s: Simd, init: list[Val], n_steps: Val, products: Callable[[Val], list[tuple[Val, Val]]], ahead: Val
 ) -> list[Val]:
-    """init + the sums of products over n_steps steps, in each of which a line of memory at `ahead` is fetched."""
+    """init + the sums of products over n_steps steps. Each step prefetches a cache line, from `ahead` on."""
     n = len(init)
     unroll = max(1, _SUMS // n)
 
@@ -54,7 +54,7 @@ def _sums(
 
 
 def apart(name: str, emit: Callable[..., None]) -> Callable[..., None]:
-    """A call of emit(s, *arguments) as a function of its own that is not inlined: a loop then has all registers."""
+    """Return emit as a function of its own that is not inlined: a loop in it has all registers."""
 
     def emit_call(s: Simd, *arguments: Val) -> None:
         s.b.call(_function(s, name, emit, arguments), [argument.ir for argument in arguments])
@@ -63,7 +63,7 @@ def apart(name: str, emit: Callable[..., None]) -> Callable[..., None]:
 
 
 def nothing(s: Simd, *arguments: Val) -> None:
-    """For the types that a step is not for."""
+    """Emit nothing: for the cache types that a tile is not for."""
 
 
 def _function(s: Simd, name: str, emit: Callable[..., None], arguments: tuple[Val, ...]) -> ir.Value:
@@ -79,7 +79,7 @@ def _function(s: Simd, name: str, emit: Callable[..., None], arguments: tuple[Va
 
 
 def _by_rows(name: str, form: CacheFormat, emit: Callable[..., None]) -> Callable[..., None]:
-    """A call of emit(s, *arguments, panel=, n_rows=, n_vectors=) for FEW or TILE rows, as the first argument says."""
+    """Return emit as two functions, for FEW and for TILE rows. The first argument at run time selects one."""
     panel = form.panel
 
     def emit_call(s: Simd, few: Val, *arguments: Val) -> None:
@@ -136,11 +136,14 @@ def _values(
 
 @intrinsic(prefer_literal=True)
 def score_tile(typing_context, form, few, q, k, k_vector, n, ahead, scores):
-    """scores[r, j] = q[r] . k[j], f32[rows][SPAN], for the tile's rows r and 16 * vectors j.
+    """scores[r, j] = q[r] . k[j] for the rows r and the 16 * vectors positions j of a tile, without scales of rows.
 
-    form: literal, K's place in FORMATS; nothing is done if it is not a float. Scales of rows are left out. q:
-    f32[rows, n]; k: [vectors][n][16], k_vector bytes from vector to vector. ahead: n cache lines that will be needed
-    soon.
+    form: literal, place of K's type in FORMATS. Nothing is done if the type is not a float.
+    few: whether the tile has FEW rows.
+    q: f32[rows, n].
+    k, k_vector: [vectors][n][16], and the bytes from vector to vector.
+    ahead: address of n cache lines to prefetch.
+    scores: f32[rows][SPAN].
     """
     emit = _by_rows("scores", FORMATS[form.literal_value], _scores)
     return kernel(types.void(form, types.boolean, *[types.intp] * 6), emit)
@@ -148,10 +151,14 @@ def score_tile(typing_context, form, few, q, k, k_vector, n, ahead, scores):
 
 @intrinsic(prefer_literal=True)
 def value_tile(typing_context, form, few, p, v, v_step, n_seen, ahead, sums, sums_row):
-    """sums[r, j] += sum over n_seen positions i of p[r, i] * v[i, j] for the tile's rows r and 16 * vectors j.
+    """sums[r, j] += sum over n_seen positions i of p[r, i] * v[i, j] for rows r and 16 * vectors columns j of a tile.
 
-    p: f32[rows][SPAN]; v_step, sums_row: bytes from position to position of v, from row to row of sums (f32). The rest
-    is as in score_tile; ahead: n_seen cache lines.
+    form: literal, place of V's type in FORMATS. Nothing is done if the type is not a float.
+    few: whether the tile has FEW rows.
+    p: f32[rows][SPAN].
+    v, v_step: elements, and the bytes from position to position.
+    ahead: address of n_seen cache lines to prefetch.
+    sums, sums_row: f32, and the bytes from row to row.
     """
     emit = _by_rows("values", FORMATS[form.literal_value], _values)
     return kernel(types.void(form, types.boolean, *[types.intp] * 7), emit)

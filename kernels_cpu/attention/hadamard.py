@@ -1,7 +1,7 @@
-"""The orthonormal Walsh-Hadamard transform of the heads of a row: it spreads outliers before they are quantized.
+"""The orthonormal Walsh-Hadamard transform of the heads of a row: it spreads outliers before quantization.
 
-The transform is its own inverse, and keeps q.k if both go through it. Blocks are as large as the largest power of two
-that divides head_dim (QuaRot, Ashkboos et al. 2024).
+The transform is its own inverse. q.k stays the same if both q and k are transformed. A block is the largest power of
+two that divides head_dim (QuaRot, Ashkboos et al. 2024).
 """
 
 import math
@@ -16,7 +16,7 @@ from gguf_run.kernels_cpu.vector.simd import F32, I32, Simd, Val
 
 @intrinsic
 def _within_vectors(typing_context, x, n, factor):
-    """Each of n vectors: lane i becomes factor * the sum over j of x[j] * (-1)^(bits that i and j have in common)."""
+    """In each of n vectors, lane i = factor * sum over j of x[j] * (-1)^(number of bits that i and j share)."""
 
     def emit(s: Simd, x: Val, n: Val, factor: Val) -> None:
         def body(i: Val) -> None:
@@ -33,7 +33,7 @@ def _within_vectors(typing_context, x, n, factor):
 
 @intrinsic
 def _across_vectors(typing_context, x, n, step):
-    """Sum and difference of vectors i and i + step, a power of two, for every i < n that lacks its bit."""
+    """Replace vectors i and i + step by sum and difference, for all i < n without the bit `step`, a power of two."""
 
     def emit(s: Simd, x: Val, n: Val, step: Val) -> None:
         def body(j: Val) -> None:

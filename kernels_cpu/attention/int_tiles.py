@@ -1,12 +1,13 @@
-"""The matrix products of attention over integers: K and V as they are stored, in panels (cache_types.py).
+"""The matrix products of attention over integers: K and V are read from panels, as stored (cache_types.py).
 
-q.k is the matmul tile of weights: q is made int8 by blocks of 32 columns, K's rows are the panel's. For p.v the scale
-of each position (and block) goes into p, which is then made 16-bit integers, of 15 bits and sign, anew for each span:
+q.k is the matmul tile of weights. q is int8 in blocks of 32 columns; the rows of K are the rows of a panel.
+
+For p.v, p is multiplied by the scale of each position (and block) and becomes 16-bit integers, anew for each span:
 
     out[r, d] += factor[r] * sum over positions of p[r, position] * (u[position, d] - offset)
 
-A product takes two positions: u as 16-bit numbers, of bytes 0 and 2 or 1 and 3 of a lane, times p of positions l and
-l + 16 of a group, which the packing of two vectors of p puts side by side.
+A product takes two positions at once: l and l + 16 of a group. Their u are bytes 0 and 2, or 1 and 3, of a lane, made
+16-bit numbers. Their p are side by side, because quantize_p packs two vectors of p into one.
 """
 
 import functools
@@ -23,19 +24,22 @@ from gguf_run.kernels_cpu.vector import isa
 from gguf_run.kernels_cpu.vector.lowering import kernel
 from gguf_run.kernels_cpu.vector.simd import F16, F32, I16, I32, I64, Simd, Val
 
-INT_ROWS = 4 if isa.current().lanes == 16 else 2  # query rows of a tile, by 2 vectors; divides FEW and TILE
+INT_ROWS = 4 if isa.current().lanes == 16 else 2  # query rows of a tile, of 2 vectors; divides FEW and TILE
 _VECTORS = SPAN // ROWS
-_LARGEST = 32767.0  # of p as integers
-# What is kept of p for a row and block: pairs of 16 bits [SPAN / 2], f32 factor, i32 start of sums, f32 minimum.
+_LARGEST = 32767.0  # the largest p as an integer
+# Fields of p of a row and a block: pairs of 16 bits [SPAN / 2], f32 factor, i32 start of the sums, f32 minimum.
 P_FACTOR, P_START, P_MINIMUM, P_BYTES = 128, 132, 136, 160
 
 
 @intrinsic(prefer_literal=True)
 def int_score_tile(typing_context, form, q, q_row, k, n_blocks, zeros, scores):
-    """scores[r, j] = q[r] . k[j] for INT_ROWS rows r and the 32 positions j of a group, f32[rows][SPAN].
+    """scores[r, j] = q[r] . k[j] for INT_ROWS rows r and the 32 positions j of a group, without scales of whole rows.
 
-    form: literal, K's place in FORMATS; nothing is done if it is not an integer. q: rows of n_blocks activation blocks
-    (int_tile.py), q_row bytes each; k: the elements of a group; zeros: f32[16]. Scales of whole rows are left out.
+    form: literal, place of K's type in FORMATS. Nothing is done if the type is not an integer.
+    q, q_row: rows of n_blocks activation blocks (panels.py), and the bytes from row to row.
+    k: the elements of a group.
+    zeros: f32[16].
+    scores: f32[rows][SPAN].
     """
     type = FORMATS[form.literal_value]
     panel = type.panel if isinstance(type.panel, IntPanel) else None
@@ -51,7 +55,7 @@ def int_score_tile(typing_context, form, q, q_row, k, n_blocks, zeros, scores):
 
 
 def _numbers(s: Simd, form: CacheFormat, groups: list[Val], at: Val | int) -> list[Val]:
-    """f16 numbers of SPAN positions as f32 vectors. groups: addresses of two groups."""
+    """Load the f16 numbers of SPAN positions, `at` bytes from the begin of two groups, as f32 vectors."""
     panel = form.panel
     factor = FLOAT8_FACTOR[panel.name] if isinstance(panel, FloatPanel) else 1.0
     loaded = [s.load(group + at + 32 * h, F16, ROWS).to(F32) for group in groups for h in (0, 1)]
@@ -59,13 +63,13 @@ def _numbers(s: Simd, form: CacheFormat, groups: list[Val], at: Val | int) -> li
 
 
 def _two_groups(s: Simd, first: Val, group_bytes: Val, n_seen: Val) -> list[Val]:
-    """The second is the first once more if none of its positions is seen: there may be no memory."""
+    """Addresses of two groups. If no position of the second is seen, there may be no memory: the first is repeated."""
     return [first, first + s.select(n_seen.compare(">", GROUP), group_bytes, s.const(I64, 0))]
 
 
 @intrinsic(prefer_literal=True)
 def scale_columns(typing_context, form, scores, n_rows, group, group_bytes, n_seen):
-    """Multiply scores, f32[n_rows][SPAN], by the scales of the positions' rows in two groups, where there are such.
+    """Multiply scores, f32[n_rows][SPAN], by the scales of the positions in two groups, if a row has one scale.
 
     form: literal, place in FORMATS.
     """
@@ -88,11 +92,14 @@ def scale_columns(typing_context, form, scores, n_rows, group, group_bytes, n_se
 
 @intrinsic(prefer_literal=True)
 def quantize_p(typing_context, form, p, n_rows, group, group_bytes, n_seen, n_blocks, out):
-    """p of each row times the scales of each block of V, as integers: see P_FACTOR.
+    """Multiply p of each row by the scales of each block of V, and make integers of it: see P_FACTOR.
 
-    form: literal, V's place in FORMATS; nothing is done if it is not an integer. p: f32[n_rows][SPAN], not negative;
-    group: address of the first of two groups of V; n_blocks: blocks that have scales of their own; out:
-    [n_rows][n_blocks] of P_BYTES.
+    form: literal, place of V's type in FORMATS. Nothing is done if the type is not an integer.
+    p: f32[n_rows][SPAN], not negative.
+    group, group_bytes: the first of two groups of V, and the bytes from group to group.
+    n_seen: positions that are seen.
+    n_blocks: blocks with scales of their own.
+    out: [n_rows][n_blocks] of P_BYTES.
     """
     type = FORMATS[form.literal_value]
     panel = type.panel if isinstance(type.panel, IntPanel) else None
@@ -136,8 +143,10 @@ def quantize_p(typing_context, form, p, n_rows, group, group_bytes, n_seen, n_bl
 def int_value_tile(typing_context, form, p, p_row, v, group_bytes, n_groups, sums, sums_row):
     """sums[r, d] += sum over the positions of n_groups groups of p[r] * v[d], for INT_ROWS rows r and 32 columns d.
 
-    form: literal, V's place in FORMATS; nothing is done if it is not an integer. p: what quantize_p made for the first
-    row and the columns' block; p_row, sums_row: bytes from row to row; v: the columns' planes in the first group.
+    form: literal, place of V's type in FORMATS. Nothing is done if the type is not an integer.
+    p, p_row: what quantize_p made for the block of the columns, and the bytes from row to row.
+    v, group_bytes: the planes of the columns in the first group, and the bytes from group to group.
+    sums, sums_row: f32, and the bytes from row to row.
     """
     type = FORMATS[form.literal_value]
     panel = type.panel if isinstance(type.panel, IntPanel) else None
@@ -176,7 +185,7 @@ def int_value_tile(typing_context, form, p, p_row, v, group_bytes, n_groups, sum
 
 @intrinsic
 def fetch(typing_context, address, n_bytes):
-    """Ask for memory that will be read soon."""
+    """Prefetch n_bytes of memory."""
 
     def emit(s: Simd, address: Val, n_bytes: Val) -> None:
         def line(i: Val) -> None:

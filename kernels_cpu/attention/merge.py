@@ -1,4 +1,4 @@
-"""Attention whose positions were split: what the parts found becomes one result."""
+"""Attention over split positions: the parts of a row become one result."""
 
 import math
 
@@ -18,7 +18,7 @@ from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
     "q8 q8_stride"
 )
 def merge(a, first, end):
-    """Put the parts of split positions together into out, and quantize out's rows if q8 is not 0."""
+    """out = the joined parts of rows whose positions are split. q8: int8 form of all rows of out, or 0."""
     n_tokens, n = n_rows(a), a.head_dim
     wide, n_rep = a.wide, a.n_head // a.n_head_kv
     per, run_of, runs = tokens_at_once(n_rep), i64_at(a.run_of, n_tokens), runs_at(a.runs, n_tokens)

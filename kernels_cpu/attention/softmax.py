@@ -1,7 +1,7 @@
-"""The running softmax of attention: tiles of scores, f32[n_rows][SPAN], against each row's maximum so far.
+"""The running softmax of attention: tiles of scores, f32[n_rows][SPAN], and the maximum of each row so far.
 
-The maximum may lag behind by HEADROOM, as e^8 is no large number: then nothing has to be added up across lanes, or
-multiplied anew, but for the few spans in which it rises (FlashAttention-4 does the same).
+The maximum may be too small by HEADROOM, because e^8 is not a large number. A span in which no score exceeds this needs
+no sum across lanes, and no earlier sum is rescaled. FlashAttention-4 does the same.
 """
 
 import functools
@@ -14,11 +14,11 @@ from gguf_run.kernels_cpu.panels.panels import ROWS
 from gguf_run.kernels_cpu.vector.lowering import kernel
 from gguf_run.kernels_cpu.vector.simd import F32, I32, Simd, Val
 
-SPAN = 64  # positions between two looks at the maximum
+SPAN = 64  # positions between two tests of the maximum
 HEADROOM = np.float32(8)
-LOWEST = np.float32(-1e38)  # the maximum of no scores: far above _NEVER, so that hidden positions count as nothing
+LOWEST = np.float32(-1e38)  # the maximum of no scores. It is far above _NEVER: hidden positions add nothing
 _NEVER = -3e38  # the score of a hidden position
-_VECTORS = [64 * i for i in range(SPAN // ROWS)]  # where the vectors of a row are
+_VECTORS = [64 * i for i in range(SPAN // ROWS)]  # byte offsets of the vectors of a row
 
 
 def _row(s: Simd, scores: Val) -> list[Val]:
@@ -27,7 +27,7 @@ def _row(s: Simd, scores: Val) -> list[Val]:
 
 @intrinsic
 def hide(typing_context, scores, since, until):
-    """Hide a row's positions, but for since <= position < until."""
+    """Hide the positions of a row outside since <= position < until."""
 
     def emit(s: Simd, scores: Val, since: Val, until: Val) -> None:
         first, end = (s.splat(limit.to(I32), ROWS) for limit in (since, until))
@@ -42,7 +42,7 @@ def hide(typing_context, scores, since, until):
 
 @intrinsic
 def cap(typing_context, scores, n_rows, softcap):
-    """scores = softcap * tanh(scores / softcap), tanh(x) being 1 - 2 / (e^2x + 1)."""
+    """scores = softcap * tanh(scores / softcap), where tanh(x) = 1 - 2 / (e^2x + 1)."""
 
     def emit(s: Simd, scores: Val, n_rows: Val, softcap: Val) -> None:
         factor, top = s.splat(s.const(F32, 2.0) / softcap, ROWS), s.splat(softcap, ROWS)
@@ -60,7 +60,7 @@ def cap(typing_context, scores, n_rows, softcap):
 
 @intrinsic
 def rise(typing_context, scores, n_rows, most):
-    """By how much a score exceeds its row's maximum so far, f32[n_rows] at `most`: the largest of all."""
+    """The most by which a score exceeds the maximum of its row so far. most: address of the maxima, f32[n_rows]."""
 
     def emit(s: Simd, scores: Val, n_rows: Val, most: Val) -> Val:
         def body(r: Val, above: list[Val]) -> list[Val]:
@@ -74,7 +74,7 @@ def rise(typing_context, scores, n_rows, most):
 
 @intrinsic
 def raise_maximum(typing_context, scores, most):
-    """Take one row's scores into its maximum, f32 at `most`; returns what its sums must be multiplied by."""
+    """Raise the maximum of a row, f32 at `most`, to its largest score; return the factor for the sums of the row."""
 
     def emit(s: Simd, scores: Val, most: Val) -> Val:
         old = s.load(most, F32)
@@ -87,7 +87,7 @@ def raise_maximum(typing_context, scores, most):
 
 @intrinsic
 def exponentials(typing_context, scores, n_rows, most, sums):
-    """scores = exp(scores - maximum); adds them to sums, f32[n_rows, 16], lane by lane."""
+    """scores = exp(scores - maximum); sums, f32[n_rows, 16], += scores, lane by lane."""
 
     def emit(s: Simd, scores: Val, n_rows: Val, most: Val, sums: Val) -> None:
         def body(r: Val) -> None:
@@ -111,7 +111,7 @@ def lane_sum(typing_context, address):
 
 @intrinsic
 def scale_vectors(typing_context, address, n, factor):
-    """f32[16 * n] *= factor."""
+    """f32[16 * n] at an address *= factor."""
 
     def emit(s: Simd, address: Val, n: Val, factor: Val) -> None:
         def body(i: Val) -> None:

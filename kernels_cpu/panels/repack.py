@@ -24,7 +24,7 @@ from gguf_run.kernels_cpu.panels.panels import (
     panel_id,
 )
 from gguf_run.kernels_cpu.vector.lowering import kernel
-from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val
+from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, Simd, Val
 
 _LEAST_BYTES, _MOST_BYTES = 1 << 17, 1 << 22  # bytes of panels that a thread makes at a time
 
@@ -48,15 +48,13 @@ def _pack(typing_context, panel, n_columns, q, scale, minimum, factor, out):
     assert isinstance(shape, IntPanel)
 
     def emit(s: Simd, q: Val, scale: Val, minimum: Val, factor: Val, out: Val) -> None:
-        s.each(
-            s.const(I64, columns // shape.span),
-            lambda n: span(s, n, q, scale, minimum, factor, out + n * shape.span_bytes),
-        )
+        at = [q, scale, minimum, factor]
+        s.each(columns // shape.span, lambda n: span(s, n, *at, out + n * shape.span_bytes))
 
     def span(s: Simd, n: Val, q: Val, scale: Val, minimum: Val, factor: Val, out: Val) -> None:
         for i in range(shape.n_factors):
             s.store(s.load(factor + 64 * i, F32, ROWS).to(F16), out + 2 * ROWS * i)
-        s.each(s.const(I64, shape.n_steps), lambda i: step(s, n * shape.n_steps + i, i, q, [scale, minimum], out))
+        s.each(shape.n_steps, lambda i: step(s, n * shape.n_steps + i, i, q, [scale, minimum], out))
 
     def step(s: Simd, k: Val, i: Val, q: Val, numbers: list[Val], out: Val) -> None:
         """Pack step k of all steps, which is step i of its span."""

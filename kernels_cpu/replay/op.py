@@ -1,9 +1,9 @@
-"""An op: one compiled function of a tape, and the record of arguments that it reads.
+"""An op of a tape: a compiled function, and the record of arguments that it reads.
 
-`@op("x y n", "scale")` declares a function `f(args, piece, ith, nth)`; `carray(args, 1)[0]` shows the record with the
-named fields, integers (counts, strides, addresses) first and floats after. With piece < 0 it does nothing but return
-the number of pieces of its work for this step; with piece >= 0 it does that piece, as thread `ith` of `nth`. Pieces run
-in any order and at the same time.
+`@op("x y n", "scale")` declares a function `f(args, piece, ith, nth)`. `carray(args, 1)[0]` is the record: int64 fields
+(counts, strides, addresses), then float64 fields. The function returns the number of pieces of its work in this step if
+piece < 0, and does nothing. Else it does that piece, as thread `ith` of `nth`. Pieces run in any order and at the same
+time. Most ops are declared by `row_op`, which is simpler.
 """
 
 import functools
@@ -18,7 +18,7 @@ from gguf_run.formats.compiler.jit import carray, njit
 from gguf_run.formats.compiler.machine_code import Entry
 from gguf_run.kernels_cpu.vector.native import i64_at
 
-PER_THREAD = 4  # pieces of an op that a thread does on average, when all threads get on alike
+PER_THREAD = 4  # pieces of an op for each thread, when threads progress evenly
 SHRINKING = 8  # the same for pieces of shrinking size
 
 
@@ -53,13 +53,13 @@ def op(integers: str, floats: str = "", **options: Any) -> Callable[[Callable[..
 
 @njit(inline="always")
 def n_pieces(n, grain, nth):
-    """How many pieces n items make: at least `grain` items each, and a few for each thread at most."""
+    """The number of pieces of n items: each has `grain` items or more, and a thread has a few pieces at most."""
     return max(1, min((n + grain - 1) // grain, PER_THREAD * nth))
 
 
 @njit(inline="always")
 def items(piece, n, grain, nth):
-    """The items (first, end) of a piece, cut as n_pieces says."""
+    """The items (first, end) of a piece of n_pieces equal ones."""
     pieces = n_pieces(n, grain, nth)
     return n * piece // pieces, n * (piece + 1) // pieces
 
@@ -99,7 +99,7 @@ def row_op(
 
 @njit(inline="always")
 def n_shrinking(n, grain, nth):
-    """How many pieces of shrinking size n items make, the smallest of about `grain` items: see shrinking."""
+    """The number of pieces of shrinking size for n items: see `shrinking`. The smallest has about `grain` items."""
     return 1 if nth == 1 else max(1, min(SHRINKING * nth, int(math.sqrt(2 * n / grain + 0.25) - 0.5)))
 
 
@@ -107,8 +107,8 @@ def n_shrinking(n, grain, nth):
 def shrinking(piece, n, pieces):
     """The items (first, end) of a piece: i + 1 shares for piece i.
 
-    Pieces are taken from the last to the first, so that large ones, at whose ends a thread stops streaming for a
-    moment, come first, and small ones last, so that all threads end together (trapezoid self-scheduling, Tzen and Ni
+    Pieces are taken from the last to the first, the large ones before the small ones. Large pieces seldom interrupt the
+    stream of weights. Small pieces at the end let all threads end together (trapezoid self-scheduling, Tzen and Ni
     1993).
     """
     whole = pieces * (pieces + 1)

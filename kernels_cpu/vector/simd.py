@@ -204,8 +204,9 @@ class Simd:
     def select(self, condition: Val, yes: Val, no: Val) -> Val:
         return Val(self, self.b.select(condition.ir, yes.ir, no.ir))
 
-    def loop(self, count: Val, carried: list[Val], body: Callable[[Val, list[Val]], list[Val]]) -> list[Val]:
+    def loop(self, count: Val | int, carried: list[Val], body: Callable[[Val, list[Val]], list[Val]]) -> list[Val]:
         """for i in range(count): carried = body(i, carried). Returns the last carried. count may be 0."""
+        count = self.const(I64, count) if isinstance(count, int) else count
         before = self.b.block
         head, inside, after = (self.b.append_basic_block(name) for name in ("head", "body", "after"))
         self.b.branch(head)
@@ -225,7 +226,7 @@ class Simd:
         self.b.position_at_end(after)
         return [Val(self, phi) for phi in phis]
 
-    def each(self, count: Val, body: Callable[[Val], None]) -> None:
+    def each(self, count: Val | int, body: Callable[[Val], None]) -> None:
         """for i in range(count): body(i)."""
 
         def once(i: Val, none: list[Val]) -> list[Val]:
