@@ -137,26 +137,26 @@ def _encode_q2_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> 
 
 
 @njit(inline="always")
-def _encode_q4_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> None:
+def _encode_nibbles(x: Any, importance: Any, q: Any, block: Any, weighted: Any, form: Any, at: Any) -> None:
+    """Q4_K; and Q5_K without its fifth bits. at: the byte where the nibbles begin."""
     codes, min_codes = scratch_f32(16), scratch_f32(16)
-    d, dmin = _encode_min(x, importance, q, codes, min_codes, weighted, _Q4_K)
+    d, dmin = _encode_min(x, importance, q, codes, min_codes, weighted, form)
     put_half(block, 0, d)
     put_half(block, 2, dmin)
     put_scales_and_minimums(block, 4, codes, min_codes)
     for c in range(4):
-        put_nibbles(block, 16 + 32 * c, q, 64 * c)
+        put_nibbles(block, at + 32 * c, q, 64 * c)
+
+
+@njit(inline="always")
+def _encode_q4_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> None:
+    _encode_nibbles(x, importance, q, block, weighted, _Q4_K, 16)
 
 
 @njit(inline="always")
 def _encode_q5_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> None:
-    codes, min_codes = scratch_f32(16), scratch_f32(16)
-    d, dmin = _encode_min(x, importance, q, codes, min_codes, weighted, _Q5_K)
-    put_half(block, 0, d)
-    put_half(block, 2, dmin)
-    put_scales_and_minimums(block, 4, codes, min_codes)
+    _encode_nibbles(x, importance, q, block, weighted, _Q5_K, 48)
     put_bits(block, 16, q, 4)
-    for c in range(4):
-        put_nibbles(block, 48 + 32 * c, q, 64 * c)
 
 
 @njit(inline="always")

@@ -181,11 +181,7 @@ scratch_f32, scratch_u8 = _scratch(F32), _scratch(U8)
 @intrinsic
 def offset(typing_context: Any, vectors: Any, n: Any) -> Any:
     """Return the pointer to vectors[n]."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        return builder.gep(args[0], [args[1]])
-
-    return vectors(vectors, n), codegen
+    return vectors(vectors, n), lambda context, builder, sig, args: builder.gep(args[0], [args[1]])
 
 
 @intrinsic

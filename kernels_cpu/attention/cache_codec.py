@@ -11,6 +11,7 @@ from llvmlite import ir
 
 from gguf_run.formats.compiler.jit import intrinsic, types
 from gguf_run.kernels_cpu.attention.cache_types import FORMATS, GROUP, CacheFormat
+from gguf_run.kernels_cpu.matmul.tile import widen as widen_float
 from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel, IntPanel
 from gguf_run.kernels_cpu.vector.lowering import kernel
 from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val
@@ -271,6 +272,4 @@ def widen(s: Simd, panel: FloatPanel, stored: Val) -> Val:
     """Elements of a float panel as f32. For those of 8 bits see widen_float8."""
     if panel.element == I8:
         return widen_float8(s, panel.name, stored)
-    if panel.element == I16:  # bfloat16 is the upper half of an f32
-        return (stored.to(I32, signed=False) << 16).as_type(F32)
-    return stored.to(F32)
+    return widen_float(stored)

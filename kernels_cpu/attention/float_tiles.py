@@ -12,6 +12,7 @@ from gguf_run.formats.compiler.jit import intrinsic, types
 from gguf_run.kernels_cpu.attention.cache_codec import widen
 from gguf_run.kernels_cpu.attention.cache_types import FORMATS, CacheFormat
 from gguf_run.kernels_cpu.attention.softmax import SPAN
+from gguf_run.kernels_cpu.matmul.tile import sums_of_products
 from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel
 from gguf_run.kernels_cpu.vector import isa
 from gguf_run.kernels_cpu.vector.lowering import kernel
@@ -30,27 +31,15 @@ def _load(s: Simd, panel: FloatPanel, at: Val) -> Val:
 
 
 def _sums(
-    s: Simd, init: list[Val], n_steps: Val, products: Callable[[Val], list[tuple[Val, Val]]], ahead: Val
+    s: Simd, start: list[Val], n_steps: Val, products: Callable[[Val], list[tuple[Val, Val]]], ahead: Val
 ) -> list[Val]:
-    """init + the sums of products over n_steps steps. Each step prefetches a cache line, from `ahead` on."""
-    n = len(init)
-    unroll = max(1, _SUMS // n)
+    """start + the sums of products over n_steps steps. Each step prefetches a cache line, from `ahead` on."""
 
-    def step(i: Val, acc: list[Val]) -> list[Val]:
+    def prefetching(i: Val) -> list[tuple[Val, Val]]:
         s.prefetch(ahead + i * _LINE)
-        return [s.fma(a, b, total) for (a, b), total in zip(products(i), acc, strict=True)]
+        return products(i)
 
-    def steps(i: Val, acc: list[Val]) -> list[Val]:
-        return [value for u in range(unroll) for value in step(i * unroll + u, acc[u * n : u * n + n])]
-
-    whole = n_steps >> (unroll.bit_length() - 1)
-    acc = s.loop(whole, init + [s.const(F32, 0.0, ROWS)] * (n * (unroll - 1)), steps)
-    totals = acc[:n]
-    for u in range(1, unroll):
-        totals = [a + b for a, b in zip(totals, acc[u * n : u * n + n], strict=True)]
-    if unroll == 1:
-        return totals
-    return s.loop(n_steps - whole * unroll, totals, lambda i, acc: step(whole * unroll + i, acc))
+    return sums_of_products(s, start, n_steps, prefetching, _SUMS)
 
 
 def apart(name: str, emit: Callable[..., None]) -> Callable[..., None]:

@@ -36,7 +36,7 @@ def int_tile(
     if lanes == ROWS:
         some_rows(s.const(I64, 0))
     else:
-        s.each(s.const(I64, ROWS // lanes), some_rows)
+        s.each(ROWS // lanes, some_rows)
 
 
 def _run(s: Simd, panels: "list[_Panel]", n_steps: Val, xs: list[Val], acc: list[Val], ahead: Val) -> list[Val]:

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.kernels_cpu.matmul import moe
+from gguf_run.kernels_cpu.matmul import moe, moe_route
 from gguf_run.kernels_cpu.matmul.moe import CpuExperts
-from gguf_run.kernels_cpu.matmul.moe_observe import observe_experts
 from gguf_run.kernels_cpu.panels.memory import CpuBuffer, aligned
 from gguf_run.kernels_cpu.panels.panels import BLOCK, IntPanel, panel_id
 from gguf_run.kernels_cpu.rows.observe import CpuSquares
@@ -47,12 +46,12 @@ def record_moe(
     rec.keep.append(experts)
     rec.need(scratch=max(moe.GATE_UP_SCRATCH, moe.PLACES + out.stride))
     common = {"rows": x.rows, "n_expert": n_expert, "n_used": shape.n_used}
-    common["plan"] = rec.moe_memory.take(0, 8 * moe.plan_words(n_expert, n_pairs))
+    common["plan"] = rec.moe_memory.take(0, 8 * moe_route.plan_words(n_expert, n_pairs))
     common["weights"] = rec.moe_memory.take(1, 8 * n_pairs)
     f32 = rec.moe_memory.take(2, 4 * width * n_pairs) if observed or not is_int else 0
     q8 = rec.moe_memory.take(3, 2 * width * n_pairs) if is_int else 0
     scores = {"logits": logits.address, "logits_stride": logits.stride}
-    rec.record(moe.route, norm=shape.norm, scale=shape.scale, **scores, **common)
+    rec.record(moe_route.route, norm=shape.norm, scale=shape.scale, **scores, **common)
     rows, x_stride = rec.rows_of(x, gate.panel)
     rec.record(
         moe.gate_up(panel_id(gate.panel), shape.activation),
@@ -81,6 +80,6 @@ def record_moe(
         return None
     squares = CpuSquares(gate.n_in, n_expert), CpuSquares(down.n_in, n_expert)
     rec.keep += squares
-    rec.record(observe_experts, x=x.address, x_stride=x.stride, by_pair=0, **squares[0].fields(), **common)
-    rec.record(observe_experts, x=f32, x_stride=4 * width, by_pair=1, **squares[1].fields(), **common)
+    rec.record(moe_route.observe_experts, x=x.address, x_stride=x.stride, by_pair=0, **squares[0].fields(), **common)
+    rec.record(moe_route.observe_experts, x=f32, x_stride=4 * width, by_pair=1, **squares[1].fields(), **common)
     return squares

@@ -4,13 +4,15 @@ Each of the 16 f32 lanes is one row: nothing is summed across lanes. A vector of
 and multiplied with all tokens of the tile. An activation is repeated in all lanes. Integer panels are in int_tile.py.
 """
 
+from collections.abc import Callable
+
 from gguf_run.formats.compiler.jit import intrinsic, types
 from gguf_run.kernels_cpu.matmul.int_tile import AHEAD, int_tile
 from gguf_run.kernels_cpu.panels.panels import PANELS, ROWS, FloatPanel, IntPanel, Panel
 from gguf_run.kernels_cpu.vector.lowering import kernel
 from gguf_run.kernels_cpu.vector.simd import F32, I16, I32, I64, Simd, Val
 
-_FLOAT_SUMS = 16  # sums of a float tile that are independent: none waits for another
+_FLOAT_SUMS = 16  # sums of a float tile that run side by side
 
 
 @intrinsic(prefer_literal=True)
@@ -95,32 +97,47 @@ def _float_panel(
     """Return start + the products over all steps."""
 
     def weights(w: Val, k: Val) -> Val:
-        stored = s.load(w + w_step * k, panel.element, ROWS)
-        if panel.element == I16:  # bfloat16 is the upper half of an f32
-            return (stored.to(I32, signed=False) << 16).as_type(F32)
-        return stored.to(F32)
+        return widen(s.load(w + w_step * k, panel.element, ROWS))
 
-    def column(k: Val, acc: list[Val]) -> list[Val]:
+    def products(k: Val) -> list[tuple[Val, Val]]:
         rows = [weights(w, k) for w in ws]
         values = [s.load(x + k * 4, F32, splat=ROWS) for x in xs]
-        pairs = [(value, row) for value in values for row in rows]
-        return [s.fma(row, value, a) for (value, row), a in zip(pairs, acc, strict=True)]
+        return [(row, value) for value in values for row in rows]
 
+    return sums_of_products(s, start, n_steps, products, _FLOAT_SUMS)
+
+
+def widen(stored: Val) -> Val:
+    """Elements of a float panel of 16 or 32 bits as f32."""
+    if stored.element == I16:  # bfloat16 is the upper half of an f32
+        return (stored.to(I32, signed=False) << 16).as_type(F32)
+    return stored.to(F32)
+
+
+def sums_of_products(
+    s: Simd, start: list[Val], n_steps: Val, products: Callable[[Val], list[tuple[Val, Val]]], n_sums: int
+) -> list[Val]:
+    """Return start + the sums of products(i) over n_steps steps.
+
+    Fewer than n_sums sums are split into several each, so that no addition waits for another.
+    """
     n = len(start)
-    zero = s.const(F32, 0.0, ROWS)
+    unroll = max(1, n_sums // n)  # steps of an iteration, each with sums of its own
 
-    unroll = max(1, _FLOAT_SUMS // n)  # columns of an iteration, each with sums of its own
+    def step(i: Val, acc: list[Val]) -> list[Val]:
+        return [s.fma(a, b, total) for (a, b), total in zip(products(i), acc, strict=True)]
 
-    def columns(i: Val, acc: list[Val]) -> list[Val]:
-        return [value for u in range(unroll) for value in column(i * unroll + u, acc[u * n : u * n + n])]
+    def steps(i: Val, acc: list[Val]) -> list[Val]:
+        return [value for u in range(unroll) for value in step(i * unroll + u, acc[u * n : u * n + n])]
 
     whole = n_steps >> (unroll.bit_length() - 1)
-    acc = s.loop(whole, start + [zero] * (n * (unroll - 1)), columns)
-    total = acc[:n]
+    acc = s.loop(whole, start + [s.const(F32, 0.0, ROWS)] * (n * (unroll - 1)), steps)
+    totals = acc[:n]
     for u in range(1, unroll):
-        total = [sum_ + part for sum_, part in zip(total, acc[u * n : u * n + n], strict=True)]
-    done = whole * unroll
-    return s.loop(n_steps - done, total, lambda i, acc: column(done + i, acc))
+        totals = [a + b for a, b in zip(totals, acc[u * n : u * n + n], strict=True)]
+    if unroll == 1:
+        return totals
+    return s.loop(n_steps - whole * unroll, totals, lambda i, acc: step(whole * unroll + i, acc))
 
 
 @intrinsic
@@ -135,6 +152,6 @@ def prefetch(typing_context, address):
         def line(i: Val) -> None:
             s.prefetch(address + i * 64)
 
-        s.each(s.const(I64, AHEAD // 64), line)
+        s.each(AHEAD // 64, line)
 
     return kernel(types.void(types.intp), emit)

@@ -48,10 +48,11 @@ def _pack(typing_context, panel, n_columns, q, scale, minimum, factor, out):
     assert isinstance(shape, IntPanel)
 
     def emit(s: Simd, q: Val, scale: Val, minimum: Val, factor: Val, out: Val) -> None:
-        at = [q, scale, minimum, factor]
-        s.each(columns // shape.span, lambda n: span(s, n, *at, out + n * shape.span_bytes))
+        s.each(columns // shape.span, lambda n: span(s, n, q, scale, minimum, factor, out))
 
     def span(s: Simd, n: Val, q: Val, scale: Val, minimum: Val, factor: Val, out: Val) -> None:
+        """Pack span n."""
+        out = out + n * shape.span_bytes
         for i in range(shape.n_factors):
             s.store(s.load(factor + 64 * i, F32, ROWS).to(F16), out + 2 * ROWS * i)
         s.each(shape.n_steps, lambda i: step(s, n * shape.n_steps + i, i, q, [scale, minimum], out))

@@ -53,11 +53,8 @@ def atomic_add(typing_context, address, value):
 @intrinsic
 def atomic_load(typing_context, address):
     """The int64 at an address."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        return builder.load_atomic(_place(builder, args[0]), "seq_cst", 8)
-
-    return types.int64(types.intp), codegen
+    signature = types.int64(types.intp)
+    return signature, lambda context, builder, sig, args: builder.load_atomic(_place(builder, args[0]), "seq_cst", 8)
 
 
 @intrinsic

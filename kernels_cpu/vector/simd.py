@@ -31,6 +31,11 @@ def _vector(element: Scalar, lanes: int) -> ir.Type:
     return ir.VectorType(element, lanes) if lanes > 1 else element
 
 
+def _operator(int_op: str, float_op: str | None = None) -> Callable[["Val", "Val | Number"], "Val"]:
+    """Return an operator of Val by the names of LLVM's instructions. float_op None: integers only."""
+    return lambda value, other: value._op(int_op, float_op, other)
+
+
 class Val:
     """A value at run time: an LLVM scalar or vector. Python numbers in an expression get its shape."""
 
@@ -49,30 +54,14 @@ class Val:
         assert op is not None
         return Val(self.s, getattr(self.s.b, op)(self.ir, self._with(other)))
 
-    def __add__(self, other: "Val | Number") -> "Val":
-        return self._op("add", "fadd", other)
-
-    def __sub__(self, other: "Val | Number") -> "Val":
-        return self._op("sub", "fsub", other)
-
-    def __mul__(self, other: "Val | Number") -> "Val":
-        return self._op("mul", "fmul", other)
-
-    def __and__(self, other: "Val | Number") -> "Val":
-        return self._op("and_", None, other)
-
-    def __or__(self, other: "Val | Number") -> "Val":
-        return self._op("or_", None, other)
-
-    def __xor__(self, other: "Val | Number") -> "Val":
-        return self._op("xor", None, other)
-
-    def __lshift__(self, other: "Val | Number") -> "Val":
-        return self._op("shl", None, other)
-
-    def __rshift__(self, other: "Val | Number") -> "Val":
-        """Logical shift right: zeros come in from the left."""
-        return self._op("lshr", None, other)
+    __add__ = _operator("add", "fadd")
+    __sub__ = _operator("sub", "fsub")
+    __mul__ = _operator("mul", "fmul")
+    __and__ = _operator("and_")
+    __or__ = _operator("or_")
+    __xor__ = _operator("xor")
+    __lshift__ = _operator("shl")
+    __rshift__ = _operator("lshr")  # logical: zeros come in from the left
 
     def sar(self, count: int) -> "Val":
         """Arithmetic shift right: the sign comes in from the left."""
