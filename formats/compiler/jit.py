@@ -223,7 +223,7 @@ def njit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
 
 
 def clone(function: Callable[..., Any], name: str, **names: Any) -> Callable[..., Any]:
-    """Return a copy of a plain function in which the global names `names` stand for these values.
+    """Return a copy of a plain function whose globals `names` have these values.
 
     This is how one loop serves many types: `clone(loop, "Q4_0", unpack=unpack_q4_0, BLOCK_SIZE=32)`. The compiler sees
     the values as constants and inlines compiled functions among them. The cache tells copies apart by `name` alone: it

@@ -63,7 +63,7 @@ def _share(values: Any, codes: Any, n: Any, top: Any) -> Any:
 def _as_stored(codes: Any, min_codes: Any, top: Any, limit: Any) -> None:
     """Make the codes what a reader of the block will see.
 
-    In some 1 of 10**4 blocks, ggml's weighted search finds codes above `top`. Q5_K limits them. In Q2_K and Q4_K their
+    In about 1 of 10**4 blocks, ggml's weighted search finds codes above `top`. Q5_K limits them. In Q2_K and Q4_K their
     high bits spill into the next field.
     """
     if top == _15:

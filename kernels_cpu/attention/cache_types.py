@@ -61,7 +61,7 @@ class CacheFormat:
         return 2 * GROUP * self.n_numbers * self.n_blocks(self.wide(head_dim, is_v)) if is_v or not self.block else 0
 
     def allows(self, head_dim: int) -> bool:
-        """Blocks must be whole."""
+        """Whether a head is whole blocks."""
         return not self.block or head_dim % self.block == 0
 
     def rotates(self, head_dim: int, rotate: bool | None) -> bool:

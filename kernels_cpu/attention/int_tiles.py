@@ -55,7 +55,7 @@ def int_score_tile(typing_context, form, q, q_row, k, n_blocks, zeros, scores):
 
 
 def _numbers(s: Simd, form: CacheFormat, groups: list[Val], at: Val | int) -> list[Val]:
-    """Load the f16 numbers of SPAN positions, `at` bytes from the begin of two groups, as f32 vectors."""
+    """Load the f16 numbers of SPAN positions, `at` bytes from the start of two groups, as f32 vectors."""
     panel = form.panel
     factor = FLOAT8_FACTOR[panel.name] if isinstance(panel, FloatPanel) else 1.0
     loaded = [s.load(group + at + 32 * h, F16, ROWS).to(F32) for group in groups for h in (0, 1)]

@@ -144,7 +144,7 @@ def sums_of_products(
 def prefetch(typing_context, address):
     """Prefetch the first panels of a piece of work.
 
-    Within a piece, `tile` prefetches. At the begin of a piece the first answer of the memory would take as long as
+    Within a piece, `tile` prefetches. At the start of a piece the first answer of the memory would take as long as
     30 kB of a stream.
     """
 
