@@ -67,10 +67,9 @@ def scaled_copy(source, n, factor, to):
 
 
 @njit(inline="always")
-def _row_of(a, piece, r):
+def _row_of(piece, r):
     """(token, head) of a query row: the row of q and out, and which of the n_head heads."""
-    n_rep = a.n_head // a.n_head_kv
-    return piece.first + r // n_rep, piece.head * n_rep + r % n_rep
+    return piece.first + r // piece.n_rep, piece.head * piece.n_rep + r % piece.n_rep
 
 
 @functools.cache
@@ -88,7 +87,7 @@ def _queries(k_form: int) -> Any:
         f32_at(m.lane_sums, n_fill * ROWS)[:] = 0
         f32_at(m.most, n_fill)[:] = LOWEST
         for r in range(piece.n_rows):
-            t, head = _row_of(a, piece, r)
+            t, head = _row_of(piece, r)
             to = m.query if is_int else m.queries + r * q_row
             scaled_copy(a.q + t * a.q_stride + head * n * 4, n, scale, to)
             if a.k_rotate:
@@ -172,9 +171,9 @@ def _values(v_form: int) -> Any:
 
 
 @njit(inline="always")
-def _n_visible(a, piece, r, start):
+def _n_visible(piece, r, start):
     """How many positions from `start` on a query row may see. Rows that fill a tile are like the last one."""
-    return piece.n_past + min(r, piece.n_rows - 1) // (a.n_head // a.n_head_kv) + 1 - start
+    return piece.n_past + min(r, piece.n_rows - 1) // piece.n_rep + 1 - start
 
 
 @njit(inline="always")
@@ -183,10 +182,10 @@ def _softmax(a, piece, m, tile, r, start):
     rest = piece.stop - start
     if a.softcap:
         cap(m.scores, tile.rows, np.float32(a.softcap))
-    last = _n_visible(a, piece, r + tile.rows - 1, start)
-    if min(_n_visible(a, piece, r, start), rest) < SPAN or (a.window and last > a.window):
+    last = _n_visible(piece, r + tile.rows - 1, start)
+    if min(_n_visible(piece, r, start), rest) < SPAN or (a.window and last > a.window):
         for row in range(tile.rows):
-            until = _n_visible(a, piece, r + row, start)
+            until = _n_visible(piece, r + row, start)
             since = until - a.window if a.window else 0
             hide(m.scores + row * SPAN * 4, since, min(until, rest))
     if rise(m.scores, tile.rows, m.most + r * 4) > HEADROOM:
@@ -205,7 +204,7 @@ def _result(a, piece, m, r):
         f32_at(m.most + a.max_rows * 4, piece.n_rows)[r] = total
     else:
         n, factor = a.head_dim, np.float32(1)
-        t, head = _row_of(a, piece, r)
+        t, head = _row_of(piece, r)
         if a.sinks:
             sink, highest = f32_at(a.sinks, a.n_head)[head], f32_at(m.most, piece.n_rows)[r]
             factor = np.float32(math.exp(highest - max(highest, sink)))
@@ -241,18 +240,20 @@ def attend(k_form: int, v_form: int) -> TapeOp:
         m = layout(a, ith, work)
         q_row = queries(a, work, m, n_fill)
         first_group = (work.seq * a.n_head_kv + work.head) * a.n_ctx // GROUP
+        group = first_group + work.start % a.n_ctx // GROUP
         for start in range(work.start, work.stop, SPAN):
-            group = next_group = first_group + start % a.n_ctx // GROUP
+            next_group = group
             if start + SPAN < work.stop:
                 next_group = first_group + (start + SPAN) % a.n_ctx // GROUP
             k, v = a.cache_k + group * a.k_group, a.cache_v + group * a.v_group
             next_k, next_v = a.cache_k + next_group * a.k_group, a.cache_v + next_group * a.v_group
             for r in range(0, n_fill, tile.rows):
-                n_seen = min(SPAN, work.stop - start, _n_visible(a, work, r + tile.rows - 1, start))
+                n_seen = min(SPAN, work.stop - start, _n_visible(work, r + tile.rows - 1, start))
                 if n_seen > 0:
                     scores(a, m, tile, m.queries + r * q_row, q_row, k, next_k, n_seen, r == 0)
                     _softmax(a, work, m, tile, r, start)
                     values(a, m, tile, r, v, next_v, n_seen)
+            group = next_group
         for r in range(work.n_rows):
             _result(a, work, m, r)
         return 0

@@ -9,11 +9,10 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from gguf_run.formats.compiler.jit import intrinsic, types
 from gguf_run.kernels_cpu.attention.cache_types import FORMATS, GROUP, CacheFormat
 from gguf_run.kernels_cpu.matmul.tile import widen as widen_float
 from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel, IntPanel
-from gguf_run.kernels_cpu.vector.lowering import kernel
+from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val
 
 _HALVES = (0, 1)  # a block of 32 columns is two vectors
@@ -216,56 +215,49 @@ def _encode_floats(s: Simd, panel: FloatPanel, x: Val, n: Val, codes: Val) -> No
     s.each(n >> 4, body)
 
 
-@intrinsic(prefer_literal=True)
-def encode(typing_context, form, x, n, codes, numbers, static):
+@simd_kernel(floats="static")
+def encode(s: Simd, form: int, x: Val, n: Val, codes: Val, numbers: Val, static: Val) -> None:
     """Quantize a row.
 
-    form: literal, place in FORMATS.
+    form: place in FORMATS.
     x, n: f32[n], n a multiple of 32.
     codes: n codes.
     numbers: f16, the numbers of one block after those of another.
     static: scale of the row, or 0 to compute it.
     """
-    type = FORMATS[form.literal_value]
-
-    def emit(s: Simd, x: Val, n: Val, codes: Val, numbers: Val, static: Val) -> None:
-        if type.block:
-            _encode_blocks(s, type, x, n, codes, numbers)
-        elif type.n_numbers:
-            _encode_row(s, type, x, n, codes, numbers, static)
-        elif isinstance(type.panel, FloatPanel):
-            _encode_floats(s, type.panel, x, n, codes)
-
-    return kernel(types.void(form, *[types.intp] * 4, types.float32), emit)
+    type = FORMATS[form]
+    if type.block:
+        _encode_blocks(s, type, x, n, codes, numbers)
+    elif type.n_numbers:
+        _encode_row(s, type, x, n, codes, numbers, static)
+    elif isinstance(type.panel, FloatPanel):
+        _encode_floats(s, type.panel, x, n, codes)
 
 
-@intrinsic(prefer_literal=True)
-def decode(typing_context, form, codes, numbers, n, x):
+@simd_kernel
+def decode(s: Simd, form: int, codes: Val, numbers: Val, n: Val, x: Val) -> None:
     """Write the row that `encode` made as f32[n] at x."""
-    type = FORMATS[form.literal_value]
+    type = FORMATS[form]
     panel, count = type.panel, type.n_numbers
 
-    def emit(s: Simd, codes: Val, numbers: Val, n: Val, x: Val) -> None:
-        def body(i: Val) -> None:
-            block = i >> 1 if type.block else s.const(I64, 0)
-            found = [s.load(numbers + block * (2 * count) + 2 * j, F16).to(F32) for j in range(count)]
-            if isinstance(panel, FloatPanel):
-                value = widen(s, panel, s.load(codes + i * (ROWS * panel.element_bytes), panel.element, ROWS))
-                value = value * FLOAT8_FACTOR.get(panel.name, 1.0)
-            else:
-                u = s.load(codes + i * ROWS, I8, ROWS)
-                if panel.codebook:
-                    u = s.look_up(panel.codebook, s.concat(s.concat(u, u), s.concat(u, u))).part(0, ROWS)
-                value = u.to(I32, signed=bool(panel.codebook)).to(F32) - float(0 if panel.codebook else panel.offset)
-            if found:
-                value = value * s.splat(found[0], ROWS)
-            if count == 2:
-                value = value + s.splat(found[1], ROWS)
-            s.store(value, x + i * 64)
+    def body(i: Val) -> None:
+        block = i >> 1 if type.block else s.const(I64, 0)
+        found = [s.load(numbers + block * (2 * count) + 2 * j, F16).to(F32) for j in range(count)]
+        if isinstance(panel, FloatPanel):
+            value = widen(s, panel, s.load(codes + i * (ROWS * panel.element_bytes), panel.element, ROWS))
+            value = value * FLOAT8_FACTOR.get(panel.name, 1.0)
+        else:
+            u = s.load(codes + i * ROWS, I8, ROWS)
+            if panel.codebook:
+                u = s.look_up(panel.codebook, s.concat(s.concat(u, u), s.concat(u, u))).part(0, ROWS)
+            value = u.to(I32, signed=bool(panel.codebook)).to(F32) - float(0 if panel.codebook else panel.offset)
+        if found:
+            value = value * s.splat(found[0], ROWS)
+        if count == 2:
+            value = value + s.splat(found[1], ROWS)
+        s.store(value, x + i * 64)
 
-        s.each(n >> 4, body)
-
-    return kernel(types.void(form, *[types.intp] * 4), emit)
+    s.each(n >> 4, body)
 
 
 def widen(s: Simd, panel: FloatPanel, stored: Val) -> Val:

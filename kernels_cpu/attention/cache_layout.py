@@ -1,13 +1,12 @@
 """Where the bits of a row are in a group of a cache (layout: cache_types.py): put_row and get_row."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gguf_run.formats.compiler.jit import intrinsic, types
 from gguf_run.kernels_cpu.attention.cache_types import FORMATS, GROUP, CacheFormat
 from gguf_run.kernels_cpu.panels.panels import PARTS, ROWS, FloatPanel, IntPanel
-from gguf_run.kernels_cpu.vector.lowering import kernel
+from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.simd import I8, I16, I32, I64, Simd, Val
 
 _BYTES = 0x01010101  # a mask for one byte becomes a mask for four
@@ -148,35 +147,33 @@ def _get_v(s: Simd, panel: IntPanel, at: Val, row: Val, wide: Val, codes: Val) -
     s.each(wide >> 4, columns)
 
 
-def _mover(form: Any, is_v: Any, move: Callable[[Simd, _Places], None], move_k: Any, move_v: Any) -> Any:
-    """Return what put_row or get_row must return: move_k and move_v are for integers, move is for all else."""
-    type, of_values = FORMATS[form.literal_value], bool(is_v.literal_value)
-
-    def emit(s: Simd, group: Val, row: Val, wide: Val, codes: Val, numbers: Val) -> None:
-        for places in _numbers(s, type, of_values, group, row, wide, numbers):
-            move(s, places)
-        at = group
-        if of_values or not type.block:  # the numbers come first; those of K in blocks are in the panels
-            at = group + (wide >> 5 if type.block else s.const(I64, 1)) * (2 * GROUP * type.n_numbers)
-        if isinstance(type.panel, FloatPanel):
-            move(s, _floats(type.panel, of_values, at, row, wide, codes))
-        else:
-            (move_v if of_values else move_k)(s, type.panel, at, row, wide, codes)
-
-    return kernel(types.void(form, is_v, *[types.intp] * 5), emit)
+def _move_row(
+    s: Simd, form: int, is_v: int, group: Val, row: Val, wide: Val, codes: Val, numbers: Val, is_put: bool
+) -> None:
+    type, move = FORMATS[form], _put if is_put else _get
+    for places in _numbers(s, type, bool(is_v), group, row, wide, numbers):
+        move(s, places)
+    at = group
+    if is_v or not type.block:  # the numbers come first; those of K in blocks are in the panels
+        at = group + (wide >> 5 if type.block else s.const(I64, 1)) * (2 * GROUP * type.n_numbers)
+    if isinstance(type.panel, FloatPanel):
+        move(s, _floats(type.panel, bool(is_v), at, row, wide, codes))
+    else:
+        move_integers = (_put_v if is_v else _put_k) if is_put else (_get_v if is_v else _get_k)
+        move_integers(s, type.panel, at, row, wide, codes)
 
 
-@intrinsic(prefer_literal=True)
-def put_row(typing_context, form, is_v, group, row, wide, codes, numbers):
+@simd_kernel
+def put_row(s: Simd, form: int, is_v: int, group: Val, row: Val, wide: Val, codes: Val, numbers: Val) -> None:
     """Copy a row from codes and numbers (cache_codec.py) into a group.
 
-    form, is_v: literal. group: address of the group. row: 0 to 31. wide: columns. The rows of V of one group share
-    bytes: two threads must not put them at the same time.
+    form: place in FORMATS. is_v: whether it is a row of V, else of K. group: address of the group. row: 0 to 31. wide:
+    columns. The rows of V of one group share bytes: two threads must not put them at the same time.
     """
-    return _mover(form, is_v, _put, _put_k, _put_v)
+    _move_row(s, form, is_v, group, row, wide, codes, numbers, True)
 
 
-@intrinsic(prefer_literal=True)
-def get_row(typing_context, form, is_v, group, row, wide, codes, numbers):
+@simd_kernel
+def get_row(s: Simd, form: int, is_v: int, group: Val, row: Val, wide: Val, codes: Val, numbers: Val) -> None:
     """Copy a row from a group to codes and numbers: the reverse of put_row."""
-    return _mover(form, is_v, _get, _get_k, _get_v)
+    _move_row(s, form, is_v, group, row, wide, codes, numbers, False)

@@ -6,16 +6,13 @@ A tile is TILE query rows, or FEW if there are no more. K and V are read from th
 import functools
 from collections.abc import Callable
 
-from llvmlite import ir
-
-from gguf_run.formats.compiler.jit import intrinsic, types
 from gguf_run.kernels_cpu.attention.cache_codec import widen
-from gguf_run.kernels_cpu.attention.cache_types import FORMATS, CacheFormat
+from gguf_run.kernels_cpu.attention.cache_types import FORMATS
 from gguf_run.kernels_cpu.attention.softmax import SPAN
 from gguf_run.kernels_cpu.matmul.tile import sums_of_products
 from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel
 from gguf_run.kernels_cpu.vector import isa
-from gguf_run.kernels_cpu.vector.lowering import kernel
+from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val
 
 # Rows and vectors of a tile, by Isa.lanes: as many sums as the registers hold. A tile with fewer than _SUMS sums splits
@@ -42,59 +39,26 @@ def _sums(
     return sums_of_products(s, start, n_steps, prefetching, _SUMS)
 
 
-def apart(name: str, emit: Callable[..., None]) -> Callable[..., None]:
-    """Return emit as a function of its own that is not inlined: a loop in it has all registers."""
+def _by_rows(s: Simd, form: int, emit: Callable[..., None], few: Val, *arguments: Val) -> None:
+    """Call emit(s, *arguments, panel, n_rows, n_vectors) for FEW rows if few is not 0, or TILE.
 
-    def emit_call(s: Simd, *arguments: Val) -> None:
-        s.b.call(_function(s, name, emit, arguments), [argument.ir for argument in arguments])
-
-    return emit_call
-
-
-def nothing(s: Simd, *arguments: Val) -> None:
-    """Emit nothing: for the cache types that a tile is not for."""
-
-
-def _function(s: Simd, name: str, emit: Callable[..., None], arguments: tuple[Val, ...]) -> ir.Value:
-    if name in s.b.module.globals:
-        return s.b.module.globals[name]
-    new = ir.Function(s.b.module, ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments]), name)
-    new.linkage = "internal"
-    new.attributes.add("noinline")
-    inner = s.inside(ir.IRBuilder(new.append_basic_block()))
-    emit(inner, *[Val(inner, argument) for argument in new.args])
-    inner.b.ret_void()
-    return new
-
-
-def _by_rows(name: str, form: CacheFormat, emit: Callable[..., None]) -> Callable[..., None]:
-    """Return emit as two functions, for FEW and for TILE rows. The first argument at run time selects one."""
-    panel = form.panel
-
-    def emit_call(s: Simd, few: Val, *arguments: Val) -> None:
+    Nothing is done if the cache type is not a float.
+    """
+    panel = FORMATS[form].panel
+    if isinstance(panel, FloatPanel):
         functions = [
-            _function(
-                s, f"{name}_{form.name}_{n}", functools.partial(emit, panel=panel, n_rows=n, n_vectors=m), arguments
+            s.function(
+                f"{emit.__name__}_{form}_{n_rows}",
+                functools.partial(emit, panel=panel, n_rows=n_rows, n_vectors=n_vectors),
+                arguments,
             )
-            for n, m in ((FEW, FEW_VECTORS), (TILE, VECTORS))
+            for n_rows, n_vectors in ((FEW, FEW_VECTORS), (TILE, VECTORS))
         ]
-        s.b.call(s.b.select(few.ir, *functions), [argument.ir for argument in arguments])
-
-    return emit_call if isinstance(panel, FloatPanel) else nothing
+        s.b.call(s.b.select(few.compare("!=", 0).ir, *functions), [argument.ir for argument in arguments])
 
 
 def _scores(
-    s: Simd,
-    q: Val,
-    k: Val,
-    k_vector: Val,
-    n: Val,
-    ahead: Val,
-    out: Val,
-    *,
-    panel: FloatPanel,
-    n_rows: int,
-    n_vectors: int,
+    s: Simd, q: Val, k: Val, k_vector: Val, n: Val, ahead: Val, out: Val, panel: FloatPanel, n_rows: int, n_vectors: int
 ) -> None:
     qs = [q + n * (4 * r) for r in range(n_rows)]
     ks = [k + k_vector * j for j in range(n_vectors)]
@@ -123,31 +87,31 @@ def _values(
         s.store(value, at)
 
 
-@intrinsic(prefer_literal=True)
-def score_tile(typing_context, form, few, q, k, k_vector, n, ahead, scores):
+@simd_kernel
+def score_tile(s: Simd, form: int, few: Val, q: Val, k: Val, k_vector: Val, n: Val, ahead: Val, scores: Val) -> None:
     """scores[r, j] = q[r] . k[j] for the rows r and the 16 * vectors positions j of a tile, without scales of rows.
 
-    form: literal, place of K's type in FORMATS. Nothing is done if the type is not a float.
+    form: place of K's type in FORMATS. Nothing is done if the type is not a float.
     few: whether the tile has FEW rows.
     q: f32[rows, n].
     k, k_vector: [vectors][n][16], and the bytes from vector to vector.
     ahead: address of n cache lines to prefetch.
     scores: f32[rows][SPAN].
     """
-    emit = _by_rows("scores", FORMATS[form.literal_value], _scores)
-    return kernel(types.void(form, types.boolean, *[types.intp] * 6), emit)
+    _by_rows(s, form, _scores, few, q, k, k_vector, n, ahead, scores)
 
 
-@intrinsic(prefer_literal=True)
-def value_tile(typing_context, form, few, p, v, v_step, n_seen, ahead, sums, sums_row):
+@simd_kernel
+def value_tile(
+    s: Simd, form: int, few: Val, p: Val, v: Val, v_step: Val, n_seen: Val, ahead: Val, sums: Val, sums_row: Val
+) -> None:
     """sums[r, j] += sum over n_seen positions i of p[r, i] * v[i, j] for rows r and 16 * vectors columns j of a tile.
 
-    form: literal, place of V's type in FORMATS. Nothing is done if the type is not a float.
+    form: place of V's type in FORMATS. Nothing is done if the type is not a float.
     few: whether the tile has FEW rows.
     p: f32[rows][SPAN].
     v, v_step: elements, and the bytes from position to position.
     ahead: address of n_seen cache lines to prefetch.
     sums, sums_row: f32, and the bytes from row to row.
     """
-    emit = _by_rows("values", FORMATS[form.literal_value], _values)
-    return kernel(types.void(form, types.boolean, *[types.intp] * 7), emit)
+    _by_rows(s, form, _values, few, p, v, v_step, n_seen, ahead, sums, sums_row)

@@ -20,7 +20,8 @@ class Piece(NamedTuple):
     head: int  # the KV head
     first: int  # row of q and out that belongs to the first token
     n_past: int  # position of the first token
-    n_rows: int  # query rows: tokens times heads
+    n_rep: int  # heads of a token that share the KV head
+    n_rows: int  # query rows: tokens times n_rep
     start: int  # first position to read
     stop: int  # end of the positions to read
     part: int  # place in `parts` for the result, -1 if the positions are not split
@@ -95,7 +96,7 @@ def piece_of(a, runs, number):
     # A range is whole spans. Since the first one begins a little before `low`, the last one is a little longer.
     stop = high if split == n_split - 1 else min(high, start + length)
     place = run.first_part + part if n_split > 1 else -1
-    return Piece(run.seq, head, run.first + t0, n_past, n_tokens * n_rep, start, stop, place)
+    return Piece(run.seq, head, run.first + t0, n_past, n_rep, n_tokens * n_rep, start, stop, place)
 
 
 @njit(inline="always")

@@ -9,9 +9,8 @@ import functools
 import numpy as np
 from llvmlite import ir
 
-from gguf_run.formats.compiler.jit import intrinsic, types
 from gguf_run.kernels_cpu.panels.panels import ROWS
-from gguf_run.kernels_cpu.vector.lowering import kernel
+from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.simd import F32, I32, Simd, Val
 
 SPAN = 64  # positions between two tests of the maximum
@@ -25,98 +24,77 @@ def _row(s: Simd, scores: Val) -> list[Val]:
     return [s.load(scores + at, F32, ROWS) for at in _VECTORS]
 
 
-@intrinsic
-def hide(typing_context, scores, since, until):
+@simd_kernel
+def hide(s: Simd, scores: Val, since: Val, until: Val) -> None:
     """Hide the positions of a row outside since <= position < until."""
-
-    def emit(s: Simd, scores: Val, since: Val, until: Val) -> None:
-        first, end = (s.splat(limit.to(I32), ROWS) for limit in (since, until))
-        lanes = Val(s, ir.Constant(ir.VectorType(I32, ROWS), list(range(ROWS))))
-        for at, row in zip(_VECTORS, _row(s, scores), strict=True):
-            position = lanes + at // 4
-            seen = position.compare(">=", first) & position.compare("<", end)
-            s.store(s.select(seen, row, s.const(F32, _NEVER, ROWS)), scores + at)
-
-    return kernel(types.void(*[types.intp] * 3), emit)
+    first, end = (s.splat(limit.to(I32), ROWS) for limit in (since, until))
+    lanes = Val(s, ir.Constant(ir.VectorType(I32, ROWS), list(range(ROWS))))
+    for at, row in zip(_VECTORS, _row(s, scores), strict=True):
+        position = lanes + at // 4
+        seen = position.compare(">=", first) & position.compare("<", end)
+        s.store(s.select(seen, row, s.const(F32, _NEVER, ROWS)), scores + at)
 
 
-@intrinsic
-def cap(typing_context, scores, n_rows, softcap):
+@simd_kernel(floats="softcap")
+def cap(s: Simd, scores: Val, n_rows: Val, softcap: Val) -> None:
     """scores = softcap * tanh(scores / softcap), where tanh(x) = 1 - 2 / (e^2x + 1)."""
+    factor, top = s.splat(s.const(F32, 2.0) / softcap, ROWS), s.splat(softcap, ROWS)
 
-    def emit(s: Simd, scores: Val, n_rows: Val, softcap: Val) -> None:
-        factor, top = s.splat(s.const(F32, 2.0) / softcap, ROWS), s.splat(softcap, ROWS)
+    def body(r: Val) -> None:
+        at = scores + r * (4 * SPAN)
+        for offset, row in zip(_VECTORS, _row(s, at), strict=True):
+            lower = s.const(F32, 2.0, ROWS) / (s.exp(row * factor) + 1.0)
+            s.store(top - top * lower, at + offset)
 
-        def body(r: Val) -> None:
-            at = scores + r * (4 * SPAN)
-            for offset, row in zip(_VECTORS, _row(s, at), strict=True):
-                lower = s.const(F32, 2.0, ROWS) / (s.exp(row * factor) + 1.0)
-                s.store(top - top * lower, at + offset)
-
-        s.each(n_rows, body)
-
-    return kernel(types.void(types.intp, types.intp, types.float32), emit)
+    s.each(n_rows, body)
 
 
-@intrinsic
-def rise(typing_context, scores, n_rows, most):
+@simd_kernel
+def rise(s: Simd, scores: Val, n_rows: Val, most: Val) -> Val:
     """The most by which a score exceeds the maximum of its row so far. most: address of the maxima, f32[n_rows]."""
 
-    def emit(s: Simd, scores: Val, n_rows: Val, most: Val) -> Val:
-        def body(r: Val, above: list[Val]) -> list[Val]:
-            highest = functools.reduce(s.maximum, _row(s, scores + r * (4 * SPAN)))
-            return [s.maximum(highest - s.load(most + r * 4, F32, splat=ROWS), above[0])]
+    def body(r: Val, above: list[Val]) -> list[Val]:
+        highest = functools.reduce(s.maximum, _row(s, scores + r * (4 * SPAN)))
+        return [s.maximum(highest - s.load(most + r * 4, F32, splat=ROWS), above[0])]
 
-        return s.fold(s.loop(n_rows, [s.const(F32, _NEVER, ROWS)], body)[0], s.maximum)
-
-    return kernel(types.float32(*[types.intp] * 3), emit)
+    return s.fold(s.loop(n_rows, [s.const(F32, _NEVER, ROWS)], body)[0], s.maximum)
 
 
-@intrinsic
-def raise_maximum(typing_context, scores, most):
+@simd_kernel
+def raise_maximum(s: Simd, scores: Val, most: Val) -> Val:
     """Raise the maximum of a row, f32 at `most`, to its largest score; return the factor for the sums of the row."""
-
-    def emit(s: Simd, scores: Val, most: Val) -> Val:
-        old = s.load(most, F32)
-        new = s.maximum(s.fold(functools.reduce(s.maximum, _row(s, scores)), s.maximum), old)
-        s.store(new, most)
-        return s.fold(s.exp(s.splat(old - new, 2), bounded=True), lambda a, b: a)
-
-    return kernel(types.float32(*[types.intp] * 2), emit)
+    old = s.load(most, F32)
+    new = s.maximum(s.fold(functools.reduce(s.maximum, _row(s, scores)), s.maximum), old)
+    s.store(new, most)
+    return s.fold(s.exp(s.splat(old - new, 2), bounded=True), lambda a, b: a)
 
 
-@intrinsic
-def exponentials(typing_context, scores, n_rows, most, sums):
+@simd_kernel
+def exponentials(s: Simd, scores: Val, n_rows: Val, most: Val, sums: Val) -> None:
     """scores = exp(scores - maximum); sums, f32[n_rows, 16], += scores, lane by lane."""
 
-    def emit(s: Simd, scores: Val, n_rows: Val, most: Val, sums: Val) -> None:
-        def body(r: Val) -> None:
-            at, sum_at = scores + r * (4 * SPAN), sums + r * (4 * ROWS)
-            shift = s.load(most + r * 4, F32, splat=ROWS)
-            values = [s.exp(row - shift, bounded=True) for row in _row(s, at)]
-            for value, offset in zip(values, _VECTORS, strict=True):
-                s.store(value, at + offset)
-            s.store(functools.reduce(lambda a, b: a + b, values, s.load(sum_at, F32, ROWS)), sum_at)
+    def body(r: Val) -> None:
+        at, sum_at = scores + r * (4 * SPAN), sums + r * (4 * ROWS)
+        shift = s.load(most + r * 4, F32, splat=ROWS)
+        values = [s.exp(row - shift, bounded=True) for row in _row(s, at)]
+        for value, offset in zip(values, _VECTORS, strict=True):
+            s.store(value, at + offset)
+        s.store(functools.reduce(lambda a, b: a + b, values, s.load(sum_at, F32, ROWS)), sum_at)
 
-        s.each(n_rows, body)
-
-    return kernel(types.void(*[types.intp] * 4), emit)
+    s.each(n_rows, body)
 
 
-@intrinsic
-def lane_sum(typing_context, address):
+@simd_kernel
+def lane_sum(s: Simd, address: Val) -> Val:
     """The sum of f32[16]."""
-    return kernel(types.float32(types.intp), lambda s, address: s.sum(s.load(address, F32, ROWS)))
+    return s.sum(s.load(address, F32, ROWS))
 
 
-@intrinsic
-def scale_vectors(typing_context, address, n, factor):
+@simd_kernel(floats="factor")
+def scale_vectors(s: Simd, address: Val, n: Val, factor: Val) -> None:
     """f32[16 * n] at an address *= factor."""
 
-    def emit(s: Simd, address: Val, n: Val, factor: Val) -> None:
-        def body(i: Val) -> None:
-            s.store(s.load(address + i * 64, F32, ROWS) * s.splat(factor, ROWS), address + i * 64)
+    def body(i: Val) -> None:
+        s.store(s.load(address + i * 64, F32, ROWS) * s.splat(factor, ROWS), address + i * 64)
 
-        s.each(n, body)
-
-    return kernel(types.void(types.intp, types.intp, types.float32), emit)
+    s.each(n, body)

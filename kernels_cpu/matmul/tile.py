@@ -6,37 +6,36 @@ and multiplied with all tokens of the tile. An activation is repeated in all lan
 
 from collections.abc import Callable
 
-from gguf_run.formats.compiler.jit import intrinsic, types
 from gguf_run.kernels_cpu.matmul.int_tile import AHEAD, int_tile
 from gguf_run.kernels_cpu.panels.panels import PANELS, ROWS, FloatPanel, IntPanel, Panel
-from gguf_run.kernels_cpu.vector.lowering import kernel
+from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.simd import F32, I16, I32, I64, Simd, Val
 
 _FLOAT_SUMS = 16  # sums of a float tile that run side by side
 
 
-@intrinsic(prefer_literal=True)
+@simd_kernel
 def tile(
-    typing_context,
-    panel,
-    n_panels,
-    n_tokens,
-    w,
-    w_panel,
-    w_step,
-    n_steps,
-    x,
-    x_stride,
-    out,
-    out_stride,
-    init,
-    init_stride,
-    ahead,
-):
+    s: Simd,
+    panel: int,
+    n_panels: int,
+    n_tokens: int,
+    w: Val,
+    w_panel: Val,
+    w_step: Val,
+    n_steps: Val,
+    x: Val,
+    x_stride: Val,
+    out: Val,
+    out_stride: Val,
+    init: Val,
+    init_stride: Val,
+    ahead: Val,
+) -> None:
     """out[t, r] = init[t, r] + sum over columns of w[r, column] * x[t, column], t < n_tokens, r < 16 * n_panels.
 
-    panel: literal, place in PANELS.
-    n_panels, n_tokens: literals, the size of the tile.
+    panel: place in PANELS.
+    n_panels, n_tokens: the size of the tile.
     w: address of the first panel.
     w_panel: bytes from one panel to the next. 0: there is one panel, which is computed n_panels times.
     w_step: bytes from one step to the next, for float panels.
@@ -45,36 +44,36 @@ def tile(
     init, init_stride: rows of f32. init may be out; init_stride 0 repeats one row.
     ahead: as in int_tile.
     """
-    shape, panels, tokens = PANELS[panel.literal_value], n_panels.literal_value, n_tokens.literal_value
-
-    def emit(s: Simd, w: Val, w_panel: Val, w_step: Val, n_steps: Val, *rest: Val) -> None:
-        x, x_stride, out, out_stride, init, init_stride, ahead = rest
-        xs = [x + x_stride * t for t in range(tokens)]
-        ws = [w + w_panel * p for p in range(panels)]
-        step = s.select(w_panel.compare("==", 0), s.const(I64, 0), s.const(I64, 64))
-        moves = [(t, step * p) for t in range(tokens) for p in range(panels)]
-        places = [(init + init_stride * t + move, out + out_stride * t + move) for t, move in moves]
-        _tile(s, shape, ws, w_step, n_steps, xs, places, ahead)
-
-    return kernel(types.void(panel, n_panels, n_tokens, *[types.intp] * 11), emit)
+    xs = [x + x_stride * t for t in range(n_tokens)]
+    ws = [w + w_panel * p for p in range(n_panels)]
+    step = s.select(w_panel.compare("==", 0), s.const(I64, 0), s.const(I64, 64))
+    moves = [(t, step * p) for t in range(n_tokens) for p in range(n_panels)]
+    places = [(init + init_stride * t + move, out + out_stride * t + move) for t, move in moves]
+    _tile(s, PANELS[panel], ws, w_step, n_steps, xs, places, ahead)
 
 
-@intrinsic(prefer_literal=True)
-def tile_at(typing_context, panel, n_panels, n_tokens, w, w_panel, w_step, n_steps, at, move):
+@simd_kernel
+def tile_at(
+    s: Simd,
+    panel: int,
+    n_panels: int,
+    n_tokens: int,
+    w: Val,
+    w_panel: Val,
+    w_step: Val,
+    n_steps: Val,
+    at: Val,
+    move: Val,
+) -> None:
     """As `tile`, for rows at any addresses: out[t, r] += sum over columns of w[r, column] * x[t, column].
 
     at: address of int64[2, n_tokens]: addresses of x[t], then addresses of out[t] less `move` bytes.
     """
-    shape, panels, tokens = PANELS[panel.literal_value], n_panels.literal_value, n_tokens.literal_value
-
-    def emit(s: Simd, w: Val, w_panel: Val, w_step: Val, n_steps: Val, at: Val, move: Val) -> None:
-        xs = [s.load(at + 8 * t, I64) for t in range(tokens)]
-        ws = [w + w_panel * p for p in range(panels)]
-        outs = [s.load(at + 8 * (tokens + t), I64) + move + 64 * p for t in range(tokens) for p in range(panels)]
-        ahead = s.const(I64, AHEAD if tokens == 1 else 0)
-        _tile(s, shape, ws, w_step, n_steps, xs, [(out, out) for out in outs], ahead)
-
-    return kernel(types.void(panel, n_panels, n_tokens, *[types.intp] * 6), emit)
+    xs = [s.load(at + 8 * t, I64) for t in range(n_tokens)]
+    ws = [w + w_panel * p for p in range(n_panels)]
+    outs = [s.load(at + 8 * (n_tokens + t), I64) + move + 64 * p for t in range(n_tokens) for p in range(n_panels)]
+    ahead = s.const(I64, AHEAD if n_tokens == 1 else 0)
+    _tile(s, PANELS[panel], ws, w_step, n_steps, xs, [(out, out) for out in outs], ahead)
 
 
 def _tile(
@@ -140,18 +139,15 @@ def sums_of_products(
     return s.loop(n_steps - whole * unroll, totals, lambda i, acc: step(whole * unroll + i, acc))
 
 
-@intrinsic
-def prefetch(typing_context, address):
+@simd_kernel
+def prefetch(s: Simd, address: Val) -> None:
     """Prefetch the first panels of a piece of work.
 
     Within a piece, `tile` prefetches. At the start of a piece the first answer of the memory would take as long as
     30 kB of a stream.
     """
 
-    def emit(s: Simd, address: Val) -> None:
-        def line(i: Val) -> None:
-            s.prefetch(address + i * 64)
+    def line(i: Val) -> None:
+        s.prefetch(address + i * 64)
 
-        s.each(AHEAD // 64, line)
-
-    return kernel(types.void(types.intp), emit)
+    s.each(AHEAD // 64, line)

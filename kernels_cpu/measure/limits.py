@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.compiler.jit import carray, intrinsic, types
+from gguf_run.formats.compiler.jit import carray
 from gguf_run.kernels_cpu.panels.memory import aligned
 from gguf_run.kernels_cpu.replay.op import TapeOp, op
 from gguf_run.kernels_cpu.replay.team import Team
 from gguf_run.kernels_cpu.vector import isa
-from gguf_run.kernels_cpu.vector.lowering import kernel
+from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.simd import I8, I32, Simd, Val
 
 _LINE = 64
@@ -116,18 +116,15 @@ def _keep(s: Simd, sums: list[Val], address: Val) -> None:
     s.store(functools.reduce(operator.add, sums, s.load(address, I32, _LANES)), address)
 
 
-@intrinsic
-def _read_lines(typing_context, address, n_steps, to):
+@simd_kernel
+def _read_lines(s: Simd, address: Val, n_steps: Val, to: Val) -> None:
     """Read _LOADS cache lines in each of n_steps steps."""
 
-    def emit(s: Simd, address: Val, n_steps: Val, to: Val) -> None:
-        def body(i: Val, sums: list[Val]) -> list[Val]:
-            at = address + i * (_LINE * _LOADS)
-            return [total + s.load(at + _LINE * k, I32, _LANES) for k, total in enumerate(sums)]
+    def body(i: Val, sums: list[Val]) -> list[Val]:
+        at = address + i * (_LINE * _LOADS)
+        return [total + s.load(at + _LINE * k, I32, _LANES) for k, total in enumerate(sums)]
 
-        _keep(s, s.loop(n_steps, [s.const(I32, 0, _LANES)] * _LOADS, body), to)
-
-    return kernel(types.void(*[types.intp] * 3), emit)
+    _keep(s, s.loop(n_steps, [s.const(I32, 0, _LANES)] * _LOADS, body), to)
 
 
 @op("data n_bytes sums")
@@ -140,26 +137,22 @@ def _read(args, piece, ith, nth):
     return 0
 
 
-@intrinsic
-def _dots(typing_context, address, n_steps, to):
+@simd_kernel
+def _dots(s: Simd, address: Val, n_steps: Val, to: Val) -> None:
     """Dot products of a few kB, which stay in the first-level cache, with vectors that stay in registers.
 
     One operand is loaded anew in each step: else the compiler would take the products out of the loop.
     """
+    side = _DOT_SIDES.get(s.isa.dot, 2)
+    xs = [s.load(address + _LINE * k, I8, 4 * _LANES) for k in range(side)]
 
-    def emit(s: Simd, address: Val, n_steps: Val, to: Val) -> None:
-        side = _DOT_SIDES.get(s.isa.dot, 2)
-        xs = [s.load(address + _LINE * k, I8, 4 * _LANES) for k in range(side)]
+    def body(i: Val, sums: list[Val]) -> list[Val]:
+        at = address + (i & 7) * (_LINE * side)
+        us = [s.load(at + _LINE * k, I8, 4 * _LANES) for k in range(side)]
+        pairs = [(u, x) for u in us for x in xs]
+        return [s.dot(total, u, x, _DOT_BITS) for total, (u, x) in zip(sums, pairs, strict=True)]
 
-        def body(i: Val, sums: list[Val]) -> list[Val]:
-            at = address + (i & 7) * (_LINE * side)
-            us = [s.load(at + _LINE * k, I8, 4 * _LANES) for k in range(side)]
-            pairs = [(u, x) for u in us for x in xs]
-            return [s.dot(total, u, x, _DOT_BITS) for total, (u, x) in zip(sums, pairs, strict=True)]
-
-        _keep(s, s.loop(n_steps, [s.const(I32, 0, _LANES)] * (side * side), body), to)
-
-    return kernel(types.void(*[types.intp] * 3), emit)
+    _keep(s, s.loop(n_steps, [s.const(I32, 0, _LANES)] * (side * side), body), to)
 
 
 @op("data sums")

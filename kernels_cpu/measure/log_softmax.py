@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.compiler.jit import intrinsic, njit, types
-from gguf_run.kernels_cpu.vector.lowering import kernel
+from gguf_run.formats.compiler.jit import njit
+from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.native import f32_at
 from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val
 
@@ -22,31 +22,24 @@ _RUN = 64  # vectors that are summed in f32, a run
 _LOWEST = np.finfo(np.float32).min
 
 
-@intrinsic
-def _maximum(typing_context, x, n_vectors):
-    def emit(s: Simd, x: Val, n_vectors: Val) -> Val:
-        def body(i: Val, best: list[Val]) -> list[Val]:
-            return [s.maximum(s.load(x + i * _VECTOR_BYTES, F32, _LANES), best[0])]
+@simd_kernel
+def _maximum(s: Simd, x: Val, n_vectors: Val) -> Val:
+    def body(i: Val, best: list[Val]) -> list[Val]:
+        return [s.maximum(s.load(x + i * _VECTOR_BYTES, F32, _LANES), best[0])]
 
-        lowest = s.const(F32, -math.inf, _LANES)
-        return s.fold(s.loop(n_vectors, [lowest], body)[0], s.maximum)
-
-    return kernel(types.float32(types.intp, types.intp), emit)
+    lowest = s.const(F32, -math.inf, _LANES)
+    return s.fold(s.loop(n_vectors, [lowest], body)[0], s.maximum)
 
 
-@intrinsic
-def _sum_exp(typing_context, x, n_vectors, shift):
+@simd_kernel(floats="shift")
+def _sum_exp(s: Simd, x: Val, n_vectors: Val, shift: Val) -> Val:
     """Sum of exp(x - shift)."""
+    shifts = s.splat(shift, _LANES)
 
-    def emit(s: Simd, x: Val, n_vectors: Val, shift: Val) -> Val:
-        shifts = s.splat(shift, _LANES)
+    def body(i: Val, total: list[Val]) -> list[Val]:
+        return [total[0] + s.exp(s.load(x + i * _VECTOR_BYTES, F32, _LANES) - shifts)]
 
-        def body(i: Val, total: list[Val]) -> list[Val]:
-            return [total[0] + s.exp(s.load(x + i * _VECTOR_BYTES, F32, _LANES) - shifts)]
-
-        return s.sum(s.loop(n_vectors, [s.const(F32, 0.0, _LANES)], body)[0])
-
-    return kernel(types.float32(types.intp, types.intp, types.float32), emit)
+    return s.sum(s.loop(n_vectors, [s.const(F32, 0.0, _LANES)], body)[0])
 
 
 # KL(p || q) = sum p log(p / q). With t = log p - log q and sum p = sum q = 1 it is also the sum of p t - p + q. No term
@@ -56,31 +49,27 @@ _SMALL = 0.25
 _SERIES = (1 / 40320, -1 / 5040, 1 / 720, -1 / 120, 1 / 24, -1 / 6, 1 / 2)
 
 
-@intrinsic
-def _sum_divergence(typing_context, p, q, n_vectors, max_p, log_p, shift):
+@simd_kernel(floats="max_p log_p shift")
+def _sum_divergence(s: Simd, p: Val, q: Val, n_vectors: Val, max_p: Val, log_p: Val, shift: Val) -> Val:
     """Sum of p (exp(-t) - 1 + t).
 
     p, q: addresses of logits. max_p + log_p: log(sum(exp)) of p's logits. shift: log(sum(exp)) of q's less that of p's.
     """
+    max_ps, log_ps, shifts = (s.splat(value, _LANES) for value in (max_p, log_p, shift))
 
-    def emit(s: Simd, p: Val, q: Val, n_vectors: Val, max_p: Val, log_p: Val, shift: Val) -> Val:
-        max_ps, log_ps, shifts = (s.splat(value, _LANES) for value in (max_p, log_p, shift))
+    def body(i: Val, total: list[Val]) -> list[Val]:
+        a, b = (s.load(row + i * _VECTOR_BYTES, F32, _LANES) for row in (p, q))
+        log_prob = a - max_ps - log_ps
+        t = a - b + shifts
+        series = s.const(F32, _SERIES[0], _LANES)
+        for c in _SERIES[1:]:
+            series = s.fma(series, t, s.const(F32, c, _LANES))
+        prob = s.exp(log_prob)
+        near = prob * (t * t * series)
+        far = prob * (t - 1.0) + s.exp(log_prob - t)
+        return [total[0] + s.select(s.absolute(t).compare("<", _SMALL), near, far)]
 
-        def body(i: Val, total: list[Val]) -> list[Val]:
-            a, b = (s.load(row + i * _VECTOR_BYTES, F32, _LANES) for row in (p, q))
-            log_prob = a - max_ps - log_ps
-            t = a - b + shifts
-            series = s.const(F32, _SERIES[0], _LANES)
-            for c in _SERIES[1:]:
-                series = s.fma(series, t, s.const(F32, c, _LANES))
-            prob = s.exp(log_prob)
-            near = prob * (t * t * series)
-            far = prob * (t - 1.0) + s.exp(log_prob - t)
-            return [total[0] + s.select(s.absolute(t).compare("<", _SMALL), near, far)]
-
-        return s.sum(s.loop(n_vectors, [s.const(F32, 0.0, _LANES)], body)[0])
-
-    return kernel(types.float32(*[types.intp] * 3, *[types.float32] * 3), emit)
+    return s.sum(s.loop(n_vectors, [s.const(F32, 0.0, _LANES)], body)[0])
 
 
 @njit

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
-from gguf_run.formats.compiler.jit import intrinsic, njit, specialize, types
+from gguf_run.formats.compiler.jit import njit, specialize
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.kernels_cpu.panels.panels import (
     BLOCK,
@@ -23,7 +23,7 @@ from gguf_run.kernels_cpu.panels.panels import (
     panel_for,
     panel_id,
 )
-from gguf_run.kernels_cpu.vector.lowering import kernel
+from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, Simd, Val
 
 _LEAST_BYTES, _MOST_BYTES = 1 << 17, 1 << 22  # bytes of panels that a thread makes at a time
@@ -33,46 +33,42 @@ unpack: Any = None
 PANEL = BLOCK_SIZE = TYPE_SIZE = GROUP = BYTES = 0
 
 
-@intrinsic(prefer_literal=True)
-def _pack(typing_context, panel, n_columns, q, scale, minimum, factor, out):
+@simd_kernel
+def _pack(s: Simd, panel: int, n_columns: int, q: Val, scale: Val, minimum: Val, factor: Val, out: Val) -> None:
     """Pack the unpacked blocks of 16 rows into spans of their panel.
 
-    panel: literal, place in PANELS.
-    n_columns: literal, a multiple of the panel's span.
+    panel: place in PANELS.
+    n_columns: a multiple of the panel's span.
     q: address of int8[16][n_columns].
     scale, minimum: addresses of f32[n_columns / group][16].
     factor: address of f32[2][16].
     out: address of the spans.
     """
-    shape, columns = PANELS[panel.literal_value], n_columns.literal_value
+    shape = PANELS[panel]
     assert isinstance(shape, IntPanel)
 
-    def emit(s: Simd, q: Val, scale: Val, minimum: Val, factor: Val, out: Val) -> None:
-        s.each(columns // shape.span, lambda n: span(s, n, q, scale, minimum, factor, out))
-
-    def span(s: Simd, n: Val, q: Val, scale: Val, minimum: Val, factor: Val, out: Val) -> None:
-        """Pack span n."""
-        out = out + n * shape.span_bytes
+    def span(n: Val) -> None:
+        to = out + n * shape.span_bytes
         for i in range(shape.n_factors):
-            s.store(s.load(factor + 64 * i, F32, ROWS).to(F16), out + 2 * ROWS * i)
-        s.each(shape.n_steps, lambda i: step(s, n * shape.n_steps + i, i, q, [scale, minimum], out))
+            s.store(s.load(factor + 64 * i, F32, ROWS).to(F16), to + 2 * ROWS * i)
+        s.each(shape.n_steps, lambda i: step(n * shape.n_steps + i, i, to))
 
-    def step(s: Simd, k: Val, i: Val, q: Val, numbers: list[Val], out: Val) -> None:
-        """Pack step k of all steps, which is step i of its span."""
+    def step(k: Val, i: Val, to: Val) -> None:
+        """Pack step k of all steps, which is step i of the span at `to`."""
         per = shape.columns // shape.group
-        numbers = [at + k * (4 * ROWS * per) for at in numbers[: 1 + shape.has_minimum]]
+        numbers = [at + k * (4 * ROWS * per) for at in (scale, minimum)[: 1 + shape.has_minimum]]
         fields = _heads(s, shape, [s.load(at + 4 * ROWS * g, F32, ROWS) for at in numbers for g in range(per)])
-        head = out + i * shape.head_bytes + 2 * ROWS * shape.n_factors
+        head = to + i * shape.head_bytes + 2 * ROWS * shape.n_factors
         for n, field in enumerate(fields):
             s.store(field, head + shape.head_bytes // len(fields) * n)
-        quants = out + i * shape.step_bytes + shape.quants_at
+        quants = to + i * shape.step_bytes + shape.quants_at
         for b in range(shape.columns // BLOCK):
             at = q + k * shape.columns + BLOCK * b
-            vectors = _across(s, [s.load(at + columns * r, I32, BLOCK // 4) for r in range(ROWS)])
+            vectors = _across(s, [s.load(at + n_columns * r, I32, BLOCK // 4) for r in range(ROWS)])
             for n, plane in enumerate(_planes(shape, vectors)):
                 s.store(plane, quants + 64 * (shape.bits * b + n))
 
-    return kernel(types.void(panel, n_columns, *[types.intp] * 5), emit)
+    s.each(n_columns // shape.span, span)
 
 
 def _across(s: Simd, rows: list[Val]) -> list[Val]:

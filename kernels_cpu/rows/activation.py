@@ -3,10 +3,10 @@
 import functools
 import math
 
-from gguf_run.formats.compiler.jit import intrinsic, njit, types
+from gguf_run.formats.compiler.jit import njit
 from gguf_run.kernels_cpu.replay.op import TapeOp, n_rows, row_op
 from gguf_run.kernels_cpu.rows.quantize import quantize_row
-from gguf_run.kernels_cpu.vector.lowering import kernel
+from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.native import f32_at
 from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val
 
@@ -20,27 +20,24 @@ _ALPHA, _LIMIT = 1.702, 7.0
 #   silu        f(x) = x
 #   gelu        f(x) = _GELU * (x + 0.044715 x^3), the tanh form
 #   swiglu_oai  f(x) = _ALPHA * x (gpt-oss); x and up are limited by _LIMIT first, and up grows by 1
-@intrinsic(prefer_literal=True)
-def gated_row(typing_context, activation, gate, up, out, n_vectors):
+@simd_kernel
+def gated_row(s: Simd, activation: int, gate: Val, up: Val, out: Val, n_vectors: Val) -> None:
     """out = activation(gate) * up for n_vectors times 16 columns.
 
-    activation: literal, place in ACTIVATIONS. gate, up, out: addresses of f32.
+    activation: place in ACTIVATIONS. gate, up, out: addresses of f32.
     """
-    name = ACTIVATIONS[activation.literal_value]
+    name = ACTIVATIONS[activation]
 
-    def emit(s: Simd, gate: Val, up: Val, out: Val, n_vectors: Val) -> None:
-        def body(i: Val) -> None:
-            g, u = s.load(gate + i * 64, F32, 16), s.load(up + i * 64, F32, 16)
-            if name == "swiglu_oai":
-                limit = s.const(F32, _LIMIT, 16)
-                g = s.select(g.compare(">", limit), limit, g)
-                u = s.select(u.compare(">", limit), limit, s.select(u.compare("<", -_LIMIT), limit * -1.0, u)) + 1.0
-            f = {"silu": -1.0, "gelu": -_GELU, "swiglu_oai": -_ALPHA}[name]
-            s.store(g / (s.exp((g + g * g * g * 0.044715 if name == "gelu" else g) * f) + 1.0) * u, out + i * 64)
+    def body(i: Val) -> None:
+        g, u = s.load(gate + i * 64, F32, 16), s.load(up + i * 64, F32, 16)
+        if name == "swiglu_oai":
+            limit = s.const(F32, _LIMIT, 16)
+            g = s.select(g.compare(">", limit), limit, g)
+            u = s.select(u.compare(">", limit), limit, s.select(u.compare("<", -_LIMIT), limit * -1.0, u)) + 1.0
+        f = {"silu": -1.0, "gelu": -_GELU, "swiglu_oai": -_ALPHA}[name]
+        s.store(g / (s.exp((g + g * g * g * 0.044715 if name == "gelu" else g) * f) + 1.0) * u, out + i * 64)
 
-        s.each(n_vectors, body)
-
-    return kernel(types.void(activation, *[types.intp] * 4), emit)
+    s.each(n_vectors, body)
 
 
 @njit(inline="always")

@@ -1,37 +1,34 @@
 """Activations for integer panels: f32 rows to blocks of 32 int8 values (layout: panels.py)."""
 
-from gguf_run.formats.compiler.jit import intrinsic, njit, types
+from gguf_run.formats.compiler.jit import njit
 from gguf_run.kernels_cpu.panels.panels import X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS
 from gguf_run.kernels_cpu.replay.op import row_op
-from gguf_run.kernels_cpu.vector.lowering import kernel
+from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.simd import F32, I8, Simd, Val
 
 
-@intrinsic
-def quantize_row(typing_context, x, n_block, out):
+@simd_kernel
+def quantize_row(s: Simd, x: Val, n_block: Val, out: Val) -> None:
     """Quantize f32[32 * n_block] at x to blocks at out. Of each block: d = max|x| / 127, q = nearest to x / d."""
 
-    def emit(s: Simd, x: Val, n_block: Val, out: Val) -> None:
-        def body(k: Val) -> None:
-            halves = [s.load(x + k * 128 + 64 * h, F32, 16) for h in (0, 1)]
-            largest = s.fold(s.maximum(s.absolute(halves[0]), s.absolute(halves[1])), s.maximum)
-            d = largest / 127.0
-            is_zero = largest.compare("==", 0.0)
-            inverse = s.select(is_zero, s.const(F32, 0.0), s.const(F32, 127.0) / largest)
-            at = out + k * X_BLOCK_BYTES
-            sums = []
-            for h in (0, 1):
-                q = s.rint(halves[h] * s.splat(inverse, 16))
-                s.store(q.to(I8), at + 16 * h)
-                sums.append(s.sum(q))
-            s.store(d, at + X_D)
-            for i, total in enumerate([sums[0] + sums[1], *sums]):
-                s.store(total, at + (X_SUMS + 4 * i))
-                s.store(total.to(F32) * d, at + (X_D_SUMS + 4 * i))
+    def body(k: Val) -> None:
+        halves = [s.load(x + k * 128 + 64 * h, F32, 16) for h in (0, 1)]
+        largest = s.fold(s.maximum(s.absolute(halves[0]), s.absolute(halves[1])), s.maximum)
+        d = largest / 127.0
+        is_zero = largest.compare("==", 0.0)
+        inverse = s.select(is_zero, s.const(F32, 0.0), s.const(F32, 127.0) / largest)
+        at = out + k * X_BLOCK_BYTES
+        sums = []
+        for h in (0, 1):
+            q = s.rint(halves[h] * s.splat(inverse, 16))
+            s.store(q.to(I8), at + 16 * h)
+            sums.append(s.sum(q))
+        s.store(d, at + X_D)
+        for i, total in enumerate([sums[0] + sums[1], *sums]):
+            s.store(total, at + (X_SUMS + 4 * i))
+            s.store(total.to(F32) * d, at + (X_D_SUMS + 4 * i))
 
-        s.each(n_block, body)
-
-    return kernel(types.void(types.intp, types.intp, types.intp), emit)
+    s.each(n_block, body)
 
 
 @njit(inline="always")

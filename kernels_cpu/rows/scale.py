@@ -2,28 +2,23 @@
 
 import math
 
-from gguf_run.formats.compiler.jit import intrinsic, types
 from gguf_run.kernels_cpu.replay.op import n_rows, row_op
 from gguf_run.kernels_cpu.rows.activation import PIECE, per_row
-from gguf_run.kernels_cpu.vector.lowering import kernel
+from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.native import f32_at
 from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val
 
 
-@intrinsic
-def _cap(typing_context, x, n_vectors, factor, cap):
+@simd_kernel(floats="factor cap")
+def _cap(s: Simd, x: Val, n_vectors: Val, factor: Val, cap: Val) -> None:
     """x = cap * tanh(factor * x), 16 columns at a time: tanh(y) = 1 - 2 / (1 + e^2y)."""
+    twice, high = (s.splat(value, 16) for value in (factor * 2.0, cap))
 
-    def emit(s: Simd, x: Val, n_vectors: Val, factor: Val, cap: Val) -> None:
-        twice, high = (s.splat(value, 16) for value in (factor * 2.0, cap))
+    def body(i: Val) -> None:
+        at = x + i * 64
+        s.store(high - high * 2.0 / (s.exp(s.load(at, F32, 16) * twice) + 1.0), at)
 
-        def body(i: Val) -> None:
-            at = x + i * 64
-            s.store(high - high * 2.0 / (s.exp(s.load(at, F32, 16) * twice) + 1.0), at)
-
-        s.each(n_vectors, body)
-
-    return kernel(types.void(types.intp, types.intp, types.float32, types.float32), emit)
+    s.each(n_vectors, body)
 
 
 @row_op("rows n x x_stride", "scale cap", n_items=lambda a: n_rows(a) * per_row(a), grain=8)

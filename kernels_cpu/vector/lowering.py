@@ -1,14 +1,15 @@
 """The operations that differ between instruction sets: dot products of bytes and of 16-bit numbers, table look-ups.
 
-`kernel` is the one function that knows both these operations and the vocabulary.
+`simd_kernel` is the one function that knows both these operations and the vocabulary.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import binding, ir
 
-from gguf_run.formats.compiler.jit import types
+from gguf_run.formats.compiler.jit import intrinsic, types
 from gguf_run.kernels_cpu.vector.isa import current
 from gguf_run.kernels_cpu.vector.simd import DotSum, Lowering, Simd, Val
 
@@ -180,18 +181,38 @@ LOWERINGS = {
 }
 
 
-def kernel(signature: Any, emit: Callable[..., Val | None]) -> tuple[Any, Callable[..., ir.Value]]:
-    """Return what an @intrinsic must return: `emit(s, *arguments)` becomes the code of a call with this signature.
+def simd_kernel(emit: Callable[..., Val | None] | None = None, *, floats: str = "", apart: bool = False) -> Any:
+    """Make an intrinsic of emit(s, ...), to be called from compiled code. Usable bare or with options.
 
-    signature: of numba's types. emit does not get literal arguments (compile-time constants): the intrinsic closes over
-    their values.
+    Arguments annotated int come first. They are compile-time constants, which a call gives as literals.
+    All other arguments are int64 (counts and addresses), or f32 if `floats` names them.
+    The result is f32 if emit is annotated to return a Val, else there is none.
+    apart: whether the code is a function that is not inlined, see Simd.function. It has no result.
     """
+    if emit is None:
+        return functools.partial(simd_kernel, floats=floats, apart=apart)
+    code, annotations = emit.__code__, emit.__annotations__
+    names = code.co_varnames[1 : code.co_argcount]
+    n_constants = sum(annotations[name] is int for name in names)
 
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-        isa = current()
-        s = Simd(builder, isa, LOWERINGS[isa.dot])
-        values = [Val(s, a) for a, t in zip(arguments, sig.args, strict=True) if not isinstance(t, types.Literal)]
-        result = emit(s, *values)
-        return result.ir if result is not None else context.get_dummy_value()
+    @functools.wraps(emit)  # numba reads the names of the arguments; emit's s has the place of the typing context
+    def define(typing_context: Any, *arguments: Any) -> Any:
+        constants = [argument.literal_value for argument in arguments[:n_constants]]
+        kinds = [types.float32 if name in floats.split() else types.intp for name in names[n_constants:]]
+        result = types.void if annotations["return"] is None else types.float32
 
-    return signature, codegen
+        def codegen(context: Any, builder: ir.IRBuilder, sig: Any, values: Sequence[ir.Value]) -> ir.Value:
+            isa = current()
+            s = Simd(builder, isa, LOWERINGS[isa.dot])
+            vals = [Val(s, value) for value in values[n_constants:]]
+            if apart:
+                name = "_".join(map(str, [emit.__name__, *constants]))
+                inner = s.function(name, lambda s, *vals: emit(s, *constants, *vals), vals)
+                s.b.call(inner, [val.ir for val in vals])
+                return context.get_dummy_value()
+            returned = emit(s, *constants, *vals)
+            return context.get_dummy_value() if returned is None else returned.ir
+
+        return result(*arguments[:n_constants], *kinds), codegen
+
+    return intrinsic(prefer_literal=True)(define) if n_constants else intrinsic(define)

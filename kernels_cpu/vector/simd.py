@@ -9,7 +9,8 @@ will exist when the compiled code runs. So Python's loops become unrolled code, 
         return s.sum(s.loop(n, [s.const(F32, 0.0, 16)], body)[0])
 
 Vectors may be wider than the machine's registers: LLVM splits them. The code depends on the instruction set only for
-half floats, for fused multiply-add and for the operations in lowering.py, whose `kernel` makes an intrinsic of `emit`.
+half floats, for fused multiply-add and for the operations in lowering.py. `simd_kernel` there makes an intrinsic of a
+function like `emit`.
 """
 
 from collections.abc import Callable, Sequence
@@ -143,9 +144,17 @@ class Simd:
     def __init__(self, builder: ir.IRBuilder, isa: Isa, lowering: Lowering) -> None:
         self.b, self.isa, self.lowering = builder, isa, lowering
 
-    def inside(self, builder: ir.IRBuilder) -> "Simd":
-        """Return the same for another builder, which emits another function."""
-        return Simd(builder, self.isa, self.lowering)
+    def function(self, name: str, emit: Callable[..., Val | None], arguments: Sequence[Val]) -> ir.Function:
+        """Return emit(s, *arguments) as a function that is not inlined, so that loops in it have all registers."""
+        if name in self.b.module.globals:
+            return self.b.module.globals[name]
+        new = ir.Function(self.b.module, ir.FunctionType(ir.VoidType(), [value.type for value in arguments]), name)
+        new.linkage = "internal"
+        new.attributes.add("noinline")
+        inner = Simd(ir.IRBuilder(new.append_basic_block()), self.isa, self.lowering)
+        emit(inner, *[Val(inner, argument) for argument in new.args])
+        inner.b.ret_void()
+        return new
 
     # values and memory
     def const(self, element: Scalar, value: Number, lanes: int = 1) -> Val:
