@@ -19,9 +19,8 @@ from gguf_run.kernels_cpu.panels.memory import CpuTable, CpuWeight, WeightPart
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, panel_id
 from gguf_run.kernels_cpu.rows.activation import gated
 from gguf_run.kernels_cpu.rows.embed import copy_rows, embed
-from gguf_run.kernels_cpu.rows.layer_norm import layer_norm
+from gguf_run.kernels_cpu.rows.norms import layer_norm, rms_norm
 from gguf_run.kernels_cpu.rows.quantize import quantize
-from gguf_run.kernels_cpu.rows.rms_norm import rms_norm
 from gguf_run.kernels_cpu.rows.rope import angles, rope
 from gguf_run.kernels_cpu.rows.scale import gate_rows, softcap
 from gguf_run.kernels_cpu.tape import Rows, Tape

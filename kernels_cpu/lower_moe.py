@@ -2,17 +2,20 @@
 
 from typing import Any
 
-from gguf_run.kernels_cpu.matmul import moe
+from gguf_run.kernels_cpu.matmul import moe, moe_route
 from gguf_run.kernels_cpu.matmul.moe import CpuExperts
 from gguf_run.kernels_cpu.panels.panels import BLOCK, IntPanel, panel_id
-from gguf_run.kernels_cpu.rows.observe import CpuSquares, observe_experts
+from gguf_run.kernels_cpu.rows.observe import CpuSquares
 from gguf_run.kernels_cpu.tape import Tape
 from gguf_run.models.ops import Moe
 
 
 def lower_moe(tape: Tape, op: Moe[CpuExperts, CpuSquares]) -> None:
-    """Three kernels: route chooses experts, gate_up makes a row for each pair of a token and an expert, down adds these
-    to the tokens' rows. Pairs have rows as f32 if somebody reads them as f32, and as int8 if down's panel is one."""
+    """Append three kernels of a mixture: route, gate_up, down.
+
+    route chooses experts, gate_up makes a row for each pair of a token and an expert, and down adds these rows to those
+    of the tokens. Rows of pairs are f32, int8 or both, as down and the sums of squares read them.
+    """
     gate, up, down, n_expert = op.experts.gate, op.experts.up, op.experts.down, op.experts.n_expert
     n_pairs, width = tape.n_batch * op.mixture.n_used, -(-down.n_in // BLOCK) * BLOCK
     is_int = isinstance(down.panel, IntPanel)
@@ -22,10 +25,10 @@ def lower_moe(tape: Tape, op: Moe[CpuExperts, CpuSquares]) -> None:
     common: dict[str, Any] = {
         "n_expert": n_expert,
         "n_used": op.mixture.n_used,
-        "plan": tape.shared("plan", 8 * moe.plan_words(n_expert, n_pairs)),
+        "plan": tape.shared("plan", 8 * moe_route.plan_words(n_expert, n_pairs)),
         "weights": tape.shared("weights of pairs", 8 * n_pairs),
     }
-    tape.record(op, moe.route, norm=op.mixture.norm, scale=op.mixture.scale, **common)
+    tape.record(op, moe_route.route, norm=op.mixture.norm, scale=op.mixture.scale, **common)
     tape.record(
         op,
         moe.gate_up(panel_id(gate.panel), op.mixture.activation),
@@ -39,4 +42,4 @@ def lower_moe(tape: Tape, op: Moe[CpuExperts, CpuSquares]) -> None:
     )
     tape.record(op, moe.down(panel_id(down.panel)), x=rows_int8 or rows, **common, **down.fields())
     for squares, x, by_pair in zip(op.squares or (), (op.x, rows), (0, 1), strict=False):
-        tape.record(op, observe_experts, x=x, by_pair=by_pair, **squares.fields(), **common)
+        tape.record(op, moe_route.observe_experts, x=x, by_pair=by_pair, **squares.fields(), **common)

@@ -5,9 +5,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.kernels_cpu.matmul.matmul import TOKENS
 from gguf_run.kernels_cpu.panels.memory import LANES, aligned
-from gguf_run.kernels_cpu.panels.panels import ROWS, IntPanel, Panel
+from gguf_run.kernels_cpu.panels.panels import ROWS, TOKENS, IntPanel, Panel
 from gguf_run.kernels_cpu.replay.op import TapeOp
 from gguf_run.kernels_cpu.replay.runs import RunTable
 from gguf_run.models.operands import Buffer, Rotation

@@ -1,1 +1,1 @@
-"""Types of tensors and their bits. Start with types.py (the table), then unpack.py (a block taken apart)."""
+"""Tensor types and the bits of their blocks. Start with types.py (the table), then unpack.py (how blocks are read)."""

@@ -17,14 +17,14 @@ from gguf_run.formats.errors import FormatError
 
 _CHUNK = 1 << 20  # weights per task: about 1 ms, so that small tensors start no threads
 
-# Placeholders: specialize() gives the loop below a type's own values for these names.
+# Placeholders: specialize() replaces them by the values of a type.
 unpack: Any = None
 BLOCK_SIZE = TYPE_SIZE = GROUP = 0
 HAS_MINIMUM = False
 
 
 def _dequantize_blocks(src: Any, out: Any, grid: Any) -> None:
-    """Whole blocks src uint8[:] -> out f32[:]. One loop for all types; rounds after the product and after the sum."""
+    """Dequantize whole blocks src u8[:] to out f32[:]. Rounds after each product and after the sum."""
     q = np.empty(BLOCK_SIZE, np.int8)
     scale = np.empty(BLOCK_SIZE // GROUP, np.float32)
     minimum = np.empty(BLOCK_SIZE // GROUP, np.float32)
@@ -40,7 +40,7 @@ def _dequantize_blocks(src: Any, out: Any, grid: Any) -> None:
                 m = factor[1] * minimum[g]
                 for i in range(GROUP):
                     w[i] = d * np.float32(q_g[i]) + m
-            else:  # adding a minimum of 0 would lose the sign of -0.0
+            else:  # to add a minimum of 0 would lose the sign of -0.0
                 for i in range(GROUP):
                     w[i] = d * np.float32(q_g[i])
 
@@ -50,7 +50,7 @@ _Convert = Callable[[NDArray[np.uint8], NDArray[np.float32]], None]
 
 @functools.cache
 def _quantized(name: str) -> _Convert:
-    """The converter of a block-quantized type, compiled on its first call."""
+    """Return the converter of a block-quantized type. It is compiled at its first call."""
     form = INTEGER_FORMS[name]
     kernel = specialize(_dequantize_blocks, name, **form.constants)
     grid = form.grid()
@@ -59,7 +59,7 @@ def _quantized(name: str) -> _Convert:
 
 @njit
 def _f16(src: Any, out: Any) -> None:
-    """numpy converts f16 too, at a fifth of this speed."""
+    """Convert f16. numpy takes five times as long."""
     for i in range(len(out)):
         out[i] = f16(src, 2 * i)
 
@@ -72,7 +72,7 @@ def _bf16(src: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
 
 
 def _number(dtype: np.dtype[Any]) -> _Convert:
-    """The converter of a type that numpy knows; values out of range become infinite, without a warning."""
+    """Return the converter of a type that numpy knows. Values out of range become infinite, without a warning."""
 
     def convert(src: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
         with np.errstate(all="ignore"):
@@ -91,12 +91,12 @@ def _converter(type: TensorType) -> _Convert:
 
 
 def dequantize(blocks: NDArray[np.uint8], type: TensorType | str) -> NDArray[np.float32]:
-    """Return the weights float32[..., n * block_size] of blocks uint8[..., n * type_size], n >= 0 blocks in each row.
+    """Return the weights of blocks as float32, computed by several threads if there are many.
 
-    blocks may be read-only and need not be contiguous; the result never shares memory with it. Bit-identical to the
-    gguf package (0.19) for the types that it can dequantize, and to ggml's formulas for Q1_0, Q2_0, Q8_1 and Q8_K;
-    integers and F64 are rounded to float32. Large inputs are split over threads.
-    Raises UnsupportedError for an unknown name of a type, FormatError if blocks cannot be rows of whole blocks.
+    blocks: uint8[..., n * type_size], n >= 0. They may be read-only and need not be contiguous.
+    Returns float32[..., n * block_size], which shares no memory with blocks. It equals the gguf package's result
+    (0.19) bit for bit; for Q1_0, Q2_0, Q8_1 and Q8_K, which that lacks, ggml's formulas. Integers and F64 are rounded.
+    UnsupportedError for an unknown name of a type, FormatError if blocks are no rows of whole blocks.
     """
     type = type_by_name(type) if isinstance(type, str) else type
     if blocks.dtype != np.uint8 or blocks.ndim == 0 or blocks.shape[-1] % type.type_size:

@@ -1,4 +1,4 @@
-"""Codebooks of the types whose weights are table values, flat int8 arrays that are read-only."""
+"""Codebooks of the types whose weights are values from a table: flat, read-only int8 arrays."""
 
 import functools
 
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 
 def _frozen(values: object) -> NDArray[np.int8]:
-    """values as a flat, read-only int8 array."""
+    """Return values as a flat, read-only int8 array."""
     array = np.array(values, np.int8).reshape(-1)
     array.flags.writeable = False
     return array
@@ -15,26 +15,26 @@ def _frozen(values: object) -> NDArray[np.int8]:
 
 @functools.cache
 def no_grid() -> NDArray[np.int8]:
-    """Return the empty codebook of types that need none."""
+    """Return the codebook of types that need none: it is empty."""
     return _frozen(())
 
 
 @functools.cache
 def iq4_nl() -> NDArray[np.int8]:
-    """Return the 16 values of IQ4_NL and IQ4_XS: finer around zero, one more value above it than below."""
+    """Return the 16 values of IQ4_NL and IQ4_XS. They are closest to each other around zero."""
     return _frozen((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))
 
 
 @functools.cache
 def e2m1() -> NDArray[np.int8]:
-    """Return twice the 16 values of the 4-bit float e2m1 (OCP MX specification 1.0)."""
+    """Return the 16 values of the 4-bit float e2m1 (OCP MX specification 1.0), times 2."""
     return _frozen((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12))
 
 
 @functools.cache
 def codebook(name: str) -> NDArray[np.int8]:
-    """Return the grid of the type `name` (IQ1_S, IQ2_*, IQ3_*) from the gguf package: 8 weights per entry, IQ3: 4."""
-    import gguf.quants  # late: it costs 0.1 s, and few models need a grid
+    """Return the grid of a type (IQ1_S, IQ2_*, IQ3_*) from the gguf package: 8 weights per entry, for IQ3 4."""
+    import gguf.quants  # late: the import takes 0.1 s, and few models need a grid
 
     quant = getattr(gguf.quants, name)
     quant.init_grid()

@@ -1,8 +1,8 @@
-"""The table of ggml tensor types: what a block of each type is and how its bytes lie.
+"""The table of ggml tensor types: the size of a block of each type, and the fields of its bytes.
 
-A row of a tensor is a run of blocks; a block holds `block_size` weights in `type_size` bytes. The structured dtype
-names a block's fields as ggml does and in little-endian order; a multi-byte field is what a big-endian file swaps.
-Reference: ggml-common.h and ggml.h of llama.cpp; what the bits of a field mean stands with the codecs (unpack_*.py).
+A row of a tensor is a sequence of blocks. A block holds `block_size` weights in `type_size` bytes. The structured dtype
+has ggml's names for the fields of a block, in little-endian order. A big-endian file swaps the bytes of each field.
+Reference: ggml-common.h and ggml.h of llama.cpp. The unpackers (unpack_*.py) draw the bits of the fields.
 """
 
 from dataclasses import dataclass
@@ -16,24 +16,24 @@ from gguf_run.formats.errors import UnsupportedError
 
 @dataclass(frozen=True)
 class TensorType:
-    """One ggml tensor type. type_size: bytes of a block; dtype: its layout, `dtype.itemsize == type_size`."""
+    """One ggml tensor type."""
 
-    id: int
+    id: int  # ggml's number
     name: str
-    block_size: int
-    type_size: int
-    dtype: np.dtype[Any]
+    block_size: int  # weights of a block
+    type_size: int  # bytes of a block
+    dtype: np.dtype[Any]  # fields of a block, type_size bytes
 
     def __post_init__(self) -> None:
         assert self.dtype.itemsize == self.type_size, f"{self.name}: layout of {self.dtype.itemsize} bytes"
 
     def row_bytes(self, n: int) -> int:
-        """Bytes of a row of n weights; n must be a multiple of block_size."""
+        """Return the bytes of a row of n weights. n must be a multiple of block_size."""
         return n // self.block_size * self.type_size
 
     @property
     def is_quantized(self) -> bool:
-        """True if a block holds more than one weight."""
+        """Whether a block holds more than one weight."""
         return self.block_size > 1
 
 
@@ -41,7 +41,7 @@ _F16, _F32, _I8, _U8, _I16, _U16, _U32 = "<f2", "<f4", "i1", "u1", "<i2", "<u2",
 
 
 def _row(id: int, name: str, block_size: int, type_size: int, *fields: tuple[Any, ...] | str) -> TensorType:
-    """fields: one scalar type, or (field name, scalar type[, count]) for every field of the block."""
+    """A row of the table. fields: one scalar type, or (name, scalar type[, count]) for each field of a block."""
     layout = fields[0] if isinstance(fields[0], str) else list(fields)
     return TensorType(id, name, block_size, type_size, np.dtype(layout))
 
@@ -55,18 +55,18 @@ TENSOR_TYPES: tuple[TensorType, ...] = (
     _row( 6, "Q5_0",     32,  22, ("d", _F16), ("qh", _U32), ("qs", _U8, 16)),
     _row( 7, "Q5_1",     32,  24, ("d", _F16), ("m", _F16), ("qh", _U32), ("qs", _U8, 16)),
     _row( 8, "Q8_0",     32,  34, ("d", _F16), ("qs", _I8, 32)),
-    # Activations only, never written to a file; s = d * sum(qs). (The gguf package still counts 40 bytes: f32 d and s.)
+    # For activations, never in a file; s = d * sum(qs). (The gguf package counts 40 bytes, with f32 d and s.)
     _row( 9, "Q8_1",     32,  36, ("d", _F16), ("s", _F16), ("qs", _I8, 32)),
     _row(10, "Q2_K",    256,  84, ("scales", _U8, 16), ("qs", _U8, 64), ("d", _F16), ("dmin", _F16)),
     _row(11, "Q3_K",    256, 110, ("hmask", _U8, 32), ("qs", _U8, 64), ("scales", _U8, 12), ("d", _F16)),
     _row(12, "Q4_K",    256, 144, ("d", _F16), ("dmin", _F16), ("scales", _U8, 12), ("qs", _U8, 128)),
     _row(13, "Q5_K",    256, 176, ("d", _F16), ("dmin", _F16), ("scales", _U8, 12), ("qh", _U8, 32), ("qs", _U8, 128)),
     _row(14, "Q6_K",    256, 210, ("ql", _U8, 128), ("qh", _U8, 64), ("scales", _I8, 16), ("d", _F16)),
-    # Activations only; bsums[j] = sum of the 16 quants of group j.
+    # For activations; bsums[j] = sum of the 16 quants of group j.
     _row(15, "Q8_K",    256, 292, ("d", _F32), ("qs", _I8, 256), ("bsums", _I16, 16)),
     _row(16, "IQ2_XXS", 256,  66, ("d", _F16), ("qs", _U16, 32)),
     _row(17, "IQ2_XS",  256,  74, ("d", _F16), ("qs", _U16, 32), ("scales", _U8, 8)),
-    # gas: scales and signs, which ggml keeps in the last third of qs.
+    # gas: scales and signs. ggml counts them as the last third of qs.
     _row(18, "IQ3_XXS", 256,  98, ("d", _F16), ("qs", _U8, 64), ("gas", _U32, 8)),
     _row(19, "IQ1_S",   256,  50, ("d", _F16), ("qs", _U8, 32), ("qh", _U16, 8)),
     _row(20, "IQ4_NL",   32,  18, ("d", _F16), ("qs", _U8, 16)),
@@ -78,9 +78,9 @@ TENSOR_TYPES: tuple[TensorType, ...] = (
     _row(26, "I32",       1,   4, "<i4"),
     _row(27, "I64",       1,   8, "<i8"),
     _row(28, "F64",       1,   8, "<f8"),
-    # No d: its 16 bits are the top nibbles of the four scales.
+    # There is no field d: its 16 bits are the top nibbles of the four scales.
     _row(29, "IQ1_M",   256,  56, ("qs", _U8, 32), ("qh", _U8, 16), ("scales", _U16, 4)),
-    _row(30, "BF16",      1,   2, _U16),  # numpy has no bfloat16: the upper half of an f32
+    _row(30, "BF16",      1,   2, _U16),  # the upper half of an f32: numpy has no bfloat16
     _row(34, "TQ1_0",   256,  54, ("qs", _U8, 48), ("qh", _U8, 4), ("d", _F16)),
     _row(35, "TQ2_0",   256,  66, ("qs", _U8, 64), ("d", _F16)),
     _row(39, "MXFP4",    32,  17, ("e", _U8), ("qs", _U8, 16)),
@@ -90,7 +90,7 @@ TENSOR_TYPES: tuple[TensorType, ...] = (
 )
 # fmt: on
 
-# Ids that ggml gave away and took back: such files exist.
+# Types that ggml has removed. Files with them exist.
 _REMOVED = MappingProxyType(
     {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8"}
     | {36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}
@@ -100,7 +100,7 @@ _BY_NAME = MappingProxyType({row.name: row for row in TENSOR_TYPES})
 
 
 def type_by_id(id: int) -> TensorType:
-    """Return the type with ggml's number `id`. UnsupportedError (without a file's name) if there is none."""
+    """Return the type with ggml's number `id`. UnsupportedError, which names no file, if there is none."""
     if id in _REMOVED:
         raise UnsupportedError(f"tensor type {id} ({_REMOVED[id]}) was removed from ggml: quantize the model again")
     if id not in _BY_ID:

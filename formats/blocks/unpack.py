@@ -1,17 +1,21 @@
 """The exact integer form of every block-quantized type: weight = factor[0] * scale[g] * q + factor[1] * minimum[g].
 
-Each type's bit layout stands once, in its unpacker (unpack_legacy.py, unpack_k.py, unpack_iq.py, unpack_small.py).
-Dequantizing and repacking into panels are both built on it:
+Each type has an unpacker, which is the only place that knows the bits of its blocks: see unpack_legacy.py, unpack_k.py,
+unpack_iq.py and unpack_small.py. Dequantizing, embedding and repacking into panels all call it:
 
     unpack(src, at, q, scale, minimum, factor, grid)
 
-reads the block at byte `at` of src uint8[:] and fills q int8[block_size], scale f32[block_size // group], for types
-with minimums only minimum f32[block_size // group], and for types with `shared` factors only factor f32[2]: there
-scale and minimum are small integers. Set factor to 1 beforehand. grid is what `form.grid()` returned. It is compiled
-code to be called from compiled code: give it to a kernel with `jit.specialize`. It allocates nothing and checks
-nothing, so src must hold the whole block and all arrays must be C-contiguous.
+    src      u8[:]                      the block begins at byte `at`
+    q        i8[block_size]             filled
+    scale    f32[block_size / group]    filled; small integers if the type has `shared` factors
+    minimum  f32[block_size / group]    filled if the type has minimums; else left as it is
+    factor   f32[2]                     filled if the type has `shared` factors; else left as it is: set it to 1 before
+    grid     i8[:]                      the codebook: what `form.grid()` returns
 
-All products are in the reference's order, so that `(factor[0] * scale) * q`, plus `factor[1] * minimum` if there are
+An unpacker is compiled code for other compiled code: give it to a kernel with `jit.specialize`. It allocates nothing
+and checks nothing. src must hold the whole block, and all arrays must be C-contiguous.
+
+All products are taken in the reference's order: `(factor[0] * scale) * q`, plus `factor[1] * minimum` if there are
 minimums, rounded to float32 after each operation, is the reference's weight bit for bit.
 """
 
@@ -29,22 +33,16 @@ from gguf_run.formats.blocks.types import TensorType, type_by_name
 
 @dataclass(frozen=True)
 class IntegerForm:
-    """One type's row. group: weights per scale, 16 or 32 (a scale that covers more is repeated). q_min, q_max: the
-    least and greatest q that any block can hold. has_minimum: false means that `minimum` is left untouched.
-    grid() returns the codebook int8[:] that the unpacker wants (read-only; empty for most types)."""
+    """One row of the table: a tensor type and its unpacker."""
 
     type: TensorType
-    group: int
-    q_min: int
-    q_max: int
-    has_minimum: bool
-    unpack: Any
-    grid: Callable[[], NDArray[np.int8]] = grids.no_grid
-
-    @property
-    def n_groups(self) -> int:
-        """Scales per block."""
-        return self.type.block_size // self.group
+    group: int  # weights of a scale: 16 or 32. Types whose scales cover more repeat them
+    q_min: int  # least q that a block can hold
+    q_max: int  # greatest q that a block can hold
+    has_minimum: bool  # if not, the unpacker leaves `minimum` as it is
+    shared: bool  # whether the scales of a block are integers that share a factor. If not, `factor` stays as it is
+    unpack: Any  # compiled code, see above
+    grid: Callable[[], NDArray[np.int8]] = grids.no_grid  # returns the codebook that the unpacker reads: read-only
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -57,43 +55,37 @@ class IntegerForm:
             "HAS_MINIMUM": self.has_minimum,
         }
 
-    @property
-    def shared(self) -> bool:
-        """Whether the block's scales are integers that share a factor. If not, `factor` is left untouched."""
-        return self.type.name in _SHARED
 
-
-_SHARED = frozenset(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"))
 # fmt: off
 _ROWS: tuple[tuple[Any, ...], ...] = (
-    # name, group, q_min, q_max, has_minimum, unpack, grid
-    ("Q4_0",    32,   -8,   7, False, unpack_legacy.unpack_q4_0),
-    ("Q4_1",    32,    0,  15, True,  unpack_legacy.unpack_q4_1),
-    ("Q5_0",    32,  -16,  15, False, unpack_legacy.unpack_q5_0),
-    ("Q5_1",    32,    0,  31, True,  unpack_legacy.unpack_q5_1),
-    ("Q8_0",    32, -128, 127, False, unpack_legacy.unpack_q8_0),
-    ("Q8_1",    32, -128, 127, False, unpack_legacy.unpack_q8_1),
-    ("Q2_K",    16,    0,   3, True,  unpack_k.unpack_q2_k),
-    ("Q3_K",    16,   -4,   3, False, unpack_k.unpack_q3_k),
-    ("Q4_K",    32,    0,  15, True,  unpack_k.unpack_q4_k),
-    ("Q5_K",    32,    0,  31, True,  unpack_k.unpack_q5_k),
-    ("Q6_K",    16,  -32,  31, False, unpack_k.unpack_q6_k),
-    ("Q8_K",    32, -128, 127, False, unpack_k.unpack_q8_k),
-    ("IQ2_XXS", 32,  -43,  43, False, unpack_iq.unpack_iq2_xxs, grids.iq2_xxs),
-    ("IQ2_XS",  16,  -43,  43, False, unpack_iq.unpack_iq2_xs, grids.iq2_xs),
-    ("IQ3_XXS", 32,  -62,  62, False, unpack_iq.unpack_iq3_xxs, grids.iq3_xxs),
-    ("IQ1_S",   32,   -9,   9, False, unpack_iq.unpack_iq1_s, grids.iq1),
-    ("IQ4_NL",  32, -127, 113, False, unpack_small.unpack_iq4_nl, grids.iq4_nl),
-    ("IQ3_S",   32,  -15,  15, False, unpack_iq.unpack_iq3_s, grids.iq3_s),
-    ("IQ2_S",   16,  -43,  43, False, unpack_iq.unpack_iq2_s, grids.iq2_s),
-    ("IQ4_XS",  32, -127, 113, False, unpack_small.unpack_iq4_xs, grids.iq4_nl),
-    ("IQ1_M",   16,   -9,   9, False, unpack_iq.unpack_iq1_m, grids.iq1),
-    ("TQ1_0",   32,   -1,   1, False, unpack_small.unpack_tq1_0),
-    ("TQ2_0",   32,   -1,   2, False, unpack_small.unpack_tq2_0),
-    ("MXFP4",   32,  -12,  12, False, unpack_small.unpack_mxfp4, grids.e2m1),
-    ("NVFP4",   16,  -12,  12, False, unpack_small.unpack_nvfp4, grids.e2m1),
-    ("Q1_0",    32,   -1,   1, False, unpack_legacy.unpack_q1_0),
-    ("Q2_0",    32,   -1,   2, False, unpack_legacy.unpack_q2_0),
+    # name    group   q_min q_max has_minimum shared unpack, grid
+    ("Q4_0",    32,   -8,   7, False, False, unpack_legacy.unpack_q4_0),
+    ("Q4_1",    32,    0,  15, True,  False, unpack_legacy.unpack_q4_1),
+    ("Q5_0",    32,  -16,  15, False, False, unpack_legacy.unpack_q5_0),
+    ("Q5_1",    32,    0,  31, True,  False, unpack_legacy.unpack_q5_1),
+    ("Q8_0",    32, -128, 127, False, False, unpack_legacy.unpack_q8_0),
+    ("Q8_1",    32, -128, 127, False, False, unpack_legacy.unpack_q8_1),
+    ("Q2_K",    16,    0,   3, True,  True,  unpack_k.unpack_q2_k),
+    ("Q3_K",    16,   -4,   3, False, True,  unpack_k.unpack_q3_k),
+    ("Q4_K",    32,    0,  15, True,  True,  unpack_k.unpack_q4_k),
+    ("Q5_K",    32,    0,  31, True,  True,  unpack_k.unpack_q5_k),
+    ("Q6_K",    16,  -32,  31, False, True,  unpack_k.unpack_q6_k),
+    ("Q8_K",    32, -128, 127, False, False, unpack_k.unpack_q8_k),
+    ("IQ2_XXS", 32,  -43,  43, False, False, unpack_iq.unpack_iq2_xxs, grids.iq2_xxs),
+    ("IQ2_XS",  16,  -43,  43, False, False, unpack_iq.unpack_iq2_xs, grids.iq2_xs),
+    ("IQ3_XXS", 32,  -62,  62, False, False, unpack_iq.unpack_iq3_xxs, grids.iq3_xxs),
+    ("IQ1_S",   32,   -9,   9, False, False, unpack_iq.unpack_iq1_s, grids.iq1),
+    ("IQ4_NL",  32, -127, 113, False, False, unpack_small.unpack_iq4_nl, grids.iq4_nl),
+    ("IQ3_S",   32,  -15,  15, False, False, unpack_iq.unpack_iq3_s, grids.iq3_s),
+    ("IQ2_S",   16,  -43,  43, False, False, unpack_iq.unpack_iq2_s, grids.iq2_s),
+    ("IQ4_XS",  32, -127, 113, False, True,  unpack_small.unpack_iq4_xs, grids.iq4_nl),
+    ("IQ1_M",   16,   -9,   9, False, False, unpack_iq.unpack_iq1_m, grids.iq1),
+    ("TQ1_0",   32,   -1,   1, False, False, unpack_small.unpack_tq1_0),
+    ("TQ2_0",   32,   -1,   2, False, False, unpack_small.unpack_tq2_0),
+    ("MXFP4",   32,  -12,  12, False, False, unpack_small.unpack_mxfp4, grids.e2m1),
+    ("NVFP4",   16,  -12,  12, False, False, unpack_small.unpack_nvfp4, grids.e2m1),
+    ("Q1_0",    32,   -1,   1, False, False, unpack_legacy.unpack_q1_0),
+    ("Q2_0",    32,   -1,   2, False, False, unpack_legacy.unpack_q2_0),
 )
 # fmt: on
 

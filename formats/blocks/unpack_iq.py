@@ -1,7 +1,7 @@
-"""Unpackers of the codebook types IQ1, IQ2 and IQ3: an index picks 8 (IQ3: 4) weights of a grid at once.
+"""Unpackers of the codebook types IQ1, IQ2 and IQ3: an index selects 8 weights (IQ3: 4) of a grid.
 
-The magnitudes of IQ2 and IQ3 get their signs from 8 bits, lowest bit first, set = negative. Where a type stores only 7
-of them, the eighth makes the number of negative weights even.
+The grids of IQ2 and IQ3 hold magnitudes. Their signs are 8 bits, lowest bit first; a set bit means negative. Some types
+store only 7 bits: the eighth makes the number of negative weights even.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from gguf_run.formats.compiler.jit import njit
 
 @njit(forceinline=True)
 def _even_signs(bits: Any) -> Any:
-    """Seven sign bits and their parity as the eighth."""
+    """Seven sign bits, and their parity as the eighth."""
     parity = bits ^ (bits >> 4)
     parity ^= parity >> 2
     return bits | ((parity ^ (parity >> 1)) & 1) << 7
@@ -22,7 +22,7 @@ def _even_signs(bits: Any) -> Any:
 
 @njit(forceinline=True)
 def _copy_signed(q: Any, to: int, grid: Any, index: Any, size: int, signs: Any) -> None:
-    """q[to : to + size] = the `size` magnitudes number `index` of grid, negative where a bit of signs is set."""
+    """q[to : to + size] = entry `index` of the grid, of `size` magnitudes, negative where a bit of signs is set."""
     for j in range(size):
         negative = (signs >> j) & 1
         q[to + j] = (grid[size * index + j] ^ -negative) + negative

@@ -1,4 +1,4 @@
-"""Unpackers of the K-quants: 256 weights in 16 groups of 16 or 8 of 32, whose small scales share one or two f16.
+"""Unpackers of the K-quants: 256 weights in 16 groups of 16 or 8 groups of 32. Small scales share one or two f16.
 
 Two patterns of 32 bytes recur, for i in 0..31:
 
@@ -58,7 +58,7 @@ def unpack_q2_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any
 def unpack_q3_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """hmask u8[32] | qs u8[64], crumbs | scales u8[12] | d f16; weight = d * (scale - 32) * q.
 
-    q is the two bits of qs, less 4 where bit g of hmask[i] is clear (for weight 32 g + i). The 6-bit scales s:
+    Weight 32 g + i has two bits in qs. q is these two bits, less 4 if bit g of hmask[i] is clear. The 6-bit scales s:
 
                   7   6   5   4   3   2   1   0
     byte i          s[8+i] low  |    s[i] low           for i in 0..7
@@ -110,7 +110,7 @@ def unpack_q5_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any
 def unpack_q6_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """ql u8[128] | qh u8[64], crumbs | scales i8[16] | d f16; weight = d * scales[g] * (q - 32).
 
-    Each half of 128 weights w has 32 bytes of qh, their two top bits, and 64 bytes of ql, their four low bits:
+    Each half of 128 weights w has 32 bytes of qh (their top two bits) and 64 bytes of ql (their low four bits):
 
                7   6   5   4   3   2   1   0
     ql[i]        w[64+i] low |    w[i] low              for i in 0..63
@@ -130,7 +130,7 @@ def unpack_q6_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any
 
 @njit(forceinline=True)
 def unpack_q8_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
-    """d f32 | qs i8[256] | bsums i16[16]; weight = d * q. bsums, sums of 16 q, serve dot products only."""
+    """d f32 | qs i8[256] | bsums i16[16]; weight = d * q. bsums (sums of 16 q) are for dot products only."""
     scale[:] = f32(src, at)
     qs = src[at + 4 : at + 260]
     for i in range(256):

@@ -72,7 +72,7 @@ def unpack_q8_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any
 
 @njit(forceinline=True)
 def unpack_q8_1(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
-    """d f16 | s f16 | qs i8[32]; weight = d * q. s = d * sum(qs) serves dot products only."""
+    """d f16 | s f16 | qs i8[32]; weight = d * q. s = d * sum(qs) is for dot products only."""
     scale[0] = f16(src, at)
     qs = src[at + 4 : at + 36]
     for i in range(32):
@@ -81,7 +81,7 @@ def unpack_q8_1(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any
 
 @njit(forceinline=True)
 def unpack_q1_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
-    """d f16 | qs u8[16]; weight = d * (1 if its bit is set else -1), lowest bit first."""
+    """d f16 | qs u8[16]; weight = d * (1 if its bit is set, else -1). The lowest bit comes first."""
     scale[:] = f16(src, at)
     qs = src[at + 2 : at + 18]
     for i in range(16):
@@ -91,7 +91,7 @@ def unpack_q1_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any
 
 @njit(forceinline=True)
 def unpack_q2_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
-    """d f16 | qs u8[16]; weight = d * (q - 1), lowest two bits first."""
+    """d f16 | qs u8[16]; weight = d * (q - 1). The lowest two bits come first."""
     scale[:] = f16(src, at)
     qs = src[at + 2 : at + 18]
     for i in range(16):

@@ -10,10 +10,10 @@ from gguf_run.formats.compiler.jit import njit
 
 @njit(forceinline=True)
 def _trits(qs: Any, q: Any, n_digits: int) -> None:
-    """q[n * i + j] = ternary digit i, less 1, of byte j of qs u8[n].
+    """q[n * i + j] = ternary digit i of byte j of qs u8[n], less 1.
 
-    A byte b stands for the fraction b / 256, written in base three: multiplying by 3**i modulo 256 shifts i digits out,
-    and the digit that comes next is the integer part of three times the rest.
+    A byte b is the fraction b / 256 in base three. Multiplying by 3**i modulo 256 shifts i digits out. The next digit
+    is the integer part of three times the rest.
     """
     n = len(qs)
     power = 1
@@ -34,7 +34,7 @@ def unpack_tq1_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: An
 
 @njit(forceinline=True)
 def unpack_tq2_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
-    """qs u8[64] | d f16; 32 bytes hold four times 32 weights, the lowest two bits first; weight = d * (q - 1)."""
+    """qs u8[64] | d f16; 32 bytes hold four times 32 weights, lowest two bits first; weight = d * (q - 1)."""
     scale[:] = f16(src, at + 64)
     for c in range(2):
         qs = src[at + 32 * c : at + 32 * c + 32]
@@ -64,7 +64,8 @@ def unpack_iq4_nl(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: A
 def unpack_iq4_xs(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f16 | scales_h u16 | scales_l u8[4] | qs u8[128], nibbles in eight groups of 16 bytes.
 
-    Scale of group g: four bits of scales_l, low nibble first, and above them two of scales_h, lowest first; less 32.
+    The scale of group g has its low four bits in scales_l (low nibble first) and its top two bits in scales_h (lowest
+    bits first). 32 is subtracted from it.
     """
     factor[0] = f16(src, at)
     scales_h = u16(src, at + 2)
@@ -76,14 +77,14 @@ def unpack_iq4_xs(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: A
 
 @njit(forceinline=True)
 def unpack_mxfp4(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
-    """e u8 | qs u8[16], nibbles. grid holds twice the e2m1 values, so the scale is half of 2**(e - 127)."""
+    """e u8 | qs u8[16], nibbles. grid holds the e2m1 values times 2: the scale is half of 2**(e - 127)."""
     scale[0] = e8m0_half(src[at])
     _look_up(src[at + 1 : at + 17], q, grid)
 
 
 @njit(forceinline=True)
 def unpack_nvfp4(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
-    """d u8[4], e4m3 scales of 16 weights | qs u8[32], nibbles in four groups of 8 bytes; halved as in MXFP4."""
+    """d u8[4], e4m3 scales of 16 weights | qs u8[32], nibbles in four groups of 8 bytes; d is halved as in MXFP4."""
     for g in range(4):
         scale[g] = ue4m3_half(np.int64(src[at + g]))
         _look_up(src[at + 4 + 8 * g : at + 12 + 8 * g], q[16 * g : 16 * g + 16], grid)

@@ -1,1 +1,1 @@
-"""The one place that knows numba: functions are compiled on first use and kept on disk. Start with jit.py."""
+"""The one place that knows numba: functions are compiled at their first call and kept on disk. Start with jit.py."""

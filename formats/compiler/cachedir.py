@@ -1,4 +1,4 @@
-"""Where files that can be made again live: compiled kernels and downloaded models."""
+"""The folder for files that can be made again: compiled kernels and downloaded models."""
 
 import os
 import sys
@@ -6,14 +6,14 @@ from pathlib import Path
 
 from gguf_run.formats.errors import GgufRunError
 
-# Variable that names the folder ("": none does), and where it is in the home folder else.
+# The variable that names the cache folder ("": there is none), and the folder in the home folder if it is not set.
 _PLACES = {"win32": ("LOCALAPPDATA", "AppData/Local"), "darwin": ("", "Library/Caches")}
 
 
 def user_cache_dir() -> Path:
-    """Return this user's cache folder for gguf-run (not created): XDG on Linux, the native places elsewhere.
+    """Return this user's cache folder for gguf-run: XDG's on Linux, the native one elsewhere. It is not created.
 
-    GgufRunError for a user without a home folder, as in some containers, if it takes one to find that out.
+    GgufRunError if no variable names it and the user has no home folder, as in some containers.
     """
     variable, place = _PLACES.get(sys.platform, ("XDG_CACHE_HOME", ".cache"))
     if named := os.environ.get(variable):

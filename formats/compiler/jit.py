@@ -1,16 +1,14 @@
 """The one place that knows numba's options: every compiled function of the project is made by `njit`.
 
-numba itself is imported only when something must be compiled. What machine_code.py can take, and that is everything
-on the way to the first token, is kept as object files; the rest goes to numba's own cache.
+A compiled function is kept on disk: as an object file if machine_code.py can make one, which is so for all that runs
+before the first token, else in numba's own cache. numba is imported only when something must be compiled (deferred.py).
 
-Why a cache folder of our own: numba notices an edit of the file that holds a function, but not of a helper that the
-function calls in another file, and would then run stale machine code. The folder's name is therefore a hash of all
-sources that can end up in a kernel.
+The cache folder's name is a hash of all sources that can be part of a kernel. numba itself notices an edit of the file
+that holds a function. It does not notice an edit of a helper in another file, and would run stale machine code.
 """
 
 import functools
 import hashlib
-import importlib
 import importlib.util
 import os
 import platform
@@ -18,7 +16,6 @@ import shutil
 import sys
 import threading
 import time
-import types as python_types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,11 +26,13 @@ import llvmlite
 import numpy as np
 from llvmlite import binding
 
+from gguf_run.formats.atomic import replacing
 from gguf_run.formats.compiler.cachedir import user_cache_dir
+from gguf_run.formats.compiler.deferred import Deferred, copied, imported, resolved
 from gguf_run.formats.compiler.machine_code import Entry, Kind, Loader, compile_entry
 
-# error_model="numpy": no hidden branch that raises on division. No fastmath: results must not depend on the
-# instruction set more than the SIMD kernels' own summation order; a kernel that wants it asks for it.
+# error_model="numpy": divisions have no hidden branch that raises. No fastmath: results may differ between instruction
+# sets by the order of sums in the SIMD kernels, and by nothing else. A kernel that wants fastmath asks for it.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy"}
 # Files whose numbers can end up in a kernel.
 _KERNEL_SOURCES = {"formats": "**/*.py", "kernels_cpu": "**/*.py", "models": "kv_cache.py"}
@@ -43,7 +42,7 @@ _KEEP_FOLDERS, _KEEP_SECONDS = 16, 86400  # of other versions: so many, and thos
 
 @functools.cache
 def kernel_cache_dir() -> Path | None:
-    """Return the folder for compiled kernels of exactly these sources, or None (with a warning) if none is writable."""
+    """Return the folder for kernels of exactly these sources; None, with a warning, if the folder is not writable."""
     digest = hashlib.sha256()
     for folder, pattern in zip(_KERNEL_FOLDERS, _KERNEL_SOURCES.values(), strict=True):
         for source in sorted(folder.glob(pattern)):
@@ -68,75 +67,37 @@ def kernel_cache_dir() -> Path | None:
 
 
 def _remove_old(caches: Path) -> None:
-    """Remove kernels of versions that are not used any more. A process that still uses them compiles again."""
+    """Remove the kernels of old versions. A process that still uses such a version compiles its kernels again."""
     used = sorted(((path.stat().st_mtime, path) for path in caches.glob("kernels-*")), reverse=True)
     for when, path in used[_KEEP_FOLDERS:]:
         if time.time() - when > _KEEP_SECONDS:
             shutil.rmtree(path, ignore_errors=True)
 
 
-class Deferred:
-    """Something that is made when it is first used: what is numba's or depends on it."""
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self._make = make
-
-    @functools.cached_property
-    def real(self) -> Any:
-        return self._make()
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.real, name)
-
-
-def _deferred(module: str, name: str) -> Any:
-    return Deferred(lambda: getattr(importlib.import_module(module), name))
-
-
 # What kernels need of numba.
-carray, types, cgutils = _deferred("numba", "carray"), _deferred("numba", "types"), _deferred("numba.core", "cgutils")
+carray, types, cgutils = imported("numba", "carray"), imported("numba", "types"), imported("numba.core", "cgutils")
 
 
 def intrinsic(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """numba's decorator for a function that returns LLVM code; usable bare or with options."""
     if function is None:
         return functools.partial(intrinsic, **options)
-    numba = _deferred("numba.extending", "intrinsic")
+    numba = imported("numba.extending", "intrinsic")
     return Deferred(lambda: numba.real(**options)(function) if options else numba.real(function))
 
 
-def resolved(function: Callable[..., Any]) -> Any:
-    """A copy that names real things instead of deferred ones, for numba to see."""
-
-    def real(value: Any) -> Any:
-        return value.real if isinstance(value, Deferred) else value
-
-    values = function.__globals__
-    named = {name: real(values[name]) for name in function.__code__.co_names if name in values}
-    cells = tuple(python_types.CellType(real(cell.cell_contents)) for cell in function.__closure__ or ())
-    return _copy(function, function.__name__, {**values, **named}, cells)
-
-
-def _copy(function: Callable[..., Any], name: str, values: dict[str, Any], cells: tuple[Any, ...]) -> Any:
-    copy = python_types.FunctionType(function.__code__, values, name, function.__defaults__, cells)
-    copy.__qualname__ = function.__qualname__.removesuffix(function.__name__) + name
-    return copy
-
-
 class Kernel(Deferred):
-    """A function that is compiled when it is first called; numba's dispatcher stands for it in other kernels."""
+    """A function that is compiled when it is first called. Its real thing, for other kernels, is numba's dispatcher."""
 
     def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
-        # Called by compiled code only: what Python would need to call it takes long to compile.
+        # Only compiled code calls the real thing. The wrappers for Python would take long to compile.
         wrappers = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
         super().__init__(lambda: _numba_njit(function, {**options, **wrappers}))
         self._function, self._options = function, options
         self._entries: dict[tuple[Kind | None, ...], Entry | None] = {}
 
     def __call__(self, *args: Any) -> Any:
-        """Run it without the GIL. Arguments are numbers and arrays."""
+        """Run the function without the GIL. Arguments are numbers and arrays."""
         kinds = tuple(map(_kind, args))
         entry = self._entries[kinds] if kinds in self._entries else self.entry(kinds)
         if entry is not None:
@@ -146,7 +107,10 @@ class Kernel(Deferred):
         return self._dispatcher(*args)
 
     def entry(self, kinds: tuple[Kind | None, ...]) -> Entry | None:
-        """Compile it for arguments of these kinds, or load it from the cache; None if that must be left to numba."""
+        """Compile the function for arguments of these kinds, or load it from the cache.
+
+        None if numba must run it: a kind is None, or machine_code.py cannot compile it.
+        """
         store = _store()
         with store.lock:
             if kinds not in self._entries:
@@ -155,16 +119,17 @@ class Kernel(Deferred):
         return self._entries[kinds]
 
     def bare(self, *kinds: Kind) -> Callable[..., None]:
-        """The C function itself: no signal comes between its call and its end. machine_code.py has its arguments."""
+        """Return the C function: no signal interrupts a call. machine_code.py describes its arguments."""
         entry = self.entry(kinds)
         assert entry is not None
         return entry.function
 
     def compile(self, kinds: tuple[Kind, ...]) -> bytes | None:
+        """Compile the function for arguments of these kinds: see compile_entry."""
         return compile_entry(resolved(self._function), kinds, {**_OPTIONS, **self._options})
 
     def file_name(self, kinds: tuple[Kind, ...]) -> str:
-        """The name says all that the code depends on and the folder's name does not."""
+        """Return a file name that tells apart all that the code depends on beside the folder's sources."""
         function = self._function
         cells = [cell.cell_contents for cell in function.__closure__ or ()]
         cells = [cell.file_name(()) if isinstance(cell, Kernel) else cell for cell in cells]
@@ -181,7 +146,8 @@ class Kernel(Deferred):
 
     @functools.cached_property
     def _dispatcher(self) -> Any:
-        """numba reads its cache folder when a function is decorated: set ours for that moment, in one thread."""
+        """numba's own dispatcher, for calls from Python. numba reads the name of its cache folder when a function is
+        decorated: only for that moment, and in one thread, it is our folder."""
         from numba.core import config
 
         with _store().lock:
@@ -204,6 +170,7 @@ _ITEMS = frozenset(np.dtype(name).str for name in ["?", "b", "B", "h", "H", "i",
 
 
 def _kind(value: Any) -> Kind | None:
+    """Return the kind of an argument (see machine_code.py), or None if machine_code.py cannot pass it."""
     if type(value) is np.ndarray and value.dtype.str in _ITEMS and value.flags.c_contiguous and value.flags.aligned:
         return value.dtype.str, value.ndim
     return _SCALARS.get(type(value))
@@ -211,7 +178,7 @@ def _kind(value: Any) -> Kind | None:
 
 @functools.cache
 def _machine() -> tuple[Any, ...]:
-    """What else machine code depends on: versions, the CPU, numba's settings."""
+    """Return what else machine code depends on: versions, the CPU, numba's settings."""
     numba = importlib.util.find_spec("numba")
     assert numba is not None and numba.origin is not None  # noqa: PT018
     version = (Path(numba.origin).parent / "_version.py").read_bytes()
@@ -229,28 +196,22 @@ class _Store:
         self._loader = Loader()
 
     def find(self, kernel: Kernel, kinds: tuple[Kind, ...]) -> Entry | None:
+        """Load a kernel for arguments of these kinds, after compiling it if the folder lacks it."""
         folder = kernel_cache_dir()
         path = folder / kernel.file_name(kinds) if folder else None
         code = None
         with suppress(OSError):
             code = path.read_bytes() if path else None
         entry = self._loader.load(code, kinds) if code else None
-        if entry is not None or code == b"":  # empty: numba's business
+        if entry is not None or code == b"":  # an empty file: numba must run it
             return entry
         for notify in self.before_compiling:
             notify()
         code = kernel.compile(kinds)
         if path:
-            _write(path, code or b"")
+            with suppress(OSError), replacing(path) as part:  # a file that is missing costs the next process time
+                part.write_bytes(code or b"")
         return self._loader.load(code, kinds) if code else None
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Put a file into the cache as a whole, or not at all: it is missed only in the next process."""
-    part = path.with_suffix(f".{os.getpid()}")
-    with suppress(OSError):
-        part.write_bytes(data)
-        part.replace(path)
 
 
 _making_store = threading.Lock()
@@ -273,14 +234,13 @@ def njit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
 
 
 def clone(function: Callable[..., Any], name: str, **names: Any) -> Callable[..., Any]:
-    """Return a copy of a plain function in which the global names `names` stand for these values.
+    """Return a copy of a plain function whose globals `names` have these values.
 
-    This is how one generic loop serves many types: `clone(loop, "Q4_0", unpack=unpack_q4_0, BLOCK_SIZE=32)`. The
-    values are constants to the compiler, and compiled functions among them are inlined. A closure would do the same,
-    but caches could not tell compiled functions in closures apart; here the key is the copy's own name, so `name` must
-    say all that `names` depends on.
+    This is how one loop serves many types: `clone(loop, "Q4_0", unpack=unpack_q4_0, BLOCK_SIZE=32)`. The compiler sees
+    the values as constants and inlines compiled functions among them. The cache tells copies apart by `name` alone: it
+    must differ wherever `names` differ.
     """
-    return _copy(function, f"{function.__name__}_{name}", {**function.__globals__, **names}, ())
+    return copied(function, f"{function.__name__}_{name}", {**function.__globals__, **names})
 
 
 def specialize(function: Callable[..., Any], name: str, **names: Any) -> Any:
@@ -290,7 +250,7 @@ def specialize(function: Callable[..., Any], name: str, **names: Any) -> Any:
 
 @contextmanager
 def compile_notice(notify: Callable[[], None]) -> Iterator[None]:
-    """Call `notify` once, when the first function that the disk cache lacks begins to compile: that takes seconds."""
+    """Call `notify` once, when the first function that the disk cache lacks begins to compile, which takes seconds."""
     store = _store()
 
     def once() -> None:

@@ -1,14 +1,17 @@
 """Compiled functions as object files: numba makes them once, LLVM alone loads them afterwards.
 
-To import numba, to set up its compiler and to read its own cache takes longer than all the rest from the start of the
-process to the first token. So a function with plain arguments is compiled to one object with a C entry, which calls
-the function and brings all that it needs: numba is not needed to load it.
+Importing numba, setting up its compiler and reading its own cache takes longer than all else before the first token.
+Therefore a function with plain arguments is compiled to one object file with a C entry. The entry calls the function;
+the file holds all that the function needs.
 
     int64 entry(record *, int64, ...)              an op: its first argument is a record
-    void  entry(..., int64 outcome[2])             called from Python: outcome becomes (failed, result)
+    void  entry(..., int64 outcome[2])             a function for Python: outcome becomes (failed, result)
 
-The kind of an argument: "i8", "f8", "b1"; (dtype.str, ndim) for a C-contiguous array, which is passed as address and
-shape; a structured dtype for the address of such a record.
+An argument has a kind:
+
+    "i8", "f8", "b1"       a number
+    (dtype.str, ndim)      a C-contiguous array, passed as its address and its shape
+    a structured dtype     the address of a record
 """
 
 import ctypes
@@ -35,7 +38,10 @@ _RESULTS: dict[str, Callable[[Any], Any]] = {
 
 
 def compile_entry(function: Callable[..., Any], kinds: tuple[Kind, ...], options: dict[str, Any]) -> bytes | None:
-    """Compile for arguments of these kinds; None if the result is not a number, or numba's runtime is needed."""
+    """Compile a function for arguments of these kinds. Return what `Loader.load` reads: a line and the object file.
+
+    None if the function does not return a number, or needs numba's runtime.
+    """
     compiler, registry = _numba("core.compiler"), _numba("core.registry")
 
     class Compiler(_numba("core.dispatcher")._FunctionCompiler):  # type: ignore[misc]
@@ -56,7 +62,7 @@ def compile_entry(function: Callable[..., Any], kinds: tuple[Kind, ...], options
             module.link_in(other._get_module_for_linking(), preserve=True)
         for part in module.functions:
             if not part.is_declaration and part.name != _ENTRY:
-                part.linkage = "internal"  # inlined or dropped, and no name that another object may have too
+                part.linkage = "internal"  # can be inlined or dropped, and clashes with no name of another object
         library._optimize_final_module()
         missing = [part.name for part in library._final_module.functions if part.is_declaration]
         if any(name.startswith(("NRT_", "numba_")) for name in missing):
@@ -79,7 +85,7 @@ def _numba_type(kind: Kind) -> Any:
 
 
 def _add_entry(found: Any, kinds: tuple[Kind, ...]) -> str | None:
-    """Add the entry to a compiled function's library; return the kind of its result, None if it cannot be passed on."""
+    """Add the entry to the library of a compiled function. Return the kind of its result, None if it is no number."""
     types = _numba("core.types")
     context, fndesc, result = found.target_context, found.fndesc, found.signature.return_type
     kind = "none" if result == types.none else "b1" if result == types.boolean else ""
@@ -114,11 +120,12 @@ def _add_entry(found: Any, kinds: tuple[Kind, ...]) -> str | None:
 
 
 def _n_words(kind: Kind) -> int:
+    """Return how many arguments of the entry an argument becomes."""
     return 1 + kind[1] if isinstance(kind, tuple) else 1
 
 
 def _argument(context: Any, builder: ir.IRBuilder, type_: Any, words: list[ir.Value]) -> ir.Value:
-    """One argument as compiled functions take it."""
+    """Make an argument for a compiled function from the words that the entry got."""
     types = _numba("core.types")
     if isinstance(type_, types.CPointer):
         return builder.inttoptr(words[0], context.get_value_type(type_))
@@ -135,8 +142,10 @@ def _argument(context: Any, builder: ir.IRBuilder, type_: Any, words: list[ir.Va
 
 
 def _define_memory(module: ir.Module) -> None:
-    """What numba's runtime does for arrays made inside a function: a head of five words (0: references, 3: address of
-    the data) and the data, which is freed with the last reference."""
+    """Define what numba's runtime does for arrays that a function makes: allocate them, and free the last reference.
+
+    An array has a head of five words (word 0: references, word 3: address of the data). The data follows.
+    """
     malloc = ir.Function(module, ir.FunctionType(_BYTES, [_I64]), "malloc")
     free = ir.Function(module, ir.FunctionType(ir.VoidType(), [_BYTES]), "free")
     allocate_type = ir.FunctionType(_BYTES, [_I64, ir.IntType(32)])
@@ -159,17 +168,17 @@ def _define_memory(module: ir.Module) -> None:
 
 
 class Loader:
-    """Puts objects into this process, for as long as the loader lives."""
+    """Loads object files into this process, for as long as the loader lives."""
 
     def __init__(self) -> None:
         binding.initialize_native_target()
         binding.initialize_native_asmprinter()
         self._jit = binding.create_lljit_compiler()
         self._loaded: list[Any] = []
-        self._numbers = itertools.count()  # a name is used up even if Ctrl-C comes right after it
+        self._numbers = itertools.count()  # no name is used twice, even if Ctrl-C interrupts `load`
 
     def load(self, entry: bytes, kinds: tuple[Kind, ...]) -> "Entry | None":
-        """What compile_entry made; None if it is damaged."""
+        """Load what compile_entry returned. None if it is damaged."""
         head, _, code = entry.partition(b"\n")
         result, _, crc = head.decode("ascii", "replace").partition(" ")
         if crc != str(zlib.crc32(code)) or result not in _RESULTS:
@@ -181,7 +190,7 @@ class Loader:
 
 
 class Entry:
-    """A loaded function."""
+    """A loaded function: its address, and a call from Python."""
 
     def __init__(self, address: int, kinds: tuple[Kind, ...], result: Callable[[Any], Any]) -> None:
         self.address, self._result = address, result
@@ -189,7 +198,7 @@ class Entry:
         self.function = ctypes.CFUNCTYPE(None, *words, ctypes.c_void_p)(address)
 
     def __call__(self, *args: Any) -> tuple[bool, Any]:
-        """Call it without the GIL; return (done, result). Not done: it has raised something."""
+        """Call the function without the GIL. Return (done, result); done is False if the function raised."""
         words: list[Any] = []
         for value in args:
             if isinstance(value, np.ndarray):

@@ -1,27 +1,16 @@
-"""Quantizers of the K-quants, byte for byte as ggml's reference; their layouts are drawn in unpack_k.py.
+"""Quantizers of the K-quants, byte for byte as ggml's reference. unpack_k.py draws the layouts.
 
-Every lane (see lanes.py) works on a super-block of its own. The reference builds (libgguf 0.2.2, ggml-base of the
-prebuilt llama.cpp) are compiled without fused multiply-adds and agree with each other in every byte.
+Each lane (see lanes.py) works on a block of its own. The reference builds (libgguf 0.2.2, ggml-base of the prebuilt
+llama.cpp) have no fused multiply-adds and agree with each other in every byte.
 """
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from gguf_run.formats.compiler.jit import njit
-from gguf_run.formats.quantizers.encode import Quantizer, block_quantizer
-from gguf_run.formats.quantizers.lanes import (
-    f32,
-    fabs,
-    offset,
-    scratch_f32,
-    sqrt,
-    to_float,
-    to_int,
-    where,
-)
+from gguf_run.formats.quantizers.encode import block_quantizers
+from gguf_run.formats.quantizers.lanes import f32, fabs, offset, scratch_f32, sqrt, to_float, to_int, where
 from gguf_run.formats.quantizers.pack import (
     half,
     half_to_f32,
@@ -52,14 +41,14 @@ _0, _3, _4, _15, _31, _32, _63, _127, _128, _255, _256 = (_F(n) for n in (0, 3, 
 
 @njit(forceinline=True)
 def _requantize(x: Any, q: Any, n: Any, scale: Any, minimum: Any, lowest: Any, highest: Any) -> None:
-    """q = x in terms of the scale and minimum as stored, from 0; a scale of 0 leaves what the search found."""
+    """q = the quants for the scale and the minimum as stored, minus `lowest`. If the scale is 0, q stays as it is."""
     for i in range(n):
         q[i] = where(scale == 0, q[i], quant((x[i] + minimum) / scale, lowest, highest) - lowest)
 
 
 @njit(forceinline=True)
 def _share(values: Any, codes: Any, n: Any, top: Any) -> Any:
-    """codes = values in units of their maximum / top; returns that unit."""
+    """codes = values / unit, limited to 0..top; returns unit, which is the largest value / top."""
     peak = f32(0)
     for j in range(n):
         peak = where(values[j] > peak, values[j], peak)
@@ -72,8 +61,11 @@ def _share(values: Any, codes: Any, n: Any, top: Any) -> Any:
 
 @njit(forceinline=True)
 def _as_stored(codes: Any, min_codes: Any, top: Any, limit: Any) -> None:
-    """Make the codes what a reader will see. ggml's weighted search leaves codes beyond `top` once in 10**4 odd blocks:
-    Q5_K limits them, in Q2_K and Q4_K their high bits run into the field beside."""
+    """Make the codes what a reader of the block will see.
+
+    In about 1 of 10**4 blocks, ggml's weighted search finds codes above `top`. Q5_K limits them. In Q2_K and Q4_K their
+    high bits spill into the next field.
+    """
     if top == _15:
         for j in range(16):
             both = (to_int(codes[j]) | to_int(min_codes[j]) << 4) & 255
@@ -89,7 +81,10 @@ def _as_stored(codes: Any, min_codes: Any, top: Any, limit: Any) -> None:
 
 @njit(inline="always")
 def _encode_min(x: Any, importance: Any, q: Any, codes: Any, min_codes: Any, weighted: Any, form: Any) -> Any:
-    """Quants, group scales and minimums (codes of 0..top) of a type with minimums; returns d and dmin as f16 bits."""
+    """Quantize to a type with minimums: fills q, codes (of scales) and min_codes. Returns the f16 bits of d and dmin.
+
+    form: a row like _Q2_K, below.
+    """
     group, nmax, top, limit, first, step, n_step, absolute = form
     w, scales, minimums, sums = scratch_f32(32), scratch_f32(16), scratch_f32(16), scratch_f32(16)
     n = 256 // group
@@ -123,7 +118,7 @@ def _encode_min(x: Any, importance: Any, q: Any, codes: Any, min_codes: Any, wei
     return d, dmin
 
 
-# weights per group, greatest quant, greatest scale code, limit of codes, search_min's first, step, n_step, absolute
+# weights of a group, greatest quant, greatest scale code, limit of codes, search_min's first, step, n_step, absolute
 _Q2_K = (16, _3, _15, _255, _F(-0.5), _F(0.1), 15, True)
 _Q4_K = (32, _15, _63, _255, _F(-1.0), _F(0.1), 20, False)
 _Q5_K = (32, _31, _63, _63, _F(-0.5), _F(0.1), 15, False)
@@ -142,26 +137,26 @@ def _encode_q2_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> 
 
 
 @njit(inline="always")
-def _encode_q4_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> None:
+def _encode_nibbles(x: Any, importance: Any, q: Any, block: Any, weighted: Any, form: Any, at: Any) -> None:
+    """Q4_K; and Q5_K without its fifth bits. at: the byte where the nibbles begin."""
     codes, min_codes = scratch_f32(16), scratch_f32(16)
-    d, dmin = _encode_min(x, importance, q, codes, min_codes, weighted, _Q4_K)
+    d, dmin = _encode_min(x, importance, q, codes, min_codes, weighted, form)
     put_half(block, 0, d)
     put_half(block, 2, dmin)
     put_scales_and_minimums(block, 4, codes, min_codes)
     for c in range(4):
-        put_nibbles(block, 16 + 32 * c, q, 64 * c)
+        put_nibbles(block, at + 32 * c, q, 64 * c)
+
+
+@njit(inline="always")
+def _encode_q4_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> None:
+    _encode_nibbles(x, importance, q, block, weighted, _Q4_K, 16)
 
 
 @njit(inline="always")
 def _encode_q5_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> None:
-    codes, min_codes = scratch_f32(16), scratch_f32(16)
-    d, dmin = _encode_min(x, importance, q, codes, min_codes, weighted, _Q5_K)
-    put_half(block, 0, d)
-    put_half(block, 2, dmin)
-    put_scales_and_minimums(block, 4, codes, min_codes)
+    _encode_nibbles(x, importance, q, block, weighted, _Q5_K, 48)
     put_bits(block, 16, q, 4)
-    for c in range(4):
-        put_nibbles(block, 48 + 32 * c, q, 64 * c)
 
 
 @njit(inline="always")
@@ -183,7 +178,7 @@ def _encode_q3_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> 
         peak, _ = largest(scales, 16)
         inverse = -_32 / peak
         for j in range(16):
-            code = to_int(nearest(inverse * scales[j])) << 24 >> 24  # ggml keeps it in an int8 before the limits
+            code = to_int(nearest(inverse * scales[j])) << 24 >> 24  # ggml makes it an int8 before it limits it
             codes[j] = where(peak == 0, 0, quant(to_float(code), -_32, _31) + _32)
         d = half(where(peak == 0, 0, 1 / inverse))
     for j in range(16):
@@ -222,15 +217,6 @@ def _encode_q6_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> 
     put_half(block, 208, d)
 
 
-K_QUANTIZERS: Mapping[str, Quantizer] = MappingProxyType(
-    {
-        name: block_quantizer(name, encode)
-        for name, encode in (
-            ("Q2_K", _encode_q2_k),
-            ("Q3_K", _encode_q3_k),
-            ("Q4_K", _encode_q4_k),
-            ("Q5_K", _encode_q5_k),
-            ("Q6_K", _encode_q6_k),
-        )
-    }
+K_QUANTIZERS = block_quantizers(
+    Q2_K=_encode_q2_k, Q3_K=_encode_q3_k, Q4_K=_encode_q4_k, Q5_K=_encode_q5_k, Q6_K=_encode_q6_k
 )

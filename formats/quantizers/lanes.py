@@ -1,9 +1,8 @@
-"""Sixteen floats side by side as one numba type, so that a scalar algorithm becomes SIMD by changing its types.
+"""Sixteen floats side by side as one numba type: a scalar algorithm becomes SIMD when its types change.
 
-A quantizer's sums must be taken in the reference's order, which forbids splitting them over vector lanes. So each lane
-works on a block of its own, sixteen blocks at once, and runs the same operations in the same order as the scalar
-program would; `where` takes the place of `if`. The values are LLVM vectors: operators on them compile to one
-instruction on AVX-512, to two or four where registers are narrower.
+A quantizer must sum in the reference's order. Therefore a sum cannot be split over the lanes of a vector. Instead each
+lane works on a block of its own, with the operations of the scalar program in their order; `where` replaces `if`. The
+values are LLVM vectors. An operator is one instruction with AVX-512, and two or four where registers are narrower.
 
     v = rows[i] * scale + 1          # rows: CPointer(F32), e.g. of scratch_f32(n); numbers are broadcast
     v = where(v > limit, limit, v)
@@ -22,7 +21,7 @@ LANES = 16
 
 
 class Lanes(types.Type):
-    """A vector of LANES numbers or, as the result of a comparison, of booleans."""
+    """numba's type of a vector of LANES numbers, or of the LANES booleans of a comparison."""
 
     def __init__(self, dtype: types.Type) -> None:
         self.dtype = dtype
@@ -47,7 +46,7 @@ def _instruction(name: str, *first: str) -> Callable[[Any, Any, Any], Any]:
     return lambda builder, a, b: getattr(builder, name)(*first, a, b)
 
 
-# operator -> (type of both operands -> instruction, result type or None for the operands' own)
+# operator -> (type of both operands -> instruction; type of the result, None: that of the operands)
 _Forms = Mapping[Lanes, Callable[[Any, Any, Any], Any]]
 _OPERATORS: Mapping[Any, tuple[_Forms, Lanes | None]] = {
     operator.add: ({F32: _instruction("fadd"), I32: _instruction("add")}, None),
@@ -69,7 +68,7 @@ _OPERATORS: Mapping[Any, tuple[_Forms, Lanes | None]] = {
 
 
 def _spread(context: Any, builder: ir.IRBuilder, value: Any, source: types.Type, lanes: Lanes) -> Any:
-    """The value as lanes: a number is cast to their type and repeated."""
+    """Return a value as lanes. A number is cast to their type and repeated."""
     if isinstance(source, Lanes):
         return value
     undefined = ir.Constant(_vector(lanes), ir.Undefined)
@@ -80,7 +79,7 @@ def _spread(context: Any, builder: ir.IRBuilder, value: Any, source: types.Type,
 
 def _register(relation: Any, forms: _Forms, result: Lanes | None) -> None:
     def operand(a: Any, b: Any) -> Lanes | None:
-        """The lanes' type of an operation that exists: on two equal types, or on lanes and a number."""
+        """Return the lanes' type of an operation on two equal types, or on lanes and a number; else None."""
         lanes = a if isinstance(a, Lanes) else b
         return lanes if lanes in forms and all(x == lanes or isinstance(x, types.Number) for x in (a, b)) else None
 
@@ -107,7 +106,7 @@ for _relation, (_forms, _result) in _OPERATORS.items():
 
 @intrinsic
 def where(typing_context: Any, mask: Any, a: Any, b: Any) -> Any:
-    """a in the lanes where mask is true, else b; one of them may be a number."""
+    """a in the lanes where mask is true, b in the others. One of a and b may be a number."""
     lanes = a if isinstance(a, Lanes) else b
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
@@ -118,9 +117,9 @@ def where(typing_context: Any, mask: Any, a: Any, b: Any) -> Any:
 
 
 def _unary(result: Lanes, emit: Callable[[ir.IRBuilder, Any], Any], doc: str) -> Any:
-    """An intrinsic of one argument: lanes, or a number to be spread over the result's lanes."""
+    """Return an intrinsic of one argument: lanes, or a number that is repeated in all lanes."""
 
-    def function(typing_context, x):  # type: ignore[no-untyped-def]
+    def function(typing_context: Any, x: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
             return emit(builder, _spread(context, builder, args[0], sig.args[0], result))
 
@@ -131,7 +130,7 @@ def _unary(result: Lanes, emit: Callable[[ir.IRBuilder, Any], Any], doc: str) ->
 
 
 def _call(name: str) -> Callable[[ir.IRBuilder, Any], Any]:
-    """Call an LLVM function of one vector of f32."""
+    """Return a function that emits a call of LLVM's function `name` of one vector of f32."""
 
     def emit(builder: ir.IRBuilder, x: Any) -> Any:
         function = ir.FunctionType(x.type, [x.type])
@@ -162,8 +161,8 @@ def any_lane(typing_context: Any, mask: Any) -> Any:
 
 
 def _scratch(lanes: Lanes) -> Any:
-    def scratch(typing_context, n):  # type: ignore[no-untyped-def]
-        """Uninitialized room on the stack for n (a literal) vectors."""
+    def scratch(typing_context: Any, n: Any) -> Any:
+        """Memory on the stack for n vectors, not initialized. n is a literal."""
         if not isinstance(n, types.IntegerLiteral):
             return None
         count = n.literal_value
@@ -181,17 +180,13 @@ scratch_f32, scratch_u8 = _scratch(F32), _scratch(U8)
 
 @intrinsic
 def offset(typing_context: Any, vectors: Any, n: Any) -> Any:
-    """The pointer to vectors[n]."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        return builder.gep(args[0], [args[1]])
-
-    return vectors(vectors, n), codegen
+    """Return the pointer to vectors[n]."""
+    return vectors(vectors, n), lambda context, builder, sig, args: builder.gep(args[0], [args[1]])
 
 
 @intrinsic
 def numbers(typing_context: Any, vectors: Any) -> Any:
-    """The vectors in memory as a pointer to single numbers: lane k of vector i is number i * LANES + k."""
+    """Return a pointer to the single numbers of vectors in memory: lane k of vector i is number i * LANES + k."""
     pointer = CPointer(vectors.dtype.dtype)
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:

@@ -1,28 +1,26 @@
-"""Quantizers of Q4_0 Q4_1 Q5_0 Q5_1 Q8_0, byte for byte as ggml's reference; layouts: unpack_legacy.py.
+"""Quantizers of Q4_0 Q4_1 Q5_0 Q5_1 Q8_0, byte for byte as ggml's reference. unpack_legacy.py draws the layouts.
 
-Without importance weights the largest weight of a block (or the largest and the smallest) sets the scale; with them,
-the searches of the K-quants do. Q8_0 has no use for them.
+Without importance weights, the largest weight of a block (or the largest and the smallest) gives the scale. With them,
+the searches of the K-quants find it. Q8_0 does not use importance weights.
 """
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from gguf_run.formats.compiler.jit import clone, njit
-from gguf_run.formats.quantizers.encode import Quantizer, block_quantizer, cut, roundf
+from gguf_run.formats.quantizers.encode import block_quantizers, cut, roundf
 from gguf_run.formats.quantizers.lanes import scratch_f32, to_float, to_int, where
 from gguf_run.formats.quantizers.pack import half, put, put_half
 from gguf_run.formats.quantizers.search import largest, search_min, search_signed, weigh
 
 _F = np.float32
-BITS = 0  # a placeholder
+BITS = 0  # a placeholder: `clone` replaces it
 
 
 @njit(forceinline=True)
 def _put_quants(block: Any, at: Any, q: Any, bits: Any) -> None:
-    """qh u32, the fifth bits, if there are any | qs u8[16]."""
+    """qh u32 (the fifth bits, if bits is 5) | qs u8[16]."""
     if bits == 5:
         for c in range(4):
             byte = to_int(q[8 * c]) >> 4
@@ -77,7 +75,7 @@ def _encode_minimum(x: Any, importance: Any, mean: Any, q: Any, block: Any, weig
 
 @njit(inline="always")
 def _encode_q8_0(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> None:
-    """d f16 | qs i8[32]; the largest magnitude becomes 127."""
+    """d f16 | qs i8[32]. The largest magnitude becomes 127."""
     d = largest(x, 32)[1] / _F(127)
     inverse = where(d == 0, 0, 1 / d)
     put_half(block, 0, half(d))
@@ -85,15 +83,11 @@ def _encode_q8_0(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> 
         put(block, 2 + i, roundf(x[i] * inverse))
 
 
-LEGACY_QUANTIZERS: Mapping[str, Quantizer] = MappingProxyType(
-    {
-        name: block_quantizer(name, njit(clone(encode, name, BITS=bits), inline="always"), needs_mean=True)
-        for name, encode, bits in (
-            ("Q4_0", _encode_scale, 4),
-            ("Q4_1", _encode_minimum, 4),
-            ("Q5_0", _encode_scale, 5),
-            ("Q5_1", _encode_minimum, 5),
-        )
-    }
-    | {"Q8_0": block_quantizer("Q8_0", _encode_q8_0)}
+_BY_BITS = (
+    ("Q4_0", _encode_scale, 4),
+    ("Q4_1", _encode_minimum, 4),
+    ("Q5_0", _encode_scale, 5),
+    ("Q5_1", _encode_minimum, 5),
 )
+_ENCODERS = {name: njit(clone(encode, name, BITS=bits), inline="always") for name, encode, bits in _BY_BITS}
+LEGACY_QUANTIZERS = block_quantizers(needs_mean=True, **_ENCODERS) | block_quantizers(Q8_0=_encode_q8_0)

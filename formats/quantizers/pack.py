@@ -1,6 +1,6 @@
-"""Half floats and bit fields of K-quant blocks, for LANES blocks at once. Layouts are drawn in unpack_k.py.
+"""Half floats and bit fields of K-quant blocks, for LANES blocks at once. unpack_k.py draws the layouts.
 
-block is CPointer(U8): vector i holds byte i of every block. Quants q are CPointer(F32), whole numbers kept as floats.
+block is CPointer(U8): vector i holds byte i of each block. q is CPointer(F32): quants, which are whole numbers.
 """
 
 from typing import Any
@@ -13,20 +13,20 @@ from gguf_run.formats.quantizers.lanes import bits, fabs, from_bits, to_byte, to
 
 @njit(forceinline=True)
 def half(v: Any) -> Any:
-    """v rounded to f16, ties to even: its bits as I32."""
+    """The bits of v rounded to f16, ties to even, as I32."""
     magnitude = fabs(v)
     m = bits(magnitude)
-    # Normal: move the exponent's bias from 127 to 15 and round off 13 bits; the carry may reach the exponent.
+    # Normal: change the bias of the exponent from 127 to 15 and round 13 bits off. The carry may reach the exponent.
     h = (m - (112 << 23) + 0x0FFF + ((m >> 13) & 1)) >> 13
     h = where(h > 0x7C00, 0x7C00, h)  # too large: infinite
-    # Subnormal: the last bit of 0.5 is 2**-24, so that is where the addition rounds.
+    # Subnormal: the last bit of 0.5 as f32 is 2**-24, and there the addition rounds.
     h = where(magnitude < np.float32(2.0**-14), bits(magnitude + np.float32(0.5)) - 0x3F000000, h)
     return where(m > 0x7F800000, 0x7E00, h) | ((bits(v) >> 16) & 0x8000)
 
 
 @njit(forceinline=True)
 def half_to_f32(h: Any) -> Any:
-    """The f16 with bits h (I32) as f32."""
+    """The f16 whose bits are h (I32), as f32."""
     m = (h & 0x7FFF) << 13
     value = from_bits(m) * np.float32(2.0**112)
     value = where(m >= 0x0F800000, from_bits(m | 0x7F800000), value)  # infinite, NaN
@@ -35,7 +35,7 @@ def half_to_f32(h: Any) -> Any:
 
 @njit(forceinline=True)
 def put(block: Any, at: Any, value: Any) -> None:
-    """The low byte of I32 value as byte `at`."""
+    """Byte `at` of the block = the low byte of value (I32)."""
     block[at] = to_byte(value)
 
 
@@ -47,14 +47,14 @@ def put_half(block: Any, at: Any, h: Any) -> None:
 
 @njit(forceinline=True)
 def put_nibbles(block: Any, at: Any, q: Any, first: Any) -> None:
-    """32 bytes of the quants q[first : first + 64], modulo 16."""
+    """32 bytes from `at` on = the quants q[first : first + 64] modulo 16, as nibbles."""
     for i in range(32):
         put(block, at + i, (to_int(q[first + i]) & 15) | (to_int(q[first + 32 + i]) << 4))
 
 
 @njit(forceinline=True)
 def put_crumbs(block: Any, at: Any, q: Any, first: Any, shift: Any) -> None:
-    """32 bytes of two bits of each of the quants q[first : first + 128]: bits shift and shift + 1."""
+    """32 bytes from `at` on = bits shift and shift + 1 of the quants q[first : first + 128]."""
     for i in range(32):
         byte = (to_int(q[first + i]) >> shift) & 3
         for j in range(1, 4):
@@ -64,7 +64,7 @@ def put_crumbs(block: Any, at: Any, q: Any, first: Any, shift: Any) -> None:
 
 @njit(forceinline=True)
 def put_bits(block: Any, at: Any, q: Any, shift: Any) -> None:
-    """32 bytes of one bit of each of the 256 quants, bit `shift`: that of q[32 g + i] is bit g of byte i."""
+    """32 bytes from `at` on = bit `shift` of the 256 quants. The bit of q[32 g + i] is bit g of byte i."""
     for i in range(32):
         byte = (to_int(q[i]) >> shift) & 1
         for g in range(1, 8):
@@ -74,7 +74,7 @@ def put_bits(block: Any, at: Any, q: Any, shift: Any) -> None:
 
 @njit(forceinline=True)
 def put_scales_and_minimums(block: Any, at: Any, scale: Any, minimum: Any) -> None:
-    """The 12 bytes of Q4_K and Q5_K."""
+    """12 bytes from `at` on = scales and minimums of 0..63, as Q4_K and Q5_K store them."""
     for i in range(4):
         s, s4, m, m4 = to_int(scale[i]), to_int(scale[4 + i]), to_int(minimum[i]), to_int(minimum[4 + i])
         put(block, at + i, s | (s4 >> 4) << 6)
@@ -84,7 +84,7 @@ def put_scales_and_minimums(block: Any, at: Any, scale: Any, minimum: Any) -> No
 
 @njit(forceinline=True)
 def put_scales(block: Any, at: Any, scale: Any) -> None:
-    """The 12 bytes of Q3_K: sixteen scales of 0..63."""
+    """12 bytes from `at` on = sixteen scales of 0..63, as Q3_K stores them."""
     for i in range(8):
         put(block, at + i, (to_int(scale[i]) & 15) | to_int(scale[8 + i]) << 4)
     for i in range(4):

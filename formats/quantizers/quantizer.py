@@ -18,10 +18,10 @@ from gguf_run.formats.quantizers.k import K_QUANTIZERS
 from gguf_run.formats.quantizers.legacy import LEGACY_QUANTIZERS
 from gguf_run.formats.quantizers.small import SMALL_QUANTIZERS
 
-_CHUNK = 1 << 18  # weights per task: as f32 they and their blocks stay in a core's own cache
+_CHUNK = 1 << 18  # weights of a task: as f32, with their blocks, they fit into a core's own cache
 
 QUANTIZERS: Mapping[str, Quantizer] = MappingProxyType({**LEGACY_QUANTIZERS, **K_QUANTIZERS, **SMALL_QUANTIZERS})
-_EXPONENT = np.uint32(0x7F800000)  # all of its bits are set in NaN and infinity
+_EXPONENT = np.uint32(0x7F800000)  # NaN and infinity have all of these bits
 
 
 @njit
@@ -37,7 +37,7 @@ def _count_bad(x: Any) -> Any:
 
 
 def count_bad(x: NDArray[np.float32]) -> tuple[int, int]:
-    """Return how many of x float32[...] are NaN or infinite and the flat index of the first (0 if there is none)."""
+    """Count the NaN and infinite numbers in x, float32[...]. Returns (count, flat index of the first or 0)."""
     count, first = _count_bad(np.ascontiguousarray(x).reshape(-1))
     return count, first
 
@@ -48,14 +48,16 @@ def quantize(
     importance: NDArray[np.float32] | None = None,
     n_threads: int | None = None,
 ) -> NDArray[np.uint8]:
-    """Return the blocks uint8[..., type.row_bytes(n)] of weights float32[..., n] or float16[..., n].
+    """Quantize weights to blocks of a type, byte for byte as ggml's ggml_quantize_chunk.
 
-    importance float32[n]: how much an error in each column matters, the same for all rows (llama.cpp's imatrix); None:
-    ggml's choice without one. Q8_0, MXFP4, TQ1_0, TQ2_0, F32, F16 and BF16 do not use it. Byte-identical to ggml's
-    ggml_quantize_chunk as x86-64 builds without fused multiply-add do it (libgguf 0.2, llama.cpp's prebuilt ggml-base).
-    n_threads: at most so many. Scales beyond the range of a half float become infinite, as in ggml.
-    Raises FormatError if n is not whole blocks, if a weight is NaN or infinite (with the count and the first index),
-    if importance has another shape or a weight that is negative or not finite, if the type cannot be written.
+    array: float32[..., n] or float16[..., n].
+    importance: float32[n], how much an error in each column matters in all rows (llama.cpp's imatrix). None: ggml's
+        choice without one. Q8_0, MXFP4, TQ1_0, TQ2_0, F32, F16 and BF16 do not use it.
+    n_threads: the most threads to use. None: Python's choice for a pool.
+    Returns uint8[..., type.row_bytes(n)], as x86-64 builds of ggml without fused multiply-add (libgguf 0.2, llama.cpp's
+    prebuilt ggml-base). Scales beyond the range of f16 become infinite, as in ggml.
+    FormatError if n is not whole blocks, if a weight is NaN or infinite, if importance has another shape or a number
+    that is negative or not finite, if the type cannot be written.
     """
     type = type_by_name(type) if isinstance(type, str) else type
     if type.name not in QUANTIZERS:
@@ -100,7 +102,7 @@ def quantize(
 
 
 def _checked(importance: NDArray[np.float32] | None, n: int) -> NDArray[np.float32]:
-    """The importance weights, or none."""
+    """Return the importance weights after checking them: float32[n], or float32[0] for None."""
     if importance is None:
         return np.empty(0, np.float32)
     if importance.shape != (n,):

@@ -1,9 +1,13 @@
-"""The scale searches of the K-quants: each finds scale and quants of a group of n weights, for LANES groups at once.
+"""The searches of the K-quants: each finds the scale and the quants of a group of n weights, for LANES groups at once.
 
-All follow ggml's reference quantizer (ggml-quants.c) operation by operation, so every sum and quotient rounds as there;
-nothing may be reordered or contracted to fused multiply-adds. x and w are CPointer(F32): weight i of all groups is
-vector x[i], its importance w[i]. The quants found are written to q[i], whole numbers kept as floats. Limits and steps
-are np.float32, as C would convert them.
+All do the operations of ggml's reference quantizer (ggml-quants.c) in its order, and so round as it does. Nothing may
+be reordered or contracted to fused multiply-adds. Arguments that recur:
+
+    x   CPointer(F32)    weight i of all groups is vector x[i]
+    w   CPointer(F32)    w[i] weights the error of x[i]
+    q   CPointer(F32)    the search writes the quants here: whole numbers
+
+Limits and steps are np.float32, as C would convert them.
 """
 
 from typing import Any
@@ -13,16 +17,16 @@ import numpy as np
 from gguf_run.formats.compiler.jit import njit
 from gguf_run.formats.quantizers.lanes import any_lane, bits, f32, fabs, from_bits, sqrt, to_float, to_int, where
 
-EPS = np.float32(1e-15)  # a group whose largest weight is below it counts as zero
+EPS = np.float32(1e-15)  # a group whose weights are all smaller counts as zero
 _TENTH = np.float32(0.1)
-_MAGIC = np.float32(3 << 22)  # floats from 2**23 to 2**24 are whole: adding it rounds to nearest, ties to even
+_MAGIC = np.float32(3 << 22)  # adding it rounds to nearest, ties to even: floats from 2**23 to 2**24 are whole
 
 
 @njit(forceinline=True)
 def nearest(v: Any) -> Any:
-    """v rounded to a whole number if |v| < 2**22; if not, or if infinite or NaN, what ggml's nearest_int makes of it.
+    """v rounded to a whole number if |v| < 2**22; else, and for infinity and NaN, what ggml's nearest_int returns.
 
-    ggml takes the 23 mantissa bits m of v + _MAGIC and returns m - 2**22. Here m goes back under the exponent of 2**23.
+    ggml takes the 23 mantissa bits m of v + _MAGIC and returns m - 2**22. Here m gets the exponent of 2**23 instead.
     """
     return from_bits((bits(v + _MAGIC) & 0x7FFFFF) | 0x4B000000) - _MAGIC
 
@@ -45,7 +49,7 @@ def sum_of_squares(x: Any, n: Any) -> Any:
 
 @njit(forceinline=True)
 def weigh(x: Any, importance: Any, w: Any, n: Any, sigma2: Any) -> Any:
-    """w = importance * sqrt(sigma2 + x**2); returns its sum."""
+    """w = importance * sqrt(sigma2 + x**2); returns the sum of w."""
     total = f32(0)
     for i in range(n):
         w[i] = importance[i] * sqrt(sigma2 + x[i] * x[i])
@@ -57,9 +61,9 @@ def weigh(x: Any, importance: Any, w: Any, n: Any, sigma2: Any) -> Any:
 def search_min(x: Any, w: Any, q: Any, n: Any, nmax: Any, first: Any, step: Any, n_step: Any, absolute: Any) -> Any:
     """x ~ scale * q - minimum with q in 0..nmax and minimum >= 0; returns scale, minimum.
 
-    Tries the inverse scales (nmax + first + step * i) / range for i in 0..n_step; for the quants of each, the best
-    scale and minimum follow by least squares (weighted by w). The best by error stays: absolute error, or squared.
-    ggml's make_qkx2_quants and make_qkx3_quants.
+    Tries the inverse scales (nmax + first + step * i) / range for i in 0..n_step. The quants of each inverse scale give
+    the best scale and minimum by least squares, weighted by w. The trial of the least error wins: the absolute error if
+    `absolute`, else the squared error. ggml's make_qkx2_quants and make_qkx3_quants.
     """
     low, high = x[0], x[0]
     sum_w = w[0]
@@ -110,7 +114,7 @@ def search_min(x: Any, w: Any, q: Any, n: Any, nmax: Any, first: Any, step: Any,
 
 @njit(forceinline=True)
 def largest(x: Any, n: Any) -> Any:
-    """The first of the n numbers of largest magnitude, and that magnitude."""
+    """The number of largest magnitude (the first of several), and its magnitude."""
     value, magnitude = f32(0), f32(0)
     for i in range(n):
         more = fabs(x[i]) > magnitude
@@ -121,7 +125,7 @@ def largest(x: Any, n: Any) -> Any:
 
 @njit(forceinline=True)
 def _scale_sums(x: Any, w: Any, n: Any, nmax: Any, iscale: Any) -> Any:
-    """sum(w x l) and sum(w l l) for the quants l of an inverse scale."""
+    """sum(w x l) and sum(w l l) for the quants l that belong to an inverse scale."""
     sum_lx, sum_l2 = f32(0), f32(0)
     for i in range(n):
         level = quant(iscale * x[i], -nmax, nmax - 1)
@@ -134,7 +138,8 @@ def _scale_sums(x: Any, w: Any, n: Any, nmax: Any, iscale: Any) -> Any:
 def search_signed(x: Any, w: Any, q: Any, n: Any, nmax: Any) -> Any:
     """x ~ scale * (q - nmax) with q in 0..2 nmax - 1; returns scale.
 
-    Tries inverse scales that take the weight of largest magnitude to -(nmax + i / 10), i in -9..9. make_qx_quants.
+    Tries the inverse scales for which the weight of largest magnitude becomes -(nmax + i / 10), i in -9..9. ggml's
+    make_qx_quants.
     """
     peak, magnitude = largest(x, n)
     zero = magnitude < EPS
@@ -157,9 +162,9 @@ def search_signed(x: Any, w: Any, q: Any, n: Any, nmax: Any) -> Any:
 
 @njit(forceinline=True)
 def _descend(x: Any, w: Any, q: Any, n: Any, lowest: Any, highest: Any, sum_lx: Any, sum_l2: Any, strict: Any) -> Any:
-    """Change single quants where that lowers the error of the best scale, in up to five rounds; returns that scale.
+    """Change single quants if that lowers the error of the best scale, in up to five rounds; returns the best scale.
 
-    strict: what remains of sum_l2 without a weight must be positive (make_qp_quants), else only the new sum must be
+    strict: sum_l2 without the weight must be positive (make_qp_quants). Not strict: the new sum_l2 must be positive
     (make_q3_quants).
     """
     for _ in range(5):
@@ -184,7 +189,7 @@ def _descend(x: Any, w: Any, q: Any, n: Any, lowest: Any, highest: Any, sum_lx: 
 
 @njit(forceinline=True)
 def search_signed_3bit(x: Any, w: Any, q: Any, n: Any, nmax: Any) -> Any:
-    """x ~ scale * (q - nmax) with q in 0..2 nmax - 1, by coordinate descent; returns scale. make_q3_quants."""
+    """x ~ scale * (q - nmax) with q in 0..2 nmax - 1, by coordinate descent; returns scale. ggml's make_q3_quants."""
     peak, magnitude = largest(x, n)
     zero = magnitude < EPS
     iscale = -nmax / peak

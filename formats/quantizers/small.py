@@ -1,11 +1,11 @@
-"""Quantizers of IQ4_NL IQ4_XS MXFP4 TQ1_0 TQ2_0 and F32 F16 BF16, byte for byte as ggml's; layouts: unpack_small.py.
+"""Quantizers of IQ4_NL IQ4_XS MXFP4 TQ1_0 TQ2_0 and F32 F16 BF16, byte for byte as ggml's reference.
+
+unpack_small.py draws the layouts.
 
 Only IQ4_NL and IQ4_XS use importance weights.
 """
 
-from collections.abc import Mapping
 from itertools import pairwise
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from gguf_run.formats.blocks import grids
 from gguf_run.formats.blocks.scalars import half_bits
 from gguf_run.formats.compiler.jit import njit
-from gguf_run.formats.quantizers.encode import Quantizer, block_quantizer, roundf
+from gguf_run.formats.quantizers.encode import Quantizer, block_quantizers, roundf
 from gguf_run.formats.quantizers.lanes import (
     LANES,
     f32,
@@ -32,16 +32,16 @@ from gguf_run.formats.quantizers.search import EPS, largest, quant, sum_of_squar
 _F = np.float32
 _IQ4 = tuple(_F(v) for v in grids.iq4_nl())
 _LOWEST, _HIGHEST = _IQ4[0], _IQ4[-1]
-# (halfway to the next value, step to it); a number halfway belongs to the upper value
+# (middle between a value and the next one, step to the next one). The middle belongs to the next value.
 _IQ4_STEPS = tuple((_F(a + b) / 2, b - a) for a, b in pairwise(_IQ4))
 _E2M1 = tuple(_F(v) for v in grids.e2m1()[:8])
-# the numbers above which the next value of e2m1 is nearer, and that value; halves as in the grid
+# (middle between a value and the next one, the next one), times 2 as in the grid. The middle belongs to the first.
 _E2M1_STEPS = tuple((_F(a + b) / 2, b) for a, b in pairwise(_E2M1))
 
 
 @njit(forceinline=True)
 def _nearest_iq4(v: Any) -> Any:
-    """The value of the codebook nearest to v; the highest for NaN."""
+    """The value of the codebook that is nearest to v; the highest value for NaN."""
     value = f32(_HIGHEST)
     for middle, step in _IQ4_STEPS:
         value = where(v < middle, value - step, value)
@@ -50,7 +50,7 @@ def _nearest_iq4(v: Any) -> Any:
 
 @njit(forceinline=True)
 def _iq4_code(v: Any) -> Any:
-    """The codebook's index of the value nearest to v, an I32."""
+    """The index of the value of the codebook that is nearest to v, as I32."""
     code = to_int(f32(15))
     for middle, _ in _IQ4_STEPS:
         code = where(v < middle, code - 1, code)
@@ -72,9 +72,10 @@ def _iq4_sums(x: Any, w: Any, inverse: Any) -> Any:
 
 @njit(forceinline=True)
 def _iq4_scale(x: Any, w: Any) -> Any:
-    """The scale d for which sum w * (x - d * q)**2 over 32 weights is least, of 16 ways to choose q.
+    """The scale d with the least sum of w * (x - d * q)**2 over 32 weights, of 16 trials.
 
-    The first takes the weight of largest magnitude to 127, the others to -127 + i for i in -7..7.
+    A trial chooses q by a scale of its own. With the first scale the weight of largest magnitude becomes 127, with the
+    others -127 + i for i in -7..7.
     """
     peak, magnitude = largest(x, 32)
     sum_qx, sum_q2 = _iq4_sums(x, w, 1 / (peak * _F(-1) / _LOWEST))
@@ -90,7 +91,7 @@ def _iq4_scale(x: Any, w: Any) -> Any:
 
 @njit(forceinline=True)
 def _iq4_weights(x: Any, importance: Any, w: Any, sigma2: Any, weighted: Any) -> None:
-    """The weights of the errors of 32 weights."""
+    """w = how much the errors of 32 weights count."""
     if weighted:
         weigh(x, importance, w, 32, sigma2)
     else:
@@ -140,8 +141,8 @@ def _encode_iq4_xs(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -
 def _encode_mxfp4(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> None:
     """e u8, the exponent of the largest magnitude less 2 | qs u8[16].
 
-    ggml rounds log2 to f32 before it takes the floor, so magnitudes just below a power of two count as that power;
-    and it keeps the low byte of exponents below those of e.
+    ggml rounds log2 to f32 before it takes the floor: a magnitude just below a power of two counts as that power. ggml
+    stores the low byte of exponents that are too small for e.
     """
     q[0] = largest(x, 32)[1]
     magnitudes = numbers(q)
@@ -154,7 +155,7 @@ def _encode_mxfp4(x: Any, importance: Any, q: Any, block: Any, weighted: Any) ->
     put(block, 0, e)
     for i in range(32):
         code = to_int(f32(0))
-        for middle, value in _E2M1_STEPS:  # what overflows is never nearest
+        for middle, value in _E2M1_STEPS:  # a value that overflows is never the nearest
             code = where((fabs(x[i]) > middle * d) & (value * d < _F(np.inf)), code + 1, code)
         q[i] = to_float(where((x[i] < 0) & (code > 0), code + 8, code))
     for i in range(16):
@@ -163,7 +164,7 @@ def _encode_mxfp4(x: Any, importance: Any, q: Any, block: Any, weighted: Any) ->
 
 @njit(forceinline=True)
 def _trits(x: Any, q: Any) -> Any:
-    """q = 0, 1, 2 for the 256 weights -d, 0, d; returns d, the largest magnitude."""
+    """q = 0, 1 or 2 for the 256 weights: nearest to -d, 0 or d. Returns d, the largest magnitude."""
     d = largest(x, 256)[1]
     inverse = where(d != 0, 1 / d, 0)
     for i in range(256):
@@ -173,9 +174,9 @@ def _trits(x: Any, q: Any) -> Any:
 
 @njit(forceinline=True)
 def _put_digits(block: Any, at: Any, q: Any, n: Any, n_digits: Any) -> None:
-    """n bytes of five digits in base three, digit j of byte i from q[n * j + i], a missing fifth 0: as a fraction.
+    """n bytes from `at` on, each of n_digits digits in base three: digit j of byte i is q[n * j + i].
 
-    The byte for the number t is the least one not below 256 / 243 * t.
+    Five digits, the fifth 0 if n_digits is 4, are a number t below 243. Its byte is 256 / 243 * t, rounded up.
     """
     for i in range(n):
         t = to_int(q[i])
@@ -212,7 +213,7 @@ def _f16(x: Any, n: int, importance: Any, out: Any) -> None:
 
 @njit
 def _bf16(x: Any, n: int, importance: Any, out: Any) -> None:
-    """The upper half of an f32, rounded to nearest, halves to even."""
+    """Store the upper half of each f32, rounded to nearest, halves to even."""
     bits, halves = x.view(np.uint32), out.view(np.uint16)
     for i in range(len(x)):
         halves[i] = (bits[i] + 0x7FFF + (bits[i] >> 16 & 1)) >> 16
@@ -222,16 +223,6 @@ def _f32(x: Any, n: int, importance: Any, out: Any) -> None:
     out[:] = x.view(np.uint8)
 
 
-SMALL_QUANTIZERS: Mapping[str, Quantizer] = MappingProxyType(
-    {
-        name: block_quantizer(name, encode)
-        for name, encode in (
-            ("IQ4_NL", _encode_iq4_nl),
-            ("IQ4_XS", _encode_iq4_xs),
-            ("MXFP4", _encode_mxfp4),
-            ("TQ1_0", _encode_tq1_0),
-            ("TQ2_0", _encode_tq2_0),
-        )
-    }
-    | {"F32": _f32, "F16": _f16, "BF16": _bf16}
-)
+SMALL_QUANTIZERS: dict[str, Quantizer] = block_quantizers(
+    IQ4_NL=_encode_iq4_nl, IQ4_XS=_encode_iq4_xs, MXFP4=_encode_mxfp4, TQ1_0=_encode_tq1_0, TQ2_0=_encode_tq2_0
+) | {"F32": _f32, "F16": _f16, "BF16": _bf16}

@@ -1,4 +1,4 @@
-"""The tokens' k and v rows go into the cache: rotated where the type wants that, quantized, laid out."""
+"""The k and v rows of tokens go into the cache: rotated if the cache type wants that, quantized, laid out."""
 
 import functools
 
@@ -11,8 +11,8 @@ from gguf_run.models.kv_cache import GROUP
 
 
 @njit(inline="always")
-def _first_of_group(t, n_tokens, positions, run_of):  # type: ignore[no-untyped-def]
-    """The first token from t on that begins a group or a run: rows of a group share bytes, and so belong together."""
+def _first_of_group(t, n_tokens, positions, run_of):
+    """The first token from t on that begins a group or a run. Rows of a group share bytes: one thread stores all."""
     while 0 < t < n_tokens and positions[t] % GROUP and run_of[t] == run_of[t - 1]:
         t += 1
     return t
@@ -20,7 +20,7 @@ def _first_of_group(t, n_tokens, positions, run_of):  # type: ignore[no-untyped-
 
 @functools.cache
 def append(k_form: int, v_form: int) -> TapeOp:
-    """Write the tokens' k and v rows into a cache of these types (places in FORMATS)."""
+    """Return the op that stores the k and v rows of tokens in a cache of these types (places in FORMATS)."""
     store_k, store_v = store_row(k_form, 0), store_row(v_form, 1)
 
     @op(
@@ -28,7 +28,7 @@ def append(k_form: int, v_form: int) -> TapeOp:
         "cache_k k_wide k_group k_rotate k_static k k_stride "
         "cache_v v_wide v_group v_rotate v_static v v_stride scratch scratch_stride"
     )
-    def append_rows(args, piece, ith, nth):  # type: ignore[no-untyped-def]
+    def append_rows(args, piece, ith, nth):
         a = carray(args, 1)[0]
         n_tokens, n, n_head = i64_at(a.rows, 1)[0], a.head_dim, a.n_head_kv
         n_parts = max(1, min(n_tokens // GROUP, PER_THREAD * nth))

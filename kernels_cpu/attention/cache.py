@@ -1,4 +1,4 @@
-"""The KV cache of one layer: n_seq slots, one for each sequence; cache_types.py has the layout."""
+"""The KV cache of one layer: n_seq slots, one for each sequence. cache_types.py has the layout."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,13 +21,13 @@ def rows_stored(n_ctx: int, n_batch: int, window: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class CpuCache:
-    """K and V of one layer. rows_k, rows_v: what a slot of k and of v, u8[n_seq, nbytes], holds."""
+    """K and V of one layer."""
 
     n_seq: int
-    rows_k: CacheRows
-    rows_v: CacheRows
-    k: NDArray[np.uint8]
-    v: NDArray[np.uint8]
+    rows_k: CacheRows  # what a slot of k holds
+    rows_v: CacheRows  # what a slot of v holds
+    k: NDArray[np.uint8]  # [n_seq, rows_k.nbytes]
+    v: NDArray[np.uint8]  # [n_seq, rows_v.nbytes]
 
     @property
     def n_ctx(self) -> int:
@@ -35,7 +35,7 @@ class CpuCache:
         return self.rows_k.n_rows
 
     def _groups(self, kind: str) -> NDArray[np.uint8]:
-        """[n_seq, n_head_kv, n_ctx / GROUP, bytes of a group of a head]"""
+        """Return k or v as u8[n_seq, n_head_kv, n_ctx / GROUP, bytes of a group of a head]."""
         side = {"k": self.k, "v": self.v}[kind]
         return side.reshape(self.n_seq, self.rows_k.n_head_kv, self.n_ctx // GROUP, -1)
 
@@ -87,6 +87,6 @@ class CpuCache:
 
 
 def new_cache(arena: Arena, n_seq: int, rows_k: CacheRows, rows_v: CacheRows) -> CpuCache:
-    """A cache of n_seq slots."""
+    """Return a cache of n_seq slots, with memory from the arena."""
     k, v = (arena.take(n_seq * rows.nbytes).reshape(n_seq, -1) for rows in (rows_k, rows_v))
     return CpuCache(n_seq, rows_k, rows_v, k, v)

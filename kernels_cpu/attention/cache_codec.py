@@ -1,36 +1,36 @@
-"""A row of K or V as f32, and as what a cache type stores: codes and the f16 numbers of its blocks.
+"""A row of K or V as f32, and as what a cache type stores: codes, and the f16 numbers of its blocks.
 
-Codes are one byte for integers (unsigned, as in panels.py) and 8-bit floats, else 2 or 4. ggml's types come out byte
-for byte as its reference quantizers (quantize_row_*_ref) make them: the same operations in the same order.
+A code is one byte for integers (unsigned, as in panels.py) and 8-bit floats, 2 or 4 bytes for other floats. Rows of
+ggml's types equal the result of quantize_row_*_ref byte for byte: the operations and their order are ggml's.
 """
 
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 from llvmlite import ir
 
-from gguf_run.formats.compiler.jit import intrinsic, types
 from gguf_run.kernels_cpu.attention.cache_types import FORMATS, CacheFormat
+from gguf_run.kernels_cpu.matmul.tile import widen as widen_float
 from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel, IntPanel
-from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val, kernel
+from gguf_run.kernels_cpu.vector.lowering import simd_kernel
+from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val
 from gguf_run.models.kv_cache import GROUP
 
-_HALVES = (0, 1)  # a block is two vectors of 16
+_HALVES = (0, 1)  # a block of 32 columns is two vectors
 _FLOAT8 = {"E4M3": (3, 7), "E5M2": (2, 15)}  # bits of the mantissa, the exponent's bias
-# f16 has the exponent bits of e5m2, and one more than e4m3 and another bias: widen_float8 leaves this factor out.
+# What widen_float8 leaves out: f16 has e5m2's exponent, but one more bit than e4m3's, with another bias.
 FLOAT8_FACTOR = {"E4M3": 256.0, "E5M2": 1.0}
 
 
 def widen_float8(s: Simd, name: str, stored: Val) -> Val:
-    """Bytes as f32, but for FLOAT8_FACTOR. The stored bits become those of an f16: NaN and infinity never occur."""
+    """Bytes as f32 / FLOAT8_FACTOR: their bits become the bits of an f16. None is NaN or infinite."""
     if name == "E5M2":
         return (stored.to(I16, signed=False) << 8).as_type(F16).to(F32)
     return ((stored.to(I16) << 7) & 0xBFFF).as_type(F16).to(F32)
 
 
 def narrow_float8(s: Simd, name: str, x: Val, largest: float) -> Val:
-    """f32 to bytes: to nearest, halves to even; what is too large becomes the largest number."""
+    """f32 to bytes: to nearest, halves to even. Numbers that are too large become the largest number."""
     mantissa, bias = _FLOAT8[name]
     bits = x.as_type(I32)
     sign = (bits >> 24) & 0x80
@@ -38,7 +38,7 @@ def narrow_float8(s: Simd, name: str, x: Val, largest: float) -> Val:
     top = s.const(F32, largest, x.lanes)
     size = s.select(size.compare("<", top), size, top)
     rest, drop = size.as_type(I32), 23 - mantissa
-    # below the smallest normal number: adding 2^drop steps leaves a multiple of the step in the mantissa, rounded
+    # Below the smallest normal number: after adding 2^drop steps, the mantissa is a multiple of the step, rounded.
     magic = s.const(F32, 2.0 ** (drop + 1 - bias), x.lanes)
     small = (size + magic).as_type(I32) - magic.as_type(I32)
     normal = (rest - ((127 - bias) << 23) + ((1 << (drop - 1)) - 1) + ((rest >> drop) & 1)) >> drop
@@ -53,16 +53,18 @@ def _by_inverse(s: Simd, d: Val) -> Val:
 
 
 def _at_most(s: Simd, level: Val, most: int) -> Val:
+    """The smaller of level and most."""
     top = s.const(I32, most, ROWS)
     return s.select(level.compare("<", top), level, top)
 
 
 def _fold(s: Simd, halves: list[Val], combine: Callable[[Val, Val], Val]) -> Val:
+    """Combine all numbers of a block."""
     return s.fold(combine(*halves), combine)
 
 
 def _farthest(s: Simd, x: list[Val]) -> Val:
-    """The first of the numbers of largest magnitude, with its sign."""
+    """The number of largest magnitude (the first of several), with its sign."""
     sizes = [s.absolute(half) for half in x]
     largest = _fold(s, sizes, s.maximum)
     keys = []
@@ -95,7 +97,7 @@ def _with_minimum(s: Simd, panel: IntPanel, x: list[Val]) -> _Encoded:
 def _signed_bytes(s: Simd, panel: IntPanel, x: list[Val]) -> _Encoded:
     d = _fold(s, [s.absolute(half) for half in x], s.maximum) / 127.0
     levels = []
-    for level in [half * _by_inverse(s, d) for half in x]:  # halves away from zero; 0.49999997 + 0.5 is 1
+    for level in [half * _by_inverse(s, d) for half in x]:  # halves go away from zero; 0.49999997 + 0.5 is 1
         half = s.const(F32, 0.49999997, ROWS)
         levels.append((level + s.select(level.compare(">=", 0.0), half, half * -1.0)).to(I32) + 128)
     return [d], levels
@@ -122,7 +124,7 @@ def _with_codebook(s: Simd, panel: IntPanel, x: list[Val]) -> _Encoded:
 
 
 def _in_order(s: Simd, halves: list[Val]) -> Val:
-    """The sum, added up from left to right as C does it."""
+    """The sum of all numbers from left to right, as C computes it."""
     total = s.const(F32, 0.0)
     for half in halves:
         for i in range(ROWS):
@@ -130,11 +132,11 @@ def _in_order(s: Simd, halves: list[Val]) -> Val:
     return total
 
 
-_TRIES = (1.0, 0.92, 0.85, 0.78)  # int4: scales that are tried, as parts of the one that holds the largest number
+_TRIES = (1.0, 0.92, 0.85, 0.78)  # int4: scales to try; 1 is the scale that fits the largest number
 
 
 def _least_squares(s: Simd, panel: IntPanel, x: list[Val]) -> _Encoded:
-    """Of some scales the one whose codes fit best, fitted to them once more."""
+    """Try some scales. The codes that fit best stay, with the scale that fits them best."""
     nmax, largest = panel.offset, _farthest(s, x)
     best: list[Val] = []
     for part in _TRIES:
@@ -144,7 +146,7 @@ def _least_squares(s: Simd, panel: IntPanel, x: list[Val]) -> _Encoded:
         qs = [(code - nmax).to(F32) for code in codes]
         product, square = (
             s.sum(a[0] * b[0] + a[1] * b[1]) for a, b in ((x, qs), (qs, qs))
-        )  # the error that is left is x.x - product^2 / square
+        )  # the error is x.x - product^2 / square
         square = s.maximum(square, s.const(F32, 1.0))
         new = [product * product / square, product / square, *codes]
         if best:
@@ -166,7 +168,7 @@ _ENCODERS = {
 
 
 def _encode_blocks(s: Simd, form: CacheFormat, x: Val, n: Val, codes: Val, numbers: Val) -> None:
-    def body(b: Val, none: list[Val]) -> list[Val]:
+    def body(b: Val) -> None:
         halves = [s.load(x + b * 128 + 64 * h, F32, ROWS) for h in _HALVES]
         assert isinstance(form.panel, IntPanel)
         found, us = _ENCODERS[form.name](s, form.panel, halves)
@@ -174,13 +176,12 @@ def _encode_blocks(s: Simd, form: CacheFormat, x: Val, n: Val, codes: Val, numbe
             s.store(number.to(F16), numbers + b * (2 * len(found)) + 2 * i)
         for h in _HALVES:
             s.store(us[h].to(I8), codes + b * GROUP + 16 * h)
-        return none
 
-    s.loop(n >> 5, [], body)
+    s.each(n >> 5, body)
 
 
 def _encode_row(s: Simd, form: CacheFormat, x: Val, n: Val, codes: Val, numbers: Val, static: Val) -> None:
-    """One scale, f16, for the whole row: the given one if it is not 0, else what fits."""
+    """Encode a row with one scale, f16: `static` if it is not 0, else the scale that fits the largest number."""
 
     def largest(i: Val, acc: list[Val]) -> list[Val]:
         return [s.maximum(acc[0], s.absolute(s.load(x + i * 64, F32, ROWS)))]
@@ -190,7 +191,7 @@ def _encode_row(s: Simd, form: CacheFormat, x: Val, n: Val, codes: Val, numbers:
     s.store(scale, numbers)
     inverse = _by_inverse(s, scale.to(F32))
 
-    def body(i: Val, none: list[Val]) -> list[Val]:
+    def body(i: Val) -> None:
         level = s.load(x + i * 64, F32, ROWS) * inverse
         if isinstance(form.panel, FloatPanel):
             s.store(narrow_float8(s, form.panel.name, level, form.largest), codes + i * ROWS)
@@ -198,13 +199,12 @@ def _encode_row(s: Simd, form: CacheFormat, x: Val, n: Val, codes: Val, numbers:
             top = s.const(F32, form.largest, ROWS)
             level = s.maximum(s.select(level.compare("<", top), level, top), top * -1.0)
             s.store((s.rint(level) + 128).to(I8), codes + i * ROWS)
-        return none
 
-    s.loop(n >> 4, [], body)
+    s.each(n >> 4, body)
 
 
 def _encode_floats(s: Simd, panel: FloatPanel, x: Val, n: Val, codes: Val) -> None:
-    def body(i: Val, none: list[Val]) -> list[Val]:
+    def body(i: Val) -> None:
         value = s.load(x + i * 64, F32, ROWS)
         if panel.element == I16:  # bfloat16: to nearest, halves to even
             bits = value.as_type(I32)
@@ -212,62 +212,57 @@ def _encode_floats(s: Simd, panel: FloatPanel, x: Val, n: Val, codes: Val) -> No
         else:
             value = value.to(panel.element)
         s.store(value, codes + i * (ROWS * panel.element_bytes))
-        return none
 
-    s.loop(n >> 4, [], body)
-
-
-@intrinsic(prefer_literal=True)
-def encode(typing_context: Any, form: Any, x: Any, n: Any, codes: Any, numbers: Any, static: Any) -> Any:
-    """Quantize a row. form: literal, the type's place in FORMATS. x: f32[n], n a multiple of 32; codes: n of them;
-    numbers: f16, those of the first block, those of the second ... static: the row's scale, or 0 to find it."""
-    type = FORMATS[form.literal_value]
-
-    def emit(s: Simd, x: Val, n: Val, codes: Val, numbers: Val, static: Val) -> None:
-        if type.block:
-            _encode_blocks(s, type, x, n, codes, numbers)
-        elif type.n_numbers:
-            _encode_row(s, type, x, n, codes, numbers, static)
-        elif isinstance(type.panel, FloatPanel):
-            _encode_floats(s, type.panel, x, n, codes)
-
-    return kernel(types.void(form, *[types.intp] * 4, types.float32), emit)
+    s.each(n >> 4, body)
 
 
-@intrinsic(prefer_literal=True)
-def decode(typing_context: Any, form: Any, codes: Any, numbers: Any, n: Any, x: Any) -> Any:
-    """What `encode` made, as f32[n] at x."""
-    type = FORMATS[form.literal_value]
+@simd_kernel(floats="static")
+def encode(s: Simd, form: int, x: Val, n: Val, codes: Val, numbers: Val, static: Val) -> None:
+    """Quantize a row.
+
+    form: place in FORMATS.
+    x, n: f32[n], n a multiple of 32.
+    codes: n codes.
+    numbers: f16, the numbers of one block after those of another.
+    static: scale of the row, or 0 to compute it.
+    """
+    type = FORMATS[form]
+    if type.block:
+        _encode_blocks(s, type, x, n, codes, numbers)
+    elif type.n_numbers:
+        _encode_row(s, type, x, n, codes, numbers, static)
+    elif isinstance(type.panel, FloatPanel):
+        _encode_floats(s, type.panel, x, n, codes)
+
+
+@simd_kernel
+def decode(s: Simd, form: int, codes: Val, numbers: Val, n: Val, x: Val) -> None:
+    """Write the row that `encode` made as f32[n] at x."""
+    type = FORMATS[form]
     panel, count = type.panel, type.n_numbers
 
-    def emit(s: Simd, codes: Val, numbers: Val, n: Val, x: Val) -> None:
-        def body(i: Val, none: list[Val]) -> list[Val]:
-            block = i >> 1 if type.block else s.const(I64, 0)
-            found = [s.load(numbers + block * (2 * count) + 2 * j, F16).to(F32) for j in range(count)]
-            if isinstance(panel, FloatPanel):
-                value = widen(s, panel, s.load(codes + i * (ROWS * panel.element_bytes), panel.element, ROWS))
-                value = value * FLOAT8_FACTOR.get(panel.name, 1.0)
-            else:
-                u = s.load(codes + i * ROWS, I8, ROWS)
-                if panel.codebook:
-                    u = s.look_up(panel.codebook, s.concat(s.concat(u, u), s.concat(u, u))).part(0, ROWS)
-                value = u.to(I32, signed=bool(panel.codebook)).to(F32) - float(0 if panel.codebook else panel.offset)
-            if found:
-                value = value * s.splat(found[0], ROWS)
-            if count == 2:
-                value = value + s.splat(found[1], ROWS)
-            s.store(value, x + i * 64)
-            return none
+    def body(i: Val) -> None:
+        block = i >> 1 if type.block else s.const(I64, 0)
+        found = [s.load(numbers + block * (2 * count) + 2 * j, F16).to(F32) for j in range(count)]
+        if isinstance(panel, FloatPanel):
+            value = widen(s, panel, s.load(codes + i * (ROWS * panel.element_bytes), panel.element, ROWS))
+            value = value * FLOAT8_FACTOR.get(panel.name, 1.0)
+        else:
+            u = s.load(codes + i * ROWS, I8, ROWS)
+            if panel.codebook:
+                u = s.look_up(panel.codebook, s.concat(s.concat(u, u), s.concat(u, u))).part(0, ROWS)
+            value = u.to(I32, signed=bool(panel.codebook)).to(F32) - float(0 if panel.codebook else panel.offset)
+        if found:
+            value = value * s.splat(found[0], ROWS)
+        if count == 2:
+            value = value + s.splat(found[1], ROWS)
+        s.store(value, x + i * 64)
 
-        s.loop(n >> 4, [], body)
-
-    return kernel(types.void(form, *[types.intp] * 4), emit)
+    s.each(n >> 4, body)
 
 
 def widen(s: Simd, panel: FloatPanel, stored: Val) -> Val:
-    """Elements of a float panel as f32 (8 bits: see widen_float8)."""
+    """Elements of a float panel as f32. For those of 8 bits see widen_float8."""
     if panel.element == I8:
         return widen_float8(s, panel.name, stored)
-    if panel.element == I16:  # bfloat16 is the upper half of an f32
-        return (stored.to(I32, signed=False) << 16).as_type(F32)
-    return stored.to(F32)
+    return widen_float(stored)

@@ -1,8 +1,8 @@
-"""The table of KV cache types: what a position's K and V are stored as, and how many bytes that takes.
+"""The table of KV cache types: how K and V of a position are stored, and in how many bytes.
 
-K and V of a head are sequences of groups of 32 positions, each position a row of `wide` columns (head_dim, filled up to
-32 where the type is not a float). A row's scales are f16: one for each block of 32 columns in ggml's types, with
-a minimum or without; one for the whole row (per token and KV head) in int8 and fp8.
+K and V of a head are sequences of groups of 32 positions. A position is a row of `wide` columns: head_dim, filled up to
+a multiple of 32 unless the type is a float. Scales are f16. ggml's types have a scale, and some a minimum, for each
+block of 32 columns. int8 and fp8 have one scale for a row, which is a token's row of one KV head.
 
     K  blocks   [2][wide / 32] spans of an integer panel (panels.py) whose 16 rows are positions: q.k is a matmul tile
        others   scales [32] f16, if any; [2][wide][16] elements
@@ -11,7 +11,7 @@ a minimum or without; one for the whole row (per token and KV head) in int8 and 
        int8     the same with scales [32] f16
        others   scales [32] f16, if any; [32][wide] elements
 
-The order of V's positions makes pairs of 16 bits of positions l and l + 16 stand side by side, see attention_int.py.
+The order of V's positions puts pairs of 16 bits of positions l and l + 16 side by side: see int_tiles.py.
 """
 
 from dataclasses import dataclass
@@ -25,15 +25,13 @@ V_ORDER = tuple(2 * i + c % 2 + 16 * (c // 2) for i in range(8) for c in range(4
 
 @dataclass(frozen=True)
 class CacheFormat:
-    """One cache type. bits: of an element; panel: K's, and V's form of elements; block: columns that share a scale: 0:
-    there is none, None: all of a row. largest: the stored number of a row's largest value, where there is a scale for
-    the row."""
+    """One cache type."""
 
     name: str
-    bits: int
-    panel: Panel
-    block: int | None = 0
-    largest: float = 0.0
+    bits: int  # of an element
+    panel: Panel  # of K; the form of V's elements
+    block: int | None = 0  # columns that share a scale; 0: there is no scale, None: all columns of a row
+    largest: float = 0.0  # the stored form of the largest number of a row, if a row has one scale
 
     @property
     def is_integer(self) -> bool:
@@ -41,24 +39,24 @@ class CacheFormat:
 
     @property
     def n_numbers(self) -> int:
-        """Numbers (f16) of a block: none, its scale, or scale and minimum."""
+        """How many f16 numbers a block has: 0, 1 (its scale) or 2 (scale and minimum)."""
         return 0 if self.block == 0 else 1 + (isinstance(self.panel, IntPanel) and self.panel.has_minimum)
 
     def wide(self, head_dim: int, is_v: bool) -> int:
-        """Columns of a row as stored: filled up to 32 for integers, and for V."""
+        """Return the columns of a row as stored: filled up to a multiple of 32 for integers, and for V."""
         return -(-head_dim // BLOCK) * BLOCK if is_v or self.is_integer else head_dim
 
     def n_blocks(self, wide: int) -> int:
-        """Blocks of a row of `wide` columns that have numbers of their own."""
+        """Return how many blocks of a row of `wide` columns have numbers of their own."""
         return wide // self.block if self.block else 1
 
     def group_bytes(self, head_dim: int, is_v: bool) -> int:
-        """Bytes of 32 positions of one KV head."""
+        """Return the bytes of a group of one KV head."""
         wide = self.wide(head_dim, is_v)
         return GROUP * (2 * self.n_numbers * self.n_blocks(wide) + wide * self.bits // 8)
 
     def elements_at(self, head_dim: int, is_v: bool) -> int:
-        """Bytes of a group before its elements: its numbers, but those of K in blocks stand in the panels."""
+        """Return the bytes of a group before its elements: its numbers. Those of K in blocks are in the panels."""
         return 2 * GROUP * self.n_numbers * self.n_blocks(self.wide(head_dim, is_v)) if is_v or not self.block else 0
 
     def allows(self, head_dim: int) -> bool:
@@ -66,7 +64,7 @@ class CacheFormat:
         return not self.block or head_dim % self.block == 0
 
     def nbytes(self, n_head_kv: int, head_dim: int, n_ctx: int, is_v: bool) -> int:
-        """Bytes of K or V of one layer for n_ctx positions, filled up to whole groups."""
+        """Return the bytes of K or V of one layer for n_ctx positions, filled up to whole groups."""
         return n_head_kv * -(-n_ctx // GROUP) * self.group_bytes(head_dim, is_v)
 
 
@@ -97,11 +95,11 @@ FORMATS = tuple(CACHE_FORMATS.values())
 
 
 def format_id(name: str) -> int:
-    """The type's number, the compile-time constant of its kernels."""
+    """Return a type's place in FORMATS, the compile-time constant of its kernels."""
     return FORMATS.index(CACHE_FORMATS[name])
 
 
 def cache_bytes(k: str, v: str, n_head_kv: int, head_dim: int, n_ctx: int) -> int:
-    """Bytes of one layer's cache of the types k and v."""
+    """Return the bytes of the cache of one layer, of the types k and v."""
     sides = (CACHE_FORMATS[k], False), (CACHE_FORMATS[v], True)
     return sum(form.nbytes(n_head_kv, head_dim, n_ctx, is_v) for form, is_v in sides)

@@ -1,24 +1,22 @@
-"""The matrix products of attention: query rows times vectors of 16 positions (q.k) or of 16 columns (p.v).
+"""The matrix products of attention over floats: query rows times 16 positions (q.k) or 16 columns (p.v).
 
-A tile is TILE query rows, or FEW if there are no more; K and V are read from the cache as they are stored.
+A tile is TILE query rows, or FEW if there are no more. K and V are read from the cache as they are stored.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
-from llvmlite import ir
-
-from gguf_run.formats.compiler.jit import intrinsic, types
 from gguf_run.kernels_cpu.attention.cache_codec import widen
-from gguf_run.kernels_cpu.attention.cache_types import FORMATS, CacheFormat
+from gguf_run.kernels_cpu.attention.cache_types import FORMATS
 from gguf_run.kernels_cpu.attention.softmax import SPAN
+from gguf_run.kernels_cpu.matmul.tile import sums_of_products
 from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel
 from gguf_run.kernels_cpu.vector import isa
-from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val, kernel
+from gguf_run.kernels_cpu.vector.lowering import simd_kernel
+from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val
 
-# Rows and vectors of a tile: as many sums as the registers hold, by the lanes that the instruction set likes best. With
-# fewer than _SUMS sums they are kept several times over, so that they do not wait for each other.
+# Rows and vectors of a tile, by Isa.lanes: as many sums as the registers hold. A tile with fewer than _SUMS sums splits
+# each into several, so that no addition waits for another.
 FEW = 4
 TILE, VECTORS, FEW_VECTORS, _SUMS = {16: (8, 2, 2, 16), 8: (6, 1, 1, 6), 4: (4, 1, 1, 4)}[isa.current().lanes]
 _LINE = 64
@@ -30,82 +28,37 @@ def _load(s: Simd, panel: FloatPanel, at: Val) -> Val:
 
 
 def _sums(
-    s: Simd, init: list[Val], n_steps: Val, products: Callable[[Val], list[tuple[Val, Val]]], ahead: Val
+    s: Simd, start: list[Val], n_steps: Val, products: Callable[[Val], list[tuple[Val, Val]]], ahead: Val
 ) -> list[Val]:
-    """init + the sums of products over n_steps steps, in each of which a line of memory at `ahead` is fetched."""
-    n = len(init)
-    unroll = max(1, _SUMS // n)
+    """start + the sums of products over n_steps steps. Each step prefetches a cache line, from `ahead` on."""
 
-    def step(i: Val, acc: list[Val]) -> list[Val]:
+    def prefetching(i: Val) -> list[tuple[Val, Val]]:
         s.prefetch(ahead + i * _LINE)
-        return [s.fma(a, b, total) for (a, b), total in zip(products(i), acc, strict=True)]
+        return products(i)
 
-    def steps(i: Val, acc: list[Val]) -> list[Val]:
-        return [value for u in range(unroll) for value in step(i * unroll + u, acc[u * n : u * n + n])]
-
-    whole = n_steps >> (unroll.bit_length() - 1)
-    acc = s.loop(whole, init + [s.const(F32, 0.0, ROWS)] * (n * (unroll - 1)), steps)
-    totals = acc[:n]
-    for u in range(1, unroll):
-        totals = [a + b for a, b in zip(totals, acc[u * n : u * n + n], strict=True)]
-    if unroll == 1:
-        return totals
-    return s.loop(n_steps - whole * unroll, totals, lambda i, acc: step(whole * unroll + i, acc))
+    return sums_of_products(s, start, n_steps, prefetching, _SUMS)
 
 
-def apart(name: str, emit: Callable[..., None]) -> Callable[..., None]:
-    """A call of emit(s, *arguments) as a function of its own that is not inlined: a loop then has all registers."""
+def _by_rows(s: Simd, form: int, emit: Callable[..., None], few: Val, *arguments: Val) -> None:
+    """Call emit(s, *arguments, panel, n_rows, n_vectors) for FEW rows if few is not 0, or TILE.
 
-    def emit_call(s: Simd, *arguments: Val) -> None:
-        s.b.call(_function(s, name, emit, arguments), [argument.ir for argument in arguments])
-
-    return emit_call
-
-
-def nothing(s: Simd, *arguments: Val) -> None:
-    """For the types that a step is not for."""
-
-
-def _function(s: Simd, name: str, emit: Callable[..., None], arguments: tuple[Val, ...]) -> ir.Value:
-    if name in s.b.module.globals:
-        return s.b.module.globals[name]
-    new = ir.Function(s.b.module, ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments]), name)
-    new.linkage = "internal"
-    new.attributes.add("noinline")
-    inner = Simd(ir.IRBuilder(new.append_basic_block()), s.isa)
-    emit(inner, *[Val(inner, argument) for argument in new.args])
-    inner.b.ret_void()
-    return new
-
-
-def _by_rows(name: str, form: CacheFormat, emit: Callable[..., None]) -> Callable[..., None]:
-    """A call of emit(s, *arguments, panel=, n_rows=, n_vectors=) for FEW or TILE rows, as the first argument says."""
-    panel = form.panel
-
-    def emit_call(s: Simd, few: Val, *arguments: Val) -> None:
+    Nothing is done if the cache type is not a float.
+    """
+    panel = FORMATS[form].panel
+    if isinstance(panel, FloatPanel):
         functions = [
-            _function(
-                s, f"{name}_{form.name}_{n}", functools.partial(emit, panel=panel, n_rows=n, n_vectors=m), arguments
+            s.function(
+                f"{emit.__name__}_{form}_{n_rows}",
+                functools.partial(emit, panel=panel, n_rows=n_rows, n_vectors=n_vectors),
+                arguments,
             )
-            for n, m in ((FEW, FEW_VECTORS), (TILE, VECTORS))
+            for n_rows, n_vectors in ((FEW, FEW_VECTORS), (TILE, VECTORS))
         ]
-        s.b.call(s.b.select(few.ir, *functions), [argument.ir for argument in arguments])
-
-    return emit_call if isinstance(panel, FloatPanel) else nothing
+        s.b.call(s.b.select(few.compare("!=", 0).ir, *functions), [argument.ir for argument in arguments])
 
 
 def _scores(
-    s: Simd,
-    q: Val,
-    k: Val,
-    k_vector: Val,
-    n: Val,
-    ahead: Val,
-    out: Val,
-    *,
-    panel: FloatPanel,
-    n_rows: int,
-    n_vectors: int,
+    s: Simd, q: Val, k: Val, k_vector: Val, n: Val, ahead: Val, out: Val, panel: FloatPanel, n_rows: int, n_vectors: int
 ) -> None:
     qs = [q + n * (4 * r) for r in range(n_rows)]
     ks = [k + k_vector * j for j in range(n_vectors)]
@@ -134,29 +87,31 @@ def _values(
         s.store(value, at)
 
 
-@intrinsic(prefer_literal=True)
-def score_tile(
-    typing_context: Any, form: Any, few: Any, q: Any, k: Any, k_vector: Any, n: Any, ahead: Any, scores: Any
-) -> Any:
-    """scores[r, j] = q[r] . k[j], f32[rows][SPAN], for the tile's rows r and 16 * vectors j.
+@simd_kernel
+def score_tile(s: Simd, form: int, few: Val, q: Val, k: Val, k_vector: Val, n: Val, ahead: Val, scores: Val) -> None:
+    """scores[r, j] = q[r] . k[j] for the rows r and the 16 * vectors positions j of a tile, without scales of rows.
 
-    form: literal, K's place in FORMATS; nothing is done if it is not a float. Scales of rows are left out. q:
-    f32[rows, n]; k: [vectors][n][16], k_vector bytes from vector to vector. ahead: n cache lines that will be needed
-    soon.
+    form: place of K's type in FORMATS. Nothing is done if the type is not a float.
+    few: whether the tile has FEW rows.
+    q: f32[rows, n].
+    k, k_vector: [vectors][n][16], and the bytes from vector to vector.
+    ahead: address of n cache lines to prefetch.
+    scores: f32[rows][SPAN].
     """
-    emit = _by_rows("scores", FORMATS[form.literal_value], _scores)
-    return kernel(types.void(form, types.boolean, *[types.intp] * 6), emit)
+    _by_rows(s, form, _scores, few, q, k, k_vector, n, ahead, scores)
 
 
-@intrinsic(prefer_literal=True)
+@simd_kernel
 def value_tile(
-    typing_context: Any, form: Any, few: Any, p: Any, v: Any, v_step: Any, n_seen: Any, ahead: Any, sums: Any,
-    sums_row: Any,
-) -> Any:  # fmt: skip
-    """sums[r, j] += sum over n_seen positions i of p[r, i] * v[i, j] for the tile's rows r and 16 * vectors j.
+    s: Simd, form: int, few: Val, p: Val, v: Val, v_step: Val, n_seen: Val, ahead: Val, sums: Val, sums_row: Val
+) -> None:
+    """sums[r, j] += sum over n_seen positions i of p[r, i] * v[i, j] for rows r and 16 * vectors columns j of a tile.
 
-    p: f32[rows][SPAN]; v_step, sums_row: bytes from position to position of v, from row to row of sums (f32). The rest
-    is as in score_tile; ahead: n_seen cache lines.
+    form: place of V's type in FORMATS. Nothing is done if the type is not a float.
+    few: whether the tile has FEW rows.
+    p: f32[rows][SPAN].
+    v, v_step: elements, and the bytes from position to position.
+    ahead: address of n_seen cache lines to prefetch.
+    sums, sums_row: f32, and the bytes from row to row.
     """
-    emit = _by_rows("values", FORMATS[form.literal_value], _values)
-    return kernel(types.void(form, types.boolean, *[types.intp] * 7), emit)
+    _by_rows(s, form, _values, few, p, v, v_step, n_seen, ahead, sums, sums_row)

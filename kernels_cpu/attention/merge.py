@@ -1,32 +1,27 @@
-"""Attention whose positions were split: what the parts found becomes one result."""
+"""Attention over split positions: the parts of a row become one result."""
 
 import math
 
 import numpy as np
 
-from gguf_run.formats.compiler.jit import carray
 from gguf_run.kernels_cpu.attention.hadamard import hadamard
 from gguf_run.kernels_cpu.attention.plan import tokens_at_once
 from gguf_run.kernels_cpu.attention.softmax import LOWEST
-from gguf_run.kernels_cpu.replay.op import items, n_pieces, op
+from gguf_run.kernels_cpu.replay.op import n_rows, row_op
 from gguf_run.kernels_cpu.replay.runs import runs_at
 from gguf_run.kernels_cpu.rows.quantize import quantize_if_wanted
 from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
 
 
-@op(
+@row_op(
     "rows runs run_of n_head n_head_kv head_dim wide v_rotate sinks out out_stride parts part_bytes max_rows "
     "q8 q8_stride"
 )
-def merge(args, piece, ith, nth):  # type: ignore[no-untyped-def]
-    """Put the parts of split positions together into out, and quantize out's rows if q8 is not 0."""
-    a = carray(args, 1)[0]
-    n_tokens, n = i64_at(a.rows, 1)[0], a.head_dim
+def merge(a, first, end):
+    """out = the joined parts of rows whose positions are split. q8: int8 form of all rows of out, or 0."""
+    n_tokens, n = n_rows(a), a.head_dim
     wide, n_rep = a.wide, a.n_head // a.n_head_kv
     per, run_of, runs = tokens_at_once(n_rep), i64_at(a.run_of, n_tokens), runs_at(a.runs, n_tokens)
-    if piece < 0:
-        return n_pieces(n_tokens, 1, nth)
-    first, end = items(piece, n_tokens, 1, nth)
     for t in range(first, end):
         run = runs[run_of[t]]
         n_split, t0 = run.n_split, t - run.first
@@ -55,4 +50,3 @@ def merge(args, piece, ith, nth):  # type: ignore[no-untyped-def]
             if a.v_rotate:
                 hadamard(a.out + t * a.out_stride + h * n * 4, n)
         quantize_if_wanted(a.q8, a.q8_stride, t, a.out + t * a.out_stride, a.n_head * n)
-    return 0

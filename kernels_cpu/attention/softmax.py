@@ -1,125 +1,100 @@
-"""The running softmax of attention: tiles of scores, f32[n_rows][SPAN], against each row's maximum so far.
+"""The running softmax of attention: tiles of scores, f32[n_rows][SPAN], and the maximum of each row so far.
 
-The maximum may lag behind by HEADROOM, as e^8 is no large number: then nothing has to be added up across lanes, or
-multiplied anew, but for the few spans in which it rises (FlashAttention-4 does the same).
+The maximum may be too small by HEADROOM, because e^8 is not a large number. A span in which no score exceeds this needs
+no sum across lanes, and no earlier sum is rescaled. FlashAttention-4 does the same.
 """
 
 import functools
-from typing import Any
 
 import numpy as np
 from llvmlite import ir
 
-from gguf_run.formats.compiler.jit import intrinsic, types
 from gguf_run.kernels_cpu.panels.panels import ROWS
-from gguf_run.kernels_cpu.vector.simd import F32, I32, Simd, Val, kernel
+from gguf_run.kernels_cpu.vector.lowering import simd_kernel
+from gguf_run.kernels_cpu.vector.simd import F32, I32, Simd, Val
 
-SPAN = 64  # positions between two looks at the maximum
+SPAN = 64  # positions between two tests of the maximum
 HEADROOM = np.float32(8)
-LOWEST = np.float32(-1e38)  # the maximum of no scores: far above _NEVER, so that hidden positions count as nothing
+LOWEST = np.float32(-1e38)  # the maximum of no scores. It is far above _NEVER: hidden positions add nothing
 _NEVER = -3e38  # the score of a hidden position
-_VECTORS = [64 * i for i in range(SPAN // ROWS)]  # where the vectors of a row are
+_VECTORS = [64 * i for i in range(SPAN // ROWS)]  # byte offsets of the vectors of a row
 
 
 def _row(s: Simd, scores: Val) -> list[Val]:
     return [s.load(scores + at, F32, ROWS) for at in _VECTORS]
 
 
-@intrinsic
-def hide(typing_context: Any, scores: Any, since: Any, until: Any) -> Any:
-    """Hide a row's positions, but for since <= position < until."""
-
-    def emit(s: Simd, scores: Val, since: Val, until: Val) -> None:
-        first, end = (s.splat(limit.to(I32), ROWS) for limit in (since, until))
-        lanes = Val(s, ir.Constant(ir.VectorType(I32, ROWS), list(range(ROWS))))
-        for at, row in zip(_VECTORS, _row(s, scores), strict=True):
-            position = lanes + at // 4
-            seen = position.compare(">=", first) & position.compare("<", end)
-            s.store(s.select(seen, row, s.const(F32, _NEVER, ROWS)), scores + at)
-
-    return kernel(types.void(*[types.intp] * 3), emit)
+@simd_kernel
+def hide(s: Simd, scores: Val, since: Val, until: Val) -> None:
+    """Hide the positions of a row outside since <= position < until."""
+    first, end = (s.splat(limit.to(I32), ROWS) for limit in (since, until))
+    lanes = Val(s, ir.Constant(ir.VectorType(I32, ROWS), list(range(ROWS))))
+    for at, row in zip(_VECTORS, _row(s, scores), strict=True):
+        position = lanes + at // 4
+        seen = position.compare(">=", first) & position.compare("<", end)
+        s.store(s.select(seen, row, s.const(F32, _NEVER, ROWS)), scores + at)
 
 
-@intrinsic
-def cap(typing_context: Any, scores: Any, n_rows: Any, softcap: Any) -> Any:
-    """scores = softcap * tanh(scores / softcap), tanh(x) being 1 - 2 / (e^2x + 1)."""
+@simd_kernel(floats="softcap")
+def cap(s: Simd, scores: Val, n_rows: Val, softcap: Val) -> None:
+    """scores = softcap * tanh(scores / softcap), where tanh(x) = 1 - 2 / (e^2x + 1)."""
+    factor, top = s.splat(s.const(F32, 2.0) / softcap, ROWS), s.splat(softcap, ROWS)
 
-    def emit(s: Simd, scores: Val, n_rows: Val, softcap: Val) -> None:
-        factor, top = s.splat(s.const(F32, 2.0) / softcap, ROWS), s.splat(softcap, ROWS)
+    def body(r: Val) -> None:
+        at = scores + r * (4 * SPAN)
+        for offset, row in zip(_VECTORS, _row(s, at), strict=True):
+            lower = s.const(F32, 2.0, ROWS) / (s.exp(row * factor) + 1.0)
+            s.store(top - top * lower, at + offset)
 
-        def body(r: Val, none: list[Val]) -> list[Val]:
-            at = scores + r * (4 * SPAN)
-            for offset, row in zip(_VECTORS, _row(s, at), strict=True):
-                lower = s.const(F32, 2.0, ROWS) / (s.exp(row * factor) + 1.0)
-                s.store(top - top * lower, at + offset)
-            return none
-
-        s.loop(n_rows, [], body)
-
-    return kernel(types.void(types.intp, types.intp, types.float32), emit)
+    s.each(n_rows, body)
 
 
-@intrinsic
-def rise(typing_context: Any, scores: Any, n_rows: Any, most: Any) -> Any:
-    """By how much a score exceeds its row's maximum so far, f32[n_rows] at `most`: the largest of all."""
+@simd_kernel
+def rise(s: Simd, scores: Val, n_rows: Val, most: Val) -> Val:
+    """The most by which a score exceeds the maximum of its row so far. most: address of the maxima, f32[n_rows]."""
 
-    def emit(s: Simd, scores: Val, n_rows: Val, most: Val) -> Val:
-        def body(r: Val, above: list[Val]) -> list[Val]:
-            highest = functools.reduce(s.maximum, _row(s, scores + r * (4 * SPAN)))
-            return [s.maximum(highest - s.load(most + r * 4, F32, splat=ROWS), above[0])]
+    def body(r: Val, above: list[Val]) -> list[Val]:
+        highest = functools.reduce(s.maximum, _row(s, scores + r * (4 * SPAN)))
+        return [s.maximum(highest - s.load(most + r * 4, F32, splat=ROWS), above[0])]
 
-        return s.fold(s.loop(n_rows, [s.const(F32, _NEVER, ROWS)], body)[0], s.maximum)
-
-    return kernel(types.float32(*[types.intp] * 3), emit)
+    return s.fold(s.loop(n_rows, [s.const(F32, _NEVER, ROWS)], body)[0], s.maximum)
 
 
-@intrinsic
-def raise_maximum(typing_context: Any, scores: Any, most: Any) -> Any:
-    """Take one row's scores into its maximum, f32 at `most`; returns what its sums must be multiplied by."""
-
-    def emit(s: Simd, scores: Val, most: Val) -> Val:
-        old = s.load(most, F32)
-        new = s.maximum(s.fold(functools.reduce(s.maximum, _row(s, scores)), s.maximum), old)
-        s.store(new, most)
-        return s.fold(s.exp(s.splat(old - new, 2), bounded=True), lambda a, b: a)
-
-    return kernel(types.float32(*[types.intp] * 2), emit)
+@simd_kernel
+def raise_maximum(s: Simd, scores: Val, most: Val) -> Val:
+    """Raise the maximum of a row, f32 at `most`, to its largest score; return the factor for the sums of the row."""
+    old = s.load(most, F32)
+    new = s.maximum(s.fold(functools.reduce(s.maximum, _row(s, scores)), s.maximum), old)
+    s.store(new, most)
+    return s.fold(s.exp(s.splat(old - new, 2), bounded=True), lambda a, b: a)
 
 
-@intrinsic
-def exponentials(typing_context: Any, scores: Any, n_rows: Any, most: Any, sums: Any) -> Any:
-    """scores = exp(scores - maximum); adds them to sums, f32[n_rows, 16], lane by lane."""
+@simd_kernel
+def exponentials(s: Simd, scores: Val, n_rows: Val, most: Val, sums: Val) -> None:
+    """scores = exp(scores - maximum); sums, f32[n_rows, 16], += scores, lane by lane."""
 
-    def emit(s: Simd, scores: Val, n_rows: Val, most: Val, sums: Val) -> None:
-        def body(r: Val, none: list[Val]) -> list[Val]:
-            at, sum_at = scores + r * (4 * SPAN), sums + r * (4 * ROWS)
-            shift = s.load(most + r * 4, F32, splat=ROWS)
-            values = [s.exp(row - shift, bounded=True) for row in _row(s, at)]
-            for value, offset in zip(values, _VECTORS, strict=True):
-                s.store(value, at + offset)
-            s.store(functools.reduce(lambda a, b: a + b, values, s.load(sum_at, F32, ROWS)), sum_at)
-            return none
+    def body(r: Val) -> None:
+        at, sum_at = scores + r * (4 * SPAN), sums + r * (4 * ROWS)
+        shift = s.load(most + r * 4, F32, splat=ROWS)
+        values = [s.exp(row - shift, bounded=True) for row in _row(s, at)]
+        for value, offset in zip(values, _VECTORS, strict=True):
+            s.store(value, at + offset)
+        s.store(functools.reduce(lambda a, b: a + b, values, s.load(sum_at, F32, ROWS)), sum_at)
 
-        s.loop(n_rows, [], body)
-
-    return kernel(types.void(*[types.intp] * 4), emit)
+    s.each(n_rows, body)
 
 
-@intrinsic
-def lane_sum(typing_context: Any, address: Any) -> Any:
+@simd_kernel
+def lane_sum(s: Simd, address: Val) -> Val:
     """The sum of f32[16]."""
-    return kernel(types.float32(types.intp), lambda s, address: s.sum(s.load(address, F32, ROWS)))
+    return s.sum(s.load(address, F32, ROWS))
 
 
-@intrinsic
-def scale_vectors(typing_context: Any, address: Any, n: Any, factor: Any) -> Any:
-    """f32[16 * n] *= factor."""
+@simd_kernel(floats="factor")
+def scale_vectors(s: Simd, address: Val, n: Val, factor: Val) -> None:
+    """f32[16 * n] at an address *= factor."""
 
-    def emit(s: Simd, address: Val, n: Val, factor: Val) -> None:
-        def body(i: Val, none: list[Val]) -> list[Val]:
-            s.store(s.load(address + i * 64, F32, ROWS) * s.splat(factor, ROWS), address + i * 64)
-            return none
+    def body(i: Val) -> None:
+        s.store(s.load(address + i * 64, F32, ROWS) * s.splat(factor, ROWS), address + i * 64)
 
-        s.loop(n, [], body)
-
-    return kernel(types.void(types.intp, types.intp, types.float32), emit)
+    s.each(n, body)

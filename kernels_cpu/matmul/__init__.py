@@ -1,1 +1,1 @@
-"""Rows times panels. Start with matmul.py; int_tile.py is the inner loop over integers."""
+"""Rows times panels. Start with tile.py, the innermost kernel, then matmul.py, an op. moe.py has the ops of experts."""

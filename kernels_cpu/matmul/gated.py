@@ -1,39 +1,43 @@
-"""out = activation(gate) * up with gate, up = the halves of x @ w.T, which never get to memory."""
+"""out = activation(gate) * up, where gate and up are the halves of x @ w.T. The halves are never stored."""
 
 import functools
 
 from gguf_run.formats.compiler.jit import carray
 from gguf_run.kernels_cpu.matmul.int_tile import AHEAD
-from gguf_run.kernels_cpu.matmul.matmul import TOKENS, cut, tile_panels
+from gguf_run.kernels_cpu.matmul.matmul import cut, tile_panels
 from gguf_run.kernels_cpu.matmul.tile import prefetch, tile
-from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS
+from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, TOKENS
 from gguf_run.kernels_cpu.replay.op import TapeOp, op
 from gguf_run.kernels_cpu.rows.activation import ACTIVATIONS, gated_row
 from gguf_run.kernels_cpu.rows.quantize import quantize_row
 from gguf_run.kernels_cpu.vector.native import i64_at
 
-_UNITS = 4  # a batch: of 4 panels each in a piece, so that they stay in the second-level cache
-_PAIR = 4 * ROWS  # bytes of a row of 16 gates; as many of `up` follow
+_UNITS = 4  # a batch: units, of 4 panels, in a piece. The panels stay in the second-level cache
+_PAIR = 4 * ROWS  # bytes of 16 gates of a token; 16 numbers of `up` follow
 SCRATCH_BYTES = TOKENS * 2 * _PAIR
 
 
 @functools.cache
 def matmul_gated(panel: int, activation: str) -> TapeOp:
-    """The op for one panel, a number of PANELS, and one of ACTIVATIONS.
+    """Return the op for one kind of panel (its place in PANELS) and one of ACTIVATIONS.
 
-    Fields as in matmul; n_out: columns of out, a multiple of 32: the matrix has twice as many rows. A unit of work is
-    32 columns, a block of the activations that go into q8 if it is not 0. zeros: 32 floats.
+    A unit of work is 32 columns of out. Fields are as in matmul, and
+
+    n_out: columns of out, a multiple of 32. The matrix has twice as many rows.
+    q8: int8 form of the result, or 0.
+    zeros: 32 floats.
+    scratch: SCRATCH_BYTES for each thread.
     """
-    tokens, panels, gelu = TOKENS, tile_panels(panel), ACTIVATIONS.index(activation)
+    panels, activation_id = tile_panels(panel), ACTIVATIONS.index(activation)
 
     @op(
         "rows n_out n_steps step_bytes group_bytes w x x_stride out out_stride q8 q8_stride zeros "
         "scratch scratch_stride"
     )
-    def matmul_gated_panel(args, piece, ith, nth):  # type: ignore[no-untyped-def]
+    def matmul_gated_panel(args, piece, ith, nth):
         a = carray(args, 1)[0]
         n_tokens, n_unit = i64_at(a.rows, 1)[0], a.n_out // BLOCK
-        n_tile = (n_tokens + tokens - 1) // tokens
+        n_tile = (n_tokens + TOKENS - 1) // TOKENS
         n_piece, first, end, t0, t1 = cut(piece, n_tokens, n_tile, n_unit, 4 * a.group_bytes, _UNITS, 1, nth)
         if piece < 0:
             return n_piece
@@ -43,10 +47,10 @@ def matmul_gated(panel: int, activation: str) -> TapeOp:
             for p in range(2):
                 prefetch(a.w + first * (BLOCK // ROWS) * a.group_bytes + p * to_up)
         for t in range(t0, t1):
-            x = a.x + t * tokens * a.x_stride
-            count, ahead = 1 if n_tokens == 1 else tokens, a.group_bytes if t == t0 else 0
+            x = a.x + t * TOKENS * a.x_stride
+            count, ahead = 1 if n_tokens == 1 else TOKENS, a.group_bytes if t == t0 else 0
             for unit in range(first, end):
-                out = a.out + t * tokens * a.out_stride + unit * BLOCK * 4
+                out = a.out + t * TOKENS * a.out_stride + unit * BLOCK * 4
                 for half in range(BLOCK // ROWS):
                     w = a.w + (unit * (BLOCK // ROWS) + half) * a.group_bytes
                     if n_tokens == 1:
@@ -58,15 +62,15 @@ def matmul_gated(panel: int, activation: str) -> TapeOp:
                     else:
                         for p in range(0, 2, panels):
                             tile(
-                                panel, panels, tokens, w + p * to_up, to_up, a.step_bytes, a.n_steps,
+                                panel, panels, TOKENS, w + p * to_up, to_up, a.step_bytes, a.n_steps,
                                 x, a.x_stride, pair + p * _PAIR, stride, a.zeros, 0, ahead,
                             )  # fmt: skip
                     for i in range(count):
                         at = pair + i * stride
-                        gated_row(gelu, at, at + _PAIR, out + i * a.out_stride + half * _PAIR, 1)
+                        gated_row(activation_id, at, at + _PAIR, out + i * a.out_stride + half * _PAIR, 1)
                 if a.q8:
                     for i in range(count):
-                        row = a.q8 + (t * tokens + i) * a.q8_stride
+                        row = a.q8 + (t * TOKENS + i) * a.q8_stride
                         quantize_row(out + i * a.out_stride, 1, row + unit * 2 * BLOCK)
         return 0
 

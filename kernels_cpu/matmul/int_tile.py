@@ -1,13 +1,4 @@
-"""16 rows of an integer panel times one or several tokens, whose activations are int8 (see tile.py, panels.py).
-
-Activations stand in blocks of 32 columns (made by quantize.py), one cache line each:
-
-    offset  0: 32 int8 values, never -128
-           32: f32 d                    value = d * int8
-           36: i32 sums of values 0..31, 0..15, 16..31
-           48: f32 d * those three sums
-           60: unused
-"""
+"""16 rows of an integer panel times one or several tokens, whose activations are int8. Layouts of both: panels.py."""
 
 import functools
 import operator
@@ -15,41 +6,41 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from gguf_run.kernels_cpu.panels.panels import BLOCK, PARTS, ROWS, IntPanel
+from gguf_run.kernels_cpu.panels.panels import BLOCK, PARTS, ROWS, X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS, IntPanel
 from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val
 
-X_BLOCK_BYTES = 64
-X_D, X_SUMS, X_D_SUMS = 32, 36, 48
-# One token: bytes between what is used and what is asked for. Left to itself, the processor reads panels whose scales
-# stand apart from their quants at half the speed of memory.
+# One token: bytes between what a tile reads and what it prefetches. Without prefetches, a processor reads panels whose
+# scales stand apart from their quants at half the speed of memory.
 AHEAD = 6144
 
 
 def int_tile(
     s: Simd, panel: IntPanel, ws: list[Val], n_steps: Val, xs: list[Val], places: list[tuple[Val, Val]], ahead: Val
 ) -> None:
-    """out[t, p, r] = init[t, p, r] + sum of w[p, r] * x[t].
+    """out[t, p, r] = init[t, p, r] + sum of w[p, r] * x[t] for tokens t, panels p and rows r.
 
-    Addresses: ws of the panels, xs of the tokens' blocks, places of (init, out) for each token and panel, the panels of
-    a token one after the other.
+    ws: addresses of the panels.
+    xs: addresses of the tokens' activation blocks.
+    places: addresses (init, out) for each token and panel; the panels of a token are neighbours.
+    ahead: bytes between what is read and what is prefetched; 0 prefetches nothing if there are several tokens.
     """
     lanes = s.isa.lanes if len(xs) > 1 else ROWS
 
-    def some_rows(i: Val, none: list[Val]) -> list[Val]:
+    def some_rows(i: Val) -> None:
         first = i * lanes
         acc = [s.load(init + first * 4, F32, lanes) for init, _ in places]
         panels = [_Panel(s, panel, w, first, lanes) for w in ws]
         for value, (_, out) in zip(_run(s, panels, n_steps, xs, acc, ahead), places, strict=True):
             s.store(value, out + first * 4)
-        return none
 
     if lanes == ROWS:
-        some_rows(s.const(I64, 0), [])
+        some_rows(s.const(I64, 0))
     else:
-        s.loop(s.const(I64, ROWS // lanes), [], some_rows)
+        s.each(ROWS // lanes, some_rows)
 
 
 def _run(s: Simd, panels: "list[_Panel]", n_steps: Val, xs: list[Val], acc: list[Val], ahead: Val) -> list[Val]:
+    """Return acc + the products over all steps."""
     shape = panels[0].shape
     n_blocks = shape.columns // BLOCK
 
@@ -67,9 +58,9 @@ def _run(s: Simd, panels: "list[_Panel]", n_steps: Val, xs: list[Val], acc: list
 
 
 def _add(s: Simd, shape: IntPanel, blocks: "list[_Block]", xs: list[Val], acc: list[Val]) -> list[Val]:
-    """The same 32 columns of all panels. xs: addresses of the tokens' blocks."""
+    """Return acc + the products over the same 32 columns of all panels. xs: addresses of the tokens' blocks."""
     lanes, n_groups = acc[0].lanes, BLOCK // shape.group
-    first_sum = 0 if n_groups == 1 else 4  # the sum of all 32, or of each half
+    first_sum = 0 if n_groups == 1 else 4  # the sum of all 32 values, or of each half
     signed = shape.offset == 128 and s.isa.signed_bytes
     ds = [s.load(x + X_D, F32, splat=lanes) for x in xs]
     for g in range(n_groups):
@@ -100,16 +91,16 @@ def _add(s: Simd, shape: IntPanel, blocks: "list[_Block]", xs: list[Val], acc: l
 
 @dataclass(frozen=True)
 class _Block:
-    """32 columns of some rows: for each group a scale and, or not, a minimum, f32[lanes]; the planes."""
+    """32 columns of some rows."""
 
     s: Simd
     shape: IntPanel
-    scales: list[Val]
-    minimums: list[Val]
-    stored: list[Val]
+    scales: list[Val]  # f32[rows] of each group; empty if all scales are 1
+    minimums: list[Val]  # the same; empty if there are none
+    stored: list[Val]  # the planes
 
     def quant(self, i: int) -> Val:
-        """u of vector i: columns 4i .. 4i+3 of each row."""
+        """u of vector i: columns 4i to 4i + 3 of each row."""
         shape = self.shape
         if shape.bits == 8:
             return self.stored[i]
@@ -124,7 +115,7 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Panel:
-    """Rows first .. first + lanes of the panel at w."""
+    """Rows first to first + lanes - 1 of the panel at w."""
 
     s: Simd
     shape: IntPanel
@@ -133,13 +124,13 @@ class _Panel:
     lanes: int
 
     def prefetch(self, k: Val, ahead: Val) -> None:
-        """Ask for what comes `ahead` bytes after step k."""
+        """Prefetch what is `ahead` bytes after step k."""
         per_step = self.shape.span_bytes // self.shape.n_steps
         for line in range(0, per_step, 64):
             self.s.prefetch(self.w + k * per_step + ahead + line)
 
     def blocks(self, k: Val) -> list[_Block]:
-        """Step k: its scales decoded, its planes loaded."""
+        """Decode the scales of step k and load its planes."""
         s, shape = self.s, self.shape
         one = shape.n_steps == 1
         span, i = (k, s.const(I64, 0)) if one else (k >> _log2(shape.n_steps), k & (shape.n_steps - 1))
@@ -163,7 +154,7 @@ class _Panel:
         ]
 
     def _head(self, at: Val) -> tuple[list[Val], list[Val]]:
-        """The scales and minimums of a step (see panels.py), without the factors of their span."""
+        """Return the scales and minimums of a step (see panels.py), without the factors of the span."""
         s, name, lanes = self.s, self.shape.scales.name, self.lanes
         n = self.shape.columns // self.shape.group
 
@@ -196,7 +187,7 @@ class _Panel:
 
 
 def unpacked(s: Simd, shape: IntPanel, planes: Val) -> Callable[[int], Val]:
-    """The planes of 32 columns of 16 rows: a function that gives vector i of u, bytes."""
+    """Load the planes of 32 columns of 16 rows. Return a function from i to vector i of u, bytes."""
     return _Block(s, shape, [], [], [s.load(planes + 64 * plane, I8, 4 * ROWS) for plane in range(shape.bits)]).quant
 
 
@@ -205,7 +196,7 @@ def _log2(power: int) -> int:
 
 
 def _moved(v: Val, left: int) -> Val:
-    """All bytes shifted left (right if negative); bits that come from a neighbour are the caller's to mask."""
+    """All bytes shifted left, or right if `left` is negative. The caller masks the bits that come from a neighbour."""
     if left == 0:
         return v
     words = v.as_type(I16)

@@ -1,22 +1,22 @@
-"""out = x @ w.T: panels of 16 rows, tiles of 1 or 4 tokens, work dealt out in pieces of a few panels."""
+"""out = x @ w.T, by tiles of 1 or 4 tokens. A piece of work is some panels, for some tiles of tokens."""
 
 import functools
 
 from gguf_run.formats.compiler.jit import carray, njit
 from gguf_run.kernels_cpu.matmul.int_tile import AHEAD
 from gguf_run.kernels_cpu.matmul.tile import prefetch, tile
-from gguf_run.kernels_cpu.panels.panels import PANELS, ROWS, IntPanel
+from gguf_run.kernels_cpu.panels.panels import PANELS, ROWS, TOKENS, IntPanel
 from gguf_run.kernels_cpu.replay.op import TapeOp, n_shrinking, op, shrinking
 from gguf_run.kernels_cpu.vector import isa
 from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
 
-TOKENS = 4  # tokens of a tile. A batch is computed in whole tiles: buffers have rows for the rest, whatever is in them
-_PIECE_BYTES = 16384  # one token: weights that a thread takes at a time, at least
-_GROUPS, _TILES = 8, 16  # a batch: panels and tiles of a piece, so that the panels stay in the second-level cache
+_PIECE_BYTES = 16384  # one token: bytes of weights that a thread takes at a time, or more
+_GROUPS, _TILES = 8, 16  # a batch: panels and tiles of a piece. The panels stay in the second-level cache
 
 
 @njit(inline="always")
-def _add_bias(bias, out, out_stride, n_tokens, g, lanes):  # type: ignore[no-untyped-def]
+def _add_bias(bias, out, out_stride, n_tokens, g, lanes):
+    """Add the bias of panel g to `lanes` columns of n_tokens rows at out."""
     for t in range(n_tokens):
         row = f32_at(out + t * out_stride, lanes)
         for r in range(lanes):
@@ -24,10 +24,11 @@ def _add_bias(bias, out, out_stride, n_tokens, g, lanes):  # type: ignore[no-unt
 
 
 @njit(inline="always")
-def cut(piece, n_tokens, n_tile, n_unit, unit_bytes, most, multiple, nth):  # type: ignore[no-untyped-def]
-    """(pieces in all, first unit, end, first tile, end) of a piece of a matmul.
+def cut(piece, n_tokens, n_tile, n_unit, unit_bytes, most, multiple, nth):
+    """Return (number of pieces, first unit, end, first tile, end) for a piece of a matmul.
 
-    A unit is some panels, unit_bytes of weights. A piece of a batch has at most `most` units, a multiple of `multiple`.
+    A unit is some panels, of unit_bytes. A piece of a batch has at most `most` units, rounded up to a multiple of
+    `multiple`.
     """
     if n_tokens == 1:
         n_piece = n_shrinking(n_unit, max(1, _PIECE_BYTES // unit_bytes), nth)
@@ -42,31 +43,37 @@ def cut(piece, n_tokens, n_tile, n_unit, unit_bytes, most, multiple, nth):  # ty
 
 
 def tile_panels(panel: int) -> int:
-    """Panels of a tile of several tokens. Scales with a shared factor need too many registers for two."""
+    """Return the panels of a tile of several tokens: one for scales with a shared factor, which need more registers."""
     shape = PANELS[panel]
     return 1 if isinstance(shape, IntPanel) and shape.scales.shared else isa.current().panels
 
 
 @functools.cache
 def matmul(panel: int) -> TapeOp:
-    """The op for one panel, a number of PANELS.
+    """Return the op for one kind of panel: its place in PANELS.
 
-    Fields (addresses, bytes): rows: address of the number of tokens. w: panels, each of group_bytes. x, out: rows.
-    n_steps, step_bytes: see tile. residual: rows added, or 16 zeros with residual_stride = residual_group = 0, where
-    residual_group is the bytes from one panel's columns to the next's. bias: f32[n_out] or 0. scratch: per thread, for
-    TOKENS * 16 floats.
+    rows: address of the number of tokens.
+    n_out: rows of the matrix.
+    n_steps, step_bytes: see tile.
+    group_bytes: bytes of a panel.
+    w: address of the panels.
+    x, out: rows.
+    residual: rows that are added, or 16 zeros with residual_stride = residual_group = 0.
+    residual_group: bytes from the columns of one panel to those of the next.
+    bias: f32[n_out], or 0.
+    scratch: TOKENS * 16 floats for each thread.
     """
-    tokens, panels = TOKENS, tile_panels(panel)
+    panels = tile_panels(panel)
 
     @op(
         "rows n_out n_steps step_bytes group_bytes w x x_stride out out_stride "
         "residual residual_stride residual_group bias scratch scratch_stride"
     )
-    def matmul_panel(args, piece, ith, nth):  # type: ignore[no-untyped-def]
+    def matmul_panel(args, piece, ith, nth):
         a = carray(args, 1)[0]
         n_tokens = i64_at(a.rows, 1)[0]
         n_group = (a.n_out + ROWS - 1) // ROWS
-        n_tile = (n_tokens + tokens - 1) // tokens
+        n_tile = (n_tokens + TOKENS - 1) // TOKENS
         tail = a.n_out % ROWS
         spare = a.scratch + ith * a.scratch_stride
         n_piece, g0, g1, t0, t1 = cut(piece, n_tokens, n_tile, n_group, a.group_bytes, _GROUPS, panels, nth)
@@ -74,9 +81,9 @@ def matmul(panel: int) -> TapeOp:
             return n_piece
         if n_tokens == 1:
             prefetch(a.w + g0 * a.group_bytes)
-        count = 1 if n_tokens == 1 else tokens
+        count = 1 if n_tokens == 1 else TOKENS
         for t in range(t0, t1):
-            first = t * tokens
+            first = t * TOKENS
             x = a.x + first * a.x_stride
             g = g0
             while g < g1:
@@ -86,7 +93,7 @@ def matmul(panel: int) -> TapeOp:
                 init_stride, to, to_stride, lanes = a.residual_stride, out, a.out_stride, ROWS
                 n_here = 1
                 if tail and g == n_group - 1:
-                    # fewer than 16 rows are left: the tile goes through spare memory
+                    # fewer than 16 rows are left: the tile reads and writes spare memory
                     lanes, to, to_stride = tail, spare, ROWS * 4
                     for i in range(count):
                         row, source = f32_at(spare + i * ROWS * 4, ROWS), f32_at(init + i * init_stride, ROWS)
@@ -102,9 +109,9 @@ def matmul(panel: int) -> TapeOp:
                     )  # fmt: skip
                 else:
                     next_w = a.group_bytes if n_here > 1 else 0
-                    ahead = n_here * a.group_bytes if t == t0 else 0  # the other tiles find the panels in the cache
+                    ahead = n_here * a.group_bytes if t == t0 else 0  # later tiles find the panels in the cache
                     tile(
-                        panel, panels, tokens, w, next_w, a.step_bytes, a.n_steps,
+                        panel, panels, TOKENS, w, next_w, a.step_bytes, a.n_steps,
                         x, a.x_stride, to, to_stride, init, init_stride, ahead,
                     )  # fmt: skip
                 if lanes != ROWS:

@@ -1,93 +1,86 @@
-"""The innermost kernel: 16 rows of a panel times 1 or 4 tokens, for every panel and instruction set.
+"""The innermost kernel: 16 rows of a panel times 1 or 4 tokens, for each panel and instruction set.
 
-Each of the 16 f32 lanes is one row, so nothing is summed across lanes. A vector of weights is loaded and unpacked once
-and used for all tokens of the tile; a token's activations are broadcast. Integer panels are in int_tile.py.
+Each of the 16 f32 lanes is one row: nothing is summed across lanes. A vector of weights is loaded and unpacked once,
+and multiplied with all tokens of the tile. An activation is repeated in all lanes. Integer panels are in int_tile.py.
 """
 
-from typing import Any
+from collections.abc import Callable
 
-from gguf_run.formats.compiler.jit import intrinsic, types
 from gguf_run.kernels_cpu.matmul.int_tile import AHEAD, int_tile
 from gguf_run.kernels_cpu.panels.panels import PANELS, ROWS, FloatPanel, IntPanel, Panel
-from gguf_run.kernels_cpu.vector.simd import F32, I16, I32, I64, Simd, Val, kernel
+from gguf_run.kernels_cpu.vector.lowering import simd_kernel
+from gguf_run.kernels_cpu.vector.simd import F32, I16, I32, I64, Simd, Val
 
-_FLOAT_SUMS = 16  # sums of a float tile that run side by side, so that they do not wait for each other
+_FLOAT_SUMS = 16  # sums of a float tile that run side by side
 
 
-@intrinsic(prefer_literal=True)
+@simd_kernel
 def tile(
-    typing_context: Any,
-    panel: Any,
-    n_panels: Any,
-    n_tokens: Any,
-    w: Any,
-    w_panel: Any,
-    w_step: Any,
-    n_steps: Any,
-    x: Any,
-    x_stride: Any,
-    out: Any,
-    out_stride: Any,
-    init: Any,
-    init_stride: Any,
-    ahead: Any,
-) -> Any:
+    s: Simd,
+    panel: int,
+    n_panels: int,
+    n_tokens: int,
+    w: Val,
+    w_panel: Val,
+    w_step: Val,
+    n_steps: Val,
+    x: Val,
+    x_stride: Val,
+    out: Val,
+    out_stride: Val,
+    init: Val,
+    init_stride: Val,
+    ahead: Val,
+) -> None:
     """out[t, r] = init[t, r] + sum over columns of w[r, column] * x[t, column], t < n_tokens, r < 16 * n_panels.
 
-    panel, n_panels, n_tokens: literal integers (place in PANELS; panels and tokens of the tile). Addresses and strides
-    in bytes. n_steps: of panel.columns columns each. Integer panels: x in activation blocks. Float panels: x in f32;
-    w_step: bytes from one step to the next. w_panel: bytes from one panel to the next; 0: there is but one, computed
-    n_panels times. init may be out; init_stride 0 repeats one row. ahead: how many bytes from what is used to what is
-    asked of memory for later (integer panels; 0: nothing is, if there are several tokens).
+    panel: place in PANELS.
+    n_panels, n_tokens: the size of the tile.
+    w: address of the first panel.
+    w_panel: bytes from one panel to the next. 0: there is one panel, which is computed n_panels times.
+    w_step: bytes from one step to the next, for float panels.
+    n_steps: steps of panel.columns columns.
+    x, x_stride: rows of activation blocks for integer panels, of f32 for float panels.
+    init, init_stride: rows of f32. init may be out; init_stride 0 repeats one row.
+    ahead: as in int_tile.
     """
-    shape, panels, tokens = PANELS[panel.literal_value], n_panels.literal_value, n_tokens.literal_value
-
-    def emit(s: Simd, w: Val, w_panel: Val, w_step: Val, n_steps: Val, *rest: Val) -> None:
-        x, x_stride, out, out_stride, init, init_stride, ahead = rest
-        xs = [x + x_stride * t for t in range(tokens)]
-        ws = [w + w_panel * p for p in range(panels)]
-        step = s.select(w_panel.compare("==", 0), s.const(I64, 0), s.const(I64, 64))
-        moves = [(t, step * p) for t in range(tokens) for p in range(panels)]
-        places = [(init + init_stride * t + move, out + out_stride * t + move) for t, move in moves]
-        _tile(s, shape, ws, w_step, n_steps, xs, places, ahead)
-
-    return kernel(types.void(panel, n_panels, n_tokens, *[types.intp] * 11), emit)
+    xs = [x + x_stride * t for t in range(n_tokens)]
+    ws = [w + w_panel * p for p in range(n_panels)]
+    step = s.select(w_panel.compare("==", 0), s.const(I64, 0), s.const(I64, 64))
+    moves = [(t, step * p) for t in range(n_tokens) for p in range(n_panels)]
+    places = [(init + init_stride * t + move, out + out_stride * t + move) for t, move in moves]
+    _tile(s, PANELS[panel], ws, w_step, n_steps, xs, places, ahead)
 
 
-@intrinsic(prefer_literal=True)
+@simd_kernel
 def tile_at(
-    typing_context: Any,
-    panel: Any,
-    n_panels: Any,
-    n_tokens: Any,
-    w: Any,
-    w_panel: Any,
-    w_step: Any,
-    n_steps: Any,
-    at: Any,
-    move: Any,
-) -> Any:
-    """As `tile`, for tokens that stand anywhere: out[t, r] += sum over columns of w[r, column] * x[t, column].
+    s: Simd,
+    panel: int,
+    n_panels: int,
+    n_tokens: int,
+    w: Val,
+    w_panel: Val,
+    w_step: Val,
+    n_steps: Val,
+    at: Val,
+    move: Val,
+) -> None:
+    """As `tile`, for rows at any addresses: out[t, r] += sum over columns of w[r, column] * x[t, column].
 
-    at: of int64[2, n_tokens], the addresses of x[t] and, `move` bytes before the place, of out[t].
+    at: address of int64[2, n_tokens]: addresses of x[t], then addresses of out[t] less `move` bytes.
     """
-    shape, panels, tokens = PANELS[panel.literal_value], n_panels.literal_value, n_tokens.literal_value
-
-    def emit(s: Simd, w: Val, w_panel: Val, w_step: Val, n_steps: Val, at: Val, move: Val) -> None:
-        xs = [s.load(at + 8 * t, I64) for t in range(tokens)]
-        ws = [w + w_panel * p for p in range(panels)]
-        outs = [s.load(at + 8 * (tokens + t), I64) + move + 64 * p for t in range(tokens) for p in range(panels)]
-        ahead = s.const(I64, AHEAD if tokens == 1 else 0)
-        _tile(s, shape, ws, w_step, n_steps, xs, [(out, out) for out in outs], ahead)
-
-    return kernel(types.void(panel, n_panels, n_tokens, *[types.intp] * 6), emit)
+    xs = [s.load(at + 8 * t, I64) for t in range(n_tokens)]
+    ws = [w + w_panel * p for p in range(n_panels)]
+    outs = [s.load(at + 8 * (n_tokens + t), I64) + move + 64 * p for t in range(n_tokens) for p in range(n_panels)]
+    ahead = s.const(I64, AHEAD if n_tokens == 1 else 0)
+    _tile(s, PANELS[panel], ws, w_step, n_steps, xs, [(out, out) for out in outs], ahead)
 
 
 def _tile(
     s: Simd, panel: Panel, ws: list[Val], w_step: Val, n_steps: Val, xs: list[Val], places: list[tuple[Val, Val]],
     ahead: Val,
 ) -> None:  # fmt: skip
-    """See int_tile."""
+    """A tile of an integer or a float panel. The arguments are as in int_tile."""
     if isinstance(panel, IntPanel):
         int_tile(s, panel, ws, n_steps, xs, places, ahead)
         return
@@ -100,45 +93,61 @@ def _tile(
 def _float_panel(
     s: Simd, panel: FloatPanel, ws: list[Val], w_step: Val, n_steps: Val, xs: list[Val], start: list[Val]
 ) -> list[Val]:
-    def weights(w: Val, k: Val) -> Val:
-        stored = s.load(w + w_step * k, panel.element, ROWS)
-        if panel.element == I16:  # bfloat16 is the upper half of an f32
-            return (stored.to(I32, signed=False) << 16).as_type(F32)
-        return stored.to(F32)
+    """Return start + the products over all steps."""
 
-    def column(k: Val, acc: list[Val]) -> list[Val]:
+    def weights(w: Val, k: Val) -> Val:
+        return widen(s.load(w + w_step * k, panel.element, ROWS))
+
+    def products(k: Val) -> list[tuple[Val, Val]]:
         rows = [weights(w, k) for w in ws]
         values = [s.load(x + k * 4, F32, splat=ROWS) for x in xs]
-        pairs = [(value, row) for value in values for row in rows]
-        return [s.fma(row, value, a) for (value, row), a in zip(pairs, acc, strict=True)]
+        return [(row, value) for value in values for row in rows]
 
+    return sums_of_products(s, start, n_steps, products, _FLOAT_SUMS)
+
+
+def widen(stored: Val) -> Val:
+    """Elements of a float panel of 16 or 32 bits as f32."""
+    if stored.element == I16:  # bfloat16 is the upper half of an f32
+        return (stored.to(I32, signed=False) << 16).as_type(F32)
+    return stored.to(F32)
+
+
+def sums_of_products(
+    s: Simd, start: list[Val], n_steps: Val, products: Callable[[Val], list[tuple[Val, Val]]], n_sums: int
+) -> list[Val]:
+    """Return start + the sums of products(i) over n_steps steps.
+
+    Fewer than n_sums sums are split into several each, so that no addition waits for another.
+    """
     n = len(start)
-    zero = s.const(F32, 0.0, ROWS)
+    unroll = max(1, n_sums // n)  # steps of an iteration, each with sums of its own
 
-    unroll = max(1, _FLOAT_SUMS // n)  # columns per iteration; each has sums of its own
+    def step(i: Val, acc: list[Val]) -> list[Val]:
+        return [s.fma(a, b, total) for (a, b), total in zip(products(i), acc, strict=True)]
 
-    def columns(i: Val, acc: list[Val]) -> list[Val]:
-        return [value for u in range(unroll) for value in column(i * unroll + u, acc[u * n : u * n + n])]
+    def steps(i: Val, acc: list[Val]) -> list[Val]:
+        return [value for u in range(unroll) for value in step(i * unroll + u, acc[u * n : u * n + n])]
 
     whole = n_steps >> (unroll.bit_length() - 1)
-    acc = s.loop(whole, start + [zero] * (n * (unroll - 1)), columns)
-    total = acc[:n]
+    acc = s.loop(whole, start + [s.const(F32, 0.0, ROWS)] * (n * (unroll - 1)), steps)
+    totals = acc[:n]
     for u in range(1, unroll):
-        total = [sum_ + part for sum_, part in zip(total, acc[u * n : u * n + n], strict=True)]
-    done = whole * unroll
-    return s.loop(n_steps - done, total, lambda i, acc: column(done + i, acc))
+        totals = [a + b for a, b in zip(totals, acc[u * n : u * n + n], strict=True)]
+    if unroll == 1:
+        return totals
+    return s.loop(n_steps - whole * unroll, totals, lambda i, acc: step(whole * unroll + i, acc))
 
 
-@intrinsic
-def prefetch(typing_context: Any, address: Any) -> Any:
-    """Ask for the first panels of a piece of work. Within a piece `tile` asks ahead, but where a thread begins anew the
-    memory would take as long to answer as 30 kB take to stream."""
+@simd_kernel
+def prefetch(s: Simd, address: Val) -> None:
+    """Prefetch the first panels of a piece of work.
 
-    def emit(s: Simd, address: Val) -> None:
-        def line(i: Val, none: list[Val]) -> list[Val]:
-            s.prefetch(address + i * 64)
-            return none
+    Within a piece, `tile` prefetches. At the start of a piece the first answer of the memory would take as long as
+    30 kB of a stream.
+    """
 
-        s.loop(s.const(I64, AHEAD // 64), [], line)
+    def line(i: Val) -> None:
+        s.prefetch(address + i * 64)
 
-    return kernel(types.void(types.intp), emit)
+    s.each(AHEAD // 64, line)

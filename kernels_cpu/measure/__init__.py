@@ -1,1 +1,1 @@
-"""What the machine can do: bandwidth and operations per second."""
+"""What is measured with kernels of its own: the limits of the machine (limits.py), and logits (log_softmax.py)."""

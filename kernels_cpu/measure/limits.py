@@ -1,7 +1,7 @@
-"""What this machine can do at most with n threads: bytes read from memory and int8 operations, each per second.
+"""The limits of this machine with n threads: bytes read from memory, and int8 operations, in a second.
 
-Decoding one token reads every weight once, a long prompt multiplies them with many tokens: these two limits bound the
-speed of any kernel. They are measured with the thread team and the SIMD vocabulary that the kernels use themselves.
+To decode a token is to read all weights once. A long prompt multiplies all weights with many tokens. The two limits
+bound the speed of any kernel. They are measured with the thread team and the SIMD vocabulary of the kernels.
 """
 
 import functools
@@ -11,47 +11,47 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.compiler.jit import carray, intrinsic, types
+from gguf_run.formats.compiler.jit import carray
 from gguf_run.kernels_cpu.panels.memory import aligned
 from gguf_run.kernels_cpu.replay.op import TapeOp, op
 from gguf_run.kernels_cpu.replay.team import Team
 from gguf_run.kernels_cpu.vector import isa
-from gguf_run.kernels_cpu.vector.simd import I8, I32, Simd, Val, kernel
+from gguf_run.kernels_cpu.vector.lowering import simd_kernel
+from gguf_run.kernels_cpu.vector.simd import I8, I32, Simd, Val
 
 _LINE = 64
 _LANES = 16  # i32 lanes of a 64-byte vector
 _READ_PIECE = 1 << 20
-_LOADS = 8  # cache lines read per iteration, each into a sum of its own
-# Bytes to read: so many times what the caches hold that it does not matter what they keep from the run before.
+_LOADS = 8  # cache lines read in an iteration, each into a sum of its own
+# Bytes to read: _CACHES times the size of all caches, so that what they keep from the run before does not matter.
 _LEAST_READ, _MOST_READ, _CACHES = 512 << 20, 4 << 30, 16
-_DOT_PIECES, _DOT_STEPS = 4, 2_000  # per thread and pass; per piece
-_DOT_BITS = 7  # of the unsigned operand: more need extra work on some instruction sets
-# Vectors of each operand in a step, side * side sums: enough to fill the pipelines, few enough for the registers.
+_DOT_PIECES, _DOT_STEPS = 4, 2_000  # pieces of each thread in a pass, and steps of a piece
+_DOT_BITS = 7  # of the unsigned operand. Some instruction sets need extra work for 8 bits
+# Vectors of each operand in a step. There are side * side sums: enough for the pipelines, not too many for registers.
 _DOT_SIDES = {"vnni512": 4}
-_RUNS = 50  # so many times `seconds` in all, but a few runs at least
+_RUNS = 50  # runs, if each takes `seconds`; fewer if a run takes longer
 
 
 @dataclass(frozen=True)
 class Limits:
-    """read_bytes: bytes read per second; int8_ops: int8 operations per second, a multiplication and an addition each
-    counted as one. name: of a GPU (n_threads is 0 then, and the operations are f16)."""
+    """The limits of the CPU with n_threads threads, or of a GPU."""
 
-    n_threads: int
-    read_bytes: float
-    int8_ops: float
-    name: str = ""
+    n_threads: int  # 0 for a GPU
+    read_bytes: float  # bytes read in a second
+    int8_ops: float  # int8 additions and multiplications in a second (GPU: f16)
+    name: str = ""  # of the GPU
 
 
 def measure_limits(n_threads: int, n_bytes: int | None = None, seconds: float = 0.005) -> Limits:
-    """Measure with n_threads threads; takes about half a second.
+    """Measure the limits with n_threads threads. It takes about half a second.
 
-    n_bytes: size of the memory that is read (None: several times all caches). Each limit is the best of many runs that
-    take `seconds` or a little more: whatever else the machine does makes a run slower, never faster.
+    n_bytes: size of the memory that is read. None: many times the size of all caches.
+    seconds: time of a run, or a little more. A limit is the best of many runs: other work of the machine makes a run
+        slower, never faster.
     """
     team = Team(n_threads)
     try:
@@ -69,7 +69,7 @@ def measure_limits(n_threads: int, n_bytes: int | None = None, seconds: float = 
 
 
 def _memory(n_bytes: int, n_threads: int) -> NDArray[np.uint8]:
-    """Memory of large pages, like that of weights, and like it first touched by several threads."""
+    """Return memory like that of weights: with large pages, first touched by several threads."""
     data = aligned(-(-n_bytes // _READ_PIECE) * _READ_PIECE)
     with ThreadPoolExecutor(n_threads) as pool:
         for done in [pool.submit(part.fill, 1) for part in np.array_split(data, 4 * n_threads)]:
@@ -78,7 +78,7 @@ def _memory(n_bytes: int, n_threads: int) -> NDArray[np.uint8]:
 
 
 def _read_size(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
-    """Bytes to read: many times what all caches hold together, as far as the system tells."""
+    """Return the bytes to read: many times the size of all caches, as far as the system tells it."""
     caches = {}
     for cache in cpus.glob("cpu[0-9]*/cache/index[0-9]*"):
         try:
@@ -96,7 +96,7 @@ def _read_size(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
 
 
 def _rate(team: Team, op: TapeOp, work: int, seconds: float, **arguments: int) -> float:
-    """Work per second of the best run; op does `work`, often enough in a run to take `seconds`."""
+    """Return the work in a second of the best run. A run does the op's `work` until it takes `seconds`."""
     bound = op.bind(**arguments)
     tape = np.array([(op.compiled.address, bound.ctypes.data)], np.int64)
     while (once := _seconds(team, tape)) < seconds:
@@ -112,26 +112,23 @@ def _seconds(team: Team, tape: NDArray[np.int64]) -> float:
 
 
 def _keep(s: Simd, sums: list[Val], address: Val) -> None:
-    """Add what was computed to memory: what nobody sees would not be computed."""
+    """Add the sums to memory: the compiler drops what nobody reads."""
     s.store(functools.reduce(operator.add, sums, s.load(address, I32, _LANES)), address)
 
 
-@intrinsic
-def _read_lines(typing_context: Any, address: Any, n_steps: Any, to: Any) -> Any:
+@simd_kernel
+def _read_lines(s: Simd, address: Val, n_steps: Val, to: Val) -> None:
     """Read _LOADS cache lines in each of n_steps steps."""
 
-    def emit(s: Simd, address: Val, n_steps: Val, to: Val) -> None:
-        def body(i: Val, sums: list[Val]) -> list[Val]:
-            at = address + i * (_LINE * _LOADS)
-            return [total + s.load(at + _LINE * k, I32, _LANES) for k, total in enumerate(sums)]
+    def body(i: Val, sums: list[Val]) -> list[Val]:
+        at = address + i * (_LINE * _LOADS)
+        return [total + s.load(at + _LINE * k, I32, _LANES) for k, total in enumerate(sums)]
 
-        _keep(s, s.loop(n_steps, [s.const(I32, 0, _LANES)] * _LOADS, body), to)
-
-    return kernel(types.void(*[types.intp] * 3), emit)
+    _keep(s, s.loop(n_steps, [s.const(I32, 0, _LANES)] * _LOADS, body), to)
 
 
 @op("data n_bytes sums")
-def _read(args, piece, ith, nth):  # type: ignore[no-untyped-def]
+def _read(args, piece, ith, nth):
     """Read all of data once."""
     a = carray(args, 1)[0]
     if piece < 0:
@@ -140,30 +137,26 @@ def _read(args, piece, ith, nth):  # type: ignore[no-untyped-def]
     return 0
 
 
-@intrinsic
-def _dots(typing_context: Any, address: Any, n_steps: Any, to: Any) -> Any:
-    """Dot products of a few kB that stay in the first-level cache with vectors that stay in registers.
+@simd_kernel
+def _dots(s: Simd, address: Val, n_steps: Val, to: Val) -> None:
+    """Dot products of a few kB, which stay in the first-level cache, with vectors that stay in registers.
 
-    One operand is loaded anew in each step, or the compiler would take the products out of the loop.
+    One operand is loaded anew in each step: else the compiler would take the products out of the loop.
     """
+    side = _DOT_SIDES.get(s.isa.dot, 2)
+    xs = [s.load(address + _LINE * k, I8, 4 * _LANES) for k in range(side)]
 
-    def emit(s: Simd, address: Val, n_steps: Val, to: Val) -> None:
-        side = _DOT_SIDES.get(s.isa.dot, 2)
-        xs = [s.load(address + _LINE * k, I8, 4 * _LANES) for k in range(side)]
+    def body(i: Val, sums: list[Val]) -> list[Val]:
+        at = address + (i & 7) * (_LINE * side)
+        us = [s.load(at + _LINE * k, I8, 4 * _LANES) for k in range(side)]
+        pairs = [(u, x) for u in us for x in xs]
+        return [s.dot(total, u, x, _DOT_BITS) for total, (u, x) in zip(sums, pairs, strict=True)]
 
-        def body(i: Val, sums: list[Val]) -> list[Val]:
-            at = address + (i & 7) * (_LINE * side)
-            us = [s.load(at + _LINE * k, I8, 4 * _LANES) for k in range(side)]
-            pairs = [(u, x) for u in us for x in xs]
-            return [s.dot(total, u, x, _DOT_BITS) for total, (u, x) in zip(sums, pairs, strict=True)]
-
-        _keep(s, s.loop(n_steps, [s.const(I32, 0, _LANES)] * (side * side), body), to)
-
-    return kernel(types.void(*[types.intp] * 3), emit)
+    _keep(s, s.loop(n_steps, [s.const(I32, 0, _LANES)] * (side * side), body), to)
 
 
 @op("data sums")
-def _dot(args, piece, ith, nth):  # type: ignore[no-untyped-def]
+def _dot(args, piece, ith, nth):
     """_DOT_PIECES pieces of dot products for each thread."""
     a = carray(args, 1)[0]
     if piece < 0:

@@ -1,91 +1,82 @@
-"""What evaluation needs of rows of logits: log(sum(exp)), and how far two distributions are apart.
+"""What evaluation computes from rows of logits: log(sum(exp)), and the divergence of two distributions.
 
-Sums run in f32 lanes over a few thousand values and in f64 from there on. Rows are shared out to threads.
+A sum runs in f32 lanes for a few thousand values, and in f64 beyond. Each thread has a share of the rows.
 """
 
 import itertools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.compiler.jit import intrinsic, njit, types
+from gguf_run.formats.compiler.jit import njit
+from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.native import f32_at
-from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val, kernel
+from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val
 
 _LANES = 64
 _VECTOR_BYTES = 4 * _LANES
-_RUN = 64  # vectors that are summed in f32
+_RUN = 64  # vectors that are summed in f32, a run
 _LOWEST = np.finfo(np.float32).min
 
 
-@intrinsic
-def _maximum(typing_context: Any, x: Any, n_vectors: Any) -> Any:
-    def emit(s: Simd, x: Val, n_vectors: Val) -> Val:
-        def body(i: Val, best: list[Val]) -> list[Val]:
-            return [s.maximum(s.load(x + i * _VECTOR_BYTES, F32, _LANES), best[0])]
+@simd_kernel
+def _maximum(s: Simd, x: Val, n_vectors: Val) -> Val:
+    def body(i: Val, best: list[Val]) -> list[Val]:
+        return [s.maximum(s.load(x + i * _VECTOR_BYTES, F32, _LANES), best[0])]
 
-        lowest = s.const(F32, -math.inf, _LANES)
-        return s.fold(s.loop(n_vectors, [lowest], body)[0], s.maximum)
-
-    return kernel(types.float32(types.intp, types.intp), emit)
+    lowest = s.const(F32, -math.inf, _LANES)
+    return s.fold(s.loop(n_vectors, [lowest], body)[0], s.maximum)
 
 
-@intrinsic
-def _sum_exp(typing_context: Any, x: Any, n_vectors: Any, shift: Any) -> Any:
+@simd_kernel(floats="shift")
+def _sum_exp(s: Simd, x: Val, n_vectors: Val, shift: Val) -> Val:
     """Sum of exp(x - shift)."""
+    shifts = s.splat(shift, _LANES)
 
-    def emit(s: Simd, x: Val, n_vectors: Val, shift: Val) -> Val:
-        shifts = s.splat(shift, _LANES)
+    def body(i: Val, total: list[Val]) -> list[Val]:
+        return [total[0] + s.exp(s.load(x + i * _VECTOR_BYTES, F32, _LANES) - shifts)]
 
-        def body(i: Val, total: list[Val]) -> list[Val]:
-            return [total[0] + s.exp(s.load(x + i * _VECTOR_BYTES, F32, _LANES) - shifts)]
-
-        return s.sum(s.loop(n_vectors, [s.const(F32, 0.0, _LANES)], body)[0])
-
-    return kernel(types.float32(types.intp, types.intp, types.float32), emit)
+    return s.sum(s.loop(n_vectors, [s.const(F32, 0.0, _LANES)], body)[0])
 
 
-# KL(p || q) = sum p log(p / q). With t = log p - log q and sum p = sum q = 1 it is also the sum of p t - p + q, in
-# which no term is negative: it is exactly 0 for equal rows, and tiny values are not lost between large terms.
-# p t - p + q = p (exp(-t) - 1 + t), for small t by its series.
+# KL(p || q) = sum p log(p / q). With t = log p - log q and sum p = sum q = 1 it is also the sum of p t - p + q. No term
+# of this sum is negative: it is exactly 0 for equal rows, and small results are not lost between large terms.
+# p t - p + q = p (exp(-t) - 1 + t); a series gives it for small t.
 _SMALL = 0.25
 _SERIES = (1 / 40320, -1 / 5040, 1 / 720, -1 / 120, 1 / 24, -1 / 6, 1 / 2)
 
 
-@intrinsic
-def _sum_divergence(typing_context: Any, p: Any, q: Any, n_vectors: Any, max_p: Any, log_p: Any, shift: Any) -> Any:
-    """Sum of p (exp(-t) - 1 + t). p, q: addresses of logits; max_p + log_p: log(sum(exp)) of p's; shift: the same of q
-    less that of p."""
+@simd_kernel(floats="max_p log_p shift")
+def _sum_divergence(s: Simd, p: Val, q: Val, n_vectors: Val, max_p: Val, log_p: Val, shift: Val) -> Val:
+    """Sum of p (exp(-t) - 1 + t).
 
-    def emit(s: Simd, p: Val, q: Val, n_vectors: Val, max_p: Val, log_p: Val, shift: Val) -> Val:
-        max_ps, log_ps, shifts = (s.splat(value, _LANES) for value in (max_p, log_p, shift))
+    p, q: addresses of logits. max_p + log_p: log(sum(exp)) of p's logits. shift: log(sum(exp)) of q's less that of p's.
+    """
+    max_ps, log_ps, shifts = (s.splat(value, _LANES) for value in (max_p, log_p, shift))
 
-        def body(i: Val, total: list[Val]) -> list[Val]:
-            a, b = (s.load(row + i * _VECTOR_BYTES, F32, _LANES) for row in (p, q))
-            log_prob = a - max_ps - log_ps
-            t = a - b + shifts
-            series = s.const(F32, _SERIES[0], _LANES)
-            for c in _SERIES[1:]:
-                series = s.fma(series, t, s.const(F32, c, _LANES))
-            prob = s.exp(log_prob)
-            near = prob * (t * t * series)
-            far = prob * (t - 1.0) + s.exp(log_prob - t)
-            return [total[0] + s.select(s.absolute(t).compare("<", _SMALL), near, far)]
+    def body(i: Val, total: list[Val]) -> list[Val]:
+        a, b = (s.load(row + i * _VECTOR_BYTES, F32, _LANES) for row in (p, q))
+        log_prob = a - max_ps - log_ps
+        t = a - b + shifts
+        series = s.const(F32, _SERIES[0], _LANES)
+        for c in _SERIES[1:]:
+            series = s.fma(series, t, s.const(F32, c, _LANES))
+        prob = s.exp(log_prob)
+        near = prob * (t * t * series)
+        far = prob * (t - 1.0) + s.exp(log_prob - t)
+        return [total[0] + s.select(s.absolute(t).compare("<", _SMALL), near, far)]
 
-        return s.sum(s.loop(n_vectors, [s.const(F32, 0.0, _LANES)], body)[0])
-
-    return kernel(types.float32(*[types.intp] * 3, *[types.float32] * 3), emit)
+    return s.sum(s.loop(n_vectors, [s.const(F32, 0.0, _LANES)], body)[0])
 
 
 @njit
-def _max_and_log_sum(x, n):  # type: ignore[no-untyped-def]
-    """The largest of n values at address x, and log(sum(exp(x - max))).
+def _max_and_log_sum(x, n):
+    """The largest of n values at address x, and log(sum(exp(x - largest))).
 
-    A row may be longer than the caches: each run is read once, and the sum scaled down when its largest is larger.
+    A row may be larger than the caches: each run is read once. A run with a new largest value scales the sum down.
     """
     n_vectors, rest = n // _LANES, f32_at(x, n)[n // _LANES * _LANES :]
     highest = _LOWEST
@@ -105,14 +96,14 @@ def _max_and_log_sum(x, n):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _log_sum_exp(n, first, end, out, x, x_stride):  # type: ignore[no-untyped-def]
+def _log_sum_exp(n, first, end, out, x, x_stride):
     for row in range(first, end):
         highest, log_sum = _max_and_log_sum(x + row * x_stride, n)
         out[row] = highest + log_sum
 
 
 @njit
-def _divergence(n, first, end, out, p, p_stride, q, q_stride):  # type: ignore[no-untyped-def]
+def _divergence(n, first, end, out, p, p_stride, q, q_stride):
     n_vectors = n // _LANES
     for row in range(first, end):
         a, b = p + row * p_stride, q + row * q_stride
@@ -131,26 +122,28 @@ def _divergence(n, first, end, out, p, p_stride, q, q_stride):  # type: ignore[n
 
 
 class LogSoftmax:
-    """Runs on n_threads threads; close() ends them. Logits are float32[n_rows, n_vocab], each row in one piece."""
+    """Runs on n_threads threads; close() ends them. Logits are float32[n_rows, n_vocab] with contiguous rows."""
 
     def __init__(self, n_threads: int) -> None:
         self._n_threads = n_threads
         self._threads = ThreadPoolExecutor(n_threads, "log_softmax")
 
     def log_sum_exp(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
-        """log(sum(exp(logits))) of each row, float64[n_rows]."""
+        """Return log(sum(exp(logits))) of each row, float64[n_rows]."""
         return self._each_row(_log_sum_exp, logits)
 
     def divergence(self, p: NDArray[np.float32], q: NDArray[np.float32]) -> NDArray[np.float64]:
-        """The Kullback-Leibler divergence KL(softmax(p) || softmax(q)) of each row in nats, float64[n_rows]: never
-        negative, 0 for equal rows."""
+        """Return the Kullback-Leibler divergence KL(softmax(p) || softmax(q)) of each row, in nats, float64[n_rows].
+
+        It is never negative, and 0 for equal rows.
+        """
         return self._each_row(_divergence, p, q)
 
     def close(self) -> None:
         self._threads.shutdown()
 
     def _each_row(self, function: Callable[..., None], *rows: NDArray[np.float32]) -> NDArray[np.float64]:
-        """function(n_vocab, first, end, out, address, stride, ...) for a share of the rows on each thread."""
+        """Call function(n_vocab, first, end, out, address, stride, ...) for a share of the rows on each thread."""
         n_rows, n_vocab = rows[0].shape
         if any(x.shape != rows[0].shape or x.dtype != np.float32 or x.strides[1] != 4 for x in rows):
             raise ValueError("logits must be float32, of one shape, with values that follow one another in a row")

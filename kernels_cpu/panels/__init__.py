@@ -1,1 +1,1 @@
-"""The form that weights have on the CPU: groups of 16 rows, interleaved. Start with panels.py."""
+"""A weight's form on the CPU: 16 rows interleaved. Start with panels.py (the layouts), then repack.py."""

@@ -1,4 +1,4 @@
-"""What the CPU backend's handles are: weights as panels, vectors, embedding tables."""
+"""The CPU backend's handles: weights as panels, embedding tables. And the memory that they use."""
 
 from dataclasses import dataclass
 
@@ -7,19 +7,21 @@ from numpy.typing import NDArray
 
 from gguf_run.kernels_cpu.panels.panels import ROWS, Panel
 
-LANES = 2 * ROWS  # a cache's positions and the width of V's rows are filled up to this: tiles of two panels
+LANES = 2 * ROWS  # rows of two panels: the most that a tile writes
 
 
 def aligned(n_bytes: int) -> NDArray[np.uint8]:
-    """Zeros that start on a cache line. The system provides pages when they are first touched."""
+    """Return zeros, u8[n_bytes], that start on a cache line. The system provides pages when they are first touched."""
     memory = np.zeros(n_bytes + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + n_bytes]
 
 
 class Arena:
-    """Hands out memory from large chunks: NumPy asks the system for huge pages only for those. Streaming weights from
-    small pages costs a third of the bandwidth in page-table walks."""
+    """Hands out memory from large chunks, for which NumPy asks the system for huge pages.
+
+    With small pages, page-table walks take a third of the bandwidth of weights.
+    """
 
     _CHUNK = 64 << 20
 
@@ -27,7 +29,7 @@ class Arena:
         self._chunk = aligned(0)
 
     def take(self, n_bytes: int) -> NDArray[np.uint8]:
-        """Zeros that start on a cache line."""
+        """Return zeros, u8[n_bytes], that start on a cache line."""
         n_lines = -(-n_bytes // 64) * 64
         if n_lines > len(self._chunk):
             self._chunk = aligned(max(n_lines, self._CHUNK))
@@ -37,17 +39,17 @@ class Arena:
 
 @dataclass(frozen=True, eq=False)
 class WeightPart:
-    """Rows first .. first + n_out of a stacked matrix that share a panel shape."""
+    """Rows of a stacked matrix that have one kind of panel."""
 
     panel: Panel
-    data: NDArray[np.uint8]
-    first: int
-    n_out: int
+    data: NDArray[np.uint8]  # the panels
+    first: int  # first row
+    n_out: int  # rows
 
 
 @dataclass(frozen=True, eq=False)
 class CpuWeight:
-    """A matrix as panels, one part for each run of rows of one panel shape."""
+    """A matrix as panels, one part for each run of rows of one kind of panel."""
 
     n_in: int
     n_out: int
@@ -56,9 +58,9 @@ class CpuWeight:
 
 @dataclass(frozen=True, eq=False)
 class CpuTable:
-    """A matrix as it stands in the file (or as float32): embed reads single rows of it."""
+    """A matrix as in the file, or as float32. `embed` reads single rows of it."""
 
     type_name: str
     n_in: int
-    blocks: NDArray[np.uint8]
-    grid: NDArray[np.int8]
+    blocks: NDArray[np.uint8]  # [n_rows, row_bytes]
+    grid: NDArray[np.int8]  # codebook of the type

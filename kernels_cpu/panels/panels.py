@@ -1,18 +1,29 @@
 """Panels: the CPU's form of a weight matrix. 16 rows are interleaved so that one vector load feeds 16 rows.
 
-Integer panels hold weight = scale * (u - offset) (+ minimum) with unsigned u, as a sequence of spans. A span is 16 rows
-x `span` columns: first the scales of all its steps, then the quants of all its steps.
+An integer panel holds weight = scale * (u - offset) (+ minimum) with unsigned u. It is a sequence of spans. A span is
+16 rows x `span` columns, cut into steps of scales.step columns: first the scales of all its steps, then their quants.
 
-    factors  [1 or 2][16] f16          only where a span's scales share a factor: d, and -dmin if there are minimums
-    scales   per step                  see SCALES
-    quants   per 32 columns: [planes][16][4] u8
+    factors  [1 or 2][16] f16                where the scales of a span share a factor: d; -dmin if there are minimums
+    scales   for each step                   see SCALES
+    quants   for each block of 32 columns    [planes][16][4] u8
 
-A plane is 64 bytes. Unpacked, a block is eight vectors of 64 bytes: byte c of row r of vector i is column 4i+c. They
-are stored in parts of 1, 2, 4 or 8 bits, lowest bits first: a part of w bits takes w planes; vector i is in plane i % w
-of them, at bit w * (i // w). So 4 bits are vectors 0..3 in the low nibbles of 4 planes and 4..7 in the high ones; 5
-bits are these and a plane with the fifth bits; 6 bits have a part of 4 and one of 2.
+A plane is 64 bytes: 4 for each row. Unpacked, a block is eight vectors of 64 bytes: byte c of row r of vector i is
+column 4i + c. Vectors are stored in parts of 1, 2, 4 or 8 bits, lowest bits first. A part of w bits takes w planes:
+vector i is in plane i % w, at bit w * (i // w). For example
 
-Float panels hold [n_in][16] numbers. Both are lossless, and as narrow as the file for the types that people use.
+    4 bits   vectors 0..3 in the low nibbles of 4 planes, vectors 4..7 in the high nibbles
+    5 bits   the same, and a plane with the fifth bits
+    6 bits   a part of 4 bits and a part of 2 bits
+
+A float panel holds [n_in][16] numbers. Both kinds are lossless, and as narrow as the file for the common types.
+
+An integer panel is multiplied with int8 activations. They are blocks of 32 columns, one cache line each:
+
+    byte  0   32 int8 values, never -128
+    byte 32   f32 d: number = d * value
+    byte 36   i32 sums of values 0..31, 0..15, 16..31
+    byte 48   f32 d * each of these sums
+    byte 60   unused
 """
 
 from dataclasses import dataclass
@@ -25,50 +36,50 @@ from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16
 
 ROWS = 16  # rows of a panel: f32 lanes of a 64-byte vector
 BLOCK = 32  # columns of a block of activations, and of a set of planes
+TOKENS = 4  # tokens of a tile. A batch is computed in whole tiles: buffers have spare rows for the last one
+X_BLOCK_BYTES = 64  # of a block of activations, and where its fields are
+X_D, X_SUMS, X_D_SUMS = 32, 36, 48
 
 
 @dataclass(frozen=True)
 class Scales:
-    """How scales are stored. step: columns that are decoded together; field: bytes per row for each scale or, with
-    minimums, for each of both; shared: a span has a factor for them. The fields of a step are [field][16] bytes."""
+    """How scales, and minimums, are stored. The fields of a step are [field][16] bytes."""
 
     name: str
-    step: int
-    shared: bool
-    field: float
+    step: int  # columns whose scales are decoded together
+    shared: bool  # whether a span has a factor for its scales
+    field: float  # bytes in a row for each scale (with minimums: for each scale and each minimum)
+    types: str = ""  # tensor types with these scales
 
 
-# k4: a byte, scale in the low and minimum in the high nibble. k6: four numbers of 6 bits in three bytes, whose two top
-# bits make the fourth; less 32 if there are no minimums. k8: an int8. e8m0: an exponent, see formats/blocks/scalars.py.
-# none: all scales are 1.
 SCALES = {
     row.name: row
     for row in (
-        Scales("f16", 32, False, 2),
-        Scales("f32", 32, False, 4),
-        Scales("e8m0", 32, False, 1),
-        Scales("none", 32, False, 0),
-        Scales("k4", 32, True, 0.5),
-        Scales("k6", 64, True, 0.75),
-        Scales("k8", 32, True, 1),
+        Scales("f16", 32, False, 2, "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 IQ4_NL TQ1_0 TQ2_0 Q1_0 Q2_0"),
+        Scales("f32", 32, False, 4),  # all other types
+        Scales("e8m0", 32, False, 1, "MXFP4"),  # an exponent, see formats/blocks/scalars.py
+        Scales("none", 32, False, 0),  # all scales are 1
+        Scales("k4", 32, True, 0.5, "Q2_K"),  # a byte: the scale is the low nibble, the minimum the high nibble
+        # Three bytes: four numbers of 6 bits, the fourth made of the top bits of the bytes; less 32 without minimums.
+        Scales("k6", 64, True, 0.75, "Q3_K Q4_K Q5_K"),
+        Scales("k8", 32, True, 1, "Q6_K IQ4_XS"),  # an int8
     )
 }
-PARTS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # of a stored u: see above
+PARTS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # bits of a stored u -> bits of its parts
 
 
 @dataclass(frozen=True)
 class IntPanel:
-    """bits: width of a stored u, or of its code: u = codebook[code] + offset if there is one. dot_bits: u is below
-    2^dot_bits. offset: 0 or a power of two. group: columns per scale. span: columns whose heads stand together."""
+    """The layout of an integer panel."""
 
-    bits: int
-    dot_bits: int
-    offset: int
-    group: int
+    bits: int  # of a stored u, or of its code
+    dot_bits: int  # u is below 2^dot_bits
+    offset: int  # 0 or a power of two
+    group: int  # columns of a scale
     scales: Scales
     has_minimum: bool
-    span: int
-    codebook: tuple[int, ...] = ()
+    span: int  # columns of a span
+    codebook: tuple[int, ...] = ()  # if not empty: u = codebook[code] + offset
 
     @property
     def columns(self) -> int:
@@ -102,19 +113,20 @@ class IntPanel:
 
     @property
     def span_bytes(self) -> int:
+        """Bytes of a span."""
         return self.quants_at + self.n_steps * self.step_bytes
 
     def group_bytes(self, n_in: int) -> int:
-        """Bytes of 16 rows of n_in columns."""
+        """Return the bytes of 16 rows of n_in columns."""
         return n_in // self.span * self.span_bytes
 
 
 @dataclass(frozen=True)
 class FloatPanel:
-    """element: F32, F16, I16 for the bits of a bfloat16, I8 for those of a float of 8 bits."""
+    """The layout of a float panel."""
 
     name: str
-    element: ir.Type
+    element: ir.Type  # F32, F16, I16 (the bits of a bfloat16) or I8 (the bits of a float of 8 bits)
     element_bytes: int
     columns: int = 1  # of a step of `tile`
 
@@ -124,38 +136,27 @@ class FloatPanel:
         return ROWS * self.element_bytes
 
     def group_bytes(self, n_in: int) -> int:
+        """Return the bytes of 16 rows of n_in columns."""
         return n_in * ROWS * self.element_bytes
 
 
-# Types whose scales and minimums stand in the file as f16, or in another form than f32 that has fewer bits.
-_HALF_SCALES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "TQ1_0", "TQ2_0", "Q1_0", "Q2_0")
-_SCALES = dict.fromkeys(_HALF_SCALES, "f16") | {
-    "Q2_K": "k4",
-    "Q3_K": "k6",
-    "Q4_K": "k6",
-    "Q5_K": "k6",
-    "Q6_K": "k8",
-    "IQ4_XS": "k8",
-    "MXFP4": "e8m0",
-}
-_CODEBOOKS = {"IQ4_NL": grids.iq4_nl, "IQ4_XS": grids.iq4_nl, "MXFP4": grids.e2m1, "NVFP4": grids.e2m1}  # of 16 values
+_CODEBOOKS = (grids.iq4_nl, grids.e2m1)  # of 16 values. Panels hold the codes of types with these grids
 
 
 def _int_panel(form: IntegerForm) -> IntPanel:
-    """The narrowest panel that holds the type exactly."""
-    name = form.type.name
+    """Return the narrowest panel that holds a tensor type exactly."""
     offset = 0
     while offset < -form.q_min:
         offset = max(1, 2 * offset)
     dot_bits = (form.q_max + offset).bit_length()
-    scales = SCALES[_SCALES.get(name, "f32")]
-    assert scales.shared == form.shared
     bits = max(2, dot_bits) if dot_bits <= 6 else 8
+    scales = next((row for row in SCALES.values() if form.type.name in row.types.split()), SCALES["f32"])
+    assert scales.shared == form.shared
+    book: tuple[int, ...] = ()
+    if form.grid in _CODEBOOKS:
+        bits, book = 4, tuple(map(int, form.grid()))
     span = form.type.block_size if form.shared else scales.step
-    if name in _CODEBOOKS:
-        book = tuple(int(value) for value in _CODEBOOKS[name]())
-        return IntPanel(4, dot_bits, offset, form.group, scales, form.has_minimum, span, book)
-    return IntPanel(bits, dot_bits, offset, form.group, scales, form.has_minimum, span)
+    return IntPanel(bits, dot_bits, offset, form.group, scales, form.has_minimum, span, book)
 
 
 Panel = IntPanel | FloatPanel
@@ -164,9 +165,9 @@ FLOAT_PANELS: dict[str, Panel] = {
     "F16": FloatPanel("F16", F16, 2),
     "BF16": FloatPanel("BF16", I16, 2),
 }
-# Which panel each tensor type is repacked into. Types that are missing here go through F32.
+# The panel that each tensor type is repacked into. Types that are missing here go through F32.
 PANEL_OF: dict[str, Panel] = FLOAT_PANELS | {name: _int_panel(form) for name, form in INTEGER_FORMS.items()}
-# Panels of KV caches only (cache_types.py); scales of theirs stand elsewhere.
+# Panels of KV caches only. Their scales are elsewhere (cache_types.py).
 CACHE_PANELS: dict[str, Panel] = {
     "INT8": IntPanel(8, 8, 128, BLOCK, SCALES["none"], False, BLOCK),
     "E4M3": FloatPanel("E4M3", I8, 1),
@@ -177,15 +178,15 @@ PANELS: tuple[Panel, ...] = tuple(dict.fromkeys([*PANEL_OF.values(), *CACHE_PANE
 
 
 def panel_for(type_name: str) -> Panel:
-    """The panel that holds a tensor type exactly."""
+    """Return the panel that holds a tensor type exactly."""
     return PANEL_OF.get(type_name, FLOAT_PANELS["F32"])
 
 
 def matrix_bytes(type_name: str, n_in: int, n_out: int) -> int:
-    """Bytes of a matrix as panels."""
+    """Return the bytes of a matrix as panels."""
     return -(-n_out // ROWS) * panel_for(type_name).group_bytes(n_in)
 
 
 def panel_id(panel: Panel) -> int:
-    """The panel's number, the compile-time constant of its kernels."""
+    """Return the place of a panel in PANELS, the compile-time constant of its kernels."""
     return PANELS.index(panel)

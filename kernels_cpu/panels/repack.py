@@ -1,4 +1,4 @@
-"""File blocks to panels (panels.py has the layouts), at load, all threads."""
+"""Blocks of a file become panels at load, by all threads. panels.py has the layouts."""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
-from gguf_run.formats.compiler.jit import intrinsic, njit, specialize, types
+from gguf_run.formats.compiler.jit import njit, specialize
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.kernels_cpu.panels.panels import (
     BLOCK,
@@ -23,66 +23,59 @@ from gguf_run.kernels_cpu.panels.panels import (
     panel_for,
     panel_id,
 )
-from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val, kernel
+from gguf_run.kernels_cpu.vector.lowering import simd_kernel
+from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, Simd, Val
 
-_LEAST_BYTES, _MOST_BYTES = 1 << 17, 1 << 22  # panels that a thread makes at a time
+_LEAST_BYTES, _MOST_BYTES = 1 << 17, 1 << 22  # bytes of panels that a thread makes at a time
 
-# Names that `specialize` puts into _repack_int; here for the type checker.
+# Placeholders: `specialize` replaces them in _repack_int.
 unpack: Any = None
 PANEL = BLOCK_SIZE = TYPE_SIZE = GROUP = BYTES = 0
 
 
-@intrinsic(prefer_literal=True)
-def _pack(
-    typing_context: Any, panel: Any, n_columns: Any, q: Any, scale: Any, minimum: Any, factor: Any, out: Any
-) -> Any:
-    """The unpacked blocks of 16 rows to spans of their panel.
+@simd_kernel
+def _pack(s: Simd, panel: int, n_columns: int, q: Val, scale: Val, minimum: Val, factor: Val, out: Val) -> None:
+    """Pack the unpacked blocks of 16 rows into spans of their panel.
 
-    panel, n_columns: literal integers (place in PANELS; a multiple of its span). The others are addresses: q
-    int8[16][n_columns], scale and minimum f32[n_columns / group][16], factor f32[2][16].
+    panel: place in PANELS.
+    n_columns: a multiple of the panel's span.
+    q: address of int8[16][n_columns].
+    scale, minimum: addresses of f32[n_columns / group][16].
+    factor: address of f32[2][16].
+    out: address of the spans.
     """
-    shape, columns = PANELS[panel.literal_value], n_columns.literal_value
+    shape = PANELS[panel]
     assert isinstance(shape, IntPanel)
 
-    def emit(s: Simd, q: Val, scale: Val, minimum: Val, factor: Val, out: Val) -> None:
-        _each(s, columns // shape.span, lambda n: span(s, n, q, scale, minimum, factor, out + n * shape.span_bytes))
-
-    def span(s: Simd, n: Val, q: Val, scale: Val, minimum: Val, factor: Val, out: Val) -> None:
+    def span(n: Val) -> None:
+        to = out + n * shape.span_bytes
         for i in range(shape.n_factors):
-            s.store(s.load(factor + 64 * i, F32, ROWS).to(F16), out + 2 * ROWS * i)
-        _each(s, shape.n_steps, lambda i: step(s, n * shape.n_steps + i, i, q, [scale, minimum], out))
+            s.store(s.load(factor + 64 * i, F32, ROWS).to(F16), to + 2 * ROWS * i)
+        s.each(shape.n_steps, lambda i: step(n * shape.n_steps + i, i, to))
 
-    def step(s: Simd, k: Val, i: Val, q: Val, numbers: list[Val], out: Val) -> None:
-        """Step k of all, i of its span."""
+    def step(k: Val, i: Val, to: Val) -> None:
+        """Pack step k of all steps, which is step i of the span at `to`."""
         per = shape.columns // shape.group
-        numbers = [at + k * (4 * ROWS * per) for at in numbers[: 1 + shape.has_minimum]]
+        numbers = [at + k * (4 * ROWS * per) for at in (scale, minimum)[: 1 + shape.has_minimum]]
         fields = _heads(s, shape, [s.load(at + 4 * ROWS * g, F32, ROWS) for at in numbers for g in range(per)])
-        head = out + i * shape.head_bytes + 2 * ROWS * shape.n_factors
+        head = to + i * shape.head_bytes + 2 * ROWS * shape.n_factors
         for n, field in enumerate(fields):
             s.store(field, head + shape.head_bytes // len(fields) * n)
-        quants = out + i * shape.step_bytes + shape.quants_at
+        quants = to + i * shape.step_bytes + shape.quants_at
         for b in range(shape.columns // BLOCK):
             at = q + k * shape.columns + BLOCK * b
-            vectors = _across(s, [s.load(at + columns * r, I32, BLOCK // 4) for r in range(ROWS)])
+            vectors = _across(s, [s.load(at + n_columns * r, I32, BLOCK // 4) for r in range(ROWS)])
             for n, plane in enumerate(_planes(shape, vectors)):
                 s.store(plane, quants + 64 * (shape.bits * b + n))
 
-    return kernel(types.void(panel, n_columns, *[types.intp] * 5), emit)
-
-
-def _each(s: Simd, count: int, body: Callable[[Val], None]) -> None:
-    def once(i: Val, none: list[Val]) -> list[Val]:
-        body(i)
-        return none
-
-    s.loop(s.const(I64, count), [], once)
+    s.each(n_columns // shape.span, span)
 
 
 def _across(s: Simd, rows: list[Val]) -> list[Val]:
-    """16 rows of 8 words to 8 vectors of 16: interleaving row r with row r + 8, then r + 4, r + 2, r + 1."""
+    """Transpose 16 rows of 8 words to 8 vectors of 16: interleave row r with row r + 8, then r + 4, r + 2, r + 1."""
     vectors = [s.zip(rows[r], rows[r + 8], 0, 8) for r in range(8)]
     for distance in (4, 2, 1):
-        # what stands for one row on the left is a list of words of ever fewer columns
+        # a vector holds words of several rows, of fewer and fewer columns
         count = len(vectors) // (2 * distance)
         pairs = [
             (vectors[c * 2 * distance + r], vectors[c * 2 * distance + r + distance])
@@ -97,7 +90,7 @@ def _across(s: Simd, rows: list[Val]) -> list[Val]:
 
 
 def _planes(panel: IntPanel, vectors: list[Val]) -> list[Val]:
-    """Eight vectors of q, or of codes, to the planes of panels.py."""
+    """Return the planes (panels.py) of eight vectors of q, or of codes."""
     u = vectors if panel.codebook else [v + panel.offset for v in vectors]
     planes: list[Val] = []
     bit = 0
@@ -115,7 +108,7 @@ def _shifted(v: Val, left: int) -> Val:
 
 
 def _heads(s: Simd, panel: IntPanel, numbers: list[Val]) -> list[Val]:
-    """The fields of a step's head, from its scales and then its minimums."""
+    """Return the fields of a step's head. numbers: the scales of the step, then its minimums."""
     words = [v.to(I32) for v in numbers] if panel.scales.shared else []
     n = panel.columns // panel.group
     match panel.scales.name:
@@ -136,9 +129,11 @@ def _heads(s: Simd, panel: IntPanel, numbers: list[Val]) -> list[Val]:
             return [e.to(I8)]
 
 
-def _repack_int(src, row_bytes, n_rows, n_in, grid, times, out, first, end):  # type: ignore[no-untyped-def]
-    """Groups first .. end of 16 rows. src: uint8[n_rows * row_bytes], times: f32 factors of equal shares of the rows,
-    out: address of the panels."""
+def _repack_int(src, row_bytes, n_rows, n_in, grid, times, out, first, end):
+    """Repack groups `first` to `end` - 1 of 16 rows.
+
+    src: u8[n_rows * row_bytes]. times: f32 factors of equal shares of the rows. out: address of the panels.
+    """
     n_scales = BLOCK_SIZE // GROUP
     q = np.zeros((ROWS, BLOCK_SIZE), np.int8)
     scale, minimum = np.zeros((n_scales, ROWS), np.float32), np.zeros((n_scales, ROWS), np.float32)
@@ -147,7 +142,7 @@ def _repack_int(src, row_bytes, n_rows, n_in, grid, times, out, first, end):  # 
     row_factor = np.ones(2, np.float32)
     for group in range(first, end):
         rows = min(ROWS, n_rows - group * ROWS)
-        if rows < ROWS:  # rows that fill the last panel
+        if rows < ROWS:  # the last panel has spare rows
             q[:] = 0
             scale[:] = 0
             minimum[:] = 0
@@ -172,8 +167,11 @@ def _repack_int_for(type_name: str) -> Callable[..., None]:
 
 
 @njit
-def _repack_float(src, n_rows, n_in, out, first, end):  # type: ignore[no-untyped-def]
-    """src: [n_rows * n_in], out: [n_group * n_in * 16], both unsigned integers of the element's width."""
+def _repack_float(src, n_rows, n_in, out, first, end):
+    """Repack groups `first` to `end` - 1 of 16 rows of floats.
+
+    src: [n_rows * n_in]. out: [n_group * n_in * 16]. Both are unsigned integers of the element's width.
+    """
     for group in range(first, end):
         for r in range(ROWS):
             row = group * ROWS + r
@@ -182,9 +180,9 @@ def _repack_float(src, n_rows, n_in, out, first, end):  # type: ignore[no-untype
 
 
 def repack(tensors: list[Tensor], out: NDArray[np.uint8], executor: Executor, n_threads: int) -> list[Future[None]]:
-    """Begin to fill out, uint8[n_group * group_bytes], with the rows of matrices of one type and width, stacked.
+    """Begin to repack matrices of one type and width, stacked, into out, u8[n_group * group_bytes].
 
-    All but the last have a number of rows that 16 divides.
+    The number of rows of each matrix except the last must be a multiple of 16. Returns the jobs given to the executor.
     """
     panel = panel_for(tensors[0].type.name)
     jobs: list[Future[None]] = []
@@ -201,6 +199,7 @@ def repack(tensors: list[Tensor], out: NDArray[np.uint8], executor: Executor, n_
 
 
 def _work(tensor: Tensor, panel: Panel, out: NDArray[np.uint8]) -> Callable[[int, int], None]:
+    """Return a function that repacks groups `first` to `end` - 1 of 16 rows of a tensor."""
     blocks, n_rows, n_in = tensor.blocks(), tensor.n_rows, tensor.ne[0]
     if isinstance(panel, FloatPanel):
         if tensor.type.name != panel.name:
@@ -209,7 +208,7 @@ def _work(tensor: Tensor, panel: Panel, out: NDArray[np.uint8]) -> Callable[[int
         src, to = blocks.reshape(-1).view(word), out.view(word)
         make = functools.partial(_repack_float, src, n_rows, n_in, to)
     else:
-        # a panel with a codebook holds the codes
+        # a panel with a codebook holds codes: with this grid the unpacker returns them
         grid = (
             np.arange(len(panel.codebook), dtype=np.int8) if panel.codebook else INTEGER_FORMS[tensor.type.name].grid()
         )
@@ -221,6 +220,6 @@ def _work(tensor: Tensor, panel: Panel, out: NDArray[np.uint8]) -> Callable[[int
 
     def work(first: int, end: int) -> None:
         make(first, end)
-        tensor.release(first * ROWS, min(end * ROWS, n_rows))  # or a large tensor is in memory twice
+        tensor.release(first * ROWS, min(end * ROWS, n_rows))  # else a large tensor is in memory twice
 
     return work

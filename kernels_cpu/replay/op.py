@@ -1,9 +1,9 @@
-"""An op: one compiled function of a tape, and the record of arguments that it reads.
+"""An op of a tape: a compiled function, and the record of arguments that it reads.
 
-`@op("x y n", "scale")` declares a function `f(args, piece, ith, nth)`; `carray(args, 1)[0]` shows the record with the
-named fields, integers (counts, strides, addresses) first and floats after. With piece < 0 it does nothing but return
-the number of pieces of its work for this step; with piece >= 0 it does that piece, as thread `ith` of `nth`. Pieces run
-in any order and at the same time.
+`@op("x y n", "scale")` declares a function `f(args, piece, ith, nth)`. `carray(args, 1)[0]` is the record: int64 fields
+(counts, strides, addresses), then float64 fields. The function returns the number of pieces of its work in this step if
+piece < 0, and does nothing. Else it does that piece, as thread `ith` of `nth`. Pieces run in any order and at the same
+time. Most ops are declared by `row_op`, which is simpler.
 """
 
 import functools
@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.compiler.jit import njit
+from gguf_run.formats.compiler.jit import carray, njit
 from gguf_run.formats.compiler.machine_code import Entry
+from gguf_run.kernels_cpu.vector.native import i64_at
 
-PER_THREAD = 4  # pieces of an op that a thread does, when threads progress evenly
+PER_THREAD = 4  # pieces of an op for each thread, when threads progress evenly
 SHRINKING = 8  # the same for pieces of shrinking size
 
 
@@ -48,30 +49,63 @@ def op(integers: str, floats: str = "", **options: Any) -> Callable[[Callable[..
 
 
 @njit(inline="always")
-def n_pieces(n, grain, nth):  # type: ignore[no-untyped-def]
-    """How many pieces n items make: at least `grain` items each, and a few for each thread at most."""
+def n_pieces(n, grain, nth):
+    """The number of pieces of n items: each has `grain` items or more, and a thread has a few pieces at most."""
     return max(1, min((n + grain - 1) // grain, PER_THREAD * nth))
 
 
 @njit(inline="always")
-def items(piece, n, grain, nth):  # type: ignore[no-untyped-def]
-    """The items (first, end) of a piece, cut as n_pieces says."""
+def items(piece, n, grain, nth):
+    """The items (first, end) of a piece of n_pieces equal ones."""
     pieces = n_pieces(n, grain, nth)
     return n * piece // pieces, n * (piece + 1) // pieces
 
 
 @njit(inline="always")
-def n_shrinking(n, grain, nth):  # type: ignore[no-untyped-def]
-    """How many pieces of shrinking size n items make, the smallest of about `grain` items: see shrinking."""
+def n_rows(a):
+    """The number of rows of this step. Its address is in the field `rows`."""
+    return i64_at(a.rows, 1)[0]
+
+
+def row_op(
+    integers: str, floats: str = "", *, n_items: Callable[[Any], Any] = n_rows, grain: int = 1, **options: Any
+) -> Callable[[Callable[..., None]], TapeOp]:
+    """Declare an op whose work is n_items(a) items, by a function `f(a, first, end)` that does the items from first on.
+
+    a: the record. grain: the fewest items of a piece. The rest is as in `op`.
+    """
+
+    def declare(function: Callable[..., None]) -> TapeOp:
+        count = n_items if n_items is n_rows else njit(n_items, inline="always")
+        work = njit(function, inline="always")
+
+        def run(args, piece, ith, nth):
+            a = carray(args, 1)[0]
+            n = count(a)
+            if piece < 0:
+                return n_pieces(n, grain, nth)
+            first, end = items(piece, n, grain, nth)
+            work(a, first, end)
+            return 0
+
+        run.__name__, run.__qualname__, run.__module__ = function.__name__, function.__qualname__, function.__module__
+        return op(integers, floats, **options)(run)
+
+    return declare
+
+
+@njit(inline="always")
+def n_shrinking(n, grain, nth):
+    """The number of pieces of shrinking size for n items: see `shrinking`. The smallest has about `grain` items."""
     return 1 if nth == 1 else max(1, min(SHRINKING * nth, int(math.sqrt(2 * n / grain + 0.25) - 0.5)))
 
 
 @njit(inline="always")
-def shrinking(piece, n, pieces):  # type: ignore[no-untyped-def]
+def shrinking(piece, n, pieces):
     """The items (first, end) of a piece: i + 1 shares for piece i.
 
-    Pieces are taken from the last to the first, so that large ones, at whose ends a thread stops streaming for a
-    moment, come first, and small ones last, so that all threads end together (trapezoid self-scheduling, Tzen and Ni
+    Pieces are taken from the last to the first, the large ones before the small ones. Large pieces seldom interrupt the
+    stream of weights. Small pieces at the end let all threads end together (trapezoid self-scheduling, Tzen and Ni
     1993).
     """
     whole = pieces * (pieces + 1)

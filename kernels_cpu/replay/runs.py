@@ -1,10 +1,10 @@
-"""The sequence table: which tokens of a step belong to which sequence, at which positions. It stands in fixed buffers.
+"""The tokens of a step: which sequence each belongs to, and its position. The table has fixed addresses.
 
     ids, positions, run_of   one for each token
-    runs                     one RUN for each sequence of the step: its tokens stand next to each other
-    rows                     the tokens whose results are wanted, one for each row
+    runs                     one RUN for each sequence of the step, whose tokens are neighbours
+    rows                     the tokens whose results are wanted
 
-How attention cuts its work into pieces depends on all runs at once: its counting call fills the last fields of RUN.
+Attention cuts the work of all runs at once: `plan` fills the last fields of RUN.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from gguf_run.formats.compiler.jit import carray, njit
 from gguf_run.kernels_cpu.vector.native import pointer
 
-# first: the first token's number in the step; n_past: its position. first_piece, n_split, first_part: attention.py.
+# first: number of the first token in the step. n_past: its position. first_piece, n_split, first_part: see plan.py.
 _FIELDS = ("first", "n_tokens", "n_past", "seq", "first_piece", "n_split", "first_part", "unused")
 RUN = np.dtype([(name, "i8") for name in _FIELDS])
-_N_TOKENS, _N_OUT, _N_RUNS = range(0, 24, 8)  # one on a cache line
+_N_TOKENS, _N_OUT, _N_RUNS = range(0, 24, 8)  # words; each has a cache line of its own
 
 
 class RunTable:
@@ -55,6 +55,6 @@ class RunTable:
 
 
 @njit(inline="always")
-def runs_at(address, n):  # type: ignore[no-untyped-def]
+def runs_at(address, n):
     """RUN[n] at an address."""
     return carray(pointer(address), n, RUN)

@@ -1,14 +1,16 @@
-"""A team of threads that runs tapes: the list of ops of a step, one after the other, all threads on each.
+"""A team of threads that runs tapes: the ops of a step, one after the other, all threads on each op.
 
-A tape is int64[n_ops, 2]: the address of an op's function and of its arguments. The work of an op is dealt out in
-pieces from one shared word, the ticket, which holds the serial number of the running op and how many of its pieces
-nobody has taken yet; they are taken from the last to the first. The thread that ends an op's last unfinished piece
-moves the ticket on to the next op. So there is no barrier at which a thread must arrive: one that the system has
-suspended is waited for only if it holds a piece, and joins again wherever the others are. A thread that finds no piece
-spins for some microseconds, then offers its core to other processes.
+A tape is int64[n_ops, 2]: the addresses of an op's function and of its arguments. The work of an op is cut into pieces.
+One shared word, the ticket, holds the serial number of the running op and the number of pieces that nobody has taken.
+Pieces are taken from the last to the first. The thread that ends the last unfinished piece of an op moves the ticket to
+the next op.
 
-Between two steps the helpers spin for a moment too, since the next step of a decode follows at once; then they sleep
-until they are called.
+There is no barrier at which all threads must arrive. If the system suspends a thread, the others wait for it only if it
+holds a piece, and it joins again wherever they are. A thread that finds no piece spins for some microseconds, then
+offers its core to other processes.
+
+Between two steps the helpers spin too, because the next step of a decode follows at once. Then they sleep until they
+are called.
 """
 
 import queue
@@ -30,21 +32,21 @@ from gguf_run.kernels_cpu.vector.native import (
     yield_cpu,
 )
 
-MAX_THREADS = 64  # more would mostly wait for each other
-# The team's shared words, in bytes; each that threads fight for has a cache line of its own.
-_STEP = 0  # number of the step; odd while its description is being written
-_TICKET = 64  # serial number of the op << _PIECE_BITS | pieces to be taken
-_UNFINISHED = 128  # pieces of the op that are not done
+MAX_THREADS = 64  # with more, threads mostly wait for each other
+# Byte offsets of the team's shared words. Each word that threads fight for has a cache line of its own.
+_STEP = 0  # number of the step, times 2; odd while its description is being written
+_TICKET = 64  # serial number of the op << _PIECE_BITS | number of pieces that nobody has taken
+_UNFINISHED = 128  # number of pieces of the op that are not done
 _TAPE, _N_OPS, _BASE, _STOP = range(192, 192 + 32, 8)  # _BASE: serial number of the step's first op
 _ASLEEP = 256  # one word for each helper follows
 _PIECE_BITS = 24
-_SPINS = 2000  # times `pause` before a waiting thread offers its core to others
-_IDLE_SPINS = 20000  # the same for a helper between two steps, before it sleeps
+_SPINS = 2000  # pauses before a waiting thread offers its core to others
+_IDLE_SPINS = 20000  # pauses of a helper between two steps before it sleeps
 
 
 @njit
-def _open(shared, tape, serial, base, n_ops, nth):  # type: ignore[no-untyped-def]
-    """Move the ticket to the op with this serial number; ops without work are passed over."""
+def _open(shared, tape, serial, base, n_ops, nth):
+    """Move the ticket to the op with this serial number, or to the first later one that has work."""
     ops = i64_at(tape, 2 * n_ops)
     n_pieces = 0
     while serial < base + n_ops:
@@ -59,8 +61,8 @@ def _open(shared, tape, serial, base, n_ops, nth):  # type: ignore[no-untyped-de
 
 
 @njit
-def _run(shared, tape, base, n_ops, ith, nth):  # type: ignore[no-untyped-def]
-    """Take pieces until the step's last op is done. Nothing of the step is touched without holding a piece of it."""
+def _run(shared, tape, base, n_ops, ith, nth):
+    """Take pieces until the last op of the step is done. A thread that holds no piece touches nothing of the step."""
     spins = 0
     while True:
         ticket = atomic_load(shared + _TICKET)
@@ -82,8 +84,11 @@ def _run(shared, tape, base, n_ops, ith, nth):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _help(shared, step, ith, nth):  # type: ignore[no-untyped-def]
-    """Take part in steps after number `step`. Returns the number of the last one when none has come for a while."""
+def _help(shared, step, ith, nth):
+    """Take part in steps after number `step`. When none comes for a while, return the number of the last one.
+
+    -1 if the team has stopped.
+    """
     atomic_store(shared + _ASLEEP + 8 * ith, 0)
     spins = 0
     while spins < _IDLE_SPINS:
@@ -93,22 +98,22 @@ def _help(shared, step, ith, nth):  # type: ignore[no-untyped-def]
                 return -1
             tape, base = atomic_load(shared + _TAPE), atomic_load(shared + _BASE)
             n_ops = atomic_load(shared + _N_OPS)
-            if atomic_load(shared + _STEP) == now:  # else the step has ended and the words may be mixed
+            if atomic_load(shared + _STEP) == now:  # else the step has ended, and the words may be of two steps
                 step = now
                 _run(shared, tape, base, n_ops, ith, nth)
             spins = 0
         spins += 1
         pause()
     atomic_store(shared + _ASLEEP + 8 * ith, 1)
-    # a step that was announced before that store is seen here; one announced after it sees the store and calls
+    # A step announced before that store is seen here. One announced after it sees the store, and calls this helper.
     if atomic_load(shared + _STEP) != step:
         atomic_store(shared + _ASLEEP + 8 * ith, 0)
     return step
 
 
 @njit
-def _announce(shared, tape, n_ops, nth):  # type: ignore[no-untyped-def]
-    """Tell the helpers of a step."""
+def _announce(shared, tape, n_ops, nth):
+    """Announce a step to the helpers."""
     base = atomic_load(shared + _TICKET) >> _PIECE_BITS
     atomic_add(shared + _STEP, 1)
     atomic_store(shared + _TAPE, tape)
@@ -119,13 +124,13 @@ def _announce(shared, tape, n_ops, nth):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _lead(shared, nth):  # type: ignore[no-untyped-def]
-    """Take part in the step that was announced last, until it is done; nothing if it is."""
+def _lead(shared, nth):
+    """Take part in the step that was announced last, until it is done."""
     _run(shared, atomic_load(shared + _TAPE), atomic_load(shared + _BASE), atomic_load(shared + _N_OPS), 0, nth)
 
 
 @njit
-def _stop(shared):  # type: ignore[no-untyped-def]
+def _stop(shared):
     atomic_store(shared + _STOP, 1)
     atomic_add(shared + _STEP, 2)
 
@@ -134,7 +139,7 @@ def _helper(words: NDArray[np.int64], calls: "queue.SimpleQueue[None]", ith: int
     step = 0
     while (step := _help(words.ctypes.data, step, ith, nth)) >= 0:
         if words[_ASLEEP // 8 + ith]:
-            calls.get()  # one call too many is harmless: the next round of _help finds no new step
+            calls.get()  # a call too many does no harm: the next round of _help finds no new step
 
 
 def _end(words: NDArray[np.int64], calls: "list[queue.SimpleQueue[None]]") -> None:
@@ -144,7 +149,7 @@ def _end(words: NDArray[np.int64], calls: "list[queue.SimpleQueue[None]]") -> No
 
 
 class Team:
-    """n_threads threads, the caller's included. Its helpers end with close() or when the team is collected."""
+    """n_threads threads: the caller's and helpers. The helpers end with close() or when the team is collected."""
 
     def __init__(self, n_threads: int) -> None:
         if not 1 <= n_threads <= MAX_THREADS:
@@ -153,14 +158,14 @@ class Team:
         memory = np.zeros(_ASLEEP // 8 + n_threads + 8, np.int64)
         self._words = memory[-memory.ctypes.data % 64 // 8 :]
         self._announce, self._lead = _announce.bare(*["i8"] * 4), _lead.bare("i8", "i8")
-        self._outcome = np.zeros(2, np.int64)  # of the two: nobody looks at it
+        self._outcome = np.zeros(2, np.int64)  # of _announce and _lead; nobody reads it
         self._calls = [queue.SimpleQueue[None]() for _ in range(1, n_threads)]
         for ith, calls in enumerate(self._calls, 1):
             threading.Thread(target=_helper, args=(self._words, calls, ith, n_threads), daemon=True).start()
         self.close = weakref.finalize(self, _end, self._words, self._calls)
 
     def run(self, tape: NDArray[np.int64]) -> None:
-        """Run a tape, int64[n_ops, 2]; returns when every op is done."""
+        """Run a tape, int64[n_ops, 2]. Returns when all ops are done."""
         shared, n_ops, address = self._words.ctypes.data, len(tape), tape.ctypes.data
         outcome = self._outcome.ctypes.data
         try:
@@ -168,5 +173,5 @@ class Team:
             for ith, calls in enumerate(self._calls, 1):
                 if self._words[_ASLEEP // 8 + ith] and calls.empty():
                     calls.put(None)
-        finally:  # Ctrl-C may come in between: a step that helpers have begun is always finished
+        finally:  # Ctrl-C may interrupt: a step that helpers have begun is always finished
             self._lead(shared, self.n_threads, outcome)

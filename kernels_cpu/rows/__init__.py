@@ -1,1 +1,1 @@
-"""Ops that work on rows of activations: norms, rotation, embedding, activation functions."""
+"""Ops on rows of activations: norms, rotation, embedding, activation functions. Start with norms.py: all look alike."""

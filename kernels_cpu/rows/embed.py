@@ -1,4 +1,4 @@
-"""Rows in and out: embeddings of token ids, and the rows whose logits are wanted."""
+"""Copies of rows: embeddings of token ids, and the rows whose logits are wanted."""
 
 import functools
 from typing import Any
@@ -8,10 +8,10 @@ import numpy as np
 from gguf_run.formats.blocks.scalars import half_to_f32
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
 from gguf_run.formats.compiler.jit import carray, clone
-from gguf_run.kernels_cpu.replay.op import TapeOp, items, n_pieces, op
+from gguf_run.kernels_cpu.replay.op import TapeOp, n_rows, row_op
 from gguf_run.kernels_cpu.vector.native import f32_at, i32_at, i64_at, pointer
 
-# Names that `clone` puts into _embed_blocks; here for the type checker.
+# Placeholders: `clone` replaces them in _embed_blocks.
 unpack: Any = None
 BLOCK_SIZE = TYPE_SIZE = GROUP = 0
 HAS_MINIMUM = False
@@ -20,19 +20,13 @@ FLOAT_TABLES = ("F32", "F16", "BF16")
 _FIELDS = "rows ids table row_bytes n out out_stride grid n_grid"
 
 
-def _embed_blocks(args, piece, ith, nth):  # type: ignore[no-untyped-def]
-    """out[t] = scale * row ids[t] of a table of a block-quantized type, as it stands in the file."""
-    a = carray(args, 1)[0]
-    n_tokens = i64_at(a.rows, 1)[0]
-    ids = i32_at(a.ids, n_tokens)
+def _embed_blocks(a, first, end):
+    """out[t] = scale * row ids[t] of a table of a block-quantized type, stored as in the file."""
+    ids = i32_at(a.ids, n_rows(a))
     q = np.empty(BLOCK_SIZE, np.int8)
     scale, minimum = np.empty(BLOCK_SIZE // GROUP, np.float32), np.zeros(BLOCK_SIZE // GROUP, np.float32)
     factor = np.ones(2, np.float32)
     grid = carray(pointer(a.grid), a.n_grid, np.int8)
-    n_items = n_tokens
-    if piece < 0:
-        return n_pieces(n_items, 4, nth)
-    first, end = items(piece, n_items, 4, nth)
     for t in range(first, end):
         src = carray(pointer(a.table + ids[t] * a.row_bytes), a.row_bytes, np.uint8)
         for b in range(a.n // BLOCK_SIZE):
@@ -41,22 +35,15 @@ def _embed_blocks(args, piece, ith, nth):  # type: ignore[no-untyped-def]
             for i in range(BLOCK_SIZE):
                 value = factor[0] * scale[i // GROUP] * q[i]
                 out[i] = (value + factor[1] * minimum[i // GROUP] if HAS_MINIMUM else value) * a.scale
-    return 0
 
 
 @functools.cache
 def _embed_floats(kind: int) -> TapeOp:
-    """The same for a table of one of FLOAT_TABLES."""
+    """Return the op out[t] = scale * row ids[t] of a table of floats. kind: place in FLOAT_TABLES."""
 
-    @op(_FIELDS, "scale")
-    def embed_floats(args, piece, ith, nth):  # type: ignore[no-untyped-def]
-        a = carray(args, 1)[0]
-        n_tokens = i64_at(a.rows, 1)[0]
-        ids = i32_at(a.ids, n_tokens)
-        n_items = n_tokens
-        if piece < 0:
-            return n_pieces(n_items, 4, nth)
-        first, end = items(piece, n_items, 4, nth)
+    @row_op(_FIELDS, "scale", grain=4)
+    def embed_floats(a, first, end):
+        ids = i32_at(a.ids, n_rows(a))
         for t in range(first, end):
             row = pointer(a.table + ids[t] * a.row_bytes)
             wide, half = carray(row, a.n, np.float32), carray(row, a.n, np.uint16)
@@ -69,32 +56,25 @@ def _embed_floats(kind: int) -> TapeOp:
                 else:
                     value = np.uint32(np.uint32(half[i]) << 16).view(np.float32)
                 out[i] = value * a.scale
-        return 0
 
     return embed_floats
 
 
 @functools.cache
 def embed(type_name: str) -> TapeOp:
-    """The op for a table of one tensor type: block-quantized, F32, F16 or BF16."""
+    """Return the op out[t] = scale * row ids[t] of a table of one type: block-quantized, F32, F16 or BF16."""
     form = INTEGER_FORMS.get(type_name)
     if form is None:
         return _embed_floats(FLOAT_TABLES.index(type_name))
     function = clone(_embed_blocks, type_name, **form.constants)
-    return op(_FIELDS, "scale")(function)
+    return row_op(_FIELDS, "scale", grain=4)(function)
 
 
-@op("rows index n x x_stride out out_stride")
-def copy_rows(args, piece, ith, nth):  # type: ignore[no-untyped-def]
-    """out[i] = x[index[i]] for the number of rows at `rows`."""
-    a = carray(args, 1)[0]
-    n_items = i64_at(a.rows, 1)[0]
-    index = i64_at(a.index, n_items)
-    if piece < 0:
-        return n_pieces(n_items, 4, nth)
-    start, end = items(piece, n_items, 4, nth)
-    for i in range(start, end):
+@row_op("rows index n x x_stride out out_stride", grain=4)
+def copy_rows(a, first, end):
+    """out[i] = x[index[i]]."""
+    index = i64_at(a.index, n_rows(a))
+    for i in range(first, end):
         x, out = f32_at(a.x + index[i] * a.x_stride, a.n), f32_at(a.out + i * a.out_stride, a.n)
         for k in range(a.n):
             out[k] = x[k]
-    return 0

@@ -1,57 +1,45 @@
-"""Activations for integer panels: f32 rows to blocks of 32 int8 values (layout in int_tile.py)."""
+"""Activations for integer panels: f32 rows to blocks of 32 int8 values (layout: panels.py)."""
 
-from typing import Any
-
-from gguf_run.formats.compiler.jit import carray, intrinsic, njit, types
-from gguf_run.kernels_cpu.matmul.int_tile import X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS
-from gguf_run.kernels_cpu.replay.op import items, n_pieces, op
-from gguf_run.kernels_cpu.vector.native import i64_at
-from gguf_run.kernels_cpu.vector.simd import F32, I8, Simd, Val, kernel
+from gguf_run.formats.compiler.jit import njit
+from gguf_run.kernels_cpu.panels.panels import X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS
+from gguf_run.kernels_cpu.replay.op import row_op
+from gguf_run.kernels_cpu.vector.lowering import simd_kernel
+from gguf_run.kernels_cpu.vector.simd import F32, I8, Simd, Val
 
 
-@intrinsic
-def quantize_row(typing_context: Any, x: Any, n_block: Any, out: Any) -> Any:
-    """Quantize f32[32 * n_block] at x: d = max|x| / 127, q = nearest integer to x / d, per block."""
+@simd_kernel
+def quantize_row(s: Simd, x: Val, n_block: Val, out: Val) -> None:
+    """Quantize f32[32 * n_block] at x to blocks at out. Of each block: d = max|x| / 127, q = nearest to x / d."""
 
-    def emit(s: Simd, x: Val, n_block: Val, out: Val) -> None:
-        def body(k: Val, none: list[Val]) -> list[Val]:
-            halves = [s.load(x + k * 128 + 64 * h, F32, 16) for h in (0, 1)]
-            largest = s.fold(s.maximum(s.absolute(halves[0]), s.absolute(halves[1])), s.maximum)
-            d = largest / 127.0
-            is_zero = largest.compare("==", 0.0)
-            inverse = s.select(is_zero, s.const(F32, 0.0), s.const(F32, 127.0) / largest)
-            at = out + k * X_BLOCK_BYTES
-            sums = []
-            for h in (0, 1):
-                q = s.rint(halves[h] * s.splat(inverse, 16))
-                s.store(q.to(I8), at + 16 * h)
-                sums.append(s.sum(q))
-            s.store(d, at + X_D)
-            for i, total in enumerate([sums[0] + sums[1], *sums]):
-                s.store(total, at + (X_SUMS + 4 * i))
-                s.store(total.to(F32) * d, at + (X_D_SUMS + 4 * i))
-            return none
+    def body(k: Val) -> None:
+        halves = [s.load(x + k * 128 + 64 * h, F32, 16) for h in (0, 1)]
+        largest = s.fold(s.maximum(s.absolute(halves[0]), s.absolute(halves[1])), s.maximum)
+        d = largest / 127.0
+        is_zero = largest.compare("==", 0.0)
+        inverse = s.select(is_zero, s.const(F32, 0.0), s.const(F32, 127.0) / largest)
+        at = out + k * X_BLOCK_BYTES
+        sums = []
+        for h in (0, 1):
+            q = s.rint(halves[h] * s.splat(inverse, 16))
+            s.store(q.to(I8), at + 16 * h)
+            sums.append(s.sum(q))
+        s.store(d, at + X_D)
+        for i, total in enumerate([sums[0] + sums[1], *sums]):
+            s.store(total, at + (X_SUMS + 4 * i))
+            s.store(total.to(F32) * d, at + (X_D_SUMS + 4 * i))
 
-        s.loop(n_block, [], body)
-
-    return kernel(types.void(types.intp, types.intp, types.intp), emit)
+    s.each(n_block, body)
 
 
 @njit(inline="always")
-def quantize_if_wanted(q8, q8_stride, t, x, n):  # type: ignore[no-untyped-def]
-    """The last act of an op that made row t: f32[n] at x also goes into q8's row t, if q8 is not 0."""
+def quantize_if_wanted(q8, q8_stride, t, x, n):
+    """Quantize f32[n] at x, which is row t of an op's result, into row t of q8; nothing if q8 is 0."""
     if q8:
         quantize_row(x, n // 32, q8 + t * q8_stride)
 
 
-@op("rows n x x_stride q8 q8_stride")
-def quantize(args, piece, ith, nth):  # type: ignore[no-untyped-def]
-    """q8[t] = x[t] for all rows."""
-    a = carray(args, 1)[0]
-    n_items = i64_at(a.rows, 1)[0]
-    if piece < 0:
-        return n_pieces(n_items, 1, nth)
-    first, end = items(piece, n_items, 1, nth)
+@row_op("rows n x x_stride q8 q8_stride")
+def quantize(a, first, end):
+    """q8[t] = x[t] quantized."""
     for t in range(first, end):
         quantize_row(a.x + t * a.x_stride, a.n // 32, a.q8 + t * a.q8_stride)
-    return 0

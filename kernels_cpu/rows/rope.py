@@ -1,37 +1,33 @@
-"""Rotary position embedding: a table of cosines and sines for the tokens of a step, and the rotation itself."""
+"""Rotary position embedding: a table of cosines and sines for the tokens of a step, and the rotation."""
 
 import math
 
 import numpy as np
 
 from gguf_run.formats.compiler.jit import carray, njit
-from gguf_run.kernels_cpu.replay.op import items, n_pieces, op
+from gguf_run.kernels_cpu.replay.op import n_rows, row_op
 from gguf_run.kernels_cpu.vector.native import f32_at, i64_at, pointer
 
-_HEADS = 32  # heads that a thread takes at a time, at least
+_HEADS = 32  # heads that a thread takes at a time, or more
 
 
-@op("rows positions n_half inv_freq table", "scale")
-def angles(args, piece, ith, nth):  # type: ignore[no-untyped-def]
-    """table[t, i] = scale * (cos, sin) of positions[t] * inv_freq[i]; f32[n_tokens, n_half, 2]."""
-    a = carray(args, 1)[0]
-    n_tokens = i64_at(a.rows, 1)[0]
+@row_op("rows positions n_half inv_freq table", "scale")
+def angles(a, first, end):
+    """table[t, i] = scale * (cos, sin) of positions[t] * inv_freq[i]. table: f32[n_tokens, n_half, 2]."""
+    n_tokens = n_rows(a)
     positions = i64_at(a.positions, n_tokens)
     inv_freq = carray(pointer(a.inv_freq), a.n_half, np.float64)
     table = f32_at(a.table, n_tokens * a.n_half * 2)
-    if piece < 0:
-        return n_pieces(n_tokens, 1, nth)
-    first, end = items(piece, n_tokens, 1, nth)
     for t in range(first, end):
         for i in range(a.n_half):
             angle = positions[t] * inv_freq[i]
             table[(t * a.n_half + i) * 2] = a.scale * math.cos(angle)
             table[(t * a.n_half + i) * 2 + 1] = a.scale * math.sin(angle)
-    return 0
 
 
 @njit(inline="always")
-def _rotate(x, table, n_half, step, apart):  # type: ignore[no-untyped-def]
+def _rotate(x, table, n_half, step, apart):
+    """Rotate n_half pairs of numbers. Pair i is x[i * step] and x[i * step + apart]."""
     for i in range(n_half):
         c, s = table[2 * i], table[2 * i + 1]
         first, second = x[i * step], x[i * step + apart]
@@ -39,14 +35,9 @@ def _rotate(x, table, n_half, step, apart):  # type: ignore[no-untyped-def]
         x[i * step + apart] = first * s + second * c
 
 
-@op("rows n_head head_dim n_half neox x x_stride table")
-def rope(args, piece, ith, nth):  # type: ignore[no-untyped-def]
-    """Rotate the first 2 * n_half of each head's dimensions. neox: pairs (i, i + n_half), else (2i, 2i + 1)."""
-    a = carray(args, 1)[0]
-    n_items = i64_at(a.rows, 1)[0] * a.n_head
-    if piece < 0:
-        return n_pieces(n_items, _HEADS, nth)
-    first, end = items(piece, n_items, _HEADS, nth)
+@row_op("rows n_head head_dim n_half neox x x_stride table", n_items=lambda a: n_rows(a) * a.n_head, grain=_HEADS)
+def rope(a, first, end):
+    """Rotate the first 2 * n_half columns of each head. Pairs are (i, i + n_half) if neox, else (2i, 2i + 1)."""
     for item in range(first, end):
         t, head = item // a.n_head, item % a.n_head
         x = f32_at(a.x + t * a.x_stride + head * a.head_dim * 4, 2 * a.n_half)
@@ -55,4 +46,3 @@ def rope(args, piece, ith, nth):  # type: ignore[no-untyped-def]
             _rotate(x, table, a.n_half, 1, a.n_half)
         else:
             _rotate(x, table, a.n_half, 2, 1)
-    return 0

@@ -1,64 +1,44 @@
-"""Rows times a number, in place: logits scaled and soft-capped, a shared expert weighted by its gate."""
+"""Rows are scaled in place: logits by a factor and a soft cap, the result of a shared expert by its gate."""
 
 import math
-from typing import Any
 
-from gguf_run.formats.compiler.jit import carray, intrinsic, types
-from gguf_run.kernels_cpu.replay.op import items, n_pieces, op
-from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
-from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val, kernel
-
-_PIECE = 512  # columns that a thread takes at a time
+from gguf_run.kernels_cpu.replay.op import n_rows, row_op
+from gguf_run.kernels_cpu.rows.activation import PIECE, per_row
+from gguf_run.kernels_cpu.vector.lowering import simd_kernel
+from gguf_run.kernels_cpu.vector.native import f32_at
+from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val
 
 
-@intrinsic
-def _cap(typing_context: Any, x: Any, n_vectors: Any, factor: Any, cap: Any) -> Any:
+@simd_kernel(floats="factor cap")
+def _cap(s: Simd, x: Val, n_vectors: Val, factor: Val, cap: Val) -> None:
     """x = cap * tanh(factor * x), 16 columns at a time: tanh(y) = 1 - 2 / (1 + e^2y)."""
+    twice, high = (s.splat(value, 16) for value in (factor * 2.0, cap))
 
-    def emit(s: Simd, x: Val, n_vectors: Val, factor: Val, cap: Val) -> None:
-        twice, high = (s.splat(value, 16) for value in (factor * 2.0, cap))
+    def body(i: Val) -> None:
+        at = x + i * 64
+        s.store(high - high * 2.0 / (s.exp(s.load(at, F32, 16) * twice) + 1.0), at)
 
-        def body(i: Val, none: list[Val]) -> list[Val]:
-            at = x + i * 64
-            s.store(high - high * 2.0 / (s.exp(s.load(at, F32, 16) * twice) + 1.0), at)
-            return none
-
-        s.loop(n_vectors, [], body)
-
-    return kernel(types.void(types.intp, types.intp, types.float32, types.float32), emit)
+    s.each(n_vectors, body)
 
 
-@op("rows n x x_stride", "scale cap")
-def softcap(args, piece, ith, nth):  # type: ignore[no-untyped-def]
-    """x = cap * tanh(scale * x / cap), or scale * x if cap is 0. Rows are stored filled up to 16 columns."""
-    a = carray(args, 1)[0]
-    per_row = (a.n + _PIECE - 1) // _PIECE
-    n_items = i64_at(a.rows, 1)[0] * per_row
-    if piece < 0:
-        return n_pieces(n_items, 8, nth)
-    first, end = items(piece, n_items, 8, nth)
+@row_op("rows n x x_stride", "scale cap", n_items=lambda a: n_rows(a) * per_row(a), grain=8)
+def softcap(a, first, end):
+    """x = cap * tanh(scale * x / cap), or scale * x if cap is 0. Rows have memory for whole vectors of 16 columns."""
     for item in range(first, end):
-        start = item % per_row * _PIECE
-        n, at = min(_PIECE, a.n - start), a.x + item // per_row * a.x_stride + start * 4
+        start = item % per_row(a) * PIECE
+        n, at = min(PIECE, a.n - start), a.x + item // per_row(a) * a.x_stride + start * 4
         if a.cap:
             _cap(at, (n + 15) // 16, a.scale / a.cap, a.cap)
         else:
             x = f32_at(at, n)
             for i in range(n):
                 x[i] *= a.scale
-    return 0
 
 
-@op("rows n x x_stride gate gate_stride")
-def gate_rows(args, piece, ith, nth):  # type: ignore[no-untyped-def]
+@row_op("rows n x x_stride gate gate_stride", grain=4)
+def gate_rows(a, first, end):
     """x[t] *= sigmoid(gate[t, 0])."""
-    a = carray(args, 1)[0]
-    n_items = i64_at(a.rows, 1)[0]
-    if piece < 0:
-        return n_pieces(n_items, 4, nth)
-    first, end = items(piece, n_items, 4, nth)
     for t in range(first, end):
         x, factor = f32_at(a.x + t * a.x_stride, a.n), 1 / (1 + math.exp(-f32_at(a.gate + t * a.gate_stride, 1)[0]))
         for i in range(a.n):
             x[i] *= factor
-    return 0

@@ -1,51 +1,38 @@
-"""What each instruction set does in its own way: dot products of bytes and of 16-bit numbers, and table look-ups."""
+"""The operations that differ between instruction sets: dot products of bytes and of 16-bit numbers, table look-ups.
 
+`simd_kernel` is the one function that knows both these operations and the vocabulary.
+"""
+
+import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from llvmlite import binding, ir
 
-if TYPE_CHECKING:
-    from gguf_run.kernels_cpu.vector.simd import Simd, Val
+from gguf_run.formats.compiler.jit import intrinsic, types
+from gguf_run.kernels_cpu.vector.isa import current
+from gguf_run.kernels_cpu.vector.simd import DotSum, Lowering, Simd, Val
 
 _I8, _I16, _I32 = (ir.IntType(n) for n in (8, 16, 32))
 
 
-class DotSum:
-    """start[i] + sum over all add(u, x) of sum over j < 4 of u[4i+j] * x[4i+j], exact.
-
-    start: i32 lanes; u, x: four times as many bytes. x is signed and never -128. u is unsigned below 2^bits; or, with
-    bits = -8, it is signed, which some instruction sets prefer (Isa.signed_bytes) and the others cannot do.
-    """
-
-    def __init__(self, s: "Simd", start: "Val", bits: int) -> None:
-        assert bits > 0 or s.isa.signed_bytes
-        self.s, self.sum, self.bits = s, start, bits
-
-    def add(self, u: "Val", x: "Val") -> "DotSum":
-        raise NotImplementedError
-
-    def total(self) -> "Val":
-        return self.sum
-
-
 class _ByInstruction(DotSum):
-    """One instruction does it all, for `lanes` i32 lanes."""
+    """One instruction does all of it, for `lanes` i32 lanes."""
 
     name: str
     lanes: int
 
-    def add(self, u: "Val", x: "Val") -> DotSum:
+    def add(self, u: Val, x: Val) -> DotSum:
         self.sum = _split(self.s, self.sum, u, x, self.lanes, self._dot)
         return self
 
-    def _dot(self, acc: "Val", u: "Val", x: "Val") -> "Val":
+    def _dot(self, acc: Val, u: Val, x: Val) -> Val:
         return self.s.call(self.name, acc.type, acc, u, x)
 
 
 class _Vnni(_ByInstruction):
-    def _dot(self, acc: "Val", u: "Val", x: "Val") -> "Val":
-        if binding.llvm_version_info < (21, 0, 0):  # took the bytes as i32 lanes
+    def _dot(self, acc: Val, u: Val, x: Val) -> Val:
+        if binding.llvm_version_info < (21, 0, 0):  # these take the bytes as i32 lanes
             u, x = u.as_type(_I32), x.as_type(_I32)
         return super()._dot(acc, u, x)
 
@@ -61,8 +48,8 @@ class _Vnni256(_Vnni):
 class _Neon(_ByInstruction):
     name, lanes = "llvm.aarch64.neon.sdot.v4i32.v16i8", 4
 
-    def add(self, u: "Val", x: "Val") -> DotSum:
-        if self.bits == 8:  # u = (u - 128) + 128: the second term is 128 times the sum of x
+    def add(self, u: Val, x: Val) -> DotSum:
+        if self.bits == 8:  # u = (u - 128) + 128. The second term adds 128 times the sum of x
             ones = self.s.const(_I8, 1, u.lanes)
             extra = _split(self.s, self.s.const(_I32, 0, self.sum.lanes), ones, x, self.lanes, self._dot)
             self.sum = self.sum + (extra << 7)
@@ -71,16 +58,16 @@ class _Neon(_ByInstruction):
 
 
 class _Avx2(DotSum):
-    """Products are added in pairs of 16 bits, as many as these can hold, and then in i32 lanes."""
+    """Products are added in pairs of 16 bits, as many as 16 bits can hold, and the pairs in i32 lanes."""
 
-    def __init__(self, s: "Simd", start: "Val", bits: int) -> None:
+    def __init__(self, s: Simd, start: Val, bits: int) -> None:
         super().__init__(s, start, bits)
         self.pairs: Val | None = None
         self.held = 0
         self.most = 1 if bits < 0 else (1 << 15) // (2 * 127 * ((1 << bits) - 1))
 
-    def add(self, u: "Val", x: "Val") -> DotSum:
-        if self.bits == 8:  # pairs would not fit: multiply the even and the odd bytes as 16-bit numbers
+    def add(self, u: Val, x: Val) -> DotSum:
+        if self.bits == 8:  # pairs would overflow: multiply the even and the odd bytes as 16-bit numbers
             v, w = u.as_type(_I16), x.as_type(_I16)
             self._widen((v & 255), (w << 8).sar(8))
             self._widen(v >> 8, w.sar(8))
@@ -97,7 +84,7 @@ class _Avx2(DotSum):
         self.held += 1
         return self
 
-    def _widen(self, u: "Val", x: "Val") -> None:
+    def _widen(self, u: Val, x: Val) -> None:
         self.sum = self.sum + _by_parts(self.s, "llvm.x86.avx2.pmadd.wd", 16, u, x, _I32)
 
     def _flush(self) -> None:
@@ -105,21 +92,21 @@ class _Avx2(DotSum):
             self._widen(self.pairs, self.s.const(_I16, 1, self.pairs.lanes))
         self.pairs, self.held = None, 0
 
-    def total(self) -> "Val":
+    def total(self) -> Val:
         self._flush()
         return self.sum
 
 
 class _Generic(DotSum):
-    def add(self, u: "Val", x: "Val") -> DotSum:
+    def add(self, u: Val, x: Val) -> DotSum:
         v, w = u.as_type(_I32), x.as_type(_I32)
         for j in range(4):
             self.sum = self.sum + ((v >> (8 * j)) & 255) * (w << (24 - 8 * j)).sar(24)
         return self
 
 
-def _split(s: "Simd", acc: "Val", u: "Val", x: "Val", lanes: int, dot: Callable[["Val", "Val", "Val"], "Val"]) -> "Val":
-    """Apply a dot of `lanes` i32 lanes to wider vectors, part by part."""
+def _split(s: Simd, acc: Val, u: Val, x: Val, lanes: int, dot: Callable[[Val, Val, Val], Val]) -> Val:
+    """Apply a dot product of `lanes` i32 lanes to wider vectors, part by part."""
     if acc.lanes == lanes:
         return dot(acc, u, x)
     half = acc.lanes // 2
@@ -129,8 +116,8 @@ def _split(s: "Simd", acc: "Val", u: "Val", x: "Val", lanes: int, dot: Callable[
     return s.concat(low, high)
 
 
-def _by_parts(s: "Simd", name: str, lanes: int, u: "Val", x: "Val", element: ir.Type = _I8) -> "Val":
-    """Apply an instruction for vectors of `lanes` lanes to wider ones; it returns 32 bytes of element."""
+def _by_parts(s: Simd, name: str, lanes: int, u: Val, x: Val, element: ir.Type = _I8) -> Val:
+    """Apply an instruction for vectors of `lanes` lanes to wider ones. It returns 32 bytes of `element`."""
     if u.lanes == lanes:
         return s.call(name, ir.VectorType(element, 256 // element.width), u, x)
     half = u.lanes // 2
@@ -138,19 +125,10 @@ def _by_parts(s: "Simd", name: str, lanes: int, u: "Val", x: "Val", element: ir.
     return s.concat(low, high)
 
 
-DOT_SUMS: dict[str, type[DotSum]] = {
-    "vnni512": _Vnni512,
-    "vnni256": _Vnni256,
-    "avx2": _Avx2,
-    "neon": _Neon,
-    "generic": _Generic,
-}
+def _pairs_by(name: str, lanes: int) -> Callable[..., Val]:
+    """Return Lowering.add_pairs by an instruction for `lanes` i32 lanes."""
 
-
-def _pairs_by(name: str, lanes: int) -> Callable[..., "Val"]:
-    """By one instruction for `lanes` i32 lanes."""
-
-    def pairs(s: "Simd", acc: "Val", x: "Val", y: "Val") -> "Val":
+    def pairs(s: Simd, acc: Val, x: Val, y: Val) -> Val:
         if acc.lanes > lanes:
             halves = [[v.part(v.lanes // 2 * n, v.lanes // 2) for v in (acc, x, y)] for n in (0, 1)]
             return s.concat(pairs(s, *halves[0]), pairs(s, *halves[1]))
@@ -161,29 +139,19 @@ def _pairs_by(name: str, lanes: int) -> Callable[..., "Val"]:
     return pairs
 
 
-def _pairs_avx2(s: "Simd", acc: "Val", x: "Val", y: "Val") -> "Val":
+def _pairs_avx2(s: Simd, acc: Val, x: Val, y: Val) -> Val:
     return acc + _by_parts(s, "llvm.x86.avx2.pmadd.wd", 16, x, y, _I32)
 
 
-def _pairs_generic(s: "Simd", acc: "Val", x: "Val", y: "Val") -> "Val":
+def _pairs_generic(s: Simd, acc: Val, x: Val, y: Val) -> Val:
     v, w = x.as_type(_I32), y.as_type(_I32)
     return acc + (v << 16).sar(16) * (w << 16).sar(16) + v.sar(16) * w.sar(16)
 
 
-# acc[i] + x[2i] * y[2i] + x[2i+1] * y[2i+1], of 16-bit numbers in i32 lanes.
-PAIRS: dict[str, Callable[..., "Val"]] = {
-    "vnni512": _pairs_by("llvm.x86.avx512.vpdpwssd.512", 16),
-    "vnni256": _pairs_by("llvm.x86.avx512.vpdpwssd.256", 8),
-    "avx2": _pairs_avx2,
-    "neon": _pairs_generic,
-    "generic": _pairs_generic,
-}
+def _look_up_by(name: str, lanes: int) -> Callable[..., Val]:
+    """Return Lowering.look_up by an instruction that shuffles `lanes` bytes. x86 shuffles within each 16 bytes."""
 
-
-def _look_up_by(name: str, lanes: int) -> Callable[..., "Val"]:
-    """By an instruction that shuffles bytes, `lanes` at a time; x86 shuffles within 16 bytes each."""
-
-    def look_up(s: "Simd", table: Sequence[int], index: "Val") -> "Val":
+    def look_up(s: Simd, table: Sequence[int], index: Val) -> Val:
         if index.lanes > lanes:
             half = index.lanes // 2
             return s.concat(look_up(s, table, index.part(0, half)), look_up(s, table, index.part(half, half)))
@@ -192,17 +160,59 @@ def _look_up_by(name: str, lanes: int) -> Callable[..., "Val"]:
     return look_up
 
 
-def _look_up_generic(s: "Simd", table: Sequence[int], index: "Val") -> "Val":
+def _look_up_generic(s: Simd, table: Sequence[int], index: Val) -> Val:
     found = s.const(_I8, 0, index.lanes)
     for i, value in enumerate(table):
         found = s.select(index.compare("==", i), s.const(_I8, value, index.lanes), found)
     return found
 
 
-LOOK_UPS: dict[str, Callable[..., "Val"]] = {
-    "vnni512": _look_up_by("llvm.x86.avx512.pshuf.b.512", 64),
-    "vnni256": _look_up_by("llvm.x86.avx2.pshuf.b", 32),
-    "avx2": _look_up_by("llvm.x86.avx2.pshuf.b", 32),
-    "neon": _look_up_by("llvm.aarch64.neon.tbl1.v16i8", 16),
-    "generic": _look_up_generic,
+_pshufb = _look_up_by("llvm.x86.avx2.pshuf.b", 32)
+
+# By Isa.dot.
+LOWERINGS = {
+    "vnni512": Lowering(
+        _Vnni512, _pairs_by("llvm.x86.avx512.vpdpwssd.512", 16), _look_up_by("llvm.x86.avx512.pshuf.b.512", 64)
+    ),
+    "vnni256": Lowering(_Vnni256, _pairs_by("llvm.x86.avx512.vpdpwssd.256", 8), _pshufb),
+    "avx2": Lowering(_Avx2, _pairs_avx2, _pshufb),
+    "neon": Lowering(_Neon, _pairs_generic, _look_up_by("llvm.aarch64.neon.tbl1.v16i8", 16)),
+    "generic": Lowering(_Generic, _pairs_generic, _look_up_generic),
 }
+
+
+def simd_kernel(emit: Callable[..., Val | None] | None = None, *, floats: str = "", apart: bool = False) -> Any:
+    """Make an intrinsic of emit(s, ...), to be called from compiled code. Usable bare or with options.
+
+    Arguments annotated int come first. They are compile-time constants, which a call gives as literals.
+    All other arguments are int64 (counts and addresses), or f32 if `floats` names them.
+    The result is f32 if emit is annotated to return a Val, else there is none.
+    apart: whether the code is a function that is not inlined, see Simd.function. It has no result.
+    """
+    if emit is None:
+        return functools.partial(simd_kernel, floats=floats, apart=apart)
+    code, annotations = emit.__code__, emit.__annotations__
+    names = code.co_varnames[1 : code.co_argcount]
+    n_constants = sum(annotations[name] is int for name in names)
+
+    @functools.wraps(emit)  # numba reads the names of the arguments; emit's s has the place of the typing context
+    def define(typing_context: Any, *arguments: Any) -> Any:
+        constants = [argument.literal_value for argument in arguments[:n_constants]]
+        kinds = [types.float32 if name in floats.split() else types.intp for name in names[n_constants:]]
+        result = types.void if annotations["return"] is None else types.float32
+
+        def codegen(context: Any, builder: ir.IRBuilder, sig: Any, values: Sequence[ir.Value]) -> ir.Value:
+            isa = current()
+            s = Simd(builder, isa, LOWERINGS[isa.dot])
+            vals = [Val(s, value) for value in values[n_constants:]]
+            if apart:
+                name = "_".join(map(str, [emit.__name__, *constants]))
+                inner = s.function(name, lambda s, *vals: emit(s, *constants, *vals), vals)
+                s.b.call(inner, [val.ir for val in vals])
+                return context.get_dummy_value()
+            returned = emit(s, *constants, *vals)
+            return context.get_dummy_value() if returned is None else returned.ir
+
+        return result(*arguments[:n_constants], *kinds), codegen
+
+    return intrinsic(prefer_literal=True)(define) if n_constants else intrinsic(define)

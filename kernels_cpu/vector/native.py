@@ -1,4 +1,4 @@
-"""What C gives and Python lacks: typed views of addresses, atomics, and giving way to other threads."""
+"""What kernels need and Python lacks: typed views of addresses, atomics, pauses of threads, calls of addresses."""
 
 from typing import Any
 
@@ -10,78 +10,71 @@ from gguf_run.formats.compiler.jit import carray, cgutils, intrinsic, njit, type
 _I64 = ir.IntType(64)
 
 
+def _place(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """Return an address as a pointer to an int64."""
+    return builder.inttoptr(address, _I64.as_pointer())
+
+
 @intrinsic
-def pointer(typing_context: Any, address: Any) -> Any:
+def pointer(typing_context, address):
     """An integer address as void*."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.intp), codegen
+    pointer_type = ir.IntType(8).as_pointer()
+    return types.voidptr(types.intp), lambda context, builder, sig, args: builder.inttoptr(args[0], pointer_type)
 
 
 @njit(inline="always")
-def f32_at(address, n):  # type: ignore[no-untyped-def]
+def f32_at(address, n):
     """float32[n] at an address."""
     return carray(pointer(address), n, np.float32)
 
 
 @njit(inline="always")
-def i32_at(address, n):  # type: ignore[no-untyped-def]
+def i32_at(address, n):
     """int32[n] at an address."""
     return carray(pointer(address), n, np.int32)
 
 
 @njit(inline="always")
-def i64_at(address, n):  # type: ignore[no-untyped-def]
+def i64_at(address, n):
     """int64[n] at an address."""
     return carray(pointer(address), n, np.int64)
 
 
-@njit(inline="always")
-def u8_at(address, n):  # type: ignore[no-untyped-def]
-    """uint8[n] at an address."""
-    return carray(pointer(address), n, np.uint8)
-
-
 @intrinsic
-def atomic_add(typing_context: Any, address: Any, value: Any) -> Any:
-    """Add to the int64 at an address; returns what was there before. Sequentially consistent, as all atomics here."""
+def atomic_add(typing_context, address, value):
+    """Add to the int64 at an address; return its old value. All atomics here are sequentially consistent."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        return builder.atomic_rmw("add", builder.inttoptr(args[0], _I64.as_pointer()), args[1], "seq_cst")
+        return builder.atomic_rmw("add", _place(builder, args[0]), args[1], "seq_cst")
 
     return types.int64(types.intp, types.int64), codegen
 
 
 @intrinsic
-def atomic_load(typing_context: Any, address: Any) -> Any:
+def atomic_load(typing_context, address):
     """The int64 at an address."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        return builder.load_atomic(builder.inttoptr(args[0], _I64.as_pointer()), "seq_cst", 8)
-
-    return types.int64(types.intp), codegen
+    signature = types.int64(types.intp)
+    return signature, lambda context, builder, sig, args: builder.load_atomic(_place(builder, args[0]), "seq_cst", 8)
 
 
 @intrinsic
-def atomic_store(typing_context: Any, address: Any, value: Any) -> Any:
+def atomic_store(typing_context, address, value):
     """Set the int64 at an address."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        builder.store_atomic(args[1], builder.inttoptr(args[0], _I64.as_pointer()), "seq_cst", 8)
+        builder.store_atomic(args[1], _place(builder, args[0]), "seq_cst", 8)
         return context.get_dummy_value()
 
     return types.void(types.intp, types.int64), codegen
 
 
 @intrinsic
-def atomic_swap_if(typing_context: Any, address: Any, expected: Any, new: Any) -> Any:
-    """Set the int64 at an address to `new` if it is `expected`; whether it was."""
+def atomic_swap_if(typing_context, address, expected, new):
+    """Set the int64 at an address to `new` if it is `expected`; return whether it was."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        where = builder.inttoptr(args[0], _I64.as_pointer())
-        return builder.extract_value(builder.cmpxchg(where, args[1], args[2], "seq_cst", "seq_cst"), 1)
+        swapped = builder.cmpxchg(_place(builder, args[0]), args[1], args[2], "seq_cst", "seq_cst")
+        return builder.extract_value(swapped, 1)
 
     return types.boolean(types.intp, types.int64, types.int64), codegen
 
@@ -90,8 +83,8 @@ _PAUSE = {"x86_64": "llvm.x86.sse2.pause", "aarch64": "llvm.aarch64.hint", "arm6
 
 
 @intrinsic
-def pause(typing_context: Any) -> Any:
-    """Tell the CPU that this is a spin loop."""
+def pause(typing_context):
+    """Tell the CPU that this is a loop that waits."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
         name = _PAUSE.get(builder.module.triple.split("-")[0])
@@ -105,8 +98,8 @@ def pause(typing_context: Any) -> Any:
 
 
 @intrinsic
-def yield_cpu(typing_context: Any) -> Any:
-    """Let another thread of the machine run, if one waits for this core."""
+def yield_cpu(typing_context):
+    """Let another thread run, if one waits for this core."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
         name = "SwitchToThread" if "windows" in builder.module.triple else "sched_yield"
@@ -118,8 +111,8 @@ def yield_cpu(typing_context: Any) -> Any:
 
 
 @intrinsic
-def call_op(typing_context: Any, function: Any, args: Any, piece: Any, ith: Any, nth: Any) -> Any:
-    """function(args, piece, ith, nth), function being the address of an op."""
+def call_op(typing_context, function, args, piece, ith, nth):
+    """Call function(args, piece, ith, nth). function: the address of an op's compiled function."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, a: Any) -> Any:
         signature = ir.FunctionType(_I64, [_I64] * 4)

@@ -1,25 +1,26 @@
-"""SIMD in Python: a small vector vocabulary that emits LLVM IR, and one lowering of it per instruction set.
+"""SIMD in Python: a small vector vocabulary that emits LLVM IR.
 
-A kernel is a Python function that runs once, while numba compiles, and calls the vocabulary with `Val`s: values that
-will exist when the kernel runs. Python's own loops and lists are therefore unrolled code and registers:
+A kernel is a Python function. It runs once, while numba compiles, and calls the vocabulary with `Val`s: values that
+will exist when the compiled code runs. So Python's loops become unrolled code, and Python's lists become registers:
 
     def emit(s: Simd, x: Val, n: Val) -> Val:                    # sum of n*16 floats at address x
         def body(i: Val, acc: list[Val]) -> list[Val]:
             return [acc[0] + s.load(x + i * 64, F32, 16)]
         return s.sum(s.loop(n, [s.const(F32, 0.0, 16)], body)[0])
 
-Vectors may be wider than the machine's registers: LLVM splits them. Only half floats, fused multiply-add and what
-lowering.py has need to know the instruction set.
+Vectors may be wider than the machine's registers: LLVM splits them. The code depends on the instruction set only for
+half floats, for fused multiply-add and for the operations in lowering.py. `simd_kernel` there makes an intrinsic of a
+function like `emit`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import TypeAlias
 
 from llvmlite import ir
 
-from gguf_run.formats.compiler.jit import cgutils, types
-from gguf_run.kernels_cpu.vector import isa as isa_table
-from gguf_run.kernels_cpu.vector import lowering
+from gguf_run.formats.compiler.jit import cgutils
+from gguf_run.kernels_cpu.vector.isa import Isa
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
@@ -31,8 +32,13 @@ def _vector(element: Scalar, lanes: int) -> ir.Type:
     return ir.VectorType(element, lanes) if lanes > 1 else element
 
 
+def _operator(int_op: str, float_op: str | None = None) -> Callable[["Val", "Val | Number"], "Val"]:
+    """Return an operator of Val by the names of LLVM's instructions. float_op None: integers only."""
+    return lambda value, other: value._op(int_op, float_op, other)
+
+
 class Val:
-    """A run-time value: an LLVM scalar or vector. Python numbers in an expression are broadcast to its shape."""
+    """A value at run time: an LLVM scalar or vector. Python numbers in an expression get its shape."""
 
     def __init__(self, s: "Simd", ir_value: ir.Value) -> None:
         self.s, self.ir = s, ir_value
@@ -49,30 +55,14 @@ class Val:
         assert op is not None
         return Val(self.s, getattr(self.s.b, op)(self.ir, self._with(other)))
 
-    def __add__(self, other: "Val | Number") -> "Val":
-        return self._op("add", "fadd", other)
-
-    def __sub__(self, other: "Val | Number") -> "Val":
-        return self._op("sub", "fsub", other)
-
-    def __mul__(self, other: "Val | Number") -> "Val":
-        return self._op("mul", "fmul", other)
-
-    def __and__(self, other: "Val | Number") -> "Val":
-        return self._op("and_", None, other)
-
-    def __or__(self, other: "Val | Number") -> "Val":
-        return self._op("or_", None, other)
-
-    def __xor__(self, other: "Val | Number") -> "Val":
-        return self._op("xor", None, other)
-
-    def __lshift__(self, other: "Val | Number") -> "Val":
-        return self._op("shl", None, other)
-
-    def __rshift__(self, other: "Val | Number") -> "Val":
-        """Logical: zeros come in from the left."""
-        return self._op("lshr", None, other)
+    __add__ = _operator("add", "fadd")
+    __sub__ = _operator("sub", "fsub")
+    __mul__ = _operator("mul", "fmul")
+    __and__ = _operator("and_")
+    __or__ = _operator("or_")
+    __xor__ = _operator("xor")
+    __lshift__ = _operator("shl")
+    __rshift__ = _operator("lshr")  # logical: zeros come in from the left
 
     def sar(self, count: int) -> "Val":
         """Arithmetic shift right: the sign comes in from the left."""
@@ -83,7 +73,7 @@ class Val:
         return Val(self.s, self.s.b.fdiv(self.ir, self._with(other)))
 
     def compare(self, relation: str, other: "Val | Number") -> "Val":
-        """Lanes of one bit. Integers compare signed; floats compare ordered."""
+        """Compare lane by lane: lanes of one bit. Integers compare signed, floats ordered (false for NaN)."""
         compare = self.s.b.fcmp_ordered if self.is_float else self.s.b.icmp_signed
         return Val(self.s, compare(relation, self.ir, self._with(other)))
 
@@ -93,7 +83,7 @@ class Val:
         return Val(self.s, self.s.b.bitcast(self.ir, _vector(element, bits // _width(element))))
 
     def to(self, element: Scalar, *, signed: bool = True) -> "Val":
-        """The same numbers as another type, lane by lane. f32 to int truncates (see Simd.rint)."""
+        """The same numbers as another type, lane by lane. f32 to int drops the fraction (Simd.rint rounds)."""
         b, target = self.s.b, _vector(element, self.lanes)
         to_float = isinstance(element, ir.FloatType)
         if self.element == element:
@@ -111,7 +101,7 @@ class Val:
         return Val(self.s, (b.sext if signed else b.zext)(self.ir, target))
 
     def part(self, first: int, lanes: int) -> "Val":
-        """Lanes first .. first + lanes."""
+        """Lanes first to first + lanes - 1."""
         return self.s.shuffle(self, range(first, first + lanes))
 
 
@@ -119,11 +109,52 @@ def _width(element: Scalar) -> int:
     return {F32: 32, F16: 16}.get(element) or element.width
 
 
-class Simd:
-    """Emits into one LLVM builder for one instruction set. Addresses are i64 scalars, in bytes."""
+class DotSum:
+    """Each add(u, x) adds the sum over j < 4 of u[4i+j] * x[4i+j] to lane i, exactly. The lanes begin with `start`.
 
-    def __init__(self, builder: ir.IRBuilder, isa: isa_table.Isa) -> None:
-        self.b, self.isa = builder, isa
+    start: i32 lanes.
+    u: four times as many bytes, unsigned and below 2^bits. With bits = -8 they are signed, which some instruction sets
+        prefer and the others cannot do (Isa.signed_bytes).
+    x: as many bytes as u, signed and never -128.
+    """
+
+    def __init__(self, s: "Simd", start: Val, bits: int) -> None:
+        assert bits > 0 or s.isa.signed_bytes
+        self.s, self.sum, self.bits = s, start, bits
+
+    def add(self, u: Val, x: Val) -> "DotSum":
+        raise NotImplementedError
+
+    def total(self) -> Val:
+        return self.sum
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """The operations that differ between instruction sets: a row of lowering.LOWERINGS."""
+
+    dot_sum: type[DotSum]
+    add_pairs: Callable[["Simd", Val, Val, Val], Val]  # see Simd.add_pairs
+    look_up: Callable[["Simd", Sequence[int], Val], Val]  # see Simd.look_up
+
+
+class Simd:
+    """Emits code into one LLVM builder for one instruction set. Addresses are i64 scalars, in bytes."""
+
+    def __init__(self, builder: ir.IRBuilder, isa: Isa, lowering: Lowering) -> None:
+        self.b, self.isa, self.lowering = builder, isa, lowering
+
+    def function(self, name: str, emit: Callable[..., Val | None], arguments: Sequence[Val]) -> ir.Function:
+        """Return emit(s, *arguments) as a function that is not inlined, so that loops in it have all registers."""
+        if name in self.b.module.globals:
+            return self.b.module.globals[name]
+        new = ir.Function(self.b.module, ir.FunctionType(ir.VoidType(), [value.type for value in arguments]), name)
+        new.linkage = "internal"
+        new.attributes.add("noinline")
+        inner = Simd(ir.IRBuilder(new.append_basic_block()), self.isa, self.lowering)
+        emit(inner, *[Val(inner, argument) for argument in new.args])
+        inner.b.ret_void()
+        return new
 
     # values and memory
     def const(self, element: Scalar, value: Number, lanes: int = 1) -> Val:
@@ -150,7 +181,7 @@ class Simd:
         self.b.store(value.ir, self.b.inttoptr(address.ir, value.type.as_pointer())).align = 1
 
     def prefetch(self, address: Val) -> None:
-        """Ask for the cache line at an address, which need not exist."""
+        """Prefetch the cache line at an address, which need not be valid."""
         name, void = "llvm.prefetch.p0i8", ir.VoidType()
         pointer = Val(self, self.b.inttoptr(address.ir, I8.as_pointer()))
         self.call(name, void, pointer, self.const(I32, 0), self.const(I32, 3), self.const(I32, 1))
@@ -164,15 +195,16 @@ class Simd:
         return Val(self, self.b.shuffle_vector(low.ir, high.ir, mask))
 
     def zip(self, x: Val, y: Val, first: int, lanes: int) -> Val:
-        """x[first], y[first], x[first + 1], y[first + 1] ...: `lanes` lanes of both by turns."""
+        """x[first], y[first], x[first + 1], y[first + 1] ...: `lanes` lanes of each."""
         mask = [n for i in range(first, first + lanes) for n in (i, x.lanes + i)]
         return Val(self, self.b.shuffle_vector(x.ir, y.ir, ir.Constant(ir.VectorType(I32, len(mask)), mask)))
 
     def select(self, condition: Val, yes: Val, no: Val) -> Val:
         return Val(self, self.b.select(condition.ir, yes.ir, no.ir))
 
-    def loop(self, count: Val, carried: list[Val], body: Callable[[Val, list[Val]], list[Val]]) -> list[Val]:
-        """for i in range(count): carried = body(i, carried). Returns the last values. count may be 0."""
+    def loop(self, count: Val | int, carried: list[Val], body: Callable[[Val, list[Val]], list[Val]]) -> list[Val]:
+        """for i in range(count): carried = body(i, carried). Returns the last carried. count may be 0."""
+        count = self.const(I64, count) if isinstance(count, int) else count
         before = self.b.block
         head, inside, after = (self.b.append_basic_block(name) for name in ("head", "body", "after"))
         self.b.branch(head)
@@ -192,6 +224,15 @@ class Simd:
         self.b.position_at_end(after)
         return [Val(self, phi) for phi in phis]
 
+    def each(self, count: Val | int, body: Callable[[Val], None]) -> None:
+        """for i in range(count): body(i)."""
+
+        def once(i: Val, none: list[Val]) -> list[Val]:
+            body(i)
+            return none
+
+        self.loop(count, [], once)
+
     # arithmetic
     def call(self, name: str, result: ir.Type, *arguments: Val) -> Val:
         signature = ir.FunctionType(result, [argument.type for argument in arguments])
@@ -203,7 +244,7 @@ class Simd:
         return self.call(f"llvm.{name}.{f'v{lanes}' if lanes > 1 else ''}f32", arguments[0].type, *arguments)
 
     def fma(self, x: Val, y: Val, z: Val) -> Val:
-        """x * y + z, fused where that is one instruction (elsewhere it would be a call per lane)."""
+        """x * y + z, fused if that is one instruction. Else fusing would be a call for each lane."""
         return self._float_call("fma", x, y, z) if self.isa.fma else x * y + z
 
     def maximum(self, x: Val, y: Val) -> Val:
@@ -218,7 +259,7 @@ class Simd:
         return (x + magic).as_type(I32) - magic.as_type(I32)
 
     def fold(self, x: Val, combine: Callable[[Val, Val], Val]) -> Val:
-        """Combine all lanes into a scalar, halving the vector each time."""
+        """Combine all lanes into a scalar: combine the two halves of the vector until one lane is left."""
         while x.lanes > 2:
             half = x.lanes // 2
             x = combine(x.part(0, half), x.part(half, half))
@@ -229,20 +270,21 @@ class Simd:
         return self.fold(x, lambda a, b: a + b)
 
     def exp(self, x: Val, *, bounded: bool = False) -> Val:
-        """e^x of f32 lanes, relative error below 2e-7; 0 below -87.3, saturates above 88.
+        """e^x of f32 lanes, relative error below 2e-7; 0 for x below -87.3, e^88 above 88.
 
-        bounded: for x known to be below 88, where e^-87.3 will do for all that is less, and an error of 1e-7 |x| too.
+        bounded: x must be below 88. Then the relative error is up to 1e-7 |x|, and x below -87.3 gives e^-87.3.
 
-        x = n ln 2 + r with |r| <= ln(2)/2; e^r by a minimax polynomial of degree 5; 2^n by adding n to the exponent.
+        Method: x = n ln 2 + r with |r| <= ln(2) / 2. A minimax polynomial of degree 5 gives e^r. Adding n to the
+        exponent multiplies by 2^n.
         """
         low, high = self.const(F32, -87.3, x.lanes), self.const(F32, 88.0, x.lanes)
-        kept = self.maximum(low, x)  # in this order NaN stays NaN
+        kept = self.maximum(low, x)  # this order keeps NaN
         if not bounded:
             kept = self.select(x.compare(">", high), high, kept)
-        magic = self.const(F32, 12582912.0, x.lanes)  # as in rint: leaves n in the lowest bits
+        magic = self.const(F32, 12582912.0, x.lanes)  # as in rint: n is in the lowest bits of shifted
         shifted = self.fma(kept, self.const(F32, 1.4426950408889634, x.lanes), magic)
         n, r = shifted - magic, kept
-        # ln 2 in two parts: the first has few bits, so that n * part is exact
+        # ln 2 in two parts. The first has few bits: n * part is exact.
         for part in (0.6931471805599453,) if bounded else (0.693145751953125, 1.4286068203094172e-06):
             r = self.fma(n, self.const(F32, -part, x.lanes), r)
         p = self.const(F32, 0.00829026382, x.lanes)
@@ -251,24 +293,24 @@ class Simd:
         scaled = (p.as_type(I32) + (shifted.as_type(I32) << 23)).as_type(F32)
         return scaled if bounded else self.select(x.compare("<", low), self.const(F32, 0.0, x.lanes), scaled)
 
-    # half floats: one instruction where the CPU has it, else integer arithmetic
+    # half floats: one instruction if the CPU has it, else integer arithmetic
     def widen_half(self, x: Val) -> Val:
         if self.isa.f16c:
             return Val(self, self.b.fpext(x.ir, _vector(F32, x.lanes)))
         bits = x.as_type(I16).to(I32, signed=False)
         sign, rest = (bits & 0x8000) << 16, (bits & 0x7FFF) << 13
-        value = rest.as_type(F32) * 2.0**112  # moves the exponent's bias from 15 to 127; subnormals come out right
+        value = rest.as_type(F32) * 2.0**112  # changes the exponent's bias from 15 to 127, for subnormals too
         special = rest | 0x7F800000  # exponent 31: infinity or nan
         magnitude = self.select(rest.compare(">=", 0x0F800000), special, value.as_type(I32))
         return (magnitude | sign).as_type(F32)
 
     def narrow_half(self, x: Val) -> Val:
-        """To nearest, halves to even. Too large becomes infinity."""
+        """f32 to f16: to nearest, halves to even. Numbers that are too large become infinity."""
         if self.isa.f16c:
             return Val(self, self.b.fptrunc(x.ir, _vector(F16, x.lanes)))
         bits = x.as_type(I32)
         sign, rest = (bits >> 16) & 0x8000, bits & 0x7FFFFFFF
-        # subnormal halves: adding 0.5 aligns the value so that its last bit is 2^-24; the addition rounds
+        # Subnormal: the last bit of 0.5 as f32 is 2^-24, and there the addition rounds.
         small = (rest.as_type(F32) + 0.5).as_type(I32) - 0x3F000000
         odd = (rest >> 13) & 1
         normal = (rest - (112 << 23) + 0xFFF + odd) >> 13
@@ -279,33 +321,18 @@ class Simd:
         return (value | sign).to(I16).as_type(F16)
 
     def look_up(self, table: Sequence[int], index: Val) -> Val:
-        """table[i] for bytes i < 16."""
-        return lowering.LOOK_UPS[self.isa.dot](self, table, index)
+        """table[i] for each byte i of index. The table has 16 bytes, signed or not."""
+        return self.lowering.look_up(self, table, index)
 
-    # the integer dot product
-    def dot_sum(self, start: Val, bits: int) -> "lowering.DotSum":
-        """A sum of dot products in i32 lanes, see lowering.py."""
-        return lowering.DOT_SUMS[self.isa.dot](self, start, bits)
+    # dot products of integers
+    def dot_sum(self, start: Val, bits: int) -> DotSum:
+        """Begin a sum of dot products with `start`, i32 lanes."""
+        return self.lowering.dot_sum(self, start, bits)
 
     def dot(self, acc: Val, u: Val, x: Val, bits: int) -> Val:
-        """acc[i] + sum over j < 4 of u[4i+j] * x[4i+j]: i32 lanes, u unsigned below 2^bits, x signed bytes; exact."""
+        """acc[i] + sum over j < 4 of u[4i+j] * x[4i+j]: one DotSum.add."""
         return self.dot_sum(acc, bits).add(u, x).total()
 
     def add_pairs(self, acc: Val, x: Val, y: Val) -> Val:
         """acc[i] + x[2i] * y[2i] + x[2i+1] * y[2i+1]: i32 lanes; x, y: twice as many i16 lanes."""
-        return lowering.PAIRS[self.isa.dot](self, acc, x, y)
-
-
-def kernel(signature: Any, emit: Callable[..., Val | None]) -> tuple[Any, Callable[..., ir.Value]]:
-    """What an @intrinsic returns: `emit(s, *arguments)` becomes the code of a call with this numba signature.
-
-    Literal arguments (compile-time constants) are not passed to emit: the intrinsic closes over their values.
-    """
-
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-        s = Simd(builder, isa_table.current())
-        values = [Val(s, a) for a, t in zip(arguments, sig.args, strict=True) if not isinstance(t, types.Literal)]
-        result = emit(s, *values)
-        return result.ir if result is not None else context.get_dummy_value()
-
-    return signature, codegen
+        return self.lowering.add_pairs(self, acc, x, y)

@@ -16,9 +16,8 @@ from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.types import TensorType, type_by_name
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
 from gguf_run.kernels_cpu.backend import CpuBackend
-from gguf_run.kernels_cpu.matmul.int_tile import X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS
 from gguf_run.kernels_cpu.panels.memory import WeightPart
-from gguf_run.kernels_cpu.panels.panels import BLOCK, PARTS, ROWS, IntPanel
+from gguf_run.kernels_cpu.panels.panels import BLOCK, PARTS, ROWS, X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS, IntPanel
 from gguf_run.kernels_cpu.vector.simd import I16
 from gguf_run.models.backend import CacheType, Run
 from gguf_run.models.operands import AttentionShape, Buffer
@@ -192,7 +191,7 @@ def as_quantized(x: np.ndarray) -> np.ndarray:
 
 
 def read_q8(blocks: np.ndarray) -> dict[str, np.ndarray]:
-    """The fields of activation blocks, uint8[..., n * X_BLOCK_BYTES] (layout: int_tile.py)."""
+    """The fields of activation blocks, uint8[..., n * X_BLOCK_BYTES] (layout: panels.py)."""
     offsets = {"q": (0, "i1", BLOCK), "d": (X_D, "f4", 1), "sums": (X_SUMS, "i4", 3), "d_sums": (X_D_SUMS, "f4", 3)}
     dtype = np.dtype(
         {

@@ -11,6 +11,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from gguf_run.kernels_cpu.vector.isa import ISAS, Isa, choose
+from gguf_run.kernels_cpu.vector.lowering import LOWERINGS
 from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I32, Simd, Val
 
 HOST = binding.get_host_cpu_features()
@@ -28,15 +29,14 @@ def run(isa: Isa, emit: Callable[..., None], *arrays: np.ndarray) -> None:
     @intrinsic
     def word(typing_context: Any, addresses: Any, n: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, sig: Any, arguments: Any) -> ir.Value:
-            s = Simd(builder, isa)
+            s = Simd(builder, isa, LOWERINGS[isa.dot])
             table, count = (Val(s, argument) for argument in arguments)
 
-            def body(i: Val, none: list[Val]) -> list[Val]:
+            def body(i: Val) -> None:
                 starts = [s.load(table + 8 * k, ir.IntType(64)) for k in range(len(arrays))]
                 emit(s, *[start + i * array.strides[0] for start, array in zip(starts, arrays, strict=True)])
-                return none
 
-            s.loop(count, [], body)
+            s.each(count, body)
             return context.get_dummy_value()
 
         return types.void(types.intp, types.intp), codegen
@@ -241,7 +241,7 @@ def test_neon_dot_compiles(bits: int) -> None:
     module.triple = "aarch64-unknown-linux-gnu"
     i64 = ir.IntType(64)
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [i64] * 3), "dot")
-    s = Simd(ir.IRBuilder(function.append_basic_block()), isa)
+    s = Simd(ir.IRBuilder(function.append_basic_block()), isa, LOWERINGS[isa.dot])
     u, x, out = (Val(s, argument) for argument in function.args)
     s.store(s.dot(s.load(out, I32, 16), s.load(u, I8, 64), s.load(x, I8, 64), bits), out)
     s.b.ret_void()

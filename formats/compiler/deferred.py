@@ -1,0 +1,69 @@
+"""How numba is imported when something must be compiled, and not before: that saves 0.55 s before the first token.
+
+Most kernels are loaded as object files (machine_code.py), which needs no numba. But their modules name things of numba,
+and decorate functions with it, as soon as Python reads them. These things are `Deferred`s until somebody needs them:
+
+    @intrinsic
+    def pointer(...)                                 pointer: a Deferred
+    @njit
+    def f32_at(address, n):                          f32_at: a Kernel, which is a Deferred
+        return carray(pointer(address), n, ...)      carray: a Deferred
+
+numba compiles the byte code of a function. It looks up each name in the function's globals, or in its closure, and must
+find real things there. `resolved` therefore makes a copy of the function for numba alone:
+
+               function (Python's)              copy (numba's)
+    code       C                                C
+    globals    carray: Deferred                 carray: numba.carray
+               pointer: Deferred                pointer: numba's intrinsic
+    closure    (Kernel, 3)                      (numba's dispatcher, 3)
+
+The original stays as it is. A Deferred makes its real thing once, at its first use, and that may make others.
+"""
+
+import functools
+import importlib
+import types
+from collections.abc import Callable
+from typing import Any
+
+
+class Deferred:
+    """Stands for a thing that `make` makes when it is first used. Attributes are those of the real thing."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+
+    @functools.cached_property
+    def real(self) -> Any:
+        """The thing itself."""
+        return self._make()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.real, name)
+
+
+def imported(module: str, name: str) -> Any:
+    """Return a Deferred for a name of a module, which is imported at its first use."""
+    return Deferred(lambda: getattr(importlib.import_module(module), name))
+
+
+def resolved(function: Callable[..., Any]) -> Any:
+    """Return a copy of a function whose globals and closure hold the real things instead of Deferreds."""
+
+    def real(value: Any) -> Any:
+        return value.real if isinstance(value, Deferred) else value
+
+    values = function.__globals__
+    named = {name: real(values[name]) for name in function.__code__.co_names if name in values}
+    cells = tuple(types.CellType(real(cell.cell_contents)) for cell in function.__closure__ or ())
+    return copied(function, function.__name__, {**values, **named}, cells)
+
+
+def copied(function: Callable[..., Any], name: str, values: dict[str, Any], cells: tuple[Any, ...] = ()) -> Any:
+    """Return a function of the same code with another name, other globals and another closure."""
+    copy = types.FunctionType(function.__code__, values, name, function.__defaults__, cells)
+    copy.__qualname__ = function.__qualname__.removesuffix(function.__name__) + name
+    return copy
