@@ -74,7 +74,7 @@ class Tape:
         return Rows(data.ctypes.data, data.strides[0])
 
     def int8(self, buffer: Buffer) -> Rows:
-        """Return where the int8 form of a buffer's rows is, in activation blocks (int_tile.py)."""
+        """Return where the int8 form of a buffer's rows is, in activation blocks (matmul/int_tile.py)."""
         if buffer not in self._int8:
             self._int8[buffer] = aligned(len(self.buffer(buffer)) * 2 * buffer.width)
         return Rows(self._int8[buffer].ctypes.data, 2 * buffer.width)

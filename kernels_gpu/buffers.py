@@ -60,7 +60,7 @@ class StepInput:
 
 
 class Int8(NamedTuple):
-    """Rows as blocks of 32 int8 (quantize.py). Kernels take it as a tuple."""
+    """Rows as blocks of 32 int8 (rows/quantize.py). Kernels take it as a tuple."""
 
     xq: Array  # int32[rows, n / 4]: four values each
     xd: Array  # f32[rows, n / 32]: factors of the blocks
@@ -74,7 +74,7 @@ class Int8(NamedTuple):
 
 
 class Halves(NamedTuple):
-    """Rows as f16 (quantize.py). Kernels take it as a tuple."""
+    """Rows as f16 (rows/quantize.py). Kernels take it as a tuple."""
 
     xh: Array  # f16[rows, n]
     xm: Array  # f32[rows]: factors of the rows
@@ -89,7 +89,7 @@ class PairMemory:
 
     def __init__(self, n_row: int, n_used: int, n_expert: int, n_ff: int, n_embd: int, device: torch.device) -> None:
         n_pairs, n_few = n_row * n_used, FEW * n_used
-        self.chosen, self.order = torch.zeros(2, n_pairs, dtype=torch.int32, device=device)  # int32: moe_route.py
+        self.chosen, self.order = torch.zeros(2, n_pairs, dtype=torch.int32, device=device)  # matmul/moe_route.py
         self.weights = torch.zeros(n_pairs, device=device)
         self.counts = torch.zeros(n_expert, dtype=torch.int32, device=device)
         self.made = torch.zeros(n_few, n_ff, device=device)  # few tokens: the rows that down reads

@@ -1,6 +1,6 @@
 """The ops of a decoder. A step is a list of them: data that interpreters read.
 
-Models build the lists (layer.py). kernels_cpu, kernels_gpu and the NumPy twin of the tests run them; op_costs.py counts
+Models build the lists (step.py). kernels_cpu, kernels_gpu and the NumPy twin of the tests run them; op_costs.py counts
 their bytes. Ops run in the order of the list.
 
 All values of a step are f32, one row per token. Matrices are laid out by row: a weight `w` of n_out rows of n_in maps

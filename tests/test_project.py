@@ -81,6 +81,14 @@ def test_cpu_modules_never_load_torch() -> None:
     assert run_python(code).strip() == "[]"
 
 
+def make_empty(package: Path) -> None:
+    """Make all sources, without content."""
+    for path in SOURCES:
+        to = package / path.relative_to(ROOT)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.touch()
+
+
 def linted(tree: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as main; main()", "--no-logo"]
     return subprocess.run(
@@ -94,23 +102,38 @@ def linted(tree: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("folder", "line"),
+    ("file", "line"),
     [
-        ("formats", "import gguf_run.models"),
-        ("models", "import gguf_run.kernels_cpu"),
-        ("models", "import numba"),
-        ("kernels_cpu", "import gguf_run.kernels_gpu"),
-        ("runtime", "import torch"),
+        ("formats/gguf/a.py", "import gguf_run.models"),
+        ("models/backend.py", "import gguf_run.kernels_cpu"),
+        ("models/backend.py", "import numba"),
+        ("kernels_cpu/rows/a.py", "import gguf_run.kernels_gpu"),
+        ("runtime/load/a.py", "import torch"),
+        ("formats/compiler/a.py", "def f():\n    import gguf_run.formats.blocks"),
+        ("kernels_cpu/panels/a.py", "import gguf_run.kernels_cpu.matmul"),
+        ("kernels_gpu/rows/a.py", "import gguf_run.kernels_gpu.matmul"),
+        ("runtime/info/a.py", "import gguf_run.runtime.cli"),
+        ("runtime/chat/a.py", "import gguf_run.runtime.engine"),
     ],
 )
-def test_import_linter_rejects(tmp_path: Path, folder: str, line: str) -> None:
+def test_import_linter_rejects(tmp_path: Path, file: str, line: str) -> None:
     """A linter that sees no files is content too: show it each kind of forbidden import."""
     pytest.importorskip("importlinter")
-    for name in FOLDERS:
-        (tmp_path / "gguf_run" / name).mkdir(parents=True)
-        (tmp_path / "gguf_run" / name / "__init__.py").touch()
+    package = tmp_path / "gguf_run"
+    make_empty(package)
     assert "0 broken" in linted(tmp_path).stdout
-    (tmp_path / "gguf_run" / folder / "wrong.py").write_text(f"{line}\n")
+    (package / file).write_text(f"{line}\n")
+    assert "1 broken" in linted(tmp_path).stdout
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_import_linter_rejects_circles(tmp_path: Path, late: bool) -> None:
+    pytest.importorskip("importlinter")
+    make_empty(tmp_path / "gguf_run")
+    room = tmp_path / "gguf_run/runtime/chat"
+    (room / "a.py").write_text("import gguf_run.runtime.chat.b\n")
+    indent = "def f():\n    " if late else ""
+    (room / "b.py").write_text(f"{indent}import gguf_run.runtime.chat.a\n")
     assert "1 broken" in linted(tmp_path).stdout
 
 
@@ -119,8 +142,8 @@ def test_kernel_cache_follows_sources_of_helpers(tmp_path: Path, room: str) -> N
     """An edit in one file recompiles a cached kernel of another file that calls it (numba alone would not)."""
     package = tmp_path / "gguf_run"
     (package / room).mkdir(parents=True, exist_ok=True)
-    (package / "formats/compiler").mkdir(parents=True, exist_ok=True)
-    for name in ("errors", "compiler/cachedir", "compiler/jit", "compiler/machine_code"):
+    shutil.copytree(ROOT / "formats/compiler", package / "formats/compiler")
+    for name in ("errors", "atomic"):
         shutil.copy(ROOT / f"formats/{name}.py", package / f"formats/{name}.py")
     prelude = "from gguf_run.formats.compiler.jit import njit\n"
     module = f"gguf_run.{room.replace('/', '.')}.helper"

@@ -5,7 +5,7 @@ pair      key (string), value type (uint32), value
 string    length in bytes (uint64), UTF-8
 array     type of the items (uint32), number of items (uint64), items
 
-Reference: docs/gguf.md of ggml.
+Reference: ggml's description of GGUF.
 """
 
 from collections.abc import Iterator, Mapping

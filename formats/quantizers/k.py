@@ -1,4 +1,4 @@
-"""Quantizers of the K-quants, byte for byte as ggml's reference. unpack_k.py draws the layouts.
+"""Quantizers of the K-quants, byte for byte as ggml's reference. formats/blocks/unpack_k.py draws the layouts.
 
 Each lane (see lanes.py) works on a block of its own. The reference builds (libgguf 0.2.2, ggml-base of the prebuilt
 llama.cpp) have no fused multiply-adds and agree with each other in every byte.

@@ -1,4 +1,6 @@
-"""Quantizers of Q4_0 Q4_1 Q5_0 Q5_1 Q8_0, byte for byte as ggml's reference. unpack_legacy.py draws the layouts.
+"""Quantizers of Q4_0 Q4_1 Q5_0 Q5_1 Q8_0, byte for byte as ggml's reference.
+
+formats/blocks/unpack_legacy.py draws the layouts.
 
 Without importance weights, the largest weight of a block (or the largest and the smallest) gives the scale. With them,
 the searches of the K-quants find it. Q8_0 does not use importance weights.

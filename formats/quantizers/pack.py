@@ -1,4 +1,4 @@
-"""Half floats and bit fields of K-quant blocks, for LANES blocks at once. unpack_k.py draws the layouts.
+"""Half floats and bit fields of K-quant blocks, for LANES blocks at once. formats/blocks/unpack_k.py draws the layouts.
 
 block is CPointer(U8): vector i holds byte i of each block. q is CPointer(F32): quants, which are whole numbers.
 """

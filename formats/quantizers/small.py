@@ -1,6 +1,6 @@
 """Quantizers of IQ4_NL IQ4_XS MXFP4 TQ1_0 TQ2_0 and F32 F16 BF16, byte for byte as ggml's reference.
 
-unpack_small.py draws the layouts.
+formats/blocks/unpack_small.py draws the layouts.
 
 Only IQ4_NL and IQ4_XS use importance weights.
 """

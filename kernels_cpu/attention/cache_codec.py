@@ -1,7 +1,7 @@
 """A row of K or V as f32, and as what a cache type stores: codes, and the f16 numbers of its blocks.
 
-A code is one byte for integers (unsigned, as in panels.py) and 8-bit floats, 2 or 4 bytes for other floats. Rows of
-ggml's types equal the result of quantize_row_*_ref byte for byte: the operations and their order are ggml's.
+A code is one byte for integers (unsigned, as in panels/panels.py) and 8-bit floats, 2 or 4 bytes for other floats.
+Rows of ggml's types equal the result of quantize_row_*_ref byte for byte: the operations and their order are ggml's.
 """
 
 import itertools

@@ -4,7 +4,7 @@ K and V of a head are sequences of groups of 32 positions. A position is a row o
 a multiple of 32 unless the type is a float. Scales are f16. ggml's types have a scale, and some a minimum, for each
 block of 32 columns. int8 and fp8 have one scale for a row, which is a token's row of one KV head.
 
-    K  blocks   [2][wide / 32] spans of an integer panel (panels.py) whose 16 rows are positions: q.k is a matmul tile
+    K  blocks   [2][wide / 32] spans of an integer panel (panels/panels.py), rows are 16 positions: q.k is a matmul tile
        others   scales [32] f16, if any; [2][wide][16] elements
     V  blocks   scales [wide / 32][1 or 2][32] f16; [wide / 16][planes][16][4] u8: an integer panel whose rows are the
                 columns, and whose columns are positions in the order of `V_ORDER`

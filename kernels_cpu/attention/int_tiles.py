@@ -35,7 +35,7 @@ def int_score_tile(s: Simd, form: int, q: Val, q_row: Val, k: Val, n_blocks: Val
     """scores[r, j] = q[r] . k[j] for INT_ROWS rows r and the 32 positions j of a group, without scales of whole rows.
 
     form: place of K's type in FORMATS. Nothing is done if the type is not an integer.
-    q, q_row: rows of n_blocks activation blocks (panels.py), and the bytes from row to row.
+    q, q_row: rows of n_blocks activation blocks (panels/panels.py), and the bytes from row to row.
     k: the elements of a group.
     zeros: f32[16].
     scores: f32[rows][SPAN].

@@ -1,4 +1,4 @@
-"""16 rows of an integer panel times one or several tokens, whose activations are int8. Layouts of both: panels.py."""
+"""16 rows of an integer panel times one or several tokens as int8. panels/panels.py has the layouts of both."""
 
 import functools
 import operator
@@ -154,7 +154,7 @@ class _Panel:
         ]
 
     def _head(self, at: Val) -> tuple[list[Val], list[Val]]:
-        """Return the scales and minimums of a step (see panels.py), without the factors of the span."""
+        """Return the scales and minimums of a step (see panels/panels.py), without the factors of the span."""
         s, name, lanes = self.s, self.shape.scales.name, self.lanes
         n = self.shape.columns // self.shape.group
 

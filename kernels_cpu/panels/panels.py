@@ -167,7 +167,7 @@ FLOAT_PANELS: dict[str, Panel] = {
 }
 # The panel that each tensor type is repacked into. Types that are missing here go through F32.
 PANEL_OF: dict[str, Panel] = FLOAT_PANELS | {name: _int_panel(form) for name, form in INTEGER_FORMS.items()}
-# Panels of KV caches only. Their scales are elsewhere (cache_types.py).
+# Panels of KV caches only. Their scales are elsewhere (attention/cache_types.py).
 CACHE_PANELS: dict[str, Panel] = {
     "INT8": IntPanel(8, 8, 128, BLOCK, SCALES["none"], False, BLOCK),
     "E4M3": FloatPanel("E4M3", I8, 1),

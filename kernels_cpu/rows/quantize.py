@@ -1,4 +1,4 @@
-"""Activations for integer panels: f32 rows to blocks of 32 int8 values (layout: panels.py)."""
+"""Activations for integer panels: f32 rows to blocks of 32 int8 values (layout: panels/panels.py)."""
 
 from gguf_run.formats.compiler.jit import njit
 from gguf_run.kernels_cpu.panels.panels import X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS

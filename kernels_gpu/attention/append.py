@@ -18,7 +18,7 @@ from gguf_run.kernels_gpu.rows.hadamard import hadamard
 def _turned(at, norm, eps, table, t, n_half, STYLE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
     """Return a head at `at`, normed and turned.
 
-    norm: None, or the weights of an RMS norm. table: the tokens' cosines and sines (rope.py).
+    norm: None, or the weights of an RMS norm. table: the tokens' cosines and sines (rows/rope.py).
     STYLE: None, or that of the rotation, see operands.Rotation.
     """
     i = tl.arange(0, WIDTH)

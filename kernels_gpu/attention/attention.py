@@ -144,7 +144,7 @@ def add_up(
     """out = the sum of attend's parts; grid (tokens, heads).
 
     sinks: None, or a score for each head that has no value.
-    int8: None, or (xq, xd, xs): gets the result as int8 (quantize.py); HEAD_DIM must be WIDTH.
+    int8: None, or (xq, xd, xs): gets the result as int8 (rows/quantize.py); HEAD_DIM must be WIDTH.
     """
     t = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)

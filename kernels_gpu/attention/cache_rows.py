@@ -1,4 +1,4 @@
-"""How rows of a KV cache are stored and read; cache_formats.py has the table of types.
+"""How rows of a KV cache are stored and read; cache_types.py has the table of types.
 
 A row is one position of one KV head. Its elements are in the plane qs. Its scales (f16), if it has any, are in the
 plane d: one for each block of 32 columns in ggml's types, one for the row in int8 and fp8. Byte j of a block of q4_0

@@ -1,7 +1,7 @@
 """matmul for few tokens: dp4a multiplies units of quants with int8 activations; weights are read once.
 
 A thread has one unit of R rows at a time, and a sum for each row and token. The loop has no shared memory, no barrier
-and no conversion of layouts. For the blocks of int8 activations (xq, xd, xs) see quantize.py.
+and no conversion of layouts. For the blocks of int8 activations (xq, xd, xs) see rows/quantize.py.
 """
 
 import triton

@@ -3,7 +3,7 @@
 A character stands for each byte. The `tokenizers` package, which has the Unicode tables, cuts a text into words and
 spells them in these characters. Merging is done here: the package takes ten times as long to set up as these two
 dicts, and refuses vocabularies that lack the result of a merge.
-Reference: Radford et al., "Language models are unsupervised multitask learners", and its encoder.py.
+Reference: Radford et al., "Language models are unsupervised multitask learners", and its encoder.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""benchmarks/sweep.py and pair.py: its rows, measuring a tiny model, going on after a stop, the table."""
+"""benchmarks/sweep.py and benchmarks/pair.py: its rows, measuring a tiny model, going on after a stop, the table."""
 
 import itertools
 import json

@@ -191,7 +191,7 @@ def as_quantized(x: np.ndarray) -> np.ndarray:
 
 
 def read_q8(blocks: np.ndarray) -> dict[str, np.ndarray]:
-    """The fields of activation blocks, uint8[..., n * X_BLOCK_BYTES] (layout: panels.py)."""
+    """The fields of activation blocks, uint8[..., n * X_BLOCK_BYTES] (layout: kernels_cpu/panels/panels.py)."""
     offsets = {"q": (0, "i1", BLOCK), "d": (X_D, "f4", 1), "sums": (X_SUMS, "i4", 3), "d_sums": (X_D_SUMS, "f4", 3)}
     dtype = np.dtype(
         {
@@ -206,7 +206,7 @@ def read_q8(blocks: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def unpack_panel(part: WeightPart, n_in: int) -> np.ndarray:
-    """The numbers in a panel, float32[rows up to the next multiple of 16, n_in] (layout: panels.py)."""
+    """Return the numbers in a panel (kernels_cpu/panels/panels.py): float32[rows filled up to 16s, n_in]."""
     panel, n_group = part.panel, -(-part.n_out // ROWS)
     if not isinstance(panel, IntPanel):
         words = part.data.view(f"u{panel.element_bytes}").reshape(n_group, n_in, ROWS).swapaxes(1, 2)
@@ -250,7 +250,7 @@ def _bytes(spans: np.ndarray, first: int, end: int) -> np.ndarray:
 
 
 def _head_twin(panel: IntPanel, heads: np.ndarray) -> np.ndarray:
-    """float32[..., numbers of a step, ROWS] from uint8[..., head_bytes] (layout: panels.py)."""
+    """float32[..., numbers of a step, ROWS] from uint8[..., head_bytes] (layout: kernels_cpu/panels/panels.py)."""
     name = panel.scales.name
     if name in ("f16", "f32"):
         return heads.view({"f16": "f2", "f32": "f4"}[name]).astype(np.float32).reshape(*heads.shape[:-1], -1, ROWS)

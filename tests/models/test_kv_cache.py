@@ -215,7 +215,7 @@ def test_bytes_go_out_and_in(tiny: Tiny, n_past: int, build: Build) -> None:
         logits = last(target, [1, 2, 3])
         if tiny is LLAMA:
             np.testing.assert_array_equal(logits, expected)
-        assert error(logits, expected) < 1e-6  # hidden positions of a window, see test_kernels_attention.py
+        assert error(logits, expected) < 1e-6  # hidden positions of a window
 
 
 def test_bytes_that_do_not_fit(build: Build) -> None:

@@ -1,7 +1,7 @@
 """Programs as a whole: ops in random order on shared buffers, output rows, repetition, memory kept alive.
 
-A pass over the list decides which op makes the int8 form of a row (int8_forms.py). A mistake there shows only when ops
-follow each other in an unusual way.
+A pass over the list decides which op makes the int8 form of a row (kernels_cpu/int8_forms.py). A mistake there shows
+only when ops follow each other in an unusual way.
 """
 
 import gc

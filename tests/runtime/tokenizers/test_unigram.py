@@ -1,4 +1,4 @@
-"""Unigram and WordPiece at run time: what decoding gives, and damaged metadata. Ids: test_convert_tokenizer.py."""
+"""Unigram and WordPiece at run time: what decoding gives, and damaged metadata."""
 
 import random
 from contextlib import suppress
