@@ -36,6 +36,15 @@ def test_doors_of_runtime() -> None:
     assert len([path for path in (ROOT / "runtime").iterdir() if path.is_dir() or path.suffix == ".py"]) <= MOST_DOORS
 
 
+def test_path_of_a_prompt() -> None:
+    """What one reads to follow a prompt to the kernel and back: the files that docs/how_it_works.md names."""
+    text = (ROOT / "docs/how_it_works.md").read_text()
+    walk = text[text.index("<!-- walk -->") : text.index("<!-- end of the walk -->")]
+    files = {ROOT / name for name in re.findall(r"`([\w/]+\.py)`", walk)}
+    assert len(files) <= 40
+    assert sum(map(n_lines, files)) <= 7_500
+
+
 def long_functions(source: str, most: int) -> list[tuple[str, int]]:
     """Names and lines of the functions that have more than `most` lines."""
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
