@@ -11,7 +11,7 @@ from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.runtime.cli import complete
 from gguf_run.runtime.cli.common import tool
 from gguf_run.runtime.cli.load_options import PATH, byte_size
-from gguf_run.runtime.cli.quantize_report import DRY_RUN, IMATRIX, SPLIT_MAX_SIZE, THREADS, run_plan, show_types
+from gguf_run.runtime.cli.quantize_report import OPTIONS, run_plan, show_types
 from gguf_run.runtime.hub.find import find_model
 from gguf_run.runtime.quantize.file_types import FILE_TYPES, WRITABLE_FILES, file_type
 from gguf_run.runtime.terminal.progress import progress
@@ -20,7 +20,7 @@ from gguf_run.runtime.terminal.text import message, one_line, size_text
 
 @tool(
     "gguf-convert",
-    params=[IMATRIX, SPLIT_MAX_SIZE, DRY_RUN, THREADS],
+    params=OPTIONS,
     examples=(
         "gguf-convert folder",
         "gguf-convert folder -o model.gguf --type Q4_K_M",

@@ -27,13 +27,7 @@ Answer = tuple[Mapping[str, Any], Iterator[str]]  # facts for --json, and the sa
 
 @tool(
     "gguf-info",
-    params=[
-        load_options.CTX_SIZE,
-        *load_options.CACHE_OPTIONS,
-        load_options.GPU_LAYERS,
-        load_options.TENSOR_SPLIT,
-        *load_options.EXPERT_OPTIONS,
-    ],
+    params=[load_options.CTX_SIZE, *load_options.CACHE_OPTIONS, *load_options.PLACEMENT_OPTIONS],
     examples=(
         "gguf-info model.gguf -c 32768",
         "gguf-info --fit model.gguf",

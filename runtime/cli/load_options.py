@@ -44,16 +44,14 @@ CACHE_OPTIONS = [
         shell_complete=complete.files,
     ),
 ]
-GPU_LAYERS = option(
-    "--gpu-layers -ngl",
-    "So many of the last layers run on the GPU.  [default: auto, as many as fit]",
-    metavar="N|auto|all",
-    shell_complete=complete.words("auto all"),
-)
-TENSOR_SPLIT = option(
-    "--tensor-split -ts", "How several GPUs share these layers: 3,1  [default: by free memory]", metavar="N,N"
-)
-EXPERT_OPTIONS = [
+PLACEMENT_OPTIONS = [
+    option(
+        "--gpu-layers -ngl",
+        "So many of the last layers run on the GPU.  [default: auto, as many as fit]",
+        metavar="N|auto|all",
+        shell_complete=complete.words("auto all"),
+    ),
+    option("--tensor-split -ts", "How several GPUs share these layers: 3,1  [default: by free memory]", metavar="N,N"),
     option("--cpu-moe -cmoe", "Keep the experts of all layers on the CPU.", is_flag=True),
     option(
         "--n-cpu-moe -ncmoe",
@@ -71,9 +69,7 @@ DEVICE_OPTIONS = [
         show_default=True,
         shell_complete=complete.words("auto cpu cuda cuda:0"),
     ),
-    GPU_LAYERS,
-    TENSOR_SPLIT,
-    *EXPERT_OPTIONS,
+    *PLACEMENT_OPTIONS,
 ]
 RUNTIME_OPTIONS = [*DEVICE_OPTIONS, *CACHE_OPTIONS]  # all that may differ between two runs of one model
 _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
@@ -85,7 +81,7 @@ def byte_size(text: str | None, option: str = "--split-max-size") -> int:
     if not text:
         return 0
     match = re.fullmatch(r"([1-9]\d{0,9})([KMG]?)", text.upper())
-    if not match:
+    if match is None:
         raise OptionError(f"{option} {text}: must be a number of bytes, as 500M or 2G")
     return int(match[1]) * _UNITS.get(match[2], 1)
 

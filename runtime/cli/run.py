@@ -8,9 +8,9 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
@@ -130,14 +130,14 @@ def _paused_gc() -> Iterator[None]:
 class _Task:
     """What the model is asked to do; everything in it is checked before the model is loaded."""
 
-    kind: str  # "raw": continue text, "ask": answer it, "chat", "warm-up"
+    kind: str  # "raw": continue text, "ask": answer it, "chat", "warm_up"
     text: str | None  # the first text for the model; None: a chat begins without one
     system: str | None  # system message
     template: str | None  # chat template in place of the model's own
     session: Path | None  # file that the conversation comes from and goes to
     keep_history: bool  # of the lines that are typed in a chat
     generating: Mapping[str, Any]  # arguments of Model.generate
-    chatting: Mapping[str, Any] = field(default_factory=dict)  # arguments that Model.chat takes besides
+    chatting: Mapping[str, Any]  # arguments that Model.chat takes besides
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> "_Task":
@@ -147,7 +147,7 @@ class _Task:
             raise click.UsageError(
                 "--raw works without a chat template: leave out --chat, --system, --tools and --chat-template(-kwargs)."
             )
-        kinds = [kind for kind, name in (("warm-up", "warm_up"), ("chat", "chat"), ("raw", "raw")) if values[name]]
+        kind = next((kind for kind in ("warm_up", "chat", "raw") if values[kind]), "ask")
         text = "Hello" if values["warm_up"] else _prompt(values["prompt"], values["file"], values["chat"])
         if values["session"] is not None:
             from gguf_run.runtime.cli.session import check_place
@@ -162,15 +162,18 @@ class _Task:
         generating = take_sampling(values)
         SamplingParams(**generating)  # says what is wrong
         generating |= {name: values[name] for name in ("max_tokens", "context_shift", "n_keep")}
-        template = _template(values["chat_template"])
-        kind = [*kinds, "ask"][0]
+        template: str | None = values["chat_template"]
+        if template is not None:
+            from gguf_run.runtime.chat.named import find_template
+
+            template = find_template(template)
         return cls(kind, text, system, template, values["session"], not values["no_history"], generating, chatting)
 
     def run(self, model: "Model") -> None:
         """Do the task: write the answer to stdout."""
         if self.template is not None:
             model.chat_template, model.tool_template = self.template, None
-        if self.kind == "warm-up":
+        if self.kind == "warm_up":
             for _ in model.generate(self.text or "", max_tokens=1):
                 pass
             return
@@ -204,24 +207,16 @@ def _prompt(prompt: str | None, file: str | None, chat: bool) -> str | None:
         text = _argument(prompt, "--prompt")
     elif file not in (None, "-"):
         with open(str(file), "rb") as stream:
-            text = decode_text(_read_all(stream, str(file)), str(file))
+            text = _read_all(stream, str(file))
     elif chat and file is None:
         return None
     elif sys.stdin is None or sys.stdin.isatty():
         raise click.UsageError("Nothing to answer: give --prompt, --file, --chat, or text on stdin.")
     else:
-        text = decode_text(_read_all(sys.stdin.buffer, "stdin"), "stdin")
+        text = _read_all(sys.stdin.buffer, "stdin")
     if not text.strip():
         raise GgufRunError("the prompt is empty: write something after --prompt, into the --file or on stdin")
     return text
-
-
-def _template(name: str | None) -> str | None:
-    if name is None:
-        return None
-    from gguf_run.runtime.chat.named import find_template
-
-    return find_template(name)
 
 
 def _functions(path: Path) -> list[dict[str, Any]]:
@@ -253,11 +248,11 @@ def _argument(text: str, name: str) -> str:
     return decode_text(text.encode("utf-8", "surrogateescape"), name)
 
 
-def _read_all(stream: Any, name: str) -> bytes:
-    data: bytes = stream.read(MAX_PROMPT_BYTES + 1)
+def _read_all(stream: BinaryIO, name: str) -> str:
+    data = stream.read(MAX_PROMPT_BYTES + 1)
     if len(data) > MAX_PROMPT_BYTES:
         raise GgufRunError(f"{name} is longer than {MAX_PROMPT_BYTES} bytes: no context holds that much text")
-    return data
+    return decode_text(data, name)
 
 
 def _describe(model: "Model") -> None:

@@ -7,7 +7,7 @@ import click
 
 from gguf_run.runtime.cli import complete
 from gguf_run.runtime.cli.load_options import option
-from gguf_run.runtime.sampling.params import DEFAULT_CHAIN, SamplingParams
+from gguf_run.runtime.sampling.params import DEFAULT_CHAIN, SAMPLERS, SamplingParams
 
 # (flags, field of SamplingParams, help). The field's default gives the option's default and type.
 _ROWS = (
@@ -42,6 +42,13 @@ def _numeric(flags: str, name: str, text: str) -> click.Option:
     return option(f"{flags} {name}", text, type=type(default), default=default)
 
 
+@complete.among
+def _chains(typed: str) -> list[str]:
+    """Return what is typed, with each name of a sampler behind its last semicolon."""
+    before, sign, _ = typed.rpartition(";")
+    return [f"{before}{sign}{name}" for name in SAMPLERS]
+
+
 SAMPLING_OPTIONS = [
     *(_numeric(*row) for row in _ROWS),
     option("--ignore-eos", "The model cannot end its answer: -n or a full context ends it.", is_flag=True),
@@ -65,7 +72,7 @@ SAMPLING_OPTIONS = [
         default=";".join(DEFAULT_CHAIN),
         metavar="NAMES",
         show_default=False,
-        shell_complete=complete.samplers,
+        shell_complete=_chains,
     ),
 ]
 

@@ -24,13 +24,14 @@ def check_place(path: Path, option: str = "--session") -> None:
 
 
 @contextmanager
-def conversation(model: "Model", path: Path | None, system: str | None) -> Iterator[Conversation]:
+def conversation(model: "Model", path: Path, system: str | None) -> Iterator[Conversation]:
     """Yield the conversation so far, for the block to add to; save it when the block ends without an error.
 
-    path: the session's file, None for no session. system: a system message, which replaces that of the file.
+    path: the session's file.
+    system: a system message, which replaces that of the file.
     """
     messages: Conversation = []
-    if path is not None and path.exists():
+    if path.exists():
         start = time.perf_counter()
         messages = model.load_session(path)
         seconds = time.perf_counter() - start
@@ -40,5 +41,4 @@ def conversation(model: "Model", path: Path | None, system: str | None) -> Itera
             del messages[0]
         messages.insert(0, {"role": "system", "content": system})
     yield messages
-    if path is not None:
-        model.save_session(path, messages)
+    model.save_session(path, messages)

@@ -16,8 +16,6 @@ from click.shell_completion import (
     split_arg_string,
 )
 
-SHELLS = ("bash", "zsh", "fish")
-
 
 def completion_script(shell: str) -> str:
     """Return the lines that a shell must read to complete all of our commands."""
