@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.runtime.cli.common import describe
-from gguf_run.runtime.cli.session import Conversation, check_place
+from gguf_run.runtime.cli.conversation import Conversation, check_place
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.terminal.text import message
 

@@ -36,7 +36,7 @@ class Command(click.Command):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         if any(name.startswith("_GGUF_") and name.endswith("_COMPLETE") for name in os.environ):
-            from gguf_run.runtime.cli.shells import complete_in_bash
+            from gguf_run.runtime.cli.help import complete_in_bash
 
             complete_in_bash()
         return super().main(*args, **extra)

@@ -7,7 +7,7 @@ import gc
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -16,8 +16,8 @@ import click
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.runtime.cli import complete
-from gguf_run.runtime.cli.answer import open_reasoning, show
 from gguf_run.runtime.cli.common import tool
+from gguf_run.runtime.cli.conversation import check_place, conversation, open_reasoning, show
 from gguf_run.runtime.cli.load_options import (
     CACHE_OPTIONS,
     CTX_SIZE,
@@ -96,7 +96,7 @@ def main(model: str | None, completion: str | None, list_models: bool, **values:
     it a small model, SmolLM2-135M-Instruct, is fetched once.
     """
     if completion is not None:
-        from gguf_run.runtime.cli.shells import completion_script
+        from gguf_run.runtime.cli.help import completion_script
 
         click.echo(completion_script(completion))
     elif list_models:
@@ -150,8 +150,6 @@ class _Task:
         kind = next((kind for kind in ("warm_up", "chat", "raw") if values[kind]), "ask")
         text = "Hello" if values["warm_up"] else _prompt(values["prompt"], values["file"], values["chat"])
         if values["session"] is not None:
-            from gguf_run.runtime.cli.session import check_place
-
             check_place(values["session"])
         system = None if values["system"] is None else _argument(values["system"], "--system")
         chatting: dict[str, Any] = {}
@@ -177,7 +175,7 @@ class _Task:
             for _ in model.generate(self.text or "", max_tokens=1):
                 pass
             return
-        with self._conversation(model) as messages:
+        with conversation(model, self.session, self.system) as messages:
             if self.kind == "chat":
                 from gguf_run.runtime.cli.chat import chat
 
@@ -189,14 +187,6 @@ class _Task:
                 pieces = model.chat(messages, **self.generating, **self.chatting)
                 answer = show(model, pieces, tag=open_reasoning(model, messages, self.chatting))
                 messages.append({"role": "assistant", "content": answer})
-
-    def _conversation(self, model: "Model") -> AbstractContextManager[list[dict[str, Any]]]:
-        """Return the messages so far. With --session they come from a file, and go to it at the end."""
-        if self.session is None:
-            return nullcontext([] if self.system is None else [{"role": "system", "content": self.system}])
-        from gguf_run.runtime.cli.session import conversation
-
-        return conversation(model, self.session, self.system)
 
 
 def _prompt(prompt: str | None, file: str | None, chat: bool) -> str | None:
