@@ -12,7 +12,7 @@ import click
 from gguf_run.formats.errors import OptionError
 from gguf_run.runtime.cli import complete
 from gguf_run.runtime.cli.common import tool
-from gguf_run.runtime.cli.load_options import ROTATION
+from gguf_run.runtime.cli.options import ROTATION
 from gguf_run.runtime.terminal.progress import progress
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.terminal.colours import dimmed, has_colours, open_tag
-from gguf_run.runtime.terminal.text import message
+from gguf_run.runtime.terminal.text import dimmed, has_colours, message, open_tag
 
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model

@@ -9,7 +9,7 @@ import click
 from gguf_run.formats.errors import OptionError
 from gguf_run.runtime.cli import complete
 from gguf_run.runtime.cli.common import Group, tool
-from gguf_run.runtime.cli.load_options import CTX_SIZE, DEVICE_OPTIONS, PATH, RUNTIME_OPTIONS, option
+from gguf_run.runtime.cli.options import CTX_SIZE, DEVICE_OPTIONS, PATH, RUNTIME_OPTIONS, option
 from gguf_run.runtime.terminal.text import read_text
 
 if TYPE_CHECKING:

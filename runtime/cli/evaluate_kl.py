@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from gguf_run.formats.errors import GgufRunError, OptionError
-from gguf_run.runtime.cli.load_options import RUNTIME_OPTIONS
+from gguf_run.runtime.cli.options import RUNTIME_OPTIONS
 from gguf_run.runtime.cli.report import PERPLEXITY, Figure, Layout, Report, load_scorer
 from gguf_run.runtime.evaluate.kl import Comparison, compare
 from gguf_run.runtime.evaluate.logits_file import (

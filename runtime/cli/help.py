@@ -19,9 +19,8 @@ from click.shell_completion import (
     split_arg_string,
 )
 
-from gguf_run.runtime.cli.load_options import CACHE_OPTIONS, DEVICE_OPTIONS
-from gguf_run.runtime.cli.sampling_options import SAMPLING_OPTIONS
-from gguf_run.runtime.terminal.colours import has_colours
+from gguf_run.runtime.cli.options import CACHE_OPTIONS, DEVICE_OPTIONS, SAMPLING_OPTIONS
+from gguf_run.runtime.terminal.text import has_colours
 
 MOST_COLUMNS = 100
 # Titles of groups, and the names of the parameters in them. All other options stand in the first group.

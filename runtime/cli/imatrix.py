@@ -13,7 +13,7 @@ import click
 from gguf_run.formats.errors import OptionError
 from gguf_run.runtime.cli import complete
 from gguf_run.runtime.cli.common import tool
-from gguf_run.runtime.cli.load_options import PATH, RUNTIME_OPTIONS, option
+from gguf_run.runtime.cli.options import PATH, RUNTIME_OPTIONS, option
 from gguf_run.runtime.terminal.text import message, read_text
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ from click.core import ParameterSource
 
 from gguf_run.formats.errors import OptionError
 from gguf_run.formats.gguf.reader import GGUFFile
-from gguf_run.runtime.cli import complete, load_options
+from gguf_run.runtime.cli import complete
 from gguf_run.runtime.cli.common import tool
 from gguf_run.runtime.cli.info_report import change_lines, diff_lines, file_lines, fit_lines, ops_lines
+from gguf_run.runtime.cli.options import CACHE_OPTIONS, CTX_SIZE, PATH, PLACEMENT_OPTIONS, byte_size, to_load_options
 from gguf_run.runtime.hub.find import find_model
 from gguf_run.runtime.info.contents import file_facts, listed_tensors, memory_facts, ops_facts
 from gguf_run.runtime.info.diff import compare
@@ -27,7 +28,7 @@ Answer = tuple[Mapping[str, Any], Iterator[str]]  # facts for --json, and the sa
 
 @tool(
     "gguf-info",
-    params=[load_options.CTX_SIZE, *load_options.CACHE_OPTIONS, *load_options.PLACEMENT_OPTIONS],
+    params=[CTX_SIZE, *CACHE_OPTIONS, *PLACEMENT_OPTIONS],
     examples=(
         "gguf-info model.gguf -c 32768",
         "gguf-info --fit model.gguf",
@@ -48,7 +49,7 @@ Answer = tuple[Mapping[str, Any], Iterator[str]]  # facts for --json, and the sa
 @click.option("--match", metavar="REGEX", default=".*", help="Only tensors in whose names REGEX is found.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Change a metadata key; see above.")
 @click.option("--remove", metavar="KEY", multiple=True, help="Remove a metadata key.")
-@click.option("--output", "-o", type=load_options.PATH, help="File to write the changed model to.")
+@click.option("--output", "-o", type=PATH, help="File to write the changed model to.")
 @click.option("--in-place", is_flag=True, help="Change the file itself. Its header must keep its size.")
 @click.option("--gpu-memory", metavar="N(M|G),...", help="Show what goes on GPUs with these bytes of free memory.")
 def main(models: Sequence[str], as_json: bool, fit: bool, **given: Any) -> None:
@@ -127,8 +128,8 @@ def _is_edit(given: Mapping[str, Any]) -> bool:
 def _loading(given: Mapping[str, Any]) -> tuple[LoadOptions, list[int]]:
     """Return the options of loading the model, and the free bytes of each GPU."""
     memory = given["gpu_memory"]
-    gpus = [load_options.byte_size(part, "--gpu-memory") for part in memory.split(",")] if memory else []
-    options = load_options.to_load_options(given, device=",".join(f"cuda:{i}" for i in range(len(gpus))) or "auto")
+    gpus = [byte_size(part, "--gpu-memory") for part in memory.split(",")] if memory else []
+    options = to_load_options(given, device=",".join(f"cuda:{i}" for i in range(len(gpus))) or "auto")
     if options.wanted != Wanted() and not gpus:
         raise click.UsageError("--gpu-layers, --tensor-split, --cpu-moe and --n-cpu-moe need --gpu-memory.")
     return options, gpus

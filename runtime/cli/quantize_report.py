@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gguf_run.runtime.cli.load_options import PATH, option
+from gguf_run.runtime.cli.options import PATH, option
 from gguf_run.runtime.load.machine import default_threads
 from gguf_run.runtime.terminal.progress import progress
 from gguf_run.runtime.terminal.text import one_line, size_text, table

@@ -60,7 +60,7 @@ def load_scorer(model: str, options: Mapping[str, Any], **more: Any) -> "Iterato
 
     options: the command's parameters. more: fields of LoadOptions that come before them.
     """
-    from gguf_run.runtime.cli.load_options import load_model, to_load_options
+    from gguf_run.runtime.cli.options import load_model, to_load_options
     from gguf_run.runtime.evaluate.text import Scorer
     from gguf_run.runtime.load.machine import default_threads
 

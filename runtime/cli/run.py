@@ -18,16 +18,17 @@ from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.runtime.cli import complete
 from gguf_run.runtime.cli.common import tool
 from gguf_run.runtime.cli.conversation import check_place, conversation, open_reasoning, show
-from gguf_run.runtime.cli.load_options import (
+from gguf_run.runtime.cli.options import (
     CACHE_OPTIONS,
     CTX_SIZE,
     DEVICE_OPTIONS,
     PATH,
+    SAMPLING_OPTIONS,
     load_model,
     option,
+    take_sampling,
     to_load_options,
 )
-from gguf_run.runtime.cli.sampling_options import SAMPLING_OPTIONS, take_sampling
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.terminal.text import decode_text, message, read_text
 
