@@ -20,10 +20,9 @@ ReadLine = Callable[[str], str]  # prompt -> a line without its line end; EOFErr
 
 
 class Interrupts:
-    """Notes Ctrl-C instead of raising KeyboardInterrupt, which could come between any two steps and end the program.
+    """Notes Ctrl-C instead of raising KeyboardInterrupt, which could end the program between any two steps.
 
-    KeyboardInterrupt is raised only within `awaiting`: while the program waits for input, or for the first token of
-    an answer to a long prompt.
+    Only `awaiting` raises KeyboardInterrupt: while the program waits for input, or for the first token of an answer.
     """
 
     def __init__(self) -> None:
@@ -38,7 +37,7 @@ class Interrupts:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Note Ctrl-C inside of this block."""
+        """Note Ctrl-C inside this block."""
         before = signal.signal(signal.SIGINT, self._arrived)
         try:
             yield
@@ -47,7 +46,7 @@ class Interrupts:
 
     @contextmanager
     def awaiting(self) -> Iterator[None]:
-        """Let Ctrl-C raise KeyboardInterrupt inside of this block."""
+        """Let Ctrl-C raise KeyboardInterrupt inside this block."""
         self._awaiting = True
         try:
             yield
@@ -56,7 +55,7 @@ class Interrupts:
 
 
 def on_terminal() -> bool:
-    """Tell whether a user sits at a terminal: stdin and stdout are one."""
+    """Whether stdin and stdout are a terminal."""
     return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
 
 
@@ -117,10 +116,9 @@ def _from_pipe(prompt: str) -> str:
 
 @contextmanager
 def line_editing(keep_history: bool) -> Iterator[None]:
-    """Let the user edit lines and recall earlier ones with the arrow keys, on a terminal and if Python has readline.
+    """Let the user edit lines and recall earlier ones with the arrow keys. This needs a terminal and Python's readline.
 
-    keep_history: lines of earlier chats too; they are kept in a file that only the user may read. Pasted lines stay
-    together.
+    keep_history: lines of earlier chats come back too, from a file that only the user may read.
     """
     readline: Any = None
     with suppress(ImportError):

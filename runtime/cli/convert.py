@@ -81,7 +81,7 @@ def _convert(model: str, output: Path | None, kind: str, max_size: int, given: M
         plan = make_plan(file, Options(chosen, imatrix=importance, imatrix_path=str(imatrix or "")))
         for note in [*plan.notes, *kept_note(file, plan)]:
             message(f"note: {note}")
-        names = {row.id: row.name for row in FILE_TYPES.values()} | {None: "auto"}
+        names = {row.id: row.name for row in FILE_TYPES.values()}
         default = file_name(file.metadata, "vocab" if vocab_only else names.get(chosen.id, "auto"))
         path = Path(default) if output is None else output / default if output.is_dir() else output
         if given["dry_run"]:

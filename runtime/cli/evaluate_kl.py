@@ -175,9 +175,8 @@ class KlJob:
         return {"model": self.model, "file": self.text_name, **self.options, "n_ctx": n_ctx}
 
     def _other_vocabulary(self, base: str) -> GgufRunError:
-        return GgufRunError(
-            f"{base}: has another vocabulary than {self.model}: only models with the same tokens can be compared"
-        )
+        problem = f"{base}: has another vocabulary than {self.model}"
+        return GgufRunError(f"{problem}: only models with the same tokens can be compared")
 
 
 def _row(done: Comparison) -> str:

@@ -211,7 +211,10 @@ def _prompt(prompt: str | None, file: str | None, chat: bool) -> str | None:
 
 
 def _functions(path: Path) -> list[dict[str, Any]]:
-    tools = _json(read_text(path), f"--tools {path}")
+    try:
+        tools = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise GgufRunError(f"--tools {path}: not JSON: {error}") from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise GgufRunError(f'--tools {path}: must be a list of objects, as [{{"type": "function", ...}}]')
     return tools
@@ -219,19 +222,12 @@ def _functions(path: Path) -> list[dict[str, Any]]:
 
 def _template_options(text: str) -> dict[str, Any]:
     try:
-        values = _json(_argument(text, "--chat-template-kwargs"), "")
-    except GgufRunError:
+        values = json.loads(_argument(text, "--chat-template-kwargs"))
+    except (GgufRunError, ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
         raise OptionError(f'--chat-template-kwargs is {text}; allowed: a JSON object, as {{"enable_thinking": false}}')
     return values
-
-
-def _json(text: str, name: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise GgufRunError(f"{name}: not JSON: {error}") from None
 
 
 def _argument(text: str, name: str) -> str:

@@ -110,7 +110,7 @@ def _write(file: GGUFFile, pairs: Mapping[str, Typed], output: Path, progress: C
 
 
 def _write_in_place(file: GGUFFile, pairs: Mapping[str, Typed]) -> None:
-    """Change the file itself, of a split model the first. GgufRunError if its tensors would have to move."""
+    """Change the file itself (the first of a split model). GgufRunError if its tensors would have to move."""
     tensors = [tensor for tensor in file.tensors.values() if tensor.file.path == file.path]
     before = typed_metadata(file)
     old, new = (encode_header(side, tensors, file.byte_order, file.alignment) for side in (before, pairs))
@@ -118,11 +118,9 @@ def _write_in_place(file: GGUFFile, pairs: Mapping[str, Typed]) -> None:
         if output.read(len(old)) != old or before.get(ALIGNMENT) != pairs.get(ALIGNMENT):
             raise GgufRunError(f"{file.path}: is laid out in a way that cannot be edited in place: use -o OUT")
         if len(new) != len(old):
-            raise GgufRunError(
-                f"{file.path}: the new header takes {len(new)} bytes, the old one {len(old)}: use -o OUT, the file "
-                "cannot be edited in place"
-            )
-        # One write of as few bytes as possible: other processes should not see half of the change.
+            sizes = f"the new header takes {len(new)} bytes, the old one {len(old)}"
+            raise GgufRunError(f"{file.path}: {sizes}: use -o OUT, the file cannot be edited in place")
+        # One write of the bytes that change: other processes should not see half of them.
         changed = np.flatnonzero(np.frombuffer(old, np.uint8) != np.frombuffer(new, np.uint8))
         if len(changed):
             output.seek(changed[0])
