@@ -105,16 +105,17 @@ def perplexity(
         "gguf-eval kl q4.gguf -f text.txt --base-logits f16.logits",
     ),
 )
-def kl(**options: Any) -> None:
+def kl(**given: Any) -> None:
     """How far the predictions of MODEL over a text are from those of a base.
 
     The figures are the Kullback-Leibler divergence, the change of the right token's probability, how often both find
     the same token most likely, and the ratio of perplexities. The base is another model, the same model with other
     --base-options, or logits that were saved before.
     """
-    from gguf_run.runtime.cli.evaluate_kl import run
+    from gguf_run.runtime.cli.evaluate_kl import KlJob
 
-    run(**options)
+    options = {str(option.name): given.pop(str(option.name)) for option in RUNTIME_OPTIONS}
+    KlJob(**given, options=options).run()
 
 
 @main.command(

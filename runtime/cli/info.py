@@ -55,7 +55,7 @@ Answer = tuple[Mapping[str, Any], Iterator[str]]  # facts for --json, and the sa
 def main(models: Sequence[str], as_json: bool, fit: bool, **given: Any) -> None:
     """Show what is in a GGUF file: metadata, sizes per tensor type, parameters, and the memory it will need.
 
-    MODEL is a GGUF file (of a split model the first) or hf:owner/repo[:Q4_K_M]. Of long arrays the beginning is shown.
+    MODEL is a GGUF file (of a split model the first) or hf:owner/repo[:Q4_K_M]. A long array is cut.
 
     --set and --remove change metadata, in a copy (-o) or in place. The value of a known key keeps its type. The type of
     a new key follows from the value, or is given: KEY:TYPE=VALUE with a type such as u32, f32, string, array[i32].

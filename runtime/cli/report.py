@@ -58,7 +58,8 @@ class Figure:
 def load_scorer(model: str, options: Mapping[str, Any], **more: Any) -> "Iterator[Scorer]":
     """Load a model and what scores its tokens.
 
-    options: the command's parameters. more: fields of LoadOptions that come before them.
+    options: the command's parameters.
+    more: fields of LoadOptions that replace them.
     """
     from gguf_run.runtime.cli.options import load_model, to_load_options
     from gguf_run.runtime.evaluate.text import Scorer
@@ -115,7 +116,8 @@ class Report:
     def finish(self, facts: Mapping[str, Any], where: str) -> None:
         """Print the figures of the last result; exit with INTERRUPTED if Ctrl-C came.
 
-        facts: what JSON says before the figures. where: what ran on which device.
+        facts: what JSON says before the figures.
+        where: what ran on which device.
         """
         speed = self._n_tokens / self._seconds if self._seconds else 0.0
         figures = self._layout.figures(self.done[-1]) if self.done else []

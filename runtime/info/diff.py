@@ -49,7 +49,7 @@ def typed_metadata(file: GGUFFile) -> dict[str, Typed]:
 def metadata_changes(a: Mapping[str, Typed], b: Mapping[str, Typed]) -> Iterator[dict[str, Any]]:
     """Yield key, a and b of each value whose type or bytes differ.
 
-    A side without the key is None. Of arrays the items are shown from the first that differs.
+    A side without the key is None. An array is shown from the first item that differs.
     """
     for key in dict.fromkeys([*a, *b]):
         both = [side[key] for side in (a, b) if key in side]

@@ -13,7 +13,7 @@ SECONDS_PER_DRAW = 0.05
 
 
 class Progress:
-    """A bar that shows how many bytes are done, or how many of what `unit` names (a plural) and the time left.
+    """A bar that shows the bytes that are done. With `unit`, a plural noun, it shows their number and the time left.
 
     It is a context manager, which erases the line at the end.
     """

@@ -58,7 +58,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> Ite
 
 
 def size_text(nbytes: float, digits: int = 2) -> str:
-    """Return bytes for people: "1.23 GB". digits: how many stand behind the point."""
+    """Return bytes for people: "1.23 GB". digits: their number after the point."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= scale:
             return f"{nbytes / scale:.{digits}f} {unit}"
