@@ -165,9 +165,9 @@ class Procedure:
 def run_cases(cases: Sequence[Case], how: Procedure) -> Iterator[Result]:
     """Return an iterator that runs the tests and yields each result.
 
-    Neighbours that load the same model in the same way share it. The limits are measured once for each number of
-    threads, before its first test. A file that cannot be opened raises now, a file that cannot be loaded raises when
-    its tests come; for the errors see Model.load.
+    Successive tests share a model if they load it in the same way. The limits are measured once for each number of
+    threads, before its first test. A file that cannot be opened raises at once. A file that cannot be loaded raises
+    when its tests come. Errors are those of Model.load.
     """
     paths = {name: find_model(name) for name in dict.fromkeys(case.name for case in cases)}
     for path in paths.values():
@@ -190,7 +190,7 @@ def _run_all(cases: Sequence[Case], paths: Mapping[str, Path], how: Procedure) -
 def _run_group(
     path: Path, cases: Sequence[Case], options: LoadOptions, limits: Limits, how: Procedure
 ) -> Iterator[Result]:
-    """Run tests that share a loaded model. This is a generator of its own so that nothing of the model outlives it."""
+    """Run tests that share a loaded model. Nothing of the model outlives this generator."""
 
     def progress(done: int, total: int) -> None:
         how.notify(f"loading {path.name}: {done / total:.0%}")

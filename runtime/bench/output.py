@@ -8,6 +8,7 @@ import csv
 import functools
 import importlib.metadata
 import io
+import itertools
 import json
 import platform
 import re
@@ -83,59 +84,39 @@ def fields(result: Result) -> dict[str, Any]:
     return of_case | {name: column(result) for name, column in RESULT_COLUMNS.items()}
 
 
+@dataclass(frozen=True)
 class Printer:
-    """Makes the text of an output format. cases: the tests that will run."""
+    """How results are written in an output format."""
 
-    def __init__(self, cases: Sequence[Case]) -> None:
-        self.cases = cases
-
-    def head(self) -> str:
-        """What comes before all results."""
-        return ""
-
-    def row(self, result: Result) -> str:
-        """What is written when a result is there."""
-        raise NotImplementedError
-
-    def foot(self, results: Sequence[Result]) -> str:
-        """What comes after the results that there are."""
-        return ""
+    head: str  # text before all results
+    row: Callable[[Result], str]  # text of a result, written when the result is there
+    foot: Callable[[Sequence[Result]], str] = lambda results: ""  # text after all results that are there
 
 
-class Csv(Printer):
+def _csv(cases: Sequence[Case]) -> Printer:
     """A line of names, then a line for each result."""
 
-    def head(self) -> str:
-        return ",".join([*CASE_COLUMNS, *RESULT_COLUMNS]) + "\n"
-
-    def row(self, result: Result) -> str:
+    def row(result: Result) -> str:
         line = io.StringIO()
         csv.writer(line, quoting=csv.QUOTE_ALL, lineterminator="\n").writerow(fields(result).values())
         return line.getvalue()
 
+    return Printer(",".join([*CASE_COLUMNS, *RESULT_COLUMNS]) + "\n", row)
 
-class JsonLines(Printer):
+
+def _json_lines(cases: Sequence[Case]) -> Printer:
     """One JSON object in a line for each result."""
-
-    def row(self, result: Result) -> str:
-        return json.dumps(_with_samples(result)) + "\n"
+    return Printer("", lambda result: json.dumps(_with_samples(result)) + "\n")
 
 
-class Json(Printer):
-    """A JSON array, which is complete even if Ctrl-C ends the tests."""
+def _json(cases: Sequence[Case]) -> Printer:
+    """A JSON array. The array is complete even if Ctrl-C ends the tests."""
+    separators = itertools.chain([""], itertools.repeat(",\n"))
 
-    separator = ""
+    def row(result: Result) -> str:
+        return next(separators) + textwrap.indent(json.dumps(_with_samples(result), indent=2), "  ")
 
-    def head(self) -> str:
-        return "[\n"
-
-    def row(self, result: Result) -> str:
-        text = self.separator + textwrap.indent(json.dumps(_with_samples(result), indent=2), "  ")
-        self.separator = ",\n"
-        return text
-
-    def foot(self, results: Sequence[Result]) -> str:
-        return "\n]\n"
+    return Printer("[\n", row, lambda results: "\n]\n")
 
 
 def _with_samples(result: Result) -> dict[str, Any]:
@@ -148,7 +129,8 @@ class Column:
     """A column of the Markdown table."""
 
     title: str
-    width: int  # negative: the text is at the left
+    align: str  # "<": text at the left, ">": at the right
+    width: int
     cell: Callable[[Result], object] | None = None  # what the column shows; None: CASE_COLUMNS[name]
     name: str = ""  # the column is left out if CASE_COLUMNS[name] is the default for all tests
 
@@ -161,9 +143,6 @@ class Column:
         value = CASE_COLUMNS.get(self.name)
         return value is None or any(value(case) != value(Case("", 0, 0)) for case in cases)
 
-    def padded(self, text: str) -> str:
-        return text.ljust(-self.width) if self.width < 0 else text.rjust(self.width)
-
 
 def _binary_size(n_bytes: int) -> str:
     return f"{n_bytes / 2**20:.2f} MiB" if n_bytes < 2**30 else f"{n_bytes / 2**30:.2f} GiB"
@@ -174,50 +153,53 @@ def _count(n: int) -> str:
 
 
 TABLE = (
-    Column("model", -30, lambda r: r.model.model_type),
-    Column("size", 10, lambda r: _binary_size(r.model.model_size)),
-    Column("params", 10, lambda r: _count(r.model.n_params)),
-    Column("backend", -10, lambda r: ", ".join([*r.gpus, *["CPU"] * r.on_cpu])),
-    Column("threads", 7, lambda r: r.case.options.n_threads),
-    Column("n_batch", 7, name="n_batch"),
-    Column("n_ubatch", 8, name="n_ubatch"),
-    Column("type_k", 6, name="type_k"),
-    Column("type_v", 6, name="type_v"),
-    Column("ngl", 3, name="n_gpu_layers"),
-    Column("n_cpu_moe", 9, name="n_cpu_moe"),
-    Column("ts", 12, name="tensor_split"),
-    Column("dev", -12, name="devices"),
-    Column("test", 15, lambda r: r.case),
-    Column("t/s", 20, lambda r: f"{r.avg_ts:.2f} ± {r.stddev_ts:.2f}"),
-    Column("of limit", 8, lambda r: "" if r.fraction is None else f"{r.fraction:.1%}"),
+    Column("model", "<", 30, lambda r: r.model.model_type),
+    Column("size", ">", 10, lambda r: _binary_size(r.model.model_size)),
+    Column("params", ">", 10, lambda r: _count(r.model.n_params)),
+    Column("backend", "<", 10, lambda r: ", ".join([*r.gpus, *["CPU"] * r.on_cpu])),
+    Column("threads", ">", 7, lambda r: r.case.options.n_threads),
+    Column("n_batch", ">", 7, name="n_batch"),
+    Column("n_ubatch", ">", 8, name="n_ubatch"),
+    Column("type_k", ">", 6, name="type_k"),
+    Column("type_v", ">", 6, name="type_v"),
+    Column("ngl", ">", 3, name="n_gpu_layers"),
+    Column("n_cpu_moe", ">", 9, name="n_cpu_moe"),
+    Column("ts", ">", 12, name="tensor_split"),
+    Column("dev", "<", 12, name="devices"),
+    Column("test", ">", 15, lambda r: r.case),
+    Column("t/s", ">", 20, lambda r: f"{r.avg_ts:.2f} ± {r.stddev_ts:.2f}"),
+    Column("of limit", ">", 8, lambda r: "" if r.fraction is None else f"{r.fraction:.1%}"),
 )
 
 
-class Markdown(Printer):
+def _markdown(cases: Sequence[Case]) -> Printer:
     """llama-bench's table, and below it the build and the limits of the machine."""
+    columns = [column for column in TABLE if column.is_shown(cases)]
 
-    def __init__(self, cases: Sequence[Case]) -> None:
-        super().__init__(cases)
-        self._columns = [column for column in TABLE if column.is_shown(cases)]
+    def line(cells: Iterable[str]) -> str:
+        padded = (f"{cell:{column.align}{column.width}}" for column, cell in zip(columns, cells, strict=True))
+        return f"| {' | '.join(padded)} |\n"
 
-    def head(self) -> str:
-        rule = ("-" * (abs(column.width) - 1) + ("-" if column.width < 0 else ":") for column in self._columns)
-        return self._line(column.title for column in self._columns) + self._line(rule)
+    def row(result: Result) -> str:
+        return line(column.text(result) for column in columns)
 
-    def row(self, result: Result) -> str:
-        return self._line(column.text(result) for column in self._columns)
-
-    def foot(self, results: Sequence[Result]) -> str:
-        lines = ["", f"build: {build()}"]
-        for limits in dict.fromkeys(result.limits for result in results):
-            whose = limits.name or f"{limits.n_threads} thread{'s' * (limits.n_threads > 1)}"
-            kind, instructions = ("f16", "") if limits.name else ("int8", f" ({isa.current().name})")
-            speeds = f"read {limits.read_bytes / 1e9:.1f} GB/s, {kind} dot {limits.int8_ops / 1e9:.0f} Gop/s"
-            lines.append(f"limits, {whose}: {speeds}{instructions}")
-        return "\n".join(lines) + "\n"
-
-    def _line(self, cells: Iterable[str]) -> str:
-        return f"| {' | '.join(column.padded(cell) for column, cell in zip(self._columns, cells, strict=True))} |\n"
+    rule = ("-" * (column.width - 1) + ("-" if column.align == "<" else ":") for column in columns)
+    return Printer(line(column.title for column in columns) + line(rule), row, _build_and_limits)
 
 
-PRINTERS: Mapping[str, type[Printer]] = {"md": Markdown, "csv": Csv, "json": Json, "jsonl": JsonLines}
+def _build_and_limits(results: Sequence[Result]) -> str:
+    lines = ["", f"build: {build()}"]
+    for limits in dict.fromkeys(result.limits for result in results):
+        whose = limits.name or f"{limits.n_threads} thread{'s' * (limits.n_threads > 1)}"
+        kind, instructions = ("f16", "") if limits.name else ("int8", f" ({isa.current().name})")
+        speeds = f"read {limits.read_bytes / 1e9:.1f} GB/s, {kind} dot {limits.int8_ops / 1e9:.0f} Gop/s"
+        lines.append(f"limits, {whose}: {speeds}{instructions}")
+    return "\n".join(lines) + "\n"
+
+
+PRINTERS: Mapping[str, Callable[[Sequence[Case]], Printer]] = {
+    "md": _markdown,
+    "csv": _csv,
+    "json": _json,
+    "jsonl": _json_lines,
+}

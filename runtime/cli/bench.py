@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import islice, product
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import click
 from gguf_run.formats.errors import OptionError
 from gguf_run.runtime.cli import complete
 from gguf_run.runtime.cli.common import tool
-from gguf_run.runtime.cli.load_options import ROTATION
+from gguf_run.runtime.cli.options import ROTATION
 from gguf_run.runtime.terminal.progress import progress
 
 if TYPE_CHECKING:
@@ -35,26 +35,20 @@ def parse_values(option: str, texts: Sequence[str], lowest: int, highest: int = 
             raise OptionError(
                 f"{option} {part!r}: must be numbers or ranges with commas between them: 512, 1-8, 128-512+128, 1-64*2"
             )
-        first, last, step = int(match[1]), int(match[2] or match[1]), int(match[4] or 1)
-        if last < first or _next(first, match[3], step) <= first < last:
+        first, last, sign, step = int(match[1]), int(match[2] or match[1]), match[3], int(match[4] or 1)
+        if last < first or (first * step if sign == "*" else first + step) <= first < last:
             raise OptionError(f"{option} {part!r}: this range never reaches its end")
-        values += islice(_range(first, last, match[3], step), MAX_TESTS + 1)
+        if first == last:
+            values.append(first)
+        elif sign == "*":
+            values += [value for i in range(last.bit_length()) if (value := first * step**i) <= last]
+        else:
+            values += range(first, last + 1, step)[: MAX_TESTS + 1]
         if not (lowest <= first and last <= highest) or len(values) > MAX_TESTS:
             raise OptionError(
                 f"{option} {part!r}: allowed are {lowest} to {highest}, at most {MAX_TESTS} numbers in all"
             )
     return values
-
-
-def _next(value: int, kind: str | None, step: int) -> int:
-    return value * step if kind == "*" else value + step
-
-
-def _range(value: int, last: int, kind: str | None, step: int) -> Iterator[int]:
-    before = -1
-    while before < value <= last:
-        yield value
-        before, value = value, _next(value, kind, step)
 
 
 def _pairs(texts: Sequence[str]) -> list[tuple[int, int]]:
@@ -63,9 +57,7 @@ def _pairs(texts: Sequence[str]) -> list[tuple[int, int]]:
     for text in texts:
         numbers = parse_values("-pg", [text], 0) if "-" not in text else []
         if len(numbers) != 2:
-            raise OptionError(
-                f"-pg {text!r}: must be two numbers, tokens of the prompt and tokens to generate: 512,128"
-            )
+            raise OptionError(f"-pg {text!r}: must be two numbers, tokens of the prompt and to generate: 512,128")
         pairs.append((numbers[0], numbers[1]))
     return pairs
 
@@ -106,12 +98,7 @@ _types = partial(click.option, multiple=True, metavar="TYPE,...", shell_complete
 @_numbers("-n", "--n-gen", default=("128",), help="Tokens to generate one by one (tg); 0: none.")
 @click.option("-pg", "pg", multiple=True, metavar="PP,TG", help="A prompt and then tokens to generate, in one test.")
 @_numbers("-d", "--n-depth", default=("0",), help="Tokens that are in the context before.")
-@_numbers(
-    "-b",
-    "--batch-size",
-    default=("2048",),
-    help="Tokens of a prompt's parts, with logits after each.",
-)
+@_numbers("-b", "--batch-size", default=("2048",), help="Tokens of a prompt's parts, with logits after each.")
 @_numbers("-ub", "--ubatch-size", default=("512",), help="Tokens that run at once, at most.")
 @_types("-ct", "--cache-type", help="Type of the KV cache, for K and V alike.")
 @_types("-ctk", "--cache-type-k", help="Type of K, in all combinations with V's.  [default: f16]")
@@ -154,7 +141,7 @@ def main(models: tuple[str, ...], repetitions: int, delay: float, no_warmup: boo
             sys.stdout.flush()
 
         coming = run_cases(cases, Procedure(repetitions, not no_warmup, delay, bar.show))
-        write(printer.head())
+        write(printer.head)
         try:
             for result in coming:
                 results.append(result)

@@ -5,11 +5,10 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.cli.answer import open_reasoning, show
 from gguf_run.runtime.cli.chat_commands import Chat, run_command
 from gguf_run.runtime.cli.chat_input import Interrupts, inputs, line_editing, on_terminal
 from gguf_run.runtime.cli.common import describe
-from gguf_run.runtime.cli.session import Conversation
+from gguf_run.runtime.cli.conversation import Conversation, open_reasoning, show
 from gguf_run.runtime.terminal.text import message
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def _turn(state: Chat, interrupts: Interrupts) -> None:
 
 
 def _answer(state: Chat, interrupts: Interrupts) -> str:
-    """Show and return the answer to the last message. The oldest turns are dropped if the context cannot hold all."""
+    """Show and return the answer to the last message. The oldest turns go if the context cannot hold all of them."""
     from gguf_run.runtime.engine.context import ContextError
 
     model, messages = state.model, state.messages

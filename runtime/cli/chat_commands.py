@@ -1,13 +1,13 @@
 """The commands that a user can type in a chat, such as /save and /system: one function and one row of COMMANDS each."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.runtime.cli.common import describe
-from gguf_run.runtime.cli.session import Conversation, check_place
+from gguf_run.runtime.cli.conversation import Conversation, check_place
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.terminal.text import message
 
@@ -23,7 +23,7 @@ class Chat:
     messages: Conversation
     options: dict[str, Any]  # arguments of Model.chat
     is_over: bool = False  # /exit was typed
-    answers: bool = field(default=False, init=False)  # the last message waits for an answer
+    answers: bool = False  # the last message waits for an answer
 
 
 def run_command(chat: Chat, line: str) -> bool:
@@ -32,28 +32,30 @@ def run_command(chat: Chat, line: str) -> bool:
     Errors of a command are shown, and the chat goes on.
     """
     name, _, rest = line.partition(" ")
+    rest = rest.strip()
     if name not in COMMANDS:
         # "/usr/bin is full" is a message, "/exti" is a slip.
         if not (name.startswith("/") and name[1:].isalpha()):
             return False
         message(f"{name} is not a command; there are {', '.join(COMMANDS)} (a space before it sends it to the model)")
         return True
+    what, command = COMMANDS[name]
     try:
-        COMMANDS[name][1](chat, rest.strip())
+        if what.startswith("FILE") and not rest:
+            raise OptionError(f"{name} FILE: name the file")
+        command(chat, rest)
     except (GgufRunError, OSError) as error:
         message(f"error: {describe(error)}")
     return True
 
 
 def _save(chat: Chat, path: str) -> None:
-    _needs(path, "/save FILE")
     check_place(Path(path), "/save")
     chat.model.save_session(path, chat.messages)
     message(f"saved to {path}: {len(chat.messages)} messages")
 
 
 def _load(chat: Chat, path: str) -> None:
-    _needs(path, "/load FILE")
     chat.messages[:] = chat.model.load_session(path)
     message(f"{path}: {len(chat.messages)} messages")
 
@@ -117,11 +119,6 @@ def _help(chat: Chat, rest: str) -> None:
 
 def _n_system(chat: Chat) -> int:
     return int(bool(chat.messages) and chat.messages[0]["role"] == "system")
-
-
-def _needs(text: str, usage: str) -> None:
-    if not text:
-        raise OptionError(f"{usage}: name the file")
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Chat, str], None]]] = {

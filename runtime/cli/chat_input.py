@@ -16,14 +16,13 @@ from gguf_run.runtime.terminal.text import decode_text, message
 QUOTES = '"""'
 MAX_HISTORY = 1000  # lines
 
-ReadLine = Callable[[str], str | None]  # prompt -> a line without its line end; None at the end of the input
+ReadLine = Callable[[str], str]  # prompt -> a line without its line end; EOFError at the end of the input
 
 
 class Interrupts:
-    """Notes Ctrl-C instead of raising KeyboardInterrupt, which could come between any two steps and end the program.
+    """Notes Ctrl-C instead of raising KeyboardInterrupt, which could end the program between any two steps.
 
-    KeyboardInterrupt is raised only within `awaiting`: while the program waits for input, or for the first token of
-    an answer to a long prompt.
+    Only `awaiting` raises KeyboardInterrupt: while the program waits for input, or for the first token of an answer.
     """
 
     def __init__(self) -> None:
@@ -38,7 +37,7 @@ class Interrupts:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Note Ctrl-C inside of this block."""
+        """Note Ctrl-C inside this block."""
         before = signal.signal(signal.SIGINT, self._arrived)
         try:
             yield
@@ -47,7 +46,7 @@ class Interrupts:
 
     @contextmanager
     def awaiting(self) -> Iterator[None]:
-        """Let Ctrl-C raise KeyboardInterrupt inside of this block."""
+        """Let Ctrl-C raise KeyboardInterrupt inside this block."""
         self._awaiting = True
         try:
             yield
@@ -56,7 +55,7 @@ class Interrupts:
 
 
 def on_terminal() -> bool:
-    """Tell whether a user sits at a terminal: stdin and stdout are one."""
+    """Whether stdin and stdout are a terminal."""
     return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
 
 
@@ -72,20 +71,19 @@ def inputs(first: str | None, interrupts: Interrupts) -> Iterator[str]:
     while sys.stdin is not None:
         try:
             with interrupts.awaiting():
-                text = _text(_from_terminal if on_terminal() else _from_pipe)
+                text = _text(input if on_terminal() else _from_pipe)
+        except EOFError:
+            break
         except KeyboardInterrupt:
             if was_interrupted:
-                text = None
-            else:
-                was_interrupted = True
-                click.echo(err=True)
-                message("(Ctrl-C once more or Ctrl-D ends the chat)")
-                continue
+                break
+            was_interrupted = True
+            click.echo(err=True)
+            message("(Ctrl-C once more or Ctrl-D ends the chat)")
+            continue
         except UnicodeDecodeError:
             message("warning: that line is not valid UTF-8, please write it again")
             continue
-        if text is None:
-            break
         was_interrupted = False
         if text.strip():
             yield text
@@ -93,37 +91,34 @@ def inputs(first: str | None, interrupts: Interrupts) -> Iterator[str]:
         click.echo()
 
 
-def _text(read: ReadLine) -> str | None:
-    line = read("> ")
-    if line is not None and line.strip() == QUOTES:
-        return "\n".join(iter(lambda: _else(read(". "), QUOTES), QUOTES))
-    while line is not None and line.endswith("\\"):
-        line = line[:-1] + "\n" + _else(read(". "), "")
-    return line
+def _text(read: ReadLine) -> str:
+    """Read a text of one or more lines. The end of the input ends the text; EOFError if it comes first."""
+    text = read("> ")
+    if text.strip() == QUOTES:
+        lines: list[str] = []
+        with suppress(EOFError):
+            while (line := read(". ")) != QUOTES:
+                lines.append(line)
+        return "\n".join(lines)
+    with suppress(EOFError):
+        while text.endswith("\\"):
+            text = text[:-1] + "\n"
+            text += read(". ")
+    return text
 
 
-def _else(line: str | None, end: str) -> str:
-    return end if line is None else line
-
-
-def _from_terminal(prompt: str) -> str | None:
-    try:
-        return input(prompt)
-    except EOFError:
-        return None
-
-
-def _from_pipe(prompt: str) -> str | None:
-    line = decode_text(sys.stdin.buffer.readline(), "stdin")
-    return line.rstrip("\r\n") if line else None
+def _from_pipe(prompt: str) -> str:
+    line = sys.stdin.buffer.readline()
+    if not line:
+        raise EOFError
+    return decode_text(line, "stdin").rstrip("\r\n")
 
 
 @contextmanager
 def line_editing(keep_history: bool) -> Iterator[None]:
-    """Let the user edit lines and recall earlier ones with the arrow keys, on a terminal and if Python has readline.
+    """Let the user edit lines and recall earlier ones with the arrow keys. This needs a terminal and Python's readline.
 
-    keep_history: lines of earlier chats too; they are kept in a file that only the user may read. Pasted lines stay
-    together.
+    keep_history: lines of earlier chats come back too, from a file that only the user may read.
     """
     readline: Any = None
     with suppress(ImportError):

@@ -1,12 +1,4 @@
-"""What all commands share: every error that a user can meet becomes one line on stderr and the right exit code.
-
-exit code  when
-0          all went well
-1          `error: ...`: bad input, a file or network error, out of memory, a closed or full stdout
-2          wrong usage of the command line, an option's value that is not allowed
-130        interrupted with Ctrl-C
-141        the reader of stdout went away (`| head`): nothing is printed, as in other filters
-"""
+"""What all commands share: each error of a user becomes one line on stderr and an exit code."""
 
 import os
 import sys
@@ -23,10 +15,11 @@ import click
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.runtime.terminal.text import message
 
-FAILED = 1
-WRONG_USAGE = 2
-INTERRUPTED = 130
-BROKEN_PIPE = 141
+# Exit codes. 0 means that all went well.
+FAILED = 1  # bad input, a file or network error, out of memory, a closed or full stdout
+WRONG_USAGE = 2  # of the command line; an option's value that is not allowed
+INTERRUPTED = 130  # by Ctrl-C
+BROKEN_PIPE = 141  # the reader of stdout went away (`| head`): nothing is printed, as in other filters
 
 
 class Command(click.Command):
@@ -43,17 +36,18 @@ class Command(click.Command):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         if any(name.startswith("_GGUF_") and name.endswith("_COMPLETE") for name in os.environ):
-            from gguf_run.runtime.cli.shells import complete_in_bash
+            from gguf_run.runtime.cli.help import complete_in_bash
 
             complete_in_bash()
         return super().main(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
-        verbose = bool(ctx.params.get("verbose"))
-        with _plain_warnings(), _one_line_errors(ctx, verbose):
+        with _plain_warnings(), _one_line_errors(ctx):
             if sys.stdout is None:
                 raise GgufRunError("stdout is closed: there is nowhere to write to")
-            _never_fail_to_encode()
+            for stream in (sys.stdout, sys.stderr):
+                if isinstance(stream, TextIOWrapper):
+                    stream.reconfigure(errors="replace")  # a question mark for what the terminal cannot show
             result = super().invoke(ctx)
             # A full disk or a reader that went away must show here, not while the interpreter shuts down.
             sys.stdout.flush()
@@ -71,7 +65,7 @@ def tool(
 ) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator that makes a function one of our tools, with -h and --version.
 
-    params: parameters of the command; those that click's decorators add come behind them.
+    params: parameters of the command, before those that click's decorators add.
     examples: command lines for --help.
     """
 
@@ -84,7 +78,7 @@ def tool(
 
 
 @contextmanager
-def _one_line_errors(ctx: click.Context, verbose: bool) -> Iterator[None]:
+def _one_line_errors(ctx: click.Context) -> Iterator[None]:
     try:
         yield
     except (click.ClickException, click.exceptions.Exit):
@@ -96,7 +90,7 @@ def _one_line_errors(ctx: click.Context, verbose: bool) -> Iterator[None]:
         _drop_stdout()
         ctx.exit(BROKEN_PIPE)
     except Exception as error:
-        if verbose:
+        if ctx.params.get("verbose"):
             traceback.print_exc()
         # Printed text comes before the error; a stdout that fails is dropped, or it would fail again at exit.
         try:
@@ -115,10 +109,9 @@ def describe(error: Exception) -> str:
     if isinstance(error, MemoryError) or str(error) == "can't start new thread":
         detail = f" ({error})" if str(error) else ""
         return f"out of memory{detail}: choose a smaller model or context, or close other programs"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     if isinstance(error, OSError):
-        return str(error) or type(error).__name__
+        reason = error.strerror or str(error) or type(error).__name__
+        return reason if error.filename is None else f"{error.filename}: {reason}"
     # A bug of ours: still one line. Commands with --verbose show the traceback.
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{Path(frame.filename).name}:{frame.lineno}"
@@ -137,13 +130,6 @@ def _plain_warnings() -> Iterator[None]:
         warnings.filterwarnings("always", category=UserWarning)
         warnings.showwarning = show  # type: ignore[assignment]
         yield
-
-
-def _never_fail_to_encode() -> None:
-    """Write a question mark for a character that the terminal cannot show."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")
 
 
 def _drop_stdout() -> None:

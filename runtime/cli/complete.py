@@ -13,10 +13,10 @@ Complete: TypeAlias = "Callable[[click.Context, click.Parameter, str], list[Comp
 
 
 def among(values: Callable[[str], Iterable[str]]) -> Complete:
-    """Return a shell_complete= that offers values: those that begin with the typed text. If none does, it offers files.
+    """Return a shell_complete= that offers the values that begin with the typed text, or files if there are none.
 
-    values: called with the typed text. An option that may be repeated takes a list with commas; its last part is
-    completed.
+    values: called with the typed text.
+    The last part of a list with commas is completed where the option may be repeated.
     """
 
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
@@ -55,18 +55,10 @@ def models(typed: str) -> list[str]:
 
 @among
 def file_types(typed: str) -> list[str]:
-    """What gguf-quantize can write."""
+    """Return the file types that gguf-quantize can write."""
     from gguf_run.runtime.quantize.file_types import WRITABLE_FILES
 
     return [*WRITABLE_FILES]
-
-
-@among
-def tensor_types(typed: str) -> Iterable[str]:
-    """What a single tensor can become."""
-    from gguf_run.runtime.quantize.file_types import WRITABLE
-
-    return WRITABLE
 
 
 @among
@@ -75,15 +67,6 @@ def cache_types(typed: str) -> list[str]:
     from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
 
     return [*CACHE_FORMATS]
-
-
-@among
-def samplers(typed: str) -> list[str]:
-    """Return what is typed with each name of a sampler behind its last semicolon."""
-    from gguf_run.runtime.sampling.params import SAMPLERS
-
-    before, sign, _ = typed.rpartition(";")
-    return [f"{before}{sign}{name}" for name in SAMPLERS]
 
 
 @among

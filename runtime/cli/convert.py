@@ -10,8 +10,8 @@ from gguf_run.formats.errors import OptionError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.runtime.cli import complete
 from gguf_run.runtime.cli.common import tool
-from gguf_run.runtime.cli.load_options import PATH, byte_size
-from gguf_run.runtime.cli.quantize_report import DRY_RUN, IMATRIX, SPLIT_MAX_SIZE, THREADS, run_plan, show_types
+from gguf_run.runtime.cli.options import PATH, byte_size
+from gguf_run.runtime.cli.quantize_report import OPTIONS, run_plan, show_types
 from gguf_run.runtime.hub.find import find_model
 from gguf_run.runtime.quantize.file_types import FILE_TYPES, WRITABLE_FILES, file_type
 from gguf_run.runtime.terminal.progress import progress
@@ -20,7 +20,7 @@ from gguf_run.runtime.terminal.text import message, one_line, size_text
 
 @tool(
     "gguf-convert",
-    params=[IMATRIX, SPLIT_MAX_SIZE, DRY_RUN, THREADS],
+    params=OPTIONS,
     examples=(
         "gguf-convert folder",
         "gguf-convert folder -o model.gguf --type Q4_K_M",
@@ -81,7 +81,7 @@ def _convert(model: str, output: Path | None, kind: str, max_size: int, given: M
         plan = make_plan(file, Options(chosen, imatrix=importance, imatrix_path=str(imatrix or "")))
         for note in [*plan.notes, *kept_note(file, plan)]:
             message(f"note: {note}")
-        names = {row.id: row.name for row in FILE_TYPES.values()} | {None: "auto"}
+        names = {row.id: row.name for row in FILE_TYPES.values()}
         default = file_name(file.metadata, "vocab" if vocab_only else names.get(chosen.id, "auto"))
         path = Path(default) if output is None else output / default if output.is_dir() else output
         if given["dry_run"]:

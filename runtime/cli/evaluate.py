@@ -9,47 +9,42 @@ import click
 from gguf_run.formats.errors import OptionError
 from gguf_run.runtime.cli import complete
 from gguf_run.runtime.cli.common import Group, tool
-from gguf_run.runtime.cli.load_options import CTX_SIZE, DEVICE_OPTIONS, PATH, RUNTIME_OPTIONS
+from gguf_run.runtime.cli.options import CTX_SIZE, DEVICE_OPTIONS, PATH, RUNTIME_OPTIONS, option
 from gguf_run.runtime.terminal.text import read_text
 
 if TYPE_CHECKING:
     from gguf_run.runtime.evaluate.choices import Accuracy, Question
 
 MODEL = click.Argument(["model"], shell_complete=complete.models)
-JSON = click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object.")
-TEXT = click.Option(["--file", "-f"], type=PATH, required=True, help="The text, UTF-8.")
-CHUNK_SIZE = click.Option(["--ctx-size", "-c", "n_ctx"], type=int, help="Tokens of a chunk.  [default: 512]")
-CHUNKS = click.Option(["--chunks", "n_chunk"], type=int, help="Read so many chunks.  [default: the whole text]")
-STRIDE = click.Option(["--stride"], type=int, help="Tokens from one window to the next.")
-TASK_FILE = click.Option(["--file", "-f"], type=PATH, required=True, help="The tasks.")
-TASKS = click.Option(["--tasks", "n_task"], type=int, help="Take so many tasks.  [default: all]")
-BASE = click.Option(
-    ["--base"],
-    shell_complete=complete.models,
-    help="The model to compare with.  [default: MODEL itself, with --base-options]",
-)
+JSON = option("--json as_json", "Print one JSON object.", is_flag=True)
+TEXT = option("--file -f", "The text, UTF-8.", type=PATH, required=True)
+CHUNK_SIZE = option("--ctx-size -c n_ctx", "Tokens of a chunk.  [default: 512]", type=int)
+CHUNKS = option("--chunks n_chunk", "Read so many chunks.  [default: the whole text]", type=int)
+STRIDE = option("--stride", "Tokens from one window to the next.", type=int)
+TASK_FILE = option("--file -f", "The tasks.", type=PATH, required=True)
+TASKS = option("--tasks n_task", "Take so many tasks.  [default: all]", type=int)
 KL_OPTIONS = [
-    BASE,
-    click.Option(["--base-options"], help='Options that differ for the base, as in "--cache-type f32 -t 4".'),
-    click.Option(["--save-logits"], type=PATH, help="Save MODEL's logits for --base-logits; compare nothing."),
-    click.Option(
-        ["--base-logits"], type=PATH, help="Compare with saved logits. With --base: they must be of that model."
+    option(
+        "--base",
+        "The model to compare with.  [default: MODEL itself, with --base-options]",
+        shell_complete=complete.models,
     ),
+    option("--base-options", 'Options that differ for the base, as in "--cache-type f32 -t 4".'),
+    option("--save-logits", "Save MODEL's logits for --base-logits; compare nothing.", type=PATH),
+    option("--base-logits", "Compare with saved logits. With --base: they must be of that model.", type=PATH),
 ]
-_AT_LEAST_1 = click.IntRange(1)
-TYPES = click.Option(
-    ["--types"],
-    metavar="TYPE,...",
-    shell_complete=complete.cache_types,
-    help="Cache types to try in each layer: q4_0,q8_0",
-)
 SCALES_OPTIONS = [
-    click.Option(["--output", "-o"], type=PATH, required=True, help="The calibration file to write, JSON."),
+    option("--output -o", "The calibration file to write, JSON.", type=PATH, required=True),
     CHUNK_SIZE,
-    click.Option(["--chunks", "n_chunk"], type=_AT_LEAST_1, default=16, help="Chunks to read."),
-    TYPES,
-    click.Option(["--bits"], type=float, help="Choose types of so many bits a number, on average."),
-    click.Option(["--probe-chunks", "n_probed"], type=_AT_LEAST_1, default=2, help="Chunks for each try."),
+    option("--chunks n_chunk", "Chunks to read.", type=click.IntRange(1), default=16),
+    option(
+        "--types",
+        "Cache types to try in each layer: q4_0,q8_0",
+        metavar="TYPE,...",
+        shell_complete=complete.cache_types,
+    ),
+    option("--bits", "Choose types of so many bits a number, on average.", type=float),
+    option("--probe-chunks n_probed", "Chunks for each try.", type=click.IntRange(1), default=2),
 ]
 
 
@@ -95,9 +90,9 @@ def perplexity(
     with load_scorer(model, options, n_ctx=size) as scorer:
         chunks = cut_chunks(tokens_of(scorer.model, text), n_ctx, bos_of(scorer.model), n_chunk, stride)
         report = Report(PERPLEXITY, as_json)
-        done = report.run(perplexity(scorer, chunks), chunks)
+        report.run(perplexity(scorer, chunks), chunks)
         facts = {"model": model, "file": str(file), **options, "n_ctx": n_ctx, "stride": stride}
-        facts["running"] = [step.value for step in done]
+        facts["running"] = [step.value for step in report.done]
         report.finish(facts, scorer.model.where)
 
 
@@ -110,16 +105,17 @@ def perplexity(
         "gguf-eval kl q4.gguf -f text.txt --base-logits f16.logits",
     ),
 )
-def kl(**options: Any) -> None:
+def kl(**given: Any) -> None:
     """How far the predictions of MODEL over a text are from those of a base.
 
     The figures are the Kullback-Leibler divergence, the change of the right token's probability, how often both find
     the same token most likely, and the ratio of perplexities. The base is another model, the same model with other
     --base-options, or logits that were saved before.
     """
-    from gguf_run.runtime.cli.evaluate_kl import run
+    from gguf_run.runtime.cli.evaluate_kl import KlJob
 
-    run(**options)
+    options = {str(option.name): given.pop(str(option.name)) for option in RUNTIME_OPTIONS}
+    KlJob(**given, options=options).run()
 
 
 @main.command(

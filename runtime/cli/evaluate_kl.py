@@ -1,7 +1,7 @@
 """The three ways of `gguf-eval kl`: save a model's logits, compare with saved ones, compare with a second model."""
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from gguf_run.formats.errors import GgufRunError, OptionError
-from gguf_run.runtime.cli.load_options import RUNTIME_OPTIONS
+from gguf_run.runtime.cli.options import RUNTIME_OPTIONS
 from gguf_run.runtime.cli.report import PERPLEXITY, Figure, Layout, Report, load_scorer
 from gguf_run.runtime.evaluate.kl import Comparison, compare
 from gguf_run.runtime.evaluate.logits_file import (
@@ -37,65 +37,47 @@ _LABELS = {  # by figure: its label, and whether it is shown in percent
 _HEAD = f"{'chunk':>5} {'perplexity':>12} {'ratio':>12} {'KL divergence':>14} {'same top':>11}"
 
 
-def run(
-    model: str,
-    file: Path,
-    base: str | None,
-    base_options: str | None,
-    save_logits: Path | None,
-    base_logits: Path | None,
-    n_ctx: int | None,
-    n_chunk: int | None,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Run the command; its help says what it does. options: RUNTIME_OPTIONS of the model."""
-    if save_logits is not None and (base, base_options, base_logits) != (None, None, None):
-        raise OptionError("--save-logits saves the logits of MODEL: leave out --base, --base-options and --base-logits")
-    if (save_logits, base, base_options, base_logits) == (None, None, None, None):
-        raise OptionError("nothing to compare with: give --base, --base-options or --base-logits, or --save-logits")
-    if base_logits is not None and base_options is not None:
-        raise OptionError("--base-logits are what the base gave: --base-options change nothing, leave them out")
-    if n_ctx is not None:
-        window_size(n_ctx)
-    theirs = read_options(base_options or "", options)
-    job = KlJob(model, str(file), read_text(file), n_ctx, n_chunk, options, as_json)
-    if save_logits is not None:
-        job.save(save_logits)
-    elif base_logits is not None:
-        job.compare_saved(base_logits, base)
-    else:
-        job.compare_live(base or model, theirs)
-
-
-def read_options(text: str, defaults: dict[str, Any]) -> dict[str, Any]:
-    """Read --base-options. An option that the text does not name is as in `defaults`."""
-    command = click.Command("--base-options", params=list(RUNTIME_OPTIONS), add_help_option=False)
-    try:
-        return command.make_context("--base-options", shlex.split(text), default_map=defaults).params
-    except (click.UsageError, ValueError) as error:
-        problem = error.format_message() if isinstance(error, click.UsageError) else str(error)
-        allowed = ", ".join(option.opts[0] for option in RUNTIME_OPTIONS)
-        raise OptionError(f"--base-options {text!r}: {problem.rstrip('.')}; allowed are {allowed}") from None
-
-
 @dataclass(frozen=True)
 class KlJob:
-    """What the three ways have in common."""
+    """`gguf-eval kl` and its parameters."""
 
     model: str
-    text_name: str
-    text: str
+    file: Path  # the text
+    base: str | None  # with base_logits: the model that made them, None for any
+    base_options: str | None
+    save_logits: Path | None
+    base_logits: Path | None
     n_ctx: int | None  # None: the user did not say
     n_chunk: int | None  # None: the user did not say
-    options: Mapping[str, Any]  # RUNTIME_OPTIONS of the model
     as_json: bool
+    options: dict[str, Any]  # RUNTIME_OPTIONS of the model
 
-    def save(self, path: Path) -> None:
+    def run(self) -> None:
+        """Run the command; its help says what it does. OptionError for parameters that exclude each other."""
+        base = (self.base, self.base_options, self.base_logits)
+        if self.save_logits is not None and base != (None, None, None):
+            raise OptionError(
+                "--save-logits saves the logits of MODEL: leave out --base, --base-options and --base-logits"
+            )
+        if (self.save_logits, *base) == (None, None, None, None):
+            raise OptionError("nothing to compare with: give --base, --base-options or --base-logits, or --save-logits")
+        if self.base_logits is not None and self.base_options is not None:
+            raise OptionError("--base-logits are what the base gave: --base-options change nothing, leave them out")
+        if self.n_ctx is not None:
+            window_size(self.n_ctx)
+        theirs, text = read_options(self.base_options or "", self.options), read_text(self.file)
+        if self.save_logits is not None:
+            self._save(self.save_logits, text)
+        elif self.base_logits is not None:
+            self._compare_saved(self.base_logits, text)
+        else:
+            self._compare_live(self.base or self.model, theirs, text)
+
+    def _save(self, path: Path, text: str) -> None:
         """Write the model's logits, and print its perplexity."""
         n_ctx = self.n_ctx or N_CTX
         with load_scorer(self.model, self.options, n_ctx=n_ctx) as scorer:
-            ids = tokens_of(scorer.model, self.text)
+            ids = tokens_of(scorer.model, text)
             chunks = cut_chunks(ids, n_ctx, bos_of(scorer.model), self.n_chunk)
             file = find_model(self.model)
             header = LogitsHeader(
@@ -116,32 +98,32 @@ class KlJob:
             facts = self._facts(n_ctx) | {"saved_logits": str(path) if saved else None}
             report.finish(facts, scorer.model.where)
 
-    def compare_saved(self, path: Path, base: str | None) -> None:
-        """Compare with a file of logits. base: the model that made the file, None: any."""
+    def _compare_saved(self, path: Path, text: str) -> None:
+        """Compare with a file of logits."""
         with LogitsFile(path) as saved:
             header = saved.header
             if self.n_ctx not in (None, header.n_ctx):
                 raise OptionError(f"--ctx-size is {self.n_ctx}; {path} was made with {header.n_ctx}: leave it out")
             if self.n_chunk is not None and self.n_chunk > header.n_chunk:
                 raise OptionError(f"--chunks is {self.n_chunk}; {path} holds {header.n_chunk}")
-            if base is not None and hash_file(find_model(base)) != header.model_hash:
-                raise GgufRunError(f"{path}: holds the logits of another model, {header.model}, not of {base}")
+            if self.base is not None and hash_file(find_model(self.base)) != header.model_hash:
+                raise GgufRunError(f"{path}: holds the logits of another model, {header.model}, not of {self.base}")
             if hash_vocabulary(find_model(self.model)) != header.vocab_hash:
                 raise self._other_vocabulary(str(path))
             with load_scorer(self.model, self.options, n_ctx=header.n_ctx) as scorer:
                 if scorer.model.decoder.config.n_vocab != header.n_vocab:
                     raise self._other_vocabulary(str(path))
-                ids = tokens_of(scorer.model, self.text)
+                ids = tokens_of(scorer.model, text)
                 if hash_ids(ids) != header.text_hash:
                     raise GgufRunError(
-                        f"{path}: was made from another text than {self.text_name}, or by a model that splits it into "
+                        f"{path}: was made from another text than {self.file}, or by a model that splits it into "
                         "other tokens: save the logits of this text"
                     )
                 chunks = cut_chunks(ids, header.n_ctx, bos_of(scorer.model), self.n_chunk or header.n_chunk)
                 facts = self._facts(header.n_ctx) | {"base": header.model, "base_logits": str(path)}
                 self._compare(scorer, saved.chunk, chunks, facts, rounded=True)
 
-    def compare_live(self, base: str, base_options: Mapping[str, Any]) -> None:
+    def _compare_live(self, base: str, base_options: dict[str, Any], text: str) -> None:
         """Compare with a second model, which runs beside the first."""
         n_ctx = self.n_ctx or N_CTX
         if hash_vocabulary(find_model(self.model)) != hash_vocabulary(find_model(base)):
@@ -152,11 +134,11 @@ class KlJob:
         ):
             if scorer.model.decoder.config.n_vocab != theirs.model.decoder.config.n_vocab:
                 raise self._other_vocabulary(base)
-            ids, bos = tokens_of(scorer.model, self.text), bos_of(scorer.model)
-            if (tokens_of(theirs.model, self.text), bos_of(theirs.model)) != (ids, bos):
+            ids, bos = tokens_of(scorer.model, text), bos_of(scorer.model)
+            if (tokens_of(theirs.model, text), bos_of(theirs.model)) != (ids, bos):
                 raise GgufRunError(f"{base}: splits the text into other tokens than {self.model}: no comparison")
             chunks = cut_chunks(ids, n_ctx, bos, self.n_chunk)
-            facts = self._facts(n_ctx) | {"base": base, "base_options": dict(base_options)}
+            facts = self._facts(n_ctx) | {"base": base, "base_options": base_options}
             self._compare(scorer, lambda i: theirs.run(chunks[i].ids, chunks[i].targets), chunks, facts)
 
     def _compare(
@@ -172,12 +154,11 @@ class KlJob:
         report.finish(facts, scorer.model.where)
 
     def _facts(self, n_ctx: int) -> dict[str, Any]:
-        return {"model": self.model, "file": self.text_name, **self.options, "n_ctx": n_ctx}
+        return {"model": self.model, "file": str(self.file), **self.options, "n_ctx": n_ctx}
 
     def _other_vocabulary(self, base: str) -> GgufRunError:
-        return GgufRunError(
-            f"{base}: has another vocabulary than {self.model}: only models with the same tokens can be compared"
-        )
+        problem = f"{base}: has another vocabulary than {self.model}"
+        return GgufRunError(f"{problem}: only models with the same tokens can be compared")
 
 
 def _row(done: Comparison) -> str:
@@ -195,3 +176,14 @@ def _figures(done: Comparison) -> list[Figure]:
         name, label = {50.0: ("median", "median"), 100.0: ("max", "maximum")}.get(p, (f"{p:g}", f"{p:g} %"))
         figures.append(Figure(f"kl_{name}", f"  {label}", value))
     return figures
+
+
+def read_options(text: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    """Read --base-options. An option that the text does not name is as in `defaults`."""
+    command = click.Command("--base-options", params=list(RUNTIME_OPTIONS), add_help_option=False)
+    try:
+        return command.make_context("--base-options", shlex.split(text), default_map=defaults).params
+    except (click.UsageError, ValueError) as error:
+        problem = error.format_message() if isinstance(error, click.UsageError) else str(error)
+        allowed = ", ".join(option.opts[0] for option in RUNTIME_OPTIONS)
+        raise OptionError(f"--base-options {text!r}: {problem.rstrip('.')}; allowed are {allowed}") from None

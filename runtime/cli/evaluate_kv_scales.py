@@ -71,7 +71,7 @@ def run(
 
 
 def _table(scales: KvScales) -> Iterator[str]:
-    """A line for each layer: the largest |K| and |V|, what each type costs, the types chosen."""
+    """Yield a line for each layer: the largest |K| and |V|, what each type costs, the types chosen."""
     head = ["layer", "max |K|", "max |V|", *(f"{name} {kind.upper()}" for name in scales.sensitivity for kind in KINDS)]
     rows = []
     for il, layer in enumerate(scales.layers):

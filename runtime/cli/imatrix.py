@@ -13,7 +13,7 @@ import click
 from gguf_run.formats.errors import OptionError
 from gguf_run.runtime.cli import complete
 from gguf_run.runtime.cli.common import tool
-from gguf_run.runtime.cli.load_options import PATH, RUNTIME_OPTIONS
+from gguf_run.runtime.cli.options import PATH, RUNTIME_OPTIONS, option
 from gguf_run.runtime.terminal.text import message, read_text
 
 if TYPE_CHECKING:
@@ -21,24 +21,22 @@ if TYPE_CHECKING:
     from gguf_run.runtime.evaluate.perplexity import Perplexity
 
 _OPTIONS = [
-    click.Option(["--file", "-f"], type=PATH, help="The text, UTF-8.  [none: only add up --in-file]"),
-    click.Option(["--output", "--output-file", "-o"], type=PATH, help="The file to write.  [default: imatrix.gguf]"),
-    click.Option(["--in-file"], type=PATH, multiple=True, help="Add to what this file has; may be repeated."),
-    click.Option(
-        ["--ctx-size", "-c", "n_ctx"], type=int, help="Tokens of a chunk.  [default: as in --in-file, else 512]"
-    ),
-    click.Option(["--chunks", "n_chunk"], type=int, help="Read so many chunks.  [default: the whole text]"),
-    click.Option(["--from-chunk", "--chunk"], type=click.IntRange(0), default=0, help="Skip so many chunks first."),
-    click.Option(
-        ["--output-frequency", "-ofreq"],
+    option("--file -f", "The text, UTF-8.  [none: only add up --in-file]", type=PATH),
+    option("--output --output-file -o", "The file to write.  [default: imatrix.gguf]", type=PATH),
+    option("--in-file", "Add to what this file has; may be repeated.", type=PATH, multiple=True),
+    option("--ctx-size -c n_ctx", "Tokens of a chunk.  [default: as in --in-file, else 512]", type=int),
+    option("--chunks n_chunk", "Read so many chunks.  [default: the whole text]", type=int),
+    option("--from-chunk --chunk", "Skip so many chunks first.", type=click.IntRange(0), default=0),
+    option(
+        "--output-frequency -ofreq",
+        "Write the file after every N chunks.",
         type=click.IntRange(1, 2**31 - 1),
         default=10,
-        help="Write the file after every N chunks.",
     ),
-    click.Option(["--process-output"], is_flag=True, help="Collect for the output matrix too."),
-    click.Option(["--parse-special"], is_flag=True, help="Control tokens written in the text become tokens."),
-    click.Option(["--no-ppl"], is_flag=True, help="Leave out the running perplexity: faster."),
-    click.Option(["--show-statistics"], is_flag=True, help="Print figures of each tensor and layer."),
+    option("--process-output", "Collect for the output matrix too.", is_flag=True),
+    option("--parse-special", "Control tokens written in the text become tokens.", is_flag=True),
+    option("--no-ppl", "Leave out the running perplexity: faster.", is_flag=True),
+    option("--show-statistics", "Print figures of each tensor and layer.", is_flag=True),
     *RUNTIME_OPTIONS,
 ]
 
@@ -124,10 +122,10 @@ def _collect(model: str, file: Path, output: Path, imatrix: "Imatrix", options: 
                 yield done
 
         report = Report(PERPLEXITY if ppl else replace(PERPLEXITY, row=None, figures=lambda done: []))
-        done = report.run(steps(), chunks)
-        if done:
+        report.run(steps(), chunks)
+        if report.done:
             write(output, collector.imatrix, inputs)
-        if report.interrupted and done:
-            message(f"{output} has them; to go on: --in-file {output} --from-chunk {first + len(done)}")
+        if report.interrupted and report.done:
+            message(f"{output} has them; to go on: --in-file {output} --from-chunk {first + len(report.done)}")
         report.finish({}, scorer.model.where)
     return collector.imatrix

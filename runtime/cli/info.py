@@ -11,29 +11,24 @@ from click.core import ParameterSource
 
 from gguf_run.formats.errors import OptionError
 from gguf_run.formats.gguf.reader import GGUFFile
-from gguf_run.runtime.cli import complete, load_options
+from gguf_run.runtime.cli import complete
 from gguf_run.runtime.cli.common import tool
 from gguf_run.runtime.cli.info_report import change_lines, diff_lines, file_lines, fit_lines, ops_lines
+from gguf_run.runtime.cli.options import CACHE_OPTIONS, CTX_SIZE, PATH, PLACEMENT_OPTIONS, byte_size, to_load_options
 from gguf_run.runtime.hub.find import find_model
-from gguf_run.runtime.info.contents import file_facts, listed_tensors, memory_facts
+from gguf_run.runtime.info.contents import file_facts, listed_tensors, memory_facts, ops_facts
 from gguf_run.runtime.info.diff import compare
 from gguf_run.runtime.info.edit import edit
-from gguf_run.runtime.info.ops import ops_facts
 from gguf_run.runtime.load.options import LoadOptions, Wanted
 from gguf_run.runtime.terminal.progress import Progress
 
+EDITS, SHOWS = ("assignments", "remove"), ("tensors", "stats", "diff")  # parameters that exclude each other
 Answer = tuple[Mapping[str, Any], Iterator[str]]  # facts for --json, and the same as lines
 
 
 @tool(
     "gguf-info",
-    params=[
-        load_options.CTX_SIZE,
-        *load_options.CACHE_OPTIONS,
-        load_options.GPU_LAYERS,
-        load_options.TENSOR_SPLIT,
-        *load_options.EXPERT_OPTIONS,
-    ],
+    params=[CTX_SIZE, *CACHE_OPTIONS, *PLACEMENT_OPTIONS],
     examples=(
         "gguf-info model.gguf -c 32768",
         "gguf-info --fit model.gguf",
@@ -54,13 +49,13 @@ Answer = tuple[Mapping[str, Any], Iterator[str]]  # facts for --json, and the sa
 @click.option("--match", metavar="REGEX", default=".*", help="Only tensors in whose names REGEX is found.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Change a metadata key; see above.")
 @click.option("--remove", metavar="KEY", multiple=True, help="Remove a metadata key.")
-@click.option("--output", "-o", type=load_options.PATH, help="File to write the changed model to.")
+@click.option("--output", "-o", type=PATH, help="File to write the changed model to.")
 @click.option("--in-place", is_flag=True, help="Change the file itself. Its header must keep its size.")
 @click.option("--gpu-memory", metavar="N(M|G),...", help="Show what goes on GPUs with these bytes of free memory.")
 def main(models: Sequence[str], as_json: bool, fit: bool, **given: Any) -> None:
     """Show what is in a GGUF file: metadata, sizes per tensor type, parameters, and the memory it will need.
 
-    MODEL is a GGUF file (of a split model the first) or hf:owner/repo[:Q4_K_M]. Of long arrays the beginning is shown.
+    MODEL is a GGUF file (of a split model the first) or hf:owner/repo[:Q4_K_M]. A long array is cut.
 
     --set and --remove change metadata, in a copy (-o) or in place. The value of a known key keeps its type. The type of
     a new key follows from the value, or is given: KEY:TYPE=VALUE with a type such as u32, f32, string, array[i32].
@@ -69,7 +64,7 @@ def main(models: Sequence[str], as_json: bool, fit: bool, **given: Any) -> None:
     if fit:
         facts, lines = _fit(models)
     elif len(models) == 1:
-        facts, lines = _one(models[0], **given)
+        facts, lines = _one(models[0], given)
     else:
         raise click.UsageError(f"{len(models)} MODELs are given, must be one.")
     for line in [json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)] if as_json else lines:
@@ -94,56 +89,47 @@ def _fit(models: Sequence[str]) -> Answer:
     return {"machine": measured, "models": found}, fit_lines(measured, found)
 
 
-def _one(
-    model: str,
-    tensors: bool,
-    ops: bool,
-    stats: bool,
-    diff: str | None,
-    match: str,
-    gpu_memory: str | None,
-    **given: Any,
-) -> Answer:
+def _one(model: str, given: Mapping[str, Any]) -> Answer:
     """Return what is in a file, what differs in another file, or what was changed."""
-    is_edit = _is_edit(**given)
-    if is_edit and (tensors or stats or diff):
-        raise click.UsageError("--set and --remove go without --tensors, --stats and --diff.")
-    if ops and (is_edit or tensors or stats or diff):
-        raise click.UsageError("--ops goes without --set, --remove, --tensors, --stats and --diff.")
-    pattern, (options, gpus) = _pattern(match), _loading(gpu_memory, given)
+    is_edit, pattern, (options, gpus) = _is_edit(given), _pattern(given["match"]), _loading(given)
     with GGUFFile.open(find_model(model)) as file:
         if is_edit:
             with Progress("writing") as progress:
                 changes = edit(file, given["assignments"], given["remove"], given["output"], progress.set)
             return {"metadata": changes}, change_lines(changes)
-        if diff:
-            with GGUFFile.open(find_model(diff)) as other, Progress("comparing") as progress:
+        if given["diff"]:
+            with GGUFFile.open(find_model(given["diff"])) as other, Progress("comparing") as progress:
                 facts = compare(file, other, pattern, progress.set)
             return facts, diff_lines(facts)
-        if ops:
+        if given["ops"]:
             facts = ops_facts(file, options)
             return facts, ops_lines(facts)
         facts = file_facts(file) | {"memory": memory_facts(file, options, gpus)}
-        if tensors or stats:
+        if given["tensors"] or given["stats"]:
             shown = [tensor for tensor in file.tensors.values() if pattern.search(tensor.name)]
             with Progress("reading") as progress:
-                facts["tensors"] = listed_tensors(shown, stats, progress.set)
+                facts["tensors"] = listed_tensors(shown, given["stats"], progress.set)
         with_caches = options.n_ctx or options.cache_type or options.cache_rotation or options.cache_scales
         return facts, file_lines(facts, bool(with_caches))
 
 
-def _is_edit(assignments: Sequence[str], remove: Sequence[str], output: Any, in_place: bool, **_: Any) -> bool:
-    """Whether metadata is to be changed. UsageError unless it is clear where to."""
-    is_edit = bool(assignments or remove)
-    if is_edit != bool(output or in_place) or (output and in_place):
+def _is_edit(given: Mapping[str, Any]) -> bool:
+    """Whether metadata is to be changed. UsageError for options that do not go together."""
+    is_edit, shows = (any(given[name] for name in names) for names in (EDITS, SHOWS))
+    if is_edit != bool(given["output"] or given["in_place"]) or (given["output"] and given["in_place"]):
         raise click.UsageError("--set and --remove need either -o OUT or --in-place, and these need one of them.")
+    if is_edit and shows:
+        raise click.UsageError("--set and --remove go without --tensors, --stats and --diff.")
+    if given["ops"] and (is_edit or shows):
+        raise click.UsageError("--ops goes without --set, --remove, --tensors, --stats and --diff.")
     return is_edit
 
 
-def _loading(gpu_memory: str | None, given: Mapping[str, Any]) -> tuple[LoadOptions, list[int]]:
+def _loading(given: Mapping[str, Any]) -> tuple[LoadOptions, list[int]]:
     """Return the options of loading the model, and the free bytes of each GPU."""
-    gpus = [load_options.byte_size(part, "--gpu-memory") for part in gpu_memory.split(",")] if gpu_memory else []
-    options = load_options.to_load_options(given, device=",".join(f"cuda:{i}" for i in range(len(gpus))) or "auto")
+    memory = given["gpu_memory"]
+    gpus = [byte_size(part, "--gpu-memory") for part in memory.split(",")] if memory else []
+    options = to_load_options(given, device=",".join(f"cuda:{i}" for i in range(len(gpus))) or "auto")
     if options.wanted != Wanted() and not gpus:
         raise click.UsageError("--gpu-layers, --tensor-split, --cpu-moe and --n-cpu-moe need --gpu-memory.")
     return options, gpus

@@ -13,22 +13,23 @@ from gguf_run.formats.errors import OptionError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.runtime.cli import complete
 from gguf_run.runtime.cli.common import tool
-from gguf_run.runtime.cli.load_options import byte_size
-from gguf_run.runtime.cli.quantize_report import DRY_RUN, IMATRIX, SPLIT_MAX_SIZE, THREADS, run_plan, show_types
+from gguf_run.runtime.cli.options import byte_size
+from gguf_run.runtime.cli.quantize_report import OPTIONS, run_plan, show_types
 from gguf_run.runtime.hub.find import find_model
-from gguf_run.runtime.quantize.file_types import file_type, writable_type
+from gguf_run.runtime.quantize.file_types import WRITABLE, file_type, writable_type
 from gguf_run.runtime.quantize.rules import Overrides
 from gguf_run.runtime.terminal.text import message
 
 if TYPE_CHECKING:
     from gguf_run.runtime.quantize.plan import Options
 
+_TYPES = complete.among(lambda typed: WRITABLE)
 _KV_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": {"true": True, "false": False}.__getitem__}
 
 
 @tool(
     "gguf-quantize",
-    params=[IMATRIX, SPLIT_MAX_SIZE, DRY_RUN, THREADS],
+    params=OPTIONS,
     examples=(
         "gguf-quantize f16.gguf q4.gguf Q4_K_M",
         "gguf-quantize f16.gguf q3.gguf Q3_K_M --imatrix imatrix.gguf",
@@ -44,12 +45,8 @@ _KV_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": {"t
 @click.option("--exclude-weights", multiple=True, metavar="TEXT", help="Use no imatrix entries whose names hold TEXT.")
 @click.option("--pure", is_flag=True, help="One type for all matrices, no mixture.")
 @click.option("--tensor-type", multiple=True, metavar="REGEX=TYPE", help="Type of the tensors whose name matches.")
-@click.option(
-    "--output-tensor-type", metavar="TYPE", shell_complete=complete.tensor_types, help="Type of the output matrix."
-)
-@click.option(
-    "--token-embedding-type", metavar="TYPE", shell_complete=complete.tensor_types, help="Type of the embeddings."
-)
+@click.option("--output-tensor-type", metavar="TYPE", shell_complete=_TYPES, help="Type of the output matrix.")
+@click.option("--token-embedding-type", metavar="TYPE", shell_complete=_TYPES, help="Type of the embeddings.")
 @click.option("--leave-output-tensor", is_flag=True, help="Keep output.weight as it is.")
 @click.option("--allow-requantize", is_flag=True, help="Quantize quantized tensors again: this costs quality.")
 @click.option("--override-kv", multiple=True, metavar="KEY=TYPE:VALUE", help="Set metadata; int, float, bool or str.")
@@ -65,10 +62,7 @@ def main(model: str, rest: tuple[str, ...], dry_run: bool, threads: int | None, 
     """
     if len(rest) != 2 and not (dry_run and len(rest) == 1):
         raise click.UsageError("give IN, OUT and TYPE (with --dry-run OUT may be left out)")
-    limits = {
-        "split_max_size": byte_size(given["split_max_size"]),
-        "split_max_tensors": given["split_max_tensors"],
-    }
+    limits = {"split_max_size": byte_size(given["split_max_size"]), "split_max_tensors": given["split_max_tensors"]}
     if given["keep_split"] and any(limits.values()):
         raise click.UsageError("give --keep-split or a limit of --split-max-..., not both")
     options = _options(rest[-1], given)

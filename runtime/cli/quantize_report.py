@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gguf_run.runtime.cli.load_options import PATH
+from gguf_run.runtime.cli.options import PATH, option
 from gguf_run.runtime.load.machine import default_threads
 from gguf_run.runtime.terminal.progress import progress
 from gguf_run.runtime.terminal.text import one_line, size_text, table
@@ -15,14 +15,12 @@ from gguf_run.runtime.terminal.text import one_line, size_text, table
 if TYPE_CHECKING:
     from gguf_run.runtime.quantize.plan import Plan
 
-IMATRIX = click.Option(["--imatrix"], type=PATH, help="Importance matrix, from gguf-imatrix.")
-SPLIT_MAX_SIZE = click.Option(
-    ["--split-max-size"], metavar="N(K|M|G)", help="Split the output into files of at most this size."
-)
-DRY_RUN = click.Option(["--dry-run"], is_flag=True, help="Only show the types and sizes that the output would have.")
-THREADS = click.Option(
-    ["--threads", "-t"], type=click.IntRange(1, 512), help="Threads that compute.  [default: physical cores]"
-)
+OPTIONS = [
+    option("--imatrix", "Importance matrix, from gguf-imatrix.", type=PATH),
+    option("--split-max-size", "Split the output into files of at most this size.", metavar="N(K|M|G)"),
+    option("--dry-run", "Only show the types and sizes that the output would have.", is_flag=True),
+    option("--threads -t", "Threads that compute.  [default: physical cores]", type=click.IntRange(1, 512)),
+]
 
 
 def show_types(plan: "Plan") -> Iterator[str]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,10 +19,7 @@ from gguf_run.runtime.terminal.text import message
 
 if TYPE_CHECKING:
     from gguf_run.runtime.evaluate.choices import Task
-    from gguf_run.runtime.evaluate.perplexity import Perplexity
     from gguf_run.runtime.evaluate.text import Chunk, Scorer
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,23 +47,21 @@ class Figure:
 
     def json(self) -> dict[str, Any]:
         """The fields of the JSON object."""
-        name = "interval_95" if isinstance(self.error, tuple) else "error"
-        error = {} if self.error is None else {f"{self.key}_{name}": self.error}
-        return {key: _or_none(value) for key, value in {self.key: self.value, **error}.items()}
-
-
-def _or_none(value: Any) -> Any:
-    """None in place of nan (the error of a single value), for which JSON has no word."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        facts: dict[str, Any] = {self.key: self.value}
+        if self.error is not None:
+            facts[f"{self.key}_{'interval_95' if isinstance(self.error, tuple) else 'error'}"] = self.error
+        # JSON has no word for nan, the error of a single value.
+        return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in facts.items()}
 
 
 @contextmanager
 def load_scorer(model: str, options: Mapping[str, Any], **more: Any) -> "Iterator[Scorer]":
     """Load a model and what scores its tokens.
 
-    options: the command's parameters. more: fields of LoadOptions that come before them.
+    options: the command's parameters.
+    more: fields of LoadOptions that replace them.
     """
-    from gguf_run.runtime.cli.load_options import load_model, to_load_options
+    from gguf_run.runtime.cli.options import load_model, to_load_options
     from gguf_run.runtime.evaluate.text import Scorer
     from gguf_run.runtime.load.machine import default_threads
 
@@ -93,16 +88,13 @@ class Report:
 
     def __init__(self, layout: Layout, as_json: bool = False) -> None:
         self._layout, self._as_json = layout, as_json
-        self._seconds = 0.0
-        self._n_done = self._n_tokens = 0
-        self._figures: list[Figure] = []
+        self._seconds, self._n_tokens = 0.0, 0
+        self.done: list[Any] = []  # results of the steps
         self.interrupted = False
 
-    def run(self, steps: Iterable[T], items: "Sequence[Chunk | Task]") -> list[T]:
-        """Go through the steps; return their results. items: what the steps work on, one for each."""
-        start = time.perf_counter()
-        done: list[T] = []
-        layout = self._layout
+    def run(self, steps: Iterable[Any], items: "Sequence[Chunk | Task]") -> None:
+        """Go through the steps. items: what the steps work on, one for each."""
+        start, layout, done = time.perf_counter(), self._layout, self.done
         row = None if self._as_json else layout.row
         try:
             with progress("evaluating", layout.unit) as bar:
@@ -119,36 +111,32 @@ class Report:
         except KeyboardInterrupt:
             self.interrupted = True
             message(f"interrupted after {len(done)} of {len(items)} {layout.unit}")
-        self._n_done, self._n_tokens = len(done), sum(item.n_tokens for item in items[: len(done)])
-        self._figures = layout.figures(done[-1]) if done else []
-        return done
+        self._n_tokens = sum(item.n_tokens for item in items[: len(done)])
 
     def finish(self, facts: Mapping[str, Any], where: str) -> None:
         """Print the figures of the last result; exit with INTERRUPTED if Ctrl-C came.
 
-        facts: what JSON says before the figures. where: what ran on which device.
+        facts: what JSON says before the figures.
+        where: what ran on which device.
         """
         speed = self._n_tokens / self._seconds if self._seconds else 0.0
+        figures = self._layout.figures(self.done[-1]) if self.done else []
         if self._as_json:
-            record = {**facts, self._layout.unit: self._n_done, "interrupted": self.interrupted}
-            for figure in self._figures:
+            record = {**facts, self._layout.unit: len(self.done), "interrupted": self.interrupted}
+            for figure in figures:
                 record |= figure.json()
             click.echo(json.dumps(record | {"seconds": self._seconds, "tokens_per_second": speed}))
         else:
-            click.echo("".join(f"{figure.line()}\n" for figure in self._figures), nl=False)
+            click.echo("".join(f"{figure.line()}\n" for figure in figures), nl=False)
             took = f"{self._n_tokens} tokens in {self._seconds:.2f} s, {speed:.0f}/s"
-            message(f"{self._n_done} {self._layout.unit}, {took} | {where}")
+            message(f"{len(self.done)} {self._layout.unit}, {took} | {where}")
         if self.interrupted:
             click.get_current_context().exit(INTERRUPTED)
-
-
-def _perplexity_row(done: "Perplexity") -> str:
-    return f"{done.n_chunk:>5} {done.value:>12.4f}"
 
 
 PERPLEXITY = Layout(
     unit="chunks",
     head=f"{'chunk':>5} {'perplexity':>12}",
-    row=_perplexity_row,
+    row=lambda done: f"{done.n_chunk:>5} {done.value:>12.4f}",
     figures=lambda done: [Figure("perplexity", "perplexity", done.value, done.error)],
 )

@@ -7,27 +7,28 @@ import gc
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.runtime.cli import complete
-from gguf_run.runtime.cli.answer import open_reasoning, show
 from gguf_run.runtime.cli.common import tool
-from gguf_run.runtime.cli.load_options import (
+from gguf_run.runtime.cli.conversation import check_place, conversation, open_reasoning, show
+from gguf_run.runtime.cli.options import (
     CACHE_OPTIONS,
     CTX_SIZE,
     DEVICE_OPTIONS,
     PATH,
+    SAMPLING_OPTIONS,
     load_model,
     option,
+    take_sampling,
     to_load_options,
 )
-from gguf_run.runtime.cli.sampling_options import SAMPLING_OPTIONS, take_sampling
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.terminal.text import decode_text, message, read_text
 
@@ -96,7 +97,7 @@ def main(model: str | None, completion: str | None, list_models: bool, **values:
     it a small model, SmolLM2-135M-Instruct, is fetched once.
     """
     if completion is not None:
-        from gguf_run.runtime.cli.shells import completion_script
+        from gguf_run.runtime.cli.help import completion_script
 
         click.echo(completion_script(completion))
     elif list_models:
@@ -130,14 +131,14 @@ def _paused_gc() -> Iterator[None]:
 class _Task:
     """What the model is asked to do; everything in it is checked before the model is loaded."""
 
-    kind: str  # "raw": continue text, "ask": answer it, "chat", "warm-up"
+    kind: str  # "raw": continue text, "ask": answer it, "chat", "warm_up"
     text: str | None  # the first text for the model; None: a chat begins without one
     system: str | None  # system message
     template: str | None  # chat template in place of the model's own
     session: Path | None  # file that the conversation comes from and goes to
     keep_history: bool  # of the lines that are typed in a chat
     generating: Mapping[str, Any]  # arguments of Model.generate
-    chatting: Mapping[str, Any] = field(default_factory=dict)  # arguments that Model.chat takes besides
+    chatting: Mapping[str, Any]  # arguments that Model.chat takes besides
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> "_Task":
@@ -147,11 +148,9 @@ class _Task:
             raise click.UsageError(
                 "--raw works without a chat template: leave out --chat, --system, --tools and --chat-template(-kwargs)."
             )
-        kinds = [kind for kind, name in (("warm-up", "warm_up"), ("chat", "chat"), ("raw", "raw")) if values[name]]
+        kind = next((kind for kind in ("warm_up", "chat", "raw") if values[kind]), "ask")
         text = "Hello" if values["warm_up"] else _prompt(values["prompt"], values["file"], values["chat"])
         if values["session"] is not None:
-            from gguf_run.runtime.cli.session import check_place
-
             check_place(values["session"])
         system = None if values["system"] is None else _argument(values["system"], "--system")
         chatting: dict[str, Any] = {}
@@ -162,19 +161,22 @@ class _Task:
         generating = take_sampling(values)
         SamplingParams(**generating)  # says what is wrong
         generating |= {name: values[name] for name in ("max_tokens", "context_shift", "n_keep")}
-        template = _template(values["chat_template"])
-        kind = [*kinds, "ask"][0]
+        template: str | None = values["chat_template"]
+        if template is not None:
+            from gguf_run.runtime.chat.named import find_template
+
+            template = find_template(template)
         return cls(kind, text, system, template, values["session"], not values["no_history"], generating, chatting)
 
     def run(self, model: "Model") -> None:
         """Do the task: write the answer to stdout."""
         if self.template is not None:
             model.chat_template, model.tool_template = self.template, None
-        if self.kind == "warm-up":
+        if self.kind == "warm_up":
             for _ in model.generate(self.text or "", max_tokens=1):
                 pass
             return
-        with self._conversation(model) as messages:
+        with conversation(model, self.session, self.system) as messages:
             if self.kind == "chat":
                 from gguf_run.runtime.cli.chat import chat
 
@@ -187,14 +189,6 @@ class _Task:
                 answer = show(model, pieces, tag=open_reasoning(model, messages, self.chatting))
                 messages.append({"role": "assistant", "content": answer})
 
-    def _conversation(self, model: "Model") -> AbstractContextManager[list[dict[str, Any]]]:
-        """Return the messages so far. With --session they come from a file, and go to it at the end."""
-        if self.session is None:
-            return nullcontext([] if self.system is None else [{"role": "system", "content": self.system}])
-        from gguf_run.runtime.cli.session import conversation
-
-        return conversation(model, self.session, self.system)
-
 
 def _prompt(prompt: str | None, file: str | None, chat: bool) -> str | None:
     """Return the first text for the model; None if a chat starts without one."""
@@ -204,28 +198,23 @@ def _prompt(prompt: str | None, file: str | None, chat: bool) -> str | None:
         text = _argument(prompt, "--prompt")
     elif file not in (None, "-"):
         with open(str(file), "rb") as stream:
-            text = decode_text(_read_all(stream, str(file)), str(file))
+            text = _read_all(stream, str(file))
     elif chat and file is None:
         return None
     elif sys.stdin is None or sys.stdin.isatty():
         raise click.UsageError("Nothing to answer: give --prompt, --file, --chat, or text on stdin.")
     else:
-        text = decode_text(_read_all(sys.stdin.buffer, "stdin"), "stdin")
+        text = _read_all(sys.stdin.buffer, "stdin")
     if not text.strip():
         raise GgufRunError("the prompt is empty: write something after --prompt, into the --file or on stdin")
     return text
 
 
-def _template(name: str | None) -> str | None:
-    if name is None:
-        return None
-    from gguf_run.runtime.chat.named import find_template
-
-    return find_template(name)
-
-
 def _functions(path: Path) -> list[dict[str, Any]]:
-    tools = _json(read_text(path), f"--tools {path}")
+    try:
+        tools = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise GgufRunError(f"--tools {path}: not JSON: {error}") from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise GgufRunError(f'--tools {path}: must be a list of objects, as [{{"type": "function", ...}}]')
     return tools
@@ -233,19 +222,12 @@ def _functions(path: Path) -> list[dict[str, Any]]:
 
 def _template_options(text: str) -> dict[str, Any]:
     try:
-        values = _json(_argument(text, "--chat-template-kwargs"), "")
-    except GgufRunError:
+        values = json.loads(_argument(text, "--chat-template-kwargs"))
+    except (GgufRunError, ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
         raise OptionError(f'--chat-template-kwargs is {text}; allowed: a JSON object, as {{"enable_thinking": false}}')
     return values
-
-
-def _json(text: str, name: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise GgufRunError(f"{name}: not JSON: {error}") from None
 
 
 def _argument(text: str, name: str) -> str:
@@ -253,11 +235,11 @@ def _argument(text: str, name: str) -> str:
     return decode_text(text.encode("utf-8", "surrogateescape"), name)
 
 
-def _read_all(stream: Any, name: str) -> bytes:
-    data: bytes = stream.read(MAX_PROMPT_BYTES + 1)
+def _read_all(stream: BinaryIO, name: str) -> str:
+    data = stream.read(MAX_PROMPT_BYTES + 1)
     if len(data) > MAX_PROMPT_BYTES:
         raise GgufRunError(f"{name} is longer than {MAX_PROMPT_BYTES} bytes: no context holds that much text")
-    return data
+    return decode_text(data, name)
 
 
 def _describe(model: "Model") -> None:

@@ -1,4 +1,4 @@
-"""What a GGUF file holds, as facts that JSON can hold: metadata, sizes, tensors, and the memory that its model needs.
+"""What a GGUF file holds, as facts that JSON can hold: metadata, sizes, tensors, the memory and the ops of its model.
 
 All sizes are in bytes.
 """
@@ -15,9 +15,12 @@ from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.gguf.strings import StringArray
 from gguf_run.formats.gguf.tensors import Tensor
-from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
+from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS, cache_bytes
+from gguf_run.kernels_cpu.panels.panels import matrix_bytes
+from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
-from gguf_run.runtime.info.tensors import tensor_statistics
+from gguf_run.models.op_costs import Sizes, op_costs
+from gguf_run.runtime.info.tensors import reported, tensor_statistics
 from gguf_run.runtime.load.cache_plan import describe_plan, plan_cache
 from gguf_run.runtime.load.fit import place, plan_lines
 from gguf_run.runtime.load.memory import MemoryPlan
@@ -81,21 +84,18 @@ def listed_tensors(
 ) -> list[dict[str, Any]]:
     """Return name, type, shape and size of each tensor, and its TensorStatistics if they are wanted.
 
-    progress: called with the bytes that are read and with all of them.
+    progress: see `reported`.
     """
-    rows: list[dict[str, Any]] = []
-    total, done = sum(tensor.nbytes for tensor in tensors), 0
-    for tensor in tensors:
-        rows.append(tensor_facts(tensor) | {"nbytes": tensor.nbytes})
-        if with_statistics:
-            rows[-1] |= asdict(tensor_statistics(tensor))
-            done += tensor.nbytes
-            progress(done, total)
-    return rows
+    return [
+        tensor_facts(tensor)
+        | {"nbytes": tensor.nbytes}
+        | (asdict(tensor_statistics(tensor)) if with_statistics else {})
+        for tensor in reported(tensors, progress)
+    ]
 
 
-def memory_facts(file: GGUFFile, options: LoadOptions, gpus: Sequence[int] = ()) -> dict[str, Any]:
-    """Return the bytes that the model needs, or {"unknown": reason}: a GGUF file need not hold a model.
+def memory_facts(file: GGUFFile, options: LoadOptions, gpus: Sequence[int]) -> dict[str, Any]:
+    """Return the bytes that the model needs, or {"unknown": reason} for a file that does not hold a model.
 
     gpus: free bytes of each GPU. With GPUs, "placement" has lines that say what goes where.
     "cache_types" has the bytes of the KV cache for every type that the model's heads allow.
@@ -105,8 +105,7 @@ def memory_facts(file: GGUFFile, options: LoadOptions, gpus: Sequence[int] = ())
         config = ModelConfig.from_metadata(file.metadata, file.tensors)
     except GgufRunError as error:
         return {"unknown": str(error)}
-    n_ctx = options.n_ctx or min(config.n_ctx_train, DEFAULT_N_CTX)
-    kinds = plan_cache(config, options.cache_type, options.cache_rotation, options.cache_scales)
+    n_ctx, kinds = _context(config, options)
     plan = MemoryPlan(config, list(file.tensors.values()), n_ctx, kinds)
     need = plan.needed()
     placement = {}
@@ -122,3 +121,28 @@ def memory_facts(file: GGUFFile, options: LoadOptions, gpus: Sequence[int] = ())
         "total": need.total,
         "cache_types": {name: plan.with_type(name).cache_bytes() for name in CACHE_FORMATS if plan.allows(name)},
     }
+
+
+def ops_facts(file: GGUFFile, options: LoadOptions) -> dict[str, Any]:
+    """Return the ops of the last token of a full context, and what each reads and computes on the CPU.
+
+    options: n_ctx and the types of the KV cache are used.
+    GgufRunError for a file without a model that this program runs.
+    """
+    config = ModelConfig.from_metadata(file.metadata, file.tensors)
+    n_ctx, cache = _context(config, options)
+    costs = op_costs(config, file.tensors, cache, n_ctx, Sizes(matrix_bytes, cache_bytes))
+    by_op: dict[str, dict[str, Any]] = {}
+    for cost in costs:
+        total = by_op.setdefault(cost.op, {"op": cost.op, "count": 0, "nbytes": 0, "operations": 0})
+        total["count"] += 1
+        total["nbytes"] += cost.nbytes
+        total["operations"] += cost.operations
+    totals = sorted(by_op.values(), key=lambda row: row["nbytes"], reverse=True)
+    return {"n_ctx": n_ctx, "ops": [asdict(cost) for cost in costs], "by_op": totals}
+
+
+def _context(config: ModelConfig, options: LoadOptions) -> tuple[int, tuple[CacheType, ...]]:
+    """Return n_ctx, at most DEFAULT_N_CTX unless it is given, and the cache type of each layer."""
+    n_ctx = options.n_ctx or min(config.n_ctx_train, DEFAULT_N_CTX)
+    return n_ctx, plan_cache(config, options.cache_type, options.cache_rotation, options.cache_scales)

@@ -9,28 +9,25 @@ from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.gguf.writer_metadata import encode_pair
 from gguf_run.runtime.info.contents import tensor_facts, value_facts
-from gguf_run.runtime.info.tensors import difference
+from gguf_run.runtime.info.tensors import difference, reported
 
 
 def compare(a: GGUFFile, b: GGUFFile, match: re.Pattern[str], progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Return the differences as facts that JSON can hold.
 
     match: only tensors in whose names it is found.
-    progress: called with the bytes of `a` that are compared and with all of them.
+    progress: see `reported`; it counts the bytes of `a`.
     "metadata" has the metadata_changes. Each of "different" has name, a and b, and a Difference if the shapes agree.
     """
     names_a, names_b = ([name for name in file.tensors if match.search(name)] for file in (a, b))
-    shared = [name for name in names_a if name in b.tensors]
-    total, done = sum(a.tensors[name].nbytes for name in shared), 0
+    shared = [a.tensors[name] for name in names_a if name in b.tensors]
     different: list[dict[str, Any]] = []
-    for name in shared:
-        x, y = a.tensors[name], b.tensors[name]
+    for x in reported(shared, progress):
+        y = b.tensors[x.name]
         error = difference(x, y) if x.ne == y.ne else None
         if error or x.ne != y.ne:
-            sides = {"name": name, "a": tensor_facts(x), "b": tensor_facts(y)}
+            sides = {"name": x.name, "a": tensor_facts(x), "b": tensor_facts(y)}
             different.append(sides | (asdict(error) if error else {}))
-        done += x.nbytes
-        progress(done, total)
     return {
         "a": str(a.path),
         "b": str(b.path),
@@ -52,7 +49,7 @@ def typed_metadata(file: GGUFFile) -> dict[str, Typed]:
 def metadata_changes(a: Mapping[str, Typed], b: Mapping[str, Typed]) -> Iterator[dict[str, Any]]:
     """Yield key, a and b of each value whose type or bytes differ.
 
-    A side without the key is None. Of arrays the items are shown from the first that differs.
+    A side without the key is None. An array is shown from the first item that differs.
     """
     for key in dict.fromkeys([*a, *b]):
         both = [side[key] for side in (a, b) if key in side]

@@ -15,6 +15,7 @@ from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.gguf.writer import ALIGNMENT, GGUFWriter, encode_header
 from gguf_run.formats.gguf.writer_metadata import as_typed, encode_pair
 from gguf_run.runtime.info.diff import metadata_changes, typed_metadata
+from gguf_run.runtime.info.tensors import reported
 
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
@@ -31,7 +32,7 @@ def edit(
     assignments: `key=value` or `key:type=value`.
     removed: keys.
     output: the new file; None: the file itself is changed.
-    progress: called with the bytes that are copied to `output` and with all of them.
+    progress: see `reported`; it counts the bytes that are copied to `output`.
     OptionError for an assignment or a key that is not allowed. GgufRunError as from GGUFWriter, or if the file cannot
     be changed in place.
     """
@@ -46,21 +47,17 @@ def edit(
 
 def _edited(metadata: Metadata, assignments: Sequence[str], removed: Sequence[str]) -> dict[str, Typed]:
     """Return the metadata with keys set and removed. New keys come last."""
-    pairs = {key: metadata.typed(key) for key in metadata if key not in removed}
     for key in removed:
         if key not in metadata:
             raise OptionError(f"--remove {key}: the file has no such key")
-    changed = list(removed)
-    for text in assignments:
-        key, typed = _assignment(text, metadata)
-        pairs[key] = typed
-        changed.append(key)
+    new = [_assignment(text, metadata) for text in assignments]
+    changed = [*removed, *(key for key, _ in new)]
     for key in changed:
         if changed.count(key) > 1:
             raise OptionError(f"{key}: is set or removed twice")
         if key.startswith("split."):
             raise OptionError(f"{key}: belongs to how the model is split over files, and cannot be changed")
-    return pairs
+    return {key: metadata.typed(key) for key in metadata if key not in removed} | dict(new)
 
 
 def _assignment(text: str, metadata: Metadata) -> tuple[str, Typed]:
@@ -71,10 +68,8 @@ def _assignment(text: str, metadata: Metadata) -> tuple[str, Typed]:
     name, _, type = key.rpartition(":")
     if key in metadata:
         type = metadata.type_name(key)
-    elif name:
-        key = name
     else:
-        type = ""
+        key, type = (name, type) if name else (key, "")
     try:
         typed = Typed(type, _parse(value, type)) if type else as_typed(_guess(value))
         encode_pair(key, typed, "<")
@@ -107,19 +102,15 @@ def _guess(value: str) -> Any:
 
 
 def _write(file: GGUFFile, pairs: Mapping[str, Typed], output: Path, progress: Callable[[int, int], None]) -> None:
-    """Write a file with this metadata and the tensors of `file`, split into the same files."""
-    tensors = list(file.tensors.values())
-    total, done = sum(tensor.nbytes for tensor in tensors), 0
-    order, inputs = file.byte_order, file.paths
-    with GGUFWriter(output, pairs, tensors, byte_order=order, split=file.split, inputs=inputs) as writer:
-        for tensor in tensors:
+    """Write a file with this metadata and the tensors of `file`. It is split where `file` is."""
+    tensors, order = list(file.tensors.values()), file.byte_order
+    with GGUFWriter(output, pairs, tensors, byte_order=order, split=file.split, inputs=file.paths) as writer:
+        for tensor in reported(tensors, progress):
             writer.copy(tensor)
-            done += tensor.nbytes
-            progress(done, total)
 
 
 def _write_in_place(file: GGUFFile, pairs: Mapping[str, Typed]) -> None:
-    """Change the file itself, of a split model the first. GgufRunError if its tensors would have to move."""
+    """Change the file itself (the first of a split model). GgufRunError if its tensors would have to move."""
     tensors = [tensor for tensor in file.tensors.values() if tensor.file.path == file.path]
     before = typed_metadata(file)
     old, new = (encode_header(side, tensors, file.byte_order, file.alignment) for side in (before, pairs))
@@ -127,11 +118,9 @@ def _write_in_place(file: GGUFFile, pairs: Mapping[str, Typed]) -> None:
         if output.read(len(old)) != old or before.get(ALIGNMENT) != pairs.get(ALIGNMENT):
             raise GgufRunError(f"{file.path}: is laid out in a way that cannot be edited in place: use -o OUT")
         if len(new) != len(old):
-            raise GgufRunError(
-                f"{file.path}: the new header takes {len(new)} bytes, the old one {len(old)}: use -o OUT, the file "
-                "cannot be edited in place"
-            )
-        # One write of as few bytes as possible: other processes should not see half of the change.
+            sizes = f"the new header takes {len(new)} bytes, the old one {len(old)}"
+            raise GgufRunError(f"{file.path}: {sizes}: use -o OUT, the file cannot be edited in place")
+        # One write of the bytes that change: other processes should not see half of them.
         changed = np.flatnonzero(np.frombuffer(old, np.uint8) != np.frombuffer(new, np.uint8))
         if len(changed):
             output.seek(changed[0])

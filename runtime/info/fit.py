@@ -36,7 +36,7 @@ FLOAT_OPS = 4  # int8 operations in the time of one float operation
 
 @dataclass(frozen=True)
 class UsualModel:
-    """The sizes of a model that many people run. --fit shows these where no file is given."""
+    """The sizes of a model that many people run. --fit shows them where no file is given."""
 
     name: str
     n_layer: int
@@ -99,7 +99,7 @@ class Machine:
 
     @classmethod
     def measure(cls) -> "Machine":
-        """Measure it. Takes a second or two."""
+        """Measure this machine, in a second or two."""
         available = available_memory()  # before the measurement takes some
         return cls(available, measure_limits(default_threads()))
 
@@ -114,11 +114,11 @@ class Machine:
 
 
 def speeds(config: ModelConfig, tensors: Sequence[TensorInfo], limits: Limits) -> tuple[float, float]:
-    """Return estimates of the tokens per second that are decoded after a short text, and that are prefilled.
+    """Return estimates of decoded and of prefilled tokens per second.
 
-    Decoding reads the weights that a token needs once: of experts those that it is sent to, of embeddings only a row,
-    unless they make the logits too. A prompt of N_PROMPT tokens is multiplied with the weights of the layers, and its
-    queries with the keys and values of the positions before them.
+    Decoding reads the weights of a token once. Experts count in part: a token is sent to n_used of them. Embeddings
+    count only if they make the logits too. Prefilling multiplies N_PROMPT tokens with the weights of the layers, and
+    their queries with the keys and values before them.
     """
     has_output = any(tensor.name == "output.weight" for tensor in tensors)
     n_bytes, n_ops = 0.0, 2.0 * FLOAT_OPS * N_PROMPT * config.n_embd_q * config.n_layer

@@ -1,6 +1,6 @@
 """Statistics of a tensor's weights, and the difference of two tensors. Both read a chunk of weights at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,15 @@ class Difference:
     max_abs: float
     n_different: int  # weights that are different numbers
     n_not_finite: int  # weights among them whose difference is not finite
+
+
+def reported(tensors: Sequence[Tensor], progress: Callable[[int, int], None]) -> Iterator[Tensor]:
+    """Yield tensors. progress: called after each, with the bytes of those that are done and of all of them."""
+    total, done = sum(tensor.nbytes for tensor in tensors), 0
+    for tensor in tensors:
+        yield tensor
+        done += tensor.nbytes
+        progress(done, total)
 
 
 def tensor_statistics(tensor: Tensor) -> TensorStatistics:
@@ -86,7 +95,6 @@ def difference(a: Tensor, b: Tensor) -> Difference | None:
         if not np.isfinite(size + np.dot(d, d)):
             d[x == y] = 0.0  # also where both are the same infinity
             bad = ~np.isfinite(d)
-            n_different += int(np.count_nonzero(bad))
             n_not_finite += int(np.count_nonzero(bad))
             d[bad] = 0.0
             size = np.square(x[np.isfinite(x)], dtype=np.float64).sum()
@@ -96,7 +104,7 @@ def difference(a: Tensor, b: Tensor) -> Difference | None:
         square_a += float(size)
     rmse = float(np.sqrt(square / a.n_elements))
     relative = float(np.sqrt(square / square_a)) if square_a else None
-    return Difference(rmse, relative, worst, n_different, n_not_finite)
+    return Difference(rmse, relative, worst, n_different + n_not_finite, n_not_finite)
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[NDArray[np.uint8], ...]]:

@@ -1,4 +1,4 @@
-"""What people see at a terminal: text.py (lines, tables, sizes), progress.py (the bar), colours.py.
+"""What people see at a terminal: text.py (lines, tables, sizes, colours), progress.py (the bar).
 
 It is the ground floor of runtime: no room above it prints in a way of its own.
 """

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
+from typing import Self
 
 from gguf_run.runtime.terminal.text import message, size_text
 
@@ -13,25 +13,25 @@ SECONDS_PER_DRAW = 0.05
 
 
 class Progress:
-    """A bar that shows how many bytes are done, or how many of what `unit` names (a plural) and the time left.
+    """A bar that shows the bytes that are done. With `unit`, a plural noun, it shows their number and the time left.
 
-    Use as a context manager; the line is erased at the end.
+    It is a context manager, which erases the line at the end.
     """
 
     def __init__(self, label: str, unit: str = "") -> None:
         self.label, self.unit = label, unit
-        self._start = time.monotonic()
+        self._start = self._next_draw = time.monotonic()
         self._visible = sys.stderr is not None and sys.stderr.isatty()
-        self._next_draw = time.monotonic()
         self._drawn = 0
 
     def set(self, done: int, total: int) -> None:
         """Show that `done` of `total` are done."""
-        if self._visible and time.monotonic() >= self._next_draw:
-            self._next_draw = time.monotonic() + SECONDS_PER_DRAW
+        now = time.monotonic()
+        if self._visible and now >= self._next_draw:
+            self._next_draw = now + SECONDS_PER_DRAW
             part = min(1.0, done / max(1, total))
             bar = "#" * int(part * BAR_WIDTH)
-            whole = f"{total} {self.unit}{self._left(part)}" if self.unit else f"{size_text(total, 1)}"
+            whole = f"{total} {self.unit}{self._left(part)}" if self.unit else size_text(total, 1)
             self._draw(f"{self.label} [{bar:<{BAR_WIDTH}}] {part * 100:3.0f} % of {whole}")
 
     def _left(self, part: float) -> str:
@@ -63,12 +63,10 @@ class Progress:
         self.clear()
         message(text)
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.clear()
 
 

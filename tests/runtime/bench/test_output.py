@@ -56,7 +56,7 @@ def known_build(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def text_of(name: str, results: list[Result]) -> str:
     printer = PRINTERS[name]([result.case for result in results])
-    return printer.head() + "".join(map(printer.row, results)) + printer.foot(results)
+    return printer.head + "".join(map(printer.row, results)) + printer.foot(results)
 
 
 def check_row(row: dict[str, Any], result: Result) -> None:

@@ -22,7 +22,7 @@ from gguf_run.runtime.cli import chat_input as cli_chat_input
 from gguf_run.runtime.cli.chat_commands import COMMANDS, Chat, run_command
 from gguf_run.runtime.cli.run import main
 from gguf_run.runtime.engine.context import ContextError
-from gguf_run.runtime.terminal.colours import DIM, PLAIN, dimmed, has_colours, open_tag
+from gguf_run.runtime.terminal.text import DIM, PLAIN, dimmed, has_colours, open_tag
 
 GREEDY = ["--temperature", "0", "-n", "6"]
 

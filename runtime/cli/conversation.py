@@ -1,0 +1,85 @@
+"""A conversation of gguf-run: the file of a session that holds it, and the answers that are shown while they come."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gguf_run.formats.errors import GgufRunError
+from gguf_run.runtime.terminal.text import dimmed, has_colours, message, open_tag
+
+if TYPE_CHECKING:
+    from gguf_run.runtime.model import Model
+
+Conversation = list[dict[str, Any]]
+
+
+def check_place(path: Path, option: str = "--session") -> None:
+    """GgufRunError if a session cannot be saved at `path`: the user learns it before a long chat, not after it."""
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise GgufRunError(f"{option} {path}: cannot be written: name a file in a folder that can be")
+
+
+@contextmanager
+def conversation(model: "Model", path: Path | None, system: str | None) -> Iterator[Conversation]:
+    """Yield the conversation so far, for the block to add to; save it when the block ends without an error.
+
+    path: the session's file, None for no session.
+    system: a system message, which replaces that of the file.
+    """
+    messages: Conversation = []
+    if path is not None and path.exists():
+        start = time.perf_counter()
+        messages = model.load_session(path)
+        seconds = time.perf_counter() - start
+        message(f"{path}: {model.decoder.n_past} tokens, {len(messages)} messages restored in {1000 * seconds:.0f} ms")
+    if system is not None:
+        if messages and messages[0]["role"] == "system":
+            del messages[0]
+        messages.insert(0, {"role": "system", "content": system})
+    yield messages
+    if path is not None:
+        model.save_session(path, messages)
+
+
+def show(
+    model: "Model", pieces: Iterable[str], is_stopped: Callable[[], bool] = lambda: False, tag: str | None = None
+) -> str:
+    """Write an answer to stdout as it comes; return what was written.
+
+    is_stopped: asked after each piece; True ends the answer. tag: see open_reasoning.
+    """
+    answer: list[str] = []
+
+    def taken() -> Iterator[str]:
+        for piece in pieces:
+            answer.append(piece)
+            yield piece
+            if is_stopped():
+                break
+
+    for text in dimmed(taken(), tag) if has_colours() else taken():
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    if not "".join(answer[-1:]).endswith("\n"):
+        click.echo()
+    if model.stats.finish == "context":
+        full = f"the context is full ({model.n_ctx} tokens), the answer ends here"
+        message(f"{full}: choose a larger --ctx-size or --context-shift")
+    return "".join(answer)
+
+
+def open_reasoning(model: "Model", messages: Conversation, options: Mapping[str, Any]) -> str | None:
+    """Return the tag of a block of reasoning that the prompt of an answer has opened.
+
+    None if there is none, or if the output has no colours to show it. options: arguments of Model.chat.
+    """
+    if not has_colours():
+        return None
+    return open_tag(model.chat_prompt(messages, options.get("tools"), options.get("template_options")))
