@@ -26,10 +26,9 @@ import llvmlite
 import numpy as np
 from llvmlite import binding
 
-from gguf_run.formats.atomic import replacing
 from gguf_run.formats.compiler.cachedir import user_cache_dir
 from gguf_run.formats.compiler.deferred import Deferred, copied, imported, resolved
-from gguf_run.formats.compiler.machine_code import Entry, Kind, Loader, compile_entry
+from gguf_run.formats.compiler.machine_code import Entry, Kind, Loader
 
 # error_model="numpy": divisions have no hidden branch that raises. No fastmath: results may differ between instruction
 # sets by the order of sums in the SIMD kernels, and by nothing else. A kernel that wants fastmath asks for it.
@@ -126,6 +125,8 @@ class Kernel(Deferred):
 
     def compile(self, kinds: tuple[Kind, ...]) -> bytes | None:
         """Compile the function for arguments of these kinds: see compile_entry."""
+        from gguf_run.formats.compiler.object_file import compile_entry  # late: a warm start compiles nothing
+
         return compile_entry(resolved(self._function), kinds, {**_OPTIONS, **self._options})
 
     def file_name(self, kinds: tuple[Kind, ...]) -> str:
@@ -205,6 +206,8 @@ class _Store:
         entry = self._loader.load(code, kinds) if code else None
         if entry is not None or code == b"":  # an empty file: numba must run it
             return entry
+        from gguf_run.formats.atomic import replacing  # late, too
+
         for notify in self.before_compiling:
             notify()
         code = kernel.compile(kinds)
