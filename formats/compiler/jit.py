@@ -33,9 +33,8 @@ from gguf_run.formats.compiler.machine_code import Entry, Kind, Loader
 # error_model="numpy": divisions have no hidden branch that raises. No fastmath: results may differ between instruction
 # sets by the order of sums in the SIMD kernels, and by nothing else. A kernel that wants fastmath asks for it.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy"}
-# Files whose numbers can end up in a kernel.
-_KERNEL_SOURCES = {"formats": "**/*.py", "kernels_cpu": "**/*.py", "models": "kv_cache.py"}
-_KERNEL_FOLDERS = tuple(Path(__file__).resolve().parents[2] / name for name in _KERNEL_SOURCES)
+# Folders of files whose numbers can end up in a kernel.
+_KERNEL_FOLDERS = tuple(Path(__file__).resolve().parents[2] / name for name in ("formats", "kernels_cpu", "models"))
 _KEEP_FOLDERS, _KEEP_SECONDS = 16, 86400  # of other versions: so many, and those in use today
 
 
@@ -43,8 +42,8 @@ _KEEP_FOLDERS, _KEEP_SECONDS = 16, 86400  # of other versions: so many, and thos
 def kernel_cache_dir() -> Path | None:
     """Return the folder for kernels of exactly these sources; None, with a warning, if the folder is not writable."""
     digest = hashlib.sha256()
-    for folder, pattern in zip(_KERNEL_FOLDERS, _KERNEL_SOURCES.values(), strict=True):
-        for source in sorted(folder.glob(pattern)):
+    for folder in _KERNEL_FOLDERS:
+        for source in sorted(folder.glob("**/*.py")):
             digest.update(source.relative_to(folder).as_posix().encode() + b"\0" + source.read_bytes())
     path = user_cache_dir() / f"kernels-{digest.hexdigest()[:16]}"
     try:

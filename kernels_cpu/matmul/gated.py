@@ -7,7 +7,7 @@ from gguf_run.formats.compiler.jit import carray
 from gguf_run.kernels_cpu.matmul.matmul import cut, tile_panels
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, TOKENS
 from gguf_run.kernels_cpu.replay.op import TapeOp, op
-from gguf_run.kernels_cpu.rows.activation_ids import ACTIVATIONS
+from gguf_run.models.ops import ACTIVATIONS
 
 if COMPILING:
     from gguf_run.kernels_cpu.matmul.int_tile import AHEAD

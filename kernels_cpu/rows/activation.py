@@ -5,11 +5,11 @@ import math
 
 from gguf_run.formats.compiler.jit import njit
 from gguf_run.kernels_cpu.replay.op import TapeOp, n_rows, row_op
-from gguf_run.kernels_cpu.rows.activation_ids import ACTIVATIONS
 from gguf_run.kernels_cpu.rows.quantize import quantize_row
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.native import f32_at
 from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val
+from gguf_run.models.ops import ACTIVATIONS
 
 PIECE = 512  # columns that a thread takes at a time: whole blocks of 32
 _GELU = 1.5957691216057308  # 2 * sqrt(2 / pi)
