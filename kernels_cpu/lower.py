@@ -17,12 +17,9 @@ from gguf_run.kernels_cpu.matmul.gated import SCRATCH_BYTES, matmul_gated
 from gguf_run.kernels_cpu.matmul.matmul import matmul
 from gguf_run.kernels_cpu.panels.memory import CpuTable, CpuWeight, WeightPart
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, panel_id
-from gguf_run.kernels_cpu.rows.activation import gated
 from gguf_run.kernels_cpu.rows.embed import copy_rows, embed
 from gguf_run.kernels_cpu.rows.norms import layer_norm, rms_norm
-from gguf_run.kernels_cpu.rows.quantize import quantize
 from gguf_run.kernels_cpu.rows.rope import angles, rope
-from gguf_run.kernels_cpu.rows.scale import gate_rows, softcap
 from gguf_run.kernels_cpu.tape import Rows, Tape
 from gguf_run.models import ops
 from gguf_run.models.operands import Buffer
@@ -35,10 +32,13 @@ def lower(tape: Tape, step: Sequence[CpuOp]) -> int:
     return len(tape.kernels)
 
 
-# One function for each op. int8: where the op stores its result as int8 too.
+# One function for each op. int8: where the op stores its result as int8 too. Kernels that few models use are imported
+# in the function.
 
 
 def _quantize(tape: Tape, op: Quantize, int8: Rows | None) -> None:
+    from gguf_run.kernels_cpu.rows.quantize import quantize
+
     tape.record(op, quantize, n=op.x.width, q8=tape.int8(op.x))
 
 
@@ -139,26 +139,32 @@ def _attend(tape: Tape, op: ops.Attend[CpuCache, CpuVector], int8: Rows | None) 
 
 
 def _gated(tape: Tape, op: ops.Gated, int8: Rows | None) -> None:
+    from gguf_run.kernels_cpu.rows.activation import gated
+
     up = op.up or Rows(tape.address(np.ones(op.gate.width, np.float32)), 0)
     tape.record(op, gated(op.activation), n=op.gate.width, up=up, q8=int8)
 
 
 def _moe(tape: Tape, op: Any, int8: Rows | None) -> None:
-    from gguf_run.kernels_cpu.lower_moe import lower_moe  # late: most models have no experts
+    from gguf_run.kernels_cpu.lower_moe import lower_moe
 
     lower_moe(tape, op)
 
 
 def _gate_rows(tape: Tape, op: ops.GateRows, int8: Rows | None) -> None:
+    from gguf_run.kernels_cpu.rows.scale import gate_rows
+
     tape.record(op, gate_rows, n=op.x.width)
 
 
 def _softcap(tape: Tape, op: ops.Softcap, int8: Rows | None) -> None:
+    from gguf_run.kernels_cpu.rows.scale import softcap
+
     tape.record(op, softcap, n=op.x.width)
 
 
 def _observe(tape: Tape, op: Any, int8: Rows | None) -> None:
-    from gguf_run.kernels_cpu.rows.observe import observe  # late: nothing is observed where models only run
+    from gguf_run.kernels_cpu.rows.observe import observe
 
     tape.record(op, observe, **op.squares.fields())
 

@@ -24,6 +24,9 @@ from gguf_run.models.operands import (
     Weight,
 )
 
+# gelu is the tanh form. Only Moe has swiglu_oai. Kernels are compiled for an activation as its place in this tuple.
+ACTIVATIONS = ("silu", "gelu", "swiglu_oai")
+
 
 @dataclass(frozen=True)
 class Embed(Generic[Table]):
@@ -76,7 +79,7 @@ class MatmulGated(Generic[Weight, Vector]):
     x: Buffer
     weight: Weight
     out: Buffer  # half as wide as weight.n_out; not x
-    activation: str  # see Gated
+    activation: str  # one of ACTIVATIONS
     bias: Vector | None = None  # f32[n_out]
 
 
@@ -109,7 +112,7 @@ class Gated:
     gate: Buffer
     up: Buffer | None
     out: Buffer  # may be gate or up
-    activation: str  # "silu" or "gelu" (the tanh form)
+    activation: str  # "silu" or "gelu"
 
 
 @dataclass(frozen=True)

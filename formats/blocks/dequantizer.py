@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.blocks.scalars import f16
 from gguf_run.formats.blocks.types import TensorType, type_by_name
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
+from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import njit, specialize
 from gguf_run.formats.errors import FormatError
+
+if COMPILING:
+    from gguf_run.formats.blocks.scalars import f16
 
 _CHUNK = 1 << 20  # weights per task: about 1 ms, so that small tensors start no threads
 

@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.blocks import grids, unpack_iq, unpack_k, unpack_legacy, unpack_small
+from gguf_run.formats.blocks import grids
 from gguf_run.formats.blocks.types import TensorType, type_by_name
+from gguf_run.formats.compiler.deferred import imported
 
 
 @dataclass(frozen=True)
@@ -58,37 +59,44 @@ class IntegerForm:
 
 # fmt: off
 _ROWS: tuple[tuple[Any, ...], ...] = (
-    # name    group   q_min q_max has_minimum shared unpack, grid
-    ("Q4_0",    32,   -8,   7, False, False, unpack_legacy.unpack_q4_0),
-    ("Q4_1",    32,    0,  15, True,  False, unpack_legacy.unpack_q4_1),
-    ("Q5_0",    32,  -16,  15, False, False, unpack_legacy.unpack_q5_0),
-    ("Q5_1",    32,    0,  31, True,  False, unpack_legacy.unpack_q5_1),
-    ("Q8_0",    32, -128, 127, False, False, unpack_legacy.unpack_q8_0),
-    ("Q8_1",    32, -128, 127, False, False, unpack_legacy.unpack_q8_1),
-    ("Q2_K",    16,    0,   3, True,  True,  unpack_k.unpack_q2_k),
-    ("Q3_K",    16,   -4,   3, False, True,  unpack_k.unpack_q3_k),
-    ("Q4_K",    32,    0,  15, True,  True,  unpack_k.unpack_q4_k),
-    ("Q5_K",    32,    0,  31, True,  True,  unpack_k.unpack_q5_k),
-    ("Q6_K",    16,  -32,  31, False, True,  unpack_k.unpack_q6_k),
-    ("Q8_K",    32, -128, 127, False, False, unpack_k.unpack_q8_k),
-    ("IQ2_XXS", 32,  -43,  43, False, False, unpack_iq.unpack_iq2_xxs, grids.iq2_xxs),
-    ("IQ2_XS",  16,  -43,  43, False, False, unpack_iq.unpack_iq2_xs, grids.iq2_xs),
-    ("IQ3_XXS", 32,  -62,  62, False, False, unpack_iq.unpack_iq3_xxs, grids.iq3_xxs),
-    ("IQ1_S",   32,   -9,   9, False, False, unpack_iq.unpack_iq1_s, grids.iq1),
-    ("IQ4_NL",  32, -127, 113, False, False, unpack_small.unpack_iq4_nl, grids.iq4_nl),
-    ("IQ3_S",   32,  -15,  15, False, False, unpack_iq.unpack_iq3_s, grids.iq3_s),
-    ("IQ2_S",   16,  -43,  43, False, False, unpack_iq.unpack_iq2_s, grids.iq2_s),
-    ("IQ4_XS",  32, -127, 113, False, True,  unpack_small.unpack_iq4_xs, grids.iq4_nl),
-    ("IQ1_M",   16,   -9,   9, False, False, unpack_iq.unpack_iq1_m, grids.iq1),
-    ("TQ1_0",   32,   -1,   1, False, False, unpack_small.unpack_tq1_0),
-    ("TQ2_0",   32,   -1,   2, False, False, unpack_small.unpack_tq2_0),
-    ("MXFP4",   32,  -12,  12, False, False, unpack_small.unpack_mxfp4, grids.e2m1),
-    ("NVFP4",   16,  -12,  12, False, False, unpack_small.unpack_nvfp4, grids.e2m1),
-    ("Q1_0",    32,   -1,   1, False, False, unpack_legacy.unpack_q1_0),
-    ("Q2_0",    32,   -1,   2, False, False, unpack_legacy.unpack_q2_0),
+    # name    group   q_min q_max has_minimum shared unpack_*.py, grid
+    ("Q4_0",    32,   -8,   7, False, False, "legacy"),
+    ("Q4_1",    32,    0,  15, True,  False, "legacy"),
+    ("Q5_0",    32,  -16,  15, False, False, "legacy"),
+    ("Q5_1",    32,    0,  31, True,  False, "legacy"),
+    ("Q8_0",    32, -128, 127, False, False, "legacy"),
+    ("Q8_1",    32, -128, 127, False, False, "legacy"),
+    ("Q2_K",    16,    0,   3, True,  True,  "k"),
+    ("Q3_K",    16,   -4,   3, False, True,  "k"),
+    ("Q4_K",    32,    0,  15, True,  True,  "k"),
+    ("Q5_K",    32,    0,  31, True,  True,  "k"),
+    ("Q6_K",    16,  -32,  31, False, True,  "k"),
+    ("Q8_K",    32, -128, 127, False, False, "k"),
+    ("IQ2_XXS", 32,  -43,  43, False, False, "iq", grids.iq2_xxs),
+    ("IQ2_XS",  16,  -43,  43, False, False, "iq", grids.iq2_xs),
+    ("IQ3_XXS", 32,  -62,  62, False, False, "iq", grids.iq3_xxs),
+    ("IQ1_S",   32,   -9,   9, False, False, "iq", grids.iq1),
+    ("IQ4_NL",  32, -127, 113, False, False, "small", grids.iq4_nl),
+    ("IQ3_S",   32,  -15,  15, False, False, "iq", grids.iq3_s),
+    ("IQ2_S",   16,  -43,  43, False, False, "iq", grids.iq2_s),
+    ("IQ4_XS",  32, -127, 113, False, True,  "small", grids.iq4_nl),
+    ("IQ1_M",   16,   -9,   9, False, False, "iq", grids.iq1),
+    ("TQ1_0",   32,   -1,   1, False, False, "small"),
+    ("TQ2_0",   32,   -1,   2, False, False, "small"),
+    ("MXFP4",   32,  -12,  12, False, False, "small", grids.e2m1),
+    ("NVFP4",   16,  -12,  12, False, False, "small", grids.e2m1),
+    ("Q1_0",    32,   -1,   1, False, False, "legacy"),
+    ("Q2_0",    32,   -1,   2, False, False, "legacy"),
 )
 # fmt: on
 
-INTEGER_FORMS: Mapping[str, IntegerForm] = MappingProxyType(
-    {name: IntegerForm(type_by_name(name), *row) for name, *row in _ROWS}
-)
+
+def _form(
+    name: str, group: int, q_min: int, q_max: int, has_minimum: bool, shared: bool, family: str, *grid: Any
+) -> IntegerForm:
+    """Return a row of the table. The unpacker's module is imported when a kernel that contains it is compiled."""
+    unpack = imported(f"{__package__}.unpack_{family}", f"unpack_{name.lower()}")
+    return IntegerForm(type_by_name(name), group, q_min, q_max, has_minimum, shared, unpack, *grid)
+
+
+INTEGER_FORMS: Mapping[str, IntegerForm] = MappingProxyType({name: _form(name, *row) for name, *row in _ROWS})

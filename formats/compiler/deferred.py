@@ -19,13 +19,26 @@ find real things there. `resolved` therefore makes a copy of the function for nu
     closure    (Kernel, 3)                      (numba's dispatcher, 3)
 
 The original stays as it is. A Deferred makes its real thing once, at its first use, and that may make others.
+
+Most helpers of kernels are called by compiled code alone. Their modules need not be read before something is compiled:
+
+    if COMPILING:
+        from gguf_run.kernels_cpu.matmul.tile import tile
+
+Python skips this block when it reads a module. `resolved` runs the imports of the block when the first function of the
+module is compiled. Only compiled code can use the names: for Python they do not exist.
 """
 
+import ast
 import functools
 import importlib
+import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+COMPILING = False  # see above
 
 
 class Deferred:
@@ -52,14 +65,28 @@ def imported(module: str, name: str) -> Any:
 
 def resolved(function: Callable[..., Any]) -> Any:
     """Return a copy of a function whose globals and closure hold the real things instead of Deferreds."""
-
-    def real(value: Any) -> Any:
-        return value.real if isinstance(value, Deferred) else value
-
-    values = function.__globals__
-    named = {name: real(values[name]) for name in function.__code__.co_names if name in values}
-    cells = tuple(types.CellType(real(cell.cell_contents)) for cell in function.__closure__ or ())
+    values = {**_helpers(function.__globals__["__name__"]), **function.__globals__}
+    named = {name: _real(values[name]) for name in function.__code__.co_names if name in values}
+    cells = tuple(types.CellType(_real(cell.cell_contents)) for cell in function.__closure__ or ())
     return copied(function, function.__name__, {**values, **named}, cells)
+
+
+def _real(value: Any) -> Any:
+    while isinstance(value, Deferred):
+        value = value.real
+    return value
+
+
+@functools.cache
+def _helpers(module: str) -> dict[str, Any]:
+    """Return the names that a module imports in its block `if COMPILING`."""
+    values: dict[str, Any] = {}
+    path = getattr(sys.modules.get(module), "__file__", None)
+    if path is not None:
+        for node in ast.parse(Path(path).read_bytes()).body:
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "COMPILING":
+                exec(compile(ast.Module(node.body, []), path, "exec"), values)
+    return values
 
 
 def copied(function: Callable[..., Any], name: str, values: dict[str, Any], cells: tuple[Any, ...] = ()) -> Any:

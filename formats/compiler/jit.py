@@ -26,17 +26,15 @@ import llvmlite
 import numpy as np
 from llvmlite import binding
 
-from gguf_run.formats.atomic import replacing
 from gguf_run.formats.compiler.cachedir import user_cache_dir
 from gguf_run.formats.compiler.deferred import Deferred, copied, imported, resolved
-from gguf_run.formats.compiler.machine_code import Entry, Kind, Loader, compile_entry
+from gguf_run.formats.compiler.machine_code import Entry, Kind, Loader
 
 # error_model="numpy": divisions have no hidden branch that raises. No fastmath: results may differ between instruction
 # sets by the order of sums in the SIMD kernels, and by nothing else. A kernel that wants fastmath asks for it.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy"}
-# Files whose numbers can end up in a kernel.
-_KERNEL_SOURCES = {"formats": "**/*.py", "kernels_cpu": "**/*.py", "models": "kv_cache.py"}
-_KERNEL_FOLDERS = tuple(Path(__file__).resolve().parents[2] / name for name in _KERNEL_SOURCES)
+# Folders of files whose numbers can end up in a kernel.
+_KERNEL_FOLDERS = tuple(Path(__file__).resolve().parents[2] / name for name in ("formats", "kernels_cpu", "models"))
 _KEEP_FOLDERS, _KEEP_SECONDS = 16, 86400  # of other versions: so many, and those in use today
 
 
@@ -44,8 +42,8 @@ _KEEP_FOLDERS, _KEEP_SECONDS = 16, 86400  # of other versions: so many, and thos
 def kernel_cache_dir() -> Path | None:
     """Return the folder for kernels of exactly these sources; None, with a warning, if the folder is not writable."""
     digest = hashlib.sha256()
-    for folder, pattern in zip(_KERNEL_FOLDERS, _KERNEL_SOURCES.values(), strict=True):
-        for source in sorted(folder.glob(pattern)):
+    for folder in _KERNEL_FOLDERS:
+        for source in sorted(folder.glob("**/*.py")):
             digest.update(source.relative_to(folder).as_posix().encode() + b"\0" + source.read_bytes())
     path = user_cache_dir() / f"kernels-{digest.hexdigest()[:16]}"
     try:
@@ -126,6 +124,8 @@ class Kernel(Deferred):
 
     def compile(self, kinds: tuple[Kind, ...]) -> bytes | None:
         """Compile the function for arguments of these kinds: see compile_entry."""
+        from gguf_run.formats.compiler.object_file import compile_entry  # late: a warm start compiles nothing
+
         return compile_entry(resolved(self._function), kinds, {**_OPTIONS, **self._options})
 
     def file_name(self, kinds: tuple[Kind, ...]) -> str:
@@ -205,6 +205,8 @@ class _Store:
         entry = self._loader.load(code, kinds) if code else None
         if entry is not None or code == b"":  # an empty file: numba must run it
             return entry
+        from gguf_run.formats.atomic import replacing  # late, too
+
         for notify in self.before_compiling:
             notify()
         code = kernel.compile(kinds)

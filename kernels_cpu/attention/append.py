@@ -2,12 +2,15 @@
 
 import functools
 
+from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import carray, njit
 from gguf_run.kernels_cpu.attention.cache_rows import store_row
 from gguf_run.kernels_cpu.replay.op import PER_THREAD, TapeOp, op
 from gguf_run.kernels_cpu.replay.runs import runs_at
-from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
 from gguf_run.models.kv_cache import GROUP
+
+if COMPILING:
+    from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
 
 
 @njit(inline="always")

@@ -15,38 +15,39 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import carray, njit
 from gguf_run.kernels_cpu.attention.cache_types import FORMATS
-from gguf_run.kernels_cpu.attention.float_tiles import FEW, FEW_VECTORS, TILE, VECTORS, score_tile, value_tile
-from gguf_run.kernels_cpu.attention.hadamard import hadamard
-from gguf_run.kernels_cpu.attention.int_tiles import (
-    INT_ROWS,
-    P_BYTES,
-    fetch,
-    int_score_tile,
-    int_value_tile,
-    quantize_p,
-    scale_columns,
-)
-from gguf_run.kernels_cpu.attention.plan import layout, piece_of, plan
-from gguf_run.kernels_cpu.attention.softmax import (
-    HEADROOM,
-    LOWEST,
-    SPAN,
-    cap,
-    exponentials,
-    hide,
-    lane_sum,
-    raise_maximum,
-    rise,
-    scale_vectors,
-)
+from gguf_run.kernels_cpu.attention.plan import FEW, P_BYTES, SPAN, TILE, layout, piece_of, plan
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, FloatPanel, IntPanel
 from gguf_run.kernels_cpu.replay.op import TapeOp, op
 from gguf_run.kernels_cpu.replay.runs import runs_at
-from gguf_run.kernels_cpu.rows.quantize import quantize_row
-from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
 from gguf_run.models.kv_cache import GROUP
+
+if COMPILING:
+    from gguf_run.kernels_cpu.attention.float_tiles import FEW_VECTORS, VECTORS, score_tile, value_tile
+    from gguf_run.kernels_cpu.attention.hadamard import hadamard
+    from gguf_run.kernels_cpu.attention.int_tiles import (
+        INT_ROWS,
+        fetch,
+        int_score_tile,
+        int_value_tile,
+        quantize_p,
+        scale_columns,
+    )
+    from gguf_run.kernels_cpu.attention.softmax import (
+        HEADROOM,
+        LOWEST,
+        cap,
+        exponentials,
+        hide,
+        lane_sum,
+        raise_maximum,
+        rise,
+        scale_vectors,
+    )
+    from gguf_run.kernels_cpu.rows.quantize import quantize_row
+    from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
 
 _AHEAD = 2  # groups of integers between the group in use and the group that is prefetched
 

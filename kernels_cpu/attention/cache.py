@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.kernels_cpu.attention.cache_rows import CacheRows
-from gguf_run.kernels_cpu.attention.softmax import SPAN
+from gguf_run.kernels_cpu.attention.plan import SPAN
 from gguf_run.kernels_cpu.panels.memory import Arena
 from gguf_run.models import kv_cache
 from gguf_run.models.kv_cache import GROUP

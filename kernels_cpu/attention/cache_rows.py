@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import njit
-from gguf_run.kernels_cpu.attention.cache_codec import decode, encode
-from gguf_run.kernels_cpu.attention.cache_layout import get_row, put_row
 from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS, CacheFormat, format_id
-from gguf_run.kernels_cpu.attention.hadamard import hadamard
-from gguf_run.kernels_cpu.vector.native import f32_at
 from gguf_run.models.kv_cache import GROUP, rotates
+
+if COMPILING:
+    from gguf_run.kernels_cpu.attention.cache_codec import decode, encode
+    from gguf_run.kernels_cpu.attention.cache_layout import get_row, put_row
+    from gguf_run.kernels_cpu.attention.hadamard import hadamard
+    from gguf_run.kernels_cpu.vector.native import f32_at
 
 
 def filled(head_dim: int) -> int:

@@ -8,17 +8,16 @@ from collections.abc import Callable
 
 from gguf_run.kernels_cpu.attention.cache_codec import widen
 from gguf_run.kernels_cpu.attention.cache_types import FORMATS
-from gguf_run.kernels_cpu.attention.softmax import SPAN
+from gguf_run.kernels_cpu.attention.plan import FEW, SPAN, TILE
 from gguf_run.kernels_cpu.matmul.tile import sums_of_products
 from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel
 from gguf_run.kernels_cpu.vector import isa
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val
 
-# Rows and vectors of a tile, by Isa.lanes: as many sums as the registers hold. A tile with fewer than _SUMS sums splits
+# Vectors and sums of a tile, by Isa.lanes: as many sums as the registers hold. A tile with fewer than _SUMS sums splits
 # each into several, so that no addition waits for another.
-FEW = 4
-TILE, VECTORS, FEW_VECTORS, _SUMS = {16: (8, 2, 2, 16), 8: (6, 1, 1, 6), 4: (4, 1, 1, 4)}[isa.current().lanes]
+VECTORS, FEW_VECTORS, _SUMS = {16: (2, 2, 16), 8: (1, 1, 6), 4: (1, 1, 4)}[isa.current().lanes]
 _LINE = 64
 
 

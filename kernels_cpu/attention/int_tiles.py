@@ -15,7 +15,7 @@ import operator
 
 from gguf_run.kernels_cpu.attention.cache_codec import FLOAT8_FACTOR
 from gguf_run.kernels_cpu.attention.cache_types import FORMATS, CacheFormat
-from gguf_run.kernels_cpu.attention.softmax import SPAN
+from gguf_run.kernels_cpu.attention.plan import P_BYTES, P_FACTOR, P_MINIMUM, P_START, SPAN
 from gguf_run.kernels_cpu.matmul.int_tile import int_tile, unpacked
 from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel, IntPanel
 from gguf_run.kernels_cpu.vector import isa
@@ -26,8 +26,6 @@ from gguf_run.models.kv_cache import GROUP
 INT_ROWS = 4 if isa.current().lanes == 16 else 2  # query rows of a tile, of 2 vectors; divides FEW and TILE
 _VECTORS = SPAN // ROWS
 _LARGEST = 32767.0  # the largest p as an integer
-# Fields of p of a row and a block: pairs of 16 bits [SPAN / 2], f32 factor, i32 start of the sums, f32 minimum.
-P_FACTOR, P_START, P_MINIMUM, P_BYTES = 128, 132, 136, 160
 
 
 @simd_kernel(apart=True)

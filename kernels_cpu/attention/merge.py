@@ -4,13 +4,16 @@ import math
 
 import numpy as np
 
-from gguf_run.kernels_cpu.attention.hadamard import hadamard
+from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.kernels_cpu.attention.plan import tokens_at_once
-from gguf_run.kernels_cpu.attention.softmax import LOWEST
 from gguf_run.kernels_cpu.replay.op import n_rows, row_op
 from gguf_run.kernels_cpu.replay.runs import runs_at
-from gguf_run.kernels_cpu.rows.quantize import quantize_if_wanted
-from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
+
+if COMPILING:
+    from gguf_run.kernels_cpu.attention.hadamard import hadamard
+    from gguf_run.kernels_cpu.attention.softmax import LOWEST
+    from gguf_run.kernels_cpu.rows.quantize import quantize_if_wanted
+    from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
 
 
 @row_op(

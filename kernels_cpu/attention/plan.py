@@ -3,11 +3,15 @@
 from typing import NamedTuple
 
 from gguf_run.formats.compiler.jit import njit
-from gguf_run.kernels_cpu.attention.float_tiles import TILE
-from gguf_run.kernels_cpu.attention.int_tiles import P_BYTES
-from gguf_run.kernels_cpu.attention.softmax import SPAN
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS
+from gguf_run.kernels_cpu.vector import isa
 
+SPAN = 64  # positions of a tile of scores
+# Query rows of a tile, by Isa.lanes. A piece of work with fewer rows has tiles of FEW rows.
+FEW, TILE = 4, {16: 8, 8: 6, 4: 4}[isa.current().lanes]
+# Fields of p of a row and a block, when p is integers: pairs of 16 bits [SPAN / 2], f32 factor, i32 start of the sums,
+# f32 minimum.
+P_FACTOR, P_START, P_MINIMUM, P_BYTES = 128, 132, 136, 160
 MAX_ROWS = 64 // TILE * TILE  # query rows of a piece of work, unless one token has more
 _PIECES = 4  # pieces of work for each thread that splitting the positions aims at
 _MIN_SPLIT = 128  # a split of fewer positions costs more in `merge` than it gains

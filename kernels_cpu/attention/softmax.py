@@ -9,11 +9,11 @@ import functools
 import numpy as np
 from llvmlite import ir
 
+from gguf_run.kernels_cpu.attention.plan import SPAN
 from gguf_run.kernels_cpu.panels.panels import ROWS
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.simd import F32, I32, Simd, Val
 
-SPAN = 64  # positions between two tests of the maximum
 HEADROOM = np.float32(8)
 LOWEST = np.float32(-1e38)  # the maximum of no scores. It is far above _NEVER: hidden positions add nothing
 _NEVER = -3e38  # the score of a hidden position

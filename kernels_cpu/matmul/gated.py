@@ -2,15 +2,19 @@
 
 import functools
 
+from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import carray
-from gguf_run.kernels_cpu.matmul.int_tile import AHEAD
 from gguf_run.kernels_cpu.matmul.matmul import cut, tile_panels
-from gguf_run.kernels_cpu.matmul.tile import prefetch, tile
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, TOKENS
 from gguf_run.kernels_cpu.replay.op import TapeOp, op
-from gguf_run.kernels_cpu.rows.activation import ACTIVATIONS, gated_row
-from gguf_run.kernels_cpu.rows.quantize import quantize_row
-from gguf_run.kernels_cpu.vector.native import i64_at
+from gguf_run.models.ops import ACTIVATIONS
+
+if COMPILING:
+    from gguf_run.kernels_cpu.matmul.int_tile import AHEAD
+    from gguf_run.kernels_cpu.matmul.tile import prefetch, tile
+    from gguf_run.kernels_cpu.rows.activation import gated_row
+    from gguf_run.kernels_cpu.rows.quantize import quantize_row
+    from gguf_run.kernels_cpu.vector.native import i64_at
 
 _UNITS = 4  # a batch: units, of 4 panels, in a piece. The panels stay in the second-level cache
 _PAIR = 4 * ROWS  # bytes of 16 gates of a token; 16 numbers of `up` follow

@@ -2,13 +2,16 @@
 
 import functools
 
+from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import carray, njit
-from gguf_run.kernels_cpu.matmul.int_tile import AHEAD
-from gguf_run.kernels_cpu.matmul.tile import prefetch, tile
 from gguf_run.kernels_cpu.panels.panels import PANELS, ROWS, TOKENS, IntPanel
 from gguf_run.kernels_cpu.replay.op import TapeOp, n_shrinking, op, shrinking
 from gguf_run.kernels_cpu.vector import isa
-from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
+
+if COMPILING:
+    from gguf_run.kernels_cpu.matmul.int_tile import AHEAD
+    from gguf_run.kernels_cpu.matmul.tile import prefetch, tile
+    from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
 
 _PIECE_BYTES = 16384  # one token: bytes of weights that a thread takes at a time, or more
 _GROUPS, _TILES = 8, 16  # a batch: panels and tiles of a piece. The panels stay in the second-level cache

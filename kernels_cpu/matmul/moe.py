@@ -17,9 +17,10 @@ from gguf_run.kernels_cpu.matmul.moe_route import plan_parts
 from gguf_run.kernels_cpu.matmul.tile import prefetch, tile_at
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, TOKENS, Panel
 from gguf_run.kernels_cpu.replay.op import TapeOp, n_shrinking, op, shrinking
-from gguf_run.kernels_cpu.rows.activation import ACTIVATIONS, gated_row
+from gguf_run.kernels_cpu.rows.activation import gated_row
 from gguf_run.kernels_cpu.rows.quantize import quantize_row
 from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
+from gguf_run.models.ops import ACTIVATIONS
 
 EXPERT_ROWS = BLOCK  # the rows of an expert are filled up to a multiple of this
 _PIECE_BYTES = 16384  # bytes of weights that a thread takes at a time, or more

@@ -32,7 +32,6 @@ from llvmlite import ir
 
 from gguf_run.formats.blocks import grids
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS, IntegerForm
-from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16
 
 ROWS = 16  # rows of a panel: f32 lanes of a 64-byte vector
 BLOCK = 32  # columns of a block of activations, and of a set of planes
@@ -126,7 +125,7 @@ class FloatPanel:
     """The layout of a float panel."""
 
     name: str
-    element: ir.Type  # F32, F16, I16 (the bits of a bfloat16) or I8 (the bits of a float of 8 bits)
+    element: ir.Type  # as in memory; bfloat16 and floats of 8 bits are integers: their bits
     element_bytes: int
     columns: int = 1  # of a step of `tile`
 
@@ -161,17 +160,17 @@ def _int_panel(form: IntegerForm) -> IntPanel:
 
 Panel = IntPanel | FloatPanel
 FLOAT_PANELS: dict[str, Panel] = {
-    "F32": FloatPanel("F32", F32, 4),
-    "F16": FloatPanel("F16", F16, 2),
-    "BF16": FloatPanel("BF16", I16, 2),
+    "F32": FloatPanel("F32", ir.FloatType(), 4),
+    "F16": FloatPanel("F16", ir.HalfType(), 2),
+    "BF16": FloatPanel("BF16", ir.IntType(16), 2),
 }
 # The panel that each tensor type is repacked into. Types that are missing here go through F32.
 PANEL_OF: dict[str, Panel] = FLOAT_PANELS | {name: _int_panel(form) for name, form in INTEGER_FORMS.items()}
 # Panels of KV caches only. Their scales are elsewhere (attention/cache_types.py).
 CACHE_PANELS: dict[str, Panel] = {
     "INT8": IntPanel(8, 8, 128, BLOCK, SCALES["none"], False, BLOCK),
-    "E4M3": FloatPanel("E4M3", I8, 1),
-    "E5M2": FloatPanel("E5M2", I8, 1),
+    "E4M3": FloatPanel("E4M3", ir.IntType(8), 1),
+    "E5M2": FloatPanel("E5M2", ir.IntType(8), 1),
 }
 # Kernels are compiled for a panel given as a literal integer: its place in this list.
 PANELS: tuple[Panel, ...] = tuple(dict.fromkeys([*PANEL_OF.values(), *CACHE_PANELS.values()]))

@@ -14,9 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import carray, njit
 from gguf_run.formats.compiler.machine_code import Entry
-from gguf_run.kernels_cpu.vector.native import i64_at
+
+if COMPILING:
+    from gguf_run.kernels_cpu.vector.native import i64_at
 
 PER_THREAD = 4  # pieces of an op for each thread, when threads progress evenly
 SHRINKING = 8  # the same for pieces of shrinking size

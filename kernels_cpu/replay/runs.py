@@ -12,8 +12,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import carray, njit
-from gguf_run.kernels_cpu.vector.native import pointer
+
+if COMPILING:
+    from gguf_run.kernels_cpu.vector.native import pointer
 
 # first: number of the first token in the step. n_past: its position. attention/plan.py explains the other three.
 _FIELDS = ("first", "n_tokens", "n_past", "seq", "first_piece", "n_split", "first_part", "unused")

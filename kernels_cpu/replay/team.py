@@ -20,17 +20,20 @@ import weakref
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import njit
-from gguf_run.kernels_cpu.vector.native import (
-    atomic_add,
-    atomic_load,
-    atomic_store,
-    atomic_swap_if,
-    call_op,
-    i64_at,
-    pause,
-    yield_cpu,
-)
+
+if COMPILING:
+    from gguf_run.kernels_cpu.vector.native import (
+        atomic_add,
+        atomic_load,
+        atomic_store,
+        atomic_swap_if,
+        call_op,
+        i64_at,
+        pause,
+        yield_cpu,
+    )
 
 MAX_THREADS = 64  # with more, threads mostly wait for each other
 # Byte offsets of the team's shared words. Each word that threads fight for has a cache line of its own.

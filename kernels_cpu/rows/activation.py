@@ -9,8 +9,8 @@ from gguf_run.kernels_cpu.rows.quantize import quantize_row
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.native import f32_at
 from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val
+from gguf_run.models.ops import ACTIVATIONS
 
-ACTIVATIONS = ("silu", "gelu", "swiglu_oai")
 PIECE = 512  # columns that a thread takes at a time: whole blocks of 32
 _GELU = 1.5957691216057308  # 2 * sqrt(2 / pi)
 _ALPHA, _LIMIT = 1.702, 7.0

@@ -5,11 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from gguf_run.formats.blocks.scalars import half_to_f32
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
+from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import carray, clone
 from gguf_run.kernels_cpu.replay.op import TapeOp, n_rows, row_op
-from gguf_run.kernels_cpu.vector.native import f32_at, i32_at, i64_at, pointer
+
+if COMPILING:
+    from gguf_run.formats.blocks.scalars import half_to_f32
+    from gguf_run.kernels_cpu.vector.native import f32_at, i32_at, i64_at, pointer
 
 # Placeholders: `clone` replaces them in _embed_blocks.
 unpack: Any = None

@@ -8,9 +8,12 @@ import math
 
 import numpy as np
 
+from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.kernels_cpu.replay.op import n_rows, row_op
-from gguf_run.kernels_cpu.rows.quantize import quantize_if_wanted
-from gguf_run.kernels_cpu.vector.native import f32_at
+
+if COMPILING:
+    from gguf_run.kernels_cpu.rows.quantize import quantize_if_wanted
+    from gguf_run.kernels_cpu.vector.native import f32_at
 
 
 def _n_groups(a):

@@ -4,9 +4,12 @@ import math
 
 import numpy as np
 
+from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import carray, njit
 from gguf_run.kernels_cpu.replay.op import n_rows, row_op
-from gguf_run.kernels_cpu.vector.native import f32_at, i64_at, pointer
+
+if COMPILING:
+    from gguf_run.kernels_cpu.vector.native import f32_at, i64_at, pointer
 
 _HEADS = 32  # heads that a thread takes at a time, or more
 

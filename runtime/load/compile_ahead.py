@@ -6,42 +6,31 @@ the model takes them from the first to the last, until it finds those that are r
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from gguf_run.formats.compiler.jit import compile_notice, kernel_cache_dir
+from gguf_run.formats.compiler.jit import kernel_cache_dir
 from gguf_run.models.backend import CacheType
-
-if TYPE_CHECKING:
-    import subprocess
 
 
 @contextmanager
 def helper(path: Path, quantize: str | None, cache: Sequence[CacheType], n_threads: int) -> Iterator[None]:
-    """Return a context that starts the second process when the first kernel must be compiled; not for one thread."""
+    """Return a context in which the second process runs. Without a cache on disk, or for one thread, there is none."""
     if n_threads == 1 or not sys.executable or kernel_cache_dir() is None:
         yield
         return
     arguments = [os.fspath(path), quantize or "", json.dumps([*map(astuple, cache)])]
-    helpers: list[subprocess.Popen[bytes]] = []
-
-    def start() -> None:
-        import subprocess
-
-        command, quiet = [sys.executable, "-P", "-m", __name__, *arguments], subprocess.DEVNULL
-        helpers.append(subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet))
-
-    with compile_notice(start):
-        try:
-            yield
-        finally:
-            for process in helpers:
-                process.kill()
-                process.wait()
+    command, quiet = [sys.executable, "-P", "-m", __name__, *arguments], subprocess.DEVNULL
+    process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def main() -> None:

@@ -4,20 +4,20 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gguf_run.formats.compiler.jit import compile_notice
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.kernels_cpu.replay.team import MAX_THREADS
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
-from gguf_run.runtime.load import compile_ahead
 from gguf_run.runtime.load.cache_plan import describe_plan, plan_cache
 from gguf_run.runtime.load.machine import available_memory, default_threads, driver_there
 from gguf_run.runtime.load.memory import MemoryPlan
@@ -91,7 +91,7 @@ def _load(
         warnings.warn(warning, stacklevel=4)
     n_threads = options.n_threads or min(default_threads(), MAX_THREADS)
     computes = CPU in (*placement.layers, *placement.experts)
-    compiling = compile_ahead.helper(file.path, options.quantize, plan.cache, n_threads) if computes else nullcontext()
+    compiling = _helper(file.path, options.quantize, plan.cache, n_threads) if computes else nullcontext()
     with ThreadPoolExecutor(1) as pool, compiling, _gpu_errors(gpus):
         text = pool.submit(_load_text, file)  # beside the weights, which are repacked without the GIL
         from gguf_run.kernels_cpu.backend import CpuBackend
@@ -177,6 +177,20 @@ def _identity(file: GGUFFile, plan: Sequence[CacheType], n_gpu: int) -> "Session
     # Each kind of device has its own layout of a cache's bytes.
     cache = describe_plan(plan) + (f", the last {n_gpu} layers' on a GPU" if n_gpu else "")
     return SessionHeader(hash_model(file), file.path.name, cache, ids=())
+
+
+@contextmanager
+def _helper(path: Path, quantize: str | None, cache: Sequence[CacheType], n_threads: int) -> Iterator[None]:
+    """Return a context in which a second process helps from the first kernel on that must be compiled."""
+    with ExitStack() as stack:
+
+        def start() -> None:
+            from gguf_run.runtime.load import compile_ahead  # late: most starts compile nothing
+
+            stack.enter_context(compile_ahead.helper(path, quantize, cache, n_threads))
+
+        with compile_notice(start):
+            yield
 
 
 def _load_text(file: GGUFFile) -> "tuple[Tokenizer, str | None, str | None]":

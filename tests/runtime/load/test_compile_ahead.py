@@ -8,7 +8,7 @@ import pytest
 from tinymodel import Tiny, write_tiny
 
 from gguf_run.models.backend import CacheType
-from gguf_run.runtime.load import compile_ahead
+from gguf_run.runtime.load import compile_ahead, load_model
 
 F16 = CacheType("f16", "f16")
 
@@ -28,8 +28,8 @@ def test_the_second_process_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             ended.append(self.wait())
 
     monkeypatch.setattr(subprocess, "Popen", Waiting)
-    monkeypatch.setattr(compile_ahead, "compile_notice", compile_at_once)
-    with compile_ahead.helper(tmp_path / "m.gguf", None, [F16], n_threads=2):
+    monkeypatch.setattr(load_model, "compile_notice", compile_at_once)
+    with load_model._helper(tmp_path / "m.gguf", None, [F16], n_threads=2):
         pass
     assert ended == [0]
 
@@ -38,6 +38,6 @@ def test_one_thread_has_no_help(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(compile_ahead, "compile_notice", never)
+    monkeypatch.setattr(subprocess, "Popen", never)
     with compile_ahead.helper(Path("m.gguf"), None, [F16], n_threads=1):
         pass
