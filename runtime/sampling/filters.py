@@ -9,15 +9,14 @@ import random
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from gguf_run.runtime.sampling.params import SamplingParams
+from gguf_run.runtime.sampling.params import SamplingParams
 
-Side = Literal["left", "right"]
+Breakers = Mapping[int, tuple[tuple[int, ...], ...]]  # see history.breakers
 
 GREEDY = 1e-20  # temperatures below this take the best token
 EXACT = 4096  # up to this many candidates are computed in float64, more in float32
@@ -57,15 +56,15 @@ class State:
 
     random: random.Random
     recent: deque[int]  # the last tokens of the context, the last one at the end
-    breakers: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)  # see history.breakers
+    breakers: Breakers = field(default_factory=dict)
 
 
-def top_k(candidates: Candidates, params: "SamplingParams", _: State) -> Candidates:
+def top_k(candidates: Candidates, params: SamplingParams, _: State) -> Candidates:
     """Keep the k most likely."""
     return head(candidates, params.top_k)
 
 
-def top_p(candidates: Candidates, params: "SamplingParams", _: State) -> Candidates:
+def top_p(candidates: Candidates, params: SamplingParams, _: State) -> Candidates:
     """Keep the most likely tokens, just enough to have this probability together (Holtzman et al. 2019)."""
     if candidates.is_sorted:
         cumulative = candidates.probabilities().astype(np.float64).cumsum()
@@ -73,13 +72,13 @@ def top_p(candidates: Candidates, params: "SamplingParams", _: State) -> Candida
     return candidates.take(_reaching(candidates.logits, candidates.probabilities(), params.top_p, "left"), False)
 
 
-def min_p(candidates: Candidates, params: "SamplingParams", _: State) -> Candidates:
+def min_p(candidates: Candidates, params: SamplingParams, _: State) -> Candidates:
     """Keep tokens that are at least this fraction as likely as the best one."""
     likely = candidates.logits >= candidates.logits.max() + math.log(params.min_p)
     return candidates.take(likely, candidates.is_sorted)
 
 
-def typical(candidates: Candidates, params: "SamplingParams", _: State) -> Candidates:
+def typical(candidates: Candidates, params: SamplingParams, _: State) -> Candidates:
     """Keep the tokens whose surprise is nearest to the expected surprise, just enough to have this probability.
 
     Meister et al. 2022, "Locally typical sampling".
@@ -91,7 +90,7 @@ def typical(candidates: Candidates, params: "SamplingParams", _: State) -> Candi
     return candidates.take(_reaching(-distance, probabilities, params.typical_p, "right"), False)
 
 
-def top_n_sigma(candidates: Candidates, params: "SamplingParams", _: State) -> Candidates:
+def top_n_sigma(candidates: Candidates, params: SamplingParams, _: State) -> Candidates:
     """Forbid logits more than n standard deviations below the largest (Tang et al. 2024)."""
     logits = candidates.logits
     if len(logits) == 1:
@@ -101,7 +100,7 @@ def top_n_sigma(candidates: Candidates, params: "SamplingParams", _: State) -> C
     return candidates._replace(logits=np.where(too_low, logits.dtype.type(-np.inf), logits))
 
 
-def xtc(candidates: Candidates, params: "SamplingParams", state: State) -> Candidates:
+def xtc(candidates: Candidates, params: SamplingParams, state: State) -> Candidates:
     """Exclude top choices: with some probability, drop the tokens above a threshold, but the least likely of them."""
     if len(candidates.logits) < 2 or state.random.random() > params.xtc_probability:
         return candidates
@@ -114,7 +113,7 @@ def xtc(candidates: Candidates, params: "SamplingParams", state: State) -> Candi
     return candidates
 
 
-def temperature(candidates: Candidates, params: "SamplingParams", _: State) -> Candidates:
+def temperature(candidates: Candidates, params: SamplingParams, _: State) -> Candidates:
     """Divide the logits by the temperature.
 
     With a range the divisor follows the entropy of the candidates: from temperature - range where one token is
@@ -165,7 +164,7 @@ def largest(values: NDArray[np.floating], k: int) -> NDArray[np.intp]:
 
 
 def _reaching(
-    values: NDArray[np.floating], weights: NDArray[np.floating], wanted: float, side: Side
+    values: NDArray[np.floating], weights: NDArray[np.floating], wanted: float, side: Literal["left", "right"]
 ) -> "NDArray[np.intp] | NDArray[np.bool_]":
     """Return where the largest values stand, just enough for their weights to reach `wanted` ("right": to exceed it).
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SamplerKind:
-    """A row of the table of samplers. Its function: see sampler.function."""
+    """A row of the table of samplers."""
 
     name: str
     letter: str  # for --samplers, as in llama.cpp
@@ -128,6 +128,7 @@ class SamplingParams:
     adaptive_target: float = -1.0  # the probability that the sampler adaptive_p aims at
     adaptive_decay: float = 0.9  # how slowly it forgets
     # Names of samplers in their order: a list, one text with ";" between them, or letters ("edskypmxt" is the default).
+    # The object holds a tuple of names.
     samplers: str | Sequence[str] = DEFAULT_CHAIN
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of tokens; -inf forbids one
     # Called in turn, after the biases and before the samplers, with the ids of the context and the logits f32[n_vocab].
@@ -151,11 +152,6 @@ class SamplingParams:
                 f"dry_sequence_breakers is {self.dry_sequence_breakers!r}; allowed: a list of texts that are not empty"
             )
         object.__setattr__(self, "samplers", _chain(self.samplers))
-
-    @property
-    def chain(self) -> tuple[str, ...]:
-        """The samplers' names in order."""
-        return tuple(self.samplers)
 
 
 def _is_number(value: Any, whole: bool) -> bool:
