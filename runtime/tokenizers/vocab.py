@@ -86,12 +86,39 @@ class Vocab:
 
     def of_type(self, *types: int) -> list[int]:
         """Return the ids of all tokens of the given types, in order."""
-        mask = np.isin(np.frombuffer(self.types, np.uint8), types)
-        return [int(id) for id in np.flatnonzero(mask)]
+        return np.flatnonzero(np.isin(np.frombuffer(self.types, np.uint8), types)).tolist()
+
+    def needed_unknown(self) -> int:
+        """Return `unknown`. FormatError if there is none."""
+        if self.unknown is None:
+            raise FormatError("tokenizer.ggml.unknown_token_id is missing: this kind of tokenizer needs it")
+        return self.unknown
 
 
 def read_vocab(metadata: Mapping[str, Any], defaults: Defaults) -> Vocab:
     """Read and check the vocabulary. FormatError names the key, what it holds and what it must hold."""
+    tokens, ids = _tokens(metadata)
+    types = _types(metadata, len(tokens))
+    roles = _roles(metadata, ids, types)
+    eos = _id(metadata, "eos", len(tokens), defaults.eos)
+    ends = {eos, *(roles.get(role.key) for role in _ROLES if role.ends_answer)}
+    stop_ids = _stop_ids({id for id in ends if id is not None}, ids, types)
+    return Vocab(
+        tokens=tokens,
+        ids=ids,
+        types=bytes(types),
+        bos=_id(metadata, "bos", len(tokens), defaults.bos),
+        eos=eos,
+        eot=roles.get("eot"),
+        unknown=_id(metadata, "unknown", len(tokens), defaults.unknown),
+        stop_ids=frozenset(stop_ids),
+        add_bos=read_bool(metadata, "add_bos_token", defaults.add_bos),
+        add_eos=read_bool(metadata, "add_eos_token", defaults.add_eos),
+    )
+
+
+def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], dict[str, int]]:
+    """Return the tokens' texts by id, and the ids by text. FormatError if two tokens are the same text."""
     tokens = read_strings(metadata, "tokens")
     ids = {token: id for id, token in enumerate(tokens)}  # three times as fast as dict(zip())
     if "" in ids:
@@ -102,44 +129,37 @@ def read_vocab(metadata: Mapping[str, Any], defaults: Defaults) -> Vocab:
         raise FormatError(
             f"{_PREFIX}tokens: tokens {tokens.index(twice)} and {ids[twice]} are the same text {twice[:40]!r}"
         )
+    return tokens, ids
 
-    types = _types(metadata, len(tokens))
+
+def _roles(metadata: Mapping[str, Any], ids: Mapping[str, int], types: bytearray) -> dict[str, int]:
+    """Return the ids of the roles. A token that is found by its text becomes a control token in `types`."""
     roles: dict[str, int] = {}
     for role in _ROLES:
-        id = _id(metadata, role.key, len(tokens))
-        if id is None:
-            id = next((ids[name] for name in role.names if name in ids), None)
-            if id is not None:
-                types[id] = CONTROL
+        id = _id(metadata, role.key, len(types))
+        if id is None and (named := [ids[name] for name in role.names if name in ids]):
+            id = named[0]
+            types[id] = CONTROL
         if id is not None:
             roles[role.key] = id
-    eos = _id(metadata, "eos", len(tokens), defaults.eos)
-    stop_ids = {eos, *(roles.get(role.key) for role in _ROLES if role.ends_answer)}
-    for name in END_NAMES:
-        if name in ids:
-            stop_ids.add(ids[name])
-            types[ids[name]] = CONTROL
+    return roles
+
+
+def _stop_ids(ends: set[int], ids: Mapping[str, int], types: bytearray) -> set[int]:
+    """Return the tokens `ends`, and those that end an answer by their text. Changes `types` of tokens known by text."""
+    by_text = {ids[name] for name in END_NAMES if name in ids}
+    for id in by_text:
+        types[id] = CONTROL
+    stop_ids = ends | by_text
     if _END_IF_CONTROL in ids and types[ids[_END_IF_CONTROL]] == CONTROL:
         stop_ids.add(ids[_END_IF_CONTROL])
-    for name in _SHOWN_NAMES:
-        if name in ids:
-            types[ids[name]] = USER_DEFINED
+    shown = [ids[name] for name in _SHOWN_NAMES if name in ids]
     if _END_OF_MESSAGE in ids and all(any(name in ids for name in names) for names in _ENDS_OF_MANY_MESSAGES):
         stop_ids.discard(ids[_END_OF_MESSAGE])
-        types[ids[_END_OF_MESSAGE]] = USER_DEFINED
-
-    return Vocab(
-        tokens=tokens,
-        ids=ids,
-        types=bytes(types),
-        bos=_id(metadata, "bos", len(tokens), defaults.bos),
-        eos=eos,
-        eot=roles.get("eot"),
-        unknown=_id(metadata, "unknown", len(tokens), defaults.unknown),
-        stop_ids=frozenset(id for id in stop_ids if id is not None),
-        add_bos=read_bool(metadata, "add_bos_token", defaults.add_bos),
-        add_eos=read_bool(metadata, "add_eos_token", defaults.add_eos),
-    )
+        shown.append(ids[_END_OF_MESSAGE])
+    for id in shown:
+        types[id] = USER_DEFINED
+    return stop_ids
 
 
 def strip_ids(metadata: Mapping[str, Any], vocab: Vocab) -> tuple[frozenset[int], frozenset[int]]:
@@ -200,6 +220,14 @@ def read_numbers(metadata: Mapping[str, Any], name: str, n: int) -> NDArray[Any]
     if len(numbers) != n:
         raise FormatError(f"{key} has {len(numbers)} entries for {n} tokens")
     return numbers
+
+
+def read_string(metadata: Mapping[str, Any], name: str) -> str | None:
+    """Return the string `tokenizer.ggml.<name>`, None if missing."""
+    value = metadata.get(_PREFIX + name)
+    if value is not None and not isinstance(value, str):
+        raise FormatError(f"{_PREFIX}{name} must be a string, but is {type(value).__name__}")
+    return value
 
 
 def read_bool(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
