@@ -31,10 +31,6 @@ ALIGNMENT = "general.alignment"
 _COPY_BYTES = 64 << 20
 
 
-class _Abandoned(Exception):
-    """Ends the writing of files without giving them their names."""
-
-
 class GGUFWriter:
     """Writes one model. Use as a context manager: the files get their names at its end; after an error none is left."""
 
@@ -144,8 +140,8 @@ class GGUFWriter:
             with suppress(OSError):  # a full disk shows here once more
                 self._file.close()
             self._file = None
-        with suppress(_Abandoned, OSError), self._replacing:
-            raise _Abandoned
+        with suppress(OSError), self._replacing:
+            raise OSError("abandoned: the files do not get their names")
 
     def __enter__(self) -> "GGUFWriter":
         return self
