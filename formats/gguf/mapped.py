@@ -57,7 +57,7 @@ class MappedFile:
 
 
 class MemoryFile(MappedFile):
-    """Bytes of this process in the place of a file."""
+    """Bytes in memory that stand in for a file."""
 
     def __init__(self, path: str | os.PathLike[str], data: bytes) -> None:
         """path: the path that errors name."""

@@ -61,7 +61,7 @@ def quantize_file(
 ) -> tuple[GGUFWriter, list[Loss]]:
     """Write the planned model. Return the writer, which knows the files, and the loss of each tensor.
 
-    progress: called with the bytes of the input that are done and with all of them.
+    progress: called with the number of input bytes that are done, and with their total.
     split_max_size, split_max_tensors: as in GGUFWriter.
     GgufRunError if weights are NaN or infinite or too large for their type, or if the output cannot be written. Then
     no file is left.
@@ -158,7 +158,7 @@ def _bad_weights(tensor: Tensor) -> GgufRunError:
 
 @dataclass(frozen=True)
 class TypeReport:
-    """The tensors that are written as one type. The last three leave out copied tensors; None: all are copied."""
+    """The tensors that are written as one type. Copied tensors have no loss; None: all are copied."""
 
     type: str
     n_tensors: int
@@ -175,7 +175,7 @@ def bits_per_weight(tensors: Sequence[TensorInfo]) -> float:
 
 
 def type_reports(items: Sequence[Item], losses: Sequence[Loss]) -> list[TypeReport]:
-    """Return a report for each type, in the order in which the types first occur. losses: of each item."""
+    """Return a report for each type, in the order in which the types first occur. losses: one for each item."""
     reports = []
     for name in dict.fromkeys(item.target.type.name for item in items):
         group = [(item, loss) for item, loss in zip(items, losses, strict=True) if item.target.type.name == name]

@@ -170,8 +170,8 @@ def _metadata(
     changes.update(options.metadata)
     if options.imatrix is not None and n_entries:
         changes["quantize.imatrix.file"] = options.imatrix_path
-        if options.imatrix.dataset:
-            changes["quantize.imatrix.dataset"] = options.imatrix.dataset
+        if options.imatrix.datasets and options.imatrix.datasets[0]:
+            changes["quantize.imatrix.dataset"] = options.imatrix.datasets[0]
         changes["quantize.imatrix.entries_count"] = Typed("u32", n_entries)
         if options.imatrix.chunk_count:
             changes["quantize.imatrix.chunks_count"] = Typed("u32", options.imatrix.chunk_count)

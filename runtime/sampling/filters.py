@@ -21,7 +21,7 @@ Breakers = Mapping[int, tuple[tuple[int, ...], ...]]  # see history.breakers
 GREEDY = 1e-20  # temperatures below this take the best token
 EXACT = 4096  # up to this many candidates are computed in float64, more in float32
 N_STEP = 512  # steps into which _reaching divides a logit of 1
-MAX_STEP = 1 << 14  # its last step, which takes all logits farther below the largest
+MAX_STEP = 1 << 14  # the last of these steps; it takes all logits farther below the largest
 
 
 class Candidates(NamedTuple):
@@ -65,7 +65,7 @@ def top_k(candidates: Candidates, params: SamplingParams, _: State) -> Candidate
 
 
 def top_p(candidates: Candidates, params: SamplingParams, _: State) -> Candidates:
-    """Keep the most likely tokens, just enough to have this probability together (Holtzman et al. 2019)."""
+    """Keep the fewest most likely tokens that have this probability together (Holtzman et al. 2019)."""
     if candidates.is_sorted:
         cumulative = candidates.probabilities().astype(np.float64).cumsum()
         return candidates.take(slice(int(cumulative.searchsorted(params.top_p)) + 1), True)
@@ -79,13 +79,10 @@ def min_p(candidates: Candidates, params: SamplingParams, _: State) -> Candidate
 
 
 def typical(candidates: Candidates, params: SamplingParams, _: State) -> Candidates:
-    """Keep the tokens whose surprise is nearest to the expected surprise, just enough to have this probability.
-
-    Meister et al. 2022, "Locally typical sampling".
-    """
+    """Keep the fewest tokens nearest to the expected surprise that have this probability (Meister et al. 2022)."""
     probabilities = candidates.probabilities()
-    surprise = _surprise(probabilities)
-    distance = np.abs(surprise - _entropy(probabilities, surprise))
+    surprise, entropy = _surprise(probabilities)
+    distance = np.abs(surprise - entropy)
     distance[probabilities == 0] = np.inf
     return candidates.take(_reaching(-distance, probabilities, params.typical_p, "right"), False)
 
@@ -101,7 +98,7 @@ def top_n_sigma(candidates: Candidates, params: SamplingParams, _: State) -> Can
 
 
 def xtc(candidates: Candidates, params: SamplingParams, state: State) -> Candidates:
-    """Exclude top choices: with some probability, drop the tokens above a threshold, but the least likely of them."""
+    """Exclude top choices: with some probability, drop the tokens above a threshold, except the least likely one."""
     if len(candidates.logits) < 2 or state.random.random() > params.xtc_probability:
         return candidates
     probabilities = candidates.probabilities()
@@ -124,7 +121,7 @@ def temperature(candidates: Candidates, params: SamplingParams, _: State) -> Can
         if len(candidates.logits) == 1:
             return candidates
         probabilities = candidates.probabilities()
-        share = _entropy(probabilities, _surprise(probabilities)) / math.log(len(probabilities))
+        share = _surprise(probabilities)[1] / math.log(len(probabilities))
         low, high = max(0.0, divisor - params.dynatemp_range), divisor + params.dynatemp_range
         divisor = low + (high - low) * min(1.0, max(0.0, share)) ** params.dynatemp_exponent
     if divisor < GREEDY:
@@ -166,10 +163,10 @@ def largest(values: NDArray[np.floating], k: int) -> NDArray[np.intp]:
 def _reaching(
     values: NDArray[np.floating], weights: NDArray[np.floating], wanted: float, side: Literal["left", "right"]
 ) -> "NDArray[np.intp] | NDArray[np.bool_]":
-    """Return where the largest values stand, just enough for their weights to reach `wanted` ("right": to exceed it).
+    """Return the places of the fewest largest values whose weights reach `wanted` (side "right": exceed it).
 
-    They are nearly always few, so a head of the values is sorted. If that is not enough, the values are counted in
-    small steps below the largest one; only the step in which the sum reaches `wanted` is sorted.
+    A few values are nearly always enough, so only a head of the values is sorted. If the head is not enough, the values
+    are counted in small steps below the largest one; only the step in which the sum reaches `wanted` is sorted.
     """
     first = largest(values, EXACT)
     cumulative = weights[first].astype(np.float64).cumsum()
@@ -189,10 +186,7 @@ def _reaching(
     return chosen
 
 
-def _surprise(probabilities: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Return -log p, but 0 where p is 0, so that such a token adds nothing to an entropy."""
-    return -np.log(probabilities, out=np.zeros_like(probabilities), where=probabilities > 0)
-
-
-def _entropy(probabilities: NDArray[np.floating], surprise: NDArray[np.floating]) -> float:
-    return float((probabilities * surprise).sum(dtype=np.float64))
+def _surprise(probabilities: NDArray[np.floating]) -> tuple[NDArray[np.floating], float]:
+    """Return the surprise of each token, -log p but 0 where p is 0, and its expected value, the entropy."""
+    surprise = -np.log(probabilities, out=np.zeros_like(probabilities), where=probabilities > 0)
+    return surprise, float((probabilities * surprise).sum(dtype=np.float64))

@@ -52,7 +52,7 @@ class Sampler:
         self.logprobs: list[TokenLogprob] = []  # of the tokens so far, if params.logprobs asks for them
         stages = _stages(params)
         self._functions = [function(kind.name) for kind in stages]
-        self.n_top = _n_top(params, stages)  # so many of the largest logits are enough; 0: all must be known
+        self.n_top = _n_top(params, stages)  # this many of the largest logits are enough; 0: all are needed
         look_back = {"penalties": params.repeat_last_n, "dry": params.dry_penalty_last_n}
         n_recent = max((look_back.get(kind.name, 0) for kind in stages), default=0)
         self._state = State(random.Random(self.seed), deque(maxlen=n_recent), breakers or {})

@@ -42,7 +42,7 @@ class BpeEncoder:
             for i, pair in enumerate(merges):
                 if pair.count(" ") != 1:
                     raise FormatError(f'tokenizer.ggml.merges: entry {i} is {pair[:40]!r}, not "left right"')
-        # From the end: of equal entries, the first one counts.
+        # Built from the end, so that the first one of equal entries counts.
         self._ranks = {merges[i]: i for i in range(len(merges) - 1, -1, -1)}
         self._whole_words = pre.whole_words
         self._words = pre.build()

@@ -27,8 +27,8 @@ END_NAMES = (
 # This one ends an answer only if it is a control token: in Gemma's vocabulary it is a tag of HTML.
 _END_IF_CONTROL = "</s>"
 
-# The structure of an answer with several messages. These tokens are shown, although files call them control tokens. In
-# a vocabulary with a token of each of the two last sets, "<|end|>" ends a message and not the answer.
+# The structure of an answer with several messages. These tokens are shown, although files call them control tokens. If
+# a vocabulary has a token of each set in _ENDS_OF_MANY_MESSAGES, "<|end|>" ends a message and not the answer.
 _SHOWN_NAMES = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 _END_OF_MESSAGE = "<|end|>"
 _ENDS_OF_MANY_MESSAGES = (("<|call|>", "<|calls|>"), ("<|return|>", "<|flush|>"))
@@ -224,18 +224,22 @@ def read_numbers(metadata: Mapping[str, Any], name: str, n: int) -> NDArray[Any]
 
 def read_string(metadata: Mapping[str, Any], name: str) -> str | None:
     """Return the string `tokenizer.ggml.<name>`, None if missing."""
-    value = metadata.get(_PREFIX + name)
-    if value is not None and not isinstance(value, str):
-        raise FormatError(f"{_PREFIX}{name} must be a string, but is {type(value).__name__}")
+    value: str | None = _of_type(metadata, name, (str,), "a string")
     return value
 
 
 def read_bool(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
     """Return the truth value `tokenizer.ggml.<name>`."""
-    value = metadata.get(_PREFIX + name, default)
-    if not isinstance(value, bool | np.bool_):
-        raise FormatError(f"{_PREFIX}{name} must be true or false, but is {_describe(value)}")
-    return bool(value)
+    value = _of_type(metadata, name, (bool, np.bool_), "true or false")
+    return default if value is None else bool(value)
+
+
+def _of_type(metadata: Mapping[str, Any], name: str, types: tuple[type, ...], what: str) -> Any:
+    """Return the value `tokenizer.ggml.<name>`, None if missing; FormatError unless it has one of the types."""
+    value = metadata.get(_PREFIX + name)
+    if value is not None and type(value) not in types:
+        raise FormatError(f"{_PREFIX}{name} must be {what}, but is {_describe(value)}")
+    return value
 
 
 def _types(metadata: Mapping[str, Any], n: int) -> bytearray:
@@ -248,16 +252,13 @@ def _types(metadata: Mapping[str, Any], n: int) -> bytearray:
 
 
 def _id(metadata: Mapping[str, Any], role: str, n: int, default: int | None = None) -> int | None:
-    key = f"{_PREFIX}{role}_token_id"
-    value = metadata.get(key)
+    value: int | None = _of_type(metadata, f"{role}_token_id", (int,), "a token's id")
     if value is None:
         return default if default is not None and default < n else None
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise FormatError(f"{key} must be a token's id, but is {_describe(value)}")
     if value in _NO_ID:
         return None
     if not 0 <= value < n:
-        raise FormatError(f"{key} is {value}: the vocabulary has the ids 0 to {n - 1}")
+        raise FormatError(f"{_PREFIX}{role}_token_id is {value}: the vocabulary has the ids 0 to {n - 1}")
     return value
 
 

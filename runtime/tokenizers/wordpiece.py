@@ -34,23 +34,19 @@ class WpmEncoder(SpmPieces):
         self._longest = max(map(len, self.vocab.tokens))
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for word, _ in self._words.pre_tokenize_str(self._normalizer.normalize_str(text)):
-            ids += self._encode_word(word)
-        return ids
+        words = self._words.pre_tokenize_str(self._normalizer.normalize_str(text))
+        return [id for word, _ in words for id in self._encode_word(word)]
 
     def _encode_word(self, word: str) -> list[int]:
-        ids: list[int] = []
         if len(word) > _MAX_CHARS:
             return [self._unknown]
+        ids: list[int] = []
         rest = _SPACE + word
         while rest:
-            for n in range(min(len(rest), self._longest), 0, -1):
-                id = self.vocab.ids.get(rest[:n])
-                if id is not None:
-                    break
-            else:
+            lengths = range(min(len(rest), self._longest), 0, -1)
+            part = next((rest[:n] for n in lengths if rest[:n] in self.vocab.ids), None)
+            if part is None:
                 return [self._unknown]
-            ids.append(id)
-            rest = rest[n:]
+            ids.append(self.vocab.ids[part])
+            rest = rest.removeprefix(part)
         return ids
