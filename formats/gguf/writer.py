@@ -48,7 +48,7 @@ class GGUFWriter:
         split: Sequence[int] = (),
         inputs: Iterable[str | os.PathLike[str]] = (),
     ) -> None:
-        """Check everything and write the header of the first file.
+        """Check everything and write the headers of all files.
 
         metadata: in the order of the file. Keys `split.*` are left out. GGUFFile.metadata.typed(key) copies a value
             with its exact type from another file.
@@ -70,15 +70,7 @@ class GGUFWriter:
             raise ValueError(f"a split of {sum(split)} tensors, but there are {len(tensors)}")
         following = iter(tensors)
         shards = [list(islice(following, n)) for n in split or [len(tensors)]]  # the tensors of each file
-        headers = []
-        for no, shard in enumerate(shards):
-            own = dict(pairs) if no == 0 else {}
-            if self.alignment != DEFAULT_ALIGNMENT:
-                own[ALIGNMENT] = pairs[ALIGNMENT]
-            if split:
-                own["split.no"], own["split.count"] = Typed("u16", no), Typed("u16", len(split))
-                own["split.tensors.count"] = Typed("i32", len(tensors))
-            headers.append(encode_header(own, shard, byte_order, self.alignment))
+        headers = _headers(pairs, shards, bool(split), byte_order)
         self.paths = _output_paths(Path(path), len(split))  # the files that there will be
         size = sum(_padded(tensor.nbytes, self.alignment) for tensor in tensors)
         self.nbytes = sum(map(len, headers)) + size  # of all files together
@@ -191,6 +183,21 @@ class GGUFWriter:
         except OSError as error:
             path = self.paths[self._no]
             raise GgufRunError(f"{path}: cannot be written: {error.strerror or error}: nothing was kept") from error
+
+
+def _headers(
+    pairs: Mapping[str, MetaValue], shards: Sequence[Sequence[TensorInfo]], is_split: bool, byte_order: str
+) -> list[bytes]:
+    alignment, headers = _alignment(pairs), []
+    for no, shard in enumerate(shards):
+        own = dict(pairs) if no == 0 else {}
+        if alignment != DEFAULT_ALIGNMENT:
+            own[ALIGNMENT] = pairs[ALIGNMENT]
+        if is_split:
+            own["split.no"], own["split.count"] = Typed("u16", no), Typed("u16", len(shards))
+            own["split.tensors.count"] = Typed("i32", sum(map(len, shards)))
+        headers.append(encode_header(own, shard, byte_order, alignment))
+    return headers
 
 
 def encode_header(
