@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gguf_run.runtime.engine.batch import Batch
     from gguf_run.runtime.engine.session_file import SessionHeader
     from gguf_run.runtime.load.load_model import LoadedModel
-    from gguf_run.runtime.sampling.history import Breakers
+    from gguf_run.runtime.sampling.filters import Breakers
 
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any]

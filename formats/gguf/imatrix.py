@@ -18,8 +18,8 @@ in newer files                 number of chunks, length of the dataset's name, n
 
 import os
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -60,32 +60,22 @@ class Imatrix:
     chunk_size: int  # tokens, 0: not known
 
     @property
-    def dataset(self) -> str:
-        """The name of the first text, "" if none is known."""
-        return self.datasets[0] if self.datasets else ""
-
-    @property
     def entries(self) -> Mapping[str, NDArray[np.float32]]:
         """The importance of each input channel by tensor name: float32[n_in] or float32[n_expert, n_in]."""
-        return MappingProxyType({name: sums.means() for name, sums in self.sums.items()})
+        return {name: sums.means() for name, sums in self.sums.items()}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "Imatrix":
         """Read a file of either form. GgufRunError if it cannot be opened, FormatError if it is damaged."""
-        file = MappedFile(path)
-        is_gguf = file.map[:4] == b"GGUF"
-        try:
-            imatrix = None if is_gguf else _read_legacy(Cursor(file))
-        finally:
-            file.close()
+        with closing(MappedFile(path)) as file:
+            imatrix = None if file.map[:4] == b"GGUF" else _read_legacy(Cursor(file))
         if imatrix is None:
             with GGUFFile.open(path) as gguf:
                 imatrix = _read_gguf(gguf)
         for name, entry in imatrix.sums.items():
             if not all(np.isfinite(values).all() and (values >= 0).all() for values in (entry.sums, entry.counts)):
-                raise FormatError(
-                    f"{path}: entry {quoted(name)} has values that are not sums of squares: make it again"
-                )
+                what = f"entry {quoted(name)} has values that are not sums of squares"
+                raise FormatError(f"{path}: {what}: make it again")
         return imatrix
 
 
@@ -127,10 +117,10 @@ def _read_legacy(cursor: Cursor) -> Imatrix:
         values = cursor.file.bytes_at(cursor.skip(4 * n, f"the values of {what}"), 4 * n).view("<f4").copy()
         sums[name] = Sums(values[None], np.array([max(calls, 1)], np.float32))
     if cursor.at == cursor.file.size:
-        return Imatrix(MappingProxyType(sums), (), 0, 0)
+        return Imatrix(sums, (), 0, 0)
     chunk_count = cursor.number("i", "the number of chunks")
     dataset = (_text(cursor, "the dataset"),) if cursor.at < cursor.file.size else ()
-    return Imatrix(MappingProxyType(sums), dataset, max(0, chunk_count), 0)
+    return Imatrix(sums, dataset, max(0, chunk_count), 0)
 
 
 def _number(cursor: Cursor, what: str, limit: int) -> Any:

@@ -57,7 +57,7 @@ class MappedFile:
 
 
 class MemoryFile(MappedFile):
-    """Bytes of this process in the place of a file."""
+    """Bytes in memory that stand in for a file."""
 
     def __init__(self, path: str | os.PathLike[str], data: bytes) -> None:
         """path: the path that errors name."""
@@ -78,8 +78,7 @@ class Cursor:
     """An offset in a mapped file that moves forward as fields are read. Every error names the file and the offset."""
 
     def __init__(self, file: MappedFile, at: int = 0) -> None:
-        self.file = file
-        self.at = at
+        self.file, self.at = file, at
 
     def error(self, text: str, at: int | None = None) -> FormatError:
         """Return an error to raise: `text` at offset `at` (default: the cursor's)."""
@@ -89,10 +88,8 @@ class Cursor:
         """Move over nbytes and return the offset where they begin. FormatError if the file has less left."""
         at = self.at
         if nbytes > self.file.size - at:
-            raise self.error(
-                f"{what} needs {nbytes} bytes, but the file ends after {self.file.size - at}: "
-                "it is truncated or damaged, get it again"
-            )
+            end = f"the file ends after {self.file.size - at}: it is truncated or damaged, get it again"
+            raise self.error(f"{what} needs {nbytes} bytes, but {end}")
         self.at = at + nbytes
         return at
 
@@ -101,25 +98,30 @@ class Cursor:
         code = self.file.order + code
         return struct.unpack_from(code, self.file.map, self.skip(struct.calcsize(code), what))[0]
 
-    def string(self, what: str, limit: int) -> str:
-        """Read a string: a uint64 length, at most `limit`, then so many bytes of UTF-8."""
+    def span(self, what: str, limit: int) -> tuple[int, int]:
+        """Move over a string: a uint64 length, at most `limit`, and its bytes. Return where they begin and end."""
         start = self.at
         length = self.number("Q", f"the length of {what}")
         if length > limit:
             raise self.error(f"{what} has {length} bytes: at most {limit} are allowed", start)
-        at = self.skip(length, what)
-        return decode(self.file.map[at : at + length], self, what, at)
+        begin = self.skip(length, what)
+        return begin, self.at
+
+    def string(self, what: str, limit: int) -> str:
+        """Read a string of at most `limit` bytes of UTF-8."""
+        return self.decode(*self.span(what, limit), what)
+
+    def decode(self, begin: int, end: int, what: str) -> str:
+        """Return the UTF-8 text between two offsets."""
+        data = self.file.map[begin:end]
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            at = error.start
+            raise self.error(f"{what} is not valid UTF-8 (byte 0x{data[at]:02x})", begin + at) from None
 
 
 def quoted(name: str) -> str:
     """Return a name from a file in a form that is safe to show: in quotes, on one line, at most 100 characters."""
     short = name if len(name) <= 100 else name[:99] + "…"
     return '"' + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short) + '"'
-
-
-def decode(data: bytes, cursor: Cursor, what: str, at: int) -> str:
-    """Decode UTF-8 that was read at offset `at`."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise cursor.error(f"{what} is not valid UTF-8 (byte 0x{data[error.start]:02x})", at + error.start) from None

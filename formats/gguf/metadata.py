@@ -8,12 +8,13 @@ array     type of the items (uint32), number of items (uint64), items
 Reference: ggml's description of GGUF.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gguf_run.formats.gguf.mapped import Cursor, MappedFile, quoted
 from gguf_run.formats.gguf.strings import StringArray, skip_strings
@@ -41,18 +42,15 @@ class ValueType:
         return np.dtype(self.code).itemsize
 
 
-_VALUE_TYPES = MappingProxyType(
-    {
-        id: ValueType(id, name, code)
-        for id, name, code in (
-            (0, "u8", "B"), (1, "i8", "b"), (2, "u16", "H"), (3, "i16", "h"), (4, "u32", "I"), (5, "i32", "i"),
-            (6, "f32", "f"), (7, "bool", "?"), (8, "string", ""), (9, "array", ""), (10, "u64", "Q"), (11, "i64", "q"),
-            (12, "f64", "d"),
-        )
-    }
+_VALUE_TYPES = tuple(
+    ValueType(id, name, code)
+    for id, (name, code) in enumerate((
+        ("u8", "B"), ("i8", "b"), ("u16", "H"), ("i16", "h"), ("u32", "I"), ("i32", "i"), ("f32", "f"), ("bool", "?"),
+        ("string", ""), ("array", ""), ("u64", "Q"), ("i64", "q"), ("f64", "d"),
+    ))
 )  # fmt: skip
 _STRING, _ARRAY = _VALUE_TYPES[8], _VALUE_TYPES[9]
-VALUE_TYPES = MappingProxyType({type.name: type for type in _VALUE_TYPES.values()})
+VALUE_TYPES: Mapping[str, ValueType] = MappingProxyType({type.name: type for type in _VALUE_TYPES})
 
 
 @dataclass(frozen=True)
@@ -74,16 +72,14 @@ class Metadata(Mapping[str, Any]):
     array of arrays      list of these
     """
 
-    def __init__(self, file: MappedFile, entries: Mapping[str, tuple[ValueType, int]]) -> None:
-        """entries: for every key the type and the offset of the value."""
-        self._file = file
+    def __init__(self, entries: Mapping[str, tuple[str, Callable[[], Any]]]) -> None:
+        """entries: for every key the name of the type, and a function that decodes the value."""
         self._entries = entries
         self._decoded: dict[str, Any] = {}
 
     def __getitem__(self, key: str) -> Any:
         if key not in self._decoded:
-            type, at = self._entries[key]
-            self._decoded[key] = _decode(Cursor(self._file, at), type, f"the value of {quoted(key)}")
+            self._decoded[key] = self._entries[key][1]()
         return self._decoded[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -97,10 +93,7 @@ class Metadata(Mapping[str, Any]):
 
     def type_name(self, key: str) -> str:
         """Return the type of a value as it is stored: "u32", "string", "array[f32]" ..."""
-        type, at = self._entries[key]
-        if type is not _ARRAY:
-            return type.name
-        return f"array[{_array_header(Cursor(self._file, at), key)[0].name}]"
+        return self._entries[key][0]
 
     def typed(self, key: str) -> Typed:
         """Return a value with its exact type, for a writer."""
@@ -116,23 +109,21 @@ def read_metadata(cursor: Cursor, n_kv: int) -> Metadata:
     """Read n_kv pairs and leave the cursor behind them. FormatError for a bad pair or a key that occurs twice."""
     if n_kv > MAX_KEYS:
         raise cursor.error(f"the header claims {n_kv} metadata keys: at most {MAX_KEYS} are allowed")
-    entries: dict[str, tuple[ValueType, int]] = {}
+    entries: dict[str, tuple[str, Callable[[], Any]]] = {}
     for i in range(n_kv):
         start = cursor.at
         key = cursor.string(f"metadata key {i} of {n_kv}", MAX_KEY_BYTES)
         if key in entries:
             raise cursor.error(f"the metadata key {quoted(key)} occurs twice", start)
-        type = _value_type(cursor, quoted(key))
-        entries[key] = type, cursor.at
-        _skip(cursor, type, f"the value of {quoted(key)}", _Nesting())
-    return Metadata(cursor.file, entries)
+        entries[key] = _read(cursor, _value_type(cursor, quoted(key)), f"the value of {quoted(key)}", _Nesting())
+    return Metadata(entries)
 
 
 def _value_type(cursor: Cursor, what: str) -> ValueType:
     at = cursor.at
     id = cursor.number("I", f"the type of {what}")
-    if id not in _VALUE_TYPES:
-        raise cursor.error(f"{what} has the unknown value type {id}: 0 to {max(_VALUE_TYPES)} are known", at)
+    if id >= len(_VALUE_TYPES):
+        raise cursor.error(f"{what} has the unknown value type {id}: 0 to {len(_VALUE_TYPES) - 1} are known", at)
     return _VALUE_TYPES[id]
 
 
@@ -156,56 +147,42 @@ class _Nesting:
     count: int = 0  # inner arrays so far
 
 
-def _skip(cursor: Cursor, type: ValueType, what: str, nesting: _Nesting) -> None:
-    """Move the cursor over a value. FormatError if the value does not lie inside the file."""
-    if type.code:
-        cursor.skip(type.size, what)
-    elif type is _STRING:
-        at = cursor.at
-        length = cursor.number("Q", f"the length of {what}")
-        if length > MAX_STRING_BYTES:
-            raise cursor.error(f"{what} has {length} bytes: at most {MAX_STRING_BYTES} are allowed", at)
-        cursor.skip(length, what)
-    else:
-        at = cursor.at
-        items, n = _array_header(cursor, what)
-        if items.code:
-            cursor.skip(n * items.size, what)
-        elif items is _STRING:
-            skip_strings(cursor, n, what)
-        else:
-            nesting.depth += 1
-            nesting.count += n
-            if nesting.depth >= MAX_DEPTH:
-                raise cursor.error(f"{what} nests arrays more than {MAX_DEPTH} deep", at)
-            if nesting.count > MAX_NESTED:
-                raise cursor.error(f"{what} holds more than {MAX_NESTED} arrays", at)
-            for _ in range(n):
-                _skip(cursor, _ARRAY, what, nesting)
-            nesting.depth -= 1
+def _read(cursor: Cursor, type: ValueType, what: str, nesting: _Nesting) -> tuple[str, Callable[[], Any]]:
+    """Move the cursor over a value. Return the name of its type, and a function that decodes it.
 
-
-def _decode(cursor: Cursor, type: ValueType, what: str) -> Any:
-    """Read a value that _skip has checked before."""
+    FormatError if the value does not lie inside the file.
+    """
+    file, at = cursor.file, cursor.at
     if type.code:
-        return cursor.number(type.code, what)
+        number = cursor.number(type.code, what)
+        return type.name, lambda: number
     if type is _STRING:
-        return cursor.string(what, MAX_STRING_BYTES)
+        begin, end = cursor.span(what, MAX_STRING_BYTES)
+        return type.name, lambda: cursor.decode(begin, end, what)
     items, n = _array_header(cursor, what)
+    name = f"array[{items.name}]"
     if items.code:
-        data = cursor.file.bytes_at(cursor.skip(n * items.size, what), n * items.size)
-        # A bool is true for any byte but 0. Numbers of the other byte order are swapped.
-        stored = np.dtype(cursor.file.order + items.code)
-        values = data != 0 if items.code == "?" else data.view(stored).astype(stored.newbyteorder("="), copy=False)
-        values.flags.writeable = False
-        return values
+        first = cursor.skip(n * items.size, what)
+        return name, lambda: _numbers(file, first, items, n)
     if items is _STRING:
-        return StringArray(cursor.file, cursor.at, n, what)
-    return [_decode_next(cursor, what) for _ in range(n)]
+        first = cursor.at
+        skip_strings(cursor, n, what)
+        return name, lambda: StringArray(Cursor(file, first), n, what)
+    nesting.depth += 1
+    nesting.count += n
+    if nesting.depth >= MAX_DEPTH:
+        raise cursor.error(f"{what} nests arrays more than {MAX_DEPTH} deep", at)
+    if nesting.count > MAX_NESTED:
+        raise cursor.error(f"{what} holds more than {MAX_NESTED} arrays", at)
+    arrays = [_read(cursor, _ARRAY, what, nesting)[1] for _ in range(n)]
+    nesting.depth -= 1
+    return name, lambda: [decode() for decode in arrays]
 
 
-def _decode_next(cursor: Cursor, what: str) -> Any:
-    """Decode one array and move behind it. Decoding alone would not move the cursor over a lazy array."""
-    at = cursor.at
-    _skip(cursor, _ARRAY, what, _Nesting())
-    return _decode(Cursor(cursor.file, at), _ARRAY, what)
+def _numbers(file: MappedFile, at: int, items: ValueType, n: int) -> NDArray[Any]:
+    data = file.bytes_at(at, n * items.size)
+    # A bool is true for any byte but 0. Numbers of the other byte order are swapped.
+    stored = np.dtype(file.order + items.code)
+    values = data != 0 if items.code == "?" else data.view(stored).astype(stored.newbyteorder("="), copy=False)
+    values.flags.writeable = False
+    return values

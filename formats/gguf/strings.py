@@ -10,35 +10,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.compiler.jit import njit
-from gguf_run.formats.gguf.mapped import Cursor, MappedFile, decode
+from gguf_run.formats.gguf.mapped import Cursor
 
 
 @njit
-def _walk(data: Any, place: Any, n: Any, big_endian: Any, starts: Any) -> Any:
-    """Walk over n strings of uint8[:] data and return how many of them fit into it.
+def _walk(data: Any, at: Any, n: Any, big_endian: Any, starts: Any) -> Any:
+    """Walk over n strings of uint8[:] data from offset `at` on. Return how many of them fit, and where they end.
 
-    place: int64[1], the offset where the walk begins. It is changed to the offset where the walk ends.
     starts: intp[n + 1], filled with the offset of each string's length and of the end; intp[0]: not wanted.
     """
     end = np.int64(len(data))
-    at = place[0]
     for i in range(n):
-        place[0] = at
         if len(starts) > 0:
             starts[i] = at
         if end - at < 8:
-            return i
+            return i, at
         length = np.uint64(0)
         for j in range(8):
             byte = data[at + j] if big_endian else data[at + 7 - j]
             length = (length << np.uint64(8)) | np.uint64(byte)
         if length > np.uint64(end - at - 8):
-            return i
+            return i, at
         at += 8 + np.int64(length)
     if len(starts) > 0:
         starts[n] = at
-    place[0] = at
-    return n
+    return n, at
 
 
 @njit
@@ -56,31 +52,26 @@ def _join(data: Any, starts: Any, separator: Any, out: Any) -> None:
 
 # U+FFFF is no character, so texts hardly ever hold it. Its UTF-8 bytes cannot complete a broken string before them.
 _SEPARATOR = "\uffff"
+_NO_STARTS = np.empty(0, np.intp)
 
 
-def skip_strings(cursor: Cursor, n: int, what: str) -> None:
-    """Move the cursor over an array of n strings; FormatError if they do not fit into the file."""
-    cursor.at = _checked_walk(cursor, n, what, np.empty(0, np.intp))
-
-
-def _checked_walk(cursor: Cursor, n: int, what: str, starts: NDArray[np.intp]) -> int:
+def skip_strings(cursor: Cursor, n: int, what: str, starts: NDArray[np.intp] = _NO_STARTS) -> None:
+    """Move the cursor over an array of n strings; FormatError if they do not fit into the file. starts: see _walk."""
     file = cursor.file
-    place = np.array([cursor.at], np.int64)
-    done, at = _walk(file.bytes_at(0, file.size), place, n, file.order == ">", starts), int(place[0])
+    done, end = _walk(file.bytes_at(0, file.size), np.int64(cursor.at), n, file.order == ">", starts)
+    cursor.at = int(end)
     if done < n:
-        raise cursor.error(f"string {done} of {n} of {what} does not fit into the file: it is truncated or damaged", at)
-    return at
+        raise cursor.error(f"string {done} of {n} of {what} does not fit into the file: it is truncated or damaged")
 
 
 class StringArray(Sequence[str]):
     """A lazy sequence of strings. An item or a slice decodes only its own strings, `tolist` decodes all at once."""
 
-    def __init__(self, file: MappedFile, at: int, n: int, what: str) -> None:
-        """n strings begin at offset `at`. The caller has checked that the file has 8 * n bytes from there on."""
-        self._cursor = Cursor(file, at)
-        self._what = what
+    def __init__(self, cursor: Cursor, n: int, what: str) -> None:
+        """n strings begin at the cursor. The caller has checked that the file has 8 * n bytes from there on."""
+        self._cursor, self._file, self._what = cursor, cursor.file, what
         self._starts = np.empty(n + 1, np.intp)
-        _checked_walk(self._cursor, n, what, self._starts)
+        skip_strings(cursor, n, what, self._starts)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -101,14 +92,13 @@ class StringArray(Sequence[str]):
         return f"StringArray({len(self)} strings)"
 
     def _item(self, i: int) -> str:
-        start, end = int(self._starts[i]) + 8, int(self._starts[i + 1])
-        return decode(self._cursor.file.map[start:end], self._cursor, f"string {i} of {self._what}", start)
+        return self._cursor.decode(int(self._starts[i]) + 8, int(self._starts[i + 1]), f"string {i} of {self._what}")
 
     def stored(self, order: str) -> bytes:
         """Return lengths and bytes as a file of byte order "<" or ">" holds them, even where they are not UTF-8."""
-        file, starts = self._cursor.file, self._starts
-        data = file.bytes_at(int(starts[0]), int(starts[-1] - starts[0]))
-        if order != file.order:
+        starts = self._starts
+        data = self._file.bytes_at(int(starts[0]), int(starts[-1] - starts[0]))
+        if order != self._file.order:
             data = data.copy()
             lengths = (starts[:-1] - starts[0])[:, None] + np.arange(8)
             data[lengths] = data[lengths[:, ::-1]]
@@ -120,13 +110,10 @@ class StringArray(Sequence[str]):
         The bytes of all strings are joined by a separator, decoded at once, and split again.
         """
         n = len(self)
-        if n == 0:
-            return []
-        file = self._cursor.file
         separator = np.frombuffer(_SEPARATOR.encode(), np.uint8)
         nbytes = int(self._starts[n] - self._starts[0])
         joined = np.empty(nbytes + n * (len(separator) - 8), np.uint8)
-        _join(file.bytes_at(0, file.size), self._starts, separator, joined)
+        _join(self._file.bytes_at(0, self._file.size), self._starts, separator, joined)
         try:
             strings = joined.tobytes().decode().split(_SEPARATOR)
         except UnicodeDecodeError:

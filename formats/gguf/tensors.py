@@ -80,8 +80,8 @@ class Tensor(TensorInfo):
 
     def matrix(self, i: int) -> "Tensor":
         """Return matrix i of a tensor of three dimensions."""
-        part = self.scales[i : i + 1]
-        return _Matrix(self.name, self.ne[:2], self.type, self.offset, self.file, self, i * self.ne[1], scales=part)
+        start, scales = i * self.ne[1], self.scales[i : i + 1]
+        return _Matrix(self.name, self.ne[:2], self.type, self.offset, self.file, self, start, scales=scales)
 
     def release(self, first: int = 0, end: int | None = None) -> None:
         """Tell the OS that rows first .. end (default: all) are not needed soon. Views stay valid."""
@@ -122,21 +122,18 @@ def read_tensors(cursor: Cursor, n_tensors: int, alignment: int) -> dict[str, Te
         if entry.name in entries:
             raise cursor.error(f"there are two tensors called {quoted(entry.name)}", entry.at)
         entries[entry.name] = entry
-    start = -(-cursor.at // alignment) * alignment
-    tensors = {e.name: Tensor(e.name, e.ne, e.type, start + e.offset, cursor.file) for e in entries.values()}
-    for entry, tensor in zip(entries.values(), tensors.values(), strict=True):
+    start, file = -(-cursor.at // alignment) * alignment, cursor.file
+    tensors: dict[str, Tensor] = {}
+    for name, entry in entries.items():
+        what, end = f"tensor {quoted(name)}", start + entry.offset + entry.nbytes
         if entry.offset % alignment:
-            raise cursor.error(
-                f"tensor {quoted(entry.name)} lies at {entry.offset}, not at a multiple of the alignment {alignment}",
-                entry.at,
-            )
-        if tensor.offset + tensor.nbytes > cursor.file.size:
-            raise cursor.error(
-                f"tensor {quoted(entry.name)} ends at byte {tensor.offset + tensor.nbytes}, but the file has only "
-                f"{cursor.file.size}: it is truncated or damaged, get it again",
-                entry.at,
-            )
-    _check_overlap(tensors.values(), cursor.file.path)
+            text = f"{what} lies at {entry.offset}, not at a multiple of the alignment {alignment}"
+            raise cursor.error(text, entry.at)
+        if end > file.size:
+            text = f"{what} ends at byte {end}, but the file has only {file.size}: it is truncated or damaged"
+            raise cursor.error(f"{text}, get it again", entry.at)
+        tensors[name] = Tensor(name, entry.ne, entry.type, start + entry.offset, file)
+    _check_overlap(tensors.values(), file.path)
     return tensors
 
 

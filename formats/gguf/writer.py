@@ -9,8 +9,10 @@ import os
 import re
 import shutil
 import struct
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,10 +33,6 @@ ALIGNMENT = "general.alignment"
 _COPY_BYTES = 64 << 20
 
 
-class _Abandoned(Exception):
-    """Ends the writing of files without giving them their names."""
-
-
 class GGUFWriter:
     """Writes one model. Use as a context manager: the files get their names at its end; after an error none is left."""
 
@@ -50,7 +48,7 @@ class GGUFWriter:
         split: Sequence[int] = (),
         inputs: Iterable[str | os.PathLike[str]] = (),
     ) -> None:
-        """Check everything and write the header of the first file.
+        """Check everything and write the headers of all files.
 
         metadata: in the order of the file. Keys `split.*` are left out. GGUFFile.metadata.typed(key) copies a value
             with its exact type from another file.
@@ -70,30 +68,25 @@ class GGUFWriter:
             split = split_counts(tensors, split_max_size, split_max_tensors, self.alignment)
         if split and sum(split) != len(tensors):
             raise ValueError(f"a split of {sum(split)} tensors, but there are {len(tensors)}")
-        counts = split or [len(tensors)]
-        ends = np.cumsum(counts).tolist()
-        self._shards = [tensors[end - n : end] for end, n in zip(ends, counts, strict=True)]  # tensors of each file
-        self._headers = []
-        for no, shard in enumerate(self._shards):
-            own = dict(pairs) if no == 0 else {}
-            if self.alignment != DEFAULT_ALIGNMENT:
-                own[ALIGNMENT] = pairs[ALIGNMENT]
-            if split:
-                own["split.no"], own["split.count"] = Typed("u16", no), Typed("u16", len(split))
-                own["split.tensors.count"] = Typed("i32", len(tensors))
-            self._headers.append(encode_header(own, shard, byte_order, self.alignment))
+        following = iter(tensors)
+        shards = [list(islice(following, n)) for n in split or [len(tensors)]]  # the tensors of each file
+        headers = _headers(pairs, shards, bool(split), byte_order)
         self.paths = _output_paths(Path(path), len(split))  # the files that there will be
         size = sum(_padded(tensor.nbytes, self.alignment) for tensor in tensors)
-        self.nbytes = sum(map(len, self._headers)) + size  # of all files together
+        self.nbytes = sum(map(len, headers)) + size  # of all files together
         self._order = byte_order
-        self._no = -1  # number of the file that is being written
+        self._todo = deque((no, tensor) for no, shard in enumerate(shards) for tensor in shard)  # with their files
+        self._left = 0  # bytes that the next tensor still takes
+        self._no = 0  # the file that is being written
         self._file: BinaryIO | None = None
         self._check_outputs([Path(path) for path in inputs])
         self._replacing = ExitStack()
         self._temporary = [self._replacing.enter_context(replacing(path)) for path in self.paths]
         try:
             with self._errors():
-                self._next_file()
+                for self._no, header in enumerate(headers):
+                    self._temporary[self._no].write_bytes(header)
+                self._begin_tensor()
         except BaseException:
             self.abort()
             raise
@@ -104,8 +97,7 @@ class GGUFWriter:
         A tensor may come in several calls, each with whole blocks. ValueError if another tensor is next or if these
         are too many bytes, GgufRunError if the disk is full.
         """
-        assert self._file is not None
-        tensor = self._shards[self._no][self._index] if self._index < len(self._shards[self._no]) else None
+        tensor = self._todo[0][1] if self._todo else None
         if tensor is None or name != tensor.name:
             raise ValueError(f"tensor {name}: the next one is {tensor and tensor.name}")
         if blocks.dtype != np.uint8 or blocks.nbytes > self._left or blocks.nbytes % tensor.type.type_size:
@@ -113,12 +105,14 @@ class GGUFWriter:
         blocks = np.ascontiguousarray(blocks).reshape(-1)
         if self._order == ">":
             blocks = blocks.view(tensor.type.dtype).astype(tensor.type.dtype.newbyteorder(">")).view(np.uint8)
+        assert self._file is not None
         with self._errors():
             self._file.write(blocks.data)
             self._left -= blocks.nbytes
             if self._left == 0:
                 self._file.write(bytes(-self._file.tell() % self.alignment))
-                self._next_tensor()
+                self._todo.popleft()
+                self._begin_tensor()
 
     def copy(self, tensor: Tensor) -> None:
         """Write the next tensor with the blocks of a tensor in another file, a part at a time."""
@@ -130,22 +124,21 @@ class GGUFWriter:
 
     def close(self) -> None:
         """Give the files their names. ValueError if tensors are missing."""
-        if self._file is not None:
-            if self._no + 1 < len(self._shards) or self._index < len(self._shards[self._no]):
-                raise ValueError(f"{self.paths[self._no]}: tensors are missing")
-            with self._errors():
+        if self._todo:
+            raise ValueError(f"{self.paths[self._no]}: tensors are missing")
+        with self._errors():
+            if self._file is not None:
                 self._file.close()
-                self._file = None
-                self._replacing.close()  # the last file first: readers find the others by the first
+            self._replacing.close()  # the last file first: readers find the others by the first
 
     def abort(self) -> None:
         """Remove the files that are being written. Does nothing after close()."""
+        self._todo.clear()
         if self._file is not None:
             with suppress(OSError):  # a full disk shows here once more
                 self._file.close()
-            self._file = None
-        with suppress(_Abandoned, OSError), self._replacing:
-            raise _Abandoned
+        with suppress(OSError), self._replacing:
+            raise OSError("abandoned: the files do not get their names")
 
     def __enter__(self) -> "GGUFWriter":
         return self
@@ -174,29 +167,37 @@ class GGUFWriter:
                 "make room, or name an output on another disk"
             )
 
-    def _next_file(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._no += 1
-        self._file = open(self._temporary[self._no], "wb")  # noqa: SIM115
-        self._file.write(self._headers[self._no])
-        self._index = -1
-        self._next_tensor()
-
-    def _next_tensor(self) -> None:
-        self._index += 1
-        if self._index < len(self._shards[self._no]):
-            self._left = self._shards[self._no][self._index].nbytes
-        elif self._no + 1 < len(self._shards):
-            self._next_file()
+    def _begin_tensor(self) -> None:
+        if self._todo:
+            no, tensor = self._todo[0]
+            self._left = tensor.nbytes
+            if self._file is None or no != self._no:
+                if self._file is not None:
+                    self._file.close()
+                self._no, self._file = no, open(self._temporary[no], "ab")  # noqa: SIM115
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            path = self.paths[max(0, self._no)]
+            path = self.paths[self._no]
             raise GgufRunError(f"{path}: cannot be written: {error.strerror or error}: nothing was kept") from error
+
+
+def _headers(
+    pairs: Mapping[str, MetaValue], shards: Sequence[Sequence[TensorInfo]], is_split: bool, byte_order: str
+) -> list[bytes]:
+    alignment, headers = _alignment(pairs), []
+    for no, shard in enumerate(shards):
+        own = dict(pairs) if no == 0 else {}
+        if alignment != DEFAULT_ALIGNMENT:
+            own[ALIGNMENT] = pairs[ALIGNMENT]
+        if is_split:
+            own["split.no"], own["split.count"] = Typed("u16", no), Typed("u16", len(shards))
+            own["split.tensors.count"] = Typed("i32", sum(map(len, shards)))
+        headers.append(encode_header(own, shard, byte_order, alignment))
+    return headers
 
 
 def encode_header(

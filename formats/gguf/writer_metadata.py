@@ -16,6 +16,7 @@ from gguf_run.formats.gguf.strings import StringArray
 # Lists and tuples are arrays. NumPy scalars and arrays have the type of their dtype.
 MetaValue = Typed | str | bytes | bool | int | float | np.generic | np.ndarray[Any, Any] | Sequence[Any]
 
+_BY_PYTHON_TYPE = ((StringArray, "array[string]"), (str, "string"), (bytes, "string"), (bool, "bool"), (float, "f32"))
 _BY_DTYPE: Mapping[Any, str] = MappingProxyType({np.dtype(t.code): t.name for t in VALUE_TYPES.values() if t.code})
 
 
@@ -40,14 +41,9 @@ def as_typed(value: MetaValue, what: str = "the value") -> Typed:
         return value
     if isinstance(value, np.generic | np.ndarray) and value.dtype.newbyteorder("=") in _BY_DTYPE:
         return Typed("array[" * value.ndim + _BY_DTYPE[value.dtype.newbyteorder("=")] + "]" * value.ndim, value)
-    if isinstance(value, StringArray):
-        return Typed("array[string]", value)
-    if isinstance(value, str | bytes):
-        return Typed("string", value)
-    if isinstance(value, bool):
-        return Typed("bool", value)
-    if isinstance(value, float):
-        return Typed("f32", value)
+    for python_type, name in _BY_PYTHON_TYPE:
+        if isinstance(value, python_type):
+            return Typed(name, value)
     if isinstance(value, int):
         return Typed(_integer_type([value], what), value)
     if isinstance(value, Sequence | np.ndarray):

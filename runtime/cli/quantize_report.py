@@ -43,8 +43,7 @@ def run_plan(plan: "Plan", path: Path, n_threads: int | None, limits: dict[str, 
 
     limits: split_max_size and split_max_tensors of GGUFWriter, None or 0 for no limit.
     """
-    from gguf_run.runtime.quantize.file import quantize_file
-    from gguf_run.runtime.quantize.report import type_reports
+    from gguf_run.runtime.quantize.file import quantize_file, type_reports
 
     start = time.monotonic()
     with progress("quantizing") as bar:
@@ -65,7 +64,7 @@ def run_plan(plan: "Plan", path: Path, n_threads: int | None, limits: dict[str, 
 
 
 def _total(plan: "Plan") -> str:
-    from gguf_run.runtime.quantize.report import bits_per_weight
+    from gguf_run.runtime.quantize.file import bits_per_weight
 
     sides = [item.source for item in plan.items], [item.target for item in plan.items]
     sizes = " -> ".join(size_text(sum(tensor.nbytes for tensor in side)) for side in sides)

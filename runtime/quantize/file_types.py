@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from gguf_run.formats.blocks.types import TensorType, type_by_name
 from gguf_run.formats.errors import OptionError, did_you_mean
@@ -32,7 +31,7 @@ class FileType:
 
 # Numbers from llama.h, labels from src/llama-model-loader.cpp of llama.cpp.
 # fmt: off
-FILE_TYPES: Mapping[str, FileType] = MappingProxyType({row[1]: FileType(*row) for row in (
+FILE_TYPES: Mapping[str, FileType] = {row[1]: FileType(*row) for row in (
     (0, "F32", "F32", "all F32"), (1, "F16", "F16"), (32, "BF16", "BF16"),
     (2, "Q4_0", "Q4_0"), (3, "Q4_1", "Q4_1"), (8, "Q5_0", "Q5_0"), (9, "Q5_1", "Q5_1"), (7, "Q8_0", "Q8_0"),
     (10, "Q2_K", "Q2_K", "Q2_K - Medium"), (21, "Q2_K_S", "Q2_K", "Q2_K - Small"),
@@ -50,17 +49,13 @@ FILE_TYPES: Mapping[str, FileType] = MappingProxyType({row[1]: FileType(*row) fo
     (23, "IQ3_XXS", "IQ3_XXS", "IQ3_XXS - 3.0625 bpw"), (22, "IQ3_XS", "IQ3_S", "IQ3_XS - 3.3 bpw"),
     (26, "IQ3_S", "IQ3_S", "IQ3_S - 3.4375 bpw"), (27, "IQ3_M", "IQ3_S", "IQ3_S mix - 3.66 bpw"),
     (39, "NVFP4", "NVFP4"), (40, "Q1_0", "Q1_0"), (41, "Q2_0", "Q2_0"),
-)})
+)}
 # fmt: on
 WRITABLE_FILES = tuple(kind.name for kind in FILE_TYPES.values() if kind.is_writable)
 # Every matrix keeps its type, except that F32 becomes F16. The name is not for users: gguf-convert chooses this kind.
 KEEP = FileType(None, "KEEP", "F16")
-ALIASES: Mapping[str, str] = MappingProxyType(
-    {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
-)
-_BY_ID: Mapping[int, FileType] = MappingProxyType(
-    {kind.id: kind for kind in FILE_TYPES.values() if kind.id is not None}
-)
+ALIASES: Mapping[str, str] = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
+_BY_ID: Mapping[int, FileType] = {kind.id: kind for kind in FILE_TYPES.values() if kind.id is not None}
 
 
 def file_type(text: str) -> FileType:
@@ -68,9 +63,8 @@ def file_type(text: str) -> FileType:
     name = ALIASES.get(text.upper(), text.upper())
     kind = _BY_ID.get(int(name)) if name.isdecimal() else FILE_TYPES.get(name)
     if kind is None or not kind.is_writable:
-        hint = did_you_mean(text, WRITABLE_FILES)
-        allowed = ", ".join(WRITABLE_FILES)
-        raise OptionError(f'TYPE is "{text}": {hint}allowed are {allowed}, or the number of a file type')
+        allowed = f"{did_you_mean(text, WRITABLE_FILES)}allowed are {', '.join(WRITABLE_FILES)}"
+        raise OptionError(f'TYPE is "{text}": {allowed}, or the number of a file type')
     return kind
 
 

@@ -15,11 +15,13 @@ from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.formats.gguf.reader import GGUFFile, Tensor
 from gguf_run.formats.gguf.tensors import TensorInfo
-from gguf_run.formats.gguf.writer import MetaValue
+from gguf_run.formats.gguf.writer_metadata import MetaValue, as_typed
 from gguf_run.runtime.quantize.file_types import FileType
 from gguf_run.runtime.quantize.rules import Choice, MixtureFacts, Overrides, choose_types, layer_order
 
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml: the meaning of the blocks
+
+_Entries = Mapping[str, NDArray[np.float32]]  # of an imatrix, by tensor name
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Plan:
 
 def make_plan(file: GGUFFile, options: Options) -> Plan:
     """Decide everything. OptionError for a layer that does not exist, GgufRunError for an imatrix of another model."""
-    keys: dict[str, Any] = {**file.metadata, **{key: _plain(value) for key, value in options.metadata.items()}}
+    keys: dict[str, Any] = {**file.metadata, **{key: as_typed(value).value for key, value in options.metadata.items()}}
     layers = sorted({layer_order(name)[0] for name in file.tensors} - {-1})
     if missing := options.prune - set(layers):
         there = f"layers {layers[0]} to {layers[-1]}" if layers else "no layers"
@@ -90,13 +92,8 @@ def make_plan(file: GGUFFile, options: Options) -> Plan:
     parts = Counter(item.source.file.path for item in items)
     split = list(parts.values()) if options.keep_split else []
     inputs = {tensor.file.path for tensor in file.tensors.values()}
-    if options.imatrix_path:
-        inputs.add(Path(options.imatrix_path))
+    inputs |= {Path(options.imatrix_path)} if options.imatrix_path else set()
     return Plan(items, metadata, split, list(inputs), list(_notes(items, options)))
-
-
-def _plain(value: MetaValue) -> Any:
-    return value.value if isinstance(value, Typed) else value
 
 
 def _renumbered(name: str, kept: Sequence[int]) -> str:
@@ -113,7 +110,7 @@ def _ordered(file: GGUFFile, keep_split: bool) -> list[str]:
     return sorted(file.tensors, key=lambda name: (parts.index(file.tensors[name].file.path), file.tensors[name].offset))
 
 
-def _entries(options: Options) -> Mapping[str, NDArray[np.float32]]:
+def _entries(options: Options) -> _Entries:
     """Return the entries of the imatrix that are wanted, by tensor name in the input file."""
     if options.imatrix is None:
         return {}
@@ -125,9 +122,7 @@ def _entries(options: Options) -> Mapping[str, NDArray[np.float32]]:
     }
 
 
-def _importance(
-    source: Tensor, choice: Choice, entries: Mapping[str, NDArray[np.float32]]
-) -> NDArray[np.float32] | None:
+def _importance(source: Tensor, choice: Choice, entries: _Entries) -> NDArray[np.float32] | None:
     """Return float32[n_expert, ne[0]], or None if there is no entry or the type does not use one."""
     values = entries.get(source.name)
     if values is None or choice.type is source.type or not choice.type.is_quantized:
@@ -149,14 +144,15 @@ def check_plan(plan: Plan, allow_requantize: bool) -> None:
     GgufRunError if quantized tensors would be converted without allow_requantize, and for a tensor that has no
     importance weights and a type that needs them.
     """
-    again = [item.source for item in plan.items if item.source.type.is_quantized and not item.is_copy]
+    converted = [item for item in plan.items if not item.is_copy]
+    again = [item.source for item in converted if item.source.type.is_quantized]
     if again and not allow_requantize:
         raise GgufRunError(
             f"{again[0].file.path}: {_tensors(len(again))} quantized already, {quoted(again[0].name)} is "
             f"{again[0].type.name}: start from F16, BF16 or F32, or give --allow-requantize, which costs quality"
         )
-    for item in plan.items:
-        if item.choice.needs_imatrix and item.importance is None and not item.is_copy:
+    for item in converted:
+        if item.choice.needs_imatrix and item.importance is None:
             raise GgufRunError(
                 f"tensor {quoted(item.target.name)} would be {item.target.type.name} without importance weights, which "
                 "is of no use: give --imatrix FILE with an entry for it, or choose a type of more bits"
@@ -174,8 +170,8 @@ def _metadata(
     changes.update(options.metadata)
     if options.imatrix is not None and n_entries:
         changes["quantize.imatrix.file"] = options.imatrix_path
-        if options.imatrix.dataset:
-            changes["quantize.imatrix.dataset"] = options.imatrix.dataset
+        if options.imatrix.datasets and options.imatrix.datasets[0]:
+            changes["quantize.imatrix.dataset"] = options.imatrix.datasets[0]
         changes["quantize.imatrix.entries_count"] = Typed("u32", n_entries)
         if options.imatrix.chunk_count:
             changes["quantize.imatrix.chunks_count"] = Typed("u32", options.imatrix.chunk_count)
@@ -190,14 +186,11 @@ def _metadata(
 
 def _notes(items: Sequence[Item], options: Options) -> Iterator[str]:
     """Yield lines about types that did not fit and importance weights that are missing."""
-    replaced = Counter(
-        (item.choice.wanted, item.target.type, item.target.ne[0]) for item in items if item.choice.wanted is not None
-    )
+    replaced = Counter((item.choice.wanted, item.target.type, item.target.ne[0]) for item in items)
     for (wanted, type, n), count in replaced.items():
-        yield (
-            f"{_tensors(count)} with rows of {n} weights cannot be {wanted.name}, whose blocks hold "
-            f"{wanted.block_size}: {type.name} instead"
-        )
+        if wanted is not None:
+            reason = f"cannot be {wanted.name}, whose blocks hold {wanted.block_size}: {type.name} instead"
+            yield f"{_tensors(count)} with rows of {n} weights {reason}"
     if options.imatrix is not None:
         without = [i for i in items if i.importance is None and not i.is_copy and i.target.type.is_quantized]
         if without:

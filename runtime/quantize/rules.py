@@ -9,7 +9,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,12 @@ from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.tensors import TensorInfo
 from gguf_run.runtime.quantize.file_types import KEEP, FileType
 
-# The type that stands in where a row is no multiple of a type's block. F16 stands in where that type does not fit.
-_FALLBACK: Mapping[str, str] = MappingProxyType(
-    {row.name: "IQ4_NL" for row in TENSOR_TYPES if row.name.startswith("IQ") and row.name != "IQ4_NL"}
-    | dict.fromkeys(("Q2_K", "Q3_K", "TQ1_0", "TQ2_0", "Q2_0"), "Q4_0")
-    | {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-)
+# The replacement for a type whose block does not divide a row. F16 replaces a type that has no replacement here.
+_FALLBACK: Mapping[str, str] = {
+    **{row.name: "IQ4_NL" for row in TENSOR_TYPES if row.name.startswith("IQ") and row.name != "IQ4_NL"},
+    **dict.fromkeys(("Q2_K", "Q3_K", "TQ1_0", "TQ2_0", "Q2_0"), "Q4_0"),
+    **{"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"},
+}
 
 # Parts of names. These matrices are small or too sensitive: they keep their type.
 _KEPT = (
@@ -105,72 +104,44 @@ class Choice:
 
 
 # The conditions of the table below, for tensor i of the n tensors of its category.
-_TESTS: Mapping[str, Callable[[int, int, MixtureFacts], bool]] = MappingProxyType(
-    {
-        "always": lambda i, n, facts: True,
-        "more bits": lambda i, n, facts: use_more_bits(i, n),
-        "first 2": lambda i, n, facts: i < 2,
-        "first 4": lambda i, n, facts: i < 4,
-        "first 8th": lambda i, n, facts: i < n // 8,
-        "first 16th": lambda i, n, facts: i < n // 16,
-        "gqa 4": lambda i, n, facts: facts.n_gqa >= 4,
-        "first 8th, imatrix": lambda i, n, facts: i < n // 8 and facts.has_imatrix,
-        "first 8th, no imatrix": lambda i, n, facts: i < n // 8 and not facts.has_imatrix,
-    }
+_TESTS: Mapping[str, Callable[[int, int, MixtureFacts], bool]] = {
+    "always": lambda i, n, facts: True,
+    "more bits": lambda i, n, facts: use_more_bits(i, n),
+    "first 2": lambda i, n, facts: i < 2,
+    "first 4": lambda i, n, facts: i < 4,
+    "first 8th": lambda i, n, facts: i < n // 8,
+    "first 16th": lambda i, n, facts: i < n // 16,
+    "gqa 4": lambda i, n, facts: facts.n_gqa >= 4,
+    "first 8th, imatrix": lambda i, n, facts: i < n // 8 and facts.has_imatrix,
+    "first 8th, no imatrix": lambda i, n, facts: i < n // 8 and not facts.has_imatrix,
+}
+# (category, file types, ((condition, type), ...)): the first condition that holds gives the type. If none holds, it is
+# the default type of the file type.
+_ROWS = (
+    ("attn_v", "Q2_K", (("gqa 4", "Q4_K"), ("always", "Q3_K"))),
+    ("attn_v", "Q2_K_S", (("gqa 4", "Q4_K"),)),
+    ("attn_v", "Q3_K_M", (("first 2", "Q5_K"), ("always", "Q4_K"))),
+    ("attn_v", "Q3_K_L", (("always", "Q5_K"),)),
+    ("attn_v", "Q4_K_S", (("first 4", "Q5_K"),)),
+    ("attn_v", "Q4_K_M Q5_K_M", (("more bits", "Q6_K"),)),
+    ("attn_v", "IQ4_NL IQ4_XS", (("gqa 4", "Q5_K"),)),
+    ("ffn_down", "Q2_K", (("always", "Q3_K"),)),
+    ("ffn_down", "Q2_K_S", (("first 8th", "Q4_K"),)),
+    ("ffn_down", "Q3_K_M", (("first 16th", "Q5_K"), ("always", "Q4_K"))),
+    ("ffn_down", "Q3_K_L", (("always", "Q5_K"),)),
+    ("ffn_down", "Q4_K_S", (("first 8th", "Q5_K"),)),
+    ("ffn_down", "Q4_K_M Q5_K_M", (("more bits", "Q6_K"),)),
+    ("ffn_down", "IQ4_NL IQ4_XS", (("first 8th, no imatrix", "Q5_K"),)),
+    ("ffn_down", "Q4_0", (("first 8th, imatrix", "Q4_1"),)),
+    ("ffn_down", "Q5_0", (("first 8th, imatrix", "Q5_1"),)),
+    ("attn_output", "Q2_K", (("always", "Q3_K"),)),
+    ("attn_output", "Q3_K_M", (("always", "Q4_K"),)),
+    ("attn_output", "Q3_K_L", (("always", "Q5_K"),)),
 )
-_Rules = Mapping[str, tuple[tuple[str, str], ...]]
-# category -> file type -> (condition, type): the first condition that holds gives the type. If none holds, it is the
-# default type.
-_RULES: Mapping[str, _Rules] = MappingProxyType(
-    {
-        "attn_v": {
-            "Q2_K": (("gqa 4", "Q4_K"), ("always", "Q3_K")),
-            "Q2_K_S": (("gqa 4", "Q4_K"),),
-            "Q3_K_M": (("first 2", "Q5_K"), ("always", "Q4_K")),
-            "Q3_K_L": (("always", "Q5_K"),),
-            "Q4_K_S": (("first 4", "Q5_K"),),
-            "Q4_K_M": (("more bits", "Q6_K"),),
-            "Q5_K_M": (("more bits", "Q6_K"),),
-            "IQ4_NL": (("gqa 4", "Q5_K"),),
-            "IQ4_XS": (("gqa 4", "Q5_K"),),
-        },
-        "ffn_down": {
-            "Q2_K": (("always", "Q3_K"),),
-            "Q2_K_S": (("first 8th", "Q4_K"),),
-            "Q3_K_M": (("first 16th", "Q5_K"), ("always", "Q4_K")),
-            "Q3_K_L": (("always", "Q5_K"),),
-            "Q4_K_S": (("first 8th", "Q5_K"),),
-            "Q4_K_M": (("more bits", "Q6_K"),),
-            "Q5_K_M": (("more bits", "Q6_K"),),
-            "IQ4_NL": (("first 8th, no imatrix", "Q5_K"),),
-            "IQ4_XS": (("first 8th, no imatrix", "Q5_K"),),
-            "Q4_0": (("first 8th, imatrix", "Q4_1"),),
-            "Q5_0": (("first 8th, imatrix", "Q5_1"),),
-        },
-        "attn_output": {
-            "Q2_K": (("always", "Q3_K"),),
-            "Q3_K_M": (("always", "Q4_K"),),
-            "Q3_K_L": (("always", "Q5_K"),),
-        },
-    }
-)
-# The same table for Falcon.
-_FALCON: Mapping[str, _Rules] = MappingProxyType(
-    {
-        **_RULES,
-        "ffn_down": {
-            **_RULES["ffn_down"],
-            "Q3_K_M": (("first 16th", "Q5_K"), ("more bits", "Q4_K")),
-            "Q3_K_L": (("always", "Q4_K"),),
-            "Q4_K_S": (),
-            "Q4_K_M": (("first 16th", "Q6_K"), ("more bits", "Q5_K")),
-        },
-        "attn_output": {"Q3_K_L": (("always", "Q4_K"),)},
-    }
-)
+_RULES = {(category, kind): rules for category, kinds, rules in _ROWS for kind in kinds.split()}
 # Architecture -> layers of its model of 70 billion weights, whose attn_v is an eighth of attn_q and costs little. A
 # llama with as many heads of keys as of queries is another model.
-_LAYERS_70B: Mapping[str, int] = MappingProxyType({"llama": 80, "qwen2": 80})
+_LAYERS_70B: Mapping[str, int] = {"llama": 80, "qwen2": 80}
 # File types that give attn_output of a model with 8 experts a Q5_K: the attention is a small part of such a file.
 _EIGHT_EXPERTS_OUTPUT = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "IQ4_NL", "IQ4_XS")
 
@@ -187,7 +158,7 @@ def use_more_bits(i: int, n: int) -> bool:
 
 
 def fallback(type: TensorType, n: int) -> TensorType:
-    """Return `type`, or the type that stands in where rows of n weights are no multiple of its block."""
+    """Return `type`, or its replacement if its block does not divide rows of n weights."""
     while n % type.block_size:
         type = type_by_name(_FALLBACK.get(type.name, "F16"))
     return type
@@ -208,12 +179,9 @@ def choose_types(
 class _Mixture:
     """The choices for one model. The class counts tensors: `choice` is called once for each of them, in their order."""
 
-    def __init__(
-        self, weights: Sequence[TensorInfo], facts: MixtureFacts, kind: FileType, overrides: Overrides
-    ) -> None:
-        self._facts, self._kind, self._overrides = facts, kind, overrides
+    def __init__(self, weights: Sequence[TensorInfo], facts: MixtureFacts, kind: FileType, user: Overrides) -> None:
+        self._facts, self._kind, self._overrides = facts, kind, user
         self._default = type_by_name(kind.default)
-        self._rules = _FALCON if facts.arch == "falcon" else _RULES
         self._n_attn_v = sum(_category(weight.name) == "attn_v" for weight in weights)
         self._tied = all(weight.name != "output.weight" for weight in weights)
         self._seen: Counter[str] = Counter()  # tensors of each category so far
@@ -272,8 +240,8 @@ class _Mixture:
         """Return the type of the matrix that makes the logits."""
         if self._overrides.output_type:
             return self._overrides.output_type.name
-        is_q8 = self._kind.name in ("MXFP4_MOE", "Q8_0") or self._facts.arch == "falcon"
-        return "Q8_0" if is_q8 or weight.ne[0] % self._default.block_size else "Q6_K"
+        is_q8 = self._kind.name in ("MXFP4_MOE", "Q8_0") or weight.ne[0] % self._default.block_size
+        return "Q8_0" if is_q8 else "Q6_K"
 
     def _of_layer(self, weight: TensorInfo, category: str) -> str:
         """Return the type of a layer's matrix, by its position among those of its category."""
@@ -281,7 +249,7 @@ class _Mixture:
         n = self._n_attn_v if category == "attn_v" else facts.n_layer
         i = _layer(weight.name, n) if category == "ffn_down" and facts.n_expert > 1 else self._seen[category]
         self._seen[category] += 1
-        rules = self._rules.get(category, {}).get(self._kind.name, ())
+        rules = _RULES.get((category, self._kind.name), ())
         type = next((type for test, type in rules if _TESTS[test](i, n, facts)), self._kind.default)
         is_70b = facts.n_layer == _LAYERS_70B.get(facts.arch) and (facts.arch, facts.n_gqa) != ("llama", 1)
         return "Q5_K" if is_70b and category == "attn_v" and type in ("Q3_K", "Q4_K") else type

@@ -9,20 +9,19 @@ import random
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from gguf_run.runtime.sampling.params import SamplingParams
+from gguf_run.runtime.sampling.params import SamplingParams
 
-Side = Literal["left", "right"]
+Breakers = Mapping[int, tuple[tuple[int, ...], ...]]  # see history.breakers
 
 GREEDY = 1e-20  # temperatures below this take the best token
 EXACT = 4096  # up to this many candidates are computed in float64, more in float32
 N_STEP = 512  # steps into which _reaching divides a logit of 1
-MAX_STEP = 1 << 14  # its last step, which takes all logits farther below the largest
+MAX_STEP = 1 << 14  # the last of these steps; it takes all logits farther below the largest
 
 
 class Candidates(NamedTuple):
@@ -57,41 +56,38 @@ class State:
 
     random: random.Random
     recent: deque[int]  # the last tokens of the context, the last one at the end
-    breakers: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)  # see history.breakers
+    breakers: Breakers = field(default_factory=dict)
 
 
-def top_k(candidates: Candidates, params: "SamplingParams", _: State) -> Candidates:
+def top_k(candidates: Candidates, params: SamplingParams, _: State) -> Candidates:
     """Keep the k most likely."""
     return head(candidates, params.top_k)
 
 
-def top_p(candidates: Candidates, params: "SamplingParams", _: State) -> Candidates:
-    """Keep the most likely tokens, just enough to have this probability together (Holtzman et al. 2019)."""
+def top_p(candidates: Candidates, params: SamplingParams, _: State) -> Candidates:
+    """Keep the fewest most likely tokens that have this probability together (Holtzman et al. 2019)."""
     if candidates.is_sorted:
         cumulative = candidates.probabilities().astype(np.float64).cumsum()
         return candidates.take(slice(int(cumulative.searchsorted(params.top_p)) + 1), True)
     return candidates.take(_reaching(candidates.logits, candidates.probabilities(), params.top_p, "left"), False)
 
 
-def min_p(candidates: Candidates, params: "SamplingParams", _: State) -> Candidates:
+def min_p(candidates: Candidates, params: SamplingParams, _: State) -> Candidates:
     """Keep tokens that are at least this fraction as likely as the best one."""
     likely = candidates.logits >= candidates.logits.max() + math.log(params.min_p)
     return candidates.take(likely, candidates.is_sorted)
 
 
-def typical(candidates: Candidates, params: "SamplingParams", _: State) -> Candidates:
-    """Keep the tokens whose surprise is nearest to the expected surprise, just enough to have this probability.
-
-    Meister et al. 2022, "Locally typical sampling".
-    """
+def typical(candidates: Candidates, params: SamplingParams, _: State) -> Candidates:
+    """Keep the fewest tokens nearest to the expected surprise that have this probability (Meister et al. 2022)."""
     probabilities = candidates.probabilities()
-    surprise = _surprise(probabilities)
-    distance = np.abs(surprise - _entropy(probabilities, surprise))
+    surprise, entropy = _surprise(probabilities)
+    distance = np.abs(surprise - entropy)
     distance[probabilities == 0] = np.inf
     return candidates.take(_reaching(-distance, probabilities, params.typical_p, "right"), False)
 
 
-def top_n_sigma(candidates: Candidates, params: "SamplingParams", _: State) -> Candidates:
+def top_n_sigma(candidates: Candidates, params: SamplingParams, _: State) -> Candidates:
     """Forbid logits more than n standard deviations below the largest (Tang et al. 2024)."""
     logits = candidates.logits
     if len(logits) == 1:
@@ -101,8 +97,8 @@ def top_n_sigma(candidates: Candidates, params: "SamplingParams", _: State) -> C
     return candidates._replace(logits=np.where(too_low, logits.dtype.type(-np.inf), logits))
 
 
-def xtc(candidates: Candidates, params: "SamplingParams", state: State) -> Candidates:
-    """Exclude top choices: with some probability, drop the tokens above a threshold, but the least likely of them."""
+def xtc(candidates: Candidates, params: SamplingParams, state: State) -> Candidates:
+    """Exclude top choices: with some probability, drop the tokens above a threshold, except the least likely one."""
     if len(candidates.logits) < 2 or state.random.random() > params.xtc_probability:
         return candidates
     probabilities = candidates.probabilities()
@@ -114,7 +110,7 @@ def xtc(candidates: Candidates, params: "SamplingParams", state: State) -> Candi
     return candidates
 
 
-def temperature(candidates: Candidates, params: "SamplingParams", _: State) -> Candidates:
+def temperature(candidates: Candidates, params: SamplingParams, _: State) -> Candidates:
     """Divide the logits by the temperature.
 
     With a range the divisor follows the entropy of the candidates: from temperature - range where one token is
@@ -125,7 +121,7 @@ def temperature(candidates: Candidates, params: "SamplingParams", _: State) -> C
         if len(candidates.logits) == 1:
             return candidates
         probabilities = candidates.probabilities()
-        share = _entropy(probabilities, _surprise(probabilities)) / math.log(len(probabilities))
+        share = _surprise(probabilities)[1] / math.log(len(probabilities))
         low, high = max(0.0, divisor - params.dynatemp_range), divisor + params.dynatemp_range
         divisor = low + (high - low) * min(1.0, max(0.0, share)) ** params.dynatemp_exponent
     if divisor < GREEDY:
@@ -165,12 +161,12 @@ def largest(values: NDArray[np.floating], k: int) -> NDArray[np.intp]:
 
 
 def _reaching(
-    values: NDArray[np.floating], weights: NDArray[np.floating], wanted: float, side: Side
+    values: NDArray[np.floating], weights: NDArray[np.floating], wanted: float, side: Literal["left", "right"]
 ) -> "NDArray[np.intp] | NDArray[np.bool_]":
-    """Return where the largest values stand, just enough for their weights to reach `wanted` ("right": to exceed it).
+    """Return the places of the fewest largest values whose weights reach `wanted` (side "right": exceed it).
 
-    They are nearly always few, so a head of the values is sorted. If that is not enough, the values are counted in
-    small steps below the largest one; only the step in which the sum reaches `wanted` is sorted.
+    A few values are nearly always enough, so only a head of the values is sorted. If the head is not enough, the values
+    are counted in small steps below the largest one; only the step in which the sum reaches `wanted` is sorted.
     """
     first = largest(values, EXACT)
     cumulative = weights[first].astype(np.float64).cumsum()
@@ -190,10 +186,7 @@ def _reaching(
     return chosen
 
 
-def _surprise(probabilities: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Return -log p, but 0 where p is 0, so that such a token adds nothing to an entropy."""
-    return -np.log(probabilities, out=np.zeros_like(probabilities), where=probabilities > 0)
-
-
-def _entropy(probabilities: NDArray[np.floating], surprise: NDArray[np.floating]) -> float:
-    return float((probabilities * surprise).sum(dtype=np.float64))
+def _surprise(probabilities: NDArray[np.floating]) -> tuple[NDArray[np.floating], float]:
+    """Return the surprise of each token, -log p but 0 where p is 0, and its expected value, the entropy."""
+    surprise = -np.log(probabilities, out=np.zeros_like(probabilities), where=probabilities > 0)
+    return surprise, float((probabilities * surprise).sum(dtype=np.float64))

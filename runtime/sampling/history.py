@@ -6,18 +6,13 @@ the less likely. A repetition ends at a breaker, a text such as the end of a lin
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from gguf_run.runtime.sampling.filters import Candidates, State
-
-if TYPE_CHECKING:
-    from gguf_run.runtime.sampling.params import SamplingParams
-    from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
-
-Breakers = dict[int, tuple[tuple[int, ...], ...]]
+from gguf_run.runtime.sampling.filters import Breakers, Candidates, State
+from gguf_run.runtime.sampling.params import SamplingParams
+from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
 MAX_BREAKER_BYTES = 40
 MAX_BREAKER_TOKENS = 20
@@ -25,7 +20,7 @@ MAX_LOG = 88.7228391  # the logarithm of the largest float32
 HIGHEST = 1e37  # the largest logit that a penalty leaves
 
 
-def penalties(candidates: Candidates, params: "SamplingParams", state: State) -> Candidates:
+def penalties(candidates: Candidates, params: SamplingParams, state: State) -> Candidates:
     """Penalize recent tokens.
 
     repeat_penalty divides their positive logits and multiplies the negative ones. frequency_penalty is subtracted for
@@ -44,13 +39,10 @@ def penalties(candidates: Candidates, params: "SamplingParams", state: State) ->
     return candidates._replace(logits=logits, is_sorted=False)
 
 
-def dry(candidates: Candidates, params: "SamplingParams", state: State) -> Candidates:
+def dry(candidates: Candidates, params: SamplingParams, state: State) -> Candidates:
     """Subtract multiplier * base^(n - allowed_length) from tokens that would make a repetition of n tokens longer."""
-    runs = {
-        id: n
-        for id, n in repeated_runs(_last(state.recent, params.dry_penalty_last_n), params, state.breakers).items()
-        if () not in state.breakers.get(id, ())
-    }
+    runs = repeated_runs(_last(state.recent, params.dry_penalty_last_n), params, state.breakers)
+    runs = {id: n for id, n in runs.items() if () not in state.breakers.get(id, ())}
     if not runs:
         return candidates
     at, which = _find(candidates, list(runs))
@@ -63,9 +55,7 @@ def dry(candidates: Candidates, params: "SamplingParams", state: State) -> Candi
     return candidates._replace(logits=logits, is_sorted=False)
 
 
-def repeated_runs(
-    recent: Sequence[int], params: "SamplingParams", breakers: Mapping[int, tuple[tuple[int, ...], ...]]
-) -> dict[int, int]:
+def repeated_runs(recent: Sequence[int], params: SamplingParams, breakers: Breakers) -> dict[int, int]:
     """Return the tokens that would make a repetition longer, and how many tokens the repetition has already.
 
     Repetitions of fewer than dry_allowed_length tokens do not count. Example: after a b c x a b c, the run "a b c"
@@ -76,16 +66,14 @@ def repeated_runs(
     back = list(recent)[::-1]
     limit = _since_breaker(back, breakers)
     runs: dict[int, int] = {}
-    if limit < params.dry_allowed_length:
-        return runs
-    for i, n in enumerate(_matches(back)[1:]):
-        n = min(n, limit)
+    for id, length in zip(back, _matches(back)[1:], strict=False):
+        n = min(length, limit)
         if n >= params.dry_allowed_length:
-            runs[back[i]] = max(n, runs.get(back[i], 0))
+            runs[id] = max(n, runs.get(id, 0))
     return runs
 
 
-def breakers(tokenizer: "Tokenizer", texts: Iterable[str]) -> Breakers:
+def breakers(tokenizer: Tokenizer, texts: Iterable[str]) -> Breakers:
     """Return the tokens at which a breaker stands or begins, and for each the tokens that complete the breaker.
 
     texts: the breakers. () stands for a token that holds a whole breaker. Several breakers may begin in a token.
@@ -94,17 +82,17 @@ def breakers(tokenizer: "Tokenizer", texts: Iterable[str]) -> Breakers:
     pieces = [tokenizer.piece(id) for id in range(tokenizer.n_vocab)]
     for text in texts:
         whole = text.encode()[:MAX_BREAKER_BYTES]
-        # The starts of the breaker, with which a piece may end, and the tokens of the rest.
+        # A piece may end with a start of the breaker. For each start: the tokens of the rest.
         rests = {}
         for n in range(1, len(whole)):
             tail = tokenizer.encode(whole[n:].decode(errors="ignore"), add_special=False, parse_special=False)
             rests[whole[:n]] = tuple(tail[:MAX_BREAKER_TOKENS])
         for id, piece in enumerate(pieces):
+            found = {rest for start, rest in rests.items() if piece.endswith(start)}
             if whole in piece:
-                completions.setdefault(id, set()).add(())
-            else:
-                for rest in (rest for start, rest in rests.items() if piece.endswith(start)):
-                    completions.setdefault(id, set()).add(rest)
+                found = {()}
+            if found:
+                completions.setdefault(id, set()).update(found)
     return {id: tuple(sorted(rests)) for id, rests in completions.items()}
 
 
@@ -127,7 +115,7 @@ def _find(candidates: Candidates, ids: list[int]) -> tuple[np.ndarray, np.ndarra
     return at, which
 
 
-def _since_breaker(back: Sequence[int], breakers: Mapping[int, tuple[tuple[int, ...], ...]]) -> int:
+def _since_breaker(back: Sequence[int], breakers: Breakers) -> int:
     """Return how many tokens came since the last breaker. back: the context, the last token first."""
     for i, id in enumerate(back):
         lengths = [len(rest) for rest in breakers.get(id, ()) if tuple(back[i - len(rest) : i][::-1]) == rest]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SamplerKind:
-    """A row of the table of samplers. Its function: see sampler.function."""
+    """A row of the table of samplers."""
 
     name: str
     letter: str  # for --samplers, as in llama.cpp
@@ -108,32 +108,33 @@ class SamplingParams:
     min_p: float = 0.05  # keep tokens that are at least this fraction as likely as the best one
     repeat_penalty: float = 1.0  # divides positive and multiplies negative logits of recent tokens
     repeat_last_n: int = 64  # how many tokens count as recent
-    seed: int | None = None  # of the draws; None: any
+    seed: int | None = None  # of the random numbers; None: another one each time
     frequency_penalty: float = 0.0  # subtracted for each time that a recent token came
     presence_penalty: float = 0.0  # subtracted once from each recent token
     dry_multiplier: float = 0.0  # DRY subtracts multiplier * base^(n - allowed_length) from the logit of a token
     dry_base: float = 1.75  # that would make a repetition of n tokens longer, see history.dry
     dry_allowed_length: int = 2
-    dry_penalty_last_n: int = 64  # how many tokens back it looks for a repetition
+    dry_penalty_last_n: int = 64  # how many tokens back DRY looks for a repetition
     dry_sequence_breakers: Sequence[str] = ("\n", ":", '"', "*")  # a repetition ends at these texts
     top_n_sigma: float = -1.0  # keep logits within n standard deviations below the largest
     typical_p: float = 1.0  # keep tokens of typical surprise that together have this probability
     xtc_probability: float = 0.0  # how often XTC drops the most likely tokens
-    xtc_threshold: float = 0.1  # it drops tokens above this probability, but the least likely of them
-    dynatemp_range: float = 0.0  # the temperature varies by so much with the entropy, see filters.temperature
-    dynatemp_exponent: float = 1.0
+    xtc_threshold: float = 0.1  # XTC drops the tokens above this probability, except the least likely of them
+    dynatemp_range: float = 0.0  # how far the temperature moves with the entropy, see filters.temperature
+    dynatemp_exponent: float = 1.0  # the power of the entropy in this movement
     mirostat: int = 0  # 1 or 2: mirostat replaces all samplers but the temperature
-    mirostat_tau: float = 5.0  # the surprise that it aims at, in bits
-    mirostat_eta: float = 0.1  # how fast it adapts
+    mirostat_tau: float = 5.0  # the surprise that mirostat aims at, in bits
+    mirostat_eta: float = 0.1  # how fast mirostat adapts
     adaptive_target: float = -1.0  # the probability that the sampler adaptive_p aims at
-    adaptive_decay: float = 0.9  # how slowly it forgets
+    adaptive_decay: float = 0.9  # how slowly adaptive_p forgets the tokens before
     # Names of samplers in their order: a list, one text with ";" between them, or letters ("edskypmxt" is the default).
+    # The object holds a tuple of names.
     samplers: str | Sequence[str] = DEFAULT_CHAIN
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of tokens; -inf forbids one
     # Called in turn, after the biases and before the samplers, with the ids of the context and the logits f32[n_vocab].
     # Each returns the logits, and may write to those that it was given.
     logits_processors: "Sequence[LogitsProcessor]" = ()
-    logprobs: int | None = None  # record the log-probability of each token, and those of so many most likely ones
+    logprobs: int | None = None  # record the log-probabilities of each token and of the n most likely; None: none
     ignore_eos: bool = False  # forbid the tokens that end an answer
 
     def __post_init__(self) -> None:
@@ -151,11 +152,6 @@ class SamplingParams:
                 f"dry_sequence_breakers is {self.dry_sequence_breakers!r}; allowed: a list of texts that are not empty"
             )
         object.__setattr__(self, "samplers", _chain(self.samplers))
-
-    @property
-    def chain(self) -> tuple[str, ...]:
-        """The samplers' names in order."""
-        return tuple(self.samplers)
 
 
 def _is_number(value: Any, whole: bool) -> bool:

@@ -3,7 +3,7 @@
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.sampling import filters
-from gguf_run.runtime.sampling.filters import EXACT, GREEDY, Candidates, State, largest
-from gguf_run.runtime.sampling.params import SAMPLERS, SamplingParams
+from gguf_run.runtime.sampling.filters import EXACT, GREEDY, Breakers, Candidates, State, largest
+from gguf_run.runtime.sampling.params import SAMPLERS, SamplerKind, SamplingParams
 
 if TYPE_CHECKING:
     from gguf_run.runtime.sampling.select import AdaptiveP, Mirostat
 
 Function = Callable[[Candidates, SamplingParams, State], Candidates]
 
-_FILTERS: dict[str, Function] = {
+_FILTERS: Mapping[str, Function] = {
     "top_n_sigma": filters.top_n_sigma,
     "top_k": filters.top_k,
     "typ_p": filters.typical,
@@ -43,32 +43,19 @@ class TokenLogprob:
 class Sampler:
     """Chooses tokens from logits, one after the other."""
 
-    def __init__(
-        self, params: SamplingParams, breakers: Mapping[int, tuple[tuple[int, ...], ...]] | None = None
-    ) -> None:
+    def __init__(self, params: SamplingParams, breakers: Breakers | None = None) -> None:
         """breakers: history.breakers of params.dry_sequence_breakers."""
         if params.mirostat:
             params = replace(params, samplers=("temperature",), dynatemp_range=0.0)
         self.params = params
         self.seed = random.getrandbits(32) if params.seed is None else int(params.seed)  # gives the same text again
         self.logprobs: list[TokenLogprob] = []  # of the tokens so far, if params.logprobs asks for them
-        self._random = random.Random(self.seed)
-        stages = [SAMPLERS[name] for name in params.chain if SAMPLERS[name].is_on(params)]
-        if "temperature" in params.chain and params.temperature < GREEDY and params.dynatemp_range == 0:
-            # Samplers that keep the best token need not run, unless a sampler behind them may change it.
-            n_first = max((i + 1 for i, kind in enumerate(stages) if not kind.keeps_best), default=0)
-            stages = stages[:n_first] + [kind for kind in stages[n_first:] if kind.name == "temperature"]
+        stages = _stages(params)
         self._functions = [function(kind.name) for kind in stages]
-        self.n_top = 0  # so many of the greatest logits are enough to choose from; 0: all must be known
-        if stages and not params.logit_bias and not params.logits_processors and params.logprobs is None:
-            is_greedy = stages[0].name == "temperature" and params.temperature < GREEDY and not params.dynatemp_range
-            self.n_top = params.top_k if stages[0].name == "top_k" else int(is_greedy)
-        names = {kind.name for kind in stages}
-        n_recent = max(
-            params.repeat_last_n if "penalties" in names else 0, params.dry_penalty_last_n if "dry" in names else 0
-        )
-        self._recent: deque[int] = deque(maxlen=n_recent)
-        self._state = State(self._random, self._recent, breakers or {})
+        self.n_top = _n_top(params, stages)  # this many of the largest logits are enough; 0: all are needed
+        look_back = {"penalties": params.repeat_last_n, "dry": params.dry_penalty_last_n}
+        n_recent = max((look_back.get(kind.name, 0) for kind in stages), default=0)
+        self._state = State(random.Random(self.seed), deque(maxlen=n_recent), breakers or {})
         self._context: list[int] = []  # for logits processors only
         self._selector = _selector(params)
 
@@ -77,12 +64,12 @@ class Sampler:
         if self.params.logits_processors:
             ids = list(ids)
             self._context.extend(ids)
-        self._recent.extend(ids)
+        self._state.recent.extend(ids)
 
     def sample(self, logits: NDArray[np.float32] | Candidates) -> int:
         """Return the id of the next token.
 
-        logits: f32[n_vocab], which stay as they are; or, if n_top is not 0, the n_top greatest, in order.
+        logits: f32[n_vocab], which stay as they are; or, if n_top is not 0, the n_top largest, in order.
         GgufRunError if the logits are no numbers, or no token is left to choose from.
         """
         best = logits.logits[0] if isinstance(logits, Candidates) else logits[int(logits.argmax())]
@@ -99,7 +86,7 @@ class Sampler:
             for apply in self._functions:
                 candidates = apply(candidates, self.params, self._state)
             candidates = self._distribution(candidates)
-        i = _draw(candidates.probabilities(), self._random) if len(candidates.logits) > 1 else 0
+        i = _draw(candidates.probabilities(), self._state.random) if len(candidates.logits) > 1 else 0
         if self._selector is not None:
             self._selector.chosen(candidates, i)
         id = candidates.id(i)
@@ -134,6 +121,27 @@ class Sampler:
         return logits
 
 
+def _stages(params: SamplingParams) -> Sequence[SamplerKind]:
+    """Return the samplers that run, in order."""
+    stages = [SAMPLERS[name] for name in params.samplers if SAMPLERS[name].is_on(params)]
+    if "temperature" not in params.samplers or not _is_greedy(params):
+        return stages
+    # Samplers that keep the best token need not run, unless a sampler behind them may change it.
+    n_first = max((i + 1 for i, kind in enumerate(stages) if not kind.keeps_best), default=0)
+    return stages[:n_first] + [kind for kind in stages[n_first:] if kind.name == "temperature"]
+
+
+def _n_top(params: SamplingParams, stages: Sequence[SamplerKind]) -> int:
+    if not stages or params.logit_bias or params.logits_processors or params.logprobs is not None:
+        return 0
+    first = stages[0].name
+    return params.top_k if first == "top_k" else int(first == "temperature" and _is_greedy(params))
+
+
+def _is_greedy(params: SamplingParams) -> bool:
+    return params.temperature < GREEDY and not params.dynatemp_range
+
+
 def function(name: str) -> Function:
     """Return the function of a sampler. Those that look back at the context are imported when they are on."""
     if name in _FILTERS:
@@ -145,7 +153,7 @@ def function(name: str) -> Function:
 
 def _selector(params: SamplingParams) -> "Mirostat | AdaptiveP | None":
     """Return what selects the candidates for the draw; None: the samplers alone do."""
-    if not params.mirostat and (params.adaptive_target < 0 or "adaptive_p" not in params.chain):
+    if not params.mirostat and (params.adaptive_target < 0 or "adaptive_p" not in params.samplers):
         return None
     from gguf_run.runtime.sampling.select import AdaptiveP, Mirostat
 

@@ -12,9 +12,9 @@ from typing import Any
 from tokenizers.normalizers import NFC
 
 from gguf_run.formats.errors import FormatError
-from gguf_run.runtime.tokenizers.merge import CACHED_CHARS, CACHED_WORDS, merge
-from gguf_run.runtime.tokenizers.pretokenizers import PreTokenizer
-from gguf_run.runtime.tokenizers.vocab import NORMAL, Vocab, read_bool, read_strings
+from gguf_run.runtime.tokenizers.merge import WordIds, merge
+from gguf_run.runtime.tokenizers.pretokenizers import pre_tokenizer
+from gguf_run.runtime.tokenizers.vocab import NORMAL, Defaults, read_bool, read_string, read_strings, read_vocab
 
 
 def _byte_characters() -> dict[str, int]:
@@ -28,44 +28,38 @@ BYTE_CHARACTERS = _byte_characters()
 
 
 class BpeEncoder:
-    """Encodes text between special tokens."""
+    """Encodes text between special tokens, see tokenizer.Encoder."""
 
     prefix = ""
     drops_first_space = False
 
-    def __init__(self, vocab: Vocab, metadata: Mapping[str, Any], pre: PreTokenizer) -> None:
-        """FormatError if the merges are missing or malformed."""
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        """FormatError if the vocabulary or the merges are missing or malformed."""
+        pre = pre_tokenizer(read_string(metadata, "pre"))
+        self.vocab = read_vocab(metadata, Defaults(add_bos=pre.add_bos))
         merges = read_strings(metadata, "merges")
         if "\n".join(merges).count(" ") != len(merges):
             for i, pair in enumerate(merges):
                 if pair.count(" ") != 1:
                     raise FormatError(f'tokenizer.ggml.merges: entry {i} is {pair[:40]!r}, not "left right"')
-        # From the end: of equal entries, the first one counts.
+        # Built from the end, so that the first one of equal entries counts.
         self._ranks = {merges[i]: i for i in range(len(merges) - 1, -1, -1)}
-        self._vocab = vocab
         self._whole_words = pre.whole_words
         self._words = pre.build()
         self._composes = read_bool(metadata, "normalizer.nfc", False)
-        self._cache: dict[str, list[int]] = {}
+        self._word_ids = WordIds(self._encode_word)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text without special tokens."""
         ids: list[int] = []
         if self._composes and not text.isascii():
             text = NFC().normalize_str(text)
         for word, _ in self._words.pre_tokenize_str(text):
-            found = self._cache.get(word)
-            if found is None:
-                found = self._encode_word(word)
-                if len(word) <= CACHED_CHARS and len(self._cache) < CACHED_WORDS:
-                    self._cache[word] = found
-            ids += found
+            ids += self._word_ids[word]
         return ids
 
     def piece(self, id: int) -> bytes:
-        """Return the bytes of a token that is not special."""
-        token = self._vocab.tokens[id]
-        if self._vocab.types[id] != NORMAL:
+        token = self.vocab.tokens[id]
+        if self.vocab.types[id] != NORMAL:
             return b""
         try:
             return bytes([BYTE_CHARACTERS[character] for character in token])
@@ -76,7 +70,7 @@ class BpeEncoder:
         return self._ranks.get(f"{left} {right}")
 
     def _encode_word(self, word: str) -> list[int]:
-        ids = self._vocab.ids
+        ids = self.vocab.ids
         if self._whole_words and word in ids:
             return [ids[word]]
         out: list[int] = []

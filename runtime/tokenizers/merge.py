@@ -1,31 +1,40 @@
-"""The merge loop of byte-level BPE and SentencePiece: join the best adjacent pair until no pair can be joined."""
+"""What byte-level BPE and SentencePiece share: the loop that merges pairs, and a table of words met before."""
 
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 
-# Limits of the encoders' tables of words that they have met.
 CACHED_WORDS = 1 << 16
 CACHED_CHARS = 64  # of a word; longer words hardly ever come twice
 
-Rank = Callable[[str, str], float | None]
+
+class WordIds(dict[str, list[int]]):
+    """The token ids of words. A word that is not in the table is encoded, and kept if there is room for it."""
+
+    def __init__(self, encode: Callable[[str], list[int]]) -> None:
+        super().__init__()
+        self._encode = encode
+
+    def __missing__(self, word: str) -> list[int]:
+        ids = self._encode(word)
+        if len(word) <= CACHED_CHARS and len(self) < CACHED_WORDS:
+            self[word] = ids
+        return ids
 
 
-def merge(symbols: list[str], rank: Rank) -> list[str]:
-    """Join adjacent symbols and return the result: the pair of the smallest rank first, of equals the leftmost.
+def merge(symbols: list[str], rank: Callable[[str, str], float | None]) -> list[str]:
+    """Join adjacent symbols until no pair can be joined: the pair of the smallest rank first, of equals the leftmost.
 
     symbols: is changed. rank(left, right): how early a pair is joined; None: never.
     A heap holds the possible pairs, so this takes O(n log n). An entry is stale if a symbol of it has changed since.
-    Symbols only grow, or become "" when they are joined to their left neighbour, so their length shows it.
+    Symbols only grow, or become "" when they are joined to their left neighbour, so their length shows a change.
     Sennrich et al., "Neural machine translation of rare words with subword units".
     """
     n = len(symbols)
     before = list(range(-1, n - 1))
     after = list(range(1, n + 1))
-    heap: list[tuple[float, int, int, int]] = []  # rank, indices of left and right, length of both together
-    for i in range(n - 1):
-        r = rank(symbols[i], symbols[i + 1])
-        if r is not None:
-            heap.append((r, i, i + 1, len(symbols[i]) + len(symbols[i + 1])))
+    ranks = map(rank, symbols, symbols[1:])
+    # rank, indices of left and right, length of both together
+    heap = [(r, i, i + 1, len(symbols[i]) + len(symbols[i + 1])) for i, r in enumerate(ranks) if r is not None]
     heapify(heap)
     while heap:
         _, i, j, length = heappop(heap)

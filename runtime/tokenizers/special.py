@@ -27,16 +27,10 @@ class SpecialTokens:
         pieces: list[str | int] = [text] if text else []
         for i in sorted(self._present(text)):
             id = self._order[i]
-            token = self._tokens[id]
             cut: list[str | int] = []
             for piece in pieces:
-                if isinstance(piece, int) or token not in piece:
-                    cut.append(piece)
-                    continue
-                first, *rest = piece.split(token)
-                cut.append(first)
-                for part in rest:
-                    cut += (id, part)
+                parts = [piece] if isinstance(piece, int) else piece.split(self._tokens[id])
+                cut += [item for part in parts for item in (id, part)][1:]  # the id stands between the parts
             pieces = [piece for piece in cut if piece != ""]
         return pieces
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from gguf_run.formats.errors import FormatError
-from gguf_run.runtime.tokenizers.merge import CACHED_CHARS, CACHED_WORDS, merge
-from gguf_run.runtime.tokenizers.vocab import BYTE, NORMAL, Defaults, Vocab, read_bool, read_numbers
+from gguf_run.runtime.tokenizers.merge import WordIds, merge
+from gguf_run.runtime.tokenizers.vocab import BYTE, NORMAL, Defaults, read_bool, read_numbers, read_vocab
 
 DEFAULTS = Defaults(add_bos=True, bos=1, eos=2, unknown=0)
 
@@ -30,12 +30,11 @@ class SpmPieces:
     prefix = ""
     drops_first_space = True
 
-    def __init__(self, vocab: Vocab) -> None:
-        self._vocab = vocab
+    def __init__(self, metadata: Mapping[str, Any], defaults: Defaults) -> None:
+        self.vocab = read_vocab(metadata, defaults)
 
     def piece(self, id: int) -> bytes:
-        """Return the bytes of a token that is not special."""
-        token, type = self._vocab.tokens[id], self._vocab.types[id]
+        token, type = self.vocab.tokens[id], self.vocab.types[id]
         if type == NORMAL:
             return token.replace(_SPACE, " ").encode()
         if type == BYTE:
@@ -44,39 +43,33 @@ class SpmPieces:
 
 
 class SpmEncoder(SpmPieces):
-    """Encodes text between special tokens."""
+    """Encodes text between special tokens, see tokenizer.Encoder."""
 
-    def __init__(self, vocab: Vocab, metadata: Mapping[str, Any]) -> None:
-        """FormatError if scores are missing, of a wrong number, or not numbers."""
-        scores = read_numbers(metadata, "scores", len(vocab.tokens))
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        """FormatError if the vocabulary is damaged, or scores are missing, of a wrong number, or not numbers."""
+        super().__init__(metadata, DEFAULTS)
+        scores = read_numbers(metadata, "scores", len(self.vocab.tokens))
         if scores is None:
             raise FormatError(
                 "tokenizer.ggml.scores is missing: this kind of tokenizer needs it, convert the model again"
             )
         if np.isnan(scores).any():
             raise FormatError(f"tokenizer.ggml.scores: entry {int(np.isnan(scores).argmax())} is not a number")
-        super().__init__(vocab)
         self.drops_first_space = read_bool(metadata, "add_space_prefix", True)
         scheme = metadata.get("tokenizer.ggml.metaspace", "special")
         if scheme not in ("special", "first", "always"):
             raise FormatError(f'tokenizer.ggml.metaspace is {str(scheme)[:40]!r}: "first" and "always" are allowed')
         self.prefix = scheme if self.drops_first_space else ""
         self._costs: list[float] = (-scores.astype(np.float64)).tolist()
-        self._cache: dict[str, list[int]] = {}
+        self._word_ids = WordIds(self._encode_word)
         self._n_encoded = 0
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text without special tokens."""
         ids: list[int] = []
         text = text.replace(" ", _SPACE)
         self._n_encoded += len(text)
         for word in self._word.findall(text) if self._n_encoded > FEW_CHARS else [text]:
-            found = self._cache.get(word)
-            if found is None:
-                found = self._encode_word(word)
-                if len(word) <= CACHED_CHARS and len(self._cache) < CACHED_WORDS:
-                    self._cache[word] = found
-            ids += found
+            ids += self._word_ids[word]
         return ids
 
     @functools.cached_property
@@ -86,15 +79,15 @@ class SpmEncoder(SpmPieces):
         A part begins with the spaces before a word, since tokens have their spaces at the start. Some vocabularies have
         a few tokens with a space behind another character: no part ends behind such a character.
         """
-        joined = "\0".join(self._vocab.tokens)
+        joined = "\0".join(self.vocab.tokens)
         inner = {before[-1] for before in joined.split(_SPACE)[:-1] if before}
-        if joined.count("\0") < len(self._vocab.tokens):
+        if joined.count("\0") < len(self.vocab.tokens):
             inner.discard("\0")  # no token holds it: it only stands between tokens here
         goes_on = f"(?:(?<=[{re.escape(''.join(sorted(inner)))}]){_SPACE}+[^{_SPACE}]*)*" if inner else ""
         return re.compile(f"{_SPACE}*[^{_SPACE}]+{goes_on}|{_SPACE}+")
 
     def _encode_word(self, word: str) -> list[int]:
-        ids, costs = self._vocab.ids, self._costs
+        ids, costs = self.vocab.ids, self._costs
 
         def rank(left: str, right: str) -> float | None:
             id = ids.get(left + right)
@@ -108,7 +101,7 @@ class SpmEncoder(SpmPieces):
 
     def _bytes(self, symbol: str) -> list[int]:
         """Return the tokens of the bytes of a character that is no token, `<0xXX>` each, or the unknown token."""
-        spelled = [self._vocab.ids.get(f"<0x{byte:02X}>", self._vocab.unknown) for byte in symbol.encode()]
+        spelled = [self.vocab.ids.get(f"<0x{byte:02X}>", self.vocab.unknown) for byte in symbol.encode()]
         ids = [id for id in spelled if id is not None]
         if len(ids) < len(spelled):
             raise FormatError(f"the vocabulary has no token for {symbol!r}, its bytes, or unknown text")

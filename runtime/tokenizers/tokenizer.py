@@ -7,12 +7,13 @@ from typing import Any, Protocol
 
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
 from gguf_run.runtime.tokenizers.special import SpecialTokens
-from gguf_run.runtime.tokenizers.vocab import CONTROL, UNKNOWN, USER_DEFINED, Defaults, Vocab, read_vocab, strip_ids
+from gguf_run.runtime.tokenizers.vocab import CONTROL, UNKNOWN, USER_DEFINED, Vocab, read_string, strip_ids
 
 
 class Encoder(Protocol):
     """A kind of tokenizer, for text between special tokens."""
 
+    vocab: Vocab
     # Where a space is put before text. "": nowhere; "special": at the start and after special tokens; "first": at the
     # start, and "always": before each text between special tokens, both unless it begins with a space.
     prefix: str
@@ -30,8 +31,9 @@ class Encoder(Protocol):
 class Tokenizer:
     """Makes token ids of text, and text of token ids."""
 
-    def __init__(self, vocab: Vocab, encoder: Encoder, strips: tuple[frozenset[int], frozenset[int]]) -> None:
+    def __init__(self, encoder: Encoder, strips: tuple[frozenset[int], frozenset[int]]) -> None:
         """strips: see vocab.strip_ids."""
+        vocab = encoder.vocab
         self.n_vocab = len(vocab.tokens)
         self.bos, self.eos, self.eot = vocab.bos, vocab.eos, vocab.eot  # ids; None if the model has no such token
         self.stop_ids = vocab.stop_ids  # all tokens that end an answer
@@ -46,8 +48,8 @@ class Tokenizer:
         FormatError: the keys are damaged or contradict each other. UnsupportedError: a kind of tokenizer that is not
         known. PreTokenizerWarning: text is cut into words by rules that may differ from the model's.
         """
-        vocab, encoder = _read(metadata)
-        return cls(vocab, encoder, strip_ids(metadata, vocab))
+        encoder = _encoder(metadata)
+        return cls(encoder, strip_ids(metadata, encoder.vocab))
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Return the ids of a text.
@@ -145,31 +147,25 @@ class TokenStream:
         return self._decoder.decode(b"", final=True)
 
 
-def _read(metadata: Mapping[str, Any]) -> tuple[Vocab, Encoder]:
-    """Return the vocabulary and the encoder. A kind of tokenizer is imported when it is needed."""
-    model = _string(metadata, "tokenizer.ggml.model")
+def _encoder(metadata: Mapping[str, Any]) -> Encoder:
+    """Return the encoder of the kind that the metadata names. A kind of tokenizer is imported when it is needed."""
+    model = read_string(metadata, "model")
     if model == "gpt2":
         from gguf_run.runtime.tokenizers.bpe import BpeEncoder
-        from gguf_run.runtime.tokenizers.pretokenizers import pre_tokenizer
 
-        pre = pre_tokenizer(_string(metadata, "tokenizer.ggml.pre"))
-        vocab = read_vocab(metadata, Defaults(add_bos=pre.add_bos))
-        return vocab, BpeEncoder(vocab, metadata, pre)
+        return BpeEncoder(metadata)
     if model == "llama":
-        from gguf_run.runtime.tokenizers import spm
+        from gguf_run.runtime.tokenizers.spm import SpmEncoder
 
-        vocab = read_vocab(metadata, spm.DEFAULTS)
-        return vocab, spm.SpmEncoder(vocab, metadata)
+        return SpmEncoder(metadata)
     if model == "t5":
-        from gguf_run.runtime.tokenizers import unigram
+        from gguf_run.runtime.tokenizers.unigram import UgmEncoder
 
-        vocab = read_vocab(metadata, unigram.DEFAULTS)
-        return vocab, unigram.UgmEncoder(vocab, metadata)
+        return UgmEncoder(metadata)
     if model == "bert":
-        from gguf_run.runtime.tokenizers import wordpiece
+        from gguf_run.runtime.tokenizers.wordpiece import WpmEncoder
 
-        vocab = read_vocab(metadata, wordpiece.DEFAULTS)
-        return vocab, wordpiece.WpmEncoder(vocab, metadata)
+        return WpmEncoder(metadata)
     if model is None:
         raise FormatError("tokenizer.ggml.model is missing: the file holds no tokenizer, convert the model again")
     raise UnsupportedError(f"tokenizer.ggml.model is {model[:40]!r}: gpt2, llama, t5, bert are supported")
@@ -182,10 +178,3 @@ def _valid(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text
-
-
-def _string(metadata: Mapping[str, Any], key: str) -> str | None:
-    value = metadata.get(key)
-    if value is not None and not isinstance(value, str):
-        raise FormatError(f"{key} must be a string, but is {type(value).__name__}")
-    return value

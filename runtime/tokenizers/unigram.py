@@ -16,7 +16,7 @@ from tokenizers.normalizers import NFC, NFKC, Normalizer, Precompiled, Sequence
 from gguf_run.formats.errors import FormatError
 from gguf_run.runtime.tokenizers.special import WHITE_SPACE
 from gguf_run.runtime.tokenizers.spm import SpmPieces
-from gguf_run.runtime.tokenizers.vocab import BYTE, NORMAL, USER_DEFINED, Defaults, Vocab, read_bool, read_numbers
+from gguf_run.runtime.tokenizers.vocab import BYTE, NORMAL, USER_DEFINED, Defaults, read_bool, read_numbers
 
 DEFAULTS = Defaults(add_eos=True, eos=1, unknown=2)
 
@@ -26,34 +26,29 @@ _WORDS = re.compile(f"{_SPACE}[^{_SPACE}]*|[^{_SPACE}]+")
 
 
 class UgmEncoder(SpmPieces):
-    """Encodes text between special tokens."""
+    """Encodes text between special tokens, see tokenizer.Encoder."""
 
-    def __init__(self, vocab: Vocab, metadata: Mapping[str, Any]) -> None:
-        """FormatError if the scores or the table of characters are missing or damaged."""
-        super().__init__(vocab)
-        scores = read_numbers(metadata, "scores", len(vocab.tokens))
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        """FormatError if the vocabulary, the scores or the table of characters are missing or damaged."""
+        super().__init__(metadata, DEFAULTS)
+        tokens = self.vocab.tokens
+        scores = read_numbers(metadata, "scores", len(tokens))
         if scores is None or not np.isfinite(scores).all():
             raise FormatError("tokenizer.ggml.scores must have a finite number for each token, convert the model again")
-        if vocab.unknown is None:
-            raise FormatError("tokenizer.ggml.unknown_token_id is missing: this kind of tokenizer needs it")
-        types = np.frombuffer(vocab.types, np.uint8)
+        types = np.frombuffer(self.vocab.types, np.uint8)
         in_texts = np.isin(types, (NORMAL, BYTE, USER_DEFINED))
         least = float(scores[np.isin(types, (NORMAL, BYTE))].min(initial=0.0))
         scores = np.where(types == USER_DEFINED, 0.0, np.where(in_texts, scores.astype(np.float64), least))
         # Names with U+FFFF hide control tokens: encode removes this character from texts.
-        names = [
-            token if ok else f"\uffff{id}" for id, (token, ok) in enumerate(zip(vocab.tokens, in_texts, strict=True))
-        ]
-        self._model = Unigram(
-            list(zip(names, scores.tolist(), strict=True)), vocab.unknown, bool((types == BYTE).any())
-        )
+        names = [token if ok else f"\uffff{id}" for id, (token, ok) in enumerate(zip(tokens, in_texts, strict=True))]
+        pairs = list(zip(names, scores.tolist(), strict=True))
+        self._model = Unigram(pairs, self.vocab.needed_unknown(), bool((types == BYTE).any()))
         self._normalizer = _normalizer(metadata)
         self._joins_spaces = read_bool(metadata, "remove_extra_whitespaces", True)
         self._adds_space = read_bool(metadata, "add_space_prefix", True)
         self._by_word = metadata.get("tokenizer.ggml.metaspace") is not None
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text without special tokens."""
         text = self._normalizer.normalize_str(text.replace("\uffff", "\ufffd"))
         if self._joins_spaces:
             words = _SPACES.split(text) if self._by_word else text.split(" ")

@@ -27,8 +27,8 @@ END_NAMES = (
 # This one ends an answer only if it is a control token: in Gemma's vocabulary it is a tag of HTML.
 _END_IF_CONTROL = "</s>"
 
-# The structure of an answer with several messages. These tokens are shown, although files call them control tokens. In
-# a vocabulary with a token of each of the two last sets, "<|end|>" ends a message and not the answer.
+# The structure of an answer with several messages. These tokens are shown, although files call them control tokens. If
+# a vocabulary has a token of each set in _ENDS_OF_MANY_MESSAGES, "<|end|>" ends a message and not the answer.
 _SHOWN_NAMES = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 _END_OF_MESSAGE = "<|end|>"
 _ENDS_OF_MANY_MESSAGES = (("<|call|>", "<|calls|>"), ("<|return|>", "<|flush|>"))
@@ -86,12 +86,39 @@ class Vocab:
 
     def of_type(self, *types: int) -> list[int]:
         """Return the ids of all tokens of the given types, in order."""
-        mask = np.isin(np.frombuffer(self.types, np.uint8), types)
-        return [int(id) for id in np.flatnonzero(mask)]
+        return np.flatnonzero(np.isin(np.frombuffer(self.types, np.uint8), types)).tolist()
+
+    def needed_unknown(self) -> int:
+        """Return `unknown`. FormatError if there is none."""
+        if self.unknown is None:
+            raise FormatError("tokenizer.ggml.unknown_token_id is missing: this kind of tokenizer needs it")
+        return self.unknown
 
 
 def read_vocab(metadata: Mapping[str, Any], defaults: Defaults) -> Vocab:
     """Read and check the vocabulary. FormatError names the key, what it holds and what it must hold."""
+    tokens, ids = _tokens(metadata)
+    types = _types(metadata, len(tokens))
+    roles = _roles(metadata, ids, types)
+    eos = _id(metadata, "eos", len(tokens), defaults.eos)
+    ends = {eos, *(roles.get(role.key) for role in _ROLES if role.ends_answer)}
+    stop_ids = _stop_ids({id for id in ends if id is not None}, ids, types)
+    return Vocab(
+        tokens=tokens,
+        ids=ids,
+        types=bytes(types),
+        bos=_id(metadata, "bos", len(tokens), defaults.bos),
+        eos=eos,
+        eot=roles.get("eot"),
+        unknown=_id(metadata, "unknown", len(tokens), defaults.unknown),
+        stop_ids=frozenset(stop_ids),
+        add_bos=read_bool(metadata, "add_bos_token", defaults.add_bos),
+        add_eos=read_bool(metadata, "add_eos_token", defaults.add_eos),
+    )
+
+
+def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], dict[str, int]]:
+    """Return the tokens' texts by id, and the ids by text. FormatError if two tokens are the same text."""
     tokens = read_strings(metadata, "tokens")
     ids = {token: id for id, token in enumerate(tokens)}  # three times as fast as dict(zip())
     if "" in ids:
@@ -102,44 +129,37 @@ def read_vocab(metadata: Mapping[str, Any], defaults: Defaults) -> Vocab:
         raise FormatError(
             f"{_PREFIX}tokens: tokens {tokens.index(twice)} and {ids[twice]} are the same text {twice[:40]!r}"
         )
+    return tokens, ids
 
-    types = _types(metadata, len(tokens))
+
+def _roles(metadata: Mapping[str, Any], ids: Mapping[str, int], types: bytearray) -> dict[str, int]:
+    """Return the ids of the roles. A token that is found by its text becomes a control token in `types`."""
     roles: dict[str, int] = {}
     for role in _ROLES:
-        id = _id(metadata, role.key, len(tokens))
-        if id is None:
-            id = next((ids[name] for name in role.names if name in ids), None)
-            if id is not None:
-                types[id] = CONTROL
+        id = _id(metadata, role.key, len(types))
+        if id is None and (named := [ids[name] for name in role.names if name in ids]):
+            id = named[0]
+            types[id] = CONTROL
         if id is not None:
             roles[role.key] = id
-    eos = _id(metadata, "eos", len(tokens), defaults.eos)
-    stop_ids = {eos, *(roles.get(role.key) for role in _ROLES if role.ends_answer)}
-    for name in END_NAMES:
-        if name in ids:
-            stop_ids.add(ids[name])
-            types[ids[name]] = CONTROL
+    return roles
+
+
+def _stop_ids(ends: set[int], ids: Mapping[str, int], types: bytearray) -> set[int]:
+    """Return the tokens `ends`, and those that end an answer by their text. Changes `types` of tokens known by text."""
+    by_text = {ids[name] for name in END_NAMES if name in ids}
+    for id in by_text:
+        types[id] = CONTROL
+    stop_ids = ends | by_text
     if _END_IF_CONTROL in ids and types[ids[_END_IF_CONTROL]] == CONTROL:
         stop_ids.add(ids[_END_IF_CONTROL])
-    for name in _SHOWN_NAMES:
-        if name in ids:
-            types[ids[name]] = USER_DEFINED
+    shown = [ids[name] for name in _SHOWN_NAMES if name in ids]
     if _END_OF_MESSAGE in ids and all(any(name in ids for name in names) for names in _ENDS_OF_MANY_MESSAGES):
         stop_ids.discard(ids[_END_OF_MESSAGE])
-        types[ids[_END_OF_MESSAGE]] = USER_DEFINED
-
-    return Vocab(
-        tokens=tokens,
-        ids=ids,
-        types=bytes(types),
-        bos=_id(metadata, "bos", len(tokens), defaults.bos),
-        eos=eos,
-        eot=roles.get("eot"),
-        unknown=_id(metadata, "unknown", len(tokens), defaults.unknown),
-        stop_ids=frozenset(id for id in stop_ids if id is not None),
-        add_bos=read_bool(metadata, "add_bos_token", defaults.add_bos),
-        add_eos=read_bool(metadata, "add_eos_token", defaults.add_eos),
-    )
+        shown.append(ids[_END_OF_MESSAGE])
+    for id in shown:
+        types[id] = USER_DEFINED
+    return stop_ids
 
 
 def strip_ids(metadata: Mapping[str, Any], vocab: Vocab) -> tuple[frozenset[int], frozenset[int]]:
@@ -202,12 +222,24 @@ def read_numbers(metadata: Mapping[str, Any], name: str, n: int) -> NDArray[Any]
     return numbers
 
 
+def read_string(metadata: Mapping[str, Any], name: str) -> str | None:
+    """Return the string `tokenizer.ggml.<name>`, None if missing."""
+    value: str | None = _of_type(metadata, name, (str,), "a string")
+    return value
+
+
 def read_bool(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
     """Return the truth value `tokenizer.ggml.<name>`."""
-    value = metadata.get(_PREFIX + name, default)
-    if not isinstance(value, bool | np.bool_):
-        raise FormatError(f"{_PREFIX}{name} must be true or false, but is {_describe(value)}")
-    return bool(value)
+    value = _of_type(metadata, name, (bool, np.bool_), "true or false")
+    return default if value is None else bool(value)
+
+
+def _of_type(metadata: Mapping[str, Any], name: str, types: tuple[type, ...], what: str) -> Any:
+    """Return the value `tokenizer.ggml.<name>`, None if missing; FormatError unless it has one of the types."""
+    value = metadata.get(_PREFIX + name)
+    if value is not None and type(value) not in types:
+        raise FormatError(f"{_PREFIX}{name} must be {what}, but is {_describe(value)}")
+    return value
 
 
 def _types(metadata: Mapping[str, Any], n: int) -> bytearray:
@@ -220,16 +252,13 @@ def _types(metadata: Mapping[str, Any], n: int) -> bytearray:
 
 
 def _id(metadata: Mapping[str, Any], role: str, n: int, default: int | None = None) -> int | None:
-    key = f"{_PREFIX}{role}_token_id"
-    value = metadata.get(key)
+    value: int | None = _of_type(metadata, f"{role}_token_id", (int,), "a token's id")
     if value is None:
         return default if default is not None and default < n else None
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise FormatError(f"{key} must be a token's id, but is {_describe(value)}")
     if value in _NO_ID:
         return None
     if not 0 <= value < n:
-        raise FormatError(f"{key} is {value}: the vocabulary has the ids 0 to {n - 1}")
+        raise FormatError(f"{_PREFIX}{role}_token_id is {value}: the vocabulary has the ids 0 to {n - 1}")
     return value
 
 

@@ -11,9 +11,8 @@ from typing import Any
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from gguf_run.formats.errors import FormatError
 from gguf_run.runtime.tokenizers.spm import SpmPieces
-from gguf_run.runtime.tokenizers.vocab import Defaults, Vocab, read_bool
+from gguf_run.runtime.tokenizers.vocab import Defaults, read_bool
 
 DEFAULTS = Defaults(add_bos=True, add_eos=True, bos=101, unknown=100, eos=102)
 
@@ -22,39 +21,32 @@ _MAX_CHARS = 100  # longer words are unknown, as in BERT
 
 
 class WpmEncoder(SpmPieces):
-    """Encodes text between special tokens."""
+    """Encodes text between special tokens, see tokenizer.Encoder."""
 
-    def __init__(self, vocab: Vocab, metadata: Mapping[str, Any]) -> None:
-        """FormatError if there is no token for unknown words."""
-        super().__init__(vocab)
-        if vocab.unknown is None:
-            raise FormatError("tokenizer.ggml.unknown_token_id is missing: this kind of tokenizer needs it")
-        self._unknown = vocab.unknown
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        """FormatError if the vocabulary is damaged, or there is no token for unknown words."""
+        super().__init__(metadata, DEFAULTS)
+        self._unknown = self.vocab.needed_unknown()
         lowercase = read_bool(metadata, "normalizer.lowercase", True)
         accents = read_bool(metadata, "normalizer.strip_accents", lowercase)
         self._normalizer = BertNormalizer(lowercase=lowercase, strip_accents=accents)
         self._words = BertPreTokenizer()
-        self._longest = max(map(len, vocab.tokens))
+        self._longest = max(map(len, self.vocab.tokens))
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text without special tokens."""
-        ids: list[int] = []
-        for word, _ in self._words.pre_tokenize_str(self._normalizer.normalize_str(text)):
-            ids += self._encode_word(word)
-        return ids
+        words = self._words.pre_tokenize_str(self._normalizer.normalize_str(text))
+        return [id for word, _ in words for id in self._encode_word(word)]
 
     def _encode_word(self, word: str) -> list[int]:
-        ids: list[int] = []
         if len(word) > _MAX_CHARS:
             return [self._unknown]
+        ids: list[int] = []
         rest = _SPACE + word
         while rest:
-            for n in range(min(len(rest), self._longest), 0, -1):
-                id = self._vocab.ids.get(rest[:n])
-                if id is not None:
-                    break
-            else:
+            lengths = range(min(len(rest), self._longest), 0, -1)
+            part = next((rest[:n] for n in lengths if rest[:n] in self.vocab.ids), None)
+            if part is None:
                 return [self._unknown]
-            ids.append(id)
-            rest = rest[n:]
+            ids.append(self.vocab.ids[part])
+            rest = rest.removeprefix(part)
         return ids

@@ -33,7 +33,7 @@ def test_gguf(tmp_path: Path) -> None:
     imatrix = Imatrix.open(path)
     assert imatrix.entries["attn.weight"].tolist() == [0.5, 1.0, 1.5]
     assert imatrix.entries["blk.0.ffn_down_exps.weight"].tolist() == [[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]]
-    assert (imatrix.dataset, imatrix.chunk_count, imatrix.chunk_size) == ("wiki.txt", 7, 512)
+    assert (imatrix.chunk_count, imatrix.chunk_size) == (7, 512)
     assert imatrix.datasets == ("wiki.txt", "code.txt")
     assert imatrix.sums["attn.weight"].counts.tolist() == [4]
 
@@ -46,18 +46,18 @@ def legacy(name: bytes = b"a.weight", calls: int = 2, values: Any = (2.0, 4.0), 
 @pytest.mark.parametrize(
     ("data", "values", "facts"),
     [
-        (legacy(), [1, 2], ("", 0)),
-        (legacy(calls=0), [2, 4], ("", 0)),
-        (legacy(tail=struct.pack("<i", 9)), [1, 2], ("", 9)),
-        (legacy(tail=struct.pack("<ii", 9, 3) + b"abc"), [1, 2], ("abc", 9)),
+        (legacy(), [1, 2], ((), 0)),
+        (legacy(calls=0), [2, 4], ((), 0)),
+        (legacy(tail=struct.pack("<i", 9)), [1, 2], ((), 9)),
+        (legacy(tail=struct.pack("<ii", 9, 3) + b"abc"), [1, 2], (("abc",), 9)),
     ],
 )
-def test_legacy(tmp_path: Path, data: bytes, values: list[float], facts: tuple[str, int]) -> None:
+def test_legacy(tmp_path: Path, data: bytes, values: list[float], facts: tuple[tuple[str, ...], int]) -> None:
     path = tmp_path / "i.dat"
     path.write_bytes(data)
     imatrix = Imatrix.open(path)
     assert imatrix.entries["a.weight"].tolist() == values
-    assert (imatrix.dataset, imatrix.chunk_count) == facts
+    assert (imatrix.datasets, imatrix.chunk_count) == facts
 
 
 @pytest.mark.parametrize(

@@ -32,17 +32,15 @@ REFERENCE = json.loads(Path(__file__).with_name("quantize_rules.json").read_text
 
 
 def model_weights(arch: str, n_layer: int, n_expert: int = 0, tied: bool = False, n_embd: int = 1024) -> list[Weight]:
-    """All tensors of a model in llama.cpp's order; falcon has one matrix for q, k and v."""
+    """All tensors of a model in llama.cpp's order."""
     e, n_ff = n_embd, 4 * n_embd
     experts = "_exps" if n_expert else ""
     per = (n_expert,) if n_expert else ()
     layer = {
+        "attn_q": (e, e), "attn_k": (e, 256), "attn_v": (e, 256),
         "attn_norm": (e,), "attn_output": (e, e), f"ffn_up{experts}": (e, n_ff, *per),
         f"ffn_gate{experts}": (e, n_ff, *per), f"ffn_down{experts}": (n_ff, e, *per),
     }  # fmt: skip
-    layer |= (
-        {"attn_qkv": (e, 3 * e)} if arch == "falcon" else {"attn_q": (e, e), "attn_k": (e, 256), "attn_v": (e, 256)}
-    )
     if n_expert:
         layer["ffn_gate_inp"] = e, n_expert
     shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (e, 1000), "output_norm.weight": (e,)}

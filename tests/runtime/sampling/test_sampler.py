@@ -53,7 +53,7 @@ class Grid:
 def drawn(logits: np.ndarray, params: SamplingParams, n: int = 1000) -> dict[int, float]:
     """How often each id comes when draws are spread evenly: its probability, to within 1 / n."""
     sampler = Sampler(params)
-    sampler._random = Grid(n)  # type: ignore[assignment]
+    sampler._state.random = Grid(n)  # type: ignore[assignment]
     ids, counts = np.unique([sampler.sample(logits) for _ in range(n)], return_counts=True)
     return dict(zip(ids.tolist(), (counts / n).tolist(), strict=True))
 
@@ -280,7 +280,7 @@ def test_masks_of_most_of_the_vocabulary() -> None:
     ],
 )
 def test_chain_by_names_and_letters(text: Any, chain: tuple[str, ...]) -> None:
-    assert SamplingParams(samplers=text).chain == chain
+    assert SamplingParams(samplers=text).samplers == chain
 
 
 @pytest.mark.parametrize("text", ["kz", "top_k;nope", ["k"], "k;p;"])

@@ -44,7 +44,7 @@ def test_as_llama_cpp(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = Sampler(SamplingParams(**options), {head: (tuple(rest),) for head, *rest in case["breakers"]})
     source = Chooses(sampler)
     monkeypatch.setattr(sampler, "_distribution", source.distribution)
-    sampler._random = sampler._state.random = source  # type: ignore[assignment]
+    sampler._state.random = source  # type: ignore[assignment]
     sampler.accept(case.get("context", ()))
     for step, (ids, probabilities, source.wanted) in enumerate(case["rows"]):
         source.seen = Candidates(np.zeros(0))

@@ -58,7 +58,7 @@ def test_long_words_are_not_kept() -> None:
     word = "a" * (CACHED_CHARS + 1)
     assert tokenizer.encode(word) == tokenizer.encode(word)
     assert len(tokenizer.encode("a" * 100_000)) == 25_000
-    assert tokenizer._encoder._cache == {}  # type: ignore[attr-defined]
+    assert tokenizer._encoder._word_ids == {}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("text", [" a", "\n", "\0", "\u3000é", "😀"])
