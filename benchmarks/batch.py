@@ -1,7 +1,7 @@
-"""Speed of Model.generate_batch beside one prompt, and of restoring a session beside computing it, in turns.
+"""Compares Model.generate_batch with one prompt, and restoring a session with computing it, in turns.
 
-"batch" is tokens per second of n prompts decoded together over those of one; "restore" is the time of computing a
-context over that of loading it from a file, with the logits after both compared.
+"batch" is the tokens per second of n prompts decoded together, divided by those of one prompt. "restore" is the time of
+computing a context, divided by the time of loading it from a file. The logits after both are compared.
 
     python benchmarks/batch.py MODEL [-b 8] [-n 32] [-p 64] [--session 4096] [-t 2] [-r 5] [-ct q8_0]
 """
@@ -18,7 +18,7 @@ from gguf_run.runtime import Model
 
 
 def _decode_speeds(model: Model, n_batch: int, n_prompt: int, n_gen: int, repeat: int) -> list[list[float]]:
-    """Tokens per second of one sequence and of n_batch, a pair a round."""
+    """Return tokens per second of one sequence and of n_batch sequences, one pair for each round."""
     decoder = model.decoder
     rng = np.random.default_rng(0)
     speeds: list[list[float]] = [[], []]
@@ -38,7 +38,7 @@ def _decode_speeds(model: Model, n_batch: int, n_prompt: int, n_gen: int, repeat
 
 
 def _restore(model: Model, n_tokens: int, repeat: int) -> tuple[float, float, bool, int]:
-    """Seconds of computing and of restoring n_tokens, whether the logits after it are equal, bytes of the file."""
+    """Return seconds to compute and to restore n_tokens, whether the logits are equal, and the bytes of the file."""
     ids = np.random.default_rng(1).integers(0, model.decoder.config.n_vocab, n_tokens).tolist()
     context = model._context
     with tempfile.TemporaryDirectory() as folder:

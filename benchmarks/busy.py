@@ -1,9 +1,10 @@
-"""Decode speed while another process holds one of the cores, beside that on an idle machine, llama.cpp's and ours.
+"""Compares decode speed on an idle machine with that while another process holds one core, for llama.cpp and for us.
 
     python benchmarks/busy.py MODEL... [-t 2] [-n 64] [-r 5] [--unpinned]
 
-Each round measures both runtimes idle, then both busy. The other process computes and does not touch memory; it stays
-on one core unless told otherwise, so that the system cannot move it out of the way. "kept" is busy / idle, of medians.
+Each round measures both runtimes on the idle machine, then both on the busy one. The other process computes without
+touching memory. It stays on one core (unless --unpinned), so that the system cannot move it out of the way. "kept" is
+the median speed on the busy machine divided by that on the idle one.
 """
 
 import os
@@ -21,7 +22,7 @@ from pair import Test, Worker
 
 @contextmanager
 def held_core(pinned: bool) -> Iterator[None]:
-    """Another process computes without a pause."""
+    """Let another process compute without a pause."""
     core = max(os.sched_getaffinity(0))
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
         if pinned:

@@ -1,4 +1,4 @@
-"""Do chat templates of published models render as transformers renders them? Also keeps them for the tests.
+"""Checks that chat templates of published models render as transformers renders them, and keeps them for the tests.
 
     python benchmarks/chat_templates.py FOLDER | llama_cpp_python-0.3.36.tar.gz
 
@@ -42,7 +42,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None]] = {
 
 
 def differences(template: str, names: Sequence[str] = tuple(CASES)) -> tuple[int, list[str]]:
-    """How many conversations transformers renders, and those that we render otherwise, or not at all."""
+    """Return how many conversations transformers renders, and those that we render differently or not at all."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     n_rendered, wrong = 0, []

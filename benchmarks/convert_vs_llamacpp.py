@@ -1,10 +1,13 @@
-"""gguf-convert against transformers, through llama.cpp: a tiny checkpoint of every architecture is written by
-transformers, converted at F32, and run in the prebuilt llama.cpp. The logits are compared.
+"""Compares the logits of converted checkpoints in llama.cpp with those of transformers.
+
+transformers writes a tiny checkpoint of every architecture, gguf-convert converts it at F32, and the prebuilt llama.cpp
+runs it.
 
     python benchmarks/convert_vs_llamacpp.py [--type F32] [NAME ...]
 
-Needs the tests' packages (transformers, torch), and npm for the peer (peer.py). What runs in this program's own decoder
-is compared too. The difference is relative: its root mean square by that of transformers' logits.
+Needs the tests' packages (transformers, torch), and npm for the peer (peer.py). Architectures that this program runs
+are compared in its own decoder too. Differences are relative: the root mean square of the difference, divided by that
+of transformers' logits.
 """
 
 import argparse
@@ -24,12 +27,12 @@ LIMIT = 1e-3
 
 
 def relative(x: NDArray[Any], reference: NDArray[Any]) -> float:
-    """Root mean square of the difference, by that of the reference."""
+    """Return the root mean square of the difference, divided by that of the reference."""
     return float(np.sqrt(np.mean((x.astype(np.float64) - reference) ** 2) / np.mean(reference.astype(np.float64) ** 2)))
 
 
 def by_peer(path: Path, ids: list[int]) -> NDArray[np.float32]:
-    """llama.cpp's logits f32[len(ids), n_vocab]."""
+    """Return llama.cpp's logits, f32[len(ids), n_vocab]."""
     from peer import Peer
 
     peer = Peer(path, 1, 32, cache_types=("f32", "f32"))
@@ -37,12 +40,12 @@ def by_peer(path: Path, ids: list[int]) -> NDArray[np.float32]:
 
 
 def _by_peer(path: str, ids: list[int], to: Any) -> None:
-    """In a process of its own, which llama.cpp may end."""
+    """Run by_peer in this process, which llama.cpp may end."""
     to.send(by_peer(Path(path), ids))
 
 
 def isolated(path: Path, ids: list[int]) -> NDArray[np.float32]:
-    """by_peer in a process of its own."""
+    """Run by_peer in a process of its own."""
     here, there = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=_by_peer, args=(str(path), ids, there))
     process.start()
@@ -57,7 +60,7 @@ def isolated(path: Path, ids: list[int]) -> NDArray[np.float32]:
 
 
 def own(path: Path, ids: list[int]) -> NDArray[np.float32]:
-    """This program's logits."""
+    """Return this program's logits."""
     from gguf_run.runtime import Model
 
     with Model.load(path, n_threads=1, n_ctx=32, cache_type="f32") as model:

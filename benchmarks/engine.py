@@ -1,4 +1,4 @@
-"""What the benchmarks need of a runtime, and gguf-run behind it; peer.py puts llama.cpp behind the same."""
+"""The interface through which benchmarks use a runtime, and gguf-run behind it. peer.py has llama.cpp behind it."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,34 +16,31 @@ from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
 
 class Engine(Protocol):
-    """A loaded model. cpu: what its kernels are compiled for; weight_bytes: the weights as it holds them; bos: the
-    token a context starts with, if any."""
+    """A loaded model."""
 
-    cpu: str
-    weight_bytes: int
+    cpu: str  # what the kernels are compiled for
+    weight_bytes: int  # bytes of the weights as the runtime holds them
     n_vocab: int
-    bos: int | None
+    bos: int | None  # the token that a context starts with, if any
 
     def rewind(self, n_past: int) -> int:
-        """Forget the tokens from position n_past on, or all, if that cannot be; how many are left."""
-        ...
+        """Forget the tokens from position n_past on, or all if that is impossible. Return how many are left."""
 
     def forward(self, ids: Sequence[int], n_outputs: int = 1) -> Iterator[NDArray[np.float32]]:
-        """Append ids; yield the logits f32[any, n_vocab] of the last n_outputs tokens, in order, in blocks that are
-        valid until the next one. The work is done while it is iterated."""
-        ...
+        """Append ids. Yield the logits of the last n_outputs tokens, in blocks f32[any, n_vocab].
+
+        The next block overwrites a block. The work is done during the iteration.
+        """
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text, with BOS where the model adds one; special tokens in it are plain text."""
-        ...
+        """Return the token ids of a text, with BOS if the model adds one. Special tokens in it are plain text."""
 
     def rest(self) -> None:
         """Leave the processor to others until the next forward."""
-        ...
 
 
 class Ours:
-    """gguf-run as `gguf-run` sets it up."""
+    """gguf-run, with the defaults of its command."""
 
     def __init__(
         self, path: Path, n_threads: int, n_ctx: int, n_batch: int = 512, cache_type: str = "f16", backend: Any = None
@@ -73,7 +70,7 @@ class Ours:
         pass  # the thread team sleeps by itself
 
     def close(self) -> None:
-        """End the threads and let go of the file."""
+        """End the threads and close the file."""
         self._decoder.close()
         self._backend.close()
         self._file.close()

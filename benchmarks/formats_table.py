@@ -1,12 +1,12 @@
-"""What each tensor type loses, for docs/formats.md: errors of weights, and of the predictions of a real model.
+"""Measures what each tensor type loses, for docs/formats.md: errors of weights, and of a real model's predictions.
 
     python benchmarks/formats_table.py wiki.test.raw --work FOLDER [--chunks 16] [--again]
     python benchmarks/tables.py         # then: the tables of README.md and docs/, drawn from docs/data/
 
-The model is SmolLM2-135M-Instruct. Its weights can be had as Q4_1, whose 16 levels would favour every type that can
-repeat them, so the rounding is undone at random first: each weight moves by up to half a level. That makes the F16 file
-that all others are made of (by gguf-quantize) and compared with (by gguf-eval kl). What is done is kept in
-docs/data/formats.json, file by file, so that a run that was stopped goes on.
+The model is SmolLM2-135M-Instruct as Q4_1. Its 16 levels would favour every type that can repeat them. So the rounding
+is undone at random first: each weight moves by up to half a level. The result is an F16 file. gguf-quantize makes all
+other files of it, and gguf-eval kl compares them with it. Each result is written to docs/data/formats.json at once, so
+that a run that was stopped goes on.
 """
 
 import json
@@ -37,7 +37,7 @@ _KL_FIGURES = ("kl_mean", "kl_mean_error", "kl_99", "same_top", "perplexity", "p
 
 
 def unrounded(tensor: Tensor, rng: np.random.Generator) -> NDArray[np.float32]:
-    """The weights float32[rows, n], each moved by up to half of the step d of its block."""
+    """Return the weights float32[rows, n], each moved at random by up to half of the step d of its block."""
     blocks = tensor.blocks()
     weights = dequantize(blocks, tensor.type)
     step = np.repeat(blocks.view(tensor.type.dtype)["d"].astype(np.float32), tensor.type.block_size, axis=1)
@@ -45,7 +45,7 @@ def unrounded(tensor: Tensor, rng: np.random.Generator) -> NDArray[np.float32]:
 
 
 def write_base(path: Path) -> None:
-    """Write the model as F16, its rounding undone."""
+    """Write the model as F16, with the rounding undone."""
     rng = np.random.default_rng(0)
     with GGUFFile.open(find_model(None)) as file:
         types = [tensor.type if len(tensor.ne) == 1 else type_by_name("F16") for tensor in file.tensors.values()]
@@ -60,7 +60,7 @@ def write_base(path: Path) -> None:
 
 
 def relative_error(weights: NDArray[np.float32], type: str) -> float:
-    """Root mean square of what quantizing changes, as a part of the weights' own."""
+    """Return the root mean square of the change by quantizing, divided by that of the weights."""
     error = dequantize(quantize(weights, type), type) - weights
     return float(np.sqrt(np.mean(np.square(error), dtype=np.float64) / np.mean(np.square(weights), dtype=np.float64)))
 
@@ -84,13 +84,13 @@ def type_rows(base: Path) -> dict[str, dict[str, Any]]:
 
 
 def run(*command: str) -> str:
-    """What a command of ours prints to stdout."""
+    """Run a command of this project. Return its stdout."""
     program = Path(sys.executable).with_name(command[0])
     return subprocess.run([program, *command[1:]], check=True, text=True, stdout=subprocess.PIPE).stdout
 
 
 def file_row(base: Path, kind: str, text: Path, chunks: int, work: Path) -> dict[str, Any]:
-    """Quantize the base to a kind of file; return its size, its mixture of types and how far its predictions are."""
+    """Quantize the base to a file type. Return size, mixture of types, and distance of the predictions."""
     path = work / f"{kind}.gguf"
     try:
         run("gguf-quantize", str(base), str(path), kind)

@@ -1,4 +1,4 @@
-"""Checks and times the GPU backend on the GPU of this machine; prints one Markdown table. Needs torch and Triton only.
+"""Checks and times the GPU backend on this machine's GPU. Prints a Markdown table. Needs only torch and Triton.
 
     python benchmarks/gpu.py [--check] [--sweep] [--model] [--tune] [--quick] [--perplexity MODEL TEXT] [--json OUT]
 
@@ -6,8 +6,9 @@ Where gguf-run is not installed: make build/typing/gguf_run && PYTHONPATH=build/
 The tests need pytest and gguf, and are quicker with pytest-xdist.
 
 --check runs the tests of kernels_gpu on the GPU, every kernel against float64 NumPy. All other cases are in
-gpu_cases.py. Each runs in a process of its own, so that a failure stops nothing else: first several at a time, which
-compiles all kernels, then one by one for the timings. --interpret runs all of it on tiny shapes without a GPU.
+gpu_cases.py. Each case runs in a process of its own, so that a failure stops nothing else. At first several processes
+compile all kernels at the same time. Then the cases run one by one for the timings. --interpret runs everything on tiny
+shapes without a GPU.
 """
 
 import gc
@@ -51,7 +52,7 @@ Record = dict[str, Any]
 
 
 def run_cases(keys: Sequence[Key], bench: Any, write: Callable[[Record], None]) -> bool:
-    """Write the records of cases as they come. False: the GPU does not answer any more, the rest has not run."""
+    """Write the records of cases as they come. Return False if the GPU stops answering: the rest has not run."""
     from gpu_cases import CASES
 
     for key in keys:
@@ -96,7 +97,7 @@ def _lines(path: Path) -> list[Record]:
 
 
 def in_processes(keys: Sequence[Key], options: Sequence[str], deadline: float) -> list[Record]:
-    """Records of the cases, by as many processes as it takes: each goes on behind the case that ended the last one."""
+    """Yield the records of the cases. After a process ends, another one goes on with the next case."""
     left, found, silent = list(keys), list[Record](), SILENT * (10 if "--interpret" in options else 1)
     while left:
         if time.monotonic() > deadline:
@@ -127,7 +128,7 @@ def in_processes(keys: Sequence[Key], options: Sequence[str], deadline: float) -
 
 
 def run_tests(interpret: bool, deadline: float) -> list[Record]:
-    """One record for each test function."""
+    """Run the tests. Return one record for each test function."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
@@ -163,7 +164,7 @@ def run_tests(interpret: bool, deadline: float) -> list[Record]:
 
 
 def versions() -> tuple[str, str]:
-    """The GPU's name, and a line that says what was measured with."""
+    """Return the GPU's name, and a line with the versions of the software."""
     import torch
     import triton
 
@@ -177,7 +178,7 @@ def versions() -> tuple[str, str]:
 
 
 def table(records: Sequence[Record], card: str) -> Iterator[str]:
-    """Lines of Markdown. What misses its target is bold."""
+    """Return lines of Markdown. A figure that misses its target is bold."""
     measured = {r["name"]: r.get("bytes", r.get("flops", 0)) / r["seconds"] for r in records if r["key"][0] == "limits"
                 and "seconds" in r}  # fmt: skip
     read = measured.get("read", 0.0)
@@ -225,7 +226,7 @@ def _target(record: Record, rate: float, of: float, nominal: float) -> str:
 
 
 def best_tuning(records: Sequence[Record]) -> str:
-    """The fastest candidates, as a row of TUNINGS."""
+    """Return the fastest candidates as a row of TUNINGS."""
     times = {r["key"][1]: r["seconds"] for r in records if r["key"][0] == "tune" and "seconds" in r}
 
     def best(prefix: str) -> str:

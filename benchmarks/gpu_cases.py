@@ -1,7 +1,7 @@
-"""What benchmarks/gpu.py measures on a GPU: each case is a function of a Bench that returns records.
+"""The cases that benchmarks/gpu.py measures. Each case is a function of a Bench that returns records.
 
-A record has a name and, where it is a time, seconds for `tokens` tokens, and what they need at least: bytes of memory
-to read, or floating-point operations of tensor cores.
+A record has a name. A record of a time also has seconds, `tokens` tokens, and the least work that these need: bytes of
+memory to read, or floating-point operations of tensor cores.
 """
 
 import functools
@@ -38,12 +38,12 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of matrices: n_in, n_out; tokens. cold: bytes of weights that a timing goes through, more than caches hold."""
+    """Sizes of the cases."""
 
-    n_in: int
-    n_out: int
-    tokens: tuple[int, ...]
-    cold: int
+    n_in: int  # of matrices
+    n_out: int  # of matrices
+    tokens: tuple[int, ...]  # numbers of tokens of a product
+    cold: int  # bytes of weights that a timing goes through, more than caches hold
     large: int  # bytes
     square: int
     depth: int
@@ -60,11 +60,11 @@ TINY = Sizes(256, 40, (1, 9, 33), 1, 4096, 32, 40, (9,), 1, _TINIES)
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how big. warm: run everything once, to compile it, with one layer of a model, and do not time it."""
+    """Where a case runs, and its sizes."""
 
     device: torch.device
     sizes: Sizes
-    warm: bool = False
+    warm: bool = False  # run everything once with one layer of a model, to compile it, without timing
 
     @property
     def is_cuda(self) -> bool:
@@ -75,13 +75,13 @@ class Bench:
             torch.cuda.synchronize()
 
     def clean(self) -> None:
-        """Give memory back. An error of the GPU that is still to be told is told here."""
+        """Free memory. A pending error of the GPU is raised here."""
         self.sync()
         if self.is_cuda:
             torch.cuda.empty_cache()
 
     def wall(self, call: Callable[[], Any], rounds: int = 5) -> float:
-        """Seconds, the median of some calls after one that warms up."""
+        """Return seconds of a call: the median of some calls after one that warms up."""
         taken = []
         for i in range(1 if self.warm or not self.is_cuda else rounds + 1):
             self.sync()
@@ -94,7 +94,7 @@ class Bench:
         return statistics.median(taken[1:] or taken)
 
     def events(self, call: Callable[[], Any], rounds: int = 30) -> float:
-        """Seconds on the device, the median of some calls; call has run before."""
+        """Return seconds of a call on the device: the median of some calls. The caller has warmed it up."""
         if self.warm or not self.is_cuda:
             return self.wall(call)
         marks = []
@@ -108,7 +108,7 @@ class Bench:
         return statistics.median(begin.elapsed_time(end) for begin, end in marks) / 1e3
 
     def captured(self, call: Callable[[], Any]) -> float:
-        """Seconds on the device of what call launches, without the time that launching takes."""
+        """Return seconds on the device of all launches of a call, without the time of launching."""
         call()
         self.sync()
         if self.warm or not self.is_cuda:
@@ -121,7 +121,7 @@ class Bench:
 
 
 def _launches(program: GpuProgram, n: int) -> Callable[[], None]:
-    """All launches of a program before the choice of result rows, for n tokens."""
+    """Return all launches of a program before the choice of result rows, for n tokens."""
     return functools.partial(program._parts[0].launch, n)
 
 
@@ -147,7 +147,7 @@ def limits(bench: Bench) -> list[Record]:
 
 
 def _quantized(x: torch.Tensor) -> torch.Tensor:
-    """What int8 blocks of 32 leave of rows f32."""
+    """Return rows of f32, rounded to int8 blocks of 32."""
     blocks = x.unflatten(1, (-1, 32))
     d = blocks.abs().amax(2, keepdim=True)
     inverse = torch.where(d == 0, 0.0, torch.full_like(d, 127) / d)  # 127 / d would round twice
@@ -155,14 +155,14 @@ def _quantized(x: torch.Tensor) -> torch.Tensor:
 
 
 def _distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, relative to the largest number. NaN if there is one."""
+    """Return the largest difference, relative to the largest number. NaN if any number is NaN."""
     return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
 
 
 def matmul(
     bench: Bench, type_name: str, tokens: Sequence[int] | None = None, tuning: Tuning | None = None, gated: bool = False
 ) -> list[Record]:
-    """Products with cold weights, checked for as many columns as there are tokens.
+    """Time products with cold weights. Check as many columns as there are tokens.
 
     The bounds: int8 blocks are those of the kernel, sums are f32; products of f16.
     """
@@ -201,7 +201,7 @@ def matmul(
 
 
 def attention(bench: Bench, kind: str, prefill: bool = False, programs: int | None = None) -> list[Record]:
-    """One layer of llama-8b: a token at a depth, or the first tokens. f16 is checked."""
+    """Time attention of one layer of llama-8b: one token at a depth, or the first tokens. f16 is checked too."""
     n = max(bench.sizes.prefill) if prefill else 1
     depth = bench.sizes.depth if n == 1 else 0
     n_head, n_head_kv, head_dim = (32, 8, 128) if bench.is_cuda else (2, 1, 32)
@@ -237,7 +237,7 @@ def attention(bench: Bench, kind: str, prefill: bool = False, programs: int | No
 def decoder_of(
     bench: Bench, shape: Shape, type_name: str, n_ctx: int, n_batch: int, kind: str = "f16", n_layer: int | None = None
 ) -> tuple[Decoder, int]:
-    """Random weights; and their bytes that a token reads."""
+    """Return a decoder of random weights, and the bytes of weights that a token reads."""
     n_layer = n_layer or (1 if bench.warm else shape.n_layer)
     shape = replace(shape, n_layer=n_layer)
     tensors = {info.name: no_file(info) for info in tensors_of(shape, mix_of(type_name))}
@@ -258,7 +258,7 @@ def _set_depth(decoder: Decoder, n_past: int) -> None:
 
 
 def model(bench: Bench, name: str, type_name: str, kind: str = "f16", what: str = "all") -> Iterator[Record]:
-    """Decode (greedy), short and at depth, and prefill, through the Decoder, as programs do. what: all, or decode."""
+    """Time greedy decoding, short and at depth, and prefill, through the Decoder. what: "all" or "decode"."""
     sizes = bench.sizes
     shape, n_batch = sizes.shapes[name], max(sizes.prefill)
     decoder, weight_bytes = decoder_of(bench, shape, type_name, sizes.depth + n_batch, n_batch, kind)
@@ -299,7 +299,7 @@ def model(bench: Bench, name: str, type_name: str, kind: str = "f16", what: str 
 
 
 def graphs(bench: Bench) -> list[Record]:
-    """Replayed graphs give what launches give, bit for bit."""
+    """Check that replayed graphs give the same bits as launches."""
     shape = bench.sizes.shapes["llama-1b"]
     decoder, _ = decoder_of(bench, shape, "Q4_K_M", 256, 64, n_layer=2 if bench.is_cuda else 1)
     program: Any = decoder._program
@@ -319,7 +319,7 @@ def graphs(bench: Bench) -> list[Record]:
 
 
 def launches(bench: Bench) -> list[Record]:
-    """How many kernels a layer is, for one token."""
+    """Count the kernels of a layer for one token."""
     counts = []
     owner, attribute = (JITFunction, "run") if bench.is_cuda else (GridExecutor, "__call__")
     original = getattr(owner, attribute)
@@ -344,7 +344,7 @@ def launches(bench: Bench) -> list[Record]:
 
 
 def perplexity(bench: Bench, model_file: str, text: str) -> list[Record]:
-    """Of a file and the first 2,048 tokens of a text (64 in the interpreter), on the GPU and on the CPU."""
+    """Measure the perplexity of the first 2,048 tokens of a text (64 in the interpreter), on the GPU and on the CPU."""
     values, (n_ctx, n_chunk) = [], (512, 4) if bench.is_cuda else (64, 1)
     for backend in (GpuBackend(bench.device), None):
         engine = Ours(Path(model_file), 8, 512, backend=backend)
@@ -358,7 +358,7 @@ def perplexity(bench: Bench, model_file: str, text: str) -> list[Record]:
 
 
 def tune(bench: Bench, field: str, candidate: Any) -> list[Record]:
-    """The time of a candidate of Tuning's field, summed over the types that matter most."""
+    """Time a candidate of a field of Tuning, summed over the types that matter most."""
     tuning = Tuning()
     types = ("Q4_K", "Q6_K", "Q8_0")
     if field == "programs":

@@ -1,4 +1,4 @@
-"""Random weights and caches that are made on the GPU itself: what a file or the host would take minutes for."""
+"""Makes random weights and caches on the GPU itself. A file or the host would take minutes."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ STD = 0.02  # standard deviation of the weights; their mean is about 0
 
 
 class NoFile(Tensor):
-    """A tensor of which there are no bytes."""
+    """A tensor without bytes."""
 
     def release(self, first: int = 0, end: int | None = None) -> None:
         pass
@@ -30,7 +30,7 @@ def no_file(info: TensorInfo) -> NoFile:
 
 
 def random_part(type_name: str, n_in: int, n_out: int, device: torch.device) -> WeightPart:
-    """A matrix whose codes are random bits and whose scales differ from group to group."""
+    """Return a matrix of random codes, with scales that differ from group to group."""
     panel = panel_for(type_name)
     part = empty(panel, n_in, n_out, device)
     if not isinstance(panel, IntPanel):
@@ -78,7 +78,7 @@ class _RandomUploader(Uploader):
 
 
 class RandomBackend(GpuBackend):
-    """Loads tensors without a file: random matrices, vectors of ones, caches as if full."""
+    """Makes tensors without a file: random matrices, vectors of ones, caches filled with random rows."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)

@@ -1,9 +1,9 @@
-"""The modules of ours that a command imports, and their lines: what one prompt costs to import, and to read.
+"""Counts the modules of this project that a command imports, and their lines.
 
     python benchmarks/imports.py [MODEL] [--command "--raw -p hi -n 1"]
 
-Without MODEL a tiny llama is made. The command runs in a process of its own, in which kernels are compiled before:
-the compiler is not counted. `__init__` files are docstrings and are not counted either.
+Without MODEL a tiny llama is made. The command runs in a process of its own after the kernels are compiled, so the
+compiler is not counted. `__init__` files hold only docstrings and are not counted.
 """
 
 import json
@@ -26,7 +26,7 @@ print(json.dumps(files), file=sys.stderr)
 
 
 def imported(arguments: list[str]) -> dict[str, int]:
-    """Run gguf-run with arguments; return the lines of each module of ours that is imported at the end."""
+    """Run gguf-run with arguments. Return the lines of each module of this project that is imported at the end."""
     for _ in range(2):  # the first run compiles
         done = subprocess.run([sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True)
         if done.returncode:

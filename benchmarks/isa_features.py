@@ -1,4 +1,4 @@
-"""What to tell numba, through its own environment variables, so that it compiles for less than the machine has."""
+"""Environment variables of numba with which it compiles for fewer instructions than the machine has."""
 
 from llvmlite import binding
 
@@ -15,13 +15,13 @@ LIMITED = {
 
 
 def environment(isa_name: str) -> dict[str, str]:
-    """Variables for a process whose kernels shall be compiled for one row of LIMITED."""
+    """Return variables for a process that compiles its kernels for one row of LIMITED."""
     name, features = LIMITED[isa_name]
     return {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
 
 
 def host_has(isa_name: str) -> bool:
-    """Whether this machine can run what is compiled for a row of LIMITED."""
+    """Whether this machine can run kernels that are compiled for a row of LIMITED."""
     host = binding.get_host_cpu_features()
     wanted = LIMITED[isa_name][1].replace("+", "").split(",")
     return all(host.get(feature, False) for feature in wanted if feature)

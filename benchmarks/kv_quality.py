@@ -1,9 +1,8 @@
-"""What a quantized KV cache costs: mean Kullback-Leibler divergence of the predictions from those of an f32 cache.
+"""Measures a quantized KV cache: mean Kullback-Leibler divergence of the predictions from those of an f32 cache.
 
-The text is cut into chunks as for perplexity, and the second half of each is scored. Each engine is compared with
-itself, so that only the cache differs. Types that are rotated run with the rotation and, marked "-", without it; "+"
-rotates any other.
-(llama.cpp's flash attention makes f16 of f32, so its base runs without.)
+The text is cut into chunks as for perplexity, and the second half of each chunk is scored. Each engine is compared with
+itself, so that only the cache differs. A type name with "+" is rotated, with "-" it is not. Without a sign, a type is
+rotated if that is its default. llama.cpp's base runs without flash attention, which would make f16 of f32.
 
     python benchmarks/kv_quality.py MODEL TEXT [--chunks 64] [-c 512] [--types q8_0,q4_0-] [--peer] [-t 2]
 """
@@ -37,12 +36,12 @@ class Engine(Protocol):
 
 @dataclass
 class Row:
-    """One cache: kl and same_top hold a value for each scored token."""
+    """One cache."""
 
     name: str
     engine: Engine
-    kl: list[NDArray[np.float64]] = field(default_factory=list)
-    same_top: list[NDArray[np.bool_]] = field(default_factory=list)
+    kl: list[NDArray[np.float64]] = field(default_factory=list)  # of each scored token, by chunk
+    same_top: list[NDArray[np.bool_]] = field(default_factory=list)  # of each scored token, by chunk
 
     @property
     def mean(self) -> float:
@@ -75,7 +74,7 @@ def compare(base: Engine, rows: Sequence[Row], chunk: Chunk, reduce: LogSoftmax)
 
 
 def parse(name: str) -> tuple[tuple[str, str], bool | None]:
-    """Types of K and V, and whether they are rotated: "q8_0/q4_0" as it is the default, "q8_0+" yes, "q4_0-" no."""
+    """Return the types of K and V, and whether they are rotated: "q8_0/q4_0" by default, "q8_0+" yes, "q4_0-" no."""
     k, _, v = name.rstrip("+-").partition("/")
     return (k, v or k), {"+": True, "-": False}.get(name[-1])
 

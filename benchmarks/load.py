@@ -1,9 +1,9 @@
-"""Time to load a model, beside the time to read its file once.
+"""Compares the time to load a model with the time to read its file once.
 
     python benchmarks/load.py MODEL [-t 2] [-r 3] [--cold]
 
-Read: the whole file once, front to back, into one small buffer. Load: Model.load in this process, kernels compiled
-before. Both in turns, with the file in the page cache; with --cold also after the system was told to drop it (Linux).
+Read: the whole file once, front to back, into one small buffer. Load: Model.load in this process, after the kernels are
+compiled. Both run in turns with the file in the page cache. --cold repeats both without the page cache (Linux).
 """
 
 import os

@@ -3,7 +3,7 @@
     python benchmarks/make_model.py llama-1b Q4_K_M [-o FILE] [--vocab MODEL.gguf] [--seed 0]
 
 Norms are 1, weights have mean 0 and a standard deviation of about 0.02 (random_blocks.py). The vocabulary is that of a
-real model, cut or filled up to the shape's size. Such a model says nonsense.
+real model, cut or filled up to the shape's size. The model writes nonsense.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,8 +30,7 @@ _NORMAL, _UNUSED = 1, 5  # token types
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model, in ggml's names. tied: the embeddings make the logits too. n_expert: 0, or experts of width
-    n_ff take the place of the ffn; a token goes to n_expert_used of them."""
+    """Sizes of a model, in ggml's names."""
 
     size_label: str
     n_layer: int
@@ -39,14 +38,14 @@ class Shape:
     n_head: int
     n_head_kv: int
     head_dim: int
-    n_ff: int
+    n_ff: int  # of one expert, if there are experts
     n_vocab: int
     n_ctx: int
     rope_freq_base: float
-    tied: bool
+    tied: bool  # the embeddings are the output matrix too
     arch: str = "llama"
-    n_expert: int = 0
-    n_expert_used: int = 0
+    n_expert: int = 0  # experts in place of the ffn; 0: none
+    n_expert_used: int = 0  # experts of a token
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield name and ne (row length first) of every tensor."""
@@ -85,14 +84,14 @@ MIXES = tuple(name for name in WRITABLE_FILES if name not in (*PURE, "COPY"))
 
 @dataclass(frozen=True)
 class Mix:
-    """A mixture of llama-quantize, or one type for all matrices. file_type: general.file_type."""
+    """A mixture of llama-quantize, or one type for all matrices."""
 
     name: str
-    file_type: int
+    file_type: int  # general.file_type
 
 
 def mix_of(name: str) -> Mix:
-    """Return the mix of that name, or a tensor type as a mix of one. OptionError for anything else."""
+    """Return the mix of that name, or a tensor type as a mix of one. Raises OptionError for other names."""
     name = name.upper()
     if name not in MIXES and name not in PURE:
         raise OptionError(f"type {name!r}: allowed are the mixes {', '.join(MIXES)} and the types {', '.join(PURE)}")
@@ -102,7 +101,7 @@ def mix_of(name: str) -> Mix:
 
 
 def tensors_of(shape: Shape, mix: Mix) -> list[TensorInfo]:
-    """All tensors with their types: norms are F32."""
+    """Return all tensors with their types. Norms are F32."""
     tensors = [TensorInfo(name, ne, type_by_name("F32")) for name, ne in shape.tensors()]
     if mix.name in PURE:
         wanted = type_by_name(mix.name)
@@ -122,8 +121,8 @@ def tensors_of(shape: Shape, mix: Mix) -> list[TensorInfo]:
 def vocabulary(file: GGUFFile, n_vocab: int) -> dict[str, tuple[str, Any]]:
     """Return type and value of the tokenizer keys of a model, for n_vocab tokens.
 
-    Tokens that are missing become unused ones; where there are too many, those at the end are left out with the merges
-    and special tokens that need them.
+    If tokens are missing, unused ones are added. If there are too many, the last ones are left out, with the merges and
+    special tokens that need them.
     """
     keys = {
         key: (file.metadata.type_name(key), value)

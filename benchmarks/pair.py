@@ -1,7 +1,7 @@
 """Paired measurement: two runtimes stay loaded, each in a process of its own, and take turns (A B A B ...).
 
-Like llama-bench: `pp N` is one prefill of N random tokens, `tg N` is N random tokens one by one, both into an empty
-context or behind `depth` tokens, which are put there once and kept for all tests of that depth.
+As in llama-bench, `pp N` is one prefill of N random tokens, and `tg N` is N random tokens one by one. Both begin in an
+empty context, or after `depth` tokens, which are computed once for all tests of that depth.
 """
 
 import json
@@ -28,11 +28,11 @@ _LIMIT_SECONDS = 0.002  # see measure_limits: a tenth of a second for each limit
 
 @dataclass(frozen=True)
 class Test:
-    """kind: "pp" or "tg", see above."""
+    """One test of a runtime."""
 
-    kind: str
-    n: int
-    depth: int = 0
+    kind: str  # "pp" or "tg"
+    n: int  # tokens
+    depth: int = 0  # tokens in the context before
 
     def __str__(self) -> str:
         return f"{self.kind}{self.n}" + (f" @ {self.depth}" if self.depth else "")
@@ -40,17 +40,16 @@ class Test:
 
 @dataclass(frozen=True)
 class Rounds:
-    """Seconds of a test, one pair of each round. Speeds are medians; best compares the fastest round of each, which
-    the noise of a busy machine moves least. limits: those of the machine in each round, if asked for."""
+    """The times of a test. Speeds are medians over the rounds."""
 
     test: Test
-    peer: Sequence[float]
-    ours: Sequence[float]
-    limits: Sequence[Limits] = ()
+    peer: Sequence[float]  # seconds of each round
+    ours: Sequence[float]  # seconds of each round
+    limits: Sequence[Limits] = ()  # of the machine in each round, if measured
 
     @property
     def peer_speed(self) -> float:
-        """Tokens per second, as ours_speed."""
+        """Tokens per second."""
         return self.test.n / median(self.peer)
 
     @property
@@ -69,6 +68,7 @@ class Rounds:
 
     @property
     def best(self) -> float:
+        """The ratio of the fastest rounds, which the noise of a busy machine changes least."""
         return min(self.peer) / min(self.ours)
 
 
@@ -101,10 +101,10 @@ class _Bench:
 
 
 def serve(name: str, model: Path, n_threads: int, n_ctx: int, cpu: str, cache_type: str) -> None:
-    """The worker: answers each line of stdin, [kind, n, depth, seed] or [] for the limits, with one of JSON on stdout.
+    """Run the worker. It answers each line of stdin, [kind, n, depth, seed] or [] for the limits, with a line of JSON.
 
-    "idle" is the processor time used since the last answer, per second (of a tenth at least: threads spin for a moment
-    before they sleep): it would disturb the other one's turn.
+    "idle" is the processor time per second since the last answer, which disturbs the turn of the other runtime. It is
+    measured over at least a tenth of a second, because threads spin for a moment before they sleep.
     """
     engine: Engine
     if name == "peer":
@@ -131,8 +131,9 @@ def serve(name: str, model: Path, n_threads: int, n_ctx: int, cpu: str, cache_ty
 class Worker:
     """A runtime ("peer" or "ours") in a process of its own, with a model loaded.
 
-    cpu: llama.cpp's CPU library; environment: variables on top of this process's. `.cpu` is what is in use. cache_type:
-    of K and V, "" as each sets it up (f16).
+    cpu: llama.cpp's CPU library. The attribute `cpu` tells which one is in use.
+    environment: variables added to those of this process.
+    cache_type: of K and V; "": each runtime's default (f16).
     """
 
     def __init__(
@@ -190,10 +191,10 @@ class Worker:
 def compare(
     test: Test, peer: Worker, ours: Worker, repeat: int, seconds: float = math.inf, limits: bool = False
 ) -> Rounds:
-    """Run a test in turns: `repeat` rounds; once `seconds` are over no third one.
+    """Run a test in turns, for `repeat` rounds. After `seconds`, only the first two rounds still begin.
 
-    limits: measure the machine's limits in each round, after our turn. What virtual machines can do changes from minute
-    to minute, above all the bandwidth of their memory.
+    limits: measure the machine's limits in each round, after our turn. The limits of virtual machines change from
+        minute to minute, above all the bandwidth of memory.
     """
     for worker in (peer, ours):
         worker.seconds(replace(test, n=min(test.n, _WARM_TOKENS)))

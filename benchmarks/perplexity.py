@@ -1,7 +1,7 @@
 """Perplexity of a model on a text, by the protocol of llama.cpp's tool, so that figures can be compared.
 
-The text is tokenized whole and cut into chunks of n_ctx tokens; in each, BOS replaces the first token where the model
-adds one, and the tokens of the second half are scored, each on all that stand before it in the chunk.
+The whole text is tokenized and cut into chunks of n_ctx tokens. BOS replaces the first token of each chunk if the model
+adds a BOS. The tokens of the second half are scored, each after all tokens before it in the chunk.
 
     python benchmarks/perplexity.py MODEL TEXT [--chunks 4] [-c 512] [-t 2] [--peer]
 """

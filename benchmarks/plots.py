@@ -1,8 +1,8 @@
-"""The pictures of README.md and docs/, drawn as SVG from the files of docs/data/.
+"""Draws the pictures of README.md and docs/ as SVG, from the files of docs/data/.
 
     python benchmarks/plots.py          # writes docs/images/*.svg; the same data make the same bytes
 
-Text stays text, colours follow the reader's light or dark mode, and a card behind all keeps them readable in either.
+Text stays text. Colours follow the reader's light or dark mode, and a card as background keeps them readable in both.
 """
 
 import math
@@ -28,14 +28,14 @@ text { fill: #f0f6fc } .soft { fill: #9198a1 }
 
 @dataclass
 class Drawing:
-    """Elements of one picture of a size in pixels."""
+    """The elements of one picture. Sizes are in pixels."""
 
     width: int
     height: int
     parts: list[str] = field(default_factory=list)
 
     def text(self, x: float, y: float, text: str, anchor: str = "start", kind: str = "") -> None:
-        """anchor: start, middle or end of the text stands at x; kind: a class of _STYLE."""
+        """Add a text. anchor: which part of the text is at x, "start", "middle" or "end". kind: a class of _STYLE."""
         kind = f' class="{kind}"' if kind else ""
         self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{kind}>{escape(text)}</text>')
 
@@ -52,7 +52,7 @@ class Drawing:
         )
 
     def svg(self, title: str) -> str:
-        """The file. title: said by programs that read pages aloud."""
+        """Return the file. title: what screen readers say."""
         size = f'width="{self.width}" height="{self.height}" viewBox="0 0 {self.width} {self.height}"'
         card = f'<rect x="0.5" y="0.5" width="{self.width - 1}" height="{self.height - 1}" rx="6" class="card"/>'
         head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img"><title>{escape(title)}</title>'
@@ -60,7 +60,7 @@ class Drawing:
 
 
 def speed() -> str:
-    """Bars for each tensor type: prefill and decode of both engines, two threads."""
+    """Draw bars for each tensor type: prefill and decode of both engines, with two threads."""
     rows = [row for row in load("speed")["rows"] if row["model"].startswith("llama-1b ") and row["threads"] == 2]
     rows = [row for row in rows if "isa" not in row and "depth" not in row]
     drawing, step, top = Drawing(800, 60 + 34 * len(rows) + 62), 34, 66
@@ -101,7 +101,7 @@ class Point:
 
 
 def quality() -> str:
-    """Files of SmolLM2: bits per weight and divergence."""
+    """Draw files of SmolLM2: bits per weight and divergence."""
     files = load("formats")["files"].items()
     points = [Point(name, row["bits"], row["kl_mean"]) for name, row in files if row["bits"] < 10]
     title = "Weights: how far predictions move from those of F16, by size (SmolLM2-135M)"
@@ -109,7 +109,7 @@ def quality() -> str:
 
 
 def kv_cache() -> str:
-    """Types of KV cache that are smaller than f16: bits per number and divergence."""
+    """Draw types of KV cache that are smaller than f16: bits per number and divergence."""
     points = []
     for row in load("kv_cache")["rows"]:
         if row["memory"] < 1:
@@ -120,7 +120,7 @@ def kv_cache() -> str:
 
 
 def scatter(title: str, x_title: str, points: Sequence[Point], ticks: Sequence[int]) -> str:
-    """Bits from the first tick on, divergence on a logarithmic scale."""
+    """Draw points: bits from the first tick on, divergence on a logarithmic scale."""
     drawing, left, top, right, bottom = Drawing(800, 460), 80, 50, 775, 405
     low = math.floor(math.log10(min(point.kl for point in points)))
     high = math.ceil(math.log10(max(point.kl for point in points)))
@@ -160,7 +160,7 @@ Box = tuple[float, float, float, float]
 
 
 def _free(x: float, y: float, name: str, taken: Iterable[Box], frame: Box) -> Iterator[Box]:
-    """Yield places around a dot for its name that cover nothing, the best first; at last one that may."""
+    """Yield places for the name of a dot that cover nothing, the best first. The last place may cover something."""
     width = 7 * len(name)
     for far in range(0, 60, 6):
         for dx, dy in ((7 + far, 0), (-7 - far - width, 0), (-width / 2, -13 - far), (-width / 2, 13 + far)):

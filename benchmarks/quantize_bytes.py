@@ -1,9 +1,9 @@
-"""Quantized blocks against libgguf's and llama.cpp's (ggml_quantize_chunk of the prebuilt library): bytes and speed.
+"""Compares quantized blocks with libgguf's and llama.cpp's (ggml_quantize_chunk of the prebuilt library).
 
     python benchmarks/quantize_bytes.py                  # every type, 10^7 weights of each kind: 10 minutes
     python benchmarks/quantize_bytes.py Q4_K Q6_K -n 1e6
 
-A line says how many blocks of a type differ from each reference and how fast one thread quantizes ordinary weights.
+Each line tells how many blocks of a type differ from each reference, and how fast one thread quantizes usual weights.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ _LARGEST = np.finfo(np.float32).max
 
 
 def _denormal(x: Floats, rng: np.random.Generator) -> Floats:
-    """Rows of every size from the least denormal number to the first normal ones."""
+    """Return rows of every magnitude, from the least denormal number to the first normal ones."""
     return x * np.exp2(rng.integers(-148, -122, (len(x), 1)))
 
 
@@ -74,7 +74,7 @@ def _llama_cpp() -> Reference:
 
 
 def _pieces(kind: str, n: int) -> Iterator[Floats]:
-    """About n weights as pieces f32[N_ROWS, N]."""
+    """Yield about n weights in pieces f32[N_ROWS, N]."""
     for seed in range(-(-n // (N * N_ROWS))):
         rng = np.random.default_rng(seed)
         with np.errstate(all="ignore"):
@@ -82,7 +82,7 @@ def _pieces(kind: str, n: int) -> Iterator[Floats]:
 
 
 def _rate(run: Callable[[], object], n: int) -> float:
-    """Million weights per second, the best of a few runs."""
+    """Return million weights per second, the best of a few runs."""
     run()
     times = []
     for _ in range(3):

@@ -1,11 +1,11 @@
-"""gguf-quantize against llama.cpp's own quantizer: the same bytes, the time and the memory of both, in turns.
+"""Compares gguf-quantize with llama.cpp's quantizer: bytes, time and memory, in turns.
 
     python benchmarks/make_model.py llama-1b F16
     python benchmarks/quantize_vs_llamacpp.py llama-1b-F16.gguf Q4_K_M Q5_K_S Q3_K_M Q2_K -t 2
 
-llama.cpp is llama_model_quantize of the prebuilt libllama (peer.py). Both run as processes of their own, start
-included; memory is their largest resident size, the pages of the mapped input included. With an imatrix only
-the tensors can be the same: llama-quantize's program, not the library, notes it in the metadata.
+llama.cpp is llama_model_quantize of the prebuilt libllama (peer.py). Each runs as a process of its own. The time
+includes the start. Memory is the largest resident size, with the pages of the mapped input. With an imatrix only the
+tensors can be equal: the program llama-quantize notes the imatrix in the metadata, the library does not.
 """
 
 import ctypes
@@ -86,10 +86,10 @@ def quantize_with_peer(source: str, output: str, kind: str, n_threads: int, imat
 
 @dataclass(frozen=True)
 class Cost:
-    """seconds: wall; nbytes: largest resident size."""
+    """What a process needed."""
 
-    seconds: float
-    nbytes: int
+    seconds: float  # wall time
+    nbytes: int  # largest resident size
 
 
 def run(command: Sequence[str]) -> Cost:
@@ -103,7 +103,7 @@ def run(command: Sequence[str]) -> Cost:
 
 
 def compare(ours: Path, theirs: Path) -> str:
-    """Say in a few words how far the files are the same; tensors that differ go to stderr."""
+    """Return a few words on how far the files are equal. Print tensors that differ to stderr."""
     if filecmp.cmp(ours, theirs, shallow=False):
         return "same file"
     n_other = 0

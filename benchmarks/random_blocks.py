@@ -1,4 +1,4 @@
-"""Blocks of any tensor type with random weights, as fast as random bytes: only their scales are computed."""
+"""Makes blocks of any tensor type with random weights. Only scales are computed, the rest are random bytes."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ class RandomBlocks:
         return blocks
 
     def _calibrated(self) -> tuple[float, float]:
-        """Find d, and m in proportion to it, for mean 0 and the wanted deviation, from what scales of 1 give."""
+        """Return d, and m in proportion to d, for mean 0 and the wanted deviation. Scales of 1 are tried first."""
         blocks = self._random((1 << 16) // self._type.block_size)
         ones = np.ones(len(blocks), np.float32)
 
@@ -80,10 +80,10 @@ class RandomBlocks:
 
 
 def _match_minimums(scales: NDArray[np.uint8]) -> None:
-    """Make the minimum of each group of weights the same number as its scale, or each would have a mean of its own.
+    """Make the minimum of each group equal to its scale. Otherwise each group would have a mean of its own.
 
-    scales: uint8[n_blocks, 16] of Q2_K, a scale in each low nibble and a minimum in the high one; or
-    uint8[n_blocks, 12] of Q4_K and Q5_K: four bytes of scales, four of minimums, then nibbles as in Q2_K.
+    scales: uint8[n_blocks, 16] of Q2_K, with a scale in the low and a minimum in the high nibble of each byte; or
+        uint8[n_blocks, 12] of Q4_K and Q5_K: four bytes of scales, four of minimums, then nibbles as in Q2_K.
     """
     nibbles = scales
     if scales.shape[1] == 12:
@@ -93,7 +93,7 @@ def _match_minimums(scales: NDArray[np.uint8]) -> None:
 
 
 def _ue4m3(values: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The nearest unsigned floats of 4 bits of exponent (bias 7) and 3 of mantissa, from 2^-9 to 448."""
+    """Return the nearest unsigned floats with 4 bits of exponent (bias 7) and 3 of mantissa, from 2^-9 to 448."""
     numbers = np.arange(1, 127)
     exponent, mantissa = numbers >> 3, numbers & 7
     known = np.where(exponent > 0, np.ldexp(8.0 + mantissa, exponent - 10), np.ldexp(1.0 * mantissa, -9))

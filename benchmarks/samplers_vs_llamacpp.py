@@ -1,9 +1,9 @@
-"""What llama.cpp's samplers leave of made-up logits, and with which probabilities: writes sampler_cases.json.
+"""Runs llama.cpp's samplers on made-up logits. Writes the tokens that are left and their probabilities as JSON.
 
     python benchmarks/samplers_vs_llamacpp.py tests/runtime/sampling/sampler_cases.json [--library FOLDER]
 
-Each case names the options, the logits (made by `logits` from n, seed and spread) and the context; then one row for
-each token drawn: the ids that are left, their probabilities, and which of them llama.cpp drew.
+Each case has the options, the logits (made by `logits` from n, seed and spread), the context, and one row for each
+token drawn: the ids that are left, their probabilities, and the id that llama.cpp drew.
 """
 
 import argparse
@@ -36,7 +36,7 @@ class _Bias(ctypes.Structure):
 
 
 class _Vector(ctypes.Structure):
-    """A std::vector of libstdc++ that nobody may change."""
+    """A std::vector of libstdc++, only for reading."""
 
     _fields_ = (("begin", ctypes.c_void_p), ("end", ctypes.c_void_p), ("capacity", ctypes.c_void_p))
 
@@ -82,21 +82,21 @@ OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 def logits(n: int, seed: int, spread: float) -> NDArray[np.float32]:
-    """Numbers of a logistic distribution, the same everywhere."""
+    """Return numbers of a logistic distribution, the same on every machine."""
     mixed = (np.arange(1, n + 1, dtype=np.uint64) * np.uint64(2654435761) + np.uint64(seed * 40503)) ** 2 >> 16
     u = ((mixed % 999983) + 0.5) / 999983
     return (spread * np.log(u / (1 - u))).astype(np.float32)
 
 
 def context(seed: int, n_vocab: int, n: int) -> list[int]:
-    """Tokens of which many repeat."""
+    """Return a context in which many tokens repeat."""
     random = np.random.default_rng(seed)
     words = [random.integers(0, n_vocab, random.integers(1, 6)).tolist() for _ in range(4)]
     return [id for i in random.integers(0, 4, n) for id in words[i]][:n]
 
 
 def cases() -> list[dict[str, Any]]:
-    """Options of each sampler by itself, on small and large vocabularies, then chains, then what has a memory."""
+    """Return options: of each sampler, on small and large vocabularies, of chains, and of samplers with memory."""
     alone: list[dict[str, Any]] = [
         {"logit_bias": {"3": 5.0, "0": -2.5, "7": float("-inf")}},
         *({"top_k": k} for k in (1, 5, 40, 1000)),
@@ -202,7 +202,7 @@ class Chain:
             self._library.llama_sampler_accept(sampler, id)
 
     def step(self, values: NDArray[np.float32]) -> tuple[list[int], list[float], int]:
-        """Ids and probabilities of what is left (-inf left out), and the id drawn."""
+        """Return ids and probabilities of the tokens that are left (without those of -inf), and the drawn id."""
         tokens = (_Token * len(values))(*(_Token(id, float(value), 0.0) for id, value in enumerate(values)))
         array = _Tokens(tokens, len(values), -1, False)
         for sampler in self._samplers:
@@ -219,7 +219,7 @@ class Chain:
 
 
 def run(library: ctypes.CDLL, case: dict[str, Any]) -> dict[str, Any]:
-    """A case with its rows."""
+    """Return a case with its rows."""
     chain, rows = Chain(library, case), []
     for step in range(case["steps"]):
         row = chain.step(logits(case["n"], case["seed"] + step, case["spread"]))

@@ -3,8 +3,8 @@
     python benchmarks/startup.py MODEL [-r 5] [--skip-cold]
 
 Warm: the median of several runs, with compiled Python modules as an installed package has them. Cold: one run with an
-empty cache of compiled kernels. The prompt has 20 tokens. Memory: the highest VmHWM seen in /proc (Linux), and its
-parts at the moment of the highest RSS, beside the limit file size + KV cache + 250 MB.
+empty cache of compiled kernels. The prompt has 20 tokens. Memory: the highest VmHWM in /proc (Linux), and its parts at
+the moment of the highest RSS. The limit is file size + KV cache + 250 MB.
 """
 
 import os
@@ -60,7 +60,7 @@ def first_token(command: list[str], modules: Path, cache: Path | None = None) ->
 
 
 def most_memory(command: list[str]) -> dict[str, int]:
-    """Run a command; return bytes by /proc's names at the sample with the highest VmRSS, and the last VmHWM."""
+    """Run a command. Return bytes by /proc's names at the sample with the highest VmRSS, and the last VmHWM."""
     most = dict.fromkeys(_FIELDS, 0)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None:

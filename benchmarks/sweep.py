@@ -1,11 +1,11 @@
-"""The README's table: every row against llama.cpp, in turns, beside the limits of the machine measured in the same run.
+"""Measures the README's table: every row against llama.cpp, in turns, and the limits of the machine in the same run.
 
     python benchmarks/sweep.py RESULTS.jsonl --models FOLDER [--row REGEX] [--quick]     # measures what is missing
     python benchmarks/sweep.py RESULTS.jsonl --table                                     # prints the table
 
-Each row adds a line to RESULTS when it is done, so a run that was stopped goes on where it was; of several lines for a
-row (--again) the table shows the last. Models with the shape of a Llama of 1 billion weights, and random ones, are
-written into FOLDER when they are wanted (0.4 to 1.3 GB each; --delete removes each after its last row).
+Each finished row adds a line to RESULTS, so a stopped run can go on. The table shows the last line of a row (--again
+adds lines). Models of random weights, with the shape of a Llama of 1 billion weights, are written into FOLDER when a
+row needs them (0.4 to 1.3 GB each). --delete removes each model after its last row.
 """
 
 import json
@@ -37,16 +37,15 @@ _PEER_LIBRARY = {"AVX2": "haswell"}  # by instruction set: llama.cpp's library t
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table. isa: what both sides are held to, "" for the best. The goals: least ratios of pp and tg, and
-    least part of the streaming limit in decode."""
+    """A row of the table."""
 
     model: str
     n_threads: int = 2
-    isa: str = ""
+    isa: str = ""  # instruction set of both sides; "": the best
     depth: int = 0
-    pp_goal: float = 2.0
-    tg_goal: float = 1.15
-    limit_goal: float = 0.0
+    pp_goal: float = 2.0  # least ratio of pp
+    tg_goal: float = 1.15  # least ratio of tg
+    limit_goal: float = 0.0  # least part of the streaming limit in decode
 
     def __str__(self) -> str:
         parts = [self.model, f"{self.n_threads} thread{'s' * (self.n_threads > 1)}", self.isa]
@@ -54,7 +53,7 @@ class Row:
 
 
 def rows() -> Iterator[Row]:
-    """Yield all rows, those that share a file one after the other."""
+    """Yield all rows. Rows that share a file are neighbours."""
     yield Row(_SMOLLM2, pp_goal=3.0, tg_goal=1.8)
     yield Row(_GEMMA, pp_goal=2.0, tg_goal=1.3)
     for type in _TYPES:
@@ -69,22 +68,22 @@ def rows() -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class Plan:
-    """n_prompt, n_gen: tokens of pp and tg. repeat, seconds: see pair.compare."""
+    """How long each row is measured."""
 
-    n_prompt: int
-    n_gen: int
-    repeat: int
-    seconds: float
+    n_prompt: int  # tokens of pp
+    n_gen: int  # tokens of tg
+    repeat: int  # see pair.compare
+    seconds: float  # see pair.compare
 
 
 def made_file(model: str, folder: Path) -> Path | None:
-    """Where a model of random weights is written; None for a real one."""
+    """Return the path of a model of random weights; None for a real model."""
     shape, _, type = model.partition(" ")
     return folder / f"{shape}-{type}.gguf" if shape == _SHAPE else None
 
 
 def model_file(model: str, folder: Path, gemma: Path) -> Path:
-    """The file of a model: written now if it is one of random weights that is not there."""
+    """Return the file of a model. A missing model of random weights is written first."""
     path = made_file(model, folder)
     if path is None:
         return gemma if model == _GEMMA else find_model(None)
@@ -97,7 +96,7 @@ def model_file(model: str, folder: Path, gemma: Path) -> Path:
 
 
 def measure(row: Row, path: Path, plan: Plan) -> dict[str, Any]:
-    """Measure a row; return its line of the results: every round's seconds, limits, and the part of them reached."""
+    """Measure a row. Return its line of RESULTS: seconds, limits and reached parts of limits, by round."""
     with GGUFFile.open(path) as file:
         model = BenchedModel.of(file)
         # a separate table of embeddings is not read but for one row
@@ -126,7 +125,7 @@ def measure(row: Row, path: Path, plan: Plan) -> dict[str, Any]:
 
 
 def _fractions(rounds: Rounds, model: BenchedModel, weight_bytes: int) -> list[float]:
-    """The part of the limits that each of our rounds reached, if so many bytes must be read for the weights."""
+    """Return the part of the limits that each of our rounds reached. weight_bytes: weights that a token reads."""
     test = rounds.test
     n_prompt, n_gen = (test.n, 0) if test.kind == "pp" else (0, test.n)
     case = Case("", n_prompt, n_gen, test.depth)
@@ -135,7 +134,7 @@ def _fractions(rounds: Rounds, model: BenchedModel, weight_bytes: int) -> list[f
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """The last line of each row."""
+    """Return the last line of each row."""
     lines = path.read_text().splitlines() if path.is_file() else []
     return {record["row"]: record for record in map(json.loads, lines)}
 

@@ -1,8 +1,8 @@
-"""The measured tables of README.md and docs/: each stands between two marks and is written from a file of docs/data/.
+"""Writes the measured tables of README.md and docs/, each between two marks, from the files of docs/data/.
 
     python benchmarks/tables.py         # after a measurement; benchmarks/plots.py then draws the pictures
 
-A table's mark is an HTML comment with its name, `table: speed`; the next `end` closes it.
+A table begins at an HTML comment with its name, `table: speed`, and ends at the next comment `end`.
 """
 
 import json
@@ -43,25 +43,25 @@ _WHEN = {
 
 
 def load(name: str) -> dict[str, Any]:
-    """docs/data/NAME.json"""
+    """Return the contents of docs/data/NAME.json."""
     data: dict[str, Any] = json.loads((ROOT / "docs/data" / f"{name}.json").read_text())
     return data
 
 
 def markdown(head: str, rows: Iterable[Iterable[object]]) -> str:
-    """A table. head: as "model | prefill"."""
+    """Return a table. head: as "model | prefill"."""
     names = head.split(" | ")
     lines = [names, ["---"] * len(names), *([str(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |".replace("  ", " ").replace("|---", "| ---") for line in lines)
 
 
 def speed() -> str:
-    """All rows against llama.cpp."""
+    """Return all rows against llama.cpp."""
     return _speed(load("speed")["rows"])
 
 
 def speed_short() -> str:
-    """Some rows of two threads."""
+    """Return some rows of two threads."""
     rows = {row["model"]: row for row in reversed(load("speed")["rows"]) if row["threads"] == 2 and not _limits(row)}
     return _speed([rows[name] for name in SHOWN])
 
@@ -82,13 +82,13 @@ def _speed(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def kv_cache() -> str:
-    """Every type of KV cache, as it is by default, and some without rotation."""
+    """Return every type of KV cache with its default rotation, and some without rotation."""
     rows = load("kv_cache")["rows"]
     return _kv_cache(rows)
 
 
 def kv_cache_short() -> str:
-    """The types that were also timed."""
+    """Return the types of KV cache that were also timed."""
     return _kv_cache([row for row in load("kv_cache")["rows"] if "decode_ms" in row])
 
 
@@ -107,7 +107,7 @@ def _kv_cache(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def formats() -> str:
-    """Every tensor type."""
+    """Return every tensor type."""
     timed = {row["model"]: row for row in reversed(load("speed")["rows"]) if row["threads"] == 2 and not _limits(row)}
 
     def cells(name: str, row: Mapping[str, Any]) -> Iterator[object]:
@@ -123,7 +123,7 @@ def formats() -> str:
 
 
 def files() -> str:
-    """Files of SmolLM2 by kind."""
+    """Return files of SmolLM2 by file type."""
 
     def cells(name: str, row: Mapping[str, Any]) -> Iterator[object]:
         parts = sorted(row["parts"].items(), key=lambda item: -item[1])
@@ -140,7 +140,7 @@ TABLES: Mapping[str, Callable[[], str]] = MappingProxyType(
 
 
 def filled(text: str) -> str:
-    """A document with its tables as the data have them."""
+    """Return a document with its tables written from the data."""
     return _MARK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}{match[4]}", text)
 
 

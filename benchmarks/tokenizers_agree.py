@@ -1,9 +1,9 @@
-"""Tokenizers of checkpoints against their GGUF metadata: the ids of random multilingual texts, by both, must be equal.
+"""Checks that tokenizers of checkpoints and of their GGUF metadata give equal ids for random multilingual texts.
 
     python benchmarks/tokenizers_agree.py [-n 10000] [MODEL.gguf | DIR ...]
 
-Without names: tokenizers of every kind, trained on a few texts (tests/helpers/hftokenizers.py). DIR: a checkpoint with
-a tokenizer.json. MODEL.gguf: its tokenizer is first exported, then converted again.
+Without names, tokenizers of every kind are trained on a few texts (tests/helpers/hftokenizers.py). DIR: a checkpoint
+with a tokenizer.json. MODEL.gguf: a file whose tokenizer is exported, then converted again.
 """
 
 import argparse

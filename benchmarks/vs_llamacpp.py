@@ -1,7 +1,7 @@
-"""Speed of any models against llama.cpp, in turns (pair.py); sweep.py measures the README's table.
+"""Compares the speed of any models with llama.cpp, in turns (pair.py). sweep.py measures the README's table.
 
-"ratio" is of medians over the rounds, "range" is that of the ratio of single rounds, "best" is of the fastest round of
-each.
+"ratio" compares the medians over the rounds, "best" the fastest round of each. "range" is the lowest and the highest
+ratio of single rounds.
 
     python benchmarks/vs_llamacpp.py MODEL... [-t 1,2] [-p 512] [-n 128] [-d 0] [-r 5] [-ct f16,q8_0,...]
 """

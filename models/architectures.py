@@ -1,7 +1,7 @@
-"""What differs between architectures, as data: one entry for each, and the shapes of tensors.
+"""The table of architectures, and the shapes of their tensors.
 
-An entry says what differs from `llama`. Facts are those of llama.cpp (src/models/*.cpp), whose converter makes the
-files. A new architecture is a new entry, if its layer has the form of models/step.py.
+An entry lists what differs from `llama`. The facts come from llama.cpp (src/models/*.cpp), whose converter writes the
+files. A new architecture is a new entry if step.py can build its layers.
 """
 
 from collections.abc import Mapping
@@ -12,16 +12,16 @@ Shape = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Architecture:
-    """One value of `general.architecture`. A default is what llama has."""
+    """One value of `general.architecture`. The defaults are those of llama."""
 
     name: str
     rope_style: str = "norm"  # see operands.Rotation
     activation: str = "silu"  # of the ffn, see ops.Gated
     gated: bool = True  # the ffn has a gate
-    qkv: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")  # tensors whose rows, in this order, make q, k and v
+    qkv: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")  # tensors whose rows make q, k and v, in this order
     gate_up: tuple[str, ...] = ("ffn_gate", "ffn_up")  # tensors whose rows make gate and up
-    # Tensors of norms. attn_norm and `ffn_norm` are before attention and ffn; attn_q_norm and attn_k_norm before the
-    # rotation; post_attention_norm and post_ffw_norm before a result is added to the residual stream.
+    # Names of norms. attn_norm and `ffn_norm` come before attention and ffn, attn_q_norm and attn_k_norm before the
+    # rotation. post_attention_norm and post_ffw_norm norm a result before it is added to the residual stream.
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")
     # Norms that a file may leave out. Without ffn_norm, attention and ffn read the same normed values.
     optional_norms: tuple[str, ...] = ()
@@ -31,22 +31,22 @@ class Architecture:
     rope_factors: bool = False  # rope_freqs.weight, or rope_factors_long and _short, are used if the file has them
     no_rope_period: int = 0  # every n-th layer does not rotate; 0: all rotate
     scaled_embd: bool = False  # embeddings are multiplied by sqrt(n_embd)
-    n_embd_scale_n_layer: tuple[int, ...] = ()  # models of so many layers scale q.k by 1/sqrt(n_embd/n_head)
-    attn_softcap: float = 0.0  # of attention's scores, unless the file has one; 0: none
-    final_softcap: float = 0.0  # of the logits, unless the file has one; 0: none
+    n_embd_scale_n_layer: tuple[int, ...] = ()  # with one of these n_layer, q.k is scaled by 1/sqrt(n_embd/n_head)
+    attn_softcap: float = 0.0  # softcap of attention's scores, unless the file has one; 0: none
+    final_softcap: float = 0.0  # softcap of the logits, unless the file has one; 0: none
     swa_period: int = 0  # in a file with a window, every n-th layer sees all positions; 0: none does
-    swa_rope_freq_base: float = 0.0  # of layers with a window, unless the file has one; 0: that of the others
-    swa_rope_scaled: bool = True  # layers with a window have the rope scaling too
+    swa_rope_freq_base: float = 0.0  # rope base of layers with a window, unless the file has one; 0: as other layers
+    swa_rope_scaled: bool = True  # the rope scaling applies to layers with a window too
     yarn_truncate: bool = True  # YaRN's ramp begins and ends at whole pairs
-    moe: str = "no"  # layers have experts: "no", "yes", or "maybe": if the file says so
+    moe: str = "no"  # whether layers have experts: "no", "yes", or "maybe" (the file tells)
     expert_norm: bool = True  # see operands.Mixture.norm
-    expert_activation: str = ""  # of the experts, if another than `activation`
-    shared_gate: bool = False  # the result of the shared expert is weighted
-    shapes: Mapping[str, Shape] = field(default_factory=dict)  # of tensors whose shape differs from LAYER_SHAPES
+    expert_activation: str = ""  # activation of the experts; "": the same as `activation`
+    shared_gate: bool = False  # a gate weights the result of the shared expert
+    shapes: Mapping[str, Shape] = field(default_factory=dict)  # shapes that differ from LAYER_SHAPES
 
     @property
     def norm_per_head(self) -> bool:
-        """Whether attn_q_norm and attn_k_norm norm each head by itself, not the whole row."""
+        """Whether attn_q_norm and attn_k_norm norm each head by itself. Otherwise they norm the whole row."""
         return {**LAYER_SHAPES, **self.shapes}["attn_q_norm"][0] == "head_dim"
 
 

@@ -1,7 +1,7 @@
-"""The contract that both backends keep: kernels_cpu and kernels_gpu provide it, the decoder uses it.
+"""The contract between the decoder and its backends, kernels_cpu and kernels_gpu.
 
-A backend holds weights and caches on one device. It makes a program of lists of ops (ops.py) once; `Program.run` then
-runs the whole step, for one token or for a batch of them. Token ids and positions are read from memory of the program.
+A backend holds weights and caches on one device. It makes a program from lists of ops (ops.py) once. `Program.run` then
+runs a whole step, for one token or for a batch of tokens. A program reads token ids and positions from its own memory.
 """
 
 from collections.abc import Sequence
@@ -22,18 +22,17 @@ class CacheType:
 
     k: str = "f16"  # name in the backend's table of cache types
     v: str = "f16"
-    # Whether each head of Q, K and V goes through an orthogonal Hadamard transform before K and V are stored, and the
-    # result goes back. True: if head_dim is a multiple of 32. None: if the type has 8 bits or less as well, and no
-    # static scales.
+    # Whether each head of Q, K and V goes through an orthogonal Hadamard transform before K and V are stored. The
+    # result of attention goes back through the transform. None: only types of at most 8 bits without static scales do
+    # so. Heads whose head_dim is not a multiple of 32 never do.
     rotate: bool | None = None
-    # For fp8, one scale for each KV head: value = scale * stored number. None: a scale for each row, found when the row
-    # is stored.
+    # For fp8, one scale for each KV head: value = scale * stored number. None: each row gets a scale when it is stored.
     k_scales: tuple[float, ...] | None = None
     v_scales: tuple[float, ...] | None = None
 
 
 class Run(NamedTuple):
-    """Tokens of one sequence. They are neighbours in the batch of a step."""
+    """Tokens of one sequence, which stand side by side in the batch of a step."""
 
     seq: int  # number of the sequence
     n_past: int  # position of the first token
@@ -44,54 +43,42 @@ class Results(NamedTuple):
     """Result rows of a step."""
 
     values: NDArray[np.float32]  # [number of rows, number of columns], memory of the program
-    columns: NDArray[np.intp] | None = None  # of the values of the only row; None: all columns in their order
+    columns: NDArray[np.intp] | None = None  # the column of each value, if there is one row; None: all columns in order
 
 
 class Program(Protocol):
     """A step that is ready to run."""
 
-    @property
-    def n_batch(self) -> int:
-        """The most tokens of one run."""
-        ...
-
-    @property
-    def n_outputs(self) -> int:
-        """The most result rows of one run."""
-        ...
+    n_batch: int  # the most tokens of one run
+    n_outputs: int  # the most result rows of one run
 
     def run(
         self, ids: NDArray[np.int32], runs: Sequence[Run], rows: Sequence[int], part: int = 0, n_top: int = 0
     ) -> Results:
-        """Run one part of the program on tokens `ids`, and, if results are wanted, its `after`.
+        """Run one part of the program. The last part runs `after` too if results are wanted.
 
         The parts of a step run one after the other, all with the same ids and runs.
 
         ids: up to n_batch tokens.
         runs: the sequences that the tokens belong to, from the first token to the last; each sequence once.
         rows: the tokens whose results are wanted, as indices of ids; at most n_outputs. Only the last part has results.
-        n_top: if not 0, and one row is wanted, only the n_top greatest values are needed. A backend may return just
-            these: in descending order, of equal ones the first column first, a NaN before all else.
+        n_top: how many of the greatest values are needed if one row is wanted; 0: all values. A backend may return only
+            these, in descending order. Equal values are in the order of their columns. NaN counts as the greatest.
 
         Returns f32[len(rows), result.width] in memory of the program, which the next run overwrites.
         """
-        ...
 
     def more(self, rows: Sequence[int]) -> NDArray[np.float32]:
-        """Return other result rows of the tokens of the last run. Only `after` runs again."""
-        ...
+        """Return results of other tokens of the last run. Only `after` runs again. rows: see run."""
 
     def to_host(self, buffer: Buffer, n_tokens: int, /) -> NDArray[np.float32]:
-        """Return the first n_tokens rows of a buffer. They are valid until the next run."""
-        ...
+        """Return the first n_tokens rows of a buffer. The rows are valid until the next run."""
 
     def copy_from(self, other: "Program", source: Buffer, n_tokens: int, target: Buffer, /) -> None:
         """Copy the first n_tokens rows of another program's buffer `source` to `target`."""
-        ...
 
     def close(self) -> None:
         """Free memory. The program cannot run again."""
-        ...
 
 
 class Backend(Protocol[Table, Weight, Vector, Cache, Experts, Squares]):
@@ -99,23 +86,19 @@ class Backend(Protocol[Table, Weight, Vector, Cache, Experts, Squares]):
 
     @property
     def name(self) -> str:
-        """For people: device, number of threads ..."""
-        ...
+        """The device, the number of threads ..., as a text for people."""
 
     def table(self, tensor: Tensor, /) -> Table:
         """Return a matrix for Embed."""
-        ...
 
     def weight(self, tensors: Sequence[Tensor], /) -> Weight:
         """Return a matrix for Matmul and MatmulGated: the rows of all tensors, times the tensors' `scales`.
 
-        The weights are repacked here, in the device's panels.
+        The rows are repacked as panels of the device.
         """
-        ...
 
     def vector(self, tensors: Sequence[Tensor], /) -> Vector:
-        """Return the values of all tensors as f32: the weight of a norm, or a bias."""
-        ...
+        """Return the values of all tensors, one after the other, as f32: the weight of a norm, or a bias."""
 
     def experts(self, tensors: Sequence[Tensor], /) -> Experts:
         """Return a layer's experts for Moe.
@@ -124,19 +107,16 @@ class Backend(Protocol[Table, Weight, Vector, Cache, Experts, Squares]):
 
         Raises UnsupportedError if gate and up have different types.
         """
-        ...
 
     def cache(self, shape: AttentionShape, n_ctx: int, n_batch: int, n_seq: int, kind: CacheType, /) -> Cache:
         """Return the KV cache of one layer, for n_seq sequences of n_ctx positions.
 
         n_batch: the most positions that are appended at once. A layer with a window may hold only the last
-        window + n_batch positions of a sequence.
+            window + n_batch positions of a sequence.
         """
-        ...
 
     def squares(self, width: int, n_expert: int = 1, /) -> Squares:
-        """Return sums of squares for rows of `width` columns: for Observe, or, of n_expert experts, for Moe."""
-        ...
+        """Return sums of squares of `width` columns, for Observe, or for a Moe of n_expert experts."""
 
     def program(
         self,
@@ -149,20 +129,18 @@ class Backend(Protocol[Table, Weight, Vector, Cache, Experts, Squares]):
     ) -> Program:
         """Allocate the buffers of the ops, and make everything ready to run.
 
-        parts: lists of ops that run by themselves, one after the other; Program.copy_from may write buffers between.
-        after: the ops for the wanted rows only, which follow the last part. The first one is Outputs. These ops write
-            no buffer of the parts, so that they can run again for other rows. Empty: the program has no result rows.
+        parts: lists of ops. Each call of Program.run runs one list. Program.copy_from may write buffers between calls.
+        after: ops that follow the last part, for the wanted rows only. The first op is Outputs. These ops write no
+            buffer of the parts, so that they can run again for other rows. Empty: the program has no result rows.
         result: the buffer of `after` that Program.run returns; any buffer if `after` is empty.
         n_batch: rows of the buffers.
-        n_outputs: rows of the buffers of outputs.
+        n_outputs: rows of the buffers that have `outputs`.
         """
-        ...
 
     def nbytes(self) -> dict[str, int]:
-        """Return the bytes that the backend holds by purpose: "weights", "cache", "buffers"."""
-        ...
+        """Return how many bytes the backend holds for each purpose: "weights", "cache", "buffers"."""
 
 
-# The decoder holds backends of several kinds, and hands each one only the handles that it has made itself. Functions
-# that make or use handles are generic in one backend's kinds.
+# The decoder holds backends of several kinds. Each backend gets only handles that it made itself. Functions that make
+# or use handles are generic in one backend's kinds.
 AnyBackend: TypeAlias = Backend[Any, Any, Any, Any, Any, Any]

@@ -1,4 +1,4 @@
-"""The numbers of a model, from GGUF metadata and tensor shapes, all checked before anything relies on them."""
+"""Reads the numbers of a model from GGUF metadata and tensor shapes, and checks all of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from gguf_run.models.rope import RopeScaling
 
 _MAX_EXPERTS = 1024
 
-# Keys of features that the decoder does not have, and the value that stands for no such feature.
+# Features that the decoder does not have: the key, and the value with which a file says that it does not need them.
 _NEUTRAL: Mapping[str, float | bool] = {
     "attention.causal": True,
     "attention.clamp_kqv": 0,
@@ -37,8 +37,8 @@ _UNUSED_SUFFIXES = (".attn_rot_embd.weight", ".rope_freqs.weight", ".input_scale
 class ModelConfig:
     """Sizes and constants of one model, in ggml's names.
 
-    A model with a residual scale r is run with a residual stream that is divided by r. Embeddings are divided by r, and
-    rms_eps by r^2: then norms see no difference, and nothing has to be multiplied.
+    In a model with a residual scale r, layers add r times their result to the residual stream. The decoder holds that
+    stream divided by r instead. So embd_scale is divided by r here, and rms_eps by r^2; norms then give the same rows.
     """
 
     arch: Architecture
@@ -63,10 +63,10 @@ class ModelConfig:
     logit_scale: float  # factor on the logits
     final_softcap: float
     n_expert: int  # experts of a layer; 0: no layer has any
-    n_layer_dense_lead: int  # so many layers at the beginning have no experts
-    n_ff_exp: int
-    n_ff_shexp: int  # width of the expert that all tokens share; 0: there is none
-    moe: Mixture  # how experts are mixed; without meaning if there are none
+    n_layer_dense_lead: int  # number of first layers that have no experts
+    n_ff_exp: int  # width of one expert
+    n_ff_shexp: int  # width of the expert that all tokens use; 0: there is none
+    moe: Mixture  # how a token's experts are chosen and weighted; unused if n_expert is 0
 
     @property
     def n_embd_q(self) -> int:
@@ -97,48 +97,17 @@ class ModelConfig:
     def has_experts(self, il: int) -> bool:
         return bool(self.n_expert) and il >= self.n_layer_dense_lead
 
-    def ffn(self, il: int) -> tuple[tuple[str, ...], str]:
-        """Return the names of layer il's matrices of gate and up, and of down; () and "" if it has only experts."""
+    def ffn(self, il: int) -> tuple[str, ...]:
+        """Return the names of layer il's matrices of gate, up and down; () if the layer has only experts."""
         if not self.has_experts(il):
-            return self.arch.gate_up, "ffn_down"
-        return (SHARED[:2], SHARED[2]) if self.n_ff_shexp else ((), "")
-
-    def tensors(self, *, optional: bool) -> dict[str, Shape]:
-        """Return the names and shapes of the model's tensors.
-
-        optional: of those that a file may leave out (biases, an output matrix ...), not of those that it must have.
-        """
-        if optional:
-            names = ["output.weight", "output.bias", *(["output_norm.bias"] if self.arch.layer_norm else [])]
-        else:
-            names = ["token_embd.weight", "output_norm.weight"]
-        found = {name: MODEL_SHAPES[name] for name in names}
-        if optional and self.arch.rope_factors:
-            found |= dict.fromkeys(ROPE_FACTORS, ("n_rope_freqs",))
-        for il in range(self.n_layer):
-            found |= {f"blk.{il}.{name}": shape for name, shape in self._layer_tensors(il, optional).items()}
-        return found
-
-    def _layer_tensors(self, il: int, optional: bool) -> dict[str, Shape]:
-        """Return the tensors of layer il, see `tensors`; their names are without its prefix."""
-        arch, (gate_up, down) = self.arch, self.ffn(il)
-        shapes = {**LAYER_SHAPES, **arch.shapes}
-        matrices = [*arch.qkv, "attn_output", *gate_up, *([down] if down else [])]
-        if self.has_experts(il):
-            matrices += ["ffn_gate_inp", *EXPERTS, *(["ffn_gate_inp_shexp"] if arch.shared_gate else [])]
-        norms = [name for name in arch.norms if (name in arch.optional_norms) == optional]
-        if not optional:
-            names = [*norms, *matrices, *(["attn_sinks"] if arch.sinks else [])]
-            return {f"{name}.weight": shapes[name] for name in names}
-        biased = matrices + ([name for name in arch.norms if name.endswith("norm")] if arch.layer_norm else [])
-        biases = {f"{name}.bias": shapes[name][1:] or shapes[name] for name in biased}
-        return {f"{name}.weight": shapes[name] for name in norms} | biases
+            return *self.arch.gate_up, "ffn_down"
+        return SHARED if self.n_ff_shexp else ()
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "ModelConfig":
         """Read and check all numbers that the decoder relies on, and the shapes of all tensors.
 
-        Raises FormatError for a key or tensor that is missing or wrong, UnsupportedError for an architecture or a
+        Raises FormatError for a key or tensor that is missing or wrong, and UnsupportedError for an architecture or a
         feature that this program does not have. The errors do not name the file.
         """
         name = metadata.get("general.architecture")
@@ -234,11 +203,6 @@ def _ffn(arch: Architecture, keys: Keys) -> tuple[int, int, int, int, Mixture]:
     return n_ff, n_expert, n_ff_exp, n_ff_shexp, Mixture(n_used, arch.expert_norm, scale, activation)
 
 
-def _size(ne: tuple[int, ...]) -> tuple[int, ...]:
-    """Return sizes without those of 1 at the end: files may leave these out."""
-    return ne if not ne or ne[-1] != 1 else _size(ne[:-1])
-
-
 def _shape_of(tensor: Tensor | None) -> str:
     return "is missing" if tensor is None else f"has {' x '.join(map(str, tensor.ne))} values"
 
@@ -249,33 +213,45 @@ def _is_factor(name: str, tensors: Mapping[str, Tensor]) -> bool:
     return name.endswith(".scale") and weight is not None and weight.type.name == "NVFP4"
 
 
+def _shapes(config: ModelConfig) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    """Return the shapes of the tensors that a file must have, and of those that a file may leave out."""
+    arch, shapes = config.arch, {**LAYER_SHAPES, **config.arch.shapes}
+    required = {name: MODEL_SHAPES[name] for name in ("token_embd.weight", "output_norm.weight")}
+    norm_bias = ("output_norm.bias",) if arch.layer_norm else ()
+    optional = {name: MODEL_SHAPES[name] for name in ("output.weight", "output.bias", *norm_bias)}
+    if arch.rope_factors:
+        optional |= dict.fromkeys(ROPE_FACTORS, ("n_rope_freqs",))
+    for il in range(config.n_layer):
+        matrices = [*arch.qkv, "attn_output", *config.ffn(il)]
+        if config.has_experts(il):
+            matrices += ["ffn_gate_inp", *EXPERTS, *(["ffn_gate_inp_shexp"] if arch.shared_gate else [])]
+        for name in (*arch.norms, *matrices, *(["attn_sinks"] if arch.sinks else [])):
+            (optional if name in arch.optional_norms else required)[f"blk.{il}.{name}.weight"] = shapes[name]
+        biased = (*arch.norms, *matrices) if arch.layer_norm else matrices
+        optional |= {f"blk.{il}.{name}.bias": shapes[name][1:] or shapes[name] for name in biased}
+    return required, optional
+
+
 def _check_tensors(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
     """Raise an error if a tensor is missing, has a wrong shape, or would silently be left out."""
-
-    def check(name: str, shape: Shape) -> None:
+    required, optional = _shapes(config)
+    for name, shape in (required | {name: shape for name, shape in optional.items() if name in tensors}).items():
         ne = tuple(sum(getattr(config, part) for part in size.split("+")) for size in shape)
         tensor = tensors.get(name)
-        if tensor is None or _size(tensor.ne) != _size(ne):
-            expected = " x ".join(map(str, ne))
-            raise FormatError(
-                f"tensor {name} {_shape_of(tensor)}, must have {expected} in this {config.arch.name} model"
-            )
-
-    required, optional = config.tensors(optional=False), config.tensors(optional=True)
-    for name, shape in required.items():
-        check(name, shape)
+        if tensor is None or not tensor.same_shape(ne):
+            expected = f"{' x '.join(map(str, ne))} in this {config.arch.name} model"
+            raise FormatError(f"tensor {name} {_shape_of(tensor)}, must have {expected}")
     for name in tensors:
-        if name in optional:
-            check(name, optional[name])
-        elif name not in required and not name.endswith(_UNUSED_SUFFIXES) and not _is_factor(name, tensors):
+        known = name in required or name in optional or name.endswith(_UNUSED_SUFFIXES)
+        if not known and not _is_factor(name, tensors):
             raise UnsupportedError(
                 f"tensor {show(name)} is not a part of a {config.arch.name} model of {config.n_layer} layers as this "
                 "program knows it; without it the results would be wrong"
             )
     # q, k and v are one matrix, gate and up are one, too: all rows of a matrix have a bias or none has.
     for il in range(config.n_layer):
-        for group in (config.arch.qkv, config.ffn(il)[0], EXPERTS):
-            biases = {f"blk.{il}.{name}.bias": f"blk.{il}.{name}.bias" in tensors for name in group}
-            if any(biases.values()) and not all(biases.values()):
-                missing = next(name for name, there in biases.items() if not there)
-                raise UnsupportedError(f"tensor {missing} is missing, though other biases of its kind are there")
+        for group in (config.arch.qkv, config.ffn(il)[:-1], EXPERTS):
+            missing = [name for name in group if f"blk.{il}.{name}.bias" not in tensors]
+            if 0 < len(missing) < len(group):
+                name = f"blk.{il}.{missing[0]}.bias"
+                raise UnsupportedError(f"tensor {name} is missing, though other biases of its kind are there")

@@ -1,4 +1,4 @@
-"""The decoder: loads a model's weights into backends, makes their programs once, and runs tokens through them."""
+"""The decoder loads a model's weights into backends, makes the programs once, and runs tokens through the programs."""
 
 import itertools
 from collections import Counter
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.models.backend import AnyBackend, CacheType, Program, Results, Run
+from gguf_run.models.backend import AnyBackend, CacheType, Results, Run
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer, KvCache
 from gguf_run.models.stages import Placed, build
@@ -20,9 +20,10 @@ from gguf_run.models.weights import rotations
 class Decoder:
     """A model that is ready to run."""
 
-    cache: KvCache  # the tokens of n_seq sequences, from 0 on
-    backends: Sequence[AnyBackend]  # those of the layers, then those of their experts
-    observed: list[Observed] | None  # squares of the inputs of all matmuls, if wanted
+    cache: KvCache  # the tokens of n_seq sequences
+    backends: Sequence[AnyBackend]  # one for each layer, then one for the experts of each layer
+    observed: list[Observed] | None  # sums of squares of the inputs of all matmuls; None: not observed
+    n_batch: int  # the most tokens of a step
 
     def __init__(
         self,
@@ -44,15 +45,15 @@ class Decoder:
         config: made from the same tensors, which it has checked.
         backends: one for each layer. The last one has the output matrix too. Where the backend changes between two
             layers, the hidden state is copied.
-        n_ctx: positions in the KV caches, for each sequence.
-        n_batch: tokens that run at once; at least n_seq of them do, so that all sequences fit into one step.
-        n_outputs: rows of logits that are held at once; at least n_seq.
+        n_ctx: positions in the KV cache, for each sequence.
+        n_batch: the most tokens that run at once. Below n_seq, n_seq is used: all sequences fit into one step.
+        n_outputs: rows of logits that are held at once. Below n_seq, n_seq is used.
         cache_types: one for each layer; None: f16.
         progress: called with the number of bytes of each tensor that is loaded.
-        observe: fill `observed`. The matrices of layers see every token, the output matrix sees the tokens whose logits
-            are asked for.
+        observe: fill `observed`. The matrices of layers see every token. The output matrix sees only the tokens whose
+            logits are wanted.
         embedding: the backend that looks up the embeddings; None: the first layer's.
-        experts: one backend for the experts of each layer; None: those of the layers.
+        experts: one backend for the experts of each layer; None: the backends of the layers.
 
         Raises GgufRunError for sizes below 1, and the backends' errors.
         """
@@ -69,7 +70,7 @@ class Decoder:
         self.backends = (*backends, *experts)
         self._backends = {id(backend): backend for backend in (placed.embedding, *self.backends)}
         self.observed = [] if observe else None
-        n_batch = max(min(n_batch, n_ctx), n_seq)
+        self.n_batch = n_batch = max(min(n_batch, n_ctx), n_seq)
         n_outputs = max(min(n_outputs, n_batch), n_seq)
         kinds = cache_types or [CacheType()] * config.n_layer
         layers = []
@@ -81,16 +82,7 @@ class Decoder:
         self._stages = build(
             config, tensors, placed, layers, n_batch, n_outputs, progress or (lambda n_bytes: None), self.observed
         )
-
-    @property
-    def _program(self) -> Program:
-        """The program of the last stage, which makes the logits."""
-        return self._stages[-1].program
-
-    @property
-    def n_batch(self) -> int:
-        """The most tokens of a step."""
-        return self._program.n_batch
+        self._program = self._stages[-1].program  # makes the logits
 
     @property
     def n_past(self) -> int:
@@ -98,10 +90,10 @@ class Decoder:
         return self.cache.n_past()
 
     def forward(self, ids: Sequence[int], n_outputs: int = 1, seq: int = 0) -> Iterator[NDArray[np.float32]]:
-        """Append tokens to a sequence; return an iterator over the logits of the last n_outputs of them.
+        """Append tokens to a sequence. Return an iterator over the logits of the last n_outputs tokens.
 
-        The logits come in order, in blocks f32[n, n_vocab]. A block is valid until the next one is asked for.
-        Batches without wanted logits run at once. The others run when the iterator reaches them: use the iterator up
+        The logits come in order, in blocks f32[n, n_vocab]. The next block overwrites a block.
+        Batches without wanted logits run now. Other batches run when the iterator reaches them, so exhaust the iterator
         before the next call. n_past counts the tokens of the batches that have run.
 
         n_outputs: 0 to len(ids).
@@ -112,7 +104,7 @@ class Decoder:
             raise ValueError(f"n_outputs is {n_outputs}, must be from 0 to the number of tokens, {len(ids)}")
         self._check(ids, seq)
         tokens = np.asarray(ids, np.int32)
-        n_batch, first = self._program.n_batch, len(ids) - n_outputs
+        n_batch, first = self.n_batch, len(ids) - n_outputs
         start = 0
         while start < len(ids) and (start + n_batch <= first or not n_outputs):
             self._run(tokens[start : start + n_batch], {seq: min(n_batch, len(ids) - start)}, ())
@@ -120,14 +112,14 @@ class Decoder:
         return self._logits(tokens[start:], first - start, seq)
 
     def top(self, ids: Sequence[int], n_top: int, seq: int = 0) -> Results:
-        """Append up to n_batch tokens; return the n_top greatest logits of the next token, or all of them.
+        """Append up to n_batch tokens. Return the n_top greatest logits of the next token.
 
-        All logits come where the backend does not find the greatest itself. n_top: see Program.run.
+        A backend that does not search for the greatest logits returns all of them. n_top: see Program.run.
 
         Raises GgufRunError as forward does.
         """
         self._check(ids, seq)
-        return self._run_step(np.asarray(ids, np.int32), {seq: len(ids)}, [len(ids) - 1], n_top)
+        return self._run(np.asarray(ids, np.int32), {seq: len(ids)}, [len(ids) - 1], n_top)
 
     def _check(self, ids: Sequence[int], seq: int) -> None:
         """Raise GgufRunError if ids cannot be appended to a sequence."""
@@ -142,37 +134,34 @@ class Decoder:
             )
 
     def _logits(self, tokens: NDArray[np.int32], first: int, seq: int) -> Iterator[NDArray[np.float32]]:
-        """Run tokens in batches and yield the logits of all tokens from `first` on, which is in the first batch."""
+        """Run tokens in batches. Yield the logits of the tokens from index `first` on, which is in the first batch."""
         program = self._program
-        for start in range(0, len(tokens), program.n_batch):
-            batch = tokens[start : start + program.n_batch]
+        for start in range(0, len(tokens), self.n_batch):
+            batch = tokens[start : start + self.n_batch]
             wanted = range(max(first - start, 0), len(batch))
-            yield self._run(batch, {seq: len(batch)}, wanted[: program.n_outputs])
+            yield self._run(batch, {seq: len(batch)}, wanted[: program.n_outputs]).values
             for at in range(program.n_outputs, len(wanted), program.n_outputs):
                 yield program.more(wanted[at : at + program.n_outputs])
 
     def step(self, batch: Mapping[int, Sequence[int]]) -> NDArray[np.float32]:
-        """Append tokens to several sequences at once: {seq: ids}, at least one for each, n_batch in all at most.
+        """Append tokens to several sequences at once.
 
-        Returns the logits after the last token of each sequence, f32[len(batch), n_vocab], valid until the next call.
+        batch: {seq: ids}. Each sequence gets at least one token, all sequences together at most n_batch.
+
+        Returns the logits after the last token of each sequence, f32[len(batch), n_vocab]. The next call overwrites it.
 
         Raises GgufRunError as forward does; then no sequence has changed.
         """
         for seq, ids in batch.items():
             self._check(ids, seq)
         counts = {seq: len(ids) for seq, ids in batch.items()}
-        n_tokens, n_batch = sum(counts.values()), self._program.n_batch
-        if not counts or min(counts.values()) < 1 or n_tokens > n_batch:
-            raise ValueError(f"a step of {counts} tokens: it takes 1 or more a sequence, {n_batch} in all")
+        n_tokens = sum(counts.values())
+        if not counts or min(counts.values()) < 1 or n_tokens > self.n_batch:
+            raise ValueError(f"a step of {counts} tokens: it takes 1 or more a sequence, {self.n_batch} in all")
         tokens = np.fromiter(itertools.chain.from_iterable(batch.values()), np.int32, n_tokens)
-        return self._run(tokens, counts, [end - 1 for end in itertools.accumulate(counts.values())])
+        return self._run(tokens, counts, [end - 1 for end in itertools.accumulate(counts.values())]).values
 
-    def _run(self, batch: NDArray[np.int32], counts: Mapping[int, int], rows: Sequence[int]) -> NDArray[np.float32]:
-        return self._run_step(batch, counts, rows, 0).values
-
-    def _run_step(
-        self, batch: NDArray[np.int32], counts: Mapping[int, int], rows: Sequence[int], n_top: int
-    ) -> Results:
+    def _run(self, batch: NDArray[np.int32], counts: Mapping[int, int], rows: Sequence[int], n_top: int = 0) -> Results:
         """Run all stages for {seq: number of tokens}. rows, n_top: see Program.run."""
         runs: list[Run] = self.cache.begin(counts)
         for stage, following in itertools.pairwise(self._stages):
@@ -184,7 +173,7 @@ class Decoder:
         return results
 
     def rewind(self, n_past: int, seq: int = 0) -> int:
-        """Forget a sequence's tokens from position n_past on. Returns how many are left: see KvCache.rewind."""
+        """Forget a sequence's tokens from position n_past on. Return how many tokens are left: see KvCache.rewind."""
         return self.cache.rewind(n_past, seq)
 
     def nbytes(self) -> dict[str, int]:

@@ -37,7 +37,7 @@ class Keys:
         return FormatError(f"{self.prefix}.{key} is {show(self.get(key))}, must be {allowed}")
 
     def integer(self, key: str, default: int | None = None, low: int = 1, high: int = _MAX_SIZE) -> int:
-        """Return an integer. An array with one integer for each layer counts as one, if all are the same."""
+        """Return an integer. The file may have an array with one integer for each layer, if all are equal."""
         value = self.get(key)
         if value is None and default is not None:
             return default
@@ -92,7 +92,7 @@ def rope_scaling(keys: Keys, n_ctx_train: int, yarn_truncate: bool) -> RopeScali
 
 
 def swa_layers(keys: Keys, n_layer: int, period: int) -> tuple[bool, ...]:
-    """Return which layers have the window: a list in the file, or all but every period-th (0: all)."""
+    """Return which layers have the window: as the file lists, or all but every period-th layer (0: all layers)."""
     pattern = keys.get("attention.sliding_window_pattern")
     if isinstance(pattern, np.ndarray):
         if pattern.shape != (n_layer,) or pattern.dtype.kind not in "biu":

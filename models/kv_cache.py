@@ -1,10 +1,10 @@
-"""The KV cache of a model: how many tokens of each sequence it holds, and what can be done with them.
+"""The KV cache of a model counts the tokens of each sequence, and rewinds, copies, shifts, saves and restores them.
 
-It manages the caches of the layers (operands.CacheHandle), whose formats it does not know. The constants and rules that
-all formats share are here too.
+Backends make the caches of the layers (operands.CacheHandle) and know their formats. The constants and rules that all
+formats share are here.
 
-Layers with a window hold only the last positions of a sequence. An operation that needs older positions leaves an empty
-sequence: those methods return how many tokens are left, and the caller runs the others again.
+Layers with a window hold only the last positions of a sequence. An operation that needs older positions empties the
+sequence. Such a method returns how many tokens are left, and the caller runs the other tokens again.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,30 +15,30 @@ from gguf_run.formats.errors import GgufRunError
 from gguf_run.models.backend import Run
 from gguf_run.models.operands import CacheHandle, Rotation
 
-GROUP = 32  # positions that are moved together: backends store them side by side
-BLOCK = 32  # columns of a row that share a scale, in cache types with blocks; heads of whole blocks can be rotated
-_MOST_ROTATED_BITS = 8  # rotation saves types of 8 bits a third to a quarter of the divergence, see docs/kv_cache.md
+GROUP = 32  # positions that backends store side by side and move together
+BLOCK = 32  # columns of a row that share a scale, in cache types with blocks; only heads of whole blocks are rotated
+_MOST_ROTATED_BITS = 8  # rotation lowers the divergence of 8-bit types by a quarter to a third, see docs/kv_cache.md
 
 
 def rotates(bits: int, head_dim: int, rotate: bool | None, has_scales: bool) -> bool:
     """Return whether a head's rows go through the Hadamard transform before they are stored.
 
-    bits: of a stored element.
+    bits: bits of a stored element.
     rotate: what the user wants, see backend.CacheType.
-    has_scales: whether the scales are static: they were found for rows that are not rotated.
+    has_scales: whether the type has static scales. These were measured on rows that are not rotated.
     """
     wanted = bits <= _MOST_ROTATED_BITS and not has_scales if rotate is None else rotate
     return wanted and head_dim % BLOCK == 0
 
 
 def rows_stored(n_ctx: int, n_batch: int, window: int, *, multiple: int, span: int) -> int:
-    """Return how many positions of a sequence a layer stores: all n_ctx, or its window and a batch.
+    """Return how many positions of a sequence a layer stores: all n_ctx, or its window, a batch and a group.
 
-    A batch is appended before its first token looks back over the window. One more group allows a batch to be taken
-    back, and the rest, in whole groups, to be saved.
+    A batch is appended before its first token reads the window, so both must fit. With one group more, a batch can be
+    removed again, and what is left can be saved in whole groups.
 
-    multiple: n_ctx is filled up to a multiple of this.
-    span: positions that attention reads at once; no span crosses the end of the ring of a window.
+    multiple: n_ctx is rounded up to a multiple of this.
+    span: positions that attention reads at once. The ring of a window has whole spans.
     """
     full = -(-n_ctx // multiple) * multiple
     return min(full, -(-(window + n_batch + GROUP) // span) * span) if window else full
@@ -48,12 +48,14 @@ def rows_stored(n_ctx: int, n_batch: int, window: int, *, multiple: int, span: i
 class _Slot:
     """One sequence."""
 
-    n_past: int = 0  # its tokens
-    n_lost: int = 0  # the first of them that not all layers hold any more
+    n_past: int = 0  # number of tokens
+    n_lost: int = 0  # number of first tokens that some layer no longer holds
 
 
 @dataclass(frozen=True)
 class CacheLayer:
+    """The cache of one layer."""
+
     cache: CacheHandle
     window: int  # positions that the layer looks back on, a token's own included; 0: all
     rotation: Rotation | None
@@ -88,7 +90,7 @@ class KvCache:
         """Return the runs of a step that appends tokens, {seq: how many}. The tokens count only after `end`."""
         runs = [Run(seq, self._slot(seq).n_past, n) for seq, n in counts.items()]
         for seq, n_past, n in runs:
-            # A step that is interrupted has overwritten old rows, but added no tokens.
+            # An interrupted step adds no tokens, but has overwritten old rows: n_lost is set first.
             self._slots[seq].n_lost = max(self._slots[seq].n_lost, n_past + n - self._n_held)
         return runs
 
@@ -98,9 +100,9 @@ class KvCache:
             self._slots[seq].n_past = n_past + n
 
     def rewind(self, n_past: int, seq: int = 0) -> int:
-        """Forget a sequence's tokens from position n_past on. Returns how many are left: n_past or 0.
+        """Forget a sequence's tokens from position n_past on. Return how many tokens are left: n_past or 0.
 
-        It is always possible to go back by n_batch tokens from the longest that the sequence has been.
+        n_past tokens are left if n_past is at most n_batch below the greatest length that the sequence has had.
         """
         slot = self._slot(seq)
         if not 0 <= n_past <= slot.n_past:
@@ -108,13 +110,13 @@ class KvCache:
         return self._set(slot, n_past, slot.n_lost)
 
     def _set(self, slot: _Slot, n_past: int, n_lost: int) -> int:
-        """Set a slot to n_past tokens, or to none if the next token would look back on one of the first n_lost."""
+        """Set a slot to n_past tokens, or to 0 if the next token would read one of the first n_lost. Return n_past."""
         possible = n_past and max(0, n_past + 1 - self._window) >= n_lost
         slot.n_past, slot.n_lost = (n_past, n_lost) if possible else (0, 0)
         return slot.n_past
 
     def copy_prefix(self, source: int, target: int, n: int) -> int:
-        """Replace sequence `target` by the first n tokens of `source`. Returns its number of tokens: n or 0."""
+        """Replace sequence `target` by the first n tokens of `source`. Return the tokens of `target`: n or 0."""
         a, b = self._slot(source), self._slot(target)
         if not 0 <= n <= a.n_past or source == target:
             raise ValueError(f"cannot copy {n} tokens from sequence {source} to {target}: it has {a.n_past}")
@@ -124,10 +126,12 @@ class KvCache:
         return self._set(b, n, a.n_lost)
 
     def shift(self, n_keep: int, n_discard: int, seq: int = 0) -> int:
-        """Remove n_discard tokens behind the first n_keep; later tokens move up. Both are multiples of GROUP.
+        """Remove the n_discard tokens after the first n_keep. Later tokens move to the places of the removed tokens.
 
         The keys of later tokens are turned back by n_discard positions. Keys and values still depend on the removed
-        tokens, as in llama.cpp's context shift. Returns how many tokens are left, or 0.
+        tokens, as in llama.cpp's context shift. n_keep and n_discard are multiples of GROUP.
+
+        Returns how many tokens are left, or 0.
         """
         slot = self._slot(seq)
         if n_keep % GROUP or n_discard % GROUP or n_keep < 0 or not 0 < n_discard <= slot.n_past - n_keep:
@@ -139,7 +143,7 @@ class KvCache:
         return self._set(slot, n_past - n_discard, max(n_keep, n_lost - n_discard) if n_lost else 0)
 
     def export(self, seq: int = 0) -> Iterator[tuple[int, str, Any]]:
-        """Yield (layer, "k" or "v", bytes) for all that the layers hold of a sequence, as the backends store it."""
+        """Yield (layer, "k" or "v", bytes) for each layer: what it holds of a sequence, as the backend stores it."""
         slot = self._slot(seq)
         for il, layer in enumerate(self._layers):
             first = -(-slot.n_lost // GROUP) if layer.window else 0
@@ -147,9 +151,9 @@ class KvCache:
                 yield il, kind, layer.cache.read(seq, kind, first, -(-slot.n_past // GROUP))
 
     def load(self, n_past: int, parts: Iterable[tuple[int, str, Any]], seq: int = 0) -> None:
-        """Replace a sequence by n_past tokens that `export` gave.
+        """Replace a sequence by n_past tokens. parts: what `export` yields.
 
-        Raises GgufRunError if the parts do not fit. Then, and if iterating over the parts fails, the sequence is empty.
+        Raises GgufRunError if the parts do not fit. The sequence is empty after any error, those of `parts` included.
         """
         slot = self._slot(seq)
         slot.n_past = slot.n_lost = 0

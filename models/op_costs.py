@@ -1,9 +1,8 @@
-"""What each op of a step reads and computes for one token: where the time of a decoded token must go.
+"""Counts the bytes that each op of a step reads for one token, and the operations that it computes.
 
-The ops are those of a model whose handles hold no numbers, so that no weights are loaded.
+The counts tell where the time of a decoded token goes. No weights are loaded: the handles of the ops hold only sizes.
 """
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -24,8 +23,8 @@ class OpCost:
     op: str  # name of its class in ops.py
     tensors: tuple[str, ...]
     types: tuple[str, ...]  # of the tensors, each once; of K and V
-    nbytes: int  # that it reads of weights and of the KV cache
-    operations: int  # additions and multiplications; about, where it is not a product
+    nbytes: int  # bytes of weights and KV cache that the op reads
+    operations: int  # additions and multiplications; an estimate for all but matmuls
 
 
 @dataclass(frozen=True)
@@ -40,19 +39,13 @@ class Held:
     nbytes: int
 
 
+@dataclass(frozen=True)
 class Sizes:
-    """Makes handles without numbers: a models.backend.Backend whose programs cannot be run."""
+    """A backend that makes handles without numbers. It makes no programs."""
 
-    name = "handles without numbers"
-
-    def __init__(
-        self, matrix_bytes: Callable[[str, int, int], int], cache_bytes: Callable[[str, str, int, int, int], int]
-    ) -> None:
-        """matrix_bytes: of a tensor type, row length and number of rows, as the backend stores a matrix.
-
-        cache_bytes: of the types of K and V, heads, columns of a head, and positions.
-        """
-        self._matrix_bytes, self._cache_bytes = matrix_bytes, cache_bytes
+    matrix_bytes: Callable[[str, int, int], int]  # of a tensor type, row length and number of rows
+    cache_bytes: Callable[[str, str, int, int, int], int]  # of types of K and V, heads, columns of a head, positions
+    name: str = "handles without numbers"
 
     def _held(self, tensors: Sequence[Tensor], nbytes: int) -> Held:
         names, types = tuple(t.name for t in tensors), tuple(t.type.name for t in tensors)
@@ -63,18 +56,17 @@ class Sizes:
         return self._held([tensor], tensor.type.row_bytes(tensor.ne[0]))
 
     def weight(self, tensors: Sequence[Tensor]) -> Held:
-        return self._held(tensors, sum(self._matrix_bytes(t.type.name, t.ne[0], t.n_rows) for t in tensors))
+        return self._held(tensors, sum(self.matrix_bytes(t.type.name, t.ne[0], t.n_rows) for t in tensors))
 
     def vector(self, tensors: Sequence[Tensor]) -> Held:
         return self._held(tensors, 4 * sum(t.n_elements for t in tensors))
 
-    def experts(self, tensors: Sequence[Tensor]) -> Held:
-        return self.weight(tensors)
+    experts = weight
 
     def cache(self, shape: AttentionShape, n_ctx: int, n_batch: int, n_seq: int, kind: CacheType) -> Any:
         """Return a Held: a cache of which a token sees all n_ctx positions, or those of its window."""
         n_seen = min(shape.window or n_ctx, n_ctx)
-        nbytes = self._cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, n_seen)
+        nbytes = self.cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, n_seen)
         return Held((), (kind.k, kind.v), shape.head_dim, n_seen, 0, nbytes)
 
     def squares(self, width: int, n_expert: int = 1) -> Any:
@@ -127,6 +119,6 @@ def _cost(op: Any) -> OpCost:
     nbytes = sum(handle.nbytes for handle in held)
     if isinstance(op, ops.Moe):
         nbytes = nbytes * op.mixture.n_used // op.logits.width
-    names = itertools.chain.from_iterable(handle.names for handle in held)
-    types = dict.fromkeys(itertools.chain.from_iterable(handle.types for handle in held))
-    return OpCost(type(op).__name__, tuple(names), tuple(types), nbytes, OPERATIONS[type(op)](op))
+    names = tuple(name for handle in held for name in handle.names)
+    types = tuple(dict.fromkeys(name for handle in held for name in handle.types))
+    return OpCost(type(op).__name__, names, types, nbytes, OPERATIONS[type(op)](op))

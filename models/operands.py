@@ -1,7 +1,7 @@
-"""What ops are applied to: buffers, numbers of the model, and handles of a backend.
+"""The operands of ops: buffers, numbers of the model, and handles of a backend.
 
-Each backend makes the handles with classes of its own. Ops and backends are generic in these classes, so that mypy sees
-where a handle of one backend is given to another one.
+Each backend has its own classes of handles. Ops and backends are generic in these classes, so that mypy finds code that
+gives a handle of one backend to another backend.
 """
 
 from dataclasses import dataclass, replace
@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Buffer:
-    """f32[rows, width]: columns of some memory of a program. Buffers compare by value.
+    """f32[rows, width]: some columns of a memory. Buffers compare by value.
 
-    A buffer is only a name. The backend allocates the memory of each name when it is given the lists of a program, so
-    a name stands for one memory within a program.
+    A memory is only a name here. The backend allocates one memory for each name in the lists of a program.
     """
 
     name: str  # of the memory
@@ -31,7 +30,7 @@ class Buffer:
         return cls(name, width, 0, width, outputs)
 
     def columns(self, start: int, width: int) -> "Buffer":
-        """Return the same rows, columns start .. start + width of this buffer."""
+        """Return columns start .. start + width of this buffer, with the same rows."""
         if not 0 <= start < start + width <= self.width:
             raise ValueError(f"columns {start} .. {start + width} of {self.name}, which has {self.width}")
         return replace(self, start=self.start + start, width=width)
@@ -41,8 +40,8 @@ class Buffer:
 class Rotation:
     """Rotary embedding: pair i of the first n_rot dimensions of a head turns by `position * inv_freq[i]`.
 
-    Layers that turn alike share one object, and objects compare by identity: a backend keeps one table of cosines for
-    each object.
+    Objects compare by identity. A backend keeps one table of cosines for each object, so layers with equal numbers
+    share an object.
     """
 
     style: str  # pairs are "norm": (2i, 2i + 1), or "neox": (i, i + n_rot / 2)
@@ -67,8 +66,8 @@ class AttentionShape:
 class Mixture:
     """How a token's experts are chosen and weighted."""
 
-    n_used: int  # experts of a token: those of its greatest logits
-    norm: bool  # weights are the softmax over the logits of these; False: over all logits
+    n_used: int  # experts per token: those with the greatest logits
+    norm: bool  # True: the weights are the softmax of the logits of the chosen experts; False: of all logits
     scale: float  # factor on the weights
     activation: str  # of the gate: "silu", "gelu" or "swiglu_oai", see ops.Moe
 
@@ -88,31 +87,25 @@ class CacheHandle(Protocol):
     @property
     def n_ctx(self) -> int:
         """Positions that the layer holds of a sequence: its last ones. Position p is in row p % n_ctx."""
-        ...
 
     def copy(self, source: int, target: int, n_rows: int, /) -> None:
         """Copy the first n_rows rows of sequence `source` to sequence `target`."""
-        ...
 
     def shift(self, seq: int, n_past: int, n_keep: int, n_discard: int, rotation: Rotation | None, /) -> None:
-        """Move the held positions n_keep + n_discard .. n_past to n_keep ..; turn their keys back by n_discard."""
-        ...
+        """Move positions n_keep + n_discard .. n_past down by n_discard, and turn their keys back as far."""
 
     def read(self, seq: int, kind: str, first: int, end: int, /) -> NDArray[np.uint8]:
         """Return the bytes of K or V ("k", "v") of groups first .. end. All of them must be held."""
-        ...
 
     def write(self, seq: int, kind: str, end: int, data: Any, /) -> int | None:
-        """Store the bytes that `read` returned for groups that stop at `end`.
+        """Store bytes that `read` returned for groups up to `end`. A smaller cache stores only the last groups.
 
-        A smaller cache stores only the last groups of them. Returns the first group that is stored, or None if the
-        number of bytes fits no number of groups.
+        Returns the first group that is stored, or None if the bytes are not a whole number of groups.
         """
-        ...
 
 
 class SquaresHandle(Protocol):
-    """Sums of squares: what the ops Observe and Moe collect of the rows that a matrix reads."""
+    """Sums of squares that the ops Observe and Moe collect from the inputs of a matrix."""
 
     def take(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Return the sums over all rows since the last call, and start again from 0.
@@ -120,9 +113,8 @@ class SquaresHandle(Protocol):
         Returns:
             f64[n, width]: the sum of the squares of each column.
             i64[n]: the number of rows.
-            n is the number of experts, which see different rows each; it is 1 for a matrix that is no expert.
+            n is the number of experts, which see different rows; 1 for a matrix that is not an expert.
         """
-        ...
 
 
 Table = TypeVar("Table")  # a matrix whose rows are looked up: the embeddings

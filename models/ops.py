@@ -1,11 +1,11 @@
 """The ops of a decoder. A step is a list of them: data that interpreters read.
 
-Models build the lists (step.py). kernels_cpu, kernels_gpu and the NumPy twin of the tests run them; op_costs.py counts
-their bytes. Ops run in the order of the list.
+step.py builds the lists. kernels_cpu, kernels_gpu and the NumPy twin of the tests run them. op_costs.py counts their
+bytes. Ops run in the order of the list.
 
-All values of a step are f32, one row per token. Matrices are laid out by row: a weight `w` of n_out rows of n_in maps
-x of width n_in to out of width n_out, `out[t, o] = sum_i w[o, i] * x[t, i]`. `out` may be an input where the op says
-so. Weights, vectors, tables, experts, caches and squares are handles of a backend (operands.py).
+All values of a step are f32, one row per token. A weight `w` has n_out rows of n_in columns. It maps x of width n_in to
+out of width n_out: `out[t, o] = sum_i w[o, i] * x[t, i]`. `out` may be an input only where the op says so. Weights,
+vectors, tables, experts, caches and squares are handles of a backend (operands.py).
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class RmsNorm(Generic[Vector]):
     weight: Vector  # f32[x.width / n_group]
     out: Buffer  # may be x or residual
     eps: float
-    n_group: int = 1  # equal parts of a row that are normed by themselves, all with the same weight
+    n_group: int = 1  # each row has n_group equal parts; each part is normed by itself, with the same weight
     residual: Buffer | None = None
 
 
@@ -58,7 +58,7 @@ class LayerNorm(Generic[Vector]):
     bias: Vector | None  # f32[x.width]
     out: Buffer  # may be x
     eps: float
-    n_group: int = 1  # equal parts of a row that are normed by themselves, each with its part of weight and bias
+    n_group: int = 1  # each row has n_group equal parts; each part is normed by itself, with its own weight and bias
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class Attend(Generic[Cache, Vector]):
-    """Append k and v to the cache; out = softmax(scale * q.k, causal, window) @ v for each head."""
+    """Append k and v to the cache. Then out = softmax(scale * q.k, causal, window) @ v for each head."""
 
     q: Buffer
     k: Buffer
@@ -102,7 +102,7 @@ class Attend(Generic[Cache, Vector]):
     cache: Cache
     shape: AttentionShape
     out: Buffer  # none of q, k, v
-    sinks: Vector | None = None  # f32[n_head]: logits that count in a head's softmax, but have no value
+    sinks: Vector | None = None  # f32[n_head]: one more score in each head's softmax, which has no v
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Moe(Generic[Experts, Squares]):
     experts: Experts
     mixture: Mixture
     out: Buffer  # a whole buffer
-    squares: tuple[Squares, Squares] | None = None  # what gate and up read, and what down reads (before weighting)
+    squares: tuple[Squares, Squares] | None = None  # of the input of gate and up, of the input of down
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Softcap:
 
 @dataclass(frozen=True)
 class Observe(Generic[Squares]):
-    """Add the square of each column of x to a sum in float64."""
+    """Add the square of each column of x to the column's sum in float64."""
 
     x: Buffer
     squares: Squares
@@ -158,7 +158,7 @@ class Observe(Generic[Squares]):
 
 @dataclass(frozen=True)
 class Outputs:
-    """out = the rows of x whose results are wanted, which Program.run is told. First op of a program's `after`."""
+    """out = the rows of x that Program.run is asked for. This is the first op of a program's `after`."""
 
     x: Buffer
     out: Buffer

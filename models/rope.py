@@ -1,4 +1,4 @@
-"""Rotary frequencies: from a base, a scaling rule and per-frequency factors to one number per pair of dimensions."""
+"""Rotary frequencies: a base, a scaling rule and factors give one frequency for each pair of dimensions."""
 
 import math
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from gguf_run.models.operands import Rotation
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How positions are stretched to a context that is longer than the one of the first training."""
+    """How a model stretches positions to a context longer than that of its first training."""
 
     type: str = "none"  # one of SCALING_TYPES
-    factor: float = 1.0  # "linear": all angles are divided by it; "yarn": only slow ones; "longrope": no effect
+    factor: float = 1.0  # "linear" divides all angles by it, "yarn" only those of slow pairs, "longrope" none
     n_ctx_orig: int = 0  # context of the first training
     attn_factor: float = 1.0  # extra factor on the rotated values, for any type
     # "yarn" only:
-    ext_factor: float = 1.0  # weight of the fast pairs' angles as they are, instead of divided by factor
+    ext_factor: float = 1.0  # 1: fast pairs keep their angles; 0: their angles are divided too; between: a mix
     beta_fast: float = 32.0  # pairs that turn more often than this in n_ctx_orig positions are fast
-    beta_slow: float = 1.0  # pairs that turn less often are slow; a linear ramp joins both
-    log_multiplier: float = 0.0  # for the divisor of the attention factor; 0: it is 1
+    beta_slow: float = 1.0  # pairs that turn less often are slow; pairs between fast and slow are on a linear ramp
+    log_multiplier: float = 0.0  # the attention factor is divided by 1 + 0.1 * log_multiplier * ln(factor)
     truncate: bool = True  # the ramp begins and ends at whole pairs
 
 
@@ -46,9 +46,9 @@ def _yarn_ramp(n_rot: int, freq_base: float, scaling: RopeScaling) -> NDArray[np
 def make_rope(
     style: str, n_rot: int, freq_base: float, scaling: RopeScaling = UNSCALED, factors: ArrayLike | None = None
 ) -> Rotation:
-    """Return the frequencies, computed in float64. They equal those of llama.cpp.
+    """Return the rotation of llama.cpp, with frequencies computed in float64.
 
-    factors: [n_rot / 2], each divides its frequency (`rope_freqs.weight`, Llama 3.1).
+    factors: [n_rot / 2], the divisor of each frequency (`rope_freqs.weight`, Llama 3.1).
 
     YaRN: Peng et al., 2023, arXiv:2309.00071, with its attention factor 1 + 0.1 ln(factor).
     """

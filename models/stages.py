@@ -1,9 +1,8 @@
 """Which backend runs which ops: a model on several backends is a sequence of stages."""
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.backend import AnyBackend, Program
@@ -18,9 +17,9 @@ from gguf_run.models.weights import Loader
 class Placed:
     """Where the parts of a model are."""
 
-    layers: Sequence[AnyBackend]  # of each layer; the last one has the output matrix too
-    experts: Sequence[AnyBackend]  # of the experts of each layer; the layer's own if it has none
-    embedding: AnyBackend  # which looks up the embeddings
+    layers: Sequence[AnyBackend]  # one for each layer; the last one has the output matrix too
+    experts: Sequence[AnyBackend]  # one for the experts of each layer; the layer's own if the layer has no experts
+    embedding: AnyBackend  # looks up the embeddings
 
 
 @dataclass(frozen=True)
@@ -29,16 +28,15 @@ class Stage:
 
     program: Program
     part: int
-    reads: tuple[Buffer, ...]  # what must be copied here from the stage before, from its `leaves`
-    leaves: tuple[Buffer, ...]  # the tokens' hidden state, and what experts read besides
+    reads: tuple[Buffer, ...]  # the buffers that the `leaves` of the stage before are copied to
+    leaves: tuple[Buffer, ...]  # the tokens' hidden state; for experts also their input and the router's logits
 
 
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """A layer, or a half of one whose experts are on another backend."""
 
     il: int
-    what: Literal["layer", "before experts", "experts"]
+    what: str  # "layer", "before experts" or "experts"
 
 
 def _pieces(placed: Placed) -> list[tuple[AnyBackend, list[_Piece]]]:
@@ -46,16 +44,13 @@ def _pieces(placed: Placed) -> list[tuple[AnyBackend, list[_Piece]]]:
 
     The first stage, which looks up the embeddings, and the last one, which makes the logits, may have no pieces.
     """
-    pieces: list[tuple[AnyBackend, _Piece]] = []
-    for il, (backend, others) in enumerate(zip(placed.layers, placed.experts, strict=True)):
-        if others is backend:
-            pieces.append((backend, _Piece(il, "layer")))
-        else:
-            pieces += [(backend, _Piece(il, "before experts")), (others, _Piece(il, "experts"))]
-    runs = [[*run] for _, run in itertools.groupby(pieces, key=lambda piece: id(piece[0]))]
-    stages = [(run[0][0], [piece for _, piece in run]) for run in runs]
-    if placed.embedding is not stages[0][0]:
-        stages.insert(0, (placed.embedding, []))
+    stages: list[tuple[AnyBackend, list[_Piece]]] = [(placed.embedding, [])]
+    for il, (own, others) in enumerate(zip(placed.layers, placed.experts, strict=True)):
+        halves = [(own, "layer")] if others is own else [(own, "before experts"), (others, "experts")]
+        for backend, what in halves:
+            if backend is not stages[-1][0]:
+                stages.append((backend, []))
+            stages[-1][1].append(_Piece(il, what))
     if placed.layers[-1] is not stages[-1][0]:
         stages.append((placed.layers[-1], []))
     return stages
@@ -71,7 +66,7 @@ def build(
     progress: Callable[[int], None],
     observed: list[Observed] | None,
 ) -> list[Stage]:
-    """Load the weights and make the backends' programs: the embeddings first, the logits last of all.
+    """Load the weights and make the backends' programs. Return the stages in the order of their run.
 
     layers: the KV caches, made by the backends of `placed`. The other arguments are those of Decoder.
     """
@@ -85,17 +80,13 @@ def build(
         if not stages:
             step.embed()
         reads = step.to_experts if pieces and pieces[0].what == "experts" else (step.x,)
-        for piece in pieces:
-            if piece.what == "experts":
-                step.experts(piece.il)
+        for il, what in pieces:
+            if what == "experts":
+                step.experts(il)
             else:
-                layer = layers[piece.il]
-                step.layer(piece.il, layer.cache, layer.rotation, experts=piece.what == "layer")
+                step.layer(il, layers[il].cache, layers[il].rotation, experts=what == "layer")
         leaves = step.to_experts if pieces and pieces[-1].what == "before experts" else (step.x,)
         stages.append((id(backend), len(step.parts) - 1, reads, leaves))
-    results = {key: step.x for key, step in steps.items()} | {id(backend): step.logits()}
-    programs = {
-        key: backends[key].program(step.parts, step.after, results[key], n_batch, n_outputs)
-        for key, step in steps.items()
-    }
+    step.logits()
+    programs = {key: step.program(n_batch, n_outputs) for key, step in steps.items()}
     return [Stage(programs[key], part, reads, leaves) for key, part, reads, leaves in stages]

@@ -5,33 +5,24 @@ from typing import Generic
 
 from gguf_run.models import ops
 from gguf_run.models.architectures import EXPERTS
+from gguf_run.models.backend import Program
 from gguf_run.models.config import ModelConfig
-from gguf_run.models.operands import (
-    Buffer,
-    Cache,
-    Experts,
-    Rotation,
-    Squares,
-    SquaresHandle,
-    Table,
-    Vector,
-    Weight,
-)
+from gguf_run.models.operands import Buffer, Cache, Experts, Rotation, Squares, SquaresHandle, Table, Vector, Weight
 from gguf_run.models.weights import Loader, Matrix
 
 
 @dataclass(frozen=True)
 class Observed:
-    """Squares of the input that some matrices share."""
+    """Sums of squares of the columns of an input that some matrices share."""
 
     names: tuple[str, ...]  # tensors of the matrices
     squares: SquaresHandle
 
 
 class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
-    """Builds the lists of one backend: the parts of its program, and the ops for the wanted rows.
+    """Builds the lists of ops of one backend: the parts of its program, and the ops for the wanted rows.
 
-    Weights are loaded when their op is listed. All layers use the same buffers; x is the residual stream.
+    A weight is loaded when its op is listed. All layers use the same buffers. x is the residual stream.
     """
 
     def __init__(
@@ -40,12 +31,12 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
         config: ModelConfig,
         observed: list[Observed] | None,
     ) -> None:
-        """observed: gets the input of every matmul; None: nothing is observed."""
+        """observed: a list that gets an entry for the input of every matmul; None: nothing is observed."""
         self._load, self._config, self._observed = load, config, observed
         self.parts: list[list[ops.Op[Table, Weight, Vector, Cache, Experts, Squares]]] = []
         self.after: list[ops.Op[Table, Weight, Vector, Cache, Experts, Squares]] = []
         self._ops = self.after  # the list that grows
-        self.x = Buffer.whole("x", config.n_embd)
+        self._result = self.x = Buffer.whole("x", config.n_embd)
         self._qkv = Buffer.whole("qkv", config.n_embd_q + 2 * config.n_embd_kv)
         self._attn = Buffer.whole("attn", config.n_embd_q)
         self._name_buffers(outputs=False)
@@ -59,7 +50,7 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
         self._gate = Buffer.whole(f"gate{end}", 1, outputs=outputs)
 
     def new_part(self) -> None:
-        """The following ops belong to a new part, which runs by itself."""
+        """Begin a new part. The following ops belong to it."""
         self._ops = []
         self.parts.append(self._ops)
 
@@ -68,9 +59,9 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
         self._ops.append(ops.Embed(self._load.embeddings(), self.x, self._config.embd_scale))
 
     def layer(self, il: int, cache: Cache, rotation: Rotation | None, *, experts: bool) -> None:
-        """x += attention(norm(x)), then x += ffn(norm(x)); or both at once, if they are parallel.
+        """x += attention(norm(x)), then x += ffn(norm(x)). In a parallel layer, both read the first norm(x).
 
-        experts: False if the layer's experts are on another backend, where `experts` follows and reads `to_experts`.
+        experts: False if the layer's experts are on another backend. Its Step then adds them by the method `experts`.
         """
         arch, block = self._config.arch, f"blk.{il}."
         h = self._normed(block, "attn_norm")
@@ -100,11 +91,11 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
 
     @property
     def to_experts(self) -> tuple[Buffer, ...]:
-        """The buffers that `experts` reads: x, to which experts are added, their input, the router's logits."""
+        """The buffers that `experts` needs: x, the experts' input, and the router's logits."""
         return self.x, self._h, self._router
 
     def experts(self, il: int) -> None:
-        """x += the experts' part of the ffn, as the router's logits say"""
+        """x += the weighted results of the experts that the router's logits choose"""
         config, names = self._config, tuple(f"blk.{il}.{name}" for name in EXPERTS)
         squares = None
         if self._observed is not None:
@@ -117,36 +108,39 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
         self._ops.append(ops.Moe(self._h, self._router, experts, config.moe, self.x, squares))
 
     def _only_outputs(self) -> None:
-        """The following ops are for the wanted rows only: the residual stream is copied, other buffers are new."""
+        """List the following ops in `after`, for the wanted rows only. x is copied, other buffers are new."""
         x, self.x = self.x, Buffer.whole("x_out", self._config.n_embd, outputs=True)
         self._ops = self.after
         self._ops.append(ops.Outputs(x, self.x))
         self._name_buffers(outputs=True)
 
-    def logits(self) -> Buffer:
-        """Return the buffer of the logits, softcap(output(norm(x)))."""
+    def logits(self) -> None:
+        """result = logits = softcap(output(norm(x)))"""
         config, is_tied = self._config, not self._load.has("output")
         if not self.after:
             self._only_outputs()
         self._norm(self.x, "output_norm", self._h)
-        logits = Buffer.whole("logits", config.n_vocab, outputs=True)
+        self._result = logits = Buffer.whole("logits", config.n_vocab, outputs=True)
         output = self._load.matrix("token_embd" if is_tied else "output", bias=["output"])
         self._matmul(self._h, output, logits)
         if config.logit_scale != 1 or config.final_softcap:
             self._ops.append(ops.Softcap(logits, config.logit_scale, config.final_softcap))
-        return logits
+
+    def program(self, n_batch: int, n_outputs: int) -> Program:
+        """Return the program of all ops so far. See Backend.program."""
+        return self._load.backend.program(self.parts, self.after, self._result, n_batch, n_outputs)
 
     def _ffn(self, il: int, h: Buffer, experts: bool) -> None:
-        """x += down(activation(gate(h)) * up(h)), and the experts' part"""
+        """x += down(activation(gate(h)) * up(h)), or the results of the experts, or both"""
         config, load, block = self._config, self._load, f"blk.{il}."
         if config.has_experts(il):
             self._matmul(h, load.matrix(f"{block}ffn_gate_inp"), self._router)
             if experts:
                 self.experts(il)
-        names, down = config.ffn(il)
-        if not names:
+        if not (names := config.ffn(il)):
             return
-        gate_up, activation = load.matrix(*(block + name for name in names)), config.arch.activation
+        *into, down = names
+        gate_up, activation = load.matrix(*(block + name for name in into)), config.arch.activation
         width = gate_up.weight.n_out // (2 if config.arch.gated else 1)
         ff = self._ff.columns(0, width)
         if config.arch.gated:
@@ -164,7 +158,7 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
         return name in self._config.arch.norms and self._load.has(block + name)
 
     def _normed(self, block: str, name: str) -> Buffer:
-        """Return what attention or the ffn reads: norm(x), or x."""
+        """Return the input of attention or ffn: norm(x), or x if the layer does not have that norm."""
         if not self._has_norm(block, name):
             return self.x
         self._norm(self.x, block + name, self._h)
@@ -189,7 +183,10 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
             self._ops.append(ops.Observe(x, squares))
 
     def _add(self, y: Buffer, block: str, name: str, post_norm: str) -> None:
-        """x += matrix @ y, normed first if the layer has that norm, and has it not before the ffn"""
+        """x += matrix @ y, or x += norm(matrix @ y) if the layer has post_norm
+
+        An architecture may use the tensors of post_norm for the norm before the ffn. Then the product is not normed.
+        """
         matrix = self._load.matrix(block + name)
         if post_norm == self._config.arch.ffn_norm or not self._has_norm(block, post_norm):
             self._matmul(y, matrix, self.x, residual=self.x)

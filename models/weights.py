@@ -1,4 +1,4 @@
-"""How the tensors of a file become the weights of a backend."""
+"""Gives the tensors of a file to a backend, which makes handles of them."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ _Handle = TypeVar("_Handle")
 
 @dataclass(frozen=True)
 class Matrix(Generic[Weight, Vector]):
-    """What one matmul multiplies with."""
+    """The weight and the bias of one matmul."""
 
     names: tuple[str, ...]  # tensors whose rows, one after the other, make the matrix
     weight: Weight
@@ -45,24 +45,21 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
         """Whether the file has the weight of this name."""
         return f"{name}.weight" in self._tensors
 
-    def _take(self, upload: Callable[[list[Tensor]], _Handle], names: Sequence[str]) -> _Handle | None:
-        """Return what the backend makes of some tensors, None if the file has none (it has all or none, see config)."""
-        taken = [self._scaled(name) for name in names if name in self._tensors]
-        if not taken:
-            return None
+    def _take(self, upload: Callable[[list[Tensor]], _Handle], names: Sequence[str]) -> _Handle:
+        """Return what the backend makes of some tensors."""
+        taken = [self._scaled(name) for name in names]
         handle = upload(taken)
         for tensor in taken:
             tensor.release()
             self._progress(tensor.nbytes)
         return handle
 
-    def _must_take(self, upload: Callable[[list[Tensor]], _Handle], names: Sequence[str]) -> _Handle:
-        handle = self._take(upload, names)
-        assert handle is not None, f"config has not checked {names}"
-        return handle
+    def _optional(self, names: Sequence[str]) -> Vector | None:
+        """Return the values of some tensors, None if the file has none of them. A file has all or none, see config."""
+        return self._take(self.backend.vector, names) if names[0] in self._tensors else None
 
     def _scaled(self, name: str) -> Tensor:
-        """Return a tensor, with the factors that another tensor holds for it."""
+        """Return a tensor. If the file has a tensor `<name>.scale` for it, its numbers become the tensor's `scales`."""
         tensor, factors = self._tensors[name], self._tensors.get(f"{name.removesuffix('.weight')}.scale")
         if factors is None or not name.endswith(".weight"):
             return tensor
@@ -74,36 +71,35 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
         return replace(tensor, scales=tuple(factors.blocks().reshape(-1).view(np.float32).tolist()))
 
     def embeddings(self) -> Table:
-        """Return the table of embeddings. A model without an output matrix uses the same tensor for that."""
+        """Return the table of embeddings."""
         # The table reads rows from the file whenever they are needed: its pages are not released.
         tensor = self._tensors["token_embd.weight"]
-        if self.has("output"):
+        if self.has("output"):  # otherwise this tensor is the output matrix too, which counts the progress
             self._progress(tensor.nbytes)
         return self.backend.table(tensor)
 
     def matrix(self, *names: str, bias: Sequence[str] | None = None) -> Matrix[Weight, Vector]:
-        """Return a matrix of the rows of some tensors. bias: the tensors that have its bias, if not `names`."""
+        """Return a matrix of the rows of some tensors. bias: the tensors that hold the bias; None: those of `names`."""
         weights = tuple(f"{name}.weight" for name in names)
-        biases = [f"{name}.bias" for name in (bias or names)]
-        weight = self._must_take(self.backend.weight, weights)
-        return Matrix(weights, weight, self._take(self.backend.vector, biases))
+        weight = self._take(self.backend.weight, weights)
+        return Matrix(weights, weight, self._optional([f"{name}.bias" for name in (bias or names)]))
 
     def norm(self, name: str) -> tuple[Vector, Vector | None]:
         """Return weight and bias of a norm."""
-        weight = self._must_take(self.backend.vector, [f"{name}.weight"])
-        return weight, self._take(self.backend.vector, [f"{name}.bias"])
+        return self._take(self.backend.vector, [f"{name}.weight"]), self._optional([f"{name}.bias"])
 
     def vector(self, name: str) -> Vector | None:
-        return self._take(self.backend.vector, [f"{name}.weight"])
+        """Return a tensor's values, None if the file does not have the tensor."""
+        return self._optional([f"{name}.weight"])
 
     def experts(self, names: Sequence[str]) -> Experts:
         """Return the experts of a layer. names: of the tensors of gate, up and down."""
-        weights, biases = ([f"{name}.{kind}" for name in names] for kind in ("weight", "bias"))
-        return self._must_take(self.backend.experts, weights + biases)
+        parts = [f"{name}.{kind}" for kind in ("weight", "bias") for name in names]
+        return self._take(self.backend.experts, [part for part in parts if part in self._tensors])
 
 
 def rotations(config: ModelConfig, tensors: Mapping[str, Tensor], n_ctx: int) -> list[Rotation | None]:
-    """Return how each layer rotates. Layers that turn alike share one object."""
+    """Return the rotation of each layer, None for a layer that does not rotate. Layers with equal numbers share one."""
     arch, scaling = config.arch, config.rope_scaling
     freqs, long, short = ROPE_FACTORS
     name = freqs if freqs in tensors else long if n_ctx > scaling.n_ctx_orig else short
@@ -118,7 +114,7 @@ def rotations(config: ModelConfig, tensors: Mapping[str, Tensor], n_ctx: int) ->
 
 
 def _factors(tensor: Tensor) -> NDArray[np.float32]:
-    """Return what each rotary frequency is divided by."""
+    """Return the divisors of the rotary frequencies, f32[n_rot / 2]."""
     if tensor.type.name != "F32":
         raise UnsupportedError(f"tensor {tensor.name} has the type {tensor.type.name}, must be F32")
     factors = tensor.blocks().reshape(-1).view(np.float32)

@@ -11,7 +11,7 @@ from gguf_run.formats.quantizers.quantizer import quantize
 
 
 def hadamard(n: int) -> np.ndarray:
-    """Blocks of the largest power of two that divides n."""
+    """Transform blocks of 2^k columns, the largest power of two that divides the number of columns."""
     h = np.ones((1, 1))
     while n % (2 * len(h)) == 0:
         h = np.block([[h, h], [h, -h]])
@@ -19,7 +19,7 @@ def hadamard(n: int) -> np.ndarray:
 
 
 def nearest(x: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """The nearest of some numbers from 0 on, with x's sign; halves to the one with an even place."""
+    """Return the nearest of some ascending numbers >= 0, with the sign of x. A tie goes to the number of even index."""
     size = np.minimum(np.abs(x), numbers[-1])
     above = np.clip(np.searchsorted(numbers, size), 1, len(numbers) - 1)
     low, high = numbers[above - 1], numbers[above]
@@ -29,7 +29,7 @@ def nearest(x: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 
 
 def float8(mantissa: int, bias: int, largest: float) -> np.ndarray:
-    """All numbers of an 8-bit float from 0 on, in order."""
+    """Return all numbers >= 0 of an 8-bit float, in ascending order."""
     codes = np.arange(128)
     exponent, rest = codes >> mantissa, (codes & ((1 << mantissa) - 1)) / (1 << mantissa)
     numbers = np.where(exponent == 0, rest * 2.0 ** (1 - bias), (1 + rest) * 2.0 ** (exponent - bias))
@@ -37,7 +37,7 @@ def float8(mantissa: int, bias: int, largest: float) -> np.ndarray:
 
 
 def by_rows(x: np.ndarray, largest: float, numbers: np.ndarray, scale: Any = None) -> np.ndarray:
-    """One f16 scale for a row."""
+    """Store each row with one f16 scale."""
     if scale is None:
         scale = np.abs(x).max(axis=-1, keepdims=True) / np.float32(largest)
     scale = np.asarray(scale, np.float16).astype(np.float32)
@@ -47,7 +47,7 @@ def by_rows(x: np.ndarray, largest: float, numbers: np.ndarray, scale: Any = Non
 
 
 def iq4_nl(x: np.ndarray) -> np.ndarray:
-    """ggml's reference for rows that nothing is known of: no search, sums in f32 from left to right."""
+    """ggml's reference without an importance matrix: no search, sums in f32 from left to right."""
     book, blocks = grids.iq4_nl().astype(np.float32), x.reshape(-1, 32)
     far = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)
     d = far / book[0]

@@ -1,7 +1,7 @@
-"""Single ops run through the Backend protocol: a test's values go in through `embed`, results come out as `outputs`.
+"""Runs single ops through the Backend protocol. A test's values go in through `Embed`, results come out as `Outputs`.
 
-Nothing but the protocol is used, so the same tests will do for another backend. What is private to the CPU backend (the
-blocks of int8 activations, panels) has its NumPy twin at the end.
+Only the protocol is used, so the same tests can check another backend. The NumPy twins of what only the CPU backend has
+(blocks of int8 activations, panels) are at the end.
 """
 
 import functools
@@ -29,18 +29,18 @@ QUANTIZED = tuple(INTEGER_FORMS)
 
 @functools.cache
 def cpu(n_threads: int = 2) -> CpuBackend:
-    """A backend that all tests share, so that not every test starts threads."""
+    """Return a backend that all tests share, so that not every test starts threads."""
     return CpuBackend(n_threads)
 
 
 @dataclass(frozen=True)
 class MemoryTensor:
-    """formats.gguf.reader.Tensor without a file. data: uint8[n_rows, row_bytes]."""
+    """formats.gguf.reader.Tensor without a file."""
 
     name: str
     type: TensorType
     ne: tuple[int, ...]
-    data: np.ndarray
+    data: np.ndarray  # uint8[n_rows, row_bytes]
     scales: tuple[float, ...] = ()
 
     @property
@@ -76,7 +76,7 @@ def f32_tensor(values: np.ndarray) -> MemoryTensor:
 
 
 def random_tensor(type_name: str, n_rows: int, n_in: int, seed: int = 0) -> MemoryTensor:
-    """Blocks in which every bit is random but those of factors that could be infinite, NaN or far apart in size."""
+    """Return blocks of random bits. Only factors are chosen: none is infinite, NaN or far from the others."""
     rng, type = np.random.default_rng(seed), type_by_name(type_name)
     shape = (n_rows, n_in // type.block_size)
     assert n_in % type.block_size == 0
@@ -132,7 +132,7 @@ class Step:
         return Buffer.whole(f"buffer {self._n_buffers}", width, outputs=bool(self.after))
 
     def input(self, values: np.ndarray, out: Buffer | None = None) -> Buffer:
-        """A buffer (or `out`) that holds row ids[t] of values, float32[any, width], whenever the program runs."""
+        """Return a buffer (or `out`) that holds row ids[t] of values, float32[any, width], in each run."""
         out = out or self.buffer(values.shape[1])
         self.add(Embed(self.backend.table(f32_tensor(values)), out))
         return out
@@ -141,7 +141,7 @@ class Step:
         return self.backend.vector([f32_tensor(values[None])])
 
     def outputs(self, x: Buffer) -> Buffer:
-        """A buffer of the wanted rows of x. Ops that are added from now on are for those rows."""
+        """Return a buffer of the wanted rows of x. Ops that are added after this call compute only those rows."""
         out = Buffer.whole("outputs", x.width, outputs=True)
         self.after.append(Outputs(x, out))
         return out
@@ -169,7 +169,7 @@ def kernel_names(step: Step) -> list[str]:
 
 
 def error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference, relative to the largest number expected. NaN where one has NaN and the other has not."""
+    """Return the largest difference, relative to the largest expected number. NaN if only one of both has a NaN."""
     assert actual.shape == expected.shape
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
@@ -185,7 +185,7 @@ def quantize_twin(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_quantized(x: np.ndarray) -> np.ndarray:
-    """What is left of x, float64, when it has been made int8."""
+    """Return x in float64, rounded to int8 blocks."""
     d, q = quantize_twin(x)
     return (d[..., None].astype(np.float64) * q).reshape(x.shape)
 
@@ -269,9 +269,9 @@ def _head_twin(panel: IntPanel, heads: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Q8Weight(NumpyWeight):
-    """is_quantized: bool[n_out], the rows that are multiplied with int8 activations."""
+    """A weight of which some rows are multiplied with int8 activations."""
 
-    is_quantized: np.ndarray
+    is_quantized: np.ndarray  # bool[n_out]: these rows
 
     def product(self, x: np.ndarray) -> np.ndarray:
         result = super().product(x)
@@ -281,7 +281,7 @@ class Q8Weight(NumpyWeight):
 
 
 class Q8Backend(NumpyBackend):
-    """The float64 oracle of what CpuBackend does: exact but for int8 activations where weights are quantized."""
+    """The float64 oracle of CpuBackend. Only activations of quantized weights are rounded, to int8."""
 
     def weight(self, tensors: Sequence[Any]) -> Q8Weight:
         is_quantized = np.concatenate([np.full(t.n_rows, t.type.name in QUANTIZED) for t in tensors])

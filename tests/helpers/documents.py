@@ -1,4 +1,4 @@
-"""What the documents and pyproject.toml say of the commands."""
+"""Reads what the documents and pyproject.toml say about the commands."""
 
 import importlib
 import re
@@ -22,8 +22,10 @@ SCRIPTS: dict[str, str] = PYPROJECT["project"]["scripts"]
 
 
 def commands_in(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield (script, options) of each line of a text's code blocks and inline code that calls one of our scripts. A
-    script with subcommands comes with the one that is called: "gguf-eval kl"."""
+    """Yield (script, options) for each line in code blocks and inline code that calls one of our scripts.
+
+    A script with subcommands is named with the called one: "gguf-eval kl".
+    """
     code = re.findall(r"```\w*\n(.*?)```|`([^`\n]+)`", text, re.DOTALL)
     for line in (line for block in code for line in "".join(block).replace("\\\n", " ").splitlines()):
         line = re.sub(r"\"[^\"]*\"|'[^']*'|#.*", "", line)

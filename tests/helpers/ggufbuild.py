@@ -1,6 +1,6 @@
 """Builds small GGUF files in memory for tests: any version, byte order and alignment, and any lie in the header.
 
-Written from the format's description, not from the reader, so that both can be wrong only independently.
+This code follows the description of the format and shares nothing with the reader.
 """
 
 import struct
@@ -41,7 +41,7 @@ class Typed:
 
 @dataclass(frozen=True)
 class Raw:
-    """A metadata value of type number `type` whose bytes are given: for lies."""
+    """A metadata value as a type number and bytes, which need not fit together."""
 
     type: int
     data: bytes
@@ -49,17 +49,14 @@ class Raw:
 
 @dataclass(frozen=True)
 class T:
-    """A tensor. data: its bytes as they shall stand in the file (None: zeros). offset, n_dims: lies about these.
-
-    type may be a number; then give `data`.
-    """
+    """A tensor."""
 
     name: str | bytes
     ne: Sequence[int]
-    type: str | int = "F32"
-    data: bytes | np.ndarray[Any, Any] | None = None
-    offset: int | None = None
-    n_dims: int | None = None
+    type: str | int = "F32"  # a name, or a number; a number needs `data`
+    data: bytes | np.ndarray[Any, Any] | None = None  # the bytes in the file; None: zeros
+    offset: int | None = None  # in place of the true one
+    n_dims: int | None = None  # in place of the true one
 
 
 def string(text: str | bytes, order: str = "<") -> bytes:

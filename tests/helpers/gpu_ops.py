@@ -1,7 +1,7 @@
-"""For tests of the GPU backend: in Triton's interpreter, on torch's CPU tensors, or on a GPU. NumPy twins of panels.
+"""Helpers for tests of the GPU backend, in Triton's interpreter or on a GPU, and NumPy twins of panels.
 
-conftest.py turns the interpreter on; it is set before triton is imported, for the whole process. A module that imports
-this one is skipped if torch or Triton is missing.
+conftest.py turns the interpreter on for the whole process, before Triton is imported. A module that imports this one is
+skipped if torch or Triton is missing.
 """
 
 import os
@@ -41,7 +41,7 @@ def gpu() -> GpuBackend:
 
 
 def use_tuning(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-    """Have GpuBackend take a Tuning: large tiles, because the interpreter takes no longer for them."""
+    """Make GpuBackend use a Tuning of large tiles: the interpreter is as fast with large tiles as with small ones."""
     monkeypatch.setattr(backend, "DEFAULT", Tuning(**options))
 
 
@@ -54,12 +54,12 @@ def _tensor(values: np.ndarray, like: Any) -> Any:
 
 
 def dp4a(a: Any, b: Any, c: Any) -> Any:
-    """kernels_gpu.panels.dots.dp4a in one operation instead of twenty."""
+    """Do what kernels_gpu.panels.dots.dp4a does, in one operation instead of twenty."""
     return _tensor(c.handle.data + (_bytes(a) * _bytes(b)).sum(-1), c)
 
 
 def look_up(word: Any, BOOK: Any) -> tuple[Any, Any]:
-    """kernels_gpu.panels.dots.look_up."""
+    """Do what kernels_gpu.panels.dots.look_up does, in one operation."""
     book, codes = np.array([int(part) for part in BOOK], np.int32).view(np.int8), _bytes(word)
     return tuple(_tensor(book[c & 15].view(np.int32)[..., 0], word) for c in (codes, codes >> 4))
 
@@ -71,8 +71,11 @@ def fast_dots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def speed_up(replace: Callable[[Any, str, Any], None]) -> None:
-    """The interpreter takes 40 us for each operation on tensors, most of which are those of dp4a's fallback, and longer
-    to put its operations into triton.language, which it does anew for every function that a kernel calls."""
+    """Make Triton's interpreter faster.
+
+    An operation on tensors takes 40 us, and dp4a's fallback has most of them: here dp4a is one operation. The
+    interpreter also patches triton.language again for every call of a function: here only for the first call.
+    """
     replace(matmul_decode, "dp4a", dp4a)
     replace(units, "look_up", look_up)
     call, seen = interpreter.InterpretedFunction.__call__, set()
@@ -87,7 +90,7 @@ def speed_up(replace: Callable[[Any, str, Any], None]) -> None:
 
 
 def _bits(plane: np.ndarray, at: np.ndarray, bit: np.ndarray, n: int) -> np.ndarray:
-    """n bits of the bytes number `at` of each unit, plane uint8[n_out, n_unit, bytes], from `bit` on."""
+    """Return n bits from `bit` on, of the bytes with index `at` of each unit. plane: uint8[n_out, n_unit, bytes]."""
     return (plane[..., at] >> bit) & (1 << n) - 1
 
 

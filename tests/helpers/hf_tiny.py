@@ -1,7 +1,7 @@
 """Tiny checkpoints of every architecture that gguf-convert knows, with random weights, written by transformers.
 
-Sizes are awkward on purpose: heads that do not make up n_embd, rows that no block divides. Norms and biases are random
-too, so that one that is left out, or off by one, shows in the logits.
+Sizes are awkward on purpose: the heads' widths do not add up to n_embd, and no block divides the rows. Norms and biases
+are random too, so that a missing one, or one that is off by one, shows in the logits.
 """
 
 import functools
@@ -180,7 +180,7 @@ def rewrite(directory: Path, change: Callable[[dict[str, Any], dict[str, Any]], 
 
 
 def _to_internlm2(model: Any, directory: Path) -> None:
-    """Llama's weights under the names of InternLM2, q, k and v of each group of heads together."""
+    """Rename llama's weights as InternLM2 does. q, k and v of a group of heads become neighbours in one tensor."""
     import torch
 
     names = {
@@ -206,7 +206,7 @@ def _to_internlm2(model: Any, directory: Path) -> None:
 
 
 def _to_deepseek(model: Any, directory: Path) -> None:
-    """Qwen2-MoE's weights under the names of DeepSeek's first models."""
+    """Rename Qwen2-MoE's weights as DeepSeek's first models do."""
 
     def change(tensors: dict[str, Any], config: dict[str, Any]) -> None:
         for name in list(tensors):
@@ -225,8 +225,12 @@ _TO_OTHERS: dict[str, Callable[[Any, Path], None]] = {"internlm2": _to_internlm2
 
 
 def plain_llama(directory: Path, dtype: str = "BF16", seed: int = 1, **config: Any) -> dict[str, tuple[str, Any]]:
-    """Write a llama checkpoint without torch, of rows that K-quants can hold; return its tensors as write_safetensors
-    takes them, for tests that change some and write them again. config: replaces values of config.json."""
+    """Write a llama checkpoint without torch. K-quants can hold its rows.
+
+    config: replaces values of config.json.
+
+    Returns the tensors as write_safetensors takes them, for tests that change some and write them again.
+    """
     from quantpack import write_safetensors
 
     n_embd, n_ff, n_kv = 256, 512, 128

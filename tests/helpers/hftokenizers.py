@@ -47,8 +47,7 @@ _RANGES = (
 
 
 def texts(n: int, seed: int = 1, special: tuple[str, ...] = ()) -> list[str]:
-    """Random and multilingual texts: words of many scripts, code, numbers, odd spaces, random characters, and now and
-    then a special token."""
+    """Return random texts: words of many scripts, code, numbers, odd spaces, random characters, some special tokens."""
     chance = random.Random(seed)
     found = []
     for _ in range(n):
@@ -105,7 +104,7 @@ def around(tokenizer: Tokenizer, template: str) -> Tokenizer:
 
 
 def spm_bpe(prefix: str) -> Tokenizer:
-    """SentencePiece's BPE as transformers writes it: all pairs of tokens that make a token are merges, in its order.
+    """Return SentencePiece's BPE as transformers writes it. All pairs that make a token are merges, in token order.
 
     prefix: "normalizer" (llama 2), "first", "always" (Metaspace), or "" (Gemma).
     """
@@ -190,7 +189,7 @@ def _composed(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _stripping(tokenizer: Tokenizer) -> Tokenizer:
-    """With tokens that take the white space beside them."""
+    """Add tokens that remove the white space beside them."""
     tokenizer.add_tokens([AddedToken("<|user|>", special=True, normalized=False, rstrip=True)])
     tokenizer.add_tokens([AddedToken("<left>", special=False, normalized=False, lstrip=True)])
     return tokenizer

@@ -1,8 +1,8 @@
-"""A small HTTP server that speaks as much of the Hugging Face hub's protocol as a download of one file needs.
+"""A small HTTP server with the part of the Hugging Face hub's protocol that the download of one file needs.
 
 HEAD or GET /owner/repo/resolve/main/file: status, ETag, size and commit; large files redirect to another host name.
 GET /api/models/owner/repo: the files. GET /storage/...: the bytes, from `Range` on, without any token.
-Where it is told to, it stops in the middle and waits.
+A test can make the server stop in the middle of a file and wait.
 """
 
 import hashlib

@@ -14,9 +14,9 @@ N_TOKENS = 40
 
 @dataclass(frozen=True)
 class Case:
-    """types: of gate and up, and of down."""
+    """A mixture of experts to test."""
 
-    types: tuple[str, str]
+    types: tuple[str, str]  # tensor type of gate and up, tensor type of down
     n_embd: int
     n_ff: int
     n_expert: int
@@ -30,7 +30,7 @@ def experts(type_name: str, n_expert: int, n_out: int, n_in: int, seed: int) -> 
 
 
 def program(case: Case, backend: Any, *, observe: bool = False, scores: np.ndarray | None = None) -> tuple[Step, Any]:
-    """out += moe(x), with products of about 1; and what was observed. scores: the logits, if not random."""
+    """Return a program of out += moe(x), with products of about 1, and its observed sums. scores: the logits."""
     rng = np.random.default_rng(1)
     shapes = (case.types[0], case.n_ff, case.n_embd), (case.types[0], case.n_ff, case.n_embd)
     tensors = [

@@ -1,7 +1,7 @@
 """The Backend protocol in plain NumPy: the twin that compiled backends are compared with.
 
-FUNCTIONS has one function for each op. Weights are dequantized to `dtype` (float32, or float64 as an oracle), which is
-also the type of all arithmetic and, unless told otherwise, of the KV cache.
+FUNCTIONS has one function for each op. Weights are dequantized to `dtype`: float32, or float64 as an oracle. All
+arithmetic is in `dtype` too, and so is the KV cache unless a test says otherwise.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +46,7 @@ class NumpyExperts:
 
 @dataclass(frozen=True)
 class NumpyCache:
-    """Every position, window or not."""
+    """Holds every position, whether the layer has a window or not."""
 
     k: np.ndarray  # [n_seq, n_ctx, n_head_kv, head_dim]
     v: np.ndarray
@@ -160,7 +160,7 @@ class NumpySquares:
 
 @dataclass
 class NumpyProgram:
-    """Runs its ops one by one. Indexed by a buffer, it has the rows that the step uses."""
+    """Runs its ops one by one. program[buffer] are the rows of a buffer that the step uses."""
 
     backend: "NumpyBackend"
     parts: Sequence[Sequence[Any]]
@@ -264,7 +264,7 @@ def attention(p: NumpyProgram, op: ops.Attend[NumpyCache, np.ndarray]) -> np.nda
 
 
 def moe(p: NumpyProgram, op: ops.Moe[NumpyExperts, NumpySquares]) -> np.ndarray:
-    """One token and one expert at a time."""
+    """Compute one token and one expert at a time."""
     mixture, experts, result = op.mixture, op.experts, p[op.out].copy()
     for scores, row, out in zip(p[op.logits], p[op.x], result, strict=True):
         chosen = np.argsort(-scores, kind="stable")[: mixture.n_used]

@@ -13,10 +13,10 @@ def reference(
     inv_freq: np.ndarray,
     inputs: dict[str, list[np.ndarray]] | None = None,
 ) -> np.ndarray:
-    """Logits of all tokens in float64: one token, one head and one pair at a time, no cache, masks or shared code.
+    """Return the logits of all tokens in float64: one token, one head and one pair at a time, without cache or masks.
 
-    inv_freq: of the layers that see everything; a window's layers turn by base 1e4. inputs: gets what each matrix was
-    multiplied with, a vector for each token, by the tensor's name.
+    inv_freq: frequencies of the layers without a window. Layers with a window use the base 1e4.
+    inputs: gets the inputs of each matrix by the tensor's name, one vector for each token.
     """
     w = {name: values.astype(np.float64) for name, values in w.items()}
     is_gemma, half = tiny.arch == "gemma3", tiny.head_dim // 2

@@ -14,7 +14,7 @@ def decode(folder):
 
 
 def values(tensor):
-    """All weights, from pieces of rows that begin and end anywhere."""
+    """Return all weights, read in pieces of rows that begin and end anywhere."""
     cuts = sorted({0, 1, 7, tensor.n_rows // 2 + 1, tensor.n_rows} & set(range(tensor.n_rows + 1)))
     parts = [dequantize(tensor.blocks(a, b), tensor.type) for a, b in itertools.pairwise(cuts)]
     return np.concatenate(parts).reshape(tuple(reversed(tensor.ne)))

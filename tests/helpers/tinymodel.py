@@ -1,6 +1,6 @@
-"""Writes small GGUF models with random weights and a real little vocabulary, of awkward shapes, for any test.
+"""Writes small GGUF models of awkward shapes, with random weights and a small real vocabulary.
 
-Files are written by the gguf package and quantized by it or by libgguf, so that nothing of ours made them.
+The gguf package writes the files. It or libgguf quantizes them, so that no code of this project is involved.
 """
 
 import math
@@ -40,12 +40,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _UNUSED, _BYTE = 1, 2, 3, 5, 6
 
 @dataclass(frozen=True)
 class Tiny:
-    """What to write. Sizes as in ggml.
-
-    type: tensor type of all matrices; types: of some, by the last part of the name ("attn_v"). biases: matrices that
-    have one. metadata: keys without the architecture's prefix to add or, with None, to leave out; tensors: the same for
-    tensors, with an array. rope_freqs: factors. extra_tokens: unused tokens at the end of the vocabulary.
-    """
+    """A model to write. Sizes have ggml's names."""
 
     arch: str = "llama"
     n_layer: int = 2
@@ -59,16 +54,16 @@ class Tiny:
     rope_freq_base: float = 1e4
     window: int = 0
     tied: bool = True
-    biases: Sequence[str] = ()
-    rope_freqs: Sequence[float] | None = None
-    type: str = "F32"
-    types: Mapping[str, str] = field(default_factory=dict)
+    biases: Sequence[str] = ()  # matrices that have a bias
+    rope_freqs: Sequence[float] | None = None  # factors of rope_freqs.weight
+    type: str = "F32"  # tensor type of all other matrices
+    types: Mapping[str, str] = field(default_factory=dict)  # tensor types by the last part of the name ("attn_v")
     vocab: str = "bpe"
     pre: str = "gpt-2"
-    extra_tokens: int = 5
+    extra_tokens: int = 5  # unused tokens at the end of the vocabulary
     seed: int = 0
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    tensors: Mapping[str, np.ndarray | None] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # keys without prefix; None leaves a key out
+    tensors: Mapping[str, np.ndarray | None] = field(default_factory=dict)  # more tensors; None leaves a tensor out
 
 
 QKV = ("attn_q", "attn_k", "attn_v")
@@ -83,7 +78,7 @@ WIDE_LLAMA = Tiny(n_embd=256, n_head=4, n_head_kv=2, head_dim=64, n_ff=512)
 
 
 def tiny_moe(n_layer: int, type: str = "F32") -> Tiny:
-    """qwen2moe: five experts, of which a token has two, and one that all share. type: of the experts too."""
+    """Return a qwen2moe of five experts, two for each token, and one that all tokens use. type: of the experts too."""
     rng, n_embd, n_ff, n_expert = np.random.default_rng(1), 64, 32, 5
     shapes = {
         "ffn_gate_inp": (n_expert, n_embd), "ffn_gate_exps": (n_expert, n_ff, n_embd),
@@ -153,7 +148,7 @@ def tensor_shapes(tiny: Tiny, n_vocab: int) -> dict[str, tuple[int, ...]]:
 
 
 def random_weights(tiny: Tiny, n_vocab: int) -> dict[str, np.ndarray]:
-    """Values that keep activations near 1 and make attention choosy, so that a wrong position or window shows."""
+    """Return weights that keep activations near 1 and attention sharp, so that a wrong position or window shows."""
     rng = np.random.default_rng(tiny.seed)
     weights = {}
     for name, shape in tensor_shapes(tiny, n_vocab).items():
@@ -195,7 +190,7 @@ def metadata_of(tiny: Tiny) -> dict[str, Any]:
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    """A Python int is stored as uint32, or int32 if negative, or uint64 if large; a float as float32."""
+    """Add a metadata value. An int is stored as uint32, int32 if negative, uint64 if large; a float as float32."""
     if isinstance(value, int) and not isinstance(value, bool):
         large, negative = abs(value) > 0xFFFFFFFF, value < 0
         {(0, 0): writer.add_uint32, (0, 1): writer.add_int32, (1, 0): writer.add_uint64, (1, 1): writer.add_int64}[

@@ -14,7 +14,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
 def spelled(text: str) -> str:
-    """A text as byte-level BPE spells it."""
+    """Return a text as byte-level BPE spells it."""
     return "".join(CHARACTER[byte] for byte in text.encode())
 
 

@@ -1,4 +1,4 @@
-"""What mypy must see: it checks this file, and complains of a `type: ignore` that hides no error."""
+"""Errors that mypy must find: mypy checks this file, and reports each `type: ignore` that hides no error."""
 
 from torch import Tensor as Array
 
