@@ -2,10 +2,13 @@
 
 import re
 from collections.abc import Iterable
+from typing import Literal
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.terminal.text import message
 
+# What is wanted: a GGUF file; a checkpoint; or a GGUF file where a repository has one, else the checkpoint.
+Kind = Literal["gguf", "checkpoint", "any"]
 MAX_SHARDS = 1000
 DEFAULT_TYPE = "Q4_K_M"
 # The order of choice where no type is named and there is no Q4_K_M: about as many bits, then more, then fewer.
@@ -43,16 +46,16 @@ def type_of(name: str) -> str:
 def models_among(names: Iterable[str]) -> list[str]:
     """Return the GGUF files that are models; of a split model the first file, if all of its files are there."""
     known = set(names)
-    models = []
-    for name in sorted(known):
-        if name.lower().endswith(".gguf") and not _BESIDE.search(name):
-            match = _SHARD.fullmatch(name)
-            whole = match is None or (
-                int(match["number"]) == 1 and 0 < int(match["count"]) <= MAX_SHARDS and known.issuperset(shards(name))
-            )
-            if whole:
-                models.append(name)
-    return models
+
+    def is_model(name: str) -> bool:
+        if not name.lower().endswith(".gguf") or _BESIDE.search(name):
+            return False
+        match = _SHARD.fullmatch(name)
+        return match is None or (
+            int(match["number"]) == 1 <= int(match["count"]) <= MAX_SHARDS and known.issuperset(shards(name))
+        )
+
+    return sorted(filter(is_model, known))
 
 
 def pick(models: Iterable[str], wanted: str | None) -> list[str]:
