@@ -97,21 +97,31 @@ def place(plan: MemoryPlan, wanted: Wanted, free: Mapping[Device, int]) -> Place
     n_gpu, (most, lacking) = n_layer if wanted.n_gpu == -1 else wanted.n_gpu, most_layers(plan)
     if wanted.insists and (n_gpu or 1) > most:
         raise OptionError(lacking)
-    numbers = range(most, -1, -1) if n_gpu is None else (n_gpu,)
-    plan = with_experts_on_cpu(plan, wanted)
+    numbers = range(most, -1, -1) if n_gpu is None else range(n_gpu, n_gpu + 1)
+    found, plan = _search(with_experts_on_cpu(plan, wanted), numbers, wanted, free)
+    if found is None or (not found.n_gpu and n_gpu != 0 and wanted.insists):
+        raise GgufRunError(_too_small(plan, n_gpu or 1, wanted.split, free))
+    return replace(found, n_cpu_moe=plan.n_cpu_moe if found.n_gpu else 0)
+
+
+def _search(
+    plan: MemoryPlan, numbers: range, wanted: Wanted, free: Mapping[Device, int]
+) -> tuple[Placement | None, MemoryPlan]:
+    """Return a placement for the first of these numbers of layers that fits on GPUs, and the plan for it.
+
+    Experts are most of a model's bytes, and a token needs a few of them. So where the choice is free, experts are moved
+    to the CPU before layers are.
+    """
     found = fit(gpu_sizes(plan), numbers, wanted.split, free, fewest=not wanted.devices)
-    if n_gpu is None and wanted.n_cpu_moe is None and plan.config.n_expert and (not found or found.n_gpu < most):
-        # Experts are most of a model's bytes, and a token needs a few of them: keep experts on the CPU, not layers.
-        for n in range(1, n_layer + 1):
-            plan = replace(plan, n_cpu_moe=n)
-            last = numbers if n == n_layer else (most,)
-            found = fit(gpu_sizes(plan), last, wanted.split, free, fewest=not wanted.devices)
-            if found is not None:
-                break
-    found = found and replace(found, n_cpu_moe=plan.n_cpu_moe if found.n_gpu else 0)
-    if found is not None and (found.n_gpu or n_gpu == 0 or not wanted.insists):
-        return found
-    raise GgufRunError(_too_small(plan, n_gpu or 1, wanted.split, free))
+    n_layer, is_free = plan.config.n_layer, wanted.n_gpu is None and wanted.n_cpu_moe is None
+    if not is_free or not plan.config.n_expert or (found and found.n_gpu == numbers[0]):
+        return found, plan
+    for n in range(1, n_layer + 1):
+        plan = replace(plan, n_cpu_moe=n)
+        tried = numbers if n == n_layer else numbers[:1]
+        if found := fit(gpu_sizes(plan), tried, wanted.split, free, fewest=not wanted.devices):
+            break
+    return found, plan
 
 
 def with_experts_on_cpu(plan: MemoryPlan, wanted: Wanted) -> MemoryPlan:
@@ -185,7 +195,7 @@ def _too_small(plan: MemoryPlan, n_gpu: int, split: Sequence[float], free: Mappi
 
 def plan_lines(plan: MemoryPlan, placement: Placement, free: Mapping[Device, int]) -> Iterator[str]:
     """Yield a line for each device: what runs there, and its memory."""
-    plan = plan.on_cpu(placement.n_gpu, placement.n_cpu_moe)
+    plan = replace(plan, n_gpu=placement.n_gpu, n_cpu_moe=placement.n_cpu_moe)
     sizes = gpu_sizes(plan)
     first = plan.config.n_layer - placement.n_gpu  # on a GPU
     for device in placement.devices:

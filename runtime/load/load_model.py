@@ -85,7 +85,7 @@ def _load(
     plan = _plan(file, options)
     placement, gpus = _place(plan, options, report)
     if CPU in placement.devices:
-        plan.on_cpu(placement.n_gpu, placement.n_cpu_moe).check(available_memory())
+        replace(plan, n_gpu=placement.n_gpu, n_cpu_moe=placement.n_cpu_moe).check(available_memory())
     if plan.n_ctx > (trained := plan.config.n_ctx_train):
         warning = f"context of {plan.n_ctx} tokens: the model was trained with {trained}, beyond it answers get worse"
         warnings.warn(warning, stacklevel=4)
@@ -158,9 +158,9 @@ def _place(
 def _gpu_errors(gpus: Mapping[Device, Any]) -> AbstractContextManager[None]:
     if not gpus:
         return nullcontext()
-    from gguf_run.runtime.load.devices import gpu_errors
+    from gguf_run.kernels_gpu.device.errors import gpu_errors
 
-    return gpu_errors(gpus)
+    return gpu_errors()
 
 
 def chat_template(metadata: Mapping[str, Any], key: str = "tokenizer.chat_template") -> str | None:

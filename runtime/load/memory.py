@@ -100,10 +100,6 @@ class MemoryPlan:
         output = others.total() + (embedding if tied else 0)
         return WeightSizes(tuple(layers), embedding, output, tied, tuple(experts))
 
-    def on_cpu(self, n_gpu: int, n_cpu_moe: int = 0) -> "MemoryPlan":
-        """Return the same plan with so many layers on GPUs."""
-        return replace(self, n_gpu=n_gpu, n_cpu_moe=n_cpu_moe)
-
     def with_type(self, name: str) -> "MemoryPlan":
         """Return the same plan with another type for the keys and values of all layers."""
         return replace(self, cache=[CacheType(name, name)] * self.config.n_layer)
