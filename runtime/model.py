@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -256,7 +255,7 @@ class Model:
         from gguf_run.runtime.engine.session_file import save
 
         header = replace(self._session_header(), messages=[dict(message) for message in messages])
-        self._context.save(lambda ids, export: save(Path(path), replace(header, ids=ids), export))
+        save(Path(path), replace(header, ids=self._context.settle()), self.decoder.cache.export)
 
     def load_session(self, path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         """Make the tokens of a saved session the context, without computing them; return its conversation.
@@ -303,9 +302,7 @@ class Model:
     def __enter__(self) -> "Model":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _start(

@@ -23,7 +23,7 @@ def plan_cache(
     """Return the cache type of each layer. The options are those of LoadOptions.
 
     A calibration file's static scales are used where rows are not rotated. OptionError for a type that is not known or
-    that the model's heads do not allow; errors of KvScales.read.
+    that the model's heads do not allow; errors of read_scales.
     """
     if isinstance(cache_type, list):
         return tuple(cache_type)
@@ -31,9 +31,9 @@ def plan_cache(
     pair = (cache_type, cache_type) if isinstance(cache_type, str) else cache_type
     found = None
     if cache_scales is not None:
-        from gguf_run.runtime.load.kv_scales import KvScales
+        from gguf_run.runtime.load.kv_scales import read_scales
 
-        found = KvScales.read(cache_scales, config).layers
+        found = read_scales(cache_scales, config)
     plan = []
     for il in range(config.n_layer):
         layer = found[il] if found is not None else None
