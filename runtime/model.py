@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
 from gguf_run.runtime.engine.context import Closed, Context
 from gguf_run.runtime.engine.generation import Generation
-from gguf_run.runtime.engine.reply import Answer, Reply
-from gguf_run.runtime.engine.stop import StopStrings
+from gguf_run.runtime.engine.reply import Answer, Reply, StopStrings
 from gguf_run.runtime.load.options import LoadOptions
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler, TokenLogprob
