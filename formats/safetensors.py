@@ -5,7 +5,7 @@
                "__metadata__" -> an object of texts
     data       the arrays; offsets count from here
 
-The reader believes nothing before it has checked it. https://github.com/huggingface/safetensors#format
+The reader checks every entry before the entry is used. https://github.com/huggingface/safetensors#format
 """
 
 import itertools

@@ -31,15 +31,15 @@ Tool = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Stats:
-    """What the last generation took: attributes of Generation and Batch. Times are in seconds."""
+    """Times, in seconds, and counts of the last generation. Generation and Batch have attributes of these names."""
 
-    load_s: float  # loading the model
+    load_s: float  # to load the model
     n_prompt: int = 0  # tokens of the prompt
-    n_reused: int = 0  # of these, tokens that the cache held already
-    prefill_s: float = 0.0  # computing the others
+    n_reused: int = 0  # tokens of the prompt that the cache held already
+    prefill_s: float = 0.0  # to compute the other tokens of the prompt
     n_decoded: int = 0  # tokens of the answer
-    decode_s: float = 0.0  # computing these
-    finish: str = ""  # why the answer ended, see Generation
+    decode_s: float = 0.0  # to compute the tokens of the answer
+    finish: str = ""  # why the answer ended, see Reply
     seed: int = 0  # of the draws
 
     @property

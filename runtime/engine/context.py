@@ -1,4 +1,4 @@
-"""What stands in the KV cache: a prompt that begins as the one before is not computed again."""
+"""The token ids in the KV cache. What a prompt shares with the start of the one before is not computed again."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, cast

@@ -1,4 +1,4 @@
-"""Chooses the types of each layer's KV cache, from options and a calibration file, and tells their sizes."""
+"""Chooses the types of each layer's KV cache, from options and a calibration file; computes the caches' sizes."""
 
 import os
 import zlib
@@ -75,7 +75,7 @@ def layer_bytes(
 def describe_plan(plan: Sequence[CacheType]) -> str:
     """Return one line for people: "q8_0", "K q8_0, V q4_0", or how many layers have which type.
 
-    Two caches whose bytes mean different things have different lines: sessions are compared by it.
+    The line tells sessions apart: it is another one wherever the bytes of a cache mean something else.
     """
     counts = Counter(_describe(kind) for kind in plan)
     text = next(iter(counts)) if len(counts) == 1 else "; ".join(f"{n} x {name}" for name, n in counts.items())

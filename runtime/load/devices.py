@@ -42,7 +42,7 @@ def n_gpus() -> int:
 def open_placement(
     plan: MemoryPlan, wanted: Wanted, report: Callable[[str], None]
 ) -> tuple[Placement, dict[Device, Any]]:
-    """Return where everything goes, and the backends of the GPUs that are used. report gets lines with the plan."""
+    """Return the device of each part, and the backends of the GPUs that are used. report gets lines with the plan."""
     gpus = open_gpus(wanted, report)
     free = _free_memory(gpus, plan, wanted) if gpus else {}
     placement = place(plan, wanted, free)
@@ -55,7 +55,7 @@ def open_placement(
 
 
 def _free_memory(gpus: Mapping[Device, Any], plan: MemoryPlan, wanted: Wanted) -> dict[Device, int]:
-    """Return the free bytes of each GPU. To ask takes memory of the GPU: the next is asked only if it is needed."""
+    """Return the free bytes of each GPU. The question takes memory of a GPU: ask no more GPUs than are needed."""
     from gguf_run.kernels_gpu.device.errors import gpu_errors
 
     free: dict[Device, int] = {}

@@ -1,9 +1,9 @@
 """Chooses which device runs which part of a model: pure functions of options and sizes, tested without any device.
 
-The last N layers and the output run on GPUs, the embeddings and the first layers on the CPU. So the hidden state
-crosses over once, and the output, the largest matrix, is on the faster device, beside the last layer. To look up
-embeddings is to copy one row, which needs no GPU: the embeddings go where the first layer is if there is room. Each of
-several GPUs gets consecutive layers.
+The last N layers and the output run on GPUs, the embeddings and the first layers on the CPU. So the hidden state moves
+from one device to the other once, and the output, which is the largest matrix, is on the faster device. An embedding is
+one copied row, which needs no GPU: the embeddings are beside the first layer if there is room. Each of several GPUs
+gets consecutive layers.
 """
 
 import itertools
@@ -25,7 +25,7 @@ MARGIN = 500_000_000
 
 @dataclass(frozen=True)
 class GpuSizes:
-    """Bytes on GPUs, wherever the layers go."""
+    """Bytes that the parts of a model take on a GPU. They are the same for every placement."""
 
     weights: WeightSizes  # without the experts that stay on the CPU
     caches: tuple[int, ...]  # of each layer
@@ -33,7 +33,7 @@ class GpuSizes:
 
 
 def gpu_sizes(plan: MemoryPlan) -> GpuSizes:
-    """Return what a model takes on GPUs: weights and caches exactly, buffers at most."""
+    """Return the bytes that a model takes on GPUs. Weights and caches are exact, buffers are an upper bound."""
     weights = plan.weights(matrix_bytes)
     layers = list(weights.layers)
     for il in range(plan.n_cpu_moe):
@@ -48,7 +48,7 @@ def gpu_sizes(plan: MemoryPlan) -> GpuSizes:
 
 
 def needed(placement: Placement, device: Device, sizes: GpuSizes) -> MemoryNeed:
-    """Return what a placement takes on a GPU."""
+    """Return the bytes that a placement takes on one GPU."""
     weights, here = sizes.weights, [il for il, place in enumerate(placement.layers) if place == device]
     total = sum(weights.layers[il] for il in here)
     has_output, has_embedding = placement.layers[-1] == device, placement.embedding == device
@@ -84,8 +84,9 @@ def _candidates(n_gpu: int, sizes: GpuSizes, free: Mapping[Device, int], split: 
 
 
 def place(plan: MemoryPlan, wanted: Wanted, free: Mapping[Device, int]) -> Placement:
-    """Return where everything goes. free: bytes of each GPU, in the order in which they get layers; may be empty.
+    """Return the device of each part of a model.
 
+    free: the free bytes of each GPU, in the order in which GPUs get layers; may be empty.
     OptionError for --gpu-layers out of range and for a cache type that GPUs do not have; GgufRunError, which says what
     would fit, if there is not enough memory.
     """
@@ -133,7 +134,7 @@ def with_experts_on_cpu(plan: MemoryPlan, wanted: Wanted) -> MemoryPlan:
 
 
 def holds_all(plan: MemoryPlan, wanted: Wanted, free: Mapping[Device, int]) -> bool:
-    """Whether GPUs hold all layers that are wanted and that GPUs can have."""
+    """Whether these GPUs have room for all layers that the user wants and whose cache types GPUs know."""
     n_gpu = plan.config.n_layer if wanted.n_gpu in (None, -1) else wanted.n_gpu
     plan = with_experts_on_cpu(plan, wanted)
     return fit(gpu_sizes(plan), (min(n_gpu or 0, most_layers(plan)[0]),), wanted.split, free) is not None

@@ -1,6 +1,6 @@
-"""What this machine has for us: threads, memory, the driver of a GPU.
+"""What this process may use of the machine: threads, memory, a GPU.
 
-Linux control groups (cgroups, v1 and v2) limit what a process in a container may use of these.
+Linux control groups (cgroups, v1 and v2) limit the CPUs and the memory of a container.
 """
 
 import os
