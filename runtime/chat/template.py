@@ -90,7 +90,7 @@ def _sandbox() -> ImmutableSandboxedEnvironment:
     )
     environment.concat = _joined  # type: ignore[method-assign]
     environment.filters["tojson"] = _tojson
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": datetime.now().strftime}
     return environment
 
 
@@ -112,7 +112,3 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, *
 
 def _raise_exception(message: str) -> None:
     raise TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)

@@ -43,9 +43,7 @@ class LoadedModel:
     tool_template: str | None = None  # in place of chat_template for conversations with tools; some files have both
     where: str = ""  # the number of layers on each device, for people
     download_s: float = 0.0  # seconds that it took to find or to download the file
-    identity: "Callable[[], SessionHeader] | None" = (
-        None  # makes the header of a session; None: no sessions
-    )
+    identity: "Callable[[], SessionHeader] | None" = None  # makes the header of a session; None: no sessions
     close: Sequence[Callable[[], None]] = ()  # called at the end, to free what the decoder does not own
 
 
