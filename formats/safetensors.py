@@ -5,7 +5,7 @@
                "__metadata__" -> an object of texts
     data       the arrays; offsets count from here
 
-The reader believes nothing before it has checked it. https://github.com/huggingface/safetensors#format
+The reader checks every entry before the entry is used. https://github.com/huggingface/safetensors#format
 """
 
 import itertools
@@ -77,7 +77,12 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     if n > MAX_HEADER_BYTES:
         raise cursor.error(f"the header has {n} bytes, at most {MAX_HEADER_BYTES} are allowed: no safetensors file", 0)
     start = cursor.skip(n, "the header") + n
-    header = _object(file, bytes(file.map[8:start]))
+    try:
+        header = json.loads(bytes(file.map[8:start]), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: the header is not JSON ({error}): it is damaged, get it again") from None
+    if not isinstance(header, dict):
+        raise FormatError(f"{path}: the header is not a JSON object: no safetensors file")
     metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{path}: {_METADATA} is not an object of texts: the file is damaged, get it again")
@@ -95,16 +100,6 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a key occurs twice")
     return found
-
-
-def _object(file: MappedFile, data: bytes) -> dict[str, Any]:
-    try:
-        header = json.loads(data, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file.path}: the header is not JSON ({error}): it is damaged, get it again") from None
-    if not isinstance(header, dict):
-        raise FormatError(f"{file.path}: the header is not a JSON object: no safetensors file")
-    return header
 
 
 def _array(file: MappedFile, name: str, entry: Any, start: int) -> StoredArray:

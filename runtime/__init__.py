@@ -9,24 +9,12 @@ from typing import TYPE_CHECKING, Any
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError, UnsupportedError
 
 if TYPE_CHECKING:
-    from gguf_run.runtime.engine.reply import Answer
-    from gguf_run.runtime.load.options import LoadOptions
-    from gguf_run.runtime.model import Model, Stats
-    from gguf_run.runtime.sampling.params import SamplingParams
-    from gguf_run.runtime.sampling.sampler import TokenLogprob
-
-__all__ = [
-    "Answer",
-    "FormatError",
-    "GgufRunError",
-    "LoadOptions",
-    "Model",
-    "OptionError",
-    "SamplingParams",
-    "Stats",
-    "TokenLogprob",
-    "UnsupportedError",
-]
+    from gguf_run.runtime.engine.reply import Answer as Answer
+    from gguf_run.runtime.load.options import LoadOptions as LoadOptions
+    from gguf_run.runtime.model import Model as Model
+    from gguf_run.runtime.model import Stats as Stats
+    from gguf_run.runtime.sampling.params import SamplingParams as SamplingParams
+    from gguf_run.runtime.sampling.sampler import TokenLogprob as TokenLogprob
 
 _PLACES = {
     "Answer": "engine.reply",
@@ -36,6 +24,7 @@ _PLACES = {
     "Stats": "model",
     "TokenLogprob": "sampling.sampler",
 }
+__all__ = ["FormatError", "GgufRunError", "OptionError", "UnsupportedError", *_PLACES]
 
 
 def __getattr__(name: str) -> Any:

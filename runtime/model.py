@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +14,7 @@ from numpy.typing import NDArray
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
 from gguf_run.runtime.engine.context import Closed, Context
 from gguf_run.runtime.engine.generation import Generation
-from gguf_run.runtime.engine.reply import Answer, Reply
-from gguf_run.runtime.engine.stop import StopStrings
+from gguf_run.runtime.engine.reply import Answer, Reply, StopStrings
 from gguf_run.runtime.load.options import LoadOptions
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler, TokenLogprob
@@ -33,15 +31,15 @@ Tool = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Stats:
-    """What the last generation took: attributes of Generation and Batch. Times are in seconds."""
+    """Times, in seconds, and counts of the last generation. Generation and Batch have attributes of these names."""
 
-    load_s: float  # loading the model
+    load_s: float  # to load the model
     n_prompt: int = 0  # tokens of the prompt
-    n_reused: int = 0  # of these, tokens that the cache held already
-    prefill_s: float = 0.0  # computing the others
+    n_reused: int = 0  # tokens of the prompt that the cache held already
+    prefill_s: float = 0.0  # to compute the other tokens of the prompt
     n_decoded: int = 0  # tokens of the answer
-    decode_s: float = 0.0  # computing these
-    finish: str = ""  # why the answer ended, see Generation
+    decode_s: float = 0.0  # to compute the tokens of the answer
+    finish: str = ""  # why the answer ended, see Reply
     seed: int = 0  # of the draws
 
     @property
@@ -256,7 +254,7 @@ class Model:
         from gguf_run.runtime.engine.session_file import save
 
         header = replace(self._session_header(), messages=[dict(message) for message in messages])
-        self._context.save(lambda ids, export: save(Path(path), replace(header, ids=ids), export))
+        save(Path(path), replace(header, ids=self._context.settle()), self.decoder.cache.export)
 
     def load_session(self, path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         """Make the tokens of a saved session the context, without computing them; return its conversation.
@@ -303,9 +301,7 @@ class Model:
     def __enter__(self) -> "Model":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _start(

@@ -6,7 +6,7 @@ The names and the prompts for system, user and assistant messages are llama.cpp'
 from pathlib import Path
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.chat.sandbox import MAX_TEMPLATE
+from gguf_run.runtime.chat.template import MAX_TEMPLATE
 
 _EACH = "{% for m in messages %}"
 _ANSWER = "{% endfor %}{% if add_generation_prompt %}"

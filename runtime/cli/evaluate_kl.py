@@ -15,10 +15,10 @@ from gguf_run.runtime.evaluate.kl import Comparison, compare
 from gguf_run.runtime.evaluate.logits_file import (
     LogitsFile,
     LogitsHeader,
-    LogitsWriter,
     hash_file,
     hash_ids,
     hash_vocabulary,
+    writing_logits,
 )
 from gguf_run.runtime.evaluate.perplexity import perplexity
 from gguf_run.runtime.evaluate.text import N_CTX, Block, Chunk, Scorer, bos_of, cut_chunks, tokens_of, window_size
@@ -91,7 +91,7 @@ class KlJob:
                 model=file.name,
             )
             report = Report(PERPLEXITY, self.as_json)
-            with LogitsWriter(path, header) as writer:
+            with writing_logits(path, header) as writer:
                 report.run(perplexity(scorer, chunks, writer.add), chunks)
             saved = writer.is_complete
             message(f"{path} holds the logits" if saved else f"{path} is not written: it would be incomplete")

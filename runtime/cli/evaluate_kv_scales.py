@@ -1,6 +1,6 @@
 """`gguf-eval kv-scales`: measure the largest keys and values, try cache types, choose among them, write the file."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +11,10 @@ import click
 from gguf_run.formats.errors import OptionError
 from gguf_run.models.backend import CacheType
 from gguf_run.runtime.cli.report import load_scorer
-from gguf_run.runtime.evaluate.kv_scales import KINDS, best_types, calibrate, check_budget, divergences, trials
+from gguf_run.runtime.evaluate.kv_scales import KINDS, Costs, best_types, calibrate, check_budget, divergences, trials
 from gguf_run.runtime.evaluate.text import N_CTX, Scorer, bos_of, cut_chunks, tokens_of
 from gguf_run.runtime.load.cache_plan import check_type
-from gguf_run.runtime.load.kv_scales import KvScales
+from gguf_run.runtime.load.kv_scales import LayerScales, write_scales
 from gguf_run.runtime.terminal.progress import progress
 from gguf_run.runtime.terminal.text import read_text, table
 
@@ -64,18 +64,18 @@ def run(
     if bits is not None:
         chosen = best_types(costs, config, bits)
         layers = tuple(replace(layer, types=pair) for layer, pair in zip(layers, chosen, strict=True))
-    scales = KvScales(Path(model).name, file.name, seen.n_tokens, layers, costs)
-    scales.write(output)
-    for line in _table(scales):
+    name = Path(model).name
+    write_scales(output, layers, model=name, text=file.name, n_tokens=seen.n_tokens, sensitivity=costs)
+    for line in _table(layers, costs):
         click.echo(line)
 
 
-def _table(scales: KvScales) -> Iterator[str]:
+def _table(layers: Sequence[LayerScales], sensitivity: Costs) -> Iterator[str]:
     """Yield a line for each layer: the largest |K| and |V|, what each type costs, the types chosen."""
-    head = ["layer", "max |K|", "max |V|", *(f"{name} {kind.upper()}" for name in scales.sensitivity for kind in KINDS)]
+    head = ["layer", "max |K|", "max |V|", *(f"{name} {kind.upper()}" for name in sensitivity for kind in KINDS)]
     rows = []
-    for il, layer in enumerate(scales.layers):
-        kl = [f"{costs[kind][il]:.2g}" for costs in scales.sensitivity.values() for kind in KINDS]
+    for il, layer in enumerate(layers):
+        kl = [f"{costs[kind][il]:.2g}" for costs in sensitivity.values() for kind in KINDS]
         chosen = ["/".join(layer.types)] if layer.types else []
         rows.append([str(il), f"{max(layer.k_max):.4g}", f"{max(layer.v_max):.4g}", *kl, *chosen])
     head += ["types"] * (len(rows[0]) - len(head))

@@ -62,7 +62,7 @@ def main(model: str | None, file: Path | None, output: Path | None, in_file: tup
         raise OptionError("MODEL reads the text of --file: give both, or neither and --in-file")
     if model is None and not in_file:
         raise OptionError("nothing to do: give MODEL and --file, or --in-file")
-    from gguf_run.runtime.evaluate.imatrix_file import read_all, write
+    from gguf_run.runtime.evaluate.imatrix import read_all, write
     from gguf_run.runtime.evaluate.text import window_size
 
     if options["n_ctx"] is not None:
@@ -78,7 +78,7 @@ def main(model: str | None, file: Path | None, output: Path | None, in_file: tup
 
 def show_uses(imatrix: "Imatrix") -> None:
     """Print the use of each tensor's input channels, then each layer's means."""
-    from gguf_run.runtime.evaluate.imatrix_file import mean_uses, tensor_uses
+    from gguf_run.runtime.evaluate.imatrix import mean_uses, tensor_uses
 
     uses = tensor_uses(imatrix)
     click.echo(
@@ -99,8 +99,7 @@ def show_uses(imatrix: "Imatrix") -> None:
 def _collect(model: str, file: Path, output: Path, imatrix: "Imatrix", options: dict[str, Any]) -> "Imatrix":
     from gguf_run.formats.gguf.writer import GGUFWriter
     from gguf_run.runtime.cli.report import PERPLEXITY, Report, load_scorer
-    from gguf_run.runtime.evaluate.imatrix import Collector
-    from gguf_run.runtime.evaluate.imatrix_file import write
+    from gguf_run.runtime.evaluate.imatrix import Collector, write
     from gguf_run.runtime.evaluate.text import bos_of, cut_chunks, tokens_of
     from gguf_run.runtime.hub.find import find_model
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Batch:
-    """The run of several replies. Reply i has sequence i of the KV cache; a finished reply leaves the batch.
+    """Runs several replies together. Reply i has sequence i of the KV cache; a finished reply leaves the batch.
 
     Times and counts are sums over all replies, with the names of Generation.
     """
@@ -31,7 +31,7 @@ class Batch:
             check_prompt(reply.ids, reply.max_tokens, decoder.n_ctx, f"prompt {i}")
         self._context, self._replies = context, replies
         self.n_prompt = sum(len(reply.ids) for reply in replies)
-        self.n_reused = 0  # tokens that were not computed for a reply of their own
+        self.n_reused = 0  # prompt tokens whose keys and values were in the cache, or were copied from another reply
         self.prefill_s = self.decode_s = 0.0
         self.finish, self.seed = "", replies[0].sampler.seed
 

@@ -1,6 +1,6 @@
-"""What stands in the KV cache: a prompt that begins as the one before is not computed again."""
+"""The token ids in the KV cache. What a prompt shares with the start of the one before is not computed again."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import numpy as np
@@ -108,13 +108,13 @@ class Context:
         yield from self.decoder.forward(ids, len(ids))
         self._history = list(ids)
 
-    def save(self, write: Callable[[list[int], Callable[[], Iterator[Part]]], None]) -> None:
-        """Call `write` with the ids and a function that gives the parts of their cache."""
+    def settle(self) -> list[int]:
+        """Repair what an interrupted run has left; return the ids whose keys and values the cache holds."""
         self._rewind(len(self._history))
-        write(self.ids, self.decoder.cache.export)
+        return self.ids
 
     def restore(self, ids: Sequence[int], parts: Iterable[Part]) -> None:
-        """Make `ids` the context, with the cache that `save` wrote.
+        """Make `ids` the context, with the parts of a cache that KvCache.export gave.
 
         GgufRunError if the parts do not fit this model; the context is empty then.
         """

@@ -10,7 +10,7 @@ from gguf_run.runtime.engine.reply import Reply
 
 
 class Generation:
-    """The run of one reply: iterate over the pieces of its text, then read what it took."""
+    """Runs one reply: yields the pieces of text, and counts tokens and seconds in its attributes."""
 
     def __init__(self, context: Context, reply: Reply, n_keep: int | None = None) -> None:
         """Check the options; nothing runs yet.

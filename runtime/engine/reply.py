@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gguf_run.runtime.engine.stop import StopStrings
+from gguf_run.formats.errors import OptionError
 from gguf_run.runtime.sampling.sampler import Sampler, TokenLogprob
 
 if TYPE_CHECKING:
@@ -25,6 +25,43 @@ class Answer:
     n_decoded: int  # tokens of the text
     seed: int  # gives the same text again
     logprobs: tuple[TokenLogprob, ...] = ()  # one for each token, if they were asked for
+
+
+class StopStrings:
+    """Passes text on up to the first stop string. Holds back an end of the text that may be the start of one."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        """OptionError for a single string instead of a list, and for an empty stop string."""
+        if isinstance(strings, str) or not all(strings):
+            raise OptionError(f"stop is {strings!r}; allowed: a list of texts that are not empty")
+        self.found = False  # whether a stop string has come
+        self._strings = tuple(strings)
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """Take more text; return what can be shown now. Nothing comes out after a stop string."""
+        if self.found:
+            return ""
+        text = self._held + text
+        self._held = ""
+        hits = [at for string in self._strings if (at := text.find(string)) >= 0]
+        if hits:
+            self.found = True
+            return text[: min(hits)]
+        n_hold = max((_n_overlap(text, string) for string in self._strings), default=0)
+        self._held = text[len(text) - n_hold :]
+        return text[: len(text) - n_hold]
+
+    def flush(self) -> str:
+        """Return what was held back: no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _n_overlap(text: str, string: str) -> int:
+    """Return the length of the longest end of `text` that is a start of `string`."""
+    longest = min(len(text), len(string) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(string[:n])), 0)
 
 
 class Reply:

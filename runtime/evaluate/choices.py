@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import GgufRunError
+from gguf_run.runtime.engine.context import n_common
 from gguf_run.runtime.evaluate.text import Scorer, check_finite, tokens_of
 from gguf_run.runtime.model import Model
 
@@ -162,23 +163,18 @@ def make_tasks(model: Model, questions: Sequence[Question], name: str) -> list[T
     tasks = []
     for question in questions:
         choices = [tokens_of(model, text) for text in question.texts]
-        n_common = min(_n_common(choices[0], choice) for choice in choices)
-        n_common = min(n_common, *(len(choice) - 1 for choice in choices))
+        n_shared = min(n_common(choices[0], choice) for choice in choices)
+        n_shared = min(n_shared, *(len(choice) - 1 for choice in choices))
         where = f"{name}, line {question.line}"
-        if n_common < 1:
+        if n_shared < 1:
             raise GgufRunError(f"{where}: the choices have no beginning in common: give a prompt")
         if max(map(len, choices)) > model.n_ctx:
             raise GgufRunError(
                 f"{where}: has {max(map(len, choices))} tokens, the context holds {model.n_ctx}: use a larger "
                 "--ctx-size, or leave the task out"
             )
-        tasks.append(Task(choices, n_common, question.answer))
+        tasks.append(Task(choices, n_shared, question.answer))
     return tasks
-
-
-def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
-    """The number of first ids that a and b share."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def accuracy(scorer: Scorer, tasks: Sequence[Task]) -> Iterator[Accuracy]:
@@ -190,7 +186,7 @@ def accuracy(scorer: Scorer, tasks: Sequence[Task]) -> Iterator[Accuracy]:
     context: list[int] = []
     for number, task in enumerate(tasks, 1):
         common = task.choices[0][: task.n_common]
-        n_keep = scorer.model.decoder.rewind(min(_n_common(context, common), len(common) - 1))
+        n_keep = scorer.model.decoder.rewind(min(n_common(context, common), len(common) - 1))
         sums = _log_probabilities(scorer, task, n_keep)
         check_finite(sums, f"task {number}")
         context = common
@@ -205,14 +201,13 @@ def _log_probabilities(scorer: Scorer, task: Task, n_keep: int) -> NDArray[np.fl
 
     n_keep: the number of common tokens that are in the context already.
     """
-    n_common = task.n_common
-    first = [choice[n_common] for choice in task.choices]
+    first = [choice[task.n_common] for choice in task.choices]
     # One row of logits, after the last common token, scores every choice's first token.
-    (block,) = scorer.run(task.choices[0][n_keep:n_common], first[:1], n_keep)
+    (block,) = scorer.run(task.choices[0][n_keep : task.n_common], first[:1], n_keep)
     sums = block.logits[0, first].astype(np.float64) - block.logits[0, first[0]] - block.nll[0]
     for i, choice in enumerate(task.choices):
-        if len(choice) > n_common + 1:
-            n_keep = scorer.model.decoder.rewind(n_common)
-            rest = scorer.run(choice[n_keep:-1], choice[n_common + 1 :], n_keep)
+        if len(choice) > task.n_common + 1:
+            n_keep = scorer.model.decoder.rewind(task.n_common)
+            rest = scorer.run(choice[n_keep:-1], choice[task.n_common + 1 :], n_keep)
             sums[i] -= sum(block.nll.sum() for block in rest)
     return sums

@@ -1,9 +1,9 @@
 """Calibrating a KV cache: how large keys and values get, and which layers suffer from which cache type.
 
-The model reads a text with an f32 cache. Then, for each layer and each of its K and V, a model whose cache stores that
-one place as the type in question reads the text again; the KL divergence of its predictions is the place's cost. The
-costs of several places about add up. With a budget of bits, each place starts with the smallest type, and then the
-change that saves most divergence per bit comes next.
+The model reads a text with an f32 cache. A place is K or V of one layer. For each place and each cache type, the model
+reads the text again with that type in that place alone; the KL divergence of its predictions is the cost. The costs of
+several places about add up. With a budget of bits, each place starts with the smallest type. Then, again and again, the
+change that saves most divergence per bit is made.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

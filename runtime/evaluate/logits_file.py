@@ -16,11 +16,11 @@ import hashlib
 import json
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -119,20 +119,12 @@ class _Incomplete(Exception):
 
 
 class LogitsWriter:
-    """Writes a file; use as a context manager. The file is kept if all chunks came and the block raised nothing."""
+    """Writes the rows of a file, see writing_logits."""
 
-    def __init__(self, path: Path, header: LogitsHeader) -> None:
-        """GgufRunError if the disk has no room for it; OSError if it cannot be made."""
-        if path.is_dir():
-            raise GgufRunError(f"{path} is a folder: name a file")
-        free = shutil.disk_usage(path.absolute().parent).free
-        if free < header.nbytes:
-            needed, left = size_text(header.nbytes, 1), size_text(free, 1)
-            raise GgufRunError(f"{path}: the logits take {needed}, the disk has {left} left: use fewer --chunks")
-        metadata = {name: str(value) for name, value in asdict(header).items()}
-        self._header, self._n_row = header, 0
+    def __init__(self, header: LogitsHeader, append: Callable[[str, Any], None]) -> None:
+        """append: of writing_safetensors."""
+        self._header, self._append, self._n_row = header, append, 0
         self._crc = np.zeros(len(_ROWS), "<u4")
-        self._writing = writing_safetensors(path, header.arrays, KIND.seal(metadata))
 
     def add(self, block: Block) -> None:
         """Append rows of one chunk."""
@@ -151,16 +143,25 @@ class LogitsWriter:
         """Tell whether all rows came."""
         return self._n_row == self._header.n_chunk * self._header.n_scored
 
-    def __enter__(self) -> "LogitsWriter":
-        self._append = self._writing.__enter__()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None and not self.is_complete:
-            kind, error = _Incomplete, _Incomplete()
-        self._writing.__exit__(kind, error, trace)
+@contextmanager
+def writing_logits(path: Path, header: LogitsHeader) -> Iterator[LogitsWriter]:
+    """Return a context that gives a LogitsWriter. The file is kept if all rows came and the block raised nothing.
+
+    GgufRunError if the disk has no room for it; OSError if it cannot be made.
+    """
+    if path.is_dir():
+        raise GgufRunError(f"{path} is a folder: name a file")
+    free = shutil.disk_usage(path.absolute().parent).free
+    if free < header.nbytes:
+        needed, left = size_text(header.nbytes, 1), size_text(free, 1)
+        raise GgufRunError(f"{path}: the logits take {needed}, the disk has {left} left: use fewer --chunks")
+    metadata = {name: str(value) for name, value in asdict(header).items()}
+    with suppress(_Incomplete), writing_safetensors(path, header.arrays, KIND.seal(metadata)) as append:
+        writer = LogitsWriter(header, append)
+        yield writer
+        if not writer.is_complete:
+            raise _Incomplete
 
 
 class LogitsFile:

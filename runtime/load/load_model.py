@@ -1,4 +1,4 @@
-"""Loads a model: from a file and options to all that Model is made of."""
+"""Loads a model: makes the parts of a Model from a file and options."""
 
 import os
 import time
@@ -35,15 +35,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """All that a Model is made of."""
+    """The parts of a Model."""
 
     decoder: "Decoder"
     tokenizer: "Tokenizer"
     chat_template: str | None = None
     tool_template: str | None = None  # in place of chat_template for conversations with tools; some files have both
-    where: str = ""  # what runs on which device, for people
+    where: str = ""  # the number of layers on each device, for people
     download_s: float = 0.0  # seconds that it took to find or to download the file
-    identity: "Callable[[], SessionHeader] | None" = None  # tells what sessions are of; None: they cannot be saved
+    identity: "Callable[[], SessionHeader] | None" = None  # makes the header of a session; None: no sessions
     close: Sequence[Callable[[], None]] = ()  # called at the end, to free what the decoder does not own
 
 
@@ -85,7 +85,7 @@ def _load(
     plan = _plan(file, options)
     placement, gpus = _place(plan, options, report)
     if CPU in placement.devices:
-        plan.on_cpu(placement.n_gpu, placement.n_cpu_moe).check(available_memory())
+        replace(plan, n_gpu=placement.n_gpu, n_cpu_moe=placement.n_cpu_moe).check(available_memory())
     if plan.n_ctx > (trained := plan.config.n_ctx_train):
         warning = f"context of {plan.n_ctx} tokens: the model was trained with {trained}, beyond it answers get worse"
         warnings.warn(warning, stacklevel=4)
@@ -146,7 +146,7 @@ def tries_gpus(wanted: Wanted, root: Path = Path("/")) -> bool:
 def _place(
     plan: MemoryPlan, options: LoadOptions, report: Callable[[str], None]
 ) -> tuple[Placement, dict[Device, Any]]:
-    """Return where everything goes, and the backends of the GPUs that are used."""
+    """Return the device of each part, and the backends of the GPUs that are used."""
     wanted = options.wanted
     if not tries_gpus(wanted):
         return cpu_only(plan.config.n_layer), {}
@@ -158,9 +158,9 @@ def _place(
 def _gpu_errors(gpus: Mapping[Device, Any]) -> AbstractContextManager[None]:
     if not gpus:
         return nullcontext()
-    from gguf_run.runtime.load.devices import gpu_errors
+    from gguf_run.kernels_gpu.device.errors import gpu_errors
 
-    return gpu_errors(gpus)
+    return gpu_errors()
 
 
 def chat_template(metadata: Mapping[str, Any], key: str = "tokenizer.chat_template") -> str | None:

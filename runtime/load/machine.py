@@ -1,6 +1,6 @@
-"""What this machine has for us: threads, memory, the driver of a GPU.
+"""What this process may use of the machine: threads, memory, a GPU.
 
-Linux control groups (cgroups, v1 and v2) limit what a process in a container may use of these.
+Linux control groups (cgroups, v1 and v2) limit the CPUs and the memory of a container.
 """
 
 import os
@@ -31,13 +31,9 @@ def default_threads() -> int:
 
 def available_cores(cpus: Iterable[int], root: Path = Path("/")) -> int:
     """Count the physical cores behind logical `cpus`, at most the cgroup's quota. `root` holds /sys and /proc."""
-    n_core = len({_siblings(cpu, root) for cpu in cpus})
-    return max(1, min([n_core, *(int(quota) for quota in _quotas(root))]))
-
-
-def _siblings(cpu: int, root: Path) -> str:
-    """Return a text that is the same for all hardware threads of one core."""
-    return _read(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or f"cpu{cpu}"
+    topology = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"  # the same for all threads of one core
+    n_core = len({_read(root / topology.format(cpu)) or cpu for cpu in cpus})
+    return max(1, min([n_core, *map(int, _quotas(root))]))
 
 
 def _quotas(root: Path) -> Iterator[float]:
@@ -56,17 +52,13 @@ def available_memory(root: Path = Path("/")) -> int | None:
         return None
     left = [1024 * (int(meminfo["MemAvailable"]) + int(meminfo.get("SwapFree", 0)))]
     for group in _cgroups("memory", root):
-        for limit_file, used_file in (
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ):
-            limit, used = _read(group / limit_file), _read(group / used_file)
-            if limit.isdigit() and used.isdigit():
-                # Cached file pages count as used, but are given up when memory is needed. v1 counts those of the
-                # groups below in lines of their own, "total_...".
-                stat = _read(group / "memory.stat")
-                cached = re.findall(r"^(?:total_)?inactive_file (\d+)$", stat, re.MULTILINE)
-                left.append(int(limit) - int(used) + max(map(int, cached), default=0))
+        limit = _read(group / "memory.max") or _read(group / "memory.limit_in_bytes")  # v2 or v1
+        used = _read(group / "memory.current") or _read(group / "memory.usage_in_bytes")
+        if limit.isdigit() and used.isdigit():
+            # Cached file pages count as used, but are given up when memory is needed. v1 counts those of the groups
+            # below in lines of their own, "total_...".
+            cached = re.findall(r"^(?:total_)?inactive_file (\d+)$", _read(group / "memory.stat"), re.MULTILINE)
+            left.append(int(limit) - int(used) + max(map(int, cached), default=0))
     return max(0, min(left))
 
 

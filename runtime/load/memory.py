@@ -45,7 +45,7 @@ class WeightSizes:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What is to be loaded, and which part of it into the CPU's memory."""
+    """A model to load, and which part of it the CPU's memory holds."""
 
     config: ModelConfig
     tensors: Sequence[TensorInfo]
@@ -53,8 +53,8 @@ class MemoryPlan:
     cache: Sequence[CacheType]  # of each layer
     n_batch: int = 512  # tokens at once
     n_seq: int = 1
-    n_gpu: int = 0  # so many of the last layers, and with them the output, are on GPUs
-    n_cpu_moe: int = 0  # but the experts of so many first layers are not
+    n_gpu: int = 0  # the last n_gpu layers are on GPUs, and with them the output
+    n_cpu_moe: int = 0  # the experts of the first n_cpu_moe layers are on the CPU, wherever the layer is
 
     @property
     def n_rows(self) -> int:
@@ -69,7 +69,7 @@ class MemoryPlan:
         return widths + config.moe.n_used * config.n_ff_exp
 
     def needed(self) -> MemoryNeed:
-        """Return what the CPU's part takes: weights and cache exactly, buffers nearly."""
+        """Return the bytes that the CPU's part takes. Weights and cache are exact, buffers are an estimate."""
         weights, n_cpu = self.weights(matrix_bytes), self.config.n_layer - self.n_gpu
         held = sum(weights.layers[:n_cpu]) + sum(weights.experts[n_cpu : self.n_cpu_moe])
         n_outputs = 0
@@ -85,7 +85,10 @@ class MemoryPlan:
         return sum(sizes[: self.config.n_layer - self.n_gpu])
 
     def weights(self, matrix_bytes: Callable[[str, int, int], int]) -> WeightSizes:
-        """Return the sizes of all weights. matrix_bytes: a backend's, of a type, a row's length, the number of rows."""
+        """Return the sizes of all weights.
+
+        matrix_bytes: a backend's function of a type, the length of a row and the number of rows.
+        """
         layers, experts = [0] * self.config.n_layer, [0] * self.config.n_layer
         others: Counter[str] = Counter()
         for tensor in self.tensors:
@@ -99,10 +102,6 @@ class MemoryPlan:
         embedding, tied = others.pop("embedding"), "output.weight" not in others
         output = others.total() + (embedding if tied else 0)
         return WeightSizes(tuple(layers), embedding, output, tied, tuple(experts))
-
-    def on_cpu(self, n_gpu: int, n_cpu_moe: int = 0) -> "MemoryPlan":
-        """Return the same plan with so many layers on GPUs."""
-        return replace(self, n_gpu=n_gpu, n_cpu_moe=n_cpu_moe)
 
     def with_type(self, name: str) -> "MemoryPlan":
         """Return the same plan with another type for the keys and values of all layers."""

@@ -1,4 +1,4 @@
-"""Which device runs which part of a model, as data. fit.py chooses it."""
+"""The device that runs each part of a model, as data. fit.py chooses the devices."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class Placement:
 
     embedding: Device
     layers: tuple[Device, ...]  # of each layer
-    n_cpu_moe: int = 0  # experts of so many first layers are on the CPU, wherever their layer is
+    n_cpu_moe: int = 0  # the experts of the first n_cpu_moe layers are on the CPU, wherever the layer is
 
     @property
     def n_gpu(self) -> int:

@@ -9,8 +9,7 @@ from chat_templates import CASES, FOLDER, differences
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.runtime.chat.named import TEMPLATES, find_template
-from gguf_run.runtime.chat.sandbox import MAX_TEMPLATE
-from gguf_run.runtime.chat.template import render_chat
+from gguf_run.runtime.chat.template import MAX_TEMPLATE, render_chat
 from gguf_run.runtime.load.load_model import chat_template
 
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -7,9 +7,8 @@ import real
 
 from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
-from gguf_run.runtime.chat import sandbox
-from gguf_run.runtime.chat.sandbox import MAX_TEMPLATE
-from gguf_run.runtime.chat.template import render_chat
+from gguf_run.runtime.chat import template as template_module
+from gguf_run.runtime.chat.template import MAX_TEMPLATE, render_chat
 from gguf_run.runtime.load.load_model import chat_template
 from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
@@ -96,7 +95,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize(("template", "message"), HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_templates_end_with_one_line(template: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "MAX_CHARS", 100_000)
+    monkeypatch.setattr(template_module, "MAX_CHARS", 100_000)
     with pytest.raises(GgufRunError, match=message) as caught:
         render(template)
     assert str(caught.value).startswith("the model's chat template failed")

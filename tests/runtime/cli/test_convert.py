@@ -15,7 +15,7 @@ from quantpack import write_safetensors
 from gguf_run.formats.gguf.imatrix import Imatrix, Sums
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.runtime.cli.convert import main
-from gguf_run.runtime.evaluate.imatrix_file import write as write_imatrix
+from gguf_run.runtime.evaluate.imatrix import write as write_imatrix
 from gguf_run.runtime.model import Model
 
 CARD = """---

@@ -11,8 +11,7 @@ from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.models.backend import Results
 from gguf_run.runtime.engine.context import Context, ContextError
 from gguf_run.runtime.engine.generation import Generation
-from gguf_run.runtime.engine.reply import Reply
-from gguf_run.runtime.engine.stop import StopStrings
+from gguf_run.runtime.engine.reply import Reply, StopStrings
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler
 

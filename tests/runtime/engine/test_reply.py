@@ -1,12 +1,15 @@
 """Replies: from chosen tokens to text, and the reason to stop, with a tokenizer of a few lines."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from gguf_run.runtime.engine.reply import Reply
-from gguf_run.runtime.engine.stop import StopStrings
+from gguf_run.formats.errors import OptionError
+from gguf_run.runtime.engine.reply import Reply, StopStrings
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler
 
@@ -80,3 +83,37 @@ def test_reasons_to_stop() -> None:
     assert pieces([97, 98, 99], n_room=1) == (["a", "b"], "context")
     assert pieces([97, 98], n_room=1) == (["a", "b"], "length")
     assert pieces([97, 98], stop=["b"], n_room=1) == (["a"], "stop")
+
+
+# Stop strings.
+
+
+@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.data())
+def test_stop_strings_in_any_pieces(text: str, stop: list[str], data: st.DataObject) -> None:
+    """However the text is cut: all before the first stop string comes out, and nothing is held back without need."""
+    matcher = StopStrings(stop)
+    shown, rest = "", text
+    while rest:
+        n = data.draw(st.integers(1, len(rest)))
+        shown += matcher.push(rest[:n])
+        rest = rest[n:]
+        pushed = text[: len(text) - len(rest)]
+        if not matcher.found:
+            held = pushed.removeprefix(shown)
+            assert shown + held == pushed
+            assert held == "" or any(string.startswith(held) for string in stop)
+    ends = [text.find(string) for string in stop if string in text]
+    # A string found earlier in time may begin later than one found in the same push: never more is shown than before
+    # the first that was complete.
+    assert matcher.found == bool(ends)
+    if not matcher.found:
+        assert shown + matcher.flush() == text
+    else:
+        assert text.startswith(shown)
+        assert not any(string in shown for string in stop)
+
+
+@pytest.mark.parametrize("stop", [[""], ["a", ""], "text"])
+def test_stop_not_allowed(stop: Any) -> None:
+    with pytest.raises(OptionError, match="stop is"):
+        StopStrings(stop)

@@ -25,8 +25,7 @@ from gguf_run.models.decoder import Decoder
 from gguf_run.models.ops import Observe
 from gguf_run.runtime import Model
 from gguf_run.runtime.cli.imatrix import main, show_uses
-from gguf_run.runtime.evaluate.imatrix import Collector
-from gguf_run.runtime.evaluate.imatrix_file import mean_uses, tensor_uses, write
+from gguf_run.runtime.evaluate.imatrix import Collector, mean_uses, tensor_uses, write
 from gguf_run.runtime.evaluate.text import Scorer
 
 F32 = CacheType("f32", "f32")
@@ -212,10 +211,10 @@ def test_resumed_is_uninterrupted_bit_for_bit(folder: Path, monkeypatch: pytest.
 
 
 def test_saved_from_time_to_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gguf_run.runtime.evaluate import imatrix_file
+    from gguf_run.runtime.evaluate import imatrix as imatrix_module
 
     saved: list[int] = []
-    monkeypatch.setattr(imatrix_file, "write", lambda path, imatrix, inputs: saved.append(imatrix.chunk_count))
+    monkeypatch.setattr(imatrix_module, "write", lambda path, imatrix, inputs: saved.append(imatrix.chunk_count))
     invoke(folder, "-c", "32", "--chunks", "5", "--output-frequency", "2", "-o", "new.gguf")
     assert saved == [2, 4, 5]
 

@@ -22,12 +22,12 @@ from gguf_run.runtime.evaluate.logits_file import (
     KIND,
     LogitsFile,
     LogitsHeader,
-    LogitsWriter,
     hash_file,
     hash_ids,
     hash_vocabulary,
     round_logits,
     unround_logits,
+    writing_logits,
 )
 from gguf_run.runtime.evaluate.text import Block
 
@@ -55,7 +55,7 @@ def blocks(seed: int = 0) -> list[Block]:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    with LogitsWriter(tmp_path / "a.logits", HEADER) as writer:
+    with writing_logits(tmp_path / "a.logits", HEADER) as writer:
         for block in blocks():
             writer.add(block)
     return tmp_path / "a.logits"
@@ -190,10 +190,10 @@ def test_file_that_shrinks_while_it_is_read(path: Path) -> None:
 def test_nothing_is_left_of_an_incomplete_file(tmp_path: Path) -> None:
     path = tmp_path / "a.logits"
     path.write_text("an older one")
-    with LogitsWriter(path, HEADER) as writer:
+    with writing_logits(path, HEADER) as writer:
         writer.add(blocks()[0])
         assert not writer.is_complete
-    with suppress(KeyboardInterrupt), LogitsWriter(path, HEADER) as writer:
+    with suppress(KeyboardInterrupt), writing_logits(path, HEADER) as writer:
         for block in blocks():
             writer.add(block)
         assert writer.is_complete
@@ -203,20 +203,21 @@ def test_nothing_is_left_of_an_incomplete_file(tmp_path: Path) -> None:
 
 
 def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(GgufRunError, match="is a folder"):
-        LogitsWriter(tmp_path, HEADER)
-    with pytest.raises(FileNotFoundError):
-        LogitsWriter(tmp_path / "no/such.logits", HEADER)
+    with pytest.raises(GgufRunError, match="is a folder"), writing_logits(tmp_path, HEADER):
+        pass
+    with pytest.raises(FileNotFoundError), writing_logits(tmp_path / "no/such.logits", HEADER):
+        pass
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=HEADER.nbytes - 1))
-    with pytest.raises(GgufRunError, match=r"the logits take 8\.0 kB, the disk has 8\.0 kB left: use fewer --chunks"):
-        LogitsWriter(tmp_path / "a.logits", HEADER)
+    no_room = r"the logits take 8\.0 kB, the disk has 8\.0 kB left: use fewer --chunks"
+    with pytest.raises(GgufRunError, match=no_room), writing_logits(tmp_path / "a.logits", HEADER):
+        pass
     assert not list(tmp_path.iterdir())
 
 
 def test_long_names(tmp_path: Path) -> None:
     header = replace(HEADER, n_chunk=1, n_ctx=4, n_scored=1, model="é" * 100)
-    with LogitsWriter(tmp_path / "a.logits", header) as writer:
+    with writing_logits(tmp_path / "a.logits", header) as writer:
         writer.add(Block(np.zeros((1, N_VOCAB), np.float32), np.zeros(1)))
     with LogitsFile(tmp_path / "a.logits") as file:
         assert file.header == header

@@ -16,7 +16,7 @@ from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.load.cache_plan import describe_plan, layer_bytes, plan_cache
-from gguf_run.runtime.load.kv_scales import KvScales, LayerScales
+from gguf_run.runtime.load.kv_scales import LayerScales, write_scales
 from gguf_run.runtime.load.memory import MemoryPlan
 
 # Bytes of a row of 64 numbers, from ggml's block layouts and from "one f16 scale for each row".
@@ -70,7 +70,7 @@ def test_descriptions_differ_where_bytes_mean_something_else(config: ModelConfig
     each = [CacheType("f16", "f32"), CacheType("int8", "int8")]
     static = [tmp_path / f"{n}.json" for n in (1, 2)]
     for n, path in enumerate(static, 1):
-        KvScales("m", "t", 1, (LayerScales((n, 1.0), (2.0, 0.0)),) * 2).write(path)
+        write_scales(path, (LayerScales((n, 1.0), (2.0, 0.0)),) * 2)
     plans = {
         "int8": plan_cache(config, "int8"),
         "K f16, V q4_0": plan_cache(config, ("f16", "q4_0")),

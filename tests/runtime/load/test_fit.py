@@ -160,7 +160,7 @@ def test_layers_out_of_range(plan: MemoryPlan) -> None:
 
 
 def test_the_cpu_needs_memory_for_what_is_left(plan: MemoryPlan) -> None:
-    whole, half = plan.needed(), plan.on_cpu(3).needed()
+    whole, half = plan.needed(), replace(plan, n_gpu=3).needed()
     assert half.cache * 2 == whole.cache
     assert half.weights == sum(gpu_sizes(plan).weights.layers[:3])  # F32: as wide on both
     assert half.buffers < whole.buffers

@@ -11,7 +11,7 @@ from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.load.cache_plan import plan_cache
-from gguf_run.runtime.load.kv_scales import KvScales, LayerScales
+from gguf_run.runtime.load.kv_scales import LayerScales, read_scales, write_scales
 
 
 @pytest.fixture
@@ -45,10 +45,10 @@ def test_a_calibration_file(config: ModelConfig, tmp_path: Path) -> None:
 
 def test_a_calibration_file_survives(config: ModelConfig, tmp_path: Path) -> None:
     layers = (LayerScales((1.5, 0.0), (3.0, 1e-7)), LayerScales((1.0, 2.0), (3.0, 4.0), ("f16", "iq4_nl")))
-    scales = KvScales("model", "text", 7, layers, {"q4_0": {"k": [0.1, 0.2], "v": [0.0, 1.0]}})
-    scales.write(tmp_path / "s.json")
-    assert KvScales.read(tmp_path / "s.json", config).layers == layers
-    assert json.loads((tmp_path / "s.json").read_text())["sensitivity"] == scales.sensitivity
+    sensitivity = {"q4_0": {"k": [0.1, 0.2], "v": [0.0, 1.0]}}
+    write_scales(tmp_path / "s.json", layers, model="model", text="text", n_tokens=7, sensitivity=sensitivity)
+    assert read_scales(tmp_path / "s.json", config) == layers
+    assert json.loads((tmp_path / "s.json").read_text())["sensitivity"] == sensitivity
     assert [file.name for file in tmp_path.glob("s*")] == ["s.json"]
 
 
@@ -83,11 +83,11 @@ BAD = {
 def test_bad_calibration_files(config: ModelConfig, tmp_path: Path, facts: Any, error: type, words: str) -> None:
     path = write_json(tmp_path / "s.json", facts)
     with pytest.raises(error, match=rf"s\.json: .*{words}"):
-        KvScales.read(path, config)
+        read_scales(path, config)
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff", b"GGUF", b"[" * 100_000])
 def test_files_that_are_no_json(config: ModelConfig, tmp_path: Path, data: bytes) -> None:
     (tmp_path / "s.json").write_bytes(data)
     with pytest.raises(FormatError, match="is not a calibration file"):
-        KvScales.read(tmp_path / "s.json", config)
+        read_scales(tmp_path / "s.json", config)
