@@ -17,30 +17,28 @@ Names = Mapping[str, str | tuple[str, ...]]
 # A key without the architecture's name, its type, and the names in config.json. A value that is not there is left out.
 Key = tuple[str, str, tuple[str, ...]]
 
+
+def _network(module: str, end: str = "", words: Sequence[str] = ("gate_proj", "up_proj", "down_proj")) -> Names:
+    """Return the names of a feed-forward network, or of all experts. words: gate, up and down in the checkpoint."""
+    return {f"{module}.{word}": f"ffn_{name}{end}" for name, word in zip(("gate", "up", "down"), words, strict=True)}
+
+
 _MODEL: Names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _ATTENTION: Names = {f"self_attn.{name}_proj": f"attn_{name}" for name in "qkv"} | {"self_attn.o_proj": "attn_output"}
 _PRE_NORMS: Names = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 _QK_NORM: Names = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
-_POST_NORMS: Names = {
-    "post_attention_layernorm": "post_attention_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
+_POST_NORMS: Names = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
 _GEMMA2_NORMS: Names = {**_PRE_NORMS, **_POST_NORMS, "pre_feedforward_layernorm": "ffn_norm"}
-_DENSE: Names = {f"mlp.{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")}
+_DENSE = _network("mlp")
 _FUSED_EXPERTS: Names = {
     "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
     "mlp.experts.down_proj": "ffn_down_exps",
 }
-_EXPERTS: Names = {
-    "mlp.gate": "ffn_gate_inp",
-    **{f"mlp.experts.@.{name}_proj": f"ffn_{name}_exps" for name in ("gate", "up", "down")},
-    **_FUSED_EXPERTS,
-}
+_EXPERTS: Names = {"mlp.gate": "ffn_gate_inp", **_network("mlp.experts.@", "_exps"), **_FUSED_EXPERTS}
+_NUMBERED = ("w1", "w3", "w2")
 _MIXTRAL_EXPERTS: Names = {
     "block_sparse_moe.gate": "ffn_gate_inp",
-    "block_sparse_moe.experts.@.w1": "ffn_gate_exps",
-    "block_sparse_moe.experts.@.w3": "ffn_up_exps",
-    "block_sparse_moe.experts.@.w2": "ffn_down_exps",
+    **_network("block_sparse_moe.experts.@", "_exps", _NUMBERED),
 }
 _LLAMA: Names = {**_PRE_NORMS, **_ATTENTION, **_DENSE}
 _LLAMA_MOE: Names = {**_PRE_NORMS, **_ATTENTION, **_EXPERTS}
@@ -49,11 +47,6 @@ _LLAMA_MOE: Names = {**_PRE_NORMS, **_ATTENTION, **_EXPERTS}
 IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 # Parts of a model for images and text, of which only the text is converted.
 OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-
-
-def _shared(module: str) -> Names:
-    """Return the names of the expert that sees every token."""
-    return {f"mlp.{module}.{name}_proj": f"ffn_{name}_shexp" for name in ("gate", "up", "down")}
 
 
 def names_of(target: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -126,9 +119,7 @@ class CheckpointLayout:
         always = (*norms, *arch.qkv, "attn_output", *(("attn_sinks",) if arch.sinks else ()))
         known = dict.fromkeys(name for target in self.layer.values() for name in names_of(target))
         dense = (*arch.gate_up, "ffn_down")
-        experts = tuple(
-            name for name in known if name.startswith("ffn_") and name.endswith(("_exps", "_shexp", "_inp"))
-        )
+        experts = tuple(name for name in known if name.endswith(("_exps", "_shexp", "_inp")))
         return always, [names for names in (dense, experts) if names and known.keys() >= set(names)]
 
 
@@ -151,7 +142,7 @@ _ROWS = (
     CheckpointLayout(
         "qwen2moe",
         {"Qwen2MoeForCausalLM": "qwen2_moe"},
-        layer={**_LLAMA_MOE, "mlp.shared_expert_gate": "ffn_gate_inp_shexp", **_shared("shared_expert")},
+        layer={**_LLAMA_MOE, "mlp.shared_expert_gate": "ffn_gate_inp_shexp", **_network("mlp.shared_expert", "_shexp")},
         tied_copy=True,
         keys=(_N_EXPERT, _EXPERT_FF, _SHARED_FF),
         bias_key="",
@@ -275,9 +266,7 @@ _ROWS = (
             "attention.wqkv": ("attn_q", "attn_k", "attn_v"),
             "attention.wo": "attn_output",
             "ffn_norm": "ffn_norm",
-            "feed_forward.w1": "ffn_gate",
-            "feed_forward.w3": "ffn_up",
-            "feed_forward.w2": "ffn_down",
+            **_network("feed_forward", words=_NUMBERED),
         },
         permuted=True,
         tied_copy=True,
@@ -286,7 +275,7 @@ _ROWS = (
     CheckpointLayout(
         "deepseek",
         {"DeepseekForCausalLM": "deepseek"},
-        layer={**_LLAMA, **_EXPERTS, **_shared("shared_experts")},
+        layer={**_LLAMA, **_EXPERTS, **_network("mlp.shared_experts", "_shexp")},
         permuted=True,
         rope_dim=True,
         rope_type="none",

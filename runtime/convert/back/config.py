@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,9 @@ from gguf_run.runtime.convert.stored.checkpoint import Config
 
 Json = dict[str, Any]
 
-_TORCH_DTYPES = MappingProxyType({"BF16": "bfloat16", "F16": "float16", "F32": "float32"})
+_TORCH_DTYPES: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _NONE_IF_ZERO = ("expert_count", "expert_used_count", "attention.sliding_window")
-_YARN_NAMES = MappingProxyType({key: name for name, key in reversed(YARN)})
+_YARN_NAMES: Mapping[str, str] = {key: name for name, key in reversed(YARN)}
 _LLAMA31_CONTEXTS = (8192, *(1 << n for n in range(4, 20)))
 
 

@@ -16,7 +16,7 @@ from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.runtime.convert.quantized.parts import Parts, wrong
 from gguf_run.runtime.convert.quantized.scaled import int8_weight
-from gguf_run.runtime.convert.stored.sources import F32, source
+from gguf_run.runtime.convert.stored.sources import F32, Source
 
 
 def bnb_4bit(parts: Parts) -> list[Tensor]:
@@ -63,7 +63,7 @@ def bnb_4bit(parts: Parts) -> list[Tensor]:
         low, at = start // size, np.arange(start, stop) // size
         return table[codes] * scale(np.arange(low, at[-1] + 1))[at - low]
 
-    return [source(parts.base, shape, F32, weight.file, read)]
+    return [Source(parts.base, shape[::-1], F32, weight.file, read)]
 
 
 def bnb_8bit(parts: Parts) -> list[Tensor]:
@@ -73,6 +73,4 @@ def bnb_8bit(parts: Parts) -> list[Tensor]:
     layout = parts.get(".weight_format")
     if layout is not None and layout.array().any():
         raise UnsupportedError(f"{weight.file.path}: {quoted(weight.name)} lies in a GPU's order: save the model again")
-    groups = np.zeros(weight.shape[1], np.int64)
-    scale = (scb.array() / np.float32(127))[:, None]
-    return [int8_weight(parts, weight.name, weight, 8, scale, "F32", None, groups)]
+    return [int8_weight(parts, weight.name, weight, scb, unit=127)]

@@ -28,6 +28,12 @@ _AWQ_NIBBLE = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # where in a word column i of 
 _MARLIN_COLUMNS = 64  # outputs of a tile of 1024 codes (16 inputs)
 
 
+def _span(first: int, end: int, size: int) -> tuple[slice, slice]:
+    """Return the tiles of `size` outputs that hold the outputs first .. end, and where in those tiles they are."""
+    start = first // size
+    return slice(start, -(-end // size)), slice(first - start * size, end - start * size)
+
+
 def gptq(parts: Parts) -> list[Tensor]:
     """Return the weight of these tensors:
 
@@ -54,14 +60,14 @@ def gptq(parts: Parts) -> list[Tensor]:
         return unpack_codes(qweight.array()[:, first:end].T, n_bits)
 
     def read(first: int, end: int) -> GridNumbers:
-        start = first // _WORD
-        words = qzeros.array()[:, start * n_bits : -(-end // _WORD) * n_bits].view(np.uint32)
+        tiles, wanted = _span(first, end, _WORD)
+        words = qzeros.array()[:, tiles.start * n_bits : tiles.stop * n_bits].view(np.uint32)
         if n_bits in (2, 4, 8):
             zero = unpack_codes(words + ones, n_bits)
         else:
             zero = (unpack_codes(words, n_bits) + np.uint8(not v2)) & np.uint8((1 << n_bits) - 1)
-        zero = zero[:, first - start * _WORD : end - start * _WORD]
-        return GridNumbers(numbers(scales.array()[:, first:end].T, scales.dtype), zero.T.astype(np.float32))
+        zero = zero[:, wanted].T.astype(np.float32)
+        return GridNumbers(numbers(scales.array()[:, first:end].T, scales.dtype), zero)
 
     return [parts.weight(f"{parts.base}.weight", Grid(n_out, n_bits, groups, codes, read), qweight)]
 
@@ -93,22 +99,18 @@ def marlin(parts: Parts) -> list[Tensor]:
     order, grouped, single = _marlin_order()
     scale_order = single if s.shape[0] == 1 else grouped
 
-    def span(first: int, end: int) -> tuple[int, int, slice]:
-        """Return the first and the last tile of these outputs, and where they are in those tiles."""
-        start = first // _MARLIN_COLUMNS
-        return start, -(-end // _MARLIN_COLUMNS), slice(first - start * _MARLIN_COLUMNS, end - start * _MARLIN_COLUMNS)
-
     def codes(first: int, end: int) -> Codes:
-        start, stop, wanted = span(first, end)
-        stored = unpack_codes(b.array()[:, start * 128 : stop * 128], 4).reshape(n_in // 16, stop - start, 1024)
+        tiles, wanted = _span(first, end, _MARLIN_COLUMNS)
+        stored = unpack_codes(b.array()[:, tiles.start * 128 : tiles.stop * 128], 4).reshape(n_in // 16, -1, 1024)
         plain = np.empty_like(stored)
         plain[..., order] = stored
-        tiles = plain.reshape(n_in // 16, stop - start, 4, 16, 16).transpose(1, 2, 4, 0, 3)
-        return np.ascontiguousarray(tiles.reshape(-1, n_in)[wanted])
+        outputs = plain.reshape(n_in // 16, -1, 4, 16, 16).transpose(1, 2, 4, 0, 3)
+        return np.ascontiguousarray(outputs.reshape(-1, n_in)[wanted])
 
     def read(first: int, end: int) -> GridNumbers:
-        start, stop, wanted = span(first, end)
-        stored = numbers(s.array()[:, start * 64 : stop * 64], s.dtype).reshape(s.shape[0], -1, len(scale_order))
+        tiles, wanted = _span(first, end, _MARLIN_COLUMNS)
+        found = numbers(s.array()[:, tiles.start * _MARLIN_COLUMNS : tiles.stop * _MARLIN_COLUMNS], s.dtype)
+        stored = found.reshape(s.shape[0], -1, len(scale_order))
         plain = np.empty_like(stored)
         plain[..., scale_order] = stored
         scale = plain.reshape(len(stored), -1)[:, wanted].T
@@ -135,9 +137,9 @@ def awq(parts: Parts) -> list[Tensor]:
 
     def columns(words: NDArray[Any], first: int, end: int) -> Codes:
         """Return columns first .. end of packed words[rows, n_out / 8], as rows."""
-        start = first // 8
-        octets = unpack_codes(words[:, start : -(-end // 8)], 4).reshape(len(words), -1, 8)[..., _AWQ_NIBBLE]
-        return octets.reshape(len(words), -1)[:, first - 8 * start : end - 8 * start].T
+        tiles, wanted = _span(first, end, 8)
+        octets = unpack_codes(words[:, tiles], 4).reshape(len(words), -1, 8)[..., _AWQ_NIBBLE]
+        return octets.reshape(len(words), -1)[:, wanted].T
 
     def codes(first: int, end: int) -> Codes:
         return np.ascontiguousarray(columns(qweight.array(), first, end))
@@ -210,9 +212,9 @@ def packed(parts: Parts) -> list[Tensor]:
         rows = np.broadcast_to(table, (n_out, table.shape[1]))[first:end]
         zero = np.full((end - first, 1), 1 << n_bits - 1, np.float32)
         if zeros is not None:
-            start = first // _WORD
-            words = zeros.array()[start * n_bits : -(-end // _WORD) * n_bits].T
-            zero = unpacked(words)[:, first - start * _WORD : end - start * _WORD].T.astype(np.float32)
+            tiles, wanted = _span(first, end, _WORD)
+            words = zeros.array()[tiles.start * n_bits : tiles.stop * n_bits].T
+            zero = unpacked(words)[:, wanted].T.astype(np.float32)
         return GridNumbers(numbers(rows, scale.dtype), zero)
 
     return [parts.weight(parts.base, Grid(n_out, n_bits, groups, codes, read), stored)]

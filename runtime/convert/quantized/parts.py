@@ -14,7 +14,7 @@ from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.formats.safetensors import StoredArray
 from gguf_run.runtime.convert.quantized.grid import Grid
-from gguf_run.runtime.convert.stored.sources import F32, float8, source
+from gguf_run.runtime.convert.stored.sources import F32, Source, float8
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 
@@ -61,10 +61,10 @@ class Parts:
 
     def weight(self, name: str, grid: Grid, stored: StoredArray) -> Tensor:
         """Return the weight as blocks of the type that keeps its codes, else as F32. stored: holds the codes."""
-        shape = (grid.n_out, len(grid.groups))
+        ne = (len(grid.groups), grid.n_out)
         if grid.kept and grid.kept in self.keep:
-            return source(name, shape, type_by_name(grid.kept), stored.file, grid.blocks)
-        return source(name, shape, F32, stored.file, grid.floats)
+            return Source(name, ne, type_by_name(grid.kept), stored.file, grid.blocks)
+        return Source(name, ne, F32, stored.file, grid.floats)
 
     def groups(self, end: str, n_in: int, n_group: int, scale: StoredArray) -> NDArray[np.int64]:
         """Return the group of each of n_in columns: those of the tensor base + end, else runs of equal length.

@@ -24,7 +24,7 @@ from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.formats.safetensors import StoredArray
 from gguf_run.runtime.convert.quantized.grid import Grid, GridNumbers
 from gguf_run.runtime.convert.quantized.parts import FLOATS, Parts, even_groups, numbers, wrong
-from gguf_run.runtime.convert.stored.sources import F32, computed, float8, source
+from gguf_run.runtime.convert.stored.sources import F32, Source, computed, float8
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _SCALES = (*FLOATS, "F8_E4M3", "F8_E8M0", "U8")
@@ -51,7 +51,7 @@ def scaled(parts: Parts) -> list[Tensor]:
     if weight.dtype == "U8":
         return fp4(parts, weight)
     if weight.dtype == "I8":
-        return [_int8(parts, weight, scale)]
+        return [int8_weight(parts, parts.base, weight, scale)]
     if weight.dtype not in _FP8:
         raise wrong(weight, f"has values of type {weight.dtype}", f"I8 U8 {' '.join(_FP8)}")
     return [fp8_weight(parts.base, weight, scale, parts.config)]
@@ -66,7 +66,7 @@ def fp8_weight(name: str, weight: StoredArray, scale: StoredArray, config: Any) 
     def read(first: int, end: int) -> NDArray[np.float32]:
         return table[codes[first:end]] * expand(first, end)
 
-    return source(name, weight.shape, F32, weight.file, read, weight.release)
+    return Source(name, weight.shape[::-1], F32, weight.file, read, weight.release)
 
 
 def _scale_of(weight: StoredArray, scale: StoredArray, config: Any) -> Callable[[int, int], NDArray[np.float32]]:
@@ -106,40 +106,28 @@ def _block(n: int, n_scales: int, wanted: Any) -> int:
     return next((b for b in sizes if type(b) is int and b > 0 and -(-n // b) == n_scales), 0)
 
 
-def _int8(parts: Parts, weight: StoredArray, scale: StoredArray) -> Tensor:
-    """Return int8 codes with a scale for all, a row or a group of a row. Zero points have the same shape, if any."""
-    if len(weight.shape) != 2:
-        raise wrong(weight, f"has the shape {weight.shape}", "two dimensions")
-    n_out, n_in = weight.shape
-    table = scale.array().reshape(-1, scale.shape[-1] if len(scale.shape) > 1 else 1)
-    if len(table) not in (1, n_out):
-        raise wrong(scale, f"has the shape {scale.shape}", f"one row, or {n_out}")
-    zero = None
-    if parts.get("_zero_point") is not None:
-        zero = parts.need("_zero_point", "I8", shape=scale.shape).array().reshape(table.shape)
-    groups = even_groups(n_in, table.shape[1], scale)
-    return int8_weight(parts, parts.base, weight, 8, table, scale.dtype, zero, groups)
-
-
 def int8_weight(
-    parts: Parts,
-    name: str,
-    weight: StoredArray,
-    n_bits: int,
-    scale: NDArray[Any],
-    dtype: str,
-    zero: NDArray[Any] | None,
-    groups: NDArray[np.int64],
+    parts: Parts, name: str, weight: StoredArray, scale: StoredArray, n_bits: int = 8, unit: int = 1
 ) -> Tensor:
     """Return the weight of signed codes on a grid.
 
-    weight: I8[n_out, n_in], codes of n_bits. scale: [n_out or 1, n_group], stored as dtype. zero: of the same shape;
-    None: 0. The grid's codes are not negative: 2**(n_bits - 1) is added to codes and zero points.
+    weight: I8[n_out, n_in], codes of n_bits.
+    scale: [n_out or 1, n_group], or [n_out or 1]. What `unit` codes mean.
+    "_zero_point": of the same shape, in units of a code. If it is missing, all are 0.
+
+    The grid's codes are not negative: 2**(n_bits - 1) is added to codes and zero points.
     """
-    n_out, half = weight.shape[0], 1 << n_bits - 1
-    scale = np.broadcast_to(scale, (n_out, scale.shape[1]))
-    zero = np.zeros((1, 1), np.int8) if zero is None else zero
-    zero = np.broadcast_to(zero, (n_out, zero.shape[1]))
+    if len(weight.shape) != 2:
+        raise wrong(weight, f"has the shape {weight.shape}", "two dimensions")
+    (n_out, n_in), half = weight.shape, 1 << n_bits - 1
+    n_group = scale.shape[-1] if len(scale.shape) > 1 else 1
+    table = scale.array().reshape(-1, n_group)
+    if len(table) not in (1, n_out):
+        raise wrong(scale, f"has the shape {scale.shape}", f"one row, or {n_out}")
+    table, zero = np.broadcast_to(table, (n_out, n_group)), np.zeros((n_out, 1), np.float32)
+    if parts.get("_zero_point") is not None:
+        stored = parts.need("_zero_point", "I8", *FLOATS, shape=scale.shape)
+        zero = np.broadcast_to(numbers(stored.array().reshape(-1, n_group), stored.dtype), (n_out, n_group))
 
     def codes(first: int, end: int) -> NDArray[np.uint8]:
         found = weight.array()[first:end]
@@ -148,9 +136,9 @@ def int8_weight(
         return found.view(np.uint8) + np.uint8(half)
 
     def read(first: int, end: int) -> GridNumbers:
-        return GridNumbers(numbers(scale[first:end], dtype), zero[first:end].astype(np.float32) + half)
+        return GridNumbers(numbers(table[first:end], scale.dtype) / np.float32(unit), zero[first:end] + half)
 
-    return parts.weight(name, Grid(n_out, n_bits, groups, codes, read), weight)
+    return parts.weight(name, Grid(n_out, n_bits, even_groups(n_in, n_group, scale), codes, read), weight)
 
 
 def fp4(parts: Parts, weight: StoredArray) -> list[Tensor]:
@@ -228,8 +216,8 @@ def _fp4_tensors(
         return out.reshape(end - first, -1)
 
     if not kept or kind not in parts.keep:
-        return [source(name, shape, F32, weight.file, floats)]
-    tensors: list[Tensor] = [source(name, shape, block, weight.file, blocks)]
+        return [Source(name, shape[::-1], F32, weight.file, floats)]
+    tensors: list[Tensor] = [Source(name, shape[::-1], block, weight.file, blocks)]
     if factor is not None:
         tensors.append(computed(f"{name.removesuffix('.weight')}.scale", factor, weight.file.path))
     return tensors

@@ -1,16 +1,13 @@
 """tokenizer.json of the tokenizers package: byte-level BPE, SentencePiece as BPE or Unigram, and WordPiece."""
 
 import base64
-import binascii
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.runtime.convert.stored.checkpoint import read_json
@@ -24,6 +21,7 @@ from gguf_run.runtime.convert.vocabulary.vocabulary import (
     lay_out,
     mark_added,
     pairs_of,
+    text_of,
     tokens_by_id,
 )
 from gguf_run.runtime.tokenizers.vocab import BYTE, NORMAL, UNKNOWN
@@ -138,7 +136,11 @@ def _unigram(data: dict[str, Any], vocabulary: Vocabulary, path: Path, model_typ
     split = any(step["type"] == "WhitespaceSplit" for step in steps(data.get("pre_tokenizer"), path))
     for step in steps(data.get("normalizer"), path):
         if step["type"] == "Precompiled":
-            vocabulary.more["precompiled_charsmap"] = _charsmap(step.get("precompiled_charsmap"), path)
+            try:
+                charsmap = base64.b64decode(step["precompiled_charsmap"], validate=True)
+            except (KeyError, TypeError, ValueError):
+                raise FormatError(f"{path}: precompiled_charsmap is no base64") from None
+            vocabulary.more["precompiled_charsmap"] = np.frombuffer(charsmap, np.uint8)
         elif step["type"] == "Replace" and " {2,}" in str(step.get("pattern")):
             split = True
         elif step["type"] in ("NFC", "NFKC"):
@@ -169,9 +171,11 @@ def _wordpiece(data: dict[str, Any], vocabulary: Vocabulary, path: Path, model_t
     return vocabulary
 
 
-_READERS: Mapping[str, Callable[[dict[str, Any], Vocabulary, Path, str], Vocabulary]] = MappingProxyType(
-    {"BPE": _bpe, "Unigram": _unigram, "WordPiece": _wordpiece}
-)
+_READERS: Mapping[str, Callable[[dict[str, Any], Vocabulary, Path, str], Vocabulary]] = {
+    "BPE": _bpe,
+    "Unigram": _unigram,
+    "WordPiece": _wordpiece,
+}
 
 
 def _merges(value: Any, path: Path) -> list[tuple[str, str]]:
@@ -201,9 +205,8 @@ def _unigram_pieces(value: Any, path: Path) -> list[tuple[str, float]]:
 
 
 def _mark_bytes(vocabulary: Vocabulary) -> None:
-    vocabulary.types = [
-        BYTE if token in _BYTE_TOKENS else type for token, type in zip(vocabulary.tokens, vocabulary.types, strict=True)
-    ]
+    typed = zip(vocabulary.tokens, vocabulary.types, strict=True)
+    vocabulary.types = [BYTE if token in _BYTE_TOKENS else type for token, type in typed]
 
 
 def _read_prefix(data: dict[str, Any], vocabulary: Vocabulary, path: Path) -> None:
@@ -216,13 +219,6 @@ def _read_prefix(data: dict[str, Any], vocabulary: Vocabulary, path: Path) -> No
             if prefix:
                 vocabulary.more["metaspace"] = scheme
     vocabulary.more["add_space_prefix"] = prefix
-
-
-def _charsmap(value: Any, path: Path) -> NDArray[np.uint8]:
-    try:
-        return np.frombuffer(base64.b64decode(value, validate=True), np.uint8)
-    except (TypeError, ValueError, binascii.Error):
-        raise FormatError(f"{path}: precompiled_charsmap is no base64") from None
 
 
 def _read_post_processor(data: dict[str, Any], vocabulary: Vocabulary, path: Path) -> None:
@@ -249,8 +245,7 @@ def _tokens_around(step: dict[str, Any]) -> dict[str, str | None]:
 
 def _special_token(part: Any) -> str | None:
     special = part.get("SpecialToken") if isinstance(part, dict) else None
-    token = special.get("id") if isinstance(special, dict) else None
-    return token if isinstance(token, str) else None
+    return text_of(special, "id")
 
 
 def _warn(path: Path, text: str) -> None:
