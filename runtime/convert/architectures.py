@@ -75,9 +75,11 @@ _SHARED_FF: Key = ("expert_shared_feed_forward_length", "u32", ("shared_expert_i
 _FINAL_CAP: Key = ("final_logit_softcapping", "f32", ("final_logit_softcapping",))
 
 _SILU = {"hidden_act": ("silu",)}
-# "gelu" was an error in the first files: they meant the other one.
+# The first files say "gelu" by mistake: they mean the other one.
 _GEMMA_ACTIVATION = {"hidden_activation": ("gelu_pytorch_tanh", "gelu")}
 _GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
+# The first files of Gemma 3 leave out values that are the defaults of the class.
+_GEMMA3_SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072}
 
 
 @dataclass(frozen=True)
@@ -184,16 +186,7 @@ _ROWS = (
         layer={**_LLAMA, **_GEMMA2_NORMS, **_QK_NORM},
         norm_offset=1.0,
         keys=(_FINAL_CAP, _WINDOW),
-        # The first files leave out what is as in the class.
-        defaults={
-            **_GEMMA,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 131072,
-            "rope_theta": 1e6,
-            "sliding_window": 4096,
-        },
+        defaults={**_GEMMA, **_GEMMA3_SIZES, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "sliding_window": 4096},
         expected={**_GEMMA_ACTIVATION, "query_pre_attn_scalar": ("=head_dim", 168)},
     ),
     CheckpointLayout(

@@ -61,9 +61,7 @@ def _check_expected(layout: CheckpointLayout, config: Config) -> None:
         each = f"0 for every layer whose number is a multiple of {period}, else 1"
         wrong.append(config.wrong(("no_rope_layers",), each))
     if wrong:
-        raise UnsupportedError(
-            f"{wrong[0]}: a GGUF file of the architecture {layout.arch} has no place for another value"
-        )
+        raise UnsupportedError(f"{wrong[0]}: a GGUF file of a {layout.arch} model has no place for another value")
 
 
 def sizes(config: Config) -> dict[str, int]:
@@ -102,12 +100,10 @@ def shape(layout: CheckpointLayout, name: str, numbers: Mapping[str, int]) -> tu
 def hyperparameters(layout: CheckpointLayout, config: Config) -> dict[str, Typed]:
     """Return the keys of the architecture, in the order of llama.cpp's converter."""
     found: dict[str, Typed] = {}
-    keys = layout.all_keys()
-    for key in keys[:_N_BEFORE_ROPE]:
-        _put(found, config, key)
-    found.setdefault("attention.head_count_kv", found.get("attention.head_count", Typed("u32", 1)))
-    found.update(_rope(layout, config))
-    for key in keys[_N_BEFORE_ROPE:]:
+    for i, key in enumerate(layout.all_keys()):
+        if i == _N_BEFORE_ROPE:
+            found.setdefault("attention.head_count_kv", found.get("attention.head_count", Typed("u32", 1)))
+            found.update(_rope(layout, config))
         _put(found, config, key)
     numbers = sizes(config)
     if numbers["head_dim"] != numbers["n_embd"] // numbers["n_head"]:  # which is what a missing key means

@@ -47,11 +47,12 @@ def model_tensors(layout: CheckpointLayout, config: Config, tensors: Mapping[str
     for name, tensor in found.items():
         ne = shape(layout, name, numbers)
         if not tensor.same_shape(ne) and not name.endswith(".scale"):
-            raise FormatError(
-                f"{tensor.file.path}: {name} has the shape {list(tensor.ne[::-1])}, by config.json it must have "
-                f"{list(ne[::-1])}: they are not of one model"
-            )
+            raise _wrong_shape(tensor, name, f"by config.json it must have {list(ne[::-1])}: they are not of one model")
     return found
+
+
+def _wrong_shape(tensor: Tensor, name: str, problem: str) -> FormatError:
+    return FormatError(f"{tensor.file.path}: {name} has the shape {list(tensor.ne[::-1])}, {problem}")
 
 
 def _collected(
@@ -106,10 +107,8 @@ def _parts(
     if len(place.names) == 2:
         split = 1 if place.kind == "weight" else 0  # the dimension of which each half makes a tensor
         if len(tensor.ne) != split + 2 or tensor.ne[split] % 2:
-            raise FormatError(
-                f"{tensor.file.path}: {quoted(tensor.name)} has the shape {list(tensor.ne[::-1])}, of which "
-                f"{' and '.join(place.names)} cannot be made: it is damaged, or of another model"
-            )
+            made = f"of which {' and '.join(place.names)} cannot be made"
+            raise _wrong_shape(tensor, quoted(tensor.name), f"{made}: it is damaged, or of another model")
         return halves(tensor, layout.interleaved, place.kind == "bias")
     parts = _groups(numbers, tensor) if len(place.names) == 3 else (tensor,)
     return (in_pairs(layout, numbers, name, part) for name, part in zip(place.names, parts, strict=True))
@@ -132,10 +131,7 @@ def _groups(numbers: Mapping[str, int], tensor: Tensor) -> tuple[Tensor, ...]:
     n_group, head_dim = numbers["n_head"] // numbers["n_head_kv"], numbers["head_dim"]
     n_rows = numbers["n_head_kv"] * (n_group + 2) * head_dim
     if tensor.ne != (numbers["n_embd"], n_rows):
-        raise FormatError(
-            f"{tensor.file.path}: {quoted(tensor.name)} has the shape {list(tensor.ne[::-1])}, by config.json it must "
-            f"have {[n_rows, numbers['n_embd']]}"
-        )
+        raise _wrong_shape(tensor, quoted(tensor.name), f"by config.json it must have {[n_rows, numbers['n_embd']]}")
     index = np.arange(n_rows, dtype=np.int64).reshape(-1, n_group + 2, head_dim)
     parts = (index[:, :n_group], index[:, n_group], index[:, n_group + 1])
     return tuple(rows(tensor, part.reshape(-1), (tensor.ne[0], part.size)) for part in parts)

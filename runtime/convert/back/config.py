@@ -91,7 +91,7 @@ def _token_ids(metadata: Mapping[str, Any]) -> Json:
 
 
 def _fixed(layout: CheckpointLayout, values: Json, numbers: Mapping[str, int]) -> Json:
-    """Return what a file of this architecture says without a key."""
+    """Return the values that all models of this architecture share. A GGUF file has no key for them."""
     found = {key: allowed[0] for key, allowed in layout.expected.items()}
     if "query_pre_attn_scalar" in found:
         by_width = values["num_hidden_layers"] in layout.decoder.n_embd_scale_n_layer
@@ -135,7 +135,7 @@ def _rope(layout: CheckpointLayout, file: GGUFFile, config: Config, head_dim: in
 
 
 def _factors(file: GGUFFile, config: Config, rope: Json) -> Json:
-    """Return what made the tensors of rotary factors: the factors, or Llama 3.1's numbers, found by trying."""
+    """Return the parameters that make the tensors of rotary factors. Those of Llama 3.1 are found by trial."""
     long, short, freqs = (_floats(file, name) for name in ("rope_factors_long", "rope_factors_short", "rope_freqs"))
     if long is not None and short is not None:
         return {"rope_type": "longrope", "long_factor": long, "short_factor": short}
@@ -161,7 +161,7 @@ def _floats(file: GGUFFile, name: str) -> list[float] | None:
 
 
 def _from_tensors(layout: CheckpointLayout, file: GGUFFile) -> Json:
-    """Return what the tensors themselves tell: which biases and norms there are, and whether the output is tied."""
+    """Return what follows from the tensors: which biases and norms there are, and whether the output is tied."""
     found: Json = {"tie_word_embeddings": _is_tied(file)}
     if layout.bias_key:
         found[layout.bias_key] = "blk.0.attn_q.bias" in file.tensors

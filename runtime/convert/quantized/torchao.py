@@ -57,7 +57,7 @@ def _int4(parts: Parts, name: str, attributes: Mapping[str, Any]) -> Tensor:
     scale = parts.need("_scale", *FLOATS, ndim=2)
     zero = parts.need("_zero_point", *FLOATS, shape=scale.shape)
     if scale.shape[1] != n_out or n_in % 8:
-        raise wrong(scale, f"has the shape {scale.shape}", f"[n_group, {n_out}], for rows of whole words, not {n_in}")
+        raise wrong(scale, f"[n_group, {n_out}], for rows of whole words, not {n_in}")
 
     def codes(first: int, end: int) -> NDArray[np.uint8]:
         return unpack_codes(qdata.array()[first:end], 4) ^ np.uint8(8)
@@ -76,8 +76,8 @@ def _signed(parts: Parts, name: str, attributes: Mapping[str, Any]) -> Tensor:
     target = target.get("_data") if isinstance(target, dict) else "int8"
     n_bits = next((n for n in range(1, 9) if target == f"int{n}"), 0)
     if not n_bits:
-        raise wrong(qdata, f"has codes of {target}", "int1 to int8")
-    return int8_weight(parts, name, qdata, scale, n_bits)
+        raise wrong(qdata, "int1 to int8", f"has codes of {target}")
+    return int8_weight(parts, name, qdata, scale, n_bits, zero_types=("I8", *FLOATS))
 
 
 def _float8(parts: Parts, name: str, attributes: Mapping[str, Any]) -> Tensor:

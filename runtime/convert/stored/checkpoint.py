@@ -51,7 +51,7 @@ class Config:
     def wrong(self, keys: Sequence[str], allowed: str) -> FormatError:
         """Return (not raise) the error that the value of `keys` is not one of the allowed ones."""
         value = self.get(*keys)
-        shown = "is missing" if value is None else f"is {json.dumps(value)[:100]}"  # which escapes what is not ASCII
+        shown = "is missing" if value is None else f"is {json.dumps(value)[:100]}"  # json escapes what is not ASCII
         return FormatError(f"{self.path}: {' or '.join(keys)} {shown}, must be {allowed}")
 
 
@@ -118,10 +118,8 @@ def _read_shards(index: Path) -> dict[str, StoredArray]:
                 raise FormatError(f"{index.parent / file}: holds tensor {quoted(name)}, which {index.name} has {where}")
             tensors[name] = tensor
     if lost := places.keys() - tensors.keys():
-        name = min(lost)
-        raise FormatError(
-            f"{index}: says that {quoted(name)} is in {places[name]}, but it is not ({len(lost)} such tensors)"
-        )
+        claim = f"says that {quoted(min(lost))} is in {places[min(lost)]}"
+        raise FormatError(f"{index}: {claim}, but it is not ({len(lost)} such tensors)")
     return tensors
 
 
@@ -133,15 +131,12 @@ def _read_torch(path: Path) -> dict[str, StoredArray]:
         torch = importlib.import_module("torch")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except ImportError:
-        raise GgufRunError(
-            f'{path}: reading it needs torch: pip install "gguf-run[gpu]", or get the model as safetensors'
-        ) from None
+        install = 'pip install "gguf-run[gpu]", or get the model as safetensors'
+        raise GgufRunError(f"{path}: reading it needs torch: {install}") from None
     except Exception as error:  # a pickle can go wrong in any way
         reason = str(error).partition("\n")[0][:150]
-        raise GgufRunError(
-            f"{path}: torch refuses to load it ({reason}): it holds more than weights, or is damaged; get the model as "
-            "safetensors"
-        ) from None
+        why = f"torch refuses to load it ({reason}): it holds more than weights, or is damaged"
+        raise GgufRunError(f"{path}: {why}; get the model as safetensors") from None
     if not isinstance(state, dict):
         raise FormatError(f"{path}: holds no table of tensors")
     tensors = {}

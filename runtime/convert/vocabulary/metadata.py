@@ -11,14 +11,7 @@ from gguf_run.runtime.convert.stored.checkpoint import read_json
 from gguf_run.runtime.convert.vocabulary.sentencepiece import is_sentencepiece, read_sentencepiece
 from gguf_run.runtime.convert.vocabulary.tiktoken import read_tekken, read_tiktoken
 from gguf_run.runtime.convert.vocabulary.tokenizer_json import read_tokenizer_json
-from gguf_run.runtime.convert.vocabulary.vocabulary import (
-    Added,
-    Vocabulary,
-    added_tokens,
-    mark_added,
-    read_file,
-    text_of,
-)
+from gguf_run.runtime.convert.vocabulary.vocabulary import Vocabulary, added_tokens, mark_added, read_file, text_of
 from gguf_run.runtime.tokenizers.vocab import END_NAMES
 
 _PREFIX = "tokenizer.ggml."
@@ -52,7 +45,7 @@ def tokenizer_metadata(directory: Path, config: Mapping[str, Any]) -> dict[str, 
     settings |= _read_if_there(directory / "tokenizer_config.json")
     vocabulary = _read_vocabulary(directory, n_vocab, str(config.get("model_type", "")))
     if vocabulary.model in ("llama", "t5"):
-        mark_added(vocabulary, _more_added(directory, settings))
+        _mark_more_added(vocabulary, directory, settings)
     pairs: dict[str, Any] = {_PREFIX + name: getattr(vocabulary, name) for name in ("model", "pre", "tokens")}
     if vocabulary.scores is not None:
         pairs[f"{_PREFIX}scores"] = np.array(vocabulary.scores, np.float32)
@@ -72,7 +65,7 @@ def tokenizer_metadata(directory: Path, config: Mapping[str, Any]) -> dict[str, 
 
 
 def _read_vocabulary(directory: Path, n_vocab: int | None, model_type: str) -> Vocabulary:
-    """Read the file that tells most. SentencePiece's has scores; tokenizer.json has only their order."""
+    """Read the file with the most facts. SentencePiece's has scores; tokenizer.json has only their order."""
     found = [path for name in _SOURCES for path in sorted(directory.glob(name))]
     if not found:
         raise FormatError(f"{directory}: there is no tokenizer: one of {', '.join(_SOURCES)} is needed")
@@ -93,15 +86,16 @@ def _read_vocabulary(directory: Path, n_vocab: int | None, model_type: str) -> V
     return read_tekken(first, n_vocab) if first.name == "tekken.json" else read_tiktoken(first, n_vocab)
 
 
-def _more_added(directory: Path, settings: Mapping[str, Any]) -> list[Added]:
-    """Return the tokens that files beside a SentencePiece model add to it."""
+def _mark_more_added(vocabulary: Vocabulary, directory: Path, settings: Mapping[str, Any]) -> None:
+    """Mark the tokens that files beside a SentencePiece model add to it."""
     path = directory / "added_tokens.json"
     listed = [{"id": id, "content": token} for token, id in _read_if_there(path).items()]
     decoder = settings.get("added_tokens_decoder")
     entries: list[Any] = []
     for id, entry in (decoder if isinstance(decoder, Mapping) else {}).items():
         entries.append({**entry, "id": int(id)} if isinstance(entry, Mapping) and id.isdecimal() else entry)
-    return added_tokens(listed, path) + added_tokens(entries, directory / "tokenizer_config.json")
+    added = added_tokens(listed, path) + added_tokens(entries, directory / "tokenizer_config.json")
+    mark_added(vocabulary, added)
 
 
 def _role_ids(
@@ -109,8 +103,7 @@ def _role_ids(
 ) -> dict[str, int]:
     """Return the ids of roles, from the tokens around texts, tokenizer_config.json, the vocabulary or config.json."""
     ids = {token: id for id, token in enumerate(vocabulary.tokens)}
-    given = {role: settings.get(f"{role}_token") for role in _ROLES}  # texts, or objects
-    named = {role: token if isinstance(token, str) else text_of(token, "content") for role, token in given.items()}
+    named = {role: _content(settings.get(f"{role}_token")) for role in _ROLES}
     named["bos"] = named["bos"] or named["cls"]
     named["eos"] = named["eos"] or named["sep"]
     found: dict[str, int] = {}
@@ -159,6 +152,11 @@ def _chat_templates(directory: Path, settings: Mapping[str, Any]) -> Iterator[tu
         yield "tokenizer.chat_templates", list(names)
     if default is not None:
         yield "tokenizer.chat_template", default
+
+
+def _content(token: Any) -> str | None:
+    """Return the text of a token, which is given as a text or as an object."""
+    return token if isinstance(token, str) else text_of(token, "content")
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

@@ -74,9 +74,8 @@ def read_tekken(path: Path, n_vocab: int | None) -> Vocabulary:
     n_special, n_all = config.get("default_num_special_tokens"), config.get("default_vocab_size")
     pattern, entries = config.get("pattern"), data.get("vocab")
     if not (isinstance(n_special, int) and isinstance(n_all, int) and 0 <= n_special < n_all <= MAX_TOKENS):
-        raise FormatError(
-            f"{path}: config.default_vocab_size and .default_num_special_tokens are missing or no numbers"
-        )
+        names = "config.default_vocab_size and .default_num_special_tokens"
+        raise FormatError(f"{path}: {names} are missing or no numbers")
     if not isinstance(pattern, str) or not isinstance(entries, list) or len(entries) < n_all - n_special:
         raise FormatError(f"{path}: config.pattern is missing, or vocab has fewer than {n_all - n_special} tokens")
     try:
@@ -88,7 +87,7 @@ def read_tekken(path: Path, n_vocab: int | None) -> Vocabulary:
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     pre = {"type": "Sequence", "pretokenizers": [split, byte_level]}
-    vocabulary.pre = pre_tokenizer_name(pre, True, "mistral", str(path))
+    vocabulary.pre = pre_tokenizer_name(pre, True, "mistral", path)
     vocabulary.roles |= {"unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "<pad>"}
     vocabulary.more |= {"add_bos_token": True, "add_eos_token": False}
     return vocabulary
@@ -114,7 +113,7 @@ def _spell(tokens: list[bytes]) -> list[str]:
 def _byte_level(
     tokens: list[bytes], first: int, controls: dict[int, str], n_vocab: int | None, path: Path
 ) -> Vocabulary:
-    """Return a vocabulary of tokens with the ids first, first + 1 ..., by rank, and of control tokens by id."""
+    """Return a vocabulary. tokens: by rank, with the ids first, first + 1 ...; controls: control tokens by id."""
     found = dict(enumerate(_spell(tokens), first)) | controls
     longest = max(map(len, tokens), default=0)
     if not longest or len(found) > MAX_TOKENS or longest > _MAX_TOKEN_BYTES:

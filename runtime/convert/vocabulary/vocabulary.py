@@ -54,6 +54,11 @@ class Added:
     rstrip: bool = False  # takes the white space on its right
 
 
+def warn(path: Path, text: str) -> None:
+    """Give a ConversionWarning about a file."""
+    warnings.warn(f"{path}: {text}", ConversionWarning, stacklevel=3)
+
+
 def read_file(path: Path) -> bytes:
     """Return a file's bytes. FormatError if it cannot be read or is far larger than any tokenizer."""
     try:
@@ -111,12 +116,8 @@ def lay_out(found: Mapping[int, str], n_vocab: int, path: Path) -> tuple[list[st
     tokens = [found.get(id, f"[PAD{id}]") for id in range(n_vocab)]
     types = [NORMAL if id in found else UNUSED for id in range(n_vocab)]
     if left_out := [token for id, token in found.items() if id >= n_vocab]:
-        warnings.warn(
-            f"{path}: {len(left_out)} tokens such as {left_out[0][:40]!r} are left out: config.json says vocab_size "
-            f"{n_vocab}, so the model has no embedding for them",
-            ConversionWarning,
-            stacklevel=3,
-        )
+        why = f"config.json says vocab_size {n_vocab}, so the model has no embedding for them"
+        warn(path, f"{len(left_out)} tokens such as {left_out[0][:40]!r} are left out: {why}")
     if len(set(tokens)) < n_vocab:
         twice, _ = Counter(tokens).most_common(1)[0]
         raise FormatError(f"{path}: token {twice[:40]!r} stands there twice")
