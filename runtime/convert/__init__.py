@@ -1,4 +1,1 @@
-"""A checkpoint of Hugging Face as a GGUF file.
-
-Start with open_checkpoint.py. stored/ reads files, quantized/ and vocabulary/ translate, back/ writes a checkpoint.
-"""
+"""A Hugging Face checkpoint as a GGUF file, and back (back/). Start with open_checkpoint.py."""

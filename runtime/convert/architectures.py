@@ -17,30 +17,28 @@ Names = Mapping[str, str | tuple[str, ...]]
 # A key without the architecture's name, its type, and the names in config.json. A value that is not there is left out.
 Key = tuple[str, str, tuple[str, ...]]
 
+
+def _network(module: str, end: str = "", words: Sequence[str] = ("gate_proj", "up_proj", "down_proj")) -> Names:
+    """Return the names of a feed-forward network, or of all experts. words: gate, up and down in the checkpoint."""
+    return {f"{module}.{word}": f"ffn_{name}{end}" for name, word in zip(("gate", "up", "down"), words, strict=True)}
+
+
 _MODEL: Names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _ATTENTION: Names = {f"self_attn.{name}_proj": f"attn_{name}" for name in "qkv"} | {"self_attn.o_proj": "attn_output"}
 _PRE_NORMS: Names = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 _QK_NORM: Names = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
-_POST_NORMS: Names = {
-    "post_attention_layernorm": "post_attention_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
+_POST_NORMS: Names = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
 _GEMMA2_NORMS: Names = {**_PRE_NORMS, **_POST_NORMS, "pre_feedforward_layernorm": "ffn_norm"}
-_DENSE: Names = {f"mlp.{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")}
+_DENSE = _network("mlp")
 _FUSED_EXPERTS: Names = {
     "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
     "mlp.experts.down_proj": "ffn_down_exps",
 }
-_EXPERTS: Names = {
-    "mlp.gate": "ffn_gate_inp",
-    **{f"mlp.experts.@.{name}_proj": f"ffn_{name}_exps" for name in ("gate", "up", "down")},
-    **_FUSED_EXPERTS,
-}
+_EXPERTS: Names = {"mlp.gate": "ffn_gate_inp", **_network("mlp.experts.@", "_exps"), **_FUSED_EXPERTS}
+_NUMBERED = ("w1", "w3", "w2")
 _MIXTRAL_EXPERTS: Names = {
     "block_sparse_moe.gate": "ffn_gate_inp",
-    "block_sparse_moe.experts.@.w1": "ffn_gate_exps",
-    "block_sparse_moe.experts.@.w3": "ffn_up_exps",
-    "block_sparse_moe.experts.@.w2": "ffn_down_exps",
+    **_network("block_sparse_moe.experts.@", "_exps", _NUMBERED),
 }
 _LLAMA: Names = {**_PRE_NORMS, **_ATTENTION, **_DENSE}
 _LLAMA_MOE: Names = {**_PRE_NORMS, **_ATTENTION, **_EXPERTS}
@@ -49,11 +47,6 @@ _LLAMA_MOE: Names = {**_PRE_NORMS, **_ATTENTION, **_EXPERTS}
 IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 # Parts of a model for images and text, of which only the text is converted.
 OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-
-
-def _shared(module: str) -> Names:
-    """Return the names of the expert that sees every token."""
-    return {f"mlp.{module}.{name}_proj": f"ffn_{name}_shexp" for name in ("gate", "up", "down")}
 
 
 def names_of(target: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -82,9 +75,11 @@ _SHARED_FF: Key = ("expert_shared_feed_forward_length", "u32", ("shared_expert_i
 _FINAL_CAP: Key = ("final_logit_softcapping", "f32", ("final_logit_softcapping",))
 
 _SILU = {"hidden_act": ("silu",)}
-# "gelu" was an error in the first files: they meant the other one.
+# The first files say "gelu" by mistake: they mean the other one.
 _GEMMA_ACTIVATION = {"hidden_activation": ("gelu_pytorch_tanh", "gelu")}
 _GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
+# The first files of Gemma 3 leave out values that are the defaults of the class.
+_GEMMA3_SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072}
 
 
 @dataclass(frozen=True)
@@ -126,9 +121,7 @@ class CheckpointLayout:
         always = (*norms, *arch.qkv, "attn_output", *(("attn_sinks",) if arch.sinks else ()))
         known = dict.fromkeys(name for target in self.layer.values() for name in names_of(target))
         dense = (*arch.gate_up, "ffn_down")
-        experts = tuple(
-            name for name in known if name.startswith("ffn_") and name.endswith(("_exps", "_shexp", "_inp"))
-        )
+        experts = tuple(name for name in known if name.endswith(("_exps", "_shexp", "_inp")))
         return always, [names for names in (dense, experts) if names and known.keys() >= set(names)]
 
 
@@ -151,7 +144,7 @@ _ROWS = (
     CheckpointLayout(
         "qwen2moe",
         {"Qwen2MoeForCausalLM": "qwen2_moe"},
-        layer={**_LLAMA_MOE, "mlp.shared_expert_gate": "ffn_gate_inp_shexp", **_shared("shared_expert")},
+        layer={**_LLAMA_MOE, "mlp.shared_expert_gate": "ffn_gate_inp_shexp", **_network("mlp.shared_expert", "_shexp")},
         tied_copy=True,
         keys=(_N_EXPERT, _EXPERT_FF, _SHARED_FF),
         bias_key="",
@@ -193,16 +186,7 @@ _ROWS = (
         layer={**_LLAMA, **_GEMMA2_NORMS, **_QK_NORM},
         norm_offset=1.0,
         keys=(_FINAL_CAP, _WINDOW),
-        # The first files leave out what is as in the class.
-        defaults={
-            **_GEMMA,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 131072,
-            "rope_theta": 1e6,
-            "sliding_window": 4096,
-        },
+        defaults={**_GEMMA, **_GEMMA3_SIZES, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "sliding_window": 4096},
         expected={**_GEMMA_ACTIVATION, "query_pre_attn_scalar": ("=head_dim", 168)},
     ),
     CheckpointLayout(
@@ -275,9 +259,7 @@ _ROWS = (
             "attention.wqkv": ("attn_q", "attn_k", "attn_v"),
             "attention.wo": "attn_output",
             "ffn_norm": "ffn_norm",
-            "feed_forward.w1": "ffn_gate",
-            "feed_forward.w3": "ffn_up",
-            "feed_forward.w2": "ffn_down",
+            **_network("feed_forward", words=_NUMBERED),
         },
         permuted=True,
         tied_copy=True,
@@ -286,7 +268,7 @@ _ROWS = (
     CheckpointLayout(
         "deepseek",
         {"DeepseekForCausalLM": "deepseek"},
-        layer={**_LLAMA, **_EXPERTS, **_shared("shared_experts")},
+        layer={**_LLAMA, **_EXPERTS, **_network("mlp.shared_experts", "_shexp")},
         permuted=True,
         rope_dim=True,
         rope_type="none",

@@ -2,8 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +22,8 @@ YARN = (
     ("beta_fast", "yarn_beta_fast"),
     ("beta_slow", "yarn_beta_slow"),
 )
-_ROPE_TYPES = ("default", "linear", "yarn", "longrope", "su", "llama3", "dynamic")
+_LONGROPE = ("longrope", "su")
+_ROPE_TYPES = ("default", "linear", "yarn", *_LONGROPE, "llama3", "dynamic")
 _NEEDED = ("block_count", "context_length", "embedding_length", "attention.head_count")
 _N_BEFORE_ROPE = 6  # so many keys stand before those of the rotation
 
@@ -49,19 +49,19 @@ def layout_of(config: Config) -> tuple[CheckpointLayout, Config]:
 
 
 def _check_expected(layout: CheckpointLayout, config: Config) -> None:
+    wrong = []
     for key, allowed in layout.expected.items():
         value = config.get(key)
         known = [config.get(a[1:]) if isinstance(a, str) and a.startswith("=") else a for a in allowed]
         if value is not None and value not in known:
-            raise UnsupportedError(
-                f"{config.wrong((key,), ' or '.join(map(str, known)))}: a GGUF file of the architecture {layout.arch} "
-                "has no place for another value"
-            )
+            wrong.append(config.wrong((key,), " or ".join(map(str, known))))
     period, pattern = layout.decoder.no_rope_period, config.get("no_rope_layers")
     n = len(pattern) if isinstance(pattern, list) else 1
     if period and pattern is not None and pattern != [int((i + 1) % period > 0) for i in range(n)]:
-        shown = config.wrong(("no_rope_layers",), f"0 for every layer whose number is a multiple of {period}, else 1")
-        raise UnsupportedError(f"{shown}: a GGUF file of the architecture {layout.arch} has no place for another value")
+        each = f"0 for every layer whose number is a multiple of {period}, else 1"
+        wrong.append(config.wrong(("no_rope_layers",), each))
+    if wrong:
+        raise UnsupportedError(f"{wrong[0]}: a GGUF file of a {layout.arch} model has no place for another value")
 
 
 def sizes(config: Config) -> dict[str, int]:
@@ -90,8 +90,8 @@ def sizes(config: Config) -> dict[str, int]:
 
 
 def shape(layout: CheckpointLayout, name: str, numbers: Mapping[str, int]) -> tuple[int, ...]:
-    """Return ne of the tensor `name` ("attn_q.weight"). A bias has one value for each row of its matrix."""
-    base, _, kind = name.rpartition(".")
+    """Return ne of the tensor `name` ("blk.3.attn_q.weight"). A bias has one value for each row of its matrix."""
+    base, kind = name.split(".")[-2:]
     words = MODEL_SHAPES.get(f"{base}.weight") or layout.decoder.shapes.get(base) or LAYER_SHAPES[base]
     ne = tuple(sum(numbers[part] for part in word.split("+")) for word in words)
     return ne[1:] if kind == "bias" and len(ne) > 1 else ne
@@ -100,12 +100,10 @@ def shape(layout: CheckpointLayout, name: str, numbers: Mapping[str, int]) -> tu
 def hyperparameters(layout: CheckpointLayout, config: Config) -> dict[str, Typed]:
     """Return the keys of the architecture, in the order of llama.cpp's converter."""
     found: dict[str, Typed] = {}
-    keys = layout.all_keys()
-    for key in keys[:_N_BEFORE_ROPE]:
-        _put(found, config, key)
-    found.setdefault("attention.head_count_kv", found.get("attention.head_count", Typed("u32", 1)))
-    found.update(_rope(layout, config))
-    for key in keys[_N_BEFORE_ROPE:]:
+    for i, key in enumerate(layout.all_keys()):
+        if i == _N_BEFORE_ROPE:
+            found.setdefault("attention.head_count_kv", found.get("attention.head_count", Typed("u32", 1)))
+            found.update(_rope(layout, config))
         _put(found, config, key)
     numbers = sizes(config)
     if numbers["head_dim"] != numbers["n_embd"] // numbers["n_head"]:  # which is what a missing key means
@@ -155,7 +153,7 @@ def _rope(layout: CheckpointLayout, config: Config) -> Iterator[tuple[str, Typed
     rope, window = _rope_parameters(config)
     kind = rope.get("rope_type") or "default"
     if kind not in _ROPE_TYPES:
-        raise UnsupportedError(f"{rope.wrong(('rope_type',), 'one of ' + ', '.join(_ROPE_TYPES))}")
+        raise UnsupportedError(str(rope.wrong(("rope_type",), f"one of {', '.join(_ROPE_TYPES)}")))
     if kind == "dynamic":
         n_ctx = config.integer("max_position_embeddings")
         warnings.warn(
@@ -164,7 +162,7 @@ def _rope(layout: CheckpointLayout, config: Config) -> Iterator[tuple[str, Typed
     if kind in ("linear", "yarn"):
         yield "rope.scaling.type", Typed("string", kind)
         yield "rope.scaling.factor", Typed("f32", rope.number("factor"))
-    elif kind in ("longrope", "su"):
+    elif kind in _LONGROPE:
         yield "rope.scaling.type", Typed("string", "longrope")
         yield "rope.scaling.attn_factor", Typed("f32", _longrope_attention(config, rope))
     elif layout.rope_type:
@@ -199,22 +197,16 @@ def rope_tensors(config: Config) -> dict[str, Floats]:
     """Return the tensors that divide the rotation's frequencies: Llama 3.1's, or those of long and of short texts."""
     rope, _ = _rope_parameters(config)
     kind = rope.get("rope_type")
-    make = _FACTORS.get(kind) if isinstance(kind, str) else None
-    return make(config, rope) if make else {}
+    if kind == "llama3":
+        return _llama3_factors(config, rope)
+    return _longrope_factors(config, rope) if kind in _LONGROPE else {}
 
 
+@np.errstate(all="ignore")
 def _llama3_factors(config: Config, rope: Config) -> dict[str, Floats]:
     """Slow low frequencies by `factor`, leave high ones, blend those between. Computed in f32, as in llama.cpp."""
     n_rot = _n_rot(config, rope)
     base = np.float32(rope.number("rope_theta", default=1e4))
-    with np.errstate(all="ignore"):
-        factors = _blended(rope, base, n_rot)
-    if not (np.isfinite(factors) & (factors > 0)).all():
-        raise rope.wrong(("rope_theta", "factor"), "numbers that make rotary factors above 0")
-    return {"rope_freqs.weight": factors}
-
-
-def _blended(rope: Config, base: np.float32, n_rot: int) -> Floats:
     frequencies = 1 / base ** (np.arange(0, n_rot, 2, dtype=np.float32) / np.float32(n_rot))
     lengths = (np.float32(2 * math.pi) / frequencies).astype(np.float32)
     factor = np.float32(rope.number("factor", default=8.0))
@@ -223,7 +215,10 @@ def _blended(rope: Config, base: np.float32, n_rot: int) -> Floats:
     smooth = (original / lengths - low) / (high - low)
     blended = 1 / ((1 - smooth) / factor + smooth)
     factors = np.where(lengths < original / high, 1, np.where(lengths > original / low, factor, blended))
-    return factors.astype(np.float32)
+    factors = factors.astype(np.float32)
+    if not (np.isfinite(factors) & (factors > 0)).all():
+        raise rope.wrong(("rope_theta", "factor"), "numbers that make rotary factors above 0")
+    return {"rope_freqs.weight": factors}
 
 
 def _longrope_factors(config: Config, rope: Config) -> dict[str, Floats]:
@@ -235,8 +230,3 @@ def _longrope_factors(config: Config, rope: Config) -> dict[str, Floats]:
             raise rope.wrong((f"{kind}_factor",), f"{n} numbers")
         found[f"rope_factors_{kind}.weight"] = np.array(factors, np.float32)
     return found
-
-
-_FACTORS: Mapping[str, Callable[[Config, Config], dict[str, Floats]]] = MappingProxyType(
-    {"llama3": _llama3_factors, "longrope": _longrope_factors, "su": _longrope_factors}
-)

@@ -22,7 +22,7 @@ from gguf_run.runtime.convert.card import general_metadata
 from gguf_run.runtime.convert.metadata import hyperparameters, layout_of, rope_tensors
 from gguf_run.runtime.convert.quantized.methods import KEPT, plain_tensors
 from gguf_run.runtime.convert.stored.checkpoint import Checkpoint
-from gguf_run.runtime.convert.stored.sources import computed, rows, source
+from gguf_run.runtime.convert.stored.sources import Source, computed, rows
 from gguf_run.runtime.convert.tensors import model_tensors
 from gguf_run.runtime.convert.vocabulary.metadata import tokenizer_metadata
 from gguf_run.runtime.quantize.file_types import FILE_TYPES, KEEP, FileType
@@ -67,9 +67,9 @@ def open_checkpoint(
 def _fit_vocabulary(directory: Path, tensors: dict[str, Tensor], n_tokens: int) -> None:
     """Drop rows of the embeddings beyond the last token, as Gemma 3 has them. FormatError if rows are missing."""
     for name in ("token_embd.weight", "output.weight", "output.bias"):
-        if name not in tensors:
+        tensor = tensors.get(name)
+        if tensor is None:
             continue
-        tensor = tensors[name]
         if tensor.ne[-1] < n_tokens:
             raise FormatError(f"{directory}: {name} has {tensor.ne[-1]} rows for {n_tokens} tokens: not of one model")
         if tensor.ne[-1] > n_tokens and len(tensor.ne) == 2:
@@ -133,4 +133,4 @@ def _quantized(item: Item) -> Tensor:
                 raise FormatError(f"{origin.file.path}: {target.name}: {error}") from None
         return blocks
 
-    return source(target.name, target.ne[::-1], target.type, origin.file, read, origin.release)
+    return Source(target.name, target.ne, target.type, origin.file, read, origin.release)

@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,18 +13,7 @@ from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.runtime.convert.architectures import CheckpointLayout, names_of
 from gguf_run.runtime.convert.metadata import shape, sizes
 from gguf_run.runtime.convert.stored.checkpoint import Config
-from gguf_run.runtime.convert.stored.sources import (
-    F32,
-    columns,
-    halves,
-    renamed,
-    rows,
-    source,
-    stacked,
-    transposed,
-    unpermuted,
-    values,
-)
+from gguf_run.runtime.convert.stored.sources import F32, Source, gathered, halves, rows, transposed, unpermuted, values
 
 _FLOAT = ("ffn_gate_inp", "ffn_gate_inp_shexp")  # matrices that stay F32: they are small and choose between experts
 _KINDS = ("weight", "bias", "scale")  # scale: one number that all weights are multiplied by (NVFP4)
@@ -56,13 +45,14 @@ def model_tensors(layout: CheckpointLayout, config: Config, tensors: Mapping[str
     found = {name: _final(layout, name, tensor) for name, tensor in found.items()}
     _check_complete(layout, config, found)
     for name, tensor in found.items():
-        ne = shape(layout, _split_name(name)[1], numbers)
+        ne = shape(layout, name, numbers)
         if not tensor.same_shape(ne) and not name.endswith(".scale"):
-            raise FormatError(
-                f"{tensor.file.path}: {name} has the shape {list(tensor.ne[::-1])}, by config.json it must have "
-                f"{list(ne[::-1])}: they are not of one model"
-            )
+            raise _wrong_shape(tensor, name, f"by config.json it must have {list(ne[::-1])}: they are not of one model")
     return found
+
+
+def _wrong_shape(tensor: Tensor, name: str, problem: str) -> FormatError:
+    return FormatError(f"{tensor.file.path}: {name} has the shape {list(tensor.ne[::-1])}, {problem}")
 
 
 def _collected(
@@ -115,21 +105,25 @@ def _parts(
     if place.bare and place.kind == "weight" and place.names[0] in layout.bare and len(tensor.ne) == 3:
         tensor = transposed(tensor)
     if len(place.names) == 2:
-        split = {"weight": 1, "bias": 0}[place.kind]  # the dimension of which each half makes a tensor
+        split = 1 if place.kind == "weight" else 0  # the dimension of which each half makes a tensor
         if len(tensor.ne) != split + 2 or tensor.ne[split] % 2:
-            raise FormatError(
-                f"{tensor.file.path}: {quoted(tensor.name)} has the shape {list(tensor.ne[::-1])}, of which "
-                f"{' and '.join(place.names)} cannot be made: it is damaged, or of another model"
-            )
-        return halves(tensor, layout.interleaved) if split else (columns(tensor, 0, 2), columns(tensor, 1, 2))
+            made = f"of which {' and '.join(place.names)} cannot be made"
+            raise _wrong_shape(tensor, quoted(tensor.name), f"{made}: it is damaged, or of another model")
+        return halves(tensor, layout.interleaved, place.kind == "bias")
     parts = _groups(numbers, tensor) if len(place.names) == 3 else (tensor,)
+    return (in_pairs(layout, numbers, name, part) for name, part in zip(place.names, parts, strict=True))
+
+
+def in_pairs(
+    layout: CheckpointLayout, numbers: Mapping[str, int], name: str, tensor: Tensor, back: bool = False
+) -> Tensor:
+    """Return q or k with the rows of each head in GGUF's order, and any other tensor as it is.
+
+    back: from GGUF's order to the checkpoint's. A tensor of a wrong shape stays as it is: a later check refuses it.
+    """
     heads = {"attn_q": numbers["n_head"], "attn_k": numbers["n_head_kv"]} if layout.permuted else {}
-    return (
-        unpermuted(part, heads[name])
-        if name in heads and len(part.ne) < 3 and part.ne[-1] % (2 * heads[name]) == 0
-        else part  # one of a wrong shape is refused later, where all shapes are checked
-        for name, part in zip(place.names, parts, strict=True)
-    )
+    fits = name in heads and len(tensor.ne) < 3 and tensor.ne[-1] % (2 * heads[name]) == 0
+    return unpermuted(tensor, heads[name], back) if fits else tensor
 
 
 def _groups(numbers: Mapping[str, int], tensor: Tensor) -> tuple[Tensor, ...]:
@@ -137,10 +131,7 @@ def _groups(numbers: Mapping[str, int], tensor: Tensor) -> tuple[Tensor, ...]:
     n_group, head_dim = numbers["n_head"] // numbers["n_head_kv"], numbers["head_dim"]
     n_rows = numbers["n_head_kv"] * (n_group + 2) * head_dim
     if tensor.ne != (numbers["n_embd"], n_rows):
-        raise FormatError(
-            f"{tensor.file.path}: {quoted(tensor.name)} has the shape {list(tensor.ne[::-1])}, by config.json it must "
-            f"have {[n_rows, numbers['n_embd']]}"
-        )
+        raise _wrong_shape(tensor, quoted(tensor.name), f"by config.json it must have {[n_rows, numbers['n_embd']]}")
     index = np.arange(n_rows, dtype=np.int64).reshape(-1, n_group + 2, head_dim)
     parts = (index[:, :n_group], index[:, n_group], index[:, n_group + 1])
     return tuple(rows(tensor, part.reshape(-1), (tensor.ne[0], part.size)) for part in parts)
@@ -155,43 +146,31 @@ def _stacked(name: str, items: Mapping[int, Tensor]) -> Tensor:
             raise FormatError(f"{tensor.file.path}: {quoted(tensor.name)} and {quoted(first.name)} differ in shape")
     tensors = [items[i] for i in range(len(items))]
     if name.endswith(".scale"):
-        scales = np.concatenate([values(tensor).blocks() for tensor in tensors]).view(np.float32).reshape(-1)
-        return source(name, scales.shape, F32, first.file, lambda start, end: scales)
-    return stacked(name, tensors)
+        scales = np.concatenate([values(tensor).blocks() for tensor in tensors])
+        return Source(name, (len(items),), F32, first.file, lambda start, end: scales)
+    return gathered(name, tensors, None, (*first.ne, len(items)))
 
 
 def _final(layout: CheckpointLayout, name: str, tensor: Tensor) -> Tensor:
     """Return the tensor under its name. Norms, biases and vectors become F32."""
-    base, kind = _split_name(name)[1].split(".")
+    base, kind = name.split(".")[-2:]
     is_norm = base.endswith("_norm")
     if is_norm and kind == "weight" and layout.norm_offset:
         offset = np.float32(layout.norm_offset)
         tensor = values(tensor, lambda x: x + offset)
     elif len(tensor.ne) < 2 or kind == "bias" or is_norm or base in _FLOAT:
         tensor = values(tensor)
-    return renamed(tensor, name)
+    return replace(tensor, name=name)
 
 
 def _check_complete(layout: CheckpointLayout, config: Config, found: Mapping[str, Tensor]) -> None:
     """Raise FormatError unless every layer has all its tensors: no program could load the file."""
     always, networks = layout.required()
-    sources = {name: module for module, target in layout.layer.items() for name in names_of(target)}
-    for name in ("token_embd", "output_norm"):
-        _check_there(config, found, "", name, name)
-    for il in range(config.integer("num_hidden_layers")):
-        prefix = f"blk.{il}."
+    modules = {name: module for module, target in layout.layer.items() for name in names_of(target)}
+    for il in range(-1, config.integer("num_hidden_layers")):  # -1: beside the layers
+        prefix = f"blk.{il}." if il >= 0 else ""
         nearest = max(networks, key=lambda names: sum(f"{prefix}{name}.weight" in found for name in names))
-        for name in (*always, *nearest):
-            _check_there(config, found, prefix, name, sources.get(name, name))
-
-
-def _check_there(config: Config, found: Mapping[str, Tensor], prefix: str, name: str, module: str) -> None:
-    if f"{prefix}{name}.weight" not in found:
-        shown = f"{prefix}{name}.weight ({module})"
-        raise FormatError(f"{config.path.parent}: there is no tensor for {shown}: weights are missing")
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """Return "blk.3." (or "") and the rest of a tensor's name."""
-    match = re.match(r"blk\.\d+\.", name)
-    return (match[0], name[match.end() :]) if match else ("", name)
+        for name in (*always, *nearest) if il >= 0 else ("token_embd", "output_norm"):
+            if f"{prefix}{name}.weight" not in found:
+                shown = f"{prefix}{name}.weight ({modules.get(name, name)})"
+                raise FormatError(f"{config.path.parent}: there is no tensor for {shown}: weights are missing")

@@ -1,4 +1,1 @@
-"""The way back: a GGUF file as a checkpoint of Hugging Face.
-
-Start with checkpoint.py.
-"""
+"""The way back: a GGUF file as a Hugging Face checkpoint. Start with checkpoint.py."""

@@ -28,7 +28,8 @@ from gguf_run.runtime.convert.back.config import generation_config, layout_of_fi
 from gguf_run.runtime.convert.back.tokenizer import tokenizer_files
 from gguf_run.runtime.convert.metadata import sizes
 from gguf_run.runtime.convert.stored.checkpoint import Config
-from gguf_run.runtime.convert.stored.sources import F32, Source, gathered, rows, transposed, unpermuted, values
+from gguf_run.runtime.convert.stored.sources import F32, Source, gathered, rows, transposed, values
+from gguf_run.runtime.convert.tensors import in_pairs
 
 DTYPES = ("BF16", "F16", "F32")
 DEFAULT_SHARD = 5 << 30
@@ -102,14 +103,17 @@ def _module(
     layout: CheckpointLayout, numbers: Mapping[str, int], module: str, kind: str, parts: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield by name the weights or the biases of one module of the checkpoint. parts: what it has in the GGUF file."""
-    tensors = [_original(layout, numbers, base, kind, tensor) for base, tensor in parts.items()]
-    tensor = tensors[0]
+    tensors = [in_pairs(layout, numbers, base, tensor, back=True) for base, tensor in parts.items()]
+    tensor, first = tensors[0], next(iter(parts))
     if len(tensors) == 3:
         tensor = _grouped(numbers, tensors)
     elif len(tensors) == 2:
         tensor = _both_halves(tensors, layout.interleaved)
+    elif layout.norm_offset and kind == "weight" and first.endswith("_norm"):
+        offset = np.float32(layout.norm_offset)
+        tensor = values(tensor, lambda x: x - offset)
     name = f"{module}.{kind}"
-    if next(iter(parts)) in layout.bare:
+    if first in layout.bare:
         name = module if kind == "weight" else f"{module}_bias"
         tensor = transposed(values(tensor)) if kind == "weight" and len(tensor.ne) == 3 else tensor
     if "@" not in name:
@@ -119,17 +123,6 @@ def _module(
     for i in range(tensor.ne[-1]):
         index = np.arange(i * n, (i + 1) * n, dtype=np.int64)
         yield name.replace("@", str(i)), rows(tensor, index, tensor.ne[:-1])
-
-
-def _original(layout: CheckpointLayout, numbers: Mapping[str, int], base: str, kind: str, tensor: Tensor) -> Tensor:
-    """Return the tensor with the checkpoint's order of rows, and norms without the offset."""
-    heads = {"attn_q": numbers["n_head"], "attn_k": numbers["n_head_kv"]} if layout.permuted else {}
-    if base in heads and tensor.ne[-1] % (2 * heads[base]) == 0:
-        tensor = unpermuted(tensor, heads[base], back=True)
-    if base.endswith("_norm") and kind == "weight" and layout.norm_offset:
-        offset = np.float32(layout.norm_offset)
-        tensor = values(tensor, lambda x: x - offset)
-    return tensor
 
 
 def _grouped(numbers: Mapping[str, int], parts: Sequence[Tensor]) -> Tensor:
@@ -154,7 +147,7 @@ def _both_halves(parts: Sequence[Tensor], interleaved: bool) -> Tensor:
         both = [dequantize(part.blocks(first, end), part.type) for part in parts]
         return np.stack(both, axis=1 + axis).reshape(end - first, 2 * n)
 
-    return Source(gate.name, (2 * n, gate.ne[1]), F32, 0, gate.file, read)
+    return Source(gate.name, (2 * n, gate.ne[1]), F32, gate.file, read)
 
 
 def _usual_dtype(file: GGUFFile) -> str:

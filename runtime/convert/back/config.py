@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,9 @@ from gguf_run.runtime.convert.stored.checkpoint import Config
 
 Json = dict[str, Any]
 
-_TORCH_DTYPES = MappingProxyType({"BF16": "bfloat16", "F16": "float16", "F32": "float32"})
+_TORCH_DTYPES: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _NONE_IF_ZERO = ("expert_count", "expert_used_count", "attention.sliding_window")
-_YARN_NAMES = MappingProxyType({key: name for name, key in reversed(YARN)})
+_YARN_NAMES: Mapping[str, str] = {key: name for name, key in reversed(YARN)}
 _LLAMA31_CONTEXTS = (8192, *(1 << n for n in range(4, 20)))
 
 
@@ -92,7 +91,7 @@ def _token_ids(metadata: Mapping[str, Any]) -> Json:
 
 
 def _fixed(layout: CheckpointLayout, values: Json, numbers: Mapping[str, int]) -> Json:
-    """Return what a file of this architecture says without a key."""
+    """Return the values that all models of this architecture share. A GGUF file has no key for them."""
     found = {key: allowed[0] for key, allowed in layout.expected.items()}
     if "query_pre_attn_scalar" in found:
         by_width = values["num_hidden_layers"] in layout.decoder.n_embd_scale_n_layer
@@ -136,7 +135,7 @@ def _rope(layout: CheckpointLayout, file: GGUFFile, config: Config, head_dim: in
 
 
 def _factors(file: GGUFFile, config: Config, rope: Json) -> Json:
-    """Return what made the tensors of rotary factors: the factors, or Llama 3.1's numbers, found by trying."""
+    """Return the parameters that make the tensors of rotary factors. Those of Llama 3.1 are found by trial."""
     long, short, freqs = (_floats(file, name) for name in ("rope_factors_long", "rope_factors_short", "rope_freqs"))
     if long is not None and short is not None:
         return {"rope_type": "longrope", "long_factor": long, "short_factor": short}
@@ -162,7 +161,7 @@ def _floats(file: GGUFFile, name: str) -> list[float] | None:
 
 
 def _from_tensors(layout: CheckpointLayout, file: GGUFFile) -> Json:
-    """Return what the tensors themselves tell: which biases and norms there are, and whether the output is tied."""
+    """Return what follows from the tensors: which biases and norms there are, and whether the output is tied."""
     found: Json = {"tie_word_embeddings": _is_tied(file)}
     if layout.bias_key:
         found[layout.bias_key] = "blk.0.attn_q.bias" in file.tensors

@@ -2,7 +2,6 @@
 
 import base64
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -81,11 +80,9 @@ def _chat_template(metadata: Mapping[str, Any]) -> str | list[dict[str, str]] | 
 
 
 def _template(bos: str | None, eos: str | None, vocab: Vocab) -> Json:
-    def token(name: str | None, part: int) -> list[Json]:
-        return [] if name is None else [{"SpecialToken": {"id": name, "type_id": part}}]
-
     def sequence(name: str, part: int) -> list[Json]:
-        return [*token(bos, part), {"Sequence": {"id": name, "type_id": part}}, *token(eos, part)]
+        items = (("SpecialToken", bos), ("Sequence", name), ("SpecialToken", eos))
+        return [{kind: {"id": id, "type_id": part}} for kind, id in items if id is not None]
 
     special = {name: {"id": name, "ids": [vocab.ids[name]], "tokens": [name]} for name in (bos, eos) if name}
     pair = [*sequence("A", 0), *sequence("B", 1)]
@@ -195,9 +192,9 @@ def _metaspace(scheme: str, split: bool) -> Json:
     return {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": split}
 
 
-_KINDS: Mapping[str, tuple[Defaults, Callable[[Vocab, Mapping[str, Any]], Json]]] = MappingProxyType({
+_KINDS: Mapping[str, tuple[Defaults, Callable[[Vocab, Mapping[str, Any]], Json]]] = {
     "gpt2": (Defaults(), _gpt2),
     "llama": (spm.DEFAULTS, _llama),
     "t5": (unigram.DEFAULTS, _t5),
     "bert": (wordpiece.DEFAULTS, _bert),
-})  # fmt: skip
+}

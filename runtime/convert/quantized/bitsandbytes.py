@@ -16,7 +16,7 @@ from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.runtime.convert.quantized.parts import Parts, wrong
 from gguf_run.runtime.convert.quantized.scaled import int8_weight
-from gguf_run.runtime.convert.stored.sources import F32, source
+from gguf_run.runtime.convert.stored.sources import F32, Source
 
 
 def bnb_4bit(parts: Parts) -> list[Tensor]:
@@ -38,18 +38,16 @@ def bnb_4bit(parts: Parts) -> list[Tensor]:
         shape, size = tuple(int(n) for n in state["shape"]), int(state["blocksize"])
         nested_size, offset = int(state.get("nested_blocksize", 256)), np.float32(state.get("nested_offset", 0))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise wrong(text, f"says {error!r}", "the JSON of a quant_state") from None
+        raise wrong(text, "the JSON of a quant_state", f"says {error!r}") from None
     n = math.prod(shape)
     if len(shape) != 2 or min(shape) < 1 or min(size, nested_size) < 1 or (n + 1) // 2 != weight.data.nbytes:
-        raise wrong(weight, f"has {weight.data.nbytes} bytes", f"half of its shape {shape} in blocks of {size}")
+        raise wrong(weight, f"half of its shape {shape} in blocks of {size}", f"has {weight.data.nbytes} bytes")
     absmax = parts.need(".absmax", "F32", "U8", shape=(-(-n // size),))
     nested = None
     if absmax.dtype == "U8":
         n_nested = -(-absmax.data.nbytes // nested_size)
-        nested = (
-            parts.need(".nested_quant_map", "F32", shape=(256,)).array(),
-            parts.need(".nested_absmax", "F32", shape=(n_nested,)).array(),
-        )
+        nested_table = parts.need(".nested_quant_map", "F32", shape=(256,)).array()
+        nested = (nested_table, parts.need(".nested_absmax", "F32", shape=(n_nested,)).array())
 
     def scale(blocks: NDArray[np.int64]) -> NDArray[np.float32]:
         found = absmax.array()[blocks]
@@ -63,16 +61,14 @@ def bnb_4bit(parts: Parts) -> list[Tensor]:
         low, at = start // size, np.arange(start, stop) // size
         return table[codes] * scale(np.arange(low, at[-1] + 1))[at - low]
 
-    return [source(parts.base, shape, F32, weight.file, read)]
+    return [Source(parts.base, shape[::-1], F32, weight.file, read)]
 
 
 def bnb_8bit(parts: Parts) -> list[Tensor]:
-    """Return the weight of .weight I8[n_out, n_in] and .SCB F32[n_out]: what code 127 means in each row."""
+    """Return the weight of .weight I8[n_out, n_in] and .SCB F32[n_out]: the weight of code 127 in each row."""
     weight = parts.need(".weight", "I8", ndim=2)
     scb = parts.need(".SCB", "F32", shape=weight.shape[:1])
     layout = parts.get(".weight_format")
     if layout is not None and layout.array().any():
         raise UnsupportedError(f"{weight.file.path}: {quoted(weight.name)} lies in a GPU's order: save the model again")
-    groups = np.zeros(weight.shape[1], np.int64)
-    scale = (scb.array() / np.float32(127))[:, None]
-    return [int8_weight(parts, weight.name, weight, 8, scale, "F32", None, groups)]
+    return [int8_weight(parts, weight.name, weight, scb, unit=127)]

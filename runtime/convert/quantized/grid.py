@@ -21,7 +21,7 @@ Array = NDArray[Any]
 _BLOCK = 32
 # How far rounding scale and minimum to f16 may move a weight, in parts of the range of its codes.
 _TOLERANCE = 1e-3
-# At most so many bits, whether the zero point is half of the codes, the type whose blocks hold them.
+# The most bits of a code, whether the zero point is in the middle of the codes, the type whose blocks hold them.
 _KEPT = ((4, True, "Q4_0"), (4, False, "Q4_1"), (8, True, "Q8_0"))
 
 
@@ -79,7 +79,7 @@ class Grid:
         name = next((name for bits, zero, name in _KEPT if self.n_bits <= bits and symmetric == zero), None)
         if name is None:
             return None
-        # The code that is furthest from the zero point moves most by the scale's error; all move by the minimum's.
+        # The scale's error moves the code furthest from the zero point most. The minimum's error moves all codes.
         scale, last = numbers.scale.astype(np.float64), (1 << self.n_bits) - 1
         with np.errstate(all="ignore"):
             error = np.abs(scale.astype(np.float16) - scale) * (1 << self.n_bits - 1 if symmetric else last)
@@ -117,5 +117,5 @@ class Grid:
 
 
 def _columns(numbers: Array, groups: NDArray[np.int64]) -> Array:
-    """numbers[n_rows, n_group] -> [n_rows, len(groups)]; one column stands for all."""
+    """Return numbers[n_rows, n_group or 1] for each column: [n_rows, len(groups) or 1]."""
     return numbers if numbers.shape[1] == 1 else numbers[:, groups]

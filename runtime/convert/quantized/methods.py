@@ -6,7 +6,6 @@ of one of them. From the mark and its companions it makes one tensor.
 
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
@@ -25,22 +24,15 @@ Marks = Mapping[str, Callable[[Parts], list[Tensor]]]
 
 _GPTQ: Marks = {".qweight": gptq, ".B": marlin}
 _SCALED: Marks = {"_packed": packed, "_scale_inv": scaled, "_scale": scaled}
-_METHODS: Mapping[str, Marks] = MappingProxyType(
-    {
-        "gptq": _GPTQ,
-        "gptq_marlin": _GPTQ,
-        "marlin": _GPTQ,
-        "awq": {".qweight": awq},
-        "bitsandbytes": {".absmax": bnb_4bit, ".SCB": bnb_8bit},
-        "fp8": _SCALED,
-        "fbgemm_fp8": _SCALED,
-        "compressed-tensors": _SCALED,
-        "modelopt": _SCALED,
-        "torchao": {"_qdata": torchao},
-        "mxfp4": {"_blocks": mxfp4_experts},
-        "gguf": {},  # what transformers saves after it has dequantized a GGUF file: plain weights
-    }
-)
+_METHODS: Mapping[str, Marks] = {
+    **dict.fromkeys(("gptq", "gptq_marlin", "marlin"), _GPTQ),
+    "awq": {".qweight": awq},
+    "bitsandbytes": {".absmax": bnb_4bit, ".SCB": bnb_8bit},
+    **dict.fromkeys(("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt"), _SCALED),
+    "torchao": {"_qdata": torchao},
+    "mxfp4": {"_blocks": mxfp4_experts},
+    "gguf": {},  # what transformers saves after it has dequantized a GGUF file: plain weights
+}
 # The types that can hold codes of quantized checkpoints.
 KEPT = frozenset(("Q4_0", "Q4_1", "Q8_0", "MXFP4", "NVFP4"))
 # Files that name the method where config.json does not: modelopt's, and old ones of AutoGPTQ and AutoAWQ.
@@ -48,17 +40,15 @@ _FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "q
 # Ends of names of tensors that concern activations and caches, or that repeat a shape.
 _UNUSED = ("input_scale", "output_scale", ".q_scale", ".k_scale", ".v_scale", "activation_scale", "input_global_scale",
            "weight_shape", "workspace", "weight_format")  # fmt: skip
-# Methods that have kinds: key of the config -> the values that can be read.
-_KINDS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
-    {
-        "gptq": {"checkpoint_format": ("gptq", "gptq_v2", "marlin")},
-        "awq": {"version": ("gemm", "gemv")},
-        "compressed-tensors": {
-            "format": ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
-                       "mxfp4-pack-quantized", "mixed-precision", "dense")
-        },
-    }
-)  # fmt: skip
+# Methods that have kinds: the key of the config, and the values that can be read.
+_KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "gptq": ("checkpoint_format", ("gptq", "gptq_v2", "marlin")),
+    "awq": ("version", ("gemm", "gemv")),
+    "compressed-tensors": ("format", (
+        "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
+        "mxfp4-pack-quantized", "mixed-precision", "dense",
+    )),
+}  # fmt: skip
 
 
 def plain_tensors(checkpoint: Checkpoint, keep: Container[str] = KEPT) -> Mapping[str, Tensor]:
@@ -110,11 +100,11 @@ def _marks(path: Path, config: dict[str, Any]) -> Marks:
         method = next((known for known in ("awq", "gptq") if known in packing), method)
     if method not in _METHODS:
         raise UnsupportedError(
-            f"{path}: quantized with {quoted(method)}, which is not known: {' '.join(_METHODS)} are; get the "
-            "model before it was quantized"
+            f"{path}: quantized with {quoted(method)}, which is not known: {' '.join(_METHODS)} are; get the model "
+            "before it was quantized"
         )
-    for key, known in _KINDS.get(method, {}).items():
-        kind = config.get(key)
-        if kind is not None and str(kind).lower() not in known:
-            raise UnsupportedError(f"{path}: {method} with {key} {quoted(str(kind))}: known are {' '.join(known)}")
+    key, known = _KINDS.get(method, ("", ()))
+    kind = config.get(key)
+    if key and kind is not None and str(kind).lower() not in known:
+        raise UnsupportedError(f"{path}: {method} with {key} {quoted(str(kind))}: known are {' '.join(known)}")
     return _METHODS[method]

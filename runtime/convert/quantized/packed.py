@@ -1,10 +1,7 @@
 """GPTQ, Marlin, AWQ and compressed-tensors: integers of 2 to 8 bits packed into words of 32.
 
-method               tensor      what a word holds
-GPTQ, Marlin         qweight, B  codes of one output, of inputs that follow each other (the matrix is transposed)
-AWQ GEMM             qweight     codes of one input, of outputs that follow each other (the matrix is transposed)
-AWQ GEMV             qweight     codes of one output, of inputs that follow each other
-compressed-tensors   _packed     codes of one output, of inputs that follow each other
+A word holds codes of one output, of inputs that follow each other. A word of AWQ GEMM holds codes of one input, of
+outputs that follow each other. GPTQ, Marlin and AWQ GEMM store the matrix transposed.
 
 References: AutoGPTQ 0.7 and GPTQModel 7 (QuantLinear.pack), AutoAWQ 0.2 (WQLinear_GEMM, WQLinear_GEMV),
 compressed-tensors 0.20 (pack_to_int32), IST-DASLab/marlin.
@@ -28,6 +25,12 @@ _AWQ_NIBBLE = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # where in a word column i of 
 _MARLIN_COLUMNS = 64  # outputs of a tile of 1024 codes (16 inputs)
 
 
+def _span(first: int, end: int, size: int) -> tuple[slice, slice]:
+    """Return the tiles of `size` outputs that hold the outputs first .. end, and where in those tiles they are."""
+    start = first // size
+    return slice(start, -(-end // size)), slice(first - start * size, end - start * size)
+
+
 def gptq(parts: Parts) -> list[Tensor]:
     """Return the weight of these tensors:
 
@@ -42,8 +45,7 @@ def gptq(parts: Parts) -> list[Tensor]:
     n_bits, rest = divmod(qzeros.shape[1] * _WORD, n_out)
     fits = rest == 0 and 2 <= n_bits <= 8 and qweight.shape[0] % n_bits == 0
     if not fits or qweight.shape[1] != n_out or qzeros.shape[0] != n_group:
-        allowed = f"words of 2 to 8 bits that go with qzeros {qzeros.shape} and scales {scales.shape}"
-        raise wrong(qweight, f"has the shape {qweight.shape}", allowed)
+        raise wrong(qweight, f"words of 2 to 8 bits that go with qzeros {qzeros.shape} and scales {scales.shape}")
     n_in = qweight.shape[0] // n_bits * _WORD
     groups = parts.groups(".g_idx", n_in, n_group, scales)
     # Version 1 stores zero points less one. It subtracts from whole words; adding to whole words undoes the borrows.
@@ -54,21 +56,21 @@ def gptq(parts: Parts) -> list[Tensor]:
         return unpack_codes(qweight.array()[:, first:end].T, n_bits)
 
     def read(first: int, end: int) -> GridNumbers:
-        start = first // _WORD
-        words = qzeros.array()[:, start * n_bits : -(-end // _WORD) * n_bits].view(np.uint32)
+        tiles, wanted = _span(first, end, _WORD)
+        words = qzeros.array()[:, tiles.start * n_bits : tiles.stop * n_bits].view(np.uint32)
         if n_bits in (2, 4, 8):
             zero = unpack_codes(words + ones, n_bits)
         else:
             zero = (unpack_codes(words, n_bits) + np.uint8(not v2)) & np.uint8((1 << n_bits) - 1)
-        zero = zero[:, first - start * _WORD : end - start * _WORD]
-        return GridNumbers(numbers(scales.array()[:, first:end].T, scales.dtype), zero.T.astype(np.float32))
+        zero = zero[:, wanted].T.astype(np.float32)
+        return GridNumbers(numbers(scales.array()[:, first:end].T, scales.dtype), zero)
 
     return [parts.weight(f"{parts.base}.weight", Grid(n_out, n_bits, groups, codes, read), qweight)]
 
 
 @functools.cache
 def _marlin_order() -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Return where stored codes belong, int[1024] of 16 x 64; where scales of groups do, int[64]; of rows, int[32].
+    """Return the places of stored codes int[1024] in 16 x 64, of scales of groups int[64], of scales of rows int[32].
 
     It is the order in which the 32 threads of a tensor core take their operands. In each of four tiles of 16 x 16 that
     lie side by side, thread i has column i / 4 of both halves, and rows 2 (i % 4) + {0, 1, 8, 9}.
@@ -88,27 +90,22 @@ def marlin(parts: Parts) -> list[Tensor]:
     b, s = parts.need(".B", "I32", ndim=2), parts.need(".s", *FLOATS, ndim=2)
     n_in, n_out = 16 * b.shape[0], b.shape[1] // 2
     if s.shape[1] != n_out or b.shape[1] % (2 * _MARLIN_COLUMNS):
-        allowed = f"[n_in / 16, 2 n_out] with n_out a multiple of {_MARLIN_COLUMNS} that goes with s {s.shape}"
-        raise wrong(b, f"has the shape {b.shape}", allowed)
+        raise wrong(b, f"[n_in / 16, 2 n_out], n_out a multiple of {_MARLIN_COLUMNS} that goes with s {s.shape}")
     order, grouped, single = _marlin_order()
     scale_order = single if s.shape[0] == 1 else grouped
 
-    def span(first: int, end: int) -> tuple[int, int, slice]:
-        """Return the first and the last tile of these outputs, and where they are in those tiles."""
-        start = first // _MARLIN_COLUMNS
-        return start, -(-end // _MARLIN_COLUMNS), slice(first - start * _MARLIN_COLUMNS, end - start * _MARLIN_COLUMNS)
-
     def codes(first: int, end: int) -> Codes:
-        start, stop, wanted = span(first, end)
-        stored = unpack_codes(b.array()[:, start * 128 : stop * 128], 4).reshape(n_in // 16, stop - start, 1024)
+        tiles, wanted = _span(first, end, _MARLIN_COLUMNS)
+        stored = unpack_codes(b.array()[:, tiles.start * 128 : tiles.stop * 128], 4).reshape(n_in // 16, -1, 1024)
         plain = np.empty_like(stored)
         plain[..., order] = stored
-        tiles = plain.reshape(n_in // 16, stop - start, 4, 16, 16).transpose(1, 2, 4, 0, 3)
-        return np.ascontiguousarray(tiles.reshape(-1, n_in)[wanted])
+        outputs = plain.reshape(n_in // 16, -1, 4, 16, 16).transpose(1, 2, 4, 0, 3)
+        return np.ascontiguousarray(outputs.reshape(-1, n_in)[wanted])
 
     def read(first: int, end: int) -> GridNumbers:
-        start, stop, wanted = span(first, end)
-        stored = numbers(s.array()[:, start * 64 : stop * 64], s.dtype).reshape(s.shape[0], -1, len(scale_order))
+        tiles, wanted = _span(first, end, _MARLIN_COLUMNS)
+        found = numbers(s.array()[:, tiles.start * _MARLIN_COLUMNS : tiles.stop * _MARLIN_COLUMNS], s.dtype)
+        stored = found.reshape(s.shape[0], -1, len(scale_order))
         plain = np.empty_like(stored)
         plain[..., scale_order] = stored
         scale = plain.reshape(len(stored), -1)[:, wanted].T
@@ -130,14 +127,14 @@ def awq(parts: Parts) -> list[Tensor]:
     qweight, scales = parts.need(".qweight", "I32", ndim=2), parts.need(".scales", *FLOATS, ndim=2)
     (n_group, n_out), n_in = scales.shape, qweight.shape[0]
     if qweight.shape[1] * 8 != n_out:
-        raise wrong(qweight, f"has the shape {qweight.shape}", f"[n_in, {n_out / 8:g}] (4 bits, scales {scales.shape})")
+        raise wrong(qweight, f"[n_in, {n_out / 8:g}] (4 bits, scales {scales.shape})")
     qzeros = parts.need(".qzeros", "I32", shape=(n_group, n_out // 8))
 
     def columns(words: NDArray[Any], first: int, end: int) -> Codes:
         """Return columns first .. end of packed words[rows, n_out / 8], as rows."""
-        start = first // 8
-        octets = unpack_codes(words[:, start : -(-end // 8)], 4).reshape(len(words), -1, 8)[..., _AWQ_NIBBLE]
-        return octets.reshape(len(words), -1)[:, first - 8 * start : end - 8 * start].T
+        tiles, wanted = _span(first, end, 8)
+        octets = unpack_codes(words[:, tiles], 4).reshape(len(words), -1, 8)[..., _AWQ_NIBBLE]
+        return octets.reshape(len(words), -1)[:, wanted].T
 
     def codes(first: int, end: int) -> Codes:
         return np.ascontiguousarray(columns(qweight.array(), first, end))
@@ -158,8 +155,7 @@ def _awq_gemv(parts: Parts) -> list[Tensor]:
     size = n_in if size == -1 else size
     rows, columns = scales.shape
     if type(size) is not int or size < 1 or rows != n_out or columns * size < n_in or columns % 8:
-        allowed = f"[{n_out}, at least {n_in} / group size {size}, whole words]"
-        raise wrong(scales, f"has the shape {scales.shape}", allowed)
+        raise wrong(scales, f"[{n_out}, at least {n_in} / group size {size}, whole words]")
     n_group = -(-n_in // size)
     qzeros = parts.need(".qzeros", "I32", shape=(n_out, columns // 8))
 
@@ -192,15 +188,14 @@ def packed(parts: Parts) -> list[Tensor]:
     widths, n_words = _widths(parts.config.get("config_groups")), stored.shape[1]
     n_bits = next((n for n in widths if type(n) is int and 1 <= n <= 8 and -(-n_in * n // _WORD) == n_words), 0)
     if not n_bits or stored.shape[0] != n_out or len(table) not in (1, n_out):
-        allowed = f"rows of {n_in} codes of {widths} bits (num_bits) that go with scales {scale.shape}"
-        raise wrong(stored, f"has the shape {stored.shape}", allowed)
+        raise wrong(stored, f"rows of {n_in} codes of {widths} bits (num_bits) that go with scales {scale.shape}")
     groups = parts.groups("_g_idx", n_in, table.shape[1], scale)
     zeros = parts.get("_zero_point")
     if zeros is not None:
         zeros = parts.need("_zero_point", "I32", shape=(-(-n_out * n_bits // _WORD), table.shape[1]))
 
     def unpacked(words: NDArray[Any]) -> Codes:
-        """Eight codes are whole bytes, of which the last ones of a row may be cut off."""
+        """Return codes of rows of words. Eight codes are whole bytes; the last bytes of a row may be cut off."""
         return unpack_codes(np.pad(words, ((0, 0), (0, -words.shape[1] % n_bits))), n_bits)
 
     def codes(first: int, end: int) -> Codes:
@@ -210,9 +205,9 @@ def packed(parts: Parts) -> list[Tensor]:
         rows = np.broadcast_to(table, (n_out, table.shape[1]))[first:end]
         zero = np.full((end - first, 1), 1 << n_bits - 1, np.float32)
         if zeros is not None:
-            start = first // _WORD
-            words = zeros.array()[start * n_bits : -(-end // _WORD) * n_bits].T
-            zero = unpacked(words)[:, first - start * _WORD : end - start * _WORD].T.astype(np.float32)
+            tiles, wanted = _span(first, end, _WORD)
+            words = zeros.array()[tiles.start * n_bits : tiles.stop * n_bits].T
+            zero = unpacked(words)[:, wanted].T.astype(np.float32)
         return GridNumbers(numbers(rows, scale.dtype), zero)
 
     return [parts.weight(parts.base, Grid(n_out, n_bits, groups, codes, read), stored)]

@@ -14,7 +14,7 @@ from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.formats.safetensors import StoredArray
 from gguf_run.runtime.convert.quantized.grid import Grid
-from gguf_run.runtime.convert.stored.sources import F32, float8, source
+from gguf_run.runtime.convert.stored.sources import F32, Source, float8
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 
@@ -46,44 +46,41 @@ class Parts:
         """
         tensor = self.get(end)
         if tensor is None:
-            missing, weight = quoted(self.base + end), quoted(self.base)
-            raise FormatError(
-                f"{self.path.parent}: there is no tensor {missing}, which belongs to the quantized weight {weight}: "
-                "get the checkpoint again"
-            )
+            missing = f"{quoted(self.base + end)}, which belongs to the quantized weight {quoted(self.base)}"
+            raise FormatError(f"{self.path.parent}: there is no tensor {missing}: get the checkpoint again")
         if dtypes and tensor.dtype not in dtypes:
-            raise wrong(tensor, f"has values of type {tensor.dtype}", " or ".join(dtypes))
+            raise wrong(tensor, " or ".join(dtypes), f"has values of type {tensor.dtype}")
         if shape is not None and tensor.shape != shape:
-            raise wrong(tensor, f"has the shape {tensor.shape}", str(shape))
+            raise wrong(tensor, str(shape))
         if (ndim is not None and len(tensor.shape) != ndim) or 0 in tensor.shape:
-            raise wrong(tensor, f"has the shape {tensor.shape}", f"{ndim} dimensions of at least 1")
+            raise wrong(tensor, f"{ndim} dimensions of at least 1")
         return tensor
 
     def weight(self, name: str, grid: Grid, stored: StoredArray) -> Tensor:
         """Return the weight as blocks of the type that keeps its codes, else as F32. stored: holds the codes."""
-        shape = (grid.n_out, len(grid.groups))
+        ne = (len(grid.groups), grid.n_out)
         if grid.kept and grid.kept in self.keep:
-            return source(name, shape, type_by_name(grid.kept), stored.file, grid.blocks)
-        return source(name, shape, F32, stored.file, grid.floats)
+            return Source(name, ne, type_by_name(grid.kept), stored.file, grid.blocks)
+        return Source(name, ne, F32, stored.file, grid.floats)
 
     def groups(self, end: str, n_in: int, n_group: int, scale: StoredArray) -> NDArray[np.int64]:
         """Return the group of each of n_in columns: those of the tensor base + end, else runs of equal length.
 
         A list of -1 means that the list was not set. scale: what an error about runs names.
         """
-        stored = self.get(end)
-        if stored is None or stored.shape == (0,):
-            return even_groups(n_in, n_group, scale)
-        groups = self.need(end, "I32", "I64", shape=(n_in,)).array().astype(np.int64)
-        if (groups == -1).all():
+        stored, groups = self.get(end), np.full(n_in, -1)
+        if stored is not None and stored.shape != (0,):
+            groups = self.need(end, "I32", "I64", shape=(n_in,)).array().astype(np.int64)
+        if stored is None or (groups == -1).all():
             return even_groups(n_in, n_group, scale)
         if groups.min() < 0 or groups.max() >= n_group:
-            raise wrong(stored, f"has groups {groups.min()} to {groups.max()}", f"0 to {n_group - 1}")
+            raise wrong(stored, f"0 to {n_group - 1}", f"has groups {groups.min()} to {groups.max()}")
         return groups
 
 
-def wrong(tensor: StoredArray, found: str, allowed: str) -> FormatError:
-    """Return (not raise) the error that a stored tensor is not what its method needs."""
+def wrong(tensor: StoredArray, allowed: str, found: str = "") -> FormatError:
+    """Return (not raise) the error that a stored tensor is not what its method needs. found: default: its shape."""
+    found = found or f"has the shape {tensor.shape}"
     return FormatError(f"{tensor.file.path}: tensor {quoted(tensor.name)} {found}, must be {allowed}")
 
 
@@ -101,5 +98,5 @@ def even_groups(n_in: int, n_groups: int, tensor: StoredArray) -> NDArray[np.int
     """Return the group of each of n_in columns. All groups have the same length; the last one may be shorter."""
     size = -(-n_in // n_groups)
     if -(-n_in // size) != n_groups:
-        raise wrong(tensor, f"has {n_groups} groups for {n_in} columns", "groups of equal size")
+        raise wrong(tensor, "groups of equal size", f"has {n_groups} groups for {n_in} columns")
     return np.arange(n_in, dtype=np.int64) // size

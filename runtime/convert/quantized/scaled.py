@@ -1,12 +1,7 @@
 """FP8, int8 and FP4 weights with scales of their own: compressed-tensors, modelopt, DeepSeek's FP8, MXFP4 and NVFP4.
 
-A scale belongs to all weights, to a row, or to a rectangle of [rows, columns]:
-
-DeepSeek   128 x 128
-NVFP4      1 x 16, e4m3; one f32 for all besides
-MXFP4      1 x 32, powers of two
-
-References: OCP MX 1.0, compressed-tensors 0.20, modelopt 0.47.
+A scale belongs to all weights, to a row, or to a rectangle: to 128 x 128 weights in DeepSeek's FP8, to 16 weights of a
+row in NVFP4, to 32 in MXFP4. References: OCP MX 1.0, compressed-tensors 0.20, modelopt 0.47.
 """
 
 import math
@@ -24,8 +19,10 @@ from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.formats.safetensors import StoredArray
 from gguf_run.runtime.convert.quantized.grid import Grid, GridNumbers
 from gguf_run.runtime.convert.quantized.parts import FLOATS, Parts, even_groups, numbers, wrong
-from gguf_run.runtime.convert.stored.sources import F32, computed, float8, source
+from gguf_run.runtime.convert.stored.sources import F32, Source, computed, float8
 
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _SCALES = (*FLOATS, "F8_E4M3", "F8_E8M0", "U8")
 _GROUP = {"NVFP4": 16, "MXFP4": 32}  # weights per scale
@@ -41,19 +38,17 @@ def scaled(parts: Parts) -> list[Tensor]:
     if weight is None or scale is None:
         return []
     if len(weight.shape) < 2 or 0 in (*weight.shape, *scale.shape):
-        raise wrong(weight, f"has the shape {weight.shape} and a scale of {scale.shape}", "two dimensions or more")
+        raise wrong(weight, "two dimensions or more", f"has the shape {weight.shape} and a scale of {scale.shape}")
     if scale.dtype not in _SCALES:
-        raise wrong(scale, f"has values of type {scale.dtype}", " or ".join(_SCALES))
+        raise wrong(scale, " or ".join(_SCALES), f"has values of type {scale.dtype}")
     if f"{parts.base.rpartition('.')[0]}.pre_quant_scale" in parts.stored:
-        raise UnsupportedError(
-            f"{weight.file.path}: {quoted(parts.base)} has a pre_quant_scale, which GGUF cannot hold"
-        )
+        raise UnsupportedError(f"{weight.file.path}: {quoted(parts.base)} has a pre_quant_scale: GGUF cannot hold it")
     if weight.dtype == "U8":
         return fp4(parts, weight)
     if weight.dtype == "I8":
-        return [_int8(parts, weight, scale)]
+        return [int8_weight(parts, parts.base, weight, scale)]
     if weight.dtype not in _FP8:
-        raise wrong(weight, f"has values of type {weight.dtype}", f"I8 U8 {' '.join(_FP8)}")
+        raise wrong(weight, f"I8 U8 {' '.join(_FP8)}", f"has values of type {weight.dtype}")
     return [fp8_weight(parts.base, weight, scale, parts.config)]
 
 
@@ -63,13 +58,13 @@ def fp8_weight(name: str, weight: StoredArray, scale: StoredArray, config: Any) 
     codes = weight.array().reshape(-1, weight.shape[-1])
 
     @np.errstate(all="ignore")
-    def read(first: int, end: int) -> NDArray[np.float32]:
+    def read(first: int, end: int) -> Floats:
         return table[codes[first:end]] * expand(first, end)
 
-    return source(name, weight.shape, F32, weight.file, read, weight.release)
+    return Source(name, weight.shape[::-1], F32, weight.file, read, weight.release)
 
 
-def _scale_of(weight: StoredArray, scale: StoredArray, config: Any) -> Callable[[int, int], NDArray[np.float32]]:
+def _scale_of(weight: StoredArray, scale: StoredArray, config: Any) -> Callable[[int, int], Floats]:
     """Return a function of rows first .. end of weight[..., n_out, n_in] that gives the factors of their values.
 
     The factors have as many rows as asked for, or 1, and n_in columns, or 1. All dimensions but the last are rows.
@@ -88,11 +83,11 @@ def _scale_of(weight: StoredArray, scale: StoredArray, config: Any) -> Callable[
     block = block if isinstance(block, list) and len(block) == 2 else (None, None)
     sizes = [_block(n, s, b) for n, s, b in zip((n_out, n_in), values.shape[-2:], block, strict=False)]
     if values.ndim != len(weight.shape) or values.shape[:-2] != tuple(lead) or 0 in sizes:
-        raise wrong(scale, f"has the shape {scale.shape}", f"blocks of the weight {weight.shape}")
+        raise wrong(scale, f"blocks of the weight {weight.shape}")
     n_rows = values.shape[-2]
     flat, columns = values.reshape(-1, values.shape[-1]), np.arange(n_in) // sizes[1]
 
-    def expand(first: int, end: int) -> NDArray[np.float32]:
+    def expand(first: int, end: int) -> Floats:
         row = np.arange(first, end)
         part = numbers(flat[row // n_out * n_rows + row % n_out // sizes[0]], scale.dtype)
         return part if part.shape[1] == 1 else part[:, columns]
@@ -106,51 +101,45 @@ def _block(n: int, n_scales: int, wanted: Any) -> int:
     return next((b for b in sizes if type(b) is int and b > 0 and -(-n // b) == n_scales), 0)
 
 
-def _int8(parts: Parts, weight: StoredArray, scale: StoredArray) -> Tensor:
-    """Return int8 codes with a scale for all, a row or a group of a row. Zero points have the same shape, if any."""
-    if len(weight.shape) != 2:
-        raise wrong(weight, f"has the shape {weight.shape}", "two dimensions")
-    n_out, n_in = weight.shape
-    table = scale.array().reshape(-1, scale.shape[-1] if len(scale.shape) > 1 else 1)
-    if len(table) not in (1, n_out):
-        raise wrong(scale, f"has the shape {scale.shape}", f"one row, or {n_out}")
-    zero = None
-    if parts.get("_zero_point") is not None:
-        zero = parts.need("_zero_point", "I8", shape=scale.shape).array().reshape(table.shape)
-    groups = even_groups(n_in, table.shape[1], scale)
-    return int8_weight(parts, parts.base, weight, 8, table, scale.dtype, zero, groups)
-
-
 def int8_weight(
     parts: Parts,
     name: str,
     weight: StoredArray,
-    n_bits: int,
-    scale: NDArray[Any],
-    dtype: str,
-    zero: NDArray[Any] | None,
-    groups: NDArray[np.int64],
+    scale: StoredArray,
+    n_bits: int = 8,
+    unit: int = 1,
+    zero_types: tuple[str, ...] = ("I8",),
 ) -> Tensor:
     """Return the weight of signed codes on a grid.
 
-    weight: I8[n_out, n_in], codes of n_bits. scale: [n_out or 1, n_group], stored as dtype. zero: of the same shape;
-    None: 0. The grid's codes are not negative: 2**(n_bits - 1) is added to codes and zero points.
-    """
-    n_out, half = weight.shape[0], 1 << n_bits - 1
-    scale = np.broadcast_to(scale, (n_out, scale.shape[1]))
-    zero = np.zeros((1, 1), np.int8) if zero is None else zero
-    zero = np.broadcast_to(zero, (n_out, zero.shape[1]))
+    weight: I8[n_out, n_in], codes of n_bits.
+    scale: [n_out or 1, n_group], or [n_out or 1]: the weight of code `unit`.
+    zero_types: allowed types of "_zero_point". It has the same shape, in units of a code. If it is missing, all are 0.
 
-    def codes(first: int, end: int) -> NDArray[np.uint8]:
+    The grid's codes are not negative: 2**(n_bits - 1) is added to codes and zero points.
+    """
+    if len(weight.shape) != 2:
+        raise wrong(weight, "two dimensions")
+    (n_out, n_in), half = weight.shape, 1 << n_bits - 1
+    n_group = scale.shape[-1] if len(scale.shape) > 1 else 1
+    table = scale.array().reshape(-1, n_group)
+    if len(table) not in (1, n_out):
+        raise wrong(scale, f"one row, or {n_out}")
+    table, zero = np.broadcast_to(table, (n_out, n_group)), np.zeros((n_out, 1), np.float32)
+    if parts.get("_zero_point") is not None:
+        stored = parts.need("_zero_point", *zero_types, shape=scale.shape)
+        zero = np.broadcast_to(numbers(stored.array().reshape(-1, n_group), stored.dtype), (n_out, n_group))
+
+    def codes(first: int, end: int) -> Bytes:
         found = weight.array()[first:end]
         if n_bits < 8 and (found.min() < -half or found.max() >= half):
-            raise wrong(weight, f"has codes {found.min()} to {found.max()}", f"{-half} to {half - 1} ({n_bits} bits)")
+            raise wrong(weight, f"{-half} to {half - 1} ({n_bits} bits)", f"has codes {found.min()} to {found.max()}")
         return found.view(np.uint8) + np.uint8(half)
 
     def read(first: int, end: int) -> GridNumbers:
-        return GridNumbers(numbers(scale[first:end], dtype), zero[first:end].astype(np.float32) + half)
+        return GridNumbers(numbers(table[first:end], scale.dtype) / np.float32(unit), zero[first:end] + half)
 
-    return parts.weight(name, Grid(n_out, n_bits, groups, codes, read), weight)
+    return parts.weight(name, Grid(n_out, n_bits, even_groups(n_in, n_group, scale), codes, read), weight)
 
 
 def fp4(parts: Parts, weight: StoredArray) -> list[Tensor]:
@@ -163,11 +152,11 @@ def fp4(parts: Parts, weight: StoredArray) -> list[Tensor]:
     kind = "NVFP4" if scale.dtype == "F8_E4M3" else "MXFP4"
     n_out, n_in = weight.shape[0], 2 * weight.shape[-1]
     if len(weight.shape) != 2 or (scale.shape[0], scale.shape[1] * _GROUP[kind]) != (n_out, n_in):
-        raise wrong(scale, f"has the shape {scale.shape}", f"one scale for {_GROUP[kind]} weights of {n_in}")
+        raise wrong(scale, f"one scale for {_GROUP[kind]} weights of {n_in}")
     times, over = parts.get("_scale_2"), parts.get("_global_scale")
     for stored in (times, over):
         if stored is not None and (stored.dtype != "F32" or stored.data.nbytes != 4):
-            raise wrong(stored, f"is {stored.dtype} of shape {stored.shape}", "one F32")
+            raise wrong(stored, "one F32", f"is {stored.dtype} of shape {stored.shape}")
     factor = None
     if times is not None:
         factor = times.array().reshape(1)
@@ -182,20 +171,14 @@ def mxfp4_experts(parts: Parts) -> list[Tensor]:
     blocks = parts.need("_blocks", "U8", ndim=4)
     scales = parts.need("_scales", "U8", shape=blocks.shape[:-1])
     if blocks.shape[-1] != 16:
-        raise wrong(blocks, f"has the shape {blocks.shape}", "rows of blocks of 16 bytes")
+        raise wrong(blocks, "rows of blocks of 16 bytes")
     n_expert, n_out, n_block, _ = blocks.shape
     codes = blocks.array().reshape(n_expert, n_out, 16 * n_block)
     return _fp4_tensors(parts, f"{parts.base}.weight", "MXFP4", blocks, codes, scales.array(), None)
 
 
 def _fp4_tensors(
-    parts: Parts,
-    name: str,
-    kind: str,
-    weight: StoredArray,
-    codes: NDArray[np.uint8],
-    scale: NDArray[np.uint8],
-    factor: NDArray[np.float32] | None,
+    parts: Parts, name: str, kind: str, weight: StoredArray, codes: Bytes, scale: Bytes, factor: Floats | None
 ) -> list[Tensor]:
     """Return the weight, and its factor if it has one and the weight stays in blocks.
 
@@ -207,11 +190,11 @@ def _fp4_tensors(
     # ggml takes no sign from a scale of NVFP4, and takes NaN for 0.
     kept = shape[-1] % block.block_size == 0 and (kind == "MXFP4" or bool((scale < 0x7F).all()))
 
-    def nibbles(first: int, end: int) -> NDArray[np.uint8]:
+    def nibbles(first: int, end: int) -> Bytes:
         pairs = codes[first:end].reshape(end - first, -1, group // 2)
         return np.stack((pairs & 15, pairs >> 4), axis=-1).reshape(end - first, -1, group)
 
-    def blocks(first: int, end: int) -> NDArray[np.uint8]:
+    def blocks(first: int, end: int) -> Bytes:
         found, half = nibbles(first, end), group // 2
         out = np.empty((end - first, shape[-1] // block.block_size), block.dtype)
         head, qs = ("d" if kind == "NVFP4" else "e"), found[..., :half] | found[..., half:] << 4
@@ -220,16 +203,16 @@ def _fp4_tensors(
         return out.view(np.uint8)
 
     @np.errstate(all="ignore")
-    def floats(first: int, end: int) -> NDArray[np.float32]:
-        out: NDArray[np.float32] = (grids.e2m1() * np.float32(0.5))[nibbles(first, end)]
+    def floats(first: int, end: int) -> Floats:
+        out: Floats = (grids.e2m1() * np.float32(0.5))[nibbles(first, end)]
         out *= numbers(scale[first:end], "F8_E4M3" if kind == "NVFP4" else "U8")[..., None]
         if factor is not None:
             out *= factor
         return out.reshape(end - first, -1)
 
     if not kept or kind not in parts.keep:
-        return [source(name, shape, F32, weight.file, floats)]
-    tensors: list[Tensor] = [source(name, shape, block, weight.file, blocks)]
+        return [Source(name, shape[::-1], F32, weight.file, floats)]
+    tensors: list[Tensor] = [Source(name, shape[::-1], block, weight.file, blocks)]
     if factor is not None:
         tensors.append(computed(f"{name.removesuffix('.weight')}.scale", factor, weight.file.path))
     return tensors

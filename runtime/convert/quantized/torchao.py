@@ -57,7 +57,7 @@ def _int4(parts: Parts, name: str, attributes: Mapping[str, Any]) -> Tensor:
     scale = parts.need("_scale", *FLOATS, ndim=2)
     zero = parts.need("_zero_point", *FLOATS, shape=scale.shape)
     if scale.shape[1] != n_out or n_in % 8:
-        raise wrong(scale, f"has the shape {scale.shape}", f"[n_group, {n_out}], for rows of whole words, not {n_in}")
+        raise wrong(scale, f"[n_group, {n_out}], for rows of whole words, not {n_in}")
 
     def codes(first: int, end: int) -> NDArray[np.uint8]:
         return unpack_codes(qdata.array()[first:end], 4) ^ np.uint8(8)
@@ -70,21 +70,14 @@ def _int4(parts: Parts, name: str, attributes: Mapping[str, Any]) -> Tensor:
 
 
 def _signed(parts: Parts, name: str, attributes: Mapping[str, Any]) -> Tensor:
-    """_qdata: I8[n_out, n_in]. _scale, and _zero_point in units of a code: [n_out or 1, n_group]."""
-    qdata = parts.need("_qdata", "I8", ndim=2)
-    scale, zero = parts.need("_scale", *FLOATS, ndim=2), parts.get("_zero_point")
+    """Return the weight of _qdata I8[n_out, n_in]. _scale and _zero_point: [n_out or 1, n_group]."""
+    qdata, scale = parts.need("_qdata", "I8", ndim=2), parts.need("_scale", *FLOATS, ndim=2)
     target = attributes.get("target_dtype")
     target = target.get("_data") if isinstance(target, dict) else "int8"
     n_bits = next((n for n in range(1, 9) if target == f"int{n}"), 0)
-    n_out, n_in = qdata.shape
-    if not n_bits or scale.shape[0] not in (1, n_out):
-        raise wrong(scale, f"has the shape {scale.shape} for {target}", f"[{n_out}, n_group] for int1 to int8")
-    values = None
-    if zero is not None:
-        zero = parts.need("_zero_point", "I8", *FLOATS, shape=scale.shape)
-        values = zero.array() if zero.dtype == "I8" else numbers(zero.array(), zero.dtype)
-    groups = even_groups(n_in, scale.shape[1], scale)
-    return int8_weight(parts, name, qdata, n_bits, scale.array(), scale.dtype, values, groups)
+    if not n_bits:
+        raise wrong(qdata, "int1 to int8", f"has codes of {target}")
+    return int8_weight(parts, name, qdata, scale, n_bits, zero_types=("I8", *FLOATS))
 
 
 def _float8(parts: Parts, name: str, attributes: Mapping[str, Any]) -> Tensor:

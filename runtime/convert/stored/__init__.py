@@ -1,4 +1,1 @@
-"""The files of a checkpoint, and tensors that are computed from them when read.
-
-Start with checkpoint.py, then sources.py.
-"""
+"""The files of a checkpoint, and tensors that are computed when they are read. Start with checkpoint.py."""

@@ -51,7 +51,7 @@ class Config:
     def wrong(self, keys: Sequence[str], allowed: str) -> FormatError:
         """Return (not raise) the error that the value of `keys` is not one of the allowed ones."""
         value = self.get(*keys)
-        shown = "is missing" if value is None else f"is {json.dumps(value)[:100]}"  # which escapes what is not ASCII
+        shown = "is missing" if value is None else f"is {json.dumps(value)[:100]}"  # json escapes what is not ASCII
         return FormatError(f"{self.path}: {' or '.join(keys)} {shown}, must be {allowed}")
 
 
@@ -68,7 +68,9 @@ class Checkpoint:
         """Read config.json and, if `weights`, map the weights. GgufRunError if a file is missing or wrong."""
         if not (directory / "config.json").is_file():
             raise GgufRunError(f"{directory}: there is no config.json: name the folder of a Hugging Face checkpoint")
-        config = read_config(directory)
+        values = read_json(directory / "config.json")
+        text = values.get("text_config")
+        config = Config(directory / "config.json", values | text if isinstance(text, dict) else values)
         return cls(directory, config, _read_weights(directory) if weights else {})
 
 
@@ -85,24 +87,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_config(directory: Path) -> Config:
-    """Return config.json."""
-    values = read_json(directory / "config.json")
-    text = values.get("text_config")
-    return Config(directory / "config.json", {**values, **text} if isinstance(text, dict) else values)
-
-
 def _read_weights(directory: Path) -> Mapping[str, StoredArray]:
     for name in _WEIGHTS:
-        read = _read_safetensors if name.endswith(".safetensors") else _read_torch
         if (directory / name).is_file():
-            return read(directory / name)
+            return _read_file(directory / name)
         if (directory / f"{name}.index.json").is_file():
-            return _read_shards(directory / f"{name}.index.json", read)
+            return _read_shards(directory / f"{name}.index.json")
     raise GgufRunError(f"{directory}: there are no weights: model.safetensors (or its .index.json) or {_WEIGHTS[1]}")
 
 
-def _read_shards(index: Path, read: Any) -> dict[str, StoredArray]:
+def _read_file(path: Path) -> Mapping[str, StoredArray]:
+    return read_safetensors(path).arrays if path.suffix == ".safetensors" else _read_torch(path)
+
+
+def _read_shards(index: Path) -> dict[str, StoredArray]:
     """Read all files of an index. FormatError unless they hold the tensors that the index says."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(place, str) for place in places.values()):
@@ -114,21 +112,15 @@ def _read_shards(index: Path, read: Any) -> dict[str, StoredArray]:
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise GgufRunError(f"{index.parent}: {missing[0]} is missing ({len(missing)} of {len(names)} files): get it")
     for file in names:
-        for name, tensor in read(index.parent / file).items():
+        for name, tensor in _read_file(index.parent / file).items():
             if places.get(name) != file:
                 where = f"in {quoted(places[name])}" if name in places else "nowhere"
                 raise FormatError(f"{index.parent / file}: holds tensor {quoted(name)}, which {index.name} has {where}")
             tensors[name] = tensor
     if lost := places.keys() - tensors.keys():
-        name = min(lost)
-        raise FormatError(
-            f"{index}: says that {quoted(name)} is in {places[name]}, but it is not ({len(lost)} such tensors)"
-        )
+        claim = f"says that {quoted(min(lost))} is in {places[min(lost)]}"
+        raise FormatError(f"{index}: {claim}, but it is not ({len(lost)} such tensors)")
     return tensors
-
-
-def _read_safetensors(path: Path) -> Mapping[str, StoredArray]:
-    return read_safetensors(path).arrays
 
 
 def _read_torch(path: Path) -> dict[str, StoredArray]:
@@ -137,18 +129,14 @@ def _read_torch(path: Path) -> dict[str, StoredArray]:
     try:
         # By name: an import statement would bind this module to torch, which only these old files need.
         torch = importlib.import_module("torch")
-    except ImportError:
-        raise GgufRunError(
-            f'{path}: reading it needs torch: pip install "gguf-run[gpu]", or get the model as safetensors'
-        ) from None
-    try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except ImportError:
+        install = 'pip install "gguf-run[gpu]", or get the model as safetensors'
+        raise GgufRunError(f"{path}: reading it needs torch: {install}") from None
     except Exception as error:  # a pickle can go wrong in any way
         reason = str(error).partition("\n")[0][:150]
-        raise GgufRunError(
-            f"{path}: torch refuses to load it ({reason}): it holds more than weights, or is damaged; get the model as "
-            "safetensors"
-        ) from None
+        why = f"torch refuses to load it ({reason}): it holds more than weights, or is damaged"
+        raise GgufRunError(f"{path}: {why}; get the model as safetensors") from None
     if not isinstance(state, dict):
         raise FormatError(f"{path}: holds no table of tensors")
     tensors = {}

@@ -1,13 +1,12 @@
 """Tensors that are computed when their rows are read: views of a checkpoint in the layout of a GGUF file.
 
-A Source can be used like any Tensor of a GGUF file: its rows are blocks of its type. So a checkpoint is quantized,
-written or run without a copy of it in memory or on disk. `gathered` only moves rows, so blocks of a quantized tensor
-pass through it unchanged.
+A Source can be used like any Tensor of a GGUF file. So a checkpoint is quantized, written or run without a copy of it
+in memory or on disk. `gathered` only moves rows: the blocks of a quantized tensor stay as they are.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.blocks.dequantizer import dequantize
-from gguf_run.formats.blocks.types import TensorType, type_by_name
+from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.formats.errors import FormatError, UnsupportedError
-from gguf_run.formats.gguf.mapped import MappedFile, MemoryFile, quoted
+from gguf_run.formats.gguf.mapped import MemoryFile, quoted
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.formats.safetensors import StoredArray
 
@@ -25,18 +24,15 @@ F32 = type_by_name("F32")
 Array = NDArray[Any]
 
 
-def _nothing(first: int, end: int) -> None:
-    """Release no memory."""
-
-
 @dataclass(frozen=True)
 class Source(Tensor):
-    """A tensor of which rows first .. end are computed. `offset` means nothing. Several threads may read at a time."""
+    """A tensor whose rows are computed when they are read. Several threads may read at a time."""
 
-    # Returns the bytes of the rows' blocks, as an array of any shape and dtype.
+    offset: int = field(default=0, init=False)  # means nothing
+    # Returns the bytes of the blocks of rows first .. end, as an array of any shape and dtype.
     read: Callable[[int, int], Array] = field(repr=False, compare=False)
-    # Is told which rows are not needed soon.
-    free: Callable[[int, int], None] = field(default=_nothing, repr=False, compare=False)
+    # Is told that rows first .. end are not needed soon.
+    free: Callable[[int, int], None] | None = field(default=None, repr=False, compare=False)
 
     def blocks(self, first: int = 0, end: int | None = None) -> NDArray[np.uint8]:
         end = self.n_rows if end is None else end
@@ -44,19 +40,8 @@ class Source(Tensor):
         return data.reshape(end - first, self.type.row_bytes(self.ne[0]))
 
     def release(self, first: int = 0, end: int | None = None) -> None:
-        self.free(first, self.n_rows if end is None else end)
-
-
-def source(
-    name: str,
-    shape: Sequence[int],
-    type: TensorType,
-    file: MappedFile,
-    read: Callable[[int, int], Array],
-    free: Callable[[int, int], None] = _nothing,
-) -> Source:
-    """Return a Source. shape: in the checkpoint's order, which is that of ne reversed."""
-    return Source(name, tuple(reversed(shape)) or (1,), type, 0, file, read, free)
+        if self.free:
+            self.free(first, self.n_rows if end is None else end)
 
 
 def floats(stored: StoredArray) -> Tensor:
@@ -69,16 +54,15 @@ def floats(stored: StoredArray) -> Tensor:
     if 0 in stored.shape:
         raise FormatError(f"{stored.file.path}: tensor {quoted(stored.name)} of shape {stored.shape} has no values")
     array = stored.array().reshape(-1, *stored.shape[-1:])
-    if stored.dtype in ("F32", "F16", "BF16"):
-        dtype = type_by_name(stored.dtype)
-        return source(stored.name, stored.shape, dtype, stored.file, lambda a, b: array[a:b], stored.release)
+    plain = stored.dtype in ("F32", "F16", "BF16")
     table = float8(stored.dtype) if array.dtype == np.uint8 else None
 
     def read(first: int, end: int) -> Array:
         part = array[first:end]
-        return part.astype(np.float32) if table is None else table[part]
+        return part if plain else part.astype(np.float32) if table is None else table[part]
 
-    return source(stored.name, stored.shape, F32, stored.file, read, stored.release)
+    dtype = type_by_name(stored.dtype) if plain else F32
+    return Source(stored.name, stored.shape[::-1] or (1,), dtype, stored.file, read, stored.release)
 
 
 def float8(dtype: str) -> NDArray[np.float32]:
@@ -95,16 +79,17 @@ def float8(dtype: str) -> NDArray[np.float32]:
 def computed(name: str, array: NDArray[np.float32], path: Path) -> Tensor:
     """Return values that no file holds as an F32 tensor. path: what errors name."""
     table = array.reshape(-1, array.shape[-1])
-    return source(name, array.shape, F32, MemoryFile(path, b""), lambda first, end: table[first:end])
+    return Source(name, array.shape[::-1], F32, MemoryFile(path, b""), lambda first, end: table[first:end])
 
 
-def renamed(tensor: Tensor, name: str) -> Tensor:
-    """Return the tensor under another name."""
-    return replace(tensor, name=name)
+def values(
+    tensor: Tensor, function: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None, n: int = 0
+) -> Tensor:
+    """Return the tensor as F32.
 
-
-def values(tensor: Tensor, function: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None) -> Tensor:
-    """Return the tensor as F32. function: changes the values of some rows, float32[n_rows, ne[0]]."""
+    function: changes the values of some rows: float32[n_rows, ne[0]] -> [n_rows, n].
+    n: the new length of rows; 0: it stays.
+    """
     if function is None and tensor.type is F32:
         return tensor
 
@@ -112,7 +97,7 @@ def values(tensor: Tensor, function: Callable[[NDArray[np.float32]], NDArray[np.
         x = dequantize(tensor.blocks(first, end), tensor.type)
         return x if function is None else function(x)
 
-    return Source(tensor.name, tensor.ne, F32, 0, tensor.file, read, tensor.release)
+    return Source(tensor.name, (n or tensor.ne[0], *tensor.ne[1:]), F32, tensor.file, read, tensor.release)
 
 
 def gathered(name: str, tensors: Sequence[Tensor], index: NDArray[np.int64] | None, ne: tuple[int, ...]) -> Tensor:
@@ -149,7 +134,7 @@ def gathered(name: str, tensors: Sequence[Tensor], index: NDArray[np.int64] | No
         for tensor, _, wanted in pieces(first, end):
             tensor.release(int(wanted.min()), int(wanted.max()) + 1)
 
-    return Source(name, ne, tensors[0].type, 0, tensors[0].file, read, free)
+    return Source(name, ne, tensors[0].type, tensors[0].file, read, free)
 
 
 def rows(tensor: Tensor, index: NDArray[np.int64], ne: tuple[int, ...]) -> Tensor:
@@ -157,14 +142,14 @@ def rows(tensor: Tensor, index: NDArray[np.int64], ne: tuple[int, ...]) -> Tenso
     return gathered(tensor.name, [tensor], index, ne)
 
 
-def stacked(name: str, tensors: Sequence[Tensor]) -> Tensor:
-    """Return tensors of one shape as one tensor with one dimension more."""
-    return gathered(name, tensors, None, (*tensors[0].ne, len(tensors)))
+def halves(tensor: Tensor, interleaved: bool, bias: bool) -> tuple[Tensor, Tensor]:
+    """Split every matrix [2 n, n_in] of the tensor into its first and second n rows, or the even and the odd ones.
 
-
-def halves(tensor: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """Split every matrix [2 n, n_in] of the tensor into its first and second n rows, or the even and the odd ones."""
-    n = tensor.ne[1] // 2
+    A bias [..., 2 n] is split into its even and odd values.
+    """
+    n = tensor.ne[0 if bias else 1] // 2
+    if bias:
+        return values(tensor, lambda x: x[:, ::2], n), values(tensor, lambda x: x[:, 1::2], n)
     at = np.arange(tensor.n_rows, dtype=np.int64).reshape(-1, tensor.ne[1])
     parts = (at[:, ::2], at[:, 1::2]) if interleaved else (at[:, :n], at[:, n:])
     ne = (tensor.ne[0], n, *tensor.ne[2:])
@@ -195,14 +180,4 @@ def transposed(tensor: Tensor) -> Tensor:
             parts.append(matrix[:, max(first - i * n_out, 0) : end - i * n_out].T)
         return np.concatenate(parts)
 
-    return Source(tensor.name, (n_in, n_out, *more), tensor.type, 0, tensor.file, read)
-
-
-def columns(tensor: Tensor, start: int, step: int) -> Tensor:
-    """Return the columns start, start + step, start + 2 step ... as F32."""
-    ne = (len(range(start, tensor.ne[0], step)), *tensor.ne[1:])
-
-    def read(first: int, end: int) -> Array:
-        return dequantize(tensor.blocks(first, end), tensor.type)[:, start::step]
-
-    return Source(tensor.name, ne, F32, 0, tensor.file, read, tensor.release)
+    return Source(tensor.name, (n_in, n_out, *more), tensor.type, tensor.file, read)

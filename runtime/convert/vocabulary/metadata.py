@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,17 +11,17 @@ from gguf_run.runtime.convert.stored.checkpoint import read_json
 from gguf_run.runtime.convert.vocabulary.sentencepiece import is_sentencepiece, read_sentencepiece
 from gguf_run.runtime.convert.vocabulary.tiktoken import read_tekken, read_tiktoken
 from gguf_run.runtime.convert.vocabulary.tokenizer_json import read_tokenizer_json
-from gguf_run.runtime.convert.vocabulary.vocabulary import Added, Vocabulary, added_tokens, mark_added, read_file
+from gguf_run.runtime.convert.vocabulary.vocabulary import Vocabulary, added_tokens, mark_added, read_file, text_of
 from gguf_run.runtime.tokenizers.vocab import END_NAMES
 
 _PREFIX = "tokenizer.ggml."
 
 # Role, as tokenizer_config.json and config.json call it -> key of the GGUF file.
-_ROLES = MappingProxyType({
+_ROLES: Mapping[str, str] = {
     "bos": "bos_token_id", "eos": "eos_token_id", "eot": "eot_token_id", "eom": "eom_token_id",
     "unk": "unknown_token_id", "sep": "seperator_token_id", "pad": "padding_token_id", "cls": "cls_token_id",
     "mask": "mask_token_id",
-})  # fmt: skip
+}  # fmt: skip
 
 _SOURCES = (
     "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "tiktoken.model",
@@ -39,16 +38,14 @@ def tokenizer_metadata(directory: Path, config: Mapping[str, Any]) -> dict[str, 
     that GGUF has no place for. ConversionWarning for a detail that GGUF has no place for.
     """
     n_vocab = config.get("vocab_size")
-    if n_vocab is not None and (not isinstance(n_vocab, int) or isinstance(n_vocab, bool) or n_vocab < 1):
-        raise FormatError(
-            f"{directory / 'config.json'}: vocab_size is {str(n_vocab)[:40]}: a number from 1 on is allowed"
-        )
-    settings: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        settings |= _read_if_there(directory / name)
+    if n_vocab is not None and (type(n_vocab) is not int or n_vocab < 1):
+        path = directory / "config.json"
+        raise FormatError(f"{path}: vocab_size is {str(n_vocab)[:40]}: a number from 1 on is allowed")
+    settings = _read_if_there(directory / "special_tokens_map.json")
+    settings |= _read_if_there(directory / "tokenizer_config.json")
     vocabulary = _read_vocabulary(directory, n_vocab, str(config.get("model_type", "")))
     if vocabulary.model in ("llama", "t5"):
-        mark_added(vocabulary, _more_added(directory, settings))
+        _mark_more_added(vocabulary, directory, settings)
     pairs: dict[str, Any] = {_PREFIX + name: getattr(vocabulary, name) for name in ("model", "pre", "tokens")}
     if vocabulary.scores is not None:
         pairs[f"{_PREFIX}scores"] = np.array(vocabulary.scores, np.float32)
@@ -68,7 +65,7 @@ def tokenizer_metadata(directory: Path, config: Mapping[str, Any]) -> dict[str, 
 
 
 def _read_vocabulary(directory: Path, n_vocab: int | None, model_type: str) -> Vocabulary:
-    """Read the file that tells most. SentencePiece's has scores; tokenizer.json has only their order."""
+    """Read the file with the most facts. SentencePiece's has scores; tokenizer.json has only their order."""
     found = [path for name in _SOURCES for path in sorted(directory.glob(name))]
     if not found:
         raise FormatError(f"{directory}: there is no tokenizer: one of {', '.join(_SOURCES)} is needed")
@@ -89,15 +86,16 @@ def _read_vocabulary(directory: Path, n_vocab: int | None, model_type: str) -> V
     return read_tekken(first, n_vocab) if first.name == "tekken.json" else read_tiktoken(first, n_vocab)
 
 
-def _more_added(directory: Path, settings: Mapping[str, Any]) -> list[Added]:
-    """Return the tokens that files beside a SentencePiece model add to it."""
+def _mark_more_added(vocabulary: Vocabulary, directory: Path, settings: Mapping[str, Any]) -> None:
+    """Mark the tokens that files beside a SentencePiece model add to it."""
     path = directory / "added_tokens.json"
     listed = [{"id": id, "content": token} for token, id in _read_if_there(path).items()]
     decoder = settings.get("added_tokens_decoder")
     entries: list[Any] = []
     for id, entry in (decoder if isinstance(decoder, Mapping) else {}).items():
         entries.append({**entry, "id": int(id)} if isinstance(entry, Mapping) and id.isdecimal() else entry)
-    return added_tokens(listed, path) + added_tokens(entries, directory / "tokenizer_config.json")
+    added = added_tokens(listed, path) + added_tokens(entries, directory / "tokenizer_config.json")
+    mark_added(vocabulary, added)
 
 
 def _role_ids(
@@ -138,8 +136,8 @@ def _chat_templates(directory: Path, settings: Mapping[str, Any]) -> Iterator[tu
     given = settings.get("chat_template") or _read_if_there(directory / "chat_template.json").get("chat_template")
     templates: dict[str, str] = {"default": given} if isinstance(given, str) else {}
     for entry in given if isinstance(given, list) else ():
-        name, template = (entry.get("name"), entry.get("template")) if isinstance(entry, Mapping) else (None, None)
-        if isinstance(name, str) and isinstance(template, str):
+        name, template = text_of(entry, "name"), text_of(entry, "template")
+        if name is not None and template is not None:
             templates[name] = template
     more = sorted((directory / "additional_chat_templates").glob("*.jinja"))
     for name, path in [("default", file)] * file.is_file() + [(path.stem, path) for path in more]:
@@ -156,10 +154,9 @@ def _chat_templates(directory: Path, settings: Mapping[str, Any]) -> Iterator[tu
         yield "tokenizer.chat_template", default
 
 
-def _content(value: Any) -> str | None:
+def _content(token: Any) -> str | None:
     """Return the text of a token, which is given as a text or as an object."""
-    value = value.get("content") if isinstance(value, Mapping) else value
-    return value if isinstance(value, str) else None
+    return token if isinstance(token, str) else text_of(token, "content")
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

@@ -7,15 +7,15 @@ two tokens. So the checkpoint's pre-tokenizer and each known one cut the same aw
 import functools
 import json
 import random
-import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import PreTokenizer as Cutter
 
 from gguf_run.formats.errors import FormatError
-from gguf_run.runtime.convert.vocabulary.vocabulary import ConversionWarning
+from gguf_run.runtime.convert.vocabulary.vocabulary import warn
 from gguf_run.runtime.tokenizers.pretokenizers import PRE_TOKENIZERS, TABLE
 
 # Names that llama.cpp's converter gives to models of these types, where several names mean the same cuts.
@@ -34,7 +34,7 @@ _PIECES = (
 )  # fmt: skip
 
 
-def pre_tokenizer_name(pre: Any, whole_words: bool, model_type: str, file: str) -> str:
+def pre_tokenizer_name(pre: Any, whole_words: bool, model_type: str, path: Path) -> str:
     """Return the name for the `pre_tokenizer` of a tokenizer.json.
 
     pre: None, or an object with a type. whole_words: ignore_merges of its model, which decides between names with the
@@ -43,8 +43,7 @@ def pre_tokenizer_name(pre: Any, whole_words: bool, model_type: str, file: str) 
     ConversionWarning if no known name cuts alike: the name with the fewest other cuts is returned. FormatError if the
     tokenizers package refuses `pre`.
     """
-    cutter = _cutter(pre, file)
-    own = _own_cuts(cutter, file)
+    own = _own_cuts(_cutter(pre, path), path)
     first = [names.split()[0] for names, _ in TABLE]
     least, names = 0, [name for name in first if _differences(own, name, 0) == 0]
     if not names:
@@ -56,12 +55,9 @@ def pre_tokenizer_name(pre: Any, whole_words: bool, model_type: str, file: str) 
     usual = _USUAL_NAMES.get(model_type)
     name = usual if usual in row else names[0]
     if least:
-        warnings.warn(
-            f'{file}: no known pre-tokenizer cuts text as this one does; "{name}" comes nearest, with {least} of '
-            f"{len(probes())} test texts cut otherwise. Compare gguf-tokenize with the original on your texts",
-            ConversionWarning,
-            stacklevel=2,
-        )
+        nearest = f'"{name}" comes nearest, with {least} of {len(probes())} test texts cut otherwise'
+        advice = "Compare gguf-tokenize with the original on your texts"
+        warn(path, f"no known pre-tokenizer cuts text as this one does; {nearest}. {advice}")
     return name
 
 
@@ -73,13 +69,13 @@ def probes() -> tuple[str, ...]:
     return (*texts, "x" + " " * 700 + "y" + " " * 9 + "\n" * 5, "12345678 " * 3, "a1b2c3 " * 4)
 
 
-def _own_cuts(cutter: Cutter, file: str) -> list[list[tuple[int, int]]]:
+def _own_cuts(cutter: Cutter, path: Path) -> list[list[tuple[int, int]]]:
     try:
         return [_cut(cutter, text) for text in probes()]
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # which the package raises, of no class that it gives out
+        if type(error).__name__ != "PanicException":  # the package raises it and does not export its class
             raise
-        raise FormatError(f"{file}: pre_tokenizer fails ({error}): it takes too long for some texts") from None
+        raise FormatError(f"{path}: pre_tokenizer fails ({error}): it takes too long for some texts") from None
 
 
 def _cut(cutter: Cutter, text: str) -> list[tuple[int, int]]:
@@ -97,15 +93,15 @@ def _differences(own: Sequence[list[tuple[int, int]]], name: str, enough: int) -
     return n
 
 
-def _cutter(pre: Any, file: str) -> Cutter:
+def _cutter(pre: Any, path: Path) -> Cutter:
     """Build the pre-tokenizer alone, without the space that it may put before a text."""
     empty = {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}
     try:
         built = Tokenizer.from_str(json.dumps(empty | {"pre_tokenizer": _without_prefix(pre)})).pre_tokenizer
     except Exception as error:  # the package raises Exception itself
-        raise FormatError(f"{file}: pre_tokenizer is not understood ({error})") from None
+        raise FormatError(f"{path}: pre_tokenizer is not understood ({error})") from None
     if built is None:
-        raise FormatError(f"{file}: a byte-level BPE without pre_tokenizer is not supported")
+        raise FormatError(f"{path}: a byte-level BPE without pre_tokenizer is not supported")
     return built
 
 

@@ -35,19 +35,18 @@ def read_sentencepiece(path: Path, n_vocab: int | None) -> Vocabulary:
 
     FormatError for a damaged file. UnsupportedError for a model of words or characters.
     """
-    message = _Message(read_file(path), path)
     pieces: list[tuple[str, float, int]] = []
-    trainer = normalizer = _Message(b"", path)
-    for number, value in message.fields():
+    train: dict[int, Any] = {}
+    norm: dict[int, Any] = {}
+    for number, value in _fields(read_file(path), path):
         if number == 1:
-            pieces.append(_piece(_Message(value, path), len(pieces)))
+            pieces.append(_piece(value, path, len(pieces)))
         elif number == 2:
-            trainer = _Message(value, path)
+            train = dict(_fields(value, path))
         elif number == 3:
-            normalizer = _Message(value, path)
+            norm = dict(_fields(value, path))
     if not pieces:
         raise FormatError(f"{path}: there are no tokens in it; is it a SentencePiece model?")
-    train, norm = dict(trainer.fields()), dict(normalizer.fields())
     kind = train.get(3, _UNIGRAM)
     if kind not in (_UNIGRAM, _BPE):
         raise UnsupportedError(f"{path}: a SentencePiece model of type {kind!r}: 1 (unigram) and 2 (BPE) are supported")
@@ -75,51 +74,43 @@ def is_sentencepiece(data: bytes) -> bool:
     return data[:1] == b"\x0a"
 
 
-def _piece(message: "_Message", id: int) -> tuple[str, float, int]:
-    fields: dict[int, Any] = {1: b"", 2: 0.0, 3: 1} | dict(message.fields())
+def _piece(message: Any, path: Path, id: int) -> tuple[str, float, int]:
+    fields: dict[int, Any] = {1: b"", 2: 0.0, 3: 1} | dict(_fields(message, path))
     text, score, kind = (fields[number] for number in (1, 2, 3))
     if not isinstance(score, float) or score != score or kind not in _TYPES:
-        raise FormatError(f"{message.path}: token {id} has the score {score!r} and the type {kind!r}")
+        raise FormatError(f"{path}: token {id} has the score {score!r} and the type {kind!r}")
     try:
         return bytes.decode(text), score, _TYPES[kind]
     except (UnicodeDecodeError, TypeError):
-        raise FormatError(f"{message.path}: token {id} is no UTF-8") from None
+        raise FormatError(f"{path}: token {id} is no UTF-8") from None
 
 
-class _Message:
-    def __init__(self, data: Any, path: Path) -> None:
-        if not isinstance(data, bytes):
-            raise FormatError(f"{path}: no SentencePiece model: a number stands where a message must")
-        self.path = path
-        self._data = data
+def _fields(data: Any, path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the value of each field of a message: an int, bytes, or a float for four bytes."""
+    if not isinstance(data, bytes):
+        raise FormatError(f"{path}: no SentencePiece model: a number stands where a message must")
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at, path)
+        number, wire = tag >> 3, tag & 7
+        if wire == 0:
+            value, at = _varint(data, at, path)
+            yield number, value - (1 << 64) if value >> 63 else value
+            continue
+        n = {1: 8, 5: 4}.get(wire, -1)
+        if wire == 2:
+            n, at = _varint(data, at, path)
+        if n < 0 or n > len(data) - at:
+            raise FormatError(f"{path}: no SentencePiece model: field {number} does not fit into {len(data)} bytes")
+        part, at = data[at : at + n], at + n
+        yield number, struct.unpack("<f", part)[0] if wire == 5 else part
 
-    def fields(self) -> Iterator[tuple[int, int | float | bytes]]:
-        """Yield the number and value of each field: an int, bytes, or a float for four bytes."""
-        data, at = self._data, 0
-        while at < len(data):
-            tag, at = self._varint(at)
-            number, wire = tag >> 3, tag & 7
-            if wire == 0:
-                value, at = self._varint(at)
-                yield number, value - (1 << 64) if value >> 63 else value
-                continue
-            n = {1: 8, 5: 4}.get(wire, -1)
-            if wire == 2:
-                n, at = self._varint(at)
-            if n < 0 or n > len(data) - at:
-                raise FormatError(
-                    f"{self.path}: no SentencePiece model: field {number} does not fit into {len(data)} bytes"
-                )
-            part, at = data[at : at + n], at + n
-            yield number, struct.unpack("<f", part)[0] if wire == 5 else part
 
-    def _varint(self, at: int) -> tuple[int, int]:
-        value = 0
-        for i in range(10):
-            if at + i >= len(self._data):
-                break
-            byte = self._data[at + i]
-            value |= (byte & 0x7F) << (7 * i)
-            if byte < 0x80:
-                return value, at + i + 1
-        raise FormatError(f"{self.path}: no SentencePiece model: a number is cut off or longer than 64 bits")
+def _varint(data: bytes, at: int, path: Path) -> tuple[int, int]:
+    """Return the number that begins at byte `at`, and where the next field begins."""
+    value = 0
+    for i, byte in enumerate(data[at : at + 10]):
+        value |= (byte & 0x7F) << (7 * i)
+        if byte < 0x80:
+            return value, at + i + 1
+    raise FormatError(f"{path}: no SentencePiece model: a number is cut off or longer than 64 bits")

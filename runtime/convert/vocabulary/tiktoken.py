@@ -57,11 +57,9 @@ def read_tiktoken(path: Path, n_vocab: int | None) -> Vocabulary:
     if not pre:
         known = ", ".join(f"{n} ({pre})" for n, (pre, _) in _KNOWN.items())
         raise FormatError(f"{path}: {len(tokens)} ranks are of no known vocabulary: {known}. Add its tokenizer.json")
-    found = dict(enumerate(_spell(tokens))) | {len(tokens) + i: name for i, name in enumerate(special)}
-    vocabulary = _byte_level(found, tokens, n_vocab, path)
+    controls = {len(tokens) + i: name for i, name in enumerate(special)}
+    vocabulary = _byte_level(tokens, 0, controls, n_vocab, path)
     vocabulary.pre = pre
-    for id in range(len(tokens), min(len(found), len(vocabulary.tokens))):
-        vocabulary.types[id] = CONTROL
     for role, name in (("bos", "<|begin_of_text|>"), ("eos", "<|end_of_text|>"), ("eos", "<|endoftext|>")):
         if name in special:
             vocabulary.roles[role] = name
@@ -71,29 +69,25 @@ def read_tiktoken(path: Path, n_vocab: int | None) -> Vocabulary:
 def read_tekken(path: Path, n_vocab: int | None) -> Vocabulary:
     """Return the vocabulary of a tekken.json: control tokens first, then the tokens with the lowest ranks."""
     data = read_json(path)
-    config = data.get("config")
-    config = config if isinstance(config, dict) else {}
+    given = data.get("config")
+    config = given if isinstance(given, dict) else {}
     n_special, n_all = config.get("default_num_special_tokens"), config.get("default_vocab_size")
     pattern, entries = config.get("pattern"), data.get("vocab")
     if not (isinstance(n_special, int) and isinstance(n_all, int) and 0 <= n_special < n_all <= MAX_TOKENS):
-        raise FormatError(
-            f"{path}: config.default_vocab_size and .default_num_special_tokens are missing or no numbers"
-        )
+        names = "config.default_vocab_size and .default_num_special_tokens"
+        raise FormatError(f"{path}: {names} are missing or no numbers")
     if not isinstance(pattern, str) or not isinstance(entries, list) or len(entries) < n_all - n_special:
         raise FormatError(f"{path}: config.pattern is missing, or vocab has fewer than {n_all - n_special} tokens")
     try:
         tokens = [base64.b64decode(entry["token_bytes"], validate=True) for entry in entries[: n_all - n_special]]
     except (TypeError, KeyError, ValueError, binascii.Error):
         raise FormatError(f"{path}: an entry of vocab has no token_bytes in base64") from None
-    special = {id: f"<SPECIAL_{id}>" for id in range(n_special)} | _tekken_special(data, n_special, path)
-    found = special | {n_special + i: token for i, token in enumerate(_spell(tokens))}
-    vocabulary = _byte_level(found, tokens, n_vocab, path)
+    controls = {id: f"<SPECIAL_{id}>" for id in range(n_special)} | _tekken_special(data, n_special, path)
+    vocabulary = _byte_level(tokens, n_special, controls, n_vocab, path)
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     pre = {"type": "Sequence", "pretokenizers": [split, byte_level]}
-    vocabulary.pre = pre_tokenizer_name(pre, True, "mistral", str(path))
-    for id in range(min(n_special, len(vocabulary.tokens))):
-        vocabulary.types[id] = CONTROL
+    vocabulary.pre = pre_tokenizer_name(pre, True, "mistral", path)
     vocabulary.roles |= {"unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "<pad>"}
     vocabulary.more |= {"add_bos_token": True, "add_eos_token": False}
     return vocabulary
@@ -116,11 +110,16 @@ def _spell(tokens: list[bytes]) -> list[str]:
     return ["".join([_CHARACTER[byte] for byte in token]) for token in tokens]
 
 
-def _byte_level(found: Mapping[int, str], tokens: list[bytes], n_vocab: int | None, path: Path) -> Vocabulary:
+def _byte_level(
+    tokens: list[bytes], first: int, controls: dict[int, str], n_vocab: int | None, path: Path
+) -> Vocabulary:
+    """Return a vocabulary. tokens: by rank, with the ids first, first + 1 ...; controls: control tokens by id."""
+    found = dict(enumerate(_spell(tokens), first)) | controls
     longest = max(map(len, tokens), default=0)
     if not longest or len(found) > MAX_TOKENS or longest > _MAX_TOKEN_BYTES:
         raise FormatError(f"{path}: {len(tokens)} tokens of up to {longest} bytes are no vocabulary")
     names, types = lay_out(found, n_vocab or len(found), path)
+    types = [CONTROL if id in controls else type for id, type in enumerate(types)]
     ranks = {token: rank for rank, token in enumerate(tokens)}
     # Tiktoken joins any two tokens that give a token, the lowest rank first: merges name all such pairs.
     merges = [" ".join(_spell(list(pair))) for token in tokens for pair in pairs_of(token, ranks)]

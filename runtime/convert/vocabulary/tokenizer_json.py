@@ -1,16 +1,12 @@
 """tokenizer.json of the tokenizers package: byte-level BPE, SentencePiece as BPE or Unigram, and WordPiece."""
 
 import base64
-import binascii
-import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.runtime.convert.stored.checkpoint import read_json
@@ -18,13 +14,14 @@ from gguf_run.runtime.convert.vocabulary.pre_tokenizer import pre_tokenizer_name
 from gguf_run.runtime.convert.vocabulary.vocabulary import (
     PADDING_SCORE,
     SPACE,
-    ConversionWarning,
     Vocabulary,
     added_tokens,
     lay_out,
     mark_added,
     pairs_of,
+    text_of,
     tokens_by_id,
+    warn,
 )
 from gguf_run.runtime.tokenizers.vocab import BYTE, NORMAL, UNKNOWN
 
@@ -47,9 +44,10 @@ def read_tokenizer_json(path: Path, n_vocab: int | None, model_type: str) -> Voc
     if not isinstance(kind, str) or kind not in _READERS:
         raise UnsupportedError(f"{path}: the model is {str(kind)[:40]!r}: {', '.join(_READERS)} are supported")
     added = added_tokens(data.get("added_tokens"), path)
-    vocab = model.get("vocab")
+    vocab: Any = model.get("vocab")
     if kind == "Unigram":
-        vocab = {token: id for id, (token, _) in enumerate(_unigram_pieces(vocab, path))}
+        _check_pieces(vocab, path)
+        vocab = {token: id for id, (token, _) in enumerate(vocab)}
     if not isinstance(vocab, dict):
         raise FormatError(f"{path}: the model's vocab must be an object of tokens and ids")
     found = tokens_by_id(vocab, added, path)
@@ -91,21 +89,21 @@ def _bpe(data: dict[str, Any], vocabulary: Vocabulary, path: Path, model_type: s
     vocabulary.model = "gpt2"
     pre = data.get("pre_tokenizer")
     if any(step.get("add_prefix_space") for step in steps(pre, path) if step["type"] == "ByteLevel"):
-        _warn(path, "it puts a space before a text, which a GGUF file cannot say of byte-level BPE")
-    vocabulary.pre = pre_tokenizer_name(pre, model.get("ignore_merges") is True, model_type, str(path))
+        warn(path, "it puts a space before a text, which a GGUF file cannot say of byte-level BPE")
+    vocabulary.pre = pre_tokenizer_name(pre, model.get("ignore_merges") is True, model_type, path)
     vocabulary.merges = [f"{left} {right}" for left, right in merges]
     for step in steps(data.get("normalizer"), path):
         if step["type"] == "NFC":
             vocabulary.more["normalizer.nfc"] = True
         else:
-            _warn(path, f"its normalizer {step['type']} has no place in a GGUF file")
+            warn(path, f"its normalizer {step['type']} has no place in a GGUF file")
     return vocabulary
 
 
 def _spm_bpe(data: dict[str, Any], vocabulary: Vocabulary, merges: list[tuple[str, str]], path: Path) -> Vocabulary:
-    """Turn the merges of a SentencePiece model that is written as BPE back into scores.
+    """Compute scores from the order of the merges: the model is one of SentencePiece that was written as BPE.
 
-    SentencePiece joins any two tokens that give a token, the best score first. BPE does the same if its merges name
+    SentencePiece joins any two tokens that make a token, the best score first. BPE does the same if its merges name
     all such pairs.
     """
     vocabulary.model = "llama"
@@ -114,7 +112,7 @@ def _spm_bpe(data: dict[str, Any], vocabulary: Vocabulary, merges: list[tuple[st
     n_pairs = sum(len(pairs_of(token, known)) for token in ranks)
     n_merges = len(set(merges))
     if n_pairs > n_merges:
-        _warn(path, f"it has {n_merges} of {n_pairs} possible merges; a GGUF file has all: some texts may differ")
+        warn(path, f"it has {n_merges} of {n_pairs} possible merges; a GGUF file has all: some texts may differ")
     _mark_bytes(vocabulary)
     for token, type in zip(vocabulary.tokens, vocabulary.types, strict=True):
         if type == NORMAL:
@@ -126,7 +124,7 @@ def _spm_bpe(data: dict[str, Any], vocabulary: Vocabulary, merges: list[tuple[st
 
 def _unigram(data: dict[str, Any], vocabulary: Vocabulary, path: Path, model_type: str) -> Vocabulary:
     vocabulary.model = "t5"
-    scores = [score for _, score in _unigram_pieces(data["model"].get("vocab"), path)][: len(vocabulary.tokens)]
+    scores = [float(score) for _, score in data["model"]["vocab"]][: len(vocabulary.tokens)]
     vocabulary.scores = scores + [PADDING_SCORE] * (len(vocabulary.tokens) - len(scores))
     unknown = data["model"].get("unk_id")
     if isinstance(unknown, int) and 0 <= unknown < len(vocabulary.tokens):
@@ -138,19 +136,23 @@ def _unigram(data: dict[str, Any], vocabulary: Vocabulary, path: Path, model_typ
     split = any(step["type"] == "WhitespaceSplit" for step in steps(data.get("pre_tokenizer"), path))
     for step in steps(data.get("normalizer"), path):
         if step["type"] == "Precompiled":
-            vocabulary.more["precompiled_charsmap"] = _charsmap(step.get("precompiled_charsmap"), path)
+            try:
+                charsmap = base64.b64decode(step["precompiled_charsmap"], validate=True)
+            except (KeyError, TypeError, ValueError):
+                raise FormatError(f"{path}: precompiled_charsmap is no base64") from None
+            vocabulary.more["precompiled_charsmap"] = np.frombuffer(charsmap, np.uint8)
         elif step["type"] == "Replace" and " {2,}" in str(step.get("pattern")):
             split = True
         elif step["type"] in ("NFC", "NFKC"):
             vocabulary.more[f"normalizer.{step['type'].lower()}"] = True
         elif step["type"] not in ("Replace", "Prepend", "Strip"):
-            _warn(path, f"its normalizer {step['type']} has no place in a GGUF file")
+            warn(path, f"its normalizer {step['type']} has no place in a GGUF file")
     vocabulary.more["remove_extra_whitespaces"] = split
     return vocabulary
 
 
 def _wordpiece(data: dict[str, Any], vocabulary: Vocabulary, path: Path, model_type: str) -> Vocabulary:
-    """Give tokens that begin a word a "▁", and take the "##" from others: llama.cpp tells them apart so."""
+    """Put "▁" before tokens that begin a word and remove "##" from the others, as llama.cpp's converter does."""
     vocabulary.model = "bert"
     prefix = str(data["model"].get("continuing_subword_prefix", "##"))
     added = {entry.id for entry in added_tokens(data.get("added_tokens"), path)}
@@ -169,9 +171,11 @@ def _wordpiece(data: dict[str, Any], vocabulary: Vocabulary, path: Path, model_t
     return vocabulary
 
 
-_READERS: Mapping[str, Callable[[dict[str, Any], Vocabulary, Path, str], Vocabulary]] = MappingProxyType(
-    {"BPE": _bpe, "Unigram": _unigram, "WordPiece": _wordpiece}
-)
+_READERS: Mapping[str, Callable[[dict[str, Any], Vocabulary, Path, str], Vocabulary]] = {
+    "BPE": _bpe,
+    "Unigram": _unigram,
+    "WordPiece": _wordpiece,
+}
 
 
 def _merges(value: Any, path: Path) -> list[tuple[str, str]]:
@@ -185,25 +189,23 @@ def _merges(value: Any, path: Path) -> list[tuple[str, str]]:
     return [(left.replace(" ", "Ġ"), right.replace(" ", "Ġ")) for left, right in pairs]
 
 
-def _unigram_pieces(value: Any, path: Path) -> list[tuple[str, float]]:
-    """Check the vocabulary of a Unigram model: [[token, log probability], ...]."""
+def _check_pieces(value: Any, path: Path) -> None:
+    """Raise FormatError unless this is the vocabulary of a Unigram model: [[token, log probability], ...]."""
     if not isinstance(value, list):
         raise FormatError(f"{path}: the model's vocab must be a list of tokens and scores")
     for i, item in enumerate(value):
         if not isinstance(item, list) or len(item) != 2 or not isinstance(item[0], str):
             raise FormatError(f"{path}: entry {i} of the vocabulary is {str(item)[:60]}, not [token, score]")
-        if isinstance(item[1], bool) or not isinstance(item[1], int | float) or not -1e30 < item[1] < 1e30:
+        if type(item[1]) not in (int, float) or not -1e30 < item[1] < 1e30:
             raise FormatError(f"{path}: token {item[0][:40]!r} has the score {str(item[1])[:40]}, which is no number")
-    if len({item[0] for item in value}) < len(value):
-        twice = next(a[0] for a, b in pairwise(sorted(value, key=lambda item: item[0])) if a[0] == b[0])
+    twice, n = Counter(item[0] for item in value).most_common(1)[0] if value else ("", 0)
+    if n > 1:
         raise FormatError(f"{path}: token {twice[:40]!r} stands there twice")
-    return [(token, float(score)) for token, score in value]
 
 
 def _mark_bytes(vocabulary: Vocabulary) -> None:
-    vocabulary.types = [
-        BYTE if token in _BYTE_TOKENS else type for token, type in zip(vocabulary.tokens, vocabulary.types, strict=True)
-    ]
+    typed = zip(vocabulary.tokens, vocabulary.types, strict=True)
+    vocabulary.types = [BYTE if token in _BYTE_TOKENS else type for token, type in typed]
 
 
 def _read_prefix(data: dict[str, Any], vocabulary: Vocabulary, path: Path) -> None:
@@ -218,13 +220,6 @@ def _read_prefix(data: dict[str, Any], vocabulary: Vocabulary, path: Path) -> No
     vocabulary.more["add_space_prefix"] = prefix
 
 
-def _charsmap(value: Any, path: Path) -> NDArray[np.uint8]:
-    try:
-        return np.frombuffer(base64.b64decode(value, validate=True), np.uint8)
-    except (TypeError, ValueError, binascii.Error):
-        raise FormatError(f"{path}: precompiled_charsmap is no base64") from None
-
-
 def _read_post_processor(data: dict[str, Any], vocabulary: Vocabulary, path: Path) -> None:
     """Find the tokens that the post-processor puts around a text."""
     for step in steps(data.get("post_processor"), path):
@@ -237,7 +232,7 @@ def _read_post_processor(data: dict[str, Any], vocabulary: Vocabulary, path: Pat
 
 
 def _tokens_around(step: dict[str, Any]) -> dict[str, str | None]:
-    """Return the tokens that a step puts before (bos) and after (eos) a text, as far as it tells. None: no token."""
+    """Return the tokens that a step puts before (bos) and after (eos) a text. None: no token. No key: not known."""
     if step["type"] in ("RobertaProcessing", "BertProcessing"):
         pairs = (("bos", step.get("cls")), ("eos", step.get("sep")))
         return {role: pair[0] for role, pair in pairs if isinstance(pair, list) and pair and isinstance(pair[0], str)}
@@ -249,9 +244,4 @@ def _tokens_around(step: dict[str, Any]) -> dict[str, str | None]:
 
 def _special_token(part: Any) -> str | None:
     special = part.get("SpecialToken") if isinstance(part, dict) else None
-    token = special.get("id") if isinstance(special, dict) else None
-    return token if isinstance(token, str) else None
-
-
-def _warn(path: Path, text: str) -> None:
-    warnings.warn(f"{path}: {text}", ConversionWarning, stacklevel=3)
+    return text_of(special, "id")

@@ -54,6 +54,11 @@ class Added:
     rstrip: bool = False  # takes the white space on its right
 
 
+def warn(path: Path, text: str) -> None:
+    """Give a ConversionWarning about a file."""
+    warnings.warn(f"{path}: {text}", ConversionWarning, stacklevel=3)
+
+
 def read_file(path: Path) -> bytes:
     """Return a file's bytes. FormatError if it cannot be read or is far larger than any tokenizer."""
     try:
@@ -65,14 +70,20 @@ def read_file(path: Path) -> bytes:
         raise FormatError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
+def text_of(value: Any, key: str) -> str | None:
+    """Return the text under a key of an object of JSON, or None."""
+    text = value.get(key) if isinstance(value, Mapping) else None
+    return text if isinstance(text, str) else None
+
+
 def added_tokens(entries: Any, path: Path) -> list[Added]:
     """Return a checked list of {"id", "content", "special"} entries. None is an empty list."""
     if entries is not None and not isinstance(entries, list):
         raise FormatError(f"{path}: added_tokens is {type(entries).__name__}: a list is allowed")
     found = []
     for entry in entries or ():
-        id, content = (entry.get("id"), entry.get("content")) if isinstance(entry, Mapping) else (None, None)
-        if not isinstance(id, int) or isinstance(id, bool) or not 0 <= id < MAX_TOKENS or not isinstance(content, str):
+        id, content = entry.get("id") if isinstance(entry, Mapping) else None, text_of(entry, "content")
+        if type(id) is not int or not 0 <= id < MAX_TOKENS or content is None:
             raise FormatError(f"{path}: an added token is {str(entry)[:80]}: it needs an id and its text as content")
         found.append(Added(id, content, *(entry.get(flag) is True for flag in ("special", "lstrip", "rstrip"))))
     return found
@@ -82,10 +93,9 @@ def tokens_by_id(vocab: Mapping[str, Any], added: Iterable[Added], path: Path) -
     """Return the tokens of a vocabulary {token: id} and added ones, by id. FormatError for a wrong or repeated id."""
     found: dict[int, str] = {}
     for token, id in vocab.items():
-        if not isinstance(id, int) or isinstance(id, bool) or not 0 <= id < MAX_TOKENS:
-            raise FormatError(
-                f"{path}: token {token[:40]!r} has the id {str(id)[:40]}: 0 to {MAX_TOKENS - 1} are allowed"
-            )
+        if type(id) is not int or not 0 <= id < MAX_TOKENS:
+            allowed = f"0 to {MAX_TOKENS - 1} are allowed"
+            raise FormatError(f"{path}: token {token[:40]!r} has the id {str(id)[:40]}: {allowed}")
         if found.setdefault(id, token) is not token:
             raise FormatError(f"{path}: the tokens {found[id][:40]!r} and {token[:40]!r} have the same id {id}")
     for entry in added:
@@ -106,12 +116,8 @@ def lay_out(found: Mapping[int, str], n_vocab: int, path: Path) -> tuple[list[st
     tokens = [found.get(id, f"[PAD{id}]") for id in range(n_vocab)]
     types = [NORMAL if id in found else UNUSED for id in range(n_vocab)]
     if left_out := [token for id, token in found.items() if id >= n_vocab]:
-        warnings.warn(
-            f"{path}: {len(left_out)} tokens such as {left_out[0][:40]!r} are left out: config.json says vocab_size "
-            f"{n_vocab}, so the model has no embedding for them",
-            ConversionWarning,
-            stacklevel=3,
-        )
+        why = f"config.json says vocab_size {n_vocab}, so the model has no embedding for them"
+        warn(path, f"{len(left_out)} tokens such as {left_out[0][:40]!r} are left out: {why}")
     if len(set(tokens)) < n_vocab:
         twice, _ = Counter(tokens).most_common(1)[0]
         raise FormatError(f"{path}: token {twice[:40]!r} stands there twice")
@@ -133,7 +139,8 @@ def mark_added(vocabulary: Vocabulary, added: Iterable[Added]) -> None:
     for entry in added:
         if entry.id >= len(vocabulary.tokens):
             continue
-        control = entry.special or looks_like_control(entry.content)
+        brackets = any(entry.content.startswith(a) and entry.content.endswith(z) for a, z in _CONTROL_BRACKETS)
+        control = entry.special or brackets or entry.content in _CONTROL_NAMES
         vocabulary.types[entry.id] = CONTROL if control else USER_DEFINED
         vocabulary.tokens[entry.id] = entry.content if control else entry.content.replace(SPACE, " ")
         if vocabulary.scores is not None:
@@ -142,8 +149,3 @@ def mark_added(vocabulary: Vocabulary, added: Iterable[Added]) -> None:
             if getattr(entry, side):
                 key = f"{side}_token_ids"
                 vocabulary.more[key] = sorted({*vocabulary.more.get(key, ()), entry.id})
-
-
-def looks_like_control(token: str) -> bool:
-    """Tell whether models use this name for a control token."""
-    return token in _CONTROL_NAMES or any(token.startswith(a) and token.endswith(z) for a, z in _CONTROL_BRACKETS)
