@@ -132,10 +132,12 @@ def writing_safetensors(
 ) -> Iterator[Callable[[str, Any], None]]:
     """Write a file of arrays whose sizes are known and whose values are still to come.
 
-    arrays: name -> (a key of DTYPES, the shape); they lie in this order. metadata: the texts under "__metadata__".
-    Yields `append(name, data)`, which writes the next bytes of an array: a contiguous buffer of any type. Arrays may
-    be filled in any order and in turns. The file replaces `path` when the block ends with all arrays full; if the
-    block raises, `path` stays as it was. OSError if the file cannot be written.
+    arrays: name -> (a key of DTYPES, the shape), in the order of the file.
+    metadata: the texts under "__metadata__".
+
+    Yields `append(name, data)`. It writes the next bytes of an array from a contiguous buffer of any type. Calls for
+    different arrays may alternate. The file replaces `path` when the block ends and all arrays are full. If the block
+    raises, `path` stays as it was. OSError if the file cannot be written.
     """
     header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     end = 0

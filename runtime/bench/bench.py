@@ -126,10 +126,11 @@ class Result:
 def ideal_seconds(case: Case, model: BenchedModel, weight_bytes: int, limits: Limits) -> float:
     """Return the least seconds that a test can take on a machine with these limits.
 
-    A run of tokens reads all weights once (weight_bytes: as the backend holds them) and the cached keys and values
-    before the tokens. It does a multiplication and an addition for each weight and token. The slower of the two
-    counts: reading bounds decoding, arithmetic bounds a long prompt. The products of attention are left out because
-    they are not int8. Models of float weights stay far from the int8 limit.
+    weight_bytes: bytes of all weights, as the backend holds them.
+
+    A run of tokens reads all weights once, and the keys and values of the tokens before. It computes a multiplication
+    and an addition for each weight and token. The slower of reading and computing counts. Attention's own products are
+    not counted because they are not int8. Float weights stay far from the int8 limit.
     """
     config = model.config
     position_bytes = cache_bytes(*case.cache_types, config.n_head_kv, config.head_dim, GROUP) // GROUP

@@ -128,9 +128,9 @@ class Context:
         self._rewind(0)
 
     def _rewind(self, n: int) -> int:
-        """Keep the first n ids of the history, or fewer where the cache cannot go back so far; return how many stay.
+        """Keep the first n ids of the history. Return how many stay: fewer if the cache cannot go back to n.
 
-        This also repairs an interrupted run, after which the decoder may hold more tokens than the history, or none.
+        This also repairs an interrupted run: the decoder may then hold more tokens than the history, or none.
         """
         if n < self._cut.stop:
             n = min(n, self._cut.start)

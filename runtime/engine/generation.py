@@ -13,10 +13,12 @@ class Generation:
     """Runs one reply: yields the pieces of text, and counts tokens and seconds in its attributes."""
 
     def __init__(self, context: Context, reply: Reply, n_keep: int | None = None) -> None:
-        """Check the options; nothing runs yet.
+        """Check the options. Nothing runs yet.
 
-        n_keep: None: a full context ends the text; else it goes on without some tokens, see Context.
-        ContextError if the prompt does not fit, GgufRunError if it is empty, OptionError for n_keep and max_tokens.
+        n_keep: number of first tokens that stay when a full context drops others, see Context. None: a full context
+            ends the text.
+        ContextError if the prompt does not fit, GgufRunError if it is empty, OptionError if n_keep or max_tokens is not
+        allowed.
         """
         n_ctx = context.decoder.n_ctx
         if n_keep is not None and not (n_keep >= 0 and kept(n_keep) + 2 * GROUP <= n_ctx):

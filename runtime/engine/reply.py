@@ -28,7 +28,7 @@ class Answer:
 
 
 class StopStrings:
-    """Passes text on up to the first stop string. Holds back an end of the text that may be the start of one."""
+    """Passes text on up to the first stop string. The end of a text waits if a stop string may begin there."""
 
     def __init__(self, strings: Sequence[str]) -> None:
         """OptionError for a single string instead of a list, and for an empty stop string."""
@@ -39,7 +39,7 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """Take more text; return what can be shown now. Nothing comes out after a stop string."""
+        """Take more text. Return the text that can be shown now: "" once a stop string was found."""
         if self.found:
             return ""
         text = self._held + text

@@ -141,7 +141,7 @@ def holds_all(plan: MemoryPlan, wanted: Wanted, free: Mapping[Device, int]) -> b
 
 
 def most_layers(plan: MemoryPlan) -> tuple[int, str]:
-    """Return how many of the last layers have cache types that GPUs know, and the error for the layer before them."""
+    """Return how many layers, from the last on, have cache types that GPUs know, and the error of the next layer."""
     for n_gpu, il in enumerate(reversed(range(plan.config.n_layer))):
         try:
             for name in (plan.cache[il].k, plan.cache[il].v):

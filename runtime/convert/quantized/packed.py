@@ -171,7 +171,7 @@ def _awq_gemv(parts: Parts) -> list[Tensor]:
 
 
 def packed(parts: Parts) -> list[Tensor]:
-    """Return the weight of these tensors of compressed-tensors. If _packed is U8, it is NVFP4 or MXFP4.
+    """Return a weight that compressed-tensors stored as several tensors. A _packed of U8 is NVFP4 or MXFP4.
 
     _packed       I32[n_out, n_in * n_bits / 32]
     _shape        I64[2]: n_out, n_in
