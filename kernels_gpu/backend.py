@@ -14,9 +14,8 @@ from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.kernels_gpu.attention.cache import GpuCache, new_rows
 from gguf_run.kernels_gpu.attention.cache_types import cache_format
 from gguf_run.kernels_gpu.buffers import Memory
-from gguf_run.kernels_gpu.device.device import capability, current
+from gguf_run.kernels_gpu.device.device import capability, current, measure_limits
 from gguf_run.kernels_gpu.device.errors import gpu_errors
-from gguf_run.kernels_gpu.device.limits import measure_limits
 from gguf_run.kernels_gpu.device.tuning import DEFAULT, TUNINGS
 from gguf_run.kernels_gpu.panels.memory import GpuExperts, GpuSquares, GpuWeight, WeightPart
 from gguf_run.kernels_gpu.panels.repack import Uploader

@@ -5,13 +5,13 @@ import triton.language as tl
 
 from gguf_run.kernels_gpu.attention.cache_rows import (
     column_of,
+    hadamard,
     has_row_factor,
     load_rows,
     planes_at,
     row_factors,
     store_row,
 )
-from gguf_run.kernels_gpu.rows.hadamard import hadamard
 
 
 @triton.jit

@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 
 from gguf_run.kernels_gpu.panels.dots import dp2a, dp4a
-from gguf_run.kernels_gpu.panels.units import added, unit_factors, unit_words, words4, zeros
+from gguf_run.kernels_gpu.panels.units import added, load_floats, unit_factors, unit_words, words4, zeros
 from gguf_run.kernels_gpu.rows.activation import gate_by
+from gguf_run.kernels_gpu.rows.norms import normed
 from gguf_run.kernels_gpu.rows.quantize import store_int8
-from gguf_run.kernels_gpu.rows.rms_norm import normed
 
 
 @triton.jit
@@ -69,10 +69,7 @@ def _block(x, at, live, EVEN: tl.constexpr):
 
 
 @triton.jit
-def dot_units(
-    rows, x, at, live,
-    R: tl.constexpr, PANEL: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
+def dot_units(rows, x, at, live, R: tl.constexpr, PANEL: tl.constexpr, EVEN: tl.constexpr):
     """Multiply the units of R rows with the activations of the units number `at` [n].
 
     rows: pairs of what unit_words and unit_factors return. x: int8 activations (xq, xd, xs).
@@ -206,3 +203,33 @@ def matmul_decode(
             store_blocks(out, out_stride, first, 0, made, counts, n_out, M, PAIRS)
     elif norm is not None:
         _norm_rows(out, out_stride, norm, norm2, made, counts, n_out, M, WIDTH)
+
+
+@triton.jit
+def matmul_float(
+    qs, x, x_stride, out, out_stride, bias, residual, residual_stride, n_out, n_in, n_unit,
+    TYPE: tl.constexpr, M: tl.constexpr, R: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """matmul_decode of float panels, in f32. A thread multiplies 16 bytes of each of R rows at a time.
+
+    out[m, o] = w[o] * x[m] (+ bias[o]) (+ residual[m, o]) for M tokens. TYPE: of the panel.
+    """
+    E: tl.constexpr = 4 if TYPE == "F32" else 8
+    first = tl.program_id(0) * R
+    e = tl.arange(0, E)[None, :]
+    sums = zeros(M * R, UNITS)
+    for start in range(0, n_unit, UNITS):
+        u = start + tl.arange(0, UNITS)
+        units = tl.minimum(u, n_unit - 1)[:, None] * E + e
+        column = u[:, None] * E + e
+        rows = ()
+        for r in tl.static_range(R):
+            at = tl.minimum(first + r, n_out - 1).to(tl.int64) * (n_unit * E) + units
+            rows = rows + (load_floats(qs, at, TYPE),)
+        values = ()
+        for m in tl.static_range(M):
+            x_m = tl.load(x + m * x_stride + column, mask=column < n_in, other=0.0)
+            for r in tl.static_range(R):
+                values = values + (tl.sum(rows[r] * x_m, axis=1),)
+        sums = added(sums, values)
+    store_sums(sums, first, out, out_stride, bias, residual, residual_stride, n_out, M, R, None)
