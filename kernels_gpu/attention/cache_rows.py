@@ -1,4 +1,4 @@
-"""How rows of a KV cache are stored and read; cache_formats.py has the table of types.
+"""How rows of a KV cache are stored and read; cache_types.py has the table of types.
 
 A row is one position of one KV head. Its elements are in the plane qs. Its scales (f16), if it has any, are in the
 plane d: one for each block of 32 columns in ggml's types, one for the row in int8 and fp8. Byte j of a block of q4_0
@@ -8,6 +8,8 @@ has columns j and 16 + j: so a tile of rows is two operands of half the width, c
 import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
+
+from gguf_run.kernels_gpu.attention.cache_types import CACHE_FORMATS
 
 
 @triton.constexpr_function
@@ -19,7 +21,7 @@ def n_operand(name):
 @triton.constexpr_function
 def has_row_factor(name):
     """Return whether a row has one scale, which load_rows leaves to row_factors."""
-    return name in ("int8", "fp8_e4m3", "fp8_e5m2")
+    return CACHE_FORMATS[name].block is None
 
 
 @triton.constexpr_function
@@ -37,8 +39,7 @@ def precision(name):
 @triton.constexpr_function
 def row_sizes(name, head_dim):
     """Return the bytes of a row's elements and the number of its scales."""
-    bits = {"f32": 32, "f16": 16, "bf16": 16, "q4_0": 4}.get(name, 8)
-    return head_dim * bits // 8, head_dim // 32 if name in ("q8_0", "q4_0") else 1
+    return head_dim * CACHE_FORMATS[name].bits // 8, CACHE_FORMATS[name].n_scale(head_dim)
 
 
 @triton.jit

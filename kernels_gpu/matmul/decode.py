@@ -90,6 +90,34 @@ def dot_units(rows, x, at, live, R: tl.constexpr, PANEL: tl.constexpr, EVEN: tl.
 
 
 @triton.jit
+def sum_units(
+    w, base, first, n_out, x, before, n_unit,
+    PANEL: tl.constexpr, M: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, UNITS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Return the sums of each thread over the units of R rows of w for M tokens: M * R values f32[UNITS].
+
+    The matrix has its rows from `base` on, n_out of them or twice n_out. The R rows are PAIRS rows from `first` on; if
+    R is 2 PAIRS, also the rows n_out after these. before: units of x before those of the first token.
+    """
+    lane = tl.arange(0, UNITS)
+    sums = zeros(M * R, UNITS)
+    for start in range(0, n_unit, UNITS):
+        u = start + lane
+        live = u < n_unit
+        if not EVEN:
+            u = tl.minimum(u, n_unit - 1)
+        rows = ()
+        for r in tl.static_range(R):
+            row = base + (tl.minimum(first + r % PAIRS, n_out - 1) + (r // PAIRS) * n_out).to(tl.int64)
+            rows = rows + ((unit_words(w, row, u, n_unit, PANEL), unit_factors(w, row, u, n_unit, PANEL)),)
+        values = ()
+        for m in tl.static_range(M):
+            values = values + dot_units(rows, x, before + m * n_unit + u, live, R, PANEL, EVEN)
+        sums = added(sums, values)
+    return sums
+
+
+@triton.jit
 def store_sums(
     sums, first, out, out_stride, bias, residual, residual_stride, n_out,
     M: tl.constexpr, R: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -182,21 +210,7 @@ def matmul_decode(
     """
     PAIRS: tl.constexpr = R if ACTIVATION is None else R // 2
     first = tl.program_id(0) * PAIRS
-    lane = tl.arange(0, UNITS)
-    sums = zeros(M * R, UNITS)
-    for start in range(0, n_unit, UNITS):
-        u = start + lane
-        live = u < n_unit
-        if not EVEN:
-            u = tl.minimum(u, n_unit - 1)
-        rows = ()
-        for r in tl.static_range(R):
-            row = (tl.minimum(first + r % PAIRS, n_out - 1) + (r // PAIRS) * n_out).to(tl.int64)
-            rows = rows + ((unit_words(w, row, u, n_unit, PANEL), unit_factors(w, row, u, n_unit, PANEL)),)
-        values = ()
-        for m in tl.static_range(M):
-            values = values + dot_units(rows, x, m * n_unit + u, live, R, PANEL, EVEN)
-        sums = added(sums, values)
+    sums = sum_units(w, 0, first, n_out, x, 0, n_unit, PANEL, M, R, PAIRS, UNITS, EVEN)
     store_sums(sums, first, out, out_stride, bias, residual, residual_stride, n_out, M, R, ACTIVATION)
     if ACTIVATION is not None:
         if made is not None:
