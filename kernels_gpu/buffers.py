@@ -112,7 +112,7 @@ class Memory:
     """All memory of a program, by the names of its buffers. bind (launch.py) asks for it; the launches use it."""
 
     def __init__(self, device: torch.device, tuning: Tuning, n_batch: int, n_outputs: int) -> None:
-        self.device, self.tuning = device, tuning
+        self.device, self.tuning, self.n_batch, self.n_outputs = device, tuning, n_batch, n_outputs
         self.step = StepInput(n_batch, n_outputs, device)
         self.scratch = dict[str, Array]()  # by the names of _SCRATCH: ops use it one after the other
         self._n_row = {False: padded(n_batch), True: padded(n_outputs)}
