@@ -1,4 +1,4 @@
-"""What comes before attention, in one launch: norms, rope and Hadamard transform of heads; new rows of the cache."""
+"""Prepares attention in one launch: norms, rope and Hadamard transform of heads; new rows of the cache."""
 
 import triton
 import triton.language as tl

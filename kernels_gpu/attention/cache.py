@@ -122,7 +122,7 @@ class GpuCache:
 
 
 def _hadamard(n: int) -> Array:
-    """Return the matrix of hadamard.py's transform. It is its own inverse."""
+    """Return the matrix of cache_rows.hadamard. It is its own inverse."""
     block = n & -n
     h = torch.ones(1, 1)
     while len(h) < block:

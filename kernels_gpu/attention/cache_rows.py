@@ -1,8 +1,9 @@
 """How rows of a KV cache are stored and read; cache_types.py has the table of types.
 
-A row is one position of one KV head. Its elements are in the plane qs. Its scales (f16), if it has any, are in the
-plane d: one for each block of 32 columns in ggml's types, one for the row in int8 and fp8. Byte j of a block of q4_0
-has columns j and 16 + j: so a tile of rows is two operands of half the width, columns j and columns 16 + j.
+A row is one position of one KV head. It may have gone through the Hadamard transform. Its elements are in the plane qs.
+Its scales (f16), if it has any, are in the plane d: one for each block of 32 columns in ggml's types, one for the row
+in int8 and fp8. Byte j of a block of q4_0 has columns j and 16 + j. So a tile of rows is two operands of half the
+width: columns j and columns 16 + j.
 """
 
 import triton
@@ -62,7 +63,7 @@ def planes_at(planes, row, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _half(code, OFFSET: tl.constexpr):
-    """code - OFFSET of uint8 as f16, exactly: 0x6400 + code is the f16 1024 + code. Cheaper than a conversion."""
+    """Return code - OFFSET of uint8 as f16, exactly, without a conversion: 0x6400 + code is the f16 1024 + code."""
     return (code.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + OFFSET)
 
 
@@ -119,7 +120,7 @@ def row_factors(planes, rows, live, TYPE: tl.constexpr):
 
 @triton.jit
 def _fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr):
-    """The nearest code, halves to even, saturating. Hardware has it from sm_89 on only."""
+    """Return the nearest fp8 codes of x, ties to even, at most LARGEST. Only sm_89 and later have an instruction."""
     bits = x.to(tl.int32, bitcast=True)
     size = tl.minimum(tl.abs(x), LARGEST)
     drop: tl.constexpr = 23 - MANTISSA

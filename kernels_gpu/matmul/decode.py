@@ -204,7 +204,7 @@ def matmul_decode(
 
     Epilogues need more of out than a program has. The last program to finish runs them: `counts`, all 0 before and
     after a launch, tells which one that is.
-    norm: None, or (weight, norm_out, its stride, eps, residual, its stride): norm_out = rms_norm(out) (+ residual).
+    norm: None, or (weight, norm_out, its stride, eps, residual, its stride): norm_out = normed(out) (+ residual).
     norm2: None, or (weight, norm_out, its stride, eps): an RMS norm of the first norm's result.
     made: None, or (xq, xd, xs): gets the last result as int8. Without a norm only that of an ACTIVATION.
     """

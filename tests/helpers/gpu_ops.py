@@ -1,7 +1,7 @@
-"""For tests of the GPU backend: in Triton's interpreter, on torch's CPU tensors, or on a GPU. NumPy twins of panels.
+"""What tests of the GPU backend share, and NumPy twins of panels.
 
-conftest.py turns the interpreter on; it is set before triton is imported, for the whole process. A module that imports
-this one is skipped if torch or Triton is missing.
+Kernels run in Triton's interpreter on torch's CPU tensors, or on a GPU. conftest.py turns the interpreter on for the
+whole process, before triton is imported. A module that imports this one is skipped if torch or Triton is missing.
 """
 
 import os
@@ -41,7 +41,7 @@ def gpu() -> GpuBackend:
 
 
 def use_tuning(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-    """Have GpuBackend take a Tuning: large tiles, because the interpreter takes no longer for them."""
+    """Give GpuBackend a Tuning. Tests choose large tiles: the interpreter takes no longer for them."""
     monkeypatch.setattr(backend, "DEFAULT", Tuning(**options))
 
 
@@ -54,12 +54,12 @@ def _tensor(values: np.ndarray, like: Any) -> Any:
 
 
 def dp4a(a: Any, b: Any, c: Any) -> Any:
-    """kernels_gpu.panels.dots.dp4a in one operation instead of twenty."""
+    """Do what kernels_gpu.panels.dots.dp4a does, in one operation instead of twenty."""
     return _tensor(c.handle.data + (_bytes(a) * _bytes(b)).sum(-1), c)
 
 
 def look_up(word: Any, BOOK: Any) -> tuple[Any, Any]:
-    """kernels_gpu.panels.dots.look_up."""
+    """Do what kernels_gpu.panels.dots.look_up does."""
     book, codes = np.array([int(part) for part in BOOK], np.int32).view(np.int8), _bytes(word)
     return tuple(_tensor(book[c & 15].view(np.int32)[..., 0], word) for c in (codes, codes >> 4))
 
@@ -71,8 +71,11 @@ def fast_dots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def speed_up(replace: Callable[[Any, str, Any], None]) -> None:
-    """The interpreter takes 40 us for each operation on tensors, most of which are those of dp4a's fallback, and longer
-    to put its operations into triton.language, which it does anew for every function that a kernel calls."""
+    """Make the interpreter faster.
+
+    It takes 40 us for each operation on tensors, and dp4a's fallback has most of the operations: twins replace them.
+    It also puts its operations into triton.language anew for every function that a kernel calls: now it does so once.
+    """
     replace(matmul_decode, "dp4a", dp4a)
     replace(units, "look_up", look_up)
     call, seen = interpreter.InterpretedFunction.__call__, set()
@@ -87,12 +90,12 @@ def speed_up(replace: Callable[[Any, str, Any], None]) -> None:
 
 
 def _bits(plane: np.ndarray, at: np.ndarray, bit: np.ndarray, n: int) -> np.ndarray:
-    """n bits of the bytes number `at` of each unit, plane uint8[n_out, n_unit, bytes], from `bit` on."""
+    """Return n bits, from `bit` on, of the bytes number `at` of each unit. plane: uint8[n_out, n_unit, bytes]."""
     return (plane[..., at] >> bit) & (1 << n) - 1
 
 
 def unpack_part(part: WeightPart) -> np.ndarray:
-    """The numbers in a panel, float32[n_out, n_in] (layout: panels.py), with the roundings of the reference."""
+    """Return the numbers of a panel, f32[n_out, n_in] (layout: panels.py), with the roundings of the reference."""
     panel, n_in = part.panel, part.n_in
     planes = {name: getattr(part, name) for name in ("qs", "high", "scale", "d")}
     planes = {name: plane.cpu().numpy() for name, plane in planes.items() if plane is not None}
@@ -120,7 +123,7 @@ def unpack_part(part: WeightPart) -> np.ndarray:
 
 
 def _scales(panel: IntPanel, planes: dict[str, np.ndarray], n_out: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """f32[n_out, n_in / group] each."""
+    """Return scales and minimums, f32[n_out, n_in / group] each."""
     scale = planes["scale"]
     halves = scale.view(np.float16).astype(np.float32) if panel.scales in ("f16", "f16m") else None
     if halves is not None:
