@@ -11,12 +11,10 @@ from torch import Tensor as Array
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.kernels_gpu.attention.cache import GpuCache, new_rows
-from gguf_run.kernels_gpu.attention.cache_types import cache_format
+from gguf_run.kernels_gpu.attention.cache import GpuCache, new_cache
 from gguf_run.kernels_gpu.buffers import Memory
-from gguf_run.kernels_gpu.device.device import capability, current
+from gguf_run.kernels_gpu.device.device import capability, current, measure_limits
 from gguf_run.kernels_gpu.device.errors import gpu_errors
-from gguf_run.kernels_gpu.device.limits import measure_limits
 from gguf_run.kernels_gpu.device.tuning import DEFAULT, TUNINGS
 from gguf_run.kernels_gpu.panels.memory import GpuExperts, GpuSquares, GpuWeight, WeightPart
 from gguf_run.kernels_gpu.panels.repack import Uploader
@@ -95,13 +93,9 @@ class GpuBackend:
         return torch.from_numpy(np.concatenate(values)).to(self.device)
 
     def cache(self, shape: AttentionShape, n_ctx: int, n_batch: int, n_seq: int, kind: CacheType) -> GpuCache:
-        n_rows = cache_rows(n_ctx, n_batch, shape.window)
-        k, v = (
-            new_rows(cache_format(name, shape.head_dim), shape, n_rows, n_seq, kind.rotate, scales, self.device)
-            for name, scales in ((kind.k, kind.k_scales), (kind.v, kind.v_scales))
-        )
-        self._bytes["cache"] += k.nbytes + v.nbytes
-        return GpuCache(n_rows, k, v)
+        cache = new_cache(shape, kind, cache_rows(n_ctx, n_batch, shape.window), n_seq, self.device)
+        self._bytes["cache"] += cache.k.nbytes + cache.v.nbytes
+        return cache
 
     def squares(self, width: int, n_expert: int = 1) -> GpuSquares:
         return GpuSquares(n_expert, width, self.device)
@@ -109,8 +103,7 @@ class GpuBackend:
     def program(
         self, parts: Sequence[Sequence[GpuOp]], after: Sequence[GpuOp], result: Buffer, n_batch: int, n_outputs: int
     ) -> GpuProgram:
-        memory = Memory(self.device, self.tuning, n_batch, n_outputs)
-        return GpuProgram(memory, parts, after, result, n_batch, n_outputs)
+        return GpuProgram(Memory(self.device, self.tuning, n_batch, n_outputs), parts, after, result)
 
     def close(self) -> None:
         """Forget the weights. Their memory is free when nothing else holds them."""

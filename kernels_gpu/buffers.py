@@ -19,6 +19,7 @@ from gguf_run.models.backend import Run
 from gguf_run.models.operands import Buffer, Mixture, Rotation
 
 Launch = Callable[[int], None]  # launches the kernels of an op for so many rows
+Strided = tuple[Array | None, int]  # rows and the elements between them, as kernels take them
 
 
 class StepInput:
@@ -111,7 +112,7 @@ class Memory:
     """All memory of a program, by the names of its buffers. bind (launch.py) asks for it; the launches use it."""
 
     def __init__(self, device: torch.device, tuning: Tuning, n_batch: int, n_outputs: int) -> None:
-        self.device, self.tuning = device, tuning
+        self.device, self.tuning, self.n_batch, self.n_outputs = device, tuning, n_batch, n_outputs
         self.step = StepInput(n_batch, n_outputs, device)
         self.scratch = dict[str, Array]()  # by the names of _SCRATCH: ops use it one after the other
         self._n_row = {False: padded(n_batch), True: padded(n_outputs)}
@@ -131,6 +132,10 @@ class Memory:
         if x.name not in self._buffers:
             self._buffers[x.name] = torch.zeros(self.n_row(x), -(-x.row_width // 4) * 4, device=self.device)
         return self._buffers[x.name][:, x.start : x.start + x.width]
+
+    def strided(self, x: Buffer | None) -> Strided:
+        """Return a buffer's memory and the elements between its rows; (None, 0) if there is no buffer."""
+        return (None, 0) if x is None else (self.rows(x), self.rows(x).stride(0))
 
     def int8(self, x: Buffer) -> Int8:
         """Return memory for a buffer's int8 form."""

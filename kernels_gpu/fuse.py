@@ -14,33 +14,15 @@ a Convert comes before the first reader.
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from gguf_run.models.operands import Buffer, Rotation, WeightHandle
+from gguf_run.models.operands import Buffer, Rotation
 from gguf_run.models.ops import Attend, Gated, Matmul, MatmulGated, Moe, RmsNorm, Rope, written
 
 Form = Literal["int8", "halves"]
 Forms = frozenset[Form]
 NONE: Forms = frozenset()
 BLOCK = 32  # columns of a block of int8 activations
-
-
-class WeightForm(WeightHandle, Protocol):
-    """What fuse asks of a weight."""
-
-    @property
-    def n_part(self) -> int: ...  # parts of the matrix, which are multiplied one after the other
-    @property
-    def reads_int8(self) -> bool: ...  # few tokens are multiplied as int8, in some part at least
-    @property
-    def reads_halves(self) -> bool: ...  # many tokens are multiplied as f16, in some part at least
-
-
-class ExpertsForm(Protocol):
-    """What fuse asks of experts."""
-
-    @property
-    def reads_int8(self) -> bool: ...  # few tokens are multiplied as int8; otherwise as f16, as many tokens are
 
 
 @dataclass(frozen=True)
@@ -70,7 +52,7 @@ class FusedNorm:
 class FusedMatmul:
     """A product whose last program may norm the rows of the result."""
 
-    op: Matmul[Any, Any] | MatmulGated[Any, Any]  # of a WeightForm
+    op: Matmul[Any, Any] | MatmulGated[Any, Any]
     few: bool  # whether the kernels are those for few tokens
     norms: tuple[RmsNorm[Any], ...] = ()  # the first one reads op.out, the second one what the first one writes
     forms: Forms = NONE  # other forms that the last result is written in
@@ -96,14 +78,14 @@ class FusedAttention:
 class FusedMoe:
     """A mixture of experts, and how its products read x."""
 
-    op: Moe[Any, Any]  # of ExpertsForm
+    op: Moe[Any, Any]
     form: Form  # int8 for few tokens and integer panels, if nothing is observed
 
 
 def fuse(ops: Iterable[Any], *, few: bool, known: Collection[Rotation] = ()) -> list[Any]:
     """Rewrite the ops of one part of a program, for few tokens (up to tuning.FEW) or for more.
 
-    Weights must be WeightForms and experts ExpertsForms.
+    Weights tell n_part, reads_int8 and reads_halves, experts reads_int8, as panels.memory describes them.
     known: rotations whose Angles an earlier part computes. Angles of the others come first.
     """
     fused: list[Any] = []

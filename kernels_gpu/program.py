@@ -65,17 +65,9 @@ class Launches:
 class GpuProgram:
     """models.backend.Program."""
 
-    def __init__(
-        self,
-        memory: Memory,
-        parts: Sequence[Sequence[Any]],
-        after: Sequence[Any],
-        result: Buffer,
-        n_batch: int,
-        n_outputs: int,
-    ) -> None:
+    def __init__(self, memory: Memory, parts: Sequence[Sequence[Any]], after: Sequence[Any], result: Buffer) -> None:
         """Bind lists of ops to memory. See models.backend.Backend.program."""
-        self.n_batch, self.n_outputs = n_batch, n_outputs
+        self.n_batch, self.n_outputs = memory.n_batch, memory.n_outputs
         self.memory, self._result = memory, memory.rows(result)
         capture = not any(isinstance(op, Observe) for ops in (*parts, after) for op in ops)  # its rows change each step
         known: set[Rotation] = set()
@@ -86,7 +78,7 @@ class GpuProgram:
             known |= {op.rotation for op in ops if isinstance(op, Rope)}
         *self._parts, self._after = launches
         memory.allocate()
-        self._host = torch.zeros(padded(n_outputs), result.width, pin_memory=memory.device.type == "cuda")
+        self._host = torch.zeros(padded(self.n_outputs), result.width, pin_memory=memory.device.type == "cuda")
         self._tops = dict[int, tuple[Launches, Top]]()
         self._closed = False
 

@@ -1,17 +1,17 @@
-"""What comes before attention, in one launch: norms, rope and Hadamard transform of heads; new rows of the cache."""
+"""Prepares attention in one launch: norms, rope and Hadamard transform of heads; new rows of the cache."""
 
 import triton
 import triton.language as tl
 
 from gguf_run.kernels_gpu.attention.cache_rows import (
     column_of,
+    hadamard,
     has_row_factor,
     load_rows,
     planes_at,
     row_factors,
     store_row,
 )
-from gguf_run.kernels_gpu.rows.hadamard import hadamard
 
 
 @triton.jit

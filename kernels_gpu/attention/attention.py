@@ -9,6 +9,7 @@ import triton.language as tl
 
 from gguf_run.kernels_gpu.attention.cache_rows import (
     column_of,
+    hadamard,
     has_row_factor,
     is_wide,
     load_rows,
@@ -17,7 +18,6 @@ from gguf_run.kernels_gpu.attention.cache_rows import (
     precision,
     row_factors,
 )
-from gguf_run.kernels_gpu.rows.hadamard import hadamard
 from gguf_run.kernels_gpu.rows.quantize import store_int8
 
 LOG2E = tl.constexpr(1.4426950408889634)

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor as Array
 
 from gguf_run.kernels_gpu.attention.append import append, read_rows
-from gguf_run.kernels_gpu.attention.cache_types import CacheFormat
+from gguf_run.kernels_gpu.attention.cache_types import CacheFormat, cache_format
 from gguf_run.kernels_gpu.device.device import current
+from gguf_run.models.backend import CacheType
 from gguf_run.models.kv_cache import GROUP, rotates
 from gguf_run.models.operands import AttentionShape, Rotation
 
@@ -121,7 +122,7 @@ class GpuCache:
 
 
 def _hadamard(n: int) -> Array:
-    """Return the matrix of rows/hadamard.py's transform. It is its own inverse."""
+    """Return the matrix of cache_rows.hadamard. It is its own inverse."""
     block = n & -n
     h = torch.ones(1, 1)
     while len(h) < block:
@@ -129,19 +130,16 @@ def _hadamard(n: int) -> Array:
     return torch.block_diag(*[h / math.sqrt(block)] * (n // block))
 
 
-def new_rows(
-    type: CacheFormat,
-    shape: AttentionShape,
-    n_rows: int,
-    n_seq: int,
-    rotate: bool | None,
-    scales: Sequence[float] | None,
-    device: torch.device,
-) -> Rows:
-    """Return memory for K or V. n_rows: see sizes.cache_rows. rotate, scales: see models.backend.CacheType."""
-    size, head_dim = (n_seq, shape.n_head_kv, n_rows), shape.head_dim
-    qs = torch.zeros(*size, head_dim * type.bits // 8, dtype=torch.uint8, device=device)
-    n_scale = type.n_scale(head_dim)
-    d = torch.zeros(*size, n_scale, dtype=torch.float16, device=device) if n_scale else None
-    static = None if scales is None else torch.tensor(scales, device=device)
-    return Rows(type, head_dim, rotates(type.bits, head_dim, rotate, scales is not None), static, qs, d)
+def new_cache(shape: AttentionShape, kind: CacheType, n_rows: int, n_seq: int, device: torch.device) -> GpuCache:
+    """Return memory for K and V of one layer, n_rows (sizes.cache_rows) for each of n_seq sequences."""
+
+    def rows(name: str, scales: Sequence[float] | None) -> Rows:
+        head_dim, size = shape.head_dim, (n_seq, shape.n_head_kv, n_rows)
+        form = cache_format(name, head_dim)
+        qs = torch.zeros(*size, head_dim * form.bits // 8, dtype=torch.uint8, device=device)
+        n_scale = form.n_scale(head_dim)
+        d = torch.zeros(*size, n_scale, dtype=torch.float16, device=device) if n_scale else None
+        static = None if scales is None else torch.tensor(scales, device=device)
+        return Rows(form, head_dim, rotates(form.bits, head_dim, kind.rotate, scales is not None), static, qs, d)
+
+    return GpuCache(n_rows, rows(kind.k, kind.k_scales), rows(kind.v, kind.v_scales))

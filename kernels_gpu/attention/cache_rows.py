@@ -1,13 +1,16 @@
 """How rows of a KV cache are stored and read; cache_types.py has the table of types.
 
-A row is one position of one KV head. Its elements are in the plane qs. Its scales (f16), if it has any, are in the
-plane d: one for each block of 32 columns in ggml's types, one for the row in int8 and fp8. Byte j of a block of q4_0
-has columns j and 16 + j: so a tile of rows is two operands of half the width, columns j and columns 16 + j.
+A row is one position of one KV head. It may have gone through the Hadamard transform. Its elements are in the plane qs.
+Its scales (f16), if it has any, are in the plane d: one for each block of 32 columns in ggml's types, one for the row
+in int8 and fp8. Byte j of a block of q4_0 has columns j and 16 + j. So a tile of rows is two operands of half the
+width: columns j and columns 16 + j.
 """
 
 import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
+
+from gguf_run.kernels_gpu.attention.cache_types import CACHE_FORMATS
 
 
 @triton.constexpr_function
@@ -19,7 +22,7 @@ def n_operand(name):
 @triton.constexpr_function
 def has_row_factor(name):
     """Return whether a row has one scale, which load_rows leaves to row_factors."""
-    return name in ("int8", "fp8_e4m3", "fp8_e5m2")
+    return CACHE_FORMATS[name].block is None
 
 
 @triton.constexpr_function
@@ -37,8 +40,7 @@ def precision(name):
 @triton.constexpr_function
 def row_sizes(name, head_dim):
     """Return the bytes of a row's elements and the number of its scales."""
-    bits = {"f32": 32, "f16": 16, "bf16": 16, "q4_0": 4}.get(name, 8)
-    return head_dim * bits // 8, head_dim // 32 if name in ("q8_0", "q4_0") else 1
+    return head_dim * CACHE_FORMATS[name].bits // 8, CACHE_FORMATS[name].n_scale(head_dim)
 
 
 @triton.jit
@@ -61,7 +63,7 @@ def planes_at(planes, row, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _half(code, OFFSET: tl.constexpr):
-    """code - OFFSET of uint8 as f16, exactly: 0x6400 + code is the f16 1024 + code. Cheaper than a conversion."""
+    """Return code - OFFSET of uint8 as f16, exactly, without a conversion: 0x6400 + code is the f16 1024 + code."""
     return (code.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + OFFSET)
 
 
@@ -118,7 +120,7 @@ def row_factors(planes, rows, live, TYPE: tl.constexpr):
 
 @triton.jit
 def _fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr):
-    """The nearest code, halves to even, saturating. Hardware has it from sm_89 on only."""
+    """Return the nearest fp8 codes of x, ties to even, at most LARGEST. Only sm_89 and later have an instruction."""
     bits = x.to(tl.int32, bitcast=True)
     size = tl.minimum(tl.abs(x), LARGEST)
     drop: tl.constexpr = 23 - MANTISSA
@@ -187,3 +189,30 @@ def store_row(x, planes, row, scales, head, TYPE: tl.constexpr, HEAD_DIM: tl.con
             tl.store(qs + at, _fp8(value, 3, 7, LARGEST), mask=mask)
         else:
             tl.store(qs + at, _fp8(value, 2, 15, LARGEST), mask=mask)
+
+
+@triton.jit
+def _mix(x, N: tl.constexpr):
+    """Transform the rows of x f32[rows, blocks, N]: out[i] = sum over j of x[j] * (-1)^(number of bits in i & j)."""
+    i = tl.arange(0, N)
+    bits = i[:, None] & i[None, :]
+    bits ^= bits >> 4
+    bits ^= bits >> 2
+    bits ^= bits >> 1
+    return tl.sum(x[:, :, None] * (1 - 2 * (bits & 1)).to(tl.float32)[None, :, :], axis=1)
+
+
+@triton.jit
+def hadamard(x, N: tl.constexpr):
+    """Return the orthonormal transform of x f32[WIDTH], in blocks of the largest power of two that divides N (>= 32).
+
+    A block is a matrix of 8 columns: first its rows are transformed, then its columns.
+    """
+    BLOCK: tl.constexpr = N & -N
+    A: tl.constexpr = BLOCK // 8
+    WIDTH: tl.constexpr = x.shape[0]
+    y = _mix(tl.reshape(x, (WIDTH // 8, 8)), 8)
+    y = tl.permute(tl.reshape(y, (WIDTH // BLOCK, A, 8)), (0, 2, 1))
+    y = _mix(tl.reshape(y, (WIDTH // A, A)), A)
+    y = tl.permute(tl.reshape(y, (WIDTH // BLOCK, 8, A)), (0, 2, 1))
+    return tl.reshape(y, (WIDTH,)) * (BLOCK**-0.5)

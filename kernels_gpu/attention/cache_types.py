@@ -1,4 +1,4 @@
-"""The table of KV cache types of a GPU, without torch or Triton. cache_types.py stores and reads the rows."""
+"""The table of KV cache types of a GPU, without torch or Triton. cache_rows.py stores and reads the rows."""
 
 from dataclasses import dataclass
 

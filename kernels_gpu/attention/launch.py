@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import triton
-from torch import Tensor as Array
 
 from gguf_run.kernels_gpu.attention.append import append
 from gguf_run.kernels_gpu.attention.attention import add_up, attend
@@ -59,18 +58,17 @@ class _Tiling:
 def bind_attention(fused: FusedAttention, memory: Memory) -> Launch:
     """Return a function that launches attention for so many rows."""
     op, rotation, step = fused.op, fused.rotation, memory.step
-    q, k, v, out = (memory.rows(x) for x in (op.q, op.k, op.v, op.out))
+    q, k, v, out = (memory.strided(x) for x in (op.q, op.k, op.v, op.out))
     cache: GpuCache = op.cache
     shape, k_rows, v_rows = op.shape, op.cache.k, op.cache.v
     n_head, n_head_kv = shape.n_head, shape.n_head_kv
     tiling = _Tiling(cache, shape, memory.tuning.programs)
-    n_sum = tiling.n_sum(len(out))
+    n_sum = tiling.n_sum(memory.n_row(op.out))
     memory.want(sums=n_sum * shape.head_dim, stats=n_sum * 2)
     int8 = memory.int8(op.out) if fused.forms else None
     n_changed = n_head if rotation or fused.norms or k_rows.rotates else 0  # heads of q that append writes
-    norms: tuple[Array | None, Array | None, float] = (None, None, 0.0)
-    if fused.norms:
-        norms = fused.norms[0].weight, fused.norms[1].weight, fused.norms[0].eps
+    norms = [norm.weight for norm in fused.norms] or [None, None]
+    eps = fused.norms[0].eps if fused.norms else 0.0
     angles = None if rotation is None else memory.angles(rotation)
     n_half, style = (rotation.n_rot // 2, rotation.style) if rotation else (0, None)
     types, sizes = (k_rows.type.name, v_rows.type.name), (shape.head_dim, k_rows.width)
@@ -78,16 +76,15 @@ def bind_attention(fused: FusedAttention, memory: Memory) -> Launch:
     def launch(n: int) -> None:
         sums = memory.scratch["sums"], memory.scratch["stats"]
         append[(n, n_changed + 2 * n_head_kv)](
-            q, q.stride(0), k, k.stride(0), v, v.stride(0), *norms, k_rows.pair, v_rows.pair, k_rows.scales,
-            v_rows.scales, step.seqs, step.positions, angles, n_half, cache.n_ctx, n_changed, n_head_kv, style, *types,
-            k_rows.rotates, v_rows.rotates, *sizes,
+            *q, *k, *v, *norms, eps, k_rows.pair, v_rows.pair, k_rows.scales, v_rows.scales, step.seqs, step.positions,
+            angles, n_half, cache.n_ctx, n_changed, n_head_kv, style, *types, k_rows.rotates, v_rows.rotates, *sizes,
         )  # fmt: skip
         options, n_part = tiling.options(n), tiling.n_part(n)
         attend[(-(-n // options["TOKENS"]), n_head_kv, n_part)](
-            q, q.stride(0), k_rows.pair, v_rows.pair, step.seqs, step.positions, *sums, cache.n_ctx, n_head_kv,
+            *q, k_rows.pair, v_rows.pair, step.seqs, step.positions, *sums, cache.n_ctx, n_head_kv,
             n_head // n_head_kv, n, shape.scale, shape.window or 1 << 30, shape.softcap or None, *types, *sizes,
             **options, num_stages=2,
         )  # fmt: skip
-        add_up[(n, n_head)](*sums, op.sinks, out, out.stride(0), int8, n_part, v_rows.rotates, *sizes)
+        add_up[(n, n_head)](*sums, op.sinks, *out, int8, n_part, v_rows.rotates, *sizes)
 
     return launch

@@ -1,5 +1,7 @@
-"""Opens a GPU, or says in one line why it cannot be used."""
+"""Opens a GPU, or says in one line why it cannot be used. Measures how fast the GPU is."""
 
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from gguf_run.formats.errors import GgufRunError
 
 MIN_CAPABILITY = 80  # below, tensor cores lack what the kernels need
+_RUNS = 20  # of a measurement
 
 
 def open_device(index: int) -> torch.device:
@@ -53,3 +56,22 @@ def registers(n: int) -> dict[str, int]:
     such option.
     """
     return {} if torch.version.hip else {"maxnreg": n}
+
+
+def measure_limits(device: torch.device, n_bytes: int = 1 << 30, side: int = 8192) -> tuple[float, float]:
+    """Return bytes read and f16 operations, per second: the best runs over n_bytes and matrices of side x side."""
+    x = torch.ones(n_bytes // 4, device=device)
+    a = torch.randn(side, side, device=device).half()
+    return n_bytes / _best(lambda: x.sum(), device), 2 * side**3 / _best(lambda: a @ a, device)
+
+
+def _best(run: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of the fastest run."""
+    seconds = []
+    for _ in range(_RUNS):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 
 from gguf_run.kernels_gpu.panels.dots import dp2a, dp4a
-from gguf_run.kernels_gpu.panels.units import added, unit_factors, unit_words, words4, zeros
+from gguf_run.kernels_gpu.panels.units import added, load_floats, unit_factors, unit_words, words4, zeros
 from gguf_run.kernels_gpu.rows.activation import gate_by
+from gguf_run.kernels_gpu.rows.norms import normed
 from gguf_run.kernels_gpu.rows.quantize import store_int8
-from gguf_run.kernels_gpu.rows.rms_norm import normed
 
 
 @triton.jit
@@ -69,10 +69,7 @@ def _block(x, at, live, EVEN: tl.constexpr):
 
 
 @triton.jit
-def dot_units(
-    rows, x, at, live,
-    R: tl.constexpr, PANEL: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
+def dot_units(rows, x, at, live, R: tl.constexpr, PANEL: tl.constexpr, EVEN: tl.constexpr):
     """Multiply the units of R rows with the activations of the units number `at` [n].
 
     rows: pairs of what unit_words and unit_factors return. x: int8 activations (xq, xd, xs).
@@ -90,6 +87,34 @@ def dot_units(
         for r in tl.static_range(R):
             values = values + (_dot32(rows[r][0], block, rows[r][1], OFFSET, PANEL.group, MINIMUM),)
     return values
+
+
+@triton.jit
+def sum_units(
+    w, base, first, n_out, x, before, n_unit,
+    PANEL: tl.constexpr, M: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, UNITS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Return the sums of each thread over the units of R rows of w for M tokens: M * R values f32[UNITS].
+
+    The matrix has its rows from `base` on, n_out of them or twice n_out. The R rows are PAIRS rows from `first` on; if
+    R is 2 PAIRS, also the rows n_out after these. before: units of x before those of the first token.
+    """
+    lane = tl.arange(0, UNITS)
+    sums = zeros(M * R, UNITS)
+    for start in range(0, n_unit, UNITS):
+        u = start + lane
+        live = u < n_unit
+        if not EVEN:
+            u = tl.minimum(u, n_unit - 1)
+        rows = ()
+        for r in tl.static_range(R):
+            row = base + (tl.minimum(first + r % PAIRS, n_out - 1) + (r // PAIRS) * n_out).to(tl.int64)
+            rows = rows + ((unit_words(w, row, u, n_unit, PANEL), unit_factors(w, row, u, n_unit, PANEL)),)
+        values = ()
+        for m in tl.static_range(M):
+            values = values + dot_units(rows, x, before + m * n_unit + u, live, R, PANEL, EVEN)
+        sums = added(sums, values)
+    return sums
 
 
 @triton.jit
@@ -179,30 +204,46 @@ def matmul_decode(
 
     Epilogues need more of out than a program has. The last program to finish runs them: `counts`, all 0 before and
     after a launch, tells which one that is.
-    norm: None, or (weight, norm_out, its stride, eps, residual, its stride): norm_out = rms_norm(out) (+ residual).
+    norm: None, or (weight, norm_out, its stride, eps, residual, its stride): norm_out = normed(out) (+ residual).
     norm2: None, or (weight, norm_out, its stride, eps): an RMS norm of the first norm's result.
     made: None, or (xq, xd, xs): gets the last result as int8. Without a norm only that of an ACTIVATION.
     """
     PAIRS: tl.constexpr = R if ACTIVATION is None else R // 2
     first = tl.program_id(0) * PAIRS
-    lane = tl.arange(0, UNITS)
-    sums = zeros(M * R, UNITS)
-    for start in range(0, n_unit, UNITS):
-        u = start + lane
-        live = u < n_unit
-        if not EVEN:
-            u = tl.minimum(u, n_unit - 1)
-        rows = ()
-        for r in tl.static_range(R):
-            row = (tl.minimum(first + r % PAIRS, n_out - 1) + (r // PAIRS) * n_out).to(tl.int64)
-            rows = rows + ((unit_words(w, row, u, n_unit, PANEL), unit_factors(w, row, u, n_unit, PANEL)),)
-        values = ()
-        for m in tl.static_range(M):
-            values = values + dot_units(rows, x, m * n_unit + u, live, R, PANEL, EVEN)
-        sums = added(sums, values)
+    sums = sum_units(w, 0, first, n_out, x, 0, n_unit, PANEL, M, R, PAIRS, UNITS, EVEN)
     store_sums(sums, first, out, out_stride, bias, residual, residual_stride, n_out, M, R, ACTIVATION)
     if ACTIVATION is not None:
         if made is not None:
             store_blocks(out, out_stride, first, 0, made, counts, n_out, M, PAIRS)
     elif norm is not None:
         _norm_rows(out, out_stride, norm, norm2, made, counts, n_out, M, WIDTH)
+
+
+@triton.jit
+def matmul_float(
+    qs, x, x_stride, out, out_stride, bias, residual, residual_stride, n_out, n_in, n_unit,
+    TYPE: tl.constexpr, M: tl.constexpr, R: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """matmul_decode of float panels, in f32. A thread multiplies 16 bytes of each of R rows at a time.
+
+    out[m, o] = w[o] * x[m] (+ bias[o]) (+ residual[m, o]) for M tokens. TYPE: of the panel.
+    """
+    E: tl.constexpr = 4 if TYPE == "F32" else 8
+    first = tl.program_id(0) * R
+    e = tl.arange(0, E)[None, :]
+    sums = zeros(M * R, UNITS)
+    for start in range(0, n_unit, UNITS):
+        u = start + tl.arange(0, UNITS)
+        units = tl.minimum(u, n_unit - 1)[:, None] * E + e
+        column = u[:, None] * E + e
+        rows = ()
+        for r in tl.static_range(R):
+            at = tl.minimum(first + r, n_out - 1).to(tl.int64) * (n_unit * E) + units
+            rows = rows + (load_floats(qs, at, TYPE),)
+        values = ()
+        for m in tl.static_range(M):
+            x_m = tl.load(x + m * x_stride + column, mask=column < n_in, other=0.0)
+            for r in tl.static_range(R):
+                values = values + (tl.sum(rows[r] * x_m, axis=1),)
+        sums = added(sums, values)
+    store_sums(sums, first, out, out_stride, bias, residual, residual_stride, n_out, M, R, None)

@@ -6,17 +6,17 @@ import torch
 import triton
 from torch import Tensor as Array
 
-from gguf_run.kernels_gpu.buffers import Halves, Int8, Launch, Memory
+from gguf_run.kernels_gpu.buffers import Halves, Int8, Launch, Memory, Strided
 from gguf_run.kernels_gpu.device.tuning import SCRATCH, WIDTH
 from gguf_run.kernels_gpu.fuse import BLOCK, FusedMatmul
-from gguf_run.kernels_gpu.matmul.decode import matmul_decode
-from gguf_run.kernels_gpu.matmul.float import matmul_float
-from gguf_run.kernels_gpu.matmul.tiles import dequantize, finish, matmul_tile
+from gguf_run.kernels_gpu.matmul.decode import matmul_decode, matmul_float
+from gguf_run.kernels_gpu.matmul.tiles import finish, matmul_tile
+from gguf_run.kernels_gpu.panels.fields import dequantize
 from gguf_run.kernels_gpu.panels.memory import WeightPart
 from gguf_run.models.operands import Buffer
-from gguf_run.models.ops import Matmul, MatmulGated, RmsNorm
+from gguf_run.models.ops import Matmul, MatmulGated
 
-_Norm = tuple[Array, Array, int, float, Array | None, int]  # see matmul_decode
+_Norm = tuple[Array, Array | None, int, float, Array | None, int]  # see matmul_decode
 
 
 def units_at_once(n_unit: int) -> int:
@@ -36,9 +36,9 @@ class PartProduct:
     memory: Memory
     part: WeightPart
     x: Array  # f32[rows, n_in]
-    out: Array  # f32[rows, n_out], the columns of this part
+    out: Strided  # f32[rows, n_out], the columns of this part
     bias: Array | None  # f32[part.n_out]
-    residual: Array | None  # f32[rows, n_out]
+    residual: Strided  # f32[rows, n_out]
     activation: str | None  # of a gated product, whose result has half as many columns as the part has rows
     int8: Int8 | None  # x as int8
     halves: Halves | None  # x as f16
@@ -48,29 +48,24 @@ class PartProduct:
         """Columns of the result."""
         return self.part.n_out // (1 if self.activation is None else 2)
 
-    @property
-    def residual_stride(self) -> int:
-        return 0 if self.residual is None else self.residual.stride(0)
-
     def few(self, n: int, made: Int8 | None = None, norms: tuple[_Norm, ...] = ()) -> None:
         """Multiply n tokens, a bucket up to FEW. made, norms: see matmul_decode; for integer panels only."""
         part, n_unit = self.part, self.part.n_unit
         n_row, units = self.memory.tuning.n_row(n), units_at_once(n_unit)
         if not part.is_int:
             matmul_float[(-(-part.n_out // n_row),)](
-                part.qs, self.x, self.x.stride(0), self.out, self.out.stride(0), self.bias, self.residual,
-                self.residual_stride, part.n_out, part.n_in, n_unit, TYPE=part.panel.scales, M=n, R=n_row, UNITS=units,
-                num_warps=units // 32,
+                part.qs, self.x, self.x.stride(0), *self.out, self.bias, *self.residual, part.n_out, part.n_in, n_unit,
+                TYPE=part.panel.scales, M=n, R=n_row, UNITS=units, num_warps=units // 32,
             )  # fmt: skip
             return
         if self.activation is not None:
             n_row = max(2, n_row)
         per_program = n_row if self.activation is None else n_row // 2
         matmul_decode[(-(-self.n_out // per_program),)](
-            part.w, self.int8, self.out, self.out.stride(0), self.bias, self.residual, self.residual_stride,
-            self.n_out, n_unit, made, self.memory.scratch["counts"], norms[0] if norms else None,
-            norms[1][:4] if norms[1:] else None, PANEL=part.panel, M=n, R=n_row, UNITS=units, EVEN=n_unit % units == 0,
-            ACTIVATION=self.activation, WIDTH=max(32, triton.next_power_of_2(self.n_out)), num_warps=units // 32,
+            part.w, self.int8, *self.out, self.bias, *self.residual, self.n_out, n_unit, made,
+            self.memory.scratch["counts"], norms[0] if norms else None, norms[1][:4] if norms[1:] else None,
+            PANEL=part.panel, M=n, R=n_row, UNITS=units, EVEN=n_unit % units == 0, ACTIVATION=self.activation,
+            WIDTH=max(32, triton.next_power_of_2(self.n_out)), num_warps=units // 32,
         )  # fmt: skip
 
     def many(self, n: int) -> None:
@@ -85,9 +80,8 @@ class PartProduct:
             self._in_memory(self.halves.xh[:n], raw)
         factor = None if self.halves is None else self.halves.xm
         finish[(n, -(-self.n_out // WIDTH))](
-            raw, raw.stride(0), factor, self.out, self.out.stride(0), self.bias, self.residual, self.residual_stride,
-            self.n_out, self.activation, WIDTH,
-        )  # fmt: skip
+            raw, raw.stride(0), factor, *self.out, self.bias, *self.residual, self.n_out, self.activation, WIDTH
+        )
 
     def _tiles(self, n: int, halves: Halves, raw: Array) -> None:
         """Weights become f16 in registers."""
@@ -105,7 +99,7 @@ class PartProduct:
             n_row = min(step, part.n_out - first)
             w = weights[: n_row * part.n_in].view(n_row, part.n_in)
             dequantize[(-(-n_row // 16), -(-part.n_unit // 8))](
-                part.w, w, first, n_row, part.n_in, part.n_unit, PANEL=part.panel, N=16, UNITS=8
+                part.w, None, first, w, part.n_in, n_row, part.n_in, part.n_unit, 1.0, part.panel, N=16, UNITS=8
             )
             multiply(xh, w, raw[:, first : first + n_row])
 
@@ -122,28 +116,20 @@ def multiply(x: Array, w: Array, out: Array) -> None:
 
 def _part_products(product: FusedMatmul, memory: Memory) -> list[PartProduct]:
     """Bind the product of each part of a matrix."""
-    op, parts, first = product.op, [], 0
-    x, out = memory.rows(op.x), memory.rows(op.out)
+    op, few, parts, first = product.op, product.few, [], 0
     activation = op.activation if isinstance(op, MatmulGated) else None
-    residual = memory.rows(op.residual) if isinstance(op, Matmul) and op.residual is not None else None
+    residual = op.residual if isinstance(op, Matmul) else None
     for part in op.weight.parts:
-        columns = slice(first, first + part.n_out)
-        parts.append(
-            PartProduct(
-                memory,
-                part,
-                x,
-                out[:, columns] if activation is None else out,
-                None if op.bias is None else op.bias[columns],
-                None if residual is None else residual[:, columns],
-                activation,
-                memory.int8(op.x) if product.few and part.is_int else None,
-                memory.halves(op.x) if not product.few and part.panel.scales != "F32" else None,
-            )
-        )
+        bias = None if op.bias is None else op.bias[first : first + part.n_out]
+        out = op.out if activation else op.out.columns(first, part.n_out)
+        added = memory.strided(residual and residual.columns(first, part.n_out))
+        int8 = memory.int8(op.x) if few and part.is_int else None
+        halves = memory.halves(op.x) if not few and part.panel.scales != "F32" else None
+        x = memory.rows(op.x)
+        parts.append(PartProduct(memory, part, x, memory.strided(out), bias, added, activation, int8, halves))
         first += part.n_out
         memory.want(counts=-(-part.n_out // BLOCK))
-        if not product.few:
+        if not few:
             memory.want(raw=memory.n_row(op.x) * result_width(part.n_out), weights=min(SCRATCH, part.n_out * part.n_in))
     return parts
 
@@ -158,7 +144,7 @@ def bind_matmul(product: FusedMatmul, memory: Memory) -> Launch:
                 part.many(n)
 
         return many
-    norms = tuple(_norm(norm, memory) for norm in product.norms)
+    norms = tuple((op.weight, *memory.strided(op.out), op.eps, *memory.strided(op.residual)) for op in product.norms)
     last: Buffer = product.norms[-1].out if product.norms else product.op.out
     made = memory.int8(last) if product.forms else None
 
@@ -167,10 +153,3 @@ def bind_matmul(product: FusedMatmul, memory: Memory) -> Launch:
             part.few(n, made, norms)
 
     return few
-
-
-def _norm(op: RmsNorm[Array], memory: Memory) -> _Norm:
-    """Return what matmul_decode takes of a norm."""
-    out = memory.rows(op.out)
-    residual = None if op.residual is None else memory.rows(op.residual)
-    return op.weight, out, out.stride(0), op.eps, residual, 0 if residual is None else residual.stride(0)

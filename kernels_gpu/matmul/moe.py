@@ -7,7 +7,7 @@ The rows of an expert are neighbours: in gate_up first its gates, then its `up`s
 import triton
 import triton.language as tl
 
-from gguf_run.kernels_gpu.matmul.decode import dot_units, store_blocks, store_sums
+from gguf_run.kernels_gpu.matmul.decode import dot_units, store_blocks, store_sums, sum_units
 from gguf_run.kernels_gpu.matmul.tiles import tile_product
 from gguf_run.kernels_gpu.panels.units import added, unit_factors, unit_words, zeros
 from gguf_run.kernels_gpu.rows.activation import gate_by
@@ -33,17 +33,7 @@ def expert_gate_up(
     before = p // N_USED * N_UNIT
     base = e.to(tl.int64) * (2 * n_ff)
     first = tl.program_id(1) * PAIRS
-    sums = zeros(2 * PAIRS, UNITS)
-    for start in range(0, N_UNIT, UNITS):
-        u = start + tl.arange(0, UNITS)
-        live = u < N_UNIT
-        if not EVEN:
-            u = tl.minimum(u, N_UNIT - 1)
-        rows = ()
-        for r in tl.static_range(2 * PAIRS):
-            row = base + tl.minimum(first + r % PAIRS, n_ff - 1) + (r // PAIRS) * n_ff
-            rows = rows + ((unit_words(w, row, u, N_UNIT, PANEL), unit_factors(w, row, u, N_UNIT, PANEL)),)
-        sums = added(sums, dot_units(rows, x, before + u, live, 2 * PAIRS, PANEL, EVEN))
+    sums = sum_units(w, base, first, n_ff, x, before, N_UNIT, PANEL, 1, 2 * PAIRS, PAIRS, UNITS, EVEN)
     if bias is not None:
         bias += base
     store_sums(sums, first, out + p * n_ff, n_ff, bias, None, 0, n_ff, 1, 2 * PAIRS, ACTIVATION)

@@ -6,14 +6,14 @@ import torch
 import triton
 from torch import Tensor as Array
 
-from gguf_run.kernels_gpu.buffers import Halves, Int8, Launch, Memory, PairMemory
+from gguf_run.kernels_gpu.buffers import Halves, Int8, Launch, Memory, PairMemory, Strided
 from gguf_run.kernels_gpu.device.device import registers
-from gguf_run.kernels_gpu.device.tuning import FEW, WIDTH, Tuning
+from gguf_run.kernels_gpu.device.tuning import FEW, WIDTH
 from gguf_run.kernels_gpu.fuse import BLOCK, FusedMoe
 from gguf_run.kernels_gpu.matmul import moe, moe_route
 from gguf_run.kernels_gpu.matmul.launch import units_at_once
 from gguf_run.kernels_gpu.panels.memory import GpuExperts, GpuSquares, WeightPart
-from gguf_run.models.operands import Mixture
+from gguf_run.models.ops import Moe
 
 _TILES = 16, 64  # pairs of a tile: the first where an expert has no more pairs on average
 
@@ -22,72 +22,69 @@ _TILES = 16, 64  # pairs of a tile: the first where an expert has no more pairs 
 class _Mixture:
     """models.ops.Moe, bound to memory."""
 
-    experts: GpuExperts
-    mixture: Mixture
+    op: Moe[GpuExperts, GpuSquares]
+    memory: Memory
     pairs: PairMemory
-    tuning: Tuning
-    x: Array  # f32[rows, n_embd]
-    logits: Array  # f32[rows, n_expert]
-    out: Array  # f32[rows, n_embd]
-    positions: Array | None  # -1: the row only fills up; None: all rows are tokens
-    squares: tuple[GpuSquares, GpuSquares] | None  # of x's rows, and of the rows that down reads
+    logits: Strided
+    out: Strided
 
     @property
     def n_ff(self) -> int:
-        return self.experts.down.n_in
+        return self.op.experts.down.n_in
 
     def route(self, n: int) -> None:
         """Choose and weight the experts of n tokens."""
-        mixture, pairs, n_used, n_expert = self.mixture, self.pairs, self.mixture.n_used, self.experts.n_expert
+        mixture, n_used, n_expert = self.op.mixture, self.op.mixture.n_used, self.op.experts.n_expert
+        positions = None if self.op.x.outputs else self.memory.step.positions  # -1: the row only fills up
         moe_route.route[(n,)](
-            self.logits, self.logits.stride(0), self.positions, n_expert, mixture.scale, pairs.chosen, pairs.weights,
-            mixture.norm, n_used, triton.next_power_of_2(n_used), triton.next_power_of_2(n_expert),
+            *self.logits, positions, n_expert, mixture.scale, self.pairs.chosen, self.pairs.weights, mixture.norm,
+            n_used, triton.next_power_of_2(n_used), triton.next_power_of_2(n_expert),
         )  # fmt: skip
 
     def few(self, n: int, x: Int8, counts: Array) -> None:
         """Multiply few tokens as int8. counts: zeros."""
-        experts, pairs, n_used = self.experts, self.pairs, self.mixture.n_used
+        experts, pairs, n_used = self.op.experts, self.pairs, self.op.mixture.n_used
         gate_up, down = experts.gate_up, experts.down
-        n_row = max(2, self.tuning.n_row(1))
+        n_row = max(2, self.memory.tuning.n_row(1))
         units = units_at_once(gate_up.n_unit)
         moe.expert_gate_up[(n * n_used, -(-self.n_ff // (n_row // 2)))](
             gate_up.w, x, pairs.chosen, experts.bias_gate_up, pairs.made, pairs.int8, counts, self.n_ff,
             PANEL=gate_up.panel, N_UNIT=gate_up.n_unit, N_USED=n_used, PAIRS=n_row // 2, UNITS=units,
-            ACTIVATION=self.mixture.activation, num_warps=units // 32,
+            ACTIVATION=self.op.mixture.activation, num_warps=units // 32,
         )  # fmt: skip
         units = units_at_once(n_used * down.n_unit)
-        n_embd = self.out.shape[1]
+        n_embd = self.op.out.width
         moe.expert_down[(-(-n_embd // n_row), n)](
-            down.w, pairs.int8, pairs.chosen, pairs.weights, experts.bias_down, self.out, self.out.stride(0), n_embd,
+            down.w, pairs.int8, pairs.chosen, pairs.weights, experts.bias_down, *self.out, n_embd,
             PANEL=down.panel, N_UNIT=down.n_unit, N_USED=n_used, R=n_row, UNITS=units, num_warps=units // 32,
             **registers(128),
         )  # fmt: skip
 
     def many(self, n: int, x: Halves) -> None:
         """Multiply tokens as f16: tiles of the pairs of each expert."""
-        experts, pairs, n_used = self.experts, self.pairs, self.mixture.n_used
-        n_pairs, n_ff, n_embd = n * n_used, self.n_ff, self.out.shape[1]
+        experts, pairs, n_used = self.op.experts, self.pairs, self.op.mixture.n_used
+        n_pairs, n_ff, n_embd = n * n_used, self.n_ff, self.op.out.width
         moe_route.group[(experts.n_expert,)](pairs.chosen, n_pairs, pairs.counts, pairs.order, WIDTH)
         self._tiles(n_pairs, experts.gate_up, x.xh, n_used)
-        made = torch.empty(n_pairs, n_ff, device=pairs.raw.device) if self.squares else None
+        made = torch.empty(n_pairs, n_ff, device=pairs.raw.device) if self.op.squares else None
         wide = triton.next_power_of_2(n_ff)
         moe.gate_pairs[(n_pairs,)](
             pairs.raw, pairs.raw.stride(0), x.xm, pairs.chosen, experts.bias_gate_up, n_ff, made, pairs.halves, n_used,
-            self.mixture.activation, wide, num_warps=8 if wide > 4096 else 4,
+            self.op.mixture.activation, wide, num_warps=8 if wide > 4096 else 4,
         )  # fmt: skip
         self._tiles(n_pairs, experts.down, pairs.halves.xh, 1)
         moe.add_pairs[(n, -(-n_embd // WIDTH))](
-            pairs.raw, pairs.raw.stride(0), pairs.halves.xm, pairs.chosen, pairs.weights, experts.bias_down, self.out,
-            self.out.stride(0), n_embd, n_used, WIDTH,
+            pairs.raw, pairs.raw.stride(0), pairs.halves.xm, pairs.chosen, pairs.weights, experts.bias_down, *self.out,
+            n_embd, n_used, WIDTH,
         )  # fmt: skip
-        if self.squares and made is not None:
-            self._observe(self.x, n_used, self.squares[0])
-            self._observe(made, 1, self.squares[1])
+        if self.op.squares and made is not None:
+            self._observe(self.memory.rows(self.op.x), n_used, self.op.squares[0])
+            self._observe(made, 1, self.op.squares[1])
 
     def _tiles(self, n_pairs: int, part: WeightPart, xh: Array, per_row: int) -> None:
         """raw = each pair's row of xh times its expert's rows of part. per_row: pairs that share a row of xh."""
-        n_expert, pairs = self.experts.n_expert, self.pairs
-        n_out, (n_row, units) = part.n_out // n_expert, self.tuning.tile
+        n_expert, pairs = self.op.experts.n_expert, self.pairs
+        n_out, (n_row, units) = part.n_out // n_expert, self.memory.tuning.tile
         m = _TILES[n_pairs > _TILES[0] * n_expert]
         moe.expert_tile[(-(-n_out // n_row), n_pairs // m + min(n_pairs, n_expert))](
             part.w, xh, pairs.counts, pairs.order, pairs.raw, pairs.raw.stride(0), n_expert, n_out, part.n_in,
@@ -107,17 +104,8 @@ class _Mixture:
 def bind_moe(fused: FusedMoe, memory: Memory) -> Launch:
     """Return a function that launches a mixture for so many rows."""
     op = fused.op
-    mixture = _Mixture(
-        op.experts,
-        op.mixture,
-        memory.pairs(op.x, op.experts, op.mixture),
-        memory.tuning,
-        memory.rows(op.x),
-        memory.rows(op.logits),
-        memory.rows(op.out),
-        None if op.x.outputs else memory.step.positions,
-        op.squares,
-    )
+    pairs = memory.pairs(op.x, op.experts, op.mixture)
+    mixture = _Mixture(op, memory, pairs, memory.strided(op.logits), memory.strided(op.out))
     if fused.form == "int8":
         memory.want(counts=FEW * op.mixture.n_used * -(-mixture.n_ff // BLOCK))
         int8 = memory.int8(op.x)

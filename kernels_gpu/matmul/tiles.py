@@ -8,10 +8,7 @@ from gguf_run.kernels_gpu.rows.activation import gate_by
 
 
 @triton.jit
-def tile_product(
-    w, rows, x_rows, n_in, n_unit,
-    PANEL: tl.constexpr, UNITS: tl.constexpr,
-):  # fmt: skip
+def tile_product(w, rows, x_rows, n_in, n_unit, PANEL: tl.constexpr, UNITS: tl.constexpr):
     """Return f32[N, M]: `rows` int64[N] of the weights times the f16 rows at pointers x_rows [M].
 
     UNITS: units of a row at a time. The weights are the left operand of tl.dot: so each warp has rows of its own, and
@@ -43,25 +40,6 @@ def matmul_tile(
     m = tl.arange(0, M)
     acc = tile_product(w, rows, xh + m * n_in, n_in, n_unit, PANEL, UNITS)
     tl.store(raw + m[None, :] * raw_stride + o[:, None], acc, mask=o[:, None] < n_out)
-
-
-@triton.jit
-def dequantize(
-    w, out, first, n_row, n_in, n_unit,
-    PANEL: tl.constexpr, N: tl.constexpr, UNITS: tl.constexpr,
-):  # fmt: skip
-    """out f16[n_row, n_in] = rows first .. first + n_row of the weights; grid (n_row / N, n_unit / UNITS)."""
-    E: tl.constexpr = field_width(PANEL)
-    UNIT: tl.constexpr = PANEL.unit
-    o = tl.program_id(0) * N + tl.arange(0, N)
-    u = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
-    rows = (first + tl.minimum(o, n_row - 1)).to(tl.int64)
-    for f in tl.static_range(UNIT // E):
-        units = tl.minimum(u, n_unit - 1)
-        field = tile_field(w, rows, units, n_unit, f, PANEL)
-        column = u[None, :, None] * UNIT + f * E + tl.arange(0, E)[None, None, :]
-        to = out + o[:, None, None].to(tl.int64) * n_in + column
-        tl.store(to, field.to(tl.float16), mask=(o[:, None, None] < n_row) & (column < n_in))
 
 
 @triton.jit

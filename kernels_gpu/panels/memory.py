@@ -64,7 +64,7 @@ def empty(panel: Panel, n_in: int, n_out: int, device: torch.device) -> WeightPa
 
 @dataclass(frozen=True, eq=False)
 class GpuWeight:
-    """A matrix: one part for each run of rows of one tensor type. fuse.WeightForm."""
+    """A matrix: one part for each run of rows of one tensor type."""
 
     n_in: int
     parts: tuple[WeightPart, ...]
@@ -75,20 +75,23 @@ class GpuWeight:
 
     @property
     def n_part(self) -> int:
+        """The parts, which are multiplied one after the other."""
         return len(self.parts)
 
     @property
     def reads_int8(self) -> bool:
+        """Whether few tokens are multiplied as int8, in some part at least."""
         return any(part.is_int for part in self.parts)
 
     @property
     def reads_halves(self) -> bool:
+        """Whether many tokens are multiplied as f16, in some part at least."""
         return any(part.panel.scales != "F32" for part in self.parts)
 
 
 @dataclass(frozen=True, eq=False)
 class GpuExperts:
-    """The experts of a layer. fuse.ExpertsForm."""
+    """The experts of a layer."""
 
     n_expert: int
     gate_up: WeightPart  # rows [n_expert, 2, n_ff]: for each expert its gates, then its `up`s
@@ -98,6 +101,7 @@ class GpuExperts:
 
     @property
     def reads_int8(self) -> bool:
+        """Whether few tokens are multiplied as int8; if not, as f16, as many tokens are."""
         return self.gate_up.is_int and self.down.is_int
 
 

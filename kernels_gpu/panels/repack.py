@@ -72,9 +72,9 @@ def _pack_high(codes: Array, panel: IntPanel) -> Array:
     return words.sum((-3, -2), dtype=torch.uint8)
 
 
-def _pairs_of_6_bits(scales: Array) -> Array:
+def _pairs_of_6_bits(blocks: Array, type: TensorType) -> Array:
     """Return scale and minimum of eight groups, a byte each (layout: formats/blocks/unpack_k.py)."""
-    s, m, low = scales.unflatten(-1, (3, 4)).unbind(-2)
+    s, m, low = _field(blocks, type, "scales").unflatten(-1, (3, 4)).unbind(-2)
     scale = torch.cat([s & 63, low & 15 | s >> 6 << 4], -1)
     minimum = torch.cat([m & 63, low >> 4 | m >> 6 << 4], -1)
     return torch.stack([scale, minimum], -1)
@@ -97,15 +97,12 @@ def _scales_iq4_xs(blocks: Array, type: TensorType) -> Array:
     return (low | top << 4) - 32
 
 
-# Scales in the panel's form. The other types have them in that form in the file.
+# Scales that the panel has in another form than the file.
 _SCALES: dict[str, Callable[[Array, TensorType], Array]] = {
-    "Q4_1": lambda blocks, type: _field(blocks, type, "d", 4),
-    "Q5_1": lambda blocks, type: _field(blocks, type, "d", 4),
     "Q3_K": _scales_q3_k,
-    "Q4_K": lambda blocks, type: _pairs_of_6_bits(_field(blocks, type, "scales")),
-    "Q5_K": lambda blocks, type: _pairs_of_6_bits(_field(blocks, type, "scales")),
+    "Q4_K": _pairs_of_6_bits,
+    "Q5_K": _pairs_of_6_bits,
     "IQ4_XS": _scales_iq4_xs,
-    "MXFP4": lambda blocks, type: _field(blocks, type, "e"),
 }
 
 
@@ -113,10 +110,11 @@ def _planes(blocks: Array, type: TensorType, panel: IntPanel) -> list[Array]:
     """Return the planes of rows of blocks, uint8[n_row, n_block, type_size]."""
     qs, *high = (_codes(blocks, type, *codes) for codes in _CODES[type.name])
     planes = [_pack_qs(qs, panel), *(_pack_high(codes, panel) for codes in high)]
-    if panel.d_bytes:
-        scales = _SCALES.get(type.name, lambda blocks, type: _field(blocks, type, "scales"))(blocks, type)
-        return [*planes, scales, _field(blocks, type, "d", panel.d_bytes)]
-    return [*planes, _SCALES.get(type.name, lambda blocks, type: _field(blocks, type, "d"))(blocks, type)]
+    if not panel.d_bytes:
+        return [*planes, _field(blocks, type, "e" if panel.scales == "e8m0" else "d", panel.scale_bytes)]
+    in_form = _SCALES.get(type.name)
+    scales = in_form(blocks, type) if in_form else _field(blocks, type, "scales")
+    return [*planes, scales, _field(blocks, type, "d", panel.d_bytes)]
 
 
 class Uploader:

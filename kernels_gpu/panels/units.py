@@ -46,6 +46,18 @@ def half_pair(word):
 
 
 @triton.jit
+def load_floats(qs, at, TYPE: tl.constexpr):
+    """Return the numbers `at` of a float panel's plane as f32. TYPE: of the panel."""
+    if TYPE == "F32":
+        return tl.load(qs.to(tl.pointer_type(tl.float32)) + at)
+    elif TYPE == "F16":
+        return tl.load(qs.to(tl.pointer_type(tl.float16)) + at).to(tl.float32)
+    else:
+        word = tl.load(qs.to(tl.pointer_type(tl.uint16)) + at)
+        return (word.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _high_words(high, at, HIGH: tl.constexpr, BITS: tl.constexpr):
     """Return two words of high bits of units at [n]: the same word twice if a unit has only one."""
     if HIGH == 0:

@@ -100,7 +100,7 @@ class SpmEncoder(SpmPieces):
         return out
 
     def _bytes(self, symbol: str) -> list[int]:
-        """Return tokens for a character that has no token: `<0xXX>` for each byte, or the unknown token for a missing one."""
+        """Return tokens for a character that has no token: one for each byte, or the unknown token."""
         spelled = [self.vocab.ids.get(f"<0x{byte:02X}>", self.vocab.unknown) for byte in symbol.encode()]
         ids = [id for id in spelled if id is not None]
         if len(ids) < len(spelled):

@@ -2,10 +2,11 @@
 
     python tests/helpers/gpu_compile.py 90 80 gfx942       (or: 86, 89, 100, gfx1100)
 
-Targets of FULL get every kind of kernel, and facts of the instructions. Other targets get each kernel at least once.
+For the target FULL it compiles every kind of kernel and looks at the instructions. For other targets it compiles each
+kernel at least once.
 
-The backend runs on tensors in CPU memory, and a launch only compiles. So kernels are specialized for the arguments that
-they really get. This is a process of its own because the tests' process has Triton's interpreter on.
+The backend runs as always, on tensors in CPU memory, but a launch only compiles its kernel. So kernels are specialized
+for the arguments that they really get. The script is a process of its own: the tests' process has the interpreter on.
 """
 
 import functools
@@ -79,7 +80,7 @@ def loops(sass: list[tuple[str, str]], labels: dict[str, int]) -> list[list[str]
 
 
 def usage(kernel: Any, *options: str) -> tuple[dict[str, Any], str]:
-    """Return registers and memory of an NVIDIA kernel, and the whole output of cuobjdump."""
+    """Return the registers and memory that a kernel for NVIDIA takes, and the whole text of cuobjdump."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -89,7 +90,7 @@ def usage(kernel: Any, *options: str) -> tuple[dict[str, Any], str]:
 
 
 def inspect(kernel: Any) -> dict[str, Any]:
-    """Return facts of a kernel's instructions. This takes much longer than `usage`."""
+    """Return `usage` and counts of instructions of a kernel. It takes much longer than `usage` alone."""
     facts, text = usage(kernel, "-sass")
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);", text)
     labels = {f"0x{int(at, 16):x}": i for i, (at, _, _) in enumerate(lines)}
@@ -123,7 +124,7 @@ def product(name: str, n: int, activation: str | None = None) -> None:
 
 
 def ops() -> None:
-    """Run every op. Products have one weight type here."""
+    """Compile every op. Products have one weight type here."""
     backend = GpuBackend(CPU)
     step = Step(backend, 96)
     x, y, qkv, ff = (step.buffer(n) for n in (1024, 1024, 1536, 512))
@@ -149,7 +150,7 @@ def ops() -> None:
 
 
 def attention(k: str, v: str, head_dim: int, n: int) -> None:
-    """Run attention, and a shift of the cache, which turns keys."""
+    """Compile attention, and a shift of the cache, which turns keys."""
     backend = GpuBackend(CPU)
     step = Step(backend, 64)
     shape = AttentionShape(n_head=8, n_head_kv=2, head_dim=head_dim, scale=0.1)
@@ -165,7 +166,7 @@ def attention(k: str, v: str, head_dim: int, n: int) -> None:
 
 
 def moe(gate_up: str, down: str, n: int, activation: str, biases: bool) -> None:
-    """Run a mixture with 8 of 64 experts."""
+    """Compile a mixture of 64 experts, 8 for each token."""
     n_expert, n_embd, n_ff = 64, 6144, 768
     step = Step(GpuBackend(CPU), 512)
     x, logits = step.buffer(n_embd), step.buffer(n_expert)

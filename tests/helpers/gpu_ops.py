@@ -1,7 +1,7 @@
-"""Helpers for tests of the GPU backend, in Triton's interpreter or on a GPU, and NumPy twins of panels.
+"""What tests of the GPU backend share, and NumPy twins of panels.
 
-conftest.py turns the interpreter on for the whole process, before Triton is imported. A module that imports this one is
-skipped if torch or Triton is missing.
+Kernels run in Triton's interpreter on torch's CPU tensors, or on a GPU. conftest.py turns the interpreter on for the
+whole process, before triton is imported. A module that imports this one is skipped if torch or Triton is missing.
 """
 
 import os
@@ -41,7 +41,7 @@ def gpu() -> GpuBackend:
 
 
 def use_tuning(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-    """Make GpuBackend use a Tuning of large tiles: the interpreter is as fast with large tiles as with small ones."""
+    """Give GpuBackend a Tuning. Tests choose large tiles: the interpreter takes no longer for them."""
     monkeypatch.setattr(backend, "DEFAULT", Tuning(**options))
 
 
@@ -59,7 +59,7 @@ def dp4a(a: Any, b: Any, c: Any) -> Any:
 
 
 def look_up(word: Any, BOOK: Any) -> tuple[Any, Any]:
-    """Do what kernels_gpu.panels.dots.look_up does, in one operation."""
+    """Do what kernels_gpu.panels.dots.look_up does."""
     book, codes = np.array([int(part) for part in BOOK], np.int32).view(np.int8), _bytes(word)
     return tuple(_tensor(book[c & 15].view(np.int32)[..., 0], word) for c in (codes, codes >> 4))
 
@@ -71,10 +71,10 @@ def fast_dots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def speed_up(replace: Callable[[Any, str, Any], None]) -> None:
-    """Make Triton's interpreter faster.
+    """Make the interpreter faster.
 
-    An operation on tensors takes 40 us, and dp4a's fallback has most of them: here dp4a is one operation. The
-    interpreter also patches triton.language again for every call of a function: here only for the first call.
+    It takes 40 us for each operation on tensors, and dp4a's fallback has most of the operations: twins replace them.
+    It also puts its operations into triton.language anew for every function that a kernel calls: now it does so once.
     """
     replace(matmul_decode, "dp4a", dp4a)
     replace(units, "look_up", look_up)
@@ -90,12 +90,12 @@ def speed_up(replace: Callable[[Any, str, Any], None]) -> None:
 
 
 def _bits(plane: np.ndarray, at: np.ndarray, bit: np.ndarray, n: int) -> np.ndarray:
-    """Return n bits from `bit` on, of the bytes with index `at` of each unit. plane: uint8[n_out, n_unit, bytes]."""
+    """Return n bits, from `bit` on, of the bytes number `at` of each unit. plane: uint8[n_out, n_unit, bytes]."""
     return (plane[..., at] >> bit) & (1 << n) - 1
 
 
 def unpack_part(part: WeightPart) -> np.ndarray:
-    """Return the numbers in a panel (kernels_gpu/panels/panels.py), float32[n_out, n_in], with its roundings."""
+    """Return the numbers of a panel, f32[n_out, n_in] (layout: kernels_gpu/panels/panels.py), with the roundings of the reference."""
     panel, n_in = part.panel, part.n_in
     planes = {name: getattr(part, name) for name in ("qs", "high", "scale", "d")}
     planes = {name: plane.cpu().numpy() for name, plane in planes.items() if plane is not None}
@@ -123,7 +123,7 @@ def unpack_part(part: WeightPart) -> np.ndarray:
 
 
 def _scales(panel: IntPanel, planes: dict[str, np.ndarray], n_out: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """f32[n_out, n_in / group] each."""
+    """Return scales and minimums, f32[n_out, n_in / group] each."""
     scale = planes["scale"]
     halves = scale.view(np.float16).astype(np.float32) if panel.scales in ("f16", "f16m") else None
     if halves is not None:

@@ -22,8 +22,8 @@ from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.kernels_gpu import backend as gpu_backend
 from gguf_run.kernels_gpu.attention.cache_types import CACHE_FORMATS
 from gguf_run.kernels_gpu.backend import GpuBackend
+from gguf_run.kernels_gpu.device.device import measure_limits
 from gguf_run.kernels_gpu.device.errors import explain
-from gguf_run.kernels_gpu.device.limits import measure_limits
 from gguf_run.kernels_gpu.program import GpuProgram, Launches
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig

@@ -21,7 +21,7 @@ FULL = "90"
 TARGETS = (FULL, "80", "86", "89", "100")
 AMD = ("gfx942", "gfx1100")
 SHARED_BYTES = {"80": 166912, "86": 101376, "89": 101376, "90": 232448, "100": 232448}
-KERNELS = ("matmul_decode", "matmul_tile", "dequantize", "append", "attend", "add_up", "embed")
+KERNELS = ("matmul_decode", "matmul_tile", "dequantize", "append", "attend", "add_up", "norm")
 KERNELS += ("expert_gate_up", "expert_down", "expert_tile")
 MMA = {"90": "wgmma.mma", "100": "tcgen05.mma", "gfx942": "v_mfma", "gfx1100": "v_wmma"}  # else mma.sync
 # Instructions per weight of the loop for one token: more would keep an H200 from streaming weights at two thirds of its
@@ -98,7 +98,7 @@ def test_a_last_program_reads_what_the_others_stored(target: str, compiled: Any)
 
 def test_products_are_rounded_before_they_become_int8(compiled: Any) -> None:
     """As on the CPU: not fused with the addition of 1.5 * 2^23 that leaves the nearest integer."""
-    names = ("quantize", "rms_norm", "matmul_decode")
+    names = ("quantize", "norm", "matmul_decode")
     assert {k["fused"] for k in compiled[FULL].result()[FULL] if k["kernel"] in names} == {False}
 
 

@@ -24,7 +24,7 @@ ROPE = Rope(QKV.columns(0, 128), ROTATION, 32)
 
 @dataclass(frozen=True)
 class Weight:
-    """fuse.WeightForm and fuse.ExpertsForm."""
+    """What fuse asks of weights and of experts."""
 
     n_in: int = 64
     n_out: int = 64

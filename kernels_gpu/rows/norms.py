@@ -1,4 +1,4 @@
-"""RMS norm of rows or of equal parts of rows. It may add a residual, and write the result as matmul reads it."""
+"""RMS norm and layer norm. RMS norm may add a residual, and write the result as matmul reads it."""
 
 import triton
 import triton.language as tl
@@ -14,11 +14,13 @@ def normed(value, weight, column, n, eps):
 
 
 @triton.jit
-def rms_norm(
-    x, x_stride, weight, n, eps, out, out_stride, residual, residual_stride, int8, halves, WIDTH: tl.constexpr
-):
-    """out = x / sqrt(mean(x^2) + eps) * weight (+ residual); grid (rows, parts of n columns), WIDTH >= n.
+def norm(
+    x, x_stride, weight, bias, n, eps, out, out_stride, residual, residual_stride, int8, halves,
+    LAYER: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """out = x / sqrt(mean(x^2) + eps) * weight (+ bias) (+ residual); grid (rows, parts of n columns), WIDTH >= n.
 
+    LAYER: x - mean(x) takes the place of x, and each part has its own part of weight and bias.
     int8: None, or (xq, xd, xs): gets the result as int8. halves: None, or (xh, xm): as f16. Both for one part only.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -26,7 +28,12 @@ def rms_norm(
     column = tl.arange(0, WIDTH)
     mask = column < n
     value = tl.load(x + row * x_stride + part + column, mask=mask, other=0.0)
+    if LAYER:
+        value = tl.where(mask, value - tl.sum(value, axis=0) / n, 0.0)
+        weight += part
     value = normed(value, weight, column, n, eps)
+    if bias is not None:
+        value += tl.load(bias + part + column, mask=mask, other=0.0)
     if residual is not None:
         value += tl.load(residual + row * residual_stride + part + column, mask=mask, other=0.0)
     tl.store(out + row * out_stride + part + column, value, mask=mask)
