@@ -17,7 +17,6 @@ import pytest
 from click.testing import CliRunner, Result
 from tinymodel import Tiny, write_tiny
 
-from gguf_run.runtime import Model
 from gguf_run.runtime.cli.evaluate import main
 from gguf_run.runtime.cli.report import Figure
 from gguf_run.runtime.evaluate import perplexity as eval_perplexity
@@ -52,8 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "hella7.txt").write_text("".join(f"{context}\n0\na\nb\nc\nd\n" for context in long))
     (folder / "hella5.txt").write_text("the\n0\norder\nother\nroad\n")
     # Compiles what is not cached yet: no test is to see the line that says so.
-    with Model.load(folder / "tiny.gguf") as model, Scorer(model, 1):
-        pass
+    invoke(folder, "perplexity", "tiny.gguf", "-f", "text.txt", *SMALL)
     return folder
 
 
