@@ -37,6 +37,8 @@ def words(text: str) -> Complete:
 
 
 files = words("")
+devices = words("auto cpu cuda cuda:0")
+layers = words("auto all")
 
 
 @among
@@ -75,3 +77,12 @@ def chat_templates(typed: str) -> list[str]:
     from gguf_run.runtime.chat.named import TEMPLATES
 
     return [*TEMPLATES]
+
+
+@among
+def samplers(typed: str) -> list[str]:
+    """Return what is typed, with each name of a sampler behind its last semicolon."""
+    from gguf_run.runtime.sampling.params import SAMPLERS
+
+    before, sign, _ = typed.rpartition(";")
+    return [f"{before}{sign}{name}" for name in SAMPLERS]

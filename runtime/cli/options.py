@@ -4,7 +4,7 @@ The options of sampling have llama.cpp's names.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -13,14 +13,24 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gguf_run.formats.errors import OptionError
-from gguf_run.runtime.cli import complete
 from gguf_run.runtime.load.options import LoadOptions
-from gguf_run.runtime.sampling.params import DEFAULT_CHAIN, SAMPLERS, SamplingParams
+from gguf_run.runtime.sampling.params import DEFAULT_CHAIN, SamplingParams
 
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model
 
 PATH = click.Path(path_type=Path)
+
+
+def offer(name: str) -> Callable[..., Any]:
+    """Return a shell_complete=, a function of complete.py. The file is imported when a shell asks."""
+
+    def complete_late(*asked: Any) -> Any:
+        from gguf_run.runtime.cli import complete
+
+        return getattr(complete, name)(*asked)
+
+    return complete_late
 
 
 def option(flags: str, text: str, **settings: Any) -> click.Option:
@@ -30,7 +40,7 @@ def option(flags: str, text: str, **settings: Any) -> click.Option:
 
 THREADS = option("--threads -t", "Threads that compute.  [default: physical cores]", type=int)
 CTX_SIZE = option("--ctx-size -c n_ctx", "Positions of the context.  [default: the model's, at most 4096]", type=int)
-_cache_type_option = partial(option, metavar="TYPE", shell_complete=complete.cache_types)
+_cache_type_option = partial(option, metavar="TYPE", shell_complete=offer("cache_types"))
 ROTATION = option(
     "--cache-rotation/--no-cache-rotation",
     "Rotate keys and values by a Hadamard transform: more exact.  [default: types of 8 bits or less]",
@@ -45,7 +55,7 @@ CACHE_OPTIONS = [
         "--cache-scales",
         "A calibration file (gguf-eval kv-scales): scales of fp8, types of each layer.",
         metavar="FILE",
-        shell_complete=complete.files,
+        shell_complete=offer("files"),
     ),
 ]
 PLACEMENT_OPTIONS = [
@@ -53,7 +63,7 @@ PLACEMENT_OPTIONS = [
         "--gpu-layers -ngl",
         "So many of the last layers run on the GPU.  [default: auto, as many as fit]",
         metavar="N|auto|all",
-        shell_complete=complete.words("auto all"),
+        shell_complete=offer("layers"),
     ),
     option("--tensor-split -ts", "How several GPUs share these layers: 3,1  [default: by free memory]", metavar="N,N"),
     option("--cpu-moe -cmoe", "Keep the experts of all layers on the CPU.", is_flag=True),
@@ -71,7 +81,7 @@ DEVICE_OPTIONS = [
         "Where the model runs: cpu, cuda, cuda:1, cuda:0,cuda:1, or auto.",
         default="auto",
         show_default=True,
-        shell_complete=complete.words("auto cpu cuda cuda:0"),
+        shell_complete=offer("devices"),
     ),
     *PLACEMENT_OPTIONS,
 ]
@@ -109,13 +119,6 @@ def _numeric(flags: str, name: str, text: str) -> click.Option:
     return option(f"{flags} {name}", text, type=type(default), default=default)
 
 
-@complete.among
-def _chains(typed: str) -> list[str]:
-    """Return what is typed, with each name of a sampler behind its last semicolon."""
-    before, sign, _ = typed.rpartition(";")
-    return [f"{before}{sign}{name}" for name in SAMPLERS]
-
-
 SAMPLING_OPTIONS = [
     *(_numeric(*row) for row in _SAMPLING),
     option("--ignore-eos", "The model cannot end its answer: -n or a full context ends it.", is_flag=True),
@@ -139,7 +142,7 @@ SAMPLING_OPTIONS = [
         default=";".join(DEFAULT_CHAIN),
         metavar="NAMES",
         show_default=False,
-        shell_complete=_chains,
+        shell_complete=offer("samplers"),
     ),
 ]
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from gguf_run.formats.errors import GgufRunError, OptionError
-from gguf_run.runtime.cli import complete
 from gguf_run.runtime.cli.common import tool
 from gguf_run.runtime.cli.conversation import check_place, conversation, open_reasoning, show
 from gguf_run.runtime.cli.options import (
@@ -25,6 +24,7 @@ from gguf_run.runtime.cli.options import (
     PATH,
     SAMPLING_OPTIONS,
     load_model,
+    offer,
     option,
     take_sampling,
     to_load_options,
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
 MAX_PROMPT_BYTES = 64 << 20
 _PARAMS = [
-    click.Argument(["model"], required=False, shell_complete=complete.models),
+    click.Argument(["model"], required=False, shell_complete=offer("models")),
     option("--prompt -p", "The question, or with --raw the text to continue."),
     option(
-        "--file -f", "Read the prompt from a UTF-8 text file; - is stdin, the default.", shell_complete=complete.files
+        "--file -f", "Read the prompt from a UTF-8 text file; - is stdin, the default.", shell_complete=offer("files")
     ),
     option("--chat -i", "Talk: Ctrl-C stops an answer, Ctrl-D leaves.", is_flag=True),
     option("--system", "System message for the chat template."),
@@ -48,7 +48,7 @@ _PARAMS = [
         "--chat-template",
         "In place of the model's own: a Jinja file, or chatml, llama3, ...",
         metavar="FILE|NAME",
-        shell_complete=complete.chat_templates,
+        shell_complete=offer("chat_templates"),
     ),
     option("--chat-template-kwargs", 'Variables for the template, as {"enable_thinking": false}.', metavar="JSON"),
     option("--tools", "JSON file: functions that the model may call.", type=PATH),
@@ -64,7 +64,7 @@ _PARAMS = [
         "--quantize",
         "Quantize the weights while loading, for example to Q4_K_M.",
         metavar="TYPE",
-        shell_complete=complete.file_types,
+        shell_complete=offer("file_types"),
     ),
     option("--context-shift", "When the context is full, drop half of it and go on.", is_flag=True),
     option("--keep n_keep", "Tokens at the beginning that --context-shift keeps.", type=int, default=0),
