@@ -95,7 +95,7 @@ def _bits(plane: np.ndarray, at: np.ndarray, bit: np.ndarray, n: int) -> np.ndar
 
 
 def unpack_part(part: WeightPart) -> np.ndarray:
-    """Return the numbers of a panel (kernels_gpu/panels/panels.py), f32[n_out, n_in], with the reference's roundings."""
+    """Return the numbers of a panel (kernels_gpu/panels/panels.py), f32[n_out, n_in], with its roundings."""
     panel, n_in = part.panel, part.n_in
     planes = {name: getattr(part, name) for name in ("qs", "high", "scale", "d")}
     planes = {name: plane.cpu().numpy() for name, plane in planes.items() if plane is not None}
