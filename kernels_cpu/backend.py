@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.blocks.dequantizer import dequantize
+from gguf_run.formats.blocks.grids import no_grid
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.kernels_cpu.attention.cache import CpuCache, new_cache, rows_stored
+from gguf_run.kernels_cpu.attention.cache import CpuCache, rows_stored
 from gguf_run.kernels_cpu.attention.cache_rows import CacheRows
 from gguf_run.kernels_cpu.int8_forms import CpuOp
 from gguf_run.kernels_cpu.lower import lower
@@ -55,14 +56,10 @@ class CpuBackend:
         return f"CPU, {self.n_threads} thread{'s' * (self.n_threads > 1)}, {isa.current().name}"
 
     def table(self, tensor: Tensor) -> CpuTable:
-        form = INTEGER_FORMS.get(tensor.type.name)
-        if form is not None:
-            return CpuTable(tensor.type.name, tensor.ne[0], tensor.blocks(), form.grid())
-        no_grid = np.zeros(0, np.int8)
-        if tensor.type.name in FLOAT_TABLES:
-            return CpuTable(tensor.type.name, tensor.ne[0], tensor.blocks(), no_grid)
-        values = dequantize(tensor.blocks(), tensor.type)
-        return CpuTable("F32", tensor.ne[0], values.view(np.uint8), no_grid)
+        name, blocks, form = tensor.type.name, tensor.blocks(), INTEGER_FORMS.get(tensor.type.name)
+        if form is None and name not in FLOAT_TABLES:
+            name, blocks = "F32", dequantize(blocks, tensor.type).view(np.uint8)
+        return CpuTable(name, tensor.ne[0], blocks, form.grid() if form else no_grid())
 
     def weight(self, tensors: Sequence[Tensor]) -> CpuWeight:
         n_in = tensors[0].ne[0]
@@ -112,11 +109,11 @@ class CpuBackend:
 
     def cache(self, shape: AttentionShape, n_ctx: int, n_batch: int, n_seq: int, kind: CacheType) -> CpuCache:
         size = shape.n_head_kv, shape.head_dim, rows_stored(n_ctx, n_batch, shape.window)
-        k = CacheRows(kind.k, False, *size, kind.rotate, kind.k_scales)
-        v = CacheRows(kind.v, True, *size, kind.rotate, kind.v_scales)
-        cache = new_cache(self._arena, n_seq, k, v)
-        self._bytes["cache"] += cache.k.nbytes + cache.v.nbytes
-        return cache
+        rows_k = CacheRows(kind.k, False, *size, kind.rotate, kind.k_scales)
+        rows_v = CacheRows(kind.v, True, *size, kind.rotate, kind.v_scales)
+        k, v = (self._arena.take(n_seq * rows.nbytes).reshape(n_seq, -1) for rows in (rows_k, rows_v))
+        self._bytes["cache"] += k.nbytes + v.nbytes
+        return CpuCache(n_seq, rows_k, rows_v, k, v)
 
     def squares(self, width: int, n_expert: int = 1) -> "CpuSquares":
         from gguf_run.kernels_cpu.rows.observe import CpuSquares
@@ -124,12 +121,7 @@ class CpuBackend:
         return CpuSquares(width, n_expert)
 
     def program(
-        self,
-        parts: Sequence[Sequence[CpuOp]],
-        after: Sequence[CpuOp],
-        result: Buffer,
-        n_batch: int,
-        n_outputs: int,
+        self, parts: Sequence[Sequence[CpuOp]], after: Sequence[CpuOp], result: Buffer, n_batch: int, n_outputs: int
     ) -> CpuProgram:
         tape = Tape(self.n_threads, n_batch, n_outputs)
         ends = [lower(tape, part) for part in parts]

@@ -11,8 +11,6 @@ from gguf_run.kernels_cpu.replay.op import TapeOp
 from gguf_run.kernels_cpu.replay.runs import RunTable
 from gguf_run.models.operands import Buffer, Rotation
 
-_SCRATCH = ("scratch", "scratch_stride", "parts")  # fields that `finish` fills
-
 
 class Rows(NamedTuple):
     """Where rows are."""
@@ -43,8 +41,8 @@ class Tape:
         self._scratch_bytes = self._parts_bytes = 0
         self.need(scratch=4 * TOKENS * ROWS)
         self.zeros = Rows(self.address(aligned(4 * LANES)), 0)
-        # Fields that mean the same in all kernels.
-        self._common: dict[str, float] = {**dict.fromkeys(_SCRATCH, 0), "n_runs": table.n_runs}
+        # Fields that mean the same in all kernels. `finish` fills the first three.
+        self._common: dict[str, float] = {"scratch": 0, "scratch_stride": 0, "parts": 0, "n_runs": table.n_runs}
         for name in ("ids", "positions", "run_of", "runs"):
             self._common[name] = self.address(getattr(table, name))
 
@@ -60,13 +58,11 @@ class Tape:
 
     def buffer(self, buffer: Buffer) -> NDArray[np.float32]:
         """Return a buffer's rows, f32[n, width]. The memory of its name is allocated at the first call."""
-        memory = self._buffers.get(buffer.name)
-        if memory is None:
+        if buffer.name not in self._buffers:
             n_rows = -(-(self.n_outputs if buffer.outputs else self.n_batch) // TOKENS) * TOKENS
             width = -(-buffer.row_width // ROWS) * ROWS
-            memory = aligned(4 * n_rows * width).view(np.float32).reshape(n_rows, width)
-            self._buffers[buffer.name] = memory
-        return memory[:, buffer.start : buffer.start + buffer.width]
+            self._buffers[buffer.name] = aligned(4 * n_rows * width).view(np.float32).reshape(n_rows, width)
+        return self._buffers[buffer.name][:, buffer.start : buffer.start + buffer.width]
 
     def rows(self, buffer: Buffer) -> Rows:
         """Return where the rows of a buffer are."""
@@ -126,14 +122,11 @@ class Tape:
     def finish(self) -> NDArray[np.int64]:
         """Give the kernels their scratch memory and return their addresses and arguments, int64[n, 2]."""
         stride = -(-self._scratch_bytes // 64) * 64
-        scratch = self.shared("scratch", stride * self.n_threads).ctypes.data
-        shared = dict(
-            zip(_SCRATCH, (scratch, stride, self.shared("parts", self._parts_bytes).ctypes.data), strict=True)
-        )
+        scratch, parts = self.shared("scratch", stride * self.n_threads), self.shared("parts", self._parts_bytes)
+        shared = {"scratch": scratch.ctypes.data, "scratch_stride": stride, "parts": parts.ctypes.data}
         for arguments in self._arguments:
             for name in shared.keys() & set(arguments.dtype.names or ()):
                 arguments[name] = shared[name]
-        return np.array(
-            [(kernel.compiled.address, a.ctypes.data) for kernel, a in zip(self.kernels, self._arguments, strict=True)],
-            np.int64,
-        ).reshape(-1, 2)
+        pairs = zip(self.kernels, self._arguments, strict=True)
+        code = [(kernel.compiled.address, arguments.ctypes.data) for kernel, arguments in pairs]
+        return np.array(code, np.int64).reshape(-1, 2)

@@ -22,7 +22,6 @@ from gguf_run.kernels_cpu.attention.hadamard import hadamard
 from gguf_run.kernels_cpu.attention.int_tiles import (
     INT_ROWS,
     P_BYTES,
-    fetch,
     int_score_tile,
     int_value_tile,
     quantize_p,
@@ -41,6 +40,7 @@ from gguf_run.kernels_cpu.attention.softmax import (
     rise,
     scale_vectors,
 )
+from gguf_run.kernels_cpu.matmul.tile import prefetch
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, FloatPanel, IntPanel
 from gguf_run.kernels_cpu.replay.op import TapeOp, op
 from gguf_run.kernels_cpu.replay.runs import runs_at
@@ -117,7 +117,7 @@ def _scores(k_form: int) -> Any:
             for i in range(0, n_seen, GROUP):
                 at = k + i // GROUP * a.k_group + a.k_at
                 if first:
-                    fetch(at + _AHEAD * a.k_group, a.k_group)
+                    prefetch(at + _AHEAD * a.k_group, a.k_group)
                 for row in range(0, tile.rows, INT_ROWS):
                     to = m.scores + (row * SPAN + i) * 4
                     int_score_tile(k_form, q + row * q_row, q_row, at, n_blocks, m.zeros, to)
@@ -154,7 +154,7 @@ def _values(v_form: int) -> Any:
                 block = m.p + (d * P_BYTES if has_blocks else 0)
                 if r == 0:
                     share = 2 * a.v_group // (wide // BLOCK)
-                    fetch(v + _AHEAD * a.v_group + d * share, share)
+                    prefetch(v + _AHEAD * a.v_group + d * share, share)
                 for row in range(0, tile.rows, INT_ROWS):
                     p, sums = block + row * n_blocks * P_BYTES, m.sums + ((r + row) * wide + d * BLOCK) * 4
                     int_value_tile(v_form, p, n_blocks * P_BYTES, at, a.v_group, n_groups, sums, wide * 4)

@@ -6,10 +6,9 @@ A tile is TILE query rows, or FEW if there are no more. K and V are read from th
 import functools
 from collections.abc import Callable
 
-from gguf_run.kernels_cpu.attention.cache_codec import widen
 from gguf_run.kernels_cpu.attention.cache_types import FORMATS
 from gguf_run.kernels_cpu.attention.softmax import SPAN
-from gguf_run.kernels_cpu.matmul.tile import sums_of_products
+from gguf_run.kernels_cpu.matmul.tile import load_floats, sums_of_products
 from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel
 from gguf_run.kernels_cpu.vector import isa
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
@@ -20,11 +19,6 @@ from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val
 FEW = 4
 TILE, VECTORS, FEW_VECTORS, _SUMS = {16: (8, 2, 2, 16), 8: (6, 1, 1, 6), 4: (4, 1, 1, 4)}[isa.current().lanes]
 _LINE = 64
-
-
-def _load(s: Simd, panel: FloatPanel, at: Val) -> Val:
-    """16 elements of a float panel as f32."""
-    return widen(s, panel, s.load(at, panel.element, ROWS))
 
 
 def _sums(
@@ -64,7 +58,7 @@ def _scores(
     ks = [k + k_vector * j for j in range(n_vectors)]
 
     def products(i: Val) -> list[tuple[Val, Val]]:
-        columns = [_load(s, panel, at + i * (ROWS * panel.element_bytes)) for at in ks]
+        columns = [load_floats(s, panel, at + i * (ROWS * panel.element_bytes)) for at in ks]
         return [(value, column) for value in [s.load(at + i * 4, F32, splat=ROWS) for at in qs] for column in columns]
 
     for i, value in enumerate(_sums(s, [s.const(F32, 0.0, ROWS)] * (n_rows * n_vectors), n, products, ahead)):
@@ -78,7 +72,7 @@ def _values(
     places = [out + out_row * r + 64 * j for r in range(n_rows) for j in range(n_vectors)]
 
     def products(i: Val) -> list[tuple[Val, Val]]:
-        columns = [_load(s, panel, v + i * v_step + ROWS * panel.element_bytes * j) for j in range(n_vectors)]
+        columns = [load_floats(s, panel, v + i * v_step + ROWS * panel.element_bytes * j) for j in range(n_vectors)]
         ps = [s.load(p + i * 4 + 4 * SPAN * r, F32, splat=ROWS) for r in range(n_rows)]
         return [(value, column) for value in ps for column in columns]
 

@@ -13,10 +13,10 @@ A product takes two positions at once: l and l + 16 of a group. Their u are byte
 import functools
 import operator
 
-from gguf_run.kernels_cpu.attention.cache_codec import FLOAT8_FACTOR
 from gguf_run.kernels_cpu.attention.cache_types import FORMATS, CacheFormat
 from gguf_run.kernels_cpu.attention.softmax import SPAN
 from gguf_run.kernels_cpu.matmul.int_tile import int_tile, unpacked
+from gguf_run.kernels_cpu.matmul.tile import FLOAT8_FACTOR
 from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel, IntPanel
 from gguf_run.kernels_cpu.vector import isa
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
@@ -169,13 +169,3 @@ def int_value_tile(
             if panel.has_minimum:
                 old = old + s.load(at + P_MINIMUM, F32, splat=ROWS)
             s.store(s.fma(totals[2 * r + j].to(F32), factor, old), place)
-
-
-@simd_kernel
-def fetch(s: Simd, address: Val, n_bytes: Val) -> None:
-    """Prefetch n_bytes of memory."""
-
-    def line(i: Val) -> None:
-        s.prefetch(address + i * 64)
-
-    s.each(n_bytes >> 6, line)

@@ -54,7 +54,7 @@ def matmul(panel: int) -> TapeOp:
 
     rows: address of the number of tokens.
     n_out: rows of the matrix.
-    n_steps, step_bytes: see tile.
+    n_steps: see tile.
     group_bytes: bytes of a panel.
     w: address of the panels.
     x, out: rows.
@@ -66,7 +66,7 @@ def matmul(panel: int) -> TapeOp:
     panels = tile_panels(panel)
 
     @op(
-        "rows n_out n_steps step_bytes group_bytes w x x_stride out out_stride "
+        "rows n_out n_steps group_bytes w x x_stride out out_stride "
         "residual residual_stride residual_group bias scratch scratch_stride"
     )
     def matmul_panel(args, piece, ith, nth):
@@ -74,17 +74,17 @@ def matmul(panel: int) -> TapeOp:
         n_tokens = i64_at(a.rows, 1)[0]
         n_group = (a.n_out + ROWS - 1) // ROWS
         n_tile = (n_tokens + TOKENS - 1) // TOKENS
-        tail = a.n_out % ROWS
+        tail, n_steps, x_stride = a.n_out % ROWS, a.n_steps, a.x_stride
         spare = a.scratch + ith * a.scratch_stride
         n_piece, g0, g1, t0, t1 = cut(piece, n_tokens, n_tile, n_group, a.group_bytes, _GROUPS, panels, nth)
         if piece < 0:
             return n_piece
         if n_tokens == 1:
-            prefetch(a.w + g0 * a.group_bytes)
+            prefetch(a.w + g0 * a.group_bytes, AHEAD)
         count = 1 if n_tokens == 1 else TOKENS
         for t in range(t0, t1):
             first = t * TOKENS
-            x = a.x + first * a.x_stride
+            x = a.x + first * x_stride
             g = g0
             while g < g1:
                 w = a.w + g * a.group_bytes
@@ -103,17 +103,13 @@ def matmul(panel: int) -> TapeOp:
                 elif n_tokens > 1 and g + panels <= g1 - (tail > 0 and g1 == n_group):
                     n_here = panels
                 if n_tokens == 1:
-                    tile(
-                        panel, 1, 1, w, 0, a.step_bytes, a.n_steps,
-                        x, a.x_stride, to, to_stride, init, init_stride, AHEAD,
-                    )  # fmt: skip
+                    tile(panel, 1, 1, w, 0, n_steps, x, x_stride, to, to_stride, init, init_stride, AHEAD)
                 else:
                     next_w = a.group_bytes if n_here > 1 else 0
                     ahead = n_here * a.group_bytes if t == t0 else 0  # later tiles find the panels in the cache
                     tile(
-                        panel, panels, TOKENS, w, next_w, a.step_bytes, a.n_steps,
-                        x, a.x_stride, to, to_stride, init, init_stride, ahead,
-                    )  # fmt: skip
+                        panel, panels, TOKENS, w, next_w, n_steps, x, x_stride, to, to_stride, init, init_stride, ahead
+                    )
                 if lanes != ROWS:
                     for i in range(count):
                         row, source = f32_at(out + i * a.out_stride, lanes), f32_at(spare + i * ROWS * 4, lanes)

@@ -250,6 +250,9 @@ class Simd:
     def maximum(self, x: Val, y: Val) -> Val:
         return self.select(x.compare(">", y), x, y)
 
+    def minimum(self, x: Val, y: Val) -> Val:
+        return self.select(x.compare("<", y), x, y)
+
     def absolute(self, x: Val) -> Val:
         return self._float_call("fabs", x)
 
