@@ -1,6 +1,5 @@
 """The CPU as a models.backend.Backend: numba kernels over panels, run by a team of threads."""
 
-import itertools
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from gguf_run.kernels_cpu.attention.cache_rows import CacheRows
 from gguf_run.kernels_cpu.int8_forms import CpuOp
 from gguf_run.kernels_cpu.lower import lower
 from gguf_run.kernels_cpu.panels.memory import Arena, CpuTable, CpuWeight, WeightPart
-from gguf_run.kernels_cpu.panels.panels import ROWS, Panel, panel_for
+from gguf_run.kernels_cpu.panels.panels import ROWS, panel_for
 from gguf_run.kernels_cpu.panels.repack import repack
 from gguf_run.kernels_cpu.program import CpuProgram
 from gguf_run.kernels_cpu.replay.op import TapeOp
@@ -65,7 +64,8 @@ class CpuBackend:
         n_in = tensors[0].ne[0]
         parts: list[WeightPart] = []
         first = 0
-        for panel, run in _runs(tensors):
+        for run in _runs(tensors):
+            panel = panel_for(run[0].type.name)
             n_out = sum(tensor.n_rows for tensor in run)
             data = self._arena.take(-(-n_out // ROWS) * panel.group_bytes(n_in))
             self._repack(run, data)
@@ -82,10 +82,12 @@ class CpuBackend:
     def experts(self, tensors: Sequence[Tensor]) -> "CpuExperts":
         from gguf_run.kernels_cpu.matmul.moe import CpuExperts  # late: most models have no experts
 
-        types = [tensor.type.name for tensor in tensors[:2]]
-        if types[0] != types[1]:
-            names = " and ".join(tensor.name for tensor in tensors[:2])
-            raise UnsupportedError(f"{names} have the types {' and '.join(types)}; this version needs one for both")
+        gate, up = tensors[:2]
+        if gate.type != up.type:
+            raise UnsupportedError(
+                f"{gate.name} and {up.name} have the types {gate.type.name} and {up.type.name}; "
+                "this version needs one for both"
+            )
         n_expert = math.prod(tensors[0].ne[2:])
         biases: Sequence[NDArray[np.float32] | None] = [self.vector([tensor]) for tensor in tensors[3:]] or [None] * 3
         parts = [self._expert_matrix(t, n_expert, bias) for t, bias in zip(tensors[:3], biases, strict=True)]
@@ -162,14 +164,11 @@ class KernelCompiler(CpuBackend):
         super()._compile(kernels[::-1])
 
 
-def _runs(tensors: Sequence[Tensor]) -> list[tuple[Panel, list[Tensor]]]:
+def _runs(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """Consecutive tensors that can share panels: of one type, and all but the last of whole panels."""
-    runs: list[tuple[Panel, list[Tensor]]] = []
-    for _, group in itertools.groupby(tensors, key=lambda tensor: tensor.type.id):
-        fresh = True
-        for tensor in group:
-            if fresh:
-                runs.append((panel_for(tensor.type.name), []))
-            runs[-1][1].append(tensor)
-            fresh = tensor.n_rows % ROWS != 0
+    runs: list[list[Tensor]] = []
+    for tensor in tensors:
+        if not runs or runs[-1][-1].type != tensor.type or runs[-1][-1].n_rows % ROWS:
+            runs.append([])
+        runs[-1].append(tensor)
     return runs

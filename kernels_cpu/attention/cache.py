@@ -60,13 +60,11 @@ class CpuCache:
         keys = rows.load(memory, slots)
         half, angle = rotation.n_rot // 2, distance * rotation.inv_freq
         cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-        pairs = (
-            (slice(0, half), slice(half, 2 * half))
-            if rotation.style == "neox"
-            else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
-        )
-        a, b = (keys[..., part].copy() for part in pairs)
-        keys[..., pairs[0]], keys[..., pairs[1]] = a * cos - b * sin, a * sin + b * cos
+        first, second = slice(0, half), slice(half, 2 * half)
+        if rotation.style != "neox":
+            first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+        a, b = keys[..., first].copy(), keys[..., second].copy()
+        keys[..., first], keys[..., second] = a * cos - b * sin, a * sin + b * cos
         rows.store(memory, slots, keys)
 
     def read(self, seq: int, kind: str, first: int, end: int) -> NDArray[np.uint8]:

@@ -15,7 +15,7 @@ import operator
 
 from gguf_run.kernels_cpu.attention.cache_types import FORMATS, CacheFormat
 from gguf_run.kernels_cpu.attention.softmax import SPAN
-from gguf_run.kernels_cpu.matmul.int_tile import int_tile, unpacked
+from gguf_run.kernels_cpu.matmul.int_tile import int_tile, load_quants
 from gguf_run.kernels_cpu.matmul.tile import FLOAT8_FACTOR
 from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel, IntPanel
 from gguf_run.kernels_cpu.vector import isa
@@ -148,7 +148,7 @@ def int_value_tile(
     starts = [s.load(at + P_START, I32, splat=ROWS) if panel.offset else zero for at in ps]
 
     def group(g: Val, acc: list[Val]) -> list[Val]:
-        vectors = [unpacked(s, panel, v + g * group_bytes + 64 * panel.bits * j) for j in (0, 1)]
+        vectors = [load_quants(s, panel, v + g * group_bytes + 64 * panel.bits * j) for j in (0, 1)]
         acc = list(acc)
         for i in range(GROUP // 4):
             words = [quant(i).as_type(I16) for quant in vectors]

@@ -166,13 +166,11 @@ class Simd:
 
     def splat(self, scalar: Val, lanes: int) -> Val:
         undefined = ir.Constant(_vector(scalar.element, lanes), ir.Undefined)
-        first = self.b.insert_element(undefined, scalar.ir, ir.Constant(I32, 0))
-        return Val(self, self.b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)))
+        return self._shuffle(self.b.insert_element(undefined, scalar.ir, ir.Constant(I32, 0)), undefined, [0] * lanes)
 
     def load(self, address: Val, element: Scalar, lanes: int = 1, *, splat: int = 1) -> Val:
         """Load lanes of an element (unaligned); with splat=n, one element repeated n times."""
-        pointer = self.b.inttoptr(address.ir, _vector(element, lanes).as_pointer())
-        loaded = self.b.load(pointer)
+        loaded = self.b.load(self.b.inttoptr(address.ir, _vector(element, lanes).as_pointer()))
         loaded.align = 1
         value = Val(self, loaded)
         return self.splat(value, splat) if splat > 1 else value
@@ -187,17 +185,17 @@ class Simd:
         self.call(name, void, pointer, self.const(I32, 0), self.const(I32, 3), self.const(I32, 1))
 
     def shuffle(self, value: Val, lanes: Sequence[int] | range) -> Val:
-        mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
-        return Val(self, self.b.shuffle_vector(value.ir, ir.Constant(value.type, ir.Undefined), mask))
+        return self._shuffle(value.ir, ir.Constant(value.type, ir.Undefined), lanes)
 
     def concat(self, low: Val, high: Val) -> Val:
-        mask = ir.Constant(ir.VectorType(I32, 2 * low.lanes), list(range(2 * low.lanes)))
-        return Val(self, self.b.shuffle_vector(low.ir, high.ir, mask))
+        return self._shuffle(low.ir, high.ir, range(2 * low.lanes))
 
     def zip(self, x: Val, y: Val, first: int, lanes: int) -> Val:
         """x[first], y[first], x[first + 1], y[first + 1] ...: `lanes` lanes of each."""
-        mask = [n for i in range(first, first + lanes) for n in (i, x.lanes + i)]
-        return Val(self, self.b.shuffle_vector(x.ir, y.ir, ir.Constant(ir.VectorType(I32, len(mask)), mask)))
+        return self._shuffle(x.ir, y.ir, [n for i in range(first, first + lanes) for n in (i, x.lanes + i)])
+
+    def _shuffle(self, x: ir.Value, y: ir.Value, lanes: Sequence[int] | range) -> Val:
+        return Val(self, self.b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))))
 
     def select(self, condition: Val, yes: Val, no: Val) -> Val:
         return Val(self, self.b.select(condition.ir, yes.ir, no.ir))
