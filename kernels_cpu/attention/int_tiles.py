@@ -8,6 +8,9 @@ For p.v, p is multiplied by the scale of each position (and block) and becomes 1
 
 A product takes two positions at once: l and l + 16 of a group. Their u are bytes 0 and 2, or 1 and 3, of a lane, made
 16-bit numbers. Their p are side by side, because quantize_p packs two vectors of p into one.
+
+form is the place of the type of K or V in FORMATS. The kernels do nothing if this type has no panel of integers, and
+scale_columns does nothing if rows have no scale.
 """
 
 import functools
@@ -34,7 +37,6 @@ P_FACTOR, P_START, P_MINIMUM, P_BYTES = 128, 132, 136, 160
 def int_score_tile(s: Simd, form: int, q: Val, q_row: Val, k: Val, n_blocks: Val, zeros: Val, scores: Val) -> None:
     """scores[r, j] = q[r] . k[j] for INT_ROWS rows r and the 32 positions j of a group, without scales of whole rows.
 
-    form: place of K's type in FORMATS. Nothing is done if the type is not an integer.
     q, q_row: rows of n_blocks activation blocks (panels.py), and the bytes from row to row.
     k: the elements of a group.
     zeros: f32[16].
@@ -64,10 +66,7 @@ def _two_groups(s: Simd, first: Val, group_bytes: Val, n_seen: Val) -> list[Val]
 
 @simd_kernel
 def scale_columns(s: Simd, form: int, scores: Val, n_rows: Val, group: Val, group_bytes: Val, n_seen: Val) -> None:
-    """Multiply scores, f32[n_rows][SPAN], by the scales of the positions in two groups, if a row has one scale.
-
-    form: place in FORMATS.
-    """
+    """Multiply scores, f32[n_rows][SPAN], by the scales of the positions in two groups."""
     type = FORMATS[form]
     if type.block is not None:
         return
@@ -87,7 +86,6 @@ def quantize_p(
 ) -> None:
     """Multiply p of each row by the scales of each block of V, and make integers of it: see P_FACTOR.
 
-    form: place of V's type in FORMATS. Nothing is done if the type is not an integer.
     p: f32[n_rows][SPAN], not negative.
     group, group_bytes: the first of two groups of V, and the bytes from group to group.
     n_seen: positions that are seen.
@@ -135,7 +133,6 @@ def int_value_tile(
 ) -> None:
     """sums[r, d] += sum over the positions of n_groups groups of p[r] * v[d], for INT_ROWS rows r and 32 columns d.
 
-    form: place of V's type in FORMATS. Nothing is done if the type is not an integer.
     p, p_row: what quantize_p made for the block of the columns, and the bytes from row to row.
     v, group_bytes: the planes of the columns in the first group, and the bytes from group to group.
     sums, sums_row: f32, and the bytes from row to row.

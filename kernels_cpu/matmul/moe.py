@@ -219,16 +219,15 @@ def down(panel: int) -> TapeOp:
                     prefetch(w + g0 * a.group_bytes, AHEAD)
                 g = g0
                 while g < g1:
-                    here = w + g * a.group_bytes
+                    here, move = w + g * a.group_bytes, g * ROWS * 4
+                    n_here = panels if n > 1 and g + panels <= g1 else 1
                     if n == 1:
-                        tile_at(panel, 1, 1, here, 0, a.n_steps, places, g * ROWS * 4)
-                        g += 1
-                    elif g + panels <= g1:
-                        tile_at(panel, panels, TOKENS, here, a.group_bytes, a.n_steps, places, g * ROWS * 4)
-                        g += panels
+                        tile_at(panel, 1, 1, here, 0, a.n_steps, places, move)
+                    elif n_here == panels:
+                        tile_at(panel, panels, TOKENS, here, a.group_bytes, a.n_steps, places, move)
                     else:
-                        tile_at(panel, 1, TOKENS, here, 0, a.n_steps, places, g * ROWS * 4)
-                        g += 1
+                        tile_at(panel, 1, TOKENS, here, 0, a.n_steps, places, move)
+                    g += n_here
                 if a.bias:
                     bias = f32_at(a.bias + 4 * experts[i] * a.n_out, a.n_out)
                     for p in range(p0, p0 + n):

@@ -32,8 +32,8 @@ def _vector(element: Scalar, lanes: int) -> ir.Type:
     return ir.VectorType(element, lanes) if lanes > 1 else element
 
 
-def _operator(int_op: str, float_op: str | None = None) -> Callable[["Val", "Val | Number"], "Val"]:
-    """Return an operator of Val by the names of LLVM's instructions. float_op None: integers only."""
+def _operator(int_op: str | None, float_op: str | None = None) -> Callable[["Val", "Val | Number"], "Val"]:
+    """Return an operator of Val by the names of LLVM's instructions for integers and for floats, if there are any."""
     return lambda value, other: value._op(int_op, float_op, other)
 
 
@@ -50,7 +50,7 @@ class Val:
     def _with(self, other: "Val | Number") -> ir.Value:
         return other.ir if isinstance(other, Val) else self.s.const(self.element, other, self.lanes).ir
 
-    def _op(self, int_op: str, float_op: str | None, other: "Val | Number") -> "Val":
+    def _op(self, int_op: str | None, float_op: str | None, other: "Val | Number") -> "Val":
         op = float_op if self.is_float else int_op
         assert op is not None
         return Val(self.s, getattr(self.s.b, op)(self.ir, self._with(other)))
@@ -58,6 +58,7 @@ class Val:
     __add__ = _operator("add", "fadd")
     __sub__ = _operator("sub", "fsub")
     __mul__ = _operator("mul", "fmul")
+    __truediv__ = _operator(None, "fdiv")
     __and__ = _operator("and_")
     __or__ = _operator("or_")
     __xor__ = _operator("xor")
@@ -67,10 +68,6 @@ class Val:
     def sar(self, count: int) -> "Val":
         """Arithmetic shift right: the sign comes in from the left."""
         return self._op("ashr", None, count)
-
-    def __truediv__(self, other: "Val | Number") -> "Val":
-        assert self.is_float
-        return Val(self.s, self.s.b.fdiv(self.ir, self._with(other)))
 
     def compare(self, relation: str, other: "Val | Number") -> "Val":
         """Compare lane by lane: lanes of one bit. Integers compare signed, floats ordered (false for NaN)."""
