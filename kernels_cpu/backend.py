@@ -22,11 +22,10 @@ from gguf_run.kernels_cpu.lower import lower
 from gguf_run.kernels_cpu.panels.memory import Arena, CpuTable, CpuWeight, WeightPart
 from gguf_run.kernels_cpu.panels.panels import ROWS, panel_for
 from gguf_run.kernels_cpu.panels.repack import repack
-from gguf_run.kernels_cpu.program import CpuProgram
 from gguf_run.kernels_cpu.replay.op import TapeOp
 from gguf_run.kernels_cpu.replay.team import Team
 from gguf_run.kernels_cpu.rows.embed import FLOAT_TABLES
-from gguf_run.kernels_cpu.tape import Tape
+from gguf_run.kernels_cpu.tape import CpuProgram, Tape
 from gguf_run.kernels_cpu.vector import isa
 from gguf_run.models.backend import CacheType
 from gguf_run.models.operands import AttentionShape, Buffer
