@@ -167,11 +167,9 @@ def _encode_blocks(s: Simd, form: CacheFormat, x: Val, n: Val, codes: Val, numbe
 
 def _encode_row(s: Simd, form: CacheFormat, x: Val, n: Val, codes: Val, numbers: Val, static: Val) -> None:
     """Encode a row with one scale, f16: `static` if it is not 0, else the scale that fits the largest number."""
-
-    def largest(i: Val, acc: list[Val]) -> list[Val]:
-        return [s.maximum(acc[0], s.absolute(s.load(x + i * 64, F32, ROWS)))]
-
-    most = s.fold(s.loop(n >> 4, [s.const(F32, 0.0, ROWS)], largest)[0], s.maximum)
+    zeros = s.const(F32, 0.0, ROWS)
+    sizes = s.loop(n >> 4, [zeros], lambda i, acc: [s.maximum(acc[0], s.absolute(s.load(x + i * 64, F32, ROWS)))])
+    most = s.fold(sizes[0], s.maximum)
     scale = s.select(static.compare("==", 0.0), most / form.largest, static).to(F16)
     s.store(scale, numbers)
     inverse = _by_inverse(s, scale.to(F32))
