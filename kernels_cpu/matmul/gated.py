@@ -38,8 +38,8 @@ def matmul_gated(panel: int, activation: str) -> TapeOp:
         n_piece, first, end, t0, t1 = cut(piece, n_tokens, n_tile, n_unit, 4 * a.group_bytes, _UNITS, 1, nth)
         if piece < 0:
             return n_piece
-        pair, stride = a.scratch + ith * a.scratch_stride, 2 * _PAIR
-        to_up, n_steps = a.n_out // ROWS * a.group_bytes, a.n_steps
+        pair, size = a.scratch + ith * a.scratch_stride, 2 * _PAIR
+        to_up = a.n_out // ROWS * a.group_bytes
         if n_tokens == 1:
             for p in range(2):
                 prefetch(a.w + first * (BLOCK // ROWS) * a.group_bytes + p * to_up, AHEAD)
@@ -53,15 +53,15 @@ def matmul_gated(panel: int, activation: str) -> TapeOp:
                     if n_tokens == 1:
                         for p in range(2):
                             to = pair + p * _PAIR
-                            tile(panel, 1, 1, w + p * to_up, 0, n_steps, x, a.x_stride, to, stride, a.zeros, 0, AHEAD)
+                            tile(panel, 1, 1, w + p * to_up, 0, a.n_steps, x, a.x_stride, to, size, a.zeros, 0, AHEAD)
                     else:
                         for p in range(0, 2, panels):
                             w_p, to = w + p * to_up, pair + p * _PAIR
                             tile(
-                                panel, panels, TOKENS, w_p, to_up, n_steps, x, a.x_stride, to, stride, a.zeros, 0, ahead
+                                panel, panels, TOKENS, w_p, to_up, a.n_steps, x, a.x_stride, to, size, a.zeros, 0, ahead
                             )
                     for i in range(count):
-                        at = pair + i * stride
+                        at = pair + i * size
                         gated_row(activation_id, at, at + _PAIR, out + i * a.out_stride + half * _PAIR, 1)
                 if a.q8:
                     for i in range(count):

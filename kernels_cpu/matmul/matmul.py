@@ -74,7 +74,7 @@ def matmul(panel: int) -> TapeOp:
         n_tokens = i64_at(a.rows, 1)[0]
         n_group = (a.n_out + ROWS - 1) // ROWS
         n_tile = (n_tokens + TOKENS - 1) // TOKENS
-        tail, n_steps, x_stride = a.n_out % ROWS, a.n_steps, a.x_stride
+        tail = a.n_out % ROWS
         spare = a.scratch + ith * a.scratch_stride
         n_piece, g0, g1, t0, t1 = cut(piece, n_tokens, n_tile, n_group, a.group_bytes, _GROUPS, panels, nth)
         if piece < 0:
@@ -84,32 +84,30 @@ def matmul(panel: int) -> TapeOp:
         count = 1 if n_tokens == 1 else TOKENS
         for t in range(t0, t1):
             first = t * TOKENS
-            x = a.x + first * x_stride
+            x = a.x + first * a.x_stride
             g = g0
             while g < g1:
                 w = a.w + g * a.group_bytes
                 out = a.out + first * a.out_stride + g * ROWS * 4
                 init = a.residual + first * a.residual_stride + g * a.residual_group
-                init_stride, to, to_stride, lanes = a.residual_stride, out, a.out_stride, ROWS
+                init_row, to, to_row, lanes = a.residual_stride, out, a.out_stride, ROWS
                 n_here = 1
                 if tail and g == n_group - 1:
                     # fewer than 16 rows are left: the tile reads and writes spare memory
-                    lanes, to, to_stride = tail, spare, ROWS * 4
+                    lanes, to, to_row = tail, spare, ROWS * 4
                     for i in range(count):
-                        row, source = f32_at(spare + i * ROWS * 4, ROWS), f32_at(init + i * init_stride, ROWS)
+                        row, source = f32_at(spare + i * ROWS * 4, ROWS), f32_at(init + i * init_row, ROWS)
                         for r in range(tail):
                             row[r] = source[r]
-                    init, init_stride = spare, ROWS * 4
+                    init, init_row = spare, ROWS * 4
                 elif n_tokens > 1 and g + panels <= g1 - (tail > 0 and g1 == n_group):
                     n_here = panels
                 if n_tokens == 1:
-                    tile(panel, 1, 1, w, 0, n_steps, x, x_stride, to, to_stride, init, init_stride, AHEAD)
+                    tile(panel, 1, 1, w, 0, a.n_steps, x, a.x_stride, to, to_row, init, init_row, AHEAD)
                 else:
                     next_w = a.group_bytes if n_here > 1 else 0
                     ahead = n_here * a.group_bytes if t == t0 else 0  # later tiles find the panels in the cache
-                    tile(
-                        panel, panels, TOKENS, w, next_w, n_steps, x, x_stride, to, to_stride, init, init_stride, ahead
-                    )
+                    tile(panel, panels, TOKENS, w, next_w, a.n_steps, x, a.x_stride, to, to_row, init, init_row, ahead)
                 if lanes != ROWS:
                     for i in range(count):
                         row, source = f32_at(out + i * a.out_stride, lanes), f32_at(spare + i * ROWS * 4, lanes)
