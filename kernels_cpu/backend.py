@@ -1,6 +1,5 @@
 """The CPU as a models.backend.Backend: numba kernels over panels, run by a team of threads."""
 
-import itertools
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -12,21 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.blocks.dequantizer import dequantize
+from gguf_run.formats.blocks.grids import no_grid
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.kernels_cpu.attention.cache import CpuCache, new_cache, rows_stored
+from gguf_run.kernels_cpu.attention.cache import CpuCache, rows_stored
 from gguf_run.kernels_cpu.attention.cache_rows import CacheRows
 from gguf_run.kernels_cpu.int8_forms import CpuOp
 from gguf_run.kernels_cpu.lower import lower
 from gguf_run.kernels_cpu.panels.memory import Arena, CpuTable, CpuWeight, WeightPart
-from gguf_run.kernels_cpu.panels.panels import ROWS, Panel, panel_for
+from gguf_run.kernels_cpu.panels.panels import ROWS, panel_for
 from gguf_run.kernels_cpu.panels.repack import repack
-from gguf_run.kernels_cpu.program import CpuProgram
 from gguf_run.kernels_cpu.replay.op import TapeOp
 from gguf_run.kernels_cpu.replay.team import Team
 from gguf_run.kernels_cpu.rows.embed import FLOAT_TABLES
-from gguf_run.kernels_cpu.tape import Tape
+from gguf_run.kernels_cpu.tape import CpuProgram, Tape
 from gguf_run.kernels_cpu.vector import isa
 from gguf_run.models.backend import CacheType
 from gguf_run.models.operands import AttentionShape, Buffer
@@ -55,20 +54,17 @@ class CpuBackend:
         return f"CPU, {self.n_threads} thread{'s' * (self.n_threads > 1)}, {isa.current().name}"
 
     def table(self, tensor: Tensor) -> CpuTable:
-        form = INTEGER_FORMS.get(tensor.type.name)
-        if form is not None:
-            return CpuTable(tensor.type.name, tensor.ne[0], tensor.blocks(), form.grid())
-        no_grid = np.zeros(0, np.int8)
-        if tensor.type.name in FLOAT_TABLES:
-            return CpuTable(tensor.type.name, tensor.ne[0], tensor.blocks(), no_grid)
-        values = dequantize(tensor.blocks(), tensor.type)
-        return CpuTable("F32", tensor.ne[0], values.view(np.uint8), no_grid)
+        name, blocks, form = tensor.type.name, tensor.blocks(), INTEGER_FORMS.get(tensor.type.name)
+        if form is None and name not in FLOAT_TABLES:
+            name, blocks = "F32", dequantize(blocks, tensor.type).view(np.uint8)
+        return CpuTable(name, tensor.ne[0], blocks, form.grid() if form else no_grid())
 
     def weight(self, tensors: Sequence[Tensor]) -> CpuWeight:
         n_in = tensors[0].ne[0]
         parts: list[WeightPart] = []
         first = 0
-        for panel, run in _runs(tensors):
+        for run in _runs(tensors):
+            panel = panel_for(run[0].type.name)
             n_out = sum(tensor.n_rows for tensor in run)
             data = self._arena.take(-(-n_out // ROWS) * panel.group_bytes(n_in))
             self._repack(run, data)
@@ -85,10 +81,12 @@ class CpuBackend:
     def experts(self, tensors: Sequence[Tensor]) -> "CpuExperts":
         from gguf_run.kernels_cpu.matmul.moe import CpuExperts  # late: most models have no experts
 
-        types = [tensor.type.name for tensor in tensors[:2]]
-        if types[0] != types[1]:
-            names = " and ".join(tensor.name for tensor in tensors[:2])
-            raise UnsupportedError(f"{names} have the types {' and '.join(types)}; this version needs one for both")
+        gate, up = tensors[:2]
+        if gate.type != up.type:
+            raise UnsupportedError(
+                f"{gate.name} and {up.name} have the types {gate.type.name} and {up.type.name}; "
+                "this version needs one for both"
+            )
         n_expert = math.prod(tensors[0].ne[2:])
         biases: Sequence[NDArray[np.float32] | None] = [self.vector([tensor]) for tensor in tensors[3:]] or [None] * 3
         parts = [self._expert_matrix(t, n_expert, bias) for t, bias in zip(tensors[:3], biases, strict=True)]
@@ -112,11 +110,11 @@ class CpuBackend:
 
     def cache(self, shape: AttentionShape, n_ctx: int, n_batch: int, n_seq: int, kind: CacheType) -> CpuCache:
         size = shape.n_head_kv, shape.head_dim, rows_stored(n_ctx, n_batch, shape.window)
-        k = CacheRows(kind.k, False, *size, kind.rotate, kind.k_scales)
-        v = CacheRows(kind.v, True, *size, kind.rotate, kind.v_scales)
-        cache = new_cache(self._arena, n_seq, k, v)
-        self._bytes["cache"] += cache.k.nbytes + cache.v.nbytes
-        return cache
+        rows_k = CacheRows(kind.k, False, *size, kind.rotate, kind.k_scales)
+        rows_v = CacheRows(kind.v, True, *size, kind.rotate, kind.v_scales)
+        k, v = (self._arena.take(n_seq * rows.nbytes).reshape(n_seq, -1) for rows in (rows_k, rows_v))
+        self._bytes["cache"] += k.nbytes + v.nbytes
+        return CpuCache(n_seq, rows_k, rows_v, k, v)
 
     def squares(self, width: int, n_expert: int = 1) -> "CpuSquares":
         from gguf_run.kernels_cpu.rows.observe import CpuSquares
@@ -124,12 +122,7 @@ class CpuBackend:
         return CpuSquares(width, n_expert)
 
     def program(
-        self,
-        parts: Sequence[Sequence[CpuOp]],
-        after: Sequence[CpuOp],
-        result: Buffer,
-        n_batch: int,
-        n_outputs: int,
+        self, parts: Sequence[Sequence[CpuOp]], after: Sequence[CpuOp], result: Buffer, n_batch: int, n_outputs: int
     ) -> CpuProgram:
         tape = Tape(self.n_threads, n_batch, n_outputs)
         ends = [lower(tape, part) for part in parts]
@@ -170,14 +163,11 @@ class KernelCompiler(CpuBackend):
         super()._compile(kernels[::-1])
 
 
-def _runs(tensors: Sequence[Tensor]) -> list[tuple[Panel, list[Tensor]]]:
+def _runs(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """Consecutive tensors that can share panels: of one type, and all but the last of whole panels."""
-    runs: list[tuple[Panel, list[Tensor]]] = []
-    for _, group in itertools.groupby(tensors, key=lambda tensor: tensor.type.id):
-        fresh = True
-        for tensor in group:
-            if fresh:
-                runs.append((panel_for(tensor.type.name), []))
-            runs[-1][1].append(tensor)
-            fresh = tensor.n_rows % ROWS != 0
+    runs: list[list[Tensor]] = []
+    for tensor in tensors:
+        if not runs or runs[-1][-1].type != tensor.type or runs[-1][-1].n_rows % ROWS:
+            runs.append([])
+        runs[-1].append(tensor)
     return runs

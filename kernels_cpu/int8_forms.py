@@ -69,7 +69,6 @@ def _is_read_as_int8(buffer: Buffer, following: Sequence[CpuOp]) -> bool:
     for op in following:
         if _read_as_int8(op) == buffer:
             return True
-        out = ops.written(op)
-        if out is not None and out.name == buffer.name:
-            return False
+        if (out := ops.written(op)) is not None and out.name == buffer.name:
+            break
     return False

@@ -1,7 +1,7 @@
 """From a list of ops (models/ops.py) to kernels on a tape: LOWER has one function for each op."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -15,8 +15,9 @@ from gguf_run.kernels_cpu.attention.plan import max_parts, max_rows, part_floats
 from gguf_run.kernels_cpu.int8_forms import CpuOp, CpuVector, Quantize, with_int8
 from gguf_run.kernels_cpu.matmul.gated import SCRATCH_BYTES, matmul_gated
 from gguf_run.kernels_cpu.matmul.matmul import matmul
-from gguf_run.kernels_cpu.panels.memory import CpuTable, CpuWeight, WeightPart
-from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, panel_id
+from gguf_run.kernels_cpu.panels.memory import CpuTable, CpuWeight
+from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, panel_id, panel_sizes
+from gguf_run.kernels_cpu.replay.op import TapeOp
 from gguf_run.kernels_cpu.rows.embed import copy_rows, embed
 from gguf_run.kernels_cpu.rows.norms import layer_norm, rms_norm
 from gguf_run.kernels_cpu.rows.rope import angles, rope
@@ -32,14 +33,19 @@ def lower(tape: Tape, step: Sequence[CpuOp]) -> int:
     return len(tape.kernels)
 
 
-# One function for each op. int8: where the op stores its result as int8 too. Kernels that few models use are imported
-# in the function.
+Lowered: TypeAlias = Callable[[Tape, Any, Rows | None], None]  # the last: where an op stores its result as int8 too
+
+# One function for each op. Kernels that few models use are imported in the function.
 
 
-def _quantize(tape: Tape, op: Quantize, int8: Rows | None) -> None:
-    from gguf_run.kernels_cpu.rows.quantize import quantize
+def _on_rows(kernel: TapeOp) -> Lowered:
+    """Return the function for an op that is one kernel on the rows of x, or on n_group groups of their columns."""
+    makes_int8 = "q8" in (kernel.fields.names or ())
 
-    tape.record(op, quantize, n=op.x.width, q8=tape.int8(op.x))
+    def lower_op(tape: Tape, op: Any, int8: Rows | None) -> None:
+        tape.record(op, kernel, n=op.x.width // vars(op).get("n_group", 1), **({"q8": int8} if makes_int8 else {}))
+
+    return lower_op
 
 
 def _embed(tape: Tape, op: ops.Embed[CpuTable], int8: Rows | None) -> None:
@@ -48,29 +54,15 @@ def _embed(tape: Tape, op: ops.Embed[CpuTable], int8: Rows | None) -> None:
     tape.record(op, embed(table.type_name), table=table.blocks, grid=table.grid, **sizes)
 
 
-def _rms_norm(tape: Tape, op: ops.RmsNorm[CpuVector], int8: Rows | None) -> None:
-    tape.record(op, rms_norm, n=op.x.width // op.n_group, q8=int8)
-
-
-def _layer_norm(tape: Tape, op: ops.LayerNorm[CpuVector], int8: Rows | None) -> None:
-    tape.record(op, layer_norm, n=op.x.width // op.n_group, q8=int8)
-
-
-def _matrix(part: WeightPart, n_in: int) -> dict[str, Any]:
-    """Return the fields that describe a matrix."""
-    panel = part.panel
-    sizes = {"step_bytes": panel.step_bytes, "group_bytes": panel.group_bytes(n_in)}
-    return {"w": part.data, "n_steps": n_in // panel.columns, **sizes}
-
-
 def _matmul(tape: Tape, op: ops.Matmul[CpuWeight, CpuVector], int8: Rows | None) -> None:
     for part in op.weight.parts:
         columns = part.first, part.n_out
         tape.record(
             op,
             matmul(panel_id(part.panel)),
-            **_matrix(part, op.weight.n_in),
+            w=part.data,
             n_out=part.n_out,
+            **panel_sizes(part.panel, op.weight.n_in),
             x=tape.form(op.x, part.panel),
             out=op.out.columns(*columns),
             residual=op.residual.columns(*columns) if op.residual else tape.zeros,
@@ -87,9 +79,9 @@ def _matmul_gated(tape: Tape, op: ops.MatmulGated[CpuWeight, CpuVector], int8: R
         _gated(tape, ops.Gated(wide.columns(0, n_ff), wide.columns(n_ff, n_ff), op.out, op.activation), int8)
         return
     tape.need(scratch=SCRATCH_BYTES)
-    matrix, x = _matrix(part, op.weight.n_in), tape.form(op.x, part.panel)
+    sizes, x = panel_sizes(part.panel, op.weight.n_in), tape.form(op.x, part.panel)
     kernel = matmul_gated(panel_id(part.panel), op.activation)
-    tape.record(op, kernel, **matrix, n_out=n_ff, x=x, q8=int8, zeros=tape.zeros)
+    tape.record(op, kernel, w=part.data, n_out=n_ff, **sizes, x=x, q8=int8, zeros=tape.zeros)
 
 
 def _rope(tape: Tape, op: ops.Rope, int8: Rows | None) -> None:
@@ -117,25 +109,23 @@ def _attend(tape: Tape, op: ops.Attend[CpuCache, CpuVector], int8: Rows | None) 
         attend(*forms),
         merge,
         **vars(shape),
+        **k.fields("k"),
+        **v.fields("v"),
         n_wide=n_wide,
         wide=v.wide,
         n_ctx=op.cache.n_ctx,
         cache_k=op.cache.k,
-        k_wide=k.wide,
-        k_rotate=k.rotates,
-        k_static=k.static,
-        k_at=k.form.elements_at(shape.head_dim, False),
-        k_group=k.group_bytes,
         cache_v=op.cache.v,
-        v_wide=v.wide,
-        v_rotate=v.rotates,
-        v_static=v.static,
-        v_at=v.form.elements_at(shape.head_dim, True),
-        v_group=v.group_bytes,
         part_bytes=part_bytes,
         max_rows=max_rows(n_rep),
         q8=int8,
     )
+
+
+def _quantize(tape: Tape, op: Quantize, int8: Rows | None) -> None:
+    from gguf_run.kernels_cpu.rows.quantize import quantize
+
+    tape.record(op, quantize, n=op.x.width, q8=tape.int8(op.x))
 
 
 def _gated(tape: Tape, op: ops.Gated, int8: Rows | None) -> None:
@@ -143,12 +133,6 @@ def _gated(tape: Tape, op: ops.Gated, int8: Rows | None) -> None:
 
     up = op.up or Rows(tape.address(np.ones(op.gate.width, np.float32)), 0)
     tape.record(op, gated(op.activation), n=op.gate.width, up=up, q8=int8)
-
-
-def _moe(tape: Tape, op: Any, int8: Rows | None) -> None:
-    from gguf_run.kernels_cpu.lower_moe import lower_moe
-
-    lower_moe(tape, op)
 
 
 def _gate_rows(tape: Tape, op: ops.GateRows, int8: Rows | None) -> None:
@@ -163,6 +147,12 @@ def _softcap(tape: Tape, op: ops.Softcap, int8: Rows | None) -> None:
     tape.record(op, softcap, n=op.x.width)
 
 
+def _moe(tape: Tape, op: Any, int8: Rows | None) -> None:
+    from gguf_run.kernels_cpu.lower_moe import lower_moe
+
+    lower_moe(tape, op)
+
+
 def _observe(tape: Tape, op: Any, int8: Rows | None) -> None:
     from gguf_run.kernels_cpu.rows.observe import observe
 
@@ -173,11 +163,11 @@ def _outputs(tape: Tape, op: ops.Outputs, int8: Rows | None) -> None:
     tape.record(op, copy_rows, index=tape.table.rows, n=op.x.width)
 
 
-LOWER: Mapping[type, Callable[[Tape, Any, Rows | None], None]] = {
+LOWER: Mapping[type, Lowered] = {
     Quantize: _quantize,
     ops.Embed: _embed,
-    ops.RmsNorm: _rms_norm,
-    ops.LayerNorm: _layer_norm,
+    ops.RmsNorm: _on_rows(rms_norm),
+    ops.LayerNorm: _on_rows(layer_norm),
     ops.Matmul: _matmul,
     ops.MatmulGated: _matmul_gated,
     ops.Rope: _rope,

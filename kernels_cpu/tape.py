@@ -1,5 +1,6 @@
-"""A tape: the kernels of a program, bound to addresses in the order in which they run, and their memory."""
+"""A tape: kernels bound to addresses in the order in which they run, and their memory. A program runs a tape."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -9,9 +10,9 @@ from gguf_run.kernels_cpu.panels.memory import LANES, aligned
 from gguf_run.kernels_cpu.panels.panels import ROWS, TOKENS, IntPanel, Panel
 from gguf_run.kernels_cpu.replay.op import TapeOp
 from gguf_run.kernels_cpu.replay.runs import RunTable
+from gguf_run.kernels_cpu.replay.team import Team
+from gguf_run.models.backend import Program, Results, Run
 from gguf_run.models.operands import Buffer, Rotation
-
-_SCRATCH = ("scratch", "scratch_stride", "parts")  # fields that `finish` fills
 
 
 class Rows(NamedTuple):
@@ -43,8 +44,8 @@ class Tape:
         self._scratch_bytes = self._parts_bytes = 0
         self.need(scratch=4 * TOKENS * ROWS)
         self.zeros = Rows(self.address(aligned(4 * LANES)), 0)
-        # Fields that mean the same in all kernels.
-        self._common: dict[str, float] = {**dict.fromkeys(_SCRATCH, 0), "n_runs": table.n_runs}
+        # Fields that mean the same in all kernels. `finish` fills the first three.
+        self._common: dict[str, float] = {"scratch": 0, "scratch_stride": 0, "parts": 0, "n_runs": table.n_runs}
         for name in ("ids", "positions", "run_of", "runs"):
             self._common[name] = self.address(getattr(table, name))
 
@@ -60,13 +61,11 @@ class Tape:
 
     def buffer(self, buffer: Buffer) -> NDArray[np.float32]:
         """Return a buffer's rows, f32[n, width]. The memory of its name is allocated at the first call."""
-        memory = self._buffers.get(buffer.name)
-        if memory is None:
+        if buffer.name not in self._buffers:
             n_rows = -(-(self.n_outputs if buffer.outputs else self.n_batch) // TOKENS) * TOKENS
             width = -(-buffer.row_width // ROWS) * ROWS
-            memory = aligned(4 * n_rows * width).view(np.float32).reshape(n_rows, width)
-            self._buffers[buffer.name] = memory
-        return memory[:, buffer.start : buffer.start + buffer.width]
+            self._buffers[buffer.name] = aligned(4 * n_rows * width).view(np.float32).reshape(n_rows, width)
+        return self._buffers[buffer.name][:, buffer.start : buffer.start + buffer.width]
 
     def rows(self, buffer: Buffer) -> Rows:
         """Return where the rows of a buffer are."""
@@ -126,14 +125,52 @@ class Tape:
     def finish(self) -> NDArray[np.int64]:
         """Give the kernels their scratch memory and return their addresses and arguments, int64[n, 2]."""
         stride = -(-self._scratch_bytes // 64) * 64
-        scratch = self.shared("scratch", stride * self.n_threads).ctypes.data
-        shared = dict(
-            zip(_SCRATCH, (scratch, stride, self.shared("parts", self._parts_bytes).ctypes.data), strict=True)
-        )
+        scratch, parts = self.shared("scratch", stride * self.n_threads), self.shared("parts", self._parts_bytes)
+        shared = {"scratch": scratch.ctypes.data, "scratch_stride": stride, "parts": parts.ctypes.data}
         for arguments in self._arguments:
             for name in shared.keys() & set(arguments.dtype.names or ()):
                 arguments[name] = shared[name]
-        return np.array(
-            [(kernel.compiled.address, a.ctypes.data) for kernel, a in zip(self.kernels, self._arguments, strict=True)],
-            np.int64,
-        ).reshape(-1, 2)
+        pairs = zip(self.kernels, self._arguments, strict=True)
+        code = [(kernel.compiled.address, arguments.ctypes.data) for kernel, arguments in pairs]
+        return np.array(code, np.int64).reshape(-1, 2)
+
+
+class CpuProgram:
+    """models.backend.Program."""
+
+    def __init__(self, team: Team, tape: Tape, ends: Sequence[int], result: Buffer) -> None:
+        """ends: the number of kernels on the tape at the end of each part. The kernels behind them are `after`."""
+        self.n_batch, self.n_outputs = tape.n_batch, tape.n_outputs
+        code = tape.finish()
+        *starts, end = ends
+        self._parts, self._after = np.split(code[:end], starts), code[end:]
+        self._last = code[starts[-1] if starts else 0 :]  # the last part with `after`
+        self._team, self._tape, self._result = team, tape, tape.buffer(result)
+        self._closed = False
+
+    def run(
+        self, ids: NDArray[np.int32], runs: Sequence[Run], rows: Sequence[int], part: int = 0, n_top: int = 0
+    ) -> Results:
+        """models.backend.Program.run. All columns are in memory anyway, whatever n_top is."""
+        if part == 0:
+            self._tape.table.set_tokens(ids, runs)
+        return Results(self._run(self._last if len(rows) else self._parts[part], rows))
+
+    def more(self, rows: Sequence[int]) -> NDArray[np.float32]:
+        return self._run(self._after, rows)
+
+    def _run(self, code: NDArray[np.int64], rows: Sequence[int]) -> NDArray[np.float32]:
+        if self._closed:
+            raise ValueError("the program is closed")
+        self._tape.table.set_rows(rows)
+        self._team.run(code)
+        return self._result[: len(rows)]
+
+    def to_host(self, buffer: Buffer, n_tokens: int) -> NDArray[np.float32]:
+        return self._tape.buffer(buffer)[:n_tokens]
+
+    def copy_from(self, other: Program, source: Buffer, n_tokens: int, target: Buffer) -> None:
+        self.to_host(target, n_tokens)[:] = other.to_host(source, n_tokens)
+
+    def close(self) -> None:
+        self._closed = True

@@ -1,9 +1,8 @@
 """Dequantize blocks of any tensor type to float32, bit for bit as the gguf package does, at compiled speed."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -84,13 +83,10 @@ def _number(dtype: np.dtype[Any]) -> _Convert:
     return convert
 
 
-_HALVES: Mapping[str, _Convert] = MappingProxyType({"F16": _f16, "BF16": _bf16})
-
-
 def _converter(type: TensorType) -> _Convert:
     if type.is_quantized:
         return _quantized(type.name)
-    return _HALVES.get(type.name) or _number(type.dtype)
+    return {"F16": _f16, "BF16": _bf16}.get(type.name) or _number(type.dtype)
 
 
 def dequantize(blocks: NDArray[np.uint8], type: TensorType | str) -> NDArray[np.float32]:
@@ -108,19 +104,16 @@ def dequantize(blocks: NDArray[np.uint8], type: TensorType | str) -> NDArray[np.
             f"uint8 rows of a multiple of {type.type_size} bytes"
         )
     out = np.empty((*blocks.shape[:-1], blocks.shape[-1] // type.type_size * type.block_size), np.float32)
-    src = np.ascontiguousarray(blocks).reshape(-1)
+    src, flat = np.ascontiguousarray(blocks).reshape(-1, type.type_size), out.reshape(-1, type.block_size)
     src.flags.writeable = False  # one compiled version serves mapped files and arrays
-    flat = out.reshape(-1)
     convert = _converter(type)
     step = _CHUNK // type.block_size
 
     def run(start: int) -> None:
-        stop = start + step
-        convert(
-            src[start * type.type_size : stop * type.type_size], flat[start * type.block_size : stop * type.block_size]
-        )
+        part = slice(start, start + step)
+        convert(src[part].reshape(-1), flat[part].reshape(-1))
 
-    starts = range(0, len(src) // type.type_size, step)
+    starts = range(0, len(src), step)
     if len(starts) > 1:
         with ThreadPoolExecutor() as pool:
             list(pool.map(run, starts))  # list: raise what a task raised

@@ -14,14 +14,19 @@ from gguf_run.formats.compiler.jit import njit
 
 
 @njit(forceinline=True)
+def _halves(qs: Any, qh: Any, q: Any, offset: int) -> None:
+    """q = the 32 weights in the nibbles of qs, with a bit of qh above each, less the offset."""
+    for i in range(16):
+        q[i] = ((qs[i] & 15) | ((qh >> i) & 1) << 4) - offset
+    for i in range(16):
+        q[16 + i] = ((qs[i] >> 4) | ((qh >> (16 + i)) & 1) << 4) - offset
+
+
+@njit(forceinline=True)
 def unpack_q4_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f16 | qs u8[16]; weight = d * (q - 8)."""
     scale[0] = f16(src, at)
-    qs = src[at + 2 : at + 18]
-    for i in range(16):
-        q[i] = (qs[i] & 15) - 8
-    for i in range(16):
-        q[16 + i] = (qs[i] >> 4) - 8
+    _halves(src[at + 2 : at + 18], 0, q, 8)
 
 
 @njit(forceinline=True)
@@ -29,23 +34,14 @@ def unpack_q4_1(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any
     """d f16 | m f16 | qs u8[16]; weight = d * q + m."""
     scale[0] = f16(src, at)
     minimum[0] = f16(src, at + 2)
-    qs = src[at + 4 : at + 20]
-    for i in range(16):
-        q[i] = qs[i] & 15
-    for i in range(16):
-        q[16 + i] = qs[i] >> 4
+    _halves(src[at + 4 : at + 20], 0, q, 0)
 
 
 @njit(forceinline=True)
 def unpack_q5_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f16 | qh u32 | qs u8[16]; weight = d * (q - 16)."""
     scale[0] = f16(src, at)
-    qh = u32(src, at + 2)
-    qs = src[at + 6 : at + 22]
-    for i in range(16):
-        q[i] = ((qs[i] & 15) | ((qh >> i) & 1) << 4) - 16
-    for i in range(16):
-        q[16 + i] = ((qs[i] >> 4) | ((qh >> (16 + i)) & 1) << 4) - 16
+    _halves(src[at + 6 : at + 22], u32(src, at + 2), q, 16)
 
 
 @njit(forceinline=True)
@@ -53,12 +49,7 @@ def unpack_q5_1(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any
     """d f16 | m f16 | qh u32 | qs u8[16]; weight = d * q + m."""
     scale[0] = f16(src, at)
     minimum[0] = f16(src, at + 2)
-    qh = u32(src, at + 4)
-    qs = src[at + 8 : at + 24]
-    for i in range(16):
-        q[i] = (qs[i] & 15) | ((qh >> i) & 1) << 4
-    for i in range(16):
-        q[16 + i] = (qs[i] >> 4) | ((qh >> (16 + i)) & 1) << 4
+    _halves(src[at + 8 : at + 24], u32(src, at + 4), q, 0)
 
 
 @njit(forceinline=True)

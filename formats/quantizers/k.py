@@ -130,8 +130,8 @@ def _encode_q2_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> 
     d, dmin = _encode_min(x, importance, q, codes, min_codes, weighted, _Q2_K)
     for j in range(16):
         put(block, j, to_int(codes[j]) | to_int(min_codes[j]) << 4)
-    put_crumbs(block, 16, q, 0, 0)
-    put_crumbs(block, 48, q, 128, 0)
+    put_crumbs(block, 16, 32, q, 0, 0)
+    put_crumbs(block, 48, 32, q, 128, 0)
     put_half(block, 80, d)
     put_half(block, 82, dmin)
 
@@ -145,7 +145,7 @@ def _encode_nibbles(x: Any, importance: Any, q: Any, block: Any, weighted: Any, 
     put_half(block, 2, dmin)
     put_scales_and_minimums(block, 4, codes, min_codes)
     for c in range(4):
-        put_nibbles(block, at + 32 * c, q, 64 * c)
+        put_nibbles(block, at + 32 * c, 32, q, 64 * c)
 
 
 @njit(inline="always")
@@ -184,8 +184,8 @@ def _encode_q3_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> 
     for j in range(16):
         _requantize(offset(x, 16 * j), offset(q, 16 * j), 16, half_to_f32(d) * (codes[j] - _32), f32(0), -_4, _3)
     put_bits(block, 0, q, 2)
-    put_crumbs(block, 32, q, 0, 0)
-    put_crumbs(block, 64, q, 128, 0)
+    put_crumbs(block, 32, 32, q, 0, 0)
+    put_crumbs(block, 64, 32, q, 128, 0)
     put_scales(block, 96, codes)
     put_half(block, 108, d)
 
@@ -210,10 +210,8 @@ def _encode_q6_k(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> 
     for i in range(256):
         q[i] = where(zero, 0, q[i])
     for c in range(2):
-        for i in range(64):
-            low, high = to_int(q[128 * c + i]), to_int(q[128 * c + 64 + i])
-            put(block, 64 * c + i, (low & 15) | high << 4)
-        put_crumbs(block, 128 + 32 * c, q, 128 * c, 4)
+        put_nibbles(block, 64 * c, 64, q, 128 * c)
+        put_crumbs(block, 128 + 32 * c, 32, q, 128 * c, 4)
     put_half(block, 208, d)
 
 

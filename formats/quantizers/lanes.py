@@ -165,10 +165,9 @@ def _scratch(lanes: Lanes) -> Any:
         """Memory on the stack for n vectors, not initialized. n is a literal."""
         if not isinstance(n, types.IntegerLiteral):
             return None
-        count = n.literal_value
 
         def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-            return cgutils.alloca_once(builder, _vector(lanes), size=count)
+            return cgutils.alloca_once(builder, _vector(lanes), size=n.literal_value)
 
         return CPointer(lanes)(n), codegen
 

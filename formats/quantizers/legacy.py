@@ -13,7 +13,7 @@ import numpy as np
 from gguf_run.formats.compiler.jit import clone, njit
 from gguf_run.formats.quantizers.encode import block_quantizers, cut, roundf
 from gguf_run.formats.quantizers.lanes import scratch_f32, to_float, to_int, where
-from gguf_run.formats.quantizers.pack import half, put, put_half
+from gguf_run.formats.quantizers.pack import half, put, put_half, put_nibbles
 from gguf_run.formats.quantizers.search import largest, search_min, search_signed, weigh
 
 _F = np.float32
@@ -30,8 +30,7 @@ def _put_quants(block: Any, at: Any, q: Any, bits: Any) -> None:
                 byte = byte | (to_int(q[8 * c + i]) >> 4) << i
             put(block, at + c, byte)
         at += 4
-    for i in range(16):
-        put(block, at + i, (to_int(q[i]) & 15) | to_int(q[16 + i]) << 4)
+    put_nibbles(block, at, 16, q, 0)
 
 
 def _encode_scale(x: Any, importance: Any, mean: Any, q: Any, block: Any, weighted: Any) -> None:
@@ -60,8 +59,7 @@ def _encode_minimum(x: Any, importance: Any, mean: Any, q: Any, block: Any, weig
         d, minimum = search_min(x, w, q, 32, nmax, _F(-0.9), _F(0.05), 36, False)
         low = minimum * _F(-1)
     else:
-        low = x[0]
-        high = x[0]
+        low, high = x[0], x[0]
         for i in range(1, 32):
             low = where(x[i] < low, x[i], low)
             high = where(x[i] > high, x[i], high)
@@ -85,11 +83,9 @@ def _encode_q8_0(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> 
         put(block, 2 + i, roundf(x[i] * inverse))
 
 
-_BY_BITS = (
-    ("Q4_0", _encode_scale, 4),
-    ("Q4_1", _encode_minimum, 4),
-    ("Q5_0", _encode_scale, 5),
-    ("Q5_1", _encode_minimum, 5),
-)
-_ENCODERS = {name: njit(clone(encode, name, BITS=bits), inline="always") for name, encode, bits in _BY_BITS}
+_ENCODERS = {
+    name: njit(clone(encode, name, BITS=int(name[1])), inline="always")
+    for encode, names in ((_encode_scale, ("Q4_0", "Q5_0")), (_encode_minimum, ("Q4_1", "Q5_1")))
+    for name in names
+}
 LEGACY_QUANTIZERS = block_quantizers(needs_mean=True, **_ENCODERS) | block_quantizers(Q8_0=_encode_q8_0)

@@ -46,19 +46,19 @@ def put_half(block: Any, at: Any, h: Any) -> None:
 
 
 @njit(forceinline=True)
-def put_nibbles(block: Any, at: Any, q: Any, first: Any) -> None:
-    """32 bytes from `at` on = the quants q[first : first + 64] modulo 16, as nibbles."""
-    for i in range(32):
-        put(block, at + i, (to_int(q[first + i]) & 15) | (to_int(q[first + 32 + i]) << 4))
+def put_nibbles(block: Any, at: Any, n: Any, q: Any, first: Any) -> None:
+    """n bytes from `at` on = the quants q[first : first + 2 n] modulo 16. The second half is the high nibbles."""
+    for i in range(n):
+        put(block, at + i, (to_int(q[first + i]) & 15) | to_int(q[first + n + i]) << 4)
 
 
 @njit(forceinline=True)
-def put_crumbs(block: Any, at: Any, q: Any, first: Any, shift: Any) -> None:
-    """32 bytes from `at` on = bits shift and shift + 1 of the quants q[first : first + 128]."""
-    for i in range(32):
+def put_crumbs(block: Any, at: Any, n: Any, q: Any, first: Any, shift: Any) -> None:
+    """n bytes from `at` on = bits shift and shift + 1 of the quants q[first : first + 4 n]."""
+    for i in range(n):
         byte = (to_int(q[first + i]) >> shift) & 3
         for j in range(1, 4):
-            byte = byte | ((to_int(q[first + 32 * j + i]) >> shift) & 3) << 2 * j
+            byte = byte | ((to_int(q[first + n * j + i]) >> shift) & 3) << 2 * j
         put(block, at + i, byte)
 
 
@@ -85,10 +85,5 @@ def put_scales_and_minimums(block: Any, at: Any, scale: Any, minimum: Any) -> No
 @njit(forceinline=True)
 def put_scales(block: Any, at: Any, scale: Any) -> None:
     """12 bytes from `at` on = sixteen scales of 0..63, as Q3_K stores them."""
-    for i in range(8):
-        put(block, at + i, (to_int(scale[i]) & 15) | to_int(scale[8 + i]) << 4)
-    for i in range(4):
-        byte = to_int(scale[i]) >> 4
-        for j in range(1, 4):
-            byte = byte | (to_int(scale[4 * j + i]) >> 4) << 2 * j
-        put(block, at + 8 + i, byte)
+    put_nibbles(block, at, 8, scale, 0)
+    put_crumbs(block, at + 8, 4, scale, 0, 4)

@@ -1,8 +1,6 @@
 """Quantizers of IQ4_NL IQ4_XS MXFP4 TQ1_0 TQ2_0 and F32 F16 BF16, byte for byte as ggml's reference.
 
-formats/blocks/unpack_small.py draws the layouts.
-
-Only IQ4_NL and IQ4_XS use importance weights.
+formats/blocks/unpack_small.py draws the layouts. Only IQ4_NL and IQ4_XS use importance weights.
 """
 
 from itertools import pairwise
@@ -26,7 +24,7 @@ from gguf_run.formats.quantizers.lanes import (
     to_int,
     where,
 )
-from gguf_run.formats.quantizers.pack import half, put, put_crumbs, put_half
+from gguf_run.formats.quantizers.pack import half, put, put_crumbs, put_half, put_nibbles
 from gguf_run.formats.quantizers.search import EPS, largest, quant, sum_of_squares, weigh
 
 _F = np.float32
@@ -60,8 +58,7 @@ def _iq4_code(v: Any) -> Any:
 @njit(forceinline=True)
 def _iq4_sums(x: Any, w: Any, inverse: Any) -> Any:
     """sum(w q x) and sum(w q q) for the codebook's values q nearest to inverse * x."""
-    sum_qx = f32(0)
-    sum_q2 = f32(0)
+    sum_qx, sum_q2 = f32(0), f32(0)
     for i in range(32):
         value = _nearest_iq4(inverse * x[i])
         wq = w[i] * value
@@ -123,8 +120,7 @@ def _encode_iq4_xs(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -
     d = largest(scales, 8)[0] / _F(-32)
     inverse = where(d != 0, 1 / d, 0)
     put_half(block, 0, half(d))
-    scales_h = to_int(f32(0))
-    scales_l = to_int(f32(0))
+    scales_h, scales_l = to_int(f32(0)), to_int(f32(0))
     for g in range(8):
         code = quant(inverse * scales[g], _F(-32), _F(31))
         scale = d * code
@@ -158,8 +154,7 @@ def _encode_mxfp4(x: Any, importance: Any, q: Any, block: Any, weighted: Any) ->
         for middle, value in _E2M1_STEPS:  # a value that overflows is never the nearest
             code = where((fabs(x[i]) > middle * d) & (value * d < _F(np.inf)), code + 1, code)
         q[i] = to_float(where((x[i] < 0) & (code > 0), code + 8, code))
-    for i in range(16):
-        put(block, 1 + i, to_int(q[i]) | to_int(q[16 + i]) << 4)
+    put_nibbles(block, 1, 16, q, 0)
 
 
 @njit(forceinline=True)
@@ -199,8 +194,8 @@ def _encode_tq1_0(x: Any, importance: Any, q: Any, block: Any, weighted: Any) ->
 @njit(inline="always")
 def _encode_tq2_0(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> None:
     d = _trits(x, q)
-    put_crumbs(block, 0, q, 0, 0)
-    put_crumbs(block, 32, q, 128, 0)
+    put_crumbs(block, 0, 32, q, 0, 0)
+    put_crumbs(block, 32, 32, q, 128, 0)
     put_half(block, 64, half(d))
 
 

@@ -29,7 +29,6 @@ if COMPILING:
     from gguf_run.kernels_cpu.attention.hadamard import hadamard
     from gguf_run.kernels_cpu.attention.int_tiles import (
         INT_ROWS,
-        fetch,
         int_score_tile,
         int_value_tile,
         quantize_p,
@@ -46,6 +45,7 @@ if COMPILING:
         rise,
         scale_vectors,
     )
+    from gguf_run.kernels_cpu.matmul.tile import prefetch
     from gguf_run.kernels_cpu.rows.quantize import quantize_row
     from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
 
@@ -118,7 +118,7 @@ def _scores(k_form: int) -> Any:
             for i in range(0, n_seen, GROUP):
                 at = k + i // GROUP * a.k_group + a.k_at
                 if first:
-                    fetch(at + _AHEAD * a.k_group, a.k_group)
+                    prefetch(at + _AHEAD * a.k_group, a.k_group)
                 for row in range(0, tile.rows, INT_ROWS):
                     to = m.scores + (row * SPAN + i) * 4
                     int_score_tile(k_form, q + row * q_row, q_row, at, n_blocks, m.zeros, to)
@@ -155,7 +155,7 @@ def _values(v_form: int) -> Any:
                 block = m.p + (d * P_BYTES if has_blocks else 0)
                 if r == 0:
                     share = 2 * a.v_group // (wide // BLOCK)
-                    fetch(v + _AHEAD * a.v_group + d * share, share)
+                    prefetch(v + _AHEAD * a.v_group + d * share, share)
                 for row in range(0, tile.rows, INT_ROWS):
                     p, sums = block + row * n_blocks * P_BYTES, m.sums + ((r + row) * wide + d * BLOCK) * 4
                     int_value_tile(v_form, p, n_blocks * P_BYTES, at, a.v_group, n_groups, sums, wide * 4)

@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 from gguf_run.kernels_cpu.attention.cache_rows import CacheRows
 from gguf_run.kernels_cpu.attention.plan import SPAN
-from gguf_run.kernels_cpu.panels.memory import Arena
 from gguf_run.models import kv_cache
 from gguf_run.models.kv_cache import GROUP
 from gguf_run.models.operands import Rotation
@@ -36,8 +35,7 @@ class CpuCache:
 
     def _groups(self, kind: str) -> NDArray[np.uint8]:
         """Return k or v as u8[n_seq, n_head_kv, n_ctx / GROUP, bytes of a group of a head]."""
-        side = {"k": self.k, "v": self.v}[kind]
-        return side.reshape(self.n_seq, self.rows_k.n_head_kv, self.n_ctx // GROUP, -1)
+        return {"k": self.k, "v": self.v}[kind].reshape(self.n_seq, self.rows_k.n_head_kv, self.n_ctx // GROUP, -1)
 
     def copy(self, source: int, target: int, n_rows: int) -> None:
         for kind in "kv":
@@ -62,13 +60,11 @@ class CpuCache:
         keys = rows.load(memory, slots)
         half, angle = rotation.n_rot // 2, distance * rotation.inv_freq
         cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-        pairs = (
-            (slice(0, half), slice(half, 2 * half))
-            if rotation.style == "neox"
-            else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
-        )
-        a, b = (keys[..., part].copy() for part in pairs)
-        keys[..., pairs[0]], keys[..., pairs[1]] = a * cos - b * sin, a * sin + b * cos
+        first, second = slice(0, half), slice(half, 2 * half)
+        if rotation.style != "neox":
+            first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+        a, b = keys[..., first].copy(), keys[..., second].copy()
+        keys[..., first], keys[..., second] = a * cos - b * sin, a * sin + b * cos
         rows.store(memory, slots, keys)
 
     def read(self, seq: int, kind: str, first: int, end: int) -> NDArray[np.uint8]:
@@ -84,9 +80,3 @@ class CpuCache:
         first = end - new.shape[1]
         groups[:, np.arange(first, end) % ring] = new
         return first
-
-
-def new_cache(arena: Arena, n_seq: int, rows_k: CacheRows, rows_v: CacheRows) -> CpuCache:
-    """Return a cache of n_seq slots, with memory from the arena."""
-    k, v = (arena.take(n_seq * rows.nbytes).reshape(n_seq, -1) for rows in (rows_k, rows_v))
-    return CpuCache(n_seq, rows_k, rows_v, k, v)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from llvmlite import ir
 
 from gguf_run.kernels_cpu.attention.cache_types import FORMATS, CacheFormat
-from gguf_run.kernels_cpu.matmul.tile import widen as widen_float
+from gguf_run.kernels_cpu.matmul.tile import FLOAT8_FACTOR, load_floats
 from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel, IntPanel
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val
@@ -18,15 +18,6 @@ from gguf_run.models.kv_cache import GROUP
 
 _HALVES = (0, 1)  # a block of 32 columns is two vectors
 _FLOAT8 = {"E4M3": (3, 7), "E5M2": (2, 15)}  # bits of the mantissa, the exponent's bias
-# What widen_float8 leaves out: f16 has e5m2's exponent, but one more bit than e4m3's, with another bias.
-FLOAT8_FACTOR = {"E4M3": 256.0, "E5M2": 1.0}
-
-
-def widen_float8(s: Simd, name: str, stored: Val) -> Val:
-    """Bytes as f32 / FLOAT8_FACTOR: their bits become the bits of an f16. None is NaN or infinite."""
-    if name == "E5M2":
-        return (stored.to(I16, signed=False) << 8).as_type(F16).to(F32)
-    return ((stored.to(I16) << 7) & 0xBFFF).as_type(F16).to(F32)
 
 
 def narrow_float8(s: Simd, name: str, x: Val, largest: float) -> Val:
@@ -34,9 +25,7 @@ def narrow_float8(s: Simd, name: str, x: Val, largest: float) -> Val:
     mantissa, bias = _FLOAT8[name]
     bits = x.as_type(I32)
     sign = (bits >> 24) & 0x80
-    size = s.absolute(x)
-    top = s.const(F32, largest, x.lanes)
-    size = s.select(size.compare("<", top), size, top)
+    size = s.minimum(s.absolute(x), s.const(F32, largest, x.lanes))
     rest, drop = size.as_type(I32), 23 - mantissa
     # Below the smallest normal number: after adding 2^drop steps, the mantissa is a multiple of the step, rounded.
     magic = s.const(F32, 2.0 ** (drop + 1 - bias), x.lanes)
@@ -50,12 +39,6 @@ def _by_inverse(s: Simd, d: Val) -> Val:
     """1 / d, or 0 where d is 0."""
     zero = s.const(F32, 0.0)
     return s.splat(s.select(d.compare("==", 0.0), zero, s.const(F32, 1.0) / d), ROWS)
-
-
-def _at_most(s: Simd, level: Val, most: int) -> Val:
-    """The smaller of level and most."""
-    top = s.const(I32, most, ROWS)
-    return s.select(level.compare("<", top), level, top)
 
 
 def _fold(s: Simd, halves: list[Val], combine: Callable[[Val, Val], Val]) -> Val:
@@ -83,15 +66,17 @@ def _with_scale(s: Simd, panel: IntPanel, x: list[Val]) -> _Encoded:
     nmax = panel.offset
     d = _farthest(s, x) / -float(nmax)
     inverse = _by_inverse(s, d)
-    return [d], [_at_most(s, (half * inverse + (nmax + 0.5)).to(I32), 2 * nmax - 1) for half in x]
+    top = s.const(I32, 2 * nmax - 1, ROWS)
+    return [d], [s.minimum((half * inverse + (nmax + 0.5)).to(I32), top) for half in x]
 
 
 def _with_minimum(s: Simd, panel: IntPanel, x: list[Val]) -> _Encoded:
     nmax = (1 << panel.bits) - 1
-    low, high = _fold(s, x, lambda a, b: s.select(a.compare("<", b), a, b)), _fold(s, x, s.maximum)
+    low, high = _fold(s, x, s.minimum), _fold(s, x, s.maximum)
     d = (high - low) / float(nmax)
     inverse = _by_inverse(s, d)
-    return [d, low], [_at_most(s, ((half - s.splat(low, ROWS)) * inverse + 0.5).to(I32), nmax) for half in x]
+    lows, top = s.splat(low, ROWS), s.const(I32, nmax, ROWS)
+    return [d, low], [s.minimum(((half - lows) * inverse + 0.5).to(I32), top) for half in x]
 
 
 def _signed_bytes(s: Simd, panel: IntPanel, x: list[Val]) -> _Encoded:
@@ -138,15 +123,15 @@ _TRIES = (1.0, 0.92, 0.85, 0.78)  # int4: scales to try; 1 is the scale that fit
 def _least_squares(s: Simd, panel: IntPanel, x: list[Val]) -> _Encoded:
     """Try some scales. The codes that fit best stay, with the scale that fits them best."""
     nmax, largest = panel.offset, _farthest(s, x)
+    zero, top = s.const(F32, 0.0, ROWS), s.const(I32, 2 * nmax - 1, ROWS)
     best: list[Val] = []
     for part in _TRIES:
         inverse = _by_inverse(s, largest * (-part / nmax))
         scaled = [half * inverse + (nmax + 0.5) for half in x]
-        codes = [_at_most(s, s.maximum(v, s.const(F32, 0.0, ROWS)).to(I32), 2 * nmax - 1) for v in scaled]
+        codes = [s.minimum(s.maximum(v, zero).to(I32), top) for v in scaled]
         qs = [(code - nmax).to(F32) for code in codes]
-        product, square = (
-            s.sum(a[0] * b[0] + a[1] * b[1]) for a, b in ((x, qs), (qs, qs))
-        )  # the error is x.x - product^2 / square
+        # the error is x.x - product^2 / square
+        product, square = (s.sum(a[0] * b[0] + a[1] * b[1]) for a, b in ((x, qs), (qs, qs)))
         square = s.maximum(square, s.const(F32, 1.0))
         new = [product * product / square, product / square, *codes]
         if best:
@@ -182,11 +167,9 @@ def _encode_blocks(s: Simd, form: CacheFormat, x: Val, n: Val, codes: Val, numbe
 
 def _encode_row(s: Simd, form: CacheFormat, x: Val, n: Val, codes: Val, numbers: Val, static: Val) -> None:
     """Encode a row with one scale, f16: `static` if it is not 0, else the scale that fits the largest number."""
-
-    def largest(i: Val, acc: list[Val]) -> list[Val]:
-        return [s.maximum(acc[0], s.absolute(s.load(x + i * 64, F32, ROWS)))]
-
-    most = s.fold(s.loop(n >> 4, [s.const(F32, 0.0, ROWS)], largest)[0], s.maximum)
+    zeros = s.const(F32, 0.0, ROWS)
+    sizes = s.loop(n >> 4, [zeros], lambda i, acc: [s.maximum(acc[0], s.absolute(s.load(x + i * 64, F32, ROWS)))])
+    most = s.fold(sizes[0], s.maximum)
     scale = s.select(static.compare("==", 0.0), most / form.largest, static).to(F16)
     s.store(scale, numbers)
     inverse = _by_inverse(s, scale.to(F32))
@@ -197,7 +180,7 @@ def _encode_row(s: Simd, form: CacheFormat, x: Val, n: Val, codes: Val, numbers:
             s.store(narrow_float8(s, form.panel.name, level, form.largest), codes + i * ROWS)
         else:
             top = s.const(F32, form.largest, ROWS)
-            level = s.maximum(s.select(level.compare("<", top), level, top), top * -1.0)
+            level = s.maximum(s.minimum(level, top), top * -1.0)
             s.store((s.rint(level) + 128).to(I8), codes + i * ROWS)
 
     s.each(n >> 4, body)
@@ -211,7 +194,7 @@ def _encode_floats(s: Simd, panel: FloatPanel, x: Val, n: Val, codes: Val) -> No
             value = ((bits + ((bits >> 16) & 1) + 0x7FFF) >> 16).to(I16)
         else:
             value = value.to(panel.element)
-        s.store(value, codes + i * (ROWS * panel.element_bytes))
+        s.store(value, codes + i * panel.step_bytes)
 
     s.each(n >> 4, body)
 
@@ -245,8 +228,7 @@ def decode(s: Simd, form: int, codes: Val, numbers: Val, n: Val, x: Val) -> None
         block = i >> 1 if type.block else s.const(I64, 0)
         found = [s.load(numbers + block * (2 * count) + 2 * j, F16).to(F32) for j in range(count)]
         if isinstance(panel, FloatPanel):
-            value = widen(s, panel, s.load(codes + i * (ROWS * panel.element_bytes), panel.element, ROWS))
-            value = value * FLOAT8_FACTOR.get(panel.name, 1.0)
+            value = load_floats(s, panel, codes + i * panel.step_bytes) * FLOAT8_FACTOR.get(panel.name, 1.0)
         else:
             u = s.load(codes + i * ROWS, I8, ROWS)
             if panel.codebook:
@@ -259,10 +241,3 @@ def decode(s: Simd, form: int, codes: Val, numbers: Val, n: Val, x: Val) -> None
         s.store(value, x + i * 64)
 
     s.each(n >> 4, body)
-
-
-def widen(s: Simd, panel: FloatPanel, stored: Val) -> Val:
-    """Elements of a float panel as f32. For those of 8 bits see widen_float8."""
-    if panel.element == I8:
-        return widen_float8(s, panel.name, stored)
-    return widen_float(stored)

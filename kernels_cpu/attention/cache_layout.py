@@ -1,4 +1,4 @@
-"""Where the bits of a row are in a group of a cache (layout: cache_types.py): put_row and get_row."""
+"""Where the bits of a row are in a group of a cache (layout: cache_types.py)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,17 +30,18 @@ class _Places:
     row_step: int
 
 
-def _put(s: Simd, p: _Places) -> None:
-    """Copy from the row into the group."""
-    s.each(p.n, lambda i: s.store(s.load(p.row + i * p.row_step, p.element, p.lanes), p.group + i * p.group_step))
+def _copy(s: Simd, p: _Places, is_put: int) -> None:
+    """Copy from the row into the group, or back."""
+
+    def vector(i: Val) -> None:
+        group, row = p.group + i * p.group_step, p.row + i * p.row_step
+        source, target = (row, group) if is_put else (group, row)
+        s.store(s.load(source, p.element, p.lanes), target)
+
+    s.each(p.n, vector)
 
 
-def _get(s: Simd, p: _Places) -> None:
-    """Copy from the group to the row."""
-    s.each(p.n, lambda i: s.store(s.load(p.group + i * p.group_step, p.element, p.lanes), p.row + i * p.row_step))
-
-
-def _numbers(s: Simd, form: CacheFormat, is_v: bool, group: Val, row: Val, wide: Val, numbers: Val) -> list[_Places]:
+def _numbers(s: Simd, form: CacheFormat, is_v: int, group: Val, row: Val, wide: Val, numbers: Val) -> list[_Places]:
     """The f16 numbers of a row: the scales of its blocks, then their minimums."""
     count, panel = form.n_numbers, form.panel
     if form.block and not is_v:
@@ -53,7 +54,7 @@ def _numbers(s: Simd, form: CacheFormat, is_v: bool, group: Val, row: Val, wide:
     return [_Places(n, I16, 1, first + i * step, block_step, numbers + 2 * i, 2 * count) for i in range(count)]
 
 
-def _floats(panel: FloatPanel, is_v: bool, at: Val, row: Val, wide: Val, codes: Val) -> _Places:
+def _floats(panel: FloatPanel, is_v: int, at: Val, row: Val, wide: Val, codes: Val) -> _Places:
     """The elements of a row of floats: vectors of 16 columns of V, single columns of K. at: the group's elements."""
     size = panel.element_bytes
     if is_v:
@@ -74,35 +75,22 @@ def _k_vectors(panel: IntPanel) -> Iterator[tuple[int, int, int, int, int]]:
         plane, bit = plane + width, bit + width
 
 
-def _k_first(panel: IntPanel, at: Val, row: Val, wide: Val) -> Val:
-    """The address of a row's bytes in the first plane."""
-    return at + (row >> 4) * (wide >> 5) * panel.span_bytes + (row & 15) * 4 + panel.quants_at
-
-
-def _put_k(s: Simd, panel: IntPanel, at: Val, row: Val, wide: Val, codes: Val) -> None:
-    first = _k_first(panel, at, row, wide)
+def _move_k(s: Simd, panel: IntPanel, at: Val, row: Val, wide: Val, codes: Val, is_put: int) -> None:
+    first = at + (row >> 4) * (wide >> 5) * panel.span_bytes + (row & 15) * 4 + panel.quants_at
 
     def block(b: Val) -> None:
-        us = [s.load(codes + b * GROUP + 4 * i, I32) for i in range(8)]
-        planes = [s.const(I32, 0) for _ in range(panel.bits)]
+        us = [codes + b * GROUP + 4 * i for i in range(8)]
+        planes = [first + b * panel.span_bytes + 64 * n for n in range(panel.bits)]
+        source, target = (us, planes) if is_put else (planes, us)
+        stored = [s.load(place, I32) for place in source]
+        made = [s.const(I32, 0) for _ in target]
         for i, bit, mask, plane, left in _k_vectors(panel):
-            planes[plane] = planes[plane] | ((us[i] >> bit) & mask) << left
-        for n, plane_bytes in enumerate(planes):
-            s.store(plane_bytes, first + b * panel.span_bytes + 64 * n)
-
-    s.each(wide >> 5, block)
-
-
-def _get_k(s: Simd, panel: IntPanel, at: Val, row: Val, wide: Val, codes: Val) -> None:
-    first = _k_first(panel, at, row, wide)
-
-    def block(b: Val) -> None:
-        planes = [s.load(first + b * panel.span_bytes + 64 * n, I32) for n in range(panel.bits)]
-        us = [s.const(I32, 0) for _ in range(8)]
-        for i, bit, mask, plane, left in _k_vectors(panel):
-            us[i] = us[i] | ((planes[plane] >> left) & mask) << bit
-        for i, u in enumerate(us):
-            s.store(u, codes + b * GROUP + 4 * i)
+            if is_put:
+                made[plane] = made[plane] | ((stored[i] >> bit) & mask) << left
+            else:
+                made[i] = made[i] | ((stored[plane] >> left) & mask) << bit
+        for value, place in zip(made, target, strict=True):
+            s.store(value, place)
 
     s.each(wide >> 5, block)
 
@@ -123,58 +111,40 @@ def _v_parts(s: Simd, panel: IntPanel, at: Val, row: Val) -> list[tuple[Val, int
     return parts
 
 
-def _put_v(s: Simd, panel: IntPanel, at: Val, row: Val, wide: Val, codes: Val) -> None:
+def _move_v(s: Simd, panel: IntPanel, at: Val, row: Val, wide: Val, codes: Val, is_put: int) -> None:
     parts = _v_parts(s, panel, at, row)
 
     def columns(g: Val) -> None:
-        u = s.load(codes + g * ROWS, I8, ROWS).to(I32, signed=False)
+        u = s.load(codes + g * ROWS, I8, ROWS).to(I32, signed=False) if is_put else s.const(I32, 0, ROWS)
         for place, bit, mask, left in parts:
             plane = place + g * (64 * panel.bits)
-            kept = s.load(plane, I32, ROWS) & ((mask << left) ^ -1)
-            s.store(kept | ((u >> bit) & mask) << left, plane)
+            stored = s.load(plane, I32, ROWS)
+            if is_put:
+                s.store((stored & ((mask << left) ^ -1)) | ((u >> bit) & mask) << left, plane)
+            else:
+                u = u | ((stored >> left) & mask) << bit
+        if not is_put:
+            s.store(u.to(I8), codes + g * ROWS)
 
     s.each(wide >> 4, columns)
-
-
-def _get_v(s: Simd, panel: IntPanel, at: Val, row: Val, wide: Val, codes: Val) -> None:
-    parts = _v_parts(s, panel, at, row)
-
-    def columns(g: Val) -> None:
-        u = s.const(I32, 0, ROWS)
-        for place, bit, mask, left in parts:
-            u = u | ((s.load(place + g * (64 * panel.bits), I32, ROWS) >> left) & mask) << bit
-        s.store(u.to(I8), codes + g * ROWS)
-
-    s.each(wide >> 4, columns)
-
-
-def _move_row(
-    s: Simd, form: int, is_v: int, group: Val, row: Val, wide: Val, codes: Val, numbers: Val, is_put: bool
-) -> None:
-    type, move = FORMATS[form], _put if is_put else _get
-    for places in _numbers(s, type, bool(is_v), group, row, wide, numbers):
-        move(s, places)
-    at = group
-    if is_v or not type.block:  # the numbers come first; those of K in blocks are in the panels
-        at = group + (wide >> 5 if type.block else s.const(I64, 1)) * (2 * GROUP * type.n_numbers)
-    if isinstance(type.panel, FloatPanel):
-        move(s, _floats(type.panel, bool(is_v), at, row, wide, codes))
-    else:
-        move_integers = (_put_v if is_v else _put_k) if is_put else (_get_v if is_v else _get_k)
-        move_integers(s, type.panel, at, row, wide, codes)
 
 
 @simd_kernel
-def put_row(s: Simd, form: int, is_v: int, group: Val, row: Val, wide: Val, codes: Val, numbers: Val) -> None:
-    """Copy a row from codes and numbers (cache_codec.py) into a group.
+def move_row(
+    s: Simd, form: int, is_v: int, is_put: int, group: Val, row: Val, wide: Val, codes: Val, numbers: Val
+) -> None:
+    """Copy a row from codes and numbers (cache_codec.py) into a group if is_put is 1, back if it is 0.
 
     form: place in FORMATS. is_v: whether it is a row of V, else of K. group: address of the group. row: 0 to 31. wide:
     columns. The rows of V of one group share bytes: two threads must not put them at the same time.
     """
-    _move_row(s, form, is_v, group, row, wide, codes, numbers, True)
-
-
-@simd_kernel
-def get_row(s: Simd, form: int, is_v: int, group: Val, row: Val, wide: Val, codes: Val, numbers: Val) -> None:
-    """Copy a row from a group to codes and numbers: the reverse of put_row."""
-    _move_row(s, form, is_v, group, row, wide, codes, numbers, False)
+    type = FORMATS[form]
+    for places in _numbers(s, type, is_v, group, row, wide, numbers):
+        _copy(s, places, is_put)
+    at = group
+    if is_v or not type.block:  # the numbers come first; those of K in blocks are in the panels
+        at = group + (wide >> 5 if type.block else s.const(I64, 1)) * (2 * GROUP * type.n_numbers)
+    if isinstance(type.panel, FloatPanel):
+        _copy(s, _floats(type.panel, is_v, at, row, wide, codes), is_put)
+    else:
+        (_move_v if is_v else _move_k)(s, type.panel, at, row, wide, codes, is_put)

@@ -63,10 +63,6 @@ class CacheFormat:
         """Whether a head is whole blocks."""
         return not self.block or head_dim % self.block == 0
 
-    def nbytes(self, n_head_kv: int, head_dim: int, n_ctx: int, is_v: bool) -> int:
-        """Return the bytes of K or V of one layer for n_ctx positions, filled up to whole groups."""
-        return n_head_kv * -(-n_ctx // GROUP) * self.group_bytes(head_dim, is_v)
-
 
 def _blocks(name: str, bits: int, panel: str = "") -> CacheFormat:
     return CacheFormat(name, bits, PANEL_OF[panel or name.upper()], BLOCK)
@@ -100,6 +96,6 @@ def format_id(name: str) -> int:
 
 
 def cache_bytes(k: str, v: str, n_head_kv: int, head_dim: int, n_ctx: int) -> int:
-    """Return the bytes of the cache of one layer, of the types k and v."""
-    sides = (CACHE_FORMATS[k], False), (CACHE_FORMATS[v], True)
-    return sum(form.nbytes(n_head_kv, head_dim, n_ctx, is_v) for form, is_v in sides)
+    """Return the bytes of one layer's cache of the types k and v. n_ctx positions are filled up to whole groups."""
+    k_bytes, v_bytes = CACHE_FORMATS[k].group_bytes(head_dim, False), CACHE_FORMATS[v].group_bytes(head_dim, True)
+    return n_head_kv * -(-n_ctx // GROUP) * (k_bytes + v_bytes)

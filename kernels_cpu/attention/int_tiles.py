@@ -8,15 +8,18 @@ For p.v, p is multiplied by the scale of each position (and block) and becomes 1
 
 A product takes two positions at once: l and l + 16 of a group. Their u are bytes 0 and 2, or 1 and 3, of a lane, made
 16-bit numbers. Their p are side by side, because quantize_p packs two vectors of p into one.
+
+form is the place of the type of K or V in FORMATS. The kernels do nothing if this type has no panel of integers, and
+scale_columns does nothing if rows have no scale.
 """
 
 import functools
 import operator
 
-from gguf_run.kernels_cpu.attention.cache_codec import FLOAT8_FACTOR
 from gguf_run.kernels_cpu.attention.cache_types import FORMATS, CacheFormat
 from gguf_run.kernels_cpu.attention.plan import P_BYTES, P_FACTOR, P_MINIMUM, P_START, SPAN
-from gguf_run.kernels_cpu.matmul.int_tile import int_tile, unpacked
+from gguf_run.kernels_cpu.matmul.int_tile import int_tile, load_quants
+from gguf_run.kernels_cpu.matmul.tile import FLOAT8_FACTOR
 from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel, IntPanel
 from gguf_run.kernels_cpu.vector import isa
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
@@ -32,7 +35,6 @@ _LARGEST = 32767.0  # the largest p as an integer
 def int_score_tile(s: Simd, form: int, q: Val, q_row: Val, k: Val, n_blocks: Val, zeros: Val, scores: Val) -> None:
     """scores[r, j] = q[r] . k[j] for INT_ROWS rows r and the 32 positions j of a group, without scales of whole rows.
 
-    form: place of K's type in FORMATS. Nothing is done if the type is not an integer.
     q, q_row: rows of n_blocks activation blocks (panels/panels.py), and the bytes from row to row.
     k: the elements of a group.
     zeros: f32[16].
@@ -62,10 +64,7 @@ def _two_groups(s: Simd, first: Val, group_bytes: Val, n_seen: Val) -> list[Val]
 
 @simd_kernel
 def scale_columns(s: Simd, form: int, scores: Val, n_rows: Val, group: Val, group_bytes: Val, n_seen: Val) -> None:
-    """Multiply scores, f32[n_rows][SPAN], by the scales of the positions in two groups, if a row has one scale.
-
-    form: place in FORMATS.
-    """
+    """Multiply scores, f32[n_rows][SPAN], by the scales of the positions in two groups."""
     type = FORMATS[form]
     if type.block is not None:
         return
@@ -85,7 +84,6 @@ def quantize_p(
 ) -> None:
     """Multiply p of each row by the scales of each block of V, and make integers of it: see P_FACTOR.
 
-    form: place of V's type in FORMATS. Nothing is done if the type is not an integer.
     p: f32[n_rows][SPAN], not negative.
     group, group_bytes: the first of two groups of V, and the bytes from group to group.
     n_seen: positions that are seen.
@@ -133,7 +131,6 @@ def int_value_tile(
 ) -> None:
     """sums[r, d] += sum over the positions of n_groups groups of p[r] * v[d], for INT_ROWS rows r and 32 columns d.
 
-    form: place of V's type in FORMATS. Nothing is done if the type is not an integer.
     p, p_row: what quantize_p made for the block of the columns, and the bytes from row to row.
     v, group_bytes: the planes of the columns in the first group, and the bytes from group to group.
     sums, sums_row: f32, and the bytes from row to row.
@@ -146,7 +143,7 @@ def int_value_tile(
     starts = [s.load(at + P_START, I32, splat=ROWS) if panel.offset else zero for at in ps]
 
     def group(g: Val, acc: list[Val]) -> list[Val]:
-        vectors = [unpacked(s, panel, v + g * group_bytes + 64 * panel.bits * j) for j in (0, 1)]
+        vectors = [load_quants(s, panel, v + g * group_bytes + 64 * panel.bits * j) for j in (0, 1)]
         acc = list(acc)
         for i in range(GROUP // 4):
             words = [quant(i).as_type(I16) for quant in vectors]
@@ -167,13 +164,3 @@ def int_value_tile(
             if panel.has_minimum:
                 old = old + s.load(at + P_MINIMUM, F32, splat=ROWS)
             s.store(s.fma(totals[2 * r + j].to(F32), factor, old), place)
-
-
-@simd_kernel
-def fetch(s: Simd, address: Val, n_bytes: Val) -> None:
-    """Prefetch n_bytes of memory."""
-
-    def line(i: Val) -> None:
-        s.prefetch(address + i * 64)
-
-    s.each(n_bytes >> 6, line)

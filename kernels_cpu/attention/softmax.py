@@ -93,8 +93,5 @@ def lane_sum(s: Simd, address: Val) -> Val:
 @simd_kernel(floats="factor")
 def scale_vectors(s: Simd, address: Val, n: Val, factor: Val) -> None:
     """f32[16 * n] at an address *= factor."""
-
-    def body(i: Val) -> None:
-        s.store(s.load(address + i * 64, F32, ROWS) * s.splat(factor, ROWS), address + i * 64)
-
-    s.each(n, body)
+    factors = s.splat(factor, ROWS)
+    s.each(n, lambda i: s.store(s.load(address + i * 64, F32, ROWS) * factors, address + i * 64))

@@ -34,10 +34,7 @@ def matmul_gated(panel: int, activation: str) -> TapeOp:
     """
     panels, activation_id = tile_panels(panel), ACTIVATIONS.index(activation)
 
-    @op(
-        "rows n_out n_steps step_bytes group_bytes w x x_stride out out_stride q8 q8_stride zeros "
-        "scratch scratch_stride"
-    )
+    @op("rows n_out n_steps group_bytes w x x_stride out out_stride q8 q8_stride zeros scratch scratch_stride")
     def matmul_gated_panel(args, piece, ith, nth):
         a = carray(args, 1)[0]
         n_tokens, n_unit = i64_at(a.rows, 1)[0], a.n_out // BLOCK
@@ -45,11 +42,11 @@ def matmul_gated(panel: int, activation: str) -> TapeOp:
         n_piece, first, end, t0, t1 = cut(piece, n_tokens, n_tile, n_unit, 4 * a.group_bytes, _UNITS, 1, nth)
         if piece < 0:
             return n_piece
-        pair, stride = a.scratch + ith * a.scratch_stride, 2 * _PAIR
+        pair, size = a.scratch + ith * a.scratch_stride, 2 * _PAIR
         to_up = a.n_out // ROWS * a.group_bytes
         if n_tokens == 1:
             for p in range(2):
-                prefetch(a.w + first * (BLOCK // ROWS) * a.group_bytes + p * to_up)
+                prefetch(a.w + first * (BLOCK // ROWS) * a.group_bytes + p * to_up, AHEAD)
         for t in range(t0, t1):
             x = a.x + t * TOKENS * a.x_stride
             count, ahead = 1 if n_tokens == 1 else TOKENS, a.group_bytes if t == t0 else 0
@@ -59,18 +56,16 @@ def matmul_gated(panel: int, activation: str) -> TapeOp:
                     w = a.w + (unit * (BLOCK // ROWS) + half) * a.group_bytes
                     if n_tokens == 1:
                         for p in range(2):
-                            tile(
-                                panel, 1, 1, w + p * to_up, 0, a.step_bytes, a.n_steps,
-                                x, a.x_stride, pair + p * _PAIR, stride, a.zeros, 0, AHEAD,
-                            )  # fmt: skip
+                            to = pair + p * _PAIR
+                            tile(panel, 1, 1, w + p * to_up, 0, a.n_steps, x, a.x_stride, to, size, a.zeros, 0, AHEAD)
                     else:
                         for p in range(0, 2, panels):
+                            w_p, to = w + p * to_up, pair + p * _PAIR
                             tile(
-                                panel, panels, TOKENS, w + p * to_up, to_up, a.step_bytes, a.n_steps,
-                                x, a.x_stride, pair + p * _PAIR, stride, a.zeros, 0, ahead,
-                            )  # fmt: skip
+                                panel, panels, TOKENS, w_p, to_up, a.n_steps, x, a.x_stride, to, size, a.zeros, 0, ahead
+                            )
                     for i in range(count):
-                        at = pair + i * stride
+                        at = pair + i * size
                         gated_row(activation_id, at, at + _PAIR, out + i * a.out_stride + half * _PAIR, 1)
                 if a.q8:
                     for i in range(count):

@@ -4,7 +4,7 @@ import functools
 import operator
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from gguf_run.kernels_cpu.panels.panels import BLOCK, PARTS, ROWS, X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS, IntPanel
 from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val
@@ -29,8 +29,8 @@ def int_tile(
     def some_rows(i: Val) -> None:
         first = i * lanes
         acc = [s.load(init + first * 4, F32, lanes) for init, _ in places]
-        panels = [_Panel(s, panel, w, first, lanes) for w in ws]
-        for value, (_, out) in zip(_run(s, panels, n_steps, xs, acc, ahead), places, strict=True):
+        sums = _run(s, panel, ws, first, n_steps, xs, acc, ahead)
+        for value, (_, out) in zip(sums, places, strict=True):
             s.store(value, out + first * 4)
 
     if lanes == ROWS:
@@ -39,19 +39,21 @@ def int_tile(
         s.each(ROWS // lanes, some_rows)
 
 
-def _run(s: Simd, panels: "list[_Panel]", n_steps: Val, xs: list[Val], acc: list[Val], ahead: Val) -> list[Val]:
-    """Return acc + the products over all steps."""
-    shape = panels[0].shape
-    n_blocks = shape.columns // BLOCK
+def _run(
+    s: Simd, panel: IntPanel, ws: list[Val], first: Val, n_steps: Val, xs: list[Val], acc: list[Val], ahead: Val
+) -> list[Val]:
+    """Return acc + the products over all steps, for the rows from `first` on that are the lanes of acc."""
+    n_blocks, step_bytes = panel.columns // BLOCK, panel.span_bytes // panel.n_steps
 
     def step(k: Val, acc: list[Val]) -> list[Val]:
         with s.b.if_then(ahead.compare("!=", 0).ir) if len(xs) > 1 else nullcontext():
-            for panel in panels:
-                panel.prefetch(k, ahead)
-        stepped = [panel.blocks(k) for panel in panels]
+            for w in ws:
+                for line in range(0, step_bytes, 64):
+                    s.prefetch(w + k * step_bytes + ahead + line)
+        stepped = [_blocks(s, panel, w, first, acc[0].lanes, k) for w in ws]
         for n in range(n_blocks):
             at = (k * n_blocks + n) * X_BLOCK_BYTES
-            acc = _add(s, shape, [blocks[n] for blocks in stepped], [x + at for x in xs], acc)
+            acc = _add(s, panel, [blocks[n] for blocks in stepped], [x + at for x in xs], acc)
         return acc
 
     return s.loop(n_steps, acc, step)
@@ -89,106 +91,81 @@ def _add(s: Simd, shape: IntPanel, blocks: "list[_Block]", xs: list[Val], acc: l
     return acc
 
 
-@dataclass(frozen=True)
-class _Block:
+class _Block(NamedTuple):
     """32 columns of some rows."""
 
-    s: Simd
-    shape: IntPanel
     scales: list[Val]  # f32[rows] of each group; empty if all scales are 1
     minimums: list[Val]  # the same; empty if there are none
-    stored: list[Val]  # the planes
+    quant: Callable[[int], Val]  # from i to u of vector i: columns 4i to 4i + 3 of each row
 
-    def quant(self, i: int) -> Val:
-        """u of vector i: columns 4i to 4i + 3 of each row."""
-        shape = self.shape
+
+def load_quants(s: Simd, shape: IntPanel, planes: Val, lanes: int = ROWS) -> Callable[[int], Val]:
+    """Load the planes of 32 columns of `lanes` rows. Return a function from i to vector i of u, bytes."""
+    stored = [s.load(planes + 64 * plane, I8, 4 * lanes) for plane in range(shape.bits)]
+
+    def quant(i: int) -> Val:
         if shape.bits == 8:
-            return self.stored[i]
+            return stored[i]
         parts, plane, bit = [], 0, 0
         for width in PARTS[shape.bits]:
             mask = ((1 << width) - 1) << bit
-            parts.append(_moved(self.stored[plane + i % width], bit - width * (i // width)) & mask)
+            parts.append(_moved(stored[plane + i % width], bit - width * (i // width)) & mask)
             plane, bit = plane + width, bit + width
         u = functools.reduce(operator.or_, parts)
-        return self.s.look_up([value + shape.offset for value in shape.codebook], u) if shape.codebook else u
+        return s.look_up([value + shape.offset for value in shape.codebook], u) if shape.codebook else u
+
+    return quant
 
 
-@dataclass(frozen=True)
-class _Panel:
-    """Rows first to first + lanes - 1 of the panel at w."""
-
-    s: Simd
-    shape: IntPanel
-    w: Val
-    first: Val
-    lanes: int
-
-    def prefetch(self, k: Val, ahead: Val) -> None:
-        """Prefetch what is `ahead` bytes after step k."""
-        per_step = self.shape.span_bytes // self.shape.n_steps
-        for line in range(0, per_step, 64):
-            self.s.prefetch(self.w + k * per_step + ahead + line)
-
-    def blocks(self, k: Val) -> list[_Block]:
-        """Decode the scales of step k and load its planes."""
-        s, shape = self.s, self.shape
-        one = shape.n_steps == 1
-        span, i = (k, s.const(I64, 0)) if one else (k >> _log2(shape.n_steps), k & (shape.n_steps - 1))
-        at = self.w + span * shape.span_bytes
-        factors = [s.load(at + self.first * 2 + 2 * ROWS * n, F16, self.lanes).to(F32) for n in range(shape.n_factors)]
-        scales, minimums = self._head(at + i * shape.head_bytes + 2 * ROWS * shape.n_factors)
-        if factors:
-            scales = [scale * factors[0] for scale in scales]
-            minimums = [minimum * factors[1] for minimum in minimums]
-        quants = at + self.first * 4 + i * shape.step_bytes + shape.quants_at
-        per = BLOCK // shape.group
-        return [
-            _Block(
-                s,
-                shape,
-                scales[per * n : per * n + per],
-                minimums[per * n : per * n + per],
-                [s.load(quants + 64 * (shape.bits * n + plane), I8, 4 * self.lanes) for plane in range(shape.bits)],
-            )
-            for n in range(shape.columns // BLOCK)
-        ]
-
-    def _head(self, at: Val) -> tuple[list[Val], list[Val]]:
-        """Return the scales and minimums of a step (see panels/panels.py), without the factors of the span."""
-        s, name, lanes = self.s, self.shape.scales.name, self.lanes
-        n = self.shape.columns // self.shape.group
-
-        def byte(i: int) -> Val:
-            return s.load(at + self.first + ROWS * i, I8, lanes).to(I32, signed=name == "k8")
-
-        match name:
-            case "k4":
-                both = [byte(i) for i in range(n)]
-                return [(v & 15).to(F32) for v in both], [(v >> 4).to(F32) for v in both]
-            case "k6":
-                low = [byte(i) for i in range(3)]
-                six = [v & 63 for v in low] + [low[0] >> 6 | (low[1] >> 6) << 2 | (low[2] >> 6) << 4]
-                if self.shape.has_minimum:
-                    return [v.to(F32) for v in six[:n]], [v.to(F32) for v in six[n:]]
-                return [(v - 32).to(F32) for v in six], []
-            case "k8":
-                return [byte(i).to(F32) for i in range(n)], []
-            case "none":
-                return [], []
-            case "e8m0":
-                e = byte(0)
-                power = s.select(e.compare("<", 2), s.const(I32, 0x00200000, lanes) << e, (e - 1) << 23)
-                return [power.as_type(F32)], []
-        width, element = (2, F16) if name == "f16" else (4, F32)
-        count = n * (1 + self.shape.has_minimum)
-        at = at + self.first * width
-        numbers = [s.load(at + ROWS * width * i, element, lanes).to(F32) for i in range(count)]
-        return numbers[:n], numbers[n:]
+def _blocks(s: Simd, shape: IntPanel, w: Val, first: Val, lanes: int, k: Val) -> list[_Block]:
+    """Decode the scales of step k, and load its planes, for `lanes` rows of the panel at w from row `first` on."""
+    one = shape.n_steps == 1
+    span, i = (k, s.const(I64, 0)) if one else (k >> _log2(shape.n_steps), k & (shape.n_steps - 1))
+    at = w + span * shape.span_bytes
+    factors = [s.load(at + first * 2 + 2 * ROWS * n, F16, lanes).to(F32) for n in range(shape.n_factors)]
+    scales, minimums = _head(s, shape, at + i * shape.head_bytes + 2 * ROWS * shape.n_factors, first, lanes)
+    if factors:
+        scales = [scale * factors[0] for scale in scales]
+        minimums = [minimum * factors[1] for minimum in minimums]
+    quants = at + first * 4 + i * shape.step_bytes + shape.quants_at
+    blocks, per = [], BLOCK // shape.group
+    for n in range(shape.columns // BLOCK):
+        groups = slice(per * n, per * n + per)
+        quant = load_quants(s, shape, quants + 64 * shape.bits * n, lanes)
+        blocks.append(_Block(scales[groups], minimums[groups], quant))
+    return blocks
 
 
-def unpacked(s: Simd, shape: IntPanel, planes: Val) -> Callable[[int], Val]:
-    """Load the planes of 32 columns of 16 rows. Return a function from i to vector i of u, bytes."""
-    return _Block(s, shape, [], [], [s.load(planes + 64 * plane, I8, 4 * ROWS) for plane in range(shape.bits)]).quant
+def _head(s: Simd, shape: IntPanel, at: Val, first: Val, lanes: int) -> tuple[list[Val], list[Val]]:
+    """Return the scales and minimums of a step (see panels/panels.py), without the factors of the span."""
+    name, n = shape.scales.name, shape.columns // shape.group
+
+    def byte(i: int) -> Val:
+        return s.load(at + first + ROWS * i, I8, lanes).to(I32, signed=name == "k8")
+
+    match name:
+        case "k4":
+            both = [byte(i) for i in range(n)]
+            return [(v & 15).to(F32) for v in both], [(v >> 4).to(F32) for v in both]
+        case "k6":
+            low = [byte(i) for i in range(3)]
+            six = [v & 63 for v in low] + [low[0] >> 6 | (low[1] >> 6) << 2 | (low[2] >> 6) << 4]
+            if shape.has_minimum:
+                return [v.to(F32) for v in six[:n]], [v.to(F32) for v in six[n:]]
+            return [(v - 32).to(F32) for v in six], []
+        case "k8":
+            return [byte(i).to(F32) for i in range(n)], []
+        case "none":
+            return [], []
+        case "e8m0":
+            e = byte(0)
+            power = s.select(e.compare("<", 2), s.const(I32, 0x00200000, lanes) << e, (e - 1) << 23)
+            return [power.as_type(F32)], []
+    width, element = (2, F16) if name == "f16" else (4, F32)
+    count = n * (1 + shape.has_minimum)
+    at = at + first * width
+    numbers = [s.load(at + ROWS * width * i, element, lanes).to(F32) for i in range(count)]
+    return numbers[:n], numbers[n:]
 
 
 def _log2(power: int) -> int:

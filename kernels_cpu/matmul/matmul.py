@@ -57,7 +57,7 @@ def matmul(panel: int) -> TapeOp:
 
     rows: address of the number of tokens.
     n_out: rows of the matrix.
-    n_steps, step_bytes: see tile.
+    n_steps: see tile.
     group_bytes: bytes of a panel.
     w: address of the panels.
     x, out: rows.
@@ -69,7 +69,7 @@ def matmul(panel: int) -> TapeOp:
     panels = tile_panels(panel)
 
     @op(
-        "rows n_out n_steps step_bytes group_bytes w x x_stride out out_stride "
+        "rows n_out n_steps group_bytes w x x_stride out out_stride "
         "residual residual_stride residual_group bias scratch scratch_stride"
     )
     def matmul_panel(args, piece, ith, nth):
@@ -83,7 +83,7 @@ def matmul(panel: int) -> TapeOp:
         if piece < 0:
             return n_piece
         if n_tokens == 1:
-            prefetch(a.w + g0 * a.group_bytes)
+            prefetch(a.w + g0 * a.group_bytes, AHEAD)
         count = 1 if n_tokens == 1 else TOKENS
         for t in range(t0, t1):
             first = t * TOKENS
@@ -93,30 +93,24 @@ def matmul(panel: int) -> TapeOp:
                 w = a.w + g * a.group_bytes
                 out = a.out + first * a.out_stride + g * ROWS * 4
                 init = a.residual + first * a.residual_stride + g * a.residual_group
-                init_stride, to, to_stride, lanes = a.residual_stride, out, a.out_stride, ROWS
+                init_row, to, to_row, lanes = a.residual_stride, out, a.out_stride, ROWS
                 n_here = 1
                 if tail and g == n_group - 1:
                     # fewer than 16 rows are left: the tile reads and writes spare memory
-                    lanes, to, to_stride = tail, spare, ROWS * 4
+                    lanes, to, to_row = tail, spare, ROWS * 4
                     for i in range(count):
-                        row, source = f32_at(spare + i * ROWS * 4, ROWS), f32_at(init + i * init_stride, ROWS)
+                        row, source = f32_at(spare + i * ROWS * 4, ROWS), f32_at(init + i * init_row, ROWS)
                         for r in range(tail):
                             row[r] = source[r]
-                    init, init_stride = spare, ROWS * 4
+                    init, init_row = spare, ROWS * 4
                 elif n_tokens > 1 and g + panels <= g1 - (tail > 0 and g1 == n_group):
                     n_here = panels
                 if n_tokens == 1:
-                    tile(
-                        panel, 1, 1, w, 0, a.step_bytes, a.n_steps,
-                        x, a.x_stride, to, to_stride, init, init_stride, AHEAD,
-                    )  # fmt: skip
+                    tile(panel, 1, 1, w, 0, a.n_steps, x, a.x_stride, to, to_row, init, init_row, AHEAD)
                 else:
                     next_w = a.group_bytes if n_here > 1 else 0
                     ahead = n_here * a.group_bytes if t == t0 else 0  # later tiles find the panels in the cache
-                    tile(
-                        panel, panels, TOKENS, w, next_w, a.step_bytes, a.n_steps,
-                        x, a.x_stride, to, to_stride, init, init_stride, ahead,
-                    )  # fmt: skip
+                    tile(panel, panels, TOKENS, w, next_w, a.n_steps, x, a.x_stride, to, to_row, init, init_row, ahead)
                 if lanes != ROWS:
                     for i in range(count):
                         row, source = f32_at(out + i * a.out_stride, lanes), f32_at(spare + i * ROWS * 4, lanes)

@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.compiler.jit import carray, njit
+from gguf_run.kernels_cpu.matmul.int_tile import AHEAD
 from gguf_run.kernels_cpu.matmul.matmul import cut, tile_panels
 from gguf_run.kernels_cpu.matmul.moe_route import plan_parts
 from gguf_run.kernels_cpu.matmul.tile import prefetch, tile_at
-from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, TOKENS, Panel
+from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, TOKENS, Panel, panel_sizes
 from gguf_run.kernels_cpu.replay.op import TapeOp, n_shrinking, op, shrinking
 from gguf_run.kernels_cpu.rows.activation import gated_row
 from gguf_run.kernels_cpu.rows.quantize import quantize_row
@@ -44,10 +45,8 @@ class ExpertMatrix:
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of a kernel that describe its matrix."""
-        panel = self.panel
-        sizes = {"n_out": self.n_out, "n_steps": self.n_in // panel.columns, "step_bytes": panel.step_bytes}
-        sizes |= {"group_bytes": panel.group_bytes(self.n_in), "expert_bytes": self.expert_bytes}
-        return sizes | {"w": self.data, "bias": self.bias}
+        sizes = {"n_out": self.n_out, "expert_bytes": self.expert_bytes, **panel_sizes(self.panel, self.n_in)}
+        return {"w": self.data, "bias": self.bias, **sizes}
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,12 +96,12 @@ def _gated_columns(panel: int, activation: str) -> Any:
         if n == 1:
             for h in range(2):
                 if begin:
-                    prefetch(w + h * a.to_up)
-                tile_at(panel, 1, 1, w + h * a.to_up, 0, a.step_bytes, a.n_steps, places, h * _PAIR)
+                    prefetch(w + h * a.to_up, AHEAD)
+                tile_at(panel, 1, 1, w + h * a.to_up, 0, a.n_steps, places, h * _PAIR)
         else:
             for h in range(0, 2, panels):
                 w_h = w + h * a.to_up
-                tile_at(panel, panels, TOKENS, w_h, a.to_up, a.step_bytes, a.n_steps, places, h * _PAIR)
+                tile_at(panel, panels, TOKENS, w_h, a.to_up, a.n_steps, places, h * _PAIR)
         for k in range(n):
             row = pair + k * 2 * _PAIR
             gated_row(activation_id, row, row + _PAIR, row, 1)
@@ -131,7 +130,7 @@ def gate_up(panel: int, activation: str) -> TapeOp:
     columns = _gated_columns(panel, activation)
 
     @op(
-        "rows n_expert n_used plan weights n_out n_steps step_bytes group_bytes expert_bytes w to_up x x_stride "
+        "rows n_expert n_used plan weights n_out n_steps group_bytes expert_bytes w to_up x x_stride "
         "out out_stride q8 q8_stride bias bias_up scratch scratch_stride"
     )
     def moe_gate_up(args, piece, ith, nth):
@@ -194,7 +193,7 @@ def down(panel: int) -> TapeOp:
     panels = tile_panels(panel)
 
     @op(
-        "rows n_expert n_used plan weights n_out n_steps step_bytes group_bytes expert_bytes w x x_stride "
+        "rows n_expert n_used plan weights n_out n_steps group_bytes expert_bytes w x x_stride "
         "out out_stride bias scratch scratch_stride"
     )
     def moe_down(args, piece, ith, nth):
@@ -218,21 +217,18 @@ def down(panel: int) -> TapeOp:
                     at[TOKENS + k] = a.out + token_of[p0 + k] * a.out_stride if k < n else places + PLACES
                 if n == 1:
                     at[1] = at[TOKENS]
-                    prefetch(w + g0 * a.group_bytes)
+                    prefetch(w + g0 * a.group_bytes, AHEAD)
                 g = g0
                 while g < g1:
-                    here = w + g * a.group_bytes
+                    here, move = w + g * a.group_bytes, g * ROWS * 4
+                    n_here = panels if n > 1 and g + panels <= g1 else 1
                     if n == 1:
-                        tile_at(panel, 1, 1, here, 0, a.step_bytes, a.n_steps, places, g * ROWS * 4)
-                        g += 1
-                    elif g + panels <= g1:
-                        tile_at(
-                            panel, panels, TOKENS, here, a.group_bytes, a.step_bytes, a.n_steps, places, g * ROWS * 4
-                        )
-                        g += panels
+                        tile_at(panel, 1, 1, here, 0, a.n_steps, places, move)
+                    elif n_here == panels:
+                        tile_at(panel, panels, TOKENS, here, a.group_bytes, a.n_steps, places, move)
                     else:
-                        tile_at(panel, 1, TOKENS, here, 0, a.step_bytes, a.n_steps, places, g * ROWS * 4)
-                        g += 1
+                        tile_at(panel, 1, TOKENS, here, 0, a.n_steps, places, move)
+                    g += n_here
                 if a.bias:
                     bias = f32_at(a.bias + 4 * experts[i] * a.n_out, a.n_out)
                     for p in range(p0, p0 + n):

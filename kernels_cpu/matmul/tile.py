@@ -9,7 +9,7 @@ from collections.abc import Callable
 from gguf_run.kernels_cpu.matmul.int_tile import AHEAD, int_tile
 from gguf_run.kernels_cpu.panels.panels import PANELS, ROWS, FloatPanel, IntPanel, Panel
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
-from gguf_run.kernels_cpu.vector.simd import F32, I16, I32, I64, Simd, Val
+from gguf_run.kernels_cpu.vector.simd import F16, F32, I16, I32, I64, Simd, Val
 
 _FLOAT_SUMS = 16  # sums of a float tile that run side by side
 
@@ -22,7 +22,6 @@ def tile(
     n_tokens: int,
     w: Val,
     w_panel: Val,
-    w_step: Val,
     n_steps: Val,
     x: Val,
     x_stride: Val,
@@ -38,7 +37,6 @@ def tile(
     n_panels, n_tokens: the size of the tile.
     w: address of the first panel.
     w_panel: bytes from one panel to the next. 0: there is one panel, which is computed n_panels times.
-    w_step: bytes from one step to the next, for float panels.
     n_steps: steps of panel.columns columns.
     x, x_stride: rows of activation blocks for integer panels, of f32 for float panels.
     init, init_stride: rows of f32. init may be out; init_stride 0 repeats one row.
@@ -49,21 +47,12 @@ def tile(
     step = s.select(w_panel.compare("==", 0), s.const(I64, 0), s.const(I64, 64))
     moves = [(t, step * p) for t in range(n_tokens) for p in range(n_panels)]
     places = [(init + init_stride * t + move, out + out_stride * t + move) for t, move in moves]
-    _tile(s, PANELS[panel], ws, w_step, n_steps, xs, places, ahead)
+    _tile(s, PANELS[panel], ws, n_steps, xs, places, ahead)
 
 
 @simd_kernel
 def tile_at(
-    s: Simd,
-    panel: int,
-    n_panels: int,
-    n_tokens: int,
-    w: Val,
-    w_panel: Val,
-    w_step: Val,
-    n_steps: Val,
-    at: Val,
-    move: Val,
+    s: Simd, panel: int, n_panels: int, n_tokens: int, w: Val, w_panel: Val, n_steps: Val, at: Val, move: Val
 ) -> None:
     """As `tile`, for rows at any addresses: out[t, r] += sum over columns of w[r, column] * x[t, column].
 
@@ -73,43 +62,42 @@ def tile_at(
     ws = [w + w_panel * p for p in range(n_panels)]
     outs = [s.load(at + 8 * (n_tokens + t), I64) + move + 64 * p for t in range(n_tokens) for p in range(n_panels)]
     ahead = s.const(I64, AHEAD if n_tokens == 1 else 0)
-    _tile(s, PANELS[panel], ws, w_step, n_steps, xs, [(out, out) for out in outs], ahead)
+    _tile(s, PANELS[panel], ws, n_steps, xs, [(out, out) for out in outs], ahead)
 
 
 def _tile(
-    s: Simd, panel: Panel, ws: list[Val], w_step: Val, n_steps: Val, xs: list[Val], places: list[tuple[Val, Val]],
-    ahead: Val,
-) -> None:  # fmt: skip
+    s: Simd, panel: Panel, ws: list[Val], n_steps: Val, xs: list[Val], places: list[tuple[Val, Val]], ahead: Val
+) -> None:
     """A tile of an integer or a float panel. The arguments are as in int_tile."""
     if isinstance(panel, IntPanel):
         int_tile(s, panel, ws, n_steps, xs, places, ahead)
         return
-    start = [s.load(at, F32, ROWS) for at, _ in places]
-    acc = _float_panel(s, panel, ws, w_step, n_steps, xs, start)
-    for (_, to), value in zip(places, acc, strict=True):
-        s.store(value, to)
-
-
-def _float_panel(
-    s: Simd, panel: FloatPanel, ws: list[Val], w_step: Val, n_steps: Val, xs: list[Val], start: list[Val]
-) -> list[Val]:
-    """Return start + the products over all steps."""
-
-    def weights(w: Val, k: Val) -> Val:
-        return widen(s.load(w + w_step * k, panel.element, ROWS))
 
     def products(k: Val) -> list[tuple[Val, Val]]:
-        rows = [weights(w, k) for w in ws]
+        rows = [load_floats(s, panel, w + k * panel.step_bytes) for w in ws]
         values = [s.load(x + k * 4, F32, splat=ROWS) for x in xs]
         return [(row, value) for value in values for row in rows]
 
-    return sums_of_products(s, start, n_steps, products, _FLOAT_SUMS)
+    start = [s.load(at, F32, ROWS) for at, _ in places]
+    sums = sums_of_products(s, start, n_steps, products, _FLOAT_SUMS)
+    for (_, to), value in zip(places, sums, strict=True):
+        s.store(value, to)
 
 
-def widen(stored: Val) -> Val:
-    """Elements of a float panel of 16 or 32 bits as f32."""
-    if stored.element == I16:  # bfloat16 is the upper half of an f32
-        return (stored.to(I32, signed=False) << 16).as_type(F32)
+# What load_floats leaves out: f16 has e5m2's exponent, but one more bit than e4m3's, with another bias.
+FLOAT8_FACTOR = {"E4M3": 256.0, "E5M2": 1.0}
+
+
+def load_floats(s: Simd, panel: FloatPanel, at: Val) -> Val:
+    """Load 16 elements of a float panel as f32. Those of 8 bits are divided by FLOAT8_FACTOR."""
+    stored = s.load(at, panel.element, ROWS)
+    match panel.name:
+        case "BF16":  # the upper half of an f32
+            return (stored.to(I32, signed=False) << 16).as_type(F32)
+        case "E5M2":  # the upper half of an f16. No number is NaN or infinite
+            return (stored.to(I16, signed=False) << 8).as_type(F16).to(F32)
+        case "E4M3":
+            return ((stored.to(I16) << 7) & 0xBFFF).as_type(F16).to(F32)
     return stored.to(F32)
 
 
@@ -140,14 +128,10 @@ def sums_of_products(
 
 
 @simd_kernel
-def prefetch(s: Simd, address: Val) -> None:
-    """Prefetch the first panels of a piece of work.
+def prefetch(s: Simd, address: Val, n_bytes: Val) -> None:
+    """Prefetch n_bytes of memory.
 
-    Within a piece, `tile` prefetches. At the start of a piece the first answer of the memory would take as long as
-    30 kB of a stream.
+    Within a piece of work, `tile` prefetches. At its start the first answer of the memory would take as long as 30 kB
+    of a stream. Kernels therefore prefetch the first AHEAD bytes of panels.
     """
-
-    def line(i: Val) -> None:
-        s.prefetch(address + i * 64)
-
-    s.each(AHEAD // 64, line)
+    s.each(n_bytes >> 6, lambda i: s.prefetch(address + i * 64))

@@ -27,7 +27,7 @@ _LINE = 64
 _LANES = 16  # i32 lanes of a 64-byte vector
 _READ_PIECE = 1 << 20
 _LOADS = 8  # cache lines read in an iteration, each into a sum of its own
-# Bytes to read: _CACHES times the size of all caches, so that what they keep from the run before does not matter.
+# Bytes to read: _CACHES times the size of all caches, so that their contents from the run before do not matter.
 _LEAST_READ, _MOST_READ, _CACHES = 512 << 20, 4 << 30, 16
 _DOT_PIECES, _DOT_STEPS = 4, 2_000  # pieces of each thread in a pass, and steps of a piece
 _DOT_BITS = 7  # of the unsigned operand. Some instruction sets need extra work for 8 bits
@@ -57,12 +57,11 @@ def measure_limits(n_threads: int, n_bytes: int | None = None, seconds: float = 
     try:
         sums = aligned(_LINE * n_threads)
         data = _memory(n_bytes or _read_size(), n_threads)
-        read = _rate(
-            team, _read, data.nbytes, seconds, data=data.ctypes.data, n_bytes=data.nbytes, sums=sums.ctypes.data
-        )
+        addresses = {"data": data.ctypes.data, "sums": sums.ctypes.data}
+        read = _rate(team, _read, data.nbytes, seconds, n_bytes=data.nbytes, **addresses)
         side = _DOT_SIDES.get(isa.current().dot, 2)
         n_ops = n_threads * _DOT_PIECES * _DOT_STEPS * side * side * 2 * 4 * _LANES
-        dot = _rate(team, _dot, n_ops, seconds, data=data.ctypes.data, sums=sums.ctypes.data)
+        dot = _rate(team, _dot, n_ops, seconds, **addresses)
     finally:
         team.close()
     return Limits(n_threads, read, dot)
@@ -72,8 +71,7 @@ def _memory(n_bytes: int, n_threads: int) -> NDArray[np.uint8]:
     """Return memory like that of weights: with large pages, first touched by several threads."""
     data = aligned(-(-n_bytes // _READ_PIECE) * _READ_PIECE)
     with ThreadPoolExecutor(n_threads) as pool:
-        for done in [pool.submit(part.fill, 1) for part in np.array_split(data, 4 * n_threads)]:
-            done.result()
+        list(pool.map(lambda part: part.fill(1), np.array_split(data, 4 * n_threads)))  # list: wait for all
     return data
 
 
@@ -83,11 +81,7 @@ def _read_size(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
     for cache in cpus.glob("cpu[0-9]*/cache/index[0-9]*"):
         try:
             size = re.fullmatch(r"(\d+)K", (cache / "size").read_text().strip())
-            shared = (
-                (cache / "level").read_text(),
-                (cache / "type").read_text(),
-                (cache / "shared_cpu_list").read_text(),
-            )
+            shared = tuple((cache / name).read_text() for name in ("level", "type", "shared_cpu_list"))
         except OSError:
             continue
         if size:

@@ -22,24 +22,22 @@ _RUN = 64  # vectors that are summed in f32, a run
 _LOWEST = np.finfo(np.float32).min
 
 
+def _load(s: Simd, row: Val, i: Val) -> Val:
+    return s.load(row + i * _VECTOR_BYTES, F32, _LANES)
+
+
 @simd_kernel
 def _maximum(s: Simd, x: Val, n_vectors: Val) -> Val:
-    def body(i: Val, best: list[Val]) -> list[Val]:
-        return [s.maximum(s.load(x + i * _VECTOR_BYTES, F32, _LANES), best[0])]
-
     lowest = s.const(F32, -math.inf, _LANES)
-    return s.fold(s.loop(n_vectors, [lowest], body)[0], s.maximum)
+    best = s.loop(n_vectors, [lowest], lambda i, best: [s.maximum(_load(s, x, i), best[0])])
+    return s.fold(best[0], s.maximum)
 
 
 @simd_kernel(floats="shift")
 def _sum_exp(s: Simd, x: Val, n_vectors: Val, shift: Val) -> Val:
     """Sum of exp(x - shift)."""
-    shifts = s.splat(shift, _LANES)
-
-    def body(i: Val, total: list[Val]) -> list[Val]:
-        return [total[0] + s.exp(s.load(x + i * _VECTOR_BYTES, F32, _LANES) - shifts)]
-
-    return s.sum(s.loop(n_vectors, [s.const(F32, 0.0, _LANES)], body)[0])
+    shifts, zeros = s.splat(shift, _LANES), s.const(F32, 0.0, _LANES)
+    return s.sum(s.loop(n_vectors, [zeros], lambda i, total: [total[0] + s.exp(_load(s, x, i) - shifts)])[0])
 
 
 # KL(p || q) = sum p log(p / q). With t = log p - log q and sum p = sum q = 1 it is also the sum of p t - p + q. No term
@@ -58,7 +56,7 @@ def _sum_divergence(s: Simd, p: Val, q: Val, n_vectors: Val, max_p: Val, log_p: 
     max_ps, log_ps, shifts = (s.splat(value, _LANES) for value in (max_p, log_p, shift))
 
     def body(i: Val, total: list[Val]) -> list[Val]:
-        a, b = (s.load(row + i * _VECTOR_BYTES, F32, _LANES) for row in (p, q))
+        a, b = _load(s, p, i), _load(s, q, i)
         log_prob = a - max_ps - log_ps
         t = a - b + shifts
         series = s.const(F32, _SERIES[0], _LANES)

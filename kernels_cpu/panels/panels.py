@@ -186,6 +186,11 @@ def matrix_bytes(type_name: str, n_in: int, n_out: int) -> int:
     return -(-n_out // ROWS) * panel_for(type_name).group_bytes(n_in)
 
 
+def panel_sizes(panel: Panel, n_in: int) -> dict[str, int]:
+    """Return the fields of a kernel that describe panels of n_in columns."""
+    return {"n_steps": n_in // panel.columns, "group_bytes": panel.group_bytes(n_in)}
+
+
 def panel_id(panel: Panel) -> int:
     """Return the place of a panel in PANELS, the compile-time constant of its kernels."""
     return PANELS.index(panel)

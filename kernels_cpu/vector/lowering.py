@@ -23,7 +23,7 @@ class _ByInstruction(DotSum):
     lanes: int
 
     def add(self, u: Val, x: Val) -> DotSum:
-        self.sum = _split(self.s, self.sum, u, x, self.lanes, self._dot)
+        self.sum = _in_parts(self.s, self.lanes, self._dot, self.sum, u, x)
         return self
 
     def _dot(self, acc: Val, u: Val, x: Val) -> Val:
@@ -51,7 +51,7 @@ class _Neon(_ByInstruction):
     def add(self, u: Val, x: Val) -> DotSum:
         if self.bits == 8:  # u = (u - 128) + 128. The second term adds 128 times the sum of x
             ones = self.s.const(_I8, 1, u.lanes)
-            extra = _split(self.s, self.s.const(_I32, 0, self.sum.lanes), ones, x, self.lanes, self._dot)
+            extra = _in_parts(self.s, self.lanes, self._dot, self.s.const(_I32, 0, self.sum.lanes), ones, x)
             self.sum = self.sum + (extra << 7)
             u = u ^ 0x80
         return super().add(u, x)
@@ -73,10 +73,7 @@ class _Avx2(DotSum):
             self._widen(v >> 8, w.sar(8))
             return self
         if self.bits < 0:  # |u| * (x with the sign of u): 128 * 127 * 2 < 2^15
-            u, x = (
-                _by_parts(self.s, "llvm.x86.avx2.psign.b", 32, u, u),
-                _by_parts(self.s, "llvm.x86.avx2.psign.b", 32, x, u),
-            )
+            u, x = (_by_parts(self.s, "llvm.x86.avx2.psign.b", 32, v, u) for v in (u, x))
         products = _by_parts(self.s, "llvm.x86.avx2.pmadd.ub.sw", 32, u, x, _I16)
         if self.held == self.most:
             self._flush()
@@ -105,38 +102,31 @@ class _Generic(DotSum):
         return self
 
 
-def _split(s: Simd, acc: Val, u: Val, x: Val, lanes: int, dot: Callable[[Val, Val, Val], Val]) -> Val:
-    """Apply a dot product of `lanes` i32 lanes to wider vectors, part by part."""
-    if acc.lanes == lanes:
-        return dot(acc, u, x)
-    half = acc.lanes // 2
+def _in_parts(s: Simd, lanes: int, function: Callable[..., Val], *vectors: Val) -> Val:
+    """Apply a function to halves of vectors, and to halves of these, so that the first has at most `lanes` lanes."""
+    if vectors[0].lanes <= lanes:
+        return function(*vectors)
     low, high = (
-        _split(s, acc.part(n, half), u.part(4 * n, 4 * half), x.part(4 * n, 4 * half), lanes, dot) for n in (0, half)
+        _in_parts(s, lanes, function, *[v.part(v.lanes // 2 * n, v.lanes // 2) for v in vectors]) for n in (0, 1)
     )
     return s.concat(low, high)
 
 
 def _by_parts(s: Simd, name: str, lanes: int, u: Val, x: Val, element: ir.Type = _I8) -> Val:
     """Apply an instruction for vectors of `lanes` lanes to wider ones. It returns 32 bytes of `element`."""
-    if u.lanes == lanes:
-        return s.call(name, ir.VectorType(element, 256 // element.width), u, x)
-    half = u.lanes // 2
-    low, high = (_by_parts(s, name, lanes, u.part(n, half), x.part(n, half), element) for n in (0, half))
-    return s.concat(low, high)
+    result = ir.VectorType(element, 256 // element.width)
+    return _in_parts(s, lanes, lambda u, x: s.call(name, result, u, x), u, x)
 
 
 def _pairs_by(name: str, lanes: int) -> Callable[..., Val]:
     """Return Lowering.add_pairs by an instruction for `lanes` i32 lanes."""
 
-    def pairs(s: Simd, acc: Val, x: Val, y: Val) -> Val:
-        if acc.lanes > lanes:
-            halves = [[v.part(v.lanes // 2 * n, v.lanes // 2) for v in (acc, x, y)] for n in (0, 1)]
-            return s.concat(pairs(s, *halves[0]), pairs(s, *halves[1]))
+    def pairs(acc: Val, x: Val, y: Val) -> Val:
         if binding.llvm_version_info < (21, 0, 0):
             x, y = x.as_type(_I32), y.as_type(_I32)
-        return s.call(name, acc.type, acc, x, y)
+        return acc.s.call(name, acc.type, acc, x, y)
 
-    return pairs
+    return lambda s, *vectors: _in_parts(s, lanes, pairs, *vectors)
 
 
 def _pairs_avx2(s: Simd, acc: Val, x: Val, y: Val) -> Val:
@@ -152,10 +142,8 @@ def _look_up_by(name: str, lanes: int) -> Callable[..., Val]:
     """Return Lowering.look_up by an instruction that shuffles `lanes` bytes. x86 shuffles within each 16 bytes."""
 
     def look_up(s: Simd, table: Sequence[int], index: Val) -> Val:
-        if index.lanes > lanes:
-            half = index.lanes // 2
-            return s.concat(look_up(s, table, index.part(0, half)), look_up(s, table, index.part(half, half)))
-        return s.call(name, index.type, s.constants(_I8, [value & 255 for value in table] * (lanes // 16)), index)
+        repeated = s.constants(_I8, [value & 255 for value in table] * (lanes // 16))
+        return _in_parts(s, lanes, lambda index: s.call(name, index.type, repeated, index), index)
 
     return look_up
 

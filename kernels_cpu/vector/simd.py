@@ -32,8 +32,8 @@ def _vector(element: Scalar, lanes: int) -> ir.Type:
     return ir.VectorType(element, lanes) if lanes > 1 else element
 
 
-def _operator(int_op: str, float_op: str | None = None) -> Callable[["Val", "Val | Number"], "Val"]:
-    """Return an operator of Val by the names of LLVM's instructions. float_op None: integers only."""
+def _operator(int_op: str | None, float_op: str | None = None) -> Callable[["Val", "Val | Number"], "Val"]:
+    """Return an operator of Val by the names of LLVM's instructions for integers and for floats, if there are any."""
     return lambda value, other: value._op(int_op, float_op, other)
 
 
@@ -50,7 +50,7 @@ class Val:
     def _with(self, other: "Val | Number") -> ir.Value:
         return other.ir if isinstance(other, Val) else self.s.const(self.element, other, self.lanes).ir
 
-    def _op(self, int_op: str, float_op: str | None, other: "Val | Number") -> "Val":
+    def _op(self, int_op: str | None, float_op: str | None, other: "Val | Number") -> "Val":
         op = float_op if self.is_float else int_op
         assert op is not None
         return Val(self.s, getattr(self.s.b, op)(self.ir, self._with(other)))
@@ -58,6 +58,7 @@ class Val:
     __add__ = _operator("add", "fadd")
     __sub__ = _operator("sub", "fsub")
     __mul__ = _operator("mul", "fmul")
+    __truediv__ = _operator(None, "fdiv")
     __and__ = _operator("and_")
     __or__ = _operator("or_")
     __xor__ = _operator("xor")
@@ -67,10 +68,6 @@ class Val:
     def sar(self, count: int) -> "Val":
         """Arithmetic shift right: the sign comes in from the left."""
         return self._op("ashr", None, count)
-
-    def __truediv__(self, other: "Val | Number") -> "Val":
-        assert self.is_float
-        return Val(self.s, self.s.b.fdiv(self.ir, self._with(other)))
 
     def compare(self, relation: str, other: "Val | Number") -> "Val":
         """Compare lane by lane: lanes of one bit. Integers compare signed, floats ordered (false for NaN)."""
@@ -166,13 +163,11 @@ class Simd:
 
     def splat(self, scalar: Val, lanes: int) -> Val:
         undefined = ir.Constant(_vector(scalar.element, lanes), ir.Undefined)
-        first = self.b.insert_element(undefined, scalar.ir, ir.Constant(I32, 0))
-        return Val(self, self.b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)))
+        return self._shuffle(self.b.insert_element(undefined, scalar.ir, ir.Constant(I32, 0)), undefined, [0] * lanes)
 
     def load(self, address: Val, element: Scalar, lanes: int = 1, *, splat: int = 1) -> Val:
         """Load lanes of an element (unaligned); with splat=n, one element repeated n times."""
-        pointer = self.b.inttoptr(address.ir, _vector(element, lanes).as_pointer())
-        loaded = self.b.load(pointer)
+        loaded = self.b.load(self.b.inttoptr(address.ir, _vector(element, lanes).as_pointer()))
         loaded.align = 1
         value = Val(self, loaded)
         return self.splat(value, splat) if splat > 1 else value
@@ -187,17 +182,17 @@ class Simd:
         self.call(name, void, pointer, self.const(I32, 0), self.const(I32, 3), self.const(I32, 1))
 
     def shuffle(self, value: Val, lanes: Sequence[int] | range) -> Val:
-        mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
-        return Val(self, self.b.shuffle_vector(value.ir, ir.Constant(value.type, ir.Undefined), mask))
+        return self._shuffle(value.ir, ir.Constant(value.type, ir.Undefined), lanes)
 
     def concat(self, low: Val, high: Val) -> Val:
-        mask = ir.Constant(ir.VectorType(I32, 2 * low.lanes), list(range(2 * low.lanes)))
-        return Val(self, self.b.shuffle_vector(low.ir, high.ir, mask))
+        return self._shuffle(low.ir, high.ir, range(2 * low.lanes))
 
     def zip(self, x: Val, y: Val, first: int, lanes: int) -> Val:
         """x[first], y[first], x[first + 1], y[first + 1] ...: `lanes` lanes of each."""
-        mask = [n for i in range(first, first + lanes) for n in (i, x.lanes + i)]
-        return Val(self, self.b.shuffle_vector(x.ir, y.ir, ir.Constant(ir.VectorType(I32, len(mask)), mask)))
+        return self._shuffle(x.ir, y.ir, [n for i in range(first, first + lanes) for n in (i, x.lanes + i)])
+
+    def _shuffle(self, x: ir.Value, y: ir.Value, lanes: Sequence[int] | range) -> Val:
+        return Val(self, self.b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))))
 
     def select(self, condition: Val, yes: Val, no: Val) -> Val:
         return Val(self, self.b.select(condition.ir, yes.ir, no.ir))
@@ -249,6 +244,9 @@ class Simd:
 
     def maximum(self, x: Val, y: Val) -> Val:
         return self.select(x.compare(">", y), x, y)
+
+    def minimum(self, x: Val, y: Val) -> Val:
+        return self.select(x.compare("<", y), x, y)
 
     def absolute(self, x: Val) -> Val:
         return self._float_call("fabs", x)
