@@ -14,27 +14,30 @@ from gguf_run.formats.gguf.mapped import Cursor
 
 
 @njit
-def _walk(data: Any, at: Any, n: Any, big_endian: Any, starts: Any) -> Any:
-    """Walk over n strings of uint8[:] data from offset `at` on. Return how many of them fit, and where they end.
+def _walk(data: Any, place: Any, n: Any, big_endian: Any, starts: Any) -> Any:
+    """Walk over n strings of uint8[:] data from offset place[0] on. Return how many of them fit.
 
+    place: int64[1]. It gets the offset where these strings end. (A kernel that returns two numbers would need numba.)
     starts: intp[n + 1], filled with the offset of each string's length and of the end; intp[0]: not wanted.
     """
-    end = np.int64(len(data))
+    end, at = np.int64(len(data)), place[0]
     for i in range(n):
+        place[0] = at
         if len(starts) > 0:
             starts[i] = at
         if end - at < 8:
-            return i, at
+            return i
         length = np.uint64(0)
         for j in range(8):
             byte = data[at + j] if big_endian else data[at + 7 - j]
             length = (length << np.uint64(8)) | np.uint64(byte)
         if length > np.uint64(end - at - 8):
-            return i, at
+            return i
         at += 8 + np.int64(length)
     if len(starts) > 0:
         starts[n] = at
-    return n, at
+    place[0] = at
+    return n
 
 
 @njit
@@ -58,8 +61,9 @@ _NO_STARTS = np.empty(0, np.intp)
 def skip_strings(cursor: Cursor, n: int, what: str, starts: NDArray[np.intp] = _NO_STARTS) -> None:
     """Move the cursor over an array of n strings; FormatError if they do not fit into the file. starts: see _walk."""
     file = cursor.file
-    done, end = _walk(file.bytes_at(0, file.size), np.int64(cursor.at), n, file.order == ">", starts)
-    cursor.at = int(end)
+    place = np.array([cursor.at], np.int64)
+    done = _walk(file.bytes_at(0, file.size), place, n, file.order == ">", starts)
+    cursor.at = int(place[0])
     if done < n:
         raise cursor.error(f"string {done} of {n} of {what} does not fit into the file: it is truncated or damaged")
 

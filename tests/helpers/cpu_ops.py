@@ -15,6 +15,7 @@ from numpy_backend import NumpyBackend, NumpyWeight
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.types import TensorType, type_by_name
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
+from gguf_run.formats.gguf.tensors import TensorInfo
 from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.kernels_cpu.panels.memory import WeightPart
 from gguf_run.kernels_cpu.panels.panels import BLOCK, PARTS, ROWS, X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS, IntPanel
@@ -50,6 +51,8 @@ class MemoryTensor:
     @property
     def nbytes(self) -> int:
         return self.data.nbytes
+
+    same_shape = TensorInfo.same_shape
 
     def blocks(self, first: int = 0, end: int | None = None) -> np.ndarray:
         return self.data[first:end]
