@@ -137,7 +137,7 @@ class CpuBackend:
             kernel.compiled  # noqa: B018
 
     def wait(self, n_jobs: int = 0) -> None:
-        """Until at most n_jobs pieces of weights are yet to be repacked."""
+        """Wait until at most n_jobs pieces of weights are left to repack."""
         while len(self._repacking) > n_jobs:
             self._repacking.popleft().result()
 

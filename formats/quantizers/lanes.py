@@ -68,7 +68,7 @@ _OPERATORS: Mapping[Any, tuple[_Forms, Lanes | None]] = {
 
 
 def _spread(context: Any, builder: ir.IRBuilder, value: Any, source: types.Type, lanes: Lanes) -> Any:
-    """Return a value as lanes. A number is cast to their type and repeated."""
+    """Return a value as lanes. Each lane gets a copy of a number, cast to the element type."""
     if isinstance(source, Lanes):
         return value
     undefined = ir.Constant(_vector(lanes), ir.Undefined)

@@ -57,7 +57,7 @@ def _iq4_code(v: Any) -> Any:
 
 @njit(forceinline=True)
 def _iq4_sums(x: Any, w: Any, inverse: Any) -> Any:
-    """sum(w q x) and sum(w q q) for the codebook's values q nearest to inverse * x."""
+    """Return sum(w * q * x) and sum(w * q * q). Each q is the codebook's value nearest to inverse * x."""
     sum_qx, sum_q2 = f32(0), f32(0)
     for i in range(32):
         value = _nearest_iq4(inverse * x[i])

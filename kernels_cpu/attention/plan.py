@@ -124,7 +124,7 @@ def max_rows(n_rep: int) -> int:
 
 
 def max_parts(nth: int) -> int:
-    """Return an upper bound for the pieces of split positions: fewer than twice what `plan` aims at."""
+    """Return an upper bound for the pieces whose positions are split: `plan` makes fewer than twice what it aims at."""
     return 2 * _PIECES * nth
 
 

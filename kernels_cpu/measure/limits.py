@@ -1,4 +1,4 @@
-"""The limits of this machine with n threads: bytes read from memory, and int8 operations, in a second.
+"""Measures what this machine can do in a second with n threads: bytes read from memory, and int8 operations.
 
 To decode a token is to read all weights once. A long prompt multiplies all weights with many tokens. The two limits
 bound the speed of any kernel. They are measured with the thread team and the SIMD vocabulary of the kernels.
