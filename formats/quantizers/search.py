@@ -189,7 +189,10 @@ def _descend(x: Any, w: Any, q: Any, n: Any, lowest: Any, highest: Any, sum_lx: 
 
 @njit(forceinline=True)
 def search_signed_3bit(x: Any, w: Any, q: Any, n: Any, nmax: Any) -> Any:
-    """x ~ scale * (q - nmax) with q in 0..2 nmax - 1, by coordinate descent; returns scale. ggml's make_q3_quants."""
+    """Find q, from 0 to 2 nmax - 1, and scale, so that scale * (q - nmax) is close to x. Return scale.
+
+    Coordinate descent, as in ggml's make_q3_quants.
+    """
     peak, magnitude = largest(x, n)
     zero = magnitude < EPS
     iscale = -nmax / peak

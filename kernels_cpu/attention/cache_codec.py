@@ -21,7 +21,7 @@ _FLOAT8 = {"E4M3": (3, 7), "E5M2": (2, 15)}  # bits of the mantissa, the exponen
 
 
 def narrow_float8(s: Simd, name: str, x: Val, largest: float) -> Val:
-    """f32 to bytes: to nearest, halves to even. Numbers that are too large become the largest number."""
+    """Convert f32 to bytes of an fp8 type, to nearest, halves to even. Larger numbers become `largest`."""
     mantissa, bias = _FLOAT8[name]
     bits = x.as_type(I32)
     sign = (bits >> 24) & 0x80

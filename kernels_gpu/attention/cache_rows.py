@@ -21,7 +21,7 @@ def n_operand(name):
 
 @triton.constexpr_function
 def has_row_factor(name):
-    """Return whether a row has one scale, which load_rows leaves to row_factors."""
+    """Return whether each row has a single scale. load_rows does not apply this scale; row_factors returns it."""
     return CACHE_FORMATS[name].block is None
 
 
@@ -63,7 +63,10 @@ def planes_at(planes, row, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _half(code, OFFSET: tl.constexpr):
-    """Return code - OFFSET of uint8 as f16, exactly, without a conversion: 0x6400 + code is the f16 1024 + code."""
+    """Return code - OFFSET as f16, exactly, for code in uint8.
+
+    The bits 0x6400 + code are the f16 number 1024 + code. A subtraction is cheaper than a conversion.
+    """
     return (code.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + OFFSET)
 
 

@@ -38,9 +38,12 @@ class _Tiling:
         return max(n * self.n_part(n) for n in (1, 2, 4, FEW, most)) * self.shape.n_head
 
     def options(self, n: int) -> dict[str, Any]:
-        """Return tokens and heads of a tile of queries, positions of a tile of keys, and how n tokens are launched.
+        """Return the sizes of tiles, and the launch options, for n tokens.
 
-        All of it must fit into registers (tests/helpers/gpu_compile.py). Hopper's tensor cores want 64 queries.
+        TOKENS, REP: tokens and heads of a tile of queries.
+        SPAN: positions of a tile of keys.
+
+        A tile must fit into registers; tests/helpers/gpu_compile.py checks that. Hopper's tensor cores need 64 queries.
         """
         types = self.cache.k.type, self.cache.v.type
         rep = triton.next_power_of_2(self.shape.n_head // self.shape.n_head_kv)

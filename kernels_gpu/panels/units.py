@@ -117,7 +117,7 @@ def _shift(word, left: tl.constexpr):
 
 @triton.jit
 def exponent_half(e):
-    """Return 2**(e - 128) of int32 e. e8m0 means twice that; the books of e2m1 hold doubled values."""
+    """Return 2**(e - 128) for an int32 e: half of what e8m0 means. The books of e2m1 hold doubled values in return."""
     bits = tl.where(e < 2, 0x200000 << e, (e - 1) << 23)
     return bits.to(tl.float32, bitcast=True)
 
