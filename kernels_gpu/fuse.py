@@ -152,7 +152,7 @@ def _take_rotation(fused: list[Any], op: Attend[Any, Any]) -> Rotation | None:
 
 
 def _take_norms(fused: list[Any], op: Attend[Any, Any]) -> tuple[RmsNorm[Any], ...]:
-    """Remove the norms of the heads of q and of k from the end of the list; return them."""
+    """If the list ends with norms of the heads of q and k, remove and return them. Else return ()."""
     norms = tuple(last.op for last in fused[-2:] if isinstance(last, FusedNorm))
     if [(norm.x, norm.n_group) for norm in norms] != [(op.q, op.shape.n_head), (op.k, op.shape.n_head_kv)]:
         return ()

@@ -72,7 +72,7 @@ def main(models: Sequence[str], as_json: bool, fit: bool, **given: Any) -> None:
 
 
 def _fit(models: Sequence[str]) -> Answer:
-    """Return what fits this machine, of the files or of usual sizes."""
+    """Return whether models fit this machine, and how fast they are: the files, or else usual sizes of models."""
     from gguf_run.runtime.info.fit import USUAL_MODELS, Machine, fit_file, fit_usual
 
     context = click.get_current_context()
