@@ -35,7 +35,7 @@ from gguf_run.formats.blocks.unpack import INTEGER_FORMS, IntegerForm
 
 ROWS = 16  # rows of a panel: f32 lanes of a 64-byte vector
 BLOCK = 32  # columns of a block of activations, and of a set of planes
-TOKENS = 4  # tokens of a tile. A batch is computed in whole tiles: buffers have spare rows for the last one
+TOKENS = 8  # tokens of a tile, at most (Isa.tokens). A batch is computed in whole tiles: buffers have spare rows
 X_BLOCK_BYTES = 64  # of a block of activations, and where its fields are
 X_D, X_SUMS, X_D_SUMS = 32, 36, 48
 
