@@ -3,6 +3,7 @@
 The processes run side by side, as most of their time goes into compiling.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from gguf_run.formats.compiler.deferred import resolved
 from gguf_run.kernels_cpu.matmul.matmul import matmul
 from gguf_run.kernels_cpu.panels.panels import PANEL_OF, panel_id
 from gguf_run.kernels_cpu.replay.op import TapeOp
-from gguf_run.kernels_cpu.vector.isa import current
+from gguf_run.kernels_cpu.vector.isa import Tuning, current, stored_tuning, tuning_path
 
 FOLDER = Path(__file__).parents[1]
 
@@ -109,3 +110,37 @@ def test_kernels_for(name: str, processes: dict[str, subprocess.Popen[str]]) -> 
     assert processes[name].returncode == 0, output[-5000:]
     assert " passed in " in output
     assert "skipped" not in output
+
+
+def test_numbers_of_this_machine_are_read_or_none(tmp_path: Path) -> None:
+    path, good = tmp_path / "tuning.json", vars(Tuning(ahead=-1, n_threads=3))
+    assert stored_tuning(None) is stored_tuning(path) is stored_tuning(tmp_path) is None
+    path.write_text(json.dumps(good))
+    assert stored_tuning(path) == Tuning(**good)
+    changes: list[tuple[str, object]] = [("ahead", -2), ("ahead", 1 << 20), ("ahead", 0.0), ("ahead", True)]
+    changes += [("ahead", None), ("tile_tokens", 6), ("piece_bytes", 0), ("n_threads", 65), ("n_threads", [2])]
+    for name, value in changes:
+        path.write_text(json.dumps(good | {name: value}))
+        assert stored_tuning(path) is None, (name, value)
+    for text in (b"", b"\xff\xfe", b"null", b"[]", b"{}", b"[" * 100_000, json.dumps(good).encode()[:-1]):
+        path.write_bytes(text)
+        assert stored_tuning(path) is None, text[:20]
+
+
+def test_each_cpu_has_a_file_of_its_own(tmp_path: Path) -> None:
+    """The speed that a CPU runs at just now does not count; nor must /proc/cpuinfo exist."""
+    texts = [
+        "model name\t: A\ncpu MHz\t\t: 2100.000\n",
+        "model name\t: B\ncpu MHz\t\t: 2100.000\n",
+        "CPU implementer\t: 0x41\nCPU part\t: 0xd0c\n",
+        "CPU implementer\t: 0x41\nCPU part\t: 0xd4f\n",
+    ]
+    paths = []
+    for i, text in enumerate(texts):
+        (tmp_path / str(i)).write_text(text)
+        paths.append(tuning_path(0, tmp_path / str(i)))
+    (tmp_path / "0").write_text(texts[0].replace("2100", "800"))
+    assert tuning_path(0, tmp_path / "0") == paths[0]
+    paths += [tuning_path(1, tmp_path / "0"), tuning_path(0, tmp_path / "none")]
+    assert None not in paths
+    assert len(set(paths)) == 6
