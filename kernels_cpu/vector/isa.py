@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llvmlite import binding
 
-from gguf_run.formats.compiler.jit import kernel_cache_dir
+from gguf_run.formats.compiler.jit import host_features, kernel_cache_dir
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def current() -> Isa:
         return choose(features)
     if "NUMBA_CPU_NAME" in os.environ:
         return ISAS[-1]  # the features of the named CPU are not known
-    return choose(binding.get_host_cpu_features().flatten())
+    return choose(host_features())
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ The processes run side by side, as most of their time goes into compiling.
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,13 +14,15 @@ from pathlib import Path
 import numba
 import pytest
 from isa_features import LIMITED, environment, host_has
+from llvmlite import binding
 from numba import from_dtype, types
 
 from gguf_run.formats.compiler.deferred import resolved
+from gguf_run.formats.compiler.jit import host_features, with_arm_features
 from gguf_run.kernels_cpu.matmul.matmul import matmul
 from gguf_run.kernels_cpu.panels.panels import PANEL_OF, panel_id
 from gguf_run.kernels_cpu.replay.op import TapeOp
-from gguf_run.kernels_cpu.vector.isa import Tuning, current, stored_tuning, tuning_path
+from gguf_run.kernels_cpu.vector.isa import Tuning, choose, current, stored_tuning, tuning_path
 
 FOLDER = Path(__file__).parents[1]
 
@@ -144,3 +147,30 @@ def test_each_cpu_has_a_file_of_its_own(tmp_path: Path) -> None:
     paths += [tuning_path(1, tmp_path / "0"), tuning_path(0, tmp_path / "none")]
     assert None not in paths
     assert len(set(paths)) == 6
+
+
+@pytest.mark.parametrize(
+    ("named", "arm_bits", "is_apple", "isa"),
+    [
+        ("", 0, False, "generic"),
+        ("", 1 << 1, False, "generic"),  # Cortex-A53: vectors without dot products
+        ("", 1 << 1 | 1 << 20, False, "NEON dotprod"),
+        ("+neon,+crc", 1 << 1 | 1 << 20, False, "NEON dotprod"),
+        ("+neon,+dotprod", 1 << 1 | 1 << 20, False, "NEON dotprod"),
+        ("", 0, True, "NEON dotprod"),
+        ("+avx2,+f16c,+fma", 0, False, "AVX2"),
+        ("+neon,-dotprod", 1 << 1 | 1 << 20, False, "generic"),  # LLVM has looked, and knows better
+    ],
+)
+def test_features_that_llvm_does_not_name(named: str, arm_bits: int, is_apple: bool, isa: str) -> None:
+    features = with_arm_features(named, arm_bits, is_apple)
+    assert choose(features).name == isa
+    assert features.startswith(named)
+    assert len({word[1:] for word in features.split(",")}) == len(features.split(","))
+
+
+def test_features_of_this_machine() -> None:
+    """Only ARM CPUs have features that LLVM may not name."""
+    named = binding.get_host_cpu_features().flatten()
+    assert host_features().startswith(named)
+    assert host_features() == named or platform.machine() in ("aarch64", "arm64")
