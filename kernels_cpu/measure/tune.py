@@ -3,8 +3,9 @@
 A prefetch distance that doubles the decode speed of one CPU halves that of another. So the numbers are measured where
 they are used: on matrices that the caches do not hold, with all threads, once for each kind of panel.
 
-The machine may be busy meanwhile. Therefore the candidates of a number take turns, each against the default in the same
-round. A candidate is chosen if it is clearly faster in the median round, and in most rounds. Else the default stays.
+The machine may be busy meanwhile. Therefore the time that the threads run is measured, and the candidates of a number take
+turns, each against the default in the same round. A candidate is chosen if it is clearly faster in the median round, and
+in most rounds. Else the default stays.
 
 Not measured, as nothing was gained on any CPU: how far batches prefetch (3 to 12 kB are alike), the panels and tokens
 of a batch's piece, and how long a thread spins (a machine that is idle now wants it, one that is busy does not).
@@ -41,6 +42,11 @@ _ROUNDS, _LEAST_ROUNDS, _SECONDS = 24, 8, 0.3  # of a number: rounds, and when i
 _GAIN, _WINS = 0.95, 0.75  # the most of the default's time, in the median, and the part of rounds that must be won
 _FEWER_THREADS_GAIN = 0.9  # fewer threads must gain more: they slow down long prompts
 _STALE_SECONDS = 60  # a lock of this age is left over from a process that ended
+
+
+# What other programs do meanwhile does not count: the time that all threads run, or that this thread runs where numbers
+# of threads are compared. Windows counts both too coarsely.
+_all_threads, _this_thread = (time.process_time, time.thread_time) if os.name != "nt" else (time.perf_counter,) * 2
 
 
 @dataclass(frozen=True)
@@ -118,13 +124,13 @@ def measure(panel: int, n_threads: int, free_bytes: int | None = None) -> tuple[
         stage = _Stage(panel, n_bytes, n_threads)
 
         def decode(number: str, value: int) -> float:
-            return stage.seconds(teams[n_threads], replace(tuning, **{number: value}), 1)
+            return stage.seconds(teams[n_threads], replace(tuning, **{number: value}), 1, _all_threads)
 
         def batch(number: str, value: int) -> float:
-            return stage.seconds(teams[n_threads], replace(tuning, **{number: value}), _BATCH)
+            return stage.seconds(teams[n_threads], replace(tuning, **{number: value}), _BATCH, _all_threads)
 
         def threads(number: str, value: int) -> float:
-            return stage.seconds(teams[value], tuning, 1)
+            return stage.seconds(teams[value], tuning, 1, _this_thread)
 
         plan: list[tuple[str, Sequence[int], Callable[[str, int], float], float]] = [
             ("ahead", (tuning.ahead, -1, 0, 16384), decode, _GAIN),
@@ -199,13 +205,13 @@ class _Stage:
         self._n_run = max(1, min(n // 4, _RUN_BYTES * n_threads // matrix_bytes))
         self._starts = itertools.cycle(range(0, n - self._n_run + 1, self._n_run))
 
-    def seconds(self, team: Team, tuning: Tuning, n_tokens: int) -> float:
+    def seconds(self, team: Team, tuning: Tuning, n_tokens: int, clock: Callable[[], float]) -> float:
         """Return the time of a run: one token by matrices that were not read for long, or a batch by one matrix."""
         for name in vars(tuning).keys() & set(self._records.dtype.names or ()):
             self._records[name] = getattr(tuning, name)
         self._kept[-1].view(np.int64)[0] = n_tokens
         start = next(self._starts) if n_tokens == 1 else 0
         tape = self._tape[start : start + (self._n_run if n_tokens == 1 else 1)]
-        begin = time.perf_counter()
+        begin = clock()
         team.run(tape)
-        return time.perf_counter() - begin
+        return clock() - begin
