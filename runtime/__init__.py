@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError, UnsupportedError
 
 if TYPE_CHECKING:
+    from gguf_run.runtime.engine.generation import Stats as Stats
     from gguf_run.runtime.engine.reply import Answer as Answer
+    from gguf_run.runtime.engine.reply import Piece as Piece
     from gguf_run.runtime.load.options import LoadOptions as LoadOptions
     from gguf_run.runtime.model import Model as Model
-    from gguf_run.runtime.model import Stats as Stats
     from gguf_run.runtime.sampling.params import SamplingParams as SamplingParams
     from gguf_run.runtime.sampling.sampler import TokenLogprob as TokenLogprob
 
@@ -20,8 +21,9 @@ _PLACES = {
     "Answer": "engine.reply",
     "LoadOptions": "load.options",
     "Model": "model",
+    "Piece": "engine.reply",
     "SamplingParams": "sampling.params",
-    "Stats": "model",
+    "Stats": "engine.generation",
     "TokenLogprob": "sampling.sampler",
 }
 __all__ = ["FormatError", "GgufRunError", "OptionError", "UnsupportedError", *_PLACES]
