@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 
-from gguf_run.runtime import Model
+from gguf_run import Model
 
 QUESTIONS = ("Is Paris in France?", "Is the Moon larger than the Sun?")
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import gc
+import importlib.metadata
+import re
 import subprocess
 import sys
 import threading
@@ -408,6 +410,26 @@ def test_public_names() -> None:
         _ = api.nothing  # type: ignore[attr-defined]
 
 
+def test_the_package_has_the_public_names() -> None:
+    import gguf_run
+    import gguf_run.runtime as api
+
+    assert all(getattr(gguf_run, name) is getattr(api, name) for name in api.__all__)
+    assert gguf_run.__version__ == importlib.metadata.version("gguf-run")
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = gguf_run.nothing
+    typed = re.findall(r"import (\w+) as", Path(gguf_run.__file__).read_text())
+    assert sorted(typed) == sorted(api.__all__)  # editors know them
+
+
+def test_python_m_is_gguf_run() -> None:
+    done = subprocess.run([sys.executable, "-m", "gguf_run", "--version"], capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "gguf-run,")
+    done = subprocess.run([sys.executable, "-m", "gguf_run", "--nothing"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Usage: gguf-run ")
+
+
 def test_repr(model: Model) -> None:
     assert repr(model).startswith("<Model llama, n_layer=2, n_embd=96, ")
     assert "layers on CPU" in repr(model)
@@ -490,7 +512,7 @@ def test_close_twice(path: Path) -> None:
 def test_import_is_light() -> None:
     """The name is there at once; numba and the tokenizer are loaded when a model is."""
     code = (
-        "import sys, gguf_run.runtime as r, gguf_run.runtime.cli.run\n"
+        "import sys, gguf_run, gguf_run.runtime as r, gguf_run.runtime.cli.run\n"
         "assert 'Model' in r.__all__\n"
         "print([name for name in ('numpy', 'numba', 'tokenizers', 'jinja2') if name in sys.modules])\n"
     )
