@@ -103,7 +103,7 @@ def rotations(config: ModelConfig, tensors: Mapping[str, Tensor], n_ctx: int) ->
     arch, scaling = config.arch, config.rope_scaling
     freqs, long, short = ROPE_FACTORS
     name = freqs if freqs in tensors else long if n_ctx > scaling.n_ctx_orig else short
-    factors = _factors(tensors[name]) if arch.rope_factors and name in tensors else None
+    factors = _factors(tensors[name]) if name in tensors else None
     base, base_swa = config.rope_freq_base, config.rope_freq_base_swa
     rotation = rotation_swa = make_rope(arch.rope_style, config.n_rot, base, scaling, factors)
     if base != base_swa or not arch.swa_rope_scaled:
