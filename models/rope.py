@@ -55,17 +55,21 @@ def _yarn_ramp(n_rot: int, freq_base: float, scaling: RopeScaling) -> NDArray[np
 
 
 def make_rope(
-    style: str, n_rot: int, freq_base: float, scaling: RopeScaling = UNSCALED, factors: ArrayLike | None = None
+    style: str,
+    n_rot: int,
+    freq_base: float,
+    scaling: RopeScaling = UNSCALED,
+    factors: ArrayLike | None = None,
+    long_factors: ArrayLike | None = None,
 ) -> Rotation:
     """Return the rotation of llama.cpp, with frequencies computed in float64.
 
     factors: [n_rot / 2], the divisor of each frequency (`rope_freqs.weight`, Llama 3.1).
+    long_factors: the divisors in sequences of more than scaling.n_ctx_orig tokens; None: the same (LongRoPE).
 
     YaRN: Peng et al., 2023, arXiv:2309.00071, with its attention factor 1 + 0.1 ln(factor).
     """
     inv_freq = freq_base ** (-np.arange(0, n_rot, 2, dtype=np.float64) / n_rot)
-    if factors is not None:
-        inv_freq /= np.asarray(factors, np.float64)
     scale = scaling.attn_factor
     if scaling.type == "linear":
         inv_freq /= scaling.factor
@@ -76,4 +80,5 @@ def make_rope(
             scale *= scaling.yarn_attn_factor
         elif scaling.ext_factor:
             scale *= yarn_attention(scaling.factor) / yarn_attention(scaling.factor, scaling.log_multiplier)
-    return Rotation(style, n_rot, inv_freq, scale)
+    short, long = (inv_freq if f is None else inv_freq / np.asarray(f, np.float64) for f in (factors, long_factors))
+    return Rotation(style, n_rot, short, scale, None if long_factors is None else long, scaling.n_ctx_orig)
