@@ -209,10 +209,10 @@ _ROWS = (
         {"Gemma3ForCausalLM": "gemma3_text", "Gemma3ForConditionalGeneration": "gemma3"},
         layer={**_LLAMA, **_GEMMA2_NORMS, **_QK_NORM},
         norm_offset=1.0,
-        keys=_CAPS,
+        keys=_CAPS[1:],
         windows="period",
         defaults={**_GEMMA2, **_GEMMA3, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "sliding_window_pattern": 6},
-        expected=_GEMMA_FIXED,
+        expected={**_GEMMA_FIXED, "attn_logit_softcapping": (None,)},  # transformers does not apply it
     ),
     CheckpointLayout(
         "phi3",
