@@ -36,9 +36,9 @@ class Architecture:
     swa_period: int = 0  # in a file with a window, every n-th layer sees all positions; 0: none does
     swa_rope_freq_base: float = 0.0  # rope base of layers with a window, unless the file has one; 0: as other layers
     swa_rope_scaled: bool = True  # the rope scaling applies to layers with a window too
-    yarn_truncate: bool = True  # YaRN's ramp begins and ends at whole pairs, unless the file says it
+    yarn_truncate: bool = True  # YaRN's ramp begins and ends at whole pairs; a key in the file goes first
     moe: str = "no"  # whether layers have experts: "no", "yes", or "maybe" (the file tells)
-    expert_norm: bool = True  # see operands.Mixture.norm; unless the file says it
+    expert_norm: bool = True  # see operands.Mixture.norm; a key in the file goes first
     expert_activation: str = ""  # activation of the experts; "": the same as `activation`
     shared_gate: bool = False  # a gate weights the result of the shared expert
     shapes: Mapping[str, Shape] = field(default_factory=dict)  # shapes that differ from LAYER_SHAPES
