@@ -79,7 +79,8 @@ _CAPS: tuple[Key, ...] = (
 _SILU = {"hidden_act": ("silu", "swish")}
 _NORM = {"norm_topk_prob": False}
 _EVERY_LAYER_HAS_EXPERTS = {"decoder_sparse_step": (1,), "mlp_only_layers": ([],)}
-_GEMMA_FIXED = {"hidden_activation": ("gelu_pytorch_tanh",)}
+# The first files say "gelu" by mistake: they mean the other one. Gemma 2 and 3 have both keys.
+_GEMMA_FIXED = {"hidden_activation": ("gelu_pytorch_tanh",), "hidden_act": ("gelu_pytorch_tanh", "gelu")}
 _GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
 _QWEN = {"sliding_window": 4096, "max_window_layers": 28}
 _GEMMA2 = {**_GEMMA, "sliding_window": 4096, "query_pre_attn_scalar": 256}
@@ -191,8 +192,7 @@ _ROWS = (
         {"GemmaForCausalLM": "gemma"},
         norm_offset=1.0,
         defaults=_GEMMA,
-        # The first files say "gelu" by mistake: they mean the other one.
-        expected={**_GEMMA_FIXED, "hidden_act": ("gelu_pytorch_tanh", "gelu")},
+        expected=_GEMMA_FIXED,
     ),
     CheckpointLayout(
         "gemma2",
@@ -280,7 +280,7 @@ _ROWS = (
         keys=(("attention.layer_norm_epsilon", "f32", ("norm_epsilon", "layer_norm_eps")),),
         bias_key="use_bias",
         windows="all",
-        expected={"hidden_act": ("gelu_pytorch_tanh",)},
+        expected={"hidden_act": ("gelu_pytorch_tanh",), "norm_type": ("layer_norm",), "mlp_type": ("default",)},
     ),
     CheckpointLayout(
         "internlm2",

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from gguf_run.formats.errors import UnsupportedError
+from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.runtime.convert.architectures import CheckpointLayout
 from gguf_run.runtime.convert.rope import LOCAL_NAME, PART_NAMES, ROPE_NAMES, unknown_rope_names
 from gguf_run.runtime.convert.stored.checkpoint import Config
 
 # Values of any architecture that a GGUF file cannot tell.
 _FIXED: dict[str, tuple[Any, ...]] = {"is_causal": (True,), "use_bidirectional_attention": (False,)}
+_MOST = 20  # names in a warning
 # Sizes, which metadata.sizes reads, and flags, which tensors.py compares with the tensors.
 _READ = (
     "head_dim", "intermediate_size", "n_shared_experts", "moe_intermediate_size", "shared_expert_intermediate_size",
@@ -18,6 +20,7 @@ _READ = (
 )  # fmt: skip
 # Keys that say nothing of what is computed: names, training, how transformers runs or generates, parts for images.
 _HARMLESS = (
+    "max_sequence_length", "use_flash_attn",
     "architectures", "model_type", "auto_map", "transformers_version", "transformers.js_config", "torch_dtype",
     "dtype", "initializer_range", "pretraining_tp", "use_cache", "cache_implementation", "text_config",
     "vision_config", "mm_tokens_per_image", "image_token_index", "boi_token_index", "eoi_token_index",
@@ -51,15 +54,14 @@ def check_keys(layout: CheckpointLayout, config: Config) -> None:
     known = {*_READ, *_HARMLESS, *_FIXED, *layout.expected, *layout.defaults, *_names(layout)}
     # A key that is off, empty or null asks for nothing.
     unknown = [key for key, value in config.values.items() if value and key not in known and not key.startswith("_")]
-    if not layout.windows and set(config.get("layer_types") or ()) == {"full_attention"}:
+    types = config.get("layer_types")
+    if "layer_types" in unknown and isinstance(types, list) and types.count("full_attention") == len(types):
         unknown.remove("layer_types")
     unknown += unknown_rope_names(layout, config)
     if unknown:
-        warnings.warn(
-            f"{config.path}: this program does not know {', '.join(sorted(unknown))}: if that changes what a "
-            f"{layout.arch} model computes, the file computes something else",
-            stacklevel=3,
-        )
+        names = ", ".join(map(quoted, sorted(unknown)[:_MOST]))
+        what = f"if that changes what a {layout.arch} model computes, the file computes something else"
+        warnings.warn(f"{config.path}: this program does not know {names}: {what}", stacklevel=3)
 
 
 def _names(layout: CheckpointLayout) -> Iterator[str]:

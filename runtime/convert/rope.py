@@ -6,6 +6,7 @@ All numbers are those that transformers' modeling_rope_utils.py computes with.
 import math
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,13 +37,16 @@ def rope_parameters(layout: CheckpointLayout, config: Config) -> tuple[Config, C
 
     config.json has them in three forms. The result has the newest: rope_type, rope_theta, partial_rotary_factor ...
     """
-    older, newer = (config.get(key) for key in ("rope_scaling", "rope_parameters"))
-    older, newer = (value if isinstance(value, dict) else {} for value in (older, newer))
-    full, window = (newer.get(kind) for kind in ("full_attention", "sliding_attention"))
-    if not isinstance(full, dict):
-        full, window = older or newer, {}
+    older, newer = _dicts(config)
+    nested = next((part for part in (newer, older) if isinstance(part.get("full_attention"), dict)), None)
+    window: Any = {}
+    if nested is None:
+        full = older or newer
     else:
-        full = {**full, **({} if "full_attention" in older else older)}
+        full, window = (
+            {**nested["full_attention"], **({} if nested is older else older)},
+            nested.get("sliding_attention"),
+        )
     outside = {
         "rope_theta": config.get("rope_theta"),
         "rope_type": full.get("type"),
@@ -55,6 +59,13 @@ def rope_parameters(layout: CheckpointLayout, config: Config) -> tuple[Config, C
     local = config.get(LOCAL_NAME) if layout.decoder.swa_rope_freq_base else None
     window = {"rope_theta": local, **(window if isinstance(window, dict) else {})}
     return Config(config.path, full), Config(config.path, window)
+
+
+def _dicts(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return rope_scaling and rope_parameters, {} for what is not there."""
+    values = (config.get(key) for key in ("rope_scaling", "rope_parameters"))
+    older, newer = (value if isinstance(value, dict) else {} for value in values)
+    return older, newer
 
 
 def unknown_rope_names(layout: CheckpointLayout, config: Config) -> list[str]:
@@ -108,8 +119,8 @@ def _n_rot(layout: CheckpointLayout, config: Config, rope: Config) -> int:
     if not 0 < part <= 1 or (part != 1 and PART_NAMES[0] not in layout.defaults):
         allowed = "more than 0 and at most 1" if PART_NAMES[0] in layout.defaults else f"1 in a {layout.arch} model"
         raise rope.wrong(("partial_rotary_factor",), allowed)
-    head_dim = config.get("head_dim") or config.integer("hidden_size") // config.integer("num_attention_heads")
-    return int(part * head_dim)
+    built_in = config.integer("hidden_size") // config.integer("num_attention_heads")
+    return int(part * config.integer("head_dim", default=max(1, built_in)))
 
 
 def _factor(config: Config, rope: Config) -> float:
@@ -136,8 +147,8 @@ def _yarn(layout: CheckpointLayout, config: Config, rope: Config, n_rot: int) ->
         if value:  # 0 stands for the default
             yield f"rope.scaling.yarn_{name}", Typed("f32", value)
     # transformers reads this one beside the parameters of the kinds of layers, if there are two kinds.
-    top = config.get("rope_parameters", "rope_scaling")
-    truncate = bool(top.get("truncate", True))
+    older, newer = _dicts(config)
+    truncate = bool((older or newer).get("truncate", True))
     if truncate != layout.decoder.yarn_truncate:
         yield "rope.scaling.yarn_truncate", Typed("bool", truncate)
     original, base = rope.integer("original_max_position_embeddings"), rope.number("rope_theta", default=1e4)
