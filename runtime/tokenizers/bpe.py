@@ -12,7 +12,7 @@ from typing import Any
 from gguf_run.formats.errors import FormatError
 from gguf_run.runtime.tokenizers.merge import WordIds, merge
 from gguf_run.runtime.tokenizers.pretokenizers import pre_tokenizer
-from gguf_run.runtime.tokenizers.vocab import NORMAL, STEPS, Defaults, read_string, read_strings, read_vocab
+from gguf_run.runtime.tokenizers.vocab import NORMAL, STEPS, Defaults, read_bool, read_string, read_strings, read_vocab
 
 
 def _byte_characters() -> dict[str, int]:
@@ -42,7 +42,7 @@ class BpeEncoder:
                     raise FormatError(f'tokenizer.ggml.merges: entry {i} is {pair[:40]!r}, not "left right"')
         # Built from the end, so that the first one of equal entries counts.
         self._ranks = {merges[i]: i for i in range(len(merges) - 1, -1, -1)}
-        self._whole_words = pre.whole_words
+        self._whole_words = read_bool(metadata, "ignore_merges", pre.whole_words)
         self._words = pre.build()
         self._cut: Callable[[str], list[str]] | None = None
         self.normalize: Callable[[str], str] | None = None

@@ -19,15 +19,16 @@ from gguf_run.runtime.tokenizers.vocab import read_bool, read_string
 T = TypeVar("T")
 
 NORMALIZERS = frozenset(
-    ("BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Prepend", "Replace", "Strip", "StripAccents")
-)
+    ("BertNormalizer", "ByteLevel", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Prepend", "Replace", "Strip",
+     "StripAccents")
+)  # fmt: skip
 PRE_TOKENIZERS = frozenset(
     ("BertPreTokenizer", "ByteLevel", "CharDelimiterSplit", "Digits", "Metaspace", "Punctuation", "Split",
      "UnicodeScripts", "Whitespace", "WhitespaceSplit")
 )  # fmt: skip
 
 # Limits against files that are made to do harm.
-_MAX_JSON_CHARS = 1 << 15
+MAX_JSON_CHARS = 1 << 15
 _MAX_GROWTH = 20  # characters that one may become; NFKD makes 18 of U+FDFA
 
 
@@ -77,8 +78,8 @@ def read_steps(metadata: Mapping[str, Any], kind: str, allowed: frozenset[str]) 
     if text is None:
         return None
     key = f"tokenizer.ggml.{kind}.json"
-    if len(text) > _MAX_JSON_CHARS:
-        raise FormatError(f"{key} has {len(text)} characters: at most {_MAX_JSON_CHARS} are allowed")
+    if len(text) > MAX_JSON_CHARS:
+        raise FormatError(f"{key} has {len(text)} characters: at most {MAX_JSON_CHARS} are allowed")
     try:
         steps = json.loads(text)
     except (ValueError, RecursionError):

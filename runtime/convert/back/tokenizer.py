@@ -19,10 +19,10 @@ from gguf_run.runtime.tokenizers.vocab import (
     USER_DEFINED,
     Defaults,
     Vocab,
+    read_flags,
     read_numbers,
     read_strings,
     read_vocab,
-    read_flags,
 )  # fmt: skip
 
 Json = dict[str, Any]
