@@ -33,6 +33,7 @@ from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.terminal.text import decode_text, message, read_text
 
 if TYPE_CHECKING:
+    from gguf_run.runtime.chat.process import TemplateProcess
     from gguf_run.runtime.model import Model
 
 MAX_PROMPT_BYTES = 64 << 20
@@ -107,9 +108,11 @@ def main(model: str | None, completion: str | None, list_models: bool, **values:
             click.echo(line)
     else:
         task = _Task.of(values)
+        options, templates = to_load_options(values), task.templates()
         with _paused_gc():
-            loading = load_model(model, to_load_options(values))
+            loading = load_model(model, options)
         with loading as loaded:
+            loaded.templates = templates
             if values["verbose"]:
                 _describe(loaded)
             task.run(loaded)
@@ -167,6 +170,16 @@ class _Task:
 
             template = find_template(template)
         return cls(kind, text, system, template, values["session"], not values["no_history"], generating, chatting)
+
+    def templates(self) -> "TemplateProcess | None":
+        """Return a process for chat templates, which starts while the model is loaded; None if none is needed."""
+        if self.kind not in ("ask", "chat"):
+            return None
+        from gguf_run.runtime.chat.process import TemplateProcess
+
+        process = TemplateProcess()
+        process.start()
+        return process
 
     def run(self, model: "Model") -> None:
         """Do the task: write the answer to stdout."""
