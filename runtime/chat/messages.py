@@ -70,13 +70,13 @@ def _call(call: Any, place: str) -> dict[str, Any]:
     form = 'an object, as {"function": {"name": ..., "arguments": {...}}}'
     function = _typed(_typed(call, dict, place, form).get("function"), dict, f"{place}.function", form)
     _typed(function.get("name"), str, f"{place}.function.name", "a string")
-    arguments, place = function.get("arguments") or {}, f"{place}.function.arguments"
+    arguments, place = function.get("arguments"), f"{place}.function.arguments"
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = json.loads(arguments or "null")
         except (ValueError, RecursionError) as error:
             raise GgufRunError(f"{place} is no JSON: {error}; allowed: an object, as a string too") from None
-    arguments = _typed(arguments, dict, place, "an object, as a string of JSON too")
+    arguments = _typed({} if arguments is None else arguments, dict, place, "an object, as a string of JSON too")
     return {"type": "function", **call, "function": {**function, "arguments": arguments}}
 
 

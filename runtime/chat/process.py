@@ -43,7 +43,7 @@ class TemplateProcess:
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Return the reply of sandbox.render; request: its arguments. GgufRunError: a limit is passed, or no start."""
-        line = json.dumps(request).encode() + b"\n"
+        line = json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
         with self._lock:
             process, start, reply = self._started(), time.monotonic(), b""
             assert process.stdin

@@ -116,7 +116,7 @@ def _reason(error: Exception) -> str:
         reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
     except Exception:  # it holds an object of the template's that cannot be written
         reason = type(error).__name__
-    return f"{line}: {' '.join(reason[: 4 * MAX_REASON].split())[:MAX_REASON]}"
+    return f"{line}: {' '.join(reason[: 4 * MAX_REASON].split())[:MAX_REASON] or type(error).__name__}"
 
 
 class _Generation(Extension):

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 MAX_CPU_S = 2.0  # seconds of processor time for a request
 MAX_MEMORY = 256 << 20  # bytes of memory for a request,
-MEMORY_FACTOR = 16  # and for each byte of it: a character may take four, and stands in several texts at a time
+MEMORY_FACTOR = 32  # and for each byte of it: a character may take four bytes, and stands in several texts at a time
 OUT_OF_MEMORY = 77  # exit code
 
 
@@ -25,16 +25,16 @@ def main() -> None:
     for line in sys.stdin.buffer:
         _limit(MAX_CPU_S, MAX_MEMORY + MEMORY_FACTOR * len(line))
         try:
-            reply = json.dumps(render(**json.loads(line))).encode()
+            reply = json.dumps(render(**json.loads(line)), ensure_ascii=False).encode("utf-8", "surrogatepass")
         except MemoryError:
             os._exit(OUT_OF_MEMORY)
-        _limit(0, MAX_MEMORY)
+        _limit(0, None)
         sys.stdout.buffer.write(reply + b"\n")
         sys.stdout.buffer.flush()
 
 
-def _limit(seconds: float, n_bytes: int) -> None:
-    """Let this process use so many seconds of processor time from now on (0: any number), and bytes of memory."""
+def _limit(seconds: float, n_bytes: int | None) -> None:
+    """Let this process use so many seconds of processor time from now on, and bytes of memory. 0, None: no limit."""
     if sys.platform == "win32":
         return
     import resource
@@ -42,4 +42,5 @@ def _limit(seconds: float, n_bytes: int) -> None:
 
     signal.setitimer(signal.ITIMER_PROF, seconds)
     with suppress(ValueError, OSError):  # the system has no such limit, or a lower one
-        resource.setrlimit(resource.RLIMIT_DATA, (n_bytes, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+        highest = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (n_bytes or highest, highest))
