@@ -5,7 +5,6 @@ keeps a template away from Python's internals, from files and from changing its 
 """
 
 import json
-from collections.abc import Iterator
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -57,46 +56,41 @@ def fitted(source: str, variables: dict[str, Any], notes: list[str]) -> Messages
     if any(m["role"] == "system" for m in messages):
         system = {"role": "system", "content": _MARK}
         if _MARK not in _trial(template, variables | {"messages": [system, _USER]}):
-            messages = [*_without_system(messages)]
+            messages = _without_system(messages)
             notes.append(NO_SYSTEM)
     if any("tool_calls" in m for m in messages):
         function = {"name": "f", "arguments": {_MARK: "value"}}
         call = {"role": "assistant", "content": "", "tool_calls": [{"id": "call12345", "function": function}]}
         result = {"role": "tool", "name": "f", "tool_call_id": "call12345", "content": "1"}
         for form in _CALL_FORMS:
-            text = _trial(template, variables | {"messages": _calls_as([_USER, call, result], *form)})
+            text = _trial(template, variables | {"messages": [_USER, _calls_as(call, *form), result]})
             # It is there, neither escaped twice nor as Python writes it.
             if _MARK in text and f"'{_MARK}'" not in text and f'\\"{_MARK}' not in text:
-                return _calls_as(messages, *form)
+                return [_calls_as(m, *form) if "tool_calls" in m else m for m in messages]
         notes.append(NO_CALLS)
     return messages
 
 
-def _without_system(messages: Messages) -> Iterator[dict[str, Any]]:
+def _without_system(messages: Messages) -> Messages:
     """Put each system message before the text of the next user message, as llama.cpp does with the first one."""
-    waiting: list[str] = []
-    for message in [*messages, None]:
-        if message is not None and message["role"] == "system":
-            waiting.append(message["content"])
-        elif waiting and (message is None or message["role"] == "user"):
-            texts = [*waiting, message["content"]] if message else waiting
-            yield {**(message or {"role": "user"}), "content": "\n".join(texts)}
-            waiting = []
-        elif message is not None:
-            yield message
+    found, texts = Messages(), list[str]()
+    for message in messages:
+        if message["role"] == "system":
+            texts.append(message["content"])
+        elif message["role"] == "user" and texts:
+            found.append(message | {"content": "\n".join([*texts, message["content"]])})
+            texts = []
+        else:
+            found.append(message)
+    return [*found, _USER | {"content": "\n".join(texts)}] if texts else found
 
 
-def _calls_as(messages: Messages, empty: str | None, as_text: bool) -> Messages:
-    def written(call: dict[str, Any]) -> dict[str, Any]:
-        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-        return call | {"function": call["function"] | {"arguments": arguments}}
-
-    return [
-        m | {"content": m["content"] or empty, "tool_calls": [written(c) if as_text else c for c in m["tool_calls"]]}
-        if "tool_calls" in m
-        else m
-        for m in messages
-    ]
+def _calls_as(message: dict[str, Any], empty: str | None, as_text: bool) -> dict[str, Any]:
+    functions = [call["function"] for call in message["tool_calls"]]
+    if as_text:
+        functions = [f | {"arguments": json.dumps(f["arguments"], ensure_ascii=False)} for f in functions]
+    calls = [call | {"function": f} for call, f in zip(message["tool_calls"], functions, strict=True)]
+    return message | {"content": message["content"] or empty, "tool_calls": calls}
 
 
 def _trial(template: Template, variables: dict[str, Any]) -> str:
@@ -135,7 +129,8 @@ def _compiled(source: str) -> Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(source)
 
 
@@ -146,7 +141,3 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, *
 
 def _raise_exception(message: str) -> None:
     raise TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)

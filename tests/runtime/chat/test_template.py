@@ -160,9 +160,8 @@ def test_what_has_no_place_is_said_once() -> None:
     for n_warnings in (2, 0):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            text = render(
-                "{{ messages[-1].content if messages | length == 1 }}", SYSTEM, USER, tools=[{"a": 1}], process=process
-            )
+            shows_one = "{{ messages[0].content if messages | length == 1 }}"
+            text = render(shows_one, SYSTEM, USER, tools=[{"a": 1}], process=process)
         assert text == "Be <brief>.\nHi"
         assert [str(warning.message) for warning in caught] == [NO_SYSTEM, NO_TOOLS][:n_warnings]
 
