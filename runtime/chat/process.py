@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from threading import Lock, Timer
-from typing import Any
+from typing import Any, Self
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.chat.worker import MAX_CPU_S, MAX_MEMORY, OUT_OF_MEMORY
@@ -32,10 +32,11 @@ class TemplateProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._end: Callable[[], object] = lambda: None
 
-    def start(self) -> None:
-        """Start the process now, so that it is ready when it is needed."""
+    def start(self) -> Self:
+        """Start the process now, so that it is ready when it is needed; return this object."""
         with self._lock:
             self._started()
+        return self
 
     def close(self) -> None:
         """End the process."""
@@ -77,10 +78,11 @@ class TemplateProcess:
         if self._process is not None and self._process.poll() is None:  # a fork has no such child: it starts its own
             return self._process
         self._end()
+        python = "" if getattr(sys, "frozen", False) else sys.executable  # a frozen program would start itself
         pipe, no_window = subprocess.PIPE, getattr(subprocess, "CREATE_NO_WINDOW", 0)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _CHILD, *map(str, sys.path)],
+                [python, "-P", "-c", _CHILD, *map(str, sys.path)],
                 stdin=pipe,
                 stdout=pipe,
                 stderr=subprocess.DEVNULL,
@@ -88,7 +90,7 @@ class TemplateProcess:
                 creationflags=no_window,
             )
         except OSError as error:
-            found = f"{sys.executable or 'no Python'} does not start: {error.strerror or error}"
+            found = f"{python or 'no Python'} does not start: {error.strerror or error}"
             raise GgufRunError(f"a chat template needs a process of its own, but {found}") from None
         self._end = weakref.finalize(self, _ended, self._process)
         return self._process

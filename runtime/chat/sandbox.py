@@ -76,7 +76,7 @@ def _without_system(messages: Messages) -> Messages:
     found, texts = Messages(), list[str]()
     for message in messages:
         if message["role"] == "system":
-            texts.append(message["content"])
+            texts += [message["content"]] if message["content"] else []
         elif message["role"] == "user" and texts:
             found.append(message | {"content": "\n".join([*texts, message["content"]])})
             texts = []

@@ -44,21 +44,18 @@ def render_chat(
     if len(template) > MAX_TEMPLATE:
         reason = f"it has {len(template)} characters: {MAX_TEMPLATE} are allowed"
         raise GgufRunError(f"the model's chat template failed: {reason}")
-    variables: dict[str, Any] = {
-        "messages": messages,
-        "tools": tools,
+    variables = {
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
-        "bos_token": bos_token or "",
-        "eos_token": eos_token or "",
+        "messages": messages,
+        "tools": tools,
     }
+    variables |= {"bos_token": bos_token or "", "eos_token": eos_token or ""}
+    process = process or TemplateProcess()
     try:
         variables |= plain(options or {}, "template_options")
-        variables |= {
-            "messages": uniform(variables["messages"]),
-            "tools": objects(variables["tools"] or [], "tools") or None,
-        }
-        process = process or TemplateProcess()
+        variables["messages"] = uniform(variables["messages"])
+        variables["tools"] = objects(variables["tools"] or [], "tools") or None
         reply = process.ask({"source": template, "variables": variables})
     except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
         raise GgufRunError(f"messages, tools or template_options cannot be written as JSON: {error}") from None
@@ -67,6 +64,6 @@ def render_chat(
     for note in reply["notes"]:
         if note not in process.said:
             process.said.add(note)
-            warnings.warn(note, stacklevel=4)
+            warnings.warn(note, stacklevel=5)
     text: str = reply["text"]
     return text

@@ -108,9 +108,8 @@ def main(model: str | None, completion: str | None, list_models: bool, **values:
             click.echo(line)
     else:
         task = _Task.of(values)
-        options, templates = to_load_options(values), task.templates()
         with _paused_gc():
-            loading = load_model(model, options)
+            templates, loading = task.templates(), load_model(model, to_load_options(values))
         with loading as loaded:
             loaded.templates = templates
             if values["verbose"]:
@@ -177,9 +176,7 @@ class _Task:
             return None
         from gguf_run.runtime.chat.process import TemplateProcess
 
-        process = TemplateProcess()
-        process.start()
-        return process
+        return TemplateProcess().start()
 
     def run(self, model: "Model") -> None:
         """Do the task: write the answer to stdout."""

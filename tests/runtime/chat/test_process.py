@@ -232,7 +232,8 @@ def test_modules_are_found_where_this_process_finds_them(tmp_path: Path, monkeyp
 
 
 def test_no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    for executable in ("", "/no/python"):
-        monkeypatch.setattr(sys, "executable", executable)
-        with pytest.raises(GgufRunError, match=r"a chat template needs a process of its own, but .* does not start: "):
-            TemplateProcess().start()
+    for name, value in (("frozen", True), ("executable", ""), ("executable", "/no/python")):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, name, value, raising=False)
+            with pytest.raises(GgufRunError, match=r"template needs a process of its own, but .* does not start"):
+                TemplateProcess().start()

@@ -40,6 +40,7 @@ def test_a_system_message_without_a_place_begins_the_users(source: str) -> None:
     later = rendered(source, USER, ANSWER, SYSTEM, USER)
     assert later == ("<user>Hi<assistant>Hello<user>Be brief.\nHi", [NO_SYSTEM])
     assert rendered(source, USER) == ("<user>Hi", [])
+    assert rendered(source, SYSTEM | {"content": ""}, USER)[0] == "<user>Hi"
 
 
 def test_a_system_message_with_a_place_stays() -> None:
