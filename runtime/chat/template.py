@@ -44,13 +44,9 @@ def render_chat(
     if len(template) > MAX_TEMPLATE:
         reason = f"it has {len(template)} characters: {MAX_TEMPLATE} are allowed"
         raise GgufRunError(f"the model's chat template failed: {reason}")
-    variables = {
-        "documents": None,
-        "add_generation_prompt": add_generation_prompt,
-        "messages": messages,
-        "tools": tools,
-    }
+    variables: dict[str, Any] = {"messages": messages, "tools": tools, "documents": None}
     variables |= {"bos_token": bos_token or "", "eos_token": eos_token or ""}
+    variables["add_generation_prompt"] = add_generation_prompt
     process = process or TemplateProcess()
     try:
         variables |= plain(options or {}, "template_options")
