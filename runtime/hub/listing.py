@@ -48,10 +48,10 @@ def cached_models() -> list[CachedModel]:
     found = [CachedModel("", type_of(default.name), (default,))] if default.is_file() else []
     for repo in cached_repos():
         here = cached_files(repo)
-        models = models_among(here)
+        models = models_among(here, repo)
         for name in models:
             type = type_of(name)
-            only = bool(type) and pick(models, type) == [name]
+            only = bool(type) and pick(models_among(here), type) == [name]
             paths = tuple(here[part] for part in shards(name))
             found.append(CachedModel(f"hf:{repo}:{type}" if only else f"hf:{repo}/{name}", type, paths))
         weights = tuple(path for name, path in here.items() if name.endswith(".safetensors") and "/" not in name)
