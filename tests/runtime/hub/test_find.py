@@ -182,13 +182,6 @@ def test_disk_is_full(cache: Path, index: Path, monkeypatch: pytest.MonkeyPatch)
     assert nothing_is_left(cache)
 
 
-def test_names() -> None:
-    assert find_model("hf.gguf") == Path("hf.gguf")
-    assert find_model("/no/such/file") == Path("/no/such/file")
-    with pytest.raises(GgufRunError, match="on the Hugging Face hub write hf:owner/repo:Q4_0"):
-        find_model("owner/repo:Q4_0")
-
-
 def test_default_model() -> None:
     path = real.smollm2()
     assert find_model(None) == path
