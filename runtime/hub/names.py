@@ -35,6 +35,8 @@ def hub_name(name: str) -> str:
 def not_there(name: str) -> GgufRunError:
     """Return the error for a name of a model that is no file: it names what is here with a name like it."""
     near, hint = _nearest(name), "hf:OWNER/REPO"
+    if " " in name and not near:
+        return GgufRunError(f"{name}: No such file or folder; to ask the default model: gguf-run --prompt TEXT")
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w-]+)?", name) and not name.endswith(".gguf"):
         hint = f"hf:{name}"
     here = f"here are: {', '.join(near)}" if near else "gguf-run --list shows what is here"

@@ -58,5 +58,7 @@ def test_a_name_that_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         find_model(str(tmp_path / "my-modell.gguf"))
     with pytest.raises(GgufRunError, match=r"on the Hugging Face hub write hf:owner/repo:Q4_0$"):
         find_model("owner/repo:Q4_0")
+    with pytest.raises(GgufRunError, match="to ask the default model: gguf-run --prompt TEXT"):
+        find_model("What is a cat?")
     monkeypatch.chdir(tmp_path)
     assert find_model("my-model-Q8_0.gguf") == Path("my-model-Q8_0.gguf")
