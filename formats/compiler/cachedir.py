@@ -5,6 +5,7 @@ write a checksum too. `read_own` therefore asks the system who else could have w
 What then happens to the folders above changes nothing.
 """
 
+import errno
 import functools
 import os
 import stat
@@ -53,7 +54,7 @@ def read_own(path: Path) -> bytes:
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | wait_not)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or other_writers(status):
-            raise PermissionError
+            raise PermissionError(errno.EPERM, "is not a file that only this user may write", os.fspath(path))
         return file.read(_MOST_BYTES)
 
 

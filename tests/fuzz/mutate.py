@@ -167,7 +167,8 @@ def _json(data: bytes, chance: Chance) -> bytes:
             other, there = _place(root, chance)
             place[key], other[there] = json.loads(json.dumps((other[there], place[key])))
         elif kind == 3:
-            place[key] = [place[key]] * chance.choice([1, 2, 300])
+            is_small = len(json.dumps(place[key])) < 500
+            place[key] = [place[key]] * chance.choice([1, 2, 300 if is_small else 3])
         else:
             place[key] = hostile()
     text = json.dumps(root.get(""), ensure_ascii=chance.random() < 0.5)
