@@ -18,8 +18,8 @@ from gguf_run.formats.compiler.jit import carray, njit
 if COMPILING:
     from gguf_run.kernels_cpu.vector.native import pointer
 
-# first: number of the first token in the step. n_past: its position. attention/plan.py explains the other three.
-_FIELDS = ("first", "n_tokens", "n_past", "seq", "first_piece", "n_split", "first_part", "unused")
+# first: number of the first token in the step. n_past: its position. attention/plan.py explains the others.
+_FIELDS = ("first", "n_tokens", "n_past", "seq", "first_piece", "n_split", "first_part", "n_per_piece")
 RUN = np.dtype([(name, "i8") for name in _FIELDS])
 _N_TOKENS, _N_OUT, _N_RUNS = range(0, 24, 8)  # words; each has a cache line of its own
 
