@@ -2,9 +2,28 @@
 
 from collections.abc import Iterable
 
+_MOST_CHARACTERS = 1000  # of a message
+
+
+def plain(text: str) -> str:
+    """Return text from a file in a form that is safe to show: on one line, what is not printable as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _shortened(text: str) -> str:
+    half = _MOST_CHARACTERS // 2
+    return text if len(text) <= 2 * half else f"{text[:half]} … {text[-half:]}"
+
 
 class GgufRunError(Exception):
-    """Base: one line that says what was found, what was allowed and what to do."""
+    """Base: one line that says what was found, what was allowed and what to do.
+
+    What was found may be anything that a file holds. So the message is made plain, and cut in the middle if it is long:
+    what to do stands at its end.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(_shortened(plain(_shortened(text))))
 
 
 class FormatError(GgufRunError):

@@ -21,6 +21,7 @@ from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
+    from gguf_run.runtime.chat.process import TemplateProcess
     from gguf_run.runtime.engine.batch import Batch
     from gguf_run.runtime.engine.session_file import SessionHeader
     from gguf_run.runtime.load.load_model import LoadedModel
@@ -47,6 +48,7 @@ class Model:
         self.tokenizer = parts.tokenizer
         self.chat_template = parts.chat_template
         self.tool_template = parts.tool_template
+        self.templates: TemplateProcess | None = None  # where chat_template runs; made when it is first needed
         self.where = parts.where
         self.load_s = 0.0  # seconds that loading took, without a download
         self._identity = parts.identity
@@ -109,15 +111,16 @@ class Model:
 
     def chat_prompt(
         self,
-        messages: Sequence[Message],
+        messages: str | Sequence[Message],
         tools: Sequence[Tool] | None = None,
         template_options: Mapping[str, Any] | None = None,
     ) -> str:
         """Return the text that the chat template makes of a conversation, up to where the answer begins.
 
-        The template is the attribute chat_template: the file's, unless you set another. GgufRunError if there is none,
-        or if it refuses the messages.
+        The template is the attribute chat_template: the file's, unless you set another. Warns if it has no place for a
+        system message or for tools. GgufRunError if there is none, if it refuses the messages or passes a limit.
         """
+        from gguf_run.runtime.chat.process import TemplateProcess
         from gguf_run.runtime.chat.template import render_chat
 
         template = (self.tool_template if tools else None) or self.chat_template
@@ -129,11 +132,14 @@ class Model:
         bos, eos = (
             None if id is None else self.tokenizer.token_text(id) for id in (self.tokenizer.bos, self.tokenizer.eos)
         )
-        return render_chat(template, messages, bos_token=bos, eos_token=eos, tools=tools, options=template_options)
+        process = self.templates = self.templates or TemplateProcess()
+        return render_chat(
+            template, messages, bos_token=bos, eos_token=eos, tools=tools, options=template_options, process=process
+        )
 
     def tokenize_chat(
         self,
-        messages: Sequence[Message],
+        messages: str | Sequence[Message],
         tools: Sequence[Tool] | None = None,
         template_options: Mapping[str, Any] | None = None,
     ) -> list[int]:
@@ -182,7 +188,7 @@ class Model:
 
     def chat(
         self,
-        messages: Sequence[Message],
+        messages: str | Sequence[Message],
         *,
         tools: Sequence[Tool] | None = None,
         template_options: Mapping[str, Any] | None = None,
@@ -190,7 +196,8 @@ class Model:
     ) -> Pieces:
         """Answer the last message of a conversation; return an iterator over pieces of text, as generate does.
 
-        messages: {"role": "system" | "user" | "assistant" | "tool", "content": text} each.
+        messages: {"role": "system" | "user" | "assistant" | "tool", "content": text} each, in any form of OpenAI's API;
+            or a string, which is the message of a user.
         tools: JSON schemas of functions that the model may call, {"type": "function", "function": {...}}. A call
             stands in the answer, in the form that the chat template defines.
         template_options: variables for the template, as {"enable_thinking": False} for Qwen3's.
@@ -268,6 +275,8 @@ class Model:
         with self._turns.computing(takes=False, waits=False):
             for close in (self.decoder.close, *self._close) if not self._is_closed else ():
                 close()
+            if self.templates is not None:
+                self.templates.close()
             self._context.close()
             self.decoder, self._close, self._identity = self._context.decoder, (), None
         self._turns.leave()

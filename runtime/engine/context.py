@@ -222,7 +222,7 @@ class Context:
         GgufRunError if the parts do not fit this model; the context is empty then.
         """
         self.forget()
-        self.decoder.cache.load(len(ids), parts)
+        self.decoder.cache.load(len(ids), parts, ids=ids)
         self._history = list(ids)
 
     def forget(self) -> None:

@@ -503,6 +503,17 @@ def test_no_chat_template(path: Path) -> None:
         model.chat([{"role": "user", "content": "Hello"}])
 
 
+def test_a_string_is_a_message_and_the_process_of_the_template_ends_with_the_model(path: Path) -> None:
+    with Model.load(path) as model:
+        assert model.chat_prompt("Hi") == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        assert model.tokenize_chat("Hi") == model.tokenize_chat([{"role": "user", "content": "Hi"}])
+        assert model.templates
+        process = model.templates._process
+        assert process
+        assert process.poll() is None
+    assert process.poll() is not None
+
+
 def test_close_twice(path: Path) -> None:
     model = Model.load(path)
     model.close()
