@@ -38,10 +38,19 @@ class OptionError(GgufRunError):
     """An option's value is not allowed. Names the option, the value and what is allowed; command lines exit with 2."""
 
 
-def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """Return "did you mean ...? " for a name that is nearly one of those allowed, else ""."""
+def did_you_mean(name: str, allowed: Iterable[str], cutoff: float = 0.75) -> str:
+    """Return "did you mean ...? " for a name that is nearly one of those allowed, else "". cutoff: 1 is equal."""
     from difflib import get_close_matches
 
     known = {other.lower(): other for other in allowed}
-    near = get_close_matches(name.lower(), known, n=1, cutoff=0.75)
+    near = get_close_matches(name.lower(), known, n=1, cutoff=cutoff)
     return f"did you mean {known[near[0]]}? " if near else ""
+
+
+def check_names(options: Iterable[str], allowed: Iterable[str]) -> None:
+    """OptionError for a keyword that is not allowed: it names the nearest one, or all if none is near."""
+    allowed = sorted(allowed)
+    for name in options:
+        if name not in allowed:
+            hint = did_you_mean(name, allowed, cutoff=0.5).strip() or f"allowed: {', '.join(allowed)}"
+            raise OptionError(f"{name} is not an option; {hint}")
