@@ -187,8 +187,8 @@ def json_attacks() -> Iterator[tuple[str, str, bytes]]:
 
 def shard_attacks() -> Iterator[tuple[str, str, bytes]]:
     index = "model.safetensors.index.json"
-    for place in ("../a", "/etc/passwd", "", ".", "a\nb", "none.safetensors", 1, ["a"], "tokenizer.model"):
-        yield f"a shard named {place!r}", index, json.dumps({"weight_map": {"lm_head.weight": place}}).encode()
+    for place in ("../a", "/etc/passwd", "", ".", "a\nb", "1" * 5000, "none.safetensors", 1, ["a"], "tokenizer.model"):
+        yield f"a shard named {place!r:.20}", index, json.dumps({"weight_map": {"lm_head.weight": place}}).encode()
     pieces = {
         "a varint without end": b"\x0a" + b"\xff" * 20, "a message of 2^63": b"\x0a" + b"\xff" * 9 + b"\1",
         "a piece that is no number": b"\x0a\x07\x0a\0\x15" + struct.pack("<f", float("nan")), "a wire of 7": b"\x0f",
