@@ -109,6 +109,19 @@ def gguf_attacks() -> Iterator[tuple[str, bytes]]:
     yield "a table whose first unit is a text", changed_gguf("t5.gguf", precompiled_charsmap=Typed("[u8]", list(units)))
 
 
+def imatrix_attacks() -> Iterator[tuple[str, bytes]]:
+    yield from gguf_attacks()
+    numbers = struct.pack("<2f", 1, float("nan"))
+    for what, sums, counts in (
+        ("counts of no columns", T("a.in_sum2", (2,), data=numbers), T("a.counts", (0, 1), data=b"")),
+        ("sums of no columns", T("a.in_sum2", (0, 1), data=b""), T("a.counts", (1,), data=numbers)),
+        ("sums that are no numbers", T("a.in_sum2", (2,), data=numbers), T("a.counts", (1,), data=numbers)),
+        ("counts for other rows", T("a.in_sum2", (2,), data=numbers), T("a.counts", (1, 2), data=numbers)),
+        ("counts of 16 bits", T("a.in_sum2", (2,), data=numbers), T("a.counts", (1,), "F16", data=numbers)),
+    ):
+        yield what, Gguf((("a", 1),), (sums, counts)).data()
+
+
 def safetensors_attacks() -> Iterator[tuple[str, bytes]]:
     yield from OTHERS.items()
     yield "a header of 2^63 bytes", struct.pack("<Q", 1 << 63)
@@ -249,7 +262,8 @@ def scales_attacks() -> Iterator[tuple[str, bytes]]:
 def attacks() -> dict[str, tuple[str, Mapping[str, Change]]]:
     """Return all attacks by name: the target, and the files that take the place of whole ones."""
     alone: list[tuple[str, str, Iterator[tuple[str, bytes]]]] = [
-        ("gguf", "m.gguf", gguf_attacks()), ("model", "m.gguf", gguf_attacks()), ("imatrix", "i.gguf", gguf_attacks()),
+        ("gguf", "m.gguf", gguf_attacks()), ("model", "m.gguf", gguf_attacks()),
+        ("imatrix", "i.gguf", imatrix_attacks()),
         ("safetensors", "model.safetensors", safetensors_attacks()), ("session", "s.session", session_attacks()),
         ("checkpoint", "model.safetensors", safetensors_attacks()), ("logits", "l.logits", logits_attacks()),
         ("scales", "scales.json", scales_attacks()),
