@@ -12,7 +12,7 @@ QUESTION ?= What is the capital of France, and what is it known for?
 TORCH       := torch==2.13.0$(if $(filter Linux,$(shell uname -s)),+cpu)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-cpu check clean
+.PHONY: demo test test-cpu check fuzz clean
 
 demo: .venv/core/.installed
 	.venv/core/bin/gguf-run --temperature 0 --prompt "$(QUESTION)"
@@ -31,6 +31,11 @@ $(1)/ruff format --check .
 $(1)/mypy
 $(1)/lint-imports --no-logo
 endef
+
+# Damaged files for so many minutes: what no reader refuses in one line is kept in build/fuzz.
+MINUTES ?= 5
+fuzz: .venv/test-cpu/.installed
+	.venv/test-cpu/bin/python tests/fuzz/fuzz.py --minutes $(MINUTES)
 
 # mypy cannot follow the hook of an editable install: it reads the five folders through links.
 build/typing/gguf_run: Makefile
