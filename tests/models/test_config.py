@@ -177,7 +177,7 @@ BAD_TENSORS: list[tuple[Tiny, str, tuple[int, ...] | None, str]] = [
     (Tiny(), "blk.0.attn_q.bias", (128,), "tensor blk.0.attn_k.bias is missing, though other biases"),
     (Tiny(), "blk.0.attn_q_norm.weight", (32,), "tensor 'blk.0.attn_q_norm.weight' is not a part of a llama model"),
     (Tiny(), "rope_freqs.weight", (15,), "tensor rope_freqs.weight has 15 values, must have 16"),
-    (TINY_GEMMA3, "rope_freqs.weight", (16,), "tensor 'rope_freqs.weight' is not a part of a gemma3 model"),
+    (TINY_GEMMA3, "rope_freqs.weight", (15,), "tensor rope_freqs.weight has 15 values, must have 16"),
     (TINY_GEMMA3, "blk.5.post_ffw_norm.weight", None, "tensor blk.5.post_ffw_norm.weight is missing"),
     (TINY_GEMMA3, "blk.0.attn_k_norm.weight", (64,), "blk.0.attn_k_norm.weight has 64 values, must have 32"),
 ]
