@@ -95,13 +95,16 @@ COMPLETE = ("qwen3", "gpt-oss", "gemma3")
 
 
 @pytest.fixture(autouse=True)
-def _fast(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def _fast(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Finding the pre-tokenizer takes longer than all the rest, and threads wait for each other in tiny products."""
+    n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("tokenizer")
     hf_tiny.write_tokenizer(folder)
     found = open_checkpoint.tokenizer_metadata(folder, {"vocab_size": hf_tiny.N_VOCAB})
     monkeypatch.setattr(open_checkpoint, "tokenizer_metadata", lambda directory, config: found)
+    yield
+    torch.set_num_threads(n_threads)
 
 
 def read_keys(name: str) -> list[str]:
