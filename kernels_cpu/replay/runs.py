@@ -18,8 +18,8 @@ from gguf_run.formats.compiler.jit import carray, njit
 if COMPILING:
     from gguf_run.kernels_cpu.vector.native import pointer
 
-# first: number of the first token in the step. n_past: its position. attention/plan.py explains the next three.
-_FIELDS = ("first", "n_tokens", "n_past", "seq", "first_piece", "n_split", "first_part", "is_long")
+# first: number of the first token in the step. n_past: its position. attention/plan.py explains the next four.
+_FIELDS = ("first", "n_tokens", "n_past", "seq", "first_piece", "n_split", "first_part", "n_per_piece", "is_long")
 RUN = np.dtype([(name, "i8") for name in _FIELDS])
 _N_TOKENS, _N_OUT, _N_RUNS = range(0, 24, 8)  # words; each has a cache line of its own
 
@@ -45,7 +45,7 @@ class RunTable:
             end = first + n_tokens
             self.positions[first:end] = np.arange(n_past, n_past + n_tokens)
             self.run_of[first:end] = n_runs - 1
-            self.runs[n_runs - 1] = (first, n_tokens, n_past, seq, 0, 0, 0, is_long)
+            self.runs[n_runs - 1] = (first, n_tokens, n_past, seq, 0, 0, 0, 0, is_long)
             first = end
         if first != len(ids):
             raise ValueError(f"the runs have {first} tokens, there are {len(ids)} ids")

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.cli.chat_commands import Chat, run_command
-from gguf_run.runtime.cli.chat_input import Interrupts, inputs, line_editing, on_terminal
+from gguf_run.runtime.cli.chat_input import Interrupts, inputs, line_editing
 from gguf_run.runtime.cli.common import describe
 from gguf_run.runtime.cli.conversation import Conversation, open_reasoning, show
-from gguf_run.runtime.terminal.text import message
+from gguf_run.runtime.terminal.text import message, on_terminal
 
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from gguf_run.formats.compiler.cachedir import user_cache_dir
-from gguf_run.runtime.terminal.text import decode_text, message
+from gguf_run.runtime.terminal.text import decode_text, message, on_terminal
 
 QUOTES = '"""'
 MAX_HISTORY = 1000  # lines
@@ -52,11 +52,6 @@ class Interrupts:
             yield
         finally:
             self._awaiting = False
-
-
-def on_terminal() -> bool:
-    """Whether stdin and stdout are a terminal."""
-    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def inputs(first: str | None, interrupts: Interrupts) -> Iterator[str]:

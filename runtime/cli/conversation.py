@@ -67,7 +67,7 @@ def show(
     for text in dimmed(taken(), tag) if has_colours() else taken():
         sys.stdout.write(text)
         sys.stdout.flush()
-    if not "".join(answer[-1:]).endswith("\n"):
+    if not "".join(answer[-2:]).endswith("\n"):  # the last piece may be empty
         click.echo()
     if model.stats.finish == "context":
         full = f"the context is full ({model.n_ctx} tokens), the answer ends here"
@@ -83,3 +83,18 @@ def open_reasoning(model: "Model", messages: Conversation, options: Mapping[str,
     if not has_colours():
         return None
     return open_tag(model.chat_prompt(messages, options.get("tools"), options.get("template_options")))
+
+
+def answer_facts(model: "Model") -> list[str]:
+    """Return what the last answer took: tokens, seconds and speeds of the prompt and of the answer."""
+    stats = model.stats
+    n_prefill = f"{stats.n_prompt - stats.n_reused}" + (f" (+ {stats.n_reused} known)" if stats.n_reused else "")
+    return [
+        f"prefill {n_prefill} tokens in {stats.prefill_s:.2f} s, {stats.prefill_speed:.0f}/s",
+        f"decode {stats.n_decoded} in {stats.decode_s:.2f} s, {stats.decode_speed:.0f}/s",
+    ]
+
+
+def context_used(model: "Model") -> str:
+    """Return how full the context is, as "context 72 of 4096 tokens"."""
+    return f"context {model.decoder.n_past} of {model.n_ctx} tokens"

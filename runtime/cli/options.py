@@ -40,6 +40,10 @@ def option(flags: str, text: str, **settings: Any) -> click.Option:
 
 THREADS = option("--threads -t", "Threads that compute.  [default: physical cores]", type=int)
 CTX_SIZE = option("--ctx-size -c n_ctx", "Positions of the context.  [default: the model's, at most 4096]", type=int)
+BATCH_OPTIONS = [
+    option("--batch-size -b", "Tokens of a prompt's parts, at most.", type=int, default=2048),
+    option("--ubatch-size -ub", "Tokens of a part that run at once, at most.", type=int, default=512),
+]
 _cache_type_option = partial(option, metavar="TYPE", shell_complete=offer("cache_types"))
 ROTATION = option(
     "--cache-rotation/--no-cache-rotation",
@@ -168,6 +172,8 @@ def to_load_options(values: Mapping[str, Any], **more: Any) -> LoadOptions:
     OptionError for values that are not allowed, or not together.
     """
     found = {name: value for name, value in values.items() if name in _FIELDS} | {"n_threads": values.get("threads")}
+    if "ubatch_size" in values:
+        found["n_batch"] = min(values["batch_size"], values["ubatch_size"])
     if {"cache_type_k", "cache_type_v"} & {*values}:
         found["cache_type"] = _cache_type(*(values[f"cache_type{suffix}"] for suffix in ("", "_k", "_v")))
     return LoadOptions(**(found | more))

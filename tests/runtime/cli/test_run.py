@@ -20,6 +20,7 @@ from tinymodel import Tiny, vocabulary, write_tiny
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime import Model
 from gguf_run.runtime import model as model_module
+from gguf_run.runtime.cli import run as cli_run
 from gguf_run.runtime.cli.run import main
 
 RUN = [sys.executable, "-c", "from gguf_run.runtime.cli.run import main; main(prog_name='gguf-run')"]
@@ -91,12 +92,13 @@ def test_answer_on_stdout_and_figures_on_stderr(path: Path) -> None:
     assert done.stderr.count(b"\n") == 1
 
 
-@pytest.mark.parametrize("source", ["--prompt", "--file", "stdin", "-"])
+@pytest.mark.parametrize("source", ["PROMPT", "--prompt", "--file", "stdin", "-"])
 def test_raw_prompt_from_everywhere(path: Path, tmp_path: Path, source: str) -> None:
     text = "the order — 😀\n"
     (tmp_path / "prompt.txt").write_text("\ufeff" + text, encoding="utf-8")  # editors on Windows write the mark
     sources: dict[str, list[Any]] = {
         "--prompt": ["--prompt", text], "--file": ["--file", tmp_path / "prompt.txt"], "stdin": [], "-": ["-f", "-"],
+        "PROMPT": [text],
     }  # fmt: skip
     result = invoke(path, "--raw", *sources[source], *GREEDY, stdin=text.encode())
     assert result.exit_code == 0
@@ -121,6 +123,35 @@ def test_full_context_is_said(path: Path) -> None:
         "the context is full (40 tokens), the answer ends here: choose a larger --ctx-size or --context-shift\n"
     )
     assert "decode 2 in" in result.stderr
+
+
+def test_an_answer_has_a_limit_that_is_said(path: Path, endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the user has named one; -1 is none."""
+    monkeypatch.setattr(cli_run, "MAX_TOKENS", 9)
+    said = "the answer ends here, after 9 tokens: --max-tokens N allows more, -1 any number\n"
+    for options in (["Hello"], ["--raw", "Hello"]):
+        result = invoke(endless, *options)
+        assert result.stderr.startswith(said)
+        assert " | decode 8 in " in result.stderr
+    result = invoke(endless, "Hello", "-n", 9)
+    assert (result.stderr.startswith("load "), " | decode 8 in " in result.stderr) == (True, True)
+    result = invoke(endless, "Hello", "-n", -1, "-c", 100)
+    assert "the context is full (100 tokens)" in result.stderr
+
+
+def test_stop_texts_end_an_answer(path: Path) -> None:
+    whole = invoke(path, "--raw", "Hello", *GREEDY).stdout.rstrip("\n")
+    first, second = whole[3:5], whole[5:7]
+    before = min(whole.index(first), whole.index(second))
+    assert invoke(path, "--raw", "Hello", *GREEDY, "--stop", second, "--stop", first).stdout == whole[:before] + "\n"
+
+
+@pytest.mark.parametrize(("options", "n"), [([], 512), (["-b", 20], 20), (["-ub", 7], 7), (["-b", 9, "-ub", 8], 8)])
+def test_sizes_of_batches(path: Path, monkeypatch: pytest.MonkeyPatch, options: list[Any], n: int) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(cli_run._Task, "run", lambda task, model: sizes.append(model.decoder.n_batch))
+    assert invoke(path, "Hello", *options).exit_code == 0
+    assert sizes == [n]
 
 
 def test_context_beyond_the_model_is_a_warning(path: Path) -> None:
@@ -207,6 +238,7 @@ def test_context_that_does_not_fit_into_memory(path: Path) -> None:
         ("--repeat-penalty", "0", "repeat_penalty is 0.0"),
         ("--seed", "-1", "seed is -1"),
         ("--max-tokens", "0", "--max-tokens) is 0"),
+        ("--ubatch-size", "0", "n_batch is 0"),
         ("--ctx-size", "0", "--ctx-size) is 0"),
         ("--threads", "0", "--threads) is 0"),
         ("--device", "tpu", "--device 'tpu': allowed are cpu, cuda"),
@@ -222,6 +254,7 @@ def test_option_values(path: Path, option: str, value: str, expected: str) -> No
         ["--temperature", "hot"],
         ["--no-such-option"],
         ["-p", "a", "-f", "b"],
+        ["a.gguf", "a text", "-p", "b"],
         ["-p", "a", "--raw", "--chat"],
         ["-p", "a", "--raw", "--system", "b"],
         ["a.gguf", "b.gguf"],
