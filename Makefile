@@ -37,13 +37,13 @@ MINUTES ?= 5
 fuzz: .venv/test-cpu/.installed
 	.venv/test-cpu/bin/python tests/fuzz/fuzz.py --minutes $(MINUTES)
 
-# mypy cannot follow the hook of an editable install: it reads the five folders through links.
+# The package as a folder of links, which mypy reads. An editable install makes the same, see setup.py.
 build/typing/gguf_run: Makefile
 	@mkdir -p $@
-	@for folder in $(FOLDERS); do ln -sfn ../../../$$folder $@/$$folder; done
+	@for entry in __init__.py __main__.py compat.py py.typed $(FOLDERS); do ln -sfn ../../../$$entry $@/$$entry; done
 	@touch $@
 
-.venv/%/.installed: pyproject.toml
+.venv/%/.installed: pyproject.toml setup.py
 	@echo "Installing packages into .venv/$*; this takes a minute or more the first time."
 	@$(PYTHON) -m venv .venv/$*
 	@$(if $(filter test,$*),$(call install,.venv/$*,$(TORCH)) 2>/dev/null || \
