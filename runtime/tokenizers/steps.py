@@ -63,12 +63,14 @@ def read_normalizer(
     return normalize
 
 
-def read_cutter(metadata: Mapping[str, Any], usual: Any = None) -> Callable[[str], list[str]] | None:
-    """Return a function that cuts a text into words. Without steps in the metadata `usual` does it; None: nothing."""
+def read_cutter(metadata: Mapping[str, Any]) -> Callable[[str], list[str]] | None:
+    """Return a function that cuts a text into words, or None if the metadata has no steps for that."""
     steps = read_steps(metadata, "pre_tokenizer", PRE_TOKENIZERS)
-    cutter = usual if steps is None else Steps(steps)
-    if cutter is None:
-        return None
+    return None if steps is None else words_by(Steps(steps))
+
+
+def words_by(cutter: Any) -> Callable[[str], list[str]]:
+    """Return a function that gives the words of a text, by a pre-tokenizer of the tokenizers package."""
     return lambda text: [word for word, _ in _guarded(cutter.pre_tokenize_str, text)]
 
 

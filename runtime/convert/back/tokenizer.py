@@ -43,18 +43,19 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, Json]:
     for role, key in (("pad", "padding"), ("sep", "seperator"), ("cls", "cls"), ("mask", "mask")):
         ids[role] = metadata.get(f"{_PREFIX}{key}_token_id")
     names = {role: _name(vocab, id) for role, id in ids.items()}
-    left, right = read_flags(metadata, vocab)
+    flags = read_flags(metadata, vocab)
     added = [
         {
-            "id": id, "content": vocab.tokens[id], "single_word": False, "normalized": False, "lstrip": id in left,
-            "rstrip": id in right, "special": vocab.types[id] != USER_DEFINED,
+            "id": id, "content": vocab.tokens[id], "single_word": id in flags.single_word, "normalized": False,
+            "lstrip": id in flags.left, "rstrip": id in flags.right, "special": vocab.types[id] != USER_DEFINED,
         }
         for id in vocab.of_type(CONTROL, UNKNOWN, USER_DEFINED)
     ]  # fmt: skip
     data = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **model(vocab, metadata)}
-    bos, eos = names["bos"] if tokenizer.add_bos else None, names["eos"] if tokenizer.add_eos else None
-    if bos or eos:
-        data["post_processor"] = _template(bos, eos, vocab)
+    before = [vocab.tokens[id] for id in vocab.before] if tokenizer.add_bos else []
+    after = [vocab.tokens[vocab.eos]] if tokenizer.add_eos and vocab.eos is not None else []
+    if before or after:
+        data["post_processor"] = _template(before, after, vocab)
     settings: Json = {f"{role}_token": name for role, name in names.items() if name is not None}
     settings |= {"add_bos_token": tokenizer.add_bos, "add_eos_token": tokenizer.add_eos}
     settings |= {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
@@ -79,12 +80,12 @@ def _chat_template(metadata: Mapping[str, Any]) -> str | list[dict[str, str]] | 
     return [{"name": name, "template": text} for name, text in named.items() if isinstance(text, str)]
 
 
-def _template(bos: str | None, eos: str | None, vocab: Vocab) -> Json:
+def _template(before: list[str], after: list[str], vocab: Vocab) -> Json:
     def sequence(name: str, part: int) -> list[Json]:
-        items = (("SpecialToken", bos), ("Sequence", name), ("SpecialToken", eos))
-        return [{kind: {"id": id, "type_id": part}} for kind, id in items if id is not None]
+        items = (*(("SpecialToken", id) for id in before), ("Sequence", name), *(("SpecialToken", id) for id in after))
+        return [{kind: {"id": id, "type_id": part}} for kind, id in items]
 
-    special = {name: {"id": name, "ids": [vocab.ids[name]], "tokens": [name]} for name in (bos, eos) if name}
+    special = {name: {"id": name, "ids": [vocab.ids[name]], "tokens": [name]} for name in (*before, *after)}
     pair = [*sequence("A", 0), *sequence("B", 1)]
     return {"type": "TemplateProcessing", "single": sequence("A", 0), "pair": pair, "special_tokens": special}
 

@@ -52,9 +52,8 @@ def compare_tokens(data: Mapping[str, Any], metadata: Mapping[str, Any], path: P
         text, theirs, ours = wrong[0]
         at = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), 0)
         tokens = f"{_shown(own, theirs[at:])} by the tokenizers package, {_shown(own, ours[at:])} by this program"
-        warn(
-            path, f"{len(wrong)} of {len(texts)} test texts get other tokens: {text[:60]!r} has {tokens} (from {at} on)"
-        )
+        what = f"{len(wrong)} of {len(texts)} test texts get other tokens"
+        warn(path, f"{what}: {text[:60]!r} has, from token {at} on, {tokens}")
 
 
 def _added_texts(data: Mapping[str, Any], added: Iterable[Added]) -> Iterator[str]:
