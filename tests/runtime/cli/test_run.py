@@ -302,7 +302,7 @@ def test_endless_stdin(path: Path) -> None:
     with open("/dev/zero", "rb") as zeros:
         done = subprocess.run([*RUN, str(path)], stdin=zeros, capture_output=True, timeout=PATIENCE)
     assert done.returncode == 1
-    assert done.stderr == b"error: stdin is longer than 67108864 bytes: no context holds that much text\n"
+    assert done.stderr == b"error: stdin is larger than 67108864 bytes, the most that is read of a text\n"
 
 
 def test_warm_up(path: Path) -> None:
