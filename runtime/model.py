@@ -71,6 +71,7 @@ class Model:
         self.chat_template = parts.chat_template
         self.tool_template = parts.tool_template
         self.where = parts.where
+        self.about = parts.about
         self.load_s = 0.0  # seconds that loading took, without a download
         self._identity = parts.identity
         self._close = parts.close
