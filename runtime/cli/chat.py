@@ -10,8 +10,8 @@ from gguf_run.runtime.cli.chat_commands import Chat, completions, run_command
 from gguf_run.runtime.cli.chat_input import Interrupts, inputs, line_editing
 from gguf_run.runtime.cli.common import describe
 from gguf_run.runtime.cli.conversation import Conversation, last_turns, open_reasoning, show
-from gguf_run.runtime.terminal.table import fold
 from gguf_run.runtime.terminal.text import message, n_columns, on_terminal
+from gguf_run.runtime.terminal.wrap import Line
 
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model
@@ -27,8 +27,6 @@ def chat(
     """
     model.tokenize_chat([{"role": "user", "content": "?"}])  # the error of a missing chat template comes now
     interrupts, state = Interrupts(), Chat(model, messages, options)
-    if on_terminal():
-        _banner(model)
     last_turns(messages)
     with line_editing(keep_history, completions), interrupts.caught():
         for text in inputs(first, interrupts):
@@ -42,10 +40,12 @@ def chat(
                 _turn(state, interrupts)
 
 
-def _banner(model: "Model") -> None:
-    facts = [model.about(), f"context {model.n_ctx} tokens", model.where]
-    for line in fold(facts, " | ", n_columns(sys.stderr)):
-        message(line)
+def banner(model: "Model") -> None:
+    """Say what answers, and how to learn more."""
+    facts = " | ".join([model.about(), f"context {model.n_ctx} tokens", model.where])
+    line = Line(lambda: n_columns(sys.stderr))
+    for text in (line.push(facts) + line.word()).splitlines():
+        message(text)
     message("/help lists the commands, Ctrl-D leaves")
 
 

@@ -39,15 +39,17 @@ def run_command(chat: Chat, line: str) -> bool:
 
     Errors of a command are shown, and the chat goes on.
     """
-    typed, _, rest = line.strip().partition(" ") if line.startswith("/") else (line.strip(), "", "")
+    typed, _, rest = line.rstrip().partition(" ") if line.startswith("/") else (line.rstrip(), "", "")
     rest = rest.strip()
     name = ALIASES.get(typed.lower(), typed.lower())
     if name not in COMMANDS:
         # "/usr/bin is full" is a message, "/exti" is a slip.
-        if not re.fullmatch(r"/[^\s/.]*", typed):
+        if not re.fullmatch(r"/[^\s/.]+", typed):
             return False
-        hint = did_you_mean(typed, COMMANDS) or f"there are {', '.join(COMMANDS)} "
-        message(f"{typed} is not a command; {hint}(a space before it sends it to the model)")
+        there_are = (
+            f"there are {', '.join(COMMANDS)} ({did_you_mean(typed, COMMANDS)}a space before it sends it to the model)"
+        )
+        message(f"{typed} is not a command; {there_are}")
         return True
     what, command = COMMANDS[name]
     try:

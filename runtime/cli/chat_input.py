@@ -110,7 +110,7 @@ def _from_pipe(prompt: str) -> str:
 
 
 @contextmanager
-def line_editing(keep_history: bool, completions: Callable[[str], list[str]]) -> Iterator[None]:
+def line_editing(keep_history: bool, completions: Callable[[str], list[str]] = lambda line: []) -> Iterator[None]:
     """Let the user edit lines and recall earlier ones with the arrow keys. This needs a terminal and Python's readline.
 
     keep_history: lines of earlier chats come back too, from a file that only the user may read.

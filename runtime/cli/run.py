@@ -203,8 +203,10 @@ class _Task:
             return
         with conversation(model, self.session, self.system) as messages:
             if self.kind == "chat":
-                from gguf_run.runtime.cli.chat import chat
+                from gguf_run.runtime.cli.chat import banner, chat
 
+                if on_terminal():
+                    banner(model)
                 chat(model, messages, self.text, {**self.generating, **self.chatting}, self.keep_history)
             elif self.kind == "raw" or (model.chat_template is None and not messages and not self.chatting):
                 show(model, model.generate(self.text or "", **self.generating))

@@ -33,6 +33,7 @@ class Line:
         self._columns = columns
         self._at = 0  # columns that are written
         self._space, self._word = "", ""  # what is held back
+        self._breaks = False  # the line may end here, although there is no space
         self._is_code = False
 
     def push(self, text: str) -> str:
@@ -51,20 +52,26 @@ class Line:
         is_wide = east_asian_width(char) in "WF"
         text = self.word() if is_wide else ""
         self._word += char
-        return text + self.word() if is_wide or len(self._word) > self._columns() else text
+        return text + self.word(breaks=True) if is_wide or _width(self._word) > self._columns() else text
 
-    def word(self) -> str:
-        """Return the word that is held back, behind its space or on a new line: no more of it comes."""
-        space, word, width = self._space, self._word, _width(self._word)
+    def word(self, breaks: bool = False) -> str:
+        """Return the word that is held back, behind its space or on a new line: no more of it comes.
+
+        breaks: the line may end before and behind the word, although there is no space.
+        """
+        space, word, width, columns = self._space, self._word, _width(self._word), self._columns()
         if not word:
             return ""
-        self._space = self._word = ""
+        can_break = bool(space) or breaks or self._breaks
+        self._space, self._word, self._breaks = "", "", breaks and width <= columns
         if not self._at and word.startswith(FENCES):
             self._is_code = not self._is_code
-        if self._at and not self._is_code and self._at + len(space) + width > self._columns():
+        if self._at and not self._is_code and can_break and self._at + len(space) + width > columns:
             self._at = width
             return "\n" + word
         self._at += len(space) + width
+        if self._at > columns:  # the terminal has begun another line
+            self._at %= columns
         return space + word
 
 

@@ -1,12 +1,15 @@
 """gguf-run from outside: streams, exit codes, one line for each error, terminals, signals."""
 
+import fcntl
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -429,8 +432,9 @@ def test_chat_invalid_utf8(path: Path) -> None:
 class Terminal:
     """A process on a terminal of its own: stdin, stdout and stderr."""
 
-    def __init__(self, arguments: Sequence[Any]) -> None:
+    def __init__(self, arguments: Sequence[Any], columns: int = 80) -> None:
         self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         self.process = subprocess.Popen(
             [*RUN, *map(str, arguments)],
             stdin=slave,
@@ -473,7 +477,7 @@ def terminal(endless: Path) -> Iterator[Terminal]:
 def test_terminal_chat(terminal: Terminal) -> None:
     """A bar while loading; Ctrl-C stops an answer, not the program; Ctrl-D leaves."""
     terminal.wait_for("loading [")
-    terminal.wait_for("\r> ")
+    terminal.wait_for("\r\n> ")
     for _ in range(2):
         terminal.type("Hello\n")
         terminal.wait_for("Hello\r\n")
@@ -488,3 +492,24 @@ def test_terminal_chat(terminal: Terminal) -> None:
     terminal.type("\x04")
     terminal.wait_for("load ")
     assert terminal.process.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_terminal_of_a_newcomer(path: Path, columns: int) -> None:
+    """A model alone starts the chat: a banner that fits, commands that Tab completes, answers that fit."""
+    terminal = Terminal([path, "--no-history", "--seed", "1", "--temp", "5", "-n", "40"], columns)
+    try:
+        terminal.wait_for("tiny, llama ")
+        terminal.wait_for("context 4096 tokens")
+        terminal.wait_for("/help lists the commands, Ctrl-D leaves\r\n> ")
+        terminal.type("Hello\n")
+        terminal.wait_for("Hello\r\n")
+        terminal.wait_for("\r\n> ")
+        terminal.type("/st\t\n")
+        terminal.wait_for("/stats ")
+        terminal.wait_for(" | context ")
+        terminal.type("/bye\n")
+        terminal.wait_for("load ")
+        assert terminal.process.wait(PATIENCE) == 0
+    finally:
+        terminal.close()
