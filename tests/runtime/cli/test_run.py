@@ -25,6 +25,7 @@ from gguf_run.runtime import Model
 from gguf_run.runtime import model as model_module
 from gguf_run.runtime.cli import run as cli_run
 from gguf_run.runtime.cli.run import main
+from gguf_run.runtime.hub import listing
 
 RUN = [sys.executable, "-c", "from gguf_run.runtime.cli.run import main; main(prog_name='gguf-run')"]
 PATIENCE = 240  # seconds: a process that hangs is found, a busy machine is not
@@ -313,6 +314,30 @@ def test_warm_up(path: Path) -> None:
     done = invoke(path, "--warm-up")
     assert (done.exit_code, done.stdout) == (0, "")
     assert done.stderr.startswith("load ")
+
+
+def test_warm_up_names_its_model(path: Path) -> None:
+    """`--warm-up MODEL` is as `MODEL --warm-up`."""
+    assert invoke("--warm-up", path).stderr.startswith("load ")
+    assert "No such file" in invoke("--warm-up", "no-such.gguf").stderr
+
+
+def test_warm_up_all(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that --list shows; a damaged model does not stop the others."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(listing, "models_dir", lambda: tmp_path)  # no default model
+    repo = tmp_path / "hub/models--o--r"
+    (repo / "snapshots/0123").mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text("0123")
+    (repo / "snapshots/0123/a-Q4_0.gguf").write_bytes(b"GGUF")
+    (repo / "snapshots/0123/b-Q8_0.gguf").symlink_to(path)
+    result = invoke("--warm-up", "all")
+    lines = result.stderr.splitlines()
+    assert (result.exit_code, [lines[0], lines[2]]) == (1, ["hf:o/r:Q4_0:", "hf:o/r:Q8_0:"])
+    assert lines[1].startswith("error: ")
+    assert lines[3].startswith("load ")
+    assert lines[4:] == ["error: 1 models cannot be run; the others are ready"]
 
 
 def test_no_chat_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
