@@ -1,6 +1,7 @@
 """What a card states, and what files are called."""
 
 import json
+import time
 import warnings
 from pathlib import Path
 
@@ -46,3 +47,14 @@ def test_what_generation_config_says_beyond_sampling_is_told(tmp_path: Path) -> 
         UserWarning, match=r"generation_config\.json: suppress_tokens, num_beams: a GGUF file has no place"
     ):
         general_metadata(tmp_path, None, [])
+
+
+@pytest.mark.parametrize("text", ["tags: " + "[" * 3000, "a: " + "{b: " * 3000, "- " * 3000])
+def test_a_card_of_lists_in_lists_tells_nothing(text: str, tmp_path: Path) -> None:
+    """YAML would take minutes for some."""
+    (tmp_path / "README.md").write_text(f"---\n{text}\n---\n")
+    start = time.process_time()
+    assert set(general_metadata(tmp_path, None, [])) == {"general.name"}
+    assert time.process_time() - start < 5
+    (tmp_path / "README.md").write_text("---\ntags: [[a], b]\n---\n")
+    assert general_metadata(tmp_path, None, [])["general.tags"].value == ["b"]
