@@ -106,7 +106,7 @@ def _fixed(layout: CheckpointLayout, file: GGUFFile, values: Json, numbers: Mapp
         by_width = values["num_hidden_layers"] in layout.decoder.n_embd_scale_n_layer
         built_in = numbers["n_embd"] // numbers["n_head"] if by_width else numbers["head_dim"]
         scale = _get(file, "attention.scale")
-        found["query_pre_attn_scalar"] = round(scale**-2, 3) if scale else built_in
+        found["query_pre_attn_scalar"] = round(scale**-2) if scale else built_in  # transformers takes whole numbers
     return found
 
 

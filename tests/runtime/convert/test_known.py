@@ -191,7 +191,7 @@ def test_a_key_that_is_left_out_has_transformers_default(name: str, tmp_path: Pa
     path = tmp_path / "config.json"
     text = path.read_text()
     layout, _ = layout_of(Config(path, json.loads(text)))
-    sizes = ("head_dim", "tie_word_embeddings", "num_attention_heads", "num_key_value_heads")
+    sizes = ("vocab_size", "head_dim", "tie_word_embeddings", "num_attention_heads", "num_key_value_heads")
     for key in layout.defaults.keys() - sizes:
         values = json.loads(text)
         values.pop(key, None)
