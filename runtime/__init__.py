@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from gguf_run.formats.errors import GgufRunError as GgufRunError
     from gguf_run.formats.errors import OptionError as OptionError
     from gguf_run.formats.errors import UnsupportedError as UnsupportedError
+    from gguf_run.runtime.engine.generation import Stats as Stats
     from gguf_run.runtime.engine.reply import Answer as Answer
+    from gguf_run.runtime.engine.reply import Piece as Piece
     from gguf_run.runtime.load.options import LoadOptions as LoadOptions
     from gguf_run.runtime.model import Model as Model
-    from gguf_run.runtime.model import Stats as Stats
     from gguf_run.runtime.sampling.params import SamplingParams as SamplingParams
     from gguf_run.runtime.sampling.sampler import TokenLogprob as TokenLogprob
 
@@ -25,8 +26,9 @@ _PLACES = {
     "LoadOptions": "runtime.load.options",
     "Model": "runtime.model",
     "OptionError": "formats.errors",
+    "Piece": "runtime.engine.reply",
     "SamplingParams": "runtime.sampling.params",
-    "Stats": "runtime.model",
+    "Stats": "runtime.engine.generation",
     "TokenLogprob": "runtime.sampling.sampler",
     "UnsupportedError": "formats.errors",
 }

@@ -5,6 +5,7 @@ import os
 import stat
 import struct
 import sys
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.errors import FormatError, GgufRunError
+from gguf_run.formats.errors import FormatError, GgufRunError, plain
 
 
 class MappedFile:
@@ -25,6 +26,7 @@ class MappedFile:
         """Map the file. GgufRunError if it cannot be opened, FormatError if it is empty."""
         self.path = Path(path)
         self.order = "<"  # byte order, "<" or ">": set by the function that reads the header
+        self.has_bad_text = False  # a string was decoded that is not UTF-8, and a warning said so
         try:
             # The check comes before the file is opened: opening a named pipe would wait for a writer.
             if not stat.S_ISREG(os.stat(path).st_mode):
@@ -61,7 +63,7 @@ class MemoryFile(MappedFile):
 
     def __init__(self, path: str | os.PathLike[str], data: bytes) -> None:
         """path: the path that errors name."""
-        self.path, self.order, self.size = Path(path), "<", len(data)
+        self.path, self.order, self.size, self.has_bad_text = Path(path), "<", len(data), False
         self.map = mmap.mmap(-1, max(1, len(data)))
         self.map.write(data)
 
@@ -72,6 +74,12 @@ class MemoryFile(MappedFile):
 
     def release(self, offset: int, nbytes: int) -> None:
         """Do nothing: there is no file to read the bytes from again."""
+
+
+class BadText(str):
+    """A string whose bytes are not UTF-8, with U+FFFD for those. Writers write the bytes."""
+
+    stored: bytes
 
 
 class Cursor:
@@ -111,8 +119,21 @@ class Cursor:
         """Read a string of at most `limit` bytes of UTF-8."""
         return self.decode(*self.span(what, limit), what)
 
+    def text(self, begin: int, end: int, what: str) -> str:
+        """Return the text between two offsets: BadText if it is not UTF-8. Once for each file, a warning says so."""
+        file = self.file
+        try:
+            return self.decode(begin, end, what)
+        except FormatError as error:
+            if not file.has_bad_text:
+                file.has_bad_text = True
+                warnings.warn(f"{error}: U+FFFD is shown in its place", stacklevel=2)
+            text = BadText(file.map[begin:end].decode(errors="replace"))
+            text.stored = file.map[begin:end]
+            return text
+
     def decode(self, begin: int, end: int, what: str) -> str:
-        """Return the UTF-8 text between two offsets."""
+        """Return the text between two offsets. FormatError if it is not UTF-8."""
         data = self.file.map[begin:end]
         try:
             return data.decode()
@@ -124,4 +145,4 @@ class Cursor:
 def quoted(name: str) -> str:
     """Return a name from a file in a form that is safe to show: in quotes, on one line, at most 100 characters."""
     short = name if len(name) <= 100 else name[:99] + "…"
-    return '"' + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short) + '"'
+    return f'"{plain(short)}"'

@@ -81,7 +81,7 @@ def show(
     for text in texts:
         sys.stdout.write(text)
         sys.stdout.flush()
-    if not "".join(answer[-1:]).endswith("\n"):
+    if not "".join(answer[-2:]).endswith("\n"):  # the last piece may be empty
         click.echo()
     if model.stats.finish == "context":
         full = f"the context is full ({model.n_ctx} tokens), the answer ends here"

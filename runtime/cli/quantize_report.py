@@ -26,11 +26,13 @@ OPTIONS = [
 
 def show_types(plan: "Plan") -> Iterator[str]:
     """Yield the lines of a dry run: each tensor's types and sizes before and after."""
+    from gguf_run.runtime.quantize.file import bits_per_weight
+
     rows = []
     for item in plan.items:
         source, target = item.source, item.target
         types = [source.type.name, "" if item.is_copy else target.type.name]
-        sizes = [size_text(source.nbytes), size_text(target.nbytes), f"{8 * target.nbytes / target.n_elements:.2f}"]
+        sizes = [size_text(source.nbytes), size_text(target.nbytes), f"{bits_per_weight([target]):.2f}"]
         rows.append([one_line(target.name), " x ".join(map(str, target.ne)), *types, *sizes])
     yield from table(["tensor", "ne", "type", "to", "size", "to", "bits/weight"], rows, "llllrrr")
     yield ""

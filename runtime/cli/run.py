@@ -41,6 +41,7 @@ from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.terminal.text import decode_text, message, on_terminal, read_text
 
 if TYPE_CHECKING:
+    from gguf_run.runtime.chat.process import TemplateProcess
     from gguf_run.runtime.model import Model
 
 MAX_PROMPT_BYTES = 64 << 20
@@ -138,8 +139,9 @@ def main(model: str | None, completion: str | None, list_models: bool, **values:
 def _run(model: str | None, values: dict[str, Any]) -> None:
     task = _Task.of(values)
     with _paused_gc():
-        loading = load_model(model, to_load_options(values))
+        templates, loading = task.templates(), load_model(model, to_load_options(values))
     with loading as loaded:
+        loaded.templates = templates
         if values["verbose"]:
             _describe(loaded)
         task.run(loaded)
@@ -221,6 +223,14 @@ class _Task:
             template = find_template(template)
         keeps = not values["no_history"]
         return cls(kind, text, system, template, values["session"], keeps, generating, chatting, has_limit)
+
+    def templates(self) -> "TemplateProcess | None":
+        """Return a process for chat templates, which starts while the model is loaded; None if none is needed."""
+        if self.kind not in ("ask", "chat"):
+            return None
+        from gguf_run.runtime.chat.process import TemplateProcess
+
+        return TemplateProcess().start()
 
     def run(self, model: "Model") -> None:
         """Do the task: write the answer to stdout."""

@@ -1,6 +1,7 @@
 """general.* metadata: what the card (README.md) states, the name, the size, and the names of files."""
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -29,6 +30,13 @@ _SAMPLING = (
     ("top_k", "top_k", "i32"), ("top_p", "top_p", "f32"), ("min_p", "min_p", "f32"), ("temperature", "temp", "f32"),
     ("repetition_penalty", "penalty_repeat", "f32"),
 )  # fmt: skip
+# Keys of generation_config.json that change an answer and have no key here -> the value with which they do not.
+_NOT_CARRIED: Mapping[str, Any] = {
+    "no_repeat_ngram_size": 0, "suppress_tokens": None, "begin_suppress_tokens": None, "bad_words_ids": None,
+    "forced_bos_token_id": None, "forced_eos_token_id": None, "sequence_bias": None, "typical_p": 1.0,
+    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "num_beams": 1, "guidance_scale": 1.0, "penalty_alpha": 0.0,
+    "min_length": 0, "min_new_tokens": 0, "exponential_decay_length_penalty": None,
+}  # fmt: skip
 
 
 def general_metadata(directory: Path, name: str | None, tensors: Sequence[TensorInfo]) -> dict[str, MetaValue]:
@@ -90,6 +98,10 @@ def _sampling(directory: Path) -> Iterator[tuple[str, MetaValue]]:
         given = read_json(path) if path.is_file() else {}
     except FormatError:
         return
+    told = [name for name, off in _NOT_CARRIED.items() if given.get(name, off) not in (off, None, [], 0)]
+    if told:
+        what = f"{', '.join(told)}: a GGUF file has no place for that, the model answers without it"
+        warnings.warn(f"{path}: {what}", stacklevel=2)
     for name, key, kind in _SAMPLING:
         value = given.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31:

@@ -53,7 +53,8 @@ def hash_model(file: GGUFFile) -> str:
     for tensor in file.tensors.values():
         digest.update(f"{tensor.name}\0{tensor.ne}{tensor.type.name}\0".encode())
         middle = tensor.n_rows // 2
-        digest.update(tensor.blocks(middle, middle + 1)[:, :_SAMPLE].tobytes())
+        if tensor.nbytes:
+            digest.update(tensor.blocks(middle, middle + 1)[:, :_SAMPLE].tobytes())
     return digest.hexdigest()
 
 

@@ -103,8 +103,8 @@ def quantize_file(
 def _slabs(plan: Plan) -> Iterator[_Slab]:
     for item in plan.items:
         n_rows = item.target.ne[1] if len(item.target.ne) > 1 else 1
-        step = max(1, _SLAB // item.target.ne[0])
-        for expert in range(0, item.target.n_rows, n_rows):
+        step = max(1, _SLAB // max(1, item.target.ne[0]))
+        for expert in range(0, item.target.n_rows if item.target.nbytes else 0, max(1, n_rows)):
             for first in range(expert, expert + n_rows, step):
                 yield _Slab(item, first, min(first + step, expert + n_rows))
 
@@ -184,7 +184,7 @@ def type_reports(items: Sequence[Item], losses: Sequence[Loss]) -> list[TypeRepo
         rmse = total = worst = None
         if converted:
             total = sum((loss for _, loss in converted), Loss())
-            rmse = (total.error / sum(target.n_elements for target, _ in converted)) ** 0.5
+            rmse = (total.error / max(1, sum(target.n_elements for target, _ in converted))) ** 0.5
             tensor, loss = max(converted, key=lambda pair: pair[1].relative())
             worst = tensor.name, loss
         nbytes = sum(target.nbytes for target in targets)

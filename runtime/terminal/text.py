@@ -13,7 +13,7 @@ from typing import TextIO
 
 import click
 
-from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.errors import GgufRunError, plain
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 # Tags that begin and end a block of reasoning: of DeepSeek-R1, Qwen3 and most others; of Magistral; of Seed-OSS.
@@ -22,8 +22,7 @@ TAGS = {"<think>": "</think>", "[THINK]": "[/THINK]", "<seed:think>": "</seed:th
 
 def one_line(text: str) -> str:
     """Return text on one line that is safe to show: names from a file may hold escape codes or line breaks."""
-    joined = " ".join(text.split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
+    return plain(" ".join(text.split()))
 
 
 def message(text: str) -> None:

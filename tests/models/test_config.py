@@ -91,6 +91,11 @@ def test_rope_scaling() -> None:
     scaling = read(Tiny(), {f"rope.scaling.{key}": value for key, value in keys.items()}).rope_scaling
     assert (scaling.type, scaling.factor, scaling.n_ctx_orig, scaling.attn_factor) == ("yarn", 8, 32, 0.5)
     assert (scaling.beta_fast, scaling.beta_slow, scaling.ext_factor) == (16, 1, 1)
+    assert (scaling.truncate, scaling.log_multiplier, scaling.yarn_attn_factor) == (True, 0, 0)
+    keys = {"yarn_truncate": False, "yarn_log_multiplier": 0.7, "yarn_attn_factor": 1.5, "yarn_ext_factor": 0.0}
+    scaling = read(Tiny(), {f"rope.scaling.{key}": value for key, value in keys.items()}).rope_scaling
+    assert (scaling.truncate, scaling.log_multiplier, scaling.yarn_attn_factor) == (False, 0.7, 1.5)
+    assert scaling.ext_factor == 0
 
 
 def test_values_that_are_the_same_for_each_layer() -> None:

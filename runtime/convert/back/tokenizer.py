@@ -19,10 +19,10 @@ from gguf_run.runtime.tokenizers.vocab import (
     USER_DEFINED,
     Defaults,
     Vocab,
+    read_flags,
     read_numbers,
     read_strings,
     read_vocab,
-    strip_ids,
 )  # fmt: skip
 
 Json = dict[str, Any]
@@ -43,7 +43,7 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, Json]:
     for role, key in (("pad", "padding"), ("sep", "seperator"), ("cls", "cls"), ("mask", "mask")):
         ids[role] = metadata.get(f"{_PREFIX}{key}_token_id")
     names = {role: _name(vocab, id) for role, id in ids.items()}
-    left, right = strip_ids(metadata, vocab)
+    left, right = read_flags(metadata, vocab)
     added = [
         {
             "id": id, "content": vocab.tokens[id], "single_word": False, "normalized": False, "lstrip": id in left,

@@ -76,6 +76,8 @@ class Checkpoint:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. FormatError if the file holds no object."""
+    if path.exists() and not path.is_file():  # a pipe or a device: reading it may never end
+        raise FormatError(f"{path}: is no regular file: get it again")
     if path.stat().st_size > _MAX_JSON_BYTES:
         raise FormatError(f"{path}: is larger than {_MAX_JSON_BYTES} bytes: not what its name says")
     try:

@@ -311,8 +311,8 @@ def test_tools_and_templates(path: Path, model: Model, tmp_path: Path) -> None:
     assert ask("--chat-template", "chatml").stdout == shown(with_chatml)
     model.chat_template, before = template.read_text(), model.chat_template
     assert model.chat_prompt([{"role": "user", "content": "x"}], json.loads(tools.read_text())) == "f x"
-    model.tool_template, before_tools = "tools!", model.tool_template
-    assert model.chat_prompt([], json.loads(tools.read_text())) == "tools!"
+    model.tool_template, before_tools = "tools: {{ tools | length }}", model.tool_template
+    assert model.chat_prompt([], json.loads(tools.read_text())) == "tools: 1"
     model.chat_template, model.tool_template = before, before_tools
     for text, message in (("{", "not JSON"), ("{}", "must be a list of objects"), ("[1]", "must be a list of objects")):
         tools.write_text(text)
@@ -321,6 +321,32 @@ def test_tools_and_templates(path: Path, model: Model, tmp_path: Path) -> None:
         assert f"error: --tools {tools}: {message}" in result.stderr
     assert ask("--chat-template", "nope").stderr.startswith("error: --chat-template nope: neither a file nor one of ")
     assert ask("--raw", "--chat-template", "chatml").exit_code == 2
+
+
+def test_what_the_template_has_no_place_for_is_said_once(path: Path, model: Model, tmp_path: Path) -> None:
+    tools, template = tmp_path / "tools.json", tmp_path / "t.jinja"
+    tools.write_text('[{"type": "function", "function": {"name": "f"}}]')
+    template.write_text("{% for m in messages if m.role != 'system' %}{{ m.content }};{% endfor %}")
+    options = ["--chat-template", str(template), "--tools", str(tools), "--system", "the", *GREEDY]
+    result = talk(path, "One", "Two", options=options)
+    assert result.exit_code == 0
+    assert result.stdout.startswith(shown("".join(model.generate("the\nOne;", temperature=0, max_tokens=6))))
+    said = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert said == [
+        "warning: the chat template has no place for a system message: the user's message begins with it",
+        "warning: the chat template has no place for tools: the model does not learn of them",
+    ]
+
+
+def test_a_template_that_takes_too_much(path: Path, tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text("{% set s='a'*1000000 %}{{ [[s]]*100000 }}")
+    result = CliRunner().invoke(main, [str(path), "-p", "One", "--chat-template", str(template)])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        "error: the model's chat template failed: it takes more than 256 MB of memory: "
+        "choose another template (--chat-template)\n"
+    )
 
 
 def test_sampling_options(path: Path, model: Model) -> None:

@@ -244,6 +244,19 @@ def test_rows_that_blocks_do_not_divide(tmp_path: Path) -> None:
         assert [tensor.type.name for tensor in file.tensors.values()] == ["Q5_0", "F16"]
 
 
+@pytest.mark.parametrize("kind", ["Q4_K_M", "F32", "COPY"])
+def test_tensors_without_elements(kind: str, tmp_path: Path) -> None:
+    """They stay in the file, as they are in the reference's."""
+    empty = [T("blk.0.none.weight", (256, 0), "F16"), T("blk.0.nothing.weight", (0, 3), "F16"), T("z", (0,))]
+    for others, name in ((tensors(), "some"), ([], "only")):
+        model = write(tmp_path / f"{name}.gguf", META, [*others, *empty])
+        run_dry = run(model, kind, "--dry-run")
+        assert (run_dry.exit_code, run_dry.stderr) == (0, "")
+        with done(model, tmp_path / "out.gguf", kind) as file:
+            assert {name: t.ne for name, t in file.tensors.items() if not t.nbytes} == {t.name: t.ne for t in empty}
+            assert len(file.tensors) == len(others) + len(empty)
+
+
 def test_output_is_input(model: Path, tmp_path: Path) -> None:
     (tmp_path / "link.gguf").symlink_to(model)
     for out in (model, tmp_path / "link.gguf", tmp_path / "." / "model.gguf"):
