@@ -5,7 +5,7 @@ FOLDERS  := formats kernels_cpu kernels_gpu models runtime
 # Files of tests are dealt out by name to processes, which take up to 1.5 GB each: by how many tests they have, the
 # longest ones would come last, since these have few.
 WORKERS  ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-QUESTION ?= What is the capital of France, and what is it known for?
+QUESTION ?= What is the capital of Japan?
 
 # PyPI's torch for Linux brings CUDA libraries (gigabytes) and another Triton. The tests want the CPU build: from pip's
 # configured index where that has it, else from PyTorch's own.
