@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.errors import FormatError, GgufRunError
+from gguf_run.formats.errors import FormatError, GgufRunError, plain
 
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -177,4 +177,4 @@ class Cursor:
 def quoted(name: str) -> str:
     """Return a name from a file in a form that is safe to show: in quotes, on one line, at most 100 characters."""
     short = name if len(name) <= 100 else name[:99] + "…"
-    return '"' + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short) + '"'
+    return f'"{plain(short)}"'

@@ -10,7 +10,8 @@ import click
 from gguf_run.runtime.cli.options import PATH, option
 from gguf_run.runtime.load.machine import default_threads
 from gguf_run.runtime.terminal.progress import progress
-from gguf_run.runtime.terminal.text import one_line, size_text, table
+from gguf_run.runtime.terminal.table import table
+from gguf_run.runtime.terminal.text import one_line, size_text
 
 if TYPE_CHECKING:
     from gguf_run.runtime.quantize.plan import Plan

@@ -1,4 +1,4 @@
-"""Text for people at a terminal: one line that is safe to show, tables, sizes, colours; and text files that they give.
+"""Text for people at a terminal: one line that is safe to show, sizes, colours; and text files that they give.
 
 Colours: what a model thinks before it answers is dimmed. There are no colours where the output is no terminal, or where
 NO_COLOR is set (https://no-color.org).
@@ -6,14 +6,15 @@ NO_COLOR is set (https://no-color.org).
 
 import json
 import os
+import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
-from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.errors import GgufRunError, plain
 from gguf_run.formats.gguf.mapped import read_bytes
 
 MAX_TEXT_BYTES = 1 << 30
@@ -24,8 +25,7 @@ TAGS = {"<think>": "</think>", "[THINK]": "[/THINK]", "<seed:think>": "</seed:th
 
 def one_line(text: str) -> str:
     """Return text on one line that is safe to show: names from a file may hold escape codes or line breaks."""
-    joined = " ".join(text.split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
+    return plain(" ".join(text.split()))
 
 
 def json_text(value: Any) -> str:
@@ -66,23 +66,22 @@ def decode_text(data: bytes, name: str) -> str:
         ) from None
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> Iterator[str]:
-    """Yield the lines of a table. align: "l" or "r" for each column."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in [head, *rows]:
-        cells = [
-            cell.rjust(width) if side == "r" else cell.ljust(width)
-            for cell, width, side in zip(row, widths, align, strict=True)
-        ]
-        yield "  ".join(cells).rstrip()
-
-
 def size_text(nbytes: float, digits: int = 2) -> str:
     """Return bytes for people: "1.23 GB". digits: their number after the point."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= scale:
             return f"{nbytes / scale:.{digits}f} {unit}"
     return f"{nbytes:.0f} B"
+
+
+def on_terminal() -> bool:
+    """Whether a user sits at stdin and stdout."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout is not None and sys.stdout.isatty()
+
+
+def n_columns(stream: TextIO) -> int:
+    """Return how many columns a stream's terminal has; sys.maxsize for a stream that is none."""
+    return shutil.get_terminal_size().columns if stream.isatty() else sys.maxsize
 
 
 def has_colours() -> bool:

@@ -153,7 +153,7 @@ def _read_shards(index: Path) -> dict[str, StoredArray]:
         raise FormatError(f"{index}: weight_map does not tell the file of each tensor")
     tensors: dict[str, StoredArray] = {}
     names = sorted(set(places.values()))
-    if bad := [name for name in names if not re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII)]:
+    if bad := [name for name in names if not re.fullmatch(r"[\w-][\w.-]{0,254}", name, re.ASCII)]:
         raise FormatError(f"{index}: names the file {quoted(bad[0])}: must be one in the same folder")
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise GgufRunError(f"{index.parent}: {missing[0]} is missing ({len(missing)} of {len(names)} files): get it")

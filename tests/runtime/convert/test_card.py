@@ -1,5 +1,8 @@
 """What a card states, and what files are called."""
 
+import json
+import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -40,3 +43,27 @@ def test_the_name_is_that_of_the_folder(folder: str, tmp_path: Path) -> None:
     path.mkdir(parents=True)
     assert general_metadata(path, None, []) == {"general.name": "Llama-3.2-1B"}
     assert general_metadata(path, "mine", []) == {"general.name": "mine"}
+
+
+def test_what_generation_config_says_beyond_sampling_is_told(tmp_path: Path) -> None:
+    values = {"temperature": 0.6, "num_beams": 1, "typical_p": 1.0, "bad_words_ids": None, "do_sample": True}
+    (tmp_path / "generation_config.json").write_text(json.dumps(values))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        general_metadata(tmp_path, None, [])
+    (tmp_path / "generation_config.json").write_text(json.dumps(values | {"num_beams": 4, "suppress_tokens": [7]}))
+    with pytest.warns(
+        UserWarning, match=r"generation_config\.json: suppress_tokens, num_beams: a GGUF file has no place"
+    ):
+        general_metadata(tmp_path, None, [])
+
+
+@pytest.mark.parametrize("text", ["tags: " + "[" * 3000, "a: " + "{b: " * 3000, "- " * 3000])
+def test_a_card_of_lists_in_lists_tells_nothing(text: str, tmp_path: Path) -> None:
+    """YAML would take minutes for some."""
+    (tmp_path / "README.md").write_text(f"---\n{text}\n---\n")
+    start = time.process_time()
+    assert set(general_metadata(tmp_path, None, [])) == {"general.name"}
+    assert time.process_time() - start < 5
+    (tmp_path / "README.md").write_text("---\ntags: [[a], b]\n---\n")
+    assert general_metadata(tmp_path, None, [])["general.tags"].value == ["b"]

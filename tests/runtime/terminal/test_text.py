@@ -3,7 +3,7 @@ import json
 import pytest
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.terminal.text import decode_text, json_text, one_line, size_text, table
+from gguf_run.runtime.terminal.text import decode_text, json_text, one_line, size_text
 
 
 def test_one_line() -> None:
@@ -23,10 +23,6 @@ def test_decode_text_counts_from_the_first_byte() -> None:
     assert decode_text(b"\xef\xbb\xbfabc", "x") == "abc"
     with pytest.raises(GgufRunError, match="x: byte 0xff at offset 4 "):
         decode_text(b"\xef\xbb\xbfa\xff", "x")
-
-
-def test_table() -> None:
-    assert [*table(["name", "n"], [["a", "1"], ["bcdef", "23"]], "lr")] == ["name    n", "a       1", "bcdef  23"]
 
 
 def test_size_text() -> None:

@@ -27,7 +27,7 @@ from tinyvocab import (
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.runtime.tokenizers.special import SpecialTokens
-from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
+from gguf_run.runtime.tokenizers.tokenizer import Tokenizer, TwoBosWarning
 
 SPECIAL = {"<|im_end|>": CONTROL, "<tool>": USER_DEFINED, "<?>": UNKNOWN}
 
@@ -119,7 +119,10 @@ class TestBosAndEos:
     def test_a_chat_prompt_has_bos_once(self) -> None:
         tokenizer = Tokenizer.from_metadata(spm_metadata({"a": -1.0}, add_eos_token=True, add_space_prefix=False))
         assert tokenizer.encode_chat("a") == tokenizer.encode_chat("<s>a") == [1, 259]
-        assert tokenizer.encode("<s>a") == [1, 1, 259, 2]
+        with pytest.warns(
+            TwoBosWarning, match="the text begins with <s>, and the tokenizer puts another one before it"
+        ):
+            assert tokenizer.encode("<s>a") == [1, 1, 259, 2]
         assert tiny(bos_token_id=5).encode_chat("a") == text_ids("a")
 
 
