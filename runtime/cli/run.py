@@ -297,7 +297,9 @@ def _template_options(text: str) -> dict[str, Any]:
     except (GgufRunError, ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
-        raise OptionError(f'--chat-template-kwargs is {text}; allowed: a JSON object, as {{"enable_thinking": false}}')
+        raise OptionError(
+            f'--chat-template-kwargs is {text:.200}; allowed: a JSON object, as {{"enable_thinking": false}}'
+        )
     return values
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from gguf_run.formats.gguf.found import check_model
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.runtime.cli import complete
 from gguf_run.runtime.cli.common import tool
@@ -45,6 +46,8 @@ def main(model: str, text: str | None, path: Path | None, only_ids: bool, count:
     from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
     with GGUFFile.open(find_model(model)) as file:
+        if "tokenizer.ggml.model" not in file.metadata:
+            check_model(file.path, file.metadata, len(file.tensors))
         tokenizer = Tokenizer.from_metadata(file.metadata)
     ids = tokenizer.encode(text, add_special=not no_special, parse_special=not no_special)
     if count:

@@ -15,6 +15,7 @@ from gguf_run.runtime.convert.stored.checkpoint import read_json
 
 _MAX_CARD_BYTES = 1 << 18  # YAML takes seconds for so much
 _MAX_DEPTH = 32  # of lists in lists: the time that YAML takes grows with its square
+_LARGEST_NUMBER = 1 << 53
 _HUB = "https://huggingface.co/"
 # Key under general. -> fields of the card. The first one that is there counts.
 _TEXTS = {
@@ -95,7 +96,8 @@ def _read_card(directory: Path) -> dict[str, Any]:
 
 def _texts(value: Any) -> list[str]:
     values = value if isinstance(value, list) else [value]
-    return [str(item) for item in values if isinstance(item, str | int | float) and not isinstance(item, bool)]
+    # A number of 9,000 digits is no text: Python refuses to write it.
+    return [str(v) for v in values if isinstance(v, str) or (type(v) in (int, float) and abs(v) < _LARGEST_NUMBER)]
 
 
 def _folder_name(directory: Path) -> str:

@@ -4,12 +4,13 @@ Colours: what a model thinks before it answers is dimmed. There are no colours w
 NO_COLOR is set (https://no-color.org).
 """
 
+import json
 import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import click
 
@@ -25,6 +26,12 @@ TAGS = {"<think>": "</think>", "[THINK]": "[/THINK]", "<seed:think>": "</seed:th
 def one_line(text: str) -> str:
     """Return text on one line that is safe to show: names from a file may hold escape codes or line breaks."""
     return plain(" ".join(text.split()))
+
+
+def json_text(value: Any) -> str:
+    """Return JSON that is safe to show: characters that steer a terminal or turn the direction of text are escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def message(text: str) -> None:
