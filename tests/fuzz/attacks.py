@@ -200,7 +200,7 @@ def json_attacks() -> Iterator[tuple[str, str, bytes]]:
 
 def shard_attacks() -> Iterator[tuple[str, str, bytes]]:
     index = "model.safetensors.index.json"
-    for place in ("../a", "/etc/passwd", "", ".", "a\nb", "1" * 5000, "none.safetensors", 1, ["a"], "tokenizer.model"):
+    for place in ("../a", "/etc/passwd", "", ".", "a\nb", "1" * 5000, "none.safetensors", 1, ["a"]):
         yield f"a shard named {place!r:.20}", index, json.dumps({"weight_map": {"lm_head.weight": place}}).encode()
     pieces = {
         "a varint without end": b"\x0a" + b"\xff" * 20, "a message of 2^63": b"\x0a" + b"\xff" * 9 + b"\1",
