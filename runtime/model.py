@@ -279,7 +279,7 @@ class Model:
             if self.templates is not None:
                 self.templates.close()
             self._context.close()
-            self.decoder, self._close, self._identity = self._context.decoder, (), None
+            self.decoder, self._close, self._identity, self.about = self._context.decoder, (), None, str
         self._turns.leave()
 
     def __enter__(self) -> "Model":

@@ -427,7 +427,7 @@ def test_python_m_is_gguf_run() -> None:
     assert (done.returncode, done.stdout.split()[0]) == (0, "gguf-run,")
     done = subprocess.run([sys.executable, "-m", "gguf_run", "--nothing"], capture_output=True, text=True, timeout=240)
     assert done.returncode == 2
-    assert done.stderr.startswith("Usage: python -m gguf_run ")
+    assert done.stderr.startswith("Usage: gguf-run ")
 
 
 def test_repr(model: Model) -> None:
