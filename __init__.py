@@ -5,8 +5,8 @@ because the five folders beside them are the packages `gguf_run.formats` to `ggu
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # what type checkers take for typing's: the commands begin with this file, and must begin at once
 if TYPE_CHECKING:
     from gguf_run.runtime import Answer as Answer
     from gguf_run.runtime import FormatError as FormatError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     __version__: str
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "__version__":
         from importlib.metadata import version
 

@@ -1,5 +1,5 @@
 """`python -m gguf_run` is gguf-run."""
 
-from gguf_run.runtime.cli.run import main
+from gguf_run.runtime.cli.start import run
 
-main(prog_name="gguf-run")
+run()

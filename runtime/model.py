@@ -50,6 +50,7 @@ class Model:
         self.tool_template = parts.tool_template
         self.templates: TemplateProcess | None = None  # where chat_template runs; made when it is first needed
         self.where = parts.where
+        self.about = parts.about
         self.load_s = 0.0  # seconds that loading took, without a download
         self._identity = parts.identity
         self._close = parts.close

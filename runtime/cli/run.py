@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -38,7 +38,7 @@ from gguf_run.runtime.cli.options import (
     to_load_options,
 )
 from gguf_run.runtime.sampling.params import SamplingParams
-from gguf_run.runtime.terminal.text import decode_text, message, on_terminal, read_text
+from gguf_run.runtime.terminal.text import decode_text, message, on_terminal, read_stdin, read_text
 
 if TYPE_CHECKING:
     from gguf_run.runtime.chat.process import TemplateProcess
@@ -86,7 +86,13 @@ _PARAMS = [
     ),
     option("--context-shift", "When the context is full, drop half of it and go on.", is_flag=True),
     option("--keep n_keep", "Tokens at the beginning that --context-shift keeps.", type=int, default=0),
-    option("--warm-up", "Compile what the model needs, so that the next start is quick.", is_flag=True),
+    option(
+        "--warm-up",
+        "Compile what the model needs, so that the next start is quick; all: of each model on this machine.",
+        is_flag=False,
+        flag_value="",
+        metavar="[all]",
+    ),
     option("--list list_models", "List the models on this machine; with -v also their files.", is_flag=True),
     option(
         "--completion",
@@ -124,16 +130,38 @@ def main(model: str | None, completion: str | None, list_models: bool, **values:
 
         for line in list_lines(values["verbose"]):
             click.echo(line)
+    elif values["warm_up"] == "all":
+        _warm_up_all(values)
     else:
-        task = _Task.of(values)
-        with _paused_gc():
-            templates, loading = task.templates(), load_model(model, to_load_options(values))
-        with loading as loaded:
-            loaded.templates = templates
-            if values["verbose"]:
-                _describe(loaded)
-            task.run(loaded)
-            _report(loaded, values["verbose"], task.kind == "chat")
+        _run(values["warm_up"] or model, values)  # in `--warm-up MODEL`, click takes MODEL for the option's value
+
+
+def _run(model: str | None, values: dict[str, Any]) -> None:
+    task = _Task.of(values)
+    with _paused_gc():
+        templates, loading = task.templates(), load_model(model, to_load_options(values))
+    with loading as loaded:
+        loaded.templates = templates
+        if values["verbose"]:
+            _describe(loaded)
+        task.run(loaded)
+        _report(loaded, values["verbose"], task.kind == "chat")
+
+
+def _warm_up_all(values: dict[str, Any]) -> None:
+    """Warm up each model on this machine. One that cannot be run is said, and the others follow."""
+    from gguf_run.runtime.hub.listing import cached_models
+
+    failed = []
+    for model in cached_models():
+        message(f"{model.name or model.paths[0].name}:")
+        try:
+            _run(model.name or None, {**values, "warm_up": ""})
+        except GgufRunError as error:
+            failed.append(model)
+            message(f"error: {error}")
+    if failed:
+        raise GgufRunError(f"{len(failed)} models cannot be run; the others are ready")
 
 
 @contextmanager
@@ -169,7 +197,8 @@ class _Task:
             raise click.UsageError(
                 "--raw works without a chat template: leave out --chat, --system, --tools and --chat-template(-kwargs)."
             )
-        kind = next((kind for kind in ("warm_up", "chat", "raw") if values[kind]), "ask")
+        warms_up = values["warm_up"] is not None
+        kind = "warm_up" if warms_up else "chat" if values["chat"] else "raw" if values["raw"] else "ask"
         if kind == "ask" and all(values[name] is None for name in ("text", "prompt", "file")) and on_terminal():
             kind = "chat"
         text = "Hello" if kind == "warm_up" else _prompt(values, kind)
@@ -213,8 +242,10 @@ class _Task:
             return
         with conversation(model, self.session, self.system) as messages:
             if self.kind == "chat":
-                from gguf_run.runtime.cli.chat import chat
+                from gguf_run.runtime.cli.chat import banner, chat
 
+                if on_terminal():
+                    banner(model)
                 chat(model, messages, self.text, {**self.generating, **self.chatting}, self.keep_history)
             elif self.kind == "raw" or (model.chat_template is None and not messages and not self.chatting):
                 show(model, model.generate(self.text or "", **self.generating))
@@ -238,14 +269,13 @@ def _prompt(values: Mapping[str, Any], kind: str) -> str | None:
     if given and file is None:
         text = _argument(*given.values(), *given)
     elif file not in (None, "-"):
-        with open(str(file), "rb") as stream:
-            text = _read_all(stream, str(file))
+        text = read_text(Path(str(file)), MAX_PROMPT_BYTES)
     elif kind == "chat" and file is None:
         return None
     elif sys.stdin is None or sys.stdin.isatty():
         raise click.UsageError("Nothing to answer: give PROMPT, --prompt, --file, --chat, or text on stdin.")
     else:
-        text = _read_all(sys.stdin.buffer, "stdin")
+        text = read_stdin(MAX_PROMPT_BYTES)
     if not text.strip():
         raise GgufRunError("the prompt is empty: write something after --prompt, into the --file or on stdin")
     return text
@@ -253,7 +283,7 @@ def _prompt(values: Mapping[str, Any], kind: str) -> str | None:
 
 def _functions(path: Path) -> list[dict[str, Any]]:
     try:
-        tools = json.loads(read_text(path))
+        tools = json.loads(read_text(path, MAX_PROMPT_BYTES))
     except (ValueError, RecursionError) as error:
         raise GgufRunError(f"--tools {path}: not JSON: {error}") from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -267,20 +297,15 @@ def _template_options(text: str) -> dict[str, Any]:
     except (GgufRunError, ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
-        raise OptionError(f'--chat-template-kwargs is {text}; allowed: a JSON object, as {{"enable_thinking": false}}')
+        raise OptionError(
+            f'--chat-template-kwargs is {text:.200}; allowed: a JSON object, as {{"enable_thinking": false}}'
+        )
     return values
 
 
 def _argument(text: str, name: str) -> str:
     # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
     return decode_text(text.encode("utf-8", "surrogateescape"), name)
-
-
-def _read_all(stream: BinaryIO, name: str) -> str:
-    data = stream.read(MAX_PROMPT_BYTES + 1)
-    if len(data) > MAX_PROMPT_BYTES:
-        raise GgufRunError(f"{name} is longer than {MAX_PROMPT_BYTES} bytes: no context holds that much text")
-    return decode_text(data, name)
 
 
 def _describe(model: "Model") -> None:

@@ -8,16 +8,16 @@ import os
 import signal
 
 
-def _run(module: str) -> None:
-    """Run the command of a module in this folder. Where Ctrl-C is ignored, it stays ignored."""
+def _run(name: str, module: str) -> None:
+    """Run the command of that name, from a module of this folder. Where Ctrl-C is ignored, it stays ignored."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        importlib.import_module(module, __package__).main()
+        importlib.import_module(module, __package__).main(prog_name=name)
         return
     signal.signal(signal.SIGINT, _leave)
     command = importlib.import_module(module, __package__).main
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        command()  # ends with SystemExit
+        command(prog_name=name)  # ends with SystemExit
     except KeyboardInterrupt:
         _leave()
     finally:
@@ -30,40 +30,32 @@ def _leave(*_: object) -> None:
 
 
 def run() -> None:
-    """gguf-run."""
-    _run(".run")
+    _run("gguf-run", ".run")
 
 
 def info() -> None:
-    """gguf-info."""
-    _run(".info")
+    _run("gguf-info", ".info")
 
 
 def tokenize() -> None:
-    """gguf-tokenize."""
-    _run(".tokenize")
+    _run("gguf-tokenize", ".tokenize")
 
 
 def evaluate() -> None:
-    """gguf-eval."""
-    _run(".evaluate")
+    _run("gguf-eval", ".evaluate")
 
 
 def bench() -> None:
-    """gguf-bench."""
-    _run(".bench")
+    _run("gguf-bench", ".bench")
 
 
 def quantize() -> None:
-    """gguf-quantize."""
-    _run(".quantize")
+    _run("gguf-quantize", ".quantize")
 
 
 def convert() -> None:
-    """gguf-convert."""
-    _run(".convert")
+    _run("gguf-convert", ".convert")
 
 
 def imatrix() -> None:
-    """gguf-imatrix."""
-    _run(".imatrix")
+    _run("gguf-imatrix", ".imatrix")

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.hub.files import models_among, pick, shards, type_of
-from gguf_run.runtime.hub.find import DEFAULT_MODEL
-from gguf_run.runtime.hub.places import cached_files, cached_repos, hub_cache, models_dir
+from gguf_run.runtime.hub.places import DEFAULT_MODEL, cached_files, cached_repos, hub_cache, models_dir
 from gguf_run.runtime.terminal.table import table
 from gguf_run.runtime.terminal.text import one_line, size_text
 

@@ -82,6 +82,6 @@ def progress(label: str, unit: str = "") -> Iterator[Progress]:
     """Show a progress bar, and one line when kernels must be compiled. label, unit: see Progress."""
     from gguf_run.formats.compiler.jit import compile_notice
 
-    note = "compiling kernels for this machine; this takes some seconds, once"
+    note = f"compiling kernels for {label}; this takes some seconds, once"
     with Progress(label, unit) as bar, compile_notice(lambda: bar.message(note)):
         yield bar

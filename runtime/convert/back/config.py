@@ -73,9 +73,11 @@ def model_config(layout: CheckpointLayout, file: GGUFFile, dtype: str) -> Json:
 def generation_config(metadata: Mapping[str, Any]) -> Json:
     """Return generation_config.json. Several tokens that end an answer become a list."""
     ids = _token_ids(metadata)
-    other = metadata.get("tokenizer.ggml.eot_token_id")
-    if isinstance(other, int) and ids["eos_token_id"] not in (None, other):
-        ids["eos_token_id"] = [ids["eos_token_id"], other]
+    more = metadata.get("tokenizer.ggml.eos_token_ids", ())
+    others = [*(metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eot", "eom")), *map(int, more)]
+    ends = list(dict.fromkeys(id for id in (ids["eos_token_id"], *others) if isinstance(id, int)))
+    if ids["eos_token_id"] is not None and len(ends) > 1:
+        ids["eos_token_id"] = ends
     return {key: id for key, id in ids.items() if id is not None}
 
 

@@ -1,12 +1,15 @@
 """gguf-run from outside: streams, exit codes, one line for each error, terminals, signals."""
 
+import fcntl
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +25,7 @@ from gguf_run.runtime import Model
 from gguf_run.runtime import model as model_module
 from gguf_run.runtime.cli import run as cli_run
 from gguf_run.runtime.cli.run import main
+from gguf_run.runtime.hub import listing
 
 RUN = [sys.executable, "-c", "from gguf_run.runtime.cli.run import main; main(prog_name='gguf-run')"]
 PATIENCE = 240  # seconds: a process that hangs is found, a busy machine is not
@@ -295,14 +299,37 @@ def test_empty_prompt(path: Path, arguments: list[str]) -> None:
 
 def test_missing_prompt_file(path: Path) -> None:
     assert error_line(invoke(path, "-f", "no-such.txt"), 1) == "no-such.txt: No such file or directory\n"
-    assert "Is a directory" in error_line(invoke(path, "-f", path.parent), 1)
+    assert "is a directory, not a file" in error_line(invoke(path, "-f", path.parent), 1)
+
+
+def test_pipes_and_devices(path: Path, tmp_path: Path) -> None:
+    """Nothing waits for a writer, and nothing is written in their place."""
+    os.mkfifo(tmp_path / "pipe")
+    for name in (tmp_path / "pipe", Path(os.devnull)):
+        for option, words in (
+            ("--file", "is a device or pipe, not a file"), ("--tools", "is a device or pipe, not a file"),
+            ("--cache-scales", "is a device or pipe, not a file"), ("--session", "cannot be written: name a file"),
+        ):  # fmt: skip
+            arguments = ["--file", name] if option == "--file" else ["-p", "Hello", option, name]
+            line = error_line(invoke(path, *arguments), 1)
+            assert str(name) in line
+            assert words in line
+        assert not name.is_file()
+    text, big = tmp_path / "text", tmp_path / "big"
+    text.write_text("no session")
+    big.write_bytes(b"")
+    os.truncate(big, 1 << 33)
+    assert "is not a session, or it is damaged" in error_line(invoke(path, "-p", "Hello", "--session", text), 1)
+    for option in ("--tools", "--cache-scales", "--file"):
+        arguments = [option, big] if option == "--file" else ["-p", "Hello", option, big]
+        assert "is larger than 67108864 bytes" in error_line(invoke(path, *arguments), 1)
 
 
 def test_endless_stdin(path: Path) -> None:
     with open("/dev/zero", "rb") as zeros:
         done = subprocess.run([*RUN, str(path)], stdin=zeros, capture_output=True, timeout=PATIENCE)
     assert done.returncode == 1
-    assert done.stderr == b"error: stdin is longer than 67108864 bytes: no context holds that much text\n"
+    assert done.stderr == b"error: stdin is larger than 67108864 bytes, the most that is read of a text\n"
 
 
 def test_warm_up(path: Path) -> None:
@@ -310,6 +337,30 @@ def test_warm_up(path: Path) -> None:
     done = invoke(path, "--warm-up")
     assert (done.exit_code, done.stdout) == (0, "")
     assert done.stderr.startswith("load ")
+
+
+def test_warm_up_names_its_model(path: Path) -> None:
+    """`--warm-up MODEL` is as `MODEL --warm-up`."""
+    assert invoke("--warm-up", path).stderr.startswith("load ")
+    assert "No such file" in invoke("--warm-up", "no-such.gguf").stderr
+
+
+def test_warm_up_all(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that --list shows; a damaged model does not stop the others."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(listing, "models_dir", lambda: tmp_path)  # no default model
+    repo = tmp_path / "hub/models--o--r"
+    (repo / "snapshots/0123").mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text("0123")
+    (repo / "snapshots/0123/a-Q4_0.gguf").write_bytes(b"GGUF")
+    (repo / "snapshots/0123/b-Q8_0.gguf").symlink_to(path)
+    result = invoke("--warm-up", "all")
+    lines = result.stderr.splitlines()
+    assert (result.exit_code, [lines[0], lines[2]]) == (1, ["hf:o/r:Q4_0:", "hf:o/r:Q8_0:"])
+    assert lines[1].startswith("error: ")
+    assert lines[3].startswith("load ")
+    assert lines[4:] == ["error: 1 models cannot be run; the others are ready"]
 
 
 def test_no_chat_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
@@ -429,8 +480,9 @@ def test_chat_invalid_utf8(path: Path) -> None:
 class Terminal:
     """A process on a terminal of its own: stdin, stdout and stderr."""
 
-    def __init__(self, arguments: Sequence[Any]) -> None:
+    def __init__(self, arguments: Sequence[Any], columns: int = 80) -> None:
         self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         self.process = subprocess.Popen(
             [*RUN, *map(str, arguments)],
             stdin=slave,
@@ -473,7 +525,7 @@ def terminal(endless: Path) -> Iterator[Terminal]:
 def test_terminal_chat(terminal: Terminal) -> None:
     """A bar while loading; Ctrl-C stops an answer, not the program; Ctrl-D leaves."""
     terminal.wait_for("loading [")
-    terminal.wait_for("\r> ")
+    terminal.wait_for("\r\n> ")
     for _ in range(2):
         terminal.type("Hello\n")
         terminal.wait_for("Hello\r\n")
@@ -488,3 +540,24 @@ def test_terminal_chat(terminal: Terminal) -> None:
     terminal.type("\x04")
     terminal.wait_for("load ")
     assert terminal.process.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_terminal_of_a_newcomer(path: Path, columns: int) -> None:
+    """A model alone starts the chat: a banner that fits, commands that Tab completes, answers that fit."""
+    terminal = Terminal([path, "--no-history", "--seed", "1", "--temp", "5", "-n", "40"], columns)
+    try:
+        terminal.wait_for("tiny, llama ")
+        terminal.wait_for("context 4096 tokens")
+        terminal.wait_for("/help lists the commands, Ctrl-D leaves\r\n> ")
+        terminal.type("Hello\n")
+        terminal.wait_for("Hello\r\n")
+        terminal.wait_for("\r\n> ")
+        terminal.type("/st\t\n")
+        terminal.wait_for("/stats ")
+        terminal.wait_for(" | context ")
+        terminal.type("/bye\n")
+        terminal.wait_for("load ")
+        assert terminal.process.wait(PATIENCE) == 0
+    finally:
+        terminal.close()
