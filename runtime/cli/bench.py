@@ -133,7 +133,7 @@ def main(models: tuple[str, ...], repetitions: int, delay: float, no_warmup: boo
 
     printer = PRINTERS[output](cases)
     results: list[Result] = []
-    with progress("") as bar:
+    with progress("benchmarks") as bar:
 
         def write(text: str) -> None:
             bar.clear()

@@ -42,6 +42,7 @@ class LoadedModel:
     chat_template: str | None = None
     tool_template: str | None = None  # in place of chat_template for conversations with tools; some files have both
     where: str = ""  # the number of layers on each device, for people
+    about: Callable[[], str] = str  # returns the file's name, architecture, size and type, for people
     download_s: float = 0.0  # seconds that it took to find or to download the file
     identity: "Callable[[], SessionHeader] | None" = None  # makes the header of a session; None: no sessions
     close: Sequence[Callable[[], None]] = ()  # called at the end, to free what the decoder does not own
@@ -126,6 +127,7 @@ def _load(
         template,
         tool_template,
         where=", ".join(f"{n} layer{'s' * (n > 1)} on {backends[device].name}" for device, n in layers.items()),
+        about=partial(_about, file),
         identity=partial(_identity, file, plan.cache, placement.n_gpu),
         close=[*(backend.close for backend in backends.values()), file.close],
     )
@@ -173,6 +175,12 @@ def chat_template(metadata: Mapping[str, Any], key: str = "tokenizer.chat_templa
     if template is not None and not isinstance(template, str):
         raise FormatError(f"{key} must be a string, but is {type(template).__name__}")
     return template or None
+
+
+def _about(file: GGUFFile) -> str:
+    from gguf_run.runtime.quantize.file_types import model_type
+
+    return f"{file.path.name.removesuffix('.gguf')}, {model_type(file)}"
 
 
 def _identity(file: GGUFFile, plan: Sequence[CacheType], n_gpu: int) -> "SessionHeader":

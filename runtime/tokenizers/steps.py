@@ -178,7 +178,9 @@ def _checked(data: bytes, key: str) -> bytes:
     if len(data) < 8 or size % 4 or not 0 < size < len(data) - 4 or data[-1]:
         raise FormatError(f"{key} is damaged: it says {size} bytes of table, and has {len(data)}")
     units = np.frombuffer(data, "<u4", size // 4, 4)
-    inner = np.flatnonzero(units >> 31 == 0)
+    is_inner = units >> 31 == 0
+    is_inner[0] = True  # each search begins there and reads a base, whatever bit 31 says
+    inner = np.flatnonzero(is_inner)
     base = (units[inner] >> 10).astype(np.int64) << ((units[inner] & 512) >> 6)
     if ((inner ^ base) | 255).max(initial=0) >= len(units):
         raise FormatError(f"{key} is damaged: a unit leads out of the table of {len(units)}")

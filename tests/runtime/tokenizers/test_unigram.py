@@ -128,6 +128,14 @@ def test_a_damaged_table_of_characters() -> None:
             tokenizer.encode("".join(map(chr, range(1, 200))) + "QQ Qé\u3000")
 
 
+def test_a_table_whose_first_unit_holds_a_text() -> None:
+    """Each search reads the base of the first unit, even if that holds the place of a text."""
+    damaged = charsmap().copy()
+    damaged[7] |= 0x80
+    with pytest.raises(FormatError, match="a unit leads out of the table of 768"):
+        Tokenizer.from_metadata(unigram(precompiled_charsmap=damaged))
+
+
 def test_bytes_of_unknown_characters() -> None:
     metadata = unigram()
     tokens = metadata[f"{G}tokens"] + [f"<0x{byte:02X}>" for byte in range(256)]
