@@ -99,3 +99,8 @@ def test_an_unknown_pre_tokenizer_is_one_line_on_stderr(tmp_path: Path) -> None:
     assert (result.exit_code, result.stdout) == (0, f"{ids('a')}\n")
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("warning: the file names the pre-tokenizer 'new\\x1bname', which is not known")
+
+
+def test_an_adapter(tmp_path: Path) -> None:
+    path = write(tmp_path / "lora.gguf", {"general.type": "adapter", "general.architecture": "llama"})
+    assert "lora.gguf: is not a model but an adapter (LoRA)" in run(str(path), "x").stderr
