@@ -7,6 +7,8 @@ _MOST_CHARACTERS = 1000  # of a message
 
 def plain(text: str) -> str:
     """Return text from a file in a form that is safe to show: on one line, what is not printable as an escape."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

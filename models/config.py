@@ -28,6 +28,7 @@ _NEUTRAL: Mapping[str, float | bool] = {
     "attention.clamp_kqv": 0,
     "attention.temperature_scale": 0,
     "expert_group_count": 1,
+    "expert_gating_func": 1,  # softmax
 }
 # Tensors that nobody reads: those that old converters wrote, and the scales of activations for NVFP4 products.
 _UNUSED_SUFFIXES = (".attn_rot_embd.weight", ".rope_freqs.weight", ".input_scale")

@@ -6,7 +6,7 @@ concern llama.cpp's own speed are accepted and change nothing. Others that this 
 
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from gguf_run.formats.errors import OptionError, UnsupportedError, check_names
@@ -36,14 +36,23 @@ _OFF: Result = {
     "suffix": None, "tfs_z": 1, "stopping_criteria": None, "grammar": None, "functions": None, "function_call": None,
     "response_format": {"type": "text"},
 }  # fmt: skip
-# Options of sampling with their defaults there; the second name is ours.
-_SAMPLING: Mapping[str, tuple[str, Any]] = {
-    "temperature": ("temperature", 0.8), "top_p": ("top_p", 0.95), "min_p": ("min_p", 0.05),
-    "typical_p": ("typical_p", 1.0), "frequency_penalty": ("frequency_penalty", 0.0), "top_k": ("top_k", 40),
-    "presence_penalty": ("presence_penalty", 0.0), "repeat_penalty": ("repeat_penalty", 1.0),
-    "mirostat_mode": ("mirostat", 0), "mirostat_tau": ("mirostat_tau", 5.0), "mirostat_eta": ("mirostat_eta", 0.1),
-}  # fmt: skip
-_OTHERS = ("max_tokens", "logprobs", "echo", "stream", "stop", "seed", "model", "logits_processor", "logit_bias")
+# Options of sampling whose names and defaults are ours.
+_SAMPLING = (
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "frequency_penalty", "presence_penalty",
+    "mirostat_tau", "mirostat_eta",
+)  # fmt: skip
+_OTHERS = (
+    "max_tokens",
+    "logprobs",
+    "echo",
+    "stream",
+    "stop",
+    "seed",
+    "model",
+    "logits_processor",
+    "logit_bias",
+    "mirostat_mode",
+)
 
 
 class Llama:
@@ -204,9 +213,10 @@ class Llama:
     def _options(self, options: Result, max_tokens: int | None, logprobs: int | None) -> Any:
         """Return arguments of Model.generate for those of a completion."""
         _refuse(options, _OFF, (*_SAMPLING, *_OTHERS))
-        ours = {name: options.get(theirs, value) for theirs, (name, value) in _SAMPLING.items()}
+        ours = {name: options[name] for name in _SAMPLING if name in options}
         seed, stop, processors = options.get("seed"), options.get("stop"), options.get("logits_processor")
         return ours | {
+            "mirostat": options.get("mirostat_mode", 0),
             "max_tokens": max_tokens if max_tokens is not None and max_tokens > 0 else None,
             "stop": [stop] if isinstance(stop, str) else stop or (),
             "seed": self._seed if seed is None else seed,

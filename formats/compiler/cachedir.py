@@ -10,6 +10,7 @@ import functools
 import os
 import stat
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from gguf_run.formats.errors import GgufRunError
@@ -65,6 +66,9 @@ def write_own(path: Path, data: bytes) -> None:
     """
     from gguf_run.formats.atomic import replacing  # late: a warm start writes nothing
 
+    if not path.is_file():  # nothing, a pipe, or a link to a device, which `replacing` leaves alone
+        with suppress(OSError):
+            path.unlink()
     with replacing(path) as part, open(part, "xb", opener=functools.partial(os.open, mode=0o600)) as file:
         file.write(data)
         file.flush()

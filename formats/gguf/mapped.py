@@ -15,6 +15,40 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.errors import FormatError, GgufRunError, plain
 
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def check_kind(path: str | os.PathLike[str], pipes: bool = False) -> None:
+    """GgufRunError unless `path` is a regular file. Call it before a file is opened: a named pipe waits for a writer.
+
+    pipes: allow pipes without a name, as in `-f <(command)`. OSError if there is nothing.
+    """
+    mode = os.stat(path).st_mode
+    is_nameless = stat.S_ISFIFO(mode) and os.path.basename(os.path.realpath(path)).startswith("pipe:")
+    if not stat.S_ISREG(mode) and not (pipes and is_nameless):
+        kind = "directory" if stat.S_ISDIR(mode) else "device or pipe"
+        raise GgufRunError(f"{path}: is a {kind}, not a file: give the path of a file")
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
+    """Read a whole file that a person names, of at most `limit` bytes.
+
+    GgufRunError for a larger file, a device and a named pipe, OSError if it cannot be read.
+    """
+    check_kind(path, pipes=True)
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise GgufRunError(f"{path}: is larger than {limit} bytes, the most that is read of such a file")
+    check_content(path, data)
+    return data
+
+
+def check_content(path: str | os.PathLike[str], data: bytes) -> None:
+    """FormatError if a file, which begins with `data`, is what a clone without Git LFS has in a large file's place."""
+    if data.startswith(_LFS_POINTER):
+        raise FormatError(f"{path}: is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
+
 
 class MappedFile:
     """A regular file, mapped read-only.
@@ -28,15 +62,13 @@ class MappedFile:
         self.order = "<"  # byte order, "<" or ">": set by the function that reads the header
         self.has_bad_text = False  # a string was decoded that is not UTF-8, and a warning said so
         try:
-            # The check comes before the file is opened: opening a named pipe would wait for a writer.
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                kind = "directory" if os.path.isdir(path) else "device or pipe"
-                raise GgufRunError(f"{path}: is a {kind}, not a file: give the path of a GGUF file")
+            check_kind(path)
             with open(path, "rb") as file:
                 self.size = os.fstat(file.fileno()).st_size
                 if self.size == 0:
-                    raise FormatError(f"{path}: is empty, not a GGUF file")
+                    raise FormatError(f"{path}: is empty, it holds nothing to read")
                 self.map = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
+            check_content(path, self.map[: len(_LFS_POINTER)])
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = getattr(error, "strerror", None) or error
             raise GgufRunError(f"{path}: cannot open the file: {reason}") from None

@@ -81,10 +81,11 @@ class GGUFWriter:
         self._file: BinaryIO | None = None
         self._check_outputs([Path(path) for path in inputs])
         self._replacing = ExitStack()
-        self._temporary = [self._replacing.enter_context(replacing(path)) for path in self.paths]
+        self._temporary: list[Path] = []
         try:
             with self._errors():
                 for self._no, header in enumerate(headers):
+                    self._temporary.append(self._replacing.enter_context(replacing(self.paths[self._no])))
                     self._temporary[self._no].write_bytes(header)
                 self._begin_tensor()
         except BaseException:

@@ -58,9 +58,9 @@ class TemplateProcess:
                     reply = process.stdout.readline(MAX_REPLY)
             finally:
                 clock.cancel()
-                if not reply.endswith(b"\n"):  # after Ctrl-C too: a late reply would be taken for the next one
+                if not reply.endswith(b"}\n"):  # after Ctrl-C too: a late reply would be taken for the next one
                     self._end()
-        if reply.endswith(b"\n"):
+        if reply.endswith(b"}\n"):
             result: dict[str, Any] = json.loads(reply)
             return result
         reason = f"its process ended with code {process.returncode}"

@@ -23,7 +23,7 @@ SHOWN_MESSAGES, SHOWN_CHARACTERS = 4, 400  # of a conversation that goes on
 def check_place(path: Path, option: str = "--session") -> None:
     """GgufRunError if a session cannot be saved at `path`: the user learns it before a long chat, not after it."""
     folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    if (path.exists() and not path.is_file()) or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise GgufRunError(f"{option} {path}: cannot be written: name a file in a folder that can be")
 
 

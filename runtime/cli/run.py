@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -38,7 +38,7 @@ from gguf_run.runtime.cli.options import (
     to_load_options,
 )
 from gguf_run.runtime.sampling.params import SamplingParams
-from gguf_run.runtime.terminal.text import decode_text, message, on_terminal, read_text
+from gguf_run.runtime.terminal.text import decode_text, message, on_terminal, read_stdin, read_text
 
 if TYPE_CHECKING:
     from gguf_run.runtime.chat.process import TemplateProcess
@@ -268,14 +268,13 @@ def _prompt(values: Mapping[str, Any], kind: str) -> str | None:
     if given and file is None:
         text = _argument(*given.values(), *given)
     elif file not in (None, "-"):
-        with open(str(file), "rb") as stream:
-            text = _read_all(stream, str(file))
+        text = read_text(Path(str(file)), MAX_PROMPT_BYTES)
     elif kind == "chat" and file is None:
         return None
     elif sys.stdin is None or sys.stdin.isatty():
         raise click.UsageError("Nothing to answer: give PROMPT, --prompt, --file, --chat, or text on stdin.")
     else:
-        text = _read_all(sys.stdin.buffer, "stdin")
+        text = read_stdin(MAX_PROMPT_BYTES)
     if not text.strip():
         raise GgufRunError("the prompt is empty: write something after --prompt, into the --file or on stdin")
     return text
@@ -283,7 +282,7 @@ def _prompt(values: Mapping[str, Any], kind: str) -> str | None:
 
 def _functions(path: Path) -> list[dict[str, Any]]:
     try:
-        tools = json.loads(read_text(path))
+        tools = json.loads(read_text(path, MAX_PROMPT_BYTES))
     except (ValueError, RecursionError) as error:
         raise GgufRunError(f"--tools {path}: not JSON: {error}") from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -297,20 +296,15 @@ def _template_options(text: str) -> dict[str, Any]:
     except (GgufRunError, ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
-        raise OptionError(f'--chat-template-kwargs is {text}; allowed: a JSON object, as {{"enable_thinking": false}}')
+        raise OptionError(
+            f'--chat-template-kwargs is {text:.200}; allowed: a JSON object, as {{"enable_thinking": false}}'
+        )
     return values
 
 
 def _argument(text: str, name: str) -> str:
     # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
     return decode_text(text.encode("utf-8", "surrogateescape"), name)
-
-
-def _read_all(stream: BinaryIO, name: str) -> str:
-    data = stream.read(MAX_PROMPT_BYTES + 1)
-    if len(data) > MAX_PROMPT_BYTES:
-        raise GgufRunError(f"{name} is longer than {MAX_PROMPT_BYTES} bytes: no context holds that much text")
-    return decode_text(data, name)
 
 
 def _describe(model: "Model") -> None:

@@ -85,7 +85,7 @@ _GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
 _QWEN = {"sliding_window": 4096, "max_window_layers": 28}
 _GEMMA2 = {**_GEMMA, "sliding_window": 4096, "query_pre_attn_scalar": 256}
 # The first files of Gemma 3 leave out values that are the defaults of the class.
-_GEMMA3 = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072}
+_GEMMA3 = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from gguf_run.formats.gguf.tensors import TensorInfo
 from gguf_run.formats.gguf.writer_metadata import MetaValue
 from gguf_run.runtime.convert.stored.checkpoint import read_json
 
-_MAX_CARD_BYTES = 1 << 20
+_MAX_CARD_BYTES = 1 << 18  # YAML takes seconds for so much
+_MAX_DEPTH = 32  # of lists in lists: the time that YAML takes grows with its square
+_LARGEST_NUMBER = 1 << 53
 _HUB = "https://huggingface.co/"
 # Key under general. -> fields of the card. The first one that is there counts.
 _TEXTS = {
@@ -73,8 +75,20 @@ def _read_card(directory: Path) -> dict[str, Any]:
     text = "\n".join(takewhile(lambda line: line != "---", lines[1:])).replace("\t", "  ")
     # YAML takes a bare "no", the code of Norwegian, for false.
     text = re.sub(r"^(\s*(?:- |language: ))no\s*$", r'\1"no"', text, flags=re.MULTILINE)
+
+    class Loader(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            self.depth += 1
+            if self.depth > _MAX_DEPTH:
+                raise yaml.YAMLError
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
     try:
-        card = yaml.safe_load(text)
+        card = yaml.load(text, Loader)
     except (yaml.YAMLError, RecursionError, ValueError):
         return {}  # a card is for people; the model does not depend on it
     return card if isinstance(card, dict) else {}
@@ -82,7 +96,8 @@ def _read_card(directory: Path) -> dict[str, Any]:
 
 def _texts(value: Any) -> list[str]:
     values = value if isinstance(value, list) else [value]
-    return [str(item) for item in values if isinstance(item, str | int | float) and not isinstance(item, bool)]
+    # A number of 9,000 digits is no text: Python refuses to write it.
+    return [str(v) for v in values if isinstance(v, str) or (type(v) in (int, float) and abs(v) < _LARGEST_NUMBER)]
 
 
 def _folder_name(directory: Path) -> str:

@@ -20,27 +20,19 @@ _READ = (
 )  # fmt: skip
 # Keys that say nothing of what is computed: names, training, how transformers runs or generates, parts for images.
 _HARMLESS = (
-    "max_sequence_length", "use_flash_attn",
-    "architectures", "model_type", "auto_map", "transformers_version", "transformers.js_config", "torch_dtype",
-    "dtype", "initializer_range", "pretraining_tp", "use_cache", "cache_implementation", "text_config",
-    "vision_config", "mm_tokens_per_image", "image_token_index", "boi_token_index", "eoi_token_index",
-    "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "residual_dropout",
-    "embedding_dropout", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "aux_loss_alpha",
-    "seq_aux", "quantization", "quantization_config",
-    "compression_config", "unsloth_fixed", "unsloth_version", "is_llama_config",
-    "attn_implementation", "max_length", "temperature", "top_k", "top_p", "typical_p", "do_sample", "num_beams",
-    "num_beam_groups", "num_return_sequences", "repetition_penalty", "length_penalty", "diversity_penalty",
-    "task_specific_params", "finetuning_task", "tokenizer_class", "id2label", "label2id", "problem_type",
-    "return_dict", "gradient_checkpointing", "initial_context_length", "experts_per_token", "interpolate_factor",
-    "full_attn_mod", "sep_token_id", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "cls_token_id",
+    "max_sequence_length", "use_flash_attn", "architectures", "model_type", "auto_map", "transformers_version",
+    "transformers.js_config", "torch_dtype", "dtype", "initializer_range", "pretraining_tp", "use_cache",
+    "cache_implementation", "text_config", "vision_config", "mm_tokens_per_image", "image_token_index",
+    "boi_token_index", "eoi_token_index", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop",
+    "attn_pdrop", "residual_dropout", "embedding_dropout", "output_router_logits", "router_aux_loss_coef",
+    "router_jitter_noise", "aux_loss_alpha", "seq_aux", "quantization", "quantization_config", "compression_config",
+    "unsloth_fixed", "unsloth_version", "is_llama_config", "attn_implementation", "max_length", "temperature", "top_k",
+    "top_p", "typical_p", "do_sample", "num_beams", "num_beam_groups", "num_return_sequences", "repetition_penalty",
+    "length_penalty", "diversity_penalty", "task_specific_params", "finetuning_task", "tokenizer_class", "id2label",
+    "label2id", "problem_type", "return_dict", "gradient_checkpointing", "initial_context_length", "experts_per_token",
+    "interpolate_factor", "full_attn_mod", "sep_token_id", "bos_token_id", "eos_token_id", "pad_token_id",
+    "unk_token_id", "cls_token_id",
 )  # fmt: skip
-# config.json names for the window, by the rule in CheckpointLayout.windows.
-_WINDOW_NAMES = {
-    "last": ("layer_types", "max_window_layers"),
-    "first": ("layer_types", "max_window_layers"),
-    "period": ("layer_types",),
-    "unrotated": ("layer_types",),
-}
 
 
 def check_keys(layout: CheckpointLayout, config: Config) -> None:
@@ -79,8 +71,7 @@ def _names(layout: CheckpointLayout) -> Iterator[str]:
     if "attn_q_norm" in layout.decoder.optional_norms:
         yield "qk_layernorm"
     if layout.windows:
-        yield "sliding_window"
-        yield from _WINDOW_NAMES.get(layout.windows, ())
+        yield from ("sliding_window", *(() if layout.windows == "all" else ("layer_types",)))
     if layout.switch:
         yield from ("use_sliding_window", "max_window_layers")
 

@@ -1,6 +1,6 @@
 """The rotation of a checkpoint: rope_parameters of config.json as GGUF keys and tensors.
 
-All numbers are those that transformers' modeling_rope_utils.py computes with.
+All numbers are those that transformers (modeling_rope_utils) computes with.
 """
 
 import math

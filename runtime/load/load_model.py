@@ -135,6 +135,10 @@ def _load(
 
 def _plan(file: GGUFFile, options: LoadOptions) -> MemoryPlan:
     config = ModelConfig.from_metadata(file.metadata, file.tensors)
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, Sequence) and len(tokens) != config.n_vocab:
+        rows = f"token_embd.weight has {config.n_vocab} rows"
+        raise FormatError(f"tokenizer.ggml.tokens has {len(tokens)} tokens, and {rows}: convert the model again")
     n_ctx = options.n_ctx or min(config.n_ctx_train, DEFAULT_N_CTX)
     cache = plan_cache(config, options.cache_type, options.cache_rotation, options.cache_scales)
     return MemoryPlan(config, list(file.tensors.values()), n_ctx, cache, options.n_batch, options.n_seq)

@@ -4,17 +4,20 @@ Colours: what a model thinks before it answers is dimmed. There are no colours w
 NO_COLOR is set (https://no-color.org).
 """
 
+import json
 import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import click
 
 from gguf_run.formats.errors import GgufRunError, plain
+from gguf_run.formats.gguf.mapped import read_bytes
 
+MAX_TEXT_BYTES = 1 << 30
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 # Tags that begin and end a block of reasoning: of DeepSeek-R1, Qwen3 and most others; of Magistral; of Seed-OSS.
 TAGS = {"<think>": "</think>", "[THINK]": "[/THINK]", "<seed:think>": "</seed:think>"}
@@ -25,14 +28,30 @@ def one_line(text: str) -> str:
     return plain(" ".join(text.split()))
 
 
+def json_text(value: Any) -> str:
+    """Return JSON that is safe to show: characters that steer a terminal or turn the direction of text are escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
 def message(text: str) -> None:
     """Print one line on stderr."""
     click.echo(one_line(text), err=True)
 
 
-def read_text(path: Path) -> str:
-    """Read a UTF-8 text file. Errors name the file and the place of the first invalid byte."""
-    return decode_text(path.read_bytes(), str(path))
+def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
+    """Read a UTF-8 text file of at most `limit` bytes. Errors name the file and the place of the first invalid byte."""
+    return decode_text(read_bytes(path, limit), str(path))
+
+
+def read_stdin(limit: int = MAX_TEXT_BYTES) -> str:
+    """Read all text of stdin, at most `limit` bytes. GgufRunError for more, if it is closed, or if it is not UTF-8."""
+    if sys.stdin is None:
+        raise GgufRunError("stdin is closed: name a file, or write the text on the command line")
+    data = sys.stdin.buffer.read(limit + 1)
+    if len(data) > limit:
+        raise GgufRunError(f"stdin is larger than {limit} bytes, the most that is read of a text")
+    return decode_text(data, "stdin")
 
 
 def decode_text(data: bytes, name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer as Package
-from tokenizers.normalizers import NFC, NFKC, Precompiled
+from tokenizers.normalizers import NFC, NFKC
 from tokenizers.pre_tokenizers import Sequence as Steps
 
 from gguf_run.formats.errors import FormatError
@@ -63,12 +63,14 @@ def read_normalizer(
     return normalize
 
 
-def read_cutter(metadata: Mapping[str, Any], usual: Any = None) -> Callable[[str], list[str]] | None:
-    """Return a function that cuts a text into words. Without steps in the metadata `usual` does it; None: nothing."""
+def read_cutter(metadata: Mapping[str, Any]) -> Callable[[str], list[str]] | None:
+    """Return a function that cuts a text into words, or None if the metadata has no steps for that."""
     steps = read_steps(metadata, "pre_tokenizer", PRE_TOKENIZERS)
-    cutter = usual if steps is None else Steps(steps)
-    if cutter is None:
-        return None
+    return None if steps is None else words_by(Steps(steps))
+
+
+def words_by(cutter: Any) -> Callable[[str], list[str]]:
+    """Return a function that gives the words of a text, by a pre-tokenizer of the tokenizers package."""
     return lambda text: [word for word, _ in _guarded(cutter.pre_tokenize_str, text)]
 
 
@@ -110,7 +112,7 @@ def _guarded(call: Callable[[str], T], text: str) -> T:
         raise FormatError(f"a step of the tokenizer fails for a text of {len(text)} characters ({error})") from None
 
 
-def _charsmap(metadata: Mapping[str, Any]) -> Precompiled | None:
+def _charsmap(metadata: Mapping[str, Any]) -> "_Charsmap | None":
     """Return SentencePiece's table of replacements."""
     key = "tokenizer.ggml.precompiled_charsmap"
     value = metadata.get(key)
@@ -119,11 +121,49 @@ def _charsmap(metadata: Mapping[str, Any]) -> Precompiled | None:
     data = np.asarray(value)
     if data.ndim != 1 or data.dtype.kind not in "iu" or data.dtype.itemsize != 1:
         raise FormatError(f"{key} must be an array of bytes")
-    table = _checked(data.tobytes(), key)
-    try:
-        return Precompiled(table)
-    except Exception as error:  # the package raises Exception itself
-        raise FormatError(f"{key} is damaged: {error}") from None
+    return _Charsmap(_checked(data.tobytes(), key))
+
+
+class _Charsmap:
+    """Replaces the longest text of the table that begins at a character, as SentencePiece does.
+
+    The tokenizers package looks at whole graphemes, and loses a part of some: the line feed of "\r\n".
+    """
+
+    def __init__(self, data: bytes) -> None:
+        """data: a checked table, see _checked."""
+        size = int.from_bytes(data[:4], "little")
+        self._units: list[int] = np.frombuffer(data, "<u4", size // 4, 4).tolist()
+        self._texts = data[4 + size :]
+
+    def normalize_str(self, text: str) -> str:
+        data = text.encode()
+        out = bytearray()
+        at = 0
+        while at < len(data):
+            end, place = self._longest(data, at)
+            if place < 0:  # no text of the table begins here: the character stays
+                end = at + 1
+                while end < len(data) and data[end] & 0xC0 == 0x80:
+                    end += 1
+                out += data[at:end]
+            else:
+                out += self._texts[place : self._texts.index(0, place)]
+            at = end
+        return out.decode(errors="replace")
+
+    def _longest(self, data: bytes, at: int) -> tuple[int, int]:
+        """Return where the longest text of the table ends that begins at `at`, and the place of its replacement."""
+        units, node, end, place = self._units, 0, at, -1
+        unit = units[0]
+        for i in range(at, len(data)):
+            node ^= (unit >> 10) << ((unit & 512) >> 6) ^ data[i]
+            unit = units[node] if node < len(units) else 1 << 31
+            if unit & (1 << 31 | 0xFF) != data[i]:
+                break
+            if unit & 256:
+                end, place = i + 1, units[node ^ (unit >> 10) << ((unit & 512) >> 6)] & 0x7FFFFFFF
+        return end, place
 
 
 def _checked(data: bytes, key: str) -> bytes:

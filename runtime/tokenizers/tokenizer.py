@@ -67,7 +67,7 @@ class Tokenizer:
 
         TwoBosWarning if the text begins with BOS, and BOS is put before it.
         """
-        ids = [self.bos] if add_special and self.add_bos and self.bos is not None else []
+        ids = [*self._vocab.before] if add_special and self.add_bos else []
         first = after_special = True
         pieces = (self._all_special if parse_special else self._user_defined).split(_valid(text))
         for piece in SpecialTokens.strip(pieces, self._flags) if self._flags.left or self._flags.right else pieces:
@@ -76,7 +76,8 @@ class Tokenizer:
             elif piece := self._encoder.normalize(piece) if self._encoder.normalize else piece:
                 ids += self._encoder.encode(self._prefixed(piece, first, after_special))
             first, after_special = False, isinstance(piece, int)
-        if add_special and self.add_bos and ids[1:2] == [self.bos]:
+        n_before = len(self._vocab.before)
+        if add_special and self.add_bos and ids[n_before : n_before + 1] == [self.bos]:
             name = self._vocab.tokens[ids[0]]
             what = (
                 f"the text begins with {name}, and the tokenizer puts another one before it: leave it out of the text"
@@ -92,7 +93,7 @@ class Tokenizer:
         BOS stands there once, whether the template wrote it or not. EOS does not follow: the answer does.
         """
         ids = self.encode(prompt, add_special=False)
-        return [self.bos, *ids] if self.add_bos and self.bos is not None and ids[:1] != [self.bos] else ids
+        return [*self._vocab.before, *ids] if self.add_bos and ids[:1] != [self.bos] else ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Return the text of ids, the reverse of encode. Bytes that are not UTF-8 become U+FFFD.

@@ -21,6 +21,7 @@ from gguf_run.runtime.tokenizers.vocab import BYTE, NORMAL, USER_DEFINED, Defaul
 DEFAULTS = Defaults(add_eos=True, eos=1, unknown=2)
 
 _SPACE = "▁"
+_MAX_CHARS = 1024  # of a token: the tokenizers package crashes if one is very long
 _SPACES = re.compile(f"[{WHITE_SPACE}]+")
 _WORDS = re.compile(f"{_SPACE}[^{_SPACE}]*|[^{_SPACE}]+")
 
@@ -35,6 +36,8 @@ class UgmEncoder(SpmPieces):
         scores = read_numbers(metadata, "scores", len(tokens))
         if scores is None or not np.isfinite(scores).all():
             raise FormatError("tokenizer.ggml.scores must have a finite number for each token, convert the model again")
+        if (longest := max(map(len, tokens))) > _MAX_CHARS:
+            raise FormatError(f"tokenizer.ggml.tokens: one has {longest} characters: at most {_MAX_CHARS} are allowed")
         types = np.frombuffer(self.vocab.types, np.uint8)
         in_texts = np.isin(types, (NORMAL, BYTE, USER_DEFINED))
         least = float(scores[np.isin(types, (NORMAL, BYTE))].min(initial=0.0))

@@ -82,6 +82,7 @@ class Vocab:
     ids: dict[str, int]  # the reverse
     types: bytes  # NORMAL, CONTROL ..., one byte for each token
     bos: int | None  # begins a text
+    before: tuple[int, ...]  # what is put before a text: BOS, and in few models further tokens
     eos: int | None  # ends a text
     eot: int | None  # ends a turn of a conversation
     unknown: int | None  # stands for text that the vocabulary cannot express
@@ -108,12 +109,14 @@ def read_vocab(metadata: Mapping[str, Any], defaults: Defaults) -> Vocab:
     eos = _id(metadata, "eos", len(tokens), defaults.eos)
     ends = {eos, *(roles.get(role.key) for role in _ROLES if role.ends_answer)}
     stop_ids = _stop_ids({id for id in ends if id is not None}, ids, types)
-    stop_ids |= _ids(metadata, "eos_token_ids", len(tokens))
+    stop_ids.update(_ids(metadata, "eos_token_ids", len(tokens)))
+    bos = _id(metadata, "bos", len(tokens), defaults.bos)
     return Vocab(
         tokens=tokens,
         ids=ids,
         types=bytes(types),
-        bos=_id(metadata, "bos", len(tokens), defaults.bos),
+        bos=bos,
+        before=_ids(metadata, "bos_token_ids", len(tokens)) or (() if bos is None else (bos,)),
         eos=eos,
         eot=roles.get("eot"),
         unknown=_id(metadata, "unknown", len(tokens), defaults.unknown),
@@ -174,8 +177,9 @@ def read_flags(metadata: Mapping[str, Any], vocab: Vocab) -> Flags:
     gguf-convert writes lists of them, for what the tokenizers package does. Without a list, Phi-3's tokens take ASCII
     blanks on their right, as in llama.cpp. FormatError if a list holds anything but ids.
     """
+    n = len(vocab.tokens)
     left, right, single_word = (
-        _ids(metadata, f"{flag}_token_ids", len(vocab.tokens)) for flag in ("lstrip", "rstrip", "single_word")
+        frozenset(_ids(metadata, f"{flag}_token_ids", n)) for flag in ("lstrip", "rstrip", "single_word")
     )
     name = str(metadata.get("general.name", "")).lower()
     if not right and ("phi-3" in name or "phi3" in name):
@@ -185,13 +189,13 @@ def read_flags(metadata: Mapping[str, Any], vocab: Vocab) -> Flags:
     return Flags(left, right, single_word, WHITE_SPACE)
 
 
-def _ids(metadata: Mapping[str, Any], name: str, n: int) -> frozenset[int]:
+def _ids(metadata: Mapping[str, Any], name: str, n: int) -> tuple[int, ...]:
     """Return the list of ids `tokenizer.ggml.<name>`, empty if missing; FormatError if it holds anything but ids."""
     ids = metadata.get(_PREFIX + name, ())
     ids = ids.tolist() if isinstance(ids, np.ndarray) else ids
     if not isinstance(ids, Sequence) or not all(isinstance(id, int) and 0 <= id < n for id in ids):
         raise FormatError(f"{_PREFIX}{name} must be a list of ids from 0 to {n - 1}")
-    return frozenset(ids)
+    return tuple(ids)
 
 
 def read_strings(metadata: Mapping[str, Any], name: str) -> list[str]:

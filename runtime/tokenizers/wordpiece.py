@@ -12,7 +12,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from gguf_run.runtime.tokenizers.spm import SpmPieces
-from gguf_run.runtime.tokenizers.steps import read_cutter, read_normalizer
+from gguf_run.runtime.tokenizers.steps import read_cutter, read_normalizer, words_by
 from gguf_run.runtime.tokenizers.vocab import Defaults, read_bool
 
 DEFAULTS = Defaults(add_bos=True, add_eos=True, bos=101, unknown=100, eos=102)
@@ -31,7 +31,7 @@ class WpmEncoder(SpmPieces):
         lowercase = read_bool(metadata, "normalizer.lowercase", True)
         accents = read_bool(metadata, "normalizer.strip_accents", lowercase)
         self.normalize = read_normalizer(metadata, [BertNormalizer(lowercase=lowercase, strip_accents=accents)])
-        self._cut = read_cutter(metadata, BertPreTokenizer())
+        self._cut = read_cutter(metadata) or words_by(BertPreTokenizer())
         self._longest = max(map(len, self.vocab.tokens))
 
     def encode(self, text: str) -> list[int]:

@@ -18,7 +18,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import Connection
@@ -27,6 +27,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "helpers")]
 
+from attacks import attacks  # noqa: E402
 from mutate import Gguf, Sealed, mutated  # noqa: E402
 from targets import REFUSALS, TARGETS  # noqa: E402
 
@@ -36,6 +37,9 @@ TURN_SECONDS, FIRST_TURN, LONGEST_TURN = 4, 100, 20_000  # of a target, before t
 SHARED_MEMORY = Path("/dev/shm")
 
 
+Mutant = int | str  # a seed, or the name of an attack of attacks.py
+
+
 class TooSlow(BaseException):
     """No reader catches it."""
 
@@ -43,7 +47,7 @@ class TooSlow(BaseException):
 @dataclass(frozen=True)
 class Finding:
     target: str
-    seed: int
+    mutant: "Mutant"
     what: str  # the last line of the traceback
     trace: str
 
@@ -65,9 +69,22 @@ def whole_bytes(target: str) -> dict[str, bytes]:
     return {name: file.data() if isinstance(file, Gguf | Sealed) else file for name, file in files.items()}
 
 
-def write_mutant(target: str, seed: int, folder: Path) -> None:
+def write_attack(target: str, name: str, folder: Path) -> None:
+    """Write the files of an attack: beside its own those that they do not replace, unless they stand alone."""
+    _, changes = attacks()[name]
+    together = not any(isinstance(file, Gguf | Sealed) for file in whole(target).values())
+    for file, data in whole_bytes(target).items() if together else ():
+        if file not in changes:
+            (folder / file).write_bytes(data)
+    for file, change in changes.items():
+        _ = (folder / file).write_bytes(change) if isinstance(change, bytes) else change(folder / file)
+
+
+def write_mutant(target: str, mutant: Mutant, folder: Path) -> None:
     """Write the files of a mutant: one of several is changed, alone if it is a GGUF file."""
-    chance = random.Random(f"{target} {seed}")
+    if isinstance(mutant, str):
+        return write_attack(target, mutant, folder)
+    chance = random.Random(f"{target} {mutant}")
     files = whole(target)
     name = chance.choice(sorted(files))
     together = not isinstance(files[name], Gguf)
@@ -82,15 +99,15 @@ def write_mutant(target: str, seed: int, folder: Path) -> None:
         (folder / name).symlink_to(chance.choice(["none", name, "/dev/zero", "/dev/null"]))
 
 
-def use(target: str, seed: int, folder: Path) -> Finding | None:
+def use(target: str, mutant: Mutant, folder: Path) -> Finding | None:
     """Write a mutant into an empty folder and use it."""
-    write_mutant(target, seed, folder)
+    write_mutant(target, mutant, folder)
     try:
         signal.setitimer(signal.ITIMER_PROF, TARGETS[target].seconds)
         signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS + 2 * TARGETS[target].seconds)
         TARGETS[target].use(folder)
     except BaseException as error:
-        return Finding(target, seed, traceback.format_exception_only(error)[-1].strip(), traceback.format_exc())
+        return Finding(target, mutant, traceback.format_exception_only(error)[-1].strip(), traceback.format_exc())
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -101,7 +118,7 @@ def _too_slow(*_: object) -> None:
     raise TooSlow
 
 
-def _work(target: str, seeds: Iterable[int], pipe: Connection) -> None:
+def _work(target: str, mutants: Iterable[Mutant], pipe: Connection) -> None:
     """What a process does: use one mutant after the other, and tell the parent."""
     signal.signal(signal.SIGPROF, _too_slow)
     signal.signal(signal.SIGALRM, _too_slow)
@@ -116,11 +133,11 @@ def _work(target: str, seeds: Iterable[int], pipe: Connection) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     memory = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
     with tempfile.TemporaryDirectory(dir=memory) as base:
-        for seed in seeds:
-            pipe.send(seed)
-            folder = Path(base) / str(seed)
+        for i, mutant in enumerate(mutants):
+            pipe.send(i)
+            folder = Path(base) / str(i)
             folder.mkdir()
-            if finding := use(target, seed, folder):
+            if finding := use(target, mutant, folder):
                 pipe.send(finding)
             shutil.rmtree(folder)
 
@@ -135,13 +152,13 @@ def prepare(target: str) -> None:
     assert REFUSALS == [], f"{target}: {REFUSALS}"
 
 
-def hunt(target: str, seeds: range) -> Iterator[Finding]:
+def hunt(target: str, mutants: Sequence[Mutant]) -> Iterator[Finding]:
     """Use mutants in processes of their own, one process at a time. One that dies or hangs is a finding."""
     context = multiprocessing.get_context("fork")
-    at = seeds.start
-    while at < seeds.stop:
+    while mutants:
+        at = 0
         parent, child = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(target, range(at, seeds.stop), child))
+        process = context.Process(target=_work, args=(target, mutants, child))
         process.start()
         child.close()
         why = ""
@@ -161,18 +178,16 @@ def hunt(target: str, seeds: range) -> Iterator[Finding]:
             process.join()
             why = "no end"
         if why:
-            yield Finding(target, at, why, why)
-        at += 1
-        if not why:
-            return
+            yield Finding(target, mutants[at], why, why)
+        mutants = mutants[at + 1 :] if why else ()
 
 
 def keep(finding: Finding) -> Path:
     """Write a mutant and its error where a person can look at them."""
-    folder = KEPT / f"{finding.target}-{finding.seed}"
+    folder = KEPT / f"{finding.target}-{finding.mutant}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    write_mutant(finding.target, finding.seed, folder)
+    write_mutant(finding.target, finding.mutant, folder)
     (folder / "error.txt").write_text(finding.trace, errors="backslashreplace")
     return folder
 
@@ -195,7 +210,7 @@ def main() -> None:
             for finding in hunt(name, range(at, at + turns[name])):
                 found[finding.kind] += 1
                 if found[finding.kind] == 1:
-                    print(f"{finding.target} {finding.seed}: {finding.what[:200]}\n    {keep(finding)}", flush=True)
+                    print(f"{finding.target} {finding.mutant}: {finding.what[:200]}\n    {keep(finding)}", flush=True)
             used[name] += turns[name]
             # Each target has the same time, so that more mutants of the fast ones are tried.
             per_second = turns[name] / (time.monotonic() - start)

@@ -3,11 +3,12 @@
 import json
 import random
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-from ggufbuild import TYPES, Raw, T, Typed, build
+from ggufbuild import TYPES, Raw, T, Typed, build, encode_pair
 
 from gguf_run.formats.sealed import FileKind
 
@@ -82,8 +83,20 @@ class Gguf:
     pairs: tuple[tuple[str | bytes, Any], ...]
     tensors: tuple[T, ...]
 
-    def data(self) -> bytes:
-        return build(self.pairs, self.tensors)
+    @cached_property
+    def encoded(self) -> dict[int, tuple[str | bytes, Raw]]:
+        """The bytes of each pair, by the pair's id: they are most of the work."""
+        found = {}
+        for pair in self.pairs:
+            key, value = pair
+            data = encode_pair("", value)[8:]
+            found[id(pair)] = key, Raw(int.from_bytes(data[:4], "little"), data[4:])
+        return found
+
+    def data(self, pairs: Sequence[tuple[str | bytes, Any]] = (), **changes: Any) -> bytes:
+        """Return the file, with other pairs and with what ggufbuild.build takes."""
+        known = [self.encoded.get(id(pair), pair) for pair in pairs or self.pairs]
+        return build(known, **{"tensors": self.tensors} | changes)
 
 
 @dataclass(frozen=True)
@@ -201,7 +214,7 @@ def _gguf(file: Gguf, chance: Chance) -> bytes:
             key = chance.choice(["n_kv", "n_tensors", "version", "alignment"])
             lies[key] = chance.choice(EDGES) if key.startswith("n_") else chance.choice([0, 1, 2, 3, 4, 8, 64, 65536])
     lies["alignment"] = max(1, lies.get("alignment", 32))  # build() divides by it
-    return build(pairs, tensors, **lies)
+    return file.data(pairs, tensors=tensors, **lies)
 
 
 def _value(chance: Chance) -> Any:

@@ -7,7 +7,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,7 @@ def gguf_of(tiny: Tiny, vocab: dict[str, Any] | None = None) -> Gguf:
     return Gguf(tuple(pairs), tuple(tensors))
 
 
+SMALL_GEMMA3 = replace(TINY_GEMMA3, n_layer=2, n_embd=32, n_ff=32, head_dim=16)
 SMALL = Tiny(n_layer=1, n_embd=32, n_head=2, n_head_kv=1, head_dim=16, n_ff=32)
 
 
@@ -115,7 +116,7 @@ def wordpiece() -> dict[str, Any]:
 def ggufs() -> dict[str, Content]:
     return {
         "llama.gguf": gguf_of(SMALL),
-        "gemma3.gguf": gguf_of(TINY_GEMMA3),
+        "gemma3.gguf": gguf_of(SMALL_GEMMA3),
         "moe.gguf": gguf_of(tiny_moe(1)),
         "t5.gguf": gguf_of(SMALL, unigram()),
         "bert.gguf": gguf_of(SMALL, wordpiece()),

@@ -73,9 +73,11 @@ def model_config(layout: CheckpointLayout, file: GGUFFile, dtype: str) -> Json:
 def generation_config(metadata: Mapping[str, Any]) -> Json:
     """Return generation_config.json. Several tokens that end an answer become a list."""
     ids = _token_ids(metadata)
-    other = metadata.get("tokenizer.ggml.eot_token_id")
-    if isinstance(other, int) and ids["eos_token_id"] not in (None, other):
-        ids["eos_token_id"] = [ids["eos_token_id"], other]
+    more = metadata.get("tokenizer.ggml.eos_token_ids", ())
+    others = [*(metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eot", "eom")), *map(int, more)]
+    ends = list(dict.fromkeys(id for id in (ids["eos_token_id"], *others) if isinstance(id, int)))
+    if ids["eos_token_id"] is not None and len(ends) > 1:
+        ids["eos_token_id"] = ends
     return {key: id for key, id in ids.items() if id is not None}
 
 
@@ -104,7 +106,7 @@ def _fixed(layout: CheckpointLayout, file: GGUFFile, values: Json, numbers: Mapp
         by_width = values["num_hidden_layers"] in layout.decoder.n_embd_scale_n_layer
         built_in = numbers["n_embd"] // numbers["n_head"] if by_width else numbers["head_dim"]
         scale = _get(file, "attention.scale")
-        found["query_pre_attn_scalar"] = round(scale**-2, 3) if scale else built_in
+        found["query_pre_attn_scalar"] = round(scale**-2) if scale else built_in  # transformers takes whole numbers
     return found
 
 

@@ -105,7 +105,12 @@ def _read_vocabulary(
                 return exact
         return vocabulary
     if piece_file is not None:
-        return read_sentencepiece(piece_file, n_vocab)
+        vocabulary = read_sentencepiece(piece_file, n_vocab)
+        own = vocabulary.more.keys() - {"add_space_prefix"}
+        if vocabulary.model == "llama" and own:
+            names = ", ".join(sorted(own))
+            warn(piece_file, f"its {names} is kept for gguf-run alone: in llama.cpp some texts get other tokens")
+        return vocabulary
     return read_tekken(first, n_vocab) if first.name == "tekken.json" else read_tiktoken(first, n_vocab)
 
 

@@ -132,9 +132,17 @@ def read_post_processor(data: _Step, vocabulary: Vocabulary, path: Path) -> None
             if tokens:
                 vocabulary.roles[role] = tokens[0 if role == "bos" else -1]
             if len(tokens) > 1:
-                side = "before" if role == "bos" else "behind"
-                names = " ".join(tokens)[:80]
-                warn(path, f"it puts {names} {side} a text, and a GGUF file says one token: put them into your texts")
+                _keep_around(role, tokens, vocabulary, path)
+
+
+def _keep_around(role: str, tokens: list[str], vocabulary: Vocabulary, path: Path) -> None:
+    """Keep several tokens that stand before a text. Several ones behind it have no place."""
+    names = " ".join(tokens)[:80]
+    if role == "bos" and all(token in vocabulary.tokens for token in tokens):
+        vocabulary.more["bos_token_ids"] = np.array([vocabulary.tokens.index(token) for token in tokens], np.int32)
+        warn(path, f"it puts {names} before a text: llama.cpp puts the first of them only")
+    else:
+        warn(path, f"it puts {names} around a text: a GGUF file says one token, put the others into your texts")
 
 
 def _tokens_around(step: _Step) -> dict[str, list[str]]:

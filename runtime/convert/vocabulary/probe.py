@@ -52,9 +52,8 @@ def compare_tokens(data: Mapping[str, Any], metadata: Mapping[str, Any], path: P
         text, theirs, ours = wrong[0]
         at = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), 0)
         tokens = f"{_shown(own, theirs[at:])} by the tokenizers package, {_shown(own, ours[at:])} by this program"
-        warn(
-            path, f"{len(wrong)} of {len(texts)} test texts get other tokens: {text[:60]!r} has {tokens} (from {at} on)"
-        )
+        what = f"{len(wrong)} of {len(texts)} test texts get other tokens"
+        warn(path, f"{what}: {text[:60]!r} has, from token {at} on, {tokens}")
 
 
 def _added_texts(data: Mapping[str, Any], added: Iterable[Added]) -> Iterator[str]:
@@ -106,10 +105,11 @@ def _reduced(data: Mapping[str, Any], added: Sequence[Added], texts: Iterable[st
         unknown = origin.index(model["unk_id"]) if model.get("unk_id") is not None else None
         return _build(data, model | {"vocab": [vocab[id] for id in origin], "unk_id": unknown}), origin
     prefix = str(model.get("continuing_subword_prefix") or "")
-    kept = {entry.content for entry in added} | {model.get("unk_token")}
-    model["vocab"] = {
+    unknown = model.get("unk_token")
+    # Added tokens must be in the vocabulary, or the package gives them ids that others have.
+    model["vocab"] = {entry.content: entry.id for entry in added} | {
         token: id for token, id in vocab.items()
-        if token in parts or token.removeprefix(prefix) in parts or token in kept or token.startswith("<0x")
+        if token in parts or token.removeprefix(prefix) in parts or token == unknown or token.startswith("<0x")
     }  # fmt: skip
     if "merges" in model:
         merges = ((merge, merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"])

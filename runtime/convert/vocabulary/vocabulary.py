@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gguf_run.formats.errors import FormatError
+from gguf_run.formats.gguf.mapped import check_content
 from gguf_run.runtime.tokenizers.vocab import CONTROL, NORMAL, UNUSED, USER_DEFINED
 
 T = TypeVar("T", str, bytes)
@@ -70,7 +71,9 @@ def read_file(path: Path) -> bytes:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise FormatError(f"{path}: {size} bytes are no tokenizer; at most {MAX_FILE_BYTES} are read")
-        return path.read_bytes()
+        data = path.read_bytes()
+        check_content(path, data)
+        return data
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror or error})") from None
 

@@ -199,7 +199,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_directory(tmp_path: Path) -> None:
-    with pytest.raises(GgufRunError, match="is a directory, not a file"):
+    with pytest.raises(GgufRunError, match="is a directory without GGUF files"):
         GGUFFile.open(tmp_path)
 
 

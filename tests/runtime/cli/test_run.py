@@ -299,14 +299,37 @@ def test_empty_prompt(path: Path, arguments: list[str]) -> None:
 
 def test_missing_prompt_file(path: Path) -> None:
     assert error_line(invoke(path, "-f", "no-such.txt"), 1) == "no-such.txt: No such file or directory\n"
-    assert "Is a directory" in error_line(invoke(path, "-f", path.parent), 1)
+    assert "is a directory, not a file" in error_line(invoke(path, "-f", path.parent), 1)
+
+
+def test_pipes_and_devices(path: Path, tmp_path: Path) -> None:
+    """Nothing waits for a writer, and nothing is written in their place."""
+    os.mkfifo(tmp_path / "pipe")
+    for name in (tmp_path / "pipe", Path(os.devnull)):
+        for option, words in (
+            ("--file", "is a device or pipe, not a file"), ("--tools", "is a device or pipe, not a file"),
+            ("--cache-scales", "is a device or pipe, not a file"), ("--session", "cannot be written: name a file"),
+        ):  # fmt: skip
+            arguments = ["--file", name] if option == "--file" else ["-p", "Hello", option, name]
+            line = error_line(invoke(path, *arguments), 1)
+            assert str(name) in line
+            assert words in line
+        assert not name.is_file()
+    text, big = tmp_path / "text", tmp_path / "big"
+    text.write_text("no session")
+    big.write_bytes(b"")
+    os.truncate(big, 1 << 33)
+    assert "is not a session, or it is damaged" in error_line(invoke(path, "-p", "Hello", "--session", text), 1)
+    for option in ("--tools", "--cache-scales", "--file"):
+        arguments = [option, big] if option == "--file" else ["-p", "Hello", option, big]
+        assert "is larger than 67108864 bytes" in error_line(invoke(path, *arguments), 1)
 
 
 def test_endless_stdin(path: Path) -> None:
     with open("/dev/zero", "rb") as zeros:
         done = subprocess.run([*RUN, str(path)], stdin=zeros, capture_output=True, timeout=PATIENCE)
     assert done.returncode == 1
-    assert done.stderr == b"error: stdin is longer than 67108864 bytes: no context holds that much text\n"
+    assert done.stderr == b"error: stdin is larger than 67108864 bytes, the most that is read of a text\n"
 
 
 def test_warm_up(path: Path) -> None:

@@ -53,6 +53,14 @@ def test_ids_and_count(model: Path, options: list[str], expected: object) -> Non
     assert (result.exit_code, result.stdout) == (0, f"{expected}\n")
 
 
+def test_a_second_bos_is_said(model: Path) -> None:
+    result = run(model, "<|im_end|>ab", "--ids")
+    assert (result.exit_code, result.stdout) == (0, "[257, 257, 256]\n")
+    what = "the text begins with <|im_end|>, and the tokenizer puts another one before it: leave it out of the text"
+    assert result.stderr == f"warning: {what}\n"
+    assert run(model, "<|im_end|>ab", "--ids", "--no-special").stderr == ""
+
+
 def test_text_from_a_file_and_from_stdin(model: Path, tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbfab\r\n")
     expected = f"{[257, 256, *ids(chr(13) + chr(10))]}\n"

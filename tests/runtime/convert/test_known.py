@@ -22,7 +22,7 @@ from gguf_run.runtime.convert import known, open_checkpoint
 from gguf_run.runtime.convert.metadata import layout_of
 from gguf_run.runtime.convert.stored.checkpoint import Config
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 IDS = [(7 * i * i + 3 * i + 2) % hf_tiny.N_VOCAB for i in range(40)]
@@ -30,7 +30,7 @@ FAMILIES = [name for name in hf_tiny.TINY if name not in ("internlm2", "deepseek
 
 # Other values of a key. A number or a truth value that is not here becomes another one by itself.
 OTHERS: Mapping[str, tuple[Any, ...]] = {
-    "hidden_act": ("gelu", "gelu_pytorch_tanh", "silu", "relu"), "hidden_activation": ("gelu", "silu"),
+    "hidden_act": ("gelu", "gelu_pytorch_tanh", "silu"), "hidden_activation": ("gelu", "silu"),
     "num_attention_heads": (2,), "num_key_value_heads": (1, 6), "num_hidden_layers": (1,), "head_dim": (32,),
     "vocab_size": (), "hidden_size": (48,), "intermediate_size": (72,), "moe_intermediate_size": (24,),
     "shared_expert_intermediate_size": (40,), "num_experts": (3,), "num_local_experts": (3,),
@@ -88,16 +88,23 @@ MORE_ROTATIONS: tuple[dict[str, Any], ...] = (
     {**_LONG, "factor": 3.0},
     {**_BASE, "rope_type": "proportional", "partial_rotary_factor": 0.5},
 )
+# Sizes change the shapes of tensors, which the converter compares with config.json whatever the architecture is.
+SIZES = ("num_attention_heads", "num_key_value_heads", "num_hidden_layers", "hidden_size", "intermediate_size",
+         "moe_intermediate_size", "shared_expert_intermediate_size", "num_experts", "num_local_experts")  # fmt: skip
 COMPLETE = ("qwen3", "gpt-oss", "gemma3")
 
 
 @pytest.fixture(autouse=True)
-def _one_tokenizer(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Finding the pre-tokenizer takes longer than all the rest."""
+def _fast(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Finding the pre-tokenizer takes longer than all the rest, and threads wait for each other in tiny products."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("tokenizer")
     hf_tiny.write_tokenizer(folder)
     found = open_checkpoint.tokenizer_metadata(folder, {"vocab_size": hf_tiny.N_VOCAB})
     monkeypatch.setattr(open_checkpoint, "tokenizer_metadata", lambda directory, config: found)
+    yield
+    torch.set_num_threads(n_threads)
 
 
 def read_keys(name: str) -> list[str]:
@@ -113,6 +120,8 @@ def changes(name: str) -> Iterator[dict[str, Any]]:
     config = hf_tiny._model(name, ()).config
     for key in read_keys(name):
         value = getattr(config, key)
+        if key in SIZES and name not in COMPLETE:
+            continue
         if key in OTHERS:
             yield from ({key: other} for other in OTHERS[key] if other != value)
         else:
@@ -171,8 +180,8 @@ def test_no_key_is_dropped_in_silence(name: str, tmp_path: Path) -> None:
         if problem := outcome(folder, expected, changed):
             wrong.append(f"{changed}: {problem}")
     assert not wrong, "\n".join(wrong)
-    assert n_tried > 15
-    assert n_other > 10  # the test would find what is dropped
+    assert n_tried >= 10
+    assert n_other >= 8  # the test would find what is dropped
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -182,7 +191,7 @@ def test_a_key_that_is_left_out_has_transformers_default(name: str, tmp_path: Pa
     path = tmp_path / "config.json"
     text = path.read_text()
     layout, _ = layout_of(Config(path, json.loads(text)))
-    sizes = ("head_dim", "tie_word_embeddings", "num_attention_heads", "num_key_value_heads")
+    sizes = ("vocab_size", "head_dim", "tie_word_embeddings", "num_attention_heads", "num_key_value_heads")
     for key in layout.defaults.keys() - sizes:
         values = json.loads(text)
         values.pop(key, None)

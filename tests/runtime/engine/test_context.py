@@ -110,6 +110,56 @@ def test_an_answer_is_read_by_several_threads(model: Model) -> None:
             assert list(programs.map(read, PROMPTS[:2])) == expected
 
 
+def test_several_threads_read_one_answer(model: Model) -> None:
+    """Each piece goes to one of them."""
+    answer = model.complete(PROMPTS[0], max_tokens=30, **GREEDY)
+    pieces = model.generate(PROMPTS[0], max_tokens=30, **GREEDY)
+    with ThreadPoolExecutor(4) as pool:
+        parts = list(pool.map(lambda _: list(pieces), range(4)))
+    assert sorted(id for part in parts for piece in part for id in piece.ids) == sorted(answer.ids)
+    assert pieces.answer().text == answer.text
+
+
+def test_a_busy_thread_leaves_room_for_others(model: Model) -> None:
+    """One asks again and again, and never waits; another one asks once."""
+    stop = threading.Event()
+
+    def ask_again() -> None:
+        while not stop.is_set():
+            model.complete("the", max_tokens=2, **GREEDY)
+
+    thread, _ = in_thread(ask_again)
+    try:
+        for _ in range(5):
+            assert result_of(lambda: text(model, PROMPTS[0], max_tokens=2))
+    finally:
+        stop.set()
+        thread.join(60)
+
+
+def test_a_wait_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C: nobody waits for a thread that has gone."""
+    turns, claim = context.Turns(), context.Claim()
+    with turns.computing(claim):
+        pass
+
+    def interrupted(_: float | None) -> None:
+        raise KeyboardInterrupt
+
+    def wait() -> str:
+        try:
+            with turns.computing(context.Claim()):
+                return "computed"
+        except KeyboardInterrupt:
+            return "interrupted"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(turns._changed, "wait", interrupted)
+        assert result_of(wait) == "interrupted"
+    turns.leave(claim)
+    assert result_of(wait) == "computed"
+
+
 @pytest.mark.parametrize("how", ["dropped", "closed", "at its end", "thread ended", "never begun"])
 def test_answers_that_do_not_go_on(model: Model, how: str) -> None:
     """They hold up nobody: less than the time that others wait for an answer that may go on."""

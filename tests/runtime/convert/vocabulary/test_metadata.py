@@ -3,10 +3,11 @@
 import base64
 import itertools
 import json
+import os
 import struct
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tinyvocab import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.gguf.writer import GGUFWriter
+from gguf_run.runtime.convert.back.config import generation_config
 from gguf_run.runtime.convert.vocabulary import tiktoken as convert_tiktoken
 from gguf_run.runtime.convert.vocabulary.metadata import tokenizer_metadata
 from gguf_run.runtime.convert.vocabulary.vocabulary import ConversionWarning
@@ -77,6 +79,29 @@ def test_roles(tmp_path: Path) -> None:
     found = {key.removeprefix(G): value for key, value in metadata.items() if key.endswith("_id")}
     assert found == {"bos_token_id": 1, "eos_token_id": 2, "eot_token_id": 0, "eom_token_id": 5, "padding_token_id": 1}
     assert metadata[f"{G}add_bos_token"] is False  # as its post-processor does
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [
+        ({"eos_token_id": 5}, {}, [2, 5]),
+        ({"eos_token_id": [5, 2, 7]}, {}, [2, 5, 7]),
+        ({"eos_token_id": 2}, {"eos_token_id": 6}, [2, 6]),
+        ({"eos_token_id": 2}, {"eos_token_id": [5, 6, 7]}, [2, 5, 6, 7]),
+        ({}, {"eos_token_id": [5, 6, 7, 8, 9, 10, True, None, -1, 10**6]}, [2, 5, 6, 7, 8, 9, 10]),
+    ],
+)
+def test_all_ends_of_an_answer(
+    config: dict[str, Any], generation: dict[str, Any], ends: list[int], tmp_path: Path
+) -> None:
+    hftokenizers.write(tmp_path, "gpt-2", eos_token="<|im_end|>")
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    many = pytest.warns(ConversionWarning, match="ends of an answer, such as .* which llama.cpp does not read")
+    with many if len(ends) > 3 else nullcontext():
+        metadata = tokenizer_metadata(tmp_path, config)
+    by_name = {0, 2}  # "<|endoftext|>" and "<|im_end|>" always end an answer
+    assert through_file(metadata, tmp_path / "vocab.gguf").stop_ids == {*ends, *by_name}
+    assert set(np.ravel(generation_config(metadata)["eos_token_id"])) >= set(ends)
 
 
 def test_what_is_put_around_texts_counts_most(tmp_path: Path) -> None:
@@ -177,7 +202,8 @@ PIECES = {"<unk>": (0.0, 2), "<s>": (0.0, 3), "</s>": (0.0, 3), "<0x41>": (0.0, 
 
 
 def test_sentencepiece(tmp_path: Path) -> None:
-    data = pieces_file(PIECES, message((3, 2), (40, 0), (41, 1), (42, 2), (43, (1 << 64) - 1)), message((3, 0)))
+    normalizer = message((3, 0), (4, 0))
+    data = pieces_file(PIECES, message((3, 2), (40, 0), (41, 1), (42, 2), (43, (1 << 64) - 1)), normalizer)
     (tmp_path / "tokenizer.model").write_bytes(data)
     (tmp_path / "added_tokens.json").write_text('{"<tool>": 8}')
     config = {"added_tokens_decoder": {"9": {"content": "<|x|>"}, "8": {"content": "<tool▁2>"}}, "add_bos_token": True}
@@ -223,6 +249,30 @@ def test_sentencepiece_gives_scores_to_a_tokenizer_json(tmp_path: Path) -> None:
         assert converted.encode(text) == original.encode(text).ids, text
 
 
+def sentencepiece_metadata(directory: Path) -> dict[str, Any]:
+    """The metadata; a warning says that llama.cpp does not do all that these models do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConversionWarning)
+        return tokenizer_metadata(directory, {})
+
+
+def test_what_only_tokenizer_json_knows(tmp_path: Path) -> None:
+    """Tokens that are in no tokenizer.model: added ones, and ordinary ones. Scores follow from the merges then."""
+    original = hftokenizers.write(tmp_path, "gemma")
+    n = original.get_vocab_size()
+    by_id = sorted(original.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
+    for n_known in (n - 1, n - 40):
+        tokens = {token: (-float(id), 6 if 3 <= id < 259 else 3 if id < 3 else 1) for token, id in by_id[:n_known]}
+        file = pieces_file(tokens, message((3, 2), (40, 0)), message((2, b"\0"), (4, 1)))
+        (tmp_path / "tokenizer.model").write_bytes(file)
+        metadata = tokenizer_metadata(tmp_path, {})
+        assert metadata[f"{G}tokens"] == [original.id_to_token(id) for id in range(n)]
+        assert f"{G}remove_extra_whitespaces" not in metadata  # tokenizer.json has no such step
+        converted = Tokenizer.from_metadata(metadata)
+        for text in texts(50, seed=9, special=("<tool>",)):
+            assert converted.encode(text) == original.encode(text).ids, text
+
+
 def test_with_the_sentencepiece_library(tmp_path: Path) -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
     (tmp_path / "text").write_text("\n".join(" ".join(text.split()) for text in texts(800, seed=6)))
@@ -232,11 +282,35 @@ def test_with_the_sentencepiece_library(tmp_path: Path) -> None:
             byte_fallback=kind == "bpe", character_coverage=0.98, minloglevel=2, normalization_rule_name="nmt_nfkc",
         )  # fmt: skip
         model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-        converted = Tokenizer.from_metadata(tokenizer_metadata(tmp_path, {}))
+        converted = Tokenizer.from_metadata(sentencepiece_metadata(tmp_path))
         for text in texts(200, seed=7):
-            plain = " ".join(text.split()).replace("\0", "")
-            if kind == "unigram" or model.Normalize(plain) == plain:
-                assert converted.encode(plain, add_special=False, parse_special=False) == model.encode(plain), plain
+            plain = text.replace("\0", "")
+            assert converted.encode(plain, add_special=False, parse_special=False) == model.encode(plain), plain
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"normalization_rule_name": "identity"},
+        {"normalization_rule_name": "nfkc_cf", "remove_extra_whitespaces": False},
+        {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False},
+        {"normalization_rule_name": "identity", "treat_whitespace_as_suffix": True},
+        {"treat_whitespace_as_suffix": True, "remove_extra_whitespaces": False},
+    ],
+)
+def test_options_of_sentencepiece(options: dict[str, Any], tmp_path: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    (tmp_path / "text").write_text("\n".join(" ".join(text.split()) for text in texts(300, seed=6)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=1500, model_type="bpe",
+        byte_fallback=True, character_coverage=0.98, minloglevel=2, **options,
+    )  # fmt: skip
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    converted = Tokenizer.from_metadata(sentencepiece_metadata(tmp_path))
+    for text in (*texts(100, seed=7), "ﬁ ＡＢＣ", "The   fox ", "  ", ""):
+        plain = text.replace("\0", "")
+        assert converted.encode(plain, add_special=False, parse_special=False) == model.encode(plain), plain
 
 
 def tiktoken_file(n: int) -> bytes:
@@ -338,6 +412,36 @@ BAD_FILES: list[tuple[str, Callable[[], bytes], str]] = [
     ("tokenizer.model", lambda: b"YQ== 0\nYg== 1\n", "2 ranks are of no known vocabulary"),
     ("tekken.json", lambda: b"{}", "default_vocab_size and .default_num_special_tokens are missing"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tiktoken.model", "tekken.json"])
+def test_what_is_no_file(name: str, tmp_path: Path) -> None:
+    """A pipe that nobody writes to, a device without an end, a folder."""
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir):
+        make(tmp_path / name)
+        with pytest.raises(FormatError, match=f"{name}: is no regular file"):
+            tokenizer_metadata(tmp_path, {})
+        Path.unlink(tmp_path / name) if make is not Path.mkdir else Path.rmdir(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["llama-2", "t5"])
+def test_a_token_of_megabytes(kind: str, tmp_path: Path) -> None:
+    data = json.loads(hftokenizers.trained(kind))
+    token, model = "ab" * 750_000, data["model"]
+    if kind == "t5":
+        model["vocab"].append([token, -5.0])
+    else:
+        model["vocab"] |= {token: 2000, token[:-1]: 2001}
+        model["merges"].append([token[:-1], token[-1]])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(FormatError, match="1500000 characters: at most 1024 are allowed"):
+        tokenizer_metadata(tmp_path, {})
+
+
+def test_a_gigantic_vocabulary(tmp_path: Path) -> None:
+    hftokenizers.write(tmp_path, "gpt-2")
+    with pytest.raises(FormatError, match="vocab_size is 10000000000: a number from 1 to 4194304 is allowed"):
+        tokenizer_metadata(tmp_path, {"vocab_size": 10**10})
 
 
 @pytest.mark.parametrize(("name", "content", "text"), BAD_FILES)
