@@ -108,7 +108,6 @@ _PARAMS = [
     params=_PARAMS,
     examples=(
         'gguf-run --prompt "What is the capital of Japan?"',
-        'gguf-run model.gguf "Name three rivers."',
         "gguf-run model.gguf -c 16384 -ct q8_0",
         'gguf-run hf:bartowski/Llama-3.2-1B-Instruct-GGUF:Q5_K_M -p "Hello" --temp 0',
         "cat article.txt | gguf-run model.gguf --system 'Sum up in one sentence.'",
