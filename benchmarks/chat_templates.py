@@ -8,12 +8,15 @@ they are put into the cache folder, where tests/runtime/chat/test_named.py finds
 
 import sys
 import tarfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gguf_run.formats.compiler.cachedir import user_cache_dir
 from gguf_run.formats.errors import GgufRunError
+from gguf_run.runtime.chat.process import TemplateProcess
+from gguf_run.runtime.chat.sandbox import fitted
 from gguf_run.runtime.chat.template import render_chat
 
 FOLDER = user_cache_dir() / "chat-templates"
@@ -42,10 +45,13 @@ CASES: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None]] = {
 
 
 def differences(template: str, names: Sequence[str] = tuple(CASES)) -> tuple[int, list[str]]:
-    """Return how many conversations transformers renders, and those that we render differently or not at all."""
+    """Return how many conversations transformers renders, and those that we render differently or not at all.
+
+    transformers gets the messages in the form that we find right for the template, see fitted.
+    """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    n_rendered, wrong = 0, []
+    n_rendered, wrong, process = 0, [], TemplateProcess()
     for name in names:
         messages, tools = CASES[name]
         for prompt in (True, False):
@@ -56,12 +62,14 @@ def differences(template: str, names: Sequence[str] = tuple(CASES)) -> tuple[int
                 "add_generation_prompt": prompt,
             }
             try:
-                expected = render_jinja_template([messages], chat_template=template, **options)[0][0]
+                form = fitted(template, {"messages": messages, "documents": None, **options}, [])
+                expected = render_jinja_template([form], chat_template=template, **options)[0][0]
                 n_rendered += 1
             except Exception:  # many templates refuse tools, or roles
                 expected = None
             try:
-                found: str | None = render_chat(template, messages, **options)
+                with warnings.catch_warnings(category=UserWarning, action="ignore"):
+                    found: str | None = render_chat(template, messages, process=process, **options)
             except GgufRunError:
                 found = None
             if found != expected:

@@ -2,7 +2,7 @@
 
 import sys
 
-from gguf_run.runtime import Model
+from gguf_run import Model
 
 PROMPTS = [f"The word {word} means" for word in ("river", "lantern", "winter", "compass")]
 

@@ -5,7 +5,7 @@ The second turn computes only what is new: the first one stands in the KV cache 
 
 import sys
 
-from gguf_run.runtime import Model
+from gguf_run import Model
 
 QUESTIONS = ("Name the largest planet.", "How many moons does it have?")
 

@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 
-from gguf_run.runtime import Model
+from gguf_run import Model
 
 TEXT = "The quick brown fox jumps over the lazy umbrella."
 

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 
-from gguf_run.runtime import Model
+from gguf_run import Model
 
 QUESTIONS = ("Is Paris in France?", "Is the Moon larger than the Sun?")
 
@@ -23,5 +23,5 @@ with Model.load(sys.argv[1] if sys.argv[1:] else None, n_ctx=512) as model:
     for question in QUESTIONS:
         messages = [{"role": "user", "content": f"{question} Answer Yes or No."}]
         options = {"max_tokens": 1, "temperature": 0, "logits_processors": [only_allowed], "logprobs": 1}
-        answer = "".join(model.chat(messages, **options))
-        print(f"{question} {answer} (the model gave it {math.exp(model.logprobs[0].logprob):.0%})")
+        answer = model.chat(messages, **options).answer()
+        print(f"{question} {answer.text} (the model gave it {math.exp(answer.logprobs[0].logprob):.0%})")

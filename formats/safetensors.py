@@ -73,6 +73,8 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     """Map a file. FormatError or UnsupportedError, one line, for anything wrong with its header or its size."""
     file = MappedFile(path)
     cursor = Cursor(file)
+    if file.map[:4] == b"GGUF":
+        raise cursor.error("is a GGUF file, no safetensors file")
     n = cursor.number("Q", "the length of the header")
     if n > MAX_HEADER_BYTES:
         raise cursor.error(f"the header has {n} bytes, at most {MAX_HEADER_BYTES} are allowed: no safetensors file", 0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
+from gguf_run.formats.gguf.mapped import check_kind
 from gguf_run.formats.safetensors import SafetensorsFile, read_safetensors
 
 VERSION = "2"
@@ -26,7 +27,11 @@ class FileKind:
         return texts | {"crc32": _checksum(texts)}
 
     def open(self, path: Path) -> SafetensorsFile:
-        """Map a file and check its metadata. FormatError, one line, if it is none of this kind, old or damaged."""
+        """Map a file and check its metadata. FormatError, one line, if it is none of this kind, old or damaged.
+
+        GgufRunError for a folder, a device or a pipe, OSError if there is nothing.
+        """
+        check_kind(path)
         with path.open("rb") as stream:
             is_old = stream.read(len(self.old_magic)) == self.old_magic
         if is_old:

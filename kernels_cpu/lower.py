@@ -89,7 +89,7 @@ def _rope(tape: Tape, op: ops.Rope, int8: Rows | None) -> None:
     table = tape.angles.get(rotation)
     if table is None:
         table = tape.angles[rotation] = np.zeros((tape.n_batch, n_half, 2), np.float32)
-        inv_freq = np.ascontiguousarray(rotation.inv_freq, np.float64)
+        inv_freq = np.ascontiguousarray(rotation.inv_freqs, np.float64)
         tape.record(op, angles, n_half=n_half, inv_freq=inv_freq, table=table, scale=rotation.scale)
     n_head, neox = op.x.width // op.head_dim, rotation.style == "neox"
     tape.record(op, rope, n_head=n_head, n_half=n_half, neox=neox, table=table)

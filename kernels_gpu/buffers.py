@@ -30,11 +30,12 @@ class StepInput:
 
     def __init__(self, n_batch: int, n_outputs: int, device: torch.device) -> None:
         n_batch, n_outputs = padded(n_batch), padded(n_outputs)
-        self._host = torch.zeros(3 * n_batch + n_outputs, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._host = torch.zeros(4 * n_batch + n_outputs, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._device = self._host.to(device, copy=True)
-        self.ids, self.seqs, self.positions = self._device[: 3 * n_batch].view(3, -1)  # int32[n_batch] each
-        self.rows = self._device[3 * n_batch :]  # int32[n_outputs]
-        self._tokens, self._rows = np.split(self._host.numpy(), [3 * n_batch])
+        # int32[n_batch] each. is_long: 0 or 1, see models.backend.Run.
+        self.ids, self.seqs, self.positions, self.is_long = self._device[: 4 * n_batch].view(4, -1)
+        self.rows = self._device[4 * n_batch :]  # int32[n_outputs]
+        self._tokens, self._rows = np.split(self._host.numpy(), [4 * n_batch])
         self._sent = torch.cuda.Event() if device.type == "cuda" else None
         self.n_tokens = self.n_out = 0
 
@@ -46,13 +47,14 @@ class StepInput:
         self._rows[:] = 0
         self._rows[: len(rows)] = rows
         if ids is not None:
-            tokens = self._tokens.reshape(3, -1)
+            tokens = self._tokens.reshape(4, -1)
             at = 0
-            tokens[:] = [[0], [0], [-1]]
+            tokens[:] = [[0], [0], [-1], [0]]
             tokens[0, : len(ids)] = ids
-            for seq, n_past, n_tokens in runs:
+            for seq, n_past, n_tokens, is_long in runs:
                 tokens[1, at : at + n_tokens] = seq
                 tokens[2, at : at + n_tokens] = np.arange(n_past, n_past + n_tokens)
+                tokens[3, at : at + n_tokens] = is_long
                 at += n_tokens
             self.n_tokens = len(ids)
         self._device.copy_(self._host, non_blocking=True)

@@ -59,11 +59,11 @@ def _convert(op: Convert, memory: Memory) -> Launch:
 
 
 def _angles(op: Angles, memory: Memory) -> Launch:
-    rotation, table, positions = op.rotation, memory.angles(op.rotation), memory.step.positions
-    inv_freq = torch.tensor(np.asarray(rotation.inv_freq, np.float64), device=memory.device)
-    n_half = len(inv_freq)
+    rotation, table, step = op.rotation, memory.angles(op.rotation), memory.step
+    inv_freq = torch.tensor(np.asarray(rotation.inv_freqs, np.float64), device=memory.device)
+    n_half = inv_freq.shape[1]
     width = triton.next_power_of_2(n_half)
-    return lambda n: rope.angles[(n,)](positions, inv_freq, table, n_half, rotation.scale, width)
+    return lambda n: rope.angles[(n,)](step.positions, step.is_long, inv_freq, table, n_half, rotation.scale, width)
 
 
 def _rope(op: Rope, memory: Memory) -> Launch:

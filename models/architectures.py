@@ -28,7 +28,6 @@ class Architecture:
     ffn_norm: str = "ffn_norm"  # name of the norm before the ffn
     layer_norm: bool = False  # norms subtract the mean and have biases
     sinks: bool = False  # attention has sinks
-    rope_factors: bool = False  # rope_freqs.weight, or rope_factors_long and _short, are used if the file has them
     no_rope_period: int = 0  # every n-th layer does not rotate; 0: all rotate
     scaled_embd: bool = False  # embeddings are multiplied by sqrt(n_embd)
     n_embd_scale_n_layer: tuple[int, ...] = ()  # with one of these n_layer, q.k is scaled by 1/sqrt(n_embd/n_head)
@@ -37,9 +36,9 @@ class Architecture:
     swa_period: int = 0  # in a file with a window, every n-th layer sees all positions; 0: none does
     swa_rope_freq_base: float = 0.0  # rope base of layers with a window, unless the file has one; 0: as other layers
     swa_rope_scaled: bool = True  # the rope scaling applies to layers with a window too
-    yarn_truncate: bool = True  # YaRN's ramp begins and ends at whole pairs
+    yarn_truncate: bool = True  # YaRN's ramp begins and ends at whole pairs; a key in the file goes first
     moe: str = "no"  # whether layers have experts: "no", "yes", or "maybe" (the file tells)
-    expert_norm: bool = True  # see operands.Mixture.norm
+    expert_norm: bool = True  # see operands.Mixture.norm; a key in the file goes first
     expert_activation: str = ""  # activation of the experts; "": the same as `activation`
     shared_gate: bool = False  # a gate weights the result of the shared expert
     shapes: Mapping[str, Shape] = field(default_factory=dict)  # shapes that differ from LAYER_SHAPES
@@ -57,23 +56,22 @@ _WHOLE_ROW = {"attn_q_norm": ("n_embd_q",), "attn_k_norm": ("n_embd_kv",)}
 
 _ENTRIES = (
     # Llama 1 to 3.x, Mistral, Mixtral, and most models that copy their layer (SmolLM, TinyLlama, Yi ...).
-    Architecture("llama", rope_factors=True, moe="maybe"),
-    Architecture("mistral3", rope_factors=True, moe="maybe"),
+    Architecture("llama", moe="maybe"),
+    Architecture("mistral3", moe="maybe"),
     Architecture("smollm3", no_rope_period=4),
     Architecture("internlm2"),
-    Architecture("granite", rope_factors=True),
-    Architecture("granitemoe", rope_factors=True, moe="yes"),
+    Architecture("granite"),
+    Architecture("granitemoe", moe="yes"),
     Architecture("qwen2", rope_style="neox"),
     Architecture("qwen2moe", rope_style="neox", moe="yes", expert_norm=False, shared_gate=True),
     Architecture("qwen3", rope_style="neox", norms=(*_PRE, *_QK)),
     Architecture("qwen3moe", rope_style="neox", norms=(*_PRE, *_QK), moe="yes"),
-    Architecture("deepseek", rope_factors=True, moe="yes", expert_norm=False),
+    Architecture("deepseek", moe="yes", expert_norm=False),
     Architecture(
         "phi3",
         rope_style="neox",
         qkv=("attn_qkv",),
         gate_up=("ffn_up",),
-        rope_factors=True,
         shapes={"ffn_up": ("n_embd", "n_ff+n_ff")},
     ),
     Architecture("starcoder2", rope_style="neox", activation="gelu", gated=False, gate_up=("ffn_up",), layer_norm=True),

@@ -37,6 +37,7 @@ class Run(NamedTuple):
     seq: int  # number of the sequence
     n_past: int  # position of the first token
     n_tokens: int
+    is_long: bool = False  # the tokens turn by Rotation.long_inv_freq
 
 
 class Results(NamedTuple):

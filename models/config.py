@@ -28,6 +28,7 @@ _NEUTRAL: Mapping[str, float | bool] = {
     "attention.clamp_kqv": 0,
     "attention.temperature_scale": 0,
     "expert_group_count": 1,
+    "expert_gating_func": 1,  # softmax
 }
 # Tensors that nobody reads: those that old converters wrote, and the scales of activations for NVFP4 products.
 _UNUSED_SUFFIXES = (".attn_rot_embd.weight", ".rope_freqs.weight", ".input_scale")
@@ -199,8 +200,9 @@ def _ffn(arch: Architecture, keys: Keys) -> tuple[int, int, int, int, Mixture]:
     n_ff_exp = keys.integer("expert_feed_forward_length", n_ff) if n_expert else 0
     n_ff_shared = keys.integer("expert_shared_count", 0, low=0, high=_MAX_EXPERTS) * n_ff_exp
     scale, activation = keys.factor("expert_weights_scale"), arch.expert_activation or arch.activation
+    norm = keys.flag("expert_weights_norm", arch.expert_norm)
     n_ff_shexp = keys.integer("expert_shared_feed_forward_length", n_ff_shared, low=0) if n_expert else 0
-    return n_ff, n_expert, n_ff_exp, n_ff_shexp, Mixture(n_used, arch.expert_norm, scale, activation)
+    return n_ff, n_expert, n_ff_exp, n_ff_shexp, Mixture(n_used, norm, scale, activation)
 
 
 def _shape_of(tensor: Tensor | None) -> str:
@@ -219,8 +221,7 @@ def _shapes(config: ModelConfig) -> tuple[dict[str, Shape], dict[str, Shape]]:
     required = {name: MODEL_SHAPES[name] for name in ("token_embd.weight", "output_norm.weight")}
     norm_bias = ("output_norm.bias",) if arch.layer_norm else ()
     optional = {name: MODEL_SHAPES[name] for name in ("output.weight", "output.bias", *norm_bias)}
-    if arch.rope_factors:
-        optional |= dict.fromkeys(ROPE_FACTORS, ("n_rope_freqs",))
+    optional |= dict.fromkeys(ROPE_FACTORS, ("n_rope_freqs",))
     for il in range(config.n_layer):
         matrices = [*arch.qkv, "attn_output", *config.ffn(il)]
         if config.has_experts(il):

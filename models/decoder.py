@@ -103,6 +103,7 @@ class Decoder:
         if not 0 <= n_outputs <= len(ids):
             raise ValueError(f"n_outputs is {n_outputs}, must be from 0 to the number of tokens, {len(ids)}")
         self._check(ids, seq)
+        self._lengthen({seq: len(ids)})
         tokens = np.asarray(ids, np.int32)
         n_batch, first = self.n_batch, len(ids) - n_outputs
         start = 0
@@ -119,6 +120,7 @@ class Decoder:
         Raises GgufRunError as forward does.
         """
         self._check(ids, seq)
+        self._lengthen({seq: len(ids)})
         return self._run(np.asarray(ids, np.int32), {seq: len(ids)}, [len(ids) - 1], n_top)
 
     def _check(self, ids: Sequence[int], seq: int) -> None:
@@ -132,6 +134,14 @@ class Decoder:
                 f"the context is full: {n_past} tokens are in it, {len(ids)} more do not fit into {self.n_ctx}; "
                 "use a larger context size or a shorter text"
             )
+
+    def _lengthen(self, counts: Mapping[int, int]) -> None:
+        """Run the tokens of sequences again whose rotation changes when {seq: number of tokens} are appended."""
+        for seq, n in counts.items():
+            ids = np.array(self.cache.outgrown(seq, n), np.int32)
+            for start in range(0, len(ids), self.n_batch):
+                part = ids[start : start + self.n_batch]
+                self._run(part, {seq: len(part)}, ())
 
     def _logits(self, tokens: NDArray[np.int32], first: int, seq: int) -> Iterator[NDArray[np.float32]]:
         """Run tokens in batches. Yield the logits of the tokens from index `first` on, which is in the first batch."""
@@ -158,6 +168,7 @@ class Decoder:
         n_tokens = sum(counts.values())
         if not counts or min(counts.values()) < 1 or n_tokens > self.n_batch:
             raise ValueError(f"a step of {counts} tokens: it takes 1 or more a sequence, {self.n_batch} in all")
+        self._lengthen(counts)
         tokens = np.fromiter(itertools.chain.from_iterable(batch.values()), np.int32, n_tokens)
         return self._run(tokens, counts, [end - 1 for end in itertools.accumulate(counts.values())]).values
 
@@ -169,7 +180,7 @@ class Decoder:
             for source, target in zip(stage.leaves, following.reads, strict=True):
                 following.program.copy_from(stage.program, source, len(batch), target)
         results = self._program.run(batch, runs, rows, self._stages[-1].part, n_top)
-        self.cache.end(runs)
+        self.cache.end(runs, batch.tolist())
         return results
 
     def rewind(self, n_past: int, seq: int = 0) -> int:

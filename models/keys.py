@@ -61,6 +61,13 @@ class Keys:
             raise self.wrong(key, f"a number from {low:g} to {high:g}")
         return float(value)
 
+    def flag(self, key: str, default: bool) -> bool:
+        """Return true or false."""
+        value = self.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.wrong(key, "true or false")
+        return default if value is None else value
+
     def factor(self, key: str) -> float:
         """Return a number to multiply or divide by; 1 if it is missing or 0."""
         value = self.number(key, 1.0) or 1.0
@@ -83,11 +90,13 @@ def rope_scaling(keys: Keys, n_ctx_train: int, yarn_truncate: bool) -> RopeScali
         factor=factor or 1.0,  # 0 stands for no scaling
         n_ctx_orig=keys.integer("rope.scaling.original_context_length", n_ctx_train),
         attn_factor=keys.number("rope.scaling.attn_factor", 1.0),
+        # llama.cpp's converter writes a checkpoint's own factor here, and its decoder does not read it.
+        yarn_attn_factor=keys.number("rope.scaling.yarn_attn_factor", 0.0),
         ext_factor=keys.number("rope.scaling.yarn_ext_factor", 1.0, high=1),
         beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0, low=0.001),
         beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0, low=0.001),
         log_multiplier=keys.number("rope.scaling.yarn_log_multiplier", 0.0),
-        truncate=yarn_truncate,
+        truncate=keys.flag("rope.scaling.yarn_truncate", yarn_truncate),
     )
 
 

@@ -8,7 +8,7 @@ sequence. Such a method returns how many tokens are left, and the caller runs th
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from gguf_run.formats.errors import GgufRunError
@@ -50,6 +50,8 @@ class _Slot:
 
     n_past: int = 0  # number of tokens
     n_lost: int = 0  # number of first tokens that some layer no longer holds
+    is_long: bool = False  # the keys have the rotation of long sequences
+    ids: list[int] = field(default_factory=list)  # of the tokens
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,9 @@ class KvCache:
         self._slots = [_Slot() for _ in range(n_seq)]
         self._n_held = min([n_ctx, *(layer.cache.n_ctx for layer in layers)])
         self._window = max(layer.window for layer in layers)
+        rotations = [layer.rotation for layer in layers if layer.rotation is not None]
+        # The tokens of a sequence up to which its rotation is that of short ones; 0: there is one rotation.
+        self._n_short = max((r.n_short for r in rotations if r.long_inv_freq is not None), default=0)
 
     def n_past(self, seq: int = 0) -> int:
         """Return the number of tokens of a sequence."""
@@ -88,16 +93,35 @@ class KvCache:
 
     def begin(self, counts: Mapping[int, int]) -> list[Run]:
         """Return the runs of a step that appends tokens, {seq: how many}. The tokens count only after `end`."""
-        runs = [Run(seq, self._slot(seq).n_past, n) for seq, n in counts.items()]
-        for seq, n_past, n in runs:
+        runs = [Run(seq, self._slot(seq).n_past, n, self._slots[seq].is_long) for seq, n in counts.items()]
+        for seq, n_past, n, _ in runs:
             # An interrupted step adds no tokens, but has overwritten old rows: n_lost is set first.
             self._slots[seq].n_lost = max(self._slots[seq].n_lost, n_past + n - self._n_held)
         return runs
 
-    def end(self, runs: Sequence[Run]) -> None:
-        """Count the tokens of a step that has run."""
-        for seq, n_past, n in runs:
-            self._slots[seq].n_past = n_past + n
+    def end(self, runs: Sequence[Run], ids: Sequence[int]) -> None:
+        """Count the tokens of a step that has run. ids: of all runs."""
+        at = 0
+        for seq, n_past, n, _ in runs:
+            slot = self._slots[seq]
+            slot.n_past = n_past + n
+            slot.ids[n_past:] = ids[at : at + n]
+            at += n
+
+    def outgrown(self, seq: int, n: int) -> list[int]:
+        """Make a sequence ready for n more tokens. Return the ids that must run again first, mostly none.
+
+        A sequence that becomes long has another rotation from its first token on. So it is emptied.
+        """
+        slot = self._slot(seq)
+        was_long, slot.is_long = slot.is_long, 0 < self._n_short < slot.n_past + n
+        if was_long == slot.is_long or not slot.n_past:
+            return []
+        ids = slot.ids[: slot.n_past]
+        if len(ids) < slot.n_past:
+            raise GgufRunError(f"sequence {seq} was loaded without its ids: it cannot become longer than {slot.n_past}")
+        slot.n_past = slot.n_lost = 0
+        return ids
 
     def rewind(self, n_past: int, seq: int = 0) -> int:
         """Forget a sequence's tokens from position n_past on. Return how many tokens are left: n_past or 0.
@@ -112,6 +136,7 @@ class KvCache:
     def _set(self, slot: _Slot, n_past: int, n_lost: int) -> int:
         """Set a slot to n_past tokens, or to 0 if the next token would read one of the first n_lost. Return n_past."""
         possible = n_past and max(0, n_past + 1 - self._window) >= n_lost
+        possible = possible and (n_past > self._n_short or not slot.is_long)
         slot.n_past, slot.n_lost = (n_past, n_lost) if possible else (0, 0)
         return slot.n_past
 
@@ -121,6 +146,7 @@ class KvCache:
         if not 0 <= n <= a.n_past or source == target:
             raise ValueError(f"cannot copy {n} tokens from sequence {source} to {target}: it has {a.n_past}")
         b.n_past = b.n_lost = 0
+        b.is_long, b.ids = a.is_long, a.ids[:n]
         for layer in self._layers:
             layer.cache.copy(source, target, n if a.n_past <= layer.cache.n_ctx else layer.cache.n_ctx)
         return self._set(b, n, a.n_lost)
@@ -139,7 +165,9 @@ class KvCache:
         n_past, n_lost = slot.n_past, slot.n_lost
         slot.n_past = 0  # until all layers have moved
         for layer in self._layers:
-            layer.cache.shift(seq, n_past, n_keep, n_discard, layer.rotation)
+            rotation = layer.rotation.of(slot.is_long) if layer.rotation else None
+            layer.cache.shift(seq, n_past, n_keep, n_discard, rotation)
+        del slot.ids[n_keep : n_keep + n_discard]
         return self._set(slot, n_past - n_discard, max(n_keep, n_lost - n_discard) if n_lost else 0)
 
     def export(self, seq: int = 0) -> Iterator[tuple[int, str, Any]]:
@@ -150,13 +178,16 @@ class KvCache:
             for kind in "kv":
                 yield il, kind, layer.cache.read(seq, kind, first, -(-slot.n_past // GROUP))
 
-    def load(self, n_past: int, parts: Iterable[tuple[int, str, Any]], seq: int = 0) -> None:
-        """Replace a sequence by n_past tokens. parts: what `export` yields.
+    def load(
+        self, n_past: int, parts: Iterable[tuple[int, str, Any]], seq: int = 0, ids: Sequence[int] | None = None
+    ) -> None:
+        """Replace a sequence by n_past tokens. parts: what `export` yields. ids: of the tokens; None: not known.
 
         Raises GgufRunError if the parts do not fit. The sequence is empty after any error, those of `parts` included.
         """
         slot = self._slot(seq)
         slot.n_past = slot.n_lost = 0
+        slot.is_long, slot.ids = 0 < self._n_short < n_past, list(ids or ())
         n_lost, end = 0, -(-n_past // GROUP)
         missing = {(il, kind) for il in range(len(self._layers)) for kind in "kv"}
         for il, kind, data in parts:

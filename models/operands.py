@@ -48,6 +48,17 @@ class Rotation:
     n_rot: int  # dimensions that turn; the others stay as they are
     inv_freq: NDArray[np.float64]  # [n_rot / 2], scaling and factors of the model applied
     scale: float = 1.0  # factor on the rotated values: YaRN's attention factor
+    long_inv_freq: NDArray[np.float64] | None = None  # LongRoPE: inv_freq of sequences of more than n_short tokens
+    n_short: int = 0
+
+    @property
+    def inv_freqs(self) -> NDArray[np.float64]:
+        """f64[2, n_rot / 2]: of short sequences, and of long ones."""
+        return np.stack([self.inv_freq, self.inv_freq if self.long_inv_freq is None else self.long_inv_freq])
+
+    def of(self, is_long: bool) -> "Rotation":
+        """Return the rotation of a sequence."""
+        return replace(self, inv_freq=self.inv_freqs[int(is_long)], long_inv_freq=None)
 
 
 @dataclass(frozen=True)

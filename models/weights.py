@@ -101,11 +101,11 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
 def rotations(config: ModelConfig, tensors: Mapping[str, Tensor], n_ctx: int) -> list[Rotation | None]:
     """Return the rotation of each layer, None for a layer that does not rotate. Layers with equal numbers share one."""
     arch, scaling = config.arch, config.rope_scaling
-    freqs, long, short = ROPE_FACTORS
-    name = freqs if freqs in tensors else long if n_ctx > scaling.n_ctx_orig else short
-    factors = _factors(tensors[name]) if arch.rope_factors and name in tensors else None
+    freqs, long, short = (_factors(tensors[name]) if name in tensors else None for name in ROPE_FACTORS)
+    factors = short if freqs is None else freqs
+    long_factors = long if freqs is None and n_ctx > scaling.n_ctx_orig else None
     base, base_swa = config.rope_freq_base, config.rope_freq_base_swa
-    rotation = rotation_swa = make_rope(arch.rope_style, config.n_rot, base, scaling, factors)
+    rotation = rotation_swa = make_rope(arch.rope_style, config.n_rot, base, scaling, factors, long_factors)
     if base != base_swa or not arch.swa_rope_scaled:
         scaling = scaling if arch.swa_rope_scaled else UNSCALED
         rotation_swa = make_rope(arch.rope_style, config.n_rot, base_swa, scaling)

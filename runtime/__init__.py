@@ -1,33 +1,41 @@
 """All that runs around the kernels, from a file to text. Start with model.py, the Python API.
 
-The public names below are imported when they are first used: the errors do not need NumPy.
+The public names below are imported when they are first used: the commands begin with this file, and must begin at once.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
-from gguf_run.formats.errors import FormatError, GgufRunError, OptionError, UnsupportedError
-
+TYPE_CHECKING = False  # what type checkers take for typing's, which takes 10 ms to import
 if TYPE_CHECKING:
+    from gguf_run.formats.errors import FormatError as FormatError
+    from gguf_run.formats.errors import GgufRunError as GgufRunError
+    from gguf_run.formats.errors import OptionError as OptionError
+    from gguf_run.formats.errors import UnsupportedError as UnsupportedError
+    from gguf_run.runtime.engine.generation import Stats as Stats
     from gguf_run.runtime.engine.reply import Answer as Answer
+    from gguf_run.runtime.engine.reply import Piece as Piece
     from gguf_run.runtime.load.options import LoadOptions as LoadOptions
     from gguf_run.runtime.model import Model as Model
-    from gguf_run.runtime.model import Stats as Stats
     from gguf_run.runtime.sampling.params import SamplingParams as SamplingParams
     from gguf_run.runtime.sampling.sampler import TokenLogprob as TokenLogprob
 
 _PLACES = {
-    "Answer": "engine.reply",
-    "LoadOptions": "load.options",
-    "Model": "model",
-    "SamplingParams": "sampling.params",
-    "Stats": "model",
-    "TokenLogprob": "sampling.sampler",
+    "Answer": "runtime.engine.reply",
+    "FormatError": "formats.errors",
+    "GgufRunError": "formats.errors",
+    "LoadOptions": "runtime.load.options",
+    "Model": "runtime.model",
+    "OptionError": "formats.errors",
+    "Piece": "runtime.engine.reply",
+    "SamplingParams": "runtime.sampling.params",
+    "Stats": "runtime.engine.generation",
+    "TokenLogprob": "runtime.sampling.sampler",
+    "UnsupportedError": "formats.errors",
 }
-__all__ = ["FormatError", "GgufRunError", "OptionError", "UnsupportedError", *_PLACES]
+__all__ = [*_PLACES]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    return getattr(importlib.import_module(f"gguf_run.{_PLACES[name]}"), name)

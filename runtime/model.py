@@ -3,23 +3,25 @@
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
-from gguf_run.runtime.engine.context import Closed, Context
-from gguf_run.runtime.engine.generation import Generation
-from gguf_run.runtime.engine.reply import Answer, Reply, StopStrings
-from gguf_run.runtime.load.options import LoadOptions
+from gguf_run.formats.errors import FormatError, GgufRunError, OptionError, check_names
+from gguf_run.runtime.engine.context import Closed, Context, Turns
+from gguf_run.runtime.engine.generation import Generation, Pieces, Stats
+from gguf_run.runtime.engine.reply import Answer, BatchOptions, Reply, ReplyOptions, ReplyParams, StopStrings
+from gguf_run.runtime.load.options import LoadKeywords, LoadOptions
 from gguf_run.runtime.sampling.params import SamplingParams
-from gguf_run.runtime.sampling.sampler import Sampler, TokenLogprob
+from gguf_run.runtime.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
+    from gguf_run.runtime.chat.process import TemplateProcess
     from gguf_run.runtime.engine.batch import Batch
     from gguf_run.runtime.engine.session_file import SessionHeader
     from gguf_run.runtime.load.load_model import LoadedModel
@@ -29,30 +31,6 @@ Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Stats:
-    """Times, in seconds, and counts of the last generation. Generation and Batch have attributes of these names."""
-
-    load_s: float  # to load the model
-    n_prompt: int = 0  # tokens of the prompt
-    n_reused: int = 0  # tokens of the prompt that the cache held already
-    prefill_s: float = 0.0  # to compute the other tokens of the prompt
-    n_decoded: int = 0  # tokens of the answer
-    decode_s: float = 0.0  # to compute the tokens of the answer
-    finish: str = ""  # why the answer ended, see Reply
-    seed: int = 0  # of the draws
-
-    @property
-    def prefill_speed(self) -> float:
-        """Prompt tokens computed per second (0: none)."""
-        return (self.n_prompt - self.n_reused) / self.prefill_s if self.prefill_s else 0.0
-
-    @property
-    def decode_speed(self) -> float:
-        """Tokens decoded per second (0: none)."""
-        return self.n_decoded / self.decode_s if self.decode_s else 0.0
-
-
 class Model:
     """A language model that is ready to run. Use it as a context manager, or call close().
 
@@ -60,8 +38,8 @@ class Model:
             for text in model.generate("Once upon a time", max_tokens=50):
                 print(text, end="")
 
-    A new call of generate, chat or logits takes over the context: the iterator of the call before it ends with an
-    error. Only one thread at a time may use a model.
+    Threads may share a model: their calls wait for each other, an answer for the end of another thread's. In one
+    thread, a new answer takes the context, and what is left of the one before ends with an error. See Turns.
     """
 
     def __init__(self, parts: "LoadedModel") -> None:
@@ -70,12 +48,14 @@ class Model:
         self.tokenizer = parts.tokenizer
         self.chat_template = parts.chat_template
         self.tool_template = parts.tool_template
+        self.templates: TemplateProcess | None = None  # where chat_template runs; made when it is first needed
         self.where = parts.where
+        self.about = parts.about
         self.tuning = parts.tuning
         self.load_s = 0.0  # seconds that loading took, without a download
         self._identity = parts.identity
         self._close = parts.close
-        self._context = Context(parts.decoder)
+        self._context, self._turns = Context(parts.decoder), Turns()
         self._generation: Generation | Batch | None = None
         self._breakers: dict[tuple[str, ...], Breakers] = {}  # of dry_sequence_breakers: slow to find
 
@@ -87,7 +67,7 @@ class Model:
         *,
         progress: Callable[[int, int], None] | None = None,
         report: Callable[[str], None] = lambda line: None,
-        **keywords: Any,
+        **keywords: Unpack[LoadKeywords],
     ) -> "Model":
         """Load a model.
 
@@ -100,7 +80,9 @@ class Model:
         Warns if n_ctx is more than the model was trained for. Raises GgufRunError and its kinds: OptionError for a
         value that is not allowed, FormatError for a damaged file, UnsupportedError for one that cannot be run.
         """
-        options, start = replace(options or LoadOptions(), **keywords), time.perf_counter()
+        start = time.perf_counter()
+        check_names(keywords, LoadKeywords.__annotations__)
+        options = replace(options or LoadOptions(), **keywords)
         from gguf_run.runtime.load.load_model import load_model
 
         parts = load_model(path, options, progress, report)
@@ -121,11 +103,6 @@ class Model:
         measured = {field.name: getattr(self._generation, field.name) for field in fields(Stats)[1:]}
         return Stats(self.load_s, **measured)
 
-    @property
-    def logprobs(self) -> list[TokenLogprob]:
-        """Log probabilities of the tokens that the last generate or chat has chosen, if it was given logprobs=N."""
-        return self._generation.sampler.logprobs if isinstance(self._generation, Generation) else []
-
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Return the ids of a text.
 
@@ -136,15 +113,16 @@ class Model:
 
     def chat_prompt(
         self,
-        messages: Sequence[Message],
+        messages: str | Sequence[Message],
         tools: Sequence[Tool] | None = None,
         template_options: Mapping[str, Any] | None = None,
     ) -> str:
         """Return the text that the chat template makes of a conversation, up to where the answer begins.
 
-        The template is the attribute chat_template: the file's, unless you set another. GgufRunError if there is none,
-        or if it refuses the messages.
+        The template is the attribute chat_template: the file's, unless you set another. Warns if it has no place for a
+        system message or for tools. GgufRunError if there is none, if it refuses the messages or passes a limit.
         """
+        from gguf_run.runtime.chat.process import TemplateProcess
         from gguf_run.runtime.chat.template import render_chat
 
         template = (self.tool_template if tools else None) or self.chat_template
@@ -156,11 +134,14 @@ class Model:
         bos, eos = (
             None if id is None else self.tokenizer.token_text(id) for id in (self.tokenizer.bos, self.tokenizer.eos)
         )
-        return render_chat(template, messages, bos_token=bos, eos_token=eos, tools=tools, options=template_options)
+        process = self.templates = self.templates or TemplateProcess()
+        return render_chat(
+            template, messages, bos_token=bos, eos_token=eos, tools=tools, options=template_options, process=process
+        )
 
     def tokenize_chat(
         self,
-        messages: Sequence[Message],
+        messages: str | Sequence[Message],
         tools: Sequence[Tool] | None = None,
         template_options: Mapping[str, Any] | None = None,
     ) -> list[int]:
@@ -171,61 +152,54 @@ class Model:
         """Return the text of ids."""
         return self.tokenizer.decode(ids, skip_special=skip_special)
 
-    def generate(
-        self,
-        prompt: str,
-        *,
-        max_tokens: int | None = None,
-        stop: Sequence[str] = (),
-        context_shift: bool = False,
-        n_keep: int = 0,
-        **sampling: Any,
-    ) -> Iterator[str]:
-        """Continue a text; return an iterator over pieces of text.
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[ReplyOptions]) -> Pieces:
+        """Continue a text; return an iterator over pieces of text, which are strings with the ids of their tokens.
 
-        max_tokens: the most tokens; None: until the model ends or the context is full (stats.finish tells which).
+        prompt: a text, or token ids, which are taken as they are.
+        max_tokens: the most tokens; None: until the model ends or the context is full (finish_reason tells which).
         stop: texts that end the answer.
         context_shift: a full context does not end the answer: half of the tokens behind the first n_keep (at least
             32) are taken out, and the text goes on.
-        sampling: temperature, top_k, seed, logits_processors, logprobs and others, see SamplingParams.
+        Others (temperature, top_k, seed, logits_processors, logprobs ...): see SamplingParams.
         """
-        ids = self._open_ended(self.tokenize(prompt))
-        return self._start(ids, max_tokens, stop, n_keep if context_shift else None, sampling)
+        return self._start(self._prompt_ids(prompt), options)
 
-    def generate_batch(
-        self, prompts: Sequence[str], *, max_tokens: int | None = None, stop: Sequence[str] = (), **sampling: Any
-    ) -> list[Answer]:
+    def complete(self, prompt: str | Sequence[int], **options: Unpack[ReplyOptions]) -> Answer:
+        """Continue a text as generate does; return the whole answer. For a conversation: chat(...).answer()."""
+        return self.generate(prompt, **options).answer()
+
+    def generate_batch(self, prompts: Sequence[str | Sequence[int]], **options: Unpack[BatchOptions]) -> list[Answer]:
         """Continue several texts together, at most n_seq of Model.load; return the answers in the prompts' order.
 
         All share each step, which reads the weights once. The tokens that all prompts begin with are computed once.
-        Options as for generate; prompt i draws with seed + i. GgufRunError for too many prompts, or none.
+        Options as for generate, without context_shift; prompt i draws with seed + i. GgufRunError for too many
+        prompts, or none.
         """
         from gguf_run.runtime.engine.batch import Batch
 
-        params = SamplingParams(**sampling)
+        if isinstance(prompts, str):
+            raise OptionError(f"prompts is the text {prompts[:40]!r}; allowed: a list of texts")
+        params = ReplyParams.of(options, BatchOptions)
         replies = []
         for i, prompt in enumerate(prompts):
-            seed = None if params.seed is None else (params.seed + i) % 2**64
-            ids = self._open_ended(self.tokenize(prompt))
-            replies.append(self._reply(ids, replace(params, seed=seed), stop, max_tokens))
-        self._generation = batch = Batch(self._context, replies)
-        return batch.run()
+            seed = None if params.sampling.seed is None else (params.sampling.seed + i) % 2**64
+            replies.append(self._reply(self._prompt_ids(prompt), params, replace(params.sampling, seed=seed)))
+        with self._turns.computing():
+            self._generation = batch = Batch(self._context, replies)
+            return batch.run()
 
     def chat(
         self,
-        messages: Sequence[Message],
+        messages: str | Sequence[Message],
         *,
         tools: Sequence[Tool] | None = None,
         template_options: Mapping[str, Any] | None = None,
-        max_tokens: int | None = None,
-        stop: Sequence[str] = (),
-        context_shift: bool = False,
-        n_keep: int = 0,
-        **sampling: Any,
-    ) -> Iterator[str]:
-        """Answer the last message of a conversation; return an iterator over pieces of text.
+        **options: Unpack[ReplyOptions],
+    ) -> Pieces:
+        """Answer the last message of a conversation; return an iterator over pieces of text, as generate does.
 
-        messages: {"role": "system" | "user" | "assistant" | "tool", "content": text} each.
+        messages: {"role": "system" | "user" | "assistant" | "tool", "content": text} each, in any form of OpenAI's API;
+            or a string, which is the message of a user.
         tools: JSON schemas of functions that the model may call, {"type": "function", "function": {...}}. A call
             stands in the answer, in the form that the chat template defines.
         template_options: variables for the template, as {"enable_thinking": False} for Qwen3's.
@@ -234,28 +208,30 @@ class Model:
         The beginning that this conversation shares with the one before is not computed again. GgufRunError as for
         tokenize_chat.
         """
-        ids = self.tokenize_chat(messages, tools, template_options)
-        return self._start(ids, max_tokens, stop, n_keep if context_shift else None, sampling)
+        return self._start(self.tokenize_chat(messages, tools, template_options), options)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Return the logits f32[n_tokens, n_vocab] after each of ids, from an empty context."""
         out = np.empty((len(ids), self.decoder.config.n_vocab), np.float32)
         n_done = 0
-        for block in self._context.logits(ids):
-            out[n_done : n_done + len(block)] = block
-            n_done += len(block)
+        with self._turns.computing():
+            for block in self._context.logits(ids):
+                out[n_done : n_done + len(block)] = block
+                n_done += len(block)
         return out
 
     def reset(self) -> None:
         """Empty the context: the next text is computed as after loading, bit for bit."""
-        self._context.forget()
+        with self._turns.computing():
+            self._context.forget()
 
     def save_session(self, path: str | os.PathLike[str], messages: Sequence[Message] = ()) -> None:
         """Save the context with its KV cache, and the conversation in it, to a file: whole or not at all."""
         from gguf_run.runtime.engine.session_file import save
 
         header = replace(self._session_header(), messages=[dict(message) for message in messages])
-        save(Path(path), replace(header, ids=self._context.settle()), self.decoder.cache.export)
+        with self._turns.computing(takes=False):
+            save(Path(path), replace(header, ids=self._context.settle()), self.decoder.cache.export)
 
     def load_session(self, path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         """Make the tokens of a saved session the context, without computing them; return its conversation.
@@ -270,7 +246,8 @@ class Model:
         found, parts = open_session(Path(path))
         check_session(Path(path), found, header, self.n_ctx, self.decoder.config.n_vocab)
         try:
-            self._context.restore(found.ids, parts)
+            with self._turns.computing():
+                self._context.restore(found.ids, parts)
         except GgufRunError as error:
             raise FormatError(f"{path}: {error}") from None
         return list(found.messages)
@@ -293,11 +270,18 @@ class Model:
         return f"<Model {name}, {layers}{', ' * bool(self.where)}{self.where}>"
 
     def close(self) -> None:
-        """Free the weights and the KV cache, stop the threads, close the file. The tokenizer stays usable."""
-        for close in (self.decoder.close, *self._close) if not self._is_closed else ():
-            close()
-        self._context.close()
-        self.decoder, self._close, self._identity = self._context.decoder, (), None
+        """Free the weights and the KV cache, stop the threads, close the file. The tokenizer stays usable.
+
+        What another thread computes now is waited for; then its answer ends with GgufRunError.
+        """
+        with self._turns.computing(takes=False, waits=False):
+            for close in (self.decoder.close, *self._close) if not self._is_closed else ():
+                close()
+            if self.templates is not None:
+                self.templates.close()
+            self._context.close()
+            self.decoder, self._close, self._identity, self.about = self._context.decoder, (), None, str
+        self._turns.leave()
 
     def __enter__(self) -> "Model":
         return self
@@ -305,21 +289,17 @@ class Model:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(
-        self,
-        ids: list[int],
-        max_tokens: int | None,
-        stop: Sequence[str],
-        n_keep: int | None,
-        sampling: Mapping[str, Any],
-    ) -> Iterator[str]:
-        reply = self._reply(ids, SamplingParams(**sampling), stop, max_tokens)
-        self._generation = Generation(self._context, reply, n_keep)
-        return iter(self._generation)
+    def _start(self, ids: list[int], options: Mapping[str, Any]) -> Pieces:
+        params = ReplyParams.of(options)
+        reply = self._reply(ids, params, params.sampling)
+        self._generation = generation = Generation(
+            self._context, reply, params.n_keep if params.context_shift else None
+        )
+        return Pieces(generation, reply, self._turns)
 
-    def _reply(self, ids: list[int], params: SamplingParams, stop: Sequence[str], max_tokens: int | None) -> Reply:
-        tokenizer = self.tokenizer
-        return Reply(ids, self._sampler(params), tokenizer.stream(), StopStrings(stop), tokenizer.stop_ids, max_tokens)
+    def _reply(self, ids: list[int], params: ReplyParams, sampling: SamplingParams) -> Reply:
+        sampler, stop, tokenizer = self._sampler(sampling), StopStrings(params.stop), self.tokenizer
+        return Reply(ids, sampler, tokenizer.stream(), stop, tokenizer.stop_ids, params.max_tokens)
 
     def _sampler(self, params: SamplingParams) -> Sampler:
         n_vocab = self.decoder.config.n_vocab
@@ -337,6 +317,15 @@ class Model:
             self._breakers = {texts: breakers(self.tokenizer, texts)}
         return Sampler(params, self._breakers[texts])
 
-    def _open_ended(self, ids: list[int]) -> list[int]:
-        """Return ids without the EOS that some models want behind a text: the text is to go on."""
-        return ids[:-1] if self.tokenizer.add_eos and ids[-1:] == [self.tokenizer.eos] else ids
+    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """Return the ids of a prompt. Of a text without the EOS that some models want behind it: it is to go on."""
+        if isinstance(prompt, str):
+            ids = self.tokenize(prompt)
+            return ids[:-1] if self.tokenizer.add_eos and ids[-1:] == [self.tokenizer.eos] else ids
+        n_vocab, allowed = self.decoder.config.n_vocab, "allowed: a text, or a list of token ids"
+        if prompt is None or isinstance(prompt, bytes | Mapping):
+            raise OptionError(f"the prompt is {prompt!r:.40}; {allowed}")
+        for i, id in enumerate(prompt):
+            if not isinstance(id, Integral) or not 0 <= id < n_vocab:
+                raise OptionError(f"the prompt has {id!r:.40} at {i}; {allowed} from 0 to {n_vocab - 1}")
+        return [int(id) for id in prompt]

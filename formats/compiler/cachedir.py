@@ -1,11 +1,21 @@
-"""The folder for files that can be made again: compiled kernels and downloaded models."""
+"""The folder for files that can be made again: compiled kernels and downloaded models.
 
+Machine code from a file is run, so the file must be this user's own. A checksum cannot tell: whoever writes code can
+write a checksum too. `read_own` therefore asks the system who else could have written the file, after the file is open.
+What then happens to the folders above changes nothing.
+"""
+
+import errno
+import functools
 import os
+import stat
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from gguf_run.formats.errors import GgufRunError
 
+_MOST_BYTES = 64 << 20  # of a file that read_own reads
 # The variable that names the cache folder ("": there is none), and the folder in the home folder if it is not set.
 _PLACES = {"win32": ("LOCALAPPDATA", "AppData/Local"), "darwin": ("", "Library/Caches")}
 
@@ -23,3 +33,43 @@ def user_cache_dir() -> Path:
     except RuntimeError:
         advice = f"{variable} or HOME" if variable else "HOME"
         raise GgufRunError(f"this user has no home folder for compiled kernels and models: set {advice}") from None
+
+
+def other_writers(status: os.stat_result) -> str:
+    """Return who else may have written a file or a folder, in words, or "" for nobody.
+
+    Windows keeps no such modes. There the access lists of the user's own folder keep others out.
+    """
+    if sys.platform == "win32":
+        return ""
+    if status.st_uid != os.geteuid():
+        return f"belongs to user {status.st_uid}, this is user {os.geteuid()}"
+    mode = stat.S_IMODE(status.st_mode)
+    return f"can be written by others (mode {mode:o})" if mode & (stat.S_IWGRP | stat.S_IWOTH) else ""
+
+
+def read_own(path: Path) -> bytes:
+    """Return the bytes of a file, at most 64 MB. OSError unless it is a file that nobody but this user may write."""
+    # Without waiting: opening a named pipe would wait for a writer.
+    wait_not = getattr(os, "O_NONBLOCK", 0)
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | wait_not)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or other_writers(status):
+            raise PermissionError(errno.EPERM, "is not a file that only this user may write", os.fspath(path))
+        return file.read(_MOST_BYTES)
+
+
+def write_own(path: Path, data: bytes) -> None:
+    """Write a file that only this user may read or write. After a power cut, all of it is there or nothing.
+
+    OSError if it cannot be written.
+    """
+    from gguf_run.formats.atomic import replacing  # late: a warm start writes nothing
+
+    if not path.is_file():  # nothing, a pipe, or a link to a device, which `replacing` leaves alone
+        with suppress(OSError):
+            path.unlink()
+    with replacing(path) as part, open(part, "xb", opener=functools.partial(os.open, mode=0o600)) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

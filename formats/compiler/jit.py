@@ -1,10 +1,10 @@
 """The one place that knows numba's options: every compiled function of the project is made by `njit`.
 
-A compiled function is kept on disk: as an object file if machine_code.py can make one, which is so for all that runs
-before the first token, else in numba's own cache. numba is imported only when something must be compiled (deferred.py).
+A compiled function is kept on disk as an object file, if machine_code.py can make one. numba's own cache is not used:
+it consists of pickles, which can run anything. numba is imported only when something must be compiled (deferred.py).
 
-The cache folder's name is a hash of all sources that can be part of a kernel. numba itself notices an edit of the file
-that holds a function. It does not notice an edit of a helper in another file, and would run stale machine code.
+The cache folder's name is a hash of all sources that can be part of a kernel: an edit of a helper in another file makes
+other machine code.
 """
 
 import ctypes
@@ -27,9 +27,9 @@ import llvmlite
 import numpy as np
 from llvmlite import binding
 
-from gguf_run.formats.compiler.cachedir import user_cache_dir
+from gguf_run.formats.compiler.cachedir import other_writers, read_own, user_cache_dir, write_own
 from gguf_run.formats.compiler.deferred import Deferred, copied, imported, resolved
-from gguf_run.formats.compiler.machine_code import Entry, Kind, Loader
+from gguf_run.formats.compiler.machine_code import Code, Entry, Kind, Loader
 
 # error_model="numpy": divisions have no hidden branch that raises. No fastmath: results may differ between instruction
 # sets by the order of sums in the SIMD kernels, and by nothing else. A kernel that wants fastmath asks for it.
@@ -41,7 +41,10 @@ _KEEP_FOLDERS, _KEEP_SECONDS = 16, 86400  # of other versions: so many, and thos
 
 @functools.cache
 def kernel_cache_dir() -> Path | None:
-    """Return the folder for kernels of exactly these sources; None, with a warning, if the folder is not writable."""
+    """Return the folder for kernels of exactly these sources.
+
+    None, with a warning, if the folder is not writable, belongs to somebody else or can be written by others.
+    """
     digest = hashlib.sha256()
     for folder in _KERNEL_FOLDERS:
         for source in sorted(folder.glob("**/*.py")):
@@ -49,17 +52,19 @@ def kernel_cache_dir() -> Path | None:
     path = user_cache_dir() / f"kernels-{digest.hexdigest()[:16]}"
     try:
         if not path.is_dir():
-            path.mkdir(parents=True, exist_ok=True)
-            _remove_old(path.parent)
-        os.utime(path)  # used now
-        if os.access(path, os.W_OK):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir(0o700, exist_ok=True)
+            with suppress(OSError):  # another process may remove the same folders
+                _remove_old(path.parent)
+        reason = other_writers(path.stat()) or ("" if os.access(path, os.W_OK) else "is read-only")
+        if not reason:
+            os.utime(path)  # used now
             return path
-        reason = "read-only"
     except OSError as error:
-        reason = error.strerror or type(error).__name__
+        reason = f"cannot be used ({error.strerror or type(error).__name__})"
     warnings.warn(
-        f"cannot write to {path} ({reason}): kernels are compiled anew in every run; "
-        "set XDG_CACHE_HOME to a writable folder",
+        f"{path} {reason}: kernels are compiled anew in every run; set XDG_CACHE_HOME to a folder that only you may "
+        "write to",
         stacklevel=2,
     )
     return None
@@ -123,7 +128,7 @@ class Kernel(Deferred):
         assert entry is not None
         return entry.function
 
-    def compile(self, kinds: tuple[Kind, ...]) -> bytes | None:
+    def compile(self, kinds: tuple[Kind, ...]) -> Code | None:
         """Compile the function for arguments of these kinds: see compile_entry."""
         from gguf_run.formats.compiler.object_file import compile_entry  # late: a warm start compiles nothing
 
@@ -148,17 +153,9 @@ class Kernel(Deferred):
 
     @functools.cached_property
     def _dispatcher(self) -> Any:
-        """numba's own dispatcher, for calls from Python. numba reads the name of its cache folder when a function is
-        decorated: only for that moment, and in one thread, it is our folder."""
-        from numba.core import config
-
+        """numba's own dispatcher, for calls from Python. Every process compiles it anew."""
         with _store().lock:
-            path, before = kernel_cache_dir(), config.CACHE_DIR
-            config.CACHE_DIR = os.fspath(path or before)
-            try:
-                return _numba_njit(self._function, {**self._options, "cache": path is not None})
-            finally:
-                config.CACHE_DIR = before
+            return _numba_njit(self._function, self._options)
 
 
 def _numba_njit(function: Callable[..., Any], options: dict[str, Any]) -> Any:
@@ -232,24 +229,25 @@ class _Store:
         self._loader = Loader()
 
     def find(self, kernel: Kernel, kinds: tuple[Kind, ...]) -> Entry | None:
-        """Load a kernel for arguments of these kinds, after compiling it if the folder lacks it."""
-        folder = kernel_cache_dir()
-        path = folder / kernel.file_name(kinds) if folder else None
-        code = None
-        with suppress(OSError):
-            code = path.read_bytes() if path else None
-        entry = self._loader.load(code, kinds) if code else None
-        if entry is not None or code == b"":  # an empty file: numba must run it
-            return entry
-        from gguf_run.formats.atomic import replacing  # late, too
+        """Load a kernel for arguments of these kinds, after compiling it if the folder lacks it.
 
+        A file that is damaged, or of another kernel, other sources or another CPU, counts as missing.
+        """
+        folder = kernel_cache_dir()
+        name = kernel.file_name(kinds)
+        key = f"{folder.name}/{name}" if folder else ""
+        if folder:
+            with suppress(OSError, ValueError, RuntimeError):
+                return self._loader.load(Code.unsealed(read_own(folder / name), key), kinds)
         for notify in self.before_compiling:
             notify()
         code = kernel.compile(kinds)
-        if path:
-            with suppress(OSError), replacing(path) as part:  # a file that is missing costs the next process time
-                part.write_bytes(code or b"")
-        return self._loader.load(code, kinds) if code else None
+        if code is None:
+            return None
+        if folder:
+            with suppress(OSError):  # a file that is missing costs the next process time
+                write_own(folder / name, code.sealed(key))
+        return self._loader.load(code, kinds)
 
 
 _making_store = threading.Lock()

@@ -15,10 +15,10 @@ An argument has a kind:
 """
 
 import ctypes
+import hashlib
 import itertools
-import zlib
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from llvmlite import binding
@@ -39,6 +39,34 @@ def n_words(kind: Kind) -> int:
     return 1 + kind[1] if isinstance(kind, tuple) else 1
 
 
+class Code(NamedTuple):
+    """A compiled function."""
+
+    result: str  # kind of its result: a key of _RESULTS
+    object: bytes  # the object file
+
+    def sealed(self, key: str) -> bytes:
+        """Return the content of a file: the kind of the result, a checksum, the object file.
+
+        key: what tells this code apart from all other. It is a part of the checksum, so that no file can stand in for
+            another.
+        """
+        return b"%s %s\n%s" % (self.result.encode(), self._checksum(key), self.object)
+
+    @classmethod
+    def unsealed(cls, data: bytes, key: str) -> "Code":
+        """Return the code in a file. ValueError if the file is damaged, or was sealed with another key."""
+        head, _, content = data.partition(b"\n")
+        result, _, checksum = head.partition(b" ")
+        code = cls(result.decode("ascii"), content)
+        if code.result not in _RESULTS or checksum != code._checksum(key):
+            raise ValueError("not the code that was asked for")
+        return code
+
+    def _checksum(self, key: str) -> bytes:
+        return hashlib.sha256(f"{key}\n{self.result}\n".encode() + self.object).hexdigest().encode()
+
+
 class Loader:
     """Loads object files into this process, for as long as the loader lives."""
 
@@ -49,16 +77,12 @@ class Loader:
         self._loaded: list[Any] = []
         self._numbers = itertools.count()  # no name is used twice, even if Ctrl-C interrupts `load`
 
-    def load(self, entry: bytes, kinds: tuple[Kind, ...]) -> "Entry | None":
-        """Load what compile_entry returned. None if it is damaged."""
-        head, _, code = entry.partition(b"\n")
-        result, _, crc = head.decode("ascii", "replace").partition(" ")
-        if crc != str(zlib.crc32(code)) or result not in _RESULTS:
-            return None
-        builder = binding.JITLibraryBuilder().add_object_img(code).export_symbol(ENTRY).add_current_process()
+    def load(self, code: Code, kinds: tuple[Kind, ...]) -> "Entry":
+        """Load what compile_entry returned. RuntimeError if it needs something that this process lacks."""
+        builder = binding.JITLibraryBuilder().add_object_img(code.object).export_symbol(ENTRY).add_current_process()
         library = builder.link(self._jit, f"kernel{next(self._numbers)}")
         self._loaded.append(library)
-        return Entry(library[ENTRY], kinds, _RESULTS[result])
+        return Entry(library[ENTRY], kinds, _RESULTS[code.result])
 
 
 class Entry:

@@ -1,21 +1,20 @@
 """Compiles a function to one object file with a C entry, by numba. machine_code.py loads it."""
 
 import importlib
-import zlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 
-from gguf_run.formats.compiler.machine_code import ENTRY, Kind, n_words
+from gguf_run.formats.compiler.machine_code import ENTRY, Code, Kind, n_words
 
 _I64 = ir.IntType(64)
 _BYTES = ir.IntType(8).as_pointer()
 
 
-def compile_entry(function: Callable[..., Any], kinds: tuple[Kind, ...], options: dict[str, Any]) -> bytes | None:
-    """Compile a function for arguments of these kinds. Return what `Loader.load` reads: a line and the object file.
+def compile_entry(function: Callable[..., Any], kinds: tuple[Kind, ...], options: dict[str, Any]) -> Code | None:
+    """Compile a function for arguments of these kinds, to what `Loader.load` takes.
 
     None if the function does not return a number, or needs numba's runtime.
     """
@@ -44,8 +43,7 @@ def compile_entry(function: Callable[..., Any], kinds: tuple[Kind, ...], options
         missing = [part.name for part in library._final_module.functions if part.is_declaration]
         if any(name.startswith(("NRT_", "numba_")) for name in missing):
             return None
-        code = library.codegen._tm.emit_object(library._final_module)
-    return b"%s %d\n" % (result.encode(), zlib.crc32(code)) + code
+        return Code(result, library.codegen._tm.emit_object(library._final_module))
 
 
 def _numba(module: str) -> Any:

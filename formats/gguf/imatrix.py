@@ -103,6 +103,8 @@ def _values(file: GGUFFile, name: str) -> NDArray[np.float32]:
     if tensor is None or tensor.type.name != "F32":
         found = "is missing" if tensor is None else f"is {tensor.type.name}, must be F32"
         raise FormatError(f"{file.path}: tensor {quoted(name)} {found}: make the imatrix again")
+    if not tensor.n_elements:
+        raise FormatError(f"{file.path}: tensor {quoted(name)} has no elements: make the imatrix again")
     return tensor.blocks().view(np.float32)
 
 

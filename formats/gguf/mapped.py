@@ -5,6 +5,7 @@ import os
 import stat
 import struct
 import sys
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,41 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.errors import FormatError, GgufRunError
+from gguf_run.formats.errors import FormatError, GgufRunError, plain
+
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def check_kind(path: str | os.PathLike[str], pipes: bool = False) -> None:
+    """GgufRunError unless `path` is a regular file. Call it before a file is opened: a named pipe waits for a writer.
+
+    pipes: allow pipes without a name, as in `-f <(command)`. OSError if there is nothing.
+    """
+    mode = os.stat(path).st_mode
+    is_nameless = stat.S_ISFIFO(mode) and os.path.basename(os.path.realpath(path)).startswith("pipe:")
+    if not stat.S_ISREG(mode) and not (pipes and is_nameless):
+        kind = "directory" if stat.S_ISDIR(mode) else "device or pipe"
+        raise GgufRunError(f"{path}: is a {kind}, not a file: give the path of a file")
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
+    """Read a whole file that a person names, of at most `limit` bytes.
+
+    GgufRunError for a larger file, a device and a named pipe, OSError if it cannot be read.
+    """
+    check_kind(path, pipes=True)
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise GgufRunError(f"{path}: is larger than {limit} bytes, the most that is read of such a file")
+    check_content(path, data)
+    return data
+
+
+def check_content(path: str | os.PathLike[str], data: bytes) -> None:
+    """FormatError if a file, which begins with `data`, is what a clone without Git LFS has in a large file's place."""
+    if data.startswith(_LFS_POINTER):
+        raise FormatError(f"{path}: is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
 
 
 class MappedFile:
@@ -25,16 +60,15 @@ class MappedFile:
         """Map the file. GgufRunError if it cannot be opened, FormatError if it is empty."""
         self.path = Path(path)
         self.order = "<"  # byte order, "<" or ">": set by the function that reads the header
+        self.has_bad_text = False  # a string was decoded that is not UTF-8, and a warning said so
         try:
-            # The check comes before the file is opened: opening a named pipe would wait for a writer.
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                kind = "directory" if os.path.isdir(path) else "device or pipe"
-                raise GgufRunError(f"{path}: is a {kind}, not a file: give the path of a GGUF file")
+            check_kind(path)
             with open(path, "rb") as file:
                 self.size = os.fstat(file.fileno()).st_size
                 if self.size == 0:
-                    raise FormatError(f"{path}: is empty, not a GGUF file")
+                    raise FormatError(f"{path}: is empty, it holds nothing to read")
                 self.map = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
+            check_content(path, self.map[: len(_LFS_POINTER)])
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = getattr(error, "strerror", None) or error
             raise GgufRunError(f"{path}: cannot open the file: {reason}") from None
@@ -61,7 +95,7 @@ class MemoryFile(MappedFile):
 
     def __init__(self, path: str | os.PathLike[str], data: bytes) -> None:
         """path: the path that errors name."""
-        self.path, self.order, self.size = Path(path), "<", len(data)
+        self.path, self.order, self.size, self.has_bad_text = Path(path), "<", len(data), False
         self.map = mmap.mmap(-1, max(1, len(data)))
         self.map.write(data)
 
@@ -72,6 +106,12 @@ class MemoryFile(MappedFile):
 
     def release(self, offset: int, nbytes: int) -> None:
         """Do nothing: there is no file to read the bytes from again."""
+
+
+class BadText(str):
+    """A string whose bytes are not UTF-8, with U+FFFD for those. Writers write the bytes."""
+
+    stored: bytes
 
 
 class Cursor:
@@ -111,8 +151,21 @@ class Cursor:
         """Read a string of at most `limit` bytes of UTF-8."""
         return self.decode(*self.span(what, limit), what)
 
+    def text(self, begin: int, end: int, what: str) -> str:
+        """Return the text between two offsets: BadText if it is not UTF-8. Once for each file, a warning says so."""
+        file = self.file
+        try:
+            return self.decode(begin, end, what)
+        except FormatError as error:
+            if not file.has_bad_text:
+                file.has_bad_text = True
+                warnings.warn(f"{error}: U+FFFD is shown in its place", stacklevel=2)
+            text = BadText(file.map[begin:end].decode(errors="replace"))
+            text.stored = file.map[begin:end]
+            return text
+
     def decode(self, begin: int, end: int, what: str) -> str:
-        """Return the UTF-8 text between two offsets."""
+        """Return the text between two offsets. FormatError if it is not UTF-8."""
         data = self.file.map[begin:end]
         try:
             return data.decode()
@@ -124,4 +177,4 @@ class Cursor:
 def quoted(name: str) -> str:
     """Return a name from a file in a form that is safe to show: in quotes, on one line, at most 100 characters."""
     short = name if len(name) <= 100 else name[:99] + "…"
-    return '"' + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short) + '"'
+    return f'"{plain(short)}"'

@@ -65,7 +65,7 @@ class Metadata(Mapping[str, Any]):
     """The metadata of one file, in file order.
 
     stored               Python value
-    string               str; FormatError if the bytes are not UTF-8
+    string               str; U+FFFD stands for bytes that are not UTF-8, and a warning says so
     number, bool         int, float, bool
     array of numbers     read-only NumPy array in native byte order
     array of strings     StringArray
@@ -158,7 +158,7 @@ def _read(cursor: Cursor, type: ValueType, what: str, nesting: _Nesting) -> tupl
         return type.name, lambda: number
     if type is _STRING:
         begin, end = cursor.span(what, MAX_STRING_BYTES)
-        return type.name, lambda: cursor.decode(begin, end, what)
+        return type.name, lambda: cursor.text(begin, end, what)
     items, n = _array_header(cursor, what)
     name = f"array[{items.name}]"
     if items.code:

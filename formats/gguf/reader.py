@@ -15,6 +15,7 @@ A model may be split into files named `<name>-00001-of-0000N.gguf`. The first fi
 
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,16 +34,6 @@ __all__ = ["GGUFFile", "Tensor"]
 
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
-
-# How files begin that people open by mistake.
-_NOT_GGUF = (
-    (b"version https://git-lfs", "a Git LFS pointer: fetch the real file with `git lfs pull`"),
-    (b"<", "a web page: the download went wrong, get the file itself"),
-    (b"PK", "a zip archive (a PyTorch checkpoint?): convert it to GGUF"),
-    (b"lmgg", "a GGML file from before GGUF: get the model as GGUF"),
-    (b"tjgg", "a GGJT file from before GGUF: get the model as GGUF"),
-    (b"fmgg", "a GGMF file from before GGUF: get the model as GGUF"),
-)
 
 
 @dataclass(frozen=True)
@@ -79,11 +70,22 @@ class GGUFFile:
     def open(cls, path: str | os.PathLike[str]) -> "GGUFFile":
         """Map a file and check its header. The data is read only when a tensor is used.
 
-        path: of a split model the first file. All its files are opened.
+        path: of a split model the first file. All its files are opened. A folder with one model in it will do, too.
         GgufRunError if a file cannot be opened, FormatError if it is damaged or no GGUF file, UnsupportedError for an
         unknown version or tensor type.
         """
-        return cls(_read_parts(Path(path)))
+        path = Path(path)
+        try:
+            if path.is_dir():
+                from gguf_run.formats.gguf.found import model_in
+
+                path = model_in(path)
+                warnings.warn(f"{path} is opened, the one model in the folder", stacklevel=2)
+            return cls(_read_parts(path))
+        except FormatError as error:
+            from gguf_run.formats.gguf.found import not_whole
+
+            raise not_whole(path, error) from None
 
     @classmethod
     def of(cls, path: Path, metadata: "Mapping[str, MetaValue]", tensors: Mapping[str, Tensor]) -> "GGUFFile":
@@ -123,12 +125,10 @@ def _read_part(path: Path) -> _Part:
 def _read_version(cursor: Cursor) -> int:
     """Read magic and version. The byte order follows from the version."""
     file = cursor.file
-    magic = file.map[:4]
-    if magic != b"GGUF":
-        for start, hint in _NOT_GGUF:
-            if file.map[: len(start)] == start:
-                raise FormatError(f"{file.path}: is not a GGUF file but {hint}")
-        raise FormatError(f'{file.path}: is not a GGUF file: it begins with {magic!r}, not "GGUF"')
+    if file.map[:4] != b"GGUF":
+        from gguf_run.formats.gguf.found import not_gguf
+
+        raise not_gguf(file)
     cursor.skip(4, "the magic")
     version: int = cursor.number("I", "the version")
     if version & 0xFFFF == 0:  # a small number in the other byte order

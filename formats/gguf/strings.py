@@ -96,7 +96,7 @@ class StringArray(Sequence[str]):
         return f"StringArray({len(self)} strings)"
 
     def _item(self, i: int) -> str:
-        return self._cursor.decode(int(self._starts[i]) + 8, int(self._starts[i + 1]), f"string {i} of {self._what}")
+        return self._cursor.text(int(self._starts[i]) + 8, int(self._starts[i + 1]), f"string {i} of {self._what}")
 
     def stored(self, order: str) -> bytes:
         """Return lengths and bytes as a file of byte order "<" or ">" holds them, even where they are not UTF-8."""
@@ -109,7 +109,7 @@ class StringArray(Sequence[str]):
         return data.tobytes()
 
     def tolist(self) -> list[str]:
-        """Return all strings. FormatError names the first one that is not UTF-8.
+        """Return all strings, with U+FFFD for bytes that are not UTF-8.
 
         The bytes of all strings are joined by a separator, decoded at once, and split again.
         """
@@ -122,5 +122,5 @@ class StringArray(Sequence[str]):
             strings = joined.tobytes().decode().split(_SEPARATOR)
         except UnicodeDecodeError:
             strings = []
-        # Else a string holds the separator or is not UTF-8. Decoding one by one finds it and raises.
+        # Else a string holds the separator or is not UTF-8: each is decoded alone.
         return strings[:-1] if len(strings) == n + 1 else self[:]

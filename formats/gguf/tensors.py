@@ -34,7 +34,7 @@ class TensorInfo:
     """Name, shape and type of a tensor."""
 
     name: str
-    ne: tuple[int, ...]  # 1 to 4 sizes in ggml's order: ne[0] is the length of a row
+    ne: tuple[int, ...]  # 1 to 4 sizes in ggml's order: ne[0] is the length of a row. A size of 0: no elements
     type: TensorType
 
     @property
@@ -72,6 +72,8 @@ class Tensor(TensorInfo):
         """
         row_bytes = self.type.row_bytes(self.ne[0])
         end = self.n_rows if end is None else end
+        if not self.nbytes:  # it may lie behind the end of the file
+            return np.empty((end - first, row_bytes), np.uint8)
         data = self.file.bytes_at(self.offset + first * row_bytes, (end - first) * row_bytes)
         if self.file.order == ">":
             data = data.view(self.type.dtype.newbyteorder(">")).astype(self.type.dtype).view(np.uint8)
@@ -85,7 +87,7 @@ class Tensor(TensorInfo):
 
     def release(self, first: int = 0, end: int | None = None) -> None:
         """Tell the OS that rows first .. end (default: all) are not needed soon. Views stay valid."""
-        row_bytes = self.nbytes // self.n_rows
+        row_bytes = self.type.row_bytes(self.ne[0])
         end = self.n_rows if end is None else end
         self.file.release(self.offset + first * row_bytes, (end - first) * row_bytes)
 
@@ -129,7 +131,7 @@ def read_tensors(cursor: Cursor, n_tensors: int, alignment: int) -> dict[str, Te
         if entry.offset % alignment:
             text = f"{what} lies at {entry.offset}, not at a multiple of the alignment {alignment}"
             raise cursor.error(text, entry.at)
-        if end > file.size:
+        if end > file.size and entry.nbytes:
             text = f"{what} ends at byte {end}, but the file has only {file.size}: it is truncated or damaged"
             raise cursor.error(f"{text}, get it again", entry.at)
         tensors[name] = Tensor(name, entry.ne, entry.type, start + entry.offset, file)
@@ -148,8 +150,8 @@ def _read_entry(cursor: Cursor, what: str) -> _Entry:
     ne = tuple(cursor.number("Q", f"the shape of {what}") for _ in range(n_dims)) or (1,)
     id = cursor.number("I", f"the type of {what}")
     offset = cursor.number("Q", f"the offset of {what}")
-    if 0 in ne or math.prod(ne) >= 1 << 63:
-        raise cursor.error(f"{what} has the shape {ne}: every size is at least 1, and their product below 2^63", at)
+    if math.prod(max(1, n) for n in ne) >= 1 << 63:
+        raise cursor.error(f"{what} has the shape {ne}: sizes are from 0 on, and their product below 2^63", at)
     try:
         type = type_by_id(id)
     except UnsupportedError as error:
@@ -162,7 +164,7 @@ def _read_entry(cursor: Cursor, what: str) -> _Entry:
 
 
 def _check_overlap(tensors: Iterable[Tensor], path: Path) -> None:
-    ordered = sorted(tensors, key=lambda tensor: tensor.offset)
+    ordered = sorted((tensor for tensor in tensors if tensor.nbytes), key=lambda tensor: tensor.offset)
     for one, other in itertools.pairwise(ordered):
         if one.offset + one.nbytes > other.offset:
             raise FormatError(

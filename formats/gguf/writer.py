@@ -81,10 +81,11 @@ class GGUFWriter:
         self._file: BinaryIO | None = None
         self._check_outputs([Path(path) for path in inputs])
         self._replacing = ExitStack()
-        self._temporary = [self._replacing.enter_context(replacing(path)) for path in self.paths]
+        self._temporary: list[Path] = []
         try:
             with self._errors():
                 for self._no, header in enumerate(headers):
+                    self._temporary.append(self._replacing.enter_context(replacing(self.paths[self._no])))
                     self._temporary[self._no].write_bytes(header)
                 self._begin_tensor()
         except BaseException:
@@ -94,8 +95,8 @@ class GGUFWriter:
     def write(self, name: str, blocks: NDArray[np.uint8]) -> None:
         """Write blocks of the next tensor: uint8 of any shape, little-endian, as Tensor.blocks() returns them.
 
-        A tensor may come in several calls, each with whole blocks. ValueError if another tensor is next or if these
-        are too many bytes, GgufRunError if the disk is full.
+        A tensor may come in several calls, each with whole blocks; one without elements comes in none. ValueError if
+        another tensor is next or if these are too many bytes, GgufRunError if the disk is full.
         """
         tensor = self._todo[0][1] if self._todo else None
         if tensor is None or name != tensor.name:
@@ -116,6 +117,8 @@ class GGUFWriter:
 
     def copy(self, tensor: Tensor) -> None:
         """Write the next tensor with the blocks of a tensor in another file, a part at a time."""
+        if not tensor.nbytes:
+            return
         blocks = tensor.blocks()
         step = max(1, _COPY_BYTES // blocks.shape[1])
         for first in range(0, len(blocks), step):
@@ -168,6 +171,8 @@ class GGUFWriter:
             )
 
     def _begin_tensor(self) -> None:
+        while self._todo and not self._todo[0][1].nbytes:
+            self._todo.popleft()
         if self._todo:
             no, tensor = self._todo[0]
             self._left = tensor.nbytes
@@ -255,8 +260,8 @@ def _check_tensors(tensors: Sequence[TensorInfo]) -> None:
             raise GgufRunError(f"{what}: the name has {n_bytes} bytes: at most {MAX_NAME_BYTES} are allowed")
         if tensor.name in names:
             raise GgufRunError(f"there are two tensors called {quoted(tensor.name)}")
-        if not 1 <= len(tensor.ne) <= MAX_DIMS or min(tensor.ne) < 1 or math.prod(tensor.ne) >= 1 << 63:
-            raise GgufRunError(f"{what} has the shape {tensor.ne}: 1 to {MAX_DIMS} sizes of at least 1 are allowed")
+        if not 1 <= len(tensor.ne) <= MAX_DIMS or min(tensor.ne) < 0 or math.prod(tensor.ne) >= 1 << 63:
+            raise GgufRunError(f"{what} has the shape {tensor.ne}: 1 to {MAX_DIMS} sizes of at least 0 are allowed")
         if tensor.ne[0] % tensor.type.block_size:
             raise GgufRunError(
                 f"{what} has rows of {tensor.ne[0]} weights: {tensor.type.name} needs a multiple of "

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.formats.gguf.mapped import quoted
+from gguf_run.formats.gguf.mapped import BadText, quoted
 from gguf_run.formats.gguf.metadata import MAX_DEPTH, MAX_KEY_BYTES, VALUE_TYPES, Typed, ValueType
 from gguf_run.formats.gguf.strings import StringArray
 
@@ -113,8 +113,8 @@ def _plain(values: Any, kind: ValueType, order: str, what: str) -> bytes:
 
 def _text(value: object, what: str) -> bytes:
     """Return a string as bytes. Values of type bytes need not be UTF-8."""
-    if isinstance(value, bytes):
-        return value
+    if isinstance(value, bytes | BadText):
+        return value.stored if isinstance(value, BadText) else value
     if isinstance(value, str):
         with suppress(UnicodeEncodeError):
             return value.encode()

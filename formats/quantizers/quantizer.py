@@ -25,7 +25,8 @@ _EXPONENT = np.uint32(0x7F800000)  # NaN and infinity have all of these bits
 
 
 @njit
-def _count_bad(x: Any) -> Any:
+def _count_bad(x: Any, found: Any) -> Any:
+    """found: int64[2], becomes the number of bad values and the index of the first."""
     bits = x.view(np.uint32)
     count = 0
     for i in range(len(bits)):
@@ -33,12 +34,14 @@ def _count_bad(x: Any) -> Any:
     first = 0
     while count and first < len(bits) and bits[first] & _EXPONENT != _EXPONENT:
         first += 1
-    return count, first
+    found[0], found[1] = count, first
 
 
 def count_bad(x: NDArray[np.float32]) -> tuple[int, int]:
     """Count the NaN and infinite numbers in x, float32[...]. Returns (count, flat index of the first or 0)."""
-    count, first = _count_bad(np.ascontiguousarray(x).reshape(-1))
+    found = np.zeros(2, np.int64)
+    _count_bad(np.ascontiguousarray(x).reshape(-1), found)
+    count, first = found.tolist()
     return count, first
 
 

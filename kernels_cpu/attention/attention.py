@@ -7,6 +7,8 @@ multiples of SPAN, so no span crosses the end of the ring.
 The query rows of a piece of work are all heads that share one KV head, for up to 64 rows' worth of tokens of one
 sequence. When there are too few pieces for the threads (decode), the positions are split too, and `merge` joins the
 parts. plan.py decides how often.
+
+No row's result depends on the other rows of its tile: each has a maximum of its own, and hidden positions count 0.
 """
 
 import functools
@@ -37,6 +39,7 @@ if COMPILING:
     from gguf_run.kernels_cpu.attention.softmax import (
         HEADROOM,
         LOWEST,
+        NEVER,
         cap,
         exponentials,
         hide,
@@ -179,23 +182,33 @@ def _n_visible(piece, r, start):
 
 
 @njit(inline="always")
+def _hide(a, piece, m, tile, r, start, value):
+    """Replace the scores, or exponentials, of the positions that the rows of a tile do not see."""
+    for row in range(tile.rows):
+        until = _n_visible(piece, r + row, start)
+        since = until - a.window if a.window else 0
+        hide(m.scores + row * SPAN * 4, since, min(until, piece.stop - start), value)
+
+
+@njit(inline="always")
 def _softmax(a, piece, m, tile, r, start):
     """Replace the scores of a tile by exponentials. Sums that the rows have so far follow a maximum that rises."""
-    rest = piece.stop - start
     if a.softcap:
         cap(m.scores, tile.rows, np.float32(a.softcap))
     last = _n_visible(piece, r + tile.rows - 1, start)
-    if min(_n_visible(piece, r, start), rest) < SPAN or (a.window and last > a.window):
-        for row in range(tile.rows):
-            until = _n_visible(piece, r + row, start)
-            since = until - a.window if a.window else 0
-            hide(m.scores + row * SPAN * 4, since, min(until, rest))
+    hides = min(_n_visible(piece, r, start), piece.stop - start) < SPAN or (a.window and last > a.window)
+    if hides:
+        _hide(a, piece, m, tile, r, start, NEVER)
     if rise(m.scores, tile.rows, m.most + r * 4) > HEADROOM:
         for row in range(r, r + tile.rows):
-            factor = raise_maximum(m.scores + (row - r) * SPAN * 4, m.most + row * 4)
-            scale_vectors(m.sums + row * a.wide * 4, a.wide // ROWS, factor)
-            scale_vectors(m.lane_sums + row * ROWS * 4, 1, factor)
+            scores, most = m.scores + (row - r) * SPAN * 4, m.most + row * 4
+            if rise(scores, 1, most) > HEADROOM:
+                factor = raise_maximum(scores, most)
+                scale_vectors(m.sums + row * a.wide * 4, a.wide // ROWS, factor)
+                scale_vectors(m.lane_sums + row * ROWS * 4, 1, factor)
     exponentials(m.scores, tile.rows, m.most + r * 4, m.lane_sums + r * ROWS * 4)
+    if hides:
+        _hide(a, piece, m, tile, r, start, np.float32(0))
 
 
 @njit(inline="always")
@@ -236,8 +249,7 @@ def attend(k_form: int, v_form: int) -> TapeOp:
         if piece < 0:
             return plan(runs, a.n_head // a.n_head_kv, a.n_head_kv, a.window, nth)
         work = piece_of(a, runs, piece)
-        few = work.n_rows <= FEW
-        tile = _Tile(few, FEW if few else TILE, (FEW_VECTORS if few else VECTORS) * ROWS)
+        tile = _Tile(work.few, FEW if work.few else TILE, (FEW_VECTORS if work.few else VECTORS) * ROWS)
         n_fill = (work.n_rows + tile.rows - 1) // tile.rows * tile.rows
         m = layout(a, ith, work)
         q_row = queries(a, work, m, n_fill)

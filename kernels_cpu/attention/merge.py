@@ -5,7 +5,6 @@ import math
 import numpy as np
 
 from gguf_run.formats.compiler.deferred import COMPILING
-from gguf_run.kernels_cpu.attention.plan import tokens_at_once
 from gguf_run.kernels_cpu.replay.op import n_rows, row_op
 from gguf_run.kernels_cpu.replay.runs import runs_at
 
@@ -24,10 +23,10 @@ def merge(a, first, end):
     """out = the joined parts of rows whose positions are split. q8: int8 form of all rows of out, or 0."""
     n_tokens, n = n_rows(a), a.head_dim
     wide, n_rep = a.wide, a.n_head // a.n_head_kv
-    per, run_of, runs = tokens_at_once(n_rep), i64_at(a.run_of, n_tokens), runs_at(a.runs, n_tokens)
+    run_of, runs = i64_at(a.run_of, n_tokens), runs_at(a.runs, n_tokens)
     for t in range(first, end):
         run = runs[run_of[t]]
-        n_split, t0 = run.n_split, t - run.first
+        n_split, t0, per = run.n_split, t - run.first, run.n_per_piece
         for h in range(a.n_head if n_split > 1 else 0):
             row = t0 % per * n_rep + h % n_rep
             part = a.parts + (run.first_part + (t0 // per * a.n_head_kv + h // n_rep) * n_split) * a.part_bytes

@@ -1,4 +1,8 @@
-"""How the work of attention is cut into pieces, and the memory that a piece needs."""
+"""How the work of attention is cut into pieces, and the memory that a piece needs.
+
+The result of a query row depends on no other row: a prompt gets the same bits in chunks of any size. Split positions
+and tiles of FEW rows add in another order, so only a run of few tokens has them.
+"""
 
 from typing import NamedTuple
 
@@ -7,13 +11,13 @@ from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS
 from gguf_run.kernels_cpu.vector import isa
 
 SPAN = 64  # positions of a tile of scores
-# Query rows of a tile, by Isa.lanes. A piece of work with fewer rows has tiles of FEW rows.
+# Query rows of a tile, by Isa.lanes. A run with no more than FEW rows has tiles of FEW rows.
 FEW, TILE = 4, {16: 8, 8: 6, 4: 4}[isa.current().lanes]
 # Fields of p of a row and a block, when p is integers: pairs of 16 bits [SPAN / 2], f32 factor, i32 start of the sums,
 # f32 minimum.
 P_FACTOR, P_START, P_MINIMUM, P_BYTES = 128, 132, 136, 160
 MAX_ROWS = 64 // TILE * TILE  # query rows of a piece of work, unless one token has more
-_PIECES = 4  # pieces of work for each thread that splitting the positions aims at
+_PIECES = 4  # pieces of work for each thread that `plan` aims at
 _MIN_SPLIT = 128  # a split of fewer positions costs more in `merge` than it gains
 
 
@@ -29,6 +33,7 @@ class Piece(NamedTuple):
     start: int  # first position to read
     stop: int  # end of the positions to read
     part: int  # place in `parts` for the result, -1 if the positions are not split
+    few: bool  # whether all tokens of the sequence in this step fit into a tile of FEW rows
 
 
 class Memory(NamedTuple):
@@ -45,12 +50,6 @@ class Memory(NamedTuple):
 
 
 @njit(inline="always")
-def tokens_at_once(n_rep):
-    """Tokens of a piece of work. n_rep: query heads that share a KV head."""
-    return max(1, MAX_ROWS // n_rep)
-
-
-@njit(inline="always")
 def _seen(run, window):
     """Positions that the tokens of a run see, all together."""
     seen = run.n_past + run.n_tokens
@@ -59,20 +58,25 @@ def _seen(run, window):
 
 @njit(inline="always")
 def plan(runs, n_rep, n_head_kv, window, nth):
-    """Cut the work of all runs into about _PIECES equal pieces a thread; return how many there are.
+    """Cut the work of all runs into about _PIECES equal pieces a thread, or more; return how many there are.
 
-    Sequences that see more positions are split more often. The cut is noted in runs (first_piece, first_part, n_split).
+    Sequences that see more positions get more pieces. Each has some tokens. The positions of a run of few tokens are
+    split too. The cut is noted in runs (n_per_piece, first_piece, first_part, n_split).
     """
-    per = tokens_at_once(n_rep)
+    least, most = max(1, TILE // n_rep), max(1, MAX_ROWS // n_rep)  # tokens of a piece
     work = 0
     for r in range(len(runs)):
-        work += (runs[r].n_tokens + per - 1) // per * n_head_kv * _seen(runs[r], window)
+        work += runs[r].n_tokens * n_head_kv * _seen(runs[r], window)
     n_pieces = n_parts = 0
     for r in range(len(runs)):
         run = runs[r]
-        seen = _seen(run, window)
-        n_split = 1 if nth == 1 else max(1, min((seen * _PIECES * nth + work - 1) // work, seen // _MIN_SPLIT))
-        run.first_piece, run.first_part, run.n_split = n_pieces, n_parts, n_split
+        seen, per, n_split = _seen(run, window), most, 1
+        if nth > 1:
+            wanted = (run.n_tokens * seen * _PIECES * nth + work - 1) // work  # pieces for each KV head
+            per = min(most, max(least, (run.n_tokens + wanted - 1) // wanted))
+            if run.n_tokens <= least:
+                n_split = max(1, min(wanted, seen // _MIN_SPLIT))
+        run.n_per_piece, run.first_piece, run.first_part, run.n_split = per, n_pieces, n_parts, n_split
         n_new = (run.n_tokens + per - 1) // per * n_head_kv * n_split
         n_pieces += n_new
         if n_split > 1:
@@ -89,8 +93,8 @@ def piece_of(a, runs, number):
     run = runs[r]
     n_rep, n_split, part = a.n_head // a.n_head_kv, run.n_split, number - run.first_piece
     split, head = part % n_split, part // n_split % a.n_head_kv
-    t0 = part // (n_split * a.n_head_kv) * tokens_at_once(n_rep)
-    n_tokens = min(run.n_tokens - t0, tokens_at_once(n_rep))
+    t0 = part // (n_split * a.n_head_kv) * run.n_per_piece
+    n_tokens = min(run.n_tokens - t0, run.n_per_piece)
     n_past = run.n_past + t0
     low, high = 0, n_past + n_tokens
     if a.window:
@@ -100,7 +104,8 @@ def piece_of(a, runs, number):
     # A range is whole spans. Since the first one begins a little before `low`, the last one is a little longer.
     stop = high if split == n_split - 1 else min(high, start + length)
     place = run.first_part + part if n_split > 1 else -1
-    return Piece(run.seq, head, run.first + t0, n_past, n_rep, n_tokens * n_rep, start, stop, place)
+    few = run.n_tokens * n_rep <= FEW
+    return Piece(run.seq, head, run.first + t0, n_past, n_rep, n_tokens * n_rep, start, stop, place, few)
 
 
 @njit(inline="always")

@@ -15,8 +15,8 @@ from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.simd import F32, I32, Simd, Val
 
 HEADROOM = np.float32(8)
-LOWEST = np.float32(-1e38)  # the maximum of no scores. It is far above _NEVER: hidden positions add nothing
-_NEVER = -3e38  # the score of a hidden position
+LOWEST = np.float32(-1e38)  # the maximum of no scores. It is far above NEVER: a hidden score never raises a maximum
+NEVER = np.float32(-3e38)  # the score of a hidden position
 _VECTORS = [64 * i for i in range(SPAN // ROWS)]  # byte offsets of the vectors of a row
 
 
@@ -24,15 +24,16 @@ def _row(s: Simd, scores: Val) -> list[Val]:
     return [s.load(scores + at, F32, ROWS) for at in _VECTORS]
 
 
-@simd_kernel
-def hide(s: Simd, scores: Val, since: Val, until: Val) -> None:
-    """Hide the positions of a row outside since <= position < until."""
+@simd_kernel(floats="value")
+def hide(s: Simd, scores: Val, since: Val, until: Val, value: Val) -> None:
+    """Write `value` to the positions of a row outside since <= position < until."""
+    hidden = s.splat(value, ROWS)
     first, end = (s.splat(limit.to(I32), ROWS) for limit in (since, until))
     lanes = Val(s, ir.Constant(ir.VectorType(I32, ROWS), list(range(ROWS))))
     for at, row in zip(_VECTORS, _row(s, scores), strict=True):
         position = lanes + at // 4
         seen = position.compare(">=", first) & position.compare("<", end)
-        s.store(s.select(seen, row, s.const(F32, _NEVER, ROWS)), scores + at)
+        s.store(s.select(seen, row, hidden), scores + at)
 
 
 @simd_kernel(floats="softcap")
@@ -57,7 +58,7 @@ def rise(s: Simd, scores: Val, n_rows: Val, most: Val) -> Val:
         highest = functools.reduce(s.maximum, _row(s, scores + r * (4 * SPAN)))
         return [s.maximum(highest - s.load(most + r * 4, F32, splat=ROWS), above[0])]
 
-    return s.fold(s.loop(n_rows, [s.const(F32, _NEVER, ROWS)], body)[0], s.maximum)
+    return s.fold(s.loop(n_rows, [s.const(F32, float(NEVER), ROWS)], body)[0], s.maximum)
 
 
 @simd_kernel

@@ -3,9 +3,9 @@
 A prefetch distance that doubles the decode speed of one CPU halves that of another. So the numbers are measured where
 they are used: on matrices that the caches do not hold, with all threads, once for each kind of panel.
 
-The machine may be busy meanwhile. Therefore the time that the threads run is measured, and the candidates of a number take
-turns, each against the default in the same round. A candidate is chosen if it is clearly faster in the median round, and
-in most rounds. Else the default stays.
+The machine may be busy meanwhile. Therefore the time that the threads run is measured, and the candidates of a number
+take turns, each against the default in the same round. A candidate is chosen if it is clearly faster in the median
+round, and in most rounds. Else the default stays.
 
 Not measured, as nothing was gained on any CPU: how far batches prefetch (3 to 12 kB are alike), the panels and tokens
 of a batch's piece, and how long a thread spins (a machine that is idle now wants it, one that is busy does not).

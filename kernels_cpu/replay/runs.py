@@ -18,8 +18,8 @@ from gguf_run.formats.compiler.jit import carray, njit
 if COMPILING:
     from gguf_run.kernels_cpu.vector.native import pointer
 
-# first: number of the first token in the step. n_past: its position. attention/plan.py explains the other three.
-_FIELDS = ("first", "n_tokens", "n_past", "seq", "first_piece", "n_split", "first_part", "unused")
+# first: number of the first token in the step. n_past: its position. attention/plan.py explains the next four.
+_FIELDS = ("first", "n_tokens", "n_past", "seq", "first_piece", "n_split", "first_part", "n_per_piece", "is_long")
 RUN = np.dtype([(name, "i8") for name in _FIELDS])
 _N_TOKENS, _N_OUT, _N_RUNS = range(0, 24, 8)  # words; each has a cache line of its own
 
@@ -38,14 +38,14 @@ class RunTable:
             self._counts.ctypes.data + 8 * word for word in (_N_TOKENS, _N_OUT, _N_RUNS)
         )
 
-    def set_tokens(self, ids: NDArray[np.int32], runs: Iterable[tuple[int, int, int]]) -> None:
-        """runs: (seq, n_past, n_tokens), see models.backend.Run."""
+    def set_tokens(self, ids: NDArray[np.int32], runs: Iterable[tuple[int, int, int, bool]]) -> None:
+        """runs: (seq, n_past, n_tokens, is_long), see models.backend.Run."""
         first = n_runs = 0
-        for n_runs, (seq, n_past, n_tokens) in enumerate(runs, 1):
+        for n_runs, (seq, n_past, n_tokens, is_long) in enumerate(runs, 1):
             end = first + n_tokens
             self.positions[first:end] = np.arange(n_past, n_past + n_tokens)
             self.run_of[first:end] = n_runs - 1
-            self.runs[n_runs - 1] = (first, n_tokens, n_past, seq, 0, 0, 0, 0)
+            self.runs[n_runs - 1] = (first, n_tokens, n_past, seq, 0, 0, 0, 0, is_long)
             first = end
         if first != len(ids):
             raise ValueError(f"the runs have {first} tokens, there are {len(ids)} ids")

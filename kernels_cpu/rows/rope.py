@@ -7,6 +7,7 @@ import numpy as np
 from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import carray, njit
 from gguf_run.kernels_cpu.replay.op import n_rows, row_op
+from gguf_run.kernels_cpu.replay.runs import runs_at
 
 if COMPILING:
     from gguf_run.kernels_cpu.vector.native import f32_at, i64_at, pointer
@@ -14,16 +15,20 @@ if COMPILING:
 _HEADS = 32  # heads that a thread takes at a time, or more
 
 
-@row_op("rows positions n_half inv_freq table", "scale")
+@row_op("rows positions run_of runs n_half inv_freq table", "scale")
 def angles(a, first, end):
-    """table[t, i] = scale * (cos, sin) of positions[t] * inv_freq[i]. table: f32[n_tokens, n_half, 2]."""
+    """table[t, i] = scale * (cos, sin) of positions[t] * inv_freq[is_long, i].
+
+    inv_freq: f64[2, n_half]. is_long: of the token's run. table: f32[n_tokens, n_half, 2].
+    """
     n_tokens = n_rows(a)
-    positions = i64_at(a.positions, n_tokens)
-    inv_freq = carray(pointer(a.inv_freq), a.n_half, np.float64)
+    positions, run_of, runs = i64_at(a.positions, n_tokens), i64_at(a.run_of, n_tokens), runs_at(a.runs, n_tokens)
+    inv_freq = carray(pointer(a.inv_freq), 2 * a.n_half, np.float64)
     table = f32_at(a.table, n_tokens * a.n_half * 2)
     for t in range(first, end):
+        at = runs[run_of[t]].is_long * a.n_half
         for i in range(a.n_half):
-            angle = positions[t] * inv_freq[i]
+            angle = positions[t] * inv_freq[at + i]
             table[(t * a.n_half + i) * 2] = a.scale * math.cos(angle)
             table[(t * a.n_half + i) * 2 + 1] = a.scale * math.sin(angle)
 

@@ -25,9 +25,10 @@ def _cos_sin(turns):
 
 
 @triton.jit
-def angles(positions, inv_freq, table, n_half, scale, WIDTH: tl.constexpr):
-    """table[t, i] = scale * (cos, sin) of positions[t] * inv_freq[i]; grid (tokens,)."""
+def angles(positions, is_long, inv_freq, table, n_half, scale, WIDTH: tl.constexpr):
+    """table[t, i] = scale * (cos, sin) of positions[t] * inv_freq[is_long[t], i]; grid (tokens,)."""
     t = tl.program_id(0)
+    inv_freq += tl.load(is_long + t) * n_half
     i = tl.arange(0, WIDTH)
     mask = i < n_half
     turns = tl.load(positions + t).to(tl.float64) * tl.load(inv_freq + i, mask=mask, other=0.0) * 0.15915494309189535

@@ -13,6 +13,7 @@ import json
 import platform
 import re
 import subprocess
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -22,6 +23,8 @@ from typing import Any
 
 from gguf_run.kernels_cpu.vector import isa
 from gguf_run.runtime.bench.bench import Case, Result
+from gguf_run.runtime.terminal.table import fold
+from gguf_run.runtime.terminal.text import n_columns
 
 
 @functools.cache
@@ -177,8 +180,11 @@ def _markdown(cases: Sequence[Case]) -> Printer:
     columns = [column for column in TABLE if column.is_shown(cases)]
 
     def line(cells: Iterable[str]) -> str:
-        padded = (f"{cell:{column.align}{column.width}}" for column, cell in zip(columns, cells, strict=True))
-        return f"| {' | '.join(padded)} |\n"
+        padded = [f"{cell:{column.align}{column.width}}" for column, cell in zip(columns, cells, strict=True)]
+        whole = f"| {' | '.join(padded)} |"
+        if len(whole) <= (width := n_columns(sys.stdout)):
+            return f"{whole}\n"
+        return "".join(f"{part}\n" for part in fold([f"| {cell}" for cell in padded], " ", width))
 
     def row(result: Result) -> str:
         return line(column.text(result) for column in columns)

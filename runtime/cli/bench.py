@@ -149,7 +149,7 @@ def main(
 
     printer = PRINTERS[output](cases)
     results: list[Result] = []
-    with progress("") as bar:
+    with progress("benchmarks") as bar:
 
         def write(text: str) -> None:
             bar.clear()

@@ -1,15 +1,17 @@
 """The chat of gguf-run: Ctrl-C stops an answer, Ctrl-C twice or Ctrl-D ends the chat, /help lists the commands."""
 
+import sys
 from contextlib import suppress
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.cli.chat_commands import Chat, run_command
-from gguf_run.runtime.cli.chat_input import Interrupts, inputs, line_editing, on_terminal
+from gguf_run.runtime.cli.chat_commands import Chat, completions, run_command
+from gguf_run.runtime.cli.chat_input import Interrupts, inputs, line_editing
 from gguf_run.runtime.cli.common import describe
-from gguf_run.runtime.cli.conversation import Conversation, open_reasoning, show
-from gguf_run.runtime.terminal.text import message
+from gguf_run.runtime.cli.conversation import Conversation, last_turns, open_reasoning, show
+from gguf_run.runtime.terminal.text import message, n_columns, on_terminal
+from gguf_run.runtime.terminal.wrap import Line
 
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model
@@ -25,7 +27,8 @@ def chat(
     """
     model.tokenize_chat([{"role": "user", "content": "?"}])  # the error of a missing chat template comes now
     interrupts, state = Interrupts(), Chat(model, messages, options)
-    with line_editing(keep_history), interrupts.caught():
+    last_turns(messages)
+    with line_editing(keep_history, completions), interrupts.caught():
         for text in inputs(first, interrupts):
             interrupts.wanted = state.answers = False
             if not run_command(state, text):
@@ -35,6 +38,15 @@ def chat(
                 return
             if state.answers:
                 _turn(state, interrupts)
+
+
+def banner(model: "Model") -> None:
+    """Say what answers, and how to learn more."""
+    facts = " | ".join([model.about(), f"context {model.n_ctx} tokens", model.where])
+    line = Line(lambda: n_columns(sys.stderr))
+    for text in (line.push(facts) + line.word()).splitlines():
+        message(text)
+    message("/help lists the commands, Ctrl-D leaves")
 
 
 def _turn(state: Chat, interrupts: Interrupts) -> None:
@@ -76,4 +88,4 @@ def _answer(state: Chat, interrupts: Interrupts) -> str:
     if pieces is None:
         return ""
     tag = open_reasoning(model, messages, state.options)
-    return show(model, chain([first], pieces), lambda: interrupts.wanted, tag)
+    return show(model, chain([first], pieces), lambda: interrupts.wanted, tag, with_markdown=True)

@@ -1,13 +1,21 @@
 """The commands that a user can type in a chat, such as /save and /system: one function and one row of COMMANDS each."""
 
+import glob
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.formats.errors import GgufRunError, OptionError, did_you_mean
 from gguf_run.runtime.cli.common import describe
-from gguf_run.runtime.cli.conversation import Conversation, check_place
+from gguf_run.runtime.cli.conversation import (
+    Conversation,
+    answer_facts,
+    check_place,
+    context_used,
+    last_turns,
+)
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.terminal.text import message
 
@@ -31,13 +39,17 @@ def run_command(chat: Chat, line: str) -> bool:
 
     Errors of a command are shown, and the chat goes on.
     """
-    name, _, rest = line.partition(" ")
+    typed, _, rest = line.rstrip().partition(" ") if line.startswith("/") else (line.rstrip(), "", "")
     rest = rest.strip()
+    name = ALIASES.get(typed.lower(), typed.lower())
     if name not in COMMANDS:
         # "/usr/bin is full" is a message, "/exti" is a slip.
-        if not (name.startswith("/") and name[1:].isalpha()):
+        if not re.fullmatch(r"/[^\s/.]+", typed):
             return False
-        message(f"{name} is not a command; there are {', '.join(COMMANDS)} (a space before it sends it to the model)")
+        there_are = (
+            f"there are {', '.join(COMMANDS)} ({did_you_mean(typed, COMMANDS)}a space before it sends it to the model)"
+        )
+        message(f"{typed} is not a command; {there_are}")
         return True
     what, command = COMMANDS[name]
     try:
@@ -49,15 +61,37 @@ def run_command(chat: Chat, line: str) -> bool:
     return True
 
 
-def _save(chat: Chat, path: str) -> None:
-    check_place(Path(path), "/save")
+def completions(line: str) -> list[str]:
+    """Return what the last word of a line can become: a command, a file for one that takes a file, an option of /set.
+
+    line: what is typed, up to the cursor.
+    """
+    name, space, rest = line.partition(" ")
+    if not space:
+        return [f"{known} " for known in (*COMMANDS, *ALIASES) if name and known.startswith(name)]
+    if name == "/set":
+        return [f"{known} " for known in _settable() if known.startswith(rest)]
+    if name not in COMMANDS or not COMMANDS[name][0].startswith("FILE"):
+        return []
+    start = rest.rpartition("/")[2]
+    at = rest[: len(rest) - len(start)]
+    found = sorted(Path(at or ".").expanduser().glob(f"{glob.escape(start)}*"))
+    before = rest.rfind(" ") + 1  # a word ends at each space
+    return [f"{at}{path.name}{'/' if path.is_dir() else ' '}"[before:] for path in found]
+
+
+def _save(chat: Chat, name: str) -> None:
+    path = Path(name).expanduser()
+    check_place(path, "/save")
     chat.model.save_session(path, chat.messages)
     message(f"saved to {path}: {len(chat.messages)} messages")
 
 
-def _load(chat: Chat, path: str) -> None:
+def _load(chat: Chat, name: str) -> None:
+    path = Path(name).expanduser()
     chat.messages[:] = chat.model.load_session(path)
     message(f"{path}: {len(chat.messages)} messages")
+    last_turns(chat.messages)
 
 
 def _reset(chat: Chat, rest: str) -> None:
@@ -81,10 +115,19 @@ def _system(chat: Chat, text: str) -> None:
     message("the system message is set" if text else "no system message")
 
 
-def _set(chat: Chat, rest: str) -> None:
+def _stats(chat: Chat, rest: str) -> None:
+    message(" | ".join([*answer_facts(chat.model), context_used(chat.model)]))
+
+
+def _settable() -> dict[str, type]:
+    """Return what /set can change, with types."""
     types = {option.name: type(option.default) for option in fields(SamplingParams)}
-    settable = {name: type for name, type in types.items() if type in (int, float)}
-    settable |= {"seed": int, "max_tokens": int, "samplers": str}
+    numbers = {name: type for name, type in types.items() if type in (int, float)}
+    return numbers | {"seed": int, "max_tokens": int, "samplers": str}
+
+
+def _set(chat: Chat, rest: str) -> None:
+    settable = _settable()
     name, _, text = rest.replace("=", " ").partition(" ")
     name, text = name.lstrip("-").replace("-", "_"), text.strip()
     if not name:
@@ -114,6 +157,7 @@ def _exit(chat: Chat, rest: str) -> None:
 def _help(chat: Chat, rest: str) -> None:
     for name, (what, _) in COMMANDS.items():
         message(f"{name} {what}")
+    message(f"also: {', '.join(ALIASES)}")
     message('A line that ends with \\ goes on in the next one. Lines of """ enclose a message of several lines.')
 
 
@@ -128,6 +172,9 @@ COMMANDS: dict[str, tuple[str, Callable[[Chat, str], None]]] = {
     "/regenerate": ("answer the last question again", _regenerate),
     "/system": ("TEXT: change the system message", _system),
     "/set": ("NAME VALUE: change an option of sampling or max-tokens; /set alone shows them", _set),
+    "/stats": ("show the speed of the last answer, and how full the context is", _stats),
     "/help": ("show this help", _help),
     "/exit": ("end the chat, as Ctrl-D does", _exit),
 }
+# Other names, some without a slash: a line that holds nothing else.
+ALIASES = {"/?": "/help", "/clear": "/reset", "/bye": "/exit", "/quit": "/exit", "exit": "/exit", "quit": "/exit"}

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from gguf_run.formats.compiler.cachedir import user_cache_dir
-from gguf_run.runtime.terminal.text import decode_text, message
+from gguf_run.runtime.terminal.text import decode_text, message, on_terminal
 
 QUOTES = '"""'
 MAX_HISTORY = 1000  # lines
@@ -52,11 +52,6 @@ class Interrupts:
             yield
         finally:
             self._awaiting = False
-
-
-def on_terminal() -> bool:
-    """Whether stdin and stdout are a terminal."""
-    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def inputs(first: str | None, interrupts: Interrupts) -> Iterator[str]:
@@ -115,10 +110,11 @@ def _from_pipe(prompt: str) -> str:
 
 
 @contextmanager
-def line_editing(keep_history: bool) -> Iterator[None]:
+def line_editing(keep_history: bool, completions: Callable[[str], list[str]] = lambda line: []) -> Iterator[None]:
     """Let the user edit lines and recall earlier ones with the arrow keys. This needs a terminal and Python's readline.
 
     keep_history: lines of earlier chats come back too, from a file that only the user may read.
+    completions: return what the last word of a line can become; Tab asks for it.
     """
     readline: Any = None
     with suppress(ImportError):
@@ -127,6 +123,10 @@ def line_editing(keep_history: bool) -> Iterator[None]:
     if readline is None:
         yield
         return
+    # Editline, macOS's readline, has commands of its own.
+    readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
+    readline.set_completer_delims(" ")
+    readline.set_completer(lambda _, state: dict(enumerate(completions(_typed(readline)))).get(state))
     if os.environ.get("TERM") != "dumb":
         readline.parse_and_bind("set enable-bracketed-paste on")
     path = user_cache_dir() / "chat-history"
@@ -138,9 +138,16 @@ def line_editing(keep_history: bool) -> Iterator[None]:
     try:
         yield
     finally:
+        readline.set_completer(None)
         n_new = readline.get_current_history_length() - n_before
         if keep_history and n_new > 0:
             with suppress(OSError):  # a lost history is not worth an error
                 path.parent.mkdir(parents=True, exist_ok=True)
                 os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
                 readline.append_history_file(n_new, path)
+
+
+def _typed(readline: Any) -> str:
+    """The line up to the end of the word at the cursor."""
+    line: str = readline.get_line_buffer()
+    return line[: readline.get_endidx()]

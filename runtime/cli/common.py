@@ -41,6 +41,12 @@ class Command(click.Command):
             complete_in_bash()
         return super().main(*args, **extra)
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **extra)
+        except KeyboardInterrupt:  # click would say "Aborted!" and exit with FAILED
+            raise click.exceptions.Exit(INTERRUPTED) from None
+
     def invoke(self, ctx: click.Context) -> Any:
         with _plain_warnings(), _one_line_errors(ctx):
             if sys.stdout is None:

@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.terminal.text import dimmed, has_colours, message, open_tag
+from gguf_run.runtime.terminal.text import dimmed, has_colours, message, one_line, open_tag
 
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model
 
 Conversation = list[dict[str, Any]]
+SHOWN_MESSAGES, SHOWN_CHARACTERS = 4, 400  # of a conversation that goes on
 
 
 def check_place(path: Path, option: str = "--session") -> None:
     """GgufRunError if a session cannot be saved at `path`: the user learns it before a long chat, not after it."""
     folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    if (path.exists() and not path.is_file()) or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise GgufRunError(f"{option} {path}: cannot be written: name a file in a folder that can be")
 
 
@@ -49,11 +50,19 @@ def conversation(model: "Model", path: Path | None, system: str | None) -> Itera
 
 
 def show(
-    model: "Model", pieces: Iterable[str], is_stopped: Callable[[], bool] = lambda: False, tag: str | None = None
+    model: "Model",
+    pieces: Iterable[str],
+    is_stopped: Callable[[], bool] = lambda: False,
+    tag: str | None = None,
+    with_markdown: bool = False,
 ) -> str:
-    """Write an answer to stdout as it comes; return what was written.
+    """Write an answer to stdout as it comes; return what the model has written.
 
-    is_stopped: asked after each piece; True ends the answer. tag: see open_reasoning.
+    On a terminal, words wrap whole, and what a model thinks is dimmed.
+
+    is_stopped: asked after each piece; True ends the answer.
+    tag: see open_reasoning.
+    with_markdown: on a terminal with colours, Markdown is rendered if the package rich is there.
     """
     answer: list[str] = []
 
@@ -64,15 +73,39 @@ def show(
             if is_stopped():
                 break
 
-    for text in dimmed(taken(), tag) if has_colours() else taken():
+    texts: Iterable[str] = dimmed(taken(), tag) if has_colours() else taken()
+    if sys.stdout.isatty():
+        from gguf_run.runtime.terminal.wrap import wrapped
+
+        texts = (_renderer(with_markdown) or wrapped)(texts)
+    for text in texts:
         sys.stdout.write(text)
         sys.stdout.flush()
-    if not "".join(answer[-1:]).endswith("\n"):
+    if not "".join(answer[-2:]).endswith("\n"):  # the last piece may be empty
         click.echo()
     if model.stats.finish == "context":
         full = f"the context is full ({model.n_ctx} tokens), the answer ends here"
         message(f"{full}: choose a larger --ctx-size or --context-shift")
     return "".join(answer)
+
+
+def _renderer(is_wanted: bool) -> Callable[[Iterable[str]], Iterator[str]] | None:
+    """Return what renders Markdown, None if it is not wanted or cannot be."""
+    from importlib.util import find_spec
+
+    if not is_wanted or not has_colours() or find_spec("rich") is None:
+        return None
+    from gguf_run.runtime.terminal.markdown import rendered
+
+    return rendered
+
+
+def last_turns(messages: Conversation) -> None:
+    """Show how a conversation that comes from a file has ended, each message on a line of its own."""
+    for entry in [entry for entry in messages if entry["role"] != "system"][-SHOWN_MESSAGES:]:
+        mark = "> " if entry["role"] == "user" else ""
+        text = one_line(str(entry.get("content") or ""))
+        message(mark + (text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."))
 
 
 def open_reasoning(model: "Model", messages: Conversation, options: Mapping[str, Any]) -> str | None:
@@ -83,3 +116,18 @@ def open_reasoning(model: "Model", messages: Conversation, options: Mapping[str,
     if not has_colours():
         return None
     return open_tag(model.chat_prompt(messages, options.get("tools"), options.get("template_options")))
+
+
+def answer_facts(model: "Model") -> list[str]:
+    """Return what the last answer took: tokens, seconds and speeds of the prompt and of the answer."""
+    stats = model.stats
+    n_prefill = f"{stats.n_prompt - stats.n_reused}" + (f" (+ {stats.n_reused} known)" if stats.n_reused else "")
+    return [
+        f"prefill {n_prefill} tokens in {stats.prefill_s:.2f} s, {stats.prefill_speed:.0f}/s",
+        f"decode {stats.n_decoded} in {stats.decode_s:.2f} s, {stats.decode_speed:.0f}/s",
+    ]
+
+
+def context_used(model: "Model") -> str:
+    """Return how full the context is, as "context 72 of 4096 tokens"."""
+    return f"context {model.decoder.n_past} of {model.n_ctx} tokens"

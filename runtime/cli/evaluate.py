@@ -1,5 +1,6 @@
 """gguf-eval: how good is a model, and what did a quantization, a cache type or a device cost?"""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,10 @@ JSON = option("--json as_json", "Print one JSON object.", is_flag=True)
 TEXT = option("--file -f", "The text, UTF-8.", type=PATH, required=True)
 CHUNK_SIZE = option("--ctx-size -c n_ctx", "Tokens of a chunk.  [default: 512]", type=int)
 CHUNKS = option("--chunks n_chunk", "Read so many chunks.  [default: the whole text]", type=int)
+SKIP = option("--skip n_skip", "Skip so many chunks first.", type=click.IntRange(0), default=0)
 STRIDE = option("--stride", "Tokens from one window to the next.", type=int)
 TASK_FILE = option("--file -f", "The tasks.", type=PATH, required=True)
-TASKS = option("--tasks n_task", "Take so many tasks.  [default: all]", type=int)
+TASKS = option("--tasks", "Take so many tasks, or those from A to B in their order.  [default: all]", metavar="N|A-B")
 KL_OPTIONS = [
     option(
         "--base",
@@ -66,16 +68,17 @@ def _command(params: Sequence[click.Option], examples: Sequence[str]) -> Callabl
 
 
 @_command(
-    [TEXT, CHUNK_SIZE, CHUNKS, STRIDE],
+    [TEXT, CHUNK_SIZE, CHUNKS, SKIP, STRIDE],
     examples=(
         "gguf-eval perplexity model.gguf -f wiki.test.raw",
-        "gguf-eval perplexity model.gguf -f wiki.test.raw --chunks 64 -ct q8_0",
+        "gguf-eval perplexity model.gguf -f wiki.test.raw --skip 64 --chunks 64 -ct q8_0",
         "gguf-eval perplexity model.gguf -f wiki.test.raw -c 2048 --stride 512 --json",
     ),
 )
 def perplexity(
-    model: str, file: Path, n_ctx: int | None, n_chunk: int | None, stride: int | None, as_json: bool, **options: Any
-) -> None:
+    model: str, file: Path, n_ctx: int | None, n_chunk: int | None, n_skip: int, stride: int | None, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
     """Perplexity of a text, measured as llama.cpp does: the second half of each chunk of --ctx-size tokens is scored.
 
     With --stride N, windows of --ctx-size + N/2 tokens overlap, and the last N tokens of each window are scored.
@@ -88,16 +91,16 @@ def perplexity(
     size = window_size(n_ctx, stride)
     text = read_text(file)
     with load_scorer(model, options, n_ctx=size) as scorer:
-        chunks = cut_chunks(tokens_of(scorer.model, text), n_ctx, bos_of(scorer.model), n_chunk, stride)
+        chunks = cut_chunks(tokens_of(scorer.model, text), n_ctx, bos_of(scorer.model), n_chunk, stride, n_skip)
         report = Report(PERPLEXITY, as_json)
         report.run(perplexity(scorer, chunks), chunks)
-        facts = {"model": model, "file": str(file), **options, "n_ctx": n_ctx, "stride": stride}
+        facts = {"model": model, "file": str(file), **options, "n_ctx": n_ctx, "skip": n_skip, "stride": stride}
         facts["running"] = [step.value for step in report.done]
         report.finish(facts, scorer.model.where)
 
 
 @_command(
-    [TEXT, *KL_OPTIONS, CHUNK_SIZE, CHUNKS],
+    [TEXT, *KL_OPTIONS, CHUNK_SIZE, CHUNKS, SKIP],
     examples=(
         "gguf-eval kl q4.gguf --base f16.gguf -f wiki.test.raw --chunks 16",
         "gguf-eval kl model.gguf --base-options '--cache-type f32' -ct q4_0 -f text.txt",
@@ -144,7 +147,7 @@ def kv_scales(**options: Any) -> None:
     examples=(
         "gguf-eval hellaswag model.gguf -f hellaswag_val_400.txt",
         "gguf-eval hellaswag model.gguf -f hellaswag_val_400.txt --tasks 100 -t 4",
-        "gguf-eval hellaswag model.gguf -f hellaswag_val_400.txt --json",
+        "gguf-eval hellaswag model.gguf -f hellaswag_val_400.txt --tasks 101-200 --json",
     ),
 )
 def hellaswag(file: Path, **options: Any) -> None:
@@ -181,7 +184,7 @@ def _answer(
     questions: "Sequence[Question]",
     file: Path,
     model: str,
-    n_task: int | None,
+    tasks: str | None,
     n_ctx: int | None,
     as_json: bool,
     **options: Any,
@@ -190,8 +193,7 @@ def _answer(
     from gguf_run.runtime.cli.report import Figure, Layout, Report, load_scorer
     from gguf_run.runtime.evaluate.choices import accuracy, make_tasks
 
-    if n_task is not None and n_task < 1:
-        raise OptionError(f"--tasks is {n_task}; allowed: at least 1")
+    chosen = _range(tasks, len(questions))
 
     def figures(done: "Accuracy") -> list[Figure]:
         return [
@@ -204,8 +206,17 @@ def _answer(
         return f"{done.n:>5} {100 * value:>10.3f} % {100 * low:>10.3f} to {100 * high:.3f} %"
 
     with load_scorer(model, options, n_ctx=n_ctx) as scorer:
-        tasks = make_tasks(scorer.model, questions[:n_task], str(file))
+        todo = make_tasks(scorer.model, questions[chosen], str(file))
         layout = Layout("tasks", f"{'task':>5} {'normalized':>12} {'95 % interval':>22}", row, figures)
         report = Report(layout, as_json)
-        report.run(accuracy(scorer, tasks), tasks)
+        report.run(accuracy(scorer, todo), todo)
         report.finish({"model": model, "file": str(file), **options}, scorer.model.where)
+
+
+def _range(text: str | None, n: int) -> slice:
+    """Return the tasks that --tasks names: "20" the first 20, "21-40" those from the 21st to the 40th. n: all tasks."""
+    match = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})", text or str(n))
+    first, last = (int(match[1] or 1), int(match[2])) if match else (0, 0)
+    if not 1 <= first <= min(last, n):
+        raise OptionError(f"--tasks is {text}; allowed: a number from 1, or a range such as 21-40; there are {n} tasks")
+    return slice(first - 1, last)

@@ -49,6 +49,7 @@ class KlJob:
     base_logits: Path | None
     n_ctx: int | None  # None: the user did not say
     n_chunk: int | None  # None: the user did not say
+    n_skip: int  # chunks to skip first
     as_json: bool
     options: dict[str, Any]  # RUNTIME_OPTIONS of the model
 
@@ -78,7 +79,7 @@ class KlJob:
         n_ctx = self.n_ctx or N_CTX
         with load_scorer(self.model, self.options, n_ctx=n_ctx) as scorer:
             ids = tokens_of(scorer.model, text)
-            chunks = cut_chunks(ids, n_ctx, bos_of(scorer.model), self.n_chunk)
+            chunks = cut_chunks(ids, n_ctx, bos_of(scorer.model), self.n_chunk, n_skip=self.n_skip)
             file = find_model(self.model)
             header = LogitsHeader(
                 n_vocab=scorer.model.decoder.config.n_vocab,
@@ -87,7 +88,7 @@ class KlJob:
                 n_scored=len(chunks[0].targets),
                 model_hash=hash_file(file),
                 vocab_hash=hash_vocabulary(file),
-                text_hash=hash_ids(ids),
+                text_hash=hash_ids(ids[self.n_skip * n_ctx :]),
                 model=file.name,
             )
             report = Report(PERPLEXITY, self.as_json)
@@ -104,8 +105,6 @@ class KlJob:
             header = saved.header
             if self.n_ctx not in (None, header.n_ctx):
                 raise OptionError(f"--ctx-size is {self.n_ctx}; {path} was made with {header.n_ctx}: leave it out")
-            if self.n_chunk is not None and self.n_chunk > header.n_chunk:
-                raise OptionError(f"--chunks is {self.n_chunk}; {path} holds {header.n_chunk}")
             if self.base is not None and hash_file(find_model(self.base)) != header.model_hash:
                 raise GgufRunError(f"{path}: holds the logits of another model, {header.model}, not of {self.base}")
             if hash_vocabulary(find_model(self.model)) != header.vocab_hash:
@@ -114,14 +113,26 @@ class KlJob:
                 if scorer.model.decoder.config.n_vocab != header.n_vocab:
                     raise self._other_vocabulary(str(path))
                 ids = tokens_of(scorer.model, text)
-                if hash_ids(ids) != header.text_hash:
-                    raise GgufRunError(
-                        f"{path}: was made from another text than {self.file}, or by a model that splits it into "
-                        "other tokens: save the logits of this text"
-                    )
-                chunks = cut_chunks(ids, header.n_ctx, bos_of(scorer.model), self.n_chunk or header.n_chunk)
+                first = self._first_saved(path, header, ids)
+                n_left = max(0, header.n_chunk - first)
+                n_chunk = n_left if self.n_chunk is None else self.n_chunk
+                if n_chunk > n_left or not n_left:
+                    rest = f" behind --skip {self.n_skip}" if first else ""
+                    raise OptionError(f"--chunks is {n_chunk or 'all'}; {path} holds {n_left}{rest}")
+                chunks = cut_chunks(ids, header.n_ctx, bos_of(scorer.model), n_chunk, n_skip=self.n_skip)
                 facts = self._facts(header.n_ctx) | {"base": header.model, "base_logits": str(path)}
-                self._compare(scorer, saved.chunk, chunks, facts, rounded=True)
+                self._compare(scorer, lambda i: saved.chunk(first + i), chunks, facts, rounded=True)
+
+    def _first_saved(self, path: Path, header: LogitsHeader, ids: list[int]) -> int:
+        """Return which saved chunk is the first of the comparison: the logits may have been saved with --skip, too."""
+        if hash_ids(ids) == header.text_hash:
+            return self.n_skip
+        if hash_ids(ids[self.n_skip * header.n_ctx :]) == header.text_hash:
+            return 0
+        raise GgufRunError(
+            f"{path}: was made from another text than {self.file}, with another --skip, or by a model that splits it "
+            "into other tokens: save the logits of this text"
+        )
 
     def _compare_live(self, base: str, base_options: dict[str, Any], text: str) -> None:
         """Compare with a second model, which runs beside the first."""
@@ -137,7 +148,7 @@ class KlJob:
             ids, bos = tokens_of(scorer.model, text), bos_of(scorer.model)
             if (tokens_of(theirs.model, text), bos_of(theirs.model)) != (ids, bos):
                 raise GgufRunError(f"{base}: splits the text into other tokens than {self.model}: no comparison")
-            chunks = cut_chunks(ids, n_ctx, bos, self.n_chunk)
+            chunks = cut_chunks(ids, n_ctx, bos, self.n_chunk, n_skip=self.n_skip)
             facts = self._facts(n_ctx) | {"base": base, "base_options": base_options}
             self._compare(scorer, lambda i: theirs.run(chunks[i].ids, chunks[i].targets), chunks, facts)
 
@@ -154,7 +165,7 @@ class KlJob:
         report.finish(facts, scorer.model.where)
 
     def _facts(self, n_ctx: int) -> dict[str, Any]:
-        return {"model": self.model, "file": str(self.file), **self.options, "n_ctx": n_ctx}
+        return {"model": self.model, "file": str(self.file), **self.options, "n_ctx": n_ctx, "skip": self.n_skip}
 
     def _other_vocabulary(self, base: str) -> GgufRunError:
         problem = f"{base}: has another vocabulary than {self.model}"

@@ -16,7 +16,8 @@ from gguf_run.runtime.evaluate.text import N_CTX, Scorer, bos_of, cut_chunks, to
 from gguf_run.runtime.load.cache_plan import check_type
 from gguf_run.runtime.load.kv_scales import LayerScales, write_scales
 from gguf_run.runtime.terminal.progress import progress
-from gguf_run.runtime.terminal.text import read_text, table
+from gguf_run.runtime.terminal.table import table
+from gguf_run.runtime.terminal.text import read_text
 
 
 def run(

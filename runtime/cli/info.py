@@ -1,6 +1,5 @@
 """gguf-info: what is in a GGUF file, and the memory it will need."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from gguf_run.runtime.info.diff import compare
 from gguf_run.runtime.info.edit import edit
 from gguf_run.runtime.load.options import LoadOptions, Wanted
 from gguf_run.runtime.terminal.progress import Progress
+from gguf_run.runtime.terminal.text import json_text
 
 EDITS, SHOWS = ("assignments", "remove"), ("tensors", "stats", "diff")  # parameters that exclude each other
 Answer = tuple[Mapping[str, Any], Iterator[str]]  # facts for --json, and the same as lines
@@ -67,7 +67,7 @@ def main(models: Sequence[str], as_json: bool, fit: bool, **given: Any) -> None:
         facts, lines = _one(models[0], given)
     else:
         raise click.UsageError(f"{len(models)} MODELs are given, must be one.")
-    for line in [json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)] if as_json else lines:
+    for line in [json_text(facts)] if as_json else lines:
         click.echo(line)
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from gguf_run.runtime.info.contents import SHOWN_ITEMS
 from gguf_run.runtime.info.tensors import TensorStatistics
 from gguf_run.runtime.load.options import DEFAULT_N_CTX
-from gguf_run.runtime.terminal.text import one_line, size_text, table
+from gguf_run.runtime.terminal.table import table
+from gguf_run.runtime.terminal.text import one_line, size_text
 
 _STATISTICS = tuple(column.name for column in fields(TensorStatistics))
 _SHOWN_CHARACTERS = 90  # of a metadata value; JSON has all of it

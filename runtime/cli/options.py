@@ -5,6 +5,7 @@ The options of sampling have llama.cpp's names.
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from gguf_run.runtime.load.options import LoadOptions
 from gguf_run.runtime.sampling.params import DEFAULT_CHAIN, SamplingParams
 
 if TYPE_CHECKING:
+    from gguf_run.runtime.cli.compiling import Compiling
     from gguf_run.runtime.model import Model
 
 PATH = click.Path(path_type=Path)
@@ -40,6 +42,10 @@ def option(flags: str, text: str, **settings: Any) -> click.Option:
 
 THREADS = option("--threads -t", "Threads that compute.  [default: physical cores]", type=int)
 CTX_SIZE = option("--ctx-size -c n_ctx", "Positions of the context.  [default: the model's, at most 4096]", type=int)
+BATCH_OPTIONS = [
+    option("--batch-size -b", "Tokens of a prompt's parts, at most.", type=int, default=2048),
+    option("--ubatch-size -ub", "Tokens of a part that run at once, at most.", type=int, default=512),
+]
 _cache_type_option = partial(option, metavar="TYPE", shell_complete=offer("cache_types"))
 ROTATION = option(
     "--cache-rotation/--no-cache-rotation",
@@ -168,6 +174,8 @@ def to_load_options(values: Mapping[str, Any], **more: Any) -> LoadOptions:
     OptionError for values that are not allowed, or not together.
     """
     found = {name: value for name, value in values.items() if name in _FIELDS} | {"n_threads": values.get("threads")}
+    if "ubatch_size" in values:
+        found["n_batch"] = min(values["batch_size"], values["ubatch_size"])
     if {"cache_type_k", "cache_type_v"} & {*values}:
         found["cache_type"] = _cache_type(*(values[f"cache_type{suffix}"] for suffix in ("", "_k", "_v")))
     return LoadOptions(**(found | more))
@@ -180,12 +188,28 @@ def _cache_type(both: str | None, k: str | None, v: str | None) -> str | tuple[s
 
 
 def load_model(path: str | None, options: LoadOptions) -> "Model":
-    """Load a model. stderr shows a progress bar, and lines that say what runs where if a GPU is used."""
-    from gguf_run.runtime.model import Model
-    from gguf_run.runtime.terminal.progress import progress
+    """Load a model. stderr shows a progress bar, and lines that say what runs where if a GPU is used.
 
-    with progress("loading") as bar:
-        return Model.load(path, options, progress=bar.set, report=bar.message)
+    If kernels must be compiled, a line says so, and a bar counts them.
+    """
+    from gguf_run.formats.compiler.jit import compile_notice
+    from gguf_run.runtime.model import Model
+    from gguf_run.runtime.terminal.progress import Progress
+
+    compiling: list[Compiling] = []
+    with Progress("loading") as bar, ExitStack() as stack:
+
+        def begin() -> None:
+            from gguf_run.runtime.cli.compiling import Compiling  # late: most starts compile nothing
+
+            compiling.append(stack.enter_context(Compiling(path, options, bar)))
+
+        def show(done: int, total: int) -> None:
+            if all(line.is_over for line in compiling):
+                bar.set(done, total)
+
+        with compile_notice(begin):
+            return Model.load(path, options, progress=show, report=bar.message)
 
 
 def take_sampling(values: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import click
 from gguf_run.runtime.cli.options import PATH, option
 from gguf_run.runtime.load.machine import default_threads
 from gguf_run.runtime.terminal.progress import progress
-from gguf_run.runtime.terminal.text import one_line, size_text, table
+from gguf_run.runtime.terminal.table import table
+from gguf_run.runtime.terminal.text import one_line, size_text
 
 if TYPE_CHECKING:
     from gguf_run.runtime.quantize.plan import Plan
@@ -25,11 +26,13 @@ OPTIONS = [
 
 def show_types(plan: "Plan") -> Iterator[str]:
     """Yield the lines of a dry run: each tensor's types and sizes before and after."""
+    from gguf_run.runtime.quantize.file import bits_per_weight
+
     rows = []
     for item in plan.items:
         source, target = item.source, item.target
         types = [source.type.name, "" if item.is_copy else target.type.name]
-        sizes = [size_text(source.nbytes), size_text(target.nbytes), f"{8 * target.nbytes / target.n_elements:.2f}"]
+        sizes = [size_text(source.nbytes), size_text(target.nbytes), f"{bits_per_weight([target]):.2f}"]
         rows.append([one_line(target.name), " x ".join(map(str, target.ne)), *types, *sizes])
     yield from table(["tensor", "ne", "type", "to", "size", "to", "bits/weight"], rows, "llllrrr")
     yield ""

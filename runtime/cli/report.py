@@ -67,7 +67,7 @@ def load_scorer(model: str, options: Mapping[str, Any], **more: Any) -> "Iterato
 
     chosen = to_load_options(options, **more)
     with load_model(model, chosen) as loaded:
-        with progress("loading"):  # says so if kernels must be compiled
+        with progress("scoring"):  # says so if kernels must be compiled
             scorer = Scorer(loaded, chosen.n_threads or default_threads())
         with scorer:
             yield scorer

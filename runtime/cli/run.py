@@ -10,14 +10,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.runtime.cli.common import tool
-from gguf_run.runtime.cli.conversation import check_place, conversation, open_reasoning, show
+from gguf_run.runtime.cli.conversation import (
+    answer_facts,
+    check_place,
+    context_used,
+    conversation,
+    open_reasoning,
+    show,
+)
 from gguf_run.runtime.cli.options import (
+    BATCH_OPTIONS,
     CACHE_OPTIONS,
     CTX_SIZE,
     DEVICE_OPTIONS,
@@ -30,19 +38,23 @@ from gguf_run.runtime.cli.options import (
     to_load_options,
 )
 from gguf_run.runtime.sampling.params import SamplingParams
-from gguf_run.runtime.terminal.text import decode_text, message, read_text
+from gguf_run.runtime.terminal.text import decode_text, message, on_terminal, read_stdin, read_text
 
 if TYPE_CHECKING:
+    from gguf_run.runtime.chat.process import TemplateProcess
     from gguf_run.runtime.model import Model
 
 MAX_PROMPT_BYTES = 64 << 20
+_SOURCES = {"PROMPT": "text", "--prompt": "prompt", "--file": "file"}  # of a prompt, with the names of parameters
+MAX_TOKENS = 2048  # of an answer, where the user names no limit: a model may never end by itself
 _PARAMS = [
     click.Argument(["model"], required=False, shell_complete=offer("models")),
+    click.Argument(["text"], required=False, metavar="[PROMPT]"),
     option("--prompt -p", "The question, or with --raw the text to continue."),
     option(
         "--file -f", "Read the prompt from a UTF-8 text file; - is stdin, the default.", shell_complete=offer("files")
     ),
-    option("--chat -i", "Talk: Ctrl-C stops an answer, Ctrl-D leaves.", is_flag=True),
+    option("--chat -i", "Talk: Ctrl-C stops an answer, Ctrl-D leaves.  [default: without a prompt]", is_flag=True),
     option("--system", "System message for the chat template."),
     option(
         "--chat-template",
@@ -54,8 +66,14 @@ _PARAMS = [
     option("--tools", "JSON file: functions that the model may call.", type=PATH),
     option("--no-history", "Do not keep the lines typed in --chat for its next start.", is_flag=True),
     option("--raw", "Continue the prompt as it is, without the model's chat template.", is_flag=True),
-    option("--max-tokens -n", "The most tokens of the answer.  [default: until the model ends it]", type=int),
+    option(
+        "--max-tokens -n",
+        f"The most tokens of an answer; -1: what the context holds.  [default: {MAX_TOKENS}, in a chat -1]",
+        type=int,
+    ),
+    option("--stop", "Text that ends an answer; may be repeated.", multiple=True, metavar="TEXT"),
     CTX_SIZE,
+    *BATCH_OPTIONS,
     *CACHE_OPTIONS,
     option("--session", "Go on from this file if it exists, and save to it at the end.", type=PATH),
     *SAMPLING_OPTIONS,
@@ -68,7 +86,13 @@ _PARAMS = [
     ),
     option("--context-shift", "When the context is full, drop half of it and go on.", is_flag=True),
     option("--keep n_keep", "Tokens at the beginning that --context-shift keeps.", type=int, default=0),
-    option("--warm-up", "Compile what the model needs, so that the next start is quick.", is_flag=True),
+    option(
+        "--warm-up",
+        "Compile what the model needs, so that the next start is quick; all: of each model on this machine.",
+        is_flag=False,
+        flag_value="",
+        metavar="[all]",
+    ),
     option("--list list_models", "List the models on this machine; with -v also their files.", is_flag=True),
     option(
         "--completion",
@@ -83,15 +107,15 @@ _PARAMS = [
     "gguf-run",
     params=_PARAMS,
     examples=(
-        'gguf-run --prompt "What is the capital of France?"',
-        "gguf-run model.gguf --chat -c 16384 -ct q8_0",
+        'gguf-run --prompt "What is the capital of Japan?"',
+        "gguf-run model.gguf -c 16384 -ct q8_0",
         'gguf-run hf:bartowski/Llama-3.2-1B-Instruct-GGUF:Q5_K_M -p "Hello" --temp 0',
         "cat article.txt | gguf-run model.gguf --system 'Sum up in one sentence.'",
         "gguf-run model.gguf --raw --file story.txt -n 200 --seed 1",
     ),
 )
 def main(model: str | None, completion: str | None, list_models: bool, **values: Any) -> None:
-    """Run a GGUF language model.
+    """Run a GGUF language model: answer PROMPT, or chat.
 
     MODEL is a GGUF file, the folder of a Hugging Face checkpoint, or hf:owner/repo[:Q4_K_M]; without
     it a small model, SmolLM2-135M-Instruct, is fetched once.
@@ -105,15 +129,38 @@ def main(model: str | None, completion: str | None, list_models: bool, **values:
 
         for line in list_lines(values["verbose"]):
             click.echo(line)
+    elif values["warm_up"] == "all":
+        _warm_up_all(values)
     else:
-        task = _Task.of(values)
-        with _paused_gc():
-            loading = load_model(model, to_load_options(values))
-        with loading as loaded:
-            if values["verbose"]:
-                _describe(loaded)
-            task.run(loaded)
-            _report(loaded, values["verbose"])
+        _run(values["warm_up"] or model, values)  # in `--warm-up MODEL`, click takes MODEL for the option's value
+
+
+def _run(model: str | None, values: dict[str, Any]) -> None:
+    task = _Task.of(values)
+    with _paused_gc():
+        templates, loading = task.templates(), load_model(model, to_load_options(values))
+    with loading as loaded:
+        loaded.templates = templates
+        if values["verbose"]:
+            _describe(loaded)
+        task.run(loaded)
+        _report(loaded, values["verbose"], task.kind == "chat")
+
+
+def _warm_up_all(values: dict[str, Any]) -> None:
+    """Warm up each model on this machine. One that cannot be run is said, and the others follow."""
+    from gguf_run.runtime.hub.listing import cached_models
+
+    failed = []
+    for model in cached_models():
+        message(f"{model.name or model.paths[0].name}:")
+        try:
+            _run(model.name or None, {**values, "warm_up": ""})
+        except GgufRunError as error:
+            failed.append(model)
+            message(f"error: {error}")
+    if failed:
+        raise GgufRunError(f"{len(failed)} models cannot be run; the others are ready")
 
 
 @contextmanager
@@ -139,6 +186,7 @@ class _Task:
     keep_history: bool  # of the lines that are typed in a chat
     generating: Mapping[str, Any]  # arguments of Model.generate
     chatting: Mapping[str, Any]  # arguments that Model.chat takes besides
+    has_limit: bool  # the user has chosen max_tokens
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> "_Task":
@@ -148,8 +196,11 @@ class _Task:
             raise click.UsageError(
                 "--raw works without a chat template: leave out --chat, --system, --tools and --chat-template(-kwargs)."
             )
-        kind = next((kind for kind in ("warm_up", "chat", "raw") if values[kind]), "ask")
-        text = "Hello" if values["warm_up"] else _prompt(values["prompt"], values["file"], values["chat"])
+        warms_up = values["warm_up"] is not None
+        kind = "warm_up" if warms_up else "chat" if values["chat"] else "raw" if values["raw"] else "ask"
+        if kind == "ask" and all(values[name] is None for name in ("text", "prompt", "file")) and on_terminal():
+            kind = "chat"
+        text = "Hello" if kind == "warm_up" else _prompt(values, kind)
         if values["session"] is not None:
             check_place(values["session"])
         system = None if values["system"] is None else _argument(values["system"], "--system")
@@ -160,13 +211,25 @@ class _Task:
             chatting["template_options"] = _template_options(values["chat_template_kwargs"])
         generating = take_sampling(values)
         SamplingParams(**generating)  # says what is wrong
-        generating |= {name: values[name] for name in ("max_tokens", "context_shift", "n_keep")}
+        generating |= {name: values[name] for name in ("max_tokens", "stop", "context_shift", "n_keep")}
+        has_limit = values["max_tokens"] is not None
+        if not has_limit or values["max_tokens"] == -1:
+            generating["max_tokens"] = None if has_limit or kind == "chat" else MAX_TOKENS
         template: str | None = values["chat_template"]
         if template is not None:
             from gguf_run.runtime.chat.named import find_template
 
             template = find_template(template)
-        return cls(kind, text, system, template, values["session"], not values["no_history"], generating, chatting)
+        keeps = not values["no_history"]
+        return cls(kind, text, system, template, values["session"], keeps, generating, chatting, has_limit)
+
+    def templates(self) -> "TemplateProcess | None":
+        """Return a process for chat templates, which starts while the model is loaded; None if none is needed."""
+        if self.kind not in ("ask", "chat"):
+            return None
+        from gguf_run.runtime.chat.process import TemplateProcess
+
+        return TemplateProcess().start()
 
     def run(self, model: "Model") -> None:
         """Do the task: write the answer to stdout."""
@@ -178,8 +241,10 @@ class _Task:
             return
         with conversation(model, self.session, self.system) as messages:
             if self.kind == "chat":
-                from gguf_run.runtime.cli.chat import chat
+                from gguf_run.runtime.cli.chat import banner, chat
 
+                if on_terminal():
+                    banner(model)
                 chat(model, messages, self.text, {**self.generating, **self.chatting}, self.keep_history)
             elif self.kind == "raw" or (model.chat_template is None and not messages and not self.chatting):
                 show(model, model.generate(self.text or "", **self.generating))
@@ -188,23 +253,28 @@ class _Task:
                 pieces = model.chat(messages, **self.generating, **self.chatting)
                 answer = show(model, pieces, tag=open_reasoning(model, messages, self.chatting))
                 messages.append({"role": "assistant", "content": answer})
+            if self.kind != "chat" and model.stats.finish == "length" and not self.has_limit:
+                message(f"the answer ends here, after {MAX_TOKENS} tokens: --max-tokens N allows more, -1 any number")
 
 
-def _prompt(prompt: str | None, file: str | None, chat: bool) -> str | None:
+def _prompt(values: Mapping[str, Any], kind: str) -> str | None:
     """Return the first text for the model; None if a chat starts without one."""
-    if prompt is not None and file is not None:
-        raise click.UsageError("--prompt and --file exclude each other.")
-    if prompt is not None:
-        text = _argument(prompt, "--prompt")
+    given = {name: values[key] for name, key in _SOURCES.items() if values[key] is not None}
+    if values["text"] is not None and values["text"].endswith(".gguf"):
+        raise click.UsageError(f"{values['text']}: one model at a time; put --prompt before a text of this kind.")
+    if len(given) > 1:
+        raise click.UsageError(f"{' and '.join(given)} exclude each other.")
+    file = values["file"]
+    if given and file is None:
+        text = _argument(*given.values(), *given)
     elif file not in (None, "-"):
-        with open(str(file), "rb") as stream:
-            text = _read_all(stream, str(file))
-    elif chat and file is None:
+        text = read_text(Path(str(file)), MAX_PROMPT_BYTES)
+    elif kind == "chat" and file is None:
         return None
     elif sys.stdin is None or sys.stdin.isatty():
-        raise click.UsageError("Nothing to answer: give --prompt, --file, --chat, or text on stdin.")
+        raise click.UsageError("Nothing to answer: give PROMPT, --prompt, --file, --chat, or text on stdin.")
     else:
-        text = _read_all(sys.stdin.buffer, "stdin")
+        text = read_stdin(MAX_PROMPT_BYTES)
     if not text.strip():
         raise GgufRunError("the prompt is empty: write something after --prompt, into the --file or on stdin")
     return text
@@ -212,7 +282,7 @@ def _prompt(prompt: str | None, file: str | None, chat: bool) -> str | None:
 
 def _functions(path: Path) -> list[dict[str, Any]]:
     try:
-        tools = json.loads(read_text(path))
+        tools = json.loads(read_text(path, MAX_PROMPT_BYTES))
     except (ValueError, RecursionError) as error:
         raise GgufRunError(f"--tools {path}: not JSON: {error}") from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -226,20 +296,15 @@ def _template_options(text: str) -> dict[str, Any]:
     except (GgufRunError, ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
-        raise OptionError(f'--chat-template-kwargs is {text}; allowed: a JSON object, as {{"enable_thinking": false}}')
+        raise OptionError(
+            f'--chat-template-kwargs is {text:.200}; allowed: a JSON object, as {{"enable_thinking": false}}'
+        )
     return values
 
 
 def _argument(text: str, name: str) -> str:
     # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
     return decode_text(text.encode("utf-8", "surrogateescape"), name)
-
-
-def _read_all(stream: BinaryIO, name: str) -> str:
-    data = stream.read(MAX_PROMPT_BYTES + 1)
-    if len(data) > MAX_PROMPT_BYTES:
-        raise GgufRunError(f"{name} is longer than {MAX_PROMPT_BYTES} bytes: no context holds that much text")
-    return decode_text(data, name)
 
 
 def _describe(model: "Model") -> None:
@@ -252,16 +317,12 @@ def _describe(model: "Model") -> None:
         message(f"CPU kernels: {model.tuning}")
 
 
-def _report(model: "Model", verbose: bool) -> None:
+def _report(model: "Model", verbose: bool, with_context: bool) -> None:
     """Print the last line: times, speeds, and what ran where."""
     stats = model.stats
-    n_prefill = f"{stats.n_prompt - stats.n_reused}" + (f" (+ {stats.n_reused} known)" if stats.n_reused else "")
-    parts = [
-        f"load {stats.load_s:.2f} s",
-        f"prefill {n_prefill} tokens in {stats.prefill_s:.2f} s, {stats.prefill_speed:.0f}/s",
-        f"decode {stats.n_decoded} in {stats.decode_s:.2f} s, {stats.decode_speed:.0f}/s",
-        model.where,
-    ]
+    parts = [f"load {stats.load_s:.2f} s", *answer_facts(model), model.where]
+    if with_context:
+        parts.append(context_used(model))
     if verbose:
         parts += [f"seed {stats.seed}", f"end: {stats.finish or 'interrupted'}"]
     message(" | ".join(parts))

@@ -1,16 +1,15 @@
 """gguf-tokenize: the tokens of a text, by a model's own tokenizer."""
 
-import sys
 from pathlib import Path
 
 import click
 
-from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.gguf.found import check_model
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.runtime.cli import complete
 from gguf_run.runtime.cli.common import tool
 from gguf_run.runtime.hub.find import find_model
-from gguf_run.runtime.terminal.text import decode_text, read_text
+from gguf_run.runtime.terminal.text import read_stdin, read_text
 
 # Lines printed by one write: single lines are slow, and `| head` would wait for all lines together.
 LINES_AT_ONCE = 1000
@@ -42,11 +41,13 @@ def main(model: str, text: str | None, path: Path | None, only_ids: bool, count:
     if only_ids and count:
         raise click.UsageError("give --ids or --count, not both")
     if text is None:
-        text = read_text(path) if path is not None else _read_stdin()
+        text = read_text(path) if path is not None else read_stdin()
 
     from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
     with GGUFFile.open(find_model(model)) as file:
+        if "tokenizer.ggml.model" not in file.metadata:  # an adapter or a projector, say
+            check_model(file.path, file.metadata, n_tensors=1)
         tokenizer = Tokenizer.from_metadata(file.metadata)
     ids = tokenizer.encode(text, add_special=not no_special, parse_special=not no_special)
     if count:
@@ -57,12 +58,6 @@ def main(model: str, text: str | None, path: Path | None, only_ids: bool, count:
         for start in range(0, len(ids), LINES_AT_ONCE):
             lines = [f"{id:>7} {_show(tokenizer.piece(id))}" for id in ids[start : start + LINES_AT_ONCE]]
             click.echo("\n".join(lines))
-
-
-def _read_stdin() -> str:
-    if sys.stdin is None:
-        raise GgufRunError("stdin is closed: give TEXT or --file")
-    return decode_text(sys.stdin.buffer.read(), "stdin")
 
 
 def _show(piece: bytes) -> str:

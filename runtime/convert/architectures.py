@@ -5,7 +5,7 @@ needs, and their shapes. The facts are those of llama.cpp's converter (2026-09):
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gguf_run.models.architectures import ARCHITECTURES, EXPERTS, Architecture
@@ -68,18 +68,24 @@ BASE_KEYS: tuple[Key, ...] = (
     ("expert_used_count", "u32", ("num_experts_per_tok",)),
 )
 _VOCAB_SIZE: Key = ("vocab_size", "u32", ("vocab_size",))
-_WINDOW: Key = ("attention.sliding_window", "u32", ("sliding_window",))
 _N_EXPERT: Key = ("expert_count", "u32", ("num_experts", "num_local_experts"))
 _EXPERT_FF: Key = ("expert_feed_forward_length", "u32", ("moe_intermediate_size",))
 _SHARED_FF: Key = ("expert_shared_feed_forward_length", "u32", ("shared_expert_intermediate_size",))
-_FINAL_CAP: Key = ("final_logit_softcapping", "f32", ("final_logit_softcapping",))
+_CAPS: tuple[Key, ...] = (
+    ("attn_logit_softcapping", "f32", ("attn_logit_softcapping",)),
+    ("final_logit_softcapping", "f32", ("final_logit_softcapping",)),
+)
 
-_SILU = {"hidden_act": ("silu",)}
-# The first files say "gelu" by mistake: they mean the other one.
-_GEMMA_ACTIVATION = {"hidden_activation": ("gelu_pytorch_tanh", "gelu")}
+_SILU = {"hidden_act": ("silu", "swish")}
+_NORM = {"norm_topk_prob": False}
+_EVERY_LAYER_HAS_EXPERTS = {"decoder_sparse_step": (1,), "mlp_only_layers": ([],)}
+# The first files say "gelu" by mistake: they mean the other one. Gemma 2 and 3 have both keys.
+_GEMMA_FIXED = {"hidden_activation": ("gelu_pytorch_tanh",), "hidden_act": ("gelu_pytorch_tanh", "gelu")}
 _GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
+_QWEN = {"sliding_window": 4096, "max_window_layers": 28}
+_GEMMA2 = {**_GEMMA, "sliding_window": 4096, "query_pre_attn_scalar": 256}
 # The first files of Gemma 3 leave out values that are the defaults of the class.
-_GEMMA3_SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072}
+_GEMMA3 = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072}
 
 
 @dataclass(frozen=True)
@@ -101,9 +107,14 @@ class CheckpointLayout:
     rope_type: str = ""  # rope.scaling.type where config.json asks for no scaling
     original_context: bool = False  # rope.scaling.original_context_length is written for every kind of scaling
     bias_key: str = "attention_bias"  # config.json: whether q, k and v have biases; "": nothing says it
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # values that old files of config.json leave out
-    # Values of config.json that a GGUF file cannot tell: any other cannot be converted. "=key": another key's value.
-    expected: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: {"hidden_act": ("silu", "swish")})
+    # Which layers have the window: "all", "last" (from max_window_layers on), "first" (every other one below
+    # max_window_layers), "period" (all but every n-th), "unrotated"; "": this architecture has no window.
+    windows: str = ""
+    switch: bool = False  # the window needs use_sliding_window
+    # Values that transformers assumes where config.json leaves a key out. null is no such place: it means "none".
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    # Values of config.json that a GGUF file cannot tell: any other cannot be converted.
+    expected: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: _SILU)
 
     @property
     def decoder(self) -> Architecture:
@@ -125,69 +136,83 @@ class CheckpointLayout:
         return always, [names for names in (dense, experts) if names and known.keys() >= set(names)]
 
 
+# Llama 1 to 3.x, and what copies its layer.
+_LLAMA_ROW = CheckpointLayout(
+    "llama",
+    {"LlamaForCausalLM": "llama", "LLaMAForCausalLM": "llama"},
+    layer={**_LLAMA, **_MIXTRAL_EXPERTS, **_EXPERTS},
+    permuted=True,
+    rope_dim=True,
+    keys=(_VOCAB_SIZE,),
+)
 _ROWS = (
-    # Llama 1 to 3.x, Mistral, Mixtral, and what copies their layer.
-    CheckpointLayout(
-        "llama",
-        {
-            "LlamaForCausalLM": "llama",
-            "LLaMAForCausalLM": "llama",
-            "MistralForCausalLM": "mistral",
-            "MixtralForCausalLM": "mixtral",
-        },
-        layer={**_LLAMA, **_MIXTRAL_EXPERTS, **_EXPERTS},
-        permuted=True,
-        rope_dim=True,
-        keys=(_VOCAB_SIZE,),
-    ),
-    CheckpointLayout("qwen2", {"Qwen2ForCausalLM": "qwen2"}, bias_key=""),
+    _LLAMA_ROW,
+    replace(_LLAMA_ROW, classes={"MistralForCausalLM": "mistral"}, windows="all", defaults={"sliding_window": 4096}),
+    replace(_LLAMA_ROW, classes={"MixtralForCausalLM": "mixtral"}, windows="all", defaults={"rope_theta": 1e6}),
+    CheckpointLayout("qwen2", {"Qwen2ForCausalLM": "qwen2"}, bias_key="", windows="last", switch=True, defaults=_QWEN),
     CheckpointLayout(
         "qwen2moe",
         {"Qwen2MoeForCausalLM": "qwen2_moe"},
         layer={**_LLAMA_MOE, "mlp.shared_expert_gate": "ffn_gate_inp_shexp", **_network("mlp.shared_expert", "_shexp")},
         tied_copy=True,
         keys=(_N_EXPERT, _EXPERT_FF, _SHARED_FF),
-        bias_key="",
-        expected={**_SILU, "norm_topk_prob": (False,)},
+        bias_key="qkv_bias",
+        windows="first",
+        switch=True,
+        defaults={**_QWEN, **_NORM},
+        expected={**_SILU, **_EVERY_LAYER_HAS_EXPERTS},
     ),
-    CheckpointLayout("qwen3", {"Qwen3ForCausalLM": "qwen3"}, layer={**_LLAMA, **_QK_NORM}),
+    CheckpointLayout(
+        "qwen3",
+        {"Qwen3ForCausalLM": "qwen3"},
+        layer={**_LLAMA, **_QK_NORM},
+        windows="last",
+        switch=True,
+        defaults={**_QWEN, "head_dim": 128},
+    ),
     CheckpointLayout(
         "qwen3moe",
         {"Qwen3MoeForCausalLM": "qwen3_moe"},
         layer={**_LLAMA_MOE, **_QK_NORM},
         keys=(_N_EXPERT, _EXPERT_FF),
-        expected={**_SILU, "norm_topk_prob": (True,)},
+        windows="all",
+        switch=True,
+        defaults={"sliding_window": 4096, **_NORM},
+        expected={**_SILU, **_EVERY_LAYER_HAS_EXPERTS},
     ),
     CheckpointLayout(
         "olmoe",
         {"OlmoeForCausalLM": "olmoe"},
         layer={**_LLAMA_MOE, **_QK_NORM},
-        expected={**_SILU, "norm_topk_prob": (False,), "clip_qkv": (None,)},
+        defaults=_NORM,
+        expected={**_SILU, "clip_qkv": (None,)},
     ),
     CheckpointLayout(
         "gemma",
         {"GemmaForCausalLM": "gemma"},
         norm_offset=1.0,
         defaults=_GEMMA,
-        expected={"hidden_act": _GEMMA_ACTIVATION["hidden_activation"]},
+        expected=_GEMMA_FIXED,
     ),
     CheckpointLayout(
         "gemma2",
         {"Gemma2ForCausalLM": "gemma2"},
         layer={**_LLAMA, **_GEMMA2_NORMS},
         norm_offset=1.0,
-        keys=(("attn_logit_softcapping", "f32", ("attn_logit_softcapping",)), _FINAL_CAP, _WINDOW),
-        defaults={**_GEMMA, "sliding_window": 4096},
-        expected={**_GEMMA_ACTIVATION, "query_pre_attn_scalar": ("=head_dim", 144)},
+        keys=_CAPS,
+        windows="period",
+        defaults={**_GEMMA2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        expected=_GEMMA_FIXED,
     ),
     CheckpointLayout(
         "gemma3",
         {"Gemma3ForCausalLM": "gemma3_text", "Gemma3ForConditionalGeneration": "gemma3"},
         layer={**_LLAMA, **_GEMMA2_NORMS, **_QK_NORM},
         norm_offset=1.0,
-        keys=(_FINAL_CAP, _WINDOW),
-        defaults={**_GEMMA, **_GEMMA3_SIZES, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "sliding_window": 4096},
-        expected={**_GEMMA_ACTIVATION, "query_pre_attn_scalar": ("=head_dim", 168)},
+        keys=_CAPS[1:],
+        windows="period",
+        defaults={**_GEMMA2, **_GEMMA3, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "sliding_window_pattern": 6},
+        expected={**_GEMMA_FIXED, "attn_logit_softcapping": (None,)},  # transformers does not apply it
     ),
     CheckpointLayout(
         "phi3",
@@ -201,9 +226,11 @@ _ROWS = (
         },
         rope_dim=True,
         original_context=True,
-        keys=(_WINDOW,),
         bias_key="",
-        defaults={"sliding_window": 0},  # written too: in old files a missing key means 2047
+        windows="all",
+        # No window is written as 0: in old GGUF files a missing key means 2047.
+        defaults={"sliding_window": 0, "original_max_position_embeddings": 4096, "partial_rotary_factor": 1.0},
+        expected={**_SILU, "lm_head_bias": (False,)},
     ),
     CheckpointLayout(
         "smollm3",
@@ -211,7 +238,10 @@ _ROWS = (
         permuted=True,
         rope_dim=True,
         keys=(_VOCAB_SIZE,),
-        expected={**_SILU, "no_rope_layer_interval": (4,), "use_sliding_window": (False,)},
+        windows="unrotated",
+        switch=True,
+        defaults={"rope_theta": 2e6},
+        expected={**_SILU, "no_rope_layer_interval": (4,)},
     ),
     CheckpointLayout(
         "granite",
@@ -225,6 +255,7 @@ _ROWS = (
             ("residual_scale", "f32", ("residual_multiplier",)),
             ("logit_scale", "f32", ("logits_scaling",)),
         ),
+        defaults={"attention_multiplier": 1.0},
     ),
     CheckpointLayout(
         "olmo2",
@@ -248,7 +279,8 @@ _ROWS = (
         layer={**_PRE_NORMS, **_ATTENTION, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
         keys=(("attention.layer_norm_epsilon", "f32", ("norm_epsilon", "layer_norm_eps")),),
         bias_key="use_bias",
-        expected={"hidden_act": ("gelu_pytorch_tanh",)},
+        windows="all",
+        expected={"hidden_act": ("gelu_pytorch_tanh",), "norm_type": ("layer_norm",), "mlp_type": ("default",)},
     ),
     CheckpointLayout(
         "internlm2",
@@ -280,8 +312,8 @@ _ROWS = (
             ("expert_shared_count", "u32", ("n_shared_experts",)),
             ("expert_weights_scale", "f32", ("routed_scaling_factor",)),
         ),
-        defaults={"first_k_dense_replace": 0, "routed_scaling_factor": 1.0},
-        expected={**_SILU, "norm_topk_prob": (False,), "scoring_func": ("softmax",)},
+        defaults={"first_k_dense_replace": 0, "routed_scaling_factor": 1.0, **_NORM},
+        expected={**_SILU, "scoring_func": ("softmax",), "moe_layer_freq": (1,)},
     ),
     CheckpointLayout(
         "gpt-oss",
@@ -297,9 +329,14 @@ _ROWS = (
         bare=("attn_sinks", *EXPERTS),
         interleaved=True,
         tied_copy=True,
-        keys=(_WINDOW, ("expert_feed_forward_length", "u32", ("intermediate_size",))),
+        keys=(("expert_feed_forward_length", "u32", ("intermediate_size",)),),
+        windows="period",
+        defaults={"rope_theta": 150000.0, "sliding_window": 128, "head_dim": 64},
+        expected={**_SILU, "swiglu_alpha": (1.702,), "swiglu_limit": (7.0,)},
     ),
 )
 BY_CLASS: Mapping[str, CheckpointLayout] = {name: row for row in _ROWS for name in row.classes}
 BY_MODEL_TYPE: Mapping[str, CheckpointLayout] = {name: row for row in _ROWS for name in row.classes.values()}
-BY_ARCH: Mapping[str, CheckpointLayout] = {row.arch: row for row in _ROWS}
+BY_ARCH: Mapping[str, tuple[CheckpointLayout, ...]] = {
+    row.arch: tuple(other for other in _ROWS if other.arch == row.arch) for row in _ROWS
+}

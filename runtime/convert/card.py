@@ -1,6 +1,7 @@
 """general.* metadata: what the card (README.md) states, the name, the size, and the names of files."""
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -12,7 +13,9 @@ from gguf_run.formats.gguf.tensors import TensorInfo
 from gguf_run.formats.gguf.writer_metadata import MetaValue
 from gguf_run.runtime.convert.stored.checkpoint import read_json
 
-_MAX_CARD_BYTES = 1 << 20
+_MAX_CARD_BYTES = 1 << 18  # YAML takes seconds for so much
+_MAX_DEPTH = 32  # of lists in lists: the time that YAML takes grows with its square
+_LARGEST_NUMBER = 1 << 53
 _HUB = "https://huggingface.co/"
 # Key under general. -> fields of the card. The first one that is there counts.
 _TEXTS = {
@@ -29,6 +32,13 @@ _SAMPLING = (
     ("top_k", "top_k", "i32"), ("top_p", "top_p", "f32"), ("min_p", "min_p", "f32"), ("temperature", "temp", "f32"),
     ("repetition_penalty", "penalty_repeat", "f32"),
 )  # fmt: skip
+# Keys of generation_config.json that change an answer and have no key here -> the value with which they do not.
+_NOT_CARRIED: Mapping[str, Any] = {
+    "no_repeat_ngram_size": 0, "suppress_tokens": None, "begin_suppress_tokens": None, "bad_words_ids": None,
+    "forced_bos_token_id": None, "forced_eos_token_id": None, "sequence_bias": None, "typical_p": 1.0,
+    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "num_beams": 1, "guidance_scale": 1.0, "penalty_alpha": 0.0,
+    "min_length": 0, "min_new_tokens": 0, "exponential_decay_length_penalty": None,
+}  # fmt: skip
 
 
 def general_metadata(directory: Path, name: str | None, tensors: Sequence[TensorInfo]) -> dict[str, MetaValue]:
@@ -65,8 +75,20 @@ def _read_card(directory: Path) -> dict[str, Any]:
     text = "\n".join(takewhile(lambda line: line != "---", lines[1:])).replace("\t", "  ")
     # YAML takes a bare "no", the code of Norwegian, for false.
     text = re.sub(r"^(\s*(?:- |language: ))no\s*$", r'\1"no"', text, flags=re.MULTILINE)
+
+    class Loader(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            self.depth += 1
+            if self.depth > _MAX_DEPTH:
+                raise yaml.YAMLError
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
     try:
-        card = yaml.safe_load(text)
+        card = yaml.load(text, Loader)
     except (yaml.YAMLError, RecursionError, ValueError):
         return {}  # a card is for people; the model does not depend on it
     return card if isinstance(card, dict) else {}
@@ -74,7 +96,8 @@ def _read_card(directory: Path) -> dict[str, Any]:
 
 def _texts(value: Any) -> list[str]:
     values = value if isinstance(value, list) else [value]
-    return [str(item) for item in values if isinstance(item, str | int | float) and not isinstance(item, bool)]
+    # A number of 9,000 digits is no text: Python refuses to write it.
+    return [str(v) for v in values if isinstance(v, str) or (type(v) in (int, float) and abs(v) < _LARGEST_NUMBER)]
 
 
 def _folder_name(directory: Path) -> str:
@@ -90,6 +113,10 @@ def _sampling(directory: Path) -> Iterator[tuple[str, MetaValue]]:
         given = read_json(path) if path.is_file() else {}
     except FormatError:
         return
+    told = [name for name, off in _NOT_CARRIED.items() if given.get(name, off) not in (off, None, [], 0)]
+    if told:
+        what = f"{', '.join(told)}: a GGUF file has no place for that, the model answers without it"
+        warnings.warn(f"{path}: {what}", stacklevel=2)
     for name, key, kind in _SAMPLING:
         value = given.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31:

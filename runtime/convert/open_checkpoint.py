@@ -19,8 +19,9 @@ from gguf_run.formats.gguf.writer_metadata import MetaValue
 from gguf_run.formats.quantizers.quantizer import quantize
 from gguf_run.runtime.convert.architectures import IGNORED, OTHER_PARTS
 from gguf_run.runtime.convert.card import general_metadata
-from gguf_run.runtime.convert.metadata import hyperparameters, layout_of, rope_tensors
+from gguf_run.runtime.convert.metadata import hyperparameters, layout_of
 from gguf_run.runtime.convert.quantized.methods import KEPT, plain_tensors
+from gguf_run.runtime.convert.rope import rope_tensors
 from gguf_run.runtime.convert.stored.checkpoint import Checkpoint
 from gguf_run.runtime.convert.stored.sources import Source, computed, rows
 from gguf_run.runtime.convert.tensors import model_tensors
@@ -51,7 +52,7 @@ def open_checkpoint(
         }
         plain = plain_tensors(dataclasses.replace(checkpoint, config=config, tensors=stored), keep)
         tensors = model_tensors(layout, config, plain)
-        tensors |= {key: computed(key, values, config.path) for key, values in rope_tensors(config).items()}
+        tensors |= {key: computed(key, values, config.path) for key, values in rope_tensors(layout, config).items()}
     vocabulary = tokenizer_metadata(directory, config.values)
     _fit_vocabulary(directory, tensors, len(vocabulary["tokenizer.ggml.tokens"]))
     metadata: dict[str, MetaValue] = {

@@ -1,6 +1,7 @@
 """The tensors of a checkpoint as those of a GGUF file: names, order of rows, splits and stacks. Shapes are checked."""
 
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +14,17 @@ from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.runtime.convert.architectures import CheckpointLayout, names_of
 from gguf_run.runtime.convert.metadata import shape, sizes
 from gguf_run.runtime.convert.stored.checkpoint import Config
-from gguf_run.runtime.convert.stored.sources import F32, Source, gathered, halves, rows, transposed, unpermuted, values
+from gguf_run.runtime.convert.stored.sources import (
+    F32,
+    Source,
+    gathered,
+    halves,
+    rows,
+    same_values,
+    transposed,
+    unpermuted,
+    values,
+)
 
 _FLOAT = ("ffn_gate_inp", "ffn_gate_inp_shexp")  # matrices that stay F32: they are small and choose between experts
 _KINDS = ("weight", "bias", "scale")  # scale: one number that all weights are multiplied by (NVFP4)
@@ -38,8 +49,8 @@ def model_tensors(layout: CheckpointLayout, config: Config, tensors: Mapping[str
     """
     numbers = sizes(config)
     found = _collected(layout, numbers, tensors)
-    if config.get("tie_word_embeddings") is True:
-        found.pop("output.weight", None)
+    _tie(config, found)
+    _check_flags(layout, config, found)
     if layout.tied_copy and "output.weight" not in found and "token_embd.weight" in found:
         found["output.weight"] = found["token_embd.weight"]
     found = {name: _final(layout, name, tensor) for name, tensor in found.items()}
@@ -49,6 +60,32 @@ def model_tensors(layout: CheckpointLayout, config: Config, tensors: Mapping[str
         if not tensor.same_shape(ne) and not name.endswith(".scale"):
             raise _wrong_shape(tensor, name, f"by config.json it must have {list(ne[::-1])}: they are not of one model")
     return found
+
+
+def _tie(config: Config, found: dict[str, Tensor]) -> None:
+    """Leave out the output matrix if config.json says that it is the embeddings, and it is."""
+    is_tied, output = config.get("tie_word_embeddings"), found.get("output.weight")
+    if is_tied is True and output is not None and "token_embd.weight" in found:
+        if same_values(output, found["token_embd.weight"]):
+            del found["output.weight"]
+        else:
+            what = "tie_word_embeddings is true, but the output matrix differs from the embeddings: it is kept"
+            warnings.warn(f"{config.path}: {what}", stacklevel=2)
+    elif is_tied is False and output is None:
+        what = "tie_word_embeddings is false, but there is no output matrix: the embeddings take its place"
+        warnings.warn(f"{config.path}: {what}", stacklevel=2)
+
+
+def _check_flags(layout: CheckpointLayout, config: Config, found: Mapping[str, Tensor]) -> None:
+    """Raise FormatError if config.json says that there are tensors, and they are not there, or the other way round."""
+    flags = {layout.bias_key: "attn_q.bias", "mlp_bias": "ffn_up.bias"}
+    if "attn_q_norm" in layout.decoder.optional_norms:
+        flags |= {"qk_layernorm": "attn_q_norm.weight", "use_parallel_residual": "ffn_norm.weight"}
+    for key, name in flags.items():
+        value, is_there = config.get(key), f"blk.0.{name}" in found
+        if value is not None and value != (is_there != (key == "use_parallel_residual")):
+            shown = "is a tensor" if is_there else "is no tensor"
+            raise FormatError(f"{config.path}: {key} is {value}, but there {shown} for blk.0.{name}: not of one model")
 
 
 def _wrong_shape(tensor: Tensor, name: str, problem: str) -> FormatError:

@@ -38,7 +38,7 @@ class Batch:
     @property
     def n_decoded(self) -> int:
         """Tokens after the first one of each reply."""
-        return sum(max(0, reply.n_tokens - 1) for reply in self._replies)
+        return sum(max(0, len(reply.tokens) - 1) for reply in self._replies)
 
     def run(self) -> list[Answer]:
         """Answer all prompts; return the answers in the order of the prompts."""
@@ -46,7 +46,7 @@ class Batch:
         try:
             self._advance(self._prefill())
             self.prefill_s = time.perf_counter() - start
-            while active := {i: [reply.next] for i, reply in enumerate(self._replies) if not reply.finish}:
+            while active := {i: reply.tokens[-1:] for i, reply in enumerate(self._replies) if not reply.finish}:
                 self._advance(dict(zip(active, self._context.decoder.step(active), strict=True)))
             self.decode_s = time.perf_counter() - start - self.prefill_s
         finally:

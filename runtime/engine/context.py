@@ -1,6 +1,13 @@
-"""The token ids in the KV cache. What a prompt shares with the start of the one before is not computed again."""
+"""The token ids in the KV cache, and whose turn it is to use them.
 
+What a prompt shares with the start of the one before is not computed again.
+"""
+
+import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import numpy as np
@@ -14,6 +21,7 @@ if TYPE_CHECKING:
     from gguf_run.models.decoder import Decoder
 
 Part = tuple[int, str, Any]  # layer, "k" or "v", bytes: see KvCache.export
+PATIENCE = 5.0  # seconds that other threads wait for an answer that nobody reads
 
 
 class ContextError(GgufRunError):
@@ -25,6 +33,103 @@ class Closed:
 
     def __getattr__(self, name: str) -> NoReturn:
         raise GgufRunError("the model is closed: load it again, or stay within its `with`")
+
+
+class Claim:
+    """What an answer has of the context: its right to go on, until another one takes the context."""
+
+    def __init__(self) -> None:
+        self.thread: threading.Thread | None = threading.current_thread()  # made and reads the answer; None: several do
+        self.read_at = 0.0  # when the last piece was computed
+        self.is_lost = False  # another one has taken the context
+
+
+@dataclass(frozen=True, eq=False)
+class Ticket:
+    """A request to compute: see Turns.computing."""
+
+    thread: threading.Thread
+    claim: Claim | None
+    waits: bool
+
+
+class Turns:
+    """Orders the threads that use one model: one computes at a time, and an answer keeps the context until it ends.
+
+    Other threads wait for the end of an answer, and the first that came is the first to go on. They take the context
+    if nobody has read the answer for PATIENCE seconds, or if its thread has ended. A thread takes the context from its
+    own answer at once: it would wait for itself.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None  # the one that computes now
+        self._holder: Claim | None = None  # of the answer that has the context
+        self._queue: list[Ticket] = []  # who waits, in the order in which they came
+
+    @contextmanager
+    def computing(self, claim: Claim | None = None, *, takes: bool = True, waits: bool = True) -> Iterator[None]:
+        """Wait until this thread may compute; it alone does so within the block.
+
+        claim: of the answer that goes on; None: something else than an answer.
+        takes: the block changes the context, so that the answer that has it cannot go on.
+        waits: wait for the end of another thread's answer, not only for what is computed now.
+
+        GgufRunError if the claim is lost, or if this thread computes already.
+        """
+        thread = threading.current_thread()
+        if self._thread is thread:
+            raise GgufRunError(
+                "a logits processor, or what it calls, uses the model that waits for it: only its tokenizer may be used"
+            )
+        ticket = Ticket(thread, claim, waits)
+        try:
+            with self._changed:
+                self._queue.append(ticket)
+                while self._thread is not None or self._next() is not ticket:
+                    seconds = self._wait_for(ticket)
+                    self._changed.wait(seconds if seconds > 0 and self._thread is None else None)
+                self._queue.remove(ticket)
+                self._thread = thread
+                if claim is not None and claim.is_lost:
+                    raise GgufRunError(
+                        "this answer cannot go on: a later generate, chat or logits has taken the context; read it to "
+                        "its end first, or use generate_batch"
+                    )
+                if takes and self._holder is not claim:
+                    if self._holder is not None:
+                        self._holder.is_lost = True
+                    self._holder = claim
+            yield
+        finally:
+            with self._changed:
+                if self._thread is thread:
+                    self._thread = None
+                elif ticket in self._queue:  # interrupted while it waited
+                    self._queue.remove(ticket)
+                if claim is not None:
+                    claim.read_at = time.monotonic()
+                    claim.thread = thread if claim.thread is thread else None
+                self._changed.notify_all()
+
+    def leave(self, claim: Claim | None = None) -> None:
+        """Let others have the context: an answer is at its end. claim: None for whichever has the context."""
+        with self._changed:
+            if claim is None or self._holder is claim:
+                self._holder = None
+                self._changed.notify_all()
+
+    def _next(self) -> Ticket | None:
+        return next((ticket for ticket in self._queue if self._wait_for(ticket) <= 0), None)
+
+    def _wait_for(self, ticket: Ticket) -> float:
+        """Return how many seconds a ticket waits for the answer that has the context, 0 or less if not at all."""
+        holder, claim = self._holder, ticket.claim
+        if holder is None or holder is claim or holder.thread is ticket.thread or not ticket.waits:
+            return 0
+        if (claim is not None and claim.is_lost) or (holder.thread is not None and not holder.thread.is_alive()):
+            return 0
+        return holder.read_at + PATIENCE - time.monotonic()
 
 
 _NOTHING: tuple[list[int], NDArray[np.float32]] = ([], np.empty(0, np.float32))
@@ -40,7 +145,6 @@ class Context:
 
     def __init__(self, decoder: "Decoder") -> None:
         self.decoder = decoder
-        self.turn = 0  # grows when another prompt takes the context
         self._history: list[int] = []  # all ids since the beginning, also the removed ones
         self._cut = range(0)  # places in _history of the removed ids
         self._asked = _NOTHING  # the last prompt, and the logits after it
@@ -65,7 +169,6 @@ class Context:
         Only ids behind the common start with the present context are computed.
         n_keep: tokens that stay when the context is full; None: `ids` must fit.
         """
-        self.turn += 1
         # The same prompt gets the same logits, to the last bit. Its last token alone would run through other kernels.
         asked, logits = self._asked
         is_same = bool(ids) and asked == list(ids) and not self._cut
@@ -92,7 +195,7 @@ class Context:
 
     def hold(self, ids: Sequence[int]) -> int:
         """Make `ids` the whole context, without logits; return how many ids were reused."""
-        self.turn, self._asked = self.turn + 1, _NOTHING
+        self._asked = _NOTHING
         n_reused = self._rewind(n_common(self._history, ids))
         for _ in self.decoder.forward(ids[n_reused:], 0):
             pass
@@ -119,12 +222,12 @@ class Context:
         GgufRunError if the parts do not fit this model; the context is empty then.
         """
         self.forget()
-        self.decoder.cache.load(len(ids), parts)
+        self.decoder.cache.load(len(ids), parts, ids=ids)
         self._history = list(ids)
 
     def forget(self) -> None:
         """Empty the context."""
-        self.turn, self._asked = self.turn + 1, _NOTHING
+        self._asked = _NOTHING
         self._rewind(0)
 
     def _rewind(self, n: int) -> int:

@@ -1,10 +1,11 @@
 """The answer to one prompt, token by token: choose a token, turn it into text, find the reason to stop."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
-from gguf_run.formats.errors import OptionError
+from gguf_run.formats.errors import OptionError, check_names
+from gguf_run.runtime.sampling.params import SamplingOptions, SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler, TokenLogprob
 
 if TYPE_CHECKING:
@@ -15,16 +16,75 @@ if TYPE_CHECKING:
     from gguf_run.runtime.tokenizers.tokenizer import TokenStream
 
 
+class BatchOptions(SamplingOptions, total=False):
+    """Keywords of Model.generate_batch."""
+
+    max_tokens: int | None  # the most tokens of an answer; None: until the model ends it or the context is full
+    stop: Sequence[str]  # texts that end an answer
+
+
+class ReplyOptions(BatchOptions, total=False):
+    """Keywords of Model.generate, complete and chat."""
+
+    context_shift: bool  # a full context drops half of its tokens, and the text goes on
+    n_keep: int  # so many first tokens stay then
+
+
+@dataclass(frozen=True)
+class ReplyParams:
+    """The options of one answer, checked, with their defaults: see ReplyOptions."""
+
+    sampling: SamplingParams
+    max_tokens: int | None = None
+    stop: Sequence[str] = ()
+    context_shift: bool = False
+    n_keep: int = 0
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], kind: type[BatchOptions] = ReplyOptions) -> "ReplyParams":
+        """OptionError for a name that `kind` does not have, and for a value that is not allowed."""
+        check_names(options, kind.__annotations__)
+        own = {field.name for field in fields(cls)}
+        sampling = SamplingParams(**{name: value for name, value in options.items() if name not in own})
+        return cls(sampling, **{name: value for name, value in options.items() if name in own})
+
+
+class Piece(str):
+    """A piece of an answer: its text, and the tokens that it is made of."""
+
+    ids: tuple[int, ...]  # the tokens since the piece before
+    # What the model thought of them, if the option logprobs asks for it. The last piece has one more if a token that
+    # is not text has ended the answer.
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: str | None  # "stop", "length" or "context" in the last piece, see Reply; None: more will come
+
+    def __new__(
+        cls,
+        text: str = "",
+        ids: Sequence[int] = (),
+        logprobs: Sequence[TokenLogprob] = (),
+        finish_reason: str | None = None,
+    ) -> "Piece":
+        piece = super().__new__(cls, text)
+        piece.ids, piece.logprobs, piece.finish_reason = tuple(ids), tuple(logprobs), finish_reason
+        return piece
+
+
 @dataclass(frozen=True)
 class Answer:
-    """The text that one prompt of a batch got, and how it ended."""
+    """The whole text that a prompt got, and how it ended."""
 
     text: str
-    finish: str  # "stop", "length" or "context", see Reply
+    finish: str  # "stop", "length" or "context", see Reply; "": it was not read to its end
     n_prompt: int  # tokens of the prompt
-    n_decoded: int  # tokens of the text
+    ids: tuple[int, ...]  # tokens of the text
     seed: int  # gives the same text again
-    logprobs: tuple[TokenLogprob, ...] = ()  # one for each token, if they were asked for
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens, if the option logprobs asks for them: see Piece
+
+    @property
+    def n_decoded(self) -> int:
+        """Tokens of the text."""
+        return len(self.ids)
 
 
 class StopStrings:
@@ -78,13 +138,13 @@ class Reply:
     ) -> None:
         """ids: the prompt. stop_ids: tokens with which the model ends an answer. max_tokens: None for no limit."""
         self.ids, self.sampler, self.max_tokens = ids, sampler, max_tokens
-        self.next = -1  # the last token of the text: the one to run next
-        self.n_tokens = 0  # tokens of the text
+        self.tokens: list[int] = []  # of the text
         # "" while the text goes on; "stop": the model ended it or a stop string came; "length": it has max_tokens;
         # "context": the context is full.
         self.finish = ""
         self._stream, self._stop, self._stop_ids = stream, stop, stop_ids
-        self._pieces: list[str] = []
+        self._texts: list[str] = []
+        self._n_taken = self._n_taken_logprobs = 0  # tokens, and records of them, that `piece` has returned
         sampler.accept(ids)
 
     def advance(self, logits: "NDArray[float32] | Candidates", is_full: bool) -> str:
@@ -98,25 +158,31 @@ class Reply:
         if id in self._stop_ids:
             self.finish, text = "stop", ""
         else:
-            self.next = id
-            self.n_tokens += 1
+            self.tokens.append(id)
             self.sampler.accept([id])
             text = self._stop.push(self._stream.push(id))
             self.finish = self._reason(is_full)
         if self.finish and not self._stop.found:  # an unfinished character, a start of a stop string
             text += self._stop.push(self._stream.flush()) + self._stop.flush()
-        self._pieces.append(text)
+        self._texts.append(text)
         return text
+
+    def piece(self, text: str) -> Piece:
+        """Return text that `advance` has given, with the tokens since the piece before."""
+        logprobs = self.sampler.logprobs
+        piece = Piece(text, self.tokens[self._n_taken :], logprobs[self._n_taken_logprobs :], self.finish or None)
+        self._n_taken, self._n_taken_logprobs = len(self.tokens), len(logprobs)
+        return piece
 
     def answer(self) -> Answer:
         """Return the whole text and how it ended."""
-        logprobs = tuple(self.sampler.logprobs)
-        text = "".join(self._pieces)
-        return Answer(text, self.finish, len(self.ids), self.n_tokens, self.sampler.seed, logprobs)
+        sampler = self.sampler
+        text, ids, logprobs = "".join(self._texts), tuple(self.tokens), tuple(sampler.logprobs)
+        return Answer(text, self.finish, len(self.ids), ids, sampler.seed, logprobs)
 
     def _reason(self, is_full: bool) -> str:
         if self._stop.found:
             return "stop"
-        if self.n_tokens == self.max_tokens:
+        if len(self.tokens) == self.max_tokens:
             return "length"
         return "context" if is_full else ""

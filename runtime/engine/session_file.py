@@ -23,6 +23,7 @@ from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.safetensors import writing_safetensors
 from gguf_run.formats.sealed import FileKind
+from gguf_run.runtime.chat.messages import uniform
 from gguf_run.runtime.engine.context import Part
 
 KIND = FileKind("session", b"GGRSESSN", "name another file, and start a new session")
@@ -37,7 +38,7 @@ class SessionHeader:
     model: str  # name of the model's file
     cache: str  # one line on how the cache stores numbers; it differs whenever the bytes mean something else
     ids: Sequence[int]  # the tokens
-    messages: Sequence[dict[str, str]] = field(default=())  # the conversation, if it is one
+    messages: Sequence[dict[str, Any]] = field(default=())  # the conversation, if it is one
 
 
 def hash_model(file: GGUFFile) -> str:
@@ -53,7 +54,8 @@ def hash_model(file: GGUFFile) -> str:
     for tensor in file.tensors.values():
         digest.update(f"{tensor.name}\0{tensor.ne}{tensor.type.name}\0".encode())
         middle = tensor.n_rows // 2
-        digest.update(tensor.blocks(middle, middle + 1)[:, :_SAMPLE].tobytes())
+        if tensor.nbytes:
+            digest.update(tensor.blocks(middle, middle + 1)[:, :_SAMPLE].tobytes())
     return digest.hexdigest()
 
 
@@ -69,7 +71,7 @@ def save(path: Path, header: SessionHeader, export: Callable[[], Iterator[Part]]
         "model_hash": header.model_hash,
         "model": header.model,
         "cache": header.cache,
-        "messages": json.dumps(list(header.messages)),
+        "messages": json.dumps(uniform(header.messages)),
     }
     try:
         with writing_safetensors(path, arrays | {"crc32": ("U32", (1,))}, KIND.seal(metadata)) as append:
@@ -101,11 +103,10 @@ def open_session(path: Path) -> tuple[SessionHeader, Iterator[Part]]:
     try:
         parts = [_part(name, data) for name, data in arrays.items() if name != "ids"]
         model_hash, model, cache = (file.metadata[name] for name in ("model_hash", "model", "cache"))
-        entries = json.loads(file.metadata["messages"])
-        messages = [{name: str(entry[name]) for name in ("role", "content")} for entry in entries]
-        if ids.dtype != np.int32 or ids.ndim != 1:
+        messages = json.loads(file.metadata["messages"])
+        if ids.dtype != np.int32 or ids.ndim != 1 or uniform(messages) != messages:
             raise ValueError
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, RecursionError, GgufRunError):
         raise KIND.damaged(path, "its header is not what this program writes") from None
     return SessionHeader(model_hash, model, cache, ids.tolist(), messages), iter(parts)
 

@@ -131,7 +131,7 @@ def _problem(record: Any) -> str | None:
     if isinstance(answer, str):
         return None if answer in choices else f"answer {answer[:40]!r} is none of the choices"
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        return f"answer is {answer!r}; allowed: 0 to {len(choices) - 1}, or the text of the right choice"
+        return f"answer is {answer!r:.40}; allowed: 0 to {len(choices) - 1}, or the text of the right choice"
     return None
 
 

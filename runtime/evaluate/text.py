@@ -48,11 +48,18 @@ def window_size(n_ctx: int, stride: int | None = None) -> int:
 
 
 def cut_chunks(
-    ids: Sequence[int], n_ctx: int, bos: int | None, n_chunk: int | None = None, stride: int | None = None
+    ids: Sequence[int],
+    n_ctx: int,
+    bos: int | None,
+    n_chunk: int | None = None,
+    stride: int | None = None,
+    n_skip: int = 0,
 ) -> list[Chunk]:
-    """Cut a text's ids into at most n_chunk chunks. bos: the first token of each chunk, None: the text's own.
+    """Cut a text's ids into at most n_chunk chunks, without the first n_skip.
 
-    GgufRunError if the text is shorter than one chunk, OptionError for sizes that are not allowed.
+    bos: the first token of each chunk, None: the text's own.
+    GgufRunError if the text is shorter than one chunk, OptionError for sizes that are not allowed and if no chunk is
+    left.
     """
     size = window_size(n_ctx, stride)
     if n_chunk is not None and n_chunk < 1:
@@ -64,8 +71,11 @@ def cut_chunks(
         )
     n_scored = stride or n_ctx - 1 - n_ctx // 2
     n_last = len(ids) - size + (stride is None)  # a window starts before this token
+    starts = list(range(0, n_last, stride or n_ctx))
+    if n_skip >= len(starts):
+        raise OptionError(f"--skip is {n_skip}; the text has {len(starts)} chunks, allowed: 0 to {len(starts) - 1}")
     chunks = []
-    for start in list(range(0, n_last, stride or n_ctx))[:n_chunk]:
+    for start in starts[n_skip:][:n_chunk]:
         window = list(ids[start : start + size])
         chunks.append(Chunk([window[0] if bos is None else bos, *window[1:-1]], window[-n_scored:]))
     return chunks

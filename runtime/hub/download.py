@@ -4,6 +4,7 @@ The package knows the endpoint (HF_ENDPOINT), the token (HF_TOKEN or a login), p
 the choice of files, and errors of one line.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +27,9 @@ _NAME = re.compile(
 _CHECKPOINT = re.compile(
     r"(model|pytorch_model)[\w.-]*\.(safetensors|bin)|[\w.-]+\.(json|model|tiktoken|jinja|txt)|README\.md", re.ASCII
 )
+
+_COMMIT, _TAG, _SHA256 = map(re.compile, ("[0-9a-f]{4,64}", r"[0-9A-Za-z_][\w.-]{0,127}", "[0-9a-f]{64}"))
+MAX_UNKNOWN_BYTES = 256 << 20  # of a file whose size the hub does not announce
 
 
 def fetch_hub(url: str, kind: Kind = "gguf") -> Path:
@@ -71,12 +75,12 @@ def _choose_and_fetch(repo: str, type: str | None, kind: Kind, here: Mapping[str
     except Exception as error:
         host = urlsplit(hub.constants.ENDPOINT).netloc
         reason = f"cannot list {url} on {host}: {_reason(error)}"
-        usable = pick(models_among(here), type) if kind != "checkpoint" else []
+        usable = pick(models_among(here, repo), type) if kind != "checkpoint" else []
         if not usable and (kind == "gguf" or type or "config.json" not in here):
             raise GgufRunError(reason) from error
         message(f"{reason}; taking what is cached")
         names, is_listed = list(here), False
-    if kind == "gguf" or type or (kind == "any" and models_among(names)):
+    if kind == "gguf" or type or (kind == "any" and models_among(names, repo)):
         return _fetch_model(repo, choose(repo, type, names), here)
     folder = _fetch_checkpoint(repo, names, here)
     if is_listed:
@@ -92,11 +96,14 @@ def _mark(repo: str) -> Path:
 
 
 def _ask(repo: str) -> list[str]:
-    """Return the names of a repository's files as the hub tells them, without names that lead out of their folder."""
+    """Return the names of a repository's files as the hub tells them.
+
+    Names are left out that lead out of their folder, or that hold what a terminal would obey, such as escape codes.
+    """
     from huggingface_hub import model_info  # list_repo_files would try for 24 s where there is no network
 
     names = [file.rfilename for file in model_info(repo, timeout=15).siblings or ()]
-    return [name for name in names if not re.search(r"[\\:]|(^|/)\.{0,2}(/|$)", name)]
+    return [name for name in names if name.isprintable() and not re.search(r"[\\:]|(^|/)\.{0,2}(/|$)", name)]
 
 
 def _package(url: str) -> Any:
@@ -137,23 +144,68 @@ def _fetch(repo: str, names: Sequence[str], here: Mapping[str, Path]) -> list[Pa
 
 
 def _download(repo: str, name: str) -> Path:
+    """Fetch a file. It is checked against its size and its sha256; a file of which the hub tells none is said."""
     hub = _package(f"hf:{repo}")
     url, file = hub.hf_hub_url(repo, name), f"hf:{repo}/{name}"
     host = urlsplit(url).netloc
     try:
-        size = hub.get_hf_file_metadata(url).size
+        told = hub.get_hf_file_metadata(url)
+        size, commit, tag = told.size, told.commit_hash or "", told.etag or ""
+        if not _COMMIT.fullmatch(commit) or not _TAG.fullmatch(tag):  # both become names of files
+            raise GgufRunError(f"the hub names its version {commit!r} and {tag!r}, which are no hashes")
         message(f"fetching {file} from {host} ({size_text(size, 1) if size else 'size unknown'}) into {hub_cache()}")
-        return Path(hub.hf_hub_download(repo, name))
+        _drop_long_part(repo, tag, size)
+        path = Path(hub.hf_hub_download(repo, name, tqdm_class=_bounded(hub.utils.tqdm, size)))
     except Exception as error:
         # The HTTP library behind huggingface_hub, and so its errors, differs between versions.
         others = _others(repo, name) if isinstance(error, hub.errors.EntryNotFoundError) else ""
         raise GgufRunError(f"cannot fetch {file} from {host}: {_reason(error)}{others}") from error
+    if _SHA256.fullmatch(tag):
+        _verify(path, tag, f"{file} from {host}")
+    else:
+        message(f"{file} is unverified: the hub tells no sha256 of it")
+    return path
+
+
+def _bounded(bar: Any, size: int | None) -> Any:
+    """Return a class of huggingface_hub's progress bars that ends a download that is longer than its size."""
+    most = MAX_UNKNOWN_BYTES if size is None else size
+
+    class Bounded(bar):
+        n_arrived = 0.0
+
+        def update(self, n: float | None = 1) -> Any:
+            self.n_arrived += n or 0
+            if self.n_arrived > most:
+                announced = "it announced" if size is not None else "are taken where it announces no size"
+                raise GgufRunError(f"the server sends more than the {most} bytes that {announced}")
+            return super().update(n)
+
+    return Bounded
+
+
+def _drop_long_part(repo: str, tag: str, size: int | None) -> None:
+    """Remove the part of an earlier download if it is no beginning of the file: going on from it fails for ever."""
+    part = hub_cache() / f"models--{repo.replace('/', '--')}" / "blobs" / f"{tag}.incomplete"
+    with suppress(OSError):
+        if size is None or part.stat().st_size > size:
+            part.unlink()
+
+
+def _verify(path: Path, sha256: str, file: str) -> None:
+    """Check a file that was fetched. GgufRunError, and the file is removed, if its sha256 is another one."""
+    with path.open("rb") as data:
+        found = hashlib.file_digest(data, "sha256").hexdigest()
+    if found != sha256:
+        for name in {path, path.resolve()}:
+            name.unlink(missing_ok=True)
+        raise GgufRunError(f"{file} is damaged: its sha256 is {found}, expected {sha256}; run the command again")
 
 
 def _others(repo: str, name: str) -> str:
     """Return what the user may have meant by a file that is not there."""
     try:
-        models = models_among(_ask(repo))
+        models = models_among(_ask(repo), repo)
     except Exception:  # we are reporting an error already
         return ""
     near = get_close_matches(name, models, n=1, cutoff=0.75)
@@ -171,6 +223,8 @@ def _reason(error: Exception) -> str:
     ):
         if isinstance(error, kind):
             return reason
+    if isinstance(error, GgufRunError):
+        return str(error)
     if getattr(getattr(error, "response", None), "status_code", 0) in (401, 403):
         return "access denied; set HF_TOKEN to a valid token"
     if type(error).__name__ in ("ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError"):  # httpx, requests

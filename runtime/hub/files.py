@@ -21,7 +21,11 @@ _TYPE = re.compile(
     r"(?<![A-Z0-9])(?:(?:UD-)?[IT]?Q\d(?:_[A-Z0-9]{1,3})*|B?F16|FP16|FP?32|(?:NV|MX)FP4(?:_MOE)?)(?![A-Z0-9])", re.I
 )
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
-_BESIDE = re.compile(r"mmproj|imatrix", re.I)  # GGUF files that are no models: image encoders, importance matrices
+# Words for GGUF files that lie beside a model. A word counts where no letters touch it, in folders too.
+_DRAFT = r"draft(?:er|s|model)?|assistant|speculative"  # small models that guess the tokens of a large one
+_PART = r"eagle|mtp|nextn|medusa|speculators?|heads?|q?loras?|adapters?|control[-_. ]?vectors?|cvec|vocab|clip|imatrix"
+_PROJECTOR = r"mmproj|projectors?"  # image encoders
+_BESIDE = re.compile(rf"(?<![a-z])(?:(?P<draft>{_DRAFT})|(?P<part>{_PART})|{_PROJECTOR})(?![a-z])", re.I)
 
 
 def shards(name: str) -> list[str]:
@@ -43,19 +47,34 @@ def type_of(name: str) -> str:
     return next(reversed(_TYPE.findall(name.upper())), "")
 
 
-def models_among(names: Iterable[str]) -> list[str]:
-    """Return the GGUF files that are models; of a split model the first file, if all of its files are there."""
+def models_among(names: Iterable[str], repo: str = "") -> list[str]:
+    """Return the GGUF files that are models; of a split model the first file, if all of its files are there.
+
+    A drafter, an adapter, a projector is no model. But a model's own name may have such a word. Where no other file is
+    a model, a file counts if `repo` has the same words. Otherwise drafters count, which are models too.
+    Without `repo`, no file with such a word counts.
+    """
     known = set(names)
 
-    def is_model(name: str) -> bool:
-        if not name.lower().endswith(".gguf") or _BESIDE.search(name):
-            return False
+    def is_whole(name: str) -> bool:
         match = _SHARD.fullmatch(name)
         return match is None or (
             int(match["number"]) == 1 <= int(match["count"]) <= MAX_SHARDS and known.issuperset(shards(name))
         )
 
-    return sorted(filter(is_model, known))
+    words = {name: _words(name) for name in sorted(known) if name.lower().endswith(".gguf") and is_whole(name)}
+    own = {(kind, word) for kind, word in _words(repo) if kind}
+    found = [name for name in words if not words[name]]
+    if repo and not found:
+        found = [name for name in words if words[name] <= own]
+    if repo and not found:
+        found = [name for name in words if all(kind == "draft" or (kind, word) in own for kind, word in words[name])]
+    return found
+
+
+def _words(name: str) -> set[tuple[str | None, str]]:
+    """Return the words of a name that tell what lies beside a model, each behind its kind: "draft", "part" or None."""
+    return {(match.lastgroup, match[0].lower()) for match in _BESIDE.finditer(name)}
 
 
 def pick(models: Iterable[str], wanted: str | None) -> list[str]:
@@ -81,12 +100,14 @@ def choose(repo: str, wanted: str | None, names: Iterable[str]) -> str:
     has the type.
     """
     names = list(names)
-    models = models_among(names)
+    models = models_among(names, repo)
     found = pick(models, wanted)
     types = ", ".join(sorted({type_of(name) for name in models} - {""})) or ", ".join(models)
     if not models:
         hint = f"; its checkpoint can be run: gguf-run hf:{repo} --quantize {wanted or DEFAULT_TYPE}, or gguf-convert"
-        raise GgufRunError(f"hf:{repo} has no GGUF files of models{hint if 'config.json' in names else ''}")
+        others = [name for name in names if name.lower().endswith(".gguf")]
+        beside = f"; by their names these are none: {', '.join(others)}" if others else ""
+        raise GgufRunError(f"hf:{repo} has no GGUF files of models{beside}{hint if 'config.json' in names else ''}")
     if not found:
         raise GgufRunError(f"hf:{repo}:{wanted}: no file of this type in the repository; it has {types}")
     if len(found) > 1:

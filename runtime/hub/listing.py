@@ -1,17 +1,15 @@
 """The models on this machine, and the name to type for each: for `gguf-run --list` and shell completion."""
 
 import json
-import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.hub.files import models_among, pick, shards, type_of
-from gguf_run.runtime.hub.find import DEFAULT_MODEL
-from gguf_run.runtime.hub.places import cached_files, cached_repos, hub_cache, models_dir
-from gguf_run.runtime.terminal.text import one_line, size_text, table
+from gguf_run.runtime.hub.places import DEFAULT_MODEL, cached_files, cached_repos, hub_cache, models_dir
+from gguf_run.runtime.terminal.table import table
+from gguf_run.runtime.terminal.text import one_line, size_text
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,10 @@ def cached_models() -> list[CachedModel]:
     found = [CachedModel("", type_of(default.name), (default,))] if default.is_file() else []
     for repo in cached_repos():
         here = cached_files(repo)
-        models = models_among(here)
+        models = models_among(here, repo)
         for name in models:
             type = type_of(name)
-            only = bool(type) and pick(models, type) == [name]
+            only = bool(type) and pick(models_among(here), type) == [name]
             paths = tuple(here[part] for part in shards(name))
             found.append(CachedModel(f"hf:{repo}:{type}" if only else f"hf:{repo}/{name}", type, paths))
         weights = tuple(path for name, path in here.items() if name.endswith(".safetensors") and "/" not in name)
@@ -61,20 +59,13 @@ def cached_models() -> list[CachedModel]:
 
 
 def list_lines(verbose: bool) -> Iterator[str]:
-    """Yield a table as lines. A terminal gets as many columns as it has room for, a pipe all.
-
-    verbose: with a column of paths.
-    """
+    """Yield a table as lines. verbose: with a column of paths."""
     rows = []
     for model in cached_models():
         name, path = one_line(model.name) or "(the default)", one_line(str(model.paths[0]))
         rows.append([name, model.type, size_text(model.nbytes), model.kind(), path])
     head, align = ["model", "type", "size", "architecture", "path"], "llrll"
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
-    for n in (5 if verbose else 4, 3, 2, 1):
-        lines = list(table(head[:n], [row[:n] for row in rows], align[:n]))
-        if verbose or max(map(len, lines)) <= width:
-            break
-    yield from lines
+    n = 5 if verbose else 4
+    yield from table(head[:n], [row[:n] for row in rows], align[:n])
     if not rows:
         yield f"none yet; they will be in {models_dir()} and {hub_cache()}"

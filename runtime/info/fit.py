@@ -177,7 +177,7 @@ def fit_file(file: GGUFFile, machine: Machine) -> dict[str, Any]:
         raise type(error)(f"{file.path}: {error}") from None
     tensors, kind = list(file.tensors.values()), stated_file_type(file)
     matrices = Counter(tensor.type.name for tensor in tensors if len(tensor.ne) > 1)
-    own = kind.name if kind else matrices.most_common(1)[0][0]
+    own = kind.name if kind else max(matrices, key=matrices.__getitem__, default="-")
     rows = [fit_row(own, config, tensors, machine)]
     rows += [fit_row(name, config, quantized(tensors, config, name), machine) for name in TYPES if name != own]
     return {"model": str(file.path), "n_ctx_train": config.n_ctx_train, "rows": rows}

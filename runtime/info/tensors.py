@@ -102,7 +102,7 @@ def difference(a: Tensor, b: Tensor) -> Difference | None:
         worst = max(worst, float(d.max()), -float(d.min()))
         square += float(np.dot(d, d))
         square_a += float(size)
-    rmse = float(np.sqrt(square / a.n_elements))
+    rmse = float(np.sqrt(square / max(1, a.n_elements)))
     relative = float(np.sqrt(square / square_a)) if square_a else None
     return Difference(rmse, relative, worst, n_different + n_not_finite, n_not_finite)
 

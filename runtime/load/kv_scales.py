@@ -10,7 +10,6 @@ It is JSON, so that people can read and change it:
 """
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,12 +18,15 @@ from typing import Any
 
 from gguf_run.formats.atomic import replacing
 from gguf_run.formats.errors import FormatError, GgufRunError
+from gguf_run.formats.gguf.mapped import read_bytes
 from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
 from gguf_run.models.config import ModelConfig
 
 FORMAT, VERSION = "gguf-run kv-scales", 1
 HEADROOM = 2.0  # other texts have larger values; a float loses nothing by leaving its last octave empty
 _LARGEST_FILE = 64 << 20
+# Scales are stored as f16. The largest maximum makes no scale that is infinite there; smaller scales than _LEAST are 0.
+_MOST, _LEAST = 1e7, 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class LayerScales:
         if not type_name.startswith("fp8"):
             return None
         largest = CACHE_FORMATS[type_name].largest
-        return tuple(HEADROOM * (value or 1.0) / largest for value in (self.k_max if kind == "k" else self.v_max))
+        maxima = self.k_max if kind == "k" else self.v_max
+        return tuple(max(HEADROOM * (value or 1.0) / largest, _LEAST) for value in maxima)
 
 
 def read_scales(path: str | os.PathLike[str], config: ModelConfig) -> tuple[LayerScales, ...]:
@@ -49,16 +52,15 @@ def read_scales(path: str | os.PathLike[str], config: ModelConfig) -> tuple[Laye
     FormatError if it is no calibration file of this version. GgufRunError if it is of a model with another number of
     layers or KV heads.
     """
-    with open(path, "rb") as file:
-        data = file.read(_LARGEST_FILE + 1)
+    data = read_bytes(Path(path), _LARGEST_FILE)
     try:
-        facts = json.loads(data) if len(data) <= _LARGEST_FILE else None
+        facts = json.loads(data)
     except (ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise FormatError(f"{path}: is not a calibration file: `gguf-eval kv-scales MODEL -f TEXT -o FILE` makes one")
     if (version := facts.get("version")) != VERSION:
-        raise FormatError(f"{path}: is of version {version!r}, this program reads {VERSION}: make it again")
+        raise FormatError(f"{path}: is of version {version!r:.40}, this program reads {VERSION}: make it again")
     layers: Any = facts.get("layers")
     if _length(layers) != config.n_layer:
         raise GgufRunError(
@@ -92,13 +94,13 @@ def _layer(name: str, layer: Any, n_head_kv: int, head_dim: int) -> LayerScales:
         values: Any = layer.get(key)
         if _length(values) != n_head_kv:
             raise GgufRunError(f"{name} has {_length(values)} values of {key}, the model has {n_head_kv} KV heads")
-        if not all(isinstance(value, int | float) and 0 <= value < math.inf for value in values):
-            raise FormatError(f"{name}: {key} must be numbers from 0 on: make the file again")
+        if not all(type(value) in (int, float) and 0 <= value <= _MOST for value in values):
+            raise FormatError(f"{name}: {key} must be numbers from 0 to {_MOST:g}: make the file again")
     k_max, v_max = (tuple(map(float, layer[key])) for key in ("k_max", "v_max"))
     if layer.get("k") is None and layer.get("v") is None:
         return LayerScales(k_max, v_max)
     allowed = [type_name for type_name, form in CACHE_FORMATS.items() if form.allows(head_dim)]
     for type_name in (layer.get("k"), layer.get("v")):
         if type_name not in allowed:
-            raise FormatError(f"{name} has the cache type {type_name!r}; allowed: {', '.join(allowed)}")
+            raise FormatError(f"{name} has the cache type {type_name!r:.40}; allowed: {', '.join(allowed)}")
     return LayerScales(k_max, v_max, (layer["k"], layer["v"]))

@@ -46,6 +46,7 @@ class LoadedModel:
     chat_template: str | None = None
     tool_template: str | None = None  # in place of chat_template for conversations with tools; some files have both
     where: str = ""  # the number of layers on each device, for people
+    about: Callable[[], str] = str  # returns the file's name, architecture, size and type, for people
     download_s: float = 0.0  # seconds that it took to find or to download the file
     identity: "Callable[[], SessionHeader] | None" = None  # makes the header of a session; None: no sessions
     tuning: str = ""  # how the kernels were fitted to this CPU, for people
@@ -131,6 +132,7 @@ def _load(
         template,
         tool_template,
         where=", ".join(f"{n} layer{'s' * (n > 1)} on {backends[device].name}" for device, n in layers.items()),
+        about=partial(_about, file),
         identity=partial(_identity, file, plan.cache, placement.n_gpu),
         close=[*(backend.close for backend in backends.values()), file.close],
     )
@@ -160,6 +162,10 @@ def _tuned(plan: MemoryPlan, n_threads: int | None) -> "tuple[int, Callable[[Cpu
 
 def _plan(file: GGUFFile, options: LoadOptions) -> MemoryPlan:
     config = ModelConfig.from_metadata(file.metadata, file.tensors)
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, Sequence) and len(tokens) != config.n_vocab:
+        rows = f"token_embd.weight has {config.n_vocab} rows"
+        raise FormatError(f"tokenizer.ggml.tokens has {len(tokens)} tokens, and {rows}: convert the model again")
     n_ctx = options.n_ctx or min(config.n_ctx_train, DEFAULT_N_CTX)
     cache = plan_cache(config, options.cache_type, options.cache_rotation, options.cache_scales)
     return MemoryPlan(config, list(file.tensors.values()), n_ctx, cache, options.n_batch, options.n_seq)
@@ -196,6 +202,12 @@ def chat_template(metadata: Mapping[str, Any], key: str = "tokenizer.chat_templa
     if template is not None and not isinstance(template, str):
         raise FormatError(f"{key} must be a string, but is {type(template).__name__}")
     return template or None
+
+
+def _about(file: GGUFFile) -> str:
+    from gguf_run.runtime.quantize.file_types import model_type
+
+    return f"{file.path.name.removesuffix('.gguf')}, {model_type(file)}"
 
 
 def _identity(file: GGUFFile, plan: Sequence[CacheType], n_gpu: int) -> "SessionHeader":

@@ -11,8 +11,17 @@ def open_model(path: Path, quantize: str | None = None) -> GGUFFile:
     quantize: a file type such as "Q4_K_M", to which weights are quantized when they are read. Errors are those of
     GGUFFile.open, open_checkpoint and gguf-quantize.
     """
-    if not path.is_dir() and quantize is None:
-        return GGUFFile.open(path)
+    is_checkpoint = path.is_dir() and _is_checkpoint(path)
+    file = None
+    if not is_checkpoint:
+        file = GGUFFile.open(path)
+        kind, arch = (file.metadata.get(f"general.{key}") for key in ("type", "architecture"))
+        if kind not in (None, "model") or arch == "clip" or not file.tensors:
+            from gguf_run.formats.gguf.found import check_model
+
+            check_model(file.path, file.metadata, len(file.tensors))
+        if quantize is None:
+            return file
     from gguf_run.runtime.convert.open_checkpoint import auto_type, in_memory, matrices, open_checkpoint
     from gguf_run.runtime.convert.quantized.methods import KEPT
     from gguf_run.runtime.quantize.file_types import file_type
@@ -20,10 +29,17 @@ def open_model(path: Path, quantize: str | None = None) -> GGUFFile:
 
     kind = file_type(quantize) if quantize else None
     keep = {kind.default} if kind else KEPT
-    file = open_checkpoint(path, keep=keep) if path.is_dir() else GGUFFile.open(path)
+    file = file or open_checkpoint(path, keep=keep)
     if kind is None and all(tensor.type.name == "F32" for tensor in matrices(file)):
         return file
     # F32 matrices beside others were dequantized, as FP8 must be: the plan gives them the type of the others.
     plan = make_plan(file, Options(kind or auto_type(file)))
-    check_plan(plan, allow_requantize=path.is_dir())
+    check_plan(plan, allow_requantize=is_checkpoint)
     return in_memory(file, plan)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint, or no GGUF file either. A config.json may stand beside a GGUF file."""
+    from gguf_run.runtime.convert.stored.checkpoint import has_weights
+
+    return has_weights(folder) or not any(entry.suffix == ".gguf" for entry in folder.iterdir())

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.blocks.dequantizer import dequantize
+from gguf_run.formats.blocks.types import TensorType
 from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.reader import Tensor
@@ -103,8 +104,8 @@ def quantize_file(
 def _slabs(plan: Plan) -> Iterator[_Slab]:
     for item in plan.items:
         n_rows = item.target.ne[1] if len(item.target.ne) > 1 else 1
-        step = max(1, _SLAB // item.target.ne[0])
-        for expert in range(0, item.target.n_rows, n_rows):
+        step = max(1, _SLAB // max(1, item.target.ne[0]))
+        for expert in range(0, item.target.n_rows if item.target.nbytes else 0, max(1, n_rows)):
             for first in range(expert, expert + n_rows, step):
                 yield _Slab(item, first, min(first + step, expert + n_rows))
 
@@ -127,15 +128,24 @@ def _run(slab: _Slab) -> tuple[NDArray[np.uint8], Loss]:
         blocks = quantize(x, type, importance, n_threads=1)
     except FormatError as reason:
         raise (_bad_weights(source) if count_bad(x)[0] else reason) from None
+    loss = _loss(x, blocks, type)
+    if math.isfinite(loss.error):
+        return blocks, loss
+    if importance is not None and math.isfinite(_loss(x, quantize(x, type, n_threads=1), type).error):
+        raise GgufRunError(
+            f"{item.imatrix_path}: the importance weights of {quoted(source.name)} go up to {importance.max():.3g}, "
+            "too large to compute with: make the imatrix again"
+        )
+    raise GgufRunError(
+        f"{source.file.path}: tensor {quoted(source.name)} has weights up to {np.abs(x).max():.3g}, too large for "
+        f"{type.name}: choose another type for it"
+    )
+
+
+def _loss(x: NDArray[np.float32], blocks: NDArray[np.uint8], type: TensorType) -> Loss:
     error = dequantize(blocks, type)
     error -= x
-    loss = Loss(_sum_of_squares(error), _sum_of_squares(x))
-    if not math.isfinite(loss.error):
-        raise GgufRunError(
-            f"{source.file.path}: tensor {quoted(source.name)} has weights up to {np.abs(x).max():.3g}, too large for "
-            f"{type.name}: choose another type for it"
-        )
-    return blocks, loss
+    return Loss(_sum_of_squares(error), _sum_of_squares(x))
 
 
 def _sum_of_squares(x: NDArray[np.float32]) -> float:
@@ -184,7 +194,7 @@ def type_reports(items: Sequence[Item], losses: Sequence[Loss]) -> list[TypeRepo
         rmse = total = worst = None
         if converted:
             total = sum((loss for _, loss in converted), Loss())
-            rmse = (total.error / sum(target.n_elements for target, _ in converted)) ** 0.5
+            rmse = (total.error / max(1, sum(target.n_elements for target, _ in converted))) ** 0.5
             tensor, loss = max(converted, key=lambda pair: pair[1].relative())
             worst = tensor.name, loss
         nbytes = sum(target.nbytes for target in targets)

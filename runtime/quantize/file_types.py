@@ -93,7 +93,7 @@ def model_type(file: GGUFFile) -> str:
     weights: Counter[str] = Counter()
     for tensor in file.tensors.values():
         weights[tensor.type.name] += tensor.n_elements
-    quantization = (kind.label or kind.name) if kind else weights.most_common(1)[0][0]
+    quantization = (kind.label or kind.name) if kind else max(weights, key=weights.__getitem__, default="no weights")
     return f"{file.metadata.get('general.architecture')} {size} {quantization}"
 
 

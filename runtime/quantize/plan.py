@@ -1,5 +1,6 @@
 """What quantizing will write. Tensors, types, metadata and importance weights are decided before a weight is read."""
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ class Item:
     target: TensorInfo  # in the output
     choice: Choice
     importance: NDArray[np.float32] | None = None  # float32[n_expert, ne[0]]
+    imatrix_path: str = ""  # the file that the importance is from
 
     @property
     def is_copy(self) -> bool:
@@ -65,7 +67,10 @@ class Plan:
 
 
 def make_plan(file: GGUFFile, options: Options) -> Plan:
-    """Decide everything. OptionError for a layer that does not exist, GgufRunError for an imatrix of another model."""
+    """Decide everything. OptionError for a layer that does not exist, GgufRunError for an imatrix of another model.
+
+    A UserWarning names the tensors whose importance weights are all 0.
+    """
     keys: dict[str, Any] = {**file.metadata, **{key: as_typed(value).value for key, value in options.metadata.items()}}
     layers = sorted({layer_order(name)[0] for name in file.tensors} - {-1})
     if missing := options.prune - set(layers):
@@ -79,8 +84,18 @@ def make_plan(file: GGUFFile, options: Options) -> Plan:
     importance = _entries(options)
     facts = MixtureFacts.from_metadata(keys, max(layers, default=-1) + 1, bool(importance))
     choices = choose_types(weights, facts, options.kind, options.overrides)
+    quantized = {
+        s.name: s for s, c in zip(sources, choices, strict=True) if c.type.is_quantized and c.type is not s.type
+    }
+    _check_entries(options.imatrix_path or "--imatrix", importance, quantized)
     items = [
-        Item(source, TensorInfo(weight.name, weight.ne, choice.type), choice, _importance(source, choice, importance))
+        Item(
+            source,
+            TensorInfo(weight.name, weight.ne, choice.type),
+            choice,
+            _importance(source, importance) if source.name in quantized else None,
+            options.imatrix_path,
+        )
         for source, weight, choice in zip(sources, weights, choices, strict=True)
     ]
     if options.imatrix is not None and not any(name in options.imatrix.sums for name in file.tensors):
@@ -122,20 +137,46 @@ def _entries(options: Options) -> _Entries:
     }
 
 
-def _importance(source: Tensor, choice: Choice, entries: _Entries) -> NDArray[np.float32] | None:
-    """Return float32[n_expert, ne[0]], or None if there is no entry or the type does not use one."""
-    values = entries.get(source.name)
-    if values is None or choice.type is source.type or not choice.type.is_quantized:
-        return None
-    n_expert = source.ne[2] if len(source.ne) > 2 else 1
-    if values.size == source.ne[0] * n_expert:
-        return values.reshape(n_expert, source.ne[0])
-    if source.name.endswith("token_embd.weight"):
-        return None  # a row is looked up, not multiplied: no program collects one value for each channel
-    raise GgufRunError(
-        f"--imatrix: {quoted(source.name)} has {values.size} values, the tensor needs {source.ne[0] * n_expert}: "
-        "it is of another model"
-    )
+def _check_entries(path: str, entries: _Entries, quantized: Mapping[str, Tensor]) -> None:
+    """GgufRunError for entries of another size than their tensors, a warning for entries that are all 0.
+
+    path: the imatrix.
+    Any size is allowed for token_embd.weight: a row is looked up, not multiplied, so no program collects one value for
+    each channel.
+    """
+    zeros, wrong = [], []
+    for name in (name for name in quantized if name in entries):
+        importance = _importance(quantized[name], entries)
+        if importance is not None and not importance.any(axis=1).all():
+            zeros.append(name)
+        elif importance is None and not name.endswith("token_embd.weight"):
+            wrong.append(name)
+    if wrong:
+        first = quantized[wrong[0]]
+        sizes = f"{entries[first.name].size} values, the tensor needs {first.ne[0] * _n_expert(first)}"
+        raise GgufRunError(
+            f"{path}: the entry of {quoted(first.name)} has {sizes}: it is of another model{_more(wrong)}"
+        )
+    if zeros:
+        what = "importance weights of a matrix, or of an expert, are all 0, which makes its weights 0"
+        advice = "make it again with a longer text, or leave such entries out (--exclude-weights)"
+        warnings.warn(f"{path}: {what}: {quoted(zeros[0])}{_more(zeros)}: {advice}", stacklevel=3)
+
+
+def _n_expert(source: Tensor) -> int:
+    return source.ne[2] if len(source.ne) > 2 else 1
+
+
+def _importance(source: Tensor, entries: _Entries) -> NDArray[np.float32] | None:
+    """Return float32[n_expert, ne[0]], or None if there is no entry that fits."""
+    values, n_expert = entries.get(source.name), _n_expert(source)
+    return values.reshape(n_expert, -1) if values is not None and values.size == source.ne[0] * n_expert else None
+
+
+def _more(names: Sequence[str]) -> str:
+    """Return the names after the first one, at most 20: ", also of ..."."""
+    shown = ", ".join(map(quoted, names[1:20]))
+    return f", also {shown}{f' and {len(names) - 20} more' if len(names) > 20 else ''}" if shown else ""
 
 
 def check_plan(plan: Plan, allow_requantize: bool) -> None:
@@ -194,7 +235,8 @@ def _notes(items: Sequence[Item], options: Options) -> Iterator[str]:
     if options.imatrix is not None:
         without = [i for i in items if i.importance is None and not i.is_copy and i.target.type.is_quantized]
         if without:
-            yield f"{_tensors(len(without))} without importance weights, {quoted(without[0].target.name)} is the first"
+            names = [item.target.name for item in without]
+            yield f"{_tensors(len(names))} without importance weights: {quoted(names[0])}{_more(names)}"
 
 
 def _tensors(count: int) -> str:

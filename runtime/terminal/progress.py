@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Self
 
-from gguf_run.runtime.terminal.text import message, size_text
+from gguf_run.runtime.terminal.text import message, n_columns, size_text
 
-BAR_WIDTH = 30
+BAR_WIDTH, LEAST_BAR_WIDTH = 30, 5
 SECONDS_PER_DRAW = 0.05
 
 
@@ -30,9 +30,12 @@ class Progress:
         if self._visible and now >= self._next_draw:
             self._next_draw = now + SECONDS_PER_DRAW
             part = min(1.0, done / max(1, total))
-            bar = "#" * int(part * BAR_WIDTH)
             whole = f"{total} {self.unit}{self._left(part)}" if self.unit else size_text(total, 1)
-            self._draw(f"{self.label} [{bar:<{BAR_WIDTH}}] {part * 100:3.0f} % of {whole}")
+            figures = f"{part * 100:3.0f} % of {whole}"
+            # What a narrow terminal has no room for is the bar.
+            width = min(BAR_WIDTH, self._room() - len(self.label) - len(figures) - 4)
+            bar = f"[{'#' * int(part * width):<{width}}] " if width >= LEAST_BAR_WIDTH else ""
+            self._draw(f"{self.label} {bar}{figures}")
 
     def _left(self, part: float) -> str:
         if not part:
@@ -40,9 +43,13 @@ class Progress:
         minutes, seconds = divmod(round((time.monotonic() - self._start) * (1 - part) / part), 60)
         return f", {minutes}:{seconds:02d} left"
 
+    def _room(self) -> int:
+        return n_columns(sys.stderr) - 1  # a full line would scroll
+
     def _draw(self, line: str) -> None:
+        line = line[: self._room()]
         # Spaces clear the rest of a longer line; not every terminal knows escape codes.
-        sys.stderr.write(f"\r{line:<{self._drawn}}")
+        sys.stderr.write(f"\r{line:<{min(self._drawn, self._room())}}")
         sys.stderr.flush()
         self._drawn = len(line)
 
@@ -75,6 +82,6 @@ def progress(label: str, unit: str = "") -> Iterator[Progress]:
     """Show a progress bar, and one line when kernels must be compiled. label, unit: see Progress."""
     from gguf_run.formats.compiler.jit import compile_notice
 
-    note = "compiling kernels for this machine; this takes some seconds, once"
+    note = f"compiling kernels for {label}; this takes some seconds, once"
     with Progress(label, unit) as bar, compile_notice(lambda: bar.message(note)):
         yield bar

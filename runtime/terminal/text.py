@@ -1,18 +1,23 @@
-"""Text for people at a terminal: one line that is safe to show, tables, sizes, colours; and text files that they give.
+"""Text for people at a terminal: one line that is safe to show, sizes, colours; and text files that they give.
 
 Colours: what a model thinks before it answers is dimmed. There are no colours where the output is no terminal, or where
 NO_COLOR is set (https://no-color.org).
 """
 
+import json
 import os
+import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 import click
 
-from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.errors import GgufRunError, plain
+from gguf_run.formats.gguf.mapped import read_bytes
 
+MAX_TEXT_BYTES = 1 << 30
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 # Tags that begin and end a block of reasoning: of DeepSeek-R1, Qwen3 and most others; of Magistral; of Seed-OSS.
 TAGS = {"<think>": "</think>", "[THINK]": "[/THINK]", "<seed:think>": "</seed:think>"}
@@ -20,8 +25,13 @@ TAGS = {"<think>": "</think>", "[THINK]": "[/THINK]", "<seed:think>": "</seed:th
 
 def one_line(text: str) -> str:
     """Return text on one line that is safe to show: names from a file may hold escape codes or line breaks."""
-    joined = " ".join(text.split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
+    return plain(" ".join(text.split()))
+
+
+def json_text(value: Any) -> str:
+    """Return JSON that is safe to show: characters that steer a terminal or turn the direction of text are escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def message(text: str) -> None:
@@ -29,9 +39,19 @@ def message(text: str) -> None:
     click.echo(one_line(text), err=True)
 
 
-def read_text(path: Path) -> str:
-    """Read a UTF-8 text file. Errors name the file and the place of the first invalid byte."""
-    return decode_text(path.read_bytes(), str(path))
+def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
+    """Read a UTF-8 text file of at most `limit` bytes. Errors name the file and the place of the first invalid byte."""
+    return decode_text(read_bytes(path, limit), str(path))
+
+
+def read_stdin(limit: int = MAX_TEXT_BYTES) -> str:
+    """Read all text of stdin, at most `limit` bytes. GgufRunError for more, if it is closed, or if it is not UTF-8."""
+    if sys.stdin is None:
+        raise GgufRunError("stdin is closed: name a file, or write the text on the command line")
+    data = sys.stdin.buffer.read(limit + 1)
+    if len(data) > limit:
+        raise GgufRunError(f"stdin is larger than {limit} bytes, the most that is read of a text")
+    return decode_text(data, "stdin")
 
 
 def decode_text(data: bytes, name: str) -> str:
@@ -46,23 +66,22 @@ def decode_text(data: bytes, name: str) -> str:
         ) from None
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> Iterator[str]:
-    """Yield the lines of a table. align: "l" or "r" for each column."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in [head, *rows]:
-        cells = [
-            cell.rjust(width) if side == "r" else cell.ljust(width)
-            for cell, width, side in zip(row, widths, align, strict=True)
-        ]
-        yield "  ".join(cells).rstrip()
-
-
 def size_text(nbytes: float, digits: int = 2) -> str:
     """Return bytes for people: "1.23 GB". digits: their number after the point."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= scale:
             return f"{nbytes / scale:.{digits}f} {unit}"
     return f"{nbytes:.0f} B"
+
+
+def on_terminal() -> bool:
+    """Whether a user sits at stdin and stdout."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout is not None and sys.stdout.isatty()
+
+
+def n_columns(stream: TextIO) -> int:
+    """Return how many columns a stream's terminal has; sys.maxsize for a stream that is none."""
+    return shutil.get_terminal_size().columns if stream.isatty() else sys.maxsize
 
 
 def has_colours() -> bool:

@@ -6,15 +6,13 @@ dicts, and refuses vocabularies that lack the result of a merge.
 Reference: Radford et al., "Language models are unsupervised multitask learners", and its encoder.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
-
-from tokenizers.normalizers import NFC
 
 from gguf_run.formats.errors import FormatError
 from gguf_run.runtime.tokenizers.merge import WordIds, merge
 from gguf_run.runtime.tokenizers.pretokenizers import pre_tokenizer
-from gguf_run.runtime.tokenizers.vocab import NORMAL, Defaults, read_bool, read_string, read_strings, read_vocab
+from gguf_run.runtime.tokenizers.vocab import NORMAL, STEPS, Defaults, read_bool, read_string, read_strings, read_vocab
 
 
 def _byte_characters() -> dict[str, int]:
@@ -44,16 +42,20 @@ class BpeEncoder:
                     raise FormatError(f'tokenizer.ggml.merges: entry {i} is {pair[:40]!r}, not "left right"')
         # Built from the end, so that the first one of equal entries counts.
         self._ranks = {merges[i]: i for i in range(len(merges) - 1, -1, -1)}
-        self._whole_words = pre.whole_words
+        self._whole_words = read_bool(metadata, "ignore_merges", pre.whole_words)
         self._words = pre.build()
-        self._composes = read_bool(metadata, "normalizer.nfc", False)
+        self._cut: Callable[[str], list[str]] | None = None
+        self.normalize: Callable[[str], str] | None = None
+        if any(f"tokenizer.ggml.{key}" in metadata for key in STEPS):
+            from gguf_run.runtime.tokenizers.steps import read_cutter, read_normalizer
+
+            self.normalize = read_normalizer(metadata)
+            self._cut = read_cutter(metadata)
         self._word_ids = WordIds(self._encode_word)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        if self._composes and not text.isascii():
-            text = NFC().normalize_str(text)
-        for word, _ in self._words.pre_tokenize_str(text):
+        for word in self._cut(text) if self._cut else [word for word, _ in self._words.pre_tokenize_str(text)]:
             ids += self._word_ids[word]
         return ids
 

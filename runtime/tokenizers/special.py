@@ -1,10 +1,23 @@
 """Cuts special tokens out of a text before the rest is tokenized."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass
 
+ASCII_BLANKS = " \t\n\v\f\r"
 # White space as Unicode defines it: Python's isspace counts four control characters more.
 WHITE_SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f")
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Special tokens that do more than stand in a text."""
+
+    left: frozenset[int]  # ids of tokens that take the white space on their left
+    right: frozenset[int]  # of those that take it on their right
+    single_word: frozenset[int]  # of those that are found only where no letter, digit or "_" stands beside them
+    white_space: str  # what is taken
 
 
 class SpecialTokens:
@@ -13,9 +26,9 @@ class SpecialTokens:
     This is no scan from the left: of two tokens that overlap in a text, the longer one is found, not the first one.
     """
 
-    def __init__(self, tokens: Sequence[str], ids: Iterable[int]) -> None:
-        """tokens: the vocabulary; ids: those to find."""
-        self._tokens = tokens
+    def __init__(self, tokens: Sequence[str], ids: Iterable[int], single_word: Set[int] = frozenset()) -> None:
+        """tokens: the vocabulary; ids: those to find; single_word: those that must stand alone, see Flags."""
+        self._tokens, self._single_word = tokens, single_word
         self._order = sorted(ids, key=lambda id: (-len(tokens[id].encode()), id))
         # There may be thousands of special tokens: a text is searched for their first two characters only.
         self._starts: defaultdict[str, dict[str, int]] = defaultdict(dict)
@@ -29,19 +42,24 @@ class SpecialTokens:
             id = self._order[i]
             cut: list[str | int] = []
             for piece in pieces:
-                parts = [piece] if isinstance(piece, int) else piece.split(self._tokens[id])
+                parts = [piece] if isinstance(piece, int) else self._parts(piece, id)
                 cut += [item for part in parts for item in (id, part)][1:]  # the id stands between the parts
             pieces = [piece for piece in cut if piece != ""]
         return pieces
 
+    def _parts(self, text: str, id: int) -> list[str]:
+        if id in self._single_word:
+            return re.split(rf"(?<!\w){re.escape(self._tokens[id])}(?!\w)", text)
+        return text.split(self._tokens[id])
+
     @staticmethod
-    def strip(pieces: list[str | int], left: Set[int], right: Set[int]) -> list[str | int]:
-        """Remove white space before the tokens `left` and behind the tokens `right`."""
+    def strip(pieces: list[str | int], flags: Flags) -> list[str | int]:
+        """Remove the white space that tokens take."""
         stripped: list[str | int] = []
         for before, piece, after in zip([-1, *pieces], pieces, [*pieces[1:], -1], strict=False):
             if isinstance(piece, str):
-                piece = piece.lstrip(WHITE_SPACE) if before in right else piece
-                piece = piece.rstrip(WHITE_SPACE) if after in left else piece
+                piece = piece.lstrip(flags.white_space) if before in flags.right else piece
+                piece = piece.rstrip(flags.white_space) if after in flags.left else piece
             if piece != "":
                 stripped.append(piece)
         return stripped

@@ -6,14 +6,14 @@ Reference: Kudo and Richardson, "SentencePiece".
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from gguf_run.formats.errors import FormatError
 from gguf_run.runtime.tokenizers.merge import WordIds, merge
-from gguf_run.runtime.tokenizers.vocab import BYTE, NORMAL, Defaults, read_bool, read_numbers, read_vocab
+from gguf_run.runtime.tokenizers.vocab import BYTE, NORMAL, STEPS, Defaults, read_bool, read_numbers, read_vocab
 
 DEFAULTS = Defaults(add_bos=True, bos=1, eos=2, unknown=0)
 
@@ -29,6 +29,7 @@ class SpmPieces:
 
     prefix = ""
     drops_first_space = True
+    normalize: Callable[[str], str] | None = None
 
     def __init__(self, metadata: Mapping[str, Any], defaults: Defaults) -> None:
         self.vocab = read_vocab(metadata, defaults)
@@ -60,17 +61,32 @@ class SpmEncoder(SpmPieces):
         if scheme not in ("special", "first", "always"):
             raise FormatError(f'tokenizer.ggml.metaspace is {str(scheme)[:40]!r}: "first" and "always" are allowed')
         self.prefix = scheme if self.drops_first_space else ""
+        if read_bool(metadata, "treat_whitespace_as_suffix", False):
+            self.prefix, self.drops_first_space = "suffix" if self.prefix else "", False
+        self._escapes_spaces = read_bool(metadata, "escape_whitespaces", True)
+        self._cut: Callable[[str], list[str]] | None = None
+        if any(f"tokenizer.ggml.{key}" in metadata for key in (*STEPS, "remove_extra_whitespaces")):
+            from gguf_run.runtime.tokenizers.steps import read_cutter, read_normalizer
+
+            joins_spaces = read_bool(metadata, "remove_extra_whitespaces", False)
+            self.normalize = read_normalizer(metadata, joins_spaces=joins_spaces)
+            self._cut = read_cutter(metadata)
         self._costs: list[float] = (-scores.astype(np.float64)).tolist()
         self._word_ids = WordIds(self._encode_word)
         self._n_encoded = 0
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        text = text.replace(" ", _SPACE)
+        text = text.replace(" ", _SPACE) if self._escapes_spaces else text
         self._n_encoded += len(text)
-        for word in self._word.findall(text) if self._n_encoded > FEW_CHARS else [text]:
+        for word in self._words(text):
             ids += self._word_ids[word]
         return ids
+
+    def _words(self, text: str) -> list[str]:
+        if self._cut:
+            return self._cut(text)
+        return self._word.findall(text) if self._n_encoded > FEW_CHARS and self._escapes_spaces else [text]
 
     @functools.cached_property
     def _word(self) -> re.Pattern[str]:

@@ -2,12 +2,17 @@
 
 import codecs
 import functools
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
-from gguf_run.runtime.tokenizers.special import SpecialTokens
-from gguf_run.runtime.tokenizers.vocab import CONTROL, UNKNOWN, USER_DEFINED, Vocab, read_string, strip_ids
+from gguf_run.runtime.tokenizers.special import Flags, SpecialTokens
+from gguf_run.runtime.tokenizers.vocab import CONTROL, UNKNOWN, USER_DEFINED, Vocab, read_flags, read_string
+
+
+class TwoBosWarning(UserWarning):
+    """A text begins with BOS, and the tokenizer adds BOS: the model sees it twice, as it hardly did in training."""
 
 
 class Encoder(Protocol):
@@ -15,9 +20,11 @@ class Encoder(Protocol):
 
     vocab: Vocab
     # Where a space is put before text. "": nowhere; "special": at the start and after special tokens; "first": at the
-    # start, and "always": before each text between special tokens, both unless it begins with a space.
+    # start, and "always": before each text between special tokens, both unless it begins with a space. "suffix": not
+    # before, but behind each text between special tokens.
     prefix: str
     drops_first_space: bool  # decoding removes a space at the start
+    normalize: Callable[[str], str] | None  # replaces characters of a text, before a space is put before it
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
@@ -31,15 +38,14 @@ class Encoder(Protocol):
 class Tokenizer:
     """Makes token ids of text, and text of token ids."""
 
-    def __init__(self, encoder: Encoder, strips: tuple[frozenset[int], frozenset[int]]) -> None:
-        """strips: see vocab.strip_ids."""
+    def __init__(self, encoder: Encoder, flags: Flags) -> None:
         vocab = encoder.vocab
         self.n_vocab = len(vocab.tokens)
         self.bos, self.eos, self.eot = vocab.bos, vocab.eos, vocab.eot  # ids; None if the model has no such token
         self.stop_ids = vocab.stop_ids  # all tokens that end an answer
         self.add_bos = vocab.add_bos and vocab.bos is not None  # encode begins with BOS
         self.add_eos = vocab.add_eos and vocab.eos is not None  # encode ends with EOS
-        self._vocab, self._encoder, self._strips = vocab, encoder, strips
+        self._vocab, self._encoder, self._flags = vocab, encoder, flags
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
@@ -49,7 +55,7 @@ class Tokenizer:
         known. PreTokenizerWarning: text is cut into words by rules that may differ from the model's.
         """
         encoder = _encoder(metadata)
-        return cls(encoder, strip_ids(metadata, encoder.vocab))
+        return cls(encoder, read_flags(metadata, encoder.vocab))
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Return the ids of a text.
@@ -58,16 +64,25 @@ class Tokenizer:
         parse_special: names of control tokens in the text ("<|im_start|>") become these tokens. User-defined tokens
         always do.
         Half of a surrogate pair counts as U+FFFD.
+
+        TwoBosWarning if the text begins with BOS, and BOS is put before it.
         """
-        ids = [self.bos] if add_special and self.add_bos and self.bos is not None else []
+        ids = [*self._vocab.before] if add_special and self.add_bos else []
         first = after_special = True
         pieces = (self._all_special if parse_special else self._user_defined).split(_valid(text))
-        for piece in SpecialTokens.strip(pieces, *self._strips) if any(self._strips) else pieces:
+        for piece in SpecialTokens.strip(pieces, self._flags) if self._flags.left or self._flags.right else pieces:
             if isinstance(piece, int):
                 ids.append(piece)
-            else:
+            elif piece := self._encoder.normalize(piece) if self._encoder.normalize else piece:
                 ids += self._encoder.encode(self._prefixed(piece, first, after_special))
             first, after_special = False, isinstance(piece, int)
+        n_before = len(self._vocab.before)
+        if add_special and self.add_bos and ids[n_before : n_before + 1] == [self.bos]:
+            name = self._vocab.tokens[ids[0]]
+            what = (
+                f"the text begins with {name}, and the tokenizer puts another one before it: leave it out of the text"
+            )
+            warnings.warn(what, TwoBosWarning, stacklevel=2)
         if add_special and self.add_eos and self.eos is not None:
             ids.append(self.eos)
         return ids
@@ -78,7 +93,7 @@ class Tokenizer:
         BOS stands there once, whether the template wrote it or not. EOS does not follow: the answer does.
         """
         ids = self.encode(prompt, add_special=False)
-        return [self.bos, *ids] if self.add_bos and self.bos is not None and ids[:1] != [self.bos] else ids
+        return [*self._vocab.before, *ids] if self.add_bos and ids[:1] != [self.bos] else ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Return the text of ids, the reverse of encode. Bytes that are not UTF-8 become U+FFFD.
@@ -113,6 +128,8 @@ class Tokenizer:
 
     def _prefixed(self, text: str, first: bool, after_special: bool) -> str:
         prefix = self._encoder.prefix
+        if prefix == "suffix":
+            return f"{text} "
         if prefix == "special":
             return f" {text}" if after_special else text
         wanted = prefix == "always" or (prefix == "first" and first)
@@ -123,11 +140,12 @@ class Tokenizer:
 
     @functools.cached_property
     def _all_special(self) -> SpecialTokens:
-        return SpecialTokens(self._vocab.tokens, self._vocab.of_type(CONTROL, UNKNOWN, USER_DEFINED))
+        ids = self._vocab.of_type(CONTROL, UNKNOWN, USER_DEFINED)
+        return SpecialTokens(self._vocab.tokens, ids, self._flags.single_word)
 
     @functools.cached_property
     def _user_defined(self) -> SpecialTokens:
-        return SpecialTokens(self._vocab.tokens, self._vocab.of_type(USER_DEFINED))
+        return SpecialTokens(self._vocab.tokens, self._vocab.of_type(USER_DEFINED), self._flags.single_word)
 
 
 class TokenStream:

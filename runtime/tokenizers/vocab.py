@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import FormatError
+from gguf_run.runtime.tokenizers.special import ASCII_BLANKS, WHITE_SPACE, Flags
 
 # Values of tokenizer.ggml.token_type; any other value means undefined.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -32,6 +33,10 @@ _END_IF_CONTROL = "</s>"
 _SHOWN_NAMES = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 _END_OF_MESSAGE = "<|end|>"
 _ENDS_OF_MANY_MESSAGES = (("<|call|>", "<|calls|>"), ("<|return|>", "<|flush|>"))
+
+
+# Keys that few files have: what they need is imported only then.
+STEPS = ("normalizer.nfc", "normalizer.nfkc", "normalizer.json", "pre_tokenizer.json", "precompiled_charsmap")
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class Vocab:
     ids: dict[str, int]  # the reverse
     types: bytes  # NORMAL, CONTROL ..., one byte for each token
     bos: int | None  # begins a text
+    before: tuple[int, ...]  # what is put before a text: BOS, and in few models further tokens
     eos: int | None  # ends a text
     eot: int | None  # ends a turn of a conversation
     unknown: int | None  # stands for text that the vocabulary cannot express
@@ -103,11 +109,14 @@ def read_vocab(metadata: Mapping[str, Any], defaults: Defaults) -> Vocab:
     eos = _id(metadata, "eos", len(tokens), defaults.eos)
     ends = {eos, *(roles.get(role.key) for role in _ROLES if role.ends_answer)}
     stop_ids = _stop_ids({id for id in ends if id is not None}, ids, types)
+    stop_ids.update(_ids(metadata, "eos_token_ids", len(tokens)))
+    bos = _id(metadata, "bos", len(tokens), defaults.bos)
     return Vocab(
         tokens=tokens,
         ids=ids,
         types=bytes(types),
-        bos=_id(metadata, "bos", len(tokens), defaults.bos),
+        bos=bos,
+        before=_ids(metadata, "bos_token_ids", len(tokens)) or (() if bos is None else (bos,)),
         eos=eos,
         eot=roles.get("eot"),
         unknown=_id(metadata, "unknown", len(tokens), defaults.unknown),
@@ -162,25 +171,31 @@ def _stop_ids(ends: set[int], ids: Mapping[str, int], types: bytearray) -> set[i
     return stop_ids
 
 
-def strip_ids(metadata: Mapping[str, Any], vocab: Vocab) -> tuple[frozenset[int], frozenset[int]]:
-    """Return the ids of special tokens that remove white space on their left, and of those on their right.
+def read_flags(metadata: Mapping[str, Any], vocab: Vocab) -> Flags:
+    """Return what special tokens do to the text beside them.
 
-    gguf-convert writes lists of them. Without a list, Phi-3's tokens remove it on their right, as in llama.cpp.
-    FormatError if a list holds anything but ids.
+    gguf-convert writes lists of them, for what the tokenizers package does. Without a list, Phi-3's tokens take ASCII
+    blanks on their right, as in llama.cpp. FormatError if a list holds anything but ids.
     """
-    sides = []
-    for side in ("lstrip", "rstrip"):
-        ids = metadata.get(f"{_PREFIX}{side}_token_ids", ())
-        ids = ids.tolist() if isinstance(ids, np.ndarray) else ids
-        if not isinstance(ids, Sequence) or not all(isinstance(id, int) and 0 <= id < len(vocab.tokens) for id in ids):
-            raise FormatError(f"{_PREFIX}{side}_token_ids must be a list of ids from 0 to {len(vocab.tokens) - 1}")
-        sides.append(frozenset(ids))
-    left, right = sides
+    n = len(vocab.tokens)
+    left, right, single_word = (
+        frozenset(_ids(metadata, f"{flag}_token_ids", n)) for flag in ("lstrip", "rstrip", "single_word")
+    )
     name = str(metadata.get("general.name", "")).lower()
     if not right and ("phi-3" in name or "phi3" in name):
         usual = ("<unk>", "<s>", "<|endoftext|>")
         right = frozenset(id for id in vocab.of_type(CONTROL, UNKNOWN, USER_DEFINED) if vocab.tokens[id] not in usual)
-    return left, right
+        return Flags(left, right, single_word, ASCII_BLANKS)
+    return Flags(left, right, single_word, WHITE_SPACE)
+
+
+def _ids(metadata: Mapping[str, Any], name: str, n: int) -> tuple[int, ...]:
+    """Return the list of ids `tokenizer.ggml.<name>`, empty if missing; FormatError if it holds anything but ids."""
+    ids = metadata.get(_PREFIX + name, ())
+    ids = ids.tolist() if isinstance(ids, np.ndarray) else ids
+    if not isinstance(ids, Sequence) or not all(isinstance(id, int) and 0 <= id < n for id in ids):
+        raise FormatError(f"{_PREFIX}{name} must be a list of ids from 0 to {n - 1}")
+    return tuple(ids)
 
 
 def read_strings(metadata: Mapping[str, Any], name: str) -> list[str]:

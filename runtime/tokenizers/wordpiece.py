@@ -1,7 +1,7 @@
 """WordPiece (`tokenizer.ggml.model` = "bert"): a word is cut into tokens from the left, the longest first.
 
 A word of which a part is no token is unknown. In the vocabulary, tokens that begin a word have "▁" before them. The
-tokenizers package cuts a text into words as BERT does.
+tokenizers package cuts a text into words, as BERT does if the metadata does not say otherwise.
 Reference: Schuster and Nakajima, "Japanese and Korean voice search" (2012).
 """
 
@@ -12,6 +12,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from gguf_run.runtime.tokenizers.spm import SpmPieces
+from gguf_run.runtime.tokenizers.steps import read_cutter, read_normalizer, words_by
 from gguf_run.runtime.tokenizers.vocab import Defaults, read_bool
 
 DEFAULTS = Defaults(add_bos=True, add_eos=True, bos=101, unknown=100, eos=102)
@@ -29,13 +30,12 @@ class WpmEncoder(SpmPieces):
         self._unknown = self.vocab.needed_unknown()
         lowercase = read_bool(metadata, "normalizer.lowercase", True)
         accents = read_bool(metadata, "normalizer.strip_accents", lowercase)
-        self._normalizer = BertNormalizer(lowercase=lowercase, strip_accents=accents)
-        self._words = BertPreTokenizer()
+        self.normalize = read_normalizer(metadata, [BertNormalizer(lowercase=lowercase, strip_accents=accents)])
+        self._cut = read_cutter(metadata) or words_by(BertPreTokenizer())
         self._longest = max(map(len, self.vocab.tokens))
 
     def encode(self, text: str) -> list[int]:
-        words = self._words.pre_tokenize_str(self._normalizer.normalize_str(text))
-        return [id for word, _ in words for id in self._encode_word(word)]
+        return [id for word in self._cut(text) for id in self._encode_word(word)]
 
     def _encode_word(self, word: str) -> list[int]:
         if len(word) > _MAX_CHARS:

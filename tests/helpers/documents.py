@@ -40,8 +40,8 @@ def commands_in(text: str) -> Iterator[tuple[str, list[str]]]:
 def command_of(script: str) -> click.Command:
     """The click command of "gguf-run", or of "gguf-eval kl". KeyError if there is none."""
     script, _, subcommand = script.partition(" ")
-    module, _, function = SCRIPTS[script].partition(":")
-    command = getattr(importlib.import_module(module), function)
+    _, _, name = SCRIPTS[script].partition(":")  # runtime/cli/start.py calls the module of its function's name
+    command = importlib.import_module(f"gguf_run.runtime.cli.{name}").main
     return command.commands[subcommand] if subcommand else command
 
 

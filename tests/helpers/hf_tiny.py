@@ -215,7 +215,8 @@ def _to_deepseek(model: Any, directory: Path) -> None:
                 tensors[name.replace("shared_expert.", "shared_experts.")] = tensor
         config.update(architectures=["DeepseekForCausalLM"], model_type="deepseek", first_k_dense_replace=1)
         config.update(n_shared_experts=2, n_routed_experts=config.pop("num_experts", None) or 4)
-        for key in ("shared_expert_intermediate_size", "num_local_experts"):
+        others = ("shared_expert_intermediate_size", "num_local_experts", "mlp_only_layers", "decoder_sparse_step")
+        for key in (*others, "max_window_layers", "layer_types", "qkv_bias", "sliding_window"):
             config.pop(key, None)
 
     rewrite(directory, change)

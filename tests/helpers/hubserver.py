@@ -8,6 +8,7 @@ A test can make the server stop in the middle of a file and wait.
 import hashlib
 import json
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -32,6 +33,8 @@ class Hub:
     token: str | None = None  # asked of each request for a repository
     stall_after: int | None = None  # bytes of the storage's next answer before it waits for the end of the test
     truncates: bool = False  # the storage sends half of each file
+    swells: bool = False  # the storage sends zeros behind each file, without a length, until the client goes away
+    headers: dict[str, str | None] = field(default_factory=dict)  # in place of what describes a file; None: left out
     over: threading.Event = field(default_factory=threading.Event)
     requests: list[Request] = field(default_factory=list)
 
@@ -102,6 +105,7 @@ def _answer(hub: Hub, handler: BaseHTTPRequestHandler) -> None:
         data = hub.files[name]
         described = {"X-Repo-Commit": COMMIT, "X-Linked-Size": str(len(data)), "ETag": '"etag-of-the-pointer"'}
         described["X-Linked-Etag"] = f'"{hashlib.sha256(data).hexdigest()}"'
+        described = {key: value for key, value in (described | hub.headers).items() if value is not None}
         # "localhost" and "127.0.0.1" are two hosts to a client, as the hub and its storage are.
         _send(handler, 302, described | {"Location": f"http://localhost:{hub.port}/storage/{name}"})
 
@@ -119,6 +123,14 @@ def _send_file(hub: Hub, handler: BaseHTTPRequestHandler, data: bytes) -> None:
     if handler.headers["Range"]:
         start = int(handler.headers["Range"].removeprefix("bytes=").partition("-")[0])
     body = data[start : len(data) // 2 if hub.truncates else None]
+    if hub.swells:
+        handler.send_response(200)
+        handler.end_headers()
+        with suppress(OSError):
+            handler.wfile.write(body)
+            while not hub.over.is_set():
+                handler.wfile.write(bytes(1 << 20))
+        return
     handler.send_response(206 if start else 200)
     handler.send_header("Content-Length", str(len(body)))
     if start:

@@ -184,10 +184,6 @@ class NumpyProgram:
     def __getitem__(self, buffer: Buffer) -> np.ndarray:
         return self.memory(buffer)[: len(self.wanted) if buffer.outputs else len(self.ids)]
 
-    @property
-    def positions(self) -> np.ndarray:
-        return np.concatenate([run.n_past + np.arange(run.n_tokens) for run in self.runs])
-
     def _do(self, step: Sequence[Any]) -> None:
         for op in step:
             rows, out = FUNCTIONS[type(op)](self, op), ops.written(op)
@@ -245,13 +241,17 @@ def matmul(p: NumpyProgram, op: Any) -> np.ndarray:
 
 def rope(p: NumpyProgram, op: ops.Rope) -> np.ndarray:
     rows = p[op.x]
-    return rotate(rows.reshape(len(rows), -1, op.head_dim), op.rotation, p.positions).reshape(rows.shape)
+    heads, at, parts = rows.reshape(len(rows), -1, op.head_dim), 0, []
+    for _, n_past, n, is_long in p.runs:
+        parts.append(rotate(heads[at : at + n], op.rotation.of(is_long), n_past + np.arange(n)))
+        at += n
+    return np.concatenate(parts).reshape(rows.shape)
 
 
 def attention(p: NumpyProgram, op: ops.Attend[NumpyCache, np.ndarray]) -> np.ndarray:
     shape, cache, parts = op.shape, op.cache, []
     at = 0
-    for seq, n_past, n in p.runs:
+    for seq, n_past, n, _ in p.runs:
         rows, stop = slice(at, at + n), n_past + n
         for kept, new in ((cache.k, op.k), (cache.v, op.v)):
             kept[seq, n_past:stop] = p[new][rows].reshape(n, shape.n_head_kv, shape.head_dim)

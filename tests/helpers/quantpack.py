@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "I64": "<i8", "I8": "i1", "U8": "u1",
+DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "I64": "<i8", "I8": "i1", "U8": "u1", "U32": "<u4",
           "F8_E4M3": "u1", "F8_E5M2": "u1"}  # fmt: skip
 
 

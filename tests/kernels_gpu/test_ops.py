@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cpu_ops import MemoryTensor, Step, as_quantized, error, quantize_twin, random_tensor, weights_of
 from gpu_ops import DEVICE, INTERPRETED, fast_dots, gpu, pytestmark, use_tuning
-from numpy_backend import ACTIVATIONS, NumpyBackend
+from numpy_backend import ACTIVATIONS, NumpyBackend, rotate
 
 from gguf_run.kernels_gpu.buffers import Memory
 from gguf_run.kernels_gpu.device.tuning import DEFAULT, FEW
@@ -305,6 +305,24 @@ def test_rope(style: str, head_dim: int, n_rot: int) -> None:
         return step.finish(a)
 
     both(record, [(100_000, 12), (7, 1)])
+
+
+def test_long_sequences_turn_by_other_frequencies() -> None:
+    """Runs of both kinds in one step."""
+    x = np.random.default_rng(4).standard_normal((9, 32))
+    rotation = Rotation("neox", 16, 1e4 ** -(np.arange(8) / 8), 1.3, 3e3 ** -(np.arange(8) / 8), 64)
+    step = Step(gpu(), 9)
+    a = step.input(x)
+    step.add(Rope(a, rotation, 16))
+    step.finish(a)
+    runs = [Run(0, 5, 3, False), Run(1, 70, 4, True), Run(2, 1, 2, False)]
+    result = step.program.run(np.arange(9, dtype=np.int32), runs, range(9)).values
+    at = 0
+    for run in runs:
+        heads = x[at : at + run.n_tokens].reshape(run.n_tokens, 2, 16)
+        expected = rotate(heads, rotation.of(run.is_long), run.n_past + np.arange(run.n_tokens))
+        assert error(result[at : at + run.n_tokens], expected.reshape(run.n_tokens, 32)) < 1e-6
+        at += run.n_tokens
 
 
 @pytest.mark.parametrize("window", [0, 9])

@@ -91,6 +91,11 @@ def test_rope_scaling() -> None:
     scaling = read(Tiny(), {f"rope.scaling.{key}": value for key, value in keys.items()}).rope_scaling
     assert (scaling.type, scaling.factor, scaling.n_ctx_orig, scaling.attn_factor) == ("yarn", 8, 32, 0.5)
     assert (scaling.beta_fast, scaling.beta_slow, scaling.ext_factor) == (16, 1, 1)
+    assert (scaling.truncate, scaling.log_multiplier, scaling.yarn_attn_factor) == (True, 0, 0)
+    keys = {"yarn_truncate": False, "yarn_log_multiplier": 0.7, "yarn_attn_factor": 1.5, "yarn_ext_factor": 0.0}
+    scaling = read(Tiny(), {f"rope.scaling.{key}": value for key, value in keys.items()}).rope_scaling
+    assert (scaling.truncate, scaling.log_multiplier, scaling.yarn_attn_factor) == (False, 0.7, 1.5)
+    assert scaling.ext_factor == 0
 
 
 def test_values_that_are_the_same_for_each_layer() -> None:
@@ -131,6 +136,7 @@ BAD_METADATA: list[tuple[str, Any, str]] = [
     ("expert_count", 2000, "llama.expert_count is 2000, must be an integer from 0 to 1024"),
     ("attention.causal", False, "llama.attention.causal is False"),
     ("residual_scale", 1e-9, "llama.residual_scale is 1e-09, must be a number from 1e-06 to 1e\\+06"),
+    ("expert_gating_func", 2, "llama.expert_gating_func is 2: this program does not have that yet"),
     ("expert_group_count", 4, "llama.expert_group_count is 4: this program does not have that yet"),
     ("final_logit_softcapping", -30.0, "llama.final_logit_softcapping is -30.0, must be a number from 0"),
 ]
@@ -172,7 +178,7 @@ BAD_TENSORS: list[tuple[Tiny, str, tuple[int, ...] | None, str]] = [
     (Tiny(), "blk.0.attn_q.bias", (128,), "tensor blk.0.attn_k.bias is missing, though other biases"),
     (Tiny(), "blk.0.attn_q_norm.weight", (32,), "tensor 'blk.0.attn_q_norm.weight' is not a part of a llama model"),
     (Tiny(), "rope_freqs.weight", (15,), "tensor rope_freqs.weight has 15 values, must have 16"),
-    (TINY_GEMMA3, "rope_freqs.weight", (16,), "tensor 'rope_freqs.weight' is not a part of a gemma3 model"),
+    (TINY_GEMMA3, "rope_freqs.weight", (15,), "tensor rope_freqs.weight has 15 values, must have 16"),
     (TINY_GEMMA3, "blk.5.post_ffw_norm.weight", None, "tensor blk.5.post_ffw_norm.weight is missing"),
     (TINY_GEMMA3, "blk.0.attn_k_norm.weight", (64,), "blk.0.attn_k_norm.weight has 64 values, must have 32"),
 ]

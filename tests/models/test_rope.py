@@ -29,6 +29,37 @@ def test_yarn(n_rot: int, base: float, scaling: RopeScaling, scale: float, inv_f
     assert rope.scale == pytest.approx(scale, rel=1e-12)
 
 
+def test_yarn_attention() -> None:
+    """llama.cpp's keys: attn_factor multiplies, yarn_attn_factor is the whole, yarn_log_multiplier divides."""
+    usual = 1 + 0.1 * math.log(8)
+    for keys, expected in (
+        ({"attn_factor": 1 / usual}, 1.0),
+        ({"yarn_attn_factor": 1.25}, 1.25),
+        ({"yarn_attn_factor": 1.25, "ext_factor": 0.0}, 1.25),
+        ({"log_multiplier": 1.0}, 1.0),
+        ({"log_multiplier": 0.7}, usual / (1 + 0.07 * math.log(8))),
+        ({"attn_factor": 2.0, "log_multiplier": 1.0}, 2.0),
+    ):
+        scaling = RopeScaling("yarn", 8.0, 32, **keys)
+        assert make_rope("neox", 32, 1e4, scaling).scale == pytest.approx(expected), keys
+
+
+def test_yarn_ramp_of_parts_of_pairs() -> None:
+    """transformers 5.23, truncate=False, in float32."""
+    expected = [1.0, 0.388342232, 0.120533988, 0.0222284924, 0.0125, 0.0070292661, 0.00395284733, 0.00222284929]
+    rope = make_rope("neox", 32, 1e4, RopeScaling("yarn", 8.0, 32, truncate=False))
+    assert rope.inv_freq[:8] == pytest.approx(expected, rel=2e-6)
+
+
+def test_rotations_of_short_and_of_long_sequences() -> None:
+    rope = make_rope("neox", 4, 1e4, RopeScaling("longrope", n_ctx_orig=64), [1, 2], [4, 8])
+    assert rope.n_short == 64
+    assert rope.of(False).inv_freq == pytest.approx([1, 0.005])
+    assert rope.of(True).inv_freq == pytest.approx([0.25, 0.00125])
+    plain = make_rope("neox", 4, 1e4)
+    assert (plain.of(True).inv_freq == plain.inv_freq).all()
+
+
 def test_yarn_without_extrapolation_is_linear() -> None:
     rope = make_rope("neox", 16, 1e4, RopeScaling("yarn", 4.0, 64, ext_factor=0.0))
     assert rope.inv_freq == pytest.approx(make_rope("neox", 16, 1e4, RopeScaling("linear", 4.0)).inv_freq)

@@ -1,6 +1,9 @@
 """The Python API on small random models: against the NumPy backend, and what it says about bad input."""
 
+import dataclasses
 import gc
+import importlib.metadata
+import re
 import subprocess
 import sys
 import threading
@@ -13,15 +16,17 @@ import numpy as np
 import pytest
 import real
 from numpy_backend import NumpyBackend
-from tinymodel import TINY_GEMMA3, Tiny, write_tiny
+from tinymodel import TINY_GEMMA3, Tiny, vocabulary, write_tiny
 
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
-from gguf_run.runtime import Model, TokenLogprob
+from gguf_run.runtime import LoadOptions, Model, SamplingParams, TokenLogprob
 from gguf_run.runtime.load import load_model
 from gguf_run.runtime.load.machine import driver_there
+from gguf_run.runtime.load.options import LoadKeywords
+from gguf_run.runtime.sampling.params import SamplingOptions
 from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
 TEXT = "the order and another one"
@@ -196,8 +201,72 @@ def test_generate_refuses_at_once(model: Model, options: dict[str, Any]) -> None
     """Not only when the iterator is used."""
     with pytest.raises(OptionError):
         model.generate("x", **options)
-    with pytest.raises(TypeError, match="top_kk"):
-        model.generate("x", top_kk=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("top_kk", "top_k"), ("max_new_tokens", "max_tokens"), ("repetition_penalty", "repeat_penalty"), ("temp", "temp")],
+)
+def test_options_that_are_not_known(model: Model, path: Path, name: str, nearest: str) -> None:
+    wrong: Any = {name: 1}
+    for use in (model.generate, model.complete, lambda text, **options: model.generate_batch([text], **options)):
+        with pytest.raises(OptionError, match=rf"{name} is not an option; did you mean {nearest}"):
+            use("x", **wrong)
+    with pytest.raises(OptionError, match="n_contex is not an option; did you mean n_ctx"):
+        Model.load(path, n_contex=1)  # type: ignore[call-arg]
+    with pytest.raises(OptionError, match="context_shift is not an option"):
+        model.generate_batch(["x"], context_shift=True)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(("keywords", "values"), [(SamplingOptions, SamplingParams), (LoadKeywords, LoadOptions)])
+def test_typed_keywords_are_the_fields(keywords: Any, values: Any) -> None:
+    """Editors see the keywords, the code the fields: names and types are the same."""
+    types = {name: getattr(type, "__forward_arg__", type) for name, type in keywords.__annotations__.items()}
+    assert types == {field.name: field.type for field in dataclasses.fields(values)}
+
+
+def test_a_prompt_of_ids(model: Model) -> None:
+    ids = model.tokenize(TEXT)
+    expected = "".join(model.generate(TEXT, max_tokens=8, temperature=0))
+    for prompt in (ids, tuple(ids), np.array(ids)):
+        assert "".join(model.generate(prompt, max_tokens=8, temperature=0)) == expected  # type: ignore[arg-type]
+    assert [answer.text for answer in model.generate_batch([ids], max_tokens=8, temperature=0)] == [expected]
+    for wrong in ([TEXT], [-1], [10**6], [1.5], None, b"text", {1: 2}):
+        with pytest.raises(OptionError, match=r"the prompt (has|is) .*; allowed: a text, or a list of token ids"):
+            model.generate(wrong)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="allowed: a list of texts"):
+        model.generate_batch("text")
+
+
+def test_pieces_know_their_tokens(model: Model) -> None:
+    options: Any = {"max_tokens": 12, "temperature": 0, "logprobs": 1, "ignore_eos": True}
+    pieces = list(model.generate(TEXT, **options))
+    answer = model.complete(TEXT, **options)
+    assert "".join(pieces) == answer.text
+    assert all(isinstance(piece, str) for piece in pieces)
+    assert tuple(id for piece in pieces for id in piece.ids) == answer.ids
+    assert tuple(record for piece in pieces for record in piece.logprobs) == answer.logprobs
+    assert [record.id for record in answer.logprobs] == list(answer.ids)
+    assert len(answer.ids) == answer.n_decoded == 12
+    assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
+    stream = model.tokenizer.stream()
+    assert "".join(map(stream.push, answer.ids)) + stream.flush() == answer.text
+    assert model.generate(TEXT, **options | {"logprobs": None}).answer().logprobs == ()
+
+
+def test_the_last_piece_names_the_end(model: Model) -> None:
+    """Also where no text comes with it: the model's own end."""
+    end = next(iter(model.tokenizer.stop_ids))
+    options: Any = {"temperature": 0, "logit_bias": {end: 1e9}, "logprobs": 0}
+    (piece,) = model.generate(TEXT, **options)
+    assert (piece, piece.ids, piece.finish_reason) == ("", (), "stop")
+    assert [record.id for record in piece.logprobs] == [end]
+    assert model.complete(TEXT, **options).finish == "stop"
+    pieces = model.generate(TEXT, temperature=0, ignore_eos=True, max_tokens=5)
+    first = next(pieces)
+    pieces.close()
+    assert list(pieces) == []
+    assert (pieces.answer().text, pieces.answer().finish) == (first, "")
 
 
 def test_logprobs_and_processors(model: Model) -> None:
@@ -208,17 +277,15 @@ def test_logprobs_and_processors(model: Model) -> None:
         return logits
 
     options: dict[str, Any] = {"logprobs": 2, "temperature": 0, "max_tokens": 4, "logits_processors": [watch]}
-    text = "".join(model.generate(TEXT, **options))
-    prompt = model.tokenize(TEXT)
+    first = model.complete(TEXT, **options)
+    text, prompt = first.text, model.tokenize(TEXT)
     assert seen == [len(prompt) + i for i in range(4)]
-    ids = [token.id for token in model.logprobs]
+    ids = [token.id for token in first.logprobs]
     assert model.detokenize([*prompt, *ids]).endswith(text)
     logits = model.logits([*prompt, *ids])[len(prompt) - 1 : -1].astype(np.float64)
     expected = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     for row, token in zip(expected, ids, strict=True):
         assert token == row.argmax()
-    model.generate(TEXT)
-    assert model.logprobs == []
     (answer,) = model.generate_batch([TEXT], **options)
     assert [token.id for token in answer.logprobs] == ids
     for row, record in zip(expected, answer.logprobs, strict=True):
@@ -267,9 +334,8 @@ def test_the_same_again_has_the_same_bits(tiny_path: Path, tmp_path: Path) -> No
     """Asked again, after other questions and a reset, and from a restored session."""
     options: dict[str, Any] = {"temperature": 2, "seed": 3, "max_tokens": 10, "logprobs": 1}
 
-    def answer(model: Model) -> list[TokenLogprob]:
-        list(model.generate(TEXT * 3, **options))
-        return model.logprobs
+    def answer(model: Model) -> tuple[TokenLogprob, ...]:
+        return model.complete(TEXT * 3, **options).logprobs
 
     with Model.load(tiny_path, n_threads=2, n_batch=16) as model:
         first, again = answer(model), answer(model)
@@ -344,6 +410,26 @@ def test_public_names() -> None:
         _ = api.nothing  # type: ignore[attr-defined]
 
 
+def test_the_package_has_the_public_names() -> None:
+    import gguf_run
+    import gguf_run.runtime as api
+
+    assert all(getattr(gguf_run, name) is getattr(api, name) for name in api.__all__)
+    assert gguf_run.__version__ == importlib.metadata.version("gguf-run")
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = gguf_run.nothing
+    typed = re.findall(r"import (\w+) as", Path(gguf_run.__file__).read_text())
+    assert sorted(typed) == sorted(api.__all__)  # editors know them
+
+
+def test_python_m_is_gguf_run() -> None:
+    done = subprocess.run([sys.executable, "-m", "gguf_run", "--version"], capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "gguf-run,")
+    done = subprocess.run([sys.executable, "-m", "gguf_run", "--nothing"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Usage: gguf-run ")
+
+
 def test_repr(model: Model) -> None:
     assert repr(model).startswith("<Model llama, n_layer=2, n_embd=96, ")
     assert "layers on CPU" in repr(model)
@@ -385,6 +471,17 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
         Model.load(tmp_path / "nothing-here.gguf")
 
 
+@pytest.mark.parametrize("more", [-3, 3])
+def test_a_vocabulary_of_another_size_than_the_embedding(more: int, tmp_path: Path) -> None:
+    tiny = Tiny()
+    n = len(vocabulary(tiny)["tokens"])
+    rows = np.zeros((n + more, tiny.n_embd), np.float32)
+    write_tiny(tmp_path / "m.gguf", Tiny(tensors={"token_embd.weight": rows}))
+    what = f"m.gguf: tokenizer.ggml.tokens has {n} tokens, and token_embd.weight has {n + more} rows: convert"
+    with pytest.raises(FormatError, match=what):
+        Model.load(tmp_path / "m.gguf")
+
+
 def test_tokenizer_beside_the_weights(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its warnings and errors, from another thread, arrive like all others."""
     unknown = tmp_path / "tokenizer.gguf"
@@ -417,6 +514,17 @@ def test_no_chat_template(path: Path) -> None:
         model.chat([{"role": "user", "content": "Hello"}])
 
 
+def test_a_string_is_a_message_and_the_process_of_the_template_ends_with_the_model(path: Path) -> None:
+    with Model.load(path) as model:
+        assert model.chat_prompt("Hi") == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        assert model.tokenize_chat("Hi") == model.tokenize_chat([{"role": "user", "content": "Hi"}])
+        assert model.templates
+        process = model.templates._process
+        assert process
+        assert process.poll() is None
+    assert process.poll() is not None
+
+
 def test_close_twice(path: Path) -> None:
     model = Model.load(path)
     model.close()
@@ -426,7 +534,7 @@ def test_close_twice(path: Path) -> None:
 def test_import_is_light() -> None:
     """The name is there at once; numba and the tokenizer are loaded when a model is."""
     code = (
-        "import sys, gguf_run.runtime as r, gguf_run.runtime.cli.run\n"
+        "import sys, gguf_run, gguf_run.runtime as r, gguf_run.runtime.cli.run\n"
         "assert 'Model' in r.__all__\n"
         "print([name for name in ('numpy', 'numba', 'tokenizers', 'jinja2') if name in sys.modules])\n"
     )

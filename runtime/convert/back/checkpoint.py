@@ -65,8 +65,9 @@ def export_hf(
         tensors = checkpoint_tensors(layout, Config(file.path, config), file)
         files |= {"config.json": config, "generation_config.json": generation_config(file.metadata)}
     try:
+        directory.absolute().parent.mkdir(parents=True, exist_ok=True)
         with replacing(directory) as temporary:
-            temporary.mkdir(parents=True)
+            temporary.mkdir()
             for name, value in files.items():
                 text = json.dumps(value, ensure_ascii=False, indent=None if name == "tokenizer.json" else 2)
                 (temporary / name).write_text(text + "\n", encoding="utf-8")

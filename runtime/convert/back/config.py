@@ -9,15 +9,18 @@ import numpy as np
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.reader import GGUFFile
+from gguf_run.models.keys import Keys, rope_scaling
+from gguf_run.models.rope import make_rope, yarn_attention
 from gguf_run.runtime.convert.architectures import BASE_KEYS, BY_ARCH, CheckpointLayout
-from gguf_run.runtime.convert.metadata import YARN, rope_tensors, sizes
+from gguf_run.runtime.convert.metadata import sizes
+from gguf_run.runtime.convert.rope import longrope_attention, rope_tensors
 from gguf_run.runtime.convert.stored.checkpoint import Config
+from gguf_run.runtime.convert.stored.sources import same_values
 
 Json = dict[str, Any]
 
 _TORCH_DTYPES: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-_NONE_IF_ZERO = ("expert_count", "expert_used_count", "attention.sliding_window")
-_YARN_NAMES: Mapping[str, str] = {key: name for name, key in reversed(YARN)}
+_NONE_IF_ZERO = ("expert_count", "expert_used_count")
 _LLAMA31_CONTEXTS = (8192, *(1 << n for n in range(4, 20)))
 
 
@@ -27,7 +30,10 @@ def layout_of_file(file: GGUFFile) -> CheckpointLayout:
     if not isinstance(name, str) or name not in BY_ARCH:
         known = ", ".join(sorted(BY_ARCH))
         raise UnsupportedError(f"{file.path}: architecture {quoted(str(name))} cannot be exported; these can: {known}")
-    return BY_ARCH[name]
+    rows = BY_ARCH[name]
+    if _get(file, "expert_count"):
+        return rows[-1]
+    return rows[1] if len(rows) > 1 and _get(file, "attention.sliding_window") else rows[0]
 
 
 def model_config(layout: CheckpointLayout, file: GGUFFile, dtype: str) -> Json:
@@ -39,8 +45,7 @@ def model_config(layout: CheckpointLayout, file: GGUFFile, dtype: str) -> Json:
     token_embd = file.tensors.get("token_embd.weight")
     if token_embd is None or len(token_embd.ne) != 2:
         raise FormatError(f"{file.path}: there is no matrix token_embd.weight: not a whole model")
-    has_experts = layout.decoder.moe == "maybe" and _get(file, "expert_count")
-    name, model_type = list(layout.classes.items())[-1 if has_experts else 0]
+    name, model_type = next(iter(layout.classes.items()))
     values: Json = {
         "architectures": [name],
         "model_type": model_type,
@@ -50,7 +55,7 @@ def model_config(layout: CheckpointLayout, file: GGUFFile, dtype: str) -> Json:
     for key, _, names in layout.all_keys():
         value = _get(file, key)
         if value is not None and (value or key not in _NONE_IF_ZERO):
-            values[names[0]] = value
+            values[names[0]] = value or None if "softcapping" in key else value
     if missing := [names[0] for _, _, names in BASE_KEYS[:3] if names[0] not in values]:
         raise FormatError(f"{file.path}: {layout.arch}.{missing[0]} is missing: config.json needs it")
     values["vocab_size"] = token_embd.ne[1]
@@ -58,20 +63,21 @@ def model_config(layout: CheckpointLayout, file: GGUFFile, dtype: str) -> Json:
         values["head_dim"] = head_dim
     config = Config(file.path, values)
     numbers = sizes(config)
-    values.update(_fixed(layout, values, numbers))
+    values.update(_fixed(layout, file, values, numbers))
+    values.update(_windows(layout, file, values["num_hidden_layers"]))
     values.update(_rope(layout, file, config, numbers["head_dim"]))
     values.update(_from_tensors(layout, file))
-    if layout.decoder.swa_period and values.get("sliding_window"):
-        values["layer_types"] = _layer_types(layout, file, values["num_hidden_layers"])
     return values
 
 
 def generation_config(metadata: Mapping[str, Any]) -> Json:
     """Return generation_config.json. Several tokens that end an answer become a list."""
     ids = _token_ids(metadata)
-    other = metadata.get("tokenizer.ggml.eot_token_id")
-    if isinstance(other, int) and ids["eos_token_id"] not in (None, other):
-        ids["eos_token_id"] = [ids["eos_token_id"], other]
+    more = metadata.get("tokenizer.ggml.eos_token_ids", ())
+    others = [*(metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eot", "eom")), *map(int, more)]
+    ends = list(dict.fromkeys(id for id in (ids["eos_token_id"], *others) if isinstance(id, int)))
+    if ids["eos_token_id"] is not None and len(ends) > 1:
+        ids["eos_token_id"] = ends
     return {key: id for key, id in ids.items() if id is not None}
 
 
@@ -90,13 +96,29 @@ def _token_ids(metadata: Mapping[str, Any]) -> Json:
     return {name: id if isinstance(id, int) and 0 <= id < 1 << 31 else None for name, id in found.items()}
 
 
-def _fixed(layout: CheckpointLayout, values: Json, numbers: Mapping[str, int]) -> Json:
-    """Return the values that all models of this architecture share. A GGUF file has no key for them."""
+def _fixed(layout: CheckpointLayout, file: GGUFFile, values: Json, numbers: Mapping[str, int]) -> Json:
+    """Return the values that all models of this architecture share, or for which a GGUF file needs no key."""
     found = {key: allowed[0] for key, allowed in layout.expected.items()}
-    if "query_pre_attn_scalar" in found:
+    if "norm_topk_prob" in layout.defaults:
+        norm = file.metadata.get(f"{layout.arch}.expert_weights_norm")
+        found["norm_topk_prob"] = layout.decoder.expert_norm if norm is None else bool(norm)
+    if "query_pre_attn_scalar" in layout.defaults:
         by_width = values["num_hidden_layers"] in layout.decoder.n_embd_scale_n_layer
-        found["query_pre_attn_scalar"] = numbers["n_embd"] // numbers["n_head"] if by_width else numbers["head_dim"]
+        built_in = numbers["n_embd"] // numbers["n_head"] if by_width else numbers["head_dim"]
+        scale = _get(file, "attention.scale")
+        found["query_pre_attn_scalar"] = round(scale**-2) if scale else built_in  # transformers takes whole numbers
     return found
+
+
+def _windows(layout: CheckpointLayout, file: GGUFFile, n_layer: int) -> Json:
+    """Return the window, and which layers have it."""
+    window = _get(file, "attention.sliding_window") if layout.windows else None
+    found: Json = {"use_sliding_window": bool(window)} if layout.switch else {}
+    if not window:
+        return found | ({"sliding_window": None} if "sliding_window" in layout.defaults else {})
+    if layout.windows != "all":
+        found["layer_types"] = _layer_types(layout, file, n_layer)
+    return found | {"sliding_window": window}
 
 
 def _rope(layout: CheckpointLayout, file: GGUFFile, config: Config, head_dim: int) -> Json:
@@ -108,11 +130,12 @@ def _rope(layout: CheckpointLayout, file: GGUFFile, config: Config, head_dim: in
     if kind in ("linear", "yarn"):
         rope |= {"rope_type": kind, "factor": _get(file, "rope.scaling.factor")}
     if kind == "yarn":
-        rope["original_max_position_embeddings"] = original
-        given = {name: _get(file, f"rope.scaling.{key}") for key, name in _YARN_NAMES.items()}
-        rope |= {name: value for name, value in given.items() if value is not None}
-        if not layout.decoder.yarn_truncate:
-            rope["truncate"] = False
+        scaling = rope_scaling(Keys(file.metadata, layout.arch), original or 1, layout.decoder.yarn_truncate)
+        attention = make_rope("", 2, 1e4, scaling).scale
+        rope |= {"original_max_position_embeddings": original, "truncate": scaling.truncate}
+        rope |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+        if abs(attention - yarn_attention(scaling.factor)) > 1e-6:
+            rope["attention_factor"] = attention
     elif original is not None:
         found["original_max_position_embeddings"] = original
     n_rot = _get(file, "rope.dimension_count") or head_dim
@@ -120,9 +143,12 @@ def _rope(layout: CheckpointLayout, file: GGUFFile, config: Config, head_dim: in
         part = n_rot / head_dim
         part = part if int(part * head_dim) == n_rot else math.nextafter(part, 2.0)
         rope["partial_rotary_factor"] = found["partial_rotary_factor"] = part
-    rope |= _factors(file, config, rope)
+    rope |= _factors(layout, file, config, rope)
     if rope["rope_type"] == "longrope":
         rope["original_max_position_embeddings"] = original
+        attention = _get(file, "rope.scaling.attn_factor") or 1.0
+        if abs(attention - longrope_attention(config, Config(file.path, rope))) > 1e-6:
+            rope["attention_factor"] = attention
     found["rope_theta"] = rope["rope_theta"]
     if rope["rope_type"] != "default":
         found["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -134,7 +160,7 @@ def _rope(layout: CheckpointLayout, file: GGUFFile, config: Config, head_dim: in
     return found | {"rope_parameters": rope}
 
 
-def _factors(file: GGUFFile, config: Config, rope: Json) -> Json:
+def _factors(layout: CheckpointLayout, file: GGUFFile, config: Config, rope: Json) -> Json:
     """Return the parameters that make the tensors of rotary factors. Those of Llama 3.1 are found by trial."""
     long, short, freqs = (_floats(file, name) for name in ("rope_factors_long", "rope_factors_short", "rope_freqs"))
     if long is not None and short is not None:
@@ -145,7 +171,7 @@ def _factors(file: GGUFFile, config: Config, rope: Json) -> Json:
         tried = {"rope_type": "llama3", "factor": max(freqs), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                  "original_max_position_embeddings": n_ctx}  # fmt: skip
         values = {**config.values, "rope_parameters": rope | tried}
-        again = rope_tensors(Config(config.path, values))["rope_freqs.weight"]
+        again = rope_tensors(layout, Config(config.path, values))["rope_freqs.weight"]
         if len(again) == len(freqs) and np.allclose(again, freqs, rtol=1e-5):
             return tried
     raise UnsupportedError(f"{file.path}: rope_freqs.weight is not as Llama 3.1's: config.json has no place for it")
@@ -184,11 +210,5 @@ def _layer_types(layout: CheckpointLayout, file: GGUFFile, n_layer: int) -> list
 
 def _is_tied(file: GGUFFile) -> bool:
     """Tell whether there is no output matrix, or one with the values of the embeddings."""
-    output, token_embd = file.tensors.get("output.weight"), file.tensors["token_embd.weight"]
-    if output is None:
-        return True
-    if (output.ne, output.type) != (token_embd.ne, token_embd.type):
-        return False
-    step = max(1, (1 << 24) // output.type.row_bytes(output.ne[0]))
-    ranges = ((first, min(first + step, output.n_rows)) for first in range(0, output.n_rows, step))
-    return all(np.array_equal(output.blocks(*part), token_embd.blocks(*part)) for part in ranges)
+    output = file.tensors.get("output.weight")
+    return output is None or same_values(output, file.tensors["token_embd.weight"])

@@ -1,11 +1,13 @@
 """The tokenizer in a GGUF file as tokenizer.json and tokenizer_config.json of a Hugging Face checkpoint."""
 
 import base64
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from gguf_run.formats.errors import UnsupportedError
 from gguf_run.runtime.convert.vocabulary.vocabulary import SPACE, pairs_of
 from gguf_run.runtime.tokenizers import spm, unigram, wordpiece
 from gguf_run.runtime.tokenizers.pretokenizers import pre_tokenizer
@@ -19,10 +21,10 @@ from gguf_run.runtime.tokenizers.vocab import (
     USER_DEFINED,
     Defaults,
     Vocab,
+    read_flags,
     read_numbers,
     read_strings,
     read_vocab,
-    strip_ids,
 )  # fmt: skip
 
 Json = dict[str, Any]
@@ -43,18 +45,19 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, Json]:
     for role, key in (("pad", "padding"), ("sep", "seperator"), ("cls", "cls"), ("mask", "mask")):
         ids[role] = metadata.get(f"{_PREFIX}{key}_token_id")
     names = {role: _name(vocab, id) for role, id in ids.items()}
-    left, right = strip_ids(metadata, vocab)
+    flags = read_flags(metadata, vocab)
     added = [
         {
-            "id": id, "content": vocab.tokens[id], "single_word": False, "normalized": False, "lstrip": id in left,
-            "rstrip": id in right, "special": vocab.types[id] != USER_DEFINED,
+            "id": id, "content": vocab.tokens[id], "single_word": id in flags.single_word, "normalized": False,
+            "lstrip": id in flags.left, "rstrip": id in flags.right, "special": vocab.types[id] != USER_DEFINED,
         }
         for id in vocab.of_type(CONTROL, UNKNOWN, USER_DEFINED)
     ]  # fmt: skip
     data = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **model(vocab, metadata)}
-    bos, eos = names["bos"] if tokenizer.add_bos else None, names["eos"] if tokenizer.add_eos else None
-    if bos or eos:
-        data["post_processor"] = _template(bos, eos, vocab)
+    before = [vocab.tokens[id] for id in vocab.before] if tokenizer.add_bos else []
+    after = [vocab.tokens[vocab.eos]] if tokenizer.add_eos and vocab.eos is not None else []
+    if before or after:
+        data["post_processor"] = _template(before, after, vocab)
     settings: Json = {f"{role}_token": name for role, name in names.items() if name is not None}
     settings |= {"add_bos_token": tokenizer.add_bos, "add_eos_token": tokenizer.add_eos}
     settings |= {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
@@ -79,14 +82,36 @@ def _chat_template(metadata: Mapping[str, Any]) -> str | list[dict[str, str]] | 
     return [{"name": name, "template": text} for name, text in named.items() if isinstance(text, str)]
 
 
-def _template(bos: str | None, eos: str | None, vocab: Vocab) -> Json:
+def _template(before: list[str], after: list[str], vocab: Vocab) -> Json:
     def sequence(name: str, part: int) -> list[Json]:
-        items = (("SpecialToken", bos), ("Sequence", name), ("SpecialToken", eos))
-        return [{kind: {"id": id, "type_id": part}} for kind, id in items if id is not None]
+        items = (*(("SpecialToken", id) for id in before), ("Sequence", name), *(("SpecialToken", id) for id in after))
+        return [{kind: {"id": id, "type_id": part}} for kind, id in items]
 
-    special = {name: {"id": name, "ids": [vocab.ids[name]], "tokens": [name]} for name in (bos, eos) if name}
+    special = {name: {"id": name, "ids": [vocab.ids[name]], "tokens": [name]} for name in (*before, *after)}
     pair = [*sequence("A", 0), *sequence("B", 1)]
     return {"type": "TemplateProcessing", "single": sequence("A", 0), "pair": pair, "special_tokens": special}
+
+
+def _kept(metadata: Mapping[str, Any], kind: str) -> list[Json] | None:
+    """Return the steps that gguf-convert has kept as they were. kind: "normalizer" or "pre_tokenizer"."""
+    text = metadata.get(f"{_PREFIX}{kind}.json")
+    return None if text is None else json.loads(text)
+
+
+def _normalizers(metadata: Mapping[str, Any]) -> list[Json]:
+    """Return the steps that replace characters, without those for spaces."""
+    steps = _kept(metadata, "normalizer")
+    if steps is None:
+        steps = [{"type": name} for name in ("NFC", "NFKC") if metadata.get(f"{_PREFIX}normalizer.{name.lower()}")]
+    charsmap = metadata.get(f"{_PREFIX}precompiled_charsmap")
+    if charsmap is not None:
+        text = base64.b64encode(np.asarray(charsmap).tobytes()).decode()
+        steps = [*steps, {"type": "Precompiled", "precompiled_charsmap": text}]
+    return steps
+
+
+def _sequence(kind: str, steps: list[Json]) -> Json | None:
+    return {"type": "Sequence", kind: steps} if steps else None
 
 
 def _entries(vocab: Vocab) -> dict[str, int]:
@@ -110,12 +135,13 @@ def _gpt2(vocab: Vocab, metadata: Mapping[str, Any]) -> Json:
     split = {"type": "Split", "behavior": "Isolated", "invert": False}
     splits = [{**split, "pattern": {"Regex": step}} for step in pre.steps]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    whole_words = bool(metadata.get(f"{_PREFIX}ignore_merges", pre.whole_words))
     return {
-        "normalizer": {"type": "NFC"} if metadata.get(f"{_PREFIX}normalizer.nfc") else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
+        "normalizer": _sequence("normalizers", _normalizers(metadata)),
+        "pre_tokenizer": _sequence("pretokenizers", _kept(metadata, "pre_tokenizer") or [*splits, byte_level]),
         "post_processor": byte_level,
         "decoder": byte_level,
-        "model": _bpe({"ignore_merges": pre.whole_words}, entries, merges, None, False),
+        "model": _bpe({"ignore_merges": whole_words}, entries, merges, None, False),
     }
 
 
@@ -128,12 +154,21 @@ def _llama(vocab: Vocab, metadata: Mapping[str, Any]) -> Json:
     merges = [list(pair) for id in usual for pair in pairs_of(vocab.tokens[id], entries)]
     prefix = bool(metadata.get(f"{_PREFIX}add_space_prefix", True))
     scheme = metadata.get(f"{_PREFIX}metaspace") if prefix else None
-    steps = [{"type": "Prepend", "prepend": SPACE}, _REPLACE] if prefix else [_REPLACE]
+    if metadata.get(f"{_PREFIX}treat_whitespace_as_suffix"):
+        raise UnsupportedError("treat_whitespace_as_suffix: a tokenizer.json has no place for it")
+    steps = _normalizers(metadata)
+    if metadata.get(f"{_PREFIX}remove_extra_whitespaces"):
+        several = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+        steps += [several, {"type": "Replace", "pattern": {"Regex": "^ | $"}, "content": ""}]
+    if scheme is None:
+        steps += [{"type": "Prepend", "prepend": SPACE}] if prefix else []
+        steps += [_REPLACE] if metadata.get(f"{_PREFIX}escape_whitespaces", True) else []
+    cuts = [_metaspace(scheme, False)] if scheme else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     unknown = _name(vocab, vocab.unknown)
     return {
-        "normalizer": None if scheme else {"type": "Sequence", "normalizers": steps},
-        "pre_tokenizer": _metaspace(scheme, False) if scheme else None,
+        "normalizer": _sequence("normalizers", steps),
+        "pre_tokenizer": _sequence("pretokenizers", [*cuts, *(_kept(metadata, "pre_tokenizer") or [])]),
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": [_DECODE, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
         "model": _bpe({}, entries, merges, unknown, True),
@@ -144,23 +179,17 @@ def _t5(vocab: Vocab, metadata: Mapping[str, Any]) -> Json:
     scores = read_numbers(metadata, "scores", len(vocab.tokens))
     assert scores is not None
     prefix = bool(metadata.get(f"{_PREFIX}add_space_prefix", True))
-    normalizers = [name for name in ("NFC", "NFKC") if metadata.get(f"{_PREFIX}normalizer.{name.lower()}")]
-    steps: list[Json] = [{"type": name} for name in normalizers]
-    charsmap = metadata.get(f"{_PREFIX}precompiled_charsmap")
-    if charsmap is not None:
-        text = base64.b64encode(np.asarray(charsmap).tobytes()).decode()
-        steps.append({"type": "Precompiled", "precompiled_charsmap": text})
     joined = bool(metadata.get(f"{_PREFIX}remove_extra_whitespaces", True))
     metaspace = _metaspace("always" if prefix or joined else "never", True)
-    words = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace]}
+    words = [{"type": "WhitespaceSplit"}] if joined else []
     types = np.frombuffer(vocab.types, np.uint8)
     usual = np.isin(types, (NORMAL, BYTE))
     filler = np.where(types == UNUSED, scores[usual].min(initial=0.0), 0.0)
     used = vocab.tokens[: int(np.flatnonzero(types != UNUSED)[-1]) + 1]
     pieces = [list(pair) for pair in zip(used, np.where(usual, scores, filler).tolist(), strict=False)]
     return {
-        "normalizer": {"type": "Sequence", "normalizers": steps} if steps else None,
-        "pre_tokenizer": words if joined else metaspace,
+        "normalizer": _sequence("normalizers", _normalizers(metadata)),
+        "pre_tokenizer": _sequence("pretokenizers", [*words, metaspace, *(_kept(metadata, "pre_tokenizer") or [])]),
         "post_processor": None,
         "decoder": metaspace,
         "model": {"type": "Unigram", "unk_id": vocab.unknown, "vocab": pieces, "byte_fallback": BYTE in vocab.types},
@@ -173,12 +202,14 @@ def _bert(vocab: Vocab, metadata: Mapping[str, Any]) -> Json:
     for token, id in _entries(vocab).items():
         inner = token.removeprefix(SPACE) if token.startswith(SPACE) and token != SPACE else f"##{token}"
         entries[inner if vocab.types[id] == NORMAL else token] = id
+    normalizer = {
+        "type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "lowercase": lowercase,
+        "strip_accents": bool(metadata.get(f"{_PREFIX}normalizer.strip_accents", lowercase)),
+    }  # fmt: skip
+    steps, cuts = _kept(metadata, "normalizer"), _kept(metadata, "pre_tokenizer")
     return {
-        "normalizer": {
-            "type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "lowercase": lowercase,
-            "strip_accents": bool(metadata.get(f"{_PREFIX}normalizer.strip_accents", lowercase)),
-        },
-        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "normalizer": normalizer if steps is None else _sequence("normalizers", steps),
+        "pre_tokenizer": {"type": "BertPreTokenizer"} if cuts is None else _sequence("pretokenizers", cuts),
         "post_processor": None,
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
         "model": {

@@ -67,6 +67,7 @@ class Grid:
     groups: NDArray[np.int64]  # [n_in]: the group of each column
     codes: Callable[[int, int], NDArray[np.uint8]]  # -> [end - first, n_in]
     numbers: Callable[[int, int], GridNumbers]
+    exact: bool = False  # blocks must hold scale and minimum without rounding
 
     @cached_property
     def kept(self) -> str | None:
@@ -85,7 +86,7 @@ class Grid:
             error = np.abs(scale.astype(np.float16) - scale) * (1 << self.n_bits - 1 if symmetric else last)
             if not symmetric:
                 error = error + np.abs(numbers.minimum.astype(np.float16) - numbers.minimum)
-            return name if (error <= _TOLERANCE * last * np.abs(scale)).all() else None
+            return name if (error <= (0.0 if self.exact else _TOLERANCE) * last * np.abs(scale)).all() else None
 
     @np.errstate(all="ignore")  # of damaged files; infinities and NaN are named where weights are written
     def blocks(self, first: int, end: int) -> NDArray[np.uint8]:

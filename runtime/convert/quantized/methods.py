@@ -12,7 +12,7 @@ from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.runtime.convert.quantized.bitsandbytes import bnb_4bit, bnb_8bit
-from gguf_run.runtime.convert.quantized.packed import awq, gptq, marlin, packed
+from gguf_run.runtime.convert.quantized.packed import awq, gptq, marlin, mlx, packed
 from gguf_run.runtime.convert.quantized.parts import Parts
 from gguf_run.runtime.convert.quantized.scaled import mxfp4_experts, scaled
 from gguf_run.runtime.convert.quantized.torchao import torchao
@@ -31,6 +31,7 @@ _METHODS: Mapping[str, Marks] = {
     **dict.fromkeys(("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt"), _SCALED),
     "torchao": {"_qdata": torchao},
     "mxfp4": {"_blocks": mxfp4_experts},
+    "mlx": {".scales": mlx},
     "gguf": {},  # what transformers saves after it has dequantized a GGUF file: plain weights
 }
 # The types that can hold codes of quantized checkpoints.
@@ -87,6 +88,11 @@ def _quantization(checkpoint: Checkpoint) -> tuple[Path, dict[str, Any] | None]:
             path, values = other, read_json(other)
             config = values.get("quantization", values)
             config = {"quant_method": method, **config} if isinstance(config, dict) else config
+    # MLX writes its numbers under either name, and no method.
+    config = checkpoint.config.get("quantization") if config is None else config
+    if isinstance(config, dict) and "quant_method" not in config:
+        is_mlx = any(name.endswith(".biases") for name in checkpoint.tensors)
+        config = {**config, "quant_method": "mlx"} if is_mlx else config
     if config is not None and not isinstance(config, dict):
         raise FormatError(f"{path}: the quantization is {quoted(str(config))}, must be an object")
     return path, config

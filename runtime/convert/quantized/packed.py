@@ -1,10 +1,10 @@
-"""GPTQ, Marlin, AWQ and compressed-tensors: integers of 2 to 8 bits packed into words of 32.
+"""GPTQ, Marlin, AWQ, MLX and compressed-tensors: integers of 2 to 8 bits packed into words of 32.
 
 A word holds codes of one output, of inputs that follow each other. A word of AWQ GEMM holds codes of one input, of
 outputs that follow each other. GPTQ, Marlin and AWQ GEMM store the matrix transposed.
 
 References: AutoGPTQ 0.7 and GPTQModel 7 (QuantLinear.pack), AutoAWQ 0.2 (WQLinear_GEMM, WQLinear_GEMV),
-compressed-tensors 0.20 (pack_to_int32), IST-DASLab/marlin.
+compressed-tensors 0.20 (pack_to_int32), IST-DASLab/marlin, mlx.core.quantize.
 """
 
 import functools
@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.errors import UnsupportedError
+from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.runtime.convert.quantized.grid import Grid, GridNumbers, unpack_codes
 from gguf_run.runtime.convert.quantized.parts import FLOATS, Parts, even_groups, numbers, wrong
@@ -168,6 +170,38 @@ def _awq_gemv(parts: Parts) -> list[Tensor]:
 
     grid = Grid(n_out, 4, np.arange(n_in, dtype=np.int64) // size, codes, read)
     return [parts.weight(f"{parts.base}.weight", grid, qweight)]
+
+
+def mlx(parts: Parts) -> list[Tensor]:
+    """Return the weight of these tensors; scale * code + bias is exact in Q4_1 where half floats hold the numbers.
+
+    .weight    U32[n_out, n_in * n_bits / 32]
+    .scales    float[n_out, n_group]
+    .biases    float[n_out, n_group]
+    """
+    scales = parts.need(".scales", *FLOATS, ndim=2)
+    own = parts.config.get(parts.base)  # a module may have numbers of its own
+    config = {**parts.config, **(own if isinstance(own, dict) else {})}
+    n_bits, size, mode = config.get("bits"), config.get("group_size"), config.get("mode", "affine")
+    if mode != "affine" or n_bits not in (2, 3, 4, 5, 6, 8) or size not in (32, 64, 128):
+        shown = f"{quoted(str(mode))} with {n_bits} bits in groups of {size}"
+        known = "affine is, with 2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128"
+        raise UnsupportedError(
+            f"{parts.path}: {quoted(parts.base)} is quantized as {shown}, which is not known: {known}"
+        )
+    (n_out, n_group), n_in = scales.shape, scales.shape[1] * size
+    weight = parts.need(".weight", "U32", shape=(n_out, n_in * n_bits // _WORD))
+    biases = parts.need(".biases", *FLOATS, shape=(n_out, n_group))
+
+    def codes(first: int, end: int) -> Codes:
+        return unpack_codes(weight.array()[first:end], n_bits)
+
+    def read(first: int, end: int) -> GridNumbers:
+        scale, bias = (numbers(part.array()[first:end], part.dtype) for part in (scales, biases))
+        return GridNumbers(scale, np.zeros((1, 1), np.float32), bias)
+
+    groups = np.arange(n_in, dtype=np.int64) // size
+    return [parts.weight(f"{parts.base}.weight", Grid(n_out, n_bits, groups, codes, read, exact=True), weight)]
 
 
 def packed(parts: Parts) -> list[Tensor]:

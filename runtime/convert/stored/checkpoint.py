@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from gguf_run.formats.errors import FormatError, GgufRunError
-from gguf_run.formats.gguf.mapped import MappedFile, quoted
-from gguf_run.formats.safetensors import StoredArray, read_safetensors, unique_keys
+from gguf_run.formats.gguf.mapped import MappedFile, quoted, read_bytes
+from gguf_run.formats.safetensors import StoredArray, read_safetensors
 
 _MAX_JSON_BYTES = 64 << 20
 _MAX_SIZE = 2**31 - 1
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_SHARD = re.compile(r"(model|pytorch_model)-(\d{5})-of-(\d{5})\.(?:safetensors|bin)")
 # Name of a type in torch -> name in safetensors files.
 _TORCH_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64", "float8_e4m3fn": "F8_E4M3",
                  "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
@@ -66,20 +67,45 @@ class Checkpoint:
     @classmethod
     def open(cls, directory: Path, weights: bool = True) -> "Checkpoint":
         """Read config.json and, if `weights`, map the weights. GgufRunError if a file is missing or wrong."""
-        if not (directory / "config.json").is_file():
-            raise GgufRunError(f"{directory}: there is no config.json: name the folder of a Hugging Face checkpoint")
+        _check_folder(directory, weights)
         values = read_json(directory / "config.json")
         text = values.get("text_config")
         config = Config(directory / "config.json", values | text if isinstance(text, dict) else values)
         return cls(directory, config, _read_weights(directory) if weights else {})
 
 
+def _check_folder(path: Path, weights: bool) -> None:
+    """GgufRunError, which says what is there, unless `path` is the folder of a checkpoint."""
+    if path.is_file():
+        if path.suffix == ".gguf":
+            advice = "gguf-quantize changes its types, gguf-convert --to-hf makes a checkpoint of it"
+            raise GgufRunError(f"{path}: is a GGUF file already: {advice}")
+        raise GgufRunError(f"{path}: is a file: name the folder of the checkpoint, {path.absolute().parent}")
+    if not path.is_dir():
+        raise GgufRunError(f"{path}: no such folder: name the folder of a Hugging Face checkpoint")
+    if (path / "adapter_config.json").is_file() and not (weights and has_weights(path)):
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        name = quoted(base) if isinstance(base, str) else "its base model"
+        raise GgufRunError(f"{path}: is an adapter (LoRA) for {name}, not a model: merge it into that model first")
+    if not (path / "config.json").is_file():
+        names = sorted(entry.name for entry in path.iterdir())
+        shown = f"holds {', '.join(map(quoted, names[:5]))}{', ...' if len(names) > 5 else ''}"
+        advice = "there is no config.json: name the folder of a Hugging Face checkpoint"
+        raise GgufRunError(f"{path}: {shown if names else 'is an empty folder'}: {advice}")
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds the weights of a checkpoint, or an index of them."""
+    return any((folder / f"{name}{end}").is_file() for name in _WEIGHTS for end in ("", ".index.json")) or any(
+        _SHARD.fullmatch(entry.name) for entry in folder.iterdir()
+    )
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. FormatError if the file holds no object."""
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise FormatError(f"{path}: is larger than {_MAX_JSON_BYTES} bytes: not what its name says")
+    """Return the object in a JSON file. If a key occurs twice, the last value counts. FormatError for no object."""
+    data = read_bytes(path, _MAX_JSON_BYTES)
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
+        value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: is not JSON ({error}): get it again") from None
     if not isinstance(value, dict):
@@ -93,7 +119,27 @@ def _read_weights(directory: Path) -> Mapping[str, StoredArray]:
             return _read_file(directory / name)
         if (directory / f"{name}.index.json").is_file():
             return _read_shards(directory / f"{name}.index.json")
+    if shards := sorted(entry.name for entry in directory.iterdir() if _SHARD.fullmatch(entry.name)):
+        return _read_counted(directory, shards)
     raise GgufRunError(f"{directory}: there are no weights: model.safetensors (or its .index.json) or {_WEIGHTS[1]}")
+
+
+def _read_counted(directory: Path, names: Sequence[str]) -> dict[str, StoredArray]:
+    """Read shards without an index. names: sorted. GgufRunError unless they count from 1 to the last."""
+    first = _SHARD.fullmatch(names[0])
+    assert first is not None
+    stem, count, suffix = first[1], first[3], Path(names[0]).suffix
+    wanted = [f"{stem}-{no:05d}-of-{count}{suffix}" for no in range(1, int(count) + 1)]
+    if missing := [name for name in wanted if name not in names]:
+        lost = f"{missing[0]} is missing ({len(missing)} of {len(wanted)} files)"
+        raise GgufRunError(f"{directory}: {lost}, and so is the index, {stem}{suffix}.index.json: get them")
+    tensors: dict[str, StoredArray] = {}
+    for name in wanted:
+        found = _read_file(directory / name)
+        if twice := tensors.keys() & found.keys():
+            raise FormatError(f"{directory / name}: holds tensor {quoted(min(twice))}, as a file before it does")
+        tensors |= found
+    return tensors
 
 
 def _read_file(path: Path) -> Mapping[str, StoredArray]:
@@ -107,7 +153,7 @@ def _read_shards(index: Path) -> dict[str, StoredArray]:
         raise FormatError(f"{index}: weight_map does not tell the file of each tensor")
     tensors: dict[str, StoredArray] = {}
     names = sorted(set(places.values()))
-    if bad := [name for name in names if not re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII)]:
+    if bad := [name for name in names if not re.fullmatch(r"[\w-][\w.-]{0,254}", name, re.ASCII)]:
         raise FormatError(f"{index}: names the file {quoted(bad[0])}: must be one in the same folder")
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise GgufRunError(f"{index.parent}: {missing[0]} is missing ({len(missing)} of {len(names)} files): get it")

@@ -44,6 +44,15 @@ class Source(Tensor):
             self.free(first, self.n_rows if end is None else end)
 
 
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors have the same shape, type and blocks."""
+    if (a.ne, a.type) != (b.ne, b.type):
+        return False
+    step = max(1, (1 << 24) // a.type.row_bytes(a.ne[0]))
+    ranges = ((first, min(first + step, a.n_rows)) for first in range(0, a.n_rows, step))
+    return all(np.array_equal(a.blocks(*part), b.blocks(*part)) for part in ranges)
+
+
 def floats(stored: StoredArray) -> Tensor:
     """Return an array of a checkpoint as BF16, F16 or F32 (any other float). UnsupportedError if it holds no floats."""
     if not stored.dtype.startswith(("F", "BF")) or stored.dtype == "F8_E8M0":

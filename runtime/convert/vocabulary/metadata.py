@@ -8,11 +8,20 @@ import numpy as np
 
 from gguf_run.formats.errors import FormatError
 from gguf_run.runtime.convert.stored.checkpoint import read_json
+from gguf_run.runtime.convert.vocabulary.probe import compare_tokens
 from gguf_run.runtime.convert.vocabulary.sentencepiece import is_sentencepiece, read_sentencepiece
 from gguf_run.runtime.convert.vocabulary.tiktoken import read_tekken, read_tiktoken
 from gguf_run.runtime.convert.vocabulary.tokenizer_json import read_tokenizer_json
-from gguf_run.runtime.convert.vocabulary.vocabulary import Vocabulary, added_tokens, mark_added, read_file, text_of
-from gguf_run.runtime.tokenizers.vocab import END_NAMES
+from gguf_run.runtime.convert.vocabulary.vocabulary import (
+    MAX_TOKENS,
+    Vocabulary,
+    added_tokens,
+    mark_added,
+    read_file,
+    text_of,
+    warn,
+)
+from gguf_run.runtime.tokenizers.vocab import END_NAMES, NORMAL
 
 _PREFIX = "tokenizer.ggml."
 
@@ -38,12 +47,13 @@ def tokenizer_metadata(directory: Path, config: Mapping[str, Any]) -> dict[str, 
     that GGUF has no place for. ConversionWarning for a detail that GGUF has no place for.
     """
     n_vocab = config.get("vocab_size")
-    if n_vocab is not None and (type(n_vocab) is not int or n_vocab < 1):
+    if n_vocab is not None and (type(n_vocab) is not int or not 1 <= n_vocab <= MAX_TOKENS):
         path = directory / "config.json"
-        raise FormatError(f"{path}: vocab_size is {str(n_vocab)[:40]}: a number from 1 on is allowed")
+        raise FormatError(f"{path}: vocab_size is {str(n_vocab)[:40]}: a number from 1 to {MAX_TOKENS} is allowed")
     settings = _read_if_there(directory / "special_tokens_map.json")
     settings |= _read_if_there(directory / "tokenizer_config.json")
-    vocabulary = _read_vocabulary(directory, n_vocab, str(config.get("model_type", "")))
+    path, data = _read_source(directory)
+    vocabulary = _read_vocabulary(directory, path, data, n_vocab, str(config.get("model_type", "")))
     if vocabulary.model in ("llama", "t5"):
         _mark_more_added(vocabulary, directory, settings)
     pairs: dict[str, Any] = {_PREFIX + name: getattr(vocabulary, name) for name in ("model", "pre", "tokens")}
@@ -53,36 +63,54 @@ def tokenizer_metadata(directory: Path, config: Mapping[str, Any]) -> dict[str, 
     if vocabulary.merges is not None:
         pairs[f"{_PREFIX}merges"] = vocabulary.merges
     generation = _read_if_there(directory / "generation_config.json")
-    for role, id in _role_ids(vocabulary, settings, config, generation).items():
-        pairs[_PREFIX + _ROLES[role]] = id
+    roles = _role_ids(vocabulary, settings, config)
     more = dict(vocabulary.more)
+    if ends := _add_ends(roles, vocabulary, settings, generation.get("eos_token_id", config.get("eos_token_id")), path):
+        more["eos_token_ids"] = np.array(ends, np.int32)
+    pairs |= {_PREFIX + _ROLES[role]: roles[role] for role in _ROLES if role in roles}
     for role in ("bos", "eos"):
-        add = settings.get(f"add_{role}_token")
-        if isinstance(add, bool):
-            more.setdefault(f"add_{role}_token", add)
+        given = settings.get(f"add_{role}_token")
+        add = more.get(f"add_{role}_token", given if isinstance(given, bool) else role in vocabulary.adds)
+        more[f"add_{role}_token"] = add and role in roles
     pairs |= {_PREFIX + name: value for name, value in more.items()}
+    if data is not None:
+        compare_tokens(data, pairs, path)
     return pairs | dict(_chat_templates(directory, settings))
 
 
-def _read_vocabulary(directory: Path, n_vocab: int | None, model_type: str) -> Vocabulary:
-    """Read the file with the most facts. SentencePiece's has scores; tokenizer.json has only their order."""
+def _read_source(directory: Path) -> tuple[Path, dict[str, Any] | None]:
+    """Return the file with the most facts, and the object in it if it is tokenizer.json."""
     found = [path for name in _SOURCES for path in sorted(directory.glob(name))]
     if not found:
         raise FormatError(f"{directory}: there is no tokenizer: one of {', '.join(_SOURCES)} is needed")
-    first = found[0]
+    return found[0], read_json(found[0]) if found[0].name == "tokenizer.json" else None
+
+
+def _read_vocabulary(
+    directory: Path, first: Path, data: dict[str, Any] | None, n_vocab: int | None, model_type: str
+) -> Vocabulary:
+    """Read the vocabulary. SentencePiece's file has scores; tokenizer.json has only their order."""
+    found = [path for name in _SOURCES for path in sorted(directory.glob(name))]
     piece_file = next((path for path in found if path.suffix == ".model" and is_sentencepiece(read_file(path))), None)
-    if first.name == "tokenizer.json":
-        vocabulary = read_tokenizer_json(first, n_vocab, model_type)
+    if data is not None:
+        vocabulary = read_tokenizer_json(data, first, n_vocab, model_type)
         if vocabulary.model == "llama" and piece_file is not None:
-            exact = read_sentencepiece(piece_file, n_vocab)
-            if exact.model == "llama":
-                exact.more |= vocabulary.more
+            exact = read_sentencepiece(piece_file, len(vocabulary.tokens))
+            usual = (id for id, type in enumerate(vocabulary.types) if type == NORMAL)
+            if exact.model == "llama" and all(exact.tokens[id] == vocabulary.tokens[id] for id in usual):
+                # What becomes of spaces, and the tokens around a text, are those of tokenizer.json.
+                exact.more, exact.adds = vocabulary.more, vocabulary.adds
                 exact.roles |= vocabulary.roles
-                mark_added(exact, added_tokens(read_json(first).get("added_tokens"), first))
+                mark_added(exact, added_tokens(data.get("added_tokens"), first))
                 return exact
         return vocabulary
     if piece_file is not None:
-        return read_sentencepiece(piece_file, n_vocab)
+        vocabulary = read_sentencepiece(piece_file, n_vocab)
+        own = vocabulary.more.keys() - {"add_space_prefix"}
+        if vocabulary.model == "llama" and own:
+            names = ", ".join(sorted(own))
+            warn(piece_file, f"its {names} is kept for gguf-run alone: in llama.cpp some texts get other tokens")
+        return vocabulary
     return read_tekken(first, n_vocab) if first.name == "tekken.json" else read_tiktoken(first, n_vocab)
 
 
@@ -98,9 +126,7 @@ def _mark_more_added(vocabulary: Vocabulary, directory: Path, settings: Mapping[
     mark_added(vocabulary, added)
 
 
-def _role_ids(
-    vocabulary: Vocabulary, settings: Mapping[str, Any], config: Mapping[str, Any], generation: Mapping[str, Any]
-) -> dict[str, int]:
+def _role_ids(vocabulary: Vocabulary, settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, int]:
     """Return the ids of roles, from the tokens around texts, tokenizer_config.json, the vocabulary or config.json."""
     ids = {token: id for id, token in enumerate(vocabulary.tokens)}
     named = {role: _content(settings.get(f"{role}_token")) for role in _ROLES}
@@ -114,20 +140,35 @@ def _role_ids(
             if isinstance(id, int) and not isinstance(id, bool) and 0 <= id < len(vocabulary.tokens):
                 found[role] = id
                 break
-    if "eos" in found and "eot" not in found:
-        eot = _other_end(vocabulary, ids.get(named["eos"] or ""), found["eos"], generation.get("eos_token_id"))
-        if eot is not None:
-            found["eot"] = eot
-    return {role: found[role] for role in _ROLES if role in found}
+    return found
 
 
-def _other_end(vocabulary: Vocabulary, named: int | None, eos: int, ends: Any) -> int | None:
-    """Return another token that ends an answer, from tokenizer_config.json (named) or generation_config.json (ends)."""
-    if named is not None and named != eos:
-        return named
-    ends = ends if isinstance(ends, list) else []
-    others = [id for id in ends if isinstance(id, int) and 0 <= id < len(vocabulary.tokens) and id != eos]
-    return next((id for id in others if vocabulary.tokens[id] in END_NAMES), next(iter(others), None))
+def _add_ends(
+    roles: dict[str, int], vocabulary: Vocabulary, settings: Mapping[str, Any], given: Any, path: Path
+) -> list[int]:
+    """Add further tokens that end an answer as the roles eot and eom, and return all ends if there are more than that.
+
+    given: eos_token_id of generation_config.json or config.json, an id or a list of them.
+    ConversionWarning for an end that llama.cpp knows neither by its role nor by its text.
+    """
+    tokens = vocabulary.tokens
+    name = _content(settings.get("eos_token")) or _content(settings.get("sep_token"))
+    named = [tokens.index(name)] if name in tokens else []
+    listed = [id for id in (given if isinstance(given, list) else [given]) if type(id) is int and 0 <= id < len(tokens)]
+    listed.sort(key=lambda id: tokens[id] not in END_NAMES)
+    ends = list(dict.fromkeys([*(roles[role] for role in ("eos", "eot", "eom") if role in roles), *named, *listed]))
+    left = [id for id in ends if id not in roles.values()]
+    if left and "eos" not in roles:
+        roles["eos"] = left.pop(0)
+    if left and "eot" not in roles:
+        roles["eot"] = left.pop(0)
+    unknown = [id for id in left if tokens[id] not in END_NAMES]
+    if unknown and "eom" not in roles:
+        roles["eom"] = unknown.pop(0)
+    if unknown:
+        what = f"{len(unknown)} ends of an answer, such as {tokens[unknown[0]][:40]!r},"
+        warn(path, f"{what} stand under tokenizer.ggml.eos_token_ids, which llama.cpp does not read")
+    return ends if unknown else []
 
 
 def _chat_templates(directory: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

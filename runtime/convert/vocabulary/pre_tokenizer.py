@@ -34,8 +34,8 @@ _PIECES = (
 )  # fmt: skip
 
 
-def pre_tokenizer_name(pre: Any, whole_words: bool, model_type: str, path: Path) -> str:
-    """Return the name for the `pre_tokenizer` of a tokenizer.json.
+def pre_tokenizer_name(pre: Any, whole_words: bool, model_type: str, path: Path) -> tuple[str, bool]:
+    """Return the name for the `pre_tokenizer` of a tokenizer.json, and whether it cuts all test texts alike.
 
     pre: None, or an object with a type. whole_words: ignore_merges of its model, which decides between names with the
     same cuts. model_type: of config.json; it decides between names that mean the same in every respect.
@@ -56,9 +56,8 @@ def pre_tokenizer_name(pre: Any, whole_words: bool, model_type: str, path: Path)
     name = usual if usual in row else names[0]
     if least:
         nearest = f'"{name}" comes nearest, with {least} of {len(probes())} test texts cut otherwise'
-        advice = "Compare gguf-tokenize with the original on your texts"
-        warn(path, f"no known pre-tokenizer cuts text as this one does; {nearest}. {advice}")
-    return name
+        warn(path, f"no known pre-tokenizer cuts text as this one does; {nearest}. llama.cpp takes that one")
+    return name, not least
 
 
 @functools.cache

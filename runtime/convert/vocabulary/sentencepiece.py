@@ -56,12 +56,17 @@ def read_sentencepiece(path: Path, n_vocab: int | None) -> Vocabulary:
     types[: len(pieces)] = [type for _, _, type in pieces[:n_vocab]]
     scores = [score for _, score, _ in pieces[:n_vocab]] + [PADDING_SCORE] * (n_vocab - len(pieces))
     vocabulary = Vocabulary("llama" if kind == _BPE else "t5", "default", tokens, types, scores)
+    vocabulary.adds = ("bos",) if kind == _BPE else ("eos",)
     vocabulary.more["add_space_prefix"] = norm.get(3, 1) != 0
-    if kind == _UNIGRAM:
+    charsmap = norm.get(2)
+    if isinstance(charsmap, bytes) and charsmap:
+        vocabulary.more["precompiled_charsmap"] = np.frombuffer(charsmap, np.uint8)
+    if kind == _UNIGRAM or norm.get(4, 1) != 0:
         vocabulary.more["remove_extra_whitespaces"] = norm.get(4, 1) != 0
-        charsmap = norm.get(2)
-        if isinstance(charsmap, bytes) and charsmap:
-            vocabulary.more["precompiled_charsmap"] = np.frombuffer(charsmap, np.uint8)
+    if norm.get(5, 1) == 0:
+        vocabulary.more["escape_whitespaces"] = False
+    if train.get(24, 0) != 0:
+        vocabulary.more["treat_whitespace_as_suffix"] = True
     for role, field, default in (("unk", 40, 0), ("bos", 41, 1), ("eos", 42, 2), ("pad", 43, -1)):
         id = train.get(field, default)
         if isinstance(id, int) and 0 <= id < len(pieces):

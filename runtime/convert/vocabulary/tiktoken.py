@@ -8,9 +8,18 @@ from typing import Any
 
 from gguf_run.formats.errors import FormatError
 from gguf_run.runtime.convert.stored.checkpoint import read_json
+from gguf_run.runtime.convert.vocabulary.pipeline import keep_steps
 from gguf_run.runtime.convert.vocabulary.pre_tokenizer import pre_tokenizer_name
-from gguf_run.runtime.convert.vocabulary.vocabulary import MAX_TOKENS, Vocabulary, lay_out, pairs_of, read_file
+from gguf_run.runtime.convert.vocabulary.vocabulary import (
+    MAX_TOKEN_CHARS,
+    MAX_TOKENS,
+    Vocabulary,
+    lay_out,
+    pairs_of,
+    read_file,
+)
 from gguf_run.runtime.tokenizers.bpe import BYTE_CHARACTERS
+from gguf_run.runtime.tokenizers.pretokenizers import PRE_TOKENIZERS
 from gguf_run.runtime.tokenizers.vocab import CONTROL
 
 _CHARACTER = {byte: character for character, byte in BYTE_CHARACTERS.items()}
@@ -38,7 +47,7 @@ _TEKKEN_SPECIAL = (
 )  # fmt: skip
 
 # A longer token would make many pairs. Published ones have at most some 130 bytes.
-_MAX_TOKEN_BYTES = 1024
+_MAX_TOKEN_BYTES = MAX_TOKEN_CHARS
 
 
 def read_tiktoken(path: Path, n_vocab: int | None) -> Vocabulary:
@@ -60,6 +69,7 @@ def read_tiktoken(path: Path, n_vocab: int | None) -> Vocabulary:
     controls = {len(tokens) + i: name for i, name in enumerate(special)}
     vocabulary = _byte_level(tokens, 0, controls, n_vocab, path)
     vocabulary.pre = pre
+    vocabulary.adds = ("bos",) if PRE_TOKENIZERS[pre].add_bos else ()
     for role, name in (("bos", "<|begin_of_text|>"), ("eos", "<|end_of_text|>"), ("eos", "<|endoftext|>")):
         if name in special:
             vocabulary.roles[role] = name
@@ -87,7 +97,9 @@ def read_tekken(path: Path, n_vocab: int | None) -> Vocabulary:
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     pre = {"type": "Sequence", "pretokenizers": [split, byte_level]}
-    vocabulary.pre = pre_tokenizer_name(pre, True, "mistral", path)
+    vocabulary.pre, cuts_alike = pre_tokenizer_name(pre, True, "mistral", path)
+    if not cuts_alike:
+        keep_steps(vocabulary, "pre_tokenizer", [split, byte_level], path, say=False)
     vocabulary.roles |= {"unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "<pad>"}
     vocabulary.more |= {"add_bos_token": True, "add_eos_token": False}
     return vocabulary

@@ -1,15 +1,18 @@
 """tokenizer.json of the tokenizers package: byte-level BPE, SentencePiece as BPE or Unigram, and WordPiece."""
 
-import base64
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gguf_run.formats.errors import FormatError, UnsupportedError
-from gguf_run.runtime.convert.stored.checkpoint import read_json
+from gguf_run.runtime.convert.vocabulary.pipeline import (
+    keep_steps,
+    read_post_processor,
+    read_spaced_steps,
+    read_word_steps,
+    steps,
+)
 from gguf_run.runtime.convert.vocabulary.pre_tokenizer import pre_tokenizer_name
 from gguf_run.runtime.convert.vocabulary.vocabulary import (
     PADDING_SCORE,
@@ -19,24 +22,24 @@ from gguf_run.runtime.convert.vocabulary.vocabulary import (
     lay_out,
     mark_added,
     pairs_of,
-    text_of,
     tokens_by_id,
     warn,
 )
+from gguf_run.runtime.tokenizers.pretokenizers import PRE_TOKENIZERS
 from gguf_run.runtime.tokenizers.vocab import BYTE, NORMAL, UNKNOWN
 
 _BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
-def read_tokenizer_json(path: Path, n_vocab: int | None, model_type: str) -> Vocabulary:
+def read_tokenizer_json(data: dict[str, Any], path: Path, n_vocab: int | None, model_type: str) -> Vocabulary:
     """Return the vocabulary of a tokenizer.json.
 
+    data: the object in the file. path: for errors.
     n_vocab: tokens are added or cut to make so many; None: as many as the file has. model_type: of config.json.
 
     FormatError for a damaged file. UnsupportedError for a kind of model or step that GGUF has no place for.
     ConversionWarning if GGUF has no place for a step that changes some texts.
     """
-    data = read_json(path)
     model = data.get("model")
     if not isinstance(model, dict):
         raise FormatError(f"{path}: there is no model in it")
@@ -57,24 +60,8 @@ def read_tokenizer_json(path: Path, n_vocab: int | None, model_type: str) -> Voc
     unknown = model.get("unk_token")
     if isinstance(unknown, str) and vocab.get(unknown, len(tokens)) < len(tokens):
         vocabulary.roles.setdefault("unk", vocab[unknown])
-    _read_post_processor(data, vocabulary, path)
+    read_post_processor(data, vocabulary, path)
     return vocabulary
-
-
-def steps(component: Any, path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the steps of a normalizer, pre-tokenizer, decoder or post-processor. Sequences are flattened."""
-    stack = [component]
-    while stack:
-        item = stack.pop()
-        if item is None:
-            continue
-        if not isinstance(item, dict) or not isinstance(item.get("type"), str):
-            raise FormatError(f"{path}: a step is {str(item)[:60]}: it needs a type")
-        if item["type"] == "Sequence":
-            inner = next((v for v in item.values() if isinstance(v, list)), [])
-            stack += reversed(inner)
-        else:
-            yield item
 
 
 def _bpe(data: dict[str, Any], vocabulary: Vocabulary, path: Path, model_type: str) -> Vocabulary:
@@ -88,15 +75,15 @@ def _bpe(data: dict[str, Any], vocabulary: Vocabulary, path: Path, model_type: s
         return _spm_bpe(data, vocabulary, merges, path)
     vocabulary.model = "gpt2"
     pre = data.get("pre_tokenizer")
-    if any(step.get("add_prefix_space") for step in steps(pre, path) if step["type"] == "ByteLevel"):
-        warn(path, "it puts a space before a text, which a GGUF file cannot say of byte-level BPE")
-    vocabulary.pre = pre_tokenizer_name(pre, model.get("ignore_merges") is True, model_type, path)
+    cuts = list(steps(pre, path))
+    whole_words = model.get("ignore_merges") is True
+    vocabulary.pre, cuts_alike = pre_tokenizer_name(pre, whole_words, model_type, path)
+    if not cuts_alike or any(step.get("add_prefix_space") for step in cuts if step["type"] == "ByteLevel"):
+        keep_steps(vocabulary, "pre_tokenizer", cuts, path, say=cuts_alike)
+    if PRE_TOKENIZERS[vocabulary.pre].whole_words != whole_words:
+        vocabulary.more["ignore_merges"] = whole_words
     vocabulary.merges = [f"{left} {right}" for left, right in merges]
-    for step in steps(data.get("normalizer"), path):
-        if step["type"] == "NFC":
-            vocabulary.more["normalizer.nfc"] = True
-        else:
-            warn(path, f"its normalizer {step['type']} has no place in a GGUF file")
+    keep_steps(vocabulary, "normalizer", list(steps(data.get("normalizer"), path)), path)
     return vocabulary
 
 
@@ -118,7 +105,7 @@ def _spm_bpe(data: dict[str, Any], vocabulary: Vocabulary, merges: list[tuple[st
         if type == NORMAL:
             ranks.setdefault(token, len(ranks))
     vocabulary.scores = [-float(ranks.get(token, 0)) for token in vocabulary.tokens]
-    _read_prefix(data, vocabulary, path)
+    read_spaced_steps(data, vocabulary, path)
     return vocabulary
 
 
@@ -132,22 +119,7 @@ def _unigram(data: dict[str, Any], vocabulary: Vocabulary, path: Path, model_typ
         vocabulary.roles["unk"] = unknown
     if data["model"].get("byte_fallback"):
         _mark_bytes(vocabulary)
-    _read_prefix(data, vocabulary, path)
-    split = any(step["type"] == "WhitespaceSplit" for step in steps(data.get("pre_tokenizer"), path))
-    for step in steps(data.get("normalizer"), path):
-        if step["type"] == "Precompiled":
-            try:
-                charsmap = base64.b64decode(step["precompiled_charsmap"], validate=True)
-            except (KeyError, TypeError, ValueError):
-                raise FormatError(f"{path}: precompiled_charsmap is no base64") from None
-            vocabulary.more["precompiled_charsmap"] = np.frombuffer(charsmap, np.uint8)
-        elif step["type"] == "Replace" and " {2,}" in str(step.get("pattern")):
-            split = True
-        elif step["type"] in ("NFC", "NFKC"):
-            vocabulary.more[f"normalizer.{step['type'].lower()}"] = True
-        elif step["type"] not in ("Replace", "Prepend", "Strip"):
-            warn(path, f"its normalizer {step['type']} has no place in a GGUF file")
-    vocabulary.more["remove_extra_whitespaces"] = split
+    read_spaced_steps(data, vocabulary, path)
     return vocabulary
 
 
@@ -162,12 +134,7 @@ def _wordpiece(data: dict[str, Any], vocabulary: Vocabulary, path: Path, model_t
         else SPACE + token
         for id, (token, type) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
     ]  # fmt: skip
-    for step in steps(data.get("normalizer"), path):
-        if step["type"] in ("BertNormalizer", "Lowercase"):
-            lowercase = step.get("lowercase", True) is True
-            strip = step.get("strip_accents")
-            vocabulary.more["normalizer.lowercase"] = lowercase
-            vocabulary.more["normalizer.strip_accents"] = lowercase if strip is None else strip is True
+    read_word_steps(data, vocabulary, path)
     return vocabulary
 
 
@@ -206,42 +173,3 @@ def _check_pieces(value: Any, path: Path) -> None:
 def _mark_bytes(vocabulary: Vocabulary) -> None:
     typed = zip(vocabulary.tokens, vocabulary.types, strict=True)
     vocabulary.types = [BYTE if token in _BYTE_TOKENS else type for token, type in typed]
-
-
-def _read_prefix(data: dict[str, Any], vocabulary: Vocabulary, path: Path) -> None:
-    """Find out whether a text gets a space in front: from the normalizer, or from Metaspace (if it has none)."""
-    prefix = any(step["type"] == "Prepend" for step in steps(data.get("normalizer"), path))
-    for step in steps(data.get("pre_tokenizer"), path):
-        if step["type"] == "Metaspace":
-            scheme = str(step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never"))
-            prefix = scheme in ("first", "always")
-            if prefix:
-                vocabulary.more["metaspace"] = scheme
-    vocabulary.more["add_space_prefix"] = prefix
-
-
-def _read_post_processor(data: dict[str, Any], vocabulary: Vocabulary, path: Path) -> None:
-    """Find the tokens that the post-processor puts around a text."""
-    for step in steps(data.get("post_processor"), path):
-        if step["type"] == "ByteLevel":
-            vocabulary.more = {"add_bos_token": False, "add_eos_token": False} | vocabulary.more
-        for role, token in _tokens_around(step).items():
-            vocabulary.more[f"add_{role}_token"] = token is not None
-            if token is not None:
-                vocabulary.roles[role] = token
-
-
-def _tokens_around(step: dict[str, Any]) -> dict[str, str | None]:
-    """Return the tokens that a step puts before (bos) and after (eos) a text. None: no token. No key: not known."""
-    if step["type"] in ("RobertaProcessing", "BertProcessing"):
-        pairs = (("bos", step.get("cls")), ("eos", step.get("sep")))
-        return {role: pair[0] for role, pair in pairs if isinstance(pair, list) and pair and isinstance(pair[0], str)}
-    single = step.get("single") if step["type"] == "TemplateProcessing" else None
-    if not isinstance(single, list) or len(single) < 2:
-        return {}
-    return {"bos": _special_token(single[0]), "eos": _special_token(single[-1])}
-
-
-def _special_token(part: Any) -> str | None:
-    special = part.get("SpecialToken") if isinstance(part, dict) else None
-    return text_of(special, "id")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gguf_run.formats.errors import FormatError
+from gguf_run.formats.gguf.mapped import read_bytes
 from gguf_run.runtime.tokenizers.vocab import CONTROL, NORMAL, UNUSED, USER_DEFINED
 
 T = TypeVar("T", str, bytes)
@@ -15,6 +16,7 @@ T = TypeVar("T", str, bytes)
 # Limits. The largest published vocabularies have some 260,000 tokens in 35 MB.
 MAX_FILE_BYTES = 1 << 29
 MAX_TOKENS = 1 << 22
+MAX_TOKEN_CHARS = 1024  # of a token whose parts are looked for; published ones have at most some 512
 
 SPACE = "▁"  # how SentencePiece spells a space
 PADDING_SCORE = -10000.0
@@ -41,6 +43,7 @@ class Vocabulary:
     merges: list[str] | None = None  # "left right" each, of some models
     more: dict[str, Any] = field(default_factory=dict)  # other keys
     roles: dict[str, int | str] = field(default_factory=dict)  # role ("bos" ...) -> id or token, as far as a file tells
+    adds: tuple[str, ...] = ()  # roles whose tokens are put around a text, if tokenizer_config.json does not say
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Added:
     special: bool  # no text is turned into it
     lstrip: bool = False  # takes the white space on its left
     rstrip: bool = False  # takes the white space on its right
+    single_word: bool = False  # is found only where no letter or digit stands beside it
 
 
 def warn(path: Path, text: str) -> None:
@@ -60,12 +64,9 @@ def warn(path: Path, text: str) -> None:
 
 
 def read_file(path: Path) -> bytes:
-    """Return a file's bytes. FormatError if it cannot be read or is far larger than any tokenizer."""
+    """Return a file's bytes. GgufRunError if it cannot be read, is no file or is far larger than any tokenizer."""
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise FormatError(f"{path}: {size} bytes are no tokenizer; at most {MAX_FILE_BYTES} are read")
-        return path.read_bytes()
+        return read_bytes(path, MAX_FILE_BYTES)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror or error})") from None
 
@@ -85,7 +86,8 @@ def added_tokens(entries: Any, path: Path) -> list[Added]:
         id, content = entry.get("id") if isinstance(entry, Mapping) else None, text_of(entry, "content")
         if type(id) is not int or not 0 <= id < MAX_TOKENS or content is None:
             raise FormatError(f"{path}: an added token is {str(entry)[:80]}: it needs an id and its text as content")
-        found.append(Added(id, content, *(entry.get(flag) is True for flag in ("special", "lstrip", "rstrip"))))
+        flags = ("special", "lstrip", "rstrip", "single_word")
+        found.append(Added(id, content, *(entry.get(flag) is True for flag in flags)))
     return found
 
 
@@ -125,7 +127,12 @@ def lay_out(found: Mapping[int, str], n_vocab: int, path: Path) -> tuple[list[st
 
 
 def pairs_of(token: T, ranks: Mapping[T, int]) -> list[tuple[T, T]]:
-    """Return all pairs of tokens that make a token, the lowest ranks first. ranks: by token."""
+    """Return all pairs of tokens that make a token, the lowest ranks first. ranks: by token.
+
+    FormatError for a token of more than MAX_TOKEN_CHARS, which would take very long.
+    """
+    if len(token) > MAX_TOKEN_CHARS:
+        raise FormatError(f"token {token[:40]!r} has {len(token)} characters: at most {MAX_TOKEN_CHARS} are allowed")
     pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
     known = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
     return sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
@@ -134,7 +141,7 @@ def pairs_of(token: T, ranks: Mapping[T, int]) -> list[tuple[T, T]]:
 def mark_added(vocabulary: Vocabulary, added: Iterable[Added]) -> None:
     """Give added tokens their types, scores and texts. The text of a token that is no control token has real spaces.
 
-    Tokens that take white space are listed under lstrip_token_ids and rstrip_token_ids.
+    Tokens with flags are listed under lstrip_token_ids, rstrip_token_ids and single_word_token_ids.
     """
     for entry in added:
         if entry.id >= len(vocabulary.tokens):
@@ -145,7 +152,7 @@ def mark_added(vocabulary: Vocabulary, added: Iterable[Added]) -> None:
         vocabulary.tokens[entry.id] = entry.content if control else entry.content.replace(SPACE, " ")
         if vocabulary.scores is not None:
             vocabulary.scores[entry.id] = ADDED_SCORE
-        for side in ("lstrip", "rstrip"):
-            if getattr(entry, side):
-                key = f"{side}_token_ids"
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if getattr(entry, flag):
+                key = f"{flag}_token_ids"
                 vocabulary.more[key] = sorted({*vocabulary.more.get(key, ()), entry.id})

@@ -2,9 +2,12 @@
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 import time
+import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +17,10 @@ from tinymodel import write_tiny
 
 from gguf_run.formats.compiler import jit
 from gguf_run.formats.compiler.jit import njit
+from gguf_run.formats.compiler.machine_code import Code
 from gguf_run.runtime import Model
+
+POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes and files")
 
 
 @njit
@@ -89,33 +95,177 @@ def test_only_plain_values_in_closures() -> None:
 
 CODE = """
 import sys
+import numpy as np
 from gguf_run.formats.compiler.jit import njit
 @njit
 def twice(x):
     return 2 * x
-print(twice(21), "numba" in sys.modules)
+@njit
+def thrice(x):
+    memory = np.full(3, x)
+    return memory.sum()
+print(twice(21) + thrice(0), "numba" in sys.modules)
 """
+MADE, LOADED = ["42", "True"], ["42", "False"]
 
 
-def test_damaged_cache(tmp_path: Path) -> None:
-    """A file that is empty, cut or changed is made again; without one that is whole, numba is loaded."""
-    script = tmp_path / "script.py"
-    script.write_text(CODE)
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("script") / "script.py"
+    path.write_text(CODE)
+    return path
 
-    def run() -> list[str]:
-        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-        done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=True)
-        return done.stdout.split()
 
-    assert run() == ["42", "True"]
-    assert run() == ["42", "False"]
-    (code,) = tmp_path.glob("gguf-run/kernels-*/twice-*.o")
-    whole = code.read_bytes()
-    for damaged in (whole[:-1], whole[:-9] + bytes(9), b"\xff" * 99):
-        code.write_bytes(damaged)
-        assert run() == ["42", "True"]
-        assert code.read_bytes() == whole
-    assert [path.suffix for path in code.parent.iterdir()] == [".o"]
+def run(script: Path, cache: Path, problem: str = "") -> list[str]:
+    """Run the script with its kernels in a cache. problem: what it must say on stderr."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
+    command = [sys.executable, script]
+    umask = -1 if os.name == "nt" else 0o002  # as many systems have it
+    done = subprocess.run(
+        command, env=environment, umask=umask, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert problem in done.stderr
+    assert done.stderr.count("Warning") == bool(problem)
+    return done.stdout.split()
+
+
+@pytest.fixture(scope="module")
+def filled(script: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the script's kernels."""
+    cache = tmp_path_factory.mktemp("cache")
+    assert run(script, cache) == MADE
+    assert run(script, cache) == LOADED
+    return cache
+
+
+@pytest.fixture
+def cache(filled: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(filled, tmp_path / "cache")
+
+
+def code_of(cache: Path, name: str) -> Path:
+    (path,) = cache.glob(f"gguf-run/kernels-*/{name}-*.o")
+    return path
+
+
+def key_of(path: Path) -> str:
+    return "/".join(path.parts[-2:])
+
+
+def test_code_is_whole_and_of_this_kernel() -> None:
+    """Every cut and every changed byte is found, another key too: not one of them is loaded."""
+    code = Code("i8", bytes(range(256)))
+    data = code.sealed("kernels-1/f-2.o")
+    assert Code.unsealed(data, "kernels-1/f-2.o") == code
+    cut = [data[:end] for end in range(len(data))]
+    changed = [data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :] for at in range(len(data)) for bit in range(8)]
+    for other in (*cut, *changed, data + b"\0", b"\xff" * 99, Code("f9", b"").sealed("kernels-1/f-2.o")):
+        with pytest.raises(ValueError, match=r"not the code|codec"):
+            Code.unsealed(other, "kernels-1/f-2.o")
+    for key in ("kernels-2/f-2.o", "kernels-1/g-2.o", ""):
+        with pytest.raises(ValueError, match="not the code"):
+            Code.unsealed(data, key)
+
+
+def _swapped(path: Path) -> None:
+    shutil.copy(code_of(path.parents[2], "thrice"), path)
+
+
+def _of_other_sources(path: Path) -> None:
+    code = Code.unsealed(path.read_bytes(), key_of(path))
+    path.write_bytes(code.sealed(f"kernels-0123456789abcdef/{path.name}"))
+
+
+def _of_an_earlier_version(path: Path) -> None:
+    code = Code.unsealed(path.read_bytes(), key_of(path)).object
+    path.write_bytes(b"i8 %d\n" % zlib.crc32(code) + code)
+
+
+def _for_all_to_write(path: Path) -> None:
+    path.chmod(0o606)
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _link_to_a_device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def _unreadable(path: Path) -> None:
+    path.chmod(0)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        _swapped,
+        _of_other_sources,
+        _of_an_earlier_version,
+        *(pytest.param(harm, marks=POSIX) for harm in (_for_all_to_write, _pipe, _link_to_a_device, _unreadable)),
+    ],
+)
+def test_bad_files_are_made_again(script: Path, cache: Path, harm: Callable[[Path], None]) -> None:
+    path = code_of(cache, "twice")
+    whole = path.read_bytes()
+    harm(path)
+    assert run(script, cache) == (LOADED if harm is _unreadable and os.geteuid() == 0 else MADE)
+    assert path.read_bytes() == whole
+    assert run(script, cache) == LOADED
+
+
+def test_code_that_needs_what_is_not_here_is_made_again(script: Path, cache: Path) -> None:
+    path = code_of(cache, "thrice")
+    code = Code.unsealed(path.read_bytes(), key_of(path))
+    assert b"malloc\0" in code.object
+    path.write_bytes(Code(code.result, code.object.replace(b"malloc\0", b"mallox\0")).sealed(key_of(path)))
+    assert run(script, cache) == MADE
+    assert run(script, cache) == LOADED
+
+
+def test_a_folder_in_the_place_of_a_file(script: Path, cache: Path) -> None:
+    path = code_of(cache, "twice")
+    path.unlink()
+    path.mkdir()
+    (path / "file").touch()
+    assert run(script, cache) == MADE
+    assert sorted(name.suffix for name in path.parent.iterdir()) == [".o", ".o"]
+
+
+@POSIX
+def test_modes(filled: Path) -> None:
+    """Though the umask would let the group write."""
+    path = code_of(filled, "twice")
+    assert [oct(name.stat().st_mode & 0o777) for name in (path.parent, path)] == ["0o700", "0o600"]
+
+
+@POSIX
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777, 0o702])
+def test_a_folder_that_others_may_write_is_not_used(script: Path, cache: Path, mode: int) -> None:
+    folder = code_of(cache, "twice").parent
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    folder.chmod(mode)
+    assert run(script, cache, f"{folder} can be written by others (mode {mode:o}): kernels are compiled anew") == MADE
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    folder.chmod(0o755)  # as earlier versions made it
+    assert run(script, cache) == LOADED
+
+
+@POSIX
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give a folder away")
+def test_what_belongs_to_somebody_else_is_not_used(script: Path, cache: Path) -> None:
+    path = code_of(cache, "twice")
+    os.chown(path, 4321, -1)
+    assert run(script, cache) == MADE
+    assert path.stat().st_uid == 0
+    os.chown(path.parent, 4321, -1)
+    assert run(script, cache, f"{path.parent} belongs to user 4321, this is user 0") == MADE
 
 
 def test_old_versions_are_removed(tmp_path: Path) -> None:

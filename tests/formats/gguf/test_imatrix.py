@@ -83,6 +83,8 @@ def test_bad_legacy(tmp_path: Path, data: bytes, message: str) -> None:
     [
         ({}, [T("a.weight", (3,))], "is not an imatrix"),
         ({}, [T("a.in_sum2", (3,))], 'tensor "a.counts" is missing'),
+        ({}, [T("a.in_sum2", (3,)), T("a.counts", (0, 1))], 'tensor "a.counts" has no elements'),
+        ({}, [T("a.in_sum2", (0, 1)), T("a.counts", (1, 1))], 'tensor "a.in_sum2" has no elements'),
         ({}, [T("a.in_sum2", (3,)), T("a.counts", (1,), "F16")], "F16, must be F32"),
         ({}, [T("a.in_sum2", (3, 2)), T("a.counts", (1,))], "2 rows of sums, but 1 counts"),
         ({"imatrix.chunk_count": "x"}, [T("a.in_sum2", (3,)), T("a.counts", (1,))], "chunk_count is 'x'"),

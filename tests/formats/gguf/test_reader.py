@@ -2,6 +2,7 @@
 
 import mmap
 import tracemalloc
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ import gguf
 import numpy as np
 import pytest
 import real
-from ggufbuild import TYPES, VALUES, Raw, T, Typed, write, write_split
+from ggufbuild import TYPES, VALUES, Raw, T, Typed, build, write, write_split
 
+from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.types import TENSOR_TYPES
 from gguf_run.formats.gguf.mapped import MappedFile
 from gguf_run.formats.gguf.metadata import Metadata
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.gguf.strings import StringArray
+from gguf_run.formats.gguf.writer import GGUFWriter
 
 ORDERS = pytest.mark.parametrize("order", ["<", ">"])
 
@@ -221,6 +224,53 @@ def resident_kib() -> int:
         pytest.skip("needs /proc")
     lines = status.read_text().splitlines()  # a file in memory (tmpfs) counts as shared memory
     return sum(int(line.split()[1]) for line in lines if line.startswith(("RssFile", "RssShmem")))
+
+
+# ---- what the reference reader accepts, though it is odd ----
+
+
+def test_strings_that_are_not_utf8(tmp_path: Path) -> None:
+    """U+FFFD stands for their bytes, one warning says so, and a copy has the same bytes."""
+    pairs = {"a": b"ok\xc3\x28", "b": [b"ok", b"", b"\xe6\xbc", b"z"], "c": [b"\xe6", b"\xbc\xa2"], "d": "good"}
+    path = write(tmp_path / "m.gguf", pairs)
+    with GGUFFile.open(path) as file, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert file.metadata["a"] == "ok\ufffd("
+        assert list(file.metadata["b"]) == ["ok", "", "\ufffd", "z"]
+        # Joined without care, the two would be one character.
+        assert list(file.metadata["c"]) == [file.metadata["c"][0], file.metadata["c"][1]] == ["\ufffd", "\ufffd\ufffd"]
+        assert file.metadata["d"] == "good"
+        with GGUFWriter(tmp_path / "copy.gguf", {key: file.metadata.typed(key) for key in file.metadata}, []):
+            pass
+    assert (tmp_path / "copy.gguf").read_bytes() == path.read_bytes() + bytes(-path.stat().st_size % 32)
+    assert [str(w.message) for w in caught] == [
+        f'{path}: offset 47: the value of "a" is not valid UTF-8 (byte 0xc3): U+FFFD is shown in its place'
+    ]
+
+
+@ORDERS
+def test_tensors_without_elements(tmp_path: Path, order: str) -> None:
+    tensors = [T("a", (32, 0)), T("b", (8,), data=bytes(range(32))), T("c", (0,)), T("d", (0, 5, 3), "Q4_0")]
+    data = build({"x": 1}, [*tensors, T("e", (4, 0, 2), offset=1 << 40)], order=order)
+    (tmp_path / "m.gguf").write_bytes(data)
+    with GGUFFile.open(tmp_path / "m.gguf") as file:
+        assert [(t.ne, t.n_elements, t.nbytes, t.blocks().size) for t in file.tensors.values() if t.name != "b"] == [
+            ((32, 0), 0, 0, 0), ((0,), 0, 0, 0), ((0, 5, 3), 0, 0, 0), ((4, 0, 2), 0, 0, 0)
+        ]  # fmt: skip
+        for tensor in file.tensors.values():
+            tensor.release()
+            assert dequantize(tensor.blocks(), tensor.type).size == tensor.n_elements
+        pairs = {key: file.metadata.typed(key) for key in file.metadata}
+        for split in ((), (1, 1, 3), (4, 1)):
+            copy = tmp_path / f"copy{len(split)}.gguf"
+            with GGUFWriter(copy, pairs, list(file.tensors.values()), byte_order=order, split=split) as writer:
+                for tensor in file.tensors.values():
+                    writer.copy(tensor)
+            with GGUFFile.open(writer.paths[0]) as same:
+                assert [(t.name, t.ne, t.type) for t in same.tensors.values()] == [
+                    (t.name, t.ne, t.type) for t in file.tensors.values()
+                ]
+                np.testing.assert_array_equal(same.tensors["b"].blocks(), file.tensors["b"].blocks())
 
 
 # ---- split files ----

@@ -31,7 +31,7 @@ def use(path: Path) -> None:
             if isinstance(value, StringArray):
                 value.tolist()
         for tensor in file.tensors.values():
-            tensor.blocks()[-1, -1].item()
+            tensor.blocks()[-1:, -1:].tobytes()
             tensor.release()
 
 
@@ -80,7 +80,6 @@ BAD: dict[str, tuple[bytes, str]] = {
     # strings and arrays
     "string length": (build({"a": Raw(8, U64.pack(1 << 20))}), 'the value of "a" needs 1048576 bytes, but the file'),
     "string of 2^63": (build({"a": Raw(8, U64.pack(1 << 63))}), '"a" has 9223372036854775808 bytes: at most'),
-    "string not UTF-8": (build({"a": b"ok\xc3\x28"}), 'the value of "a" is not valid UTF-8 .byte 0xc3'),
     "array type": (build({"a": array(77, 0)}), 'an item of the value of "a" has the unknown value type 77'),
     "array of 2^64-1": (build({"a": array(4, (1 << 64) - 1)}), "18446744073709551615 items: at most 1073741824"),
     # 2^62 * 4 bytes = 2^64: wraps to 0
@@ -91,9 +90,6 @@ BAD: dict[str, tuple[bytes, str]] = {
     "length cut": (build({"a": array(8, 2, string("x" * 20) + bytes(7))}), 'string 1 of 2 of the value of "a"'),
     "string of 2^64-1 in array": (build({"a": array(8, 1, b"\xff" * 8)}), "string 0 of 1 of"),
     "string of 2^63-1 in array": (build({"a": array(8, 1, b"\xff" * 7 + b"\x7f")}), "string 0 of 1 of"),
-    "strings not UTF-8": (build({"a": [b"ok", b"", b"\xe6\xbc", b"z"]}), r'string 2 of the value of "a" is not valid'),
-    # Joined without care, "\xe6" + "\xbc\xa2" would be one character.
-    "string ends in the next": (build({"a": [b"\xe6", b"\xbc\xa2"]}), 'string 0 of the value of "a" is not valid'),
     # nesting
     "nested 9": (build({"a": nested(9)}), "nests arrays more than 8 deep"),
     "nested 50000": (build({"a": nested(50_000)}), "nests arrays more than 8 deep"),
@@ -106,7 +102,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "name twice": (build({}, [T("t", (4,)), T("u", (4,)), T("t", (4,))]), 'there are two tensors called "t"'),
     "5 dimensions": (one_tensor(ne=(1,) * 5, n_dims=5), "has 5 dimensions: at most 4"),
     "2^32-1 dimensions": (one_tensor(n_dims=(1 << 32) - 1), "has 4294967295 dimensions"),
-    "dimension 0": (one_tensor(ne=(32, 0)), r"has the shape \(32, 0\): every size is at least 1"),
+    "0 beside 2^63": (one_tensor(ne=(1 << 32, 0, 1 << 31)), r"has the shape \(4294967296, 0, 2147483648\): sizes are"),
     # As signed numbers: negative.
     "dimension 2^64-1": (one_tensor(ne=((1 << 64) - 1,)), r"shape \(18446744073709551615,\)"),
     "dimension 2^63": (one_tensor(ne=(1 << 63,)), r"shape \(9223372036854775808,\)"),
@@ -203,7 +199,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_directory(tmp_path: Path) -> None:
-    with pytest.raises(GgufRunError, match="is a directory, not a file"):
+    with pytest.raises(GgufRunError, match="is a directory without GGUF files"):
         GGUFFile.open(tmp_path)
 
 

@@ -250,6 +250,24 @@ def test_rope(n_head: int, head_dim: int, n_rot: int, style: str) -> None:
                 np.testing.assert_array_equal(same, heads[..., n_rot:])
 
 
+def test_long_sequences_turn_by_other_frequencies() -> None:
+    """Runs of both kinds in one step."""
+    x = np.random.default_rng(4).standard_normal((9, 32))
+    rotation = Rotation("neox", 16, 1e4 ** -(np.arange(8) / 8), 1.3, 3e3 ** -(np.arange(8) / 8), 64)
+    step = Step(cpu(1), 9)
+    a = step.input(x)
+    step.add(Rope(a, rotation, 16))
+    step.finish(a)
+    runs = [Run(0, 5, 3, False), Run(1, 70, 4, True), Run(2, 1, 2, False)]
+    result = step.program.run(np.arange(9, dtype=np.int32), runs, range(9)).values
+    at = 0
+    for run in runs:
+        heads = x[at : at + run.n_tokens].reshape(run.n_tokens, 2, 16)
+        expected = rotate(heads, rotation.of(run.is_long), run.n_past + np.arange(run.n_tokens))
+        assert error(result[at : at + run.n_tokens], expected.reshape(run.n_tokens, 32)) < 1e-6
+        at += run.n_tokens
+
+
 def test_ropes_of_one_program_do_not_mix() -> None:
     """gemma3 turns by two bases; each by its own table, whichever comes first and as often as it likes."""
     ropes = [Rotation("neox", 16, base ** -(np.arange(8) / 8)) for base in (1e4, 1e6)]

@@ -1,5 +1,7 @@
-"""Chat templates: what they make of messages, and templates that mean harm."""
+"""Chat templates: what they make of messages, and what the sandbox forbids."""
 
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -7,7 +9,8 @@ import real
 
 from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
-from gguf_run.runtime.chat import template as template_module
+from gguf_run.runtime.chat.process import TemplateProcess
+from gguf_run.runtime.chat.sandbox import NO_SYSTEM, NO_TOOLS
 from gguf_run.runtime.chat.template import MAX_TEMPLATE, render_chat
 from gguf_run.runtime.load.load_model import chat_template
 from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
@@ -32,8 +35,18 @@ LLAMA2 = """\
 {%- endfor %}"""
 
 
+PROCESS = TemplateProcess()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _end() -> Iterator[None]:
+    yield
+    PROCESS.close()
+
+
 def render(template: str, *messages: dict[str, Any], **options: Any) -> str:
-    return render_chat(template, messages or [USER], **({"bos_token": "<s>", "eos_token": "</s>"} | options))
+    usual = {"bos_token": "<s>", "eos_token": "</s>", "process": PROCESS}
+    return render_chat(template, messages or [USER], **(usual | options))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +78,7 @@ def test_renders(template: str, messages: list[dict[str, Any]], options: dict[st
     assert render(template, *messages, **options) == expected
 
 
-HOSTILE = [
+REFUSED = [
     ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
     ("{{ cycler.__init__.__globals__ }}", "access to attribute '__init__' of 'type' object is unsafe"),
     ("{{ (''|attr('__class__')).x }}", "is unsafe"),
@@ -73,34 +86,84 @@ HOSTILE = [
     ("{{ messages[0].update(role='x') }}", "access to attribute 'update' of 'dict' object is unsafe"),
     ("{% include '/etc/passwd' %}", "no loader"),
     ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
-    ("{% for i in range(99999) %}{% for j in range(99999) %}xxxxx{% endfor %}{% endfor %}", "characters of text"),
-    ("{% for i in range(99999) %}{{ messages | tojson }}{% endfor %}", "characters of text"),
-    ("{% macro m() %}{{ 'a' * 200000 }}{% endmacro %}{{ m() | length }}", "characters of text"),
     ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
     ("{{" + "(" * 5000 + "1" + ")" * 5000 + "}}", "RecursionError"),
     ("{% set n = namespace(s=[]) %}{% for i in range(1200) %}{% set n.s = [n.s] %}{% endfor %}{{ n.s }}", "Recursion"),
-    ("{{ 'a' * 10**6 }}", "characters of text"),
-    ("{{ [1] * 10**6 }}", "characters of text"),
-    ("{{ 'a'.ljust(10**6) }}", "characters of text"),
-    ("{{ 'a' | center(1000000) }}", "characters of text"),
-    ("{{ messages | tojson(indent=1000000) }}", "characters of text"),
-    ("{{ '%999999d' % 1 }}", "characters of text"),
     ("x" * (MAX_TEMPLATE + 1), f"it has {MAX_TEMPLATE + 1} characters: {MAX_TEMPLATE} are allowed"),
     ("a\n{% if %}", "failed in line 2: Expected an expression"),
     ("{{ nothing.x }}", "'nothing' is undefined"),
     ("{{ 1 / 0 }}", "ZeroDivisionError"),
     ("{{ raise_exception('a\nb') }}", "failed: a b$"),
-]
+    ("{{ raise_exception(nothing) }}", "failed: TemplateError$"),
+    ("{{ raise_exception(['x' * 10000000]) }}", r"failed: \['x{298}$"),
+    ("{{ raise_exception(10 ** 5000) }}", "failed: ValueError: "),
+    ("{{ raise_exception(messages) }}", r"failed: \[\{'role': 'user', 'content': 'Hi'\}\]$"),
+    ("{% set n = namespace(s=[]) %}{% for i in range(1200) %}{% set n.s = [n.s] %}{% endfor %}"
+     "{{ raise_exception(n.s) }}", "failed: TemplateError$"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("template", "message"), HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_templates_end_with_one_line(template: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_module, "MAX_CHARS", 100_000)
+@pytest.mark.parametrize(("template", "message"), REFUSED, ids=range(len(REFUSED)))
+def test_failing_templates_end_with_one_line(template: str, message: str) -> None:
     with pytest.raises(GgufRunError, match=message) as caught:
         render(template)
     assert str(caught.value).startswith("the model's chat template failed")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+def test_limits_are_told() -> None:
+    """test_process.py has many more."""
+    with pytest.raises(
+        GgufRunError, match=r"chat template failed: it takes more than 256 MB of memory: choose another"
+    ):
+        render("{% set s='a'*1000000 %}{{ [[s]]*100000 }}")
+    assert render("{{ messages[0].content }}") == "Hi"
+
+
+def test_a_process_for_one_call() -> None:
+    assert render("{{ messages[0].content }}", process=None) == "Hi"
+
+
+def test_all_forms_of_messages_give_one_prompt() -> None:
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{% endfor %}"
+    )
+    expected = '<user>Hi\nthere<assistant>{"name": "w", "arguments": {"city": "Paris"}}'
+    for content in ("Hi\nthere", [{"type": "text", "text": "Hi"}, {"type": "text", "text": "there"}]):
+        for answer in ({"content": ""}, {"content": None}, {}):
+            for arguments in ({"city": "Paris"}, '{"city": "Paris"}'):
+                call = {"type": "function", "function": {"name": "w", "arguments": arguments}}
+                messages = [{"role": "user", "content": content}, {"role": "assistant", "tool_calls": [call]} | answer]
+                assert render(template, *messages) == expected
+    assert render_chat(template, "Hi", bos_token=None, eos_token=None, process=PROCESS) == "<user>Hi"
+
+
+def test_arguments_that_are_not_as_they_must_be() -> None:
+    loop: list[Any] = []
+    loop.append(loop)
+    for options, message in (
+        ({"tools": [len]}, r"^tools\[0\] is of Python's type builtin_function_or_method; allowed: what JSON can hold"),
+        ({"tools": "f"}, "^tools is a string; allowed: a list of objects$"),
+        ({"options": {"x": {1}}}, r"^template_options\.x is of Python's type set"),
+        ({"options": {"x": loop}}, "template_options cannot be written as JSON: maximum recursion depth exceeded"),
+        ({"options": {"x": 10**5000}}, "template_options cannot be written as JSON: Exceeds the limit"),
+        ({"options": {"messages": [1]}}, r"^messages\[0\] is a number; allowed: an object$"),
+    ):
+        with pytest.raises(GgufRunError, match=message):
+            render("x", **options)
+
+
+def test_what_has_no_place_is_said_once() -> None:
+    process = TemplateProcess()
+    for n_warnings in (2, 0):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            shows_one = "{{ messages[0].content if messages | length == 1 }}"
+            text = render(shows_one, SYSTEM, USER, tools=[{"a": 1}], process=process)
+        assert text == "Be <brief>.\nHi"
+        assert [str(warning.message) for warning in caught] == [NO_SYSTEM, NO_TOOLS][:n_warnings]
 
 
 def test_roles_that_a_template_refuses() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import shlex
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime import Model
 from gguf_run.runtime.cli import chat as cli_chat
 from gguf_run.runtime.cli import chat_input as cli_chat_input
-from gguf_run.runtime.cli.chat_commands import COMMANDS, Chat, run_command
+from gguf_run.runtime.cli.chat_commands import COMMANDS, Chat, completions, run_command
 from gguf_run.runtime.cli.run import main
 from gguf_run.runtime.engine.context import ContextError
 from gguf_run.runtime.terminal.text import DIM, PLAIN, dimmed, has_colours, open_tag
@@ -80,6 +81,63 @@ def test_save_and_load(path: Path, model: Model, tmp_path: Path) -> None:
     assert f"error: {tmp_path / 'no'}: No such file" in result.stderr
     assert "error: /save FILE: name the file\n" in result.stderr
     assert "error: /save /no/such/x: cannot be written" in talk(path, "/save /no/such/x").stderr
+
+
+def test_a_conversation_that_goes_on_is_shown(path: Path, model: Model, tmp_path: Path) -> None:
+    """By its last turns, cut short; of what a file holds, no code reaches the terminal."""
+    file = tmp_path / "talk.session"
+    messages = [{"role": "system", "content": "S"}]
+    for i in range(4):
+        messages += [{"role": "user", "content": f"Q{i} \x1b[31m"}, {"role": "assistant", "content": f"A{i}\n" * 300}]
+    model.reset()
+    model.save_session(file, messages)
+    answer = " ".join(["A2"] * 134)[:400]
+    expected = f"> Q2 \\x1b[31m\n{answer} ...\n> Q3 \\x1b[31m\n{answer.replace('2', '3')} ...\n"
+    assert expected in CliRunner().invoke(main, [str(path), "--chat", "--session", str(file)], input=b"").stderr
+    assert expected in talk(path, f"/load {file}").stderr
+
+
+@pytest.mark.parametrize("name", ["/bye", "/quit", "exit", "QUIT", "/EXIT", "/exit "])
+def test_other_ways_out(path: Path, name: str) -> None:
+    result = talk(path, name, "One")
+    assert (result.exit_code, result.stdout) == (0, "")
+
+
+def test_other_names_of_commands(path: Path, model: Model) -> None:
+    result = talk(path, "One", "/clear", "Two", "/?", "/stats")
+    assert result.stdout == shown(*answers(model, "One"), *answers(model, "Two"))
+    assert "forgot the conversation\n" in result.stderr
+    assert "/stats show the speed" in result.stderr
+    assert (
+        len(re.findall(r"prefill .* tokens in .*/s \| decode .*/s \| context \d+ of 2048 tokens\n", result.stderr)) == 1
+    )
+    assert re.search(r"^load .* \| context \d+ of 2048 tokens\n$", result.stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", ["/exti", "/exti now", "/?!", "/save-all x", "/tmp"])
+def test_unknown_commands_are_not_sent(path: Path, line: str) -> None:
+    result = talk(path, line)
+    assert result.stdout == ""
+    assert f"{line.split()[0]} is not a command; " in result.stderr
+    assert ("did you mean /exit?" in result.stderr) == line.startswith("/exti")
+
+
+@pytest.mark.parametrize("line", ["/usr/bin is full", " /exit", "exit the room", "/etc/fstab"])
+def test_messages_that_look_like_commands(line: str, model: Model) -> None:
+    assert not run_command(Chat(model, [], {}), line)
+
+
+def test_completions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "fine talk").touch()
+    monkeypatch.chdir(tmp_path)
+    assert completions("/s") == ["/save ", "/system ", "/set ", "/stats "]
+    assert completions("/b") == ["/bye "]
+    assert completions("") == completions("Hello") == completions("/system fo") == []
+    assert completions("/save f") == ["fine talk ", "folder/"]
+    assert completions("/load fine t") == ["talk "]
+    assert completions(f"/load {tmp_path}/fo") == [f"{tmp_path}/folder/"]
+    assert completions("/set top_") == ["top_k ", "top_p ", "top_n_sigma "]
 
 
 def test_regenerate_draws_anew(path: Path, model: Model) -> None:
@@ -253,8 +311,8 @@ def test_tools_and_templates(path: Path, model: Model, tmp_path: Path) -> None:
     assert ask("--chat-template", "chatml").stdout == shown(with_chatml)
     model.chat_template, before = template.read_text(), model.chat_template
     assert model.chat_prompt([{"role": "user", "content": "x"}], json.loads(tools.read_text())) == "f x"
-    model.tool_template, before_tools = "tools!", model.tool_template
-    assert model.chat_prompt([], json.loads(tools.read_text())) == "tools!"
+    model.tool_template, before_tools = "tools: {{ tools | length }}", model.tool_template
+    assert model.chat_prompt([], json.loads(tools.read_text())) == "tools: 1"
     model.chat_template, model.tool_template = before, before_tools
     for text, message in (("{", "not JSON"), ("{}", "must be a list of objects"), ("[1]", "must be a list of objects")):
         tools.write_text(text)
@@ -263,6 +321,32 @@ def test_tools_and_templates(path: Path, model: Model, tmp_path: Path) -> None:
         assert f"error: --tools {tools}: {message}" in result.stderr
     assert ask("--chat-template", "nope").stderr.startswith("error: --chat-template nope: neither a file nor one of ")
     assert ask("--raw", "--chat-template", "chatml").exit_code == 2
+
+
+def test_what_the_template_has_no_place_for_is_said_once(path: Path, model: Model, tmp_path: Path) -> None:
+    tools, template = tmp_path / "tools.json", tmp_path / "t.jinja"
+    tools.write_text('[{"type": "function", "function": {"name": "f"}}]')
+    template.write_text("{% for m in messages if m.role != 'system' %}{{ m.content }};{% endfor %}")
+    options = ["--chat-template", str(template), "--tools", str(tools), "--system", "the", *GREEDY]
+    result = talk(path, "One", "Two", options=options)
+    assert result.exit_code == 0
+    assert result.stdout.startswith(shown("".join(model.generate("the\nOne;", temperature=0, max_tokens=6))))
+    said = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert said == [
+        "warning: the chat template has no place for a system message: the user's message begins with it",
+        "warning: the chat template has no place for tools: the model does not learn of them",
+    ]
+
+
+def test_a_template_that_takes_too_much(path: Path, tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text("{% set s='a'*1000000 %}{{ [[s]]*100000 }}")
+    result = CliRunner().invoke(main, [str(path), "-p", "One", "--chat-template", str(template)])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        "error: the model's chat template failed: it takes more than 256 MB of memory: "
+        "choose another template (--chat-template)\n"
+    )
 
 
 def test_sampling_options(path: Path, model: Model) -> None:

@@ -50,6 +50,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     long = ["the order of another " * (1 if i == 2 else 20) for i in range(7)]
     (folder / "hella7.txt").write_text("".join(f"{context}\n0\na\nb\nc\nd\n" for context in long))
     (folder / "hella5.txt").write_text("the\n0\norder\nother\nroad\n")
+    os.mkfifo(folder / "pipe")
+    for name, answer in (("large", "1" + "0" * 400), ("larger", "1" * 9000), ("true", "true")):
+        (folder / f"{name}.jsonl").write_text('{"prompt": "a", "choices": ["b", "c"], "answer": ' + answer + "}\n")
     # Compiles what is not cached yet: no test is to see the line that says so.
     invoke(folder, "perplexity", "tiny.gguf", "-f", "text.txt", *SMALL)
     return folder
@@ -101,6 +104,14 @@ def test_perplexity_options(folder: Path) -> None:
     whole = figures(folder, "perplexity", "tiny.gguf", "-f", "text.txt", *SMALL)
     some = figures(folder, "perplexity", "tiny.gguf", "-f", "text.txt", *SMALL, "--chunks", "2")
     assert (some["chunks"], some["running"]) == (2, whole["running"][:2])
+    parts = [
+        figures(folder, "perplexity", "tiny.gguf", "-f", "text.txt", *SMALL, *part)
+        for part in (["--skip", "1", "--chunks", "1"], ["--skip", "2"])
+    ]
+    assert [(part["skip"], part["chunks"]) for part in parts] == [(1, 1), (2, whole["chunks"] - 2)]
+    assert whole["running"][1] == pytest.approx((whole["running"][0] * parts[0]["perplexity"]) ** 0.5)
+    sums = [n * np.log(p) for n, p in ((2, whole["running"][1]), (whole["chunks"] - 2, parts[1]["perplexity"]))]
+    assert np.exp(sum(sums) / whole["chunks"]) == pytest.approx(whole["perplexity"])
     windows = figures(folder, "perplexity", "tiny.gguf", "-f", "text.txt", *SMALL, "--stride", "8")
     assert windows["chunks"] > 3 * whole["chunks"]
     assert windows["stride"] == 8
@@ -176,6 +187,26 @@ def test_saved_logits(folder: Path, tmp_path: Path) -> None:
         assert from_file[name] == pytest.approx(live[name], rel=1e-4), name
 
 
+def test_kl_skips_chunks(folder: Path, tmp_path: Path) -> None:
+    """A live base, logits that were saved of the whole text, and logits that were saved with --skip say the same."""
+    text = ["-f", "text.txt", *SMALL]
+    paths = [str(tmp_path / name) for name in ("whole.logits", "skipped.logits")]
+    for path, more in zip(paths, ([], ["--skip", "2"]), strict=True):
+        assert invoke(folder, "kl", "other.gguf", *text, *more, "--save-logits", path).exit_code == 0
+    some = ["--skip", "2", "--chunks", "2"]
+    live = figures(folder, "kl", "tiny.gguf", *text, *some, "--base", "other.gguf")
+    for path in paths:
+        saved = figures(folder, "kl", "tiny.gguf", *text, *some, "--base-logits", path)
+        assert (saved["chunks"], saved["skip"]) == (2, 2)
+        for name in ("kl_mean", "perplexity", "perplexity_base"):
+            assert saved[name] == pytest.approx(live[name], rel=1e-4), name
+    result = invoke(folder, "kl", "tiny.gguf", *text, "--base-logits", paths[1])
+    assert "was made from another text than text.txt, with another --skip" in result.stderr
+    result = invoke(folder, "kl", "tiny.gguf", *text, "--skip", "50", "--base-logits", paths[0])
+    assert "--chunks is all; " in result.stderr
+    assert "holds 0 behind --skip 50" in result.stderr
+
+
 def test_choices(folder: Path) -> None:
     values = figures(folder, "choices", "tiny.gguf", "-f", "tasks.jsonl", "-t", "2")
     result = invoke(folder, "choices", "tiny.gguf", "-f", "tasks.jsonl", "-t", "2")
@@ -195,6 +226,11 @@ def test_hellaswag(folder: Path) -> None:
     assert figures(folder, "hellaswag", "tiny.gguf", "-f", "hella.txt")["tasks"] == 3
     assert figures(folder, "hellaswag", "tiny.gguf", "-f", "hella.txt", "--tasks", "2")["tasks"] == 2
     assert figures(folder, "hellaswag", "tiny.gguf", "-f", "hella.txt", "--tasks", "9")["tasks"] == 3
+    assert figures(folder, "hellaswag", "tiny.gguf", "-f", "hella.txt", "--tasks", "2-3")["tasks"] == 2
+    each = [figures(folder, "hellaswag", "tiny.gguf", "-f", "hella.txt", "--tasks", f"{i}-{i}") for i in (1, 2, 3)]
+    assert [one["tasks"] for one in each] == [1, 1, 1]
+    whole = figures(folder, "hellaswag", "tiny.gguf", "-f", "hella.txt")
+    assert sum(one["acc_norm"] for one in each) == pytest.approx(3 * whole["acc_norm"])
     # Of seven tasks llama.cpp draws the third first: the only one that this context holds.
     assert figures(folder, "hellaswag", "tiny.gguf", "-f", "hella7.txt", "--tasks", "1", "-c", "40")["tasks"] == 1
     assert invoke(folder, "hellaswag", "tiny.gguf", "-f", "hella7.txt", "--tasks", "2", "-c", "40").exit_code == 1
@@ -230,7 +266,7 @@ BAD = {
     "stride": (["perplexity", "tiny.gguf", "-f", "text.txt", *SMALL, "--stride", "33"], 2, "--stride is 33"),
     "threads": (["perplexity", "tiny.gguf", "-f", "text.txt", "-t", "0"], 2, "--threads"),
     "cache type": (["perplexity", "tiny.gguf", "-f", "text.txt", "--cache-type", "q1"], 2, "--cache-type is 'q1'"),
-    "device": (["perplexity", "tiny.gguf", "-f", "text.txt", "--device", "tpu"], 2, "--device 'tpu'"),
+    "unknown device": (["perplexity", "tiny.gguf", "-f", "text.txt", "--device", "tpu"], 2, "--device 'tpu'"),
     "nothing to compare": (KL, 2, "nothing to compare with"),
     "save and compare": ([*KL, "--save-logits", "x", "--base", "other.gguf"], 2, "--save-logits saves the logits of"),
     "options of saved logits": ([*KL, "--base-logits", "x", "--base-options", "-t 1"], 2, "--base-options change"),
@@ -250,6 +286,15 @@ BAD = {
     "no JSON": (["choices", "tiny.gguf", "-f", "text.txt"], 1, "text.txt, line 1: is not valid JSON"),
     "no tasks": (["choices", "tiny.gguf", "-f", "empty.txt"], 1, "empty.txt: holds no tasks"),
     "number of tasks": (["choices", "tiny.gguf", "-f", "tasks.jsonl", "--tasks", "0"], 2, "--tasks is 0"),
+    "range of tasks": (["choices", "tiny.gguf", "-f", "tasks.jsonl", "--tasks", "3-2"], 2, "--tasks is 3-2; allowed"),
+    "tasks behind the last": (["choices", "tiny.gguf", "-f", "tasks.jsonl", "--tasks", "6-9"], 2, ".*there are 5 t"),
+    "skip": (["perplexity", "tiny.gguf", "-f", "text.txt", *SMALL, "--skip", "99"], 2, "--skip is 99; the text has"),
+    "pipe": (["perplexity", "tiny.gguf", "-f", "pipe"], 1, "pipe: is a device or pipe, not a file"),
+    "pipe with logits": ([*KL, "--base-logits", "pipe"], 1, "pipe: is a device or pipe, not a file"),
+    "device": (["choices", "tiny.gguf", "-f", "/dev/zero"], 1, "/dev/zero: is a device or pipe, not a file"),
+    "large number": (["choices", "tiny.gguf", "-f", "large.jsonl"], 1, "large.jsonl, line 1: answer is 1000"),
+    "larger number": (["choices", "tiny.gguf", "-f", "larger.jsonl"], 1, "larger.jsonl, line 1: is not valid JSON"),
+    "true": (["choices", "tiny.gguf", "-f", "true.jsonl"], 1, "true.jsonl, line 1: answer is True; allowed"),
     "context of tasks": (["choices", "tiny.gguf", "-f", "tasks.jsonl", "-c", "3"], 1, "line 1: has .* holds 3"),
     "lines of HellaSwag": (["hellaswag", "tiny.gguf", "-f", "hella5.txt"], 1, "hella5.txt: has 5 lines"),
 }  # fmt: skip

@@ -148,13 +148,11 @@ def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("hello, world")
     whole = small(tmp_path)
     (tmp_path / "cut.gguf").write_bytes(whole.read_bytes()[:-100])
-    utf8 = write(tmp_path / "utf8.gguf", {"a": b"\xff"})
     for path, message in (
         (tmp_path / "none.gguf", "No such file"),
         (tmp_path, "is a directory"),
         (tmp_path / "text.gguf", "not a GGUF file"),
         (tmp_path / "cut.gguf", "truncated or damaged"),
-        (utf8, "not valid UTF-8"),
     ):
         for option in ((), ("--json",)):
             result = run(path, *option)
@@ -163,6 +161,24 @@ def test_bad_files(tmp_path: Path) -> None:
             assert result.stderr.startswith(f"error: {path}: ")
             assert message in result.stderr
             assert result.stderr.count("\n") == 1
+
+
+def test_odd_files(tmp_path: Path) -> None:
+    """Strings that are not UTF-8, tensors without elements, no tensors at all: what the reference reads is shown."""
+    tensors = [T("t", (32, 0)), T("u", (0, 2), "Q4_0")]
+    odd = write(tmp_path / "odd.gguf", {"general.architecture": "llama", "a": b"\xff", "b": [b"\xfe", b"x"]}, tensors)
+    for options in ((), ("--tensors", "--stats"), ("--diff", odd), ("--json",)):
+        result = run(odd, *options)
+        assert result.exit_code == 0, result.output
+        assert result.stderr.count("not valid UTF-8") == result.stderr.count("\n") == (2 if "--diff" in options else 1)
+    assert run(odd, "--set", "c=1", "-o", tmp_path / "new.gguf").exit_code == 0
+    assert b"\xff" in (tmp_path / "new.gguf").read_bytes()
+    for metadata in ({"general.architecture": "llama"}, {}):
+        nothing = write(tmp_path / "nothing.gguf", metadata)
+        assert run(nothing).exit_code == 0
+        fit = run(nothing, "--fit")
+        assert (fit.exit_code, fit.stderr[:7]) == (1, "error: ")
+        assert "internal error" not in fit.stderr
 
 
 @pytest.mark.parametrize("args", [(), ("a", "b"), ("a", "--what"), ("a", "-c", "x"), ("a", "-c", "1e3")])

@@ -166,7 +166,7 @@ def test_imatrix(tmp_path: Path) -> None:
     path, values = imatrix(tmp_path / "imatrix.gguf", {name: (N_EXPERT, N_FF), "other.weight": (1, 7)})
     result = run(model, tmp_path / "out.gguf", "Q4_0", "--imatrix", path)
     assert result.exit_code == 0, result.output
-    assert '1 tensor without importance weights, "blk.0.ffn_up.weight"' in result.stderr
+    assert '1 tensor without importance weights: "blk.0.ffn_up.weight"\n' in result.stderr
     with GGUFFile.open(tmp_path / "out.gguf") as file:
         expected = b"".join(reference(x[i], "Q4_0", values[name][i]) for i in range(N_EXPERT))
         assert file.tensors[name].blocks().tobytes() == expected != reference(x, "Q4_0")
@@ -185,10 +185,54 @@ def test_imatrix(tmp_path: Path) -> None:
 def test_imatrix_of_another_model(model: Path, tmp_path: Path) -> None:
     path, _ = imatrix(tmp_path / "a.gguf", {"blk.0.ffn_up.weight": (1, 128)})
     line = refused(tmp_path, model, tmp_path / "o.gguf", "Q4_0", "--imatrix", path)
-    assert '"blk.0.ffn_up.weight" has 128 values, the tensor needs 256: it is of another model' in line
+    assert 'a.gguf: the entry of "blk.0.ffn_up.weight" has 128 values, the tensor needs 256: it is of another' in line
+    path, _ = imatrix(tmp_path / "c.gguf", {f"blk.{il}.ffn_up.weight": (1, 128) for il in range(3)})
+    line = refused(tmp_path, model, tmp_path / "o.gguf", "Q4_0", "--imatrix", path)
+    assert 'of another model, also "blk.1.ffn_up.weight", "blk.2.ffn_up.weight"' in line
     path, _ = imatrix(tmp_path / "b.gguf", {"x.weight": (1, 128)})
     line = refused(tmp_path, model, tmp_path / "o.gguf", "Q4_0", "--imatrix", path)
     assert "none of its 1 entries is a tensor of" in line
+
+
+def test_imatrix_of_zeros(tmp_path: Path) -> None:
+    """The bytes are the reference's; a warning names the tensors before the work."""
+    names = ["blk.0.ffn_down_exps.weight", "blk.0.ffn_up.weight", "blk.1.ffn_up.weight"]
+    shapes = [(N_FF, 16, N_EXPERT), (N_EMBD, 4), (N_EMBD, 4)]
+    values = [
+        np.ones((N_EXPERT, N_FF), np.float32),
+        np.zeros((1, N_EMBD), np.float32),
+        np.ones((1, N_EMBD), np.float32),
+    ]
+    values[0][1] = 0  # one expert
+    parts = []
+    for name, value in zip(names, values, strict=True):
+        parts.append(T(f"{name}.in_sum2", value.shape[::-1], data=value))
+        parts.append(T(f"{name}.counts", (1, len(value)), data=np.ones(len(value), np.float32)))
+    path = write(tmp_path / "zeros.gguf", {"imatrix.chunk_count": 1}, parts)
+    data = [T(name, ne, "F16", weights_of(name, ne)) for name, ne in zip(names, shapes, strict=True)]
+    model = write(tmp_path / "m.gguf", META | {"llama.expert_count": N_EXPERT}, data)
+    for more in ((), ("--dry-run",)):
+        result = run(model, tmp_path / "out.gguf", "Q4_0", "--imatrix", path, *more)
+        assert result.exit_code == 0, result.output
+        assert result.stderr.startswith(f"warning: {path}: importance weights of a matrix, or of an expert, are all 0")
+        assert '"blk.0.ffn_down_exps.weight", also "blk.0.ffn_up.weight": make it again' in result.stderr
+    with GGUFFile.open(tmp_path / "out.gguf") as file:
+        x = weights_of(names[1], shapes[1])
+        assert file.tensors[names[1]].blocks().tobytes() == reference(x, "Q4_0", values[1][0])
+    options = ("--exclude-weights", "exps", "--exclude-weights", "blk.0.ffn_up")
+    result = run(model, tmp_path / "out.gguf", "Q4_0", "--imatrix", path, *options)
+    assert "warning" not in result.stderr
+    assert '2 tensors without importance weights: "blk.0.ffn_down_exps.weight", also "blk.0.ffn_up.w' in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["Q4_K_S", "IQ4_NL"])
+def test_importance_that_is_too_large(model: Path, kind: str, tmp_path: Path) -> None:
+    sums = np.full((1, N_EMBD), 3e38, np.float32)
+    parts = [T("blk.0.ffn_up.weight.in_sum2", (N_EMBD, 1), data=sums)]
+    parts.append(T("blk.0.ffn_up.weight.counts", (1, 1), data=np.ones(1, np.float32)))
+    path = write(tmp_path / "large.gguf", {"imatrix.chunk_count": 1}, parts)
+    line = refused(tmp_path, model, tmp_path / "o.gguf", kind, "--imatrix", path)
+    assert f'error: {path}: the importance weights of "blk.0.ffn_up.weight" go up to 3e+38, too large' in line
 
 
 def test_type_that_needs_an_imatrix(model: Path, tmp_path: Path) -> None:
@@ -242,6 +286,19 @@ def test_rows_that_blocks_do_not_divide(tmp_path: Path) -> None:
     assert "rows of 20 weights cannot be Q4_K, whose blocks hold 256: F16 instead" in result.stderr
     with GGUFFile.open(tmp_path / "o.gguf") as file:
         assert [tensor.type.name for tensor in file.tensors.values()] == ["Q5_0", "F16"]
+
+
+@pytest.mark.parametrize("kind", ["Q4_K_M", "F32", "COPY"])
+def test_tensors_without_elements(kind: str, tmp_path: Path) -> None:
+    """They stay in the file, as they are in the reference's."""
+    empty = [T("blk.0.none.weight", (256, 0), "F16"), T("blk.0.nothing.weight", (0, 3), "F16"), T("z", (0,))]
+    for others, name in ((tensors(), "some"), ([], "only")):
+        model = write(tmp_path / f"{name}.gguf", META, [*others, *empty])
+        run_dry = run(model, kind, "--dry-run")
+        assert (run_dry.exit_code, run_dry.stderr) == (0, "")
+        with done(model, tmp_path / "out.gguf", kind) as file:
+            assert {name: t.ne for name, t in file.tensors.items() if not t.nbytes} == {t.name: t.ne for t in empty}
+            assert len(file.tensors) == len(others) + len(empty)
 
 
 def test_output_is_input(model: Path, tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """gguf-run from outside: streams, exit codes, one line for each error, terminals, signals."""
 
+import fcntl
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +23,9 @@ from tinymodel import Tiny, vocabulary, write_tiny
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime import Model
 from gguf_run.runtime import model as model_module
+from gguf_run.runtime.cli import run as cli_run
 from gguf_run.runtime.cli.run import main
+from gguf_run.runtime.hub import listing
 
 RUN = [sys.executable, "-c", "from gguf_run.runtime.cli.run import main; main(prog_name='gguf-run')"]
 PATIENCE = 240  # seconds: a process that hangs is found, a busy machine is not
@@ -91,12 +96,13 @@ def test_answer_on_stdout_and_figures_on_stderr(path: Path) -> None:
     assert done.stderr.count(b"\n") == 1
 
 
-@pytest.mark.parametrize("source", ["--prompt", "--file", "stdin", "-"])
+@pytest.mark.parametrize("source", ["PROMPT", "--prompt", "--file", "stdin", "-"])
 def test_raw_prompt_from_everywhere(path: Path, tmp_path: Path, source: str) -> None:
     text = "the order — 😀\n"
     (tmp_path / "prompt.txt").write_text("\ufeff" + text, encoding="utf-8")  # editors on Windows write the mark
     sources: dict[str, list[Any]] = {
         "--prompt": ["--prompt", text], "--file": ["--file", tmp_path / "prompt.txt"], "stdin": [], "-": ["-f", "-"],
+        "PROMPT": [text],
     }  # fmt: skip
     result = invoke(path, "--raw", *sources[source], *GREEDY, stdin=text.encode())
     assert result.exit_code == 0
@@ -121,6 +127,35 @@ def test_full_context_is_said(path: Path) -> None:
         "the context is full (40 tokens), the answer ends here: choose a larger --ctx-size or --context-shift\n"
     )
     assert "decode 2 in" in result.stderr
+
+
+def test_an_answer_has_a_limit_that_is_said(path: Path, endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the user has named one; -1 is none."""
+    monkeypatch.setattr(cli_run, "MAX_TOKENS", 9)
+    said = "the answer ends here, after 9 tokens: --max-tokens N allows more, -1 any number\n"
+    for options in (["Hello"], ["--raw", "Hello"]):
+        result = invoke(endless, *options)
+        assert result.stderr.startswith(said)
+        assert " | decode 8 in " in result.stderr
+    result = invoke(endless, "Hello", "-n", 9)
+    assert (result.stderr.startswith("load "), " | decode 8 in " in result.stderr) == (True, True)
+    result = invoke(endless, "Hello", "-n", -1, "-c", 100)
+    assert "the context is full (100 tokens)" in result.stderr
+
+
+def test_stop_texts_end_an_answer(path: Path) -> None:
+    whole = invoke(path, "--raw", "Hello", *GREEDY).stdout.rstrip("\n")
+    first, second = whole[3:5], whole[5:7]
+    before = min(whole.index(first), whole.index(second))
+    assert invoke(path, "--raw", "Hello", *GREEDY, "--stop", second, "--stop", first).stdout == whole[:before] + "\n"
+
+
+@pytest.mark.parametrize(("options", "n"), [([], 512), (["-b", 20], 20), (["-ub", 7], 7), (["-b", 9, "-ub", 8], 8)])
+def test_sizes_of_batches(path: Path, monkeypatch: pytest.MonkeyPatch, options: list[Any], n: int) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(cli_run._Task, "run", lambda task, model: sizes.append(model.decoder.n_batch))
+    assert invoke(path, "Hello", *options).exit_code == 0
+    assert sizes == [n]
 
 
 def test_context_beyond_the_model_is_a_warning(path: Path) -> None:
@@ -207,6 +242,7 @@ def test_context_that_does_not_fit_into_memory(path: Path) -> None:
         ("--repeat-penalty", "0", "repeat_penalty is 0.0"),
         ("--seed", "-1", "seed is -1"),
         ("--max-tokens", "0", "--max-tokens) is 0"),
+        ("--ubatch-size", "0", "n_batch is 0"),
         ("--ctx-size", "0", "--ctx-size) is 0"),
         ("--threads", "0", "--threads) is 0"),
         ("--device", "tpu", "--device 'tpu': allowed are cpu, cuda"),
@@ -222,6 +258,7 @@ def test_option_values(path: Path, option: str, value: str, expected: str) -> No
         ["--temperature", "hot"],
         ["--no-such-option"],
         ["-p", "a", "-f", "b"],
+        ["a.gguf", "a text", "-p", "b"],
         ["-p", "a", "--raw", "--chat"],
         ["-p", "a", "--raw", "--system", "b"],
         ["a.gguf", "b.gguf"],
@@ -262,14 +299,37 @@ def test_empty_prompt(path: Path, arguments: list[str]) -> None:
 
 def test_missing_prompt_file(path: Path) -> None:
     assert error_line(invoke(path, "-f", "no-such.txt"), 1) == "no-such.txt: No such file or directory\n"
-    assert "Is a directory" in error_line(invoke(path, "-f", path.parent), 1)
+    assert "is a directory, not a file" in error_line(invoke(path, "-f", path.parent), 1)
+
+
+def test_pipes_and_devices(path: Path, tmp_path: Path) -> None:
+    """Nothing waits for a writer, and nothing is written in their place."""
+    os.mkfifo(tmp_path / "pipe")
+    for name in (tmp_path / "pipe", Path(os.devnull)):
+        for option, words in (
+            ("--file", "is a device or pipe, not a file"), ("--tools", "is a device or pipe, not a file"),
+            ("--cache-scales", "is a device or pipe, not a file"), ("--session", "cannot be written: name a file"),
+        ):  # fmt: skip
+            arguments = ["--file", name] if option == "--file" else ["-p", "Hello", option, name]
+            line = error_line(invoke(path, *arguments), 1)
+            assert str(name) in line
+            assert words in line
+        assert not name.is_file()
+    text, big = tmp_path / "text", tmp_path / "big"
+    text.write_text("no session")
+    big.write_bytes(b"")
+    os.truncate(big, 1 << 33)
+    assert "is not a session, or it is damaged" in error_line(invoke(path, "-p", "Hello", "--session", text), 1)
+    for option in ("--tools", "--cache-scales", "--file"):
+        arguments = [option, big] if option == "--file" else ["-p", "Hello", option, big]
+        assert "is larger than 67108864 bytes" in error_line(invoke(path, *arguments), 1)
 
 
 def test_endless_stdin(path: Path) -> None:
     with open("/dev/zero", "rb") as zeros:
         done = subprocess.run([*RUN, str(path)], stdin=zeros, capture_output=True, timeout=PATIENCE)
     assert done.returncode == 1
-    assert done.stderr == b"error: stdin is longer than 67108864 bytes: no context holds that much text\n"
+    assert done.stderr == b"error: stdin is larger than 67108864 bytes, the most that is read of a text\n"
 
 
 def test_warm_up(path: Path) -> None:
@@ -277,6 +337,30 @@ def test_warm_up(path: Path) -> None:
     done = invoke(path, "--warm-up")
     assert (done.exit_code, done.stdout) == (0, "")
     assert done.stderr.startswith("load ")
+
+
+def test_warm_up_names_its_model(path: Path) -> None:
+    """`--warm-up MODEL` is as `MODEL --warm-up`."""
+    assert invoke("--warm-up", path).stderr.startswith("load ")
+    assert "No such file" in invoke("--warm-up", "no-such.gguf").stderr
+
+
+def test_warm_up_all(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that --list shows; a damaged model does not stop the others."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(listing, "models_dir", lambda: tmp_path)  # no default model
+    repo = tmp_path / "hub/models--o--r"
+    (repo / "snapshots/0123").mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text("0123")
+    (repo / "snapshots/0123/a-Q4_0.gguf").write_bytes(b"GGUF")
+    (repo / "snapshots/0123/b-Q8_0.gguf").symlink_to(path)
+    result = invoke("--warm-up", "all")
+    lines = result.stderr.splitlines()
+    assert (result.exit_code, [lines[0], lines[2]]) == (1, ["hf:o/r:Q4_0:", "hf:o/r:Q8_0:"])
+    assert lines[1].startswith("error: ")
+    assert lines[3].startswith("load ")
+    assert lines[4:] == ["error: 1 models cannot be run; the others are ready"]
 
 
 def test_no_chat_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
@@ -396,8 +480,9 @@ def test_chat_invalid_utf8(path: Path) -> None:
 class Terminal:
     """A process on a terminal of its own: stdin, stdout and stderr."""
 
-    def __init__(self, arguments: Sequence[Any]) -> None:
+    def __init__(self, arguments: Sequence[Any], columns: int = 80) -> None:
         self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         self.process = subprocess.Popen(
             [*RUN, *map(str, arguments)],
             stdin=slave,
@@ -440,7 +525,7 @@ def terminal(endless: Path) -> Iterator[Terminal]:
 def test_terminal_chat(terminal: Terminal) -> None:
     """A bar while loading; Ctrl-C stops an answer, not the program; Ctrl-D leaves."""
     terminal.wait_for("loading [")
-    terminal.wait_for("\r> ")
+    terminal.wait_for("\r\n> ")
     for _ in range(2):
         terminal.type("Hello\n")
         terminal.wait_for("Hello\r\n")
@@ -455,3 +540,24 @@ def test_terminal_chat(terminal: Terminal) -> None:
     terminal.type("\x04")
     terminal.wait_for("load ")
     assert terminal.process.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_terminal_of_a_newcomer(path: Path, columns: int) -> None:
+    """A model alone starts the chat: a banner that fits, commands that Tab completes, answers that fit."""
+    terminal = Terminal([path, "--no-history", "--seed", "1", "--temp", "5", "-n", "40"], columns)
+    try:
+        terminal.wait_for("tiny, llama ")
+        terminal.wait_for("context 4096 tokens")
+        terminal.wait_for("/help lists the commands, Ctrl-D leaves\r\n> ")
+        terminal.type("Hello\n")
+        terminal.wait_for("Hello\r\n")
+        terminal.wait_for("\r\n> ")
+        terminal.type("/st\t\n")
+        terminal.wait_for("/stats ")
+        terminal.wait_for(" | context ")
+        terminal.type("/bye\n")
+        terminal.wait_for("load ")
+        assert terminal.process.wait(PATIENCE) == 0
+    finally:
+        terminal.close()

@@ -1,5 +1,6 @@
 """Every architecture's tiny checkpoint: nothing is lost, the numbers are those of transformers' model."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,37 @@ def test_old_forms_of_config_mean_the_same(tmp_path: Path) -> None:
     with open_checkpoint(tmp_path) as file:
         assert {key: str(value) for key, value in file.metadata.items()} == {k: str(v) for k, v in new.items()}
         np.testing.assert_array_equal(numbers(file)["rope_freqs.weight"], factors)
+
+
+def test_an_output_matrix_is_left_out_only_if_it_is_the_embeddings(tmp_path: Path) -> None:
+    """transformers does not tie matrices that differ, whatever config.json says."""
+    import transformers
+
+    hf_tiny.make("llama31", tmp_path)
+
+    def untie(change: float) -> Any:
+        def edit(tensors: dict[str, Any], config: dict[str, Any]) -> None:
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+            tensors["lm_head.weight"][3, 5] += change
+
+        return edit
+
+    hf_tiny.rewrite(tmp_path, untie(0.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with open_checkpoint(tmp_path) as file:
+            assert "output.weight" not in file.tensors
+    hf_tiny.rewrite(tmp_path, untie(5.0))
+    with pytest.warns(UserWarning, match="tie_word_embeddings is true, but the output matrix differs"):
+        file = open_checkpoint(tmp_path)
+    config = ModelConfig.from_metadata(file.metadata, file.tensors)
+    decoder = Decoder(config, file.tensors, [NumpyBackend(np.float64)] * config.n_layer, 32)
+    logits = np.concatenate([block.copy() for block in decoder.forward(IDS, len(IDS))])
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    np.testing.assert_allclose(logits, hf_tiny.logits(model, IDS), rtol=1e-4, atol=1e-4)
+    hf_tiny.plain_llama(tmp_path / "plain", tie_word_embeddings=False)
+    with pytest.warns(UserWarning, match="is false, but there is no output matrix"):
+        open_checkpoint(tmp_path / "plain")
 
 
 def test_text_of_a_model_for_images_and_text(tmp_path: Path) -> None:

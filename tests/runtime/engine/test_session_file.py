@@ -45,6 +45,23 @@ def test_round_trip(path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["chat.session"]
 
 
+def test_messages_with_all_their_parts(tmp_path: Path) -> None:
+    """Nothing of a conversation with tools is lost, in whichever form it comes."""
+    call = {"type": "function", "id": "1", "function": {"name": "w", "arguments": '{"c": "é"}'}}
+    result = {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "20"}]}
+    given = [{"role": "assistant", "content": None, "tool_calls": [call]}, result]
+    save(tmp_path / "s", replace(HEADER, messages=given), export())
+    call = call | {"function": {"name": "w", "arguments": {"c": "é"}}}
+    expected = [{"role": "assistant", "content": "", "tool_calls": [call]}, result | {"content": "20"}]
+    assert read(tmp_path / "s")[0].messages == expected
+
+
+def test_messages_that_are_not_as_they_must_be(path: Path) -> None:
+    with pytest.raises(GgufRunError, match=r"^messages\[0\]\.role is missing"):
+        save(path, replace(HEADER, messages=[{"content": "a"}]), export())
+    assert read(path)[0] == HEADER
+
+
 def test_an_empty_session(tmp_path: Path) -> None:
     save(tmp_path / "s", replace(HEADER, ids=[], messages=[]), export([]))
     assert read(tmp_path / "s") == (replace(HEADER, ids=[], messages=[]), [])
@@ -112,6 +129,8 @@ METADATA = {"model": "m", "cache": "c", "model_hash": "00", "messages": "[]"}
         ({}, {"messages": "\xff"}),
         ({}, {"messages": "[" * 100_000}),
         ({}, {"messages": '[{"role": "user"}]'}),
+        ({}, {"messages": '[{"role": "user", "content": 5}]'}),
+        ({}, {"messages": '[{"role": "user", "content": "a", "tool_calls": [{}]}]'}),
         ({}, {"messages": "3"}),
     ],
 )

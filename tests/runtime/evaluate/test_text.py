@@ -92,6 +92,7 @@ def test_short_text(n_token: int, options: dict[str, int], message: str) -> None
         (8, {"stride": 0}, "--stride is 0; allowed: 1 to the context size, 8"),
         (8, {"stride": 9}, "--stride is 9"),
         (8, {"n_chunk": 0}, "--chunks is 0; allowed: at least 1"),
+        (8, {"n_skip": 12}, "--skip is 12; the text has 12 chunks, allowed: 0 to 11"),
     ],
 )
 def test_sizes_that_are_not_allowed(n_ctx: int, options: dict[str, int], message: str) -> None:

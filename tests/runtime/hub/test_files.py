@@ -37,6 +37,44 @@ def test_models_among() -> None:
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        "mtp-gemma-4-E4B-it-qat-Q4_K_M.gguf", "MTP/model-Q4_K_M.gguf", "Llama-3.3-draft-Q4_K_M.gguf",
+        "draft/Q4_K_M-00001-of-00001.gguf", "a.Drafter.Q4_K_M.gguf", "a-EAGLE3-Q4_K_M.gguf", "eagle/a-Q4_K_M.gguf",
+        "a-Medusa_heads-Q4_K_M.gguf", "a-nextn.Q4_K_M.gguf", "speculator-a-Q4_K_M.gguf", "a-it-assistant-Q4_K_M.gguf",
+        "a-LoRA-Q4_K_M.gguf", "adapter_model-Q4_K_M.gguf", "ggml-vocab-a.Q4_K_M.gguf", "a-vocab-only-Q4_K_M.gguf",
+        "mmproj-a-Q4_K_M.gguf", "a.mmproj-Q4_K_M.gguf", "vision-projector-Q4_K_M.gguf", "clip-a-Q4_K_M.gguf",
+        "control-vector-a-Q4_K_M.gguf", "a-imatrix-Q4_K_M.gguf",
+    ],
+)  # fmt: skip
+def test_what_lies_beside_a_model_is_not_the_model(name: str) -> None:
+    assert choose("o/r", None, [name, "a-Q8_0.gguf"]) == "a-Q8_0.gguf"
+    assert choose("o/r", None, [name, "a.gguf"]) == "a.gguf"
+    with pytest.raises(GgufRunError, match=r"no file of this type"):
+        choose("o/r", "Q4_K_M", [name, "a-Q8_0.gguf"])
+
+
+@pytest.mark.parametrize(
+    ("repo", "names"),
+    [
+        ("o/Draftsman-7B", ["Draftsman-7B-Q4_K_M.gguf"]),
+        ("o/Qwen2.5-Coder-DRAFT-0.6B", ["Qwen2.5-Coder-DRAFT-0.6B-Q4_K_M.gguf"]),
+        ("o/small-ones", ["Qwen-draft-Q4_K_M.gguf"]),
+        ("o/legal-assistant-GGUF", ["legal-assistant-Q4_K_M.gguf", "mmproj-legal-assistant-Q4_K_M.gguf"]),
+        ("o/GLM-MTP-GGUF", ["GLM-MTP-Q4_K_M.gguf", "GLM-MTP-lora-Q4_K_M.gguf", "GLM-MTP-draft-Q4_K_M.gguf"]),
+        ("o/tale-LoRA-merged", ["tale-LoRA-merged-Q4_K_M.gguf", "LoRA.mmproj-Q8_0.gguf"]),
+    ],
+)
+def test_a_model_may_have_such_a_word_in_its_name(repo: str, names: list[str]) -> None:
+    assert choose(repo, None, names) == names[0]
+
+
+def test_a_repository_without_models() -> None:
+    with pytest.raises(GgufRunError, match=r"has no GGUF files of models; by their names these are none: a-lora.gguf$"):
+        choose("o/r", None, ["a-lora.gguf"])
+
+
+@pytest.mark.parametrize(
     ("wanted", "types", "expected"),
     [
         (None, "F16 Q8_0 Q4_K_M Q4_K_S", "Q4_K_M"),

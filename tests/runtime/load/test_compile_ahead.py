@@ -8,6 +8,7 @@ import pytest
 from tinymodel import Tiny, write_tiny
 
 from gguf_run.models.backend import CacheType
+from gguf_run.runtime import LoadOptions, Model
 from gguf_run.runtime.load import compile_ahead, load_model
 
 F16 = CacheType("f16", "f16")
@@ -32,6 +33,20 @@ def test_the_second_process_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with load_model._helper(tmp_path / "m.gguf", None, [F16], n_threads=2):
         pass
     assert ended == [0]
+
+
+def test_missing_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All kernels of the step where the folder is empty, none after loading; nothing is made."""
+    write_tiny(tmp_path / "m.gguf", Tiny(n_layer=1))
+    options = LoadOptions(n_threads=1)
+    Model.load(tmp_path / "m.gguf", options).close()
+    assert compile_ahead.missing_kernels(tmp_path / "m.gguf", options) == []
+    monkeypatch.setattr(compile_ahead, "kernel_cache_dir", lambda: tmp_path / "empty")
+    missing = compile_ahead.missing_kernels(tmp_path / "m.gguf", options)
+    assert len(missing) == len(set(missing)) > 5
+    assert not (tmp_path / "empty").exists()
+    other = compile_ahead.missing_kernels(tmp_path / "m.gguf", LoadOptions(cache_type="q8_0"))
+    assert 0 < len(set(other) - set(missing)) < len(missing)
 
 
 def test_one_thread_has_no_help(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tinymodel import Tiny, write_tiny
 
@@ -27,6 +28,9 @@ def calibration(**changes: Any) -> dict[str, Any]:
     return {"format": "gguf-run kv-scales", "version": 1, "model": "m", "text": "t", "layers": layers} | changes
 
 
+LAYER = calibration()["layers"][0]
+
+
 def write_json(path: Path, facts: Any) -> Path:
     path.write_text(json.dumps(facts))
     return path
@@ -39,6 +43,11 @@ def test_a_calibration_file(config: ModelConfig, tmp_path: Path) -> None:
     assert (first.k, first.v, second.k) == ("fp8_e4m3", "fp8_e5m2", "fp8_e4m3")
     assert first.k_scales == (2 / 448, 2.0)  # twice what was seen fits
     assert first.v_scales == (4 / 57344, 2 / 57344)  # all zeros: any scale will do
+    tiny = calibration(layers=[LAYER | {"k_max": [1e-7, 1e7]}] * 2)
+    plan = plan_cache(config, "fp8_e5m2", cache_scales=write_json(tmp_path / "t.json", tiny))
+    scales = np.float16(plan[0].k_scales)
+    assert scales[0] > 0
+    assert np.isfinite(scales).all()
     assert plan_cache(config, "int8", cache_scales=path)[0].k_scales is None
     assert plan_cache(config, "fp8_e4m3", True, path)[0].k_scales is None  # rotated rows need scales of their own
 
@@ -52,7 +61,6 @@ def test_a_calibration_file_survives(config: ModelConfig, tmp_path: Path) -> Non
     assert [file.name for file in tmp_path.glob("s*")] == ["s.json"]
 
 
-LAYER = calibration()["layers"][0]
 BAD = {
     "a list": ([], FormatError, "is not a calibration file: `gguf-eval kv-scales"),
     "another format": (calibration(format="x"), FormatError, "is not a calibration file"),
@@ -69,6 +77,14 @@ BAD = {
     "negative": (calibration(layers=[LAYER, LAYER | {"k_max": [-1, 1]}]), FormatError, "k_max must be numbers from 0"),
     "infinite": (calibration(layers=[LAYER, LAYER | {"k_max": [1e999, 1]}]), FormatError, "k_max must be numbers"),
     "text": (calibration(layers=[LAYER, LAYER | {"k_max": ["1", 1]}]), FormatError, "k_max must be numbers"),
+    "true": (calibration(layers=[LAYER, LAYER | {"k_max": [True, 1]}]), FormatError, "k_max must be numbers"),
+    "400 digits": (calibration(layers=[LAYER, LAYER | {"v_max": [10**400, 1]}]), FormatError, "v_max must be numbers"),
+    "infinite as f16": (
+        calibration(layers=[LAYER, LAYER | {"v_max": [1e8, 1]}]),
+        FormatError,
+        r"layer 1: v_max must be numbers from 0 to 1e\+07",
+    ),
+    "version of 4000 digits": (calibration(version=10**4000), FormatError, "is of version 10{39}, this program"),
     "type": (
         calibration(layers=[LAYER | {"k": "q4_0", "v": "q1"}, LAYER]),
         FormatError,
@@ -86,7 +102,7 @@ def test_bad_calibration_files(config: ModelConfig, tmp_path: Path, facts: Any, 
         read_scales(path, config)
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff", b"GGUF", b"[" * 100_000])
+@pytest.mark.parametrize("data", [b"", b"\xff", b"GGUF", b"[" * 100_000, b"1" * 9000])
 def test_files_that_are_no_json(config: ModelConfig, tmp_path: Path, data: bytes) -> None:
     (tmp_path / "s.json").write_bytes(data)
     with pytest.raises(FormatError, match="is not a calibration file"):

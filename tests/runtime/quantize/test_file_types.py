@@ -43,6 +43,11 @@ def test_model_type(metadata: dict[str, Any], type: str, expected: str, tmp_path
         assert model_type(file) == expected
 
 
+def test_model_type_of_a_file_without_tensors(tmp_path: Path) -> None:
+    with GGUFFile.open(write(tmp_path / "m.gguf", {"general.architecture": "llama"})) as file:
+        assert model_type(file) == "llama 0M no weights"
+
+
 @pytest.mark.parametrize(
     ("n_params", "label"),
     [

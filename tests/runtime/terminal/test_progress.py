@@ -28,3 +28,15 @@ def test_messages_stand_on_lines_of_their_own(
         progress.message("one\nline")
     *_, message = capsys.readouterr().err.split("\r")
     assert message == "one line\n"
+
+
+@pytest.mark.parametrize("columns", [80, 40, 20, 5])
+def test_progress_fits(columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with Progress("loading") as progress:
+        progress.set(5_000_000, 10_000_000)
+        progress.show("a line of text that is longer than most terminals " * 3)
+    drawn = capsys.readouterr().err.split("\r")
+    assert max(map(len, drawn)) == columns - 1
+    assert ("50 % of 10.0 MB" in drawn[1], "[#" in drawn[1]) == (columns > 20, columns >= 40)

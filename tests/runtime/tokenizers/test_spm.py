@@ -79,6 +79,34 @@ def test_space_prefix_follows_special_tokens(text: str, parse_special: bool, exp
     assert [tokens[id] for id in encode(metadata, text, parse_special=parse_special)] == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "more", "expected"),
+    [
+        ("  a   a ", {"remove_extra_whitespaces": True}, "▁a ▁a"),
+        ("   ", {"remove_extra_whitespaces": True}, ""),
+        ("a a", {"treat_whitespace_as_suffix": True}, "a ▁a ▁"),
+        ("a a", {"treat_whitespace_as_suffix": True, "add_space_prefix": False}, "a ▁a"),
+        ("a▁a", {"escape_whitespaces": False, "add_space_prefix": False}, "a ▁a"),
+        ("a a", {"escape_whitespaces": False, "add_space_prefix": False}, "a <0x20> a"),
+        ("ａ", {"normalizer.nfkc": True}, "▁a"),
+        ("A", {"normalizer.json": '[{"type": "Lowercase"}]'}, "▁a"),
+        ("aa", {"pre_tokenizer.json": '[{"type": "Split", "pattern": {"String": "a"}, "behavior": "Isolated", '
+                                      '"invert": false}]'}, "▁ a a"),
+    ],
+)  # fmt: skip
+def test_options_of_spaces_and_steps(text: str, more: dict[str, Any], expected: str) -> None:
+    metadata = spm_metadata({"a": -2.0, "▁a": -1.0, "a▁": -1.0, "▁": -3.0, "aa": -0.5} if "aa" in text else
+                            {"a": -2.0, "▁a": -1.0, "a▁": -1.5, "▁": -3.0}, **more)  # fmt: skip
+    tokens = metadata["tokenizer.ggml.tokens"]
+    assert " ".join(tokens[id] for id in encode(metadata, text)) == expected
+
+
+def test_what_is_behind_a_text_is_kept_when_decoding() -> None:
+    metadata = spm_metadata({"a": -2.0, "a▁": -1.0, "▁": -3.0}, treat_whitespace_as_suffix=True)
+    tokenizer = Tokenizer.from_metadata(metadata)
+    assert tokenizer.decode(tokenizer.encode(" a", add_special=False)) == " a "
+
+
 def test_without_byte_tokens_text_is_unknown() -> None:
     metadata: dict[str, Any] = {
         "tokenizer.ggml.model": "llama",

@@ -27,7 +27,7 @@ from tinyvocab import (
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.runtime.tokenizers.special import SpecialTokens
-from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
+from gguf_run.runtime.tokenizers.tokenizer import Tokenizer, TwoBosWarning
 
 SPECIAL = {"<|im_end|>": CONTROL, "<tool>": USER_DEFINED, "<?>": UNKNOWN}
 
@@ -89,6 +89,16 @@ class TestSpecialTokens:
         metadata = bpe_metadata(special=SPECIAL | {"<|endoftext|>": CONTROL}) | {"general.name": "Phi-3 mini"}
         tokenizer = Tokenizer.from_metadata(metadata)
         assert tokenizer.encode("<|im_end|> a<|endoftext|> ") == [256, *text_ids("a"), 259, *text_ids(" ")]
+        # As llama.cpp, it takes ASCII blanks only; with gguf-convert's list all white space, as the tokenizers package.
+        assert tokenizer.encode("<|im_end|> \t\n\v\f\r\u3000a") == [256, *text_ids("\u3000a")]
+        listed = Tokenizer.from_metadata(metadata | {"tokenizer.ggml.rstrip_token_ids": [256]})
+        assert listed.encode("<|im_end|> \u3000a") == [256, *text_ids("a")]
+
+    def test_some_must_stand_alone(self) -> None:
+        tokenizer = Tokenizer.from_metadata(bpe_metadata(special={"if": USER_DEFINED}, single_word_token_ids=[256]))
+        assert tokenizer.encode("if elif if_ (if) ifé") == [
+            256, *text_ids(" elif if_ ("), 256, *text_ids(") ifé")
+        ]  # fmt: skip
 
 
 class TestBosAndEos:
@@ -119,8 +129,20 @@ class TestBosAndEos:
     def test_a_chat_prompt_has_bos_once(self) -> None:
         tokenizer = Tokenizer.from_metadata(spm_metadata({"a": -1.0}, add_eos_token=True, add_space_prefix=False))
         assert tokenizer.encode_chat("a") == tokenizer.encode_chat("<s>a") == [1, 259]
-        assert tokenizer.encode("<s>a") == [1, 1, 259, 2]
+        with pytest.warns(
+            TwoBosWarning, match="the text begins with <s>, and the tokenizer puts another one before it"
+        ):
+            assert tokenizer.encode("<s>a") == [1, 1, 259, 2]
         assert tiny(bos_token_id=5).encode_chat("a") == text_ids("a")
+
+    def test_several_tokens_before_a_text(self) -> None:
+        tokenizer = tiny(bos_token_id=5, bos_token_ids=[5, 6], add_bos_token=True)
+        assert tokenizer.encode("a") == tokenizer.encode_chat("a") == [5, 6, *text_ids("a")]
+        assert tokenizer.encode("a", add_special=False) == text_ids("a")
+        both = tiny(bos_token_id=256, bos_token_ids=[256, 6], add_bos_token=True)
+        assert both.encode_chat("<|im_end|>a") == [256, *text_ids("a")]
+        with pytest.warns(TwoBosWarning, match=r"the text begins with <\|im_end\|>"):
+            assert both.encode("<|im_end|>a") == [256, 6, 256, *text_ids("a")]
 
 
 class TestStopIds:
@@ -140,6 +162,9 @@ class TestStopIds:
     def test_names(self, special: dict[str, int], changes: dict[str, Any], names: set[str]) -> None:
         tokenizer = Tokenizer.from_metadata(bpe_metadata(special=special, **changes))
         assert {tokenizer.token_text(id) for id in tokenizer.stop_ids} == names
+
+    def test_all_that_a_list_names(self) -> None:
+        assert tiny(eos_token_id=1, eos_token_ids=[1, 256, 7]).stop_ids == {1, 256, 7}
 
     def test_structure_of_an_answer_is_shown(self) -> None:
         tokenizer = Tokenizer.from_metadata(bpe_metadata(special={"<|channel|>": CONTROL}))
@@ -307,6 +332,8 @@ BAD_METADATA: list[tuple[dict[str, Any], str]] = [
     ({"eos_token_id": -2}, r"eos_token_id is -2: the vocabulary"),
     ({"eot_token_id": "x"}, r"eot_token_id must be a token's id, but is str 'x'"),
     ({"lstrip_token_ids": [259]}, r"lstrip_token_ids must be a list of ids from 0 to 258"),
+    ({"eos_token_ids": [-1]}, r"eos_token_ids must be a list of ids from 0 to 258"),
+    ({"bos_token_ids": "x"}, r"bos_token_ids must be a list of ids from 0 to 258"),
     ({"rstrip_token_ids": 3}, r"rstrip_token_ids must be a list of ids from 0 to 258"),
     ({"eos_token_id": True}, r"eos_token_id must be a token's id, but is bool True"),
     ({"add_bos_token": 1}, r"add_bos_token must be true or false, but is int 1"),

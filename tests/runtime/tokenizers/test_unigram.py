@@ -82,6 +82,7 @@ def test_decode() -> None:
         (unigram(scores=None), "tokenizer.ggml.scores must have a finite number"),
         (unigram(scores=[0.0] * 9 + [float("inf")]), "tokenizer.ggml.scores must have a finite number"),
         (unigram(unknown_token_id=-1), "unknown_token_id is missing"),
+        (unigram(tokens=["a" * 2000, *map(str, range(9))]), "tokens: one has 2000 characters: at most 1024"),
         (unigram(precompiled_charsmap="x"), "precompiled_charsmap must be an array of bytes"),
         (unigram(precompiled_charsmap=np.zeros(3, np.uint8)), "precompiled_charsmap is damaged: it says 0 bytes"),
         (unigram(metaspace=3, model="llama"), "tokenizer.ggml.metaspace is '3'"),
@@ -104,6 +105,11 @@ def charsmap() -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.frombuffer(data, np.uint8)
 
 
+def test_a_space_that_is_not_escaped() -> None:
+    more = {"remove_extra_whitespaces": False, "escape_whitespaces": False, "add_eos_token": False}
+    assert names(unigram(**more), "a▁a") == "<unk> a ▁a"
+
+
 def test_table_of_characters() -> None:
     assert names(unigram(precompiled_charsmap=charsmap()), "Qb Q") == "▁a b ▁a </s>"
 
@@ -120,6 +126,14 @@ def test_a_damaged_table_of_characters() -> None:
         with suppress(FormatError):
             tokenizer = Tokenizer.from_metadata(unigram(precompiled_charsmap=damaged))
             tokenizer.encode("".join(map(chr, range(1, 200))) + "QQ Qé\u3000")
+
+
+def test_a_table_whose_first_unit_holds_a_text() -> None:
+    """Each search reads the base of the first unit, even if that holds the place of a text."""
+    damaged = charsmap().copy()
+    damaged[7] |= 0x80
+    with pytest.raises(FormatError, match="a unit leads out of the table of 768"):
+        Tokenizer.from_metadata(unigram(precompiled_charsmap=damaged))
 
 
 def test_bytes_of_unknown_characters() -> None:

@@ -151,6 +151,49 @@ def test_scales_that_a_half_float_cannot_hold_are_not_kept(tmp_path):
     np.testing.assert_array_equal(values(tensor), (scale[:, groups] * (codes - 8)).astype(np.float32))
 
 
+@pytest.mark.parametrize(
+    ("n_bits", "group", "kept"), [(4, 64, "Q4_1"), (4, 32, "Q4_1"), (3, 64, "Q4_1"), (6, 64, "F32"), (8, 128, "F32")]
+)
+@pytest.mark.parametrize("key", ["quantization", "quantization_config"])
+def test_mlx(tmp_path, n_bits, group, kept, key):
+    rng = np.random.default_rng(n_bits + group)
+    codes, _, scale = grid(rng, n_bits, group, False)
+    bias = rng.normal(0, 0.1, scale.shape).astype(np.float16)
+    words = quantpack.pack_bits(codes.T, n_bits).T.view(np.uint32)
+    tensors = {f"{NAME}.weight": ("U32", words), f"{NAME}.scales": ("F16", scale), f"{NAME}.biases": ("F16", bias)}
+    other = "model.layers.0.mlp.down_proj"  # a module with numbers of its own
+    tensors |= {name.replace(NAME, other): value for name, value in tensors.items()}
+    numbers = {"group_size": group, "bits": n_bits}
+    config = {"group_size": 64, "bits": 5, NAME: numbers, other: numbers}
+    folder = write_checkpoint(tmp_path, None, tensors)
+    values_of_config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values_of_config | {key: config}))
+    found = decode(folder)
+    assert found.keys() == {f"{NAME}.weight", f"{other}.weight"}
+    groups = np.arange(N_IN) // group
+    exact = scale.astype(np.float64)[:, groups] * codes + bias.astype(np.float64)[:, groups]
+    for tensor in found.values():
+        assert tensor.type.name == kept
+        np.testing.assert_allclose(values(tensor), exact, rtol=0, atol=1e-6)
+
+
+def test_mlx_that_half_floats_cannot_hold_and_other_modes(tmp_path):
+    rng = np.random.default_rng(5)
+    codes, _, _ = grid(rng, 4, 64, False)
+    bits, scale = quantpack.bf16(rng.uniform(1e-9, 2e-9, (N_OUT, N_IN // 64)))
+    words = quantpack.pack_bits(codes.T, 4).T.view(np.uint32)
+    parts = {"weight": ("U32", words), "scales": ("BF16", bits), "biases": ("BF16", bits)}
+    tensors = {f"{NAME}.{end}": part for end, part in parts.items()}
+    folder = write_checkpoint(tmp_path, {"group_size": 64, "bits": 4}, tensors)
+    (tensor,) = decode(folder).values()
+    assert tensor.type.name == "F32"  # exact, where a block would round
+    groups = np.arange(N_IN) // 64
+    np.testing.assert_allclose(values(tensor), scale[:, groups] * codes + scale[:, groups], rtol=1e-6)
+    write_checkpoint(tmp_path, {"group_size": 32, "bits": 4, "mode": "mxfp4"}, tensors)
+    with pytest.raises(GgufRunError, match=r"is quantized as .mxfp4. with 4 bits in groups of 32, which is not known"):
+        decode(folder)
+
+
 def fp8_scales(rng, kind):
     """A scale's shape and the same scales for each weight of 200 x 320: the last blocks are cut off."""
     shape = {"tensor": (), "row": (200,), "channel": (200, 1), "block": (2, 3), "modelopt": (2, 1, 3, 1)}[kind]

@@ -131,12 +131,12 @@ def test_a_wrong_checkpoint_is_named_in_one_line(tmp_path: Path, case: str) -> N
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1, "a": 2}', "[" * 100000])
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100000, '{"a": ' + "9" * 5000 + "}"])
 def test_config_that_is_no_json_object(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(GgufRunError, match=r"config\.json: (is not JSON|holds no JSON object)"):
         open_checkpoint(tmp_path)
-    with pytest.raises(GgufRunError, match=r"there is no config\.json"):
+    with pytest.raises(GgufRunError, match=r"elsewhere: no such folder"):
         open_checkpoint(tmp_path / "elsewhere")
 
 
@@ -147,6 +147,77 @@ def test_shards_are_one_model(tmp_path: Path) -> None:
         assert {n: t.blocks().tobytes() for n, t in one.tensors.items()} == {
             n: t.blocks().tobytes() for n, t in two.tensors.items()
         }
+
+
+def test_shards_without_an_index(tmp_path: Path) -> None:
+    hf_tiny.plain_llama(tmp_path / "one")
+
+    def counted(folder: Path, tensors: Tensors, config: dict[str, Any]) -> None:
+        (folder / "model.safetensors").unlink()
+        parts = list(tensors.items())
+        for no, part in enumerate((parts[:5], parts[5:9], parts[9:]), 1):
+            write_safetensors(folder / f"model-{no:05d}-of-00003.safetensors", dict(part))
+
+    changed(tmp_path / "two", counted)
+    with open_checkpoint(tmp_path / "one") as one, open_checkpoint(tmp_path / "two") as two:
+        assert {n: t.blocks().tobytes() for n, t in one.tensors.items()} == {
+            n: t.blocks().tobytes() for n, t in two.tensors.items()
+        }
+    third, last = (tmp_path / "two" / f"model-0000{no}-of-00003.safetensors" for no in (2, 3))
+    last.write_bytes(third.read_bytes())
+    with pytest.raises(GgufRunError, match=r"00003-of-00003\.safetensors: holds tensor .*, as a file before it does"):
+        open_checkpoint(tmp_path / "two")
+    third.unlink()
+    with pytest.raises(
+        GgufRunError, match=r"model-00002-of-00003\.safetensors is missing \(1 of 3 files\), and so is the"
+    ):
+        open_checkpoint(tmp_path / "two")
+
+
+def test_a_key_that_occurs_twice(tmp_path: Path) -> None:
+    """As Python reads JSON, and so transformers: the last one counts."""
+    hf_tiny.plain_llama(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text('{"rms_norm_eps": 0.5,' + path.read_text().lstrip()[1:])
+    with open_checkpoint(tmp_path) as file:
+        assert file.metadata["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(
+            json.loads(path.read_text())["rms_norm_eps"]
+        )
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1234\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"])
+def test_pointers_of_git_lfs(tmp_path: Path, name: str) -> None:
+    hf_tiny.plain_llama(tmp_path)
+    (tmp_path / name).write_bytes(LFS)
+    if name == "tokenizer.model":
+        (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(GgufRunError, match=rf"{name}: is a Git LFS pointer, not the file itself: fetch it with"):
+        open_checkpoint(tmp_path)
+
+
+def test_what_is_there_instead_of_a_checkpoint(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    hf_tiny.plain_llama(base)
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/name"}')
+    (adapter / "adapter_model.safetensors").write_bytes(b"x")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("x")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    for path, words in (
+        (adapter, 'is an adapter \\(LoRA\\) for "owner/name", not a model: merge it into that model first'),
+        (base / "model.safetensors", f"is a file: name the folder of the checkpoint, {base}"),
+        (tmp_path / "m.gguf", "is a GGUF file already: gguf-quantize changes its types"),
+        (tmp_path / "other", 'holds "notes.txt": there is no config.json: name the folder'),
+    ):
+        with pytest.raises(GgufRunError, match=f"^{path}: {words}"):
+            open_checkpoint(path)
+    (adapter / "config.json").write_text((base / "config.json").read_text())  # some tools copy it
+    with pytest.raises(GgufRunError, match="is an adapter"):
+        open_checkpoint(adapter)
 
 
 def test_pairs_of_rows(tmp_path: Path) -> None:

@@ -3,10 +3,10 @@
 import base64
 import itertools
 import json
-import struct
+import os
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,19 @@ import hftokenizers
 import numpy as np
 import pytest
 from hftokenizers import KINDS, texts
-from tinyvocab import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from spmfile import PIECES, message, pieces_file
+from tinyvocab import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED
 
-from gguf_run.formats.errors import FormatError, UnsupportedError
+from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.gguf.writer import GGUFWriter
+from gguf_run.runtime.convert.back.config import generation_config
 from gguf_run.runtime.convert.vocabulary import tiktoken as convert_tiktoken
 from gguf_run.runtime.convert.vocabulary.metadata import tokenizer_metadata
 from gguf_run.runtime.convert.vocabulary.vocabulary import ConversionWarning
 from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore::gguf_run.runtime.tokenizers.tokenizer.TwoBosWarning")
 
 G = "tokenizer.ggml."
 
@@ -73,8 +77,31 @@ def test_roles(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 2, 0]}')
     metadata = tokenizer_metadata(tmp_path, {"pad_token_id": 1, "eos_token_id": 0, "unk_token_id": None})
     found = {key.removeprefix(G): value for key, value in metadata.items() if key.endswith("_id")}
-    assert found == {"bos_token_id": 1, "eos_token_id": 2, "eot_token_id": 0, "padding_token_id": 1}
+    assert found == {"bos_token_id": 1, "eos_token_id": 2, "eot_token_id": 0, "eom_token_id": 5, "padding_token_id": 1}
     assert metadata[f"{G}add_bos_token"] is False  # as its post-processor does
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [
+        ({"eos_token_id": 5}, {}, [2, 5]),
+        ({"eos_token_id": [5, 2, 7]}, {}, [2, 5, 7]),
+        ({"eos_token_id": 2}, {"eos_token_id": 6}, [2, 6]),
+        ({"eos_token_id": 2}, {"eos_token_id": [5, 6, 7]}, [2, 5, 6, 7]),
+        ({}, {"eos_token_id": [5, 6, 7, 8, 9, 10, True, None, -1, 10**6]}, [2, 5, 6, 7, 8, 9, 10]),
+    ],
+)
+def test_all_ends_of_an_answer(
+    config: dict[str, Any], generation: dict[str, Any], ends: list[int], tmp_path: Path
+) -> None:
+    hftokenizers.write(tmp_path, "gpt-2", eos_token="<|im_end|>")
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    many = pytest.warns(ConversionWarning, match="ends of an answer, such as .* which llama.cpp does not read")
+    with many if len(ends) > 3 else nullcontext():
+        metadata = tokenizer_metadata(tmp_path, config)
+    by_name = {0, 2}  # "<|endoftext|>" and "<|im_end|>" always end an answer
+    assert through_file(metadata, tmp_path / "vocab.gguf").stop_ids == {*ends, *by_name}
+    assert set(np.ravel(generation_config(metadata)["eos_token_id"])) >= set(ends)
 
 
 def test_what_is_put_around_texts_counts_most(tmp_path: Path) -> None:
@@ -140,101 +167,6 @@ def test_merges_that_are_not_all_possible_ones(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     with pytest.warns(ConversionWarning, match=r"it has \d+ of \d+ possible merges"):
         tokenizer_metadata(tmp_path, {})
-
-
-# SentencePiece's file, written field by field.
-
-
-def varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def message(*fields: tuple[int, Any]) -> bytes:
-    out = b""
-    for number, value in fields:
-        if isinstance(value, bytes):
-            out += varint(number << 3 | 2) + varint(len(value)) + value
-        elif isinstance(value, float):
-            out += varint(number << 3 | 5) + struct.pack("<f", value)
-        else:
-            out += varint(number << 3) + varint(value)
-    return out
-
-
-def pieces_file(tokens: dict[str, tuple[float, int]], trainer: bytes, normalizer: bytes) -> bytes:
-    pieces = [(1, message((1, token.encode()), (2, score), (3, kind))) for token, (score, kind) in tokens.items()]
-    return message(*pieces, (2, trainer), (3, normalizer), (4, message((1, b"self test"))))
-
-
-PIECES = {"<unk>": (0.0, 2), "<s>": (0.0, 3), "</s>": (0.0, 3), "<0x41>": (0.0, 6), "▁a": (-1.5, 1), "a": (-2.0, 1),
-          "<fim>": (0.0, 4), "b": (-3.0, 5)}  # fmt: skip
-
-
-def test_sentencepiece(tmp_path: Path) -> None:
-    data = pieces_file(PIECES, message((3, 2), (40, 0), (41, 1), (42, 2), (43, (1 << 64) - 1)), message((3, 0)))
-    (tmp_path / "tokenizer.model").write_bytes(data)
-    (tmp_path / "added_tokens.json").write_text('{"<tool>": 8}')
-    config = {"added_tokens_decoder": {"9": {"content": "<|x|>"}, "8": {"content": "<tool▁2>"}}, "add_bos_token": True}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    metadata = tokenizer_metadata(tmp_path, {"vocab_size": 11})
-    assert metadata[f"{G}model"] == "llama"
-    assert metadata[f"{G}tokens"] == [*PIECES, "<tool 2>", "<|x|>", "[PAD10]"]
-    assert metadata[f"{G}token_type"].tolist() == [
-        UNKNOWN, CONTROL, CONTROL, BYTE, NORMAL, NORMAL, USER_DEFINED, UNUSED, USER_DEFINED, CONTROL, UNUSED
-    ]  # fmt: skip
-    assert metadata[f"{G}scores"].tolist() == [0, 0, 0, 0, -1.5, -2, 0, -3, -1000, -1000, -10000]
-    assert [metadata[f"{G}{role}_token_id"] for role in ("bos", "eos", "unknown")] == [1, 2, 0]
-    assert f"{G}padding_token_id" not in metadata
-    assert (metadata[f"{G}add_bos_token"], metadata[f"{G}add_space_prefix"]) == (True, False)
-
-
-def test_sentencepiece_unigram(tmp_path: Path) -> None:
-    data = pieces_file(PIECES, message((3, 1)), message((2, b"\0\1\2"), (4, 0)))
-    (tmp_path / "spiece.model").write_bytes(data)
-    metadata = tokenizer_metadata(tmp_path, {})
-    assert metadata[f"{G}model"] == "t5"
-    assert metadata[f"{G}precompiled_charsmap"].tolist() == [0, 1, 2]
-    assert (metadata[f"{G}remove_extra_whitespaces"], metadata[f"{G}add_space_prefix"]) == (False, True)
-
-
-def test_sentencepiece_gives_scores_to_a_tokenizer_json(tmp_path: Path) -> None:
-    """Its own ids and scores; what tokenizer.json knows of prefixes and special tokens."""
-    original = hftokenizers.write(tmp_path, "mistral-0.3")
-    ranks = json.loads(hftokenizers.trained("mistral-0.3"))["model"]["merges"]
-    scores: dict[str, float] = {}
-    for i, (left, right) in enumerate(ranks):
-        scores.setdefault(left + right, -float(i))
-    by_id = sorted(original.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
-    tokens = {
-        token: (scores.get(token, -9999.0), 2 if id == 0 else 3 if id < 3 else 6 if id < 259 else 1)
-        for token, id in by_id
-    }
-    (tmp_path / "tokenizer.model").write_bytes(pieces_file(tokens, message((3, 2)), b""))
-    metadata = tokenizer_metadata(tmp_path, {"vocab_size": original.get_vocab_size()})
-    assert metadata[f"{G}metaspace"] == "first"
-    converted = Tokenizer.from_metadata(metadata)
-    for text in texts(100, seed=9, special=("<tool>", "<s>")):
-        assert converted.encode(text) == original.encode(text).ids, text
-
-
-def test_with_the_sentencepiece_library(tmp_path: Path) -> None:
-    sentencepiece = pytest.importorskip("sentencepiece")
-    (tmp_path / "text").write_text("\n".join(" ".join(text.split()) for text in texts(800, seed=6)))
-    for kind in ("bpe", "unigram"):
-        sentencepiece.SentencePieceTrainer.train(
-            input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=1800, model_type=kind,
-            byte_fallback=kind == "bpe", character_coverage=0.98, minloglevel=2, normalization_rule_name="nmt_nfkc",
-        )  # fmt: skip
-        model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-        converted = Tokenizer.from_metadata(tokenizer_metadata(tmp_path, {}))
-        for text in texts(200, seed=7):
-            plain = " ".join(text.split()).replace("\0", "")
-            if kind == "unigram" or model.Normalize(plain) == plain:
-                assert converted.encode(plain, add_special=False, parse_special=False) == model.encode(plain), plain
 
 
 def tiktoken_file(n: int) -> bytes:
@@ -338,6 +270,36 @@ BAD_FILES: list[tuple[str, Callable[[], bytes], str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tiktoken.model", "tekken.json"])
+def test_what_is_no_file(name: str, tmp_path: Path) -> None:
+    """A pipe that nobody writes to, a device without an end, a folder."""
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir):
+        make(tmp_path / name)
+        with pytest.raises(GgufRunError, match=f"{name}: is a (device or pipe|directory), not a file"):
+            tokenizer_metadata(tmp_path, {})
+        Path.unlink(tmp_path / name) if make is not Path.mkdir else Path.rmdir(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["llama-2", "t5"])
+def test_a_token_of_megabytes(kind: str, tmp_path: Path) -> None:
+    data = json.loads(hftokenizers.trained(kind))
+    token, model = "ab" * 750_000, data["model"]
+    if kind == "t5":
+        model["vocab"].append([token, -5.0])
+    else:
+        model["vocab"] |= {token: 2000, token[:-1]: 2001}
+        model["merges"].append([token[:-1], token[-1]])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(FormatError, match="1500000 characters: at most 1024 are allowed"):
+        tokenizer_metadata(tmp_path, {})
+
+
+def test_a_gigantic_vocabulary(tmp_path: Path) -> None:
+    hftokenizers.write(tmp_path, "gpt-2")
+    with pytest.raises(FormatError, match="vocab_size is 10000000000: a number from 1 to 4194304 is allowed"):
+        tokenizer_metadata(tmp_path, {"vocab_size": 10**10})
+
+
 @pytest.mark.parametrize(("name", "content", "text"), BAD_FILES)
 def test_bad_files(name: str, content: Callable[[], bytes], text: str, tmp_path: Path) -> None:
     if not name.startswith("t") or name == "tokenizer_config.json":
@@ -351,7 +313,7 @@ def test_bad_files(name: str, content: Callable[[], bytes], text: str, tmp_path:
 def test_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"there is no tokenizer: one of tokenizer.json, tokenizer.model"):
         tokenizer_metadata(tmp_path, {})
-    with pytest.raises(FormatError, match="vocab_size is -1: a number from 1 on"):
+    with pytest.raises(FormatError, match="vocab_size is -1: a number from 1 to 4194304"):
         tokenizer_metadata(tmp_path, {"vocab_size": -1})
 
 

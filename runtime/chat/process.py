@@ -1,0 +1,104 @@
+"""The process in which chat templates run. A template that passes a limit ends it, and the next one gets a new one."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from threading import Lock, Timer
+from typing import Any, Self
+
+from gguf_run.formats.errors import GgufRunError
+from gguf_run.runtime.chat.worker import MAX_CPU_S, MAX_MEMORY, OUT_OF_MEMORY
+
+MAX_REPLY = 1 << 28  # bytes of a reply
+MAX_WALL_S = 15.0  # seconds of a request, where the system does not limit its processor time
+# The child finds the modules that this process finds; -P keeps the working directory out.
+_CHILD = "import sys; sys.path[:] = sys.argv[1:]; from gguf_run.runtime.chat.worker import main; main()"
+
+
+class TemplateProcess:
+    """A process that renders templates: started when it is first needed, or by start(), and used again and again.
+
+    Threads may share it. It ends with close(), with this object, or with the program.
+    """
+
+    def __init__(self) -> None:
+        self.said: set[str] = set()  # notes that the user has got
+        self._lock = Lock()  # for a request and its reply
+        self._process: subprocess.Popen[bytes] | None = None
+        self._end: Callable[[], object] = lambda: None
+
+    def start(self) -> Self:
+        """Start the process now, so that it is ready when it is needed; return this object."""
+        with self._lock:
+            self._started()
+        return self
+
+    def close(self) -> None:
+        """End the process."""
+        self._end()
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the reply of sandbox.render; request: its arguments. GgufRunError: a limit is passed, or no start."""
+        line = json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        with self._lock:
+            process, start, reply = self._started(), time.monotonic(), b""
+            assert process.stdin
+            assert process.stdout
+            clock = Timer(MAX_WALL_S, process.kill)
+            clock.start()
+            try:
+                with suppress(OSError):  # it has ended
+                    process.stdin.write(line)
+                    process.stdin.flush()
+                    reply = process.stdout.readline(MAX_REPLY)
+            finally:
+                clock.cancel()
+                if not reply.endswith(b"}\n"):  # after Ctrl-C too: a late reply would be taken for the next one
+                    self._end()
+        if reply.endswith(b"}\n"):
+            result: dict[str, Any] = json.loads(reply)
+            return result
+        reason = f"its process ended with code {process.returncode}"
+        if len(reply) == MAX_REPLY:
+            reason = f"it makes more than {MAX_REPLY >> 20} MB of text"
+        elif process.returncode == OUT_OF_MEMORY:
+            reason = f"it takes more than {MAX_MEMORY >> 20} MB of memory"
+        elif -process.returncode == getattr(signal, "SIGPROF", None):
+            reason = f"it takes more than {MAX_CPU_S:g} s of processor time"
+        elif time.monotonic() - start >= MAX_WALL_S:
+            reason = f"it takes more than {MAX_WALL_S:g} s"
+        return {"error": f": {reason}: choose another template (--chat-template)"}
+
+    def _started(self) -> "subprocess.Popen[bytes]":
+        if self._process is not None and self._process.poll() is None:  # a fork has no such child: it starts its own
+            return self._process
+        self._end()
+        python = "" if getattr(sys, "frozen", False) else sys.executable  # a frozen program would start itself
+        pipe, no_window = subprocess.PIPE, getattr(subprocess, "CREATE_NO_WINDOW", 0)
+        try:
+            self._process = subprocess.Popen(
+                [python, "-P", "-c", _CHILD, *map(str, sys.path)],
+                stdin=pipe,
+                stdout=pipe,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C on the terminal is not for the child
+                creationflags=no_window,
+            )
+        except OSError as error:
+            found = f"{python or 'no Python'} does not start: {error.strerror or error}"
+            raise GgufRunError(f"a chat template needs a process of its own, but {found}") from None
+        self._end = weakref.finalize(self, _ended, self._process)
+        return self._process
+
+
+def _ended(process: "subprocess.Popen[bytes]") -> None:
+    process.kill()
+    for pipe in (process.stdin, process.stdout):
+        with suppress(OSError):  # what was not read is lost
+            pipe.close()  # type: ignore[union-attr]
+    process.wait()

@@ -1,0 +1,143 @@
+"""Runs a chat template in Jinja's sandbox, and fits messages to templates that have no place for a part of them.
+
+Settings, filters and functions are those of Hugging Face transformers, for which templates are written. The sandbox
+keeps a template away from Python's internals, from files and from changing its arguments. worker.py limits the rest.
+"""
+
+import json
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import Template, TemplateError, TemplateSyntaxError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MAX_REASON = 300  # characters of a template's error that are shown
+NO_SYSTEM = "the chat template has no place for a system message: the user's message begins with it"
+NO_TOOLS = "the chat template has no place for tools: the model does not learn of them"
+NO_CALLS = "the chat template has no place for tool calls: the model does not see its earlier ones"
+# How published templates want messages with calls: content where there is no text, whether arguments are strings.
+_CALL_FORMS: list[tuple[str | None, bool]] = [("", False), ("", True), (None, True), (None, False)]
+_MARK = "gguf_run_mark"  # a template that has a place for it shows it in a trial
+_USER = {"role": "user", "content": "Hello"}
+
+Messages = list[dict[str, Any]]
+
+
+def render(source: str, variables: dict[str, Any]) -> dict[str, Any]:
+    """Return {"text": the prompt, "notes": what the user should know}, or {"error": where and why it failed}.
+
+    source: the template. variables: what it can name, "messages" in the form of messages.py among them.
+    """
+    try:
+        template, notes = _compiled(source), list[str]()
+        variables = variables | {"messages": fitted(source, variables, notes)}
+        text = template.render(variables)
+        if variables["tools"] and text == _trial(template, variables | {"tools": None}):
+            notes.append(NO_TOOLS)
+        return {"text": text, "notes": notes}
+    except MemoryError:
+        raise
+    except Exception as error:  # a program from a stranger: it may raise anything
+        return {"error": _reason(error)}
+
+
+def fitted(source: str, variables: dict[str, Any], notes: list[str]) -> Messages:
+    """Return the messages, changed where the template would drop or refuse what it could show in another form.
+
+    notes: gets a line for each thing that has no place. Trials with other messages tell what a template shows.
+    """
+    template, messages = _compiled(source), variables["messages"]
+    if "developer" not in source:  # the newer name of "system" in OpenAI's API
+        messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
+    if any(m["role"] == "system" for m in messages):
+        system = {"role": "system", "content": _MARK}
+        if _MARK not in _trial(template, variables | {"messages": [system, _USER]}):
+            messages = _without_system(messages)
+            notes.append(NO_SYSTEM)
+    if any("tool_calls" in m for m in messages):
+        function = {"name": "f", "arguments": {_MARK: "value"}}
+        call = {"role": "assistant", "content": "", "tool_calls": [{"id": "call12345", "function": function}]}
+        result = {"role": "tool", "name": "f", "tool_call_id": "call12345", "content": "1"}
+        for form in _CALL_FORMS:
+            text = _trial(template, variables | {"messages": [_USER, _calls_as(call, *form), result]})
+            # It is there, neither escaped twice nor as Python writes it.
+            if _MARK in text and f"'{_MARK}'" not in text and f'\\"{_MARK}' not in text:
+                return [_calls_as(m, *form) if "tool_calls" in m else m for m in messages]
+        notes.append(NO_CALLS)
+    return messages
+
+
+def _without_system(messages: Messages) -> Messages:
+    """Put each system message before the text of the next user message, as llama.cpp does with the first one."""
+    found, texts = Messages(), list[str]()
+    for message in messages:
+        if message["role"] == "system":
+            texts += [message["content"]] if message["content"] else []
+        elif message["role"] == "user" and texts:
+            found.append(message | {"content": "\n".join([*texts, message["content"]])})
+            texts = []
+        else:
+            found.append(message)
+    return [*found, _USER | {"content": "\n".join(texts)}] if texts else found
+
+
+def _calls_as(message: dict[str, Any], empty: str | None, as_text: bool) -> dict[str, Any]:
+    functions = [call["function"] for call in message["tool_calls"]]
+    if as_text:
+        functions = [f | {"arguments": json.dumps(f["arguments"], ensure_ascii=False)} for f in functions]
+    calls = [call | {"function": f} for call, f in zip(message["tool_calls"], functions, strict=True)]
+    return message | {"content": message["content"] or empty, "tool_calls": calls}
+
+
+def _trial(template: Template, variables: dict[str, Any]) -> str:
+    """Return what a template makes of the variables, "" if it refuses them."""
+    try:
+        return template.render(variables)
+    except MemoryError:
+        raise
+    except Exception:
+        return ""
+
+
+def _reason(error: Exception) -> str:
+    """Return where and why a template failed, on one line."""
+    line = f" in line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+    try:
+        reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+    except Exception:  # it holds an object of the template's that cannot be written
+        reason = type(error).__name__
+    return f"{line}: {' '.join(reason[: 4 * MAX_REASON].split())[:MAX_REASON] or type(error).__name__}"
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what a model is trained on; it changes nothing in a prompt."""
+
+    tags = frozenset({"generation"})  # type: ignore[assignment]  # Jinja only asks what it contains
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@lru_cache(8)
+def _compiled(source: str) -> Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    """Jinja's own filter escapes HTML, which no model has seen."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)

@@ -1,0 +1,46 @@
+"""What the process of the chat templates does: it reads a request a line, and writes a reply a line, both JSON.
+
+The system limits the memory and the processor time of a request: Linux both, macOS the time, Windows neither. The
+other side, process.py, has a clock for all of them.
+"""
+
+import json
+import os
+import sys
+from contextlib import suppress
+
+MAX_CPU_S = 2.0  # seconds of processor time for a request
+MAX_MEMORY = 256 << 20  # bytes of memory for a request,
+MEMORY_FACTOR = 32  # and for each byte of it: a character may take four bytes, and stands in several texts at a time
+OUT_OF_MEMORY = 77  # exit code
+
+
+def main() -> None:
+    """Answer requests until stdin ends, which it does when the other process ends.
+
+    A template that passes a limit ends this process: by SIGPROF, or with the code OUT_OF_MEMORY.
+    """
+    from gguf_run.runtime.chat.sandbox import render  # Jinja stays out of the process that asks
+
+    for line in sys.stdin.buffer:
+        _limit(MAX_CPU_S, MAX_MEMORY + MEMORY_FACTOR * len(line))
+        try:
+            reply = json.dumps(render(**json.loads(line)), ensure_ascii=False).encode("utf-8", "surrogatepass")
+        except MemoryError:
+            os._exit(OUT_OF_MEMORY)
+        _limit(0, None)
+        sys.stdout.buffer.write(reply + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def _limit(seconds: float, n_bytes: int | None) -> None:
+    """Let this process use so many seconds of processor time from now on, and bytes of memory. 0, None: no limit."""
+    if sys.platform == "win32":
+        return
+    import resource
+    import signal
+
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    with suppress(ValueError, OSError):  # the system has no such limit, or a lower one
+        highest = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (n_bytes or highest, highest))

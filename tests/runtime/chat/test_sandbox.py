@@ -1,0 +1,123 @@
+"""What a template makes of messages, and messages that are fitted to templates without a place for a part of them."""
+
+from typing import Any
+
+import pytest
+
+from gguf_run.runtime.chat.sandbox import NO_CALLS, NO_SYSTEM, NO_TOOLS, render
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+USER = {"role": "user", "content": "Hi"}
+ANSWER = {"role": "assistant", "content": "Hello"}
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"id": "call12345", "type": "function", "function": {"name": "w", "arguments": {"c": "é"}}}],
+}
+RESULT = {"role": "tool", "content": "20", "tool_call_id": "call12345"}
+TOOLS = [{"type": "function", "function": {"name": "w"}}]
+
+
+def rendered(source: str, *messages: dict[str, Any], **variables: Any) -> tuple[str, list[str]]:
+    reply = render(source, {"messages": list(messages), "tools": None} | variables)
+    return reply.get("text", reply.get("error")), reply.get("notes", [])
+
+
+ALL = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+IGNORES = "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}" + ALL
+ALTERNATES = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles') }}"
+    "{% endif %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("source", [IGNORES, REFUSES, ALTERNATES])
+def test_a_system_message_without_a_place_begins_the_users(source: str) -> None:
+    assert rendered(source, SYSTEM, USER) == ("<user>Be brief.\nHi", [NO_SYSTEM])
+    assert rendered(source, SYSTEM, USER, ANSWER, USER) == ("<user>Be brief.\nHi<assistant>Hello<user>Hi", [NO_SYSTEM])
+    assert rendered(source, SYSTEM) == ("<user>Be brief.", [NO_SYSTEM])
+    later = rendered(source, USER, ANSWER, SYSTEM, USER)
+    assert later == ("<user>Hi<assistant>Hello<user>Be brief.\nHi", [NO_SYSTEM])
+    assert rendered(source, USER) == ("<user>Hi", [])
+    assert rendered(source, SYSTEM | {"content": ""}, USER)[0] == "<user>Hi"
+
+
+def test_a_system_message_with_a_place_stays() -> None:
+    assert rendered(ALL, SYSTEM, USER) == ("<system>Be brief.<user>Hi", [])
+    trimmed = "{{ messages[0].content | trim | upper | lower }}{{ messages[1].content }}"
+    assert rendered(trimmed, SYSTEM, USER) == ("be brief.Hi", [])
+    with_tools = "{% for t in tools %}{{ t.function.name }}{% endfor %}" + ALL  # fails without tools
+    assert rendered(with_tools, SYSTEM, USER, tools=TOOLS) == ("w<system>Be brief.<user>Hi", [])
+
+
+def test_a_refusal_that_has_another_cause_is_told() -> None:
+    assert rendered("{{ raise_exception('never') }}", SYSTEM, USER) == (": never", [])
+    assert rendered(ALTERNATES, SYSTEM, USER, USER) == (": Roles", [])
+
+
+def test_developer_is_a_new_name_of_system() -> None:
+    developer = SYSTEM | {"role": "developer"}
+    assert rendered(ALL, developer, USER) == ("<system>Be brief.<user>Hi", [])
+    assert rendered(IGNORES, developer, USER) == ("<user>Be brief.\nHi", [NO_SYSTEM])
+    assert rendered(ALL + "{# developer #}", developer, USER) == ("<developer>Be brief.<user>Hi", [])
+
+
+@pytest.mark.parametrize(
+    ("of_call", "expected"),
+    [
+        ("{{ f.arguments | tojson }}", '{"c": "é"}'),  # Qwen2.5: a string would be escaped twice
+        ("{% for k, v in f.arguments | items %}<{{ k }}>{{ v }}{% endfor %}", "<c>é"),  # Qwen3-Coder: a string fails
+        ("{% for k, v in f.arguments.items() %}<{{ k }}>{{ v }}{% endfor %}", "<c>é"),
+        ("{{ '```json\n' + f.arguments + '\n```' }}", '```json\n{"c": "é"}\n```'),  # Functionary: an object fails
+        ("{{ f.arguments }}", '{"c": "é"}'),  # an object would be written as Python writes it
+        ("{{ f.arguments if f.arguments is string else f.arguments | tojson }}", '{"c": "é"}'),
+    ],
+)
+def test_arguments_of_calls(of_call: str, expected: str) -> None:
+    each = "{% for m in messages %}{% for c in m.tool_calls %}{% set f = c.function %}" + of_call
+    source = each + "{% endfor %}{{ m.content }}{% endfor %}"
+    assert rendered(source, USER, CALL, RESULT) == (f"Hi{expected}20", [])
+
+
+def test_calls_that_a_template_shows_where_content_is_null() -> None:
+    """DeepSeek-R1's distilled models."""
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' and m.content is none %}"
+        "{% for c in m.tool_calls %}{{ c.function.name + c.function.arguments }}{% endfor %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    assert rendered(source, USER, CALL, RESULT) == ('Hiw{"c": "é"}20', [])
+    assert rendered(source, USER, CALL | {"content": "x"}, RESULT) == ("Hix20", [])
+
+
+def test_null_is_not_written_as_none() -> None:
+    source = "{% for m in messages %}{{ m.content }}{{ m.tool_calls[0].function | tojson if m.tool_calls }}{% endfor %}"
+    assert "None" not in rendered(source, USER, CALL)[0]
+
+
+def test_what_has_no_place_is_said() -> None:
+    assert rendered(ALL, USER, tools=TOOLS) == ("<user>Hi", [NO_TOOLS])
+    assert rendered(ALL, USER, CALL, RESULT) == ("<user>Hi<assistant><tool>20", [NO_CALLS])
+    assert rendered(ALL, SYSTEM, USER, ANSWER) == ("<system>Be brief.<user>Hi<assistant>Hello", [])
+    source = "{% if tools %}{{ tools | tojson }}{% endif %}" + ALL
+    assert rendered(source, USER, tools=TOOLS)[1] == []
+    only_names = "{% if tools is not none %}{{ tools[0].function.name }}{% endif %}" + ALL
+    assert rendered(only_names, USER, tools=TOOLS) == ("w<user>Hi", [])
+
+
+def test_the_time_is_that_of_the_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process and its compiled templates live on for days."""
+    from gguf_run.runtime.chat import sandbox
+
+    now = rendered("{{ strftime_now('%Y-%m-%d') }}")[0]
+    assert len(now) == 10
+    real = sandbox.datetime
+
+    class Later(real):  # type: ignore[misc, valid-type]
+        @classmethod
+        def now(cls) -> Any:
+            return real(2099, 1, 2)
+
+    monkeypatch.setattr(sandbox, "datetime", Later)
+    assert rendered("{{ strftime_now('%Y-%m-%d') }}")[0] == "2099-01-02"
