@@ -16,8 +16,8 @@ def open_model(path: Path, quantize: str | None = None) -> GGUFFile:
     if not is_checkpoint:
         file = GGUFFile.open(path)
         values = (file.metadata.get(f"general.{key}") for key in ("type", "architecture"))
-        kind, arch = (value if isinstance(value, str) else None for value in values)  # ModelConfig refuses others
-        if kind not in (None, "model") or arch == "clip" or not file.tensors:
+        type_, arch = (value if isinstance(value, str) else None for value in values)  # ModelConfig refuses others
+        if type_ not in (None, "model") or arch == "clip" or not file.tensors:
             from gguf_run.formats.gguf.found import check_model
 
             check_model(file.path, file.metadata, len(file.tensors))
