@@ -51,6 +51,7 @@ class Model:
         self.templates: TemplateProcess | None = None  # where chat_template runs; made when it is first needed
         self.where = parts.where
         self.about = parts.about
+        self.tuning = parts.tuning
         self.load_s = 0.0  # seconds that loading took, without a download
         self._identity = parts.identity
         self._close = parts.close

@@ -313,6 +313,8 @@ def _describe(model: "Model") -> None:
         f"{config.arch.name}: n_layer {config.n_layer}, n_embd {config.n_embd}, n_vocab {config.n_vocab}, "
         f"n_ctx {model.n_ctx} (trained {config.n_ctx_train})"
     )
+    if model.tuning:
+        message(f"CPU kernels: {model.tuning}")
 
 
 def _report(model: "Model", verbose: bool, with_context: bool) -> None:

@@ -77,7 +77,7 @@ def test_text_from_a_file_and_from_stdin(model: Path, tmp_path: Path) -> None:
         (["MODEL", "a", "--ids", "--count"], None, 2, "give --ids or --count, not both"),
         ([], None, 2, "Missing argument 'MODEL'"),
         (["MODEL", "--file", "missing.txt"], None, 1, "error: missing.txt: No such file or directory"),
-        (["missing.gguf", "a"], None, 1, "error: missing.gguf: cannot open the file: No such file or directory"),
+        (["missing.gguf", "a"], None, 1, "error: missing.gguf: No such file or folder; gguf-run --list"),
         (["MODEL"], b"a\xff", 1, "error: stdin: byte 0xff at offset 1 is not valid UTF-8"),
     ],
 )
