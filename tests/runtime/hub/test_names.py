@@ -67,7 +67,7 @@ def test_a_name_that_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         find_model("a" * 300)
     with pytest.raises(GgufRunError, match=r"^the name of the model is empty: give the path"):
         find_model("")
-    with pytest.raises(GgufRunError, match=r"only addresses of the Hugging Face hub are fetched: download the file"):
+    with pytest.raises(GgufRunError, match=r"only addresses of the Hugging Face hub are fetched: get the file"):
         find_model("https://example.com/model.gguf")
     monkeypatch.chdir(tmp_path)
     assert find_model("my-model-Q8_0.gguf") == Path("my-model-Q8_0.gguf")
