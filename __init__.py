@@ -4,8 +4,6 @@ The public names are those of runtime/, imported when they are first used. This 
 because the five folders beside them are the packages `gguf_run.formats` to `gguf_run.runtime`.
 """
 
-from importlib import import_module
-
 TYPE_CHECKING = False  # what type checkers take for typing's: the commands begin with this file, and must begin at once
 if TYPE_CHECKING:
     from gguf_run.runtime import Answer as Answer
@@ -28,6 +26,8 @@ def __getattr__(name: str) -> object:
         from importlib.metadata import version
 
         return version("gguf-run")
+    from importlib import import_module
+
     runtime = import_module("gguf_run.runtime")  # a `from` would ask this function again
     if name not in runtime.__all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,8 +3,6 @@
 The public names below are imported when they are first used: the commands begin with this file, and must begin at once.
 """
 
-import importlib
-
 TYPE_CHECKING = False  # what type checkers take for typing's, which takes 10 ms to import
 if TYPE_CHECKING:
     from gguf_run.formats.errors import FormatError as FormatError
@@ -38,4 +36,6 @@ __all__ = [*_PLACES]
 def __getattr__(name: str) -> object:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"gguf_run.{_PLACES[name]}"), name)
+    from importlib import import_module
+
+    return getattr(import_module(f"gguf_run.{_PLACES[name]}"), name)

@@ -7,6 +7,7 @@ concern llama.cpp's own speed are accepted and change nothing. Others that this 
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from gguf_run.formats.errors import OptionError, UnsupportedError, check_names
@@ -21,8 +22,10 @@ RANDOM_SEED = 0xFFFFFFFF  # another seed each time
 # Arguments of the constructor that change no result here.
 _NO_EFFECT = (
     "split_mode", "main_gpu", "use_mmap", "use_mlock", "n_ubatch", "n_threads_batch", "logits_all", "offload_kqv",
-    "flash_attn", "op_offload", "swa_full", "no_perf", "numa", "verbose",
+    "flash_attn", "op_offload", "swa_full", "no_perf", "numa", "verbose", "n_parts", "f16_kv",
 )  # fmt: skip
+# What LangChain passes where its user says nothing. The model's own RoPE stays: another one would spoil its texts.
+_LANGCHAIN: Result = {"rope_freq_base": 10000, "rope_freq_scale": 1}
 # Arguments of the constructor, and of completions, that are allowed with this value only: it asks for nothing.
 _LOAD_OFF: Result = {
     "vocab_only": False, "kv_overrides": None, "rope_scaling_type": -1, "pooling_type": -1, "attention_type": -1,
@@ -80,6 +83,7 @@ class Llama:
         type_k, type_v: ggml's numbers of the cache's types, such as 8 for q8_0; None: f16.
         others: see the module. GgufRunError as for Model.load.
         """
+        others = {name: value for name, value in others.items() if value is None or value != _LANGCHAIN.get(name)}
         _refuse(others, _LOAD_OFF, (*_NO_EFFECT, *Llama.__init__.__annotations__))
         self.model_path = str(model_path)
         self._seed = None if seed in (RANDOM_SEED, -1) else seed
@@ -198,9 +202,18 @@ class Llama:
         """Positions of the context."""
         return self._model.n_ctx
 
+    @property
+    def context_params(self) -> SimpleNamespace:
+        """Holds n_ctx, which LlamaIndex reads here."""
+        return SimpleNamespace(n_ctx=self.n_ctx())
+
     def n_vocab(self) -> int:
         """Tokens of the vocabulary."""
         return self._model.decoder.config.n_vocab
+
+    def n_embd(self) -> int:
+        """Length of the hidden state."""
+        return self._model.decoder.config.n_embd
 
     def token_bos(self) -> int:
         """The token that begins a text, -1 if there is none."""
@@ -214,6 +227,8 @@ class Llama:
         """Return arguments of Model.generate for those of a completion."""
         _refuse(options, _OFF, (*_SAMPLING, *_OTHERS))
         ours = {name: options[name] for name in _SAMPLING if name in options}
+        if "top_k" in ours:
+            ours["top_k"] = max(0, ours["top_k"])  # llama.cpp's -1 is off, too
         seed, stop, processors = options.get("seed"), options.get("stop"), options.get("logits_processor")
         return ours | {
             "mirostat": options.get("mirostat_mode", 0),

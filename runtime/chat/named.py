@@ -3,9 +3,8 @@
 The names and the prompts for system, user and assistant messages are llama.cpp's. The tokenizer adds BOS.
 """
 
-from pathlib import Path
-
 from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.gguf.mapped import read_bytes
 from gguf_run.runtime.chat.template import MAX_TEMPLATE
 
 _EACH = "{% for m in messages %}"
@@ -38,13 +37,12 @@ TEMPLATES = {
 def find_template(name: str) -> str:
     """Return the text of a template: one of TEMPLATES by its name, or the content of a file.
 
-    GgufRunError if `name` is neither, or the file is not UTF-8 text.
+    GgufRunError if `name` is neither, or the file is too large, a device, or not UTF-8 text.
     """
     if name in TEMPLATES:
         return TEMPLATES[name]
     try:
-        with Path(name).open("rb") as stream:
-            return stream.read(4 * MAX_TEMPLATE).decode("utf-8-sig")
+        return read_bytes(name, 4 * MAX_TEMPLATE).decode("utf-8-sig")
     except (FileNotFoundError, IsADirectoryError):
         known = ", ".join(TEMPLATES)
         reason = f"neither a file nor one of {known}: name the file of a Jinja template"

@@ -9,15 +9,16 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from threading import Lock, Timer
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.chat.worker import MAX_CPU_S, MAX_MEMORY, OUT_OF_MEMORY
+from gguf_run.runtime.chat.worker import HELLO, MAX_CPU_S, MAX_MEMORY, OUT_OF_MEMORY
 
 MAX_REPLY = 1 << 28  # bytes of a reply
 MAX_WALL_S = 15.0  # seconds of a request, where the system does not limit its processor time
 # The child finds the modules that this process finds; -P keeps the working directory out.
 _CHILD = "import sys; sys.path[:] = sys.argv[1:]; from gguf_run.runtime.chat.worker import main; main()"
+_NEEDED = "a chat template needs a Python process of its own"
 
 
 class TemplateProcess:
@@ -30,6 +31,7 @@ class TemplateProcess:
         self.said: set[str] = set()  # notes that the user has got
         self._lock = Lock()  # for a request and its reply
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_ready = False  # the process has said HELLO
         self._end: Callable[[], object] = lambda: None
 
     def start(self) -> Self:
@@ -46,13 +48,14 @@ class TemplateProcess:
         """Return the reply of sandbox.render; request: its arguments. GgufRunError: a limit is passed, or no start."""
         line = json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
         with self._lock:
-            process, start, reply = self._started(), time.monotonic(), b""
+            process, start, reply, is_ready = self._started(), time.monotonic(), b"", self._is_ready
             assert process.stdin
             assert process.stdout
             clock = Timer(MAX_WALL_S, process.kill)
             clock.start()
             try:
                 with suppress(OSError):  # it has ended
+                    self._is_ready = is_ready = is_ready or _says_hello(process.stdout)
                     process.stdin.write(line)
                     process.stdin.flush()
                     reply = process.stdout.readline(MAX_REPLY)
@@ -63,6 +66,8 @@ class TemplateProcess:
         if reply.endswith(b"}\n"):
             result: dict[str, Any] = json.loads(reply)
             return result
+        if not is_ready:
+            raise GgufRunError(f"{_NEEDED}, but {sys.executable} is no Python with this package: set sys.executable")
         reason = f"its process ended with code {process.returncode}"
         if len(reply) == MAX_REPLY:
             reason = f"it makes more than {MAX_REPLY >> 20} MB of text"
@@ -78,7 +83,8 @@ class TemplateProcess:
         if self._process is not None and self._process.poll() is None:  # a fork has no such child: it starts its own
             return self._process
         self._end()
-        python = "" if getattr(sys, "frozen", False) else sys.executable  # a frozen program would start itself
+        self._is_ready = False
+        python = "" if getattr(sys, "frozen", False) else sys.executable or ""  # a frozen program would start itself
         pipe, no_window = subprocess.PIPE, getattr(subprocess, "CREATE_NO_WINDOW", 0)
         try:
             self._process = subprocess.Popen(
@@ -90,10 +96,17 @@ class TemplateProcess:
                 creationflags=no_window,
             )
         except OSError as error:
-            found = f"{python or 'no Python'} does not start: {error.strerror or error}"
-            raise GgufRunError(f"a chat template needs a process of its own, but {found}") from None
+            found = f"{python} does not start: {error.strerror or error}"
+            if not python:
+                found = "sys.executable names none: set it"
+            raise GgufRunError(f"{_NEEDED}, but {found}") from None
         self._end = weakref.finalize(self, _ended, self._process)
         return self._process
+
+
+def _says_hello(stdout: IO[bytes]) -> bool:
+    """Read up to HELLO; return whether it came. What a user's site-packages print at the start stands before it."""
+    return any(line.endswith(HELLO) for line in iter(lambda: stdout.readline(MAX_REPLY), b""))
 
 
 def _ended(process: "subprocess.Popen[bytes]") -> None:

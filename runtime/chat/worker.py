@@ -13,6 +13,7 @@ MAX_CPU_S = 2.0  # seconds of processor time for a request
 MAX_MEMORY = 256 << 20  # bytes of memory for a request,
 MEMORY_FACTOR = 32  # and for each byte of it: a character may take four bytes, and stands in several texts at a time
 OUT_OF_MEMORY = 77  # exit code
+HELLO = b"gguf-run is ready\n"  # written before the first reply
 
 
 def main() -> None:
@@ -22,6 +23,9 @@ def main() -> None:
     """
     from gguf_run.runtime.chat.sandbox import render  # Jinja stays out of the process that asks
 
+    _heed_the_clock()
+    sys.stdout.buffer.write(HELLO)
+    sys.stdout.buffer.flush()
     for line in sys.stdin.buffer:
         _limit(MAX_CPU_S, MAX_MEMORY + MEMORY_FACTOR * len(line))
         try:
@@ -31,6 +35,16 @@ def main() -> None:
         _limit(0, None)
         sys.stdout.buffer.write(reply + b"\n")
         sys.stdout.buffer.flush()
+
+
+def _heed_the_clock() -> None:
+    """Let SIGPROF end this process, also where the program that started it ignores or blocks the signal."""
+    if sys.platform == "win32":
+        return
+    import signal
+
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
 
 
 def _limit(seconds: float, n_bytes: int | None) -> None:

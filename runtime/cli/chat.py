@@ -1,6 +1,5 @@
 """The chat of gguf-run: Ctrl-C stops an answer, Ctrl-C twice or Ctrl-D ends the chat, /help lists the commands."""
 
-import sys
 from contextlib import suppress
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -10,8 +9,7 @@ from gguf_run.runtime.cli.chat_commands import Chat, completions, run_command
 from gguf_run.runtime.cli.chat_input import Interrupts, inputs, line_editing
 from gguf_run.runtime.cli.common import describe
 from gguf_run.runtime.cli.conversation import Conversation, last_turns, open_reasoning, show
-from gguf_run.runtime.terminal.text import message, n_columns, on_terminal
-from gguf_run.runtime.terminal.wrap import Line
+from gguf_run.runtime.terminal.text import message, on_terminal
 
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model
@@ -42,10 +40,7 @@ def chat(
 
 def banner(model: "Model") -> None:
     """Say what answers, and how to learn more."""
-    facts = " | ".join([model.about(), f"context {model.n_ctx} tokens", model.where])
-    line = Line(lambda: n_columns(sys.stderr))
-    for text in (line.push(facts) + line.word()).splitlines():
-        message(text)
+    message(" | ".join([model.about(), f"context {model.n_ctx} tokens", model.where]))
     message("/help lists the commands, Ctrl-D leaves")
 
 

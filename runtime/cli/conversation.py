@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.terminal.text import dimmed, has_colours, message, one_line, open_tag
+from gguf_run.runtime.terminal.text import dimmed, has_colours, message, n_columns, one_line, open_tag, without_controls
 
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model
@@ -58,7 +58,7 @@ def show(
 ) -> str:
     """Write an answer to stdout as it comes; return what the model has written.
 
-    On a terminal, words wrap whole, and what a model thinks is dimmed.
+    On a terminal, words wrap whole, what a model thinks is dimmed, and control characters are shown as escapes.
 
     is_stopped: asked after each piece; True ends the answer.
     tag: see open_reasoning.
@@ -69,7 +69,7 @@ def show(
     def taken() -> Iterator[str]:
         for piece in pieces:
             answer.append(piece)
-            yield piece
+            yield without_controls(piece) if sys.stdout.isatty() else piece
             if is_stopped():
                 break
 
@@ -77,7 +77,8 @@ def show(
     if sys.stdout.isatty():
         from gguf_run.runtime.terminal.wrap import wrapped
 
-        texts = (_renderer(with_markdown) or wrapped)(texts)
+        render = _renderer(with_markdown)
+        texts = render(texts) if render else wrapped(texts, lambda: n_columns(sys.stdout))
     for text in texts:
         sys.stdout.write(text)
         sys.stdout.flush()

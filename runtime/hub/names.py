@@ -20,7 +20,7 @@ def hub_name(name: str) -> str:
     """
     mirror = urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc
     hosts = "|".join(map(re.escape, filter(None, (*_HOSTS, mirror))))
-    plain = re.sub(rf"^(hf://|(https?://)?(www\.)?({hosts})/)", "hf:", name, flags=re.I)
+    plain = re.sub(rf"^(hf:(//)?|(https?://)?(www\.)?({hosts})/)", "hf:", name, flags=re.I)
     if plain == name:
         return name
     parts = unquote(re.split("[?#]", plain)[0]).strip("/").split("/")
@@ -37,6 +37,8 @@ def not_there(name: str) -> GgufRunError:
     near, hint = _nearest(name), "hf:OWNER/REPO"
     if " " in name and not near:
         return GgufRunError(f"{name}: No such file or folder; to ask the default model: gguf-run --prompt TEXT")
+    if re.match("[a-z]+://", name, re.I):
+        return GgufRunError(f"{name}: only addresses of the Hugging Face hub are fetched: get the file, name its path")
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w-]+)?", name) and not name.endswith(".gguf"):
         hint = f"hf:{name}"
     here = f"here are: {', '.join(near)}" if near else "gguf-run --list shows what is here"
@@ -49,7 +51,7 @@ def _nearest(name: str) -> list[str]:
 
     folder = Path(name).parent
     found = [model.name or str(model.paths[0]) for model in cached_models()]
-    found += [str(path) for path in folder.glob("*.gguf")] if folder.is_dir() else []
+    found += [str(path) for path in folder.glob("*.gguf")] if os.path.isdir(folder) else []
     wanted = _plain(name)
 
     def likeness(known: str) -> float:

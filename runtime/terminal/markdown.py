@@ -16,7 +16,7 @@ def rendered(pieces: Iterable[str]) -> Iterator[str]:
 
     A paragraph, a table, a heading, code and an item of a list with all below it are a block each.
     """
-    block, thought = _Block(), Line()
+    block, thought = _Block(), Line(lambda: n_columns(sys.stdout))
     is_thought = False
     for piece in pieces:
         for part in re.split(f"({re.escape(DIM)}|{re.escape(PLAIN)})", piece):

@@ -6,6 +6,7 @@ NO_COLOR is set (https://no-color.org).
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,11 @@ def one_line(text: str) -> str:
     return plain(" ".join(text.split()))
 
 
+def without_controls(text: str) -> str:
+    """Return text of several lines without what a terminal obeys: a model may write escape codes. The rest stays."""
+    return re.sub(r"[^\n\t\r\x20-\x7e\xa0-\U0010ffff]", lambda match: repr(match[0])[1:-1], text)
+
+
 def json_text(value: Any) -> str:
     """Return JSON that is safe to show: characters that steer a terminal or turn the direction of text are escaped."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
@@ -35,8 +41,13 @@ def json_text(value: Any) -> str:
 
 
 def message(text: str) -> None:
-    """Print one line on stderr."""
-    click.echo(one_line(text), err=True)
+    """Print one line on stderr. On a terminal, words wrap whole."""
+    line = one_line(text)
+    if sys.stderr is not None and sys.stderr.isatty():
+        from gguf_run.runtime.terminal.wrap import wrapped
+
+        line = "".join(wrapped([line], lambda: n_columns(sys.stderr)))
+    click.echo(line, err=True)
 
 
 def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
@@ -110,12 +121,8 @@ def dimmed(pieces: Iterable[str], inside: str | None) -> Iterator[str]:
                 at, tag = min(((text.find(tag), tag) for tag in awaited if tag in text), default=(-1, ""))
                 if at < 0:
                     break
-                if inside is None:
-                    yield text[:at] + DIM + tag
-                    inside = tag
-                else:
-                    yield text[:at] + tag + PLAIN
-                    inside = None
+                before, inside = inside, tag if inside is None else None
+                yield text[:at] + (DIM + tag if before is None else tag + PLAIN)
                 text = text[at + len(tag) :]
             n_held = max((n for tag in awaited for n in range(1, len(tag)) if text.endswith(tag[:n])), default=0)
             shown, held = text[: len(text) - n_held], text[len(text) - n_held :]
@@ -123,6 +130,9 @@ def dimmed(pieces: Iterable[str], inside: str | None) -> Iterator[str]:
                 yield shown
         if held:
             yield held
+        if inside is not None:
+            inside = None
+            yield PLAIN  # behind a word that the next one still holds back
     finally:
         if inside is not None:
             sys.stdout.write(PLAIN)

@@ -1,19 +1,19 @@
 """Lines of a terminal that break between words, while the text arrives piece by piece."""
 
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from unicodedata import east_asian_width
-
-from gguf_run.runtime.terminal.text import n_columns
 
 _STYLE = re.compile(r"\x1b\[\d*m")  # takes no column
 FENCES = ("```", "~~~")  # begin and end code, whose lines stay as they are
 
 
-def wrapped(pieces: Iterable[str]) -> Iterator[str]:
-    """Yield the text of pieces, with a line end in place of the space before a word that the line has no room for."""
-    line = Line()
+def wrapped(pieces: Iterable[str], columns: Callable[[], int]) -> Iterator[str]:
+    """Yield the text of pieces, with a line end in place of the space before a word that the line has no room for.
+
+    columns: see Line.
+    """
+    line = Line(columns)
     for piece in pieces:
         if text := line.push(piece):
             yield text
@@ -28,7 +28,7 @@ class Line:
     not.
     """
 
-    def __init__(self, columns: Callable[[], int] = lambda: n_columns(sys.stdout)) -> None:
+    def __init__(self, columns: Callable[[], int]) -> None:
         """columns: how many a line has, asked for each word: a user may resize the terminal."""
         self._columns = columns
         self._at = 0  # columns that are written

@@ -1,5 +1,6 @@
 """gguf_run.compat.Llama: programs written for llama-cpp-python, and the shapes that its types declare."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -218,3 +219,22 @@ def test_layers_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         found[there] = [compat._devices(n) for n in (0, -1, 20)]
     assert found[False] == [{"device": "cpu"}] * 3
     assert found[True] == [{"device": "cpu"}, {"gpu_layers": "all"}, {"gpu_layers": 20}]
+
+
+def test_what_langchain_and_llamaindex_pass(path: Path) -> None:
+    """All parameters that their classes send, with the values that they send for a user who has set none."""
+    langchain = Llama(
+        str(path), rope_freq_scale=1.0, rope_freq_base=10000.0, n_ctx=128, n_parts=-1, seed=-1, f16_kv=True,
+        logits_all=False, vocab_only=False, use_mlock=False, n_threads=None, n_batch=8, use_mmap=True,
+        last_n_tokens_size=64, verbose=True,
+    )  # fmt: skip
+    with contextlib.closing(langchain):
+        answer = langchain(
+            prompt="ab", suffix=None, max_tokens=4, temperature=0.8, top_p=0.95, logprobs=None, echo=False, stop=[],
+            repeat_penalty=1.1, top_k=-1,
+        )  # fmt: skip
+        assert answer["usage"]["prompt_tokens"] > 0
+        assert langchain.context_params.n_ctx == langchain.n_ctx() == 128
+        assert langchain.n_embd() == langchain._model.decoder.config.n_embd
+    with pytest.raises(UnsupportedError, match=r"rope_freq_base=20000.0 is not supported"):
+        Llama(str(path), rope_freq_base=20000.0)

@@ -1,5 +1,6 @@
 """Templates of published models against transformers, and the named ones against what llama.cpp makes of the names."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -118,5 +119,15 @@ def test_find_template(tmp_path: Path) -> None:
     with pytest.raises(GgufRunError, match=r"mine\.jinja: not UTF-8"):
         find_template(str(path))
     path.write_bytes(b"x" * (5 * MAX_TEMPLATE))
-    with pytest.raises(GgufRunError, match="characters"):
-        render_chat(find_template(str(path)), [USER], bos_token=None, eos_token=None)
+    with pytest.raises(GgufRunError, match=r"mine\.jinja: is larger than \d+ bytes"):
+        find_template(str(path))
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 12\n")
+    with pytest.raises(GgufRunError, match=r"mine\.jinja: is a Git LFS pointer"):
+        find_template(str(path))
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        for device in (str(tmp_path / "pipe"), "/dev/zero"):
+            with pytest.raises(GgufRunError, match="is a device or pipe"):
+                find_template(device)
+    with pytest.raises(GgufRunError, match=r"it has \d+ characters"):
+        render_chat("x" * (MAX_TEMPLATE + 1), [USER], bos_token=None, eos_token=None)

@@ -1,6 +1,7 @@
 """Templates that mean harm: each ends with one line, and the next template is rendered as ever."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -227,12 +228,44 @@ def test_modules_are_found_where_this_process_finds_them(tmp_path: Path, monkeyp
     assert ask(process, "a") == "a"
     monkeypatch.syspath_prepend(str(tmp_path))
     other = TemplateProcess()
-    assert ask(other, "a") == ": its process ended with code 5: choose another template (--chat-template)"
+    with pytest.raises(GgufRunError, match="is no Python with this package"):  # not the template's fault
+        ask(other, "a")
+
+
+NONE = r"a chat template needs a Python process of its own, but (.* does not start|sys.executable names none)"
 
 
 def test_no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("frozen", True), ("executable", ""), ("executable", "/no/python")):
+    for name, value in (("frozen", True), *(("executable", path) for path in ("", None, "/no/python", "/"))):
         with monkeypatch.context() as patch:
             patch.setattr(sys, name, value, raising=False)
-            with pytest.raises(GgufRunError, match=r"template needs a process of its own, but .* does not start"):
+            with pytest.raises(GgufRunError, match=NONE):
                 TemplateProcess().start()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="programs of POSIX")
+@pytest.mark.parametrize("program", ["cat", "true", "echo"])
+def test_another_program_in_place_of_python(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    """As in a program that holds Python: the template is not blamed."""
+    path = shutil.which(program)
+    monkeypatch.setattr(sys, "executable", path)
+    with pytest.raises(GgufRunError, match=rf"but {path} is no Python with this package: set sys.executable"):
+        ask(TemplateProcess(), "a")
+
+
+def test_what_the_child_prints_at_its_start_is_no_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('welcome')\nprint('{}', end='')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert ask(TemplateProcess(), "a") == "a"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
+@pytest.mark.parametrize("how", ["signal(SIGPROF, SIG_IGN)", "pthread_sigmask(SIG_BLOCK, [SIGPROF])"])
+def test_a_program_that_does_not_heed_the_clock(how: str) -> None:
+    code = (
+        f"from signal import *\n{how}\n"
+        "from gguf_run.runtime.chat.process import TemplateProcess\n"
+        f"print(TemplateProcess().ask({{'source': {LOOP!r}, 'variables': {{'messages': [], 'tools': None}}}}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert "it takes more than 2 s of processor time" in done.stdout

@@ -24,6 +24,7 @@ from gguf_run.runtime.cli.chat_commands import COMMANDS, Chat, completions, run_
 from gguf_run.runtime.cli.run import main
 from gguf_run.runtime.engine.context import ContextError
 from gguf_run.runtime.terminal.text import DIM, PLAIN, dimmed, has_colours, open_tag
+from gguf_run.runtime.terminal.wrap import wrapped
 
 GREEDY = ["--temperature", "0", "-n", "6"]
 
@@ -390,16 +391,20 @@ def test_sampling_options(path: Path, model: Model) -> None:
         (["Hello ", "there"], None, "Hello there"),
         (["<think>a</think>b"], None, f"{DIM}<think>a</think>{PLAIN}b"),
         (["x<th", "ink>a<", "b</thi", "nk> c<"], None, f"x{DIM}<think>a<b</think>{PLAIN} c<"),
-        (["a</think>b<think>", "c"], "<think>", f"{DIM}a</think>{PLAIN}b{DIM}<think>c"),
+        (["a</think>b<think>", "c"], "<think>", f"{DIM}a</think>{PLAIN}b{DIM}<think>c{PLAIN}"),
         (["[THINK]</think>[/THINK]"], None, f"{DIM}[THINK]</think>[/THINK]{PLAIN}"),
         (["<thi"], None, "<thi"),
-        ([], "<think>", DIM),
+        ([], "<think>", DIM + PLAIN),
     ],
 )  # fmt: skip
 def test_dimmed(pieces: list[str], inside: str | None, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "".join(dimmed(pieces, inside)) == expected
-    left_open = expected.count(DIM) > expected.count(PLAIN)
-    assert capsys.readouterr().out == PLAIN * left_open
+    assert "".join(wrapped(dimmed(pieces, inside), lambda: 80)) == expected  # what is held back comes before PLAIN
+    assert capsys.readouterr().out == ""
+    given_up = dimmed(iter(["<think>a", "b"]), None)
+    assert next(given_up) == f"{DIM}<think>"
+    given_up.close()
+    assert capsys.readouterr().out == PLAIN
 
 
 def test_open_tag() -> None:

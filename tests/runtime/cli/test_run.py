@@ -494,8 +494,8 @@ class Terminal:
         os.close(slave)
         self.shown = ""
 
-    def wait_for(self, text: str) -> None:
-        """Read until `text` has been shown after what was waited for before."""
+    def wait_for(self, text: str) -> str:
+        """Read until `text` has been shown after what was waited for before; return what came before it."""
         deadline = time.monotonic() + PATIENCE
         while text not in self.shown:
             assert time.monotonic() < deadline, self.shown
@@ -504,7 +504,8 @@ class Terminal:
                     self.shown += os.read(self._master, 4096).decode(errors="replace")
                 except OSError:  # the other end is closed
                     assert text in self.shown, self.shown
-        self.shown = self.shown.partition(text)[2]
+        before, _, self.shown = self.shown.partition(text)
+        return before
 
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
@@ -555,7 +556,11 @@ def test_terminal_of_a_newcomer(path: Path, columns: int) -> None:
         terminal.wait_for("\r\n> ")
         terminal.type("/st\t\n")
         terminal.wait_for("/stats ")
-        terminal.wait_for(" | context ")
+        terminal.wait_for("tokens\r\n> ")
+        terminal.type("/?\n")
+        help = terminal.wait_for("several lines.\r\n> ")
+        assert max(map(len, help.split("\r\n"))) <= columns
+        assert " conversation" in help
         terminal.type("/bye\n")
         terminal.wait_for("load ")
         assert terminal.process.wait(PATIENCE) == 0

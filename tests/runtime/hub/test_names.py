@@ -23,6 +23,7 @@ from gguf_run.runtime.hub.names import hub_name
         ("https://www.huggingface.co/owner/repo/blob/main/x-Q8_0.gguf", "hf:owner/repo/x-Q8_0.gguf"),
         ("https://hf.co/owner/repo/resolve/main/a/x%20y.gguf?download=true", "hf:owner/repo/a/x y.gguf"),
         ("hf://owner/repo", "hf:owner/repo"),
+        ("HF:owner/repo:Q4_0", "hf:owner/repo:Q4_0"),
         ("http://mirror.example/owner/repo", "hf:owner/repo"),
         ("hf:owner/repo", "hf:owner/repo"),
         ("models/hf.co/x.gguf", "models/hf.co/x.gguf"),
@@ -60,5 +61,13 @@ def test_a_name_that_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         find_model("owner/repo:Q4_0")
     with pytest.raises(GgufRunError, match="to ask the default model: gguf-run --prompt TEXT"):
         find_model("What is a cat?")
+    with pytest.raises(GgufRunError, match=r"^What is.* … .*: No such file or folder; .* gguf-run --prompt TEXT$"):
+        find_model("What is a cat, and what is not? " * 100)  # longer than any name of a file
+    with pytest.raises(GgufRunError, match=r"No such file or folder; gguf-run --list shows"):
+        find_model("a" * 300)
+    with pytest.raises(GgufRunError, match=r"^the name of the model is empty: give the path"):
+        find_model("")
+    with pytest.raises(GgufRunError, match=r"only addresses of the Hugging Face hub are fetched: get the file"):
+        find_model("https://example.com/model.gguf")
     monkeypatch.chdir(tmp_path)
     assert find_model("my-model-Q8_0.gguf") == Path("my-model-Q8_0.gguf")

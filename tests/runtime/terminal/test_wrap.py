@@ -37,4 +37,4 @@ def test_code_stays_as_it_is() -> None:
 
 
 def test_pieces_come_as_early_as_they_can() -> None:
-    assert [*wrapped(["Hel", "lo wor", "ld, ", "so"])] == ["Hello", " world,", " so"]
+    assert [*wrapped(["Hel", "lo wor", "ld, ", "so"], lambda: 80)] == ["Hello", " world,", " so"]
