@@ -5,18 +5,18 @@ runs a whole step, for one token or for a batch of tokens. A program reads token
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.operands import AttentionShape, Buffer, Cache, Experts, Squares, Table, Vector, Weight
 from gguf_run.models.ops import Op
 
 
-@dataclass(frozen=True)
+@frozen
 class CacheType:
     """How a layer's K and V are stored."""
 

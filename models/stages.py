@@ -1,9 +1,9 @@
 """Which backend runs which ops: a model on several backends is a sequence of stages."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
+from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.backend import AnyBackend, Program
 from gguf_run.models.config import ModelConfig
@@ -13,7 +13,7 @@ from gguf_run.models.step import Observed, Step
 from gguf_run.models.weights import Loader
 
 
-@dataclass(frozen=True)
+@frozen
 class Placed:
     """Where the parts of a model are."""
 
@@ -22,7 +22,7 @@ class Placed:
     embedding: AnyBackend  # looks up the embeddings
 
 
-@dataclass(frozen=True)
+@frozen
 class Stage:
     """A part of a program. Stages run one after the other."""
 

@@ -1,8 +1,8 @@
 """The ops of a step: what the layers of a model compute, as lists for one backend."""
 
-from dataclasses import dataclass
 from typing import Generic
 
+from gguf_run.formats.frozen import frozen
 from gguf_run.models import ops
 from gguf_run.models.architectures import EXPERTS
 from gguf_run.models.backend import Program
@@ -11,7 +11,7 @@ from gguf_run.models.operands import Buffer, Cache, Experts, Rotation, Squares, 
 from gguf_run.models.weights import Loader, Matrix
 
 
-@dataclass(frozen=True)
+@frozen
 class Observed:
     """Sums of squares of the columns of an input that some matrices share."""
 

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
+from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.architectures import ROPE_FACTORS
@@ -20,7 +21,7 @@ from gguf_run.models.rope import UNSCALED, make_rope
 _Handle = TypeVar("_Handle")
 
 
-@dataclass(frozen=True)
+@frozen
 class Matrix(Generic[Weight, Vector]):
     """The weight and the bias of one matmul."""
 

@@ -17,12 +17,12 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
+from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.mapped import Cursor, MappedFile, MemoryFile, quoted
 from gguf_run.formats.gguf.metadata import Metadata, read_metadata
 from gguf_run.formats.gguf.tensors import Tensor, read_tensors
@@ -36,7 +36,7 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 
 
-@dataclass(frozen=True)
+@frozen
 class _Part:
     """One file of a model."""
 

@@ -1,11 +1,12 @@
 """The KV cache of one layer: n_seq slots, one for each sequence. cache_types.py has the layout."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.frozen import frozen
 from gguf_run.kernels_cpu.attention.cache_rows import CacheRows
 from gguf_run.kernels_cpu.attention.plan import SPAN
 from gguf_run.models import kv_cache
@@ -18,7 +19,7 @@ def rows_stored(n_ctx: int, n_batch: int, window: int) -> int:
     return kv_cache.rows_stored(n_ctx, n_batch, window, multiple=GROUP, span=SPAN)
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class CpuCache:
     """K and V of one layer."""
 

@@ -1,7 +1,6 @@
 """Rows into and out of the layout of a cache (cache_types.py)."""
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import njit
+from gguf_run.formats.frozen import frozen
 from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS, CacheFormat, format_id
 from gguf_run.models.kv_cache import GROUP, rotates
 
@@ -81,7 +81,7 @@ def _move_rows(form: int, is_v: int, is_store: bool) -> Any:
     return move_rows
 
 
-@dataclass(frozen=True)
+@frozen
 class CacheRows:
     """The layout of K or V of one sequence in one layer, in memory u8[nbytes].
 

@@ -3,12 +3,13 @@ the machine has."""
 
 import functools
 import os
-from dataclasses import dataclass
 
 from llvmlite import binding
 
+from gguf_run.formats.frozen import frozen
 
-@dataclass(frozen=True)
+
+@frozen
 class Isa:
     """One row of the table. A tile of several tokens works on `lanes` rows of `panels` panels at a time.
 

@@ -8,13 +8,13 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.formats.frozen import frozen
 from gguf_run.runtime.cli.common import tool
 from gguf_run.runtime.cli.conversation import (
     answer_facts,
@@ -175,7 +175,7 @@ def _paused_gc() -> Iterator[None]:
         gc.enable()
 
 
-@dataclass(frozen=True)
+@frozen
 class _Task:
     """What the model is asked to do; everything in it is checked before the model is loaded."""
 

@@ -1,10 +1,11 @@
 """The answer to one prompt, token by token: choose a token, turn it into text, find the reason to stop."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from gguf_run.formats.errors import OptionError, check_names
+from gguf_run.formats.frozen import frozen
 from gguf_run.runtime.sampling.params import SamplingOptions, SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler, TokenLogprob
 
@@ -30,7 +31,7 @@ class ReplyOptions(BatchOptions, total=False):
     n_keep: int  # so many first tokens stay then
 
 
-@dataclass(frozen=True)
+@frozen
 class ReplyParams:
     """The options of one answer, checked, with their defaults: see ReplyOptions."""
 
@@ -70,7 +71,7 @@ class Piece(str):
         return piece
 
 
-@dataclass(frozen=True)
+@frozen
 class Answer:
     """The whole text that a prompt got, and how it ended."""
 

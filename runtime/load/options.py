@@ -2,10 +2,10 @@
 
 import os
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
 from gguf_run.formats.errors import OptionError
+from gguf_run.formats.frozen import frozen
 from gguf_run.runtime.load.placement import CPU, Device
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ MAX_N_SEQ = 1024
 DEFAULT_N_CTX = 4096  # unless the model was trained with less
 
 
-@dataclass(frozen=True)
+@frozen
 class Wanted:
     """The options that say what runs where, checked."""
 
@@ -54,7 +54,7 @@ class LoadKeywords(TypedDict, total=False):
     observe: bool
 
 
-@dataclass(frozen=True)
+@frozen
 class LoadOptions:
     """Everything that a user can choose when a model is loaded. OptionError for a value that is not allowed."""
 

@@ -5,11 +5,12 @@ The command line imports this file for its help, so it does without NumPy.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from gguf_run.formats.errors import OptionError
+from gguf_run.formats.frozen import frozen
 
 if TYPE_CHECKING:
     from numpy import float32, intp
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     LogitsProcessor = Callable[[NDArray[intp], NDArray[float32]], NDArray[float32]]
 
 
-@dataclass(frozen=True)
+@frozen
 class SamplerKind:
     """A row of the table of samplers."""
 
@@ -130,7 +131,7 @@ class SamplingOptions(TypedDict, total=False):
     ignore_eos: bool
 
 
-@dataclass(frozen=True)
+@frozen
 class SamplingParams:
     """How to choose tokens, with llama.cpp's names and defaults. OptionError for a value that is not allowed.
 

@@ -4,13 +4,14 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.frozen import frozen
 from gguf_run.runtime.sampling import filters
 from gguf_run.runtime.sampling.filters import EXACT, GREEDY, Breakers, Candidates, State, largest
 from gguf_run.runtime.sampling.params import SAMPLERS, SamplerKind, SamplingParams
@@ -31,7 +32,7 @@ _FILTERS: Mapping[str, Function] = {
 }
 
 
-@dataclass(frozen=True)
+@frozen
 class TokenLogprob:
     """Natural logarithms of probabilities where a token was chosen, before any bias, processor or sampler."""
 
