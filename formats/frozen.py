@@ -7,6 +7,7 @@ ever. The making of an instance takes longer, 2.5 µs instead of 1.1. Modules th
 
 from collections.abc import Callable
 from dataclasses import MISSING, FrozenInstanceError, dataclass, field, fields
+from operator import attrgetter
 from typing import Any, NoReturn, TypeVar, dataclass_transform, overload
 
 _T = TypeVar("_T")
@@ -30,9 +31,10 @@ def frozen(cls: Any = None, /, *, eq: bool = True) -> Any:
 def _made(cls: Any, eq: bool) -> Any:
     cls.__doc__ = cls.__doc__ or cls.__name__  # else dataclasses writes a signature into it, which is slow
     cls = dataclass(init=False, repr=False, eq=False)(cls)
-    cls.__defaults__ = {one.name: one.default for one in fields(cls)}  # in order; MISSING: there is none
+    cls.__names__ = {one.name for one in fields(cls)}
+    cls.__defaults__ = {one.name: one.default for one in fields(cls) if one.default is not MISSING}
     cls.__factories__ = {one.name: one.default_factory for one in fields(cls) if one.default_factory is not MISSING}
-    cls.__compared__ = tuple(one.name for one in fields(cls) if one.compare)
+    cls.__compared__ = attrgetter("__class__", *(one.name for one in fields(cls) if one.compare))
     cls.__init__, cls.__repr__, cls.__setattr__, cls.__delattr__ = _init, _repr, _refuse, _refuse
     if eq:
         cls.__eq__, cls.__hash__ = _eq, _hash
@@ -40,16 +42,15 @@ def _made(cls: Any, eq: bool) -> Any:
 
 
 def _init(self: Any, /, *values: Any, **named: Any) -> None:
-    cls = type(self)
-    given = dict(zip(cls.__match_args__, values, strict=False))
-    filled = {**cls.__defaults__, **given, **named}
+    cls, positional = type(self), self.__match_args__
+    filled = {**cls.__defaults__, **dict(zip(positional, values, strict=False)), **named}
     for name, make in cls.__factories__.items():
-        if filled[name] is MISSING:
+        if name not in filled:
             filled[name] = make()
-    missing = [name for name, found in filled.items() if found is MISSING]
-    if missing or len(filled) > len(cls.__defaults__) or len(given) < len(values) or not named.keys().isdisjoint(given):
-        surplus = [*values[len(given) :], *(filled.keys() - cls.__defaults__), *(given.keys() & named)]
-        raise TypeError(f"{cls.__name__}({', '.join(cls.__defaults__)}): missing {missing}, too much {surplus}")
+    twice = named.keys() & positional[: len(values)] if named else ()
+    if filled.keys() != cls.__names__ or twice or len(values) > len(positional):
+        missing, unknown = sorted(cls.__names__ - filled.keys()), [*filled.keys() - cls.__names__, *values[len(positional) :]]
+        raise TypeError(f"{cls.__name__}: missing {missing}, unknown {unknown}, given twice {[*twice]}")
     self.__dict__.update(filled)
     if hasattr(cls, "__post_init__"):
         self.__post_init__()
@@ -64,13 +65,9 @@ def _refuse(self: Any, name: str, _: Any = None) -> NoReturn:
     raise FrozenInstanceError(f"{name} of a {type(self).__name__} cannot change: make another, by dataclasses.replace")
 
 
-def _key(self: Any) -> tuple[Any, ...]:
-    return tuple(self.__dict__[name] for name in self.__compared__)
-
-
 def _eq(self: Any, other: object) -> Any:
-    return _key(self) == _key(other) if type(other) is type(self) else NotImplemented
+    return self.__compared__(self) == self.__compared__(other) if type(other) is type(self) else NotImplemented
 
 
 def _hash(self: Any) -> int:
-    return hash(_key(self))
+    return hash(self.__compared__(self))
