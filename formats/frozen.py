@@ -49,7 +49,8 @@ def _init(self: Any, /, *values: Any, **named: Any) -> None:
             filled[name] = make()
     twice = named.keys() & positional[: len(values)] if named else ()
     if filled.keys() != cls.__names__ or twice or len(values) > len(positional):
-        missing, unknown = sorted(cls.__names__ - filled.keys()), [*filled.keys() - cls.__names__, *values[len(positional) :]]
+        missing, unknown = sorted(cls.__names__ - filled.keys()), sorted(filled.keys() - cls.__names__)
+        unknown += values[len(positional) :]
         raise TypeError(f"{cls.__name__}: missing {missing}, unknown {unknown}, given twice {[*twice]}")
     self.__dict__.update(filled)
     if hasattr(cls, "__post_init__"):
@@ -65,7 +66,7 @@ def _refuse(self: Any, name: str, _: Any = None) -> NoReturn:
     raise FrozenInstanceError(f"{name} of a {type(self).__name__} cannot change: make another, by dataclasses.replace")
 
 
-def _eq(self: Any, other: object) -> Any:
+def _eq(self: Any, other: Any) -> Any:
     return self.__compared__(self) == self.__compared__(other) if type(other) is type(self) else NotImplemented
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from llvmlite import binding
 
 from gguf_run.formats.compiler.cachedir import other_writers, read_own, user_cache_dir, write_own
-from gguf_run.formats.compiler.deferred import Deferred, copied, imported, resolved
+from gguf_run.formats.compiler.deferred import Deferred, copied, imported
 from gguf_run.formats.compiler.machine_code import Code, Entry, Kind, Loader
 
 # error_model="numpy": divisions have no hidden branch that raises. No fastmath: results may differ between instruction
@@ -130,6 +130,7 @@ class Kernel(Deferred):
     def compile(self, kinds: tuple[Kind, ...]) -> Code | None:
         """Compile the function for arguments of these kinds: see compile_entry."""
         from gguf_run.formats.compiler.object_file import compile_entry  # late: a warm start compiles nothing
+        from gguf_run.formats.compiler.resolve import resolved
 
         return compile_entry(resolved(self._function), kinds, {**_OPTIONS, **self._options})
 
@@ -158,6 +159,8 @@ class Kernel(Deferred):
 
 def _numba_njit(function: Callable[..., Any], options: dict[str, Any]) -> Any:
     import numba
+
+    from gguf_run.formats.compiler.resolve import resolved
 
     return numba.njit(nogil=True, **_OPTIONS, **options)(resolved(function))
 

@@ -36,18 +36,7 @@ if COMPILING:
         quantize_p,
         scale_columns,
     )
-    from gguf_run.kernels_cpu.attention.softmax import (
-        HEADROOM,
-        LOWEST,
-        NEVER,
-        cap,
-        exponentials,
-        hide,
-        lane_sum,
-        raise_maximum,
-        rise,
-        scale_vectors,
-    )
+    from gguf_run.kernels_cpu.attention.softmax import LOWEST, lane_sum, n_visible, softmax
     from gguf_run.kernels_cpu.matmul.tile import prefetch
     from gguf_run.kernels_cpu.rows.quantize import quantize_row
     from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
@@ -176,42 +165,6 @@ def _values(v_form: int) -> Any:
 
 
 @njit(inline="always")
-def _n_visible(piece, r, start):
-    """How many positions from `start` on a query row may see. Rows that fill a tile are like the last one."""
-    return piece.n_past + min(r, piece.n_rows - 1) // piece.n_rep + 1 - start
-
-
-@njit(inline="always")
-def _hide(a, piece, m, tile, r, start, value):
-    """Replace the scores, or exponentials, of the positions that the rows of a tile do not see."""
-    for row in range(tile.rows):
-        until = _n_visible(piece, r + row, start)
-        since = until - a.window if a.window else 0
-        hide(m.scores + row * SPAN * 4, since, min(until, piece.stop - start), value)
-
-
-@njit(inline="always")
-def _softmax(a, piece, m, tile, r, start):
-    """Replace the scores of a tile by exponentials. Sums that the rows have so far follow a maximum that rises."""
-    if a.softcap:
-        cap(m.scores, tile.rows, np.float32(a.softcap))
-    last = _n_visible(piece, r + tile.rows - 1, start)
-    hides = min(_n_visible(piece, r, start), piece.stop - start) < SPAN or (a.window and last > a.window)
-    if hides:
-        _hide(a, piece, m, tile, r, start, NEVER)
-    if rise(m.scores, tile.rows, m.most + r * 4) > HEADROOM:
-        for row in range(r, r + tile.rows):
-            scores, most = m.scores + (row - r) * SPAN * 4, m.most + row * 4
-            if rise(scores, 1, most) > HEADROOM:
-                factor = raise_maximum(scores, most)
-                scale_vectors(m.sums + row * a.wide * 4, a.wide // ROWS, factor)
-                scale_vectors(m.lane_sums + row * ROWS * 4, 1, factor)
-    exponentials(m.scores, tile.rows, m.most + r * 4, m.lane_sums + r * ROWS * 4)
-    if hides:
-        _hide(a, piece, m, tile, r, start, np.float32(0))
-
-
-@njit(inline="always")
 def _result(a, piece, m, r):
     """Store the result of a query row: in out, or, if the positions are split, the total for `merge`."""
     total = lane_sum(m.lane_sums + r * ROWS * 4)
@@ -262,10 +215,10 @@ def attend(k_form: int, v_form: int) -> TapeOp:
             k, v = a.cache_k + group * a.k_group, a.cache_v + group * a.v_group
             next_k, next_v = a.cache_k + next_group * a.k_group, a.cache_v + next_group * a.v_group
             for r in range(0, n_fill, tile.rows):
-                n_seen = min(SPAN, work.stop - start, _n_visible(work, r + tile.rows - 1, start))
+                n_seen = min(SPAN, work.stop - start, n_visible(work, r + tile.rows - 1, start))
                 if n_seen > 0:
                     scores(a, m, tile, m.queries + r * q_row, q_row, k, next_k, n_seen, r == 0)
-                    _softmax(a, work, m, tile, r, start)
+                    softmax(a, work, m, tile, r, start)
                     values(a, m, tile, r, v, next_v, n_seen)
             group = next_group
         for r in range(work.n_rows):

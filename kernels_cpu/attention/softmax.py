@@ -9,6 +9,7 @@ import functools
 import numpy as np
 from llvmlite import ir
 
+from gguf_run.formats.compiler.jit import njit
 from gguf_run.kernels_cpu.attention.plan import SPAN
 from gguf_run.kernels_cpu.panels.panels import ROWS
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
@@ -96,3 +97,39 @@ def scale_vectors(s: Simd, address: Val, n: Val, factor: Val) -> None:
     """f32[16 * n] at an address *= factor."""
     factors = s.splat(factor, ROWS)
     s.each(n, lambda i: s.store(s.load(address + i * 64, F32, ROWS) * factors, address + i * 64))
+
+
+@njit(inline="always")
+def n_visible(piece, r, start):
+    """How many positions from `start` on a query row may see. Rows that fill a tile are like the last one."""
+    return piece.n_past + min(r, piece.n_rows - 1) // piece.n_rep + 1 - start
+
+
+@njit(inline="always")
+def _hide(a, piece, m, tile, r, start, value):
+    """Replace the scores, or exponentials, of the positions that the rows of a tile do not see."""
+    for row in range(tile.rows):
+        until = n_visible(piece, r + row, start)
+        since = until - a.window if a.window else 0
+        hide(m.scores + row * SPAN * 4, since, min(until, piece.stop - start), value)
+
+
+@njit(inline="always")
+def softmax(a, piece, m, tile, r, start):
+    """Replace the scores of a tile by exponentials. Sums that the rows have so far follow a maximum that rises."""
+    if a.softcap:
+        cap(m.scores, tile.rows, np.float32(a.softcap))
+    last = n_visible(piece, r + tile.rows - 1, start)
+    hides = min(n_visible(piece, r, start), piece.stop - start) < SPAN or (a.window and last > a.window)
+    if hides:
+        _hide(a, piece, m, tile, r, start, NEVER)
+    if rise(m.scores, tile.rows, m.most + r * 4) > HEADROOM:
+        for row in range(r, r + tile.rows):
+            scores, most = m.scores + (row - r) * SPAN * 4, m.most + row * 4
+            if rise(scores, 1, most) > HEADROOM:
+                factor = raise_maximum(scores, most)
+                scale_vectors(m.sums + row * a.wide * 4, a.wide // ROWS, factor)
+                scale_vectors(m.lane_sums + row * ROWS * 4, 1, factor)
+    exponentials(m.scores, tile.rows, m.most + r * 4, m.lane_sums + r * ROWS * 4)
+    if hides:
+        _hide(a, piece, m, tile, r, start, np.float32(0))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.terminal.text import dimmed, has_colours, message, one_line, open_tag
+from gguf_run.runtime.terminal.text import has_colours, message, one_line
 
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model
@@ -73,7 +73,11 @@ def show(
             if is_stopped():
                 break
 
-    texts: Iterable[str] = dimmed(taken(), tag) if has_colours() else taken()
+    texts: Iterable[str] = taken()
+    if has_colours():
+        from gguf_run.runtime.terminal.reasoning import dimmed
+
+        texts = dimmed(texts, tag)
     if sys.stdout.isatty():
         from gguf_run.runtime.terminal.wrap import wrapped
 
@@ -114,6 +118,8 @@ def open_reasoning(model: "Model", messages: Conversation, options: Mapping[str,
     """
     if not has_colours():
         return None
+    from gguf_run.runtime.terminal.reasoning import open_tag
+
     return open_tag(model.chat_prompt(messages, options.get("tools"), options.get("template_options")))
 
 

@@ -14,7 +14,7 @@ import pytest
 from isa_features import LIMITED, environment, host_has
 from numba import from_dtype, types
 
-from gguf_run.formats.compiler.deferred import resolved
+from gguf_run.formats.compiler.resolve import resolved
 from gguf_run.kernels_cpu.matmul.matmul import matmul
 from gguf_run.kernels_cpu.panels.panels import PANEL_OF, panel_id
 from gguf_run.kernels_cpu.replay.op import TapeOp
