@@ -30,7 +30,9 @@ def frozen(cls: Any = None, /, *, eq: bool = True) -> Any:
 
 def _made(cls: Any, eq: bool) -> Any:
     cls.__doc__ = cls.__doc__ or cls.__name__  # else dataclasses writes a signature into it, which is slow
-    cls = dataclass(init=False, repr=False, eq=False)(cls)
+    is_derived = hasattr(cls, "__dataclass_params__")  # dataclasses lets nothing else inherit from a frozen class
+    cls = dataclass(init=False, repr=False, eq=False, frozen=is_derived)(cls)
+    cls.__dataclass_params__.frozen = True
     cls.__names__ = {one.name for one in fields(cls)}
     cls.__defaults__ = {one.name: one.default for one in fields(cls) if one.default is not MISSING}
     cls.__factories__ = {one.name: one.default_factory for one in fields(cls) if one.default_factory is not MISSING}

@@ -20,7 +20,7 @@ import numpy as np
 from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import carray, njit
 from gguf_run.kernels_cpu.attention.cache_types import FORMATS
-from gguf_run.kernels_cpu.attention.plan import FEW, P_BYTES, SPAN, TILE, layout, piece_of, plan
+from gguf_run.kernels_cpu.attention.sizes import FEW, P_BYTES, SPAN, TILE, layout
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, FloatPanel, IntPanel
 from gguf_run.kernels_cpu.replay.op import TapeOp, op
 from gguf_run.kernels_cpu.replay.runs import runs_at
@@ -36,6 +36,7 @@ if COMPILING:
         quantize_p,
         scale_columns,
     )
+    from gguf_run.kernels_cpu.attention.plan import piece_of, plan
     from gguf_run.kernels_cpu.attention.softmax import LOWEST, lane_sum, n_visible, softmax
     from gguf_run.kernels_cpu.matmul.tile import prefetch
     from gguf_run.kernels_cpu.rows.quantize import quantize_row

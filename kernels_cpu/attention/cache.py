@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.frozen import frozen
 from gguf_run.kernels_cpu.attention.cache_rows import CacheRows
-from gguf_run.kernels_cpu.attention.plan import SPAN
+from gguf_run.kernels_cpu.attention.sizes import SPAN
 from gguf_run.models import kv_cache
 from gguf_run.models.kv_cache import GROUP
 from gguf_run.models.operands import Rotation

@@ -10,7 +10,7 @@ import numpy as np
 from llvmlite import ir
 
 from gguf_run.formats.compiler.jit import njit
-from gguf_run.kernels_cpu.attention.plan import SPAN
+from gguf_run.kernels_cpu.attention.sizes import SPAN
 from gguf_run.kernels_cpu.panels.panels import ROWS
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.simd import F32, I32, Simd, Val

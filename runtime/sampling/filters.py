@@ -1,4 +1,4 @@
-"""Samplers that drop tokens or change their logits: top-k, top-p, min-p, typical, top-n-sigma, XTC, temperature.
+"""Samplers that drop tokens or change their logits: top-k, top-p, min-p, temperature. uncommon.py has more.
 
 Each maps candidates to candidates, as llama.cpp's sampler of that name does. A sampler runs once per token, on up to
 262,144 candidates, so none sorts more than it must. Top-k comes early; the samplers behind it see few candidates.
@@ -20,7 +20,7 @@ Breakers = Mapping[int, tuple[tuple[int, ...], ...]]  # see history.breakers
 
 GREEDY = 1e-20  # temperatures below this take the best token
 EXACT = 4096  # up to this many candidates are computed in float64, more in float32
-N_STEP = 512  # steps into which _reaching divides a logit of 1
+N_STEP = 512  # steps into which reaching divides a logit of 1
 MAX_STEP = 1 << 14  # the last of these steps; it takes all logits farther below the largest
 
 
@@ -69,45 +69,13 @@ def top_p(candidates: Candidates, params: SamplingParams, _: State) -> Candidate
     if candidates.is_sorted:
         cumulative = candidates.probabilities().astype(np.float64).cumsum()
         return candidates.take(slice(int(cumulative.searchsorted(params.top_p)) + 1), True)
-    return candidates.take(_reaching(candidates.logits, candidates.probabilities(), params.top_p, "left"), False)
+    return candidates.take(reaching(candidates.logits, candidates.probabilities(), params.top_p, "left"), False)
 
 
 def min_p(candidates: Candidates, params: SamplingParams, _: State) -> Candidates:
     """Keep tokens that are at least this fraction as likely as the best one."""
     likely = candidates.logits >= candidates.logits.max() + math.log(params.min_p)
     return candidates.take(likely, candidates.is_sorted)
-
-
-def typical(candidates: Candidates, params: SamplingParams, _: State) -> Candidates:
-    """Keep the fewest tokens nearest to the expected surprise that have this probability (Meister et al. 2022)."""
-    probabilities = candidates.probabilities()
-    surprise, entropy = _surprise(probabilities)
-    distance = np.abs(surprise - entropy)
-    distance[probabilities == 0] = np.inf
-    return candidates.take(_reaching(-distance, probabilities, params.typical_p, "right"), False)
-
-
-def top_n_sigma(candidates: Candidates, params: SamplingParams, _: State) -> Candidates:
-    """Forbid logits more than n standard deviations below the largest (Tang et al. 2024)."""
-    logits = candidates.logits
-    if len(logits) == 1:
-        return candidates
-    sigma = logits[np.isfinite(logits)].std(dtype=np.float64)
-    too_low = logits < logits.max() - params.top_n_sigma * sigma
-    return candidates._replace(logits=np.where(too_low, logits.dtype.type(-np.inf), logits))
-
-
-def xtc(candidates: Candidates, params: SamplingParams, state: State) -> Candidates:
-    """Exclude top choices: with some probability, drop the tokens above a threshold, except the least likely one."""
-    if len(candidates.logits) < 2 or state.random.random() > params.xtc_probability:
-        return candidates
-    probabilities = candidates.probabilities()
-    above = (probabilities >= params.xtc_threshold) & (probabilities > 0)  # a forbidden token is no choice
-    at = np.flatnonzero(above)[::-1]
-    if len(at) > 1:
-        above[at[candidates.logits[at].argmin()]] = False  # among equals, the last one
-        candidates = candidates.take(~above, candidates.is_sorted)
-    return candidates
 
 
 def temperature(candidates: Candidates, params: SamplingParams, _: State) -> Candidates:
@@ -121,7 +89,7 @@ def temperature(candidates: Candidates, params: SamplingParams, _: State) -> Can
         if len(candidates.logits) == 1:
             return candidates
         probabilities = candidates.probabilities()
-        share = _surprise(probabilities)[1] / math.log(len(probabilities))
+        share = surprises(probabilities)[1] / math.log(len(probabilities))
         low, high = max(0.0, divisor - params.dynatemp_range), divisor + params.dynatemp_range
         divisor = low + (high - low) * min(1.0, max(0.0, share)) ** params.dynatemp_exponent
     if divisor < GREEDY:
@@ -160,7 +128,7 @@ def largest(values: NDArray[np.floating], k: int) -> NDArray[np.intp]:
     return at[np.argsort(-values[at], kind="stable")[:k]]
 
 
-def _reaching(
+def reaching(
     values: NDArray[np.floating], weights: NDArray[np.floating], wanted: float, side: Literal["left", "right"]
 ) -> "NDArray[np.intp] | NDArray[np.bool_]":
     """Return the places of the fewest largest values whose weights reach `wanted` (side "right": exceed it).
@@ -186,7 +154,7 @@ def _reaching(
     return chosen
 
 
-def _surprise(probabilities: NDArray[np.floating]) -> tuple[NDArray[np.floating], float]:
+def surprises(probabilities: NDArray[np.floating]) -> tuple[NDArray[np.floating], float]:
     """Return the surprise of each token, -log p but 0 where p is 0, and its expected value, the entropy."""
     surprise = -np.log(probabilities, out=np.zeros_like(probabilities), where=probabilities > 0)
     return surprise, float((probabilities * surprise).sum(dtype=np.float64))

@@ -22,12 +22,9 @@ if TYPE_CHECKING:
 Function = Callable[[Candidates, SamplingParams, State], Candidates]
 
 _FILTERS: Mapping[str, Function] = {
-    "top_n_sigma": filters.top_n_sigma,
     "top_k": filters.top_k,
-    "typ_p": filters.typical,
     "top_p": filters.top_p,
     "min_p": filters.min_p,
-    "xtc": filters.xtc,
     "temperature": filters.temperature,
 }
 
@@ -144,12 +141,13 @@ def _is_greedy(params: SamplingParams) -> bool:
 
 
 def function(name: str) -> Function:
-    """Return the function of a sampler. Those that look back at the context are imported when they are on."""
+    """Return the function of a sampler. Those that are off by default are imported when they are on."""
     if name in _FILTERS:
         return _FILTERS[name]
     from gguf_run.runtime.sampling.history import dry, penalties
+    from gguf_run.runtime.sampling.uncommon import top_n_sigma, typical, xtc
 
-    return {"penalties": penalties, "dry": dry}[name]
+    return {"penalties": penalties, "dry": dry, "top_n_sigma": top_n_sigma, "typ_p": typical, "xtc": xtc}[name]
 
 
 def _selector(params: SamplingParams) -> "Mirostat | AdaptiveP | None":

@@ -99,11 +99,21 @@ def test_pickle() -> None:
     assert pickle.loads(pickle.dumps(Sum(1, (2,)))) == Sum(1, (2,))
 
 
-def test_subclasses() -> None:
-    @frozen
-    class More(Sum):
+@pytest.mark.parametrize("base", [frozen, LIKE])
+@pytest.mark.parametrize("derived", [frozen, LIKE])
+def test_subclasses(base: Callable[..., Any], derived: Callable[..., Any]) -> None:
+    @base
+    class Parent:
+        a: int
+        b: tuple[int, ...] = ()
+
+    @derived
+    class Child(Parent):
         c: int = 3
 
-    assert More(1, c=4) == More(1, (), 4)
-    assert More(1) != Sum(1)
-    assert repr(More(1)).endswith("More(a=1, b=(), c=3)")
+    assert Child(1, c=4) == Child(1, (), 4)
+    assert Child(1) != Parent(1)
+    assert hash(Child(1)) == hash(Child(1))
+    assert repr(Child(1)).endswith("Child(a=1, b=(), c=3)")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Child(1).c = 2
