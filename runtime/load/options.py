@@ -2,7 +2,7 @@
 
 import os
 import re
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from gguf_run.formats.errors import OptionError
 from gguf_run.formats.frozen import frozen
@@ -33,25 +33,6 @@ class Wanted:
     def insists(self) -> bool:
         """Whether a missing GPU is an error."""
         return not self.cpu_only and (bool(self.devices) or self.n_gpu is not None)
-
-
-class LoadKeywords(TypedDict, total=False):
-    """The fields of LoadOptions as keywords of a function, for editors and type checkers."""
-
-    n_ctx: int | None
-    n_threads: int | None
-    n_batch: int
-    n_seq: int
-    device: str
-    gpu_layers: str | int | None
-    tensor_split: str | None
-    cpu_moe: bool
-    n_cpu_moe: int | None
-    cache_type: "str | tuple[str, str] | list[CacheType] | None"
-    cache_rotation: bool | None
-    cache_scales: str | os.PathLike[str] | None
-    quantize: str | None
-    observe: bool
 
 
 @frozen

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from gguf_run.formats.errors import OptionError
 from gguf_run.formats.frozen import frozen
@@ -94,41 +94,6 @@ _LIMITS: dict[str, tuple[float, float, bool, str]] = {
     "seed": (0, 2**64 - 1, True, "a whole number from 0 to 2^64 - 1"),
     "logprobs": (0, 1 << 20, True, "a whole number, 0 or more"),
 }
-
-
-class SamplingOptions(TypedDict, total=False):
-    """The fields of SamplingParams as keywords of a function, for editors and type checkers."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repeat_penalty: float
-    repeat_last_n: int
-    seed: int | None
-    frequency_penalty: float
-    presence_penalty: float
-    dry_multiplier: float
-    dry_base: float
-    dry_allowed_length: int
-    dry_penalty_last_n: int
-    dry_sequence_breakers: Sequence[str]
-    top_n_sigma: float
-    typical_p: float
-    xtc_probability: float
-    xtc_threshold: float
-    dynatemp_range: float
-    dynatemp_exponent: float
-    mirostat: int
-    mirostat_tau: float
-    mirostat_eta: float
-    adaptive_target: float
-    adaptive_decay: float
-    samplers: str | Sequence[str]
-    logit_bias: Mapping[int, float]
-    logits_processors: "Sequence[LogitsProcessor]"
-    logprobs: int | None
-    ignore_eos: bool
 
 
 @frozen
