@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.terminal.text import has_colours, message, one_line
+from gguf_run.runtime.terminal.text import has_colours, message
 
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model
 
 Conversation = list[dict[str, Any]]
-SHOWN_MESSAGES, SHOWN_CHARACTERS = 4, 400  # of a conversation that goes on
 
 
 def check_place(path: Path, option: str = "--session") -> None:
@@ -101,14 +100,6 @@ def _renderer(is_wanted: bool) -> Callable[[Iterable[str]], Iterator[str]] | Non
 
             return rendered
     return None
-
-
-def last_turns(messages: Conversation) -> None:
-    """Show how a conversation that comes from a file has ended, each message on a line of its own."""
-    for entry in [entry for entry in messages if entry["role"] != "system"][-SHOWN_MESSAGES:]:
-        mark = "> " if entry["role"] == "user" else ""
-        text = one_line(str(entry.get("content") or ""))
-        message(mark + (text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."))
 
 
 def open_reasoning(model: "Model", messages: Conversation, options: Mapping[str, Any]) -> str | None:

@@ -4,7 +4,6 @@ The answer goes to stdout as it comes; everything else goes to stderr.
 """
 
 import gc
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.frozen import frozen
 from gguf_run.runtime.cli.common import tool
 from gguf_run.runtime.cli.conversation import (
@@ -207,9 +206,13 @@ class _Task:
         system = None if values["system"] is None else _argument(values["system"], "--system")
         chatting: dict[str, Any] = {}
         if values["tools"] is not None:
-            chatting["tools"] = _functions(values["tools"])
+            from gguf_run.runtime.cli.chat_values import read_tools
+
+            chatting["tools"] = read_tools(values["tools"])
         if values["chat_template_kwargs"] is not None:
-            chatting["template_options"] = _template_options(values["chat_template_kwargs"])
+            from gguf_run.runtime.cli.chat_values import read_template_options
+
+            chatting["template_options"] = read_template_options(values["chat_template_kwargs"])
         generating = take_sampling(values)
         SamplingParams(**generating)  # says what is wrong
         generating |= {name: values[name] for name in ("max_tokens", "stop", "context_shift", "n_keep")}
@@ -279,28 +282,6 @@ def _prompt(values: Mapping[str, Any], kind: str) -> str | None:
     if not text.strip():
         raise GgufRunError("the prompt is empty: write something after --prompt, into the --file or on stdin")
     return text
-
-
-def _functions(path: Path) -> list[dict[str, Any]]:
-    try:
-        tools = json.loads(read_text(path, MAX_PROMPT_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise GgufRunError(f"--tools {path}: not JSON: {error}") from None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise GgufRunError(f'--tools {path}: must be a list of objects, as [{{"type": "function", ...}}]')
-    return tools
-
-
-def _template_options(text: str) -> dict[str, Any]:
-    try:
-        values = json.loads(_argument(text, "--chat-template-kwargs"))
-    except (GgufRunError, ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        raise OptionError(
-            f'--chat-template-kwargs is {text:.200}; allowed: a JSON object, as {{"enable_thinking": false}}'
-        )
-    return values
 
 
 def _argument(text: str, name: str) -> str:
