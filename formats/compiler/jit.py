@@ -26,7 +26,7 @@ import llvmlite
 import numpy as np
 from llvmlite import binding
 
-from gguf_run.formats.compiler.cachedir import other_writers, read_own, user_cache_dir, write_own
+from gguf_run.formats.compiler.cachedir import other_writers, read_own, user_cache_dir
 from gguf_run.formats.compiler.deferred import Deferred, copied, imported
 from gguf_run.formats.compiler.machine_code import Code, Entry, Kind, Loader
 
@@ -212,6 +212,8 @@ class _Store:
         if code is None:
             return None
         if folder:
+            from gguf_run.formats.atomic import write_own  # late: a warm start writes nothing
+
             with suppress(OSError):  # a file that is missing costs the next process time
                 write_own(folder / name, code.sealed(key))
         return self._loader.load(code, kinds)
