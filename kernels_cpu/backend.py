@@ -1,6 +1,7 @@
 """The CPU as a models.protocol.Backend: numba kernels over panels, run by a team of threads."""
 
 import math
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,10 +38,11 @@ _QUEUED = 64  # pieces of weights to be repacked: enough that no thread waits be
 
 
 class CpuBackend:
-    """Runs on n_threads threads."""
+    """Runs on n_threads threads. `tune` changes `tuning`, for all programs."""
 
     def __init__(self, n_threads: int) -> None:
-        self.n_threads = n_threads
+        self.n_threads, self.tuning = n_threads, isa.Tuning()
+        self._tapes: weakref.WeakSet[Tape] = weakref.WeakSet()
         self._team = Team(n_threads)
         self._executor = ThreadPoolExecutor(n_threads, "repack")
         self._repacking: deque[Future[None]] = deque()
@@ -128,7 +130,15 @@ class CpuBackend:
         lower(tape, after)
         self._compile(list(dict.fromkeys(tape.kernels)))
         self.wait()
+        tape.tune(self.tuning)
+        self._tapes.add(tape)
         return CpuProgram(self._team, tape, ends, result)
+
+    def tune(self, tuning: isa.Tuning) -> None:
+        """Give the kernels numbers of this machine. No program may run meanwhile."""
+        self.tuning = tuning
+        for tape in self._tapes:
+            tape.tune(tuning)
 
     def _compile(self, kernels: Sequence[TapeOp]) -> None:
         """Compile kernels, while weights are repacked."""

@@ -11,6 +11,7 @@ from gguf_run.kernels_cpu.panels.panels import ROWS, TOKENS, IntPanel, Panel
 from gguf_run.kernels_cpu.replay.op import TapeOp
 from gguf_run.kernels_cpu.replay.runs import RunTable
 from gguf_run.kernels_cpu.replay.team import Team
+from gguf_run.kernels_cpu.vector.isa import Tuning
 from gguf_run.models.backend import Results, Run
 from gguf_run.models.operands import Buffer, Rotation
 
@@ -49,6 +50,7 @@ class Tape:
         self.zeros = Rows(self.address(aligned(4 * LANES)), 0)
         # Fields that mean the same in all kernels. `finish` fills the first three.
         self._common: dict[str, float] = {"scratch": 0, "scratch_stride": 0, "parts": 0, "n_runs": table.n_runs}
+        self._common |= vars(Tuning())
         for name in ("ids", "positions", "run_of", "runs"):
             self._common[name] = self.address(getattr(table, name))
 
@@ -124,6 +126,12 @@ class Tape:
             names = kernel.fields.names or ()
             self._arguments.append(kernel.bind(**{name: numbers[name] for name in names if name in numbers}))
             self.kernels.append(kernel)
+
+    def tune(self, tuning: Tuning) -> None:
+        """Give the kernels numbers of this machine."""
+        for arguments in self._arguments:
+            for name in vars(tuning).keys() & set(arguments.dtype.names or ()):
+                arguments[name] = getattr(tuning, name)
 
     def finish(self) -> NDArray[np.int64]:
         """Give the kernels their scratch memory and return their addresses and arguments, int64[n, 2]."""

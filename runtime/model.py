@@ -52,6 +52,7 @@ class Model:
         self.templates: TemplateProcess | None = None  # where chat_template runs; made when it is first needed
         self.where = parts.where
         self.about = parts.about
+        self.tuning = parts.tuning
         self.load_s = 0.0  # seconds that loading took, without a download
         self._identity = parts.identity
         self._close = parts.close
@@ -280,7 +281,7 @@ class Model:
             if self.templates is not None:
                 self.templates.close()
             self._context.close()
-            self.decoder, self._close, self._identity = self._context.decoder, (), None
+            self.decoder, self._close, self._identity, self.about = self._context.decoder, (), None, str
         self._turns.leave()
 
     def __enter__(self) -> "Model":

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gguf_run.formats.blocks.scalars import f16, f32
+from gguf_run.formats.blocks.scalars import add_bits, f16, f32, take_bits
 from gguf_run.formats.compiler.jit import njit
 
 
@@ -46,12 +46,8 @@ def unpack_q2_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any
     for g in range(16):
         scale[g] = np.float32(scales[g] & 15)
         minimum[g] = np.float32(scales[g] >> 4)
-    for c in range(2):
-        qs = src[at + 16 + 32 * c : at + 48 + 32 * c]
-        for j in range(4):
-            out = q[128 * c + 32 * j : 128 * c + 32 * j + 32]
-            for i in range(32):
-                out[i] = (qs[i] >> 2 * j) & 3
+    for g in range(8):
+        take_bits(q, 32 * g, 32, src, at + 16 + 32 * (g // 4), 2 * (g % 4), 3, 0)
 
 
 @njit(forceinline=True)
@@ -72,38 +68,26 @@ def unpack_q3_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any
         scale[4 + g] = np.float32(((scales[4 + g] & 15) | ((top >> 2) & 3) << 4) - 32)
         scale[8 + g] = np.float32(((scales[g] >> 4) | ((top >> 4) & 3) << 4) - 32)
         scale[12 + g] = np.float32(((scales[4 + g] >> 4) | (top >> 6) << 4) - 32)
-    hmask = src[at : at + 32]
-    for c in range(2):
-        qs = src[at + 32 + 32 * c : at + 64 + 32 * c]
-        for j in range(4):
-            out = q[128 * c + 32 * j : 128 * c + 32 * j + 32]
-            for i in range(32):
-                out[i] = (((qs[i] >> 2 * j) & 3) | ((hmask[i] >> (4 * c + j)) & 1) << 2) - 4
+    for g in range(8):
+        take_bits(q, 32 * g, 32, src, at + 32 + 32 * (g // 4), 2 * (g % 4), 3, 0)
+        add_bits(q, 32 * g, 32, src, at, g, 1, 2, 4)
 
 
 @njit(forceinline=True)
 def unpack_q4_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d, dmin, scales (above) | qs u8[128], nibbles; weight = d * s * q - dmin * m."""
     _scales_and_minimums(src[at : at + 16], scale, minimum, factor)
-    for c in range(4):
-        qs = src[at + 16 + 32 * c : at + 48 + 32 * c]
-        for j in range(2):
-            out = q[64 * c + 32 * j : 64 * c + 32 * j + 32]
-            for i in range(32):
-                out[i] = (qs[i] >> 4 * j) & 15
+    for g in range(8):
+        take_bits(q, 32 * g, 32, src, at + 16 + 32 * (g // 2), 4 * (g % 2), 15, 0)
 
 
 @njit(forceinline=True)
 def unpack_q5_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d, dmin, scales (above) | qh u8[32] | qs u8[128], nibbles; bit g of qh[i] is the fifth bit of weight 32 g + i."""
     _scales_and_minimums(src[at : at + 16], scale, minimum, factor)
-    qh = src[at + 16 : at + 48]
-    for c in range(4):
-        qs = src[at + 48 + 32 * c : at + 80 + 32 * c]
-        for j in range(2):
-            out = q[64 * c + 32 * j : 64 * c + 32 * j + 32]
-            for i in range(32):
-                out[i] = ((qs[i] >> 4 * j) & 15) | ((qh[i] >> (2 * c + j)) & 1) << 4
+    for g in range(8):
+        take_bits(q, 32 * g, 32, src, at + 48 + 32 * (g // 2), 4 * (g % 2), 15, 0)
+        add_bits(q, 32 * g, 32, src, at + 16, g, 1, 4, 0)
 
 
 @njit(forceinline=True)
@@ -119,13 +103,10 @@ def unpack_q6_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any
     scales = src[at + 192 : at + 208]
     for g in range(16):
         scale[g] = np.float32(np.int8(scales[g]))
-    for c in range(2):
-        qh = src[at + 128 + 32 * c : at + 160 + 32 * c]
-        for j in range(4):
-            ql = src[at + 64 * c + 32 * (j % 2) : at + 64 * c + 32 * (j % 2) + 32]
-            out = q[128 * c + 32 * j : 128 * c + 32 * j + 32]
-            for i in range(32):
-                out[i] = (((ql[i] >> 4 * (j // 2)) & 15) | ((qh[i] >> 2 * j) & 3) << 4) - 32
+    for g in range(8):
+        c, j = g // 4, g % 4
+        take_bits(q, 32 * g, 32, src, at + 64 * c + 32 * (j % 2), 4 * (j // 2), 15, 0)
+        add_bits(q, 32 * g, 32, src, at + 128 + 32 * c, 2 * j, 3, 4, 32)
 
 
 @njit(forceinline=True)

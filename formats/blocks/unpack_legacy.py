@@ -9,24 +9,22 @@ the 32-bit `qh` is the fifth bit of weight i:
 
 from typing import Any
 
-from gguf_run.formats.blocks.scalars import f16, u32
+from gguf_run.formats.blocks.scalars import add_bit_of_each, f16, take_bits, u32
 from gguf_run.formats.compiler.jit import njit
 
 
 @njit(forceinline=True)
-def _halves(qs: Any, qh: Any, q: Any, offset: int) -> None:
-    """q = the 32 weights in the nibbles of qs, with a bit of qh above each, less the offset."""
-    for i in range(16):
-        q[i] = ((qs[i] & 15) | ((qh >> i) & 1) << 4) - offset
-    for i in range(16):
-        q[16 + i] = ((qs[i] >> 4) | ((qh >> (16 + i)) & 1) << 4) - offset
+def _halves(src: Any, at: int, q: Any, offset: int) -> None:
+    """q = the 32 weights in the nibbles of the bytes from `at` on, less the offset."""
+    take_bits(q, 0, 16, src, at, 0, 15, offset)
+    take_bits(q, 16, 16, src, at, 4, 15, offset)
 
 
 @njit(forceinline=True)
 def unpack_q4_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f16 | qs u8[16]; weight = d * (q - 8)."""
     scale[0] = f16(src, at)
-    _halves(src[at + 2 : at + 18], 0, q, 8)
+    _halves(src, at + 2, q, 8)
 
 
 @njit(forceinline=True)
@@ -34,14 +32,15 @@ def unpack_q4_1(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any
     """d f16 | m f16 | qs u8[16]; weight = d * q + m."""
     scale[0] = f16(src, at)
     minimum[0] = f16(src, at + 2)
-    _halves(src[at + 4 : at + 20], 0, q, 0)
+    _halves(src, at + 4, q, 0)
 
 
 @njit(forceinline=True)
 def unpack_q5_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f16 | qh u32 | qs u8[16]; weight = d * (q - 16)."""
     scale[0] = f16(src, at)
-    _halves(src[at + 6 : at + 22], u32(src, at + 2), q, 16)
+    _halves(src, at + 6, q, 0)
+    add_bit_of_each(q, u32(src, at + 2), 4, 16)
 
 
 @njit(forceinline=True)
@@ -49,25 +48,22 @@ def unpack_q5_1(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any
     """d f16 | m f16 | qh u32 | qs u8[16]; weight = d * q + m."""
     scale[0] = f16(src, at)
     minimum[0] = f16(src, at + 2)
-    _halves(src[at + 8 : at + 24], u32(src, at + 4), q, 0)
+    _halves(src, at + 8, q, 0)
+    add_bit_of_each(q, u32(src, at + 4), 4, 0)
 
 
 @njit(forceinline=True)
 def unpack_q8_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f16 | qs i8[32]; weight = d * q."""
     scale[0] = f16(src, at)
-    qs = src[at + 2 : at + 34]
-    for i in range(32):
-        q[i] = qs[i]
+    take_bits(q, 0, 32, src, at + 2, 0, 255, 0)
 
 
 @njit(forceinline=True)
 def unpack_q8_1(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f16 | s f16 | qs i8[32]; weight = d * q. s = d * sum(qs) is for dot products only."""
     scale[0] = f16(src, at)
-    qs = src[at + 4 : at + 36]
-    for i in range(32):
-        q[i] = qs[i]
+    take_bits(q, 0, 32, src, at + 4, 0, 255, 0)
 
 
 @njit(forceinline=True)

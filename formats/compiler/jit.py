@@ -7,6 +7,7 @@ The cache folder's name is a hash of all sources that can be part of a kernel: a
 other machine code.
 """
 
+import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -132,6 +133,7 @@ class Kernel(Deferred):
         from gguf_run.formats.compiler.object_file import compile_entry  # late: a warm start compiles nothing
         from gguf_run.formats.compiler.resolve import resolved
 
+        _tell_numba()
         return compile_entry(resolved(self._function), kinds, {**_OPTIONS, **self._options})
 
     def file_name(self, kinds: tuple[Kind, ...]) -> str:
@@ -162,7 +164,41 @@ def _numba_njit(function: Callable[..., Any], options: dict[str, Any]) -> Any:
 
     from gguf_run.formats.compiler.resolve import resolved
 
+    _tell_numba()
     return numba.njit(nogil=True, **_OPTIONS, **options)(resolved(function))
+
+
+def _tell_numba() -> None:
+    """Have numba compile for all features of this CPU, unless the user has said what it is to compile for."""
+    if not {"NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"} & os.environ.keys():
+        from numba.core import config
+
+        if (features := host_features()) != binding.get_host_cpu_features().flatten():
+            config.CPU_FEATURES = features
+
+
+@functools.cache
+def host_features() -> str:
+    """Return the features of this CPU, as LLVM writes them: "+neon,+dotprod"."""
+    arm_bits = 0
+    if platform.machine() == "aarch64":
+        with suppress(OSError, AttributeError):
+            arm_bits = ctypes.CDLL(None).getauxval(_AT_HWCAP)
+    is_apple = sys.platform == "darwin" and platform.machine() == "arm64"
+    return with_arm_features(binding.get_host_cpu_features().flatten(), arm_bits, is_apple)
+
+
+_AT_HWCAP, _HWCAP = 16, {"neon": 1 << 1, "dotprod": 1 << 20}  # of Linux: a number of features, and bits in it
+
+
+def with_arm_features(named: str, arm_bits: int, is_apple: bool) -> str:
+    """Return LLVM's features, and those of an ARM CPU that LLVM does not name. All of Apple's have them.
+
+    arm_bits: what Linux calls AT_HWCAP, 0 on other machines.
+    """
+    known = {word[1:] for word in named.split(",")}
+    more = [name for name, bit in _HWCAP.items() if (arm_bits & bit or is_apple) and name not in known]
+    return ",".join([*([named] if named else []), *(f"+{name}" for name in more)])
 
 
 _SCALARS: dict[type, Kind] = {int: "i8", float: "f8", bool: "b1", np.int64: "i8", np.float64: "f8"}
@@ -183,7 +219,7 @@ def _machine() -> tuple[Any, ...]:
     assert numba is not None and numba.origin is not None  # noqa: PT018
     version = (Path(numba.origin).parent / "_version.py").read_bytes()
     settings = sorted((name, value) for name, value in os.environ.items() if name.startswith("NUMBA_"))
-    cpu = (platform.machine(), binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten())
+    cpu = (platform.machine(), binding.get_host_cpu_name(), host_features())
     return sys.version, np.__version__, llvmlite.__version__, version, cpu, settings
 
 

@@ -46,7 +46,7 @@ def int_score_tile(s: Simd, form: int, q: Val, q_row: Val, k: Val, n_blocks: Val
     xs = [q + q_row * r for r in range(INT_ROWS)]
     ws = [k, k + n_blocks * panel.span_bytes]
     places = [(zeros, scores + (r * SPAN + j * ROWS) * 4) for r in range(INT_ROWS) for j in range(2)]
-    int_tile(s, panel, ws, n_blocks, xs, places, s.const(I64, 0))
+    int_tile(s, panel, ws, n_blocks, xs, places)
 
 
 def _numbers(s: Simd, form: CacheFormat, groups: list[Val], at: Val | int) -> list[Val]:

@@ -4,13 +4,12 @@ import functools
 
 from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import carray
-from gguf_run.kernels_cpu.matmul.matmul import cut, tile_panels
+from gguf_run.kernels_cpu.matmul.matmul import BATCH_AHEAD, FEW, MOST, TUNED, cut, tile_for, tile_panels
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, TOKENS
 from gguf_run.kernels_cpu.replay.op import TapeOp, op
 from gguf_run.models.ops import ACTIVATIONS
 
 if COMPILING:
-    from gguf_run.kernels_cpu.matmul.int_tile import AHEAD
     from gguf_run.kernels_cpu.matmul.tile import prefetch, tile
     from gguf_run.kernels_cpu.rows.activation import gated_row
     from gguf_run.kernels_cpu.rows.quantize import quantize_row
@@ -34,43 +33,39 @@ def matmul_gated(panel: int, activation: str) -> TapeOp:
     """
     panels, activation_id = tile_panels(panel), ACTIVATIONS.index(activation)
 
-    @op("rows n_out n_steps group_bytes w x x_stride out out_stride q8 q8_stride zeros scratch scratch_stride")
+    @op("rows n_out n_steps group_bytes w x x_stride out out_stride q8 q8_stride zeros scratch scratch_stride" + TUNED)
     def matmul_gated_panel(args, piece, ith, nth):
         a = carray(args, 1)[0]
         n_tokens, n_unit = i64_at(a.rows, 1)[0], a.n_out // BLOCK
-        n_tile = (n_tokens + TOKENS - 1) // TOKENS
-        n_piece, first, end, t0, t1 = cut(piece, n_tokens, n_tile, n_unit, 4 * a.group_bytes, _UNITS, 1, nth)
+        n_piece, u0, u1, first, end = cut(piece, n_tokens, n_unit, 4 * a.group_bytes, a.piece_bytes, _UNITS, nth)
         if piece < 0:
             return n_piece
+        ahead = a.ahead if n_tokens == 1 else BATCH_AHEAD
         pair, size = a.scratch + ith * a.scratch_stride, 2 * _PAIR
-        to_up = a.n_out // ROWS * a.group_bytes
-        if n_tokens == 1:
-            for p in range(2):
-                prefetch(a.w + first * (BLOCK // ROWS) * a.group_bytes + p * to_up, AHEAD)
-        for t in range(t0, t1):
-            x = a.x + t * TOKENS * a.x_stride
-            count, ahead = 1 if n_tokens == 1 else TOKENS, a.group_bytes if t == t0 else 0
-            for unit in range(first, end):
-                out = a.out + t * TOKENS * a.out_stride + unit * BLOCK * 4
+        to_up, x_row = a.n_out // ROWS * a.group_bytes, a.x_stride
+        for p in range(2):
+            prefetch(a.w + u0 * (BLOCK // ROWS) * a.group_bytes + p * to_up, ahead)
+        most = a.tile_tokens if panels > 1 and n_tokens > FEW else MOST
+        while first < end:
+            x = a.x + first * x_row
+            count = min(most, tile_for(n_tokens, n_tokens - first))
+            n_here = panels if count == 4 else 1
+            for unit in range(u0, u1):
+                out = a.out + first * a.out_stride + unit * BLOCK * 4
                 for half in range(BLOCK // ROWS):
                     w = a.w + (unit * (BLOCK // ROWS) + half) * a.group_bytes
-                    if n_tokens == 1:
-                        for p in range(2):
-                            to = pair + p * _PAIR
-                            tile(panel, 1, 1, w + p * to_up, 0, a.n_steps, x, a.x_stride, to, size, a.zeros, 0, AHEAD)
-                    else:
-                        for p in range(0, 2, panels):
-                            w_p, to = w + p * to_up, pair + p * _PAIR
-                            tile(
-                                panel, panels, TOKENS, w_p, to_up, a.n_steps, x, a.x_stride, to, size, a.zeros, 0, ahead
-                            )
+                    for p in range(0, 2, n_here):
+                        at, to = w + p * to_up, pair + p * _PAIR
+                        tile(panel, panels, count, at, to_up, a.n_steps, x, x_row, to, size, a.zeros, 0, ahead)
                     for i in range(count):
                         at = pair + i * size
                         gated_row(activation_id, at, at + _PAIR, out + i * a.out_stride + half * _PAIR, 1)
                 if a.q8:
                     for i in range(count):
-                        row = a.q8 + (t * TOKENS + i) * a.q8_stride
+                        row = a.q8 + (first + i) * a.q8_stride
                         quantize_row(out + i * a.out_stride, 1, row + unit * 2 * BLOCK)
+            first += count
+            ahead = -1
         return 0
 
     return matmul_gated_panel

@@ -1,28 +1,30 @@
 """16 rows of an integer panel times one or several tokens as int8. panels/panels.py has the layouts of both."""
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import NamedTuple
 
 from gguf_run.kernels_cpu.panels.panels import BLOCK, PARTS, ROWS, X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS, IntPanel
 from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val
 
-# One token: bytes between what a tile reads and what it prefetches. Without prefetches, a processor reads panels whose
-# scales stand apart from their quants at half the speed of memory.
-AHEAD = 6144
-
 
 def int_tile(
-    s: Simd, panel: IntPanel, ws: list[Val], n_steps: Val, xs: list[Val], places: list[tuple[Val, Val]], ahead: Val
+    s: Simd,
+    panel: IntPanel,
+    ws: list[Val],
+    n_steps: Val,
+    xs: list[Val],
+    places: list[tuple[Val, Val]],
+    ahead: Val | None = None,
 ) -> None:
     """out[t, p, r] = init[t, p, r] + sum of w[p, r] * x[t] for tokens t, panels p and rows r.
 
     ws: addresses of the panels.
     xs: addresses of the tokens' activation blocks.
     places: addresses (init, out) for each token and panel; the panels of a token are neighbours.
-    ahead: bytes between what is read and what is prefetched; 0 prefetches nothing if there are several tokens.
+    ahead: bytes between what is read and what is prefetched; below 0, or None: nothing is prefetched.
     """
     lanes = s.isa.lanes if len(xs) > 1 else ROWS
 
@@ -40,16 +42,21 @@ def int_tile(
 
 
 def _run(
-    s: Simd, panel: IntPanel, ws: list[Val], first: Val, n_steps: Val, xs: list[Val], acc: list[Val], ahead: Val
+    s: Simd,
+    panel: IntPanel,
+    ws: list[Val],
+    first: Val,
+    n_steps: Val,
+    xs: list[Val],
+    acc: list[Val],
+    ahead: Val | None,
 ) -> list[Val]:
     """Return acc + the products over all steps, for the rows from `first` on that are the lanes of acc."""
     n_blocks, step_bytes = panel.columns // BLOCK, panel.span_bytes // panel.n_steps
 
     def step(k: Val, acc: list[Val]) -> list[Val]:
-        with s.b.if_then(ahead.compare("!=", 0).ir) if len(xs) > 1 else nullcontext():
-            for w in ws:
-                for line in range(0, step_bytes, 64):
-                    s.prefetch(w + k * step_bytes + ahead + line)
+        if ahead is not None:
+            prefetch_step(s, [w + k * step_bytes for w in ws], step_bytes, ahead)
         stepped = [_blocks(s, panel, w, first, acc[0].lanes, k) for w in ws]
         for n in range(n_blocks):
             at = (k * n_blocks + n) * X_BLOCK_BYTES
@@ -59,12 +66,21 @@ def _run(
     return s.loop(n_steps, acc, step)
 
 
+def prefetch_step(s: Simd, addresses: list[Val], n_bytes: int, ahead: Val) -> None:
+    """Prefetch n_bytes that are `ahead` behind each address, into the second-level cache. Below 0: no instruction runs.
+
+    Without it, a processor reads panels whose scales stand apart from their quants at half the speed of memory.
+    """
+    with s.b.if_then(ahead.compare(">=", 0).ir):
+        for address, line in itertools.product(addresses, range(0, n_bytes, 64)):
+            s.prefetch(address + ahead + line, 2)
+
+
 def _add(s: Simd, shape: IntPanel, blocks: "list[_Block]", xs: list[Val], acc: list[Val]) -> list[Val]:
     """Return acc + the products over the same 32 columns of all panels. xs: addresses of the tokens' blocks."""
     lanes, n_groups = acc[0].lanes, BLOCK // shape.group
     first_sum = 0 if n_groups == 1 else 4  # the sum of all 32 values, or of each half
     signed = shape.offset == 128 and s.isa.signed_bytes
-    ds = [s.load(x + X_D, F32, splat=lanes) for x in xs]
     for g in range(n_groups):
         dots = [[s.dot_sum(s.const(I32, 0, lanes), -8 if signed else shape.dot_bits) for _ in blocks] for _ in xs]
         for i in range(8 // n_groups * g, 8 // n_groups * (g + 1)):
@@ -74,8 +90,8 @@ def _add(s: Simd, shape: IntPanel, blocks: "list[_Block]", xs: list[Val], acc: l
                 for u, dot in zip(us, row, strict=True):
                     dot.add(u, x4)
         new = []
-        for t, (x, d) in enumerate(zip(xs, ds, strict=True)):
-            correction = None
+        for t, x in enumerate(xs):
+            d, correction = s.load(x + X_D, F32, splat=lanes), None  # d is loaded here: registers are scarce
             if shape.offset and not signed:  # sum (u - offset) * x = sum u * x - offset * sum x
                 correction = s.load(x + (X_SUMS + first_sum + 4 * g), I32, splat=lanes) << _log2(shape.offset)
             for p, (block, dot) in enumerate(zip(blocks, dots[t], strict=True)):

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.compiler.jit import carray, njit
-from gguf_run.kernels_cpu.matmul.int_tile import AHEAD
-from gguf_run.kernels_cpu.matmul.matmul import cut, tile_panels
+from gguf_run.kernels_cpu.matmul.matmul import BATCH_AHEAD, MOST, TUNED, cut, tile_for
 from gguf_run.kernels_cpu.matmul.moe_route import plan_parts
 from gguf_run.kernels_cpu.matmul.tile import prefetch, tile_at
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, TOKENS, Panel, panel_sizes
@@ -24,7 +23,6 @@ from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
 from gguf_run.models.ops import ACTIVATIONS
 
 EXPERT_ROWS = BLOCK  # the rows of an expert are filled up to a multiple of this
-_PIECE_BYTES = 16384  # bytes of weights that a thread takes at a time, or more
 _UNITS, _GROUPS = 4, 8  # of gate_up: units of 2 * 32 rows in a piece; of down: panels in a piece
 _PAIR = 4 * ROWS  # bytes of 16 gates of a token; 16 numbers of `up` follow
 
@@ -72,7 +70,7 @@ GATE_UP_SCRATCH = PLACES + TOKENS * (2 * _PAIR + 4 * BLOCK)
 
 @functools.cache
 def _gated_columns(panel: int, activation: str) -> Any:
-    """Return the kernel to[k] = weights[k] * activation(gate @ x[k]) * (up @ x[k]) for 16 columns of n <= TOKENS pairs.
+    """Return the kernel to[k] = weights[k] * activation(gate @ x[k]) * (up @ x[k]) for 16 columns of n <= MOST pairs.
 
     e: the expert.
     w: address of the panel of gate.
@@ -80,12 +78,13 @@ def _gated_columns(panel: int, activation: str) -> Any:
     weights: address of the weights of the pairs.
     places: the thread's scratch.
     to: address of the first result. Each pair has BLOCK numbers there.
+    fresh: whether the panels are not in the cache yet.
     begin: whether a piece of work begins here.
     """
-    panels, activation_id = tile_panels(panel), ACTIVATIONS.index(activation)
+    activation_id = ACTIVATIONS.index(activation)
 
     @njit(inline="always")
-    def columns(a, e, w, column, weights, n, places, to, begin):
+    def columns(a, e, w, column, weights, n, places, to, fresh, begin):
         pair = places + PLACES
         bias = a.bias + 4 * e * a.n_out if a.bias else 0
         bias_up = a.bias_up + 4 * e * a.n_out if a.bias else 0
@@ -93,15 +92,11 @@ def _gated_columns(panel: int, activation: str) -> Any:
             row = pair + k * 2 * _PAIR
             _start(f32_at(row, ROWS), bias, column, a.n_out)
             _start(f32_at(row + _PAIR, ROWS), bias_up, column, a.n_out)
-        if n == 1:
-            for h in range(2):
-                if begin:
-                    prefetch(w + h * a.to_up, AHEAD)
-                tile_at(panel, 1, 1, w + h * a.to_up, 0, a.n_steps, places, h * _PAIR)
-        else:
-            for h in range(0, 2, panels):
-                w_h = w + h * a.to_up
-                tile_at(panel, panels, TOKENS, w_h, a.to_up, a.n_steps, places, h * _PAIR)
+        ahead = -1 if not fresh else a.ahead if n == 1 else BATCH_AHEAD
+        for h in range(2):
+            if begin:
+                prefetch(w + h * a.to_up, ahead)
+            tile_at(panel, tile_for(n, n), w + h * a.to_up, a.n_steps, places, h * _PAIR, ahead)
         for k in range(n):
             row = pair + k * 2 * _PAIR
             gated_row(activation_id, row, row + _PAIR, row, 1)
@@ -131,14 +126,14 @@ def gate_up(panel: int, activation: str) -> TapeOp:
 
     @op(
         "rows n_expert n_used plan weights n_out n_steps group_bytes expert_bytes w to_up x x_stride "
-        "out out_stride q8 q8_stride bias bias_up scratch scratch_stride"
+        "out out_stride q8 q8_stride bias bias_up scratch scratch_stride" + TUNED
     )
     def moe_gate_up(args, piece, ith, nth):
         a = carray(args, 1)[0]
         n_pairs = i64_at(a.rows, 1)[0] * a.n_used
         n_unit = (a.n_out + BLOCK - 1) // BLOCK
         n_items = i64_at(a.plan, 1)[0] * n_unit
-        n_piece = n_shrinking(n_items, max(1, _PIECE_BYTES // (4 * a.group_bytes)), nth)
+        n_piece = n_shrinking(n_items, max(1, a.piece_bytes // (4 * a.group_bytes)), nth)
         if piece < 0:
             return n_piece
         experts, firsts, token_of = plan_parts(a.plan, a.n_expert, n_pairs)
@@ -153,18 +148,17 @@ def gate_up(panel: int, activation: str) -> TapeOp:
             item += u1 - u0
             e = experts[i]
             w0 = a.w + e * a.expert_bytes
-            for p0 in range(firsts[i], firsts[i + 1], TOKENS):
-                n = min(TOKENS, firsts[i + 1] - p0)
-                for k in range(TOKENS):  # if fewer pairs are left, the last one is repeated
+            for p0 in range(firsts[i], firsts[i + 1], MOST):
+                n = min(MOST, firsts[i + 1] - p0)
+                for k in range(MOST):  # if fewer pairs are left, the last one is repeated
                     at[k] = a.x + token_of[p0 + min(k, n - 1)] * a.x_stride
                     at[TOKENS + k] = pair + k * 2 * _PAIR
-                if n == 1:
-                    at[1] = pair
                 for unit in range(u0, u1):
                     for half in range(BLOCK // ROWS):
                         w = w0 + (unit * (BLOCK // ROWS) + half) * a.group_bytes
-                        column, begin = unit * BLOCK + half * ROWS, unit == u0 and half == 0
-                        columns(a, e, w, column, a.weights + 4 * p0, n, places, spare + half * _PAIR, begin)
+                        column, weights, to = unit * BLOCK + half * ROWS, a.weights + 4 * p0, spare + half * _PAIR
+                        begin = unit == u0 and half == 0
+                        columns(a, e, w, column, weights, n, places, to, p0 == firsts[i], begin)
                     for k in range(n):
                         block = spare + k * BLOCK * 4
                         if a.q8:
@@ -190,17 +184,17 @@ def down(panel: int) -> TapeOp:
     n_out: columns of out. Rows of out have memory for whole panels.
     scratch: PLACES bytes and a row for each thread. Nobody reads the row.
     """
-    panels = tile_panels(panel)
 
     @op(
         "rows n_expert n_used plan weights n_out n_steps group_bytes expert_bytes w x x_stride "
-        "out out_stride bias scratch scratch_stride"
+        "out out_stride bias scratch scratch_stride" + TUNED
     )
     def moe_down(args, piece, ith, nth):
         a = carray(args, 1)[0]
         n_tokens, n_active = i64_at(a.rows, 1)[0], i64_at(a.plan, 1)[0]
         n_group = (a.n_out + ROWS - 1) // ROWS
-        n_piece, g0, g1, _, _ = cut(piece, n_tokens, 1, n_group, n_active * a.group_bytes, _GROUPS, panels, nth)
+        n_rows, unit_bytes = min(n_tokens, MOST), n_active * a.group_bytes
+        n_piece, g0, g1, _, _ = cut(piece, n_rows, n_group, unit_bytes, a.piece_bytes, _GROUPS, nth)
         if piece < 0:
             return n_piece
         n_pairs = n_tokens * a.n_used
@@ -210,25 +204,16 @@ def down(panel: int) -> TapeOp:
         at = i64_at(places, 2 * TOKENS)
         for i in range(n_active):
             w = a.w + experts[i] * a.expert_bytes
-            for p0 in range(firsts[i], firsts[i + 1], TOKENS):
-                n = min(TOKENS, firsts[i + 1] - p0)
-                for k in range(TOKENS):
+            for p0 in range(firsts[i], firsts[i + 1], MOST):
+                n = min(MOST, firsts[i + 1] - p0)
+                for k in range(MOST):
                     at[k] = a.x + (p0 + min(k, n - 1)) * a.x_stride
                     at[TOKENS + k] = a.out + token_of[p0 + k] * a.out_stride if k < n else places + PLACES
-                if n == 1:
-                    at[1] = at[TOKENS]
-                    prefetch(w + g0 * a.group_bytes, AHEAD)
-                g = g0
-                while g < g1:
+                ahead = -1 if p0 > firsts[i] else a.ahead if n == 1 else BATCH_AHEAD
+                prefetch(w + g0 * a.group_bytes, ahead)
+                for g in range(g0, g1):
                     here, move = w + g * a.group_bytes, g * ROWS * 4
-                    n_here = panels if n > 1 and g + panels <= g1 else 1
-                    if n == 1:
-                        tile_at(panel, 1, 1, here, 0, a.n_steps, places, move)
-                    elif n_here == panels:
-                        tile_at(panel, panels, TOKENS, here, a.group_bytes, a.n_steps, places, move)
-                    else:
-                        tile_at(panel, 1, TOKENS, here, 0, a.n_steps, places, move)
-                    g += n_here
+                    tile_at(panel, tile_for(n, n), here, a.n_steps, places, move, ahead)
                 if a.bias:
                     bias = f32_at(a.bias + 4 * experts[i] * a.n_out, a.n_out)
                     for p in range(p0, p0 + n):

@@ -1,4 +1,4 @@
-"""The innermost kernel: 16 rows of a panel times 1 or 4 tokens, for each panel and instruction set.
+"""The innermost kernel: 16 rows of a panel times 1 to 8 tokens, for each panel and instruction set.
 
 Each of the 16 f32 lanes is one row: nothing is summed across lanes. A vector of weights is loaded and unpacked once,
 and multiplied with all tokens of the tile. An activation is repeated in all lanes. Integer panels are in int_tile.py.
@@ -6,12 +6,14 @@ and multiplied with all tokens of the tile. An activation is repeated in all lan
 
 from collections.abc import Callable
 
-from gguf_run.kernels_cpu.matmul.int_tile import AHEAD, int_tile
-from gguf_run.kernels_cpu.panels.panels import PANELS, ROWS, FloatPanel, IntPanel, Panel
+from gguf_run.kernels_cpu.matmul.int_tile import int_tile, prefetch_step
+from gguf_run.kernels_cpu.panels.panels import PANELS, ROWS, TOKENS, FloatPanel, IntPanel, Panel
+from gguf_run.kernels_cpu.vector import isa
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.simd import F16, F32, I16, I32, I64, Simd, Val
 
-_FLOAT_SUMS = 16  # sums of a float tile that run side by side
+TILES = tuple(n for n in (1, 2, 4, 8) if n <= isa.current().tokens)  # tokens of a tile
+_FLOAT_SUMS = 16  # sums of the largest float tile that run side by side
 
 
 @simd_kernel
@@ -19,7 +21,7 @@ def tile(
     s: Simd,
     panel: int,
     n_panels: int,
-    n_tokens: int,
+    n_tokens: Val,
     w: Val,
     w_panel: Val,
     n_steps: Val,
@@ -31,10 +33,11 @@ def tile(
     init_stride: Val,
     ahead: Val,
 ) -> None:
-    """out[t, r] = init[t, r] + sum over columns of w[r, column] * x[t, column], t < n_tokens, r < 16 * n_panels.
+    """out[t, r] = init[t, r] + sum over columns of w[r, column] * x[t, column], t < n_tokens, r < 16 * panels.
 
     panel: place in PANELS.
-    n_panels, n_tokens: the size of the tile.
+    n_panels: panels of a tile of 4 tokens; other tiles take one.
+    n_tokens: one of TILES.
     w: address of the first panel.
     w_panel: bytes from one panel to the next. 0: there is one panel, which is computed n_panels times.
     n_steps: steps of panel.columns columns.
@@ -42,27 +45,28 @@ def tile(
     init, init_stride: rows of f32. init may be out; init_stride 0 repeats one row.
     ahead: as in int_tile.
     """
-    xs = [x + x_stride * t for t in range(n_tokens)]
-    ws = [w + w_panel * p for p in range(n_panels)]
     step = s.select(w_panel.compare("==", 0), s.const(I64, 0), s.const(I64, 64))
-    moves = [(t, step * p) for t in range(n_tokens) for p in range(n_panels)]
-    places = [(init + init_stride * t + move, out + out_stride * t + move) for t, move in moves]
-    _tile(s, PANELS[panel], ws, n_steps, xs, places, ahead)
+    for n in TILES:
+        with s.b.if_then(n_tokens.compare("==", n).ir):
+            here = range(n_panels if n == 4 else 1)
+            xs = [x + x_stride * t for t in range(n)]
+            ws = [w + w_panel * p for p in here]
+            moves = [(t, step * p) for t in range(n) for p in here]
+            places = [(init + init_stride * t + move, out + out_stride * t + move) for t, move in moves]
+            _tile(s, PANELS[panel], ws, n_steps, xs, places, ahead)
 
 
 @simd_kernel
-def tile_at(
-    s: Simd, panel: int, n_panels: int, n_tokens: int, w: Val, w_panel: Val, n_steps: Val, at: Val, move: Val
-) -> None:
+def tile_at(s: Simd, panel: int, n_tokens: Val, w: Val, n_steps: Val, at: Val, move: Val, ahead: Val) -> None:
     """As `tile`, for rows at any addresses: out[t, r] += sum over columns of w[r, column] * x[t, column].
 
-    at: address of int64[2, n_tokens]: addresses of x[t], then addresses of out[t] less `move` bytes.
+    at: address of int64[2, TOKENS]: addresses of x[t], then addresses of out[t] less `move` bytes.
     """
-    xs = [s.load(at + 8 * t, I64) for t in range(n_tokens)]
-    ws = [w + w_panel * p for p in range(n_panels)]
-    outs = [s.load(at + 8 * (n_tokens + t), I64) + move + 64 * p for t in range(n_tokens) for p in range(n_panels)]
-    ahead = s.const(I64, AHEAD if n_tokens == 1 else 0)
-    _tile(s, PANELS[panel], ws, n_steps, xs, [(out, out) for out in outs], ahead)
+    for n in TILES:
+        with s.b.if_then(n_tokens.compare("==", n).ir):
+            xs = [s.load(at + 8 * t, I64) for t in range(n)]
+            outs = [s.load(at + 8 * (TOKENS + t), I64) + move for t in range(n)]
+            _tile(s, PANELS[panel], [w], n_steps, xs, [(out, out) for out in outs], ahead)
 
 
 def _tile(
@@ -74,12 +78,16 @@ def _tile(
         return
 
     def products(k: Val) -> list[tuple[Val, Val]]:
-        rows = [load_floats(s, panel, w + k * panel.step_bytes) for w in ws]
+        at = k * panel.step_bytes
+        prefetch_step(s, [w + at for w in ws], panel.step_bytes, ahead)
+        rows = [load_floats(s, panel, w + at) for w in ws]
         values = [s.load(x + k * 4, F32, splat=ROWS) for x in xs]
         return [(row, value) for value in values for row in rows]
 
     start = [s.load(at, F32, ROWS) for at, _ in places]
-    sums = sums_of_products(s, start, n_steps, products, _FLOAT_SUMS)
+    # All tiles of several tokens add in the same order, so that a token's result is the same in each.
+    unroll = _FLOAT_SUMS // isa.current().tokens if len(xs) > 1 else _FLOAT_SUMS
+    sums = sums_of_products(s, start, n_steps, products, unroll * len(start))
     for (_, to), value in zip(places, sums, strict=True):
         s.store(value, to)
 
@@ -129,9 +137,9 @@ def sums_of_products(
 
 @simd_kernel
 def prefetch(s: Simd, address: Val, n_bytes: Val) -> None:
-    """Prefetch n_bytes of memory.
+    """Prefetch n_bytes of memory, nothing if it is below 0.
 
     Within a piece of work, `tile` prefetches. At its start the first answer of the memory would take as long as 30 kB
-    of a stream. Kernels therefore prefetch the first AHEAD bytes of panels.
+    of a stream. Kernels therefore prefetch the first bytes of panels.
     """
-    s.each(n_bytes >> 6, lambda i: s.prefetch(address + i * 64))
+    s.each(n_bytes.sar(6), lambda i: s.prefetch(address + i * 64))

@@ -76,7 +76,12 @@ def _memory(n_bytes: int, n_threads: int) -> NDArray[np.uint8]:
 
 
 def _read_size(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
-    """Return the bytes to read: many times the size of all caches, as far as the system tells it."""
+    """Return the bytes to read: many times the size of all caches."""
+    return min(max(_CACHES * cache_bytes(cpus), _LEAST_READ), _MOST_READ)
+
+
+def cache_bytes(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Return the size of all caches together, as far as the system tells it."""
     caches = {}
     for cache in cpus.glob("cpu[0-9]*/cache/index[0-9]*"):
         try:
@@ -86,7 +91,7 @@ def _read_size(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
             continue
         if size:
             caches[shared] = int(size[1]) << 10
-    return min(max(_CACHES * sum(caches.values()), _LEAST_READ), _MOST_READ)
+    return sum(caches.values())
 
 
 def _rate(team: Team, op: TapeOp, work: int, seconds: float, **arguments: int) -> float:

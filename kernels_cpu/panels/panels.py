@@ -26,6 +26,8 @@ An integer panel is multiplied with int8 activations. They are blocks of 32 colu
     byte 60   unused
 """
 
+from collections.abc import Iterable
+
 from llvmlite import ir
 
 from gguf_run.formats.blocks import grids
@@ -34,7 +36,7 @@ from gguf_run.formats.frozen import frozen
 
 ROWS = 16  # rows of a panel: f32 lanes of a 64-byte vector
 BLOCK = 32  # columns of a block of activations, and of a set of planes
-TOKENS = 4  # tokens of a tile. A batch is computed in whole tiles: buffers have spare rows for the last one
+TOKENS = 8  # tokens of a tile, at most (Isa.tokens). A batch is computed in whole tiles: buffers have spare rows
 X_BLOCK_BYTES = 64  # of a block of activations, and where its fields are
 X_D, X_SUMS, X_D_SUMS = 32, 36, 48
 
@@ -193,3 +195,11 @@ def panel_sizes(panel: Panel, n_in: int) -> dict[str, int]:
 def panel_id(panel: Panel) -> int:
     """Return the place of a panel in PANELS, the compile-time constant of its kernels."""
     return PANELS.index(panel)
+
+
+def main_panel(sizes: Iterable[tuple[str, int]]) -> int:
+    """Return the place in PANELS of the panel that holds most bytes of tensors, given as (type, bytes)."""
+    total = [0] * len(PANELS)
+    for type_name, n_bytes in sizes:
+        total[panel_id(panel_for(type_name))] += n_bytes
+    return total.index(max(total))

@@ -40,7 +40,7 @@ def _repack_int(src, row_bytes, n_rows, n_in, grid, times, out, first, end):
     scale, minimum = np.zeros((n_scales, ROWS), np.float32), np.zeros((n_scales, ROWS), np.float32)
     factor = np.zeros((2, ROWS), np.float32)
     row_scale, row_minimum = np.zeros(n_scales, np.float32), np.zeros(n_scales, np.float32)
-    row_factor = np.ones(2, np.float32)
+    row_factor, more = np.ones(2, np.float32), np.ones(ROWS, np.float32)
     for group in range(first, end):
         rows = min(ROWS, n_rows - group * ROWS)
         if rows < ROWS:  # the last panel has spare rows
@@ -48,13 +48,14 @@ def _repack_int(src, row_bytes, n_rows, n_in, grid, times, out, first, end):
             scale[:] = 0
             minimum[:] = 0
             factor[:] = 0
+        for r in range(rows):  # once for all blocks: divisions are slow
+            more[r] = times[(group * ROWS + r) * len(times) // n_rows]
         for b in range(n_in // BLOCK_SIZE):
             for r in range(rows):
                 at = (group * ROWS + r) * row_bytes + b * TYPE_SIZE
                 unpack(src, at, q[r], row_scale, row_minimum, row_factor, grid)
-                more = times[(group * ROWS + r) * len(times) // n_rows]
                 for g in range(n_scales):
-                    scale[g, r], minimum[g, r] = row_scale[g] * more, row_minimum[g]
+                    scale[g, r], minimum[g, r] = row_scale[g] * more[r], row_minimum[g]
                 factor[0, r], factor[1, r] = row_factor[0], row_factor[1]
             to = out + group * (n_in // BLOCK_SIZE) * BYTES + b * BYTES
             pack(PANEL, BLOCK_SIZE, q.ctypes.data, scale.ctypes.data, minimum.ctypes.data, factor.ctypes.data, to)

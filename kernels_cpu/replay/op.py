@@ -105,11 +105,11 @@ def n_shrinking(n, grain, nth):
 
 @njit(inline="always")
 def shrinking(piece, n, pieces):
-    """The items (first, end) of a piece: i + 1 shares for piece i.
+    """The items (first, end) of a piece: i + 1 shares for piece i, from the last piece to the first.
 
-    Pieces are taken from the last to the first, the large ones before the small ones. Large pieces seldom interrupt the
-    stream of weights. Small pieces at the end let all threads end together (trapezoid self-scheduling, Tzen and Ni
-    1993).
+    Pieces are taken in this order, the large ones before the small ones. Large pieces seldom interrupt the stream of
+    weights. Small pieces at the end let all threads end together (trapezoid self-scheduling, Tzen and Ni 1993). Memory
+    is read upwards: what is prefetched behind the last piece is the start of the next matrix.
     """
     whole = pieces * (pieces + 1)
-    return n * piece * (piece + 1) // whole, n * (piece + 1) * (piece + 2) // whole
+    return n - n * (piece + 1) * (piece + 2) // whole, n - n * piece * (piece + 1) // whole

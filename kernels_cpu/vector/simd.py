@@ -175,11 +175,11 @@ class Simd:
     def store(self, value: Val, address: Val) -> None:
         self.b.store(value.ir, self.b.inttoptr(address.ir, value.type.as_pointer())).align = 1
 
-    def prefetch(self, address: Val) -> None:
-        """Prefetch the cache line at an address, which need not be valid."""
+    def prefetch(self, address: Val, level: int = 1) -> None:
+        """Prefetch the cache line at an address, which need not be valid, into the cache of a level."""
         name, void = "llvm.prefetch.p0i8", ir.VoidType()
         pointer = Val(self, self.b.inttoptr(address.ir, I8.as_pointer()))
-        self.call(name, void, pointer, self.const(I32, 0), self.const(I32, 3), self.const(I32, 1))
+        self.call(name, void, pointer, self.const(I32, 0), self.const(I32, 4 - level), self.const(I32, 1))
 
     def shuffle(self, value: Val, lanes: Sequence[int] | range) -> Val:
         return self._shuffle(value.ir, ir.Constant(value.type, ir.Undefined), lanes)

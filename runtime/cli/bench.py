@@ -115,8 +115,17 @@ _types = partial(click.option, multiple=True, metavar="TYPE,...", shell_complete
 @click.option("-r", "--repetitions", default=5, type=click.IntRange(1, 100_000), help="Times each test is repeated.")
 @click.option("--delay", default=0.0, type=click.FloatRange(0, 86_400), help="Seconds to wait before each test.")
 @click.option("--no-warmup", is_flag=True, help="Leave out the first, unmeasured run of each test.")
+@click.option("--tune", is_flag=True, help="Run no test: fit the kernels to this CPU again, and show what was tried.")
 @click.option("-o", "--output", default="md", type=click.Choice(_FORMATS), help="Format of the results.")
-def main(models: tuple[str, ...], repetitions: int, delay: float, no_warmup: bool, output: str, **options: Any) -> None:
+def main(
+    models: tuple[str, ...],
+    repetitions: int,
+    delay: float,
+    no_warmup: bool,
+    tune: bool,
+    output: str,
+    **options: Any,
+) -> None:
     """Measure how fast models run: tokens per second of a prompt (pp) and of generation (tg).
 
     Options and the table are those of llama.cpp's llama-bench. Every option takes several values with commas
@@ -127,6 +136,13 @@ def main(models: tuple[str, ...], repetitions: int, delay: float, no_warmup: boo
     """
     if delay != delay:
         raise OptionError("--delay nan: allowed are numbers of seconds from 0")
+    if tune:
+        from gguf_run.runtime.bench.tuning import tune_again
+
+        for name in models:
+            for line in tune_again(name):
+                click.echo(line)
+        return
     cases = _cases(models, options)
     from gguf_run.runtime.bench.bench import Procedure, Result, run_cases
     from gguf_run.runtime.bench.output import PRINTERS

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,12 +94,13 @@ def show(
 
 def _renderer(is_wanted: bool) -> Callable[[Iterable[str]], Iterator[str]] | None:
     """Return what renders Markdown, None if it is not wanted or cannot be."""
-    if is_wanted and has_colours():
-        with suppress(ImportError):
-            from gguf_run.runtime.terminal.markdown import rendered
+    from importlib.util import find_spec
 
-            return rendered
-    return None
+    if not is_wanted or not has_colours() or find_spec("rich") is None:
+        return None
+    from gguf_run.runtime.terminal.markdown import rendered
+
+    return rendered
 
 
 def open_reasoning(model: "Model", messages: Conversation, options: Mapping[str, Any]) -> str | None:

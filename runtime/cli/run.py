@@ -107,7 +107,6 @@ _PARAMS = [
     params=_PARAMS,
     examples=(
         'gguf-run --prompt "What is the capital of Japan?"',
-        'gguf-run model.gguf "Name three rivers."',
         "gguf-run model.gguf -c 16384 -ct q8_0",
         'gguf-run hf:bartowski/Llama-3.2-1B-Instruct-GGUF:Q5_K_M -p "Hello" --temp 0',
         "cat article.txt | gguf-run model.gguf --system 'Sum up in one sentence.'",
@@ -295,6 +294,8 @@ def _describe(model: "Model") -> None:
         f"{config.arch.name}: n_layer {config.n_layer}, n_embd {config.n_embd}, n_vocab {config.n_vocab}, "
         f"n_ctx {model.n_ctx} (trained {config.n_ctx_train})"
     )
+    if model.tuning:
+        message(f"CPU kernels: {model.tuning}")
 
 
 def _report(model: "Model", verbose: bool, with_context: bool) -> None:

@@ -46,8 +46,8 @@ def main(model: str, text: str | None, path: Path | None, only_ids: bool, count:
     from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
     with GGUFFile.open(find_model(model)) as file:
-        if "tokenizer.ggml.model" not in file.metadata:
-            check_model(file.path, file.metadata, len(file.tensors))
+        if "tokenizer.ggml.model" not in file.metadata:  # an adapter or a projector, say
+            check_model(file.path, file.metadata, n_tensors=1)
         tokenizer = Tokenizer.from_metadata(file.metadata)
     ids = tokenizer.encode(text, add_special=not no_special, parse_special=not no_special)
     if count:

@@ -16,7 +16,9 @@ from gguf_run.formats.compiler.jit import compile_notice
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
 from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.reader import GGUFFile
+from gguf_run.kernels_cpu.panels.panels import main_panel
 from gguf_run.kernels_cpu.replay.team import MAX_THREADS
+from gguf_run.kernels_cpu.vector.isa import Tuning, stored_tuning, tuning_path
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.load.cache_plan import describe_plan, plan_cache
@@ -27,11 +29,13 @@ from gguf_run.runtime.load.options import DEFAULT_N_CTX, LoadOptions, Wanted
 from gguf_run.runtime.load.placement import CPU, Device, Placement, cpu_only
 
 if TYPE_CHECKING:
+    from gguf_run.kernels_cpu.backend import CpuBackend
     from gguf_run.models.decoder import Decoder
     from gguf_run.runtime.engine.session_file import SessionHeader
     from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
+_MEASURED_FROM = 32 << 20  # bytes of a model for which it pays to measure the machine
 
 
 @frozen
@@ -46,6 +50,7 @@ class LoadedModel:
     about: Callable[[], str] = str  # returns the file's name, architecture, size and type, for people
     download_s: float = 0.0  # seconds that it took to find or to download the file
     identity: "Callable[[], SessionHeader] | None" = None  # makes the header of a session; None: no sessions
+    tuning: str = ""  # how the kernels were fitted to this CPU, for people
     close: Sequence[Callable[[], None]] = ()  # called at the end, to free what the decoder does not own
 
 
@@ -91,7 +96,7 @@ def _load(
     if plan.n_ctx > (trained := plan.config.n_ctx_train):
         warning = f"context of {plan.n_ctx} tokens: the model was trained with {trained}, beyond it answers get worse"
         warnings.warn(warning, stacklevel=4)
-    n_threads = options.n_threads or min(default_threads(), MAX_THREADS)
+    n_threads, tune = _tuned(plan, options.n_threads)
     computes = CPU in (*placement.layers, *placement.experts)
     compiling = _helper(file.path, options.quantize, plan.cache, n_threads) if computes else nullcontext()
     with ThreadPoolExecutor(1) as pool, compiling, _gpu_errors(gpus):
@@ -122,7 +127,7 @@ def _load(
                 backend.close()
             raise
     layers = Counter(placement.layers)
-    return LoadedModel(
+    loaded = LoadedModel(
         decoder,
         tokenizer,
         template,
@@ -132,6 +137,28 @@ def _load(
         identity=partial(_identity, file, plan.cache, placement.n_gpu),
         close=[*(backend.close for backend in backends.values()), file.close],
     )
+    return replace(loaded, tuning=tune(backends[CPU])) if computes else loaded
+
+
+def _tuned(plan: MemoryPlan, n_threads: int | None) -> "tuple[int, Callable[[CpuBackend], str]]":
+    """Return the threads that compute, and a function that gives a backend this machine's numbers (isa.Tuning).
+
+    The function measures them if nobody has, once all else is done. It returns a line for people.
+    """
+    panel = main_panel((tensor.type.name, tensor.nbytes) for tensor in plan.tensors)
+    path, n_cores = tuning_path(panel), min(default_threads(), MAX_THREADS)
+    stored = stored_tuning(path)
+
+    def tune(backend: "CpuBackend") -> str:
+        found, how = stored or Tuning(), "measured before" if stored else "defaults"
+        if stored is None and path is not None and sum(t.nbytes for t in plan.tensors) >= _MEASURED_FROM:
+            from gguf_run.kernels_cpu.measure.tune import tune_once
+
+            found, how = tune_once(path, panel, n_cores, available_memory())
+        backend.tune(found)
+        return f"{how}; " + ", ".join(f"{name} {value}" for name, value in vars(found).items())
+
+    return n_threads or (stored and stored.n_threads) or n_cores, tune
 
 
 def _plan(file: GGUFFile, options: LoadOptions) -> MemoryPlan:

@@ -16,9 +16,10 @@ _DRIVERS = ("dev/nvidiactl", "dev/kfd", "dev/dxg")
 def default_threads() -> int:
     """Return the number of physical cores that this process may use, at least 1.
 
-    Two hardware threads of one core share its vector units: a second one adds nothing to these kernels. A team of
-    threads larger than its share of CPU time is put to sleep at a barrier. So these are the cores of the CPUs in the
-    affinity mask, and at most the whole CPUs that the cgroup grants.
+    Two hardware threads of one core share its vector units: a second one adds nothing to these kernels. Slower cores
+    hold up the others, which wait for them. A team of threads larger than its share of CPU time is put to sleep at a
+    barrier. So these are the performance cores of the CPUs in the affinity mask, and at most the whole CPUs that the
+    cgroup grants.
     """
     try:
         cpus = os.sched_getaffinity(0)
@@ -30,10 +31,25 @@ def default_threads() -> int:
 
 
 def available_cores(cpus: Iterable[int], root: Path = Path("/")) -> int:
-    """Count the physical cores behind logical `cpus`, at most the cgroup's quota. `root` holds /sys and /proc."""
+    """Count the physical cores behind logical `cpus`, at most the cgroup's quota. `root` holds /sys and /proc.
+
+    If some of them are performance cores, only those count.
+    """
     topology = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"  # the same for all threads of one core
-    n_core = len({_read(root / topology.format(cpu)) or cpu for cpu in cpus})
+    n_core = len({_read(root / topology.format(cpu)) or cpu for cpu in _fast_cpus({*cpus}, root)})
     return max(1, min([n_core, *map(int, _quotas(root))]))
+
+
+def _fast_cpus(cpus: set[int], root: Path) -> set[int]:
+    """Return the CPUs that are performance cores; all if there is but one kind."""
+    # Intel names them: "0-15" or "0,2,4".
+    ranges = re.findall(r"(\d+)(?:-(\d+))?", _read(root / "sys/devices/cpu_core/cpus"))
+    if named := {cpu for cpu in cpus if any(int(first) <= cpu <= int(last or first) for first, last in ranges)}:
+        return named
+    # ARM: the speed of each core, where the fastest has 1024. Middle cores count as fast, little ones do not.
+    texts = {cpu: _read(root / f"sys/devices/system/cpu/cpu{cpu}/cpu_capacity") for cpu in cpus}
+    speeds = {cpu: int(text) for cpu, text in texts.items() if text.isdigit()}
+    return {cpu for cpu in cpus if 2 * speeds.get(cpu, 1024) >= max(speeds.values(), default=0)}
 
 
 def _quotas(root: Path) -> Iterator[float]:

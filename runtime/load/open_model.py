@@ -15,8 +15,9 @@ def open_model(path: Path, quantize: str | None = None) -> GGUFFile:
     file = None
     if not is_checkpoint:
         file = GGUFFile.open(path)
-        kind, arch = (file.metadata.get(f"general.{key}") for key in ("type", "architecture"))
-        if kind not in (None, "model") or arch == "clip" or not file.tensors:
+        values = (file.metadata.get(f"general.{key}") for key in ("type", "architecture"))
+        type_, arch = (value if isinstance(value, str) else None for value in values)  # ModelConfig refuses others
+        if type_ not in (None, "model") or arch == "clip" or not file.tensors:
             from gguf_run.formats.gguf.found import check_model
 
             check_model(file.path, file.metadata, len(file.tensors))

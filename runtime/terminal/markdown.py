@@ -5,9 +5,6 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 
-from rich.console import Console
-from rich.markdown import Markdown
-
 from gguf_run.runtime.terminal.reasoning import DIM, PLAIN
 from gguf_run.runtime.terminal.text import n_columns
 from gguf_run.runtime.terminal.wrap import FENCES, Line
@@ -60,6 +57,9 @@ class _Block:
 
     def _render(self) -> str:
         """Return the block for the terminal. The blank lines behind it stay as they are."""
+        from rich.console import Console
+        from rich.markdown import Markdown
+
         source, self._lines = self._lines, ""
         text = source.rstrip("\n")
         if not text.strip():

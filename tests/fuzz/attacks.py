@@ -88,6 +88,8 @@ def gguf_attacks() -> Iterator[tuple[str, bytes]]:
     yield "an element count that wraps", changed_gguf(tensors=(T("a", (1 << 32, 1 << 32), data=bytes(32)),))
     yield "an offset that wraps", changed_gguf(tensors=(T("a", (4,), offset=(1 << 64) - 32),))
     yield "a name that moves the cursor", changed_gguf(tensors=(T("\x1b[2J\n\u202e", (4,)),), general__name="\x1b[2J")
+    yield "a type of file that is an array", changed_gguf(general__type=[1, 2])
+    yield "an architecture that is an array", changed_gguf(general__architecture=[1, 2])
     yield "no alignment", changed_gguf(general__alignment=0)
     yield "an alignment of 2^31", changed_gguf(general__alignment=1 << 31)
     yield "an architecture of 70,000 letters", changed_gguf(general__architecture="x" * 70_000)

@@ -14,7 +14,7 @@ from tinymodel import ALL_BIASES, AWKWARD_LLAMA, QKV, TINY_GEMMA3, WIDE_LLAMA, T
 
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.kernels_cpu.backend import CpuBackend
-from gguf_run.kernels_cpu.vector.isa import current
+from gguf_run.kernels_cpu.vector.isa import Tuning, current
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
@@ -136,3 +136,21 @@ def test_closed_backend_leaves_no_threads() -> None:
     for thread in set(threading.enumerate()) - before:
         thread.join(10)
     assert set(threading.enumerate()) <= before
+
+
+def test_numbers_of_the_machine_reach_all_programs(tmp_path: Path) -> None:
+    """Programs that are there, and those that come."""
+    write_tiny(tmp_path / "tiny.gguf")
+    backend = CpuBackend(1)
+    with GGUFFile.open(tmp_path / "tiny.gguf") as file:
+        config = ModelConfig.from_metadata(file.metadata, file.tensors)
+        decoders = []
+        for tuning in (Tuning(ahead=-1), Tuning(ahead=0, piece_bytes=65536)):
+            decoders.append(Decoder(config, file.tensors, [backend] * config.n_layer, n_ctx=8))
+            backend.tune(tuning)
+        decoders.append(Decoder(config, file.tensors, [backend] * config.n_layer, n_ctx=8))
+    records = [a for tape in backend._tapes for a in tape._arguments if "ahead" in (a.dtype.names or ())]
+    assert len(backend._tapes) >= 3
+    assert len(records) > 3 * config.n_layer
+    assert {(int(a["ahead"][0]), int(a["piece_bytes"][0])) for a in records} == {(0, 65536)}
+    backend.close()

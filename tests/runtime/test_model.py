@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import real
 from numpy_backend import NumpyBackend
-from tinymodel import TINY_GEMMA3, Tiny, write_tiny
+from tinymodel import TINY_GEMMA3, Tiny, vocabulary, write_tiny
 
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
 from gguf_run.formats.gguf.reader import GGUFFile
@@ -468,6 +468,17 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
         Model.load(path)
     with pytest.raises(GgufRunError, match=r"nothing-here\.gguf"):
         Model.load(tmp_path / "nothing-here.gguf")
+
+
+@pytest.mark.parametrize("more", [-3, 3])
+def test_a_vocabulary_of_another_size_than_the_embedding(more: int, tmp_path: Path) -> None:
+    tiny = Tiny()
+    n = len(vocabulary(tiny)["tokens"])
+    rows = np.zeros((n + more, tiny.n_embd), np.float32)
+    write_tiny(tmp_path / "m.gguf", Tiny(tensors={"token_embd.weight": rows}))
+    what = f"m.gguf: tokenizer.ggml.tokens has {n} tokens, and token_embd.weight has {n + more} rows: convert"
+    with pytest.raises(FormatError, match=what):
+        Model.load(tmp_path / "m.gguf")
 
 
 def test_tokenizer_beside_the_weights(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

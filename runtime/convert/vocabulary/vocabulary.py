@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gguf_run.formats.errors import FormatError
-from gguf_run.formats.gguf.mapped import check_content
+from gguf_run.formats.gguf.mapped import read_bytes
 from gguf_run.runtime.tokenizers.vocab import CONTROL, NORMAL, UNUSED, USER_DEFINED
 
 T = TypeVar("T", str, bytes)
@@ -64,16 +64,9 @@ def warn(path: Path, text: str) -> None:
 
 
 def read_file(path: Path) -> bytes:
-    """Return a file's bytes. FormatError if it cannot be read or is far larger than any tokenizer."""
+    """Return a file's bytes. GgufRunError if it cannot be read, is no file or is far larger than any tokenizer."""
     try:
-        if not path.is_file():
-            raise FormatError(f"{path}: is no regular file: get it again")
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise FormatError(f"{path}: {size} bytes are no tokenizer; at most {MAX_FILE_BYTES} are read")
-        data = path.read_bytes()
-        check_content(path, data)
-        return data
+        return read_bytes(path, MAX_FILE_BYTES)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror or error})") from None
 

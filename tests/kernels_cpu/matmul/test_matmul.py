@@ -10,10 +10,11 @@ from cpu_ops import QUANTIZED, MemoryTensor, Step, as_quantized, cpu, error, ran
 
 from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.kernels_cpu.backend import CpuBackend
+from gguf_run.kernels_cpu.vector.isa import Tuning, current
 from gguf_run.models.ops import Matmul
 
 FLOATS = ("F32", "F16", "BF16", "F64", "I8", "I16")
-TOKENS = (1, 2, 3, 4, 5, 17, 64)
+TOKENS = (1, 2, 3, 4, 5, 8, 9, 15, 17, 64)
 N_BATCH = 66
 GUARD = np.float32(-777.25)
 BOUND = 1e-5  # float32 sums of some hundred products
@@ -40,6 +41,12 @@ SHAPES = (
     Shape(167, 1, 3, residual=True, bias=True),
 )
 ODD_COLUMNS = (1, 2, 7, 33, 172)
+
+
+def rows_of_tiles(n: int) -> int:
+    """The rows that the tiles of n tokens write: full tiles, and the smallest one that holds the rest."""
+    most = current().tokens
+    return n // most * most + next(size for size in (0, 1, 2, 4, 8) if size >= n % most and (size != 1 or n == 1))
 
 
 def check_matmul(
@@ -79,7 +86,7 @@ def check_matmul(
         assert error(result[:, 16 : 16 + n_out], expected[:n]) < BOUND, (n, shape)
         assert (result[:, :16] == GUARD).all()
         assert (result[:, 16 + n_out :] == GUARD).all()
-        assert (memory[-(-n // 4) * 4 :] == GUARD).all(), "a row of no tile was written"
+        assert (memory[rows_of_tiles(n) :] == GUARD).all(), "a row of no tile was written"
 
 
 def check_type(type_name: str, shapes: Sequence[Shape] = SHAPES) -> None:
@@ -155,6 +162,29 @@ def test_threads_do_not_change_a_bit() -> None:
         results.append([step.run(n) for n in (1, 40)])
     for one, *others in zip(*results, strict=True):
         assert all((one == other).all() for other in others)
+
+
+TUNINGS = (Tuning(), Tuning(ahead=-1, tile_tokens=8), Tuning(ahead=0, piece_bytes=4096), Tuning(ahead=16384))
+
+
+@pytest.mark.parametrize("type_name", ["Q4_0", "Q3_K", "Q4_K", "Q6_K", "Q8_0", "MXFP4", "F16", "F32"])
+def test_a_token_has_the_same_bits_in_every_tile(type_name: str) -> None:
+    """However many tokens a step has, whichever tiles a batch is cut into, whatever is measured on a machine."""
+    n_batch, n_out = 35, 173
+    x = np.random.default_rng(1).standard_normal((n_batch, 512)).astype(np.float32)
+    step = Step(cpu(2), n_batch)
+    out = step.buffer(n_out)
+    step.add(Matmul(step.input(x), step.backend.weight([random_tensor(type_name, n_out, 512)]), out))
+    step.finish(out)
+    whole = step.run(n_batch)
+    alone = [step.run(1, first_id=i) for i in range(n_batch)]
+    # A single token adds floats in more sums, which run side by side.
+    assert (np.concatenate(alone) == whole).all() or type_name not in QUANTIZED
+    for tuning in TUNINGS:
+        step.program._tape.tune(tuning)
+        assert (step.run(1, first_id=3) == alone[3]).all()
+        for n in (*range(2, 20), 24, 31, 33, n_batch):
+            assert (step.run(n, first_id=n_batch - n) == whole[n_batch - n :]).all(), (n, tuning)
 
 
 def test_threads_do_not_share_spare_memory() -> None:

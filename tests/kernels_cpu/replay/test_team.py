@@ -281,7 +281,7 @@ def test_shrinking_pieces_cover_all_items(n_threads: int, team_of: Callable[[int
         record = shrinking_of.bind(rows=rows, table=table.ctypes.data)
         team.run(tape_of((shrinking_of, record)))
         sizes = np.bincount(table[:rows])[1:]  # each item is in one piece: else the sum of two would break the order
-        assert (np.diff(table[:rows]) >= 0).all()
+        assert (np.diff(table[:rows]) <= 0).all(), "pieces that are taken sooner stand sooner"
         assert sizes.sum() == rows
         assert (np.diff(sizes) >= -1).all(), "but for rounding, pieces that are taken sooner are larger"
         assert len(sizes) <= 8 * n_threads

@@ -3,7 +3,9 @@
 The processes run side by side, as most of their time goes into compiling.
 """
 
+import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,13 +14,15 @@ from pathlib import Path
 import numba
 import pytest
 from isa_features import LIMITED, environment, host_has
+from llvmlite import binding
 from numba import from_dtype, types
 
+from gguf_run.formats.compiler.jit import host_features, with_arm_features
 from gguf_run.formats.compiler.resolve import resolved
 from gguf_run.kernels_cpu.matmul.matmul import matmul
 from gguf_run.kernels_cpu.panels.panels import PANEL_OF, panel_id
 from gguf_run.kernels_cpu.replay.op import TapeOp
-from gguf_run.kernels_cpu.vector.isa import current
+from gguf_run.kernels_cpu.vector.isa import Tuning, choose, current, stored_tuning, tuning_path
 
 FOLDER = Path(__file__).parents[1]
 
@@ -109,3 +113,64 @@ def test_kernels_for(name: str, processes: dict[str, subprocess.Popen[str]]) -> 
     assert processes[name].returncode == 0, output[-5000:]
     assert " passed in " in output
     assert "skipped" not in output
+
+
+def test_numbers_of_this_machine_are_read_or_none(tmp_path: Path) -> None:
+    path, good = tmp_path / "tuning.json", vars(Tuning(ahead=-1, n_threads=3))
+    assert stored_tuning(None) is stored_tuning(path) is stored_tuning(tmp_path) is None
+    path.write_text(json.dumps(good))
+    assert stored_tuning(path) == Tuning(**good)
+    changes: list[tuple[str, object]] = [("ahead", -2), ("ahead", 1 << 20), ("ahead", 0.0), ("ahead", True)]
+    changes += [("ahead", None), ("tile_tokens", 6), ("piece_bytes", 0), ("n_threads", 65), ("n_threads", [2])]
+    for name, value in changes:
+        path.write_text(json.dumps(good | {name: value}))
+        assert stored_tuning(path) is None, (name, value)
+    for text in (b"", b"\xff\xfe", b"null", b"[]", b"{}", b"[" * 100_000, json.dumps(good).encode()[:-1]):
+        path.write_bytes(text)
+        assert stored_tuning(path) is None, text[:20]
+
+
+def test_each_cpu_has_a_file_of_its_own(tmp_path: Path) -> None:
+    """The speed that a CPU runs at just now does not count; nor must /proc/cpuinfo exist."""
+    texts = [
+        "model name\t: A\ncpu MHz\t\t: 2100.000\n",
+        "model name\t: B\ncpu MHz\t\t: 2100.000\n",
+        "CPU implementer\t: 0x41\nCPU part\t: 0xd0c\n",
+        "CPU implementer\t: 0x41\nCPU part\t: 0xd4f\n",
+    ]
+    paths = []
+    for i, text in enumerate(texts):
+        (tmp_path / str(i)).write_text(text)
+        paths.append(tuning_path(0, tmp_path / str(i)))
+    (tmp_path / "0").write_text(texts[0].replace("2100", "800"))
+    assert tuning_path(0, tmp_path / "0") == paths[0]
+    paths += [tuning_path(1, tmp_path / "0"), tuning_path(0, tmp_path / "none")]
+    assert None not in paths
+    assert len(set(paths)) == 6
+
+
+@pytest.mark.parametrize(
+    ("named", "arm_bits", "is_apple", "isa"),
+    [
+        ("", 0, False, "generic"),
+        ("", 1 << 1, False, "generic"),  # Cortex-A53: vectors without dot products
+        ("", 1 << 1 | 1 << 20, False, "NEON dotprod"),
+        ("+neon,+crc", 1 << 1 | 1 << 20, False, "NEON dotprod"),
+        ("+neon,+dotprod", 1 << 1 | 1 << 20, False, "NEON dotprod"),
+        ("", 0, True, "NEON dotprod"),
+        ("+avx2,+f16c,+fma", 0, False, "AVX2"),
+        ("+neon,-dotprod", 1 << 1 | 1 << 20, False, "generic"),  # LLVM has looked, and knows better
+    ],
+)
+def test_features_that_llvm_does_not_name(named: str, arm_bits: int, is_apple: bool, isa: str) -> None:
+    features = with_arm_features(named, arm_bits, is_apple)
+    assert choose(features).name == isa
+    assert features.startswith(named)
+    assert len({word[1:] for word in features.split(",")}) == len(features.split(","))
+
+
+def test_features_of_this_machine() -> None:
+    """Only ARM CPUs have features that LLVM may not name."""
+    named = binding.get_host_cpu_features().flatten()
+    assert host_features().startswith(named)
+    assert host_features() == named or platform.machine() in ("aarch64", "arm64")

@@ -17,9 +17,10 @@ from click.testing import CliRunner, Result
 from tinymodel import Tiny, write_tiny
 
 from gguf_run.formats.errors import OptionError
+from gguf_run.kernels_cpu.measure import tune
 from gguf_run.kernels_cpu.measure.limits import Limits, measure_limits
 from gguf_run.runtime import Model
-from gguf_run.runtime.bench import bench
+from gguf_run.runtime.bench import bench, tuning
 from gguf_run.runtime.cli.bench import _cache_types, main, parse_values
 
 COMMAND = [sys.executable, "-c", "from gguf_run.runtime.cli.bench import main; main(prog_name='gguf-bench')"]
@@ -316,3 +317,28 @@ def test_progress_on_a_terminal(model: Path) -> None:
     final = [line.rsplit("\r", 1)[-1] for line in shown.replace("\r\n", "\n").split("\n")]
     assert [line.split("|")[-4].strip() for line in final if line.startswith("|")][2:] == ["pp4", "tg2"]
     assert not any("run 2" in line for line in final)
+
+
+# Fitting the kernels to the CPU.
+
+
+def test_tune_shows_the_candidates_and_keeps_the_choice(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tuning.json"
+    monkeypatch.setattr(tuning, "tuning_path", lambda panel: path)
+    monkeypatch.setattr(tune, "_MOST_BYTES", 8 << 20)
+    monkeypatch.setattr(tune, "_ROUNDS", 2)
+    result = invoke("--tune", model)
+    assert result.exit_code == 0
+    head, _, *rows, last = result.stdout.splitlines()
+    assert head == "| number | candidate | ms | to the default | rounds won | |"
+    assert last == f"kept in {path}"
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    found = {number: int(value) for number, value, *_, chosen in cells if chosen == "chosen"}
+    kept = json.loads(path.read_text())
+    assert kept.keys() == found.keys()
+    assert found | {"n_threads": kept["n_threads"]} == kept
+    path.unlink()
+    path.mkdir()
+    assert invoke("--tune", model).stdout.splitlines()[-1].startswith(f"not kept: cannot write to {path}")

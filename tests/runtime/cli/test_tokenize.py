@@ -53,6 +53,14 @@ def test_ids_and_count(model: Path, options: list[str], expected: object) -> Non
     assert (result.exit_code, result.stdout) == (0, f"{expected}\n")
 
 
+def test_a_second_bos_is_said(model: Path) -> None:
+    result = run(model, "<|im_end|>ab", "--ids")
+    assert (result.exit_code, result.stdout) == (0, "[257, 257, 256]\n")
+    what = "the text begins with <|im_end|>, and the tokenizer puts another one before it: leave it out of the text"
+    assert result.stderr == f"warning: {what}\n"
+    assert run(model, "<|im_end|>ab", "--ids", "--no-special").stderr == ""
+
+
 def test_text_from_a_file_and_from_stdin(model: Path, tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbfab\r\n")
     expected = f"{[257, 256, *ids(chr(13) + chr(10))]}\n"
@@ -69,7 +77,7 @@ def test_text_from_a_file_and_from_stdin(model: Path, tmp_path: Path) -> None:
         (["MODEL", "a", "--ids", "--count"], None, 2, "give --ids or --count, not both"),
         ([], None, 2, "Missing argument 'MODEL'"),
         (["MODEL", "--file", "missing.txt"], None, 1, "error: missing.txt: No such file or directory"),
-        (["missing.gguf", "a"], None, 1, "error: missing.gguf: cannot open the file: No such file or directory"),
+        (["missing.gguf", "a"], None, 1, "error: missing.gguf: No such file or folder; gguf-run --list"),
         (["MODEL"], b"a\xff", 1, "error: stdin: byte 0xff at offset 1 is not valid UTF-8"),
     ],
 )
@@ -91,3 +99,8 @@ def test_an_unknown_pre_tokenizer_is_one_line_on_stderr(tmp_path: Path) -> None:
     assert (result.exit_code, result.stdout) == (0, f"{ids('a')}\n")
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("warning: the file names the pre-tokenizer 'new\\x1bname', which is not known")
+
+
+def test_an_adapter(tmp_path: Path) -> None:
+    path = write(tmp_path / "lora.gguf", {"general.type": "adapter", "general.architecture": "llama"})
+    assert "lora.gguf: is not a model but an adapter (LoRA)" in run(str(path), "x").stderr

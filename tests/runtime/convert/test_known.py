@@ -180,8 +180,8 @@ def test_no_key_is_dropped_in_silence(name: str, tmp_path: Path) -> None:
         if problem := outcome(folder, expected, changed):
             wrong.append(f"{changed}: {problem}")
     assert not wrong, "\n".join(wrong)
-    assert n_tried > 10
-    assert n_other > 8  # the test would find what is dropped
+    assert n_tried >= 10
+    assert n_other >= 8  # the test would find what is dropped
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -26,10 +26,31 @@ def cpu(number: int, siblings: str) -> dict[str, str]:
 FOUR_CORES = {name: text for n in range(8) for name, text in cpu(n, f"{n % 4},{n % 4 + 4}").items()}
 
 
+# Two performance cores of two hardware threads each, and four efficiency cores.
+HYBRID = {name: text for n in range(4) for name, text in cpu(n, f"{n // 2 * 2}-{n // 2 * 2 + 1}").items()}
+HYBRID |= {name: text for n in range(4, 8) for name, text in cpu(n, str(n)).items()}
+INTEL = HYBRID | {"sys/devices/cpu_core/cpus": "0-3", "sys/devices/cpu_atom/cpus": "4-7"}
+CAPACITY = "sys/devices/system/cpu/cpu{}/cpu_capacity"
+# Four little cores, three middle ones and a fast one.
+ARM = {CAPACITY.format(n): str(speed) for n, speed in enumerate([290] * 4 + [760] * 3 + [1024])}
+
+
 @pytest.mark.parametrize(
     ("cpus", "files", "n_cores"),
     [
         (range(8), FOUR_CORES, 4),
+        (range(8), INTEL, 2),
+        (range(8), HYBRID, 6),
+        ([0, 1, 4, 5], INTEL, 1),
+        ([4, 5, 6], INTEL, 3),  # affinity leaves efficiency cores only
+        (range(8), INTEL | {"sys/devices/cpu_core/cpus": "0,2-3"}, 2),
+        (range(8), INTEL | {"sys/devices/cpu_core/cpus": "garbage"}, 6),
+        (range(8), INTEL | {"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "150000 100000"}, 1),
+        (range(8), ARM, 4),
+        (range(5), ARM, 1),
+        (range(4), ARM, 4),  # affinity leaves little cores only
+        (range(8), ARM | {CAPACITY.format(7): "unknown"}, 4),
+        (range(4), {CAPACITY.format(n): "0" for n in range(4)}, 4),
         ([0, 4], FOUR_CORES, 1),  # affinity: two hardware threads of one core
         ([0, 1, 5], FOUR_CORES, 2),
         (range(3), {}, 3),  # no topology: each CPU is a core

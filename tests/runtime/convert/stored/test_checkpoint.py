@@ -91,7 +91,7 @@ WRONG: dict[str, tuple[Callable[[Path, Tensors, dict[str, Any]], Any], str]] = {
     ),
     "rotary part": (
         lambda f, t, c: c.update(rope_scaling={"partial_rotary_factor": 2e9}),
-        r"partial_rotary_factor is 2000000000.0, must be more than 0 and at most 1",
+        r"partial_rotary_factor is 2000000000.0, must be 1 in a llama model",
     ),
     "rotary factors": (
         lambda f, t, c: c.update(rope_scaling={"rope_type": "llama3", "factor": 0, "rope_theta": -1}),
