@@ -12,7 +12,6 @@ No row's result depends on the other rows of its tile: each has a maximum of its
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,8 +35,8 @@ if COMPILING:
         quantize_p,
         scale_columns,
     )
-    from gguf_run.kernels_cpu.attention.plan import piece_of, plan
-    from gguf_run.kernels_cpu.attention.softmax import LOWEST, lane_sum, n_visible, softmax
+    from gguf_run.kernels_cpu.attention.plan import piece_of, plan, row_of
+    from gguf_run.kernels_cpu.attention.softmax import LOWEST, n_visible, result, scaled_copy, softmax
     from gguf_run.kernels_cpu.matmul.tile import prefetch
     from gguf_run.kernels_cpu.rows.quantize import quantize_row
     from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
@@ -51,20 +50,6 @@ class _Tile(NamedTuple):
     few: bool  # FEW rows, not TILE
     rows: int
     width: int
-
-
-@njit(inline="always")
-def scaled_copy(source, n, factor, to):
-    """to = factor * source, f32[n]."""
-    x, out = f32_at(source, n), f32_at(to, n)
-    for i in range(n):
-        out[i] = x[i] * factor
-
-
-@njit(inline="always")
-def _row_of(piece, r):
-    """(token, head) of a query row: the row of q and out, and which of the n_head heads."""
-    return piece.first + r // piece.n_rep, piece.head * piece.n_rep + r % piece.n_rep
 
 
 @functools.cache
@@ -82,7 +67,7 @@ def _queries(k_form: int) -> Any:
         f32_at(m.lane_sums, n_fill * ROWS)[:] = 0
         f32_at(m.most, n_fill)[:] = LOWEST
         for r in range(piece.n_rows):
-            t, head = _row_of(piece, r)
+            t, head = row_of(piece, r)
             to = m.query if is_int else m.queries + r * q_row
             scaled_copy(a.q + t * a.q_stride + head * n * 4, n, scale, to)
             if a.k_rotate:
@@ -165,25 +150,6 @@ def _values(v_form: int) -> Any:
     return values
 
 
-@njit(inline="always")
-def _result(a, piece, m, r):
-    """Store the result of a query row: in out, or, if the positions are split, the total for `merge`."""
-    total = lane_sum(m.lane_sums + r * ROWS * 4)
-    if piece.part >= 0:
-        f32_at(m.most + a.max_rows * 4, piece.n_rows)[r] = total
-    else:
-        n, factor = a.head_dim, np.float32(1)
-        t, head = _row_of(piece, r)
-        if a.sinks:
-            sink, highest = f32_at(a.sinks, a.n_head)[head], f32_at(m.most, piece.n_rows)[r]
-            factor = np.float32(math.exp(highest - max(highest, sink)))
-            total = total * factor + np.float32(math.exp(sink - max(highest, sink)))
-        out = a.out + t * a.out_stride + head * n * 4
-        scaled_copy(m.sums + r * a.wide * 4, n, factor / total, out)
-        if a.v_rotate:
-            hadamard(out, n)
-
-
 @functools.cache
 def attend(k_form: int, v_form: int) -> TapeOp:
     """Return the op softmax(scale * q.k) @ v over a cache of these types (places in FORMATS).
@@ -223,7 +189,7 @@ def attend(k_form: int, v_form: int) -> TapeOp:
                     values(a, m, tile, r, v, next_v, n_seen)
             group = next_group
         for r in range(work.n_rows):
-            _result(a, work, m, r)
+            result(a, work, m, r)
         return 0
 
     return attend_rows

@@ -84,3 +84,9 @@ def piece_of(a, runs, number):
     place = run.first_part + part if n_split > 1 else -1
     few = run.n_tokens * n_rep <= FEW
     return Piece(run.seq, head, run.first + t0, n_past, n_rep, n_tokens * n_rep, start, stop, place, few)
+
+
+@njit(inline="always")
+def row_of(piece, r):
+    """(token, head) of a query row: the row of q and out, and which of the n_head heads."""
+    return piece.first + r // piece.n_rep, piece.head * piece.n_rep + r % piece.n_rep

@@ -5,14 +5,18 @@ no sum across lanes, and no earlier sum is rescaled. FlashAttention-4 does the s
 """
 
 import functools
+import math
 
 import numpy as np
 from llvmlite import ir
 
 from gguf_run.formats.compiler.jit import njit
+from gguf_run.kernels_cpu.attention.hadamard import hadamard
+from gguf_run.kernels_cpu.attention.plan import row_of
 from gguf_run.kernels_cpu.attention.sizes import SPAN
 from gguf_run.kernels_cpu.panels.panels import ROWS
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
+from gguf_run.kernels_cpu.vector.native import f32_at
 from gguf_run.kernels_cpu.vector.simd import F32, I32, Simd, Val
 
 HEADROOM = np.float32(8)
@@ -133,3 +137,30 @@ def softmax(a, piece, m, tile, r, start):
     exponentials(m.scores, tile.rows, m.most + r * 4, m.lane_sums + r * ROWS * 4)
     if hides:
         _hide(a, piece, m, tile, r, start, np.float32(0))
+
+
+@njit(inline="always")
+def scaled_copy(source, n, factor, to):
+    """to = factor * source, f32[n]."""
+    x, out = f32_at(source, n), f32_at(to, n)
+    for i in range(n):
+        out[i] = x[i] * factor
+
+
+@njit(inline="always")
+def result(a, piece, m, r):
+    """Store the result of a query row: in out, or, if the positions are split, the total for `merge`."""
+    total = lane_sum(m.lane_sums + r * ROWS * 4)
+    if piece.part >= 0:
+        f32_at(m.most + a.max_rows * 4, piece.n_rows)[r] = total
+    else:
+        n, factor = a.head_dim, np.float32(1)
+        t, head = row_of(piece, r)
+        if a.sinks:
+            sink, highest = f32_at(a.sinks, a.n_head)[head], f32_at(m.most, piece.n_rows)[r]
+            factor = np.float32(math.exp(highest - max(highest, sink)))
+            total = total * factor + np.float32(math.exp(sink - max(highest, sink)))
+        out = a.out + t * a.out_stride + head * n * 4
+        scaled_copy(m.sums + r * a.wide * 4, n, factor / total, out)
+        if a.v_rotate:
+            hadamard(out, n)
