@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gguf_run.runtime.engine.session_file import SessionHeader
     from gguf_run.runtime.keywords import BatchOptions, LoadKeywords, ReplyOptions
     from gguf_run.runtime.load.load_model import LoadedModel
-    from gguf_run.runtime.sampling.filters import Breakers
+    from gguf_run.runtime.sampling.candidates import Breakers
 
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any]

@@ -2,13 +2,17 @@
 
 import ast
 import functools
+import os
 import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llvmlite import binding
+
 from gguf_run.formats.compiler.deferred import Deferred, copied
+from gguf_run.formats.compiler.machine_code import host_features
 
 
 def resolved(function: Callable[..., Any]) -> Any:
@@ -35,3 +39,20 @@ def _helpers(module: str) -> dict[str, Any]:
             if isinstance(node, ast.If) and ast.unparse(node.test) == "COMPILING":
                 exec(compile(ast.Module(node.body, []), path, "exec"), values)
     return values
+
+
+def numba_njit(function: Callable[..., Any], options: dict[str, Any]) -> Any:
+    """Return numba's dispatcher of a function."""
+    import numba
+
+    tell_numba()
+    return numba.njit(nogil=True, **options)(resolved(function))
+
+
+def tell_numba() -> None:
+    """Have numba compile for all features of this CPU, unless the user has said what it is to compile for."""
+    if not {"NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"} & os.environ.keys():
+        from numba.core import config
+
+        if (features := host_features()) != binding.get_host_cpu_features().flatten():
+            config.CPU_FEATURES = features

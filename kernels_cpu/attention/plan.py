@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from gguf_run.formats.compiler.jit import njit
 from gguf_run.kernels_cpu.attention.sizes import FEW, MAX_ROWS, PIECES, SPAN, TILE
+from gguf_run.models.kv_cache import GROUP
 
 _MIN_SPLIT = 128  # a split of fewer positions costs more in `merge` than it gains
 
@@ -90,3 +91,11 @@ def piece_of(a, runs, number):
 def row_of(piece, r):
     """(token, head) of a query row: the row of q and out, and which of the n_head heads."""
     return piece.first + r // piece.n_rep, piece.head * piece.n_rep + r % piece.n_rep
+
+
+@njit(inline="always")
+def first_of_group(t, n_tokens, positions, run_of):
+    """The first token from t on that begins a group or a run. Rows of a group share bytes: one thread stores all."""
+    while 0 < t < n_tokens and positions[t] % GROUP and run_of[t] == run_of[t - 1]:
+        t += 1
+    return t

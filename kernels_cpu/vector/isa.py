@@ -14,7 +14,8 @@ from pathlib import Path
 
 from llvmlite import binding
 
-from gguf_run.formats.compiler.jit import host_features, kernel_cache_dir
+from gguf_run.formats.compiler.jit import kernel_cache_dir
+from gguf_run.formats.compiler.machine_code import host_features
 from gguf_run.formats.frozen import frozen
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.formats.frozen import frozen
 from gguf_run.models.kv_cache import GROUP
-from gguf_run.runtime.sampling.filters import Candidates
+from gguf_run.runtime.sampling.candidates import Candidates
 
 if TYPE_CHECKING:
     from gguf_run.models.decoder import Decoder

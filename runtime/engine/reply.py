@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from numpy import float32
     from numpy.typing import NDArray
 
-    from gguf_run.runtime.sampling.filters import Candidates
+    from gguf_run.runtime.sampling.candidates import Candidates
     from gguf_run.runtime.tokenizers.tokenizer import TokenStream
 
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.frozen import frozen
 from gguf_run.runtime.sampling import filters
-from gguf_run.runtime.sampling.filters import EXACT, GREEDY, Breakers, Candidates, State, largest
+from gguf_run.runtime.sampling.candidates import EXACT, Breakers, Candidates, State, largest
+from gguf_run.runtime.sampling.filters import GREEDY
 from gguf_run.runtime.sampling.params import SAMPLERS, SamplerKind, SamplingParams
 
 if TYPE_CHECKING:
