@@ -11,10 +11,10 @@ from gguf_run.formats.errors import GgufRunError, OptionError, did_you_mean
 from gguf_run.runtime.cli.conversation import (
     Conversation,
     answer_facts,
-    check_place,
     context_used,
 )
 from gguf_run.runtime.cli.describe import describe
+from gguf_run.runtime.cli.session import check_place
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.terminal.text import message, one_line
 

@@ -1,6 +1,5 @@
 """A conversation of gguf-run: the file of a session that holds it, and the answers that are shown while they come."""
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,20 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.terminal.text import has_colours, message
 
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model
 
 Conversation = list[dict[str, Any]]
-
-
-def check_place(path: Path, option: str = "--session") -> None:
-    """GgufRunError if a session cannot be saved at `path`: the user learns it before a long chat, not after it."""
-    folder = path.absolute().parent
-    if (path.exists() and not path.is_file()) or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise GgufRunError(f"{option} {path}: cannot be written: name a file in a folder that can be")
 
 
 @contextmanager

@@ -156,18 +156,7 @@ SAMPLING_OPTIONS = [
 ]
 
 
-_UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
 _FIELDS = {field.name for field in fields(LoadOptions)}
-
-
-def byte_size(text: str | None, option: str = "--split-max-size") -> int:
-    """Return the bytes that an option such as "500M" or "2G" means; None means 0."""
-    if not text:
-        return 0
-    match = re.fullmatch(r"([1-9]\d{0,9})([KMG]?)", text.upper())
-    if match is None:
-        raise OptionError(f"{option} {text}: must be a number of bytes, as 500M or 2G")
-    return int(match[1]) * _UNITS.get(match[2], 1)
 
 
 def to_load_options(values: Mapping[str, Any], **more: Any) -> LoadOptions:

@@ -17,7 +17,6 @@ from gguf_run.formats.frozen import frozen
 from gguf_run.runtime.cli.common import tool
 from gguf_run.runtime.cli.conversation import (
     answer_facts,
-    check_place,
     context_used,
     conversation,
     open_reasoning,
@@ -129,7 +128,9 @@ def main(model: str | None, completion: str | None, list_models: bool, **values:
         for line in list_lines(values["verbose"]):
             click.echo(line)
     elif values["warm_up"] == "all":
-        _warm_up_all(values)
+        from gguf_run.runtime.cli.warm_up import warm_up_all
+
+        warm_up_all(lambda name: _run(name, {**values, "warm_up": ""}))
     else:
         _run(values["warm_up"] or model, values)  # in `--warm-up MODEL`, click takes MODEL for the option's value
 
@@ -144,22 +145,6 @@ def _run(model: str | None, values: dict[str, Any]) -> None:
             _describe(loaded)
         task.run(loaded)
         _report(loaded, values["verbose"], task.kind == "chat")
-
-
-def _warm_up_all(values: dict[str, Any]) -> None:
-    """Warm up each model on this machine. One that cannot be run is said, and the others follow."""
-    from gguf_run.runtime.hub.listing import cached_models
-
-    failed = []
-    for model in cached_models():
-        message(f"{model.name or model.paths[0].name}:")
-        try:
-            _run(model.name or None, {**values, "warm_up": ""})
-        except GgufRunError as error:
-            failed.append(model)
-            message(f"error: {error}")
-    if failed:
-        raise GgufRunError(f"{len(failed)} models cannot be run; the others are ready")
 
 
 @contextmanager
@@ -201,6 +186,8 @@ class _Task:
             kind = "chat"
         text = "Hello" if kind == "warm_up" else _prompt(values, kind)
         if values["session"] is not None:
+            from gguf_run.runtime.cli.session import check_place
+
             check_place(values["session"])
         system = None if values["system"] is None else _argument(values["system"], "--system")
         chatting: dict[str, Any] = {}

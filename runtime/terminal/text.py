@@ -1,11 +1,10 @@
 """Text for people at a terminal: one line that is safe to show, sizes; and text files that they give."""
 
-import json
 import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import click
 
@@ -18,12 +17,6 @@ MAX_TEXT_BYTES = 1 << 30
 def one_line(text: str) -> str:
     """Return text on one line that is safe to show: names from a file may hold escape codes or line breaks."""
     return plain(" ".join(text.split()))
-
-
-def json_text(value: Any) -> str:
-    """Return JSON that is safe to show: characters that steer a terminal or turn the direction of text are escaped."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def message(text: str) -> None:

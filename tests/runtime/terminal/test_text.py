@@ -1,22 +1,11 @@
-import json
-
 import pytest
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.terminal.text import decode_text, json_text, one_line, size_text
+from gguf_run.runtime.terminal.text import decode_text, one_line, size_text
 
 
 def test_one_line() -> None:
     assert one_line("a\n b\t\x1b[2J\x00é\udcff") == "a b \\x1b[2J\\x00é\\udcff"
-
-
-def test_json_text() -> None:
-    """Whatever steers a terminal or turns the direction of text is escaped; letters of any script are not."""
-    facts = {"a\x9b31m": ["é漢🦙 b", "\x1b[2J\x7f\x00\n", "\u202e\u2066\u200f\u2028\U000e0041"], "b": 1.5}
-    text = json_text(facts)
-    assert json.loads(text) == facts
-    assert "é漢🦙 b" in text
-    assert all(c.isprintable() for c in text.replace("\n", ""))
 
 
 def test_decode_text_counts_from_the_first_byte() -> None:
