@@ -127,9 +127,10 @@ def _work(target: str, mutants: Iterable[Mutant], pipe: Connection) -> None:
     if sys.platform == "linux":
         import resource
 
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        # Written memory, not addresses: the C library reserves 64 MB of addresses for each thread.
+        pages = int(Path("/proc/self/statm").read_text().split()[5])
         limit = pages * resource.getpagesize() + (MEGABYTES << 20)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     memory = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
     with tempfile.TemporaryDirectory(dir=memory) as base:
