@@ -22,6 +22,7 @@ from gguf_run.runtime.quantize.rules import Choice, MixtureFacts, Overrides, cho
 
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml: the meaning of the blocks
 
+_N_ZERO = 16  # weights that share a scale in the types with the smallest blocks (Q2_K, Q3_K, Q6_K)
 _Entries = Mapping[str, NDArray[np.float32]]  # of an imatrix, by tensor name
 
 
@@ -138,7 +139,7 @@ def _entries(options: Options) -> _Entries:
 
 
 def _check_entries(path: str, entries: _Entries, quantized: Mapping[str, Tensor]) -> None:
-    """GgufRunError for entries of another size than their tensors, a warning for entries that are all 0.
+    """GgufRunError for entries of another size than their tensors, a warning for entries with channels that are 0.
 
     path: the imatrix.
     Any size is allowed for token_embd.weight: a row is looked up, not multiplied, so no program collects one value for
@@ -147,7 +148,7 @@ def _check_entries(path: str, entries: _Entries, quantized: Mapping[str, Tensor]
     zeros, wrong = [], []
     for name in (name for name in quantized if name in entries):
         importance = _importance(quantized[name], entries)
-        if importance is not None and not importance.any(axis=1).all():
+        if importance is not None and _has_zeros(importance):
             zeros.append(name)
         elif importance is None and not name.endswith("token_embd.weight"):
             wrong.append(name)
@@ -158,9 +159,15 @@ def _check_entries(path: str, entries: _Entries, quantized: Mapping[str, Tensor]
             f"{path}: the entry of {quoted(first.name)} has {sizes}: it is of another model{_more(wrong)}"
         )
     if zeros:
-        what = "importance weights of a matrix, or of an expert, are all 0, which makes its weights 0"
+        what = f"importance weights of a matrix, or of {_N_ZERO} columns of it, are all 0, which makes these weights 0"
         advice = "make it again with a longer text, or leave such entries out (--exclude-weights)"
         warnings.warn(f"{path}: {what}: {quoted(zeros[0])}{_more(zeros)}: {advice}", stacklevel=3)
+
+
+def _has_zeros(importance: NDArray[np.float32]) -> bool:
+    """Whether all columns of a block are 0. importance: float32[n_expert, n_in]."""
+    n = _N_ZERO if importance.shape[1] % _N_ZERO == 0 else importance.shape[1]
+    return not importance.reshape(-1, n).any(axis=1).all()
 
 
 def _n_expert(source: Tensor) -> int:

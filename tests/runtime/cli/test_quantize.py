@@ -204,6 +204,7 @@ def test_imatrix_of_zeros(tmp_path: Path) -> None:
         np.ones((1, N_EMBD), np.float32),
     ]
     values[0][1] = 0  # one expert
+    values[2][0, 32:64] = 0  # a block
     parts = []
     for name, value in zip(names, values, strict=True):
         parts.append(T(f"{name}.in_sum2", value.shape[::-1], data=value))
@@ -214,15 +215,15 @@ def test_imatrix_of_zeros(tmp_path: Path) -> None:
     for more in ((), ("--dry-run",)):
         result = run(model, tmp_path / "out.gguf", "Q4_0", "--imatrix", path, *more)
         assert result.exit_code == 0, result.output
-        assert result.stderr.startswith(f"warning: {path}: importance weights of a matrix, or of an expert, are all 0")
-        assert '"blk.0.ffn_down_exps.weight", also "blk.0.ffn_up.weight": make it again' in result.stderr
+        assert result.stderr.startswith(f"warning: {path}: importance weights of a matrix, or of 16 columns of it,")
+        assert 'ffn_down_exps.weight", also "blk.0.ffn_up.weight", "blk.1.ffn_up.weight": make it' in result.stderr
     with GGUFFile.open(tmp_path / "out.gguf") as file:
         x = weights_of(names[1], shapes[1])
         assert file.tensors[names[1]].blocks().tobytes() == reference(x, "Q4_0", values[1][0])
-    options = ("--exclude-weights", "exps", "--exclude-weights", "blk.0.ffn_up")
+    options = ("--exclude-weights", "exps", "--exclude-weights", "ffn_up")
     result = run(model, tmp_path / "out.gguf", "Q4_0", "--imatrix", path, *options)
     assert "warning" not in result.stderr
-    assert '2 tensors without importance weights: "blk.0.ffn_down_exps.weight", also "blk.0.ffn_up.w' in result.stderr
+    assert '3 tensors without importance weights: "blk.0.ffn_down_exps.weight", also "blk.0.ffn_up.w' in result.stderr
 
 
 @pytest.mark.parametrize("kind", ["Q4_K_S", "IQ4_NL"])

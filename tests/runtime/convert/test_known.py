@@ -112,7 +112,8 @@ def read_keys(name: str) -> list[str]:
     cls = getattr(transformers, hf_tiny.TINY[name][0])
     source = inspect.getsource(importlib.import_module(cls.__module__)) + inspect.getsource(cls.config_class)
     keys = set(re.findall(r"(?:config|self)\.([a-z_]+)\b", source)) & set(cls.config_class().to_dict())
-    return sorted(keys - {"rope_parameters", "text_config", "vision_config"} - set(known._HARMLESS))
+    keys -= {"rope_parameters", "text_config", "vision_config", *known._HARMLESS}
+    return sorted(key for key in keys if not key.endswith(known._TOKENS))
 
 
 def changes(name: str) -> Iterator[dict[str, Any]]:
