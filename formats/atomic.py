@@ -5,6 +5,7 @@ lock is what a killed run has left: the next run that writes the same file remov
 """
 
 import errno
+import functools
 import os
 import random
 import re
@@ -84,3 +85,17 @@ def _lock(place: Path, wait: bool) -> int | None:
         os.close(handle)
         return None
     return handle
+
+
+def write_own(path: Path, data: bytes) -> None:
+    """Write a file that only this user may read or write. After a power cut, all of it is there or nothing.
+
+    OSError if it cannot be written.
+    """
+    if not path.is_file():  # nothing, a pipe, or a link to a device, which `replacing` leaves alone
+        with suppress(OSError):
+            path.unlink()
+    with replacing(path) as part, open(part, "xb", opener=functools.partial(os.open, mode=0o600)) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

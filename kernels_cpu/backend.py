@@ -1,4 +1,4 @@
-"""The CPU as a models.backend.Backend: numba kernels over panels, run by a team of threads."""
+"""The CPU as a models.protocol.Backend: numba kernels over panels, run by a team of threads."""
 
 import math
 import weakref
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.grids import no_grid
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
 from gguf_run.formats.errors import UnsupportedError
@@ -22,7 +21,7 @@ from gguf_run.kernels_cpu.int8_forms import CpuOp
 from gguf_run.kernels_cpu.lower import lower
 from gguf_run.kernels_cpu.panels.memory import Arena, CpuTable, CpuWeight, WeightPart
 from gguf_run.kernels_cpu.panels.panels import ROWS, panel_for
-from gguf_run.kernels_cpu.panels.repack import repack
+from gguf_run.kernels_cpu.panels.repack import floats, repack
 from gguf_run.kernels_cpu.replay.op import TapeOp
 from gguf_run.kernels_cpu.replay.team import Team
 from gguf_run.kernels_cpu.rows.embed import FLOAT_TABLES
@@ -58,7 +57,7 @@ class CpuBackend:
     def table(self, tensor: Tensor) -> CpuTable:
         name, blocks, form = tensor.type.name, tensor.blocks(), INTEGER_FORMS.get(tensor.type.name)
         if form is None and name not in FLOAT_TABLES:
-            name, blocks = "F32", dequantize(blocks, tensor.type).view(np.uint8)
+            name, blocks = "F32", floats(tensor).view(np.uint8)
         return CpuTable(name, tensor.ne[0], blocks, form.grid() if form else no_grid())
 
     def weight(self, tensors: Sequence[Tensor]) -> CpuWeight:
@@ -108,7 +107,7 @@ class CpuBackend:
         return replace(empty, data=data)
 
     def vector(self, tensors: Sequence[Tensor]) -> NDArray[np.float32]:
-        return np.concatenate([dequantize(tensor.blocks(), tensor.type).reshape(-1) for tensor in tensors])
+        return np.concatenate([floats(tensor).reshape(-1) for tensor in tensors])
 
     def cache(self, shape: AttentionShape, n_ctx: int, n_batch: int, n_seq: int, kind: CacheType) -> CpuCache:
         size = shape.n_head_kv, shape.head_dim, rows_stored(n_ctx, n_batch, shape.window)

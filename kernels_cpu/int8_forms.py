@@ -5,12 +5,12 @@ makes what an integer panel reads, the pass puts a Quantize op in front of the r
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.frozen import frozen
 from gguf_run.kernels_cpu.attention.cache import CpuCache
 from gguf_run.kernels_cpu.panels.memory import CpuTable, CpuWeight
 from gguf_run.kernels_cpu.panels.panels import IntPanel
@@ -25,7 +25,7 @@ CpuVector: TypeAlias = NDArray[np.float32]
 CpuOp: TypeAlias = "ops.Op[CpuTable, CpuWeight, CpuVector, CpuCache, CpuExperts, CpuSquares]"
 
 
-@dataclass(frozen=True)
+@frozen
 class Quantize:
     """Make the int8 form of x, where the op that makes x cannot."""
 

@@ -11,7 +11,7 @@ from gguf_run.kernels_cpu.attention.cache import CpuCache
 from gguf_run.kernels_cpu.attention.cache_rows import filled, scratch_bytes
 from gguf_run.kernels_cpu.attention.cache_types import format_id
 from gguf_run.kernels_cpu.attention.merge import merge
-from gguf_run.kernels_cpu.attention.plan import max_parts, max_rows, part_floats, scratch_floats
+from gguf_run.kernels_cpu.attention.sizes import max_parts, max_rows, part_floats, scratch_floats
 from gguf_run.kernels_cpu.int8_forms import CpuOp, CpuVector, Quantize, with_int8
 from gguf_run.kernels_cpu.matmul.gated import SCRATCH_BYTES, matmul_gated
 from gguf_run.kernels_cpu.matmul.matmul import matmul
@@ -19,7 +19,7 @@ from gguf_run.kernels_cpu.panels.memory import CpuTable, CpuWeight
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, panel_id, panel_sizes
 from gguf_run.kernels_cpu.replay.op import TapeOp
 from gguf_run.kernels_cpu.rows.embed import copy_rows, embed
-from gguf_run.kernels_cpu.rows.norms import layer_norm, rms_norm
+from gguf_run.kernels_cpu.rows.norms import rms_norm
 from gguf_run.kernels_cpu.rows.rope import angles, rope
 from gguf_run.kernels_cpu.tape import Rows, Tape
 from gguf_run.models import ops
@@ -128,6 +128,12 @@ def _quantize(tape: Tape, op: Quantize, int8: Rows | None) -> None:
     tape.record(op, quantize, n=op.x.width, q8=tape.int8(op.x))
 
 
+def _layer_norm(tape: Tape, op: ops.LayerNorm[CpuVector], int8: Rows | None) -> None:
+    from gguf_run.kernels_cpu.rows.layer_norm import layer_norm
+
+    _on_rows(layer_norm)(tape, op, int8)
+
+
 def _gated(tape: Tape, op: ops.Gated, int8: Rows | None) -> None:
     from gguf_run.kernels_cpu.rows.activation import gated
 
@@ -167,7 +173,7 @@ LOWER: Mapping[type, Lowered] = {
     Quantize: _quantize,
     ops.Embed: _embed,
     ops.RmsNorm: _on_rows(rms_norm),
-    ops.LayerNorm: _on_rows(layer_norm),
+    ops.LayerNorm: _layer_norm,
     ops.Matmul: _matmul,
     ops.MatmulGated: _matmul_gated,
     ops.Rope: _rope,

@@ -1,7 +1,7 @@
 """A tape: kernels bound to addresses in the order in which they run, and their memory. A program runs a tape."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +12,11 @@ from gguf_run.kernels_cpu.replay.op import TapeOp
 from gguf_run.kernels_cpu.replay.runs import RunTable
 from gguf_run.kernels_cpu.replay.team import Team
 from gguf_run.kernels_cpu.vector.isa import Tuning
-from gguf_run.models.backend import Program, Results, Run
+from gguf_run.models.backend import Results, Run
 from gguf_run.models.operands import Buffer, Rotation
+
+if TYPE_CHECKING:
+    from gguf_run.models.protocol import Program
 
 
 class Rows(NamedTuple):
@@ -144,7 +147,7 @@ class Tape:
 
 
 class CpuProgram:
-    """models.backend.Program."""
+    """models.protocol.Program."""
 
     def __init__(self, team: Team, tape: Tape, ends: Sequence[int], result: Buffer) -> None:
         """ends: the number of kernels on the tape at the end of each part. The kernels behind them are `after`."""
@@ -159,7 +162,7 @@ class CpuProgram:
     def run(
         self, ids: NDArray[np.int32], runs: Sequence[Run], rows: Sequence[int], part: int = 0, n_top: int = 0
     ) -> Results:
-        """models.backend.Program.run. All columns are in memory anyway, whatever n_top is."""
+        """models.protocol.Program.run. All columns are in memory anyway, whatever n_top is."""
         if part == 0:
             self._tape.table.set_tokens(ids, runs)
         return Results(self._run(self._last if len(rows) else self._parts[part], rows))
@@ -177,7 +180,7 @@ class CpuProgram:
     def to_host(self, buffer: Buffer, n_tokens: int) -> NDArray[np.float32]:
         return self._tape.buffer(buffer)[:n_tokens]
 
-    def copy_from(self, other: Program, source: Buffer, n_tokens: int, target: Buffer) -> None:
+    def copy_from(self, other: "Program", source: Buffer, n_tokens: int, target: Buffer) -> None:
         self.to_host(target, n_tokens)[:] = other.to_host(source, n_tokens)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A GPU as a models.backend.Backend: Triton kernels over panels."""
+"""A GPU as a models.protocol.Backend: Triton kernels over panels."""
 
 import itertools
 import math

@@ -1,7 +1,7 @@
 """A step on the GPU: what changes from step to step is written to device memory, then the launches follow."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,9 +14,12 @@ from gguf_run.kernels_gpu.device.tuning import FEW, padded
 from gguf_run.kernels_gpu.fuse import fuse
 from gguf_run.kernels_gpu.launch import bind
 from gguf_run.kernels_gpu.rows.top import SIZES, Top
-from gguf_run.models.backend import Program, Results, Run
+from gguf_run.models.backend import Results, Run
 from gguf_run.models.operands import Buffer, Rotation
 from gguf_run.models.ops import Observe, Rope
+
+if TYPE_CHECKING:
+    from gguf_run.models.protocol import Program
 
 
 def bucket(n_row: int) -> int:
@@ -63,10 +66,10 @@ class Launches:
 
 
 class GpuProgram:
-    """models.backend.Program."""
+    """models.protocol.Program."""
 
     def __init__(self, memory: Memory, parts: Sequence[Sequence[Any]], after: Sequence[Any], result: Buffer) -> None:
-        """Bind lists of ops to memory. See models.backend.Backend.program."""
+        """Bind lists of ops to memory. See models.protocol.Backend.program."""
         self.n_batch, self.n_outputs = memory.n_batch, memory.n_outputs
         self.memory, self._result = memory, memory.rows(result)
         capture = not any(isinstance(op, Observe) for ops in (*parts, after) for op in ops)  # its rows change each step
@@ -130,7 +133,7 @@ class GpuProgram:
         return rows
 
     @gpu_errors()
-    def copy_from(self, other: Program, source: Buffer, n_tokens: int, target: Buffer) -> None:
+    def copy_from(self, other: "Program", source: Buffer, n_tokens: int, target: Buffer) -> None:
         """Copy rows. From GPU to GPU the host does not wait: torch orders the copy after earlier work of both GPUs."""
         to = self.memory.rows(target)[:n_tokens]
         if isinstance(other, GpuProgram):

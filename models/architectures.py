@@ -5,12 +5,14 @@ files. A new architecture is a new entry if step.py can build its layers.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
+
+from gguf_run.formats.frozen import frozen
 
 Shape = tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@frozen
 class Architecture:
     """One value of `general.architecture`. The defaults are those of llama."""
 

@@ -1,10 +1,10 @@
 """Reads the numbers of a model from GGUF metadata and tensor shapes, and checks all of them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
+from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.architectures import (
     ARCHITECTURES,
@@ -34,7 +34,7 @@ _NEUTRAL: Mapping[str, float | bool] = {
 _UNUSED_SUFFIXES = (".attn_rot_embd.weight", ".rope_freqs.weight", ".input_scale")
 
 
-@dataclass(frozen=True)
+@frozen
 class ModelConfig:
     """Sizes and constants of one model, in ggml's names.
 

@@ -3,25 +3,29 @@
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.models.backend import AnyBackend, CacheType, Results, Run
+from gguf_run.models.backend import CacheType, Results, Run
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer, KvCache
 from gguf_run.models.stages import Placed, build
 from gguf_run.models.step import Observed
 from gguf_run.models.weights import rotations
 
+if TYPE_CHECKING:
+    from gguf_run.models.protocol import AnyBackend
+
 
 class Decoder:
     """A model that is ready to run."""
 
     cache: KvCache  # the tokens of n_seq sequences
-    backends: Sequence[AnyBackend]  # one for each layer, then one for the experts of each layer
+    backends: "Sequence[AnyBackend]"  # one for each layer, then one for the experts of each layer
     observed: list[Observed] | None  # sums of squares of the inputs of all matmuls; None: not observed
     n_batch: int  # the most tokens of a step
 
@@ -29,7 +33,7 @@ class Decoder:
         self,
         config: ModelConfig,
         tensors: Mapping[str, Tensor],
-        backends: Sequence[AnyBackend],
+        backends: "Sequence[AnyBackend]",
         n_ctx: int,
         n_batch: int = 512,
         n_outputs: int = 64,
@@ -37,8 +41,8 @@ class Decoder:
         cache_types: Sequence[CacheType] | None = None,
         progress: Callable[[int], None] | None = None,
         observe: bool = False,
-        embedding: AnyBackend | None = None,
-        experts: Sequence[AnyBackend] | None = None,
+        embedding: "AnyBackend | None" = None,
+        experts: "Sequence[AnyBackend] | None" = None,
     ) -> None:
         """Load the weights and make the programs.
 
@@ -115,7 +119,7 @@ class Decoder:
     def top(self, ids: Sequence[int], n_top: int, seq: int = 0) -> Results:
         """Append up to n_batch tokens. Return the n_top greatest logits of the next token.
 
-        A backend that does not search for the greatest logits returns all of them. n_top: see Program.run.
+        A backend that does not search for the greatest logits returns all of them. n_top: see protocol.Program.run.
 
         Raises GgufRunError as forward does.
         """
@@ -173,7 +177,7 @@ class Decoder:
         return self._run(tokens, counts, [end - 1 for end in itertools.accumulate(counts.values())]).values
 
     def _run(self, batch: NDArray[np.int32], counts: Mapping[int, int], rows: Sequence[int], n_top: int = 0) -> Results:
-        """Run all stages for {seq: number of tokens}. rows, n_top: see Program.run."""
+        """Run all stages for {seq: number of tokens}. rows, n_top: see protocol.Program.run."""
         runs: list[Run] = self.cache.begin(counts)
         for stage, following in itertools.pairwise(self._stages):
             stage.program.run(batch, runs, (), stage.part)
@@ -188,7 +192,7 @@ class Decoder:
         return self.cache.rewind(n_past, seq)
 
     def nbytes(self) -> dict[str, int]:
-        """Return the bytes that the backends hold, by purpose: see Backend.nbytes."""
+        """Return the bytes that the backends hold, by purpose: see protocol.Backend.nbytes."""
         held: Counter[str] = Counter()
         for backend in self._backends.values():
             held.update(backend.nbytes())

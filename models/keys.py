@@ -1,12 +1,12 @@
 """Typed look-ups in a model's metadata, checked before anything relies on a number."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
+from gguf_run.formats.frozen import frozen
 from gguf_run.models.rope import SCALING_TYPES, RopeScaling
 
 MAX_LAYERS = 1024
@@ -23,7 +23,7 @@ def show(value: Any) -> str:
     return f"an array of {len(value)} values"
 
 
-@dataclass(frozen=True)
+@frozen
 class Keys:
     """The metadata of one architecture. Errors name the key, the value found and the values allowed."""
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.frozen import frozen
 from gguf_run.models.backend import Run
 from gguf_run.models.operands import CacheHandle, Rotation
 
@@ -54,7 +55,7 @@ class _Slot:
     ids: list[int] = field(default_factory=list)  # of the tokens
 
 
-@dataclass(frozen=True)
+@frozen
 class CacheLayer:
     """The cache of one layer."""
 

@@ -4,14 +4,16 @@ Each backend has its own classes of handles. Ops and backends are generic in the
 gives a handle of one backend to another backend.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.frozen import frozen
 
-@dataclass(frozen=True)
+
+@frozen
 class Buffer:
     """f32[rows, width]: some columns of a memory. Buffers compare by value.
 
@@ -36,7 +38,7 @@ class Buffer:
         return replace(self, start=self.start + start, width=width)
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class Rotation:
     """Rotary embedding: pair i of the first n_rot dimensions of a head turns by `position * inv_freq[i]`.
 
@@ -61,7 +63,7 @@ class Rotation:
         return replace(self, inv_freq=self.inv_freqs[int(is_long)], long_inv_freq=None)
 
 
-@dataclass(frozen=True)
+@frozen
 class AttentionShape:
     """The numbers of one layer's attention."""
 
@@ -73,7 +75,7 @@ class AttentionShape:
     softcap: float = 0.0  # scores become softcap * tanh(score / softcap); 0: they stay
 
 
-@dataclass(frozen=True)
+@frozen
 class Mixture:
     """How a token's experts are chosen and weighted."""
 

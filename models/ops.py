@@ -8,9 +8,9 @@ out of width n_out: `out[t, o] = sum_i w[o, i] * x[t, i]`. `out` may be an input
 vectors, tables, experts, caches and squares are handles of a backend (operands.py).
 """
 
-from dataclasses import dataclass
 from typing import Any, Generic
 
+from gguf_run.formats.frozen import frozen
 from gguf_run.models.operands import (
     AttentionShape,
     Buffer,
@@ -28,7 +28,7 @@ from gguf_run.models.operands import (
 ACTIVATIONS = ("silu", "gelu", "swiglu_oai")
 
 
-@dataclass(frozen=True)
+@frozen
 class Embed(Generic[Table]):
     """out[t] = scale * table[ids[t]]"""
 
@@ -37,7 +37,7 @@ class Embed(Generic[Table]):
     scale: float = 1.0
 
 
-@dataclass(frozen=True)
+@frozen
 class RmsNorm(Generic[Vector]):
     """out = x / sqrt(mean(x^2) + eps) * weight (+ residual)"""
 
@@ -49,7 +49,7 @@ class RmsNorm(Generic[Vector]):
     residual: Buffer | None = None
 
 
-@dataclass(frozen=True)
+@frozen
 class LayerNorm(Generic[Vector]):
     """out = (x - mean(x)) / sqrt(variance(x) + eps) * weight (+ bias)"""
 
@@ -61,7 +61,7 @@ class LayerNorm(Generic[Vector]):
     n_group: int = 1  # each row has n_group equal parts; each part is normed by itself, with its own weight and bias
 
 
-@dataclass(frozen=True)
+@frozen
 class Matmul(Generic[Weight, Vector]):
     """out = x @ weight.T (+ bias) (+ residual)"""
 
@@ -72,7 +72,7 @@ class Matmul(Generic[Weight, Vector]):
     residual: Buffer | None = None
 
 
-@dataclass(frozen=True)
+@frozen
 class MatmulGated(Generic[Weight, Vector]):
     """out = activation(gate) * up, where gate and up are the left and the right half of x @ weight.T (+ bias)"""
 
@@ -83,7 +83,7 @@ class MatmulGated(Generic[Weight, Vector]):
     bias: Vector | None = None  # f32[n_out]
 
 
-@dataclass(frozen=True)
+@frozen
 class Rope:
     """Rotate each part of x of head_dim columns, in place, by its token's position."""
 
@@ -92,7 +92,7 @@ class Rope:
     head_dim: int
 
 
-@dataclass(frozen=True)
+@frozen
 class Attend(Generic[Cache, Vector]):
     """Append k and v to the cache. Then out = softmax(scale * q.k, causal, window) @ v for each head."""
 
@@ -105,7 +105,7 @@ class Attend(Generic[Cache, Vector]):
     sinks: Vector | None = None  # f32[n_head]: one more score in each head's softmax, which has no v
 
 
-@dataclass(frozen=True)
+@frozen
 class Gated:
     """out = activation(gate) * up, or activation(gate) if there is no up"""
 
@@ -115,7 +115,7 @@ class Gated:
     activation: str  # "silu" or "gelu"
 
 
-@dataclass(frozen=True)
+@frozen
 class Moe(Generic[Experts, Squares]):
     """out += sum over the token's experts e of weight[e] * down[e] @ (activation(gate[e] @ x) * (up[e] @ x))
 
@@ -131,7 +131,7 @@ class Moe(Generic[Experts, Squares]):
     squares: tuple[Squares, Squares] | None = None  # of the input of gate and up, of the input of down
 
 
-@dataclass(frozen=True)
+@frozen
 class GateRows:
     """x[t] *= sigmoid(gate[t, 0])"""
 
@@ -139,7 +139,7 @@ class GateRows:
     gate: Buffer  # one column
 
 
-@dataclass(frozen=True)
+@frozen
 class Softcap:
     """x = cap * tanh(scale * x / cap), or scale * x if cap is 0"""
 
@@ -148,7 +148,7 @@ class Softcap:
     cap: float
 
 
-@dataclass(frozen=True)
+@frozen
 class Observe(Generic[Squares]):
     """Add the square of each column of x to the column's sum in float64."""
 
@@ -156,7 +156,7 @@ class Observe(Generic[Squares]):
     squares: Squares
 
 
-@dataclass(frozen=True)
+@frozen
 class Outputs:
     """out = the rows of x that Program.run is asked for. This is the first op of a program's `after`."""
 

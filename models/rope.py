@@ -1,15 +1,15 @@
 """Rotary frequencies: a base, a scaling rule and factors give one frequency for each pair of dimensions."""
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from gguf_run.formats.frozen import frozen
 from gguf_run.models.operands import Rotation
 
 
-@dataclass(frozen=True)
+@frozen
 class RopeScaling:
     """How a model stretches positions to a context longer than that of its first training."""
 

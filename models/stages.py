@@ -1,32 +1,34 @@
 """Which backend runs which ops: a model on several backends is a sequence of stages."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.models.backend import AnyBackend, Program
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer
 from gguf_run.models.operands import Buffer
 from gguf_run.models.step import Observed, Step
 from gguf_run.models.weights import Loader
 
+if TYPE_CHECKING:
+    from gguf_run.models.protocol import AnyBackend, Program
 
-@dataclass(frozen=True)
+
+@frozen
 class Placed:
     """Where the parts of a model are."""
 
-    layers: Sequence[AnyBackend]  # one for each layer; the last one has the output matrix too
-    experts: Sequence[AnyBackend]  # one for the experts of each layer; the layer's own if the layer has no experts
-    embedding: AnyBackend  # looks up the embeddings
+    layers: "Sequence[AnyBackend]"  # one for each layer; the last one has the output matrix too
+    experts: "Sequence[AnyBackend]"  # one for the experts of each layer; the layer's own if the layer has no experts
+    embedding: "AnyBackend"  # looks up the embeddings
 
 
-@dataclass(frozen=True)
+@frozen
 class Stage:
     """A part of a program. Stages run one after the other."""
 
-    program: Program
+    program: "Program"
     part: int
     reads: tuple[Buffer, ...]  # the buffers that the `leaves` of the stage before are copied to
     leaves: tuple[Buffer, ...]  # the tokens' hidden state; for experts also their input and the router's logits
@@ -39,7 +41,7 @@ class _Piece(NamedTuple):
     what: str  # "layer", "before experts" or "experts"
 
 
-def _pieces(placed: Placed) -> list[tuple[AnyBackend, list[_Piece]]]:
+def _pieces(placed: Placed) -> "list[tuple[AnyBackend, list[_Piece]]]":
     """Return the backend and the pieces of each stage.
 
     The first stage, which looks up the embeddings, and the last one, which makes the logits, may have no pieces.

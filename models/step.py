@@ -1,17 +1,19 @@
 """The ops of a step: what the layers of a model compute, as lists for one backend."""
 
-from dataclasses import dataclass
-from typing import Generic
+from typing import TYPE_CHECKING, Generic
 
+from gguf_run.formats.frozen import frozen
 from gguf_run.models import ops
 from gguf_run.models.architectures import EXPERTS
-from gguf_run.models.backend import Program
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.operands import Buffer, Cache, Experts, Rotation, Squares, SquaresHandle, Table, Vector, Weight
 from gguf_run.models.weights import Loader, Matrix
 
+if TYPE_CHECKING:
+    from gguf_run.models.protocol import Program
 
-@dataclass(frozen=True)
+
+@frozen
 class Observed:
     """Sums of squares of the columns of an input that some matrices share."""
 
@@ -126,7 +128,7 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
         if config.logit_scale != 1 or config.final_softcap:
             self._ops.append(ops.Softcap(logits, config.logit_scale, config.final_softcap))
 
-    def program(self, n_batch: int, n_outputs: int) -> Program:
+    def program(self, n_batch: int, n_outputs: int) -> "Program":
         """Return the program of all ops so far. See Backend.program."""
         return self._load.backend.program(self.parts, self.after, self._result, n_batch, n_outputs)
 

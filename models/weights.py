@@ -2,25 +2,28 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
+from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.architectures import ROPE_FACTORS
-from gguf_run.models.backend import Backend
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.operands import Cache, Experts, Rotation, Squares, Table, Vector, Weight
 from gguf_run.models.rope import UNSCALED, make_rope
 
+if TYPE_CHECKING:
+    from gguf_run.models.protocol import Backend
+
 _Handle = TypeVar("_Handle")
 
 
-@dataclass(frozen=True)
+@frozen
 class Matrix(Generic[Weight, Vector]):
     """The weight and the bias of one matmul."""
 
@@ -34,7 +37,7 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
 
     def __init__(
         self,
-        backend: Backend[Table, Weight, Vector, Cache, Experts, Squares],
+        backend: "Backend[Table, Weight, Vector, Cache, Experts, Squares]",
         tensors: Mapping[str, Tensor],
         progress: Callable[[int], None],
     ) -> None:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError, check_names
 from gguf_run.runtime.engine.context import Closed, Context, Turns
 from gguf_run.runtime.engine.generation import Generation, Pieces, Stats
-from gguf_run.runtime.engine.reply import Answer, BatchOptions, Reply, ReplyOptions, ReplyParams, StopStrings
-from gguf_run.runtime.load.options import LoadKeywords, LoadOptions
+from gguf_run.runtime.engine.reply import Answer, Reply, ReplyParams, StopStrings
+from gguf_run.runtime.load.options import LoadOptions
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler
 
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from gguf_run.runtime.chat.process import TemplateProcess
     from gguf_run.runtime.engine.batch import Batch
     from gguf_run.runtime.engine.session_file import SessionHeader
+    from gguf_run.runtime.keywords import BatchOptions, LoadKeywords, ReplyOptions
     from gguf_run.runtime.load.load_model import LoadedModel
-    from gguf_run.runtime.sampling.filters import Breakers
+    from gguf_run.runtime.sampling.candidates import Breakers
 
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
@@ -67,7 +68,7 @@ class Model:
         *,
         progress: Callable[[int, int], None] | None = None,
         report: Callable[[str], None] = lambda line: None,
-        **keywords: Unpack[LoadKeywords],
+        **keywords: "Unpack[LoadKeywords]",
     ) -> "Model":
         """Load a model.
 
@@ -81,7 +82,7 @@ class Model:
         value that is not allowed, FormatError for a damaged file, UnsupportedError for one that cannot be run.
         """
         start = time.perf_counter()
-        check_names(keywords, LoadKeywords.__annotations__)
+        check_names(keywords, (field.name for field in fields(LoadOptions)))
         options = replace(options or LoadOptions(), **keywords)
         from gguf_run.runtime.load.load_model import load_model
 
@@ -152,7 +153,7 @@ class Model:
         """Return the text of ids."""
         return self.tokenizer.decode(ids, skip_special=skip_special)
 
-    def generate(self, prompt: str | Sequence[int], **options: Unpack[ReplyOptions]) -> Pieces:
+    def generate(self, prompt: str | Sequence[int], **options: "Unpack[ReplyOptions]") -> Pieces:
         """Continue a text; return an iterator over pieces of text, which are strings with the ids of their tokens.
 
         prompt: a text, or token ids, which are taken as they are.
@@ -164,11 +165,11 @@ class Model:
         """
         return self._start(self._prompt_ids(prompt), options)
 
-    def complete(self, prompt: str | Sequence[int], **options: Unpack[ReplyOptions]) -> Answer:
+    def complete(self, prompt: str | Sequence[int], **options: "Unpack[ReplyOptions]") -> Answer:
         """Continue a text as generate does; return the whole answer. For a conversation: chat(...).answer()."""
         return self.generate(prompt, **options).answer()
 
-    def generate_batch(self, prompts: Sequence[str | Sequence[int]], **options: Unpack[BatchOptions]) -> list[Answer]:
+    def generate_batch(self, prompts: Sequence[str | Sequence[int]], **options: "Unpack[BatchOptions]") -> list[Answer]:
         """Continue several texts together, at most n_seq of Model.load; return the answers in the prompts' order.
 
         All share each step, which reads the weights once. The tokens that all prompts begin with are computed once.
@@ -179,7 +180,7 @@ class Model:
 
         if isinstance(prompts, str):
             raise OptionError(f"prompts is the text {prompts[:40]!r}; allowed: a list of texts")
-        params = ReplyParams.of(options, BatchOptions)
+        params = ReplyParams.of(options, without=("context_shift", "n_keep"))
         replies = []
         for i, prompt in enumerate(prompts):
             seed = None if params.sampling.seed is None else (params.sampling.seed + i) % 2**64
@@ -194,7 +195,7 @@ class Model:
         *,
         tools: Sequence[Tool] | None = None,
         template_options: Mapping[str, Any] | None = None,
-        **options: Unpack[ReplyOptions],
+        **options: "Unpack[ReplyOptions]",
     ) -> Pieces:
         """Answer the last message of a conversation; return an iterator over pieces of text, as generate does.
 

@@ -5,16 +5,16 @@ has ggml's names for the fields of a block, in little-endian order. A big-endian
 Reference: ggml-common.h and ggml.h of llama.cpp. The unpackers (unpack_*.py) draw the bits of the fields.
 """
 
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from gguf_run.formats.errors import UnsupportedError
+from gguf_run.formats.frozen import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class TensorType:
     """One ggml tensor type."""
 

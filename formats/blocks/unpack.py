@@ -20,7 +20,6 @@ minimums, rounded to float32 after each operation, is the reference's weight bit
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -30,9 +29,10 @@ from numpy.typing import NDArray
 from gguf_run.formats.blocks import grids
 from gguf_run.formats.blocks.types import TensorType, type_by_name
 from gguf_run.formats.compiler.deferred import imported
+from gguf_run.formats.frozen import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class IntegerForm:
     """One row of the table: a tensor type and its unpacker."""
 

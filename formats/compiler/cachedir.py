@@ -6,11 +6,9 @@ What then happens to the folders above changes nothing.
 """
 
 import errno
-import functools
 import os
 import stat
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from gguf_run.formats.errors import GgufRunError
@@ -57,19 +55,3 @@ def read_own(path: Path) -> bytes:
         if not stat.S_ISREG(status.st_mode) or other_writers(status):
             raise PermissionError(errno.EPERM, "is not a file that only this user may write", os.fspath(path))
         return file.read(_MOST_BYTES)
-
-
-def write_own(path: Path, data: bytes) -> None:
-    """Write a file that only this user may read or write. After a power cut, all of it is there or nothing.
-
-    OSError if it cannot be written.
-    """
-    from gguf_run.formats.atomic import replacing  # late: a warm start writes nothing
-
-    if not path.is_file():  # nothing, a pipe, or a link to a device, which `replacing` leaves alone
-        with suppress(OSError):
-            path.unlink()
-    with replacing(path) as part, open(part, "xb", opener=functools.partial(os.open, mode=0o600)) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -10,7 +10,7 @@ and decorate functions with it, as soon as Python reads them. These things are `
         return carray(pointer(address), n, ...)      carray: a Deferred
 
 numba compiles the byte code of a function. It looks up each name in the function's globals, or in its closure, and must
-find real things there. `resolved` therefore makes a copy of the function for numba alone:
+find real things there. `resolved` (resolve.py) therefore makes a copy of the function for numba alone:
 
                function (Python's)              copy (numba's)
     code       C                                C
@@ -29,13 +29,10 @@ Python skips this block when it reads a module. `resolved` runs the imports of t
 module is compiled. Only compiled code can use the names: for Python they do not exist.
 """
 
-import ast
 import functools
 import importlib
-import sys
 import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 COMPILING = False  # see above
@@ -61,32 +58,6 @@ class Deferred:
 def imported(module: str, name: str) -> Any:
     """Return a Deferred for a name of a module, which is imported at its first use."""
     return Deferred(lambda: getattr(importlib.import_module(module), name))
-
-
-def resolved(function: Callable[..., Any]) -> Any:
-    """Return a copy of a function whose globals and closure hold the real things instead of Deferreds."""
-    values = {**_helpers(function.__globals__["__name__"]), **function.__globals__}
-    named = {name: _real(values[name]) for name in function.__code__.co_names if name in values}
-    cells = tuple(types.CellType(_real(cell.cell_contents)) for cell in function.__closure__ or ())
-    return copied(function, function.__name__, {**values, **named}, cells)
-
-
-def _real(value: Any) -> Any:
-    while isinstance(value, Deferred):
-        value = value.real
-    return value
-
-
-@functools.cache
-def _helpers(module: str) -> dict[str, Any]:
-    """Return the names that a module imports in its block `if COMPILING`."""
-    values: dict[str, Any] = {}
-    path = getattr(sys.modules.get(module), "__file__", None)
-    if path is not None:
-        for node in ast.parse(Path(path).read_bytes()).body:
-            if isinstance(node, ast.If) and ast.unparse(node.test) == "COMPILING":
-                exec(compile(ast.Module(node.body, []), path, "exec"), values)
-    return values
 
 
 def copied(function: Callable[..., Any], name: str, values: dict[str, Any], cells: tuple[Any, ...] = ()) -> Any:

@@ -7,7 +7,6 @@ The cache folder's name is a hash of all sources that can be part of a kernel: a
 other machine code.
 """
 
-import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -27,9 +26,9 @@ import llvmlite
 import numpy as np
 from llvmlite import binding
 
-from gguf_run.formats.compiler.cachedir import other_writers, read_own, user_cache_dir, write_own
-from gguf_run.formats.compiler.deferred import Deferred, copied, imported, resolved
-from gguf_run.formats.compiler.machine_code import Code, Entry, Kind, Loader
+from gguf_run.formats.compiler.cachedir import other_writers, read_own, user_cache_dir
+from gguf_run.formats.compiler.deferred import Deferred, copied, imported
+from gguf_run.formats.compiler.machine_code import Code, Entry, Kind, Loader, host_features
 
 # error_model="numpy": divisions have no hidden branch that raises. No fastmath: results may differ between instruction
 # sets by the order of sums in the SIMD kernels, and by nothing else. A kernel that wants fastmath asks for it.
@@ -96,7 +95,7 @@ class Kernel(Deferred):
     def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
         # Only compiled code calls the real thing. The wrappers for Python would take long to compile.
         wrappers = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-        super().__init__(lambda: _numba_njit(function, {**options, **wrappers}))
+        super().__init__(lambda: self._compiled_by_numba({**options, **wrappers}))
         self._function, self._options = function, options
         self._entries: dict[tuple[Kind | None, ...], Entry | None] = {}
 
@@ -131,9 +130,15 @@ class Kernel(Deferred):
     def compile(self, kinds: tuple[Kind, ...]) -> Code | None:
         """Compile the function for arguments of these kinds: see compile_entry."""
         from gguf_run.formats.compiler.object_file import compile_entry  # late: a warm start compiles nothing
+        from gguf_run.formats.compiler.resolve import resolved, tell_numba
 
-        _tell_numba()
+        tell_numba()
         return compile_entry(resolved(self._function), kinds, {**_OPTIONS, **self._options})
+
+    def _compiled_by_numba(self, options: dict[str, Any]) -> Any:
+        from gguf_run.formats.compiler.resolve import numba_njit
+
+        return numba_njit(self._function, {**_OPTIONS, **options})
 
     def file_name(self, kinds: tuple[Kind, ...]) -> str:
         """Return a file name that tells apart all that the code depends on beside the folder's sources."""
@@ -155,47 +160,7 @@ class Kernel(Deferred):
     def _dispatcher(self) -> Any:
         """numba's own dispatcher, for calls from Python. Every process compiles it anew."""
         with _store().lock:
-            return _numba_njit(self._function, self._options)
-
-
-def _numba_njit(function: Callable[..., Any], options: dict[str, Any]) -> Any:
-    import numba
-
-    _tell_numba()
-    return numba.njit(nogil=True, **_OPTIONS, **options)(resolved(function))
-
-
-def _tell_numba() -> None:
-    """Have numba compile for all features of this CPU, unless the user has said what it is to compile for."""
-    if not {"NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"} & os.environ.keys():
-        from numba.core import config
-
-        if (features := host_features()) != binding.get_host_cpu_features().flatten():
-            config.CPU_FEATURES = features
-
-
-@functools.cache
-def host_features() -> str:
-    """Return the features of this CPU, as LLVM writes them: "+neon,+dotprod"."""
-    arm_bits = 0
-    if platform.machine() == "aarch64":
-        with suppress(OSError, AttributeError):
-            arm_bits = ctypes.CDLL(None).getauxval(_AT_HWCAP)
-    is_apple = sys.platform == "darwin" and platform.machine() == "arm64"
-    return with_arm_features(binding.get_host_cpu_features().flatten(), arm_bits, is_apple)
-
-
-_AT_HWCAP, _HWCAP = 16, {"neon": 1 << 1, "dotprod": 1 << 20}  # of Linux: a number of features, and bits in it
-
-
-def with_arm_features(named: str, arm_bits: int, is_apple: bool) -> str:
-    """Return LLVM's features, and those of an ARM CPU that LLVM does not name. All of Apple's have them.
-
-    arm_bits: what Linux calls AT_HWCAP, 0 on other machines.
-    """
-    known = {word[1:] for word in named.split(",")}
-    more = [name for name, bit in _HWCAP.items() if (arm_bits & bit or is_apple) and name not in known]
-    return ",".join([*([named] if named else []), *(f"+{name}" for name in more)])
+            return self._compiled_by_numba(self._options)
 
 
 _SCALARS: dict[type, Kind] = {int: "i8", float: "f8", bool: "b1", np.int64: "i8", np.float64: "f8"}
@@ -245,6 +210,8 @@ class _Store:
         if code is None:
             return None
         if folder:
+            from gguf_run.formats.atomic import write_own  # late: a warm start writes nothing
+
             with suppress(OSError):  # a file that is missing costs the next process time
                 write_own(folder / name, code.sealed(key))
         return self._loader.load(code, kinds)

@@ -15,9 +15,13 @@ An argument has a kind:
 """
 
 import ctypes
+import functools
 import hashlib
 import itertools
+import platform
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -104,3 +108,27 @@ class Entry:
         outcome = (ctypes.c_int64 * 2)()
         self.function(*words, outcome)
         return not outcome[0], self._result(outcome)
+
+
+@functools.cache
+def host_features() -> str:
+    """Return the features of this CPU, as LLVM writes them: "+neon,+dotprod"."""
+    arm_bits = 0
+    if platform.machine() == "aarch64":
+        with suppress(OSError, AttributeError):
+            arm_bits = ctypes.CDLL(None).getauxval(_AT_HWCAP)
+    is_apple = sys.platform == "darwin" and platform.machine() == "arm64"
+    return with_arm_features(binding.get_host_cpu_features().flatten(), arm_bits, is_apple)
+
+
+_AT_HWCAP, _HWCAP = 16, {"neon": 1 << 1, "dotprod": 1 << 20}  # of Linux: a number of features, and bits in it
+
+
+def with_arm_features(named: str, arm_bits: int, is_apple: bool) -> str:
+    """Return LLVM's features, and those of an ARM CPU that LLVM does not name. All of Apple's have them.
+
+    arm_bits: what Linux calls AT_HWCAP, 0 on other machines.
+    """
+    known = {word[1:] for word in named.split(",")}
+    more = [name for name, bit in _HWCAP.items() if (arm_bits & bit or is_apple) and name not in known]
+    return ",".join([*([named] if named else []), *(f"+{name}" for name in more)])

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.mapped import Cursor, MappedFile, quoted
 from gguf_run.formats.gguf.strings import StringArray, skip_strings
 
@@ -28,7 +29,7 @@ MAX_DEPTH = 8
 MAX_NESTED = 1 << 16  # arrays inside arrays, in one value
 
 
-@dataclass(frozen=True)
+@frozen
 class ValueType:
     """A type of metadata value."""
 
@@ -53,7 +54,7 @@ _STRING, _ARRAY = _VALUE_TYPES[8], _VALUE_TYPES[9]
 VALUE_TYPES: Mapping[str, ValueType] = MappingProxyType({type.name: type for type in _VALUE_TYPES})
 
 
-@dataclass(frozen=True)
+@frozen
 class Typed:
     """A metadata value with its type."""
 

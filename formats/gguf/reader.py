@@ -17,13 +17,13 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
-from gguf_run.formats.gguf.mapped import Cursor, MappedFile, MemoryFile, quoted
+from gguf_run.formats.frozen import frozen
+from gguf_run.formats.gguf.mapped import Cursor, MappedFile, quoted
 from gguf_run.formats.gguf.metadata import Metadata, read_metadata
 from gguf_run.formats.gguf.tensors import Tensor, read_tensors
 
@@ -36,7 +36,7 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 
 
-@dataclass(frozen=True)
+@frozen
 class _Part:
     """One file of a model."""
 
@@ -90,6 +90,7 @@ class GGUFFile:
     @classmethod
     def of(cls, path: Path, metadata: "Mapping[str, MetaValue]", tensors: Mapping[str, Tensor]) -> "GGUFFile":
         """Return the file that these metadata and tensors would make. path: the path that errors name."""
+        from gguf_run.formats.gguf.memory_file import MemoryFile
         from gguf_run.formats.gguf.writer_metadata import encode_pair
 
         pairs = b"".join(encode_pair(key, value, "<") for key, value in metadata.items())

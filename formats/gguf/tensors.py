@@ -13,7 +13,7 @@ offset      uint64         from the start of the data section, a multiple of the
 import itertools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.blocks.types import TensorType, type_by_id
 from gguf_run.formats.errors import FormatError, UnsupportedError
+from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.mapped import Cursor, MappedFile, quoted
 
 # The first two are ggml's limits (GGML_MAX_DIMS, GGML_MAX_NAME). The third is far above any real model.
@@ -29,7 +30,7 @@ MAX_NAME_BYTES = 63
 MAX_TENSORS = 1 << 18
 
 
-@dataclass(frozen=True)
+@frozen
 class TensorInfo:
     """Name, shape and type of a tensor."""
 
@@ -55,7 +56,7 @@ class TensorInfo:
         return self.ne + (1,) * (n - len(self.ne)) == ne + (1,) * (n - len(ne))
 
 
-@dataclass(frozen=True)
+@frozen
 class Tensor(TensorInfo):
     """A tensor in a mapped file."""
 
@@ -92,7 +93,7 @@ class Tensor(TensorInfo):
         self.file.release(self.offset + first * row_bytes, (end - first) * row_bytes)
 
 
-@dataclass(frozen=True)
+@frozen
 class _Matrix(Tensor):
     """One matrix of a tensor of three dimensions."""
 
@@ -106,7 +107,7 @@ class _Matrix(Tensor):
         self.whole.release(self.start + first, self.start + (self.n_rows if end is None else end))
 
 
-@dataclass(frozen=True)
+@frozen
 class _Entry(TensorInfo):
     """A tensor as the header describes it."""
 

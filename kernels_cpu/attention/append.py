@@ -3,22 +3,15 @@
 import functools
 
 from gguf_run.formats.compiler.deferred import COMPILING
-from gguf_run.formats.compiler.jit import carray, njit
+from gguf_run.formats.compiler.jit import carray
 from gguf_run.kernels_cpu.attention.cache_rows import store_row
 from gguf_run.kernels_cpu.replay.op import PER_THREAD, TapeOp, op
 from gguf_run.kernels_cpu.replay.runs import runs_at
 from gguf_run.models.kv_cache import GROUP
 
 if COMPILING:
+    from gguf_run.kernels_cpu.attention.plan import first_of_group
     from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
-
-
-@njit(inline="always")
-def _first_of_group(t, n_tokens, positions, run_of):
-    """The first token from t on that begins a group or a run. Rows of a group share bytes: one thread stores all."""
-    while 0 < t < n_tokens and positions[t] % GROUP and run_of[t] == run_of[t - 1]:
-        t += 1
-    return t
 
 
 @functools.cache
@@ -40,8 +33,8 @@ def append(k_form: int, v_form: int) -> TapeOp:
         positions, run_of, runs = i64_at(a.positions, n_tokens), i64_at(a.run_of, n_tokens), runs_at(a.runs, n_tokens)
         k_static, v_static = f32_at(a.k_static, n_head), f32_at(a.v_static, n_head)
         head, part, scratch = piece % n_head, piece // n_head, a.scratch + ith * a.scratch_stride
-        first = _first_of_group(n_tokens * part // n_parts, n_tokens, positions, run_of)
-        end = _first_of_group(n_tokens * (part + 1) // n_parts, n_tokens, positions, run_of)
+        first = first_of_group(n_tokens * part // n_parts, n_tokens, positions, run_of)
+        end = first_of_group(n_tokens * (part + 1) // n_parts, n_tokens, positions, run_of)
         for t in range(first, end):
             slot = positions[t] % a.n_ctx
             group, row = ((runs[run_of[t]].seq * n_head + head) * a.n_ctx + slot) // GROUP, slot % GROUP

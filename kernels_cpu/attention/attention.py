@@ -12,7 +12,6 @@ No row's result depends on the other rows of its tile: each has a maximum of its
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ import numpy as np
 from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import carray, njit
 from gguf_run.kernels_cpu.attention.cache_types import FORMATS
-from gguf_run.kernels_cpu.attention.plan import FEW, P_BYTES, SPAN, TILE, layout, piece_of, plan
+from gguf_run.kernels_cpu.attention.sizes import FEW, P_BYTES, SPAN, TILE, layout
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, FloatPanel, IntPanel
 from gguf_run.kernels_cpu.replay.op import TapeOp, op
 from gguf_run.kernels_cpu.replay.runs import runs_at
@@ -36,18 +35,8 @@ if COMPILING:
         quantize_p,
         scale_columns,
     )
-    from gguf_run.kernels_cpu.attention.softmax import (
-        HEADROOM,
-        LOWEST,
-        NEVER,
-        cap,
-        exponentials,
-        hide,
-        lane_sum,
-        raise_maximum,
-        rise,
-        scale_vectors,
-    )
+    from gguf_run.kernels_cpu.attention.plan import piece_of, plan, row_of
+    from gguf_run.kernels_cpu.attention.softmax import LOWEST, n_visible, result, scaled_copy, softmax
     from gguf_run.kernels_cpu.matmul.tile import prefetch
     from gguf_run.kernels_cpu.rows.quantize import quantize_row
     from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
@@ -61,20 +50,6 @@ class _Tile(NamedTuple):
     few: bool  # FEW rows, not TILE
     rows: int
     width: int
-
-
-@njit(inline="always")
-def scaled_copy(source, n, factor, to):
-    """to = factor * source, f32[n]."""
-    x, out = f32_at(source, n), f32_at(to, n)
-    for i in range(n):
-        out[i] = x[i] * factor
-
-
-@njit(inline="always")
-def _row_of(piece, r):
-    """(token, head) of a query row: the row of q and out, and which of the n_head heads."""
-    return piece.first + r // piece.n_rep, piece.head * piece.n_rep + r % piece.n_rep
 
 
 @functools.cache
@@ -92,7 +67,7 @@ def _queries(k_form: int) -> Any:
         f32_at(m.lane_sums, n_fill * ROWS)[:] = 0
         f32_at(m.most, n_fill)[:] = LOWEST
         for r in range(piece.n_rows):
-            t, head = _row_of(piece, r)
+            t, head = row_of(piece, r)
             to = m.query if is_int else m.queries + r * q_row
             scaled_copy(a.q + t * a.q_stride + head * n * 4, n, scale, to)
             if a.k_rotate:
@@ -175,61 +150,6 @@ def _values(v_form: int) -> Any:
     return values
 
 
-@njit(inline="always")
-def _n_visible(piece, r, start):
-    """How many positions from `start` on a query row may see. Rows that fill a tile are like the last one."""
-    return piece.n_past + min(r, piece.n_rows - 1) // piece.n_rep + 1 - start
-
-
-@njit(inline="always")
-def _hide(a, piece, m, tile, r, start, value):
-    """Replace the scores, or exponentials, of the positions that the rows of a tile do not see."""
-    for row in range(tile.rows):
-        until = _n_visible(piece, r + row, start)
-        since = until - a.window if a.window else 0
-        hide(m.scores + row * SPAN * 4, since, min(until, piece.stop - start), value)
-
-
-@njit(inline="always")
-def _softmax(a, piece, m, tile, r, start):
-    """Replace the scores of a tile by exponentials. Sums that the rows have so far follow a maximum that rises."""
-    if a.softcap:
-        cap(m.scores, tile.rows, np.float32(a.softcap))
-    last = _n_visible(piece, r + tile.rows - 1, start)
-    hides = min(_n_visible(piece, r, start), piece.stop - start) < SPAN or (a.window and last > a.window)
-    if hides:
-        _hide(a, piece, m, tile, r, start, NEVER)
-    if rise(m.scores, tile.rows, m.most + r * 4) > HEADROOM:
-        for row in range(r, r + tile.rows):
-            scores, most = m.scores + (row - r) * SPAN * 4, m.most + row * 4
-            if rise(scores, 1, most) > HEADROOM:
-                factor = raise_maximum(scores, most)
-                scale_vectors(m.sums + row * a.wide * 4, a.wide // ROWS, factor)
-                scale_vectors(m.lane_sums + row * ROWS * 4, 1, factor)
-    exponentials(m.scores, tile.rows, m.most + r * 4, m.lane_sums + r * ROWS * 4)
-    if hides:
-        _hide(a, piece, m, tile, r, start, np.float32(0))
-
-
-@njit(inline="always")
-def _result(a, piece, m, r):
-    """Store the result of a query row: in out, or, if the positions are split, the total for `merge`."""
-    total = lane_sum(m.lane_sums + r * ROWS * 4)
-    if piece.part >= 0:
-        f32_at(m.most + a.max_rows * 4, piece.n_rows)[r] = total
-    else:
-        n, factor = a.head_dim, np.float32(1)
-        t, head = _row_of(piece, r)
-        if a.sinks:
-            sink, highest = f32_at(a.sinks, a.n_head)[head], f32_at(m.most, piece.n_rows)[r]
-            factor = np.float32(math.exp(highest - max(highest, sink)))
-            total = total * factor + np.float32(math.exp(sink - max(highest, sink)))
-        out = a.out + t * a.out_stride + head * n * 4
-        scaled_copy(m.sums + r * a.wide * 4, n, factor / total, out)
-        if a.v_rotate:
-            hadamard(out, n)
-
-
 @functools.cache
 def attend(k_form: int, v_form: int) -> TapeOp:
     """Return the op softmax(scale * q.k) @ v over a cache of these types (places in FORMATS).
@@ -262,14 +182,14 @@ def attend(k_form: int, v_form: int) -> TapeOp:
             k, v = a.cache_k + group * a.k_group, a.cache_v + group * a.v_group
             next_k, next_v = a.cache_k + next_group * a.k_group, a.cache_v + next_group * a.v_group
             for r in range(0, n_fill, tile.rows):
-                n_seen = min(SPAN, work.stop - start, _n_visible(work, r + tile.rows - 1, start))
+                n_seen = min(SPAN, work.stop - start, n_visible(work, r + tile.rows - 1, start))
                 if n_seen > 0:
                     scores(a, m, tile, m.queries + r * q_row, q_row, k, next_k, n_seen, r == 0)
-                    _softmax(a, work, m, tile, r, start)
+                    softmax(a, work, m, tile, r, start)
                     values(a, m, tile, r, v, next_v, n_seen)
             group = next_group
         for r in range(work.n_rows):
-            _result(a, work, m, r)
+            result(a, work, m, r)
         return 0
 
     return attend_rows

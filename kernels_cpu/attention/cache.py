@@ -1,13 +1,13 @@
 """The KV cache of one layer: n_seq slots, one for each sequence. cache_types.py has the layout."""
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.frozen import frozen
 from gguf_run.kernels_cpu.attention.cache_rows import CacheRows
-from gguf_run.kernels_cpu.attention.plan import SPAN
+from gguf_run.kernels_cpu.attention.sizes import SPAN
 from gguf_run.models import kv_cache
 from gguf_run.models.kv_cache import GROUP
 from gguf_run.models.operands import Rotation
@@ -18,7 +18,7 @@ def rows_stored(n_ctx: int, n_batch: int, window: int) -> int:
     return kv_cache.rows_stored(n_ctx, n_batch, window, multiple=GROUP, span=SPAN)
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class CpuCache:
     """K and V of one layer."""
 
@@ -50,22 +50,10 @@ class CpuCache:
             groups = self._groups(kind)[seq]
             moved = groups.take(source % ring, axis=1)
             if kind == "k" and rotation is not None:
-                self._turn(moved, rotation, -n_discard)
-            groups[:, target] = moved
+                from gguf_run.kernels_cpu.attention.move_rows import turn  # late: few contexts are ever full
 
-    def _turn(self, groups: NDArray[np.uint8], rotation: Rotation, distance: int) -> None:
-        """Turn the keys of groups, uint8[n_head_kv, n, bytes], by a distance of positions."""
-        rows = replace(self.rows_k, n_rows=groups.shape[1] * GROUP)
-        memory, slots = groups.reshape(-1), np.arange(rows.n_rows)
-        keys = rows.load(memory, slots)
-        half, angle = rotation.n_rot // 2, distance * rotation.inv_freq
-        cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-        first, second = slice(0, half), slice(half, 2 * half)
-        if rotation.style != "neox":
-            first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
-        a, b = keys[..., first].copy(), keys[..., second].copy()
-        keys[..., first], keys[..., second] = a * cos - b * sin, a * sin + b * cos
-        rows.store(memory, slots, keys)
+                turn(self.rows_k, moved, rotation, -n_discard)
+            groups[:, target] = moved
 
     def read(self, seq: int, kind: str, first: int, end: int) -> NDArray[np.uint8]:
         return self._groups(kind)[seq].take(np.arange(first, end) % (self.n_ctx // GROUP), axis=1).reshape(-1)

@@ -1,7 +1,6 @@
 """Rows into and out of the layout of a cache (cache_types.py)."""
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,11 +8,12 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import njit
-from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS, CacheFormat, format_id
+from gguf_run.formats.frozen import frozen
+from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS, CacheFormat
 from gguf_run.models.kv_cache import GROUP, rotates
 
 if COMPILING:
-    from gguf_run.kernels_cpu.attention.cache_codec import decode, encode
+    from gguf_run.kernels_cpu.attention.cache_codec import encode
     from gguf_run.kernels_cpu.attention.cache_layout import move_row
     from gguf_run.kernels_cpu.attention.hadamard import hadamard
     from gguf_run.kernels_cpu.vector.native import f32_at
@@ -49,39 +49,7 @@ def store_row(form: int, is_v: int) -> Any:
     return store
 
 
-@functools.cache
-def _load_row(form: int, is_v: int) -> Any:
-    """Return the kernel that undoes `store_row`, whose arguments it takes."""
-
-    @njit
-    def load(x, n, n_wide, wide, rotate, static, group, row, scratch):
-        codes, numbers = scratch + 4 * n_wide, scratch + 8 * n_wide
-        move_row(form, is_v, 0, group, row, wide, codes, numbers)
-        decode(form, codes, numbers, n_wide, scratch)
-        if rotate:
-            hadamard(scratch, n)
-        f32_at(x, n)[:] = f32_at(scratch, n)
-
-    return load
-
-
-@functools.cache
-def _move_rows(form: int, is_v: int, is_store: bool) -> Any:
-    move = (store_row if is_store else _load_row)(form, is_v)
-
-    @njit
-    def move_rows(data, slots, sizes, rotate, scales, x, scratch):
-        n_head, n, n_wide, wide, head_bytes, group_bytes = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]
-        for i in range(len(slots)):
-            for head in range(n_head):
-                group = data.ctypes.data + head * head_bytes + slots[i] // GROUP * group_bytes
-                at = x.ctypes.data + (i * n_head + head) * n * 4
-                move(at, n, n_wide, wide, rotate, scales[head], group, slots[i] % GROUP, scratch.ctypes.data)
-
-    return move_rows
-
-
-@dataclass(frozen=True)
+@frozen
 class CacheRows:
     """The layout of K or V of one sequence in one layer, in memory u8[nbytes].
 
@@ -133,21 +101,3 @@ class CacheRows:
         fields = {"wide": self.wide, "group": self.group_bytes, "rotate": self.rotates, "static": self.static}
         fields["at"] = self.form.elements_at(self.head_dim, self.is_v)
         return {f"{side}_{name}": value for name, value in fields.items()}
-
-    def store(self, memory: NDArray[np.uint8], slots: NDArray[np.int64], x: NDArray[np.float32]) -> None:
-        """Quantize rows, f32[n, n_head_kv, head_dim], into the rows with the numbers slots, i64[n]."""
-        self._move(True, memory, slots, np.ascontiguousarray(x, np.float32))
-
-    def load(self, memory: NDArray[np.uint8], slots: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return the rows with the numbers slots, i64[n], as f32[n, n_head_kv, head_dim]."""
-        x = np.empty((len(slots), self.n_head_kv, self.head_dim), np.float32)
-        self._move(False, memory, slots, x)
-        return x
-
-    def _move(
-        self, is_store: bool, memory: NDArray[np.uint8], slots: NDArray[np.int64], x: NDArray[np.float32]
-    ) -> None:
-        sizes = self.n_head_kv, self.head_dim, filled(self.head_dim), self.wide, self.head_bytes, self.group_bytes
-        scratch = np.empty(scratch_bytes(self.head_dim), np.uint8)
-        kernel = _move_rows(format_id(self.name), int(self.is_v), is_store)
-        kernel(memory, slots, np.array(sizes, np.int64), self.rotates, self.static, x, scratch)

@@ -14,8 +14,7 @@ block of 32 columns. int8 and fp8 have one scale for a row, which is a token's r
 The order of V's positions puts pairs of 16 bits of positions l and l + 16 side by side: see int_tiles.py.
 """
 
-from dataclasses import dataclass
-
+from gguf_run.formats.frozen import frozen
 from gguf_run.kernels_cpu.panels.panels import CACHE_PANELS, PANEL_OF, IntPanel, Panel
 from gguf_run.models.kv_cache import BLOCK, GROUP
 
@@ -23,7 +22,7 @@ from gguf_run.models.kv_cache import BLOCK, GROUP
 V_ORDER = tuple(2 * i + c % 2 + 16 * (c // 2) for i in range(8) for c in range(4))
 
 
-@dataclass(frozen=True)
+@frozen
 class CacheFormat:
     """One cache type."""
 

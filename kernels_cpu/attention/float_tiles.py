@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable
 
 from gguf_run.kernels_cpu.attention.cache_types import FORMATS
-from gguf_run.kernels_cpu.attention.plan import FEW, SPAN, TILE
+from gguf_run.kernels_cpu.attention.sizes import FEW, SPAN, TILE
 from gguf_run.kernels_cpu.matmul.tile import load_floats, sums_of_products
 from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel
 from gguf_run.kernels_cpu.vector import isa

@@ -17,7 +17,7 @@ import functools
 import operator
 
 from gguf_run.kernels_cpu.attention.cache_types import FORMATS, CacheFormat
-from gguf_run.kernels_cpu.attention.plan import P_BYTES, P_FACTOR, P_MINIMUM, P_START, SPAN
+from gguf_run.kernels_cpu.attention.sizes import P_BYTES, P_FACTOR, P_MINIMUM, P_START, SPAN
 from gguf_run.kernels_cpu.matmul.int_tile import int_tile, load_quants
 from gguf_run.kernels_cpu.matmul.tile import FLOAT8_FACTOR
 from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel, IntPanel

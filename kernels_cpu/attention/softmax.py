@@ -5,13 +5,18 @@ no sum across lanes, and no earlier sum is rescaled. FlashAttention-4 does the s
 """
 
 import functools
+import math
 
 import numpy as np
 from llvmlite import ir
 
-from gguf_run.kernels_cpu.attention.plan import SPAN
+from gguf_run.formats.compiler.jit import njit
+from gguf_run.kernels_cpu.attention.hadamard import hadamard
+from gguf_run.kernels_cpu.attention.plan import row_of
+from gguf_run.kernels_cpu.attention.sizes import SPAN
 from gguf_run.kernels_cpu.panels.panels import ROWS
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
+from gguf_run.kernels_cpu.vector.native import f32_at
 from gguf_run.kernels_cpu.vector.simd import F32, I32, Simd, Val
 
 HEADROOM = np.float32(8)
@@ -96,3 +101,66 @@ def scale_vectors(s: Simd, address: Val, n: Val, factor: Val) -> None:
     """f32[16 * n] at an address *= factor."""
     factors = s.splat(factor, ROWS)
     s.each(n, lambda i: s.store(s.load(address + i * 64, F32, ROWS) * factors, address + i * 64))
+
+
+@njit(inline="always")
+def n_visible(piece, r, start):
+    """How many positions from `start` on a query row may see. Rows that fill a tile are like the last one."""
+    return piece.n_past + min(r, piece.n_rows - 1) // piece.n_rep + 1 - start
+
+
+@njit(inline="always")
+def _hide(a, piece, m, tile, r, start, value):
+    """Replace the scores, or exponentials, of the positions that the rows of a tile do not see."""
+    for row in range(tile.rows):
+        until = n_visible(piece, r + row, start)
+        since = until - a.window if a.window else 0
+        hide(m.scores + row * SPAN * 4, since, min(until, piece.stop - start), value)
+
+
+@njit(inline="always")
+def softmax(a, piece, m, tile, r, start):
+    """Replace the scores of a tile by exponentials. Sums that the rows have so far follow a maximum that rises."""
+    if a.softcap:
+        cap(m.scores, tile.rows, np.float32(a.softcap))
+    last = n_visible(piece, r + tile.rows - 1, start)
+    hides = min(n_visible(piece, r, start), piece.stop - start) < SPAN or (a.window and last > a.window)
+    if hides:
+        _hide(a, piece, m, tile, r, start, NEVER)
+    if rise(m.scores, tile.rows, m.most + r * 4) > HEADROOM:
+        for row in range(r, r + tile.rows):
+            scores, most = m.scores + (row - r) * SPAN * 4, m.most + row * 4
+            if rise(scores, 1, most) > HEADROOM:
+                factor = raise_maximum(scores, most)
+                scale_vectors(m.sums + row * a.wide * 4, a.wide // ROWS, factor)
+                scale_vectors(m.lane_sums + row * ROWS * 4, 1, factor)
+    exponentials(m.scores, tile.rows, m.most + r * 4, m.lane_sums + r * ROWS * 4)
+    if hides:
+        _hide(a, piece, m, tile, r, start, np.float32(0))
+
+
+@njit(inline="always")
+def scaled_copy(source, n, factor, to):
+    """to = factor * source, f32[n]."""
+    x, out = f32_at(source, n), f32_at(to, n)
+    for i in range(n):
+        out[i] = x[i] * factor
+
+
+@njit(inline="always")
+def result(a, piece, m, r):
+    """Store the result of a query row: in out, or, if the positions are split, the total for `merge`."""
+    total = lane_sum(m.lane_sums + r * ROWS * 4)
+    if piece.part >= 0:
+        f32_at(m.most + a.max_rows * 4, piece.n_rows)[r] = total
+    else:
+        n, factor = a.head_dim, np.float32(1)
+        t, head = row_of(piece, r)
+        if a.sinks:
+            sink, highest = f32_at(a.sinks, a.n_head)[head], f32_at(m.most, piece.n_rows)[r]
+            factor = np.float32(math.exp(highest - max(highest, sink)))
+            total = total * factor + np.float32(math.exp(sink - max(highest, sink)))
+        out = a.out + t * a.out_stride + head * n * 4
+        scaled_copy(m.sums + r * a.wide * 4, n, factor / total, out)
+        if a.v_rotate:
+            hadamard(out, n)

@@ -1,1 +1,2 @@
-"""What is measured with kernels of its own: the limits of the machine (limits.py), and logits (log_softmax.py)."""
+"""What is measured with kernels of its own: the limits of the machine (limits.py), what suits it (tune.py), and logits
+(log_softmax.py)."""

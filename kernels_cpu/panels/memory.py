@@ -1,10 +1,9 @@
 """The CPU backend's handles: weights as panels, embedding tables. And the memory that they use."""
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.frozen import frozen
 from gguf_run.kernels_cpu.panels.panels import ROWS, Panel
 
 LANES = 2 * ROWS  # rows of two panels: the most that a tile writes
@@ -37,7 +36,7 @@ class Arena:
         return taken
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class WeightPart:
     """Rows of a stacked matrix that have one kind of panel."""
 
@@ -47,7 +46,7 @@ class WeightPart:
     n_out: int  # rows
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class CpuWeight:
     """A matrix as panels, one part for each run of rows of one kind of panel."""
 
@@ -56,7 +55,7 @@ class CpuWeight:
     parts: tuple[WeightPart, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class CpuTable:
     """A matrix as in the file, or as float32. `embed` reads single rows of it."""
 

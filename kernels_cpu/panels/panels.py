@@ -27,12 +27,12 @@ An integer panel is multiplied with int8 activations. They are blocks of 32 colu
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from llvmlite import ir
 
 from gguf_run.formats.blocks import grids
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS, IntegerForm
+from gguf_run.formats.frozen import frozen
 
 ROWS = 16  # rows of a panel: f32 lanes of a 64-byte vector
 BLOCK = 32  # columns of a block of activations, and of a set of planes
@@ -41,7 +41,7 @@ X_BLOCK_BYTES = 64  # of a block of activations, and where its fields are
 X_D, X_SUMS, X_D_SUMS = 32, 36, 48
 
 
-@dataclass(frozen=True)
+@frozen
 class Scales:
     """How scales, and minimums, are stored. The fields of a step are [field][16] bytes."""
 
@@ -68,7 +68,7 @@ SCALES = {
 PARTS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # bits of a stored u -> bits of its parts
 
 
-@dataclass(frozen=True)
+@frozen
 class IntPanel:
     """The layout of an integer panel."""
 
@@ -121,7 +121,7 @@ class IntPanel:
         return n_in // self.span * self.span_bytes
 
 
-@dataclass(frozen=True)
+@frozen
 class FloatPanel:
     """The layout of a float panel."""
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
 from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import njit, specialize
@@ -82,6 +81,15 @@ def _repack_float(src, n_rows, n_in, out, first, end):
                 out[(group * n_in + i) * ROWS + r] = src[row * n_in + i] if row < n_rows else 0
 
 
+def floats(tensor: Tensor) -> NDArray[np.float32]:
+    """Return the numbers of a tensor as f32[..., row]. Those of F32 stay in the file."""
+    if tensor.type.name == "F32":
+        return tensor.blocks().view(np.float32)
+    from gguf_run.formats.blocks.dequantizer import dequantize  # late: norms and biases mostly are F32
+
+    return dequantize(tensor.blocks(), tensor.type)
+
+
 def repack(tensors: list[Tensor], out: NDArray[np.uint8], executor: Executor, n_threads: int) -> list[Future[None]]:
     """Begin to repack matrices of one type and width, stacked, into out, u8[n_group * group_bytes].
 
@@ -106,7 +114,7 @@ def _work(tensor: Tensor, panel: Panel, out: NDArray[np.uint8]) -> Callable[[int
     blocks, n_rows, n_in = tensor.blocks(), tensor.n_rows, tensor.ne[0]
     if isinstance(panel, FloatPanel):
         if tensor.type.name != panel.name:
-            blocks = dequantize(blocks, tensor.type).view(np.uint8)
+            blocks = floats(tensor).view(np.uint8)
         word = np.dtype(f"u{panel.element_bytes}")
         src, to = blocks.reshape(-1).view(word), out.view(word)
         make = functools.partial(_repack_float, src, n_rows, n_in, to)

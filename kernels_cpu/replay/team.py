@@ -24,66 +24,16 @@ from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import njit
 
 if COMPILING:
-    from gguf_run.kernels_cpu.vector.native import (
-        atomic_add,
-        atomic_load,
-        atomic_store,
-        atomic_swap_if,
-        call_op,
-        i64_at,
-        pause,
-        yield_cpu,
-    )
+    from gguf_run.kernels_cpu.replay.ticket import PIECE_BITS, TICKET, open_op, take_pieces
+    from gguf_run.kernels_cpu.vector.native import atomic_add, atomic_load, atomic_store, pause
 
 MAX_THREADS = 64  # with more, threads mostly wait for each other
 # Byte offsets of the team's shared words. Each word that threads fight for has a cache line of its own.
+# Those of ticket.py are at 64 and 128.
 _STEP = 0  # number of the step, times 2; odd while its description is being written
-_TICKET = 64  # serial number of the op << _PIECE_BITS | number of pieces that nobody has taken
-_UNFINISHED = 128  # number of pieces of the op that are not done
 _TAPE, _N_OPS, _BASE, _STOP = range(192, 192 + 32, 8)  # _BASE: serial number of the step's first op
 _ASLEEP = 256  # one word for each helper follows
-_PIECE_BITS = 24
-_SPINS = 2000  # pauses before a waiting thread offers its core to others
 _IDLE_SPINS = 20000  # pauses of a helper between two steps before it sleeps
-
-
-@njit
-def _open(shared, tape, serial, base, n_ops, nth):
-    """Move the ticket to the op with this serial number, or to the first later one that has work."""
-    ops = i64_at(tape, 2 * n_ops)
-    n_pieces = 0
-    while serial < base + n_ops:
-        i = serial - base
-        n_pieces = call_op(ops[2 * i], ops[2 * i + 1], -1, 0, nth)
-        if n_pieces > 0:
-            break
-        serial += 1
-        n_pieces = 0
-    atomic_store(shared + _UNFINISHED, n_pieces)
-    atomic_store(shared + _TICKET, serial << _PIECE_BITS | n_pieces)
-
-
-@njit
-def _run(shared, tape, base, n_ops, ith, nth):
-    """Take pieces until the last op of the step is done. A thread that holds no piece touches nothing of the step."""
-    spins = 0
-    while True:
-        ticket = atomic_load(shared + _TICKET)
-        serial, left = ticket >> _PIECE_BITS, ticket & ((1 << _PIECE_BITS) - 1)
-        if serial >= base + n_ops:
-            return
-        if left == 0:
-            spins += 1
-            if spins < _SPINS:
-                pause()
-            else:
-                yield_cpu()
-        elif atomic_swap_if(shared + _TICKET, ticket, ticket - 1):
-            ops = i64_at(tape, 2 * n_ops)
-            call_op(ops[2 * (serial - base)], ops[2 * (serial - base) + 1], left - 1, ith, nth)
-            if atomic_add(shared + _UNFINISHED, -1) == 1:
-                _open(shared, tape, serial + 1, base, n_ops, nth)
-            spins = 0
 
 
 @njit
@@ -103,7 +53,7 @@ def _help(shared, step, ith, nth):
             n_ops = atomic_load(shared + _N_OPS)
             if atomic_load(shared + _STEP) == now:  # else the step has ended, and the words may be of two steps
                 step = now
-                _run(shared, tape, base, n_ops, ith, nth)
+                take_pieces(shared, tape, base, n_ops, ith, nth)
             spins = 0
         spins += 1
         pause()
@@ -117,19 +67,19 @@ def _help(shared, step, ith, nth):
 @njit
 def _announce(shared, tape, n_ops, nth):
     """Announce a step to the helpers."""
-    base = atomic_load(shared + _TICKET) >> _PIECE_BITS
+    base = atomic_load(shared + TICKET) >> PIECE_BITS
     atomic_add(shared + _STEP, 1)
     atomic_store(shared + _TAPE, tape)
     atomic_store(shared + _BASE, base)
     atomic_store(shared + _N_OPS, n_ops)
-    _open(shared, tape, base, base, n_ops, nth)
+    open_op(shared, tape, base, base, n_ops, nth)
     atomic_add(shared + _STEP, 1)
 
 
 @njit
 def _lead(shared, nth):
     """Take part in the step that was announced last, until it is done."""
-    _run(shared, atomic_load(shared + _TAPE), atomic_load(shared + _BASE), atomic_load(shared + _N_OPS), 0, nth)
+    take_pieces(shared, atomic_load(shared + _TAPE), atomic_load(shared + _BASE), atomic_load(shared + _N_OPS), 0, nth)
 
 
 @njit

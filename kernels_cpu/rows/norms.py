@@ -1,8 +1,4 @@
-"""Norms of rows. Each row, or each of n_group equal groups of its columns, is normalized by itself.
-
-rms_norm    out = x / sqrt(mean(x^2) + eps) * weight (+ residual)
-layer_norm  out = (x - mean(x)) / sqrt(variance(x) + eps) * weight (+ bias)
-"""
+"""out = x / sqrt(mean(x^2) + eps) * weight (+ residual), of rows, or of n_group equal groups of a row's columns."""
 
 import math
 
@@ -16,18 +12,18 @@ if COMPILING:
     from gguf_run.kernels_cpu.vector.native import f32_at
 
 
-def _n_groups(a):
+def n_groups(a):
     return n_rows(a) * a.n_group
 
 
-_FASTMATH = {"reassoc", "contract"}  # sums may be taken 16 numbers at a time
+FASTMATH = {"reassoc", "contract"}  # sums may be taken 16 numbers at a time
 
 
 @row_op(
     "rows n_group n x x_stride weight out out_stride residual residual_stride q8 q8_stride",
     "eps",
-    n_items=_n_groups,
-    fastmath=_FASTMATH,
+    n_items=n_groups,
+    fastmath=FASTMATH,
 )
 def rms_norm(a, first, end):
     """n: width of a group. weight: f32[n]. residual: rows, or 0. q8: int8 form of the rows if n_group is 1, or 0."""
@@ -47,30 +43,4 @@ def rms_norm(a, first, end):
         else:
             for i in range(n):
                 out[i] = x[i] * factor * weight[i]
-        quantize_if_wanted(a.q8, a.q8_stride, t, a.out + t * a.out_stride, n)
-
-
-@row_op(
-    "rows n_group n x x_stride weight bias out out_stride q8 q8_stride", "eps", n_items=_n_groups, fastmath=_FASTMATH
-)
-def layer_norm(a, first, end):
-    """n: width of a group. weight: f32[n_group * n]. bias: the same, or 0. q8: as in rms_norm."""
-    n = a.n
-    for item in range(first, end):
-        t, start = item // a.n_group, item % a.n_group * n * 4
-        x, out = f32_at(a.x + t * a.x_stride + start, n), f32_at(a.out + t * a.out_stride + start, n)
-        weight = f32_at(a.weight + start, n)
-        total, squares = np.float32(0), np.float32(0)
-        for i in range(n):
-            total += x[i]
-        mean = np.float32(total / n)
-        for i in range(n):
-            squares += (x[i] - mean) * (x[i] - mean)
-        factor = np.float32(1 / math.sqrt(squares / n + a.eps))
-        for i in range(n):
-            out[i] = (x[i] - mean) * factor * weight[i]
-        if a.bias:
-            bias = f32_at(a.bias + start, n)
-            for i in range(n):
-                out[i] += bias[i]
         quantize_if_wanted(a.q8, a.q8_stride, t, a.out + t * a.out_stride, n)

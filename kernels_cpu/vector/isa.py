@@ -9,15 +9,17 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 from llvmlite import binding
 
-from gguf_run.formats.compiler.jit import host_features, kernel_cache_dir
+from gguf_run.formats.compiler.jit import kernel_cache_dir
+from gguf_run.formats.compiler.machine_code import host_features
+from gguf_run.formats.frozen import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class Isa:
     """One row of the table. A tile of several tokens works on `lanes` rows of a panel at a time.
 
@@ -62,7 +64,7 @@ def current() -> Isa:
     return choose(host_features())
 
 
-@dataclass(frozen=True)
+@frozen
 class Tuning:
     """Numbers that depend on the machine. measure/tune.py finds them. The defaults are safe on every machine."""
 

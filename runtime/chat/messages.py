@@ -7,6 +7,7 @@ from typing import Any
 from gguf_run.formats.errors import GgufRunError
 
 _TEXTS = ("role", "name", "tool_call_id", "reasoning_content")  # fields of a message that hold a string
+_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type -> its field
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
 
 
@@ -17,6 +18,7 @@ def uniform(messages: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 
     Content becomes a string: "" where it is null or missing, and text parts are joined by line breaks as in llama.cpp.
     The arguments of a tool call become an object if they are a string of JSON. Other fields that are null are left out.
+    A refusal is a text, too. function_call and the role "function" (OpenAI, before tools) become a call and "tool".
     GgufRunError names the place where anything else is found.
     """
     if isinstance(messages, str):
@@ -46,8 +48,14 @@ def _message(message: dict[str, Any], place: str) -> dict[str, Any]:
     fields = {name: value for name, value in message.items() if value is not None}
     for name in _TEXTS:
         _typed(fields.get(name, "" if name != "role" else None), str, f"{place}.{name}", "a string")
-    fields["content"] = _text(fields.get("content", ""), f"{place}.content")
+    if fields["role"] == "function":
+        fields["role"] = "tool"
+    refusal = _typed(fields.pop("refusal", ""), str, f"{place}.refusal", "a string")
+    fields["content"] = _text(fields.get("content", ""), f"{place}.content") or refusal
     calls = _typed(fields.pop("tool_calls", []), list, f"{place}.tool_calls", "a list")
+    if "function_call" in fields:
+        call = fields.pop("function_call")
+        calls = [*calls, {"function": _typed(call, dict, f"{place}.function_call", "an object")}]
     if calls:
         fields["tool_calls"] = [_call(call, f"{place}.tool_calls[{i}]") for i, call in enumerate(calls)]
     return fields
@@ -60,9 +68,9 @@ def _text(content: Any, place: str) -> str:
     for i, part in enumerate(_typed(content, list, place, 'a string, or a list of {"type": "text", "text": ...}')):
         here = f"{place}[{i}]"
         kind = _typed(part, dict, here, 'an object, as {"type": "text", "text": ...}').get("type")
-        if kind != "text":
+        if not isinstance(kind, str) or kind not in _PARTS:
             raise GgufRunError(f'{here}.type is {json.dumps(kind)[:40]}; allowed: "text", the model reads nothing else')
-        texts.append(_typed(part.get("text"), str, f"{here}.text", "a string"))
+        texts.append(_typed(part.get(_PARTS[kind]), str, f"{here}.{_PARTS[kind]}", "a string"))
     return "\n".join(texts)
 
 
@@ -77,7 +85,8 @@ def _call(call: Any, place: str) -> dict[str, Any]:
         except (ValueError, RecursionError) as error:
             raise GgufRunError(f"{place} is no JSON: {error}; allowed: an object, as a string too") from None
     arguments = _typed({} if arguments is None else arguments, dict, place, "an object, as a string of JSON too")
-    return {"type": "function", **call, "function": {**function, "arguments": arguments}}
+    fields = {name: value for name, value in call.items() if value is not None}
+    return {"type": "function", **fields, "function": {**function, "arguments": arguments}}
 
 
 def _typed(value: Any, kind: type, place: str, allowed: str) -> Any:

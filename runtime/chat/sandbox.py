@@ -5,11 +5,12 @@ keeps a template away from Python's internals, from files and from changing its 
 """
 
 import json
+from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError
+from jinja2 import TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node
 from jinja2.parser import Parser
@@ -17,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_REASON = 300  # characters of a template's error that are shown
 NO_SYSTEM = "the chat template has no place for a system message: the user's message begins with it"
+NO_LATER_SYSTEM = "the chat template has no place for a later system message: a message of the user's has its text"
 NO_TOOLS = "the chat template has no place for tools: the model does not learn of them"
 NO_CALLS = "the chat template has no place for tool calls: the model does not see its earlier ones"
 # How published templates want messages with calls: content where there is no text, whether arguments are strings.
@@ -25,6 +27,7 @@ _MARK = "gguf_run_mark"  # a template that has a place for it shows it in a tria
 _USER = {"role": "user", "content": "Hello"}
 
 Messages = list[dict[str, Any]]
+Render = Callable[[dict[str, Any]], str]  # a template: variables in, text out
 
 
 def render(source: str, variables: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +38,7 @@ def render(source: str, variables: dict[str, Any]) -> dict[str, Any]:
     try:
         template, notes = _compiled(source), list[str]()
         variables = variables | {"messages": fitted(source, variables, notes)}
-        text = template.render(variables)
+        text = template(variables)
         if variables["tools"] and text == _trial(template, variables | {"tools": None}):
             notes.append(NO_TOOLS)
         return {"text": text, "notes": notes}
@@ -58,6 +61,8 @@ def fitted(source: str, variables: dict[str, Any], notes: list[str]) -> Messages
         if _MARK not in _trial(template, variables | {"messages": [system, _USER]}):
             messages = _without_system(messages)
             notes.append(NO_SYSTEM)
+        else:
+            messages = _without_later_system(template, variables | {"messages": messages}, notes)
     if any("tool_calls" in m for m in messages):
         function = {"name": "f", "arguments": {_MARK: "value"}}
         call = {"role": "assistant", "content": "", "tool_calls": [{"id": "call12345", "function": function}]}
@@ -68,6 +73,20 @@ def fitted(source: str, variables: dict[str, Any], notes: list[str]) -> Messages
             if _MARK in text and f"'{_MARK}'" not in text and f'\\"{_MARK}' not in text:
                 return [_calls_as(m, *form) if "tool_calls" in m else m for m in messages]
         notes.append(NO_CALLS)
+    return messages
+
+
+def _without_later_system(template: Render, variables: dict[str, Any], notes: list[str]) -> Messages:
+    """Return messages without the system messages, beside a first one, that the template does not show."""
+    messages: Messages = variables["messages"]
+    marks = {i: f"{_MARK}{i}." for i, m in enumerate(messages) if m["role"] == "system"}
+    n_kept = int(0 in marks and any(m["role"] == "user" for m in messages))
+    if len(marks) > n_kept:
+        marked = [m | {"content": marks.get(i, m["content"])} for i, m in enumerate(messages)]
+        text = _trial(template, variables | {"messages": marked})
+        if not all(mark in text for mark in marks.values()):
+            notes.append(NO_LATER_SYSTEM)
+            return messages[:n_kept] + _without_system(messages[n_kept:])
     return messages
 
 
@@ -82,6 +101,8 @@ def _without_system(messages: Messages) -> Messages:
             texts = []
         else:
             found.append(message)
+    if texts and found and found[-1]["role"] == "user":
+        texts.insert(0, found.pop()["content"])
     return [*found, _USER | {"content": "\n".join(texts)}] if texts else found
 
 
@@ -93,10 +114,10 @@ def _calls_as(message: dict[str, Any], empty: str | None, as_text: bool) -> dict
     return message | {"content": message["content"] or empty, "tool_calls": calls}
 
 
-def _trial(template: Template, variables: dict[str, Any]) -> str:
+def _trial(template: Render, variables: dict[str, Any]) -> str:
     """Return what a template makes of the variables, "" if it refuses them."""
     try:
-        return template.render(variables)
+        return template(variables)
     except MemoryError:
         raise
     except Exception:
@@ -124,14 +145,24 @@ class _Generation(Extension):
 
 
 @lru_cache(8)
-def _compiled(source: str) -> Template:
+def _compiled(source: str) -> Render:
+    """Return the template. One that shows content as a list of parts only, and not as a string, gets such lists."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(source)
+    template = environment.from_string(source)
+
+    def with_parts(variables: dict[str, Any]) -> str:
+        messages = [m | {"content": [{"type": "text", "text": m["content"] or ""}]} for m in variables["messages"]]
+        return template.render(variables | {"messages": messages})
+
+    trial = {"messages": [_USER | {"content": _MARK}], "tools": None, "bos_token": "", "eos_token": ""}
+    if "text" in source and _MARK not in _trial(template.render, trial) and _MARK in _trial(with_parts, trial):
+        return with_parts
+    return template.render
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:

@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gguf_run.formats.errors import GgufRunError, OptionError, did_you_mean
-from gguf_run.runtime.cli.common import describe
 from gguf_run.runtime.cli.conversation import (
     Conversation,
     answer_facts,
-    check_place,
     context_used,
-    last_turns,
 )
+from gguf_run.runtime.cli.describe import describe
+from gguf_run.runtime.cli.session import check_place
 from gguf_run.runtime.sampling.params import SamplingParams
-from gguf_run.runtime.terminal.text import message
+from gguf_run.runtime.terminal.text import message, one_line
 
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model
+
+SHOWN_MESSAGES, SHOWN_CHARACTERS = 4, 400  # of a conversation that goes on
 
 
 @dataclass
@@ -178,3 +179,11 @@ COMMANDS: dict[str, tuple[str, Callable[[Chat, str], None]]] = {
 }
 # Other names, some without a slash: a line that holds nothing else.
 ALIASES = {"/?": "/help", "/clear": "/reset", "/bye": "/exit", "/quit": "/exit", "exit": "/exit", "quit": "/exit"}
+
+
+def last_turns(messages: Conversation) -> None:
+    """Show how a conversation that comes from a file has ended, each message on a line of its own."""
+    for entry in [entry for entry in messages if entry["role"] != "system"][-SHOWN_MESSAGES:]:
+        mark = "> " if entry["role"] == "user" else ""
+        text = one_line(str(entry.get("content") or ""))
+        message(mark + (text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."))

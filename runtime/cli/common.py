@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
-from pathlib import Path
 from typing import Any
 
 import click
@@ -60,12 +59,6 @@ class Command(click.Command):
             return result
 
 
-class Group(Command, click.Group):
-    """A click group whose subcommands are of the class Command."""
-
-    command_class = Command
-
-
 def tool(
     name: str, cls: type[Command] = Command, params: Sequence[click.Parameter] = (), examples: Sequence[str] = ()
 ) -> Callable[[Callable[..., Any]], Any]:
@@ -104,24 +97,10 @@ def _one_line_errors(ctx: click.Context) -> Iterator[None]:
                 sys.stdout.flush()
         except OSError:
             _drop_stdout()
+        from gguf_run.runtime.cli.describe import describe
+
         message(f"error: {describe(error)}")
         ctx.exit(WRONG_USAGE if isinstance(error, OptionError) else FAILED)
-
-
-def describe(error: Exception) -> str:
-    """Return what went wrong, for the line that a user sees."""
-    if isinstance(error, GgufRunError):
-        return str(error)
-    if isinstance(error, MemoryError) or str(error) == "can't start new thread":
-        detail = f" ({error})" if str(error) else ""
-        return f"out of memory{detail}: choose a smaller model or context, or close other programs"
-    if isinstance(error, OSError):
-        reason = error.strerror or str(error) or type(error).__name__
-        return reason if error.filename is None else f"{error.filename}: {reason}"
-    # A bug of ours: still one line. Commands with --verbose show the traceback.
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{Path(frame.filename).name}:{frame.lineno}"
-    return f"internal error, please report it: {type(error).__name__}: {error} ({place})"
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """A conversation of gguf-run: the file of a session that holds it, and the answers that are shown while they come."""
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,21 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.terminal.text import dimmed, has_colours, message, n_columns, one_line, open_tag, without_controls
+from gguf_run.runtime.terminal.text import has_colours, message, n_columns, without_controls
 
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model
 
 Conversation = list[dict[str, Any]]
-SHOWN_MESSAGES, SHOWN_CHARACTERS = 4, 400  # of a conversation that goes on
-
-
-def check_place(path: Path, option: str = "--session") -> None:
-    """GgufRunError if a session cannot be saved at `path`: the user learns it before a long chat, not after it."""
-    folder = path.absolute().parent
-    if (path.exists() and not path.is_file()) or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise GgufRunError(f"{option} {path}: cannot be written: name a file in a folder that can be")
 
 
 @contextmanager
@@ -73,7 +63,11 @@ def show(
             if is_stopped():
                 break
 
-    texts: Iterable[str] = dimmed(taken(), tag) if has_colours() else taken()
+    texts: Iterable[str] = taken()
+    if has_colours():
+        from gguf_run.runtime.terminal.reasoning import dimmed
+
+        texts = dimmed(texts, tag)
     if sys.stdout.isatty():
         from gguf_run.runtime.terminal.wrap import wrapped
 
@@ -101,14 +95,6 @@ def _renderer(is_wanted: bool) -> Callable[[Iterable[str]], Iterator[str]] | Non
     return rendered
 
 
-def last_turns(messages: Conversation) -> None:
-    """Show how a conversation that comes from a file has ended, each message on a line of its own."""
-    for entry in [entry for entry in messages if entry["role"] != "system"][-SHOWN_MESSAGES:]:
-        mark = "> " if entry["role"] == "user" else ""
-        text = one_line(str(entry.get("content") or ""))
-        message(mark + (text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."))
-
-
 def open_reasoning(model: "Model", messages: Conversation, options: Mapping[str, Any]) -> str | None:
     """Return the tag of a block of reasoning that the prompt of an answer has opened.
 
@@ -116,6 +102,8 @@ def open_reasoning(model: "Model", messages: Conversation, options: Mapping[str,
     """
     if not has_colours():
         return None
+    from gguf_run.runtime.terminal.reasoning import open_tag
+
     return open_tag(model.chat_prompt(messages, options.get("tools"), options.get("template_options")))
 
 

@@ -9,8 +9,9 @@ import click
 from gguf_run.formats.errors import OptionError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.runtime.cli import complete
+from gguf_run.runtime.cli.byte_size import byte_size
 from gguf_run.runtime.cli.common import tool
-from gguf_run.runtime.cli.options import PATH, byte_size
+from gguf_run.runtime.cli.options import PATH
 from gguf_run.runtime.cli.quantize_report import OPTIONS, run_plan, show_types
 from gguf_run.runtime.hub.find import find_model
 from gguf_run.runtime.quantize.file_types import FILE_TYPES, WRITABLE_FILES, file_type

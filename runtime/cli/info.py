@@ -11,16 +11,17 @@ from click.core import ParameterSource
 from gguf_run.formats.errors import OptionError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.runtime.cli import complete
+from gguf_run.runtime.cli.byte_size import byte_size
 from gguf_run.runtime.cli.common import tool
 from gguf_run.runtime.cli.info_report import change_lines, diff_lines, file_lines, fit_lines, ops_lines
-from gguf_run.runtime.cli.options import CACHE_OPTIONS, CTX_SIZE, PATH, PLACEMENT_OPTIONS, byte_size, to_load_options
+from gguf_run.runtime.cli.options import CACHE_OPTIONS, CTX_SIZE, PATH, PLACEMENT_OPTIONS, to_load_options
 from gguf_run.runtime.hub.find import find_model
 from gguf_run.runtime.info.contents import file_facts, listed_tensors, memory_facts, ops_facts
 from gguf_run.runtime.info.diff import compare
 from gguf_run.runtime.info.edit import edit
 from gguf_run.runtime.load.options import LoadOptions, Wanted
+from gguf_run.runtime.terminal.json_text import json_text
 from gguf_run.runtime.terminal.progress import Progress
-from gguf_run.runtime.terminal.text import json_text
 
 EDITS, SHOWS = ("assignments", "remove"), ("tensors", "stats", "diff")  # parameters that exclude each other
 Answer = tuple[Mapping[str, Any], Iterator[str]]  # facts for --json, and the same as lines

@@ -4,6 +4,7 @@ The options of sampling have llama.cpp's names.
 """
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import fields
@@ -16,10 +17,12 @@ import click
 from gguf_run.formats.errors import OptionError
 from gguf_run.runtime.load.options import LoadOptions
 from gguf_run.runtime.sampling.params import DEFAULT_CHAIN, SamplingParams
+from gguf_run.runtime.terminal.text import message
 
 if TYPE_CHECKING:
     from gguf_run.runtime.cli.compiling import Compiling
     from gguf_run.runtime.model import Model
+    from gguf_run.runtime.terminal.progress import Progress
 
 PATH = click.Path(path_type=Path)
 
@@ -153,18 +156,7 @@ SAMPLING_OPTIONS = [
 ]
 
 
-_UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
 _FIELDS = {field.name for field in fields(LoadOptions)}
-
-
-def byte_size(text: str | None, option: str = "--split-max-size") -> int:
-    """Return the bytes that an option such as "500M" or "2G" means; None means 0."""
-    if not text:
-        return 0
-    match = re.fullmatch(r"([1-9]\d{0,9})([KMG]?)", text.upper())
-    if match is None:
-        raise OptionError(f"{option} {text}: must be a number of bytes, as 500M or 2G")
-    return int(match[1]) * _UNITS.get(match[2], 1)
 
 
 def to_load_options(values: Mapping[str, Any], **more: Any) -> LoadOptions:
@@ -188,28 +180,36 @@ def _cache_type(both: str | None, k: str | None, v: str | None) -> str | tuple[s
 
 
 def load_model(path: str | None, options: LoadOptions) -> "Model":
-    """Load a model. stderr shows a progress bar, and lines that say what runs where if a GPU is used.
+    """Load a model. Lines on stderr say what runs where if a GPU is used. On a terminal a progress bar is shown.
 
     If kernels must be compiled, a line says so, and a bar counts them.
     """
     from gguf_run.formats.compiler.jit import compile_notice
     from gguf_run.runtime.model import Model
-    from gguf_run.runtime.terminal.progress import Progress
 
     compiling: list[Compiling] = []
-    with Progress("loading") as bar, ExitStack() as stack:
+    with ExitStack() as stack:
+        bar: Progress | None = None
+        if sys.stderr is not None and sys.stderr.isatty():
+            bar = stack.enter_context(_progress())
 
         def begin() -> None:
             from gguf_run.runtime.cli.compiling import Compiling  # late: most starts compile nothing
 
-            compiling.append(stack.enter_context(Compiling(path, options, bar)))
+            compiling.append(stack.enter_context(Compiling(path, options, bar or _progress())))
 
         def show(done: int, total: int) -> None:
-            if all(line.is_over for line in compiling):
+            if bar and all(line.is_over for line in compiling):
                 bar.set(done, total)
 
         with compile_notice(begin):
-            return Model.load(path, options, progress=show, report=bar.message)
+            return Model.load(path, options, progress=show if bar else None, report=bar.message if bar else message)
+
+
+def _progress() -> "Progress":
+    from gguf_run.runtime.terminal.progress import Progress  # late: most programs that call ours have no terminal
+
+    return Progress("loading")
 
 
 def take_sampling(values: dict[str, Any]) -> dict[str, Any]:

@@ -4,21 +4,19 @@ The answer goes to stdout as it comes; everything else goes to stderr.
 """
 
 import gc
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.frozen import frozen
 from gguf_run.runtime.cli.common import tool
 from gguf_run.runtime.cli.conversation import (
     answer_facts,
-    check_place,
     context_used,
     conversation,
     open_reasoning,
@@ -130,7 +128,9 @@ def main(model: str | None, completion: str | None, list_models: bool, **values:
         for line in list_lines(values["verbose"]):
             click.echo(line)
     elif values["warm_up"] == "all":
-        _warm_up_all(values)
+        from gguf_run.runtime.cli.warm_up import warm_up_all
+
+        warm_up_all(lambda name: _run(name, {**values, "warm_up": ""}))
     else:
         _run(values["warm_up"] or model, values)  # in `--warm-up MODEL`, click takes MODEL for the option's value
 
@@ -147,22 +147,6 @@ def _run(model: str | None, values: dict[str, Any]) -> None:
         _report(loaded, values["verbose"], task.kind == "chat")
 
 
-def _warm_up_all(values: dict[str, Any]) -> None:
-    """Warm up each model on this machine. One that cannot be run is said, and the others follow."""
-    from gguf_run.runtime.hub.listing import cached_models
-
-    failed = []
-    for model in cached_models():
-        message(f"{model.name or model.paths[0].name}:")
-        try:
-            _run(model.name or None, {**values, "warm_up": ""})
-        except GgufRunError as error:
-            failed.append(model)
-            message(f"error: {error}")
-    if failed:
-        raise GgufRunError(f"{len(failed)} models cannot be run; the others are ready")
-
-
 @contextmanager
 def _paused_gc() -> Iterator[None]:
     """Start 0.2 s sooner: the garbage collector never looks at what imports make."""
@@ -174,7 +158,7 @@ def _paused_gc() -> Iterator[None]:
         gc.enable()
 
 
-@dataclass(frozen=True)
+@frozen
 class _Task:
     """What the model is asked to do; everything in it is checked before the model is loaded."""
 
@@ -202,13 +186,19 @@ class _Task:
             kind = "chat"
         text = "Hello" if kind == "warm_up" else _prompt(values, kind)
         if values["session"] is not None:
+            from gguf_run.runtime.cli.session import check_place
+
             check_place(values["session"])
         system = None if values["system"] is None else _argument(values["system"], "--system")
         chatting: dict[str, Any] = {}
         if values["tools"] is not None:
-            chatting["tools"] = _functions(values["tools"])
+            from gguf_run.runtime.cli.chat_values import read_tools
+
+            chatting["tools"] = read_tools(values["tools"])
         if values["chat_template_kwargs"] is not None:
-            chatting["template_options"] = _template_options(values["chat_template_kwargs"])
+            from gguf_run.runtime.cli.chat_values import read_template_options
+
+            chatting["template_options"] = read_template_options(values["chat_template_kwargs"])
         generating = take_sampling(values)
         SamplingParams(**generating)  # says what is wrong
         generating |= {name: values[name] for name in ("max_tokens", "stop", "context_shift", "n_keep")}
@@ -278,28 +268,6 @@ def _prompt(values: Mapping[str, Any], kind: str) -> str | None:
     if not text.strip():
         raise GgufRunError("the prompt is empty: write something after --prompt, into the --file or on stdin")
     return text
-
-
-def _functions(path: Path) -> list[dict[str, Any]]:
-    try:
-        tools = json.loads(read_text(path, MAX_PROMPT_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise GgufRunError(f"--tools {path}: not JSON: {error}") from None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise GgufRunError(f'--tools {path}: must be a list of objects, as [{{"type": "function", ...}}]')
-    return tools
-
-
-def _template_options(text: str) -> dict[str, Any]:
-    try:
-        values = json.loads(_argument(text, "--chat-template-kwargs"))
-    except (GgufRunError, ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        raise OptionError(
-            f'--chat-template-kwargs is {text:.200}; allowed: a JSON object, as {{"enable_thinking": false}}'
-        )
-    return values
 
 
 def _argument(text: str, name: str) -> str:

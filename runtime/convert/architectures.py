@@ -84,6 +84,10 @@ _GEMMA_FIXED = {"hidden_activation": ("gelu_pytorch_tanh",), "hidden_act": ("gel
 _GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
 _QWEN = {"sliding_window": 4096, "max_window_layers": 28}
 _GEMMA2 = {**_GEMMA, "sliding_window": 4096, "query_pre_attn_scalar": 256}
+_GPT_OSS_ROPE = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096,
+}  # fmt: skip
 # The first files of Gemma 3 leave out values that are the defaults of the class.
 _GEMMA3 = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072}
 
@@ -184,7 +188,7 @@ _ROWS = (
         "olmoe",
         {"OlmoeForCausalLM": "olmoe"},
         layer={**_LLAMA_MOE, **_QK_NORM},
-        defaults=_NORM,
+        defaults={**_NORM, "rms_norm_eps": 1e-5},
         expected={**_SILU, "clip_qkv": (None,)},
     ),
     CheckpointLayout(
@@ -240,7 +244,7 @@ _ROWS = (
         keys=(_VOCAB_SIZE,),
         windows="unrotated",
         switch=True,
-        defaults={"rope_theta": 2e6},
+        defaults={"rope_theta": 2e6, "tie_word_embeddings": True},
         expected={**_SILU, "no_rope_layer_interval": (4,)},
     ),
     CheckpointLayout(
@@ -269,7 +273,10 @@ _ROWS = (
         layer={**_LLAMA, **{f"self_attn.{name}_layernorm.norms.@": f"attn_{name}_norm" for name in "qk"}},
         rope_dim=True,
         tied_copy=True,
-        keys=(("use_parallel_residual", "bool", ("use_parallel_residual",)),),
+        keys=(
+            ("use_parallel_residual", "bool", ("use_parallel_residual",)),
+            ("attention.layer_norm_epsilon", "f32", ("layer_norm_eps", "norm_eps")),  # the second: of the first files
+        ),
         bias_key="use_qkv_bias",
         defaults={"partial_rotary_factor": 0.25},
     ),
@@ -277,9 +284,10 @@ _ROWS = (
         "starcoder2",
         {"Starcoder2ForCausalLM": "starcoder2"},
         layer={**_PRE_NORMS, **_ATTENTION, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
-        keys=(("attention.layer_norm_epsilon", "f32", ("norm_epsilon", "layer_norm_eps")),),
+        keys=(("attention.layer_norm_epsilon", "f32", ("norm_epsilon", "layer_norm_eps", "layer_norm_epsilon")),),
         bias_key="use_bias",
         windows="all",
+        defaults={"tie_word_embeddings": True},
         expected={"hidden_act": ("gelu_pytorch_tanh",), "norm_type": ("layer_norm",), "mlp_type": ("default",)},
     ),
     CheckpointLayout(
@@ -331,7 +339,7 @@ _ROWS = (
         tied_copy=True,
         keys=(("expert_feed_forward_length", "u32", ("intermediate_size",)),),
         windows="period",
-        defaults={"rope_theta": 150000.0, "sliding_window": 128, "head_dim": 64},
+        defaults={"rope_theta": 150000.0, "rope_parameters": _GPT_OSS_ROPE, "sliding_window": 128, "head_dim": 64},
         expected={**_SILU, "swiglu_alpha": (1.702,), "swiglu_limit": (7.0,)},
     ),
 )

@@ -11,7 +11,12 @@ from gguf_run.runtime.convert.rope import LOCAL_NAME, PART_NAMES, ROPE_NAMES, un
 from gguf_run.runtime.convert.stored.checkpoint import Config
 
 # Values of any architecture that a GGUF file cannot tell.
-_FIXED: dict[str, tuple[Any, ...]] = {"is_causal": (True,), "use_bidirectional_attention": (False,)}
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "is_causal": (True,),
+    "use_bidirectional_attention": (False,),
+    "scale_attn_weights": (True,),
+    "rotary_scaling_factor": (1.0,),
+}
 _MOST = 20  # names in a warning
 # Sizes, which metadata.sizes reads, and flags, which tensors.py compares with the tensors.
 _READ = (
@@ -22,30 +27,35 @@ _READ = (
 _HARMLESS = (
     "max_sequence_length", "use_flash_attn", "architectures", "model_type", "auto_map", "transformers_version",
     "transformers.js_config", "torch_dtype", "dtype", "initializer_range", "pretraining_tp", "use_cache",
-    "cache_implementation", "text_config", "vision_config", "mm_tokens_per_image", "image_token_index",
-    "boi_token_index", "eoi_token_index", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop",
-    "attn_pdrop", "residual_dropout", "embedding_dropout", "output_router_logits", "router_aux_loss_coef",
-    "router_jitter_noise", "aux_loss_alpha", "seq_aux", "quantization", "quantization_config", "compression_config",
-    "unsloth_fixed", "unsloth_version", "is_llama_config", "attn_implementation", "max_length", "temperature", "top_k",
-    "top_p", "typical_p", "do_sample", "num_beams", "num_beam_groups", "num_return_sequences", "repetition_penalty",
+    "cache_implementation", "text_config", "vision_config", "mm_tokens_per_image", "attention_dropout",
+    "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_softmax_in_fp32",
+    "scale_attention_softmax_in_fp32", "use_flash_attention_2", "sliding_window_size", "num_heads", "num_labels",
+    "residual_dropout", "embedding_dropout", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
+    "aux_loss_alpha", "seq_aux", "quantization", "quantization_config", "compression_config", "unsloth_fixed",
+    "unsloth_version", "is_llama_config", "attn_implementation", "max_length", "temperature", "top_k", "top_p",
+    "typical_p", "do_sample", "num_beams", "num_beam_groups", "num_return_sequences", "repetition_penalty",
     "length_penalty", "diversity_penalty", "task_specific_params", "finetuning_task", "tokenizer_class", "id2label",
     "label2id", "problem_type", "return_dict", "gradient_checkpointing", "initial_context_length", "experts_per_token",
-    "interpolate_factor", "full_attn_mod", "sep_token_id", "bos_token_id", "eos_token_id", "pad_token_id",
-    "unk_token_id", "cls_token_id",
+    "interpolate_factor", "full_attn_mod",
 )  # fmt: skip
+_TOKENS = ("_token_id", "_token_ids", "_token_index")  # ends of keys that name tokens, which a tokenizer knows
 
 
 def check_keys(layout: CheckpointLayout, config: Config) -> None:
     """Refuse a value that a GGUF file cannot tell, and warn of the keys that this program does not know."""
-    for key, allowed in {**_FIXED, **layout.expected}.items():
+    fixed = {**_FIXED, **layout.expected}
+    if "attn_q_norm" in layout.decoder.norms:
+        fixed["use_qk_norm"] = (True,)
+    for key, allowed in fixed.items():
         value = config.get(key)
         if value is not None and value not in allowed:
             shown = config.wrong((key,), " or ".join(map(str, allowed)))
             raise UnsupportedError(f"{shown}: a GGUF file of a {layout.arch} model has no place for another value")
     _check_no_rope(layout, config)
-    known = {*_READ, *_HARMLESS, *_FIXED, *layout.expected, *layout.defaults, *_names(layout)}
+    known = {*_READ, *_HARMLESS, *fixed, *layout.defaults, *_names(layout)}
     # A key that is off, empty or null asks for nothing.
-    unknown = [key for key, value in config.values.items() if value and key not in known and not key.startswith("_")]
+    unknown = [key for key, value in config.values.items() if value and key not in known]
+    unknown = [key for key in unknown if not key.startswith("_") and not key.endswith(_TOKENS)]
     types = config.get("layer_types")
     if "layer_types" in unknown and isinstance(types, list) and types.count("full_attention") == len(types):
         unknown.remove("layer_types")

@@ -28,7 +28,9 @@ def layout_of(config: Config) -> tuple[CheckpointLayout, Config]:
     if layout is None:
         shown = config.wrong(("architectures",), f"one of {', '.join(sorted(BY_CLASS))}")
         raise UnsupportedError(f"{shown}: only these can be converted")
-    config = Config(config.path, {**layout.defaults, **config.values})
+    # Only for this key null means that it is not there.
+    given = {key: value for key, value in config.values.items() if value is not None or key != "rope_parameters"}
+    config = Config(config.path, {**layout.defaults, **given})
     check_keys(layout, config)
     return layout, config
 
@@ -54,7 +56,7 @@ def sizes(config: Config) -> dict[str, int]:
         "n_ff": n_ff,
         "n_expert": config.integer("num_local_experts", "num_experts", "n_routed_experts", default=1),
         "n_ff_exp": n_ff_exp,
-        "n_ff_shexp": config.integer("shared_expert_intermediate_size", default=n_ff_exp * n_shared),
+        "n_ff_shexp": config.integer("shared_expert_intermediate_size", default=n_ff_exp * n_shared, low=0),
     }
 
 
@@ -69,11 +71,13 @@ def shape(layout: CheckpointLayout, name: str, numbers: Mapping[str, int]) -> tu
 def hyperparameters(layout: CheckpointLayout, config: Config) -> dict[str, Typed]:
     """Return the keys of the architecture, in the order of llama.cpp's converter."""
     found: dict[str, Typed] = {}
+    norm = "attention.layer_norm_epsilon" if layout.decoder.layer_norm else "attention.layer_norm_rms_epsilon"
     for i, key in enumerate(layout.all_keys()):
         if i == _N_BEFORE_ROPE:
             found.setdefault("attention.head_count_kv", found.get("attention.head_count", Typed("u32", 1)))
             found.update(rope_keys(layout, config))
-        _put(layout, found, config, key)
+        needed = (*_NEEDED, norm, *(("expert_used_count",) if found.get("expert_count") else ()))
+        _put(layout, found, config, key, key[0] in needed)
     numbers = sizes(config)
     if numbers["head_dim"] != numbers["n_embd"] // numbers["n_head"]:  # which is what a missing key means
         found["attention.key_length"] = found["attention.value_length"] = Typed("u32", numbers["head_dim"])
@@ -82,7 +86,7 @@ def hyperparameters(layout: CheckpointLayout, config: Config) -> dict[str, Typed
     return {f"{layout.arch}.{key}": value for key, value in found.items()}
 
 
-def _put(layout: CheckpointLayout, found: dict[str, Typed], config: Config, key: Key) -> None:
+def _put(layout: CheckpointLayout, found: dict[str, Typed], config: Config, key: Key, needed: bool) -> None:
     name, kind, names = key
     value = config.get(*names)
     if value is None and names[0] in layout.defaults:
@@ -91,7 +95,7 @@ def _put(layout: CheckpointLayout, found: dict[str, Typed], config: Config, key:
         if not isinstance(value, bool):
             raise config.wrong(names, "true or false")
         found[name] = Typed(kind, value)
-    elif value is not None or name in _NEEDED:
+    elif value is not None or needed:
         found[name] = Typed(kind, config.integer(*names, low=0) if kind == "u32" else config.number(*names))
 
 

@@ -27,6 +27,7 @@ from gguf_run.runtime.convert.stored.sources import (
 )
 
 _FLOAT = ("ffn_gate_inp", "ffn_gate_inp_shexp")  # matrices that stay F32: they are small and choose between experts
+_TRUE_IF_MISSING = ("use_bias", "qkv_bias", "bias", "")  # flags of biases
 _KINDS = ("weight", "bias", "scale")  # scale: one number that all weights are multiplied by (NVFP4)
 
 
@@ -78,12 +79,18 @@ def _tie(config: Config, found: dict[str, Tensor]) -> None:
 
 def _check_flags(layout: CheckpointLayout, config: Config, found: Mapping[str, Tensor]) -> None:
     """Raise FormatError if config.json says that there are tensors, and they are not there, or the other way round."""
-    flags = {layout.bias_key: "attn_q.bias", "mlp_bias": "ffn_up.bias"}
+    flags = {layout.bias_key: "attn_q.bias"}
+    if layout.bias_key == "attention_bias":
+        flags["mlp_bias"] = "ffn_up.bias"
     if "attn_q_norm" in layout.decoder.optional_norms:
         flags |= {"qk_layernorm": "attn_q_norm.weight", "use_parallel_residual": "ffn_norm.weight"}
     for key, name in flags.items():
         value, is_there = config.get(key), f"blk.0.{name}" in found
-        if value is not None and value != (is_there != (key == "use_parallel_residual")):
+        other = is_there != (key == "use_parallel_residual")
+        if value is None and other and key not in _TRUE_IF_MISSING and layout.arch != "gpt-oss":
+            what = f"has no {key}, so transformers takes it as false, but the tensors say true: this is converted"
+            warnings.warn(f"{config.path}: {what}", stacklevel=2)
+        if value is not None and value != other:
             shown = "is a tensor" if is_there else "is no tensor"
             raise FormatError(f"{config.path}: {key} is {value}, but there {shown} for blk.0.{name}: not of one model")
 

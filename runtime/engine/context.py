@@ -7,15 +7,15 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.formats.frozen import frozen
 from gguf_run.models.kv_cache import GROUP
-from gguf_run.runtime.sampling.filters import Candidates
+from gguf_run.runtime.sampling.candidates import Candidates
 
 if TYPE_CHECKING:
     from gguf_run.models.decoder import Decoder
@@ -44,7 +44,7 @@ class Claim:
         self.is_lost = False  # another one has taken the context
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class Ticket:
     """A request to compute: see Turns.computing."""
 

@@ -2,15 +2,15 @@
 
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 
 from gguf_run.formats.errors import OptionError
+from gguf_run.formats.frozen import frozen
 from gguf_run.models.kv_cache import GROUP
 from gguf_run.runtime.engine.context import Claim, Context, Turns, check_prompt, kept
 from gguf_run.runtime.engine.reply import Answer, Piece, Reply
 
 
-@dataclass(frozen=True)
+@frozen
 class Stats:
     """Times, in seconds, and counts of the last generation. Generation and Batch have attributes of these names."""
 

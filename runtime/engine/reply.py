@@ -1,38 +1,25 @@
 """The answer to one prompt, token by token: choose a token, turn it into text, find the reason to stop."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from gguf_run.formats.errors import OptionError, check_names
-from gguf_run.runtime.sampling.params import SamplingOptions, SamplingParams
+from gguf_run.formats.frozen import frozen
+from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler, TokenLogprob
 
 if TYPE_CHECKING:
     from numpy import float32
     from numpy.typing import NDArray
 
-    from gguf_run.runtime.sampling.filters import Candidates
+    from gguf_run.runtime.sampling.candidates import Candidates
     from gguf_run.runtime.tokenizers.tokenizer import TokenStream
 
 
-class BatchOptions(SamplingOptions, total=False):
-    """Keywords of Model.generate_batch."""
-
-    max_tokens: int | None  # the most tokens of an answer; None: until the model ends it or the context is full
-    stop: Sequence[str]  # texts that end an answer
-
-
-class ReplyOptions(BatchOptions, total=False):
-    """Keywords of Model.generate, complete and chat."""
-
-    context_shift: bool  # a full context drops half of its tokens, and the text goes on
-    n_keep: int  # so many first tokens stay then
-
-
-@dataclass(frozen=True)
+@frozen
 class ReplyParams:
-    """The options of one answer, checked, with their defaults: see ReplyOptions."""
+    """The options of one answer, checked, with their defaults: see keywords.ReplyOptions."""
 
     sampling: SamplingParams
     max_tokens: int | None = None
@@ -41,10 +28,10 @@ class ReplyParams:
     n_keep: int = 0
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], kind: type[BatchOptions] = ReplyOptions) -> "ReplyParams":
-        """OptionError for a name that `kind` does not have, and for a value that is not allowed."""
-        check_names(options, kind.__annotations__)
-        own = {field.name for field in fields(cls)}
+    def of(cls, options: Mapping[str, Any], without: Sequence[str] = ()) -> "ReplyParams":
+        """OptionError for a name that is unknown or in `without`, and for a value that is not allowed."""
+        own = {field.name for field in fields(cls)[1:]}
+        check_names(options, ({field.name for field in fields(SamplingParams)} | own) - {*without})
         sampling = SamplingParams(**{name: value for name, value in options.items() if name not in own})
         return cls(sampling, **{name: value for name, value in options.items() if name in own})
 
@@ -70,7 +57,7 @@ class Piece(str):
         return piece
 
 
-@dataclass(frozen=True)
+@frozen
 class Answer:
     """The whole text that a prompt got, and how it ended."""
 

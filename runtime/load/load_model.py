@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gguf_run.formats.compiler.jit import compile_notice
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
+from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.kernels_cpu.panels.panels import main_panel
 from gguf_run.kernels_cpu.replay.team import MAX_THREADS
@@ -37,7 +38,7 @@ Progress = Callable[[int, int], None]
 _MEASURED_FROM = 32 << 20  # bytes of a model for which it pays to measure the machine
 
 
-@dataclass(frozen=True)
+@frozen
 class LoadedModel:
     """The parts of a Model."""
 

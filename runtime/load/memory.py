@@ -3,9 +3,10 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.tensors import TensorInfo
 from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
 from gguf_run.kernels_cpu.panels.panels import matrix_bytes
@@ -19,7 +20,7 @@ _CTX_STEP = 256  # a context that is advised is a multiple of this
 _ADVISED = ("q8_0", "int8", "q4_0")  # smaller cache types to advise, best first
 
 
-@dataclass(frozen=True)
+@frozen
 class MemoryNeed:
     """Bytes that one device holds."""
 
@@ -32,7 +33,7 @@ class MemoryNeed:
         return self.weights + self.cache + self.buffers
 
 
-@dataclass(frozen=True)
+@frozen
 class WeightSizes:
     """Bytes of all weights in one kind of device's panels."""
 
@@ -43,7 +44,7 @@ class WeightSizes:
     experts: tuple[int, ...] = ()  # of each layer
 
 
-@dataclass(frozen=True)
+@frozen
 class MemoryPlan:
     """A model to load, and which part of it the CPU's memory holds."""
 

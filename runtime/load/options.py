@@ -2,10 +2,10 @@
 
 import os
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from gguf_run.formats.errors import OptionError
+from gguf_run.formats.frozen import frozen
 from gguf_run.runtime.load.placement import CPU, Device
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ MAX_N_SEQ = 1024
 DEFAULT_N_CTX = 4096  # unless the model was trained with less
 
 
-@dataclass(frozen=True)
+@frozen
 class Wanted:
     """The options that say what runs where, checked."""
 
@@ -35,26 +35,7 @@ class Wanted:
         return not self.cpu_only and (bool(self.devices) or self.n_gpu is not None)
 
 
-class LoadKeywords(TypedDict, total=False):
-    """The fields of LoadOptions as keywords of a function, for editors and type checkers."""
-
-    n_ctx: int | None
-    n_threads: int | None
-    n_batch: int
-    n_seq: int
-    device: str
-    gpu_layers: str | int | None
-    tensor_split: str | None
-    cpu_moe: bool
-    n_cpu_moe: int | None
-    cache_type: "str | tuple[str, str] | list[CacheType] | None"
-    cache_rotation: bool | None
-    cache_scales: str | os.PathLike[str] | None
-    quantize: str | None
-    observe: bool
-
-
-@dataclass(frozen=True)
+@frozen
 class LoadOptions:
     """Everything that a user can choose when a model is loaded. OptionError for a value that is not allowed."""
 

@@ -1,9 +1,9 @@
 """The device that runs each part of a model, as data. fit.py chooses the devices."""
 
-from dataclasses import dataclass
+from gguf_run.formats.frozen import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class Device:
     """Where a part of a model runs."""
 
@@ -17,7 +17,7 @@ class Device:
 CPU = Device("cpu")
 
 
-@dataclass(frozen=True)
+@frozen
 class Placement:
     """The device of each part of a model. The output is with the last layer."""
 

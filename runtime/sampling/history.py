@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from gguf_run.runtime.sampling.filters import Breakers, Candidates, State
+from gguf_run.runtime.sampling.candidates import Breakers, Candidates, State
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 

@@ -5,11 +5,12 @@ The command line imports this file for its help, so it does without NumPy.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from gguf_run.formats.errors import OptionError
+from gguf_run.formats.frozen import frozen
 
 if TYPE_CHECKING:
     from numpy import float32, intp
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     LogitsProcessor = Callable[[NDArray[intp], NDArray[float32]], NDArray[float32]]
 
 
-@dataclass(frozen=True)
+@frozen
 class SamplerKind:
     """A row of the table of samplers."""
 
@@ -95,42 +96,7 @@ _LIMITS: dict[str, tuple[float, float, bool, str]] = {
 }
 
 
-class SamplingOptions(TypedDict, total=False):
-    """The fields of SamplingParams as keywords of a function, for editors and type checkers."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repeat_penalty: float
-    repeat_last_n: int
-    seed: int | None
-    frequency_penalty: float
-    presence_penalty: float
-    dry_multiplier: float
-    dry_base: float
-    dry_allowed_length: int
-    dry_penalty_last_n: int
-    dry_sequence_breakers: Sequence[str]
-    top_n_sigma: float
-    typical_p: float
-    xtc_probability: float
-    xtc_threshold: float
-    dynatemp_range: float
-    dynatemp_exponent: float
-    mirostat: int
-    mirostat_tau: float
-    mirostat_eta: float
-    adaptive_target: float
-    adaptive_decay: float
-    samplers: str | Sequence[str]
-    logit_bias: Mapping[int, float]
-    logits_processors: "Sequence[LogitsProcessor]"
-    logprobs: int | None
-    ignore_eos: bool
-
-
-@dataclass(frozen=True)
+@frozen
 class SamplingParams:
     """How to choose tokens, with llama.cpp's names and defaults. OptionError for a value that is not allowed.
 

@@ -4,15 +4,17 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.frozen import frozen
 from gguf_run.runtime.sampling import filters
-from gguf_run.runtime.sampling.filters import EXACT, GREEDY, Breakers, Candidates, State, largest
+from gguf_run.runtime.sampling.candidates import EXACT, Breakers, Candidates, State, largest
+from gguf_run.runtime.sampling.filters import GREEDY
 from gguf_run.runtime.sampling.params import SAMPLERS, SamplerKind, SamplingParams
 
 if TYPE_CHECKING:
@@ -21,17 +23,14 @@ if TYPE_CHECKING:
 Function = Callable[[Candidates, SamplingParams, State], Candidates]
 
 _FILTERS: Mapping[str, Function] = {
-    "top_n_sigma": filters.top_n_sigma,
     "top_k": filters.top_k,
-    "typ_p": filters.typical,
     "top_p": filters.top_p,
     "min_p": filters.min_p,
-    "xtc": filters.xtc,
     "temperature": filters.temperature,
 }
 
 
-@dataclass(frozen=True)
+@frozen
 class TokenLogprob:
     """Natural logarithms of probabilities where a token was chosen, before any bias, processor or sampler."""
 
@@ -143,12 +142,13 @@ def _is_greedy(params: SamplingParams) -> bool:
 
 
 def function(name: str) -> Function:
-    """Return the function of a sampler. Those that look back at the context are imported when they are on."""
+    """Return the function of a sampler. Those that are off by default are imported when they are on."""
     if name in _FILTERS:
         return _FILTERS[name]
     from gguf_run.runtime.sampling.history import dry, penalties
+    from gguf_run.runtime.sampling.uncommon import top_n_sigma, typical, xtc
 
-    return {"penalties": penalties, "dry": dry}[name]
+    return {"penalties": penalties, "dry": dry, "top_n_sigma": top_n_sigma, "typ_p": typical, "xtc": xtc}[name]
 
 
 def _selector(params: SamplingParams) -> "Mirostat | AdaptiveP | None":

@@ -9,7 +9,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.runtime.sampling.filters import Candidates, head
+from gguf_run.runtime.sampling.candidates import Candidates, head
 
 
 class Mirostat:

@@ -5,7 +5,8 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 
-from gguf_run.runtime.terminal.text import DIM, PLAIN, n_columns
+from gguf_run.runtime.terminal.reasoning import DIM, PLAIN
+from gguf_run.runtime.terminal.text import n_columns
 from gguf_run.runtime.terminal.wrap import FENCES, Line
 
 _BEGINS = re.compile(r"#{1,6} |[-*+] |\d{1,9}[.)] |```|~~~")  # a line that ends the block before it

@@ -1,17 +1,11 @@
-"""Text for people at a terminal: one line that is safe to show, sizes, colours; and text files that they give.
+"""Text for people at a terminal: one line that is safe to show, sizes; and text files that they give."""
 
-Colours: what a model thinks before it answers is dimmed. There are no colours where the output is no terminal, or where
-NO_COLOR is set (https://no-color.org).
-"""
-
-import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import click
 
@@ -19,9 +13,6 @@ from gguf_run.formats.errors import GgufRunError, plain
 from gguf_run.formats.gguf.mapped import read_bytes
 
 MAX_TEXT_BYTES = 1 << 30
-DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-# Tags that begin and end a block of reasoning: of DeepSeek-R1, Qwen3 and most others; of Magistral; of Seed-OSS.
-TAGS = {"<think>": "</think>", "[THINK]": "[/THINK]", "<seed:think>": "</seed:think>"}
 
 
 def one_line(text: str) -> str:
@@ -32,12 +23,6 @@ def one_line(text: str) -> str:
 def without_controls(text: str) -> str:
     """Return text of several lines without what a terminal obeys: a model may write escape codes. The rest stays."""
     return re.sub(r"[^\n\t\r\x20-\x7e\xa0-\U0010ffff]", lambda match: repr(match[0])[1:-1], text)
-
-
-def json_text(value: Any) -> str:
-    """Return JSON that is safe to show: characters that steer a terminal or turn the direction of text are escaped."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def message(text: str) -> None:
@@ -96,43 +81,5 @@ def n_columns(stream: TextIO) -> int:
 
 
 def has_colours() -> bool:
-    """Whether stdout may get escape codes."""
+    """Whether stdout may get escape codes: it is a terminal, and NO_COLOR is not set (https://no-color.org)."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
-def open_tag(prompt: str) -> str | None:
-    """Return the tag that a prompt ends with: the template has begun the reasoning itself. None if there is no tag."""
-    return next((tag for tag in TAGS if prompt.rstrip().endswith(tag)), None)
-
-
-def dimmed(pieces: Iterable[str], inside: str | None) -> Iterator[str]:
-    """Yield the text of pieces with escape codes around blocks of reasoning. inside: tag of a block that is open.
-
-    A tag may come in several pieces: text that could be the beginning of a tag is held back.
-    """
-    held = ""
-    if inside is not None:
-        yield DIM
-    try:
-        for piece in pieces:
-            text = held + piece
-            while True:
-                awaited = tuple(TAGS) if inside is None else (TAGS[inside],)
-                at, tag = min(((text.find(tag), tag) for tag in awaited if tag in text), default=(-1, ""))
-                if at < 0:
-                    break
-                before, inside = inside, tag if inside is None else None
-                yield text[:at] + (DIM + tag if before is None else tag + PLAIN)
-                text = text[at + len(tag) :]
-            n_held = max((n for tag in awaited for n in range(1, len(tag)) if text.endswith(tag[:n])), default=0)
-            shown, held = text[: len(text) - n_held], text[len(text) - n_held :]
-            if shown:
-                yield shown
-        if held:
-            yield held
-        if inside is not None:
-            inside = None
-            yield PLAIN  # behind a word that the next one still holds back
-    finally:
-        if inside is not None:
-            sys.stdout.write(PLAIN)

@@ -6,11 +6,12 @@ trained with (marks and letter cases of gpt-4o and tekken), the expressions here
 """
 
 import warnings
-from dataclasses import dataclass
 from types import MappingProxyType
 
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+
+from gguf_run.formats.frozen import frozen
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -72,7 +73,7 @@ _THREES = r"(?<!\P{N})\P{N}*+\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
 _BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 
 
-@dataclass(frozen=True)
+@frozen
 class PreTokenizer:
     """A way to cut a text into words."""
 

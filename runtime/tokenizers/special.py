@@ -3,14 +3,15 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
+
+from gguf_run.formats.frozen import frozen
 
 ASCII_BLANKS = " \t\n\v\f\r"
 # White space as Unicode defines it: Python's isspace counts four control characters more.
 WHITE_SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f")
 
 
-@dataclass(frozen=True)
+@frozen
 class Flags:
     """Special tokens that do more than stand in a text."""
 

@@ -1,13 +1,13 @@
 """The vocabulary in a file's metadata, checked: tokens, their types, and the ids that have a role."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import FormatError
+from gguf_run.formats.frozen import frozen
 from gguf_run.runtime.tokenizers.special import ASCII_BLANKS, WHITE_SPACE, Flags
 
 # Values of tokenizer.ggml.token_type; any other value means undefined.
@@ -39,7 +39,7 @@ _ENDS_OF_MANY_MESSAGES = (("<|call|>", "<|calls|>"), ("<|return|>", "<|flush|>")
 STEPS = ("normalizer.nfc", "normalizer.nfkc", "normalizer.json", "pre_tokenizer.json", "precompiled_charsmap")
 
 
-@dataclass(frozen=True)
+@frozen
 class _Role:
     """The role of a token."""
 
@@ -63,7 +63,7 @@ _ROLES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@frozen
 class Defaults:
     """Values for keys that the metadata lacks. They depend on the kind of tokenizer."""
 
@@ -74,7 +74,7 @@ class Defaults:
     unknown: int | None = None
 
 
-@dataclass(frozen=True)
+@frozen
 class Vocab:
     """A checked vocabulary. Ids of roles are None if the model has no such token."""
 

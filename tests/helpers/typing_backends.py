@@ -11,9 +11,9 @@ from gguf_run.kernels_cpu.rows.observe import CpuSquares
 from gguf_run.kernels_gpu.attention.cache import GpuCache
 from gguf_run.kernels_gpu.backend import GpuBackend, GpuOp
 from gguf_run.kernels_gpu.panels.memory import GpuExperts, GpuSquares, GpuWeight, WeightPart
-from gguf_run.models.backend import Backend
 from gguf_run.models.operands import AttentionShape, Buffer
 from gguf_run.models.ops import Attend, Embed, Matmul, RmsNorm
+from gguf_run.models.protocol import Backend
 
 
 def cpu_keeps_the_contract(

@@ -12,9 +12,10 @@ from numpy_backend import NumpyBackend
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.kernels_cpu.backend import CpuBackend
-from gguf_run.models.backend import AnyBackend, CacheType
+from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
+from gguf_run.models.protocol import AnyBackend
 from gguf_run.runtime.convert.open_checkpoint import open_checkpoint
 from gguf_run.runtime.engine.context import Context
 

@@ -23,10 +23,9 @@ from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 from gguf_run.runtime import LoadOptions, Model, SamplingParams, TokenLogprob
+from gguf_run.runtime.keywords import LoadKeywords, SamplingOptions
 from gguf_run.runtime.load import load_model
 from gguf_run.runtime.load.machine import driver_there
-from gguf_run.runtime.load.options import LoadKeywords
-from gguf_run.runtime.sampling.params import SamplingOptions
 from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
 TEXT = "the order and another one"

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.formats.errors import FormatError, UnsupportedError
-from gguf_run.formats.gguf.mapped import MemoryFile, quoted
+from gguf_run.formats.gguf.mapped import quoted
+from gguf_run.formats.gguf.memory_file import MemoryFile
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.formats.safetensors import StoredArray
 

@@ -14,6 +14,7 @@ from gguf_run.runtime.convert.vocabulary.tiktoken import read_tekken, read_tikto
 from gguf_run.runtime.convert.vocabulary.tokenizer_json import read_tokenizer_json
 from gguf_run.runtime.convert.vocabulary.vocabulary import (
     MAX_TOKENS,
+    Added,
     Vocabulary,
     added_tokens,
     mark_added,
@@ -21,7 +22,7 @@ from gguf_run.runtime.convert.vocabulary.vocabulary import (
     text_of,
     warn,
 )
-from gguf_run.runtime.tokenizers.vocab import END_NAMES, NORMAL
+from gguf_run.runtime.tokenizers.vocab import END_NAMES, NORMAL, UNUSED
 
 _PREFIX = "tokenizer.ggml."
 
@@ -53,9 +54,12 @@ def tokenizer_metadata(directory: Path, config: Mapping[str, Any]) -> dict[str, 
     settings = _read_if_there(directory / "special_tokens_map.json")
     settings |= _read_if_there(directory / "tokenizer_config.json")
     path, data = _read_source(directory)
-    vocabulary = _read_vocabulary(directory, path, data, n_vocab, str(config.get("model_type", "")))
-    if vocabulary.model in ("llama", "t5"):
-        _mark_more_added(vocabulary, directory, settings)
+    added = _more_added(directory, settings)
+    vocabulary = _read_vocabulary(directory, path, data, n_vocab, str(config.get("model_type", "")), added)
+    if vocabulary.model not in ("llama", "t5"):  # tokenizer.json counts, where it has a token
+        tokens, types = vocabulary.tokens, vocabulary.types
+        added = [e for e in added if e.id < len(tokens) and types[e.id] == UNUSED and e.content not in tokens]
+    mark_added(vocabulary, added)
     pairs: dict[str, Any] = {_PREFIX + name: getattr(vocabulary, name) for name in ("model", "pre", "tokens")}
     if vocabulary.scores is not None:
         pairs[f"{_PREFIX}scores"] = np.array(vocabulary.scores, np.float32)
@@ -65,7 +69,9 @@ def tokenizer_metadata(directory: Path, config: Mapping[str, Any]) -> dict[str, 
     generation = _read_if_there(directory / "generation_config.json")
     roles = _role_ids(vocabulary, settings, config)
     more = dict(vocabulary.more)
-    if ends := _add_ends(roles, vocabulary, settings, generation.get("eos_token_id", config.get("eos_token_id")), path):
+    given = generation.get("eos_token_id")
+    given = config.get("eos_token_id") if given is None else given
+    if ends := _add_ends(roles, vocabulary, settings, given, path):
         more["eos_token_ids"] = np.array(ends, np.int32)
     pairs |= {_PREFIX + _ROLES[role]: roles[role] for role in _ROLES if role in roles}
     for role in ("bos", "eos"):
@@ -87,9 +93,12 @@ def _read_source(directory: Path) -> tuple[Path, dict[str, Any] | None]:
 
 
 def _read_vocabulary(
-    directory: Path, first: Path, data: dict[str, Any] | None, n_vocab: int | None, model_type: str
+    directory: Path, first: Path, data: dict[str, Any] | None, n_vocab: int | None, model_type: str, added: list[Added]
 ) -> Vocabulary:
-    """Read the vocabulary. SentencePiece's file has scores; tokenizer.json has only their order."""
+    """Read the vocabulary. SentencePiece's file has scores; tokenizer.json has only their order.
+
+    added: tokens that other files add to a SentencePiece model without a tokenizer.json.
+    """
     found = [path for name in _SOURCES for path in sorted(directory.glob(name))]
     piece_file = next((path for path in found if path.suffix == ".model" and is_sentencepiece(read_file(path))), None)
     if data is not None:
@@ -105,7 +114,7 @@ def _read_vocabulary(
                 return exact
         return vocabulary
     if piece_file is not None:
-        vocabulary = read_sentencepiece(piece_file, n_vocab)
+        vocabulary = read_sentencepiece(piece_file, n_vocab, added)
         own = vocabulary.more.keys() - {"add_space_prefix"}
         if vocabulary.model == "llama" and own:
             names = ", ".join(sorted(own))
@@ -114,16 +123,15 @@ def _read_vocabulary(
     return read_tekken(first, n_vocab) if first.name == "tekken.json" else read_tiktoken(first, n_vocab)
 
 
-def _mark_more_added(vocabulary: Vocabulary, directory: Path, settings: Mapping[str, Any]) -> None:
-    """Mark the tokens that files beside a SentencePiece model add to it."""
+def _more_added(directory: Path, settings: Mapping[str, Any]) -> list[Added]:
+    """Return the tokens that files beside the vocabulary's own add to it."""
     path = directory / "added_tokens.json"
     listed = [{"id": id, "content": token} for token, id in _read_if_there(path).items()]
     decoder = settings.get("added_tokens_decoder")
     entries: list[Any] = []
     for id, entry in (decoder if isinstance(decoder, Mapping) else {}).items():
         entries.append({**entry, "id": int(id)} if isinstance(entry, Mapping) and id.isdecimal() else entry)
-    added = added_tokens(listed, path) + added_tokens(entries, directory / "tokenizer_config.json")
-    mark_added(vocabulary, added)
+    return added_tokens(listed, path) + added_tokens(entries, directory / "tokenizer_config.json")
 
 
 def _role_ids(vocabulary: Vocabulary, settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, int]:

@@ -12,14 +12,14 @@ Field numbers: sentencepiece_model.proto of SentencePiece.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
-from gguf_run.runtime.convert.vocabulary.vocabulary import PADDING_SCORE, Vocabulary, lay_out, read_file
+from gguf_run.runtime.convert.vocabulary.vocabulary import PADDING_SCORE, Added, Vocabulary, lay_out, read_file
 from gguf_run.runtime.tokenizers.vocab import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 
 # SentencePiece.Type in ggml's token types.
@@ -28,10 +28,11 @@ _TYPES = {1: NORMAL, 2: UNKNOWN, 3: CONTROL, 4: USER_DEFINED, 5: UNUSED, 6: BYTE
 _UNIGRAM, _BPE = 1, 2
 
 
-def read_sentencepiece(path: Path, n_vocab: int | None) -> Vocabulary:
+def read_sentencepiece(path: Path, n_vocab: int | None, added: Iterable[Added] = ()) -> Vocabulary:
     """Return the vocabulary of a SentencePiece model.
 
-    n_vocab: tokens are added or cut to make so many; None: as many as the file has.
+    n_vocab: tokens are added or cut to make so many; None: as many as there are.
+    added: tokens of other files; those with ids beyond the file's own are added.
 
     FormatError for a damaged file. UnsupportedError for a model of words or characters.
     """
@@ -50,8 +51,8 @@ def read_sentencepiece(path: Path, n_vocab: int | None) -> Vocabulary:
     kind = train.get(3, _UNIGRAM)
     if kind not in (_UNIGRAM, _BPE):
         raise UnsupportedError(f"{path}: a SentencePiece model of type {kind!r}: 1 (unigram) and 2 (BPE) are supported")
-    found = {id: token for id, (token, _, _) in enumerate(pieces)}
-    n_vocab = n_vocab or len(pieces)
+    found = {entry.id: entry.content for entry in added} | {id: token for id, (token, _, _) in enumerate(pieces)}
+    n_vocab = n_vocab or max(found) + 1
     tokens, types = lay_out(found, n_vocab, path)
     types[: len(pieces)] = [type for _, _, type in pieces[:n_vocab]]
     scores = [score for _, score, _ in pieces[:n_vocab]] + [PADDING_SCORE] * (n_vocab - len(pieces))

@@ -15,6 +15,7 @@ from numpy_backend import attend
 
 from gguf_run.kernels_cpu.attention.cache import CpuCache
 from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS, cache_bytes
+from gguf_run.kernels_cpu.attention.move_rows import load_rows
 from gguf_run.models.backend import CacheType
 from gguf_run.models.operands import AttentionShape
 from gguf_run.models.ops import Attend
@@ -30,7 +31,7 @@ BOUND, ROTATED_BOUND = 3e-4, 1e-2
 def stored(cache: CpuCache, kind: str, slots: np.ndarray) -> np.ndarray:
     """Rows as they are stored, without turning them back: float64[n, n_head_kv, head_dim]."""
     rows, memory = (cache.rows_k, cache.k) if kind == "k" else (cache.rows_v, cache.v)
-    return replace(rows, rotate=False).load(memory[0], slots).astype(np.float64)
+    return load_rows(replace(rows, rotate=False), memory[0], slots).astype(np.float64)
 
 
 class Case:
@@ -120,7 +121,7 @@ def test_rotation_changes_nothing(head_dim: int) -> None:
         assert error(a.astype(np.float64), b.astype(np.float64)) < 2e-5
     assert error(stored(rotated.cache, "k", np.arange(5)), rotated.values["k"][:5] @ hadamard(head_dim)) < 1e-6
     np.testing.assert_allclose(
-        rotated.cache.rows_k.load(rotated.cache.k[0], np.arange(5)), rotated.values["k"][:5], atol=1e-5
+        load_rows(rotated.cache.rows_k, rotated.cache.k[0], np.arange(5)), rotated.values["k"][:5], atol=1e-5
     )
 
 

@@ -17,8 +17,8 @@ from isa_features import LIMITED, environment, host_has
 from llvmlite import binding
 from numba import from_dtype, types
 
-from gguf_run.formats.compiler.deferred import resolved
-from gguf_run.formats.compiler.jit import host_features, with_arm_features
+from gguf_run.formats.compiler.machine_code import host_features, with_arm_features
+from gguf_run.formats.compiler.resolve import resolved
 from gguf_run.kernels_cpu.matmul.matmul import matmul
 from gguf_run.kernels_cpu.panels.panels import PANEL_OF, panel_id
 from gguf_run.kernels_cpu.replay.op import TapeOp

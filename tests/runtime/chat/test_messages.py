@@ -41,6 +41,16 @@ def call(arguments: Any, **more: Any) -> dict[str, Any]:
         ([{"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f"}}]}],
          [{"role": "assistant", "content": "",
            "tool_calls": [{"type": "function", "id": "1", "function": {"name": "f", "arguments": {}}}]}]),
+        # The first API for calls.
+        ([{"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}},
+          {"role": "function", "name": "f", "content": "3"}],
+         [call({"a": 1}, content=""), {"role": "tool", "name": "f", "content": "3"}]),
+        ([{"role": "assistant", "tool_calls": [{"id": None, "type": None, "function": {"name": "f"}}]}],
+         [call({}, content="")]),
+        ([{"role": "assistant", "content": None, "refusal": "No."}], [{"role": "assistant", "content": "No."}]),
+        ([{"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}],
+         [{"role": "assistant", "content": "No."}]),
+        ([{"role": "user", "content": [{"type": "input_text", "text": "a"}]}], [{"role": "user", "content": "a"}]),
     ],
 )  # fmt: skip
 def test_uniform(given: Any, expected: list[dict[str, Any]]) -> None:
@@ -75,6 +85,9 @@ U = {"role": "user", "content": "a"}
         ([U, {"role": "user", "content": 5}], "messages[1].content is a number; allowed: a string, or a list of {"),
         ([{"role": "tool", "content": {"t": 20}}], "messages[0].content is an object; allowed: a string, or a list"),
         ([{"role": "user", "content": True}], "messages[0].content is a boolean"),
+        ([{"role": "assistant", "function_call": "f"}], "messages[0].function_call is a string; allowed: an object"),
+        ([{"role": "assistant", "refusal": 5}], "messages[0].refusal is a number; allowed: a string"),
+        ([{"role": "user", "content": [{"type": {}}]}], 'messages[0].content[0].type is {}; allowed: "text"'),
         ([{"role": "user", "content": ["a"]}], "messages[0].content[0] is a string; allowed: an object, as {"),
         ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}],
          'messages[0].content[1].type is "image_url"; allowed: "text"'),

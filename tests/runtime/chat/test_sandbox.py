@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from gguf_run.runtime.chat.sandbox import NO_CALLS, NO_SYSTEM, NO_TOOLS, render
+from gguf_run.runtime.chat.sandbox import NO_CALLS, NO_LATER_SYSTEM, NO_SYSTEM, NO_TOOLS, render
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Hi"}
@@ -49,6 +49,36 @@ def test_a_system_message_with_a_place_stays() -> None:
     assert rendered(trimmed, SYSTEM, USER) == ("be brief.Hi", [])
     with_tools = "{% for t in tools %}{{ t.function.name }}{% endfor %}" + ALL  # fails without tools
     assert rendered(with_tools, SYSTEM, USER, tools=TOOLS) == ("w<system>Be brief.<user>Hi", [])
+
+
+FIRST_ONLY = "{% if messages[0].role == 'system' %}S:{{ messages[0].content }}{% endif %}" + IGNORES
+
+
+def test_a_later_system_message_is_not_lost() -> None:
+    second = {"role": "system", "content": "Be kind."}
+    assert rendered(FIRST_ONLY, SYSTEM, USER) == ("S:Be brief.<user>Hi", [])
+    assert rendered(FIRST_ONLY, SYSTEM, second, USER) == ("S:Be brief.<user>Be kind.\nHi", [NO_LATER_SYSTEM])
+    assert rendered(FIRST_ONLY, USER, ANSWER, SYSTEM, USER) == (
+        "<user>Hi<assistant>Hello<user>Be brief.\nHi", [NO_LATER_SYSTEM]
+    )  # fmt: skip
+    assert rendered(FIRST_ONLY, USER, SYSTEM) == ("<user>Hi\nBe brief.", [NO_LATER_SYSTEM])
+    assert rendered(ALTERNATES, USER, SYSTEM) == ("<user>Hi\nBe brief.", [NO_SYSTEM])
+    assert rendered(ALL, USER, ANSWER, SYSTEM, USER)[1] == []
+
+
+PARTS = (
+    "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
+    "{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+def test_content_in_parts_for_templates_that_show_nothing_else() -> None:
+    assert rendered(PARTS, SYSTEM, USER) == ("<system>Be brief.<user>Hi", [])
+    both = PARTS.replace("{% for part", "{% if m.content is string %}{{ m.content }}!{% else %}{% for part", 1)
+    both = both.replace("{% endfor %}{% endfor %}", "{% endfor %}{% endif %}{% endfor %}")
+    assert rendered(both, USER) == ("<user>Hi!", [])
+    without_system = PARTS.replace("<{{", "{% if m.role == 'system' %}{{ raise_exception('No') }}{% endif %}<{{", 1)
+    assert rendered(without_system, SYSTEM, USER) == ("<user>Be brief.\nHi", [NO_SYSTEM])
 
 
 def test_a_refusal_that_has_another_cause_is_told() -> None:

@@ -4,7 +4,8 @@ import click
 import pytest
 
 from gguf_run.formats.errors import OptionError
-from gguf_run.runtime.cli.options import CTX_SIZE, RUNTIME_OPTIONS, byte_size, to_load_options
+from gguf_run.runtime.cli.byte_size import byte_size
+from gguf_run.runtime.cli.options import CTX_SIZE, RUNTIME_OPTIONS, to_load_options
 from gguf_run.runtime.load.options import LoadOptions
 
 

@@ -191,17 +191,20 @@ def test_a_key_that_is_left_out_has_transformers_default(name: str, tmp_path: Pa
     path = tmp_path / "config.json"
     text = path.read_text()
     layout, _ = layout_of(Config(path, json.loads(text)))
-    sizes = ("vocab_size", "head_dim", "tie_word_embeddings", "num_attention_heads", "num_key_value_heads")
-    for key in layout.defaults.keys() - sizes:
+    sizes = {"vocab_size", "head_dim", "num_attention_heads", "num_key_value_heads"}
+    more = {"rope_parameters", "tie_word_embeddings", "rms_norm_eps", "layer_norm_eps", "norm_epsilon"}
+    flags = {"attention_bias", "mlp_bias", "use_qkv_bias", "use_bias", "qk_layernorm", "use_parallel_residual"}
+    for key in sorted((layout.defaults.keys() | ((more | flags) & json.loads(text).keys())) - sizes):
         values = json.loads(text)
         values.pop(key, None)
         for part in ("rope_parameters", *(("rope_parameters", "full_attention") if name == "gemma3" else ())):
-            place = values["rope_parameters"] if part == "full_attention" else values
+            place = values.get("rope_parameters", {}) if part == "full_attention" else values
             if key.startswith("rope") and isinstance(place.get(part), dict):
                 place[part].pop(key, None)
         path.write_text(json.dumps(values))
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
-        assert not outcome(tmp_path, hf_tiny.logits(model.eval(), IDS), {}), key
+        said = {} if key in layout.defaults.keys() - {"tie_word_embeddings"} else {key: None}
+        assert not outcome(tmp_path, hf_tiny.logits(model.eval(), IDS), said), key
 
 
 def test_unknown_keys_are_told_and_harmless_ones_are_not(tmp_path: Path) -> None:
@@ -213,6 +216,52 @@ def test_unknown_keys_are_told_and_harmless_ones_are_not(tmp_path: Path) -> None
         open_checkpoint.open_checkpoint(tmp_path)
     hf_tiny.plain_llama(tmp_path, use_new_thing=True, rope_scaling={"rope_type": "linear", "factor": 2, "turns": 3})
     with pytest.warns(UserWarning, match=r"not know .rope_parameters\.turns., .use_new_thing.: if that changes"):
+        open_checkpoint.open_checkpoint(tmp_path)
+
+
+# Keys of published files that transformers does not read, or whose value is built in.
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("starcoder2", {"attention_softmax_in_fp32": True, "scale_attention_softmax_in_fp32": True,
+                        "scale_attn_weights": True, "layer_norm_epsilon": 1e-5}),
+        ("qwen3moe", {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0}),
+        ("gemma2", {"sliding_window_size": 4096}),
+        ("gemma3", {"image_token_id": 7, "boi_token_id": 8, "eoi_token_index": 9, "video_token_id": 10}),
+        ("llama", {"num_labels": 2, "use_flash_attention_2": True, "decoder_start_token_id": 5}),
+        ("stablelm", {"num_heads": 6, "rotary_scaling_factor": 1.0}),
+    ],
+)  # fmt: skip
+def test_keys_of_published_files_give_no_warning(name: str, extra: dict[str, Any], tmp_path: Path) -> None:
+    hf_tiny.make(name, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | extra))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_checkpoint.open_checkpoint(tmp_path)
+
+
+def test_the_epsilon_of_published_files(tmp_path: Path) -> None:
+    """OLMoE's files leave it out, StableLM's first ones have another name; no other file lacks it."""
+    path = tmp_path / "config.json"
+    for name, old, new, key in (
+        ("olmoe", "rms_norm_eps", {}, "olmoe.attention.layer_norm_rms_epsilon"),
+        ("stablelm", "layer_norm_eps", {"norm_eps": 1e-5}, "stablelm.attention.layer_norm_epsilon"),
+    ):
+        hf_tiny.make(name, tmp_path)
+        values = json.loads(path.read_text())
+        del values[old]
+        path.write_text(json.dumps(values | new))
+        assert open_checkpoint.open_checkpoint(tmp_path).metadata[key] == pytest.approx(1e-5)
+    hf_tiny.plain_llama(tmp_path, rms_norm_eps=None)
+    with pytest.raises(GgufRunError, match=r"config\.json: rms_norm_eps is missing, must be a number"):
+        open_checkpoint.open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("extra", [{"scale_attn_weights": False}, {"rotary_scaling_factor": 2.0}])
+def test_values_that_no_file_can_tell(extra: dict[str, Any], tmp_path: Path) -> None:
+    hf_tiny.plain_llama(tmp_path, **extra)
+    with pytest.raises(GgufRunError, match=next(iter(extra))):
         open_checkpoint.open_checkpoint(tmp_path)
 
 

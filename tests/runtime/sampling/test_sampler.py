@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.runtime.sampling import filters as samplers
-from gguf_run.runtime.sampling.filters import Candidates
+from gguf_run.runtime.sampling.candidates import Candidates
 from gguf_run.runtime.sampling.history import breakers, repeated_runs
 from gguf_run.runtime.sampling.params import SAMPLERS, SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler, function

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from samplers_vs_llamacpp import cases, logits
 
-from gguf_run.runtime.sampling.filters import Candidates
+from gguf_run.runtime.sampling.candidates import Candidates
 from gguf_run.runtime.sampling.params import DEFAULT_CHAIN, SAMPLERS, SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from gguf_run.runtime.terminal.text import DIM, PLAIN
+from gguf_run.runtime.terminal.reasoning import DIM, PLAIN
 
 pytest.importorskip("rich")
 from gguf_run.runtime.terminal.markdown import rendered

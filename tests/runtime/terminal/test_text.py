@@ -1,9 +1,7 @@
-import json
-
 import pytest
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.terminal.text import decode_text, json_text, one_line, size_text, without_controls
+from gguf_run.runtime.terminal.text import decode_text, one_line, size_text, without_controls
 
 
 def test_one_line() -> None:
@@ -14,15 +12,6 @@ def test_an_answer_cannot_steer_the_terminal() -> None:
     text = "a\n\t\u200f\u05d0é漢🙂\r\n"
     assert without_controls(text) == text
     assert without_controls("a\x1b]52;c;x\x07\x9b2J\x00\x08") == "a\\x1b]52;c;x\\x07\\x9b2J\\x00\\x08"
-
-
-def test_json_text() -> None:
-    """Whatever steers a terminal or turns the direction of text is escaped; letters of any script are not."""
-    facts = {"a\x9b31m": ["é漢🦙 b", "\x1b[2J\x7f\x00\n", "\u202e\u2066\u200f\u2028\U000e0041"], "b": 1.5}
-    text = json_text(facts)
-    assert json.loads(text) == facts
-    assert "é漢🦙 b" in text
-    assert all(c.isprintable() for c in text.replace("\n", ""))
 
 
 def test_decode_text_counts_from_the_first_byte() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gguf_run.runtime.terminal.text import DIM, PLAIN
+from gguf_run.runtime.terminal.reasoning import DIM, PLAIN
 from gguf_run.runtime.terminal.wrap import Line, wrapped
 
 TEXT = "The quick brown fox jumps over the lazy dog.\n\n  - and then it\tsleeps, \u65e5\u672c\u8a9e well.\n"

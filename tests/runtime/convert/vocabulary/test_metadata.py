@@ -70,6 +70,18 @@ def test_tokens_beyond_the_embedding_are_left_out(tmp_path: Path) -> None:
     assert len(metadata[f"{G}tokens"]) == n - 1
 
 
+def test_tokens_that_only_tokenizer_config_adds(tmp_path: Path) -> None:
+    n = hftokenizers.write(tmp_path, "gpt-2").get_vocab_size()
+    added = {str(n): {"content": "<call>"}, str(n + 1): {"content": "<stop>", "special": True}, "3": {"content": "no"}}
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": added}))
+    metadata = tokenizer_metadata(tmp_path, {"vocab_size": n + 3})
+    assert metadata[f"{G}tokens"][n:] == ["<call>", "<stop>", f"[PAD{n + 2}]"]
+    assert metadata[f"{G}token_type"][n:].tolist() == [USER_DEFINED, CONTROL, UNUSED]
+    assert metadata[f"{G}tokens"][3] != "no"
+    assert Tokenizer.from_metadata(metadata).encode("a<call>b<stop>")[1::2] == [n, n + 1]
+
+
 def test_roles(tmp_path: Path) -> None:
     hftokenizers.write(
         tmp_path, "gpt-2", bos_token="<|im_start|>", eos_token={"content": "<|im_end|>"}, add_bos_token=True
@@ -86,6 +98,7 @@ def test_roles(tmp_path: Path) -> None:
     [
         ({"eos_token_id": 5}, {}, [2, 5]),
         ({"eos_token_id": [5, 2, 7]}, {}, [2, 5, 7]),
+        ({"eos_token_id": [5, 7]}, {"eos_token_id": None}, [2, 5, 7]),
         ({"eos_token_id": 2}, {"eos_token_id": 6}, [2, 6]),
         ({"eos_token_id": 2}, {"eos_token_id": [5, 6, 7]}, [2, 5, 6, 7]),
         ({}, {"eos_token_id": [5, 6, 7, 8, 9, 10, True, None, -1, 10**6]}, [2, 5, 6, 7, 8, 9, 10]),

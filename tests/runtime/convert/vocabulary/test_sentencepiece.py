@@ -38,6 +38,18 @@ def test_sentencepiece(tmp_path: Path) -> None:
     assert (metadata[f"{G}add_bos_token"], metadata[f"{G}add_space_prefix"]) == (True, False)
 
 
+def test_added_tokens_without_a_row_of_the_embeddings_are_said(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(pieces_file(PIECES, message((3, 2), (40, 0)), message((4, 0))))
+    (tmp_path / "added_tokens.json").write_text('{"<tool>": 8, "<far>": 9}')
+    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"10": {"content": "<x>"}}}')
+    with pytest.warns(ConversionWarning, match="2 tokens such as '<far>' are left out: .* vocab_size 9"):
+        metadata = tokenizer_metadata(tmp_path, {"vocab_size": 9})
+    assert metadata[f"{G}tokens"] == [*PIECES, "<tool>"]
+    metadata = tokenizer_metadata(tmp_path, {})  # no size: all are kept
+    assert metadata[f"{G}tokens"] == [*PIECES, "<tool>", "<far>", "<x>"]
+    assert metadata[f"{G}token_type"].tolist()[8:] == [USER_DEFINED] * 3
+
+
 def test_sentencepiece_unigram(tmp_path: Path) -> None:
     data = pieces_file(PIECES, message((3, 1)), message((2, b"\0\1\2"), (4, 0)))
     (tmp_path / "spiece.model").write_bytes(data)

@@ -1,0 +1,34 @@
+"""Values of options that chat templates take: --tools and --chat-template-kwargs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.runtime.terminal.text import decode_text, read_text
+
+MAX_TOOLS_BYTES = 64 << 20
+
+
+def read_tools(path: Path) -> list[dict[str, Any]]:
+    """Return the functions in the file that --tools names. GgufRunError if it holds anything else."""
+    try:
+        tools = json.loads(read_text(path, MAX_TOOLS_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise GgufRunError(f"--tools {path}: not JSON: {error}") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise GgufRunError(f'--tools {path}: must be a list of objects, as [{{"type": "function", ...}}]')
+    return tools
+
+
+def read_template_options(text: str) -> dict[str, Any]:
+    """Return the variables that --chat-template-kwargs gives. OptionError if they are no JSON object."""
+    try:
+        values = json.loads(decode_text(text.encode("utf-8", "surrogateescape"), "--chat-template-kwargs"))
+    except (GgufRunError, ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise OptionError(
+            f'--chat-template-kwargs is {text:.200}; allowed: a JSON object, as {{"enable_thinking": false}}'
+        )
+    return values

@@ -1,0 +1,46 @@
+"""What a model thinks before it answers: on a terminal with colours it is dimmed."""
+
+import sys
+from collections.abc import Iterable, Iterator
+
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+# Tags that begin and end a block of reasoning: of DeepSeek-R1, Qwen3 and most others; of Magistral; of Seed-OSS.
+TAGS = {"<think>": "</think>", "[THINK]": "[/THINK]", "<seed:think>": "</seed:think>"}
+
+
+def open_tag(prompt: str) -> str | None:
+    """Return the tag that a prompt ends with: the template has begun the reasoning itself. None if there is no tag."""
+    return next((tag for tag in TAGS if prompt.rstrip().endswith(tag)), None)
+
+
+def dimmed(pieces: Iterable[str], inside: str | None) -> Iterator[str]:
+    """Yield the text of pieces with escape codes around blocks of reasoning. inside: tag of a block that is open.
+
+    A tag may come in several pieces: text that could be the beginning of a tag is held back.
+    """
+    held = ""
+    if inside is not None:
+        yield DIM
+    try:
+        for piece in pieces:
+            text = held + piece
+            while True:
+                awaited = tuple(TAGS) if inside is None else (TAGS[inside],)
+                at, tag = min(((text.find(tag), tag) for tag in awaited if tag in text), default=(-1, ""))
+                if at < 0:
+                    break
+                before, inside = inside, tag if inside is None else None
+                yield text[:at] + (DIM + tag if before is None else tag + PLAIN)
+                text = text[at + len(tag) :]
+            n_held = max((n for tag in awaited for n in range(1, len(tag)) if text.endswith(tag[:n])), default=0)
+            shown, held = text[: len(text) - n_held], text[len(text) - n_held :]
+            if shown:
+                yield shown
+        if held:
+            yield held
+        if inside is not None:
+            inside = None
+            yield PLAIN  # behind a word that the next one still holds back
+    finally:
+        if inside is not None:
+            sys.stdout.write(PLAIN)
