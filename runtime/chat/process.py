@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from threading import Lock, Timer
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.chat.worker import HELLO, MAX_CPU_S, MAX_MEMORY, OUT_OF_MEMORY
@@ -55,7 +55,8 @@ class TemplateProcess:
             clock.start()
             try:
                 with suppress(OSError):  # it has ended
-                    self._is_ready = is_ready = is_ready or _says_hello(process.stdout)
+                    # What a user's site-packages print at the start stands before HELLO.
+                    self._is_ready = is_ready = is_ready or any(line.endswith(HELLO) for line in process.stdout)
                     process.stdin.write(line)
                     process.stdin.flush()
                     reply = process.stdout.readline(MAX_REPLY)
@@ -96,17 +97,10 @@ class TemplateProcess:
                 creationflags=no_window,
             )
         except OSError as error:
-            found = f"{python} does not start: {error.strerror or error}"
-            if not python:
-                found = "sys.executable names none: set it"
+            found = f"{python or 'the empty sys.executable'} does not start: {error.strerror or error}"
             raise GgufRunError(f"{_NEEDED}, but {found}") from None
         self._end = weakref.finalize(self, _ended, self._process)
         return self._process
-
-
-def _says_hello(stdout: IO[bytes]) -> bool:
-    """Read up to HELLO; return whether it came. What a user's site-packages print at the start stands before it."""
-    return any(line.endswith(HELLO) for line in iter(lambda: stdout.readline(MAX_REPLY), b""))
 
 
 def _ended(process: "subprocess.Popen[bytes]") -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gguf_run.runtime.terminal.text import has_colours, message, n_columns, without_controls
+from gguf_run.runtime.terminal.text import has_colours, message, n_columns
 
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model
@@ -59,18 +59,20 @@ def show(
     def taken() -> Iterator[str]:
         for piece in pieces:
             answer.append(piece)
-            yield without_controls(piece) if sys.stdout.isatty() else piece
+            yield piece
             if is_stopped():
                 break
 
     texts: Iterable[str] = taken()
+    if sys.stdout.isatty():
+        from gguf_run.runtime.terminal.wrap import without_controls, wrapped
+
+        texts = map(without_controls, texts)
     if has_colours():
         from gguf_run.runtime.terminal.reasoning import dimmed
 
         texts = dimmed(texts, tag)
     if sys.stdout.isatty():
-        from gguf_run.runtime.terminal.wrap import wrapped
-
         render = _renderer(with_markdown)
         texts = render(texts) if render else wrapped(texts, lambda: n_columns(sys.stdout))
     for text in texts:

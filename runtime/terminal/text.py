@@ -1,7 +1,6 @@
 """Text for people at a terminal: one line that is safe to show, sizes; and text files that they give."""
 
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,11 +17,6 @@ MAX_TEXT_BYTES = 1 << 30
 def one_line(text: str) -> str:
     """Return text on one line that is safe to show: names from a file may hold escape codes or line breaks."""
     return plain(" ".join(text.split()))
-
-
-def without_controls(text: str) -> str:
-    """Return text of several lines without what a terminal obeys: a model may write escape codes. The rest stays."""
-    return re.sub(r"[^\n\t\r\x20-\x7e\xa0-\U0010ffff]", lambda match: repr(match[0])[1:-1], text)
 
 
 def message(text: str) -> None:

@@ -21,6 +21,11 @@ def wrapped(pieces: Iterable[str], columns: Callable[[], int]) -> Iterator[str]:
         yield text
 
 
+def without_controls(text: str) -> str:
+    """Return text of several lines without what a terminal obeys: a model may write escape codes. The rest stays."""
+    return re.sub(r"[^\n\t\r\x20-\x7e\xa0-\U0010ffff]", lambda match: repr(match[0])[1:-1], text)
+
+
 class Line:
     """The line of text at which the cursor stands.
 

@@ -3,7 +3,7 @@
 import pytest
 
 from gguf_run.runtime.terminal.reasoning import DIM, PLAIN
-from gguf_run.runtime.terminal.wrap import Line, wrapped
+from gguf_run.runtime.terminal.wrap import Line, without_controls, wrapped
 
 TEXT = "The quick brown fox jumps over the lazy dog.\n\n  - and then it\tsleeps, \u65e5\u672c\u8a9e well.\n"
 
@@ -38,3 +38,9 @@ def test_code_stays_as_it_is() -> None:
 
 def test_pieces_come_as_early_as_they_can() -> None:
     assert [*wrapped(["Hel", "lo wor", "ld, ", "so"], lambda: 80)] == ["Hello", " world,", " so"]
+
+
+def test_an_answer_cannot_steer_the_terminal() -> None:
+    text = "a\n\t\u200f\u05d0é漢🙂\r\n"
+    assert without_controls(text) == text
+    assert without_controls("a\x1b]52;c;x\x07\x9b2J\x00\x08") == "a\\x1b]52;c;x\\x07\\x9b2J\\x00\\x08"
