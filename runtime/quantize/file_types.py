@@ -61,7 +61,7 @@ _BY_ID: Mapping[int, FileType] = {kind.id: kind for kind in FILE_TYPES.values() 
 def file_type(text: str) -> FileType:
     """Return the writable file type of that name, alias or number. OptionError lists what is allowed."""
     name = ALIASES.get(text.upper(), text.upper())
-    kind = _BY_ID.get(int(name)) if name.isdecimal() else FILE_TYPES.get(name)
+    kind = _BY_ID.get(int(name)) if len(name) < 20 and name.isdecimal() else FILE_TYPES.get(name)
     if kind is None or not kind.is_writable:
         allowed = f"{did_you_mean(text, WRITABLE_FILES)}allowed are {', '.join(WRITABLE_FILES)}"
         raise OptionError(f'TYPE is "{text}": {allowed}, or the number of a file type')

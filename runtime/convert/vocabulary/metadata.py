@@ -130,7 +130,8 @@ def _more_added(directory: Path, settings: Mapping[str, Any]) -> list[Added]:
     decoder = settings.get("added_tokens_decoder")
     entries: list[Any] = []
     for id, entry in (decoder if isinstance(decoder, Mapping) else {}).items():
-        entries.append({**entry, "id": int(id)} if isinstance(entry, Mapping) and id.isdecimal() else entry)
+        is_id = isinstance(entry, Mapping) and len(id) < 20 and id.isdecimal()  # Python reads no number of any length
+        entries.append({**entry, "id": int(id)} if is_id else entry)
     return added_tokens(listed, path) + added_tokens(entries, directory / "tokenizer_config.json")
 
 
