@@ -20,8 +20,7 @@ def _shortened(text: str) -> str:
 class GgufRunError(Exception):
     """Base: one line that says what was found, what was allowed and what to do.
 
-    What was found may be anything that a file holds. So the message is made plain, and cut in the middle if it is long:
-    what to do stands at its end.
+    What files hold is shown in a plain form. A long message is cut in its middle, as its end says what to do.
     """
 
     def __init__(self, text: str) -> None:

@@ -7,6 +7,7 @@ ever. The making of an instance takes longer, 2.5 µs instead of 1.1. Modules th
 
 from collections.abc import Callable
 from dataclasses import MISSING, FrozenInstanceError, dataclass, field, fields
+from functools import partial
 from operator import attrgetter
 from typing import Any, NoReturn, TypeVar, dataclass_transform, overload
 
@@ -23,9 +24,7 @@ def frozen(cls: Any = None, /, *, eq: bool = True) -> Any:
 
     The class has no __init__ or __repr__ of its own, no InitVar, no slots, no field with init=False.
     """
-    if cls is None:
-        return lambda cls: _made(cls, eq)
-    return _made(cls, eq)
+    return partial(_made, eq=eq) if cls is None else _made(cls, eq)
 
 
 def _made(cls: Any, eq: bool) -> Any:

@@ -49,19 +49,15 @@ def decode_text(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # utf-8-sig does not count the mark.
-        offset = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
-        raise GgufRunError(
-            f"{name}: byte 0x{data[offset]:02x} at offset {offset} is not valid UTF-8: convert the text to UTF-8"
-        ) from None
+        offset = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)  # utf-8-sig does not count the mark
+        what = f"byte 0x{data[offset]:02x} at offset {offset} is not valid UTF-8: convert the text to UTF-8"
+        raise GgufRunError(f"{name}: {what}") from None
 
 
 def size_text(nbytes: float, digits: int = 2) -> str:
     """Return bytes for people: "1.23 GB". digits: their number after the point."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.{digits}f} {unit}"
-    return f"{nbytes:.0f} B"
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    return next((f"{nbytes / scale:.{digits}f} {unit}" for unit, scale in units if nbytes >= scale), f"{nbytes:.0f} B")
 
 
 def on_terminal() -> bool:
