@@ -77,7 +77,7 @@ def _command(params: Sequence[click.Option], examples: Sequence[str]) -> Callabl
     [TEXT, CHUNK_SIZE, CHUNKS, SKIP, STRIDE],
     examples=(
         "gguf-eval perplexity model.gguf -f wiki.test.raw",
-        "gguf-eval perplexity model.gguf -f wiki.test.raw --skip 64 --chunks 64 -ct q8_0",
+        "gguf-eval perplexity model.gguf -f wiki.test.raw --skip 64 -ct q8_0",
         "gguf-eval perplexity model.gguf -f wiki.test.raw -c 2048 --stride 512 --json",
     ),
 )

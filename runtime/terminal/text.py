@@ -9,7 +9,6 @@ from typing import TextIO
 import click
 
 from gguf_run.formats.errors import GgufRunError, plain
-from gguf_run.formats.gguf.mapped import read_bytes
 
 MAX_TEXT_BYTES = 1 << 30
 
@@ -31,6 +30,8 @@ def message(text: str) -> None:
 
 def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
     """Read a UTF-8 text file of at most `limit` bytes. Errors name the file and the place of the first invalid byte."""
+    from gguf_run.formats.gguf.mapped import read_bytes
+
     return decode_text(read_bytes(path, limit), str(path))
 
 

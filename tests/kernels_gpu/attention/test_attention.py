@@ -212,7 +212,7 @@ def test_several_sequences() -> None:
         at += n
     runs = [Run(1, 4, 1), Run(0, 9, 1), Run(2, 7, 1)]
     result = case.step.program.run(np.arange(20, 23, dtype=np.int32), runs, range(3)).values
-    for i, (seq, position, _) in enumerate(runs):
+    for i, (seq, position, *_) in enumerate(runs):
         case.check_rows(result[i], np.array([20 + i]), np.array([position]), seq)
 
 

@@ -296,9 +296,10 @@ def test_closed_stdout(model: Path) -> None:
 
 
 def lines_of_terminal(command: list[str]) -> Iterator[bytes]:
-    """What a command writes to a terminal, in pieces."""
+    """What a command writes to a wide terminal, in pieces."""
     master, slave = pty.openpty()
-    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave) as process:
+    wide = os.environ | {"COLUMNS": "200"}
+    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=wide) as process:
         os.close(slave)
         while process.poll() is None or select.select([master], [], [], 0)[0]:
             if select.select([master], [], [], 0.1)[0]:

@@ -3,7 +3,8 @@ import warnings
 import click
 from click.testing import CliRunner
 
-from gguf_run.runtime.cli.common import Command, Group, tool
+from gguf_run.runtime.cli.common import Command, tool
+from gguf_run.runtime.cli.evaluate import Group
 
 
 def test_programmers_warnings_are_hidden() -> None:

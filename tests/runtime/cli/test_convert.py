@@ -156,7 +156,7 @@ def test_refused_in_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     out = tmp_path / "out.gguf"
     assert "TYPE is" in refused(tmp_path, folder, "--type", "Q9", "-o", out, code=2)
     assert "leave out" in refused(tmp_path, folder, "--vocab-only", "--split-max-size", "1M", code=2)
-    assert "none: no such folder" in refused(tmp_path, tmp_path / "none", "-o", out)
+    assert "none: No such file or folder" in refused(tmp_path, tmp_path / "none", "-o", out)
     assert "there is no folder" in refused(tmp_path, folder, "-o", tmp_path / "none/out.gguf")
     weights = folder / "model.safetensors"
     assert "is the file that is read" in refused(folder, folder, "-o", weights)

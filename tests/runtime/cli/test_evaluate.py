@@ -470,7 +470,8 @@ def test_terminal(folder: Path, long_text: Path) -> None:
     """A bar with an estimate, below a table that it leaves whole."""
     terminal, child = pty.openpty()
     command = [*RUN, "perplexity", str(folder / "tiny.gguf"), "-f", str(long_text), *SMALL]
-    with subprocess.Popen(command, stdout=child, stderr=child, stdin=child) as process:
+    wide = os.environ | {"COLUMNS": "200"}
+    with subprocess.Popen(command, stdout=child, stderr=child, stdin=child, env=wide) as process:
         os.close(child)
         shown = b""
         while select.select([terminal], [], [], PATIENCE)[0]:

@@ -489,7 +489,8 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            env=os.environ | {"TERM": "dumb"},  # line editing without escape codes
+            # Line editing without escape codes; the width is the terminal's own.
+            env={name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"TERM": "dumb"},
         )
         os.close(slave)
         self.shown = ""
