@@ -69,11 +69,11 @@ def not_gguf(file: MappedFile) -> FormatError:
 
 def check_model(path: Path, metadata: Mapping[str, Any], n_tensors: int) -> None:
     """UnsupportedError if a GGUF file holds something else than a model."""
-    kind = metadata.get("general.type", "model")
-    if metadata.get("general.architecture") == "clip":
+    kind = str(metadata.get("general.type", "model"))  # damaged files have arrays here
+    if str(metadata.get("general.architecture")) == "clip":
         kind = "mmproj"
     elif kind == "model" and not n_tensors:
         kind = "vocab"
     if kind != "model":
-        what = _TYPES.get(str(kind), f"a file of the type {quoted(str(kind))}")
+        what = _TYPES.get(kind, f"a file of the type {quoted(kind)}")
         raise UnsupportedError(f"{path}: is not a model but {what}")

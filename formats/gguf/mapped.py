@@ -37,7 +37,8 @@ def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
     """
     check_kind(path, pipes=True)
     with open(path, "rb") as file:
-        data = file.read(limit + 1)
+        # read() sets aside as much memory as it may read. Pipes have no size.
+        data = file.read(min(os.fstat(file.fileno()).st_size or limit, limit) + 1)
     if len(data) > limit:
         raise GgufRunError(f"{path}: is larger than {limit} bytes, the most that is read of such a file")
     check_content(path, data)

@@ -118,7 +118,7 @@ def _charsmap(metadata: Mapping[str, Any]) -> "_Charsmap | None":
     value = metadata.get(key)
     if value is None:
         return None
-    data = np.asarray(value)
+    data = np.asarray(value) if isinstance(value, np.ndarray) else np.empty(0)  # lists hold texts or lists
     if data.ndim != 1 or data.dtype.kind not in "iu" or data.dtype.itemsize != 1:
         raise FormatError(f"{key} must be an array of bytes")
     return _Charsmap(_checked(data.tobytes(), key))
