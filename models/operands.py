@@ -117,6 +117,22 @@ class CacheHandle(Protocol):
         """
 
 
+class StateHandle(Protocol):
+    """The state of one recurrent op of a layer: n_slots slots of f32 numbers. A step reads one slot, writes another."""
+
+    @property
+    def n_slots(self) -> int: ...
+
+    def copy(self, source: int, target: int, /) -> None:
+        """Copy slot `source` to slot `target`."""
+
+    def read(self, slot: int, /) -> NDArray[np.uint8]:
+        """Return the bytes of a slot."""
+
+    def write(self, slot: int, data: Any, /) -> bool:
+        """Store bytes that `read` returned. Return whether they are as many as a slot has."""
+
+
 class SquaresHandle(Protocol):
     """Sums of squares that the ops Observe and Moe collect from the inputs of a matrix."""
 
@@ -136,3 +152,4 @@ Vector = TypeVar("Vector")  # f32 numbers: the weight of a norm, a bias
 Cache = TypeVar("Cache", bound=CacheHandle)
 Experts = TypeVar("Experts")  # the three matrices of all experts of a layer, and their biases
 Squares = TypeVar("Squares", bound=SquaresHandle)
+State = TypeVar("State", bound=StateHandle)

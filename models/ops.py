@@ -19,13 +19,15 @@ from gguf_run.models.operands import (
     Mixture,
     Rotation,
     Squares,
+    State,
     Table,
     Vector,
     Weight,
 )
 
-# gelu is the tanh form. Only Moe has swiglu_oai. Kernels are compiled for an activation as its place in this tuple.
-ACTIVATIONS = ("silu", "gelu", "swiglu_oai")
+# gelu is the tanh form, relu2 is max(x, 0)^2. Only Moe has swiglu_oai. Kernels are compiled for an activation as its
+# place in this tuple.
+ACTIVATIONS = ("silu", "gelu", "swiglu_oai", "relu2", "sigmoid", "identity")
 
 
 @frozen
@@ -112,7 +114,71 @@ class Gated:
     gate: Buffer
     up: Buffer | None
     out: Buffer  # may be gate or up
-    activation: str  # "silu" or "gelu"
+    activation: str  # one of ACTIVATIONS
+
+
+@frozen
+class ShortConv(Generic[State, Vector]):
+    """out[t, c] = activation(bias[c] + sum over j of taps[c, j] * x[t - n_taps + 1 + j, c]) for each channel c
+
+    The state has the rows of x before the batch, the last n_taps - 1 of them. They are 0 before the first token.
+    """
+
+    x: Buffer
+    taps: Vector  # f32[x.width, n_taps]; the last one is for the token itself
+    bias: Vector | None  # f32[x.width]
+    state: State  # f32[n_taps - 1, x.width]
+    out: Buffer  # may be x
+    n_taps: int
+    activation: str  # "silu" or "identity"
+
+
+@frozen
+class DeltaRule(Generic[State, Vector]):
+    """The gated delta rule of each value head, token by token, with the head's state S f32[d_k, d_v]:
+
+    S = exp(g) S, then S = S + beta k (v - S^T k)^T, then out = S^T q
+    g = a * softplus(alpha + dt), beta = sigmoid(beta)
+    Each head of q and k is first divided by sqrt(sum of its squares + eps). q is divided by sqrt(d_k) too.
+
+    Yang et al., 2024, arXiv:2412.06464.
+    """
+
+    q: Buffer  # n_head_k heads of d_k columns
+    k: Buffer  # as q
+    v: Buffer  # n_head_v heads of d_v columns
+    alpha: Buffer  # n_head_v columns
+    beta: Buffer  # n_head_v columns
+    a: Vector  # f32[n_head_v], at most 0
+    dt: Vector  # f32[n_head_v]
+    state: State  # f32[n_head_v, d_k, d_v], in an order of axes that the backend chooses
+    out: Buffer  # as v; may be v
+    n_head_k: int
+    n_head_v: int  # a multiple of n_head_k
+    is_tiled: bool  # value head i has key head i % n_head_k; False: i // (n_head_v / n_head_k)
+    eps: float
+
+
+@frozen
+class Scan(Generic[State, Vector]):
+    """The state space of Mamba 2 of each head, token by token, with the head's state S f32[columns of a head, n_state]:
+
+    S = exp(delta * a) S + (delta x) b^T, then out = S c + d x, where delta = softplus(dt + dt_bias)
+
+    Dao and Gu, 2024, arXiv:2405.21060.
+    """
+
+    x: Buffer  # n_head heads
+    b: Buffer  # n_group parts of n_state columns; head i reads part i // (n_head / n_group)
+    c: Buffer  # as b
+    dt: Buffer  # n_head columns
+    dt_bias: Vector  # f32[n_head]
+    a: Vector  # f32[n_head], negative
+    d: Vector  # f32[n_head]
+    state: State  # f32[n_head, columns of a head, n_state], in an order of axes that the backend chooses
+    out: Buffer  # as x; may be x
+    n_head: int
+    n_group: int
 
 
 @frozen
@@ -173,6 +239,9 @@ Op = (
     | Rope
     | Attend[Cache, Vector]
     | Gated
+    | ShortConv[State, Vector]
+    | DeltaRule[State, Vector]
+    | Scan[State, Vector]
     | Moe[Experts, Squares]
     | GateRows
     | Softcap

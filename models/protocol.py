@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.backend import CacheType, Results, Run
-from gguf_run.models.operands import AttentionShape, Buffer, Cache, Experts, Squares, Table, Vector, Weight
+from gguf_run.models.operands import AttentionShape, Buffer, Cache, Experts, Squares, State, Table, Vector, Weight
 from gguf_run.models.ops import Op
 
 
@@ -53,7 +53,7 @@ class Program(Protocol):
         """Free memory. The program cannot run again."""
 
 
-class Backend(Protocol[Table, Weight, Vector, Cache, Experts, Squares]):
+class Backend(Protocol[Table, Weight, Vector, Cache, Experts, Squares, State]):
     """Weights and caches on one device, and programs that use them."""
 
     @property
@@ -87,13 +87,16 @@ class Backend(Protocol[Table, Weight, Vector, Cache, Experts, Squares]):
             window + n_batch positions of a sequence.
         """
 
+    def state(self, n_floats: int, n_slots: int, /) -> State:
+        """Return the state of a recurrent op: n_slots slots of n_floats numbers. Run tells the slots of a sequence."""
+
     def squares(self, width: int, n_expert: int = 1, /) -> Squares:
         """Return sums of squares of `width` columns, for Observe, or for a Moe of n_expert experts."""
 
     def program(
         self,
-        parts: Sequence[Sequence[Op[Table, Weight, Vector, Cache, Experts, Squares]]],
-        after: Sequence[Op[Table, Weight, Vector, Cache, Experts, Squares]],
+        parts: Sequence[Sequence[Op[Table, Weight, Vector, Cache, Experts, Squares, State]]],
+        after: Sequence[Op[Table, Weight, Vector, Cache, Experts, Squares, State]],
         result: Buffer,
         n_batch: int,
         n_outputs: int,
@@ -115,4 +118,4 @@ class Backend(Protocol[Table, Weight, Vector, Cache, Experts, Squares]):
 
 # The decoder holds backends of several kinds. Each backend gets only handles that it made itself. Functions that make
 # or use handles are generic in one backend's kinds.
-AnyBackend: TypeAlias = Backend[Any, Any, Any, Any, Any, Any]
+AnyBackend: TypeAlias = Backend[Any, Any, Any, Any, Any, Any, Any]

@@ -6,7 +6,18 @@ from gguf_run.formats.frozen import frozen
 from gguf_run.models import ops
 from gguf_run.models.architectures import EXPERTS
 from gguf_run.models.config import ModelConfig
-from gguf_run.models.operands import Buffer, Cache, Experts, Rotation, Squares, SquaresHandle, Table, Vector, Weight
+from gguf_run.models.operands import (
+    Buffer,
+    Cache,
+    Experts,
+    Rotation,
+    Squares,
+    SquaresHandle,
+    State,
+    Table,
+    Vector,
+    Weight,
+)
 from gguf_run.models.weights import Loader, Matrix
 
 if TYPE_CHECKING:
@@ -21,7 +32,7 @@ class Observed:
     squares: SquaresHandle
 
 
-class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
+class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
     """Builds the lists of ops of one backend: the parts of its program, and the ops for the wanted rows.
 
     A weight is loaded when its op is listed. All layers use the same buffers. x is the residual stream.
@@ -29,14 +40,14 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
 
     def __init__(
         self,
-        load: Loader[Table, Weight, Vector, Cache, Experts, Squares],
+        load: Loader[Table, Weight, Vector, Cache, Experts, Squares, State],
         config: ModelConfig,
         observed: list[Observed] | None,
     ) -> None:
         """observed: a list that gets an entry for the input of every matmul; None: nothing is observed."""
         self._load, self._config, self._observed = load, config, observed
-        self.parts: list[list[ops.Op[Table, Weight, Vector, Cache, Experts, Squares]]] = []
-        self.after: list[ops.Op[Table, Weight, Vector, Cache, Experts, Squares]] = []
+        self.parts: list[list[ops.Op[Table, Weight, Vector, Cache, Experts, Squares, State]]] = []
+        self.after: list[ops.Op[Table, Weight, Vector, Cache, Experts, Squares, State]] = []
         self._ops = self.after  # the list that grows
         self._result = self.x = Buffer.whole("x", config.n_embd)
         self._qkv = Buffer.whole("qkv", config.n_embd_q + 2 * config.n_embd_kv)

@@ -14,7 +14,7 @@ from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.architectures import ROPE_FACTORS
 from gguf_run.models.config import ModelConfig
-from gguf_run.models.operands import Cache, Experts, Rotation, Squares, Table, Vector, Weight
+from gguf_run.models.operands import Cache, Experts, Rotation, Squares, State, Table, Vector, Weight
 from gguf_run.models.rope import UNSCALED, make_rope
 
 if TYPE_CHECKING:
@@ -32,12 +32,12 @@ class Matrix(Generic[Weight, Vector]):
     bias: Vector | None
 
 
-class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares]):
+class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
     """Takes tensors by name out of the file and gives them to one backend."""
 
     def __init__(
         self,
-        backend: "Backend[Table, Weight, Vector, Cache, Experts, Squares]",
+        backend: "Backend[Table, Weight, Vector, Cache, Experts, Squares, State]",
         tensors: Mapping[str, Tensor],
         progress: Callable[[int], None],
     ) -> None:
