@@ -11,10 +11,9 @@ from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models import ops
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
-from gguf_run.models.kv_cache import CacheLayer
 from gguf_run.models.operands import AttentionShape
 from gguf_run.models.step import Step
-from gguf_run.models.weights import Loader, rotations
+from gguf_run.models.weights import Loader, cache_layers
 
 
 @dataclass(frozen=True)
@@ -111,9 +110,8 @@ def op_costs(
     step = Step(Loader(sizes, tensors, lambda n_bytes: None), config, None)
     step.new_part()
     step.embed()
-    for il, rotation in enumerate(rotations(config, tensors, n_ctx)):
-        cache = sizes.cache(config.attention(il), n_ctx, 1, 1, kinds[il])
-        step.layer(il, CacheLayer(cache, 0, rotation), experts=True)
+    for il, layer in enumerate(cache_layers(config, tensors, [sizes] * config.n_layer, kinds, n_ctx, 1, 1)):
+        step.layer(il, layer, experts=True)
     step.logits()
     return [_cost(op) for op in (*step.parts[0], *step.after)]
 

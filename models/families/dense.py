@@ -1,10 +1,8 @@
-"""Llama, and decoders whose layers have one feed-forward network. Llama and Mistral 3 may have experts too."""
+"""Decoders whose layers have one feed-forward network. Mistral 3 may have experts too."""
 
 from gguf_run.models.architectures import POST, PRE, QK, WHOLE_ROW, Architecture
 
 ENTRIES = (
-    # Llama 1 to 3.x, Mistral, Mixtral, and most models that copy their layer (SmolLM, TinyLlama, Yi ...).
-    Architecture("llama", moe="maybe"),
     Architecture("mistral3", moe="maybe"),
     Architecture("smollm3", no_rope_period=4),
     Architecture("internlm2"),
