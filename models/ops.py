@@ -257,14 +257,14 @@ Op = (
     | Attend[Cache, Vector]
     | Gated
     | Xielu
-    | ShortConv[State, Vector]
-    | DeltaRule[State, Vector]
-    | Scan[State, Vector]
     | Moe[Experts, Vector, Squares]
     | GateRows
     | Softcap
     | Observe[Squares]
     | Outputs
+    | ShortConv[State, Vector]
+    | DeltaRule[State, Vector]
+    | Scan[State, Vector]
 )
 
 
