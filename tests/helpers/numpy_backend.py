@@ -4,7 +4,7 @@ FUNCTIONS has one function for each op. Weights are dequantized to `dtype`: floa
 arithmetic is in `dtype` too, and so is the KV cache unless a test says otherwise.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -291,6 +291,47 @@ def attention(p: NumpyProgram, op: ops.Attend[NumpyCache, np.ndarray]) -> np.nda
     return np.concatenate(parts)
 
 
+def by_run(p: NumpyProgram, state: NumpyState, shape: tuple[int, ...]) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield the rows of each run, and the state that its tokens change."""
+    at = 0
+    for run in p.runs:
+        old, new = (state.data[slot].reshape(shape) for slot in (run.reads, run.writes))
+        assert run.reads != run.writes
+        new[:] = old if run.n_past else 0
+        yield slice(at, at + run.n_tokens), new
+        at += run.n_tokens
+
+
+def short_conv(p: NumpyProgram, op: ops.ShortConv[NumpyState, np.ndarray]) -> np.ndarray:
+    n, parts = op.n_taps, []
+    for rows, state in by_run(p, op.state, (n - 1, op.x.width)):
+        x = np.concatenate([state, p[op.x][rows]])
+        state[:] = x[len(x) - n + 1 :]
+        sums = sum(op.taps.reshape(-1, n)[:, j] * x[j : len(x) - n + 1 + j] for j in range(n))
+        parts.append(sums + (0 if op.bias is None else op.bias))
+    return {"silu": silu, "identity": np.asarray}[op.activation](np.concatenate(parts))
+
+
+def softplus(x: np.ndarray) -> np.ndarray:
+    return np.logaddexp(x, 0)
+
+
+def delta_rule(p: NumpyProgram, op: ops.DeltaRule[NumpyState, np.ndarray]) -> np.ndarray:
+    n_k, n_v = op.n_head_k, op.n_head_v
+    heads = np.arange(n_v) % n_k if op.is_tiled else np.arange(n_v) // (n_v // n_k)
+    q, k = (p[x].reshape(-1, n_k, op.q.width // n_k)[:, heads] for x in (op.q, op.k))
+    q, k = (x / np.sqrt((x * x).sum(axis=-1, keepdims=True) + op.eps) for x in (q, k))
+    v, parts = p[op.v].reshape(-1, n_v, op.v.width // n_v), []
+    decay, beta = np.exp(op.a * softplus(p[op.alpha] + op.dt)), 1 / (1 + np.exp(-p[op.beta]))
+    for rows, s in by_run(p, op.state, (n_v, k.shape[-1], v.shape[-1])):
+        for t in range(rows.start, rows.stop):
+            s *= decay[t, :, None, None]
+            change = beta[t, :, None] * (v[t] - np.einsum("hkv,hk->hv", s, k[t]))
+            s += k[t, :, :, None] * change[:, None]
+            parts.append(np.einsum("hkv,hk->hv", s, q[t]) / np.sqrt(k.shape[-1]))
+    return np.concatenate(parts).reshape(p[op.v].shape)
+
+
 def moe(p: NumpyProgram, op: ops.Moe[NumpyExperts, np.ndarray, NumpySquares]) -> np.ndarray:
     """Compute one token and one expert at a time."""
     mixture, experts, result = op.mixture, op.experts, p[op.out].copy() if op.accumulate else np.zeros_like(p[op.out])
@@ -347,6 +388,8 @@ FUNCTIONS: Mapping[type, Callable[[NumpyProgram, Any], Any]] = {
     ops.Attend: attention,
     ops.Gated: lambda p, op: ACTIVATIONS[op.activation](p[op.gate]) * (1 if op.up is None else p[op.up]),
     ops.Xielu: lambda p, op: xielu(p[op.x], op),
+    ops.ShortConv: short_conv,
+    ops.DeltaRule: delta_rule,
     ops.Moe: moe,
     ops.GateRows: lambda p, op: p[op.x] / (1 + np.exp(-p[op.gate])),
     ops.Softcap: lambda p, op: softcap(p[op.x], op.scale, op.cap),
