@@ -5,7 +5,7 @@ from importlib import import_module
 
 from gguf_run.models.architectures import Architecture
 
-_MODULES = ("dense", "gemma", "mixtures")
+_MODULES = ("llama", "dense", "gemma", "mixtures")
 
 
 def entries() -> Iterator[Architecture]:
