@@ -94,6 +94,7 @@ OPERATIONS: Mapping[type, Callable[[Any], int]] = {
     ops.Temper: lambda op: op.x.width,
     ops.Attend: lambda op: 4 * op.shape.n_head * op.shape.head_dim * op.cache.n_out,
     ops.Gated: lambda op: 5 * op.out.width,
+    ops.Xielu: lambda op: 6 * op.out.width,
     ops.Moe: lambda op: 2 * op.experts.n_weights * op.mixture.n_used // op.logits.width,
     ops.GateRows: lambda op: op.x.width,
     ops.Softcap: lambda op: 3 * op.x.width,

@@ -1,4 +1,4 @@
-"""Rows are scaled in place: logits by a factor and a soft cap, an expert's result by its gate, queries by position."""
+"""Rows are cleared, or scaled in place: logits, a shared expert's result by its gate, queries by their position."""
 
 import math
 
@@ -53,3 +53,10 @@ def temper(a, first, end):
         if factor != 1:
             for i in range(a.n):
                 x[i] *= factor
+
+
+@row_op("rows n out out_stride", grain=4)
+def clear(a, first, end):
+    """out = 0"""
+    for t in range(first, end):
+        f32_at(a.out + t * a.out_stride, a.n)[:] = 0
