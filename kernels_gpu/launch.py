@@ -20,7 +20,7 @@ from gguf_run.kernels_gpu.matmul.moe_launch import bind_moe
 from gguf_run.kernels_gpu.panels.fields import dequantize
 from gguf_run.kernels_gpu.panels.memory import GpuSquares, WeightPart
 from gguf_run.kernels_gpu.rows import activation, norms, quantize, rope
-from gguf_run.models.ops import Embed, Gated, GateRows, LayerNorm, Observe, Outputs, Rope, Softcap, Xielu
+from gguf_run.models.ops import Embed, Gated, GateRows, LayerNorm, Observe, Outputs, Rope, Softcap, Temper, Xielu
 
 
 def _embed(op: Embed[WeightPart], memory: Memory) -> Launch:
@@ -92,6 +92,12 @@ def _gate_rows(op: GateRows, memory: Memory) -> Launch:
     return _by_columns(activation.gate_rows, op.x.width, *memory.strided(op.x), *memory.strided(op.gate), op.x.width)
 
 
+def _temper(op: Temper, memory: Memory) -> Launch:
+    numbers = op.temperature.scale, op.temperature.length, op.temperature.offset
+    x, positions = memory.strided(op.x), memory.step.positions
+    return _by_columns(activation.temper, op.x.width, *x, positions, op.x.width, *numbers)
+
+
 def _softcap(op: Softcap, memory: Memory) -> Launch:
     return _by_columns(activation.softcap, op.x.width, *memory.strided(op.x), op.x.width, op.scale, op.cap or None)
 
@@ -124,6 +130,7 @@ _BIND: dict[type, Callable[[Any, Memory], Launch]] = {
     Rope: _rope,
     Softcap: _softcap,
     Xielu: _xielu,
+    Temper: _temper,
 }
 
 

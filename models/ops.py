@@ -21,6 +21,7 @@ from gguf_run.models.operands import (
     Squares,
     State,
     Table,
+    Temperature,
     Vector,
     Weight,
 )
@@ -92,6 +93,14 @@ class Rope:
     x: Buffer
     rotation: Rotation
     head_dim: int
+
+
+@frozen
+class Temper:
+    """x[t] *= the factor of the temperature at the token's position"""
+
+    x: Buffer
+    temperature: Temperature
 
 
 @frozen
@@ -254,6 +263,7 @@ Op = (
     | RmsNorm[Vector]
     | LayerNorm[Vector]
     | Rope
+    | Temper
     | Attend[Cache, Vector]
     | Gated
     | Xielu
@@ -272,5 +282,5 @@ def written(op: Any) -> Buffer | None:
     """Return the buffer whose contents an op replaces: its `out`, or x if it works in place."""
     if isinstance(op, Observe):
         return None
-    buffer: Buffer = op.x if isinstance(op, Rope | GateRows | Softcap) else op.out
+    buffer: Buffer = op.x if isinstance(op, Rope | Temper | GateRows | Softcap) else op.out
     return buffer
