@@ -176,7 +176,7 @@ class KvCache:
         slot = self._slot(seq)
         for il, layer in enumerate(self._layers):
             first = -(-slot.n_lost // GROUP) if layer.window else 0
-            for kind in "kv":
+            for kind in layer.cache.kinds:
                 yield il, kind, layer.cache.read(seq, kind, first, -(-slot.n_past // GROUP))
 
     def load(
@@ -190,7 +190,7 @@ class KvCache:
         slot.n_past = slot.n_lost = 0
         slot.is_long, slot.ids = 0 < self._n_short < n_past, list(ids or ())
         n_lost, end = 0, -(-n_past // GROUP)
-        missing = {(il, kind) for il in range(len(self._layers)) for kind in "kv"}
+        missing = {(il, kind) for il, layer in enumerate(self._layers) for kind in layer.cache.kinds}
         for il, kind, data in parts:
             first = self._layers[il].cache.write(seq, kind, end, data) if (il, kind) in missing else None
             if first is None or (first and not self._layers[il].window):
