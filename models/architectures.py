@@ -3,8 +3,9 @@
 The facts come from llama.cpp (src/models/*.cpp), whose converter writes the files.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import field
+from importlib import import_module
 
 from gguf_run.formats.frozen import frozen
 
@@ -61,6 +62,25 @@ PRE = ("attn_norm", "ffn_norm")
 QK = ("attn_q_norm", "attn_k_norm")
 POST = ("post_attention_norm", "post_ffw_norm")
 WHOLE_ROW = {"attn_q_norm": ("n_embd_q",), "attn_k_norm": ("n_embd_kv",)}
+
+_FAMILIES = ("dense", "gemma", "mixtures")
+
+
+def entries() -> Iterator[Architecture]:
+    """Yield all architectures. A module of models/families is imported when its entries are reached."""
+    # Llama 1 to 3.x, Mistral, Mixtral, and most models that copy their layer (SmolLM, TinyLlama, Yi ...).
+    yield Architecture("llama", moe="maybe")
+    for family in _FAMILIES:
+        yield from import_module(f"gguf_run.models.families.{family}").ENTRIES
+
+
+def architecture(name: str) -> Architecture:
+    """Return the architecture of a name as in `general.architecture`. Raises KeyError for a name that is not known."""
+    for entry in entries():
+        if entry.name == name:
+            return entry
+    raise KeyError(name)
+
 
 # Tensors by name, ggml order: ne[0] (row length) first. A word is a field of LayerConfig or ModelConfig, "a+b" a sum.
 MODEL_SHAPES: Mapping[str, Shape] = {

@@ -17,9 +17,10 @@ from gguf_run.models.architectures import (
     ROPE_FACTORS,
     SHARED,
     Architecture,
+    architecture,
+    entries,
     qkv_of,
 )
-from gguf_run.models.families import architecture, entries
 from gguf_run.models.keys import MAX_LAYERS, Keys, rope_scaling, show, swa_layers, temperature
 from gguf_run.models.operands import AttentionShape, Mixture, Temperature
 from gguf_run.models.rope import RopeScaling
@@ -157,7 +158,8 @@ class ModelConfig:
 
     def size(self, il: int, word: str) -> int:
         """Return a size by its name in a table of shapes."""
-        return sum(getattr(self.layers[il] if hasattr(LayerConfig, part) else self, part) for part in word.split("+"))
+        layer = self.layers[il]
+        return sum(getattr(layer if hasattr(layer, part) else self, part) for part in word.split("+"))
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "ModelConfig":
@@ -238,7 +240,7 @@ def _mixer(arch: Architecture, keys: Keys) -> "Mixer | None":
 def _layers(
     arch: Architecture, keys: Keys, n_embd: int, has_experts: bool, mixer: "Mixer | None"
 ) -> tuple[LayerConfig, ...]:
-    """Return the sizes of the layers. The file's last `nextn_predict_layers` blocks, which draft tokens, are left out."""
+    """Return the sizes of the layers. `nextn_predict_layers` blocks at the end of the file draft tokens: left out."""
     n_block = keys.integer("block_count", high=MAX_LAYERS)
     n_layer = n_block - keys.integer("nextn_predict_layers", 0, low=0, high=n_block - 1)
     n_head = keys.integers("attention.head_count", n_block)

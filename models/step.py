@@ -75,7 +75,7 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         """x = embeddings of the tokens"""
         self.add(ops.Embed(self.load.embeddings(), self.x, self.config.embd_scale))
 
-    def layer(self, il: int, cache: CacheLayer, *, experts: bool) -> None:
+    def layer(self, il: int, cache: CacheLayer[Cache, State], *, experts: bool) -> None:
         """x += attention(norm(x)), then x += ffn(norm(x)). In a parallel layer, both read the first norm(x).
 
         A layer may have a mixer in place of attention or beside it, and may lack attention or ffn.
@@ -96,7 +96,7 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         if not is_parallel and (layer.n_ff or layer.has_experts):
             self._ffn(il, self.normed(block, arch.ffn_norm), experts)
 
-    def attend(self, il: int, cache: CacheLayer) -> None:
+    def attend(self, il: int, cache: CacheLayer[Cache, State]) -> None:
         """x += attention of q, k and v, which are in the buffer qkv"""
         config, layer, qkv, block = self.config, self.config.layers[il], self._qkv, f"blk.{il}."
         n_q, n_kv, head_dim = layer.n_embd_q, layer.n_embd_kv, layer.head_dim
@@ -106,6 +106,7 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         for part, name, n_head in norms:
             if self._has_norm(block, name) and not is_late:
                 self.norm(part, block + name, part, n_group=n_head if config.arch.norm_per_head else 1, inner=True)
+        assert cache.cache is not None
         if config.temperature is not None and not (config.arch.temperature and layer.n_rot):
             self.add(ops.Temper(q, config.temperature))
         if cache.rotation is not None:

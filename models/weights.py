@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,9 @@ from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.architectures import QK, QKV, ROPE_FACTORS, Architecture, qkv_of
+from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
+from gguf_run.models.kv_cache import N_STATES, CacheLayer
 from gguf_run.models.operands import Cache, Experts, Rotation, Squares, State, Table, Vector, Weight
 from gguf_run.models.rope import UNSCALED, make_rope
 
@@ -144,6 +146,26 @@ def rotations(config: ModelConfig, tensors: Mapping[str, Tensor], n_ctx: int) ->
         else:
             made[key] = make_rope(arch.rope_style, n_rot, base, scaling, factors, long_factors)
     return [made.get((layer.n_rot, has_two and layer.window > 0)) for layer in config.layers]
+
+
+def cache_layers(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    backends: "Sequence[Backend[Any, Any, Any, Cache, Any, Any, State]]",
+    kinds: Sequence[CacheType],
+    n_ctx: int,
+    n_batch: int,
+    n_seq: int,
+) -> list[CacheLayer[Cache, State]]:
+    """Return the caches of all layers. backends, kinds: of each layer. The sizes: see protocol.Backend.cache."""
+    layers = []
+    for il, rotation in enumerate(rotations(config, tensors, n_ctx)):
+        backend, shape = backends[il], config.attention(il)
+        cache = backend.cache(shape, n_ctx, n_batch, n_seq, kinds[il]) if shape.n_head else None
+        sizes = config.mixer.states(il) if config.mixer is not None else ()
+        states = tuple(backend.state(n_floats, n_seq * N_STATES) for n_floats in sizes)
+        layers.append(CacheLayer(cache, shape.window, rotation, states))
+    return layers
 
 
 def _factors(tensor: Tensor) -> NDArray[np.float32]:

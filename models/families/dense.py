@@ -1,8 +1,13 @@
-"""Decoders whose layers have one feed-forward network, beside those in llama.py."""
+"""Decoders whose layers have one feed-forward network. Mistral 3 may have experts too."""
 
 from gguf_run.models.architectures import POST, PRE, QK, WHOLE_ROW, Architecture
 
 ENTRIES = (
+    Architecture("mistral3", moe="maybe"),
+    Architecture("smollm3", no_rope_period=4),
+    Architecture("internlm2"),
+    Architecture("granite"),
+    Architecture("ernie4_5"),
     Architecture("qwen2", rope_style="neox"),
     Architecture("qwen3", rope_style="neox", norms=(*PRE, *QK)),
     Architecture("qwen3vl", rope_style="neox", norms=(*PRE, *QK)),

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gguf_run.models.architectures import Architecture
-from gguf_run.models.families import architecture
+from gguf_run.models.architectures import Architecture, architecture
 
 # A module of the checkpoint -> the tensor of the GGUF file. Both names get ".weight" or ".bias".
 # "@": the number of an expert (or head); all of them become one tensor. Two names: the tensor is split in halves.
@@ -34,14 +33,14 @@ FUSED_EXPERTS: Names = {
     "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
     "mlp.experts.down_proj": "ffn_down_exps",
 }
-EXPERTS: Names = {"mlp.gate": "ffn_gate_inp", **network("mlp.experts.@", "_exps"), **FUSED_EXPERTS}
+MOE: Names = {"mlp.gate": "ffn_gate_inp", **network("mlp.experts.@", "_exps"), **FUSED_EXPERTS}
 NUMBERED = ("w1", "w3", "w2")
 MIXTRAL_EXPERTS: Names = {
     "block_sparse_moe.gate": "ffn_gate_inp",
     **network("block_sparse_moe.experts.@", "_exps", NUMBERED),
 }
 LLAMA: Names = {**PRE_NORMS, **ATTENTION, **DENSE}
-LLAMA_MOE: Names = {**PRE_NORMS, **ATTENTION, **EXPERTS}
+LLAMA_MOE: Names = {**PRE_NORMS, **ATTENTION, **MOE}
 # Ends of names of tensors that hold no weights.
 IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 # Parts of a model for images and text, of which only the text is converted.
