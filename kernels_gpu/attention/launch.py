@@ -87,8 +87,8 @@ def bind_attention(fused: FusedAttention, memory: Memory) -> Launch:
         options, n_part = tiling.options(n), tiling.n_part(n)
         attend[(-(-n // options["TOKENS"]), n_head_kv, n_part)](
             *q, k_rows.pair, v_rows.pair, step.seqs, step.positions, *sums, cache.n_ctx, n_head_kv,
-            n_head // n_head_kv, n, shape.scale, shape.window or 1 << 30, shape.softcap or None, *types, *sizes,
-            *value, **options, num_stages=2,
+            n_head // n_head_kv, n, shape.scale, shape.window or 1 << 30, shape.is_chunked, shape.softcap or None,
+            *types, *sizes, *value, **options, num_stages=2,
         )  # fmt: skip
         add_up[(n, n_head)](*sums, op.sinks, *out, int8, n_part, v_rows.rotates, *value)
 
