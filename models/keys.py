@@ -1,12 +1,13 @@
 """Typed look-ups in a model's metadata, checked before anything relies on a number."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.frozen import frozen
+from gguf_run.models.operands import Temperature
 from gguf_run.models.rope import SCALING_TYPES, RopeScaling
 
 MAX_LAYERS = 1024
@@ -51,6 +52,15 @@ class Keys:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise self.wrong(key, f"an integer from {low} to {high}")
         return value
+
+    def integers(self, key: str, n: int, default: Sequence[int] | None = None, low: int = 1) -> Sequence[int]:
+        """Return one integer for each of n layers. A file that has one integer means it for all layers."""
+        value = self.get(key)
+        if not isinstance(value, np.ndarray):
+            return default if value is None and default is not None else (self.integer(key, low=low),) * n
+        if value.shape != (n,) or value.dtype.kind not in "iu" or value.min() < low or value.max() > _MAX_SIZE:
+            raise self.wrong(key, f"{n} integers of at least {low}, one for a layer")
+        return tuple(value.tolist())
 
     def number(self, key: str, default: float | None = None, low: float = 0.0, high: float = 1e6) -> float:
         """Return a number from low to high."""
@@ -98,6 +108,16 @@ def rope_scaling(keys: Keys, n_ctx_train: int, yarn_truncate: bool) -> RopeScali
         log_multiplier=keys.number("rope.scaling.yarn_log_multiplier", 0.0),
         truncate=keys.flag("rope.scaling.yarn_truncate", yarn_truncate),
     )
+
+
+def temperature(keys: Keys, built_in: tuple[float, int, int] | tuple[()]) -> Temperature | None:
+    """Return the temperature of the queries. built_in: scale, length and offset, () if the file tells them."""
+    if built_in:
+        return Temperature(*built_in)
+    if not (scale := keys.number("attention.temperature_scale", 0.0)):
+        return None
+    length = keys.integer("attention.temperature_length", 0, low=0)
+    return Temperature(scale, length or keys.integer("rope.scaling.original_context_length"))
 
 
 def swa_layers(keys: Keys, n_layer: int, period: int) -> tuple[bool, ...]:

@@ -64,6 +64,15 @@ class Rotation:
 
 
 @frozen
+class Temperature:
+    """Factor on the queries at position p, for long contexts: 1 + scale * ln(1 + floor((p + offset) / length))."""
+
+    scale: float
+    length: int  # positions
+    offset: int = 0
+
+
+@frozen
 class AttentionShape:
     """The numbers of one layer's attention."""
 
@@ -73,20 +82,42 @@ class AttentionShape:
     scale: float  # factor on q.k
     window: int = 0  # positions that a token sees, its own included; 0: all
     softcap: float = 0.0  # scores become softcap * tanh(score / softcap); 0: they stay
+    n_latent: int = 0  # the value of a position is the first n_latent columns of its key; 0: values have their own rows
+
+    @property
+    def n_value(self) -> int:
+        """Columns of a value, and of a head of the result."""
+        return self.n_latent or self.head_dim
+
+
+# How the scores of experts follow from their logits. "sparsemixer" (Phi-3.5-MoE): an expert's score is its softmax over
+# the experts that are not chosen yet and have almost its logit l: l - logit <= NEAR max(|logit|, l). It needs no bias.
+# Kernels know a gating as its place in this tuple.
+GATINGS = ("softmax", "sigmoid", "sparsemixer")
+NEAR = 0.02
+MIN_SUM = 1e-20  # the least sum that weights are divided by
 
 
 @frozen
 class Mixture:
-    """How a token's experts are chosen and weighted."""
+    """How a token's experts are chosen and weighted: by scores, which are the gating of the router's logits.
 
-    n_used: int  # experts per token: those with the greatest logits
-    norm: bool  # True: the weights are the softmax of the logits of the chosen experts; False: of all logits
+    The experts with the greatest score + bias are chosen (bias: of ops.Moe). An expert's weight is its score.
+    """
+
+    n_used: int  # experts per token
+    norm: bool  # whether the weights are divided by their sum
     scale: float  # factor on the weights
-    activation: str  # of the gate: "silu", "gelu" or "swiglu_oai", see ops.Moe
+    activation: str  # of the gate, one of ops.ACTIVATIONS
+    gating: str = "softmax"  # one of GATINGS
+    n_group: int = 1  # groups of n_expert / n_group neighbours; 1: none
+    n_group_used: int = 1  # experts are chosen from so many groups: those whose best experts have the greatest sum
+    n_group_best: int = 2  # best experts of a group, by score + bias: 1 or 2
+    weighs_input: bool = False  # the weight is a factor on what gate and up make of x, not on the expert's result
 
 
 class WeightHandle(Protocol):
-    """A matrix of n_out rows of n_in, in the form that the backend multiplies with."""
+    """A matrix of n_out rows of n_in, or n_head of them, in the form that the backend multiplies with."""
 
     @property
     def n_in(self) -> int: ...
@@ -100,6 +131,10 @@ class CacheHandle(Protocol):
     @property
     def n_ctx(self) -> int:
         """Positions that the layer holds of a sequence: its last ones. Position p is in row p % n_ctx."""
+
+    @property
+    def kinds(self) -> str:
+        """What is held: "kv", or "k" if values are columns of the keys."""
 
     def copy(self, source: int, target: int, n_rows: int, /) -> None:
         """Copy the first n_rows rows of sequence `source` to sequence `target`."""

@@ -21,12 +21,13 @@ from gguf_run.models.operands import (
     Squares,
     State,
     Table,
+    Temperature,
     Vector,
     Weight,
 )
 
 # gelu is the tanh form, relu2 is max(x, 0)^2. Only Moe has swiglu_oai. Kernels are compiled for an activation as its
-# place in this tuple.
+# place in this tuple. Xielu is an op of its own: it has parameters.
 ACTIVATIONS = ("silu", "gelu", "swiglu_oai", "relu2", "sigmoid", "identity")
 
 
@@ -75,6 +76,16 @@ class Matmul(Generic[Weight, Vector]):
 
 
 @frozen
+class MatmulHeads(Generic[Weight]):
+    """out = [x[: n_in] @ weight[head].T, x[n_in :]] for each head of x: each has a matrix of its own."""
+
+    x: Buffer  # n_head heads
+    weight: Weight  # n_head matrices
+    out: Buffer  # n_head heads, each wider by n_out - n_in than a head of x; not x
+    n_head: int
+
+
+@frozen
 class MatmulGated(Generic[Weight, Vector]):
     """out = activation(gate) * up, where gate and up are the left and the right half of x @ weight.T (+ bias)"""
 
@@ -87,11 +98,19 @@ class MatmulGated(Generic[Weight, Vector]):
 
 @frozen
 class Rope:
-    """Rotate each part of x of head_dim columns, in place, by its token's position."""
+    """Rotate the first columns of each part of x of head_dim columns, in place, by its token's position."""
 
-    x: Buffer
+    x: Buffer  # the last part may be shorter
     rotation: Rotation
     head_dim: int
+
+
+@frozen
+class Temper:
+    """x[t] *= the factor of the temperature at the token's position"""
+
+    x: Buffer
+    temperature: Temperature
 
 
 @frozen
@@ -100,10 +119,10 @@ class Attend(Generic[Cache, Vector]):
 
     q: Buffer
     k: Buffer
-    v: Buffer
+    v: Buffer  # the columns of k that are values if shape.n_latent is not 0
     cache: Cache
     shape: AttentionShape
-    out: Buffer  # none of q, k, v
+    out: Buffer  # shape.n_value columns for each head; none of q, k, v
     sinks: Vector | None = None  # f32[n_head]: one more score in each head's softmax, which has no v
 
 
@@ -115,6 +134,21 @@ class Gated:
     up: Buffer | None
     out: Buffer  # may be gate or up
     activation: str  # one of ACTIVATIONS
+
+
+@frozen
+class Xielu:
+    """out = alpha_p x^2 + beta x where x > 0, else alpha_n (e^min(x, eps) - 1 - x) + beta x
+
+    Huang, 2024, arXiv:2411.13010.
+    """
+
+    x: Buffer  # a whole buffer, or columns in multiples of 16
+    out: Buffer  # as x; may be x
+    alpha_p: float
+    alpha_n: float
+    beta: float
+    eps: float  # negative, next to 0
 
 
 @frozen
@@ -182,11 +216,11 @@ class Scan(Generic[State, Vector]):
 
 
 @frozen
-class Moe(Generic[Experts, Squares]):
+class Moe(Generic[Experts, Vector, Squares]):
     """out += sum over the token's experts e of weight[e] * down[e] @ (activation(gate[e] @ x) * (up[e] @ x))
 
-    Biases are added to each of the three products if the experts have them. The activation "swiglu_oai" is
-    g * sigmoid(1.702 g) * (u + 1) with g = min(gate, 7) and u = up from -7 to 7.
+    Experts without a gate have activation(up[e] @ x) in its place. Biases are added to each product if the experts have
+    them. The activation "swiglu_oai" is g * sigmoid(1.702 g) * (u + 1) with g = min(gate, 7) and u = up from -7 to 7.
     """
 
     x: Buffer
@@ -195,6 +229,8 @@ class Moe(Generic[Experts, Squares]):
     mixture: Mixture
     out: Buffer  # a whole buffer
     squares: tuple[Squares, Squares] | None = None  # of the input of gate and up, of the input of down
+    bias: Vector | None = None  # f32[n_expert], see Mixture
+    accumulate: bool = True  # False: out = the sum
 
 
 @frozen
@@ -233,20 +269,23 @@ class Outputs:
 Op = (
     Embed[Table]
     | Matmul[Weight, Vector]
+    | MatmulHeads[Weight]
     | MatmulGated[Weight, Vector]
     | RmsNorm[Vector]
     | LayerNorm[Vector]
     | Rope
+    | Temper
     | Attend[Cache, Vector]
     | Gated
-    | ShortConv[State, Vector]
-    | DeltaRule[State, Vector]
-    | Scan[State, Vector]
-    | Moe[Experts, Squares]
+    | Xielu
+    | Moe[Experts, Vector, Squares]
     | GateRows
     | Softcap
     | Observe[Squares]
     | Outputs
+    | ShortConv[State, Vector]
+    | DeltaRule[State, Vector]
+    | Scan[State, Vector]
 )
 
 
@@ -254,5 +293,5 @@ def written(op: Any) -> Buffer | None:
     """Return the buffer whose contents an op replaces: its `out`, or x if it works in place."""
     if isinstance(op, Observe):
         return None
-    buffer: Buffer = op.x if isinstance(op, Rope | GateRows | Softcap) else op.out
+    buffer: Buffer = op.x if isinstance(op, Rope | Temper | GateRows | Softcap) else op.out
     return buffer

@@ -3,17 +3,20 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.models.architectures import ROPE_FACTORS
+from gguf_run.models.architectures import QK, QKV, ROPE_FACTORS, Architecture, qkv_of
+from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
+from gguf_run.models.kv_cache import N_STATES, CacheLayer
 from gguf_run.models.operands import Cache, Experts, Rotation, Squares, State, Table, Vector, Weight
 from gguf_run.models.rope import UNSCALED, make_rope
 
@@ -87,9 +90,33 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         weight = self._take(self.backend.weight, weights)
         return Matrix(weights, weight, self._optional([f"{name}.bias" for name in (bias or names)]))
 
+    def qkv(self, arch: Architecture, block: str) -> Matrix[Weight, Vector]:
+        """Return the matrix that makes q, k and v. block: "blk.N."."""
+        biases = [f"{block}{name}" for name in ("attn_qkv", *QKV) if f"{block}{name}.bias" in self._tensors]
+        return self.matrix(*(block + name for name in qkv_of(arch, block, self._tensors)), bias=biases)
+
     def norm(self, name: str) -> tuple[Vector, Vector | None]:
         """Return weight and bias of a norm."""
         return self._take(self.backend.vector, [f"{name}.weight"]), self._optional([f"{name}.bias"])
+
+    def numbers(self, name: str, values: NDArray[np.float32]) -> Vector:
+        """Return numbers that the file does not have. name: for errors and lists."""
+        from gguf_run.formats.gguf.memory_file import MemoryFile
+
+        file = MemoryFile(self._tensors["token_embd.weight"].file.path, values.tobytes())
+        return self.backend.vector([Tensor(name, (values.size,), type_by_name("F32"), 0, file)])
+
+    def late_norms(self, block: str) -> tuple[Vector, Vector]:
+        """Return the weights of a layer's norms of q and k after the rotation: those of q times those of k, and ones.
+
+        The scores are the same. Keys without weights can still be turned, which a context shift does.
+        """
+        from gguf_run.formats.blocks.dequantizer import dequantize
+
+        q, k = found = [self._tensors[f"{block}{name}.weight"] for name in QK]
+        first, second = (dequantize(tensor.blocks(), tensor.type).reshape(-1) for tensor in found)
+        self._progress(q.nbytes + k.nbytes)
+        return self.numbers(q.name, first * second), self.numbers(k.name, np.ones_like(second))
 
     def vector(self, name: str) -> Vector | None:
         """Return a tensor's values, None if the file does not have the tensor."""
@@ -108,12 +135,37 @@ def rotations(config: ModelConfig, tensors: Mapping[str, Tensor], n_ctx: int) ->
     factors = short if freqs is None else freqs
     long_factors = long if freqs is None and n_ctx > scaling.n_ctx_orig else None
     base, base_swa = config.rope_freq_base, config.rope_freq_base_swa
-    rotation = rotation_swa = make_rope(arch.rope_style, config.n_rot, base, scaling, factors, long_factors)
-    if base != base_swa or not arch.swa_rope_scaled:
-        scaling = scaling if arch.swa_rope_scaled else UNSCALED
-        rotation_swa = make_rope(arch.rope_style, config.n_rot, base_swa, scaling)
-    of_layers = [rotation_swa if is_swa else rotation for is_swa in config.is_swa]
-    return [of_layer if config.has_rope(il) else None for il, of_layer in enumerate(of_layers)]
+    has_two = base != base_swa or not arch.swa_rope_scaled
+    made: dict[tuple[int, bool], Rotation] = {}
+    for layer in config.layers:
+        key = n_rot, is_swa = layer.n_rot, has_two and layer.window > 0
+        if key in made or not n_rot:
+            continue
+        if is_swa:
+            made[key] = make_rope(arch.rope_style, n_rot, base_swa, scaling if arch.swa_rope_scaled else UNSCALED)
+        else:
+            made[key] = make_rope(arch.rope_style, n_rot, base, scaling, factors, long_factors)
+    return [made.get((layer.n_rot, has_two and layer.window > 0)) for layer in config.layers]
+
+
+def cache_layers(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    backends: "Sequence[Backend[Any, Any, Any, Cache, Any, Any, State]]",
+    kinds: Sequence[CacheType],
+    n_ctx: int,
+    n_batch: int,
+    n_seq: int,
+) -> list[CacheLayer[Cache, State]]:
+    """Return the caches of all layers. backends, kinds: of each layer. The sizes: see protocol.Backend.cache."""
+    layers = []
+    for il, rotation in enumerate(rotations(config, tensors, n_ctx)):
+        backend, shape = backends[il], config.attention(il)
+        cache = backend.cache(shape, n_ctx, n_batch, n_seq, kinds[il]) if shape.n_head else None
+        sizes = config.mixer.states(il) if config.mixer is not None else ()
+        states = tuple(backend.state(n_floats, n_seq * N_STATES) for n_floats in sizes)
+        layers.append(CacheLayer(cache, shape.window, rotation, states))
+    return layers
 
 
 def _factors(tensor: Tensor) -> NDArray[np.float32]:
