@@ -1,4 +1,4 @@
-"""Each pre-tokenizer cuts an awkward text as llama.cpp v0.5.0 does; gpt-4o's, kimi-k2's and tekken's as their models do."""
+"""Each pre-tokenizer cuts one awkward text as llama.cpp v0.5.0 does; gpt-4o, kimi-k2 and tekken as their models do."""
 
 import json
 
@@ -12,7 +12,7 @@ from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
 TEXT = "I'LL don't x=12345,\n\n  ÉT\t日本k 3.14Bc!\n/ ٣ नमस्ते =a'S\n"
 
-# The first name of each row. Names of other rows than these three were also compared with llama.cpp on 1500 random texts.
+# The first name of each row. Names of the other rows were also compared with llama.cpp on 1500 random texts.
 WORDS = {
     "default": "I|'|LL| don|'|t| x|=|123|45|,|\n\n | ÉT|\t|日本k| |3|.|14|Bc|!|\n|/| |٣| नमस|्|त|े| |=|a|'|S|\n",
     "gpt-2": "I|'|LL| don|'t| x|=|12345|,|\n\n | ÉT|\t|日本k| 3|.|14|Bc|!|\n|/| ٣| नमस|्|त|े| =|a|'|S|\n",
