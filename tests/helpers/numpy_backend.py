@@ -301,7 +301,6 @@ def attention(p: NumpyProgram, op: ops.Attend[NumpyCache, np.ndarray]) -> np.nda
     return np.concatenate(parts)
 
 
-<<<<<<< HEAD
 def by_run(p: NumpyProgram, state: NumpyState, shape: tuple[int, ...]) -> Iterator[tuple[slice, np.ndarray]]:
     """Yield the rows of each run, and the state that its tokens change."""
     at = 0
@@ -343,16 +342,13 @@ def delta_rule(p: NumpyProgram, op: ops.DeltaRule[NumpyState, np.ndarray]) -> np
     return np.concatenate(parts).reshape(p[op.v].shape)
 
 
-def moe(p: NumpyProgram, op: ops.Moe[NumpyExperts, np.ndarray, NumpySquares]) -> np.ndarray:
-=======
 def matmul_heads(p: NumpyProgram, op: ops.MatmulHeads[NumpyWeight]) -> np.ndarray:
     x, n = p[op.x].reshape(len(p[op.x]), op.n_head, -1), op.weight.n_in
     made = np.einsum("hoi,thi->tho", op.weight.data, x[..., :n])
     return np.concatenate([made, x[..., n:]], axis=2).reshape(len(x), -1)
 
 
-def moe(p: NumpyProgram, op: ops.Moe[NumpyExperts, NumpySquares]) -> np.ndarray:
->>>>>>> latent
+def moe(p: NumpyProgram, op: ops.Moe[NumpyExperts, np.ndarray, NumpySquares]) -> np.ndarray:
     """Compute one token and one expert at a time."""
     mixture, experts, result = op.mixture, op.experts, p[op.out].copy() if op.accumulate else np.zeros_like(p[op.out])
     for logits, row, out in zip(p[op.logits], p[op.x], result, strict=True):
