@@ -85,10 +85,10 @@ def _matmul_gated(tape: Tape, op: ops.MatmulGated[CpuWeight, CpuVector], int8: R
 
 
 def _rope(tape: Tape, op: ops.Rope, int8: Rows | None) -> None:
-    rotation, n_half = op.rotation, op.rotation.n_rot // 2
-    table = tape.angles.get(rotation)
+    rotation, n_half, key = op.rotation, op.rotation.n_rot // 2, (op.rotation, op.x.outputs)
+    table = tape.angles.get(key)
     if table is None:
-        table = tape.angles[rotation] = np.zeros((tape.n_batch, n_half, 2), np.float32)
+        table = tape.angles[key] = np.zeros((tape.n_batch, n_half, 2), np.float32)
         inv_freq = np.ascontiguousarray(rotation.inv_freqs, np.float64)
         tape.record(op, angles, n_half=n_half, inv_freq=inv_freq, table=table, scale=rotation.scale)
     n_head, neox = op.x.width // op.head_dim, rotation.style == "neox"
@@ -96,21 +96,20 @@ def _rope(tape: Tape, op: ops.Rope, int8: Rows | None) -> None:
 
 
 def _attend(tape: Tape, op: ops.Attend[CpuCache, CpuVector], int8: Rows | None) -> None:
-    """Three kernels: append stores k and v, attend reads them in parts, merge joins the parts of a row."""
+    """Three kernels: append stores k and v if there are any, attend reads in parts, merge joins the parts of a row."""
     shape, k, v = op.shape, op.cache.rows_k, op.cache.rows_v
     n_rep, n_wide = shape.n_head // shape.n_head_kv, filled(shape.head_dim)
     part_bytes = 4 * part_floats(v.wide, n_rep)
     tape.need(parts=part_bytes * max_parts(tape.n_threads))
     tape.need(scratch=max(4 * scratch_floats(n_wide, v.wide, n_rep), scratch_bytes(shape.head_dim)))
     forms = format_id(k.name), format_id(v.name)
+    kernels = [attend(*forms), merge] if op.k is None else [append(*forms), attend(*forms), merge]
+    known = {name for kernel in kernels for name in kernel.fields.names or ()}
     tape.record(
         op,
-        append(*forms),
-        attend(*forms),
-        merge,
+        *kernels,
         **vars(shape),
-        **k.fields("k"),
-        **v.fields("v"),
+        **{name: value for name, value in {**k.fields("k"), **v.fields("v")}.items() if name in known},
         n_wide=n_wide,
         wide=v.wide,
         n_ctx=op.cache.n_ctx,

@@ -24,12 +24,15 @@ class Architecture:
     # Names of norms. attn_norm and `ffn_norm` come before attention and ffn, attn_q_norm and attn_k_norm before the
     # rotation. post_attention_norm and post_ffw_norm norm a result before it is added to the residual stream.
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")
-    # Norms that a file may leave out. Without ffn_norm, attention and ffn read the same normed values.
+    # Norms that a file may leave out, and tensors of `more`. Without ffn_norm, attention and ffn read the same values.
     optional_norms: tuple[str, ...] = ()
     ffn_norm: str = "ffn_norm"  # name of the norm before the ffn
     layer_norm: bool = False  # norms subtract the mean and have biases
     sinks: bool = False  # attention has sinks
     no_rope_period: int = 0  # every n-th layer does not rotate; 0: all rotate
+    v_norm: bool = False  # each head of v is normed, without weights
+    v_of_k: bool = False  # a layer without attn_v makes v of what attn_k makes
+    attention_scale: float = 0.0  # factor on q.k, unless the file has one; 0: 1/sqrt(head_dim)
     scaled_embd: bool = False  # embeddings are multiplied by sqrt(n_embd)
     n_embd_scale_n_layer: tuple[int, ...] = ()  # with one of these n_layer, q.k is scaled by 1/sqrt(n_embd/n_head)
     attn_softcap: float = 0.0  # softcap of attention's scores, unless the file has one; 0: none
@@ -42,8 +45,12 @@ class Architecture:
     expert_norm: bool = True  # see operands.Mixture.norm; a key in the file goes first
     expert_activation: str = ""  # activation of the experts; "": the same as `activation`
     shared_gate: bool = False  # a gate weights the result of the shared expert
+    dense_beside: bool = False  # a layer with experts has a dense ffn too
+    step: str = ""  # module of models whose class lists the ops of a step; "": step.py
     mixer: str = ""  # module of models/mixers: what layers have in place of attention, or beside it
     shapes: Mapping[str, Shape] = field(default_factory=dict)  # shapes that differ from LAYER_SHAPES
+    # Tensors beyond those that the other fields name, by name with ".weight"; "blk.N." stands for each layer.
+    more: Mapping[str, Shape] = field(default_factory=dict)
 
     @property
     def norm_per_head(self) -> bool:
@@ -57,6 +64,7 @@ POST = ("post_attention_norm", "post_ffw_norm")
 WHOLE_ROW = {"attn_q_norm": ("n_embd_q",), "attn_k_norm": ("n_embd_kv",)}
 
 # Tensors by name, ggml order: ne[0] (row length) first. A word is a field of LayerConfig or ModelConfig, "a+b" a sum.
+# Where a size is 0, the tensor is not there. A last size of 1 does not count.
 MODEL_SHAPES: Mapping[str, Shape] = {
     "token_embd.weight": ("n_embd", "n_vocab"),
     "output_norm.weight": ("n_embd",),

@@ -1,6 +1,6 @@
 """Reads the numbers of a model from GGUF metadata and tensor shapes, and checks all of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,8 @@ class LayerConfig:
     n_ff: int  # width of the ffn; 0: the layer has none
     window: int  # positions that a token sees, its own included; 0: all
     has_experts: bool
+    qkv: tuple[str, ...]  # tensors whose rows make q, k and v, in this order; v is made of k if there is none for v
+    kv_layer: int  # the layer whose keys and values this layer reads; its own if it makes any
 
     @property
     def n_embd_q(self) -> int:
@@ -93,10 +95,34 @@ class ModelConfig:
     n_ff_exp: int  # width of one expert
     n_ff_shexp: int  # width of the expert that all tokens use; 0: there is none
     moe: Mixture  # how a token's experts are chosen and weighted; unused if n_expert is 0
+    n_ple: int  # columns of the embeddings that a token has for each layer; 0: there are none
 
     @property
     def n_layer(self) -> int:
         return len(self.layers)
+
+    @property
+    def n_own(self) -> int:
+        """Layers in front that all tokens of a prompt need: later ones only read keys and values that are there.
+
+        With experts, which may be on another device, these are all layers.
+        """
+        return self.n_layer if self.n_expert else 1 + max(layer.kv_layer for layer in self.layers)
+
+    @property
+    def n_bound(self) -> int:
+        """The last layers that must be on one device: those that read other layers' keys, and what they read."""
+        read = (layer.kv_layer for il, layer in enumerate(self.layers) if layer.kv_layer != il)
+        return self.n_layer - min(read, default=self.n_layer)
+
+    @property
+    def n_ple_all(self) -> int:
+        """Columns of a token's embeddings for all layers."""
+        return self.n_ple * self.n_layer
+
+    @property
+    def has_ple(self) -> bool:
+        return self.n_ple > 0
 
     @property
     def n_head(self) -> int:
@@ -147,13 +173,17 @@ class ModelConfig:
 
     def ffn(self, il: int) -> tuple[str, ...]:
         """Return the names of layer il's matrices of gate, up and down; () if the layer has only experts."""
-        if self.layers[il].has_experts:
+        if self.layers[il].has_experts and not self.arch.dense_beside:
             return SHARED if self.n_ff_shexp else ()
         return (*self.arch.gate_up, "ffn_down") if self.layers[il].n_ff else ()
 
+    def sizes(self, il: int, words: Sequence[str]) -> Ne:
+        """Return ne of a tensor by its words in a table of shapes."""
+        return tuple(self.size(il, word) for word in words)
+
     def size(self, il: int, word: str) -> int:
-        """Return a size by its name in a table of shapes."""
-        return sum(getattr(self.layers[il] if hasattr(LayerConfig, part) else self, part) for part in word.split("+"))
+        held = LayerConfig.__annotations__.keys() | vars(LayerConfig)
+        return sum(int(getattr(self.layers[il] if part in held else self, part)) for part in word.split("+"))
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "ModelConfig":
@@ -183,7 +213,7 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
     n_embd = keys.integer("embedding_length")
     n_expert, n_ff_exp, n_ff_shexp, mixture = _experts(arch, keys)
     mixer = _mixer(arch, keys)
-    layers = _layers(arch, keys, n_embd, bool(n_expert), mixer)
+    layers = _layers(arch, keys, n_embd, bool(n_expert), mixer, tensors)
     embd = tensors.get("token_embd.weight")
     if embd is None or len(embd.ne) != 2:
         raise FormatError(f"tensor token_embd.weight {_shape_of(embd)}, must have {n_embd} x (number of tokens) values")
@@ -207,7 +237,7 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
         rope_freq_base=base,
         rope_freq_base_swa=keys.number("rope.freq_base_swa", arch.swa_rope_freq_base or base, low=2, high=1e12),
         rope_scaling=rope_scaling(keys, n_ctx_train, arch.yarn_truncate),
-        attention_scale=keys.number("attention.scale", 0.0) or head_scale,
+        attention_scale=keys.number("attention.scale", arch.attention_scale) or head_scale,
         attn_softcap=keys.number("attn_logit_softcapping", arch.attn_softcap),
         embd_scale=embd_scale / residual_scale,
         logit_scale=1 / keys.factor("logit_scale"),
@@ -216,6 +246,7 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
         n_ff_exp=n_ff_exp,
         n_ff_shexp=n_ff_shexp,
         moe=mixture,
+        n_ple=keys.integer("embedding_length_per_layer_input", 0, low=0),
     )
 
 
@@ -226,10 +257,27 @@ def _mixer(arch: Architecture, keys: Keys) -> "Mixer | None":
     return mixer
 
 
+def _head(keys: Keys, end: str, default: int, default_rot: int) -> tuple[int, int]:
+    """Return head_dim and n_rot: of all layers, or with the end "_swa", of layers with a window."""
+    head_dim = keys.integer(f"attention.key_length{end}", default)
+    if keys.integer(f"attention.value_length{end}", default) != head_dim:
+        raise keys.wrong(f"attention.value_length{end}", f"the same as the length of a key, which is {head_dim}")
+    n_rot = keys.integer(f"rope.dimension_count{end}", default_rot if head_dim == default else head_dim)
+    if n_rot % 2 or n_rot > head_dim:
+        allowed = f"even and at most the length of a head, {head_dim}"
+        raise FormatError(f"{keys.prefix}.rope.dimension_count{end} is {n_rot}, must be {allowed}")
+    return head_dim, n_rot
+
+
 def _layers(
-    arch: Architecture, keys: Keys, n_embd: int, has_experts: bool, mixer: "Mixer | None"
+    arch: Architecture,
+    keys: Keys,
+    n_embd: int,
+    has_experts: bool,
+    mixer: "Mixer | None",
+    tensors: Mapping[str, Tensor],
 ) -> tuple[LayerConfig, ...]:
-    """Return the sizes of the layers. The file's last `nextn_predict_layers` blocks, which draft tokens, are left out."""
+    """Return the sizes of the layers. `nextn_predict_layers` blocks at the end of the file draft tokens: left out."""
     n_block = keys.integer("block_count", high=MAX_LAYERS)
     n_layer = n_block - keys.integer("nextn_predict_layers", 0, low=0, high=n_block - 1)
     n_head = keys.integers("attention.head_count", n_block)
@@ -240,13 +288,8 @@ def _layers(
             raise keys.wrong("attention.head_count_kv", allowed)
     if keys.get("attention.key_length") is None and n_embd % n_head[0]:
         raise keys.wrong("attention.head_count", f"a divisor of {keys.prefix}.embedding_length, which is {n_embd}")
-    head_dim = keys.integer("attention.key_length", n_embd // n_head[0])
-    if keys.integer("attention.value_length", n_embd // n_head[0]) != head_dim:
-        raise keys.wrong("attention.value_length", f"the same as the length of a key, which is {head_dim}")
-    n_rot = keys.integer("rope.dimension_count", head_dim)
-    if n_rot % 2 or n_rot > head_dim:
-        allowed = f"even and at most the length of a head, {head_dim}"
-        raise FormatError(f"{keys.prefix}.rope.dimension_count is {n_rot}, must be {allowed}")
+    heads = _head(keys, "", n_embd // n_head[0], n_embd // n_head[0])
+    heads_swa = _head(keys, "_swa", *heads)
     n_ff_exp = keys.integer("expert_feed_forward_length", 0, low=0)
     n_ff = keys.integers(
         "feed_forward_length", n_block, [n_ff_exp] * n_block if n_ff_exp else None, int(not arch.mixer)
@@ -254,10 +297,17 @@ def _layers(
     n_lead = keys.integer("leading_dense_block_count", 0, low=0, high=n_block)
     window = keys.integer("attention.sliding_window", 0, low=0)
     is_swa = swa_layers(keys, n_block, arch.swa_period) if window else (False,) * n_block
+    kv_layers: Sequence[int] = range(n_layer)
+    if keys.get("attention.shared_kv_layers"):
+        from gguf_run.models.per_layer import kv_layers_of  # late: few models share
+
+        kv_layers = kv_layers_of(keys, list(zip(is_swa, n_head_kv, strict=True))[:n_layer])
     layers = []
     for il in range(n_layer):
         attends = mixer is None or mixer.attends(il)
         is_rotated = not arch.no_rope_period or (il + 1) % arch.no_rope_period != 0
+        head_dim, n_rot = heads_swa if is_swa[il] else heads
+        n_qkv = 1 if kv_layers[il] != il else 2 if arch.v_of_k and f"blk.{il}.attn_v.weight" not in tensors else 3
         layers.append(
             LayerConfig(
                 n_head=n_head[il] if attends else 0,
@@ -267,6 +317,8 @@ def _layers(
                 n_ff=n_ff[il],
                 window=window if is_swa[il] and attends else 0,
                 has_experts=has_experts and il >= n_lead,
+                qkv=arch.qkv[:n_qkv],
+                kv_layer=kv_layers[il],
             )
         )
     return tuple(layers)
@@ -301,25 +353,29 @@ def _is_factor(name: str, tensors: Mapping[str, Tensor]) -> bool:
 def _shapes(config: ModelConfig) -> tuple[dict[str, Ne], dict[str, Ne]]:
     """Return ne of the tensors that a file must have, and of those that a file may leave out."""
     arch, shapes = config.arch, {**LAYER_SHAPES, **config.arch.shapes}
-    model = {name: tuple(config.size(0, word) for word in words) for name, words in MODEL_SHAPES.items()}
+    model = {name: config.sizes(0, words) for name, words in MODEL_SHAPES.items()}
     required = {name: model[name] for name in ("token_embd.weight", "output_norm.weight")}
     norm_bias = ("output_norm.bias",) if arch.layer_norm else ()
     optional = {name: model[name] for name in ("output.weight", "output.bias", *norm_bias)}
     optional |= dict.fromkeys(ROPE_FACTORS, (config.n_rope_freqs,))
     for il, layer in enumerate(config.layers):
-        inputs = [*arch.qkv, "attn_output"] if layer.n_head else []
+        inputs = [*layer.qkv, "attn_output"] if layer.n_head else []
         matrices = [*inputs, *config.ffn(il)]
         if layer.has_experts:
             matrices += ["ffn_gate_inp", *EXPERTS, *(["ffn_gate_inp_shexp"] if arch.shared_gate else [])]
         norms = [name for name in arch.norms if layer.n_head or name not in QK]
         for name in (*norms, *matrices, *(["attn_sinks"] if arch.sinks else [])):
-            ne = tuple(config.size(il, word) for word in shapes[name])
+            ne = config.sizes(il, shapes[name])
             (optional if name in arch.optional_norms else required)[f"blk.{il}.{name}.weight"] = ne
             if arch.layer_norm or name in matrices:
                 optional[f"blk.{il}.{name}.bias"] = ne[1:] or ne
         if config.mixer is not None:
             for known, more in zip((required, optional), config.mixer.tensors(il), strict=True):
                 known |= {f"blk.{il}.{name}": ne for name, ne in more.items()}
+    if arch.more:
+        from gguf_run.models.per_layer import add_more
+
+        add_more(config, required, optional)
     return required, optional
 
 
@@ -341,7 +397,7 @@ def _check_tensors(config: ModelConfig, keys: Keys, tensors: Mapping[str, Tensor
             )
     # q, k and v are one matrix, gate and up are one, too: all rows of a matrix have a bias or none has.
     for il in range(config.n_layer):
-        for group in (config.arch.qkv, config.ffn(il)[:-1], EXPERTS):
+        for group in (config.layers[il].qkv, config.ffn(il)[:-1], EXPERTS):
             missing = [name for name in group if f"blk.{il}.{name}.bias" not in tensors]
             if 0 < len(missing) < len(group):
                 name = f"blk.{il}.{missing[0]}.bias"

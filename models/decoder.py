@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -80,6 +81,9 @@ class Decoder:
         layers = []
         for il, rotation in enumerate(rotations(config, tensors, n_ctx)):
             shape = config.attention(il)
+            if (owner := config.layers[il].kv_layer) != il:
+                layers.append(replace(layers[owner], is_shared=True))
+                continue
             cache = backends[il].cache(shape, n_ctx, n_batch, n_seq, kinds[il])
             layers.append(CacheLayer(cache, shape.window, rotation))
         self.cache = KvCache(layers, n_ctx, n_seq)

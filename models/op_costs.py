@@ -13,7 +13,7 @@ from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer
 from gguf_run.models.operands import AttentionShape
-from gguf_run.models.step import Step
+from gguf_run.models.step import step_class
 from gguf_run.models.weights import Loader, rotations
 
 
@@ -108,7 +108,7 @@ def op_costs(
     kinds: the cache type of each layer.
     n_ctx: positions that the token sees, its own included.
     """
-    step = Step(Loader(sizes, tensors, lambda n_bytes: None), config, None)
+    step = step_class(config)(Loader(sizes, tensors, lambda n_bytes: None), config, None)
     step.new_part()
     step.embed()
     for il, rotation in enumerate(rotations(config, tensors, n_ctx)):

@@ -96,11 +96,14 @@ class Rope:
 
 @frozen
 class Attend(Generic[Cache, Vector]):
-    """Append k and v to the cache. Then out = softmax(scale * q.k, causal, window) @ v for each head."""
+    """Append k and v to the cache. Then out = softmax(scale * q.k, causal, window) @ v for each head.
+
+    Without k and v, the cache stays as it is: it is that of an earlier layer.
+    """
 
     q: Buffer
-    k: Buffer
-    v: Buffer
+    k: Buffer | None
+    v: Buffer | None
     cache: Cache
     shape: AttentionShape
     out: Buffer  # none of q, k, v

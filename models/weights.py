@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.mapped import quoted
@@ -21,6 +22,19 @@ if TYPE_CHECKING:
     from gguf_run.models.protocol import Backend
 
 _Handle = TypeVar("_Handle")
+
+
+@frozen
+class _Values(Tensor):
+    """A vector that is not in the file."""
+
+    values: NDArray[np.float32]
+
+    def blocks(self, first: int = 0, end: int | None = None) -> NDArray[np.uint8]:
+        return self.values.astype("<f4").view(np.uint8).reshape(1, -1)
+
+    def release(self, first: int = 0, end: int | None = None) -> None:
+        pass
 
 
 @frozen
@@ -73,6 +87,11 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
             )
         return replace(tensor, scales=tuple(factors.blocks().reshape(-1).view(np.float32).tolist()))
 
+    def table(self, name: str) -> Table:
+        """Return a table of embeddings that nothing multiplies. Its rows are read from the file."""
+        self._progress(self._tensors[name].nbytes)
+        return self.backend.table(self._tensors[name])
+
     def embeddings(self) -> Table:
         """Return the table of embeddings."""
         # The table reads rows from the file whenever they are needed: its pages are not released.
@@ -94,6 +113,18 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
     def vector(self, name: str) -> Vector | None:
         """Return a tensor's values, None if the file does not have the tensor."""
         return self._optional([f"{name}.weight"])
+
+    def numbers(self, name: str) -> NDArray[np.float32]:
+        """Return the values of a vector of the file, as f32."""
+        tensor = self._tensors[name]
+        if tensor.type.name != "F32":
+            raise UnsupportedError(f"tensor {tensor.name} has the type {tensor.type.name}, must be F32")
+        return tensor.blocks().reshape(-1).view(np.float32)
+
+    def values(self, values: NDArray[np.float32]) -> Vector:
+        """Return values that are not in the file, or that are computed from it."""
+        file = next(iter(self._tensors.values())).file
+        return self.backend.vector([_Values("computed", values.shape, type_by_name("F32"), 0, file, values)])
 
     def experts(self, names: Sequence[str]) -> Experts:
         """Return the experts of a layer. names: of the tensors of gate, up and down."""
