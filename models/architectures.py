@@ -63,7 +63,7 @@ QK = ("attn_q_norm", "attn_k_norm")
 POST = ("post_attention_norm", "post_ffw_norm")
 WHOLE_ROW = {"attn_q_norm": ("n_embd_q",), "attn_k_norm": ("n_embd_kv",)}
 
-# Tensors by name, ggml order: ne[0] (row length) first. A word is a field of LayerConfig or ModelConfig, "a+b" a sum.
+# Tensors by name, ggml order: ne[0] (row length) first. A word is a field of LayerConfig or ModelConfig or a number, "a+b" a sum.
 # Where a size is 0, the tensor is not there. A last size of 1 does not count.
 MODEL_SHAPES: Mapping[str, Shape] = {
     "token_embd.weight": ("n_embd", "n_vocab"),
@@ -91,6 +91,7 @@ LAYER_SHAPES: Mapping[str, Shape] = {
     "ffn_gate_inp": ("n_embd", "n_expert"),
     "ffn_gate_exps": ("n_embd", "n_ff_exp", "n_expert"),
     "ffn_up_exps": ("n_embd", "n_ff_exp", "n_expert"),
+    "ffn_gate_up_exps": ("n_embd", "n_ff_exp+n_ff_exp", "n_expert"),
     "ffn_down_exps": ("n_ff_exp", "n_embd", "n_expert"),
     "ffn_gate_inp_shexp": ("n_embd",),
     "ffn_gate_shexp": ("n_embd", "n_ff_shexp"),
@@ -99,4 +100,5 @@ LAYER_SHAPES: Mapping[str, Shape] = {
     "post_ffw_norm": ("n_embd",),
 }
 EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+FUSED_EXPERTS = ("ffn_gate_up_exps", "ffn_down_exps")  # gate and up in one tensor
 SHARED = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")

@@ -9,6 +9,7 @@ from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.architectures import (
     EXPERTS,
+    FUSED_EXPERTS,
     LAYER_SHAPES,
     MODEL_SHAPES,
     QK,
@@ -182,8 +183,8 @@ class ModelConfig:
         return tuple(self.size(il, word) for word in words)
 
     def size(self, il: int, word: str) -> int:
-        held = LayerConfig.__annotations__.keys() | vars(LayerConfig)
-        return sum(int(getattr(self.layers[il] if part in held else self, part)) for part in word.split("+"))
+        layer = self.layers[il]
+        return sum(int(getattr(layer if hasattr(layer, part) else self, part, part)) for part in word.split("+"))
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "ModelConfig":
@@ -345,12 +346,13 @@ def _shape_of(tensor: Tensor | None) -> str:
 
 
 def _is_factor(name: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a tensor has the factors of an NVFP4 matrix."""
+    """Whether a tensor has the factors of an NVFP4 matrix, or of the results of experts."""
     weight = tensors.get(f"{name.removesuffix('.scale')}.weight")
-    return name.endswith(".scale") and weight is not None and weight.type.name == "NVFP4"
+    is_of_experts = name.endswith(".ffn_down_exps.scale")
+    return name.endswith(".scale") and weight is not None and (weight.type.name == "NVFP4" or is_of_experts)
 
 
-def _shapes(config: ModelConfig) -> tuple[dict[str, Ne], dict[str, Ne]]:
+def _shapes(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Ne], dict[str, Ne]]:
     """Return ne of the tensors that a file must have, and of those that a file may leave out."""
     arch, shapes = config.arch, {**LAYER_SHAPES, **config.arch.shapes}
     model = {name: config.sizes(0, words) for name, words in MODEL_SHAPES.items()}
@@ -362,7 +364,12 @@ def _shapes(config: ModelConfig) -> tuple[dict[str, Ne], dict[str, Ne]]:
         inputs = [*layer.qkv, "attn_output"] if layer.n_head else []
         matrices = [*inputs, *config.ffn(il)]
         if layer.has_experts:
-            matrices += ["ffn_gate_inp", *EXPERTS, *(["ffn_gate_inp_shexp"] if arch.shared_gate else [])]
+            is_fused = f"blk.{il}.{FUSED_EXPERTS[0]}.weight" in tensors
+            matrices += [
+                "ffn_gate_inp",
+                *(FUSED_EXPERTS if is_fused else EXPERTS),
+                *(["ffn_gate_inp_shexp"] if arch.shared_gate else []),
+            ]
         norms = [name for name in arch.norms if layer.n_head or name not in QK]
         for name in (*norms, *matrices, *(["attn_sinks"] if arch.sinks else [])):
             ne = config.sizes(il, shapes[name])
@@ -381,7 +388,7 @@ def _shapes(config: ModelConfig) -> tuple[dict[str, Ne], dict[str, Ne]]:
 
 def _check_tensors(config: ModelConfig, keys: Keys, tensors: Mapping[str, Tensor]) -> None:
     """Raise an error if a tensor is missing, has a wrong shape, or would silently be left out."""
-    required, optional = _shapes(config)
+    required, optional = _shapes(config, tensors)
     for name, ne in (required | {name: ne for name, ne in optional.items() if name in tensors}).items():
         tensor = tensors.get(name)
         if tensor is None or not tensor.same_shape(ne):

@@ -95,6 +95,7 @@ class Step(step.Step[Table, Weight, Vector, Cache, Experts, Squares, State]):
         if config.has_ple:
             self.matmul(self.x, self.load.matrix(f"{block}inp_gate"), gate)
             self.add(ops.Gated(gate, self._ple.columns(il * config.n_ple, config.n_ple), gate, "gelu"))
-            self.add_product(gate, block, "proj", "post_norm")
+            self.matmul(gate, self.load.matrix(f"{block}proj"), self._h)
+            self.norm(self._h, f"{block}post_norm", self.x, residual=self.x)
         if self.load.has(f"{block}layer_output_scale"):
             self.add(ops.Softcap(self.x, float(self.load.numbers(f"{block}layer_output_scale.weight")[0]), 0.0))

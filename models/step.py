@@ -7,7 +7,7 @@ import numpy as np
 
 from gguf_run.formats.frozen import frozen
 from gguf_run.models import ops
-from gguf_run.models.architectures import EXPERTS
+from gguf_run.models.architectures import EXPERTS, FUSED_EXPERTS
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer
 from gguf_run.models.operands import (
@@ -131,16 +131,22 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
 
     def experts(self, il: int) -> None:
         """x += the weighted results of the experts that the router's logits choose"""
-        config, names = self.config, tuple(f"blk.{il}.{name}" for name in EXPERTS)
+        self.moe(il, self.x)
+
+    def moe(self, il: int, out: Buffer, *, accumulate: bool = True) -> None:
+        """out (+)= the weighted results of the experts that the router's logits choose"""
+        config, block = self.config, f"blk.{il}."
+        fused = self.load.has(f"{block}{FUSED_EXPERTS[0]}")
+        names = tuple(block + name for name in (FUSED_EXPERTS if fused else EXPERTS))
         squares = None
         if self._observed is not None:
             first = self.load.backend.squares(config.n_embd, config.n_expert)
             last = self.load.backend.squares(config.n_ff_exp, config.n_expert)
             squares = first, last
             weights = tuple(f"{name}.weight" for name in names)
-            self._observed += [Observed(weights[:2], first), Observed(weights[2:], last)]
+            self._observed += [Observed(weights[:-1], first), Observed(weights[-1:], last)]
         experts = self.load.experts(names)
-        self.add(ops.Moe(self._h, self._router, experts, config.moe, self.x, squares))
+        self.add(ops.Moe(self._h, self._router, experts, config.moe, out, squares, accumulate=accumulate))
 
     def only_outputs(self) -> None:
         """List the following ops in `after`, for the wanted rows only. x is copied, other buffers are new."""

@@ -78,7 +78,7 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
     def _scaled(self, name: str) -> Tensor:
         """Return a tensor. If the file has a tensor `<name>.scale` for it, its numbers become the tensor's `scales`."""
         tensor, factors = self._tensors[name], self._tensors.get(f"{name.removesuffix('.weight')}.scale")
-        if factors is None or not name.endswith(".weight"):
+        if factors is None or not name.endswith(".weight") or ".ffn_gate_inp." in name:
             return tensor
         if factors.type.name != "F32" or factors.n_elements != math.prod(tensor.ne[2:]):
             raise FormatError(

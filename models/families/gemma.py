@@ -55,7 +55,7 @@ ENTRIES = (
         more={
             **_PER_LAYER,
             "rope_freqs.weight": ("n_rope_freqs",),
-            "blk.N.layer_output_scale.weight": ("has_layer",),
+            "blk.N.layer_output_scale.weight": ("1",),
             "blk.N.ffn_gate_inp.scale": ("n_embd", "has_experts"),
             "blk.N.pre_ffw_norm_2.weight": ("n_embd", "has_experts"),
             "blk.N.post_ffw_norm_1.weight": ("n_embd", "has_experts"),
