@@ -114,7 +114,7 @@ class Tape:
         given = vars(op) | values
         rows: Buffer = vars(op).get("out") or op.x
         numbers = self._common | {"rows": self.table.n_out if rows.outputs else self.table.n_tokens}
-        if rows.outputs and "runs" in fields:
+        if rows.outputs and not fields.isdisjoint(_TOKENS):
             wanted = self.table.wanted
             numbers |= {name: self.address(getattr(wanted, name)) for name in _TOKENS} | {"n_runs": wanted.n_runs}
         for name, value in given.items():

@@ -3,8 +3,9 @@
 The facts come from llama.cpp (src/models/*.cpp), whose converter writes the files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import field
+from importlib import import_module
 
 from gguf_run.formats.frozen import frozen
 
@@ -29,8 +30,13 @@ class Architecture:
     ffn_norm: str = "ffn_norm"  # name of the norm before the ffn
     layer_norm: bool = False  # norms subtract the mean and have biases
     sinks: bool = False  # attention has sinks
+    qk_norm_after_rope: bool = False  # attn_q_norm and attn_k_norm come after the rotation
+    neox_by_sections: bool = False  # with a rope.dimension_sections that is not 0, rope_style is "neox"
     no_rope_period: int = 0  # every n-th layer does not rotate; 0: all rotate
-    v_norm: bool = False  # each head of v is normed, without weights
+    window_rope: bool = False  # in a file with a window, only layers with the window rotate
+    # Scale, length and offset of operands.Temperature, for layers that do not rotate. (): keys of the file tell it.
+    temperature: tuple[float, int, int] | tuple[()] = ()
+    logits_multiplied: bool = False  # logit_scale multiplies the logits; False: it divides them
     v_of_k: bool = False  # a layer without attn_v makes v of what attn_k makes
     attention_scale: float = 0.0  # factor on q.k, unless the file has one; 0: 1/sqrt(head_dim)
     scaled_embd: bool = False  # embeddings are multiplied by sqrt(n_embd)
@@ -46,10 +52,10 @@ class Architecture:
     expert_activation: str = ""  # activation of the experts; "": the same as `activation`
     shared_gate: bool = False  # a gate weights the result of the shared expert
     dense_beside: bool = False  # a layer with experts has a dense ffn too
-    step: str = ""  # module of models whose class lists the ops of a step; "": step.py
+    step: str = ""  # module of models with a class Step, which lists the ops of a step; "": step.py
     mixer: str = ""  # module of models/mixers: what layers have in place of attention, or beside it
     shapes: Mapping[str, Shape] = field(default_factory=dict)  # shapes that differ from LAYER_SHAPES
-    # Tensors beyond those that the other fields name, by name with ".weight"; "blk.N." stands for each layer.
+    # Tensors beyond those that the other fields name. "blk.N." is that of each layer. One with a size 0 is not there.
     more: Mapping[str, Shape] = field(default_factory=dict)
 
     @property
@@ -63,8 +69,27 @@ QK = ("attn_q_norm", "attn_k_norm")
 POST = ("post_attention_norm", "post_ffw_norm")
 WHOLE_ROW = {"attn_q_norm": ("n_embd_q",), "attn_k_norm": ("n_embd_kv",)}
 
-# Tensors by name, ggml order: ne[0] (row length) first. A word is a field of LayerConfig or ModelConfig or a number, "a+b" a sum.
-# Where a size is 0, the tensor is not there. A last size of 1 does not count.
+_FAMILIES = ("dense", "gemma", "mixtures")
+
+
+def entries() -> Iterator[Architecture]:
+    """Yield all architectures. A module of models/families is imported when its entries are reached."""
+    # Llama 1 to 3.x, Mistral, Mixtral, and most models that copy their layer (SmolLM, TinyLlama, Yi ...).
+    yield Architecture("llama", moe="maybe")
+    for family in _FAMILIES:
+        yield from import_module(f"gguf_run.models.families.{family}").ENTRIES
+
+
+def architecture(name: str) -> Architecture:
+    """Return the architecture of a name as in `general.architecture`. Raises KeyError for a name that is not known."""
+    for entry in entries():
+        if entry.name == name:
+            return entry
+    raise KeyError(name)
+
+
+# Tensors by name, ggml order: ne[0] (row length) first. A word is a number, or a field of LayerConfig or
+# ModelConfig; "a+b" is a sum.
 MODEL_SHAPES: Mapping[str, Shape] = {
     "token_embd.weight": ("n_embd", "n_vocab"),
     "output_norm.weight": ("n_embd",),
@@ -99,6 +124,16 @@ LAYER_SHAPES: Mapping[str, Shape] = {
     "ffn_down_shexp": ("n_ff_shexp", "n_embd"),
     "post_ffw_norm": ("n_embd",),
 }
+QKV = ("attn_q", "attn_k", "attn_v")
 EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 FUSED_EXPERTS = ("ffn_gate_up_exps", "ffn_down_exps")  # gate and up in one tensor
 SHARED = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
+
+
+def qkv_of(arch: Architecture, block: str, tensors: Container[str]) -> tuple[str, ...]:
+    """Return the tensors that make q, k and v of a layer. A file may have one in place of three, or three in its place.
+
+    block: "blk.N."
+    """
+    kinds = (names for names in (("attn_qkv",), QKV) if f"{block}{names[0]}.weight" in tensors)
+    return next(kinds, arch.qkv)

@@ -3,8 +3,6 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic
 
-import numpy as np
-
 from gguf_run.formats.frozen import frozen
 from gguf_run.models import ops
 from gguf_run.models.architectures import EXPERTS, FUSED_EXPERTS
@@ -53,9 +51,9 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         self.after: list[ops.Op[Table, Weight, Vector, Cache, Experts, Squares, State]] = []
         self._ops = self.after  # the list that grows
         self._result = self.x = Buffer.whole("x", config.n_embd)
-        self._name_buffers(outputs=False)
+        self.name_buffers(outputs=False)
 
-    def _name_buffers(self, *, outputs: bool) -> None:
+    def name_buffers(self, *, outputs: bool) -> None:
         """Name the buffers beside x. outputs: those of the wanted rows."""
         config, end = self.config, "_out" if outputs else ""
         self._qkv = Buffer.whole(f"qkv{end}", config.n_embd_q + 2 * config.n_embd_kv, outputs=outputs)
@@ -78,7 +76,7 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         """x = embeddings of the tokens"""
         self.add(ops.Embed(self.load.embeddings(), self.x, self.config.embd_scale))
 
-    def layer(self, il: int, cache: CacheLayer, *, experts: bool) -> None:
+    def layer(self, il: int, cache: CacheLayer[Cache, State], *, experts: bool) -> None:
         """x += attention(norm(x)), then x += ffn(norm(x)). In a parallel layer, both read the first norm(x).
 
         A layer may have a mixer in place of attention or beside it, and may lack attention or ffn.
@@ -90,38 +88,43 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         if layer.n_head or (mixer is not None and mixer.states(il)):
             h = self.normed(block, "attn_norm")
             if mixer is None or not mixer.add(self, il, h, cache):
-                matrix = self.load.matrix(*(block + name for name in layer.qkv))
-                self.matmul(h, matrix, self._qkv.columns(0, matrix.weight.n_out))
+                self.project(il, h)
                 if is_parallel:
                     self.ffn(il, h, experts)
                 self.attend(il, cache)
         if experts and il == self.config.n_own - 1 and self._observed is None:
-            self.only_outputs()  # later layers read keys and values that are there: for the wanted rows
+            self.only_outputs()
         if not is_parallel and (layer.n_ff or layer.has_experts):
             self.ffn(il, self.normed(block, arch.ffn_norm), experts)
 
-    def attend(self, il: int, cache: CacheLayer) -> None:
+    def project(self, il: int, h: Buffer) -> None:
+        """qkv = q, k and v of h, side by side"""
+        self.matmul(h, self.load.qkv(self.config.arch, f"blk.{il}."), self._qkv)
+
+    def attend(self, il: int, cache: CacheLayer[Cache, State]) -> None:
         """x += attention of q, k and v, which are in the buffer qkv"""
         config, layer, qkv, block = self.config, self.config.layers[il], self._qkv, f"blk.{il}."
         n_q, n_kv, head_dim = layer.n_embd_q, layer.n_embd_kv, layer.head_dim
-        q, k, v, turned = qkv.columns(0, n_q), None, None, qkv.columns(0, n_q)
-        if layer.kv_layer == il:
-            k, v, turned = qkv.columns(n_q, n_kv), qkv.columns(n_q + n_kv, n_kv), qkv.columns(0, n_q + n_kv)
-            if config.arch.v_norm:
-                ones = self.load.values(np.ones(head_dim, np.float32))
-                self.add(ops.RmsNorm(v if len(layer.qkv) > 2 else k, ones, v, config.inner_eps, layer.n_head_kv))
-        for part, name, n_head in ((q, "attn_q_norm", layer.n_head), (k, "attn_k_norm", layer.n_head_kv)):
-            if part is not None and self._has_norm(block, name):
+        q, k, v = qkv.columns(0, n_q), qkv.columns(n_q, n_kv), qkv.columns(n_q + n_kv, n_kv)
+        norms = ((q, "attn_q_norm", layer.n_head), (k, "attn_k_norm", layer.n_head_kv))
+        is_late = config.arch.qk_norm_after_rope
+        for part, name, n_head in norms:
+            if self._has_norm(block, name) and not is_late:
                 self.norm(part, block + name, part, n_group=n_head if config.arch.norm_per_head else 1, inner=True)
         assert cache.cache is not None
+        if config.temperature is not None and not (config.arch.temperature and layer.n_rot):
+            self.add(ops.Temper(q, config.temperature))
         if cache.rotation is not None:
-            self.add(ops.Rope(turned, cache.rotation, head_dim))
+            self.add(ops.Rope(qkv.columns(0, n_q + n_kv), cache.rotation, head_dim))
+        if is_late:
+            for weight, (part, _, n_head) in zip(self.load.late_norms(block), norms, strict=True):
+                self.add(ops.RmsNorm(part, weight, part, config.inner_eps, n_head))
         sinks = self.load.vector(f"{block}attn_sinks")
         self.add(ops.Attend(q, k, v, cache.cache, config.attention(il), self._attn.columns(0, n_q), sinks))
         self.add_product(self._attn.columns(0, n_q), block, "attn_output", "post_attention_norm")
 
     def before(self, il: int) -> tuple[Buffer, ...]:
-        """Return the buffers that layer il needs, and the output if il is the number of layers: x."""
+        """Return the buffers that layer il needs, or the output if there is no such layer: x."""
         return (self.x,)
 
     @property
@@ -152,7 +155,7 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         """List the following ops in `after`, for the wanted rows only. x is copied, other buffers are new."""
         self._ops = self.after
         self.x = self.wanted(self.x)
-        self._name_buffers(outputs=True)
+        self.name_buffers(outputs=True)
 
     def wanted(self, x: Buffer) -> Buffer:
         """Return a buffer that gets the wanted rows of x."""
@@ -257,8 +260,7 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
 
 def step_class(config: ModelConfig) -> type[Step[Any, Any, Any, Any, Any, Any, Any]]:
     """Return the class that lists the ops of a model's steps."""
-    name = config.arch.step
-    found: type[Step[Any, Any, Any, Any, Any, Any, Any]] = (
-        import_module(f"gguf_run.models.{name}").Step if name else Step
-    )
+    if not config.arch.step:
+        return Step
+    found: type[Step[Any, Any, Any, Any, Any, Any, Any]] = import_module(f"gguf_run.models.{config.arch.step}").Step
     return found

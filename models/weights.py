@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,10 @@ from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.models.architectures import ROPE_FACTORS
+from gguf_run.models.architectures import QK, QKV, ROPE_FACTORS, Architecture, qkv_of
+from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
+from gguf_run.models.kv_cache import N_STATES, CacheLayer
 from gguf_run.models.operands import Cache, Experts, Rotation, Squares, State, Table, Vector, Weight
 from gguf_run.models.rope import UNSCALED, make_rope
 
@@ -22,19 +24,6 @@ if TYPE_CHECKING:
     from gguf_run.models.protocol import Backend
 
 _Handle = TypeVar("_Handle")
-
-
-@frozen
-class _Values(Tensor):
-    """A vector that is not in the file."""
-
-    values: NDArray[np.float32]
-
-    def blocks(self, first: int = 0, end: int | None = None) -> NDArray[np.uint8]:
-        return self.values.astype("<f4").view(np.uint8).reshape(1, -1)
-
-    def release(self, first: int = 0, end: int | None = None) -> None:
-        pass
 
 
 @frozen
@@ -106,25 +95,42 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         weight = self._take(self.backend.weight, weights)
         return Matrix(weights, weight, self._optional([f"{name}.bias" for name in (bias or names)]))
 
+    def qkv(self, arch: Architecture, block: str) -> Matrix[Weight, Vector]:
+        """Return the matrix that makes q, k and v. block: "blk.N."."""
+        biases = [f"{block}{name}" for name in ("attn_qkv", *QKV) if f"{block}{name}.bias" in self._tensors]
+        return self.matrix(*(block + name for name in qkv_of(arch, block, self._tensors)), bias=biases)
+
     def norm(self, name: str) -> tuple[Vector, Vector | None]:
         """Return weight and bias of a norm."""
         return self._take(self.backend.vector, [f"{name}.weight"]), self._optional([f"{name}.bias"])
+
+    def numbers(self, name: str, values: NDArray[np.float32]) -> Vector:
+        """Return numbers that the file does not have. name: for errors and lists."""
+        from gguf_run.formats.gguf.memory_file import MemoryFile
+
+        file = MemoryFile(self._tensors["token_embd.weight"].file.path, values.tobytes())
+        return self.backend.vector([Tensor(name, (values.size,), type_by_name("F32"), 0, file)])
+
+    def late_norms(self, block: str) -> tuple[Vector, Vector]:
+        """Return the weights of a layer's norms of q and k after the rotation: those of q times those of k, and ones.
+
+        The scores are the same. Keys without weights can still be turned, which a context shift does.
+        """
+        q, k = names = [f"{block}{name}.weight" for name in QK]
+        first, second = map(self.values, names)
+        return self.numbers(q, first * second), self.numbers(k, np.ones_like(second))
 
     def vector(self, name: str) -> Vector | None:
         """Return a tensor's values, None if the file does not have the tensor."""
         return self._optional([f"{name}.weight"])
 
-    def numbers(self, name: str) -> NDArray[np.float32]:
-        """Return the values of a vector of the file, as f32."""
-        tensor = self._tensors[name]
-        if tensor.type.name != "F32":
-            raise UnsupportedError(f"tensor {tensor.name} has the type {tensor.type.name}, must be F32")
-        return tensor.blocks().reshape(-1).view(np.float32)
+    def values(self, name: str) -> NDArray[np.float32]:
+        """Return the values of a vector of the file."""
+        from gguf_run.formats.blocks.dequantizer import dequantize
 
-    def values(self, values: NDArray[np.float32]) -> Vector:
-        """Return values that are not in the file, or that are computed from it."""
-        file = next(iter(self._tensors.values())).file
-        return self.backend.vector([_Values("computed", values.shape, type_by_name("F32"), 0, file, values)])
+        tensor = self._tensors[name]
+        self._progress(tensor.nbytes)
+        return dequantize(tensor.blocks(), tensor.type).reshape(-1)
 
     def experts(self, names: Sequence[str]) -> Experts:
         """Return the experts of a layer. names: of the tensors of gate, up and down."""
@@ -150,6 +156,29 @@ def rotations(config: ModelConfig, tensors: Mapping[str, Tensor], n_ctx: int) ->
         else:
             made[key] = make_rope(arch.rope_style, n_rot, base, scaling, factors, long_factors)
     return [made.get((layer.n_rot, has_two and layer.window > 0)) for layer in config.layers]
+
+
+def cache_layers(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    backends: "Sequence[Backend[Any, Any, Any, Cache, Any, Any, State]]",
+    kinds: Sequence[CacheType],
+    n_ctx: int,
+    n_batch: int,
+    n_seq: int,
+) -> list[CacheLayer[Cache, State]]:
+    """Return the caches of all layers. backends, kinds: of each layer. The sizes: see protocol.Backend.cache."""
+    layers: list[CacheLayer[Cache, State]] = []
+    for il, rotation in enumerate(rotations(config, tensors, n_ctx)):
+        if (owner := config.layers[il].kv_layer) != il:
+            layers.append(replace(layers[owner], is_shared=True))
+            continue
+        backend, shape = backends[il], config.attention(il)
+        cache = backend.cache(shape, n_ctx, n_batch, n_seq, kinds[il]) if shape.n_head else None
+        sizes = config.mixer.states(il) if config.mixer is not None else ()
+        states = tuple(backend.state(n_floats, n_seq * N_STATES) for n_floats in sizes)
+        layers.append(CacheLayer(cache, shape.window, rotation, states))
+    return layers
 
 
 def _factors(tensor: Tensor) -> NDArray[np.float32]:

@@ -44,7 +44,6 @@ ENTRIES = (
         optional_norms=("layer_output_scale",),
         scaled_embd=True,
         attention_scale=1.0,
-        v_norm=True,
         v_of_k=True,
         final_softcap=30.0,
         swa_rope_freq_base=1e4,

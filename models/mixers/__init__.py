@@ -6,9 +6,7 @@ read(keys: Keys) -> Mixer
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from gguf_run.models.kv_cache import CacheLayer
     from gguf_run.models.operands import Buffer
-    from gguf_run.models.step import Step
 
 Shapes = dict[str, tuple[int, ...]]  # ne by the name of a tensor, without "blk.N."
 
@@ -25,8 +23,12 @@ class Mixer(Protocol):
     def states(self, il: int) -> tuple[int, ...]:
         """Return how many f32 numbers each state of layer il has for a sequence."""
 
-    def add(self, step: "Step[Any, Any, Any, Any, Any, Any, Any]", il: int, h: "Buffer", cache: "CacheLayer") -> bool:
-        """Add what layer il computes from h, its normed input, to the residual stream, as ops of the step.
+    def add(self, step: Any, il: int, h: "Buffer", cache: Any) -> bool:
+        """List the ops of layer il that add the mixer's result to the residual stream.
 
-        Returns False if the layer has plain attention, which the caller adds.
+        step: a step.Step. Its type stands with the mixers, since step.py reads this file.
+        h: the layer's normed input.
+        cache: the layer's kv_cache.CacheLayer.
+
+        Returns False if the layer has plain attention, which the caller adds. Then h is as it was.
         """

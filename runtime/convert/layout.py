@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gguf_run.formats.gguf.metadata import Typed
-from gguf_run.models.architectures import Architecture
-from gguf_run.models.families import architecture
+from gguf_run.models.architectures import Architecture, architecture
 from gguf_run.runtime.convert.stored.checkpoint import Config
 
 # A module of the checkpoint -> the tensor of the GGUF file. Both names get ".weight" or ".bias".
-# A name that ends in ".scale" gets no end. "@": the number of an expert (or head); all of them become one tensor. Two names: the tensor is split in halves.
-# Three names: q, k and v; the checkpoint has them together for each head of keys.
+# "@": the number of an expert (or head); all of them become one tensor. Two names: the tensor is split in halves.
+# Three names: q, k and v; the checkpoint has them together for each head of keys. A name that ends in ".scale" is whole.
 Names = Mapping[str, str | tuple[str, ...]]
 # A key without the architecture's name, its type, and the names in config.json. A value that is not there is left out.
 Key = tuple[str, str, tuple[str, ...]]
@@ -36,14 +35,14 @@ FUSED_EXPERTS: Names = {
     "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
     "mlp.experts.down_proj": "ffn_down_exps",
 }
-EXPERTS: Names = {"mlp.gate": "ffn_gate_inp", **network("mlp.experts.@", "_exps"), **FUSED_EXPERTS}
+MOE: Names = {"mlp.gate": "ffn_gate_inp", **network("mlp.experts.@", "_exps"), **FUSED_EXPERTS}
 NUMBERED = ("w1", "w3", "w2")
 MIXTRAL_EXPERTS: Names = {
     "block_sparse_moe.gate": "ffn_gate_inp",
     **network("block_sparse_moe.experts.@", "_exps", NUMBERED),
 }
 LLAMA: Names = {**PRE_NORMS, **ATTENTION, **DENSE}
-LLAMA_MOE: Names = {**PRE_NORMS, **ATTENTION, **EXPERTS}
+LLAMA_MOE: Names = {**PRE_NORMS, **ATTENTION, **MOE}
 # Ends of names of tensors that hold no weights.
 IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 # Parts of a model for images and text, of which only the text is converted.

@@ -16,10 +16,9 @@ from gguf_run.formats.gguf.tensors import TensorInfo
 from gguf_run.kernels_cpu.measure.limits import Limits, measure_limits
 from gguf_run.kernels_cpu.panels.panels import matrix_bytes
 from gguf_run.kernels_cpu.vector import isa
-from gguf_run.models.architectures import EXPERTS, LAYER_SHAPES, MODEL_SHAPES
+from gguf_run.models.architectures import EXPERTS, LAYER_SHAPES, MODEL_SHAPES, architecture
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
-from gguf_run.models.families import architecture
 from gguf_run.runtime.load.machine import available_memory, default_threads
 from gguf_run.runtime.load.memory import MemoryPlan
 from gguf_run.runtime.load.options import DEFAULT_N_CTX

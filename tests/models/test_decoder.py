@@ -124,7 +124,7 @@ class Spy(NumpyBackend):
 
         class SpyProgram(NumpyProgram):
             def run(self, ids: np.ndarray, runs: Sequence[Run], rows: Sequence[int], *more: int) -> Results:
-                ((seq, n_past, n_tokens, _),) = runs
+                ((seq, n_past, n_tokens, *_),) = runs
                 assert (seq, n_tokens) == (0, len(ids))
                 spy.passes.append((n_tokens, n_past, min(rows, default=0), len(rows)))
                 return super().run(ids, runs, rows, *more)

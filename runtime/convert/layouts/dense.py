@@ -5,9 +5,9 @@ from dataclasses import replace
 from gguf_run.runtime.convert.layout import (
     ATTENTION,
     DENSE,
-    EXPERTS,
     LLAMA,
     MIXTRAL_EXPERTS,
+    MOE,
     NUMBERED,
     POST_NORMS,
     PRE_NORMS,
@@ -23,7 +23,7 @@ from gguf_run.runtime.convert.layout import (
 LLAMA_ROW = CheckpointLayout(
     "llama",
     {"LlamaForCausalLM": "llama", "LLaMAForCausalLM": "llama"},
-    layer={**LLAMA, **MIXTRAL_EXPERTS, **EXPERTS},
+    layer={**LLAMA, **MIXTRAL_EXPERTS, **MOE},
     permuted=True,
     rope_dim=True,
     keys=(VOCAB_SIZE,),

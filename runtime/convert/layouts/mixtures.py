@@ -1,12 +1,13 @@
 """Checkpoints of decoders with experts."""
 
+from gguf_run.models.architectures import EXPERTS
 from gguf_run.runtime.convert.layout import (
     ATTENTION,
     EXPERT_FF,
-    EXPERTS,
     FUSED_EXPERTS,
     LLAMA,
     LLAMA_MOE,
+    MOE,
     N_EXPERT,
     NORM,
     QK_NORM,
@@ -58,7 +59,7 @@ ROWS = (
     CheckpointLayout(
         "deepseek",
         {"DeepseekForCausalLM": "deepseek"},
-        layer={**LLAMA, **EXPERTS, **network("mlp.shared_experts", "_shexp")},
+        layer={**LLAMA, **MOE, **network("mlp.shared_experts", "_shexp")},
         permuted=True,
         rope_dim=True,
         rope_type="none",
