@@ -67,7 +67,7 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
     def _scaled(self, name: str) -> Tensor:
         """Return a tensor. If the file has a tensor `<name>.scale` for it, its numbers become the tensor's `scales`."""
         tensor, factors = self._tensors[name], self._tensors.get(f"{name.removesuffix('.weight')}.scale")
-        if factors is None or not name.endswith(".weight"):
+        if factors is None or not name.endswith(".weight") or ".ffn_gate_inp." in name:
             return tensor
         if factors.type.name != "F32" or factors.n_elements != math.prod(tensor.ne[2:]):
             raise FormatError(
@@ -75,6 +75,11 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
                 f"F32 for each matrix of {quoted(name)}"
             )
         return replace(tensor, scales=tuple(factors.blocks().reshape(-1).view(np.float32).tolist()))
+
+    def table(self, name: str) -> Table:
+        """Return a table of embeddings that nothing multiplies. Its rows are read from the file."""
+        self._progress(self._tensors[name].nbytes)
+        return self.backend.table(self._tensors[name])
 
     def embeddings(self) -> Table:
         """Return the table of embeddings."""
@@ -111,16 +116,21 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
 
         The scores are the same. Keys without weights can still be turned, which a context shift does.
         """
-        from gguf_run.formats.blocks.dequantizer import dequantize
-
-        q, k = found = [self._tensors[f"{block}{name}.weight"] for name in QK]
-        first, second = (dequantize(tensor.blocks(), tensor.type).reshape(-1) for tensor in found)
-        self._progress(q.nbytes + k.nbytes)
-        return self.numbers(q.name, first * second), self.numbers(k.name, np.ones_like(second))
+        q, k = names = [f"{block}{name}.weight" for name in QK]
+        first, second = map(self.values, names)
+        return self.numbers(q, first * second), self.numbers(k, np.ones_like(second))
 
     def vector(self, name: str) -> Vector | None:
         """Return a tensor's values, None if the file does not have the tensor."""
         return self._optional([f"{name}.weight"])
+
+    def values(self, name: str) -> NDArray[np.float32]:
+        """Return the values of a vector of the file."""
+        from gguf_run.formats.blocks.dequantizer import dequantize
+
+        tensor = self._tensors[name]
+        self._progress(tensor.nbytes)
+        return dequantize(tensor.blocks(), tensor.type).reshape(-1)
 
     def experts(self, names: Sequence[str]) -> Experts:
         """Return the experts of a layer. names: of the tensors of gate, up and down."""
@@ -158,8 +168,11 @@ def cache_layers(
     n_seq: int,
 ) -> list[CacheLayer[Cache, State]]:
     """Return the caches of all layers. backends, kinds: of each layer. The sizes: see protocol.Backend.cache."""
-    layers = []
+    layers: list[CacheLayer[Cache, State]] = []
     for il, rotation in enumerate(rotations(config, tensors, n_ctx)):
+        if (owner := config.layers[il].kv_layer) != il:
+            layers.append(replace(layers[owner], is_shared=True))
+            continue
         backend, shape = backends[il], config.attention(il)
         cache = backend.cache(shape, n_ctx, n_batch, n_seq, kinds[il]) if shape.n_head else None
         sizes = config.mixer.states(il) if config.mixer is not None else ()

@@ -56,6 +56,8 @@ def model_tensors(layout: CheckpointLayout, config: Config, tensors: Mapping[str
     if layout.tied_copy and "output.weight" not in found and "token_embd.weight" in found:
         found["output.weight"] = found["token_embd.weight"]
     found = {name: _final(layout, name, tensor) for name, tensor in found.items()}
+    if layout.is_checked_by_decoder:
+        return found
     _check_complete(layout, config, found)
     for name, tensor in found.items():
         ne = shape(layout, name, numbers)
@@ -149,6 +151,8 @@ def _place(layout: CheckpointLayout, numbers: Mapping[str, int], name: str, tens
             f"{tensor.file.path}: tensor {quoted(name)} is not a part of a {layout.arch} model of {n_layer} layers as "
             "this program knows it: without it the results would be wrong"
         )
+    if isinstance(target, str) and target.endswith(".scale"):
+        target, kind = target.removesuffix(".scale"), "scale"
     prefix = f"blk.{int(layer[1])}." if layer else ""
     return _Place(prefix, names_of(target), kind, int(item[1]) if item else -1, bare)
 
