@@ -6,19 +6,23 @@ formats share are here.
 Layers with a window hold only the last positions of a sequence. An operation that needs older positions empties the
 sequence. Such a method returns how many tokens are left, and the caller runs the other tokens again.
 
+<<<<<<< HEAD
 A recurrent layer has a state in place of rows, and no token can be taken out of it. A sequence has N_STATES slots for
+=======
+A recurrent layer has a state in place of rows, and no token can be taken out of it. A sequence has N_STATES slots: for
+>>>>>>> foundation
 the state after its last token, for the one that a step writes, and for older ones, to which it can go back.
 """
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.frozen import frozen
 from gguf_run.models.backend import Run
-from gguf_run.models.operands import CacheHandle, Rotation, StateHandle
+from gguf_run.models.operands import Cache, Rotation, State
 
 GROUP = 32  # positions that backends store side by side and move together
 BLOCK = 32  # columns of a row that share a scale, in cache types with blocks; only heads of whole blocks are rotated
@@ -67,13 +71,13 @@ class _Slot:
 
 
 @frozen
-class CacheLayer:
+class CacheLayer(Generic[Cache, State]):
     """The cache of one layer."""
 
-    cache: CacheHandle | None  # None: the layer has no attention
+    cache: Cache | None  # None: the layer has no attention
     window: int  # positions that the layer looks back on, a token's own included; 0: all
     rotation: Rotation | None
-    states: tuple[StateHandle, ...] = ()  # of its recurrent ops: N_STATES slots for each sequence
+    states: tuple[State, ...] = ()  # of its recurrent ops: N_STATES slots for each sequence
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -87,7 +91,7 @@ class KvCache:
     Methods raise GgufRunError for a sequence that does not exist.
     """
 
-    def __init__(self, layers: Sequence[CacheLayer], n_ctx: int, n_seq: int) -> None:
+    def __init__(self, layers: Sequence[CacheLayer[Any, Any]], n_ctx: int, n_seq: int) -> None:
         self.n_ctx, self.n_seq = n_ctx, n_seq
         self._layers = layers
         self._slots = [_Slot() for _ in range(n_seq)]

@@ -13,7 +13,7 @@ from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.operands import AttentionShape
 from gguf_run.models.step import Step
-from gguf_run.models.weights import Loader, rotations
+from gguf_run.models.weights import Loader, cache_layers
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ OPERATIONS: Mapping[type, Callable[[Any], int]] = {
     ops.Gated: lambda op: 5 * op.out.width,
     ops.ShortConv: lambda op: (2 * op.n_taps + 5) * op.x.width,
     ops.DeltaRule: lambda op: 8 * op.state.n_in,
+    ops.Xielu: lambda op: 6 * op.out.width,
     ops.Moe: lambda op: 2 * op.experts.n_weights * op.mixture.n_used // op.logits.width,
     ops.GateRows: lambda op: op.x.width,
     ops.Softcap: lambda op: 3 * op.x.width,
@@ -112,9 +113,8 @@ def op_costs(
     step = Step(Loader(sizes, tensors, lambda n_bytes: None), config, None)
     step.new_part()
     step.embed()
-    for il, rotation in enumerate(rotations(config, tensors, n_ctx)):
-        cache = sizes.cache(config.attention(il), n_ctx, 1, 1, kinds[il])
-        step.layer(il, cache, rotation, experts=True)
+    for il, layer in enumerate(cache_layers(config, tensors, [sizes] * config.n_layer, kinds, n_ctx, 1, 1)):
+        step.layer(il, layer, experts=True)
     step.logits()
     return [_cost(op) for op in (*step.parts[0], *step.after)]
 

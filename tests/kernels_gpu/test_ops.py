@@ -31,6 +31,7 @@ from gguf_run.models.ops import (
     RmsNorm,
     Rope,
     Softcap,
+    Xielu,
 )
 
 __all__ = ["fast_dots", "pytestmark"]
@@ -393,3 +394,18 @@ def test_layer_norm_and_small_ops(n_group: int) -> None:
         return step.finish(a)
 
     both(record, [(0, 12)])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_functions(activation: str) -> None:
+    """xielu too, of numbers next to 0, where e^x - 1 has few bits."""
+    x, up = np.random.default_rng(12).standard_normal((2, 5, 84))
+    x *= 10.0 ** np.arange(-4, 1)[:, None]
+
+    def record(step: Step) -> Step:
+        a = step.input(x)
+        step.add(Xielu(a, a, 0.7, 1.3, 0.5, -1e-6))
+        step.add(Gated(a, step.input(up), a, activation))
+        return step.finish(a)
+
+    both(record, [(0, 5)])
