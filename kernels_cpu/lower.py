@@ -153,6 +153,16 @@ def _softcap(tape: Tape, op: ops.Softcap, int8: Rows | None) -> None:
     tape.record(op, softcap, n=op.x.width)
 
 
+def _scan(tape: Tape, op: "ops.Scan[CpuState, CpuVector]", int8: Rows | None) -> None:
+    """Two kernels: scan_steps computes numbers of each token and head, scan moves the state along."""
+    from gguf_run.kernels_cpu.recurrent.scan import scan, scan_steps
+
+    sizes = {"head_dim": op.x.width // op.n_head, "n_state": op.b.width // op.n_group}
+    steps = tape.shared("steps", 8 * tape.n_batch * op.n_head)
+    state = {"state": op.state.data, "slot_bytes": op.state.data.strides[0]}
+    tape.record(op, scan_steps, scan, steps=steps, **sizes, **state)
+
+
 def _moe(tape: Tape, op: Any, int8: Rows | None) -> None:
     from gguf_run.kernels_cpu.lower_moe import lower_moe
 
@@ -179,6 +189,7 @@ LOWER: Mapping[type, Lowered] = {
     ops.Rope: _rope,
     ops.Attend: _attend,
     ops.Gated: _gated,
+    ops.Scan: _scan,
     ops.Moe: _moe,
     ops.GateRows: _gate_rows,
     ops.Softcap: _softcap,

@@ -90,6 +90,7 @@ OPERATIONS: Mapping[type, Callable[[Any], int]] = {
     ops.Attend: lambda op: 4 * op.shape.n_head * op.shape.head_dim * op.cache.n_out,
     ops.Gated: lambda op: 5 * op.out.width,
     ops.Moe: lambda op: 2 * op.experts.n_weights * op.mixture.n_used // op.logits.width,
+    ops.Scan: lambda op: 5 * op.x.width * op.b.width // op.n_group,
     ops.GateRows: lambda op: op.x.width,
     ops.Softcap: lambda op: 3 * op.x.width,
     ops.Outputs: lambda op: 0,

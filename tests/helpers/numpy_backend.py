@@ -222,9 +222,10 @@ class NumpyProgram:
 
 
 def rms_norm(p: NumpyProgram, op: ops.RmsNorm[np.ndarray]) -> np.ndarray:
-    part = p[op.x].reshape(-1, op.n_group, len(op.weight))
+    part = p[op.x].reshape(-1, op.n_group, op.x.width // op.n_group)
     mean = (part * part).mean(axis=-1, keepdims=True, dtype=part.dtype)
-    rows = (part / np.sqrt(mean + part.dtype.type(op.eps)) * op.weight).reshape(-1, op.x.width)
+    weight = op.weight.reshape(op.n_group if op.is_grouped else 1, -1)
+    rows = (part / np.sqrt(mean + part.dtype.type(op.eps)) * weight).reshape(-1, op.x.width)
     return rows if op.residual is None else rows + p[op.residual]
 
 
@@ -278,6 +279,27 @@ def moe(p: NumpyProgram, op: ops.Moe[NumpyExperts, NumpySquares]) -> np.ndarray:
     return result
 
 
+def scan(p: NumpyProgram, op: Any) -> np.ndarray:
+    x = p[op.x].reshape(-1, op.n_head, op.x.width // op.n_head)
+    b, c = (p[buffer].reshape(len(x), op.n_group, -1) for buffer in (op.b, op.c))
+    b, c = (np.repeat(part, op.n_head // op.n_group, axis=1) for part in (b, c))
+    delta = np.logaddexp(0, p[op.dt] + op.dt_bias)[..., None]
+    kept, added, out = (
+        np.exp(delta * op.a[:, None])[..., None],
+        (delta * x)[..., None] * b[:, :, None],
+        np.empty_like(x),
+    )
+    at = 0
+    for run in p.runs:
+        s = op.state.data[run.reads].reshape(added.shape[1:]) if run.n_past else np.zeros(added.shape[1:], x.dtype)
+        for t in range(at, at + run.n_tokens):
+            s = kept[t] * s + added[t]
+            out[t] = (s * c[t, :, None]).sum(axis=-1) + op.d[:, None] * x[t]
+        op.state.data[run.writes] = s.reshape(-1)
+        at += run.n_tokens
+    return out.reshape(len(x), -1)
+
+
 def softcap(x: np.ndarray, scale: float, cap: float) -> np.ndarray:
     return cap * np.tanh(x * scale / cap) if cap else x * scale
 
@@ -292,6 +314,7 @@ FUNCTIONS: Mapping[type, Callable[[NumpyProgram, Any], Any]] = {
     ops.Attend: attention,
     ops.Gated: lambda p, op: ACTIVATIONS[op.activation](p[op.gate]) * (1 if op.up is None else p[op.up]),
     ops.Moe: moe,
+    ops.Scan: scan,
     ops.GateRows: lambda p, op: p[op.x] / (1 + np.exp(-p[op.gate])),
     ops.Softcap: lambda p, op: softcap(p[op.x], op.scale, op.cap),
     ops.Observe: lambda p, op: op.squares.add(p[op.x]),
