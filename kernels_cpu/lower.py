@@ -1,7 +1,7 @@
 """From a list of ops (models/ops.py) to kernels on a tape: LOWER has one function for each op."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from gguf_run.kernels_cpu.rows.rope import angles, rope
 from gguf_run.kernels_cpu.tape import Rows, Tape
 from gguf_run.models import ops
 from gguf_run.models.operands import Buffer
+
+if TYPE_CHECKING:
+    from gguf_run.kernels_cpu.recurrent.state import CpuState
 
 
 def lower(tape: Tape, step: Sequence[CpuOp]) -> int:

@@ -5,7 +5,8 @@ import triton.language as tl
 from torch import Tensor as Array
 
 from gguf_run.kernels_gpu.buffers import Launch, Memory
-from gguf_run.kernels_gpu.recurrent.state import TILE, GpuState, load_run, softplus
+from gguf_run.kernels_gpu.recurrent.runs import TILE, load_run, softplus
+from gguf_run.kernels_gpu.recurrent.state import GpuState
 from gguf_run.models.ops import DeltaRule
 
 

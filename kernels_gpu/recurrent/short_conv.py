@@ -6,7 +6,8 @@ from torch import Tensor as Array
 
 from gguf_run.kernels_gpu.buffers import Launch, Memory
 from gguf_run.kernels_gpu.device.tuning import FEW
-from gguf_run.kernels_gpu.recurrent.state import GpuState, load_run
+from gguf_run.kernels_gpu.recurrent.runs import load_run
+from gguf_run.kernels_gpu.recurrent.state import GpuState
 from gguf_run.models.ops import ShortConv
 
 _WIDTH = 64  # channels of a program
