@@ -32,6 +32,7 @@ from gguf_run.models.operands import AttentionShape, Buffer
 
 if TYPE_CHECKING:
     from gguf_run.kernels_cpu.matmul.moe import CpuExperts, ExpertMatrix
+    from gguf_run.kernels_cpu.recurrent.state import CpuState
     from gguf_run.kernels_cpu.rows.observe import CpuSquares
 
 _QUEUED = 64  # pieces of weights to be repacked: enough that no thread waits between two tensors
@@ -116,6 +117,13 @@ class CpuBackend:
         k, v = (self._arena.take(n_seq * rows.nbytes).reshape(n_seq, -1) for rows in (rows_k, rows_v))
         self._bytes["cache"] += k.nbytes + v.nbytes
         return CpuCache(n_seq, rows_k, rows_v, k, v)
+
+    def state(self, n_floats: int, n_slots: int) -> "CpuState":
+        from gguf_run.kernels_cpu.recurrent.state import CpuState
+
+        data = self._arena.take(4 * n_slots * n_floats).view(np.float32).reshape(n_slots, n_floats)
+        self._bytes["cache"] += data.nbytes
+        return CpuState(data)
 
     def squares(self, width: int, n_expert: int = 1) -> "CpuSquares":
         from gguf_run.kernels_cpu.rows.observe import CpuSquares

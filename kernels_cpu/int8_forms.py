@@ -17,12 +17,13 @@ from gguf_run.kernels_cpu.panels.panels import IntPanel
 from gguf_run.models import ops
 from gguf_run.models.operands import Buffer
 
-if TYPE_CHECKING:  # most models have no experts
+if TYPE_CHECKING:  # most models have no experts and no recurrent layers
     from gguf_run.kernels_cpu.matmul.moe import CpuExperts
+    from gguf_run.kernels_cpu.recurrent.state import CpuState
     from gguf_run.kernels_cpu.rows.observe import CpuSquares
 
 CpuVector: TypeAlias = NDArray[np.float32]
-CpuOp: TypeAlias = "ops.Op[CpuTable, CpuWeight, CpuVector, CpuCache, CpuExperts, CpuSquares]"
+CpuOp: TypeAlias = "ops.Op[CpuTable, CpuWeight, CpuVector, CpuCache, CpuExperts, CpuSquares, CpuState]"
 
 
 @frozen

@@ -19,12 +19,13 @@ from gguf_run.kernels_gpu.device.tuning import DEFAULT, TUNINGS
 from gguf_run.kernels_gpu.panels.memory import GpuExperts, GpuSquares, GpuWeight, WeightPart
 from gguf_run.kernels_gpu.panels.repack import Uploader
 from gguf_run.kernels_gpu.program import GpuProgram
+from gguf_run.kernels_gpu.recurrent.state import GpuState
 from gguf_run.kernels_gpu.sizes import cache_rows
 from gguf_run.models.backend import CacheType
 from gguf_run.models.operands import AttentionShape, Buffer
 from gguf_run.models.ops import Op
 
-GpuOp = Op[WeightPart, GpuWeight, Array, GpuCache, GpuExperts, GpuSquares]
+GpuOp = Op[WeightPart, GpuWeight, Array, GpuCache, GpuExperts, GpuSquares, GpuState]
 
 
 class GpuBackend:
@@ -96,6 +97,11 @@ class GpuBackend:
         cache = new_cache(shape, kind, cache_rows(n_ctx, n_batch, shape.window), n_seq, self.device)
         self._bytes["cache"] += cache.k.nbytes + cache.v.nbytes
         return cache
+
+    def state(self, n_floats: int, n_slots: int) -> GpuState:
+        data = torch.zeros(n_slots, n_floats, device=self.device)
+        self._bytes["cache"] += data.nbytes
+        return GpuState(data)
 
     def squares(self, width: int, n_expert: int = 1) -> GpuSquares:
         return GpuSquares(n_expert, width, self.device)

@@ -69,6 +69,9 @@ class Sizes:
         nbytes = self.cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, n_seen)
         return Held((), (kind.k, kind.v), shape.head_dim, n_seen, 0, nbytes)
 
+    def state(self, n_floats: int, n_slots: int) -> Any:
+        return Held((), ("F32",), n_floats, n_slots, 0, 4 * n_floats)
+
     def squares(self, width: int, n_expert: int = 1) -> Any:
         raise NotImplementedError(self.name)
 

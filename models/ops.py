@@ -240,14 +240,14 @@ Op = (
     | Rope
     | Attend[Cache, Vector]
     | Gated
-    | ShortConv[State, Vector]
-    | DeltaRule[State, Vector]
-    | Scan[State, Vector]
     | Moe[Experts, Squares]
     | GateRows
     | Softcap
     | Observe[Squares]
     | Outputs
+    | ShortConv[State, Vector]
+    | DeltaRule[State, Vector]
+    | Scan[State, Vector]
 )
 
 

@@ -80,6 +80,27 @@ class NumpyCache:
         return first // GROUP
 
 
+@dataclass(frozen=True)
+class NumpyState:
+    data: np.ndarray  # [n_slots, n_floats]
+
+    @property
+    def n_slots(self) -> int:
+        return len(self.data)
+
+    def copy(self, source: int, target: int) -> None:
+        self.data[target] = self.data[source]
+
+    def read(self, slot: int) -> np.ndarray:
+        return self.data[slot].view(np.uint8).copy()
+
+    def write(self, slot: int, data: Any) -> bool:
+        fits = len(data) == self.data[slot].nbytes
+        if fits:
+            self.data[slot] = np.frombuffer(data, self.data.dtype)
+        return fits
+
+
 def rotate(x: np.ndarray, rotation: Rotation, positions: np.ndarray) -> np.ndarray:
     """x: [n_tokens, n_head, head_dim]."""
     angle = positions[:, None, None] * rotation.inv_freq
@@ -243,7 +264,7 @@ def matmul(p: NumpyProgram, op: Any) -> np.ndarray:
 def rope(p: NumpyProgram, op: ops.Rope) -> np.ndarray:
     rows = p[op.x]
     heads, at, parts = rows.reshape(len(rows), -1, op.head_dim), 0, []
-    for _, n_past, n, is_long in p.runs:
+    for _, n_past, n, is_long, *_ in p.runs:
         parts.append(rotate(heads[at : at + n], op.rotation.of(is_long), n_past + np.arange(n)))
         at += n
     return np.concatenate(parts).reshape(rows.shape)
@@ -252,7 +273,7 @@ def rope(p: NumpyProgram, op: ops.Rope) -> np.ndarray:
 def attention(p: NumpyProgram, op: ops.Attend[NumpyCache, np.ndarray]) -> np.ndarray:
     shape, cache, parts = op.shape, op.cache, []
     at = 0
-    for seq, n_past, n, _ in p.runs:
+    for seq, n_past, n, *_ in p.runs:
         rows, stop = slice(at, at + n), n_past + n
         for kept, new in ((cache.k, op.k), (cache.v, op.v)):
             kept[seq, n_past:stop] = p[new][rows].reshape(n, shape.n_head_kv, shape.head_dim)
@@ -353,6 +374,11 @@ class NumpyBackend:
         k, v = (np.full((n_seq, n_ctx, shape.n_head_kv, shape.head_dim), np.nan, self.cache_dtype) for _ in "kv")
         self._nbytes["cache"] += k.nbytes + v.nbytes
         return NumpyCache(k, v)
+
+    def state(self, n_floats: int, n_slots: int) -> NumpyState:
+        data = np.full((n_slots, n_floats), np.nan, self.dtype)
+        self._nbytes["cache"] += data.nbytes
+        return NumpyState(data)
 
     def squares(self, width: int, n_expert: int = 1) -> NumpySquares:
         return NumpySquares(width, n_expert)
