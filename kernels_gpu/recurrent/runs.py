@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-TILE = 2048  # numbers of a state that a program of one warp has in its registers
+TILE = 1024  # numbers of a state that a program of one warp has in its registers
 
 
 @triton.jit
