@@ -160,10 +160,16 @@ def _scan(tape: Tape, op: "ops.Scan[CpuState, CpuVector]", int8: Rows | None) ->
     """Two kernels: scan_steps computes numbers of each token and head, scan moves the state along."""
     from gguf_run.kernels_cpu.recurrent.scan import scan, scan_steps
 
-    sizes = {"head_dim": op.x.width // op.n_head, "n_state": op.b.width // op.n_group}
-    steps = tape.shared("steps", 8 * tape.n_batch * op.n_head)
-    state = {"state": op.state.data, "slot_bytes": op.state.data.strides[0]}
-    tape.record(op, scan_steps, scan, steps=steps, **sizes, **state)
+    tape.record(
+        op,
+        scan_steps,
+        scan,
+        steps=tape.shared("steps", 8 * tape.n_batch * op.n_head),
+        head_dim=op.x.width // op.n_head,
+        n_state=op.b.width // op.n_group,
+        state=op.state.data,
+        slot_bytes=op.state.data.strides[0],
+    )
 
 
 def _moe(tape: Tape, op: Any, int8: Rows | None) -> None:
