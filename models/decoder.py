@@ -68,7 +68,7 @@ class Decoder:
         if len(backends) != config.n_layer:
             raise ValueError(f"{len(backends)} backends for {config.n_layer} layers")
         pairs = enumerate(zip(experts or backends, backends, strict=True))
-        experts = [others if config.has_experts(il) else own for il, (others, own) in pairs]
+        experts = [others if config.layers[il].has_experts else own for il, (others, own) in pairs]
         placed = Placed(backends, experts, embedding or backends[0])
         self.config, self.n_ctx = config, n_ctx
         self.backends = (*backends, *experts)

@@ -11,6 +11,7 @@ from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models import ops
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
+from gguf_run.models.kv_cache import CacheLayer
 from gguf_run.models.operands import AttentionShape
 from gguf_run.models.step import Step
 from gguf_run.models.weights import Loader, rotations
@@ -113,7 +114,7 @@ def op_costs(
     step.embed()
     for il, rotation in enumerate(rotations(config, tensors, n_ctx)):
         cache = sizes.cache(config.attention(il), n_ctx, 1, 1, kinds[il])
-        step.layer(il, cache, rotation, experts=True)
+        step.layer(il, CacheLayer(cache, 0, rotation), experts=True)
     step.logits()
     return [_cost(op) for op in (*step.parts[0], *step.after)]
 

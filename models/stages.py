@@ -86,7 +86,7 @@ def build(
             if what == "experts":
                 step.experts(il)
             else:
-                step.layer(il, layers[il].cache, layers[il].rotation, experts=what == "layer")
+                step.layer(il, layers[il], experts=what == "layer")
         leaves = step.to_experts if pieces and pieces[-1].what == "before experts" else (step.x,)
         stages.append((id(backend), len(step.parts) - 1, reads, leaves))
     step.logits()

@@ -108,12 +108,17 @@ def rotations(config: ModelConfig, tensors: Mapping[str, Tensor], n_ctx: int) ->
     factors = short if freqs is None else freqs
     long_factors = long if freqs is None and n_ctx > scaling.n_ctx_orig else None
     base, base_swa = config.rope_freq_base, config.rope_freq_base_swa
-    rotation = rotation_swa = make_rope(arch.rope_style, config.n_rot, base, scaling, factors, long_factors)
-    if base != base_swa or not arch.swa_rope_scaled:
-        scaling = scaling if arch.swa_rope_scaled else UNSCALED
-        rotation_swa = make_rope(arch.rope_style, config.n_rot, base_swa, scaling)
-    of_layers = [rotation_swa if is_swa else rotation for is_swa in config.is_swa]
-    return [of_layer if config.has_rope(il) else None for il, of_layer in enumerate(of_layers)]
+    has_two = base != base_swa or not arch.swa_rope_scaled
+    made: dict[tuple[int, bool], Rotation] = {}
+    for layer in config.layers:
+        key = n_rot, is_swa = layer.n_rot, has_two and layer.window > 0
+        if key in made or not n_rot:
+            continue
+        if is_swa:
+            made[key] = make_rope(arch.rope_style, n_rot, base_swa, scaling if arch.swa_rope_scaled else UNSCALED)
+        else:
+            made[key] = make_rope(arch.rope_style, n_rot, base, scaling, factors, long_factors)
+    return [made.get((layer.n_rot, has_two and layer.window > 0)) for layer in config.layers]
 
 
 def _factors(tensor: Tensor) -> NDArray[np.float32]:
