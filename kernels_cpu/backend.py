@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.blocks.grids import no_grid
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
-from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.kernels_cpu.attention.cache import CpuCache, rows_stored
 from gguf_run.kernels_cpu.attention.cache_rows import CacheRows
@@ -82,23 +81,29 @@ class CpuBackend:
 
     def experts(self, tensors: Sequence[Tensor]) -> "CpuExperts":
         from gguf_run.kernels_cpu.matmul.moe import CpuExperts  # late: most models have no experts
+        from gguf_run.models.experts import ExpertTensors
 
-        gate, up = tensors[:2]
-        if gate.type != up.type:
-            raise UnsupportedError(
-                f"{gate.name} and {up.name} have the types {gate.type.name} and {up.type.name}; "
-                "this version needs one for both"
-            )
-        n_expert = math.prod(tensors[0].ne[2:])
-        biases: Sequence[NDArray[np.float32] | None] = [self.vector([tensor]) for tensor in tensors[3:]] or [None] * 3
-        parts = [self._expert_matrix(t, n_expert, bias) for t, bias in zip(tensors[:3], biases, strict=True)]
-        return CpuExperts(n_expert, *parts)
+        held = ExpertTensors.of(tensors)
+        biases = [self.vector([bias]).reshape(held.n_expert, -1) for bias in held.biases]
+        if held.is_fused:
+            [both] = held.into
+            shape, scales = (both.ne[0], held.down.ne[0], 2 * held.n_expert), np.repeat(both.scales, 2).tolist()
+            gate = replace(self._expert_matrix(replace(both, ne=shape, scales=tuple(scales))), every=2)
+            parts = [gate, replace(gate, data=gate.data[gate.expert_bytes :])]
+            biases[:1] = [np.ascontiguousarray(half) for bias in biases[:1] for half in np.split(bias, 2, axis=1)]
+        else:
+            parts = [self._expert_matrix(tensor) for tensor in held.into]
+        parts.append(self._expert_matrix(held.down))
+        if biases:
+            parts = [replace(part, bias=bias) for part, bias in zip(parts, biases, strict=True)]
+        return CpuExperts(held.n_expert, parts[0], parts[1] if held.is_gated else None, parts[-1], held.factors)
 
-    def _expert_matrix(self, tensor: Tensor, n_expert: int, bias: NDArray[np.float32] | None) -> "ExpertMatrix":
+    def _expert_matrix(self, tensor: Tensor) -> "ExpertMatrix":
         from gguf_run.kernels_cpu.matmul.moe import EXPERT_ROWS, ExpertMatrix
 
-        n_in, n_out = tensor.ne[0], tensor.ne[1]
-        empty = ExpertMatrix(panel_for(tensor.type.name), np.zeros(0, np.uint8), n_in, n_out, bias)
+        n_in, n_out, *sizes = tensor.ne
+        n_expert = math.prod(sizes)
+        empty = ExpertMatrix(panel_for(tensor.type.name), np.zeros(0, np.uint8), n_in, n_out, None)
         data = self._arena.take(n_expert * empty.expert_bytes)
         # experts of whole panels can be repacked as one tall matrix
         parts = [tensor] if n_out % EXPERT_ROWS == 0 else [tensor.matrix(e) for e in range(n_expert)]

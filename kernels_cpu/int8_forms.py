@@ -62,7 +62,7 @@ def _read_as_int8(op: CpuOp) -> Buffer | None:
 def _can_make_int8(op: CpuOp) -> bool:
     if isinstance(op, ops.RmsNorm | ops.LayerNorm):
         return op.n_group == 1
-    return isinstance(op, ops.MatmulGated | ops.Gated | ops.Attend)
+    return isinstance(op, ops.MatmulGated | ops.Gated | ops.Xielu | ops.Attend)
 
 
 def _is_read_as_int8(buffer: Buffer, following: Sequence[CpuOp]) -> bool:

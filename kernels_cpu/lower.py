@@ -144,6 +144,12 @@ def _gated(tape: Tape, op: ops.Gated, int8: Rows | None) -> None:
     tape.record(op, gated(op.activation), n=op.gate.width, up=up, q8=int8)
 
 
+def _xielu(tape: Tape, op: ops.Xielu, int8: Rows | None) -> None:
+    from gguf_run.kernels_cpu.rows.activation import xielu
+
+    tape.record(op, xielu, n=op.x.width, q8=int8)
+
+
 def _gate_rows(tape: Tape, op: ops.GateRows, int8: Rows | None) -> None:
     from gguf_run.kernels_cpu.rows.scale import gate_rows
 
@@ -199,6 +205,7 @@ LOWER: Mapping[type, Lowered] = {
     ops.Attend: _attend,
     ops.Gated: _gated,
     ops.Scan: _scan,
+    ops.Xielu: _xielu,
     ops.Moe: _moe,
     ops.GateRows: _gate_rows,
     ops.Softcap: _softcap,

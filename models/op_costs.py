@@ -93,6 +93,7 @@ OPERATIONS: Mapping[type, Callable[[Any], int]] = {
     ops.Rope: lambda op: 3 * op.rotation.n_rot * (op.x.width // op.head_dim),
     ops.Attend: lambda op: 4 * op.shape.n_head * op.shape.head_dim * op.cache.n_out,
     ops.Gated: lambda op: 5 * op.out.width,
+    ops.Xielu: lambda op: 6 * op.out.width,
     ops.Moe: lambda op: 2 * op.experts.n_weights * op.mixture.n_used // op.logits.width,
     ops.Scan: lambda op: 5 * op.x.width * op.b.width // op.n_group,
     ops.GateRows: lambda op: op.x.width,

@@ -22,7 +22,7 @@ _TILES = 16, 64  # pairs of a tile: the first where an expert has no more pairs 
 class _Mixture:
     """models.ops.Moe, bound to memory."""
 
-    op: Moe[GpuExperts, GpuSquares]
+    op: Moe[GpuExperts, Array, GpuSquares]
     memory: Memory
     pairs: PairMemory
     logits: Strided

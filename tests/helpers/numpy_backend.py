@@ -14,8 +14,9 @@ from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models import ops
 from gguf_run.models.backend import CacheType, Results, Run
+from gguf_run.models.experts import ExpertTensors
 from gguf_run.models.kv_cache import GROUP
-from gguf_run.models.operands import AttentionShape, Buffer, Rotation
+from gguf_run.models.operands import AttentionShape, Buffer, Mixture, Rotation
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class NumpyWeight:
 
 @dataclass(frozen=True)
 class NumpyExperts:
-    gate: list[NumpyWeight]  # one for each expert
-    up: list[NumpyWeight]
+    into: list[NumpyWeight]  # one for each expert: the rows of gate, then those of up, or of up alone
     down: list[NumpyWeight]
-    biases: list[np.ndarray]  # of gate, up and down, [n_expert, n_out]
+    biases: list[np.ndarray]  # of into and down, [n_expert, n_out]
+    factors: np.ndarray  # [n_expert]
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,13 @@ def swiglu_oai(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     return gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
 
 
-ACTIVATIONS = {"silu": silu, "gelu": gelu}
+ACTIVATIONS = {
+    "silu": silu,
+    "gelu": gelu,
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+    "sigmoid": lambda x: 1 / (1 + np.exp(-np.clip(x, -80, None))),
+    "identity": lambda x: x,
+}
 GATED = {name: lambda gate, up, f=f: f(gate) * up for name, f in ACTIVATIONS.items()} | {"swiglu_oai": swiglu_oai}
 
 
@@ -285,16 +292,16 @@ def attention(p: NumpyProgram, op: ops.Attend[NumpyCache, np.ndarray]) -> np.nda
     return np.concatenate(parts)
 
 
-def moe(p: NumpyProgram, op: ops.Moe[NumpyExperts, NumpySquares]) -> np.ndarray:
+def moe(p: NumpyProgram, op: ops.Moe[NumpyExperts, np.ndarray, NumpySquares]) -> np.ndarray:
     """Compute one token and one expert at a time."""
-    mixture, experts, result = op.mixture, op.experts, p[op.out].copy()
-    for scores, row, out in zip(p[op.logits], p[op.x], result, strict=True):
-        chosen = np.argsort(-scores, kind="stable")[: mixture.n_used]
-        weights = (softmax(scores[chosen]) if mixture.norm else softmax(scores)[chosen]) * mixture.scale
-        for e, weight in zip(chosen, weights, strict=True):
-            gate, up, down = (bias[e] for bias in experts.biases)
-            made = GATED[mixture.activation](experts.gate[e].product(row) + gate, experts.up[e].product(row) + up)
-            out += experts.down[e].product(made * weight) + weight * down
+    mixture, experts, result = op.mixture, op.experts, p[op.out].copy() if op.accumulate else np.zeros_like(p[op.out])
+    for logits, row, out in zip(p[op.logits], p[op.x], result, strict=True):
+        for e, weight in route(mixture, logits, op.bias):
+            wide = experts.into[e].product(row) + experts.biases[0][e]
+            before, after = (weight, 1) if mixture.weighs_input else (1, weight * experts.factors[e])
+            halves = np.split(wide * before, wide.size // experts.down[e].n_in)
+            made = GATED[mixture.activation](*halves) if len(halves) == 2 else ACTIVATIONS[mixture.activation](*halves)
+            out += experts.down[e].product(made * after) + after * experts.biases[1][e]
             for seen, read in zip(op.squares or (), (row, made), strict=False):
                 seen.add(read[None], e)
     return result
@@ -305,12 +312,8 @@ def scan(p: NumpyProgram, op: Any) -> np.ndarray:
     b, c = (p[buffer].reshape(len(x), op.n_group, -1) for buffer in (op.b, op.c))
     b, c = (np.repeat(part, op.n_head // op.n_group, axis=1) for part in (b, c))
     delta = np.logaddexp(0, p[op.dt] + op.dt_bias)[..., None]
-    kept, added, out = (
-        np.exp(delta * op.a[:, None])[..., None],
-        (delta * x)[..., None] * b[:, :, None],
-        np.empty_like(x),
-    )
-    at = 0
+    kept, added = np.exp(delta * op.a[:, None])[..., None], (delta * x)[..., None] * b[:, :, None]
+    out, at = np.empty_like(x), 0
     for run in p.runs:
         s = op.state.data[run.reads].reshape(added.shape[1:]) if run.n_past else np.zeros(added.shape[1:], x.dtype)
         for t in range(at, at + run.n_tokens):
@@ -319,6 +322,33 @@ def scan(p: NumpyProgram, op: Any) -> np.ndarray:
         op.state.data[run.writes] = s.reshape(-1)
         at += run.n_tokens
     return out.reshape(len(x), -1)
+
+
+def route(mixture: Mixture, logits: np.ndarray, bias: np.ndarray | None) -> list[tuple[int, float]]:
+    """Return a token's experts and their weights, as models.operands.Mixture says."""
+    left = logits.copy()
+    scores = {"softmax": softmax, "sigmoid": ACTIVATIONS["sigmoid"], "sparsemixer": np.copy}[mixture.gating](logits)
+    if bias is not None or mixture.n_group > 1:
+        left = scores + (0 if bias is None else bias)
+        groups = left.reshape(mixture.n_group, -1)
+        best = np.sort(groups)[:, -mixture.n_group_best :].sum(axis=1)
+        groups[np.argsort(-best, kind="stable")[mixture.n_group_used :]] = -np.inf
+    chosen = []
+    for _ in range(mixture.n_used):
+        e = int(np.argmax(left))
+        if mixture.gating == "sparsemixer":
+            m = left[e]
+            near = [x for x in left if np.isfinite(x) and m - x <= 0.02 * max(abs(x), m)]
+            scores[e] = 1 / np.exp(np.array(near) - m).sum()
+        chosen.append(e)
+        left[e] = -np.inf
+    weights = scores[chosen] * mixture.scale / (scores[chosen].sum() if mixture.norm else 1)
+    return list(zip(chosen, weights, strict=True))
+
+
+def xielu(x: np.ndarray, op: ops.Xielu) -> np.ndarray:
+    low = op.alpha_n * (np.expm1(np.minimum(x, op.eps)) - x)
+    return op.beta * x + np.where(x > 0, op.alpha_p * x * x, low)
 
 
 def softcap(x: np.ndarray, scale: float, cap: float) -> np.ndarray:
@@ -334,6 +364,7 @@ FUNCTIONS: Mapping[type, Callable[[NumpyProgram, Any], Any]] = {
     ops.Rope: rope,
     ops.Attend: attention,
     ops.Gated: lambda p, op: ACTIVATIONS[op.activation](p[op.gate]) * (1 if op.up is None else p[op.up]),
+    ops.Xielu: lambda p, op: xielu(p[op.x], op),
     ops.Moe: moe,
     ops.Scan: scan,
     ops.GateRows: lambda p, op: p[op.x] / (1 + np.exp(-p[op.gate])),
@@ -362,10 +393,13 @@ class NumpyBackend:
         return NumpyWeight(self._dequantized(tensors))
 
     def experts(self, tensors: Sequence[Tensor]) -> NumpyExperts:
-        n_expert = tensors[0].ne[2]
-        matrices = [[self.weight([t.matrix(e)]) for e in range(n_expert)] for t in tensors[:3]]
-        biases = [self.vector([t]).reshape(n_expert, -1) for t in tensors[3:]]
-        return NumpyExperts(*matrices, biases or [np.zeros((n_expert, t.ne[1]), self.dtype) for t in tensors[:3]])
+        held = ExpertTensors.of(tensors)
+        into = [self.weight([t.matrix(e) for t in held.into]) for e in range(held.n_expert)]
+        down = [self.weight([held.down.matrix(e)]) for e in range(held.n_expert)]
+        zeros = [np.zeros((held.n_expert, side[0].n_out), self.dtype) for side in (into, down)]
+        shifts = [self.vector([t]).reshape(held.n_expert, -1) for t in held.biases]
+        biases = [np.concatenate(shifts[:-1], 1), shifts[-1]] if shifts else zeros
+        return NumpyExperts(into, down, biases, np.ones(held.n_expert) if held.factors is None else held.factors)
 
     def vector(self, tensors: Sequence[Tensor]) -> np.ndarray:
         return np.concatenate([dequantize(t.blocks(), t.type).reshape(-1) for t in tensors]).astype(self.dtype)
