@@ -43,7 +43,11 @@ class StepInput:
         tokens, runs, rows = self._host.split(sizes)
         self._tokens, self._runs, self._rows = tokens.view(5, -1).numpy(), runs.view(n_batch, -1).numpy(), rows.numpy()
         self._sent = torch.cuda.Event() if device.type == "cuda" else None
-        self.n_tokens = self.n_out = 0
+        self.n_tokens = self.n_out = self.n_runs = 0
+
+    def n_run(self, n_row: int) -> int:
+        """Return the runs to launch for: those of the step. A graph for few rows serves any runs: one for each row."""
+        return n_row if n_row <= FEW else self.n_runs
 
     def set(self, rows: Sequence[int], ids: NDArray[np.int32] | None = None, runs: Sequence[Run] = ()) -> None:
         """Write the wanted rows and the tokens. Without ids the tokens stay."""
@@ -62,7 +66,7 @@ class StepInput:
                 tokens[2, at:end] = np.arange(run.n_past, run.n_past + run.n_tokens)
                 self._runs[i] = at, run.n_tokens, run.n_past, run.reads, run.writes
                 at = end
-            self.n_tokens = len(ids)
+            self.n_tokens, self.n_runs = len(ids), len(runs)
         self._device.copy_(self._host, non_blocking=True)
         if self._sent is not None:
             self._sent.record()

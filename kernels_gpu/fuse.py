@@ -156,7 +156,7 @@ def _take_norms(fused: list[Any], op: Attend[Any, Any]) -> tuple[RmsNorm[Any], .
     norms = tuple(last.op for last in fused[-2:] if isinstance(last, FusedNorm))
     if [(norm.x, norm.n_group) for norm in norms] != [(op.q, op.shape.n_head), (op.k, op.shape.n_head_kv)]:
         return ()
-    if norms[0].eps != norms[1].eps or any(norm.out != norm.x or norm.residual is not None for norm in norms):
+    if norms[0].eps != norms[1].eps or any(norm.out != norm.x or norm.residual or norm.is_grouped for norm in norms):
         return ()
     del fused[-2:]
     return norms

@@ -6,11 +6,7 @@ formats share are here.
 Layers with a window hold only the last positions of a sequence. An operation that needs older positions empties the
 sequence. Such a method returns how many tokens are left, and the caller runs the other tokens again.
 
-<<<<<<< HEAD
-A recurrent layer has a state in place of rows, and no token can be taken out of it. A sequence has N_STATES slots for
-=======
 A recurrent layer has a state in place of rows, and no token can be taken out of it. A sequence has N_STATES slots: for
->>>>>>> foundation
 the state after its last token, for the one that a step writes, and for older ones, to which it can go back.
 """
 

@@ -96,6 +96,7 @@ OPERATIONS: Mapping[type, Callable[[Any], int]] = {
     ops.DeltaRule: lambda op: 8 * op.state.n_in,
     ops.Xielu: lambda op: 6 * op.out.width,
     ops.Moe: lambda op: 2 * op.experts.n_weights * op.mixture.n_used // op.logits.width,
+    ops.Scan: lambda op: 5 * op.x.width * op.b.width // op.n_group,
     ops.GateRows: lambda op: op.x.width,
     ops.Softcap: lambda op: 3 * op.x.width,
     ops.Outputs: lambda op: 0,

@@ -4,11 +4,13 @@ A row says where a checkpoint differs from Llama's. models/architectures.py has 
 needs, and their shapes. The facts are those of llama.cpp's converter (2026-09): other programs expect its files.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.models.architectures import Architecture, architecture
+from gguf_run.runtime.convert.stored.checkpoint import Config
 
 # A module of the checkpoint -> the tensor of the GGUF file. Both names get ".weight" or ".bias".
 # "@": the number of an expert (or head); all of them become one tensor. Two names: the tensor is split in halves.
@@ -100,6 +102,9 @@ class CheckpointLayout:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     # Values of config.json that a GGUF file cannot tell: any other cannot be converted.
     expected: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: SILU)
+    # Returns the row and config.json with what must be computed from it: values of names that begin with "_".
+    read: Callable[["CheckpointLayout", Config], tuple["CheckpointLayout", Config]] | None = None
+    edit: Callable[[Config, str, Tensor], Tensor] | None = None  # changes a tensor, by its name in the GGUF file
 
     @property
     def decoder(self) -> Architecture:

@@ -16,6 +16,7 @@ from gguf_run.runtime.convert.layout import (
     SILU,
     VOCAB_SIZE,
     CheckpointLayout,
+    Key,
     network,
 )
 
@@ -27,6 +28,13 @@ LLAMA_ROW = CheckpointLayout(
     permuted=True,
     rope_dim=True,
     keys=(VOCAB_SIZE,),
+)
+GRANITE_KEYS: tuple[Key, ...] = (
+    VOCAB_SIZE,
+    ("attention.scale", "f32", ("attention_multiplier",)),
+    ("embedding_scale", "f32", ("embedding_multiplier",)),
+    ("residual_scale", "f32", ("residual_multiplier",)),
+    ("logit_scale", "f32", ("logits_scaling",)),
 )
 ROWS = (
     LLAMA_ROW,
@@ -75,13 +83,7 @@ ROWS = (
         {"GraniteForCausalLM": "granite"},
         permuted=True,
         rope_dim=True,
-        keys=(
-            VOCAB_SIZE,
-            ("attention.scale", "f32", ("attention_multiplier",)),
-            ("embedding_scale", "f32", ("embedding_multiplier",)),
-            ("residual_scale", "f32", ("residual_multiplier",)),
-            ("logit_scale", "f32", ("logits_scaling",)),
-        ),
+        keys=GRANITE_KEYS,
         defaults={"attention_multiplier": 1.0},
     ),
     CheckpointLayout(
