@@ -62,6 +62,9 @@ class CpuBackend:
 
     def weight(self, tensors: Sequence[Tensor]) -> CpuWeight:
         n_in = tensors[0].ne[0]
+        if len(tensors[0].ne) > 2:
+            heads = self._expert_matrix(tensors[0], math.prod(tensors[0].ne[2:]), None)
+            return CpuWeight(n_in, heads.n_out, (WeightPart(heads.panel, heads.data, 0, heads.n_out),))
         parts: list[WeightPart] = []
         first = 0
         for run in _runs(tensors):
@@ -117,11 +120,11 @@ class CpuBackend:
 
     def cache(self, shape: AttentionShape, n_ctx: int, n_batch: int, n_seq: int, kind: CacheType) -> CpuCache:
         size = shape.n_head_kv, shape.head_dim, rows_stored(n_ctx, n_batch, shape.window)
-        rows_k = CacheRows(kind.k, False, *size, kind.rotate, kind.k_scales)
-        rows_v = CacheRows(kind.v, True, *size, kind.rotate, kind.v_scales)
-        k, v = (self._arena.take(n_seq * rows.nbytes).reshape(n_seq, -1) for rows in (rows_k, rows_v))
-        self._bytes["cache"] += k.nbytes + v.nbytes
-        return CpuCache(n_seq, rows_k, rows_v, k, v)
+        rows_k = CacheRows(kind.k, False, *size, False if shape.n_latent else kind.rotate, kind.k_scales)
+        rows_v = None if shape.n_latent else CacheRows(kind.v, True, *size, kind.rotate, kind.v_scales)
+        held = [self._arena.take(n_seq * rows.nbytes).reshape(n_seq, -1) for rows in (rows_k, rows_v) if rows]
+        self._bytes["cache"] += sum(part.nbytes for part in held)
+        return CpuCache(n_seq, rows_k, rows_v, held[0], held[-1])
 
     def state(self, n_floats: int, n_slots: int) -> "CpuState":
         from gguf_run.kernels_cpu.recurrent.state import CpuState

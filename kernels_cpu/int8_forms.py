@@ -54,7 +54,7 @@ def _read_as_int8(op: CpuOp) -> Buffer | None:
     """Return the buffer that an op reads as int8."""
     if isinstance(op, ops.Moe):
         return op.x if isinstance(op.experts.gate.panel, IntPanel) else None
-    if isinstance(op, ops.Matmul | ops.MatmulGated):
+    if isinstance(op, ops.Matmul | ops.MatmulHeads | ops.MatmulGated):
         return op.x if any(isinstance(part.panel, IntPanel) for part in op.weight.parts) else None
     return None
 

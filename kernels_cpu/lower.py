@@ -11,10 +11,18 @@ from gguf_run.kernels_cpu.attention.cache import CpuCache
 from gguf_run.kernels_cpu.attention.cache_rows import filled, scratch_bytes
 from gguf_run.kernels_cpu.attention.cache_types import format_id
 from gguf_run.kernels_cpu.attention.merge import merge
-from gguf_run.kernels_cpu.attention.sizes import max_parts, max_rows, part_floats, scratch_floats
+from gguf_run.kernels_cpu.attention.sizes import (
+    LATENT_BYTES,
+    P_BYTES,
+    TILE,
+    max_parts,
+    max_rows,
+    part_floats,
+    scratch_floats,
+)
 from gguf_run.kernels_cpu.int8_forms import CpuOp, CpuVector, Quantize, with_int8
 from gguf_run.kernels_cpu.matmul.gated import SCRATCH_BYTES, matmul_gated
-from gguf_run.kernels_cpu.matmul.matmul import matmul
+from gguf_run.kernels_cpu.matmul.matmul import ONE_HEAD, matmul
 from gguf_run.kernels_cpu.panels.memory import CpuTable, CpuWeight
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, panel_id, panel_sizes
 from gguf_run.kernels_cpu.replay.op import TapeOp
@@ -71,7 +79,14 @@ def _matmul(tape: Tape, op: ops.Matmul[CpuWeight, CpuVector], int8: Rows | None)
             residual=op.residual.columns(*columns) if op.residual else tape.zeros,
             residual_group=4 * ROWS if op.residual else 0,
             bias=op.bias[part.first :] if op.bias is not None else None,
+            **ONE_HEAD,
         )
+
+
+def _matmul_heads(tape: Tape, op: ops.MatmulHeads[CpuWeight], int8: Rows | None) -> None:
+    from gguf_run.kernels_cpu.matmul.heads import lower_heads
+
+    lower_heads(tape, op)
 
 
 def _matmul_gated(tape: Tape, op: ops.MatmulGated[CpuWeight, CpuVector], int8: Rows | None) -> None:
@@ -94,7 +109,7 @@ def _rope(tape: Tape, op: ops.Rope, int8: Rows | None) -> None:
         table = tape.angles[rotation] = np.zeros((tape.n_batch, n_half, 2), np.float32)
         inv_freq = np.ascontiguousarray(rotation.inv_freqs, np.float64)
         tape.record(op, angles, n_half=n_half, inv_freq=inv_freq, table=table, scale=rotation.scale)
-    n_head, neox = op.x.width // op.head_dim, rotation.style == "neox"
+    n_head, neox = -(-op.x.width // op.head_dim), rotation.style == "neox"
     tape.record(op, rope, n_head=n_head, n_half=n_half, neox=neox, table=table)
 
 
@@ -102,20 +117,24 @@ def _attend(tape: Tape, op: ops.Attend[CpuCache, CpuVector], int8: Rows | None) 
     """Three kernels: append stores k and v, attend reads them in parts, merge joins the parts of a row."""
     shape, k, v = op.shape, op.cache.rows_k, op.cache.rows_v
     n_rep, n_wide = shape.n_head // shape.n_head_kv, filled(shape.head_dim)
-    part_bytes = 4 * part_floats(v.wide, n_rep)
+    wide = v.wide if v else shape.n_latent
+    part_bytes = 4 * part_floats(wide, n_rep)
     tape.need(parts=part_bytes * max_parts(tape.n_threads))
-    tape.need(scratch=max(4 * scratch_floats(n_wide, v.wide, n_rep), scratch_bytes(shape.head_dim)))
-    forms = format_id(k.name), format_id(v.name)
+    floats = scratch_floats(n_wide, wide, n_rep, TILE * P_BYTES if v else LATENT_BYTES)
+    tape.need(scratch=max(4 * floats, scratch_bytes(shape.head_dim)))
+    forms = format_id(k.name), format_id(v.name) if v else -1
+    sizes = {name: value for name, value in vars(shape).items() if name != "n_latent"}
     tape.record(
         op,
         append(*forms),
         attend(*forms),
         merge,
-        **vars(shape),
+        **sizes,
         **k.fields("k"),
-        **v.fields("v"),
+        **(v or k).fields("v"),
+        n_value=shape.n_value,
         n_wide=n_wide,
-        wide=v.wide,
+        wide=wide,
         n_ctx=op.cache.n_ctx,
         cache_k=op.cache.k,
         cache_v=op.cache.v,
@@ -154,6 +173,12 @@ def _gate_rows(tape: Tape, op: ops.GateRows, int8: Rows | None) -> None:
     from gguf_run.kernels_cpu.rows.scale import gate_rows
 
     tape.record(op, gate_rows, n=op.x.width)
+
+
+def _temper(tape: Tape, op: ops.Temper, int8: Rows | None) -> None:
+    from gguf_run.kernels_cpu.rows.scale import temper
+
+    tape.record(op, temper, n=op.x.width, **vars(op.temperature))
 
 
 def _softcap(tape: Tape, op: ops.Softcap, int8: Rows | None) -> None:
@@ -223,8 +248,10 @@ LOWER: Mapping[type, Lowered] = {
     ops.RmsNorm: _on_rows(rms_norm),
     ops.LayerNorm: _layer_norm,
     ops.Matmul: _matmul,
+    ops.MatmulHeads: _matmul_heads,
     ops.MatmulGated: _matmul_gated,
     ops.Rope: _rope,
+    ops.Temper: _temper,
     ops.Attend: _attend,
     ops.Gated: _gated,
     ops.ShortConv: _short_conv,

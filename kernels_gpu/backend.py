@@ -70,6 +70,10 @@ class GpuBackend:
         return self._upload([tensor])
 
     def weight(self, tensors: Sequence[Tensor]) -> GpuWeight:
+        if len(tensors[0].ne) > 2:
+            heads = self.vector(tensors).view(*tensors[0].ne[::-1])
+            self._bytes["weights"] += heads.nbytes
+            return GpuWeight(tensors[0].ne[0], (), heads)
         runs = itertools.groupby(tensors, key=lambda tensor: tensor.type.id)
         return GpuWeight(tensors[0].ne[0], tuple(self._upload([*run]) for _, run in runs))
 
@@ -90,7 +94,7 @@ class GpuBackend:
 
     def cache(self, shape: AttentionShape, n_ctx: int, n_batch: int, n_seq: int, kind: CacheType) -> GpuCache:
         cache = new_cache(shape, kind, cache_rows(n_ctx, n_batch, shape.window), n_seq, self.device)
-        self._bytes["cache"] += cache.k.nbytes + cache.v.nbytes
+        self._bytes["cache"] += sum(getattr(cache, kind).nbytes for kind in cache.kinds)
         return cache
 
     def state(self, n_floats: int, n_slots: int) -> GpuState:

@@ -221,7 +221,7 @@ def _possible(op: Any) -> list[tuple[Buffer, Form]]:
     if isinstance(op, FusedMatmul) and op.few and isinstance(op.op, MatmulGated) and op.op.out.width % BLOCK == 0:
         return [(op.op.out, "int8")]
     if isinstance(op, FusedAttention) and op.few:
-        head_dim = op.op.shape.head_dim
-        is_power = head_dim & (head_dim - 1) == 0
-        return [(op.op.out, "int8")] if is_power and head_dim >= BLOCK else []
+        n_value = op.op.shape.n_value
+        is_power = n_value & (n_value - 1) == 0
+        return [(op.op.out, "int8")] if is_power and n_value >= BLOCK else []
     return []

@@ -18,7 +18,7 @@ from gguf_run.kernels_gpu.fuse import Angles, Convert, FusedAttention, FusedMatm
 from gguf_run.kernels_gpu.matmul.launch import bind_matmul
 from gguf_run.kernels_gpu.matmul.moe_launch import bind_moe
 from gguf_run.kernels_gpu.panels.fields import dequantize
-from gguf_run.kernels_gpu.panels.memory import GpuSquares, WeightPart
+from gguf_run.kernels_gpu.panels.memory import GpuSquares, GpuWeight, WeightPart
 from gguf_run.kernels_gpu.recurrent.delta_rule import bind_delta_rule
 from gguf_run.kernels_gpu.recurrent.scan import bind_scan
 from gguf_run.kernels_gpu.recurrent.short_conv import bind_short_conv
@@ -29,12 +29,14 @@ from gguf_run.models.ops import (
     Gated,
     GateRows,
     LayerNorm,
+    MatmulHeads,
     Observe,
     Outputs,
     Rope,
     Scan,
     ShortConv,
     Softcap,
+    Temper,
     Xielu,
 )
 
@@ -84,9 +86,22 @@ def _angles(op: Angles, memory: Memory) -> Launch:
 
 def _rope(op: Rope, memory: Memory) -> Launch:
     x, table, n_half = memory.strided(op.x), memory.angles(op.rotation), op.rotation.n_rot // 2
-    n_head = op.x.width // op.head_dim
+    n_head = -(-op.x.width // op.head_dim)
     widths = triton.next_power_of_2(n_head), triton.next_power_of_2(n_half)
     return lambda n: rope.rope[(n,)](*x, table, n_head, op.head_dim, n_half, op.rotation.style == "neox", *widths)
+
+
+def _matmul_heads(op: MatmulHeads[GpuWeight], memory: Memory) -> Launch:
+    """In f32, by torch: the matrices are small."""
+    x, out = (memory.rows(buffer).unflatten(1, (op.n_head, -1)) for buffer in (op.x, op.out))
+    w, n_in, n_out = op.weight.heads, op.weight.n_in, op.weight.n_out
+    assert w is not None
+
+    def launch(n: int) -> None:
+        out[:n, :, :n_out] = torch.bmm(x[:n, :, :n_in].transpose(0, 1), w.mT).transpose(0, 1)
+        out[:n, :, n_out:] = x[:n, :, n_in:]
+
+    return launch
 
 
 def _by_columns(kernel: Any, n: int, *arguments: Any) -> Launch:
@@ -106,6 +121,12 @@ def _xielu(op: Xielu, memory: Memory) -> Launch:
 
 def _gate_rows(op: GateRows, memory: Memory) -> Launch:
     return _by_columns(activation.gate_rows, op.x.width, *memory.strided(op.x), *memory.strided(op.gate), op.x.width)
+
+
+def _temper(op: Temper, memory: Memory) -> Launch:
+    numbers = op.temperature.scale, op.temperature.length, op.temperature.offset
+    x, positions = memory.strided(op.x), memory.step.positions
+    return _by_columns(activation.temper, op.x.width, *x, positions, op.x.width, *numbers)
 
 
 def _softcap(op: Softcap, memory: Memory) -> Launch:
@@ -138,11 +159,13 @@ _BIND: dict[type, Callable[[Any, Memory], Launch]] = {
     Observe: _observe,
     Outputs: _outputs,
     FusedMatmul: bind_matmul,
+    MatmulHeads: _matmul_heads,
     Rope: _rope,
     Scan: bind_scan,
     ShortConv: bind_short_conv,
     Softcap: _softcap,
     Xielu: _xielu,
+    Temper: _temper,
 }
 
 

@@ -19,7 +19,7 @@ def cache_rows(n_ctx: int, n_batch: int, window: int) -> int:
 def cache_bytes(shape: AttentionShape, kind: CacheType, n_ctx: int, n_batch: int, n_seq: int) -> int:
     """Return the bytes of one layer's cache, exactly. A type that GPUs do not have takes none."""
     n_rows = n_seq * cache_rows(n_ctx, n_batch, shape.window)
-    forms = [CACHE_FORMATS[name] for name in (kind.k, kind.v) if name in CACHE_FORMATS]
+    forms = [CACHE_FORMATS[name] for name in (kind.k, kind.v)[: 1 if shape.n_latent else 2] if name in CACHE_FORMATS]
     return shape.n_head_kv * n_rows * sum(form.row_bytes(shape.head_dim) for form in forms)
 
 

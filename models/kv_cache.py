@@ -78,7 +78,7 @@ class CacheLayer(Generic[Cache, State]):
     @property
     def kinds(self) -> tuple[str, ...]:
         """What the layer holds, by the names of KINDS."""
-        return KINDS[2 if self.cache is None else 0 : 2 + len(self.states)]
+        return (*(() if self.cache is None else self.cache.kinds), *KINDS[2 : 2 + len(self.states)])
 
 
 class KvCache:

@@ -44,7 +44,8 @@ class Sizes:
     """A backend that makes handles without numbers. It makes no programs."""
 
     matrix_bytes: Callable[[str, int, int], int]  # of a tensor type, row length and number of rows
-    cache_bytes: Callable[[str, str, int, int, int], int]  # of types of K and V, heads, columns of a head, positions
+    # Of types of K and V, heads, columns of a head, positions, AttentionShape.n_latent.
+    cache_bytes: Callable[[str, str, int, int, int, int], int]
     name: str = "handles without numbers"
 
     def _held(self, tensors: Sequence[Tensor], nbytes: int) -> Held:
@@ -66,7 +67,7 @@ class Sizes:
     def cache(self, shape: AttentionShape, n_ctx: int, n_batch: int, n_seq: int, kind: CacheType) -> Any:
         """Return a Held: a cache of which a token sees all n_ctx positions, or those of its window."""
         n_seen = min(shape.window or n_ctx, n_ctx)
-        nbytes = self.cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, n_seen)
+        nbytes = self.cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, n_seen, shape.n_latent)
         return Held((), (kind.k, kind.v), shape.head_dim, n_seen, 0, nbytes)
 
     def state(self, n_floats: int, n_slots: int) -> Any:
@@ -88,9 +89,11 @@ OPERATIONS: Mapping[type, Callable[[Any], int]] = {
     ops.RmsNorm: lambda op: 4 * op.x.width,
     ops.LayerNorm: lambda op: 7 * op.x.width,
     ops.Matmul: lambda op: 2 * op.weight.n_weights,
+    ops.MatmulHeads: lambda op: 2 * op.weight.n_weights,
     ops.MatmulGated: lambda op: 2 * op.weight.n_weights,
     ops.Rope: lambda op: 3 * op.rotation.n_rot * (op.x.width // op.head_dim),
-    ops.Attend: lambda op: 4 * op.shape.n_head * op.shape.head_dim * op.cache.n_out,
+    ops.Temper: lambda op: op.x.width,
+    ops.Attend: lambda op: 2 * op.shape.n_head * (op.shape.head_dim + op.shape.n_value) * op.cache.n_out,
     ops.Gated: lambda op: 5 * op.out.width,
     ops.ShortConv: lambda op: (2 * op.n_taps + 5) * op.x.width,
     ops.DeltaRule: lambda op: 8 * op.state.n_in,

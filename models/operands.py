@@ -64,6 +64,15 @@ class Rotation:
 
 
 @frozen
+class Temperature:
+    """Factor on the queries at position p, for long contexts: 1 + scale * ln(1 + floor((p + offset) / length))."""
+
+    scale: float
+    length: int  # positions
+    offset: int = 0
+
+
+@frozen
 class AttentionShape:
     """The numbers of one layer's attention."""
 
@@ -73,6 +82,12 @@ class AttentionShape:
     scale: float  # factor on q.k
     window: int = 0  # positions that a token sees, its own included; 0: all
     softcap: float = 0.0  # scores become softcap * tanh(score / softcap); 0: they stay
+    n_latent: int = 0  # the value of a position is the first n_latent columns of its key; 0: values have their own rows
+
+    @property
+    def n_value(self) -> int:
+        """Columns of a value, and of a head of the result."""
+        return self.n_latent or self.head_dim
 
 
 # How the scores of experts follow from their logits. "sparsemixer" (Phi-3.5-MoE): an expert's score is its softmax over
@@ -102,7 +117,7 @@ class Mixture:
 
 
 class WeightHandle(Protocol):
-    """A matrix of n_out rows of n_in, in the form that the backend multiplies with."""
+    """A matrix of n_out rows of n_in, or n_head of them, in the form that the backend multiplies with."""
 
     @property
     def n_in(self) -> int: ...
@@ -116,6 +131,10 @@ class CacheHandle(Protocol):
     @property
     def n_ctx(self) -> int:
         """Positions that the layer holds of a sequence: its last ones. Position p is in row p % n_ctx."""
+
+    @property
+    def kinds(self) -> str:
+        """What is held: "kv", or "k" if values are columns of the keys."""
 
     def copy(self, source: int, target: int, n_rows: int, /) -> None:
         """Copy the first n_rows rows of sequence `source` to sequence `target`."""

@@ -21,6 +21,7 @@ from gguf_run.models.operands import (
     Squares,
     State,
     Table,
+    Temperature,
     Vector,
     Weight,
 )
@@ -76,6 +77,16 @@ class Matmul(Generic[Weight, Vector]):
 
 
 @frozen
+class MatmulHeads(Generic[Weight]):
+    """out = [x[: n_in] @ weight[head].T, x[n_in :]] for each head of x: each has a matrix of its own."""
+
+    x: Buffer  # n_head heads
+    weight: Weight  # n_head matrices
+    out: Buffer  # n_head heads, each wider by n_out - n_in than a head of x; not x
+    n_head: int
+
+
+@frozen
 class MatmulGated(Generic[Weight, Vector]):
     """out = activation(gate) * up, where gate and up are the left and the right half of x @ weight.T (+ bias)"""
 
@@ -88,11 +99,19 @@ class MatmulGated(Generic[Weight, Vector]):
 
 @frozen
 class Rope:
-    """Rotate each part of x of head_dim columns, in place, by its token's position."""
+    """Rotate the first columns of each part of x of head_dim columns, in place, by its token's position."""
 
-    x: Buffer
+    x: Buffer  # the last part may be shorter
     rotation: Rotation
     head_dim: int
+
+
+@frozen
+class Temper:
+    """x[t] *= the factor of the temperature at the token's position"""
+
+    x: Buffer
+    temperature: Temperature
 
 
 @frozen
@@ -101,10 +120,10 @@ class Attend(Generic[Cache, Vector]):
 
     q: Buffer
     k: Buffer
-    v: Buffer
+    v: Buffer  # the columns of k that are values if shape.n_latent is not 0
     cache: Cache
     shape: AttentionShape
-    out: Buffer  # none of q, k, v
+    out: Buffer  # shape.n_value columns for each head; none of q, k, v
     sinks: Vector | None = None  # f32[n_head]: one more score in each head's softmax, which has no v
 
 
@@ -251,10 +270,12 @@ class Outputs:
 Op = (
     Embed[Table]
     | Matmul[Weight, Vector]
+    | MatmulHeads[Weight]
     | MatmulGated[Weight, Vector]
     | RmsNorm[Vector]
     | LayerNorm[Vector]
     | Rope
+    | Temper
     | Attend[Cache, Vector]
     | Gated
     | Xielu
@@ -273,5 +294,5 @@ def written(op: Any) -> Buffer | None:
     """Return the buffer whose contents an op replaces: its `out`, or x if it works in place."""
     if isinstance(op, Observe):
         return None
-    buffer: Buffer = op.x if isinstance(op, Rope | GateRows | Softcap) else op.out
+    buffer: Buffer = op.x if isinstance(op, Rope | Temper | GateRows | Softcap) else op.out
     return buffer

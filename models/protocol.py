@@ -66,7 +66,8 @@ class Backend(Protocol[Table, Weight, Vector, Cache, Experts, Squares, State]):
     def weight(self, tensors: Sequence[Tensor], /) -> Weight:
         """Return a matrix for Matmul and MatmulGated: the rows of all tensors, times the tensors' `scales`.
 
-        The rows are repacked as panels of the device.
+        The rows are repacked as panels of the device. One tensor [n_head, n_out, n_in] makes the matrices of
+        MatmulHeads.
         """
 
     def vector(self, tensors: Sequence[Tensor], /) -> Vector:

@@ -16,8 +16,12 @@ if COMPILING:
 
 @functools.cache
 def append(k_form: int, v_form: int) -> TapeOp:
-    """Return the op that stores the k and v rows of tokens in a cache of these types (places in FORMATS)."""
-    store_k, store_v = store_row(k_form, 0), store_row(v_form, 1)
+    """Return the op that stores the k and v rows of tokens in a cache of these types (places in FORMATS).
+
+    v_form: -1 if v is not stored.
+    """
+    has_v = v_form >= 0
+    store_k, store_v = store_row(k_form, 0), store_row(max(0, v_form), 1)
 
     @op(
         "rows runs run_of positions n_head_kv head_dim n_wide n_ctx "
@@ -38,10 +42,11 @@ def append(k_form: int, v_form: int) -> TapeOp:
         for t in range(first, end):
             slot = positions[t] % a.n_ctx
             group, row = ((runs[run_of[t]].seq * n_head + head) * a.n_ctx + slot) // GROUP, slot % GROUP
-            k, v = a.k + t * a.k_stride + head * n * 4, a.v + t * a.v_stride + head * n * 4
-            to_k, to_v = a.cache_k + group * a.k_group, a.cache_v + group * a.v_group
+            k, to_k = a.k + t * a.k_stride + head * n * 4, a.cache_k + group * a.k_group
             store_k(k, n, a.n_wide, a.k_wide, a.k_rotate, k_static[head], to_k, row, scratch)
-            store_v(v, n, a.n_wide, a.v_wide, a.v_rotate, v_static[head], to_v, row, scratch)
+            if has_v:
+                v, to_v = a.v + t * a.v_stride + head * n * 4, a.cache_v + group * a.v_group
+                store_v(v, n, a.n_wide, a.v_wide, a.v_rotate, v_static[head], to_v, row, scratch)
         return 0
 
     return append_rows

@@ -19,7 +19,7 @@ import numpy as np
 from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import carray, njit
 from gguf_run.kernels_cpu.attention.cache_types import FORMATS
-from gguf_run.kernels_cpu.attention.sizes import FEW, P_BYTES, SPAN, TILE, layout
+from gguf_run.kernels_cpu.attention.sizes import FEW, LATENT_BYTES, P_BYTES, SPAN, TILE, layout
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, FloatPanel, IntPanel
 from gguf_run.kernels_cpu.replay.op import TapeOp, op
 from gguf_run.kernels_cpu.replay.runs import runs_at
@@ -154,13 +154,20 @@ def _values(v_form: int) -> Any:
 def attend(k_form: int, v_form: int) -> TapeOp:
     """Return the op softmax(scale * q.k) @ v over a cache of these types (places in FORMATS).
 
+    v_form: -1 if values are the first columns of the keys.
     Pieces whose positions are not split write to out. The others write to parts: sums, maxima, sums of exponentials.
     """
-    queries, scores, values = _queries(k_form), _scores(k_form), _values(v_form)
+    queries, scores, p_bytes = _queries(k_form), _scores(k_form), TILE * P_BYTES
+    if is_latent := v_form < 0:
+        from gguf_run.kernels_cpu.attention.latent import latent_values  # late: few models have latents
+
+        (rows_of_keys, values), p_bytes = latent_values(k_form), LATENT_BYTES
+    else:
+        rows_of_keys, values = None, _values(v_form)
 
     @op(
-        "runs n_runs n_head n_head_kv head_dim n_wide wide n_ctx window q q_stride cache_k k_group k_at k_rotate "
-        "cache_v v_group v_at v_rotate sinks out out_stride parts part_bytes max_rows scratch scratch_stride",
+        "runs n_runs n_head n_head_kv head_dim n_value n_wide wide n_ctx window q q_stride cache_k k_group k_at "
+        "k_rotate cache_v v_group v_at v_rotate sinks out out_stride parts part_bytes max_rows scratch scratch_stride",
         "scale softcap",
     )
     def attend_rows(args, piece, ith, nth):
@@ -171,7 +178,7 @@ def attend(k_form: int, v_form: int) -> TapeOp:
         work = piece_of(a, runs, piece)
         tile = _Tile(work.few, FEW if work.few else TILE, (FEW_VECTORS if work.few else VECTORS) * ROWS)
         n_fill = (work.n_rows + tile.rows - 1) // tile.rows * tile.rows
-        m = layout(a, ith, work)
+        m = layout(a, ith, work, p_bytes)
         q_row = queries(a, work, m, n_fill)
         first_group = (work.seq * a.n_head_kv + work.head) * a.n_ctx // GROUP
         group = first_group + work.start % a.n_ctx // GROUP
@@ -181,6 +188,8 @@ def attend(k_form: int, v_form: int) -> TapeOp:
                 next_group = first_group + (start + SPAN) % a.n_ctx // GROUP
             k, v = a.cache_k + group * a.k_group, a.cache_v + group * a.v_group
             next_k, next_v = a.cache_k + next_group * a.k_group, a.cache_v + next_group * a.v_group
+            if is_latent:
+                rows_of_keys(a, m, k, work.stop - start)
             for r in range(0, n_fill, tile.rows):
                 n_seen = min(SPAN, work.stop - start, n_visible(work, r + tile.rows - 1, start))
                 if n_seen > 0:

@@ -20,25 +20,29 @@ def rows_stored(n_ctx: int, n_batch: int, window: int) -> int:
 
 @frozen(eq=False)
 class CpuCache:
-    """K and V of one layer."""
+    """K and V of one layer, or just K if the values are columns of the keys."""
 
     n_seq: int
     rows_k: CacheRows  # what a slot of k holds
-    rows_v: CacheRows  # what a slot of v holds
+    rows_v: CacheRows | None  # what a slot of v holds
     k: NDArray[np.uint8]  # [n_seq, rows_k.nbytes]
-    v: NDArray[np.uint8]  # [n_seq, rows_v.nbytes]
+    v: NDArray[np.uint8]  # [n_seq, rows_v.nbytes]; k if rows_v is None
 
     @property
     def n_ctx(self) -> int:
         """Positions of a slot as stored."""
         return self.rows_k.n_rows
 
+    @property
+    def kinds(self) -> str:
+        return "kv" if self.rows_v else "k"
+
     def _groups(self, kind: str) -> NDArray[np.uint8]:
         """Return k or v as u8[n_seq, n_head_kv, n_ctx / GROUP, bytes of a group of a head]."""
         return {"k": self.k, "v": self.v}[kind].reshape(self.n_seq, self.rows_k.n_head_kv, self.n_ctx // GROUP, -1)
 
     def copy(self, source: int, target: int, n_rows: int) -> None:
-        for kind in "kv":
+        for kind in self.kinds:
             groups = self._groups(kind)[:, :, : -(-n_rows // GROUP)]
             groups[target] = groups[source]
 
@@ -46,13 +50,14 @@ class CpuCache:
         ring, end = self.n_ctx // GROUP, -(-n_past // GROUP)
         source = np.arange(max((n_keep + n_discard) // GROUP, end - ring), end)
         target = (source - n_discard // GROUP) % ring
-        for kind in "kv":
+        for kind in self.kinds:
             groups = self._groups(kind)[seq]
             moved = groups.take(source % ring, axis=1)
             if kind == "k" and rotation is not None:
                 from gguf_run.kernels_cpu.attention.move_rows import turn  # late: few contexts are ever full
 
-                turn(self.rows_k, moved, rotation, -n_discard)
+                start = 0 if self.rows_v else self.rows_k.head_dim - rotation.n_rot
+                turn(self.rows_k, moved, rotation, -n_discard, start)
             groups[:, target] = moved
 
     def read(self, seq: int, kind: str, first: int, end: int) -> NDArray[np.uint8]:

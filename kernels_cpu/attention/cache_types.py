@@ -94,7 +94,11 @@ def format_id(name: str) -> int:
     return FORMATS.index(CACHE_FORMATS[name])
 
 
-def cache_bytes(k: str, v: str, n_head_kv: int, head_dim: int, n_ctx: int) -> int:
-    """Return the bytes of one layer's cache of the types k and v. n_ctx positions are filled up to whole groups."""
-    k_bytes, v_bytes = CACHE_FORMATS[k].group_bytes(head_dim, False), CACHE_FORMATS[v].group_bytes(head_dim, True)
+def cache_bytes(k: str, v: str, n_head_kv: int, head_dim: int, n_ctx: int, n_latent: int = 0) -> int:
+    """Return the bytes of one layer's cache of the types k and v. n_ctx positions are filled up to whole groups.
+
+    n_latent: as in operands.AttentionShape. If it is not 0, there is no V.
+    """
+    k_bytes = CACHE_FORMATS[k].group_bytes(head_dim, False)
+    v_bytes = 0 if n_latent else CACHE_FORMATS[v].group_bytes(head_dim, True)
     return n_head_kv * -(-n_ctx // GROUP) * (k_bytes + v_bytes)

@@ -16,12 +16,12 @@ if COMPILING:
 
 
 @row_op(
-    "rows runs run_of n_head n_head_kv head_dim wide v_rotate sinks out out_stride parts part_bytes max_rows "
+    "rows runs run_of n_head n_head_kv n_value wide v_rotate sinks out out_stride parts part_bytes max_rows "
     "q8 q8_stride"
 )
 def merge(a, first, end):
     """out = the joined parts of rows whose positions are split. q8: int8 form of all rows of out, or 0."""
-    n_tokens, n = n_rows(a), a.head_dim
+    n_tokens, n = n_rows(a), a.n_value
     wide, n_rep = a.wide, a.n_head // a.n_head_kv
     run_of, runs = i64_at(a.run_of, n_tokens), runs_at(a.runs, n_tokens)
     for t in range(first, end):

@@ -74,16 +74,16 @@ def _move(
     kernel(memory, slots, np.array(sizes, np.int64), rows.rotates, rows.static, x, scratch)
 
 
-def turn(rows_k: CacheRows, groups: NDArray[np.uint8], rotation: Rotation, distance: int) -> None:
-    """Turn the keys of groups, uint8[n_head_kv, n, bytes], by a distance of positions."""
+def turn(rows_k: CacheRows, groups: NDArray[np.uint8], rotation: Rotation, distance: int, start: int = 0) -> None:
+    """Turn the keys of groups, uint8[n_head_kv, n, bytes], by a distance of positions, from column `start` on."""
     rows = replace(rows_k, n_rows=groups.shape[1] * GROUP)
     memory, slots = groups.reshape(-1), np.arange(rows.n_rows)
     keys = load_rows(rows, memory, slots)
-    half, angle = rotation.n_rot // 2, distance * rotation.inv_freq
+    part, half, angle = keys[..., start:], rotation.n_rot // 2, distance * rotation.inv_freq
     cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
     first, second = slice(0, half), slice(half, 2 * half)
     if rotation.style != "neox":
         first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
-    a, b = keys[..., first].copy(), keys[..., second].copy()
-    keys[..., first], keys[..., second] = a * cos - b * sin, a * sin + b * cos
+    a, b = part[..., first].copy(), part[..., second].copy()
+    part[..., first], part[..., second] = a * cos - b * sin, a * sin + b * cos
     store_rows(rows, memory, slots, keys)

@@ -154,7 +154,7 @@ def result(a, piece, m, r):
     if piece.part >= 0:
         f32_at(m.most + a.max_rows * 4, piece.n_rows)[r] = total
     else:
-        n, factor = a.head_dim, np.float32(1)
+        n, factor = a.n_value, np.float32(1)
         t, head = row_of(piece, r)
         if a.sinks:
             sink, highest = f32_at(a.sinks, a.n_head)[head], f32_at(m.most, piece.n_rows)[r]

@@ -57,7 +57,7 @@ def _run(
     def step(k: Val, acc: list[Val]) -> list[Val]:
         if ahead is not None:
             prefetch_step(s, [w + k * step_bytes for w in ws], step_bytes, ahead)
-        stepped = [_blocks(s, panel, w, first, acc[0].lanes, k) for w in ws]
+        stepped = [decode_blocks(s, panel, w, first, acc[0].lanes, k) for w in ws]
         for n in range(n_blocks):
             at = (k * n_blocks + n) * X_BLOCK_BYTES
             acc = _add(s, panel, [blocks[n] for blocks in stepped], [x + at for x in xs], acc)
@@ -133,7 +133,7 @@ def load_quants(s: Simd, shape: IntPanel, planes: Val, lanes: int = ROWS) -> Cal
     return quant
 
 
-def _blocks(s: Simd, shape: IntPanel, w: Val, first: Val, lanes: int, k: Val) -> list[_Block]:
+def decode_blocks(s: Simd, shape: IntPanel, w: Val, first: Val, lanes: int, k: Val) -> list[_Block]:
     """Decode the scales of step k, and load its planes, for `lanes` rows of the panel at w from row `first` on."""
     one = shape.n_steps == 1
     span, i = (k, s.const(I64, 0)) if one else (k >> _log2(shape.n_steps), k & (shape.n_steps - 1))

@@ -16,6 +16,7 @@ MOST = isa.current().tokens  # tokens of the largest tile
 _GROUPS, _TOKENS = 8, 64  # a batch: panels and tokens of a piece. The panels stay in the second-level cache
 FEW = 16  # tokens of a batch for which memory is the limit
 TUNED = " ahead piece_bytes tile_tokens"  # fields of a kernel that are measured, see vector/isa.py
+ONE_HEAD = {"n_head": 1, "w_head": 0, "x_head": 0, "out_head": 0}  # fields of a matrix for whole rows
 BATCH_AHEAD = 6144  # as `ahead`, for several tokens. 3 to 12 kB are alike, on each CPU that was measured
 
 
@@ -78,13 +79,14 @@ def matmul(panel: int) -> TapeOp:
     residual_group: bytes from the columns of one panel to those of the next.
     bias: f32[n_out], or 0.
     scratch: TOKENS * 16 floats for each thread.
+    n_head, w_head, x_head, out_head: of MatmulHeads, and the bytes from the matrix, x and out of a head to the next.
     TUNED: see vector/isa.py.
     """
     panels = tile_panels(panel)
 
     @op(
         "rows n_out n_steps group_bytes w x x_stride out out_stride residual residual_stride residual_group bias "
-        "scratch scratch_stride" + TUNED
+        "scratch scratch_stride n_head w_head x_head out_head" + TUNED
     )
     def matmul_panel(args, piece, ith, nth):
         a = carray(args, 1)[0]
@@ -92,19 +94,22 @@ def matmul(panel: int) -> TapeOp:
         n_group = (a.n_out + ROWS - 1) // ROWS
         tail = a.n_out % ROWS
         spare = a.scratch + ith * a.scratch_stride
-        n_piece, g0, g1, first, end = cut(piece, n_tokens, n_group, a.group_bytes, a.piece_bytes, _GROUPS, nth)
+        cut_at = piece // a.n_head  # -1 stays -1
+        n_piece, g0, g1, first, end = cut(cut_at, n_tokens, n_group, a.group_bytes, a.piece_bytes, _GROUPS, nth)
         if piece < 0:
-            return n_piece
+            return n_piece * a.n_head
+        head = piece % a.n_head
+        w_head, x_head, out_head = a.w + head * a.w_head, a.x + head * a.x_head, a.out + head * a.out_head
         ahead = a.ahead if n_tokens == 1 else BATCH_AHEAD
-        prefetch(a.w + g0 * a.group_bytes, ahead)
+        prefetch(w_head + g0 * a.group_bytes, ahead)
         most = a.tile_tokens if panels > 1 and n_tokens > FEW else MOST
         while first < end:
             count = min(most, tile_for(n_tokens, n_tokens - first))
-            x, x_row = a.x + first * a.x_stride, a.x_stride
+            x, x_row = x_head + first * a.x_stride, a.x_stride
             g = g0
             while g < g1:
-                w = a.w + g * a.group_bytes
-                out = a.out + first * a.out_stride + g * ROWS * 4
+                w = w_head + g * a.group_bytes
+                out = out_head + first * a.out_stride + g * ROWS * 4
                 init = a.residual + first * a.residual_stride + g * a.residual_group
                 init_row, to, to_row, lanes, n_here = a.residual_stride, out, a.out_stride, ROWS, 1
                 if tail and g == n_group - 1:

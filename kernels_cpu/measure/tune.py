@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.atomic import replacing
-from gguf_run.kernels_cpu.matmul.matmul import matmul, tile_panels
+from gguf_run.kernels_cpu.matmul.matmul import ONE_HEAD, matmul, tile_panels
 from gguf_run.kernels_cpu.measure.limits import cache_bytes
 from gguf_run.kernels_cpu.panels.memory import LANES, aligned
 from gguf_run.kernels_cpu.panels.panels import BLOCK, PANELS, ROWS, X_BLOCK_BYTES, IntPanel, panel_sizes
@@ -197,7 +197,7 @@ class _Stage:
         none = {"residual_stride": 0, "residual_group": 0, "bias": 0, "scratch": 0, "scratch_stride": 0}
         fields = {"rows": rows, "n_out": _N_OUT, "x": x, "x_stride": x_stride, "out": out, "out_stride": 4 * _N_OUT}
         numbers = {name: value for name, value in vars(Tuning()).items() if name in (kernel.fields.names or ())}
-        record = kernel.bind(w=w, residual=zeros, **panel_sizes(shape, _N_IN), **fields, **none, **numbers)
+        record = kernel.bind(w=w, residual=zeros, **panel_sizes(shape, _N_IN), **fields, **none, **ONE_HEAD, **numbers)
         self._records = np.repeat(record, n)
         self._records["w"] += np.arange(n) * matrix_bytes
         places = self._records.ctypes.data + np.arange(n) * self._records.itemsize

@@ -48,7 +48,10 @@ class WeightPart:
 
 @frozen(eq=False)
 class CpuWeight:
-    """A matrix as panels, one part for each run of rows of one kind of panel."""
+    """A matrix as panels, one part for each run of rows of one kind of panel. Or n_head matrices, one after the other.
+
+    The panels of each of these matrices begin at a multiple of EXPERT_ROWS (matmul/moe.py).
+    """
 
     n_in: int
     n_out: int

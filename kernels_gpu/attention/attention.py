@@ -75,15 +75,16 @@ def _add_values(acc, old, weight, v, rows, live, V: tl.constexpr, HEAD_DIM: tl.c
 def attend(
     q, q_stride, k, v, seqs, positions, sums, stats, n_ctx, n_head_kv, n_rep, n_token, scale, window,
     SOFTCAP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr, REP: tl.constexpr, SPAN: tl.constexpr,
+    VALUE: tl.constexpr, VALUE_WIDTH: tl.constexpr, TOKENS: tl.constexpr, REP: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Attend over a part of the positions that a token sees.
 
-    sums f32[part, n_token, n_head, HEAD_DIM] = exp2(score - greatest) @ v
+    sums f32[part, n_token, n_head, VALUE] = exp2(score - greatest) @ v
     stats f32[part, n_token, n_head, 2] = (greatest score, sum of exp2(score - greatest)); (-inf, 0) for no position
 
     Grid (n_token / TOKENS, n_head_kv, parts). k, v: planes of the cache (qs, d). n_rep: heads of queries for a KV head.
     SOFTCAP: None, or scores become SOFTCAP * tanh(score / SOFTCAP). K, V: cache types. WIDTH: power of 2 >= HEAD_DIM.
+    VALUE: the first columns of a row of V, of HEAD_DIM columns, that are the value. VALUE_WIDTH: power of 2 >= VALUE.
     The rows of a tile are TOKENS tokens x REP heads; n_rep of REP heads are used. SPAN: positions at a time.
     Tokens of one tile may be of several sequences: the tile goes through the sequences one after the other.
     """
@@ -99,7 +100,7 @@ def attend(
     queries = _queries(q, q_stride, t, head, there, K, HEAD_DIM, WIDTH)
     acc = ()
     for _ in tl.static_range(n_operand(V)):
-        acc = acc + (tl.zeros((M, WIDTH // n_operand(V)), tl.float32),)
+        acc = acc + (tl.zeros((M, VALUE_WIDTH // n_operand(V)), tl.float32),)
     greatest = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     for s in range(tl.min(seq, axis=0), tl.max(seq, axis=0) + 1):
@@ -127,13 +128,13 @@ def attend(
             old = tl.exp2(greatest - known)
             total = total * old + tl.sum(weight, axis=1)
             greatest = new
-            acc = _add_values(acc, old, weight, v_rows, rows, live, V, HEAD_DIM, WIDTH)
+            acc = _add_values(acc, old, weight, v_rows, rows, live, V, HEAD_DIM, VALUE_WIDTH)
     to = (part.to(tl.int64) * n_token + t) * (n_head_kv * n_rep) + head
     tl.store(stats + to * 2, greatest, mask=there)
     tl.store(stats + to * 2 + 1, total, mask=there)
     for i in tl.static_range(n_operand(V)):
-        column = column_of(tl.arange(0, WIDTH // n_operand(V)), i, V)[None, :]
-        tl.store(sums + to[:, None] * HEAD_DIM + column, acc[i], mask=there[:, None] & (column < HEAD_DIM))
+        column = column_of(tl.arange(0, VALUE_WIDTH // n_operand(V)), i, V)[None, :]
+        tl.store(sums + to[:, None] * VALUE + column, acc[i], mask=there[:, None] & (column < VALUE))
 
 
 @triton.jit

@@ -59,14 +59,23 @@ class GpuCache:
 
     n_ctx: int  # positions that are held of a sequence
     k: Rows
-    v: Rows
+    v: Rows  # k if values are columns of the keys
+
+    @property
+    def kinds(self) -> str:
+        return "k" if self.v is self.k else "kv"
+
+    @property
+    def _others(self) -> list[Array]:
+        """The planes of V, if it has some of its own."""
+        return [] if self.v is self.k else self.v.planes
 
     def _slots(self, first: int, end: int) -> Array:
         """Return the rows of positions first .. end."""
         return torch.arange(first, end, device=self.k.qs.device) % self.n_ctx
 
     def copy(self, source: int, target: int, n_rows: int) -> None:
-        for plane in self.k.planes + self.v.planes:
+        for plane in self.k.planes + self._others:
             plane[target, :, :n_rows] = plane[source, :, :n_rows]
 
     def shift(self, seq: int, n_past: int, n_keep: int, n_discard: int, rotation: Rotation | None) -> None:
@@ -76,7 +85,7 @@ class GpuCache:
         if rotation is not None:
             with current(self.k.qs.device):
                 self._turn(seq, source, target, rotation, -n_discard)
-        for plane in ([] if rotation else self.k.planes) + self.v.planes:
+        for plane in ([] if rotation else self.k.planes) + self._others:
             plane[seq][:, target] = plane[seq][:, source]
 
     def _turn(self, seq: int, source: Array, target: Array, rotation: Rotation, distance: int) -> None:
@@ -87,15 +96,19 @@ class GpuCache:
         read_rows[(n, n_head_kv)](k.pair, source, first, self.n_ctx, keys, k.type.name, k.head_dim, k.width)
         if k.rotates:
             keys = keys @ _hadamard(k.head_dim).to(keys.device)
-        keys = keys.transpose(0, 1).reshape(n, -1).contiguous()
         angle = torch.from_numpy(np.asarray(distance * rotation.inv_freq, np.float64)).to(keys.device)
-        table = torch.stack([torch.cos(angle), torch.sin(angle)], 1).float().repeat(n, 1, 1)  # without its scale
+        cos, sin = torch.cos(angle).float(), torch.sin(angle).float()  # without the rotation's scale
+        part = keys[..., k.head_dim - rotation.n_rot if self.v is k else 0 :][..., : rotation.n_rot]
+        pairs = part.unflatten(-1, (2, -1)).mT if rotation.style == "neox" else part.unflatten(-1, (-1, 2))
+        a, b = pairs.clone().unbind(-1)
+        pairs[..., 0], pairs[..., 1] = a * cos - b * sin, a * sin + b * cos
+        keys = keys.transpose(0, 1).reshape(n, -1).contiguous()
         seqs = torch.full((n,), seq, dtype=torch.int32, device=keys.device)
         # The grid ends with the heads of k: q and v are only named, so that the kernel compiles.
         append[(n, n_head_kv)](
             keys, keys.stride(0), keys, keys.stride(0), keys, keys.stride(0), None, None, 0.0, k.pair, k.pair, k.scales,
-            k.scales, seqs, target.int(), table, rotation.n_rot // 2, self.n_ctx, 0, n_head_kv, rotation.style,
-            k.type.name, k.type.name, k.rotates, k.rotates, k.head_dim, k.width,
+            k.scales, seqs, target.int(), None, 0, self.n_ctx, 0, n_head_kv, None, k.type.name, k.type.name,
+            k.rotates, k.rotates, k.head_dim, k.width,
         )  # fmt: skip
 
     def read(self, seq: int, kind: str, first: int, end: int) -> NDArray[np.uint8]:
@@ -133,13 +146,14 @@ def _hadamard(n: int) -> Array:
 def new_cache(shape: AttentionShape, kind: CacheType, n_rows: int, n_seq: int, device: torch.device) -> GpuCache:
     """Return memory for K and V of one layer, n_rows (sizes.cache_rows) for each of n_seq sequences."""
 
-    def rows(name: str, scales: Sequence[float] | None) -> Rows:
+    def rows(name: str, scales: Sequence[float] | None, rotate: bool | None) -> Rows:
         head_dim, size = shape.head_dim, (n_seq, shape.n_head_kv, n_rows)
         form = cache_format(name, head_dim)
         qs = torch.zeros(*size, head_dim * form.bits // 8, dtype=torch.uint8, device=device)
         n_scale = form.n_scale(head_dim)
         d = torch.zeros(*size, n_scale, dtype=torch.float16, device=device) if n_scale else None
         static = None if scales is None else torch.tensor(scales, device=device)
-        return Rows(form, head_dim, rotates(form.bits, head_dim, kind.rotate, scales is not None), static, qs, d)
+        return Rows(form, head_dim, rotates(form.bits, head_dim, rotate, scales is not None), static, qs, d)
 
-    return GpuCache(n_rows, rows(kind.k, kind.k_scales), rows(kind.v, kind.v_scales))
+    k = rows(kind.k, kind.k_scales, False if shape.n_latent else kind.rotate)
+    return GpuCache(n_rows, k, k if shape.n_latent else rows(kind.v, kind.v_scales, kind.rotate))

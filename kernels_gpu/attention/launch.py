@@ -67,7 +67,7 @@ def bind_attention(fused: FusedAttention, memory: Memory) -> Launch:
     n_head, n_head_kv = shape.n_head, shape.n_head_kv
     tiling = _Tiling(cache, shape, memory.tuning.programs)
     n_sum = tiling.n_sum(memory.n_row(op.out))
-    memory.want(sums=n_sum * shape.head_dim, stats=n_sum * 2)
+    memory.want(sums=n_sum * shape.n_value, stats=n_sum * 2)
     int8 = memory.int8(op.out) if fused.forms else None
     n_changed = n_head if rotation or fused.norms or k_rows.rotates else 0  # heads of q that append writes
     norms = [norm.weight for norm in fused.norms] or [None, None]
@@ -75,10 +75,12 @@ def bind_attention(fused: FusedAttention, memory: Memory) -> Launch:
     angles = None if rotation is None else memory.angles(rotation)
     n_half, style = (rotation.n_rot // 2, rotation.style) if rotation else (0, None)
     types, sizes = (k_rows.type.name, v_rows.type.name), (shape.head_dim, k_rows.width)
+    value = shape.n_value, max(32, triton.next_power_of_2(shape.n_value))
+    n_new = n_changed + len(cache.kinds) * n_head_kv  # heads of append: those of v come last
 
     def launch(n: int) -> None:
         sums = memory.scratch["sums"], memory.scratch["stats"]
-        append[(n, n_changed + 2 * n_head_kv)](
+        append[(n, n_new)](
             *q, *k, *v, *norms, eps, k_rows.pair, v_rows.pair, k_rows.scales, v_rows.scales, step.seqs, step.positions,
             angles, n_half, cache.n_ctx, n_changed, n_head_kv, style, *types, k_rows.rotates, v_rows.rotates, *sizes,
         )  # fmt: skip
@@ -86,8 +88,8 @@ def bind_attention(fused: FusedAttention, memory: Memory) -> Launch:
         attend[(-(-n // options["TOKENS"]), n_head_kv, n_part)](
             *q, k_rows.pair, v_rows.pair, step.seqs, step.positions, *sums, cache.n_ctx, n_head_kv,
             n_head // n_head_kv, n, shape.scale, shape.window or 1 << 30, shape.softcap or None, *types, *sizes,
-            **options, num_stages=2,
+            *value, **options, num_stages=2,
         )  # fmt: skip
-        add_up[(n, n_head)](*sums, op.sinks, *out, int8, n_part, v_rows.rotates, *sizes)
+        add_up[(n, n_head)](*sums, op.sinks, *out, int8, n_part, v_rows.rotates, *value)
 
     return launch

@@ -64,14 +64,15 @@ def empty(panel: Panel, n_in: int, n_out: int, device: torch.device) -> WeightPa
 
 @dataclass(frozen=True, eq=False)
 class GpuWeight:
-    """A matrix: one part for each run of rows of one tensor type."""
+    """A matrix: one part for each run of rows of one tensor type. Or the matrices of some heads."""
 
     n_in: int
     parts: tuple[WeightPart, ...]
+    heads: Array | None = None  # f32[n_head, n_out, n_in]; parts is empty
 
     @property
     def n_out(self) -> int:
-        return sum(part.n_out for part in self.parts)
+        return self.heads.shape[1] if self.heads is not None else sum(part.n_out for part in self.parts)
 
     @property
     def n_part(self) -> int:

@@ -53,6 +53,7 @@ ATTENTION = (
     ("int8", "fp8_e4m3", 256, 1),
     ("fp8_e5m2", "int8", 64, 64),
 )
+LATENT = (("f16", 1), ("f16", 64), ("q8_0", 1), ("q8_0", 64))  # K, tokens
 
 
 MEMORY = r"(st\.global|bar\.sync|bar\.warp\.sync|atom[\w.]+|ld\.global\.cg)"

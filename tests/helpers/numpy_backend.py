@@ -21,15 +21,15 @@ from gguf_run.models.operands import AttentionShape, Buffer, Mixture, Rotation
 
 @dataclass(frozen=True)
 class NumpyWeight:
-    data: np.ndarray  # [n_out, n_in]
+    data: np.ndarray  # [n_out, n_in], or [n_head, n_out, n_in]
 
     @property
     def n_in(self) -> int:
-        return self.data.shape[1]
+        return self.data.shape[-1]
 
     @property
     def n_out(self) -> int:
-        return self.data.shape[0]
+        return self.data.shape[-2]
 
     def product(self, x: np.ndarray) -> np.ndarray:
         """x @ weight.T, [..., n_out]"""
@@ -50,7 +50,8 @@ class NumpyCache:
     """Holds every position, whether the layer has a window or not."""
 
     k: np.ndarray  # [n_seq, n_ctx, n_head_kv, head_dim]
-    v: np.ndarray
+    v: np.ndarray  # [n_seq, n_ctx, n_head_kv, n_value]
+    kinds = "kv"
 
     @property
     def n_ctx(self) -> int:
@@ -64,7 +65,9 @@ class NumpyCache:
         for side in (self.k, self.v):
             moved = side[seq, n_keep + n_discard : n_past].copy()
             if side is self.k and rotation is not None:
-                moved = rotate(moved, replace(rotation, scale=1.0), np.full(len(moved), -n_discard))
+                # the keys of latent attention turn at their end
+                part = moved[..., self.k.shape[-1] - rotation.n_rot :] if self.k.shape != self.v.shape else moved
+                part[:] = rotate(part, replace(rotation, scale=1.0), np.full(len(moved), -n_discard))
             side[seq, n_keep : n_past - n_discard] = moved
 
     def read(self, seq: int, kind: str, first: int, end: int) -> np.ndarray:
@@ -132,11 +135,11 @@ def attend(
     softcap: float = 0.0,
     sinks: np.ndarray | None = None,
 ) -> np.ndarray:
-    """q: [n_tokens, n_head, head_dim] at `positions`; k, v: [n_past + n_tokens, n_head_kv, head_dim], from 0 on."""
+    """q: [n_tokens, n_head, head_dim] at `positions`; k, v: [n_past + n_tokens, n_head_kv, columns], from 0 on."""
     n_head_kv, n_gqa = k.shape[1], q.shape[1] // k.shape[1]
     distance = positions[:, None] - np.arange(len(k))
     hidden = (distance < 0) | ((distance >= window) if window else False)
-    out = np.empty_like(q)
+    out = np.empty((*q.shape[:2], v.shape[2]), q.dtype)
     for h in range(n_head_kv):
         for head in range(h * n_gqa, (h + 1) * n_gqa):
             scores = (q[:, head] @ k[:, h].T) * q.dtype.type(scale)
@@ -270,11 +273,18 @@ def matmul(p: NumpyProgram, op: Any) -> np.ndarray:
 
 def rope(p: NumpyProgram, op: ops.Rope) -> np.ndarray:
     rows = p[op.x]
-    heads, at, parts = rows.reshape(len(rows), -1, op.head_dim), 0, []
+    filled = np.pad(rows, ((0, 0), (0, -rows.shape[1] % op.head_dim)))  # the last head may be shorter
+    heads, at, parts = filled.reshape(len(rows), -1, op.head_dim), 0, []
     for _, n_past, n, is_long, *_ in p.runs:
         parts.append(rotate(heads[at : at + n], op.rotation.of(is_long), n_past + np.arange(n)))
         at += n
-    return np.concatenate(parts).reshape(rows.shape)
+    return np.concatenate(parts).reshape(filled.shape)[:, : rows.shape[1]]
+
+
+def temper(p: NumpyProgram, op: ops.Temper) -> np.ndarray:
+    positions = np.concatenate([run.n_past + np.arange(run.n_tokens) for run in p.runs])
+    n_whole = np.floor((positions + op.temperature.offset) / op.temperature.length)
+    return p[op.x] * (1 + op.temperature.scale * np.log(1 + n_whole))[:, None]
 
 
 def attention(p: NumpyProgram, op: ops.Attend[NumpyCache, np.ndarray]) -> np.ndarray:
@@ -283,7 +293,7 @@ def attention(p: NumpyProgram, op: ops.Attend[NumpyCache, np.ndarray]) -> np.nda
     for seq, n_past, n, *_ in p.runs:
         rows, stop = slice(at, at + n), n_past + n
         for kept, new in ((cache.k, op.k), (cache.v, op.v)):
-            kept[seq, n_past:stop] = p[new][rows].reshape(n, shape.n_head_kv, shape.head_dim)
+            kept[seq, n_past:stop] = p[new][rows].reshape(n, shape.n_head_kv, -1)
         keys, values = (kept[seq, :stop].astype(p[op.q].dtype) for kept in (cache.k, cache.v))
         queries, positions = p[op.q][rows].reshape(n, shape.n_head, shape.head_dim), n_past + np.arange(n)
         result = attend(queries, keys, values, positions, shape.scale, shape.window, shape.softcap, op.sinks)
@@ -310,7 +320,7 @@ def short_conv(p: NumpyProgram, op: ops.ShortConv[NumpyState, np.ndarray]) -> np
         state[:] = x[len(x) - n + 1 :]
         sums = sum(op.taps.reshape(-1, n)[:, j] * x[j : len(x) - n + 1 + j] for j in range(n))
         parts.append(sums + (0 if op.bias is None else op.bias))
-    return {"silu": silu, "identity": np.asarray}[op.activation](np.concatenate(parts))
+    return ACTIVATIONS[op.activation](np.concatenate(parts))
 
 
 def softplus(x: np.ndarray) -> np.ndarray:
@@ -331,6 +341,12 @@ def delta_rule(p: NumpyProgram, op: ops.DeltaRule[NumpyState, np.ndarray]) -> np
             s += k[t, :, :, None] * change[:, None]
             parts.append(np.einsum("hkv,hk->hv", s, q[t]) / np.sqrt(k.shape[-1]))
     return np.concatenate(parts).reshape(p[op.v].shape)
+
+
+def matmul_heads(p: NumpyProgram, op: ops.MatmulHeads[NumpyWeight]) -> np.ndarray:
+    x, n = p[op.x].reshape(len(p[op.x]), op.n_head, -1), op.weight.n_in
+    made = np.einsum("hoi,thi->tho", op.weight.data, x[..., :n])
+    return np.concatenate([made, x[..., n:]], axis=2).reshape(len(x), -1)
 
 
 def moe(p: NumpyProgram, op: ops.Moe[NumpyExperts, np.ndarray, NumpySquares]) -> np.ndarray:
@@ -401,8 +417,10 @@ FUNCTIONS: Mapping[type, Callable[[NumpyProgram, Any], Any]] = {
     ops.RmsNorm: rms_norm,
     ops.LayerNorm: layer_norm,
     ops.Matmul: lambda p, op: matmul(p, op) + (0 if op.residual is None else p[op.residual]),
+    ops.MatmulHeads: matmul_heads,
     ops.MatmulGated: lambda p, op: GATED[op.activation](*np.split(matmul(p, op), 2, axis=1)),
     ops.Rope: rope,
+    ops.Temper: temper,
     ops.Attend: attention,
     ops.Gated: lambda p, op: ACTIVATIONS[op.activation](p[op.gate]) * (1 if op.up is None else p[op.up]),
     ops.ShortConv: short_conv,
@@ -433,7 +451,8 @@ class NumpyBackend:
         return data
 
     def weight(self, tensors: Sequence[Tensor]) -> NumpyWeight:
-        return NumpyWeight(self._dequantized(tensors))
+        data = self._dequantized(tensors)
+        return NumpyWeight(data.reshape(*tensors[0].ne[:0:-1], -1) if len(tensors[0].ne) > 2 else data)
 
     def experts(self, tensors: Sequence[Tensor]) -> NumpyExperts:
         held = ExpertTensors.of(tensors)
@@ -448,7 +467,8 @@ class NumpyBackend:
         return np.concatenate([dequantize(t.blocks(), t.type).reshape(-1) for t in tensors]).astype(self.dtype)
 
     def cache(self, shape: AttentionShape, n_ctx: int, n_batch: int, n_seq: int, kind: CacheType) -> NumpyCache:
-        k, v = (np.full((n_seq, n_ctx, shape.n_head_kv, shape.head_dim), np.nan, self.cache_dtype) for _ in "kv")
+        size = n_seq, n_ctx, shape.n_head_kv
+        k, v = (np.full((*size, n), np.nan, self.cache_dtype) for n in (shape.head_dim, shape.n_value))
         self._nbytes["cache"] += k.nbytes + v.nbytes
         return NumpyCache(k, v)
 

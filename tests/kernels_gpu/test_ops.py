@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from gguf_run.models.ops import (
     LayerNorm,
     Matmul,
     MatmulGated,
+    MatmulHeads,
     Observe,
     RmsNorm,
     Rope,
@@ -341,6 +343,32 @@ def test_attention(window: int) -> None:
         return step.finish(out)
 
     both(record, [(0, 12), (12, 1), *([(13, 12), (25, 12), (37, 12), (49, 12), (61, 12)] if window else [])], HALF)
+
+
+@pytest.mark.parametrize(("n_head", "n_nope", "n_rot", "n_latent"), [(4, 24, 8, 32), (3, 16, 32, 96)])
+def test_latent_attention(n_head: int, n_nope: int, n_rot: int, n_latent: int) -> None:
+    """Keys of a latent row and a rotated end; values that are the latent rows; a matrix for each head on both sides."""
+    rng, head_dim, n_value = np.random.default_rng(3), n_latent + n_rot, 20
+    q, k = rng.standard_normal((20, n_head * (n_nope + n_rot))), rng.standard_normal((20, head_dim))
+    shape = AttentionShape(n_head, 1, head_dim, 0.2, n_latent=n_latent)
+    rotation = Rotation("norm", n_rot, 1e4 ** -(np.arange(n_rot // 2) / n_rot * 2))
+    matrices = [
+        replace(random_tensor("F32", n_head * n_out, n_in, n_in), ne=(n_in, n_out, n_head))
+        for n_in, n_out in ((n_nope, n_latent), (n_latent, n_value))
+    ]
+
+    def record(step: Step) -> Step:
+        queries, keys = step.input(q), step.input(k)
+        absorbed, attn, out = (step.buffer(n_head * n) for n in (head_dim, n_latent, n_value))
+        step.add(Rope(queries.columns(n_nope, queries.width - n_nope), rotation, n_nope + n_rot))
+        step.add(Rope(keys.columns(n_latent, n_rot), rotation, n_rot))
+        step.add(MatmulHeads(queries, step.backend.weight(matrices[:1]), absorbed, n_head))
+        cache = step.backend.cache(shape, 100, 20, 1, CacheType())
+        step.add(Attend(absorbed, keys, keys.columns(0, n_latent), cache, shape, attn))
+        step.add(MatmulHeads(attn, step.backend.weight(matrices[1:]), out, n_head))
+        return step.finish(out)
+
+    both(record, [(0, 20), (20, 1), (21, 3)], HALF)
 
 
 def test_the_greatest_results() -> None:
