@@ -105,6 +105,7 @@ class CheckpointLayout:
     # Returns the row and config.json with what must be computed from it: values of names that begin with "_".
     read: Callable[["CheckpointLayout", Config], tuple["CheckpointLayout", Config]] | None = None
     edit: Callable[[Config, str, Tensor], Tensor] | None = None  # changes a tensor, by its name in the GGUF file
+    whole: tuple[str, ...] = ()  # tensors that get a module's rows as they are, though others come from it: see edit
 
     @property
     def decoder(self) -> Architecture:

@@ -148,7 +148,7 @@ def _parts(
     layout: CheckpointLayout, numbers: Mapping[str, int], place: _Place, tensor: Tensor
 ) -> Iterator[Tensor] | tuple[Tensor, ...]:
     """Return the tensor itself, or what it is split into, with rows in GGUF's order."""
-    if place.kind == "scale":
+    if place.kind == "scale" or place.names[0] in layout.whole:
         return (tensor,) * len(place.names)
     if place.bare and place.kind == "weight" and place.names[0] in layout.bare and len(tensor.ne) == 3:
         tensor = transposed(tensor)
@@ -212,7 +212,7 @@ def _final(layout: CheckpointLayout, config: Config, name: str, tensor: Tensor) 
     if layout.edit is not None:
         tensor = layout.edit(config, name, tensor)
     is_norm = base.endswith("_norm")
-    if is_norm and kind == "weight" and layout.norm_offset:
+    if is_norm and kind == "weight" and layout.norm_offset and base != "ssm_norm":
         offset = np.float32(layout.norm_offset)
         tensor = values(tensor, lambda x: x + offset)
     elif len(tensor.ne) < 2 or kind == "bias" or is_norm or base in _FLOAT:

@@ -11,9 +11,7 @@ from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.runtime.convert.layout import (
     ATTENTION,
-    DENSE,
     EXPERT_FF,
-    N_EXPERT,
     NUMBERED,
     PRE_NORMS,
     SILU,
