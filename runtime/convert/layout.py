@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gguf_run.formats.gguf.metadata import Typed
+from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.models.architectures import Architecture, architecture
 from gguf_run.runtime.convert.stored.checkpoint import Config
 
@@ -111,6 +112,10 @@ class CheckpointLayout:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     # Values of config.json that a GGUF file cannot tell: any other cannot be converted.
     expected: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: SILU)
+    # Returns the row and config.json with what must be computed from it: values of names that begin with "_".
+    read: Callable[["CheckpointLayout", Config], tuple["CheckpointLayout", Config]] | None = None
+    edit: Callable[[Config, str, Tensor], Tensor] | None = None  # changes a tensor, by its name in the GGUF file
+    whole: tuple[str, ...] = ()  # tensors that get a module's rows as they are, though others come from it: see edit
 
     @property
     def decoder(self) -> Architecture:
