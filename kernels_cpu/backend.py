@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.blocks.grids import no_grid
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
-from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.kernels_cpu.attention.cache import CpuCache, rows_stored
 from gguf_run.kernels_cpu.attention.cache_rows import CacheRows
@@ -32,6 +31,7 @@ from gguf_run.models.operands import AttentionShape, Buffer
 
 if TYPE_CHECKING:
     from gguf_run.kernels_cpu.matmul.moe import CpuExperts, ExpertMatrix
+    from gguf_run.kernels_cpu.recurrent.state import CpuState
     from gguf_run.kernels_cpu.rows.observe import CpuSquares
 
 _QUEUED = 64  # pieces of weights to be repacked: enough that no thread waits between two tensors
@@ -63,7 +63,7 @@ class CpuBackend:
     def weight(self, tensors: Sequence[Tensor]) -> CpuWeight:
         n_in = tensors[0].ne[0]
         if len(tensors[0].ne) > 2:
-            heads = self._expert_matrix(tensors[0], math.prod(tensors[0].ne[2:]), None)
+            heads = self._expert_matrix(tensors[0])
             return CpuWeight(n_in, heads.n_out, (WeightPart(heads.panel, heads.data, 0, heads.n_out),))
         parts: list[WeightPart] = []
         first = 0
@@ -84,23 +84,29 @@ class CpuBackend:
 
     def experts(self, tensors: Sequence[Tensor]) -> "CpuExperts":
         from gguf_run.kernels_cpu.matmul.moe import CpuExperts  # late: most models have no experts
+        from gguf_run.models.experts import ExpertTensors
 
-        gate, up = tensors[:2]
-        if gate.type != up.type:
-            raise UnsupportedError(
-                f"{gate.name} and {up.name} have the types {gate.type.name} and {up.type.name}; "
-                "this version needs one for both"
-            )
-        n_expert = math.prod(tensors[0].ne[2:])
-        biases: Sequence[NDArray[np.float32] | None] = [self.vector([tensor]) for tensor in tensors[3:]] or [None] * 3
-        parts = [self._expert_matrix(t, n_expert, bias) for t, bias in zip(tensors[:3], biases, strict=True)]
-        return CpuExperts(n_expert, *parts)
+        held = ExpertTensors.of(tensors)
+        biases = [self.vector([bias]).reshape(held.n_expert, -1) for bias in held.biases]
+        if held.is_fused:
+            [both] = held.into
+            shape, scales = (both.ne[0], held.down.ne[0], 2 * held.n_expert), np.repeat(both.scales, 2).tolist()
+            gate = replace(self._expert_matrix(replace(both, ne=shape, scales=tuple(scales))), every=2)
+            parts = [gate, replace(gate, data=gate.data[gate.expert_bytes :])]
+            biases[:1] = [np.ascontiguousarray(half) for bias in biases[:1] for half in np.split(bias, 2, axis=1)]
+        else:
+            parts = [self._expert_matrix(tensor) for tensor in held.into]
+        parts.append(self._expert_matrix(held.down))
+        if biases:
+            parts = [replace(part, bias=bias) for part, bias in zip(parts, biases, strict=True)]
+        return CpuExperts(held.n_expert, parts[0], parts[1] if held.is_gated else None, parts[-1], held.factors)
 
-    def _expert_matrix(self, tensor: Tensor, n_expert: int, bias: NDArray[np.float32] | None) -> "ExpertMatrix":
+    def _expert_matrix(self, tensor: Tensor) -> "ExpertMatrix":
         from gguf_run.kernels_cpu.matmul.moe import EXPERT_ROWS, ExpertMatrix
 
-        n_in, n_out = tensor.ne[0], tensor.ne[1]
-        empty = ExpertMatrix(panel_for(tensor.type.name), np.zeros(0, np.uint8), n_in, n_out, bias)
+        n_in, n_out, *sizes = tensor.ne
+        n_expert = math.prod(sizes)
+        empty = ExpertMatrix(panel_for(tensor.type.name), np.zeros(0, np.uint8), n_in, n_out, None)
         data = self._arena.take(n_expert * empty.expert_bytes)
         # experts of whole panels can be repacked as one tall matrix
         parts = [tensor] if n_out % EXPERT_ROWS == 0 else [tensor.matrix(e) for e in range(n_expert)]
@@ -119,6 +125,13 @@ class CpuBackend:
         held = [self._arena.take(n_seq * rows.nbytes).reshape(n_seq, -1) for rows in (rows_k, rows_v) if rows]
         self._bytes["cache"] += sum(part.nbytes for part in held)
         return CpuCache(n_seq, rows_k, rows_v, held[0], held[-1])
+
+    def state(self, n_floats: int, n_slots: int) -> "CpuState":
+        from gguf_run.kernels_cpu.recurrent.state import CpuState
+
+        data = self._arena.take(4 * n_slots * n_floats).view(np.float32).reshape(n_slots, n_floats)
+        self._bytes["cache"] += data.nbytes
+        return CpuState(data)
 
     def squares(self, width: int, n_expert: int = 1) -> "CpuSquares":
         from gguf_run.kernels_cpu.rows.observe import CpuSquares

@@ -17,12 +17,13 @@ from gguf_run.kernels_cpu.panels.panels import IntPanel
 from gguf_run.models import ops
 from gguf_run.models.operands import Buffer
 
-if TYPE_CHECKING:  # most models have no experts
+if TYPE_CHECKING:  # most models have no experts and no recurrent layers
     from gguf_run.kernels_cpu.matmul.moe import CpuExperts
+    from gguf_run.kernels_cpu.recurrent.state import CpuState
     from gguf_run.kernels_cpu.rows.observe import CpuSquares
 
 CpuVector: TypeAlias = NDArray[np.float32]
-CpuOp: TypeAlias = "ops.Op[CpuTable, CpuWeight, CpuVector, CpuCache, CpuExperts, CpuSquares]"
+CpuOp: TypeAlias = "ops.Op[CpuTable, CpuWeight, CpuVector, CpuCache, CpuExperts, CpuSquares, CpuState]"
 
 
 @frozen
@@ -61,7 +62,7 @@ def _read_as_int8(op: CpuOp) -> Buffer | None:
 def _can_make_int8(op: CpuOp) -> bool:
     if isinstance(op, ops.RmsNorm | ops.LayerNorm):
         return op.n_group == 1
-    return isinstance(op, ops.MatmulGated | ops.Gated | ops.Attend)
+    return isinstance(op, ops.MatmulGated | ops.Gated | ops.Xielu | ops.Attend)
 
 
 def _is_read_as_int8(buffer: Buffer, following: Sequence[CpuOp]) -> bool:

@@ -1,7 +1,7 @@
 """From a list of ops (models/ops.py) to kernels on a tape: LOWER has one function for each op."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -32,6 +32,9 @@ from gguf_run.kernels_cpu.rows.rope import angles, rope
 from gguf_run.kernels_cpu.tape import Rows, Tape
 from gguf_run.models import ops
 from gguf_run.models.operands import Buffer
+
+if TYPE_CHECKING:
+    from gguf_run.kernels_cpu.recurrent.state import CpuState
 
 
 def lower(tape: Tape, step: Sequence[CpuOp]) -> int:
@@ -160,6 +163,12 @@ def _gated(tape: Tape, op: ops.Gated, int8: Rows | None) -> None:
     tape.record(op, gated(op.activation), n=op.gate.width, up=up, q8=int8)
 
 
+def _xielu(tape: Tape, op: ops.Xielu, int8: Rows | None) -> None:
+    from gguf_run.kernels_cpu.rows.activation import xielu
+
+    tape.record(op, xielu, n=op.x.width, q8=int8)
+
+
 def _gate_rows(tape: Tape, op: ops.GateRows, int8: Rows | None) -> None:
     from gguf_run.kernels_cpu.rows.scale import gate_rows
 
@@ -170,6 +179,29 @@ def _softcap(tape: Tape, op: ops.Softcap, int8: Rows | None) -> None:
     from gguf_run.kernels_cpu.rows.scale import softcap
 
     tape.record(op, softcap, n=op.x.width)
+
+
+def _short_conv(tape: Tape, op: "ops.ShortConv[CpuState, CpuVector]", int8: Rows | None) -> None:
+    from gguf_run.kernels_cpu.recurrent.short_conv import short_conv
+
+    n, none = op.x.width, np.zeros(op.x.width, np.float32)
+    tape.record(
+        op,
+        short_conv(op.n_taps, op.activation == "silu"),
+        n=n,
+        taps=np.ascontiguousarray(op.taps.reshape(n, op.n_taps).T),
+        bias=none if op.bias is None else op.bias,
+        state=op.state.data,
+        zeros=none,
+    )
+
+
+def _delta_rule(tape: Tape, op: "ops.DeltaRule[CpuState, CpuVector]", int8: Rows | None) -> None:
+    from gguf_run.kernels_cpu.recurrent.delta_rule import delta_rule, scratch_bytes
+
+    d_k, d_v = op.q.width // op.n_head_k, op.v.width // op.n_head_v
+    tape.need(scratch=scratch_bytes(tape.n_batch, d_v))
+    tape.record(op, delta_rule, d_k=d_k, d_v=d_v, state=op.state.data)
 
 
 def _moe(tape: Tape, op: Any, int8: Rows | None) -> None:
@@ -199,6 +231,9 @@ LOWER: Mapping[type, Lowered] = {
     ops.Rope: _rope,
     ops.Attend: _attend,
     ops.Gated: _gated,
+    ops.Xielu: _xielu,
+    ops.ShortConv: _short_conv,
+    ops.DeltaRule: _delta_rule,
     ops.Moe: _moe,
     ops.GateRows: _gate_rows,
     ops.Softcap: _softcap,

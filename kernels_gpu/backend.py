@@ -1,7 +1,6 @@
 """A GPU as a models.protocol.Backend: Triton kernels over panels."""
 
 import itertools
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor as Array
 
 from gguf_run.formats.blocks.dequantizer import dequantize
-from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.kernels_gpu.attention.cache import GpuCache, new_cache
 from gguf_run.kernels_gpu.buffers import Memory
@@ -19,12 +17,14 @@ from gguf_run.kernels_gpu.device.tuning import DEFAULT, TUNINGS
 from gguf_run.kernels_gpu.panels.memory import GpuExperts, GpuSquares, GpuWeight, WeightPart
 from gguf_run.kernels_gpu.panels.repack import Uploader
 from gguf_run.kernels_gpu.program import GpuProgram
+from gguf_run.kernels_gpu.recurrent.state import GpuState
 from gguf_run.kernels_gpu.sizes import cache_rows
 from gguf_run.models.backend import CacheType
+from gguf_run.models.experts import ExpertTensors
 from gguf_run.models.operands import AttentionShape, Buffer
 from gguf_run.models.ops import Op
 
-GpuOp = Op[WeightPart, GpuWeight, Array, GpuCache, GpuExperts, GpuSquares]
+GpuOp = Op[WeightPart, GpuWeight, Array, GpuCache, GpuExperts, GpuSquares, GpuState]
 
 
 class GpuBackend:
@@ -78,19 +78,15 @@ class GpuBackend:
         return GpuWeight(tensors[0].ne[0], tuple(self._upload([*run]) for _, run in runs))
 
     def experts(self, tensors: Sequence[Tensor]) -> GpuExperts:
-        gate, up, down, *biases = tensors
-        if gate.type.name != up.type.name:
-            names, types = f"{gate.name} and {up.name}", f"{gate.type.name} and {up.type.name}"
-            raise UnsupportedError(f"{names} have the types {types}; this version needs one for both")
-        n_expert = math.prod(gate.ne[2:])
+        held = ExpertTensors.of(tensors)
         with current(self.device):
-            both = self._uploader.repack([part.matrix(e) for e in range(n_expert) for part in (gate, up)])
-            one = self._uploader.repack([down])
-        self._bytes["weights"] += both.nbytes + one.nbytes
-        if not biases:
-            return GpuExperts(n_expert, both, one, None, None)
-        shifts = [self.vector([bias]).view(n_expert, -1) for bias in biases]
-        return GpuExperts(n_expert, both, one, torch.cat(shifts[:2], 1), shifts[2])
+            into = self._uploader.repack([part.matrix(e) for e in range(held.n_expert) for part in held.into])
+            down = self._uploader.repack([held.down])
+        self._bytes["weights"] += into.nbytes + down.nbytes
+        factors = None if held.factors is None else torch.from_numpy(held.factors).to(self.device)
+        shifts = [self.vector([bias]).view(held.n_expert, -1) for bias in held.biases]
+        bias_into, bias_down = (torch.cat(shifts[:-1], 1), shifts[-1]) if shifts else (None, None)
+        return GpuExperts(held.n_expert, into, down, bias_into, bias_down, factors)
 
     def vector(self, tensors: Sequence[Tensor]) -> Array:
         values = [dequantize(tensor.blocks(), tensor.type).reshape(-1) for tensor in tensors]
@@ -100,6 +96,11 @@ class GpuBackend:
         cache = new_cache(shape, kind, cache_rows(n_ctx, n_batch, shape.window), n_seq, self.device)
         self._bytes["cache"] += sum(getattr(cache, kind).nbytes for kind in cache.kinds)
         return cache
+
+    def state(self, n_floats: int, n_slots: int) -> GpuState:
+        data = torch.zeros(n_slots, n_floats, device=self.device)
+        self._bytes["cache"] += data.nbytes
+        return GpuState(data)
 
     def squares(self, width: int, n_expert: int = 1) -> GpuSquares:
         return GpuSquares(n_expert, width, self.device)

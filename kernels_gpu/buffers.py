@@ -22,6 +22,9 @@ Launch = Callable[[int], None]  # launches the kernels of an op for so many rows
 Strided = tuple[Array | None, int]  # rows and the elements between them, as kernels take them
 
 
+RUN_WORDS = ("first", "n_tokens", "n_past", "reads", "writes")  # first: number of the first token; see backend.Run
+
+
 class StepInput:
     """The tokens of a step and the rows whose results are wanted, on the device.
 
@@ -30,12 +33,15 @@ class StepInput:
 
     def __init__(self, n_batch: int, n_outputs: int, device: torch.device) -> None:
         n_batch, n_outputs = padded(n_batch), padded(n_outputs)
-        self._host = torch.zeros(4 * n_batch + n_outputs, dtype=torch.int32, pin_memory=device.type == "cuda")
+        sizes = 5 * n_batch, len(RUN_WORDS) * n_batch, n_outputs
+        self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
         self._device = self._host.to(device, copy=True)
-        # int32[n_batch] each. is_long: 0 or 1, see models.backend.Run.
-        self.ids, self.seqs, self.positions, self.is_long = self._device[: 4 * n_batch].view(4, -1)
-        self.rows = self._device[4 * n_batch :]  # int32[n_outputs]
-        self._tokens, self._rows = np.split(self._host.numpy(), [4 * n_batch])
+        tokens, runs, self.rows = self._device.split(sizes)  # rows: int32[n_outputs]
+        # int32[n_batch] each. is_long: 0 or 1, see models.backend.Run. run_of: the token's row of runs.
+        self.ids, self.seqs, self.positions, self.is_long, self.run_of = tokens.view(5, -1)
+        self.runs = runs.view(n_batch, -1)  # int32[n_batch, RUN_WORDS]; rows behind the step's runs are 0
+        tokens, runs, rows = self._host.split(sizes)
+        self._tokens, self._runs, self._rows = tokens.view(5, -1).numpy(), runs.view(n_batch, -1).numpy(), rows.numpy()
         self._sent = torch.cuda.Event() if device.type == "cuda" else None
         self.n_tokens = self.n_out = 0
 
@@ -47,15 +53,15 @@ class StepInput:
         self._rows[:] = 0
         self._rows[: len(rows)] = rows
         if ids is not None:
-            tokens = self._tokens.reshape(4, -1)
-            at = 0
-            tokens[:] = [[0], [0], [-1], [0]]
+            tokens, at = self._tokens, 0
+            tokens[:], self._runs[:] = [[0], [0], [-1], [0], [0]], 0
             tokens[0, : len(ids)] = ids
-            for seq, n_past, n_tokens, is_long in runs:
-                tokens[1, at : at + n_tokens] = seq
-                tokens[2, at : at + n_tokens] = np.arange(n_past, n_past + n_tokens)
-                tokens[3, at : at + n_tokens] = is_long
-                at += n_tokens
+            for i, run in enumerate(runs):
+                end = at + run.n_tokens
+                tokens[1:, at:end] = [[run.seq], [0], [run.is_long], [i]]
+                tokens[2, at:end] = np.arange(run.n_past, run.n_past + run.n_tokens)
+                self._runs[i] = at, run.n_tokens, run.n_past, run.reads, run.writes
+                at = end
             self.n_tokens = len(ids)
         self._device.copy_(self._host, non_blocking=True)
         if self._sent is not None:

@@ -78,7 +78,7 @@ class FusedAttention:
 class FusedMoe:
     """A mixture of experts, and how its products read x."""
 
-    op: Moe[Any, Any]
+    op: Moe[Any, Any, Any]
     form: Form  # int8 for few tokens and integer panels, if nothing is observed
 
 

@@ -20,7 +20,18 @@ from gguf_run.kernels_gpu.matmul.moe_launch import bind_moe
 from gguf_run.kernels_gpu.panels.fields import dequantize
 from gguf_run.kernels_gpu.panels.memory import GpuSquares, GpuWeight, WeightPart
 from gguf_run.kernels_gpu.rows import activation, norms, quantize, rope
-from gguf_run.models.ops import Embed, Gated, GateRows, LayerNorm, MatmulHeads, Observe, Outputs, Rope, Softcap
+from gguf_run.models.ops import (
+    Embed,
+    Gated,
+    GateRows,
+    LayerNorm,
+    MatmulHeads,
+    Observe,
+    Outputs,
+    Rope,
+    Softcap,
+    Xielu,
+)
 
 
 def _embed(op: Embed[WeightPart], memory: Memory) -> Launch:
@@ -96,6 +107,11 @@ def _gated(op: Gated, memory: Memory) -> Launch:
     return _by_columns(activation.gated, op.gate.width, *gate, *up, *out, op.gate.width, op.activation)
 
 
+def _xielu(op: Xielu, memory: Memory) -> Launch:
+    x, out = memory.strided(op.x), memory.strided(op.out)
+    return _by_columns(activation.xielu, op.x.width, *x, *out, op.x.width, op.alpha_p, op.alpha_n, op.beta, op.eps)
+
+
 def _gate_rows(op: GateRows, memory: Memory) -> Launch:
     return _by_columns(activation.gate_rows, op.x.width, *memory.strided(op.x), *memory.strided(op.gate), op.x.width)
 
@@ -132,6 +148,7 @@ _BIND: dict[type, Callable[[Any, Memory], Launch]] = {
     MatmulHeads: _matmul_heads,
     Rope: _rope,
     Softcap: _softcap,
+    Xielu: _xielu,
 }
 
 

@@ -1,11 +1,11 @@
-"""The table of architectures, and the shapes of their tensors.
+"""What one architecture differs in from `llama`, and the shapes of tensors. models/families has the entries.
 
-An entry lists what differs from `llama`. The facts come from llama.cpp (src/models/*.cpp), whose converter writes the
-files. A new architecture is a new entry if step.py can build its layers.
+The facts come from llama.cpp (src/models/*.cpp), whose converter writes the files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import field
+from importlib import import_module
 
 from gguf_run.formats.frozen import frozen
 
@@ -43,6 +43,7 @@ class Architecture:
     expert_norm: bool = True  # see operands.Mixture.norm; a key in the file goes first
     expert_activation: str = ""  # activation of the experts; "": the same as `activation`
     shared_gate: bool = False  # a gate weights the result of the shared expert
+    mixer: str = ""  # module of models/mixers: what layers have in place of attention, or beside it
     shapes: Mapping[str, Shape] = field(default_factory=dict)  # shapes that differ from LAYER_SHAPES
 
     @property
@@ -51,87 +52,31 @@ class Architecture:
         return {**LAYER_SHAPES, **self.shapes}["attn_q_norm"][0] == "head_dim"
 
 
-_PRE = ("attn_norm", "ffn_norm")
-_QK = ("attn_q_norm", "attn_k_norm")
-_POST = ("post_attention_norm", "post_ffw_norm")
-_WHOLE_ROW = {"attn_q_norm": ("n_embd_q",), "attn_k_norm": ("n_embd_kv",)}
+PRE = ("attn_norm", "ffn_norm")
+QK = ("attn_q_norm", "attn_k_norm")
+POST = ("post_attention_norm", "post_ffw_norm")
+WHOLE_ROW = {"attn_q_norm": ("n_embd_q",), "attn_k_norm": ("n_embd_kv",)}
 
-_ENTRIES = (
+_FAMILIES = ("dense", "gemma", "mixtures")
+
+
+def entries() -> Iterator[Architecture]:
+    """Yield all architectures. A module of models/families is imported when its entries are reached."""
     # Llama 1 to 3.x, Mistral, Mixtral, and most models that copy their layer (SmolLM, TinyLlama, Yi ...).
-    Architecture("llama", moe="maybe"),
-    Architecture("mistral3", moe="maybe"),
-    Architecture("smollm3", no_rope_period=4),
-    Architecture("internlm2"),
-    Architecture("granite"),
-    Architecture("granitemoe", moe="yes"),
-    Architecture("qwen2", rope_style="neox"),
-    Architecture("qwen2moe", rope_style="neox", moe="yes", expert_norm=False, shared_gate=True),
-    Architecture("qwen3", rope_style="neox", norms=(*_PRE, *_QK)),
-    Architecture("qwen3moe", rope_style="neox", norms=(*_PRE, *_QK), moe="yes"),
-    Architecture("deepseek", moe="yes", expert_norm=False),
-    Architecture(
-        "phi3",
-        rope_style="neox",
-        qkv=("attn_qkv",),
-        gate_up=("ffn_up",),
-        shapes={"ffn_up": ("n_embd", "n_ff+n_ff")},
-    ),
-    Architecture("starcoder2", rope_style="neox", activation="gelu", gated=False, gate_up=("ffn_up",), layer_norm=True),
-    Architecture(
-        "stablelm",
-        rope_style="neox",
-        norms=(*_PRE, *_QK),
-        optional_norms=("ffn_norm", *_QK),  # 12B has q's and k's, and no ffn_norm
-        layer_norm=True,
-        shapes={"attn_q_norm": ("head_dim", "n_head"), "attn_k_norm": ("head_dim", "n_head_kv")},
-    ),
-    Architecture(
-        "olmo2",  # and OLMo 3, which has windows
-        rope_style="neox",
-        norms=(*_QK, *_POST),
-        swa_period=4,
-        swa_rope_scaled=False,
-        shapes=_WHOLE_ROW,
-    ),
-    Architecture("olmoe", rope_style="neox", norms=(*_PRE, *_QK), moe="yes", expert_norm=False, shapes=_WHOLE_ROW),
-    Architecture("gemma", rope_style="neox", activation="gelu", scaled_embd=True),
-    Architecture(
-        "gemma2",
-        rope_style="neox",
-        activation="gelu",
-        norms=(*_PRE, *_POST),
-        scaled_embd=True,
-        n_embd_scale_n_layer=(46,),  # 27B
-        attn_softcap=50.0,
-        final_softcap=30.0,
-        swa_period=2,
-    ),
-    Architecture(
-        "gemma3",
-        rope_style="neox",
-        activation="gelu",
-        norms=(*_PRE, *_QK, *_POST),
-        scaled_embd=True,
-        n_embd_scale_n_layer=(62,),  # 27B
-        swa_period=6,
-        swa_rope_freq_base=1e4,
-        swa_rope_scaled=False,
-    ),
-    Architecture(
-        "gpt-oss",
-        rope_style="neox",
-        norms=("attn_norm", "post_attention_norm"),
-        ffn_norm="post_attention_norm",
-        sinks=True,
-        swa_period=2,
-        yarn_truncate=False,
-        moe="yes",
-        expert_activation="swiglu_oai",
-    ),
-)
-ARCHITECTURES: Mapping[str, Architecture] = {entry.name: entry for entry in _ENTRIES}
+    yield Architecture("llama", moe="maybe")
+    for family in _FAMILIES:
+        yield from import_module(f"gguf_run.models.families.{family}").ENTRIES
 
-# Tensors by name, ggml order: ne[0] (row length) first. A word is a field of ModelConfig, "a+b" the sum of two.
+
+def architecture(name: str) -> Architecture:
+    """Return the architecture of a name as in `general.architecture`. Raises KeyError for a name that is not known."""
+    for entry in entries():
+        if entry.name == name:
+            return entry
+    raise KeyError(name)
+
+
+# Tensors by name, ggml order: ne[0] (row length) first. A word is a field of LayerConfig or ModelConfig, "a+b" a sum.
 MODEL_SHAPES: Mapping[str, Shape] = {
     "token_embd.weight": ("n_embd", "n_vocab"),
     "output_norm.weight": ("n_embd",),

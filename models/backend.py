@@ -30,8 +30,8 @@ class Run(NamedTuple):
     n_past: int  # position of the first token
     n_tokens: int
     is_long: bool = False  # the tokens turn by Rotation.long_inv_freq
-    # Slots of a recurrent layer's state: the one that the run reads, unused if n_past is 0 (the state is then all 0), and
-    # the one that the run writes, never the same: a step that is interrupted leaves the old state as it was.
+    # Slots of a recurrent layer's state: the one that the run reads, unused if n_past is 0 (the state is then all 0),
+    # and the one that the run writes, never the same: a step that is interrupted leaves the old state as it was.
     reads: int = 0
     writes: int = 1
 

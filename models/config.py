@@ -1,24 +1,31 @@
 """Reads the numbers of a model from GGUF metadata and tensor shapes, and checks all of them."""
 
 from collections.abc import Mapping
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.architectures import (
-    ARCHITECTURES,
     EXPERTS,
     LAYER_SHAPES,
     MODEL_SHAPES,
+    QK,
     ROPE_FACTORS,
     SHARED,
     Architecture,
-    Shape,
+    architecture,
+    entries,
 )
 from gguf_run.models.keys import MAX_LAYERS, Keys, rope_scaling, show, swa_layers
 from gguf_run.models.operands import AttentionShape, Mixture
 from gguf_run.models.rope import RopeScaling
+
+if TYPE_CHECKING:
+    from gguf_run.models.mixers import Mixer
+
+Ne = tuple[int, ...]
 
 _MAX_EXPERTS = 1024
 
@@ -35,39 +42,16 @@ _UNUSED_SUFFIXES = (".attn_rot_embd.weight", ".rope_freqs.weight", ".input_scale
 
 
 @frozen
-class ModelConfig:
-    """Sizes and constants of one model, in ggml's names.
+class LayerConfig:
+    """Sizes of one layer."""
 
-    In a model with a residual scale r, layers add r times their result to the residual stream. The decoder holds that
-    stream divided by r instead. So embd_scale is divided by r here, and rms_eps by r^2; norms then give the same rows.
-    """
-
-    arch: Architecture
-    n_layer: int
-    n_embd: int
-    n_ff: int
-    n_head: int  # heads of queries
+    n_head: int  # heads of queries; 0: the layer has no attention
     n_head_kv: int  # heads of keys and values, each shared by n_head / n_head_kv heads of queries
     head_dim: int  # columns of a head
-    n_rot: int  # columns of a head that are rotated
-    n_vocab: int
-    n_ctx_train: int
-    rms_eps: float
-    rope_freq_base: float
-    rope_freq_base_swa: float  # of layers with a window
-    rope_scaling: RopeScaling
-    window: int  # positions that a layer with a window sees; 0: no layer has one
-    is_swa: tuple[bool, ...]  # which layers have the window
-    attention_scale: float  # factor on q.k
-    attn_softcap: float
-    embd_scale: float  # factor on the embeddings
-    logit_scale: float  # factor on the logits
-    final_softcap: float
-    n_expert: int  # experts of a layer; 0: no layer has any
-    n_layer_dense_lead: int  # number of first layers that have no experts
-    n_ff_exp: int  # width of one expert
-    n_ff_shexp: int  # width of the expert that all tokens use; 0: there is none
-    moe: Mixture  # how a token's experts are chosen and weighted; unused if n_expert is 0
+    n_rot: int  # columns of a head that are rotated; 0: none
+    n_ff: int  # width of the ffn; 0: the layer has none
+    window: int  # positions that a token sees, its own included; 0: all
+    has_experts: bool
 
     @property
     def n_embd_q(self) -> int:
@@ -79,30 +63,99 @@ class ModelConfig:
         """Width of the keys, and of the values, of a token."""
         return self.n_head_kv * self.head_dim
 
+
+@frozen
+class ModelConfig:
+    """Sizes and constants of one model, in ggml's names.
+
+    In a model with a residual scale r, layers add r times their result to the residual stream. The decoder holds that
+    stream divided by r instead. So embd_scale is divided by r here, and rms_eps by r^2; norms then give the same rows.
+
+    A size of a layer (LayerConfig) is that of the greatest layer here.
+    """
+
+    arch: Architecture
+    layers: tuple[LayerConfig, ...]
+    mixer: "Mixer | None"  # what layers have in place of attention, or beside it
+    n_embd: int
+    n_vocab: int
+    n_ctx_train: int
+    rms_eps: float  # of norms of the residual stream
+    inner_eps: float  # of other norms
+    rope_freq_base: float
+    rope_freq_base_swa: float  # of layers with a window
+    rope_scaling: RopeScaling
+    attention_scale: float  # factor on q.k
+    attn_softcap: float
+    embd_scale: float  # factor on the embeddings
+    logit_scale: float  # factor on the logits
+    final_softcap: float
+    n_expert: int  # experts of a layer; 0: no layer has any
+    n_ff_exp: int  # width of one expert
+    n_ff_shexp: int  # width of the expert that all tokens use; 0: there is none
+    moe: Mixture  # how a token's experts are chosen and weighted; unused if n_expert is 0
+
+    @property
+    def n_layer(self) -> int:
+        return len(self.layers)
+
+    @property
+    def n_head(self) -> int:
+        return max(layer.n_head for layer in self.layers)
+
+    @property
+    def n_head_kv(self) -> int:
+        return max(layer.n_head_kv for layer in self.layers)
+
+    @property
+    def head_dim(self) -> int:
+        return max(layer.head_dim for layer in self.layers)
+
+    @property
+    def n_rot(self) -> int:
+        return max(layer.n_rot for layer in self.layers)
+
+    @property
+    def n_ff(self) -> int:
+        return max(layer.n_ff for layer in self.layers)
+
+    @property
+    def n_embd_q(self) -> int:
+        return max(layer.n_embd_q for layer in self.layers)
+
+    @property
+    def n_embd_kv(self) -> int:
+        return max(layer.n_embd_kv for layer in self.layers)
+
     @property
     def n_rope_freqs(self) -> int:
         """Pairs of dimensions that are rotated."""
         return self.n_rot // 2
 
+    @property
+    def window(self) -> int:
+        return max(layer.window for layer in self.layers)
+
+    @property
+    def is_swa(self) -> tuple[bool, ...]:
+        """Which layers have a window."""
+        return tuple(layer.window > 0 for layer in self.layers)
+
     def attention(self, il: int) -> AttentionShape:
-        """Return the shape of layer il's attention."""
-        window = self.window if self.is_swa[il] else 0
-        return AttentionShape(
-            self.n_head, self.n_head_kv, self.head_dim, self.attention_scale, window, self.attn_softcap
-        )
-
-    def has_rope(self, il: int) -> bool:
-        """Whether layer il rotates q and k."""
-        return not self.arch.no_rope_period or (il + 1) % self.arch.no_rope_period != 0
-
-    def has_experts(self, il: int) -> bool:
-        return bool(self.n_expert) and il >= self.n_layer_dense_lead
+        """Return the shape of layer il's attention. It has no heads in a layer without attention."""
+        layer, scale, softcap = self.layers[il], self.attention_scale, self.attn_softcap
+        return AttentionShape(layer.n_head, layer.n_head_kv, layer.head_dim, scale, layer.window, softcap)
 
     def ffn(self, il: int) -> tuple[str, ...]:
         """Return the names of layer il's matrices of gate, up and down; () if the layer has only experts."""
-        if not self.has_experts(il):
-            return *self.arch.gate_up, "ffn_down"
-        return SHARED if self.n_ff_shexp else ()
+        if self.layers[il].has_experts:
+            return SHARED if self.n_ff_shexp else ()
+        return (*self.arch.gate_up, "ffn_down") if self.layers[il].n_ff else ()
+
+    def size(self, il: int, word: str) -> int:
+        """Return a size by its name in a table of shapes."""
+        layer = self.layers[il]
+        return sum(getattr(layer if hasattr(layer, part) else self, part) for part in word.split("+"))
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "ModelConfig":
@@ -114,11 +167,13 @@ class ModelConfig:
         name = metadata.get("general.architecture")
         if not isinstance(name, str):
             raise FormatError(f"general.architecture is {show(name)}, must be the name of an architecture")
-        if name not in ARCHITECTURES:
-            known = ", ".join(sorted(ARCHITECTURES))
-            raise UnsupportedError(f"general.architecture is {show(name)}; this program runs: {known}")
-        config = _read(ARCHITECTURES[name], Keys(metadata, name), tensors)
-        _check_tensors(config, tensors)
+        try:
+            arch = architecture(name)
+        except KeyError:
+            known = ", ".join(sorted(entry.name for entry in entries()))
+            raise UnsupportedError(f"general.architecture is {show(name)}; this program runs: {known}") from None
+        config = _read(arch, Keys(metadata, name), tensors)
+        _check_tensors(config, Keys(metadata, name), tensors)
         return config
 
 
@@ -127,43 +182,38 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
         value = keys.get(key)
         if value is not None and not (isinstance(value, int | float) and value == neutral):
             raise UnsupportedError(f"{arch.name}.{key} is {show(value)}: this program does not have that yet")
-    n_layer = keys.integer("block_count", high=MAX_LAYERS)
     n_embd = keys.integer("embedding_length")
-    n_head, n_head_kv, head_dim, n_rot = _heads(keys, n_embd)
-    n_ff, n_expert, n_ff_exp, n_ff_shexp, mixture = _ffn(arch, keys)
+    n_expert, n_ff_exp, n_ff_shexp, mixture = _experts(arch, keys)
+    mixer = _mixer(arch, keys)
+    layers = _layers(arch, keys, n_embd, bool(n_expert), mixer)
     embd = tensors.get("token_embd.weight")
     if embd is None or len(embd.ne) != 2:
         raise FormatError(f"tensor token_embd.weight {_shape_of(embd)}, must have {n_embd} x (number of tokens) values")
     n_ctx_train = keys.integer("context_length")
-    window = keys.integer("attention.sliding_window", 0, low=0)
     residual_scale = keys.factor("residual_scale")
     eps = "attention.layer_norm_epsilon" if arch.layer_norm else "attention.layer_norm_rms_epsilon"
     base = keys.number("rope.freq_base", 1e4, low=2, high=1e12)
-    head_scale: float = (n_embd // n_head if n_layer in arch.n_embd_scale_n_layer else head_dim) ** -0.5
+    is_per_embd = len(layers) in arch.n_embd_scale_n_layer
+    head_scale: float = (n_embd // layers[0].n_head if is_per_embd else layers[0].head_dim) ** -0.5
+    rms_eps = keys.number(eps, high=1)
     embd_scale = n_embd**0.5 if arch.scaled_embd else keys.factor("embedding_scale")
     return ModelConfig(
         arch=arch,
-        n_layer=n_layer,
+        layers=layers,
+        mixer=mixer,
         n_embd=n_embd,
-        n_head=n_head,
-        n_head_kv=n_head_kv,
-        head_dim=head_dim,
-        n_rot=n_rot,
         n_vocab=embd.ne[1],
         n_ctx_train=n_ctx_train,
-        rms_eps=keys.number(eps, high=1) / residual_scale**2,
+        rms_eps=rms_eps / residual_scale**2,
+        inner_eps=rms_eps,
         rope_freq_base=base,
         rope_freq_base_swa=keys.number("rope.freq_base_swa", arch.swa_rope_freq_base or base, low=2, high=1e12),
         rope_scaling=rope_scaling(keys, n_ctx_train, arch.yarn_truncate),
-        window=window,
-        is_swa=swa_layers(keys, n_layer, arch.swa_period) if window else (False,) * n_layer,
         attention_scale=keys.number("attention.scale", 0.0) or head_scale,
         attn_softcap=keys.number("attn_logit_softcapping", arch.attn_softcap),
         embd_scale=embd_scale / residual_scale,
         logit_scale=1 / keys.factor("logit_scale"),
         final_softcap=keys.number("final_logit_softcapping", arch.final_softcap),
-        n_layer_dense_lead=keys.integer("leading_dense_block_count", 0, low=0, high=n_layer),
-        n_ff=n_ff,
         n_expert=n_expert,
         n_ff_exp=n_ff_exp,
         n_ff_shexp=n_ff_shexp,
@@ -171,38 +221,73 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
     )
 
 
-def _heads(keys: Keys, n_embd: int) -> tuple[int, int, int, int]:
-    """Return n_head, n_head_kv, head_dim and n_rot."""
-    n_head = keys.integer("attention.head_count")
-    n_head_kv = keys.integer("attention.head_count_kv", n_head)
-    if n_head % n_head_kv:
-        allowed = f"a divisor of {keys.prefix}.attention.head_count, which is {n_head}"
-        raise keys.wrong("attention.head_count_kv", allowed)
-    head_dim = keys.integer("attention.key_length", n_embd // n_head)
-    if keys.get("attention.key_length") is None and n_embd % n_head:
+def _mixer(arch: Architecture, keys: Keys) -> "Mixer | None":
+    if not arch.mixer:
+        return None
+    mixer: Mixer = import_module(f"gguf_run.models.mixers.{arch.mixer}").read(keys)
+    return mixer
+
+
+def _layers(
+    arch: Architecture, keys: Keys, n_embd: int, has_experts: bool, mixer: "Mixer | None"
+) -> tuple[LayerConfig, ...]:
+    """Return the sizes of the layers. `nextn_predict_layers` blocks at the end of the file draft tokens: left out."""
+    n_block = keys.integer("block_count", high=MAX_LAYERS)
+    n_layer = n_block - keys.integer("nextn_predict_layers", 0, low=0, high=n_block - 1)
+    n_head = keys.integers("attention.head_count", n_block)
+    n_head_kv = keys.integers("attention.head_count_kv", n_block, n_head, low=0 if arch.mixer else 1)
+    for il in range(n_layer):
+        if n_head_kv[il] and n_head[il] % n_head_kv[il]:
+            allowed = f"a divisor of {keys.prefix}.attention.head_count, which is {n_head[il]}"
+            raise keys.wrong("attention.head_count_kv", allowed)
+    if keys.get("attention.key_length") is None and n_embd % n_head[0]:
         raise keys.wrong("attention.head_count", f"a divisor of {keys.prefix}.embedding_length, which is {n_embd}")
-    if keys.integer("attention.value_length", n_embd // n_head) != head_dim:
+    head_dim = keys.integer("attention.key_length", n_embd // n_head[0])
+    if keys.integer("attention.value_length", n_embd // n_head[0]) != head_dim:
         raise keys.wrong("attention.value_length", f"the same as the length of a key, which is {head_dim}")
     n_rot = keys.integer("rope.dimension_count", head_dim)
     if n_rot % 2 or n_rot > head_dim:
         allowed = f"even and at most the length of a head, {head_dim}"
         raise FormatError(f"{keys.prefix}.rope.dimension_count is {n_rot}, must be {allowed}")
-    return n_head, n_head_kv, head_dim, n_rot
+    n_ff_exp = keys.integer("expert_feed_forward_length", 0, low=0)
+    n_ff = keys.integers(
+        "feed_forward_length", n_block, [n_ff_exp] * n_block if n_ff_exp else None, int(not arch.mixer)
+    )
+    n_lead = keys.integer("leading_dense_block_count", 0, low=0, high=n_block)
+    window = keys.integer("attention.sliding_window", 0, low=0)
+    is_swa = swa_layers(keys, n_block, arch.swa_period) if window else (False,) * n_block
+    layers = []
+    for il in range(n_layer):
+        attends = mixer is None or mixer.attends(il)
+        is_rotated = not arch.no_rope_period or (il + 1) % arch.no_rope_period != 0
+        layers.append(
+            LayerConfig(
+                n_head=n_head[il] if attends else 0,
+                n_head_kv=n_head_kv[il] if attends else 0,
+                head_dim=head_dim,
+                n_rot=n_rot if is_rotated else 0,
+                n_ff=n_ff[il],
+                window=window if is_swa[il] and attends else 0,
+                has_experts=has_experts and il >= n_lead,
+            )
+        )
+    return tuple(layers)
 
 
-def _ffn(arch: Architecture, keys: Keys) -> tuple[int, int, int, int, Mixture]:
-    """Return n_ff, n_expert, n_ff_exp, n_ff_shexp, and how the experts are mixed."""
+def _experts(arch: Architecture, keys: Keys) -> tuple[int, int, int, Mixture]:
+    """Return n_expert, n_ff_exp, n_ff_shexp, and how the experts are mixed."""
     n_expert = keys.integer("expert_count", 0, low=0, high=_MAX_EXPERTS)
     if bool(n_expert) not in {"no": (False,), "yes": (True,), "maybe": (False, True)}[arch.moe]:
         raise UnsupportedError(f"{arch.name}.expert_count is {n_expert}: this program does not have that yet")
-    n_used = keys.integer("expert_used_count", high=n_expert) if n_expert else 0
-    n_ff = keys.integer("feed_forward_length", keys.integer("expert_feed_forward_length", 0, low=0) or None)
-    n_ff_exp = keys.integer("expert_feed_forward_length", n_ff) if n_expert else 0
-    n_ff_shared = keys.integer("expert_shared_count", 0, low=0, high=_MAX_EXPERTS) * n_ff_exp
     scale, activation = keys.factor("expert_weights_scale"), arch.expert_activation or arch.activation
     norm = keys.flag("expert_weights_norm", arch.expert_norm)
-    n_ff_shexp = keys.integer("expert_shared_feed_forward_length", n_ff_shared, low=0) if n_expert else 0
-    return n_ff, n_expert, n_ff_exp, n_ff_shexp, Mixture(n_used, norm, scale, activation)
+    if not n_expert:
+        return 0, 0, 0, Mixture(0, norm, scale, activation)
+    n_used = keys.integer("expert_used_count", high=n_expert)
+    n_ff_exp = keys.integer("expert_feed_forward_length", 0, low=0) or keys.integer("feed_forward_length")
+    n_ff_shared = keys.integer("expert_shared_count", 0, low=0, high=_MAX_EXPERTS) * n_ff_exp
+    n_ff_shexp = keys.integer("expert_shared_feed_forward_length", n_ff_shared, low=0)
+    return n_expert, n_ff_exp, n_ff_shexp, Mixture(n_used, norm, scale, activation)
 
 
 def _shape_of(tensor: Tensor | None) -> str:
@@ -215,35 +300,42 @@ def _is_factor(name: str, tensors: Mapping[str, Tensor]) -> bool:
     return name.endswith(".scale") and weight is not None and weight.type.name == "NVFP4"
 
 
-def _shapes(config: ModelConfig) -> tuple[dict[str, Shape], dict[str, Shape]]:
-    """Return the shapes of the tensors that a file must have, and of those that a file may leave out."""
+def _shapes(config: ModelConfig) -> tuple[dict[str, Ne], dict[str, Ne]]:
+    """Return ne of the tensors that a file must have, and of those that a file may leave out."""
     arch, shapes = config.arch, {**LAYER_SHAPES, **config.arch.shapes}
-    required = {name: MODEL_SHAPES[name] for name in ("token_embd.weight", "output_norm.weight")}
+    model = {name: tuple(config.size(0, word) for word in words) for name, words in MODEL_SHAPES.items()}
+    required = {name: model[name] for name in ("token_embd.weight", "output_norm.weight")}
     norm_bias = ("output_norm.bias",) if arch.layer_norm else ()
-    optional = {name: MODEL_SHAPES[name] for name in ("output.weight", "output.bias", *norm_bias)}
-    optional |= dict.fromkeys(ROPE_FACTORS, ("n_rope_freqs",))
-    for il in range(config.n_layer):
-        matrices = [*arch.qkv, "attn_output", *config.ffn(il)]
-        if config.has_experts(il):
+    optional = {name: model[name] for name in ("output.weight", "output.bias", *norm_bias)}
+    optional |= dict.fromkeys(ROPE_FACTORS, (config.n_rope_freqs,))
+    for il, layer in enumerate(config.layers):
+        inputs = [*arch.qkv, "attn_output"] if layer.n_head else []
+        matrices = [*inputs, *config.ffn(il)]
+        if layer.has_experts:
             matrices += ["ffn_gate_inp", *EXPERTS, *(["ffn_gate_inp_shexp"] if arch.shared_gate else [])]
-        for name in (*arch.norms, *matrices, *(["attn_sinks"] if arch.sinks else [])):
-            (optional if name in arch.optional_norms else required)[f"blk.{il}.{name}.weight"] = shapes[name]
-        biased = (*arch.norms, *matrices) if arch.layer_norm else matrices
-        optional |= {f"blk.{il}.{name}.bias": shapes[name][1:] or shapes[name] for name in biased}
+        norms = [name for name in arch.norms if layer.n_head or name not in QK]
+        for name in (*norms, *matrices, *(["attn_sinks"] if arch.sinks else [])):
+            ne = tuple(config.size(il, word) for word in shapes[name])
+            (optional if name in arch.optional_norms else required)[f"blk.{il}.{name}.weight"] = ne
+            if arch.layer_norm or name in matrices:
+                optional[f"blk.{il}.{name}.bias"] = ne[1:] or ne
+        if config.mixer is not None:
+            for known, more in zip((required, optional), config.mixer.tensors(il), strict=True):
+                known |= {f"blk.{il}.{name}": ne for name, ne in more.items()}
     return required, optional
 
 
-def _check_tensors(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+def _check_tensors(config: ModelConfig, keys: Keys, tensors: Mapping[str, Tensor]) -> None:
     """Raise an error if a tensor is missing, has a wrong shape, or would silently be left out."""
     required, optional = _shapes(config)
-    for name, shape in (required | {name: shape for name, shape in optional.items() if name in tensors}).items():
-        ne = tuple(sum(getattr(config, part) for part in size.split("+")) for size in shape)
+    for name, ne in (required | {name: ne for name, ne in optional.items() if name in tensors}).items():
         tensor = tensors.get(name)
         if tensor is None or not tensor.same_shape(ne):
             expected = f"{' x '.join(map(str, ne))} in this {config.arch.name} model"
             raise FormatError(f"tensor {name} {_shape_of(tensor)}, must have {expected}")
+    drafts = tuple(f"blk.{il}." for il in range(config.n_layer, keys.integer("block_count")))
     for name in tensors:
-        known = name in required or name in optional or name.endswith(_UNUSED_SUFFIXES)
+        known = name in required or name in optional or name.endswith(_UNUSED_SUFFIXES) or name.startswith(drafts)
         if not known and not _is_factor(name, tensors):
             raise UnsupportedError(
                 f"tensor {show(name)} is not a part of a {config.arch.name} model of {config.n_layer} layers as this "

@@ -12,10 +12,10 @@ from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.backend import CacheType, Results, Run
 from gguf_run.models.config import ModelConfig
-from gguf_run.models.kv_cache import CacheLayer, KvCache
+from gguf_run.models.kv_cache import KvCache
 from gguf_run.models.stages import Placed, build
 from gguf_run.models.step import Observed
-from gguf_run.models.weights import rotations
+from gguf_run.models.weights import cache_layers
 
 if TYPE_CHECKING:
     from gguf_run.models.protocol import AnyBackend
@@ -68,7 +68,7 @@ class Decoder:
         if len(backends) != config.n_layer:
             raise ValueError(f"{len(backends)} backends for {config.n_layer} layers")
         pairs = enumerate(zip(experts or backends, backends, strict=True))
-        experts = [others if config.has_experts(il) else own for il, (others, own) in pairs]
+        experts = [others if config.layers[il].has_experts else own for il, (others, own) in pairs]
         placed = Placed(backends, experts, embedding or backends[0])
         self.config, self.n_ctx = config, n_ctx
         self.backends = (*backends, *experts)
@@ -77,11 +77,7 @@ class Decoder:
         self.n_batch = n_batch = max(min(n_batch, n_ctx), n_seq)
         n_outputs = max(min(n_outputs, n_batch), n_seq)
         kinds = cache_types or [CacheType()] * config.n_layer
-        layers = []
-        for il, rotation in enumerate(rotations(config, tensors, n_ctx)):
-            shape = config.attention(il)
-            cache = backends[il].cache(shape, n_ctx, n_batch, n_seq, kinds[il])
-            layers.append(CacheLayer(cache, shape.window, rotation))
+        layers = cache_layers(config, tensors, backends, kinds, n_ctx, n_batch, n_seq)
         self.cache = KvCache(layers, n_ctx, n_seq)
         self._stages = build(
             config, tensors, placed, layers, n_batch, n_outputs, progress or (lambda n_bytes: None), self.observed

@@ -1,6 +1,6 @@
 """Typed look-ups in a model's metadata, checked before anything relies on a number."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,15 @@ class Keys:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise self.wrong(key, f"an integer from {low} to {high}")
         return value
+
+    def integers(self, key: str, n: int, default: Sequence[int] | None = None, low: int = 1) -> Sequence[int]:
+        """Return one integer for each of n layers. A file that has one integer means it for all layers."""
+        value = self.get(key)
+        if not isinstance(value, np.ndarray):
+            return default if value is None and default is not None else (self.integer(key, low=low),) * n
+        if value.shape != (n,) or value.dtype.kind not in "iu" or value.min() < low or value.max() > _MAX_SIZE:
+            raise self.wrong(key, f"{n} integers of at least {low}, one for a layer")
+        return tuple(value.tolist())
 
     def number(self, key: str, default: float | None = None, low: float = 0.0, high: float = 1e6) -> float:
         """Return a number from low to high."""

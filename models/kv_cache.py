@@ -5,19 +5,27 @@ formats share are here.
 
 Layers with a window hold only the last positions of a sequence. An operation that needs older positions empties the
 sequence. Such a method returns how many tokens are left, and the caller runs the other tokens again.
+
+A recurrent layer has a state in place of rows, and no token can be taken out of it. A sequence has N_STATES slots: for
+the state after its last token, for the one that a step writes, and for older ones, to which it can go back.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.frozen import frozen
 from gguf_run.models.backend import Run
-from gguf_run.models.operands import CacheHandle, Rotation
+from gguf_run.models.operands import Cache, Rotation, State
 
 GROUP = 32  # positions that backends store side by side and move together
 BLOCK = 32  # columns of a row that share a scale, in cache types with blocks; only heads of whole blocks are rotated
+KINDS = ("k", "v", "s0", "s1")  # parts of a layer: rows of K and of V, and the states of up to two recurrent ops
+N_STATES = 4  # slots of a recurrent state that each sequence has
+_PROMPT = 16  # the state after the last run of so many tokens is kept: the next text often begins with the same tokens
+_MARK = 64  # the state after each so many tokens is kept until its slot is needed
 _MOST_ROTATED_BITS = 8  # rotation lowers the divergence of 8-bit types by a quarter to a third, see docs/kv_cache.md
 
 
@@ -53,15 +61,24 @@ class _Slot:
     n_lost: int = 0  # number of first tokens that some layer no longer holds
     is_long: bool = False  # the keys have the rotation of long sequences
     ids: list[int] = field(default_factory=list)  # of the tokens
+    states: list[int] = field(default_factory=lambda: [0] * N_STATES)  # tokens before the state of each slot; 0: free
+    state: int = 0  # the slot of the state after n_past tokens
+    n_prompt: int = 0  # tokens before the state that is kept for the next text
 
 
 @frozen
-class CacheLayer:
+class CacheLayer(Generic[Cache, State]):
     """The cache of one layer."""
 
-    cache: CacheHandle
+    cache: Cache | None  # None: the layer has no attention
     window: int  # positions that the layer looks back on, a token's own included; 0: all
     rotation: Rotation | None
+    states: tuple[State, ...] = ()  # of its recurrent ops: N_STATES slots for each sequence
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What the layer holds, by the names of KINDS."""
+        return (*(self.cache.kinds if self.cache else ""), *KINDS[2 : 2 + len(self.states)])
 
 
 class KvCache:
@@ -70,11 +87,12 @@ class KvCache:
     Methods raise GgufRunError for a sequence that does not exist.
     """
 
-    def __init__(self, layers: Sequence[CacheLayer], n_ctx: int, n_seq: int) -> None:
+    def __init__(self, layers: Sequence[CacheLayer[Any, Any]], n_ctx: int, n_seq: int) -> None:
         self.n_ctx, self.n_seq = n_ctx, n_seq
         self._layers = layers
         self._slots = [_Slot() for _ in range(n_seq)]
-        self._n_held = min([n_ctx, *(layer.cache.n_ctx for layer in layers)])
+        self._n_held = min([n_ctx, *(layer.cache.n_ctx for layer in layers if layer.cache is not None)])
+        self._has_states = any(layer.states for layer in layers)
         self._window = max(layer.window for layer in layers)
         rotations = [layer.rotation for layer in layers if layer.rotation is not None]
         # The tokens of a sequence up to which its rotation is that of short ones; 0: there is one rotation.
@@ -94,18 +112,27 @@ class KvCache:
 
     def begin(self, counts: Mapping[int, int]) -> list[Run]:
         """Return the runs of a step that appends tokens, {seq: how many}. The tokens count only after `end`."""
-        runs = [Run(seq, self._slot(seq).n_past, n, self._slots[seq].is_long) for seq, n in counts.items()]
-        for seq, n_past, n, _ in runs:
-            # An interrupted step adds no tokens, but has overwritten old rows: n_lost is set first.
-            self._slots[seq].n_lost = max(self._slots[seq].n_lost, n_past + n - self._n_held)
-        return runs
+        return [self._begin(seq, self._slot(seq), n) for seq, n in counts.items()]
+
+    def _begin(self, seq: int, slot: _Slot, n: int) -> Run:
+        # An interrupted step adds no tokens, but has overwritten old rows and a state: they are given up first.
+        slot.n_lost = max(slot.n_lost, slot.n_past + n - self._n_held)
+        old = [(0 < at == slot.n_prompt, at, i) for i, at in enumerate(slot.states) if i != slot.state]
+        _, _, writes = min(old)
+        slot.states[writes] = 0
+        return Run(seq, slot.n_past, n, slot.is_long, seq * N_STATES + slot.state, seq * N_STATES + writes)
 
     def end(self, runs: Sequence[Run], ids: Sequence[int]) -> None:
         """Count the tokens of a step that has run. ids: of all runs."""
         at = 0
-        for seq, n_past, n, _ in runs:
+        for seq, n_past, n, _, _, writes in runs:
             slot = self._slots[seq]
             slot.n_past = n_past + n
+            if n == 1 and n_past % _MARK and n_past != slot.n_prompt:
+                slot.states[slot.state] = 0
+            slot.state = writes % N_STATES
+            slot.states[slot.state] = slot.n_past
+            slot.n_prompt = slot.n_past if n >= _PROMPT else slot.n_prompt
             slot.ids[n_past:] = ids[at : at + n]
             at += n
 
@@ -121,13 +148,14 @@ class KvCache:
         ids = slot.ids[: slot.n_past]
         if len(ids) < slot.n_past:
             raise GgufRunError(f"sequence {seq} was loaded without its ids: it cannot become longer than {slot.n_past}")
-        slot.n_past = slot.n_lost = 0
+        self._set(slot, 0, 0)
         return ids
 
     def rewind(self, n_past: int, seq: int = 0) -> int:
-        """Forget a sequence's tokens from position n_past on. Return how many tokens are left: n_past or 0.
+        """Forget a sequence's tokens from position n_past on. Return how many tokens are left, at most n_past.
 
-        n_past tokens are left if n_past is at most n_batch below the greatest length that the sequence has had.
+        n_past tokens are left if n_past is at most n_batch below the greatest length that the sequence has had. Else 0
+        are left. With recurrent layers, as many are left as a state is kept for, or 0.
         """
         slot = self._slot(seq)
         if not 0 <= n_past <= slot.n_past:
@@ -135,21 +163,30 @@ class KvCache:
         return self._set(slot, n_past, slot.n_lost)
 
     def _set(self, slot: _Slot, n_past: int, n_lost: int) -> int:
-        """Set a slot to n_past tokens, or to 0 if the next token would read one of the first n_lost. Return n_past."""
+        """Set a slot to n_past tokens, or to fewer that a state is kept for. Return how many.
+
+        They are 0 if the next token would read one of the first n_lost.
+        """
+        if self._has_states:
+            n_past, slot.state = max(((at, i) for i, at in enumerate(slot.states) if at <= n_past), default=(0, 0))
         possible = n_past and max(0, n_past + 1 - self._window) >= n_lost
         possible = possible and (n_past > self._n_short or not slot.is_long)
         slot.n_past, slot.n_lost = (n_past, n_lost) if possible else (0, 0)
+        slot.states = [at if at <= slot.n_past else 0 for at in slot.states]
         return slot.n_past
 
     def copy_prefix(self, source: int, target: int, n: int) -> int:
-        """Replace sequence `target` by the first n tokens of `source`. Return the tokens of `target`: n or 0."""
+        """Replace sequence `target` by the first n tokens of `source`. Return the tokens of `target`: see rewind."""
         a, b = self._slot(source), self._slot(target)
         if not 0 <= n <= a.n_past or source == target:
             raise ValueError(f"cannot copy {n} tokens from sequence {source} to {target}: it has {a.n_past}")
         b.n_past = b.n_lost = 0
-        b.is_long, b.ids = a.is_long, a.ids[:n]
+        b.is_long, b.ids, b.states = a.is_long, a.ids[:n], list(a.states)
         for layer in self._layers:
-            layer.cache.copy(source, target, n if a.n_past <= layer.cache.n_ctx else layer.cache.n_ctx)
+            if layer.cache is not None:
+                layer.cache.copy(source, target, n if a.n_past <= layer.cache.n_ctx else layer.cache.n_ctx)
+            for state, i in itertools.product(layer.states, range(N_STATES)):
+                state.copy(source * N_STATES + i, target * N_STATES + i)
         return self._set(b, n, a.n_lost)
 
     def shift(self, n_keep: int, n_discard: int, seq: int = 0) -> int:
@@ -158,26 +195,42 @@ class KvCache:
         The keys of later tokens are turned back by n_discard positions. Keys and values still depend on the removed
         tokens, as in llama.cpp's context shift. n_keep and n_discard are multiples of GROUP.
 
-        Returns how many tokens are left, or 0.
+        Returns how many tokens are left, or 0: always with recurrent layers, as no token can be taken out of a state.
         """
         slot = self._slot(seq)
         if n_keep % GROUP or n_discard % GROUP or n_keep < 0 or not 0 < n_discard <= slot.n_past - n_keep:
             raise ValueError(f"cannot take {n_discard} of {slot.n_past} tokens out behind {n_keep}")
         n_past, n_lost = slot.n_past, slot.n_lost
         slot.n_past = 0  # until all layers have moved
+        del slot.ids[n_keep : n_keep + n_discard]
+        if self._has_states:
+            return self._set(slot, 0, 0)
         for layer in self._layers:
+            assert layer.cache is not None
             rotation = layer.rotation.of(slot.is_long) if layer.rotation else None
             layer.cache.shift(seq, n_past, n_keep, n_discard, rotation)
-        del slot.ids[n_keep : n_keep + n_discard]
         return self._set(slot, n_past - n_discard, max(n_keep, n_lost - n_discard) if n_lost else 0)
 
     def export(self, seq: int = 0) -> Iterator[tuple[int, str, Any]]:
-        """Yield (layer, "k" or "v", bytes) for each layer: what it holds of a sequence, as the backend stores it."""
+        """Yield (layer, kind, bytes) for each layer: what it holds of a sequence, as the backend stores it.
+
+        kind: one of KINDS.
+        """
         slot = self._slot(seq)
         for il, layer in enumerate(self._layers):
             first = -(-slot.n_lost // GROUP) if layer.window else 0
-            for kind in layer.cache.kinds:
-                yield il, kind, layer.cache.read(seq, kind, first, -(-slot.n_past // GROUP))
+            for kind in layer.kinds:
+                if layer.cache is not None and kind in "kv":
+                    yield il, kind, layer.cache.read(seq, kind, first, -(-slot.n_past // GROUP))
+                else:
+                    yield il, kind, layer.states[int(kind[1])].read(seq * N_STATES + slot.state)
+
+    def _write(self, seq: int, il: int, kind: str, end: int, data: Any) -> int | None:
+        """Store a part of a layer. Return its first group, None if the part does not fit."""
+        layer = self._layers[il]
+        if layer.cache is not None and kind in "kv":
+            return layer.cache.write(seq, kind, end, data)
+        return 0 if layer.states[int(kind[1])].write(seq * N_STATES, data) else None
 
     def load(
         self, n_past: int, parts: Iterable[tuple[int, str, Any]], seq: int = 0, ids: Sequence[int] | None = None
@@ -187,15 +240,17 @@ class KvCache:
         Raises GgufRunError if the parts do not fit. The sequence is empty after any error, those of `parts` included.
         """
         slot = self._slot(seq)
-        slot.n_past = slot.n_lost = 0
+        self._set(slot, 0, 0)
         slot.is_long, slot.ids = 0 < self._n_short < n_past, list(ids or ())
         n_lost, end = 0, -(-n_past // GROUP)
-        missing = {(il, kind) for il, layer in enumerate(self._layers) for kind in layer.cache.kinds}
+        missing = {(il, kind) for il, layer in enumerate(self._layers) for kind in layer.kinds}
         for il, kind, data in parts:
-            first = self._layers[il].cache.write(seq, kind, end, data) if (il, kind) in missing else None
+            first = self._write(seq, il, kind, end, data) if (il, kind) in missing else None
             if first is None or (first and not self._layers[il].window):
                 raise GgufRunError(f"the saved cache does not fit this model: layer {il} {kind}, {len(data)} bytes")
             missing.remove((il, kind))
             n_lost = max(n_lost, first * GROUP)
-        if missing or n_past > self.n_ctx or (self._set(slot, n_past, n_lost) != n_past):
+        fits = not missing and n_past <= self.n_ctx
+        slot.states[0] = n_past
+        if self._set(slot, n_past if fits else 0, n_lost) != n_past or not fits:
             raise GgufRunError(f"the saved cache does not fit this model: parts are missing for {n_past} tokens")

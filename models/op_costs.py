@@ -13,7 +13,7 @@ from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.operands import AttentionShape
 from gguf_run.models.step import Step
-from gguf_run.models.weights import Loader, rotations
+from gguf_run.models.weights import Loader, cache_layers
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,9 @@ class Sizes:
         nbytes = self.cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, n_seen, shape.n_latent)
         return Held((), (kind.k, kind.v), shape.head_dim, n_seen, 0, nbytes)
 
+    def state(self, n_floats: int, n_slots: int) -> Any:
+        return Held((), ("F32",), n_floats, n_slots, 0, 4 * n_floats)
+
     def squares(self, width: int, n_expert: int = 1) -> Any:
         raise NotImplementedError(self.name)
 
@@ -91,6 +94,9 @@ OPERATIONS: Mapping[type, Callable[[Any], int]] = {
     ops.Rope: lambda op: 3 * op.rotation.n_rot * (op.x.width // op.head_dim),
     ops.Attend: lambda op: 2 * op.shape.n_head * (op.shape.head_dim + op.shape.n_value) * op.cache.n_out,
     ops.Gated: lambda op: 5 * op.out.width,
+    ops.Xielu: lambda op: 6 * op.out.width,
+    ops.ShortConv: lambda op: (2 * op.n_taps + 5) * op.x.width,
+    ops.DeltaRule: lambda op: 8 * op.state.n_in,
     ops.Moe: lambda op: 2 * op.experts.n_weights * op.mixture.n_used // op.logits.width,
     ops.GateRows: lambda op: op.x.width,
     ops.Softcap: lambda op: 3 * op.x.width,
@@ -109,9 +115,8 @@ def op_costs(
     step = Step(Loader(sizes, tensors, lambda n_bytes: None), config, None)
     step.new_part()
     step.embed()
-    for il, rotation in enumerate(rotations(config, tensors, n_ctx)):
-        cache = sizes.cache(config.attention(il), n_ctx, 1, 1, kinds[il])
-        step.layer(il, cache, rotation, experts=True)
+    for il, layer in enumerate(cache_layers(config, tensors, [sizes] * config.n_layer, kinds, n_ctx, 1, 1)):
+        step.layer(il, layer, experts=True)
     step.logits()
     return [_cost(op) for op in (*step.parts[0], *step.after)]
 

@@ -26,7 +26,7 @@ from gguf_run.models.operands import (
 )
 
 # gelu is the tanh form, relu2 is max(x, 0)^2. Only Moe has swiglu_oai. Kernels are compiled for an activation as its
-# place in this tuple.
+# place in this tuple. Xielu is an op of its own: it has parameters.
 ACTIVATIONS = ("silu", "gelu", "swiglu_oai", "relu2", "sigmoid", "identity")
 
 
@@ -128,6 +128,21 @@ class Gated:
 
 
 @frozen
+class Xielu:
+    """out = alpha_p x^2 + beta x where x > 0, else alpha_n (e^min(x, eps) - 1 - x) + beta x
+
+    Huang, 2024, arXiv:2411.13010.
+    """
+
+    x: Buffer  # a whole buffer, or columns in multiples of 16
+    out: Buffer  # as x; may be x
+    alpha_p: float
+    alpha_n: float
+    beta: float
+    eps: float  # negative, next to 0
+
+
+@frozen
 class ShortConv(Generic[State, Vector]):
     """out[t, c] = activation(bias[c] + sum over j of taps[c, j] * x[t - n_taps + 1 + j, c]) for each channel c
 
@@ -192,11 +207,11 @@ class Scan(Generic[State, Vector]):
 
 
 @frozen
-class Moe(Generic[Experts, Squares]):
+class Moe(Generic[Experts, Vector, Squares]):
     """out += sum over the token's experts e of weight[e] * down[e] @ (activation(gate[e] @ x) * (up[e] @ x))
 
-    Biases are added to each of the three products if the experts have them. The activation "swiglu_oai" is
-    g * sigmoid(1.702 g) * (u + 1) with g = min(gate, 7) and u = up from -7 to 7.
+    Experts without a gate have activation(up[e] @ x) in its place. Biases are added to each product if the experts have
+    them. The activation "swiglu_oai" is g * sigmoid(1.702 g) * (u + 1) with g = min(gate, 7) and u = up from -7 to 7.
     """
 
     x: Buffer
@@ -205,6 +220,8 @@ class Moe(Generic[Experts, Squares]):
     mixture: Mixture
     out: Buffer  # a whole buffer
     squares: tuple[Squares, Squares] | None = None  # of the input of gate and up, of the input of down
+    bias: Vector | None = None  # f32[n_expert], see Mixture
+    accumulate: bool = True  # False: out = the sum
 
 
 @frozen
@@ -250,14 +267,15 @@ Op = (
     | Rope
     | Attend[Cache, Vector]
     | Gated
-    | ShortConv[State, Vector]
-    | DeltaRule[State, Vector]
-    | Scan[State, Vector]
-    | Moe[Experts, Squares]
+    | Xielu
+    | Moe[Experts, Vector, Squares]
     | GateRows
     | Softcap
     | Observe[Squares]
     | Outputs
+    | ShortConv[State, Vector]
+    | DeltaRule[State, Vector]
+    | Scan[State, Vector]
 )
 
 

@@ -77,6 +77,7 @@ class Backend(Protocol[Table, Weight, Vector, Cache, Experts, Squares, State]):
         """Return a layer's experts for Moe.
 
         tensors: gate, up and down, [n_expert, n_out, n_in] each, and their biases, [n_expert, n_out], if there are any.
+        For other forms see models.experts.
 
         Raises UnsupportedError if gate and up have different types.
         """

@@ -1,7 +1,7 @@
 """Which backend runs which ops: a model on several backends is a sequence of stages."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.reader import Tensor
@@ -62,7 +62,7 @@ def build(
     config: ModelConfig,
     tensors: Mapping[str, Tensor],
     placed: Placed,
-    layers: Sequence[CacheLayer],
+    layers: Sequence[CacheLayer[Any, Any]],
     n_batch: int,
     n_outputs: int,
     progress: Callable[[int], None],
@@ -86,7 +86,7 @@ def build(
             if what == "experts":
                 step.experts(il)
             else:
-                step.layer(il, layers[il].cache, layers[il].rotation, experts=what == "layer")
+                step.layer(il, layers[il], experts=what == "layer")
         leaves = step.to_experts if pieces and pieces[-1].what == "before experts" else (step.x,)
         stages.append((id(backend), len(step.parts) - 1, reads, leaves))
     step.logits()

@@ -6,11 +6,11 @@ from gguf_run.formats.frozen import frozen
 from gguf_run.models import ops
 from gguf_run.models.architectures import EXPERTS
 from gguf_run.models.config import ModelConfig
+from gguf_run.models.kv_cache import CacheLayer
 from gguf_run.models.operands import (
     Buffer,
     Cache,
     Experts,
-    Rotation,
     Squares,
     SquaresHandle,
     State,
@@ -45,7 +45,7 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         observed: list[Observed] | None,
     ) -> None:
         """observed: a list that gets an entry for the input of every matmul; None: nothing is observed."""
-        self._load, self._config, self._observed = load, config, observed
+        self.load, self.config, self._observed = load, config, observed
         self.parts: list[list[ops.Op[Table, Weight, Vector, Cache, Experts, Squares, State]]] = []
         self.after: list[ops.Op[Table, Weight, Vector, Cache, Experts, Squares, State]] = []
         self._ops = self.after  # the list that grows
@@ -56,7 +56,7 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
 
     def _name_buffers(self, *, outputs: bool) -> None:
         """Name the buffers that the ffn and the output use. outputs: those of the wanted rows."""
-        config, end = self._config, "_out" if outputs else ""
+        config, end = self.config, "_out" if outputs else ""
         self._h = Buffer.whole(f"h{end}", config.n_embd, outputs=outputs)
         self._ff = Buffer.whole(f"ff{end}", max(config.n_ff, config.n_ff_shexp), outputs=outputs)
         self._router = Buffer.whole(f"router{end}", config.n_expert, outputs=outputs)
@@ -67,40 +67,49 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         self._ops = []
         self.parts.append(self._ops)
 
+    def add(self, op: ops.Op[Table, Weight, Vector, Cache, Experts, Squares, State]) -> None:
+        """Append an op to the list that grows."""
+        self._ops.append(op)
+
     def embed(self) -> None:
         """x = embeddings of the tokens"""
-        self._ops.append(ops.Embed(self._load.embeddings(), self.x, self._config.embd_scale))
+        self.add(ops.Embed(self.load.embeddings(), self.x, self.config.embd_scale))
 
-    def layer(self, il: int, cache: Cache, rotation: Rotation | None, *, experts: bool) -> None:
+    def layer(self, il: int, cache: CacheLayer[Cache, State], *, experts: bool) -> None:
         """x += attention(norm(x)), then x += ffn(norm(x)). In a parallel layer, both read the first norm(x).
+
+        A layer may have a mixer in place of attention or beside it, and may lack attention or ffn.
 
         experts: False if the layer's experts are on another backend. Its Step then adds them by the method `experts`.
         """
-        arch, block = self._config.arch, f"blk.{il}."
-        h = self._normed(block, "attn_norm")
-        self._matmul(h, self._load.matrix(*(block + name for name in arch.qkv)), self._qkv)
-        is_parallel = "ffn_norm" in arch.optional_norms and not self._load.has(f"{block}ffn_norm")
-        if is_parallel:
-            self._ffn(il, h, experts)
-        self._attention(il, cache, rotation)
-        if experts and il == self._config.n_layer - 1 and self._observed is None:
+        arch, mixer, layer, block = self.config.arch, self.config.mixer, self.config.layers[il], f"blk.{il}."
+        is_parallel = "ffn_norm" in arch.optional_norms and not self.load.has(f"{block}ffn_norm")
+        if layer.n_head or (mixer is not None and mixer.states(il)):
+            h = self.normed(block, "attn_norm")
+            if mixer is None or not mixer.add(self, il, h, cache):
+                self.matmul(h, self.load.matrix(*(block + name for name in arch.qkv)), self._qkv)
+                if is_parallel:
+                    self._ffn(il, h, experts)
+                self.attend(il, cache)
+        if experts and il == self.config.n_layer - 1 and self._observed is None:
             self._only_outputs()
-        if not is_parallel:
-            self._ffn(il, self._normed(block, arch.ffn_norm), experts)
+        if not is_parallel and (layer.n_ff or layer.has_experts):
+            self._ffn(il, self.normed(block, arch.ffn_norm), experts)
 
-    def _attention(self, il: int, cache: Cache, rotation: Rotation | None) -> None:
-        """x += attention of q, k and v"""
-        config, qkv, block = self._config, self._qkv, f"blk.{il}."
-        n_q, n_kv, head_dim = config.n_embd_q, config.n_embd_kv, config.head_dim
+    def attend(self, il: int, cache: CacheLayer[Cache, State]) -> None:
+        """x += attention of q, k and v, which are in the buffer qkv"""
+        config, layer, qkv, block = self.config, self.config.layers[il], self._qkv, f"blk.{il}."
+        n_q, n_kv, head_dim = layer.n_embd_q, layer.n_embd_kv, layer.head_dim
         q, k, v = qkv.columns(0, n_q), qkv.columns(n_q, n_kv), qkv.columns(n_q + n_kv, n_kv)
-        for part, name, n_head in ((q, "attn_q_norm", config.n_head), (k, "attn_k_norm", config.n_head_kv)):
+        for part, name, n_head in ((q, "attn_q_norm", layer.n_head), (k, "attn_k_norm", layer.n_head_kv)):
             if self._has_norm(block, name):
-                self._norm(part, block + name, part, n_group=n_head if config.arch.norm_per_head else 1)
-        if rotation is not None:
-            self._ops.append(ops.Rope(qkv.columns(0, n_q + n_kv), rotation, head_dim))
-        sinks = self._load.vector(f"{block}attn_sinks")
-        self._ops.append(ops.Attend(q, k, v, cache, config.attention(il), self._attn, sinks))
-        self._add(self._attn, block, "attn_output", "post_attention_norm")
+                self.norm(part, block + name, part, n_group=n_head if config.arch.norm_per_head else 1, inner=True)
+        assert cache.cache is not None
+        if cache.rotation is not None:
+            self.add(ops.Rope(qkv.columns(0, n_q + n_kv), cache.rotation, head_dim))
+        sinks = self.load.vector(f"{block}attn_sinks")
+        self.add(ops.Attend(q, k, v, cache.cache, config.attention(il), self._attn.columns(0, n_q), sinks))
+        self.add_product(self._attn.columns(0, n_q), block, "attn_output", "post_attention_norm")
 
     @property
     def to_experts(self) -> tuple[Buffer, ...]:
@@ -109,45 +118,45 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
 
     def experts(self, il: int) -> None:
         """x += the weighted results of the experts that the router's logits choose"""
-        config, names = self._config, tuple(f"blk.{il}.{name}" for name in EXPERTS)
+        config, names = self.config, tuple(f"blk.{il}.{name}" for name in EXPERTS)
         squares = None
         if self._observed is not None:
-            first = self._load.backend.squares(config.n_embd, config.n_expert)
-            last = self._load.backend.squares(config.n_ff_exp, config.n_expert)
+            first = self.load.backend.squares(config.n_embd, config.n_expert)
+            last = self.load.backend.squares(config.n_ff_exp, config.n_expert)
             squares = first, last
             weights = tuple(f"{name}.weight" for name in names)
             self._observed += [Observed(weights[:2], first), Observed(weights[2:], last)]
-        experts = self._load.experts(names)
-        self._ops.append(ops.Moe(self._h, self._router, experts, config.moe, self.x, squares))
+        experts = self.load.experts(names)
+        self.add(ops.Moe(self._h, self._router, experts, config.moe, self.x, squares))
 
     def _only_outputs(self) -> None:
         """List the following ops in `after`, for the wanted rows only. x is copied, other buffers are new."""
-        x, self.x = self.x, Buffer.whole("x_out", self._config.n_embd, outputs=True)
+        x, self.x = self.x, Buffer.whole("x_out", self.config.n_embd, outputs=True)
         self._ops = self.after
-        self._ops.append(ops.Outputs(x, self.x))
+        self.add(ops.Outputs(x, self.x))
         self._name_buffers(outputs=True)
 
     def logits(self) -> None:
         """result = logits = softcap(output(norm(x)))"""
-        config, is_tied = self._config, not self._load.has("output")
+        config, is_tied = self.config, not self.load.has("output")
         if not self.after:
             self._only_outputs()
-        self._norm(self.x, "output_norm", self._h)
+        self.norm(self.x, "output_norm", self._h)
         self._result = logits = Buffer.whole("logits", config.n_vocab, outputs=True)
-        output = self._load.matrix("token_embd" if is_tied else "output", bias=["output"])
-        self._matmul(self._h, output, logits)
+        output = self.load.matrix("token_embd" if is_tied else "output", bias=["output"])
+        self.matmul(self._h, output, logits)
         if config.logit_scale != 1 or config.final_softcap:
-            self._ops.append(ops.Softcap(logits, config.logit_scale, config.final_softcap))
+            self.add(ops.Softcap(logits, config.logit_scale, config.final_softcap))
 
     def program(self, n_batch: int, n_outputs: int) -> "Program":
         """Return the program of all ops so far. See Backend.program."""
-        return self._load.backend.program(self.parts, self.after, self._result, n_batch, n_outputs)
+        return self.load.backend.program(self.parts, self.after, self._result, n_batch, n_outputs)
 
     def _ffn(self, il: int, h: Buffer, experts: bool) -> None:
         """x += down(activation(gate(h)) * up(h)), or the results of the experts, or both"""
-        config, load, block = self._config, self._load, f"blk.{il}."
-        if config.has_experts(il):
-            self._matmul(h, load.matrix(f"{block}ffn_gate_inp"), self._router)
+        config, load, block = self.config, self.load, f"blk.{il}."
+        if config.layers[il].has_experts:
+            self.matmul(h, load.matrix(f"{block}ffn_gate_inp"), self._router)
             if experts:
                 self.experts(il)
         if not (names := config.ffn(il)):
@@ -158,51 +167,61 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         ff = self._ff.columns(0, width)
         if config.arch.gated:
             self._observe(h, gate_up)
-            self._ops.append(ops.MatmulGated(h, gate_up.weight, ff, activation, gate_up.bias))
+            self.add(ops.MatmulGated(h, gate_up.weight, ff, activation, gate_up.bias))
         else:
-            self._matmul(h, gate_up, ff)
-            self._ops.append(ops.Gated(ff, None, ff, activation))
-        if config.has_experts(il) and config.arch.shared_gate:
-            self._matmul(h, load.matrix(f"{block}ffn_gate_inp_shexp"), self._gate)
-            self._ops.append(ops.GateRows(ff, self._gate))
-        self._add(ff, block, down, "post_ffw_norm")
+            self.matmul(h, gate_up, ff)
+            self.add(ops.Gated(ff, None, ff, activation))
+        if config.layers[il].has_experts and config.arch.shared_gate:
+            self.matmul(h, load.matrix(f"{block}ffn_gate_inp_shexp"), self._gate)
+            self.add(ops.GateRows(ff, self._gate))
+        self.add_product(ff, block, down, "post_ffw_norm")
 
     def _has_norm(self, block: str, name: str) -> bool:
-        return name in self._config.arch.norms and self._load.has(block + name)
+        return name in self.config.arch.norms and self.load.has(block + name)
 
-    def _normed(self, block: str, name: str) -> Buffer:
+    def normed(self, block: str, name: str) -> Buffer:
         """Return the input of attention or ffn: norm(x), or x if the layer does not have that norm."""
         if not self._has_norm(block, name):
             return self.x
-        self._norm(self.x, block + name, self._h)
+        self.norm(self.x, block + name, self._h)
         return self._h
 
-    def _norm(self, x: Buffer, name: str, out: Buffer, n_group: int = 1, residual: Buffer | None = None) -> None:
-        eps, (weight, bias) = self._config.rms_eps, self._load.norm(name)
-        if self._config.arch.layer_norm:
+    def norm(
+        self,
+        x: Buffer,
+        name: str,
+        out: Buffer,
+        n_group: int = 1,
+        residual: Buffer | None = None,
+        *,
+        inner: bool = False,
+    ) -> None:
+        """out = norm(x) (+ residual). inner: x is not the residual stream."""
+        eps, (weight, bias) = self.config.inner_eps if inner else self.config.rms_eps, self.load.norm(name)
+        if self.config.arch.layer_norm:
             assert residual is None
-            self._ops.append(ops.LayerNorm(x, weight, bias, out, eps, n_group))
+            self.add(ops.LayerNorm(x, weight, bias, out, eps, n_group))
         else:
-            self._ops.append(ops.RmsNorm(x, weight, out, eps, n_group, residual))
+            self.add(ops.RmsNorm(x, weight, out, eps, n_group, residual))
 
-    def _matmul(self, x: Buffer, matrix: Matrix[Weight, Vector], out: Buffer, residual: Buffer | None = None) -> None:
+    def matmul(self, x: Buffer, matrix: Matrix[Weight, Vector], out: Buffer, residual: Buffer | None = None) -> None:
         self._observe(x, matrix)
-        self._ops.append(ops.Matmul(x, matrix.weight, out, matrix.bias, residual))
+        self.add(ops.Matmul(x, matrix.weight, out, matrix.bias, residual))
 
     def _observe(self, x: Buffer, matrix: Matrix[Weight, Vector]) -> None:
         if self._observed is not None:
-            squares = self._load.backend.squares(x.width)
+            squares = self.load.backend.squares(x.width)
             self._observed.append(Observed(matrix.names, squares))
-            self._ops.append(ops.Observe(x, squares))
+            self.add(ops.Observe(x, squares))
 
-    def _add(self, y: Buffer, block: str, name: str, post_norm: str) -> None:
+    def add_product(self, y: Buffer, block: str, name: str, post_norm: str) -> None:
         """x += matrix @ y, or x += norm(matrix @ y) if the layer has post_norm
 
         An architecture may use the tensors of post_norm for the norm before the ffn. Then the product is not normed.
         """
-        matrix = self._load.matrix(block + name)
-        if post_norm == self._config.arch.ffn_norm or not self._has_norm(block, post_norm):
-            self._matmul(y, matrix, self.x, residual=self.x)
+        matrix = self.load.matrix(block + name)
+        if post_norm == self.config.arch.ffn_norm or not self._has_norm(block, post_norm):
+            self.matmul(y, matrix, self.x, residual=self.x)
         else:
-            self._matmul(y, matrix, self._h)
-            self._norm(self._h, block + post_norm, self.x, residual=self.x)
+            self.matmul(y, matrix, self._h)
+            self.norm(self._h, block + post_norm, self.x, residual=self.x)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,9 @@ from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.architectures import ROPE_FACTORS
+from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
+from gguf_run.models.kv_cache import N_STATES, CacheLayer
 from gguf_run.models.operands import Cache, Experts, Rotation, Squares, State, Table, Vector, Weight
 from gguf_run.models.rope import UNSCALED, make_rope
 
@@ -108,12 +110,37 @@ def rotations(config: ModelConfig, tensors: Mapping[str, Tensor], n_ctx: int) ->
     factors = short if freqs is None else freqs
     long_factors = long if freqs is None and n_ctx > scaling.n_ctx_orig else None
     base, base_swa = config.rope_freq_base, config.rope_freq_base_swa
-    rotation = rotation_swa = make_rope(arch.rope_style, config.n_rot, base, scaling, factors, long_factors)
-    if base != base_swa or not arch.swa_rope_scaled:
-        scaling = scaling if arch.swa_rope_scaled else UNSCALED
-        rotation_swa = make_rope(arch.rope_style, config.n_rot, base_swa, scaling)
-    of_layers = [rotation_swa if is_swa else rotation for is_swa in config.is_swa]
-    return [of_layer if config.has_rope(il) else None for il, of_layer in enumerate(of_layers)]
+    has_two = base != base_swa or not arch.swa_rope_scaled
+    made: dict[tuple[int, bool], Rotation] = {}
+    for layer in config.layers:
+        key = n_rot, is_swa = layer.n_rot, has_two and layer.window > 0
+        if key in made or not n_rot:
+            continue
+        if is_swa:
+            made[key] = make_rope(arch.rope_style, n_rot, base_swa, scaling if arch.swa_rope_scaled else UNSCALED)
+        else:
+            made[key] = make_rope(arch.rope_style, n_rot, base, scaling, factors, long_factors)
+    return [made.get((layer.n_rot, has_two and layer.window > 0)) for layer in config.layers]
+
+
+def cache_layers(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    backends: "Sequence[Backend[Any, Any, Any, Cache, Any, Any, State]]",
+    kinds: Sequence[CacheType],
+    n_ctx: int,
+    n_batch: int,
+    n_seq: int,
+) -> list[CacheLayer[Cache, State]]:
+    """Return the caches of all layers. backends, kinds: of each layer. The sizes: see protocol.Backend.cache."""
+    layers = []
+    for il, rotation in enumerate(rotations(config, tensors, n_ctx)):
+        backend, shape = backends[il], config.attention(il)
+        cache = backend.cache(shape, n_ctx, n_batch, n_seq, kinds[il]) if shape.n_head else None
+        sizes = config.mixer.states(il) if config.mixer is not None else ()
+        states = tuple(backend.state(n_floats, n_seq * N_STATES) for n_floats in sizes)
+        layers.append(CacheLayer(cache, shape.window, rotation, states))
+    return layers
 
 
 def _factors(tensor: Tensor) -> NDArray[np.float32]:

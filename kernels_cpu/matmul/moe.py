@@ -36,6 +36,7 @@ class ExpertMatrix:
     n_in: int
     n_out: int  # rows of one matrix
     bias: NDArray[np.float32] | None  # [n_expert, n_out]
+    every: int = 1  # 2: every second matrix belongs to another ExpertMatrix
 
     @property
     def expert_bytes(self) -> int:
@@ -43,18 +44,19 @@ class ExpertMatrix:
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of a kernel that describe its matrix."""
-        sizes = {"n_out": self.n_out, "expert_bytes": self.expert_bytes, **panel_sizes(self.panel, self.n_in)}
-        return {"w": self.data, "bias": self.bias, **sizes}
+        sizes = {"n_out": self.n_out, "expert_bytes": self.every * self.expert_bytes}
+        return {"w": self.data, "bias": self.bias, **sizes, **panel_sizes(self.panel, self.n_in)}
 
 
 @dataclass(frozen=True, eq=False)
 class CpuExperts:
-    """The experts of a layer. gate and up have the same panels."""
+    """The experts of a layer. gate and up have the same panels. Without a gate, `gate` is `up`, and `up` is None."""
 
     n_expert: int
     gate: ExpertMatrix
-    up: ExpertMatrix
+    up: ExpertMatrix | None
     down: ExpertMatrix
+    factors: NDArray[np.float32] | None  # f32[n_expert], of the experts' results
 
 
 @njit(inline="always")
@@ -69,8 +71,11 @@ GATE_UP_SCRATCH = PLACES + TOKENS * (2 * _PAIR + 4 * BLOCK)
 
 
 @functools.cache
-def _gated_columns(panel: int, activation: str) -> Any:
+def _gated_columns(panel: int, activation: str, n_part: int, weighs_input: bool) -> Any:
     """Return the kernel to[k] = weights[k] * activation(gate @ x[k]) * (up @ x[k]) for 16 columns of n <= MOST pairs.
+
+    n_part: 1: there is no up.
+    weighs_input: the weight is a factor on gate @ x[k] and on up @ x[k] instead.
 
     e: the expert.
     w: address of the panel of gate.
@@ -87,31 +92,38 @@ def _gated_columns(panel: int, activation: str) -> Any:
     def columns(a, e, w, column, weights, n, places, to, fresh, begin):
         pair = places + PLACES
         bias = a.bias + 4 * e * a.n_out if a.bias else 0
-        bias_up = a.bias_up + 4 * e * a.n_out if a.bias else 0
+        bias_up = a.bias_up + 4 * e * a.n_out if a.bias_up else 0
         for k in range(n):
             row = pair + k * 2 * _PAIR
             _start(f32_at(row, ROWS), bias, column, a.n_out)
-            _start(f32_at(row + _PAIR, ROWS), bias_up, column, a.n_out)
+            if n_part == 2:
+                _start(f32_at(row + _PAIR, ROWS), bias_up, column, a.n_out)
+            else:
+                f32_at(row + _PAIR, ROWS)[:] = 1
         ahead = -1 if not fresh else a.ahead if n == 1 else BATCH_AHEAD
-        for h in range(2):
+        for h in range(n_part):
             if begin:
                 prefetch(w + h * a.to_up, ahead)
             tile_at(panel, tile_for(n, n), w + h * a.to_up, a.n_steps, places, h * _PAIR, ahead)
         for k in range(n):
             row = pair + k * 2 * _PAIR
+            made, out, weight = f32_at(row, 2 * ROWS), f32_at(to + k * BLOCK * 4, ROWS), f32_at(weights, n)[k]
+            if weighs_input:
+                for r in range(n_part * ROWS):
+                    made[r] *= weight
             gated_row(activation_id, row, row + _PAIR, row, 1)
-            made, out, weight = f32_at(row, ROWS), f32_at(to + k * BLOCK * 4, ROWS), f32_at(weights, n)[k]
             for r in range(ROWS):
-                out[r] = made[r] * weight
+                out[r] = made[r] if weighs_input else made[r] * weight
 
     return columns
 
 
 @functools.cache
-def gate_up(panel: int, activation: str) -> TapeOp:
+def gate_up(panel: int, activation: str, n_part: int = 2, weighs_input: bool = False) -> TapeOp:
     """out[p] = weights[p] * activation(gate[e] @ x[t]) * (up[e] @ x[t]) for each pair p of expert e and token t.
 
-    Return the op. A unit of work is 32 columns of an expert's pairs. Fields are as in matmul, and
+    Return the op. A unit of work is 32 columns of an expert's pairs. For n_part and weighs_input see _gated_columns.
+    Fields are as in matmul, and
 
     plan, weights: see route.
     n_out: columns of out. Rows of out have memory for whole units.
@@ -122,7 +134,7 @@ def gate_up(panel: int, activation: str) -> TapeOp:
     bias, bias_up: f32[n_expert, n_out], or 0.
     scratch: GATE_UP_SCRATCH bytes for each thread.
     """
-    columns = _gated_columns(panel, activation)
+    columns = _gated_columns(panel, activation, n_part, weighs_input)
 
     @op(
         "rows n_expert n_used plan weights n_out n_steps group_bytes expert_bytes w to_up x x_stride "
@@ -133,7 +145,7 @@ def gate_up(panel: int, activation: str) -> TapeOp:
         n_pairs = i64_at(a.rows, 1)[0] * a.n_used
         n_unit = (a.n_out + BLOCK - 1) // BLOCK
         n_items = i64_at(a.plan, 1)[0] * n_unit
-        n_piece = n_shrinking(n_items, max(1, a.piece_bytes // (4 * a.group_bytes)), nth)
+        n_piece = n_shrinking(n_items, max(1, a.piece_bytes // (2 * n_part * a.group_bytes)), nth)
         if piece < 0:
             return n_piece
         experts, firsts, token_of = plan_parts(a.plan, a.n_expert, n_pairs)

@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import carray, njit
+from gguf_run.models.backend import Run
 
 if COMPILING:
     from gguf_run.kernels_cpu.vector.native import pointer
 
-# first: number of the first token in the step. n_past: its position. attention/plan.py explains the next four.
-_FIELDS = ("first", "n_tokens", "n_past", "seq", "first_piece", "n_split", "first_part", "n_per_piece", "is_long")
-RUN = np.dtype([(name, "i8") for name in _FIELDS])
+# first: number of the first token in the step. attention/plan.py explains first_piece to n_per_piece. The others are
+# those of backend.Run.
+_FIELDS = "first n_tokens n_past seq first_piece n_split first_part n_per_piece is_long reads writes"
+RUN = np.dtype([(name, "i8") for name in _FIELDS.split()])
 _N_TOKENS, _N_OUT, _N_RUNS = range(0, 24, 8)  # words; each has a cache line of its own
 
 
@@ -38,14 +40,13 @@ class RunTable:
             self._counts.ctypes.data + 8 * word for word in (_N_TOKENS, _N_OUT, _N_RUNS)
         )
 
-    def set_tokens(self, ids: NDArray[np.int32], runs: Iterable[tuple[int, int, int, bool]]) -> None:
-        """runs: (seq, n_past, n_tokens, is_long), see models.backend.Run."""
+    def set_tokens(self, ids: NDArray[np.int32], runs: Iterable[Run]) -> None:
         first = n_runs = 0
-        for n_runs, (seq, n_past, n_tokens, is_long) in enumerate(runs, 1):
+        for n_runs, (seq, n_past, n_tokens, *others) in enumerate(runs, 1):
             end = first + n_tokens
             self.positions[first:end] = np.arange(n_past, n_past + n_tokens)
             self.run_of[first:end] = n_runs - 1
-            self.runs[n_runs - 1] = (first, n_tokens, n_past, seq, 0, 0, 0, 0, is_long)
+            self.runs[n_runs - 1] = (first, n_tokens, n_past, seq, 0, 0, 0, 0, *others)
             first = end
         if first != len(ids):
             raise ValueError(f"the runs have {first} tokens, there are {len(ids)} ids")

@@ -1,4 +1,4 @@
-"""Rows are scaled in place: logits by a factor and a soft cap, the result of a shared expert by its gate."""
+"""Rows are cleared, or scaled in place: logits by a factor and a soft cap, a shared expert's result by its gate."""
 
 import math
 
@@ -42,3 +42,10 @@ def gate_rows(a, first, end):
         x, factor = f32_at(a.x + t * a.x_stride, a.n), 1 / (1 + math.exp(-f32_at(a.gate + t * a.gate_stride, 1)[0]))
         for i in range(a.n):
             x[i] *= factor
+
+
+@row_op("rows n out out_stride", grain=4)
+def clear(a, first, end):
+    """out = 0"""
+    for t in range(first, end):
+        f32_at(a.out + t * a.out_stride, a.n)[:] = 0

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from gguf_run.kernels_gpu.panels.dots import dp2a, dp4a
 from gguf_run.kernels_gpu.panels.units import added, load_floats, unit_factors, unit_words, words4, zeros
-from gguf_run.kernels_gpu.rows.activation import gate_by
+from gguf_run.kernels_gpu.rows.activation import activate, gate_by
 from gguf_run.kernels_gpu.rows.norms import normed
 from gguf_run.kernels_gpu.rows.quantize import store_int8
 
@@ -120,22 +120,27 @@ def sum_units(
 @triton.jit
 def store_sums(
     sums, first, out, out_stride, bias, residual, residual_stride, n_out,
-    M: tl.constexpr, R: tl.constexpr, ACTIVATION: tl.constexpr,
+    M: tl.constexpr, R: tl.constexpr, ACTIVATION: tl.constexpr, N_PART: tl.constexpr = 2, factor=1.0,
 ):  # fmt: skip
-    """Store what the threads' sums add up to, for M tokens and R rows of a matrix: see matmul_decode."""
-    N: tl.constexpr = R if ACTIVATION is None else R // 2  # columns of out, from `first` on
+    """Store what the threads' sums add up to, for M tokens and R rows of a matrix: see matmul_decode.
+
+    N_PART: 1: out = ACTIVATION(w * x). factor: of the sums.
+    """
+    N: tl.constexpr = R if ACTIVATION is None else R // N_PART  # columns of out, from `first` on
     for m in tl.static_range(M):
         for r in tl.static_range(N):
             o = first + r
             mask = o < n_out
-            value = tl.sum(sums[m * R + r], 0)
+            value = tl.sum(sums[m * R + r], 0) * factor
             if bias is not None:
                 value += tl.load(bias + o, mask=mask, other=0.0)
-            if ACTIVATION is not None:
-                other = tl.sum(sums[m * R + N + r], 0)
+            if N < R:
+                other = tl.sum(sums[m * R + N + r], 0) * factor
                 if bias is not None:
                     other += tl.load(bias + n_out + o, mask=mask, other=0.0)
                 value = gate_by(value, other, ACTIVATION)
+            elif ACTIVATION is not None:
+                value = activate(value, ACTIVATION)
             if residual is not None:
                 value += tl.load(residual + m * residual_stride + o, mask=mask, other=0.0)
             tl.store(out + m * out_stride + o, value, mask=mask)

@@ -95,10 +95,11 @@ class GpuExperts:
     """The experts of a layer."""
 
     n_expert: int
-    gate_up: WeightPart  # rows [n_expert, 2, n_ff]: for each expert its gates, then its `up`s
+    gate_up: WeightPart  # rows [n_expert, 2, n_ff]: for each expert its gates, then its `up`s; without gates 1, not 2
     down: WeightPart  # rows [n_expert, n_embd]
-    bias_gate_up: Array | None  # f32[n_expert, 2 * n_ff]
+    bias_gate_up: Array | None  # f32[n_expert, 2 * n_ff], or n_ff
     bias_down: Array | None  # f32[n_expert, n_embd]
+    factors: Array | None = None  # f32[n_expert], of the experts' results
 
     @property
     def reads_int8(self) -> bool:

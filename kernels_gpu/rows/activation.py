@@ -6,9 +6,15 @@ import triton.language as tl
 
 @triton.jit
 def activate(x, NAME: tl.constexpr):
-    """Return activation(x). NAME: "silu", or "gelu" in its tanh form, with tanh(y) = 2 sigmoid(2 y) - 1."""
+    """Return activation(x), see models.ops.ACTIVATIONS. In gelu, tanh(y) = 2 sigmoid(2 y) - 1."""
     if NAME == "silu":
         return x * tl.sigmoid(x)
+    elif NAME == "relu2":
+        return tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
+    elif NAME == "sigmoid":
+        return tl.sigmoid(x)
+    elif NAME == "identity":
+        return x
     else:
         return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
@@ -43,6 +49,21 @@ def gated(gate, gate_stride, up, up_stride, out, out_stride, n, ACTIVATION: tl.c
     if up is not None:
         value *= tl.load(up + row * up_stride + column, mask=mask)
     tl.store(out + row * out_stride + column, value, mask=mask)
+
+
+@triton.jit
+def xielu(x, x_stride, out, out_stride, n, alpha_p, alpha_n, beta, eps, WIDTH: tl.constexpr):
+    """See models.ops.Xielu; grid (rows, n / WIDTH). Above -0.5, e^m - 1 - m is a sum of powers of m."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    value = tl.load(x + row * x_stride + column, mask=column < n, other=0.0)
+    m = tl.minimum(value, eps)
+    rest = tl.full((WIDTH,), 1.0, tl.float32)
+    for i in tl.static_range(7):
+        rest = rest * m / (9 - i) + 1.0
+    rest = tl.where(m > -0.5, rest * m * m * 0.5, tl.exp(m) - 1.0 - m)
+    made = tl.where(value > 0, alpha_p * value * value, alpha_n * (rest + (m - value))) + beta * value
+    tl.store(out + row * out_stride + column, made, mask=column < n)
 
 
 @triton.jit

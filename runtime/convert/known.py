@@ -6,7 +6,7 @@ from typing import Any
 
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.mapped import quoted
-from gguf_run.runtime.convert.architectures import CheckpointLayout
+from gguf_run.runtime.convert.layout import CheckpointLayout
 from gguf_run.runtime.convert.rope import LOCAL_NAME, PART_NAMES, ROPE_NAMES, unknown_rope_names
 from gguf_run.runtime.convert.stored.checkpoint import Config
 

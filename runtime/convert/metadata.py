@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.models.architectures import LAYER_SHAPES, MODEL_SHAPES
-from gguf_run.runtime.convert.architectures import BY_CLASS, BY_MODEL_TYPE, CheckpointLayout, Key
+from gguf_run.runtime.convert.architectures import BY_CLASS, BY_MODEL_TYPE
 from gguf_run.runtime.convert.known import check_keys
+from gguf_run.runtime.convert.layout import CheckpointLayout, Key
 from gguf_run.runtime.convert.rope import rope_keys
 from gguf_run.runtime.convert.stored.checkpoint import Config
 

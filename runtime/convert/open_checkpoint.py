@@ -17,8 +17,8 @@ from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.formats.gguf.writer_metadata import MetaValue
 from gguf_run.formats.quantizers.quantizer import quantize
-from gguf_run.runtime.convert.architectures import IGNORED, OTHER_PARTS
 from gguf_run.runtime.convert.card import general_metadata
+from gguf_run.runtime.convert.layout import IGNORED, OTHER_PARTS
 from gguf_run.runtime.convert.metadata import hyperparameters, layout_of
 from gguf_run.runtime.convert.quantized.methods import KEPT, plain_tensors
 from gguf_run.runtime.convert.rope import rope_tensors

@@ -11,7 +11,7 @@ import numpy as np
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.tensors import Tensor
-from gguf_run.runtime.convert.architectures import CheckpointLayout, names_of
+from gguf_run.runtime.convert.layout import CheckpointLayout, names_of
 from gguf_run.runtime.convert.metadata import shape, sizes
 from gguf_run.runtime.convert.stored.checkpoint import Config
 from gguf_run.runtime.convert.stored.sources import (

@@ -20,7 +20,7 @@ from gguf_run.runtime.sampling.candidates import Candidates
 if TYPE_CHECKING:
     from gguf_run.models.decoder import Decoder
 
-Part = tuple[int, str, Any]  # layer, "k" or "v", bytes: see KvCache.export
+Part = tuple[int, str, Any]  # layer, one of kv_cache.KINDS, bytes: see KvCache.export
 PATIENCE = 5.0  # seconds that other threads wait for an answer that nobody reads
 
 
@@ -239,9 +239,13 @@ class Context:
             n = min(n, self._cut.start)
             self._cut = range(n, n)
         n_past = n - len(self._cut)
-        if self.decoder.rewind(min(n_past, self.decoder.n_past)) < n_past:
-            n = self.decoder.rewind(0)
-            self._cut = range(0)
+        n_left = self.decoder.rewind(min(n_past, self.decoder.n_past))
+        if n_left < n_past:
+            n = n_left
+            if n <= self._cut.start:
+                self._cut = range(n, n)
+            else:
+                n += len(self._cut)
         del self._history[n:]
         return n
 

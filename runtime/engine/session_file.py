@@ -3,7 +3,7 @@
 A safetensors file (formats/sealed.py) with these arrays:
 
     ids      I32[n_past]
-    0.k      U8[nbytes]     the keys of layer 0, as its cache type stores them; then 0.v, 1.k ...
+    0.k      U8[nbytes]     the keys of layer 0, as its cache type stores them; then 0.v, 1.k ..., see KINDS
     crc32    U32[1]         of the names and bytes of all arrays above, in their order
 
 Nothing depends on the size of the context: a session can go on in a larger one.
@@ -23,6 +23,7 @@ from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.safetensors import writing_safetensors
 from gguf_run.formats.sealed import FileKind
+from gguf_run.models.kv_cache import KINDS
 from gguf_run.runtime.chat.messages import uniform
 from gguf_run.runtime.engine.context import Part
 
@@ -133,7 +134,7 @@ def check_session(path: Path, found: SessionHeader, wanted: SessionHeader, n_ctx
 
 def _part(name: str, data: np.ndarray) -> Part:
     layer, kind = name.split(".")
-    if data.dtype != np.uint8 or kind not in ("k", "v"):
+    if data.dtype != np.uint8 or kind not in KINDS:
         raise ValueError
     return int(layer), kind, data.reshape(-1)
 

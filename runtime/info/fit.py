@@ -16,7 +16,7 @@ from gguf_run.formats.gguf.tensors import TensorInfo
 from gguf_run.kernels_cpu.measure.limits import Limits, measure_limits
 from gguf_run.kernels_cpu.panels.panels import matrix_bytes
 from gguf_run.kernels_cpu.vector import isa
-from gguf_run.models.architectures import ARCHITECTURES, EXPERTS, LAYER_SHAPES, MODEL_SHAPES
+from gguf_run.models.architectures import EXPERTS, LAYER_SHAPES, MODEL_SHAPES, architecture
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.load.machine import available_memory, default_threads
@@ -53,7 +53,7 @@ class UsualModel:
 
     def tensors(self) -> tuple[ModelConfig, list[TensorInfo]]:
         """Return the config, and the tensors in BF16."""
-        arch = ARCHITECTURES["qwen3moe" if self.n_expert else "llama"]
+        arch = architecture("qwen3moe" if self.n_expert else "llama")
         numbers = {
             "block_count": self.n_layer, "embedding_length": self.n_embd, "feed_forward_length": self.n_ff,
             "attention.head_count": self.n_head, "attention.head_count_kv": self.n_head_kv,

@@ -34,7 +34,7 @@ from gguf_run.kernels_gpu.panels.memory import GpuExperts, GpuWeight, empty
 from gguf_run.kernels_gpu.panels.panels import PANELS, IntPanel
 from gguf_run.models.backend import CacheType, Run
 from gguf_run.models.operands import AttentionShape, Mixture, Rotation
-from gguf_run.models.ops import Attend, Embed, Gated, Matmul, MatmulGated, Moe, Observe, RmsNorm, Rope
+from gguf_run.models.ops import Attend, Embed, Gated, Matmul, MatmulGated, Moe, Observe, RmsNorm, Rope, Xielu
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "cuobjdump")
 CPU = torch.device("cpu")
@@ -52,7 +52,6 @@ ATTENTION = (
     ("int8", "fp8_e4m3", 256, 1),
     ("fp8_e5m2", "int8", 64, 64),
 )
-LATENT = (("f16", 1), ("f16", 64), ("q8_0", 1), ("q8_0", 64))  # K, tokens
 
 
 MEMORY = r"(st\.global|bar\.sync|bar\.warp\.sync|atom[\w.]+|ld\.global\.cg)"
@@ -142,6 +141,7 @@ def ops() -> None:
         step.add(Rope(qkv.columns(0, 1280), Rotation(style, 128, np.ones(64)), 128))
     for name in ACTIVATIONS:
         step.add(Gated(x, y, y, name))
+    step.add(Xielu(x, y, 0.7, 1.3, 0.5, -1e-6))
     step.add(Observe(x, backend.squares(1024)))
     step.add(Matmul(y, weight("Q8_0", 1024, 1024), x))
     step.finish(x)
@@ -166,7 +166,16 @@ def attention(k: str, v: str, head_dim: int, n: int) -> None:
     cache.shift(0, 64, 0, 32, rotation)
 
 
-def moe(gate_up: str, down: str, n: int, activation: str, biases: bool) -> None:
+def latent_attention(k: str, n: int) -> None:
+    """Compile the attention of DeepSeek's sizes, whose values are 512 of the 576 columns of a key."""
+    step, shape = Step(GpuBackend(CPU), 64), AttentionShape(16, 1, 576, 0.1, n_latent=512)
+    q, keys, out = step.buffer(16 * 576), step.buffer(576), step.buffer(16 * 512)
+    cache = step.backend.cache(shape, 32768, 64, 1, CacheType(k, k))
+    step.add(Attend(q, keys, keys.columns(0, 512), cache, shape, out))
+    run(step.finish(out), n)
+
+
+def moe(gate_up: str, down: str, n: int, mixture: Mixture, biases: bool) -> None:
     """Compile a mixture of 64 experts, 8 for each token."""
     n_expert, n_embd, n_ff = 64, 6144, 768
     step = Step(GpuBackend(CPU), 512)
@@ -176,7 +185,8 @@ def moe(gate_up: str, down: str, n: int, activation: str, biases: bool) -> None:
         empty(PANELS[down], n_ff, n_expert * n_embd, CPU),
     )
     shifts = [torch.zeros(n_expert, n) if biases else None for n in (2 * n_ff, n_embd)]
-    step.add(Moe(x, logits, GpuExperts(n_expert, *parts, *shifts), Mixture(8, True, 1.0, activation), x))
+    bias = torch.zeros(n_expert) if mixture.gating == "sigmoid" else None
+    step.add(Moe(x, logits, GpuExperts(n_expert, *parts, *shifts), mixture, x, None, bias))
     run(step.finish(x), n)
 
 
@@ -188,15 +198,21 @@ def cases(full: bool) -> dict[str, Callable[[], None]]:
     if full:
         few_cases += [("Q4_K", 2), ("Q8_0", 4), ("Q4_K", 8), ("Q3_K", 8)]
         many_cases += [("Q4_K", 32), ("Q6_K", 64), ("Q3_K", 96)]
-    moes = [("Q4_K", "Q6_K", n, "silu", False) for n in ((1, 64, 512) if full else (1, 512))]
+    mixtures = {
+        1: Mixture(8, True, 1.0, "silu", "sigmoid", 8, 4),
+        512: Mixture(8, False, 1.0, "silu", "sparsemixer", weighs_input=True),
+        64: Mixture(8, True, 1.0, "silu"),
+    }
+    moes = [("Q4_K", "Q6_K", n, mixture, False) for n, mixture in mixtures.items() if full or n != 64]
     if full:
-        moes.append(("MXFP4", "MXFP4", 1, "swiglu_oai", True))
+        moes.append(("MXFP4", "MXFP4", 1, Mixture(8, True, 1.0, "swiglu_oai"), True))
     return {
         "ops": ops,
         **{f"few {name} {n}": functools.partial(product, name, n) for name, n in few_cases},
         **({"few Q4_K 1 gated": functools.partial(product, "Q4_K", 1, "silu")} if full else {}),
         **{f"many {name} {n}": functools.partial(product, name, n) for name, n in many_cases},
         **{"attention {} {} {} {}".format(*case): functools.partial(attention, *case) for case in attentions},
+        **{f"latent {n}": functools.partial(latent_attention, "f16", n) for n in (1, 64)},
         **{f"moe {case[0]} {case[2]}": functools.partial(moe, *case) for case in moes},
     }
 

@@ -4,7 +4,7 @@ FUNCTIONS has one function for each op. Weights are dequantized to `dtype`: floa
 arithmetic is in `dtype` too, and so is the KV cache unless a test says otherwise.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +14,9 @@ from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models import ops
 from gguf_run.models.backend import CacheType, Results, Run
+from gguf_run.models.experts import ExpertTensors
 from gguf_run.models.kv_cache import GROUP
-from gguf_run.models.operands import AttentionShape, Buffer, Rotation
+from gguf_run.models.operands import AttentionShape, Buffer, Mixture, Rotation
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class NumpyWeight:
 
 @dataclass(frozen=True)
 class NumpyExperts:
-    gate: list[NumpyWeight]  # one for each expert
-    up: list[NumpyWeight]
+    into: list[NumpyWeight]  # one for each expert: the rows of gate, then those of up, or of up alone
     down: list[NumpyWeight]
-    biases: list[np.ndarray]  # of gate, up and down, [n_expert, n_out]
+    biases: list[np.ndarray]  # of into and down, [n_expert, n_out]
+    factors: np.ndarray  # [n_expert]
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,27 @@ class NumpyCache:
         first = end * GROUP - len(rows)
         side[first : end * GROUP] = rows[: len(side) - first]
         return first // GROUP
+
+
+@dataclass(frozen=True)
+class NumpyState:
+    data: np.ndarray  # [n_slots, n_floats]
+
+    @property
+    def n_slots(self) -> int:
+        return len(self.data)
+
+    def copy(self, source: int, target: int) -> None:
+        self.data[target] = self.data[source]
+
+    def read(self, slot: int) -> np.ndarray:
+        return self.data[slot].view(np.uint8).copy()
+
+    def write(self, slot: int, data: Any) -> bool:
+        fits = len(data) == self.data[slot].nbytes
+        if fits:
+            self.data[slot] = np.frombuffer(data, self.data.dtype)
+        return fits
 
 
 def rotate(x: np.ndarray, rotation: Rotation, positions: np.ndarray) -> np.ndarray:
@@ -143,7 +165,13 @@ def swiglu_oai(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     return gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
 
 
-ACTIVATIONS = {"silu": silu, "gelu": gelu}
+ACTIVATIONS = {
+    "silu": silu,
+    "gelu": gelu,
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+    "sigmoid": lambda x: 1 / (1 + np.exp(-np.clip(x, -80, None))),
+    "identity": lambda x: x,
+}
 GATED = {name: lambda gate, up, f=f: f(gate) * up for name, f in ACTIVATIONS.items()} | {"swiglu_oai": swiglu_oai}
 
 
@@ -246,7 +274,7 @@ def rope(p: NumpyProgram, op: ops.Rope) -> np.ndarray:
     rows = p[op.x]
     filled = np.pad(rows, ((0, 0), (0, -rows.shape[1] % op.head_dim)))  # the last head may be shorter
     heads, at, parts = filled.reshape(len(rows), -1, op.head_dim), 0, []
-    for _, n_past, n, is_long in p.runs:
+    for _, n_past, n, is_long, *_ in p.runs:
         parts.append(rotate(heads[at : at + n], op.rotation.of(is_long), n_past + np.arange(n)))
         at += n
     return np.concatenate(parts).reshape(filled.shape)[:, : rows.shape[1]]
@@ -255,7 +283,7 @@ def rope(p: NumpyProgram, op: ops.Rope) -> np.ndarray:
 def attention(p: NumpyProgram, op: ops.Attend[NumpyCache, np.ndarray]) -> np.ndarray:
     shape, cache, parts = op.shape, op.cache, []
     at = 0
-    for seq, n_past, n, _ in p.runs:
+    for seq, n_past, n, *_ in p.runs:
         rows, stop = slice(at, at + n), n_past + n
         for kept, new in ((cache.k, op.k), (cache.v, op.v)):
             kept[seq, n_past:stop] = p[new][rows].reshape(n, shape.n_head_kv, -1)
@@ -273,19 +301,87 @@ def matmul_heads(p: NumpyProgram, op: ops.MatmulHeads[NumpyWeight]) -> np.ndarra
     return np.concatenate([made, x[..., n:]], axis=2).reshape(len(x), -1)
 
 
-def moe(p: NumpyProgram, op: ops.Moe[NumpyExperts, NumpySquares]) -> np.ndarray:
+def by_run(p: NumpyProgram, state: NumpyState, shape: tuple[int, ...]) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield the rows of each run, and the state that its tokens change."""
+    at = 0
+    for run in p.runs:
+        old, new = (state.data[slot].reshape(shape) for slot in (run.reads, run.writes))
+        assert run.reads != run.writes
+        new[:] = old if run.n_past else 0
+        yield slice(at, at + run.n_tokens), new
+        at += run.n_tokens
+
+
+def short_conv(p: NumpyProgram, op: ops.ShortConv[NumpyState, np.ndarray]) -> np.ndarray:
+    n, parts = op.n_taps, []
+    for rows, state in by_run(p, op.state, (n - 1, op.x.width)):
+        x = np.concatenate([state, p[op.x][rows]])
+        state[:] = x[len(x) - n + 1 :]
+        sums = sum(op.taps.reshape(-1, n)[:, j] * x[j : len(x) - n + 1 + j] for j in range(n))
+        parts.append(sums + (0 if op.bias is None else op.bias))
+    return {"silu": silu, "identity": np.asarray}[op.activation](np.concatenate(parts))
+
+
+def softplus(x: np.ndarray) -> np.ndarray:
+    return np.logaddexp(x, 0)
+
+
+def delta_rule(p: NumpyProgram, op: ops.DeltaRule[NumpyState, np.ndarray]) -> np.ndarray:
+    n_k, n_v = op.n_head_k, op.n_head_v
+    heads = np.arange(n_v) % n_k if op.is_tiled else np.arange(n_v) // (n_v // n_k)
+    q, k = (p[x].reshape(-1, n_k, op.q.width // n_k)[:, heads] for x in (op.q, op.k))
+    q, k = (x / np.sqrt((x * x).sum(axis=-1, keepdims=True) + op.eps) for x in (q, k))
+    v, parts = p[op.v].reshape(-1, n_v, op.v.width // n_v), []
+    decay, beta = np.exp(op.a * softplus(p[op.alpha] + op.dt)), 1 / (1 + np.exp(-p[op.beta]))
+    for rows, s in by_run(p, op.state, (n_v, k.shape[-1], v.shape[-1])):
+        for t in range(rows.start, rows.stop):
+            s *= decay[t, :, None, None]
+            change = beta[t, :, None] * (v[t] - np.einsum("hkv,hk->hv", s, k[t]))
+            s += k[t, :, :, None] * change[:, None]
+            parts.append(np.einsum("hkv,hk->hv", s, q[t]) / np.sqrt(k.shape[-1]))
+    return np.concatenate(parts).reshape(p[op.v].shape)
+
+
+def moe(p: NumpyProgram, op: ops.Moe[NumpyExperts, np.ndarray, NumpySquares]) -> np.ndarray:
     """Compute one token and one expert at a time."""
-    mixture, experts, result = op.mixture, op.experts, p[op.out].copy()
-    for scores, row, out in zip(p[op.logits], p[op.x], result, strict=True):
-        chosen = np.argsort(-scores, kind="stable")[: mixture.n_used]
-        weights = (softmax(scores[chosen]) if mixture.norm else softmax(scores)[chosen]) * mixture.scale
-        for e, weight in zip(chosen, weights, strict=True):
-            gate, up, down = (bias[e] for bias in experts.biases)
-            made = GATED[mixture.activation](experts.gate[e].product(row) + gate, experts.up[e].product(row) + up)
-            out += experts.down[e].product(made * weight) + weight * down
+    mixture, experts, result = op.mixture, op.experts, p[op.out].copy() if op.accumulate else np.zeros_like(p[op.out])
+    for logits, row, out in zip(p[op.logits], p[op.x], result, strict=True):
+        for e, weight in route(mixture, logits, op.bias):
+            wide = experts.into[e].product(row) + experts.biases[0][e]
+            before, after = (weight, 1) if mixture.weighs_input else (1, weight * experts.factors[e])
+            halves = np.split(wide * before, wide.size // experts.down[e].n_in)
+            made = GATED[mixture.activation](*halves) if len(halves) == 2 else ACTIVATIONS[mixture.activation](*halves)
+            out += experts.down[e].product(made * after) + after * experts.biases[1][e]
             for seen, read in zip(op.squares or (), (row, made), strict=False):
                 seen.add(read[None], e)
     return result
+
+
+def route(mixture: Mixture, logits: np.ndarray, bias: np.ndarray | None) -> list[tuple[int, float]]:
+    """Return a token's experts and their weights, as models.operands.Mixture says."""
+    left = logits.copy()
+    scores = {"softmax": softmax, "sigmoid": ACTIVATIONS["sigmoid"], "sparsemixer": np.copy}[mixture.gating](logits)
+    if bias is not None or mixture.n_group > 1:
+        left = scores + (0 if bias is None else bias)
+        groups = left.reshape(mixture.n_group, -1)
+        best = np.sort(groups)[:, -mixture.n_group_best :].sum(axis=1)
+        groups[np.argsort(-best, kind="stable")[mixture.n_group_used :]] = -np.inf
+    chosen = []
+    for _ in range(mixture.n_used):
+        e = int(np.argmax(left))
+        if mixture.gating == "sparsemixer":
+            m = left[e]
+            near = [x for x in left if np.isfinite(x) and m - x <= 0.02 * max(abs(x), m)]
+            scores[e] = 1 / np.exp(np.array(near) - m).sum()
+        chosen.append(e)
+        left[e] = -np.inf
+    weights = scores[chosen] * mixture.scale / (scores[chosen].sum() if mixture.norm else 1)
+    return list(zip(chosen, weights, strict=True))
+
+
+def xielu(x: np.ndarray, op: ops.Xielu) -> np.ndarray:
+    low = op.alpha_n * (np.expm1(np.minimum(x, op.eps)) - x)
+    return op.beta * x + np.where(x > 0, op.alpha_p * x * x, low)
 
 
 def softcap(x: np.ndarray, scale: float, cap: float) -> np.ndarray:
@@ -302,6 +398,9 @@ FUNCTIONS: Mapping[type, Callable[[NumpyProgram, Any], Any]] = {
     ops.Rope: rope,
     ops.Attend: attention,
     ops.Gated: lambda p, op: ACTIVATIONS[op.activation](p[op.gate]) * (1 if op.up is None else p[op.up]),
+    ops.Xielu: lambda p, op: xielu(p[op.x], op),
+    ops.ShortConv: short_conv,
+    ops.DeltaRule: delta_rule,
     ops.Moe: moe,
     ops.GateRows: lambda p, op: p[op.x] / (1 + np.exp(-p[op.gate])),
     ops.Softcap: lambda p, op: softcap(p[op.x], op.scale, op.cap),
@@ -330,10 +429,13 @@ class NumpyBackend:
         return NumpyWeight(data.reshape(*tensors[0].ne[:0:-1], -1) if len(tensors[0].ne) > 2 else data)
 
     def experts(self, tensors: Sequence[Tensor]) -> NumpyExperts:
-        n_expert = tensors[0].ne[2]
-        matrices = [[self.weight([t.matrix(e)]) for e in range(n_expert)] for t in tensors[:3]]
-        biases = [self.vector([t]).reshape(n_expert, -1) for t in tensors[3:]]
-        return NumpyExperts(*matrices, biases or [np.zeros((n_expert, t.ne[1]), self.dtype) for t in tensors[:3]])
+        held = ExpertTensors.of(tensors)
+        into = [self.weight([t.matrix(e) for t in held.into]) for e in range(held.n_expert)]
+        down = [self.weight([held.down.matrix(e)]) for e in range(held.n_expert)]
+        zeros = [np.zeros((held.n_expert, side[0].n_out), self.dtype) for side in (into, down)]
+        shifts = [self.vector([t]).reshape(held.n_expert, -1) for t in held.biases]
+        biases = [np.concatenate(shifts[:-1], 1), shifts[-1]] if shifts else zeros
+        return NumpyExperts(into, down, biases, np.ones(held.n_expert) if held.factors is None else held.factors)
 
     def vector(self, tensors: Sequence[Tensor]) -> np.ndarray:
         return np.concatenate([dequantize(t.blocks(), t.type).reshape(-1) for t in tensors]).astype(self.dtype)
@@ -343,6 +445,11 @@ class NumpyBackend:
         k, v = (np.full((*size, n), np.nan, self.cache_dtype) for n in (shape.head_dim, shape.n_value))
         self._nbytes["cache"] += k.nbytes + v.nbytes
         return NumpyCache(k, v)
+
+    def state(self, n_floats: int, n_slots: int) -> NumpyState:
+        data = np.full((n_slots, n_floats), np.nan, self.dtype)
+        self._nbytes["cache"] += data.nbytes
+        return NumpyState(data)
 
     def squares(self, width: int, n_expert: int = 1) -> NumpySquares:
         return NumpySquares(width, n_expert)

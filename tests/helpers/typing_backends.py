@@ -7,10 +7,12 @@ from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.kernels_cpu.int8_forms import CpuOp, CpuVector
 from gguf_run.kernels_cpu.matmul.moe import CpuExperts
 from gguf_run.kernels_cpu.panels.memory import CpuTable, CpuWeight
+from gguf_run.kernels_cpu.recurrent.state import CpuState
 from gguf_run.kernels_cpu.rows.observe import CpuSquares
 from gguf_run.kernels_gpu.attention.cache import GpuCache
 from gguf_run.kernels_gpu.backend import GpuBackend, GpuOp
 from gguf_run.kernels_gpu.panels.memory import GpuExperts, GpuSquares, GpuWeight, WeightPart
+from gguf_run.kernels_gpu.recurrent.state import GpuState
 from gguf_run.models.operands import AttentionShape, Buffer
 from gguf_run.models.ops import Attend, Embed, Matmul, RmsNorm
 from gguf_run.models.protocol import Backend
@@ -18,11 +20,13 @@ from gguf_run.models.protocol import Backend
 
 def cpu_keeps_the_contract(
     cpu: CpuBackend,
-) -> Backend[CpuTable, CpuWeight, CpuVector, CpuCache, CpuExperts, CpuSquares]:
+) -> Backend[CpuTable, CpuWeight, CpuVector, CpuCache, CpuExperts, CpuSquares, CpuState]:
     return cpu
 
 
-def gpu_keeps_the_contract(gpu: GpuBackend) -> Backend[WeightPart, GpuWeight, Array, GpuCache, GpuExperts, GpuSquares]:
+def gpu_keeps_the_contract(
+    gpu: GpuBackend,
+) -> Backend[WeightPart, GpuWeight, Array, GpuCache, GpuExperts, GpuSquares, GpuState]:
     return gpu
 
 

@@ -61,8 +61,7 @@ def open_decoder(path: Path, backend: Any, n_layer: int | None = None, **options
     """n_layer: the first so many only. backend: one, or those of the layers."""
     file = GGUFFile.open(path)
     config = ModelConfig.from_metadata(file.metadata, file.tensors)
-    n_layer = n_layer or config.n_layer
-    config = replace(config, n_layer=n_layer, is_swa=config.is_swa[:n_layer])
+    config = replace(config, layers=config.layers[:n_layer])
     backends = backend if isinstance(backend, list) else [backend] * config.n_layer
     return Decoder(config, file.tensors, backends, 64, n_batch=32, n_outputs=16, **options)
 

@@ -15,7 +15,8 @@ from tinymodel import ALL_BIASES, AWKWARD_LLAMA, QKV, TINY_GEMMA3, WIDE_LLAMA, T
 from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.gguf.tensors import Tensor
-from gguf_run.models.architectures import ARCHITECTURES, Architecture
+from gguf_run.models import config as model_config
+from gguf_run.models.architectures import Architecture
 from gguf_run.models.backend import Results, Run
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
@@ -105,7 +106,7 @@ def test_an_architecture_with_fused_tensors_is_one_entry(
         tensors[f"blk.0.{name}.weight"] = np.concatenate([weights[f"blk.0.{part}.weight"] for part in parts])
     fused = Architecture("llama", qkv=("attn_qkv",), gate_up=("ffn_up",), shapes={"ffn_up": ("n_embd", "n_ff+n_ff")})
     expected = all_logits(build(tiny), IDS)
-    monkeypatch.setitem(ARCHITECTURES, "llama", fused)  # type: ignore[arg-type]
+    monkeypatch.setattr(model_config, "architecture", lambda name: fused)
     assert all_logits(build(replace(tiny, tensors=tensors)), IDS) == pytest.approx(expected, abs=1e-10)
 
 
@@ -123,7 +124,7 @@ class Spy(NumpyBackend):
 
         class SpyProgram(NumpyProgram):
             def run(self, ids: np.ndarray, runs: Sequence[Run], rows: Sequence[int], *more: int) -> Results:
-                ((seq, n_past, n_tokens, _),) = runs
+                ((seq, n_past, n_tokens, *_),) = runs
                 assert (seq, n_tokens) == (0, len(ids))
                 spy.passes.append((n_tokens, n_past, min(rows, default=0), len(rows)))
                 return super().run(ids, runs, rows, *more)

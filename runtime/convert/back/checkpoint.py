@@ -23,9 +23,9 @@ from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.formats.quantizers.quantizer import quantize
 from gguf_run.formats.safetensors import writing_safetensors
 from gguf_run.models.architectures import ROPE_FACTORS
-from gguf_run.runtime.convert.architectures import CheckpointLayout, names_of
 from gguf_run.runtime.convert.back.config import generation_config, layout_of_file, model_config
 from gguf_run.runtime.convert.back.tokenizer import tokenizer_files
+from gguf_run.runtime.convert.layout import CheckpointLayout, names_of
 from gguf_run.runtime.convert.metadata import sizes
 from gguf_run.runtime.convert.stored.checkpoint import Config
 from gguf_run.runtime.convert.stored.sources import F32, Source, gathered, rows, transposed, values

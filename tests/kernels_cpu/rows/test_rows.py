@@ -17,13 +17,13 @@ from cpu_ops import (
     read_q8,
     weights_of,
 )
-from numpy_backend import ACTIVATIONS, rotate
+from numpy_backend import ACTIVATIONS, rotate, xielu
 
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.types import TENSOR_TYPES, type_by_name
 from gguf_run.models.backend import Run
 from gguf_run.models.operands import AttentionShape, Buffer, Rotation
-from gguf_run.models.ops import Attend, Embed, Gated, Matmul, RmsNorm, Rope
+from gguf_run.models.ops import Attend, Embed, Gated, Matmul, RmsNorm, Rope, Xielu
 
 TOKENS = (1, 2, 5, 19)
 
@@ -285,7 +285,7 @@ def test_ropes_of_one_program_do_not_mix() -> None:
 # gated
 @pytest.mark.parametrize("where", ["new", "gate", "up"])
 @pytest.mark.parametrize("width", [1, 8, 16, 20, 33, 511, 512, 513, 1100])
-@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gated(activation: str, width: int, where: str) -> None:
     gates, ups = 4 * normal(19, width), normal(19, width, seed=1)
     expected = ACTIVATIONS[activation](gates.astype(np.float64)) * ups
@@ -301,7 +301,7 @@ def test_gated(activation: str, width: int, where: str) -> None:
             assert (np.abs(step.run(n) - expected[:n]) <= 1e-6 * np.abs(expected[:n]) + 2e-7 * np.abs(ups[:n])).all()
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gated_at_extremes(activation: str) -> None:
     """In the vector part (16 columns) and in the rest."""
     numbers = [0.0, -0.0, 1e-30, -1e-30, 100, -100, 1e4, -1e4, 1e15, -1e15, 88, -88, 87.4, -87.4, 20, -20, 12, -12]
@@ -315,6 +315,20 @@ def test_gated_at_extremes(activation: str) -> None:
         expected = ACTIVATIONS[activation](gates.astype(np.float64)) * 0.5
     assert np.isfinite(result).all()
     assert (np.abs(result - expected) <= 1e-6 * np.abs(expected) + 1e-7).all(), result - expected
+
+
+@pytest.mark.parametrize("width", [48, 1100])
+def test_xielu(width: int) -> None:
+    """Relative to each number and its x: next to 0, e^x - 1 has few bits unless it is summed."""
+    spread = normal(5, width) * 10.0 ** np.random.default_rng(3).integers(-7, 2, (5, width))
+    spread[:, :8] = [0, -0.0, -1e-6, -5e-7, -0.5, -0.49999, -90, 1e4]
+    step = Step(cpu(3), 5)
+    spread = spread.astype(np.float32).astype(np.float64)
+    x, out = step.input(spread), step.buffer(width)
+    op = Xielu(x, out, 0.7, 1.3, 0.5, -1e-6)
+    step.add(op)
+    expected = xielu(spread, op)
+    assert (np.abs(step.finish(out).run(5) - expected) <= 5e-7 * (np.abs(expected) + np.abs(spread))).all()
 
 
 @pytest.mark.parametrize("type_name", QUANTIZED[:3])

@@ -29,6 +29,25 @@ CASES = {
     "Q4_K": (Case(("Q4_K", "Q8_0"), 256, 32, 3, Mixture(1, True, 1.0, "silu")), (1,)),
     "biases": (Case(("Q8_0", "Q4_0"), 32, 64, 8, Mixture(2, True, 1.0, "swiglu_oai"), biases=True), (1,)),
     "gpt-oss": (Case(("MXFP4", "MXFP4"), 32, 32, 5, Mixture(1, True, 1.0, "swiglu_oai"), biases=True), (9,)),
+    "groups": (
+        Case(("F16", "F16"), 32, 32, 12, Mixture(3, True, 2.5, "silu", "sigmoid", 4, 2), bias=0.4, accumulate=False),
+        (2, 9),
+    ),
+    "one group of three": (Case(("F16", "F16"), 32, 24, 9, Mixture(2, False, 16.0, "silu", "softmax", 3, 1, 1)), (9,)),
+    "llama4": (
+        Case(("Q8_0", "Q8_0"), 64, 32, 5, Mixture(1, False, 1.0, "silu", "sigmoid", weighs_input=True), form="fused"),
+        (1, 9),
+    ),
+    "phimoe": (Case(("F16", "F16"), 32, 24, 50, Mixture(2, False, 1.0, "silu", "sparsemixer")), (9,)),
+    "gemma4": (
+        Case(("Q8_0", "F16"), 32, 24, 6, Mixture(3, True, 1.0, "gelu"), form="fused", factors=True, accumulate=False),
+        (9,),
+    ),
+    "nemotron": (
+        Case(("Q8_0", "Q8_0"), 64, 32, 6, Mixture(2, True, 2.5, "relu2", "sigmoid"), form="up", bias=0.2),
+        (1, 9),
+    ),
+    "up, biases": (Case(("Q8_0", "Q8_0"), 32, 32, 4, Mixture(2, True, 1.0, "gelu"), biases=True, form="up"), (1, 9)),
     "many": (Case(("Q4_0", "Q4_0"), 32, 32, 60, Mixture(2, False, 0.7, "silu")), (9,)),
 }
 

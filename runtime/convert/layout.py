@@ -1,0 +1,121 @@
+"""What a row of the table of checkpoints has, and the names and keys that several rows share.
+
+A row says where a checkpoint differs from Llama's. models/architectures.py has the other half: which tensors a layer
+needs, and their shapes. The facts are those of llama.cpp's converter (2026-09): other programs expect its files.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gguf_run.models.architectures import Architecture, architecture
+
+# A module of the checkpoint -> the tensor of the GGUF file. Both names get ".weight" or ".bias".
+# "@": the number of an expert (or head); all of them become one tensor. Two names: the tensor is split in halves.
+# Three names: q, k and v; the checkpoint has them together for each head of keys.
+Names = Mapping[str, str | tuple[str, ...]]
+# A key without the architecture's name, its type, and the names in config.json. A value that is not there is left out.
+Key = tuple[str, str, tuple[str, ...]]
+
+
+def network(module: str, end: str = "", words: Sequence[str] = ("gate_proj", "up_proj", "down_proj")) -> Names:
+    """Return the names of a feed-forward network, or of all experts. words: gate, up and down in the checkpoint."""
+    return {f"{module}.{word}": f"ffn_{name}{end}" for name, word in zip(("gate", "up", "down"), words, strict=True)}
+
+
+MODEL: Names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+ATTENTION: Names = {f"self_attn.{name}_proj": f"attn_{name}" for name in "qkv"} | {"self_attn.o_proj": "attn_output"}
+PRE_NORMS: Names = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+QK_NORM: Names = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+POST_NORMS: Names = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+DENSE = network("mlp")
+FUSED_EXPERTS: Names = {
+    "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
+    "mlp.experts.down_proj": "ffn_down_exps",
+}
+MOE: Names = {"mlp.gate": "ffn_gate_inp", **network("mlp.experts.@", "_exps"), **FUSED_EXPERTS}
+NUMBERED = ("w1", "w3", "w2")
+MIXTRAL_EXPERTS: Names = {
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    **network("block_sparse_moe.experts.@", "_exps", NUMBERED),
+}
+LLAMA: Names = {**PRE_NORMS, **ATTENTION, **DENSE}
+LLAMA_MOE: Names = {**PRE_NORMS, **ATTENTION, **MOE}
+# Ends of names of tensors that hold no weights.
+IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
+# Parts of a model for images and text, of which only the text is converted.
+OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+
+
+def names_of(target: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Return a value of Names as a tuple."""
+    return (target,) if isinstance(target, str) else target
+
+
+# Keys that every architecture has, in the order of llama.cpp's converter. metadata.py adds those of the rotation.
+BASE_KEYS: tuple[Key, ...] = (
+    ("block_count", "u32", ("num_hidden_layers",)),
+    ("context_length", "u32", ("max_position_embeddings",)),
+    ("embedding_length", "u32", ("hidden_size",)),
+    ("feed_forward_length", "u32", ("intermediate_size",)),
+    ("attention.head_count", "u32", ("num_attention_heads",)),
+    ("attention.head_count_kv", "u32", ("num_key_value_heads",)),
+    ("attention.layer_norm_rms_epsilon", "f32", ("rms_norm_eps",)),
+    ("attention.layer_norm_epsilon", "f32", ("layer_norm_eps", "norm_epsilon")),
+    ("expert_count", "u32", ("num_local_experts", "num_experts", "n_routed_experts")),
+    ("expert_used_count", "u32", ("num_experts_per_tok",)),
+)
+VOCAB_SIZE: Key = ("vocab_size", "u32", ("vocab_size",))
+N_EXPERT: Key = ("expert_count", "u32", ("num_experts", "num_local_experts"))
+EXPERT_FF: Key = ("expert_feed_forward_length", "u32", ("moe_intermediate_size",))
+SILU = {"hidden_act": ("silu", "swish")}
+NORM = {"norm_topk_prob": False}
+QWEN = {"sliding_window": 4096, "max_window_layers": 28}
+
+
+@dataclass(frozen=True)
+class CheckpointLayout:
+    """One architecture of checkpoints."""
+
+    arch: str  # general.architecture
+    # Class -> model_type, as in config.json. The way back writes the first; the last if experts are optional and there.
+    classes: Mapping[str, str]
+    layer: Names = field(default_factory=lambda: LLAMA)  # modules of a layer
+    model: Names = field(default_factory=lambda: MODEL)  # modules beside the layers
+    bare: tuple[str, ...] = ()  # tensors without ".weight" in the checkpoint; matrices of experts are [n_in, n_out]
+    permuted: bool = False  # rows of q and k come as two halves of each head; GGUF has them in pairs
+    interleaved: bool = False  # a tensor with two names has their rows in turns, not one half after the other
+    norm_offset: float = 0.0  # added to the weights of norms
+    tied_copy: bool = False  # output.weight is written even where it is the same as token_embd.weight
+    keys: tuple[Key, ...] = ()  # metadata beyond BASE_KEYS, or instead of one of them
+    rope_dim: bool = False  # rope.dimension_count is written
+    rope_type: str = ""  # rope.scaling.type where config.json asks for no scaling
+    original_context: bool = False  # rope.scaling.original_context_length is written for every kind of scaling
+    bias_key: str = "attention_bias"  # config.json: whether q, k and v have biases; "": nothing says it
+    # Which layers have the window: "all", "last" (from max_window_layers on), "first" (every other one below
+    # max_window_layers), "period" (all but every n-th), "unrotated"; "": this architecture has no window.
+    windows: str = ""
+    switch: bool = False  # the window needs use_sliding_window
+    # Values that transformers assumes where config.json leaves a key out. null is no such place: it means "none".
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    # Values of config.json that a GGUF file cannot tell: any other cannot be converted.
+    expected: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: SILU)
+
+    @property
+    def decoder(self) -> Architecture:
+        """What this program knows of the model in a GGUF file."""
+        return architecture(self.arch)
+
+    def all_keys(self) -> Sequence[Key]:
+        """Return BASE_KEYS, in which `keys` replaces rows, and the rest of `keys`."""
+        return tuple({key[0]: key for key in (*BASE_KEYS, *self.keys)}.values())
+
+    def required(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Return the tensors of every layer, and sets of tensors of which a layer has one: its feed-forward network."""
+        arch = self.decoder
+        norms = [name for name in arch.norms if name not in arch.optional_norms]
+        always = (*norms, *arch.qkv, "attn_output", *(("attn_sinks",) if arch.sinks else ()))
+        known = dict.fromkeys(name for target in self.layer.values() for name in names_of(target))
+        dense = (*arch.gate_up, "ffn_down")
+        experts = tuple(name for name in known if name.endswith(("_exps", "_shexp", "_inp")))
+        return always, [names for names in (dense, experts) if names and known.keys() >= set(names)]
