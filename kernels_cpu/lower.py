@@ -175,6 +175,12 @@ def _gate_rows(tape: Tape, op: ops.GateRows, int8: Rows | None) -> None:
     tape.record(op, gate_rows, n=op.x.width)
 
 
+def _temper(tape: Tape, op: ops.Temper, int8: Rows | None) -> None:
+    from gguf_run.kernels_cpu.rows.scale import temper
+
+    tape.record(op, temper, n=op.x.width, **vars(op.temperature))
+
+
 def _softcap(tape: Tape, op: ops.Softcap, int8: Rows | None) -> None:
     from gguf_run.kernels_cpu.rows.scale import softcap
 
@@ -229,6 +235,7 @@ LOWER: Mapping[type, Lowered] = {
     ops.MatmulHeads: _matmul_heads,
     ops.MatmulGated: _matmul_gated,
     ops.Rope: _rope,
+    ops.Temper: _temper,
     ops.Attend: _attend,
     ops.Gated: _gated,
     ops.Xielu: _xielu,

@@ -30,6 +30,7 @@ from gguf_run.models.ops import (
     Outputs,
     Rope,
     Softcap,
+    Temper,
     Xielu,
 )
 
@@ -116,6 +117,12 @@ def _gate_rows(op: GateRows, memory: Memory) -> Launch:
     return _by_columns(activation.gate_rows, op.x.width, *memory.strided(op.x), *memory.strided(op.gate), op.x.width)
 
 
+def _temper(op: Temper, memory: Memory) -> Launch:
+    numbers = op.temperature.scale, op.temperature.length, op.temperature.offset
+    x, positions = memory.strided(op.x), memory.step.positions
+    return _by_columns(activation.temper, op.x.width, *x, positions, op.x.width, *numbers)
+
+
 def _softcap(op: Softcap, memory: Memory) -> Launch:
     return _by_columns(activation.softcap, op.x.width, *memory.strided(op.x), op.x.width, op.scale, op.cap or None)
 
@@ -149,6 +156,7 @@ _BIND: dict[type, Callable[[Any, Memory], Launch]] = {
     Rope: _rope,
     Softcap: _softcap,
     Xielu: _xielu,
+    Temper: _temper,
 }
 
 

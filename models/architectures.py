@@ -3,7 +3,7 @@
 The facts come from llama.cpp (src/models/*.cpp), whose converter writes the files.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import field
 from importlib import import_module
 
@@ -30,7 +30,13 @@ class Architecture:
     ffn_norm: str = "ffn_norm"  # name of the norm before the ffn
     layer_norm: bool = False  # norms subtract the mean and have biases
     sinks: bool = False  # attention has sinks
+    qk_norm_after_rope: bool = False  # attn_q_norm and attn_k_norm come after the rotation
+    neox_by_sections: bool = False  # with a rope.dimension_sections that is not 0, rope_style is "neox"
     no_rope_period: int = 0  # every n-th layer does not rotate; 0: all rotate
+    window_rope: bool = False  # in a file with a window, only layers with the window rotate
+    # Scale, length and offset of operands.Temperature, for layers that do not rotate. (): keys of the file tell it.
+    temperature: tuple[float, int, int] | tuple[()] = ()
+    logits_multiplied: bool = False  # logit_scale multiplies the logits; False: it divides them
     scaled_embd: bool = False  # embeddings are multiplied by sqrt(n_embd)
     n_embd_scale_n_layer: tuple[int, ...] = ()  # with one of these n_layer, q.k is scaled by 1/sqrt(n_embd/n_head)
     attn_softcap: float = 0.0  # softcap of attention's scores, unless the file has one; 0: none
@@ -110,5 +116,15 @@ LAYER_SHAPES: Mapping[str, Shape] = {
     "ffn_down_shexp": ("n_ff_shexp", "n_embd"),
     "post_ffw_norm": ("n_embd",),
 }
+QKV = ("attn_q", "attn_k", "attn_v")
 EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 SHARED = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
+
+
+def qkv_of(arch: Architecture, block: str, tensors: Container[str]) -> tuple[str, ...]:
+    """Return the tensors that make q, k and v of a layer. A file may have one in place of three, or three in its place.
+
+    block: "blk.N."
+    """
+    kinds = (names for names in (("attn_qkv",), QKV) if f"{block}{names[0]}.weight" in tensors)
+    return next(kinds, arch.qkv)

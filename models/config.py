@@ -1,6 +1,7 @@
 """Reads the numbers of a model from GGUF metadata and tensor shapes, and checks all of them."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +13,21 @@ from gguf_run.models.architectures import (
     LAYER_SHAPES,
     MODEL_SHAPES,
     QK,
+    QKV,
     ROPE_FACTORS,
     SHARED,
     Architecture,
     architecture,
     entries,
+    qkv_of,
 )
-from gguf_run.models.keys import MAX_LAYERS, Keys, rope_scaling, show, swa_layers
-from gguf_run.models.operands import AttentionShape, Mixture
+from gguf_run.models.keys import MAX_LAYERS, Keys, rope_scaling, show, swa_layers, temperature
+from gguf_run.models.operands import AttentionShape, Mixture, Temperature
 from gguf_run.models.rope import RopeScaling
+from gguf_run.models.tensor_check import Ne, check_tensors, shape_of
 
 if TYPE_CHECKING:
     from gguf_run.models.mixers import Mixer
-
-Ne = tuple[int, ...]
 
 _MAX_EXPERTS = 1024
 
@@ -33,12 +35,9 @@ _MAX_EXPERTS = 1024
 _NEUTRAL: Mapping[str, float | bool] = {
     "attention.causal": True,
     "attention.clamp_kqv": 0,
-    "attention.temperature_scale": 0,
     "expert_group_count": 1,
     "expert_gating_func": 1,  # softmax
 }
-# Tensors that nobody reads: those that old converters wrote, and the scales of activations for NVFP4 products.
-_UNUSED_SUFFIXES = (".attn_rot_embd.weight", ".rope_freqs.weight", ".input_scale")
 
 
 @frozen
@@ -87,6 +86,7 @@ class ModelConfig:
     rope_scaling: RopeScaling
     attention_scale: float  # factor on q.k
     attn_softcap: float
+    temperature: Temperature | None  # of the queries of layers that do not rotate, if arch has one, or of all layers
     embd_scale: float  # factor on the embeddings
     logit_scale: float  # factor on the logits
     final_softcap: float
@@ -173,7 +173,8 @@ class ModelConfig:
             known = ", ".join(sorted(entry.name for entry in entries()))
             raise UnsupportedError(f"general.architecture is {show(name)}; this program runs: {known}") from None
         config = _read(arch, Keys(metadata, name), tensors)
-        _check_tensors(config, Keys(metadata, name), tensors)
+        groups = [(QKV, config.ffn(il)[:-1], EXPERTS) for il in range(config.n_layer)]
+        check_tensors(Keys(metadata, name), tensors, *_shapes(config, tensors), groups)
         return config
 
 
@@ -182,13 +183,15 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
         value = keys.get(key)
         if value is not None and not (isinstance(value, int | float) and value == neutral):
             raise UnsupportedError(f"{arch.name}.{key} is {show(value)}: this program does not have that yet")
+    if arch.neox_by_sections and any(keys.integers("rope.dimension_sections", 4, (0,), low=0)):
+        arch = replace(arch, rope_style="neox")
     n_embd = keys.integer("embedding_length")
     n_expert, n_ff_exp, n_ff_shexp, mixture = _experts(arch, keys)
     mixer = _mixer(arch, keys)
     layers = _layers(arch, keys, n_embd, bool(n_expert), mixer)
     embd = tensors.get("token_embd.weight")
     if embd is None or len(embd.ne) != 2:
-        raise FormatError(f"tensor token_embd.weight {_shape_of(embd)}, must have {n_embd} x (number of tokens) values")
+        raise FormatError(f"tensor token_embd.weight {shape_of(embd)}, must have {n_embd} x (number of tokens) values")
     n_ctx_train = keys.integer("context_length")
     residual_scale = keys.factor("residual_scale")
     eps = "attention.layer_norm_epsilon" if arch.layer_norm else "attention.layer_norm_rms_epsilon"
@@ -211,8 +214,9 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
         rope_scaling=rope_scaling(keys, n_ctx_train, arch.yarn_truncate),
         attention_scale=keys.number("attention.scale", 0.0) or head_scale,
         attn_softcap=keys.number("attn_logit_softcapping", arch.attn_softcap),
+        temperature=temperature(keys, arch.temperature),
         embd_scale=embd_scale / residual_scale,
-        logit_scale=1 / keys.factor("logit_scale"),
+        logit_scale=keys.factor("logit_scale") ** (1 if arch.logits_multiplied else -1),
         final_softcap=keys.number("final_logit_softcapping", arch.final_softcap),
         n_expert=n_expert,
         n_ff_exp=n_ff_exp,
@@ -254,12 +258,14 @@ def _layers(
         "feed_forward_length", n_block, [n_ff_exp] * n_block if n_ff_exp else None, int(not arch.mixer)
     )
     n_lead = keys.integer("leading_dense_block_count", 0, low=0, high=n_block)
+    moe_step = keys.integer("interleave_moe_layer_step", 1)
     window = keys.integer("attention.sliding_window", 0, low=0)
     is_swa = swa_layers(keys, n_block, arch.swa_period) if window else (False,) * n_block
     layers = []
     for il in range(n_layer):
         attends = mixer is None or mixer.attends(il)
         is_rotated = not arch.no_rope_period or (il + 1) % arch.no_rope_period != 0
+        is_rotated = is_rotated and (is_swa[il] or not (arch.window_rope and window))
         layers.append(
             LayerConfig(
                 n_head=n_head[il] if attends else 0,
@@ -268,7 +274,7 @@ def _layers(
                 n_rot=n_rot if is_rotated else 0,
                 n_ff=n_ff[il],
                 window=window if is_swa[il] and attends else 0,
-                has_experts=has_experts and il >= n_lead,
+                has_experts=has_experts and il >= n_lead and (il + 1) % moe_step == 0,
             )
         )
     return tuple(layers)
@@ -290,17 +296,7 @@ def _experts(arch: Architecture, keys: Keys) -> tuple[int, int, int, Mixture]:
     return n_expert, n_ff_exp, n_ff_shexp, Mixture(n_used, norm, scale, activation)
 
 
-def _shape_of(tensor: Tensor | None) -> str:
-    return "is missing" if tensor is None else f"has {' x '.join(map(str, tensor.ne))} values"
-
-
-def _is_factor(name: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a tensor has the factors of an NVFP4 matrix."""
-    weight = tensors.get(f"{name.removesuffix('.scale')}.weight")
-    return name.endswith(".scale") and weight is not None and weight.type.name == "NVFP4"
-
-
-def _shapes(config: ModelConfig) -> tuple[dict[str, Ne], dict[str, Ne]]:
+def _shapes(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Ne], dict[str, Ne]]:
     """Return ne of the tensors that a file must have, and of those that a file may leave out."""
     arch, shapes = config.arch, {**LAYER_SHAPES, **config.arch.shapes}
     model = {name: tuple(config.size(0, word) for word in words) for name, words in MODEL_SHAPES.items()}
@@ -309,8 +305,8 @@ def _shapes(config: ModelConfig) -> tuple[dict[str, Ne], dict[str, Ne]]:
     optional = {name: model[name] for name in ("output.weight", "output.bias", *norm_bias)}
     optional |= dict.fromkeys(ROPE_FACTORS, (config.n_rope_freqs,))
     for il, layer in enumerate(config.layers):
-        inputs = [*arch.qkv, "attn_output"] if layer.n_head else []
-        matrices = [*inputs, *config.ffn(il)]
+        qkv = qkv_of(arch, f"blk.{il}.", tensors) if layer.n_head else ()
+        matrices = [*qkv, *(["attn_output"] if qkv else []), *config.ffn(il)]
         if layer.has_experts:
             matrices += ["ffn_gate_inp", *EXPERTS, *(["ffn_gate_inp_shexp"] if arch.shared_gate else [])]
         norms = [name for name in arch.norms if layer.n_head or name not in QK]
@@ -319,32 +315,9 @@ def _shapes(config: ModelConfig) -> tuple[dict[str, Ne], dict[str, Ne]]:
             (optional if name in arch.optional_norms else required)[f"blk.{il}.{name}.weight"] = ne
             if arch.layer_norm or name in matrices:
                 optional[f"blk.{il}.{name}.bias"] = ne[1:] or ne
+        if qkv == ("attn_qkv",) and f"blk.{il}.attn_qkv.bias" not in tensors:
+            optional |= {f"blk.{il}.{name}.bias": (config.size(il, shapes[name][1]),) for name in QKV}
         if config.mixer is not None:
             for known, more in zip((required, optional), config.mixer.tensors(il), strict=True):
                 known |= {f"blk.{il}.{name}": ne for name, ne in more.items()}
     return required, optional
-
-
-def _check_tensors(config: ModelConfig, keys: Keys, tensors: Mapping[str, Tensor]) -> None:
-    """Raise an error if a tensor is missing, has a wrong shape, or would silently be left out."""
-    required, optional = _shapes(config)
-    for name, ne in (required | {name: ne for name, ne in optional.items() if name in tensors}).items():
-        tensor = tensors.get(name)
-        if tensor is None or not tensor.same_shape(ne):
-            expected = f"{' x '.join(map(str, ne))} in this {config.arch.name} model"
-            raise FormatError(f"tensor {name} {_shape_of(tensor)}, must have {expected}")
-    drafts = tuple(f"blk.{il}." for il in range(config.n_layer, keys.integer("block_count")))
-    for name in tensors:
-        known = name in required or name in optional or name.endswith(_UNUSED_SUFFIXES) or name.startswith(drafts)
-        if not known and not _is_factor(name, tensors):
-            raise UnsupportedError(
-                f"tensor {show(name)} is not a part of a {config.arch.name} model of {config.n_layer} layers as this "
-                "program knows it; without it the results would be wrong"
-            )
-    # q, k and v are one matrix, gate and up are one, too: all rows of a matrix have a bias or none has.
-    for il in range(config.n_layer):
-        for group in (config.arch.qkv, config.ffn(il)[:-1], EXPERTS):
-            missing = [name for name in group if f"blk.{il}.{name}.bias" not in tensors]
-            if 0 < len(missing) < len(group):
-                name = f"blk.{il}.{missing[0]}.bias"
-                raise UnsupportedError(f"tensor {name} is missing, though other biases of its kind are there")

@@ -7,6 +7,7 @@ import numpy as np
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.frozen import frozen
+from gguf_run.models.operands import Temperature
 from gguf_run.models.rope import SCALING_TYPES, RopeScaling
 
 MAX_LAYERS = 1024
@@ -107,6 +108,16 @@ def rope_scaling(keys: Keys, n_ctx_train: int, yarn_truncate: bool) -> RopeScali
         log_multiplier=keys.number("rope.scaling.yarn_log_multiplier", 0.0),
         truncate=keys.flag("rope.scaling.yarn_truncate", yarn_truncate),
     )
+
+
+def temperature(keys: Keys, built_in: tuple[float, int, int] | tuple[()]) -> Temperature | None:
+    """Return the temperature of the queries. built_in: scale, length and offset, () if the file tells them."""
+    if built_in:
+        return Temperature(*built_in)
+    if not (scale := keys.number("attention.temperature_scale", 0.0)):
+        return None
+    length = keys.integer("attention.temperature_length", 0, low=0)
+    return Temperature(scale, length or keys.integer("rope.scaling.original_context_length"))
 
 
 def swa_layers(keys: Keys, n_layer: int, period: int) -> tuple[bool, ...]:

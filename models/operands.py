@@ -64,6 +64,15 @@ class Rotation:
 
 
 @frozen
+class Temperature:
+    """Factor on the queries at position p, for long contexts: 1 + scale * ln(1 + floor((p + offset) / length))."""
+
+    scale: float
+    length: int  # positions
+    offset: int = 0
+
+
+@frozen
 class AttentionShape:
     """The numbers of one layer's attention."""
 

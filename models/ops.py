@@ -21,6 +21,7 @@ from gguf_run.models.operands import (
     Squares,
     State,
     Table,
+    Temperature,
     Vector,
     Weight,
 )
@@ -102,6 +103,14 @@ class Rope:
     x: Buffer  # the last part may be shorter
     rotation: Rotation
     head_dim: int
+
+
+@frozen
+class Temper:
+    """x[t] *= the factor of the temperature at the token's position"""
+
+    x: Buffer
+    temperature: Temperature
 
 
 @frozen
@@ -265,6 +274,7 @@ Op = (
     | RmsNorm[Vector]
     | LayerNorm[Vector]
     | Rope
+    | Temper
     | Attend[Cache, Vector]
     | Gated
     | Xielu
@@ -283,5 +293,5 @@ def written(op: Any) -> Buffer | None:
     """Return the buffer whose contents an op replaces: its `out`, or x if it works in place."""
     if isinstance(op, Observe):
         return None
-    buffer: Buffer = op.x if isinstance(op, Rope | GateRows | Softcap) else op.out
+    buffer: Buffer = op.x if isinstance(op, Rope | Temper | GateRows | Softcap) else op.out
     return buffer

@@ -87,7 +87,7 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         if layer.n_head or (mixer is not None and mixer.states(il)):
             h = self.normed(block, "attn_norm")
             if mixer is None or not mixer.add(self, il, h, cache):
-                self.matmul(h, self.load.matrix(*(block + name for name in arch.qkv)), self._qkv)
+                self.matmul(h, self.load.qkv(arch, block), self._qkv)
                 if is_parallel:
                     self._ffn(il, h, experts)
                 self.attend(il, cache)
@@ -101,12 +101,19 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         config, layer, qkv, block = self.config, self.config.layers[il], self._qkv, f"blk.{il}."
         n_q, n_kv, head_dim = layer.n_embd_q, layer.n_embd_kv, layer.head_dim
         q, k, v = qkv.columns(0, n_q), qkv.columns(n_q, n_kv), qkv.columns(n_q + n_kv, n_kv)
-        for part, name, n_head in ((q, "attn_q_norm", layer.n_head), (k, "attn_k_norm", layer.n_head_kv)):
-            if self._has_norm(block, name):
+        norms = ((q, "attn_q_norm", layer.n_head), (k, "attn_k_norm", layer.n_head_kv))
+        is_late = config.arch.qk_norm_after_rope
+        for part, name, n_head in norms:
+            if self._has_norm(block, name) and not is_late:
                 self.norm(part, block + name, part, n_group=n_head if config.arch.norm_per_head else 1, inner=True)
         assert cache.cache is not None
+        if config.temperature is not None and not (config.arch.temperature and layer.n_rot):
+            self.add(ops.Temper(q, config.temperature))
         if cache.rotation is not None:
             self.add(ops.Rope(qkv.columns(0, n_q + n_kv), cache.rotation, head_dim))
+        if is_late:
+            for weight, (part, _, n_head) in zip(self.load.late_norms(block), norms, strict=True):
+                self.add(ops.RmsNorm(part, weight, part, config.inner_eps, n_head))
         sinks = self.load.vector(f"{block}attn_sinks")
         self.add(ops.Attend(q, k, v, cache.cache, config.attention(il), self._attn.columns(0, n_q), sinks))
         self.add_product(self._attn.columns(0, n_q), block, "attn_output", "post_attention_norm")

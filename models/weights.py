@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.models.architectures import ROPE_FACTORS
+from gguf_run.models.architectures import QK, QKV, ROPE_FACTORS, Architecture, qkv_of
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import N_STATES, CacheLayer
@@ -89,9 +90,33 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         weight = self._take(self.backend.weight, weights)
         return Matrix(weights, weight, self._optional([f"{name}.bias" for name in (bias or names)]))
 
+    def qkv(self, arch: Architecture, block: str) -> Matrix[Weight, Vector]:
+        """Return the matrix that makes q, k and v. block: "blk.N."."""
+        biases = [f"{block}{name}" for name in ("attn_qkv", *QKV) if f"{block}{name}.bias" in self._tensors]
+        return self.matrix(*(block + name for name in qkv_of(arch, block, self._tensors)), bias=biases)
+
     def norm(self, name: str) -> tuple[Vector, Vector | None]:
         """Return weight and bias of a norm."""
         return self._take(self.backend.vector, [f"{name}.weight"]), self._optional([f"{name}.bias"])
+
+    def numbers(self, name: str, values: NDArray[np.float32]) -> Vector:
+        """Return numbers that the file does not have. name: for errors and lists."""
+        from gguf_run.formats.gguf.memory_file import MemoryFile
+
+        file = MemoryFile(self._tensors["token_embd.weight"].file.path, values.tobytes())
+        return self.backend.vector([Tensor(name, (values.size,), type_by_name("F32"), 0, file)])
+
+    def late_norms(self, block: str) -> tuple[Vector, Vector]:
+        """Return the weights of a layer's norms of q and k after the rotation: those of q times those of k, and ones.
+
+        The scores are the same. Keys without weights can still be turned, which a context shift does.
+        """
+        from gguf_run.formats.blocks.dequantizer import dequantize
+
+        q, k = found = [self._tensors[f"{block}{name}.weight"] for name in QK]
+        first, second = (dequantize(tensor.blocks(), tensor.type).reshape(-1) for tensor in found)
+        self._progress(q.nbytes + k.nbytes)
+        return self.numbers(q.name, first * second), self.numbers(k.name, np.ones_like(second))
 
     def vector(self, name: str) -> Vector | None:
         """Return a tensor's values, None if the file does not have the tensor."""

@@ -1,11 +1,11 @@
-"""Rows are cleared, or scaled in place: logits by a factor and a soft cap, a shared expert's result by its gate."""
+"""Rows are cleared, or scaled in place: logits, a shared expert's result by its gate, queries by their position."""
 
 import math
 
 from gguf_run.kernels_cpu.replay.op import n_rows, row_op
 from gguf_run.kernels_cpu.rows.activation import PIECE, per_row
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
-from gguf_run.kernels_cpu.vector.native import f32_at
+from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
 from gguf_run.kernels_cpu.vector.simd import F32, Simd, Val
 
 
@@ -42,6 +42,17 @@ def gate_rows(a, first, end):
         x, factor = f32_at(a.x + t * a.x_stride, a.n), 1 / (1 + math.exp(-f32_at(a.gate + t * a.gate_stride, 1)[0]))
         for i in range(a.n):
             x[i] *= factor
+
+
+@row_op("rows positions n x x_stride length offset", "scale", grain=4)
+def temper(a, first, end):
+    """x[t] *= 1 + scale * ln(1 + floor((positions[t] + offset) / length))."""
+    positions = i64_at(a.positions, n_rows(a))
+    for t in range(first, end):
+        x, factor = f32_at(a.x + t * a.x_stride, a.n), 1 + a.scale * math.log(1 + (positions[t] + a.offset) // a.length)
+        if factor != 1:
+            for i in range(a.n):
+                x[i] *= factor
 
 
 @row_op("rows n out out_stride", grain=4)

@@ -82,7 +82,8 @@ def attend(
     sums f32[part, n_token, n_head, VALUE] = exp2(score - greatest) @ v
     stats f32[part, n_token, n_head, 2] = (greatest score, sum of exp2(score - greatest)); (-inf, 0) for no position
 
-    Grid (n_token / TOKENS, n_head_kv * n_rep / REP, parts). k, v: planes of the cache (qs, d). n_rep: heads of queries for a KV head.
+    Grid (n_token / TOKENS, n_head_kv * n_rep / REP, parts). k, v: planes of the cache (qs, d).
+    n_rep: heads of queries for a KV head.
     SOFTCAP: None, or scores become SOFTCAP * tanh(score / SOFTCAP). K, V: cache types. WIDTH: power of 2 >= HEAD_DIM.
     VALUE: the first columns of a row of V, of HEAD_DIM columns, that are the value. VALUE_WIDTH: power of 2 >= VALUE.
     The rows of a tile are TOKENS tokens x REP heads. SPAN: positions at a time.

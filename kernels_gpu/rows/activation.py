@@ -1,4 +1,4 @@
-"""Activation functions, and small ops on rows: gating, softcap, the wanted rows, sums of squares."""
+"""Activation functions, and small ops on rows: gating, softcap, the wanted rows, temperature, sums of squares."""
 
 import triton
 import triton.language as tl
@@ -73,6 +73,17 @@ def gate_rows(x, x_stride, gate, gate_stride, n, WIDTH: tl.constexpr):
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     at = x + row * x_stride + column
     factor = tl.sigmoid(tl.load(gate + row * gate_stride))
+    tl.store(at, tl.load(at, mask=column < n) * factor, mask=column < n)
+
+
+@triton.jit
+def temper(x, x_stride, positions, n, scale, length, offset, WIDTH: tl.constexpr):
+    """x[t] *= 1 + scale * ln(1 + floor((positions[t] + offset) / length)); grid (rows, n / WIDTH)."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    at = x + row * x_stride + column
+    n_whole = tl.maximum(tl.load(positions + row) + offset, 0) // length  # rows that only fill up have the position -1
+    factor = 1 + scale * tl.log(1 + n_whole.to(tl.float32))
     tl.store(at, tl.load(at, mask=column < n) * factor, mask=column < n)
 
 

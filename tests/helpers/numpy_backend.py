@@ -280,6 +280,12 @@ def rope(p: NumpyProgram, op: ops.Rope) -> np.ndarray:
     return np.concatenate(parts).reshape(filled.shape)[:, : rows.shape[1]]
 
 
+def temper(p: NumpyProgram, op: ops.Temper) -> np.ndarray:
+    positions = np.concatenate([run.n_past + np.arange(run.n_tokens) for run in p.runs])
+    n_whole = np.floor((positions + op.temperature.offset) / op.temperature.length)
+    return p[op.x] * (1 + op.temperature.scale * np.log(1 + n_whole))[:, None]
+
+
 def attention(p: NumpyProgram, op: ops.Attend[NumpyCache, np.ndarray]) -> np.ndarray:
     shape, cache, parts = op.shape, op.cache, []
     at = 0
@@ -396,6 +402,7 @@ FUNCTIONS: Mapping[type, Callable[[NumpyProgram, Any], Any]] = {
     ops.MatmulHeads: matmul_heads,
     ops.MatmulGated: lambda p, op: GATED[op.activation](*np.split(matmul(p, op), 2, axis=1)),
     ops.Rope: rope,
+    ops.Temper: temper,
     ops.Attend: attention,
     ops.Gated: lambda p, op: ACTIVATIONS[op.activation](p[op.gate]) * (1 if op.up is None else p[op.up]),
     ops.Xielu: lambda p, op: xielu(p[op.x], op),
