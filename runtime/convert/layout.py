@@ -15,7 +15,7 @@ from gguf_run.runtime.convert.stored.checkpoint import Config
 
 # A module of the checkpoint -> the tensor of the GGUF file. Both names get ".weight" or ".bias".
 # "@": the number of an expert (or head); all of them become one tensor. Two names: the tensor is split in halves.
-# Three names: q, k and v; the checkpoint has them together for each head of keys. A name that ends in ".scale" is whole.
+# Three names: q, k and v; the checkpoint has them together for each head of keys. A name with ".scale" is whole.
 Names = Mapping[str, str | tuple[str, ...]]
 # A key without the architecture's name, its type, and the names in config.json. A value that is not there is left out.
 Key = tuple[str, str, tuple[str, ...]]
@@ -129,7 +129,7 @@ class CheckpointLayout:
     @property
     def is_checked_by_decoder(self) -> bool:
         """Whether layers differ, so that only models/config.py knows the shapes of the tensors."""
-        return bool(self.decoder.more)
+        return bool(self.decoder.more or self.decoder.mixer)
 
     def required(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Return the tensors of every layer, and sets of tensors of which a layer has one: its feed-forward network."""
