@@ -148,7 +148,7 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         config, is_tied = self.config, not self.load.has("output")
         if not self.after:
             self._only_outputs()
-        self.norm(self.x, "output_norm", self._h)
+        self.norm(self.x, config.arch.output_norm, self._h)
         self._result = logits = Buffer.whole("logits", config.n_vocab, outputs=True)
         output = self.load.matrix("token_embd" if is_tied else "output", bias=["output"])
         self.matmul(self._h, output, logits)

@@ -49,7 +49,11 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
 
     def has(self, name: str) -> bool:
         """Whether the file has the weight of this name."""
-        return f"{name}.weight" in self._tensors
+        return self._full(name) in self._tensors
+
+    def _full(self, name: str) -> str:
+        """Return the name of a weight in the file: with ".weight", unless the file has it without."""
+        return name if name in self._tensors else f"{name}.weight"
 
     def _take(self, upload: Callable[[list[Tensor]], _Handle], names: Sequence[str]) -> _Handle:
         """Return what the backend makes of some tensors."""
@@ -97,7 +101,7 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
 
     def norm(self, name: str) -> tuple[Vector, Vector | None]:
         """Return weight and bias of a norm."""
-        return self._take(self.backend.vector, [f"{name}.weight"]), self._optional([f"{name}.bias"])
+        return self._take(self.backend.vector, [self._full(name)]), self._optional([f"{name}.bias"])
 
     def numbers(self, name: str, values: NDArray[np.float32]) -> Vector:
         """Return numbers that the file does not have. name: for errors and lists."""
@@ -120,7 +124,7 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
 
     def vector(self, name: str) -> Vector | None:
         """Return a tensor's values, None if the file does not have the tensor."""
-        return self._optional([f"{name}.weight"])
+        return self._optional([self._full(name)])
 
     def experts(self, names: Sequence[str]) -> Experts:
         """Return the experts of a layer. names: of the tensors of gate, up and down."""
