@@ -177,7 +177,7 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
             self.add(ops.MatmulGated(h, gate_up.weight, ff, activation, gate_up.bias))
         else:
             self.matmul(h, gate_up, ff)
-            self.add(ops.Gated(ff, None, ff, activation))
+            self.add(ops.Xielu(ff, ff, *config.xielu[il]) if config.xielu else ops.Gated(ff, None, ff, activation))
         if config.layers[il].has_experts and config.arch.shared_gate:
             self.matmul(h, load.matrix(f"{block}ffn_gate_inp_shexp"), self._gate)
             self.add(ops.GateRows(ff, self._gate))

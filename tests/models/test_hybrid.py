@@ -21,7 +21,7 @@ _GRANITE = {
 }  # fmt: skip
 _NEMOTRON = {
     **_SIZES, "head_dim": 32, "mamba_num_heads": 8, "mamba_head_dim": 20, "ssm_state_size": 16, "n_groups": 2,
-    "time_step_min": 0.0, "layer_norm_epsilon": 1e-3,
+    "time_step_min": 1e-9, "layer_norm_epsilon": 1e-3,
 }  # fmt: skip
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("Lfm2ForCausalLM", _LFM2),
