@@ -28,11 +28,13 @@ class Architecture:
     # Norms that a file may leave out, and tensors of `more`. Without ffn_norm, attention and ffn read the same values.
     optional_norms: tuple[str, ...] = ()
     ffn_norm: str = "ffn_norm"  # name of the norm before the ffn
+    output_norm: str = "output_norm"  # name of the norm before the output matrix
     layer_norm: bool = False  # norms subtract the mean and have biases
     sinks: bool = False  # attention has sinks
     qk_norm_after_rope: bool = False  # attn_q_norm and attn_k_norm come after the rotation
     neox_by_sections: bool = False  # with a rope.dimension_sections that is not 0, rope_style is "neox"
     no_rope_period: int = 0  # every n-th layer does not rotate; 0: all rotate
+    rope_key: str = ""  # a key that says whether any layer rotates; "": none
     window_rope: bool = False  # in a file with a window, only layers with the window rotate
     # Scale, length and offset of operands.Temperature, for layers that do not rotate. (): keys of the file tell it.
     temperature: tuple[float, int, int] | tuple[()] = ()
@@ -69,7 +71,7 @@ QK = ("attn_q_norm", "attn_k_norm")
 POST = ("post_attention_norm", "post_ffw_norm")
 WHOLE_ROW = {"attn_q_norm": ("n_embd_q",), "attn_k_norm": ("n_embd_kv",)}
 
-_FAMILIES = ("dense", "gemma", "mixtures", "delta_net")
+_FAMILIES = ("dense", "gemma", "mixtures", "delta_net", "hybrid")
 
 
 def entries() -> Iterator[Architecture]:

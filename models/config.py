@@ -218,7 +218,9 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
         raise FormatError(f"tensor token_embd.weight {shape_of(embd)}, must have {n_embd} x (number of tokens) values")
     n_ctx_train = keys.integer("context_length")
     residual_scale = keys.factor("residual_scale")
-    eps = "attention.layer_norm_epsilon" if arch.layer_norm else "attention.layer_norm_rms_epsilon"
+    eps, other = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
+    if arch.layer_norm or (keys.get(eps) is None and keys.get(other) is not None):
+        eps = other
     base = keys.number("rope.freq_base", 1e4, low=2, high=1e12)
     is_per_embd = len(layers) in arch.n_embd_scale_n_layer
     head_scale: float = (n_embd // layers[0].n_head if is_per_embd else layers[0].head_dim) ** -0.5
@@ -299,10 +301,11 @@ def _layers(
         from gguf_run.models.per_layer import kv_layers_of  # late: few models share
 
         kv_layers = kv_layers_of(keys, list(zip(is_swa, n_head_kv, strict=True))[:n_layer])
+    turns = not arch.rope_key or keys.flag(arch.rope_key, True)
     layers = []
     for il in range(n_layer):
         attends = mixer is None or mixer.attends(il)
-        is_rotated = not arch.no_rope_period or (il + 1) % arch.no_rope_period != 0
+        is_rotated = turns and (not arch.no_rope_period or (il + 1) % arch.no_rope_period != 0)
         is_rotated = is_rotated and (is_swa[il] or not (arch.window_rope and window))
         head_dim, n_rot = heads_swa if is_swa[il] else heads
         layers.append(
@@ -313,7 +316,7 @@ def _layers(
                 n_rot=n_rot if is_rotated else 0,
                 n_ff=n_ff[il],
                 window=window if is_swa[il] and attends else 0,
-                has_experts=has_experts and il >= n_lead and (il + 1) % moe_step == 0,
+                has_experts=has_experts and il >= n_lead and (il + 1) % moe_step == 0 and n_ff[il] > 0,
                 kv_layer=kv_layers[il],
             )
         )
@@ -340,7 +343,7 @@ def _shapes(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[st
     """Return ne of the tensors that a file must have, and of those that a file may leave out."""
     arch, shapes = config.arch, {**LAYER_SHAPES, **config.arch.shapes}
     model = {name: tuple(config.size(0, word) for word in words) for name, words in MODEL_SHAPES.items()}
-    required = {name: model[name] for name in ("token_embd.weight", "output_norm.weight")}
+    required = {"token_embd.weight": model["token_embd.weight"], f"{arch.output_norm}.weight": (config.n_embd,)}
     norm_bias = ("output_norm.bias",) if arch.layer_norm else ()
     optional = {name: model[name] for name in ("output.weight", "output.bias", *norm_bias)}
     optional |= dict.fromkeys(ROPE_FACTORS, (config.n_rope_freqs,))

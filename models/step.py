@@ -101,11 +101,13 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         """qkv = q, k and v of h, side by side"""
         self.matmul(h, self.load.qkv(self.config.arch, f"blk.{il}."), self._qkv)
 
-    def attend(
-        self, il: int, cache: CacheLayer[Cache, State], qkv: Buffer | None = None, gate: Buffer | None = None
-    ) -> None:
-        """x += attention of q, k and v. qkv: their buffer; None: "qkv". gate: the result is multiplied by its sigmoid."""
-        config, layer, qkv, block = self.config, self.config.layers[il], qkv or self._qkv, f"blk.{il}."
+    def attend(self, il: int, cache: CacheLayer[Cache, State]) -> None:
+        """x += attention of what `project` made"""
+        self.attention(il, cache, self._qkv)
+
+    def attention(self, il: int, cache: CacheLayer[Cache, State], qkv: Buffer, gate: Buffer | None = None) -> None:
+        """x += attention of q, k and v, which stand side by side. gate: attention is multiplied by its sigmoid."""
+        config, layer, block = self.config, self.config.layers[il], f"blk.{il}."
         n_q, n_kv, head_dim = layer.n_embd_q, layer.n_embd_kv, layer.head_dim
         q, k, v = qkv.columns(0, n_q), qkv.columns(n_q, n_kv), qkv.columns(n_q + n_kv, n_kv)
         norms = ((q, "attn_q_norm", layer.n_head), (k, "attn_k_norm", layer.n_head_kv))
@@ -173,7 +175,7 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         config, is_tied = self.config, not self.load.has("output")
         if not self.after:
             self.only_outputs()
-        self.norm(self.x, "output_norm", self._h)
+        self.norm(self.x, config.arch.output_norm, self._h)
         self._result = logits = Buffer.whole("logits", config.n_vocab, outputs=True)
         output = self.load.matrix("token_embd" if is_tied else "output", bias=["output"])
         self.matmul(self._h, output, logits)

@@ -85,7 +85,7 @@ def _granite(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout
         layout = replace(layout, layer={**layout.layer, **shared})
     turns = config.get("position_embedding_type") == "rope"
     if all(kind in _ATTENTION for kind in kinds) and turns:
-        layout = replace(layout, arch="granitemoe" if n_expert else "granite", keys=_GRANITE_MOE_KEYS)
+        layout = replace(layout, arch="granitemoe" if n_expert else "granite", keys=(*GRANITE_KEYS, _GRANITE_SHARED))
     return layout, _with_kinds(config, kinds, _is_rotated=turns, **more)
 
 
@@ -152,7 +152,7 @@ def _folded(config: Config, name: str, tensor: Tensor) -> Tensor:
     if base in ("ffn_gate", "ffn_down"):
         factor = config.get("mlp_multipliers")[base == "ffn_down"]
     if base != "ssm_in":
-        return tensor if factor == 1 else values(tensor, lambda x: x * np.float32(factor))
+        return _times(tensor, factor)
     n_inner, n_bc = config.integer("_n_inner"), config.integer("mamba_n_groups") * config.integer("mamba_d_state")
     widths = (n_inner, n_inner, n_bc, n_bc, config.integer("mamba_n_heads"))
     if tensor.n_rows != sum(widths):
@@ -160,9 +160,13 @@ def _folded(config: Config, name: str, tensor: Tensor) -> Tensor:
     parts, at = [], 0
     for n, part in zip(widths, config.get("ssm_multipliers"), strict=True):
         some = rows(tensor, np.arange(at, at + n, dtype=np.int64), (tensor.ne[0], n))
-        parts.append(values(some, lambda x, by=np.float32(factor * part): x * by))
+        parts.append(_times(some, factor * part))
         at += n
     return gathered(name, parts, None, tensor.ne)
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    return tensor if factor == 1 else values(tensor, lambda x: x * np.float32(factor))
 
 
 _LFM2 = CheckpointLayout(
