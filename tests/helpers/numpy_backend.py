@@ -400,7 +400,7 @@ def scan(p: NumpyProgram, op: Any) -> np.ndarray:
 def route(mixture: Mixture, logits: np.ndarray, bias: np.ndarray | None) -> list[tuple[int, float]]:
     """Return a token's experts and their weights, as models.operands.Mixture says."""
     left = logits.copy()
-    scores = {"softmax": softmax, "sigmoid": ACTIVATIONS["sigmoid"], "sparsemixer": np.copy}[mixture.gating](logits)
+    scores = ACTIVATIONS["sigmoid"](logits) if mixture.gating == "sigmoid" else softmax(logits)
     if bias is not None or mixture.n_group > 1:
         left = scores + (0 if bias is None else bias)
         groups = left.reshape(mixture.n_group, -1)
