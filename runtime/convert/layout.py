@@ -47,7 +47,9 @@ LLAMA_MOE: Names = {**PRE_NORMS, **ATTENTION, **MOE}
 # Ends of names of tensors that hold no weights.
 IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 # Parts of a model for images and text, of which only the text is converted.
-_OTHERS = ("vision_tower", "multi_modal_projector", "visual", "audio_tower", "embed_vision", "embed_audio")
+_OTHERS = (
+    "vision_tower", "vision_model", "multi_modal_projector", "visual", "audio_tower", "embed_vision", "embed_audio",
+)  # fmt: skip
 OTHER_PARTS = tuple(f"{prefix}{part}." for prefix in ("", "model.") for part in _OTHERS)
 
 
@@ -86,7 +88,8 @@ class CheckpointLayout:
     classes: Mapping[str, str]
     layer: Names = field(default_factory=lambda: LLAMA)  # modules of a layer
     model: Names = field(default_factory=lambda: MODEL)  # modules beside the layers
-    bare: tuple[str, ...] = ()  # tensors without ".weight" in the checkpoint; matrices of experts are [n_in, n_out]
+    # Tensors without ".weight" in the checkpoint. Matrices of experts are [n_in, n_out], unless n_in comes last.
+    bare: tuple[str, ...] = ()
     numbers: Mapping[str, str] = field(
         default_factory=dict
     )  # tensors of one number in each layer -> key of their array
@@ -115,6 +118,7 @@ class CheckpointLayout:
     # Returns the row and config.json with what must be computed from it: values of names that begin with "_".
     read: Callable[["CheckpointLayout", Config], tuple["CheckpointLayout", Config]] | None = None
     edit: Callable[[Config, str, Tensor], Tensor] | None = None  # changes a tensor, by its name in the GGUF file
+    drafts: str = ""  # config.json: the number of blocks behind the layers that draft tokens: they are left out
     whole: tuple[str, ...] = ()  # tensors that get a module's rows as they are, though others come from it: see edit
 
     @property
@@ -125,6 +129,11 @@ class CheckpointLayout:
     def all_keys(self) -> Sequence[Key]:
         """Return BASE_KEYS, in which `keys` replaces rows, and the rest of `keys`."""
         return tuple({key[0]: key for key in (*BASE_KEYS, *self.keys)}.values())
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether a GGUF file can become such a checkpoint again: nothing is computed by functions of the row."""
+        return self.read is None and self.edit is None and self.more_keys is None
 
     @property
     def is_checked_by_decoder(self) -> bool:

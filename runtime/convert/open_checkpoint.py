@@ -53,7 +53,12 @@ def open_checkpoint(
         if others := len(checkpoint.tensors) - len(stored):
             what = f"{others} tensors for images or sound are left out, the file is for text alone"
             warnings.warn(f"{directory}: {what}", stacklevel=2)
-        stored = {name: tensor for name, tensor in stored.items() if not name.endswith(IGNORED)}
+        n_layer, n_draft = config.integer("num_hidden_layers"), config.integer(layout.drafts, default=0, low=0)
+        drafts = tuple(f"model.layers.{n_layer + i}." for i in range(min(n_draft, 16)))
+        if any(name.startswith(drafts) for name in stored):
+            warnings.warn(f"{directory}: {n_draft} blocks that draft tokens (MTP) are left out", stacklevel=2)
+        left_out = [name for name in stored if name.endswith(IGNORED) or name.startswith(drafts)]
+        stored = {name: tensor for name, tensor in stored.items() if name not in left_out}
         plain = dict(plain_tensors(dataclasses.replace(checkpoint, config=config, tensors=stored), keep))
         numbers.update(take_numbers(layout, config.integer("num_hidden_layers"), plain))
         tensors = model_tensors(layout, config, plain)

@@ -28,8 +28,9 @@ _LLAMA31_CONTEXTS = (8192, *(1 << n for n in range(4, 20)))
 def layout_of_file(file: GGUFFile) -> CheckpointLayout:
     """Return the layout of the file's architecture. UnsupportedError if there is none."""
     name = file.metadata.get("general.architecture")
-    if not isinstance(name, str) or name not in BY_ARCH:
-        known = ", ".join(sorted(BY_ARCH))
+    exported = {arch: rows for arch, rows in BY_ARCH.items() if all(row.goes_back for row in rows)}
+    if not isinstance(name, str) or name not in exported:
+        known = ", ".join(sorted(exported))
         raise UnsupportedError(f"{file.path}: architecture {quoted(str(name))} cannot be exported; these can: {known}")
     rows = BY_ARCH[name]
     if _get(file, "expert_count"):
