@@ -132,8 +132,10 @@ class CheckpointLayout:
 
     @property
     def goes_back(self) -> bool:
-        """Whether a GGUF file can become such a checkpoint again: nothing is computed by functions of the row."""
-        return self.read is None and self.edit is None and self.more_keys is None
+        """Whether a GGUF file can become such a checkpoint again: the table alone says how."""
+        by_functions = self.read is not None or self.edit is not None or self.more_keys is not None
+        has_parts = next(iter(self.classes)).endswith("ForConditionalGeneration")
+        return not (by_functions or has_parts or self.numbers or "exp_probs_b" in self.layer.values())
 
     @property
     def is_checked_by_decoder(self) -> bool:
