@@ -52,10 +52,10 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         {**_FREE, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}},
     ),
     "arcee": ("ArceeForCausalLM", {**_TIED}),
-    "nemotron": ("NemotronForCausalLM", {**_FREE}),
+    "nemotron": ("NemotronForCausalLM", {**_TIED}),
     "apertus": ("ApertusForCausalLM", {**_TIED, "rope_parameters": _LLAMA31}),
-    "exaone4": ("Exaone4ForCausalLM", {**_FREE, **_WINDOWS}),
-    "exaone4-full": ("Exaone4ForCausalLM", {**_FREE, "sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    "exaone4": ("Exaone4ForCausalLM", {**_TIED, **_WINDOWS}),
+    "exaone4-full": ("Exaone4ForCausalLM", {**_TIED, "sliding_window": None, "layer_types": ["full_attention"] * 2}),
     "cohere2": ("Cohere2ForCausalLM", {**_TIED, **_WINDOWS, "logit_scale": 0.25, "tie_word_embeddings": True}),
 }  # fmt: skip
 
