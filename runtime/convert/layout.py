@@ -90,6 +90,7 @@ class CheckpointLayout:
     numbers: Mapping[str, str] = field(
         default_factory=dict
     )  # tensors of one number in each layer -> key of their array
+    one_way: bool = False  # config.json has what a GGUF file does not, or nobody writes it back
     permuted: bool = False  # rows of q and k come as two halves of each head; GGUF has them in pairs
     interleaved: bool = False  # a tensor with two names has their rows in turns, not one half after the other
     norm_offset: float = 0.0  # added to the weights of norms
