@@ -99,7 +99,7 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
     def attend(
         self, il: int, cache: CacheLayer[Cache, State], qkv: Buffer | None = None, gate: Buffer | None = None
     ) -> None:
-        """x += attention of q, k and v. qkv: their buffer; None: "qkv". gate: the result is multiplied by its sigmoid."""
+        """x += attention of q, k and v. qkv: their buffer; None: "qkv". gate: its sigmoid multiplies the result."""
         config, layer, qkv, block = self.config, self.config.layers[il], qkv or self._qkv, f"blk.{il}."
         n_q, n_kv, head_dim = layer.n_embd_q, layer.n_embd_kv, layer.head_dim
         q, k, v = qkv.columns(0, n_q), qkv.columns(n_q, n_kv), qkv.columns(n_q + n_kv, n_kv)
@@ -182,7 +182,7 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
             self.add(ops.MatmulGated(h, gate_up.weight, ff, activation, gate_up.bias))
         else:
             self.matmul(h, gate_up, ff)
-            self.add(ops.Gated(ff, None, ff, activation))
+            self.add(ops.Xielu(ff, ff, *config.xielu[il]) if config.xielu else ops.Gated(ff, None, ff, activation))
         if config.layers[il].has_experts and config.arch.shared_gate:
             self.matmul(h, load.matrix(f"{block}ffn_gate_inp_shexp"), self._gate)
             self.add(ops.GateRows(ff, self._gate))

@@ -46,7 +46,9 @@ LLAMA_MOE: Names = {**PRE_NORMS, **ATTENTION, **MOE}
 # Ends of names of tensors that hold no weights.
 IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 # Parts of a model for images and text, of which only the text is converted.
-OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+OTHER_PARTS = tuple(
+    f"{prefix}{part}." for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector", "visual")
+)
 
 
 def names_of(target: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -85,6 +87,9 @@ class CheckpointLayout:
     layer: Names = field(default_factory=lambda: LLAMA)  # modules of a layer
     model: Names = field(default_factory=lambda: MODEL)  # modules beside the layers
     bare: tuple[str, ...] = ()  # tensors without ".weight" in the checkpoint; matrices of experts are [n_in, n_out]
+    numbers: Mapping[str, str] = field(
+        default_factory=dict
+    )  # tensors of one number in each layer -> key of their array
     permuted: bool = False  # rows of q and k come as two halves of each head; GGUF has them in pairs
     interleaved: bool = False  # a tensor with two names has their rows in turns, not one half after the other
     norm_offset: float = 0.0  # added to the weights of norms
@@ -92,6 +97,9 @@ class CheckpointLayout:
     keys: tuple[Key, ...] = ()  # metadata beyond BASE_KEYS, or instead of one of them
     rope_dim: bool = False  # rope.dimension_count is written
     rope_type: str = ""  # rope.scaling.type where config.json asks for no scaling
+    ntk_alpha: bool = False  # the factor alpha of dynamic scaling makes a greater rope.freq_base
+    # rope.scaling.yarn_log_multiplier is so many times mscale_all_dim; 0: rope.scaling.attn_factor has all factors.
+    yarn_log: float = 0.0
     original_context: bool = False  # rope.scaling.original_context_length is written for every kind of scaling
     bias_key: str = "attention_bias"  # config.json: whether q, k and v have biases; "": nothing says it
     # Which layers have the window: "all", "last" (from max_window_layers on), "first" (every other one below

@@ -10,6 +10,7 @@ import numpy as np
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.gguf.mapped import quoted
+from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.runtime.convert.layout import CheckpointLayout, names_of
 from gguf_run.runtime.convert.metadata import shape, sizes
@@ -64,6 +65,18 @@ def model_tensors(layout: CheckpointLayout, config: Config, tensors: Mapping[str
         if not tensor.same_shape(ne) and not name.endswith(".scale"):
             raise _wrong_shape(tensor, name, f"by config.json it must have {list(ne[::-1])}: they are not of one model")
     return found
+
+
+def take_numbers(layout: CheckpointLayout, n_layer: int, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Typed]]:
+    """Take the tensors out that have one number for a layer. Yield the keys of metadata that they make together."""
+    for local, key in layout.numbers.items():
+        names = [f"model.layers.{il}.{local}" for il in range(n_layer)]
+        found = [values(tensors.pop(name)).blocks().view(np.float32).ravel() for name in names if name in tensors]
+        if len(found) != n_layer or any(x.size != 1 for x in found):
+            raise FormatError(
+                f"{len(found)} of {n_layer} layers have a tensor {local}, each must have one of one number"
+            )
+        yield key, Typed("array[f32]", [float(x[0]) for x in found])
 
 
 def _tie(config: Config, found: dict[str, Tensor]) -> None:

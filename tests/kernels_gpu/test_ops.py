@@ -19,7 +19,7 @@ from gguf_run.kernels_gpu.matmul import launch as matmul
 from gguf_run.kernels_gpu.panels import dots
 from gguf_run.kernels_gpu.panels.panels import PANELS, FloatPanel, IntPanel
 from gguf_run.models.backend import CacheType, Run
-from gguf_run.models.operands import AttentionShape, Buffer, Rotation
+from gguf_run.models.operands import AttentionShape, Buffer, Rotation, Temperature
 from gguf_run.models.ops import (
     Attend,
     Embed,
@@ -33,6 +33,7 @@ from gguf_run.models.ops import (
     RmsNorm,
     Rope,
     Softcap,
+    Temper,
     Xielu,
 )
 
@@ -420,6 +421,7 @@ def test_layer_norm_and_small_ops(n_group: int) -> None:
         step.add(GateRows(a, b))
         step.add(Softcap(a, 1.7, cap))
         step.add(Gated(a, None, a, "gelu"))
+        step.add(Temper(a, Temperature(0.3, 4, n_group)))
         return step.finish(a)
 
     both(record, [(0, 12)])
