@@ -27,6 +27,13 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def remember(model: Any) -> None:
+    """Let states decay slowly. As they are made, a token sees little but itself, and that is normed: noise grows."""
+    for name, x in model.named_parameters():
+        if name.endswith("A_log"):
+            x.data.sub_(4.0)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    tiny.check(tmp_path, *TINY[name])
+    tiny.check(tmp_path, *TINY[name], change=remember)

@@ -37,6 +37,7 @@ def _read(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout, C
     more: dict[str, Any] = {"full_attention_interval": period, "_n_inner": n_inner}
     if kinds != plain:
         more["_recurrent"] = [kind == "linear_attention" for kind in kinds]
+        layout = replace(layout, keys=(*layout.keys, ("attention.recurrent_layers", "array[bool]", ("_recurrent",))))
     return layout, Config(config.path, {**config.values, **more})
 
 
@@ -90,7 +91,6 @@ _KEYS: tuple[Key, ...] = (
     ("ssm.time_step_rank", "u32", ("linear_num_value_heads",)),
     ("ssm.inner_size", "u32", ("_n_inner",)),
     ("full_attention_interval", "u32", ("full_attention_interval",)),
-    ("attention.recurrent_layers", "array[bool]", ("_recurrent",)),
 )
 _DEFAULTS = {
     "rms_norm_eps": 1e-6, "head_dim": 256, "partial_rotary_factor": 0.25, "linear_conv_kernel_dim": 4,
