@@ -51,7 +51,11 @@ def open_checkpoint(
         if others := len(checkpoint.tensors) - len(stored):
             what = f"{others} tensors for images are left out, the file is for text alone"
             warnings.warn(f"{directory}: {what}", stacklevel=2)
-        stored = {name: tensor for name, tensor in stored.items() if not name.endswith(IGNORED) and not name.startswith(DRAFTS)}
+        stored = {
+            name: tensor
+            for name, tensor in stored.items()
+            if not name.endswith(IGNORED) and not name.startswith(DRAFTS)
+        }
         plain = dict(plain_tensors(dataclasses.replace(checkpoint, config=config, tensors=stored), keep))
         numbers.update(take_numbers(layout, config.integer("num_hidden_layers"), plain))
         tensors = model_tensors(layout, config, plain)
