@@ -44,6 +44,7 @@ MIXTRAL_EXPERTS: Names = {
 }
 LLAMA: Names = {**PRE_NORMS, **ATTENTION, **DENSE}
 LLAMA_MOE: Names = {**PRE_NORMS, **ATTENTION, **MOE}
+DRAFTS = "mtp."  # tensors of layers behind the model, which guess tokens in advance: they are left out
 # Ends of names of tensors that hold no weights.
 IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 # Parts of a model for images and text, of which only the text is converted.

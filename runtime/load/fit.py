@@ -14,6 +14,7 @@ from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.kernels_gpu.attention.cache_types import cache_format
 from gguf_run.kernels_gpu.panels.panels import matrix_bytes
 from gguf_run.kernels_gpu.sizes import cache_bytes, program_bytes
+from gguf_run.runtime.load.cache_plan import state_bytes
 from gguf_run.runtime.load.memory import N_OUTPUTS, MemoryNeed, MemoryPlan, WeightSizes
 from gguf_run.runtime.load.options import Wanted
 from gguf_run.runtime.load.placement import CPU, Device, Placement, cpu_only
@@ -40,6 +41,7 @@ def gpu_sizes(plan: MemoryPlan) -> GpuSizes:
         layers[il] -= weights.experts[il]
     caches = [
         cache_bytes(plan.config.attention(il), kind, plan.n_ctx, plan.n_rows, plan.n_seq)
+        + state_bytes(plan.config, il, plan.n_seq)
         for il, kind in enumerate(plan.cache)
     ]
     n_outputs = max(min(N_OUTPUTS, plan.n_rows), plan.n_seq)
