@@ -1,6 +1,5 @@
 """Decoders whose layers have a short convolution or Mamba 2 in place of attention, or beside it (models/mixers)."""
 
-
 from gguf_run.models.architectures import PRE, QK, Architecture
 
 _LFM2 = Architecture("lfm2", rope_style="neox", norms=(*PRE, *QK), output_norm="token_embd_norm", mixer="short_conv")

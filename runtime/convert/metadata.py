@@ -57,7 +57,7 @@ def sizes(config: Config) -> dict[str, int]:
         "n_embd_q": n_head * head_dim,
         "n_embd_kv": n_head_kv * head_dim,
         "n_ff": n_ff,
-        "n_expert": config.integer("num_local_experts", "num_experts", "n_routed_experts", default=1),
+        "n_expert": config.integer("num_local_experts", "num_experts", "n_routed_experts", default=1, low=0),
         "n_ff_exp": n_ff_exp,
         "n_ff_shexp": config.integer("shared_expert_intermediate_size", default=n_ff_exp * n_shared, low=0),
     }

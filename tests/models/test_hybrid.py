@@ -15,7 +15,8 @@ _LFM2 = {**_SIZES, "num_hidden_layers": 3, "layer_types": ["conv", "full_attenti
 _MAMBA = {"mamba_n_heads": 12, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 2}
 # The residual stream is small and eps is large: a norm with the eps of another place shows.
 _GRANITE = {
-    **_SIZES, **_MAMBA, "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    **_SIZES, **_MAMBA, "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     "shared_intermediate_size": 56, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.4,
     "attention_multiplier": 0.2, "rms_norm_eps": 1e-3,
 }  # fmt: skip
