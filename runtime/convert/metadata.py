@@ -86,6 +86,8 @@ def hyperparameters(layout: CheckpointLayout, config: Config) -> dict[str, Typed
         found["attention.key_length"] = found["attention.value_length"] = Typed("u32", numbers["head_dim"])
     found.update(_windows(layout, config))
     found.update(_not_built_in(layout, config, numbers))
+    if layout.more_keys is not None:
+        found.update(layout.more_keys(config, _window_layers(layout, config)))
     return {f"{layout.arch}.{key}": value for key, value in found.items()}
 
 

@@ -57,7 +57,7 @@ def model_tensors(layout: CheckpointLayout, config: Config, tensors: Mapping[str
     if layout.tied_copy and "output.weight" not in found and "token_embd.weight" in found:
         found["output.weight"] = found["token_embd.weight"]
     found = {_without_kind(layout, name): _final(layout, config, name, tensor) for name, tensor in found.items()}
-    if layout.decoder.mixer:  # the decoder checks the tensors: layers differ
+    if layout.is_checked_by_decoder:
         return found
     _check_complete(layout, config, found)
     for name, tensor in found.items():
@@ -153,6 +153,8 @@ def _place(layout: CheckpointLayout, numbers: Mapping[str, int], name: str, tens
             f"{tensor.file.path}: tensor {quoted(name)} is not a part of a {layout.arch} model of {n_layer} layers as "
             "this program knows it: without it the results would be wrong"
         )
+    if isinstance(target, str) and target.endswith(".scale"):
+        target, kind = target.removesuffix(".scale"), "scale"
     prefix = f"blk.{int(layer[1])}." if layer else ""
     return _Place(prefix, names_of(target), kind, int(item[1]) if item else -1, bare)
 
@@ -161,7 +163,7 @@ def _parts(
     layout: CheckpointLayout, numbers: Mapping[str, int], place: _Place, tensor: Tensor
 ) -> Iterator[Tensor] | tuple[Tensor, ...]:
     """Return the tensor itself, or what it is split into, with rows in GGUF's order."""
-    if place.kind == "scale":
+    if place.kind == "scale" or place.names[0] in layout.whole:
         return (tensor,) * len(place.names)
     if place.bare and place.kind == "weight" and place.names[0] in layout.bare and len(tensor.ne) == 3:
         tensor = transposed(tensor)
@@ -225,7 +227,7 @@ def _final(layout: CheckpointLayout, config: Config, name: str, tensor: Tensor) 
     if layout.edit is not None:
         tensor = layout.edit(config, name, tensor)
     is_norm = base.endswith("_norm")
-    if is_norm and kind == "weight" and layout.norm_offset:
+    if is_norm and kind == "weight" and layout.norm_offset and base != "ssm_norm":
         offset = np.float32(layout.norm_offset)
         tensor = values(tensor, lambda x: x + offset)
     elif len(tensor.ne) < 2 or kind == "bias" or is_norm or base in _FLOAT:

@@ -215,6 +215,13 @@ class NumpyProgram:
     def __getitem__(self, buffer: Buffer) -> np.ndarray:
         return self.memory(buffer)[: len(self.wanted) if buffer.outputs else len(self.ids)]
 
+    def runs_of(self, x: Buffer) -> list[Run]:
+        """The runs that the rows of a buffer are: wanted rows are one each."""
+        if not x.outputs:
+            return self.runs
+        tokens = [run._replace(n_past=run.n_past + i, n_tokens=1) for run in self.runs for i in range(run.n_tokens)]
+        return [tokens[row] for row in self.wanted]
+
     def _do(self, step: Sequence[Any]) -> None:
         for op in step:
             rows, out = FUNCTIONS[type(op)](self, op), ops.written(op)
@@ -275,14 +282,14 @@ def rope(p: NumpyProgram, op: ops.Rope) -> np.ndarray:
     rows = p[op.x]
     filled = np.pad(rows, ((0, 0), (0, -rows.shape[1] % op.head_dim)))  # the last head may be shorter
     heads, at, parts = filled.reshape(len(rows), -1, op.head_dim), 0, []
-    for _, n_past, n, is_long, *_ in p.runs:
+    for _, n_past, n, is_long, *_ in p.runs_of(op.x):
         parts.append(rotate(heads[at : at + n], op.rotation.of(is_long), n_past + np.arange(n)))
         at += n
     return np.concatenate(parts).reshape(filled.shape)[:, : rows.shape[1]]
 
 
 def temper(p: NumpyProgram, op: ops.Temper) -> np.ndarray:
-    positions = np.concatenate([run.n_past + np.arange(run.n_tokens) for run in p.runs])
+    positions = np.concatenate([run.n_past + np.arange(run.n_tokens) for run in p.runs_of(op.x)])
     n_whole = np.floor((positions + op.temperature.offset) / op.temperature.length)
     return p[op.x] * (1 + op.temperature.scale * np.log(1 + n_whole))[:, None]
 
@@ -290,10 +297,11 @@ def temper(p: NumpyProgram, op: ops.Temper) -> np.ndarray:
 def attention(p: NumpyProgram, op: ops.Attend[NumpyCache, np.ndarray]) -> np.ndarray:
     shape, cache, parts = op.shape, op.cache, []
     at = 0
-    for seq, n_past, n, *_ in p.runs:
+    for seq, n_past, n, *_ in p.runs_of(op.q):
         rows, stop = slice(at, at + n), n_past + n
         for kept, new in ((cache.k, op.k), (cache.v, op.v)):
-            kept[seq, n_past:stop] = p[new][rows].reshape(n, shape.n_head_kv, -1)
+            if new is not None:
+                kept[seq, n_past:stop] = p[new][rows].reshape(n, shape.n_head_kv, -1)
         keys, values = (kept[seq, :stop].astype(p[op.q].dtype) for kept in (cache.k, cache.v))
         queries, positions = p[op.q][rows].reshape(n, shape.n_head, shape.head_dim), n_past + np.arange(n)
         result = attend(queries, keys, values, positions, shape.scale, shape.window, shape.softcap, op.sinks)

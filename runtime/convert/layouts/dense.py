@@ -30,13 +30,6 @@ LLAMA_ROW = CheckpointLayout(
     rope_dim=True,
     keys=(VOCAB_SIZE,),
 )
-GRANITE_KEYS: tuple[Key, ...] = (
-    VOCAB_SIZE,
-    ("attention.scale", "f32", ("attention_multiplier",)),
-    ("embedding_scale", "f32", ("embedding_multiplier",)),
-    ("residual_scale", "f32", ("residual_multiplier",)),
-    ("logit_scale", "f32", ("logits_scaling",)),
-)
 UNGATED: Names = {**PRE_NORMS, **ATTENTION, "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 RELU2 = {"hidden_act": ("relu2",)}
 GLM4_NORMS: Names = {
@@ -52,6 +45,13 @@ COHERE2_FIXED = {
     "use_gated_activation": (True,), "use_parallel_block": (True,), "attention_bias": (False,),
     "order_of_interleaved_layers": ("local_attn_first",),
 }  # fmt: skip
+GRANITE_KEYS: tuple[Key, ...] = (
+    VOCAB_SIZE,
+    ("attention.scale", "f32", ("attention_multiplier",)),
+    ("embedding_scale", "f32", ("embedding_multiplier",)),
+    ("residual_scale", "f32", ("residual_multiplier",)),
+    ("logit_scale", "f32", ("logits_scaling",)),
+)
 ROWS = (
     LLAMA_ROW,
     replace(LLAMA_ROW, classes={"MistralForCausalLM": "mistral"}, windows="all", defaults={"sliding_window": 4096}),
