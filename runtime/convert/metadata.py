@@ -100,7 +100,7 @@ def _put(layout: CheckpointLayout, found: dict[str, Typed], config: Config, key:
         if not isinstance(value, bool):
             raise config.wrong(names, "true or false")
         found[name] = Typed(kind, value)
-    elif kind.startswith("array"):
+    elif value is not None and kind.startswith("array"):
         found[name] = Typed(kind, value)  # of CheckpointLayout.read
     elif value is not None or needed:
         found[name] = Typed(kind, config.integer(*names, low=0) if kind == "u32" else config.number(*names))

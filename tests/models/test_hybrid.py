@@ -27,6 +27,16 @@ _NEMOTRON = {
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("Lfm2ForCausalLM", _LFM2),
     "granitehybrid": ("GraniteMoeHybridForCausalLM", {**_GRANITE, "num_local_experts": 0}),
+    "granitehybrid-moe": ("GraniteMoeHybridForCausalLM", {**_GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granite-4": (
+        "GraniteMoeHybridForCausalLM",
+        {**_GRANITE, "num_local_experts": 0, "layer_types": ["full_attention"] * 3, "position_embedding_type": "rope"},
+    ),
+    "granitemoe": (
+        "GraniteMoeHybridForCausalLM",
+        {**_GRANITE, "layer_types": ["full_attention"] * 3, "position_embedding_type": "rope",
+         "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "nemotron_h": (
         "NemotronHForCausalLM",
         {**_NEMOTRON, "layers_block_type": ["linear_attention", "full_attention", "mlp", "linear_attention"]},
