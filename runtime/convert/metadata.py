@@ -57,7 +57,7 @@ def sizes(config: Config) -> dict[str, int]:
         "n_embd_q": n_head * head_dim,
         "n_embd_kv": n_head_kv * head_dim,
         "n_ff": n_ff,
-        "n_expert": config.integer("num_local_experts", "num_experts", "n_routed_experts", default=1),
+        "n_expert": config.integer("num_local_experts", "num_experts", "n_routed_experts", default=1, low=0),
         "n_ff_exp": n_ff_exp,
         "n_ff_shexp": config.integer("shared_expert_intermediate_size", default=n_ff_exp * n_shared, low=0),
     }
@@ -100,7 +100,7 @@ def _put(layout: CheckpointLayout, found: dict[str, Typed], config: Config, key:
         if not isinstance(value, bool):
             raise config.wrong(names, "true or false")
         found[name] = Typed(kind, value)
-    elif kind.startswith("array"):
+    elif value is not None and kind.startswith("array"):
         found[name] = Typed(kind, value)  # of CheckpointLayout.read
     elif value is not None or needed:
         found[name] = Typed(kind, config.integer(*names, low=0) if kind == "u32" else config.number(*names))
