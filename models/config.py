@@ -18,7 +18,6 @@ from gguf_run.models.architectures import (
     SHARED,
     Architecture,
     architecture,
-    entries,
     qkv_of,
 )
 from gguf_run.models.keys import MAX_LAYERS, Keys, rope_scaling, show, swa_layers, temperature
@@ -174,8 +173,10 @@ class ModelConfig:
         try:
             arch = architecture(name)
         except KeyError:
-            known = ", ".join(sorted(entry.name for entry in entries()))
-            raise UnsupportedError(f"general.architecture is {show(name)}; this program runs: {known}") from None
+            from gguf_run.models.nearest import nearest
+
+            known = nearest(lambda arch: _shapes(_read(arch, Keys(metadata, name), tensors), tensors), tensors)
+            raise UnsupportedError(f"general.architecture is {show(name)}, which is not known; {known}") from None
         config = _read(arch, Keys(metadata, name), tensors)
         groups = [(QKV, config.ffn(il)[:-1], EXPERTS) for il in range(config.n_layer)]
         check_tensors(Keys(metadata, name), tensors, *_shapes(config, tensors), groups)
