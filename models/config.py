@@ -1,6 +1,6 @@
 """Reads the numbers of a model from GGUF metadata and tensor shapes, and checks all of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.architectures import (
     EXPERTS,
+    FUSED_EXPERTS,
     LAYER_SHAPES,
     MODEL_SHAPES,
     QK,
@@ -51,6 +52,7 @@ class LayerConfig:
     n_ff: int  # width of the ffn; 0: the layer has none
     window: int  # positions that a token sees, its own included; 0: all
     has_experts: bool
+    kv_layer: int  # the layer whose keys and values this layer reads; its own if it makes any
 
     @property
     def n_embd_q(self) -> int:
@@ -97,10 +99,28 @@ class ModelConfig:
     n_ff_exp: int  # width of one expert
     n_ff_shexp: int  # width of the expert that all tokens use; 0: there is none
     moe: Mixture  # how a token's experts are chosen and weighted; unused if n_expert is 0
+    n_ple: int  # columns of the embedding that a token has for each layer; 0: there is none
 
     @property
     def n_layer(self) -> int:
         return len(self.layers)
+
+    @property
+    def n_own(self) -> int:
+        """Layers up to the last one that has keys and values, or a state, of its own. Later ones read what is there.
+
+        With experts, which may be on another device, these are all layers.
+        """
+        return self.n_layer if self.n_expert else 1 + max(layer.kv_layer for layer in self.layers)
+
+    @property
+    def n_ple_all(self) -> int:
+        """Columns of the embeddings that a token has for all layers."""
+        return self.n_ple * self.n_layer
+
+    @property
+    def has_ple(self) -> bool:
+        return self.n_ple > 0
 
     @property
     def n_head(self) -> int:
@@ -151,14 +171,14 @@ class ModelConfig:
 
     def ffn(self, il: int) -> tuple[str, ...]:
         """Return the names of layer il's matrices of gate, up and down; () if the layer has only experts."""
-        if self.layers[il].has_experts:
+        if self.layers[il].has_experts and not self.arch.dense_beside:
             return SHARED if self.n_ff_shexp else ()
         return (*self.arch.gate_up, "ffn_down") if self.layers[il].n_ff else ()
 
     def size(self, il: int, word: str) -> int:
         """Return a size by its name in a table of shapes."""
         layer = self.layers[il]
-        return sum(getattr(layer if hasattr(layer, part) else self, part) for part in word.split("+"))
+        return sum(int(getattr(layer if hasattr(layer, part) else self, part, part)) for part in word.split("+"))
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "ModelConfig":
@@ -217,7 +237,7 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
         rope_freq_base=base,
         rope_freq_base_swa=keys.number("rope.freq_base_swa", arch.swa_rope_freq_base or base, low=2, high=1e12),
         rope_scaling=rope_scaling(keys, n_ctx_train, arch.yarn_truncate),
-        attention_scale=keys.number("attention.scale", 0.0) or head_scale,
+        attention_scale=keys.number("attention.scale", arch.attention_scale) or head_scale,
         attn_softcap=keys.number("attn_logit_softcapping", arch.attn_softcap),
         xielu=import_module(_XIELU).read_xielu(keys, len(layers)) if arch.activation == "xielu" else (),
         temperature=temperature(keys, arch.temperature),
@@ -228,6 +248,7 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
         n_ff_exp=n_ff_exp,
         n_ff_shexp=n_ff_shexp,
         moe=mixture,
+        n_ple=keys.integer("embedding_length_per_layer_input", 0, low=0),
     )
 
 
@@ -236,6 +257,18 @@ def _mixer(arch: Architecture, keys: Keys) -> "Mixer | None":
         return None
     mixer: Mixer = import_module(f"gguf_run.models.mixers.{arch.mixer}").read(keys)
     return mixer
+
+
+def _head(keys: Keys, end: str, default: int, default_rot: int) -> tuple[int, int]:
+    """Return head_dim and n_rot: of all layers, or with the end "_swa", of layers with a window."""
+    head_dim = keys.integer(f"attention.key_length{end}", default)
+    if keys.integer(f"attention.value_length{end}", default) != head_dim:
+        raise keys.wrong(f"attention.value_length{end}", f"the same as the length of a key, which is {head_dim}")
+    n_rot = keys.integer(f"rope.dimension_count{end}", default_rot if head_dim == default else head_dim)
+    if n_rot % 2 or n_rot > head_dim:
+        allowed = f"even and at most the length of a head, {head_dim}"
+        raise FormatError(f"{keys.prefix}.rope.dimension_count{end} is {n_rot}, must be {allowed}")
+    return head_dim, n_rot
 
 
 def _layers(
@@ -252,13 +285,8 @@ def _layers(
             raise keys.wrong("attention.head_count_kv", allowed)
     if keys.get("attention.key_length") is None and n_embd % n_head[0]:
         raise keys.wrong("attention.head_count", f"a divisor of {keys.prefix}.embedding_length, which is {n_embd}")
-    head_dim = keys.integer("attention.key_length", n_embd // n_head[0])
-    if keys.integer("attention.value_length", n_embd // n_head[0]) != head_dim:
-        raise keys.wrong("attention.value_length", f"the same as the length of a key, which is {head_dim}")
-    n_rot = keys.integer("rope.dimension_count", head_dim)
-    if n_rot % 2 or n_rot > head_dim:
-        allowed = f"even and at most the length of a head, {head_dim}"
-        raise FormatError(f"{keys.prefix}.rope.dimension_count is {n_rot}, must be {allowed}")
+    heads = _head(keys, "", n_embd // n_head[0], n_embd // n_head[0])
+    heads_swa = _head(keys, "_swa", *heads)
     n_ff_exp = keys.integer("expert_feed_forward_length", 0, low=0)
     n_ff = keys.integers(
         "feed_forward_length", n_block, [n_ff_exp] * n_block if n_ff_exp else None, int(not arch.mixer)
@@ -267,11 +295,17 @@ def _layers(
     moe_step = keys.integer("interleave_moe_layer_step", 1)
     window = keys.integer("attention.sliding_window", 0, low=0)
     is_swa = swa_layers(keys, n_block, arch.swa_period) if window else (False,) * n_block
+    kv_layers: Sequence[int] = range(n_layer)
+    if keys.get("attention.shared_kv_layers"):
+        from gguf_run.models.per_layer import kv_layers_of  # late: few models share
+
+        kv_layers = kv_layers_of(keys, list(zip(is_swa, n_head_kv, strict=True))[:n_layer])
     layers = []
     for il in range(n_layer):
         attends = mixer is None or mixer.attends(il)
         is_rotated = not arch.no_rope_period or (il + 1) % arch.no_rope_period != 0
         is_rotated = is_rotated and (is_swa[il] or not (arch.window_rope and window))
+        head_dim, n_rot = heads_swa if is_swa[il] else heads
         layers.append(
             LayerConfig(
                 n_head=n_head[il] if attends else 0,
@@ -281,6 +315,7 @@ def _layers(
                 n_ff=n_ff[il],
                 window=window if is_swa[il] and attends else 0,
                 has_experts=has_experts and il >= n_lead and (il + 1) % moe_step == 0,
+                kv_layer=kv_layers[il],
             )
         )
     return tuple(layers)
@@ -314,7 +349,9 @@ def _shapes(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[st
         qkv = qkv_of(arch, f"blk.{il}.", tensors) if layer.n_head else ()
         matrices = [*qkv, *(["attn_output"] if qkv else []), *config.ffn(il)]
         if layer.has_experts:
-            matrices += ["ffn_gate_inp", *EXPERTS, *(["ffn_gate_inp_shexp"] if arch.shared_gate else [])]
+            is_fused = f"blk.{il}.{FUSED_EXPERTS[0]}.weight" in tensors
+            matrices += ["ffn_gate_inp", *(FUSED_EXPERTS if is_fused else EXPERTS)]
+            matrices += ["ffn_gate_inp_shexp"] if arch.shared_gate else []
         norms = [name for name in arch.norms if layer.n_head or name not in QK]
         for name in (*norms, *matrices, *(["attn_sinks"] if arch.sinks else [])):
             ne = tuple(config.size(il, word) for word in shapes[name])
@@ -326,4 +363,8 @@ def _shapes(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[st
         if config.mixer is not None:
             for known, more in zip((required, optional), config.mixer.tensors(il), strict=True):
                 known |= {f"blk.{il}.{name}": ne for name, ne in more.items()}
+    if arch.more:
+        from gguf_run.models.per_layer import add_more
+
+        add_more(config, tensors, required, optional)
     return required, optional

@@ -63,6 +63,7 @@ def check_tensors(
 
 
 def _is_factor(name: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a tensor has the factors of an NVFP4 matrix."""
+    """Whether a tensor has the factors of an NVFP4 matrix, or of the results of experts."""
     weight = tensors.get(f"{name.removesuffix('.scale')}.weight")
-    return name.endswith(".scale") and weight is not None and weight.type.name == "NVFP4"
+    is_of_experts = name.endswith(".ffn_down_exps.scale")
+    return name.endswith(".scale") and weight is not None and (weight.type.name == "NVFP4" or is_of_experts)

@@ -16,6 +16,7 @@ from gguf_run.runtime.convert.layout import (
     SILU,
     VOCAB_SIZE,
     CheckpointLayout,
+    Key,
     Names,
     network,
 )
@@ -44,6 +45,13 @@ COHERE2_FIXED = {
     "use_gated_activation": (True,), "use_parallel_block": (True,), "attention_bias": (False,),
     "order_of_interleaved_layers": ("local_attn_first",),
 }  # fmt: skip
+GRANITE_KEYS: tuple[Key, ...] = (
+    VOCAB_SIZE,
+    ("attention.scale", "f32", ("attention_multiplier",)),
+    ("embedding_scale", "f32", ("embedding_multiplier",)),
+    ("residual_scale", "f32", ("residual_multiplier",)),
+    ("logit_scale", "f32", ("logits_scaling",)),
+)
 ROWS = (
     LLAMA_ROW,
     replace(LLAMA_ROW, classes={"MistralForCausalLM": "mistral"}, windows="all", defaults={"sliding_window": 4096}),
@@ -91,13 +99,7 @@ ROWS = (
         {"GraniteForCausalLM": "granite"},
         permuted=True,
         rope_dim=True,
-        keys=(
-            VOCAB_SIZE,
-            ("attention.scale", "f32", ("attention_multiplier",)),
-            ("embedding_scale", "f32", ("embedding_multiplier",)),
-            ("residual_scale", "f32", ("residual_multiplier",)),
-            ("logit_scale", "f32", ("logits_scaling",)),
-        ),
+        keys=GRANITE_KEYS,
         defaults={"attention_multiplier": 1.0},
     ),
     CheckpointLayout(
