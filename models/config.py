@@ -17,7 +17,6 @@ from gguf_run.models.architectures import (
     SHARED,
     Architecture,
     architecture,
-    entries,
     experts_of,
     qkv_of,
 )
@@ -192,8 +191,10 @@ class ModelConfig:
         try:
             arch = architecture(name)
         except KeyError:
-            known = ", ".join(sorted(entry.name for entry in entries()))
-            raise UnsupportedError(f"general.architecture is {show(name)}; this program runs: {known}") from None
+            from gguf_run.models.nearest import nearest
+
+            known = nearest(lambda arch: _shapes(_read(arch, Keys(metadata, name), tensors), tensors), tensors)
+            raise UnsupportedError(f"general.architecture is {show(name)}, which is not known; {known}") from None
         config = _read(arch, Keys(metadata, name), tensors)
         blocks = [f"blk.{il}." for il in range(config.n_layer)]
         groups = [(QKV, config.ffn(il)[:-1], experts_of(arch, block, tensors)) for il, block in enumerate(blocks)]
