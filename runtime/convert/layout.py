@@ -14,7 +14,7 @@ from gguf_run.runtime.convert.stored.checkpoint import Config
 
 # A module of the checkpoint -> the tensor of the GGUF file. Both names get ".weight" or ".bias".
 # "@": the number of an expert (or head); all of them become one tensor. Two names: the tensor is split in halves.
-# Three names: q, k and v; the checkpoint has them together for each head of keys. A name that ends in ".scale" is whole.
+# Three names: q, k and v; the checkpoint has them together for each head of keys. ".scale" ends a whole name.
 Names = Mapping[str, str | tuple[str, ...]]
 # A key without the architecture's name, its type, and the names in config.json. A value that is not there is left out.
 Key = tuple[str, str, tuple[str, ...]]
