@@ -207,6 +207,22 @@ def _delta_rule(tape: Tape, op: "ops.DeltaRule[CpuState, CpuVector]", int8: Rows
     tape.record(op, delta_rule, d_k=d_k, d_v=d_v, state=op.state.data)
 
 
+def _scan(tape: Tape, op: "ops.Scan[CpuState, CpuVector]", int8: Rows | None) -> None:
+    """Two kernels: scan_steps computes numbers of each token and head, scan moves the state along."""
+    from gguf_run.kernels_cpu.recurrent.scan import scan, scan_steps
+
+    tape.record(
+        op,
+        scan_steps,
+        scan,
+        steps=tape.shared("steps", 8 * tape.n_batch * op.n_head),
+        head_dim=op.x.width // op.n_head,
+        n_state=op.b.width // op.n_group,
+        state=op.state.data,
+        slot_bytes=op.state.data.strides[0],
+    )
+
+
 def _moe(tape: Tape, op: Any, int8: Rows | None) -> None:
     from gguf_run.kernels_cpu.lower_moe import lower_moe
 
@@ -235,9 +251,10 @@ LOWER: Mapping[type, Lowered] = {
     ops.Temper: _temper,
     ops.Attend: _attend,
     ops.Gated: _gated,
-    ops.Xielu: _xielu,
     ops.ShortConv: _short_conv,
     ops.DeltaRule: _delta_rule,
+    ops.Scan: _scan,
+    ops.Xielu: _xielu,
     ops.Moe: _moe,
     ops.GateRows: _gate_rows,
     ops.Softcap: _softcap,

@@ -53,7 +53,11 @@ class StepInput:
         self._tokens, self._runs, self._rows = tokens.view(5, -1).numpy(), runs.view(n_batch, -1).numpy(), rows.numpy()
         self._wanted = wanted.view(3, -1).numpy()
         self._sent = torch.cuda.Event() if device.type == "cuda" else None
-        self.n_tokens = self.n_out = 0
+        self.n_tokens = self.n_out = self.n_runs = 0
+
+    def n_run(self, n_row: int) -> int:
+        """Return the runs to launch for: those of the step. A graph for few rows serves any runs: one for each row."""
+        return n_row if n_row <= FEW else self.n_runs
 
     def of(self, outputs: bool) -> Tokens:
         """Return all tokens, or those whose results are wanted."""
@@ -76,7 +80,7 @@ class StepInput:
                 tokens[2, at:end] = np.arange(run.n_past, run.n_past + run.n_tokens)
                 self._runs[i] = at, run.n_tokens, run.n_past, run.reads, run.writes
                 at = end
-            self.n_tokens = len(ids)
+            self.n_tokens, self.n_runs = len(ids), len(runs)
         self._wanted[:] = [[0], [-1], [0]]
         self._wanted[:, : len(rows)] = self._tokens[1:4, list(rows)]
         self._device.copy_(self._host, non_blocking=True)

@@ -160,7 +160,7 @@ def _take_norms(fused: list[Any], op: Attend[Any, Any]) -> tuple[RmsNorm[Any], .
     norms = tuple(last.op for last in fused[-len(heads) :] if isinstance(last, FusedNorm))
     if [(norm.x, norm.n_group) for norm in norms] != heads:
         return ()
-    if norms[0].eps != norms[-1].eps or any(norm.out != norm.x or norm.residual is not None for norm in norms):
+    if norms[0].eps != norms[-1].eps or any(norm.out != norm.x or norm.residual or norm.is_grouped for norm in norms):
         return ()
     del fused[-len(heads) :]
     return norms

@@ -69,7 +69,7 @@ QK = ("attn_q_norm", "attn_k_norm")
 POST = ("post_attention_norm", "post_ffw_norm")
 WHOLE_ROW = {"attn_q_norm": ("n_embd_q",), "attn_k_norm": ("n_embd_kv",)}
 
-_FAMILIES = ("dense", "gemma", "mixtures")
+_FAMILIES = ("dense", "gemma", "mixtures", "delta_net")
 
 
 def entries() -> Iterator[Architecture]:

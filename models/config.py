@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gguf_run.models.mixers import Mixer
 
 _MAX_EXPERTS = 1024
+_XIELU = "gguf_run.models.xielu"  # imported for the one architecture that needs it
 
 # Features that the decoder does not have: the key, and the value with which a file says that it does not need them.
 _NEUTRAL: Mapping[str, float | bool] = {
@@ -88,6 +89,9 @@ class ModelConfig:
     rope_scaling: RopeScaling
     attention_scale: float  # factor on q.k
     attn_softcap: float
+    xielu: tuple[
+        tuple[float, float, float, float], ...
+    ]  # alpha_p, alpha_n, beta, eps of each layer's ops.Xielu, if any
     temperature: Temperature | None  # of the queries of layers that do not rotate, if arch has one, or of all layers
     embd_scale: float  # factor on the embeddings
     logit_scale: float  # factor on the logits
@@ -234,6 +238,7 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
         rope_scaling=rope_scaling(keys, n_ctx_train, arch.yarn_truncate),
         attention_scale=keys.number("attention.scale", arch.attention_scale) or head_scale,
         attn_softcap=keys.number("attn_logit_softcapping", arch.attn_softcap),
+        xielu=import_module(_XIELU).read_xielu(keys, len(layers)) if arch.activation == "xielu" else (),
         temperature=temperature(keys, arch.temperature),
         embd_scale=embd_scale / residual_scale,
         logit_scale=keys.factor("logit_scale") ** (1 if arch.logits_multiplied else -1),

@@ -45,11 +45,12 @@ class RmsNorm(Generic[Vector]):
     """out = x / sqrt(mean(x^2) + eps) * weight (+ residual)"""
 
     x: Buffer
-    weight: Vector  # f32[x.width / n_group]
+    weight: Vector  # f32[x.width / n_group], or f32[x.width] if is_grouped
     out: Buffer  # may be x or residual
     eps: float
-    n_group: int = 1  # each row has n_group equal parts; each part is normed by itself, with the same weight
+    n_group: int = 1  # each row has n_group equal parts; each part is normed by itself
     residual: Buffer | None = None
+    is_grouped: bool = False  # whether each part has its own part of the weight; False: all have the same weight
 
 
 @frozen

@@ -101,9 +101,11 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         """qkv = q, k and v of h, side by side"""
         self.matmul(h, self.load.qkv(self.config.arch, f"blk.{il}."), self._qkv)
 
-    def attend(self, il: int, cache: CacheLayer[Cache, State]) -> None:
-        """x += attention of q, k and v, which are in the buffer qkv"""
-        config, layer, qkv, block = self.config, self.config.layers[il], self._qkv, f"blk.{il}."
+    def attend(
+        self, il: int, cache: CacheLayer[Cache, State], qkv: Buffer | None = None, gate: Buffer | None = None
+    ) -> None:
+        """x += attention of q, k and v. qkv: their buffer; None: "qkv". gate: the result is multiplied by its sigmoid."""
+        config, layer, qkv, block = self.config, self.config.layers[il], qkv or self._qkv, f"blk.{il}."
         n_q, n_kv, head_dim = layer.n_embd_q, layer.n_embd_kv, layer.head_dim
         q, k, v = qkv.columns(0, n_q), qkv.columns(n_q, n_kv), qkv.columns(n_q + n_kv, n_kv)
         norms = ((q, "attn_q_norm", layer.n_head), (k, "attn_k_norm", layer.n_head_kv))
@@ -120,8 +122,11 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
             for weight, (part, _, n_head) in zip(self.load.late_norms(block), norms, strict=True):
                 self.add(ops.RmsNorm(part, weight, part, config.inner_eps, n_head))
         sinks = self.load.vector(f"{block}attn_sinks")
-        self.add(ops.Attend(q, k, v, cache.cache, config.attention(il), self._attn.columns(0, n_q), sinks))
-        self.add_product(self._attn.columns(0, n_q), block, "attn_output", "post_attention_norm")
+        out = self._attn.columns(0, n_q)
+        self.add(ops.Attend(q, k, v, cache.cache, config.attention(il), out, sinks))
+        if gate is not None:
+            self.add(ops.Gated(gate, out, out, "sigmoid"))
+        self.add_product(out, block, "attn_output", "post_attention_norm")
 
     def before(self, il: int) -> tuple[Buffer, ...]:
         """Return the buffers that layer il needs, or the output if there is no such layer: x."""
@@ -201,7 +206,7 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
             self.add(ops.MatmulGated(h, gate_up.weight, ff, activation, gate_up.bias))
         else:
             self.matmul(h, gate_up, ff)
-            self.add(ops.Gated(ff, None, ff, activation))
+            self.add(ops.Xielu(ff, ff, *config.xielu[il]) if config.xielu else ops.Gated(ff, None, ff, activation))
         if config.layers[il].has_experts and config.arch.shared_gate:
             self.matmul(h, load.matrix(f"{block}ffn_gate_inp_shexp"), self._gate)
             self.add(ops.GateRows(ff, self._gate))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -49,7 +50,11 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
 
     def has(self, name: str) -> bool:
         """Whether the file has the weight of this name."""
-        return f"{name}.weight" in self._tensors
+        return self._full(name) in self._tensors
+
+    def _full(self, name: str) -> str:
+        """Return the name of a weight in the file: with ".weight", unless the file has it without."""
+        return name if name in self._tensors else f"{name}.weight"
 
     def _take(self, upload: Callable[[list[Tensor]], _Handle], names: Sequence[str]) -> _Handle:
         """Return what the backend makes of some tensors."""
@@ -89,10 +94,24 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
             self._progress(tensor.nbytes)
         return self.backend.table(tensor)
 
-    def matrix(self, *names: str, bias: Sequence[str] | None = None) -> Matrix[Weight, Vector]:
-        """Return a matrix of the rows of some tensors. bias: the tensors that hold the bias; None: those of `names`."""
+    def matrix(
+        self,
+        *names: str,
+        bias: Sequence[str] | None = None,
+        orders: Mapping[str, NDArray[np.intp]] = MappingProxyType({}),
+    ) -> Matrix[Weight, Vector]:
+        """Return a matrix of the rows of some tensors.
+
+        bias: the tensors that hold the bias; None: those of `names`.
+        orders: of tensors whose rows the matrix has in another order than the file.
+        """
         weights = tuple(f"{name}.weight" for name in names)
-        weight = self._take(self.backend.weight, weights)
+
+        def upload(tensors: list[Tensor]) -> Weight:
+            pairs = zip(names, tensors, strict=True)
+            return self.backend.weight([one.ordered(orders[name]) if name in orders else one for name, one in pairs])
+
+        weight = self._take(upload, weights)
         return Matrix(weights, weight, self._optional([f"{name}.bias" for name in (bias or names)]))
 
     def qkv(self, arch: Architecture, block: str) -> Matrix[Weight, Vector]:
@@ -102,7 +121,7 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
 
     def norm(self, name: str) -> tuple[Vector, Vector | None]:
         """Return weight and bias of a norm."""
-        return self._take(self.backend.vector, [f"{name}.weight"]), self._optional([f"{name}.bias"])
+        return self._take(self.backend.vector, [self._full(name)]), self._optional([f"{name}.bias"])
 
     def numbers(self, name: str, values: NDArray[np.float32]) -> Vector:
         """Return numbers that the file does not have. name: for errors and lists."""
@@ -122,7 +141,7 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
 
     def vector(self, name: str) -> Vector | None:
         """Return a tensor's values, None if the file does not have the tensor."""
-        return self._optional([f"{name}.weight"])
+        return self._optional([self._full(name)])
 
     def values(self, name: str) -> NDArray[np.float32]:
         """Return the values of a vector of the file."""

@@ -82,19 +82,22 @@ def attend(
     sums f32[part, n_token, n_head, VALUE] = exp2(score - greatest) @ v
     stats f32[part, n_token, n_head, 2] = (greatest score, sum of exp2(score - greatest)); (-inf, 0) for no position
 
-    Grid (n_token / TOKENS, n_head_kv, parts). k, v: planes of the cache (qs, d). n_rep: heads of queries for a KV head.
+    Grid (n_token / TOKENS, n_head_kv * n_rep / REP, parts). k, v: planes of the cache (qs, d).
+    n_rep: heads of queries for a KV head.
     SOFTCAP: None, or scores become SOFTCAP * tanh(score / SOFTCAP). K, V: cache types. WIDTH: power of 2 >= HEAD_DIM.
     VALUE: the first columns of a row of V, of HEAD_DIM columns, that are the value. VALUE_WIDTH: power of 2 >= VALUE.
-    The rows of a tile are TOKENS tokens x REP heads; n_rep of REP heads are used. SPAN: positions at a time.
+    The rows of a tile are TOKENS tokens x REP heads. SPAN: positions at a time.
     Tokens of one tile may be of several sequences: the tile goes through the sequences one after the other.
     """
     M: tl.constexpr = TOKENS * REP
-    kv_head = tl.program_id(1)
+    tiles = tl.cdiv(n_rep, REP)  # of a KV head
+    kv_head = tl.program_id(1) // tiles
     part = tl.program_id(2)
     r = tl.arange(0, M)
     t = (tl.program_id(0) * TOKENS + r // REP).to(tl.int64)
-    there = (t < n_token) & (r % REP < n_rep)
-    head = kv_head * n_rep + r % REP
+    of_kv_head = tl.program_id(1) % tiles * REP + r % REP
+    there = (t < n_token) & (of_kv_head < n_rep)
+    head = kv_head * n_rep + of_kv_head
     position = tl.load(positions + t, mask=there, other=-1)
     seq = tl.load(seqs + t, mask=t < n_token, other=0)
     queries = _queries(q, q_stride, t, head, there, K, HEAD_DIM, WIDTH)

@@ -47,7 +47,9 @@ class _Tiling:
         """
         types = self.cache.k.type, self.cache.v.type
         rep = triton.next_power_of_2(self.shape.n_head // self.shape.n_head_kv)
-        floats = any(type.bits == 32 for type in types)
+        is_wide = self.cache.k.width > 512  # as the keys of latent attention are
+        rep = min(rep, 16) if is_wide else rep
+        floats = is_wide or any(type.bits == 32 for type in types)
         narrow = self.cache.k.width <= 128 and not floats
         less = SPAN // 4 if floats else SPAN // 2
         if n <= FEW:
@@ -87,10 +89,11 @@ def bind_attention(fused: FusedAttention, memory: Memory) -> Launch:
                 v_rows.rotates, *sizes,
             )  # fmt: skip
         options, n_part = tiling.options(n), tiling.n_part(n)
-        attend[(-(-n // options["TOKENS"]), n_head_kv, n_part)](
+        n_tile = -(-n // options["TOKENS"]), -(-n_head // n_head_kv // options["REP"]) * n_head_kv
+        attend[(*n_tile, n_part)](
             *q, k_rows.pair, v_rows.pair, tokens.seqs, tokens.positions, *sums, cache.n_ctx, n_head_kv,
             n_head // n_head_kv, n, shape.scale, shape.window or 1 << 30, shape.softcap or None, *types, *sizes,
-            *value, **options, num_stages=2,
+            *value, **options, num_stages=1 if k_rows.width > 512 else 2,
         )  # fmt: skip
         add_up[(n, n_head)](*sums, op.sinks, *out, int8, n_part, v_rows.rotates, *value)
 

@@ -4,6 +4,7 @@ The result can be used like any GGUF file: quantize/ writes it in any type in on
 """
 
 import dataclasses
+import warnings
 from collections import Counter
 from collections.abc import Container, Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ from gguf_run.runtime.convert.quantized.methods import KEPT, plain_tensors
 from gguf_run.runtime.convert.rope import rope_tensors
 from gguf_run.runtime.convert.stored.checkpoint import Checkpoint
 from gguf_run.runtime.convert.stored.sources import Source, computed, rows
-from gguf_run.runtime.convert.tensors import model_tensors
+from gguf_run.runtime.convert.tensors import model_tensors, take_numbers
 from gguf_run.runtime.convert.vocabulary.metadata import tokenizer_metadata
 from gguf_run.runtime.quantize.file_types import FILE_TYPES, KEEP, FileType
 from gguf_run.runtime.quantize.plan import Item, Plan
@@ -46,13 +47,15 @@ def open_checkpoint(
     checkpoint = Checkpoint.open(directory, weights=not vocab_only)
     layout, config = layout_of(checkpoint.config)
     tensors: dict[str, Tensor] = {}
+    numbers: dict[str, MetaValue] = {}
     if not vocab_only:
-        stored = {
-            name: tensor
-            for name, tensor in checkpoint.tensors.items()
-            if not name.endswith(IGNORED) and not name.startswith(OTHER_PARTS)
-        }
-        plain = plain_tensors(dataclasses.replace(checkpoint, config=config, tensors=stored), keep)
+        stored = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith(OTHER_PARTS)}
+        if others := len(checkpoint.tensors) - len(stored):
+            what = f"{others} tensors for images or sound are left out, the file is for text alone"
+            warnings.warn(f"{directory}: {what}", stacklevel=2)
+        stored = {name: tensor for name, tensor in stored.items() if not name.endswith(IGNORED)}
+        plain = dict(plain_tensors(dataclasses.replace(checkpoint, config=config, tensors=stored), keep))
+        numbers.update(take_numbers(layout, config.integer("num_hidden_layers"), plain))
         tensors = model_tensors(layout, config, plain)
     hyper = hyperparameters(layout, config)
     if not vocab_only:
@@ -66,6 +69,7 @@ def open_checkpoint(
         "general.type": "model",
         **general_metadata(directory, name, list(tensors.values())),
         **hyper,
+        **numbers,
         **vocabulary,
     }
     file = GGUFFile.of(directory, metadata, tensors)

@@ -29,6 +29,7 @@ _SUB_NAMES = (
     "rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "factor",
     "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "short_factor",
     "long_factor", "low_freq_factor", "high_freq_factor", "full_attention", "sliding_attention", "finetuned",
+    "mrope_section", "mrope_interleaved", "llama_4_scaling_beta", "max_position_embeddings", "alpha",
 )  # fmt: skip
 
 
@@ -54,6 +55,9 @@ def rope_parameters(layout: CheckpointLayout, config: Config) -> tuple[Config, C
         "original_max_position_embeddings": config.integer("max_position_embeddings"),
     }
     full = {**outside, **full}
+    if layout.ntk_alpha and full["rope_type"] == "dynamic" and (alpha := full.get("alpha")):
+        n = config.integer("head_dim")
+        full |= {"rope_type": "default", "rope_theta": float(full["rope_theta"] or 1e4) * float(alpha) ** (n / (n - 2))}
     if (original := config.get("original_max_position_embeddings")) is not None:
         full["original_max_position_embeddings"] = original  # Phi-3 has it there: transformers prefers this place
     local = config.get(LOCAL_NAME) if layout.decoder.swa_rope_freq_base else None
@@ -103,6 +107,10 @@ def rope_keys(layout: CheckpointLayout, config: Config) -> Iterator[tuple[str, T
             yield f"rope.{key}", Typed("f32", parameters.number("rope_theta"))
     if layout.rope_dim:
         yield "rope.dimension_count", Typed("u32", n_rot)
+    if isinstance(sections := rope.get("mrope_section"), list):  # of positions of images: text has one position
+        yield "rope.dimension_sections", Typed("array[i32]", (sections + [0] * 4)[:4])
+    if rope.get("llama_4_scaling_beta") is not None:
+        yield "attention.temperature_scale", Typed("f32", rope.number("llama_4_scaling_beta"))
 
 
 def rope_type(layout: CheckpointLayout, config: Config, rope: Config) -> str:
@@ -142,6 +150,9 @@ def _yarn(layout: CheckpointLayout, config: Config, rope: Config, n_rot: int) ->
     if m and m_all:
         default = yarn_attention(factor, rope.number("mscale")) / yarn_attention(factor, rope.number("mscale_all_dim"))
     attention = rope.number("attention_factor", default=default)
+    if layout.yarn_log and m_all:
+        yield "rope.scaling.yarn_log_multiplier", Typed("f32", layout.yarn_log * m_all)
+        built_in /= yarn_attention(factor, m_all)
     if attention != built_in:
         yield "rope.scaling.attn_factor", Typed("f32", attention / built_in)
     betas = {name: rope.number(name, default=0.0) for name in ("beta_fast", "beta_slow")}

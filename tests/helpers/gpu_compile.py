@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import recurrent_ops
 import torch
 import triton.backends.nvidia
 from cpu_ops import Step
@@ -52,7 +53,6 @@ ATTENTION = (
     ("int8", "fp8_e4m3", 256, 1),
     ("fp8_e5m2", "int8", 64, 64),
 )
-LATENT = (("f16", 1), ("f16", 64), ("q8_0", 1), ("q8_0", 64))  # K, tokens
 
 
 MEMORY = r"(st\.global|bar\.sync|bar\.warp\.sync|atom[\w.]+|ld\.global\.cg)"
@@ -151,6 +151,19 @@ def ops() -> None:
     run(step, 1, [0], n_top=64)
 
 
+def recurrent() -> None:
+    """Compile recurrent ops in the sizes of real models."""
+    rng = np.random.default_rng(0)
+    step = Step(GpuBackend(CPU), 64)
+    recurrent_ops.short_conv(step, rng, 8192, 4, "silu", True, True)
+    recurrent_ops.delta_rule(step, rng, (2, 4), 128, 128, True, True)
+    for n_state in (128, 256):
+        out = recurrent_ops.scan(step, rng, 4, 64, 1, n_state, True)
+    step.finish(out)
+    for n in (1, 64):
+        run(step, n)
+
+
 def attention(k: str, v: str, head_dim: int, n: int) -> None:
     """Compile attention, and a shift of the cache, which turns keys."""
     backend = GpuBackend(CPU)
@@ -165,6 +178,15 @@ def attention(k: str, v: str, head_dim: int, n: int) -> None:
     step.add(Matmul(out, weight("Q8_0", 8 * head_dim, 1024), step.buffer(1024)))
     run(step.finish(out), n)
     cache.shift(0, 64, 0, 32, rotation)
+
+
+def latent_attention(k: str, n: int) -> None:
+    """Compile the attention of DeepSeek's sizes, whose values are 512 of the 576 columns of a key."""
+    step, shape = Step(GpuBackend(CPU), 64), AttentionShape(16, 1, 576, 0.1, n_latent=512)
+    q, keys, out = step.buffer(16 * 576), step.buffer(576), step.buffer(16 * 512)
+    cache = step.backend.cache(shape, 32768, 64, 1, CacheType(k, k))
+    step.add(Attend(q, keys, keys.columns(0, 512), cache, shape, out))
+    run(step.finish(out), n)
 
 
 def moe(gate_up: str, down: str, n: int, mixture: Mixture, biases: bool) -> None:
@@ -200,10 +222,12 @@ def cases(full: bool) -> dict[str, Callable[[], None]]:
         moes.append(("MXFP4", "MXFP4", 1, Mixture(8, True, 1.0, "swiglu_oai"), True))
     return {
         "ops": ops,
+        "recurrent": recurrent,
         **{f"few {name} {n}": functools.partial(product, name, n) for name, n in few_cases},
         **({"few Q4_K 1 gated": functools.partial(product, "Q4_K", 1, "silu")} if full else {}),
         **{f"many {name} {n}": functools.partial(product, name, n) for name, n in many_cases},
         **{"attention {} {} {} {}".format(*case): functools.partial(attention, *case) for case in attentions},
+        **{f"latent {n}": functools.partial(latent_attention, "f16", n) for n in (1, 64)},
         **{f"moe {case[0]} {case[2]}": functools.partial(moe, *case) for case in moes},
     }
 

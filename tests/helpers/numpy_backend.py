@@ -260,9 +260,10 @@ class NumpyProgram:
 
 
 def rms_norm(p: NumpyProgram, op: ops.RmsNorm[np.ndarray]) -> np.ndarray:
-    part = p[op.x].reshape(-1, op.n_group, len(op.weight))
+    part = p[op.x].reshape(-1, op.n_group, op.x.width // op.n_group)
     mean = (part * part).mean(axis=-1, keepdims=True, dtype=part.dtype)
-    rows = (part / np.sqrt(mean + part.dtype.type(op.eps)) * op.weight).reshape(-1, op.x.width)
+    weight = op.weight.reshape(op.n_group if op.is_grouped else 1, -1)
+    rows = (part / np.sqrt(mean + part.dtype.type(op.eps)) * weight).reshape(-1, op.x.width)
     return rows if op.residual is None else rows + p[op.residual]
 
 
@@ -327,7 +328,7 @@ def short_conv(p: NumpyProgram, op: ops.ShortConv[NumpyState, np.ndarray]) -> np
         state[:] = x[len(x) - n + 1 :]
         sums = sum(op.taps.reshape(-1, n)[:, j] * x[j : len(x) - n + 1 + j] for j in range(n))
         parts.append(sums + (0 if op.bias is None else op.bias))
-    return {"silu": silu, "identity": np.asarray}[op.activation](np.concatenate(parts))
+    return ACTIVATIONS[op.activation](np.concatenate(parts))
 
 
 def softplus(x: np.ndarray) -> np.ndarray:
@@ -369,6 +370,23 @@ def moe(p: NumpyProgram, op: ops.Moe[NumpyExperts, np.ndarray, NumpySquares]) ->
             for seen, read in zip(op.squares or (), (row, made), strict=False):
                 seen.add(read[None], e)
     return result
+
+
+def scan(p: NumpyProgram, op: Any) -> np.ndarray:
+    x = p[op.x].reshape(-1, op.n_head, op.x.width // op.n_head)
+    b, c = (p[buffer].reshape(len(x), op.n_group, -1) for buffer in (op.b, op.c))
+    b, c = (np.repeat(part, op.n_head // op.n_group, axis=1) for part in (b, c))
+    delta = np.logaddexp(0, p[op.dt] + op.dt_bias)[..., None]
+    kept, added = np.exp(delta * op.a[:, None])[..., None], (delta * x)[..., None] * b[:, :, None]
+    out, at = np.empty_like(x), 0
+    for run in p.runs:
+        s = op.state.data[run.reads].reshape(added.shape[1:]) if run.n_past else np.zeros(added.shape[1:], x.dtype)
+        for t in range(at, at + run.n_tokens):
+            s = kept[t] * s + added[t]
+            out[t] = (s * c[t, :, None]).sum(axis=-1) + op.d[:, None] * x[t]
+        op.state.data[run.writes] = s.reshape(-1)
+        at += run.n_tokens
+    return out.reshape(len(x), -1)
 
 
 def route(mixture: Mixture, logits: np.ndarray, bias: np.ndarray | None) -> list[tuple[int, float]]:
@@ -413,10 +431,11 @@ FUNCTIONS: Mapping[type, Callable[[NumpyProgram, Any], Any]] = {
     ops.Temper: temper,
     ops.Attend: attention,
     ops.Gated: lambda p, op: ACTIVATIONS[op.activation](p[op.gate]) * (1 if op.up is None else p[op.up]),
-    ops.Xielu: lambda p, op: xielu(p[op.x], op),
     ops.ShortConv: short_conv,
     ops.DeltaRule: delta_rule,
+    ops.Xielu: lambda p, op: xielu(p[op.x], op),
     ops.Moe: moe,
+    ops.Scan: scan,
     ops.GateRows: lambda p, op: p[op.x] / (1 + np.exp(-p[op.gate])),
     ops.Softcap: lambda p, op: softcap(p[op.x], op.scale, op.cap),
     ops.Observe: lambda p, op: op.squares.add(p[op.x]),

@@ -19,7 +19,7 @@ from gguf_run.kernels_gpu.matmul import launch as matmul
 from gguf_run.kernels_gpu.panels import dots
 from gguf_run.kernels_gpu.panels.panels import PANELS, FloatPanel, IntPanel
 from gguf_run.models.backend import CacheType, Run
-from gguf_run.models.operands import AttentionShape, Buffer, Rotation
+from gguf_run.models.operands import AttentionShape, Buffer, Rotation, Temperature
 from gguf_run.models.ops import (
     Attend,
     Embed,
@@ -33,6 +33,7 @@ from gguf_run.models.ops import (
     RmsNorm,
     Rope,
     Softcap,
+    Temper,
     Xielu,
 )
 
@@ -196,14 +197,15 @@ def both(record: Any, runs: Sequence[tuple[int, int]], bound: float = EXACT) -> 
         assert error(actual, expected) < bound, n_past
 
 
-@pytest.mark.parametrize(("n_group", "residual"), [(1, False), (3, True)])
-def test_rms_norm(n_group: int, residual: bool) -> None:
+@pytest.mark.parametrize(("n_group", "residual", "is_grouped"), [(1, False, False), (3, True, False), (3, False, True)])
+def test_rms_norm(n_group: int, residual: bool, is_grouped: bool) -> None:
     rng = np.random.default_rng(5)
     x, more, weight = rng.standard_normal((3, 12, 84))
 
     def record(step: Step) -> Step:
         a, b = step.input(x), step.input(more)
-        step.add(RmsNorm(a, step.vector(weight[0, : 84 // n_group]), a, 0.01, n_group, b if residual else None))
+        part = step.vector(weight[0, : 84 if is_grouped else 84 // n_group])
+        step.add(RmsNorm(a, part, a, 0.01, n_group, b if residual else None, is_grouped))
         return step.finish(a)
 
     both(record, [(0, 1), (0, 12)])
@@ -344,7 +346,7 @@ def test_attention(window: int) -> None:
     both(record, [(0, 12), (12, 1), *([(13, 12), (25, 12), (37, 12), (49, 12), (61, 12)] if window else [])], HALF)
 
 
-@pytest.mark.parametrize(("n_head", "n_nope", "n_rot", "n_latent"), [(4, 24, 8, 32), (3, 16, 32, 96)])
+@pytest.mark.parametrize(("n_head", "n_nope", "n_rot", "n_latent"), [(4, 24, 8, 32), (18, 8, 32, 512)])
 def test_latent_attention(n_head: int, n_nope: int, n_rot: int, n_latent: int) -> None:
     """Keys of a latent row and a rotated end; values that are the latent rows; a matrix for each head on both sides."""
     rng, head_dim, n_value = np.random.default_rng(3), n_latent + n_rot, 20
@@ -367,7 +369,7 @@ def test_latent_attention(n_head: int, n_nope: int, n_rot: int, n_latent: int) -
         step.add(MatmulHeads(attn, step.backend.weight(matrices[1:]), out, n_head))
         return step.finish(out)
 
-    both(record, [(0, 20), (20, 1), (21, 3)], HALF)
+    both(record, [(0, 12), (12, 12), (24, 1), (25, 3)], HALF)
 
 
 def test_the_greatest_results() -> None:
@@ -419,6 +421,7 @@ def test_layer_norm_and_small_ops(n_group: int) -> None:
         step.add(GateRows(a, b))
         step.add(Softcap(a, 1.7, cap))
         step.add(Gated(a, None, a, "gelu"))
+        step.add(Temper(a, Temperature(0.3, 4, n_group)))
         return step.finish(a)
 
     both(record, [(0, 12)])
