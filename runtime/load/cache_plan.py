@@ -63,12 +63,15 @@ def check_type(option: str, name: str, head_dim: int) -> None:
 def layer_bytes(
     config: ModelConfig, plan: Sequence[CacheType], n_ctx: int, n_batch: int, n_seq: int = 1
 ) -> tuple[int, ...]:
-    """Return the bytes of each layer's cache and states. Layers with a window store only the window and a batch."""
+    """Return the bytes of each layer's cache and states. Layers with a window store only the window and a batch.
+
+    A layer that reads another layer's cache has none.
+    """
     n_batch = max(min(n_batch, n_ctx), n_seq)
     sizes = []
     for il, kind in enumerate(plan):
         shape = config.attention(il)
-        rows = rows_stored(n_ctx, n_batch, shape.window)
+        rows = rows_stored(n_ctx, n_batch, shape.window) if config.layers[il].kv_layer == il else 0
         rows_bytes = n_seq * cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, rows)
         sizes.append(rows_bytes + state_bytes(config, il, n_seq))
     return tuple(sizes)
