@@ -50,6 +50,7 @@ class LayerConfig:
     n_rot: int  # columns of a head that are rotated; 0: none
     n_ff: int  # width of the ffn; 0: the layer has none
     window: int  # positions that a token sees, its own included; 0: all
+    n_latent: int  # see operands.AttentionShape
     has_experts: bool
 
     @property
@@ -144,7 +145,8 @@ class ModelConfig:
     def attention(self, il: int) -> AttentionShape:
         """Return the shape of layer il's attention. It has no heads in a layer without attention."""
         layer, scale, softcap = self.layers[il], self.attention_scale, self.attn_softcap
-        return AttentionShape(layer.n_head, layer.n_head_kv, layer.head_dim, scale, layer.window, softcap)
+        sizes = layer.n_head, layer.n_head_kv, layer.head_dim
+        return AttentionShape(*sizes, scale, layer.window, softcap, layer.n_latent)
 
     def ffn(self, il: int) -> tuple[str, ...]:
         """Return the names of layer il's matrices of gate, up and down; () if the layer has only experts."""
@@ -187,7 +189,7 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
         arch = replace(arch, rope_style="neox")
     n_embd = keys.integer("embedding_length")
     n_expert, n_ff_exp, n_ff_shexp, mixture = _experts(arch, keys)
-    mixer = _mixer(arch, keys)
+    mixer, keys = _mixer(arch, keys)
     layers = _layers(arch, keys, n_embd, bool(n_expert), mixer)
     embd = tensors.get("token_embd.weight")
     if embd is None or len(embd.ne) != 2:
@@ -225,11 +227,13 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
     )
 
 
-def _mixer(arch: Architecture, keys: Keys) -> "Mixer | None":
+def _mixer(arch: Architecture, keys: Keys) -> "tuple[Mixer | None, Keys]":
+    """Return what layers have in place of attention, and the keys that all else is read from."""
     if not arch.mixer:
-        return None
-    mixer: Mixer = import_module(f"gguf_run.models.mixers.{arch.mixer}").read(keys)
-    return mixer
+        return None, keys
+    module = import_module(f"gguf_run.models.mixers.{arch.mixer}")
+    mixer: Mixer = module.read(keys)
+    return mixer, module.as_one_head(keys, mixer) if arch.mixer == "latent" else keys
 
 
 def _layers(
@@ -261,6 +265,7 @@ def _layers(
     moe_step = keys.integer("interleave_moe_layer_step", 1)
     window = keys.integer("attention.sliding_window", 0, low=0)
     is_swa = swa_layers(keys, n_block, arch.swa_period) if window else (False,) * n_block
+    n_latent = keys.integer("attention.kv_lora_rank") if arch.mixer == "latent" else 0
     layers = []
     for il in range(n_layer):
         attends = mixer is None or mixer.attends(il)
@@ -274,6 +279,7 @@ def _layers(
                 n_rot=n_rot if is_rotated else 0,
                 n_ff=n_ff[il],
                 window=window if is_swa[il] and attends else 0,
+                n_latent=n_latent,
                 has_experts=has_experts and il >= n_lead and (il + 1) % moe_step == 0,
             )
         )
