@@ -19,8 +19,12 @@ from gguf_run.kernels_gpu.matmul.launch import bind_matmul
 from gguf_run.kernels_gpu.matmul.moe_launch import bind_moe
 from gguf_run.kernels_gpu.panels.fields import dequantize
 from gguf_run.kernels_gpu.panels.memory import GpuSquares, GpuWeight, WeightPart
+from gguf_run.kernels_gpu.recurrent.delta_rule import bind_delta_rule
+from gguf_run.kernels_gpu.recurrent.scan import bind_scan
+from gguf_run.kernels_gpu.recurrent.short_conv import bind_short_conv
 from gguf_run.kernels_gpu.rows import activation, norms, quantize, rope
 from gguf_run.models.ops import (
+    DeltaRule,
     Embed,
     Gated,
     GateRows,
@@ -29,6 +33,8 @@ from gguf_run.models.ops import (
     Observe,
     Outputs,
     Rope,
+    Scan,
+    ShortConv,
     Softcap,
     Temper,
     Xielu,
@@ -50,14 +56,14 @@ def _norm(fused: FusedNorm, memory: Memory) -> Launch:
     halves = memory.halves(op.out) if "halves" in fused.forms else None
     width = max(32, triton.next_power_of_2(n))
     return lambda n_row: norms.norm[(n_row, op.n_group)](
-        *x, op.weight, None, n, op.eps, *out, *residual, int8, halves, False, width
+        *x, op.weight, None, n, op.eps, *out, *residual, int8, halves, False, op.is_grouped, width
     )
 
 
 def _layer_norm(op: LayerNorm[Array], memory: Memory) -> Launch:
     x, out, n = memory.strided(op.x), memory.strided(op.out), op.x.width // op.n_group
     return lambda n_row: norms.norm[(n_row, op.n_group)](
-        *x, op.weight, op.bias, n, op.eps, *out, None, 0, None, None, True, triton.next_power_of_2(n)
+        *x, op.weight, op.bias, n, op.eps, *out, None, 0, None, None, True, True, triton.next_power_of_2(n)
     )
 
 
@@ -71,15 +77,15 @@ def _convert(op: Convert, memory: Memory) -> Launch:
 
 
 def _angles(op: Angles, memory: Memory) -> Launch:
-    rotation, table, step = op.rotation, memory.angles(op.rotation), memory.step
+    rotation, table, tokens = op.rotation, memory.angles(op.rotation, op.outputs), memory.step.of(op.outputs)
     inv_freq = torch.tensor(np.asarray(rotation.inv_freqs, np.float64), device=memory.device)
     n_half = inv_freq.shape[1]
     width = triton.next_power_of_2(n_half)
-    return lambda n: rope.angles[(n,)](step.positions, step.is_long, inv_freq, table, n_half, rotation.scale, width)
+    return lambda n: rope.angles[(n,)](tokens.positions, tokens.is_long, inv_freq, table, n_half, rotation.scale, width)
 
 
 def _rope(op: Rope, memory: Memory) -> Launch:
-    x, table, n_half = memory.strided(op.x), memory.angles(op.rotation), op.rotation.n_rot // 2
+    x, table, n_half = memory.strided(op.x), memory.angles(op.rotation, op.x.outputs), op.rotation.n_rot // 2
     n_head = -(-op.x.width // op.head_dim)
     widths = triton.next_power_of_2(n_head), triton.next_power_of_2(n_half)
     return lambda n: rope.rope[(n,)](*x, table, n_head, op.head_dim, n_half, op.rotation.style == "neox", *widths)
@@ -119,7 +125,7 @@ def _gate_rows(op: GateRows, memory: Memory) -> Launch:
 
 def _temper(op: Temper, memory: Memory) -> Launch:
     numbers = op.temperature.scale, op.temperature.length, op.temperature.offset
-    x, positions = memory.strided(op.x), memory.step.positions
+    x, positions = memory.strided(op.x), memory.step.of(op.x.outputs).positions
     return _by_columns(activation.temper, op.x.width, *x, positions, op.x.width, *numbers)
 
 
@@ -143,6 +149,7 @@ _BIND: dict[type, Callable[[Any, Memory], Launch]] = {
     Angles: _angles,
     FusedAttention: bind_attention,
     Convert: _convert,
+    DeltaRule: bind_delta_rule,
     Embed: _embed,
     Gated: _gated,
     GateRows: _gate_rows,
@@ -154,6 +161,8 @@ _BIND: dict[type, Callable[[Any, Memory], Launch]] = {
     FusedMatmul: bind_matmul,
     MatmulHeads: _matmul_heads,
     Rope: _rope,
+    Scan: bind_scan,
+    ShortConv: bind_short_conv,
     Softcap: _softcap,
     Xielu: _xielu,
     Temper: _temper,

@@ -25,18 +25,22 @@ class Architecture:
     # Names of norms. attn_norm and `ffn_norm` come before attention and ffn, attn_q_norm and attn_k_norm before the
     # rotation. post_attention_norm and post_ffw_norm norm a result before it is added to the residual stream.
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")
-    # Norms that a file may leave out. Without ffn_norm, attention and ffn read the same normed values.
+    # Norms that a file may leave out, and tensors of `more`. Without ffn_norm, attention and ffn read the same values.
     optional_norms: tuple[str, ...] = ()
     ffn_norm: str = "ffn_norm"  # name of the norm before the ffn
+    output_norm: str = "output_norm"  # name of the norm before the output matrix
     layer_norm: bool = False  # norms subtract the mean and have biases
     sinks: bool = False  # attention has sinks
     qk_norm_after_rope: bool = False  # attn_q_norm and attn_k_norm come after the rotation
     neox_by_sections: bool = False  # with a rope.dimension_sections that is not 0, rope_style is "neox"
     no_rope_period: int = 0  # every n-th layer does not rotate; 0: all rotate
+    rope_key: str = ""  # a key that says whether any layer rotates; "": none
     window_rope: bool = False  # in a file with a window, only layers with the window rotate
     # Scale, length and offset of operands.Temperature, for layers that do not rotate. (): keys of the file tell it.
     temperature: tuple[float, int, int] | tuple[()] = ()
     logits_multiplied: bool = False  # logit_scale multiplies the logits; False: it divides them
+    v_of_k: bool = False  # a layer without attn_v makes v of what attn_k makes
+    attention_scale: float = 0.0  # factor on q.k, unless the file has one; 0: 1/sqrt(head_dim)
     scaled_embd: bool = False  # embeddings are multiplied by sqrt(n_embd)
     n_embd_scale_n_layer: tuple[int, ...] = ()  # with one of these n_layer, q.k is scaled by 1/sqrt(n_embd/n_head)
     attn_softcap: float = 0.0  # softcap of attention's scores, unless the file has one; 0: none
@@ -49,8 +53,12 @@ class Architecture:
     expert_norm: bool = True  # see operands.Mixture.norm; a key in the file goes first
     expert_activation: str = ""  # activation of the experts; "": the same as `activation`
     shared_gate: bool = False  # a gate weights the result of the shared expert
+    dense_beside: bool = False  # a layer with experts has a dense ffn too
+    step: str = ""  # module of models with a class Step, which lists the ops of a step; "": step.py
     mixer: str = ""  # module of models/mixers: what layers have in place of attention, or beside it
     shapes: Mapping[str, Shape] = field(default_factory=dict)  # shapes that differ from LAYER_SHAPES
+    # Tensors beyond those that the other fields name. "blk.N." is that of each layer. One with a size 0 is not there.
+    more: Mapping[str, Shape] = field(default_factory=dict)
 
     @property
     def norm_per_head(self) -> bool:
@@ -63,7 +71,7 @@ QK = ("attn_q_norm", "attn_k_norm")
 POST = ("post_attention_norm", "post_ffw_norm")
 WHOLE_ROW = {"attn_q_norm": ("n_embd_q",), "attn_k_norm": ("n_embd_kv",)}
 
-_FAMILIES = ("dense", "gemma", "mixtures", "latent")
+_FAMILIES = ("dense", "gemma", "mixtures", "delta_net", "hybrid", "latent")
 
 
 def entries() -> Iterator[Architecture]:
@@ -82,7 +90,8 @@ def architecture(name: str) -> Architecture:
     raise KeyError(name)
 
 
-# Tensors by name, ggml order: ne[0] (row length) first. A word is a field of LayerConfig or ModelConfig, "a+b" a sum.
+# Tensors by name, ggml order: ne[0] (row length) first. A word is a number, or a field of LayerConfig or
+# ModelConfig; "a+b" is a sum.
 MODEL_SHAPES: Mapping[str, Shape] = {
     "token_embd.weight": ("n_embd", "n_vocab"),
     "output_norm.weight": ("n_embd",),
@@ -109,6 +118,7 @@ LAYER_SHAPES: Mapping[str, Shape] = {
     "ffn_gate_inp": ("n_embd", "n_expert"),
     "ffn_gate_exps": ("n_embd", "n_ff_exp", "n_expert"),
     "ffn_up_exps": ("n_embd", "n_ff_exp", "n_expert"),
+    "ffn_gate_up_exps": ("n_embd", "n_ff_exp+n_ff_exp", "n_expert"),
     "ffn_down_exps": ("n_ff_exp", "n_embd", "n_expert"),
     "ffn_gate_inp_shexp": ("n_embd",),
     "ffn_gate_shexp": ("n_embd", "n_ff_shexp"),
@@ -118,6 +128,7 @@ LAYER_SHAPES: Mapping[str, Shape] = {
 }
 QKV = ("attn_q", "attn_k", "attn_v")
 EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+FUSED_EXPERTS = ("ffn_gate_up_exps", "ffn_down_exps")  # gate and up in one tensor
 SHARED = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
 
 

@@ -1,6 +1,6 @@
 """Reads the numbers of a model from GGUF metadata and tensor shapes, and checks all of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.architectures import (
     EXPERTS,
+    FUSED_EXPERTS,
     LAYER_SHAPES,
     MODEL_SHAPES,
     QK,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from gguf_run.models.mixers import Mixer
 
 _MAX_EXPERTS = 1024
+_XIELU = "gguf_run.models.xielu"  # imported for the one architecture that needs it
 
 # Features that the decoder does not have: the key, and the value with which a file says that it does not need them.
 _NEUTRAL: Mapping[str, float | bool] = {
@@ -52,6 +54,7 @@ class LayerConfig:
     window: int  # positions that a token sees, its own included; 0: all
     n_latent: int  # see operands.AttentionShape
     has_experts: bool
+    kv_layer: int  # the layer whose keys and values this layer reads; its own if it makes any
 
     @property
     def n_embd_q(self) -> int:
@@ -87,6 +90,9 @@ class ModelConfig:
     rope_scaling: RopeScaling
     attention_scale: float  # factor on q.k
     attn_softcap: float
+    xielu: tuple[
+        tuple[float, float, float, float], ...
+    ]  # alpha_p, alpha_n, beta, eps of each layer's ops.Xielu, if any
     temperature: Temperature | None  # of the queries of layers that do not rotate, if arch has one, or of all layers
     embd_scale: float  # factor on the embeddings
     logit_scale: float  # factor on the logits
@@ -95,10 +101,28 @@ class ModelConfig:
     n_ff_exp: int  # width of one expert
     n_ff_shexp: int  # width of the expert that all tokens use; 0: there is none
     moe: Mixture  # how a token's experts are chosen and weighted; unused if n_expert is 0
+    n_ple: int  # columns of the embedding that a token has for each layer; 0: there is none
 
     @property
     def n_layer(self) -> int:
         return len(self.layers)
+
+    @property
+    def n_own(self) -> int:
+        """Layers up to the last one that has keys and values, or a state, of its own. Later ones read what is there.
+
+        With experts, which may be on another device, these are all layers.
+        """
+        return self.n_layer if self.n_expert else 1 + max(layer.kv_layer for layer in self.layers)
+
+    @property
+    def n_ple_all(self) -> int:
+        """Columns of the embeddings that a token has for all layers."""
+        return self.n_ple * self.n_layer
+
+    @property
+    def has_ple(self) -> bool:
+        return self.n_ple > 0
 
     @property
     def n_head(self) -> int:
@@ -150,14 +174,14 @@ class ModelConfig:
 
     def ffn(self, il: int) -> tuple[str, ...]:
         """Return the names of layer il's matrices of gate, up and down; () if the layer has only experts."""
-        if self.layers[il].has_experts:
+        if self.layers[il].has_experts and not self.arch.dense_beside:
             return SHARED if self.n_ff_shexp else ()
         return (*self.arch.gate_up, "ffn_down") if self.layers[il].n_ff else ()
 
     def size(self, il: int, word: str) -> int:
         """Return a size by its name in a table of shapes."""
         layer = self.layers[il]
-        return sum(getattr(layer if hasattr(layer, part) else self, part) for part in word.split("+"))
+        return sum(int(getattr(layer if hasattr(layer, part) else self, part, part)) for part in word.split("+"))
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "ModelConfig":
@@ -196,7 +220,9 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
         raise FormatError(f"tensor token_embd.weight {shape_of(embd)}, must have {n_embd} x (number of tokens) values")
     n_ctx_train = keys.integer("context_length")
     residual_scale = keys.factor("residual_scale")
-    eps = "attention.layer_norm_epsilon" if arch.layer_norm else "attention.layer_norm_rms_epsilon"
+    eps, other = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
+    if arch.layer_norm or (keys.get(eps) is None and keys.get(other) is not None):
+        eps = other
     base = keys.number("rope.freq_base", 1e4, low=2, high=1e12)
     is_per_embd = len(layers) in arch.n_embd_scale_n_layer
     head_scale: float = (n_embd // layers[0].n_head if is_per_embd else layers[0].head_dim) ** -0.5
@@ -214,8 +240,9 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
         rope_freq_base=base,
         rope_freq_base_swa=keys.number("rope.freq_base_swa", arch.swa_rope_freq_base or base, low=2, high=1e12),
         rope_scaling=rope_scaling(keys, n_ctx_train, arch.yarn_truncate),
-        attention_scale=keys.number("attention.scale", 0.0) or head_scale,
+        attention_scale=keys.number("attention.scale", arch.attention_scale) or head_scale,
         attn_softcap=keys.number("attn_logit_softcapping", arch.attn_softcap),
+        xielu=import_module(_XIELU).read_xielu(keys, len(layers)) if arch.activation == "xielu" else (),
         temperature=temperature(keys, arch.temperature),
         embd_scale=embd_scale / residual_scale,
         logit_scale=keys.factor("logit_scale") ** (1 if arch.logits_multiplied else -1),
@@ -224,6 +251,7 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
         n_ff_exp=n_ff_exp,
         n_ff_shexp=n_ff_shexp,
         moe=mixture,
+        n_ple=keys.integer("embedding_length_per_layer_input", 0, low=0),
     )
 
 
@@ -234,6 +262,18 @@ def _mixer(arch: Architecture, keys: Keys) -> "tuple[Mixer | None, Keys]":
     module = import_module(f"gguf_run.models.mixers.{arch.mixer}")
     mixer: Mixer = module.read(keys)
     return mixer, module.as_one_head(keys, mixer) if arch.mixer == "latent" else keys
+
+
+def _head(keys: Keys, end: str, default: int, default_rot: int) -> tuple[int, int]:
+    """Return head_dim and n_rot: of all layers, or with the end "_swa", of layers with a window."""
+    head_dim = keys.integer(f"attention.key_length{end}", default)
+    if keys.integer(f"attention.value_length{end}", default) != head_dim:
+        raise keys.wrong(f"attention.value_length{end}", f"the same as the length of a key, which is {head_dim}")
+    n_rot = keys.integer(f"rope.dimension_count{end}", default_rot if head_dim == default else head_dim)
+    if n_rot % 2 or n_rot > head_dim:
+        allowed = f"even and at most the length of a head, {head_dim}"
+        raise FormatError(f"{keys.prefix}.rope.dimension_count{end} is {n_rot}, must be {allowed}")
+    return head_dim, n_rot
 
 
 def _layers(
@@ -250,13 +290,8 @@ def _layers(
             raise keys.wrong("attention.head_count_kv", allowed)
     if keys.get("attention.key_length") is None and n_embd % n_head[0]:
         raise keys.wrong("attention.head_count", f"a divisor of {keys.prefix}.embedding_length, which is {n_embd}")
-    head_dim = keys.integer("attention.key_length", n_embd // n_head[0])
-    if keys.integer("attention.value_length", n_embd // n_head[0]) != head_dim:
-        raise keys.wrong("attention.value_length", f"the same as the length of a key, which is {head_dim}")
-    n_rot = keys.integer("rope.dimension_count", head_dim)
-    if n_rot % 2 or n_rot > head_dim:
-        allowed = f"even and at most the length of a head, {head_dim}"
-        raise FormatError(f"{keys.prefix}.rope.dimension_count is {n_rot}, must be {allowed}")
+    heads = _head(keys, "", n_embd // n_head[0], n_embd // n_head[0])
+    heads_swa = _head(keys, "_swa", *heads)
     n_ff_exp = keys.integer("expert_feed_forward_length", 0, low=0)
     n_ff = keys.integers(
         "feed_forward_length", n_block, [n_ff_exp] * n_block if n_ff_exp else None, int(not arch.mixer)
@@ -266,11 +301,18 @@ def _layers(
     window = keys.integer("attention.sliding_window", 0, low=0)
     is_swa = swa_layers(keys, n_block, arch.swa_period) if window else (False,) * n_block
     n_latent = keys.integer("attention.kv_lora_rank") if arch.mixer == "latent" else 0
+    kv_layers: Sequence[int] = range(n_layer)
+    if keys.get("attention.shared_kv_layers"):
+        from gguf_run.models.per_layer import kv_layers_of  # late: few models share
+
+        kv_layers = kv_layers_of(keys, list(zip(is_swa, n_head_kv, strict=True))[:n_layer])
+    turns = not arch.rope_key or keys.flag(arch.rope_key, True)
     layers = []
     for il in range(n_layer):
         attends = mixer is None or mixer.attends(il)
-        is_rotated = not arch.no_rope_period or (il + 1) % arch.no_rope_period != 0
+        is_rotated = turns and (not arch.no_rope_period or (il + 1) % arch.no_rope_period != 0)
         is_rotated = is_rotated and (is_swa[il] or not (arch.window_rope and window))
+        head_dim, n_rot = heads_swa if is_swa[il] else heads
         layers.append(
             LayerConfig(
                 n_head=n_head[il] if attends else 0,
@@ -280,7 +322,8 @@ def _layers(
                 n_ff=n_ff[il],
                 window=window if is_swa[il] and attends else 0,
                 n_latent=n_latent,
-                has_experts=has_experts and il >= n_lead and (il + 1) % moe_step == 0,
+                has_experts=has_experts and il >= n_lead and (il + 1) % moe_step == 0 and n_ff[il] > 0,
+                kv_layer=kv_layers[il],
             )
         )
     return tuple(layers)
@@ -306,7 +349,7 @@ def _shapes(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[st
     """Return ne of the tensors that a file must have, and of those that a file may leave out."""
     arch, shapes = config.arch, {**LAYER_SHAPES, **config.arch.shapes}
     model = {name: tuple(config.size(0, word) for word in words) for name, words in MODEL_SHAPES.items()}
-    required = {name: model[name] for name in ("token_embd.weight", "output_norm.weight")}
+    required = {"token_embd.weight": model["token_embd.weight"], f"{arch.output_norm}.weight": (config.n_embd,)}
     norm_bias = ("output_norm.bias",) if arch.layer_norm else ()
     optional = {name: model[name] for name in ("output.weight", "output.bias", *norm_bias)}
     optional |= dict.fromkeys(ROPE_FACTORS, (config.n_rope_freqs,))
@@ -314,7 +357,9 @@ def _shapes(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[st
         qkv = qkv_of(arch, f"blk.{il}.", tensors) if layer.n_head else ()
         matrices = [*qkv, *(["attn_output"] if qkv else []), *config.ffn(il)]
         if layer.has_experts:
-            matrices += ["ffn_gate_inp", *EXPERTS, *(["ffn_gate_inp_shexp"] if arch.shared_gate else [])]
+            is_fused = f"blk.{il}.{FUSED_EXPERTS[0]}.weight" in tensors
+            matrices += ["ffn_gate_inp", *(FUSED_EXPERTS if is_fused else EXPERTS)]
+            matrices += ["ffn_gate_inp_shexp"] if arch.shared_gate else []
         norms = [name for name in arch.norms if layer.n_head or name not in QK]
         for name in (*norms, *matrices, *(["attn_sinks"] if arch.sinks else [])):
             ne = tuple(config.size(il, word) for word in shapes[name])
@@ -326,4 +371,8 @@ def _shapes(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[st
         if config.mixer is not None:
             for known, more in zip((required, optional), config.mixer.tensors(il), strict=True):
                 known |= {f"blk.{il}.{name}": ne for name, ne in more.items()}
+    if arch.more:
+        from gguf_run.models.per_layer import add_more
+
+        add_more(config, tensors, required, optional)
     return required, optional

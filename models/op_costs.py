@@ -12,7 +12,7 @@ from gguf_run.models import ops
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.operands import AttentionShape
-from gguf_run.models.step import Step
+from gguf_run.models.step import step_class
 from gguf_run.models.weights import Loader, cache_layers
 
 
@@ -95,10 +95,11 @@ OPERATIONS: Mapping[type, Callable[[Any], int]] = {
     ops.Temper: lambda op: op.x.width,
     ops.Attend: lambda op: 2 * op.shape.n_head * (op.shape.head_dim + op.shape.n_value) * op.cache.n_out,
     ops.Gated: lambda op: 5 * op.out.width,
-    ops.Xielu: lambda op: 6 * op.out.width,
     ops.ShortConv: lambda op: (2 * op.n_taps + 5) * op.x.width,
     ops.DeltaRule: lambda op: 8 * op.state.n_in,
+    ops.Xielu: lambda op: 6 * op.out.width,
     ops.Moe: lambda op: 2 * op.experts.n_weights * op.mixture.n_used // op.logits.width,
+    ops.Scan: lambda op: 5 * op.x.width * op.b.width // op.n_group,
     ops.GateRows: lambda op: op.x.width,
     ops.Softcap: lambda op: 3 * op.x.width,
     ops.Outputs: lambda op: 0,
@@ -113,7 +114,7 @@ def op_costs(
     kinds: the cache type of each layer.
     n_ctx: positions that the token sees, its own included.
     """
-    step = Step(Loader(sizes, tensors, lambda n_bytes: None), config, None)
+    step = step_class(config)(Loader(sizes, tensors, lambda n_bytes: None), config, None)
     step.new_part()
     step.embed()
     for il, layer in enumerate(cache_layers(config, tensors, [sizes] * config.n_layer, kinds, n_ctx, 1, 1)):

@@ -45,11 +45,12 @@ class RmsNorm(Generic[Vector]):
     """out = x / sqrt(mean(x^2) + eps) * weight (+ residual)"""
 
     x: Buffer
-    weight: Vector  # f32[x.width / n_group]
+    weight: Vector  # f32[x.width / n_group], or f32[x.width] if is_grouped
     out: Buffer  # may be x or residual
     eps: float
-    n_group: int = 1  # each row has n_group equal parts; each part is normed by itself, with the same weight
+    n_group: int = 1  # each row has n_group equal parts; each part is normed by itself
     residual: Buffer | None = None
+    is_grouped: bool = False  # whether each part has its own part of the weight; False: all have the same weight
 
 
 @frozen
@@ -115,11 +116,14 @@ class Temper:
 
 @frozen
 class Attend(Generic[Cache, Vector]):
-    """Append k and v to the cache. Then out = softmax(scale * q.k, causal, window) @ v for each head."""
+    """Append k and v to the cache. Then out = softmax(scale * q.k, causal, window) @ v for each head.
+
+    Without k and v, the cache stays as it is: it is that of an earlier layer.
+    """
 
     q: Buffer
-    k: Buffer
-    v: Buffer  # the columns of k that are values if shape.n_latent is not 0
+    k: Buffer | None
+    v: Buffer | None  # the columns of k that are values if shape.n_latent is not 0
     cache: Cache
     shape: AttentionShape
     out: Buffer  # shape.n_value columns for each head; none of q, k, v

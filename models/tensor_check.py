@@ -26,7 +26,8 @@ def check_tensors(
 ) -> None:
     """Raise an error if a tensor is missing, has a wrong shape, or would silently be left out.
 
-    required: ne of the tensors that the file must have. optional: of those that it may leave out.
+    required: ne of the tensors that the file must have. optional: of those that it may leave out. A file may leave out
+        the ".weight" of a name.
     groups: for each layer, the names of matrices whose rows become one matrix: all of them have a bias, or none has.
     """
     drafts = tuple(f"blk.{il}." for il in range(len(groups), keys.integer("block_count")))
@@ -36,12 +37,13 @@ def check_tensors(
             "file that has its layers"
         )
     for name, ne in {**required, **{name: ne for name, ne in optional.items() if name in tensors}}.items():
-        tensor = tensors.get(name)
+        tensor = tensors.get(name) or tensors.get(name.removesuffix(".weight"))
         if tensor is None or not tensor.same_shape(ne):
             expected = f"{' x '.join(map(str, ne))} in this {keys.prefix} model"
             raise FormatError(f"tensor {name} {shape_of(tensor)}, must have {expected}")
     for name in tensors:
-        known = name in required or name in optional or name.endswith(_UNUSED_SUFFIXES) or name.startswith(drafts)
+        known = any(full in required or full in optional for full in (name, f"{name}.weight"))
+        known = known or name.endswith(_UNUSED_SUFFIXES) or name.startswith(drafts)
         if not known and not _is_factor(name, tensors):
             raise UnsupportedError(
                 f"tensor {show(name)} is not a part of a {keys.prefix} model of {len(groups)} layers as this "
@@ -56,6 +58,7 @@ def check_tensors(
 
 
 def _is_factor(name: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a tensor has the factors of an NVFP4 matrix."""
+    """Whether a tensor has the factors of an NVFP4 matrix, or of the results of experts."""
     weight = tensors.get(f"{name.removesuffix('.scale')}.weight")
-    return name.endswith(".scale") and weight is not None and weight.type.name == "NVFP4"
+    is_of_experts = name.endswith(".ffn_down_exps.scale")
+    return name.endswith(".scale") and weight is not None and (weight.type.name == "NVFP4" or is_of_experts)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -49,7 +50,11 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
 
     def has(self, name: str) -> bool:
         """Whether the file has the weight of this name."""
-        return f"{name}.weight" in self._tensors
+        return self._full(name) in self._tensors
+
+    def _full(self, name: str) -> str:
+        """Return the name of a weight in the file: with ".weight", unless the file has it without."""
+        return name if name in self._tensors else f"{name}.weight"
 
     def _take(self, upload: Callable[[list[Tensor]], _Handle], names: Sequence[str]) -> _Handle:
         """Return what the backend makes of some tensors."""
@@ -67,7 +72,7 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
     def _scaled(self, name: str) -> Tensor:
         """Return a tensor. If the file has a tensor `<name>.scale` for it, its numbers become the tensor's `scales`."""
         tensor, factors = self._tensors[name], self._tensors.get(f"{name.removesuffix('.weight')}.scale")
-        if factors is None or not name.endswith(".weight"):
+        if factors is None or not name.endswith(".weight") or ".ffn_gate_inp." in name:
             return tensor
         if factors.type.name != "F32" or factors.n_elements != math.prod(tensor.ne[2:]):
             raise FormatError(
@@ -75,6 +80,11 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
                 f"F32 for each matrix of {quoted(name)}"
             )
         return replace(tensor, scales=tuple(factors.blocks().reshape(-1).view(np.float32).tolist()))
+
+    def table(self, name: str) -> Table:
+        """Return a table of embeddings that nothing multiplies. Its rows are read from the file."""
+        self._progress(self._tensors[name].nbytes)
+        return self.backend.table(self._tensors[name])
 
     def embeddings(self) -> Table:
         """Return the table of embeddings."""
@@ -84,10 +94,24 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
             self._progress(tensor.nbytes)
         return self.backend.table(tensor)
 
-    def matrix(self, *names: str, bias: Sequence[str] | None = None) -> Matrix[Weight, Vector]:
-        """Return a matrix of the rows of some tensors. bias: the tensors that hold the bias; None: those of `names`."""
+    def matrix(
+        self,
+        *names: str,
+        bias: Sequence[str] | None = None,
+        orders: Mapping[str, NDArray[np.intp]] = MappingProxyType({}),
+    ) -> Matrix[Weight, Vector]:
+        """Return a matrix of the rows of some tensors.
+
+        bias: the tensors that hold the bias; None: those of `names`.
+        orders: of tensors whose rows the matrix has in another order than the file.
+        """
         weights = tuple(f"{name}.weight" for name in names)
-        weight = self._take(self.backend.weight, weights)
+
+        def upload(tensors: list[Tensor]) -> Weight:
+            pairs = zip(names, tensors, strict=True)
+            return self.backend.weight([one.ordered(orders[name]) if name in orders else one for name, one in pairs])
+
+        weight = self._take(upload, weights)
         return Matrix(weights, weight, self._optional([f"{name}.bias" for name in (bias or names)]))
 
     def qkv(self, arch: Architecture, block: str) -> Matrix[Weight, Vector]:
@@ -97,7 +121,7 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
 
     def norm(self, name: str) -> tuple[Vector, Vector | None]:
         """Return weight and bias of a norm."""
-        return self._take(self.backend.vector, [f"{name}.weight"]), self._optional([f"{name}.bias"])
+        return self._take(self.backend.vector, [self._full(name)]), self._optional([f"{name}.bias"])
 
     def _held(self, name: str, values: NDArray[np.floating]) -> Tensor:
         """Return an f32 or f16 tensor of numbers that the file does not have. name: for errors and lists."""
@@ -132,16 +156,21 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
 
         The scores are the same. Keys without weights can still be turned, which a context shift does.
         """
-        from gguf_run.formats.blocks.dequantizer import dequantize
-
-        q, k = found = [self._tensors[f"{block}{name}.weight"] for name in QK]
-        first, second = (dequantize(tensor.blocks(), tensor.type).reshape(-1) for tensor in found)
-        self._progress(q.nbytes + k.nbytes)
-        return self.numbers(q.name, first * second), self.numbers(k.name, np.ones_like(second))
+        q, k = names = [f"{block}{name}.weight" for name in QK]
+        first, second = map(self.values, names)
+        return self.numbers(q, first * second), self.numbers(k, np.ones_like(second))
 
     def vector(self, name: str) -> Vector | None:
         """Return a tensor's values, None if the file does not have the tensor."""
-        return self._optional([f"{name}.weight"])
+        return self._optional([self._full(name)])
+
+    def values(self, name: str) -> NDArray[np.float32]:
+        """Return the values of a vector of the file."""
+        from gguf_run.formats.blocks.dequantizer import dequantize
+
+        tensor = self._tensors[name]
+        self._progress(tensor.nbytes)
+        return dequantize(tensor.blocks(), tensor.type).reshape(-1)
 
     def experts(self, names: Sequence[str]) -> Experts:
         """Return the experts of a layer. names: of the tensors of gate, up and down."""
@@ -179,8 +208,11 @@ def cache_layers(
     n_seq: int,
 ) -> list[CacheLayer[Cache, State]]:
     """Return the caches of all layers. backends, kinds: of each layer. The sizes: see protocol.Backend.cache."""
-    layers = []
+    layers: list[CacheLayer[Cache, State]] = []
     for il, rotation in enumerate(rotations(config, tensors, n_ctx)):
+        if (owner := config.layers[il].kv_layer) != il:
+            layers.append(replace(layers[owner], is_shared=True))
+            continue
         backend, shape = backends[il], config.attention(il)
         cache = backend.cache(shape, n_ctx, n_batch, n_seq, kinds[il]) if shape.n_head else None
         sizes = config.mixer.states(il) if config.mixer is not None else ()

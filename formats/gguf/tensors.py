@@ -86,6 +86,11 @@ class Tensor(TensorInfo):
         start, scales = i * self.ne[1], self.scales[i : i + 1]
         return _Matrix(self.name, self.ne[:2], self.type, self.offset, self.file, self, start, scales=scales)
 
+    def ordered(self, index: NDArray[np.intp]) -> "Tensor":
+        """Return the tensor with all its rows in another order: row i is the tensor's row index[i]."""
+        fields = self.name, self.ne, self.type, self.offset, self.file, self, index
+        return _Ordered(*fields, scales=self.scales)
+
     def release(self, first: int = 0, end: int | None = None) -> None:
         """Tell the OS that rows first .. end (default: all) are not needed soon. Views stay valid."""
         row_bytes = self.type.row_bytes(self.ne[0])
@@ -105,6 +110,23 @@ class _Matrix(Tensor):
 
     def release(self, first: int = 0, end: int | None = None) -> None:
         self.whole.release(self.start + first, self.start + (self.n_rows if end is None else end))
+
+
+@frozen(eq=False)
+class _Ordered(Tensor):
+    """A tensor with its rows in another order. It is released as a whole."""
+
+    whole: Tensor
+    index: NDArray[np.intp]  # the rows of `whole`
+
+    def blocks(self, first: int = 0, end: int | None = None) -> NDArray[np.uint8]:
+        wanted = self.index[first:end]
+        low, high = (int(wanted.min()), int(wanted.max()) + 1) if len(wanted) else (0, 0)
+        return self.whole.blocks(low, high)[wanted - low]
+
+    def release(self, first: int = 0, end: int | None = None) -> None:
+        if end is None:
+            self.whole.release()
 
 
 @frozen

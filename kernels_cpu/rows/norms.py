@@ -20,18 +20,21 @@ FASTMATH = {"reassoc", "contract"}  # sums may be taken 16 numbers at a time
 
 
 @row_op(
-    "rows n_group n x x_stride weight out out_stride residual residual_stride q8 q8_stride",
+    "rows n_group is_grouped n x x_stride weight out out_stride residual residual_stride q8 q8_stride",
     "eps",
     n_items=n_groups,
     fastmath=FASTMATH,
 )
 def rms_norm(a, first, end):
-    """n: width of a group. weight: f32[n]. residual: rows, or 0. q8: int8 form of the rows if n_group is 1, or 0."""
+    """n: width of a group. weight: f32[n], or f32[n_group * n] if is_grouped. residual: rows, or 0.
+
+    q8: int8 form of the rows if n_group is 1, or 0.
+    """
     n = a.n
-    weight = f32_at(a.weight, n)
     for item in range(first, end):
         t, start = item // a.n_group, item % a.n_group * n * 4
         x, out = f32_at(a.x + t * a.x_stride + start, n), f32_at(a.out + t * a.out_stride + start, n)
+        weight = f32_at(a.weight + start * a.is_grouped, n)
         total = np.float32(0)
         for i in range(n):
             total += x[i] * x[i]

@@ -16,11 +16,11 @@ def normed(value, weight, column, n, eps):
 @triton.jit
 def norm(
     x, x_stride, weight, bias, n, eps, out, out_stride, residual, residual_stride, int8, halves,
-    LAYER: tl.constexpr, WIDTH: tl.constexpr,
+    LAYER: tl.constexpr, GROUPED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """out = x / sqrt(mean(x^2) + eps) * weight (+ bias) (+ residual); grid (rows, parts of n columns), WIDTH >= n.
 
-    LAYER: x - mean(x) takes the place of x, and each part has its own part of weight and bias.
+    LAYER: x - mean(x) takes the place of x. GROUPED: each part has its own part of weight and bias.
     int8: None, or (xq, xd, xs): gets the result as int8. halves: None, or (xh, xm): as f16. Both for one part only.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -30,6 +30,7 @@ def norm(
     value = tl.load(x + row * x_stride + part + column, mask=mask, other=0.0)
     if LAYER:
         value = tl.where(mask, value - tl.sum(value, axis=0) / n, 0.0)
+    if GROUPED:
         weight += part
     value = normed(value, weight, column, n, eps)
     if bias is not None:

@@ -16,6 +16,7 @@ ENTRIES = (
         "seed_oss", rope_style="neox", norms=("attn_norm", "post_attention_norm"), ffn_norm="post_attention_norm"
     ),
     Architecture("arcee", activation="relu2", gated=False, gate_up=("ffn_up",)),
+    Architecture("apertus", rope_style="neox", norms=(*PRE, *QK), activation="xielu", gated=False, gate_up=("ffn_up",)),
     Architecture("nemotron", rope_style="neox", activation="relu2", gated=False, gate_up=("ffn_up",), layer_norm=True),
     Architecture(
         "phi3",

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 
 from gguf_run.runtime.convert.layout import CheckpointLayout
-from gguf_run.runtime.convert.layouts import dense, gemma, mixtures
+from gguf_run.runtime.convert.layouts import delta_net, dense, gemma, hybrid, mixtures
 
-_ROWS: tuple[CheckpointLayout, ...] = (*dense.ROWS, *gemma.ROWS, *mixtures.ROWS)
+_ROWS: tuple[CheckpointLayout, ...] = (*delta_net.ROWS, *dense.ROWS, *gemma.ROWS, *hybrid.ROWS, *mixtures.ROWS)
 BY_CLASS: Mapping[str, CheckpointLayout] = {name: row for row in _ROWS for name in row.classes}
 BY_MODEL_TYPE: Mapping[str, CheckpointLayout] = {name: row for row in _ROWS for name in row.classes.values()}
 BY_ARCH: Mapping[str, tuple[CheckpointLayout, ...]] = {

@@ -21,7 +21,7 @@ _MOST = 20  # names in a warning
 # Sizes, which metadata.sizes reads, and flags, which tensors.py compares with the tensors.
 _READ = (
     "head_dim", "intermediate_size", "n_shared_experts", "moe_intermediate_size", "shared_expert_intermediate_size",
-    "vocab_size", "tie_word_embeddings", "num_experts", "num_local_experts", "no_rope_layers",
+    "vocab_size", "tie_word_embeddings", "num_experts", "num_local_experts", "no_rope_layers", "num_key_value_heads",
 )  # fmt: skip
 # Keys that say nothing of what is computed: names, training, how transformers runs or generates, parts for images.
 _HARMLESS = (
@@ -36,7 +36,7 @@ _HARMLESS = (
     "typical_p", "do_sample", "num_beams", "num_beam_groups", "num_return_sequences", "repetition_penalty",
     "length_penalty", "diversity_penalty", "task_specific_params", "finetuning_task", "tokenizer_class", "id2label",
     "label2id", "problem_type", "return_dict", "gradient_checkpointing", "initial_context_length", "experts_per_token",
-    "interpolate_factor", "full_attn_mod",
+    "interpolate_factor", "full_attn_mod", "num_logits_to_keep",
 )  # fmt: skip
 _TOKENS = ("_token_id", "_token_ids", "_token_index")  # ends of keys that name tokens, which a tokenizer knows
 

@@ -32,6 +32,8 @@ def layout_of(config: Config) -> tuple[CheckpointLayout, Config]:
     # Only for this key null means that it is not there.
     given = {key: value for key, value in config.values.items() if value is not None or key != "rope_parameters"}
     config = Config(config.path, {**layout.defaults, **given})
+    if layout.read is not None:
+        layout, config = layout.read(layout, config)
     check_keys(layout, config)
     return layout, config
 
@@ -84,6 +86,8 @@ def hyperparameters(layout: CheckpointLayout, config: Config) -> dict[str, Typed
         found["attention.key_length"] = found["attention.value_length"] = Typed("u32", numbers["head_dim"])
     found.update(_windows(layout, config))
     found.update(_not_built_in(layout, config, numbers))
+    if layout.more_keys is not None:
+        found.update(layout.more_keys(config, _window_layers(layout, config)))
     return {f"{layout.arch}.{key}": value for key, value in found.items()}
 
 
@@ -96,6 +100,8 @@ def _put(layout: CheckpointLayout, found: dict[str, Typed], config: Config, key:
         if not isinstance(value, bool):
             raise config.wrong(names, "true or false")
         found[name] = Typed(kind, value)
+    elif kind.startswith("array"):
+        found[name] = Typed(kind, value)  # of CheckpointLayout.read
     elif value is not None or needed:
         found[name] = Typed(kind, config.integer(*names, low=0) if kind == "u32" else config.number(*names))
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.gguf.mapped import quoted
+from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.runtime.convert.layout import CheckpointLayout, names_of
 from gguf_run.runtime.convert.metadata import shape, sizes
@@ -26,7 +27,8 @@ from gguf_run.runtime.convert.stored.sources import (
     values,
 )
 
-_FLOAT = ("ffn_gate_inp", "ffn_gate_inp_shexp")  # matrices that stay F32: they are small and choose between experts
+# Matrices that stay F32: they are small, and choose between experts or are multiplied with a state.
+_FLOAT = ("ffn_gate_inp", "ffn_gate_inp_shexp", "ssm_conv1d", "conv", "ssm_a", "ssm_d")
 _TRUE_IF_MISSING = ("use_bias", "qkv_bias", "bias", "")  # flags of biases
 _KINDS = ("weight", "bias", "scale")  # scale: one number that all weights are multiplied by (NVFP4)
 
@@ -54,13 +56,27 @@ def model_tensors(layout: CheckpointLayout, config: Config, tensors: Mapping[str
     _check_flags(layout, config, found)
     if layout.tied_copy and "output.weight" not in found and "token_embd.weight" in found:
         found["output.weight"] = found["token_embd.weight"]
-    found = {name: _final(layout, name, tensor) for name, tensor in found.items()}
+    found = {_without_kind(layout, name): _final(layout, config, name, tensor) for name, tensor in found.items()}
+    if layout.is_checked_by_decoder:
+        return found
     _check_complete(layout, config, found)
     for name, tensor in found.items():
         ne = shape(layout, name, numbers)
         if not tensor.same_shape(ne) and not name.endswith(".scale"):
             raise _wrong_shape(tensor, name, f"by config.json it must have {list(ne[::-1])}: they are not of one model")
     return found
+
+
+def take_numbers(layout: CheckpointLayout, n_layer: int, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Typed]]:
+    """Take the tensors out that have one number for a layer. Yield the keys of metadata that they make together."""
+    for local, key in layout.numbers.items():
+        names = [f"model.layers.{il}.{local}" for il in range(n_layer)]
+        found = [values(tensors.pop(name)).blocks().view(np.float32).ravel() for name in names if name in tensors]
+        if len(found) != n_layer or any(x.size != 1 for x in found):
+            raise FormatError(
+                f"{len(found)} of {n_layer} layers have a tensor {local}, each must have one of one number"
+            )
+        yield key, Typed("array[f32]", [float(x[0]) for x in found])
 
 
 def _tie(config: Config, found: dict[str, Tensor]) -> None:
@@ -120,6 +136,7 @@ def _collected(
 
 def _place(layout: CheckpointLayout, numbers: Mapping[str, int], name: str, tensor: Tensor) -> _Place:
     short = name.replace("language_model.", "", 1).replace("model.model.", "model.", 1)
+    short = re.sub(r"^backbone\.", "model.", short)
     module, dot, kind = short.rpartition(".")
     bare = not dot or kind not in _KINDS
     if bare:
@@ -136,6 +153,8 @@ def _place(layout: CheckpointLayout, numbers: Mapping[str, int], name: str, tens
             f"{tensor.file.path}: tensor {quoted(name)} is not a part of a {layout.arch} model of {n_layer} layers as "
             "this program knows it: without it the results would be wrong"
         )
+    if isinstance(target, str) and target.endswith(".scale"):
+        target, kind = target.removesuffix(".scale"), "scale"
     prefix = f"blk.{int(layer[1])}." if layer else ""
     return _Place(prefix, names_of(target), kind, int(item[1]) if item else -1, bare)
 
@@ -144,7 +163,7 @@ def _parts(
     layout: CheckpointLayout, numbers: Mapping[str, int], place: _Place, tensor: Tensor
 ) -> Iterator[Tensor] | tuple[Tensor, ...]:
     """Return the tensor itself, or what it is split into, with rows in GGUF's order."""
-    if place.kind == "scale":
+    if place.kind == "scale" or place.names[0] in layout.whole:
         return (tensor,) * len(place.names)
     if place.bare and place.kind == "weight" and place.names[0] in layout.bare and len(tensor.ne) == 3:
         tensor = transposed(tensor)
@@ -195,16 +214,25 @@ def _stacked(name: str, items: Mapping[int, Tensor]) -> Tensor:
     return gathered(name, tensors, None, (*first.ne, len(items)))
 
 
-def _final(layout: CheckpointLayout, name: str, tensor: Tensor) -> Tensor:
+def _without_kind(layout: CheckpointLayout, name: str) -> str:
+    """Return the name of a tensor in the file. Some have no ".weight"."""
+    base = name.split(".")[-2]
+    is_bare = base in ("ssm_a", "ssm_d") or (base == "ffn_norm" and layout.arch == "falcon-h1")
+    return name.removesuffix(".weight") if is_bare else name
+
+
+def _final(layout: CheckpointLayout, config: Config, name: str, tensor: Tensor) -> Tensor:
     """Return the tensor under its name. Norms, biases and vectors become F32."""
     base, kind = name.split(".")[-2:]
+    if layout.edit is not None:
+        tensor = layout.edit(config, name, tensor)
     is_norm = base.endswith("_norm")
-    if is_norm and kind == "weight" and layout.norm_offset:
+    if is_norm and kind == "weight" and layout.norm_offset and base != "ssm_norm":
         offset = np.float32(layout.norm_offset)
         tensor = values(tensor, lambda x: x + offset)
     elif len(tensor.ne) < 2 or kind == "bias" or is_norm or base in _FLOAT:
         tensor = values(tensor)
-    return replace(tensor, name=name)
+    return replace(tensor, name=_without_kind(layout, name))
 
 
 def _check_complete(layout: CheckpointLayout, config: Config, found: Mapping[str, Tensor]) -> None:

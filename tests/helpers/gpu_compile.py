@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import recurrent_ops
 import torch
 import triton.backends.nvidia
 from cpu_ops import Step
@@ -150,6 +151,19 @@ def ops() -> None:
     run(step, 1, [0], n_top=64)
 
 
+def recurrent() -> None:
+    """Compile recurrent ops in the sizes of real models."""
+    rng = np.random.default_rng(0)
+    step = Step(GpuBackend(CPU), 64)
+    recurrent_ops.short_conv(step, rng, 8192, 4, "silu", True, True)
+    recurrent_ops.delta_rule(step, rng, (2, 4), 128, 128, True, True)
+    for n_state in (128, 256):
+        out = recurrent_ops.scan(step, rng, 4, 64, 1, n_state, True)
+    step.finish(out)
+    for n in (1, 64):
+        run(step, n)
+
+
 def attention(k: str, v: str, head_dim: int, n: int) -> None:
     """Compile attention, and a shift of the cache, which turns keys."""
     backend = GpuBackend(CPU)
@@ -208,6 +222,7 @@ def cases(full: bool) -> dict[str, Callable[[], None]]:
         moes.append(("MXFP4", "MXFP4", 1, Mixture(8, True, 1.0, "swiglu_oai"), True))
     return {
         "ops": ops,
+        "recurrent": recurrent,
         **{f"few {name} {n}": functools.partial(product, name, n) for name, n in few_cases},
         **({"few Q4_K 1 gated": functools.partial(product, "Q4_K", 1, "silu")} if full else {}),
         **{f"many {name} {n}": functools.partial(product, name, n) for name, n in many_cases},

@@ -215,6 +215,13 @@ class NumpyProgram:
     def __getitem__(self, buffer: Buffer) -> np.ndarray:
         return self.memory(buffer)[: len(self.wanted) if buffer.outputs else len(self.ids)]
 
+    def runs_of(self, x: Buffer) -> list[Run]:
+        """The runs that the rows of a buffer are: wanted rows are one each."""
+        if not x.outputs:
+            return self.runs
+        tokens = [run._replace(n_past=run.n_past + i, n_tokens=1) for run in self.runs for i in range(run.n_tokens)]
+        return [tokens[row] for row in self.wanted]
+
     def _do(self, step: Sequence[Any]) -> None:
         for op in step:
             rows, out = FUNCTIONS[type(op)](self, op), ops.written(op)
@@ -253,9 +260,10 @@ class NumpyProgram:
 
 
 def rms_norm(p: NumpyProgram, op: ops.RmsNorm[np.ndarray]) -> np.ndarray:
-    part = p[op.x].reshape(-1, op.n_group, len(op.weight))
+    part = p[op.x].reshape(-1, op.n_group, op.x.width // op.n_group)
     mean = (part * part).mean(axis=-1, keepdims=True, dtype=part.dtype)
-    rows = (part / np.sqrt(mean + part.dtype.type(op.eps)) * op.weight).reshape(-1, op.x.width)
+    weight = op.weight.reshape(op.n_group if op.is_grouped else 1, -1)
+    rows = (part / np.sqrt(mean + part.dtype.type(op.eps)) * weight).reshape(-1, op.x.width)
     return rows if op.residual is None else rows + p[op.residual]
 
 
@@ -274,14 +282,14 @@ def rope(p: NumpyProgram, op: ops.Rope) -> np.ndarray:
     rows = p[op.x]
     filled = np.pad(rows, ((0, 0), (0, -rows.shape[1] % op.head_dim)))  # the last head may be shorter
     heads, at, parts = filled.reshape(len(rows), -1, op.head_dim), 0, []
-    for _, n_past, n, is_long, *_ in p.runs:
+    for _, n_past, n, is_long, *_ in p.runs_of(op.x):
         parts.append(rotate(heads[at : at + n], op.rotation.of(is_long), n_past + np.arange(n)))
         at += n
     return np.concatenate(parts).reshape(filled.shape)[:, : rows.shape[1]]
 
 
 def temper(p: NumpyProgram, op: ops.Temper) -> np.ndarray:
-    positions = np.concatenate([run.n_past + np.arange(run.n_tokens) for run in p.runs])
+    positions = np.concatenate([run.n_past + np.arange(run.n_tokens) for run in p.runs_of(op.x)])
     n_whole = np.floor((positions + op.temperature.offset) / op.temperature.length)
     return p[op.x] * (1 + op.temperature.scale * np.log(1 + n_whole))[:, None]
 
@@ -289,22 +297,17 @@ def temper(p: NumpyProgram, op: ops.Temper) -> np.ndarray:
 def attention(p: NumpyProgram, op: ops.Attend[NumpyCache, np.ndarray]) -> np.ndarray:
     shape, cache, parts = op.shape, op.cache, []
     at = 0
-    for seq, n_past, n, *_ in p.runs:
+    for seq, n_past, n, *_ in p.runs_of(op.q):
         rows, stop = slice(at, at + n), n_past + n
         for kept, new in ((cache.k, op.k), (cache.v, op.v)):
-            kept[seq, n_past:stop] = p[new][rows].reshape(n, shape.n_head_kv, -1)
+            if new is not None:
+                kept[seq, n_past:stop] = p[new][rows].reshape(n, shape.n_head_kv, -1)
         keys, values = (kept[seq, :stop].astype(p[op.q].dtype) for kept in (cache.k, cache.v))
         queries, positions = p[op.q][rows].reshape(n, shape.n_head, shape.head_dim), n_past + np.arange(n)
         result = attend(queries, keys, values, positions, shape.scale, shape.window, shape.softcap, op.sinks)
         parts.append(result.reshape(n, -1))
         at += n
     return np.concatenate(parts)
-
-
-def matmul_heads(p: NumpyProgram, op: ops.MatmulHeads[NumpyWeight]) -> np.ndarray:
-    x, n = p[op.x].reshape(len(p[op.x]), op.n_head, -1), op.weight.n_in
-    made = np.einsum("hoi,thi->tho", op.weight.data, x[..., :n])
-    return np.concatenate([made, x[..., n:]], axis=2).reshape(len(x), -1)
 
 
 def by_run(p: NumpyProgram, state: NumpyState, shape: tuple[int, ...]) -> Iterator[tuple[slice, np.ndarray]]:
@@ -325,7 +328,7 @@ def short_conv(p: NumpyProgram, op: ops.ShortConv[NumpyState, np.ndarray]) -> np
         state[:] = x[len(x) - n + 1 :]
         sums = sum(op.taps.reshape(-1, n)[:, j] * x[j : len(x) - n + 1 + j] for j in range(n))
         parts.append(sums + (0 if op.bias is None else op.bias))
-    return {"silu": silu, "identity": np.asarray}[op.activation](np.concatenate(parts))
+    return ACTIVATIONS[op.activation](np.concatenate(parts))
 
 
 def softplus(x: np.ndarray) -> np.ndarray:
@@ -348,6 +351,12 @@ def delta_rule(p: NumpyProgram, op: ops.DeltaRule[NumpyState, np.ndarray]) -> np
     return np.concatenate(parts).reshape(p[op.v].shape)
 
 
+def matmul_heads(p: NumpyProgram, op: ops.MatmulHeads[NumpyWeight]) -> np.ndarray:
+    x, n = p[op.x].reshape(len(p[op.x]), op.n_head, -1), op.weight.n_in
+    made = np.einsum("hoi,thi->tho", op.weight.data, x[..., :n])
+    return np.concatenate([made, x[..., n:]], axis=2).reshape(len(x), -1)
+
+
 def moe(p: NumpyProgram, op: ops.Moe[NumpyExperts, np.ndarray, NumpySquares]) -> np.ndarray:
     """Compute one token and one expert at a time."""
     mixture, experts, result = op.mixture, op.experts, p[op.out].copy() if op.accumulate else np.zeros_like(p[op.out])
@@ -361,6 +370,23 @@ def moe(p: NumpyProgram, op: ops.Moe[NumpyExperts, np.ndarray, NumpySquares]) ->
             for seen, read in zip(op.squares or (), (row, made), strict=False):
                 seen.add(read[None], e)
     return result
+
+
+def scan(p: NumpyProgram, op: Any) -> np.ndarray:
+    x = p[op.x].reshape(-1, op.n_head, op.x.width // op.n_head)
+    b, c = (p[buffer].reshape(len(x), op.n_group, -1) for buffer in (op.b, op.c))
+    b, c = (np.repeat(part, op.n_head // op.n_group, axis=1) for part in (b, c))
+    delta = np.logaddexp(0, p[op.dt] + op.dt_bias)[..., None]
+    kept, added = np.exp(delta * op.a[:, None])[..., None], (delta * x)[..., None] * b[:, :, None]
+    out, at = np.empty_like(x), 0
+    for run in p.runs:
+        s = op.state.data[run.reads].reshape(added.shape[1:]) if run.n_past else np.zeros(added.shape[1:], x.dtype)
+        for t in range(at, at + run.n_tokens):
+            s = kept[t] * s + added[t]
+            out[t] = (s * c[t, :, None]).sum(axis=-1) + op.d[:, None] * x[t]
+        op.state.data[run.writes] = s.reshape(-1)
+        at += run.n_tokens
+    return out.reshape(len(x), -1)
 
 
 def route(mixture: Mixture, logits: np.ndarray, bias: np.ndarray | None) -> list[tuple[int, float]]:
@@ -405,10 +431,11 @@ FUNCTIONS: Mapping[type, Callable[[NumpyProgram, Any], Any]] = {
     ops.Temper: temper,
     ops.Attend: attention,
     ops.Gated: lambda p, op: ACTIVATIONS[op.activation](p[op.gate]) * (1 if op.up is None else p[op.up]),
-    ops.Xielu: lambda p, op: xielu(p[op.x], op),
     ops.ShortConv: short_conv,
     ops.DeltaRule: delta_rule,
+    ops.Xielu: lambda p, op: xielu(p[op.x], op),
     ops.Moe: moe,
+    ops.Scan: scan,
     ops.GateRows: lambda p, op: p[op.x] / (1 + np.exp(-p[op.gate])),
     ops.Softcap: lambda p, op: softcap(p[op.x], op.scale, op.cap),
     ops.Observe: lambda p, op: op.squares.add(p[op.x]),

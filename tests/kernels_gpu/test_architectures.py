@@ -10,6 +10,7 @@ from typing import Any
 import hf_tiny
 import numpy as np
 import pytest
+import tiny
 
 pytest.importorskip("transformers")
 
@@ -65,6 +66,18 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path, monkeypatch
         parts = [block.copy() for ids in (IDS[:3], IDS[3:]) for block in decoder.forward(ids, len(ids))]
     # Experts of floats read activations as f16.
     assert error(np.concatenate(parts), expected) < (1e-3 if config.n_expert else 1e-5)
+
+
+LATE = {"hidden_size": 72, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 1}
+
+
+def test_norms_after_the_rotation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_launch, "FEW", 1)
+    monkeypatch.setattr(program, "FEW", 0)
+    use_tuning(monkeypatch, tile=(256, 16))
+    model = tiny.make(tmp_path, "HunYuanDenseV1ForCausalLM", LATE)
+    with tiny.opened(tmp_path) as (config, tensors):
+        assert error(tiny.logits(config, tensors, gpu(), (3, 1), IDS), hf_tiny.logits(model, IDS)) < 1e-5
 
 
 SMALL = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 32}

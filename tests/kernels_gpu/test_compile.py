@@ -22,7 +22,7 @@ TARGETS = (FULL, "80", "86", "89", "100")
 AMD = ("gfx942", "gfx1100")
 SHARED_BYTES = {"80": 166912, "86": 101376, "89": 101376, "90": 232448, "100": 232448}
 KERNELS = ("matmul_decode", "matmul_tile", "dequantize", "append", "attend", "add_up", "norm")
-KERNELS += ("expert_gate_up", "expert_down", "expert_tile")
+KERNELS += ("expert_gate_up", "expert_down", "expert_tile", "short_conv", "delta_rule", "scan")
 MMA = {"90": "wgmma.mma", "100": "tcgen05.mma", "gfx942": "v_mfma", "gfx1100": "v_wmma"}  # else mma.sync
 # Instructions per weight of the loop for one token: more would keep an H200 from streaming weights at two thirds of its
 # bandwidth. Those of the types with a codebook are at what they need now.

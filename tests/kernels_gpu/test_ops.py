@@ -19,7 +19,7 @@ from gguf_run.kernels_gpu.matmul import launch as matmul
 from gguf_run.kernels_gpu.panels import dots
 from gguf_run.kernels_gpu.panels.panels import PANELS, FloatPanel, IntPanel
 from gguf_run.models.backend import CacheType, Run
-from gguf_run.models.operands import AttentionShape, Buffer, Rotation
+from gguf_run.models.operands import AttentionShape, Buffer, Rotation, Temperature
 from gguf_run.models.ops import (
     Attend,
     Embed,
@@ -33,6 +33,7 @@ from gguf_run.models.ops import (
     RmsNorm,
     Rope,
     Softcap,
+    Temper,
     Xielu,
 )
 
@@ -196,14 +197,15 @@ def both(record: Any, runs: Sequence[tuple[int, int]], bound: float = EXACT) -> 
         assert error(actual, expected) < bound, n_past
 
 
-@pytest.mark.parametrize(("n_group", "residual"), [(1, False), (3, True)])
-def test_rms_norm(n_group: int, residual: bool) -> None:
+@pytest.mark.parametrize(("n_group", "residual", "is_grouped"), [(1, False, False), (3, True, False), (3, False, True)])
+def test_rms_norm(n_group: int, residual: bool, is_grouped: bool) -> None:
     rng = np.random.default_rng(5)
     x, more, weight = rng.standard_normal((3, 12, 84))
 
     def record(step: Step) -> Step:
         a, b = step.input(x), step.input(more)
-        step.add(RmsNorm(a, step.vector(weight[0, : 84 // n_group]), a, 0.01, n_group, b if residual else None))
+        part = step.vector(weight[0, : 84 if is_grouped else 84 // n_group])
+        step.add(RmsNorm(a, part, a, 0.01, n_group, b if residual else None, is_grouped))
         return step.finish(a)
 
     both(record, [(0, 1), (0, 12)])
@@ -419,6 +421,7 @@ def test_layer_norm_and_small_ops(n_group: int) -> None:
         step.add(GateRows(a, b))
         step.add(Softcap(a, 1.7, cap))
         step.add(Gated(a, None, a, "gelu"))
+        step.add(Temper(a, Temperature(0.3, 4, n_group)))
         return step.finish(a)
 
     both(record, [(0, 12)])

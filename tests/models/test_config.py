@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tinymodel import TINY_GEMMA3, Tiny, metadata_of, tensor_shapes
+from tinymodel import TINY_GEMMA3, Tiny, metadata_of, tensor_shapes, tiny_moe
 
 from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
@@ -53,6 +53,15 @@ def test_defaults() -> None:
 def test_a_sliding_window_without_pattern_is_that_of_all_layers() -> None:
     assert read(Tiny(), {"attention.sliding_window": 16}).is_swa == (True, True)
     assert read(Tiny(), {"attention.sliding_window": 0}).is_swa == (False, False)
+
+
+def test_every_other_layer_has_experts() -> None:
+    tiny = tiny_moe(4)
+    experts = {
+        name: None if x is None else x.shape for name, x in tiny.tensors.items() if name[:6] in ("blk.1.", "blk.3.")
+    }
+    config = read(tiny, {"interleave_moe_layer_step": 2}, experts)
+    assert [layer.has_experts for layer in config.layers] == [False, True, False, True]
 
 
 def test_gemma3() -> None:

@@ -16,6 +16,8 @@ from gguf_run.runtime.convert.layout import (
     SILU,
     VOCAB_SIZE,
     CheckpointLayout,
+    Key,
+    Names,
     network,
 )
 
@@ -27,6 +29,28 @@ LLAMA_ROW = CheckpointLayout(
     permuted=True,
     rope_dim=True,
     keys=(VOCAB_SIZE,),
+)
+UNGATED: Names = {**PRE_NORMS, **ATTENTION, "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+RELU2 = {"hidden_act": ("relu2",)}
+GLM4_NORMS: Names = {
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "post_mlp_layernorm": "post_ffw_norm",
+    "post_self_attn_layernorm": "post_attention_norm",
+}  # fmt: skip
+COHERE2 = {
+    "sliding_window": 4096, "sliding_window_pattern": 4, "logit_scale": 0.0625, "layer_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+COHERE2_FIXED = {
+    **SILU, "rotary_pct": (1.0,), "position_embedding_type": ("rope_gptj",), "use_qk_norm": (False,),
+    "use_gated_activation": (True,), "use_parallel_block": (True,), "attention_bias": (False,),
+    "order_of_interleaved_layers": ("local_attn_first",),
+}  # fmt: skip
+GRANITE_KEYS: tuple[Key, ...] = (
+    VOCAB_SIZE,
+    ("attention.scale", "f32", ("attention_multiplier",)),
+    ("embedding_scale", "f32", ("embedding_multiplier",)),
+    ("residual_scale", "f32", ("residual_multiplier",)),
+    ("logit_scale", "f32", ("logits_scaling",)),
 )
 ROWS = (
     LLAMA_ROW,
@@ -75,13 +99,7 @@ ROWS = (
         {"GraniteForCausalLM": "granite"},
         permuted=True,
         rope_dim=True,
-        keys=(
-            VOCAB_SIZE,
-            ("attention.scale", "f32", ("attention_multiplier",)),
-            ("embedding_scale", "f32", ("embedding_multiplier",)),
-            ("residual_scale", "f32", ("residual_multiplier",)),
-            ("logit_scale", "f32", ("logits_scaling",)),
-        ),
+        keys=GRANITE_KEYS,
         defaults={"attention_multiplier": 1.0},
     ),
     CheckpointLayout(
@@ -127,5 +145,89 @@ ROWS = (
         permuted=True,
         tied_copy=True,
         bias_key="bias",
+    ),
+    replace(
+        LLAMA_ROW,
+        arch="mistral3",
+        classes={"Ministral3ForCausalLM": "ministral3", "Mistral3ForConditionalGeneration": "mistral3"},
+        layer=LLAMA,
+        yarn_log=1.0,
+        windows="all",
+        defaults={"sliding_window": 0, "head_dim": 128},
+    ),
+    CheckpointLayout(
+        "seed_oss",
+        {"SeedOssForCausalLM": "seed_oss"},
+        layer={**LLAMA, "post_attention_layernorm": "post_attention_norm"},
+        defaults={"head_dim": 128},
+        expected={**SILU, "attention_out_bias": (False,)},
+    ),
+    CheckpointLayout(
+        "ernie4_5",
+        {"Ernie4_5ForCausalLM": "ernie4_5", "Ernie4_5_ForCausalLM": "ernie4_5"},
+        keys=(VOCAB_SIZE,),
+        bias_key="use_bias",
+        defaults={"head_dim": 128, "rope_theta": 5e5, "tie_word_embeddings": True, "use_bias": False},
+    ),
+    CheckpointLayout(
+        "glm4",
+        {"Glm4ForCausalLM": "glm4"},
+        layer={**ATTENTION, **GLM4_NORMS, "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down"},
+        rope_dim=True,
+        defaults={"head_dim": 128, "partial_rotary_factor": 0.5},
+    ),
+    CheckpointLayout(
+        "qwen3vl",
+        {"Qwen3VLForConditionalGeneration": "qwen3_vl"},
+        layer={**LLAMA, **QK_NORM},
+        defaults={"head_dim": 128, "rope_theta": 5e5},
+    ),
+    CheckpointLayout(
+        "hunyuan-dense",
+        {"HunYuanDenseV1ForCausalLM": "hunyuan_v1_dense"},
+        layer={**LLAMA, "self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"},
+        ntk_alpha=True,
+    ),
+    replace(LLAMA_ROW, arch="arcee", classes={"ArceeForCausalLM": "arcee"}, layer=UNGATED, expected=RELU2),
+    CheckpointLayout(
+        "nemotron",
+        {"NemotronForCausalLM": "nemotron"},
+        layer=UNGATED,
+        norm_offset=1.0,
+        tied_copy=True,
+        keys=(VOCAB_SIZE, ("attention.layer_norm_epsilon", "f32", ("norm_eps",))),
+        rope_dim=True,
+        rope_type="none",
+        defaults={"partial_rotary_factor": 0.5, "norm_eps": 1e-5},
+        expected=RELU2,
+    ),
+    CheckpointLayout(
+        "apertus",
+        {"ApertusForCausalLM": "apertus"},
+        layer={**UNGATED, **QK_NORM, "attention_layernorm": "attn_norm", "feedforward_layernorm": "ffn_norm"},
+        numbers={f"mlp.act_fn.{name}": f"xielu.{name}" for name in ("alpha_n", "alpha_p", "beta", "eps")},
+        rope_dim=True,
+        keys=(VOCAB_SIZE,),
+        tied_copy=True,
+        defaults={"rope_theta": 1.2e7},
+        expected={"hidden_act": ("xielu",), "post_norm": (False,), "qk_norm": (True,)},
+    ),
+    CheckpointLayout(
+        "exaone4",
+        {"Exaone4ForCausalLM": "exaone4"},
+        layer={**ATTENTION, **DENSE, **QK_NORM, **POST_NORMS},
+        keys=(VOCAB_SIZE,),
+        windows="period",
+        defaults={"sliding_window": 4096, "sliding_window_pattern": 4},
+    ),
+    CheckpointLayout(
+        "cohere2",
+        {"Cohere2ForCausalLM": "cohere2"},
+        rope_dim=True,
+        rope_type="none",
+        keys=(VOCAB_SIZE, ("logit_scale", "f32", ("logit_scale",))),
+        windows="period",
+        defaults=COHERE2,
+        expected=COHERE2_FIXED,
     ),
 )

@@ -178,6 +178,15 @@ def unpermuted(tensor: Tensor, n_head: int, back: bool = False) -> Tensor:
     return rows(tensor, index, tensor.ne) if len(tensor.ne) > 1 else values(tensor, lambda x: x[:, index])
 
 
+def columns(tensor: Tensor, index: NDArray[np.int64]) -> Tensor:
+    """Return columns `index` of a matrix of floats, in that order."""
+
+    def read(first: int, end: int) -> Array:
+        return tensor.blocks(first, end).view(tensor.type.dtype)[:, index]
+
+    return Source(tensor.name, (len(index), *tensor.ne[1:]), tensor.type, tensor.file, read, tensor.release)
+
+
 def transposed(tensor: Tensor) -> Tensor:
     """Swap rows and columns of every matrix of a tensor of floats."""
     n_out, n_in, *more = tensor.ne

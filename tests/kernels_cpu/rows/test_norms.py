@@ -9,7 +9,8 @@ import pytest
 from cpu_ops import QUANTIZED, Step, as_quantized, cpu, error, random_tensor, weights_of
 from numpy_backend import NumpyBackend
 
-from gguf_run.models.ops import Gated, GateRows, LayerNorm, Matmul, Softcap
+from gguf_run.models.operands import Temperature
+from gguf_run.models.ops import Gated, GateRows, LayerNorm, Matmul, Softcap, Temper
 
 N_TOKENS = 19
 
@@ -63,6 +64,17 @@ def test_gate_rows_and_plain_activation(width: int) -> None:
     def record(step: Step, x: Any) -> Any:
         step.add(Gated(x, None, x, "gelu"))
         step.add(GateRows(x, step.input(gates)))
+        return x
+
+    compare(record, normal(N_TOKENS, width) * 3, 3)
+
+
+@pytest.mark.parametrize(("width", "length", "offset"), [(16, 8, 0), (33, 8, 1), (1100, 5, 3)])
+def test_temper(width: int, length: int, offset: int) -> None:
+    """Factors are 1 at first, and change between two tokens of a batch."""
+
+    def record(step: Step, x: Any) -> Any:
+        step.add(Temper(x, Temperature(0.3, length, offset)))
         return x
 
     compare(record, normal(N_TOKENS, width) * 3, 3)

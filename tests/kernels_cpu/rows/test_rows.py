@@ -194,7 +194,8 @@ def test_outputs_copies_the_wanted_rows() -> None:
 # rms_norm
 def norm_twin(x: np.ndarray, weight: np.ndarray, eps: float, n_group: int) -> np.ndarray:
     part = x.astype(np.float64).reshape(len(x), n_group, -1)
-    return (part / np.sqrt((part**2).mean(-1, keepdims=True) + eps) * weight).reshape(x.shape)
+    parts = part / np.sqrt((part**2).mean(-1, keepdims=True) + eps)
+    return (parts * weight.reshape(-1, part.shape[-1])).reshape(x.shape)
 
 
 @pytest.mark.parametrize("where", ["new", "x", "residual"])
@@ -203,13 +204,14 @@ def test_rms_norm(n: int, n_group: int, where: str) -> None:
     eps, width = 1e-5, n * n_group
     values = normal(19, width) * np.exp(4 * normal(19, 1, seed=1))  # rows of very different size
     values[2] = 0
-    weight = 1 + 0.3 * normal(n, seed=2)
     for n_threads, with_residual in itertools.product((1, 3), (where == "residual", True)):
+        is_grouped = n_threads == 3
+        weight = 1 + 0.3 * normal(width if is_grouped else n, seed=2)
         step = Step(cpu(n_threads), 19)
         x, residual = step.input(values), normal(19, width, seed=3)
         rest = step.input(residual) if with_residual else None
         out = {"new": step.buffer(width + 9).columns(5, width), "x": x, "residual": rest}[where]
-        step.add(RmsNorm(x, step.vector(weight), out, eps, n_group=n_group, residual=rest))
+        step.add(RmsNorm(x, step.vector(weight), out, eps, n_group, rest, is_grouped))
         step.finish(out)
         expected = norm_twin(values, weight, eps, n_group) + (residual if with_residual else 0)
         for n_tokens in TOKENS:
