@@ -127,6 +127,7 @@ LAYER_SHAPES: Mapping[str, Shape] = {
     "post_ffw_norm": ("n_embd",),
 }
 QKV = ("attn_q", "attn_k", "attn_v")
+EXPERT_BIAS = "exp_probs_b.bias"  # see operands.Mixture
 EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 FUSED_EXPERTS = ("ffn_gate_up_exps", "ffn_down_exps")  # gate and up in one tensor
 SHARED = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")

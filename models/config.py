@@ -9,6 +9,7 @@ from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.architectures import (
+    EXPERT_BIAS,
     EXPERTS,
     FUSED_EXPERTS,
     LAYER_SHAPES,
@@ -37,9 +38,8 @@ _XIELU = "gguf_run.models.xielu"  # imported for the one architecture that needs
 _NEUTRAL: Mapping[str, float | bool] = {
     "attention.causal": True,
     "attention.clamp_kqv": 0,
-    "expert_group_count": 1,
-    "expert_gating_func": 1,  # softmax
 }
+_GATINGS = {1: "softmax", 2: "sigmoid", 3: "softmax"}  # expert_gating_func; 3: of the chosen experts alone
 
 
 @frozen
@@ -212,7 +212,8 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
     if arch.neox_by_sections and any(keys.integers("rope.dimension_sections", 4, (0,), low=0)):
         arch = replace(arch, rope_style="neox")
     n_embd = keys.integer("embedding_length")
-    n_expert, n_ff_exp, n_ff_shexp, mixture = _experts(arch, keys)
+    has_bias = any(name.endswith(f".{EXPERT_BIAS}") for name in tensors)
+    n_expert, n_ff_exp, n_ff_shexp, mixture = _experts(arch, keys, has_bias)
     mixer, keys = _mixer(arch, keys)
     layers = _layers(arch, keys, n_embd, bool(n_expert), mixer)
     embd = tensors.get("token_embd.weight")
@@ -329,8 +330,8 @@ def _layers(
     return tuple(layers)
 
 
-def _experts(arch: Architecture, keys: Keys) -> tuple[int, int, int, Mixture]:
-    """Return n_expert, n_ff_exp, n_ff_shexp, and how the experts are mixed."""
+def _experts(arch: Architecture, keys: Keys, has_bias: bool) -> tuple[int, int, int, Mixture]:
+    """Return n_expert, n_ff_exp, n_ff_shexp, and how experts are mixed. has_bias: whether their choice has a bias."""
     n_expert = keys.integer("expert_count", 0, low=0, high=_MAX_EXPERTS)
     if bool(n_expert) not in {"no": (False,), "yes": (True,), "maybe": (False, True)}[arch.moe]:
         raise UnsupportedError(f"{arch.name}.expert_count is {n_expert}: this program does not have that yet")
@@ -342,7 +343,17 @@ def _experts(arch: Architecture, keys: Keys) -> tuple[int, int, int, Mixture]:
     n_ff_exp = keys.integer("expert_feed_forward_length", 0, low=0) or keys.integer("feed_forward_length")
     n_ff_shared = keys.integer("expert_shared_count", 0, low=0, high=_MAX_EXPERTS) * n_ff_exp
     n_ff_shexp = keys.integer("expert_shared_feed_forward_length", n_ff_shared, low=0)
-    return n_expert, n_ff_exp, n_ff_shexp, Mixture(n_used, norm, scale, activation)
+    function = keys.integer("expert_gating_func", 2 if has_bias else 1)
+    if function not in _GATINGS:
+        raise UnsupportedError(f"{arch.name}.expert_gating_func is {function}; this program runs: 1, 2, 3")
+    n_group = keys.integer("expert_group_count", 1, low=0) or 1
+    n_group_used = keys.integer("expert_group_used_count", n_group, low=0, high=n_group) or n_group
+    if n_expert % n_group or n_group_used * (n_expert // n_group) < n_used:
+        allowed = f"a divisor of {n_expert}, the number of experts, whose groups used have {n_used} experts"
+        raise keys.wrong("expert_group_count", allowed)
+    groups = n_group, n_group_used, 1 if _GATINGS[function] == "softmax" else 2
+    mixture = Mixture(n_used, norm or function == 3, scale, activation, _GATINGS[function], *groups)
+    return n_expert, n_ff_exp, n_ff_shexp, mixture
 
 
 def _shapes(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Ne], dict[str, Ne]]:
@@ -360,6 +371,7 @@ def _shapes(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[st
             is_fused = f"blk.{il}.{FUSED_EXPERTS[0]}.weight" in tensors
             matrices += ["ffn_gate_inp", *(FUSED_EXPERTS if is_fused else EXPERTS)]
             matrices += ["ffn_gate_inp_shexp"] if arch.shared_gate else []
+            optional[f"blk.{il}.{EXPERT_BIAS}"] = (config.n_expert,)
         norms = [name for name in arch.norms if layer.n_head or name not in QK]
         for name in (*norms, *matrices, *(["attn_sinks"] if arch.sinks else [])):
             ne = tuple(config.size(il, word) for word in shapes[name])

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from gguf_run.formats.frozen import frozen
 from gguf_run.models import ops
-from gguf_run.models.architectures import EXPERTS, FUSED_EXPERTS
+from gguf_run.models.architectures import EXPERT_BIAS, EXPERTS, FUSED_EXPERTS
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer
 from gguf_run.models.operands import (
@@ -155,8 +155,8 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
             squares = first, last
             weights = tuple(f"{name}.weight" for name in names)
             self._observed += [Observed(weights[:-1], first), Observed(weights[-1:], last)]
-        experts = self.load.experts(names)
-        self.add(ops.Moe(self._h, self._router, experts, config.moe, out, squares, accumulate=accumulate))
+        experts, bias = self.load.experts(names), self.load.vector(block + EXPERT_BIAS)
+        self.add(ops.Moe(self._h, self._router, experts, config.moe, out, squares, bias, accumulate))
 
     def only_outputs(self) -> None:
         """List the following ops in `after`, for the wanted rows only. x is copied, other buffers are new."""

@@ -48,6 +48,7 @@ LLAMA_MOE: Names = {**PRE_NORMS, **ATTENTION, **MOE}
 IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 # Parts of a model for images and text, of which only the text is converted.
 _OTHERS = ("vision_tower", "multi_modal_projector", "visual", "audio_tower", "embed_vision", "embed_audio")
+N_DRAFT = "num_nextn_predict_layers"  # config.json: layers behind the last one that draft tokens: left out
 OTHER_PARTS = tuple(f"{prefix}{part}." for prefix in ("", "model.") for part in _OTHERS)
 
 
