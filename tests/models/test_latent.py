@@ -3,12 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import tiny
+from cpu_ops import MemoryTensor, cpu, error
+from numpy_backend import NumpyBackend
+
+from gguf_run.formats.blocks.dequantizer import dequantize
+from gguf_run.models.backend import CacheType
+from gguf_run.models.config import ModelConfig
+from gguf_run.models.decoder import Decoder
 
 _SIZES = {
     "hidden_size": 72, "intermediate_size": 104, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -61,3 +69,51 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", TINY)
 def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     tiny.check(tmp_path, *TINY[name])
+
+
+def decoder(config: ModelConfig, tensors: Any, backend: Any, n_seq: int = 1) -> Decoder:
+    kinds = [CacheType("f32", "f32")] * config.n_layer
+    return Decoder(config, tensors, [backend] * config.n_layer, 128, n_seq=n_seq, cache_types=kinds)
+
+
+def last(model: Decoder, ids: list[int], seq: int = 0) -> np.ndarray:
+    [logits] = model.forward(ids, 1, seq)
+    return logits.copy()
+
+
+@pytest.mark.parametrize("name", ["V2-Lite", "V3"])
+def test_contexts_of_two_sequences(name: str, tmp_path: Path) -> None:
+    """A shift turns the ends of the rows. What is saved goes on elsewhere, with the same bits. Ids in turns."""
+    tiny.make(tmp_path, *TINY[name])
+    with tiny.opened(tmp_path) as (config, tensors):
+        model, twin = (decoder(config, tensors, backend, 2) for backend in (cpu(2), NumpyBackend(np.float64)))
+        found = []
+        for each in (model, twin):
+            last(each, tiny.IDS[:70], 1)
+            assert each.cache.shift(32, 32, 1) == 38
+            both = each.step({0: tiny.IDS[:5], 1: tiny.IDS[70:73]})
+            found.append(np.concatenate([both.copy(), last(each, tiny.IDS[5:7], 0)]))
+        assert error(*found) < 1e-4
+        parts = [(il, kind, bytes(data)) for il, kind, data in model.cache.export(1)]
+        assert {kind for _, kind, _ in parts} == {"k"}
+        model.cache.load(41, parts, 0, None)
+        np.testing.assert_array_equal(last(model, tiny.IDS[:3], 0), last(model, tiny.IDS[:3], 1))
+
+
+def test_files_with_keys_and_values_merged(tmp_path: Path) -> None:
+    """As old programs wrote them: one tensor for both, the sizes of plain attention."""
+    tiny.make(tmp_path, *TINY["V3"])
+    with tiny.opened(tmp_path) as (config, tensors):
+        expected = tiny.logits(config, tensors, cpu(2), (20,))
+        old, n_head = dict(tensors), config.n_head
+        for il in range(config.n_layer):
+            k, v = (old.pop(f"blk.{il}.{name}.weight") for name in ("attn_k_b", "attn_v_b"))
+            parts = [dequantize(t.blocks(), t.type).reshape(n_head, -1, t.ne[0]) for t in (k, v)]
+            rows = np.concatenate([parts[0].swapaxes(1, 2), parts[1]], axis=1).reshape(-1, k.ne[1])
+            name, data = f"blk.{il}.attn_kv_b.weight", np.ascontiguousarray(rows).view(np.uint8)
+            old[name] = MemoryTensor(name, k.type, rows.shape[::-1], data)
+    with tiny.opened(tmp_path) as (_, _), tiny.open_checkpoint(tmp_path) as file:
+        sizes = {"key_length": 32, "value_length": 20, "key_length_mla": None, "value_length_mla": None}
+        changed = {f"deepseek2.attention.{key}": value for key, value in {**sizes, "head_count_kv": n_head}.items()}
+        config = ModelConfig.from_metadata({**file.metadata, **changed}, old)
+        assert error(tiny.logits(config, {**old}, cpu(2), (20,)), expected) < 1e-6
