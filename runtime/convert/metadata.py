@@ -85,7 +85,8 @@ def hyperparameters(layout: CheckpointLayout, config: Config) -> dict[str, Typed
         _put(layout, found, config, key, key[0] in needed)
     numbers = sizes(config)
     if numbers["head_dim"] != numbers["n_embd"] // numbers["n_head"]:  # which is what a missing key means
-        found["attention.key_length"] = found["attention.value_length"] = Typed("u32", numbers["head_dim"])
+        for kind in ("key", "value"):
+            found.setdefault(f"attention.{kind}_length", Typed("u32", numbers["head_dim"]))
     found.update(_windows(layout, config))
     found.update(_not_built_in(layout, config, numbers))
     if layout.more_keys is not None:

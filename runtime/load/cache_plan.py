@@ -40,7 +40,8 @@ def plan_cache(
         layer = found[il] if found is not None else None
         k, v = pair or (layer and layer.types) or (DEFAULT_TYPE, DEFAULT_TYPE)
         check_type("--cache-type" if both else "--cache-type-k", k, config.attention(il).head_dim)
-        check_type("--cache-type-v", v, config.attention(il).head_dim)
+        if not config.attention(il).n_latent:
+            check_type("--cache-type-v", v, config.attention(il).head_dim)
         static = (layer.scales(k, "k"), layer.scales(v, "v")) if layer and not cache_rotation else (None, None)
         plan.append(CacheType(k, v, cache_rotation, *static))
     return tuple(plan)
@@ -72,7 +73,7 @@ def layer_bytes(
     for il, kind in enumerate(plan):
         shape = config.attention(il)
         rows = rows_stored(n_ctx, n_batch, shape.window) if config.layers[il].kv_layer == il else 0
-        rows_bytes = n_seq * cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, rows)
+        rows_bytes = n_seq * cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, rows, shape.n_latent)
         sizes.append(rows_bytes + state_bytes(config, il, n_seq))
     return tuple(sizes)
 
