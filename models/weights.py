@@ -145,7 +145,7 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         from gguf_run.formats.blocks.dequantizer import dequantize
 
         both = self._tensors[f"{block}attn_kv_b.weight"]
-        kind = np.float32 if both.type.name == "F32" else np.float16
+        kind: type[np.floating[Any]] = np.float32 if both.type.name == "F32" else np.float16
         rows = dequantize(both.blocks(), both.type).astype(kind).reshape(n_head, -1, both.ne[0])
         self._progress(both.nbytes)
         parts = (k, rows[:, :n_nope].swapaxes(1, 2)), (v, rows[:, n_nope:])

@@ -146,8 +146,6 @@ BAD_METADATA: list[tuple[str, Any, str]] = [
     ("expert_count", 2000, "llama.expert_count is 2000, must be an integer from 0 to 1024"),
     ("attention.causal", False, "llama.attention.causal is False"),
     ("residual_scale", 1e-9, "llama.residual_scale is 1e-09, must be a number from 1e-06 to 1e\\+06"),
-    ("expert_gating_func", 2, "llama.expert_gating_func is 2: this program does not have that yet"),
-    ("expert_group_count", 4, "llama.expert_group_count is 4: this program does not have that yet"),
     ("final_logit_softcapping", -30.0, "llama.final_logit_softcapping is -30.0, must be a number from 0"),
 ]
 
