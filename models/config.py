@@ -165,8 +165,8 @@ class ModelConfig:
     def attention(self, il: int) -> AttentionShape:
         """Return the shape of layer il's attention. It has no heads in a layer without attention."""
         layer, scale, softcap = self.layers[il], self.attention_scale, self.attn_softcap
-        sizes, is_chunked = (layer.n_head, layer.n_head_kv, layer.head_dim), self.arch.chunk > 0
-        return AttentionShape(*sizes, scale, layer.window, softcap, is_chunked=is_chunked, n_latent=layer.n_latent)
+        sizes, is_chunked = (layer.n_head, layer.n_head_kv, layer.head_dim), min(self.arch.chunk, layer.window) > 0
+        return AttentionShape(*sizes, scale, layer.window, softcap, is_chunked, layer.n_latent)
 
     def ffn(self, il: int) -> tuple[str, ...]:
         """Return the names of layer il's matrices of gate, up and down; () if the layer has only experts."""

@@ -64,7 +64,11 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", TINY)
 def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     has_images = "vision_config" in TINY[name][1]
-    with pytest.warns(UserWarning, match="tensors for images, sound or drafts are left out") if has_images else nullcontext():
+    with (
+        pytest.warns(UserWarning, match="tensors for images, sound or drafts are left out")
+        if has_images
+        else nullcontext()
+    ):
         tiny.check(tmp_path, *TINY[name])
 
 
