@@ -26,6 +26,9 @@ from gguf_run.runtime.quantize.file_types import FILE_TYPES, WRITABLE_FILES
 
 _CHUNK = 4 << 20  # bytes drawn at a time
 _NORMAL, _UNUSED = 1, 5  # token types
+# DeltaNet's heads of k and of v, their columns, and the taps of its convolution.
+DELTA_HEADS, DELTA_DIM, DELTA_TAPS = 16, 128, 4
+_ENDS = {"ssm_a": "", "ssm_dt": ".bias"}  # of names; of the others ".weight"
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,20 @@ class Shape:
             layer |= {f"{name}_exps": (*layer.pop(name), self.n_expert) for name in ("ffn_gate", "ffn_up", "ffn_down")}
         if self.arch.startswith("qwen3"):
             layer |= {"attn_q_norm": (self.head_dim,), "attn_k_norm": (self.head_dim,)}
+        recurrent = {}
+        if self.arch == "qwen35":
+            n_heads, n = DELTA_HEADS, DELTA_HEADS * DELTA_DIM
+            layer |= {"attn_q": (n_embd, 2 * n_q), "post_attention_norm": layer.pop("ffn_norm")}
+            recurrent = {name: ne for name, ne in layer.items() if name.startswith(("ffn", "post", "attn_norm"))}
+            recurrent |= {
+                "attn_qkv": (n_embd, 3 * n), "attn_gate": (n_embd, n), "ssm_alpha": (n_embd, n_heads),
+                "ssm_beta": (n_embd, n_heads), "ssm_conv1d": (DELTA_TAPS, 3 * n), "ssm_dt": (n_heads,),
+                "ssm_a": (n_heads,), "ssm_norm": (DELTA_DIM,), "ssm_out": (n, n_embd),
+            }  # fmt: skip
         yield "token_embd.weight", (n_embd, self.n_vocab)
         for il in range(self.n_layer):
-            yield from ((f"blk.{il}.{name}.weight", ne) for name, ne in layer.items())
+            names = recurrent if recurrent and (il + 1) % 4 else layer
+            yield from ((f"blk.{il}.{name}{_ENDS.get(name, '.weight')}", ne) for name, ne in names.items())
         yield "output_norm.weight", (n_embd,)
         if not self.tied:
             yield "output.weight", (n_embd, self.n_vocab)
@@ -74,6 +88,8 @@ SHAPES: Mapping[str, Shape] = {
     "llama-8b": Shape("8B", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 5e5, False),  # Llama-3.1-8B
     # Layers of Qwen3-30B-A3B and Mixtral 8x7B, fewer of them, with fewer or smaller experts.
     "qwen3moe-2b": Shape("2B", 12, 2048, 32, 4, 128, 768, 49152, 40960, 1e6, True, "qwen3moe", 32, 8),
+    # Layers of Qwen3.5-2B, fewer of them, with a smaller vocabulary.
+    "qwen35-1b": Shape("1B", 16, 2048, 8, 2, 256, 6144, 151936, 262144, 1e7, True, "qwen35"),
     "mixtral-2b": Shape("2B", 8, 2048, 32, 8, 64, 4096, 49152, 32768, 1e6, True, "llama", 8, 2),
 }
 
@@ -105,7 +121,7 @@ def tensors_of(shape: Shape, mix: Mix) -> list[TensorInfo]:
     tensors = [TensorInfo(name, ne, type_by_name("F32")) for name, ne in shape.tensors()]
     if mix.name in PURE:
         wanted = type_by_name(mix.name)
-        is_f32 = [len(t.ne) == 1 or "ffn_gate_inp" in t.name for t in tensors]
+        is_f32 = [len(t.ne) == 1 or "ffn_gate_inp" in t.name or t.ne[0] < 32 for t in tensors]
         types = [
             t.type if f32 else quantize_rules.fallback(wanted, t.ne[0]) for t, f32 in zip(tensors, is_f32, strict=True)
         ]
@@ -168,12 +184,17 @@ def sizes_of(shape: Shape) -> dict[str, int | float]:
     if shape.n_expert:
         sizes |= {"expert_count": shape.n_expert, "expert_used_count": shape.n_expert_used}
         sizes |= {"expert_feed_forward_length": shape.n_ff}
+    if shape.arch == "qwen35":
+        n_rot = shape.head_dim // 4
+        sizes |= {"rope.dimension_count": n_rot, "full_attention_interval": 4, "ssm.conv_kernel": DELTA_TAPS}
+        sizes |= {"ssm.state_size": DELTA_DIM, "ssm.group_count": DELTA_HEADS, "ssm.time_step_rank": DELTA_HEADS}
+        sizes |= {"ssm.inner_size": DELTA_HEADS * DELTA_DIM}
     return {f"{shape.arch}.{key}": value for key, value in sizes.items()}
 
 
 def write_model(path: Path, shape: Shape, mix: Mix, vocab: GGUFFile, seed: int = 0) -> None:
     """Write the model."""
-    keys = [
+    keys: list[tuple[str, str, Any]] = [
         ("general.architecture", "string", shape.arch),
         ("general.name", "string", f"random {shape.arch} {shape.size_label}"),
         ("general.size_label", "string", shape.size_label),
@@ -182,6 +203,8 @@ def write_model(path: Path, shape: Shape, mix: Mix, vocab: GGUFFile, seed: int =
         *((key, "f32" if isinstance(value, float) else "u32", value) for key, value in sizes_of(shape).items()),
         *((key, type, value) for key, (type, value) in vocabulary(vocab, shape.n_vocab).items()),
     ]
+    if shape.arch == "qwen35":
+        keys.append(("qwen35.rope.dimension_sections", "array[i32]", [11, 11, 10, 0]))
     tensors = tensors_of(shape, mix)
     rng = np.random.Generator(np.random.SFC64(seed))
     sources = {tensor.type.name: RandomBlocks(tensor.type, rng) for tensor in tensors}
@@ -191,9 +214,9 @@ def write_model(path: Path, shape: Shape, mix: Mix, vocab: GGUFFile, seed: int =
 
 
 def _write_tensor(writer: GGUFWriter, tensor: TensorInfo, source: RandomBlocks) -> None:
-    """Write random blocks, or the ones of a norm."""
+    """Write random blocks, the ones of a norm, or the rates of a state, which are below 0."""
     if len(tensor.ne) == 1:
-        writer.write(tensor.name, np.ones(tensor.ne, np.float32).view(np.uint8))
+        writer.write(tensor.name, np.full(tensor.ne, -1 if "ssm_a" in tensor.name else 1, np.float32).view(np.uint8))
         return
     n_blocks, per_chunk = tensor.n_elements // tensor.type.block_size, _CHUNK // tensor.type.type_size
     for start in range(0, n_blocks, per_chunk):
