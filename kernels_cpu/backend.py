@@ -63,7 +63,7 @@ class CpuBackend:
     def weight(self, tensors: Sequence[Tensor]) -> CpuWeight:
         n_in = tensors[0].ne[0]
         if len(tensors[0].ne) > 2:
-            heads = self._expert_matrix(tensors[0], math.prod(tensors[0].ne[2:]), None)
+            heads = self._expert_matrix(tensors[0])
             return CpuWeight(n_in, heads.n_out, (WeightPart(heads.panel, heads.data, 0, heads.n_out),))
         parts: list[WeightPart] = []
         first = 0

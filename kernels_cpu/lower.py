@@ -103,10 +103,10 @@ def _matmul_gated(tape: Tape, op: ops.MatmulGated[CpuWeight, CpuVector], int8: R
 
 
 def _rope(tape: Tape, op: ops.Rope, int8: Rows | None) -> None:
-    rotation, n_half = op.rotation, op.rotation.n_rot // 2
-    table = tape.angles.get(rotation)
+    rotation, n_half, key = op.rotation, op.rotation.n_rot // 2, (op.rotation, op.x.outputs)
+    table = tape.angles.get(key)
     if table is None:
-        table = tape.angles[rotation] = np.zeros((tape.n_batch, n_half, 2), np.float32)
+        table = tape.angles[key] = np.zeros((tape.n_batch, n_half, 2), np.float32)
         inv_freq = np.ascontiguousarray(rotation.inv_freqs, np.float64)
         tape.record(op, angles, n_half=n_half, inv_freq=inv_freq, table=table, scale=rotation.scale)
     n_head, neox = -(-op.x.width // op.head_dim), rotation.style == "neox"
@@ -114,7 +114,7 @@ def _rope(tape: Tape, op: ops.Rope, int8: Rows | None) -> None:
 
 
 def _attend(tape: Tape, op: ops.Attend[CpuCache, CpuVector], int8: Rows | None) -> None:
-    """Three kernels: append stores k and v, attend reads them in parts, merge joins the parts of a row."""
+    """Three kernels: append stores k and v if there are any, attend reads in parts, merge joins the parts of a row."""
     shape, k, v = op.shape, op.cache.rows_k, op.cache.rows_v
     n_rep, n_wide = shape.n_head // shape.n_head_kv, filled(shape.head_dim)
     wide = v.wide if v else shape.n_latent
@@ -123,16 +123,13 @@ def _attend(tape: Tape, op: ops.Attend[CpuCache, CpuVector], int8: Rows | None) 
     floats = scratch_floats(n_wide, wide, n_rep, TILE * P_BYTES if v else LATENT_BYTES)
     tape.need(scratch=max(4 * floats, scratch_bytes(shape.head_dim)))
     forms = format_id(k.name), format_id(v.name) if v else -1
-    sizes = {name: value for name, value in vars(shape).items() if name != "n_latent"}
+    sizes = {**vars(shape), **k.fields("k"), **(v or k).fields("v"), "n_value": shape.n_value}
+    kernels = [attend(*forms), merge] if op.k is None else [append(*forms), attend(*forms), merge]
+    known = {name for kernel in kernels for name in kernel.fields.names or ()}
     tape.record(
         op,
-        append(*forms),
-        attend(*forms),
-        merge,
-        **sizes,
-        **k.fields("k"),
-        **(v or k).fields("v"),
-        n_value=shape.n_value,
+        *kernels,
+        **{name: value for name, value in sizes.items() if name in known},
         n_wide=n_wide,
         wide=wide,
         n_ctx=op.cache.n_ctx,

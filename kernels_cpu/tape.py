@@ -26,6 +26,7 @@ class Rows(NamedTuple):
     stride: int  # bytes from one row to the next
 
 
+_TOKENS = ("ids", "positions", "run_of", "runs")  # fields of kernels that describe the tokens of the rows
 Value: TypeAlias = "Buffer | Rows | NDArray[np.generic] | int | float | None"
 
 
@@ -41,7 +42,8 @@ class Tape:
         self.table = table = RunTable(n_batch, n_outputs)
         self._arguments: list[NDArray[np.void]] = []
         self._kept: dict[int, NDArray[np.generic]] = {}
-        self.angles: dict[Rotation, NDArray[np.float32]] = {}  # cos and sin of the positions of a step
+        # cos and sin of the positions of a step, and of the tokens whose results are wanted
+        self.angles: dict[tuple[Rotation, bool], NDArray[np.float32]] = {}
         self._buffers: dict[str, NDArray[np.float32]] = {}
         self._int8: dict[Buffer, NDArray[np.uint8]] = {}
         self._shared: dict[tuple[str, int], NDArray[np.uint8]] = {}
@@ -51,8 +53,7 @@ class Tape:
         # Fields that mean the same in all kernels. `finish` fills the first three.
         self._common: dict[str, float] = {"scratch": 0, "scratch_stride": 0, "parts": 0, "n_runs": table.n_runs}
         self._common |= vars(Tuning())
-        for name in ("ids", "positions", "run_of", "runs"):
-            self._common[name] = self.address(getattr(table, name))
+        self._common |= {name: self.address(getattr(table, name)) for name in _TOKENS}
 
     def address(self, array: NDArray[np.generic]) -> int:
         """Keep an array alive and return its address."""
@@ -113,6 +114,9 @@ class Tape:
         given = vars(op) | values
         rows: Buffer = vars(op).get("out") or op.x
         numbers = self._common | {"rows": self.table.n_out if rows.outputs else self.table.n_tokens}
+        if rows.outputs and not fields.isdisjoint(_TOKENS):
+            wanted = self.table.wanted
+            numbers |= {name: self.address(getattr(wanted, name)) for name in _TOKENS} | {"n_runs": wanted.n_runs}
         for name, value in given.items():
             if name not in fields:
                 continue

@@ -25,6 +25,14 @@ Strided = tuple[Array | None, int]  # rows and the elements between them, as ker
 RUN_WORDS = ("first", "n_tokens", "n_past", "reads", "writes")  # first: number of the first token; see backend.Run
 
 
+class Tokens(NamedTuple):
+    """Sequence and position of the tokens of some rows, on the device."""
+
+    seqs: Array  # int32[rows]
+    positions: Array  # int32[rows]
+    is_long: Array  # int32[rows]: 0 or 1, see models.backend.Run
+
+
 class StepInput:
     """The tokens of a step and the rows whose results are wanted, on the device.
 
@@ -33,21 +41,27 @@ class StepInput:
 
     def __init__(self, n_batch: int, n_outputs: int, device: torch.device) -> None:
         n_batch, n_outputs = padded(n_batch), padded(n_outputs)
-        sizes = 5 * n_batch, len(RUN_WORDS) * n_batch, n_outputs
+        sizes = 5 * n_batch, len(RUN_WORDS) * n_batch, n_outputs, 3 * n_outputs
         self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
         self._device = self._host.to(device, copy=True)
-        tokens, runs, self.rows = self._device.split(sizes)  # rows: int32[n_outputs]
+        tokens, runs, self.rows, wanted = self._device.split(sizes)  # rows: int32[n_outputs]
         # int32[n_batch] each. is_long: 0 or 1, see models.backend.Run. run_of: the token's row of runs.
         self.ids, self.seqs, self.positions, self.is_long, self.run_of = tokens.view(5, -1)
         self.runs = runs.view(n_batch, -1)  # int32[n_batch, RUN_WORDS]; rows behind the step's runs are 0
-        tokens, runs, rows = self._host.split(sizes)
+        self._of = Tokens(self.seqs, self.positions, self.is_long), Tokens(*wanted.view(3, -1))
+        tokens, runs, rows, wanted = self._host.split(sizes)
         self._tokens, self._runs, self._rows = tokens.view(5, -1).numpy(), runs.view(n_batch, -1).numpy(), rows.numpy()
+        self._wanted = wanted.view(3, -1).numpy()
         self._sent = torch.cuda.Event() if device.type == "cuda" else None
         self.n_tokens = self.n_out = self.n_runs = 0
 
     def n_run(self, n_row: int) -> int:
         """Return the runs to launch for: those of the step. A graph for few rows serves any runs: one for each row."""
         return n_row if n_row <= FEW else self.n_runs
+
+    def of(self, outputs: bool) -> Tokens:
+        """Return all tokens, or those whose results are wanted."""
+        return self._of[outputs]
 
     def set(self, rows: Sequence[int], ids: NDArray[np.int32] | None = None, runs: Sequence[Run] = ()) -> None:
         """Write the wanted rows and the tokens. Without ids the tokens stay."""
@@ -67,6 +81,8 @@ class StepInput:
                 self._runs[i] = at, run.n_tokens, run.n_past, run.reads, run.writes
                 at = end
             self.n_tokens, self.n_runs = len(ids), len(runs)
+        self._wanted[:] = [[0], [-1], [0]]
+        self._wanted[:, : len(rows)] = self._tokens[1:4, list(rows)]
         self._device.copy_(self._host, non_blocking=True)
         if self._sent is not None:
             self._sent.record()
@@ -132,7 +148,7 @@ class Memory:
         self._buffers = dict[str, Array]()
         self._int8 = dict[Buffer, Int8]()
         self._halves = dict[Buffer, Halves]()
-        self._angles = dict[Rotation, Array]()
+        self._angles = dict[tuple[Rotation, bool], Array]()
         self._pairs = dict[tuple[int, ...], PairMemory]()
 
     def n_row(self, x: Buffer) -> int:
@@ -161,12 +177,12 @@ class Memory:
             self._halves[x] = Halves.empty(self.n_row(x), x.width, self.device)
         return self._halves[x]
 
-    def angles(self, rotation: Rotation) -> Array:
-        """Return memory for the cosines and sines of a rotation, f32[tokens, n_rot / 2, 2]."""
-        if rotation not in self._angles:
-            size = self._n_row[False], rotation.n_rot // 2, 2
-            self._angles[rotation] = torch.zeros(*size, device=self.device)
-        return self._angles[rotation]
+    def angles(self, rotation: Rotation, outputs: bool) -> Array:
+        """Return memory for the cosines and sines of a rotation, f32[rows, n_rot / 2, 2]. outputs: as in Buffer."""
+        if (rotation, outputs) not in self._angles:
+            size = self._n_row[outputs], rotation.n_rot // 2, 2
+            self._angles[rotation, outputs] = torch.zeros(*size, device=self.device)
+        return self._angles[rotation, outputs]
 
     def pairs(self, x: Buffer, experts: GpuExperts, mixture: Mixture) -> PairMemory:
         """Return the memory of a mixture. Mixtures of the same sizes share it."""

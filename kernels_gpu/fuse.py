@@ -30,6 +30,7 @@ class Angles:
     """Compute the cosines and sines of a rotation for the tokens of the step."""
 
     rotation: Rotation
+    outputs: bool = False  # for the tokens whose results are wanted, as in Buffer
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class FusedAttention:
     op: Attend[Any, Any]
     few: bool
     rotation: Rotation | None = None  # of q and k; None: they are turned already, or do not turn
-    norms: tuple[RmsNorm[Any], ...] = ()  # of the heads of q and of k, with one eps
+    norms: tuple[RmsNorm[Any], ...] = ()  # of the heads of q, and of k if there is one, with one eps
     forms: Forms = NONE
 
 
@@ -91,10 +92,10 @@ def fuse(ops: Iterable[Any], *, few: bool, known: Collection[Rotation] = ()) -> 
     fused: list[Any] = []
     angles: list[Any] = []
     for op in ops:
-        if isinstance(op, Rope) and op.rotation not in known and Angles(op.rotation) not in angles:
-            angles.append(Angles(op.rotation))
+        if isinstance(op, Rope) and op.rotation not in known:
+            angles.append(Angles(op.rotation, op.x.outputs))
         _append(fused, op, few)
-    return angles + _with_forms(fused, few)
+    return list(dict.fromkeys(angles)) + _with_forms(fused, few)
 
 
 def _append(fused: list[Any], op: Any, few: bool) -> None:
@@ -144,8 +145,10 @@ def _can_norm(last: Any, norm: RmsNorm[Any]) -> bool:
 def _take_rotation(fused: list[Any], op: Attend[Any, Any]) -> Rotation | None:
     """Remove a Rope of just q and k from the end of the list; return its rotation."""
     last, q, k = fused[-1] if fused else None, op.q, op.k
-    both = replace(q, width=q.width + k.width)
-    if not isinstance(last, Rope) or k != replace(both, start=q.start + q.width, width=k.width) or last.x != both:
+    if not isinstance(last, Rope):
+        return None
+    both = q if k is None else replace(q, width=q.width + k.width)
+    if last.x != both or (k is not None and k != replace(both, start=q.start + q.width, width=k.width)):
         return None
     fused.pop()
     return last.rotation
@@ -153,12 +156,13 @@ def _take_rotation(fused: list[Any], op: Attend[Any, Any]) -> Rotation | None:
 
 def _take_norms(fused: list[Any], op: Attend[Any, Any]) -> tuple[RmsNorm[Any], ...]:
     """If the list ends with norms of the heads of q and k, remove and return them. Else return ()."""
-    norms = tuple(last.op for last in fused[-2:] if isinstance(last, FusedNorm))
-    if [(norm.x, norm.n_group) for norm in norms] != [(op.q, op.shape.n_head), (op.k, op.shape.n_head_kv)]:
+    heads = [(op.q, op.shape.n_head), (op.k, op.shape.n_head_kv)][: 1 if op.k is None else 2]
+    norms = tuple(last.op for last in fused[-len(heads) :] if isinstance(last, FusedNorm))
+    if [(norm.x, norm.n_group) for norm in norms] != heads:
         return ()
-    if norms[0].eps != norms[1].eps or any(norm.out != norm.x or norm.residual or norm.is_grouped for norm in norms):
+    if norms[0].eps != norms[-1].eps or any(norm.out != norm.x or norm.residual or norm.is_grouped for norm in norms):
         return ()
-    del fused[-2:]
+    del fused[-len(heads) :]
     return norms
 
 

@@ -77,15 +77,15 @@ def _convert(op: Convert, memory: Memory) -> Launch:
 
 
 def _angles(op: Angles, memory: Memory) -> Launch:
-    rotation, table, step = op.rotation, memory.angles(op.rotation), memory.step
+    rotation, table, tokens = op.rotation, memory.angles(op.rotation, op.outputs), memory.step.of(op.outputs)
     inv_freq = torch.tensor(np.asarray(rotation.inv_freqs, np.float64), device=memory.device)
     n_half = inv_freq.shape[1]
     width = triton.next_power_of_2(n_half)
-    return lambda n: rope.angles[(n,)](step.positions, step.is_long, inv_freq, table, n_half, rotation.scale, width)
+    return lambda n: rope.angles[(n,)](tokens.positions, tokens.is_long, inv_freq, table, n_half, rotation.scale, width)
 
 
 def _rope(op: Rope, memory: Memory) -> Launch:
-    x, table, n_half = memory.strided(op.x), memory.angles(op.rotation), op.rotation.n_rot // 2
+    x, table, n_half = memory.strided(op.x), memory.angles(op.rotation, op.x.outputs), op.rotation.n_rot // 2
     n_head = -(-op.x.width // op.head_dim)
     widths = triton.next_power_of_2(n_head), triton.next_power_of_2(n_half)
     return lambda n: rope.rope[(n,)](*x, table, n_head, op.head_dim, n_half, op.rotation.style == "neox", *widths)
@@ -125,7 +125,7 @@ def _gate_rows(op: GateRows, memory: Memory) -> Launch:
 
 def _temper(op: Temper, memory: Memory) -> Launch:
     numbers = op.temperature.scale, op.temperature.length, op.temperature.offset
-    x, positions = memory.strided(op.x), memory.step.positions
+    x, positions = memory.strided(op.x), memory.step.of(op.x.outputs).positions
     return _by_columns(activation.temper, op.x.width, *x, positions, op.x.width, *numbers)
 
 

@@ -76,6 +76,8 @@ class GpuProgram:
         known: set[Rotation] = set()
         launches = []
         for ops in (*parts, after):
+            if ops is after:  # its rows are others
+                known.clear()
             few, many = (bind(fuse(ops, few=few, known=known), memory) for few in (True, False))
             launches.append(Launches(few, many, memory.device, capture))
             known |= {op.rotation for op in ops if isinstance(op, Rope)}

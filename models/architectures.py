@@ -20,23 +20,28 @@ class Architecture:
     rope_style: str = "norm"  # see operands.Rotation
     activation: str = "silu"  # of the ffn, see ops.Gated
     gated: bool = True  # the ffn has a gate
-    qkv: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")  # tensors whose rows make q, k and v, in this order
+    qkv: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")  # tensors whose rows make q, k and v, in this order; (): none
     gate_up: tuple[str, ...] = ("ffn_gate", "ffn_up")  # tensors whose rows make gate and up
     # Names of norms. attn_norm and `ffn_norm` come before attention and ffn, attn_q_norm and attn_k_norm before the
     # rotation. post_attention_norm and post_ffw_norm norm a result before it is added to the residual stream.
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")
-    # Norms that a file may leave out. Without ffn_norm, attention and ffn read the same normed values.
+    # Norms that a file may leave out, and tensors of `more`. Without ffn_norm, attention and ffn read the same values.
     optional_norms: tuple[str, ...] = ()
     ffn_norm: str = "ffn_norm"  # name of the norm before the ffn
+    output_norm: str = "output_norm"  # name of the norm before the output matrix
     layer_norm: bool = False  # norms subtract the mean and have biases
     sinks: bool = False  # attention has sinks
-    qk_norm_after_rope: bool = False  # attn_q_norm and attn_k_norm come after the rotation
+    qk_norm_after_rope: bool = False  # attn_q_norm and attn_k_norm come after the rotation; not in `norms`: all ones
+    no_qk_norm_n_expert: int = 0  # with so many experts, there is no such norm
     neox_by_sections: bool = False  # with a rope.dimension_sections that is not 0, rope_style is "neox"
     no_rope_period: int = 0  # every n-th layer does not rotate; 0: all rotate
+    rope_key: str = ""  # a key that says whether any layer rotates; "": none
     window_rope: bool = False  # in a file with a window, only layers with the window rotate
     # Scale, length and offset of operands.Temperature, for layers that do not rotate. (): keys of the file tell it.
     temperature: tuple[float, int, int] | tuple[()] = ()
     logits_multiplied: bool = False  # logit_scale multiplies the logits; False: it divides them
+    v_of_k: bool = False  # a layer without attn_v makes v of what attn_k makes
+    attention_scale: float = 0.0  # factor on q.k, unless the file has one; 0: 1/sqrt(head_dim)
     scaled_embd: bool = False  # embeddings are multiplied by sqrt(n_embd)
     n_embd_scale_n_layer: tuple[int, ...] = ()  # with one of these n_layer, q.k is scaled by 1/sqrt(n_embd/n_head)
     attn_softcap: float = 0.0  # softcap of attention's scores, unless the file has one; 0: none
@@ -45,12 +50,21 @@ class Architecture:
     swa_rope_freq_base: float = 0.0  # rope base of layers with a window, unless the file has one; 0: as other layers
     swa_rope_scaled: bool = True  # the rope scaling applies to layers with a window too
     yarn_truncate: bool = True  # YaRN's ramp begins and ends at whole pairs; a key in the file goes first
+    chunk: int = 0  # windows begin at multiples of their length, which is this unless the file has one; 0: they do not
     moe: str = "no"  # whether layers have experts: "no", "yes", or "maybe" (the file tells)
+    # See operands.Mixture.gating; a key in the file goes first. "": "sigmoid" with a bias, "softmax" without one.
+    gating: str = "softmax"
+    router_bias: str = "no"  # whether experts are chosen with a bias: "no", "yes", or "maybe" (the file tells)
+    weighs_input: bool = False  # see operands.Mixture
     expert_norm: bool = True  # see operands.Mixture.norm; a key in the file goes first
     expert_activation: str = ""  # activation of the experts; "": the same as `activation`
     shared_gate: bool = False  # a gate weights the result of the shared expert
+    dense_beside: bool = False  # a layer with experts has a dense ffn too
+    step: str = ""  # module of models with a class Step, which lists the ops of a step; "": step.py
     mixer: str = ""  # module of models/mixers: what layers have in place of attention, or beside it
     shapes: Mapping[str, Shape] = field(default_factory=dict)  # shapes that differ from LAYER_SHAPES
+    # Tensors beyond those that the other fields name. "blk.N." is that of each layer. One with a size 0 is not there.
+    more: Mapping[str, Shape] = field(default_factory=dict)
 
     @property
     def norm_per_head(self) -> bool:
@@ -63,7 +77,7 @@ QK = ("attn_q_norm", "attn_k_norm")
 POST = ("post_attention_norm", "post_ffw_norm")
 WHOLE_ROW = {"attn_q_norm": ("n_embd_q",), "attn_k_norm": ("n_embd_kv",)}
 
-_FAMILIES = ("dense", "gemma", "mixtures", "delta_net")
+_FAMILIES = ("dense", "gemma", "mixtures", "delta_net", "hybrid", "latent")
 
 
 def entries() -> Iterator[Architecture]:
@@ -82,7 +96,8 @@ def architecture(name: str) -> Architecture:
     raise KeyError(name)
 
 
-# Tensors by name, ggml order: ne[0] (row length) first. A word is a field of LayerConfig or ModelConfig, "a+b" a sum.
+# Tensors by name, ggml order: ne[0] (row length) first. A word is a number, or a field of LayerConfig or
+# ModelConfig; "a+b" is a sum.
 MODEL_SHAPES: Mapping[str, Shape] = {
     "token_embd.weight": ("n_embd", "n_vocab"),
     "output_norm.weight": ("n_embd",),
@@ -107,8 +122,10 @@ LAYER_SHAPES: Mapping[str, Shape] = {
     "ffn_up": ("n_embd", "n_ff"),
     "ffn_down": ("n_ff", "n_embd"),
     "ffn_gate_inp": ("n_embd", "n_expert"),
+    "exp_probs_b": ("n_expert",),
     "ffn_gate_exps": ("n_embd", "n_ff_exp", "n_expert"),
     "ffn_up_exps": ("n_embd", "n_ff_exp", "n_expert"),
+    "ffn_gate_up_exps": ("n_embd", "n_ff_exp+n_ff_exp", "n_expert"),
     "ffn_down_exps": ("n_ff_exp", "n_embd", "n_expert"),
     "ffn_gate_inp_shexp": ("n_embd",),
     "ffn_gate_shexp": ("n_embd", "n_ff_shexp"),
@@ -118,6 +135,7 @@ LAYER_SHAPES: Mapping[str, Shape] = {
 }
 QKV = ("attn_q", "attn_k", "attn_v")
 EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+FUSED_EXPERTS = ("ffn_gate_up_exps", "ffn_down_exps")  # gate and up in one tensor
 SHARED = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
 
 
@@ -127,4 +145,11 @@ def qkv_of(arch: Architecture, block: str, tensors: Container[str]) -> tuple[str
     block: "blk.N."
     """
     kinds = (names for names in (("attn_qkv",), QKV) if f"{block}{names[0]}.weight" in tensors)
-    return next(kinds, arch.qkv)
+    return next(kinds, arch.qkv) if arch.qkv else ()
+
+
+def experts_of(arch: Architecture, block: str, tensors: Container[str]) -> tuple[str, ...]:
+    """Return the tensors of a layer's experts. A file may have gate and up in one tensor. block: "blk.N."."""
+    if f"{block}{FUSED_EXPERTS[0]}.weight" in tensors:
+        return FUSED_EXPERTS
+    return EXPERTS if arch.gated else EXPERTS[1:]

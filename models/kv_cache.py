@@ -74,11 +74,13 @@ class CacheLayer(Generic[Cache, State]):
     window: int  # positions that the layer looks back on, a token's own included; 0: all
     rotation: Rotation | None
     states: tuple[State, ...] = ()  # of its recurrent ops: N_STATES slots for each sequence
+    is_shared: bool = False  # the cache is that of an earlier layer, and listed there
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """What the layer holds, by the names of KINDS."""
-        return (*(() if self.cache is None else self.cache.kinds), *KINDS[2 : 2 + len(self.states)])
+        kinds = () if self.cache is None or self.is_shared else self.cache.kinds
+        return (*kinds, *KINDS[2 : 2 + len(self.states)])
 
 
 class KvCache:
@@ -183,7 +185,7 @@ class KvCache:
         b.n_past = b.n_lost = 0
         b.is_long, b.ids, b.states = a.is_long, a.ids[:n], list(a.states)
         for layer in self._layers:
-            if layer.cache is not None:
+            if layer.cache is not None and not layer.is_shared:
                 layer.cache.copy(source, target, n if a.n_past <= layer.cache.n_ctx else layer.cache.n_ctx)
             for state, i in itertools.product(layer.states, range(N_STATES)):
                 state.copy(source * N_STATES + i, target * N_STATES + i)
@@ -206,7 +208,8 @@ class KvCache:
         if self._has_states:
             return self._set(slot, 0, 0)
         for layer in self._layers:
-            assert layer.cache is not None
+            if layer.cache is None or layer.is_shared:
+                continue
             rotation = layer.rotation.of(slot.is_long) if layer.rotation else None
             layer.cache.shift(seq, n_past, n_keep, n_discard, rotation)
         return self._set(slot, n_past - n_discard, max(n_keep, n_lost - n_discard) if n_lost else 0)

@@ -12,7 +12,7 @@ from gguf_run.models import ops
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.operands import AttentionShape
-from gguf_run.models.step import Step
+from gguf_run.models.step import step_class
 from gguf_run.models.weights import Loader, cache_layers
 
 
@@ -114,7 +114,7 @@ def op_costs(
     kinds: the cache type of each layer.
     n_ctx: positions that the token sees, its own included.
     """
-    step = Step(Loader(sizes, tensors, lambda n_bytes: None), config, None)
+    step = step_class(config)(Loader(sizes, tensors, lambda n_bytes: None), config, None)
     step.new_part()
     step.embed()
     for il, layer in enumerate(cache_layers(config, tensors, [sizes] * config.n_layer, kinds, n_ctx, 1, 1)):

@@ -116,11 +116,14 @@ class Temper:
 
 @frozen
 class Attend(Generic[Cache, Vector]):
-    """Append k and v to the cache. Then out = softmax(scale * q.k, causal, window) @ v for each head."""
+    """Append k and v to the cache. Then out = softmax(scale * q.k, causal, window) @ v for each head.
+
+    Without k and v, the cache stays as it is: it is that of an earlier layer.
+    """
 
     q: Buffer
-    k: Buffer
-    v: Buffer  # the columns of k that are values if shape.n_latent is not 0
+    k: Buffer | None
+    v: Buffer | None  # the columns of k that are values if shape.n_latent is not 0
     cache: Cache
     shape: AttentionShape
     out: Buffer  # shape.n_value columns for each head; none of q, k, v

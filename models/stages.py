@@ -8,7 +8,7 @@ from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer
 from gguf_run.models.operands import Buffer
-from gguf_run.models.step import Observed, Step
+from gguf_run.models.step import Observed, step_class
 from gguf_run.models.weights import Loader
 
 if TYPE_CHECKING:
@@ -74,20 +74,22 @@ def build(
     """
     plan = _pieces(placed)
     backends = {id(backend): backend for backend, _ in plan}
-    steps = {key: Step(Loader(backend, tensors, progress), config, observed) for key, backend in backends.items()}
+    new = step_class(config)
+    steps = {key: new(Loader(backend, tensors, progress), config, observed) for key, backend in backends.items()}
     stages: list[tuple[int, int, tuple[Buffer, ...], tuple[Buffer, ...]]] = []
     for backend, pieces in plan:
         step = steps[id(backend)]
         step.new_part()
         if not stages:
             step.embed()
-        reads = step.to_experts if pieces and pieces[0].what == "experts" else (step.x,)
+        at = pieces[0].il if pieces else config.n_layer if stages else 0
+        reads = step.to_experts if pieces and pieces[0].what == "experts" else step.before(at)
         for il, what in pieces:
             if what == "experts":
                 step.experts(il)
             else:
                 step.layer(il, layers[il], experts=what == "layer")
-        leaves = step.to_experts if pieces and pieces[-1].what == "before experts" else (step.x,)
+        leaves = step.to_experts if pieces and pieces[-1].what == "before experts" else step.before(at + len(pieces))
         stages.append((id(backend), len(step.parts) - 1, reads, leaves))
     step.logits()
     programs = {key: step.program(n_batch, n_outputs) for key, step in steps.items()}

@@ -1,10 +1,10 @@
 """The ops of a step: what the layers of a model compute, as lists for one backend."""
 
-from typing import TYPE_CHECKING, Generic
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Generic
 
 from gguf_run.formats.frozen import frozen
 from gguf_run.models import ops
-from gguf_run.models.architectures import EXPERTS
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer
 from gguf_run.models.operands import (
@@ -50,13 +50,13 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         self.after: list[ops.Op[Table, Weight, Vector, Cache, Experts, Squares, State]] = []
         self._ops = self.after  # the list that grows
         self._result = self.x = Buffer.whole("x", config.n_embd)
-        self._qkv = Buffer.whole("qkv", config.n_embd_q + 2 * config.n_embd_kv)
-        self._attn = Buffer.whole("attn", config.n_embd_q)
-        self._name_buffers(outputs=False)
+        self.name_buffers(outputs=False)
 
-    def _name_buffers(self, *, outputs: bool) -> None:
-        """Name the buffers that the ffn and the output use. outputs: those of the wanted rows."""
+    def name_buffers(self, *, outputs: bool) -> None:
+        """Name the buffers beside x. outputs: those of the wanted rows."""
         config, end = self.config, "_out" if outputs else ""
+        self._qkv = Buffer.whole(f"qkv{end}", config.n_embd_q + 2 * config.n_embd_kv, outputs=outputs)
+        self._attn = Buffer.whole(f"attn{end}", config.n_embd_q, outputs=outputs)
         self._h = Buffer.whole(f"h{end}", config.n_embd, outputs=outputs)
         self._ff = Buffer.whole(f"ff{end}", max(config.n_ff, config.n_ff_shexp), outputs=outputs)
         self._router = Buffer.whole(f"router{end}", config.n_expert, outputs=outputs)
@@ -87,20 +87,26 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         if layer.n_head or (mixer is not None and mixer.states(il)):
             h = self.normed(block, "attn_norm")
             if mixer is None or not mixer.add(self, il, h, cache):
-                self.matmul(h, self.load.qkv(arch, block), self._qkv)
+                self.project(il, h)
                 if is_parallel:
-                    self._ffn(il, h, experts)
+                    self.ffn(il, h, experts)
                 self.attend(il, cache)
-        if experts and il == self.config.n_layer - 1 and self._observed is None:
-            self._only_outputs()
+        if experts and il == self.config.n_own - 1 and self._observed is None:
+            self.only_outputs()
         if not is_parallel and (layer.n_ff or layer.has_experts):
-            self._ffn(il, self.normed(block, arch.ffn_norm), experts)
+            self.ffn(il, self.normed(block, arch.ffn_norm), experts)
 
-    def attend(
-        self, il: int, cache: CacheLayer[Cache, State], qkv: Buffer | None = None, gate: Buffer | None = None
-    ) -> None:
-        """x += attention of q, k and v. qkv: their buffer; None: "qkv". gate: its sigmoid multiplies the result."""
-        config, layer, qkv, block = self.config, self.config.layers[il], qkv or self._qkv, f"blk.{il}."
+    def project(self, il: int, h: Buffer) -> None:
+        """qkv = q, k and v of h, side by side"""
+        self.matmul(h, self.load.qkv(self.config.arch, f"blk.{il}."), self._qkv)
+
+    def attend(self, il: int, cache: CacheLayer[Cache, State]) -> None:
+        """x += attention of what `project` made"""
+        self.attention(il, cache, self._qkv)
+
+    def attention(self, il: int, cache: CacheLayer[Cache, State], qkv: Buffer, gate: Buffer | None = None) -> None:
+        """x += attention of q, k and v, which stand side by side. gate: attention is multiplied by its sigmoid."""
+        config, layer, block = self.config, self.config.layers[il], f"blk.{il}."
         n_q, n_kv, head_dim = layer.n_embd_q, layer.n_embd_kv, layer.head_dim
         q, k, v = qkv.columns(0, n_q), qkv.columns(n_q, n_kv), qkv.columns(n_q + n_kv, n_kv)
         norms = ((q, "attn_q_norm", layer.n_head), (k, "attn_k_norm", layer.n_head_kv))
@@ -113,8 +119,8 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
             self.add(ops.Temper(q, config.temperature))
         if cache.rotation is not None:
             self.add(ops.Rope(qkv.columns(0, n_q + n_kv), cache.rotation, head_dim))
-        if is_late:
-            for weight, (part, _, n_head) in zip(self.load.late_norms(block), norms, strict=True):
+        if is_late and layer.n_rot:
+            for weight, (part, _, n_head) in zip(self.load.late_norms(block, head_dim), norms, strict=True):
                 self.add(ops.RmsNorm(part, weight, part, config.inner_eps, n_head))
         sinks = self.load.vector(f"{block}attn_sinks")
         out = self._attn.columns(0, n_q)
@@ -123,6 +129,10 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
             self.add(ops.Gated(gate, out, out, "sigmoid"))
         self.add_product(out, block, "attn_output", "post_attention_norm")
 
+    def before(self, il: int) -> tuple[Buffer, ...]:
+        """Return the buffers that layer il needs, or the output if there is no such layer: x."""
+        return (self.x,)
+
     @property
     def to_experts(self) -> tuple[Buffer, ...]:
         """The buffers that `experts` needs: x, the experts' input, and the router's logits."""
@@ -130,30 +140,39 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
 
     def experts(self, il: int) -> None:
         """x += the weighted results of the experts that the router's logits choose"""
-        config, names = self.config, tuple(f"blk.{il}.{name}" for name in EXPERTS)
-        squares = None
+        self.moe(il, self.x)
+
+    def moe(self, il: int, out: Buffer, *, accumulate: bool = True) -> None:
+        """out (+)= the weighted results of the experts that the router's logits choose"""
+        config, block, squares = self.config, f"blk.{il}.", None
+        names = self.load.expert_names(config.arch, block)
         if self._observed is not None:
             first = self.load.backend.squares(config.n_embd, config.n_expert)
             last = self.load.backend.squares(config.n_ff_exp, config.n_expert)
             squares = first, last
             weights = tuple(f"{name}.weight" for name in names)
-            self._observed += [Observed(weights[:2], first), Observed(weights[2:], last)]
-        experts = self.load.experts(names)
-        self.add(ops.Moe(self._h, self._router, experts, config.moe, self.x, squares))
+            self._observed += [Observed(weights[:-1], first), Observed(weights[-1:], last)]
+        experts, bias = self.load.experts(names), self.load.bias(f"{block}exp_probs_b")
+        self.add(ops.Moe(self._h, self._router, experts, config.moe, out, squares, bias, accumulate))
 
-    def _only_outputs(self) -> None:
+    def only_outputs(self) -> None:
         """List the following ops in `after`, for the wanted rows only. x is copied, other buffers are new."""
-        x, self.x = self.x, Buffer.whole("x_out", self.config.n_embd, outputs=True)
         self._ops = self.after
-        self.add(ops.Outputs(x, self.x))
-        self._name_buffers(outputs=True)
+        self.x = self.wanted(self.x)
+        self.name_buffers(outputs=True)
+
+    def wanted(self, x: Buffer) -> Buffer:
+        """Return a buffer that gets the wanted rows of x."""
+        out = Buffer.whole(f"{x.name}_out", x.width, outputs=True)
+        self.add(ops.Outputs(x, out))
+        return out
 
     def logits(self) -> None:
         """result = logits = softcap(output(norm(x)))"""
         config, is_tied = self.config, not self.load.has("output")
         if not self.after:
-            self._only_outputs()
-        self.norm(self.x, "output_norm", self._h)
+            self.only_outputs()
+        self.norm(self.x, config.arch.output_norm, self._h)
         self._result = logits = Buffer.whole("logits", config.n_vocab, outputs=True)
         output = self.load.matrix("token_embd" if is_tied else "output", bias=["output"])
         self.matmul(self._h, output, logits)
@@ -164,16 +183,20 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         """Return the program of all ops so far. See Backend.program."""
         return self.load.backend.program(self.parts, self.after, self._result, n_batch, n_outputs)
 
-    def _ffn(self, il: int, h: Buffer, experts: bool) -> None:
+    def ffn(self, il: int, h: Buffer, experts: bool) -> None:
         """x += down(activation(gate(h)) * up(h)), or the results of the experts, or both"""
-        config, load, block = self.config, self.load, f"blk.{il}."
+        config, block = self.config, f"blk.{il}."
         if config.layers[il].has_experts:
-            self.matmul(h, load.matrix(f"{block}ffn_gate_inp"), self._router)
+            self.matmul(h, self.load.matrix(f"{block}ffn_gate_inp"), self._router)
             if experts:
                 self.experts(il)
-        if not (names := config.ffn(il)):
-            return
-        *into, down = names
+        if names := config.ffn(il):
+            self.add_product(self.gated(il, h), block, names[-1], "post_ffw_norm")
+
+    def gated(self, il: int, h: Buffer) -> Buffer:
+        """Return activation(gate(h)) * up(h) of layer il's ffn, in a buffer that its experts do not use."""
+        config, load, block = self.config, self.load, f"blk.{il}."
+        *into, _ = config.ffn(il)
         gate_up, activation = load.matrix(*(block + name for name in into)), config.arch.activation
         width = gate_up.weight.n_out // (2 if config.arch.gated else 1)
         ff = self._ff.columns(0, width)
@@ -186,7 +209,7 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         if config.layers[il].has_experts and config.arch.shared_gate:
             self.matmul(h, load.matrix(f"{block}ffn_gate_inp_shexp"), self._gate)
             self.add(ops.GateRows(ff, self._gate))
-        self.add_product(ff, block, down, "post_ffw_norm")
+        return ff
 
     def _has_norm(self, block: str, name: str) -> bool:
         return name in self.config.arch.norms and self.load.has(block + name)
@@ -237,3 +260,11 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         else:
             self.matmul(y, matrix, self._h)
             self.norm(self._h, block + post_norm, self.x, residual=self.x)
+
+
+def step_class(config: ModelConfig) -> type[Step[Any, Any, Any, Any, Any, Any, Any]]:
+    """Return the class that lists the ops of a model's steps."""
+    if not config.arch.step:
+        return Step
+    found: type[Step[Any, Any, Any, Any, Any, Any, Any]] = import_module(f"gguf_run.models.{config.arch.step}").Step
+    return found

@@ -14,7 +14,7 @@ from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.models.architectures import QK, QKV, ROPE_FACTORS, Architecture, qkv_of
+from gguf_run.models.architectures import QK, QKV, ROPE_FACTORS, Architecture, experts_of, qkv_of
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import N_STATES, CacheLayer
@@ -72,7 +72,7 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
     def _scaled(self, name: str) -> Tensor:
         """Return a tensor. If the file has a tensor `<name>.scale` for it, its numbers become the tensor's `scales`."""
         tensor, factors = self._tensors[name], self._tensors.get(f"{name.removesuffix('.weight')}.scale")
-        if factors is None or not name.endswith(".weight"):
+        if factors is None or not name.endswith(".weight") or ".ffn_gate_inp." in name:
             return tensor
         if factors.type.name != "F32" or factors.n_elements != math.prod(tensor.ne[2:]):
             raise FormatError(
@@ -80,6 +80,11 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
                 f"F32 for each matrix of {quoted(name)}"
             )
         return replace(tensor, scales=tuple(factors.blocks().reshape(-1).view(np.float32).tolist()))
+
+    def table(self, name: str) -> Table:
+        """Return a table of embeddings that nothing multiplies. Its rows are read from the file."""
+        self._progress(self._tensors[name].nbytes)
+        return self.backend.table(self._tensors[name])
 
     def embeddings(self) -> Table:
         """Return the table of embeddings."""
@@ -118,31 +123,68 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         """Return weight and bias of a norm."""
         return self._take(self.backend.vector, [self._full(name)]), self._optional([f"{name}.bias"])
 
-    def numbers(self, name: str, values: NDArray[np.float32]) -> Vector:
-        """Return numbers that the file does not have. name: for errors and lists."""
+    def _held(self, name: str, values: NDArray[np.floating]) -> Tensor:
+        """Return an f32 or f16 tensor of numbers that the file does not have. name: for errors and lists."""
         from gguf_run.formats.gguf.memory_file import MemoryFile
 
         file = MemoryFile(self._tensors["token_embd.weight"].file.path, values.tobytes())
-        return self.backend.vector([Tensor(name, (values.size,), type_by_name("F32"), 0, file)])
+        return Tensor(name, values.shape[::-1], type_by_name(f"F{8 * values.itemsize}"), 0, file)
 
-    def late_norms(self, block: str) -> tuple[Vector, Vector]:
-        """Return the weights of a layer's norms of q and k after the rotation: those of q times those of k, and ones.
+    def numbers(self, name: str, values: NDArray[np.float32]) -> Vector:
+        """Return numbers that the file does not have. name: for errors and lists."""
+        return self.backend.vector([self._held(name, values)])
 
-        The scores are the same. Keys without weights can still be turned, which a context shift does.
+    def of_heads(self, block: str, n_head: int, n_nope: int) -> tuple[Weight, Weight]:
+        """Return the matrices of latent attention's heads for queries and for values. block: "blk.N.".
+
+        Old files have for each head n_nope rows that make keys, which are transposed here, and rows that make values.
         """
+        k, v = (f"{block}{name}.weight" for name in ("attn_k_b", "attn_v_b"))
+        if k in self._tensors:
+            return self._take(self.backend.weight, [k]), self._take(self.backend.weight, [v])
         from gguf_run.formats.blocks.dequantizer import dequantize
 
-        q, k = found = [self._tensors[f"{block}{name}.weight"] for name in QK]
-        first, second = (dequantize(tensor.blocks(), tensor.type).reshape(-1) for tensor in found)
-        self._progress(q.nbytes + k.nbytes)
-        return self.numbers(q.name, first * second), self.numbers(k.name, np.ones_like(second))
+        both = self._tensors[f"{block}attn_kv_b.weight"]
+        kind = np.float32 if both.type.name == "F32" else np.float16
+        rows = dequantize(both.blocks(), both.type).astype(kind).reshape(n_head, -1, both.ne[0])
+        self._progress(both.nbytes)
+        parts = (k, rows[:, :n_nope].swapaxes(1, 2)), (v, rows[:, n_nope:])
+        made = [self.backend.weight([self._held(name, part)]) for name, part in parts]
+        return made[0], made[1]
+
+    def late_norms(self, block: str, head_dim: int) -> tuple[Vector, Vector]:
+        """Return the weights of a layer's norms of q and k after the rotation: those of q times those of k, and ones.
+
+        The scores are the same. Keys without weights can still be turned, which a context shift does. A model without
+        these tensors has ones.
+        """
+        q, k = names = [f"{block}{name}.weight" for name in QK]
+        ones = np.ones(head_dim, np.float32)
+        first, second = map(self.values, names) if q in self._tensors else (ones, ones)
+        return self.numbers(q, first * second), self.numbers(k, ones)
 
     def vector(self, name: str) -> Vector | None:
         """Return a tensor's values, None if the file does not have the tensor."""
         return self._optional([self._full(name)])
 
+    def values(self, name: str) -> NDArray[np.float32]:
+        """Return the values of a vector of the file."""
+        from gguf_run.formats.blocks.dequantizer import dequantize
+
+        tensor = self._tensors[name]
+        self._progress(tensor.nbytes)
+        return dequantize(tensor.blocks(), tensor.type).reshape(-1)
+
+    def bias(self, name: str) -> Vector | None:
+        """Return a bias that has no matrix, None if the file does not have it."""
+        return self._optional([f"{name}.bias"])
+
+    def expert_names(self, arch: Architecture, block: str) -> tuple[str, ...]:
+        """Return the names of the tensors of a layer's experts. block: "blk.N."."""
+        return tuple(block + name for name in experts_of(arch, block, self._tensors))
+
     def experts(self, names: Sequence[str]) -> Experts:
-        """Return the experts of a layer. names: of the tensors of gate, up and down."""
+        """Return the experts of a layer. names: of their tensors."""
         parts = [f"{name}.{kind}" for kind in ("weight", "bias") for name in names]
         return self._take(self.backend.experts, [part for part in parts if part in self._tensors])
 
@@ -177,8 +219,11 @@ def cache_layers(
     n_seq: int,
 ) -> list[CacheLayer[Cache, State]]:
     """Return the caches of all layers. backends, kinds: of each layer. The sizes: see protocol.Backend.cache."""
-    layers = []
+    layers: list[CacheLayer[Cache, State]] = []
     for il, rotation in enumerate(rotations(config, tensors, n_ctx)):
+        if (owner := config.layers[il].kv_layer) != il:
+            layers.append(replace(layers[owner], is_shared=True))
+            continue
         backend, shape = backends[il], config.attention(il)
         cache = backend.cache(shape, n_ctx, n_batch, n_seq, kinds[il]) if shape.n_head else None
         sizes = config.mixer.states(il) if config.mixer is not None else ()

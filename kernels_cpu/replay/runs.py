@@ -2,7 +2,7 @@
 
     ids, positions, run_of   one for each token
     runs                     one RUN for each sequence of the step, whose tokens are neighbours
-    rows                     the tokens whose results are wanted
+    rows                     the tokens whose results are wanted; `wanted` is a table of these tokens alone
 
 Attention cuts the work of all runs at once: `plan` fills the last fields of RUN.
 """
@@ -30,7 +30,8 @@ class RunTable:
     """The buffers of one program."""
 
     def __init__(self, n_batch: int, n_outputs: int) -> None:
-        self._counts = np.zeros(32, np.int64)
+        self._n_outputs, self._counts = n_outputs, np.zeros(32, np.int64)
+        self._wanted: RunTable | None = None
         self.ids = np.zeros(n_batch, np.int32)
         self.positions = np.zeros(n_batch, np.int64)
         self.run_of = np.zeros(n_batch, np.int64)
@@ -53,9 +54,28 @@ class RunTable:
         self.ids[:first] = ids
         self._counts[_N_TOKENS], self._counts[_N_RUNS] = first, n_runs
 
+    @property
+    def wanted(self) -> "RunTable":
+        """The table of the tokens whose results are wanted. Only programs that ask for it have one."""
+        self._wanted = self._wanted or RunTable(self._n_outputs, 0)
+        return self._wanted
+
     def set_rows(self, rows: Sequence[int]) -> None:
         self.rows[: len(rows)] = rows
         self._counts[_N_OUT] = len(rows)
+        if self._wanted is not None:
+            self._wanted.set_tokens(self.ids[self.rows[: len(rows)]], self._runs_of(rows))
+
+    def _runs_of(self, rows: Sequence[int]) -> list[Run]:
+        """Return some tokens as runs. Tokens that are neighbours in their sequence are one run."""
+        runs: list[Run] = []
+        for row in rows:
+            run, n_past = self.runs[self.run_of[row]], int(self.positions[row])
+            if runs and (runs[-1].seq, runs[-1].n_past + runs[-1].n_tokens) == (run["seq"], n_past):
+                runs[-1] = runs[-1]._replace(n_tokens=runs[-1].n_tokens + 1)
+            else:
+                runs.append(Run(int(run["seq"]), n_past, 1, bool(run["is_long"])))
+        return runs
 
 
 @njit(inline="always")

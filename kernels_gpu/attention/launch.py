@@ -47,7 +47,9 @@ class _Tiling:
         """
         types = self.cache.k.type, self.cache.v.type
         rep = triton.next_power_of_2(self.shape.n_head // self.shape.n_head_kv)
-        floats = any(type.bits == 32 for type in types)
+        is_wide = self.cache.k.width > 512  # as the keys of latent attention are
+        rep = min(rep, 16) if is_wide else rep
+        floats = is_wide or any(type.bits == 32 for type in types)
         narrow = self.cache.k.width <= 128 and not floats
         less = SPAN // 4 if floats else SPAN // 2
         if n <= FEW:
@@ -60,8 +62,8 @@ class _Tiling:
 
 def bind_attention(fused: FusedAttention, memory: Memory) -> Launch:
     """Return a function that launches attention for so many rows."""
-    op, rotation, step = fused.op, fused.rotation, memory.step
-    q, k, v, out = (memory.strided(x) for x in (op.q, op.k, op.v, op.out))
+    op, rotation, tokens = fused.op, fused.rotation, memory.step.of(fused.op.q.outputs)
+    q, k, v, out = (memory.strided(x) for x in (op.q, op.k or op.q, op.v or op.q, op.out))
     cache: GpuCache = op.cache
     shape, k_rows, v_rows = op.shape, op.cache.k, op.cache.v
     n_head, n_head_kv = shape.n_head, shape.n_head_kv
@@ -70,25 +72,28 @@ def bind_attention(fused: FusedAttention, memory: Memory) -> Launch:
     memory.want(sums=n_sum * shape.n_value, stats=n_sum * 2)
     int8 = memory.int8(op.out) if fused.forms else None
     n_changed = n_head if rotation or fused.norms or k_rows.rotates else 0  # heads of q that append writes
-    norms = [norm.weight for norm in fused.norms] or [None, None]
+    norms = ([norm.weight for norm in fused.norms] + [None, None])[:2]
     eps = fused.norms[0].eps if fused.norms else 0.0
-    angles = None if rotation is None else memory.angles(rotation)
+    angles = None if rotation is None else memory.angles(rotation, op.q.outputs)
     n_half, style = (rotation.n_rot // 2, rotation.style) if rotation else (0, None)
     types, sizes = (k_rows.type.name, v_rows.type.name), (shape.head_dim, k_rows.width)
     value = shape.n_value, max(32, triton.next_power_of_2(shape.n_value))
-    n_new = n_changed + len(cache.kinds) * n_head_kv  # heads of append: those of v come last
+    n_new = n_changed + (len(cache.kinds) * n_head_kv if op.k else 0)  # heads of append: those of v come last
 
     def launch(n: int) -> None:
         sums = memory.scratch["sums"], memory.scratch["stats"]
-        append[(n, n_new)](
-            *q, *k, *v, *norms, eps, k_rows.pair, v_rows.pair, k_rows.scales, v_rows.scales, step.seqs, step.positions,
-            angles, n_half, cache.n_ctx, n_changed, n_head_kv, style, *types, k_rows.rotates, v_rows.rotates, *sizes,
-        )  # fmt: skip
+        if n_new:
+            append[(n, n_new)](
+                *q, *k, *v, *norms, eps, k_rows.pair, v_rows.pair, k_rows.scales, v_rows.scales, tokens.seqs,
+                tokens.positions, angles, n_half, cache.n_ctx, n_changed, n_head_kv, style, *types, k_rows.rotates,
+                v_rows.rotates, *sizes,
+            )  # fmt: skip
         options, n_part = tiling.options(n), tiling.n_part(n)
-        attend[(-(-n // options["TOKENS"]), n_head_kv, n_part)](
-            *q, k_rows.pair, v_rows.pair, step.seqs, step.positions, *sums, cache.n_ctx, n_head_kv,
-            n_head // n_head_kv, n, shape.scale, shape.window or 1 << 30, shape.softcap or None, *types, *sizes,
-            *value, **options, num_stages=2,
+        n_tile = -(-n // options["TOKENS"]), -(-n_head // n_head_kv // options["REP"]) * n_head_kv
+        attend[(*n_tile, n_part)](
+            *q, k_rows.pair, v_rows.pair, tokens.seqs, tokens.positions, *sums, cache.n_ctx, n_head_kv,
+            n_head // n_head_kv, n, shape.scale, shape.window or 1 << 30, shape.is_chunked, shape.softcap or None,
+            *types, *sizes, *value, **options, num_stages=1 if k_rows.width > 512 else 2,
         )  # fmt: skip
         add_up[(n, n_head)](*sums, op.sinks, *out, int8, n_part, v_rows.rotates, *value)
 

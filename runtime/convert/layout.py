@@ -4,17 +4,18 @@ A row says where a checkpoint differs from Llama's. models/architectures.py has 
 needs, and their shapes. The facts are those of llama.cpp's converter (2026-09): other programs expect its files.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.models.architectures import Architecture, architecture
 from gguf_run.runtime.convert.stored.checkpoint import Config
 
 # A module of the checkpoint -> the tensor of the GGUF file. Both names get ".weight" or ".bias".
 # "@": the number of an expert (or head); all of them become one tensor. Two names: the tensor is split in halves.
-# Three names: q, k and v; the checkpoint has them together for each head of keys.
+# Three names: q, k and v; the checkpoint has them together for each head of keys. A name with ".scale" is whole.
 Names = Mapping[str, str | tuple[str, ...]]
 # A key without the architecture's name, its type, and the names in config.json. A value that is not there is left out.
 Key = tuple[str, str, tuple[str, ...]]
@@ -47,9 +48,11 @@ DRAFTS = "mtp."  # tensors of layers behind the model, which guess tokens in adv
 # Ends of names of tensors that hold no weights.
 IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 # Parts of a model for images and text, of which only the text is converted.
-OTHER_PARTS = tuple(
-    f"{prefix}{part}." for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector", "visual")
-)
+_OTHERS = (
+    "vision_tower", "vision_model", "multi_modal_projector", "visual", "audio_tower", "embed_vision", "embed_audio",
+)  # fmt: skip
+N_DRAFT = "num_nextn_predict_layers"  # config.json: layers behind the last one that draft tokens: left out
+OTHER_PARTS = tuple(f"{prefix}{part}." for prefix in ("", "model.") for part in _OTHERS)
 
 
 def names_of(target: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -91,11 +94,14 @@ class CheckpointLayout:
     numbers: Mapping[str, str] = field(
         default_factory=dict
     )  # tensors of one number in each layer -> key of their array
+    one_way: bool = False  # config.json has what a GGUF file does not, or nobody writes it back
     permuted: bool = False  # rows of q and k come as two halves of each head; GGUF has them in pairs
     interleaved: bool = False  # a tensor with two names has their rows in turns, not one half after the other
     norm_offset: float = 0.0  # added to the weights of norms
     tied_copy: bool = False  # output.weight is written even where it is the same as token_embd.weight
     keys: tuple[Key, ...] = ()  # metadata beyond BASE_KEYS, or instead of one of them
+    # Yields further metadata of config.json, given which layers have a window.
+    more_keys: Callable[[Config, list[bool]], Iterator[tuple[str, Typed]]] | None = None
     rope_dim: bool = False  # rope.dimension_count is written
     rope_type: str = ""  # rope.scaling.type where config.json asks for no scaling
     ntk_alpha: bool = False  # the factor alpha of dynamic scaling makes a greater rope.freq_base
@@ -124,6 +130,11 @@ class CheckpointLayout:
     def all_keys(self) -> Sequence[Key]:
         """Return BASE_KEYS, in which `keys` replaces rows, and the rest of `keys`."""
         return tuple({key[0]: key for key in (*BASE_KEYS, *self.keys)}.values())
+
+    @property
+    def is_checked_by_decoder(self) -> bool:
+        """Whether layers differ, so that only models/config.py knows the shapes of the tensors."""
+        return bool(self.decoder.more or self.decoder.mixer)
 
     def required(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Return the tensors of every layer, and sets of tensors of which a layer has one: its feed-forward network."""

@@ -13,13 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.blocks.dequantizer import dequantize
-from gguf_run.formats.errors import FormatError
+from gguf_run.formats.errors import FormatError, GgufRunError
+from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.formats.gguf.writer_metadata import MetaValue
 from gguf_run.formats.quantizers.quantizer import quantize
+from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.convert.card import general_metadata
-from gguf_run.runtime.convert.layout import DRAFTS, IGNORED, OTHER_PARTS
+from gguf_run.runtime.convert.layout import DRAFTS, IGNORED, N_DRAFT, OTHER_PARTS
 from gguf_run.runtime.convert.metadata import hyperparameters, layout_of
 from gguf_run.runtime.convert.quantized.methods import KEPT, plain_tensors
 from gguf_run.runtime.convert.rope import rope_tensors
@@ -47,9 +49,11 @@ def open_checkpoint(
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, MetaValue] = {}
     if not vocab_only:
-        stored = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith(OTHER_PARTS)}
-        if others := len(checkpoint.tensors) - len(stored):
-            what = f"{others} tensors for images are left out, the file is for text alone"
+        n_layer, n_draft = config.integer("num_hidden_layers"), config.integer(N_DRAFT, default=0, low=0)
+        others = (*OTHER_PARTS, *(f"model.layers.{il}." for il in range(n_layer, n_layer + n_draft)))
+        stored = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith(others)}
+        if n_left_out := len(checkpoint.tensors) - len(stored):
+            what = f"{n_left_out} tensors for images, sound or drafts are left out, the file is for text alone"
             warnings.warn(f"{directory}: {what}", stacklevel=2)
         stored = {
             name: tensor
@@ -57,25 +61,35 @@ def open_checkpoint(
             if not name.endswith(IGNORED) and not name.startswith(DRAFTS)
         }
         plain = dict(plain_tensors(dataclasses.replace(checkpoint, config=config, tensors=stored), keep))
-        numbers.update(take_numbers(layout, config.integer("num_hidden_layers"), plain))
+        numbers.update(take_numbers(layout, n_layer, plain))
         tensors = model_tensors(layout, config, plain)
-        tensors |= {key: computed(key, values, config.path) for key, values in rope_tensors(layout, config).items()}
+    hyper = hyperparameters(layout, config)
+    if not vocab_only:
+        n_pairs = hyper.get(f"{layout.arch}.attention.key_length", Typed("u32", 0)).value // 2
+        factors = rope_tensors(layout, config, n_pairs)
+        tensors |= {key: computed(key, values, config.path) for key, values in factors.items()}
     vocabulary = tokenizer_metadata(directory, config.values)
     _fit_vocabulary(directory, tensors, len(vocabulary["tokenizer.ggml.tokens"]))
     metadata: dict[str, MetaValue] = {
         "general.architecture": layout.arch,
         "general.type": "model",
         **general_metadata(directory, name, list(tensors.values())),
-        **hyperparameters(layout, config),
+        **hyper,
         **numbers,
         **vocabulary,
     }
-    return GGUFFile.of(directory, metadata, tensors)
+    file = GGUFFile.of(directory, metadata, tensors)
+    if layout.is_checked_by_decoder and not vocab_only:
+        try:
+            ModelConfig.from_metadata(file.metadata, file.tensors)
+        except GgufRunError as error:
+            raise type(error)(f"{directory}: {error}") from None
+    return file
 
 
 def _fit_vocabulary(directory: Path, tensors: dict[str, Tensor], n_tokens: int) -> None:
     """Drop rows of the embeddings beyond the last token, as Gemma 3 has them. FormatError if rows are missing."""
-    for name in ("token_embd.weight", "output.weight", "output.bias"):
+    for name in ("token_embd.weight", "output.weight", "output.bias", "per_layer_token_embd.weight"):
         tensor = tensors.get(name)
         if tensor is None:
             continue

@@ -19,7 +19,7 @@ from gguf_run.runtime.convert.stored.checkpoint import Config
 
 Floats = NDArray[np.float32]
 _LONGROPE = ("longrope", "su")
-_ROPE_TYPES = ("default", "linear", "yarn", *_LONGROPE, "llama3", "dynamic")
+_ROPE_TYPES = ("default", "proportional", "linear", "yarn", *_LONGROPE, "llama3", "dynamic")
 # Names in config.json beside rope_parameters. Only some architectures have the last two.
 ROPE_NAMES = ("rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings")
 PART_NAMES = ("partial_rotary_factor", "rope_pct")
@@ -123,6 +123,8 @@ def rope_type(layout: CheckpointLayout, config: Config, rope: Config) -> str:
 
 
 def _n_rot(layout: CheckpointLayout, config: Config, rope: Config) -> int:
+    if rope.get("rope_type") == "proportional":  # a part of all pairs of a head does not turn: see rope_tensors
+        return 0
     part = rope.number("partial_rotary_factor", default=1.0)
     if not 0 < part <= 1 or (part != 1 and PART_NAMES[0] not in layout.defaults):
         allowed = "more than 0 and at most 1" if PART_NAMES[0] in layout.defaults else f"1 in a {layout.arch} model"
@@ -150,7 +152,8 @@ def _yarn(layout: CheckpointLayout, config: Config, rope: Config, n_rot: int) ->
     attention = rope.number("attention_factor", default=default)
     if layout.yarn_log and m_all:
         yield "rope.scaling.yarn_log_multiplier", Typed("f32", layout.yarn_log * m_all)
-        built_in /= yarn_attention(factor, m_all)
+        # A tenth: programs leave the rotated values as they are, and scale q.k instead (models/mixers/latent.py).
+        built_in = built_in / yarn_attention(factor, m_all) if layout.yarn_log == 1 else 1.0
     if attention != built_in:
         yield "rope.scaling.attn_factor", Typed("f32", attention / built_in)
     betas = {name: rope.number(name, default=0.0) for name in ("beta_fast", "beta_slow")}
@@ -177,10 +180,16 @@ def longrope_attention(config: Config, rope: Config) -> float:
     return rope.number("attention_factor", default=by_rule)
 
 
-def rope_tensors(layout: CheckpointLayout, config: Config) -> dict[str, Floats]:
-    """Return the tensors that divide the rotation's frequencies: Llama 3.1's, or those of long and of short texts."""
+def rope_tensors(layout: CheckpointLayout, config: Config, n_pairs: int = 0) -> dict[str, Floats]:
+    """Return the tensors that divide the rotation's frequencies: Llama 3.1's, or those of long and of short texts.
+
+    n_pairs: half of the columns of a head. Of Gemma 4's, which has one factor for the turning pairs and one for others.
+    """
     rope, _ = rope_parameters(layout, config)
     kind, n_rot = rope_type(layout, config, rope), _n_rot(layout, config, rope)
+    if kind == "proportional":
+        n_turning = int(n_pairs * rope.number("partial_rotary_factor", default=1.0))
+        return {"rope_freqs.weight": np.where(np.arange(n_pairs) < n_turning, 1, 1e30).astype(np.float32)}
     if kind == "llama3":
         return _llama3_factors(rope, n_rot)
     return _longrope_factors(rope, n_rot) if kind == "longrope" else {}

@@ -57,7 +57,7 @@ def model_tensors(layout: CheckpointLayout, config: Config, tensors: Mapping[str
     if layout.tied_copy and "output.weight" not in found and "token_embd.weight" in found:
         found["output.weight"] = found["token_embd.weight"]
     found = {_without_kind(layout, name): _final(layout, config, name, tensor) for name, tensor in found.items()}
-    if layout.decoder.mixer:  # the decoder checks the tensors: layers differ
+    if layout.is_checked_by_decoder:
         return found
     _check_complete(layout, config, found)
     for name, tensor in found.items():
@@ -153,6 +153,8 @@ def _place(layout: CheckpointLayout, numbers: Mapping[str, int], name: str, tens
             f"{tensor.file.path}: tensor {quoted(name)} is not a part of a {layout.arch} model of {n_layer} layers as "
             "this program knows it: without it the results would be wrong"
         )
+    if isinstance(target, str) and target.endswith(".scale"):
+        target, kind = target.removesuffix(".scale"), "scale"
     prefix = f"blk.{int(layer[1])}." if layer else ""
     return _Place(prefix, names_of(target), kind, int(item[1]) if item else -1, bare)
 
@@ -167,7 +169,7 @@ def _parts(
         tensor = transposed(tensor)
     if len(place.names) == 2:
         split = 1 if place.kind == "weight" else 0  # the dimension of which each half makes a tensor
-        if len(tensor.ne) != split + 2 or tensor.ne[split] % 2:
+        if not 2 <= len(tensor.ne) <= split + 2 or tensor.ne[split] % 2:
             made = f"of which {' and '.join(place.names)} cannot be made"
             raise _wrong_shape(tensor, quoted(tensor.name), f"{made}: it is damaged, or of another model")
         return halves(tensor, layout.interleaved, place.kind == "bias")

@@ -40,7 +40,8 @@ def plan_cache(
         layer = found[il] if found is not None else None
         k, v = pair or (layer and layer.types) or (DEFAULT_TYPE, DEFAULT_TYPE)
         check_type("--cache-type" if both else "--cache-type-k", k, config.attention(il).head_dim)
-        check_type("--cache-type-v", v, config.attention(il).head_dim)
+        if not config.attention(il).n_latent:
+            check_type("--cache-type-v", v, config.attention(il).head_dim)
         static = (layer.scales(k, "k"), layer.scales(v, "v")) if layer and not cache_rotation else (None, None)
         plan.append(CacheType(k, v, cache_rotation, *static))
     return tuple(plan)
@@ -63,13 +64,16 @@ def check_type(option: str, name: str, head_dim: int) -> None:
 def layer_bytes(
     config: ModelConfig, plan: Sequence[CacheType], n_ctx: int, n_batch: int, n_seq: int = 1
 ) -> tuple[int, ...]:
-    """Return the bytes of each layer's cache and states. Layers with a window store only the window and a batch."""
+    """Return the bytes of each layer's cache and states. Layers with a window store only the window and a batch.
+
+    A layer that reads another layer's cache has none.
+    """
     n_batch = max(min(n_batch, n_ctx), n_seq)
     sizes = []
     for il, kind in enumerate(plan):
         shape = config.attention(il)
-        rows = rows_stored(n_ctx, n_batch, shape.window)
-        rows_bytes = n_seq * cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, rows)
+        rows = rows_stored(n_ctx, n_batch, shape.window) if config.layers[il].kv_layer == il else 0
+        rows_bytes = n_seq * cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, rows, shape.n_latent)
         sizes.append(rows_bytes + state_bytes(config, il, n_seq))
     return tuple(sizes)
 

@@ -33,9 +33,12 @@ class BpeEncoder:
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         """FormatError if the vocabulary or the merges are missing or malformed."""
-        pre = pre_tokenizer(read_string(metadata, "pre"))
+        name = read_string(metadata, "pre")
+        # A file of Kimi's without merges means, as tiktoken does, that the token with the smallest id is joined first.
+        by_ids = name == "kimi-k2" and "tokenizer.ggml.merges" not in metadata
+        merges = [] if by_ids else read_strings(metadata, "merges")
+        pre = pre_tokenizer(name, merges)
         self.vocab = read_vocab(metadata, Defaults(add_bos=pre.add_bos))
-        merges = read_strings(metadata, "merges")
         if "\n".join(merges).count(" ") != len(merges):
             for i, pair in enumerate(merges):
                 if pair.count(" ") != 1:
@@ -43,6 +46,7 @@ class BpeEncoder:
         # Built from the end, so that the first one of equal entries counts.
         self._ranks = {merges[i]: i for i in range(len(merges) - 1, -1, -1)}
         self._whole_words = read_bool(metadata, "ignore_merges", pre.whole_words)
+        self._rank = self._rank_by_id if by_ids else self._rank_by_merges
         self._words = pre.build()
         self._cut: Callable[[str], list[str]] | None = None
         self.normalize: Callable[[str], str] | None = None
@@ -68,8 +72,12 @@ class BpeEncoder:
         except KeyError:
             return token.encode()
 
-    def _rank(self, left: str, right: str) -> float | None:
+    def _rank_by_merges(self, left: str, right: str) -> float | None:
         return self._ranks.get(f"{left} {right}")
+
+    def _rank_by_id(self, left: str, right: str) -> float | None:
+        id = self.vocab.ids.get(left + right)
+        return id if id is not None and self.vocab.types[id] == NORMAL else None
 
     def _encode_word(self, word: str) -> list[int]:
         ids = self.vocab.ids

@@ -6,6 +6,7 @@ trained with (marks and letter cases of gpt-4o and tekken), the expressions here
 """
 
 import warnings
+from collections.abc import Iterable
 from types import MappingProxyType
 
 from tokenizers import Regex
@@ -35,6 +36,8 @@ def _cased(upper: str, lower: str, contraction: str, digits: str) -> str:
 
 _GPT4O = _cased(_UPPER, _LOWER, f"(?:{_CONTRACTION})?", r"\p{N}{1,3}")
 _TEKKEN = _cased(_UPPER, _LOWER, "", r"\p{N}")
+_NO_HAN = (rf"[{_UPPER}&&[^\p{{Han}}]]", rf"[{_LOWER}&&[^\p{{Han}}]]")
+_KIMI = r"\p{Han}+|" + _cased(*_NO_HAN, f"(?:{_CONTRACTION})?", r"\p{N}{1,3}").replace("/]*", "]*")
 
 _MARKED = r"[\p{L}\p{M}]"
 _QWEN35 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?{_MARKED}+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_LINES}"
@@ -121,6 +124,7 @@ TABLE = (
         rf"|\s*[\r\n]|{_SPACE}",
     ))),
     ("gpt-4o llama4 kanana2 talkie minimax-m2", PreTokenizer((_GPT4O,))),
+    ("kimi-k2", PreTokenizer((_KIMI,), whole_words=True)),
     ("granite-embed-multi-97m", PreTokenizer((_GRANITE,), whole_words=True)),
     ("tekken", PreTokenizer((_TEKKEN,), whole_words=True, add_bos=True)),
     ("deepseek-llm", PreTokenizer((
@@ -148,14 +152,21 @@ TABLE = (
 PRE_TOKENIZERS = MappingProxyType({name: pre for names, pre in TABLE for name in names.split()})
 
 
-def pre_tokenizer(name: str | None) -> PreTokenizer:
-    """Return the row for a value of `tokenizer.ggml.pre`. PreTokenizerWarning and "default" if it is not known."""
+def pre_tokenizer(name: str | None, merges: Iterable[str]) -> PreTokenizer:
+    """Return the row for a value of `tokenizer.ggml.pre`. PreTokenizerWarning and the nearest row if it is not known.
+
+    merges: of the vocabulary, "left right" each. They show which row is nearest.
+    """
     if name is not None and name in PRE_TOKENIZERS:
         return PRE_TOKENIZERS[name]
+    from gguf_run.runtime.tokenizers.nearest import nearest
+
     fault = "names no pre-tokenizer" if name is None else f"names the pre-tokenizer {name!r}, which is not known"
+    known, n_cut, n_tried = nearest(pair.replace(" ", "", 1) for pair in merges)
+    fits = f", which fits the vocabulary best (it cuts {n_cut} of {n_tried} tokens apart)" if n_tried else ""
     warnings.warn(
-        f'the file {fault} (tokenizer.ggml.pre): text is cut as for "default", answers may be worse',
+        f'the file {fault} (tokenizer.ggml.pre): text is cut as for "{known}"{fits}, answers may be worse',
         PreTokenizerWarning,
         stacklevel=2,
     )
-    return _DEFAULT
+    return PreTokenizer(PRE_TOKENIZERS[known].steps)

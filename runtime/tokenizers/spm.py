@@ -1,23 +1,35 @@
-"""SentencePiece BPE (`tokenizer.ggml.model` = "llama"): the adjacent pair that makes the token of the best score is
-joined; of equal scores the leftmost, as in llama.cpp.
+"""SentencePiece BPE: the adjacent pair that makes the token of the best score is joined (`tokenizer.ggml.model` =
+"llama"), or the pair that stands first in a list of merges ("gemma4"). Of equal ones the leftmost is, as in llama.cpp.
 
 Reference: Kudo and Richardson, "SentencePiece".
 """
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from gguf_run.formats.errors import FormatError
 from gguf_run.runtime.tokenizers.merge import WordIds, merge
-from gguf_run.runtime.tokenizers.vocab import BYTE, NORMAL, STEPS, Defaults, read_bool, read_numbers, read_vocab
+from gguf_run.runtime.tokenizers.vocab import (
+    BYTE,
+    NORMAL,
+    STEPS,
+    Defaults,
+    read_bool,
+    read_numbers,
+    read_string,
+    read_strings,
+    read_vocab,
+)
 
 DEFAULTS = Defaults(add_bos=True, bos=1, eos=2, unknown=0)
 
 _SPACE = "▁"  # how a space is spelled in tokens
+
+_LINE = re.compile(r"\n+|[^\n]+")
 
 # Texts of up to this many characters in all are encoded whole: that is faster than to find out where the vocabulary
 # lets them be cut.
@@ -46,17 +58,16 @@ class SpmPieces:
 class SpmEncoder(SpmPieces):
     """Encodes text between special tokens, see tokenizer.Encoder."""
 
-    def __init__(self, metadata: Mapping[str, Any]) -> None:
-        """FormatError if the vocabulary is damaged, or scores are missing, of a wrong number, or not numbers."""
-        super().__init__(metadata, DEFAULTS)
-        scores = read_numbers(metadata, "scores", len(self.vocab.tokens))
-        if scores is None:
-            raise FormatError(
-                "tokenizer.ggml.scores is missing: this kind of tokenizer needs it, convert the model again"
-            )
-        if np.isnan(scores).any():
-            raise FormatError(f"tokenizer.ggml.scores: entry {int(np.isnan(scores).argmax())} is not a number")
-        self.drops_first_space = read_bool(metadata, "add_space_prefix", True)
+    def __init__(
+        self, metadata: Mapping[str, Any], defaults: Defaults = DEFAULTS, add_space_prefix: bool = True
+    ) -> None:
+        """FormatError if the vocabulary is damaged, or scores are missing, of a wrong number, or not numbers.
+
+        defaults, add_space_prefix: for keys that the metadata lacks.
+        """
+        super().__init__(metadata, defaults)
+        self._read_ranks(metadata)
+        self.drops_first_space = read_bool(metadata, "add_space_prefix", add_space_prefix)
         scheme = metadata.get("tokenizer.ggml.metaspace", "special")
         if scheme not in ("special", "first", "always"):
             raise FormatError(f'tokenizer.ggml.metaspace is {str(scheme)[:40]!r}: "first" and "always" are allowed')
@@ -71,9 +82,27 @@ class SpmEncoder(SpmPieces):
             joins_spaces = read_bool(metadata, "remove_extra_whitespaces", False)
             self.normalize = read_normalizer(metadata, joins_spaces=joins_spaces)
             self._cut = read_cutter(metadata)
-        self._costs: list[float] = (-scores.astype(np.float64)).tolist()
         self._word_ids = WordIds(self._encode_word)
         self._n_encoded = 0
+
+    def _read_ranks(self, metadata: Mapping[str, Any]) -> None:
+        scores = read_numbers(metadata, "scores", len(self.vocab.tokens))
+        if scores is None:
+            raise FormatError(
+                "tokenizer.ggml.scores is missing: this kind of tokenizer needs it, convert the model again"
+            )
+        if np.isnan(scores).any():
+            raise FormatError(f"tokenizer.ggml.scores: entry {int(np.isnan(scores).argmax())} is not a number")
+        self._costs: list[float] = (-scores.astype(np.float64)).tolist()
+
+    def _rank(self, left: str, right: str) -> float | None:
+        """Return how early two symbols are joined, None: never."""
+        id = self.vocab.ids.get(left + right)
+        return None if id is None else self._costs[id]
+
+    def _joined(self) -> Iterable[str]:
+        """Return all that symbols can be joined to."""
+        return self.vocab.tokens
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -95,22 +124,18 @@ class SpmEncoder(SpmPieces):
         A part begins with the spaces before a word, since tokens have their spaces at the start. Some vocabularies have
         a few tokens with a space behind another character: no part ends behind such a character.
         """
-        joined = "\0".join(self.vocab.tokens)
+        tokens = list(self._joined())
+        joined = "\0".join(tokens)
         inner = {before[-1] for before in joined.split(_SPACE)[:-1] if before}
-        if joined.count("\0") < len(self.vocab.tokens):
+        if joined.count("\0") < len(tokens):
             inner.discard("\0")  # no token holds it: it only stands between tokens here
         goes_on = f"(?:(?<=[{re.escape(''.join(sorted(inner)))}]){_SPACE}+[^{_SPACE}]*)*" if inner else ""
         return re.compile(f"{_SPACE}*[^{_SPACE}]+{goes_on}|{_SPACE}+")
 
     def _encode_word(self, word: str) -> list[int]:
-        ids, costs = self.vocab.ids, self._costs
-
-        def rank(left: str, right: str) -> float | None:
-            id = ids.get(left + right)
-            return None if id is None else costs[id]
-
+        ids = self.vocab.ids
         out: list[int] = []
-        for symbol in merge(list(word), rank):
+        for symbol in merge(list(word), self._rank):
             id = ids.get(symbol)
             out += self._bytes(symbol) if id is None else (id,)
         return out
@@ -122,6 +147,33 @@ class SpmEncoder(SpmPieces):
         if len(ids) < len(spelled):
             raise FormatError(f"the vocabulary has no token for {symbol!r}, its bytes, or unknown text")
         return ids
+
+
+class MergesEncoder(SpmEncoder):
+    """Encodes text between special tokens by a list of merges, line by line."""
+
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        """FormatError if the vocabulary or the merges are missing or malformed."""
+        super().__init__(metadata, Defaults(add_bos=read_string(metadata, "model") == "gemma4"), add_space_prefix=False)
+
+    def _read_ranks(self, metadata: Mapping[str, Any]) -> None:
+        merges = read_strings(metadata, "merges")
+        # Built from the end, so that the first one of equal entries counts.
+        self._ranks = {merges[i]: i for i in range(len(merges) - 1, -1, -1)}
+
+    def _rank(self, left: str, right: str) -> float | None:
+        return self._ranks.get(f"{left} {right}")
+
+    def _joined(self) -> Iterable[str]:
+        return (pair.replace(" ", "", 1) for pair in self._ranks)
+
+    def _words(self, text: str) -> list[str]:
+        lines = [text] if self._cut else _LINE.findall(text)
+        return [word for line in lines for word in super(MergesEncoder, self)._words(line)]
+
+    def _encode_word(self, word: str) -> list[int]:
+        is_lines = not word.strip("\n") and word in self.vocab.ids
+        return [self.vocab.ids[word]] if is_lines else super()._encode_word(word)
 
 
 def _byte_value(token: str) -> int:

@@ -165,9 +165,17 @@ class TokenStream:
         return self._decoder.decode(b"", final=True)
 
 
+# Names of pre-tokenizers, of vocabularies that spell a space "▁" as the model "gemma4" does.
+_SPACED = ("gemma4", "granite-embed-multi-311m", "sarvam-moe")
+
+
 def _encoder(metadata: Mapping[str, Any]) -> Encoder:
     """Return the encoder of the kind that the metadata names. A kind of tokenizer is imported when it is needed."""
     model = read_string(metadata, "model")
+    if model == "gemma4" or (model == "gpt2" and read_string(metadata, "pre") in _SPACED):
+        from gguf_run.runtime.tokenizers.spm import MergesEncoder
+
+        return MergesEncoder(metadata)
     if model == "gpt2":
         from gguf_run.runtime.tokenizers.bpe import BpeEncoder
 
@@ -186,7 +194,7 @@ def _encoder(metadata: Mapping[str, Any]) -> Encoder:
         return WpmEncoder(metadata)
     if model is None:
         raise FormatError("tokenizer.ggml.model is missing: the file holds no tokenizer, convert the model again")
-    raise UnsupportedError(f"tokenizer.ggml.model is {model[:40]!r}: gpt2, llama, t5, bert are supported")
+    raise UnsupportedError(f"tokenizer.ggml.model is {model[:40]!r}: gpt2, llama, gemma4, t5, bert are supported")
 
 
 def _valid(text: str) -> str:

@@ -53,7 +53,6 @@ ATTENTION = (
     ("int8", "fp8_e4m3", 256, 1),
     ("fp8_e5m2", "int8", 64, 64),
 )
-LATENT = (("f16", 1), ("f16", 64), ("q8_0", 1), ("q8_0", 64))  # K, tokens
 
 
 MEMORY = r"(st\.global|bar\.sync|bar\.warp\.sync|atom[\w.]+|ld\.global\.cg)"
@@ -181,6 +180,15 @@ def attention(k: str, v: str, head_dim: int, n: int) -> None:
     cache.shift(0, 64, 0, 32, rotation)
 
 
+def latent_attention(k: str, n: int) -> None:
+    """Compile the attention of DeepSeek's sizes, whose values are 512 of the 576 columns of a key."""
+    step, shape = Step(GpuBackend(CPU), 64), AttentionShape(16, 1, 576, 0.1, n_latent=512)
+    q, keys, out = step.buffer(16 * 576), step.buffer(576), step.buffer(16 * 512)
+    cache = step.backend.cache(shape, 32768, 64, 1, CacheType(k, k))
+    step.add(Attend(q, keys, keys.columns(0, 512), cache, shape, out))
+    run(step.finish(out), n)
+
+
 def moe(gate_up: str, down: str, n: int, mixture: Mixture, biases: bool) -> None:
     """Compile a mixture of 64 experts, 8 for each token."""
     n_expert, n_embd, n_ff = 64, 6144, 768
@@ -219,6 +227,7 @@ def cases(full: bool) -> dict[str, Callable[[], None]]:
         **({"few Q4_K 1 gated": functools.partial(product, "Q4_K", 1, "silu")} if full else {}),
         **{f"many {name} {n}": functools.partial(product, name, n) for name, n in many_cases},
         **{"attention {} {} {} {}".format(*case): functools.partial(attention, *case) for case in attentions},
+        **{f"latent {n}": functools.partial(latent_attention, "f16", n) for n in (1, 64)},
         **{f"moe {case[0]} {case[2]}": functools.partial(moe, *case) for case in moes},
     }
 

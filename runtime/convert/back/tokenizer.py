@@ -128,9 +128,10 @@ def _bpe(model: Json, entries: dict[str, int], merges: list[list[str]], unknown:
 
 
 def _gpt2(vocab: Vocab, metadata: Mapping[str, Any]) -> Json:
-    pre = pre_tokenizer(metadata.get(f"{_PREFIX}pre"))
+    written = read_strings(metadata, "merges")
+    pre = pre_tokenizer(metadata.get(f"{_PREFIX}pre"), written)
     entries = _entries(vocab)
-    pairs = (merge.split(" ") for merge in read_strings(metadata, "merges"))
+    pairs = (merge.split(" ") for merge in written)
     merges = [pair for pair in pairs if pair[0] in entries and pair[1] in entries and "".join(pair) in entries]
     split = {"type": "Split", "behavior": "Isolated", "invert": False}
     splits = [{**split, "pattern": {"Regex": step}} for step in pre.steps]

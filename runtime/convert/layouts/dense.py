@@ -30,13 +30,6 @@ LLAMA_ROW = CheckpointLayout(
     rope_dim=True,
     keys=(VOCAB_SIZE,),
 )
-GRANITE_KEYS: tuple[Key, ...] = (
-    VOCAB_SIZE,
-    ("attention.scale", "f32", ("attention_multiplier",)),
-    ("embedding_scale", "f32", ("embedding_multiplier",)),
-    ("residual_scale", "f32", ("residual_multiplier",)),
-    ("logit_scale", "f32", ("logits_scaling",)),
-)
 UNGATED: Names = {**PRE_NORMS, **ATTENTION, "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 RELU2 = {"hidden_act": ("relu2",)}
 GLM4_NORMS: Names = {
@@ -52,6 +45,13 @@ COHERE2_FIXED = {
     "use_gated_activation": (True,), "use_parallel_block": (True,), "attention_bias": (False,),
     "order_of_interleaved_layers": ("local_attn_first",),
 }  # fmt: skip
+GRANITE_KEYS: tuple[Key, ...] = (
+    VOCAB_SIZE,
+    ("attention.scale", "f32", ("attention_multiplier",)),
+    ("embedding_scale", "f32", ("embedding_multiplier",)),
+    ("residual_scale", "f32", ("residual_multiplier",)),
+    ("logit_scale", "f32", ("logits_scaling",)),
+)
 ROWS = (
     LLAMA_ROW,
     replace(LLAMA_ROW, classes={"MistralForCausalLM": "mistral"}, windows="all", defaults={"sliding_window": 4096}),
@@ -151,6 +151,7 @@ ROWS = (
         arch="mistral3",
         classes={"Ministral3ForCausalLM": "ministral3", "Mistral3ForConditionalGeneration": "mistral3"},
         layer=LLAMA,
+        one_way=True,
         yarn_log=1.0,
         windows="all",
         defaults={"sliding_window": 0, "head_dim": 128},
@@ -179,6 +180,7 @@ ROWS = (
     CheckpointLayout(
         "qwen3vl",
         {"Qwen3VLForConditionalGeneration": "qwen3_vl"},
+        one_way=True,
         layer={**LLAMA, **QK_NORM},
         defaults={"head_dim": 128, "rope_theta": 5e5},
     ),
@@ -205,6 +207,7 @@ ROWS = (
         "apertus",
         {"ApertusForCausalLM": "apertus"},
         layer={**UNGATED, **QK_NORM, "attention_layernorm": "attn_norm", "feedforward_layernorm": "ffn_norm"},
+        one_way=True,
         numbers={f"mlp.act_fn.{name}": f"xielu.{name}" for name in ("alpha_n", "alpha_p", "beta", "eps")},
         rope_dim=True,
         keys=(VOCAB_SIZE,),

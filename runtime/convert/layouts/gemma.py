@@ -1,6 +1,19 @@
 """Checkpoints of the Gemma models."""
 
-from gguf_run.runtime.convert.layout import LLAMA, POST_NORMS, PRE_NORMS, QK_NORM, CheckpointLayout, Key, Names
+from collections.abc import Iterator
+
+from gguf_run.formats.gguf.metadata import Typed
+from gguf_run.runtime.convert.layout import (
+    LLAMA,
+    MODEL,
+    POST_NORMS,
+    PRE_NORMS,
+    QK_NORM,
+    CheckpointLayout,
+    Key,
+    Names,
+)
+from gguf_run.runtime.convert.stored.checkpoint import Config
 
 GEMMA2_NORMS: Names = {**PRE_NORMS, **POST_NORMS, "pre_feedforward_layernorm": "ffn_norm"}
 CAPS: tuple[Key, ...] = (
@@ -13,6 +26,68 @@ GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
 GEMMA2 = {**GEMMA, "sliding_window": 4096, "query_pre_attn_scalar": 256}
 # The first files of Gemma 3 leave out values that are the defaults of the class.
 GEMMA3 = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072}
+PER_LAYER: tuple[Names, Names] = (
+    {
+        "model.embed_tokens_per_layer": "per_layer_token_embd",
+        "model.per_layer_model_projection": "per_layer_model_proj",
+        "model.per_layer_projection_norm": "per_layer_proj_norm",
+    },
+    {
+        "per_layer_input_gate": "inp_gate",
+        "per_layer_projection": "proj",
+        "post_per_layer_input_norm": "post_norm",
+    },
+)
+SHARED_KV: tuple[Key, ...] = (
+    ("attention.shared_kv_layers", "u32", ("num_kv_shared_layers",)),
+    ("embedding_length_per_layer_input", "u32", ("hidden_size_per_layer_input",)),
+)
+GEMMA4_EXPERTS: Names = {
+    "router": "ffn_gate_inp",  # its scale
+    "router.proj": "ffn_gate_inp",
+    "router.per_expert_scale": "ffn_down_exps.scale",
+    "experts.gate_up_proj": "ffn_gate_up_exps",
+    "experts.down_proj": "ffn_down_exps",
+    "pre_feedforward_layernorm_2": "pre_ffw_norm_2",
+    "post_feedforward_layernorm_1": "post_ffw_norm_1",
+    "post_feedforward_layernorm_2": "post_ffw_norm_2",
+}
+GEMMA4 = {
+    **GEMMA, "sliding_window": 512, "num_key_value_heads": 4, "final_logit_softcapping": 30.0, "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 131072, "global_head_dim": 512, "num_global_key_value_heads": None,
+    "per_layer_config": None, "attention_k_eq_v": False, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 256,
+    "vocab_size_per_layer_input": 262144, "enable_moe_block": False, "use_double_wide_mlp": False,
+    "sliding_window_pattern": 6, "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}  # fmt: skip
+
+
+def gemma4_keys(config: Config, windows: list[bool]) -> Iterator[tuple[str, Typed]]:
+    """Yield the sizes that layers with a window and those without have. windows: which layers have one."""
+    n_head_kv, head_dim = config.integer("num_key_value_heads"), config.integer("head_dim")
+    overrides = config.get("per_layer_config")
+    if not isinstance(overrides, dict):  # files that transformers did not write
+        is_other = config.get("attention_k_eq_v") and config.get("num_global_key_value_heads") is not None
+        full = {"head_dim": config.integer("global_head_dim")}
+        full |= {"num_key_value_heads": config.integer("num_global_key_value_heads")} if is_other else {}
+        overrides = {str(il): full for il, window in enumerate(windows) if not window}
+    overrides = {key.lstrip("0") or "0": values for key, values in overrides.items()}  # "07" with more than 10 layers
+    layers = [Config(config.path, overrides.get(str(il)) or {}) for il in range(len(windows))]
+    pairs = [(w, layer.integer("head_dim", default=head_dim)) for layer, w in zip(layers, windows, strict=True)]
+    for end, is_swa in (("", False), ("_swa", True)):
+        n, *others = {dim for w, dim in pairs if w is is_swa} or {head_dim}
+        if others:
+            raise config.wrong(("per_layer_config",), "one head_dim for layers with a window, one for the others")
+        for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+            yield f"{name}{end}", Typed("u32", n)
+    heads = [layer.integer("num_key_value_heads", default=n_head_kv) for layer in layers]
+    yield "attention.head_count_kv", Typed("array[i32]", heads) if len({*heads}) > 1 else Typed("u32", heads[0])
+    if config.get("use_double_wide_mlp") and (n_shared := config.integer("num_kv_shared_layers", low=0)):
+        n_ff, n_own = config.integer("intermediate_size"), len(windows) - n_shared
+        yield "feed_forward_length", Typed("array[i32]", [n_ff * (1 + (il >= n_own)) for il in range(len(windows))])
+
 
 ROWS = (
     CheckpointLayout(
@@ -41,5 +116,29 @@ ROWS = (
         windows="period",
         defaults={**GEMMA2, **GEMMA3, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "sliding_window_pattern": 6},
         expected={**GEMMA_FIXED, "attn_logit_softcapping": (None,)},  # transformers does not apply it
+    ),
+    CheckpointLayout(
+        "gemma4",
+        {"Gemma4ForCausalLM": "gemma4_text", "Gemma4ForConditionalGeneration": "gemma4"},
+        layer={
+            **LLAMA,
+            **GEMMA2_NORMS,
+            **QK_NORM,
+            **PER_LAYER[1],
+            **GEMMA4_EXPERTS,
+            "layer_scalar": "layer_output_scale",
+        },
+        model={**MODEL, **PER_LAYER[0]},
+        keys=(
+            *CAPS[1:],
+            *SHARED_KV,
+            ("expert_count", "u32", ("num_experts",)),
+            ("expert_used_count", "u32", ("top_k_experts",)),
+            ("expert_feed_forward_length", "u32", ("moe_intermediate_size",)),
+        ),
+        more_keys=gemma4_keys,
+        windows="period",
+        defaults=GEMMA4,
+        expected={**GEMMA_FIXED, "use_bidirectional_attention": ("vision",)},
     ),
 )

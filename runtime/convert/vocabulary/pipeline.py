@@ -92,7 +92,7 @@ def read_spaced_steps(data: _Step, vocabulary: Vocabulary, path: Path) -> None:
                 cuts.append(cut)
         elif unigram and step["type"] == "WhitespaceSplit":
             joins = True
-        else:
+        elif not (escapes and step["type"] == "Split" and step.get("pattern") == {"String": " "}):  # none is left
             cuts.append(step)
     if joins:  # which strips the text, too
         others = [step for step in others if step["type"] != "Strip"]

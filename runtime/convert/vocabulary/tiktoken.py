@@ -36,6 +36,7 @@ _KNOWN: Mapping[int, tuple[str, tuple[str, ...]]] = {
     50256: ("gpt-2", ("<|endoftext|>",)),
     100256: ("dbrx", ()),
     128000: ("llama-bpe", _LLAMA3_SPECIAL),
+    163584: ("kimi-k2", ()),
     151643: ("qwen2", ("<|endoftext|>", "<|im_start|>", "<|im_end|>")),
     199998: ("gpt-4o", ()),
 }

@@ -72,7 +72,7 @@ def _bpe(data: dict[str, Any], vocabulary: Vocabulary, path: Path, model_type: s
     merges = _merges(model.get("merges"), path)
     types = {step["type"] for part in ("pre_tokenizer", "decoder") for step in steps(data.get(part), path)}
     if "ByteLevel" not in types:
-        return _spm_bpe(data, vocabulary, merges, path)
+        return _spm_bpe(data, vocabulary, merges, path, model_type)
     vocabulary.model = "gpt2"
     pre = data.get("pre_tokenizer")
     cuts = list(steps(pre, path))
@@ -87,12 +87,20 @@ def _bpe(data: dict[str, Any], vocabulary: Vocabulary, path: Path, model_type: s
     return vocabulary
 
 
-def _spm_bpe(data: dict[str, Any], vocabulary: Vocabulary, merges: list[tuple[str, str]], path: Path) -> Vocabulary:
+def _spm_bpe(
+    data: dict[str, Any], vocabulary: Vocabulary, merges: list[tuple[str, str]], path: Path, model_type: str
+) -> Vocabulary:
     """Compute scores from the order of the merges: the model is one of SentencePiece that was written as BPE.
 
     SentencePiece joins any two tokens that make a token, the best score first. BPE does the same if its merges name
-    all such pairs.
+    all such pairs. Gemma 4's file has the merges themselves.
     """
+    if model_type.startswith("gemma4"):
+        vocabulary.model = vocabulary.pre = "gemma4"
+        vocabulary.merges = [f"{left} {right}" for left, right in merges]
+        _mark_bytes(vocabulary)
+        read_spaced_steps(data, vocabulary, path)
+        return vocabulary
     vocabulary.model = "llama"
     ranks = {token: rank for rank, token in enumerate(dict.fromkeys(left + right for left, right in merges))}
     known = dict.fromkeys(vocabulary.tokens, 0)

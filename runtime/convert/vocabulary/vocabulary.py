@@ -25,6 +25,10 @@ ADDED_SCORE = -1000.0
 # Added tokens that are control tokens although checkpoints mark them as ordinary ones (as in llama.cpp's converter).
 _CONTROL_NAMES = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 _CONTROL_BRACKETS = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+# Gemma 4's markers that a reader of the answer looks for: no control tokens although checkpoints mark them as such.
+_SHOWN_NAMES = (
+    "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'
+)  # fmt: skip
 
 
 class ConversionWarning(UserWarning):
@@ -148,6 +152,7 @@ def mark_added(vocabulary: Vocabulary, added: Iterable[Added]) -> None:
             continue
         brackets = any(entry.content.startswith(a) and entry.content.endswith(z) for a, z in _CONTROL_BRACKETS)
         control = entry.special or brackets or entry.content in _CONTROL_NAMES
+        control = control and not (vocabulary.model == "gemma4" and entry.content in _SHOWN_NAMES)
         vocabulary.types[entry.id] = CONTROL if control else USER_DEFINED
         vocabulary.tokens[entry.id] = entry.content if control else entry.content.replace(SPACE, " ")
         if vocabulary.scores is not None:

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinyvocab import bpe_metadata, slow_merge, spelled
 
+from gguf_run.formats.errors import FormatError
 from gguf_run.runtime.tokenizers.merge import CACHED_CHARS
 from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
@@ -32,6 +33,16 @@ def encode(text: str, merges: list[str], tokens: list[str] | None = None, pre: s
         metadata |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [1] * len(tokens)}
     tokens = metadata["tokenizer.ggml.tokens"]
     return [tokens[id] for id in Tokenizer.from_metadata(metadata).encode(text)]
+
+
+def test_kimis_files_without_merges_join_the_smallest_id_first() -> None:
+    with_merges = bpe_metadata(["b c", "a b", "a bc"], {"abca": 3}, pre="kimi-k2")
+    without = {key: value for key, value in with_merges.items() if key != "tokenizer.ggml.merges"}
+    for text in ("abc", "ab", "xabcbc", "abca"):  # the last would make a control token
+        ids = Tokenizer.from_metadata(without).encode(text, parse_special=False)
+        assert ids == Tokenizer.from_metadata(with_merges).encode(text, parse_special=False)
+    with pytest.raises(FormatError, match="merges is missing"):
+        Tokenizer.from_metadata(without | {"tokenizer.ggml.pre": "qwen2"})
 
 
 def test_of_equal_merges_the_first_counts() -> None:

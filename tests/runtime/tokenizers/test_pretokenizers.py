@@ -1,14 +1,18 @@
-"""Each pre-tokenizer cuts one awkward text as llama.cpp v0.5.0 does; those of gpt-4o and tekken as their models do."""
+"""Each pre-tokenizer cuts one awkward text as llama.cpp v0.5.0 does; gpt-4o, kimi-k2 and tekken as their models do."""
 
+import json
+
+import hftokenizers
 import pytest
 from tinyvocab import bpe_metadata
 
+from gguf_run.runtime.tokenizers.nearest import nearest
 from gguf_run.runtime.tokenizers.pretokenizers import PRE_TOKENIZERS, TABLE, PreTokenizerWarning, pre_tokenizer
 from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
 TEXT = "I'LL don't x=12345,\n\n  ÉT\t日本k 3.14Bc!\n/ ٣ नमस्ते =a'S\n"
 
-# The first name of each row. Names of other rows than these two were also compared with llama.cpp on 1500 random texts.
+# The first name of each row. Names of the other rows were also compared with llama.cpp on 1500 random texts.
 WORDS = {
     "default": "I|'|LL| don|'|t| x|=|123|45|,|\n\n | ÉT|\t|日本k| |3|.|14|Bc|!|\n|/| |٣| नमस|्|त|े| |=|a|'|S|\n",
     "gpt-2": "I|'|LL| don|'t| x|=|12345|,|\n\n | ÉT|\t|日本k| 3|.|14|Bc|!|\n|/| ٣| नमस|्|त|े| =|a|'|S|\n",
@@ -27,6 +31,7 @@ WORDS = {
     "bailingmoe": "I|'LL| don|'t| x|=|1|2|3|4|5|,\n\n| | ÉT|\t日本k| |3|.|1|4|Bc|!\n|/| |٣| नमस|्त|े| =|a|'S|\n",
     "exaone-moe": "I|'LL| don|'t| x|=|1|2|3|4|5|,\n|\n| | ÉT|\t日本k| |3|.|1|4|Bc|!\n|/| |٣| नमस्ते| =|a|'S|\n",
     "gpt-4o": "I'LL| don't| x|=|123|45|,\n\n| | ÉT|\t日本k| |3|.|14|Bc|!\n/| |٣| नमस्ते| =|a'S|\n",
+    "kimi-k2": "I'LL| don't| x|=|123|45|,\n\n| | ÉT|\t|日本|k| |3|.|14|Bc|!\n|/| |٣| नमस्ते| =|a'S|\n",
     "granite-embed-multi-97m": "I'LL| don't| x|=|123|45|,\n\n| | É|T|\t日本k| |3|.|14|Bc|!\n/| |٣| नमस्ते| =|a'S|\n",
     "tekken": "I|'LL| don|'t| x|=|1|2|3|4|5|,\n\n| | ÉT|\t日本k| |3|.|1|4|Bc|!\n/| |٣| नमस्ते| =|a|'S|\n",
     "deepseek-llm": "I|'|LL| don|'|t| x|=|12345|,|\n|\n| | É|T|\t|日本|k| |3|.|14|Bc|!|\n|/| |٣| |नमस्ते| =|a|'|S|\n",
@@ -71,7 +76,25 @@ def test_an_unknown_name_is_named() -> None:
 
 def test_a_missing_name() -> None:
     with pytest.warns(PreTokenizerWarning, match="names no pre-tokenizer"):
-        assert pre_tokenizer(None) is PRE_TOKENIZERS["default"]
+        assert pre_tokenizer(None, ["a b"]).steps == PRE_TOKENIZERS["default"].steps
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (_, model, _) in hftokenizers.KINDS.items() if model == "gpt2"])
+def test_a_vocabulary_shows_its_pre_tokenizer(kind: str) -> None:
+    merges = [" ".join(pair) for pair in json.loads(hftokenizers.trained(kind))["model"]["merges"]]
+    name, n_cut, n_tried = nearest(pair.replace(" ", "") for pair in merges)
+    assert PRE_TOKENIZERS[name].steps == PRE_TOKENIZERS[hftokenizers.KINDS[kind][2]].steps
+    assert n_cut < n_tried / 200
+    fits = rf'text is cut as for "{name}", which fits the vocabulary best \(it cuts {n_cut} of {n_tried} tokens apart\)'
+    with pytest.warns(PreTokenizerWarning, match=fits):
+        assert pre_tokenizer("qwen9", merges).steps == PRE_TOKENIZERS[name].steps
+
+
+def test_kimis_words_by_case_and_han() -> None:
+    cut = PRE_TOKENIZERS["kimi-k2"].build().pre_tokenize_str
+    text = "getUserName 中文字hello don't//\n a/b我's Ⅷ12345"
+    words = "get|User|Name| |中文字|hello| don't|//\n| a|/b|我|'s| |Ⅷ12|345"
+    assert "|".join(text[start:end] for _, (start, end) in cut(text)) == words
 
 
 def test_long_runs_of_spaces_are_cut_as_powers_of_two() -> None:

@@ -1,5 +1,6 @@
 """SentencePiece BPE against a slow, literal version of it."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,30 @@ def test_as_the_slow_way(few_chars: int, scores: dict[str, float], text: str) ->
         metadata = spm_metadata(scores, add_space_prefix=False)
         tokens = metadata["tokenizer.ggml.tokens"]
         assert [tokens[id] for id in encode(metadata, text)] == slow_encode(scores, text)
+
+
+PAIRS = st.tuples(*[st.text(ALPHABET + "\n", min_size=1, max_size=3)] * 2)
+
+
+@pytest.mark.parametrize("few_chars", [0, 10**9])
+@given(pairs=st.lists(PAIRS, min_size=1, max_size=30), text=TEXTS)
+@settings(max_examples=300)
+def test_merges_as_the_slow_way(few_chars: int, pairs: list[tuple[str, str]], text: str) -> None:
+    """Line by line. Line ends in a row are one token if there is such a one, whatever the merges say."""
+    merges = list(dict.fromkeys(map(" ".join, pairs)))
+    vocab = dict.fromkeys([*ALPHABET, "\n\n", *(left + right for left, right in pairs)], 0.0)
+    metadata = spm_metadata(vocab, model="gemma4", merges=merges)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    expected = []
+    for line in re.findall(r"\n+|[^\n]+", text.replace(" ", "▁")):
+        rank = {merge: i for i, merge in enumerate(merges)}
+        whole = line in vocab and not line.strip("\n")
+        symbols = [line] if whole else slow_merge(list(line), lambda a, b, rank=rank: rank.get(f"{a} {b}"))
+        expected += [part for s in symbols for part in ([s] if s in vocab else [f"<0x{b:02X}>" for b in s.encode()])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_spm, "FEW_CHARS", few_chars)
+        assert [tokens[id] for id in encode(metadata, text)] == expected
+    assert Tokenizer.from_metadata(metadata).decode(encode(metadata, text)) == text
 
 
 def test_words_are_looked_up_again() -> None:

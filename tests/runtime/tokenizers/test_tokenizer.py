@@ -312,7 +312,7 @@ def test_gemma3() -> None:
 BAD_METADATA: list[tuple[dict[str, Any], str]] = [
     ({"model": None}, r"tokenizer.ggml.model is missing"),
     ({"model": 3}, r"tokenizer.ggml.model must be a string, but is int"),
-    ({"model": "rwkv"}, r"tokenizer.ggml.model is 'rwkv': gpt2, llama, t5, bert are supported"),
+    ({"model": "rwkv"}, r"tokenizer.ggml.model is 'rwkv': gpt2, llama, gemma4, t5, bert are supported"),
     ({"pre": 1}, r"tokenizer.ggml.pre must be a string, but is int"),
     ({"tokens": None}, r"tokenizer.ggml.tokens is missing"),
     ({"tokens": []}, r"tokenizer.ggml.tokens is empty"),

@@ -182,6 +182,25 @@ def test_merges_that_are_not_all_possible_ones(tmp_path: Path) -> None:
         tokenizer_metadata(tmp_path, {})
 
 
+def test_gemma_4_keeps_its_merges(tmp_path: Path) -> None:
+    """Its merges do not name all pairs, so scores would join otherwise. What the text shows stays in the text."""
+    data = json.loads(hftokenizers.trained("gemma"))
+    data["model"]["merges"] = data["model"]["merges"][::-2]
+    data["pre_tokenizer"] = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious",
+                             "invert": False}  # fmt: skip
+    special = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    n = len(data["model"]["vocab"])
+    data["added_tokens"] += [{"id": n + 1, "content": "<|channel>", **special}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConversionWarning)
+        metadata = tokenizer_metadata(tmp_path, {"model_type": "gemma4_text"})
+    assert (metadata[f"{G}model"], metadata[f"{G}token_type"][n + 1]) == ("gemma4", USER_DEFINED)
+    original, converted = hftokenizers.Tokenizer.from_str(json.dumps(data)), through_file(metadata, tmp_path / "v.gguf")
+    for text in texts(250, special=("<|channel>", "<tool>", "<s>")):
+        assert converted.encode(text) == original.encode(text).ids, text
+
+
 def tiktoken_file(n: int) -> bytes:
     """Bytes, pairs and triples of them: n ranks."""
     letters = [bytes([byte]) for byte in b"etaoinshr dlu,.\n\xc3\xa9"]

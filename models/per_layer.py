@@ -1,0 +1,40 @@
+"""Layers that share keys and values, and tensors that few architectures have."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gguf_run.formats.gguf.reader import Tensor
+from gguf_run.models.keys import Keys
+
+Ne = tuple[int, ...]
+
+
+def kv_layers_of(keys: Keys, kinds: Sequence[object]) -> list[int]:
+    """Return the layer whose keys and values each layer reads: its own, or the last one of its kind that has some.
+
+    kinds: of the layers. Layers of one kind have caches of one shape.
+    """
+    n_own = len(kinds) - keys.integer("attention.shared_kv_layers", 0, low=0, high=len(kinds) - 1)
+    last = {kind: il for il, kind in enumerate(kinds[:n_own])}
+    if alone := [il for il, kind in enumerate(kinds) if kind not in last]:
+        allowed = f"so few that a layer whose keys and values layer {alone[0]} can read is left"
+        raise keys.wrong("attention.shared_kv_layers", allowed)
+    return [il if il < n_own else last[kind] for il, kind in enumerate(kinds)]
+
+
+def add_more(config: Any, tensors: Mapping[str, Tensor], required: dict[str, Ne], optional: dict[str, Ne]) -> None:
+    """Add the tensors of Architecture.more of a ModelConfig, with their ne. Take out those that other layers have.
+
+    A layer that reads another layer's keys and values may have tensors that make some. They are not read.
+    """
+    arch = config.arch
+    for il, layer in enumerate(config.layers):
+        for name, words in arch.more.items():
+            known = optional if name.rpartition(".")[0].removeprefix("blk.N.") in arch.optional_norms else required
+            known[name.replace("blk.N.", f"blk.{il}.")] = tuple(config.size(il, word) for word in words)
+        unread = ("attn_k", "attn_v", "attn_k_norm") if layer.kv_layer != il else ("attn_v",) if arch.v_of_k else ()
+        for name in (f"blk.{il}.{name}.weight" for name in unread):
+            if name in required and (name not in tensors or layer.kv_layer != il):
+                optional[name] = required.pop(name)
+    for name in [name for name, ne in required.items() if 0 in ne]:
+        del required[name]
