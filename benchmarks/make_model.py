@@ -26,9 +26,6 @@ from gguf_run.runtime.quantize.file_types import FILE_TYPES, WRITABLE_FILES
 
 _CHUNK = 4 << 20  # bytes drawn at a time
 _NORMAL, _UNUSED = 1, 5  # token types
-# DeltaNet's heads of k and of v, their columns, and the taps of its convolution.
-DELTA_HEADS, DELTA_DIM, DELTA_TAPS = 16, 128, 4
-_ENDS = {"ssm_a": "", "ssm_dt": ".bias"}  # of names; of the others ".weight"
 
 
 @dataclass(frozen=True)
@@ -68,23 +65,47 @@ class Shape:
             layer |= {f"{name}_exps": (*layer.pop(name), self.n_expert) for name in ("ffn_gate", "ffn_up", "ffn_down")}
         if self.arch.startswith("qwen3"):
             layer |= {"attn_q_norm": (self.head_dim,), "attn_k_norm": (self.head_dim,)}
-        recurrent = {}
-        if self.arch == "qwen35":
-            n_heads, n = DELTA_HEADS, DELTA_HEADS * DELTA_DIM
-            layer |= {"attn_q": (n_embd, 2 * n_q), "post_attention_norm": layer.pop("ffn_norm")}
-            recurrent = {name: ne for name, ne in layer.items() if name.startswith(("ffn", "post", "attn_norm"))}
-            recurrent |= {
-                "attn_qkv": (n_embd, 3 * n), "attn_gate": (n_embd, n), "ssm_alpha": (n_embd, n_heads),
-                "ssm_beta": (n_embd, n_heads), "ssm_conv1d": (DELTA_TAPS, 3 * n), "ssm_dt": (n_heads,),
-                "ssm_a": (n_heads,), "ssm_norm": (DELTA_DIM,), "ssm_out": (n, n_embd),
-            }  # fmt: skip
         yield "token_embd.weight", (n_embd, self.n_vocab)
         for il in range(self.n_layer):
-            names = recurrent if recurrent and (il + 1) % 4 else layer
-            yield from ((f"blk.{il}.{name}{_ENDS.get(name, '.weight')}", ne) for name, ne in names.items())
+            yield from ((f"blk.{il}.{name}.weight", ne) for name, ne in layer.items())
         yield "output_norm.weight", (n_embd,)
         if not self.tied:
             yield "output.weight", (n_embd, self.n_vocab)
+
+
+@dataclass(frozen=True)
+class Qwen35(Shape):
+    """Three layers of Gated DeltaNet, one of gated attention, and so on."""
+
+    n_state_head: int = 16  # heads of k and of v of a state
+    d_state: int = 128  # columns of a head
+    n_taps: int = 4
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        n_embd, n, n_head = self.n_embd, self.n_state_head * self.d_state, self.n_state_head
+        state = {
+            "attn_qkv.weight": (n_embd, 3 * n), "attn_gate.weight": (n_embd, n), "ssm_alpha.weight": (n_embd, n_head),
+            "ssm_beta.weight": (n_embd, n_head), "ssm_a": (n_head,), "ssm_conv1d.weight": (self.n_taps, 3 * n),
+            "ssm_dt.bias": (n_head,), "ssm_norm.weight": (self.d_state,), "ssm_out.weight": (n, n_embd),
+        }  # fmt: skip
+        for name, ne in super().tensors():
+            block, _, tensor = name.removesuffix(".weight").rpartition(".")
+            if tensor == "attn_norm" and (int(block[4:]) + 1) % 4:
+                yield from ((f"{block}.{part}", size) for part, size in state.items())
+            if tensor in ("attn_norm", "ffn_norm") or not tensor.startswith("attn") or (int(block[4:]) + 1) % 4 == 0:
+                ne = (n_embd, 2 * ne[1]) if tensor == "attn_q" else ne
+                yield name.replace("ffn_norm", "post_attention_norm"), ne
+
+    @property
+    def keys(self) -> Mapping[str, tuple[str, Any]]:
+        n_rot, n_head = self.head_dim // 4, self.n_state_head
+        sizes = {"conv_kernel": self.n_taps, "state_size": self.d_state, "group_count": n_head}
+        sizes |= {"time_step_rank": n_head, "inner_size": n_head * self.d_state}
+        return {f"ssm.{name}": ("u32", n) for name, n in sizes.items()} | {
+            "rope.dimension_count": ("u32", n_rot),
+            "rope.dimension_sections": ("array[i32]", [11, 11, 10, 0]),
+            "full_attention_interval": ("u32", 4),
+        }
 
 
 @dataclass(frozen=True)
@@ -145,7 +166,7 @@ SHAPES: Mapping[str, Shape] = {
     # Layers of Qwen3-30B-A3B and Mixtral 8x7B, fewer of them, with fewer or smaller experts.
     "qwen3moe-2b": Shape("2B", 12, 2048, 32, 4, 128, 768, 49152, 40960, 1e6, True, "qwen3moe", 32, 8),
     # Layers of Qwen3.5-2B, fewer of them, with a smaller vocabulary.
-    "qwen35-1b": Shape("1B", 16, 2048, 8, 2, 256, 6144, 151936, 262144, 1e7, True, "qwen35"),
+    "qwen35-1b": Qwen35("1B", 16, 2048, 8, 2, 256, 6144, 151936, 262144, 1e7, True, "qwen35"),
     # Layers of Gemma 4 E2B, 25 of 35, with a smaller vocabulary.
     "gemma4-e2b": Gemma4("2B", 25, 1536, 8, 1, 256, 6144, 49152, 32768, 1e6, True, "gemma4", n_shared=15),
     "mixtral-2b": Shape("2B", 8, 2048, 32, 8, 64, 4096, 49152, 32768, 1e6, True, "llama", 8, 2),
@@ -242,11 +263,6 @@ def sizes_of(shape: Shape) -> dict[str, int | float]:
     if shape.n_expert:
         sizes |= {"expert_count": shape.n_expert, "expert_used_count": shape.n_expert_used}
         sizes |= {"expert_feed_forward_length": shape.n_ff}
-    if shape.arch == "qwen35":
-        n_rot = shape.head_dim // 4
-        sizes |= {"rope.dimension_count": n_rot, "full_attention_interval": 4, "ssm.conv_kernel": DELTA_TAPS}
-        sizes |= {"ssm.state_size": DELTA_DIM, "ssm.group_count": DELTA_HEADS, "ssm.time_step_rank": DELTA_HEADS}
-        sizes |= {"ssm.inner_size": DELTA_HEADS * DELTA_DIM}
     return {f"{shape.arch}.{key}": value for key, value in sizes.items()}
 
 
@@ -267,8 +283,6 @@ def write_model(path: Path, shape: Shape, mix: Mix, vocab: GGUFFile, seed: int =
         *((key, *value) for key, value in typed_sizes(shape).items()),
         *((key, type, value) for key, (type, value) in vocabulary(vocab, shape.n_vocab).items()),
     ]
-    if shape.arch == "qwen35":
-        keys.append(("qwen35.rope.dimension_sections", "array[i32]", [11, 11, 10, 0]))
     tensors = tensors_of(shape, mix)
     rng = np.random.Generator(np.random.SFC64(seed))
     sources = {tensor.type.name: RandomBlocks(tensor.type, rng) for tensor in tensors}
