@@ -17,7 +17,6 @@ from gguf_run.models.architectures import (
     SHARED,
     Architecture,
     architecture,
-    entries,
     experts_of,
     qkv_of,
 )
@@ -49,6 +48,7 @@ class LayerConfig:
     n_rot: int  # columns of a head that are rotated; 0: none
     n_ff: int  # width of the ffn; 0: the layer has none
     window: int  # positions that a token sees, its own included; 0: all
+    n_latent: int  # see operands.AttentionShape
     has_experts: bool
     kv_layer: int  # the layer whose keys and values this layer reads; its own if it makes any
 
@@ -166,7 +166,7 @@ class ModelConfig:
         """Return the shape of layer il's attention. It has no heads in a layer without attention."""
         layer, scale, softcap = self.layers[il], self.attention_scale, self.attn_softcap
         sizes, is_chunked = (layer.n_head, layer.n_head_kv, layer.head_dim), self.arch.chunk > 0
-        return AttentionShape(*sizes, scale, layer.window, softcap, is_chunked)
+        return AttentionShape(*sizes, scale, layer.window, softcap, is_chunked=is_chunked, n_latent=layer.n_latent)
 
     def ffn(self, il: int) -> tuple[str, ...]:
         """Return the names of layer il's matrices of gate, up and down; () if the layer has only experts."""
@@ -192,8 +192,10 @@ class ModelConfig:
         try:
             arch = architecture(name)
         except KeyError:
-            known = ", ".join(sorted(entry.name for entry in entries()))
-            raise UnsupportedError(f"general.architecture is {show(name)}; this program runs: {known}") from None
+            from gguf_run.models.nearest import nearest
+
+            known = nearest(lambda arch: _shapes(_read(arch, Keys(metadata, name), tensors), tensors), tensors)
+            raise UnsupportedError(f"general.architecture is {show(name)}, which is not known; {known}") from None
         config = _read(arch, Keys(metadata, name), tensors)
         blocks = [f"blk.{il}." for il in range(config.n_layer)]
         groups = [(QKV, config.ffn(il)[:-1], experts_of(arch, block, tensors)) for il, block in enumerate(blocks)]
@@ -212,7 +214,7 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
     n_expert, n_ff_exp, n_ff_shexp, mixture = _experts(arch, keys, tensors)
     if n_expert and n_expert == arch.no_qk_norm_n_expert:
         arch = replace(arch, qk_norm_after_rope=False)
-    mixer = _mixer(arch, keys)
+    mixer, keys = _mixer(arch, keys)
     layers = _layers(arch, keys, n_embd, bool(n_expert), mixer)
     embd = tensors.get("token_embd.weight")
     if embd is None or len(embd.ne) != 2:
@@ -254,11 +256,13 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
     )
 
 
-def _mixer(arch: Architecture, keys: Keys) -> "Mixer | None":
+def _mixer(arch: Architecture, keys: Keys) -> "tuple[Mixer | None, Keys]":
+    """Return what layers have in place of attention, and the keys that all else is read from."""
     if not arch.mixer:
-        return None
-    mixer: Mixer = import_module(f"gguf_run.models.mixers.{arch.mixer}").read(keys)
-    return mixer
+        return None, keys
+    module = import_module(f"gguf_run.models.mixers.{arch.mixer}")
+    mixer: Mixer = module.read(keys)
+    return mixer, module.as_one_head(keys, mixer) if arch.mixer == "latent" else keys
 
 
 def _head(keys: Keys, end: str, default: int, default_rot: int) -> tuple[int, int]:
@@ -297,6 +301,7 @@ def _layers(
     moe_step = keys.integer("interleave_moe_layer_step", 1)
     window = keys.integer("attention.sliding_window", arch.chunk, low=int(arch.chunk > 0))
     is_swa = swa_layers(keys, n_block, arch.swa_period) if window else (False,) * n_block
+    n_latent = keys.integer("attention.kv_lora_rank") if arch.mixer == "latent" else 0
     kv_layers: Sequence[int] = range(n_layer)
     if keys.get("attention.shared_kv_layers"):
         from gguf_run.models.per_layer import kv_layers_of  # late: few models share
@@ -317,6 +322,7 @@ def _layers(
                 n_rot=n_rot if is_rotated else 0,
                 n_ff=n_ff[il],
                 window=window if is_swa[il] and attends else 0,
+                n_latent=n_latent,
                 has_experts=has_experts and il >= n_lead and (il + 1) % moe_step == 0 and n_ff[il] > 0,
                 kv_layer=kv_layers[il],
             )

@@ -22,6 +22,7 @@ _MOST = 20  # names in a warning
 _READ = (
     "head_dim", "intermediate_size", "n_shared_experts", "moe_intermediate_size", "shared_expert_intermediate_size",
     "vocab_size", "tie_word_embeddings", "num_experts", "num_local_experts", "no_rope_layers", "num_key_value_heads",
+    "num_nextn_predict_layers",
 )  # fmt: skip
 # Keys that say nothing of what is computed: names, training, how transformers runs or generates, parts for images.
 _HARMLESS = (
