@@ -29,7 +29,8 @@ def check_tensors(
 ) -> None:
     """Raise an error if a tensor is missing, has a wrong shape, or would silently be left out.
 
-    required: ne of the tensors that the file must have. optional: of those that it may leave out.
+    required: ne of the tensors that the file must have. optional: of those that it may leave out. A file may leave out
+        the ".weight" of a name.
     groups: for each layer, the names of matrices whose rows become one matrix: all of them have a bias, or none has.
     """
     drafts = tuple(f"blk.{il}." for il in range(len(groups), keys.integer("block_count")))
@@ -39,7 +40,7 @@ def check_tensors(
             "file that has its layers"
         )
     for name, ne in {**required, **{name: ne for name, ne in optional.items() if name in tensors}}.items():
-        tensor = tensors.get(name)
+        tensor = tensors.get(name) or tensors.get(name.removesuffix(".weight"))
         if tensor is None or not tensor.same_shape(ne):
             expected = f"{' x '.join(map(str, ne))} in this {keys.prefix} model"
             raise FormatError(f"tensor {name} {shape_of(tensor)}, must have {expected}")
@@ -48,7 +49,8 @@ def check_tensors(
         warnings.warn(f"{what}, and the {keys.prefix} model runs with text", stacklevel=2)
     unread = (*drafts, *TOWERS)
     for name in tensors:
-        known = name in required or name in optional or name.endswith(_UNUSED_SUFFIXES) or name.startswith(unread)
+        known = any(full in required or full in optional for full in (name, f"{name}.weight"))
+        known = known or name.endswith(_UNUSED_SUFFIXES) or name.startswith(unread)
         if not known and not _is_factor(name, tensors):
             raise UnsupportedError(
                 f"tensor {show(name)} is not a part of a {keys.prefix} model of {len(groups)} layers as this "
