@@ -36,7 +36,8 @@ _HARMLESS = (
     "typical_p", "do_sample", "num_beams", "num_beam_groups", "num_return_sequences", "repetition_penalty",
     "length_penalty", "diversity_penalty", "task_specific_params", "finetuning_task", "tokenizer_class", "id2label",
     "label2id", "problem_type", "return_dict", "gradient_checkpointing", "initial_context_length", "experts_per_token",
-    "interpolate_factor", "full_attn_mod", "num_logits_to_keep",
+    "interpolate_factor", "projector_hidden_act", "multimodal_projector_bias", "spatial_merge_size",
+    "vision_feature_layer", "full_attn_mod", "num_logits_to_keep",
 )  # fmt: skip
 _TOKENS = ("_token_id", "_token_ids", "_token_index")  # ends of keys that name tokens, which a tokenizer knows
 

@@ -154,7 +154,7 @@ ROWS = (
         one_way=True,
         yarn_log=1.0,
         windows="all",
-        defaults={"sliding_window": 0, "head_dim": 128},
+        defaults={"head_dim": 128},
     ),
     CheckpointLayout(
         "seed_oss",
@@ -189,6 +189,7 @@ ROWS = (
         {"HunYuanDenseV1ForCausalLM": "hunyuan_v1_dense"},
         layer={**LLAMA, "self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"},
         ntk_alpha=True,
+        expected={**SILU, "use_cla": (False,), "use_rotary_pos_emb": (True,)},
     ),
     replace(LLAMA_ROW, arch="arcee", classes={"ArceeForCausalLM": "arcee"}, layer=UNGATED, expected=RELU2),
     CheckpointLayout(
