@@ -79,7 +79,7 @@ def unknown_rope_names(layout: CheckpointLayout, config: Config) -> list[str]:
 
 
 def rope_keys(layout: CheckpointLayout, config: Config) -> Iterator[tuple[str, Typed]]:
-    """Yield the keys below `rope.`, and others that rotary parameters tell. UnsupportedError for a rotation that the decoder does not have."""
+    """Yield the keys that rotary parameters tell. UnsupportedError for a rotation that the decoder does not have."""
     rope, window = rope_parameters(layout, config)
     kind = rope_type(layout, config, rope)
     n_rot = _n_rot(layout, config, rope)
