@@ -47,6 +47,11 @@ class Shape:
     n_expert: int = 0  # experts in place of the ffn; 0: none
     n_expert_used: int = 0  # experts of a token
 
+    @property
+    def keys(self) -> Mapping[str, tuple[str, Any]]:
+        """Type and value of metadata beyond sizes_of, without the architecture's name."""
+        return {}
+
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield name and ne (row length first) of every tensor."""
         n_embd, n_q, n_kv, n_ff = self.n_embd, self.n_head * self.head_dim, self.n_head_kv * self.head_dim, self.n_ff
@@ -68,12 +73,66 @@ class Shape:
             yield "output.weight", (n_embd, self.n_vocab)
 
 
+@dataclass(frozen=True)
+class Gemma4(Shape):
+    """Four layers with a window, one with wider heads, and so on. The last n_shared layers have no keys and values."""
+
+    n_shared: int = 0
+    n_ple: int = 256
+    full_dim: int = 512  # columns of a head in layers without a window
+
+    @property
+    def windows(self) -> list[bool]:
+        return [il % 5 != 4 for il in range(self.n_layer)]
+
+    @property
+    def n_ffs(self) -> list[int]:
+        return [self.n_ff * (1 + (il >= self.n_layer - self.n_shared)) for il in range(self.n_layer)]
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        n_embd, n_all = self.n_embd, self.n_ple * self.n_layer
+        yield from [
+            ("token_embd.weight", (n_embd, self.n_vocab)),
+            ("per_layer_token_embd.weight", (n_all, self.n_vocab)),
+        ]
+        yield from [("per_layer_model_proj.weight", (n_embd, n_all)), ("per_layer_proj_norm.weight", (self.n_ple,))]
+        yield from [("rope_freqs.weight", (self.full_dim // 2,)), ("output_norm.weight", (n_embd,))]
+        for il, (window, n_ff) in enumerate(zip(self.windows, self.n_ffs, strict=True)):
+            dim = self.head_dim if window else self.full_dim
+            n_q, n_kv = self.n_head * dim, self.n_head_kv * dim
+            norms = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm", "post_norm")
+            layer: dict[str, tuple[int, ...]] = dict.fromkeys(norms, (n_embd,))
+            layer |= {"layer_output_scale": (1,)}
+            layer |= {"attn_q": (n_embd, n_q), "attn_q_norm": (dim,), "attn_output": (n_q, n_embd)}
+            if il < self.n_layer - self.n_shared:
+                layer |= {"attn_k": (n_embd, n_kv), "attn_v": (n_embd, n_kv), "attn_k_norm": (dim,)}
+            layer |= {"ffn_gate": (n_embd, n_ff), "ffn_up": (n_embd, n_ff), "ffn_down": (n_ff, n_embd)}
+            layer |= {"inp_gate": (n_embd, self.n_ple), "proj": (self.n_ple, n_embd)}
+            yield from ((f"blk.{il}.{name}.weight", ne) for name, ne in layer.items())
+
+    @property
+    def keys(self) -> Mapping[str, tuple[str, Any]]:
+        ends = [(end, n) for end, n in (("", self.full_dim), ("_swa", self.head_dim))]
+        names = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+        return {f"{name}{end}": ("u32", n) for name in names for end, n in ends} | {
+            "feed_forward_length": ("array[i32]", self.n_ffs),
+            "attention.sliding_window_pattern": ("array[bool]", self.windows),
+            "attention.sliding_window": ("u32", 512),
+            "attention.shared_kv_layers": ("u32", self.n_shared),
+            "embedding_length_per_layer_input": ("u32", self.n_ple),
+            "rope.freq_base_swa": ("f32", 1e4),
+            "final_logit_softcapping": ("f32", 30.0),
+        }
+
+
 SHAPES: Mapping[str, Shape] = {
     "llama-135m": Shape("135M", 30, 576, 9, 3, 64, 1536, 49152, 8192, 1e5, True),  # SmolLM2-135M
     "llama-1b": Shape("1B", 16, 2048, 32, 8, 64, 8192, 128256, 131072, 5e5, True),  # Llama-3.2-1B
     "llama-8b": Shape("8B", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 5e5, False),  # Llama-3.1-8B
     # Layers of Qwen3-30B-A3B and Mixtral 8x7B, fewer of them, with fewer or smaller experts.
     "qwen3moe-2b": Shape("2B", 12, 2048, 32, 4, 128, 768, 49152, 40960, 1e6, True, "qwen3moe", 32, 8),
+    # Layers of Gemma 4 E2B, 25 of 35, with a smaller vocabulary.
+    "gemma4-e2b": Gemma4("2B", 25, 1536, 8, 1, 256, 6144, 49152, 32768, 1e6, True, "gemma4", n_shared=15),
     "mixtral-2b": Shape("2B", 8, 2048, 32, 8, 64, 4096, 49152, 32768, 1e6, True, "llama", 8, 2),
 }
 
@@ -171,6 +230,12 @@ def sizes_of(shape: Shape) -> dict[str, int | float]:
     return {f"{shape.arch}.{key}": value for key, value in sizes.items()}
 
 
+def typed_sizes(shape: Shape) -> dict[str, tuple[str, Any]]:
+    """The metadata's numbers, with their types. Those of the shape itself go first."""
+    plain = {key: ("f32" if isinstance(value, float) else "u32", value) for key, value in sizes_of(shape).items()}
+    return plain | {f"{shape.arch}.{key}": value for key, value in shape.keys.items()}
+
+
 def write_model(path: Path, shape: Shape, mix: Mix, vocab: GGUFFile, seed: int = 0) -> None:
     """Write the model."""
     keys = [
@@ -179,7 +244,7 @@ def write_model(path: Path, shape: Shape, mix: Mix, vocab: GGUFFile, seed: int =
         ("general.size_label", "string", shape.size_label),
         ("general.file_type", "u32", mix.file_type),
         ("general.quantization_version", "u32", 2),
-        *((key, "f32" if isinstance(value, float) else "u32", value) for key, value in sizes_of(shape).items()),
+        *((key, *value) for key, value in typed_sizes(shape).items()),
         *((key, type, value) for key, (type, value) in vocabulary(vocab, shape.n_vocab).items()),
     ]
     tensors = tensors_of(shape, mix)

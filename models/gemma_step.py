@@ -60,7 +60,9 @@ class Step(step.Step[Table, Weight, Vector, Cache, Experts, Squares, State]):
         matrix = self.load.matrix(*(block + name for name in made if self.load.has(block + name)))
         self.matmul(h, matrix, self._qkv.columns(0, matrix.weight.n_out))
 
-    def attend(self, il: int, cache: CacheLayer[Cache, State]) -> None:
+    def attend(
+        self, il: int, cache: CacheLayer[Cache, State], qkv: Buffer | None = None, gate: Buffer | None = None
+    ) -> None:
         """x += norm(attention). Heads of q and k are normed, those of v too, without weights; v may be made of k."""
         config, layer, block = self.config, self.config.layers[il], f"blk.{il}."
         n_q, n_kv, n_head_kv, eps = layer.n_embd_q, layer.n_embd_kv, layer.n_head_kv, config.inner_eps

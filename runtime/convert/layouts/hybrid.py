@@ -97,7 +97,9 @@ def _nemotron(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayou
     widths = [n_ff if kind in _FFN else 0 for kind in kinds]
     head_dim = config.integer("attention_head_dim", "head_dim")
     more = {"_n_ff": widths, "_n_inner": n_inner, "head_dim": head_dim, "intermediate_size": n_ff}
-    if has_experts:
+    if not has_experts:
+        more |= {"n_routed_experts": 0, "num_experts_per_tok": 0}
+    else:
         if any(kind in ("mlp", "-") for kind in kinds):
             raise config.wrong(("layers_block_type",), "one kind of feed-forward layers: mlp or moe")
         more["shared_expert_intermediate_size"] = config.integer("moe_shared_expert_intermediate_size")
@@ -220,7 +222,7 @@ _GRANITE = CheckpointLayout(
         "attention_multiplier": 1.0, "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,
         "rms_norm_eps": 1e-6, "shared_intermediate_size": 1024, "num_local_experts": 8, "num_experts_per_tok": 2,
         "mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256, "mamba_d_conv": 4, "mamba_expand": 2,
-        "mamba_d_head": None, "mamba_chunk_size": None, "layer_types": None, "position_embedding_type": None,
+        "mamba_d_head": None, "layer_types": None, "position_embedding_type": None,
     },
     expected={**SILU, "mamba_conv_bias": (True,), "mamba_proj_bias": (False,), "time_step_limit": _UNLIMITED},
 )  # fmt: skip
@@ -251,12 +253,14 @@ _NEMOTRON = CheckpointLayout(
     defaults={
         "layer_norm_epsilon": 1e-5, "rms_norm_eps": None, "head_dim": 128, "num_key_value_heads": 8, "conv_kernel": 4,
         "ssm_state_size": 128, "mamba_num_heads": 128, "mamba_head_dim": 64, "n_groups": 8, "intermediate_size": 21504,
-        "attention_head_dim": None, "layers_block_type": None, "hybrid_override_pattern": None, "num_hidden_layers": None,
+        "attention_head_dim": None, "layers_block_type": None, "hybrid_override_pattern": None,
+        "norm_topk_prob": True, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "n_shared_experts": 1,
+        "moe_shared_expert_intermediate_size": 7688,
     },
     expected={
         "mlp_hidden_act": ("relu2",), "mamba_hidden_act": ("silu",), "use_conv_bias": (True,), "use_bias": (False,),
-        "mamba_proj_bias": (False,), "time_step_limit": _UNLIMITED, "sliding_window": (None,), "moe_latent_size": (None,),
-        "num_nextn_predict_layers": (0,),
+        "mamba_proj_bias": (False,), "time_step_limit": _UNLIMITED, "sliding_window": (None,),
+        "moe_latent_size": (None,), "num_nextn_predict_layers": (0,),
     },
 )  # fmt: skip
 _NEMOTRON_MOE_KEYS: tuple[Key, ...] = (
@@ -284,8 +288,9 @@ _FALCON = CheckpointLayout(
     edit=_folded,
     defaults={
         "rms_norm_eps": 1e-5, "mamba_d_ssm": 1024, "mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256,
-        "mamba_d_conv": 4, "mamba_expand": 2, "mamba_d_head": None, "mamba_chunk_size": None,
-        "mamba_rms_norm": False, "mamba_norm_before_gate": True, "mlp_multipliers": None, "ssm_multipliers": None, **{key: 1.0 for keys in _MULTIPLIERS.values() for key in keys},
+        "mamba_d_conv": 4, "mamba_expand": 2, "mamba_d_head": None, "mamba_rms_norm": False,
+        "mamba_norm_before_gate": True, "mlp_multipliers": None, "ssm_multipliers": None,
+        **{key: 1.0 for keys in _MULTIPLIERS.values() for key in keys},
     },
     expected={
         **SILU, "mamba_conv_bias": (True,), "mamba_proj_bias": (False,), "time_step_limit": _UNLIMITED,
