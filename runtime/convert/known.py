@@ -41,6 +41,7 @@ _HARMLESS = (
     "mamba_chunk_size", "mamba_ssm_cache_dtype", "use_mamba_kernels", "time_step_floor", "time_step_max",
     "time_step_min", "residual_in_fp32", "rescale_prenorm_residual", "moe_shared_expert_overlap", "expand",
     "mtp_layers_block_type", "mtp_hybrid_override_pattern",
+    "projector_hidden_act", "multimodal_projector_bias", "spatial_merge_size", "vision_feature_layer",
 )  # fmt: skip
 _TOKENS = ("_token_id", "_token_ids", "_token_index")  # ends of keys that name tokens, which a tokenizer knows
 
