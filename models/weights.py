@@ -114,6 +114,19 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         weight = self._take(upload, weights)
         return Matrix(weights, weight, self._optional([f"{name}.bias" for name in (bias or names)]))
 
+    def matrices(self, name: str, i: int | None = None) -> Matrix[Weight, Vector]:
+        """Return one of a tensor's matrices, or the rows of all of them as one matrix."""
+        tensor = self._tensors[f"{name}.weight"]
+        parts = [tensor.matrix(one) for one in (range(tensor.ne[2]) if i is None else (i,))]
+        self._progress(sum(part.nbytes for part in parts))
+        return Matrix((tensor.name,), self.backend.weight(parts), None)
+
+    def with_columns_scaled(self, name: str, scale: str) -> Matrix[Weight, Vector]:
+        """Return a matrix whose columns are multiplied by the values of a vector."""
+        tensor = self._tensors[f"{name}.weight"]
+        values = self.values(tensor.name).reshape(tensor.n_rows, -1) * self.values(f"{scale}.weight")
+        return Matrix((tensor.name,), self.backend.weight([self._made(tensor.name, values)]), None)
+
     def qkv(self, arch: Architecture, block: str) -> Matrix[Weight, Vector]:
         """Return the matrix that makes q, k and v. block: "blk.N."."""
         biases = [f"{block}{name}" for name in ("attn_qkv", *QKV) if f"{block}{name}.bias" in self._tensors]
@@ -125,10 +138,13 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
 
     def numbers(self, name: str, values: NDArray[np.float32]) -> Vector:
         """Return numbers that the file does not have. name: for errors and lists."""
+        return self.backend.vector([self._made(name, values)])
+
+    def _made(self, name: str, values: NDArray[np.float32]) -> Tensor:
         from gguf_run.formats.gguf.memory_file import MemoryFile
 
         file = MemoryFile(self._tensors["token_embd.weight"].file.path, values.tobytes())
-        return self.backend.vector([Tensor(name, (values.size,), type_by_name("F32"), 0, file)])
+        return Tensor(name, values.shape[::-1], type_by_name("F32"), 0, file)
 
     def late_norms(self, block: str) -> tuple[Vector, Vector]:
         """Return the weights of a layer's norms of q and k after the rotation: those of q times those of k, and ones.

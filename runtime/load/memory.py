@@ -67,7 +67,7 @@ class MemoryPlan:
         """Columns of all buffers of a token together."""
         config = self.config
         widths = 3 * config.n_embd + 2 * config.n_embd_q + 2 * config.n_embd_kv + 2 * config.n_ff
-        return widths + config.moe.n_used * config.n_ff_exp + 2 * config.n_ple_all
+        return widths + config.moe.n_used * config.n_ff_exp + 2 * config.n_ple * config.n_layer
 
     def needed(self) -> MemoryNeed:
         """Return the bytes that the CPU's part takes. Weights and cache are exact, buffers are an estimate."""

@@ -45,6 +45,13 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma4ForCausalLM",
         {**GEMMA4, **OTHER_HEADS, **EXPERTS, "layer_types": [S, F], "num_key_value_heads": 2, "intermediate_size": 56},
     ),
+    "gemma3n": (
+        "Gemma3nForCausalLM",
+        {"hidden_size": 72, "num_hidden_layers": 6, "layer_types": [S, F] * 3, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 16, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 24,
+         "activation_sparsity_pattern": [0.95, 0.5, 0.0, 0.0, 0.0, 0.0], "vocab_size_per_layer_input": 300,
+         "laurel_rank": 8, "sliding_window": 8, "final_logit_softcapping": 30.0, "tie_word_embeddings": True},
+    ),
 }  # fmt: skip
 
 
