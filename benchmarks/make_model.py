@@ -101,7 +101,8 @@ class Gemma4(Shape):
             dim = self.head_dim if window else self.full_dim
             n_q, n_kv = self.n_head * dim, self.n_head_kv * dim
             norms = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm", "post_norm")
-            layer: dict[str, tuple[int, ...]] = {"layer_output_scale": (1,), **dict.fromkeys(norms, (n_embd,))}
+            layer: dict[str, tuple[int, ...]] = dict.fromkeys(norms, (n_embd,))
+            layer |= {"layer_output_scale": (1,)}
             layer |= {"attn_q": (n_embd, n_q), "attn_q_norm": (dim,), "attn_output": (n_q, n_embd)}
             if il < self.n_layer - self.n_shared:
                 layer |= {"attn_k": (n_embd, n_kv), "attn_v": (n_embd, n_kv), "attn_k_norm": (dim,)}

@@ -20,7 +20,7 @@ class Architecture:
     rope_style: str = "norm"  # see operands.Rotation
     activation: str = "silu"  # of the ffn, see ops.Gated
     gated: bool = True  # the ffn has a gate
-    qkv: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")  # tensors whose rows make q, k and v, in this order
+    qkv: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")  # tensors whose rows make q, k and v, in this order; (): none
     gate_up: tuple[str, ...] = ("ffn_gate", "ffn_up")  # tensors whose rows make gate and up
     # Names of norms. attn_norm and `ffn_norm` come before attention and ffn, attn_q_norm and attn_k_norm before the
     # rotation. post_attention_norm and post_ffw_norm norm a result before it is added to the residual stream.
@@ -28,11 +28,14 @@ class Architecture:
     # Norms that a file may leave out, and tensors of `more`. Without ffn_norm, attention and ffn read the same values.
     optional_norms: tuple[str, ...] = ()
     ffn_norm: str = "ffn_norm"  # name of the norm before the ffn
+    output_norm: str = "output_norm"  # name of the norm before the output matrix
     layer_norm: bool = False  # norms subtract the mean and have biases
     sinks: bool = False  # attention has sinks
-    qk_norm_after_rope: bool = False  # attn_q_norm and attn_k_norm come after the rotation
+    qk_norm_after_rope: bool = False  # attn_q_norm and attn_k_norm come after the rotation; not in `norms`: all ones
+    no_qk_norm_n_expert: int = 0  # with so many experts, there is no such norm
     neox_by_sections: bool = False  # with a rope.dimension_sections that is not 0, rope_style is "neox"
     no_rope_period: int = 0  # every n-th layer does not rotate; 0: all rotate
+    rope_key: str = ""  # a key that says whether any layer rotates; "": none
     window_rope: bool = False  # in a file with a window, only layers with the window rotate
     # Scale, length and offset of operands.Temperature, for layers that do not rotate. (): keys of the file tell it.
     temperature: tuple[float, int, int] | tuple[()] = ()
@@ -47,7 +50,12 @@ class Architecture:
     swa_rope_freq_base: float = 0.0  # rope base of layers with a window, unless the file has one; 0: as other layers
     swa_rope_scaled: bool = True  # the rope scaling applies to layers with a window too
     yarn_truncate: bool = True  # YaRN's ramp begins and ends at whole pairs; a key in the file goes first
+    chunk: int = 0  # windows begin at multiples of their length, which is this unless the file has one; 0: they do not
     moe: str = "no"  # whether layers have experts: "no", "yes", or "maybe" (the file tells)
+    # See operands.Mixture.gating; a key in the file goes first. "": "sigmoid" with a bias, "softmax" without one.
+    gating: str = "softmax"
+    router_bias: str = "no"  # whether experts are chosen with a bias: "no", "yes", or "maybe" (the file tells)
+    weighs_input: bool = False  # see operands.Mixture
     expert_norm: bool = True  # see operands.Mixture.norm; a key in the file goes first
     expert_activation: str = ""  # activation of the experts; "": the same as `activation`
     shared_gate: bool = False  # a gate weights the result of the shared expert
@@ -69,7 +77,7 @@ QK = ("attn_q_norm", "attn_k_norm")
 POST = ("post_attention_norm", "post_ffw_norm")
 WHOLE_ROW = {"attn_q_norm": ("n_embd_q",), "attn_k_norm": ("n_embd_kv",)}
 
-_FAMILIES = ("dense", "gemma", "mixtures", "delta_net")
+_FAMILIES = ("dense", "gemma", "mixtures", "delta_net", "hybrid", "latent")
 
 
 def entries() -> Iterator[Architecture]:
@@ -114,6 +122,7 @@ LAYER_SHAPES: Mapping[str, Shape] = {
     "ffn_up": ("n_embd", "n_ff"),
     "ffn_down": ("n_ff", "n_embd"),
     "ffn_gate_inp": ("n_embd", "n_expert"),
+    "exp_probs_b": ("n_expert",),
     "ffn_gate_exps": ("n_embd", "n_ff_exp", "n_expert"),
     "ffn_up_exps": ("n_embd", "n_ff_exp", "n_expert"),
     "ffn_gate_up_exps": ("n_embd", "n_ff_exp+n_ff_exp", "n_expert"),
@@ -136,4 +145,11 @@ def qkv_of(arch: Architecture, block: str, tensors: Container[str]) -> tuple[str
     block: "blk.N."
     """
     kinds = (names for names in (("attn_qkv",), QKV) if f"{block}{names[0]}.weight" in tensors)
-    return next(kinds, arch.qkv)
+    return next(kinds, arch.qkv) if arch.qkv else ()
+
+
+def experts_of(arch: Architecture, block: str, tensors: Container[str]) -> tuple[str, ...]:
+    """Return the tensors of a layer's experts. A file may have gate and up in one tensor. block: "blk.N."."""
+    if f"{block}{FUSED_EXPERTS[0]}.weight" in tensors:
+        return FUSED_EXPERTS
+    return EXPERTS if arch.gated else EXPERTS[1:]

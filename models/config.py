@@ -10,8 +10,6 @@ from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.architectures import (
-    EXPERTS,
-    FUSED_EXPERTS,
     LAYER_SHAPES,
     MODEL_SHAPES,
     QK,
@@ -20,7 +18,7 @@ from gguf_run.models.architectures import (
     SHARED,
     Architecture,
     architecture,
-    entries,
+    experts_of,
     qkv_of,
 )
 from gguf_run.models.keys import MAX_LAYERS, Keys, rope_scaling, show, swa_layers, temperature
@@ -39,8 +37,6 @@ _XIELU = "gguf_run.models.xielu"  # imported for the one architecture that needs
 _NEUTRAL: Mapping[str, float | bool] = {
     "attention.causal": True,
     "attention.clamp_kqv": 0,
-    "expert_group_count": 1,
-    "expert_gating_func": 1,  # softmax
 }
 
 
@@ -54,6 +50,7 @@ class LayerConfig:
     n_rot: int  # columns of a head that are rotated; 0: none
     n_ff: int  # width of the ffn; 0: the layer has none
     window: int  # positions that a token sees, its own included; 0: all
+    n_latent: int  # see operands.AttentionShape
     has_experts: bool
     kv_layer: int  # the layer whose keys and values this layer reads; its own if it makes any
 
@@ -166,12 +163,13 @@ class ModelConfig:
     def attention(self, il: int) -> AttentionShape:
         """Return the shape of layer il's attention. It has no heads in a layer without attention."""
         layer, scale, softcap = self.layers[il], self.attention_scale, self.attn_softcap
-        return AttentionShape(layer.n_head, layer.n_head_kv, layer.head_dim, scale, layer.window, softcap)
+        sizes, is_chunked = (layer.n_head, layer.n_head_kv, layer.head_dim), self.arch.chunk > 0
+        return AttentionShape(*sizes, scale, layer.window, softcap, is_chunked=is_chunked, n_latent=layer.n_latent)
 
     def ffn(self, il: int) -> tuple[str, ...]:
         """Return the names of layer il's matrices of gate, up and down; () if the layer has only experts."""
         if self.layers[il].has_experts and not self.arch.dense_beside:
-            return SHARED if self.n_ff_shexp else ()
+            return SHARED[not self.arch.gated :] if self.n_ff_shexp else ()
         return (*self.arch.gate_up, "ffn_down") if self.layers[il].n_ff else ()
 
     def size(self, il: int, word: str) -> int:
@@ -197,10 +195,13 @@ class ModelConfig:
         try:
             arch = architecture(name)
         except KeyError:
-            known = ", ".join(sorted(entry.name for entry in entries()))
-            raise UnsupportedError(f"general.architecture is {show(name)}; this program runs: {known}") from None
+            from gguf_run.models.nearest import nearest
+
+            known = nearest(lambda arch: _shapes(_read(arch, Keys(metadata, name), tensors), tensors), tensors)
+            raise UnsupportedError(f"general.architecture is {show(name)}, which is not known; {known}") from None
         config = _read(arch, Keys(metadata, name), tensors)
-        groups = [(QKV, config.ffn(il)[:-1], EXPERTS) for il in range(config.n_layer)]
+        blocks = [f"blk.{il}." for il in range(config.n_layer)]
+        groups = [(QKV, config.ffn(il)[:-1], experts_of(arch, block, tensors)) for il, block in enumerate(blocks)]
         check_tensors(Keys(metadata, name), tensors, *_shapes(config, tensors), groups)
         return config
 
@@ -213,15 +214,19 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
     if arch.neox_by_sections and any(keys.integers("rope.dimension_sections", 4, (0,), low=0)):
         arch = replace(arch, rope_style="neox")
     n_embd = keys.integer("embedding_length")
-    n_expert, n_ff_exp, n_ff_shexp, mixture = _experts(arch, keys)
-    mixer = _mixer(arch, keys)
+    n_expert, n_ff_exp, n_ff_shexp, mixture = _experts(arch, keys, tensors)
+    if n_expert and n_expert == arch.no_qk_norm_n_expert:
+        arch = replace(arch, qk_norm_after_rope=False)
+    mixer, keys = _mixer(arch, keys)
     layers = _layers(arch, keys, n_embd, bool(n_expert), mixer)
     embd = tensors.get("token_embd.weight")
     if embd is None or len(embd.ne) != 2:
         raise FormatError(f"tensor token_embd.weight {shape_of(embd)}, must have {n_embd} x (number of tokens) values")
     n_ctx_train = keys.integer("context_length")
     residual_scale = keys.factor("residual_scale")
-    eps = "attention.layer_norm_epsilon" if arch.layer_norm else "attention.layer_norm_rms_epsilon"
+    eps, other = (f"attention.layer_norm_{kind}" for kind in ("rms_epsilon", "epsilon")[:: 1 - 2 * arch.layer_norm])
+    if keys.get(eps) is None and keys.get(other) is not None:
+        eps = other
     base = keys.number("rope.freq_base", 1e4, low=2, high=1e12)
     is_per_embd = len(layers) in arch.n_embd_scale_n_layer
     head_scale: float = (n_embd // layers[0].n_head if is_per_embd else layers[0].head_dim) ** -0.5
@@ -257,11 +262,13 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
     )
 
 
-def _mixer(arch: Architecture, keys: Keys) -> "Mixer | None":
+def _mixer(arch: Architecture, keys: Keys) -> "tuple[Mixer | None, Keys]":
+    """Return what layers have in place of attention, and the keys that all else is read from."""
     if not arch.mixer:
-        return None
-    mixer: Mixer = import_module(f"gguf_run.models.mixers.{arch.mixer}").read(keys)
-    return mixer
+        return None, keys
+    module = import_module(f"gguf_run.models.mixers.{arch.mixer}")
+    mixer: Mixer = module.read(keys)
+    return mixer, module.as_one_head(keys, mixer) if arch.mixer == "latent" else keys
 
 
 def _head(keys: Keys, end: str, default: int, default_rot: int) -> tuple[int, int]:
@@ -298,17 +305,19 @@ def _layers(
     )
     n_lead = keys.integer("leading_dense_block_count", 0, low=0, high=n_block)
     moe_step = keys.integer("interleave_moe_layer_step", 1)
-    window = keys.integer("attention.sliding_window", 0, low=0)
+    window = keys.integer("attention.sliding_window", arch.chunk, low=int(arch.chunk > 0))
     is_swa = swa_layers(keys, n_block, arch.swa_period) if window else (False,) * n_block
+    n_latent = keys.integer("attention.kv_lora_rank") if arch.mixer == "latent" else 0
     kv_layers: Sequence[int] = range(n_layer)
     if keys.get("attention.shared_kv_layers"):
         from gguf_run.models.per_layer import kv_layers_of  # late: few models share
 
         kv_layers = kv_layers_of(keys, list(zip(is_swa, n_head_kv, strict=True))[:n_layer])
+    turns = not arch.rope_key or keys.flag(arch.rope_key, True)
     layers = []
     for il in range(n_layer):
         attends = mixer is None or mixer.attends(il)
-        is_rotated = not arch.no_rope_period or (il + 1) % arch.no_rope_period != 0
+        is_rotated = turns and (not arch.no_rope_period or (il + 1) % arch.no_rope_period != 0)
         is_rotated = is_rotated and (is_swa[il] or not (arch.window_rope and window))
         head_dim, n_rot = heads_swa if is_swa[il] else heads
         layers.append(
@@ -319,34 +328,31 @@ def _layers(
                 n_rot=n_rot if is_rotated else 0,
                 n_ff=n_ff[il],
                 window=window if is_swa[il] and attends else 0,
-                has_experts=has_experts and il >= n_lead and (il + 1) % moe_step == 0,
+                n_latent=n_latent,
+                has_experts=has_experts and il >= n_lead and (il + 1) % moe_step == 0 and n_ff[il] > 0,
                 kv_layer=kv_layers[il],
             )
         )
     return tuple(layers)
 
 
-def _experts(arch: Architecture, keys: Keys) -> tuple[int, int, int, Mixture]:
+def _experts(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> tuple[int, int, int, Mixture]:
     """Return n_expert, n_ff_exp, n_ff_shexp, and how the experts are mixed."""
     n_expert = keys.integer("expert_count", 0, low=0, high=_MAX_EXPERTS)
     if bool(n_expert) not in {"no": (False,), "yes": (True,), "maybe": (False, True)}[arch.moe]:
         raise UnsupportedError(f"{arch.name}.expert_count is {n_expert}: this program does not have that yet")
-    scale, activation = keys.factor("expert_weights_scale"), arch.expert_activation or arch.activation
-    norm = keys.flag("expert_weights_norm", arch.expert_norm)
     if not n_expert:
-        return 0, 0, 0, Mixture(0, norm, scale, activation)
-    n_used = keys.integer("expert_used_count", high=n_expert)
-    n_ff_exp = keys.integer("expert_feed_forward_length", 0, low=0) or keys.integer("feed_forward_length")
-    n_ff_shared = keys.integer("expert_shared_count", 0, low=0, high=_MAX_EXPERTS) * n_ff_exp
-    n_ff_shexp = keys.integer("expert_shared_feed_forward_length", n_ff_shared, low=0)
-    return n_expert, n_ff_exp, n_ff_shexp, Mixture(n_used, norm, scale, activation)
+        return 0, 0, 0, Mixture(0, norm=False, scale=1.0, activation=arch.activation)
+    from gguf_run.models.routing import read_experts  # late: most models have no experts
+
+    return n_expert, *read_experts(arch, keys, tensors, n_expert)
 
 
 def _shapes(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Ne], dict[str, Ne]]:
     """Return ne of the tensors that a file must have, and of those that a file may leave out."""
     arch, shapes = config.arch, {**LAYER_SHAPES, **config.arch.shapes}
     model = {name: tuple(config.size(0, word) for word in words) for name, words in MODEL_SHAPES.items()}
-    required = {name: model[name] for name in ("token_embd.weight", "output_norm.weight")}
+    required = {"token_embd.weight": model["token_embd.weight"], f"{arch.output_norm}.weight": (config.n_embd,)}
     norm_bias = ("output_norm.bias",) if arch.layer_norm else ()
     optional = {name: model[name] for name in ("output.weight", "output.bias", *norm_bias)}
     optional |= dict.fromkeys(ROPE_FACTORS, (config.n_rope_freqs,))
@@ -354,8 +360,7 @@ def _shapes(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[st
         qkv = qkv_of(arch, f"blk.{il}.", tensors) if layer.n_head else ()
         matrices = [*qkv, *(["attn_output"] if qkv else []), *config.ffn(il)]
         if layer.has_experts:
-            is_fused = f"blk.{il}.{FUSED_EXPERTS[0]}.weight" in tensors
-            matrices += ["ffn_gate_inp", *(FUSED_EXPERTS if is_fused else EXPERTS)]
+            matrices += ["ffn_gate_inp", *experts_of(arch, f"blk.{il}.", tensors)]
             matrices += ["ffn_gate_inp_shexp"] if arch.shared_gate else []
         norms = [name for name in arch.norms if layer.n_head or name not in QK]
         for name in (*norms, *matrices, *(["attn_sinks"] if arch.sinks else [])):
@@ -363,6 +368,9 @@ def _shapes(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[st
             (optional if name in arch.optional_norms else required)[f"blk.{il}.{name}.weight"] = ne
             if arch.layer_norm or name in matrices:
                 optional[f"blk.{il}.{name}.bias"] = ne[1:] or ne
+        if layer.has_experts and arch.router_bias != "no":
+            known = required if arch.router_bias == "yes" else optional
+            known[f"blk.{il}.exp_probs_b.bias"] = (config.n_expert,)
         if qkv == ("attn_qkv",) and f"blk.{il}.attn_qkv.bias" not in tensors:
             optional |= {f"blk.{il}.{name}.bias": (config.size(il, shapes[name][1]),) for name in QKV}
         if config.mixer is not None:

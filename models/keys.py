@@ -111,13 +111,12 @@ def rope_scaling(keys: Keys, n_ctx_train: int, yarn_truncate: bool) -> RopeScali
 
 
 def temperature(keys: Keys, built_in: tuple[float, int, int] | tuple[()]) -> Temperature | None:
-    """Return the temperature of the queries. built_in: scale, length and offset, () if the file tells them."""
-    if built_in:
-        return Temperature(*built_in)
-    if not (scale := keys.number("attention.temperature_scale", 0.0)):
+    """Return the temperature of the queries. built_in: scale, length and offset, unless the file has others."""
+    scale, length, offset = built_in or (0.0, 0, 0)
+    if not (scale := keys.number("attention.temperature_scale", scale)):
         return None
-    length = keys.integer("attention.temperature_length", 0, low=0)
-    return Temperature(scale, length or keys.integer("rope.scaling.original_context_length"))
+    length = keys.integer("attention.temperature_length", length, low=0)
+    return Temperature(scale, length or keys.integer("rope.scaling.original_context_length"), offset)
 
 
 def swa_layers(keys: Keys, n_layer: int, period: int) -> tuple[bool, ...]:

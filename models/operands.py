@@ -82,6 +82,7 @@ class AttentionShape:
     scale: float  # factor on q.k
     window: int = 0  # positions that a token sees, its own included; 0: all
     softcap: float = 0.0  # scores become softcap * tanh(score / softcap); 0: they stay
+    is_chunked: bool = False  # windows begin at multiples of `window`: a token sees its own one up to itself
     n_latent: int = 0  # the value of a position is the first n_latent columns of its key; 0: values have their own rows
 
     @property

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from gguf_run.formats.frozen import frozen
 from gguf_run.models import ops
-from gguf_run.models.architectures import EXPERTS, FUSED_EXPERTS
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer
 from gguf_run.models.operands import (
@@ -101,11 +100,13 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         """qkv = q, k and v of h, side by side"""
         self.matmul(h, self.load.qkv(self.config.arch, f"blk.{il}."), self._qkv)
 
-    def attend(
-        self, il: int, cache: CacheLayer[Cache, State], qkv: Buffer | None = None, gate: Buffer | None = None
-    ) -> None:
-        """x += attention of q, k and v. qkv: their buffer; None: "qkv". gate: the result is multiplied by its sigmoid."""
-        config, layer, qkv, block = self.config, self.config.layers[il], qkv or self._qkv, f"blk.{il}."
+    def attend(self, il: int, cache: CacheLayer[Cache, State]) -> None:
+        """x += attention of what `project` made"""
+        self.attention(il, cache, self._qkv)
+
+    def attention(self, il: int, cache: CacheLayer[Cache, State], qkv: Buffer, gate: Buffer | None = None) -> None:
+        """x += attention of q, k and v, which stand side by side. gate: attention is multiplied by its sigmoid."""
+        config, layer, block = self.config, self.config.layers[il], f"blk.{il}."
         n_q, n_kv, head_dim = layer.n_embd_q, layer.n_embd_kv, layer.head_dim
         q, k, v = qkv.columns(0, n_q), qkv.columns(n_q, n_kv), qkv.columns(n_q + n_kv, n_kv)
         norms = ((q, "attn_q_norm", layer.n_head), (k, "attn_k_norm", layer.n_head_kv))
@@ -118,8 +119,8 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
             self.add(ops.Temper(q, config.temperature))
         if cache.rotation is not None:
             self.add(ops.Rope(qkv.columns(0, n_q + n_kv), cache.rotation, head_dim))
-        if is_late:
-            for weight, (part, _, n_head) in zip(self.load.late_norms(block), norms, strict=True):
+        if is_late and layer.n_rot:
+            for weight, (part, _, n_head) in zip(self.load.late_norms(block, head_dim), norms, strict=True):
                 self.add(ops.RmsNorm(part, weight, part, config.inner_eps, n_head))
         sinks = self.load.vector(f"{block}attn_sinks")
         out = self._attn.columns(0, n_q)
@@ -143,18 +144,16 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
 
     def moe(self, il: int, out: Buffer, *, accumulate: bool = True) -> None:
         """out (+)= the weighted results of the experts that the router's logits choose"""
-        config, block = self.config, f"blk.{il}."
-        fused = self.load.has(f"{block}{FUSED_EXPERTS[0]}")
-        names = tuple(block + name for name in (FUSED_EXPERTS if fused else EXPERTS))
-        squares = None
+        config, block, squares = self.config, f"blk.{il}.", None
+        names = self.load.expert_names(config.arch, block)
         if self._observed is not None:
             first = self.load.backend.squares(config.n_embd, config.n_expert)
             last = self.load.backend.squares(config.n_ff_exp, config.n_expert)
             squares = first, last
             weights = tuple(f"{name}.weight" for name in names)
             self._observed += [Observed(weights[:-1], first), Observed(weights[-1:], last)]
-        experts = self.load.experts(names)
-        self.add(ops.Moe(self._h, self._router, experts, config.moe, out, squares, accumulate=accumulate))
+        experts, bias = self.load.experts(names), self.load.bias(f"{block}exp_probs_b")
+        self.add(ops.Moe(self._h, self._router, experts, config.moe, out, squares, bias, accumulate))
 
     def only_outputs(self) -> None:
         """List the following ops in `after`, for the wanted rows only. x is copied, other buffers are new."""
@@ -173,7 +172,7 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         config, is_tied = self.config, not self.load.has("output")
         if not self.after:
             self.only_outputs()
-        self.norm(self.x, "output_norm", self._h)
+        self.norm(self.x, config.arch.output_norm, self._h)
         self._result = logits = Buffer.whole("logits", config.n_vocab, outputs=True)
         output = self.load.matrix("token_embd" if is_tied else "output", bias=["output"])
         self.matmul(self._h, output, logits)

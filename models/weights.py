@@ -14,7 +14,7 @@ from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.models.architectures import QK, QKV, ROPE_FACTORS, Architecture, qkv_of
+from gguf_run.models.architectures import QK, QKV, ROPE_FACTORS, Architecture, experts_of, qkv_of
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import N_STATES, CacheLayer
@@ -125,7 +125,7 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         """Return a matrix whose columns are multiplied by the values of a vector."""
         tensor = self._tensors[f"{name}.weight"]
         values = self.values(tensor.name).reshape(tensor.n_rows, -1) * self.values(f"{scale}.weight")
-        return Matrix((tensor.name,), self.backend.weight([self._made(tensor.name, values)]), None)
+        return Matrix((tensor.name,), self.backend.weight([self._held(tensor.name, values)]), None)
 
     def qkv(self, arch: Architecture, block: str) -> Matrix[Weight, Vector]:
         """Return the matrix that makes q, k and v. block: "blk.N."."""
@@ -136,24 +136,45 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         """Return weight and bias of a norm."""
         return self._take(self.backend.vector, [self._full(name)]), self._optional([f"{name}.bias"])
 
-    def numbers(self, name: str, values: NDArray[np.float32]) -> Vector:
-        """Return numbers that the file does not have. name: for errors and lists."""
-        return self.backend.vector([self._made(name, values)])
-
-    def _made(self, name: str, values: NDArray[np.float32]) -> Tensor:
+    def _held(self, name: str, values: NDArray[np.floating]) -> Tensor:
+        """Return an f32 or f16 tensor of numbers that the file does not have. name: for errors and lists."""
         from gguf_run.formats.gguf.memory_file import MemoryFile
 
         file = MemoryFile(self._tensors["token_embd.weight"].file.path, values.tobytes())
-        return Tensor(name, values.shape[::-1], type_by_name("F32"), 0, file)
+        return Tensor(name, values.shape[::-1], type_by_name(f"F{8 * values.itemsize}"), 0, file)
 
-    def late_norms(self, block: str) -> tuple[Vector, Vector]:
+    def numbers(self, name: str, values: NDArray[np.float32]) -> Vector:
+        """Return numbers that the file does not have. name: for errors and lists."""
+        return self.backend.vector([self._held(name, values)])
+
+    def of_heads(self, block: str, n_head: int, n_nope: int) -> tuple[Weight, Weight]:
+        """Return the matrices of latent attention's heads for queries and for values. block: "blk.N.".
+
+        Old files have for each head n_nope rows that make keys, which are transposed here, and rows that make values.
+        """
+        k, v = (f"{block}{name}.weight" for name in ("attn_k_b", "attn_v_b"))
+        if k in self._tensors:
+            return self._take(self.backend.weight, [k]), self._take(self.backend.weight, [v])
+        from gguf_run.formats.blocks.dequantizer import dequantize
+
+        both = self._tensors[f"{block}attn_kv_b.weight"]
+        kind: type[np.floating[Any]] = np.float32 if both.type.name == "F32" else np.float16
+        rows = dequantize(both.blocks(), both.type).astype(kind).reshape(n_head, -1, both.ne[0])
+        self._progress(both.nbytes)
+        parts = (k, rows[:, :n_nope].swapaxes(1, 2)), (v, rows[:, n_nope:])
+        made = [self.backend.weight([self._held(name, part)]) for name, part in parts]
+        return made[0], made[1]
+
+    def late_norms(self, block: str, head_dim: int) -> tuple[Vector, Vector]:
         """Return the weights of a layer's norms of q and k after the rotation: those of q times those of k, and ones.
 
-        The scores are the same. Keys without weights can still be turned, which a context shift does.
+        The scores are the same. Keys without weights can still be turned, which a context shift does. A model without
+        these tensors has ones.
         """
         q, k = names = [f"{block}{name}.weight" for name in QK]
-        first, second = map(self.values, names)
-        return self.numbers(q, first * second), self.numbers(k, np.ones_like(second))
+        ones = np.ones(head_dim, np.float32)
+        first, second = map(self.values, names) if q in self._tensors else (ones, ones)
+        return self.numbers(q, first * second), self.numbers(k, ones)
 
     def vector(self, name: str) -> Vector | None:
         """Return a tensor's values, None if the file does not have the tensor."""
@@ -167,8 +188,16 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         self._progress(tensor.nbytes)
         return dequantize(tensor.blocks(), tensor.type).reshape(-1)
 
+    def bias(self, name: str) -> Vector | None:
+        """Return a bias that has no matrix, None if the file does not have it."""
+        return self._optional([f"{name}.bias"])
+
+    def expert_names(self, arch: Architecture, block: str) -> tuple[str, ...]:
+        """Return the names of the tensors of a layer's experts. block: "blk.N."."""
+        return tuple(block + name for name in experts_of(arch, block, self._tensors))
+
     def experts(self, names: Sequence[str]) -> Experts:
-        """Return the experts of a layer. names: of the tensors of gate, up and down."""
+        """Return the experts of a layer. names: of their tensors."""
         parts = [f"{name}.{kind}" for kind in ("weight", "bias") for name in names]
         return self._take(self.backend.experts, [part for part in parts if part in self._tensors])
 

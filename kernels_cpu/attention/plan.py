@@ -77,7 +77,7 @@ def piece_of(a, runs, number):
     n_past = run.n_past + t0
     low, high = 0, n_past + n_tokens
     if a.window:
-        low = max(0, n_past + 1 - a.window)
+        low = n_past // a.window * a.window if a.is_chunked else max(0, n_past + 1 - a.window)
     length = ((high - low + n_split - 1) // n_split + SPAN - 1) // SPAN * SPAN
     start = low // SPAN * SPAN + split * length
     # A range is whole spans. Since the first one begins a little before `low`, the last one is a little longer.

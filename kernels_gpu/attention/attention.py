@@ -74,8 +74,9 @@ def _add_values(acc, old, weight, v, rows, live, V: tl.constexpr, HEAD_DIM: tl.c
 @triton.jit
 def attend(
     q, q_stride, k, v, seqs, positions, sums, stats, n_ctx, n_head_kv, n_rep, n_token, scale, window,
-    SOFTCAP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    VALUE: tl.constexpr, VALUE_WIDTH: tl.constexpr, TOKENS: tl.constexpr, REP: tl.constexpr, SPAN: tl.constexpr,
+    CHUNKED: tl.constexpr, SOFTCAP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr, REP: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Attend over a part of the positions that a token sees.
 
@@ -83,7 +84,7 @@ def attend(
     stats f32[part, n_token, n_head, 2] = (greatest score, sum of exp2(score - greatest)); (-inf, 0) for no position
 
     Grid (n_token / TOKENS, n_head_kv * n_rep / REP, parts). k, v: planes of the cache (qs, d).
-    n_rep: heads of queries for a KV head.
+    n_rep: heads of queries for a KV head. CHUNKED: AttentionShape.is_chunked.
     SOFTCAP: None, or scores become SOFTCAP * tanh(score / SOFTCAP). K, V: cache types. WIDTH: power of 2 >= HEAD_DIM.
     VALUE: the first columns of a row of V, of HEAD_DIM columns, that are the value. VALUE_WIDTH: power of 2 >= VALUE.
     The rows of a tile are TOKENS tokens x REP heads. SPAN: positions at a time.
@@ -101,6 +102,7 @@ def attend(
     position = tl.load(positions + t, mask=there, other=-1)
     seq = tl.load(seqs + t, mask=t < n_token, other=0)
     queries = _queries(q, q_stride, t, head, there, K, HEAD_DIM, WIDTH)
+    since = position // window * window if CHUNKED else position - window + 1  # the first position of the window
     acc = ()
     for _ in tl.static_range(n_operand(V)):
         acc = acc + (tl.zeros((M, VALUE_WIDTH // n_operand(V)), tl.float32),)
@@ -109,7 +111,7 @@ def attend(
     for s in range(tl.min(seq, axis=0), tl.max(seq, axis=0) + 1):
         mine = there & (seq == s) & (position >= 0)
         end = tl.max(tl.where(mine, position, -1), axis=0) + 1
-        first = tl.maximum(tl.min(tl.where(mine, position, 1 << 30), axis=0) - window + 1, 0)
+        first = tl.maximum(tl.min(tl.where(mine, since, 1 << 30), axis=0), 0)
         first = tl.minimum(first, end) // SPAN * SPAN
         size = tl.cdiv(tl.cdiv(end - first, SPAN), tl.num_programs(2)) * SPAN
         first += part * size
@@ -123,8 +125,8 @@ def attend(
             rows = slot + tl.arange(0, SPAN)  # n_ctx is a multiple of SPAN
             slot = tl.where(slot + SPAN == n_ctx, 0, slot + SPAN)
             score = _scores(queries, k_rows, rows, live, scale, SOFTCAP, K, HEAD_DIM, WIDTH)
-            far = position[:, None] - p[None, :]
-            score = tl.where(mine[:, None] & (far >= 0) & (far < window), score * LOG2E, float("-inf"))
+            seen = (p[None, :] <= position[:, None]) & (p[None, :] >= since[:, None])
+            score = tl.where(mine[:, None] & seen, score * LOG2E, float("-inf"))
             new = tl.maximum(greatest, tl.max(score, axis=1))
             known = tl.where(new == float("-inf"), 0.0, new)  # no position yet: all weights are 0
             weight = tl.exp2(score - known[:, None])

@@ -79,7 +79,7 @@ class DeltaNet:
         q, gate = grouped(layer.n_head, (layer.head_dim, layer.head_dim))
         made = Buffer.whole("gated_qkv", 2 * n + 2 * n_kv)
         step.matmul(h, step.load.matrix(*names, orders={names[0]: np.concatenate([gate, q])}), made)
-        step.attend(il, cache, made.columns(n, n + 2 * n_kv), gate=made.columns(0, n))
+        step.attention(il, cache, made.columns(n, n + 2 * n_kv), gate=made.columns(0, n))
 
     def _delta_net(self, step: Any, il: int, h: Buffer, cache: Any) -> None:
         load, block, eps = step.load, f"blk.{il}.", step.config.inner_eps

@@ -43,8 +43,8 @@ class Mamba:
             "ssm_in.weight": (self.n_embd, self.n_inner + self.n_conv + self.n_head),
             "ssm_conv1d.weight": (self.n_taps, self.n_conv),
             "ssm_dt.bias": (self.n_head,),
-            "ssm_a": (1, self.n_head),
-            "ssm_d": (1, self.n_head),
+            "ssm_a.weight": (1, self.n_head),  # llama.cpp writes both without ".weight"
+            "ssm_d.weight": (1, self.n_head),
             "ssm_out.weight": (self.n_inner, self.n_embd),
         }
         optional: Shapes = {"ssm_conv1d.bias": (self.n_conv,)}
@@ -60,8 +60,8 @@ class Mamba:
         parts = Buffer.whole("ssm", n + self.n_conv + self.n_head)
         z, xbc, dt = parts.columns(0, n), parts.columns(n, self.n_conv), parts.columns(n + self.n_conv, self.n_head)
         x, b, c = xbc.columns(0, n), xbc.columns(n, n_bc), xbc.columns(n + n_bc, n_bc)
-        a, d, bias = (load.values(f"{block}{name}") for name in ("ssm_a", "ssm_d", "ssm_dt.bias"))
-        taps, shift = (load.values(f"{block}ssm_conv1d.{kind}") for kind in ("weight", "bias"))
+        a, d, bias = (load.vector(f"{block}{name}") for name in ("ssm_a", "ssm_d", "ssm_dt.bias"))
+        taps, shift = load.norm(f"{block}ssm_conv1d")
         step.matmul(h, load.matrix(f"{block}ssm_in"), parts)
         step.add(ShortConv(xbc, taps, shift, cache.states[0], xbc, self.n_taps, "silu"))
         step.add(Scan(x, b, c, dt, bias, a, d, cache.states[1], x, self.n_head, self.n_group))

@@ -44,10 +44,14 @@ MIXTRAL_EXPERTS: Names = {
 }
 LLAMA: Names = {**PRE_NORMS, **ATTENTION, **DENSE}
 LLAMA_MOE: Names = {**PRE_NORMS, **ATTENTION, **MOE}
+DRAFTS = "mtp."  # tensors of layers behind the model, which guess tokens in advance: they are left out
 # Ends of names of tensors that hold no weights.
 IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 # Parts of a model for images and text, of which only the text is converted.
-_OTHERS = ("vision_tower", "multi_modal_projector", "visual", "audio_tower", "embed_vision", "embed_audio")
+_OTHERS = (
+    "vision_tower", "vision_model", "multi_modal_projector", "visual", "audio_tower", "embed_vision", "embed_audio",
+)  # fmt: skip
+N_DRAFT = "num_nextn_predict_layers"  # config.json: layers behind the last one that draft tokens: left out
 OTHER_PARTS = tuple(f"{prefix}{part}." for prefix in ("", "model.") for part in _OTHERS)
 
 
@@ -90,6 +94,7 @@ class CheckpointLayout:
     numbers: Mapping[str, str] = field(
         default_factory=dict
     )  # tensors of one number in each layer -> key of their array
+    one_way: bool = False  # config.json has what a GGUF file does not, or nobody writes it back
     permuted: bool = False  # rows of q and k come as two halves of each head; GGUF has them in pairs
     interleaved: bool = False  # a tensor with two names has their rows in turns, not one half after the other
     norm_offset: float = 0.0  # added to the weights of norms

@@ -21,7 +21,7 @@ from gguf_run.formats.gguf.writer_metadata import MetaValue
 from gguf_run.formats.quantizers.quantizer import quantize
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.convert.card import general_metadata
-from gguf_run.runtime.convert.layout import IGNORED, OTHER_PARTS
+from gguf_run.runtime.convert.layout import DRAFTS, IGNORED, N_DRAFT, OTHER_PARTS
 from gguf_run.runtime.convert.metadata import hyperparameters, layout_of
 from gguf_run.runtime.convert.quantized.methods import KEPT, plain_tensors
 from gguf_run.runtime.convert.rope import rope_tensors
@@ -49,13 +49,19 @@ def open_checkpoint(
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, MetaValue] = {}
     if not vocab_only:
-        stored = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith(OTHER_PARTS)}
-        if others := len(checkpoint.tensors) - len(stored):
-            what = f"{others} tensors for images or sound are left out, the file is for text alone"
+        n_layer, n_draft = config.integer("num_hidden_layers"), config.integer(N_DRAFT, default=0, low=0)
+        others = (*OTHER_PARTS, *(f"model.layers.{il}." for il in range(n_layer, n_layer + n_draft)))
+        stored = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith(others)}
+        if n_left_out := len(checkpoint.tensors) - len(stored):
+            what = f"{n_left_out} tensors for images, sound or drafts are left out, the file is for text alone"
             warnings.warn(f"{directory}: {what}", stacklevel=2)
-        stored = {name: tensor for name, tensor in stored.items() if not name.endswith(IGNORED)}
+        stored = {
+            name: tensor
+            for name, tensor in stored.items()
+            if not name.endswith(IGNORED) and not name.startswith(DRAFTS)
+        }
         plain = dict(plain_tensors(dataclasses.replace(checkpoint, config=config, tensors=stored), keep))
-        numbers.update(take_numbers(layout, config.integer("num_hidden_layers"), plain))
+        numbers.update(take_numbers(layout, n_layer, plain))
         tensors = model_tensors(layout, config, plain)
     hyper = hyperparameters(layout, config)
     if not vocab_only:

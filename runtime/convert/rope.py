@@ -152,7 +152,8 @@ def _yarn(layout: CheckpointLayout, config: Config, rope: Config, n_rot: int) ->
     attention = rope.number("attention_factor", default=default)
     if layout.yarn_log and m_all:
         yield "rope.scaling.yarn_log_multiplier", Typed("f32", layout.yarn_log * m_all)
-        built_in /= yarn_attention(factor, m_all)
+        # A tenth: programs leave the rotated values as they are, and scale q.k instead (models/mixers/latent.py).
+        built_in = built_in / yarn_attention(factor, m_all) if layout.yarn_log == 1 else 1.0
     if attention != built_in:
         yield "rope.scaling.attn_factor", Typed("f32", attention / built_in)
     betas = {name: rope.number(name, default=0.0) for name in ("beta_fast", "beta_slow")}

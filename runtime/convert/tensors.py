@@ -171,7 +171,7 @@ def _parts(
         tensor = transposed(tensor)
     if len(place.names) == 2:
         split = 1 if place.kind == "weight" else 0  # the dimension of which each half makes a tensor
-        if len(tensor.ne) != split + 2 or tensor.ne[split] % 2:
+        if not 2 <= len(tensor.ne) <= split + 2 or tensor.ne[split] % 2:
             made = f"of which {' and '.join(place.names)} cannot be made"
             raise _wrong_shape(tensor, quoted(tensor.name), f"{made}: it is damaged, or of another model")
         return halves(tensor, layout.interleaved, place.kind == "bias")

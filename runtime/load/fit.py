@@ -15,6 +15,7 @@ from gguf_run.kernels_gpu.attention.cache_types import cache_format
 from gguf_run.kernels_gpu.panels.panels import matrix_bytes
 from gguf_run.kernels_gpu.sizes import cache_bytes, program_bytes
 from gguf_run.models.config import ModelConfig
+from gguf_run.runtime.load.cache_plan import state_bytes
 from gguf_run.runtime.load.memory import N_OUTPUTS, MemoryNeed, MemoryPlan, WeightSizes
 from gguf_run.runtime.load.options import Wanted
 from gguf_run.runtime.load.placement import CPU, Device, Placement, cpu_only
@@ -43,6 +44,7 @@ def gpu_sizes(plan: MemoryPlan) -> GpuSizes:
         layers[il] -= weights.experts[il]
     caches = [
         cache_bytes(plan.config.attention(il), kind, plan.n_ctx, plan.n_rows, plan.n_seq)
+        + state_bytes(plan.config, il, plan.n_seq)
         if plan.config.layers[il].kv_layer == il
         else 0
         for il, kind in enumerate(plan.cache)

@@ -125,6 +125,13 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum(axis=-1, keepdims=True)
 
 
+def visible(positions: np.ndarray, n: int, window: int, is_chunked: bool = False) -> np.ndarray:
+    """Which of the positions 0 .. n - 1 the tokens at `positions` see, bool[len(positions), n]."""
+    distance = positions[:, None] - np.arange(n)
+    seen = positions % window + 1 if is_chunked else np.full(len(positions), window or n)
+    return (distance >= 0) & (distance < seen[:, None])
+
+
 def attend(
     q: np.ndarray,
     k: np.ndarray,
@@ -134,11 +141,11 @@ def attend(
     window: int,
     softcap: float = 0.0,
     sinks: np.ndarray | None = None,
+    is_chunked: bool = False,
 ) -> np.ndarray:
     """q: [n_tokens, n_head, head_dim] at `positions`; k, v: [n_past + n_tokens, n_head_kv, columns], from 0 on."""
     n_head_kv, n_gqa = k.shape[1], q.shape[1] // k.shape[1]
-    distance = positions[:, None] - np.arange(len(k))
-    hidden = (distance < 0) | ((distance >= window) if window else False)
+    hidden = ~visible(positions, len(k), window, is_chunked)
     out = np.empty((*q.shape[:2], v.shape[2]), q.dtype)
     for h in range(n_head_kv):
         for head in range(h * n_gqa, (h + 1) * n_gqa):
@@ -304,7 +311,8 @@ def attention(p: NumpyProgram, op: ops.Attend[NumpyCache, np.ndarray]) -> np.nda
                 kept[seq, n_past:stop] = p[new][rows].reshape(n, shape.n_head_kv, -1)
         keys, values = (kept[seq, :stop].astype(p[op.q].dtype) for kept in (cache.k, cache.v))
         queries, positions = p[op.q][rows].reshape(n, shape.n_head, shape.head_dim), n_past + np.arange(n)
-        result = attend(queries, keys, values, positions, shape.scale, shape.window, shape.softcap, op.sinks)
+        limits = shape.scale, shape.window, shape.softcap, op.sinks, shape.is_chunked
+        result = attend(queries, keys, values, positions, *limits)
         parts.append(result.reshape(n, -1))
         at += n
     return np.concatenate(parts)
@@ -392,7 +400,7 @@ def scan(p: NumpyProgram, op: Any) -> np.ndarray:
 def route(mixture: Mixture, logits: np.ndarray, bias: np.ndarray | None) -> list[tuple[int, float]]:
     """Return a token's experts and their weights, as models.operands.Mixture says."""
     left = logits.copy()
-    scores = {"softmax": softmax, "sigmoid": ACTIVATIONS["sigmoid"], "sparsemixer": np.copy}[mixture.gating](logits)
+    scores = ACTIVATIONS["sigmoid"](logits) if mixture.gating == "sigmoid" else softmax(logits)
     if bias is not None or mixture.n_group > 1:
         left = scores + (0 if bias is None else bias)
         groups = left.reshape(mixture.n_group, -1)

@@ -151,6 +151,7 @@ ROWS = (
         arch="mistral3",
         classes={"Ministral3ForCausalLM": "ministral3", "Mistral3ForConditionalGeneration": "mistral3"},
         layer=LLAMA,
+        one_way=True,
         yarn_log=1.0,
         windows="all",
         defaults={"sliding_window": 0, "head_dim": 128},
@@ -179,6 +180,7 @@ ROWS = (
     CheckpointLayout(
         "qwen3vl",
         {"Qwen3VLForConditionalGeneration": "qwen3_vl"},
+        one_way=True,
         layer={**LLAMA, **QK_NORM},
         defaults={"head_dim": 128, "rope_theta": 5e5},
     ),
@@ -205,6 +207,7 @@ ROWS = (
         "apertus",
         {"ApertusForCausalLM": "apertus"},
         layer={**UNGATED, **QK_NORM, "attention_layernorm": "attn_norm", "feedforward_layernorm": "ffn_norm"},
+        one_way=True,
         numbers={f"mlp.act_fn.{name}": f"xielu.{name}" for name in ("alpha_n", "alpha_p", "beta", "eps")},
         rope_dim=True,
         keys=(VOCAB_SIZE,),

@@ -75,6 +75,7 @@ def gemma4_keys(config: Config, windows: list[bool]) -> Iterator[tuple[str, Type
         full = {"head_dim": config.integer("global_head_dim")}
         full |= {"num_key_value_heads": config.integer("num_global_key_value_heads")} if is_other else {}
         overrides = {str(il): full for il, window in enumerate(windows) if not window}
+    overrides = {key.lstrip("0") or "0": values for key, values in overrides.items()}  # "07" with more than 10 layers
     layers = [Config(config.path, overrides.get(str(il)) or {}) for il in range(len(windows))]
     pairs = [(w, layer.integer("head_dim", default=head_dim)) for layer, w in zip(layers, windows, strict=True)]
     for end, is_swa in (("", False), ("_swa", True)):

@@ -85,7 +85,7 @@ def _granite(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout
         layout = replace(layout, layer={**layout.layer, **shared})
     turns = config.get("position_embedding_type") == "rope"
     if all(kind in _ATTENTION for kind in kinds) and turns:
-        layout = replace(layout, arch="granitemoe" if n_expert else "granite", keys=_GRANITE_MOE_KEYS)
+        layout = replace(layout, arch="granitemoe" if n_expert else "granite", keys=(*GRANITE_KEYS, _GRANITE_SHARED))
     return layout, _with_kinds(config, kinds, _is_rotated=turns, **more)
 
 
@@ -97,7 +97,9 @@ def _nemotron(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayou
     widths = [n_ff if kind in _FFN else 0 for kind in kinds]
     head_dim = config.integer("attention_head_dim", "head_dim")
     more = {"_n_ff": widths, "_n_inner": n_inner, "head_dim": head_dim, "intermediate_size": n_ff}
-    if has_experts:
+    if not has_experts:
+        more |= {"n_routed_experts": 0, "num_experts_per_tok": 0}
+    else:
         if any(kind in ("mlp", "-") for kind in kinds):
             raise config.wrong(("layers_block_type",), "one kind of feed-forward layers: mlp or moe")
         more["shared_expert_intermediate_size"] = config.integer("moe_shared_expert_intermediate_size")
@@ -152,7 +154,7 @@ def _folded(config: Config, name: str, tensor: Tensor) -> Tensor:
     if base in ("ffn_gate", "ffn_down"):
         factor = config.get("mlp_multipliers")[base == "ffn_down"]
     if base != "ssm_in":
-        return tensor if factor == 1 else values(tensor, lambda x: x * np.float32(factor))
+        return _times(tensor, factor)
     n_inner, n_bc = config.integer("_n_inner"), config.integer("mamba_n_groups") * config.integer("mamba_d_state")
     widths = (n_inner, n_inner, n_bc, n_bc, config.integer("mamba_n_heads"))
     if tensor.n_rows != sum(widths):
@@ -160,9 +162,13 @@ def _folded(config: Config, name: str, tensor: Tensor) -> Tensor:
     parts, at = [], 0
     for n, part in zip(widths, config.get("ssm_multipliers"), strict=True):
         some = rows(tensor, np.arange(at, at + n, dtype=np.int64), (tensor.ne[0], n))
-        parts.append(values(some, lambda x, by=np.float32(factor * part): x * by))
+        parts.append(_times(some, factor * part))
         at += n
     return gathered(name, parts, None, tensor.ne)
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    return tensor if factor == 1 else values(tensor, lambda x: x * np.float32(factor))
 
 
 _LFM2 = CheckpointLayout(
@@ -216,7 +222,7 @@ _GRANITE = CheckpointLayout(
         "attention_multiplier": 1.0, "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,
         "rms_norm_eps": 1e-6, "shared_intermediate_size": 1024, "num_local_experts": 8, "num_experts_per_tok": 2,
         "mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256, "mamba_d_conv": 4, "mamba_expand": 2,
-        "mamba_d_head": None, "mamba_chunk_size": None, "layer_types": None, "position_embedding_type": None,
+        "mamba_d_head": None, "layer_types": None, "position_embedding_type": None,
     },
     expected={**SILU, "mamba_conv_bias": (True,), "mamba_proj_bias": (False,), "time_step_limit": _UNLIMITED},
 )  # fmt: skip
@@ -247,12 +253,14 @@ _NEMOTRON = CheckpointLayout(
     defaults={
         "layer_norm_epsilon": 1e-5, "rms_norm_eps": None, "head_dim": 128, "num_key_value_heads": 8, "conv_kernel": 4,
         "ssm_state_size": 128, "mamba_num_heads": 128, "mamba_head_dim": 64, "n_groups": 8, "intermediate_size": 21504,
-        "attention_head_dim": None, "layers_block_type": None, "hybrid_override_pattern": None, "num_hidden_layers": None,
+        "attention_head_dim": None, "layers_block_type": None, "hybrid_override_pattern": None,
+        "norm_topk_prob": True, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "n_shared_experts": 1,
+        "moe_shared_expert_intermediate_size": 7688,
     },
     expected={
         "mlp_hidden_act": ("relu2",), "mamba_hidden_act": ("silu",), "use_conv_bias": (True,), "use_bias": (False,),
-        "mamba_proj_bias": (False,), "time_step_limit": _UNLIMITED, "sliding_window": (None,), "moe_latent_size": (None,),
-        "num_nextn_predict_layers": (0,),
+        "mamba_proj_bias": (False,), "time_step_limit": _UNLIMITED, "sliding_window": (None,),
+        "moe_latent_size": (None,), "num_nextn_predict_layers": (0,),
     },
 )  # fmt: skip
 _NEMOTRON_MOE_KEYS: tuple[Key, ...] = (
@@ -280,8 +288,9 @@ _FALCON = CheckpointLayout(
     edit=_folded,
     defaults={
         "rms_norm_eps": 1e-5, "mamba_d_ssm": 1024, "mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256,
-        "mamba_d_conv": 4, "mamba_expand": 2, "mamba_d_head": None, "mamba_chunk_size": None,
-        "mamba_rms_norm": False, "mamba_norm_before_gate": True, "mlp_multipliers": None, "ssm_multipliers": None, **{key: 1.0 for keys in _MULTIPLIERS.values() for key in keys},
+        "mamba_d_conv": 4, "mamba_expand": 2, "mamba_d_head": None, "mamba_rms_norm": False,
+        "mamba_norm_before_gate": True, "mlp_multipliers": None, "ssm_multipliers": None,
+        **{key: 1.0 for keys in _MULTIPLIERS.values() for key in keys},
     },
     expected={
         **SILU, "mamba_conv_bias": (True,), "mamba_proj_bias": (False,), "time_step_limit": _UNLIMITED,

@@ -25,6 +25,7 @@ class Heads:
     head_dim: int
     window: int = 0
     scale: float = 0.0
+    is_chunked: bool = False
 
     def __str__(self) -> str:
         return f"{self.n_head} heads, {self.n_head_kv} kv, {self.head_dim} wide, window {self.window}"
@@ -32,7 +33,7 @@ class Heads:
     @property
     def shape(self) -> AttentionShape:
         scale = self.scale or 1.3 / self.head_dim**0.5
-        return AttentionShape(self.n_head, self.n_head_kv, self.head_dim, scale, self.window)
+        return AttentionShape(self.n_head, self.n_head_kv, self.head_dim, scale, self.window, 0.0, self.is_chunked)
 
 
 HEADS = (
@@ -48,6 +49,7 @@ HEADS = (
     Heads(1, 1, 1),
 )
 WINDOWS = (Heads(4, 1, 32, 1), Heads(4, 2, 16, 7), Heads(3, 1, 64, 16), Heads(2, 1, 64, 33), Heads(8, 4, 16, 200))
+WINDOWS += (Heads(4, 1, 32, 1, is_chunked=True), Heads(3, 1, 64, 16, is_chunked=True), Heads(8, 4, 16, 90, 0.0, True))
 
 
 def random_values(heads: Heads, n_tokens: int) -> dict[str, np.ndarray]:
@@ -93,7 +95,8 @@ class Case:
             self.values[name][ids].astype(self.dtype).astype(np.float64).reshape(len(ids), -1, shape.head_dim)
             for name in "kv"
         )
-        return attend(q, k, v, positions, shape.scale, shape.window).reshape(n, -1)
+        limits = shape.scale, shape.window, 0.0, None, shape.is_chunked
+        return attend(q, k, v, positions, *limits).reshape(n, -1)
 
     def check(self, n_past: int, n_tokens: int) -> None:
         """Run tokens that follow on n_past others, with id = position."""
@@ -305,10 +308,13 @@ def test_a_prompt_gets_the_same_bits_in_chunks_of_any_size(heads: Heads, cache_t
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])
+@pytest.mark.parametrize("is_chunked", [False, True])
 @pytest.mark.parametrize(("window", "n_batch"), [(1, 1), (33, 8), (64, 64), (200, 70), (300, 20)])
-def test_a_layer_with_a_window_holds_no_more_than_that_and_a_batch(window: int, n_batch: int, n_threads: int) -> None:
+def test_a_layer_with_a_window_holds_no_more_than_that_and_a_batch(
+    window: int, n_batch: int, is_chunked: bool, n_threads: int
+) -> None:
     """Positions go round in a ring; the results are those of a cache that holds everything."""
-    heads, n_tokens = Heads(4, 2, 16, window), 1000
+    heads, n_tokens = Heads(4, 2, 16, window, is_chunked=is_chunked), 1000
     ring, full = (Case(heads, n_tokens, n_threads, "f16", n, 2) for n in (n_batch, n_tokens))
     n_rows = new_cache(ring.step.backend, heads.shape, n_tokens, n_batch).n_ctx
     assert window + n_batch <= n_rows < window + n_batch + 96

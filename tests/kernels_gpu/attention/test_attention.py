@@ -8,7 +8,7 @@ import pytest
 from cache_twins import TWINS, hadamard
 from cpu_ops import Step, error
 from gpu_ops import fast_dots, gpu, pytestmark, torch
-from numpy_backend import attend, rotate, softmax
+from numpy_backend import attend, rotate, softmax, visible
 
 from gguf_run.formats.errors import OptionError
 from gguf_run.kernels_gpu.attention import launch as attention_launch
@@ -64,8 +64,7 @@ def roundings(
     the same for all positions, and for k; a softcap makes it no more. And weights and values are rounded, tiny ones by
     up to 2^-25. What f32 adds is 2e-5 at most, by exp2 of scores up to 100.
     """
-    distance = positions[:, None] - np.arange(len(k))
-    hidden = (distance < 0) | ((distance >= shape.window) if shape.window else False)
+    hidden = ~visible(positions, len(k), shape.window, shape.is_chunked)
     off = np.empty_like(q)
     n_gqa = shape.n_head // shape.n_head_kv
     for head in range(shape.n_head):
@@ -132,7 +131,8 @@ class Case:
         h, q = hadamard(shape.head_dim), self.turned(self.q[tokens], positions).astype(np.float64)
         q = q @ h if k_rows.rotates else q
         h = h if v_rows.rotates else np.eye(shape.head_dim)
-        expected = attend(q, k, v, positions, shape.scale, shape.window, shape.softcap, self.sinks) @ h
+        limits = shape.scale, shape.window, shape.softcap, self.sinks, shape.is_chunked
+        expected = attend(q, k, v, positions, *limits) @ h
         bound = roundings(q, k, v, positions, shape, self.sinks, h)
         difference = np.abs(result.reshape(expected.shape) - expected)
         assert (difference <= bound).all(), (difference - bound).max()
@@ -176,9 +176,10 @@ def test_rope_and_rotation(style: str, k: str, v: str, head_dim: int, n_rot: int
     assert np.array_equal(stored(case.cache.v)[:12], before[1][32:44])
 
 
-def test_window_softcap_and_sinks() -> None:
+@pytest.mark.parametrize(("window", "is_chunked"), [(20, False), (24, True)])
+def test_window_softcap_and_sinks(window: int, is_chunked: bool) -> None:
     """The ring goes round; a window that ends within a tile; sinks that no score reaches and that all do."""
-    shape = AttentionShape(2, 1, 32, 0.2, window=20, softcap=5.0)
+    shape = AttentionShape(2, 1, 32, 0.2, window, 5.0, is_chunked)
     case = Case(CacheType("int8", "q8_0"), shape, sinks=np.array([0.5, 90]), chunks=(1, 50, 50, 40, 1))
     assert case.cache.n_ctx < sum(case.chunks)
     case.check()

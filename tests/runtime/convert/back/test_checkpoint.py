@@ -183,7 +183,7 @@ def broken(llama: Path, **changes: Any) -> GGUFFile:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"general.architecture": "mamba"}, 'architecture "mamba" cannot be exported; these can: deepseek,'),
+        ({"general.architecture": "mamba"}, 'architecture "mamba" cannot be exported; these can: arcee,'),
         ({"general.architecture": None}, "cannot be exported"),
         ({"token_embd.weight": "x.weight"}, "there is no matrix token_embd.weight"),
         ({"blk.1.attn_v.weight": "blk.1.attn_w.weight"}, r'tensor "blk.1.attn_w.weight" \(1 such\) has no place in a'),
