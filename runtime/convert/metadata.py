@@ -48,7 +48,7 @@ def sizes(config: Config) -> dict[str, int]:
     n_head_kv = config.integer("num_key_value_heads", default=n_head)
     n_embd = config.integer("hidden_size")
     head_dim = config.integer("head_dim", default=max(1, n_embd // n_head))
-    n_ff = config.integer("intermediate_size")
+    n_ff = config.integer("intermediate_size") if type(config.get("intermediate_size")) is not list else 1  # Gemma 3n
     n_ff_exp = config.integer("moe_intermediate_size", default=n_ff)
     n_shared = config.integer("n_shared_experts", default=1)
     return {

@@ -26,7 +26,7 @@ from gguf_run.runtime.convert.metadata import hyperparameters, layout_of
 from gguf_run.runtime.convert.quantized.methods import KEPT, plain_tensors
 from gguf_run.runtime.convert.rope import rope_tensors
 from gguf_run.runtime.convert.stored.checkpoint import Checkpoint
-from gguf_run.runtime.convert.stored.sources import Source, computed, rows
+from gguf_run.runtime.convert.stored.sources import Source, computed, padded, rows
 from gguf_run.runtime.convert.tensors import model_tensors, take_numbers
 from gguf_run.runtime.convert.vocabulary.metadata import tokenizer_metadata
 from gguf_run.runtime.quantize.file_types import FILE_TYPES, KEEP, FileType
@@ -90,7 +90,9 @@ def _fit_vocabulary(directory: Path, tensors: dict[str, Tensor], n_tokens: int) 
         tensor = tensors.get(name)
         if tensor is None:
             continue
-        if tensor.ne[-1] < n_tokens:
+        if tensor.ne[-1] < n_tokens and name.startswith("per_layer"):  # images and audio: their tokens have none
+            tensors[name] = padded(tensor, n_tokens)
+        elif tensor.ne[-1] < n_tokens:
             raise FormatError(f"{directory}: {name} has {tensor.ne[-1]} rows for {n_tokens} tokens: not of one model")
         if tensor.ne[-1] > n_tokens and len(tensor.ne) == 2:
             tensors[name] = rows(tensor, np.arange(n_tokens, dtype=np.int64), (tensor.ne[0], n_tokens))
