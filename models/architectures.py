@@ -20,7 +20,7 @@ class Architecture:
     rope_style: str = "norm"  # see operands.Rotation
     activation: str = "silu"  # of the ffn, see ops.Gated
     gated: bool = True  # the ffn has a gate
-    qkv: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")  # tensors whose rows make q, k and v, in this order
+    qkv: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")  # tensors whose rows make q, k and v, in this order; (): none
     gate_up: tuple[str, ...] = ("ffn_gate", "ffn_up")  # tensors whose rows make gate and up
     # Names of norms. attn_norm and `ffn_norm` come before attention and ffn, attn_q_norm and attn_k_norm before the
     # rotation. post_attention_norm and post_ffw_norm norm a result before it is added to the residual stream.
@@ -77,7 +77,7 @@ QK = ("attn_q_norm", "attn_k_norm")
 POST = ("post_attention_norm", "post_ffw_norm")
 WHOLE_ROW = {"attn_q_norm": ("n_embd_q",), "attn_k_norm": ("n_embd_kv",)}
 
-_FAMILIES = ("dense", "gemma", "mixtures", "delta_net", "hybrid")
+_FAMILIES = ("dense", "gemma", "mixtures", "delta_net", "hybrid", "latent")
 
 
 def entries() -> Iterator[Architecture]:
@@ -97,7 +97,7 @@ def architecture(name: str) -> Architecture:
 
 
 # Tensors by name, ggml order: ne[0] (row length) first. A word is a number, or a field of LayerConfig or
-# ModelConfig; "a+b" is a sum.
+# ModelConfig; "a*b+c" is a sum of products.
 MODEL_SHAPES: Mapping[str, Shape] = {
     "token_embd.weight": ("n_embd", "n_vocab"),
     "output_norm.weight": ("n_embd",),
@@ -145,7 +145,7 @@ def qkv_of(arch: Architecture, block: str, tensors: Container[str]) -> tuple[str
     block: "blk.N."
     """
     kinds = (names for names in (("attn_qkv",), QKV) if f"{block}{names[0]}.weight" in tensors)
-    return next(kinds, arch.qkv)
+    return next(kinds, arch.qkv) if arch.qkv else ()
 
 
 def experts_of(arch: Architecture, block: str, tensors: Container[str]) -> tuple[str, ...]:

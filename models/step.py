@@ -152,8 +152,7 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
             squares = first, last
             weights = tuple(f"{name}.weight" for name in names)
             self._observed += [Observed(weights[:-1], first), Observed(weights[-1:], last)]
-        experts = self.load.experts(names)
-        bias = self.load.bias(f"{block}exp_probs_b")
+        experts, bias = self.load.experts(names), self.load.bias(f"{block}exp_probs_b")
         self.add(ops.Moe(self._h, self._router, experts, config.moe, out, squares, bias, accumulate))
 
     def only_outputs(self) -> None:

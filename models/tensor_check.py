@@ -1,5 +1,6 @@
 """Compares the tensors of a file with those of its model: none may be missing, or be left out silently."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
@@ -10,6 +11,8 @@ Ne = tuple[int, ...]
 
 # Tensors that nobody reads: those that old converters wrote, and the scales of activations for NVFP4 products.
 _UNUSED_SUFFIXES = (".attn_rot_embd.weight", ".rope_freqs.weight", ".input_scale")
+# How the names of tensors begin that only images and sound need.
+TOWERS = ("v.", "a.", "mm.")
 
 
 def shape_of(tensor: Tensor | None) -> str:
@@ -41,9 +44,13 @@ def check_tensors(
         if tensor is None or not tensor.same_shape(ne):
             expected = f"{' x '.join(map(str, ne))} in this {keys.prefix} model"
             raise FormatError(f"tensor {name} {shape_of(tensor)}, must have {expected}")
+    if towers := [name for name in tensors if name.startswith(TOWERS)]:
+        what = f"{len(towers)} tensors such as {show(towers[0])} are for images or sound: they are left out"
+        warnings.warn(f"{what}, and the {keys.prefix} model runs with text", stacklevel=2)
+    unread = (*drafts, *TOWERS)
     for name in tensors:
         known = any(full in required or full in optional for full in (name, f"{name}.weight"))
-        known = known or name.endswith(_UNUSED_SUFFIXES) or name.startswith(drafts)
+        known = known or name.endswith(_UNUSED_SUFFIXES) or name.startswith(unread)
         if not known and not _is_factor(name, tensors):
             raise UnsupportedError(
                 f"tensor {show(name)} is not a part of a {keys.prefix} model of {len(groups)} layers as this "

@@ -114,6 +114,19 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         weight = self._take(upload, weights)
         return Matrix(weights, weight, self._optional([f"{name}.bias" for name in (bias or names)]))
 
+    def matrices(self, name: str, i: int | None = None) -> Matrix[Weight, Vector]:
+        """Return one of a tensor's matrices, or the rows of all of them as one matrix."""
+        tensor = self._tensors[f"{name}.weight"]
+        parts = [tensor.matrix(one) for one in (range(tensor.ne[2]) if i is None else (i,))]
+        self._progress(sum(part.nbytes for part in parts))
+        return Matrix((tensor.name,), self.backend.weight(parts), None)
+
+    def with_columns_scaled(self, name: str, scale: str) -> Matrix[Weight, Vector]:
+        """Return a matrix whose columns are multiplied by the values of a vector."""
+        tensor = self._tensors[f"{name}.weight"]
+        values = self.values(tensor.name).reshape(tensor.n_rows, -1) * self.values(f"{scale}.weight")
+        return Matrix((tensor.name,), self.backend.weight([self._held(tensor.name, values)]), None)
+
     def qkv(self, arch: Architecture, block: str) -> Matrix[Weight, Vector]:
         """Return the matrix that makes q, k and v. block: "blk.N."."""
         biases = [f"{block}{name}" for name in ("attn_qkv", *QKV) if f"{block}{name}.bias" in self._tensors]
@@ -123,12 +136,34 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         """Return weight and bias of a norm."""
         return self._take(self.backend.vector, [self._full(name)]), self._optional([f"{name}.bias"])
 
-    def numbers(self, name: str, values: NDArray[np.float32]) -> Vector:
-        """Return numbers that the file does not have. name: for errors and lists."""
+    def _held(self, name: str, values: NDArray[np.floating]) -> Tensor:
+        """Return an f32 or f16 tensor of numbers that the file does not have. name: for errors and lists."""
         from gguf_run.formats.gguf.memory_file import MemoryFile
 
         file = MemoryFile(self._tensors["token_embd.weight"].file.path, values.tobytes())
-        return self.backend.vector([Tensor(name, (values.size,), type_by_name("F32"), 0, file)])
+        return Tensor(name, values.shape[::-1], type_by_name(f"F{8 * values.itemsize}"), 0, file)
+
+    def numbers(self, name: str, values: NDArray[np.float32]) -> Vector:
+        """Return numbers that the file does not have. name: for errors and lists."""
+        return self.backend.vector([self._held(name, values)])
+
+    def of_heads(self, block: str, n_head: int, n_nope: int) -> tuple[Weight, Weight]:
+        """Return the matrices of latent attention's heads for queries and for values. block: "blk.N.".
+
+        Old files have for each head n_nope rows that make keys, which are transposed here, and rows that make values.
+        """
+        k, v = (f"{block}{name}.weight" for name in ("attn_k_b", "attn_v_b"))
+        if k in self._tensors:
+            return self._take(self.backend.weight, [k]), self._take(self.backend.weight, [v])
+        from gguf_run.formats.blocks.dequantizer import dequantize
+
+        both = self._tensors[f"{block}attn_kv_b.weight"]
+        kind: type[np.floating[Any]] = np.float32 if both.type.name == "F32" else np.float16
+        rows = dequantize(both.blocks(), both.type).astype(kind).reshape(n_head, -1, both.ne[0])
+        self._progress(both.nbytes)
+        parts = (k, rows[:, :n_nope].swapaxes(1, 2)), (v, rows[:, n_nope:])
+        made = [self.backend.weight([self._held(name, part)]) for name, part in parts]
+        return made[0], made[1]
 
     def late_norms(self, block: str, head_dim: int) -> tuple[Vector, Vector]:
         """Return the weights of a layer's norms of q and k after the rotation: those of q times those of k, and ones.

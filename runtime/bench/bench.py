@@ -133,7 +133,8 @@ def ideal_seconds(case: Case, model: BenchedModel, weight_bytes: int, limits: Li
     not counted because they are not int8. Float weights stay far from the int8 limit.
     """
     config = model.config
-    position_bytes = cache_bytes(*case.cache_types, config.n_head_kv, config.head_dim, GROUP) // GROUP
+    sizes = config.n_head_kv, config.head_dim, GROUP, config.layers[0].n_latent
+    position_bytes = cache_bytes(*case.cache_types, *sizes) // GROUP
     seconds, position = 0.0, case.n_depth
     for n, has_logits in _steps(case):
         seen = sum(min(position, config.window - 1) if is_swa else position for is_swa in config.is_swa)

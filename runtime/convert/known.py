@@ -6,7 +6,7 @@ from typing import Any
 
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.mapped import quoted
-from gguf_run.runtime.convert.layout import CheckpointLayout
+from gguf_run.runtime.convert.layout import N_DRAFT, CheckpointLayout
 from gguf_run.runtime.convert.rope import LOCAL_NAME, PART_NAMES, ROPE_NAMES, unknown_rope_names
 from gguf_run.runtime.convert.stored.checkpoint import Config
 
@@ -22,6 +22,7 @@ _MOST = 20  # names in a warning
 _READ = (
     "head_dim", "intermediate_size", "n_shared_experts", "moe_intermediate_size", "shared_expert_intermediate_size",
     "vocab_size", "tie_word_embeddings", "num_experts", "num_local_experts", "no_rope_layers", "num_key_value_heads",
+    "num_nextn_predict_layers",
 )  # fmt: skip
 # Keys that say nothing of what is computed: names, training, how transformers runs or generates, parts for images.
 _HARMLESS = (
@@ -36,7 +37,11 @@ _HARMLESS = (
     "typical_p", "do_sample", "num_beams", "num_beam_groups", "num_return_sequences", "repetition_penalty",
     "length_penalty", "diversity_penalty", "task_specific_params", "finetuning_task", "tokenizer_class", "id2label",
     "label2id", "problem_type", "return_dict", "gradient_checkpointing", "initial_context_length", "experts_per_token",
-    "interpolate_factor", "full_attn_mod", "num_logits_to_keep",
+    "interpolate_factor", "full_attn_mod", "num_logits_to_keep", "chunk_size",
+    "mamba_chunk_size", "mamba_ssm_cache_dtype", "use_mamba_kernels", "time_step_floor", "time_step_max",
+    "time_step_min", "residual_in_fp32", "rescale_prenorm_residual", "moe_shared_expert_overlap", "expand",
+    "mtp_layers_block_type", "mtp_hybrid_override_pattern",
+    "projector_hidden_act", "multimodal_projector_bias", "spatial_merge_size", "vision_feature_layer",
 )  # fmt: skip
 _TOKENS = ("_token_id", "_token_ids", "_token_index")  # ends of keys that name tokens, which a tokenizer knows
 
@@ -72,7 +77,7 @@ def _names(layout: CheckpointLayout) -> Iterator[str]:
         yield from names
     yield from ROPE_NAMES
     yield layout.bias_key
-    yield layout.drafts
+    yield N_DRAFT
     if layout.bias_key == "attention_bias":
         yield "mlp_bias"
     if PART_NAMES[0] in layout.defaults:

@@ -44,12 +44,14 @@ MIXTRAL_EXPERTS: Names = {
 }
 LLAMA: Names = {**PRE_NORMS, **ATTENTION, **DENSE}
 LLAMA_MOE: Names = {**PRE_NORMS, **ATTENTION, **MOE}
+DRAFTS = "mtp."  # tensors of layers behind the model, which guess tokens in advance: they are left out
 # Ends of names of tensors that hold no weights.
 IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 # Parts of a model for images and text, of which only the text is converted.
 _OTHERS = (
     "vision_tower", "vision_model", "multi_modal_projector", "visual", "audio_tower", "embed_vision", "embed_audio",
 )  # fmt: skip
+N_DRAFT, MOST_DRAFTS = "num_nextn_predict_layers", 16  # config.json: layers behind the last one that draft tokens
 OTHER_PARTS = tuple(f"{prefix}{part}." for prefix in ("", "model.") for part in _OTHERS)
 
 
@@ -93,6 +95,7 @@ class CheckpointLayout:
     numbers: Mapping[str, str] = field(
         default_factory=dict
     )  # tensors of one number in each layer -> key of their array
+    one_way: bool = False  # config.json has what a GGUF file does not, or nobody writes it back
     permuted: bool = False  # rows of q and k come as two halves of each head; GGUF has them in pairs
     interleaved: bool = False  # a tensor with two names has their rows in turns, not one half after the other
     norm_offset: float = 0.0  # added to the weights of norms
@@ -118,7 +121,6 @@ class CheckpointLayout:
     # Returns the row and config.json with what must be computed from it: values of names that begin with "_".
     read: Callable[["CheckpointLayout", Config], tuple["CheckpointLayout", Config]] | None = None
     edit: Callable[[Config, str, Tensor], Tensor] | None = None  # changes a tensor, by its name in the GGUF file
-    drafts: str = ""  # config.json: the number of blocks behind the layers that draft tokens: they are left out
     whole: tuple[str, ...] = ()  # tensors that get a module's rows as they are, though others come from it: see edit
 
     @property
@@ -132,10 +134,8 @@ class CheckpointLayout:
 
     @property
     def goes_back(self) -> bool:
-        """Whether a GGUF file can become such a checkpoint again: the table alone says how."""
-        by_functions = self.read is not None or self.edit is not None or self.more_keys is not None
-        has_parts = next(iter(self.classes)).endswith("ForConditionalGeneration")
-        return not (by_functions or has_parts or self.numbers or "exp_probs_b" in self.layer.values())
+        """Whether a GGUF file can become such a checkpoint again: nothing is computed by functions of the row."""
+        return not self.one_way and self.read is None and self.edit is None and self.more_keys is None
 
     @property
     def is_checked_by_decoder(self) -> bool:

@@ -1,6 +1,7 @@
 """The numbers of a model: config.json as GGUF metadata, and the shapes that follow from it."""
 
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.metadata import Typed
@@ -27,10 +28,13 @@ def layout_of(config: Config) -> tuple[CheckpointLayout, Config]:
     if layout is None and name is None and isinstance(model_type, str):
         layout = BY_MODEL_TYPE.get(model_type)
     if layout is None:
-        shown = config.wrong(("architectures",), f"one of {', '.join(sorted(BY_CLASS))}")
-        raise UnsupportedError(f"{shown}: only these can be converted")
+        near = get_close_matches(str(name), BY_CLASS, 3, 0.0)
+        allowed = f"one of {len(BY_CLASS)} that can be converted: {', '.join(near)} have the nearest names"
+        raise UnsupportedError(str(config.wrong(("architectures",), allowed)))
     # Only for this key null means that it is not there.
     given = {key: value for key, value in config.values.items() if value is not None or key != "rope_parameters"}
+    if layout.decoder.moe == "no" and given.get("num_experts") == 1:  # a network of Hunyuan that is no mixture
+        del given["num_experts"]
     config = Config(config.path, {**layout.defaults, **given})
     if layout.read is not None:
         layout, config = layout.read(layout, config)
@@ -44,7 +48,7 @@ def sizes(config: Config) -> dict[str, int]:
     n_head_kv = config.integer("num_key_value_heads", default=n_head)
     n_embd = config.integer("hidden_size")
     head_dim = config.integer("head_dim", default=max(1, n_embd // n_head))
-    n_ff = config.integer("intermediate_size")
+    n_ff = config.integer("intermediate_size") if type(config.get("intermediate_size")) is not list else 1  # Gemma 3n
     n_ff_exp = config.integer("moe_intermediate_size", default=n_ff)
     n_shared = config.integer("n_shared_experts", default=1)
     return {
@@ -57,7 +61,7 @@ def sizes(config: Config) -> dict[str, int]:
         "n_embd_q": n_head * head_dim,
         "n_embd_kv": n_head_kv * head_dim,
         "n_ff": n_ff,
-        "n_expert": config.integer("num_local_experts", "num_experts", "n_routed_experts", default=1),
+        "n_expert": config.integer("num_local_experts", "num_experts", "n_routed_experts", default=1, low=0),
         "n_ff_exp": n_ff_exp,
         "n_ff_shexp": config.integer("shared_expert_intermediate_size", default=n_ff_exp * n_shared, low=0),
     }
@@ -84,7 +88,8 @@ def hyperparameters(layout: CheckpointLayout, config: Config) -> dict[str, Typed
         _put(layout, found, config, key, key[0] in needed)
     numbers = sizes(config)
     if numbers["head_dim"] != numbers["n_embd"] // numbers["n_head"]:  # which is what a missing key means
-        found["attention.key_length"] = found["attention.value_length"] = Typed("u32", numbers["head_dim"])
+        for kind in ("key", "value"):
+            found.setdefault(f"attention.{kind}_length", Typed("u32", numbers["head_dim"]))
     found.update(_windows(layout, config))
     found.update(_not_built_in(layout, config, numbers))
     if layout.more_keys is not None:
@@ -101,7 +106,7 @@ def _put(layout: CheckpointLayout, found: dict[str, Typed], config: Config, key:
         if not isinstance(value, bool):
             raise config.wrong(names, "true or false")
         found[name] = Typed(kind, value)
-    elif kind.startswith("array"):
+    elif value is not None and kind.startswith("array"):
         found[name] = Typed(kind, value)  # of CheckpointLayout.read
     elif value is not None or needed:
         found[name] = Typed(kind, config.integer(*names, low=0) if kind == "u32" else config.number(*names))

@@ -147,7 +147,9 @@ def _place(layout: CheckpointLayout, numbers: Mapping[str, int], name: str, tens
         module, kind = (short[: -len("_bias")], "bias") if short.endswith("_bias") else (short, "weight")
     layer = re.fullmatch(r"model\.layers\.(\d{1,6})\.(.+)", module, re.ASCII)
     local = layer[2] if layer else module
-    item = re.search(r"\.(?:experts|norms)\.(\d{1,6})(?=\.|$)", local, re.ASCII)
+    item = re.search(
+        r"\.(?:experts|norms|altup_projections|altup_unembed_projections)\.(\d{1,6})(?=\.|$)", local, re.ASCII
+    )
     if item:
         local = local[: item.start(1)] + "@" + local[item.end(1) :]
     target = (layout.layer if layer else layout.model).get(local)
@@ -175,7 +177,7 @@ def _parts(
             tensor = transposed(tensor)
     if len(place.names) == 2:
         split = 1 if place.kind == "weight" else 0  # the dimension of which each half makes a tensor
-        if len(tensor.ne) != split + 2 or tensor.ne[split] % 2:
+        if not 2 <= len(tensor.ne) <= split + 2 or tensor.ne[split] % 2:
             made = f"of which {' and '.join(place.names)} cannot be made"
             raise _wrong_shape(tensor, quoted(tensor.name), f"{made}: it is damaged, or of another model")
         return halves(tensor, layout.interleaved, place.kind == "bias")

@@ -56,6 +56,8 @@ def calibrate(scorer: Scorer, chunks: Sequence[Chunk], n_kept: int) -> Iterator[
         if i < n_kept:
             done.logits.append(logits)
         for il, kind, data in decoder.cache.export():
+            if kind not in KINDS:  # the state of a recurrent layer
+                continue
             values = np.frombuffer(data, np.float32).reshape(heads[il], -1)
             np.maximum(done.maxima[kind][il], np.abs(values).max(axis=1), out=done.maxima[kind][il])
         done.n_chunk += 1

@@ -10,6 +10,7 @@ from gguf_run.kernels_cpu.attention.cache import rows_stored
 from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS, cache_bytes
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
+from gguf_run.models.kv_cache import N_STATES
 
 DEFAULT_TYPE = "f16"
 
@@ -39,7 +40,8 @@ def plan_cache(
         layer = found[il] if found is not None else None
         k, v = pair or (layer and layer.types) or (DEFAULT_TYPE, DEFAULT_TYPE)
         check_type("--cache-type" if both else "--cache-type-k", k, config.attention(il).head_dim)
-        check_type("--cache-type-v", v, config.attention(il).head_dim)
+        if not config.attention(il).n_latent:
+            check_type("--cache-type-v", v, config.attention(il).head_dim)
         static = (layer.scales(k, "k"), layer.scales(v, "v")) if layer and not cache_rotation else (None, None)
         plan.append(CacheType(k, v, cache_rotation, *static))
     return tuple(plan)
@@ -62,14 +64,23 @@ def check_type(option: str, name: str, head_dim: int) -> None:
 def layer_bytes(
     config: ModelConfig, plan: Sequence[CacheType], n_ctx: int, n_batch: int, n_seq: int = 1
 ) -> tuple[int, ...]:
-    """Return the bytes of each layer's cache. Layers with a window store only the window and a batch."""
+    """Return the bytes of each layer's cache and states. Layers with a window store only the window and a batch.
+
+    A layer that reads another layer's cache has none.
+    """
     n_batch = max(min(n_batch, n_ctx), n_seq)
     sizes = []
     for il, kind in enumerate(plan):
         shape = config.attention(il)
-        rows = rows_stored(n_ctx, n_batch, shape.window)
-        sizes.append(n_seq * cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, rows))
+        rows = rows_stored(n_ctx, n_batch, shape.window) if config.layers[il].kv_layer == il else 0
+        rows_bytes = n_seq * cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, rows, shape.n_latent)
+        sizes.append(rows_bytes + state_bytes(config, il, n_seq))
     return tuple(sizes)
+
+
+def state_bytes(config: ModelConfig, il: int, n_seq: int) -> int:
+    """Return the bytes of the states of a recurrent layer, 0 for another layer."""
+    return 4 * N_STATES * n_seq * sum(config.mixer.states(il)) if config.mixer is not None else 0
 
 
 def describe_plan(plan: Sequence[CacheType]) -> str:

@@ -14,6 +14,8 @@ from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.kernels_gpu.attention.cache_types import cache_format
 from gguf_run.kernels_gpu.panels.panels import matrix_bytes
 from gguf_run.kernels_gpu.sizes import cache_bytes, program_bytes
+from gguf_run.models.config import ModelConfig
+from gguf_run.runtime.load.cache_plan import state_bytes
 from gguf_run.runtime.load.memory import N_OUTPUTS, MemoryNeed, MemoryPlan, WeightSizes
 from gguf_run.runtime.load.options import Wanted
 from gguf_run.runtime.load.placement import CPU, Device, Placement, cpu_only
@@ -30,6 +32,8 @@ class GpuSizes:
     weights: WeightSizes  # without the experts that stay on the CPU
     caches: tuple[int, ...]  # of each layer
     buffers: int  # of each GPU
+    n_bound: int = 0  # the last layers that must be on one device: they read each other's keys and values
+    is_mapped: bool = False  # embeddings are read from the file, beside the CPU
 
 
 def gpu_sizes(plan: MemoryPlan) -> GpuSizes:
@@ -40,11 +44,21 @@ def gpu_sizes(plan: MemoryPlan) -> GpuSizes:
         layers[il] -= weights.experts[il]
     caches = [
         cache_bytes(plan.config.attention(il), kind, plan.n_ctx, plan.n_rows, plan.n_seq)
+        + state_bytes(plan.config, il, plan.n_seq)
+        if plan.config.layers[il].kv_layer == il
+        else 0
         for il, kind in enumerate(plan.cache)
     ]
     n_outputs = max(min(N_OUTPUTS, plan.n_rows), plan.n_seq)
     buffers = program_bytes(plan.config, plan.tensors, plan.n_rows, n_outputs, plan.widths)
-    return GpuSizes(replace(weights, layers=tuple(layers)), tuple(caches), buffers)
+    weights = replace(weights, layers=tuple(layers))
+    return GpuSizes(weights, tuple(caches), buffers, n_bound(plan.config), plan.config.has_ple)
+
+
+def n_bound(config: ModelConfig) -> int:
+    """Return how many layers, from the last on, must be on one device, because one reads another's keys and values."""
+    read = (layer.kv_layer for il, layer in enumerate(config.layers) if layer.kv_layer != il)
+    return config.n_layer - min(read, default=config.n_layer)
 
 
 def needed(placement: Placement, device: Device, sizes: GpuSizes) -> MemoryNeed:
@@ -67,6 +81,8 @@ def _candidates(n_gpu: int, sizes: GpuSizes, free: Mapping[Device, int], split: 
     """Yield placements of the last n_gpu layers, the better one first."""
     weights, n_layer = sizes.weights, len(sizes.caches)
     layers = [CPU] * (n_layer - n_gpu)
+    if 0 < n_gpu < sizes.n_bound:
+        return
     if n_gpu:
         each = [weights.layers[il] + sizes.caches[il] for il in range(n_layer - n_gpu, n_layer)]
         each[-1] += weights.output
@@ -78,7 +94,8 @@ def _candidates(n_gpu: int, sizes: GpuSizes, free: Mapping[Device, int], split: 
             middle = at + size / 2
             layers.append(next(gpu for gpu, end in zip(free, ends, strict=True) if middle < end))
             at += size
-    if layers[0] != CPU:
+    layers[n_layer - sizes.n_bound :] = layers[-1:] * sizes.n_bound
+    if layers[0] != CPU and not sizes.is_mapped:
         yield Placement(layers[0], tuple(layers))
     yield Placement(CPU, tuple(layers))
 
@@ -93,6 +110,12 @@ def place(plan: MemoryPlan, wanted: Wanted, free: Mapping[Device, int]) -> Place
     n_layer = plan.config.n_layer
     if wanted.n_gpu is not None and wanted.n_gpu > n_layer:
         raise OptionError(f"--gpu-layers {wanted.n_gpu}: allowed are 0 to {n_layer}, the model's layers, all and auto")
+    bound = n_bound(plan.config)
+    if wanted.n_gpu is not None and 0 < wanted.n_gpu < bound:
+        raise OptionError(
+            f"--gpu-layers {wanted.n_gpu}: allowed are 0 and {bound} to {n_layer}: the last {bound} layers "
+            "share keys and values, and must be on one device"
+        )
     if not free:
         return cpu_only(n_layer)
     n_gpu, (most, lacking) = n_layer if wanted.n_gpu == -1 else wanted.n_gpu, most_layers(plan)
@@ -101,7 +124,7 @@ def place(plan: MemoryPlan, wanted: Wanted, free: Mapping[Device, int]) -> Place
     numbers = range(most, -1, -1) if n_gpu is None else range(n_gpu, n_gpu + 1)
     found, plan = _search(with_experts_on_cpu(plan, wanted), numbers, wanted, free)
     if found is None or (not found.n_gpu and n_gpu != 0 and wanted.insists):
-        raise GgufRunError(_too_small(plan, n_gpu or 1, wanted.split, free))
+        raise GgufRunError(_too_small(plan, n_gpu or max(1, bound), wanted.split, free))
     return replace(found, n_cpu_moe=plan.n_cpu_moe if found.n_gpu else 0)
 
 

@@ -67,7 +67,10 @@ class MemoryPlan:
         """Columns of all buffers of a token together."""
         config = self.config
         widths = 3 * config.n_embd + 2 * config.n_embd_q + 2 * config.n_embd_kv + 2 * config.n_ff
-        return widths + config.moe.n_used * config.n_ff_exp
+        mixer = [config.mixer.tensors(il) for il in range(config.n_layer)] if config.mixer is not None else []
+        made = [[n for n_in, *out in shapes.values() if n_in == config.n_embd for n in out] for shapes, _ in mixer]
+        widths += config.moe.n_used * config.n_ff_exp + 2 * config.n_ple * config.n_layer
+        return widths + max(map(sum, made), default=0)
 
     def needed(self) -> MemoryNeed:
         """Return the bytes that the CPU's part takes. Weights and cache are exact, buffers are an estimate."""
@@ -95,6 +98,8 @@ class MemoryPlan:
         for tensor in self.tensors:
             size = matrix_bytes(tensor.type.name, tensor.ne[0], tensor.n_rows) if len(tensor.ne) > 1 else tensor.nbytes
             block = re.match(r"blk\.(\d+)\.", tensor.name)
+            if tensor.name == "per_layer_token_embd.weight":
+                continue  # no device holds it: rows are read from the file
             if block is None:
                 others["embedding" if tensor.name == "token_embd.weight" else tensor.name] += size
             elif int(block[1]) < len(layers):

@@ -171,9 +171,31 @@ def test_unknown_architecture(architecture: Any) -> None:
     assert len(str(error.value).splitlines()) == 1
     assert len(str(error.value)) < 350
     if architecture == "mamba":
-        assert str(error.value).startswith(
-            "general.architecture is 'mamba'; this program runs: deepseek, gemma, gemma2,"
-        )
+        expected = "general.architecture is 'mamba', which is not known; README.md lists those that this program runs"
+        assert str(error.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("shapes", "differs"),
+    [
+        ({}, "is llama; beside it, the file has the same tensors; what it computes from them is not known"),
+        ({"attn_k_norm.weight": (32,), "attn_q_norm.weight": (32,)}, "is qwen3; beside it, the file has the same"),
+        ({"attn_rot.weight": (32,), "attn_output.weight": None}, "has 'attn_rot.weight' and lacks 'attn_output.we"),
+        ({f"x{i}.weight": (1,) for i in range(6)}, "has 'x0.weight', 'x1.weight', 'x2.weight', 'x3.weight' and 2 more"),
+    ],
+)
+def test_the_nearest_architecture(shapes: dict[str, tuple[int, ...] | None], differs: str) -> None:
+    every_layer = {f"blk.{il}.{name}": shape for il in range(2) for name, shape in shapes.items()}
+    with pytest.raises(UnsupportedError) as error:
+        read(Tiny(arch="new"), shapes={**every_layer, "v.patch_embd.weight": (4, 4)})
+    assert str(error.value).startswith("general.architecture is 'new', which is not known; the nearest that this")
+    assert differs in str(error.value)
+
+
+def test_parts_for_images_and_sound_are_left_out() -> None:
+    parts = {"v.blk.0.attn_q.weight": (8, 8), "mm.input_projection.weight": (8, 96), "a.conv1d.0.weight": (3, 3)}
+    with pytest.warns(UserWarning, match="3 tensors such as 'v.blk.0.attn_q.weight' are for images or sound: they are"):
+        assert read(Tiny(), shapes=parts) == read(Tiny())
 
 
 BAD_TENSORS: list[tuple[Tiny, str, tuple[int, ...] | None, str]] = [

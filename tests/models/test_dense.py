@@ -16,6 +16,7 @@ from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 from gguf_run.models.keys import Keys
 from gguf_run.models.xielu import read_xielu
+from gguf_run.runtime.convert.back.checkpoint import export_hf
 from gguf_run.runtime.convert.open_checkpoint import open_checkpoint
 from gguf_run.runtime.convert.stored.sources import gathered, rows, values
 
@@ -52,10 +53,10 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         {**_FREE, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}},
     ),
     "arcee": ("ArceeForCausalLM", {**_TIED}),
-    "nemotron": ("NemotronForCausalLM", {**_FREE}),
+    "nemotron": ("NemotronForCausalLM", {**_TIED}),
     "apertus": ("ApertusForCausalLM", {**_TIED, "rope_parameters": _LLAMA31}),
-    "exaone4": ("Exaone4ForCausalLM", {**_FREE, **_WINDOWS}),
-    "exaone4-full": ("Exaone4ForCausalLM", {**_FREE, "sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    "exaone4": ("Exaone4ForCausalLM", {**_TIED, **_WINDOWS}),
+    "exaone4-full": ("Exaone4ForCausalLM", {**_TIED, "sliding_window": None, "layer_types": ["full_attention"] * 2}),
     "cohere2": ("Cohere2ForCausalLM", {**_TIED, **_WINDOWS, "logit_scale": 0.25, "tie_word_embeddings": True}),
 }  # fmt: skip
 
@@ -63,8 +64,31 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", TINY)
 def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     has_images = "vision_config" in TINY[name][1]
-    with pytest.warns(UserWarning, match="tensors for images are left out") if has_images else nullcontext():
+    with pytest.warns(UserWarning, match="are left out, the file is for text") if has_images else nullcontext():
         tiny.check(tmp_path, *TINY[name])
+
+
+@pytest.mark.parametrize("name", ["glm4", "nemotron", "hunyuan-dense", "exaone4-full", "cohere2"])
+def test_there_and_back(name: str, tmp_path: Path) -> None:
+    tiny.make(tmp_path / "a", *TINY[name])
+    with open_checkpoint(tmp_path / "a", name="x") as file:
+        export_hf(file, tmp_path / "b")
+        with open_checkpoint(tmp_path / "b", name="x") as again:
+            kept = [{k: str(v) for k, v in f.metadata.items() if not k.startswith("general.")} for f in (file, again)]
+            assert kept[0] == kept[1]
+            assert {k: x.blocks().tobytes() for k, x in file.tensors.items()} == {
+                k: x.blocks().tobytes() for k, x in again.tensors.items()
+            }
+
+
+def test_what_has_no_way_back(tmp_path: Path) -> None:
+    tiny.make(tmp_path / "a", *TINY["apertus"])
+    with (
+        open_checkpoint(tmp_path / "a") as file,
+        pytest.raises(UnsupportedError, match=r"apertus.* cannot be exported"),
+    ):
+        export_hf(file, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 def test_keys_normed_after_the_rotation_can_be_shifted(tmp_path: Path) -> None:

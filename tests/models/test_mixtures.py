@@ -67,7 +67,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:.*tensors for images or sound are left out")
+@pytest.mark.filterwarnings("ignore:.*tensors for images, sound or drafts are left out")
 @pytest.mark.parametrize("name", TINY)
 def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     tiny.check(tmp_path, *TINY[name])
@@ -100,7 +100,7 @@ def as_ling(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {**found, "model.layers.2.eh_proj.weight": np.ones((2, 2), np.float32)}
 
 
-@pytest.mark.filterwarnings("ignore:.*blocks that draft tokens")
+@pytest.mark.filterwarnings("ignore:.*tensors for images, sound or drafts are left out")
 def test_ling(tmp_path: Path) -> None:
     """transformers has no class for it. Blocks that draft tokens are left out."""
     _, config = TINY["glm4moe"]
@@ -108,14 +108,14 @@ def test_ling(tmp_path: Path) -> None:
     own = {"architectures": ["BailingMoeV2ForCausalLM"], "model_type": "bailing_moe", "num_experts": 8}
     own |= {"num_shared_experts": 1, "n_shared_experts": None, "n_routed_experts": None, "score_function": None}
     rewrite(tmp_path, {**own, "num_nextn_predict_layers": 1}, as_ling)
-    with pytest.warns(UserWarning, match="1 blocks that draft tokens .MTP. are left out"):
+    with pytest.warns(UserWarning, match="1 tensors for images, sound or drafts are left out"):
         open_checkpoint(tmp_path)
     with tiny.opened(tmp_path) as (model, tensors):
         assert (model.arch.name, model.moe.n_group, model.n_layer) == ("bailingmoe2", 4, 2)
         assert error(tiny.logits(model, tensors, cpu(2), (65, 25)), expected) < 1e-4
 
 
-@pytest.mark.filterwarnings("ignore:.*tensors for images or sound are left out")
+@pytest.mark.filterwarnings("ignore:.*tensors for images, sound or drafts are left out")
 def test_experts_whose_matrices_are_turned(tmp_path: Path) -> None:
     """The first checkpoints of Qwen3-VL have [n_in, n_out], those that transformers 5 writes [n_out, n_in]."""
     tiny.make(tmp_path, *TINY["qwen3vlmoe"])

@@ -28,11 +28,10 @@ _LLAMA31_CONTEXTS = (8192, *(1 << n for n in range(4, 20)))
 def layout_of_file(file: GGUFFile) -> CheckpointLayout:
     """Return the layout of the file's architecture. UnsupportedError if there is none."""
     name = file.metadata.get("general.architecture")
-    exported = {arch: rows for arch, rows in BY_ARCH.items() if all(row.goes_back for row in rows)}
-    if not isinstance(name, str) or name not in exported:
-        known = ", ".join(sorted(exported))
+    rows = [row for row in BY_ARCH.get(name, ()) if row.goes_back] if isinstance(name, str) else []
+    if not rows:
+        known = ", ".join(sorted(arch for arch, rows in BY_ARCH.items() if any(row.goes_back for row in rows)))
         raise UnsupportedError(f"{file.path}: architecture {quoted(str(name))} cannot be exported; these can: {known}")
-    rows = BY_ARCH[name]
     if _get(file, "expert_count"):
         return rows[-1]
     return rows[1] if len(rows) > 1 and _get(file, "attention.sliding_window") else rows[0]
@@ -117,7 +116,8 @@ def _windows(layout: CheckpointLayout, file: GGUFFile, n_layer: int) -> Json:
     window = _get(file, "attention.sliding_window") if layout.windows else None
     found: Json = {"use_sliding_window": bool(window)} if layout.switch else {}
     if not window:
-        return found | ({"sliding_window": None} if "sliding_window" in layout.defaults else {})
+        types = {"layer_types": ["full_attention"] * n_layer} if "sliding_window_pattern" in layout.defaults else {}
+        return found | types | ({"sliding_window": None} if "sliding_window" in layout.defaults else {})
     if layout.windows != "all":
         found["layer_types"] = _layer_types(layout, file, n_layer)
     return found | {"sliding_window": window}

@@ -1,6 +1,7 @@
 """Checkpoints of Qwen's hybrids of Gated DeltaNet and gated attention."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -33,9 +34,10 @@ def _read(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout, C
     if not isinstance(kinds, list) or len(kinds) != n or not {*kinds} <= {"linear_attention", "full_attention"}:
         raise config.wrong(("layer_types",), f"{n} of linear_attention or full_attention")
     n_inner = config.integer("linear_num_value_heads") * config.integer("linear_value_head_dim")
-    more = {"full_attention_interval": period, "_n_inner": n_inner}
+    more: dict[str, Any] = {"full_attention_interval": period, "_n_inner": n_inner}
     if kinds != plain:
         more["_recurrent"] = [kind == "linear_attention" for kind in kinds]
+        layout = replace(layout, keys=(*layout.keys, ("attention.recurrent_layers", "array[bool]", ("_recurrent",))))
     return layout, Config(config.path, {**config.values, **more})
 
 
@@ -89,7 +91,6 @@ _KEYS: tuple[Key, ...] = (
     ("ssm.time_step_rank", "u32", ("linear_num_value_heads",)),
     ("ssm.inner_size", "u32", ("_n_inner",)),
     ("full_attention_interval", "u32", ("full_attention_interval",)),
-    ("attention.recurrent_layers", "array[bool]", ("_recurrent",)),
 )
 _DEFAULTS = {
     "rms_norm_eps": 1e-6, "head_dim": 256, "partial_rotary_factor": 0.25, "linear_conv_kernel_dim": 4,

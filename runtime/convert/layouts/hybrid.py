@@ -12,6 +12,7 @@ from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.runtime.convert.layout import (
     ATTENTION,
     EXPERT_FF,
+    N_EXPERT,
     NUMBERED,
     PRE_NORMS,
     SILU,
@@ -70,7 +71,7 @@ def _lfm2(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout, C
     if config.get("block_auto_adjust_ff_dim") is True:
         n, n_ff = config.integer("block_multiple_of"), int(config.number("block_ffn_dim_multiplier") * (2 * n_ff // 3))
         n_ff = -(-n_ff // n) * n
-    return layout, _with_kinds(config, kinds, intermediate_size=n_ff)
+    return layout, _with_kinds(config, kinds, intermediate_size=n_ff, _gating=2)
 
 
 def _granite(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout, Config]:
@@ -97,7 +98,9 @@ def _nemotron(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayou
     widths = [n_ff if kind in _FFN else 0 for kind in kinds]
     head_dim = config.integer("attention_head_dim", "head_dim")
     more = {"_n_ff": widths, "_n_inner": n_inner, "head_dim": head_dim, "intermediate_size": n_ff}
-    if has_experts:
+    if not has_experts:
+        more |= {"n_routed_experts": 0, "num_experts_per_tok": 0}
+    else:
         if any(kind in ("mlp", "-") for kind in kinds):
             raise config.wrong(("layers_block_type",), "one kind of feed-forward layers: mlp or moe")
         more["shared_expert_intermediate_size"] = config.integer("moe_shared_expert_intermediate_size")
@@ -198,6 +201,30 @@ _LFM2 = CheckpointLayout(
     },
     expected={"conv_bias": (False,)},
 )  # fmt: skip
+_LFM2_MOE = replace(
+    _LFM2,
+    arch="lfm2moe",
+    classes={"Lfm2MoeForCausalLM": "lfm2_moe"},
+    layer={
+        **_LFM2.layer,
+        **network("feed_forward.experts.@", "_exps", NUMBERED),
+        "feed_forward.gate": "ffn_gate_inp",
+        "feed_forward.expert": "exp_probs_b",  # expert_bias in the checkpoint
+    },
+    keys=(
+        *_LFM2.keys,
+        N_EXPERT,
+        EXPERT_FF,
+        ("leading_dense_block_count", "u32", ("num_dense_layers",)),
+        ("expert_gating_func", "u32", ("_gating",)),  # sigmoid
+        ("expert_weights_scale", "f32", ("routed_scaling_factor",)),
+    ),
+    defaults={
+        **_LFM2.defaults, "block_auto_adjust_ff_dim": False, "num_dense_layers": 2, "routed_scaling_factor": 1.0,
+        "num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 1792,
+    },
+    expected={**_LFM2.expected, "norm_topk_prob": (True,), "use_expert_bias": (True, False)},
+)  # fmt: skip
 _GRANITE_SHARED: Key = ("expert_shared_feed_forward_length", "u32", ("shared_expert_intermediate_size",))
 _GRANITE = CheckpointLayout(
     "granitehybrid",
@@ -220,7 +247,7 @@ _GRANITE = CheckpointLayout(
         "attention_multiplier": 1.0, "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,
         "rms_norm_eps": 1e-6, "shared_intermediate_size": 1024, "num_local_experts": 8, "num_experts_per_tok": 2,
         "mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256, "mamba_d_conv": 4, "mamba_expand": 2,
-        "mamba_d_head": None, "mamba_chunk_size": None, "layer_types": None, "position_embedding_type": None,
+        "mamba_d_head": None, "layer_types": None, "position_embedding_type": None,
     },
     expected={**SILU, "mamba_conv_bias": (True,), "mamba_proj_bias": (False,), "time_step_limit": _UNLIMITED},
 )  # fmt: skip
@@ -251,12 +278,14 @@ _NEMOTRON = CheckpointLayout(
     defaults={
         "layer_norm_epsilon": 1e-5, "rms_norm_eps": None, "head_dim": 128, "num_key_value_heads": 8, "conv_kernel": 4,
         "ssm_state_size": 128, "mamba_num_heads": 128, "mamba_head_dim": 64, "n_groups": 8, "intermediate_size": 21504,
-        "attention_head_dim": None, "layers_block_type": None, "hybrid_override_pattern": None, "num_hidden_layers": None,
+        "attention_head_dim": None, "layers_block_type": None, "hybrid_override_pattern": None,
+        "norm_topk_prob": True, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "n_shared_experts": 1,
+        "moe_shared_expert_intermediate_size": 7688,
     },
     expected={
         "mlp_hidden_act": ("relu2",), "mamba_hidden_act": ("silu",), "use_conv_bias": (True,), "use_bias": (False,),
-        "mamba_proj_bias": (False,), "time_step_limit": _UNLIMITED, "sliding_window": (None,), "moe_latent_size": (None,),
-        "num_nextn_predict_layers": (0,),
+        "mamba_proj_bias": (False,), "time_step_limit": _UNLIMITED, "sliding_window": (None,),
+        "moe_latent_size": (None,), "num_nextn_predict_layers": (0,),
     },
 )  # fmt: skip
 _NEMOTRON_MOE_KEYS: tuple[Key, ...] = (
@@ -284,12 +313,13 @@ _FALCON = CheckpointLayout(
     edit=_folded,
     defaults={
         "rms_norm_eps": 1e-5, "mamba_d_ssm": 1024, "mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256,
-        "mamba_d_conv": 4, "mamba_expand": 2, "mamba_d_head": None, "mamba_chunk_size": None,
-        "mamba_rms_norm": False, "mamba_norm_before_gate": True, "mlp_multipliers": None, "ssm_multipliers": None, **{key: 1.0 for keys in _MULTIPLIERS.values() for key in keys},
+        "mamba_d_conv": 4, "mamba_expand": 2, "mamba_d_head": None, "mamba_rms_norm": False,
+        "mamba_norm_before_gate": True, "mlp_multipliers": None, "ssm_multipliers": None,
+        **{key: 1.0 for keys in _MULTIPLIERS.values() for key in keys},
     },
     expected={
         **SILU, "mamba_conv_bias": (True,), "mamba_proj_bias": (False,), "time_step_limit": _UNLIMITED,
         "projectors_bias": (False,), "attention_bias": (False,), "mlp_bias": (False,),
     },
 )  # fmt: skip
-ROWS = (_LFM2, _GRANITE, _NEMOTRON, _FALCON)
+ROWS = (_LFM2, _LFM2_MOE, _GRANITE, _NEMOTRON, _FALCON)

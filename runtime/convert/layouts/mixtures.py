@@ -194,6 +194,7 @@ ROWS = (
     CheckpointLayout(
         "qwen3vlmoe",
         {"Qwen3VLMoeForConditionalGeneration": "qwen3_vl_moe"},
+        one_way=True,
         layer={**LLAMA_MOE, **QK_NORM},
         bare=EXPERTS,
         keys=(N_EXPERT, EXPERT_FF),
@@ -203,6 +204,7 @@ ROWS = (
     CheckpointLayout(
         "dots1",
         {"Dots1ForCausalLM": "dots1"},
+        one_way=True,
         layer={**LLAMA, **MOE, **QK_NORM, **SHARED, **CHOICE},
         tied_copy=True,
         keys=LEAD,
@@ -213,10 +215,10 @@ ROWS = (
     CheckpointLayout(
         "glm4moe",
         {"Glm4MoeForCausalLM": "glm4_moe"},
+        one_way=True,
         layer={**LLAMA, **MOE, **QK_NORM, **SHARED, **CHOICE, "post_attention_layernorm": "post_attention_norm"},
         rope_dim=True,
         keys=LEAD,
-        drafts="num_nextn_predict_layers",
         defaults={**LEAD_DEFAULTS, "norm_topk_prob": True, "partial_rotary_factor": 0.5},
         expected=SIGMOID,
     ),
@@ -239,7 +241,6 @@ ROWS = (
         rope_dim=True,
         keys=(VOCAB_SIZE, *LEAD, ("expert_shared_feed_forward_length", "u32", ("moe_intermediate_size",))),
         bias_key="",
-        drafts="num_nextn_predict_layers",
         defaults={**LEAD_DEFAULTS, "partial_rotary_factor": 0.5},
         expected={**SIGMOID, "use_bias": (False,), "use_qkv_bias": (False,), "use_rmsnorm": (True,)},
         read=_shared,
