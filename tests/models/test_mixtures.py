@@ -29,9 +29,13 @@ _VISION = {
     "depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 72,
     "deepstack_visual_indexes": [0],
 }  # fmt: skip
+_MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2]}
 _GROUPS = {"n_group": 4, "topk_group": 2}
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
-    "dots1": ("Dots1ForCausalLM", {**_LEAD, "n_shared_experts": 2, "routed_scaling_factor": 2.5}),
+    "dots1": (
+        "Dots1ForCausalLM",
+        {**_LEAD, "num_key_value_heads": 6, "n_shared_experts": 2, "routed_scaling_factor": 2.5},
+    ),
     "glm4moe": ("Glm4MoeForCausalLM", {**_LEAD, **_GROUPS, "use_qk_norm": True, "routed_scaling_factor": 1.5}),
     "glm4moe-air": ("Glm4MoeForCausalLM", {**_LEAD, "attention_bias": True, "norm_topk_prob": False}),
     "minimax-m2": (
@@ -46,7 +50,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "hunyuan-moe": ("HunYuanMoEV1ForCausalLM", {**_SIZES, "num_experts": 4, "moe_topk": 2}),
     "qwen3vlmoe": (
         "Qwen3VLMoeForConditionalGeneration",
-        {"text_config": {**_MOE, "num_experts": 8}, "vision_config": _VISION},
+        {"text_config": {**_MOE, "num_experts": 8, "rope_parameters": _MROPE}, "vision_config": _VISION},
     ),
     "afmoe": (
         "AfmoeForCausalLM",
