@@ -21,7 +21,7 @@ from gguf_run.formats.gguf.writer_metadata import MetaValue
 from gguf_run.formats.quantizers.quantizer import quantize
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.convert.card import general_metadata
-from gguf_run.runtime.convert.layout import DRAFTS, IGNORED, N_DRAFT, OTHER_PARTS
+from gguf_run.runtime.convert.layout import IGNORED, N_DRAFT, OTHER_PARTS
 from gguf_run.runtime.convert.metadata import hyperparameters, layout_of
 from gguf_run.runtime.convert.quantized.methods import KEPT, plain_tensors
 from gguf_run.runtime.convert.rope import rope_tensors
@@ -55,11 +55,7 @@ def open_checkpoint(
         if n_left_out := len(checkpoint.tensors) - len(stored):
             what = f"{n_left_out} tensors for images, sound or drafts are left out, the file is for text alone"
             warnings.warn(f"{directory}: {what}", stacklevel=2)
-        stored = {
-            name: tensor
-            for name, tensor in stored.items()
-            if not name.endswith(IGNORED) and not name.startswith(DRAFTS)
-        }
+        stored = {name: tensor for name, tensor in stored.items() if not name.endswith(IGNORED)}
         plain = dict(plain_tensors(dataclasses.replace(checkpoint, config=config, tensors=stored), keep))
         numbers.update(take_numbers(layout, n_layer, plain))
         tensors = model_tensors(layout, config, plain)
