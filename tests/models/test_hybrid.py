@@ -39,6 +39,11 @@ _NEMOTRON = {
 }  # fmt: skip
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("Lfm2ForCausalLM", _LFM2),
+    "lfm2moe": (
+        "Lfm2MoeForCausalLM",
+        {**_LFM2, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "num_dense_layers": 1,
+         "routed_scaling_factor": 1.7},
+    ),
     "granitehybrid": ("GraniteMoeHybridForCausalLM", {**_GRANITE, "num_local_experts": 0}),
     "granitehybrid-moe": ("GraniteMoeHybridForCausalLM", {**_GRANITE, **_EXPERTS}),
     "granite-4": (
@@ -52,6 +57,12 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron_h": (
         "NemotronHForCausalLM",
         {**_NEMOTRON, "layers_block_type": ["linear_attention", "full_attention", "mlp", "linear_attention"]},
+    ),
+    "nemotron_h_moe": (
+        "NemotronHForCausalLM",
+        {**_NEMOTRON, "layers_block_type": ["linear_attention", "full_attention", "moe", "linear_attention"],
+         "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "routed_scaling_factor": 1.7,
+         "moe_shared_expert_intermediate_size": 56},
     ),
     "falcon-h1": (
         "FalconH1ForCausalLM",
