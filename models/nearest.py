@@ -35,8 +35,8 @@ def nearest(
         found.append((len(more) + len(fewer), arch.name, _shown(more), _shown(fewer)))
     if not found:
         return "README.md lists those that this program runs"
-    _, name, more, fewer = min(found, key=lambda row: row[0])
-    parts = [f"{word} {names}" for word, names in (("has", more), ("lacks", fewer)) if names]
+    _, name, has, lacks = min(found, key=lambda row: row[0])
+    parts = [f"{word} {names}" for word, names in (("has", has), ("lacks", lacks)) if names]
     differs = " and ".join(parts) if parts else "has the same tensors; what it computes from them is not known"
     return f"the nearest that this program runs is {name}; beside it, the file {differs}"
 

@@ -3,5 +3,6 @@
 from gguf_run.models.architectures import Architecture
 
 ENTRIES = tuple(
-    Architecture(name, qkv=(), mixer="latent", moe="maybe", expert_norm=False) for name in ("deepseek2", "mistral4")
+    Architecture(name, qkv=(), mixer="latent", moe="maybe", expert_norm=False, router_bias="maybe")
+    for name in ("deepseek2", "mistral4")
 )

@@ -91,7 +91,7 @@ def random_tensor(type_name: str, n_rows: int, n_in: int, seed: int = 0) -> Memo
         numbers = rng.integers(-128, 128, shape).astype(type.dtype)
     else:
         numbers = rng.integers(0, 256, (*shape, type.type_size), np.uint8).view(type.dtype)[..., 0]
-        for name in type.dtype.names:
+        for name in type.dtype.names or ():
             part = numbers[name]
             if part.dtype.kind == "f":  # of both signs, and nowhere near 0
                 part[...] = rng.choice([-1, 1], part.shape) * rng.uniform(0.01, 0.1, part.shape)
@@ -261,7 +261,7 @@ def _head_twin(panel: IntPanel, heads: np.ndarray) -> np.ndarray:
     if name == "k4":
         fields = np.concatenate([fields & 15, fields >> 4], axis=-2)
     elif name == "k6":
-        fourth = sum((fields[..., i, :] >> 6) << 2 * i for i in range(3))
+        fourth = np.sum([(fields[..., i, :] >> 6) << 2 * i for i in range(3)], axis=0)
         fields = np.concatenate([fields & 63, fourth[..., None, :]], axis=-2) - (0 if panel.has_minimum else 32)
     elif name == "k8":
         fields = fields.astype(np.uint8).view(np.int8)
