@@ -223,6 +223,24 @@ def _scan(tape: Tape, op: "ops.Scan[CpuState, CpuVector]", int8: Rows | None) ->
     )
 
 
+def _mix(tape: Tape, op: ops.Mix, int8: Rows | None) -> None:
+    from gguf_run.kernels_cpu.rows.streams import mix
+
+    tape.record(op, mix, n=op.width, n_x=op.x.width // op.width, n_out=op.out.width // op.width)
+
+
+def _match_rms(tape: Tape, op: ops.MatchRms, int8: Rows | None) -> None:
+    from gguf_run.kernels_cpu.rows.streams import match_rms
+
+    tape.record(op, match_rms, n=op.like.width, n_part=op.x.width // op.like.width)
+
+
+def _threshold(tape: Tape, op: ops.Threshold, int8: Rows | None) -> None:
+    from gguf_run.kernels_cpu.rows.streams import threshold
+
+    tape.record(op, threshold, n=op.x.width)
+
+
 def _moe(tape: Tape, op: Any, int8: Rows | None) -> None:
     from gguf_run.kernels_cpu.lower_moe import lower_moe
 
@@ -258,6 +276,9 @@ LOWER: Mapping[type, Lowered] = {
     ops.Moe: _moe,
     ops.GateRows: _gate_rows,
     ops.Softcap: _softcap,
+    ops.Mix: _mix,
+    ops.MatchRms: _match_rms,
+    ops.Threshold: _threshold,
     ops.Observe: _observe,
     ops.Outputs: _outputs,
 }

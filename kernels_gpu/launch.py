@@ -22,14 +22,16 @@ from gguf_run.kernels_gpu.panels.memory import GpuSquares, GpuWeight, WeightPart
 from gguf_run.kernels_gpu.recurrent.delta_rule import bind_delta_rule
 from gguf_run.kernels_gpu.recurrent.scan import bind_scan
 from gguf_run.kernels_gpu.recurrent.short_conv import bind_short_conv
-from gguf_run.kernels_gpu.rows import activation, norms, quantize, rope
+from gguf_run.kernels_gpu.rows import activation, norms, quantize, rope, streams
 from gguf_run.models.ops import (
     DeltaRule,
     Embed,
     Gated,
     GateRows,
     LayerNorm,
+    MatchRms,
     MatmulHeads,
+    Mix,
     Observe,
     Outputs,
     Rope,
@@ -37,6 +39,7 @@ from gguf_run.models.ops import (
     ShortConv,
     Softcap,
     Temper,
+    Threshold,
     Xielu,
 )
 
@@ -133,6 +136,24 @@ def _softcap(op: Softcap, memory: Memory) -> Launch:
     return _by_columns(activation.softcap, op.x.width, *memory.strided(op.x), op.x.width, op.scale, op.cap or None)
 
 
+def _mix(op: Mix, memory: Memory) -> Launch:
+    buffers = (op.base, op.x, op.minus, op.coef, op.out)
+    strided = [value for buffer in buffers for value in memory.strided(buffer)]
+    n, n_out = op.width, op.out.width // op.width
+    return lambda n_row: streams.mix[(n_row, -(-n // WIDTH), n_out)](*strided, n, op.shift, op.x.width // n, WIDTH)
+
+
+def _match_rms(op: MatchRms, memory: Memory) -> Launch:
+    x, like, n = memory.strided(op.x), memory.strided(op.like), op.like.width
+    width = triton.next_power_of_2(n)
+    return lambda n_row: streams.match_rms[(n_row, op.x.width // n)](*x, *like, n, op.least, width)
+
+
+def _threshold(op: Threshold, memory: Memory) -> Launch:
+    x, n = memory.strided(op.x), op.x.width
+    return lambda n_row: streams.threshold[(n_row,)](*x, n, op.factor, triton.next_power_of_2(n))
+
+
 def _observe(op: Observe[GpuSquares], memory: Memory) -> Launch:
     x, step, squares, n = memory.strided(op.x), memory.step, op.squares, op.x.width
     return lambda _: activation.observe[(-(-n // WIDTH),)](
@@ -156,6 +177,9 @@ _BIND: dict[type, Callable[[Any, Memory], Launch]] = {
     LayerNorm: _layer_norm,
     FusedMoe: bind_moe,
     FusedNorm: _norm,
+    Mix: _mix,
+    MatchRms: _match_rms,
+    Threshold: _threshold,
     Observe: _observe,
     Outputs: _outputs,
     FusedMatmul: bind_matmul,

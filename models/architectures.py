@@ -97,7 +97,7 @@ def architecture(name: str) -> Architecture:
 
 
 # Tensors by name, ggml order: ne[0] (row length) first. A word is a number, or a field of LayerConfig or
-# ModelConfig; "a+b" is a sum.
+# ModelConfig; "a*b+c" is a sum of products.
 MODEL_SHAPES: Mapping[str, Shape] = {
     "token_embd.weight": ("n_embd", "n_vocab"),
     "output_norm.weight": ("n_embd",),

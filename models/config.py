@@ -1,5 +1,6 @@
 """Reads the numbers of a model from GGUF metadata and tensor shapes, and checks all of them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -27,6 +28,7 @@ from gguf_run.models.tensor_check import Ne, check_tensors, shape_of
 
 if TYPE_CHECKING:
     from gguf_run.models.mixers import Mixer
+    from gguf_run.models.per_layer import AltUp
 
 _MAX_EXPERTS = 1024
 _XIELU = "gguf_run.models.xielu"  # imported for the one architecture that needs it
@@ -96,6 +98,7 @@ class ModelConfig:
     n_ff_shexp: int  # width of the expert that all tokens use; 0: there is none
     moe: Mixture  # how a token's experts are chosen and weighted; unused if n_expert is 0
     n_ple: int  # columns of the embedding that a token has for each layer; 0: there is none
+    altup: "AltUp | None"  # of models with several streams of hidden states
 
     @property
     def n_layer(self) -> int:
@@ -108,11 +111,6 @@ class ModelConfig:
         With experts, which may be on another device, these are all layers.
         """
         return self.n_layer if self.n_expert else 1 + max(layer.kv_layer for layer in self.layers)
-
-    @property
-    def n_ple_all(self) -> int:
-        """Columns of the embeddings that a token has for all layers."""
-        return self.n_ple * self.n_layer
 
     @property
     def has_ple(self) -> bool:
@@ -163,8 +161,8 @@ class ModelConfig:
     def attention(self, il: int) -> AttentionShape:
         """Return the shape of layer il's attention. It has no heads in a layer without attention."""
         layer, scale, softcap = self.layers[il], self.attention_scale, self.attn_softcap
-        sizes, is_chunked = (layer.n_head, layer.n_head_kv, layer.head_dim), self.arch.chunk > 0
-        return AttentionShape(*sizes, scale, layer.window, softcap, is_chunked=is_chunked, n_latent=layer.n_latent)
+        sizes, is_chunked = (layer.n_head, layer.n_head_kv, layer.head_dim), min(self.arch.chunk, layer.window) > 0
+        return AttentionShape(*sizes, scale, layer.window, softcap, is_chunked, layer.n_latent)
 
     def ffn(self, il: int) -> tuple[str, ...]:
         """Return the names of layer il's matrices of gate, up and down; () if the layer has only experts."""
@@ -174,8 +172,13 @@ class ModelConfig:
 
     def size(self, il: int, word: str) -> int:
         """Return a size by its name in a table of shapes."""
-        layer = self.layers[il]
-        return sum(int(getattr(layer if hasattr(layer, part) else self, part, part)) for part in word.split("+"))
+        holders, total = (self.layers[il], self, self.altup), 0
+        for part in word.split("+"):
+            values = (
+                [getattr(one, name) for one in holders if hasattr(one, name)] or [name] for name in part.split("*")
+            )
+            total += math.prod(int(value) for value, *_ in values)
+        return total
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "ModelConfig":
@@ -253,6 +256,9 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
         n_ff_shexp=n_ff_shexp,
         moe=mixture,
         n_ple=keys.integer("embedding_length_per_layer_input", 0, low=0),
+        altup=import_module("gguf_run.models.per_layer").read_altup(keys, tensors, len(layers))
+        if arch.step == "altup_step"
+        else None,
     )
 
 

@@ -23,7 +23,7 @@ class Step(step.Step[Table, Weight, Vector, Cache, Experts, Squares, State]):
         observed: list[step.Observed] | None,
     ) -> None:
         super().__init__(load, config, observed)
-        self._ple = Buffer.whole("ple", config.n_ple_all)
+        self._ple = Buffer.whole("ple", config.n_ple * config.n_layer)
 
     def name_buffers(self, *, outputs: bool) -> None:
         super().name_buffers(outputs=outputs)
@@ -48,11 +48,10 @@ class Step(step.Step[Table, Weight, Vector, Cache, Experts, Squares, State]):
         return (*super().to_experts, self._dense, *self.before(0)[1:])
 
     def layer(self, il: int, cache: CacheLayer[Cache, State], *, experts: bool) -> None:
-        if il == 0 and self.config.has_ple:
-            self._project_embeddings()
+        self.begin(il)
         super().layer(il, cache, experts=experts)
         if not self.config.layers[il].has_experts:
-            self._finish(il)
+            self.finish(il)
 
     def project(self, il: int, h: Buffer) -> None:
         layer, block = self.config.layers[il], f"blk.{il}."
@@ -82,10 +81,12 @@ class Step(step.Step[Table, Weight, Vector, Cache, Experts, Squares, State]):
         self.add(ops.Attend(q, k, v, cache.cache, config.attention(il), attn))
         self.add_product(attn, block, "attn_output", "post_attention_norm")
 
-    def _project_embeddings(self) -> None:
-        """ple += norm(projection(x / sqrt(E))) / sqrt(2), each layer's part by itself"""
+    def begin(self, il: int) -> None:
+        """Before layer 0: ple += norm(projection(x / sqrt(E))) / sqrt(2), each layer's part by itself."""
         config = self.config
-        projected = Buffer.whole("ple_projected", config.n_ple_all)
+        if il or not config.has_ple:
+            return
+        projected = Buffer.whole("ple_projected", config.n_ple * config.n_layer)
         self.matmul(self.x, self.load.matrix("per_layer_model_proj"), projected)
         name = "per_layer_proj_norm.weight"
         weight = self.load.numbers(name, self.load.values(name) * np.float32(0.5**0.5))
@@ -118,9 +119,9 @@ class Step(step.Step[Table, Weight, Vector, Cache, Experts, Squares, State]):
         self.moe(il, self._sum, accumulate=False)
         self.norm(self._sum, f"{block}post_ffw_norm_2", self._dense, residual=self._dense)
         self.norm(self._dense, f"{block}post_ffw_norm", self.x, residual=self.x)
-        self._finish(il)
+        self.finish(il)
 
-    def _finish(self, il: int) -> None:
+    def finish(self, il: int) -> None:
         """x = scale * (x + norm(proj(gelu(gate(x)) * the layer's part of ple)))"""
         config, block, gate = self.config, f"blk.{il}.", self._gate_in
         if config.has_ple:

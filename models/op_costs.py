@@ -102,6 +102,9 @@ OPERATIONS: Mapping[type, Callable[[Any], int]] = {
     ops.Scan: lambda op: 5 * op.x.width * op.b.width // op.n_group,
     ops.GateRows: lambda op: op.x.width,
     ops.Softcap: lambda op: 3 * op.x.width,
+    ops.Mix: lambda op: 3 * op.out.width * op.x.width // op.width,
+    ops.MatchRms: lambda op: 5 * op.x.width,
+    ops.Threshold: lambda op: 6 * op.x.width,
     ops.Outputs: lambda op: 0,
 }
 

@@ -255,6 +255,39 @@ class Softcap:
 
 
 @frozen
+class Mix:
+    """out_i = base_i + sum over j of (coef[t, n i + j] + shift) * (x_j - minus), for the parts i of out and 0 .. n of x
+
+    A part is `width` columns (AltUp: Baykal et al., 2023, arXiv:2301.13310).
+    """
+
+    base: Buffer
+    x: Buffer
+    out: Buffer  # as wide as base; base or another memory than the others
+    width: int
+    coef: Buffer | None = None  # None: 0
+    minus: Buffer | None = None  # one part; None: 0
+    shift: float = 0.0
+
+
+@frozen
+class MatchRms:
+    """Each part of x, as wide as `like`, is scaled: x *= sqrt(mean(like^2) / max(mean(x^2), least))"""
+
+    x: Buffer
+    like: Buffer
+    least: float
+
+
+@frozen
+class Threshold:
+    """x = max(0, x - mean(x) - factor * sqrt(variance(x)))"""
+
+    x: Buffer
+    factor: float
+
+
+@frozen
 class Observe(Generic[Squares]):
     """Add the square of each column of x to the column's sum in float64."""
 
@@ -285,6 +318,9 @@ Op = (
     | Moe[Experts, Vector, Squares]
     | GateRows
     | Softcap
+    | Mix
+    | MatchRms
+    | Threshold
     | Observe[Squares]
     | Outputs
     | ShortConv[State, Vector]
@@ -297,5 +333,5 @@ def written(op: Any) -> Buffer | None:
     """Return the buffer whose contents an op replaces: its `out`, or x if it works in place."""
     if isinstance(op, Observe):
         return None
-    buffer: Buffer = op.x if isinstance(op, Rope | Temper | GateRows | Softcap) else op.out
+    buffer: Buffer = op.x if isinstance(op, Rope | Temper | GateRows | Softcap | MatchRms | Threshold) else op.out
     return buffer

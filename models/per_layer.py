@@ -3,10 +3,32 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.keys import Keys
 
 Ne = tuple[int, ...]
+
+
+@frozen
+class AltUp:
+    """The numbers of Gemma 3n."""
+
+    n_stream: int  # streams of hidden states
+    n_laurel: int  # rank of Laurel's product
+    sparsity: tuple[float, ...]  # factor of ops.Threshold in each layer; -inf: there is none
+
+
+def read_altup(keys: Keys, tensors: Mapping[str, Tensor], n_layer: int) -> AltUp:
+    """Return the numbers. The rank of Laurel is that of a tensor: no key tells it."""
+    keys.integer("altup.active_idx", 0, low=0, high=0)
+    laurel, sparsity = tensors.get("blk.0.laurel_l.weight"), keys.get("activation_sparsity_scale")
+    if not isinstance(sparsity, np.ndarray) or sparsity.shape != (n_layer,) or sparsity.dtype.kind != "f":
+        raise keys.wrong("activation_sparsity_scale", f"{n_layer} numbers, one for a layer")
+    n_stream = keys.integer("altup.num_inputs", low=2, high=16)
+    return AltUp(n_stream, laurel.ne[-1] if laurel else 0, tuple(sparsity.tolist()))
 
 
 def kv_layers_of(keys: Keys, kinds: Sequence[object]) -> list[int]:

@@ -114,6 +114,19 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         weight = self._take(upload, weights)
         return Matrix(weights, weight, self._optional([f"{name}.bias" for name in (bias or names)]))
 
+    def matrices(self, name: str, i: int | None = None) -> Matrix[Weight, Vector]:
+        """Return one of a tensor's matrices, or the rows of all of them as one matrix."""
+        tensor = self._tensors[f"{name}.weight"]
+        parts = [tensor.matrix(one) for one in (range(tensor.ne[2]) if i is None else (i,))]
+        self._progress(sum(part.nbytes for part in parts))
+        return Matrix((tensor.name,), self.backend.weight(parts), None)
+
+    def with_columns_scaled(self, name: str, scale: str) -> Matrix[Weight, Vector]:
+        """Return a matrix whose columns are multiplied by the values of a vector."""
+        tensor = self._tensors[f"{name}.weight"]
+        values = self.values(tensor.name).reshape(tensor.n_rows, -1) * self.values(f"{scale}.weight")
+        return Matrix((tensor.name,), self.backend.weight([self._held(tensor.name, values)]), None)
+
     def qkv(self, arch: Architecture, block: str) -> Matrix[Weight, Vector]:
         """Return the matrix that makes q, k and v. block: "blk.N."."""
         biases = [f"{block}{name}" for name in ("attn_qkv", *QKV) if f"{block}{name}.bias" in self._tensors]

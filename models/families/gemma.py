@@ -2,15 +2,17 @@
 
 from gguf_run.models.architectures import POST, PRE, QK, Architecture
 
-# "P": the embedding of a token for a layer, of n_ple columns.
+# Of models whose tokens have an embedding of n_ple columns for each layer.
 _PER_LAYER = {
-    "per_layer_token_embd.weight": ("n_ple_all", "n_vocab"),
-    "per_layer_model_proj.weight": ("n_embd", "n_ple_all"),
+    "per_layer_token_embd.weight": ("n_ple*n_layer", "n_vocab"),
+    "per_layer_model_proj.weight": ("n_embd", "n_ple*n_layer"),
     "per_layer_proj_norm.weight": ("n_ple",),
     "blk.N.inp_gate.weight": ("n_embd", "n_ple"),
     "blk.N.proj.weight": ("n_ple", "n_embd"),
     "blk.N.post_norm.weight": ("n_embd", "has_ple"),
 }
+
+_STREAM_VECTORS = ("altup_router_norm", "altup_correct_scale", "laurel_post_norm")
 
 ENTRIES = (
     Architecture("gemma", rope_style="neox", activation="gelu", scaled_embd=True),
@@ -59,6 +61,28 @@ ENTRIES = (
             "blk.N.pre_ffw_norm_2.weight": ("n_embd", "has_experts"),
             "blk.N.post_ffw_norm_1.weight": ("n_embd", "has_experts"),
             "blk.N.post_ffw_norm_2.weight": ("n_embd", "has_experts"),
+        },
+    ),
+    Architecture(
+        "gemma3n",
+        rope_style="neox",
+        activation="gelu",
+        norms=(*PRE, *QK, *POST),
+        scaled_embd=True,
+        attention_scale=1.0,
+        final_softcap=30.0,
+        swa_rope_freq_base=1e4,
+        swa_rope_scaled=False,
+        step="altup_step",
+        more={
+            **_PER_LAYER,
+            **dict.fromkeys(("altup_proj.weight", "altup_unembd_proj.weight"), ("n_embd", "n_embd", "n_stream+-1")),
+            "blk.N.altup_router.weight": ("n_embd", "n_stream"),
+            "blk.N.altup_predict_coef.weight": ("n_stream", "n_stream*n_stream"),
+            "blk.N.altup_correct_coef.weight": ("n_stream", "n_stream"),
+            "blk.N.laurel_l.weight": ("n_embd", "n_laurel"),
+            "blk.N.laurel_r.weight": ("n_laurel", "n_embd"),
+            **{f"blk.N.{name}.weight": ("n_embd",) for name in _STREAM_VECTORS},
         },
     ),
 )

@@ -48,7 +48,7 @@ def sizes(config: Config) -> dict[str, int]:
     n_head_kv = config.integer("num_key_value_heads", default=n_head)
     n_embd = config.integer("hidden_size")
     head_dim = config.integer("head_dim", default=max(1, n_embd // n_head))
-    n_ff = config.integer("intermediate_size")
+    n_ff = config.integer("intermediate_size") if type(config.get("intermediate_size")) is not list else 1  # Gemma 3n
     n_ff_exp = config.integer("moe_intermediate_size", default=n_ff)
     n_shared = config.integer("n_shared_experts", default=1)
     return {
@@ -78,7 +78,8 @@ def shape(layout: CheckpointLayout, name: str, numbers: Mapping[str, int]) -> tu
 def hyperparameters(layout: CheckpointLayout, config: Config) -> dict[str, Typed]:
     """Return the keys of the architecture, in the order of llama.cpp's converter."""
     found: dict[str, Typed] = {}
-    norm = "attention.layer_norm_epsilon" if layout.decoder.layer_norm else "attention.layer_norm_rms_epsilon"
+    has_rms = not layout.decoder.layer_norm or config.get("rms_norm_eps") is not None  # Phi-3.5-MoE's layer norms too
+    norm = "attention.layer_norm_rms_epsilon" if has_rms else "attention.layer_norm_epsilon"
     for i, key in enumerate(layout.all_keys()):
         if i == _N_BEFORE_ROPE:
             found.setdefault("attention.head_count_kv", found.get("attention.head_count", Typed("u32", 1)))
@@ -116,6 +117,8 @@ def _not_built_in(layout: CheckpointLayout, config: Config, numbers: Mapping[str
     arch = layout.decoder
     if "norm_topk_prob" in layout.defaults and (norm := bool(config.get("norm_topk_prob"))) != arch.expert_norm:
         yield "expert_weights_norm", Typed("bool", norm)
+    if arch.gating == "sigmoid" and arch.router_bias == "yes":
+        yield "expert_gating_func", Typed("u32", 2)
     if "query_pre_attn_scalar" in layout.defaults:
         by_width = numbers["n_layer"] in arch.n_embd_scale_n_layer
         built_in = numbers["n_embd"] // numbers["n_head"] if by_width else numbers["head_dim"]

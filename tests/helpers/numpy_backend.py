@@ -424,6 +424,25 @@ def xielu(x: np.ndarray, op: ops.Xielu) -> np.ndarray:
     return op.beta * x + np.where(x > 0, op.alpha_p * x * x, low)
 
 
+def mix(p: NumpyProgram, op: ops.Mix) -> np.ndarray:
+    base, x = (p[buffer].reshape(len(p[buffer]), -1, op.width) for buffer in (op.base, op.x))
+    coef = op.shift + (0 if op.coef is None else p[op.coef].reshape(len(x), base.shape[1], x.shape[1]))
+    coef = np.broadcast_to(coef, (len(x), base.shape[1], x.shape[1]))
+    moved = x if op.minus is None else x - p[op.minus][:, None]
+    return (base + np.einsum("tij,tjk->tik", coef, moved)).reshape(len(x), -1)
+
+
+def match_rms(p: NumpyProgram, op: ops.MatchRms) -> np.ndarray:
+    parts, like = p[op.x].reshape(len(p[op.x]), -1, op.like.width), p[op.like][:, None]
+    wanted, found = ((x * x).mean(axis=-1, keepdims=True) for x in (like, parts))
+    return (parts * np.sqrt(wanted / np.maximum(found, op.least))).reshape(len(parts), -1)
+
+
+def threshold(p: NumpyProgram, op: ops.Threshold) -> np.ndarray:
+    x = p[op.x]
+    return np.maximum(0, x - x.mean(axis=-1, keepdims=True) - op.factor * x.std(axis=-1, keepdims=True))
+
+
 def softcap(x: np.ndarray, scale: float, cap: float) -> np.ndarray:
     return cap * np.tanh(x * scale / cap) if cap else x * scale
 
@@ -446,6 +465,9 @@ FUNCTIONS: Mapping[type, Callable[[NumpyProgram, Any], Any]] = {
     ops.Scan: scan,
     ops.GateRows: lambda p, op: p[op.x] / (1 + np.exp(-p[op.gate])),
     ops.Softcap: lambda p, op: softcap(p[op.x], op.scale, op.cap),
+    ops.Mix: mix,
+    ops.MatchRms: match_rms,
+    ops.Threshold: threshold,
     ops.Observe: lambda p, op: op.squares.add(p[op.x]),
     ops.Outputs: lambda p, op: p[op.x][p.wanted],
 }

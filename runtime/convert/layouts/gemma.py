@@ -1,6 +1,8 @@
 """Checkpoints of the Gemma models."""
 
+import math
 from collections.abc import Iterator
+from statistics import NormalDist
 
 from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.runtime.convert.layout import (
@@ -89,6 +91,42 @@ def gemma4_keys(config: Config, windows: list[bool]) -> Iterator[tuple[str, Type
         yield "feed_forward_length", Typed("array[i32]", [n_ff * (1 + (il >= n_own)) for il in range(len(windows))])
 
 
+GEMMA3N_LAYER: Names = {
+    **{
+        f"altup.{name}_coefs": f"altup_{short}_coef"
+        for name, short in (("prediction", "predict"), ("correction", "correct"))
+    },
+    "altup.correct_output_scale": "altup_correct_scale",
+    "altup.modality_router": "altup_router",
+    "altup.router_norm": "altup_router_norm",
+    "laurel.linear_left": "laurel_l",
+    "laurel.linear_right": "laurel_r",
+    "laurel.post_laurel_norm": "laurel_post_norm",
+}
+GEMMA3N = {
+    **GEMMA, "sliding_window": 512, "num_key_value_heads": 2, "final_logit_softcapping": 30.0, "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768, "num_kv_shared_layers": 15, "hidden_size_per_layer_input": 256,
+    "vocab_size_per_layer_input": 262144, "altup_num_inputs": 4, "altup_active_idx": 0, "altup_coef_clip": 120.0,
+    "laurel_rank": 64, "activation_sparsity_pattern": None, "sliding_window_pattern": 5, "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+}  # fmt: skip
+
+
+def gemma3n_keys(config: Config, windows: list[bool]) -> Iterator[tuple[str, Typed]]:
+    """Yield the widths of the ffn and the factors of its sparse activations, for each layer."""
+    n = len(windows)
+    widths, given = config.get("intermediate_size"), config.get("activation_sparsity_pattern")
+    if not isinstance(widths, list) or len(widths) != n or any(type(width) is not int for width in widths):
+        widths = [config.integer("intermediate_size")] * n
+    shares = [0.95 * (n > 10 and il < 10) for il in range(n)] if given is None else given
+    shares = shares if isinstance(shares, list) else [shares] * n
+    if len(shares) != n or not all(isinstance(share, int | float) and 0 <= share < 1 for share in shares):
+        raise config.wrong(("activation_sparsity_pattern",), f"{n} numbers from 0 to 1")
+    yield "feed_forward_length", Typed("array[i32]", widths) if len({*widths}) > 1 else Typed("u32", widths[0])
+    factors = [NormalDist().inv_cdf(share) if share else -math.inf for share in shares]
+    yield "activation_sparsity_scale", Typed("array[f32]", factors)
+
+
 ROWS = (
     CheckpointLayout(
         "gemma",
@@ -140,5 +178,27 @@ ROWS = (
         windows="period",
         defaults=GEMMA4,
         expected={**GEMMA_FIXED, "use_bidirectional_attention": ("vision",)},
+    ),
+    CheckpointLayout(
+        "gemma3n",
+        {"Gemma3nForCausalLM": "gemma3n_text", "Gemma3nForConditionalGeneration": "gemma3n"},
+        layer={**LLAMA, **GEMMA2_NORMS, **QK_NORM, **PER_LAYER[1], **GEMMA3N_LAYER},
+        model={
+            **MODEL,
+            **PER_LAYER[0],
+            "model.altup_projections.@": "altup_proj",
+            "model.altup_unembed_projections.@": "altup_unembd_proj",
+        },
+        keys=(
+            ("feed_forward_length", "u32", ("feed_forward_length",)),  # see gemma3n_keys
+            *CAPS[1:],
+            *SHARED_KV,
+            ("altup.active_idx", "u32", ("altup_active_idx",)),
+            ("altup.num_inputs", "u32", ("altup_num_inputs",)),
+        ),
+        more_keys=gemma3n_keys,
+        windows="period",
+        defaults=GEMMA3N,
+        expected={**GEMMA_FIXED, "altup_correct_scale": (True,), "altup_active_idx": (0,)},
     ),
 )

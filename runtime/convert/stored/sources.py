@@ -152,6 +152,15 @@ def rows(tensor: Tensor, index: NDArray[np.int64], ne: tuple[int, ...]) -> Tenso
     return gathered(tensor.name, [tensor], index, ne)
 
 
+def padded(tensor: Tensor, n_rows: int) -> Tensor:
+    """Return a tensor of n_rows rows: the tensor's, then rows of zeros."""
+    row_bytes, n = tensor.type.row_bytes(tensor.ne[0]), n_rows - tensor.n_rows
+    zeros = Source(
+        "", (tensor.ne[0], n), tensor.type, tensor.file, lambda first, end: np.zeros((end - first, row_bytes), np.uint8)
+    )
+    return gathered(tensor.name, [tensor, zeros], None, (tensor.ne[0], n_rows))
+
+
 def halves(tensor: Tensor, interleaved: bool, bias: bool) -> tuple[Tensor, Tensor]:
     """Split every matrix [2 n, n_in] of the tensor into its first and second n rows, or the even and the odd ones.
 

@@ -65,6 +65,14 @@ def test_as_many_layers_as_fit(free: list[int], split: tuple[float, ...], expect
     assert found == expected
 
 
+@pytest.mark.parametrize(("free", "expected"), [([60], "c0000"), ([40], "cc000"), ([30], "ccccc"), ([60, 45], "c0111")])
+def test_layers_that_share_keys_are_on_one_device(free: list[int], expected: str) -> None:
+    """The last three of four layers, of 10 each. Embeddings that are read from the file are beside the CPU."""
+    room = {GPU[i]: n + MARGIN for i, n in enumerate(free)}
+    bound = replace(sizes([10] * 4), n_bound=3, is_mapped=True)
+    assert letters(fit(bound, range(4, -1, -1), (), room)) == expected
+
+
 @pytest.mark.parametrize(
     ("free", "expected"),
     [

@@ -1,0 +1,128 @@
+"""The ops of Gemma 3n. A token has several streams of hidden states (AltUp): a layer computes one, predicts the others.
+
+Beside attention, each layer has a product of low rank (Laurel). The ffn of some layers has sparse activations.
+"""
+
+import numpy as np
+
+from gguf_run.models import gemma_step, ops, step
+from gguf_run.models.config import ModelConfig
+from gguf_run.models.kv_cache import CacheLayer
+from gguf_run.models.operands import Buffer, Cache, Experts, Squares, State, Table, Vector, Weight
+from gguf_run.models.per_layer import AltUp
+from gguf_run.models.weights import Loader
+
+_LEAST = 1e-5  # mean square that a stream is scaled by at most
+
+
+class Step(gemma_step.Step[Table, Weight, Vector, Cache, Experts, Squares, State]):
+    """step.Step of these models. x is the first stream while a layer computes it."""
+
+    def __init__(
+        self,
+        load: Loader[Table, Weight, Vector, Cache, Experts, Squares, State],
+        config: ModelConfig,
+        observed: list[step.Observed] | None,
+    ) -> None:
+        assert config.altup is not None
+        self._altup: AltUp = config.altup
+        super().__init__(load, config, observed)
+
+    def name_buffers(self, *, outputs: bool) -> None:
+        super().name_buffers(outputs=outputs)
+        end, n, altup = "_out" if outputs else "", self.config.n_embd, self._altup
+
+        def buffer(name: str, width: int) -> Buffer:
+            return Buffer.whole(f"{name}{end}", width, outputs=outputs)
+
+        self._streams, self._predicted = buffer("streams", n * altup.n_stream), buffer("predicted", n * altup.n_stream)
+        self._modes, self._coef = buffer("modes", altup.n_stream), buffer("coef", altup.n_stream**2)
+        self._laurel, self._wide = buffer("laurel", altup.n_laurel), buffer("wide", 2 * self.config.n_ff)
+
+    def only_outputs(self) -> None:
+        predicted = self._predicted
+        super().only_outputs()
+        self._predicted = self.wanted(predicted)
+
+    def before(self, il: int) -> tuple[Buffer, ...]:
+        return (self._streams if 0 < il < self.config.n_layer else self.x, *super().before(il)[1:])
+
+    def _parts(self, x: Buffer) -> list[Buffer]:
+        """Return the streams of a buffer."""
+        n = self.config.n_embd
+        return [x.columns(i * n, n) for i in range(self._altup.n_stream)]
+
+    def _others(self, x: Buffer) -> Buffer:
+        """Return all streams of a buffer but the first one."""
+        return x.columns(self.config.n_embd, x.width - self.config.n_embd)
+
+    def _choose(self, x: Buffer, block: str, name: str, n: int) -> Buffer:
+        """Return n coefficients of Mix: name @ tanh(router(norm(x)) / E)."""
+        self.norm(x, f"{block}altup_router_norm", self._h)
+        self.matmul(self._h, self.load.matrix(f"{block}altup_router"), self._modes)
+        self.add(ops.Softcap(self._modes, 1 / self.config.n_embd, 1.0))
+        self.matmul(self._modes, self.load.matrix(f"{block}{name}"), coef := self._coef.columns(0, n))
+        return coef
+
+    def begin(self, il: int) -> None:
+        """predicted = the layer's prediction of its streams, of which the first one is x"""
+        super().begin(il)
+        n, altup = self.config.n_embd, self._altup
+        first, *_ = self._parts(self._streams)
+        if il == 0:
+            self.matmul(self.x, self.load.matrices("altup_proj"), self._others(self._streams))
+            self.add(ops.MatchRms(self._others(self._streams), self.x, _LEAST))
+            self.add(ops.Mix(self.x, self.x, first, n))
+        coef = self._choose(first, f"blk.{il}.", "altup_predict_coef", altup.n_stream**2)
+        self.add(ops.Mix(self._streams, self._streams, self._predicted, n, coef))
+        self.add(ops.Mix(first, self._streams, self.x, n, coef.columns(0, altup.n_stream)))
+
+    def project(self, il: int, h: Buffer) -> None:
+        """qkv = q, k and v of h; x += h + norm(Laurel's product of h)"""
+        super().project(il, h)
+        block, (first, *_) = f"blk.{il}.", self._parts(self._predicted)
+        self.matmul(h, self.load.matrix(f"{block}laurel_l"), self._laurel)
+        self.matmul(self._laurel, self.load.matrix(f"{block}laurel_r"), self._sum)
+        self.norm(first, f"{block}attn_norm", self.x, residual=self.x)
+        self.norm(self._sum, f"{block}laurel_post_norm", self.x, residual=self.x)
+
+    def attend(
+        self, il: int, cache: CacheLayer[Cache, State], qkv: Buffer | None = None, gate: Buffer | None = None
+    ) -> None:
+        super().attend(il, cache, qkv, gate)
+        self.add(ops.Softcap(self.x, 0.5**0.5, 0.0))
+
+    def gated(self, il: int, h: Buffer) -> Buffer:
+        factor, block, n = self._altup.sparsity[il], f"blk.{il}.", self.config.layers[il].n_ff
+        if factor == -np.inf:
+            return super().gated(il, h)
+        wide, ff = self._wide.columns(0, 2 * n), self._ff.columns(0, n)
+        self.matmul(h, self.load.matrix(f"{block}ffn_gate", f"{block}ffn_up"), wide)
+        self.add(ops.Threshold(wide.columns(0, n), factor))
+        self.add(ops.Gated(wide.columns(0, n), wide.columns(n, n), ff, "gelu"))
+        return ff
+
+    def finish(self, il: int) -> None:
+        """streams = predicted + coef * (x - the first predicted one); all but the first get the layer's embedding"""
+        config, n, block, n_stream = self.config, self.config.n_embd, f"blk.{il}.", self._altup.n_stream
+        coef = self._choose(self.x, block, "altup_correct_coef", n_stream)
+        minus, *_ = self._parts(self._predicted)
+        self.add(ops.Mix(self._predicted, self.x, self._streams, n, coef, minus, 1.0))
+        first, *others = self._parts(self._streams)
+        gate, ple = self._gate_in, self._ple.columns(il * config.n_ple, config.n_ple)
+        self.matmul(first, self.load.with_columns_scaled(f"{block}inp_gate", f"{block}altup_correct_scale"), gate)
+        self.add(ops.Gated(gate, ple, gate, "gelu"))
+        self.matmul(gate, self.load.matrix(f"{block}proj"), self._h)
+        for stream in others:
+            self.norm(self._h, f"{block}post_norm", stream, residual=stream)
+        if il == config.n_layer - 1:
+            self._join()
+
+    def _join(self) -> None:
+        """x = the mean of all streams. All but the first one go through matrices, and are made as large as it."""
+        first, *others = self._parts(self._streams)
+        for i, stream in enumerate(others):
+            self.matmul(stream, self.load.matrices("altup_unembd_proj", i), self._parts(self._predicted)[1 + i])
+        self.add(ops.MatchRms(self._others(self._predicted), first, _LEAST))
+        self.add(ops.Mix(first, self._others(self._predicted), self.x, self.config.n_embd, shift=1.0))
+        self.add(ops.Softcap(self.x, 1 / self._altup.n_stream, 0.0))
