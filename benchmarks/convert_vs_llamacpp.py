@@ -13,6 +13,7 @@ of transformers' logits. KL: of llama.cpp's probabilities from this program's, i
 import argparse
 import importlib.util
 import multiprocessing
+import os
 import sys
 import tempfile
 import warnings
@@ -32,6 +33,7 @@ def rows() -> dict[str, tuple[str, dict[str, Any]]]:
     """Return the rows of the tests' tables: the name, the class in transformers, and the config."""
     import hf_tiny
 
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # which some of the tests' modules ask for, see tests/conftest.py
     found: dict[str, tuple[str, dict[str, Any]]] = dict(hf_tiny.TINY)
     for path in sorted((TESTS / "models").glob("test_*.py")):
         spec = importlib.util.spec_from_file_location(path.stem, path)

@@ -26,6 +26,7 @@ from gguf_run.runtime.quantize.file_types import FILE_TYPES, WRITABLE_FILES
 
 _CHUNK = 4 << 20  # bytes drawn at a time
 _NORMAL, _UNUSED = 1, 5  # token types
+LATENT, LATENT_VALUE, LATENT_DENSE = (512, 64), 128, 10944  # a row of the cache, a value, the ffn of the first layer
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,62 @@ class Shape:
         if self.n_expert:
             layer |= {"ffn_gate_inp": (n_embd, self.n_expert)}
             layer |= {f"{name}_exps": (*layer.pop(name), self.n_expert) for name in ("ffn_gate", "ffn_up", "ffn_down")}
+        dense: dict[str, tuple[int, ...]] = {}  # of the first layer, if it differs
+        if self.arch == "deepseek2":
+            row, n_nope, n_value = sum(LATENT), self.head_dim - LATENT[1], LATENT_VALUE
+            layer = {name: ne for name, ne in layer.items() if name not in ("attn_k", "attn_v")} | {
+                "attn_kv_a_mqa": (n_embd, row), "attn_kv_a_norm": (LATENT[0],),
+                "attn_k_b": (n_nope, LATENT[0], self.n_head), "attn_v_b": (LATENT[0], n_value, self.n_head),
+                "attn_output": (self.n_head * n_value, n_embd), "ffn_gate_shexp": (n_embd, 2 * n_ff),
+                "ffn_up_shexp": (n_embd, 2 * n_ff), "ffn_down_shexp": (2 * n_ff, n_embd),
+            }  # fmt: skip
+            wide = LATENT_DENSE
+            dense = {name: ne for name, ne in layer.items() if not name.endswith(("exps", "shexp", "inp"))}
+            dense |= {"ffn_gate": (n_embd, wide), "ffn_up": (n_embd, wide), "ffn_down": (wide, n_embd)}
         if self.arch.startswith("qwen3"):
             layer |= {"attn_q_norm": (self.head_dim,), "attn_k_norm": (self.head_dim,)}
         yield "token_embd.weight", (n_embd, self.n_vocab)
         for il in range(self.n_layer):
-            yield from ((f"blk.{il}.{name}.weight", ne) for name, ne in layer.items())
+            names = dense if dense and il == 0 else layer
+            yield from ((f"blk.{il}.{name}.weight", ne) for name, ne in names.items())
         yield "output_norm.weight", (n_embd,)
         if not self.tied:
             yield "output.weight", (n_embd, self.n_vocab)
+
+
+@dataclass(frozen=True)
+class Qwen35(Shape):
+    """Three layers of Gated DeltaNet, one of gated attention, and so on."""
+
+    n_state_head: int = 16  # heads of k and of v of a state
+    d_state: int = 128  # columns of a head
+    n_taps: int = 4
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        n_embd, n, n_head = self.n_embd, self.n_state_head * self.d_state, self.n_state_head
+        state = {
+            "attn_qkv.weight": (n_embd, 3 * n), "attn_gate.weight": (n_embd, n), "ssm_alpha.weight": (n_embd, n_head),
+            "ssm_beta.weight": (n_embd, n_head), "ssm_a": (n_head,), "ssm_conv1d.weight": (self.n_taps, 3 * n),
+            "ssm_dt.bias": (n_head,), "ssm_norm.weight": (self.d_state,), "ssm_out.weight": (n, n_embd),
+        }  # fmt: skip
+        for name, ne in super().tensors():
+            block, _, tensor = name.removesuffix(".weight").rpartition(".")
+            if tensor == "attn_norm" and (int(block[4:]) + 1) % 4:
+                yield from ((f"{block}.{part}", size) for part, size in state.items())
+            if tensor in ("attn_norm", "ffn_norm") or not tensor.startswith("attn") or (int(block[4:]) + 1) % 4 == 0:
+                ne = (n_embd, 2 * ne[1]) if tensor == "attn_q" else ne
+                yield name.replace("ffn_norm", "post_attention_norm"), ne
+
+    @property
+    def keys(self) -> Mapping[str, tuple[str, Any]]:
+        n_rot, n_head = self.head_dim // 4, self.n_state_head
+        sizes = {"conv_kernel": self.n_taps, "state_size": self.d_state, "group_count": n_head}
+        sizes |= {"time_step_rank": n_head, "inner_size": n_head * self.d_state}
+        return {f"ssm.{name}": ("u32", n) for name, n in sizes.items()} | {
+            "rope.dimension_count": ("u32", n_rot),
+            "rope.dimension_sections": ("array[i32]", [11, 11, 10, 0]),
+            "full_attention_interval": ("u32", 4),
+        }
 
 
 @dataclass(frozen=True)
@@ -131,8 +180,12 @@ SHAPES: Mapping[str, Shape] = {
     "llama-8b": Shape("8B", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 5e5, False),  # Llama-3.1-8B
     # Layers of Qwen3-30B-A3B and Mixtral 8x7B, fewer of them, with fewer or smaller experts.
     "qwen3moe-2b": Shape("2B", 12, 2048, 32, 4, 128, 768, 49152, 40960, 1e6, True, "qwen3moe", 32, 8),
+    # Layers of Qwen3.5-2B, fewer of them, with a smaller vocabulary.
+    "qwen35-1b": Qwen35("1B", 16, 2048, 8, 2, 256, 6144, 151936, 262144, 1e7, True, "qwen35"),
     # Layers of Gemma 4 E2B, 25 of 35, with a smaller vocabulary.
     "gemma4-e2b": Gemma4("2B", 25, 1536, 8, 1, 256, 6144, 49152, 32768, 1e6, True, "gemma4", n_shared=15),
+    # Layers of DeepSeek-V2-Lite, fewer of them, with fewer experts.
+    "deepseek2-1b": Shape("1B", 8, 2048, 16, 1, 192, 1408, 49152, 163840, 1e4, True, "deepseek2", 16, 6),
     "mixtral-2b": Shape("2B", 8, 2048, 32, 8, 64, 4096, 49152, 32768, 1e6, True, "llama", 8, 2),
 }
 
@@ -164,7 +217,7 @@ def tensors_of(shape: Shape, mix: Mix) -> list[TensorInfo]:
     tensors = [TensorInfo(name, ne, type_by_name("F32")) for name, ne in shape.tensors()]
     if mix.name in PURE:
         wanted = type_by_name(mix.name)
-        is_f32 = [len(t.ne) == 1 or "ffn_gate_inp" in t.name for t in tensors]
+        is_f32 = [len(t.ne) == 1 or "ffn_gate_inp" in t.name or t.ne[0] < 32 for t in tensors]
         types = [
             t.type if f32 else quantize_rules.fallback(wanted, t.ne[0]) for t, f32 in zip(tensors, is_f32, strict=True)
         ]
@@ -227,6 +280,14 @@ def sizes_of(shape: Shape) -> dict[str, int | float]:
     if shape.n_expert:
         sizes |= {"expert_count": shape.n_expert, "expert_used_count": shape.n_expert_used}
         sizes |= {"expert_feed_forward_length": shape.n_ff}
+    if shape.arch == "deepseek2":
+        sizes |= {
+            "attention.key_length": sum(LATENT), "attention.value_length": LATENT[0],
+            "attention.key_length_mla": shape.head_dim, "attention.value_length_mla": LATENT_VALUE,
+            "attention.kv_lora_rank": LATENT[0], "rope.dimension_count": LATENT[1], "expert_shared_count": 2,
+            "leading_dense_block_count": 1, "feed_forward_length": LATENT_DENSE, "expert_gating_func": 1,
+            "expert_weights_scale": 1.0,
+        }  # fmt: skip
     return {f"{shape.arch}.{key}": value for key, value in sizes.items()}
 
 
@@ -238,7 +299,7 @@ def typed_sizes(shape: Shape) -> dict[str, tuple[str, Any]]:
 
 def write_model(path: Path, shape: Shape, mix: Mix, vocab: GGUFFile, seed: int = 0) -> None:
     """Write the model."""
-    keys = [
+    keys: list[tuple[str, str, Any]] = [
         ("general.architecture", "string", shape.arch),
         ("general.name", "string", f"random {shape.arch} {shape.size_label}"),
         ("general.size_label", "string", shape.size_label),
@@ -256,9 +317,9 @@ def write_model(path: Path, shape: Shape, mix: Mix, vocab: GGUFFile, seed: int =
 
 
 def _write_tensor(writer: GGUFWriter, tensor: TensorInfo, source: RandomBlocks) -> None:
-    """Write random blocks, or the ones of a norm."""
+    """Write random blocks, the ones of a norm, or the rates of a state, which are below 0."""
     if len(tensor.ne) == 1:
-        writer.write(tensor.name, np.ones(tensor.ne, np.float32).view(np.uint8))
+        writer.write(tensor.name, np.full(tensor.ne, -1 if "ssm_a" in tensor.name else 1, np.float32).view(np.uint8))
         return
     n_blocks, per_chunk = tensor.n_elements // tensor.type.block_size, _CHUNK // tensor.type.type_size
     for start in range(0, n_blocks, per_chunk):

@@ -144,7 +144,9 @@ class Peer:
         base = _open(folder / "libggml-base.so", _GGML_BASE)
         ggml = _open(next(folder.glob("libggml.v*.so")), _GGML)
         self._lib = _open(next(folder.glob("libllama.v*.so")), _LLAMA)
-        self._silence = _LOG(lambda level, text, data: None)  # kept: C holds no reference
+        errors: list[str] = []
+        # Kept: C holds no reference.
+        self._silence = _LOG(lambda level, text, data: errors.append(text.decode().strip()) if level >= 4 else None)
         self._lib.llama_log_set(self._silence, None)
         if cpu == "auto":
             ggml.ggml_backend_load_all_from_path(str(folder).encode())
@@ -158,7 +160,7 @@ class Peer:
         self._lib.llama_backend_init()
         model = self._lib.llama_model_load_from_file(str(path).encode(), self._lib.llama_model_default_params())
         if not model:
-            raise SystemExit(f"llama.cpp cannot load {path}")
+            raise SystemExit(f"llama.cpp cannot load {path}: {errors[0] if errors else 'it does not say why'}")
         params = self._lib.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_batch, min(n_batch, 512)
         params.n_threads = params.n_threads_batch = n_threads

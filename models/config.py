@@ -163,8 +163,8 @@ class ModelConfig:
     def attention(self, il: int) -> AttentionShape:
         """Return the shape of layer il's attention. It has no heads in a layer without attention."""
         layer, scale, softcap = self.layers[il], self.attention_scale, self.attn_softcap
-        sizes, is_chunked = (layer.n_head, layer.n_head_kv, layer.head_dim), self.arch.chunk > 0
-        return AttentionShape(*sizes, scale, layer.window, softcap, is_chunked=is_chunked, n_latent=layer.n_latent)
+        sizes, is_chunked = (layer.n_head, layer.n_head_kv, layer.head_dim), min(self.arch.chunk, layer.window) > 0
+        return AttentionShape(*sizes, scale, layer.window, softcap, is_chunked, layer.n_latent)
 
     def ffn(self, il: int) -> tuple[str, ...]:
         """Return the names of layer il's matrices of gate, up and down; () if the layer has only experts."""
@@ -228,6 +228,8 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
     if keys.get(eps) is None and keys.get(other) is not None:
         eps = other
     base = keys.number("rope.freq_base", 1e4, low=2, high=1e12)
+    if alpha := keys.number("rope.scaling.alpha", 0.0):
+        base *= alpha ** (layers[0].head_dim / max(1, layers[0].head_dim - 2))
     is_per_embd = len(layers) in arch.n_embd_scale_n_layer
     head_scale: float = (n_embd // layers[0].n_head if is_per_embd else layers[0].head_dim) ** -0.5
     rms_eps = keys.number(eps, high=1)
@@ -339,6 +341,7 @@ def _layers(
 def _experts(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> tuple[int, int, int, Mixture]:
     """Return n_expert, n_ff_exp, n_ff_shexp, and how the experts are mixed."""
     n_expert = keys.integer("expert_count", 0, low=0, high=_MAX_EXPERTS)
+    n_expert = 0 if (n_expert, arch.moe) == (1, "no") else n_expert  # Hunyuan's converter writes 1
     if bool(n_expert) not in {"no": (False,), "yes": (True,), "maybe": (False, True)}[arch.moe]:
         raise UnsupportedError(f"{arch.name}.expert_count is {n_expert}: this program does not have that yet")
     if not n_expert:

@@ -129,9 +129,9 @@ def read(keys: Keys) -> DeltaNet:
     period, given = keys.integer("full_attention_interval", 4), keys.get("attention.recurrent_layers")
     recurrent = tuple((il + 1) % period != 0 for il in range(n_block))
     if given is not None:
-        if not isinstance(given, np.ndarray) or given.shape != (n_block,) or given.dtype != bool:
+        if not isinstance(given, np.ndarray) or given.shape != (n_block,) or given.dtype.kind not in "biu":
             raise keys.wrong("attention.recurrent_layers", f"{n_block} booleans, one for a layer")
-        recurrent = tuple(given.tolist())
+        recurrent = tuple(map(bool, given.tolist()))
     return DeltaNet(
         arch=keys.prefix,
         n_embd=keys.integer("embedding_length"),

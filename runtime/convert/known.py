@@ -6,7 +6,7 @@ from typing import Any
 
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.mapped import quoted
-from gguf_run.runtime.convert.layout import CheckpointLayout
+from gguf_run.runtime.convert.layout import N_DRAFT, CheckpointLayout
 from gguf_run.runtime.convert.rope import LOCAL_NAME, PART_NAMES, ROPE_NAMES, unknown_rope_names
 from gguf_run.runtime.convert.stored.checkpoint import Config
 
@@ -41,6 +41,7 @@ _HARMLESS = (
     "mamba_chunk_size", "mamba_ssm_cache_dtype", "use_mamba_kernels", "time_step_floor", "time_step_max",
     "time_step_min", "residual_in_fp32", "rescale_prenorm_residual", "moe_shared_expert_overlap", "expand",
     "mtp_layers_block_type", "mtp_hybrid_override_pattern",
+    "projector_hidden_act", "multimodal_projector_bias", "spatial_merge_size", "vision_feature_layer",
 )  # fmt: skip
 _TOKENS = ("_token_id", "_token_ids", "_token_index")  # ends of keys that name tokens, which a tokenizer knows
 
@@ -48,7 +49,7 @@ _TOKENS = ("_token_id", "_token_ids", "_token_index")  # ends of keys that name 
 def check_keys(layout: CheckpointLayout, config: Config) -> None:
     """Refuse a value that a GGUF file cannot tell, and warn of the keys that this program does not know."""
     fixed = {**_FIXED, **layout.expected}
-    if "attn_q_norm" in layout.decoder.norms:
+    if "attn_q_norm" in {*layout.decoder.norms} - {*layout.decoder.optional_norms}:
         fixed["use_qk_norm"] = (True,)
     for key, allowed in fixed.items():
         value = config.get(key)
@@ -76,6 +77,7 @@ def _names(layout: CheckpointLayout) -> Iterator[str]:
         yield from names
     yield from ROPE_NAMES
     yield layout.bias_key
+    yield N_DRAFT
     if layout.bias_key == "attention_bias":
         yield "mlp_bias"
     if PART_NAMES[0] in layout.defaults:
@@ -83,7 +85,7 @@ def _names(layout: CheckpointLayout) -> Iterator[str]:
     if layout.decoder.swa_rope_freq_base:
         yield LOCAL_NAME
     if "attn_q_norm" in layout.decoder.optional_norms:
-        yield "qk_layernorm"
+        yield from ("qk_layernorm", "use_qk_norm")
     if layout.windows:
         yield from ("sliding_window", *(() if layout.windows == "all" else ("layer_types",)))
     if layout.switch:

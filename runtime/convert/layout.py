@@ -51,7 +51,7 @@ IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 _OTHERS = (
     "vision_tower", "vision_model", "multi_modal_projector", "visual", "audio_tower", "embed_vision", "embed_audio",
 )  # fmt: skip
-N_DRAFT = "num_nextn_predict_layers"  # config.json: layers behind the last one that draft tokens: left out
+N_DRAFT, MOST_DRAFTS = "num_nextn_predict_layers", 16  # config.json: layers behind the last one that draft tokens
 OTHER_PARTS = tuple(f"{prefix}{part}." for prefix in ("", "model.") for part in _OTHERS)
 
 
@@ -90,7 +90,8 @@ class CheckpointLayout:
     classes: Mapping[str, str]
     layer: Names = field(default_factory=lambda: LLAMA)  # modules of a layer
     model: Names = field(default_factory=lambda: MODEL)  # modules beside the layers
-    bare: tuple[str, ...] = ()  # tensors without ".weight" in the checkpoint; matrices of experts are [n_in, n_out]
+    # Tensors without ".weight" in the checkpoint. Matrices of experts are [n_in, n_out], unless n_in comes last.
+    bare: tuple[str, ...] = ()
     numbers: Mapping[str, str] = field(
         default_factory=dict
     )  # tensors of one number in each layer -> key of their array
@@ -130,6 +131,11 @@ class CheckpointLayout:
     def all_keys(self) -> Sequence[Key]:
         """Return BASE_KEYS, in which `keys` replaces rows, and the rest of `keys`."""
         return tuple({key[0]: key for key in (*BASE_KEYS, *self.keys)}.values())
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether a GGUF file can become such a checkpoint again: nothing is computed by functions of the row."""
+        return not self.one_way and self.read is None and self.edit is None and self.more_keys is None
 
     @property
     def is_checked_by_decoder(self) -> bool:

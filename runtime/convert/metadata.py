@@ -33,6 +33,8 @@ def layout_of(config: Config) -> tuple[CheckpointLayout, Config]:
         raise UnsupportedError(str(config.wrong(("architectures",), allowed)))
     # Only for this key null means that it is not there.
     given = {key: value for key, value in config.values.items() if value is not None or key != "rope_parameters"}
+    if layout.decoder.moe == "no" and given.get("num_experts") == 1:  # a network of Hunyuan that is no mixture
+        del given["num_experts"]
     config = Config(config.path, {**layout.defaults, **given})
     if layout.read is not None:
         layout, config = layout.read(layout, config)
@@ -76,7 +78,8 @@ def shape(layout: CheckpointLayout, name: str, numbers: Mapping[str, int]) -> tu
 def hyperparameters(layout: CheckpointLayout, config: Config) -> dict[str, Typed]:
     """Return the keys of the architecture, in the order of llama.cpp's converter."""
     found: dict[str, Typed] = {}
-    norm = "attention.layer_norm_epsilon" if layout.decoder.layer_norm else "attention.layer_norm_rms_epsilon"
+    has_rms = not layout.decoder.layer_norm or config.get("rms_norm_eps") is not None  # Phi-3.5-MoE's layer norms too
+    norm = "attention.layer_norm_rms_epsilon" if has_rms else "attention.layer_norm_epsilon"
     for i, key in enumerate(layout.all_keys()):
         if i == _N_BEFORE_ROPE:
             found.setdefault("attention.head_count_kv", found.get("attention.head_count", Typed("u32", 1)))
@@ -114,6 +117,8 @@ def _not_built_in(layout: CheckpointLayout, config: Config, numbers: Mapping[str
     arch = layout.decoder
     if "norm_topk_prob" in layout.defaults and (norm := bool(config.get("norm_topk_prob"))) != arch.expert_norm:
         yield "expert_weights_norm", Typed("bool", norm)
+    if arch.gating == "sigmoid" and arch.router_bias == "yes":
+        yield "expert_gating_func", Typed("u32", 2)
     if "query_pre_attn_scalar" in layout.defaults:
         by_width = numbers["n_layer"] in arch.n_embd_scale_n_layer
         built_in = numbers["n_embd"] // numbers["n_head"] if by_width else numbers["head_dim"]

@@ -79,7 +79,7 @@ def unknown_rope_names(layout: CheckpointLayout, config: Config) -> list[str]:
 
 
 def rope_keys(layout: CheckpointLayout, config: Config) -> Iterator[tuple[str, Typed]]:
-    """Yield the keys below `rope.`. UnsupportedError for a rotation that the decoder does not have."""
+    """Yield the keys that rotary parameters tell. UnsupportedError for a rotation that the decoder does not have."""
     rope, window = rope_parameters(layout, config)
     kind = rope_type(layout, config, rope)
     n_rot = _n_rot(layout, config, rope)
@@ -111,6 +111,8 @@ def rope_keys(layout: CheckpointLayout, config: Config) -> Iterator[tuple[str, T
         yield "rope.dimension_sections", Typed("array[i32]", (sections + [0] * 4)[:4])
     if rope.get("llama_4_scaling_beta") is not None:
         yield "attention.temperature_scale", Typed("f32", rope.number("llama_4_scaling_beta"))
+    if layout.ntk_alpha and rope.get("alpha"):  # config.json has the context before it was stretched
+        yield "context_length", Typed("u32", 1 << 18)
 
 
 def rope_type(layout: CheckpointLayout, config: Config, rope: Config) -> str:

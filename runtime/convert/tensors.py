@@ -12,6 +12,7 @@ from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.formats.gguf.tensors import Tensor
+from gguf_run.models.architectures import LAYER_SHAPES
 from gguf_run.runtime.convert.layout import CheckpointLayout, names_of
 from gguf_run.runtime.convert.metadata import shape, sizes
 from gguf_run.runtime.convert.stored.checkpoint import Config
@@ -98,8 +99,11 @@ def _check_flags(layout: CheckpointLayout, config: Config, found: Mapping[str, T
     flags = {layout.bias_key: "attn_q.bias"}
     if layout.bias_key == "attention_bias":
         flags["mlp_bias"] = "ffn_up.bias"
-    if "attn_q_norm" in layout.decoder.optional_norms:
+    optional = layout.decoder.optional_norms
+    if "attn_q_norm" in optional and "ffn_norm" in optional:
         flags |= {"qk_layernorm": "attn_q_norm.weight", "use_parallel_residual": "ffn_norm.weight"}
+    elif "attn_q_norm" in optional:
+        flags["use_qk_norm"] = "attn_q_norm.weight"
     for key, name in flags.items():
         value, is_there = config.get(key), f"blk.0.{name}" in found
         other = is_there != (key == "use_parallel_residual")
@@ -168,7 +172,9 @@ def _parts(
     if place.kind == "scale" or place.names[0] in layout.whole:
         return (tensor,) * len(place.names)
     if place.bare and place.kind == "weight" and place.names[0] in layout.bare and len(tensor.ne) == 3:
-        tensor = transposed(tensor)
+        n_in, n_out, _ = tensor.ne
+        if n_in == n_out or n_in != numbers[LAYER_SHAPES[place.names[0]][0]]:
+            tensor = transposed(tensor)
     if len(place.names) == 2:
         split = 1 if place.kind == "weight" else 0  # the dimension of which each half makes a tensor
         if not 2 <= len(tensor.ne) <= split + 2 or tensor.ne[split] % 2:

@@ -179,7 +179,7 @@ def test_unknown_architecture(architecture: Any) -> None:
     [
         ({}, "is llama; beside it, the file has the same tensors; what it computes from them is not known"),
         ({"attn_k_norm.weight": (32,), "attn_q_norm.weight": (32,)}, "is qwen3; beside it, the file has the same"),
-        ({"attn_rot.weight": (32,), "ffn_norm.weight": None}, "the file has 'attn_rot.weight' and lacks 'ffn_norm.we"),
+        ({"attn_rot.weight": (32,), "attn_output.weight": None}, "has 'attn_rot.weight' and lacks 'attn_output.we"),
         ({f"x{i}.weight": (1,) for i in range(6)}, "has 'x0.weight', 'x1.weight', 'x2.weight', 'x3.weight' and 2 more"),
     ],
 )

@@ -64,11 +64,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", TINY)
 def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     has_images = "vision_config" in TINY[name][1]
-    with (
-        pytest.warns(UserWarning, match="tensors for images, sound or drafts are left out")
-        if has_images
-        else nullcontext()
-    ):
+    with pytest.warns(UserWarning, match="are left out, the file is for text") if has_images else nullcontext():
         tiny.check(tmp_path, *TINY[name])
 
 
@@ -89,7 +85,7 @@ def test_what_has_no_way_back(tmp_path: Path) -> None:
     tiny.make(tmp_path / "a", *TINY["apertus"])
     with (
         open_checkpoint(tmp_path / "a") as file,
-        pytest.raises(UnsupportedError, match="'?apertus.* cannot be exported"),
+        pytest.raises(UnsupportedError, match=r"apertus.* cannot be exported"),
     ):
         export_hf(file, tmp_path / "b")
     assert not (tmp_path / "b").exists()

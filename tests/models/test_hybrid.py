@@ -10,10 +10,13 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+import hf_tiny
 import tiny
 from cpu_ops import cpu, error
-from gpu_ops import fast_dots, gpu
+from gpu_ops import fast_dots, gpu, use_tuning
 
+from gguf_run.kernels_gpu import program
+from gguf_run.kernels_gpu.attention import launch as attention_launch
 from gguf_run.models.backend import CacheType
 from gguf_run.models.decoder import Decoder
 
@@ -36,6 +39,11 @@ _NEMOTRON = {
 }  # fmt: skip
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("Lfm2ForCausalLM", _LFM2),
+    "lfm2moe": (
+        "Lfm2MoeForCausalLM",
+        {**_LFM2, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "num_dense_layers": 1,
+         "routed_scaling_factor": 1.7},
+    ),
     "granitehybrid": ("GraniteMoeHybridForCausalLM", {**_GRANITE, "num_local_experts": 0}),
     "granitehybrid-moe": ("GraniteMoeHybridForCausalLM", {**_GRANITE, **_EXPERTS}),
     "granite-4": (
@@ -49,6 +57,12 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron_h": (
         "NemotronHForCausalLM",
         {**_NEMOTRON, "layers_block_type": ["linear_attention", "full_attention", "mlp", "linear_attention"]},
+    ),
+    "nemotron_h_moe": (
+        "NemotronHForCausalLM",
+        {**_NEMOTRON, "layers_block_type": ["linear_attention", "full_attention", "moe", "linear_attention"],
+         "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "routed_scaling_factor": 1.7,
+         "moe_shared_expert_intermediate_size": 56},
     ),
     "falcon-h1": (
         "FalconH1ForCausalLM",
@@ -101,10 +115,14 @@ def test_sequences_do_not_see_each_other(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning")
-@pytest.mark.parametrize("name", ["lfm2", "falcon-h1"])
-def test_gpu(name: str, tmp_path: Path, fast_dots: None) -> None:
-    pieces = (9, 1, 1, 2)
-    tiny.make(tmp_path, *TINY[name])
-    with tiny.opened(tmp_path) as (config, tensors):
-        expected = tiny.logits(config, tensors, cpu(2), pieces, tiny.IDS[:13])
-        assert error(tiny.logits(config, tensors, gpu(), pieces, tiny.IDS[:13]), expected) < 1e-4
+def test_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast_dots: None) -> None:
+    """Two layers. Products of few tokens, which take the interpreter seconds, run as those of many."""
+    monkeypatch.setattr(attention_launch, "FEW", 1)
+    monkeypatch.setattr(program, "FEW", 0)
+    use_tuning(monkeypatch, tile=(256, 16))
+    class_name, config = TINY["granitehybrid"]
+    two = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    model = tiny.make(tmp_path, class_name, config | two)
+    with tiny.opened(tmp_path) as (made, tensors):
+        found = tiny.logits(made, tensors, gpu(), (3, 1), tiny.IDS[:4])
+    assert error(found, hf_tiny.logits(model, tiny.IDS[:4])) < 1e-4

@@ -28,9 +28,9 @@ _LLAMA31_CONTEXTS = (8192, *(1 << n for n in range(4, 20)))
 def layout_of_file(file: GGUFFile) -> CheckpointLayout:
     """Return the layout of the file's architecture. UnsupportedError if there is none."""
     name = file.metadata.get("general.architecture")
-    rows = [row for row in BY_ARCH.get(name, ()) if not row.one_way] if isinstance(name, str) else []
+    rows = [row for row in BY_ARCH.get(name, ()) if row.goes_back] if isinstance(name, str) else []
     if not rows:
-        known = ", ".join(sorted(arch for arch, rows in BY_ARCH.items() if not all(row.one_way for row in rows)))
+        known = ", ".join(sorted(arch for arch, rows in BY_ARCH.items() if any(row.goes_back for row in rows)))
         raise UnsupportedError(f"{file.path}: architecture {quoted(str(name))} cannot be exported; these can: {known}")
     if _get(file, "expert_count"):
         return rows[-1]

@@ -32,19 +32,19 @@ LLAMA_ROW = CheckpointLayout(
 )
 UNGATED: Names = {**PRE_NORMS, **ATTENTION, "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 RELU2 = {"hidden_act": ("relu2",)}
-GLM4_NORMS: Names = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "post_mlp_layernorm": "post_ffw_norm",
-    "post_self_attn_layernorm": "post_attention_norm",
+GLM4: Names = {
+    **ATTENTION, "input_layernorm": "attn_norm", "post_self_attn_layernorm": "post_attention_norm",
+    "post_attention_layernorm": "ffn_norm", "post_mlp_layernorm": "post_ffw_norm", "mlp.gate_up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
 }  # fmt: skip
-COHERE2 = {
-    "sliding_window": 4096, "sliding_window_pattern": 4, "logit_scale": 0.0625, "layer_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-}  # fmt: skip
+COHERE2 = {"logit_scale": 0.0625, "layer_norm_eps": 1e-5, "tie_word_embeddings": True}
 COHERE2_FIXED = {
     **SILU, "rotary_pct": (1.0,), "position_embedding_type": ("rope_gptj",), "use_qk_norm": (False,),
     "use_gated_activation": (True,), "use_parallel_block": (True,), "attention_bias": (False,),
     "order_of_interleaved_layers": ("local_attn_first",),
 }  # fmt: skip
+APERTUS_NORMS: Names = {"attention_layernorm": "attn_norm", "feedforward_layernorm": "ffn_norm"}
+EVERY_4TH = {"sliding_window": 4096, "sliding_window_pattern": 4}
 GRANITE_KEYS: tuple[Key, ...] = (
     VOCAB_SIZE,
     ("attention.scale", "f32", ("attention_multiplier",)),
@@ -154,7 +154,7 @@ ROWS = (
         one_way=True,
         yarn_log=1.0,
         windows="all",
-        defaults={"sliding_window": 0, "head_dim": 128},
+        defaults={"head_dim": 128},
     ),
     CheckpointLayout(
         "seed_oss",
@@ -165,7 +165,7 @@ ROWS = (
     ),
     CheckpointLayout(
         "ernie4_5",
-        {"Ernie4_5ForCausalLM": "ernie4_5", "Ernie4_5_ForCausalLM": "ernie4_5"},
+        {"Ernie4_5ForCausalLM": "ernie4_5"},
         keys=(VOCAB_SIZE,),
         bias_key="use_bias",
         defaults={"head_dim": 128, "rope_theta": 5e5, "tie_word_embeddings": True, "use_bias": False},
@@ -173,15 +173,15 @@ ROWS = (
     CheckpointLayout(
         "glm4",
         {"Glm4ForCausalLM": "glm4"},
-        layer={**ATTENTION, **GLM4_NORMS, "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down"},
+        layer=GLM4,
         rope_dim=True,
         defaults={"head_dim": 128, "partial_rotary_factor": 0.5},
     ),
     CheckpointLayout(
         "qwen3vl",
         {"Qwen3VLForConditionalGeneration": "qwen3_vl"},
-        one_way=True,
         layer={**LLAMA, **QK_NORM},
+        one_way=True,
         defaults={"head_dim": 128, "rope_theta": 5e5},
     ),
     CheckpointLayout(
@@ -189,6 +189,7 @@ ROWS = (
         {"HunYuanDenseV1ForCausalLM": "hunyuan_v1_dense"},
         layer={**LLAMA, "self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"},
         ntk_alpha=True,
+        expected={**SILU, "use_cla": (False,), "use_rotary_pos_emb": (True,)},
     ),
     replace(LLAMA_ROW, arch="arcee", classes={"ArceeForCausalLM": "arcee"}, layer=UNGATED, expected=RELU2),
     CheckpointLayout(
@@ -203,15 +204,14 @@ ROWS = (
         defaults={"partial_rotary_factor": 0.5, "norm_eps": 1e-5},
         expected=RELU2,
     ),
-    CheckpointLayout(
-        "apertus",
-        {"ApertusForCausalLM": "apertus"},
-        layer={**UNGATED, **QK_NORM, "attention_layernorm": "attn_norm", "feedforward_layernorm": "ffn_norm"},
+    replace(
+        LLAMA_ROW,
+        arch="apertus",
+        classes={"ApertusForCausalLM": "apertus"},
+        layer={**UNGATED, **QK_NORM, **APERTUS_NORMS},
+        permuted=False,
         one_way=True,
         numbers={f"mlp.act_fn.{name}": f"xielu.{name}" for name in ("alpha_n", "alpha_p", "beta", "eps")},
-        rope_dim=True,
-        keys=(VOCAB_SIZE,),
-        tied_copy=True,
         defaults={"rope_theta": 1.2e7},
         expected={"hidden_act": ("xielu",), "post_norm": (False,), "qk_norm": (True,)},
     ),
@@ -221,7 +221,7 @@ ROWS = (
         layer={**ATTENTION, **DENSE, **QK_NORM, **POST_NORMS},
         keys=(VOCAB_SIZE,),
         windows="period",
-        defaults={"sliding_window": 4096, "sliding_window_pattern": 4},
+        defaults=EVERY_4TH,
     ),
     CheckpointLayout(
         "cohere2",
@@ -230,7 +230,7 @@ ROWS = (
         rope_type="none",
         keys=(VOCAB_SIZE, ("logit_scale", "f32", ("logit_scale",))),
         windows="period",
-        defaults=COHERE2,
+        defaults={**EVERY_4TH, **COHERE2},
         expected=COHERE2_FIXED,
     ),
 )

@@ -12,6 +12,7 @@ from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.runtime.convert.layout import (
     ATTENTION,
     EXPERT_FF,
+    N_EXPERT,
     NUMBERED,
     PRE_NORMS,
     SILU,
@@ -70,7 +71,7 @@ def _lfm2(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout, C
     if config.get("block_auto_adjust_ff_dim") is True:
         n, n_ff = config.integer("block_multiple_of"), int(config.number("block_ffn_dim_multiplier") * (2 * n_ff // 3))
         n_ff = -(-n_ff // n) * n
-    return layout, _with_kinds(config, kinds, intermediate_size=n_ff)
+    return layout, _with_kinds(config, kinds, intermediate_size=n_ff, _gating=2)
 
 
 def _granite(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout, Config]:
@@ -200,6 +201,30 @@ _LFM2 = CheckpointLayout(
     },
     expected={"conv_bias": (False,)},
 )  # fmt: skip
+_LFM2_MOE = replace(
+    _LFM2,
+    arch="lfm2moe",
+    classes={"Lfm2MoeForCausalLM": "lfm2_moe"},
+    layer={
+        **_LFM2.layer,
+        **network("feed_forward.experts.@", "_exps", NUMBERED),
+        "feed_forward.gate": "ffn_gate_inp",
+        "feed_forward.expert": "exp_probs_b",  # expert_bias in the checkpoint
+    },
+    keys=(
+        *_LFM2.keys,
+        N_EXPERT,
+        EXPERT_FF,
+        ("leading_dense_block_count", "u32", ("num_dense_layers",)),
+        ("expert_gating_func", "u32", ("_gating",)),  # sigmoid
+        ("expert_weights_scale", "f32", ("routed_scaling_factor",)),
+    ),
+    defaults={
+        **_LFM2.defaults, "block_auto_adjust_ff_dim": False, "num_dense_layers": 2, "routed_scaling_factor": 1.0,
+        "num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 1792,
+    },
+    expected={**_LFM2.expected, "norm_topk_prob": (True,), "use_expert_bias": (True, False)},
+)  # fmt: skip
 _GRANITE_SHARED: Key = ("expert_shared_feed_forward_length", "u32", ("shared_expert_intermediate_size",))
 _GRANITE = CheckpointLayout(
     "granitehybrid",
@@ -297,4 +322,4 @@ _FALCON = CheckpointLayout(
         "projectors_bias": (False,), "attention_bias": (False,), "mlp_bias": (False,),
     },
 )  # fmt: skip
-ROWS = (_LFM2, _GRANITE, _NEMOTRON, _FALCON)
+ROWS = (_LFM2, _LFM2_MOE, _GRANITE, _NEMOTRON, _FALCON)
