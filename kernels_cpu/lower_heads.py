@@ -4,21 +4,9 @@ from gguf_run.formats.errors import UnsupportedError
 from gguf_run.kernels_cpu.matmul.matmul import matmul
 from gguf_run.kernels_cpu.panels.memory import CpuWeight
 from gguf_run.kernels_cpu.panels.panels import BLOCK, X_BLOCK_BYTES, IntPanel, panel_id, panel_sizes
-from gguf_run.kernels_cpu.replay.op import row_op
+from gguf_run.kernels_cpu.rows.embed import copy_columns
 from gguf_run.kernels_cpu.tape import Tape
-from gguf_run.kernels_cpu.vector.native import f32_at
 from gguf_run.models.ops import MatmulHeads
-
-
-@row_op("rows n_head n_copied x x_stride x_head out out_stride out_head")
-def copy_columns(a, first, end):
-    """out = n_copied columns of each head of x. x_head, out_head: bytes from one head to the next."""
-    for t in range(first, end):
-        for head in range(a.n_head):
-            source = f32_at(a.x + t * a.x_stride + head * a.x_head, a.n_copied)
-            out = f32_at(a.out + t * a.out_stride + head * a.out_head, a.n_copied)
-            for i in range(a.n_copied):
-                out[i] = source[i]
 
 
 def lower_heads(tape: Tape, op: MatmulHeads[CpuWeight]) -> None:
