@@ -1,7 +1,7 @@
-"""From a list of ops (models/ops.py) to kernels on a tape: LOWER has one function for each op."""
+"""From a list of ops (models/ops.py) to kernels on a tape: LOWER has a function for each op. See lower_rare.py."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -25,7 +25,6 @@ from gguf_run.kernels_cpu.matmul.gated import SCRATCH_BYTES, matmul_gated
 from gguf_run.kernels_cpu.matmul.matmul import ONE_HEAD, matmul
 from gguf_run.kernels_cpu.panels.memory import CpuTable, CpuWeight
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, panel_id, panel_sizes
-from gguf_run.kernels_cpu.replay.op import TapeOp
 from gguf_run.kernels_cpu.rows.embed import copy_rows, embed
 from gguf_run.kernels_cpu.rows.norms import rms_norm
 from gguf_run.kernels_cpu.rows.rope import angles, rope
@@ -33,30 +32,24 @@ from gguf_run.kernels_cpu.tape import Rows, Tape
 from gguf_run.models import ops
 from gguf_run.models.operands import Buffer
 
-if TYPE_CHECKING:
-    from gguf_run.kernels_cpu.recurrent.state import CpuState
+Lowered: TypeAlias = Callable[[Tape, Any, Rows | None], None]  # the last: where an op stores its result as int8 too
 
 
 def lower(tape: Tape, step: Sequence[CpuOp]) -> int:
     """Append a list of ops to a tape. Returns the number of kernels on it."""
     for op, int8 in with_int8(step):
-        LOWER[type(op)](tape, op, tape.int8(int8) if int8 else None)
+        (LOWER.get(type(op)) or _rare(type(op)))(tape, op, tape.int8(int8) if int8 else None)
     return len(tape.kernels)
 
 
-Lowered: TypeAlias = Callable[[Tape, Any, Rows | None], None]  # the last: where an op stores its result as int8 too
+def _rare(kind: type) -> Lowered:
+    from gguf_run.kernels_cpu.lower_rare import LOWER_RARE  # late: most models have no such op
 
-# One function for each op. Kernels that few models use are imported in the function.
+    return LOWER_RARE[kind]
 
 
-def _on_rows(kernel: TapeOp) -> Lowered:
-    """Return the function for an op that is one kernel on the rows of x, or on n_group groups of their columns."""
-    makes_int8 = "q8" in (kernel.fields.names or ())
-
-    def lower_op(tape: Tape, op: Any, int8: Rows | None) -> None:
-        tape.record(op, kernel, n=op.x.width // vars(op).get("n_group", 1), **({"q8": int8} if makes_int8 else {}))
-
-    return lower_op
+def _rms_norm(tape: Tape, op: ops.RmsNorm[CpuVector], int8: Rows | None) -> None:
+    tape.record(op, rms_norm, n=op.x.width // op.n_group, q8=int8)
 
 
 def _embed(tape: Tape, op: ops.Embed[CpuTable], int8: Rows | None) -> None:
@@ -81,12 +74,6 @@ def _matmul(tape: Tape, op: ops.Matmul[CpuWeight, CpuVector], int8: Rows | None)
             bias=op.bias[part.first :] if op.bias is not None else None,
             **ONE_HEAD,
         )
-
-
-def _matmul_heads(tape: Tape, op: ops.MatmulHeads[CpuWeight], int8: Rows | None) -> None:
-    from gguf_run.kernels_cpu.lower_heads import lower_heads
-
-    lower_heads(tape, op)
 
 
 def _matmul_gated(tape: Tape, op: ops.MatmulGated[CpuWeight, CpuVector], int8: Rows | None) -> None:
@@ -147,110 +134,11 @@ def _quantize(tape: Tape, op: Quantize, int8: Rows | None) -> None:
     tape.record(op, quantize, n=op.x.width, q8=tape.int8(op.x))
 
 
-def _layer_norm(tape: Tape, op: ops.LayerNorm[CpuVector], int8: Rows | None) -> None:
-    from gguf_run.kernels_cpu.rows.layer_norm import layer_norm
-
-    _on_rows(layer_norm)(tape, op, int8)
-
-
 def _gated(tape: Tape, op: ops.Gated, int8: Rows | None) -> None:
     from gguf_run.kernels_cpu.rows.activation import gated
 
     up = op.up or Rows(tape.address(np.ones(op.gate.width, np.float32)), 0)
     tape.record(op, gated(op.activation), n=op.gate.width, up=up, q8=int8)
-
-
-def _xielu(tape: Tape, op: ops.Xielu, int8: Rows | None) -> None:
-    from gguf_run.kernels_cpu.rows.activation import xielu
-
-    tape.record(op, xielu, n=op.x.width, q8=int8)
-
-
-def _gate_rows(tape: Tape, op: ops.GateRows, int8: Rows | None) -> None:
-    from gguf_run.kernels_cpu.rows.scale import gate_rows
-
-    tape.record(op, gate_rows, n=op.x.width)
-
-
-def _temper(tape: Tape, op: ops.Temper, int8: Rows | None) -> None:
-    from gguf_run.kernels_cpu.rows.scale import temper
-
-    tape.record(op, temper, n=op.x.width, **vars(op.temperature))
-
-
-def _softcap(tape: Tape, op: ops.Softcap, int8: Rows | None) -> None:
-    from gguf_run.kernels_cpu.rows.scale import softcap
-
-    tape.record(op, softcap, n=op.x.width)
-
-
-def _short_conv(tape: Tape, op: "ops.ShortConv[CpuState, CpuVector]", int8: Rows | None) -> None:
-    from gguf_run.kernels_cpu.recurrent.short_conv import short_conv
-
-    n, none = op.x.width, np.zeros(op.x.width, np.float32)
-    tape.record(
-        op,
-        short_conv(op.n_taps, op.activation == "silu"),
-        n=n,
-        taps=np.ascontiguousarray(op.taps.reshape(n, op.n_taps).T),
-        bias=none if op.bias is None else op.bias,
-        state=op.state.data,
-        zeros=none,
-    )
-
-
-def _delta_rule(tape: Tape, op: "ops.DeltaRule[CpuState, CpuVector]", int8: Rows | None) -> None:
-    from gguf_run.kernels_cpu.recurrent.delta_rule import delta_rule, scratch_bytes
-
-    d_k, d_v = op.q.width // op.n_head_k, op.v.width // op.n_head_v
-    tape.need(scratch=scratch_bytes(tape.n_batch, d_v))
-    tape.record(op, delta_rule, d_k=d_k, d_v=d_v, state=op.state.data)
-
-
-def _scan(tape: Tape, op: "ops.Scan[CpuState, CpuVector]", int8: Rows | None) -> None:
-    """Two kernels: scan_steps computes numbers of each token and head, scan moves the state along."""
-    from gguf_run.kernels_cpu.recurrent.scan import scan, scan_steps
-
-    tape.record(
-        op,
-        scan_steps,
-        scan,
-        steps=tape.shared("steps", 8 * tape.n_batch * op.n_head),
-        head_dim=op.x.width // op.n_head,
-        n_state=op.b.width // op.n_group,
-        state=op.state.data,
-        slot_bytes=op.state.data.strides[0],
-    )
-
-
-def _mix(tape: Tape, op: ops.Mix, int8: Rows | None) -> None:
-    from gguf_run.kernels_cpu.rows.streams import mix
-
-    tape.record(op, mix, n=op.width, n_x=op.x.width // op.width, n_out=op.out.width // op.width)
-
-
-def _match_rms(tape: Tape, op: ops.MatchRms, int8: Rows | None) -> None:
-    from gguf_run.kernels_cpu.rows.streams import match_rms
-
-    tape.record(op, match_rms, n=op.like.width, n_part=op.x.width // op.like.width)
-
-
-def _threshold(tape: Tape, op: ops.Threshold, int8: Rows | None) -> None:
-    from gguf_run.kernels_cpu.rows.streams import threshold
-
-    tape.record(op, threshold, n=op.x.width)
-
-
-def _moe(tape: Tape, op: Any, int8: Rows | None) -> None:
-    from gguf_run.kernels_cpu.lower_moe import lower_moe
-
-    lower_moe(tape, op)
-
-
-def _observe(tape: Tape, op: Any, int8: Rows | None) -> None:
-    from gguf_run.kernels_cpu.rows.observe import observe
-
-    tape.record(op, observe, **op.squares.fields())
 
 
 def _outputs(tape: Tape, op: ops.Outputs, int8: Rows | None) -> None:
@@ -260,25 +148,11 @@ def _outputs(tape: Tape, op: ops.Outputs, int8: Rows | None) -> None:
 LOWER: Mapping[type, Lowered] = {
     Quantize: _quantize,
     ops.Embed: _embed,
-    ops.RmsNorm: _on_rows(rms_norm),
-    ops.LayerNorm: _layer_norm,
+    ops.RmsNorm: _rms_norm,
     ops.Matmul: _matmul,
-    ops.MatmulHeads: _matmul_heads,
     ops.MatmulGated: _matmul_gated,
     ops.Rope: _rope,
-    ops.Temper: _temper,
     ops.Attend: _attend,
     ops.Gated: _gated,
-    ops.ShortConv: _short_conv,
-    ops.DeltaRule: _delta_rule,
-    ops.Scan: _scan,
-    ops.Xielu: _xielu,
-    ops.Moe: _moe,
-    ops.GateRows: _gate_rows,
-    ops.Softcap: _softcap,
-    ops.Mix: _mix,
-    ops.MatchRms: _match_rms,
-    ops.Threshold: _threshold,
-    ops.Observe: _observe,
     ops.Outputs: _outputs,
 }

@@ -6,7 +6,7 @@ from gguf_run.kernels_cpu.panels.memory import CpuWeight
 from gguf_run.kernels_cpu.panels.panels import BLOCK, X_BLOCK_BYTES, IntPanel, panel_id, panel_sizes
 from gguf_run.kernels_cpu.rows.embed import copy_columns
 from gguf_run.kernels_cpu.tape import Tape
-from gguf_run.models.ops import MatmulHeads
+from gguf_run.models.rare_ops import MatmulHeads
 
 
 def lower_heads(tape: Tape, op: MatmulHeads[CpuWeight]) -> None:

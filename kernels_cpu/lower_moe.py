@@ -9,8 +9,8 @@ from gguf_run.kernels_cpu.panels.panels import BLOCK, IntPanel, panel_id
 from gguf_run.kernels_cpu.rows.observe import CpuSquares
 from gguf_run.kernels_cpu.rows.scale import clear
 from gguf_run.kernels_cpu.tape import Tape
-from gguf_run.models.operands import GATINGS
-from gguf_run.models.ops import Moe
+from gguf_run.models.rare_ops import Moe
+from gguf_run.models.routing import GATINGS
 
 
 def lower_moe(tape: Tape, op: Moe[CpuExperts, CpuVector, CpuSquares]) -> None:

@@ -22,7 +22,7 @@ from gguf_run.kernels_gpu.sizes import cache_rows
 from gguf_run.models.backend import CacheType
 from gguf_run.models.experts import ExpertTensors
 from gguf_run.models.operands import AttentionShape, Buffer
-from gguf_run.models.ops import Op
+from gguf_run.models.protocol import Op
 
 GpuOp = Op[WeightPart, GpuWeight, Array, GpuCache, GpuExperts, GpuSquares, GpuState]
 

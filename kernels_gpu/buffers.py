@@ -16,7 +16,8 @@ from gguf_run.kernels_gpu.device.tuning import FEW, Tuning, padded
 from gguf_run.kernels_gpu.fuse import BLOCK
 from gguf_run.kernels_gpu.panels.memory import GpuExperts
 from gguf_run.models.backend import Run
-from gguf_run.models.operands import Buffer, Mixture, Rotation
+from gguf_run.models.operands import Buffer, Rotation
+from gguf_run.models.routing import Mixture
 
 Launch = Callable[[int], None]  # launches the kernels of an op for so many rows
 Strided = tuple[Array | None, int]  # rows and the elements between them, as kernels take them

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from gguf_run.models.operands import Buffer, Rotation
-from gguf_run.models.ops import Attend, Gated, Matmul, MatmulGated, Moe, RmsNorm, Rope, written
+from gguf_run.models.ops import Attend, Gated, Matmul, MatmulGated, RmsNorm, Rope, written
+from gguf_run.models.rare_ops import Moe
 
 Form = Literal["int8", "halves"]
 Forms = frozenset[Form]

@@ -23,25 +23,8 @@ from gguf_run.kernels_gpu.recurrent.delta_rule import bind_delta_rule
 from gguf_run.kernels_gpu.recurrent.scan import bind_scan
 from gguf_run.kernels_gpu.recurrent.short_conv import bind_short_conv
 from gguf_run.kernels_gpu.rows import activation, norms, quantize, rope, streams
-from gguf_run.models.ops import (
-    DeltaRule,
-    Embed,
-    Gated,
-    GateRows,
-    LayerNorm,
-    MatchRms,
-    MatmulHeads,
-    Mix,
-    Observe,
-    Outputs,
-    Rope,
-    Scan,
-    ShortConv,
-    Softcap,
-    Temper,
-    Threshold,
-    Xielu,
-)
+from gguf_run.models.ops import Embed, Gated, LayerNorm, Observe, Outputs, Rope, Softcap, Xielu
+from gguf_run.models.rare_ops import DeltaRule, GateRows, MatchRms, MatmulHeads, Mix, Scan, ShortConv, Temper, Threshold
 
 
 def _embed(op: Embed[WeightPart], memory: Memory) -> Launch:

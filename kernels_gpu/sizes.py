@@ -36,7 +36,8 @@ def program_bytes(
     # Attention's sums of parts, and what the sums are relative to.
     attention = max(n_batch, MOST_PROGRAMS) * config.n_head * (config.head_dim + 2)
     # Pairs of tokens and experts: results of products, choice, weights, counts.
-    pairs = config.moe.n_used * (max(2 * config.n_ff_exp, config.n_embd) + 4) + 2 * config.n_expert
+    n_used = config.moe.n_used if config.moe else 0
+    pairs = n_used * (max(2 * config.n_ff_exp, config.n_embd) + 4) + 2 * config.n_expert
     # For each row: buffers, their int8 or f16 forms (not larger than `inner`), angles of two rotations.
     rows = (n_batch + n_outputs) * (row_width + inner + 2 * config.n_rot + pairs) + n_outputs * config.n_vocab
     raw = max(n_batch * inner, n_outputs * config.n_vocab)

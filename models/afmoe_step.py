@@ -2,7 +2,8 @@
 
 from gguf_run.models import step
 from gguf_run.models.kv_cache import CacheLayer
-from gguf_run.models.operands import Buffer, Cache, Experts, Squares, State, Table, Vector, Weight
+from gguf_run.models.operands import Buffer
+from gguf_run.models.ops import Cache, Experts, Squares, State, Table, Vector, Weight
 
 
 class Step(step.Step[Table, Weight, Vector, Cache, Experts, Squares, State]):

@@ -5,10 +5,11 @@ Beside attention, each layer has a product of low rank (Laurel). The ffn of some
 
 import numpy as np
 
-from gguf_run.models import gemma_step, ops, step
+from gguf_run.models import gemma_step, ops, rare_ops, step
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer
-from gguf_run.models.operands import Buffer, Cache, Experts, Squares, State, Table, Vector, Weight
+from gguf_run.models.operands import Buffer
+from gguf_run.models.ops import Cache, Experts, Squares, State, Table, Vector, Weight
 from gguf_run.models.per_layer import AltUp
 from gguf_run.models.weights import Loader
 
@@ -71,11 +72,11 @@ class Step(gemma_step.Step[Table, Weight, Vector, Cache, Experts, Squares, State
         first, *_ = self._parts(self._streams)
         if il == 0:
             self.matmul(self.x, self.load.matrices("altup_proj"), self._others(self._streams))
-            self.add(ops.MatchRms(self._others(self._streams), self.x, _LEAST))
-            self.add(ops.Mix(self.x, self.x, first, n))
+            self.add(rare_ops.MatchRms(self._others(self._streams), self.x, _LEAST))
+            self.add(rare_ops.Mix(self.x, self.x, first, n))
         coef = self._choose(first, f"blk.{il}.", "altup_predict_coef", altup.n_stream**2)
-        self.add(ops.Mix(self._streams, self._streams, self._predicted, n, coef))
-        self.add(ops.Mix(first, self._streams, self.x, n, coef.columns(0, altup.n_stream)))
+        self.add(rare_ops.Mix(self._streams, self._streams, self._predicted, n, coef))
+        self.add(rare_ops.Mix(first, self._streams, self.x, n, coef.columns(0, altup.n_stream)))
 
     def project(self, il: int, h: Buffer) -> None:
         """qkv = q, k and v of h; x += h + norm(Laurel's product of h)"""
@@ -98,7 +99,7 @@ class Step(gemma_step.Step[Table, Weight, Vector, Cache, Experts, Squares, State
             return super().gated(il, h)
         wide, ff = self._wide.columns(0, 2 * n), self._ff.columns(0, n)
         self.matmul(h, self.load.matrix(f"{block}ffn_gate", f"{block}ffn_up"), wide)
-        self.add(ops.Threshold(wide.columns(0, n), factor))
+        self.add(rare_ops.Threshold(wide.columns(0, n), factor))
         self.add(ops.Gated(wide.columns(0, n), wide.columns(n, n), ff, "gelu"))
         return ff
 
@@ -107,7 +108,7 @@ class Step(gemma_step.Step[Table, Weight, Vector, Cache, Experts, Squares, State
         config, n, block, n_stream = self.config, self.config.n_embd, f"blk.{il}.", self._altup.n_stream
         coef = self._choose(self.x, block, "altup_correct_coef", n_stream)
         minus, *_ = self._parts(self._predicted)
-        self.add(ops.Mix(self._predicted, self.x, self._streams, n, coef, minus, 1.0))
+        self.add(rare_ops.Mix(self._predicted, self.x, self._streams, n, coef, minus, 1.0))
         first, *others = self._parts(self._streams)
         gate, ple = self._gate_in, self._ple.columns(il * config.n_ple, config.n_ple)
         self.matmul(first, self.load.with_columns_scaled(f"{block}inp_gate", f"{block}altup_correct_scale"), gate)
@@ -123,6 +124,6 @@ class Step(gemma_step.Step[Table, Weight, Vector, Cache, Experts, Squares, State
         first, *others = self._parts(self._streams)
         for i, stream in enumerate(others):
             self.matmul(stream, self.load.matrices("altup_unembd_proj", i), self._parts(self._predicted)[1 + i])
-        self.add(ops.MatchRms(self._others(self._predicted), first, _LEAST))
-        self.add(ops.Mix(first, self._others(self._predicted), self.x, self.config.n_embd, shift=1.0))
+        self.add(rare_ops.MatchRms(self._others(self._predicted), first, _LEAST))
+        self.add(rare_ops.Mix(first, self._others(self._predicted), self.x, self.config.n_embd, shift=1.0))
         self.add(ops.Softcap(self.x, 1 / self._altup.n_stream, 0.0))

@@ -37,7 +37,7 @@ class Architecture:
     no_rope_period: int = 0  # every n-th layer does not rotate; 0: all rotate
     rope_key: str = ""  # a key that says whether any layer rotates; "": none
     window_rope: bool = False  # in a file with a window, only layers with the window rotate
-    # Scale, length and offset of operands.Temperature, for layers that do not rotate. (): keys of the file tell it.
+    # Scale, length and offset of temperature.Temperature, for layers that do not rotate. (): keys of the file tell it.
     temperature: tuple[float, int, int] | tuple[()] = ()
     logits_multiplied: bool = False  # logit_scale multiplies the logits; False: it divides them
     v_of_k: bool = False  # a layer without attn_v makes v of what attn_k makes
@@ -52,11 +52,11 @@ class Architecture:
     yarn_truncate: bool = True  # YaRN's ramp begins and ends at whole pairs; a key in the file goes first
     chunk: int = 0  # windows begin at multiples of their length, which is this unless the file has one; 0: they do not
     moe: str = "no"  # whether layers have experts: "no", "yes", or "maybe" (the file tells)
-    # See operands.Mixture.gating; a key in the file goes first. "": "sigmoid" with a bias, "softmax" without one.
+    # See routing.Mixture.gating; a key in the file goes first. "": "sigmoid" with a bias, "softmax" without one.
     gating: str = "softmax"
     router_bias: str = "no"  # whether experts are chosen with a bias: "no", "yes", or "maybe" (the file tells)
-    weighs_input: bool = False  # see operands.Mixture
-    expert_norm: bool = True  # see operands.Mixture.norm; a key in the file goes first
+    weighs_input: bool = False  # see routing.Mixture
+    expert_norm: bool = True  # see routing.Mixture.norm; a key in the file goes first
     expert_activation: str = ""  # activation of the experts; "": the same as `activation`
     shared_gate: bool = False  # a gate weights the result of the shared expert
     dense_beside: bool = False  # a layer with experts has a dense ffn too

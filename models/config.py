@@ -9,29 +9,18 @@ from typing import TYPE_CHECKING, Any
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.models.architectures import (
-    LAYER_SHAPES,
-    MODEL_SHAPES,
-    QK,
-    QKV,
-    ROPE_FACTORS,
-    SHARED,
-    Architecture,
-    architecture,
-    experts_of,
-    qkv_of,
-)
-from gguf_run.models.keys import MAX_LAYERS, Keys, rope_scaling, show, swa_layers, temperature
-from gguf_run.models.operands import AttentionShape, Mixture, Temperature
-from gguf_run.models.rope import RopeScaling
-from gguf_run.models.tensor_check import Ne, check_tensors, shape_of
+from gguf_run.models.architectures import QKV, SHARED, Architecture, architecture, experts_of
+from gguf_run.models.keys import MAX_LAYERS, Keys, show
+from gguf_run.models.operands import AttentionShape, RopeScaling
+from gguf_run.models.tensor_check import check_tensors, shape_of, tensor_shapes
 
 if TYPE_CHECKING:
     from gguf_run.models.mixers import Mixer
     from gguf_run.models.per_layer import AltUp
+    from gguf_run.models.routing import Mixture
+    from gguf_run.models.temperature import Temperature
 
 _MAX_EXPERTS = 1024
-_XIELU = "gguf_run.models.xielu"  # imported for the one architecture that needs it
 
 # Features that the decoder does not have: the key, and the value with which a file says that it does not need them.
 _NEUTRAL: Mapping[str, float | bool] = {
@@ -65,6 +54,16 @@ class LayerConfig:
         return self.n_head_kv * self.head_dim
 
 
+class _Greatest:
+    """A size of a model's layers: that of the layer where it is greatest."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, config: Any, owner: type) -> int:
+        return max(getattr(layer, self._name) for layer in config.layers)
+
+
 @frozen
 class ModelConfig:
     """Sizes and constants of one model, in ggml's names.
@@ -89,16 +88,19 @@ class ModelConfig:
     attention_scale: float  # factor on q.k
     attn_softcap: float
     xielu: tuple[tuple[float, ...], ...]  # alpha_p, alpha_n, beta and eps of each layer's ops.Xielu, if it has one
-    temperature: Temperature | None  # of the queries of layers that do not rotate, if arch has one, or of all layers
+    temperature: "Temperature | None"  # of the queries of layers that do not rotate, if arch has one, or of all layers
     embd_scale: float  # factor on the embeddings
     logit_scale: float  # factor on the logits
     final_softcap: float
     n_expert: int  # experts of a layer; 0: no layer has any
     n_ff_exp: int  # width of one expert
     n_ff_shexp: int  # width of the expert that all tokens use; 0: there is none
-    moe: Mixture  # how a token's experts are chosen and weighted; unused if n_expert is 0
+    moe: "Mixture | None"  # how a token's experts are chosen and weighted, if there are any
     n_ple: int  # columns of the embedding that a token has for each layer; 0: there is none
     altup: "AltUp | None"  # of models with several streams of hidden states
+
+    n_head, n_head_kv, head_dim, n_rot = _Greatest(), _Greatest(), _Greatest(), _Greatest()
+    n_ff, n_embd_q, n_embd_kv, window = _Greatest(), _Greatest(), _Greatest(), _Greatest()
 
     @property
     def n_layer(self) -> int:
@@ -117,41 +119,9 @@ class ModelConfig:
         return self.n_ple > 0
 
     @property
-    def n_head(self) -> int:
-        return max(layer.n_head for layer in self.layers)
-
-    @property
-    def n_head_kv(self) -> int:
-        return max(layer.n_head_kv for layer in self.layers)
-
-    @property
-    def head_dim(self) -> int:
-        return max(layer.head_dim for layer in self.layers)
-
-    @property
-    def n_rot(self) -> int:
-        return max(layer.n_rot for layer in self.layers)
-
-    @property
-    def n_ff(self) -> int:
-        return max(layer.n_ff for layer in self.layers)
-
-    @property
-    def n_embd_q(self) -> int:
-        return max(layer.n_embd_q for layer in self.layers)
-
-    @property
-    def n_embd_kv(self) -> int:
-        return max(layer.n_embd_kv for layer in self.layers)
-
-    @property
     def n_rope_freqs(self) -> int:
         """Pairs of dimensions that are rotated."""
         return self.n_rot // 2
-
-    @property
-    def window(self) -> int:
-        return max(layer.window for layer in self.layers)
 
     @property
     def is_swa(self) -> tuple[bool, ...]:
@@ -195,12 +165,12 @@ class ModelConfig:
         except KeyError:
             from gguf_run.models.nearest import nearest
 
-            known = nearest(lambda arch: _shapes(_read(arch, Keys(metadata, name), tensors), tensors), tensors)
+            known = nearest(lambda arch: tensor_shapes(_read(arch, Keys(metadata, name), tensors), tensors), tensors)
             raise UnsupportedError(f"general.architecture is {show(name)}, which is not known; {known}") from None
         config = _read(arch, Keys(metadata, name), tensors)
         blocks = [f"blk.{il}." for il in range(config.n_layer)]
         groups = [(QKV, config.ffn(il)[:-1], experts_of(arch, block, tensors)) for il, block in enumerate(blocks)]
-        check_tensors(Keys(metadata, name), tensors, *_shapes(config, tensors), groups)
+        check_tensors(Keys(metadata, name), tensors, *tensor_shapes(config, tensors), groups)
         return config
 
 
@@ -243,11 +213,15 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
         inner_eps=rms_eps,
         rope_freq_base=base,
         rope_freq_base_swa=keys.number("rope.freq_base_swa", arch.swa_rope_freq_base or base, low=2, high=1e12),
-        rope_scaling=rope_scaling(keys, n_ctx_train, arch.yarn_truncate),
+        rope_scaling=_late("rope_scaling").read_scaling(keys, n_ctx_train, arch.yarn_truncate)
+        if any(key.startswith(f"{keys.prefix}.rope.scal") for key in keys.metadata)
+        else RopeScaling("linear", n_ctx_orig=n_ctx_train),
         attention_scale=keys.number("attention.scale", arch.attention_scale) or head_scale,
         attn_softcap=keys.number("attn_logit_softcapping", arch.attn_softcap),
-        xielu=import_module(_XIELU).read_xielu(keys, len(layers)) if arch.activation == "xielu" else (),
-        temperature=temperature(keys, arch.temperature),
+        xielu=_late("xielu").read_xielu(keys, len(layers)) if arch.activation == "xielu" else (),
+        temperature=_late("temperature").read_temperature(keys, arch.temperature)
+        if arch.temperature or keys.get("attention.temperature_scale") is not None
+        else None,
         embd_scale=embd_scale / residual_scale,
         logit_scale=keys.factor("logit_scale") ** (1 if arch.logits_multiplied else -1),
         final_softcap=keys.number("final_logit_softcapping", arch.final_softcap),
@@ -256,17 +230,20 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
         n_ff_shexp=n_ff_shexp,
         moe=mixture,
         n_ple=keys.integer("embedding_length_per_layer_input", 0, low=0),
-        altup=import_module("gguf_run.models.per_layer").read_altup(keys, tensors, len(layers))
-        if arch.step == "altup_step"
-        else None,
+        altup=_late("per_layer").read_altup(keys, tensors, len(layers)) if arch.step == "altup_step" else None,
     )
+
+
+def _late(name: str) -> Any:
+    """Return a module of models that few architectures need."""
+    return import_module(f"gguf_run.models.{name}")
 
 
 def _mixer(arch: Architecture, keys: Keys) -> "tuple[Mixer | None, Keys]":
     """Return what layers have in place of attention, and the keys that all else is read from."""
     if not arch.mixer:
         return None, keys
-    module = import_module(f"gguf_run.models.mixers.{arch.mixer}")
+    module = _late(f"mixers.{arch.mixer}")
     mixer: Mixer = module.read(keys)
     return mixer, module.as_one_head(keys, mixer) if arch.mixer == "latent" else keys
 
@@ -306,13 +283,13 @@ def _layers(
     n_lead = keys.integer("leading_dense_block_count", 0, low=0, high=n_block)
     moe_step = keys.integer("interleave_moe_layer_step", 1)
     window = keys.integer("attention.sliding_window", arch.chunk, low=int(arch.chunk > 0))
-    is_swa = swa_layers(keys, n_block, arch.swa_period) if window else (False,) * n_block
+    is_swa: Sequence[bool] = (False,) * n_block
+    if window:
+        is_swa = _late("per_layer").swa_layers(keys, n_block, arch.swa_period)
     n_latent = keys.integer("attention.kv_lora_rank") if arch.mixer == "latent" else 0
     kv_layers: Sequence[int] = range(n_layer)
     if keys.get("attention.shared_kv_layers"):
-        from gguf_run.models.per_layer import kv_layers_of  # late: few models share
-
-        kv_layers = kv_layers_of(keys, list(zip(is_swa, n_head_kv, strict=True))[:n_layer])
+        kv_layers = _late("per_layer").kv_layers_of(keys, list(zip(is_swa, n_head_kv, strict=True))[:n_layer])
     turns = not arch.rope_key or keys.flag(arch.rope_key, True)
     layers = []
     for il in range(n_layer):
@@ -336,49 +313,14 @@ def _layers(
     return tuple(layers)
 
 
-def _experts(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> tuple[int, int, int, Mixture]:
+def _experts(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> "tuple[int, int, int, Mixture | None]":
     """Return n_expert, n_ff_exp, n_ff_shexp, and how the experts are mixed."""
     n_expert = keys.integer("expert_count", 0, low=0, high=_MAX_EXPERTS)
     n_expert = 0 if (n_expert, arch.moe) == (1, "no") else n_expert  # Hunyuan's converter writes 1
     if bool(n_expert) not in {"no": (False,), "yes": (True,), "maybe": (False, True)}[arch.moe]:
         raise UnsupportedError(f"{arch.name}.expert_count is {n_expert}: this program does not have that yet")
     if not n_expert:
-        return 0, 0, 0, Mixture(0, norm=False, scale=1.0, activation=arch.activation)
+        return 0, 0, 0, None
     from gguf_run.models.routing import read_experts  # late: most models have no experts
 
     return n_expert, *read_experts(arch, keys, tensors, n_expert)
-
-
-def _shapes(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Ne], dict[str, Ne]]:
-    """Return ne of the tensors that a file must have, and of those that a file may leave out."""
-    arch, shapes = config.arch, {**LAYER_SHAPES, **config.arch.shapes}
-    model = {name: tuple(config.size(0, word) for word in words) for name, words in MODEL_SHAPES.items()}
-    required = {"token_embd.weight": model["token_embd.weight"], f"{arch.output_norm}.weight": (config.n_embd,)}
-    norm_bias = ("output_norm.bias",) if arch.layer_norm else ()
-    optional = {name: model[name] for name in ("output.weight", "output.bias", *norm_bias)}
-    optional |= dict.fromkeys(ROPE_FACTORS, (config.n_rope_freqs,))
-    for il, layer in enumerate(config.layers):
-        qkv = qkv_of(arch, f"blk.{il}.", tensors) if layer.n_head else ()
-        matrices = [*qkv, *(["attn_output"] if qkv else []), *config.ffn(il)]
-        if layer.has_experts:
-            matrices += ["ffn_gate_inp", *experts_of(arch, f"blk.{il}.", tensors)]
-            matrices += ["ffn_gate_inp_shexp"] if arch.shared_gate else []
-        norms = [name for name in arch.norms if layer.n_head or name not in QK]
-        for name in (*norms, *matrices, *(["attn_sinks"] if arch.sinks else [])):
-            ne = tuple(config.size(il, word) for word in shapes[name])
-            (optional if name in arch.optional_norms else required)[f"blk.{il}.{name}.weight"] = ne
-            if arch.layer_norm or name in matrices:
-                optional[f"blk.{il}.{name}.bias"] = ne[1:] or ne
-        if layer.has_experts and arch.router_bias != "no":
-            known = required if arch.router_bias == "yes" else optional
-            known[f"blk.{il}.exp_probs_b.bias"] = (config.n_expert,)
-        if qkv == ("attn_qkv",) and f"blk.{il}.attn_qkv.bias" not in tensors:
-            optional |= {f"blk.{il}.{name}.bias": (config.size(il, shapes[name][1]),) for name in QKV}
-        if config.mixer is not None:
-            for known, more in zip((required, optional), config.mixer.tensors(il), strict=True):
-                known |= {f"blk.{il}.{name}": ne for name, ne in more.items()}
-    if arch.more:
-        from gguf_run.models.per_layer import add_more
-
-        add_more(config, tensors, required, optional)
-    return required, optional

@@ -9,7 +9,8 @@ from gguf_run.models import ops, step
 from gguf_run.models.architectures import QKV
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer
-from gguf_run.models.operands import Buffer, Cache, Experts, Squares, State, Table, Vector, Weight
+from gguf_run.models.operands import Buffer
+from gguf_run.models.ops import Cache, Experts, Squares, State, Table, Vector, Weight
 from gguf_run.models.weights import Loader
 
 

@@ -7,8 +7,6 @@ import numpy as np
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.frozen import frozen
-from gguf_run.models.operands import Temperature
-from gguf_run.models.rope import SCALING_TYPES, RopeScaling
 
 MAX_LAYERS = 1024
 _MAX_SIZE = 2**31 - 1
@@ -84,47 +82,3 @@ class Keys:
         if value < 1e-6:
             raise self.wrong(key, "a number from 1e-06 to 1e+06")
         return value
-
-
-def rope_scaling(keys: Keys, n_ctx_train: int, yarn_truncate: bool) -> RopeScaling:
-    """Read the keys rope.scaling.*. A factor without a type means linear scaling: old files have no type."""
-    kind = keys.get("rope.scaling.type")
-    if kind is not None and not (isinstance(kind, str) and kind in SCALING_TYPES):
-        raise UnsupportedError(
-            f"{keys.prefix}.rope.scaling.type is {show(kind)}; this program runs: {', '.join(SCALING_TYPES)}"
-        )
-    old_key = keys.get("rope.scaling.factor") is None and keys.get("rope.scale_linear") is not None
-    factor = keys.number("rope.scale_linear" if old_key else "rope.scaling.factor", 1.0)
-    return RopeScaling(
-        type=kind or "linear",
-        factor=factor or 1.0,  # 0 stands for no scaling
-        n_ctx_orig=keys.integer("rope.scaling.original_context_length", n_ctx_train),
-        attn_factor=keys.number("rope.scaling.attn_factor", 1.0),
-        # llama.cpp's converter writes a checkpoint's own factor here, and its decoder does not read it.
-        yarn_attn_factor=keys.number("rope.scaling.yarn_attn_factor", 0.0),
-        ext_factor=keys.number("rope.scaling.yarn_ext_factor", 1.0, high=1),
-        beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0, low=0.001),
-        beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0, low=0.001),
-        log_multiplier=keys.number("rope.scaling.yarn_log_multiplier", 0.0),
-        truncate=keys.flag("rope.scaling.yarn_truncate", yarn_truncate),
-    )
-
-
-def temperature(keys: Keys, built_in: tuple[float, int, int] | tuple[()]) -> Temperature | None:
-    """Return the temperature of the queries. built_in: scale, length and offset, unless the file has others."""
-    scale, length, offset = built_in or (0.0, 0, 0)
-    if not (scale := keys.number("attention.temperature_scale", scale)):
-        return None
-    length = keys.integer("attention.temperature_length", length, low=0)
-    return Temperature(scale, length or keys.integer("rope.scaling.original_context_length"), offset)
-
-
-def swa_layers(keys: Keys, n_layer: int, period: int) -> tuple[bool, ...]:
-    """Return which layers have the window: as the file lists, or all but every period-th layer (0: all layers)."""
-    pattern = keys.get("attention.sliding_window_pattern")
-    if isinstance(pattern, np.ndarray):
-        if pattern.shape != (n_layer,) or pattern.dtype.kind not in "biu":
-            raise keys.wrong("attention.sliding_window_pattern", f"{n_layer} values of true or false, one for a layer")
-        return tuple(bool(v) for v in pattern)
-    period = keys.integer("attention.sliding_window_pattern", period, low=0, high=MAX_LAYERS)
-    return tuple(period == 0 or (il + 1) % period != 0 for il in range(n_layer))

@@ -1,6 +1,6 @@
 """The KV cache of a model counts the tokens of each sequence, and rewinds, copies, shifts, saves and restores them.
 
-Backends make the caches of the layers (operands.CacheHandle) and know their formats. The constants and rules that all
+Backends make the caches of the layers (handles.CacheHandle) and know their formats. The constants and rules that all
 formats share are here.
 
 Layers with a window hold only the last positions of a sequence. An operation that needs older positions empties the
@@ -18,7 +18,8 @@ from typing import Any, Generic
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.frozen import frozen
 from gguf_run.models.backend import Run
-from gguf_run.models.operands import Cache, Rotation, State
+from gguf_run.models.operands import Rotation
+from gguf_run.models.ops import Cache, State
 
 GROUP = 32  # positions that backends store side by side and move together
 BLOCK = 32  # columns of a row that share a scale, in cache types with blocks; only heads of whole blocks are rotated

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.models import ops
+from gguf_run.models import ops, rare_ops
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.operands import AttentionShape
@@ -89,22 +89,22 @@ OPERATIONS: Mapping[type, Callable[[Any], int]] = {
     ops.RmsNorm: lambda op: 4 * op.x.width,
     ops.LayerNorm: lambda op: 7 * op.x.width,
     ops.Matmul: lambda op: 2 * op.weight.n_weights,
-    ops.MatmulHeads: lambda op: 2 * op.weight.n_weights,
+    rare_ops.MatmulHeads: lambda op: 2 * op.weight.n_weights,
     ops.MatmulGated: lambda op: 2 * op.weight.n_weights,
     ops.Rope: lambda op: 3 * op.rotation.n_rot * (op.x.width // op.head_dim),
-    ops.Temper: lambda op: op.x.width,
+    rare_ops.Temper: lambda op: op.x.width,
     ops.Attend: lambda op: 2 * op.shape.n_head * (op.shape.head_dim + op.shape.n_value) * op.cache.n_out,
     ops.Gated: lambda op: 5 * op.out.width,
-    ops.ShortConv: lambda op: (2 * op.n_taps + 5) * op.x.width,
-    ops.DeltaRule: lambda op: 8 * op.state.n_in,
+    rare_ops.ShortConv: lambda op: (2 * op.n_taps + 5) * op.x.width,
+    rare_ops.DeltaRule: lambda op: 8 * op.state.n_in,
     ops.Xielu: lambda op: 6 * op.out.width,
-    ops.Moe: lambda op: 2 * op.experts.n_weights * op.mixture.n_used // op.logits.width,
-    ops.Scan: lambda op: 5 * op.x.width * op.b.width // op.n_group,
-    ops.GateRows: lambda op: op.x.width,
+    rare_ops.Moe: lambda op: 2 * op.experts.n_weights * op.mixture.n_used // op.logits.width,
+    rare_ops.Scan: lambda op: 5 * op.x.width * op.b.width // op.n_group,
+    rare_ops.GateRows: lambda op: op.x.width,
     ops.Softcap: lambda op: 3 * op.x.width,
-    ops.Mix: lambda op: 3 * op.out.width * op.x.width // op.width,
-    ops.MatchRms: lambda op: 5 * op.x.width,
-    ops.Threshold: lambda op: 6 * op.x.width,
+    rare_ops.Mix: lambda op: 3 * op.out.width * op.x.width // op.width,
+    rare_ops.MatchRms: lambda op: 5 * op.x.width,
+    rare_ops.Threshold: lambda op: 6 * op.x.width,
     ops.Outputs: lambda op: 0,
 }
 
@@ -129,7 +129,7 @@ def op_costs(
 def _cost(op: Any) -> OpCost:
     held = [value for value in vars(op).values() if isinstance(value, Held)]
     nbytes = sum(handle.nbytes for handle in held)
-    if isinstance(op, ops.Moe):
+    if isinstance(op, rare_ops.Moe):
         nbytes = nbytes * op.mixture.n_used // op.logits.width
     names = tuple(name for handle in held for name in handle.names)
     types = tuple(dict.fromkeys(name for handle in held for name in handle.types))

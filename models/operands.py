@@ -1,11 +1,6 @@
-"""The operands of ops: buffers, numbers of the model, and handles of a backend.
-
-Each backend has its own classes of handles. Ops and backends are generic in these classes, so that mypy finds code that
-gives a handle of one backend to another backend.
-"""
+"""The operands of ops: buffers, and numbers of the model. handles.py has the handles of a backend."""
 
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,12 +59,23 @@ class Rotation:
 
 
 @frozen
-class Temperature:
-    """Factor on the queries at position p, for long contexts: 1 + scale * ln(1 + floor((p + offset) / length))."""
+class RopeScaling:
+    """How a model stretches positions to a context longer than that of its first training."""
 
-    scale: float
-    length: int  # positions
-    offset: int = 0
+    type: str = "none"  # one of rope_scaling.SCALING_TYPES
+    factor: float = 1.0  # "linear" divides all angles by it, "yarn" only those of slow pairs, "longrope" none
+    n_ctx_orig: int = 0  # context of the first training
+    attn_factor: float = 1.0  # extra factor on the rotated values, for any type
+    # "yarn" only:
+    ext_factor: float = 1.0  # 1: fast pairs keep their angles; 0: their angles are divided too; between: a mix
+    beta_fast: float = 32.0  # pairs that turn more often than this in n_ctx_orig positions are fast
+    beta_slow: float = 1.0  # pairs that turn less often are slow; pairs between fast and slow are on a linear ramp
+    yarn_attn_factor: float = 0.0  # the whole attention factor; 0: it follows from the factor
+    log_multiplier: float = 0.0  # the attention factor is divided by 1 + 0.1 * log_multiplier * ln(factor)
+    truncate: bool = True  # the ramp begins and ends at whole pairs
+
+
+UNSCALED = RopeScaling()
 
 
 @frozen
@@ -89,103 +95,3 @@ class AttentionShape:
     def n_value(self) -> int:
         """Columns of a value, and of a head of the result."""
         return self.n_latent or self.head_dim
-
-
-# How the scores of experts follow from their logits. "sparsemixer" (Phi-3.5-MoE): an expert's score is its softmax over
-# the experts that are not chosen yet and have almost its logit l: l - logit <= NEAR max(|logit|, l). It needs no bias.
-# Kernels know a gating as its place in this tuple.
-GATINGS = ("softmax", "sigmoid", "sparsemixer")
-NEAR = 0.02
-MIN_SUM = 1e-20  # the least sum that weights are divided by
-
-
-@frozen
-class Mixture:
-    """How a token's experts are chosen and weighted: by scores, which are the gating of the router's logits.
-
-    The experts with the greatest score + bias are chosen (bias: of ops.Moe). An expert's weight is its score.
-    """
-
-    n_used: int  # experts per token
-    norm: bool  # whether the weights are divided by their sum
-    scale: float  # factor on the weights
-    activation: str  # of the gate, one of ops.ACTIVATIONS
-    gating: str = "softmax"  # one of GATINGS
-    n_group: int = 1  # groups of n_expert / n_group neighbours; 1: none
-    n_group_used: int = 1  # experts are chosen from so many groups: those whose best experts have the greatest sum
-    n_group_best: int = 2  # best experts of a group, by score + bias: 1 or 2
-    weighs_input: bool = False  # the weight is a factor on what gate and up make of x, not on the expert's result
-
-
-class WeightHandle(Protocol):
-    """A matrix of n_out rows of n_in, or n_head of them, in the form that the backend multiplies with."""
-
-    @property
-    def n_in(self) -> int: ...
-    @property
-    def n_out(self) -> int: ...
-
-
-class CacheHandle(Protocol):
-    """K and V of one layer for some sequences. Groups are those of models.kv_cache.GROUP positions."""
-
-    @property
-    def n_ctx(self) -> int:
-        """Positions that the layer holds of a sequence: its last ones. Position p is in row p % n_ctx."""
-
-    @property
-    def kinds(self) -> str:
-        """What is held: "kv", or "k" if values are columns of the keys."""
-
-    def copy(self, source: int, target: int, n_rows: int, /) -> None:
-        """Copy the first n_rows rows of sequence `source` to sequence `target`."""
-
-    def shift(self, seq: int, n_past: int, n_keep: int, n_discard: int, rotation: Rotation | None, /) -> None:
-        """Move positions n_keep + n_discard .. n_past down by n_discard, and turn their keys back as far."""
-
-    def read(self, seq: int, kind: str, first: int, end: int, /) -> NDArray[np.uint8]:
-        """Return the bytes of K or V ("k", "v") of groups first .. end. All of them must be held."""
-
-    def write(self, seq: int, kind: str, end: int, data: Any, /) -> int | None:
-        """Store bytes that `read` returned for groups up to `end`. A smaller cache stores only the last groups.
-
-        Returns the first group that is stored, or None if the bytes are not a whole number of groups.
-        """
-
-
-class StateHandle(Protocol):
-    """The state of one recurrent op of a layer: n_slots slots of f32 numbers. A step reads one slot, writes another."""
-
-    @property
-    def n_slots(self) -> int: ...
-
-    def copy(self, source: int, target: int, /) -> None:
-        """Copy slot `source` to slot `target`."""
-
-    def read(self, slot: int, /) -> NDArray[np.uint8]:
-        """Return the bytes of a slot."""
-
-    def write(self, slot: int, data: Any, /) -> bool:
-        """Store bytes that `read` returned. Return whether they are as many as a slot has."""
-
-
-class SquaresHandle(Protocol):
-    """Sums of squares that the ops Observe and Moe collect from the inputs of a matrix."""
-
-    def take(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Return the sums over all rows since the last call, and start again from 0.
-
-        Returns:
-            f64[n, width]: the sum of the squares of each column.
-            i64[n]: the number of rows.
-            n is the number of experts, which see different rows; 1 for a matrix that is not an expert.
-        """
-
-
-Table = TypeVar("Table")  # a matrix whose rows are looked up: the embeddings
-Weight = TypeVar("Weight", bound=WeightHandle)  # a matrix that is multiplied
-Vector = TypeVar("Vector")  # f32 numbers: the weight of a norm, a bias
-Cache = TypeVar("Cache", bound=CacheHandle)
-Experts = TypeVar("Experts")  # the three matrices of all experts of a layer, and their biases
-Squares = TypeVar("Squares", bound=SquaresHandle)
-State = TypeVar("State", bound=StateHandle)

@@ -1,4 +1,4 @@
-"""Layers that share keys and values, and tensors that few architectures have."""
+"""Layers with a window, layers that share keys and values, and tensors that few architectures have."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.models.keys import Keys
+from gguf_run.models.keys import MAX_LAYERS, Keys
 
 Ne = tuple[int, ...]
 
@@ -18,7 +18,7 @@ class AltUp:
 
     n_stream: int  # streams of hidden states
     n_laurel: int  # rank of Laurel's product
-    sparsity: tuple[float, ...]  # factor of ops.Threshold in each layer; -inf: there is none
+    sparsity: tuple[float, ...]  # factor of rare_ops.Threshold in each layer; -inf: there is none
 
 
 def read_altup(keys: Keys, tensors: Mapping[str, Tensor], n_layer: int) -> AltUp:
@@ -29,6 +29,17 @@ def read_altup(keys: Keys, tensors: Mapping[str, Tensor], n_layer: int) -> AltUp
         raise keys.wrong("activation_sparsity_scale", f"{n_layer} numbers, one for a layer")
     n_stream = keys.integer("altup.num_inputs", low=2, high=16)
     return AltUp(n_stream, laurel.ne[-1] if laurel else 0, tuple(sparsity.tolist()))
+
+
+def swa_layers(keys: Keys, n_layer: int, period: int) -> tuple[bool, ...]:
+    """Return which layers have the window: as the file lists, or all but every period-th layer (0: all layers)."""
+    pattern = keys.get("attention.sliding_window_pattern")
+    if isinstance(pattern, np.ndarray):
+        if pattern.shape != (n_layer,) or pattern.dtype.kind not in "biu":
+            raise keys.wrong("attention.sliding_window_pattern", f"{n_layer} values of true or false, one for a layer")
+        return tuple(bool(v) for v in pattern)
+    period = keys.integer("attention.sliding_window_pattern", period, low=0, high=MAX_LAYERS)
+    return tuple(period == 0 or (il + 1) % period != 0 for il in range(n_layer))
 
 
 def kv_layers_of(keys: Keys, kinds: Sequence[object]) -> list[int]:

@@ -13,9 +13,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.gguf.reader import Tensor
+from gguf_run.models import ops, rare_ops
 from gguf_run.models.backend import CacheType, Results, Run
-from gguf_run.models.operands import AttentionShape, Buffer, Cache, Experts, Squares, State, Table, Vector, Weight
-from gguf_run.models.ops import Op
+from gguf_run.models.operands import AttentionShape, Buffer
+from gguf_run.models.ops import Cache, Experts, Squares, State, Table, Vector, Weight
+
+Op = (
+    ops.Embed[Table]
+    | ops.Matmul[Weight, Vector]
+    | ops.MatmulGated[Weight, Vector]
+    | ops.RmsNorm[Vector]
+    | ops.LayerNorm[Vector]
+    | ops.Rope
+    | ops.Attend[Cache, Vector]
+    | ops.Gated
+    | ops.Xielu
+    | ops.Softcap
+    | ops.Outputs
+    | rare_ops.Moe[Experts, Vector, Squares]
+    | ops.Observe[Squares]
+    | rare_ops.GateRows
+    | rare_ops.MatmulHeads[Weight]
+    | rare_ops.Temper
+    | rare_ops.ShortConv[State, Vector]
+    | rare_ops.DeltaRule[State, Vector]
+    | rare_ops.Scan[State, Vector]
+    | rare_ops.Mix
+    | rare_ops.MatchRms
+    | rare_ops.Threshold
+)
 
 
 class Program(Protocol):

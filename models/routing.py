@@ -2,12 +2,36 @@
 
 from collections.abc import Mapping
 
+from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.architectures import Architecture
 from gguf_run.models.keys import Keys
-from gguf_run.models.operands import Mixture
 
+# How the scores of experts follow from their logits. "sparsemixer" (Phi-3.5-MoE): an expert's score is its softmax over
+# the experts that are not chosen yet and have almost its logit l: l - logit <= NEAR max(|logit|, l). It needs no bias.
+# Kernels know a gating as its place in this tuple.
+GATINGS = ("softmax", "sigmoid", "sparsemixer")
+NEAR = 0.02
+MIN_SUM = 1e-20  # the least sum that weights are divided by
 _GATINGS = ("", "softmax", "sigmoid", "softmax")  # by expert_gating_func. The last one is of the chosen logits: norm
+
+
+@frozen
+class Mixture:
+    """How a token's experts are chosen and weighted: by scores, which are the gating of the router's logits.
+
+    The experts with the greatest score + bias are chosen (bias: of rare_ops.Moe). An expert's weight is its score.
+    """
+
+    n_used: int  # experts per token
+    norm: bool  # whether the weights are divided by their sum
+    scale: float  # factor on the weights
+    activation: str  # of the gate, one of ops.ACTIVATIONS
+    gating: str = "softmax"  # one of GATINGS
+    n_group: int = 1  # groups of n_expert / n_group neighbours; 1: none
+    n_group_used: int = 1  # experts are chosen from so many groups: those whose best experts have the greatest sum
+    n_group_best: int = 2  # best experts of a group, by score + bias: 1 or 2
+    weighs_input: bool = False  # the weight is a factor on what gate and up make of x, not on the expert's result
 
 
 def read_experts(

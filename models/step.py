@@ -7,21 +7,13 @@ from gguf_run.formats.frozen import frozen
 from gguf_run.models import ops
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer
-from gguf_run.models.operands import (
-    Buffer,
-    Cache,
-    Experts,
-    Squares,
-    SquaresHandle,
-    State,
-    Table,
-    Vector,
-    Weight,
-)
+from gguf_run.models.operands import Buffer
+from gguf_run.models.ops import Cache, Experts, Squares, State, Table, Vector, Weight
 from gguf_run.models.weights import Loader, Matrix
 
 if TYPE_CHECKING:
-    from gguf_run.models.protocol import Program
+    from gguf_run.models.handles import SquaresHandle
+    from gguf_run.models.protocol import Op, Program
 
 
 @frozen
@@ -29,7 +21,7 @@ class Observed:
     """Sums of squares of the columns of an input that some matrices share."""
 
     names: tuple[str, ...]  # tensors of the matrices
-    squares: SquaresHandle
+    squares: "SquaresHandle"
 
 
 class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
@@ -46,8 +38,8 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
     ) -> None:
         """observed: a list that gets an entry for the input of every matmul; None: nothing is observed."""
         self.load, self.config, self._observed = load, config, observed
-        self.parts: list[list[ops.Op[Table, Weight, Vector, Cache, Experts, Squares, State]]] = []
-        self.after: list[ops.Op[Table, Weight, Vector, Cache, Experts, Squares, State]] = []
+        self.parts: list[list[Op[Table, Weight, Vector, Cache, Experts, Squares, State]]] = []
+        self.after: list[Op[Table, Weight, Vector, Cache, Experts, Squares, State]] = []
         self._ops = self.after  # the list that grows
         self._result = self.x = Buffer.whole("x", config.n_embd)
         self.name_buffers(outputs=False)
@@ -67,7 +59,7 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         self._ops = []
         self.parts.append(self._ops)
 
-    def add(self, op: ops.Op[Table, Weight, Vector, Cache, Experts, Squares, State]) -> None:
+    def add(self, op: "Op[Table, Weight, Vector, Cache, Experts, Squares, State]") -> None:
         """Append an op to the list that grows."""
         self._ops.append(op)
 
@@ -116,7 +108,9 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
                 self.norm(part, block + name, part, n_group=n_head if config.arch.norm_per_head else 1, inner=True)
         assert cache.cache is not None
         if config.temperature is not None and not (config.arch.temperature and layer.n_rot):
-            self.add(ops.Temper(q, config.temperature))
+            from gguf_run.models.rare_ops import Temper  # late: few models have any of them
+
+            self.add(Temper(q, config.temperature))
         if cache.rotation is not None:
             self.add(ops.Rope(qkv.columns(0, n_q + n_kv), cache.rotation, head_dim))
         if is_late and layer.n_rot:
@@ -144,16 +138,17 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
 
     def moe(self, il: int, out: Buffer, *, accumulate: bool = True) -> None:
         """out (+)= the weighted results of the experts that the router's logits choose"""
-        config, block, squares = self.config, f"blk.{il}.", None
+        from gguf_run.models.rare_ops import Moe  # late: most models have no experts
+
+        config, block = self.config, f"blk.{il}."
+        assert config.moe is not None
         names = self.load.expert_names(config.arch, block)
-        if self._observed is not None:
-            first = self.load.backend.squares(config.n_embd, config.n_expert)
-            last = self.load.backend.squares(config.n_ff_exp, config.n_expert)
-            squares = first, last
-            weights = tuple(f"{name}.weight" for name in names)
-            self._observed += [Observed(weights[:-1], first), Observed(weights[-1:], last)]
-        experts, bias = self.load.experts(names), self.load.bias(f"{block}exp_probs_b")
-        self.add(ops.Moe(self._h, self._router, experts, config.moe, out, squares, bias, accumulate))
+        weights = tuple(f"{name}.weight" for name in names)
+        first = self._squares(weights[:-1], config.n_embd, config.n_expert)
+        last = self._squares(weights[-1:], config.n_ff_exp, config.n_expert)
+        squares = None if first is None or last is None else (first, last)
+        experts, bias = self.load.experts(names), self.load.vector(f"{block}exp_probs_b.bias")
+        self.add(Moe(self._h, self._router, experts, config.moe, out, squares, bias, accumulate))
 
     def only_outputs(self) -> None:
         """List the following ops in `after`, for the wanted rows only. x is copied, other buffers are new."""
@@ -208,7 +203,9 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
             self.add(ops.Xielu(ff, ff, *config.xielu[il]) if config.xielu else ops.Gated(ff, None, ff, activation))
         if config.layers[il].has_experts and config.arch.shared_gate:
             self.matmul(h, load.matrix(f"{block}ffn_gate_inp_shexp"), self._gate)
-            self.add(ops.GateRows(ff, self._gate))
+            from gguf_run.models.rare_ops import GateRows
+
+            self.add(GateRows(ff, self._gate))
         return ff
 
     def _has_norm(self, block: str, name: str) -> bool:
@@ -244,10 +241,16 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         self.add(ops.Matmul(x, matrix.weight, out, matrix.bias, residual))
 
     def _observe(self, x: Buffer, matrix: Matrix[Weight, Vector]) -> None:
-        if self._observed is not None:
-            squares = self.load.backend.squares(x.width)
-            self._observed.append(Observed(matrix.names, squares))
+        if (squares := self._squares(matrix.names, x.width)) is not None:
             self.add(ops.Observe(x, squares))
+
+    def _squares(self, names: tuple[str, ...], width: int, n_expert: int = 1) -> Squares | None:
+        """Return sums of squares of what the matrices of some tensors read, None if nothing is observed."""
+        if self._observed is None:
+            return None
+        squares = self.load.backend.squares(width, n_expert)
+        self._observed.append(Observed(names, squares))
+        return squares
 
     def add_product(self, y: Buffer, block: str, name: str, post_norm: str) -> None:
         """x += matrix @ y, or x += norm(matrix @ y) if the layer has post_norm

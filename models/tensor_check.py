@@ -1,10 +1,20 @@
-"""Compares the tensors of a file with those of its model: none may be missing, or be left out silently."""
+"""The tensors of a model, and those of a file: none may be missing, or be left out silently."""
 
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.gguf.reader import Tensor
+from gguf_run.models.architectures import (
+    LAYER_SHAPES,
+    MODEL_SHAPES,
+    QK,
+    QKV,
+    ROPE_FACTORS,
+    experts_of,
+    qkv_of,
+)
 from gguf_run.models.keys import Keys, show
 
 Ne = tuple[int, ...]
@@ -18,6 +28,41 @@ TOWERS = ("v.", "a.", "mm.")
 def shape_of(tensor: Tensor | None) -> str:
     """Return the shape as a part of a sentence."""
     return "is missing" if tensor is None else f"has {' x '.join(map(str, tensor.ne))} values"
+
+
+def tensor_shapes(config: Any, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Ne], dict[str, Ne]]:
+    """Return ne of the tensors that a file must have, and of those that a file may leave out. config: a ModelConfig."""
+    arch, shapes = config.arch, {**LAYER_SHAPES, **config.arch.shapes}
+    model = {name: tuple(config.size(0, word) for word in words) for name, words in MODEL_SHAPES.items()}
+    required = {"token_embd.weight": model["token_embd.weight"], f"{arch.output_norm}.weight": (config.n_embd,)}
+    norm_bias = ("output_norm.bias",) if arch.layer_norm else ()
+    optional = {name: model[name] for name in ("output.weight", "output.bias", *norm_bias)}
+    optional |= dict.fromkeys(ROPE_FACTORS, (config.n_rope_freqs,))
+    for il, layer in enumerate(config.layers):
+        qkv = qkv_of(arch, f"blk.{il}.", tensors) if layer.n_head else ()
+        matrices = [*qkv, *(["attn_output"] if qkv else []), *config.ffn(il)]
+        if layer.has_experts:
+            matrices += ["ffn_gate_inp", *experts_of(arch, f"blk.{il}.", tensors)]
+            matrices += ["ffn_gate_inp_shexp"] if arch.shared_gate else []
+        norms = [name for name in arch.norms if layer.n_head or name not in QK]
+        for name in (*norms, *matrices, *(["attn_sinks"] if arch.sinks else [])):
+            ne = tuple(config.size(il, word) for word in shapes[name])
+            (optional if name in arch.optional_norms else required)[f"blk.{il}.{name}.weight"] = ne
+            if arch.layer_norm or name in matrices:
+                optional[f"blk.{il}.{name}.bias"] = ne[1:] or ne
+        if layer.has_experts and arch.router_bias != "no":
+            known = required if arch.router_bias == "yes" else optional
+            known[f"blk.{il}.exp_probs_b.bias"] = (config.n_expert,)
+        if qkv == ("attn_qkv",) and f"blk.{il}.attn_qkv.bias" not in tensors:
+            optional |= {f"blk.{il}.{name}.bias": (config.size(il, shapes[name][1]),) for name in QKV}
+        if config.mixer is not None:
+            for known, more in zip((required, optional), config.mixer.tensors(il), strict=True):
+                known |= {f"blk.{il}.{name}": ne for name, ne in more.items()}
+    if arch.more:
+        from gguf_run.models.per_layer import add_more
+
+        add_more(config, tensors, required, optional)
+    return required, optional
 
 
 def check_tensors(

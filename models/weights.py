@@ -18,8 +18,9 @@ from gguf_run.models.architectures import QK, QKV, ROPE_FACTORS, Architecture, e
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import N_STATES, CacheLayer
-from gguf_run.models.operands import Cache, Experts, Rotation, Squares, State, Table, Vector, Weight
-from gguf_run.models.rope import UNSCALED, make_rope
+from gguf_run.models.operands import UNSCALED, Rotation
+from gguf_run.models.ops import Cache, Experts, Squares, State, Table, Vector, Weight
+from gguf_run.models.rope import make_rope
 
 if TYPE_CHECKING:
     from gguf_run.models.protocol import Backend

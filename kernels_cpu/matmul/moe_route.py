@@ -18,7 +18,7 @@ from gguf_run.formats.compiler.jit import carray, njit
 from gguf_run.kernels_cpu.replay.op import n_rows, op, row_op
 from gguf_run.kernels_cpu.rows.observe import COLUMNS, add_squares
 from gguf_run.kernels_cpu.vector.native import f32_at, i64_at, pointer
-from gguf_run.models.operands import GATINGS, MIN_SUM, NEAR
+from gguf_run.models.routing import GATINGS, MIN_SUM, NEAR
 
 _SOFTMAX, _SIGMOID, _SPARSEMIXER = (GATINGS.index(name) for name in ("softmax", "sigmoid", "sparsemixer"))
 

@@ -1,4 +1,4 @@
-"""The state space of Mamba 2 (models.ops.Scan), token by token.
+"""The state space of Mamba 2 (models.rare_ops.Scan), token by token.
 
 The columns of a head are cut into blocks of 16, the last one may be narrower. A piece of work is one block for one
 sequence, with all its tokens. The state of a block is f32[n_state, columns]: it stays in the L1 cache, and its sums

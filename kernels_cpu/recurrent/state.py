@@ -10,7 +10,7 @@ from gguf_run.formats.frozen import frozen
 
 @frozen(eq=False)
 class CpuState:
-    """models.operands.StateHandle."""
+    """models.handles.StateHandle."""
 
     data: NDArray[np.float32]  # [n_slots, n_floats]
 

@@ -13,7 +13,7 @@ COLUMNS = 64  # columns of a piece. A thread sums whole columns: sums do not dep
 
 
 class CpuSquares:
-    """Sums of squares of what one matrix reads, or n_expert matrices: models.operands.SquaresHandle."""
+    """Sums of squares of what one matrix reads, or n_expert matrices: models.handles.SquaresHandle."""
 
     def __init__(self, width: int, n_expert: int = 1) -> None:
         self.sums, self.counts = np.zeros((n_expert, width)), np.zeros(n_expert, np.int64)

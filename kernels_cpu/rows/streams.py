@@ -11,7 +11,7 @@ from gguf_run.kernels_cpu.vector.native import f32_at
 
 @row_op("rows n n_x n_out base base_stride x x_stride minus minus_stride coef coef_stride out out_stride", "shift")
 def mix(a, first, end):
-    """See models.ops.Mix. n: columns of a part. n_x, n_out: parts of x and of out. minus, coef: rows, or 0."""
+    """See models.rare_ops.Mix. n: columns of a part. n_x, n_out: parts of x and of out. minus, coef: rows, or 0."""
     n = a.n
     for item in range(first, end):
         coef = f32_at(a.coef + item * a.coef_stride, a.n_x * a.n_out)
@@ -30,7 +30,7 @@ def mix(a, first, end):
 
 @row_op("rows n n_part x x_stride like like_stride", "least", fastmath=FASTMATH)
 def match_rms(a, first, end):
-    """See models.ops.MatchRms. n: columns of a part."""
+    """See models.rare_ops.MatchRms. n: columns of a part."""
     n = a.n
     for t in range(first, end):
         like, wanted = f32_at(a.like + t * a.like_stride, n), np.float32(0)
@@ -47,7 +47,7 @@ def match_rms(a, first, end):
 
 @row_op("rows n x x_stride", "factor", fastmath=FASTMATH)
 def threshold(a, first, end):
-    """See models.ops.Threshold."""
+    """See models.rare_ops.Threshold."""
     n = a.n
     for t in range(first, end):
         x, total, squares = f32_at(a.x + t * a.x_stride, n), np.float32(0), np.float32(0)

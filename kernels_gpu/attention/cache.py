@@ -55,7 +55,7 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class GpuCache:
-    """models.operands.CacheHandle."""
+    """models.handles.CacheHandle."""
 
     n_ctx: int  # positions that are held of a sequence
     k: Rows

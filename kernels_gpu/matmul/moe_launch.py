@@ -13,15 +13,15 @@ from gguf_run.kernels_gpu.fuse import BLOCK, FusedMoe
 from gguf_run.kernels_gpu.matmul import moe, moe_route
 from gguf_run.kernels_gpu.matmul.launch import units_at_once
 from gguf_run.kernels_gpu.panels.memory import GpuExperts, GpuSquares, WeightPart
-from gguf_run.models.operands import MIN_SUM, NEAR
-from gguf_run.models.ops import Moe
+from gguf_run.models.rare_ops import Moe
+from gguf_run.models.routing import MIN_SUM, NEAR
 
 _TILES = 16, 64  # pairs of a tile: the first where an expert has no more pairs on average
 
 
 @dataclass(frozen=True, eq=False)
 class _Mixture:
-    """models.ops.Moe, bound to memory."""
+    """models.rare_ops.Moe, bound to memory."""
 
     op: Moe[GpuExperts, Array, GpuSquares]
     memory: Memory

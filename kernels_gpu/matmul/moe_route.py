@@ -35,7 +35,7 @@ def route(
     N_GROUP_BEST: tl.constexpr, NEAR: tl.constexpr, MIN_SUM: tl.constexpr,
     N_USED: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """chosen int32[p] = a token's experts; weights f32[p], see models.operands.Mixture.
+    """chosen int32[p] = a token's experts; weights f32[p], see models.routing.Mixture.
 
     Grid (tokens,). WIDTH >= n_expert, SLOTS >= N_USED. bias, factors: None, or f32[n_expert]; factors of the weights.
     Of equal experts the first one counts. NaN counts as the least: so all chosen experts exist.

@@ -108,7 +108,7 @@ class GpuExperts:
 
 
 class GpuSquares:
-    """models.operands.SquaresHandle: of the rows that a matrix reads, or of those that each of n_expert reads."""
+    """models.handles.SquaresHandle: of the rows that a matrix reads, or of those that each of n_expert reads."""
 
     def __init__(self, n_expert: int, width: int, device: torch.device) -> None:
         self.sums = torch.zeros(n_expert, width, dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""The gated delta rule (models.ops.DeltaRule), token by token. The state of a program stays in registers."""
+"""The gated delta rule (models.rare_ops.DeltaRule), token by token. The state of a program stays in registers."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,7 @@ from torch import Tensor as Array
 from gguf_run.kernels_gpu.buffers import Launch, Memory
 from gguf_run.kernels_gpu.recurrent.runs import TILE, load_run, softplus
 from gguf_run.kernels_gpu.recurrent.state import GpuState
-from gguf_run.models.ops import DeltaRule
+from gguf_run.models.rare_ops import DeltaRule
 
 
 @triton.jit

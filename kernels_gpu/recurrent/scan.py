@@ -1,4 +1,4 @@
-"""The state space of Mamba 2 (models.ops.Scan), token by token. The state of a program stays in registers."""
+"""The state space of Mamba 2 (models.rare_ops.Scan), token by token. The state of a program stays in registers."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,7 @@ from torch import Tensor as Array
 from gguf_run.kernels_gpu.buffers import Launch, Memory
 from gguf_run.kernels_gpu.recurrent.runs import TILE, load_run, softplus
 from gguf_run.kernels_gpu.recurrent.state import GpuState
-from gguf_run.models.ops import Scan
+from gguf_run.models.rare_ops import Scan
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The short convolution of recurrent layers (models.ops.ShortConv)."""
+"""The short convolution of recurrent layers (models.rare_ops.ShortConv)."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ from gguf_run.kernels_gpu.buffers import Launch, Memory
 from gguf_run.kernels_gpu.device.tuning import FEW
 from gguf_run.kernels_gpu.recurrent.runs import load_run
 from gguf_run.kernels_gpu.recurrent.state import GpuState
-from gguf_run.models.ops import ShortConv
+from gguf_run.models.rare_ops import ShortConv
 
 _WIDTH = 64  # channels of a program
 

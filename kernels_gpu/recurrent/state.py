@@ -11,7 +11,7 @@ from torch import Tensor as Array
 
 @dataclass(frozen=True, eq=False)
 class GpuState:
-    """models.operands.StateHandle."""
+    """models.handles.StateHandle."""
 
     data: Array  # f32[n_slots, n_floats]
 

@@ -21,7 +21,7 @@ def activate(x, NAME: tl.constexpr):
 
 @triton.jit
 def gate_by(gate, up, NAME: tl.constexpr):
-    """Return activation(gate) * up. NAME: of `activate`, or "swiglu_oai" (models.ops.Moe)."""
+    """Return activation(gate) * up. NAME: of `activate`, or "swiglu_oai" (models.rare_ops.Moe)."""
     if NAME == "swiglu_oai":
         gate = tl.minimum(gate, 7.0)
         return gate * tl.sigmoid(1.702 * gate) * (tl.clamp(up, -7.0, 7.0) + 1.0)

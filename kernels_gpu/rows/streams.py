@@ -9,7 +9,7 @@ def mix(
     base, base_stride, x, x_stride, minus, minus_stride, coef, coef_stride, out, out_stride, n, shift,
     N_X: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """See models.ops.Mix; grid (rows, n / WIDTH, parts of out). n: columns of a part. minus, coef: rows, or None."""
+    """See models.rare_ops.Mix; grid (rows, n / WIDTH, parts of out). n: of a part. minus, coef: rows, or None."""
     t = tl.program_id(0).to(tl.int64)
     i = tl.program_id(2)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -28,7 +28,7 @@ def mix(
 
 @triton.jit
 def match_rms(x, x_stride, like, like_stride, n, least, WIDTH: tl.constexpr):
-    """See models.ops.MatchRms; grid (rows, parts of x), WIDTH >= n."""
+    """See models.rare_ops.MatchRms; grid (rows, parts of x), WIDTH >= n."""
     t = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     at = x + t * x_stride + tl.program_id(1) * n + column
@@ -40,7 +40,7 @@ def match_rms(x, x_stride, like, like_stride, n, least, WIDTH: tl.constexpr):
 
 @triton.jit
 def threshold(x, x_stride, n, factor, WIDTH: tl.constexpr):
-    """See models.ops.Threshold; grid (rows,), WIDTH >= n."""
+    """See models.rare_ops.Threshold; grid (rows,), WIDTH >= n."""
     column = tl.arange(0, WIDTH)
     at = x + tl.program_id(0).to(tl.int64) * x_stride + column
     value = tl.load(at, mask=column < n, other=0.0)

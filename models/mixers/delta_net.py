@@ -16,7 +16,8 @@ from gguf_run.formats.frozen import frozen
 from gguf_run.models.keys import MAX_LAYERS, Keys
 from gguf_run.models.mixers import Shapes
 from gguf_run.models.operands import Buffer
-from gguf_run.models.ops import DeltaRule, Gated, RmsNorm, ShortConv
+from gguf_run.models.ops import Gated, RmsNorm
+from gguf_run.models.rare_ops import DeltaRule, ShortConv
 
 Index = NDArray[np.intp]
 

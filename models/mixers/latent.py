@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from gguf_run.formats.frozen import frozen
-from gguf_run.models import ops
+from gguf_run.models import ops, rare_ops
 from gguf_run.models.keys import Keys
 from gguf_run.models.kv_cache import BLOCK, CacheLayer
 from gguf_run.models.mixers import Shapes
 from gguf_run.models.operands import Buffer
-from gguf_run.models.rope import yarn_attention
+from gguf_run.models.rope_scaling import yarn_attention
 
 _EPS = 1e-6  # of the norms of latent rows, whatever the file says of other norms: no key tells it
 
@@ -83,14 +83,14 @@ class Latent:
         step.add(ops.Rope(q.columns(self.n_nope, q.width - self.n_nope), cache.rotation, n_query))
         step.add(ops.Rope(kr, cache.rotation, self.n_rot))
         if step.config.temperature is not None:
-            step.add(ops.Temper(q, step.config.temperature))
+            step.add(rare_ops.Temper(q, step.config.temperature))
         k_b, v_b = load.of_heads(block, self.n_head, self.n_nope)
         sizes = {"absorbed": self.n_row, "attended": self.n_latent, "values": self.n_value}
         absorbed, attended, values = (Buffer.whole(name, self.n_head * n) for name, n in sizes.items())
-        step.add(ops.MatmulHeads(q, k_b, absorbed, self.n_head))
+        step.add(rare_ops.MatmulHeads(q, k_b, absorbed, self.n_head))
         shape = step.config.attention(il)
         step.add(ops.Attend(absorbed, row, c, cache.cache, shape, attended))
-        step.add(ops.MatmulHeads(attended, v_b, values, self.n_head))
+        step.add(rare_ops.MatmulHeads(attended, v_b, values, self.n_head))
         step.add_product(values, block, "attn_output", "post_attention_norm")
         return True
 

@@ -10,7 +10,8 @@ from gguf_run.formats.frozen import frozen
 from gguf_run.models.keys import Keys
 from gguf_run.models.mixers import Shapes
 from gguf_run.models.operands import Buffer
-from gguf_run.models.ops import Gated, RmsNorm, Scan, ShortConv
+from gguf_run.models.ops import Gated, RmsNorm
+from gguf_run.models.rare_ops import Scan, ShortConv
 
 
 @frozen

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.metadata import Typed
-from gguf_run.models.rope import RopeScaling, yarn_attention, yarn_range
+from gguf_run.models.operands import RopeScaling
+from gguf_run.models.rope_scaling import yarn_attention, yarn_range
 from gguf_run.runtime.convert.layout import CheckpointLayout
 from gguf_run.runtime.convert.stored.checkpoint import Config
 

@@ -124,7 +124,7 @@ def speeds(config: ModelConfig, tensors: Sequence[TensorInfo], limits: Limits) -
     n_bytes, n_ops = 0.0, 2.0 * FLOAT_OPS * N_PROMPT * config.n_embd_q * config.n_layer
     for tensor in tensors:
         if len(tensor.ne) > 1 and not (has_output and tensor.name == "token_embd.weight"):
-            part = config.moe.n_used / config.n_expert if "_exps." in tensor.name else 1.0
+            part = config.moe.n_used / config.n_expert if config.moe and "_exps." in tensor.name else 1.0
             n_bytes += part * matrix_bytes(tensor.type.name, tensor.ne[0], tensor.n_rows)
             n_ops += 2 * part * tensor.n_elements * tensor.name.startswith("blk.")
     return DECODE_PART * limits.read_bytes / n_bytes, PREFILL_PART * limits.int8_ops / n_ops

@@ -69,7 +69,7 @@ class MemoryPlan:
         widths = 3 * config.n_embd + 2 * config.n_embd_q + 2 * config.n_embd_kv + 2 * config.n_ff
         mixer = [config.mixer.tensors(il) for il in range(config.n_layer)] if config.mixer is not None else []
         made = [[n for n_in, *out in shapes.values() if n_in == config.n_embd for n in out] for shapes, _ in mixer]
-        widths += config.moe.n_used * config.n_ff_exp + 2 * config.n_ple * config.n_layer
+        widths += (config.moe.n_used * config.n_ff_exp if config.moe else 0) + 2 * config.n_ple * config.n_layer
         return widths + max(map(sum, made), default=0)
 
     def needed(self) -> MemoryNeed:

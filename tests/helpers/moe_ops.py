@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from cpu_ops import MemoryTensor, Step, f32_tensor, random_tensor, weights_of
 
-from gguf_run.models.operands import Mixture
-from gguf_run.models.ops import Moe
+from gguf_run.models.rare_ops import Moe
+from gguf_run.models.routing import Mixture
 
 N_TOKENS = 40
 

@@ -12,11 +12,12 @@ import numpy as np
 
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.models import ops
+from gguf_run.models import ops, rare_ops
 from gguf_run.models.backend import CacheType, Results, Run
 from gguf_run.models.experts import ExpertTensors
 from gguf_run.models.kv_cache import GROUP
-from gguf_run.models.operands import AttentionShape, Buffer, Mixture, Rotation
+from gguf_run.models.operands import AttentionShape, Buffer, Rotation
+from gguf_run.models.routing import Mixture
 
 
 @dataclass(frozen=True)
@@ -295,7 +296,7 @@ def rope(p: NumpyProgram, op: ops.Rope) -> np.ndarray:
     return np.concatenate(parts).reshape(filled.shape)[:, : rows.shape[1]]
 
 
-def temper(p: NumpyProgram, op: ops.Temper) -> np.ndarray:
+def temper(p: NumpyProgram, op: rare_ops.Temper) -> np.ndarray:
     positions = np.concatenate([run.n_past + np.arange(run.n_tokens) for run in p.runs_of(op.x)])
     n_whole = np.floor((positions + op.temperature.offset) / op.temperature.length)
     return p[op.x] * (1 + op.temperature.scale * np.log(1 + n_whole))[:, None]
@@ -329,7 +330,7 @@ def by_run(p: NumpyProgram, state: NumpyState, shape: tuple[int, ...]) -> Iterat
         at += run.n_tokens
 
 
-def short_conv(p: NumpyProgram, op: ops.ShortConv[NumpyState, np.ndarray]) -> np.ndarray:
+def short_conv(p: NumpyProgram, op: rare_ops.ShortConv[NumpyState, np.ndarray]) -> np.ndarray:
     n, parts = op.n_taps, []
     for rows, state in by_run(p, op.state, (n - 1, op.x.width)):
         x = np.concatenate([state, p[op.x][rows]])
@@ -343,7 +344,7 @@ def softplus(x: np.ndarray) -> np.ndarray:
     return np.logaddexp(x, 0)
 
 
-def delta_rule(p: NumpyProgram, op: ops.DeltaRule[NumpyState, np.ndarray]) -> np.ndarray:
+def delta_rule(p: NumpyProgram, op: rare_ops.DeltaRule[NumpyState, np.ndarray]) -> np.ndarray:
     n_k, n_v = op.n_head_k, op.n_head_v
     heads = np.arange(n_v) % n_k if op.is_tiled else np.arange(n_v) // (n_v // n_k)
     q, k = (p[x].reshape(-1, n_k, op.q.width // n_k)[:, heads] for x in (op.q, op.k))
@@ -359,13 +360,13 @@ def delta_rule(p: NumpyProgram, op: ops.DeltaRule[NumpyState, np.ndarray]) -> np
     return np.concatenate(parts).reshape(p[op.v].shape)
 
 
-def matmul_heads(p: NumpyProgram, op: ops.MatmulHeads[NumpyWeight]) -> np.ndarray:
+def matmul_heads(p: NumpyProgram, op: rare_ops.MatmulHeads[NumpyWeight]) -> np.ndarray:
     x, n = p[op.x].reshape(len(p[op.x]), op.n_head, -1), op.weight.n_in
     made = np.einsum("hoi,thi->tho", op.weight.data, x[..., :n])
     return np.concatenate([made, x[..., n:]], axis=2).reshape(len(x), -1)
 
 
-def moe(p: NumpyProgram, op: ops.Moe[NumpyExperts, np.ndarray, NumpySquares]) -> np.ndarray:
+def moe(p: NumpyProgram, op: rare_ops.Moe[NumpyExperts, np.ndarray, NumpySquares]) -> np.ndarray:
     """Compute one token and one expert at a time."""
     mixture, experts, result = op.mixture, op.experts, p[op.out].copy() if op.accumulate else np.zeros_like(p[op.out])
     for logits, row, out in zip(p[op.logits], p[op.x], result, strict=True):
@@ -398,7 +399,7 @@ def scan(p: NumpyProgram, op: Any) -> np.ndarray:
 
 
 def route(mixture: Mixture, logits: np.ndarray, bias: np.ndarray | None) -> list[tuple[int, float]]:
-    """Return a token's experts and their weights, as models.operands.Mixture says."""
+    """Return a token's experts and their weights, as models.routing.Mixture says."""
     left = logits.copy()
     scores = ACTIVATIONS["sigmoid"](logits) if mixture.gating == "sigmoid" else softmax(logits)
     if bias is not None or mixture.n_group > 1:
@@ -424,7 +425,7 @@ def xielu(x: np.ndarray, op: ops.Xielu) -> np.ndarray:
     return op.beta * x + np.where(x > 0, op.alpha_p * x * x, low)
 
 
-def mix(p: NumpyProgram, op: ops.Mix) -> np.ndarray:
+def mix(p: NumpyProgram, op: rare_ops.Mix) -> np.ndarray:
     base, x = (p[buffer].reshape(len(p[buffer]), -1, op.width) for buffer in (op.base, op.x))
     coef = op.shift + (0 if op.coef is None else p[op.coef].reshape(len(x), base.shape[1], x.shape[1]))
     coef = np.broadcast_to(coef, (len(x), base.shape[1], x.shape[1]))
@@ -432,13 +433,13 @@ def mix(p: NumpyProgram, op: ops.Mix) -> np.ndarray:
     return (base + np.einsum("tij,tjk->tik", coef, moved)).reshape(len(x), -1)
 
 
-def match_rms(p: NumpyProgram, op: ops.MatchRms) -> np.ndarray:
+def match_rms(p: NumpyProgram, op: rare_ops.MatchRms) -> np.ndarray:
     parts, like = p[op.x].reshape(len(p[op.x]), -1, op.like.width), p[op.like][:, None]
     wanted, found = ((x * x).mean(axis=-1, keepdims=True) for x in (like, parts))
     return (parts * np.sqrt(wanted / np.maximum(found, op.least))).reshape(len(parts), -1)
 
 
-def threshold(p: NumpyProgram, op: ops.Threshold) -> np.ndarray:
+def threshold(p: NumpyProgram, op: rare_ops.Threshold) -> np.ndarray:
     x = p[op.x]
     return np.maximum(0, x - x.mean(axis=-1, keepdims=True) - op.factor * x.std(axis=-1, keepdims=True))
 
@@ -452,22 +453,22 @@ FUNCTIONS: Mapping[type, Callable[[NumpyProgram, Any], Any]] = {
     ops.RmsNorm: rms_norm,
     ops.LayerNorm: layer_norm,
     ops.Matmul: lambda p, op: matmul(p, op) + (0 if op.residual is None else p[op.residual]),
-    ops.MatmulHeads: matmul_heads,
+    rare_ops.MatmulHeads: matmul_heads,
     ops.MatmulGated: lambda p, op: GATED[op.activation](*np.split(matmul(p, op), 2, axis=1)),
     ops.Rope: rope,
-    ops.Temper: temper,
+    rare_ops.Temper: temper,
     ops.Attend: attention,
     ops.Gated: lambda p, op: ACTIVATIONS[op.activation](p[op.gate]) * (1 if op.up is None else p[op.up]),
-    ops.ShortConv: short_conv,
-    ops.DeltaRule: delta_rule,
+    rare_ops.ShortConv: short_conv,
+    rare_ops.DeltaRule: delta_rule,
     ops.Xielu: lambda p, op: xielu(p[op.x], op),
-    ops.Moe: moe,
-    ops.Scan: scan,
-    ops.GateRows: lambda p, op: p[op.x] / (1 + np.exp(-p[op.gate])),
+    rare_ops.Moe: moe,
+    rare_ops.Scan: scan,
+    rare_ops.GateRows: lambda p, op: p[op.x] / (1 + np.exp(-p[op.gate])),
     ops.Softcap: lambda p, op: softcap(p[op.x], op.scale, op.cap),
-    ops.Mix: mix,
-    ops.MatchRms: match_rms,
-    ops.Threshold: threshold,
+    rare_ops.Mix: mix,
+    rare_ops.MatchRms: match_rms,
+    rare_ops.Threshold: threshold,
     ops.Observe: lambda p, op: op.squares.add(p[op.x]),
     ops.Outputs: lambda p, op: p[op.x][p.wanted],
 }

@@ -13,7 +13,7 @@ from numpy_backend import NumpyBackend
 
 from gguf_run.models.backend import Run
 from gguf_run.models.operands import Buffer
-from gguf_run.models.ops import DeltaRule, Scan, ShortConv
+from gguf_run.models.rare_ops import DeltaRule, Scan, ShortConv
 
 N_IDS = 97  # rows of random input; a token's id is its row
 N_SLOTS = 6  # of the state: two for each of three sequences

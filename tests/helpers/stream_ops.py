@@ -3,7 +3,7 @@
 import numpy as np
 from cpu_ops import Step
 
-from gguf_run.models.ops import MatchRms, Mix, Threshold
+from gguf_run.models.rare_ops import MatchRms, Mix, Threshold
 
 
 def streams(step: Step, width: int) -> Step:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from gguf_run.kernels_gpu.fuse import Angles, Convert, FusedAttention, FusedMatmul, FusedMoe, FusedNorm, fuse
-from gguf_run.models.operands import AttentionShape, Buffer, Mixture, Rotation
-from gguf_run.models.ops import Attend, Embed, Gated, Matmul, MatmulGated, Moe, Observe, Outputs, RmsNorm, Rope
+from gguf_run.models.operands import AttentionShape, Buffer, Rotation
+from gguf_run.models.ops import Attend, Embed, Gated, Matmul, MatmulGated, Observe, Outputs, RmsNorm, Rope
+from gguf_run.models.rare_ops import Moe
+from gguf_run.models.routing import Mixture
 
 INT8, HALVES = frozenset({"int8"}), frozenset({"halves"})
 X, H, FF, OUT = (Buffer.whole(name, width) for name, width in (("x", 64), ("h", 64), ("ff", 96), ("out", 64)))

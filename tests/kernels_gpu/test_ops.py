@@ -20,23 +20,22 @@ from gguf_run.kernels_gpu.matmul import launch as matmul
 from gguf_run.kernels_gpu.panels import dots
 from gguf_run.kernels_gpu.panels.panels import PANELS, FloatPanel, IntPanel
 from gguf_run.models.backend import CacheType, Run
-from gguf_run.models.operands import AttentionShape, Buffer, Rotation, Temperature
+from gguf_run.models.operands import AttentionShape, Buffer, Rotation
 from gguf_run.models.ops import (
     Attend,
     Embed,
     Gated,
-    GateRows,
     LayerNorm,
     Matmul,
     MatmulGated,
-    MatmulHeads,
     Observe,
     RmsNorm,
     Rope,
     Softcap,
-    Temper,
     Xielu,
 )
+from gguf_run.models.rare_ops import GateRows, MatmulHeads, Temper
+from gguf_run.models.temperature import Temperature
 
 __all__ = ["fast_dots", "pytestmark"]
 INTEGER = [name for name, panel in PANELS.items() if isinstance(panel, IntPanel)]

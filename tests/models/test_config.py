@@ -12,7 +12,7 @@ from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.models.config import ModelConfig
-from gguf_run.models.operands import Mixture
+from gguf_run.models.routing import Mixture
 
 N_VOCAB = 50
 

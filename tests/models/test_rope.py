@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy_backend import rotate
 
-from gguf_run.models.rope import RopeScaling, make_rope
+from gguf_run.models.operands import RopeScaling
+from gguf_run.models.rope import make_rope
 
 # transformers 5.23, ROPE_INIT_FUNCTIONS["yarn"] in float32: n_rot, base, scaling, attention factor, inv_freq
 YARN = [

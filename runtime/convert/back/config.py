@@ -9,8 +9,9 @@ import numpy as np
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.reader import GGUFFile
-from gguf_run.models.keys import Keys, rope_scaling
-from gguf_run.models.rope import make_rope, yarn_attention
+from gguf_run.models.keys import Keys
+from gguf_run.models.rope import make_rope
+from gguf_run.models.rope_scaling import read_scaling, yarn_attention
 from gguf_run.runtime.convert.architectures import BY_ARCH
 from gguf_run.runtime.convert.layout import BASE_KEYS, CheckpointLayout
 from gguf_run.runtime.convert.metadata import sizes
@@ -132,7 +133,7 @@ def _rope(layout: CheckpointLayout, file: GGUFFile, config: Config, head_dim: in
     if kind in ("linear", "yarn"):
         rope |= {"rope_type": kind, "factor": _get(file, "rope.scaling.factor")}
     if kind == "yarn":
-        scaling = rope_scaling(Keys(file.metadata, layout.arch), original or 1, layout.decoder.yarn_truncate)
+        scaling = read_scaling(Keys(file.metadata, layout.arch), original or 1, layout.decoder.yarn_truncate)
         attention = make_rope("", 2, 1e4, scaling).scale
         rope |= {"original_max_position_embeddings": original, "truncate": scaling.truncate}
         rope |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}

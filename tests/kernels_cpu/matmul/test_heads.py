@@ -7,7 +7,7 @@ import pytest
 from cpu_ops import QUANTIZED, Step, as_quantized, cpu, error, random_tensor, weights_of
 
 from gguf_run.formats.errors import UnsupportedError
-from gguf_run.models.ops import MatmulHeads
+from gguf_run.models.rare_ops import MatmulHeads
 
 # Tensor type, heads, columns in, columns out, columns that follow.
 CASES = (

@@ -6,8 +6,8 @@ from cpu_ops import Q8Backend, Step, cpu, error
 from moe_ops import Case, experts, program
 
 from gguf_run.formats.errors import UnsupportedError
-from gguf_run.models.operands import Mixture
-from gguf_run.models.ops import Moe
+from gguf_run.models.rare_ops import Moe
+from gguf_run.models.routing import Mixture
 
 CASES = {
     "floats": Case(("F32", "F16"), 48, 24, 5, Mixture(2, True, 1.0, "silu")),

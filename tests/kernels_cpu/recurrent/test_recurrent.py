@@ -9,7 +9,7 @@ from cpu_ops import Step, cpu, error
 from numpy_backend import NumpyBackend
 
 from gguf_run.models.backend import Run
-from gguf_run.models.ops import DeltaRule, ShortConv
+from gguf_run.models.rare_ops import DeltaRule, ShortConv
 
 PIECES = (1, 2, 3, 65, 1, 7)  # tokens of the batches of a text
 ROWS = 400  # inputs; then they begin again

@@ -9,8 +9,9 @@ import pytest
 from cpu_ops import QUANTIZED, Step, as_quantized, cpu, error, random_tensor, weights_of
 from numpy_backend import NumpyBackend
 
-from gguf_run.models.operands import Temperature
-from gguf_run.models.ops import Gated, GateRows, LayerNorm, Matmul, Softcap, Temper
+from gguf_run.models.ops import Gated, LayerNorm, Matmul, Softcap
+from gguf_run.models.rare_ops import GateRows, Temper
+from gguf_run.models.temperature import Temperature
 
 N_TOKENS = 19
 

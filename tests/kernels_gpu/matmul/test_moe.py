@@ -17,7 +17,7 @@ from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.kernels_gpu.device.tuning import FEW
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
-from gguf_run.models.operands import Mixture
+from gguf_run.models.routing import Mixture
 
 __all__ = ["fast_dots", "pytestmark"]
 ROUNDED, HALF = 2e-3, 2e-3  # int8 activations, of which a few may be rounded the other way; products of 11 bits
