@@ -1,18 +1,15 @@
 """The CPU as a models.protocol.Backend: numba kernels over panels, run by a team of threads."""
 
-import math
 import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.blocks.grids import no_grid
-from gguf_run.formats.blocks.unpack import INTEGER_FORMS
+from gguf_run.formats.blocks.unpack import INTEGER_FORMS, NO_GRID
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.kernels_cpu.attention.cache import CpuCache, rows_stored
 from gguf_run.kernels_cpu.attention.cache_rows import CacheRows
@@ -30,7 +27,7 @@ from gguf_run.models.backend import CacheType
 from gguf_run.models.operands import AttentionShape, Buffer
 
 if TYPE_CHECKING:
-    from gguf_run.kernels_cpu.matmul.moe import CpuExperts, ExpertMatrix
+    from gguf_run.kernels_cpu.matmul.moe import CpuExperts
     from gguf_run.kernels_cpu.recurrent.state import CpuState
     from gguf_run.kernels_cpu.rows.observe import CpuSquares
 
@@ -58,24 +55,32 @@ class CpuBackend:
         name, blocks, form = tensor.type.name, tensor.blocks(), INTEGER_FORMS.get(tensor.type.name)
         if form is None and name not in FLOAT_TABLES:
             name, blocks = "F32", floats(tensor).view(np.uint8)
-        return CpuTable(name, tensor.ne[0], blocks, form.grid() if form else no_grid())
+        return CpuTable(name, tensor.ne[0], blocks, form.grid() if form else NO_GRID)
 
     def weight(self, tensors: Sequence[Tensor]) -> CpuWeight:
         n_in = tensors[0].ne[0]
         if len(tensors[0].ne) > 2:
-            heads = self._expert_matrix(tensors[0])
+            from gguf_run.kernels_cpu.experts import load_matrices
+
+            heads = load_matrices(tensors[0], self._store)
             return CpuWeight(n_in, heads.n_out, (WeightPart(heads.panel, heads.data, 0, heads.n_out),))
         parts: list[WeightPart] = []
         first = 0
         for run in _runs(tensors):
             panel = panel_for(run[0].type.name)
             n_out = sum(tensor.n_rows for tensor in run)
-            data = self._arena.take(-(-n_out // ROWS) * panel.group_bytes(n_in))
-            self._repack(run, data)
+            data = self._store([run], -(-n_out // ROWS) * panel.group_bytes(n_in))
             parts.append(WeightPart(panel, data, first, n_out))
-            self._bytes["weights"] += data.nbytes
             first += n_out
         return CpuWeight(n_in, first, tuple(parts))
+
+    def _store(self, groups: Sequence[list[Tensor]], n_bytes: int) -> NDArray[np.uint8]:
+        """Return memory that the threads fill. groups: tensors that share panels; all groups have as many bytes."""
+        data = self._arena.take(n_bytes)
+        for group, to in zip(groups, data.reshape(len(groups), -1), strict=True):
+            self._repack(group, to)
+        self._bytes["weights"] += n_bytes
+        return data
 
     def _repack(self, tensors: list[Tensor], to: NDArray[np.uint8]) -> None:
         """Have the threads repack tensors that share panels."""
@@ -83,37 +88,9 @@ class CpuBackend:
         self.wait(_QUEUED)
 
     def experts(self, tensors: Sequence[Tensor]) -> "CpuExperts":
-        from gguf_run.kernels_cpu.matmul.moe import CpuExperts  # late: most models have no experts
-        from gguf_run.models.experts import ExpertTensors
+        from gguf_run.kernels_cpu.experts import load_experts  # late: most models have no experts
 
-        held = ExpertTensors.of(tensors)
-        biases = [self.vector([bias]).reshape(held.n_expert, -1) for bias in held.biases]
-        if held.is_fused:
-            [both] = held.into
-            shape, scales = (both.ne[0], held.down.ne[0], 2 * held.n_expert), np.repeat(both.scales, 2).tolist()
-            gate = replace(self._expert_matrix(replace(both, ne=shape, scales=tuple(scales))), every=2)
-            parts = [gate, replace(gate, data=gate.data[gate.expert_bytes :])]
-            biases[:1] = [np.ascontiguousarray(half) for bias in biases[:1] for half in np.split(bias, 2, axis=1)]
-        else:
-            parts = [self._expert_matrix(tensor) for tensor in held.into]
-        parts.append(self._expert_matrix(held.down))
-        if biases:
-            parts = [replace(part, bias=bias) for part, bias in zip(parts, biases, strict=True)]
-        return CpuExperts(held.n_expert, parts[0], parts[1] if held.is_gated else None, parts[-1], held.factors)
-
-    def _expert_matrix(self, tensor: Tensor) -> "ExpertMatrix":
-        from gguf_run.kernels_cpu.matmul.moe import EXPERT_ROWS, ExpertMatrix
-
-        n_in, n_out, *sizes = tensor.ne
-        n_expert = math.prod(sizes)
-        empty = ExpertMatrix(panel_for(tensor.type.name), np.zeros(0, np.uint8), n_in, n_out, None)
-        data = self._arena.take(n_expert * empty.expert_bytes)
-        # experts of whole panels can be repacked as one tall matrix
-        parts = [tensor] if n_out % EXPERT_ROWS == 0 else [tensor.matrix(e) for e in range(n_expert)]
-        for part, to in zip(parts, data.reshape(len(parts), -1), strict=True):
-            self._repack([part], to)
-        self._bytes["weights"] += data.nbytes
-        return replace(empty, data=data)
+        return load_experts(tensors, self._store)
 
     def vector(self, tensors: Sequence[Tensor]) -> NDArray[np.float32]:
         return np.concatenate([floats(tensor).reshape(-1) for tensor in tensors])
@@ -180,6 +157,14 @@ class KernelCompiler(CpuBackend):
 
     def __init__(self) -> None:
         super().__init__(1)
+
+    def _store(self, groups: Sequence[list[Tensor]], n_bytes: int) -> NDArray[np.uint8]:
+        """Return memory that the threads fill. groups: tensors that share panels; all groups have as many bytes."""
+        data = self._arena.take(n_bytes)
+        for group, to in zip(groups, data.reshape(len(groups), -1), strict=True):
+            self._repack(group, to)
+        self._bytes["weights"] += n_bytes
+        return data
 
     def _repack(self, tensors: list[Tensor], to: NDArray[np.uint8]) -> None:
         pass

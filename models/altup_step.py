@@ -5,7 +5,7 @@ Beside attention, each layer has a product of low rank (Laurel). The ffn of some
 
 import numpy as np
 
-from gguf_run.models import gemma_step, ops, rare_ops, step
+from gguf_run.models import gemma_step, made_weights, ops, rare_ops, step
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer
 from gguf_run.models.operands import Buffer
@@ -71,7 +71,7 @@ class Step(gemma_step.Step[Table, Weight, Vector, Cache, Experts, Squares, State
         n, altup = self.config.n_embd, self._altup
         first, *_ = self._parts(self._streams)
         if il == 0:
-            self.matmul(self.x, self.load.matrices("altup_proj"), self._others(self._streams))
+            self.matmul(self.x, made_weights.matrices(self.load, "altup_proj"), self._others(self._streams))
             self.add(rare_ops.MatchRms(self._others(self._streams), self.x, _LEAST))
             self.add(rare_ops.Mix(self.x, self.x, first, n))
         coef = self._choose(first, f"blk.{il}.", "altup_predict_coef", altup.n_stream**2)
@@ -111,7 +111,8 @@ class Step(gemma_step.Step[Table, Weight, Vector, Cache, Experts, Squares, State
         self.add(rare_ops.Mix(self._predicted, self.x, self._streams, n, coef, minus, 1.0))
         first, *others = self._parts(self._streams)
         gate, ple = self._gate_in, self._ple.columns(il * config.n_ple, config.n_ple)
-        self.matmul(first, self.load.with_columns_scaled(f"{block}inp_gate", f"{block}altup_correct_scale"), gate)
+        scaled = made_weights.with_columns_scaled(self.load, f"{block}inp_gate", f"{block}altup_correct_scale")
+        self.matmul(first, scaled, gate)
         self.add(ops.Gated(gate, ple, gate, "gelu"))
         self.matmul(gate, self.load.matrix(f"{block}proj"), self._h)
         for stream in others:
@@ -123,7 +124,8 @@ class Step(gemma_step.Step[Table, Weight, Vector, Cache, Experts, Squares, State
         """x = the mean of all streams. All but the first one go through matrices, and are made as large as it."""
         first, *others = self._parts(self._streams)
         for i, stream in enumerate(others):
-            self.matmul(stream, self.load.matrices("altup_unembd_proj", i), self._parts(self._predicted)[1 + i])
+            matrix = made_weights.matrices(self.load, "altup_unembd_proj", i)
+            self.matmul(stream, matrix, self._parts(self._predicted)[1 + i])
         self.add(rare_ops.MatchRms(self._others(self._predicted), first, _LEAST))
         self.add(rare_ops.Mix(first, self._others(self._predicted), self.x, self.config.n_embd, shift=1.0))
         self.add(ops.Softcap(self.x, 1 / self._altup.n_stream, 0.0))

@@ -13,9 +13,8 @@ from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.backend import CacheType, Results, Run
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import KvCache
-from gguf_run.models.stages import Placed, build
+from gguf_run.models.stages import Placed, build, cache_layers
 from gguf_run.models.step import Observed
-from gguf_run.models.weights import cache_layers
 
 if TYPE_CHECKING:
     from gguf_run.models.protocol import AnyBackend

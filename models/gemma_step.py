@@ -5,7 +5,7 @@ E is n_embd, P the width of an embedding for a layer (n_ple), L the number of la
 
 import numpy as np
 
-from gguf_run.models import ops, step
+from gguf_run.models import made_weights, ops, step
 from gguf_run.models.architectures import QKV
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer
@@ -70,7 +70,7 @@ class Step(step.Step[Table, Weight, Vector, Cache, Experts, Squares, State]):
         if layer.kv_layer == il:
             k, v = self._qkv.columns(n_q, n_kv), self._qkv.columns(n_q + n_kv, n_kv)
             both = self._qkv.columns(0, n_q + n_kv)
-            ones = self.load.numbers(f"{block}attn_v", np.ones(layer.head_dim, np.float32))
+            ones = made_weights.numbers(self.load, f"{block}attn_v", np.ones(layer.head_dim, np.float32))
             self.add(ops.RmsNorm(v if self.load.has(f"{block}attn_v") else k, ones, v, eps, n_head_kv))
         self.norm(q, f"{block}attn_q_norm", q, layer.n_head, inner=True)
         if k is not None:
@@ -90,7 +90,7 @@ class Step(step.Step[Table, Weight, Vector, Cache, Experts, Squares, State]):
         projected = Buffer.whole("ple_projected", config.n_ple * config.n_layer)
         self.matmul(self.x, self.load.matrix("per_layer_model_proj"), projected)
         name = "per_layer_proj_norm.weight"
-        weight = self.load.numbers(name, self.load.values(name) * np.float32(0.5**0.5))
+        weight = made_weights.numbers(self.load, name, made_weights.values(self.load, name) * np.float32(0.5**0.5))
         eps = config.rms_eps * config.n_embd
         self.add(ops.RmsNorm(projected, weight, self._ple, eps, config.n_layer, self._ple))
 
@@ -108,7 +108,7 @@ class Step(step.Step[Table, Weight, Vector, Cache, Experts, Squares, State]):
         self.matmul(self.gated(il, h), load.matrix(f"{block}ffn_down"), self._h)
         self.norm(self._h, f"{block}post_ffw_norm_1", self._dense)
         name = f"{block}ffn_gate_inp.scale"
-        scale = load.numbers(name, load.values(name) * np.float32(config.n_embd**-0.5))
+        scale = made_weights.numbers(load, name, made_weights.values(load, name) * np.float32(config.n_embd**-0.5))
         self.add(ops.RmsNorm(self.x, scale, self._h, config.rms_eps))
         self.matmul(self._h, load.matrix(f"{block}ffn_gate_inp"), self._router)
         self.norm(self.x, f"{block}pre_ffw_norm_2", self._h)
@@ -131,4 +131,5 @@ class Step(step.Step[Table, Weight, Vector, Cache, Experts, Squares, State]):
             self.matmul(gate, self.load.matrix(f"{block}proj"), self._h)
             self.norm(self._h, f"{block}post_norm", self.x, residual=self.x)
         if self.load.has(f"{block}layer_output_scale"):
-            self.add(ops.Softcap(self.x, float(self.load.values(f"{block}layer_output_scale.weight")[0]), 0.0))
+            scale = made_weights.values(self.load, f"{block}layer_output_scale.weight")
+            self.add(ops.Softcap(self.x, float(scale[0]), 0.0))

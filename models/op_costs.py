@@ -12,8 +12,9 @@ from gguf_run.models import ops, rare_ops
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.operands import AttentionShape
+from gguf_run.models.stages import cache_layers
 from gguf_run.models.step import step_class
-from gguf_run.models.weights import Loader, cache_layers
+from gguf_run.models.weights import Loader
 
 
 @dataclass(frozen=True)

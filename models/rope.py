@@ -1,8 +1,14 @@
 """Rotary frequencies: a base, a scaling rule and factors give one frequency for each pair of dimensions."""
 
-import numpy as np
-from numpy.typing import ArrayLike
+from collections.abc import Mapping
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from gguf_run.formats.errors import FormatError, UnsupportedError
+from gguf_run.formats.gguf.reader import Tensor
+from gguf_run.models.architectures import ROPE_FACTORS
+from gguf_run.models.config import ModelConfig
 from gguf_run.models.operands import UNSCALED, RopeScaling, Rotation
 
 
@@ -29,3 +35,33 @@ def make_rope(
         inv_freq, scale = yarn(inv_freq, n_rot, freq_base, scaling)
     short, long = (inv_freq if f is None else inv_freq / np.asarray(f, np.float64) for f in (factors, long_factors))
     return Rotation(style, n_rot, short, scale, None if long_factors is None else long, scaling.n_ctx_orig)
+
+
+def rotations(config: ModelConfig, tensors: Mapping[str, Tensor], n_ctx: int) -> list[Rotation | None]:
+    """Return the rotation of each layer, None for a layer that does not rotate. Layers with equal numbers share one."""
+    arch, scaling = config.arch, config.rope_scaling
+    freqs, long, short = (_factors(tensors[name]) if name in tensors else None for name in ROPE_FACTORS)
+    factors = short if freqs is None else freqs
+    long_factors = long if freqs is None and n_ctx > scaling.n_ctx_orig else None
+    base, base_swa = config.rope_freq_base, config.rope_freq_base_swa
+    has_two = base != base_swa or not arch.swa_rope_scaled
+    made: dict[tuple[int, bool], Rotation] = {}
+    for layer in config.layers:
+        key = n_rot, is_swa = layer.n_rot, has_two and layer.window > 0
+        if key in made or not n_rot:
+            continue
+        if is_swa:
+            made[key] = make_rope(arch.rope_style, n_rot, base_swa, scaling if arch.swa_rope_scaled else UNSCALED)
+        else:
+            made[key] = make_rope(arch.rope_style, n_rot, base, scaling, factors, long_factors)
+    return [made.get((layer.n_rot, has_two and layer.window > 0)) for layer in config.layers]
+
+
+def _factors(tensor: Tensor) -> NDArray[np.float32]:
+    """Return the divisors of the rotary frequencies, f32[n_rot / 2]."""
+    if tensor.type.name != "F32":
+        raise UnsupportedError(f"tensor {tensor.name} has the type {tensor.type.name}, must be F32")
+    factors = tensor.blocks().reshape(-1).view(np.float32)
+    if not (np.isfinite(factors) & (factors > 0)).all():
+        raise FormatError(f"tensor {tensor.name} has values that are not positive numbers")
+    return factors

@@ -1,18 +1,22 @@
 """Which backend runs which ops: a model on several backends is a sequence of stages."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.reader import Tensor
+from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
-from gguf_run.models.kv_cache import CacheLayer
+from gguf_run.models.kv_cache import N_STATES, CacheLayer
 from gguf_run.models.operands import Buffer
+from gguf_run.models.ops import Cache, State
+from gguf_run.models.rope import rotations
 from gguf_run.models.step import Observed, step_class
 from gguf_run.models.weights import Loader
 
 if TYPE_CHECKING:
-    from gguf_run.models.protocol import AnyBackend, Program
+    from gguf_run.models.protocol import AnyBackend, Backend, Program
 
 
 @frozen
@@ -56,6 +60,29 @@ def _pieces(placed: Placed) -> "list[tuple[AnyBackend, list[_Piece]]]":
     if placed.layers[-1] is not stages[-1][0]:
         stages.append((placed.layers[-1], []))
     return stages
+
+
+def cache_layers(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    backends: "Sequence[Backend[Any, Any, Any, Cache, Any, Any, State]]",
+    kinds: Sequence[CacheType],
+    n_ctx: int,
+    n_batch: int,
+    n_seq: int,
+) -> list[CacheLayer[Cache, State]]:
+    """Return the caches of all layers. backends, kinds: of each layer. The sizes: see protocol.Backend.cache."""
+    layers: list[CacheLayer[Cache, State]] = []
+    for il, rotation in enumerate(rotations(config, tensors, n_ctx)):
+        if (owner := config.layers[il].kv_layer) != il:
+            layers.append(replace(layers[owner], is_shared=True))
+            continue
+        backend, shape = backends[il], config.attention(il)
+        cache = backend.cache(shape, n_ctx, n_batch, n_seq, kinds[il]) if shape.n_head else None
+        sizes = config.mixer.states(il) if config.mixer is not None else ()
+        states = tuple(backend.state(n_floats, n_seq * N_STATES) for n_floats in sizes)
+        layers.append(CacheLayer(cache, shape.window, rotation, states))
+    return layers
 
 
 def build(

@@ -108,13 +108,15 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
                 self.norm(part, block + name, part, n_group=n_head if config.arch.norm_per_head else 1, inner=True)
         assert cache.cache is not None
         if config.temperature is not None and not (config.arch.temperature and layer.n_rot):
-            from gguf_run.models.rare_ops import Temper  # late: few models have any of them
+            from gguf_run.models.rare_ops import Temper  # late: few models need it
 
             self.add(Temper(q, config.temperature))
         if cache.rotation is not None:
             self.add(ops.Rope(qkv.columns(0, n_q + n_kv), cache.rotation, head_dim))
         if is_late and layer.n_rot:
-            for weight, (part, _, n_head) in zip(self.load.late_norms(block, head_dim), norms, strict=True):
+            from gguf_run.models.made_weights import late_norms
+
+            for weight, (part, _, n_head) in zip(late_norms(self.load, block, head_dim), norms, strict=True):
                 self.add(ops.RmsNorm(part, weight, part, config.inner_eps, n_head))
         sinks = self.load.vector(f"{block}attn_sinks")
         out = self._attn.columns(0, n_q)

@@ -5,6 +5,8 @@ import functools
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.blocks.types import CODEBOOKS
+
 
 def _frozen(values: object) -> NDArray[np.int8]:
     """Return values as a flat, read-only int8 array."""
@@ -14,21 +16,15 @@ def _frozen(values: object) -> NDArray[np.int8]:
 
 
 @functools.cache
-def no_grid() -> NDArray[np.int8]:
-    """Return the codebook of types that need none: it is empty."""
-    return _frozen(())
-
-
-@functools.cache
 def iq4_nl() -> NDArray[np.int8]:
-    """Return the 16 values of IQ4_NL and IQ4_XS. They are closest to each other around zero."""
-    return _frozen((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))
+    """Return the 16 values of IQ4_NL and IQ4_XS."""
+    return _frozen(CODEBOOKS["iq4_nl"])
 
 
 @functools.cache
 def e2m1() -> NDArray[np.int8]:
-    """Return the 16 values of the 4-bit float e2m1 (OCP MX specification 1.0), times 2."""
-    return _frozen((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12))
+    """Return the 16 values of e2m1, times 2."""
+    return _frozen(CODEBOOKS["e2m1"])
 
 
 @functools.cache

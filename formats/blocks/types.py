@@ -5,6 +5,7 @@ has ggml's names for the fields of a block, in little-endian order. A big-endian
 Reference: ggml-common.h and ggml.h of llama.cpp. The unpackers (unpack_*.py) draw the bits of the fields.
 """
 
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -113,3 +114,11 @@ def type_by_name(name: str) -> TensorType:
     if name.upper() not in _BY_NAME:
         raise UnsupportedError(f'unknown tensor type "{name}": known are {" ".join(_BY_NAME)}')
     return _BY_NAME[name.upper()]
+
+
+# The 16 values of IQ4_NL and IQ4_XS, which are closest to each other around zero, and those of the 4-bit float e2m1
+# (OCP MX specification 1.0), times 2. grids.py has larger codebooks.
+CODEBOOKS: Mapping[str, tuple[int, ...]] = {
+    "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+    "e2m1": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),
+}

@@ -19,17 +19,19 @@ All products are taken in the reference's order: `(factor[0] * scale) * q`, plus
 minimums, rounded to float32 after each operation, is the reference's weight bit for bit.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.blocks import grids
 from gguf_run.formats.blocks.types import TensorType, type_by_name
 from gguf_run.formats.compiler.deferred import imported
 from gguf_run.formats.frozen import frozen
+
+NO_GRID: NDArray[np.int8] = np.zeros(0, np.int8)  # the codebook of types that need none
+NO_GRID.flags.writeable = False
 
 
 @frozen
@@ -43,7 +45,16 @@ class IntegerForm:
     has_minimum: bool  # if not, the unpacker leaves `minimum` as it is
     shared: bool  # whether the scales of a block are integers that share a factor. If not, `factor` stays as it is
     unpack: Any  # compiled code, see above
-    grid: Callable[[], NDArray[np.int8]] = grids.no_grid  # returns the codebook that the unpacker reads: read-only
+    codebook: str = ""  # function of grids.py that returns what the unpacker reads; "": nothing
+
+    def grid(self) -> NDArray[np.int8]:
+        """Return the codebook that the unpacker reads: read-only, empty if there is none."""
+        if not self.codebook:
+            return NO_GRID
+        from gguf_run.formats.blocks import grids  # late: most types have none
+
+        grid: NDArray[np.int8] = getattr(grids, self.codebook)()
+        return grid
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -72,19 +83,19 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
     ("Q5_K",    32,    0,  31, True,  True,  "k"),
     ("Q6_K",    16,  -32,  31, False, True,  "k"),
     ("Q8_K",    32, -128, 127, False, False, "k"),
-    ("IQ2_XXS", 32,  -43,  43, False, False, "iq", grids.iq2_xxs),
-    ("IQ2_XS",  16,  -43,  43, False, False, "iq", grids.iq2_xs),
-    ("IQ3_XXS", 32,  -62,  62, False, False, "iq", grids.iq3_xxs),
-    ("IQ1_S",   32,   -9,   9, False, False, "iq", grids.iq1),
-    ("IQ4_NL",  32, -127, 113, False, False, "small", grids.iq4_nl),
-    ("IQ3_S",   32,  -15,  15, False, False, "iq", grids.iq3_s),
-    ("IQ2_S",   16,  -43,  43, False, False, "iq", grids.iq2_s),
-    ("IQ4_XS",  32, -127, 113, False, True,  "small", grids.iq4_nl),
-    ("IQ1_M",   16,   -9,   9, False, False, "iq", grids.iq1),
+    ("IQ2_XXS", 32,  -43,  43, False, False, "iq", "iq2_xxs"),
+    ("IQ2_XS",  16,  -43,  43, False, False, "iq", "iq2_xs"),
+    ("IQ3_XXS", 32,  -62,  62, False, False, "iq", "iq3_xxs"),
+    ("IQ1_S",   32,   -9,   9, False, False, "iq", "iq1"),
+    ("IQ4_NL",  32, -127, 113, False, False, "small", "iq4_nl"),
+    ("IQ3_S",   32,  -15,  15, False, False, "iq", "iq3_s"),
+    ("IQ2_S",   16,  -43,  43, False, False, "iq", "iq2_s"),
+    ("IQ4_XS",  32, -127, 113, False, True,  "small", "iq4_nl"),
+    ("IQ1_M",   16,   -9,   9, False, False, "iq", "iq1"),
     ("TQ1_0",   32,   -1,   1, False, False, "small"),
     ("TQ2_0",   32,   -1,   2, False, False, "small"),
-    ("MXFP4",   32,  -12,  12, False, False, "small", grids.e2m1),
-    ("NVFP4",   16,  -12,  12, False, False, "small", grids.e2m1),
+    ("MXFP4",   32,  -12,  12, False, False, "small", "e2m1"),
+    ("NVFP4",   16,  -12,  12, False, False, "small", "e2m1"),
     ("Q1_0",    32,   -1,   1, False, False, "legacy"),
     ("Q2_0",    32,   -1,   2, False, False, "legacy"),
 )
@@ -92,11 +103,11 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
 
 
 def _form(
-    name: str, group: int, q_min: int, q_max: int, has_minimum: bool, shared: bool, family: str, *grid: Any
+    name: str, group: int, q_min: int, q_max: int, has_minimum: bool, shared: bool, family: str, *codebook: str
 ) -> IntegerForm:
     """Return a row of the table. The unpacker's module is imported when a kernel that contains it is compiled."""
     unpack = imported(f"{__package__}.unpack_{family}", f"unpack_{name.lower()}")
-    return IntegerForm(type_by_name(name), group, q_min, q_max, has_minimum, shared, unpack, *grid)
+    return IntegerForm(type_by_name(name), group, q_min, q_max, has_minimum, shared, unpack, *codebook)
 
 
 INTEGER_FORMS: Mapping[str, IntegerForm] = MappingProxyType({name: _form(name, *row) for name, *row in _ROWS})

@@ -30,7 +30,7 @@ from collections.abc import Iterable
 
 from llvmlite import ir
 
-from gguf_run.formats.blocks import grids
+from gguf_run.formats.blocks.types import CODEBOOKS
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS, IntegerForm
 from gguf_run.formats.frozen import frozen
 
@@ -140,9 +140,6 @@ class FloatPanel:
         return n_in * ROWS * self.element_bytes
 
 
-_CODEBOOKS = (grids.iq4_nl, grids.e2m1)  # of 16 values. Panels hold the codes of types with these grids
-
-
 def _int_panel(form: IntegerForm) -> IntPanel:
     """Return the narrowest panel that holds a tensor type exactly."""
     offset = 0
@@ -152,9 +149,8 @@ def _int_panel(form: IntegerForm) -> IntPanel:
     bits = max(2, dot_bits) if dot_bits <= 6 else 8
     scales = next((row for row in SCALES.values() if form.type.name in row.types.split()), SCALES["f32"])
     assert scales.shared == form.shared
-    book: tuple[int, ...] = ()
-    if form.grid in _CODEBOOKS:
-        bits, book = 4, tuple(map(int, form.grid()))
+    book = CODEBOOKS.get(form.codebook, ())  # a panel holds the codes
+    bits = 4 if book else bits
     span = form.type.block_size if form.shared else scales.step
     return IntPanel(bits, dot_bits, offset, form.group, scales, form.has_minimum, span, book)
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gguf_run.formats.frozen import frozen
-from gguf_run.models import ops, rare_ops
+from gguf_run.models import made_weights, ops, rare_ops
 from gguf_run.models.keys import Keys
 from gguf_run.models.kv_cache import BLOCK, CacheLayer
 from gguf_run.models.mixers import Shapes
@@ -84,7 +84,7 @@ class Latent:
         step.add(ops.Rope(kr, cache.rotation, self.n_rot))
         if step.config.temperature is not None:
             step.add(rare_ops.Temper(q, step.config.temperature))
-        k_b, v_b = load.of_heads(block, self.n_head, self.n_nope)
+        k_b, v_b = made_weights.of_heads(load, block, self.n_head, self.n_nope)
         sizes = {"absorbed": self.n_row, "attended": self.n_latent, "values": self.n_value}
         absorbed, attended, values = (Buffer.whole(name, self.n_head * n) for name, n in sizes.items())
         step.add(rare_ops.MatmulHeads(q, k_b, absorbed, self.n_head))
