@@ -254,7 +254,7 @@ def decoder_of(
 
 
 def _set_depth(decoder: Decoder, n_past: int) -> None:
-    decoder.cache._slots[0].n_past = n_past
+    decoder.cache.slots[0].n_past = n_past
 
 
 def model(bench: Bench, name: str, type_name: str, kind: str = "f16", what: str = "all") -> Iterator[Record]:

@@ -1,4 +1,4 @@
-"""The KV cache of a model counts the tokens of each sequence, and rewinds, copies, shifts, saves and restores them.
+"""The KV cache of a model counts the tokens of each sequence, and rewinds them. kv_moves.py has the rest.
 
 Backends make the caches of the layers (handles.CacheHandle) and know their formats. The constants and rules that all
 formats share are here.
@@ -10,8 +10,7 @@ A recurrent layer has a state in place of rows, and no token can be taken out of
 the state after its last token, for the one that a step writes, and for older ones, to which it can go back.
 """
 
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
@@ -23,7 +22,6 @@ from gguf_run.models.ops import Cache, State
 
 GROUP = 32  # positions that backends store side by side and move together
 BLOCK = 32  # columns of a row that share a scale, in cache types with blocks; only heads of whole blocks are rotated
-KINDS = ("k", "v", "s0", "s1")  # parts of a layer: rows of K and of V, and the states of up to two recurrent ops
 N_STATES = 4  # slots of a recurrent state that each sequence has
 _PROMPT = 16  # the state after the last run of so many tokens is kept: the next text often begins with the same tokens
 _MARK = 64  # the state after each so many tokens is kept until its slot is needed
@@ -55,7 +53,7 @@ def rows_stored(n_ctx: int, n_batch: int, window: int, *, multiple: int, span: i
 
 
 @dataclass
-class _Slot:
+class Slot:
     """One sequence."""
 
     n_past: int = 0  # number of tokens
@@ -77,12 +75,6 @@ class CacheLayer(Generic[Cache, State]):
     states: tuple[State, ...] = ()  # of its recurrent ops: N_STATES slots for each sequence
     is_shared: bool = False  # the cache is that of an earlier layer, and listed there
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """What the layer holds, by the names of KINDS."""
-        kinds = () if self.cache is None or self.is_shared else self.cache.kinds
-        return (*kinds, *KINDS[2 : 2 + len(self.states)])
-
 
 class KvCache:
     """n_seq sequences, numbered from 0, of up to n_ctx tokens each.
@@ -92,32 +84,32 @@ class KvCache:
 
     def __init__(self, layers: Sequence[CacheLayer[Any, Any]], n_ctx: int, n_seq: int) -> None:
         self.n_ctx, self.n_seq = n_ctx, n_seq
-        self._layers = layers
-        self._slots = [_Slot() for _ in range(n_seq)]
+        self.layers = layers
+        self.slots = [Slot() for _ in range(n_seq)]
         self._n_held = min([n_ctx, *(layer.cache.n_ctx for layer in layers if layer.cache is not None)])
-        self._has_states = any(layer.states for layer in layers)
+        self.has_states = any(layer.states for layer in layers)
         self._window = max(layer.window for layer in layers)
         rotations = [layer.rotation for layer in layers if layer.rotation is not None]
         # The tokens of a sequence up to which its rotation is that of short ones; 0: there is one rotation.
-        self._n_short = max((r.n_short for r in rotations if r.long_inv_freq is not None), default=0)
+        self.n_short = max((r.n_short for r in rotations if r.long_inv_freq is not None), default=0)
 
     def n_past(self, seq: int = 0) -> int:
         """Return the number of tokens of a sequence."""
-        return self._slot(seq).n_past
+        return self.slot(seq).n_past
 
-    def _slot(self, seq: int) -> _Slot:
+    def slot(self, seq: int) -> Slot:
         if not 0 <= seq < self.n_seq:
             raise GgufRunError(
                 f"sequence {seq} does not exist: the cache has {self.n_seq} (n_seq), numbered from 0 to "
                 f"{self.n_seq - 1}; load the model with more"
             )
-        return self._slots[seq]
+        return self.slots[seq]
 
     def begin(self, counts: Mapping[int, int]) -> list[Run]:
         """Return the runs of a step that appends tokens, {seq: how many}. The tokens count only after `end`."""
-        return [self._begin(seq, self._slot(seq), n) for seq, n in counts.items()]
+        return [self._begin(seq, self.slot(seq), n) for seq, n in counts.items()]
 
-    def _begin(self, seq: int, slot: _Slot, n: int) -> Run:
+    def _begin(self, seq: int, slot: Slot, n: int) -> Run:
         # An interrupted step adds no tokens, but has overwritten old rows and a state: they are given up first.
         slot.n_lost = max(slot.n_lost, slot.n_past + n - self._n_held)
         old = [(0 < at == slot.n_prompt, at, i) for i, at in enumerate(slot.states) if i != slot.state]
@@ -129,7 +121,7 @@ class KvCache:
         """Count the tokens of a step that has run. ids: of all runs."""
         at = 0
         for seq, n_past, n, _, _, writes in runs:
-            slot = self._slots[seq]
+            slot = self.slots[seq]
             slot.n_past = n_past + n
             if n == 1 and n_past % _MARK and n_past != slot.n_prompt:
                 slot.states[slot.state] = 0
@@ -144,14 +136,14 @@ class KvCache:
 
         A sequence that becomes long has another rotation from its first token on. So it is emptied.
         """
-        slot = self._slot(seq)
-        was_long, slot.is_long = slot.is_long, 0 < self._n_short < slot.n_past + n
+        slot = self.slot(seq)
+        was_long, slot.is_long = slot.is_long, 0 < self.n_short < slot.n_past + n
         if was_long == slot.is_long or not slot.n_past:
             return []
         ids = slot.ids[: slot.n_past]
         if len(ids) < slot.n_past:
             raise GgufRunError(f"sequence {seq} was loaded without its ids: it cannot become longer than {slot.n_past}")
-        self._set(slot, 0, 0)
+        self.reset(slot, 0, 0)
         return ids
 
     def rewind(self, n_past: int, seq: int = 0) -> int:
@@ -160,101 +152,20 @@ class KvCache:
         n_past tokens are left if n_past is at most n_batch below the greatest length that the sequence has had. Else 0
         are left. With recurrent layers, as many are left as a state is kept for, or 0.
         """
-        slot = self._slot(seq)
+        slot = self.slot(seq)
         if not 0 <= n_past <= slot.n_past:
             raise ValueError(f"cannot rewind to {n_past}: {slot.n_past} tokens are in the context")
-        return self._set(slot, n_past, slot.n_lost)
+        return self.reset(slot, n_past, slot.n_lost)
 
-    def _set(self, slot: _Slot, n_past: int, n_lost: int) -> int:
+    def reset(self, slot: Slot, n_past: int, n_lost: int) -> int:
         """Set a slot to n_past tokens, or to fewer that a state is kept for. Return how many.
 
         They are 0 if the next token would read one of the first n_lost.
         """
-        if self._has_states:
+        if self.has_states:
             n_past, slot.state = max(((at, i) for i, at in enumerate(slot.states) if at <= n_past), default=(0, 0))
         possible = n_past and max(0, n_past + 1 - self._window) >= n_lost
-        possible = possible and (n_past > self._n_short or not slot.is_long)
+        possible = possible and (n_past > self.n_short or not slot.is_long)
         slot.n_past, slot.n_lost = (n_past, n_lost) if possible else (0, 0)
         slot.states = [at if at <= slot.n_past else 0 for at in slot.states]
         return slot.n_past
-
-    def copy_prefix(self, source: int, target: int, n: int) -> int:
-        """Replace sequence `target` by the first n tokens of `source`. Return the tokens of `target`: see rewind."""
-        a, b = self._slot(source), self._slot(target)
-        if not 0 <= n <= a.n_past or source == target:
-            raise ValueError(f"cannot copy {n} tokens from sequence {source} to {target}: it has {a.n_past}")
-        b.n_past = b.n_lost = 0
-        b.is_long, b.ids, b.states = a.is_long, a.ids[:n], list(a.states)
-        for layer in self._layers:
-            if layer.cache is not None and not layer.is_shared:
-                layer.cache.copy(source, target, n if a.n_past <= layer.cache.n_ctx else layer.cache.n_ctx)
-            for state, i in itertools.product(layer.states, range(N_STATES)):
-                state.copy(source * N_STATES + i, target * N_STATES + i)
-        return self._set(b, n, a.n_lost)
-
-    def shift(self, n_keep: int, n_discard: int, seq: int = 0) -> int:
-        """Remove the n_discard tokens after the first n_keep. Later tokens move to the places of the removed tokens.
-
-        The keys of later tokens are turned back by n_discard positions. Keys and values still depend on the removed
-        tokens, as in llama.cpp's context shift. n_keep and n_discard are multiples of GROUP.
-
-        Returns how many tokens are left, or 0: always with recurrent layers, as no token can be taken out of a state.
-        """
-        slot = self._slot(seq)
-        if n_keep % GROUP or n_discard % GROUP or n_keep < 0 or not 0 < n_discard <= slot.n_past - n_keep:
-            raise ValueError(f"cannot take {n_discard} of {slot.n_past} tokens out behind {n_keep}")
-        n_past, n_lost = slot.n_past, slot.n_lost
-        slot.n_past = 0  # until all layers have moved
-        del slot.ids[n_keep : n_keep + n_discard]
-        if self._has_states:
-            return self._set(slot, 0, 0)
-        for layer in self._layers:
-            if layer.cache is None or layer.is_shared:
-                continue
-            rotation = layer.rotation.of(slot.is_long) if layer.rotation else None
-            layer.cache.shift(seq, n_past, n_keep, n_discard, rotation)
-        return self._set(slot, n_past - n_discard, max(n_keep, n_lost - n_discard) if n_lost else 0)
-
-    def export(self, seq: int = 0) -> Iterator[tuple[int, str, Any]]:
-        """Yield (layer, kind, bytes) for each layer: what it holds of a sequence, as the backend stores it.
-
-        kind: one of KINDS.
-        """
-        slot = self._slot(seq)
-        for il, layer in enumerate(self._layers):
-            first = -(-slot.n_lost // GROUP) if layer.window else 0
-            for kind in layer.kinds:
-                if layer.cache is not None and kind in "kv":
-                    yield il, kind, layer.cache.read(seq, kind, first, -(-slot.n_past // GROUP))
-                else:
-                    yield il, kind, layer.states[int(kind[1])].read(seq * N_STATES + slot.state)
-
-    def _write(self, seq: int, il: int, kind: str, end: int, data: Any) -> int | None:
-        """Store a part of a layer. Return its first group, None if the part does not fit."""
-        layer = self._layers[il]
-        if layer.cache is not None and kind in "kv":
-            return layer.cache.write(seq, kind, end, data)
-        return 0 if layer.states[int(kind[1])].write(seq * N_STATES, data) else None
-
-    def load(
-        self, n_past: int, parts: Iterable[tuple[int, str, Any]], seq: int = 0, ids: Sequence[int] | None = None
-    ) -> None:
-        """Replace a sequence by n_past tokens. parts: what `export` yields. ids: of the tokens; None: not known.
-
-        Raises GgufRunError if the parts do not fit. The sequence is empty after any error, those of `parts` included.
-        """
-        slot = self._slot(seq)
-        self._set(slot, 0, 0)
-        slot.is_long, slot.ids = 0 < self._n_short < n_past, list(ids or ())
-        n_lost, end = 0, -(-n_past // GROUP)
-        missing = {(il, kind) for il, layer in enumerate(self._layers) for kind in layer.kinds}
-        for il, kind, data in parts:
-            first = self._write(seq, il, kind, end, data) if (il, kind) in missing else None
-            if first is None or (first and not self._layers[il].window):
-                raise GgufRunError(f"the saved cache does not fit this model: layer {il} {kind}, {len(data)} bytes")
-            missing.remove((il, kind))
-            n_lost = max(n_lost, first * GROUP)
-        fits = not missing and n_past <= self.n_ctx
-        slot.states[0] = n_past
-        if self._set(slot, n_past if fits else 0, n_lost) != n_past or not fits:
-            raise GgufRunError(f"the saved cache does not fit this model: parts are missing for {n_past} tokens")

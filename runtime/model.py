@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -228,11 +229,12 @@ class Model:
 
     def save_session(self, path: str | os.PathLike[str], messages: Sequence[Message] = ()) -> None:
         """Save the context with its KV cache, and the conversation in it, to a file: whole or not at all."""
+        from gguf_run.models.kv_moves import export
         from gguf_run.runtime.engine.session_file import save
 
         header = replace(self._session_header(), messages=[dict(message) for message in messages])
         with self._turns.computing(takes=False):
-            save(Path(path), replace(header, ids=self._context.settle()), self.decoder.cache.export)
+            save(Path(path), replace(header, ids=self._context.settle()), partial(export, self.decoder.cache))
 
     def load_session(self, path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         """Make the tokens of a saved session the context, without computing them; return its conversation.

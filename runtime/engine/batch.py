@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from gguf_run.formats.errors import GgufRunError
+from gguf_run.models.kv_moves import copy_prefix
 from gguf_run.runtime.engine.context import Context, check_prompt, n_common
 from gguf_run.runtime.engine.reply import Answer, Reply
 
@@ -64,7 +65,7 @@ class Batch:
         common = min(min(n_common(prompts[0], ids) for ids in prompts), *(len(ids) - 1 for ids in prompts))
         self.n_reused = self._context.hold(prompts[0][:common]) + (len(prompts) - 1) * common
         for i in range(1, len(prompts)):
-            decoder.cache.copy_prefix(0, i, common)
+            copy_prefix(decoder.cache, 0, i, common)
         rest, logits = {i: list(ids[common:]) for i, ids in enumerate(prompts)}, {}
         while rest:
             part, room = {}, decoder.n_batch

@@ -20,7 +20,7 @@ from gguf_run.runtime.sampling.candidates import Candidates
 if TYPE_CHECKING:
     from gguf_run.models.decoder import Decoder
 
-Part = tuple[int, str, Any]  # layer, one of kv_cache.KINDS, bytes: see KvCache.export
+Part = tuple[int, str, Any]  # layer, one of kv_moves.KINDS, bytes: see kv_moves.export
 PATIENCE = 5.0  # seconds that other threads wait for an answer that nobody reads
 
 
@@ -217,12 +217,14 @@ class Context:
         return self.ids
 
     def restore(self, ids: Sequence[int], parts: Iterable[Part]) -> None:
-        """Make `ids` the context, with the parts of a cache that KvCache.export gave.
+        """Make `ids` the context, with the parts of a cache that kv_moves.export gave.
 
         GgufRunError if the parts do not fit this model; the context is empty then.
         """
         self.forget()
-        self.decoder.cache.load(len(ids), parts, ids=ids)
+        from gguf_run.models.kv_moves import restore
+
+        restore(self.decoder.cache, len(ids), parts, ids=ids)
         self._history = list(ids)
 
     def forget(self) -> None:
@@ -264,7 +266,9 @@ class Context:
         """Remove half of the tokens behind the kept ones. What was kept the first time is kept later, too."""
         start = self._cut.start if self._cut else kept(n_keep)
         n_discard = max(GROUP, (self.decoder.n_past - start) // 2 // GROUP * GROUP)
-        n_left = self.decoder.cache.shift(start, n_discard)
+        from gguf_run.models.kv_moves import shift  # late: few contexts are ever full
+
+        n_left = shift(self.decoder.cache, start, n_discard)
         self._cut = range(start, start + len(self._cut) + n_discard)
         if not n_left:  # layers with a window have lost tokens that are within it now: compute all again
             for _ in self.decoder.forward(self.ids, 0):

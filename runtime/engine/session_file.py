@@ -23,7 +23,7 @@ from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.safetensors import writing_safetensors
 from gguf_run.formats.sealed import FileKind
-from gguf_run.models.kv_cache import KINDS
+from gguf_run.models.kv_moves import KINDS
 from gguf_run.runtime.chat.messages import uniform
 from gguf_run.runtime.engine.context import Part
 

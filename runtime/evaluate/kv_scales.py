@@ -18,6 +18,7 @@ from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import GROUP
+from gguf_run.models.kv_moves import export
 from gguf_run.runtime.evaluate.text import Chunk, Scorer
 from gguf_run.runtime.load.kv_scales import LayerScales
 
@@ -55,7 +56,7 @@ def calibrate(scorer: Scorer, chunks: Sequence[Chunk], n_kept: int) -> Iterator[
         logits = _logits(scorer, chunk)
         if i < n_kept:
             done.logits.append(logits)
-        for il, kind, data in decoder.cache.export():
+        for il, kind, data in export(decoder.cache):
             if kind not in KINDS:  # the state of a recurrent layer
                 continue
             values = np.frombuffer(data, np.float32).reshape(heads[il], -1)

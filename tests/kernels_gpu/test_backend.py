@@ -28,6 +28,7 @@ from gguf_run.kernels_gpu.program import GpuProgram, Launches
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
+from gguf_run.models.kv_moves import copy_prefix, export, restore
 from gguf_run.runtime.load.cache_plan import plan_cache
 from gguf_run.runtime.load.fit import fit, gpu_sizes, needed
 from gguf_run.runtime.load.memory import MemoryPlan
@@ -142,9 +143,9 @@ def test_layers_on_several_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for decoder in (mixed, one, exact):
         made = [logits(decoder, IDS[:10], 3)]
         decoder.rewind(9)
-        decoder.cache.copy_prefix(0, 1, 9)
-        parts = [(il, kind, bytes(data)) for il, kind, data in decoder.cache.export(1)]
-        decoder.cache.load(9, parts, seq=0)
+        copy_prefix(decoder.cache, 0, 1, 9)
+        parts = [(il, kind, bytes(data)) for il, kind, data in export(decoder.cache, 1)]
+        restore(decoder.cache, 9, parts, seq=0)
         made.append(decoder.step({1: IDS[:5], 0: IDS[5:9]}).copy())  # more than FEW: quicker in the interpreter
         results.append(made)
     for a, b, c in zip(*results, strict=True):

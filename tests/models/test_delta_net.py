@@ -23,6 +23,7 @@ from gguf_run.kernels_gpu.attention import launch as attention_launch
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
+from gguf_run.models.kv_moves import copy_prefix, export, restore
 from gguf_run.runtime.convert.open_checkpoint import open_checkpoint
 from gguf_run.runtime.convert.stored.sources import F32, computed
 from gguf_run.runtime.engine.context import Context
@@ -99,8 +100,8 @@ def test_sequences_of_one_step_go_back_and_are_copied_and_saved(qwen: Any) -> No
         assert error(last(model, [*texts[0][left:asked], 6]), expected(qwen, [*texts[0][:asked], 6])) < 2e-5
         model.rewind(left)
     assert not [*model.forward(IDS[:60], 0)]
-    assert model.cache.copy_prefix(0, 2, 60) == 60
-    model.cache.load(60, [(il, kind, bytes(data)) for il, kind, data in model.cache.export()], 1)
+    assert copy_prefix(model.cache, 0, 2, 60) == 60
+    restore(model.cache, 60, [(il, kind, bytes(data)) for il, kind, data in export(model.cache)], 1)
     last(model, [1])
     for seq in (1, 2):
         assert error(last(model, [3], seq), expected(qwen, [*IDS[:60], 3])) < 2e-5

@@ -15,6 +15,7 @@ from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 from gguf_run.models.keys import Keys
+from gguf_run.models.kv_moves import shift
 from gguf_run.models.xielu import read_xielu
 from gguf_run.runtime.convert.back.checkpoint import export_hf
 from gguf_run.runtime.convert.open_checkpoint import open_checkpoint
@@ -100,7 +101,7 @@ def test_keys_normed_after_the_rotation_can_be_shifted(tmp_path: Path) -> None:
         decoder = Decoder(config, tensors, [cpu(2)], 128, cache_types=[CacheType("f32", "f32")])
         for _ in decoder.forward(tiny.IDS[:80]):
             pass
-        assert decoder.cache.shift(0, 32) == 48
+        assert shift(decoder.cache, 0, 32) == 48
         (actual,) = decoder.forward(tiny.IDS[80:81])
         expected = tiny.logits(config, tensors, NumpyBackend(np.float64), [49], tiny.IDS[32:81])[-1:]
     assert error(actual, expected) < 1e-5

@@ -12,6 +12,7 @@ from tiny import IDS
 
 from gguf_run.models.backend import CacheType
 from gguf_run.models.decoder import Decoder
+from gguf_run.models.kv_moves import export, restore, shift
 from gguf_run.models.ops import Attend, MatmulGated
 
 pytest.importorskip("transformers")
@@ -80,16 +81,16 @@ def test_shared_caches(tmp_path: Path) -> None:
     rows = decoder.step(steps).copy()
     alone = [last(decoder_of(tmp_path, cpu(2), "q8_0"), ids) for ids in ([*IDS, 7], [*IDS[5:45], 8, 9], [1, 2, 3])]
     assert error(rows, np.concatenate(alone)) < 1e-5
-    parts = list(decoder.cache.export(0))
+    parts = list(export(decoder.cache, 0))
     assert {il for il, _, _ in parts} == {0, 1, 2, 3}  # layers 4 and 5 read those of 2 and 3
     copy = decoder_of(tmp_path, cpu(2), "q8_0")
-    copy.cache.load(decoder.cache.n_past(0), parts)
+    restore(copy.cache, decoder.cache.n_past(0), parts)
     assert (last(copy, [4, 5]) == last(decoder, [4, 5])).all()
     shifted = []
     for backend in (cpu(2), NumpyBackend(np.float64)):
         one = decoder_of(tmp_path, backend, "f32")
         last(one, IDS)
-        assert one.cache.shift(32, 32) == len(IDS) - 32
+        assert shift(one.cache, 32, 32) == len(IDS) - 32
         shifted.append(last(one, [1, 2, 3]))
     assert error(*shifted) < 1e-4
 

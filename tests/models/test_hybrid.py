@@ -15,6 +15,7 @@ from cpu_ops import cpu, error
 
 from gguf_run.models.backend import CacheType
 from gguf_run.models.decoder import Decoder
+from gguf_run.models.kv_moves import copy_prefix, export, restore
 
 _SIZES = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2}
 _LFM2 = {**_SIZES, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "norm_eps": 1e-3}
@@ -97,9 +98,9 @@ def test_sequences_do_not_see_each_other(name: str, tmp_path: Path) -> None:
         result = model.step(batch)
         assert error(result[:1], alone[at - 1 : at]) < 1e-5
     assert error(result[1:], others[19:20]) < 1e-5
-    saved = [(il, kind, bytes(data)) for il, kind, data in model.cache.export(0)]
-    model.cache.load(23, saved, 2, ids[:23])
-    assert model.cache.copy_prefix(0, 1, 23) == 23
+    saved = [(il, kind, bytes(data)) for il, kind, data in export(model.cache, 0)]
+    restore(model.cache, 23, saved, 2, ids[:23])
+    assert copy_prefix(model.cache, 0, 1, 23) == 23
     for seq in range(3):
         assert error(run(model, ids[23:40], seq), alone[23:]) < 1e-5
     n_left = model.rewind(30)

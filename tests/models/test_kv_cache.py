@@ -19,6 +19,7 @@ from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 from gguf_run.models.kv_cache import GROUP
+from gguf_run.models.kv_moves import copy_prefix, export, restore, shift
 
 LLAMA, GEMMA = Tiny(n_ctx=512), replace(TINY_GEMMA3, n_ctx=512, window=40)
 IDS = [(7 * i * i + 3 * i + 1) % 270 for i in range(400)]
@@ -109,15 +110,15 @@ def test_a_prefix_is_copied(tiny: Tiny, name: str, build: Build) -> None:
     last(decoder, IDS[:300], 1)
     last(decoder, [9] * 70, 2)
     for n in (300, 277):
-        assert decoder.cache.copy_prefix(1, 2, n) == n
+        assert copy_prefix(decoder.cache, 1, 2, n) == n
         assert error(last(decoder, [1, 2, 3], 2), fresh(build, tiny, [*IDS[:n], 1, 2, 3])) < bound
-    held = decoder.cache.copy_prefix(1, 0, 60)
+    held = copy_prefix(decoder.cache, 1, 0, 60)
     assert held == decoder.cache.n_past(0) == (0 if name == "cpu" and tiny is GEMMA else 60)
     assert error(last(decoder, [*IDS[held:60], 4], 0), fresh(build, tiny, [*IDS[:60], 4])) < bound
     assert error(last(decoder, [4], 1), fresh(build, tiny, [*IDS[:300], 4])) < bound
     for wrong in ((1, 1, 5), (1, 0, 302), (1, 0, -1)):
         with pytest.raises(ValueError, match="cannot copy"):
-            decoder.cache.copy_prefix(*wrong)
+            copy_prefix(decoder.cache, *wrong)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -130,7 +131,7 @@ def test_a_shift_of_one_layer_is_as_if_the_tokens_had_never_been(tiny: Tiny, nam
     ids = IDS[:390]
     last(decoder, ids, 1)
     for n_keep, n_discard in ((32, 64), (0, 160), (64, 32)):
-        assert decoder.cache.shift(n_keep, n_discard, 1) == len(ids) - n_discard
+        assert shift(decoder.cache, n_keep, n_discard, 1) == len(ids) - n_discard
         ids = [*ids[:n_keep], *ids[n_keep + n_discard :]]
         for new in ([3], [1, 2, 3, 4]):
             ids += new
@@ -146,7 +147,7 @@ def test_a_shift_of_many_layers_turns_keys_only(build: Build) -> None:
         for backend in (NumpyBackend(np.float64), cpu(2)):
             decoder = build(tiny, backend)
             last(decoder, IDS[:333])
-            decoder.cache.shift(32, 128)
+            shift(decoder.cache, 32, 128)
             results.append(last(decoder, [1, 2, 3]))
         assert error(results[1], results[0]) < 3e-5
 
@@ -157,7 +158,7 @@ def test_keys_of_any_type_are_turned(name: str, bound: float, build: Build) -> N
     tiny = replace(LLAMA, n_layer=1)
     decoder = build(tiny, cpu(2), cache=name)
     last(decoder, IDS[:300])
-    decoder.cache.shift(32, 128)
+    shift(decoder.cache, 32, 128)
     ids = [*IDS[:32], *IDS[160:300], 3]
     expected = fresh(build, tiny, ids)
     plain = error(last(build(tiny, cpu(2), cache=name), ids), expected)
@@ -185,16 +186,16 @@ def test_any_order_of_operations(build: Build, steps: list[tuple[str, int]]) -> 
             n_discard = GROUP * (1 + amount % (n_past // GROUP - 1))
             n_keep = amount % (n_past - n_discard + 1) // GROUP * GROUP
             del text[n_keep : n_keep + n_discard]
-            del text[decoder.cache.shift(n_keep, n_discard, seq) :]
+            del text[shift(decoder.cache, n_keep, n_discard, seq) :]
         elif what == "copy":
-            texts[1 - seq] = text[: decoder.cache.copy_prefix(seq, 1 - seq, amount % (n_past + 1))]
+            texts[1 - seq] = text[: copy_prefix(decoder.cache, seq, 1 - seq, amount % (n_past + 1))]
     for seq, text in enumerate(texts):
         assert decoder.cache.n_past(seq) == len(text)
         assert error(last(decoder, [5], seq), fresh(build, tiny, [*text, 5])) < 3e-5
 
 
 def parts_of(decoder: Decoder, seq: int = 0) -> list[tuple[int, str, bytes]]:
-    return [(il, kind, bytes(data)) for il, kind, data in decoder.cache.export(seq)]
+    return [(il, kind, bytes(data)) for il, kind, data in export(decoder.cache, seq)]
 
 
 @pytest.mark.parametrize("n_past", [1, 31, 64, 300])
@@ -210,7 +211,7 @@ def test_bytes_go_out_and_in(tiny: Tiny, n_past: int, build: Build) -> None:
     expected = last(source, [1, 2, 3], 1)
     for target in targets:
         last(target, [7] * 200)
-        target.cache.load(n_past, parts)
+        restore(target.cache, n_past, parts)
         assert target.n_past == n_past
         logits = last(target, [1, 2, 3])
         if tiny is LLAMA:
@@ -226,10 +227,10 @@ def test_bytes_that_do_not_fit(build: Build) -> None:
     for wrong in (parts[1:], [*parts, parts[0]], [(9, "k", b"")], [(0, "x", b"")], short, [(0, "k", b"1")], []):
         last(target, [1])
         with pytest.raises(GgufRunError, match="the saved cache does not fit this model"):
-            target.cache.load(100, wrong)
+            restore(target.cache, 100, wrong)
         assert target.n_past == 0
     with pytest.raises(GgufRunError, match="does not fit"):
-        target.cache.load(401, parts)
+        restore(target.cache, 401, parts)
 
 
 def test_wrong_shifts(build: Build) -> None:
@@ -237,5 +238,5 @@ def test_wrong_shifts(build: Build) -> None:
     last(decoder, IDS[:100])
     for n_keep, n_discard in ((1, 32), (32, 1), (0, 0), (0, 128), (64, 64), (-32, 32)):
         with pytest.raises(ValueError, match="cannot take"):
-            decoder.cache.shift(n_keep, n_discard)
+            shift(decoder.cache, n_keep, n_discard)
     assert decoder.n_past == 100

@@ -11,6 +11,7 @@ from numpy_backend import NumpyState
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.kernels_cpu.recurrent.state import CpuState
 from gguf_run.models.kv_cache import N_STATES, CacheLayer, KvCache
+from gguf_run.models.kv_moves import copy_prefix, export, restore, shift
 
 
 class Model:
@@ -30,7 +31,7 @@ class Model:
             self.cache.end(runs, [id for ids in texts.values() for id in ids])
 
     def hash(self, seq: int) -> np.ndarray:
-        (_, _, data), *_ = self.cache.export(seq)
+        (_, _, data), *_ = export(self.cache, seq)
         return np.frombuffer(data, np.float32)
 
 
@@ -59,15 +60,15 @@ def test_a_state_is_that_of_its_text(steps: list[tuple[str, int]]) -> None:
                 model.run({seq: new})
                 text += new
         elif what == "copy":
-            texts[1 - seq] = text[: model.cache.copy_prefix(seq, 1 - seq, amount % (len(text) + 1))]
+            texts[1 - seq] = text[: copy_prefix(model.cache, seq, 1 - seq, amount % (len(text) + 1))]
         elif what == "interrupt":
             model.run({seq: [5] * (amount % 5 + 1)}, interrupted=True)
         elif what == "shift" and len(text) >= 32:
-            assert model.cache.shift(0, 32, seq) == 0
+            assert shift(model.cache, 0, 32, seq) == 0
             texts[seq] = []
         elif what == "save" and text:
-            parts = [(il, kind, bytes(data)) for il, kind, data in model.cache.export(seq)]
-            model.cache.load(len(text), parts, 1 - seq)
+            parts = [(il, kind, bytes(data)) for il, kind, data in export(model.cache, seq)]
+            restore(model.cache, len(text), parts, 1 - seq)
             texts[1 - seq] = list(text)
         for i in range(2):
             assert model.cache.n_past(i) == len(texts[i])
@@ -101,7 +102,7 @@ def test_states_are_kept_where_texts_part() -> None:
 def test_saved_states_that_do_not_fit_are_refused(make: Any) -> None:
     model, other = Model(make), Model(make, width=2)
     model.run({0: [1, 2, 3]})
-    parts = list(model.cache.export())
+    parts = list(export(model.cache))
     for cache, wrong in (
         (other.cache, parts),
         (model.cache, []),
@@ -110,7 +111,7 @@ def test_saved_states_that_do_not_fit_are_refused(make: Any) -> None:
     ):
         cache.end(cache.begin({1: 2}), [1, 2])
         with pytest.raises(GgufRunError, match="does not fit"):
-            cache.load(3, wrong, 1)
+            restore(cache, 3, wrong, 1)
         assert cache.n_past(1) == 0
-    model.cache.load(3, parts, 1)
+    restore(model.cache, 3, parts, 1)
     assert model.hash(1) == hashed([1, 2, 3])

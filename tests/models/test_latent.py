@@ -17,6 +17,7 @@ from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
+from gguf_run.models.kv_moves import export, restore, shift
 
 _SIZES = {
     "hidden_size": 72, "intermediate_size": 104, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -90,13 +91,13 @@ def test_contexts_of_two_sequences(name: str, tmp_path: Path) -> None:
         found = []
         for each in (model, twin):
             last(each, tiny.IDS[:70], 1)
-            assert each.cache.shift(32, 32, 1) == 38
+            assert shift(each.cache, 32, 32, 1) == 38
             both = each.step({0: tiny.IDS[:5], 1: tiny.IDS[70:73]})
             found.append(np.concatenate([both.copy(), last(each, tiny.IDS[5:7], 0)]))
         assert error(*found) < 1e-4
-        parts = [(il, kind, bytes(data)) for il, kind, data in model.cache.export(1)]
+        parts = [(il, kind, bytes(data)) for il, kind, data in export(model.cache, 1)]
         assert {kind for _, kind, _ in parts} == {"k"}
-        model.cache.load(41, parts, 0, None)
+        restore(model.cache, 41, parts, 0, None)
         np.testing.assert_array_equal(last(model, tiny.IDS[:3], 0), last(model, tiny.IDS[:3], 1))
 
 

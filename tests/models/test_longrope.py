@@ -15,6 +15,7 @@ from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
+from gguf_run.models.kv_moves import copy_prefix, export, restore
 from gguf_run.models.protocol import AnyBackend
 from gguf_run.runtime.convert.open_checkpoint import open_checkpoint
 from gguf_run.runtime.engine.context import Context
@@ -83,7 +84,7 @@ def test_sequences_of_both_kinds_in_one_step(make: Callable[..., Decoder], tiny:
     decoder, (_, model) = make(n_batch=64, n_seq=3), tiny
     run(decoder, IDS[:31], 0)
     run(decoder, IDS[10:60], 1)
-    assert decoder.cache.copy_prefix(0, 2, 20) == 20
+    assert copy_prefix(decoder.cache, 0, 2, 20) == 20
     texts = {0: IDS[:31], 1: IDS[10:60], 2: IDS[:20]}
     for i in range(60, 64):
         rows = decoder.step({seq: [IDS[i]] for seq in texts}).copy()
@@ -99,7 +100,7 @@ def test_the_engine(make: Callable[..., Decoder], tiny: tuple[GGUFFile, Any]) ->
     for n in (20, 40, 25, 60):
         assert_close(context.prefill(IDS[:n])[0], model, IDS[:n])
     context.prefill(IDS[:30])
-    parts = [(il, kind, bytes(data)) for il, kind, data in decoder.cache.export()]
+    parts = [(il, kind, bytes(data)) for il, kind, data in export(decoder.cache)]
     context.restore(IDS[:30], parts)
     assert_close(context.prefill(IDS[:50])[0], model, IDS[:50])
     context.prefill(IDS[:90], n_keep=32)
@@ -111,7 +112,7 @@ def test_the_engine(make: Callable[..., Decoder], tiny: tuple[GGUFFile, Any]) ->
 def test_a_sequence_that_was_loaded_without_ids(make: Callable[..., Decoder]) -> None:
     decoder = make()
     run(decoder, IDS[:30])
-    parts = [(il, kind, bytes(data)) for il, kind, data in decoder.cache.export()]
-    decoder.cache.load(30, parts)
+    parts = [(il, kind, bytes(data)) for il, kind, data in export(decoder.cache)]
+    restore(decoder.cache, 30, parts)
     with pytest.raises(GgufRunError, match="loaded without its ids"):
         run(decoder, IDS[:10])

@@ -17,6 +17,7 @@ from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
+from gguf_run.models.kv_moves import copy_prefix, export, restore, shift
 from gguf_run.runtime import Model
 from gguf_run.runtime.cli.run import main
 from gguf_run.runtime.load import devices, load_model
@@ -64,15 +65,15 @@ def test_several_backends_give_the_same_logits(name: str, places: str, build: Ca
         made = [logits(decoder, IDS[:37], 9), *(logits(decoder, [id]) for id in IDS[37:40])]
         assert decoder.rewind(38) == 38
         made.append(logits(decoder, IDS[38:50]))
-        if decoder.cache.copy_prefix(0, 1, 32):
+        if copy_prefix(decoder.cache, 0, 1, 32):
             made.append(logits(decoder, IDS[:5], 2, seq=1))
         made.append(decoder.step({0: IDS[:3], 1: IDS[3:4], 2: IDS[4:9]}).copy())
-        parts = [(il, kind, bytes(data)) for il, kind, data in decoder.cache.export()]
-        decoder.cache.load(decoder.n_past, parts, seq=2)
+        parts = [(il, kind, bytes(data)) for il, kind, data in export(decoder.cache)]
+        restore(decoder.cache, decoder.n_past, parts, seq=2)
         made.append(logits(decoder, IDS[9:13], seq=2))
         decoder.rewind(0)
         logits(decoder, IDS)
-        if decoder.cache.shift(0, 32):
+        if shift(decoder.cache, 0, 32):
             made.append(logits(decoder, IDS[:6], 3))
         return made
 
