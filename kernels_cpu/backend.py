@@ -152,27 +152,6 @@ class CpuBackend:
         self._executor.shutdown(cancel_futures=True)
 
 
-class KernelCompiler(CpuBackend):
-    """Compiles the kernels of its programs, from the last to the first. Weights stay empty: no program must run."""
-
-    def __init__(self) -> None:
-        super().__init__(1)
-
-    def _store(self, groups: Sequence[list[Tensor]], n_bytes: int) -> NDArray[np.uint8]:
-        """Return memory that the threads fill. groups: tensors that share panels; all groups have as many bytes."""
-        data = self._arena.take(n_bytes)
-        for group, to in zip(groups, data.reshape(len(groups), -1), strict=True):
-            self._repack(group, to)
-        self._bytes["weights"] += n_bytes
-        return data
-
-    def _repack(self, tensors: list[Tensor], to: NDArray[np.uint8]) -> None:
-        pass
-
-    def _compile(self, kernels: Sequence[TapeOp]) -> None:
-        super()._compile(kernels[::-1])
-
-
 def _runs(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """Consecutive tensors that can share panels: of one type, and all but the last of whole panels."""
     runs: list[list[Tensor]] = []

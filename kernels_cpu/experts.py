@@ -8,6 +8,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.gguf.parts import matrix_of
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.kernels_cpu.matmul.moe import EXPERT_ROWS, CpuExperts, ExpertMatrix
 from gguf_run.kernels_cpu.panels.panels import panel_for
@@ -41,5 +42,5 @@ def load_matrices(tensor: Tensor, store: Store) -> ExpertMatrix:
     n_expert = math.prod(sizes)
     empty = ExpertMatrix(panel_for(tensor.type.name), np.zeros(0, np.uint8), n_in, n_out, None)
     # experts of whole panels can be repacked as one tall matrix
-    parts = [tensor] if n_out % EXPERT_ROWS == 0 else [tensor.matrix(e) for e in range(n_expert)]
+    parts = [tensor] if n_out % EXPERT_ROWS == 0 else [matrix_of(tensor, e) for e in range(n_expert)]
     return replace(empty, data=store([[part] for part in parts], n_expert * empty.expert_bytes))

@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # most models have no experts and no recurrent layers
 
 CpuVector: TypeAlias = NDArray[np.float32]
 CpuOp: TypeAlias = "Op[CpuTable, CpuWeight, CpuVector, CpuCache, CpuExperts, CpuSquares, CpuState]"
+# Ops that can store their result as int8, if it has one group. Names, as the classes of rare ops are not imported.
+_MAKE_INT8 = ("RmsNorm", "LayerNorm", "MatmulGated", "Gated", "Xielu", "Attend")
 
 
 @frozen
@@ -58,10 +60,8 @@ def _read_as_int8(op: Any) -> Buffer | None:
     return op.x if any(isinstance(part.panel, IntPanel) for part in parts) else None
 
 
-def _can_make_int8(op: CpuOp) -> bool:
-    if isinstance(op, ops.RmsNorm | ops.LayerNorm):
-        return op.n_group == 1
-    return isinstance(op, ops.MatmulGated | ops.Gated | ops.Xielu | ops.Attend)
+def _can_make_int8(op: Any) -> bool:
+    return type(op).__name__ in _MAKE_INT8 and vars(op).get("n_group", 1) == 1
 
 
 def _is_read_as_int8(buffer: Buffer, following: Sequence[CpuOp]) -> bool:

@@ -4,7 +4,7 @@ from gguf_run.formats.errors import UnsupportedError
 from gguf_run.kernels_cpu.matmul.matmul import matmul
 from gguf_run.kernels_cpu.panels.memory import CpuWeight
 from gguf_run.kernels_cpu.panels.panels import BLOCK, X_BLOCK_BYTES, IntPanel, panel_id, panel_sizes
-from gguf_run.kernels_cpu.rows.embed import copy_columns
+from gguf_run.kernels_cpu.rows.scale import copy_columns
 from gguf_run.kernels_cpu.tape import Tape
 from gguf_run.models.rare_ops import MatmulHeads
 

@@ -84,9 +84,9 @@ def _matmul_heads(tape: Tape, op: rare_ops.MatmulHeads[CpuWeight], int8: Rows | 
 
 
 LOWER_RARE: Mapping[type, Lowered] = {
-    ops.LayerNorm: _on_rows(layer_norm, lambda op: {"n": op.x.width // op.n_group}),
-    ops.Xielu: _on_rows(xielu),
-    ops.Softcap: _on_rows(softcap),
+    rare_ops.LayerNorm: _on_rows(layer_norm, lambda op: {"n": op.x.width // op.n_group}),
+    rare_ops.Xielu: _on_rows(xielu),
+    rare_ops.Softcap: _on_rows(softcap),
     ops.Observe: _on_rows(observe, lambda op: op.squares.fields()),
     rare_ops.MatmulHeads: _matmul_heads,
     rare_ops.Temper: _on_rows(temper, lambda op: {"n": op.x.width, **vars(op.temperature)}),

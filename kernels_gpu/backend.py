@@ -8,6 +8,7 @@ import torch
 from torch import Tensor as Array
 
 from gguf_run.formats.blocks.dequantizer import dequantize
+from gguf_run.formats.gguf.parts import matrix_of
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.kernels_gpu.attention.cache import GpuCache, new_cache
 from gguf_run.kernels_gpu.buffers import Memory
@@ -80,7 +81,7 @@ class GpuBackend:
     def experts(self, tensors: Sequence[Tensor]) -> GpuExperts:
         held = ExpertTensors.of(tensors)
         with current(self.device):
-            into = self._uploader.repack([part.matrix(e) for e in range(held.n_expert) for part in held.into])
+            into = self._uploader.repack([matrix_of(part, e) for e in range(held.n_expert) for part in held.into])
             down = self._uploader.repack([held.down])
         self._bytes["weights"] += into.nbytes + down.nbytes
         factors = None if held.factors is None else torch.from_numpy(held.factors).to(self.device)

@@ -23,8 +23,21 @@ from gguf_run.kernels_gpu.recurrent.delta_rule import bind_delta_rule
 from gguf_run.kernels_gpu.recurrent.scan import bind_scan
 from gguf_run.kernels_gpu.recurrent.short_conv import bind_short_conv
 from gguf_run.kernels_gpu.rows import activation, norms, quantize, rope, streams
-from gguf_run.models.ops import Embed, Gated, LayerNorm, Observe, Outputs, Rope, Softcap, Xielu
-from gguf_run.models.rare_ops import DeltaRule, GateRows, MatchRms, MatmulHeads, Mix, Scan, ShortConv, Temper, Threshold
+from gguf_run.models.ops import Embed, Gated, Observe, Outputs, Rope
+from gguf_run.models.rare_ops import (
+    DeltaRule,
+    GateRows,
+    LayerNorm,
+    MatchRms,
+    MatmulHeads,
+    Mix,
+    Scan,
+    ShortConv,
+    Softcap,
+    Temper,
+    Threshold,
+    Xielu,
+)
 
 
 def _embed(op: Embed[WeightPart], memory: Memory) -> Launch:

@@ -61,7 +61,7 @@ class Step(gemma_step.Step[Table, Weight, Vector, Cache, Experts, Squares, State
         """Return n coefficients of Mix: name @ tanh(router(norm(x)) / E)."""
         self.norm(x, f"{block}altup_router_norm", self._h)
         self.matmul(self._h, self.load.matrix(f"{block}altup_router"), self._modes)
-        self.add(ops.Softcap(self._modes, 1 / self.config.n_embd, 1.0))
+        self.add(rare_ops.Softcap(self._modes, 1 / self.config.n_embd, 1.0))
         self.matmul(self._modes, self.load.matrix(f"{block}{name}"), coef := self._coef.columns(0, n))
         return coef
 
@@ -91,7 +91,7 @@ class Step(gemma_step.Step[Table, Weight, Vector, Cache, Experts, Squares, State
         self, il: int, cache: CacheLayer[Cache, State], qkv: Buffer | None = None, gate: Buffer | None = None
     ) -> None:
         super().attend(il, cache, qkv, gate)
-        self.add(ops.Softcap(self.x, 0.5**0.5, 0.0))
+        self.add(rare_ops.Softcap(self.x, 0.5**0.5, 0.0))
 
     def gated(self, il: int, h: Buffer) -> Buffer:
         factor, block, n = self._altup.sparsity[il], f"blk.{il}.", self.config.layers[il].n_ff
@@ -128,4 +128,4 @@ class Step(gemma_step.Step[Table, Weight, Vector, Cache, Experts, Squares, State
             self.matmul(stream, matrix, self._parts(self._predicted)[1 + i])
         self.add(rare_ops.MatchRms(self._others(self._predicted), first, _LEAST))
         self.add(rare_ops.Mix(first, self._others(self._predicted), self.x, self.config.n_embd, shift=1.0))
-        self.add(ops.Softcap(self.x, 1 / self._altup.n_stream, 0.0))
+        self.add(rare_ops.Softcap(self.x, 1 / self._altup.n_stream, 0.0))

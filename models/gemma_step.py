@@ -5,7 +5,7 @@ E is n_embd, P the width of an embedding for a layer (n_ple), L the number of la
 
 import numpy as np
 
-from gguf_run.models import made_weights, ops, step
+from gguf_run.models import made_weights, ops, rare_ops, step
 from gguf_run.models.architectures import QKV
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer
@@ -132,4 +132,4 @@ class Step(step.Step[Table, Weight, Vector, Cache, Experts, Squares, State]):
             self.norm(self._h, f"{block}post_norm", self.x, residual=self.x)
         if self.load.has(f"{block}layer_output_scale"):
             scale = made_weights.values(self.load, f"{block}layer_output_scale.weight")
-            self.add(ops.Softcap(self.x, float(scale[0]), 0.0))
+            self.add(rare_ops.Softcap(self.x, float(scale[0]), 0.0))

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.formats.gguf.memory_file import MemoryFile
+from gguf_run.formats.gguf.parts import matrix_of
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.architectures import QK
 from gguf_run.models.ops import Vector, Weight
@@ -37,7 +38,7 @@ def numbers(load: _Loader[Weight, Vector], name: str, values: NDArray[np.float32
 def matrices(load: _Loader[Weight, Vector], name: str, i: int | None = None) -> Matrix[Weight, Vector]:
     """Return one of a tensor's matrices, or the rows of all of them as one matrix."""
     tensor = load.tensors[f"{name}.weight"]
-    parts = [tensor.matrix(one) for one in (range(tensor.ne[2]) if i is None else (i,))]
+    parts = [matrix_of(tensor, one) for one in (range(tensor.ne[2]) if i is None else (i,))]
     load.progress(sum(part.nbytes for part in parts))
     return Matrix((tensor.name,), load.backend.weight(parts), None)
 

@@ -54,18 +54,6 @@ class RmsNorm(Generic[Vector]):
 
 
 @frozen
-class LayerNorm(Generic[Vector]):
-    """out = (x - mean(x)) / sqrt(variance(x) + eps) * weight (+ bias)"""
-
-    x: Buffer
-    weight: Vector  # f32[x.width]
-    bias: Vector | None  # f32[x.width]
-    out: Buffer  # may be x
-    eps: float
-    n_group: int = 1  # each row has n_group equal parts; each part is normed by itself, with its own weight and bias
-
-
-@frozen
 class Matmul(Generic[Weight, Vector]):
     """out = x @ weight.T (+ bias) (+ residual)"""
 
@@ -120,30 +108,6 @@ class Gated:
     up: Buffer | None
     out: Buffer  # may be gate or up
     activation: str  # one of ACTIVATIONS
-
-
-@frozen
-class Xielu:
-    """out = alpha_p x^2 + beta x where x > 0, else alpha_n (e^min(x, eps) - 1 - x) + beta x
-
-    Huang, 2024, arXiv:2411.13010.
-    """
-
-    x: Buffer  # a whole buffer, or columns in multiples of 16
-    out: Buffer  # as x; may be x
-    alpha_p: float
-    alpha_n: float
-    beta: float
-    eps: float  # negative, next to 0
-
-
-@frozen
-class Softcap:
-    """x = cap * tanh(scale * x / cap), or scale * x if cap is 0"""
-
-    x: Buffer  # a whole buffer
-    scale: float
-    cap: float
 
 
 @frozen

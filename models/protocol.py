@@ -23,12 +23,12 @@ Op = (
     | ops.Matmul[Weight, Vector]
     | ops.MatmulGated[Weight, Vector]
     | ops.RmsNorm[Vector]
-    | ops.LayerNorm[Vector]
+    | rare_ops.LayerNorm[Vector]
     | ops.Rope
     | ops.Attend[Cache, Vector]
     | ops.Gated
-    | ops.Xielu
-    | ops.Softcap
+    | rare_ops.Xielu
+    | rare_ops.Softcap
     | ops.Outputs
     | rare_ops.Moe[Experts, Vector, Squares]
     | ops.Observe[Squares]

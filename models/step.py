@@ -174,7 +174,9 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         output = self.load.matrix("token_embd" if is_tied else "output", bias=["output"])
         self.matmul(self._h, output, logits)
         if config.logit_scale != 1 or config.final_softcap:
-            self.add(ops.Softcap(logits, config.logit_scale, config.final_softcap))
+            from gguf_run.models.rare_ops import Softcap
+
+            self.add(Softcap(logits, config.logit_scale, config.final_softcap))
 
     def program(self, n_batch: int, n_outputs: int) -> "Program":
         """Return the program of all ops so far. See Backend.program."""
@@ -202,7 +204,12 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
             self.add(ops.MatmulGated(h, gate_up.weight, ff, activation, gate_up.bias))
         else:
             self.matmul(h, gate_up, ff)
-            self.add(ops.Xielu(ff, ff, *config.xielu[il]) if config.xielu else ops.Gated(ff, None, ff, activation))
+            if config.xielu:
+                from gguf_run.models.rare_ops import Xielu
+
+                self.add(Xielu(ff, ff, *config.xielu[il]))
+            else:
+                self.add(ops.Gated(ff, None, ff, activation))
         if config.layers[il].has_experts and config.arch.shared_gate:
             self.matmul(h, load.matrix(f"{block}ffn_gate_inp_shexp"), self._gate)
             from gguf_run.models.rare_ops import GateRows
@@ -234,7 +241,9 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         eps, (weight, bias) = self.config.inner_eps if inner else self.config.rms_eps, self.load.norm(name)
         if self.config.arch.layer_norm:
             assert residual is None
-            self.add(ops.LayerNorm(x, weight, bias, out, eps, n_group))
+            from gguf_run.models.rare_ops import LayerNorm
+
+            self.add(LayerNorm(x, weight, bias, out, eps, n_group))
         else:
             self.add(ops.RmsNorm(x, weight, out, eps, n_group, residual))
 

@@ -103,8 +103,14 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         weights = tuple(f"{name}.weight" for name in names)
 
         def upload(tensors: list[Tensor]) -> Weight:
-            pairs = zip(names, tensors, strict=True)
-            return self.backend.weight([one.ordered(orders[name]) if name in orders else one for name, one in pairs])
+            if orders:
+                from gguf_run.formats.gguf.parts import ordered  # late: few models need it
+
+                tensors = [
+                    ordered(one, orders[name]) if name in orders else one
+                    for name, one in zip(names, tensors, strict=True)
+                ]
+            return self.backend.weight(tensors)
 
         weight = self.take(upload, weights)
         return Matrix(weights, weight, self._optional([f"{name}.bias" for name in (bias or names)]))

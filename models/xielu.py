@@ -1,4 +1,4 @@
-"""The numbers of Apertus' activation, ops.Xielu: a file has them for each layer."""
+"""The numbers of Apertus' activation, rare_ops.Xielu: a file has them for each layer."""
 
 import numpy as np
 

@@ -81,52 +81,11 @@ class Tensor(TensorInfo):
             data.flags.writeable = False
         return data.reshape(end - first, row_bytes)
 
-    def matrix(self, i: int) -> "Tensor":
-        """Return matrix i of a tensor of three dimensions."""
-        start, scales = i * self.ne[1], self.scales[i : i + 1]
-        return _Matrix(self.name, self.ne[:2], self.type, self.offset, self.file, self, start, scales=scales)
-
-    def ordered(self, index: NDArray[np.intp]) -> "Tensor":
-        """Return the tensor with all its rows in another order: row i is the tensor's row index[i]."""
-        fields = self.name, self.ne, self.type, self.offset, self.file, self, index
-        return _Ordered(*fields, scales=self.scales)
-
     def release(self, first: int = 0, end: int | None = None) -> None:
         """Tell the OS that rows first .. end (default: all) are not needed soon. Views stay valid."""
         row_bytes = self.type.row_bytes(self.ne[0])
         end = self.n_rows if end is None else end
         self.file.release(self.offset + first * row_bytes, (end - first) * row_bytes)
-
-
-@frozen
-class _Matrix(Tensor):
-    """One matrix of a tensor of three dimensions."""
-
-    whole: Tensor
-    start: int  # the row of `whole` where the matrix begins
-
-    def blocks(self, first: int = 0, end: int | None = None) -> NDArray[np.uint8]:
-        return self.whole.blocks(self.start + first, self.start + (self.n_rows if end is None else end))
-
-    def release(self, first: int = 0, end: int | None = None) -> None:
-        self.whole.release(self.start + first, self.start + (self.n_rows if end is None else end))
-
-
-@frozen(eq=False)
-class _Ordered(Tensor):
-    """A tensor with its rows in another order. It is released as a whole."""
-
-    whole: Tensor
-    index: NDArray[np.intp]  # the rows of `whole`
-
-    def blocks(self, first: int = 0, end: int | None = None) -> NDArray[np.uint8]:
-        wanted = self.index[first:end]
-        low, high = (int(wanted.min()), int(wanted.max()) + 1) if len(wanted) else (0, 0)
-        return self.whole.blocks(low, high)[wanted - low]
-
-    def release(self, first: int = 0, end: int | None = None) -> None:
-        if end is None:
-            self.whole.release()
 
 
 @frozen

@@ -62,7 +62,7 @@ def _activated(activation, x):
 
 @simd_kernel(floats="alpha_p alpha_n beta eps")
 def _xielu_row(s: Simd, x: Val, out: Val, n_vectors: Val, alpha_p: Val, alpha_n: Val, beta: Val, eps: Val) -> None:
-    """out = xielu(x) for n_vectors times 16 columns, see models.ops.Xielu.
+    """out = xielu(x) for n_vectors times 16 columns, see models.rare_ops.Xielu.
 
     e^m - 1 - m is a sum of powers of m above -0.5, where a difference would lose its bits.
     """
@@ -117,7 +117,7 @@ def gated(activation: str) -> TapeOp:
     n_items=lambda a: n_rows(a) * per_row(a),
 )
 def xielu(a, first, end):
-    """models.ops.Xielu. n: columns. Rows have memory for whole vectors of 16 columns. q8: as in gated."""
+    """models.rare_ops.Xielu. n: columns. Rows have memory for whole vectors of 16 columns. q8: as in gated."""
     for item in range(first, end):
         t, start = item // per_row(a), item % per_row(a) * PIECE
         n, out = min(PIECE, a.n - start), a.out + t * a.out_stride + start * 4

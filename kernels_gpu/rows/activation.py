@@ -53,7 +53,7 @@ def gated(gate, gate_stride, up, up_stride, out, out_stride, n, ACTIVATION: tl.c
 
 @triton.jit
 def xielu(x, x_stride, out, out_stride, n, alpha_p, alpha_n, beta, eps, WIDTH: tl.constexpr):
-    """See models.ops.Xielu; grid (rows, n / WIDTH). Above -0.5, e^m - 1 - m is a sum of powers of m."""
+    """See models.rare_ops.Xielu; grid (rows, n / WIDTH). Above -0.5, e^m - 1 - m is a sum of powers of m."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     value = tl.load(x + row * x_stride + column, mask=column < n, other=0.0)

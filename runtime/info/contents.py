@@ -21,7 +21,8 @@ from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.op_costs import Sizes, op_costs
 from gguf_run.runtime.info.tensors import reported, tensor_statistics
-from gguf_run.runtime.load.cache_plan import describe_plan, plan_cache
+from gguf_run.runtime.load.cache_plan import plan_cache
+from gguf_run.runtime.load.describe import describe_plan
 from gguf_run.runtime.load.fit import place, plan_lines
 from gguf_run.runtime.load.memory import MemoryPlan
 from gguf_run.runtime.load.options import DEFAULT_N_CTX, LoadOptions

@@ -1,8 +1,6 @@
 """Chooses the types of each layer's KV cache, from options and a calibration file; computes the caches' sizes."""
 
 import os
-import zlib
-from collections import Counter
 from collections.abc import Sequence
 
 from gguf_run.formats.errors import OptionError, did_you_mean
@@ -81,22 +79,3 @@ def layer_bytes(
 def state_bytes(config: ModelConfig, il: int, n_seq: int) -> int:
     """Return the bytes of the states of a recurrent layer, 0 for another layer."""
     return 4 * N_STATES * n_seq * sum(config.mixer.states(il)) if config.mixer is not None else 0
-
-
-def describe_plan(plan: Sequence[CacheType]) -> str:
-    """Return one line for people: "q8_0", "K q8_0, V q4_0", or how many layers have which type.
-
-    The line tells sessions apart: it is another one wherever the bytes of a cache mean something else.
-    """
-    counts = Counter(_describe(kind) for kind in plan)
-    text = next(iter(counts)) if len(counts) == 1 else "; ".join(f"{n} x {name}" for name, n in counts.items())
-    static = [(kind.k_scales, kind.v_scales) for kind in plan]
-    if len(counts) > 1 or any(scales != (None, None) for scales in static):
-        names = [_describe(kind) for kind in plan]
-        text += f" (layers {zlib.crc32(repr((names, static)).encode()):08x})"
-    return text
-
-
-def _describe(kind: CacheType) -> str:
-    name = kind.k if kind.k == kind.v else f"K {kind.k}, V {kind.v}"
-    return name + {None: "", True: ", all rotated", False: ", not rotated"}[kind.rotate]

@@ -22,7 +22,7 @@ from gguf_run.runtime.load.open_model import open_model
 from gguf_run.runtime.load.options import LoadOptions
 
 if TYPE_CHECKING:
-    from gguf_run.kernels_cpu.backend import KernelCompiler
+    from gguf_run.kernels_cpu.compiler import KernelCompiler
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def helper(path: Path, quantize: str | None, cache: Sequence[CacheType], n_threa
 def missing_kernels(path: Path, options: LoadOptions) -> list[Path]:
     """Return the files of the kernels that a model's step needs and the cache lacks. Nothing is compiled."""
     from gguf_run.formats.compiler.jit import njit
-    from gguf_run.kernels_cpu.backend import KernelCompiler
+    from gguf_run.kernels_cpu.compiler import KernelCompiler
     from gguf_run.kernels_cpu.lower import lower
     from gguf_run.kernels_cpu.tape import Tape
     from gguf_run.runtime.load.cache_plan import plan_cache
@@ -69,7 +69,7 @@ def missing_kernels(path: Path, options: LoadOptions) -> list[Path]:
 
 def main() -> None:
     """What the second process does. Arguments: path, type to quantize to, types of each layer's KV cache."""
-    from gguf_run.kernels_cpu.backend import KernelCompiler
+    from gguf_run.kernels_cpu.compiler import KernelCompiler
 
     path, quantize, cache = sys.argv[1], sys.argv[2], [CacheType(*fields) for fields in json.loads(sys.argv[3])]
     with open_model(Path(path), quantize or None) as file:

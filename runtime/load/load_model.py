@@ -21,7 +21,7 @@ from gguf_run.kernels_cpu.replay.team import MAX_THREADS
 from gguf_run.kernels_cpu.vector.isa import Tuning, stored_tuning, tuning_path
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
-from gguf_run.runtime.load.cache_plan import describe_plan, plan_cache
+from gguf_run.runtime.load.cache_plan import plan_cache
 from gguf_run.runtime.load.machine import available_memory, default_threads, driver_there
 from gguf_run.runtime.load.memory import MemoryPlan
 from gguf_run.runtime.load.open_model import open_model
@@ -133,8 +133,8 @@ def _load(
         template,
         tool_template,
         where=", ".join(f"{n} layer{'s' * (n > 1)} on {backends[device].name}" for device, n in layers.items()),
-        about=partial(_about, file),
-        identity=partial(_identity, file, plan.cache, placement.n_gpu),
+        about=partial(_described, "about", file),
+        identity=partial(_described, "identity", file, plan.cache, placement.n_gpu),
         close=[*(backend.close for backend in backends.values()), file.close],
     )
     return replace(loaded, tuning=tune(backends[CPU])) if computes else loaded
@@ -205,18 +205,10 @@ def chat_template(metadata: Mapping[str, Any], key: str = "tokenizer.chat_templa
     return template or None
 
 
-def _about(file: GGUFFile) -> str:
-    from gguf_run.runtime.quantize.file_types import model_type
+def _described(name: str, *values: Any) -> Any:
+    from gguf_run.runtime.load import describe  # late: few commands need it
 
-    return f"{file.path.name.removesuffix('.gguf')}, {model_type(file)}"
-
-
-def _identity(file: GGUFFile, plan: Sequence[CacheType], n_gpu: int) -> "SessionHeader":
-    from gguf_run.runtime.engine.session_file import SessionHeader, hash_model
-
-    # Each kind of device has its own layout of a cache's bytes.
-    cache = describe_plan(plan) + (f", the last {n_gpu} layers' on a GPU" if n_gpu else "")
-    return SessionHeader(hash_model(file), file.path.name, cache, ids=())
+    return getattr(describe, name)(*values)
 
 
 @contextmanager

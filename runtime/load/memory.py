@@ -12,7 +12,7 @@ from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
 from gguf_run.kernels_cpu.panels.panels import matrix_bytes
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
-from gguf_run.runtime.load.cache_plan import describe_plan, layer_bytes
+from gguf_run.runtime.load.cache_plan import layer_bytes
 from gguf_run.runtime.terminal.text import size_text
 
 N_OUTPUTS = 64  # rows of logits that are held at once
@@ -121,6 +121,8 @@ class MemoryPlan:
         """GgufRunError, which says what would fit, if more than the available bytes are needed (None: not known)."""
         need = self.needed()
         if available is not None and need.total > available:
+            from gguf_run.runtime.load.describe import describe_plan
+
             raise GgufRunError(
                 f"out of memory: {size_text(need.total)} needed (weights {size_text(need.weights)}, KV cache of "
                 f"{self.n_ctx} tokens as {describe_plan(self.cache)} {size_text(need.cache)}), {size_text(available)} "

@@ -35,8 +35,8 @@ from gguf_run.kernels_gpu.panels.memory import GpuExperts, GpuWeight, empty
 from gguf_run.kernels_gpu.panels.panels import PANELS, IntPanel
 from gguf_run.models.backend import CacheType, Run
 from gguf_run.models.operands import AttentionShape, Rotation
-from gguf_run.models.ops import Attend, Embed, Gated, Matmul, MatmulGated, Observe, RmsNorm, Rope, Xielu
-from gguf_run.models.rare_ops import MatchRms, Mix, Moe, Threshold
+from gguf_run.models.ops import Attend, Embed, Gated, Matmul, MatmulGated, Observe, RmsNorm, Rope
+from gguf_run.models.rare_ops import MatchRms, Mix, Moe, Threshold, Xielu
 from gguf_run.models.routing import Mixture
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "cuobjdump")

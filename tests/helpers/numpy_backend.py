@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gguf_run.formats.blocks.dequantizer import dequantize
+from gguf_run.formats.gguf.parts import matrix_of
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models import ops, rare_ops
 from gguf_run.models.backend import CacheType, Results, Run
@@ -275,7 +276,7 @@ def rms_norm(p: NumpyProgram, op: ops.RmsNorm[np.ndarray]) -> np.ndarray:
     return rows if op.residual is None else rows + p[op.residual]
 
 
-def layer_norm(p: NumpyProgram, op: ops.LayerNorm[np.ndarray]) -> np.ndarray:
+def layer_norm(p: NumpyProgram, op: rare_ops.LayerNorm[np.ndarray]) -> np.ndarray:
     part = p[op.x].reshape(-1, op.n_group, op.x.width // op.n_group)
     part = part - part.mean(axis=-1, keepdims=True)
     part = part / np.sqrt((part * part).mean(axis=-1, keepdims=True) + part.dtype.type(op.eps))
@@ -420,7 +421,7 @@ def route(mixture: Mixture, logits: np.ndarray, bias: np.ndarray | None) -> list
     return list(zip(chosen, weights, strict=True))
 
 
-def xielu(x: np.ndarray, op: ops.Xielu) -> np.ndarray:
+def xielu(x: np.ndarray, op: rare_ops.Xielu) -> np.ndarray:
     low = op.alpha_n * (np.expm1(np.minimum(x, op.eps)) - x)
     return op.beta * x + np.where(x > 0, op.alpha_p * x * x, low)
 
@@ -451,7 +452,7 @@ def softcap(x: np.ndarray, scale: float, cap: float) -> np.ndarray:
 FUNCTIONS: Mapping[type, Callable[[NumpyProgram, Any], Any]] = {
     ops.Embed: lambda p, op: dequantize(op.table.blocks()[p.ids], op.table.type).astype(p[op.out].dtype) * op.scale,
     ops.RmsNorm: rms_norm,
-    ops.LayerNorm: layer_norm,
+    rare_ops.LayerNorm: layer_norm,
     ops.Matmul: lambda p, op: matmul(p, op) + (0 if op.residual is None else p[op.residual]),
     rare_ops.MatmulHeads: matmul_heads,
     ops.MatmulGated: lambda p, op: GATED[op.activation](*np.split(matmul(p, op), 2, axis=1)),
@@ -461,11 +462,11 @@ FUNCTIONS: Mapping[type, Callable[[NumpyProgram, Any], Any]] = {
     ops.Gated: lambda p, op: ACTIVATIONS[op.activation](p[op.gate]) * (1 if op.up is None else p[op.up]),
     rare_ops.ShortConv: short_conv,
     rare_ops.DeltaRule: delta_rule,
-    ops.Xielu: lambda p, op: xielu(p[op.x], op),
+    rare_ops.Xielu: lambda p, op: xielu(p[op.x], op),
     rare_ops.Moe: moe,
     rare_ops.Scan: scan,
     rare_ops.GateRows: lambda p, op: p[op.x] / (1 + np.exp(-p[op.gate])),
-    ops.Softcap: lambda p, op: softcap(p[op.x], op.scale, op.cap),
+    rare_ops.Softcap: lambda p, op: softcap(p[op.x], op.scale, op.cap),
     rare_ops.Mix: mix,
     rare_ops.MatchRms: match_rms,
     rare_ops.Threshold: threshold,
@@ -495,8 +496,8 @@ class NumpyBackend:
 
     def experts(self, tensors: Sequence[Tensor]) -> NumpyExperts:
         held = ExpertTensors.of(tensors)
-        into = [self.weight([t.matrix(e) for t in held.into]) for e in range(held.n_expert)]
-        down = [self.weight([held.down.matrix(e)]) for e in range(held.n_expert)]
+        into = [self.weight([matrix_of(t, e) for t in held.into]) for e in range(held.n_expert)]
+        down = [self.weight([matrix_of(held.down, e)]) for e in range(held.n_expert)]
         zeros = [np.zeros((held.n_expert, side[0].n_out), self.dtype) for side in (into, down)]
         shifts = [self.vector([t]).reshape(held.n_expert, -1) for t in held.biases]
         biases = [np.concatenate(shifts[:-1], 1), shifts[-1]] if shifts else zeros

@@ -21,20 +21,8 @@ from gguf_run.kernels_gpu.panels import dots
 from gguf_run.kernels_gpu.panels.panels import PANELS, FloatPanel, IntPanel
 from gguf_run.models.backend import CacheType, Run
 from gguf_run.models.operands import AttentionShape, Buffer, Rotation
-from gguf_run.models.ops import (
-    Attend,
-    Embed,
-    Gated,
-    LayerNorm,
-    Matmul,
-    MatmulGated,
-    Observe,
-    RmsNorm,
-    Rope,
-    Softcap,
-    Xielu,
-)
-from gguf_run.models.rare_ops import GateRows, MatmulHeads, Temper
+from gguf_run.models.ops import Attend, Embed, Gated, Matmul, MatmulGated, Observe, RmsNorm, Rope
+from gguf_run.models.rare_ops import GateRows, LayerNorm, MatmulHeads, Softcap, Temper, Xielu
 from gguf_run.models.temperature import Temperature
 
 __all__ = ["fast_dots", "pytestmark"]

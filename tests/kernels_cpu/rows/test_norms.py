@@ -9,8 +9,8 @@ import pytest
 from cpu_ops import QUANTIZED, Step, as_quantized, cpu, error, random_tensor, weights_of
 from numpy_backend import NumpyBackend
 
-from gguf_run.models.ops import Gated, LayerNorm, Matmul, Softcap
-from gguf_run.models.rare_ops import GateRows, Temper
+from gguf_run.models.ops import Gated, Matmul
+from gguf_run.models.rare_ops import GateRows, LayerNorm, Softcap, Temper
 from gguf_run.models.temperature import Temperature
 
 N_TOKENS = 19

@@ -23,7 +23,8 @@ from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.types import TENSOR_TYPES, type_by_name
 from gguf_run.models.backend import Run
 from gguf_run.models.operands import AttentionShape, Buffer, Rotation
-from gguf_run.models.ops import Attend, Embed, Gated, Matmul, RmsNorm, Rope, Xielu
+from gguf_run.models.ops import Attend, Embed, Gated, Matmul, RmsNorm, Rope
+from gguf_run.models.rare_ops import Xielu
 
 TOKENS = (1, 2, 5, 19)
 

@@ -15,7 +15,8 @@ from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
 from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
-from gguf_run.runtime.load.cache_plan import describe_plan, layer_bytes, plan_cache
+from gguf_run.runtime.load.cache_plan import layer_bytes, plan_cache
+from gguf_run.runtime.load.describe import describe_plan
 from gguf_run.runtime.load.kv_scales import LayerScales, write_scales
 from gguf_run.runtime.load.memory import MemoryPlan
 
