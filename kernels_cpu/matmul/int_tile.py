@@ -3,7 +3,7 @@
 import functools
 import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from gguf_run.kernels_cpu.panels.panels import BLOCK, PARTS, ROWS, X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS, IntPanel
@@ -57,10 +57,10 @@ def _run(
     def step(k: Val, acc: list[Val]) -> list[Val]:
         if ahead is not None:
             prefetch_step(s, [w + k * step_bytes for w in ws], step_bytes, ahead)
-        stepped = [_blocks(s, panel, w, first, acc[0].lanes, k) for w in ws]
-        for n in range(n_blocks):
+        stepped = zip(*[_blocks(s, panel, w, first, acc[0].lanes, k, len(xs) == 1) for w in ws], strict=True)
+        for n, blocks in enumerate(stepped):
             at = (k * n_blocks + n) * X_BLOCK_BYTES
-            acc = _add(s, panel, [blocks[n] for blocks in stepped], [x + at for x in xs], acc)
+            acc = _add(s, panel, blocks, [x + at for x in xs], acc)
         return acc
 
     return s.loop(n_steps, acc, step)
@@ -76,7 +76,7 @@ def prefetch_step(s: Simd, addresses: list[Val], n_bytes: int, ahead: Val) -> No
             s.prefetch(address + ahead + line, 2)
 
 
-def _add(s: Simd, shape: IntPanel, blocks: "list[_Block]", xs: list[Val], acc: list[Val]) -> list[Val]:
+def _add(s: Simd, shape: IntPanel, blocks: "Sequence[_Block]", xs: list[Val], acc: list[Val]) -> list[Val]:
     """Return acc + the products over the same 32 columns of all panels. xs: addresses of the tokens' blocks."""
     lanes, n_groups = acc[0].lanes, BLOCK // shape.group
     first_sum = 0 if n_groups == 1 else 4  # the sum of all 32 values, or of each half
@@ -115,9 +115,13 @@ class _Block(NamedTuple):
     quant: Callable[[int], Val]  # from i to u of vector i: columns 4i to 4i + 3 of each row
 
 
-def load_quants(s: Simd, shape: IntPanel, planes: Val, lanes: int = ROWS) -> Callable[[int], Val]:
+def load_quants(s: Simd, shape: IntPanel, planes: Val, lanes: int = ROWS, in_order: bool = False) -> Callable[[int], Val]:
     """Load the planes of 32 columns of `lanes` rows. Return a function from i to vector i of u, bytes."""
-    stored = [s.load(planes + 64 * plane, I8, 4 * lanes) for plane in range(shape.bits)]
+    stored = []
+    for plane in range(shape.bits):
+        if in_order:
+            s.keep_order()
+        stored.append(s.load(planes + 64 * plane, I8, 4 * lanes))
 
     def quant(i: int) -> Val:
         if shape.bits == 8:
@@ -133,23 +137,26 @@ def load_quants(s: Simd, shape: IntPanel, planes: Val, lanes: int = ROWS) -> Cal
     return quant
 
 
-def _blocks(s: Simd, shape: IntPanel, w: Val, first: Val, lanes: int, k: Val) -> list[_Block]:
-    """Decode the scales of step k, and load its planes, for `lanes` rows of the panel at w from row `first` on."""
+def _blocks(s: Simd, shape: IntPanel, w: Val, first: Val, lanes: int, k: Val, in_order: bool) -> Iterator[_Block]:
+    """Decode the scales of step k, then load its planes, for `lanes` rows of the panel at w from row `first` on."""
     one = shape.n_steps == 1
     span, i = (k, s.const(I64, 0)) if one else (k >> _log2(shape.n_steps), k & (shape.n_steps - 1))
     at = w + span * shape.span_bytes
+    if in_order:
+        for line in range(0, 0 if one else shape.quants_at, 64):
+            s.prefetch(at + line)
+        s.keep_order()
     factors = [s.load(at + first * 2 + 2 * ROWS * n, F16, lanes).to(F32) for n in range(shape.n_factors)]
     scales, minimums = _head(s, shape, at + i * shape.head_bytes + 2 * ROWS * shape.n_factors, first, lanes)
     if factors:
         scales = [scale * factors[0] for scale in scales]
         minimums = [minimum * factors[1] for minimum in minimums]
     quants = at + first * 4 + i * shape.step_bytes + shape.quants_at
-    blocks, per = [], BLOCK // shape.group
+    per = BLOCK // shape.group
     for n in range(shape.columns // BLOCK):
         groups = slice(per * n, per * n + per)
-        quant = load_quants(s, shape, quants + 64 * shape.bits * n, lanes)
-        blocks.append(_Block(scales[groups], minimums[groups], quant))
-    return blocks
+        quant = load_quants(s, shape, quants + 64 * shape.bits * n, lanes, in_order)
+        yield _Block(scales[groups], minimums[groups], quant)
 
 
 def _head(s: Simd, shape: IntPanel, at: Val, first: Val, lanes: int) -> tuple[list[Val], list[Val]]:
