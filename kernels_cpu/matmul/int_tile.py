@@ -6,7 +6,17 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from gguf_run.kernels_cpu.panels.panels import BLOCK, PARTS, ROWS, X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS, IntPanel
+from gguf_run.kernels_cpu.panels.panels import (
+    BLOCK,
+    HIGHER,
+    ROWS,
+    X_BLOCK_BYTES,
+    X_D,
+    X_D_SUMS,
+    X_PAIR,
+    X_SUMS,
+    IntPanel,
+)
 from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val
 
 
@@ -53,17 +63,31 @@ def _run(
 ) -> list[Val]:
     """Return acc + the products over all steps, for the rows from `first` on that are the lanes of acc."""
     n_blocks, step_bytes = panel.columns // BLOCK, panel.span_bytes // panel.n_steps
+    lanes, in_order = acc[0].lanes, len(xs) == 1
 
-    def step(k: Val, acc: list[Val]) -> list[Val]:
-        if ahead is not None:
-            prefetch_step(s, [w + k * step_bytes for w in ws], step_bytes, ahead)
-        stepped = [_blocks(s, panel, w, first, acc[0].lanes, k, len(xs) == 1) for w in ws]
-        for n, blocks in enumerate(zip(*stepped, strict=True)):
-            at = (k * n_blocks + n) * X_BLOCK_BYTES
-            acc = _add(s, panel, blocks, [x + at for x in xs], acc)
-        return acc
+    def span(j: Val, acc: list[Val]) -> list[Val]:
+        ats = [w + j * panel.span_bytes for w in ws]
+        if in_order and panel.n_steps > 1:
+            for at, line in itertools.product(ats, range(0, panel.quants_at, 64)):
+                s.prefetch(at + line)
+            s.keep_order()
+        factors = [
+            [s.load(at + first * 2 + 2 * ROWS * n, F16, lanes).to(F32) for n in range(panel.n_factors)] for at in ats
+        ]
 
-    return s.loop(n_steps, acc, step)
+        def step(i: Val, acc: list[Val]) -> list[Val]:
+            if ahead is not None:
+                prefetch_step(s, [at + i * step_bytes for at in ats], step_bytes, ahead)
+            pairs = zip(ats, factors, strict=True)
+            stepped = [_blocks(s, panel, at, own, first, lanes, i, in_order) for at, own in pairs]
+            for n, blocks in enumerate(zip(*stepped, strict=True)):
+                x_at = ((j * panel.n_steps + i) * n_blocks + n) * X_BLOCK_BYTES
+                acc = (_add_paired if panel.paired else _add)(s, panel, blocks, [x + x_at for x in xs], acc)
+            return acc
+
+        return s.loop(panel.n_steps, acc, step) if panel.n_steps > 1 else step(s.const(I64, 0), acc)
+
+    return s.loop(n_steps >> _log2(panel.n_steps), acc, span)
 
 
 def prefetch_step(s: Simd, addresses: list[Val], n_bytes: int, ahead: Val) -> None:
@@ -107,11 +131,38 @@ def _add(s: Simd, shape: IntPanel, blocks: "tuple[_Block, ...]", xs: list[Val], 
     return acc
 
 
+def _add_paired(s: Simd, shape: IntPanel, blocks: "tuple[_Block, ...]", xs: list[Val], acc: list[Val]) -> list[Val]:
+    """As _add, for paired panels. A lane holds two sums of 16 bits: of columns 0 to 15, and of columns 16 to 31."""
+    lanes, new = acc[0].lanes, []
+    dots = [
+        [[s.dot_sum(s.const(I32, 0, lanes), shape.dot_bits + up) for up in (0, HIGHER)] for _ in blocks] for _ in xs
+    ]
+    for i in range(8):
+        us = [block.quant(i) for block in blocks]
+        for x, row in zip(xs, dots, strict=True):
+            x4 = s.load(x + 4 * i, I32, splat=lanes).as_type(I8)
+            for u, halves in zip(us, row, strict=True):
+                halves[i // 4].add(u, x4)
+    for t, x in enumerate(xs):
+        d, sums = s.load(x + X_D, F32, splat=lanes), s.load(x + X_PAIR, I32, splat=lanes).as_type(I16)
+        for p, (block, (low, high)) in enumerate(zip(blocks, dots[t], strict=True)):
+            pair = (low.total() & 0xFFFF | high.total() << 16 - HIGHER).as_type(I16)
+            if shape.offset:
+                pair = pair - (sums << _log2(shape.offset))
+            zero = s.const(I32, 0, lanes)
+            total = s.add_pairs(zero, pair, block.scales[0]).to(F32) * block.factors[0]
+            if shape.has_minimum:
+                total = s.fma(s.add_pairs(zero, block.minimums[0], sums).to(F32), block.factors[1], total)
+            new.append(s.fma(total, d, acc[t * len(blocks) + p]))
+    return new
+
+
 class _Block(NamedTuple):
     """32 columns of some rows."""
 
-    scales: list[Val]  # f32[rows] of each group; empty if all scales are 1
+    scales: list[Val]  # f32[rows] of each group; empty if all scales are 1. Paired: i16[2 * rows] of both groups
     minimums: list[Val]  # the same; empty if there are none
+    factors: list[Val]  # f32[rows]: of the scales and the minimums of a paired panel
     quant: Callable[[int], Val]  # from i to u of vector i: columns 4i to 4i + 3 of each row
 
 
@@ -131,41 +182,33 @@ def load_quants(
     def quant(i: int) -> Val:
         if shape.bits == 8:
             return stored[i]
-        parts, plane, bit = [], 0, 0
-        for width in PARTS[shape.bits]:
-            mask = ((1 << width) - 1) << bit
-            parts.append(_moved(stored[plane + i % width], bit - width * (i // width)) & mask)
-            plane, bit = plane + width, bit + width
+        up = HIGHER * (i // 4) if shape.paired else 0
+        places = shape.places(i)
+        parts = [_moved(stored[plane], bit + up - at) & mask << bit + up for plane, at, bit, mask in places]
         u = functools.reduce(operator.or_, parts)
         return s.look_up([value + shape.offset for value in shape.codebook], u) if shape.codebook else u
 
     return quant
 
 
-def _blocks(s: Simd, shape: IntPanel, w: Val, first: Val, lanes: int, k: Val, in_order: bool) -> Iterator[_Block]:
-    """Decode the scales of step k, then load its planes, for `lanes` rows of the panel at w from row `first` on.
+def _blocks(
+    s: Simd, shape: IntPanel, at: Val, factors: list[Val], first: Val, lanes: int, i: Val, in_order: bool
+) -> Iterator[_Block]:
+    """Decode the scales of step i of the span at `at`, then load its planes, for `lanes` rows from row `first` on.
 
     in_order: all lines are asked for in the order of their addresses, the scales of all steps of the span first. Else
         the CPU's own prefetchers do not see one stream, and one token takes up to a fifth longer.
     """
-    one = shape.n_steps == 1
-    span, i = (k, s.const(I64, 0)) if one else (k >> _log2(shape.n_steps), k & (shape.n_steps - 1))
-    at = w + span * shape.span_bytes
-    if in_order:
-        for line in range(0, 0 if one else shape.quants_at, 64):
-            s.prefetch(at + line)
-        s.keep_order()
-    factors = [s.load(at + first * 2 + 2 * ROWS * n, F16, lanes).to(F32) for n in range(shape.n_factors)]
     scales, minimums = _head(s, shape, at + i * shape.head_bytes + 2 * ROWS * shape.n_factors, first, lanes)
-    if factors:
+    if factors and not shape.paired:
         scales = [scale * factors[0] for scale in scales]
         minimums = [minimum * factors[1] for minimum in minimums]
     quants = at + first * 4 + i * shape.step_bytes + shape.quants_at
-    per = BLOCK // shape.group
+    per = 1 if shape.paired else BLOCK // shape.group
     for n in range(shape.columns // BLOCK):
         groups = slice(per * n, per * n + per)
         quant = load_quants(s, shape, quants + 64 * shape.bits * n, lanes, in_order)
-        yield _Block(scales[groups], minimums[groups], quant)
+        yield _Block(scales[groups], minimums[groups], factors, quant)
 
 
 def _head(s: Simd, shape: IntPanel, at: Val, first: Val, lanes: int) -> tuple[list[Val], list[Val]]:
@@ -175,10 +218,14 @@ def _head(s: Simd, shape: IntPanel, at: Val, first: Val, lanes: int) -> tuple[li
     def byte(i: int) -> Val:
         return s.load(at + first + ROWS * i, I8, lanes).to(I32, signed=name == "k8")
 
+    if shape.paired:
+        pair = s.load(at + first * 2, I8, 2 * lanes).to(I16, signed=False)
+        if name == "k4":
+            return [pair & 15], [pair >> 4]
+        third = byte(2)
+        low = ((third | third << 12) & 0xF000F).as_type(I16)
+        return [(v - 32) for v in (pair & 63, low | pair >> 2 & 0x30)], []
     match name:
-        case "k4":
-            both = [byte(i) for i in range(n)]
-            return [(v & 15).to(F32) for v in both], [(v >> 4).to(F32) for v in both]
         case "k6":
             low = [byte(i) for i in range(3)]
             six = [v & 63 for v in low] + [low[0] >> 6 | (low[1] >> 6) << 2 | (low[2] >> 6) << 4]

@@ -15,6 +15,11 @@ vector i is in plane i % w, at bit w * (i // w). For example
     5 bits   the same, and a plane with the fifth bits
     6 bits   a part of 4 bits and a part of 2 bits
 
+In a paired panel, which has scales of 16 columns and few bits, the sums of both halves of a block fit in 16 bits, and
+one product multiplies both with their scales. There vectors 4..7 stand 2 bits higher than vectors 0..3, in the same
+planes: a part of 2 bits has vectors 0, 4, 1, 5 in plane 0 and 2, 6, 3, 7 in plane 1, a part of 1 bit 6, 7, 0, 1, 4, 5,
+2, 3. So most vectors need no shift. The scales of both halves, of a row, are neighbours in memory.
+
 A float panel holds [n_in][16] numbers. Both kinds are lossless, and as narrow as the file for the common types.
 
 An integer panel is multiplied with int8 activations. They are blocks of 32 columns, one cache line each:
@@ -23,10 +28,10 @@ An integer panel is multiplied with int8 activations. They are blocks of 32 colu
     byte 32   f32 d: number = d * value
     byte 36   i32 sums of values 0..31, 0..15, 16..31
     byte 48   f32 d * each of these sums
-    byte 60   unused
+    byte 60   i16 sums of values 0..15, 16..31
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from llvmlite import ir
 
@@ -38,7 +43,7 @@ ROWS = 16  # rows of a panel: f32 lanes of a 64-byte vector
 BLOCK = 32  # columns of a block of activations, and of a set of planes
 TOKENS = 8  # tokens of a tile, at most (Isa.tokens). A batch is computed in whole tiles: buffers have spare rows
 X_BLOCK_BYTES = 64  # of a block of activations, and where its fields are
-X_D, X_SUMS, X_D_SUMS = 32, 36, 48
+X_D, X_SUMS, X_D_SUMS, X_PAIR = 32, 36, 48, 60
 
 
 @frozen
@@ -65,6 +70,7 @@ SCALES = {
         Scales("k8", 32, True, 1, "Q6_K IQ4_XS"),  # an int8
     )
 }
+HIGHER = 2  # bits that vectors 4..7 of a paired panel stand higher than vectors 0..3
 PARTS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # bits of a stored u -> bits of its parts
 
 
@@ -115,6 +121,21 @@ class IntPanel:
     def span_bytes(self) -> int:
         """Bytes of a span."""
         return self.quants_at + self.n_steps * self.step_bytes
+
+    @property
+    def paired(self) -> bool:
+        """Whether the scales of both halves of a block are integers, and its sums fit in 16 bits."""
+        return self.group == 16 and self.scales.name in ("k4", "k6")
+
+    def places(self, i: int) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (plane, bit of the plane, bit of u, mask) for each part of vector i."""
+        first = bit = 0
+        for width in PARTS[self.bits]:
+            plane, at = i % width, width * (i // width)
+            if self.paired:
+                plane, at = (i % 4 // 2, i % 2 * 4 + i // 4 * 2) if width == 2 else (0, (2, 3, 6, 7, 4, 5, 0, 1)[i])
+            yield first + plane, at, bit, (1 << width) - 1
+            first, bit = first + width, bit + width
 
     def group_bytes(self, n_in: int) -> int:
         """Return the bytes of 16 rows of n_in columns."""

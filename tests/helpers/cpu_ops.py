@@ -18,7 +18,7 @@ from gguf_run.formats.blocks.unpack import INTEGER_FORMS
 from gguf_run.formats.gguf.tensors import TensorInfo
 from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.kernels_cpu.panels.memory import WeightPart
-from gguf_run.kernels_cpu.panels.panels import BLOCK, PARTS, ROWS, X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS, IntPanel
+from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS, IntPanel
 from gguf_run.kernels_cpu.vector.simd import I16
 from gguf_run.models.backend import CacheType, Run
 from gguf_run.models.operands import AttentionShape, Buffer
@@ -231,13 +231,9 @@ def unpack_panel(part: WeightPart, n_in: int) -> np.ndarray:
     planes = _bytes(spans, panel.quants_at, panel.span_bytes)
     planes = planes.reshape(n_group, -1, panel.bits, ROWS, 4)  # of blocks of 32 columns
     u = np.zeros((*planes.shape[:2], 8, ROWS, 4), np.int16)
-    first = bit = 0
-    for width in PARTS[panel.bits]:
-        for i in range(8):
-            u[:, :, i] |= (
-                planes[:, :, first + i % width].astype(np.int16) >> width * (i // width) & (1 << width) - 1
-            ) << bit
-        first, bit = first + width, bit + width
+    for i in range(8):
+        for plane, at, bit, mask in panel.places(i):
+            u[:, :, i] |= (planes[:, :, plane].astype(np.int16) >> at & mask) << bit
     if panel.codebook:
         u = np.array(panel.codebook)[u] + panel.offset
     assert u.max() < 1 << panel.dot_bits
@@ -258,6 +254,13 @@ def _head_twin(panel: IntPanel, heads: np.ndarray) -> np.ndarray:
     if name in ("f16", "f32"):
         return heads.view({"f16": "f2", "f32": "f4"}[name]).astype(np.float32).reshape(*heads.shape[:-1], -1, ROWS)
     fields = heads.reshape(*heads.shape[:-1], -1, ROWS).astype(np.int32)
+    if panel.paired:  # the first two fields alternate
+        pair = fields[..., :2, :].reshape(*heads.shape[:-1], ROWS, 2).swapaxes(-1, -2)
+        third = fields[..., 2:, :]
+        if name == "k6":
+            fourth = np.concatenate([third & 15, third >> 4], axis=-2) | pair >> 6 << 4
+            return (np.concatenate([pair & 63, fourth], axis=-2) - 32).astype(np.float32)
+        fields = pair
     if name == "k4":
         fields = np.concatenate([fields & 15, fields >> 4], axis=-2)
     elif name == "k6":
