@@ -57,7 +57,7 @@ class Ours:
         layers = ([self._backend] * config.n_layer, [CacheType(cache_type, cache_type)] * config.n_layer)
         self._decoder = Decoder(config, self._file.tensors, layers[0], n_ctx, n_batch, cache_types=layers[1])
         if backend is None:
-            tuned(self._file.tensors.values(), n_threads)[1](self._backend)
+            tuned([(t.type.name, t.nbytes) for t in self._file.tensors.values()], n_threads)[1](self._backend)
         self.weight_bytes = self._decoder.nbytes()["weights"]
 
     def rewind(self, n_past: int) -> int:

@@ -57,8 +57,7 @@ def matmul_gated(panel: int, activation: str) -> TapeOp:
                     w = a.w + (unit * (BLOCK // ROWS) + half) * a.group_bytes
                     for p in range(0, 2, n_here):
                         at, to = w + p * to_up, pair + p * _PAIR
-                        if n_tokens == 1:
-                            prefetch(w + (a.group_bytes if p else to_up), _NEXT)
+                        prefetch(w + (a.group_bytes if p else to_up), _NEXT if n_tokens == 1 else -1)
                         tile(panel, panels, count, at, to_up, a.n_steps, x, x_row, to, size, a.zeros, 0, ahead)
                     for i in range(count):
                         at = pair + i * size

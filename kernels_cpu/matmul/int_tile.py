@@ -6,17 +6,8 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from gguf_run.kernels_cpu.panels.panels import (
-    BLOCK,
-    HIGHER,
-    ROWS,
-    X_BLOCK_BYTES,
-    X_D,
-    X_D_SUMS,
-    X_PAIR,
-    X_SUMS,
-    IntPanel,
-)
+from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, X_BLOCK_BYTES, X_D, X_D_SUMS, X_PAIR, X_SUMS, IntPanel
+from gguf_run.kernels_cpu.panels.planes import HIGHER, bit_places, is_paired
 from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val
 
 
@@ -63,7 +54,7 @@ def _run(
 ) -> list[Val]:
     """Return acc + the products over all steps, for the rows from `first` on that are the lanes of acc."""
     n_blocks, step_bytes = panel.columns // BLOCK, panel.span_bytes // panel.n_steps
-    lanes, in_order = acc[0].lanes, len(xs) == 1
+    lanes, in_order = acc[0].lanes, len(xs) == 1 and s.isa.lanes == ROWS
 
     def span(j: Val, acc: list[Val]) -> list[Val]:
         ats = [w + j * panel.span_bytes for w in ws]
@@ -82,7 +73,7 @@ def _run(
             stepped = [_blocks(s, panel, at, own, first, lanes, i, in_order) for at, own in pairs]
             for n, blocks in enumerate(zip(*stepped, strict=True)):
                 x_at = ((j * panel.n_steps + i) * n_blocks + n) * X_BLOCK_BYTES
-                acc = (_add_paired if panel.paired else _add)(s, panel, blocks, [x + x_at for x in xs], acc)
+                acc = (_add_paired if is_paired(panel) else _add)(s, panel, blocks, [x + x_at for x in xs], acc)
             return acc
 
         return s.loop(panel.n_steps, acc, step) if panel.n_steps > 1 else step(s.const(I64, 0), acc)
@@ -182,8 +173,8 @@ def load_quants(
     def quant(i: int) -> Val:
         if shape.bits == 8:
             return stored[i]
-        up = HIGHER * (i // 4) if shape.paired else 0
-        places = shape.places(i)
+        up = HIGHER * (i // 4) if is_paired(shape) else 0
+        places = bit_places(shape, i)
         parts = [_moved(stored[plane], bit + up - at) & mask << bit + up for plane, at, bit, mask in places]
         u = functools.reduce(operator.or_, parts)
         return s.look_up([value + shape.offset for value in shape.codebook], u) if shape.codebook else u
@@ -200,11 +191,11 @@ def _blocks(
         the CPU's own prefetchers do not see one stream, and one token takes up to a fifth longer.
     """
     scales, minimums = _head(s, shape, at + i * shape.head_bytes + 2 * ROWS * shape.n_factors, first, lanes)
-    if factors and not shape.paired:
+    if factors and not is_paired(shape):
         scales = [scale * factors[0] for scale in scales]
         minimums = [minimum * factors[1] for minimum in minimums]
     quants = at + first * 4 + i * shape.step_bytes + shape.quants_at
-    per = 1 if shape.paired else BLOCK // shape.group
+    per = 1 if is_paired(shape) else BLOCK // shape.group
     for n in range(shape.columns // BLOCK):
         groups = slice(per * n, per * n + per)
         quant = load_quants(s, shape, quants + 64 * shape.bits * n, lanes, in_order)
@@ -218,20 +209,18 @@ def _head(s: Simd, shape: IntPanel, at: Val, first: Val, lanes: int) -> tuple[li
     def byte(i: int) -> Val:
         return s.load(at + first + ROWS * i, I8, lanes).to(I32, signed=name == "k8")
 
-    if shape.paired:
-        pair = s.load(at + first * 2, I8, 2 * lanes).to(I16, signed=False)
-        if name == "k4":
-            return [pair & 15], [pair >> 4]
-        third = byte(2)
-        low = ((third | third << 12) & 0xF000F).as_type(I16)
-        return [(v - 32) for v in (pair & 63, low | pair >> 2 & 0x30)], []
     match name:
+        case "k3" | "k4":
+            pair = s.load(at + first * 2, I8, 2 * lanes).to(I16, signed=False)
+            if name == "k4":
+                return [pair & 15], [pair >> 4]
+            nibbles = byte(2)
+            second = ((nibbles | nibbles << 12) & 0xF000F).as_type(I16) | pair >> 2 & 0x30
+            return [v - 32 for v in (pair & 63, second)], []
         case "k6":
             low = [byte(i) for i in range(3)]
             six = [v & 63 for v in low] + [low[0] >> 6 | (low[1] >> 6) << 2 | (low[2] >> 6) << 4]
-            if shape.has_minimum:
-                return [v.to(F32) for v in six[:n]], [v.to(F32) for v in six[n:]]
-            return [(v - 32).to(F32) for v in six], []
+            return [v.to(F32) for v in six[:n]], [v.to(F32) for v in six[n:]]
         case "k8":
             return [byte(i).to(F32) for i in range(n)], []
         case "none":

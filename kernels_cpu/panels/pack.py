@@ -4,6 +4,7 @@ import functools
 import operator
 
 from gguf_run.kernels_cpu.panels.panels import BLOCK, PANELS, ROWS, IntPanel
+from gguf_run.kernels_cpu.panels.planes import bit_places
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, Simd, Val
 
@@ -69,7 +70,7 @@ def _planes(panel: IntPanel, vectors: list[Val]) -> list[Val]:
     u = vectors if panel.codebook else [v + panel.offset for v in vectors]
     planes: list[list[Val]] = [[] for _ in range(panel.bits)]
     for i in range(8):
-        for plane, at, bit, mask in panel.places(i):
+        for plane, at, bit, mask in bit_places(panel, i):
             planes[plane].append(_shifted((u[i] >> bit) & mask, at))
     return [functools.reduce(operator.or_, parts) for parts in planes]
 
@@ -95,13 +96,12 @@ def _heads(s: Simd, panel: IntPanel, numbers: list[Val]) -> list[Val]:
             return [v.to(I8) for v in words]
         case "k4":
             return [_neighbours(s, *[(words[g] | words[n + g] << 4).to(I8) for g in range(n)])]
-        case "k6" if panel.paired:
+        case "k3":
             a, b, c, d = (v + 32 for v in words)
             pair = _neighbours(s, *[(low | (high >> 4) << 6).to(I8) for low, high in ((a, c), (b, d))])
             return [pair, ((c & 15) | (d & 15) << 4).to(I8)]
         case "k6":
-            six = words if panel.has_minimum else [v + 32 for v in words]
-            return [(six[i] | ((six[3] >> 2 * i) & 3) << 6).to(I8) for i in range(3)]
+            return [(words[i] | ((words[3] >> 2 * i) & 3) << 6).to(I8) for i in range(3)]
         case _:  # e8m0: see e8m0_half
             bits = numbers[0].as_type(I32)
             e = s.select((bits >> 23).compare("==", 0), (bits >> 22) & 1, (bits >> 23) + 1)

@@ -8,17 +8,11 @@ An integer panel holds weight = scale * (u - offset) (+ minimum) with unsigned u
     quants   for each block of 32 columns    [planes][16][4] u8
 
 A plane is 64 bytes: 4 for each row. Unpacked, a block is eight vectors of 64 bytes: byte c of row r of vector i is
-column 4i + c. Vectors are stored in parts of 1, 2, 4 or 8 bits, lowest bits first. A part of w bits takes w planes:
-vector i is in plane i % w, at bit w * (i // w). For example
+column 4i + c. planes.py says where their bits are in the planes. For example
 
     4 bits   vectors 0..3 in the low nibbles of 4 planes, vectors 4..7 in the high nibbles
     5 bits   the same, and a plane with the fifth bits
     6 bits   a part of 4 bits and a part of 2 bits
-
-In a paired panel, which has scales of 16 columns and few bits, the sums of both halves of a block fit in 16 bits, and
-one product multiplies both with their scales. There vectors 4..7 stand 2 bits higher than vectors 0..3, in the same
-planes: a part of 2 bits has vectors 0, 4, 1, 5 in plane 0 and 2, 6, 3, 7 in plane 1, a part of 1 bit 6, 7, 0, 1, 4, 5,
-2, 3. So most vectors need no shift. The scales of both halves, of a row, are neighbours in memory.
 
 A float panel holds [n_in][16] numbers. Both kinds are lossless, and as narrow as the file for the common types.
 
@@ -31,7 +25,7 @@ An integer panel is multiplied with int8 activations. They are blocks of 32 colu
     byte 60   i16 sums of values 0..15, 16..31
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from llvmlite import ir
 
@@ -64,14 +58,13 @@ SCALES = {
         Scales("f32", 32, False, 4),  # all other types
         Scales("e8m0", 32, False, 1, "MXFP4"),  # an exponent, see formats/blocks/scalars.py
         Scales("none", 32, False, 0),  # all scales are 1
-        Scales("k4", 32, True, 0.5, "Q2_K"),  # a byte: the scale is the low nibble, the minimum the high nibble
-        # Three bytes: four numbers of 6 bits, the fourth made of the top bits of the bytes; less 32 without minimums.
-        Scales("k6", 64, True, 0.75, "Q3_K Q4_K Q5_K"),
+        Scales("k4", 32, True, 0.5, "Q2_K"),  # see planes.py
+        Scales("k3", 64, True, 0.75, "Q3_K"),  # see planes.py
+        # Three bytes: four numbers of 6 bits, the fourth made of the top bits of the bytes.
+        Scales("k6", 64, True, 0.75, "Q4_K Q5_K"),
         Scales("k8", 32, True, 1, "Q6_K IQ4_XS"),  # an int8
     )
 }
-HIGHER = 2  # bits that vectors 4..7 of a paired panel stand higher than vectors 0..3
-PARTS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # bits of a stored u -> bits of its parts
 
 
 @frozen
@@ -122,21 +115,6 @@ class IntPanel:
         """Bytes of a span."""
         return self.quants_at + self.n_steps * self.step_bytes
 
-    @property
-    def paired(self) -> bool:
-        """Whether the scales of both halves of a block are integers, and its sums fit in 16 bits."""
-        return self.group == 16 and self.scales.name in ("k4", "k6")
-
-    def places(self, i: int) -> Iterator[tuple[int, int, int, int]]:
-        """Yield (plane, bit of the plane, bit of u, mask) for each part of vector i."""
-        first = bit = 0
-        for width in PARTS[self.bits]:
-            plane, at = i % width, width * (i // width)
-            if self.paired:
-                plane, at = (i % 4 // 2, i % 2 * 4 + i // 4 * 2) if width == 2 else (0, (2, 3, 6, 7, 4, 5, 0, 1)[i])
-            yield first + plane, at, bit, (1 << width) - 1
-            first, bit = first + width, bit + width
-
     def group_bytes(self, n_in: int) -> int:
         """Return the bytes of 16 rows of n_in columns."""
         return n_in // self.span * self.span_bytes
@@ -166,9 +144,7 @@ _CODEBOOKS = (grids.iq4_nl, grids.e2m1)  # of 16 values. Panels hold the codes o
 
 def _int_panel(form: IntegerForm) -> IntPanel:
     """Return the narrowest panel that holds a tensor type exactly."""
-    offset = 0
-    while offset < -form.q_min:
-        offset = max(1, 2 * offset)
+    offset = 1 << (-form.q_min - 1).bit_length() if form.q_min < 0 else 0
     dot_bits = (form.q_max + offset).bit_length()
     bits = max(2, dot_bits) if dot_bits <= 6 else 8
     scales = next((row for row in SCALES.values() if form.type.name in row.types.split()), SCALES["f32"])

@@ -16,7 +16,6 @@ from gguf_run.formats.compiler.jit import compile_notice
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
 from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.reader import GGUFFile
-from gguf_run.formats.gguf.tensors import TensorInfo
 from gguf_run.kernels_cpu.panels.panels import main_panel
 from gguf_run.kernels_cpu.replay.team import MAX_THREADS
 from gguf_run.kernels_cpu.vector.isa import Tuning, stored_tuning, tuning_path
@@ -97,7 +96,7 @@ def _load(
     if plan.n_ctx > (trained := plan.config.n_ctx_train):
         warning = f"context of {plan.n_ctx} tokens: the model was trained with {trained}, beyond it answers get worse"
         warnings.warn(warning, stacklevel=4)
-    n_threads, tune = tuned(plan.tensors, options.n_threads)
+    n_threads, tune = tuned([(t.type.name, t.nbytes) for t in plan.tensors], options.n_threads)
     computes = CPU in (*placement.layers, *placement.experts)
     compiling = _helper(file.path, options.quantize, plan.cache, n_threads) if computes else nullcontext()
     with ThreadPoolExecutor(1) as pool, compiling, _gpu_errors(gpus):
@@ -141,18 +140,19 @@ def _load(
     return replace(loaded, tuning=tune(backends[CPU])) if computes else loaded
 
 
-def tuned(tensors: Collection[TensorInfo], n_threads: int | None) -> "tuple[int, Callable[[CpuBackend], str]]":
+def tuned(sizes: Collection[tuple[str, int]], n_threads: int | None) -> "tuple[int, Callable[[CpuBackend], str]]":
     """Return the threads that compute, and a function that gives a backend this machine's numbers (isa.Tuning).
 
     The function measures them if nobody has, once all else is done. It returns a line for people.
+    sizes: type and bytes of each tensor.
     """
-    panel = main_panel((tensor.type.name, tensor.nbytes) for tensor in tensors)
+    panel = main_panel(sizes)
     path, n_cores = tuning_path(panel), min(default_threads(), MAX_THREADS)
     stored = stored_tuning(path)
 
     def tune(backend: "CpuBackend") -> str:
         found, how = stored or Tuning(), "measured before" if stored else "defaults"
-        if stored is None and path is not None and sum(t.nbytes for t in tensors) >= _MEASURED_FROM:
+        if stored is None and path is not None and sum(size for _, size in sizes) >= _MEASURED_FROM:
             from gguf_run.kernels_cpu.measure.tune import tune_once
 
             found, how = tune_once(path, panel, n_cores, available_memory())

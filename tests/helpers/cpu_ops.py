@@ -19,6 +19,7 @@ from gguf_run.formats.gguf.tensors import TensorInfo
 from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.kernels_cpu.panels.memory import WeightPart
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS, IntPanel
+from gguf_run.kernels_cpu.panels.planes import bit_places, is_paired
 from gguf_run.kernels_cpu.vector.simd import I16
 from gguf_run.models.backend import CacheType, Run
 from gguf_run.models.operands import AttentionShape, Buffer
@@ -232,7 +233,7 @@ def unpack_panel(part: WeightPart, n_in: int) -> np.ndarray:
     planes = planes.reshape(n_group, -1, panel.bits, ROWS, 4)  # of blocks of 32 columns
     u = np.zeros((*planes.shape[:2], 8, ROWS, 4), np.int16)
     for i in range(8):
-        for plane, at, bit, mask in panel.places(i):
+        for plane, at, bit, mask in bit_places(panel, i):
             u[:, :, i] |= (planes[:, :, plane].astype(np.int16) >> at & mask) << bit
     if panel.codebook:
         u = np.array(panel.codebook)[u] + panel.offset
@@ -254,18 +255,17 @@ def _head_twin(panel: IntPanel, heads: np.ndarray) -> np.ndarray:
     if name in ("f16", "f32"):
         return heads.view({"f16": "f2", "f32": "f4"}[name]).astype(np.float32).reshape(*heads.shape[:-1], -1, ROWS)
     fields = heads.reshape(*heads.shape[:-1], -1, ROWS).astype(np.int32)
-    if panel.paired:  # the first two fields alternate
+    if is_paired(panel):  # the first two fields alternate
         pair = fields[..., :2, :].reshape(*heads.shape[:-1], ROWS, 2).swapaxes(-1, -2)
-        third = fields[..., 2:, :]
-        if name == "k6":
-            fourth = np.concatenate([third & 15, third >> 4], axis=-2) | pair >> 6 << 4
-            return (np.concatenate([pair & 63, fourth], axis=-2) - 32).astype(np.float32)
-        fields = pair
-    if name == "k4":
-        fields = np.concatenate([fields & 15, fields >> 4], axis=-2)
+        nibbles = fields[..., 2:, :]
+        if name == "k4":
+            fields = np.concatenate([pair & 15, pair >> 4], axis=-2)
+        else:
+            second = np.concatenate([nibbles & 15, nibbles >> 4], axis=-2) | pair >> 6 << 4
+            fields = np.concatenate([pair & 63, second], axis=-2) - 32
     elif name == "k6":
         fourth = sum((fields[..., i, :] >> 6) << 2 * i for i in range(3))
-        fields = np.concatenate([fields & 63, fourth[..., None, :]], axis=-2) - (0 if panel.has_minimum else 32)
+        fields = np.concatenate([fields & 63, fourth[..., None, :]], axis=-2)
     elif name == "k8":
         fields = fields.astype(np.uint8).view(np.int8)
     else:
