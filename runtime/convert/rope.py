@@ -111,6 +111,7 @@ def rope_keys(layout: CheckpointLayout, config: Config) -> Iterator[tuple[str, T
         yield "rope.dimension_sections", Typed("array[i32]", (sections + [0] * 4)[:4])
     if rope.get("llama_4_scaling_beta") is not None:
         yield "attention.temperature_scale", Typed("f32", rope.number("llama_4_scaling_beta"))
+        yield "attention.temperature_length", Typed("u32", rope.integer("original_max_position_embeddings"))
     if layout.ntk_alpha and rope.get("alpha"):  # config.json has the context before it was stretched
         yield "context_length", Typed("u32", 1 << 18)
 

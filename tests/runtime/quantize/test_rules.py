@@ -2,6 +2,8 @@
 
 quantize_rules.json: "arch n_layer n_head n_head_kv n_expert tied n_embd" -> file type -> for each kind of tensor its
 types in the order of the layers, from llama_quant_compute_types of llama.cpp 0.5.0.
+quantize_rules_hybrid.json: "arch n_layer n_gqa n_expert" -> the layers of each kind of tensor ("name type ne"), and the
+same summary by file type, of the files that llama_model_quantize writes of random checkpoints that gguf-convert made.
 """
 
 import itertools
@@ -29,6 +31,7 @@ from gguf_run.runtime.quantize.rules import (
 
 F16, F32 = type_by_name("F16"), type_by_name("F32")
 REFERENCE = json.loads(Path(__file__).with_name("quantize_rules.json").read_text())
+HYBRID = json.loads(Path(__file__).with_name("quantize_rules_hybrid.json").read_text())
 
 
 def model_weights(arch: str, n_layer: int, n_expert: int = 0, tied: bool = False, n_embd: int = 1024) -> list[Weight]:
@@ -75,6 +78,22 @@ def test_as_llama_cpp(model: str) -> None:
     assert len(REFERENCE[model]) == len(WRITABLE_FILES) - 1
     for kind, expected in REFERENCE[model].items():
         assert summary(weights, list(chosen(weights, facts, kind).values())) == expected, kind
+
+
+@pytest.mark.parametrize("model", HYBRID)
+def test_layers_of_several_kinds_as_llama_cpp(model: str) -> None:
+    arch, *numbers = model.split()
+    n_layer, n_gqa, n_expert = map(int, numbers)
+    weights = []
+    for kind, layers in HYBRID[model]["tensors"].items():
+        name, type, ne = kind.split()
+        for il in range(n_layer) if layers == "all" else layers:
+            full = name if il < 0 else f"blk.{il}.{name}"
+            weights.append(Weight(full, tuple(map(int, ne.split("x"))), type_by_name(type)))
+    weights.sort(key=lambda weight: layer_order(weight.name))
+    for kind, expected in HYBRID[model]["types"].items():
+        types = chosen(weights, MixtureFacts(arch, n_layer, n_gqa, n_expert), kind)
+        assert summary(weights, list(types.values())) == expected, kind
 
 
 def test_more_bits() -> None:
