@@ -6,7 +6,6 @@ leaves all tokens whole, too. So the one is taken that cuts most where tokens me
 
 from collections.abc import Iterable
 
-from gguf_run.runtime.tokenizers.bpe import BYTE_CHARACTERS
 from gguf_run.runtime.tokenizers.pretokenizers import PRE_TOKENIZERS, TABLE
 
 _FEWEST, _N_TRIED = 100, 3000  # tokens
@@ -19,9 +18,9 @@ _DIGITS = ("12", "1234")  # which meet in no vocabulary that has them one by one
 def nearest(tokens: Iterable[str]) -> tuple[str, int, int]:
     """Return the name of a pre-tokenizer, and how many tokens it cuts apart, of how many that were tried.
 
-    tokens: a byte-level vocabulary without special tokens. If it is small, the answer is "default".
+    tokens: the texts of a vocabulary without special tokens. If it is small, the answer is "default".
     """
-    texts = [text for token in dict.fromkeys(tokens) if (text := _text(token))]
+    texts = list(dict.fromkeys(tokens))
     texts = texts[:: len(texts) // _N_TRIED + 1]
     if len(texts) < _FEWEST:
         return "default", 0, 0
@@ -33,11 +32,3 @@ def nearest(tokens: Iterable[str]) -> tuple[str, int, int]:
         score[name] = sum(len(cut(text)) for text in joined) - n_cut[name] * len(texts) // _SHARE
     name = max(score, key=lambda name: score[name])
     return name, n_cut[name], len(texts)
-
-
-def _text(token: str) -> str:
-    """Return the text of a token, "" if it is no whole text."""
-    try:
-        return bytes(BYTE_CHARACTERS[character] for character in token).decode()
-    except (KeyError, UnicodeDecodeError):
-        return ""
