@@ -88,9 +88,7 @@ class ModelConfig:
     rope_scaling: RopeScaling
     attention_scale: float  # factor on q.k
     attn_softcap: float
-    xielu: tuple[
-        tuple[float, float, float, float], ...
-    ]  # alpha_p, alpha_n, beta, eps of each layer's ops.Xielu, if any
+    xielu: tuple[tuple[float, ...], ...]  # alpha_p, alpha_n, beta and eps of each layer's ops.Xielu, if it has one
     temperature: Temperature | None  # of the queries of layers that do not rotate, if arch has one, or of all layers
     embd_scale: float  # factor on the embeddings
     logit_scale: float  # factor on the logits

@@ -306,9 +306,8 @@ class Model:
         n_vocab = self.decoder.config.n_vocab
         if (id := max(params.logit_bias, default=0)) >= n_vocab:
             raise OptionError(f"logit_bias (--logit-bias) of token {id}; allowed: ids from 0 to {n_vocab - 1}")
-        if params.ignore_eos:
-            never = dict.fromkeys(self.tokenizer.stop_ids, -math.inf)
-            params = replace(params, logit_bias={**params.logit_bias, **never})
+        if never := [*self.tokenizer.never_ids, *(self.tokenizer.stop_ids if params.ignore_eos else ())]:
+            params = replace(params, logit_bias={**params.logit_bias, **dict.fromkeys(never, -math.inf)})
         if not params.dry_multiplier:
             return Sampler(params)
         from gguf_run.runtime.sampling.history import breakers

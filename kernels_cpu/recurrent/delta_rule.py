@@ -1,13 +1,16 @@
 """The gated delta rule, token by token, in f32. Threads take heads, and parts of d_v where there are few heads.
 
 The columns of a state S [d_k, d_v] do not touch each other. WIDE columns stay in the cache for _CHUNK tokens. They
-are stored side by side, f32[d_k, WIDE], and columns that are left over one by one. One pass over them per token does
-two things: it writes what the token before has changed, and reads for this token:
+are stored side by side, f32[d_k, WIDE], and columns that are left over one by one. One pass over them for each token
+does two things: it writes what the token before has changed, and reads for this token:
 
     S = e' S + k' d'^T        e', k', d' of the token before
     u = S^T k,  w = S^T q     then d = beta (v - e u), and the result is e w + (k . q) d
 
 k and q are not divided by their lengths: the numbers of TOKEN contain the divisors.
+
+Products of whole chunks of tokens (the paper's form for GPUs) could save a quarter of the arithmetic. In a prompt of a
+model of 1 B weights, all of the rule takes 5% of the time.
 """
 
 import functools
@@ -103,11 +106,8 @@ def _numbers(a, run, head, q, k, to):
     """Write the TOKEN numbers of a run's tokens and a head."""
     n, rate, dt = a.d_k, f32_at(a.a, a.n_head_v)[head], f32_at(a.dt, a.n_head_v)[head]
     for t in range(run.n_tokens):
-        q_row, k_row, row = (
-            f32_at(q + t * a.q_stride, n),
-            f32_at(k + t * a.k_stride, n),
-            f32_at(to + t * TOKEN * 4, TOKEN),
-        )
+        q_row, k_row = f32_at(q + t * a.q_stride, n), f32_at(k + t * a.k_stride, n)
+        row = f32_at(to + t * TOKEN * 4, TOKEN)
         qq = kk = kq = np.float32(0)
         for i in range(n):
             qq += q_row[i] * q_row[i]
@@ -125,7 +125,7 @@ _wide, _single = _columns(WIDE), _columns(1)
 
 
 @op(
-    "rows n_runs runs n_head_k n_head_v d_k d_v is_tiled q q_stride k k_stride v v_stride alpha alpha_stride "
+    "n_runs runs n_head_k n_head_v d_k d_v is_tiled q q_stride k k_stride v v_stride alpha alpha_stride "
     "beta beta_stride a dt state out out_stride scratch scratch_stride",
     "eps",
     fastmath=FASTMATH,

@@ -53,7 +53,7 @@ def short_conv(n_taps: int, silu: bool) -> TapeOp:
             return a.x + (run.first + t) * a.x_stride + at
         return a.state + ((run.reads + 1) * n_old + t) * a.n * 4 + at if run.n_past else a.zeros
 
-    @op("rows n_runs runs n x x_stride out out_stride taps bias state zeros scratch scratch_stride")
+    @op("n_runs runs n x x_stride out out_stride taps bias state zeros scratch scratch_stride")
     def conv(args, piece, ith, nth):
         a = carray(args, 1)[0]
         n, n_runs = a.n, i64_at(a.n_runs, 1)[0]

@@ -78,6 +78,6 @@ def _table(layers: Sequence[LayerScales], sensitivity: Costs) -> Iterator[str]:
     for il, layer in enumerate(layers):
         kl = [f"{costs[kind][il]:.2g}" for costs in sensitivity.values() for kind in KINDS]
         chosen = ["/".join(layer.types)] if layer.types else []
-        rows.append([str(il), f"{max(layer.k_max):.4g}", f"{max(layer.v_max):.4g}", *kl, *chosen])
+        rows.append([str(il), f"{max(layer.k_max, default=0):.4g}", f"{max(layer.v_max, default=0):.4g}", *kl, *chosen])
     head += ["types"] * (len(rows[0]) - len(head))
     yield from table(head, rows, "r" * len(head))

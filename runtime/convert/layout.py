@@ -44,12 +44,12 @@ MIXTRAL_EXPERTS: Names = {
 }
 LLAMA: Names = {**PRE_NORMS, **ATTENTION, **DENSE}
 LLAMA_MOE: Names = {**PRE_NORMS, **ATTENTION, **MOE}
-DRAFTS = "mtp."  # tensors of layers behind the model, which guess tokens in advance: they are left out
 # Ends of names of tensors that hold no weights.
 IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 # Parts of a model for images and text, of which only the text is converted.
 _OTHERS = (
     "vision_tower", "vision_model", "multi_modal_projector", "visual", "audio_tower", "embed_vision", "embed_audio",
+    "mtp",
 )  # fmt: skip
 N_DRAFT, MOST_DRAFTS = "num_nextn_predict_layers", 16  # config.json: layers behind the last one that draft tokens
 OTHER_PARTS = tuple(f"{prefix}{part}." for prefix in ("", "model.") for part in _OTHERS)

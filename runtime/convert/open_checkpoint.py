@@ -21,7 +21,7 @@ from gguf_run.formats.gguf.writer_metadata import MetaValue
 from gguf_run.formats.quantizers.quantizer import quantize
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.convert.card import general_metadata
-from gguf_run.runtime.convert.layout import DRAFTS, IGNORED, MOST_DRAFTS, N_DRAFT, OTHER_PARTS
+from gguf_run.runtime.convert.layout import IGNORED, MOST_DRAFTS, N_DRAFT, OTHER_PARTS
 from gguf_run.runtime.convert.metadata import hyperparameters, layout_of
 from gguf_run.runtime.convert.quantized.methods import KEPT, plain_tensors
 from gguf_run.runtime.convert.rope import rope_tensors
@@ -51,7 +51,7 @@ def open_checkpoint(
     if not vocab_only:
         n_layer, n_draft = config.integer("num_hidden_layers"), config.integer(N_DRAFT, default=0, low=0)
         drafts = [f"model.layers.{il}." for il in range(n_layer, n_layer + min(n_draft, MOST_DRAFTS))]
-        others = (*OTHER_PARTS, *drafts, DRAFTS)
+        others = (*OTHER_PARTS, *drafts)
         stored = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith(others)}
         if n_left_out := len(checkpoint.tensors) - len(stored):
             what = f"{n_left_out} tensors for images, sound or drafts are left out, the file is for text alone"

@@ -6,52 +6,13 @@ dicts, and refuses vocabularies that lack the result of a merge.
 Reference: Radford et al., "Language models are unsupervised multitask learners", and its encoder.
 """
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gguf_run.formats.errors import FormatError
-from gguf_run.runtime.tokenizers.merge import WordIds, merge
-from gguf_run.runtime.tokenizers.pretokenizers import PRE_TOKENIZERS, PreTokenizer, PreTokenizerWarning
+from gguf_run.runtime.tokenizers.merge import BYTE_CHARACTERS, WordIds, merge
+from gguf_run.runtime.tokenizers.pretokenizers import pre_tokenizer
 from gguf_run.runtime.tokenizers.vocab import NORMAL, STEPS, Defaults, read_bool, read_string, read_strings, read_vocab
-
-
-def _byte_characters() -> dict[str, int]:
-    """Printing bytes are written as themselves, the others, in their order, as the characters from U+0100 on."""
-    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printing]
-    return {chr(byte): byte for byte in printing} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-BYTE_CHARACTERS = _byte_characters()
-
-
-def pre_tokenizer(name: str | None, merges: Iterable[str]) -> PreTokenizer:
-    """Return the row for a value of `tokenizer.ggml.pre`. PreTokenizerWarning and the nearest row if it is not known.
-
-    merges: of the vocabulary, "left right" each. They show which row is nearest.
-    """
-    if name is not None and name in PRE_TOKENIZERS:
-        return PRE_TOKENIZERS[name]
-    from gguf_run.runtime.tokenizers.nearest import nearest
-
-    fault = "names no pre-tokenizer" if name is None else f"names the pre-tokenizer {name!r}, which is not known"
-    known, n_cut, n_tried = nearest(filter(None, map(_text, merges)))
-    fits = f", which fits the vocabulary best (it cuts {n_cut} of {n_tried} tokens apart)" if n_tried else ""
-    warnings.warn(
-        f'the file {fault} (tokenizer.ggml.pre): text is cut as for "{known}"{fits}, answers may be worse',
-        PreTokenizerWarning,
-        stacklevel=2,
-    )
-    return PreTokenizer(PRE_TOKENIZERS[known].steps)
-
-
-def _text(pair: str) -> str:
-    """Return the text of what a merge makes, "" if it is no whole text."""
-    try:
-        return bytes(BYTE_CHARACTERS[character] for character in pair.replace(" ", "", 1)).decode()
-    except (KeyError, UnicodeDecodeError):
-        return ""
 
 
 class BpeEncoder:

@@ -5,6 +5,8 @@ texts between the matches. The names are llama.cpp's. Where llama.cpp's expressi
 trained with (marks and letter cases of gpt-4o and tekken), the expressions here are the model's.
 """
 
+import warnings
+from collections.abc import Iterable
 from types import MappingProxyType
 
 from tokenizers import Regex
@@ -148,3 +150,24 @@ TABLE = (
 )  # fmt: skip
 
 PRE_TOKENIZERS = MappingProxyType({name: pre for names, pre in TABLE for name in names.split()})
+
+
+def pre_tokenizer(name: str | None, merges: Iterable[str]) -> PreTokenizer:
+    """Return the row for a value of `tokenizer.ggml.pre`. PreTokenizerWarning and the nearest row if it is not known.
+
+    merges: of the vocabulary, "left right" each. They show which row is nearest.
+    """
+    if name is not None and name in PRE_TOKENIZERS:
+        return PRE_TOKENIZERS[name]
+    from gguf_run.runtime.tokenizers.nearest import nearest
+
+    fault = "names no pre-tokenizer" if name is None else f"names the pre-tokenizer {name!r}, which is not known"
+    cuts = {names.split()[0]: pre.build().pre_tokenize_str for names, pre in TABLE}
+    known, n_cut, n_tried = nearest(cuts, (pair.replace(" ", "", 1) for pair in merges))
+    fits = f", which fits the vocabulary best (it cuts {n_cut} of {n_tried} tokens apart)" if n_tried else ""
+    warnings.warn(
+        f'the file {fault} (tokenizer.ggml.pre): text is cut as for "{known}"{fits}, answers may be worse',
+        PreTokenizerWarning,
+        stacklevel=2,
+    )
+    return PreTokenizer(PRE_TOKENIZERS[known].steps)

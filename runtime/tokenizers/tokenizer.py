@@ -43,6 +43,7 @@ class Tokenizer:
         self.n_vocab = len(vocab.tokens)
         self.bos, self.eos, self.eot = vocab.bos, vocab.eos, vocab.eot  # ids; None if the model has no such token
         self.stop_ids = vocab.stop_ids  # all tokens that end an answer
+        self.never_ids = vocab.never_ids  # tokens that an answer must not have
         self.add_bos = vocab.add_bos and vocab.bos is not None  # encode begins with BOS
         self.add_eos = vocab.add_eos and vocab.eos is not None  # encode ends with EOS
         self._vocab, self._encoder, self._flags = vocab, encoder, flags

@@ -87,6 +87,7 @@ class Vocab:
     eot: int | None  # ends a turn of a conversation
     unknown: int | None  # stands for text that the vocabulary cannot express
     stop_ids: frozenset[int]  # all tokens that end an answer
+    never_ids: tuple[int, ...]  # tokens that an answer must not have
     add_bos: bool  # the model wants BOS before a text
     add_eos: bool  # the model wants EOS after a text
 
@@ -121,6 +122,7 @@ def read_vocab(metadata: Mapping[str, Any], defaults: Defaults) -> Vocab:
         eot=roles.get("eot"),
         unknown=_id(metadata, "unknown", len(tokens), defaults.unknown),
         stop_ids=frozenset(stop_ids),
+        never_ids=_ids(metadata, "suppress_tokens", len(tokens)),
         add_bos=read_bool(metadata, "add_bos_token", defaults.add_bos),
         add_eos=read_bool(metadata, "add_eos_token", defaults.add_eos),
     )

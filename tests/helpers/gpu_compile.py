@@ -35,7 +35,21 @@ from gguf_run.kernels_gpu.panels.memory import GpuExperts, GpuWeight, empty
 from gguf_run.kernels_gpu.panels.panels import PANELS, IntPanel
 from gguf_run.models.backend import CacheType, Run
 from gguf_run.models.operands import AttentionShape, Mixture, Rotation
-from gguf_run.models.ops import Attend, Embed, Gated, Matmul, MatmulGated, Moe, Observe, RmsNorm, Rope, Xielu
+from gguf_run.models.ops import (
+    Attend,
+    Embed,
+    Gated,
+    MatchRms,
+    Matmul,
+    MatmulGated,
+    Mix,
+    Moe,
+    Observe,
+    RmsNorm,
+    Rope,
+    Threshold,
+    Xielu,
+)
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "cuobjdump")
 CPU = torch.device("cpu")
@@ -52,6 +66,7 @@ ATTENTION = (
     ("bf16", "bf16", 128, 64),
     ("int8", "fp8_e4m3", 256, 1),
     ("fp8_e5m2", "int8", 64, 64),
+    ("q8_0", "q8_0", 512, 1),
 )
 
 
@@ -143,6 +158,9 @@ def ops() -> None:
     for name in ACTIVATIONS:
         step.add(Gated(x, y, y, name))
     step.add(Xielu(x, y, 0.7, 1.3, 0.5, -1e-6))
+    step.add(Mix(y, x, y, 1024, q.columns(0, 1), x, 1.0))
+    step.add(MatchRms(x, y, 1e-5))
+    step.add(Threshold(x, 0.5))
     step.add(Observe(x, backend.squares(1024)))
     step.add(Matmul(y, weight("Q8_0", 1024, 1024), x))
     step.finish(x)

@@ -10,6 +10,7 @@ import pytest
 from cpu_ops import MemoryTensor, Step, as_quantized, error, quantize_twin, random_tensor, weights_of
 from gpu_ops import DEVICE, INTERPRETED, fast_dots, gpu, pytestmark, use_tuning
 from numpy_backend import ACTIVATIONS, NumpyBackend, rotate
+from stream_ops import streams
 
 from gguf_run.kernels_gpu.buffers import Memory
 from gguf_run.kernels_gpu.device.tuning import DEFAULT, FEW
@@ -425,6 +426,10 @@ def test_layer_norm_and_small_ops(n_group: int) -> None:
         return step.finish(a)
 
     both(record, [(0, 12)])
+
+
+def test_streams() -> None:
+    both(lambda step: streams(step, 84), [(0, 5)])
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

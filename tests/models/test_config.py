@@ -12,6 +12,7 @@ from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.models.config import ModelConfig
+from gguf_run.models.operands import Mixture
 
 N_VOCAB = 50
 
@@ -245,6 +246,38 @@ def test_experts(name: str, shape: tuple[int, ...] | None, message: str) -> None
         return
     with pytest.raises((FormatError, UnsupportedError), match=message):
         read(Tiny(), MIXTRAL, shapes | {f"blk.1.{name}": shape})
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, Mixture(2, True, 1.0, "silu", n_group_best=1)),
+        ({"expert_gating_func": 2, "expert_weights_norm": False}, Mixture(2, False, 1.0, "silu", "sigmoid")),
+        ({"expert_gating_func": 3, "expert_weights_norm": False}, Mixture(2, True, 1.0, "silu", n_group_best=1)),
+        (
+            {
+                "expert_gating_func": 2,
+                "expert_group_count": 2,
+                "expert_group_used_count": 1,
+                "expert_weights_scale": 2.5,
+            },
+            Mixture(2, True, 2.5, "silu", "sigmoid", 2, 1),
+        ),
+        ({"expert_group_count": 2, "expert_group_used_count": 2}, Mixture(2, True, 1.0, "silu", n_group_best=1)),
+        ({"expert_gating_func": 4}, "llama.expert_gating_func is 4, must be an integer from 0 to 3"),
+        (
+            {"expert_group_count": 3, "expert_group_used_count": 1},
+            "llama.expert_group_count is 3, must be a divisor of 4 that leaves 2 experts or more for a group, and 2 in",
+        ),
+    ],
+)
+def test_how_experts_are_chosen(keys: dict[str, Any], expected: Mixture | str) -> None:
+    shapes = {f"blk.{il}.{part}.weight": value for il in (0, 1) for part, value in EXPERTS.items()}
+    if isinstance(expected, Mixture):
+        assert read(Tiny(), MIXTRAL | keys, shapes).moe == expected
+        return
+    with pytest.raises(FormatError, match=expected):
+        read(Tiny(), MIXTRAL | keys, shapes)
 
 
 def test_shapes_may_end_in_ones_and_old_files_have_unused_tensors() -> None:

@@ -6,12 +6,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import hf_tiny
 import tiny
 from cpu_ops import cpu, error
+from gpu_ops import fast_dots, gpu, use_tuning
 from numpy_backend import NumpyBackend
 
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.kernels_cpu.backend import CpuBackend
+from gguf_run.kernels_gpu import program
+from gguf_run.kernels_gpu.attention import launch as attention_launch
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
@@ -20,8 +28,7 @@ from gguf_run.runtime.convert.stored.sources import F32, computed
 from gguf_run.runtime.engine.context import Context
 from gguf_run.runtime.load.memory import MemoryPlan
 
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
+__all__ = ["fast_dots"]
 
 IDS = [*tiny.IDS, *tiny.IDS[::-1]]
 # Three heads of v for each head of k, so that the two orders of heads differ.
@@ -135,3 +142,17 @@ def test_old_files_have_one_matrix_of_all_parts(tmp_path: Path) -> None:
             old[name] = computed(name, np.concatenate(parts, 1).reshape(-1, 72), tmp_path)
         config = ModelConfig.from_metadata(file.metadata, old)
         assert np.array_equal(tiny.logits(config, old, cpu(2), (90,)), wanted)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning")
+def test_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast_dots: None) -> None:
+    """Two layers, of which the file lists the kinds. Products of few tokens run as those of many, which is quicker."""
+    monkeypatch.setattr(attention_launch, "FEW", 1)
+    monkeypatch.setattr(program, "FEW", 0)
+    use_tuning(monkeypatch, tile=(256, 16))
+    class_name, config = TINY["qwen35"]
+    two = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    model = tiny.make(tmp_path, class_name, config | two, remember)
+    with tiny.opened(tmp_path) as (made, tensors):
+        found = tiny.logits(made, tensors, gpu(), (3, 1), tiny.IDS[:4])
+    assert error(found, hf_tiny.logits(model, tiny.IDS[:4])) < 1e-4

@@ -10,17 +10,11 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-import hf_tiny
 import tiny
 from cpu_ops import cpu, error
-from gpu_ops import fast_dots, gpu, use_tuning
 
-from gguf_run.kernels_gpu import program
-from gguf_run.kernels_gpu.attention import launch as attention_launch
 from gguf_run.models.backend import CacheType
 from gguf_run.models.decoder import Decoder
-
-__all__ = ["fast_dots"]
 
 _SIZES = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2}
 _LFM2 = {**_SIZES, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "norm_eps": 1e-3}
@@ -42,7 +36,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2moe": (
         "Lfm2MoeForCausalLM",
         {**_LFM2, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "num_dense_layers": 1,
-         "routed_scaling_factor": 1.7},
+         "routed_scaling_factor": 1.0},
     ),
     "granitehybrid": ("GraniteMoeHybridForCausalLM", {**_GRANITE, "num_local_experts": 0}),
     "granitehybrid-moe": ("GraniteMoeHybridForCausalLM", {**_GRANITE, **_EXPERTS}),
@@ -112,17 +106,3 @@ def test_sequences_do_not_see_each_other(name: str, tmp_path: Path) -> None:
     assert n_left <= 30
     assert error(run(model, ids[n_left:40]), alone[n_left:]) < 1e-5
     model.close()
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning")
-def test_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast_dots: None) -> None:
-    """Two layers. Products of few tokens, which take the interpreter seconds, run as those of many."""
-    monkeypatch.setattr(attention_launch, "FEW", 1)
-    monkeypatch.setattr(program, "FEW", 0)
-    use_tuning(monkeypatch, tile=(256, 16))
-    class_name, config = TINY["granitehybrid"]
-    two = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
-    model = tiny.make(tmp_path, class_name, config | two)
-    with tiny.opened(tmp_path) as (made, tensors):
-        found = tiny.logits(made, tensors, gpu(), (3, 1), tiny.IDS[:4])
-    assert error(found, hf_tiny.logits(model, tiny.IDS[:4])) < 1e-4

@@ -253,6 +253,14 @@ def test_pieces_know_their_tokens(model: Model) -> None:
     assert model.generate(TEXT, **options | {"logprobs": None}).answer().logprobs == ()
 
 
+def test_tokens_that_an_answer_must_not_have(path: Path) -> None:
+    with GGUFFile.open(path) as file, Model.load(path, n_threads=2) as model:
+        chosen = model.complete(TEXT, temperature=0, max_tokens=1).ids
+        metadata = {**file.metadata, "tokenizer.ggml.suppress_tokens": np.array(chosen, np.int32)}
+        model.tokenizer = Tokenizer.from_metadata(metadata)
+        assert model.complete(TEXT, temperature=0, max_tokens=1).ids != chosen
+
+
 def test_the_last_piece_names_the_end(model: Model) -> None:
     """Also where no text comes with it: the model's own end."""
     end = next(iter(model.tokenizer.stop_ids))

@@ -10,7 +10,7 @@ import numpy as np
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.runtime.convert.vocabulary.vocabulary import SPACE, pairs_of
 from gguf_run.runtime.tokenizers import spm, unigram, wordpiece
-from gguf_run.runtime.tokenizers.bpe import pre_tokenizer
+from gguf_run.runtime.tokenizers.pretokenizers import pre_tokenizer
 from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 from gguf_run.runtime.tokenizers.vocab import (
     BYTE,

@@ -35,6 +35,8 @@ def _read(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout, C
         raise config.wrong(("layer_types",), f"{n} of linear_attention or full_attention")
     n_inner = config.integer("linear_num_value_heads") * config.integer("linear_value_head_dim")
     more: dict[str, Any] = {"full_attention_interval": period, "_n_inner": n_inner}
+    if config.get("intermediate_size") is None:  # all layers have experts
+        more["intermediate_size"] = config.integer("moe_intermediate_size")
     if kinds != plain:
         more["_recurrent"] = [kind == "linear_attention" for kind in kinds]
         layout = replace(layout, keys=(*layout.keys, ("attention.recurrent_layers", "array[bool]", ("_recurrent",))))

@@ -271,7 +271,7 @@ _NEMOTRON = CheckpointLayout(
         _KV,
         ("feed_forward_length", "array[i32]", ("_n_ff",)),
         ("attention.layer_norm_rms_epsilon", "f32", ("layer_norm_epsilon",)),
-        ("attention.layer_norm_epsilon", "f32", ("layer_norm_epsilon",)),  # llama.cpp needs it for some of the files
+        ("attention.layer_norm_epsilon", "f32", ("layer_norm_epsilon",)),  # llama.cpp asks for both
         *_SSM_KEYS,
     ),
     read=_nemotron,

@@ -194,6 +194,7 @@ ROWS = (
     CheckpointLayout(
         "qwen3vlmoe",
         {"Qwen3VLMoeForConditionalGeneration": "qwen3_vl_moe"},
+        one_way=True,
         layer={**LLAMA_MOE, **QK_NORM},
         bare=EXPERTS,
         keys=(N_EXPERT, EXPERT_FF),
@@ -203,6 +204,7 @@ ROWS = (
     CheckpointLayout(
         "dots1",
         {"Dots1ForCausalLM": "dots1"},
+        one_way=True,
         layer={**LLAMA, **MOE, **QK_NORM, **SHARED, **CHOICE},
         tied_copy=True,
         keys=LEAD,
@@ -213,6 +215,7 @@ ROWS = (
     CheckpointLayout(
         "glm4moe",
         {"Glm4MoeForCausalLM": "glm4_moe"},
+        one_way=True,
         layer={**LLAMA, **MOE, **QK_NORM, **SHARED, **CHOICE, "post_attention_layernorm": "post_attention_norm"},
         rope_dim=True,
         keys=LEAD,

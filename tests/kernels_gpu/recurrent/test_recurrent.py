@@ -1,8 +1,16 @@
 """Recurrent ops on the GPU, in Triton's interpreter, against float64."""
 
+from pathlib import Path
+
+import hf_tiny
 import pytest
-from gpu_ops import fast_dots, gpu, pytestmark
+import tiny
+from cpu_ops import error
+from gpu_ops import fast_dots, gpu, pytestmark, use_tuning
 from recurrent_ops import check, delta_rule, scan, short_conv
+
+from gguf_run.kernels_gpu import program
+from gguf_run.kernels_gpu.attention import launch as attention_launch
 
 __all__ = ["fast_dots", "pytestmark"]
 # Runs of a few tokens, which a captured graph must serve whatever they are, and of more.
@@ -31,3 +39,20 @@ def test_delta_rule(heads: tuple[int, int], d_k: int, d_v: int, is_tiled: bool, 
 )
 def test_scan(n_head: int, head_dim: int, n_group: int, n_state: int, in_place: bool) -> None:
     check(gpu(), scan, n_head, head_dim, n_group, n_state, in_place, batches=BATCHES)
+
+
+def test_layers_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mamba 2 and attention. Products of few tokens, which take the interpreter seconds, run as those of many."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(attention_launch, "FEW", 1)
+    monkeypatch.setattr(program, "FEW", 0)
+    use_tuning(monkeypatch, tile=(256, 16))
+    config = {
+        "hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "num_local_experts": 0,
+        "layer_types": ["linear_attention", "full_attention"], "shared_intermediate_size": 56, "mamba_n_heads": 12,
+        "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 2, "residual_multiplier": 0.4,
+    }  # fmt: skip
+    model = tiny.make(tmp_path, "GraniteMoeHybridForCausalLM", config)
+    with tiny.opened(tmp_path) as (made, tensors):
+        found = tiny.logits(made, tensors, gpu(), (3, 1), tiny.IDS[:4])
+    assert error(found, hf_tiny.logits(model, tiny.IDS[:4])) < 1e-5
