@@ -6,7 +6,7 @@ leaves all tokens whole, too. So the one is taken that cuts most where tokens me
 
 from collections.abc import Callable, Iterable, Mapping, Sized
 
-from gguf_run.runtime.tokenizers.bpe import BYTE_CHARACTERS
+from gguf_run.runtime.tokenizers.merge import BYTE_CHARACTERS
 
 _FEWEST, _N_TRIED = 100, 3000  # tokens
 # A token that is cut counts as a twelfth of all tokens. Any share from a tenth to a fifteenth finds the right one for
