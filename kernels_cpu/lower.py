@@ -84,7 +84,7 @@ def _matmul(tape: Tape, op: ops.Matmul[CpuWeight, CpuVector], int8: Rows | None)
 
 
 def _matmul_heads(tape: Tape, op: ops.MatmulHeads[CpuWeight], int8: Rows | None) -> None:
-    from gguf_run.kernels_cpu.matmul.heads import lower_heads
+    from gguf_run.kernels_cpu.lower_heads import lower_heads
 
     lower_heads(tape, op)
 
