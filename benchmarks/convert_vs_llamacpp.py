@@ -9,9 +9,9 @@ Needs the tests' packages (transformers, torch), and npm for the peer (peer.py).
 are compared in its own decoder too. Differences are relative: the root mean square of the difference, divided by that
 of transformers' logits. KL: of llama.cpp's probabilities from this program's, in nats, the mean of all tokens.
 
-llama.cpp has fixed numbers where transformers has keys: Llama 4's chunks of 8192, Gemma 3n's widths, EXAONE 4's windows
-with 64 layers alone, LFM2's scale of experts 1. It groups experts of DeepSeek-V2 by two, and PhiMoE's router is another.
-So tiny checkpoints of these differ, or cannot be loaded.
+llama.cpp has fixed numbers where transformers has keys: Llama 4's chunks of 8192, Gemma 3n's widths, EXAONE 4's
+windows with 64 layers alone, LFM2's scale of experts 1. It groups experts of DeepSeek-V2 by two, and PhiMoE's router is
+another. So tiny checkpoints of these differ, or cannot be loaded.
 """
 
 import argparse

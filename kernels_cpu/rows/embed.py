@@ -81,3 +81,14 @@ def copy_rows(a, first, end):
         x, out = f32_at(a.x + index[i] * a.x_stride, a.n), f32_at(a.out + i * a.out_stride, a.n)
         for k in range(a.n):
             out[k] = x[k]
+
+
+@row_op("rows n_head n_copied x x_stride x_head out out_stride out_head")
+def copy_columns(a, first, end):
+    """out = n_copied columns of each head of x. x_head, out_head: bytes from one head to the next."""
+    for t in range(first, end):
+        for head in range(a.n_head):
+            source = f32_at(a.x + t * a.x_stride + head * a.x_head, a.n_copied)
+            out = f32_at(a.out + t * a.out_stride + head * a.out_head, a.n_copied)
+            for i in range(a.n_copied):
+                out[i] = source[i]

@@ -10,19 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gguf_run.formats.errors import FormatError
-from gguf_run.runtime.tokenizers.merge import WordIds, merge
+from gguf_run.runtime.tokenizers.merge import BYTE_CHARACTERS, WordIds, merge
 from gguf_run.runtime.tokenizers.pretokenizers import pre_tokenizer
 from gguf_run.runtime.tokenizers.vocab import NORMAL, STEPS, Defaults, read_bool, read_string, read_strings, read_vocab
-
-
-def _byte_characters() -> dict[str, int]:
-    """Printing bytes are written as themselves, the others, in their order, as the characters from U+0100 on."""
-    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printing]
-    return {chr(byte): byte for byte in printing} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-BYTE_CHARACTERS = _byte_characters()
 
 
 class BpeEncoder:

@@ -3,6 +3,16 @@
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 
+
+def _byte_characters() -> dict[str, int]:
+    """Printing bytes are written as themselves, the others, in their order, as the characters from U+0100 on."""
+    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printing]
+    return {chr(byte): byte for byte in printing} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_CHARACTERS = _byte_characters()
+
 CACHED_WORDS = 1 << 16
 CACHED_CHARS = 64  # of a word; longer words hardly ever come twice
 

@@ -4,10 +4,9 @@ No token reaches over a cut, so a pre-tokenizer that cuts tokens apart is anothe
 leaves all tokens whole, too. So the one is taken that cuts most where tokens meet, less what it cuts of tokens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sized
 
-from gguf_run.runtime.tokenizers.bpe import BYTE_CHARACTERS
-from gguf_run.runtime.tokenizers.pretokenizers import PRE_TOKENIZERS, TABLE
+from gguf_run.runtime.tokenizers.merge import BYTE_CHARACTERS
 
 _FEWEST, _N_TRIED = 100, 3000  # tokens
 # A token that is cut counts as a twelfth of all tokens. Any share from a tenth to a fifteenth finds the right one for
@@ -16,9 +15,10 @@ _SHARE = 12
 _DIGITS = ("12", "1234")  # which meet in no vocabulary that has them one by one
 
 
-def nearest(tokens: Iterable[str]) -> tuple[str, int, int]:
+def nearest(cuts: Mapping[str, Callable[[str], Sized]], tokens: Iterable[str]) -> tuple[str, int, int]:
     """Return the name of a pre-tokenizer, and how many tokens it cuts apart, of how many that were tried.
 
+    cuts: the pre-tokenizers to choose from. A function cuts a text into parts.
     tokens: a byte-level vocabulary without special tokens. If it is small, the answer is "default".
     """
     texts = [text for token in dict.fromkeys(tokens) if (text := _text(token))]
@@ -27,8 +27,7 @@ def nearest(tokens: Iterable[str]) -> tuple[str, int, int]:
         return "default", 0, 0
     joined = [*_DIGITS, *(f"{a}{b}" for a, b in zip(texts, texts[len(texts) // 2 :] + texts, strict=False))]
     n_cut, score = {}, {}
-    for name in (names.split()[0] for names, _ in TABLE):
-        cut = PRE_TOKENIZERS[name].build().pre_tokenize_str
+    for name, cut in cuts.items():
         n_cut[name] = sum(len(cut(text)) > 1 for text in texts)
         score[name] = sum(len(cut(text)) for text in joined) - n_cut[name] * len(texts) // _SHARE
     name = max(score, key=lambda name: score[name])

@@ -162,7 +162,8 @@ def pre_tokenizer(name: str | None, merges: Iterable[str]) -> PreTokenizer:
     from gguf_run.runtime.tokenizers.nearest import nearest
 
     fault = "names no pre-tokenizer" if name is None else f"names the pre-tokenizer {name!r}, which is not known"
-    known, n_cut, n_tried = nearest(pair.replace(" ", "", 1) for pair in merges)
+    cuts = {names.split()[0]: pre.build().pre_tokenize_str for names, pre in TABLE}
+    known, n_cut, n_tried = nearest(cuts, (pair.replace(" ", "", 1) for pair in merges))
     fits = f", which fits the vocabulary best (it cuts {n_cut} of {n_tried} tokens apart)" if n_tried else ""
     warnings.warn(
         f'the file {fault} (tokenizer.ggml.pre): text is cut as for "{known}"{fits}, answers may be worse',

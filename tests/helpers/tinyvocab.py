@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gguf_run.runtime.tokenizers.bpe import BYTE_CHARACTERS
+from gguf_run.runtime.tokenizers.merge import BYTE_CHARACTERS
 
 CHARACTER = {byte: character for character, byte in BYTE_CHARACTERS.items()}
 

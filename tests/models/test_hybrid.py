@@ -16,7 +16,6 @@ from cpu_ops import cpu, error
 from gguf_run.models.backend import CacheType
 from gguf_run.models.decoder import Decoder
 
-
 _SIZES = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2}
 _LFM2 = {**_SIZES, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "norm_eps": 1e-3}
 _MAMBA = {"mamba_n_heads": 12, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 2}

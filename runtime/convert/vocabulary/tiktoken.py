@@ -18,7 +18,7 @@ from gguf_run.runtime.convert.vocabulary.vocabulary import (
     pairs_of,
     read_file,
 )
-from gguf_run.runtime.tokenizers.bpe import BYTE_CHARACTERS
+from gguf_run.runtime.tokenizers.merge import BYTE_CHARACTERS
 from gguf_run.runtime.tokenizers.pretokenizers import PRE_TOKENIZERS
 from gguf_run.runtime.tokenizers.vocab import CONTROL
 

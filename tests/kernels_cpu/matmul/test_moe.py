@@ -19,17 +19,17 @@ CASES = {
     "gpt-oss": Case(("MXFP4", "MXFP4"), 64, 96, 4, Mixture(4, True, 1.0, "swiglu_oai"), biases=True),
     "softmax, bias": Case(("F32", "F32"), 32, 32, 6, Mixture(2, True, 1.0, "silu"), bias=0.3, accumulate=False),
     "sigmoid, groups": Case(("Q4_K", "Q8_0"), 256, 96, 12, Mixture(3, True, 2.5, "silu", "sigmoid", 4, 2), bias=0.4),
-    "one group of three": Case(("F16", "F16"), 40, 24, 9, Mixture(2, False, 16.0, "silu", "softmax", 3, 1, 1)),
+    "one group of three": Case(("F32", "F32"), 40, 24, 9, Mixture(2, False, 16.0, "silu", "softmax", 3, 1, 1)),
     "llama4": Case(
         ("F32", "F32"), 48, 40, 5, Mixture(1, False, 1.0, "silu", "sigmoid", weighs_input=True), form="fused"
     ),
     "phimoe": Case(("F32", "F32"), 48, 40, 60, Mixture(2, False, 1.0, "silu", "sparsemixer")),
     "gemma4": Case(
-        ("Q8_0", "Q8_0"), 64, 96, 6, Mixture(3, True, 1.0, "gelu"), form="fused", factors=True, accumulate=False
+        ("Q8_0", "Q8_0"), 64, 96, 6, Mixture(3, True, 1.0, "silu"), form="fused", factors=True, accumulate=False
     ),
-    "fused, biases": Case(("Q4_0", "F32"), 64, 40, 6, Mixture(3, True, 1.0, "swiglu_oai"), biases=True, form="fused"),
+    "fused, biases": Case(("MXFP4", "F32"), 64, 40, 6, Mixture(3, True, 1.0, "swiglu_oai"), biases=True, form="fused"),
     "nemotron": Case(("Q8_0", "Q8_0"), 64, 96, 6, Mixture(2, True, 2.5, "relu2", "sigmoid"), form="up", bias=0.2),
-    "up, biases": Case(("F32", "F32"), 50, 45, 4, Mixture(2, True, 1.0, "gelu"), biases=True, form="up"),
+    "up, biases": Case(("Q8_0", "F32"), 64, 45, 4, Mixture(2, True, 1.0, "relu2"), biases=True, form="up"),
 }
 
 

@@ -33,12 +33,12 @@ CASES = {
         Case(("F16", "F16"), 32, 32, 12, Mixture(3, True, 2.5, "silu", "sigmoid", 4, 2), bias=0.4, accumulate=False),
         (2, 9),
     ),
-    "one group of three": (Case(("F16", "F16"), 32, 24, 9, Mixture(2, False, 16.0, "silu", "softmax", 3, 1, 1)), (9,)),
+    "one group of three": (Case(("F16", "F16"), 32, 24, 9, Mixture(2, False, 16.0, "silu", "softmax", 3, 1, 1)), (2,)),
     "llama4": (
         Case(("Q8_0", "Q8_0"), 64, 32, 5, Mixture(1, False, 1.0, "silu", "sigmoid", weighs_input=True), form="fused"),
         (1, 9),
     ),
-    "phimoe": (Case(("F16", "F16"), 32, 24, 50, Mixture(2, False, 1.0, "silu", "sparsemixer")), (9,)),
+    "phimoe": (Case(("F16", "F16"), 32, 24, 50, Mixture(2, False, 1.0, "silu", "sparsemixer")), (2,)),
     "gemma4": (
         Case(("Q8_0", "F16"), 32, 24, 6, Mixture(3, True, 1.0, "gelu"), form="fused", factors=True, accumulate=False),
         (9,),
@@ -47,7 +47,7 @@ CASES = {
         Case(("Q8_0", "Q8_0"), 64, 32, 6, Mixture(2, True, 2.5, "relu2", "sigmoid"), form="up", bias=0.2),
         (1, 9),
     ),
-    "up, biases": (Case(("Q8_0", "Q8_0"), 32, 32, 4, Mixture(2, True, 1.0, "gelu"), biases=True, form="up"), (1, 9)),
+    "up, biases": (Case(("Q8_0", "Q8_0"), 32, 32, 4, Mixture(2, True, 1.0, "gelu"), biases=True, form="up"), (1,)),
     "many": (Case(("Q4_0", "Q4_0"), 32, 32, 60, Mixture(2, False, 0.7, "silu")), (9,)),
 }
 

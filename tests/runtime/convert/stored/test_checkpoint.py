@@ -104,7 +104,7 @@ WRONG: dict[str, tuple[Callable[[Path, Tensors, dict[str, Any]], Any], str]] = {
     "integers": (lambda f, t, c: t.update({UP: ("I32", np.zeros((512, 256)))}), "has values of type I32"),
     "unknown architecture": (
         lambda f, t, c: c.update(architectures=["MambaForCausalLM"]),
-        r'architectures is \["MambaForCausalLM"\], must be one of \d+ that can be converted: Llama\w+, \w+, \w+ have the',
+        r'architectures is \["MambaForCausalLM"\], must be one of \d+ that can be converted: Llama\w+, \w+, \w+ have',
     ),
     "no architecture": (lambda f, t, c: (c.pop("architectures"), c.pop("model_type")), "architectures is missing"),
     "unknown quantization": (
