@@ -11,8 +11,11 @@ from tinymodel import TINY_GEMMA3, Tiny, metadata_of, tensor_shapes, tiny_moe
 from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
 from gguf_run.formats.gguf.tensors import Tensor
+from gguf_run.models.architectures import architecture
 from gguf_run.models.config import ModelConfig
+from gguf_run.models.keys import Keys
 from gguf_run.models.operands import Mixture
+from gguf_run.models.routing import read_experts
 
 N_VOCAB = 50
 
@@ -284,6 +287,12 @@ def test_how_experts_are_chosen(keys: dict[str, Any], expected: Mixture | str) -
         return
     with pytest.raises(FormatError, match=expected):
         read(Tiny(), MIXTRAL | keys, shapes)
+
+
+def test_a_bias_of_the_router_means_sigmoid_where_no_key_tells() -> None:
+    keys = Keys({"deepseek2.expert_used_count": 2, "deepseek2.expert_feed_forward_length": 8}, "deepseek2")
+    for tensors, gating in (({}, "softmax"), ({"blk.1.exp_probs_b.bias": None}, "sigmoid")):
+        assert read_experts(architecture("deepseek2"), keys, tensors, 4)[2].gating == gating
 
 
 def test_shapes_may_end_in_ones_and_old_files_have_unused_tensors() -> None:
