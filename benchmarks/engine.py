@@ -12,6 +12,7 @@ from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
+from gguf_run.runtime.load.load_model import tuned
 from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
 
@@ -55,6 +56,8 @@ class Ours:
         self.bos = self._tokenizer.bos if self._tokenizer.add_bos else None
         layers = ([self._backend] * config.n_layer, [CacheType(cache_type, cache_type)] * config.n_layer)
         self._decoder = Decoder(config, self._file.tensors, layers[0], n_ctx, n_batch, cache_types=layers[1])
+        if backend is None:
+            tuned([(t.type.name, t.nbytes) for t in self._file.tensors.values()], n_threads)[1](self._backend)
         self.weight_bytes = self._decoder.nbytes()["weights"]
 
     def rewind(self, n_past: int) -> int:

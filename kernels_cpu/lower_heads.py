@@ -5,7 +5,8 @@ from gguf_run.kernels_cpu.matmul.matmul import matmul
 from gguf_run.kernels_cpu.panels.memory import CpuWeight
 from gguf_run.kernels_cpu.panels.panels import BLOCK, X_BLOCK_BYTES, IntPanel, panel_id, panel_sizes
 from gguf_run.kernels_cpu.rows.scale import copy_columns
-from gguf_run.kernels_cpu.tape import Tape
+from gguf_run.kernels_cpu.tape import Rows, Tape
+from gguf_run.models.operands import Buffer
 from gguf_run.models.rare_ops import MatmulHeads
 
 
@@ -15,21 +16,10 @@ def lower_heads(tape: Tape, op: MatmulHeads[CpuWeight]) -> None:
     n_x, n_to, is_int = op.x.width // op.n_head, op.out.width // op.n_head, isinstance(part.panel, IntPanel)
     if is_int and n_x % BLOCK:
         raise UnsupportedError(f"heads of {n_x} columns are no whole blocks of {BLOCK}; convert the model to F16")
-    tape.record(
-        op,
-        matmul(panel_id(part.panel)),
-        w=part.data,
-        n_out=n_out,
-        **panel_sizes(part.panel, n_in),
-        x=tape.form(op.x, part.panel),
-        out=op.out,
-        residual=tape.zeros,
-        residual_group=0,
-        bias=None,
-        w_head=part.data.nbytes // op.n_head,
-        x_head=n_x // BLOCK * X_BLOCK_BYTES if is_int else 4 * n_x,
-        out_head=4 * n_to,
-    )
+    numbers = {"n_out": n_out, "w_head": part.data.nbytes // op.n_head, "out_head": 4 * n_to, "residual_group": 0}
+    numbers |= {"x_head": n_x // BLOCK * X_BLOCK_BYTES if is_int else 4 * n_x, **panel_sizes(part.panel, n_in)}
+    x: Buffer | Rows = tape.form(op.x, part.panel)
+    tape.record(op, matmul(panel_id(part.panel)), w=part.data, x=x, residual=tape.zeros, bias=None, **numbers)
     if n_x > n_in:
         x, out = op.x.columns(n_in, op.x.width - n_in), op.out.columns(n_out, op.out.width - n_out)
         tape.record(op, copy_columns, x=x, out=out, n_copied=n_x - n_in, x_head=4 * n_x, out_head=4 * n_to)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gguf_run.kernels_cpu.attention.cache_types import FORMATS, CacheFormat
-from gguf_run.kernels_cpu.panels.panels import PARTS, ROWS, FloatPanel, IntPanel
+from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel, IntPanel
+from gguf_run.kernels_cpu.panels.planes import PARTS, bit_places
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.simd import I8, I16, I32, I64, Simd, Val
 from gguf_run.models.kv_cache import GROUP
@@ -68,11 +69,9 @@ def _floats(panel: FloatPanel, is_v: int, at: Val, row: Val, wide: Val, codes: V
 
 def _k_vectors(panel: IntPanel) -> Iterator[tuple[int, int, int, int, int]]:
     """Yield (vector i, bit of u, mask, plane, bit of the plane) for each part of u."""
-    plane = bit = 0
-    for width in PARTS[panel.bits]:
-        for i in range(8):
-            yield i, bit, ((1 << width) - 1) * _BYTES, plane + i % width, width * (i // width)
-        plane, bit = plane + width, bit + width
+    for i in range(8):
+        for plane, at, bit, mask in bit_places(panel, i):
+            yield i, bit, mask * _BYTES, plane, at
 
 
 def _move_k(s: Simd, panel: IntPanel, at: Val, row: Val, wide: Val, codes: Val, is_put: int) -> None:

@@ -12,7 +12,7 @@ from gguf_run.kernels_cpu.attention.cache_types import FORMATS, format_id
 from gguf_run.kernels_cpu.attention.float_tiles import VECTORS, value_tile
 from gguf_run.kernels_cpu.attention.int_tiles import scale_columns
 from gguf_run.kernels_cpu.attention.sizes import SPAN
-from gguf_run.kernels_cpu.matmul.int_tile import decode_blocks
+from gguf_run.kernels_cpu.matmul.int_tile import decode_blocks, load_factors
 from gguf_run.kernels_cpu.matmul.tile import load_floats
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, FloatPanel, Panel
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
@@ -26,7 +26,9 @@ def _columns(s: Simd, panel: Panel, k: Val, b: Val) -> list[Val]:
     if isinstance(panel, FloatPanel):
         at = k + b * (BLOCK * panel.step_bytes)
         return [load_floats(s, panel, at + c * panel.step_bytes) for c in range(BLOCK)]
-    block, columns = decode_blocks(s, panel, k, s.const(I64, 0), ROWS, b)[0], []
+    at, zero, columns = k + b * panel.span_bytes, s.const(I64, 0), []
+    factors = load_factors(s, panel, at, zero, ROWS)
+    block = next(decode_blocks(s, panel, at, factors, zero, ROWS, zero, in_order=False))
     for c in range(BLOCK):
         u = (block.quant(c // 4).as_type(I32) >> 8 * (c % 4)) & 0xFF
         value = (u - panel.offset).to(F32)

@@ -17,6 +17,7 @@ if COMPILING:
 
 _UNITS = 4  # a batch: units, of 4 panels, in a piece. The panels stay in the second-level cache
 _PAIR = 4 * ROWS  # bytes of 16 gates of a token; 16 numbers of `up` follow
+_NEXT = 512  # one token: bytes of the next panel, which is elsewhere, that are prefetched before a panel is read
 SCRATCH_BYTES = TOKENS * 2 * _PAIR
 
 
@@ -56,6 +57,7 @@ def matmul_gated(panel: int, activation: str) -> TapeOp:
                     w = a.w + (unit * (BLOCK // ROWS) + half) * a.group_bytes
                     for p in range(0, 2, n_here):
                         at, to = w + p * to_up, pair + p * _PAIR
+                        prefetch(w + (a.group_bytes if p else to_up), _NEXT if n_tokens == 1 else -1)
                         tile(panel, panels, count, at, to_up, a.n_steps, x, x_row, to, size, a.zeros, 0, ahead)
                     for i in range(count):
                         at = pair + i * size

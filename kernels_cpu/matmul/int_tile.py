@@ -3,10 +3,11 @@
 import functools
 import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from gguf_run.kernels_cpu.panels.panels import BLOCK, PARTS, ROWS, X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS, IntPanel
+from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, X_BLOCK_BYTES, X_D, X_D_SUMS, X_PAIR, X_SUMS, IntPanel
+from gguf_run.kernels_cpu.panels.planes import HIGHER, bit_places, is_paired
 from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val
 
 
@@ -53,17 +54,29 @@ def _run(
 ) -> list[Val]:
     """Return acc + the products over all steps, for the rows from `first` on that are the lanes of acc."""
     n_blocks, step_bytes = panel.columns // BLOCK, panel.span_bytes // panel.n_steps
+    lanes, in_order = acc[0].lanes, len(xs) == 1 and s.isa.lanes == ROWS
 
-    def step(k: Val, acc: list[Val]) -> list[Val]:
-        if ahead is not None:
-            prefetch_step(s, [w + k * step_bytes for w in ws], step_bytes, ahead)
-        stepped = [decode_blocks(s, panel, w, first, acc[0].lanes, k) for w in ws]
-        for n in range(n_blocks):
-            at = (k * n_blocks + n) * X_BLOCK_BYTES
-            acc = _add(s, panel, [blocks[n] for blocks in stepped], [x + at for x in xs], acc)
-        return acc
+    def span(j: Val, acc: list[Val]) -> list[Val]:
+        ats = [w + j * panel.span_bytes for w in ws]
+        if in_order and panel.n_steps > 1:
+            for at, line in itertools.product(ats, range(0, panel.quants_at, 64)):
+                s.prefetch(at + line)
+            s.keep_order()
+        factors = [load_factors(s, panel, at, first, lanes) for at in ats]
 
-    return s.loop(n_steps, acc, step)
+        def step(i: Val, acc: list[Val]) -> list[Val]:
+            if ahead is not None:
+                prefetch_step(s, [at + i * step_bytes for at in ats], step_bytes, ahead)
+            pairs = zip(ats, factors, strict=True)
+            stepped = [decode_blocks(s, panel, at, own, first, lanes, i, in_order) for at, own in pairs]
+            for n, blocks in enumerate(zip(*stepped, strict=True)):
+                x_at = ((j * panel.n_steps + i) * n_blocks + n) * X_BLOCK_BYTES
+                acc = (_add_paired if is_paired(panel) else _add)(s, panel, blocks, [x + x_at for x in xs], acc)
+            return acc
+
+        return s.loop(panel.n_steps, acc, step) if panel.n_steps > 1 else step(s.const(I64, 0), acc)
+
+    return s.loop(n_steps >> _log2(panel.n_steps), acc, span)
 
 
 def prefetch_step(s: Simd, addresses: list[Val], n_bytes: int, ahead: Val) -> None:
@@ -76,7 +89,7 @@ def prefetch_step(s: Simd, addresses: list[Val], n_bytes: int, ahead: Val) -> No
             s.prefetch(address + ahead + line, 2)
 
 
-def _add(s: Simd, shape: IntPanel, blocks: "list[_Block]", xs: list[Val], acc: list[Val]) -> list[Val]:
+def _add(s: Simd, shape: IntPanel, blocks: "tuple[_Block, ...]", xs: list[Val], acc: list[Val]) -> list[Val]:
     """Return acc + the products over the same 32 columns of all panels. xs: addresses of the tokens' blocks."""
     lanes, n_groups = acc[0].lanes, BLOCK // shape.group
     first_sum = 0 if n_groups == 1 else 4  # the sum of all 32 values, or of each half
@@ -107,49 +120,89 @@ def _add(s: Simd, shape: IntPanel, blocks: "list[_Block]", xs: list[Val], acc: l
     return acc
 
 
+def _add_paired(s: Simd, shape: IntPanel, blocks: "tuple[_Block, ...]", xs: list[Val], acc: list[Val]) -> list[Val]:
+    """As _add, for paired panels. A lane holds two sums of 16 bits: of columns 0 to 15, and of columns 16 to 31."""
+    lanes, new = acc[0].lanes, []
+    dots = [
+        [[s.dot_sum(s.const(I32, 0, lanes), shape.dot_bits + up) for up in (0, HIGHER)] for _ in blocks] for _ in xs
+    ]
+    for i in range(8):
+        us = [block.quant(i) for block in blocks]
+        for x, row in zip(xs, dots, strict=True):
+            x4 = s.load(x + 4 * i, I32, splat=lanes).as_type(I8)
+            for u, halves in zip(us, row, strict=True):
+                halves[i // 4].add(u, x4)
+    for t, x in enumerate(xs):
+        d, sums = s.load(x + X_D, F32, splat=lanes), s.load(x + X_PAIR, I32, splat=lanes).as_type(I16)
+        for p, (block, (low, high)) in enumerate(zip(blocks, dots[t], strict=True)):
+            pair = (low.total() & 0xFFFF | high.total() << 16 - HIGHER).as_type(I16)
+            if shape.offset:
+                pair = pair - (sums << _log2(shape.offset))
+            zero = s.const(I32, 0, lanes)
+            total = s.add_pairs(zero, pair, block.scales[0]).to(F32) * block.factors[0]
+            if shape.has_minimum:
+                total = s.fma(s.add_pairs(zero, block.minimums[0], sums).to(F32), block.factors[1], total)
+            new.append(s.fma(total, d, acc[t * len(blocks) + p]))
+    return new
+
+
 class _Block(NamedTuple):
     """32 columns of some rows."""
 
-    scales: list[Val]  # f32[rows] of each group; empty if all scales are 1
+    scales: list[Val]  # f32[rows] of each group; empty if all scales are 1. Paired: i16[2 * rows] of both groups
     minimums: list[Val]  # the same; empty if there are none
+    factors: list[Val]  # f32[rows]: of the scales and the minimums of a paired panel
     quant: Callable[[int], Val]  # from i to u of vector i: columns 4i to 4i + 3 of each row
 
 
-def load_quants(s: Simd, shape: IntPanel, planes: Val, lanes: int = ROWS) -> Callable[[int], Val]:
-    """Load the planes of 32 columns of `lanes` rows. Return a function from i to vector i of u, bytes."""
-    stored = [s.load(planes + 64 * plane, I8, 4 * lanes) for plane in range(shape.bits)]
+def load_quants(
+    s: Simd, shape: IntPanel, planes: Val, lanes: int = ROWS, in_order: bool = False
+) -> Callable[[int], Val]:
+    """Load the planes of 32 columns of `lanes` rows. Return a function from i to vector i of u, bytes.
+
+    in_order: see decode_blocks.
+    """
+    stored = []
+    for plane in range(shape.bits):
+        if in_order:
+            s.keep_order()
+        stored.append(s.load(planes + 64 * plane, I8, 4 * lanes))
 
     def quant(i: int) -> Val:
         if shape.bits == 8:
             return stored[i]
-        parts, plane, bit = [], 0, 0
-        for width in PARTS[shape.bits]:
-            mask = ((1 << width) - 1) << bit
-            parts.append(_moved(stored[plane + i % width], bit - width * (i // width)) & mask)
-            plane, bit = plane + width, bit + width
+        up = HIGHER * (i // 4) if is_paired(shape) else 0
+        places = bit_places(shape, i)
+        parts = [_moved(stored[plane], bit + up - at) & mask << bit + up for plane, at, bit, mask in places]
         u = functools.reduce(operator.or_, parts)
         return s.look_up([value + shape.offset for value in shape.codebook], u) if shape.codebook else u
 
     return quant
 
 
-def decode_blocks(s: Simd, shape: IntPanel, w: Val, first: Val, lanes: int, k: Val) -> list[_Block]:
-    """Decode the scales of step k, and load its planes, for `lanes` rows of the panel at w from row `first` on."""
-    one = shape.n_steps == 1
-    span, i = (k, s.const(I64, 0)) if one else (k >> _log2(shape.n_steps), k & (shape.n_steps - 1))
-    at = w + span * shape.span_bytes
-    factors = [s.load(at + first * 2 + 2 * ROWS * n, F16, lanes).to(F32) for n in range(shape.n_factors)]
+def load_factors(s: Simd, shape: IntPanel, at: Val, first: Val, lanes: int) -> list[Val]:
+    """Load the factors of the span at `at`, f32, for `lanes` rows from row `first` on."""
+    return [s.load(at + first * 2 + 2 * ROWS * n, F16, lanes).to(F32) for n in range(shape.n_factors)]
+
+
+def decode_blocks(
+    s: Simd, shape: IntPanel, at: Val, factors: list[Val], first: Val, lanes: int, i: Val, in_order: bool
+) -> Iterator[_Block]:
+    """Decode the scales of step i of the span at `at`, then load its planes, for `lanes` rows from row `first` on.
+
+    in_order: all lines are asked for in the order of their addresses, the scales of all steps of the span first. Else
+        the CPU's own prefetchers do not see one stream, and one token takes up to a fifth longer.
+    """
     scales, minimums = _head(s, shape, at + i * shape.head_bytes + 2 * ROWS * shape.n_factors, first, lanes)
-    if factors:
+    if factors and not is_paired(shape):
         scales = [scale * factors[0] for scale in scales]
         minimums = [minimum * factors[1] for minimum in minimums]
     quants = at + first * 4 + i * shape.step_bytes + shape.quants_at
-    blocks, per = [], BLOCK // shape.group
+    per = 1 if is_paired(shape) else BLOCK // shape.group
     for n in range(shape.columns // BLOCK):
         groups = slice(per * n, per * n + per)
-        quant = load_quants(s, shape, quants + 64 * shape.bits * n, lanes)
-        blocks.append(_Block(scales[groups], minimums[groups], quant))
-    return blocks
+        quant = load_quants(s, shape, quants + 64 * shape.bits * n, lanes, in_order)
+        yield _Block(scales[groups], minimums[groups], factors, quant)
 
 
 def _head(s: Simd, shape: IntPanel, at: Val, first: Val, lanes: int) -> tuple[list[Val], list[Val]]:
@@ -160,15 +213,17 @@ def _head(s: Simd, shape: IntPanel, at: Val, first: Val, lanes: int) -> tuple[li
         return s.load(at + first + ROWS * i, I8, lanes).to(I32, signed=name == "k8")
 
     match name:
-        case "k4":
-            both = [byte(i) for i in range(n)]
-            return [(v & 15).to(F32) for v in both], [(v >> 4).to(F32) for v in both]
+        case "k3" | "k4":
+            pair = s.load(at + first * 2, I8, 2 * lanes).to(I16, signed=False)
+            if name == "k4":
+                return [pair & 15], [pair >> 4]
+            nibbles = byte(2)
+            second = ((nibbles | nibbles << 12) & 0xF000F).as_type(I16) | pair >> 2 & 0x30
+            return [v - 32 for v in (pair & 63, second)], []
         case "k6":
             low = [byte(i) for i in range(3)]
             six = [v & 63 for v in low] + [low[0] >> 6 | (low[1] >> 6) << 2 | (low[2] >> 6) << 4]
-            if shape.has_minimum:
-                return [v.to(F32) for v in six[:n]], [v.to(F32) for v in six[n:]]
-            return [(v - 32).to(F32) for v in six], []
+            return [v.to(F32) for v in six[:n]], [v.to(F32) for v in six[n:]]
         case "k8":
             return [byte(i).to(F32) for i in range(n)], []
         case "none":

@@ -1,8 +1,10 @@
 """Unpacked blocks of 16 rows become spans of an integer panel: called by the kernel of repack.py."""
 
 import functools
+import operator
 
-from gguf_run.kernels_cpu.panels.panels import BLOCK, PANELS, PARTS, ROWS, IntPanel
+from gguf_run.kernels_cpu.panels.panels import BLOCK, PANELS, ROWS, IntPanel
+from gguf_run.kernels_cpu.panels.planes import bit_places
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, Simd, Val
 
@@ -33,8 +35,8 @@ def pack(s: Simd, panel: int, n_columns: int, q: Val, scale: Val, minimum: Val, 
         numbers = [at + k * (4 * ROWS * per) for at in (scale, minimum)[: 1 + shape.has_minimum]]
         fields = _heads(s, shape, [s.load(at + 4 * ROWS * g, F32, ROWS) for at in numbers for g in range(per)])
         head = to + i * shape.head_bytes + 2 * ROWS * shape.n_factors
-        for n, field in enumerate(fields):
-            s.store(field, head + shape.head_bytes // len(fields) * n)
+        for n, field in enumerate(fields):  # only the last one may be smaller
+            s.store(field, head + -(-shape.head_bytes // (16 * len(fields))) * 16 * n)
         quants = to + i * shape.step_bytes + shape.quants_at
         for b in range(shape.columns // BLOCK):
             at = q + k * shape.columns + BLOCK * b
@@ -66,19 +68,19 @@ def _across(s: Simd, rows: list[Val]) -> list[Val]:
 def _planes(panel: IntPanel, vectors: list[Val]) -> list[Val]:
     """Return the planes (panels.py) of eight vectors of q, or of codes."""
     u = vectors if panel.codebook else [v + panel.offset for v in vectors]
-    planes: list[Val] = []
-    bit = 0
-    for width in PARTS[panel.bits]:
-        mask = (1 << width) - 1
-        for plane in range(width):
-            parts = [_shifted((u[i] >> bit) & mask, width * (i // width)) for i in range(plane, 8, width)]
-            planes.append(functools.reduce(lambda a, b: a | b, parts))
-        bit += width
-    return planes
+    planes: list[list[Val]] = [[] for _ in range(panel.bits)]
+    for i in range(8):
+        for plane, at, bit, mask in bit_places(panel, i):
+            planes[plane].append(_shifted((u[i] >> bit) & mask, at))
+    return [functools.reduce(operator.or_, parts) for parts in planes]
 
 
 def _shifted(v: Val, left: int) -> Val:
     return (v.as_type(I16) << left).as_type(I8)  # no bit leaves its byte
+
+
+def _neighbours(s: Simd, x: Val, y: Val) -> Val:
+    return s.zip(x, y, 0, ROWS)
 
 
 def _heads(s: Simd, panel: IntPanel, numbers: list[Val]) -> list[Val]:
@@ -93,10 +95,13 @@ def _heads(s: Simd, panel: IntPanel, numbers: list[Val]) -> list[Val]:
         case "k8":
             return [v.to(I8) for v in words]
         case "k4":
-            return [(words[g] | words[n + g] << 4).to(I8) for g in range(n)]
+            return [_neighbours(s, *[(words[g] | words[n + g] << 4).to(I8) for g in range(n)])]
+        case "k3":
+            a, b, c, d = (v + 32 for v in words)
+            pair = _neighbours(s, *[(low | (high >> 4) << 6).to(I8) for low, high in ((a, c), (b, d))])
+            return [pair, ((c & 15) | (d & 15) << 4).to(I8)]
         case "k6":
-            six = words if panel.has_minimum else [v + 32 for v in words]
-            return [(six[i] | ((six[3] >> 2 * i) & 3) << 6).to(I8) for i in range(3)]
+            return [(words[i] | ((words[3] >> 2 * i) & 3) << 6).to(I8) for i in range(3)]
         case _:  # e8m0: see e8m0_half
             bits = numbers[0].as_type(I32)
             e = s.select((bits >> 23).compare("==", 0), (bits >> 22) & 1, (bits >> 23) + 1)

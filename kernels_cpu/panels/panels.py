@@ -8,8 +8,7 @@ An integer panel holds weight = scale * (u - offset) (+ minimum) with unsigned u
     quants   for each block of 32 columns    [planes][16][4] u8
 
 A plane is 64 bytes: 4 for each row. Unpacked, a block is eight vectors of 64 bytes: byte c of row r of vector i is
-column 4i + c. Vectors are stored in parts of 1, 2, 4 or 8 bits, lowest bits first. A part of w bits takes w planes:
-vector i is in plane i % w, at bit w * (i // w). For example
+column 4i + c. planes.py says where their bits are in the planes. For example
 
     4 bits   vectors 0..3 in the low nibbles of 4 planes, vectors 4..7 in the high nibbles
     5 bits   the same, and a plane with the fifth bits
@@ -23,7 +22,7 @@ An integer panel is multiplied with int8 activations. They are blocks of 32 colu
     byte 32   f32 d: number = d * value
     byte 36   i32 sums of values 0..31, 0..15, 16..31
     byte 48   f32 d * each of these sums
-    byte 60   unused
+    byte 60   i16 sums of values 0..15, 16..31
 """
 
 from collections.abc import Iterable
@@ -38,7 +37,7 @@ ROWS = 16  # rows of a panel: f32 lanes of a 64-byte vector
 BLOCK = 32  # columns of a block of activations, and of a set of planes
 TOKENS = 8  # tokens of a tile, at most (Isa.tokens). A batch is computed in whole tiles: buffers have spare rows
 X_BLOCK_BYTES = 64  # of a block of activations, and where its fields are
-X_D, X_SUMS, X_D_SUMS = 32, 36, 48
+X_D, X_SUMS, X_D_SUMS, X_PAIR = 32, 36, 48, 60
 
 
 @frozen
@@ -59,13 +58,13 @@ SCALES = {
         Scales("f32", 32, False, 4),  # all other types
         Scales("e8m0", 32, False, 1, "MXFP4"),  # an exponent, see formats/blocks/scalars.py
         Scales("none", 32, False, 0),  # all scales are 1
-        Scales("k4", 32, True, 0.5, "Q2_K"),  # a byte: the scale is the low nibble, the minimum the high nibble
-        # Three bytes: four numbers of 6 bits, the fourth made of the top bits of the bytes; less 32 without minimums.
-        Scales("k6", 64, True, 0.75, "Q3_K Q4_K Q5_K"),
+        Scales("k4", 32, True, 0.5, "Q2_K"),  # see planes.py
+        Scales("k3", 64, True, 0.75, "Q3_K"),  # see planes.py
+        # Three bytes: four numbers of 6 bits, the fourth made of the top bits of the bytes.
+        Scales("k6", 64, True, 0.75, "Q4_K Q5_K"),
         Scales("k8", 32, True, 1, "Q6_K IQ4_XS"),  # an int8
     )
 }
-PARTS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # bits of a stored u -> bits of its parts
 
 
 @frozen
@@ -142,9 +141,7 @@ class FloatPanel:
 
 def _int_panel(form: IntegerForm) -> IntPanel:
     """Return the narrowest panel that holds a tensor type exactly."""
-    offset = 0
-    while offset < -form.q_min:
-        offset = max(1, 2 * offset)
+    offset = 1 << (-form.q_min - 1).bit_length() if form.q_min < 0 else 0
     dot_bits = (form.q_max + offset).bit_length()
     bits = max(2, dot_bits) if dot_bits <= 6 else 8
     scales = next((row for row in SCALES.values() if form.type.name in row.types.split()), SCALES["f32"])

@@ -181,6 +181,10 @@ class Simd:
         pointer = Val(self, self.b.inttoptr(address.ir, I8.as_pointer()))
         self.call(name, void, pointer, self.const(I32, 0), self.const(I32, 4 - level), self.const(I32, 1))
 
+    def keep_order(self) -> None:
+        """Keep the compiler from moving loads and stores across this place. No instruction comes of it."""
+        self.b.fence("seq_cst", "singlethread")
+
     def shuffle(self, value: Val, lanes: Sequence[int] | range) -> Val:
         return self._shuffle(value.ir, ir.Constant(value.type, ir.Undefined), lanes)
 

@@ -48,23 +48,21 @@ class Latent:
         return ()
 
     def tensors(self, il: int) -> tuple[Shapes, Shapes]:
-        n_query, n_nope, n_head = self.n_head * (self.n_nope + self.n_rot), self.n_nope, self.n_head
-        found: Shapes = {
-            "attn_kv_a_mqa.weight": (self.n_embd, self.n_row),
-            "attn_kv_a_norm.weight": (self.n_latent,),
-            "attn_output.weight": (self.n_head * self.n_value, self.n_embd),
+        n_embd, n_latent, n_head, n_q = self.n_embd, self.n_latent, self.n_head, self.n_q
+        n_query, n_values = n_head * (self.n_nope + self.n_rot), n_head * self.n_value
+        found = {
+            "attn_kv_a_mqa": (n_embd, self.n_row),
+            "attn_kv_a_norm": (n_latent,),
+            "attn_output": (n_values, n_embd),
         }
-        heads: Shapes = {
-            "attn_k_b.weight": (n_nope, self.n_latent, n_head),
-            "attn_v_b.weight": (self.n_latent, self.n_value, n_head),
-        }
-        merged: Shapes = {"attn_kv_b.weight": (self.n_latent, n_head * (n_nope + self.n_value))}
-        if self.n_q:
-            found |= {"attn_q_a.weight": (self.n_embd, self.n_q), "attn_q_a_norm.weight": (self.n_q,)}
-            found["attn_q_b.weight"] = self.n_q, n_query
+        if n_q:
+            found |= {"attn_q_a": (n_embd, n_q), "attn_q_a_norm": (n_q,), "attn_q_b": (n_q, n_query)}
         else:
-            found["attn_q.weight"] = self.n_embd, n_query
-        return (found | merged, {}) if self.is_merged else (found | heads, merged)
+            found["attn_q"] = n_embd, n_query
+        heads = {"attn_k_b": (self.n_nope, n_latent, n_head), "attn_v_b": (n_latent, self.n_value, n_head)}
+        merged: Shapes = {"attn_kv_b.weight": (n_latent, n_head * self.n_nope + n_values)}
+        named: Shapes = {f"{name}.weight": ne for name, ne in (found if self.is_merged else found | heads).items()}
+        return (named | merged, {}) if self.is_merged else (named, merged)
 
     def add(self, step: Any, il: int, h: Buffer, cache: CacheLayer[Any, Any]) -> bool:
         load, block, n_query = step.load, f"blk.{il}.", self.n_nope + self.n_rot
@@ -100,24 +98,16 @@ class Latent:
 
 def read(keys: Keys) -> Latent:
     is_merged = keys.get("attention.key_length_mla") is None
-    n_query, n_value = (
-        keys.integer(f"attention.{name}_length{'' if is_merged else '_mla'}") for name in ("key", "value")
-    )
+    end = "" if is_merged else "_mla"
+    n_query, n_value = (keys.integer(f"attention.{name}_length{end}") for name in ("key", "value"))
     n_rot, n_latent = keys.integer("rope.dimension_count"), keys.integer("attention.kv_lora_rank")
     if n_rot >= n_query:
         raise keys.wrong("rope.dimension_count", f"less than the length of a key, {n_query}")
     if n_latent % BLOCK:
         raise keys.wrong("attention.kv_lora_rank", f"a multiple of {BLOCK}")
-    return Latent(
-        n_embd=keys.integer("embedding_length"),
-        n_head=keys.integer("attention.head_count"),
-        n_nope=n_query - n_rot,
-        n_rot=n_rot,
-        n_latent=n_latent,
-        n_value=n_value,
-        n_q=keys.integer("attention.q_lora_rank", 0, low=0),
-        is_merged=is_merged,
-    )
+    n_embd, n_head = keys.integer("embedding_length"), keys.integer("attention.head_count")
+    n_q = keys.integer("attention.q_lora_rank", 0, low=0)
+    return Latent(n_embd, n_head, n_query - n_rot, n_rot, n_latent, n_value, n_q, is_merged)
 
 
 def as_one_head(keys: Keys, latent: Latent) -> Keys:
@@ -131,8 +121,7 @@ def as_one_head(keys: Keys, latent: Latent) -> Keys:
         m = keys.number("rope.scaling.yarn_log_multiplier", 0.0)
     larger = yarn_attention(keys.number("rope.scaling.factor", 1.0), 10 * m)
     changed: dict[str, Any] = {
-        "attention.key_length": latent.n_row,
-        "attention.value_length": latent.n_row,
+        **dict.fromkeys(("attention.key_length", "attention.value_length"), latent.n_row),
         "attention.head_count_kv": 1,
         "attention.scale": larger**2 * (latent.n_nope + latent.n_rot) ** -0.5,
         **({"rope.scaling.yarn_attn_factor": 1.0} if m else {}),

@@ -4,7 +4,7 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -96,7 +96,7 @@ def _load(
     if plan.n_ctx > (trained := plan.config.n_ctx_train):
         warning = f"context of {plan.n_ctx} tokens: the model was trained with {trained}, beyond it answers get worse"
         warnings.warn(warning, stacklevel=4)
-    n_threads, tune = _tuned(plan, options.n_threads)
+    n_threads, tune = tuned([(t.type.name, t.nbytes) for t in plan.tensors], options.n_threads)
     computes = CPU in (*placement.layers, *placement.experts)
     compiling = _helper(file.path, options.quantize, plan.cache, n_threads) if computes else nullcontext()
     with ThreadPoolExecutor(1) as pool, compiling, _gpu_errors(gpus):
@@ -140,18 +140,19 @@ def _load(
     return replace(loaded, tuning=tune(backends[CPU])) if computes else loaded
 
 
-def _tuned(plan: MemoryPlan, n_threads: int | None) -> "tuple[int, Callable[[CpuBackend], str]]":
+def tuned(sizes: Collection[tuple[str, int]], n_threads: int | None) -> "tuple[int, Callable[[CpuBackend], str]]":
     """Return the threads that compute, and a function that gives a backend this machine's numbers (isa.Tuning).
 
     The function measures them if nobody has, once all else is done. It returns a line for people.
+    sizes: type and bytes of each tensor.
     """
-    panel = main_panel((tensor.type.name, tensor.nbytes) for tensor in plan.tensors)
+    panel = main_panel(sizes)
     path, n_cores = tuning_path(panel), min(default_threads(), MAX_THREADS)
     stored = stored_tuning(path)
 
     def tune(backend: "CpuBackend") -> str:
         found, how = stored or Tuning(), "measured before" if stored else "defaults"
-        if stored is None and path is not None and sum(t.nbytes for t in plan.tensors) >= _MEASURED_FROM:
+        if stored is None and path is not None and sum(size for _, size in sizes) >= _MEASURED_FROM:
             from gguf_run.kernels_cpu.measure.tune import tune_once
 
             found, how = tune_once(path, panel, n_cores, available_memory())

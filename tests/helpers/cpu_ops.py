@@ -18,7 +18,8 @@ from gguf_run.formats.blocks.unpack import INTEGER_FORMS
 from gguf_run.formats.gguf.tensors import TensorInfo
 from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.kernels_cpu.panels.memory import WeightPart
-from gguf_run.kernels_cpu.panels.panels import BLOCK, PARTS, ROWS, X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS, IntPanel
+from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS, IntPanel
+from gguf_run.kernels_cpu.panels.planes import bit_places, is_paired
 from gguf_run.kernels_cpu.vector.simd import I16
 from gguf_run.models.backend import CacheType, Run
 from gguf_run.models.operands import AttentionShape, Buffer
@@ -231,13 +232,9 @@ def unpack_panel(part: WeightPart, n_in: int) -> np.ndarray:
     planes = _bytes(spans, panel.quants_at, panel.span_bytes)
     planes = planes.reshape(n_group, -1, panel.bits, ROWS, 4)  # of blocks of 32 columns
     u = np.zeros((*planes.shape[:2], 8, ROWS, 4), np.int16)
-    first = bit = 0
-    for width in PARTS[panel.bits]:
-        for i in range(8):
-            u[:, :, i] |= (
-                planes[:, :, first + i % width].astype(np.int16) >> width * (i // width) & (1 << width) - 1
-            ) << bit
-        first, bit = first + width, bit + width
+    for i in range(8):
+        for plane, at, bit, mask in bit_places(panel, i):
+            u[:, :, i] |= (planes[:, :, plane].astype(np.int16) >> at & mask) << bit
     if panel.codebook:
         u = np.array(panel.codebook)[u] + panel.offset
     assert u.max() < 1 << panel.dot_bits
@@ -258,11 +255,17 @@ def _head_twin(panel: IntPanel, heads: np.ndarray) -> np.ndarray:
     if name in ("f16", "f32"):
         return heads.view({"f16": "f2", "f32": "f4"}[name]).astype(np.float32).reshape(*heads.shape[:-1], -1, ROWS)
     fields = heads.reshape(*heads.shape[:-1], -1, ROWS).astype(np.int32)
-    if name == "k4":
-        fields = np.concatenate([fields & 15, fields >> 4], axis=-2)
+    if is_paired(panel):  # the first two fields alternate
+        pair = fields[..., :2, :].reshape(*heads.shape[:-1], ROWS, 2).swapaxes(-1, -2)
+        nibbles = fields[..., 2:, :]
+        if name == "k4":
+            fields = np.concatenate([pair & 15, pair >> 4], axis=-2)
+        else:
+            second = np.concatenate([nibbles & 15, nibbles >> 4], axis=-2) | pair >> 6 << 4
+            fields = np.concatenate([pair & 63, second], axis=-2) - 32
     elif name == "k6":
         fourth = np.sum([(fields[..., i, :] >> 6) << 2 * i for i in range(3)], axis=0)
-        fields = np.concatenate([fields & 63, fourth[..., None, :]], axis=-2) - (0 if panel.has_minimum else 32)
+        fields = np.concatenate([fields & 63, fourth[..., None, :]], axis=-2)
     elif name == "k8":
         fields = fields.astype(np.uint8).view(np.int8)
     else:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import hf_tiny
 import numpy as np
 import pytest
 import tiny
@@ -10,10 +11,12 @@ from cpu_ops import cpu, error
 from numpy_backend import NumpyBackend
 from tiny import IDS
 
+from gguf_run.formats.errors import GgufRunError
 from gguf_run.models.backend import CacheType
 from gguf_run.models.decoder import Decoder
 from gguf_run.models.kv_moves import export, restore, shift
 from gguf_run.models.ops import Attend, MatmulGated
+from gguf_run.runtime.convert.open_checkpoint import open_checkpoint
 
 pytest.importorskip("transformers")
 
@@ -104,3 +107,46 @@ def test_layers_behind_the_last_cache_see_only_the_wanted_rows(tmp_path: Path) -
         assert [op.k is None for op in program.parts[0] if isinstance(op, Attend)] == [False] * 4
         assert [op.k is None for op in program.after if isinstance(op, Attend)] == [True] * 2
         assert sum(isinstance(op, MatmulGated) for op in program.after) == 3  # of the last layer with a cache, too
+
+
+def test_parts_on_several_backends(tmp_path: Path) -> None:
+    """What passes from one to the next: streams, embeddings for layers, what experts and the dense ffn have made."""
+    for name, cut in (("gemma4-26", 1), ("gemma3n", 2)):
+        model = tiny.make(tmp_path / name, *TINY[name])
+        with tiny.opened(tmp_path / name) as (config, tensors):
+            own, other = cpu(2), cpu(1)
+            backends = [other] * cut + [own] * (config.n_layer - cut)
+            kinds, experts = [CacheType("f32", "f32")] * config.n_layer, [own] * config.n_layer
+            decoder = Decoder(config, tensors, backends, 64, 16, cache_types=kinds, embedding=own, experts=experts)
+            found = np.concatenate([block.copy() for block in decoder.forward(IDS[:40], 40)])
+        assert error(found, hf_tiny.logits(model, IDS[:40])) < 1e-4
+
+
+def test_a_table_with_fewer_rows_than_tokens(tmp_path: Path) -> None:
+    tiny.make(tmp_path, *TINY["gemma3n"])
+    with open_checkpoint(tmp_path) as whole:
+        rows = whole.tensors["per_layer_token_embd.weight"].blocks()
+    tiny.make(tmp_path, TINY["gemma3n"][0], {**TINY["gemma3n"][1], "vocab_size_per_layer_input": 280})
+    with open_checkpoint(tmp_path) as file:
+        blocks = file.tensors["per_layer_token_embd.weight"].blocks()
+    assert blocks.shape == rows.shape
+    assert blocks[:280].any(axis=1).all()
+    assert not blocks[280:].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("gemma4-e", {"gemma4.attention.shared_kv_layers": 5}, r"shared_kv_layers is 5, must be so few"),
+        ("gemma4-e", {"gemma4.attention.sliding_window_pattern": None}, r"sliding_window_pattern is missing"),
+        ("gemma4-e", {"gemma4.attention.value_length_swa": 8}, r"value_length_swa is 8, must be the same"),
+        ("gemma4-e", {"gemma4.embedding_length_per_layer_input": 0}, r"tensor '?per_layer_token_embd.weight"),
+        ("gemma4-26", {"gemma4.expert_feed_forward_length": 41}, r"tensor blk.0.ffn_gate_up_exps.weight has 72 x 80"),
+        ("gemma3n", {"gemma3n.altup.active_idx": 1}, r"altup.active_idx is 1, must be"),
+        ("gemma3n", {"gemma3n.activation_sparsity_scale": np.zeros(3, np.float32)}, r"must be 6 numbers"),
+    ],
+)
+def test_wrong_keys(name: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    tiny.make(tmp_path, *TINY[name])
+    with pytest.raises(GgufRunError, match=message), tiny.opened(tmp_path, **changes):
+        pass

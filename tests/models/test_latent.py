@@ -104,17 +104,17 @@ def test_contexts_of_two_sequences(name: str, tmp_path: Path) -> None:
 def test_files_with_keys_and_values_merged(tmp_path: Path) -> None:
     """As old programs wrote them: one tensor for both, the sizes of plain attention."""
     tiny.make(tmp_path, *TINY["V3"])
-    with tiny.opened(tmp_path) as (config, tensors):
-        expected = tiny.logits(config, tensors, cpu(2), (20,))
-        old, n_head = dict(tensors), config.n_head
+    with tiny.open_checkpoint(tmp_path) as file:
+        config = ModelConfig.from_metadata(file.metadata, file.tensors)
+        expected = tiny.logits(config, file.tensors, cpu(2), (20,))
+        old, n_head = dict[str, Any](file.tensors), config.n_head
         for il in range(config.n_layer):
             k, v = (old.pop(f"blk.{il}.{name}.weight") for name in ("attn_k_b", "attn_v_b"))
             parts = [dequantize(t.blocks(), t.type).reshape(n_head, -1, t.ne[0]) for t in (k, v)]
             rows = np.concatenate([parts[0].swapaxes(1, 2), parts[1]], axis=1).reshape(-1, k.ne[1])
             name, data = f"blk.{il}.attn_kv_b.weight", np.ascontiguousarray(rows).view(np.uint8)
             old[name] = MemoryTensor(name, k.type, rows.shape[::-1], data)
-    with tiny.opened(tmp_path) as (_, _), tiny.open_checkpoint(tmp_path) as file:
         sizes = {"key_length": 32, "value_length": 20, "key_length_mla": None, "value_length_mla": None}
         changed = {f"deepseek2.attention.{key}": value for key, value in {**sizes, "head_count_kv": n_head}.items()}
         config = ModelConfig.from_metadata({**file.metadata, **changed}, old)
-        assert error(tiny.logits(config, {**old}, cpu(2), (20,)), expected) < 1e-6
+        assert error(tiny.logits(config, old, cpu(2), (20,)), expected) < 1e-6

@@ -20,16 +20,14 @@ from gguf_run.runtime.convert.layout import (
 from gguf_run.runtime.convert.stored.checkpoint import Config
 from gguf_run.runtime.convert.stored.sources import rows, transposed
 
+_PARTS = {
+    "q_proj": "attn_q", "q_a_proj": "attn_q_a", "q_a_layernorm": "attn_q_a_norm", "q_b_proj": "attn_q_b",
+    "kv_a_proj_with_mqa": "attn_kv_a_mqa", "kv_a_layernorm": "attn_kv_a_norm", "o_proj": "attn_output",
+}  # fmt: skip
 _LAYER: Names = {
     **PRE_NORMS,
-    "self_attn.q_proj": "attn_q",
-    "self_attn.q_a_proj": "attn_q_a",
-    "self_attn.q_a_layernorm": "attn_q_a_norm",
-    "self_attn.q_b_proj": "attn_q_b",
-    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
-    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    **{f"self_attn.{part}": name for part, name in _PARTS.items()},
     "self_attn.kv_b_proj": ("attn_k_b", "attn_v_b"),
-    "self_attn.o_proj": "attn_output",
     **DENSE,
     **MOE,
     "mlp.gate.e_score_correction": "exp_probs_b",
