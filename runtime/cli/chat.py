@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.cli.chat_commands import Chat, completions, last_turns, run_command
 from gguf_run.runtime.cli.chat_input import Interrupts, inputs, line_editing
-from gguf_run.runtime.cli.conversation import Conversation, open_reasoning, show
+from gguf_run.runtime.cli.conversation import Conversation, show
 from gguf_run.runtime.cli.describe import describe
+from gguf_run.runtime.terminal.reasoning import open_reasoning
 from gguf_run.runtime.terminal.text import message, on_terminal
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from gguf_run.formats.errors import GgufRunError, OptionError
-from gguf_run.runtime.terminal.text import decode_text, read_text
+from gguf_run.runtime.terminal.text import decode_text
+from gguf_run.runtime.terminal.text_input import read_text
 
 MAX_TOOLS_BYTES = 64 << 20
 

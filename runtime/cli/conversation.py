@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,18 +95,6 @@ def _renderer(is_wanted: bool) -> Callable[[Iterable[str]], Iterator[str]] | Non
     from gguf_run.runtime.terminal.markdown import rendered
 
     return rendered
-
-
-def open_reasoning(model: "Model", messages: Conversation, options: Mapping[str, Any]) -> str | None:
-    """Return the tag of a block of reasoning that the prompt of an answer has opened.
-
-    None if there is none, or if the output has no colours to show it. options: arguments of Model.chat.
-    """
-    if not has_colours():
-        return None
-    from gguf_run.runtime.terminal.reasoning import open_tag
-
-    return open_tag(model.chat_prompt(messages, options.get("tools"), options.get("template_options")))
 
 
 def answer_facts(model: "Model") -> list[str]:

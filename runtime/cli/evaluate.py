@@ -11,7 +11,7 @@ from gguf_run.formats.errors import OptionError
 from gguf_run.runtime.cli import complete
 from gguf_run.runtime.cli.common import Command, tool
 from gguf_run.runtime.cli.options import CTX_SIZE, DEVICE_OPTIONS, PATH, RUNTIME_OPTIONS, option
-from gguf_run.runtime.terminal.text import read_text
+from gguf_run.runtime.terminal.text_input import read_text
 
 if TYPE_CHECKING:
     from gguf_run.runtime.evaluate.choices import Accuracy, Question

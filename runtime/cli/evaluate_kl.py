@@ -23,7 +23,8 @@ from gguf_run.runtime.evaluate.logits_file import (
 from gguf_run.runtime.evaluate.perplexity import perplexity
 from gguf_run.runtime.evaluate.text import N_CTX, Block, Chunk, Scorer, bos_of, cut_chunks, tokens_of, window_size
 from gguf_run.runtime.hub.find import find_model
-from gguf_run.runtime.terminal.text import message, read_text
+from gguf_run.runtime.terminal.text import message
+from gguf_run.runtime.terminal.text_input import read_text
 
 _LABELS = {  # by figure: its label, and whether it is shown in percent
     "perplexity": ("perplexity", False),

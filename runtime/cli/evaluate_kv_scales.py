@@ -17,7 +17,7 @@ from gguf_run.runtime.load.cache_plan import check_type
 from gguf_run.runtime.load.kv_scales import LayerScales, write_scales
 from gguf_run.runtime.terminal.progress import progress
 from gguf_run.runtime.terminal.table import table
-from gguf_run.runtime.terminal.text import read_text
+from gguf_run.runtime.terminal.text_input import read_text
 
 
 def run(

@@ -14,7 +14,8 @@ from gguf_run.formats.errors import OptionError
 from gguf_run.runtime.cli import complete
 from gguf_run.runtime.cli.common import tool
 from gguf_run.runtime.cli.options import PATH, RUNTIME_OPTIONS, option
-from gguf_run.runtime.terminal.text import message, read_text
+from gguf_run.runtime.terminal.text import message
+from gguf_run.runtime.terminal.text_input import read_text
 
 if TYPE_CHECKING:
     from gguf_run.formats.gguf.imatrix import Imatrix

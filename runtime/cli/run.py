@@ -19,7 +19,6 @@ from gguf_run.runtime.cli.conversation import (
     answer_facts,
     context_used,
     conversation,
-    open_reasoning,
     show,
 )
 from gguf_run.runtime.cli.options import (
@@ -36,7 +35,7 @@ from gguf_run.runtime.cli.options import (
     to_load_options,
 )
 from gguf_run.runtime.sampling.params import SamplingParams
-from gguf_run.runtime.terminal.text import decode_text, message, on_terminal, read_stdin, read_text
+from gguf_run.runtime.terminal.text import decode_text, message, on_terminal
 
 if TYPE_CHECKING:
     from gguf_run.runtime.chat.process import TemplateProcess
@@ -241,6 +240,8 @@ class _Task:
             else:
                 messages.append({"role": "user", "content": self.text})
                 pieces = model.chat(messages, **self.generating, **self.chatting)
+                from gguf_run.runtime.terminal.reasoning import open_reasoning
+
                 answer = show(model, pieces, tag=open_reasoning(model, messages, self.chatting))
                 messages.append({"role": "assistant", "content": answer})
             if self.kind != "chat" and model.stats.finish == "length" and not self.has_limit:
@@ -258,12 +259,16 @@ def _prompt(values: Mapping[str, Any], kind: str) -> str | None:
     if given and file is None:
         text = _argument(*given.values(), *given)
     elif file not in (None, "-"):
+        from gguf_run.runtime.terminal.text_input import read_text  # late: most prompts are arguments
+
         text = read_text(Path(str(file)), MAX_PROMPT_BYTES)
     elif kind == "chat" and file is None:
         return None
     elif sys.stdin is None or sys.stdin.isatty():
         raise click.UsageError("Nothing to answer: give PROMPT, --prompt, --file, --chat, or text on stdin.")
     else:
+        from gguf_run.runtime.terminal.text_input import read_stdin
+
         text = read_stdin(MAX_PROMPT_BYTES)
     if not text.strip():
         raise GgufRunError("the prompt is empty: write something after --prompt, into the --file or on stdin")

@@ -9,7 +9,7 @@ from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.runtime.cli import complete
 from gguf_run.runtime.cli.common import tool
 from gguf_run.runtime.hub.find import find_model
-from gguf_run.runtime.terminal.text import read_stdin, read_text
+from gguf_run.runtime.terminal.text_input import read_stdin, read_text
 
 # Lines printed by one write: single lines are slow, and `| head` would wait for all lines together.
 LINES_AT_ONCE = 1000

@@ -19,6 +19,7 @@ from gguf_run.kernels_cpu.vector import isa
 from gguf_run.models.architectures import EXPERTS, LAYER_SHAPES, MODEL_SHAPES, architecture
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
+from gguf_run.runtime.load.advice import largest_context
 from gguf_run.runtime.load.machine import available_memory, default_threads
 from gguf_run.runtime.load.memory import MemoryPlan
 from gguf_run.runtime.load.options import DEFAULT_N_CTX
@@ -145,8 +146,8 @@ def fit_row(name: str, config: ModelConfig, tensors: Sequence[TensorInfo], machi
     for kind in CACHES:
         if plan.allows(kind):
             largest = MemoryPlan(config, tensors, config.n_ctx_train, plan.with_type(kind).cache)
-            contexts[kind] = largest.largest_context(
-                lambda p: machine.available is None or rest + p.cache_bytes() <= machine.available
+            contexts[kind] = largest_context(
+                largest, lambda p: machine.available is None or rest + p.cache_bytes() <= machine.available
             )
     decode, prefill = speeds(config, tensors, machine.limits)
     return {

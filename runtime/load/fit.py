@@ -15,6 +15,7 @@ from gguf_run.kernels_gpu.attention.cache_types import cache_format
 from gguf_run.kernels_gpu.panels.panels import matrix_bytes
 from gguf_run.kernels_gpu.sizes import cache_bytes, program_bytes
 from gguf_run.models.config import ModelConfig
+from gguf_run.runtime.load.advice import largest_context
 from gguf_run.runtime.load.cache_plan import state_bytes
 from gguf_run.runtime.load.memory import N_OUTPUTS, MemoryNeed, MemoryPlan, WeightSizes
 from gguf_run.runtime.load.options import Wanted
@@ -203,7 +204,7 @@ def _too_small(plan: MemoryPlan, n_gpu: int, split: Sequence[float], free: Mappi
     needs = {device: needed(placement, device, sizes) for device in placement.devices if device != CPU}
     device, need = next((d, n) for d, n in needs.items() if n.total + MARGIN > free[d])
     fewer = fit(sizes, range(n_gpu - 1, 0, -1), split, free)
-    n_ctx = plan.largest_context(lambda other: fit(gpu_sizes(other), (n_gpu,), split, free) is not None)
+    n_ctx = largest_context(plan, lambda other: fit(gpu_sizes(other), (n_gpu,), split, free) is not None)
     advice = [f"--gpu-layers {fewer.n_gpu}"] if fewer else []
     without = replace(plan, n_cpu_moe=plan.config.n_layer)
     if plan.config.n_expert and fit(gpu_sizes(without), (n_gpu,), split, free):

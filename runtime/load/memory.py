@@ -16,8 +16,6 @@ from gguf_run.runtime.load.cache_plan import layer_bytes
 from gguf_run.runtime.terminal.text import size_text
 
 N_OUTPUTS = 64  # rows of logits that are held at once
-_CTX_STEP = 256  # a context that is advised is a multiple of this
-_ADVISED = ("q8_0", "int8", "q4_0")  # smaller cache types to advise, best first
 
 
 @frozen
@@ -121,30 +119,11 @@ class MemoryPlan:
         """GgufRunError, which says what would fit, if more than the available bytes are needed (None: not known)."""
         need = self.needed()
         if available is not None and need.total > available:
+            from gguf_run.runtime.load.advice import advice
             from gguf_run.runtime.load.describe import describe_plan
 
             raise GgufRunError(
                 f"out of memory: {size_text(need.total)} needed (weights {size_text(need.weights)}, KV cache of "
                 f"{self.n_ctx} tokens as {describe_plan(self.cache)} {size_text(need.cache)}), {size_text(available)} "
-                f"available: {self._advice(available)}"
+                f"available: {advice(self, available)}"
             )
-
-    def _advice(self, available: int) -> str:
-        n_ctx = self.largest_context(lambda plan: plan.needed().total <= available)
-        advice = [f"--ctx-size {n_ctx}"] if n_ctx else []
-        for name in filter(self.allows, _ADVISED):
-            need = self.with_type(name).needed()
-            if need.total <= available and need.cache < self.cache_bytes():
-                advice.append(f"--cache-type {name}")
-                break
-        if not advice:
-            return "choose a smaller context (--ctx-size) or a smaller model"
-        return f"{' or '.join(advice)} would fit"
-
-    def largest_context(self, fits: Callable[["MemoryPlan"], bool]) -> int:
-        """Return the largest multiple of _CTX_STEP up to n_ctx with which the plan fits; 0 if there is none."""
-        low, high = 0, self.n_ctx // _CTX_STEP + 1  # in steps: low fits, high does not
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(replace(self, n_ctx=middle * _CTX_STEP)) else (low, middle)
-        return low * _CTX_STEP

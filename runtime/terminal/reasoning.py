@@ -1,7 +1,10 @@
 """What a model thinks before it answers: on a terminal with colours it is dimmed."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from gguf_run.runtime.terminal.text import has_colours
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 # Tags that begin and end a block of reasoning: of DeepSeek-R1, Qwen3 and most others; of Magistral; of Seed-OSS.
@@ -11,6 +14,17 @@ TAGS = {"<think>": "</think>", "[THINK]": "[/THINK]", "<seed:think>": "</seed:th
 def open_tag(prompt: str) -> str | None:
     """Return the tag that a prompt ends with: the template has begun the reasoning itself. None if there is no tag."""
     return next((tag for tag in TAGS if prompt.rstrip().endswith(tag)), None)
+
+
+def open_reasoning(model: Any, messages: Any, options: Mapping[str, Any]) -> str | None:
+    """Return the tag of a block of reasoning that the prompt of an answer has opened.
+
+    None if there is none, or if the output has no colours to show it. model: a Model.
+    messages, options: arguments of Model.chat.
+    """
+    if not has_colours():
+        return None
+    return open_tag(model.chat_prompt(messages, options.get("tools"), options.get("template_options")))
 
 
 def dimmed(pieces: Iterable[str], inside: str | None) -> Iterator[str]:

@@ -3,46 +3,16 @@
 import os
 import shutil
 import sys
-from pathlib import Path
 from typing import TextIO
 
 import click
 
 from gguf_run.formats.errors import GgufRunError, plain
 
-MAX_TEXT_BYTES = 1 << 30
-
 
 def one_line(text: str) -> str:
     """Return text on one line that is safe to show: names from a file may hold escape codes or line breaks."""
     return plain(" ".join(text.split()))
-
-
-def message(text: str) -> None:
-    """Print one line on stderr. On a terminal, words wrap whole."""
-    line = one_line(text)
-    if sys.stderr is not None and sys.stderr.isatty():
-        from gguf_run.runtime.terminal.wrap import wrapped
-
-        line = "".join(wrapped([line], lambda: n_columns(sys.stderr)))
-    click.echo(line, err=True)
-
-
-def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
-    """Read a UTF-8 text file of at most `limit` bytes. Errors name the file and the place of the first invalid byte."""
-    from gguf_run.formats.gguf.mapped import read_bytes
-
-    return decode_text(read_bytes(path, limit), str(path))
-
-
-def read_stdin(limit: int = MAX_TEXT_BYTES) -> str:
-    """Read all text of stdin, at most `limit` bytes. GgufRunError for more, if it is closed, or if it is not UTF-8."""
-    if sys.stdin is None:
-        raise GgufRunError("stdin is closed: name a file, or write the text on the command line")
-    data = sys.stdin.buffer.read(limit + 1)
-    if len(data) > limit:
-        raise GgufRunError(f"stdin is larger than {limit} bytes, the most that is read of a text")
-    return decode_text(data, "stdin")
 
 
 def decode_text(data: bytes, name: str) -> str:
@@ -53,6 +23,16 @@ def decode_text(data: bytes, name: str) -> str:
         offset = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)  # utf-8-sig does not count the mark
         what = f"byte 0x{data[offset]:02x} at offset {offset} is not valid UTF-8: convert the text to UTF-8"
         raise GgufRunError(f"{name}: {what}") from None
+
+
+def message(text: str) -> None:
+    """Print one line on stderr. On a terminal, words wrap whole."""
+    line = one_line(text)
+    if sys.stderr is not None and sys.stderr.isatty():
+        from gguf_run.runtime.terminal.wrap import wrapped
+
+        line = "".join(wrapped([line], lambda: n_columns(sys.stderr)))
+    click.echo(line, err=True)
 
 
 def size_text(nbytes: float, digits: int = 2) -> str:
