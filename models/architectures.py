@@ -122,22 +122,9 @@ LAYER_SHAPES: Mapping[str, Shape] = {
     "ffn_gate": ("n_embd", "n_ff"),
     "ffn_up": ("n_embd", "n_ff"),
     "ffn_down": ("n_ff", "n_embd"),
-    "ffn_gate_inp": ("n_embd", "n_expert"),
-    "exp_probs_b": ("n_expert",),
-    "ffn_gate_exps": ("n_embd", "n_ff_exp", "n_expert"),
-    "ffn_up_exps": ("n_embd", "n_ff_exp", "n_expert"),
-    "ffn_gate_up_exps": ("n_embd", "n_ff_exp+n_ff_exp", "n_expert"),
-    "ffn_down_exps": ("n_ff_exp", "n_embd", "n_expert"),
-    "ffn_gate_inp_shexp": ("n_embd",),
-    "ffn_gate_shexp": ("n_embd", "n_ff_shexp"),
-    "ffn_up_shexp": ("n_embd", "n_ff_shexp"),
-    "ffn_down_shexp": ("n_ff_shexp", "n_embd"),
     "post_ffw_norm": ("n_embd",),
 }
 QKV = ("attn_q", "attn_k", "attn_v")
-EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
-FUSED_EXPERTS = ("ffn_gate_up_exps", "ffn_down_exps")  # gate and up in one tensor
-SHARED = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
 
 
 def qkv_of(arch: Architecture, block: str, tensors: Container[str]) -> tuple[str, ...]:
@@ -147,10 +134,3 @@ def qkv_of(arch: Architecture, block: str, tensors: Container[str]) -> tuple[str
     """
     kinds = (names for names in (("attn_qkv",), QKV) if f"{block}{names[0]}.weight" in tensors)
     return next(kinds, arch.qkv) if arch.qkv else ()
-
-
-def experts_of(arch: Architecture, block: str, tensors: Container[str]) -> tuple[str, ...]:
-    """Return the tensors of a layer's experts. A file may have gate and up in one tensor. block: "blk.N."."""
-    if f"{block}{FUSED_EXPERTS[0]}.weight" in tensors:
-        return FUSED_EXPERTS
-    return EXPERTS if arch.gated else EXPERTS[1:]

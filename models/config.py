@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.models.architectures import QKV, SHARED, Architecture, architecture, experts_of
+from gguf_run.models.architectures import QKV, Architecture, architecture
 from gguf_run.models.keys import MAX_LAYERS, Keys, show
 from gguf_run.models.operands import AttentionShape, RopeScaling
 from gguf_run.models.tensor_check import check_tensors, shape_of, tensor_shapes
@@ -123,11 +123,6 @@ class ModelConfig:
         """Pairs of dimensions that are rotated."""
         return self.n_rot // 2
 
-    @property
-    def is_swa(self) -> tuple[bool, ...]:
-        """Which layers have a window."""
-        return tuple(layer.window > 0 for layer in self.layers)
-
     def attention(self, il: int) -> AttentionShape:
         """Return the shape of layer il's attention. It has no heads in a layer without attention."""
         layer, scale, softcap = self.layers[il], self.attention_scale, self.attn_softcap
@@ -137,7 +132,7 @@ class ModelConfig:
     def ffn(self, il: int) -> tuple[str, ...]:
         """Return the names of layer il's matrices of gate, up and down; () if the layer has only experts."""
         if self.layers[il].has_experts and not self.arch.dense_beside:
-            return SHARED[not self.arch.gated :] if self.n_ff_shexp else ()
+            return _late("experts").SHARED[not self.arch.gated :] if self.n_ff_shexp else ()
         return (*self.arch.gate_up, "ffn_down") if self.layers[il].n_ff else ()
 
     def size(self, il: int, word: str) -> int:
@@ -169,7 +164,8 @@ class ModelConfig:
             raise UnsupportedError(f"general.architecture is {show(name)}, which is not known; {known}") from None
         config = _read(arch, Keys(metadata, name), tensors)
         blocks = [f"blk.{il}." for il in range(config.n_layer)]
-        groups = [(QKV, config.ffn(il)[:-1], experts_of(arch, block, tensors)) for il, block in enumerate(blocks)]
+        of_experts = _late("experts").experts_of if config.n_expert else lambda *_: ()
+        groups = [(QKV, config.ffn(il)[:-1], of_experts(arch, block, tensors)) for il, block in enumerate(blocks)]
         check_tensors(Keys(metadata, name), tensors, *tensor_shapes(config, tensors), groups)
         return config
 

@@ -1,7 +1,7 @@
-"""The tensors of a layer's experts, in the forms that files have them."""
+"""The tensors of a layer's experts, in the forms that files have them. Most models have none."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +10,31 @@ from numpy.typing import NDArray
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.reader import Tensor
+from gguf_run.models.architectures import Architecture, Shape
+
+# Tensors of layers with experts, as in architectures.LAYER_SHAPES.
+EXPERT_SHAPES: Mapping[str, Shape] = {
+    "ffn_gate_inp": ("n_embd", "n_expert"),
+    "exp_probs_b": ("n_expert",),
+    "ffn_gate_exps": ("n_embd", "n_ff_exp", "n_expert"),
+    "ffn_up_exps": ("n_embd", "n_ff_exp", "n_expert"),
+    "ffn_gate_up_exps": ("n_embd", "n_ff_exp+n_ff_exp", "n_expert"),
+    "ffn_down_exps": ("n_ff_exp", "n_embd", "n_expert"),
+    "ffn_gate_inp_shexp": ("n_embd",),
+    "ffn_gate_shexp": ("n_embd", "n_ff_shexp"),
+    "ffn_up_shexp": ("n_embd", "n_ff_shexp"),
+    "ffn_down_shexp": ("n_ff_shexp", "n_embd"),
+}
+EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+FUSED_EXPERTS = ("ffn_gate_up_exps", "ffn_down_exps")  # gate and up in one tensor
+SHARED = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
+
+
+def experts_of(arch: Architecture, block: str, tensors: Container[str]) -> tuple[str, ...]:
+    """Return the tensors of a layer's experts. A file may have gate and up in one tensor. block: "blk.N."."""
+    if f"{block}{FUSED_EXPERTS[0]}.weight" in tensors:
+        return FUSED_EXPERTS
+    return EXPERTS if arch.gated else EXPERTS[1:]
 
 
 @frozen(eq=False)

@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.architectures import ROPE_FACTORS
 from gguf_run.models.config import ModelConfig
@@ -40,7 +39,11 @@ def make_rope(
 def rotations(config: ModelConfig, tensors: Mapping[str, Tensor], n_ctx: int) -> list[Rotation | None]:
     """Return the rotation of each layer, None for a layer that does not rotate. Layers with equal numbers share one."""
     arch, scaling = config.arch, config.rope_scaling
-    freqs, long, short = (_factors(tensors[name]) if name in tensors else None for name in ROPE_FACTORS)
+    freqs = long = short = None
+    if any(name in tensors for name in ROPE_FACTORS):
+        from gguf_run.models.rope_scaling import factors_of
+
+        freqs, long, short = (factors_of(tensors[name]) if name in tensors else None for name in ROPE_FACTORS)
     factors = short if freqs is None else freqs
     long_factors = long if freqs is None and n_ctx > scaling.n_ctx_orig else None
     base, base_swa = config.rope_freq_base, config.rope_freq_base_swa
@@ -55,13 +58,3 @@ def rotations(config: ModelConfig, tensors: Mapping[str, Tensor], n_ctx: int) ->
         else:
             made[key] = make_rope(arch.rope_style, n_rot, base, scaling, factors, long_factors)
     return [made.get((layer.n_rot, has_two and layer.window > 0)) for layer in config.layers]
-
-
-def _factors(tensor: Tensor) -> NDArray[np.float32]:
-    """Return the divisors of the rotary frequencies, f32[n_rot / 2]."""
-    if tensor.type.name != "F32":
-        raise UnsupportedError(f"tensor {tensor.name} has the type {tensor.type.name}, must be F32")
-    factors = tensor.blocks().reshape(-1).view(np.float32)
-    if not (np.isfinite(factors) & (factors > 0)).all():
-        raise FormatError(f"tensor {tensor.name} has values that are not positive numbers")
-    return factors

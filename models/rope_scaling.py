@@ -5,7 +5,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.errors import UnsupportedError
+from gguf_run.formats.errors import FormatError, UnsupportedError
+from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.keys import Keys, show
 from gguf_run.models.operands import RopeScaling
 
@@ -73,3 +74,13 @@ def _ramp(n_rot: int, freq_base: float, scaling: RopeScaling) -> NDArray[np.floa
     """Return f64[n_rot / 2]: 1 where a pair keeps its angle, 0 where the angle is divided by the factor."""
     low, high = yarn_range(n_rot, freq_base, scaling)
     return 1 - np.clip((np.arange(n_rot // 2) - low) / max(0.001, high - low), 0, 1)
+
+
+def factors_of(tensor: Tensor) -> NDArray[np.float32]:
+    """Return the divisors of the rotary frequencies, f32[n_rot / 2]."""
+    if tensor.type.name != "F32":
+        raise UnsupportedError(f"tensor {tensor.name} has the type {tensor.type.name}, must be F32")
+    factors = tensor.blocks().reshape(-1).view(np.float32)
+    if not (np.isfinite(factors) & (factors > 0)).all():
+        raise FormatError(f"tensor {tensor.name} has values that are not positive numbers")
+    return factors

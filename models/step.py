@@ -140,11 +140,12 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
 
     def moe(self, il: int, out: Buffer, *, accumulate: bool = True) -> None:
         """out (+)= the weighted results of the experts that the router's logits choose"""
+        from gguf_run.models.experts import experts_of
         from gguf_run.models.rare_ops import Moe  # late: most models have no experts
 
         config, block = self.config, f"blk.{il}."
         assert config.moe is not None
-        names = self.load.expert_names(config.arch, block)
+        names = tuple(block + name for name in experts_of(config.arch, block, self.load.tensors))
         weights = tuple(f"{name}.weight" for name in names)
         first = self._squares(weights[:-1], config.n_embd, config.n_expert)
         last = self._squares(weights[-1:], config.n_ff_exp, config.n_expert)

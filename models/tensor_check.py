@@ -6,15 +6,7 @@ from typing import Any
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.models.architectures import (
-    LAYER_SHAPES,
-    MODEL_SHAPES,
-    QK,
-    QKV,
-    ROPE_FACTORS,
-    experts_of,
-    qkv_of,
-)
+from gguf_run.models.architectures import LAYER_SHAPES, MODEL_SHAPES, QK, QKV, ROPE_FACTORS, qkv_of
 from gguf_run.models.keys import Keys, show
 
 Ne = tuple[int, ...]
@@ -33,6 +25,10 @@ def shape_of(tensor: Tensor | None) -> str:
 def tensor_shapes(config: Any, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Ne], dict[str, Ne]]:
     """Return ne of the tensors that a file must have, and of those that a file may leave out. config: a ModelConfig."""
     arch, shapes = config.arch, {**LAYER_SHAPES, **config.arch.shapes}
+    if config.n_expert:
+        from gguf_run.models.experts import EXPERT_SHAPES, experts_of  # late: most models have none
+
+        shapes = {**EXPERT_SHAPES, **shapes}
     model = {name: tuple(config.size(0, word) for word in words) for name, words in MODEL_SHAPES.items()}
     required = {"token_embd.weight": model["token_embd.weight"], f"{arch.output_norm}.weight": (config.n_embd,)}
     norm_bias = ("output_norm.bias",) if arch.layer_norm else ()

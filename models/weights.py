@@ -1,19 +1,15 @@
 """Gives the tensors of a file to a backend, which makes handles of them."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.errors import FormatError
 from gguf_run.formats.frozen import frozen
-from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.models.architectures import QKV, Architecture, experts_of, qkv_of
+from gguf_run.models.architectures import QKV, Architecture, qkv_of
 from gguf_run.models.ops import Cache, Experts, Squares, State, Table, Vector, Weight
 
 if TYPE_CHECKING:
@@ -69,12 +65,9 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         tensor, factors = self.tensors[name], self.tensors.get(f"{name.removesuffix('.weight')}.scale")
         if factors is None or not name.endswith(".weight") or ".ffn_gate_inp." in name:
             return tensor
-        if factors.type.name != "F32" or factors.n_elements != math.prod(tensor.ne[2:]):
-            raise FormatError(
-                f"tensor {quoted(factors.name)} has {factors.n_elements} values of {factors.type.name}, must have one "
-                f"F32 for each matrix of {quoted(name)}"
-            )
-        return replace(tensor, scales=tuple(factors.blocks().reshape(-1).view(np.float32).tolist()))
+        from gguf_run.models.tensor_scales import with_scales  # late: few files have any
+
+        return with_scales(tensor, factors)
 
     def table(self, name: str) -> Table:
         """Return a table of embeddings that nothing multiplies. Its rows are read from the file."""
@@ -127,10 +120,6 @@ class Loader(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
     def vector(self, name: str) -> Vector | None:
         """Return a tensor's values, None if the file does not have the tensor."""
         return self._optional([self._full(name)])
-
-    def expert_names(self, arch: Architecture, block: str) -> tuple[str, ...]:
-        """Return the names of the tensors of a layer's experts. block: "blk.N."."""
-        return tuple(block + name for name in experts_of(arch, block, self.tensors))
 
     def experts(self, names: Sequence[str]) -> Experts:
         """Return the experts of a layer. names: of their tensors."""

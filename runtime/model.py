@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.errors import FormatError, GgufRunError, OptionError, check_names
+from gguf_run.formats.errors import GgufRunError, OptionError, check_names
 from gguf_run.runtime.engine.context import Closed, Context, Turns
 from gguf_run.runtime.engine.generation import Generation, Pieces, Stats
 from gguf_run.runtime.engine.reply import Answer, Reply, ReplyParams, StopStrings
@@ -124,22 +124,9 @@ class Model:
         The template is the attribute chat_template: the file's, unless you set another. Warns if it has no place for a
         system message or for tools. GgufRunError if there is none, if it refuses the messages or passes a limit.
         """
-        from gguf_run.runtime.chat.process import TemplateProcess
-        from gguf_run.runtime.chat.template import render_chat
+        from gguf_run.runtime.chat.prompt import prompt_of
 
-        template = (self.tool_template if tools else None) or self.chat_template
-        if template is None:
-            raise GgufRunError(
-                "the model has no chat template: it continues texts (generate, or --raw); to chat, name one: "
-                "--chat-template"
-            )
-        bos, eos = (
-            None if id is None else self.tokenizer.token_text(id) for id in (self.tokenizer.bos, self.tokenizer.eos)
-        )
-        process = self.templates = self.templates or TemplateProcess()
-        return render_chat(
-            template, messages, bos_token=bos, eos_token=eos, tools=tools, options=template_options, process=process
-        )
+        return prompt_of(self, messages, tools, template_options)
 
     def tokenize_chat(
         self,
@@ -243,17 +230,9 @@ class Model:
         another model or cache type or longer than the context; FormatError if the file is damaged. After an error the
         context is empty, or as before.
         """
-        from gguf_run.runtime.engine.session_file import check_session, open_session
+        from gguf_run.runtime.engine.session_file import load
 
-        header = self._session_header()
-        found, parts = open_session(Path(path))
-        check_session(Path(path), found, header, self.n_ctx, self.decoder.config.n_vocab)
-        try:
-            with self._turns.computing():
-                self._context.restore(found.ids, parts)
-        except GgufRunError as error:
-            raise FormatError(f"{path}: {error}") from None
-        return list(found.messages)
+        return load(Path(path), self._session_header(), self._context, self._turns)
 
     def _session_header(self) -> "SessionHeader":
         self.decoder.config  # noqa: B018  (tells if the model is closed)

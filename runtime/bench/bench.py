@@ -137,7 +137,7 @@ def ideal_seconds(case: Case, model: BenchedModel, weight_bytes: int, limits: Li
     position_bytes = cache_bytes(*case.cache_types, *sizes) // GROUP
     seconds, position = 0.0, case.n_depth
     for n, has_logits in _steps(case):
-        seen = sum(min(position, config.window - 1) if is_swa else position for is_swa in config.is_swa)
+        seen = sum(min(position, config.window - 1) if layer.window else position for layer in config.layers)
         n_bytes = weight_bytes + (seen + config.n_layer * n) * position_bytes
         n_ops = 2 * (n * model.layer_weights + has_logits * model.output_weights)
         seconds += max(n_bytes / limits.read_bytes, n_ops / limits.int8_ops)

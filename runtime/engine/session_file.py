@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.safetensors import writing_safetensors
 from gguf_run.formats.sealed import FileKind
 from gguf_run.models.kv_moves import KINDS
 from gguf_run.runtime.chat.messages import uniform
-from gguf_run.runtime.engine.context import Part
+from gguf_run.runtime.engine.context import Context, Part, Turns
 
 KIND = FileKind("session", b"GGRSESSN", "name another file, and start a new session")
 _SAMPLE = 4096  # bytes of a tensor that the hash of a model covers, at most
@@ -141,3 +141,15 @@ def _part(name: str, data: np.ndarray) -> Part:
 
 def _crc(name: str, data: Any, crc: int) -> int:
     return zlib.crc32(data, zlib.crc32(name.encode(), crc))
+
+
+def load(path: Path, wanted: SessionHeader, context: Context, turns: Turns) -> list[dict[str, Any]]:
+    """Make the tokens of a session the context. See Model.load_session. wanted: the header of this model and cache."""
+    found, parts = open_session(path)
+    check_session(path, found, wanted, context.decoder.n_ctx, context.decoder.config.n_vocab)
+    try:
+        with turns.computing():
+            context.restore(found.ids, parts)
+    except GgufRunError as error:
+        raise FormatError(f"{path}: {error}") from None
+    return list(found.messages)

@@ -16,9 +16,10 @@ from gguf_run.formats.gguf.tensors import TensorInfo
 from gguf_run.kernels_cpu.measure.limits import Limits, measure_limits
 from gguf_run.kernels_cpu.panels.panels import matrix_bytes
 from gguf_run.kernels_cpu.vector import isa
-from gguf_run.models.architectures import EXPERTS, LAYER_SHAPES, MODEL_SHAPES, architecture
+from gguf_run.models.architectures import LAYER_SHAPES, MODEL_SHAPES, architecture
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
+from gguf_run.models.experts import EXPERT_SHAPES, EXPERTS
 from gguf_run.runtime.load.advice import largest_context
 from gguf_run.runtime.load.machine import available_memory, default_threads
 from gguf_run.runtime.load.memory import MemoryPlan
@@ -64,7 +65,8 @@ class UsualModel:
         }  # fmt: skip
         ffn = ("ffn_gate_inp", *EXPERTS) if self.n_expert else (*arch.gate_up, "ffn_down")
         layer = (*arch.norms, *arch.qkv, "attn_output", *ffn)
-        shapes = {f"blk.{il}.{name}.weight": LAYER_SHAPES[name] for il in range(self.n_layer) for name in layer}
+        shapes_of = {**LAYER_SHAPES, **EXPERT_SHAPES}
+        shapes = {f"blk.{il}.{name}.weight": shapes_of[name] for il in range(self.n_layer) for name in layer}
         left_out = ("output.bias", "output_norm.bias", *(["output.weight"] if self.tied else []))
         shapes |= {name: shape for name, shape in MODEL_SHAPES.items() if name not in left_out}
         widths = {"n_embd_q": self.n_head * self.head_dim, "n_embd_kv": self.n_head_kv * self.head_dim}

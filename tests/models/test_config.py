@@ -41,7 +41,7 @@ def test_llama() -> None:
     assert (config.n_ff, config.n_rot, config.n_vocab, config.n_ctx_train) == (160, 32, N_VOCAB, 128)
     assert (config.n_embd_q, config.n_embd_kv, config.embd_scale) == (128, 64, 1)
     assert config.attention_scale == pytest.approx(1 / math.sqrt(32))
-    assert config.is_swa == (False, False)
+    assert [layer.window for layer in config.layers] == [0, 0]
     assert config.attention(1).window == 0
     assert config.rope_scaling.factor == 1
 

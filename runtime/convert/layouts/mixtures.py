@@ -1,7 +1,7 @@
 """Checkpoints of decoders with experts."""
 
 from gguf_run.formats.errors import UnsupportedError
-from gguf_run.models.architectures import EXPERTS
+from gguf_run.models.experts import EXPERTS
 from gguf_run.runtime.convert.layout import (
     ATTENTION,
     DENSE,
