@@ -46,7 +46,8 @@ class Architecture:
     n_embd_scale_n_layer: tuple[int, ...] = ()  # with one of these n_layer, q.k is scaled by 1/sqrt(n_embd/n_head)
     attn_softcap: float = 0.0  # softcap of attention's scores, unless the file has one; 0: none
     final_softcap: float = 0.0  # softcap of the logits, unless the file has one; 0: none
-    swa_period: int = 0  # in a file with a window, every n-th layer sees all positions; 0: none does
+    # In a file with a window, every n-th layer sees all positions. 0: none does; -1: the file must tell.
+    swa_period: int = 0
     swa_rope_freq_base: float = 0.0  # rope base of layers with a window, unless the file has one; 0: as other layers
     swa_rope_scaled: bool = True  # the rope scaling applies to layers with a window too
     yarn_truncate: bool = True  # YaRN's ramp begins and ends at whole pairs; a key in the file goes first

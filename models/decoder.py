@@ -110,6 +110,10 @@ class Decoder:
         while start < len(ids) and (start + n_batch <= first or not n_outputs):
             self._run(tokens[start : start + n_batch], {seq: min(n_batch, len(ids) - start)}, ())
             start += n_batch
+        end = len(ids) - self.cache.tail(len(ids))
+        if start < end <= first:
+            self._run(tokens[start:end], {seq: end - start}, ())
+            start = end
         return self._logits(tokens[start:], first - start, seq)
 
     def top(self, ids: Sequence[int], n_top: int, seq: int = 0) -> Results:

@@ -126,5 +126,6 @@ def swa_layers(keys: Keys, n_layer: int, period: int) -> tuple[bool, ...]:
         if pattern.shape != (n_layer,) or pattern.dtype.kind not in "biu":
             raise keys.wrong("attention.sliding_window_pattern", f"{n_layer} values of true or false, one for a layer")
         return tuple(bool(v) for v in pattern)
-    period = keys.integer("attention.sliding_window_pattern", period, low=0, high=MAX_LAYERS)
+    default = period if period >= 0 else None
+    period = keys.integer("attention.sliding_window_pattern", default, low=0, high=MAX_LAYERS)
     return tuple(period == 0 or (il + 1) % period != 0 for il in range(n_layer))

@@ -138,6 +138,13 @@ class KvCache:
             slot.ids[n_past:] = ids[at : at + n]
             at += n
 
+    def tail(self, n: int) -> int:
+        """Return how many of the last of n tokens run by themselves, so that the state before them is kept.
+
+        Chat templates end a prompt with the start of the answer, which the next prompt may have in another form.
+        """
+        return _PROMPT - 1 if self._has_states and n > 2 * _PROMPT else 0
+
     def outgrown(self, seq: int, n: int) -> list[int]:
         """Make a sequence ready for n more tokens. Return the ids that must run again first, mostly none.
 

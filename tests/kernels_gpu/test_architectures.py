@@ -71,11 +71,21 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path, monkeypatch
 LATE = {"hidden_size": 72, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 1}
 
 
-def test_norms_after_the_rotation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# A layer that reads the keys and values of the one before, for the wanted tokens only.
+SHARED = {
+    "hidden_size": 72, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "global_head_dim": 32,
+    "layer_types": ["full_attention"] * 2, "num_kv_shared_layers": 1, "hidden_size_per_layer_input": 24,
+    "vocab_size_per_layer_input": 300, "intermediate_size": 40, "tie_word_embeddings": True,
+}  # fmt: skip
+ALONE = {"norms after the rotation": ("HunYuanDenseV1ForCausalLM", LATE), "shared": ("Gemma4ForCausalLM", SHARED)}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_logits_of_new_kinds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_launch, "FEW", 1)
     monkeypatch.setattr(program, "FEW", 0)
     use_tuning(monkeypatch, tile=(256, 16))
-    model = tiny.make(tmp_path, "HunYuanDenseV1ForCausalLM", LATE)
+    model = tiny.make(tmp_path, *ALONE[name])
     with tiny.opened(tmp_path) as (config, tensors):
         assert error(tiny.logits(config, tensors, gpu(), (3, 1), IDS), hf_tiny.logits(model, IDS)) < 1e-5
 

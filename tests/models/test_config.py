@@ -181,10 +181,16 @@ def test_unknown_architecture(architecture: Any) -> None:
 @pytest.mark.parametrize(
     ("shapes", "differs"),
     [
-        ({}, "is llama; beside it, the file has the same tensors; what it computes from them is not known"),
-        ({"attn_k_norm.weight": (32,), "attn_q_norm.weight": (32,)}, "is qwen3; beside it, the file has the same"),
-        ({"attn_rot.weight": (32,), "attn_output.weight": None}, "has 'attn_rot.weight' and lacks 'attn_output.we"),
-        ({f"x{i}.weight": (1,) for i in range(6)}, "has 'x0.weight', 'x1.weight', 'x2.weight', 'x3.weight' and 2 more"),
+        ({}, "is llama: the file has the same tensors, but what it computes from them is not known"),
+        ({"attn_k_norm.weight": (32,), "attn_q_norm.weight": (32,)}, "is qwen3: the file has the same"),
+        (
+            {"attn_rot.weight": (32,), "attn_output.weight": None},
+            "has also 'attn_rot.weight' and lacks 'attn_output",
+        ),
+        (
+            {f"x{i}.weight": (1,) for i in range(6)},
+            "has also 'x0.weight', 'x1.weight', 'x2.weight', 'x3.weight' and 2 more",
+        ),
     ],
 )
 def test_the_nearest_architecture(shapes: dict[str, tuple[int, ...] | None], differs: str) -> None:

@@ -156,3 +156,15 @@ def test_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast_dots: None) -
     with tiny.opened(tmp_path) as (made, tensors):
         found = tiny.logits(made, tensors, gpu(), (3, 1), tiny.IDS[:4])
     assert error(found, hf_tiny.logits(model, tiny.IDS[:4])) < 1e-4
+
+
+def test_the_next_prompt_of_a_chat_is_not_computed_from_its_beginning(qwen: Any) -> None:
+    """It parts from the last one at the start of the answer, and the answer was long."""
+    context = Context(decoder(qwen, cpu(2)))
+    context.prefill(IDS[:63])
+    for i in range(90):
+        context.append_top(i, None, 0)
+    prompt = [*IDS[:59], *IDS[100:110]]
+    logits, n_reused = context.prefill(prompt)
+    assert n_reused == 48
+    assert error(logits, expected(qwen, prompt)) < 2e-5

@@ -137,6 +137,7 @@ def test_a_table_with_fewer_rows_than_tokens(tmp_path: Path) -> None:
     ("name", "changes", "message"),
     [
         ("gemma4-e", {"gemma4.attention.shared_kv_layers": 5}, r"shared_kv_layers is 5, must be so few"),
+        ("gemma4-e", {"gemma4.attention.sliding_window_pattern": None}, r"sliding_window_pattern is missing"),
         ("gemma4-e", {"gemma4.attention.value_length_swa": 8}, r"value_length_swa is 8, must be the same"),
         ("gemma4-e", {"gemma4.embedding_length_per_layer_input": 0}, r"tensor '?per_layer_token_embd.weight"),
         ("gemma4-26", {"gemma4.expert_feed_forward_length": 41}, r"tensor blk.0.ffn_gate_up_exps.weight has 72 x 80"),

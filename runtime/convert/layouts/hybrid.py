@@ -30,7 +30,17 @@ from gguf_run.runtime.convert.stored.sources import computed, gathered, rows, va
 _ATTENTION = ("attention", "full_attention", "*")
 _MIXER = ("conv", "mamba", "linear_attention", "M")
 _FFN = ("mlp", "moe", "-", "E")
-_UNLIMITED = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}])  # transformers 5 writes the second
+# What `read` and `edit` look up below.
+_LOOKED_UP = dict.fromkeys((
+    "layer_types", "layers_block_type", "hybrid_override_pattern", "position_embedding_type", "attention_head_dim",
+    "shared_intermediate_size", "mamba_expand", "mamba_d_head", "mamba_head_dim", "mamba_d_ssm", "mamba_rms_norm",
+    "mamba_norm_before_gate", "mlp_multipliers", "ssm_multipliers",
+))  # fmt: skip
+_FIXED = {
+    **SILU, "mamba_hidden_act": ("silu",), "mamba_conv_bias": (True,), "use_conv_bias": (True,), "use_bias": (False,),
+    "mamba_proj_bias": (False,), "projectors_bias": (False,), "attention_bias": (False,), "mlp_bias": (False,),
+    "time_step_limit": ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}]),  # transformers 5 writes the second
+}  # fmt: skip
 _SSM_KEYS: tuple[Key, ...] = (
     ("ssm.conv_kernel", "u32", ("mamba_d_conv", "conv_kernel")),
     ("ssm.state_size", "u32", ("mamba_d_state", "ssm_state_size")),
@@ -62,6 +72,11 @@ def _with_kinds(config: Config, kinds: list[str], **more: Any) -> Config:
     return Config(config.path, {**config.values, "num_hidden_layers": len(kinds), "_n_head_kv": heads, **more})
 
 
+def _without(keys: tuple[Key, ...]) -> dict[str, None]:
+    """Return empty values for keys of config.json that the model has no use for: transformers writes them anyway."""
+    return {name: None for _, _, names in keys for name in names}
+
+
 def _lfm2(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout, Config]:
     if config.get("layer_types") is None and isinstance(full := config.get("full_attn_idxs"), list):
         kinds = ["attention" if i in full else "conv" for i in range(config.integer("num_hidden_layers"))]
@@ -87,6 +102,7 @@ def _granite(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout
     turns = config.get("position_embedding_type") == "rope"
     if all(kind in _ATTENTION for kind in kinds) and turns:
         layout = replace(layout, arch="granitemoe" if n_expert else "granite", keys=(*GRANITE_KEYS, _GRANITE_SHARED))
+        more |= _without(_SSM_KEYS)
     return layout, _with_kinds(config, kinds, _is_rotated=turns, **more)
 
 
@@ -97,13 +113,12 @@ def _nemotron(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayou
     n_inner = config.integer("mamba_num_heads") * config.integer("mamba_head_dim")
     widths = [n_ff if kind in _FFN else 0 for kind in kinds]
     head_dim = config.integer("attention_head_dim", "head_dim")
-    more = {"_n_ff": widths, "_n_inner": n_inner, "head_dim": head_dim, "intermediate_size": n_ff}
+    more: dict[str, Any] = {"_n_ff": widths, "_n_inner": n_inner, "head_dim": head_dim, "intermediate_size": n_ff}
     if not has_experts:
-        more |= {"n_routed_experts": 0, "num_experts_per_tok": 0}
+        more |= {"n_routed_experts": None, "num_experts_per_tok": None, **_without(_NEMOTRON_MOE_KEYS)}
+    elif any(kind in ("mlp", "-") for kind in kinds):
+        raise config.wrong(("layers_block_type",), "one kind of feed-forward layers: mlp or moe")
     else:
-        if any(kind in ("mlp", "-") for kind in kinds):
-            raise config.wrong(("layers_block_type",), "one kind of feed-forward layers: mlp or moe")
-        more["shared_expert_intermediate_size"] = config.integer("moe_shared_expert_intermediate_size")
         layout = replace(layout, arch="nemotron_h_moe", keys=(*layout.keys, *_NEMOTRON_MOE_KEYS))
     return layout, _with_kinds(config, kinds, **more)
 
@@ -195,9 +210,9 @@ _LFM2 = CheckpointLayout(
     read=_lfm2,
     edit=_states,
     defaults={
-        "tie_word_embeddings": True, "rope_theta": 1e6, "norm_eps": 1e-5, "block_multiple_of": 256,
-        "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": True, "full_attn_idxs": None, "layer_types": None,
-        "block_ff_dim": None, "rms_norm_eps": None,
+        "tie_word_embeddings": True, "rope_theta": 1e6, "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": True, "full_attn_idxs": None, "layer_types": None, "block_ff_dim": None,
+        "rms_norm_eps": None,
     },
     expected={"conv_bias": (False,)},
 )  # fmt: skip
@@ -219,12 +234,9 @@ _LFM2_MOE = replace(
         ("expert_gating_func", "u32", ("_gating",)),  # sigmoid
         ("expert_weights_scale", "f32", ("routed_scaling_factor",)),
     ),
-    defaults={
-        **_LFM2.defaults, "block_auto_adjust_ff_dim": False, "num_dense_layers": 2, "routed_scaling_factor": 1.0,
-        "num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 1792,
-    },
+    defaults={**_LFM2.defaults, "block_auto_adjust_ff_dim": False},
     expected={**_LFM2.expected, "norm_topk_prob": (True,), "use_expert_bias": (True, False)},
-)  # fmt: skip
+)
 _GRANITE_SHARED: Key = ("expert_shared_feed_forward_length", "u32", ("shared_expert_intermediate_size",))
 _GRANITE = CheckpointLayout(
     "granitehybrid",
@@ -243,14 +255,9 @@ _GRANITE = CheckpointLayout(
     keys=(*GRANITE_KEYS, _GRANITE_SHARED, _KV, *_SSM_KEYS, ("rope.scaling.finetuned", "bool", ("_is_rotated",))),
     read=_granite,
     edit=_states,
-    defaults={
-        "attention_multiplier": 1.0, "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,
-        "rms_norm_eps": 1e-6, "shared_intermediate_size": 1024, "num_local_experts": 8, "num_experts_per_tok": 2,
-        "mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256, "mamba_d_conv": 4, "mamba_expand": 2,
-        "mamba_d_head": None, "layer_types": None, "position_embedding_type": None,
-    },
-    expected={**SILU, "mamba_conv_bias": (True,), "mamba_proj_bias": (False,), "time_step_limit": _UNLIMITED},
-)  # fmt: skip
+    defaults={**_LOOKED_UP, "attention_multiplier": 1.0},
+    expected=_FIXED,
+)
 _NEMOTRON = CheckpointLayout(
     "nemotron_h",
     {"NemotronHForCausalLM": "nemotron_h"},
@@ -276,26 +283,18 @@ _NEMOTRON = CheckpointLayout(
     ),
     read=_nemotron,
     edit=_states,
-    defaults={
-        "layer_norm_epsilon": 1e-5, "rms_norm_eps": None, "head_dim": 128, "num_key_value_heads": 8, "conv_kernel": 4,
-        "ssm_state_size": 128, "mamba_num_heads": 128, "mamba_head_dim": 64, "n_groups": 8, "intermediate_size": 21504,
-        "attention_head_dim": None, "layers_block_type": None, "hybrid_override_pattern": None,
-        "norm_topk_prob": True, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "n_shared_experts": 1,
-        "moe_shared_expert_intermediate_size": 7688,
-    },
+    defaults={**_LOOKED_UP, "rms_norm_eps": None},
     expected={
-        "mlp_hidden_act": ("relu2",), "mamba_hidden_act": ("silu",), "use_conv_bias": (True,), "use_bias": (False,),
-        "mamba_proj_bias": (False,), "time_step_limit": _UNLIMITED, "sliding_window": (None,),
-        "moe_latent_size": (None,), "num_nextn_predict_layers": (0,),
+        **_FIXED, "mlp_hidden_act": ("relu2",), "sliding_window": (None,), "moe_latent_size": (None,), "n_group": (1,),
+        "topk_group": (1,), "num_nextn_predict_layers": (0,),
     },
 )  # fmt: skip
 _NEMOTRON_MOE_KEYS: tuple[Key, ...] = (
     EXPERT_FF,
-    _GRANITE_SHARED,
+    ("expert_shared_feed_forward_length", "u32", ("moe_shared_expert_intermediate_size",)),
     ("expert_shared_count", "u32", ("n_shared_experts",)),
     ("expert_weights_norm", "bool", ("norm_topk_prob",)),
     ("expert_weights_scale", "f32", ("routed_scaling_factor",)),
-    ("expert_group_count", "u32", ("n_group",)),
 )
 _FALCON = CheckpointLayout(
     "falcon-h1",
@@ -312,15 +311,7 @@ _FALCON = CheckpointLayout(
     keys=(VOCAB_SIZE, *_SSM_KEYS),
     read=_falcon,
     edit=_folded,
-    defaults={
-        "rms_norm_eps": 1e-5, "mamba_d_ssm": 1024, "mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256,
-        "mamba_d_conv": 4, "mamba_expand": 2, "mamba_d_head": None, "mamba_rms_norm": False,
-        "mamba_norm_before_gate": True, "mlp_multipliers": None, "ssm_multipliers": None,
-        **{key: 1.0 for keys in _MULTIPLIERS.values() for key in keys},
-    },
-    expected={
-        **SILU, "mamba_conv_bias": (True,), "mamba_proj_bias": (False,), "time_step_limit": _UNLIMITED,
-        "projectors_bias": (False,), "attention_bias": (False,), "mlp_bias": (False,),
-    },
-)  # fmt: skip
+    defaults={**_LOOKED_UP, **{key: 1.0 for keys in _MULTIPLIERS.values() for key in keys}},
+    expected=_FIXED,
+)
 ROWS = (_LFM2, _LFM2_MOE, _GRANITE, _NEMOTRON, _FALCON)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from cpu_ops import QUANTIZED, MemoryTensor, Step, as_quantized, cpu, error, random_tensor, weights_of
+from cpu_ops import QUANTIZED, MemoryTensor, Step, as_quantized, cpu, error, random_tensor, tensor_of, weights_of
 
 from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.kernels_cpu.backend import CpuBackend
@@ -99,6 +99,22 @@ def check_type(type_name: str, shapes: Sequence[Shape] = SHAPES) -> None:
 @pytest.mark.parametrize("type_name", [*QUANTIZED, *FLOATS])
 def test_every_type(type_name: str) -> None:
     check_type(type_name)
+
+
+@pytest.mark.parametrize(("type_name", "byte"), [("Q2_K", 255), ("Q3_K", 255), ("Q3_K", 0)])
+def test_largest_sums(type_name: str, byte: int) -> None:
+    """Sums of half a block are added in 16 bits: all integers at an end of their range, activations of one sign."""
+    blocks = np.full((16, type_by_name(type_name).type_size), byte, np.uint8)
+    blocks[:, -4:] = np.frombuffer(np.float16([0.5, 0.25]).tobytes(), np.uint8)
+    backend, tensor = cpu(2), tensor_of(blocks, type_name)
+    x = np.outer([1, -1], np.ones(256)).astype(np.float32)
+    step = Step(backend, 2)
+    out = step.input(np.zeros((2, 16)))
+    step.add(Matmul(step.input(x), backend.weight([tensor]), out))
+    expected = as_quantized(x) @ weights_of([tensor]).T
+    step.finish(out)
+    for n in (1, 2):
+        assert error(step.run(n), expected[:n]) < BOUND
 
 
 @pytest.mark.parametrize("n_in", ODD_COLUMNS)

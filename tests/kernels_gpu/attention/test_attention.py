@@ -208,7 +208,7 @@ def test_several_sequences() -> None:
     ids = np.arange(20, dtype=np.int32)
     result = case.step.program.run(ids, runs, range(20)).values.copy()
     at = 0
-    for seq, n_past, n, _ in runs:
+    for seq, n_past, n, *_ in runs:
         case.check_rows(result[at : at + n], ids[at : at + n], n_past + np.arange(n), seq)
         at += n
     runs = [Run(1, 4, 1), Run(0, 9, 1), Run(2, 7, 1)]
