@@ -35,10 +35,6 @@ GPT_OSS_ROPE = {
 
 SHARED = network("mlp.shared_experts", "_shexp")
 CHOICE: Names = {"mlp.gate.e_score_correction": "exp_probs_b"}
-GROUPS: tuple[Key, ...] = (
-    ("expert_group_count", "u32", ("n_group",)),
-    ("expert_group_used_count", "u32", ("topk_group",)),
-)
 # Of decoders whose first layers are dense, with a router as DeepSeek-V3's.
 LEAD: tuple[Key, ...] = (
     ("leading_dense_block_count", "u32", ("first_k_dense_replace",)),
@@ -46,10 +42,52 @@ LEAD: tuple[Key, ...] = (
     EXPERT_FF,
     ("expert_shared_count", "u32", ("n_shared_experts",)),
     ("expert_weights_scale", "f32", ("routed_scaling_factor",)),
-    *GROUPS,
+    ("expert_group_count", "u32", ("n_group",)),
+    ("expert_group_used_count", "u32", ("topk_group",)),
 )
 LEAD_DEFAULTS = {**NORM, "first_k_dense_replace": 0, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1}
 SIGMOID = {**SILU, "scoring_func": ("sigmoid",), "score_func": ("sigmoid",), "topk_method": ("noaux_tc",)}
+
+_LING: Names = {
+    **PRE_NORMS, **DENSE, **MOE, **SHARED, "attention.query_key_value": "attn_qkv",
+    "attention.dense": "attn_output", "attention.query_layernorm": "attn_q_norm",
+    "attention.key_layernorm": "attn_k_norm", "mlp.gate.expert": "exp_probs_b",
+}  # fmt: skip
+_MINIMAX: Names = {
+    **PRE_NORMS, **ATTENTION, **QK_NORM, **MIXTRAL_EXPERTS, "block_sparse_moe.e_score_correction": "exp_probs_b",
+}  # fmt: skip
+_HUNYUAN: Names = {
+    **LLAMA_MOE, **network("mlp.shared_mlp", "_shexp"), "mlp.gate.wg": "ffn_gate_inp",
+    "self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm",
+}  # fmt: skip
+_AFMOE: Names = {
+    **ATTENTION, **QK_NORM, **DENSE, **MOE, **SHARED, "self_attn.gate_proj": "attn_gate",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm",
+    "pre_mlp_layernorm": "ffn_norm", "post_mlp_layernorm": "post_ffw_norm", "mlp.router.gate": "ffn_gate_inp",
+    "mlp.expert": "exp_probs_b",
+}  # fmt: skip
+_LLAMA4: Names = {
+    **PRE_NORMS, **ATTENTION, **network("feed_forward"), **network("feed_forward.shared_expert", "_shexp"),
+    "feed_forward.router": "ffn_gate_inp", "feed_forward.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
+    "feed_forward.experts.down_proj": "ffn_down_exps",
+}  # fmt: skip
+_ERNIE_KEYS: tuple[Key, ...] = (
+    VOCAB_SIZE, N_EXPERT, EXPERT_FF, ("interleave_moe_layer_step", "u32", ("moe_layer_interval",)),
+    ("leading_dense_block_count", "u32", ("moe_layer_start_index",)),
+    ("expert_shared_count", "u32", ("n_shared_experts",)),
+    ("expert_shared_feed_forward_length", "u32", ("_n_ff_shexp",)),
+)  # fmt: skip
+_AFMOE_KEYS: tuple[Key, ...] = (
+    VOCAB_SIZE, N_EXPERT, EXPERT_FF, ("leading_dense_block_count", "u32", ("num_dense_layers",)),
+    ("expert_shared_count", "u32", ("n_shared_experts",)), ("expert_weights_scale", "f32", ("route_scale",)),
+    ("expert_weights_norm", "bool", ("route_norm",)),
+)  # fmt: skip
+_LLAMA4_KEYS: tuple[Key, ...] = (
+    VOCAB_SIZE, EXPERT_FF, ("interleave_moe_layer_step", "u32", ("interleave_moe_layer_step",)),
+    ("attention.sliding_window", "u32", ("attention_chunk_size",)),
+    ("attention.temperature_scale", "f32", ("attn_scale",)),
+    ("attention.temperature_length", "u32", ("floor_scale",)),
+)  # fmt: skip
 
 
 def _shared(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout, Config]:
@@ -85,11 +123,10 @@ def _ernie(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout, 
 
 
 def _hunyuan(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout, Config]:
-    n_ff = config.integer("intermediate_size")
-    more = {name: _same(config, name) for name in ("moe_topk", "num_shared_expert") if config.get(name) is not None}
-    shared = n_ff * more.pop("num_shared_expert", 1)
-    values = {**config.values, **more, "moe_intermediate_size": n_ff, "shared_expert_intermediate_size": shared}
-    return layout, Config(config.path, values)
+    n_ff, values = config.integer("intermediate_size"), {**config.values}
+    n_shared = _same(config, "num_shared_expert") if values.pop("num_shared_expert", None) else 1
+    values |= {"moe_intermediate_size": n_ff, "shared_expert_intermediate_size": n_shared * n_ff}
+    return layout, Config(config.path, {**values, "moe_topk": _same(config, "moe_topk")})
 
 
 def _phimoe(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout, Config]:
@@ -225,17 +262,7 @@ ROWS = (
     CheckpointLayout(
         "bailingmoe2",
         {"BailingMoeV2ForCausalLM": "bailing_moe"},
-        layer={
-            **PRE_NORMS,
-            **DENSE,
-            **MOE,
-            **SHARED,
-            "attention.query_key_value": "attn_qkv",
-            "attention.dense": "attn_output",
-            "attention.query_layernorm": "attn_q_norm",
-            "attention.key_layernorm": "attn_k_norm",
-            "mlp.gate.expert": "exp_probs_b",
-        },
+        layer=_LING,
         model={**MODEL, "model.word_embeddings": "token_embd"},
         tied_copy=True,
         rope_dim=True,
@@ -248,13 +275,7 @@ ROWS = (
     CheckpointLayout(
         "minimax-m2",
         {"MiniMaxM2ForCausalLM": "minimax_m2"},
-        layer={
-            **PRE_NORMS,
-            **ATTENTION,
-            **QK_NORM,
-            **MIXTRAL_EXPERTS,
-            "block_sparse_moe.e_score_correction": "exp_probs_b",
-        },
+        layer=_MINIMAX,
         tied_copy=True,
         rope_dim=True,
         keys=(("expert_feed_forward_length", "u32", ("intermediate_size",)),),
@@ -266,15 +287,7 @@ ROWS = (
         "ernie4_5-moe",
         {"Ernie4_5_MoeForCausalLM": "ernie4_5_moe", "Ernie4_5_MoE_ForCausalLM": "ernie4_5_moe"},
         layer={**LLAMA, **MOE, **SHARED, "mlp.moe_statics.e_score_correction": "exp_probs_b"},
-        keys=(
-            VOCAB_SIZE,
-            N_EXPERT,
-            EXPERT_FF,
-            ("interleave_moe_layer_step", "u32", ("moe_layer_interval",)),
-            ("leading_dense_block_count", "u32", ("moe_layer_start_index",)),
-            ("expert_shared_count", "u32", ("n_shared_experts",)),
-            ("expert_shared_feed_forward_length", "u32", ("_n_ff_shexp",)),
-        ),
+        keys=_ERNIE_KEYS,
         bias_key="use_bias",
         defaults={"rope_theta": 5e5, "tie_word_embeddings": True, "moe_layer_interval": 1, "use_bias": False},
         expected={**SILU, "moe_norm_min": (1e-12,)},
@@ -283,13 +296,7 @@ ROWS = (
     CheckpointLayout(
         "hunyuan-moe",
         {"HunYuanMoEV1ForCausalLM": "hunyuan_v1_moe"},
-        layer={
-            **LLAMA_MOE,
-            **network("mlp.shared_mlp", "_shexp"),
-            "mlp.gate.wg": "ffn_gate_inp",
-            "self_attn.query_layernorm": "attn_q_norm",
-            "self_attn.key_layernorm": "attn_k_norm",
-        },
+        layer=_HUNYUAN,
         keys=(N_EXPERT, EXPERT_FF, SHARED_FF, ("expert_used_count", "u32", ("moe_topk",))),
         ntk_alpha=True,
         expected={**SILU, "use_cla": (False,)},
@@ -298,29 +305,8 @@ ROWS = (
     CheckpointLayout(
         "afmoe",
         {"AfmoeForCausalLM": "afmoe"},
-        layer={
-            **ATTENTION,
-            **QK_NORM,
-            **DENSE,
-            **MOE,
-            **SHARED,
-            "self_attn.gate_proj": "attn_gate",
-            "input_layernorm": "attn_norm",
-            "post_attention_layernorm": "post_attention_norm",
-            "pre_mlp_layernorm": "ffn_norm",
-            "post_mlp_layernorm": "post_ffw_norm",
-            "mlp.router.gate": "ffn_gate_inp",
-            "mlp.expert": "exp_probs_b",
-        },
-        keys=(
-            VOCAB_SIZE,
-            N_EXPERT,
-            EXPERT_FF,
-            ("leading_dense_block_count", "u32", ("num_dense_layers",)),
-            ("expert_shared_count", "u32", ("n_shared_experts",)),
-            ("expert_weights_scale", "f32", ("route_scale",)),
-            ("expert_weights_norm", "bool", ("route_norm",)),
-        ),
+        layer=_AFMOE,
+        keys=_AFMOE_KEYS,
         windows="period",
         defaults={"sliding_window": 1024, "global_attn_every_n_layers": 4, "route_norm": True, "num_dense_layers": 1},
         expected={**SIGMOID, "mup_enabled": (True,), "n_group": (1,), "topk_group": (1,)},
@@ -340,26 +326,11 @@ ROWS = (
     CheckpointLayout(
         "llama4",
         {"Llama4ForCausalLM": "llama4_text", "Llama4ForConditionalGeneration": "llama4"},
-        layer={
-            **PRE_NORMS,
-            **ATTENTION,
-            **network("feed_forward"),
-            **network("feed_forward.shared_expert", "_shexp"),
-            "feed_forward.router": "ffn_gate_inp",
-            "feed_forward.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
-            "feed_forward.experts.down_proj": "ffn_down_exps",
-        },
+        layer=_LLAMA4,
         bare=EXPERTS,
         tied_copy=True,
         rope_dim=True,
-        keys=(
-            VOCAB_SIZE,
-            EXPERT_FF,
-            ("interleave_moe_layer_step", "u32", ("interleave_moe_layer_step",)),
-            ("attention.sliding_window", "u32", ("attention_chunk_size",)),
-            ("attention.temperature_scale", "f32", ("attn_scale",)),
-            ("attention.temperature_length", "u32", ("floor_scale",)),
-        ),
+        keys=_LLAMA4_KEYS,
         defaults={
             "rope_theta": 5e5,
             "interleave_moe_layer_step": 1,
