@@ -5,21 +5,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from gguf_run.kernels_cpu.attention import sizes as tiles
 from gguf_run.kernels_cpu.attention.append import append
 from gguf_run.kernels_cpu.attention.attention import attend
 from gguf_run.kernels_cpu.attention.cache import CpuCache
 from gguf_run.kernels_cpu.attention.cache_rows import filled, scratch_bytes
 from gguf_run.kernels_cpu.attention.cache_types import format_id
 from gguf_run.kernels_cpu.attention.merge import merge
-from gguf_run.kernels_cpu.attention.sizes import (
-    LATENT_BYTES,
-    P_BYTES,
-    TILE,
-    max_parts,
-    max_rows,
-    part_floats,
-    scratch_floats,
-)
 from gguf_run.kernels_cpu.int8_forms import CpuOp, CpuVector, Quantize, with_int8
 from gguf_run.kernels_cpu.matmul.gated import SCRATCH_BYTES, matmul_gated
 from gguf_run.kernels_cpu.matmul.matmul import ONE_HEAD, matmul
@@ -105,9 +97,9 @@ def _attend(tape: Tape, op: ops.Attend[CpuCache, CpuVector], int8: Rows | None) 
     shape, k, v = op.shape, op.cache.rows_k, op.cache.rows_v
     n_rep, n_wide = shape.n_head // shape.n_head_kv, filled(shape.head_dim)
     wide = v.wide if v else shape.n_latent
-    part_bytes = 4 * part_floats(wide, n_rep)
-    tape.need(parts=part_bytes * max_parts(tape.n_threads))
-    floats = scratch_floats(n_wide, wide, n_rep, TILE * P_BYTES if v else LATENT_BYTES)
+    part_bytes = 4 * tiles.part_floats(wide, n_rep)
+    tape.need(parts=part_bytes * tiles.max_parts(tape.n_threads))
+    floats = tiles.scratch_floats(n_wide, wide, n_rep, tiles.TILE * tiles.P_BYTES if v else tiles.LATENT_BYTES)
     tape.need(scratch=max(4 * floats, scratch_bytes(shape.head_dim)))
     forms = format_id(k.name), format_id(v.name) if v else -1
     sizes = {**vars(shape), **k.fields("k"), **(v or k).fields("v"), "n_value": shape.n_value}
@@ -123,7 +115,7 @@ def _attend(tape: Tape, op: ops.Attend[CpuCache, CpuVector], int8: Rows | None) 
         cache_k=op.cache.k,
         cache_v=op.cache.v,
         part_bytes=part_bytes,
-        max_rows=max_rows(n_rep),
+        max_rows=tiles.max_rows(n_rep),
         q8=int8,
     )
 

@@ -158,9 +158,9 @@ class ModelConfig:
         try:
             arch = architecture(name)
         except KeyError:
-            from gguf_run.models.nearest import nearest
-
-            known = nearest(lambda arch: tensor_shapes(_read(arch, Keys(metadata, name), tensors), tensors), tensors)
+            known = _late("nearest").nearest(
+                lambda arch: tensor_shapes(_read(arch, Keys(metadata, name), tensors), tensors), tensors
+            )
             raise UnsupportedError(f"general.architecture is {show(name)}, which is not known; {known}") from None
         config = _read(arch, Keys(metadata, name), tensors)
         blocks = [f"blk.{il}." for il in range(config.n_layer)]
@@ -279,9 +279,7 @@ def _layers(
     n_lead = keys.integer("leading_dense_block_count", 0, low=0, high=n_block)
     moe_step = keys.integer("interleave_moe_layer_step", 1)
     window = keys.integer("attention.sliding_window", arch.chunk, low=int(arch.chunk > 0))
-    is_swa: Sequence[bool] = (False,) * n_block
-    if window:
-        is_swa = _late("per_layer").swa_layers(keys, n_block, arch.swa_period)
+    is_swa = _late("per_layer").swa_layers(keys, n_block, arch.swa_period) if window else (False,) * n_block
     n_latent = keys.integer("attention.kv_lora_rank") if arch.mixer == "latent" else 0
     kv_layers: Sequence[int] = range(n_layer)
     if keys.get("attention.shared_kv_layers"):
@@ -317,6 +315,4 @@ def _experts(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> "
         raise UnsupportedError(f"{arch.name}.expert_count is {n_expert}: this program does not have that yet")
     if not n_expert:
         return 0, 0, 0, None
-    from gguf_run.models.routing import read_experts  # late: most models have no experts
-
-    return n_expert, *read_experts(arch, keys, tensors, n_expert)
+    return n_expert, *_late("routing").read_experts(arch, keys, tensors, n_expert)

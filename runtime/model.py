@@ -164,15 +164,10 @@ class Model:
         Options as for generate, without context_shift; prompt i draws with seed + i. GgufRunError for too many
         prompts, or none.
         """
-        from gguf_run.runtime.engine.batch import Batch
+        from gguf_run.runtime.engine.batch import Batch, params_of
 
-        if isinstance(prompts, str):
-            raise OptionError(f"prompts is the text {prompts[:40]!r}; allowed: a list of texts")
-        params = ReplyParams.of(options, without=("context_shift", "n_keep"))
-        replies = []
-        for i, prompt in enumerate(prompts):
-            seed = None if params.sampling.seed is None else (params.sampling.seed + i) % 2**64
-            replies.append(self._reply(self._prompt_ids(prompt), params, replace(params.sampling, seed=seed)))
+        pairs = zip(prompts, params_of(prompts, options), strict=True)
+        replies = [self._reply(self._prompt_ids(prompt), params, params.sampling) for prompt, params in pairs]
         with self._turns.computing():
             self._generation = batch = Batch(self._context, replies)
             return batch.run()

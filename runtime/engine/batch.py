@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.models.kv_moves import copy_prefix
 from gguf_run.runtime.engine.context import Context, check_prompt, n_common
-from gguf_run.runtime.engine.reply import Answer, Reply
+from gguf_run.runtime.engine.reply import Answer, Reply, ReplyParams
 
 if TYPE_CHECKING:
     from numpy import float32
@@ -79,3 +80,13 @@ class Batch:
                     logits[i] = row.copy()
                     del rest[i]
         return dict(sorted(logits.items()))
+
+
+def params_of(prompts: Sequence[Any], options: Mapping[str, Any]) -> list[ReplyParams]:
+    """Return the options of the answer to each prompt: prompt i draws with seed + i."""
+    if isinstance(prompts, str):
+        raise OptionError(f"prompts is the text {prompts[:40]!r}; allowed: a list of texts")
+    params = ReplyParams.of(options, without=("context_shift", "n_keep"))
+    first = params.sampling.seed
+    seeds = [None if first is None else (first + i) % 2**64 for i in range(len(prompts))]
+    return [replace(params, sampling=replace(params.sampling, seed=seed)) for seed in seeds]
