@@ -48,7 +48,7 @@ _TOKENS = ("_token_id", "_token_ids", "_token_index")  # ends of keys that name 
 
 def check_keys(layout: CheckpointLayout, config: Config) -> None:
     """Refuse a value that a GGUF file cannot tell, and warn of the keys that this program does not know."""
-    fixed = {**_FIXED, **layout.expected}
+    fixed = {**_FIXED, **layout.fixed}
     if "attn_q_norm" in {*layout.decoder.norms} - {*layout.decoder.optional_norms}:
         fixed["use_qk_norm"] = (True,)
     for key, allowed in fixed.items():

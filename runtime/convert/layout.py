@@ -60,6 +60,17 @@ def names_of(target: str | tuple[str, ...]) -> tuple[str, ...]:
     return (target,) if isinstance(target, str) else target
 
 
+# Of decoders whose first layers are dense.
+LEAD: tuple[Key, ...] = (
+    ("leading_dense_block_count", "u32", ("first_k_dense_replace",)),
+    ("expert_count", "u32", ("n_routed_experts", "num_experts")),
+    ("expert_shared_count", "u32", ("n_shared_experts",)),
+    ("expert_weights_scale", "f32", ("routed_scaling_factor",)),
+)
+GROUPS: tuple[Key, ...] = (
+    ("expert_group_count", "u32", ("n_group",)),
+    ("expert_group_used_count", "u32", ("topk_group",)),
+)
 # Keys that every architecture has, in the order of llama.cpp's converter. metadata.py adds those of the rotation.
 BASE_KEYS: tuple[Key, ...] = (
     ("block_count", "u32", ("num_hidden_layers",)),
@@ -74,9 +85,9 @@ BASE_KEYS: tuple[Key, ...] = (
     ("expert_used_count", "u32", ("num_experts_per_tok",)),
 )
 VOCAB_SIZE: Key = ("vocab_size", "u32", ("vocab_size",))
+# For checkpoints that are written back with the first name.
 N_EXPERT: Key = ("expert_count", "u32", ("num_experts", "num_local_experts"))
 EXPERT_FF: Key = ("expert_feed_forward_length", "u32", ("moe_intermediate_size",))
-SILU = {"hidden_act": ("silu", "swish")}
 NORM = {"norm_topk_prob": False}
 QWEN = {"sliding_window": 4096, "max_window_layers": 28}
 
@@ -116,8 +127,8 @@ class CheckpointLayout:
     switch: bool = False  # the window needs use_sliding_window
     # Values that transformers assumes where config.json leaves a key out. null is no such place: it means "none".
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    # Values of config.json that a GGUF file cannot tell: any other cannot be converted.
-    expected: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: SILU)
+    # Values of config.json that a GGUF file cannot tell: any other cannot be converted. See `fixed`.
+    expected: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     # Returns the row and config.json with what must be computed from it: values of names that begin with "_".
     read: Callable[["CheckpointLayout", Config], tuple["CheckpointLayout", Config]] | None = None
     edit: Callable[[Config, str, Tensor], Tensor] | None = None  # changes a tensor, by its name in the GGUF file
@@ -130,7 +141,13 @@ class CheckpointLayout:
 
     def all_keys(self) -> Sequence[Key]:
         """Return BASE_KEYS, in which `keys` replaces rows, and the rest of `keys`."""
-        return tuple({key[0]: key for key in (*BASE_KEYS, *self.keys)}.values())
+        experts = (EXPERT_FF,) if self.decoder.moe != "no" else ()
+        return tuple({key[0]: key for key in (*BASE_KEYS, *experts, *self.keys)}.values())
+
+    @property
+    def fixed(self) -> Mapping[str, tuple[Any, ...]]:
+        """`expected`, with the activation of most architectures."""
+        return {"hidden_act": ("silu", "swish"), **self.expected}
 
     @property
     def goes_back(self) -> bool:

@@ -99,7 +99,7 @@ def _token_ids(metadata: Mapping[str, Any]) -> Json:
 
 def _fixed(layout: CheckpointLayout, file: GGUFFile, values: Json, numbers: Mapping[str, int]) -> Json:
     """Return the values that all models of this architecture share, or for which a GGUF file needs no key."""
-    found = {key: allowed[0] for key, allowed in layout.expected.items()}
+    found = {key: allowed[0] for key, allowed in layout.fixed.items()}
     if "norm_topk_prob" in layout.defaults:
         norm = file.metadata.get(f"{layout.arch}.expert_weights_norm")
         found["norm_topk_prob"] = layout.decoder.expert_norm if norm is None else bool(norm)

@@ -11,18 +11,14 @@ from gguf_run.models.mixers.delta_net import grouped
 from gguf_run.runtime.convert.layout import (
     ATTENTION,
     DENSE,
-    EXPERT_FF,
     MOE,
-    N_EXPERT,
     NORM,
     QK_NORM,
-    SILU,
     CheckpointLayout,
     Key,
     Names,
-    network,
 )
-from gguf_run.runtime.convert.layouts.mixtures import EVERY_LAYER_HAS_EXPERTS, SHARED_FF
+from gguf_run.runtime.convert.layouts.mixtures import EVERY_LAYER_HAS_EXPERTS, SHARED_BY_GATE, SHARED_FF
 from gguf_run.runtime.convert.stored.checkpoint import Config
 from gguf_run.runtime.convert.stored.sources import columns, computed, rows, values
 
@@ -40,7 +36,7 @@ def _read(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout, C
     if kinds != plain:
         more["_recurrent"] = [kind == "linear_attention" for kind in kinds]
         layout = replace(layout, keys=(*layout.keys, ("attention.recurrent_layers", "array[bool]", ("_recurrent",))))
-    return layout, Config(config.path, {**config.values, **more})
+    return layout, config.plus(**more)
 
 
 def _edit(config: Config, name: str, tensor: Tensor) -> Tensor:
@@ -85,7 +81,7 @@ _LAYER: Names = {
     **{f"linear_attn.{part}": name for part, name in _PARTS.items()},
 }
 _NEXT: Names = {"linear_attn.in_proj_qkvz": ("attn_qkv", "attn_gate"), "linear_attn.in_proj_ba": "ssm_ba"}
-_EXPERTS: Names = {**MOE, "mlp.shared_expert_gate": "ffn_gate_inp_shexp", **network("mlp.shared_expert", "_shexp")}
+_EXPERTS: Names = {**MOE, **SHARED_BY_GATE}
 _KEYS: tuple[Key, ...] = (
     ("ssm.conv_kernel", "u32", ("linear_conv_kernel_dim",)),
     ("ssm.state_size", "u32", ("linear_key_head_dim",)),
@@ -109,7 +105,6 @@ _QWEN35 = CheckpointLayout(
     read=_read,
     edit=_edit,
     defaults=_DEFAULTS,
-    expected=SILU,
 )
 ROWS = (
     _QWEN35,
@@ -118,7 +113,7 @@ ROWS = (
         arch="qwen35moe",
         classes={"Qwen3_5MoeForCausalLM": "qwen3_5_moe_text", "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe"},
         layer={**_LAYER, **_EXPERTS},
-        keys=(N_EXPERT, EXPERT_FF, SHARED_FF, *_KEYS),
+        keys=(SHARED_FF, *_KEYS),
     ),
     replace(
         _QWEN35,
@@ -126,8 +121,8 @@ ROWS = (
         classes={"Qwen3NextForCausalLM": "qwen3_next"},
         layer={**_LAYER, **_NEXT, **_EXPERTS},
         whole=("attn_qkv",),
-        keys=(N_EXPERT, EXPERT_FF, SHARED_FF, *_KEYS),
+        keys=(SHARED_FF, *_KEYS),
         defaults={**_DEFAULTS, **NORM},
-        expected={**SILU, **EVERY_LAYER_HAS_EXPERTS},
+        expected={**EVERY_LAYER_HAS_EXPERTS},
     ),
 )

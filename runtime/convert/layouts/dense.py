@@ -13,7 +13,6 @@ from gguf_run.runtime.convert.layout import (
     PRE_NORMS,
     QK_NORM,
     QWEN,
-    SILU,
     VOCAB_SIZE,
     CheckpointLayout,
     Key,
@@ -39,7 +38,7 @@ GLM4: Names = {
 }  # fmt: skip
 COHERE2 = {"logit_scale": 0.0625, "layer_norm_eps": 1e-5, "tie_word_embeddings": True}
 COHERE2_FIXED = {
-    **SILU, "rotary_pct": (1.0,), "position_embedding_type": ("rope_gptj",), "use_qk_norm": (False,),
+    "rotary_pct": (1.0,), "position_embedding_type": ("rope_gptj",), "use_qk_norm": (False,),
     "use_gated_activation": (True,), "use_parallel_block": (True,), "attention_bias": (False,),
     "order_of_interleaved_layers": ("local_attn_first",),
 }  # fmt: skip
@@ -81,7 +80,7 @@ ROWS = (
         windows="all",
         # No window is written as 0: in old GGUF files a missing key means 2047.
         defaults={"sliding_window": 0, "original_max_position_embeddings": 4096, "partial_rotary_factor": 1.0},
-        expected={**SILU, "lm_head_bias": (False,)},
+        expected={"lm_head_bias": (False,)},
     ),
     CheckpointLayout(
         "smollm3",
@@ -92,7 +91,7 @@ ROWS = (
         windows="unrotated",
         switch=True,
         defaults={"rope_theta": 2e6, "tie_word_embeddings": True},
-        expected={**SILU, "no_rope_layer_interval": (4,)},
+        expected={"no_rope_layer_interval": (4,)},
     ),
     CheckpointLayout(
         "granite",
@@ -161,7 +160,7 @@ ROWS = (
         {"SeedOssForCausalLM": "seed_oss"},
         layer={**LLAMA, "post_attention_layernorm": "post_attention_norm"},
         defaults={"head_dim": 128},
-        expected={**SILU, "attention_out_bias": (False,)},
+        expected={"attention_out_bias": (False,)},
     ),
     CheckpointLayout(
         "ernie4_5",
@@ -189,7 +188,7 @@ ROWS = (
         {"HunYuanDenseV1ForCausalLM": "hunyuan_v1_dense"},
         layer={**LLAMA, "self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"},
         ntk_alpha=True,
-        expected={**SILU, "use_cla": (False,), "use_rotary_pos_emb": (True,)},
+        expected={"use_cla": (False,), "use_rotary_pos_emb": (True,)},
     ),
     replace(LLAMA_ROW, arch="arcee", classes={"ArceeForCausalLM": "arcee"}, layer=UNGATED, expected=RELU2),
     CheckpointLayout(

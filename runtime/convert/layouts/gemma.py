@@ -170,9 +170,7 @@ ROWS = (
         keys=(
             *CAPS[1:],
             *SHARED_KV,
-            ("expert_count", "u32", ("num_experts",)),
             ("expert_used_count", "u32", ("top_k_experts",)),
-            ("expert_feed_forward_length", "u32", ("moe_intermediate_size",)),
         ),
         more_keys=gemma4_keys,
         windows="period",

@@ -12,10 +12,8 @@ from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.runtime.convert.layout import (
     ATTENTION,
     EXPERT_FF,
-    N_EXPERT,
     NUMBERED,
     PRE_NORMS,
-    SILU,
     VOCAB_SIZE,
     CheckpointLayout,
     Key,
@@ -37,7 +35,7 @@ _LOOKED_UP = dict.fromkeys((
     "mamba_norm_before_gate", "mlp_multipliers", "ssm_multipliers",
 ))  # fmt: skip
 _FIXED = {
-    **SILU, "mamba_hidden_act": ("silu",), "mamba_conv_bias": (True,), "use_conv_bias": (True,), "use_bias": (False,),
+    "mamba_hidden_act": ("silu",), "mamba_conv_bias": (True,), "use_conv_bias": (True,), "use_bias": (False,),
     "mamba_proj_bias": (False,), "projectors_bias": (False,), "attention_bias": (False,), "mlp_bias": (False,),
     "time_step_limit": ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}]),  # transformers 5 writes the second
 }  # fmt: skip
@@ -69,7 +67,7 @@ def _with_kinds(config: Config, kinds: list[str], **more: Any) -> Config:
     """Return the config with the numbers of key heads of the layers, and more values."""
     n_head_kv = config.integer("num_key_value_heads", default=config.integer("num_attention_heads"))
     heads = [n_head_kv if kind in _ATTENTION else 0 for kind in kinds]
-    return Config(config.path, {**config.values, "num_hidden_layers": len(kinds), "_n_head_kv": heads, **more})
+    return config.plus(num_hidden_layers=len(kinds), _n_head_kv=heads, **more)
 
 
 def _without(keys: tuple[Key, ...]) -> dict[str, None]:
@@ -132,7 +130,7 @@ def _falcon(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout,
         if not isinstance(factors, list) or len(factors) != n or not all(type(f) in (int, float) for f in factors):
             raise config.wrong((names,), f"{n} numbers")
         more[names] = factors
-    return layout, Config(config.path, {**config.values, **more})
+    return layout, config.plus(**more)
 
 
 def _states(config: Config, name: str, tensor: Tensor) -> Tensor:
@@ -228,8 +226,6 @@ _LFM2_MOE = replace(
     },
     keys=(
         *_LFM2.keys,
-        N_EXPERT,
-        EXPERT_FF,
         ("leading_dense_block_count", "u32", ("num_dense_layers",)),
         ("expert_gating_func", "u32", ("_gating",)),  # sigmoid
         ("expert_weights_scale", "f32", ("routed_scaling_factor",)),

@@ -8,10 +8,10 @@ import numpy as np
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.runtime.convert.layout import (
     DENSE,
-    EXPERT_FF,
+    GROUPS,
+    LEAD,
     MOE,
     PRE_NORMS,
-    SILU,
     VOCAB_SIZE,
     CheckpointLayout,
     Names,
@@ -45,7 +45,7 @@ def _read(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout, C
             raise config.wrong(("mlp_layer_types",), f"{n_layer} times dense or sparse, all dense ones first")
     n_latent, n_rot = config.integer("kv_lora_rank"), config.integer("qk_rope_head_dim")
     more: dict[str, Any] = {
-        "_n_dense": n_dense,
+        "first_k_dense_replace": n_dense,
         "_gating": 2 if config.get("scoring_func") == "sigmoid" else 1,
         "_key_length": n_latent + n_rot,
         "_head_length": config.integer("qk_nope_head_dim") + n_rot,
@@ -56,7 +56,7 @@ def _read(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout, C
         more["rope_parameters"] = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
     if config.get("topk_method") == "greedy":
         more |= {"n_group": 1, "topk_group": 1}
-    return layout, Config(config.path, {**config.values, **more})
+    return layout, config.plus(**more)
 
 
 def _edit(config: Config, name: str, tensor: Tensor) -> Tensor:
@@ -82,21 +82,16 @@ _DEEPSEEK2 = CheckpointLayout(
     whole=("attn_k_b", "attn_v_b"),
     keys=(
         VOCAB_SIZE,
-        ("leading_dense_block_count", "u32", ("_n_dense",)),
         ("attention.q_lora_rank", "u32", ("q_lora_rank",)),
         ("attention.kv_lora_rank", "u32", ("kv_lora_rank",)),
         ("attention.key_length", "u32", ("_key_length",)),
         ("attention.value_length", "u32", ("kv_lora_rank",)),
         ("attention.key_length_mla", "u32", ("_head_length",)),
         ("attention.value_length_mla", "u32", ("v_head_dim",)),
-        EXPERT_FF,
-        ("expert_count", "u32", ("n_routed_experts",)),
-        ("expert_shared_count", "u32", ("n_shared_experts",)),
-        ("expert_weights_scale", "f32", ("routed_scaling_factor",)),
+        *LEAD,
+        *GROUPS,
         ("expert_weights_norm", "bool", ("norm_topk_prob",)),
         ("expert_gating_func", "u32", ("_gating",)),
-        ("expert_group_count", "u32", ("n_group",)),
-        ("expert_group_used_count", "u32", ("topk_group",)),
     ),
     rope_dim=True,
     yarn_log=0.1,
@@ -107,7 +102,7 @@ _DEEPSEEK2 = CheckpointLayout(
         "norm_topk_prob": False,
     },
     expected={
-        **SILU, "topk_method": ("greedy", "group_limited_greedy", "noaux_tc"), "scoring_func": ("softmax", "sigmoid"),
+        "topk_method": ("greedy", "group_limited_greedy", "noaux_tc"), "scoring_func": ("softmax", "sigmoid"),
         "moe_layer_freq": (1,), "attention_bias": (False,), "mlp_bias": (False,), "rope_interleave": (True,),
     },
 )  # fmt: skip

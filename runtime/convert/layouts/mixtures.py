@@ -5,8 +5,9 @@ from gguf_run.models.architectures import EXPERTS
 from gguf_run.runtime.convert.layout import (
     ATTENTION,
     DENSE,
-    EXPERT_FF,
     FUSED_EXPERTS,
+    GROUPS,
+    LEAD,
     LLAMA,
     LLAMA_MOE,
     MIXTRAL_EXPERTS,
@@ -17,7 +18,6 @@ from gguf_run.runtime.convert.layout import (
     PRE_NORMS,
     QK_NORM,
     QWEN,
-    SILU,
     VOCAB_SIZE,
     CheckpointLayout,
     Key,
@@ -34,22 +34,10 @@ GPT_OSS_ROPE = {
 }  # fmt: skip
 
 SHARED = network("mlp.shared_experts", "_shexp")
+SHARED_BY_GATE: Names = {"mlp.shared_expert_gate": "ffn_gate_inp_shexp", **network("mlp.shared_expert", "_shexp")}
 CHOICE: Names = {"mlp.gate.e_score_correction": "exp_probs_b"}
-GROUPS: tuple[Key, ...] = (
-    ("expert_group_count", "u32", ("n_group",)),
-    ("expert_group_used_count", "u32", ("topk_group",)),
-)
-# Of decoders whose first layers are dense, with a router as DeepSeek-V3's.
-LEAD: tuple[Key, ...] = (
-    ("leading_dense_block_count", "u32", ("first_k_dense_replace",)),
-    ("expert_count", "u32", ("n_routed_experts", "num_experts")),
-    EXPERT_FF,
-    ("expert_shared_count", "u32", ("n_shared_experts",)),
-    ("expert_weights_scale", "f32", ("routed_scaling_factor",)),
-    *GROUPS,
-)
 LEAD_DEFAULTS = {**NORM, "first_k_dense_replace": 0, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1}
-SIGMOID = {**SILU, "scoring_func": ("sigmoid",), "score_func": ("sigmoid",), "topk_method": ("noaux_tc",)}
+SIGMOID = {"scoring_func": ("sigmoid",), "score_func": ("sigmoid",), "topk_method": ("noaux_tc",)}
 
 
 def _shared(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout, Config]:
@@ -128,31 +116,31 @@ ROWS = (
     CheckpointLayout(
         "qwen2moe",
         {"Qwen2MoeForCausalLM": "qwen2_moe"},
-        layer={**LLAMA_MOE, "mlp.shared_expert_gate": "ffn_gate_inp_shexp", **network("mlp.shared_expert", "_shexp")},
+        layer={**LLAMA_MOE, **SHARED_BY_GATE},
         tied_copy=True,
-        keys=(N_EXPERT, EXPERT_FF, SHARED_FF),
+        keys=(N_EXPERT, SHARED_FF),
         bias_key="qkv_bias",
         windows="first",
         switch=True,
         defaults={**QWEN, **NORM},
-        expected={**SILU, **EVERY_LAYER_HAS_EXPERTS},
+        expected={**EVERY_LAYER_HAS_EXPERTS},
     ),
     CheckpointLayout(
         "qwen3moe",
         {"Qwen3MoeForCausalLM": "qwen3_moe"},
         layer={**LLAMA_MOE, **QK_NORM},
-        keys=(N_EXPERT, EXPERT_FF),
+        keys=(N_EXPERT,),
         windows="all",
         switch=True,
         defaults={"sliding_window": 4096, **NORM},
-        expected={**SILU, **EVERY_LAYER_HAS_EXPERTS},
+        expected={**EVERY_LAYER_HAS_EXPERTS},
     ),
     CheckpointLayout(
         "olmoe",
         {"OlmoeForCausalLM": "olmoe"},
         layer={**LLAMA_MOE, **QK_NORM},
         defaults={**NORM, "rms_norm_eps": 1e-5},
-        expected={**SILU, "clip_qkv": (None,)},
+        expected={"clip_qkv": (None,)},
     ),
     CheckpointLayout(
         "deepseek",
@@ -162,15 +150,11 @@ ROWS = (
         rope_dim=True,
         rope_type="none",
         keys=(
-            ("leading_dense_block_count", "u32", ("first_k_dense_replace",)),
             VOCAB_SIZE,
-            ("expert_count", "u32", ("n_routed_experts",)),
-            EXPERT_FF,
-            ("expert_shared_count", "u32", ("n_shared_experts",)),
-            ("expert_weights_scale", "f32", ("routed_scaling_factor",)),
+            *LEAD,
         ),
         defaults={"first_k_dense_replace": 0, "routed_scaling_factor": 1.0, **NORM},
-        expected={**SILU, "scoring_func": ("softmax",), "moe_layer_freq": (1,)},
+        expected={"scoring_func": ("softmax",), "moe_layer_freq": (1,)},
     ),
     CheckpointLayout(
         "gpt-oss",
@@ -189,7 +173,7 @@ ROWS = (
         keys=(("expert_feed_forward_length", "u32", ("intermediate_size",)),),
         windows="period",
         defaults={"rope_theta": 150000.0, "rope_parameters": GPT_OSS_ROPE, "sliding_window": 128, "head_dim": 64},
-        expected={**SILU, "swiglu_alpha": (1.702,), "swiglu_limit": (7.0,)},
+        expected={"swiglu_alpha": (1.702,), "swiglu_limit": (7.0,)},
     ),
     CheckpointLayout(
         "qwen3vlmoe",
@@ -197,9 +181,8 @@ ROWS = (
         one_way=True,
         layer={**LLAMA_MOE, **QK_NORM},
         bare=EXPERTS,
-        keys=(N_EXPERT, EXPERT_FF),
         defaults={"head_dim": 128, "rope_theta": 5e6},
-        expected={**SILU, **EVERY_LAYER_HAS_EXPERTS},
+        expected={**EVERY_LAYER_HAS_EXPERTS},
     ),
     CheckpointLayout(
         "dots1",
@@ -207,7 +190,7 @@ ROWS = (
         one_way=True,
         layer={**LLAMA, **MOE, **QK_NORM, **SHARED, **CHOICE},
         tied_copy=True,
-        keys=LEAD,
+        keys=(*LEAD, *GROUPS),
         windows="last",
         defaults={**LEAD_DEFAULTS, "sliding_window": 4096, "max_window_layers": 62},
         expected=SIGMOID,
@@ -218,7 +201,7 @@ ROWS = (
         one_way=True,
         layer={**LLAMA, **MOE, **QK_NORM, **SHARED, **CHOICE, "post_attention_layernorm": "post_attention_norm"},
         rope_dim=True,
-        keys=LEAD,
+        keys=(*LEAD, *GROUPS),
         defaults={**LEAD_DEFAULTS, "norm_topk_prob": True, "partial_rotary_factor": 0.5},
         expected=SIGMOID,
     ),
@@ -239,7 +222,7 @@ ROWS = (
         model={**MODEL, "model.word_embeddings": "token_embd"},
         tied_copy=True,
         rope_dim=True,
-        keys=(VOCAB_SIZE, *LEAD, ("expert_shared_feed_forward_length", "u32", ("moe_intermediate_size",))),
+        keys=(VOCAB_SIZE, *LEAD, *GROUPS, ("expert_shared_feed_forward_length", "u32", ("moe_intermediate_size",))),
         bias_key="",
         defaults={**LEAD_DEFAULTS, "partial_rotary_factor": 0.5},
         expected={**SIGMOID, "use_bias": (False,), "use_qkv_bias": (False,), "use_rmsnorm": (True,)},
@@ -268,8 +251,6 @@ ROWS = (
         layer={**LLAMA, **MOE, **SHARED, "mlp.moe_statics.e_score_correction": "exp_probs_b"},
         keys=(
             VOCAB_SIZE,
-            N_EXPERT,
-            EXPERT_FF,
             ("interleave_moe_layer_step", "u32", ("moe_layer_interval",)),
             ("leading_dense_block_count", "u32", ("moe_layer_start_index",)),
             ("expert_shared_count", "u32", ("n_shared_experts",)),
@@ -277,7 +258,7 @@ ROWS = (
         ),
         bias_key="use_bias",
         defaults={"rope_theta": 5e5, "tie_word_embeddings": True, "moe_layer_interval": 1, "use_bias": False},
-        expected={**SILU, "moe_norm_min": (1e-12,)},
+        expected={"moe_norm_min": (1e-12,)},
         read=_ernie,
     ),
     CheckpointLayout(
@@ -290,9 +271,9 @@ ROWS = (
             "self_attn.query_layernorm": "attn_q_norm",
             "self_attn.key_layernorm": "attn_k_norm",
         },
-        keys=(N_EXPERT, EXPERT_FF, SHARED_FF, ("expert_used_count", "u32", ("moe_topk",))),
+        keys=(SHARED_FF, ("expert_used_count", "u32", ("moe_topk",))),
         ntk_alpha=True,
-        expected={**SILU, "use_cla": (False,)},
+        expected={"use_cla": (False,)},
         read=_hunyuan,
     ),
     CheckpointLayout(
@@ -314,8 +295,6 @@ ROWS = (
         },
         keys=(
             VOCAB_SIZE,
-            N_EXPERT,
-            EXPERT_FF,
             ("leading_dense_block_count", "u32", ("num_dense_layers",)),
             ("expert_shared_count", "u32", ("n_shared_experts",)),
             ("expert_weights_scale", "f32", ("route_scale",)),
@@ -334,7 +313,7 @@ ROWS = (
         rope_dim=True,
         original_context=True,
         defaults={"rope_theta": 1e6, "sliding_window": None, "lm_head_bias": False},
-        expected={**SILU, "router_jitter_noise": (0.01,), "num_experts_per_tok": (2,)},
+        expected={"router_jitter_noise": (0.01,), "num_experts_per_tok": (2,)},
         read=_phimoe,
     ),
     CheckpointLayout(
@@ -354,7 +333,6 @@ ROWS = (
         rope_dim=True,
         keys=(
             VOCAB_SIZE,
-            EXPERT_FF,
             ("interleave_moe_layer_step", "u32", ("interleave_moe_layer_step",)),
             ("attention.sliding_window", "u32", ("attention_chunk_size",)),
             ("attention.temperature_scale", "f32", ("attn_scale",)),
@@ -373,7 +351,7 @@ ROWS = (
             "attn_temperature_tuning": True,
             "no_rope_layer_interval": 4,
         },
-        expected={**SILU, "no_rope_layer_interval": (4,), "attn_temperature_tuning": (True, False, 4)},
+        expected={"no_rope_layer_interval": (4,), "attn_temperature_tuning": (True, False, 4)},
         read=_llama4,
     ),
 )

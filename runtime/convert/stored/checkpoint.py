@@ -49,6 +49,10 @@ class Config:
             raise self.wrong(keys, "a number")
         return float(value)
 
+    def plus(self, **more: Any) -> "Config":
+        """Return these values and more, which may replace some. None stands for one that is not there."""
+        return Config(self.path, {**self.values, **more})
+
     def wrong(self, keys: Sequence[str], allowed: str) -> FormatError:
         """Return (not raise) the error that the value of `keys` is not one of the allowed ones."""
         value = self.get(*keys)
