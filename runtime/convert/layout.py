@@ -103,9 +103,8 @@ class CheckpointLayout:
     model: Names = field(default_factory=lambda: MODEL)  # modules beside the layers
     # Tensors without ".weight" in the checkpoint. Matrices of experts are [n_in, n_out], unless n_in comes last.
     bare: tuple[str, ...] = ()
-    numbers: Mapping[str, str] = field(
-        default_factory=dict
-    )  # tensors of one number in each layer -> key of their array
+    # Tensors of one number in each layer -> key of their array.
+    numbers: Mapping[str, str] = field(default_factory=dict)
     one_way: bool = False  # config.json has what a GGUF file does not, or nobody writes it back
     permuted: bool = False  # rows of q and k come as two halves of each head; GGUF has them in pairs
     interleaved: bool = False  # a tensor with two names has their rows in turns, not one half after the other
@@ -125,6 +124,7 @@ class CheckpointLayout:
     # max_window_layers), "period" (all but every n-th), "unrotated"; "": this architecture has no window.
     windows: str = ""
     switch: bool = False  # the window needs use_sliding_window
+    aliases: Mapping[str, str] = field(default_factory=dict)  # names in config.json -> those of other checkpoints
     # Values that transformers assumes where config.json leaves a key out. null is no such place: it means "none".
     defaults: Mapping[str, Any] = field(default_factory=dict)
     # Values of config.json that a GGUF file cannot tell: any other cannot be converted. See `fixed`.
@@ -152,7 +152,7 @@ class CheckpointLayout:
     @property
     def goes_back(self) -> bool:
         """Whether a GGUF file can become such a checkpoint again: nothing is computed by functions of the row."""
-        return not self.one_way and self.read is None and self.edit is None and self.more_keys is None
+        return not (self.one_way or self.aliases or self.read or self.edit or self.more_keys)
 
     @property
     def is_checked_by_decoder(self) -> bool:

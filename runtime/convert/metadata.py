@@ -33,6 +33,7 @@ def layout_of(config: Config) -> tuple[CheckpointLayout, Config]:
         raise UnsupportedError(str(config.wrong(("architectures",), allowed)))
     # Only for this key null means that it is not there.
     given = {key: value for key, value in config.values.items() if value is not None or key != "rope_parameters"}
+    given = {layout.aliases.get(key, key): value for key, value in given.items()}
     if layout.decoder.moe == "no" and given.get("num_experts") == 1:  # a network of Hunyuan that is no mixture
         del given["num_experts"]
     config = Config(config.path, {**layout.defaults, **given})

@@ -74,55 +74,35 @@ _PARTS = {
     "conv1d": "ssm_conv1d", "dt": "ssm_dt", "A_log": "ssm_a", "norm": "ssm_norm", "out_proj": "ssm_out",
 }  # fmt: skip
 _LAYER: Names = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "post_attention_norm",
-    **ATTENTION,
-    **QK_NORM,
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm", **ATTENTION, **QK_NORM,
     **{f"linear_attn.{part}": name for part, name in _PARTS.items()},
-}
+}  # fmt: skip
 _NEXT: Names = {"linear_attn.in_proj_qkvz": ("attn_qkv", "attn_gate"), "linear_attn.in_proj_ba": "ssm_ba"}
 _EXPERTS: Names = {**MOE, **SHARED_BY_GATE}
 _KEYS: tuple[Key, ...] = (
-    ("ssm.conv_kernel", "u32", ("linear_conv_kernel_dim",)),
-    ("ssm.state_size", "u32", ("linear_key_head_dim",)),
-    ("ssm.group_count", "u32", ("linear_num_key_heads",)),
-    ("ssm.time_step_rank", "u32", ("linear_num_value_heads",)),
-    ("ssm.inner_size", "u32", ("_n_inner",)),
-    ("full_attention_interval", "u32", ("full_attention_interval",)),
-)
+    ("ssm.conv_kernel", "u32", ("linear_conv_kernel_dim",)), ("ssm.state_size", "u32", ("linear_key_head_dim",)),
+    ("ssm.group_count", "u32", ("linear_num_key_heads",)), ("ssm.time_step_rank", "u32", ("linear_num_value_heads",)),
+    ("ssm.inner_size", "u32", ("_n_inner",)), ("full_attention_interval", "u32", ("full_attention_interval",)),
+)  # fmt: skip
 _DEFAULTS = {
     "rms_norm_eps": 1e-6, "head_dim": 256, "partial_rotary_factor": 0.25, "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
     "layer_types": None,
 }  # fmt: skip
 _QWEN35 = CheckpointLayout(
-    "qwen35",
-    {"Qwen3_5ForCausalLM": "qwen3_5_text", "Qwen3_5ForConditionalGeneration": "qwen3_5"},
-    layer={**_LAYER, **DENSE},
-    norm_offset=1.0,
-    keys=_KEYS,
-    rope_dim=True,
-    read=_read,
-    edit=_edit,
-    defaults=_DEFAULTS,
-)
+    "qwen35", {"Qwen3_5ForCausalLM": "qwen3_5_text", "Qwen3_5ForConditionalGeneration": "qwen3_5"},
+    layer={**_LAYER, **DENSE}, norm_offset=1.0, keys=_KEYS, rope_dim=True, read=_read, edit=_edit, defaults=_DEFAULTS,
+)  # fmt: skip
 ROWS = (
     _QWEN35,
     replace(
-        _QWEN35,
-        arch="qwen35moe",
+        _QWEN35, arch="qwen35moe",
         classes={"Qwen3_5MoeForCausalLM": "qwen3_5_moe_text", "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe"},
-        layer={**_LAYER, **_EXPERTS},
-        keys=(SHARED_FF, *_KEYS),
+        layer={**_LAYER, **_EXPERTS}, keys=(SHARED_FF, *_KEYS),
     ),
     replace(
-        _QWEN35,
-        arch="qwen3next",
-        classes={"Qwen3NextForCausalLM": "qwen3_next"},
-        layer={**_LAYER, **_NEXT, **_EXPERTS},
-        whole=("attn_qkv",),
-        keys=(SHARED_FF, *_KEYS),
-        defaults={**_DEFAULTS, **NORM},
-        expected={**EVERY_LAYER_HAS_EXPERTS},
+        _QWEN35, arch="qwen3next", classes={"Qwen3NextForCausalLM": "qwen3_next"},
+        layer={**_LAYER, **_NEXT, **_EXPERTS}, whole=("attn_qkv",), keys=(SHARED_FF, *_KEYS),
+        defaults={**_DEFAULTS, **NORM}, expected={**EVERY_LAYER_HAS_EXPERTS},
     ),
-)
+)  # fmt: skip

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from gguf_run.formats.blocks.dequantizer import dequantize
-from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.runtime.convert.layout import (
     ATTENTION,
@@ -42,10 +41,9 @@ _FIXED = {
 _SSM_KEYS: tuple[Key, ...] = (
     ("ssm.conv_kernel", "u32", ("mamba_d_conv", "conv_kernel")),
     ("ssm.state_size", "u32", ("mamba_d_state", "ssm_state_size")),
-    ("ssm.group_count", "u32", ("mamba_n_groups", "n_groups")),
-    ("ssm.inner_size", "u32", ("_n_inner",)),
+    ("ssm.group_count", "u32", ("mamba_n_groups", "n_groups")), ("ssm.inner_size", "u32", ("_n_inner",)),
     ("ssm.time_step_rank", "u32", ("mamba_n_heads", "mamba_num_heads")),
-)
+)  # fmt: skip
 _KV: Key = ("attention.head_count_kv", "array[i32]", ("_n_head_kv",))
 
 
@@ -123,7 +121,7 @@ def _nemotron(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayou
 
 def _falcon(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout, Config]:
     if config.get("mamba_rms_norm") is True and config.get("mamba_norm_before_gate") is not False:
-        raise UnsupportedError(str(config.wrong(("mamba_norm_before_gate",), "false: a GGUF file has no place for it")))
+        raise config.unsupported("mamba_norm_before_gate", "false")
     more: dict[str, Any] = {"_n_inner": config.integer("mamba_d_ssm")}
     for names, n in (("mlp_multipliers", 2), ("ssm_multipliers", 5)):
         factors = config.get(names) or [1.0] * n
@@ -149,15 +147,10 @@ def _states(config: Config, name: str, tensor: Tensor) -> Tensor:
 
 # Names in config.json of the factors on the rows of a tensor.
 _MULTIPLIERS: Mapping[str, tuple[str, ...]] = {
-    "token_embd": ("embedding_multiplier",),
-    "output": ("lm_head_multiplier",),
-    "attn_q": ("attention_in_multiplier",),
-    "attn_k": ("attention_in_multiplier", "key_multiplier"),
-    "attn_v": ("attention_in_multiplier",),
-    "attn_output": ("attention_out_multiplier",),
-    "ssm_in": ("ssm_in_multiplier",),
-    "ssm_out": ("ssm_out_multiplier",),
-}
+    "token_embd": ("embedding_multiplier",), "output": ("lm_head_multiplier",), "attn_q": ("attention_in_multiplier",),
+    "attn_k": ("attention_in_multiplier", "key_multiplier"), "attn_v": ("attention_in_multiplier",),
+    "attn_output": ("attention_out_multiplier",), "ssm_in": ("ssm_in_multiplier",), "ssm_out": ("ssm_out_multiplier",),
+}  # fmt: skip
 
 
 def _folded(config: Config, name: str, tensor: Tensor) -> Tensor:
@@ -186,27 +179,19 @@ def _times(tensor: Tensor, factor: float) -> Tensor:
 
 
 _LFM2 = CheckpointLayout(
-    "lfm2",
-    {"Lfm2ForCausalLM": "lfm2"},
+    "lfm2", {"Lfm2ForCausalLM": "lfm2"},
     model={"model.embed_tokens": "token_embd", "model.embedding_norm": "token_embd_norm", "lm_head": "output"},
     layer={
-        "operator_norm": "attn_norm",
-        "ffn_norm": "ffn_norm",
-        **{f"conv.{name}": f"shortconv.{name}" for name in ("in_proj", "conv", "out_proj")},
-        **ATTENTION,
-        "self_attn.out_proj": "attn_output",
-        "self_attn.q_layernorm": "attn_q_norm",
-        "self_attn.k_layernorm": "attn_k_norm",
-        **network("feed_forward", words=NUMBERED),
+        "operator_norm": "attn_norm", "ffn_norm": "ffn_norm",
+        **{f"conv.{name}": f"shortconv.{name}" for name in ("in_proj", "conv", "out_proj")}, **ATTENTION,
+        "self_attn.out_proj": "attn_output", "self_attn.q_layernorm": "attn_q_norm",
+        "self_attn.k_layernorm": "attn_k_norm", **network("feed_forward", words=NUMBERED),
     },
     keys=(
-        VOCAB_SIZE,
-        _KV,
-        ("shortconv.l_cache", "u32", ("conv_L_cache",)),
+        VOCAB_SIZE, _KV, ("shortconv.l_cache", "u32", ("conv_L_cache",)),
         ("attention.layer_norm_rms_epsilon", "f32", ("norm_eps",)),
     ),
-    read=_lfm2,
-    edit=_states,
+    read=_lfm2, edit=_states,
     defaults={
         "tie_word_embeddings": True, "rope_theta": 1e6, "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0,
         "block_auto_adjust_ff_dim": True, "full_attn_idxs": None, "layer_types": None, "block_ff_dim": None,
@@ -215,99 +200,68 @@ _LFM2 = CheckpointLayout(
     expected={"conv_bias": (False,)},
 )  # fmt: skip
 _LFM2_MOE = replace(
-    _LFM2,
-    arch="lfm2moe",
-    classes={"Lfm2MoeForCausalLM": "lfm2_moe"},
+    _LFM2, arch="lfm2moe", classes={"Lfm2MoeForCausalLM": "lfm2_moe"},
     layer={
-        **_LFM2.layer,
-        **network("feed_forward.experts.@", "_exps", NUMBERED),
-        "feed_forward.gate": "ffn_gate_inp",
+        **_LFM2.layer, **network("feed_forward.experts.@", "_exps", NUMBERED), "feed_forward.gate": "ffn_gate_inp",
         "feed_forward.expert": "exp_probs_b",  # expert_bias in the checkpoint
     },
     keys=(
-        *_LFM2.keys,
-        ("leading_dense_block_count", "u32", ("num_dense_layers",)),
+        *_LFM2.keys, ("leading_dense_block_count", "u32", ("num_dense_layers",)),
         ("expert_gating_func", "u32", ("_gating",)),  # sigmoid
         ("expert_weights_scale", "f32", ("routed_scaling_factor",)),
     ),
     defaults={**_LFM2.defaults, "block_auto_adjust_ff_dim": False},
     expected={**_LFM2.expected, "norm_topk_prob": (True,), "use_expert_bias": (True, False)},
-)
+)  # fmt: skip
 _GRANITE_SHARED: Key = ("expert_shared_feed_forward_length", "u32", ("shared_expert_intermediate_size",))
 _GRANITE = CheckpointLayout(
-    "granitehybrid",
-    {"GraniteMoeHybridForCausalLM": "granitemoehybrid"},
+    "granitehybrid", {"GraniteMoeHybridForCausalLM": "granitemoehybrid"},
     layer={
-        **PRE_NORMS,
-        **ATTENTION,
-        **_mamba("mamba"),
-        "block_sparse_moe.router.layer": "ffn_gate_inp",
+        **PRE_NORMS, **ATTENTION, **_mamba("mamba"), "block_sparse_moe.router.layer": "ffn_gate_inp",
         "block_sparse_moe.input_linear": ("ffn_gate_exps", "ffn_up_exps"),
         "block_sparse_moe.output_linear": "ffn_down_exps",
-        "shared_mlp.input_linear": ("ffn_gate_shexp", "ffn_up_shexp"),
-        "shared_mlp.output_linear": "ffn_down_shexp",
+        "shared_mlp.input_linear": ("ffn_gate_shexp", "ffn_up_shexp"), "shared_mlp.output_linear": "ffn_down_shexp",
     },
     permuted=True,
     keys=(*GRANITE_KEYS, _GRANITE_SHARED, _KV, *_SSM_KEYS, ("rope.scaling.finetuned", "bool", ("_is_rotated",))),
-    read=_granite,
-    edit=_states,
-    defaults={**_LOOKED_UP, "attention_multiplier": 1.0},
-    expected=_FIXED,
-)
+    read=_granite, edit=_states, defaults={**_LOOKED_UP, "attention_multiplier": 1.0}, expected=_FIXED,
+)  # fmt: skip
 _NEMOTRON = CheckpointLayout(
-    "nemotron_h",
-    {"NemotronHForCausalLM": "nemotron_h"},
+    "nemotron_h", {"NemotronHForCausalLM": "nemotron_h"},
     model={"model.embeddings": "token_embd", "model.norm_f": "output_norm", "lm_head": "output"},
     layer={
-        "norm": "attn_norm",
-        **_mamba("mixer"),
-        **{f"mixer.{name}_proj": f"attn_{name}" for name in "qkv"},
-        "mixer.o_proj": "attn_output",
-        **{f"mixer.{name}_proj": f"ffn_{name}" for name in ("up", "down")},
+        "norm": "attn_norm", **_mamba("mixer"), **{f"mixer.{name}_proj": f"attn_{name}" for name in "qkv"},
+        "mixer.o_proj": "attn_output", **{f"mixer.{name}_proj": f"ffn_{name}" for name in ("up", "down")},
         **{f"mixer.shared_experts.{name}_proj": f"ffn_{name}_shexp" for name in ("up", "down")},
-        **{f"mixer.experts.@.{name}_proj": f"ffn_{name}_exps" for name in ("up", "down")},
-        "mixer.gate": "ffn_gate_inp",
+        **{f"mixer.experts.@.{name}_proj": f"ffn_{name}_exps" for name in ("up", "down")}, "mixer.gate": "ffn_gate_inp",
         "mixer.gate.e_score_correction": "exp_probs_b",
     },
     keys=(
-        VOCAB_SIZE,
-        _KV,
-        ("feed_forward_length", "array[i32]", ("_n_ff",)),
+        VOCAB_SIZE, _KV, ("feed_forward_length", "array[i32]", ("_n_ff",)),
         ("attention.layer_norm_rms_epsilon", "f32", ("layer_norm_epsilon",)),
         ("attention.layer_norm_epsilon", "f32", ("layer_norm_epsilon",)),  # llama.cpp asks for both
         *_SSM_KEYS,
     ),
-    read=_nemotron,
-    edit=_states,
-    defaults={**_LOOKED_UP, "rms_norm_eps": None},
+    read=_nemotron, edit=_states, defaults={**_LOOKED_UP, "rms_norm_eps": None},
     expected={
         **_FIXED, "mlp_hidden_act": ("relu2",), "sliding_window": (None,), "moe_latent_size": (None,), "n_group": (1,),
         "topk_group": (1,), "num_nextn_predict_layers": (0,),
     },
 )  # fmt: skip
 _NEMOTRON_MOE_KEYS: tuple[Key, ...] = (
-    EXPERT_FF,
-    ("expert_shared_feed_forward_length", "u32", ("moe_shared_expert_intermediate_size",)),
-    ("expert_shared_count", "u32", ("n_shared_experts",)),
-    ("expert_weights_norm", "bool", ("norm_topk_prob",)),
+    EXPERT_FF, ("expert_shared_feed_forward_length", "u32", ("moe_shared_expert_intermediate_size",)),
+    ("expert_shared_count", "u32", ("n_shared_experts",)), ("expert_weights_norm", "bool", ("norm_topk_prob",)),
     ("expert_weights_scale", "f32", ("routed_scaling_factor",)),
-)
+)  # fmt: skip
 _FALCON = CheckpointLayout(
-    "falcon-h1",
-    {"FalconH1ForCausalLM": "falcon_h1"},
+    "falcon-h1", {"FalconH1ForCausalLM": "falcon_h1"},
     model={"model.embed_tokens": "token_embd", "model.final_layernorm": "output_norm", "lm_head": "output"},
     layer={
-        "input_layernorm": "attn_norm",
-        "pre_ff_layernorm": "ffn_norm",
-        **ATTENTION,
-        **_mamba("mamba"),
+        "input_layernorm": "attn_norm", "pre_ff_layernorm": "ffn_norm", **ATTENTION, **_mamba("mamba"),
         **network("feed_forward"),
     },
     tied_copy=True,  # the multipliers of the embeddings and of the output differ
-    keys=(VOCAB_SIZE, *_SSM_KEYS),
-    read=_falcon,
-    edit=_folded,
-    defaults={**_LOOKED_UP, **{key: 1.0 for keys in _MULTIPLIERS.values() for key in keys}},
-    expected=_FIXED,
-)
+    keys=(VOCAB_SIZE, *_SSM_KEYS), read=_falcon, edit=_folded,
+    defaults={**_LOOKED_UP, **{key: 1.0 for keys in _MULTIPLIERS.values() for key in keys}}, expected=_FIXED,
+)  # fmt: skip
 ROWS = (_LFM2, _LFM2_MOE, _GRANITE, _NEMOTRON, _FALCON)

@@ -25,14 +25,10 @@ _PARTS = {
     "kv_a_proj_with_mqa": "attn_kv_a_mqa", "kv_a_layernorm": "attn_kv_a_norm", "o_proj": "attn_output",
 }  # fmt: skip
 _LAYER: Names = {
-    **PRE_NORMS,
-    **{f"self_attn.{part}": name for part, name in _PARTS.items()},
-    "self_attn.kv_b_proj": ("attn_k_b", "attn_v_b"),
-    **DENSE,
-    **MOE,
-    "mlp.gate.e_score_correction": "exp_probs_b",
+    **PRE_NORMS, **{f"self_attn.{part}": name for part, name in _PARTS.items()},
+    "self_attn.kv_b_proj": ("attn_k_b", "attn_v_b"), **DENSE, **MOE, "mlp.gate.e_score_correction": "exp_probs_b",
     **network("mlp.shared_experts", "_shexp"),
-}
+}  # fmt: skip
 
 
 def _read(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout, Config]:
@@ -76,27 +72,15 @@ _HEADS = {
     "mlp_layer_types": None, "qk_head_dim": None,
 }  # fmt: skip
 _DEEPSEEK2 = CheckpointLayout(
-    "deepseek2",
-    {"DeepseekV2ForCausalLM": "deepseek_v2"},
-    layer=_LAYER,
-    whole=("attn_k_b", "attn_v_b"),
+    "deepseek2", {"DeepseekV2ForCausalLM": "deepseek_v2"}, layer=_LAYER, whole=("attn_k_b", "attn_v_b"),
     keys=(
-        VOCAB_SIZE,
-        ("attention.q_lora_rank", "u32", ("q_lora_rank",)),
-        ("attention.kv_lora_rank", "u32", ("kv_lora_rank",)),
-        ("attention.key_length", "u32", ("_key_length",)),
-        ("attention.value_length", "u32", ("kv_lora_rank",)),
-        ("attention.key_length_mla", "u32", ("_head_length",)),
-        ("attention.value_length_mla", "u32", ("v_head_dim",)),
-        *LEAD,
-        *GROUPS,
-        ("expert_weights_norm", "bool", ("norm_topk_prob",)),
-        ("expert_gating_func", "u32", ("_gating",)),
+        VOCAB_SIZE, ("attention.q_lora_rank", "u32", ("q_lora_rank",)),
+        ("attention.kv_lora_rank", "u32", ("kv_lora_rank",)), ("attention.key_length", "u32", ("_key_length",)),
+        ("attention.value_length", "u32", ("kv_lora_rank",)), ("attention.key_length_mla", "u32", ("_head_length",)),
+        ("attention.value_length_mla", "u32", ("v_head_dim",)), *LEAD, *GROUPS,
+        ("expert_weights_norm", "bool", ("norm_topk_prob",)), ("expert_gating_func", "u32", ("_gating",)),
     ),
-    rope_dim=True,
-    yarn_log=0.1,
-    read=_read,
-    edit=_edit,
+    rope_dim=True, yarn_log=0.1, read=_read, edit=_edit,
     defaults={
         **_HEADS, "routed_scaling_factor": 1.0, "scoring_func": "softmax", "topk_method": "greedy",
         "norm_topk_prob": False,
@@ -110,19 +94,15 @@ _SIGMOID = {**_HEADS, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "nor
 ROWS = (
     _DEEPSEEK2,
     replace(
-        _DEEPSEEK2,
-        classes={"DeepseekV3ForCausalLM": "deepseek_v3", "KimiK2ForCausalLM": "kimi_k2"},
+        _DEEPSEEK2, classes={"DeepseekV3ForCausalLM": "deepseek_v3", "KimiK2ForCausalLM": "kimi_k2"},
         defaults={"routed_scaling_factor": 2.5, **_SIGMOID},
     ),
     replace(
-        _DEEPSEEK2,
-        classes={"Glm4MoeLiteForCausalLM": "glm4_moe_lite"},
+        _DEEPSEEK2, classes={"Glm4MoeLiteForCausalLM": "glm4_moe_lite"},
         defaults={"routed_scaling_factor": 1.8, **_SIGMOID, "qk_nope_head_dim": 192, "v_head_dim": 256},
     ),
     replace(
-        _DEEPSEEK2,
-        arch="mistral4",
-        classes={"Mistral4ForCausalLM": "mistral4"},
+        _DEEPSEEK2, arch="mistral4", classes={"Mistral4ForCausalLM": "mistral4"},
         defaults={**_HEADS, "routed_scaling_factor": 1.0, "norm_topk_prob": True, "scoring_func": "softmax"},
     ),
-)
+)  # fmt: skip
