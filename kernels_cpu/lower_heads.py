@@ -1,20 +1,5 @@
 """What products of heads have beside the matmul kernel: the columns of a head that follow as they are."""
 
-<<<<<<<< HEAD:kernels_cpu/matmul/heads.py
-from gguf_run.kernels_cpu.replay.op import row_op
-from gguf_run.kernels_cpu.vector.native import f32_at
-
-
-@row_op("rows n_head n_copied x x_stride x_head out out_stride out_head")
-def copy_columns(a, first, end):
-    """out = n_copied columns of each head of x. x_head, out_head: bytes from one head to the next."""
-    for t in range(first, end):
-        for head in range(a.n_head):
-            source = f32_at(a.x + t * a.x_stride + head * a.x_head, a.n_copied)
-            out = f32_at(a.out + t * a.out_stride + head * a.out_head, a.n_copied)
-            for i in range(a.n_copied):
-                out[i] = source[i]
-========
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.kernels_cpu.matmul.matmul import matmul
 from gguf_run.kernels_cpu.panels.memory import CpuWeight
@@ -38,4 +23,3 @@ def lower_heads(tape: Tape, op: MatmulHeads[CpuWeight]) -> None:
     if n_x > n_in:
         x, out = op.x.columns(n_in, op.x.width - n_in), op.out.columns(n_out, op.out.width - n_out)
         tape.record(op, copy_columns, x=x, out=out, n_copied=n_x - n_in, x_head=4 * n_x, out_head=4 * n_to)
->>>>>>>> foundation:kernels_cpu/lower_heads.py
