@@ -6,8 +6,9 @@ from typing import Any
 
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.mapped import quoted
-from gguf_run.runtime.convert.layout import N_DRAFT, CheckpointLayout
+from gguf_run.runtime.convert.layout import CheckpointLayout
 from gguf_run.runtime.convert.rope import LOCAL_NAME, PART_NAMES, ROPE_NAMES, unknown_rope_names
+from gguf_run.runtime.convert.shared import N_DRAFT
 from gguf_run.runtime.convert.stored.checkpoint import Config
 
 # Values of any architecture that a GGUF file cannot tell.

@@ -8,8 +8,9 @@ from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.models.architectures import LAYER_SHAPES, MODEL_SHAPES
 from gguf_run.runtime.convert.architectures import BY_CLASS, BY_MODEL_TYPE
 from gguf_run.runtime.convert.known import check_keys
-from gguf_run.runtime.convert.layout import CheckpointLayout, Key
+from gguf_run.runtime.convert.layout import CheckpointLayout
 from gguf_run.runtime.convert.rope import rope_keys
+from gguf_run.runtime.convert.shared import Key
 from gguf_run.runtime.convert.stored.checkpoint import Config
 
 _NEEDED = ("block_count", "context_length", "embedding_length", "attention.head_count")

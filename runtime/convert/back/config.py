@@ -12,9 +12,10 @@ from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.models.keys import Keys, rope_scaling
 from gguf_run.models.rope import make_rope, yarn_attention
 from gguf_run.runtime.convert.architectures import BY_ARCH
-from gguf_run.runtime.convert.layout import BASE_KEYS, CheckpointLayout
+from gguf_run.runtime.convert.layout import CheckpointLayout
 from gguf_run.runtime.convert.metadata import sizes
 from gguf_run.runtime.convert.rope import longrope_attention, rope_tensors
+from gguf_run.runtime.convert.shared import BASE_KEYS
 from gguf_run.runtime.convert.stored.checkpoint import Config
 from gguf_run.runtime.convert.stored.sources import same_values
 

@@ -5,19 +5,12 @@ from collections.abc import Iterator
 from statistics import NormalDist
 
 from gguf_run.formats.gguf.metadata import Typed
-from gguf_run.runtime.convert.layout import (
-    LLAMA,
-    MODEL,
-    POST_NORMS,
-    PRE_NORMS,
-    QK_NORM,
-    CheckpointLayout,
-    Key,
-    Names,
-)
+from gguf_run.runtime.convert import shared
+from gguf_run.runtime.convert.layout import CheckpointLayout
+from gguf_run.runtime.convert.shared import Key, Names
 from gguf_run.runtime.convert.stored.checkpoint import Config
 
-GEMMA2_NORMS: Names = {**PRE_NORMS, **POST_NORMS, "pre_feedforward_layernorm": "ffn_norm"}
+GEMMA2_NORMS: Names = {**shared.PRE_NORMS, **shared.POST_NORMS, "pre_feedforward_layernorm": "ffn_norm"}
 CAPS: tuple[Key, ...] = (
     ("attn_logit_softcapping", "f32", ("attn_logit_softcapping",)),
     ("final_logit_softcapping", "f32", ("final_logit_softcapping",)),
@@ -32,7 +25,7 @@ PER_LAYER: Names = {
     "per_layer_input_gate": "inp_gate", "per_layer_projection": "proj", "post_per_layer_input_norm": "post_norm",
 }  # fmt: skip
 PER_LAYER_MODEL: Names = {
-    **MODEL, "model.embed_tokens_per_layer": "per_layer_token_embd",
+    **shared.MODEL, "model.embed_tokens_per_layer": "per_layer_token_embd",
     "model.per_layer_model_projection": "per_layer_model_proj",
     "model.per_layer_projection_norm": "per_layer_proj_norm",
 }  # fmt: skip
@@ -117,26 +110,29 @@ def gemma3n_keys(config: Config, windows: list[bool]) -> Iterator[tuple[str, Typ
 ROWS = (
     CheckpointLayout("gemma", {"GemmaForCausalLM": "gemma"}, norm_offset=1.0, defaults=GEMMA, expected=GEMMA_FIXED),
     CheckpointLayout(
-        "gemma2", {"Gemma2ForCausalLM": "gemma2"}, layer={**LLAMA, **GEMMA2_NORMS}, norm_offset=1.0, keys=CAPS,
+        "gemma2", {"Gemma2ForCausalLM": "gemma2"}, layer={**shared.LLAMA, **GEMMA2_NORMS}, norm_offset=1.0, keys=CAPS,
         windows="period", defaults={**GEMMA2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         expected=GEMMA_FIXED,
     ),
     CheckpointLayout(
         "gemma3", {"Gemma3ForCausalLM": "gemma3_text", "Gemma3ForConditionalGeneration": "gemma3"},
-        layer={**LLAMA, **GEMMA2_NORMS, **QK_NORM}, norm_offset=1.0, keys=CAPS[1:], windows="period",
+        layer={**shared.LLAMA, **GEMMA2_NORMS, **shared.QK_NORM}, norm_offset=1.0, keys=CAPS[1:], windows="period",
         defaults={**GEMMA2, **GEMMA3, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "sliding_window_pattern": 6},
         expected={**GEMMA_FIXED, "attn_logit_softcapping": (None,)},  # transformers does not apply it
     ),
     CheckpointLayout(
         "gemma4", {"Gemma4ForCausalLM": "gemma4_text", "Gemma4ForConditionalGeneration": "gemma4"},
-        layer={**LLAMA, **GEMMA2_NORMS, **QK_NORM, **PER_LAYER, **GEMMA4_EXPERTS, "layer_scalar": "layer_output_scale"},
+        layer={
+            **shared.LLAMA, **GEMMA2_NORMS, **shared.QK_NORM, **PER_LAYER, **GEMMA4_EXPERTS,
+            "layer_scalar": "layer_output_scale",
+        },
         model=PER_LAYER_MODEL, keys=(*CAPS[1:], *SHARED_KV, ("expert_used_count", "u32", ("top_k_experts",))),
         more_keys=gemma4_keys, windows="period", defaults=GEMMA4,
         expected={**GEMMA_FIXED, "use_bidirectional_attention": ("vision",)},
     ),
     CheckpointLayout(
         "gemma3n", {"Gemma3nForCausalLM": "gemma3n_text", "Gemma3nForConditionalGeneration": "gemma3n"},
-        layer={**LLAMA, **GEMMA2_NORMS, **QK_NORM, **PER_LAYER, **GEMMA3N_LAYER},
+        layer={**shared.LLAMA, **GEMMA2_NORMS, **shared.QK_NORM, **PER_LAYER, **GEMMA3N_LAYER},
         model={
             **PER_LAYER_MODEL, "model.altup_projections.@": "altup_proj",
             "model.altup_unembed_projections.@": "altup_unembd_proj",

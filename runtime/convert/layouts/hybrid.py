@@ -8,18 +8,10 @@ import numpy as np
 
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.gguf.tensors import Tensor
-from gguf_run.runtime.convert.layout import (
-    ATTENTION,
-    EXPERT_FF,
-    NUMBERED,
-    PRE_NORMS,
-    VOCAB_SIZE,
-    CheckpointLayout,
-    Key,
-    Names,
-    network,
-)
+from gguf_run.runtime.convert import shared
+from gguf_run.runtime.convert.layout import CheckpointLayout
 from gguf_run.runtime.convert.layouts.dense import GRANITE_KEYS
+from gguf_run.runtime.convert.shared import Key, Names, network
 from gguf_run.runtime.convert.stored.checkpoint import Config
 from gguf_run.runtime.convert.stored.sources import computed, gathered, rows, values
 
@@ -97,7 +89,7 @@ def _granite(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout
         layout = replace(layout, layer={**layout.layer, **shared})
     turns = config.get("position_embedding_type") == "rope"
     if all(kind in _ATTENTION for kind in kinds) and turns:
-        layout = replace(layout, arch="granitemoe" if n_expert else "granite", keys=(*GRANITE_KEYS, _GRANITE_SHARED))
+        layout = replace(layout, arch="granitemoe" if n_expert else "granite", keys=GRANITE_KEYS)
         more |= _without(_SSM_KEYS)
     return layout, _with_kinds(config, kinds, _is_rotated=turns, **more)
 
@@ -183,12 +175,12 @@ _LFM2 = CheckpointLayout(
     model={"model.embed_tokens": "token_embd", "model.embedding_norm": "token_embd_norm", "lm_head": "output"},
     layer={
         "operator_norm": "attn_norm", "ffn_norm": "ffn_norm",
-        **{f"conv.{name}": f"shortconv.{name}" for name in ("in_proj", "conv", "out_proj")}, **ATTENTION,
+        **{f"conv.{name}": f"shortconv.{name}" for name in ("in_proj", "conv", "out_proj")}, **shared.ATTENTION,
         "self_attn.out_proj": "attn_output", "self_attn.q_layernorm": "attn_q_norm",
-        "self_attn.k_layernorm": "attn_k_norm", **network("feed_forward", words=NUMBERED),
+        "self_attn.k_layernorm": "attn_k_norm", **network("feed_forward", words=shared.NUMBERED),
     },
     keys=(
-        VOCAB_SIZE, _KV, ("shortconv.l_cache", "u32", ("conv_L_cache",)),
+        shared.VOCAB_SIZE, _KV, ("shortconv.l_cache", "u32", ("conv_L_cache",)),
         ("attention.layer_norm_rms_epsilon", "f32", ("norm_eps",)),
     ),
     read=_lfm2, edit=_states,
@@ -202,8 +194,8 @@ _LFM2 = CheckpointLayout(
 _LFM2_MOE = replace(
     _LFM2, arch="lfm2moe", classes={"Lfm2MoeForCausalLM": "lfm2_moe"},
     layer={
-        **_LFM2.layer, **network("feed_forward.experts.@", "_exps", NUMBERED), "feed_forward.gate": "ffn_gate_inp",
-        "feed_forward.expert": "exp_probs_b",  # expert_bias in the checkpoint
+        **_LFM2.layer, **network("feed_forward.experts.@", "_exps", shared.NUMBERED),
+        "feed_forward.gate": "ffn_gate_inp", "feed_forward.expert": "exp_probs_b",  # expert_bias in the checkpoint
     },
     keys=(
         *_LFM2.keys, ("leading_dense_block_count", "u32", ("num_dense_layers",)),
@@ -213,17 +205,15 @@ _LFM2_MOE = replace(
     defaults={**_LFM2.defaults, "block_auto_adjust_ff_dim": False},
     expected={**_LFM2.expected, "norm_topk_prob": (True,), "use_expert_bias": (True, False)},
 )  # fmt: skip
-_GRANITE_SHARED: Key = ("expert_shared_feed_forward_length", "u32", ("shared_expert_intermediate_size",))
 _GRANITE = CheckpointLayout(
     "granitehybrid", {"GraniteMoeHybridForCausalLM": "granitemoehybrid"},
     layer={
-        **PRE_NORMS, **ATTENTION, **_mamba("mamba"), "block_sparse_moe.router.layer": "ffn_gate_inp",
+        **shared.PRE_NORMS, **shared.ATTENTION, **_mamba("mamba"), "block_sparse_moe.router.layer": "ffn_gate_inp",
         "block_sparse_moe.input_linear": ("ffn_gate_exps", "ffn_up_exps"),
         "block_sparse_moe.output_linear": "ffn_down_exps",
         "shared_mlp.input_linear": ("ffn_gate_shexp", "ffn_up_shexp"), "shared_mlp.output_linear": "ffn_down_shexp",
     },
-    permuted=True,
-    keys=(*GRANITE_KEYS, _GRANITE_SHARED, _KV, *_SSM_KEYS, ("rope.scaling.finetuned", "bool", ("_is_rotated",))),
+    permuted=True, keys=(*GRANITE_KEYS, _KV, *_SSM_KEYS, ("rope.scaling.finetuned", "bool", ("_is_rotated",))),
     read=_granite, edit=_states, defaults={**_LOOKED_UP, "attention_multiplier": 1.0}, expected=_FIXED,
 )  # fmt: skip
 _NEMOTRON = CheckpointLayout(
@@ -237,7 +227,7 @@ _NEMOTRON = CheckpointLayout(
         "mixer.gate.e_score_correction": "exp_probs_b",
     },
     keys=(
-        VOCAB_SIZE, _KV, ("feed_forward_length", "array[i32]", ("_n_ff",)),
+        shared.VOCAB_SIZE, _KV, ("feed_forward_length", "array[i32]", ("_n_ff",)),
         ("attention.layer_norm_rms_epsilon", "f32", ("layer_norm_epsilon",)),
         ("attention.layer_norm_epsilon", "f32", ("layer_norm_epsilon",)),  # llama.cpp asks for both
         *_SSM_KEYS,
@@ -249,19 +239,18 @@ _NEMOTRON = CheckpointLayout(
     },
 )  # fmt: skip
 _NEMOTRON_MOE_KEYS: tuple[Key, ...] = (
-    EXPERT_FF, ("expert_shared_feed_forward_length", "u32", ("moe_shared_expert_intermediate_size",)),
-    ("expert_shared_count", "u32", ("n_shared_experts",)), ("expert_weights_norm", "bool", ("norm_topk_prob",)),
-    ("expert_weights_scale", "f32", ("routed_scaling_factor",)),
+    ("expert_shared_feed_forward_length", "u32", ("moe_shared_expert_intermediate_size",)),
+    ("expert_weights_norm", "bool", ("norm_topk_prob",)), ("expert_weights_scale", "f32", ("routed_scaling_factor",)),
 )  # fmt: skip
 _FALCON = CheckpointLayout(
     "falcon-h1", {"FalconH1ForCausalLM": "falcon_h1"},
     model={"model.embed_tokens": "token_embd", "model.final_layernorm": "output_norm", "lm_head": "output"},
     layer={
-        "input_layernorm": "attn_norm", "pre_ff_layernorm": "ffn_norm", **ATTENTION, **_mamba("mamba"),
+        "input_layernorm": "attn_norm", "pre_ff_layernorm": "ffn_norm", **shared.ATTENTION, **_mamba("mamba"),
         **network("feed_forward"),
     },
     tied_copy=True,  # the multipliers of the embeddings and of the output differ
-    keys=(VOCAB_SIZE, *_SSM_KEYS), read=_falcon, edit=_folded,
+    keys=(shared.VOCAB_SIZE, *_SSM_KEYS), read=_falcon, edit=_folded,
     defaults={**_LOOKED_UP, **{key: 1.0 for keys in _MULTIPLIERS.values() for key in keys}}, expected=_FIXED,
 )  # fmt: skip
 ROWS = (_LFM2, _LFM2_MOE, _GRANITE, _NEMOTRON, _FALCON)

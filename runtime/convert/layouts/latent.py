@@ -6,17 +6,9 @@ from typing import Any
 import numpy as np
 
 from gguf_run.formats.gguf.tensors import Tensor
-from gguf_run.runtime.convert.layout import (
-    DENSE,
-    GROUPS,
-    LEAD,
-    MOE,
-    PRE_NORMS,
-    VOCAB_SIZE,
-    CheckpointLayout,
-    Names,
-    network,
-)
+from gguf_run.runtime.convert import shared
+from gguf_run.runtime.convert.layout import CheckpointLayout
+from gguf_run.runtime.convert.shared import Names, network
 from gguf_run.runtime.convert.stored.checkpoint import Config
 from gguf_run.runtime.convert.stored.sources import rows, transposed
 
@@ -25,9 +17,9 @@ _PARTS = {
     "kv_a_proj_with_mqa": "attn_kv_a_mqa", "kv_a_layernorm": "attn_kv_a_norm", "o_proj": "attn_output",
 }  # fmt: skip
 _LAYER: Names = {
-    **PRE_NORMS, **{f"self_attn.{part}": name for part, name in _PARTS.items()},
-    "self_attn.kv_b_proj": ("attn_k_b", "attn_v_b"), **DENSE, **MOE, "mlp.gate.e_score_correction": "exp_probs_b",
-    **network("mlp.shared_experts", "_shexp"),
+    **shared.PRE_NORMS, **{f"self_attn.{part}": name for part, name in _PARTS.items()},
+    "self_attn.kv_b_proj": ("attn_k_b", "attn_v_b"), **shared.DENSE, **shared.MOE,
+    "mlp.gate.e_score_correction": "exp_probs_b", **network("mlp.shared_experts", "_shexp"),
 }  # fmt: skip
 
 
@@ -74,10 +66,10 @@ _HEADS = {
 _DEEPSEEK2 = CheckpointLayout(
     "deepseek2", {"DeepseekV2ForCausalLM": "deepseek_v2"}, layer=_LAYER, whole=("attn_k_b", "attn_v_b"),
     keys=(
-        VOCAB_SIZE, ("attention.q_lora_rank", "u32", ("q_lora_rank",)),
+        shared.VOCAB_SIZE, ("attention.q_lora_rank", "u32", ("q_lora_rank",)),
         ("attention.kv_lora_rank", "u32", ("kv_lora_rank",)), ("attention.key_length", "u32", ("_key_length",)),
         ("attention.value_length", "u32", ("kv_lora_rank",)), ("attention.key_length_mla", "u32", ("_head_length",)),
-        ("attention.value_length_mla", "u32", ("v_head_dim",)), *LEAD, *GROUPS,
+        ("attention.value_length_mla", "u32", ("v_head_dim",)), *shared.LEAD, *shared.GROUPS,
         ("expert_weights_norm", "bool", ("norm_topk_prob",)), ("expert_gating_func", "u32", ("_gating",)),
     ),
     rope_dim=True, yarn_log=0.1, read=_read, edit=_edit,

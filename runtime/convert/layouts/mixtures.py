@@ -1,31 +1,11 @@
 """Checkpoints of decoders with experts."""
 
 from gguf_run.models.architectures import EXPERTS
-from gguf_run.runtime.convert.layout import (
-    ATTENTION,
-    DENSE,
-    FUSED_EXPERTS,
-    GROUPS,
-    LEAD,
-    LLAMA,
-    LLAMA_MOE,
-    MIXTRAL_EXPERTS,
-    MODEL,
-    MOE,
-    N_EXPERT,
-    NORM,
-    PRE_NORMS,
-    QK_NORM,
-    QWEN,
-    VOCAB_SIZE,
-    CheckpointLayout,
-    Key,
-    Names,
-    network,
-)
+from gguf_run.runtime.convert import shared
+from gguf_run.runtime.convert.layout import CheckpointLayout
+from gguf_run.runtime.convert.shared import Names, network
 from gguf_run.runtime.convert.stored.checkpoint import Config
 
-SHARED_FF: Key = ("expert_shared_feed_forward_length", "u32", ("shared_expert_intermediate_size",))
 EVERY_LAYER_HAS_EXPERTS = {"decoder_sparse_step": (1,), "mlp_only_layers": ([],)}
 GPT_OSS_ROPE = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
@@ -36,7 +16,7 @@ SHARED_COUNT = {"num_shared_experts": "n_shared_experts"}
 SHARED = network("mlp.shared_experts", "_shexp")
 SHARED_BY_GATE: Names = {"mlp.shared_expert_gate": "ffn_gate_inp_shexp", **network("mlp.shared_expert", "_shexp")}
 CHOICE: Names = {"mlp.gate.e_score_correction": "exp_probs_b"}
-LEAD_DEFAULTS = {**NORM, "first_k_dense_replace": 0, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1}
+LEAD_DEFAULTS = {**shared.NORM, "first_k_dense_replace": 0, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1}
 SIGMOID = {"scoring_func": ("sigmoid",), "score_func": ("sigmoid",), "topk_method": ("noaux_tc",)}
 
 
@@ -97,30 +77,30 @@ def _llama4(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout,
 
 ROWS = (
     CheckpointLayout(
-        "qwen2moe", {"Qwen2MoeForCausalLM": "qwen2_moe"}, layer={**LLAMA_MOE, **SHARED_BY_GATE}, tied_copy=True,
-        keys=(N_EXPERT, SHARED_FF), bias_key="qkv_bias", windows="first", switch=True, defaults={**QWEN, **NORM},
-        expected={**EVERY_LAYER_HAS_EXPERTS},
+        "qwen2moe", {"Qwen2MoeForCausalLM": "qwen2_moe"}, layer={**shared.LLAMA_MOE, **SHARED_BY_GATE}, tied_copy=True,
+        keys=(shared.N_EXPERT,), bias_key="qkv_bias", windows="first", switch=True,
+        defaults={**shared.QWEN, **shared.NORM}, expected=EVERY_LAYER_HAS_EXPERTS,
     ),
     CheckpointLayout(
-        "qwen3moe", {"Qwen3MoeForCausalLM": "qwen3_moe"}, layer={**LLAMA_MOE, **QK_NORM}, keys=(N_EXPERT,),
-        windows="all", switch=True, defaults={"sliding_window": 4096, **NORM}, expected={**EVERY_LAYER_HAS_EXPERTS},
+        "qwen3moe", {"Qwen3MoeForCausalLM": "qwen3_moe"}, layer={**shared.LLAMA_MOE, **shared.QK_NORM},
+        keys=(shared.N_EXPERT,), windows="all", switch=True, defaults={"sliding_window": 4096, **shared.NORM},
+        expected=EVERY_LAYER_HAS_EXPERTS,
     ),
     CheckpointLayout(
-        "olmoe", {"OlmoeForCausalLM": "olmoe"}, layer={**LLAMA_MOE, **QK_NORM}, defaults={**NORM, "rms_norm_eps": 1e-5},
-        expected={"clip_qkv": (None,)},
+        "olmoe", {"OlmoeForCausalLM": "olmoe"}, layer={**shared.LLAMA_MOE, **shared.QK_NORM},
+        defaults={**shared.NORM, "rms_norm_eps": 1e-5}, expected={"clip_qkv": (None,)},
     ),
     CheckpointLayout(
-        "deepseek", {"DeepseekForCausalLM": "deepseek"},
-        layer={**LLAMA, **MOE, **network("mlp.shared_experts", "_shexp")}, permuted=True, rope_dim=True,
-        rope_type="none", keys=(VOCAB_SIZE, *LEAD),
-        defaults={"first_k_dense_replace": 0, "routed_scaling_factor": 1.0, **NORM},
+        "deepseek", {"DeepseekForCausalLM": "deepseek"}, layer={**shared.LLAMA, **shared.MOE, **SHARED}, permuted=True,
+        rope_dim=True, rope_type="none", keys=(shared.VOCAB_SIZE, *shared.LEAD),
+        defaults={"first_k_dense_replace": 0, "routed_scaling_factor": 1.0, **shared.NORM},
         expected={"scoring_func": ("softmax",), "moe_layer_freq": (1,)},
     ),
     CheckpointLayout(
         "gpt-oss", {"GptOssForCausalLM": "gpt_oss"},
         layer={
-            **ATTENTION, "input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm",
-            "self_attn.sinks": "attn_sinks", "mlp.router": "ffn_gate_inp", **FUSED_EXPERTS,
+            **shared.ATTENTION, "input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm",
+            "self_attn.sinks": "attn_sinks", "mlp.router": "ffn_gate_inp", **shared.FUSED_EXPERTS,
         },
         bare=("attn_sinks", *EXPERTS), interleaved=True, tied_copy=True,
         keys=(("expert_feed_forward_length", "u32", ("intermediate_size",)),), windows="period",
@@ -129,29 +109,36 @@ ROWS = (
     ),
     CheckpointLayout(
         "qwen3vlmoe", {"Qwen3VLMoeForConditionalGeneration": "qwen3_vl_moe"}, one_way=True,
-        layer={**LLAMA_MOE, **QK_NORM}, bare=EXPERTS, defaults={"head_dim": 128, "rope_theta": 5e6},
-        expected={**EVERY_LAYER_HAS_EXPERTS},
+        layer={**shared.LLAMA_MOE, **shared.QK_NORM}, bare=EXPERTS, defaults={"head_dim": 128, "rope_theta": 5e6},
+        expected=EVERY_LAYER_HAS_EXPERTS,
     ),
     CheckpointLayout(
-        "dots1", {"Dots1ForCausalLM": "dots1"}, one_way=True, layer={**LLAMA, **MOE, **QK_NORM, **SHARED, **CHOICE},
-        tied_copy=True, keys=(*LEAD, *GROUPS), windows="last",
+        "dots1", {"Dots1ForCausalLM": "dots1"}, one_way=True,
+        layer={**shared.LLAMA, **shared.MOE, **shared.QK_NORM, **SHARED, **CHOICE}, tied_copy=True,
+        keys=(*shared.LEAD, *shared.GROUPS), windows="last",
         defaults={**LEAD_DEFAULTS, "sliding_window": 4096, "max_window_layers": 62}, expected=SIGMOID,
     ),
     CheckpointLayout(
         "glm4moe", {"Glm4MoeForCausalLM": "glm4_moe"}, one_way=True,
-        layer={**LLAMA, **MOE, **QK_NORM, **SHARED, **CHOICE, "post_attention_layernorm": "post_attention_norm"},
-        rope_dim=True, keys=(*LEAD, *GROUPS),
+        layer={
+            **shared.LLAMA, **shared.MOE, **shared.QK_NORM, **SHARED, **CHOICE,
+            "post_attention_layernorm": "post_attention_norm",
+        },
+        rope_dim=True, keys=(*shared.LEAD, *shared.GROUPS),
         defaults={**LEAD_DEFAULTS, "norm_topk_prob": True, "partial_rotary_factor": 0.5}, expected=SIGMOID,
     ),
     CheckpointLayout(
         "bailingmoe2", {"BailingMoeV2ForCausalLM": "bailing_moe"},
         layer={
-            **PRE_NORMS, **DENSE, **MOE, **SHARED, "attention.query_key_value": "attn_qkv",
+            **shared.PRE_NORMS, **shared.DENSE, **shared.MOE, **SHARED, "attention.query_key_value": "attn_qkv",
             "attention.dense": "attn_output", "attention.query_layernorm": "attn_q_norm",
             "attention.key_layernorm": "attn_k_norm", "mlp.gate.expert": "exp_probs_b",
         },
-        model={**MODEL, "model.word_embeddings": "token_embd"}, tied_copy=True, rope_dim=True,
-        keys=(VOCAB_SIZE, *LEAD, *GROUPS, ("expert_shared_feed_forward_length", "u32", ("moe_intermediate_size",))),
+        model={**shared.MODEL, "model.word_embeddings": "token_embd"}, tied_copy=True, rope_dim=True,
+        keys=(
+            shared.VOCAB_SIZE, *shared.LEAD, *shared.GROUPS,
+            ("expert_shared_feed_forward_length", "u32", ("moe_intermediate_size",)),
+        ),
         bias_key="", defaults={**LEAD_DEFAULTS, "partial_rotary_factor": 0.5},
         expected={**SIGMOID, "use_bias": (False,), "use_qkv_bias": (False,), "use_rmsnorm": (True,)},
         aliases=SHARED_COUNT,
@@ -159,7 +146,7 @@ ROWS = (
     CheckpointLayout(
         "minimax-m2", {"MiniMaxM2ForCausalLM": "minimax_m2"},
         layer={
-            **PRE_NORMS, **ATTENTION, **QK_NORM, **MIXTRAL_EXPERTS,
+            **shared.PRE_NORMS, **shared.ATTENTION, **shared.QK_NORM, **shared.MIXTRAL_EXPERTS,
             "block_sparse_moe.e_score_correction": "exp_probs_b",
         },
         tied_copy=True, rope_dim=True, keys=(("expert_feed_forward_length", "u32", ("intermediate_size",)),),
@@ -168,11 +155,10 @@ ROWS = (
     ),
     CheckpointLayout(
         "ernie4_5-moe", {"Ernie4_5_MoeForCausalLM": "ernie4_5_moe", "Ernie4_5_MoE_ForCausalLM": "ernie4_5_moe"},
-        layer={**LLAMA, **MOE, **SHARED, "mlp.moe_statics.e_score_correction": "exp_probs_b"},
+        layer={**shared.LLAMA, **shared.MOE, **SHARED, "mlp.moe_statics.e_score_correction": "exp_probs_b"},
         keys=(
-            VOCAB_SIZE, ("interleave_moe_layer_step", "u32", ("moe_layer_interval",)),
+            shared.VOCAB_SIZE, ("interleave_moe_layer_step", "u32", ("moe_layer_interval",)),
             ("leading_dense_block_count", "u32", ("moe_layer_start_index",)),
-            ("expert_shared_count", "u32", ("n_shared_experts",)),
             ("expert_shared_feed_forward_length", "u32", ("_n_ff_shexp",)),
         ),
         bias_key="use_bias",
@@ -187,24 +173,23 @@ ROWS = (
     CheckpointLayout(
         "hunyuan-moe", {"HunYuanMoEV1ForCausalLM": "hunyuan_v1_moe"},
         layer={
-            **LLAMA_MOE, **network("mlp.shared_mlp", "_shexp"), "mlp.gate.wg": "ffn_gate_inp",
+            **shared.LLAMA_MOE, **network("mlp.shared_mlp", "_shexp"), "mlp.gate.wg": "ffn_gate_inp",
             "self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm",
         },
-        aliases={"moe_topk": "num_experts_per_tok", "num_shared_expert": "n_shared_experts"}, keys=(SHARED_FF,),
-        ntk_alpha=True, expected={"use_cla": (False,)}, read=_hunyuan,
+        aliases={"moe_topk": "num_experts_per_tok", "num_shared_expert": "n_shared_experts"}, ntk_alpha=True,
+        expected={"use_cla": (False,)}, read=_hunyuan,
     ),
     CheckpointLayout(
         "afmoe", {"AfmoeForCausalLM": "afmoe"},
         layer={
-            **ATTENTION, **QK_NORM, **DENSE, **MOE, **SHARED, "self_attn.gate_proj": "attn_gate",
-            "input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm",
-            "pre_mlp_layernorm": "ffn_norm", "post_mlp_layernorm": "post_ffw_norm", "mlp.router.gate": "ffn_gate_inp",
-            "mlp.expert": "exp_probs_b",
+            **shared.ATTENTION, **shared.QK_NORM, **shared.DENSE, **shared.MOE, **SHARED,
+            "self_attn.gate_proj": "attn_gate", "input_layernorm": "attn_norm",
+            "post_attention_layernorm": "post_attention_norm", "pre_mlp_layernorm": "ffn_norm",
+            "post_mlp_layernorm": "post_ffw_norm", "mlp.router.gate": "ffn_gate_inp", "mlp.expert": "exp_probs_b",
         },
         keys=(
-            VOCAB_SIZE, ("leading_dense_block_count", "u32", ("num_dense_layers",)),
-            ("expert_shared_count", "u32", ("n_shared_experts",)), ("expert_weights_scale", "f32", ("route_scale",)),
-            ("expert_weights_norm", "bool", ("route_norm",)),
+            shared.VOCAB_SIZE, ("leading_dense_block_count", "u32", ("num_dense_layers",)),
+            ("expert_weights_scale", "f32", ("route_scale",)), ("expert_weights_norm", "bool", ("route_norm",)),
         ),
         windows="period",
         defaults={"sliding_window": 1024, "global_attn_every_n_layers": 4, "route_norm": True, "num_dense_layers": 1},
@@ -212,21 +197,21 @@ ROWS = (
     ),
     CheckpointLayout(
         "phimoe", {"PhimoeForCausalLM": "phimoe", "PhiMoEForCausalLM": "phimoe"},
-        layer={**PRE_NORMS, **ATTENTION, **MIXTRAL_EXPERTS}, tied_copy=True, rope_dim=True, original_context=True,
-        defaults={"rope_theta": 1e6, "sliding_window": None, "lm_head_bias": False},
+        layer={**shared.PRE_NORMS, **shared.ATTENTION, **shared.MIXTRAL_EXPERTS}, tied_copy=True, rope_dim=True,
+        original_context=True, defaults={"rope_theta": 1e6, "sliding_window": None, "lm_head_bias": False},
         expected={"router_jitter_noise": (0.01,), "num_experts_per_tok": (2,)}, read=_phimoe,
     ),
     CheckpointLayout(
         "llama4", {"Llama4ForCausalLM": "llama4_text", "Llama4ForConditionalGeneration": "llama4"},
         layer={
-            **PRE_NORMS, **ATTENTION, **network("feed_forward"), **network("feed_forward.shared_expert", "_shexp"),
-            "feed_forward.router": "ffn_gate_inp",
+            **shared.PRE_NORMS, **shared.ATTENTION, **network("feed_forward"),
+            **network("feed_forward.shared_expert", "_shexp"), "feed_forward.router": "ffn_gate_inp",
             "feed_forward.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
             "feed_forward.experts.down_proj": "ffn_down_exps",
         },
         bare=EXPERTS, tied_copy=True, rope_dim=True,
         keys=(
-            VOCAB_SIZE, ("interleave_moe_layer_step", "u32", ("interleave_moe_layer_step",)),
+            shared.VOCAB_SIZE, ("interleave_moe_layer_step", "u32", ("interleave_moe_layer_step",)),
             ("attention.sliding_window", "u32", ("attention_chunk_size",)),
             ("attention.temperature_scale", "f32", ("attn_scale",)),
             ("attention.temperature_length", "u32", ("floor_scale",)),
