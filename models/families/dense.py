@@ -3,8 +3,12 @@
 from gguf_run.models.architectures import POST, PRE, QK, WHOLE_ROW, Architecture
 
 ENTRIES = (
-    Architecture("mistral3", moe="maybe"), Architecture("smollm3", no_rope_period=4), Architecture("internlm2"),
-    Architecture("granite"), Architecture("ernie4_5"), Architecture("qwen2", rope_style="neox"),
+    Architecture("mistral3", moe="maybe"),
+    Architecture("smollm3", no_rope_period=4),
+    Architecture("internlm2"),
+    Architecture("granite"),
+    Architecture("ernie4_5"),
+    Architecture("qwen2", rope_style="neox"),
     Architecture("qwen3", rope_style="neox", norms=(*PRE, *QK)),
     Architecture("qwen3vl", rope_style="neox", norms=(*PRE, *QK)),
     Architecture("hunyuan-dense", rope_style="neox", norms=(*PRE, *QK), qk_norm_after_rope=True),
