@@ -1,4 +1,4 @@
-"""What products of heads have beside the matmul kernel: the columns of a head that follow as they are."""
+"""A matrix for each head: the products, and the columns of a head that follow as they are."""
 
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.kernels_cpu.matmul.matmul import matmul

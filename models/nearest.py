@@ -36,9 +36,9 @@ def nearest(
     if not found:
         return "README.md lists those that this program runs"
     _, name, has, lacks = min(found, key=lambda row: row[0])
-    parts = [f"{word} {names}" for word, names in (("has", has), ("lacks", lacks)) if names]
-    differs = " and ".join(parts) if parts else "has the same tensors; what it computes from them is not known"
-    return f"the nearest that this program runs is {name}; beside it, the file {differs}"
+    parts = [f"{words} {names}" for words, names in (("has also", has), ("lacks", lacks)) if names]
+    differs = " and ".join(parts) if parts else "has the same tensors, but what it computes from them is not known"
+    return f"the nearest that this program runs is {name}: the file {differs}"
 
 
 def _shown(names: Collection[str]) -> str:

@@ -3,6 +3,6 @@
 from gguf_run.models.architectures import Architecture
 
 ENTRIES = tuple(
-    Architecture(name, qkv=(), mixer="latent", moe="maybe", expert_norm=False, router_bias="maybe")
-    for name in ("deepseek2", "mistral4")
+    Architecture(name, qkv=(), mixer="latent", moe="maybe", gating=gating, router_bias="maybe", expert_norm=False)
+    for name, gating in (("deepseek2", ""), ("mistral4", "softmax"))  # first files of V3 and GLM 4.7 have no key of it
 )

@@ -11,8 +11,11 @@ from tinymodel import TINY_GEMMA3, Tiny, metadata_of, tensor_shapes, tiny_moe
 from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
 from gguf_run.formats.gguf.tensors import Tensor
+from gguf_run.models.architectures import architecture
 from gguf_run.models.config import ModelConfig
+from gguf_run.models.keys import Keys
 from gguf_run.models.operands import Mixture
+from gguf_run.models.routing import read_experts
 
 N_VOCAB = 50
 
@@ -178,10 +181,16 @@ def test_unknown_architecture(architecture: Any) -> None:
 @pytest.mark.parametrize(
     ("shapes", "differs"),
     [
-        ({}, "is llama; beside it, the file has the same tensors; what it computes from them is not known"),
-        ({"attn_k_norm.weight": (32,), "attn_q_norm.weight": (32,)}, "is qwen3; beside it, the file has the same"),
-        ({"attn_rot.weight": (32,), "attn_output.weight": None}, "has 'attn_rot.weight' and lacks 'attn_output.we"),
-        ({f"x{i}.weight": (1,) for i in range(6)}, "has 'x0.weight', 'x1.weight', 'x2.weight', 'x3.weight' and 2 more"),
+        ({}, "is llama: the file has the same tensors, but what it computes from them is not known"),
+        ({"attn_k_norm.weight": (32,), "attn_q_norm.weight": (32,)}, "is qwen3: the file has the same"),
+        (
+            {"attn_rot.weight": (32,), "attn_output.weight": None},
+            "has also 'attn_rot.weight' and lacks 'attn_output",
+        ),
+        (
+            {f"x{i}.weight": (1,) for i in range(6)},
+            "has also 'x0.weight', 'x1.weight', 'x2.weight', 'x3.weight' and 2 more",
+        ),
     ],
 )
 def test_the_nearest_architecture(shapes: dict[str, tuple[int, ...] | None], differs: str) -> None:
@@ -278,6 +287,12 @@ def test_how_experts_are_chosen(keys: dict[str, Any], expected: Mixture | str) -
         return
     with pytest.raises(FormatError, match=expected):
         read(Tiny(), MIXTRAL | keys, shapes)
+
+
+def test_a_bias_of_the_router_means_sigmoid_where_no_key_tells() -> None:
+    keys = Keys({"deepseek2.expert_used_count": 2, "deepseek2.expert_feed_forward_length": 8}, "deepseek2")
+    for tensors, gating in (({}, "softmax"), ({"blk.1.exp_probs_b.bias": None}, "sigmoid")):
+        assert read_experts(architecture("deepseek2"), keys, tensors, 4)[2].gating == gating
 
 
 def test_shapes_may_end_in_ones_and_old_files_have_unused_tensors() -> None:

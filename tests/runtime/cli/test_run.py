@@ -210,7 +210,7 @@ def test_unknown_architecture(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     write_tiny(path, Tiny(arch="no\x1b[31msuch\narch"))
     line = error_line(invoke(path, "-p", "Hello"), 1)
-    assert "which is not known; the nearest that this program runs is llama; beside it," in line
+    assert "which is not known; the nearest that this program runs is llama: the file" in line
     assert "\x1b" not in line
 
 
