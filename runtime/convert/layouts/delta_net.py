@@ -73,10 +73,13 @@ _LAYER: Names = {
 _NEXT: Names = {"linear_attn.in_proj_qkvz": ("attn_qkv", "attn_gate"), "linear_attn.in_proj_ba": "ssm_ba"}
 _EXPERTS: Names = {**shared.MOE, **SHARED_BY_GATE}
 _KEYS: tuple[Key, ...] = (
-    ("ssm.conv_kernel", "u32", ("linear_conv_kernel_dim",)), ("ssm.state_size", "u32", ("linear_key_head_dim",)),
-    ("ssm.group_count", "u32", ("linear_num_key_heads",)), ("ssm.time_step_rank", "u32", ("linear_num_value_heads",)),
-    ("ssm.inner_size", "u32", ("_n_inner",)), ("full_attention_interval", "u32", ("full_attention_interval",)),
-)  # fmt: skip
+    ("ssm.conv_kernel", "u32", ("linear_conv_kernel_dim",)),
+    ("ssm.state_size", "u32", ("linear_key_head_dim",)),
+    ("ssm.group_count", "u32", ("linear_num_key_heads",)),
+    ("ssm.time_step_rank", "u32", ("linear_num_value_heads",)),
+    ("ssm.inner_size", "u32", ("_n_inner",)),
+    ("full_attention_interval", "u32", ("full_attention_interval",)),
+)
 _DEFAULTS = {
     "rms_norm_eps": 1e-6, "head_dim": 256, "partial_rotary_factor": 0.25, "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
@@ -92,11 +95,11 @@ ROWS = (
     replace(
         _QWEN35, arch="qwen35moe",
         classes={"Qwen3_5MoeForCausalLM": "qwen3_5_moe_text", "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe"},
-        layer={**_LAYER, **_EXPERTS}, keys=_KEYS,
+        layer={**_LAYER, **_EXPERTS},
     ),
     replace(
         _QWEN35, arch="qwen3next", classes={"Qwen3NextForCausalLM": "qwen3_next"},
-        layer={**_LAYER, **_NEXT, **_EXPERTS}, whole=("attn_qkv",), keys=_KEYS, defaults={**_DEFAULTS, **shared.NORM},
-        expected={**EVERY_LAYER_HAS_EXPERTS},
+        layer={**_LAYER, **_NEXT, **_EXPERTS}, whole=("attn_qkv",), defaults={**_DEFAULTS, **shared.NORM},
+        expected=EVERY_LAYER_HAS_EXPERTS,
     ),
 )  # fmt: skip

@@ -28,10 +28,12 @@ COHERE2_FIXED = {
 APERTUS_NORMS: Names = {"attention_layernorm": "attn_norm", "feedforward_layernorm": "ffn_norm"}
 EVERY_4TH = {"sliding_window": 4096, "sliding_window_pattern": 4}
 GRANITE_KEYS: tuple[Key, ...] = (
-    shared.VOCAB_SIZE, ("attention.scale", "f32", ("attention_multiplier",)),
-    ("embedding_scale", "f32", ("embedding_multiplier",)), ("residual_scale", "f32", ("residual_multiplier",)),
+    shared.VOCAB_SIZE,
+    ("attention.scale", "f32", ("attention_multiplier",)),
+    ("embedding_scale", "f32", ("embedding_multiplier",)),
+    ("residual_scale", "f32", ("residual_multiplier",)),
     ("logit_scale", "f32", ("logits_scaling",)),
-)  # fmt: skip
+)
 ROWS = (
     LLAMA_ROW,
     replace(LLAMA_ROW, classes={"MistralForCausalLM": "mistral"}, windows="all", defaults={"sliding_window": 4096}),

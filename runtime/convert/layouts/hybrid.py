@@ -33,9 +33,10 @@ _FIXED = {
 _SSM_KEYS: tuple[Key, ...] = (
     ("ssm.conv_kernel", "u32", ("mamba_d_conv", "conv_kernel")),
     ("ssm.state_size", "u32", ("mamba_d_state", "ssm_state_size")),
-    ("ssm.group_count", "u32", ("mamba_n_groups", "n_groups")), ("ssm.inner_size", "u32", ("_n_inner",)),
+    ("ssm.group_count", "u32", ("mamba_n_groups", "n_groups")),
+    ("ssm.inner_size", "u32", ("_n_inner",)),
     ("ssm.time_step_rank", "u32", ("mamba_n_heads", "mamba_num_heads")),
-)  # fmt: skip
+)
 _KV: Key = ("attention.head_count_kv", "array[i32]", ("_n_head_kv",))
 
 
@@ -240,8 +241,9 @@ _NEMOTRON = CheckpointLayout(
 )  # fmt: skip
 _NEMOTRON_MOE_KEYS: tuple[Key, ...] = (
     ("expert_shared_feed_forward_length", "u32", ("moe_shared_expert_intermediate_size",)),
-    ("expert_weights_norm", "bool", ("norm_topk_prob",)), ("expert_weights_scale", "f32", ("routed_scaling_factor",)),
-)  # fmt: skip
+    ("expert_weights_norm", "bool", ("norm_topk_prob",)),
+    ("expert_weights_scale", "f32", ("routed_scaling_factor",)),
+)
 _FALCON = CheckpointLayout(
     "falcon-h1", {"FalconH1ForCausalLM": "falcon_h1"},
     model={"model.embed_tokens": "token_embd", "model.final_layernorm": "output_norm", "lm_head": "output"},
