@@ -79,7 +79,7 @@ EXPERT_KEYS: tuple[Key, ...] = (
     ("expert_shared_count", "u32", ("n_shared_experts",)),
 )
 VOCAB_SIZE: Key = ("vocab_size", "u32", ("vocab_size",))
-# For checkpoints that are written back with the first name.
+# Of classes that know no other names.
 N_EXPERT: Key = ("expert_count", "u32", ("num_experts", "num_local_experts"))
 NORM = {"norm_topk_prob": False}
 QWEN = {"sliding_window": 4096, "max_window_layers": 28}

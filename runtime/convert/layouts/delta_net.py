@@ -95,11 +95,11 @@ ROWS = (
     replace(
         _QWEN35, arch="qwen35moe",
         classes={"Qwen3_5MoeForCausalLM": "qwen3_5_moe_text", "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe"},
-        layer={**_LAYER, **_EXPERTS},
+        layer={**_LAYER, **_EXPERTS}, keys=(shared.N_EXPERT, *_KEYS),
     ),
     replace(
         _QWEN35, arch="qwen3next", classes={"Qwen3NextForCausalLM": "qwen3_next"},
-        layer={**_LAYER, **_NEXT, **_EXPERTS}, whole=("attn_qkv",), defaults={**_DEFAULTS, **shared.NORM},
-        expected=EVERY_LAYER_HAS_EXPERTS,
+        layer={**_LAYER, **_NEXT, **_EXPERTS}, whole=("attn_qkv",), keys=(shared.N_EXPERT, *_KEYS),
+        defaults={**_DEFAULTS, **shared.NORM}, expected=EVERY_LAYER_HAS_EXPERTS,
     ),
 )  # fmt: skip

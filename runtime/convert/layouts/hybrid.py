@@ -104,7 +104,8 @@ def _nemotron(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayou
     head_dim = config.integer("attention_head_dim", "head_dim")
     more: dict[str, Any] = {"_n_ff": widths, "_n_inner": n_inner, "head_dim": head_dim, "intermediate_size": n_ff}
     if not has_experts:
-        more |= {"n_routed_experts": None, "num_experts_per_tok": None, **_without(_NEMOTRON_MOE_KEYS)}
+        more |= dict.fromkeys(("n_routed_experts", "num_experts_per_tok"))
+        more |= _without((*shared.EXPERT_KEYS, *_NEMOTRON_MOE_KEYS))
     elif any(kind in ("mlp", "-") for kind in kinds):
         raise config.wrong(("layers_block_type",), "one kind of feed-forward layers: mlp or moe")
     else:
@@ -199,7 +200,7 @@ _LFM2_MOE = replace(
         "feed_forward.gate": "ffn_gate_inp", "feed_forward.expert": "exp_probs_b",  # expert_bias in the checkpoint
     },
     keys=(
-        *_LFM2.keys, ("leading_dense_block_count", "u32", ("num_dense_layers",)),
+        *_LFM2.keys, shared.N_EXPERT, ("leading_dense_block_count", "u32", ("num_dense_layers",)),
         ("expert_gating_func", "u32", ("_gating",)),  # sigmoid
         ("expert_weights_scale", "f32", ("routed_scaling_factor",)),
     ),

@@ -109,8 +109,8 @@ ROWS = (
     ),
     CheckpointLayout(
         "qwen3vlmoe", {"Qwen3VLMoeForConditionalGeneration": "qwen3_vl_moe"}, one_way=True,
-        layer={**shared.LLAMA_MOE, **shared.QK_NORM}, bare=EXPERTS, defaults={"head_dim": 128, "rope_theta": 5e6},
-        expected=EVERY_LAYER_HAS_EXPERTS,
+        layer={**shared.LLAMA_MOE, **shared.QK_NORM}, bare=EXPERTS, keys=(shared.N_EXPERT,),
+        defaults={"head_dim": 128, "rope_theta": 5e6}, expected=EVERY_LAYER_HAS_EXPERTS,
     ),
     CheckpointLayout(
         "dots1", {"Dots1ForCausalLM": "dots1"}, one_way=True,
@@ -157,7 +157,7 @@ ROWS = (
         "ernie4_5-moe", {"Ernie4_5_MoeForCausalLM": "ernie4_5_moe", "Ernie4_5_MoE_ForCausalLM": "ernie4_5_moe"},
         layer={**shared.LLAMA, **shared.MOE, **SHARED, "mlp.moe_statics.e_score_correction": "exp_probs_b"},
         keys=(
-            shared.VOCAB_SIZE, ("interleave_moe_layer_step", "u32", ("moe_layer_interval",)),
+            shared.VOCAB_SIZE, shared.N_EXPERT, ("interleave_moe_layer_step", "u32", ("moe_layer_interval",)),
             ("leading_dense_block_count", "u32", ("moe_layer_start_index",)),
             ("expert_shared_feed_forward_length", "u32", ("_n_ff_shexp",)),
         ),
@@ -176,8 +176,8 @@ ROWS = (
             **shared.LLAMA_MOE, **network("mlp.shared_mlp", "_shexp"), "mlp.gate.wg": "ffn_gate_inp",
             "self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm",
         },
-        aliases={"moe_topk": "num_experts_per_tok", "num_shared_expert": "n_shared_experts"}, ntk_alpha=True,
-        expected={"use_cla": (False,)}, read=_hunyuan,
+        aliases={"moe_topk": "num_experts_per_tok", "num_shared_expert": "n_shared_experts"}, keys=(shared.N_EXPERT,),
+        ntk_alpha=True, expected={"use_cla": (False,)}, read=_hunyuan,
     ),
     CheckpointLayout(
         "afmoe", {"AfmoeForCausalLM": "afmoe"},
@@ -188,7 +188,7 @@ ROWS = (
             "post_mlp_layernorm": "post_ffw_norm", "mlp.router.gate": "ffn_gate_inp", "mlp.expert": "exp_probs_b",
         },
         keys=(
-            shared.VOCAB_SIZE, ("leading_dense_block_count", "u32", ("num_dense_layers",)),
+            shared.VOCAB_SIZE, shared.N_EXPERT, ("leading_dense_block_count", "u32", ("num_dense_layers",)),
             ("expert_weights_scale", "f32", ("route_scale",)), ("expert_weights_norm", "bool", ("route_norm",)),
         ),
         windows="period",
