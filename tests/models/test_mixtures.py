@@ -47,7 +47,9 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         {**_MOE, "num_hidden_layers": 4, "moe_num_experts": 8, "moe_k": 3, "moe_layer_interval": 2,
          "moe_layer_start_index": 2},
     ),
-    "hunyuan-moe": ("HunYuanMoEV1ForCausalLM", {**_SIZES, "num_experts": 4, "moe_topk": 2}),
+    "hunyuan-moe": (
+        "HunYuanMoEV1ForCausalLM", {**_SIZES, "num_experts": 4, "moe_topk": [2, 2], "num_shared_expert": [1, 1]}
+    ),
     "qwen3vlmoe": (
         "Qwen3VLMoeForConditionalGeneration",
         {"text_config": {**_MOE, "num_experts": 8, "rope_parameters": _MROPE}, "vision_config": _VISION},
@@ -60,7 +62,8 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "phimoe": (
         "PhimoeForCausalLM",
         {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "num_local_experts": 8,
-         "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
+         "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True, "max_position_embeddings": 1024,
+         "rope_parameters": {**hf_tiny._LONGROPE, "short_mscale": 1.3, "long_mscale": 1.3}},
     ),
     "llama4": (
         "Llama4ForCausalLM",
