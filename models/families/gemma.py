@@ -1,5 +1,7 @@
 """The Gemma models."""
 
+from dataclasses import replace
+
 from gguf_run.models.architectures import POST, PRE, QK, Architecture
 
 # Of models whose tokens have an embedding of n_ple columns for each layer.
@@ -11,71 +13,34 @@ _PER_LAYER = {
     "blk.N.proj.weight": ("n_ple", "n_embd"),
     "blk.N.post_norm.weight": ("n_embd", "has_ple"),
 }
-
+_EXPERT_NORMS = ("pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2")
 _STREAM_VECTORS = ("altup_router_norm", "altup_correct_scale", "laurel_post_norm")
 
+_GEMMA = Architecture("gemma", rope_style="neox", activation="gelu", scaled_embd=True)
+_GEMMA2 = replace(
+    _GEMMA, name="gemma2", norms=(*PRE, *POST), n_embd_scale_n_layer=(46,),  # 27B
+    attn_softcap=50.0, final_softcap=30.0, swa_period=2,
+)  # fmt: skip
+_GEMMA3 = replace(
+    _GEMMA, name="gemma3", norms=(*PRE, *QK, *POST), n_embd_scale_n_layer=(62,),  # 27B
+    swa_period=6, swa_rope_freq_base=1e4, swa_rope_scaled=False,
+)  # fmt: skip
+_LATER = replace(_GEMMA3, n_embd_scale_n_layer=(), attention_scale=1.0, final_softcap=30.0, swa_period=-1)
 ENTRIES = (
-    Architecture("gemma", rope_style="neox", activation="gelu", scaled_embd=True),
-    Architecture(
-        "gemma2",
-        rope_style="neox",
-        activation="gelu",
-        norms=(*PRE, *POST),
-        scaled_embd=True,
-        n_embd_scale_n_layer=(46,),  # 27B
-        attn_softcap=50.0,
-        final_softcap=30.0,
-        swa_period=2,
-    ),
-    Architecture(
-        "gemma3",
-        rope_style="neox",
-        activation="gelu",
-        norms=(*PRE, *QK, *POST),
-        scaled_embd=True,
-        n_embd_scale_n_layer=(62,),  # 27B
-        swa_period=6,
-        swa_rope_freq_base=1e4,
-        swa_rope_scaled=False,
-    ),
-    Architecture(
-        "gemma4",
-        rope_style="neox",
-        activation="gelu",
-        norms=(*PRE, *QK, *POST),
-        optional_norms=("layer_output_scale",),
-        scaled_embd=True,
-        attention_scale=1.0,
-        v_of_k=True,
-        final_softcap=30.0,
-        swa_period=-1,
-        swa_rope_freq_base=1e4,
-        swa_rope_scaled=False,
-        moe="maybe",
-        dense_beside=True,
+    _GEMMA, _GEMMA2, _GEMMA3,
+    replace(
+        _LATER, name="gemma4", optional_norms=("layer_output_scale",), v_of_k=True, moe="maybe", dense_beside=True,
         step="gemma_step",
         more={
             **_PER_LAYER,
             "rope_freqs.weight": ("n_rope_freqs",),
             "blk.N.layer_output_scale.weight": ("1",),
             "blk.N.ffn_gate_inp.scale": ("n_embd", "has_experts"),
-            "blk.N.pre_ffw_norm_2.weight": ("n_embd", "has_experts"),
-            "blk.N.post_ffw_norm_1.weight": ("n_embd", "has_experts"),
-            "blk.N.post_ffw_norm_2.weight": ("n_embd", "has_experts"),
+            **{f"blk.N.{name}.weight": ("n_embd", "has_experts") for name in _EXPERT_NORMS},
         },
     ),
-    Architecture(
-        "gemma3n",
-        rope_style="neox",
-        activation="gelu",
-        norms=(*PRE, *QK, *POST),
-        scaled_embd=True,
-        attention_scale=1.0,
-        final_softcap=30.0,
-        swa_period=-1,
-        swa_rope_freq_base=1e4,
-        swa_rope_scaled=False,
-        step="altup_step",
+    replace(
+        _LATER, name="gemma3n", step="altup_step",
         more={
             **_PER_LAYER,
             **dict.fromkeys(("altup_proj.weight", "altup_unembd_proj.weight"), ("n_embd", "n_embd", "n_stream+-1")),
@@ -87,4 +52,4 @@ ENTRIES = (
             **{f"blk.N.{name}.weight": ("n_embd",) for name in _STREAM_VECTORS},
         },
     ),
-)
+)  # fmt: skip

@@ -6,8 +6,9 @@ from typing import Any
 
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.mapped import quoted
-from gguf_run.runtime.convert.layout import N_DRAFT, CheckpointLayout
+from gguf_run.runtime.convert.layout import CheckpointLayout
 from gguf_run.runtime.convert.rope import LOCAL_NAME, PART_NAMES, ROPE_NAMES, unknown_rope_names
+from gguf_run.runtime.convert.shared import N_DRAFT
 from gguf_run.runtime.convert.stored.checkpoint import Config
 
 # Values of any architecture that a GGUF file cannot tell.
@@ -48,7 +49,7 @@ _TOKENS = ("_token_id", "_token_ids", "_token_index")  # ends of keys that name 
 
 def check_keys(layout: CheckpointLayout, config: Config) -> None:
     """Refuse a value that a GGUF file cannot tell, and warn of the keys that this program does not know."""
-    fixed = {**_FIXED, **layout.expected}
+    fixed = {**_FIXED, **layout.fixed}
     if "attn_q_norm" in {*layout.decoder.norms} - {*layout.decoder.optional_norms}:
         fixed["use_qk_norm"] = (True,)
     for key, allowed in fixed.items():

@@ -1,4 +1,4 @@
-"""What a row of the table of checkpoints has, and the names and keys that several rows share.
+"""What a row of the table of checkpoints has. shared.py has the names and keys that several rows share.
 
 A row says where a checkpoint differs from Llama's. models/architectures.py has the other half: which tensors a layer
 needs, and their shapes. The facts are those of llama.cpp's converter (2026-09): other programs expect its files.
@@ -11,74 +11,8 @@ from typing import Any
 from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.models.architectures import Architecture, architecture
+from gguf_run.runtime.convert.shared import BASE_KEYS, EXPERT_KEYS, LLAMA, MODEL, Key, Names, names_of
 from gguf_run.runtime.convert.stored.checkpoint import Config
-
-# A module of the checkpoint -> the tensor of the GGUF file. Both names get ".weight" or ".bias".
-# "@": the number of an expert (or head); all of them become one tensor. Two names: the tensor is split in halves.
-# Three names: q, k and v; the checkpoint has them together for each head of keys. A name with ".scale" is whole.
-Names = Mapping[str, str | tuple[str, ...]]
-# A key without the architecture's name, its type, and the names in config.json. A value that is not there is left out.
-Key = tuple[str, str, tuple[str, ...]]
-
-
-def network(module: str, end: str = "", words: Sequence[str] = ("gate_proj", "up_proj", "down_proj")) -> Names:
-    """Return the names of a feed-forward network, or of all experts. words: gate, up and down in the checkpoint."""
-    return {f"{module}.{word}": f"ffn_{name}{end}" for name, word in zip(("gate", "up", "down"), words, strict=True)}
-
-
-MODEL: Names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-ATTENTION: Names = {f"self_attn.{name}_proj": f"attn_{name}" for name in "qkv"} | {"self_attn.o_proj": "attn_output"}
-PRE_NORMS: Names = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-QK_NORM: Names = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
-POST_NORMS: Names = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
-DENSE = network("mlp")
-FUSED_EXPERTS: Names = {
-    "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
-    "mlp.experts.down_proj": "ffn_down_exps",
-}
-MOE: Names = {"mlp.gate": "ffn_gate_inp", **network("mlp.experts.@", "_exps"), **FUSED_EXPERTS}
-NUMBERED = ("w1", "w3", "w2")
-MIXTRAL_EXPERTS: Names = {
-    "block_sparse_moe.gate": "ffn_gate_inp",
-    **network("block_sparse_moe.experts.@", "_exps", NUMBERED),
-}
-LLAMA: Names = {**PRE_NORMS, **ATTENTION, **DENSE}
-LLAMA_MOE: Names = {**PRE_NORMS, **ATTENTION, **MOE}
-# Ends of names of tensors that hold no weights.
-IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
-# Parts of a model for images and text, of which only the text is converted.
-_OTHERS = (
-    "vision_tower", "vision_model", "multi_modal_projector", "visual", "audio_tower", "embed_vision", "embed_audio",
-    "mtp",
-)  # fmt: skip
-N_DRAFT, MOST_DRAFTS = "num_nextn_predict_layers", 16  # config.json: layers behind the last one that draft tokens
-OTHER_PARTS = tuple(f"{prefix}{part}." for prefix in ("", "model.") for part in _OTHERS)
-
-
-def names_of(target: str | tuple[str, ...]) -> tuple[str, ...]:
-    """Return a value of Names as a tuple."""
-    return (target,) if isinstance(target, str) else target
-
-
-# Keys that every architecture has, in the order of llama.cpp's converter. metadata.py adds those of the rotation.
-BASE_KEYS: tuple[Key, ...] = (
-    ("block_count", "u32", ("num_hidden_layers",)),
-    ("context_length", "u32", ("max_position_embeddings",)),
-    ("embedding_length", "u32", ("hidden_size",)),
-    ("feed_forward_length", "u32", ("intermediate_size",)),
-    ("attention.head_count", "u32", ("num_attention_heads",)),
-    ("attention.head_count_kv", "u32", ("num_key_value_heads",)),
-    ("attention.layer_norm_rms_epsilon", "f32", ("rms_norm_eps",)),
-    ("attention.layer_norm_epsilon", "f32", ("layer_norm_eps", "norm_epsilon")),
-    ("expert_count", "u32", ("num_local_experts", "num_experts", "n_routed_experts")),
-    ("expert_used_count", "u32", ("num_experts_per_tok",)),
-)
-VOCAB_SIZE: Key = ("vocab_size", "u32", ("vocab_size",))
-N_EXPERT: Key = ("expert_count", "u32", ("num_experts", "num_local_experts"))
-EXPERT_FF: Key = ("expert_feed_forward_length", "u32", ("moe_intermediate_size",))
-SILU = {"hidden_act": ("silu", "swish")}
-NORM = {"norm_topk_prob": False}
-QWEN = {"sliding_window": 4096, "max_window_layers": 28}
 
 
 @dataclass(frozen=True)
@@ -92,9 +26,8 @@ class CheckpointLayout:
     model: Names = field(default_factory=lambda: MODEL)  # modules beside the layers
     # Tensors without ".weight" in the checkpoint. Matrices of experts are [n_in, n_out], unless n_in comes last.
     bare: tuple[str, ...] = ()
-    numbers: Mapping[str, str] = field(
-        default_factory=dict
-    )  # tensors of one number in each layer -> key of their array
+    # Tensors of one number in each layer -> key of their array.
+    numbers: Mapping[str, str] = field(default_factory=dict)
     one_way: bool = False  # config.json has what a GGUF file does not, or nobody writes it back
     permuted: bool = False  # rows of q and k come as two halves of each head; GGUF has them in pairs
     interleaved: bool = False  # a tensor with two names has their rows in turns, not one half after the other
@@ -114,10 +47,11 @@ class CheckpointLayout:
     # max_window_layers), "period" (all but every n-th), "unrotated"; "": this architecture has no window.
     windows: str = ""
     switch: bool = False  # the window needs use_sliding_window
+    aliases: Mapping[str, str] = field(default_factory=dict)  # names in config.json -> those of other checkpoints
     # Values that transformers assumes where config.json leaves a key out. null is no such place: it means "none".
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    # Values of config.json that a GGUF file cannot tell: any other cannot be converted.
-    expected: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: SILU)
+    # Values of config.json that a GGUF file cannot tell: any other cannot be converted. See `fixed`.
+    expected: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     # Returns the row and config.json with what must be computed from it: values of names that begin with "_".
     read: Callable[["CheckpointLayout", Config], tuple["CheckpointLayout", Config]] | None = None
     edit: Callable[[Config, str, Tensor], Tensor] | None = None  # changes a tensor, by its name in the GGUF file
@@ -130,12 +64,18 @@ class CheckpointLayout:
 
     def all_keys(self) -> Sequence[Key]:
         """Return BASE_KEYS, in which `keys` replaces rows, and the rest of `keys`."""
-        return tuple({key[0]: key for key in (*BASE_KEYS, *self.keys)}.values())
+        experts = EXPERT_KEYS if self.decoder.moe != "no" else ()
+        return tuple({key[0]: key for key in (*BASE_KEYS, *experts, *self.keys)}.values())
+
+    @property
+    def fixed(self) -> Mapping[str, tuple[Any, ...]]:
+        """`expected`, with the activation of most architectures."""
+        return {"hidden_act": ("silu", "swish"), **self.expected}
 
     @property
     def goes_back(self) -> bool:
         """Whether a GGUF file can become such a checkpoint again: nothing is computed by functions of the row."""
-        return not self.one_way and self.read is None and self.edit is None and self.more_keys is None
+        return not (self.one_way or self.aliases or self.read or self.edit or self.more_keys)
 
     @property
     def is_checked_by_decoder(self) -> bool:

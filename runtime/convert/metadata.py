@@ -8,8 +8,9 @@ from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.models.architectures import LAYER_SHAPES, MODEL_SHAPES
 from gguf_run.runtime.convert.architectures import BY_CLASS, BY_MODEL_TYPE
 from gguf_run.runtime.convert.known import check_keys
-from gguf_run.runtime.convert.layout import CheckpointLayout, Key
+from gguf_run.runtime.convert.layout import CheckpointLayout
 from gguf_run.runtime.convert.rope import rope_keys
+from gguf_run.runtime.convert.shared import Key
 from gguf_run.runtime.convert.stored.checkpoint import Config
 
 _NEEDED = ("block_count", "context_length", "embedding_length", "attention.head_count")
@@ -33,6 +34,7 @@ def layout_of(config: Config) -> tuple[CheckpointLayout, Config]:
         raise UnsupportedError(str(config.wrong(("architectures",), allowed)))
     # Only for this key null means that it is not there.
     given = {key: value for key, value in config.values.items() if value is not None or key != "rope_parameters"}
+    given = {layout.aliases.get(key, key): value for key, value in given.items()}
     if layout.decoder.moe == "no" and given.get("num_experts") == 1:  # a network of Hunyuan that is no mixture
         del given["num_experts"]
     config = Config(config.path, {**layout.defaults, **given})

@@ -21,10 +21,10 @@ from gguf_run.formats.gguf.writer_metadata import MetaValue
 from gguf_run.formats.quantizers.quantizer import quantize
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.convert.card import general_metadata
-from gguf_run.runtime.convert.layout import IGNORED, MOST_DRAFTS, N_DRAFT, OTHER_PARTS
 from gguf_run.runtime.convert.metadata import hyperparameters, layout_of
 from gguf_run.runtime.convert.quantized.methods import KEPT, plain_tensors
 from gguf_run.runtime.convert.rope import rope_tensors
+from gguf_run.runtime.convert.shared import IGNORED, MOST_DRAFTS, N_DRAFT, OTHER_PARTS
 from gguf_run.runtime.convert.stored.checkpoint import Checkpoint
 from gguf_run.runtime.convert.stored.sources import Source, computed, padded, rows
 from gguf_run.runtime.convert.tensors import model_tensors, take_numbers

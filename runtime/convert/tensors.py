@@ -13,8 +13,9 @@ from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.models.architectures import LAYER_SHAPES
-from gguf_run.runtime.convert.layout import CheckpointLayout, names_of
+from gguf_run.runtime.convert.layout import CheckpointLayout
 from gguf_run.runtime.convert.metadata import shape, sizes
+from gguf_run.runtime.convert.shared import names_of
 from gguf_run.runtime.convert.stored.checkpoint import Config
 from gguf_run.runtime.convert.stored.sources import (
     F32,

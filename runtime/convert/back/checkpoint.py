@@ -25,8 +25,9 @@ from gguf_run.formats.safetensors import writing_safetensors
 from gguf_run.models.architectures import ROPE_FACTORS
 from gguf_run.runtime.convert.back.config import generation_config, layout_of_file, model_config
 from gguf_run.runtime.convert.back.tokenizer import tokenizer_files
-from gguf_run.runtime.convert.layout import CheckpointLayout, names_of
+from gguf_run.runtime.convert.layout import CheckpointLayout
 from gguf_run.runtime.convert.metadata import sizes
+from gguf_run.runtime.convert.shared import names_of
 from gguf_run.runtime.convert.stored.checkpoint import Config
 from gguf_run.runtime.convert.stored.sources import F32, Source, gathered, rows, transposed, values
 from gguf_run.runtime.convert.tensors import in_pairs

@@ -13,9 +13,10 @@ from gguf_run.models.keys import Keys
 from gguf_run.models.rope import make_rope
 from gguf_run.models.rope_scaling import read_scaling, yarn_attention
 from gguf_run.runtime.convert.architectures import BY_ARCH
-from gguf_run.runtime.convert.layout import BASE_KEYS, CheckpointLayout
+from gguf_run.runtime.convert.layout import CheckpointLayout
 from gguf_run.runtime.convert.metadata import sizes
 from gguf_run.runtime.convert.rope import longrope_attention, rope_tensors
+from gguf_run.runtime.convert.shared import BASE_KEYS
 from gguf_run.runtime.convert.stored.checkpoint import Config
 from gguf_run.runtime.convert.stored.sources import same_values
 
@@ -100,7 +101,7 @@ def _token_ids(metadata: Mapping[str, Any]) -> Json:
 
 def _fixed(layout: CheckpointLayout, file: GGUFFile, values: Json, numbers: Mapping[str, int]) -> Json:
     """Return the values that all models of this architecture share, or for which a GGUF file needs no key."""
-    found = {key: allowed[0] for key, allowed in layout.expected.items()}
+    found = {key: allowed[0] for key, allowed in layout.fixed.items()}
     if "norm_topk_prob" in layout.defaults:
         norm = file.metadata.get(f"{layout.arch}.expert_weights_norm")
         found["norm_topk_prob"] = layout.decoder.expert_norm if norm is None else bool(norm)

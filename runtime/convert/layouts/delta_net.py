@@ -8,21 +8,10 @@ import numpy as np
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.models.mixers.delta_net import grouped
-from gguf_run.runtime.convert.layout import (
-    ATTENTION,
-    DENSE,
-    EXPERT_FF,
-    MOE,
-    N_EXPERT,
-    NORM,
-    QK_NORM,
-    SILU,
-    CheckpointLayout,
-    Key,
-    Names,
-    network,
-)
-from gguf_run.runtime.convert.layouts.mixtures import EVERY_LAYER_HAS_EXPERTS, SHARED_FF
+from gguf_run.runtime.convert import shared
+from gguf_run.runtime.convert.layout import CheckpointLayout
+from gguf_run.runtime.convert.layouts.mixtures import EVERY_LAYER_HAS_EXPERTS, SHARED_BY_GATE
+from gguf_run.runtime.convert.shared import Key, Names
 from gguf_run.runtime.convert.stored.checkpoint import Config
 from gguf_run.runtime.convert.stored.sources import columns, computed, rows, values
 
@@ -40,7 +29,7 @@ def _read(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout, C
     if kinds != plain:
         more["_recurrent"] = [kind == "linear_attention" for kind in kinds]
         layout = replace(layout, keys=(*layout.keys, ("attention.recurrent_layers", "array[bool]", ("_recurrent",))))
-    return layout, Config(config.path, {**config.values, **more})
+    return layout, config.plus(**more)
 
 
 def _edit(config: Config, name: str, tensor: Tensor) -> Tensor:
@@ -78,14 +67,11 @@ _PARTS = {
     "conv1d": "ssm_conv1d", "dt": "ssm_dt", "A_log": "ssm_a", "norm": "ssm_norm", "out_proj": "ssm_out",
 }  # fmt: skip
 _LAYER: Names = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "post_attention_norm",
-    **ATTENTION,
-    **QK_NORM,
-    **{f"linear_attn.{part}": name for part, name in _PARTS.items()},
-}
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm", **shared.ATTENTION,
+    **shared.QK_NORM, **{f"linear_attn.{part}": name for part, name in _PARTS.items()},
+}  # fmt: skip
 _NEXT: Names = {"linear_attn.in_proj_qkvz": ("attn_qkv", "attn_gate"), "linear_attn.in_proj_ba": "ssm_ba"}
-_EXPERTS: Names = {**MOE, "mlp.shared_expert_gate": "ffn_gate_inp_shexp", **network("mlp.shared_expert", "_shexp")}
+_EXPERTS: Names = {**shared.MOE, **SHARED_BY_GATE}
 _KEYS: tuple[Key, ...] = (
     ("ssm.conv_kernel", "u32", ("linear_conv_kernel_dim",)),
     ("ssm.state_size", "u32", ("linear_key_head_dim",)),
@@ -100,34 +86,20 @@ _DEFAULTS = {
     "layer_types": None,
 }  # fmt: skip
 _QWEN35 = CheckpointLayout(
-    "qwen35",
-    {"Qwen3_5ForCausalLM": "qwen3_5_text", "Qwen3_5ForConditionalGeneration": "qwen3_5"},
-    layer={**_LAYER, **DENSE},
-    norm_offset=1.0,
-    keys=_KEYS,
-    rope_dim=True,
-    read=_read,
-    edit=_edit,
+    "qwen35", {"Qwen3_5ForCausalLM": "qwen3_5_text", "Qwen3_5ForConditionalGeneration": "qwen3_5"},
+    layer={**_LAYER, **shared.DENSE}, norm_offset=1.0, keys=_KEYS, rope_dim=True, read=_read, edit=_edit,
     defaults=_DEFAULTS,
-    expected=SILU,
-)
+)  # fmt: skip
 ROWS = (
     _QWEN35,
     replace(
-        _QWEN35,
-        arch="qwen35moe",
+        _QWEN35, arch="qwen35moe",
         classes={"Qwen3_5MoeForCausalLM": "qwen3_5_moe_text", "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe"},
-        layer={**_LAYER, **_EXPERTS},
-        keys=(N_EXPERT, EXPERT_FF, SHARED_FF, *_KEYS),
+        layer={**_LAYER, **_EXPERTS}, keys=(shared.N_EXPERT, *_KEYS),
     ),
     replace(
-        _QWEN35,
-        arch="qwen3next",
-        classes={"Qwen3NextForCausalLM": "qwen3_next"},
-        layer={**_LAYER, **_NEXT, **_EXPERTS},
-        whole=("attn_qkv",),
-        keys=(N_EXPERT, EXPERT_FF, SHARED_FF, *_KEYS),
-        defaults={**_DEFAULTS, **NORM},
-        expected={**SILU, **EVERY_LAYER_HAS_EXPERTS},
+        _QWEN35, arch="qwen3next", classes={"Qwen3NextForCausalLM": "qwen3_next"},
+        layer={**_LAYER, **_NEXT, **_EXPERTS}, whole=("attn_qkv",), keys=(shared.N_EXPERT, *_KEYS),
+        defaults={**_DEFAULTS, **shared.NORM}, expected=EVERY_LAYER_HAS_EXPERTS,
     ),
-)
+)  # fmt: skip

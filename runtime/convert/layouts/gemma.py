@@ -5,55 +5,41 @@ from collections.abc import Iterator
 from statistics import NormalDist
 
 from gguf_run.formats.gguf.metadata import Typed
-from gguf_run.runtime.convert.layout import (
-    LLAMA,
-    MODEL,
-    POST_NORMS,
-    PRE_NORMS,
-    QK_NORM,
-    CheckpointLayout,
-    Key,
-    Names,
-)
+from gguf_run.runtime.convert import shared
+from gguf_run.runtime.convert.layout import CheckpointLayout
+from gguf_run.runtime.convert.shared import Key, Names
 from gguf_run.runtime.convert.stored.checkpoint import Config
 
-GEMMA2_NORMS: Names = {**PRE_NORMS, **POST_NORMS, "pre_feedforward_layernorm": "ffn_norm"}
+GEMMA2_NORMS: Names = {**shared.PRE_NORMS, **shared.POST_NORMS, "pre_feedforward_layernorm": "ffn_norm"}
 CAPS: tuple[Key, ...] = (
     ("attn_logit_softcapping", "f32", ("attn_logit_softcapping",)),
     ("final_logit_softcapping", "f32", ("final_logit_softcapping",)),
-)
+)  # fmt: skip
 # The first files say "gelu" by mistake: they mean the other one. Gemma 2 and 3 have both keys.
 GEMMA_FIXED = {"hidden_activation": ("gelu_pytorch_tanh",), "hidden_act": ("gelu_pytorch_tanh", "gelu")}
 GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
 GEMMA2 = {**GEMMA, "sliding_window": 4096, "query_pre_attn_scalar": 256}
 # The first files of Gemma 3 leave out values that are the defaults of the class.
 GEMMA3 = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072}
-PER_LAYER: tuple[Names, Names] = (
-    {
-        "model.embed_tokens_per_layer": "per_layer_token_embd",
-        "model.per_layer_model_projection": "per_layer_model_proj",
-        "model.per_layer_projection_norm": "per_layer_proj_norm",
-    },
-    {
-        "per_layer_input_gate": "inp_gate",
-        "per_layer_projection": "proj",
-        "post_per_layer_input_norm": "post_norm",
-    },
-)
+PER_LAYER: Names = {
+    "per_layer_input_gate": "inp_gate", "per_layer_projection": "proj", "post_per_layer_input_norm": "post_norm",
+}  # fmt: skip
+PER_LAYER_MODEL: Names = {
+    **shared.MODEL, "model.embed_tokens_per_layer": "per_layer_token_embd",
+    "model.per_layer_model_projection": "per_layer_model_proj",
+    "model.per_layer_projection_norm": "per_layer_proj_norm",
+}  # fmt: skip
 SHARED_KV: tuple[Key, ...] = (
     ("attention.shared_kv_layers", "u32", ("num_kv_shared_layers",)),
     ("embedding_length_per_layer_input", "u32", ("hidden_size_per_layer_input",)),
-)
+)  # fmt: skip
 GEMMA4_EXPERTS: Names = {
     "router": "ffn_gate_inp",  # its scale
-    "router.proj": "ffn_gate_inp",
-    "router.per_expert_scale": "ffn_down_exps.scale",
-    "experts.gate_up_proj": "ffn_gate_up_exps",
-    "experts.down_proj": "ffn_down_exps",
-    "pre_feedforward_layernorm_2": "pre_ffw_norm_2",
-    "post_feedforward_layernorm_1": "post_ffw_norm_1",
+    "router.proj": "ffn_gate_inp", "router.per_expert_scale": "ffn_down_exps.scale",
+    "experts.gate_up_proj": "ffn_gate_up_exps", "experts.down_proj": "ffn_down_exps",
+    "pre_feedforward_layernorm_2": "pre_ffw_norm_2", "post_feedforward_layernorm_1": "post_ffw_norm_1",
     "post_feedforward_layernorm_2": "post_ffw_norm_2",
-}
+}  # fmt: skip
 GEMMA4 = {
     **GEMMA, "sliding_window": 512, "num_key_value_heads": 4, "final_logit_softcapping": 30.0, "rms_norm_eps": 1e-6,
     "max_position_embeddings": 131072, "global_head_dim": 512, "num_global_key_value_heads": None,
@@ -92,17 +78,11 @@ def gemma4_keys(config: Config, windows: list[bool]) -> Iterator[tuple[str, Type
 
 
 GEMMA3N_LAYER: Names = {
-    **{
-        f"altup.{name}_coefs": f"altup_{short}_coef"
-        for name, short in (("prediction", "predict"), ("correction", "correct"))
-    },
-    "altup.correct_output_scale": "altup_correct_scale",
-    "altup.modality_router": "altup_router",
-    "altup.router_norm": "altup_router_norm",
-    "laurel.linear_left": "laurel_l",
-    "laurel.linear_right": "laurel_r",
+    "altup.prediction_coefs": "altup_predict_coef", "altup.correction_coefs": "altup_correct_coef",
+    "altup.correct_output_scale": "altup_correct_scale", "altup.modality_router": "altup_router",
+    "altup.router_norm": "altup_router_norm", "laurel.linear_left": "laurel_l", "laurel.linear_right": "laurel_r",
     "laurel.post_laurel_norm": "laurel_post_norm",
-}
+}  # fmt: skip
 GEMMA3N = {
     **GEMMA, "sliding_window": 512, "num_key_value_heads": 2, "final_logit_softcapping": 30.0, "rms_norm_eps": 1e-6,
     "max_position_embeddings": 32768, "num_kv_shared_layers": 15, "hidden_size_per_layer_input": 256,
@@ -128,77 +108,42 @@ def gemma3n_keys(config: Config, windows: list[bool]) -> Iterator[tuple[str, Typ
 
 
 ROWS = (
+    CheckpointLayout("gemma", {"GemmaForCausalLM": "gemma"}, norm_offset=1.0, defaults=GEMMA, expected=GEMMA_FIXED),
     CheckpointLayout(
-        "gemma",
-        {"GemmaForCausalLM": "gemma"},
-        norm_offset=1.0,
-        defaults=GEMMA,
+        "gemma2", {"Gemma2ForCausalLM": "gemma2"}, layer={**shared.LLAMA, **GEMMA2_NORMS}, norm_offset=1.0, keys=CAPS,
+        windows="period", defaults={**GEMMA2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         expected=GEMMA_FIXED,
     ),
     CheckpointLayout(
-        "gemma2",
-        {"Gemma2ForCausalLM": "gemma2"},
-        layer={**LLAMA, **GEMMA2_NORMS},
-        norm_offset=1.0,
-        keys=CAPS,
-        windows="period",
-        defaults={**GEMMA2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-        expected=GEMMA_FIXED,
-    ),
-    CheckpointLayout(
-        "gemma3",
-        {"Gemma3ForCausalLM": "gemma3_text", "Gemma3ForConditionalGeneration": "gemma3"},
-        layer={**LLAMA, **GEMMA2_NORMS, **QK_NORM},
-        norm_offset=1.0,
-        keys=CAPS[1:],
-        windows="period",
+        "gemma3", {"Gemma3ForCausalLM": "gemma3_text", "Gemma3ForConditionalGeneration": "gemma3"},
+        layer={**shared.LLAMA, **GEMMA2_NORMS, **shared.QK_NORM}, norm_offset=1.0, keys=CAPS[1:], windows="period",
         defaults={**GEMMA2, **GEMMA3, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "sliding_window_pattern": 6},
         expected={**GEMMA_FIXED, "attn_logit_softcapping": (None,)},  # transformers does not apply it
     ),
     CheckpointLayout(
-        "gemma4",
-        {"Gemma4ForCausalLM": "gemma4_text", "Gemma4ForConditionalGeneration": "gemma4"},
+        "gemma4", {"Gemma4ForCausalLM": "gemma4_text", "Gemma4ForConditionalGeneration": "gemma4"},
         layer={
-            **LLAMA,
-            **GEMMA2_NORMS,
-            **QK_NORM,
-            **PER_LAYER[1],
-            **GEMMA4_EXPERTS,
+            **shared.LLAMA, **GEMMA2_NORMS, **shared.QK_NORM, **PER_LAYER, **GEMMA4_EXPERTS,
             "layer_scalar": "layer_output_scale",
         },
-        model={**MODEL, **PER_LAYER[0]},
-        keys=(
-            *CAPS[1:],
-            *SHARED_KV,
-            ("expert_count", "u32", ("num_experts",)),
-            ("expert_used_count", "u32", ("top_k_experts",)),
-            ("expert_feed_forward_length", "u32", ("moe_intermediate_size",)),
-        ),
-        more_keys=gemma4_keys,
-        windows="period",
-        defaults=GEMMA4,
+        model=PER_LAYER_MODEL,
+        keys=(shared.N_EXPERT, *CAPS[1:], *SHARED_KV, ("expert_used_count", "u32", ("top_k_experts",))),
+        more_keys=gemma4_keys, windows="period", defaults=GEMMA4,
         expected={**GEMMA_FIXED, "use_bidirectional_attention": ("vision",)},
     ),
     CheckpointLayout(
-        "gemma3n",
-        {"Gemma3nForCausalLM": "gemma3n_text", "Gemma3nForConditionalGeneration": "gemma3n"},
-        layer={**LLAMA, **GEMMA2_NORMS, **QK_NORM, **PER_LAYER[1], **GEMMA3N_LAYER},
+        "gemma3n", {"Gemma3nForCausalLM": "gemma3n_text", "Gemma3nForConditionalGeneration": "gemma3n"},
+        layer={**shared.LLAMA, **GEMMA2_NORMS, **shared.QK_NORM, **PER_LAYER, **GEMMA3N_LAYER},
         model={
-            **MODEL,
-            **PER_LAYER[0],
-            "model.altup_projections.@": "altup_proj",
+            **PER_LAYER_MODEL, "model.altup_projections.@": "altup_proj",
             "model.altup_unembed_projections.@": "altup_unembd_proj",
         },
         keys=(
             ("feed_forward_length", "u32", ("feed_forward_length",)),  # see gemma3n_keys
-            *CAPS[1:],
-            *SHARED_KV,
-            ("altup.active_idx", "u32", ("altup_active_idx",)),
+            *CAPS[1:], *SHARED_KV, ("altup.active_idx", "u32", ("altup_active_idx",)),
             ("altup.num_inputs", "u32", ("altup_num_inputs",)),
         ),
-        more_keys=gemma3n_keys,
-        windows="period",
-        defaults=GEMMA3N,
+        more_keys=gemma3n_keys, windows="period", defaults=GEMMA3N,
         expected={**GEMMA_FIXED, "altup_correct_scale": (True,), "altup_active_idx": (0,)},
     ),
-)
+)  # fmt: skip

@@ -7,22 +7,11 @@ from typing import Any
 import numpy as np
 
 from gguf_run.formats.blocks.dequantizer import dequantize
-from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.tensors import Tensor
-from gguf_run.runtime.convert.layout import (
-    ATTENTION,
-    EXPERT_FF,
-    N_EXPERT,
-    NUMBERED,
-    PRE_NORMS,
-    SILU,
-    VOCAB_SIZE,
-    CheckpointLayout,
-    Key,
-    Names,
-    network,
-)
+from gguf_run.runtime.convert import shared
+from gguf_run.runtime.convert.layout import CheckpointLayout
 from gguf_run.runtime.convert.layouts.dense import GRANITE_KEYS
+from gguf_run.runtime.convert.shared import Key, Names, network
 from gguf_run.runtime.convert.stored.checkpoint import Config
 from gguf_run.runtime.convert.stored.sources import computed, gathered, rows, values
 
@@ -37,7 +26,7 @@ _LOOKED_UP = dict.fromkeys((
     "mamba_norm_before_gate", "mlp_multipliers", "ssm_multipliers",
 ))  # fmt: skip
 _FIXED = {
-    **SILU, "mamba_hidden_act": ("silu",), "mamba_conv_bias": (True,), "use_conv_bias": (True,), "use_bias": (False,),
+    "mamba_hidden_act": ("silu",), "mamba_conv_bias": (True,), "use_conv_bias": (True,), "use_bias": (False,),
     "mamba_proj_bias": (False,), "projectors_bias": (False,), "attention_bias": (False,), "mlp_bias": (False,),
     "time_step_limit": ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}]),  # transformers 5 writes the second
 }  # fmt: skip
@@ -69,7 +58,7 @@ def _with_kinds(config: Config, kinds: list[str], **more: Any) -> Config:
     """Return the config with the numbers of key heads of the layers, and more values."""
     n_head_kv = config.integer("num_key_value_heads", default=config.integer("num_attention_heads"))
     heads = [n_head_kv if kind in _ATTENTION else 0 for kind in kinds]
-    return Config(config.path, {**config.values, "num_hidden_layers": len(kinds), "_n_head_kv": heads, **more})
+    return config.plus(num_hidden_layers=len(kinds), _n_head_kv=heads, **more)
 
 
 def _without(keys: tuple[Key, ...]) -> dict[str, None]:
@@ -101,7 +90,7 @@ def _granite(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout
         layout = replace(layout, layer={**layout.layer, **shared})
     turns = config.get("position_embedding_type") == "rope"
     if all(kind in _ATTENTION for kind in kinds) and turns:
-        layout = replace(layout, arch="granitemoe" if n_expert else "granite", keys=(*GRANITE_KEYS, _GRANITE_SHARED))
+        layout = replace(layout, arch="granitemoe" if n_expert else "granite", keys=GRANITE_KEYS)
         more |= _without(_SSM_KEYS)
     return layout, _with_kinds(config, kinds, _is_rotated=turns, **more)
 
@@ -115,7 +104,8 @@ def _nemotron(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayou
     head_dim = config.integer("attention_head_dim", "head_dim")
     more: dict[str, Any] = {"_n_ff": widths, "_n_inner": n_inner, "head_dim": head_dim, "intermediate_size": n_ff}
     if not has_experts:
-        more |= {"n_routed_experts": None, "num_experts_per_tok": None, **_without(_NEMOTRON_MOE_KEYS)}
+        more |= dict.fromkeys(("n_routed_experts", "num_experts_per_tok"))
+        more |= _without((*shared.EXPERT_KEYS, *_NEMOTRON_MOE_KEYS))
     elif any(kind in ("mlp", "-") for kind in kinds):
         raise config.wrong(("layers_block_type",), "one kind of feed-forward layers: mlp or moe")
     else:
@@ -125,14 +115,14 @@ def _nemotron(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayou
 
 def _falcon(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout, Config]:
     if config.get("mamba_rms_norm") is True and config.get("mamba_norm_before_gate") is not False:
-        raise UnsupportedError(str(config.wrong(("mamba_norm_before_gate",), "false: a GGUF file has no place for it")))
+        raise config.unsupported("mamba_norm_before_gate", "false")
     more: dict[str, Any] = {"_n_inner": config.integer("mamba_d_ssm")}
     for names, n in (("mlp_multipliers", 2), ("ssm_multipliers", 5)):
         factors = config.get(names) or [1.0] * n
         if not isinstance(factors, list) or len(factors) != n or not all(type(f) in (int, float) for f in factors):
             raise config.wrong((names,), f"{n} numbers")
         more[names] = factors
-    return layout, Config(config.path, {**config.values, **more})
+    return layout, config.plus(**more)
 
 
 def _states(config: Config, name: str, tensor: Tensor) -> Tensor:
@@ -151,15 +141,10 @@ def _states(config: Config, name: str, tensor: Tensor) -> Tensor:
 
 # Names in config.json of the factors on the rows of a tensor.
 _MULTIPLIERS: Mapping[str, tuple[str, ...]] = {
-    "token_embd": ("embedding_multiplier",),
-    "output": ("lm_head_multiplier",),
-    "attn_q": ("attention_in_multiplier",),
-    "attn_k": ("attention_in_multiplier", "key_multiplier"),
-    "attn_v": ("attention_in_multiplier",),
-    "attn_output": ("attention_out_multiplier",),
-    "ssm_in": ("ssm_in_multiplier",),
-    "ssm_out": ("ssm_out_multiplier",),
-}
+    "token_embd": ("embedding_multiplier",), "output": ("lm_head_multiplier",), "attn_q": ("attention_in_multiplier",),
+    "attn_k": ("attention_in_multiplier", "key_multiplier"), "attn_v": ("attention_in_multiplier",),
+    "attn_output": ("attention_out_multiplier",), "ssm_in": ("ssm_in_multiplier",), "ssm_out": ("ssm_out_multiplier",),
+}  # fmt: skip
 
 
 def _folded(config: Config, name: str, tensor: Tensor) -> Tensor:
@@ -188,27 +173,19 @@ def _times(tensor: Tensor, factor: float) -> Tensor:
 
 
 _LFM2 = CheckpointLayout(
-    "lfm2",
-    {"Lfm2ForCausalLM": "lfm2"},
+    "lfm2", {"Lfm2ForCausalLM": "lfm2"},
     model={"model.embed_tokens": "token_embd", "model.embedding_norm": "token_embd_norm", "lm_head": "output"},
     layer={
-        "operator_norm": "attn_norm",
-        "ffn_norm": "ffn_norm",
-        **{f"conv.{name}": f"shortconv.{name}" for name in ("in_proj", "conv", "out_proj")},
-        **ATTENTION,
-        "self_attn.out_proj": "attn_output",
-        "self_attn.q_layernorm": "attn_q_norm",
-        "self_attn.k_layernorm": "attn_k_norm",
-        **network("feed_forward", words=NUMBERED),
+        "operator_norm": "attn_norm", "ffn_norm": "ffn_norm",
+        **{f"conv.{name}": f"shortconv.{name}" for name in ("in_proj", "conv", "out_proj")}, **shared.ATTENTION,
+        "self_attn.out_proj": "attn_output", "self_attn.q_layernorm": "attn_q_norm",
+        "self_attn.k_layernorm": "attn_k_norm", **network("feed_forward", words=shared.NUMBERED),
     },
     keys=(
-        VOCAB_SIZE,
-        _KV,
-        ("shortconv.l_cache", "u32", ("conv_L_cache",)),
+        shared.VOCAB_SIZE, _KV, ("shortconv.l_cache", "u32", ("conv_L_cache",)),
         ("attention.layer_norm_rms_epsilon", "f32", ("norm_eps",)),
     ),
-    read=_lfm2,
-    edit=_states,
+    read=_lfm2, edit=_states,
     defaults={
         "tie_word_embeddings": True, "rope_theta": 1e6, "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0,
         "block_auto_adjust_ff_dim": True, "full_attn_idxs": None, "layer_types": None, "block_ff_dim": None,
@@ -217,101 +194,66 @@ _LFM2 = CheckpointLayout(
     expected={"conv_bias": (False,)},
 )  # fmt: skip
 _LFM2_MOE = replace(
-    _LFM2,
-    arch="lfm2moe",
-    classes={"Lfm2MoeForCausalLM": "lfm2_moe"},
+    _LFM2, arch="lfm2moe", classes={"Lfm2MoeForCausalLM": "lfm2_moe"},
     layer={
-        **_LFM2.layer,
-        **network("feed_forward.experts.@", "_exps", NUMBERED),
-        "feed_forward.gate": "ffn_gate_inp",
-        "feed_forward.expert": "exp_probs_b",  # expert_bias in the checkpoint
+        **_LFM2.layer, **network("feed_forward.experts.@", "_exps", shared.NUMBERED),
+        "feed_forward.gate": "ffn_gate_inp", "feed_forward.expert": "exp_probs_b",  # expert_bias in the checkpoint
     },
     keys=(
-        *_LFM2.keys,
-        N_EXPERT,
-        EXPERT_FF,
-        ("leading_dense_block_count", "u32", ("num_dense_layers",)),
+        *_LFM2.keys, shared.N_EXPERT, ("leading_dense_block_count", "u32", ("num_dense_layers",)),
         ("expert_gating_func", "u32", ("_gating",)),  # sigmoid
         ("expert_weights_scale", "f32", ("routed_scaling_factor",)),
     ),
     defaults={**_LFM2.defaults, "block_auto_adjust_ff_dim": False},
     expected={**_LFM2.expected, "norm_topk_prob": (True,), "use_expert_bias": (True, False)},
-)
-_GRANITE_SHARED: Key = ("expert_shared_feed_forward_length", "u32", ("shared_expert_intermediate_size",))
+)  # fmt: skip
 _GRANITE = CheckpointLayout(
-    "granitehybrid",
-    {"GraniteMoeHybridForCausalLM": "granitemoehybrid"},
+    "granitehybrid", {"GraniteMoeHybridForCausalLM": "granitemoehybrid"},
     layer={
-        **PRE_NORMS,
-        **ATTENTION,
-        **_mamba("mamba"),
-        "block_sparse_moe.router.layer": "ffn_gate_inp",
+        **shared.PRE_NORMS, **shared.ATTENTION, **_mamba("mamba"), "block_sparse_moe.router.layer": "ffn_gate_inp",
         "block_sparse_moe.input_linear": ("ffn_gate_exps", "ffn_up_exps"),
         "block_sparse_moe.output_linear": "ffn_down_exps",
-        "shared_mlp.input_linear": ("ffn_gate_shexp", "ffn_up_shexp"),
-        "shared_mlp.output_linear": "ffn_down_shexp",
+        "shared_mlp.input_linear": ("ffn_gate_shexp", "ffn_up_shexp"), "shared_mlp.output_linear": "ffn_down_shexp",
     },
-    permuted=True,
-    keys=(*GRANITE_KEYS, _GRANITE_SHARED, _KV, *_SSM_KEYS, ("rope.scaling.finetuned", "bool", ("_is_rotated",))),
-    read=_granite,
-    edit=_states,
-    defaults={**_LOOKED_UP, "attention_multiplier": 1.0},
-    expected=_FIXED,
-)
+    permuted=True, keys=(*GRANITE_KEYS, _KV, *_SSM_KEYS, ("rope.scaling.finetuned", "bool", ("_is_rotated",))),
+    read=_granite, edit=_states, defaults={**_LOOKED_UP, "attention_multiplier": 1.0}, expected=_FIXED,
+)  # fmt: skip
 _NEMOTRON = CheckpointLayout(
-    "nemotron_h",
-    {"NemotronHForCausalLM": "nemotron_h"},
+    "nemotron_h", {"NemotronHForCausalLM": "nemotron_h"},
     model={"model.embeddings": "token_embd", "model.norm_f": "output_norm", "lm_head": "output"},
     layer={
-        "norm": "attn_norm",
-        **_mamba("mixer"),
-        **{f"mixer.{name}_proj": f"attn_{name}" for name in "qkv"},
-        "mixer.o_proj": "attn_output",
-        **{f"mixer.{name}_proj": f"ffn_{name}" for name in ("up", "down")},
+        "norm": "attn_norm", **_mamba("mixer"), **{f"mixer.{name}_proj": f"attn_{name}" for name in "qkv"},
+        "mixer.o_proj": "attn_output", **{f"mixer.{name}_proj": f"ffn_{name}" for name in ("up", "down")},
         **{f"mixer.shared_experts.{name}_proj": f"ffn_{name}_shexp" for name in ("up", "down")},
-        **{f"mixer.experts.@.{name}_proj": f"ffn_{name}_exps" for name in ("up", "down")},
-        "mixer.gate": "ffn_gate_inp",
+        **{f"mixer.experts.@.{name}_proj": f"ffn_{name}_exps" for name in ("up", "down")}, "mixer.gate": "ffn_gate_inp",
         "mixer.gate.e_score_correction": "exp_probs_b",
     },
     keys=(
-        VOCAB_SIZE,
-        _KV,
-        ("feed_forward_length", "array[i32]", ("_n_ff",)),
+        shared.VOCAB_SIZE, _KV, ("feed_forward_length", "array[i32]", ("_n_ff",)),
         ("attention.layer_norm_rms_epsilon", "f32", ("layer_norm_epsilon",)),
         ("attention.layer_norm_epsilon", "f32", ("layer_norm_epsilon",)),  # llama.cpp asks for both
         *_SSM_KEYS,
     ),
-    read=_nemotron,
-    edit=_states,
-    defaults={**_LOOKED_UP, "rms_norm_eps": None},
+    read=_nemotron, edit=_states, defaults={**_LOOKED_UP, "rms_norm_eps": None},
     expected={
         **_FIXED, "mlp_hidden_act": ("relu2",), "sliding_window": (None,), "moe_latent_size": (None,), "n_group": (1,),
         "topk_group": (1,), "num_nextn_predict_layers": (0,),
     },
 )  # fmt: skip
 _NEMOTRON_MOE_KEYS: tuple[Key, ...] = (
-    EXPERT_FF,
     ("expert_shared_feed_forward_length", "u32", ("moe_shared_expert_intermediate_size",)),
-    ("expert_shared_count", "u32", ("n_shared_experts",)),
     ("expert_weights_norm", "bool", ("norm_topk_prob",)),
     ("expert_weights_scale", "f32", ("routed_scaling_factor",)),
 )
 _FALCON = CheckpointLayout(
-    "falcon-h1",
-    {"FalconH1ForCausalLM": "falcon_h1"},
+    "falcon-h1", {"FalconH1ForCausalLM": "falcon_h1"},
     model={"model.embed_tokens": "token_embd", "model.final_layernorm": "output_norm", "lm_head": "output"},
     layer={
-        "input_layernorm": "attn_norm",
-        "pre_ff_layernorm": "ffn_norm",
-        **ATTENTION,
-        **_mamba("mamba"),
+        "input_layernorm": "attn_norm", "pre_ff_layernorm": "ffn_norm", **shared.ATTENTION, **_mamba("mamba"),
         **network("feed_forward"),
     },
     tied_copy=True,  # the multipliers of the embeddings and of the output differ
-    keys=(VOCAB_SIZE, *_SSM_KEYS),
-    read=_falcon,
-    edit=_folded,
-    defaults={**_LOOKED_UP, **{key: 1.0 for keys in _MULTIPLIERS.values() for key in keys}},
-    expected=_FIXED,
-)
+    keys=(shared.VOCAB_SIZE, *_SSM_KEYS), read=_falcon, edit=_folded,
+    defaults={**_LOOKED_UP, **{key: 1.0 for keys in _MULTIPLIERS.values() for key in keys}}, expected=_FIXED,
+)  # fmt: skip
 ROWS = (_LFM2, _LFM2_MOE, _GRANITE, _NEMOTRON, _FALCON)

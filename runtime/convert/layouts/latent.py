@@ -6,17 +6,9 @@ from typing import Any
 import numpy as np
 
 from gguf_run.formats.gguf.tensors import Tensor
-from gguf_run.runtime.convert.layout import (
-    DENSE,
-    EXPERT_FF,
-    MOE,
-    PRE_NORMS,
-    SILU,
-    VOCAB_SIZE,
-    CheckpointLayout,
-    Names,
-    network,
-)
+from gguf_run.runtime.convert import shared
+from gguf_run.runtime.convert.layout import CheckpointLayout
+from gguf_run.runtime.convert.shared import Names, network
 from gguf_run.runtime.convert.stored.checkpoint import Config
 from gguf_run.runtime.convert.stored.sources import rows, transposed
 
@@ -25,14 +17,10 @@ _PARTS = {
     "kv_a_proj_with_mqa": "attn_kv_a_mqa", "kv_a_layernorm": "attn_kv_a_norm", "o_proj": "attn_output",
 }  # fmt: skip
 _LAYER: Names = {
-    **PRE_NORMS,
-    **{f"self_attn.{part}": name for part, name in _PARTS.items()},
-    "self_attn.kv_b_proj": ("attn_k_b", "attn_v_b"),
-    **DENSE,
-    **MOE,
-    "mlp.gate.e_score_correction": "exp_probs_b",
-    **network("mlp.shared_experts", "_shexp"),
-}
+    **shared.PRE_NORMS, **{f"self_attn.{part}": name for part, name in _PARTS.items()},
+    "self_attn.kv_b_proj": ("attn_k_b", "attn_v_b"), **shared.DENSE, **shared.MOE,
+    "mlp.gate.e_score_correction": "exp_probs_b", **network("mlp.shared_experts", "_shexp"),
+}  # fmt: skip
 
 
 def _read(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout, Config]:
@@ -45,7 +33,7 @@ def _read(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout, C
             raise config.wrong(("mlp_layer_types",), f"{n_layer} times dense or sparse, all dense ones first")
     n_latent, n_rot = config.integer("kv_lora_rank"), config.integer("qk_rope_head_dim")
     more: dict[str, Any] = {
-        "_n_dense": n_dense,
+        "first_k_dense_replace": n_dense,
         "_gating": 2 if config.get("scoring_func") == "sigmoid" else 1,
         "_key_length": n_latent + n_rot,
         "_head_length": config.integer("qk_nope_head_dim") + n_rot,
@@ -56,7 +44,7 @@ def _read(layout: CheckpointLayout, config: Config) -> tuple[CheckpointLayout, C
         more["rope_parameters"] = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
     if config.get("topk_method") == "greedy":
         more |= {"n_group": 1, "topk_group": 1}
-    return layout, Config(config.path, {**config.values, **more})
+    return layout, config.plus(**more)
 
 
 def _edit(config: Config, name: str, tensor: Tensor) -> Tensor:
@@ -76,38 +64,21 @@ _HEADS = {
     "mlp_layer_types": None, "qk_head_dim": None,
 }  # fmt: skip
 _DEEPSEEK2 = CheckpointLayout(
-    "deepseek2",
-    {"DeepseekV2ForCausalLM": "deepseek_v2"},
-    layer=_LAYER,
-    whole=("attn_k_b", "attn_v_b"),
+    "deepseek2", {"DeepseekV2ForCausalLM": "deepseek_v2"}, layer=_LAYER, whole=("attn_k_b", "attn_v_b"),
     keys=(
-        VOCAB_SIZE,
-        ("leading_dense_block_count", "u32", ("_n_dense",)),
-        ("attention.q_lora_rank", "u32", ("q_lora_rank",)),
-        ("attention.kv_lora_rank", "u32", ("kv_lora_rank",)),
-        ("attention.key_length", "u32", ("_key_length",)),
-        ("attention.value_length", "u32", ("kv_lora_rank",)),
-        ("attention.key_length_mla", "u32", ("_head_length",)),
-        ("attention.value_length_mla", "u32", ("v_head_dim",)),
-        EXPERT_FF,
-        ("expert_count", "u32", ("n_routed_experts",)),
-        ("expert_shared_count", "u32", ("n_shared_experts",)),
-        ("expert_weights_scale", "f32", ("routed_scaling_factor",)),
-        ("expert_weights_norm", "bool", ("norm_topk_prob",)),
-        ("expert_gating_func", "u32", ("_gating",)),
-        ("expert_group_count", "u32", ("n_group",)),
-        ("expert_group_used_count", "u32", ("topk_group",)),
+        shared.VOCAB_SIZE, ("attention.q_lora_rank", "u32", ("q_lora_rank",)),
+        ("attention.kv_lora_rank", "u32", ("kv_lora_rank",)), ("attention.key_length", "u32", ("_key_length",)),
+        ("attention.value_length", "u32", ("kv_lora_rank",)), ("attention.key_length_mla", "u32", ("_head_length",)),
+        ("attention.value_length_mla", "u32", ("v_head_dim",)), *shared.LEAD, *shared.GROUPS,
+        ("expert_weights_norm", "bool", ("norm_topk_prob",)), ("expert_gating_func", "u32", ("_gating",)),
     ),
-    rope_dim=True,
-    yarn_log=0.1,
-    read=_read,
-    edit=_edit,
+    rope_dim=True, yarn_log=0.1, read=_read, edit=_edit,
     defaults={
         **_HEADS, "routed_scaling_factor": 1.0, "scoring_func": "softmax", "topk_method": "greedy",
         "norm_topk_prob": False,
     },
     expected={
-        **SILU, "topk_method": ("greedy", "group_limited_greedy", "noaux_tc"), "scoring_func": ("softmax", "sigmoid"),
+        "topk_method": ("greedy", "group_limited_greedy", "noaux_tc"), "scoring_func": ("softmax", "sigmoid"),
         "moe_layer_freq": (1,), "attention_bias": (False,), "mlp_bias": (False,), "rope_interleave": (True,),
     },
 )  # fmt: skip
@@ -115,19 +86,15 @@ _SIGMOID = {**_HEADS, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "nor
 ROWS = (
     _DEEPSEEK2,
     replace(
-        _DEEPSEEK2,
-        classes={"DeepseekV3ForCausalLM": "deepseek_v3", "KimiK2ForCausalLM": "kimi_k2"},
+        _DEEPSEEK2, classes={"DeepseekV3ForCausalLM": "deepseek_v3", "KimiK2ForCausalLM": "kimi_k2"},
         defaults={"routed_scaling_factor": 2.5, **_SIGMOID},
     ),
     replace(
-        _DEEPSEEK2,
-        classes={"Glm4MoeLiteForCausalLM": "glm4_moe_lite"},
+        _DEEPSEEK2, classes={"Glm4MoeLiteForCausalLM": "glm4_moe_lite"},
         defaults={"routed_scaling_factor": 1.8, **_SIGMOID, "qk_nope_head_dim": 192, "v_head_dim": 256},
     ),
     replace(
-        _DEEPSEEK2,
-        arch="mistral4",
-        classes={"Mistral4ForCausalLM": "mistral4"},
+        _DEEPSEEK2, arch="mistral4", classes={"Mistral4ForCausalLM": "mistral4"},
         defaults={**_HEADS, "routed_scaling_factor": 1.0, "norm_topk_prob": True, "scoring_func": "softmax"},
     ),
-)
+)  # fmt: skip

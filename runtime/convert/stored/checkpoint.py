@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf_run.formats.errors import FormatError, GgufRunError
+from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
 from gguf_run.formats.gguf.mapped import MappedFile, quoted, read_bytes
 from gguf_run.formats.safetensors import StoredArray, read_safetensors
 
@@ -49,11 +49,19 @@ class Config:
             raise self.wrong(keys, "a number")
         return float(value)
 
+    def plus(self, **more: Any) -> "Config":
+        """Return these values and more, which may replace some. None stands for one that is not there."""
+        return Config(self.path, {**self.values, **more})
+
     def wrong(self, keys: Sequence[str], allowed: str) -> FormatError:
         """Return (not raise) the error that the value of `keys` is not one of the allowed ones."""
         value = self.get(*keys)
         shown = "is missing" if value is None else f"is {json.dumps(value)[:100]}"  # json escapes what is not ASCII
         return FormatError(f"{self.path}: {' or '.join(keys)} {shown}, must be {allowed}")
+
+    def unsupported(self, key: str, allowed: str) -> UnsupportedError:
+        """Return the error that a GGUF file cannot tell the value of `key`."""
+        return UnsupportedError(f"{self.wrong((key,), allowed)}: a GGUF file has no place for another value")
 
 
 @dataclass(frozen=True)
