@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.models.architectures import LAYER_SHAPES, MODEL_SHAPES
+from gguf_run.models.experts import EXPERT_SHAPES
 from gguf_run.runtime.convert.architectures import BY_CLASS, BY_MODEL_TYPE
 from gguf_run.runtime.convert.known import check_keys
 from gguf_run.runtime.convert.layout import CheckpointLayout
@@ -71,8 +72,8 @@ def sizes(config: Config) -> dict[str, int]:
 
 def shape(layout: CheckpointLayout, name: str, numbers: Mapping[str, int]) -> tuple[int, ...]:
     """Return ne of the tensor `name` ("blk.3.attn_q.weight"). A bias has one value for each row of its matrix."""
-    base, kind = name.split(".")[-2:]
-    words = MODEL_SHAPES.get(f"{base}.weight") or layout.decoder.shapes.get(base) or LAYER_SHAPES[base]
+    (base, kind), shapes = name.split(".")[-2:], {**LAYER_SHAPES, **EXPERT_SHAPES, **layout.decoder.shapes}
+    words = MODEL_SHAPES.get(f"{base}.weight") or shapes[base]
     ne = tuple(sum(numbers[part] for part in word.split("+")) for word in words)
     return ne[1:] if kind == "bias" and len(ne) > 1 else ne
 

@@ -12,7 +12,7 @@ from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.formats.gguf.tensors import Tensor
-from gguf_run.models.architectures import LAYER_SHAPES
+from gguf_run.models.experts import EXPERT_SHAPES
 from gguf_run.runtime.convert.layout import CheckpointLayout
 from gguf_run.runtime.convert.metadata import shape, sizes
 from gguf_run.runtime.convert.shared import names_of
@@ -174,7 +174,7 @@ def _parts(
         return (tensor,) * len(place.names)
     if place.bare and place.kind == "weight" and place.names[0] in layout.bare and len(tensor.ne) == 3:
         n_in, n_out, _ = tensor.ne
-        if n_in == n_out or n_in != numbers[LAYER_SHAPES[place.names[0]][0]]:
+        if n_in == n_out or n_in != numbers[EXPERT_SHAPES[place.names[0]][0]]:
             tensor = transposed(tensor)
     if len(place.names) == 2:
         split = 1 if place.kind == "weight" else 0  # the dimension of which each half makes a tensor

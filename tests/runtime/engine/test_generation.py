@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.models import kv_moves
 from gguf_run.models.backend import Results
 from gguf_run.runtime.engine.context import Context, ContextError
 from gguf_run.runtime.engine.generation import Generation
@@ -64,6 +65,11 @@ class FakeDecoder:
         self.held += [0] * n_discard
         self.n_past = self.n_past - n_discard if self.can_shift else 0
         return self.n_past
+
+
+@pytest.fixture(autouse=True)
+def shifts_of_the_fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_moves, "shift", lambda cache, *numbers: cache.shift(*numbers))
 
 
 def next_id(ids: Sequence[int]) -> int:

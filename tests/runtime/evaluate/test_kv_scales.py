@@ -91,7 +91,7 @@ def test_maxima_are_those_of_numpy(folder: Path, config: ModelConfig) -> None:
             decoder = Decoder(config, file.tensors, [NumpyBackend(np.float64)] * config.n_layer, 40)
             logits = np.concatenate([block.copy() for block in decoder.forward(chunk.ids, len(chunk.targets))])
             for largest, name in ((k, "k"), (v, "v")):
-                rows = np.stack([getattr(layer.cache, name)[0, : len(chunk.ids)] for layer in decoder.cache._layers])
+                rows = np.stack([getattr(layer.cache, name)[0, : len(chunk.ids)] for layer in decoder.cache.layers])
                 np.maximum(largest, np.abs(rows).max(axis=(1, 3)), out=largest)
             if chunk is chunks[0]:
                 np.testing.assert_allclose(seen.logits[0], logits, atol=1e-4)
