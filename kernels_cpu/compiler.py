@@ -16,14 +16,6 @@ class KernelCompiler(CpuBackend):
     def __init__(self) -> None:
         super().__init__(1)
 
-    def _store(self, groups: Sequence[list[Tensor]], n_bytes: int) -> NDArray[np.uint8]:
-        """Return memory that the threads fill. groups: tensors that share panels; all groups have as many bytes."""
-        data = self._arena.take(n_bytes)
-        for group, to in zip(groups, data.reshape(len(groups), -1), strict=True):
-            self._repack(group, to)
-        self._bytes["weights"] += n_bytes
-        return data
-
     def _repack(self, tensors: list[Tensor], to: NDArray[np.uint8]) -> None:
         pass
 

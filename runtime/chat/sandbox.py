@@ -44,6 +44,8 @@ def render(source: str, variables: dict[str, Any]) -> dict[str, Any]:
         return {"text": text, "notes": notes}
     except MemoryError:
         raise
+    except RecursionError:
+        return {"error": ": it is nested too deeply or calls itself: choose another template (--chat-template)"}
     except Exception as error:  # a program from a stranger: it may raise anything
         return {"error": _reason(error)}
 
