@@ -1,8 +1,8 @@
-"""The answer to one prompt, token by token: choose a token, turn it into text, find the reason to stop."""
+"""A request, and the answer to it: tokens become text until there is a reason to stop."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gguf_run.formats.errors import OptionError, check_names
 from gguf_run.formats.frozen import frozen
@@ -10,30 +10,48 @@ from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler, TokenLogprob
 
 if TYPE_CHECKING:
-    from numpy import float32
+    from numpy import uint32
     from numpy.typing import NDArray
 
-    from gguf_run.runtime.sampling.candidates import Candidates
     from gguf_run.runtime.tokenizers.tokenizer import TokenStream
 
+_DEFAULT = SamplingParams()
 
-@frozen
-class ReplyParams:
-    """The options of one answer, checked, with their defaults: see keywords.ReplyOptions."""
 
-    sampling: SamplingParams
+class Constraint(Protocol):
+    """What may follow, token by token: a grammar, say. The engine asks in the order of the text."""
+
+    def allowed(self) -> "NDArray[uint32]":
+        """Return a bit for each token of the vocabulary, 32 in a word, the lowest bit first: 1 if it may come next."""
+
+    def accept(self, id: int, /) -> None:
+        """Note the token that has come."""
+
+    def forced(self) -> Sequence[int]:
+        """Return the tokens that alone may come next, and note them: they are not chosen."""
+
+
+@frozen(eq=False)
+class Request:
+    """What the engine is asked for. Values are checked, see also keywords.ReplyOptions."""
+
+    ids: Sequence[int]  # the prompt
+    sampling: SamplingParams = _DEFAULT
     max_tokens: int | None = None
     stop: Sequence[str] = ()
     context_shift: bool = False
     n_keep: int = 0
+    priority: int = 0  # a greater one comes first
+    salt: str = ""  # requests of different salts share no pages of the cache
+    constraint: Constraint | None = None
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], without: Sequence[str] = ()) -> "ReplyParams":
+    def of(cls, ids: Sequence[int], options: Mapping[str, Any], without: Sequence[str] = ()) -> "Request":
         """OptionError for a name that is unknown or in `without`, and for a value that is not allowed."""
-        own = {field.name for field in fields(cls)[1:]}
+        own = {field.name for field in fields(cls)[2:]}
         check_names(options, ({field.name for field in fields(SamplingParams)} | own) - {*without})
         sampling = SamplingParams(**{name: value for name, value in options.items() if name not in own})
-        return cls(sampling, **{name: value for name, value in options.items() if name in own})
+        return cls(ids, sampling, **{name: value for name, value in options.items() if name in own})
 
 
 class Piece(str):
@@ -112,7 +130,7 @@ def _n_overlap(text: str, string: str) -> int:
 
 
 class Reply:
-    """A text that grows by a token with each call of `advance`, until `finish` names the reason to stop."""
+    """A text that grows by a token with each call of `take`, until `finish` names the reason to stop."""
 
     def __init__(
         self,
@@ -134,28 +152,32 @@ class Reply:
         self._n_taken = self._n_taken_logprobs = 0  # tokens, and records of them, that `piece` has returned
         sampler.accept(ids)
 
-    def advance(self, logits: "NDArray[float32] | Candidates", is_full: bool) -> str:
-        """Choose the next token; return the text that is complete with it, maybe "".
+    def take(self, id: int, is_full: bool) -> str:
+        """Take the next token, which the sampler has chosen; return the text that is complete with it, maybe "".
 
-        logits: f32[n_vocab] after the last token, or its greatest ones, see Sampler.sample.
         is_full: the context has no room for the new token.
         The text has whole characters only and nothing of a stop string. When `finish` is set, it is the last piece.
         """
-        id = self.sampler.sample(logits)
         if id in self._stop_ids:
-            self.finish, text = "stop", ""
-        else:
-            self.tokens.append(id)
-            self.sampler.accept([id])
-            text = self._stop.push(self._stream.push(id))
-            self.finish = self._reason(is_full)
-        if self.finish and not self._stop.found:  # an unfinished character, a start of a stop string
+            return self.end("stop")
+        self.tokens.append(id)
+        self.sampler.accept((id,))
+        text = self._stop.push(self._stream.push(id))
+        if reason := self._reason(is_full):
+            return self.end(reason, text)
+        self._texts.append(text)
+        return text
+
+    def end(self, reason: str, text: str = "") -> str:
+        """End the text here. Return `text` and what was held back: an unfinished character, a start of a stop string."""
+        self.finish = reason
+        if not self._stop.found:
             text += self._stop.push(self._stream.flush()) + self._stop.flush()
         self._texts.append(text)
         return text
 
     def piece(self, text: str) -> Piece:
-        """Return text that `advance` has given, with the tokens since the piece before."""
+        """Return text that `take` has given, with the tokens since the piece before."""
         logprobs = self.sampler.logprobs
         piece = Piece(text, self.tokens[self._n_taken :], logprobs[self._n_taken_logprobs :], self.finish or None)
         self._n_taken, self._n_taken_logprobs = len(self.tokens), len(logprobs)
