@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS, NO_GRID
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.kernels_cpu.attention.cache import CpuCache, rows_stored
+from gguf_run.kernels_cpu.attention.cache import CpuCache
 from gguf_run.kernels_cpu.attention.cache_rows import CacheRows
 from gguf_run.kernels_cpu.int8_forms import CpuOp
 from gguf_run.kernels_cpu.lower import lower
@@ -25,6 +25,7 @@ from gguf_run.kernels_cpu.tape import CpuProgram, Tape
 from gguf_run.kernels_cpu.vector import isa
 from gguf_run.models.backend import CacheType
 from gguf_run.models.operands import AttentionShape, Buffer
+from gguf_run.models.pages import PAGE, PageTable
 
 if TYPE_CHECKING:
     from gguf_run.kernels_cpu.matmul.moe import CpuExperts
@@ -95,13 +96,13 @@ class CpuBackend:
     def vector(self, tensors: Sequence[Tensor]) -> NDArray[np.float32]:
         return np.concatenate([floats(tensor).reshape(-1) for tensor in tensors])
 
-    def cache(self, shape: AttentionShape, n_ctx: int, n_batch: int, n_seq: int, kind: CacheType) -> CpuCache:
-        size = shape.n_head_kv, shape.head_dim, rows_stored(n_ctx, n_batch, shape.window)
+    def cache(self, shape: AttentionShape, table: PageTable, kind: CacheType) -> CpuCache:
+        size = shape.n_head_kv, shape.head_dim, table.n_pages * PAGE
         rows_k = CacheRows(kind.k, False, *size, False if shape.n_latent else kind.rotate, kind.k_scales)
         rows_v = None if shape.n_latent else CacheRows(kind.v, True, *size, kind.rotate, kind.v_scales)
-        held = [self._arena.take(n_seq * rows.nbytes).reshape(n_seq, -1) for rows in (rows_k, rows_v) if rows]
+        held = [self._arena.take(rows.nbytes) for rows in (rows_k, rows_v) if rows]
         self._bytes["cache"] += sum(part.nbytes for part in held)
-        return CpuCache(n_seq, rows_k, rows_v, held[0], held[-1])
+        return CpuCache(table, rows_k, rows_v, held[0], held[-1])
 
     def state(self, n_floats: int, n_slots: int) -> "CpuState":
         from gguf_run.kernels_cpu.recurrent.state import CpuState

@@ -13,7 +13,7 @@ from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.backend import CacheType, Results, Run
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import KvCache
-from gguf_run.models.stages import Placed, build, cache_layers
+from gguf_run.models.stages import Placed, build, cache_layers, page_tables
 from gguf_run.models.step import Observed
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class Decoder:
     backends: "Sequence[AnyBackend]"  # one for each layer, then one for the experts of each layer
     observed: list[Observed] | None  # sums of squares of the inputs of all matmuls; None: not observed
     n_batch: int  # the most tokens of a step
+    n_outputs: int  # the most tokens of a step whose logits are wanted
 
     def __init__(
         self,
@@ -42,13 +43,14 @@ class Decoder:
         observe: bool = False,
         embedding: "AnyBackend | None" = None,
         experts: "Sequence[AnyBackend] | None" = None,
+        n_cells: int | None = None,
     ) -> None:
         """Load the weights and make the programs.
 
         config: made from the same tensors, which it has checked.
         backends: one for each layer. The last one has the output matrix too. Where the backend changes between two
             layers, the hidden state is copied.
-        n_ctx: positions in the KV cache, for each sequence.
+        n_ctx: the most tokens of a sequence.
         n_batch: the most tokens that run at once. Below n_seq, n_seq is used: all sequences fit into one step.
         n_outputs: rows of logits that are held at once. Below n_seq, n_seq is used.
         cache_types: one for each layer; None: f16.
@@ -57,6 +59,7 @@ class Decoder:
             logits are wanted.
         embedding: the backend that looks up the embeddings; None: the first layer's.
         experts: one backend for the experts of each layer; None: the backends of the layers.
+        n_cells: positions that the KV cache has for all sequences together; None: n_ctx for each.
 
         Raises GgufRunError for sizes below 1, and the backends' errors.
         """
@@ -74,10 +77,11 @@ class Decoder:
         self._backends = {id(backend): backend for backend in (placed.embedding, *self.backends)}
         self.observed = [] if observe else None
         self.n_batch = n_batch = max(min(n_batch, n_ctx), n_seq)
-        n_outputs = max(min(n_outputs, n_batch), n_seq)
+        self.n_outputs = n_outputs = max(min(n_outputs, n_batch), n_seq)
         kinds = cache_types or [CacheType()] * config.n_layer
-        layers = cache_layers(config, tensors, backends, kinds, n_ctx, n_batch, n_seq)
-        self.cache = KvCache(layers, n_ctx, n_seq)
+        tables = page_tables(config, n_ctx, n_batch, n_seq, n_cells)
+        layers = cache_layers(config, tensors, backends, kinds, n_ctx, tables)
+        self.cache = KvCache(layers, tables, n_ctx)
         self._stages = build(
             config, tensors, placed, layers, n_batch, n_outputs, progress or (lambda n_bytes: None), self.observed
         )
@@ -156,14 +160,15 @@ class Decoder:
             for at in range(program.n_outputs, len(wanted), program.n_outputs):
                 yield program.more(wanted[at : at + program.n_outputs])
 
-    def step(self, batch: Mapping[int, Sequence[int]]) -> NDArray[np.float32]:
+    def step(self, batch: Mapping[int, Sequence[int]], rows: Mapping[int, int] | None = None) -> NDArray[np.float32]:
         """Append tokens to several sequences at once.
 
         batch: {seq: ids}. Each sequence gets at least one token, all sequences together at most n_batch.
+        rows: {seq: the number of its last tokens whose logits are wanted}, at most n_outputs in all; None: one each.
 
-        Returns the logits after the last token of each sequence, f32[len(batch), n_vocab]. The next call overwrites it.
+        Returns the logits after these tokens, f32[n, n_vocab], in the order of the batch. The next call overwrites it.
 
-        Raises GgufRunError as forward does; then no sequence has changed.
+        Raises GgufRunError as forward does, and CacheFullError; then no sequence has changed.
         """
         for seq, ids in batch.items():
             self._check(ids, seq)
@@ -173,7 +178,9 @@ class Decoder:
             raise ValueError(f"a step of {counts} tokens: it takes 1 or more a sequence, {self.n_batch} in all")
         self._lengthen(counts)
         tokens = np.fromiter(itertools.chain.from_iterable(batch.values()), np.int32, n_tokens)
-        return self._run(tokens, counts, [end - 1 for end in itertools.accumulate(counts.values())]).values
+        ends = dict(zip(counts, itertools.accumulate(counts.values()), strict=True))
+        wanted = [row for seq, end in ends.items() for row in range(end - (1 if rows is None else rows[seq]), end)]
+        return self._run(tokens, counts, wanted).values
 
     def _run(self, batch: NDArray[np.int32], counts: Mapping[int, int], rows: Sequence[int], n_top: int = 0) -> Results:
         """Run all stages for {seq: number of tokens}. rows, n_top: see protocol.Program.run."""

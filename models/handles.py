@@ -18,30 +18,34 @@ class WeightHandle(Protocol):
 
 
 class CacheHandle(Protocol):
-    """K and V of one layer for some sequences. Groups are those of models.kv_cache.GROUP positions."""
+    """K and V of one layer: pages of models.pages.PAGE positions, which PageTable gives to sequences.
 
-    @property
-    def n_ctx(self) -> int:
-        """Positions that the layer holds of a sequence: its last ones. Position p is in row p % n_ctx."""
+    A group is half a page: models.kv_cache.GROUP positions. Groups 2 p and 2 p + 1 are page p.
+    """
 
     @property
     def kinds(self) -> str:
         """What is held: "kv", or "k" if values are columns of the keys."""
 
-    def copy(self, source: int, target: int, n_rows: int, /) -> None:
-        """Copy the first n_rows rows of sequence `source` to sequence `target`."""
+    def copy(self, source: int, target: int, /) -> None:
+        """Copy page `source` to page `target`."""
 
-    def shift(self, seq: int, n_past: int, n_keep: int, n_discard: int, rotation: Rotation | None, /) -> None:
-        """Move positions n_keep + n_discard .. n_past down by n_discard, and turn their keys back as far."""
+    def move(
+        self, source: NDArray[np.int64], target: NDArray[np.int64], rotation: Rotation | None, distance: int, /
+    ) -> None:
+        """Copy groups to other groups, which may be among the first ones.
 
-    def read(self, seq: int, kind: str, first: int, end: int, /) -> NDArray[np.uint8]:
-        """Return the bytes of K or V ("k", "v") of groups first .. end. All of them must be held."""
-
-    def write(self, seq: int, kind: str, end: int, data: Any, /) -> int | None:
-        """Store bytes that `read` returned for groups up to `end`. A smaller cache stores only the last groups.
-
-        Returns the first group that is stored, or None if the bytes are not a whole number of groups.
+        With a rotation, the keys turn by a distance of positions.
         """
+
+    def group_bytes(self, kind: str, /) -> int:
+        """Return the bytes of K or V ("k", "v") of a group."""
+
+    def read(self, kind: str, groups: NDArray[np.int64], /) -> NDArray[np.uint8]:
+        """Return the bytes of K or V of some groups."""
+
+    def write(self, kind: str, groups: NDArray[np.int64], data: Any, /) -> None:
+        """Store bytes that `read` has returned for these groups, or for more of which these are the last."""
 
 
 class StateHandle(Protocol):

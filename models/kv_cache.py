@@ -1,16 +1,17 @@
-"""The KV cache of a model counts the tokens of each sequence, and rewinds them. kv_moves.py has the rest.
+"""The KV cache of a model counts the tokens of each sequence, and gives them pages. kv_moves.py has the rest.
 
 Backends make the caches of the layers (handles.CacheHandle) and know their formats. The constants and rules that all
 formats share are here.
 
-Layers with a window hold only the last positions of a sequence. An operation that needs older positions empties the
-sequence. Such a method returns how many tokens are left, and the caller runs the other tokens again.
+Layers with a window release the pages behind it. An operation that needs older positions looks for them in the index,
+and else empties the sequence. Such a method returns how many tokens are left, and the caller runs the others again.
 
-A recurrent layer has a state in place of rows, and no token can be taken out of it. A sequence has N_STATES slots: for
-the state after its last token, for the one that a step writes, and for older ones, to which it can go back.
+A recurrent layer has a state in place of rows, and no token can be taken out of it. States have slots, which are
+counted like pages. A sequence holds the slot of its last state, the one that a step writes, and that of its prompt.
+States at the ends of pages stay findable as long as their slots are not needed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
@@ -19,12 +20,12 @@ from gguf_run.formats.frozen import frozen
 from gguf_run.models.backend import Run
 from gguf_run.models.operands import Rotation
 from gguf_run.models.ops import Cache, State
+from gguf_run.models.pages import NO_PAGE, PAGE, CacheFullError, Node, PageTable, Pool, PrefixIndex
 
-GROUP = 32  # positions that backends store side by side and move together
+GROUP = 32  # positions that backends store side by side and move together: half a page
 BLOCK = 32  # columns of a row that share a scale, in cache types with blocks; only heads of whole blocks are rotated
-N_STATES = 4  # slots of a recurrent state that each sequence has
+N_STATES = 4  # slots of a recurrent state for each sequence
 _PROMPT = 16  # the state after the last run of so many tokens is kept: the next text often begins with the same tokens
-_MARK = 64  # the state after each so many tokens is kept until its slot is needed
 _MOST_ROTATED_BITS = 8  # rotation lowers the divergence of 8-bit types by a quarter to a third, see docs/kv_cache.md
 
 
@@ -39,29 +40,19 @@ def rotates(bits: int, head_dim: int, rotate: bool | None, has_scales: bool) -> 
     return wanted and head_dim % BLOCK == 0
 
 
-def rows_stored(n_ctx: int, n_batch: int, window: int, *, multiple: int, span: int) -> int:
-    """Return how many positions of a sequence a layer stores: all n_ctx, or its window, a batch and a group.
-
-    A batch is appended before its first token reads the window, so both must fit. With one group more, a batch can be
-    removed again, and what is left can be saved in whole groups.
-
-    multiple: n_ctx is rounded up to a multiple of this.
-    span: positions that attention reads at once. The ring of a window has whole spans.
-    """
-    full = -(-n_ctx // multiple) * multiple
-    return min(full, -(-(window + n_batch + GROUP) // span) * span) if window else full
-
-
 @dataclass
 class Slot:
     """One sequence."""
 
+    pages: list[list[int]]  # of each group: the page of each PAGE positions; NO_PAGE: it is behind the window
     n_past: int = 0  # number of tokens
-    n_lost: int = 0  # number of first tokens that some layer no longer holds
     is_long: bool = False  # the keys have the rotation of long sequences
     ids: list[int] = field(default_factory=list)  # of the tokens
-    states: list[int] = field(default_factory=lambda: [0] * N_STATES)  # tokens before the state of each slot; 0: free
-    state: int = 0  # the slot of the state after n_past tokens
+    root: Hashable = ()  # what makes the rows of equal tokens differ: see KvCache.adopt
+    nodes: list[Node] = field(default_factory=list)  # of its first pages in the index
+    n_indexed: int = 1 << 30  # the most pages that may enter the index
+    states: dict[int, int] = field(default_factory=dict)  # slots of held states, by the number of tokens before them
+    writes: int = NO_PAGE  # the slot of the state that a step writes
     n_prompt: int = 0  # tokens before the state that is kept for the next text
 
 
@@ -70,9 +61,9 @@ class CacheLayer(Generic[Cache, State]):
     """The cache of one layer."""
 
     cache: Cache | None  # None: the layer has no attention
-    window: int  # positions that the layer looks back on, a token's own included; 0: all
+    window: int  # of the layer's page table; 0: all positions
     rotation: Rotation | None
-    states: tuple[State, ...] = ()  # of its recurrent ops: N_STATES slots for each sequence
+    states: tuple[State, ...] = ()  # of its recurrent ops
     is_shared: bool = False  # the cache is that of an earlier layer, and listed there
 
 
@@ -82,13 +73,17 @@ class KvCache:
     Methods raise GgufRunError for a sequence that does not exist.
     """
 
-    def __init__(self, layers: Sequence[CacheLayer[Any, Any]], n_ctx: int, n_seq: int) -> None:
-        self.n_ctx, self.n_seq = n_ctx, n_seq
-        self.layers = layers
-        self.slots = [Slot() for _ in range(n_seq)]
-        self._n_held = min([n_ctx, *(layer.cache.n_ctx for layer in layers if layer.cache is not None)])
+    def __init__(self, layers: Sequence[CacheLayer[Any, Any]], tables: Sequence[PageTable], n_ctx: int) -> None:
+        """tables: one for each window of `layers`, first that of window 0, which every model has."""
+        self.n_ctx, self.n_seq = n_ctx, len(tables[0].versions)
+        self.layers, self.tables = layers, tables
         self.has_states = any(layer.states for layer in layers)
-        self._window = max(layer.window for layer in layers)
+        self.pools = [Pool(i, table.n_pages) for i, table in enumerate(tables)]
+        self.groups = self.pools[:]  # without the slots of states
+        if self.has_states:
+            self.pools.append(Pool(len(tables), self.n_seq * N_STATES))
+        self.index = PrefixIndex(self.pools)
+        self.slots = [Slot([[] for _ in tables]) for _ in range(self.n_seq)]
         rotations = [layer.rotation for layer in layers if layer.rotation is not None]
         # The tokens of a sequence up to which its rotation is that of short ones; 0: there is one rotation.
         self.n_short = max((r.n_short for r in rotations if r.long_inv_freq is not None), default=0)
@@ -105,31 +100,118 @@ class KvCache:
             )
         return self.slots[seq]
 
-    def begin(self, counts: Mapping[int, int]) -> list[Run]:
-        """Return the runs of a step that appends tokens, {seq: how many}. The tokens count only after `end`."""
-        return [self._begin(seq, self.slot(seq), n) for seq, n in counts.items()]
+    def room(self, counts: Mapping[int, int]) -> bool:
+        """Return whether there are pages for a step that appends tokens, {seq: how many}."""
+        return all(self._needs(pool, counts, copies=False) <= len(pool.free) for pool in self.groups)
 
-    def _begin(self, seq: int, slot: Slot, n: int) -> Run:
-        # An interrupted step adds no tokens, but has overwritten old rows and a state: they are given up first.
-        slot.n_lost = max(slot.n_lost, slot.n_past + n - self._n_held)
-        old = [(0 < at == slot.n_prompt, at, i) for i, at in enumerate(slot.states) if i != slot.state]
-        _, _, writes = min(old)
-        slot.states[writes] = 0
-        return Run(seq, slot.n_past, n, slot.is_long, seq * N_STATES + slot.state, seq * N_STATES + writes)
+    def _needs(self, pool: Pool, counts: Mapping[int, int], *, copies: bool) -> int:
+        """Return how many pages a step takes. copies: a page that only the index has too is copied, not forgotten."""
+        n_pages = 0
+        for seq, n in counts.items():
+            self._release_behind(seq, pool)
+            slot = self.slots[seq]
+            pages = slot.pages[pool.number]
+            n_pages += -(-(slot.n_past + n) // PAGE) - len(pages)
+            if slot.n_past % PAGE:
+                page = pages[-1]
+                n_pages += pool.uses[page] > 1 or (copies and pool.nodes[page] is not None)
+        return n_pages
+
+    def begin(self, counts: Mapping[int, int]) -> list[Run]:
+        """Return the runs of a step that appends tokens, {seq: how many}. The tokens count only after `end`.
+
+        Raises CacheFullError if there are not enough pages. Then nothing has changed.
+        """
+        if not self.room(counts):
+            raise CacheFullError(
+                f"the KV cache is full: {len(self.groups[0].free)} of {len(self.groups[0].uses)} pages of {PAGE} "
+                "tokens are free; give it more (--cache-ram) or run fewer sequences at once"
+            )
+        for pool in self.groups:
+            copies = self._needs(pool, counts, copies=True) <= len(pool.free)
+            for seq, n in counts.items():
+                slot = self.slots[seq]
+                pages = slot.pages[pool.number]
+                if slot.n_past % PAGE:
+                    self.own(seq, pool, slot.n_past // PAGE, copies=copies)
+                while len(pages) * PAGE < slot.n_past + n:
+                    self.set_page(seq, pool, len(pages), pool.take(pages[-1] if pages else NO_PAGE))
+        return [self._run(seq, self.slots[seq], n) for seq, n in counts.items()]
+
+    def _run(self, seq: int, slot: Slot, n: int) -> Run:
+        if self.has_states and slot.writes == NO_PAGE:  # an interrupted step has left its slot
+            slot.writes = self.pools[-1].take()
+        return Run(seq, slot.n_past, n, slot.is_long, slot.states.get(slot.n_past, 0), max(0, slot.writes))
+
+    def set_page(self, seq: int, pool: Pool, i: int, page: int) -> None:
+        """Set the page of positions PAGE * i on of a sequence, which may be the one behind its last page."""
+        table, pages = self.tables[pool.number], self.slots[seq].pages[pool.number]
+        pages[i : i + 1] = [page]
+        table.pages[seq, i] = page
+        table.versions[seq] += 1
+
+    def own(self, seq: int, pool: Pool, i: int, *, copies: bool) -> None:
+        """Make a page of a sequence writable. Another sequence that has the page needs it as it is.
+
+        copies: if only the index has it too, the page is copied; else the index forgets it.
+        """
+        page = self.slots[seq].pages[pool.number][i]
+        if pool.uses[page] == 1 and not (copies and pool.nodes[page] is not None):
+            pool.forget(page)
+            return
+        new = pool.take(page)
+        for cache, _ in self.caches(pool):
+            cache.copy(page, new)
+        self.set_page(seq, pool, i, new)
+        pool.release(page)
+
+    def caches(self, pool: Pool) -> list[tuple[Any, Rotation | None]]:
+        """Return the caches whose pages a pool counts, with the rotations of their keys."""
+        window = self.tables[pool.number].window
+        return [
+            (layer.cache, layer.rotation)
+            for layer in self.layers
+            if layer.cache is not None and not layer.is_shared and layer.window == window
+        ]
+
+    def _release_behind(self, seq: int, pool: Pool) -> None:
+        """Release the pages behind a window. The last page before it stays: tokens may be taken back."""
+        slot, window = self.slot(seq), self.tables[pool.number].window
+        pages = slot.pages[pool.number]
+        for i in range(first_page(slot.n_past, window) - 2, -1, -1):
+            if pages[i] == NO_PAGE:
+                break
+            pool.release(pages[i])
+            self.set_page(seq, pool, i, NO_PAGE)
 
     def end(self, runs: Sequence[Run], ids: Sequence[int]) -> None:
         """Count the tokens of a step that has run. ids: of all runs."""
         at = 0
-        for seq, n_past, n, _, _, writes in runs:
+        for seq, n_past, n, *_ in runs:
             slot = self.slots[seq]
             slot.n_past = n_past + n
-            if n == 1 and n_past % _MARK and n_past != slot.n_prompt:
-                slot.states[slot.state] = 0
-            slot.state = writes % N_STATES
-            slot.states[slot.state] = slot.n_past
-            slot.n_prompt = slot.n_past if n >= _PROMPT else slot.n_prompt
             slot.ids[n_past:] = ids[at : at + n]
+            if self.has_states:
+                slot.states[slot.n_past], slot.writes = slot.writes, NO_PAGE
+                slot.n_prompt = slot.n_past if n >= _PROMPT else slot.n_prompt
+            self._add_to_index(seq, slot)
+            for old in [old for old in slot.states if old not in (slot.n_past, slot.n_prompt)]:
+                self.pools[-1].release(slot.states.pop(old))
             at += n
+
+    def _add_to_index(self, seq: int, slot: Slot) -> None:
+        """Let the index find the full pages of a sequence, and their states."""
+        while (i := len(slot.nodes)) < min(slot.n_past // PAGE, slot.n_indexed):
+            parent = slot.nodes[-1] if slot.nodes else self.index.root((slot.root, slot.is_long))
+            pages = [pages[i] for pages in slot.pages]
+            if self.has_states:
+                pages.append(slot.states.get(PAGE * (i + 1), NO_PAGE))
+            node = self.index.add(parent, slot.ids[PAGE * i : PAGE * (i + 1)], pages)
+            slot.nodes.append(node)
+            for pool, page in zip(self.groups, pages, strict=False):
+                if NO_PAGE not in (page, node.pages[pool.number]) and page != node.pages[pool.number]:
+                    self.set_page(seq, pool, i, pool.share(node.pages[pool.number]))  # another one was earlier
+                    pool.release(page)
 
     def tail(self, n: int) -> int:
         """Return how many of the last of n tokens run by themselves, so that the state before them is kept.
@@ -144,35 +226,132 @@ class KvCache:
         A sequence that becomes long has another rotation from its first token on. So it is emptied.
         """
         slot = self.slot(seq)
-        was_long, slot.is_long = slot.is_long, 0 < self.n_short < slot.n_past + n
-        if was_long == slot.is_long or not slot.n_past:
-            return []
+        was_long, is_long = slot.is_long, 0 < self.n_short < slot.n_past + n
         ids = slot.ids[: slot.n_past]
-        if len(ids) < slot.n_past:
-            raise GgufRunError(f"sequence {seq} was loaded without its ids: it cannot become longer than {slot.n_past}")
-        self.reset(slot, 0, 0)
-        return ids
+        if was_long != is_long and slot.n_past:
+            if len(ids) < slot.n_past:
+                raise GgufRunError(
+                    f"sequence {seq} was loaded without its ids: it cannot become longer than {slot.n_past}"
+                )
+            self.keep(seq, 0)
+        slot.is_long = is_long
+        return ids if was_long != is_long else []
+
+    def known(self, ids: Sequence[int], root: Hashable = (), *, parts: bool = True) -> int:
+        """Return how many of the first tokens of a text `adopt` would find."""
+        return self._find(ids, root, parts)[1]
+
+    def adopt(self, seq: int, ids: Sequence[int], root: Hashable = (), *, parts: bool = True) -> int:
+        """Replace a sequence by the first tokens of a text whose pages are known. Return how many they are.
+
+        They are fewer than len(ids): the last token runs in any case, because its logits are wanted.
+
+        root: what else the rows depend on, such as adapters. Only sequences with an equal root share pages.
+        parts: the last page may be one of another text that begins alike.
+        """
+        nodes, n = self._find(ids, root, parts)
+        held = [
+            [NO_PAGE] * first + [pool.share(node.pages[pool.number]) for node in nodes[first:]]
+            for table, pool in zip(self.tables, self.groups, strict=True)
+            for first in [first_page(n, table.window)]
+        ]  # before the pages of the sequence become free
+        state = self.pools[-1].share(nodes[-1].pages[-1]) if self.has_states and nodes else NO_PAGE
+        self.clear(seq, root)
+        slot = self.slots[seq]
+        slot.n_past, slot.ids, slot.nodes, slot.is_long = n, list(ids[:n]), nodes[: n // PAGE], 0 < self.n_short < n
+        for pool, pages in zip(self.groups, held, strict=True):
+            for i, page in enumerate(pages):
+                self.set_page(seq, pool, i, page)
+        if state != NO_PAGE:
+            slot.states[n] = state
+        return n
+
+    def _find(self, ids: Sequence[int], root: Hashable, parts: bool) -> tuple[list[Node], int]:
+        """Return the nodes of the longest known start of a text, and its tokens."""
+        ids = ids[: len(ids) - 1]
+        for is_long in (True, False) if self.n_short else (False,):
+            nodes = self.index.find((root, is_long), ids)
+            ends = [PAGE * (i + 1) for i in range(len(nodes))]
+            if parts and nodes and not self.has_states:
+                child, n = self.index.beside(nodes[-1], ids[ends[-1] :])
+                if child is not None:
+                    nodes.append(child)
+                    ends.append(ends[-1] + n)
+            for n in reversed(ends):
+                chain = nodes[: -(-n // PAGE)]
+                if (0 < self.n_short < n) == is_long and self._is_whole(chain, n):
+                    return chain, n
+        return [], 0
+
+    def _is_whole(self, chain: Sequence[Node], n: int) -> bool:
+        """Return whether all pages are there that the token after the first n reads, and the state before it."""
+        if self.has_states and chain[-1].pages[-1] == NO_PAGE:
+            return False
+        return all(
+            node.pages[pool.number] != NO_PAGE
+            for table, pool in zip(self.tables, self.groups, strict=True)
+            for node in chain[first_page(n, table.window) :]
+        )
+
+    def clear(self, seq: int, root: Hashable = ()) -> None:
+        """Empty a sequence. Its pages stay findable until they are needed. root: see adopt."""
+        self.keep(seq, 0)
+        slot = self.slots[seq]
+        slot.root, slot.is_long, slot.n_indexed, slot.n_prompt = root, False, 1 << 30, 0
 
     def rewind(self, n_past: int, seq: int = 0) -> int:
         """Forget a sequence's tokens from position n_past on. Return how many tokens are left, at most n_past.
 
-        n_past tokens are left if n_past is at most n_batch below the greatest length that the sequence has had. Else 0
-        are left. With recurrent layers, as many are left as a state is kept for, or 0.
+        n_past tokens are left if all pages are there that the next token reads. Else 0 are left. With recurrent
+        layers, as many are left as a state is kept for, or 0.
         """
         slot = self.slot(seq)
         if not 0 <= n_past <= slot.n_past:
             raise ValueError(f"cannot rewind to {n_past}: {slot.n_past} tokens are in the context")
-        return self.reset(slot, n_past, slot.n_lost)
-
-    def reset(self, slot: Slot, n_past: int, n_lost: int) -> int:
-        """Set a slot to n_past tokens, or to fewer that a state is kept for. Return how many.
-
-        They are 0 if the next token would read one of the first n_lost.
-        """
         if self.has_states:
-            n_past, slot.state = max(((at, i) for i, at in enumerate(slot.states) if at <= n_past), default=(0, 0))
-        possible = n_past and max(0, n_past + 1 - self._window) >= n_lost
-        possible = possible and (n_past > self.n_short or not slot.is_long)
-        slot.n_past, slot.n_lost = (n_past, n_lost) if possible else (0, 0)
-        slot.states = [at if at <= slot.n_past else 0 for at in slot.states]
-        return slot.n_past
+            at_ends = (PAGE * (i + 1) for i, node in enumerate(slot.nodes) if node.pages[-1] != NO_PAGE)
+            n_past = max((at for at in (*slot.states, *at_ends) if at <= n_past), default=0)
+        return self.keep(seq, n_past)
+
+    def keep(self, seq: int, n_past: int) -> int:
+        """Take all but the first n_past tokens out of a sequence, or all if the next token cannot go on from there."""
+        slot = self.slot(seq)
+        if slot.is_long and n_past <= self.n_short:
+            n_past = 0
+        if not all(self._takes_back(seq, pool, n_past) for pool in self.groups):
+            n_past = 0
+        for pool, pages in zip(self.groups, slot.pages, strict=True):
+            while len(pages) * PAGE >= n_past + PAGE:
+                if (page := pages.pop()) != NO_PAGE:
+                    pool.release(page)
+        if self.has_states:
+            self._keep_states(slot, n_past)
+        slot.n_past = n_past
+        del slot.ids[n_past:], slot.nodes[n_past // PAGE :]
+        slot.is_long = slot.is_long and n_past > 0
+        return n_past
+
+    def _takes_back(self, seq: int, pool: Pool, n_past: int) -> bool:
+        """Use the pages again that the token after the first n_past reads. Return whether all are there."""
+        slot = self.slots[seq]
+        pages = slot.pages[pool.number]
+        for i in range(first_page(n_past, self.tables[pool.number].window), -(-n_past // PAGE)):
+            if pages[i] == NO_PAGE:
+                if i >= len(slot.nodes) or slot.nodes[i].pages[pool.number] == NO_PAGE:
+                    return False
+                self.set_page(seq, pool, i, pool.share(slot.nodes[i].pages[pool.number]))
+        return True
+
+    def _keep_states(self, slot: Slot, n_past: int) -> None:
+        """Hold the state after n_past tokens, and none after more. A rewind has found that state."""
+        pool = self.pools[-1]
+        if n_past and n_past not in slot.states:
+            slot.states[n_past] = pool.share(slot.nodes[n_past // PAGE - 1].pages[-1])
+        for at in [at for at in slot.states if at > n_past or not n_past]:
+            pool.release(slot.states.pop(at))
+        slot.n_prompt = min(slot.n_prompt, n_past)
+
+
+def first_page(n_past: int, window: int) -> int:
+    """Return the first page of a sequence that the token after n_past tokens reads."""
+    return max(0, n_past + 1 - window) // PAGE if window else 0

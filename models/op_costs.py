@@ -4,7 +4,7 @@ The counts tell where the time of a decoded token goes. No weights are loaded: t
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from gguf_run.formats.gguf.reader import Tensor
@@ -12,7 +12,8 @@ from gguf_run.models import ops, rare_ops
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.operands import AttentionShape
-from gguf_run.models.stages import cache_layers
+from gguf_run.models.pages import PageTable
+from gguf_run.models.stages import cache_layers, page_tables
 from gguf_run.models.step import step_class
 from gguf_run.models.weights import Loader
 
@@ -47,6 +48,7 @@ class Sizes:
     matrix_bytes: Callable[[str, int, int], int]  # of a tensor type, row length and number of rows
     # Of types of K and V, heads, columns of a head, positions, AttentionShape.n_latent.
     cache_bytes: Callable[[str, str, int, int, int, int], int]
+    n_ctx: int = 0  # positions that a token sees
     name: str = "handles without numbers"
 
     def _held(self, tensors: Sequence[Tensor], nbytes: int) -> Held:
@@ -65,9 +67,9 @@ class Sizes:
 
     experts = weight
 
-    def cache(self, shape: AttentionShape, n_ctx: int, n_batch: int, n_seq: int, kind: CacheType) -> Any:
+    def cache(self, shape: AttentionShape, table: PageTable, kind: CacheType) -> Any:
         """Return a Held: a cache of which a token sees all n_ctx positions, or those of its window."""
-        n_seen = min(shape.window or n_ctx, n_ctx)
+        n_seen = min(shape.window or self.n_ctx, self.n_ctx)
         nbytes = self.cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, n_seen, shape.n_latent)
         return Held((), (kind.k, kind.v), shape.head_dim, n_seen, 0, nbytes)
 
@@ -121,7 +123,8 @@ def op_costs(
     step = step_class(config)(Loader(sizes, tensors, lambda n_bytes: None), config, None)
     step.new_part()
     step.embed()
-    for il, layer in enumerate(cache_layers(config, tensors, [sizes] * config.n_layer, kinds, n_ctx, 1, 1)):
+    sizes, tables = replace(sizes, n_ctx=n_ctx), page_tables(config, n_ctx, 1, 1, None)
+    for il, layer in enumerate(cache_layers(config, tensors, [sizes] * config.n_layer, kinds, n_ctx, tables)):
         step.layer(il, layer, experts=True)
     step.logits()
     return [_cost(op) for op in (*step.parts[0], *step.after)]

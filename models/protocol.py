@@ -17,6 +17,7 @@ from gguf_run.models import ops, rare_ops
 from gguf_run.models.backend import CacheType, Results, Run
 from gguf_run.models.operands import AttentionShape, Buffer
 from gguf_run.models.ops import Cache, Experts, Squares, State, Table, Vector, Weight
+from gguf_run.models.pages import PageTable
 
 Op = (
     ops.Embed[Table]
@@ -108,12 +109,8 @@ class Backend(Protocol[Table, Weight, Vector, Cache, Experts, Squares, State]):
         Raises UnsupportedError if gate and up have different types.
         """
 
-    def cache(self, shape: AttentionShape, n_ctx: int, n_batch: int, n_seq: int, kind: CacheType, /) -> Cache:
-        """Return the KV cache of one layer, for n_seq sequences of n_ctx positions.
-
-        n_batch: the most positions that are appended at once. A layer with a window may hold only the last
-            window + n_batch positions of a sequence.
-        """
+    def cache(self, shape: AttentionShape, table: PageTable, kind: CacheType, /) -> Cache:
+        """Return the KV cache of one layer: table.n_pages pages. `table` says which sequence uses which page."""
 
     def state(self, n_floats: int, n_slots: int, /) -> State:
         """Return the state of a recurrent op: n_slots slots of n_floats numbers. Run tells the slots of a sequence."""

@@ -11,6 +11,7 @@ from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import N_STATES, CacheLayer
 from gguf_run.models.operands import Buffer
 from gguf_run.models.ops import Cache, State
+from gguf_run.models.pages import PageTable
 from gguf_run.models.rope import rotations
 from gguf_run.models.step import Observed, step_class
 from gguf_run.models.weights import Loader
@@ -62,26 +63,34 @@ def _pieces(placed: Placed) -> "list[tuple[AnyBackend, list[_Piece]]]":
     return stages
 
 
+def page_tables(config: ModelConfig, n_ctx: int, n_batch: int, n_seq: int, n_cells: int | None) -> list[PageTable]:
+    """Return a table for each window of the layers' attention, first that of all positions. See PageTable.new."""
+    windows = {config.attention(il).window for il in range(config.n_layer)}
+    narrow = sorted(window for window in windows if 0 < window < n_ctx)
+    return [PageTable.new(window, n_ctx, n_batch, n_seq, n_cells) for window in (0, *narrow)]
+
+
 def cache_layers(
     config: ModelConfig,
     tensors: Mapping[str, Tensor],
     backends: "Sequence[Backend[Any, Any, Any, Cache, Any, Any, State]]",
     kinds: Sequence[CacheType],
     n_ctx: int,
-    n_batch: int,
-    n_seq: int,
+    tables: Sequence[PageTable],
 ) -> list[CacheLayer[Cache, State]]:
-    """Return the caches of all layers. backends, kinds: of each layer. The sizes: see protocol.Backend.cache."""
+    """Return the caches of all layers. backends, kinds: of each layer."""
     layers: list[CacheLayer[Cache, State]] = []
+    n_states = len(tables[0].versions) * N_STATES
     for il, rotation in enumerate(rotations(config, tensors, n_ctx)):
         if (owner := config.layers[il].kv_layer) != il:
             layers.append(replace(layers[owner], is_shared=True))
             continue
         backend, shape = backends[il], config.attention(il)
-        cache = backend.cache(shape, n_ctx, n_batch, n_seq, kinds[il]) if shape.n_head else None
+        table = next((table for table in tables if table.window == shape.window), tables[0])
+        cache = backend.cache(shape, table, kinds[il]) if shape.n_head else None
         sizes = config.mixer.states(il) if config.mixer is not None else ()
-        states = tuple(backend.state(n_floats, n_seq * N_STATES) for n_floats in sizes)
-        layers.append(CacheLayer(cache, shape.window, rotation, states))
+        states = tuple(backend.state(n_floats, n_states) for n_floats in sizes)
+        layers.append(CacheLayer(cache, table.window, rotation, states))
     return layers
 
 

@@ -1,8 +1,7 @@
 """Causal attention over a KV cache of any type, as flash attention: spans of positions, tiles of query rows.
 
-The cache of a layer holds groups of 32 positions (cache_types.py), [n_seq][n_head_kv][n_ctx / 32] of them. Position p
-of a sequence is row p % n_ctx: a layer with a window stores no more than the window and a batch. Spans begin at
-multiples of SPAN, so no span crosses the end of the ring.
+The cache of a layer holds groups of 32 positions (cache_types.py), [n_head_kv][n_pages][2] of them. A sequence has a
+table of its pages (models/pages.py). A span is the positions of a page.
 
 The query rows of a piece of work are all heads that share one KV head, for up to 64 rows' worth of tokens of one
 sequence. When there are too few pieces for the threads (decode), the positions are split too, and `merge` joins the
@@ -39,9 +38,7 @@ if COMPILING:
     from gguf_run.kernels_cpu.attention.softmax import LOWEST, n_visible, result, scaled_copy, softmax
     from gguf_run.kernels_cpu.matmul.tile import prefetch
     from gguf_run.kernels_cpu.rows.quantize import quantize_row
-    from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
-
-_AHEAD = 2  # groups of integers between the group in use and the group that is prefetched
+    from gguf_run.kernels_cpu.vector.native import f32_at, i32_at, i64_at
 
 
 class _Tile(NamedTuple):
@@ -96,7 +93,7 @@ def _scores(k_form: int) -> Any:
             for i in range(0, n_seen, GROUP):
                 at = k + i // GROUP * a.k_group + a.k_at
                 if first:
-                    prefetch(at + _AHEAD * a.k_group, a.k_group)
+                    prefetch(next_k + i // GROUP * a.k_group + a.k_at, a.k_group)
                 for row in range(0, tile.rows, INT_ROWS):
                     to = m.scores + (row * SPAN + i) * 4
                     int_score_tile(k_form, q + row * q_row, q_row, at, n_blocks, m.zeros, to)
@@ -133,7 +130,7 @@ def _values(v_form: int) -> Any:
                 block = m.p + (d * P_BYTES if has_blocks else 0)
                 if r == 0:
                     share = 2 * a.v_group // (wide // BLOCK)
-                    prefetch(v + _AHEAD * a.v_group + d * share, share)
+                    prefetch(next_v + d * share, share)
                 for row in range(0, tile.rows, INT_ROWS):
                     p, sums = block + row * n_blocks * P_BYTES, m.sums + ((r + row) * wide + d * BLOCK) * 4
                     int_value_tile(v_form, p, n_blocks * P_BYTES, at, a.v_group, n_groups, sums, wide * 4)
@@ -166,7 +163,8 @@ def attend(k_form: int, v_form: int) -> TapeOp:
         rows_of_keys, values = None, _values(v_form)
 
     @op(
-        "runs n_runs n_head n_head_kv head_dim n_value n_wide wide n_ctx window is_chunked q q_stride cache_k k_group "
+        "runs n_runs n_head n_head_kv head_dim n_value n_wide wide window is_chunked "
+        "pages pages_stride n_pages q q_stride cache_k k_group "
         "k_at k_rotate cache_v v_group v_at v_rotate sinks out out_stride parts part_bytes max_rows scratch "
         "scratch_stride",
         "scale softcap",
@@ -181,12 +179,12 @@ def attend(k_form: int, v_form: int) -> TapeOp:
         n_fill = (work.n_rows + tile.rows - 1) // tile.rows * tile.rows
         m = layout(a, ith, work, p_bytes)
         q_row = queries(a, work, m, n_fill)
-        first_group = (work.seq * a.n_head_kv + work.head) * a.n_ctx // GROUP
-        group = first_group + work.start % a.n_ctx // GROUP
+        pages, first_page = i32_at(a.pages + work.seq * a.pages_stride * 4, a.pages_stride), work.head * a.n_pages
+        next_group = (first_page + pages[work.start // SPAN]) * (SPAN // GROUP)
         for start in range(work.start, work.stop, SPAN):
-            next_group = group
+            group = next_group
             if start + SPAN < work.stop:
-                next_group = first_group + (start + SPAN) % a.n_ctx // GROUP
+                next_group = (first_page + pages[start // SPAN + 1]) * (SPAN // GROUP)
             k, v = a.cache_k + group * a.k_group, a.cache_v + group * a.v_group
             next_k, next_v = a.cache_k + next_group * a.k_group, a.cache_v + next_group * a.v_group
             if is_latent:
@@ -197,7 +195,6 @@ def attend(k_form: int, v_form: int) -> TapeOp:
                     scores(a, m, tile, m.queries + r * q_row, q_row, k, next_k, n_seen, r == 0)
                     softmax(a, work, m, tile, r, start)
                     values(a, m, tile, r, v, next_v, n_seen)
-            group = next_group
         for r in range(work.n_rows):
             result(a, work, m, r)
         return 0

@@ -5,8 +5,9 @@ from typing import NamedTuple
 from gguf_run.formats.compiler.jit import njit
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS
 from gguf_run.kernels_cpu.vector import isa
+from gguf_run.models.pages import PAGE
 
-SPAN = 64  # positions of a tile of scores
+SPAN = PAGE  # positions of a tile of scores
 # Query rows of a tile, by Isa.lanes. A run with no more than FEW rows has tiles of FEW rows.
 FEW, TILE = 4, {16: 8, 8: 6, 4: 4}[isa.current().lanes]
 # Fields of p of a row and a block, when p is integers: pairs of 16 bits [SPAN / 2], f32 factor, i32 start of the sums,

@@ -4,11 +4,11 @@ import os
 from collections.abc import Sequence
 
 from gguf_run.formats.errors import OptionError, did_you_mean
-from gguf_run.kernels_cpu.attention.cache import rows_stored
 from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS, cache_bytes
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import N_STATES
+from gguf_run.models.pages import PAGE, pages_stored
 
 DEFAULT_TYPE = "f16"
 
@@ -70,8 +70,8 @@ def layer_bytes(
     sizes = []
     for il, kind in enumerate(plan):
         shape = config.attention(il)
-        rows = rows_stored(n_ctx, n_batch, shape.window) if config.layers[il].kv_layer == il else 0
-        rows_bytes = n_seq * cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, rows, shape.n_latent)
+        rows = 0 if config.layers[il].kv_layer != il else n_seq * PAGE * pages_stored(n_ctx, n_batch, shape.window)
+        rows_bytes = cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, rows, shape.n_latent)
         sizes.append(rows_bytes + state_bytes(config, il, n_seq))
     return tuple(sizes)
 

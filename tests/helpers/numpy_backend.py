@@ -18,6 +18,7 @@ from gguf_run.models.backend import CacheType, Results, Run
 from gguf_run.models.experts import ExpertTensors
 from gguf_run.models.kv_cache import GROUP
 from gguf_run.models.operands import AttentionShape, Buffer, Rotation
+from gguf_run.models.pages import PAGE, PageTable
 from gguf_run.models.routing import Mixture
 
 
@@ -49,41 +50,44 @@ class NumpyExperts:
 
 @dataclass(frozen=True)
 class NumpyCache:
-    """Holds every position, whether the layer has a window or not."""
+    """Rows that nobody has written are NaN."""
 
-    k: np.ndarray  # [n_seq, n_ctx, n_head_kv, head_dim]
-    v: np.ndarray  # [n_seq, n_ctx, n_head_kv, n_value]
+    table: PageTable
+    k: np.ndarray  # [n_pages * PAGE, n_head_kv, head_dim]
+    v: np.ndarray  # [n_pages * PAGE, n_head_kv, n_value]
     kinds = "kv"
 
-    @property
-    def n_ctx(self) -> int:
-        return self.k.shape[1]
+    def slots(self, seq: int, end: int) -> np.ndarray:
+        """The rows of positions 0 .. end of a sequence; -1 for pages behind the window."""
+        positions = np.arange(end)
+        pages = self.table.pages[seq, positions // PAGE].astype(int)
+        return np.where(pages < 0, -1, pages * PAGE + positions % PAGE)
 
-    def copy(self, source: int, target: int, n_rows: int) -> None:
+    def copy(self, source: int, target: int) -> None:
         for side in (self.k, self.v):
-            side[target, :n_rows] = side[source, :n_rows]
+            side[target * PAGE : (target + 1) * PAGE] = side[source * PAGE : (source + 1) * PAGE]
 
-    def shift(self, seq: int, n_past: int, n_keep: int, n_discard: int, rotation: Rotation | None) -> None:
+    def move(self, source: np.ndarray, target: np.ndarray, rotation: Rotation | None, distance: int) -> None:
         for side in (self.k, self.v):
-            moved = side[seq, n_keep + n_discard : n_past].copy()
+            groups = side.reshape(-1, GROUP, *side.shape[1:])
+            moved = groups[source].reshape(-1, *side.shape[1:])
             if side is self.k and rotation is not None:
                 # the keys of latent attention turn at their end
                 part = moved[..., self.k.shape[-1] - rotation.n_rot :] if self.k.shape != self.v.shape else moved
-                part[:] = rotate(part, replace(rotation, scale=1.0), np.full(len(moved), -n_discard))
-            side[seq, n_keep : n_past - n_discard] = moved
+                part[:] = rotate(part, replace(rotation, scale=1.0), np.full(len(moved), distance))
+            groups[target] = moved.reshape(-1, *groups.shape[1:])
 
-    def read(self, seq: int, kind: str, first: int, end: int) -> np.ndarray:
-        rows = np.zeros((end * GROUP, *self.k.shape[2:]), self.k.dtype)
-        held = getattr(self, kind)[seq, : end * GROUP]
-        rows[: len(held)] = held
-        return rows[first * GROUP :].reshape(-1).view(np.uint8)
+    def group_bytes(self, kind: str) -> int:
+        return GROUP * int(getattr(self, kind)[0].nbytes)
 
-    def write(self, seq: int, kind: str, end: int, data: Any) -> int | None:
-        side = getattr(self, kind)[seq]
-        rows = np.frombuffer(data, side.dtype).reshape(-1, *side.shape[1:])
-        first = end * GROUP - len(rows)
-        side[first : end * GROUP] = rows[: len(side) - first]
-        return first // GROUP
+    def read(self, kind: str, groups: np.ndarray) -> np.ndarray:
+        side = getattr(self, kind)
+        return side.reshape(-1, GROUP, *side.shape[1:])[groups].reshape(-1).view(np.uint8)
+
+    def write(self, kind: str, groups: np.ndarray, data: Any) -> None:
+        side = getattr(self, kind)
+        new = np.frombuffer(data, side.dtype).reshape(-1, GROUP, *side.shape[1:])
+        side.reshape(-1, GROUP, *side.shape[1:])[groups] = new[len(new) - len(groups) :]
 
 
 @dataclass(frozen=True)
@@ -307,11 +311,12 @@ def attention(p: NumpyProgram, op: ops.Attend[NumpyCache, np.ndarray]) -> np.nda
     shape, cache, parts = op.shape, op.cache, []
     at = 0
     for seq, n_past, n, *_ in p.runs_of(op.q):
-        rows, stop = slice(at, at + n), n_past + n
+        rows, slots = slice(at, at + n), cache.slots(seq, n_past + n)
         for kept, new in ((cache.k, op.k), (cache.v, op.v)):
             if new is not None:
-                kept[seq, n_past:stop] = p[new][rows].reshape(n, shape.n_head_kv, -1)
-        keys, values = (kept[seq, :stop].astype(p[op.q].dtype) for kept in (cache.k, cache.v))
+                kept[slots[n_past:]] = p[new][rows].reshape(n, shape.n_head_kv, -1)
+        held = (slots >= 0)[:, None, None]
+        keys, values = (np.where(held, kept[slots], 0).astype(p[op.q].dtype) for kept in (cache.k, cache.v))
         queries, positions = p[op.q][rows].reshape(n, shape.n_head, shape.head_dim), n_past + np.arange(n)
         limits = shape.scale, shape.window, shape.softcap, op.sinks, shape.is_chunked
         result = attend(queries, keys, values, positions, *limits)
@@ -506,11 +511,11 @@ class NumpyBackend:
     def vector(self, tensors: Sequence[Tensor]) -> np.ndarray:
         return np.concatenate([dequantize(t.blocks(), t.type).reshape(-1) for t in tensors]).astype(self.dtype)
 
-    def cache(self, shape: AttentionShape, n_ctx: int, n_batch: int, n_seq: int, kind: CacheType) -> NumpyCache:
-        size = n_seq, n_ctx, shape.n_head_kv
+    def cache(self, shape: AttentionShape, table: PageTable, kind: CacheType) -> NumpyCache:
+        size = table.n_pages * PAGE, shape.n_head_kv
         k, v = (np.full((*size, n), np.nan, self.cache_dtype) for n in (shape.head_dim, shape.n_value))
         self._nbytes["cache"] += k.nbytes + v.nbytes
-        return NumpyCache(k, v)
+        return NumpyCache(table, k, v)
 
     def state(self, n_floats: int, n_slots: int) -> NumpyState:
         data = np.full((n_slots, n_floats), np.nan, self.dtype)
