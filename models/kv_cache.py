@@ -299,6 +299,14 @@ class KvCache:
         slot = self.slots[seq]
         slot.root, slot.is_long, slot.n_indexed, slot.n_prompt = root, False, 1 << 30, 0
 
+    def forget(self) -> None:
+        """Empty the index: nothing that was computed is found again."""
+        for pool in self.pools:
+            for page in range(len(pool.uses)):
+                pool.forget(page)
+        for slot in self.slots:
+            slot.nodes, slot.n_indexed = [], 0
+
     def rewind(self, n_past: int, seq: int = 0) -> int:
         """Forget a sequence's tokens from position n_past on. Return how many tokens are left, at most n_past.
 

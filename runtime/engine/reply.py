@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from gguf_run.formats.errors import OptionError, check_names
 from gguf_run.formats.frozen import frozen
@@ -10,25 +10,10 @@ from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler, TokenLogprob
 
 if TYPE_CHECKING:
-    from numpy import uint32
-    from numpy.typing import NDArray
-
+    from gguf_run.runtime.engine.constraint import Constraint
     from gguf_run.runtime.tokenizers.tokenizer import TokenStream
 
 _DEFAULT = SamplingParams()
-
-
-class Constraint(Protocol):
-    """What may follow, token by token: a grammar, say. The engine asks in the order of the text."""
-
-    def allowed(self) -> "NDArray[uint32]":
-        """Return a bit for each token of the vocabulary, 32 in a word, the lowest bit first: 1 if it may come next."""
-
-    def accept(self, id: int, /) -> None:
-        """Note the token that has come."""
-
-    def forced(self) -> Sequence[int]:
-        """Return the tokens that alone may come next, and note them: they are not chosen."""
 
 
 @frozen(eq=False)
@@ -43,7 +28,12 @@ class Request:
     n_keep: int = 0
     priority: int = 0  # a greater one comes first
     salt: str = ""  # requests of different salts share no pages of the cache
-    constraint: Constraint | None = None
+    constraint: "Constraint | None" = None  # what the answer may be
+
+    @property
+    def root(self) -> tuple[str, ...]:
+        """What else than its ids the rows of the cache depend on: see KvCache.adopt."""
+        return (self.salt,) if self.salt else ()
 
     @classmethod
     def of(cls, ids: Sequence[int], options: Mapping[str, Any], without: Sequence[str] = ()) -> "Request":
@@ -169,7 +159,7 @@ class Reply:
         return text
 
     def end(self, reason: str, text: str = "") -> str:
-        """End the text here. Return `text` and what was held back: an unfinished character, a start of a stop string."""
+        """End the text here. Return `text` and what was held back: half a character, the start of a stop string."""
         self.finish = reason
         if not self._stop.found:
             text += self._stop.push(self._stream.flush()) + self._stop.flush()
