@@ -219,6 +219,7 @@ class Engine:
             self._scheduler.measured(1000 * (end - start))
         for job, text in texts:  # last: readers are on their way with them
             job.push(text)
+        self._living()
 
     def _living(self) -> list[Job]:
         """Return the jobs that go on. Those that are over leave their rows."""

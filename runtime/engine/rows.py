@@ -33,7 +33,7 @@ class Rows:
         """is_fixed: only whole pages are reused."""
         self.cache, self._is_fixed = cache, is_fixed
         self.all = [Row(i) for i in range(cache.n_seq)]
-        self.n_steps = 0
+        self.n_steps = self.n_preempted = 0
         self.last = 0  # the row that was used last
         # The same prompt gets the same logits, to the last bit. Its last token alone would run through other kernels.
         self.asked: tuple[Sequence[int], Hashable, NDArray[float32]] | None = None  # the last prompt, its root, logits
@@ -117,6 +117,12 @@ class Rows:
         row, job.row = self.all[job.row], -1
         row.job, row.left_at, row.cut = None, self.n_steps, job.cut
         return row
+
+    def preempt(self, job: Job) -> None:
+        """Take the row and the pages from a job that goes on later. What is found of them then is not run again."""
+        self.n_preempted += 1
+        job.n_preempted += 1
+        self.clear(self.park(job))
 
     def clear(self, row: Row | None) -> None:
         """Empty a row that no job has. Its pages stay findable until they are needed."""

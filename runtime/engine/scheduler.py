@@ -25,9 +25,10 @@ class Scheduler:
         self._planned = 0, 0, 0.0  # the last step, for the cost model
 
     def measured(self, ms: float) -> None:
-        """Learn how long the planned step took."""
+        """Learn how long the planned step took, if one was planned since."""
         if self._planned[0] or self._planned[1]:
             self.cost.measure(*self._planned, ms)
+        self._planned = 0, 0, 0.0
 
     def plan(self, wanted: Sequence[Job], jobs: Sequence[Job]) -> dict[Job, int]:
         """Return how many tokens of which jobs run.
@@ -155,14 +156,12 @@ class Scheduler:
                 continue
             was_full = True
             running = [job for job in jobs if job.row >= 0]
+            job = self._victim(running)
             if len(running) == 1:  # it has all pages
-                (job,) = running
                 job.push(job.reply.end("context"))
-            else:
-                job = self._victim(running)
-                self.share = _MOST_SHARE
+            self.share = _MOST_SHARE
+            rows.preempt(job)
             counts.pop(job, None)
-            rows.clear(rows.park(job))
         return was_full
 
     def _victim(self, running: Sequence[Job]) -> Job:

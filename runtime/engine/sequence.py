@@ -69,6 +69,7 @@ class Job:
         self.n_readers = 0  # threads that wait for a piece
         self.is_eager = False  # its reader has just taken a piece: one step runs before the reader is back
         self.read_at = 0  # number of the last step that somebody waited for
+        self.n_preempted = 0  # times that it has lost its row
         self.n_wanted = 0  # free pages that it lacked when it was refused a row
         self.shared: dict[int, int] = {}  # tokens that its prompt shares with the job of a number: see scheduler.py
         self.seed, self.n_top = reply.sampler.seed, 0 if request.constraint else reply.sampler.n_top
@@ -167,7 +168,7 @@ class Sequence(Iterator[Piece]):
 def n_common(a: abc.Sequence[int], b: abc.Sequence[int]) -> int:
     """Return the length of the common start of two lists."""
     n = min(len(a), len(b))
-    return n if a[:n] == b[:n] else next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return n if a[:n] == b[:n] else next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), n)
 
 
 def kept(n_keep: int) -> int:
