@@ -162,8 +162,10 @@ def engine_of(decoder: FakeDecoder, stop_ids: Sequence[int] = (), **options: Any
     return Engine(decoder, lambda request: reply_of(request, stop_ids), clock=decoder.clock, **options)  # type: ignore[arg-type]
 
 
-def request(ids: Sequence[int], max_tokens: int | None = 5, **options: Any) -> Request:
-    return Request(list(ids), GREEDY, max_tokens, **options)
+def request(
+    ids: Sequence[int], max_tokens: int | None = 5, sampling: SamplingParams = GREEDY, **options: Any
+) -> Request:
+    return Request(list(ids), sampling, max_tokens, **options)
 
 
 def check(engine: Engine) -> None:
