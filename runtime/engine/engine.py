@@ -125,6 +125,8 @@ class Engine:
             free()
             self.decoder = cast("Decoder", Closed())
             self.fail(GgufRunError("the model is closed: this answer cannot go on"))
+            if self.runner is not None:
+                self.runner.deliver()
             self.jobs, self.rows, self._scheduler = [], cast("Rows", self.decoder), None
             self._new.clear()
 

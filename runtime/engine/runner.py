@@ -51,15 +51,14 @@ class Runner:
             except Exception as error:  # a fault of ours, as the errors of steps are caught there
                 self._fail(error)
                 goes_on = False
-            self._deliver()
+            self.deliver()
             if not goes_on:
                 self._has_work.wait()
-        self._deliver()
 
-    def _deliver(self) -> None:
+    def deliver(self) -> None:
         """Tell each loop, in one call, which of its coroutines have news."""
         with self._lock:
-            ready = [(job, future) for job, future in self._readers if job.pieces or job.is_over or self._ends]
+            ready = [(job, future) for job, future in self._readers if job.pieces or job.is_over]
             self._readers = [pair for pair in self._readers if pair not in ready] if ready else self._readers
         loops: dict[asyncio.AbstractEventLoop, list[Future]] = {}
         for _, future in ready:

@@ -148,8 +148,9 @@ class Sequence(Iterator[Piece]):
             raise StopIteration
         return piece
 
-    def __aiter__(self) -> AsyncIterator[Piece]:
-        return self._engine.news(self.job)
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        async for piece in self._engine.news(self.job):  # and not its iterator: a loop holds the answer
+            yield piece
 
     def answer(self) -> Answer:
         """Compute the rest; return the whole answer, with what was read before."""
