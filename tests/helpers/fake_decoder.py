@@ -83,6 +83,7 @@ class FakeDecoder:
         self.is_shifted = False  # sums are those of other positions then: only the last tokens are compared
         self.fails: list[BaseException] = []  # what the next steps raise
         self.runs: list[dict[int, int]] = []  # tokens of each row, step by step
+        self.parts: list[tuple[int, int]] = []  # the first position of each run, and its tokens
         self.keeps_runs = True
 
     def clock(self) -> float:
@@ -95,6 +96,7 @@ class FakeDecoder:
         assert sum(counts.values()) <= self.n_batch
         if self.keeps_runs:
             self.runs.append(counts)
+            self.parts += [(self.cache.slots[seq].n_past, n) for seq, n in counts.items()]
         runs = self.cache.begin(counts)
         if self.fails:
             raise self.fails.pop(0)
