@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from gguf_run.formats.errors import OptionError
-from gguf_run.models.kv_cache import BLOCK
+from gguf_run.models.backend import BLOCK
 
 SPAN = 64  # positions that attention reads at once: no span crosses the end of the ring
 
