@@ -112,7 +112,7 @@ def choose(args, piece, ith, nth):
         if row.is_greedy or not abs(most / temperature) < np.inf:
             id = first_of(x, n, maxima, most)
         else:
-            number = uniform(row.seed, row.position)
+            number = uniform(row.seed, row.position, np.int64(0))
             id = _drawn(row, x, n, maxima, most, temperature, number, changed, sums, keys, work, weights)
     i64_at(a.ids, a.n_rows)[piece] = id
     return 0

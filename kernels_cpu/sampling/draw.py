@@ -13,10 +13,10 @@ _ROUNDS = 24
 
 
 @njit
-def uniform(seed, position):
-    """What runtime's uniform(seed, position) returns, bit for bit. seed: the 64 bits, as an int64."""
+def uniform(seed, position, stream):
+    """What candidates.uniform of runtime/sampling returns, bit for bit. Arguments: the same 64 bits, as int64."""
     mask = 0xFFFFFFFF
-    a, b, c, d = position & mask, (position >> 32) & mask, 0, 0
+    a, b, c, d = position & mask, (position >> 32) & mask, stream & mask, (stream >> 32) & mask
     key, key2 = seed & mask, (seed >> 32) & mask
     for _ in range(10):
         p, q = a * 0xD2511F53, c * 0xCD9E8D57  # an int64 has the low 64 bits of the product, which are all
@@ -61,7 +61,7 @@ def near_end(x, n, maxima, most, top_p, total, sums, keys):
 
 @njit
 def drop(x, n, low, last, target):
-    """Copy the logits to `target`, with -inf for those below `low`, and for equals of the one of id `last` behind it."""
+    """Copy the logits to `target`, with -inf for those below `low`, and for equals of that of id `last` behind it."""
     values, kept = f32_at(x, n), f32_at(target, n)
     for i in range(n):
         kept[i] = values[i] if values[i] >= low else np.float32(-np.inf)

@@ -49,12 +49,13 @@ class State:
 
 
 def uniform(seed: int, position: int, stream: int = 0) -> float:
-    """Return a random number in [0, 1) that depends on nothing else: Philox4x32-10 of Salmon et al. 2011.
+    """Return a random number in [0, 1) that depends on nothing else, by Philox4x32-10 (Salmon et al. 2011).
 
-    seed is the key; position and stream are the counter. kernels_cpu/sampling/draw.py has the same for compiled code.
+    seed: the key. position, stream: the counter. All three are from 0 to 2^64 - 1.
+    kernels_cpu/sampling/draw.py has the same function for compiled code.
     """
     mask = 0xFFFFFFFF
-    a, b, c, d = position & mask, position >> 32, stream, 0
+    a, b, c, d = position & mask, position >> 32, stream & mask, stream >> 32
     key, key2 = seed & mask, seed >> 32
     for _ in range(10):
         p, q = a * 0xD2511F53, c * 0xCD9E8D57

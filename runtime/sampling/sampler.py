@@ -151,7 +151,6 @@ def _selector(params: SamplingParams) -> "Mirostat | AdaptiveP | None":
     """Return what selects the candidates for the draw; None: the samplers alone do."""
     if not params.mirostat and (params.adaptive_target < 0 or "adaptive_p" not in params.samplers):
         return None
-    from gguf_run.runtime.sampling.choice import TokenLogprob
     from gguf_run.runtime.sampling.select import AdaptiveP, Mirostat
 
     if params.mirostat:
