@@ -123,7 +123,7 @@ def _drawn(row, x, n, maxima, most, temperature, number, changed, sums, keys, wo
     """Draw one of the tokens that top-k, top-p and min-p leave. number: in [0, 1)."""
     one, lowest = np.float32(1), np.float32(LOWEST)
     low, bound, count = max(lowest, most + np.float32(row.log_min_p)), np.int64(LEAST), np.int64(0)
-    few = row.top_k or (_FEW if row.top_p < 1 and n > EXACT else n if row.top_p < 1 else 0)
+    few = row.top_k or (min(_FEW, n // BLOCK // 2) if row.top_p < 1 and n > EXACT else n if row.top_p < 1 else 0)
     if few:
         count = greatest(x, n, maxima, few, keys, work, weights)
     if row.top_p < 1:

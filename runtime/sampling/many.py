@@ -11,7 +11,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.errors import GgufRunError
 from gguf_run.kernels_cpu.replay.team import Team
 from gguf_run.kernels_cpu.sampling.choose import BAD, BIAS, MOST_TOP, ROW, RowChooser
 from gguf_run.kernels_cpu.sampling.narrow import ids_in_order
@@ -34,7 +33,7 @@ class Row(NamedTuple):
 class _Packed(NamedTuple):
     """The options of a sampler."""
 
-    fields: NDArray[np.void] | None  # ROW[1]; None: Sampler.sample does it
+    fields: bytes  # a ROW; b"": Sampler.sample does it
     biases: NDArray[np.void]  # BIAS[n_bias], to which the fields have an address
 
 
@@ -45,7 +44,7 @@ class ManySampler:
         self._chooser, self._n_vocab = RowChooser(team, n_vocab), n_vocab
         self._packed: WeakKeyDictionary[Sampler, _Packed] = WeakKeyDictionary()
 
-    def sample(self, rows: Sequence[Row], logits: NDArray[np.float32]) -> list[int | GgufRunError]:
+    def sample(self, rows: Sequence[Row], logits: NDArray[np.float32]) -> list[int | Exception]:
         """Return for each row the id of its next token, for Sampler.accept, or the error of this row alone.
 
         logits: f32[len(rows), n_vocab], which stay as they are.
@@ -54,9 +53,9 @@ class ManySampler:
         if logits.shape != (len(rows), self._n_vocab) or logits.dtype != np.float32 or logits.strides[1] != 4:
             raise ValueError(f"logits are {logits.dtype}{logits.shape}; allowed: float32{(len(rows), self._n_vocab)}")
         fields = [self._fields(row.sampler) for row in rows]
-        chosen: list[int | GgufRunError] = [BAD] * len(rows)
-        if at := [i for i, one in enumerate(fields) if one is not None]:
-            table = np.concatenate([one for one in fields if one is not None])
+        chosen: list[int | Exception] = [BAD] * len(rows)
+        if at := [i for i, one in enumerate(fields) if one]:
+            table = np.frombuffer(bytearray().join(fields), ROW)
             table["logits"] = logits.ctypes.data + np.array(at) * logits.strides[0]
             ids, log_sums, tops = self._run(table, [rows[i] for i in at])
             for j, (i, id) in enumerate(zip(at, ids.tolist(), strict=True)):
@@ -87,7 +86,7 @@ class ManySampler:
             raise ValueError(f"a mask is {mask.dtype}{mask.shape}; allowed: uint32({words},), contiguous")
         return mask
 
-    def _fields(self, sampler: Sampler) -> NDArray[np.void] | None:
+    def _fields(self, sampler: Sampler) -> bytes:
         packed = self._packed.get(sampler)
         if packed is None:
             packed = self._packed[sampler] = _pack(sampler, self._n_vocab)
@@ -109,7 +108,7 @@ def _pack(sampler: Sampler, n_vocab: int) -> _Packed:
         or (params.logprobs or 0) > MOST_TOP
         or max(params.logit_bias, default=0) >= n_vocab
     ):
-        return _Packed(None, biases)
+        return _Packed(b"", biases)
     values = {
         "biases": biases.ctypes.data,
         "n_bias": len(biases),
@@ -127,12 +126,12 @@ def _pack(sampler: Sampler, n_vocab: int) -> _Packed:
     }
     for name, value in values.items():
         fields[name] = value
-    return _Packed(fields, biases)
+    return _Packed(fields.tobytes(), biases)
 
 
-def _alone(row: Row, logits: NDArray[np.float32]) -> int | GgufRunError:
+def _alone(row: Row, logits: NDArray[np.float32]) -> int | Exception:
     """Sample a row with options that are not compiled, or tell why it has no choice."""
     try:
         return row.sampler.sample(logits, row.mask, row.drafts)
-    except GgufRunError as error:
+    except Exception as error:  # of a logits processor, too
         return error
