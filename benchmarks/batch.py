@@ -45,9 +45,12 @@ def _restore(model: Model, n_tokens: int, repeat: int) -> tuple[float, float, bo
     def after() -> NDArray[np.float32]:
         """Return the logits after one more token."""
         seen: list[NDArray[np.float32]] = []
-        model.complete(
-            [*ids, ids[0]], max_tokens=1, logits_processors=[lambda _, row: (seen.append(row.copy()), row)[1]]
-        )
+
+        def see(_: NDArray[np.intp], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+            seen.append(logits.copy())
+            return logits
+
+        model.complete([*ids, ids[0]], max_tokens=1, logits_processors=[see])
         return seen[0]
 
     with tempfile.TemporaryDirectory() as folder:

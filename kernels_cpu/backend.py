@@ -36,12 +36,12 @@ _QUEUED = 64  # pieces of weights to be repacked: enough that no thread waits be
 
 
 class CpuBackend:
-    """Runs on n_threads threads. `tune` changes `tuning`, for all programs."""
+    """Runs on n_threads threads, the `team`. `tune` changes `tuning`, for all programs."""
 
     def __init__(self, n_threads: int) -> None:
         self.n_threads, self.tuning = n_threads, isa.Tuning()
         self._tapes: weakref.WeakSet[Tape] = weakref.WeakSet()
-        self._team = Team(n_threads)
+        self.team = Team(n_threads)
         self._executor = ThreadPoolExecutor(n_threads, "repack")
         self._repacking: deque[Future[None]] = deque()
         self._arena = Arena()
@@ -126,7 +126,7 @@ class CpuBackend:
         self.wait()
         tape.tune(self.tuning)
         self._tapes.add(tape)
-        return CpuProgram(self._team, tape, ends, result)
+        return CpuProgram(self.team, tape, ends, result)
 
     def tune(self, tuning: isa.Tuning) -> None:
         """Give the kernels numbers of this machine. No program may run meanwhile."""
@@ -149,7 +149,7 @@ class CpuBackend:
 
     def close(self) -> None:
         """Stop the threads. Programs of this backend cannot run any more."""
-        self._team.close()
+        self.team.close()
         self._executor.shutdown(cancel_futures=True)
 
 

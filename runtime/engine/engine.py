@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn, cast
 
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from gguf_run.models.decoder import Decoder
     from gguf_run.runtime.engine.runner import Runner
     from gguf_run.runtime.engine.scheduler import Scheduler
-
-    Logits = NDArray[float32] | Candidates
+    from gguf_run.runtime.sampling.many import ManySampler
 
 
 class Closed:
@@ -48,6 +47,7 @@ class Engine:
         max_step_ms: float = 100.0,
         max_queue: int = 512,
         deterministic: bool = False,
+        many: "Callable[[], ManySampler] | None" = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Nothing runs yet.
@@ -56,6 +56,7 @@ class Engine:
         max_step_ms: milliseconds that a step takes at most while an answer is being made.
         max_queue: requests that may wait for their first step.
         deterministic: an answer has the same bits whatever else runs and whatever the cache holds.
+        many: makes what samples several rows together; None: they are sampled one after the other.
         """
         self.decoder, self.max_queue, self.clock = decoder, max_queue, clock
         self.max_step_ms, self.deterministic = max_step_ms, deterministic
@@ -64,7 +65,8 @@ class Engine:
         self.n_failed = 0  # steps in a row that raised an error
         self.changed = threading.Condition()  # tells that a step has ended
         self.runner: Runner | None = None  # the thread that runs all steps; None: the readers do
-        self._reply_of = reply_of
+        self._reply_of, self._many = reply_of, many
+        self._chooser: ManySampler | None = None  # made when two rows are sampled at once
         self._new: deque[Job] = deque()
         self._n_jobs = 0  # that have ever been added
         self._worker: threading.Thread | None = None  # the one that computes now
@@ -253,43 +255,36 @@ class Engine:
 
     def _run(self, counts: Mapping[Job, int]) -> list[tuple[Job, int | Exception]]:
         """Run tokens. Return the jobs that have got a token, with its id or the reason why there is none."""
-        slots, batch, n_rows = self.rows.cache.slots, {}, {}
+        rows, slots = self.rows, self.rows.cache.slots
+        batch: dict[int, list[int]] = {}
+        n_rows: dict[int, int] = {}  # 1: the logits after the last token are wanted
         ready: list[Job] = []
+        chosen: list[tuple[Job, int | Exception]] = []
         for job, n in counts.items():
             at = slots[job.row].n_past
-            if at + n == len(job.ids):
-                ready.append(job)
             if n:
                 batch[job.row], n_rows[job.row] = job.ids[at : at + n], int(at + n == len(job.ids))
-        logits = iter(self._logits(batch, n_rows, ready))
-        return [(job, self._choose(job, next(logits) if counts[job] else None)) for job in ready]
-
-    def _logits(
-        self, batch: Mapping[int, list[int]], n_rows: Mapping[int, int], ready: list[Job]
-    ) -> "Iterable[Logits]":
-        """Run tokens of rows; return the logits after the last token of those with n_rows 1."""
-        if len(batch) == 1 == len(ready) and ready[0].n_chosen and ready[0].n_top and not self.deterministic:
+                if n_rows[job.row]:
+                    ready.append(job)
+            elif rows.asked is not None:
+                chosen.append((job, _sampled(job, rows.asked[2])))
+        if len(batch) == 1 == len(ready) and ready[0].n_top and ready[0].n_chosen and not self.deterministic:
             ((row, ids),) = batch.items()
             found = self.decoder.top(ids, ready[0].n_top, row)
-            return [found.values[0] if found.columns is None else Candidates(found.values[0], found.columns, True)]
-        return self.decoder.step(batch, n_rows) if batch else ()
+            if found.columns is not None:
+                return [*chosen, (ready[0], _sampled(ready[0], Candidates(found.values[0], found.columns, True)))]
+            logits = found.values
+        elif batch:
+            logits = self.decoder.step(batch, n_rows)
+        for i, job in enumerate(ready):
+            if not job.n_chosen and not job.cut.ids:
+                rows.asked = list(job.request.ids), job.request.root, logits[i].copy()
+        if self._many is not None and (len(ready) > 1 or (ready and self.deterministic)):
+            from gguf_run.runtime.engine.choose import choose  # late: a prompt is alone
 
-    def _choose(self, job: Job, logits: "Logits | None") -> int | Exception:
-        """Choose the token of a job. logits: None for those of its prompt, which are known."""
-        rows = self.rows
-        if logits is None:
-            assert rows.asked is not None
-            logits = rows.asked[2]
-        elif not job.n_chosen and not job.cut.ids:
-            rows.asked = job.request.ids, job.request.root, cast("NDArray[float32]", logits).copy()
-        try:
-            if job.request.constraint is not None:
-                from gguf_run.runtime.engine.constraint import masked  # late: few requests have one
-
-                logits = masked(cast("NDArray[float32]", logits), job.request.constraint)
-            return job.reply.sampler.sample(logits)
-        except Exception as error:  # the others go on
-            return error
+            self._chooser = self._chooser or self._many()
+            return [*chosen, *zip(ready, choose(self._chooser, ready, logits), strict=True)]
+        return chosen + [(job, _sampled(job, logits[i])) for i, job in enumerate(ready)]
 
     def _take(self, job: Job, id: int) -> str | Exception:
         """Take the token of a job; return the text that is complete with it."""
@@ -303,3 +298,12 @@ class Engine:
             return text
         except Exception as error:
             return error
+
+
+def _sampled(job: Job, logits: "NDArray[float32] | Candidates") -> int | Exception:
+    """Return the next token of a job, or why it has none."""
+    try:
+        constraint = job.request.constraint
+        return job.reply.sampler.sample(logits, None if constraint is None else constraint.allowed())
+    except Exception as error:  # the others go on
+        return error

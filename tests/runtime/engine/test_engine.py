@@ -98,7 +98,7 @@ def test_logits_that_an_interrupt_has_lost(monkeypatch: pytest.MonkeyPatch) -> N
     sequence = engine.add(request([1, 2, 3]))
     found = [next(sequence)]
 
-    def interrupted(_: Any) -> None:
+    def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -155,7 +155,7 @@ def test_repeat_penalty_sees_prompt_and_answer() -> None:
     engine = engine_of(FakeDecoder())
     sequence = engine.add(request([4, 5], 2, sampling=SamplingParams(temperature=0, repeat_penalty=2)))
     out = ids_of(sequence)
-    assert list(sequence.job.reply.sampler._state.recent) == [4, 5, *out]
+    assert list(sequence.job.reply.sampler.state.recent) == [4, 5, *out]
 
 
 def with_shifts(ids: Sequence[int], n: int, n_ctx: int, n_keep: int, can_shift: bool) -> tuple[list[int], list[int]]:
