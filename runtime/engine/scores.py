@@ -22,6 +22,7 @@ def logits(
 
     resumes: ids that the last such text begins with too are not computed again, except those whose logits are wanted.
     """
+    ids = list(ids)
     with engine.working():
         rows = engine.rows
         row, cache = rows.vacant(ids if resumes else ()), rows.cache
