@@ -205,7 +205,9 @@ def test_accuracy_against_choices_from_scratch(scorer: Scorer) -> None:
 def test_sums_are_exact(scorer: Scorer) -> None:
     """Not only which is largest."""
     for task in make_tasks(scorer.model, questions(), "f"):
-        assert _log_probabilities(scorer, task, resumes=False) == pytest.approx(log_probabilities(scorer.model, task)[0], abs=1e-4)
+        assert _log_probabilities(scorer, task, resumes=False) == pytest.approx(
+            log_probabilities(scorer.model, task)[0], abs=1e-4
+        )
 
 
 def test_nothing_is_computed_twice(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
