@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.errors import GgufRunError, OptionError, check_names
 from gguf_run.runtime.engine.engine import Closed, Engine
-from gguf_run.runtime.engine.reply import Answer, Reply, Request, StopStrings
+from gguf_run.runtime.engine.reply import Answer, Reply, Request
 from gguf_run.runtime.engine.sequence import Job, Stats
 from gguf_run.runtime.engine.sequence import Sequence as Answering
 from gguf_run.runtime.load.options import LoadOptions
@@ -278,7 +278,11 @@ class Model:
         return sequence
 
     def _reply(self, request: Request) -> Reply:
-        sampler, stop, tokenizer = self._sampler(request.sampling), StopStrings(request.stop), self.tokenizer
+        sampler, stop, tokenizer = self._sampler(request.sampling), None, self.tokenizer
+        if request.stop:
+            from gguf_run.runtime.engine.stop import StopStrings
+
+            stop = StopStrings(request.stop)
         return Reply(request.ids, sampler, tokenizer.stream(), stop, tokenizer.stop_ids, request.max_tokens)
 
     def _sampler(self, params: SamplingParams) -> Sampler:

@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 
 from gguf_run.formats.errors import GgufRunError
+from gguf_run.runtime.engine.check import check
 from gguf_run.runtime.engine.engine import Engine
 from gguf_run.runtime.engine.reply import Answer, Request
-from gguf_run.runtime.engine.sequence import check
 
 
 class Batch:
     """The answers to some requests. Times and counts are those of all answers, with the names of Stats."""
 
     def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
-        """Answer all requests. GgufRunError for none; others as sequence.check: then nothing has run."""
+        """Answer all requests. GgufRunError for none; others as check.py: then nothing has run."""
         if not requests:
             raise GgufRunError("a batch of 0 prompts: give one at least")
         for i, request in enumerate(requests):

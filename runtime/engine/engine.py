@@ -11,7 +11,7 @@ from gguf_run.formats.errors import GgufRunError
 from gguf_run.models.pages import PAGE
 from gguf_run.runtime.engine.reply import Piece, Reply, Request
 from gguf_run.runtime.engine.rows import Rows
-from gguf_run.runtime.engine.sequence import Job, QueueFullError, Sequence, check
+from gguf_run.runtime.engine.sequence import Job, Sequence
 from gguf_run.runtime.sampling.candidates import Candidates
 
 if TYPE_CHECKING:
@@ -86,11 +86,16 @@ class Engine:
     def add(self, request: Request, name: str = "the prompt") -> Sequence:
         """Take a request; return its answer, which nothing has computed yet. name: of the prompt, for an error.
 
-        Raises ContextError and others of sequence.check, and QueueFullError.
+        Raises ContextError, QueueFullError and others: see check.py.
         """
-        check(request, self.n_ctx, name)
-        if len(self._new) + sum(job.n_reused < 0 for job in self.jobs) >= self.max_queue:
-            raise QueueFullError(f"{self.max_queue} requests wait already (max_queue): try again later")
+        n_waiting = len(self._new) + sum(job.n_reused < 0 for job in self.jobs)
+        fits = 0 < len(request.ids) <= self.n_ctx and (request.max_tokens is None or request.max_tokens > 0)
+        if not fits or request.context_shift or n_waiting >= self.max_queue:
+            from gguf_run.runtime.engine.check import QueueFullError, check  # late: few requests are refused
+
+            check(request, self.n_ctx, name)
+            if n_waiting >= self.max_queue:
+                raise QueueFullError(f"{n_waiting} requests wait, max_queue is {self.max_queue}: try again later")
         self._n_jobs += 1
         job = Job(request, self._reply_of(request), self._n_jobs, self.clock())
         self._new.append(job)

@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from gguf_run.formats.errors import OptionError, check_names
+from gguf_run.formats.errors import check_names
 from gguf_run.formats.frozen import frozen
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
     from gguf_run.runtime.engine.constraint import Constraint
+    from gguf_run.runtime.engine.stop import StopStrings
     from gguf_run.runtime.sampling.choice import TokenLogprob
     from gguf_run.runtime.tokenizers.tokenizer import TokenStream
 
@@ -83,43 +84,6 @@ class Answer:
         return len(self.ids)
 
 
-class StopStrings:
-    """Passes text on up to the first stop string. The end of a text waits if a stop string may begin there."""
-
-    def __init__(self, strings: Sequence[str]) -> None:
-        """OptionError for a single string instead of a list, and for an empty stop string."""
-        if isinstance(strings, str) or not all(strings):
-            raise OptionError(f"stop is {strings!r}; allowed: a list of texts that are not empty")
-        self.found = False  # whether a stop string has come
-        self._strings = tuple(strings)
-        self._held = ""
-
-    def push(self, text: str) -> str:
-        """Take more text. Return the text that can be shown now: "" once a stop string was found."""
-        if self.found:
-            return ""
-        text = self._held + text
-        self._held = ""
-        hits = [at for string in self._strings if (at := text.find(string)) >= 0]
-        if hits:
-            self.found = True
-            return text[: min(hits)]
-        n_hold = max((_n_overlap(text, string) for string in self._strings), default=0)
-        self._held = text[len(text) - n_hold :]
-        return text[: len(text) - n_hold]
-
-    def flush(self) -> str:
-        """Return what was held back: no more text comes."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _n_overlap(text: str, string: str) -> int:
-    """Return the length of the longest end of `text` that is a start of `string`."""
-    longest = min(len(text), len(string) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(string[:n])), 0)
-
-
 class Reply:
     """A text that grows by a token with each call of `take`, until `finish` names the reason to stop."""
 
@@ -128,11 +92,11 @@ class Reply:
         ids: Sequence[int],
         sampler: Sampler,
         stream: "TokenStream",
-        stop: StopStrings,
+        stop: "StopStrings | None",
         stop_ids: frozenset[int],
         max_tokens: int | None,
     ) -> None:
-        """ids: the prompt. stop_ids: tokens with which the model ends an answer. max_tokens: None for no limit."""
+        """ids: the prompt. stop: None for none. stop_ids: the model ends with them. max_tokens: None for no limit."""
         self.ids, self.sampler, self.max_tokens = ids, sampler, max_tokens
         self.tokens: list[int] = []  # of the text
         # "" while the text goes on; "stop": the model ended it or a stop string came; "length": it has max_tokens;
@@ -153,7 +117,9 @@ class Reply:
         if id in self._stop_ids:
             return self.end("stop")
         self.tokens.append(int(id))
-        text = self._stop.push(self._stream.push(id))
+        text = self._stream.push(id)
+        if self._stop is not None:
+            text = self._stop.push(text)
         if reason := self._reason(is_full):
             return self.end(reason, text)
         self._texts.append(text)
@@ -162,7 +128,9 @@ class Reply:
     def end(self, reason: str, text: str = "") -> str:
         """End the text here. Return `text` and what was held back: half a character, the start of a stop string."""
         self.finish = reason
-        if not self._stop.found:
+        if self._stop is None:
+            text += self._stream.flush()
+        elif not self._stop.found:
             text += self._stop.push(self._stream.flush()) + self._stop.flush()
         self._texts.append(text)
         return text
@@ -181,7 +149,7 @@ class Reply:
         return Answer(text, self.finish, len(self.ids), ids, sampler.seed, logprobs)
 
     def _reason(self, is_full: bool) -> str:
-        if self._stop.found:
+        if self._stop is not None and self._stop.found:
             return "stop"
         if len(self.tokens) == self.max_tokens:
             return "length"

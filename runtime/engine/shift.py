@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from gguf_run.models.kv_cache import GROUP, KvCache
 from gguf_run.models.kv_moves import shift
 from gguf_run.models.pages import CacheFullError
-from gguf_run.runtime.engine.sequence import Cut, Job, kept, n_common
+from gguf_run.runtime.engine.check import kept
+from gguf_run.runtime.engine.sequence import Cut, Job, n_common
 
 
 def make_room(cache: KvCache, job: Job) -> None:

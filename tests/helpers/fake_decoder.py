@@ -14,7 +14,8 @@ from gguf_run.models.backend import Results
 from gguf_run.models.kv_cache import GROUP, CacheLayer, KvCache
 from gguf_run.models.pages import NO_PAGE, PAGE, PageTable, Pool
 from gguf_run.runtime.engine.engine import Engine
-from gguf_run.runtime.engine.reply import Reply, Request, StopStrings
+from gguf_run.runtime.engine.reply import Reply, Request
+from gguf_run.runtime.engine.stop import StopStrings
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler
 

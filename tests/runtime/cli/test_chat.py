@@ -22,7 +22,7 @@ from gguf_run.runtime.cli import chat as cli_chat
 from gguf_run.runtime.cli import chat_input as cli_chat_input
 from gguf_run.runtime.cli.chat_commands import COMMANDS, Chat, completions, run_command
 from gguf_run.runtime.cli.run import main
-from gguf_run.runtime.engine.sequence import ContextError
+from gguf_run.runtime.engine.check import ContextError
 from gguf_run.runtime.terminal.reasoning import DIM, PLAIN, dimmed, open_tag
 from gguf_run.runtime.terminal.text import has_colours
 from gguf_run.runtime.terminal.wrap import wrapped

@@ -9,7 +9,7 @@ from tinymodel import TINY_GEMMA3, Tiny, write_tiny
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime import Model
-from gguf_run.runtime.engine.sequence import ContextError
+from gguf_run.runtime.engine.check import ContextError
 
 MODELS = {"llama": Tiny(), "gemma3": TINY_GEMMA3}
 START = "the order and another one " * 2

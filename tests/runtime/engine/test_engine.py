@@ -22,8 +22,8 @@ from fake_decoder import (
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.models.pages import CacheFullError
 from gguf_run.runtime.engine import shift
+from gguf_run.runtime.engine.check import ContextError, QueueFullError
 from gguf_run.runtime.engine.engine import Engine
-from gguf_run.runtime.engine.sequence import ContextError, QueueFullError
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler
 
@@ -298,7 +298,7 @@ def test_cancel_and_close() -> None:
 def test_the_queue_has_a_limit() -> None:
     engine = engine_of(FakeDecoder(n_seq=1), max_queue=2)
     held = [engine.add(request([i, 1])) for i in range(2)]
-    with pytest.raises(QueueFullError, match="2 requests wait already"):
+    with pytest.raises(QueueFullError, match="2 requests wait, max_queue is 2"):
         engine.add(request([5]))
     engine.step()
     held.append(engine.add(request([5])))

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gguf_run.formats.errors import OptionError
-from gguf_run.runtime.engine.reply import Reply, StopStrings
+from gguf_run.runtime.engine.reply import Reply
+from gguf_run.runtime.engine.stop import StopStrings
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler
 

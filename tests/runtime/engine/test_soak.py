@@ -10,7 +10,8 @@ import tracemalloc
 import pytest
 from fake_decoder import N_VOCAB, FakeDecoder, check, check_index, engine_of, expected, ids_of, request
 
-from gguf_run.runtime.engine.sequence import QueueFullError, Sequence
+from gguf_run.runtime.engine.check import QueueFullError
+from gguf_run.runtime.engine.sequence import Sequence
 
 STOP = (0,)
 
