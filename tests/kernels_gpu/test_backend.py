@@ -29,6 +29,7 @@ from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 from gguf_run.models.kv_moves import copy_prefix, export, restore
+from gguf_run.models.stages import page_tables
 from gguf_run.runtime.load.cache_plan import plan_cache
 from gguf_run.runtime.load.fit import fit, gpu_sizes, needed
 from gguf_run.runtime.load.memory import MemoryPlan
@@ -198,7 +199,7 @@ def test_planned_sizes(n_gpu: int, tied: bool, tmp_path: Path) -> None:
 
 
 def test_planned_caches(tmp_path: Path) -> None:
-    """To the byte: every type, windows, whose rings are whole spans, several sequences, a batch beyond the context."""
+    """To the byte: every type, windows, several sequences, a batch beyond the context."""
     write_tiny(tmp_path / "model.gguf", replace(TINY_GEMMA3, window=70))
     with GGUFFile.open(tmp_path / "model.gguf") as file:
         config, tensors = ModelConfig.from_metadata(file.metadata, file.tensors), [*file.tensors.values()]
@@ -208,7 +209,10 @@ def test_planned_caches(tmp_path: Path) -> None:
         plan = MemoryPlan(config, tensors, n_ctx, kinds, n_batch, n_seq)
         for il, kind in enumerate(kinds):
             backend = gpu()
-            backend.cache(config.attention(il), n_ctx, max(min(n_batch, n_ctx), n_seq), n_seq, kind)
+            tables = page_tables(config, n_ctx, plan.n_rows, n_seq, None)
+            shape = config.attention(il)
+            table = next((table for table in tables if table.window == shape.window), tables[0])
+            backend.cache(shape, table, kind)
             assert backend.nbytes()["cache"] == gpu_sizes(plan).caches[il]
 
 
