@@ -7,8 +7,8 @@ Layers with a window release the pages behind it. An operation that needs older 
 and else empties the sequence. Such a method returns how many tokens are left, and the caller runs the others again.
 
 A recurrent layer has a state in place of rows, and no token can be taken out of it. States have slots, which are
-counted like pages. A sequence holds the slot of its last state, the one that a step writes, and that of its prompt.
-States at the ends of pages stay findable as long as their slots are not needed.
+counted like pages. A sequence holds up to four: for its last state, the one that a step writes, the one before a batch,
+and that of its prompt. States at the ends of pages stay findable as long as their slots are not needed.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -24,7 +24,7 @@ from gguf_run.models.pages import NO_PAGE, PAGE, CacheFullError, Node, PageTable
 
 GROUP = 32  # positions that backends store side by side and move together: half a page
 BLOCK = 32  # columns of a row that share a scale, in cache types with blocks; only heads of whole blocks are rotated
-N_STATES = 4  # slots of a recurrent state for each sequence
+N_STATES = 6  # slots of a recurrent state for each sequence
 _PROMPT = 16  # the state after the last run of so many tokens is kept: the next text often begins with the same tokens
 _MOST_ROTATED_BITS = 8  # rotation lowers the divergence of 8-bit types by a quarter to a third, see docs/kv_cache.md
 
@@ -141,7 +141,8 @@ class KvCache:
     def _run(self, seq: int, slot: Slot, n: int) -> Run:
         if self.has_states and slot.writes == NO_PAGE:  # an interrupted step has left its slot
             slot.writes = self.pools[-1].take()
-        return Run(seq, slot.n_past, n, slot.is_long, slot.states.get(slot.n_past, 0), max(0, slot.writes))
+        writes = max(0, slot.writes)
+        return Run(seq, slot.n_past, n, slot.is_long, slot.states.get(slot.n_past, int(not writes)), writes)
 
     def set_page(self, seq: int, pool: Pool, i: int, page: int) -> None:
         """Set the page of positions PAGE * i on of a sequence, which may be the one behind its last page."""
@@ -195,7 +196,8 @@ class KvCache:
                 slot.states[slot.n_past], slot.writes = slot.writes, NO_PAGE
                 slot.n_prompt = slot.n_past if n >= _PROMPT else slot.n_prompt
             self._add_to_index(seq, slot)
-            for old in [old for old in slot.states if old not in (slot.n_past, slot.n_prompt)]:
+            kept = slot.n_past, slot.n_prompt, n_past if n > 1 else 0  # drafts may be taken back
+            for old in [old for old in slot.states if old not in kept]:
                 self.pools[-1].release(slot.states.pop(old))
             at += n
 

@@ -73,23 +73,33 @@ def shift(cache: KvCache, n_keep: int, n_discard: int, seq: int = 0) -> int:
 def _move(cache: KvCache, seq: int, pool: Pool, n_past: int, n_keep: int, n_discard: int) -> bool:
     """Shift a sequence in the caches of one pool. Return False if the next token would read a page that is gone.
 
-    n_past: the tokens that are left.
+    n_past: the tokens that are left. Pages with rows that cannot be moved are released.
     """
-    slot, window = cache.slots[seq], cache.tables[pool.number].window
-    pages, first = slot.pages[pool.number], first_page(n_past, window)
-    if NO_PAGE in pages[first : -(-n_keep // PAGE)]:
+    slot = cache.slots[seq]
+    pages, end = slot.pages[pool.number], -(-n_past // PAGE)
+    behind = max((i + 1 for i, page in enumerate(pages) if page == NO_PAGE), default=0)
+    first, start = n_keep // PAGE, n_keep // GROUP
+    if PAGE * behind > n_keep:
+        first = max(first, -(-(PAGE * behind - n_discard) // PAGE), -(-n_keep // PAGE))
+        start = first * _GROUPS
+        for i in range(first):
+            if pages[i] != NO_PAGE:
+                pool.release(pages[i])
+                cache.set_page(seq, pool, i, NO_PAGE)
+    if NO_PAGE in pages[first_page(n_past, cache.tables[pool.number].window) : first]:
         return False
-    for i in range(max(first, n_keep // PAGE), -(-n_past // PAGE)):
+    source = _groups(cache, seq, pool, start + n_discard // GROUP, -(-(n_past + n_discard) // GROUP))
+    spare = pages[end:]
+    del pages[end:]
+    for i in range(first, end):
         if pages[i] == NO_PAGE:
-            cache.set_page(seq, pool, i, pool.take())
-        else:
-            cache.own(seq, pool, i, copies=False)
-    begin, end = max(n_keep, PAGE * first), -(-n_past // GROUP)
-    target = _groups(cache, seq, pool, begin // GROUP, end)
-    source = _groups(cache, seq, pool, (begin + n_discard) // GROUP, end + n_discard // GROUP)
-    there = source >= 0  # the first tokens of a page may be behind the window
+            cache.set_page(seq, pool, i, spare.pop() if spare else pool.take())
+        cache.own(seq, pool, i, copies=False)
+    target = _groups(cache, seq, pool, start, -(-n_past // GROUP))
     for handle, rotation in cache.caches(pool):
-        handle.move(source[there], target[there], rotation and rotation.of(slot.is_long), -n_discard)
+        handle.move(source, target, rotation and rotation.of(slot.is_long), -n_discard)
+    for page in reversed(spare):
+        pool.release(page)
     return True
 
 

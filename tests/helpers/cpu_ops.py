@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy_backend import NumpyBackend, NumpyWeight
+from paged import mixed_table
 
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.types import TensorType, type_by_name
@@ -159,8 +160,8 @@ class Step:
         return self.program.run(ids, [Run(0, n_past, n_tokens)], range(n_tokens)).values.copy()
 
 
-def new_cache(backend: Any, shape: AttentionShape, n_ctx: int, n_batch: int, n_seq: int = 1, kind: str = "f16") -> Any:
-    return backend.cache(shape, n_ctx, n_batch, n_seq, CacheType(kind, kind))
+def new_cache(backend: Any, shape: AttentionShape, n_ctx: int, n_seq: int = 1, kind: str = "f16") -> Any:
+    return backend.cache(shape, mixed_table(n_ctx, n_seq), CacheType(kind, kind))
 
 
 def kernel_names(step: Step) -> list[str]:

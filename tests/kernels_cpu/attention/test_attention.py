@@ -1,16 +1,18 @@
 """Attention of the CPU backend over its KV cache, against a dense float64 softmax over the same rounded K and V."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 from cpu_ops import Step, cpu, error, new_cache
 from numpy_backend import attend
 
-from gguf_run.models.backend import Run
+from gguf_run.models.backend import CacheType, Run
+from gguf_run.models.kv_cache import CacheLayer, KvCache
 from gguf_run.models.operands import AttentionShape
 from gguf_run.models.ops import Attend
+from gguf_run.models.pages import PAGE, PageTable
 
 BOUND = 1e-5
 CACHE_TYPES = {"f32": np.float32, "f16": np.float16}
@@ -81,7 +83,7 @@ class Case:
         for part in self.values.values():
             parts.append(self.step.input(part, qkv.columns(at, part.shape[1])))
             at += part.shape[1]
-        cache = new_cache(self.step.backend, heads.shape, len(self.values["k"]), n_batch, n_seq, cache_type)
+        cache = new_cache(self.step.backend, heads.shape, len(self.values["k"]), n_seq, cache_type)
         out = self.step.buffer(heads.n_head * heads.head_dim)
         self.step.add(Attend(*parts, cache, heads.shape, out))
         self.step.finish(out)
@@ -217,7 +219,7 @@ def test_layers_share_scratch_but_not_caches() -> None:
     x, out = step.input(values), step.buffer(3 * 512)
     for i, shape in enumerate(shapes):
         q, kv = (x.columns(0, n * shape.head_dim) for n in (shape.n_head, shape.n_head_kv))
-        cache = new_cache(step.backend, shape, 200, 100)
+        cache = new_cache(step.backend, shape, 200)
         step.add(Attend(q, kv, kv, cache, shape, out.columns(i * 512, q.width)))
     step.finish(out)
     kept = values.astype(np.float16).astype(np.float64)
@@ -239,7 +241,7 @@ def test_layers_share_scratch_but_not_caches() -> None:
 def test_cache_size_is_reported() -> None:
     backend = cpu(2)
     before = backend.nbytes()["cache"]
-    new_cache(backend, AttentionShape(9, 3, 64, 0.125), 4096, 512)
+    backend.cache(AttentionShape(9, 3, 64, 0.125), PageTable.new(0, 4096, 512, 1), CacheType())
     assert backend.nbytes()["cache"] - before == 2 * 2 * 3 * 64 * 4096
 
 
@@ -310,18 +312,23 @@ def test_a_prompt_gets_the_same_bits_in_chunks_of_any_size(heads: Heads, cache_t
 @pytest.mark.parametrize("n_threads", [1, 2])
 @pytest.mark.parametrize("is_chunked", [False, True])
 @pytest.mark.parametrize(("window", "n_batch"), [(1, 1), (33, 8), (64, 64), (200, 70), (300, 20)])
-def test_a_layer_with_a_window_holds_no_more_than_that_and_a_batch(
-    window: int, n_batch: int, is_chunked: bool, n_threads: int
-) -> None:
-    """Positions go round in a ring; the results are those of a cache that holds everything."""
+def test_pages_behind_a_window_are_used_again(window: int, n_batch: int, is_chunked: bool, n_threads: int) -> None:
+    """The results are those of a cache that holds everything."""
     heads, n_tokens = Heads(4, 2, 16, window, is_chunked=is_chunked), 1000
-    ring, full = (Case(heads, n_tokens, n_threads, "f16", n, 2) for n in (n_batch, n_tokens))
-    n_rows = new_cache(ring.step.backend, heads.shape, n_tokens, n_batch).n_ctx
-    assert window + n_batch <= n_rows < window + n_batch + 96
-    n_past = 0
+    case, full = (Case(heads, n_tokens, n_threads, "f16", n, 2) for n in (n_batch, n_tokens))
+    tables = [PageTable.new(w, n_tokens, n_batch, 2) for w in (0, window)]
+    assert PAGE * tables[1].n_pages <= 2 * (window + n_batch + 3 * PAGE)
+    handle = case.step.backend.cache(heads.shape, tables[1], CacheType())
+    case.step.parts[0][-1] = replace(case.step.parts[0][-1], cache=handle)
+    case.step.after.clear()
+    case.step.finish(case.step.parts[0][-1].out)
+    cache, n_past = KvCache([CacheLayer(handle, window, None)], tables, n_tokens), 0
     while n_past + n_batch <= 700:
         for n, first in ((n_batch, n_past), (1, n_past + n_batch), (n_batch, n_past + 1)):  # the last one goes back
-            result = ring.run([Run(1, first, n)], range(first, first + n))
-            np.testing.assert_array_equal(full.run([Run(1, first, n)], range(first, first + n)), result)
+            assert cache.rewind(first, 1) == first
+            runs, ids = cache.begin({1: n}), range(first, first + n)
+            result = case.run(runs, ids)
+            cache.end(runs, ids)
+            np.testing.assert_array_equal(full.run(runs, ids), result)
         n_past += n_batch + 1
-    assert error(result, ring.expected(range(first + n), np.arange(first, first + n))) < BOUND
+    assert error(result, case.expected(range(first + n), np.arange(first, first + n))) < BOUND

@@ -12,6 +12,7 @@ import pytest
 from cache_twins import E4M3, TWINS, by_rows, hadamard
 from cpu_ops import Step, as_quantized, cpu, error
 from numpy_backend import attend
+from paged import mixed_table, places
 
 from gguf_run.kernels_cpu.attention.cache import CpuCache
 from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS, cache_bytes
@@ -19,6 +20,7 @@ from gguf_run.kernels_cpu.attention.move_rows import load_rows
 from gguf_run.models.backend import CacheType
 from gguf_run.models.operands import AttentionShape
 from gguf_run.models.ops import Attend
+from gguf_run.models.pages import PageTable
 
 # Of K and V; every way to store, multiply and unpack occurs.
 PAIRS = (("q8_0", "q4_0"), ("q5_1", "int8"), ("fp8_e4m3", "iq4_nl"), ("int4", "fp8_e5m2"))
@@ -28,10 +30,10 @@ HEADS = ((9, 3, 64, 0), (8, 1, 128, 0), (4, 4, 96, 0), (6, 2, 64, 40), (2, 1, 25
 BOUND, ROTATED_BOUND = 3e-4, 1e-2
 
 
-def stored(cache: CpuCache, kind: str, slots: np.ndarray) -> np.ndarray:
+def stored(cache: CpuCache, kind: str, positions: np.ndarray) -> np.ndarray:
     """Rows as they are stored, without turning them back: float64[n, n_head_kv, head_dim]."""
     rows, memory = (cache.rows_k, cache.k) if kind == "k" else (cache.rows_v, cache.v)
-    return load_rows(replace(rows, rotate=False), memory[0], slots).astype(np.float64)
+    return load_rows(replace(rows, rotate=False), memory, places(cache.table, 0, positions)).astype(np.float64)
 
 
 class Case:
@@ -51,17 +53,15 @@ class Case:
         self.values["v"][3] = 0
         step = self.step = Step(cpu(3), max(chunks))
         inputs = [step.input(part.reshape(n, -1)) for part in self.values.values()]
-        self.cache: CpuCache = step.backend.cache(shape, n, max(chunks), 1, kind)
+        self.cache: CpuCache = step.backend.cache(shape, mixed_table(n), kind)
         out = step.buffer(shape.n_head * shape.head_dim)
         logits = step.vector(sinks) if sinks is not None else None
         step.add(Attend(*inputs, self.cache, shape, out, sinks=logits))
         step.finish(out)
 
     def expected(self, positions: np.ndarray) -> np.ndarray:
-        shape, n, first = self.shape, positions[-1] + 1, max(0, positions[-1] + 1 - self.cache.n_ctx)
-        slots = np.arange(first, n) % self.cache.n_ctx
-        k, v = (np.zeros((n, shape.n_head_kv, shape.head_dim)) for _ in "kv")
-        k[first:], v[first:] = stored(self.cache, "k", slots), stored(self.cache, "v", slots)
+        shape, n = self.shape, positions[-1] + 1
+        k, v = (stored(self.cache, kind, np.arange(n)) for kind in "kv")
         h, rows_k, rows_v = hadamard(shape.head_dim), self.cache.rows_k, self.cache.rows_v
         q = self.values["q"][positions] * np.float32(shape.scale)
         q = (q.astype(np.float64) @ h).astype(np.float32) if rows_k.rotates else q
@@ -121,7 +121,9 @@ def test_rotation_changes_nothing(head_dim: int) -> None:
         assert error(a.astype(np.float64), b.astype(np.float64)) < 2e-5
     assert error(stored(rotated.cache, "k", np.arange(5)), rotated.values["k"][:5] @ hadamard(head_dim)) < 1e-6
     np.testing.assert_allclose(
-        load_rows(rotated.cache.rows_k, rotated.cache.k[0], np.arange(5)), rotated.values["k"][:5], atol=1e-5
+        load_rows(rotated.cache.rows_k, rotated.cache.k, places(rotated.cache.table, 0, np.arange(5))),
+        rotated.values["k"][:5],
+        atol=1e-5,
     )
 
 
@@ -154,5 +156,5 @@ def test_static_scales_saturate() -> None:
 def test_sizes(name: str, part: float) -> None:
     head_dim = 128 if name == "int8" else 64
     assert cache_bytes(name, name, 8, head_dim, 4096) == part * cache_bytes("f16", "f16", 8, head_dim, 4096)
-    cache = cpu(1).cache(attention(8, 8, head_dim), 4096, 64, 1, CacheType(name, name))
+    cache = cpu(1).cache(attention(8, 8, head_dim), PageTable.new(0, 4096, 64, 1), CacheType(name, name))
     assert cache.k.nbytes + cache.v.nbytes == cache_bytes(name, name, 8, head_dim, 4096)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from cpu_ops import Step, as_quantized, cpu, error
 from numpy_backend import attend, rotate
+from paged import mixed_table, places
 
 from gguf_run.kernels_cpu.attention.cache import CpuCache
 from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS, cache_bytes
@@ -13,6 +14,7 @@ from gguf_run.kernels_cpu.attention.move_rows import load_rows
 from gguf_run.models.backend import CacheType, Run
 from gguf_run.models.operands import AttentionShape, Rotation
 from gguf_run.models.ops import Attend
+from gguf_run.models.pages import PageTable
 
 CHUNKS = (5, 1, 1, 23, 1, 64, 1, 200, 1)
 BOUND = 1e-5
@@ -29,13 +31,13 @@ class Case:
         self.step = Step(cpu(3), max(chunks))
         q, k = (self.step.input(part.reshape(n, -1)) for part in (self.q * 3, self.k))
         self.q *= 3
-        self.cache: CpuCache = self.step.backend.cache(shape, n, max(chunks), 2, CacheType(name, "f16"))
+        self.cache: CpuCache = self.step.backend.cache(shape, mixed_table(n, 2), CacheType(name, "f16"))
         out = self.step.buffer(shape.n_head * shape.n_value)
         self.step.add(Attend(q, k, k.columns(0, shape.n_value), self.cache, shape, out))
         self.step.finish(out)
 
     def stored(self, n: int) -> np.ndarray:
-        return load_rows(self.cache.rows_k, self.cache.k[1], np.arange(n)).astype(np.float64)
+        return load_rows(self.cache.rows_k, self.cache.k, places(self.cache.table, 1, np.arange(n))).astype(np.float64)
 
     def check(self, n_past: int, n: int) -> None:
         ids, shape = np.arange(n_past, n_past + n), self.shape
@@ -64,7 +66,7 @@ def test_values_are_columns_of_keys(name: str) -> None:
 
 def test_the_cache_holds_each_row_once() -> None:
     before = (backend := cpu(3)).nbytes()["cache"]
-    cache = backend.cache(latent(16, 576, 512), 4096, 512, 1, CacheType("f16", "f32"))
+    cache = backend.cache(latent(16, 576, 512), PageTable.new(0, 4096, 512, 1), CacheType("f16", "f32"))
     assert cache.kinds == "k"
     n_bytes = backend.nbytes()["cache"] - before
     assert n_bytes == 4096 * 576 * 2 == cache_bytes("f16", "f32", 1, 576, 4096, 512)
@@ -75,10 +77,15 @@ def test_shift_turns_the_last_columns() -> None:
     case = Case("f16", latent(4, 40, 32), (128, 1))
     case.check(0, 128)
     before = case.stored(128)
-    case.cache.shift(1, 128, 32, 64, rotation)
+    groups = places(case.cache.table, 1, np.arange(0, 128, 32)) // 32
+    case.cache.move(groups[3:], groups[1:2], rotation, -64)
     moved = before[96:]
     moved[..., 32:] = rotate(moved[..., 32:], replace(rotation, scale=1.0), np.full(32, -64))
     assert error(case.stored(64), np.concatenate([before[:32], moved])) < 1e-3
-    data = case.cache.read(1, "k", 0, 2)
-    case.cache.write(0, "k", 2, data)
-    np.testing.assert_array_equal(case.cache.read(0, "k", 0, 2), data)
+    data = case.cache.read("k", groups[:2])
+    assert len(data) == 2 * case.cache.group_bytes("k")
+    other = places(case.cache.table, 0, np.array([0, 32])) // 32
+    case.cache.write("k", other, data)
+    np.testing.assert_array_equal(case.cache.read("k", other), data)
+    case.cache.copy(int(other[0]) // 2, int(groups[2]) // 2)
+    np.testing.assert_array_equal(case.cache.read("k", groups[2:]), data)
