@@ -22,7 +22,7 @@ from peer import Peer
 
 from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
 from gguf_run.kernels_cpu.measure.log_softmax import LogSoftmax
-from gguf_run.models.kv_cache import BLOCK, rotates
+from gguf_run.models.backend import BLOCK, rotates
 from gguf_run.runtime.evaluate.text import Chunk, bos_of, cut_chunks, tokens_of
 from gguf_run.runtime.model import Model
 

@@ -28,7 +28,7 @@ class Pages(_Table):
     """The copy of a page table."""
 
     def __init__(self, table: PageTable, device: torch.device) -> None:
-        super().__init__(*table.pages.shape, device)
+        super().__init__(len(table.pages), table.pages.shape[1], device)
         self._table, self._versions = table, np.full_like(table.versions, -1)  # versions: of the rows of the copy
 
     def send(self) -> None:

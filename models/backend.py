@@ -7,6 +7,9 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.frozen import frozen
 
+BLOCK = 32  # columns of a row that share a scale, in cache types with blocks; only heads of whole blocks are rotated
+_MOST_ROTATED_BITS = 8  # rotation lowers the divergence of 8-bit types by a quarter to a third, see docs/kv_cache.md
+
 
 @frozen
 class CacheType:
@@ -21,6 +24,17 @@ class CacheType:
     # For fp8, one scale for each KV head: value = scale * stored number. None: each row gets a scale when it is stored.
     k_scales: tuple[float, ...] | None = None
     v_scales: tuple[float, ...] | None = None
+
+
+def rotates(bits: int, head_dim: int, rotate: bool | None, has_scales: bool) -> bool:
+    """Return whether a head's rows go through the Hadamard transform before they are stored.
+
+    bits: bits of a stored element.
+    rotate: what the user wants, see CacheType.
+    has_scales: whether the type has static scales. These were measured on rows that are not rotated.
+    """
+    wanted = bits <= _MOST_ROTATED_BITS and not has_scales if rotate is None else rotate
+    return wanted and head_dim % BLOCK == 0
 
 
 class Run(NamedTuple):

@@ -23,21 +23,8 @@ from gguf_run.models.ops import Cache, State
 from gguf_run.models.pages import NO_PAGE, PAGE, CacheFullError, Node, PageTable, Pool, PrefixIndex
 
 GROUP = 32  # positions that backends store side by side and move together: half a page
-BLOCK = 32  # columns of a row that share a scale, in cache types with blocks; only heads of whole blocks are rotated
 N_STATES = 6  # slots of a recurrent state for each sequence
 _PROMPT = 16  # the state after the last run of so many tokens is kept: the next text often begins with the same tokens
-_MOST_ROTATED_BITS = 8  # rotation lowers the divergence of 8-bit types by a quarter to a third, see docs/kv_cache.md
-
-
-def rotates(bits: int, head_dim: int, rotate: bool | None, has_scales: bool) -> bool:
-    """Return whether a head's rows go through the Hadamard transform before they are stored.
-
-    bits: bits of a stored element.
-    rotate: what the user wants, see backend.CacheType.
-    has_scales: whether the type has static scales. These were measured on rows that are not rotated.
-    """
-    wanted = bits <= _MOST_ROTATED_BITS and not has_scales if rotate is None else rotate
-    return wanted and head_dim % BLOCK == 0
 
 
 @dataclass

@@ -10,7 +10,8 @@ from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import njit
 from gguf_run.formats.frozen import frozen
 from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS, CacheFormat
-from gguf_run.models.kv_cache import GROUP, rotates
+from gguf_run.models.backend import rotates
+from gguf_run.models.kv_cache import GROUP
 
 if COMPILING:
     from gguf_run.kernels_cpu.attention.cache_codec import encode

@@ -16,7 +16,8 @@ The order of V's positions puts pairs of 16 bits of positions l and l + 16 side 
 
 from gguf_run.formats.frozen import frozen
 from gguf_run.kernels_cpu.panels.panels import CACHE_PANELS, PANEL_OF, IntPanel, Panel
-from gguf_run.models.kv_cache import BLOCK, GROUP
+from gguf_run.models.backend import BLOCK
+from gguf_run.models.kv_cache import GROUP
 
 # Byte c of V's vector i (column 4i + c of the panel) is this position of the group.
 V_ORDER = tuple(2 * i + c % 2 + 16 * (c // 2) for i in range(8) for c in range(4))

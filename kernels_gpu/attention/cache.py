@@ -17,8 +17,8 @@ from torch import Tensor as Array
 from gguf_run.kernels_gpu.attention.append import append, read_rows
 from gguf_run.kernels_gpu.attention.cache_types import CacheFormat, cache_format
 from gguf_run.kernels_gpu.device.device import current
-from gguf_run.models.backend import CacheType
-from gguf_run.models.kv_cache import GROUP, rotates
+from gguf_run.models.backend import CacheType, rotates
+from gguf_run.models.kv_cache import GROUP
 from gguf_run.models.operands import AttentionShape, Rotation
 from gguf_run.models.pages import PAGE, PageTable
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from gguf_run.formats.errors import OptionError
-from gguf_run.models.kv_cache import BLOCK
+from gguf_run.models.backend import BLOCK
 from gguf_run.models.pages import PAGE
 
 SPAN = PAGE  # the most positions that attention reads at once; fewer divide a page

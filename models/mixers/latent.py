@@ -14,8 +14,9 @@ from typing import Any
 
 from gguf_run.formats.frozen import frozen
 from gguf_run.models import made_weights, ops, rare_ops
+from gguf_run.models.backend import BLOCK
 from gguf_run.models.keys import Keys
-from gguf_run.models.kv_cache import BLOCK, CacheLayer
+from gguf_run.models.kv_cache import CacheLayer
 from gguf_run.models.mixers import Shapes
 from gguf_run.models.operands import Buffer
 from gguf_run.models.rope_scaling import yarn_attention

@@ -15,6 +15,7 @@ from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
 from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
+from gguf_run.models.pages import PageTable
 from gguf_run.runtime.load.cache_plan import layer_bytes, plan_cache
 from gguf_run.runtime.load.describe import describe_plan
 from gguf_run.runtime.load.kv_scales import LayerScales, write_scales
@@ -140,7 +141,7 @@ def test_heads_that_allow_no_blocks_are_advised_int8(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ROW_OF_64)
 @pytest.mark.parametrize("tiny", [Tiny(head_dim=40), TINY_GEMMA3])
 def test_bytes_are_those_that_are_held(tmp_path: Path, tiny: Tiny, kind: str) -> None:
-    """Heads that are filled up, windows, contexts that are no whole groups, several sequences."""
+    """Heads that are filled up, windows, contexts that are no whole pages, several sequences."""
     config = config_of(tmp_path, tiny)
     if not CACHE_FORMATS[kind].allows(config.head_dim):
         return
@@ -148,5 +149,6 @@ def test_bytes_are_those_that_are_held(tmp_path: Path, tiny: Tiny, kind: str) ->
         plan = plan_cache(config, (kind, "f16"))
         with closing(CpuBackend(1)) as backend:
             for il, layer in enumerate(plan):
-                backend.cache(config.attention(il), n_ctx, n_batch, n_seq, layer)
+                shape = config.attention(il)
+                backend.cache(shape, PageTable.new(shape.window, n_ctx, max(min(n_batch, n_ctx), n_seq), n_seq), layer)
             assert backend.nbytes()["cache"] == total_bytes(config, plan, n_ctx, n_batch, n_seq=n_seq)
