@@ -17,6 +17,7 @@ from gguf_run.kernels_gpu.attention.cache_rows import (
     planes_at,
     precision,
     row_factors,
+    row_of,
 )
 from gguf_run.kernels_gpu.rows.quantize import store_int8
 
@@ -73,7 +74,8 @@ def _add_values(acc, old, weight, v, rows, live, V: tl.constexpr, HEAD_DIM: tl.c
 
 @triton.jit
 def attend(
-    q, q_stride, k, v, seqs, positions, sums, stats, n_ctx, n_head_kv, n_rep, n_token, scale, window,
+    q, q_stride, k, v, seqs, positions, tiles, pages, pages_stride, n_pages, sums, stats, n_head_kv, n_rep, n_token,
+    scale, window,
     CHUNKED: tl.constexpr, SOFTCAP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     TOKENS: tl.constexpr, REP: tl.constexpr, SPAN: tl.constexpr,
@@ -83,24 +85,29 @@ def attend(
     sums f32[part, n_token, n_head, VALUE] = exp2(score - greatest) @ v
     stats f32[part, n_token, n_head, 2] = (greatest score, sum of exp2(score - greatest)); (-inf, 0) for no position
 
-    Grid (n_token / TOKENS, n_head_kv * n_rep / REP, parts). k, v: planes of the cache (qs, d).
+    Grid (tiles of tokens, n_head_kv * n_rep / REP, parts). k, v: planes of the cache (qs, d).
+    tiles: i32[tiles, 2]: the first of up to TOKENS tokens of one sequence, and their number. None: each token is one.
+    pages: i32[sequences, pages_stride], see models.pages. n_pages: those of a head.
     n_rep: heads of queries for a KV head. CHUNKED: AttentionShape.is_chunked.
     SOFTCAP: None, or scores become SOFTCAP * tanh(score / SOFTCAP). K, V: cache types. WIDTH: power of 2 >= HEAD_DIM.
     VALUE: the first columns of a row of V, of HEAD_DIM columns, that are the value. VALUE_WIDTH: power of 2 >= VALUE.
-    The rows of a tile are TOKENS tokens x REP heads. SPAN: positions at a time.
-    Tokens of one tile may be of several sequences: the tile goes through the sequences one after the other.
+    The rows of a tile are TOKENS tokens x REP heads. SPAN: positions at a time, which are in one page.
     """
     M: tl.constexpr = TOKENS * REP
-    tiles = tl.cdiv(n_rep, REP)  # of a KV head
-    kv_head = tl.program_id(1) // tiles
+    n_tile = tl.cdiv(n_rep, REP)  # of a KV head
+    kv_head = tl.program_id(1) // n_tile
     part = tl.program_id(2)
     r = tl.arange(0, M)
-    t = (tl.program_id(0) * TOKENS + r // REP).to(tl.int64)
-    of_kv_head = tl.program_id(1) % tiles * REP + r % REP
-    there = (t < n_token) & (of_kv_head < n_rep)
+    token, n_mine = tl.program_id(0), 1
+    if tiles is not None:
+        n_mine = tl.load(tiles + 2 * token + 1)
+        token = tl.load(tiles + 2 * token)
+    t = (token + r // REP).to(tl.int64)
+    of_kv_head = tl.program_id(1) % n_tile * REP + r % REP
+    there = (r // REP < n_mine) & (of_kv_head < n_rep)
     head = kv_head * n_rep + of_kv_head
     position = tl.load(positions + t, mask=there, other=-1)
-    seq = tl.load(seqs + t, mask=t < n_token, other=0)
+    pages += tl.load(seqs + token).to(tl.int64) * pages_stride
     queries = _queries(q, q_stride, t, head, there, K, HEAD_DIM, WIDTH)
     since = position // window * window if CHUNKED else position - window + 1  # the first position of the window
     acc = ()
@@ -108,32 +115,27 @@ def attend(
         acc = acc + (tl.zeros((M, VALUE_WIDTH // n_operand(V)), tl.float32),)
     greatest = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
-    for s in range(tl.min(seq, axis=0), tl.max(seq, axis=0) + 1):
-        mine = there & (seq == s) & (position >= 0)
-        end = tl.max(tl.where(mine, position, -1), axis=0) + 1
-        first = tl.maximum(tl.min(tl.where(mine, since, 1 << 30), axis=0), 0)
-        first = tl.minimum(first, end) // SPAN * SPAN
-        size = tl.cdiv(tl.cdiv(end - first, SPAN), tl.num_programs(2)) * SPAN
-        first += part * size
-        row = (s * n_head_kv + kv_head.to(tl.int64)) * n_ctx
+    end = tl.max(position, axis=0) + 1
+    first = tl.maximum(tl.min(tl.where(position < 0, end, since), axis=0), 0) // SPAN * SPAN
+    size = tl.cdiv(tl.cdiv(end - first, SPAN), tl.num_programs(2)) * SPAN
+    first += part * size
+    rows = tl.arange(0, SPAN)
+    for start in range(first, tl.minimum(first + size, end), SPAN):
+        p = start + rows
+        live = p < end
+        row = row_of(pages, n_pages, kv_head, start)
         k_rows = planes_at(k, row, K, HEAD_DIM)
         v_rows = planes_at(v, row, V, HEAD_DIM)
-        slot = first % n_ctx
-        for start in range(first, tl.minimum(first + size, end), SPAN):
-            p = start + tl.arange(0, SPAN)
-            live = p < end
-            rows = slot + tl.arange(0, SPAN)  # n_ctx is a multiple of SPAN
-            slot = tl.where(slot + SPAN == n_ctx, 0, slot + SPAN)
-            score = _scores(queries, k_rows, rows, live, scale, SOFTCAP, K, HEAD_DIM, WIDTH)
-            seen = (p[None, :] <= position[:, None]) & (p[None, :] >= since[:, None])
-            score = tl.where(mine[:, None] & seen, score * LOG2E, float("-inf"))
-            new = tl.maximum(greatest, tl.max(score, axis=1))
-            known = tl.where(new == float("-inf"), 0.0, new)  # no position yet: all weights are 0
-            weight = tl.exp2(score - known[:, None])
-            old = tl.exp2(greatest - known)
-            total = total * old + tl.sum(weight, axis=1)
-            greatest = new
-            acc = _add_values(acc, old, weight, v_rows, rows, live, V, HEAD_DIM, VALUE_WIDTH)
+        score = _scores(queries, k_rows, rows, live, scale, SOFTCAP, K, HEAD_DIM, WIDTH)
+        seen = (p[None, :] <= position[:, None]) & (p[None, :] >= since[:, None])
+        score = tl.where(seen, score * LOG2E, float("-inf"))
+        new = tl.maximum(greatest, tl.max(score, axis=1))
+        known = tl.where(new == float("-inf"), 0.0, new)  # no position yet: all weights are 0
+        weight = tl.exp2(score - known[:, None])
+        old = tl.exp2(greatest - known)
+        total = total * old + tl.sum(weight, axis=1)
+        greatest = new
+        acc = _add_values(acc, old, weight, v_rows, rows, live, V, HEAD_DIM, VALUE_WIDTH)
     to = (part.to(tl.int64) * n_token + t) * (n_head_kv * n_rep) + head
     tl.store(stats + to * 2, greatest, mask=there)
     tl.store(stats + to * 2 + 1, total, mask=there)

@@ -26,6 +26,7 @@ import torch
 import triton.backends.nvidia
 from cpu_ops import Step
 from numpy_backend import ACTIVATIONS
+from paged import mixed_table
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -178,19 +179,19 @@ def attention(k: str, v: str, head_dim: int, n: int) -> None:
     qkv, out = step.buffer(12 * head_dim), step.buffer(8 * head_dim)
     q, keys, values = qkv.columns(0, 8 * head_dim), *(qkv.columns(i * head_dim, 2 * head_dim) for i in (8, 10))
     rotation = Rotation("norm", head_dim, np.ones(head_dim // 2))
-    cache = backend.cache(shape, 32768, 64, 1, CacheType(k, v))
+    cache = backend.cache(shape, mixed_table(32768), CacheType(k, v))
     step.add(Rope(qkv.columns(0, 10 * head_dim), rotation, head_dim))
     step.add(Attend(q, keys, values, cache, shape, out))
     step.add(Matmul(out, weight("Q8_0", 8 * head_dim, 1024), step.buffer(1024)))
     run(step.finish(out), n)
-    cache.shift(0, 64, 0, 32, rotation)
+    cache.move(np.arange(1, 2), np.arange(1), rotation, -32)
 
 
 def latent_attention(k: str, n: int) -> None:
     """Compile the attention of DeepSeek's sizes, whose values are 512 of the 576 columns of a key."""
     step, shape = Step(GpuBackend(CPU), 64), AttentionShape(16, 1, 576, 0.1, n_latent=512)
     q, keys, out = step.buffer(16 * 576), step.buffer(576), step.buffer(16 * 512)
-    cache = step.backend.cache(shape, 32768, 64, 1, CacheType(k, k))
+    cache = step.backend.cache(shape, mixed_table(32768), CacheType(k, k))
     step.add(Attend(q, keys, keys.columns(0, 512), cache, shape, out))
     run(step.finish(out), n)
 
