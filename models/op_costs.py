@@ -94,6 +94,7 @@ OPERATIONS: Mapping[type, Callable[[Any], int]] = {
     ops.MatmulGated: lambda op: 2 * op.weight.n_weights,
     ops.Rope: lambda op: 3 * op.rotation.n_rot * -(-op.x.width // op.head_dim),
     rare_ops.Temper: lambda op: op.x.width,
+    rare_ops.AddPositions: lambda op: op.x.width,
     ops.Attend: lambda op: 2 * op.shape.n_head * (op.shape.head_dim + op.shape.n_value) * op.cache.n_out,
     ops.Gated: lambda op: 5 * op.out.width,
     rare_ops.ShortConv: lambda op: (2 * op.n_taps + 5) * op.x.width,

@@ -1,4 +1,4 @@
-"""Causal attention over a KV cache of any type, as flash attention: spans of positions, tiles of query rows.
+"""Attention over a KV cache of any type, as flash attention: spans of positions, tiles of query rows.
 
 The cache of a layer holds groups of 32 positions (cache_types.py), [n_seq][n_head_kv][n_ctx / 32] of them. Position p
 of a sequence is row p % n_ctx: a layer with a window stores no more than the window and a batch. Spans begin at
@@ -166,7 +166,7 @@ def attend(k_form: int, v_form: int) -> TapeOp:
         rows_of_keys, values = None, _values(v_form)
 
     @op(
-        "runs n_runs n_head n_head_kv head_dim n_value n_wide wide n_ctx window is_chunked q q_stride cache_k k_group "
+        "runs n_runs n_head n_head_kv head_dim n_value n_wide wide n_ctx window is_chunked is_causal q q_stride cache_k k_group "
         "k_at k_rotate cache_v v_group v_at v_rotate sinks out out_stride parts part_bytes max_rows scratch "
         "scratch_stride",
         "scale softcap",

@@ -1,4 +1,4 @@
-"""Causal attention over a cache: each KV head's positions in parts (split-KV), and a second kernel that adds them up.
+"""Attention over a cache: each KV head's positions in parts (split-KV), and a second kernel that adds them up.
 
 A program has the query heads of one KV head, for one token or for several: the rows of one tile for tensor cores.
 Scores are multiplied with log2(e): softmax takes powers of two.
@@ -72,9 +72,20 @@ def _add_values(acc, old, weight, v, rows, live, V: tl.constexpr, HEAD_DIM: tl.c
 
 
 @triton.jit
+def _step_end(seqs, positions, n_token, s):
+    """Return the end of the positions of sequence s in this step, of n_token tokens."""
+    end = 0
+    for first in range(0, n_token, 128):
+        t = first + tl.arange(0, 128)
+        mine = tl.load(seqs + t, mask=t < n_token, other=-1) == s
+        end = tl.maximum(end, tl.max(tl.where(mine, tl.load(positions + t, mask=t < n_token, other=-1) + 1, 0), axis=0))
+    return end
+
+
+@triton.jit
 def attend(
     q, q_stride, k, v, seqs, positions, sums, stats, n_ctx, n_head_kv, n_rep, n_token, scale, window,
-    CHUNKED: tl.constexpr, SOFTCAP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    CHUNKED: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     TOKENS: tl.constexpr, REP: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +95,7 @@ def attend(
     stats f32[part, n_token, n_head, 2] = (greatest score, sum of exp2(score - greatest)); (-inf, 0) for no position
 
     Grid (n_token / TOKENS, n_head_kv * n_rep / REP, parts). k, v: planes of the cache (qs, d).
-    n_rep: heads of queries for a KV head. CHUNKED: AttentionShape.is_chunked.
+    n_rep: heads of queries for a KV head. CHUNKED, CAUSAL: as in AttentionShape.
     SOFTCAP: None, or scores become SOFTCAP * tanh(score / SOFTCAP). K, V: cache types. WIDTH: power of 2 >= HEAD_DIM.
     VALUE: the first columns of a row of V, of HEAD_DIM columns, that are the value. VALUE_WIDTH: power of 2 >= VALUE.
     The rows of a tile are TOKENS tokens x REP heads. SPAN: positions at a time.
@@ -111,6 +122,8 @@ def attend(
     for s in range(tl.min(seq, axis=0), tl.max(seq, axis=0) + 1):
         mine = there & (seq == s) & (position >= 0)
         end = tl.max(tl.where(mine, position, -1), axis=0) + 1
+        if not CAUSAL:
+            end = tl.minimum(end - 1 + window, _step_end(seqs, positions, n_token, s))
         first = tl.maximum(tl.min(tl.where(mine, since, 1 << 30), axis=0), 0)
         first = tl.minimum(first, end) // SPAN * SPAN
         size = tl.cdiv(tl.cdiv(end - first, SPAN), tl.num_programs(2)) * SPAN
@@ -125,7 +138,8 @@ def attend(
             rows = slot + tl.arange(0, SPAN)  # n_ctx is a multiple of SPAN
             slot = tl.where(slot + SPAN == n_ctx, 0, slot + SPAN)
             score = _scores(queries, k_rows, rows, live, scale, SOFTCAP, K, HEAD_DIM, WIDTH)
-            seen = (p[None, :] <= position[:, None]) & (p[None, :] >= since[:, None])
+            seen = (p[None, :] <= position[:, None]) if CAUSAL else (p < end)[None, :] & (p[None, :] - window < position[:, None])
+            seen = seen & (p[None, :] >= since[:, None])
             score = tl.where(mine[:, None] & seen, score * LOG2E, float("-inf"))
             new = tl.maximum(greatest, tl.max(score, axis=1))
             known = tl.where(new == float("-inf"), 0.0, new)  # no position yet: all weights are 0
