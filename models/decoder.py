@@ -27,6 +27,7 @@ class Decoder:
     backends: "Sequence[AnyBackend]"  # one for each layer, then one for the experts of each layer
     observed: list[Observed] | None  # sums of squares of the inputs of all matmuls; None: not observed
     n_batch: int  # the most tokens of a step
+    has_logits = True  # False: the results are hidden states, see embedder.py
 
     def __init__(
         self,
@@ -79,7 +80,8 @@ class Decoder:
         layers = cache_layers(config, tensors, backends, kinds, n_ctx, n_batch, n_seq)
         self.cache = KvCache(layers, n_ctx, n_seq)
         self._stages = build(
-            config, tensors, placed, layers, n_batch, n_outputs, progress or (lambda n_bytes: None), self.observed
+            config, tensors, placed, layers, n_batch, n_outputs, progress or (lambda n_bytes: None), self.observed,
+            self.has_logits,
         )
         self._program = self._stages[-1].program  # makes the logits
 

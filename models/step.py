@@ -165,12 +165,17 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         self.add(ops.Outputs(x, out))
         return out
 
-    def logits(self) -> None:
-        """result = logits = softcap(output(norm(x)))"""
-        config, is_tied = self.config, not self.load.has("output")
+    def hidden(self) -> None:
+        """result = norm(x)"""
         if not self.after:
             self.only_outputs()
-        self.norm(self.x, config.arch.output_norm, self._h)
+        self.norm(self.x, self.config.arch.output_norm, self._h)
+        self._result = self._h
+
+    def logits(self) -> None:
+        """result = logits = softcap(output(norm(x)))"""
+        self.hidden()
+        config, is_tied = self.config, not self.load.has("output")
         self._result = logits = Buffer.whole("logits", config.n_vocab, outputs=True)
         output = self.load.matrix("token_embd" if is_tied else "output", bias=["output"])
         self.matmul(self._h, output, logits)

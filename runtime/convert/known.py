@@ -23,14 +23,14 @@ _MOST = 20  # names in a warning
 _READ = (
     "head_dim", "intermediate_size", "n_shared_experts", "moe_intermediate_size", "shared_expert_intermediate_size",
     "vocab_size", "tie_word_embeddings", "num_experts", "num_local_experts", "no_rope_layers", "num_key_value_heads",
-    "num_nextn_predict_layers",
+    "num_nextn_predict_layers", "type_vocab_size",
 )  # fmt: skip
 # Keys that say nothing of what is computed: names, training, how transformers runs or generates, parts for images.
 _HARMLESS = (
     "max_sequence_length", "use_flash_attn", "architectures", "model_type", "auto_map", "transformers_version",
     "transformers.js_config", "torch_dtype", "dtype", "initializer_range", "pretraining_tp", "use_cache",
     "cache_implementation", "text_config", "vision_config", "mm_tokens_per_image", "attention_dropout",
-    "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_softmax_in_fp32",
+    "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_softmax_in_fp32",
     "scale_attention_softmax_in_fp32", "use_flash_attention_2", "sliding_window_size", "num_heads", "num_labels",
     "residual_dropout", "embedding_dropout", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
     "aux_loss_alpha", "seq_aux", "quantization", "quantization_config", "compression_config", "unsloth_fixed",
