@@ -116,6 +116,11 @@ class ModelConfig:
         return self.n_layer if self.n_expert else 1 + max(layer.kv_layer for layer in self.layers)
 
     @property
+    def is_embedder(self) -> bool:
+        """Whether the model makes no text: it is an encoder, or a reranker, which may lack the output matrix."""
+        return not self.arch.is_causal or (self.pooling is not None and self.pooling.ranks)
+
+    @property
     def has_ple(self) -> bool:
         return self.n_ple > 0
 

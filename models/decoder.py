@@ -79,10 +79,9 @@ class Decoder:
         kinds = cache_types or [CacheType()] * config.n_layer
         layers = cache_layers(config, tensors, backends, kinds, n_ctx, n_batch, n_seq)
         self.cache = KvCache(layers, n_ctx, n_seq)
-        self._stages = build(
-            config, tensors, placed, layers, n_batch, n_outputs, progress or (lambda n_bytes: None), self.observed,
-            self.has_logits,
-        )
+        report = progress or (lambda n_bytes: None)
+        ends = n_batch, n_outputs, report, self.observed, self.has_logits
+        self._stages = build(config, tensors, placed, layers, *ends)
         self._program = self._stages[-1].program  # makes the logits
 
     @property

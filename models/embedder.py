@@ -33,9 +33,7 @@ class Embedder(Decoder):
             n_ctx = n_batch = more["n_outputs"] = min(n_ctx, config.n_ctx_train)
         super().__init__(config, tensors, backends, n_ctx, n_batch, **more)
         names = [name for name in (*DENSE, SCORES) if f"{name}.weight" in tensors and config.pooling is not None]
-        self._heads = {
-            name: [_values(tensors.get(f"{name}.{kind}")) for kind in ("weight", "bias")] for name in names
-        }
+        self._heads = {name: [_values(tensors.get(f"{name}.{kind}")) for kind in ("weight", "bias")] for name in names}
 
     def hidden(self, ids: Sequence[int], n_last: int = 1) -> NDArray[np.float32]:
         """Return the hidden states f32[n_last, n_embd] of a text's last tokens. GgufRunError: see Decoder.forward."""
@@ -50,6 +48,11 @@ class Embedder(Decoder):
         for name in DENSE:
             x = self._product(name, x)
         return x
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether the file has a matrix for scores."""
+        return SCORES in self._heads
 
     def score(self, ids: Sequence[int]) -> float:
         """Return the probability of the first label after a text, "yes" in the rerankers that there are."""
@@ -74,7 +77,9 @@ class Embedder(Decoder):
 
     def _refuse(self) -> NoReturn:
         if self.config.arch.is_causal:
-            raise GgufRunError("this model was loaded with embed=True (--embed): load it without to make text or logits")
+            raise GgufRunError(
+                "this model was loaded with embed=True (--embed): load it without to make text or logits"
+            )
         raise GgufRunError(f"a {self.config.arch.name} model makes embeddings, no text: use Model.embed, or --embed")
 
 

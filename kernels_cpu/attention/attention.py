@@ -166,8 +166,8 @@ def attend(k_form: int, v_form: int) -> TapeOp:
         rows_of_keys, values = None, _values(v_form)
 
     @op(
-        "runs n_runs n_head n_head_kv head_dim n_value n_wide wide n_ctx window is_chunked is_causal q q_stride cache_k k_group "
-        "k_at k_rotate cache_v v_group v_at v_rotate sinks out out_stride parts part_bytes max_rows scratch "
+        "runs n_runs n_head n_head_kv head_dim n_value n_wide wide n_ctx window is_chunked is_causal q q_stride "
+        "cache_k k_group k_at k_rotate cache_v v_group v_at v_rotate sinks out out_stride parts part_bytes max_rows scratch "
         "scratch_stride",
         "scale softcap",
     )

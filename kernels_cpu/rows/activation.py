@@ -16,9 +16,7 @@ from gguf_run.models.ops import ACTIVATIONS
 PIECE = 512  # columns that a thread takes at a time: whole blocks of 32
 _GELU = 1.5957691216057308  # 2 * sqrt(2 / pi)
 _ALPHA, _LIMIT = 1.702, 7.0
-_TANH, _RELU2, _SIGMOID, _IDENTITY, _ERF = map(
-    ACTIVATIONS.index, ("gelu", "relu2", "sigmoid", "identity", "gelu_erf")
-)
+_TANH, _RELU2, _SIGMOID, _IDENTITY, _ERF = map(ACTIVATIONS.index, ("gelu", "relu2", "sigmoid", "identity", "gelu_erf"))
 # erfc(z) = e^(-z^2) * a polynomial of t = 1 / (1 + p z), as Abramowitz and Stegun, 7.1.26, with a fit of 7 terms: its
 # relative error is below 1.5e-7 for z < 2, and below 3e-6 up to 6.
 _ERFC_P, _ERFC = 0.475, (

@@ -114,6 +114,7 @@ def attend(
     seq = tl.load(seqs + t, mask=t < n_token, other=0)
     queries = _queries(q, q_stride, t, head, there, K, HEAD_DIM, WIDTH)
     since = position // window * window if CHUNKED else position - window + 1  # the first position of the window
+    ahead = 0 if CAUSAL else window - 1  # later positions that a token sees
     acc = ()
     for _ in tl.static_range(n_operand(V)):
         acc = acc + (tl.zeros((M, VALUE_WIDTH // n_operand(V)), tl.float32),)
@@ -123,7 +124,7 @@ def attend(
         mine = there & (seq == s) & (position >= 0)
         end = tl.max(tl.where(mine, position, -1), axis=0) + 1
         if not CAUSAL:
-            end = tl.minimum(end - 1 + window, _step_end(seqs, positions, n_token, s))
+            end = tl.minimum(end + ahead, _step_end(seqs, positions, n_token, s))
         first = tl.maximum(tl.min(tl.where(mine, since, 1 << 30), axis=0), 0)
         first = tl.minimum(first, end) // SPAN * SPAN
         size = tl.cdiv(tl.cdiv(end - first, SPAN), tl.num_programs(2)) * SPAN
@@ -138,8 +139,9 @@ def attend(
             rows = slot + tl.arange(0, SPAN)  # n_ctx is a multiple of SPAN
             slot = tl.where(slot + SPAN == n_ctx, 0, slot + SPAN)
             score = _scores(queries, k_rows, rows, live, scale, SOFTCAP, K, HEAD_DIM, WIDTH)
-            seen = (p[None, :] <= position[:, None]) if CAUSAL else (p < end)[None, :] & (p[None, :] - window < position[:, None])
-            seen = seen & (p[None, :] >= since[:, None])
+            seen = (p[None, :] - ahead <= position[:, None]) & (p[None, :] >= since[:, None])
+            if not CAUSAL:
+                seen = seen & live[None, :]
             score = tl.where(mine[:, None] & seen, score * LOG2E, float("-inf"))
             new = tl.maximum(greatest, tl.max(score, axis=1))
             known = tl.where(new == float("-inf"), 0.0, new)  # no position yet: all weights are 0

@@ -68,6 +68,8 @@ _PARAMS = [
         f"The most tokens of an answer; -1: what the context holds.  [default: {MAX_TOKENS}, in a chat -1]",
         type=int,
     ),
+    option("--embed", "Print the embedding of the prompt, or of each line of --file or stdin, as JSON.", is_flag=True),
+    option("--pooling", "Of --embed: mean, cls or last.  [default: as the file says]", metavar="TYPE"),
     option("--stop", "Text that ends an answer; may be repeated.", multiple=True, metavar="TEXT"),
     CTX_SIZE,
     *BATCH_OPTIONS,
@@ -130,6 +132,10 @@ def main(model: str | None, completion: str | None, list_models: bool, **values:
         from gguf_run.runtime.cli.warm_up import warm_up_all
 
         warm_up_all(lambda name: _run(name, {**values, "warm_up": ""}))
+    elif values["embed"]:
+        from gguf_run.runtime.cli.embed import embed
+
+        embed(model, values, _prompt(values, "embed") or "")
     else:
         _run(values["warm_up"] or model, values)  # in `--warm-up MODEL`, click takes MODEL for the option's value
 

@@ -30,7 +30,7 @@ _HARMLESS = (
     "max_sequence_length", "use_flash_attn", "architectures", "model_type", "auto_map", "transformers_version",
     "transformers.js_config", "torch_dtype", "dtype", "initializer_range", "pretraining_tp", "use_cache",
     "cache_implementation", "text_config", "vision_config", "mm_tokens_per_image", "attention_dropout",
-    "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_softmax_in_fp32",
+    "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_softmax_in_fp32",
     "scale_attention_softmax_in_fp32", "use_flash_attention_2", "sliding_window_size", "num_heads", "num_labels",
     "residual_dropout", "embedding_dropout", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
     "aux_loss_alpha", "seq_aux", "quantization", "quantization_config", "compression_config", "unsloth_fixed",
@@ -41,7 +41,7 @@ _HARMLESS = (
     "interpolate_factor", "full_attn_mod", "num_logits_to_keep", "chunk_size",
     "mamba_chunk_size", "mamba_ssm_cache_dtype", "use_mamba_kernels", "time_step_floor", "time_step_max",
     "time_step_min", "residual_in_fp32", "rescale_prenorm_residual", "moe_shared_expert_overlap", "expand",
-    "mtp_layers_block_type", "mtp_hybrid_override_pattern",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "mtp_layers_block_type", "mtp_hybrid_override_pattern",
     "projector_hidden_act", "multimodal_projector_bias", "spatial_merge_size", "vision_feature_layer",
 )  # fmt: skip
 _TOKENS = ("_token_id", "_token_ids", "_token_index")  # ends of keys that name tokens, which a tokenizer knows

@@ -49,7 +49,7 @@ def dense_tensors(directory: Path) -> Iterator[Tensor]:
         activation = read_json(folder / "config.json").get("activation_function")
         if len(folders) > len(DENSE) or activation not in (None, "torch.nn.modules.linear.Identity"):
             raise UnsupportedError(f"{folder}: at most {len(DENSE)} modules of Dense without an activation are known")
-        for key, stored in read_safetensors(folder / "model.safetensors").tensors.items():
+        for key, stored in read_safetensors(folder / "model.safetensors").arrays.items():
             kind = key.rpartition(".")[2]
             tensor = floats(stored)
             yield dataclasses.replace(values(tensor) if kind == "bias" else tensor, name=f"{name}.{kind}")

@@ -104,11 +104,16 @@ def _load(
         from gguf_run.kernels_cpu.backend import CpuBackend
         from gguf_run.models.decoder import Decoder
 
+        make: type[Decoder] = Decoder
+        if options.embed or plan.config.is_embedder:
+            from gguf_run.models.embedder import Embedder
+
+            make = Embedder
         backends: dict[Device, Any] = dict(gpus)
         try:
             if CPU in placement.devices:
                 backends[CPU] = CpuBackend(n_threads)
-            decoder = Decoder(
+            decoder = make(
                 plan.config,
                 file.tensors,
                 [backends[device] for device in placement.layers],

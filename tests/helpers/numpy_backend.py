@@ -128,9 +128,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum(axis=-1, keepdims=True)
 
 
-def visible(
-    positions: np.ndarray, n: int, window: int, is_chunked: bool = False, is_causal: bool = True
-) -> np.ndarray:
+def visible(positions: np.ndarray, n: int, window: int, is_chunked: bool = False, is_causal: bool = True) -> np.ndarray:
     """Which of the positions 0 .. n - 1 the tokens at `positions` see, bool[len(positions), n]."""
     distance = positions[:, None] - np.arange(n)
     if not is_causal:
