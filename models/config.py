@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.frozen import frozen
@@ -20,13 +20,6 @@ if TYPE_CHECKING:
     from gguf_run.models.pooling import Pooling
     from gguf_run.models.routing import Mixture
     from gguf_run.models.temperature import Temperature
-
-_MAX_EXPERTS = 1024
-
-# Features that the decoder does not have: the key, and the value with which a file says that it does not need them.
-_NEUTRAL: Mapping[str, float | bool] = {
-    "attention.clamp_kqv": 0,
-}
 
 
 @frozen
@@ -116,11 +109,6 @@ class ModelConfig:
         return self.n_layer if self.n_expert else 1 + max(layer.kv_layer for layer in self.layers)
 
     @property
-    def is_embedder(self) -> bool:
-        """Whether the model makes no text: it is an encoder, or a reranker, which may lack the output matrix."""
-        return not self.arch.is_causal or (self.pooling is not None and self.pooling.ranks)
-
-    @property
     def has_ple(self) -> bool:
         return self.n_ple > 0
 
@@ -177,10 +165,8 @@ class ModelConfig:
 
 
 def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> ModelConfig:
-    for key, neutral in _NEUTRAL.items():
-        value = keys.get(key)
-        if value is not None and not (isinstance(value, int | float) and value == neutral):
-            raise UnsupportedError(f"{arch.name}.{key} is {show(value)}: this program does not have that yet")
+    if clamp := keys.number("attention.clamp_kqv", 0.0):
+        raise UnsupportedError(f"{arch.name}.attention.clamp_kqv is {clamp}: this program does not have that yet")
     arch = replace(arch, is_causal=keys.flag("attention.causal", arch.is_causal))
     if arch.neox_by_sections and any(keys.integers("rope.dimension_sections", 4, (0,), low=0)):
         arch = replace(arch, rope_style="neox")
@@ -204,6 +190,7 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
     is_per_embd = len(layers) in arch.n_embd_scale_n_layer
     head_scale: float = (n_embd // layers[0].n_head if is_per_embd else layers[0].head_dim) ** -0.5
     rms_eps = keys.number(eps, high=1)
+    embeds = not arch.is_causal or keys.get("pooling_type") is not None
     embd_scale = n_embd**0.5 if arch.scaled_embd else keys.factor("embedding_scale")
     return ModelConfig(
         arch=arch,
@@ -234,9 +221,7 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
         moe=mixture,
         n_ple=keys.integer("embedding_length_per_layer_input", 0, low=0),
         altup=_late("per_layer").read_altup(keys, tensors, len(layers)) if arch.step == "altup_step" else None,
-        pooling=_late("pooling").read_pooling(arch, keys, tensors)
-        if not arch.is_causal or keys.get("pooling_type") is not None
-        else None,
+        pooling=_late("pooling").read_pooling(arch, keys, tensors) if embeds else None,
     )
 
 
@@ -320,10 +305,7 @@ def _layers(
 
 def _experts(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> "tuple[int, int, int, Mixture | None]":
     """Return n_expert, n_ff_exp, n_ff_shexp, and how the experts are mixed."""
-    n_expert = keys.integer("expert_count", 0, low=0, high=_MAX_EXPERTS)
-    n_expert = 0 if (n_expert, arch.moe) == (1, "no") else n_expert  # Hunyuan's converter writes 1
-    if bool(n_expert) not in {"no": (False,), "yes": (True,), "maybe": (False, True)}[arch.moe]:
-        raise UnsupportedError(f"{arch.name}.expert_count is {n_expert}: this program does not have that yet")
-    if not n_expert:
+    n_expert = keys.integer("expert_count", 0, low=0, high=1024)
+    if not n_expert and arch.moe != "yes":
         return 0, 0, 0, None
-    return n_expert, *_late("routing").read_experts(arch, keys, tensors, n_expert)
+    return cast("tuple[int, int, int, Mixture | None]", _late("routing").read_mixture(arch, keys, tensors, n_expert))

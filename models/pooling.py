@@ -20,6 +20,7 @@ class Pooling:
 
     type: str  # one of POOLINGS
     ranks: bool  # the model scores texts
+    is_only: bool  # the model makes no text: it is an encoder or a reranker, which may lack the output matrix
     template: str | None  # of the prompt that asks for a score, with {query} and {document}
     tensors: Mapping[str, tuple[int, ...]]  # ne of tensors that only such models have, if the file has them
 
@@ -42,4 +43,5 @@ def read_pooling(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) 
         shapes["token_types.weight"] = (n_embd, types.ne[-1])
     template, usual = keys.metadata.get("tokenizer.chat_template.rerank"), "last" if arch.is_causal else "mean"
     template = template if isinstance(template, str) else None
-    return Pooling(found if found in POOLINGS else usual, found == "rank", template, shapes)
+    ranks = found == "rank"
+    return Pooling(found if found in POOLINGS else usual, ranks, ranks or not arch.is_causal, template, shapes)

@@ -167,8 +167,8 @@ def attend(k_form: int, v_form: int) -> TapeOp:
 
     @op(
         "runs n_runs n_head n_head_kv head_dim n_value n_wide wide n_ctx window is_chunked is_causal q q_stride "
-        "cache_k k_group k_at k_rotate cache_v v_group v_at v_rotate sinks out out_stride parts part_bytes max_rows scratch "
-        "scratch_stride",
+        "cache_k k_group k_at k_rotate cache_v v_group v_at v_rotate sinks out out_stride parts part_bytes max_rows "
+        "scratch scratch_stride",
         "scale softcap",
     )
     def attend_rows(args, piece, ith, nth):

@@ -147,7 +147,9 @@ def _run(model: str | None, values: dict[str, Any]) -> None:
     with loading as loaded:
         loaded.templates = templates
         if values["verbose"]:
-            _describe(loaded)
+            from gguf_run.runtime.cli.describe import describe_model
+
+            describe_model(loaded)
         task.run(loaded)
         _report(loaded, values["verbose"], task.kind == "chat")
 
@@ -284,16 +286,6 @@ def _prompt(values: Mapping[str, Any], kind: str) -> str | None:
 def _argument(text: str, name: str) -> str:
     # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
     return decode_text(text.encode("utf-8", "surrogateescape"), name)
-
-
-def _describe(model: "Model") -> None:
-    config = model.decoder.config
-    message(
-        f"{config.arch.name}: n_layer {config.n_layer}, n_embd {config.n_embd}, n_vocab {config.n_vocab}, "
-        f"n_ctx {model.n_ctx} (trained {config.n_ctx_train})"
-    )
-    if model.tuning:
-        message(f"CPU kernels: {model.tuning}")
 
 
 def _report(model: "Model", verbose: bool, with_context: bool) -> None:

@@ -1,7 +1,7 @@
 """Embeddings and scores of texts: Model.embed and Model.rank."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,43 +10,48 @@ from gguf_run.formats.errors import OptionError, did_you_mean
 from gguf_run.models.decoder import Decoder
 from gguf_run.models.embedder import Embedder
 from gguf_run.models.pooling import POOLINGS
-from gguf_run.runtime.engine.context import check_prompt
+from gguf_run.runtime.engine.context import Turns, check_prompt
 from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
+
+Texts = Sequence[str | Sequence[int]]
+Rows = NDArray[np.float32]
 
 
 def embed(
-    decoder: Decoder, tokenizer: Tokenizer, texts: Sequence[str | Sequence[int]], pooling: str | None, normalize: bool
-) -> NDArray[np.float32]:
+    decoder: Decoder, turns: Turns, tokenizer: Tokenizer, texts: Texts, pooling: str | None, normalize: bool
+) -> Rows:
     """Return the embeddings f32[number of texts, n_embd]. Arguments and errors: see Model.embed."""
     embedder, of_file = _embedder(decoder), decoder.config.pooling
     name = pooling or (of_file.type if of_file is not None else "last")
     if name not in POOLINGS:
         near = did_you_mean(name, POOLINGS)
         raise OptionError(f"pooling (--pooling) is {name!r}; {near}allowed: {', '.join(POOLINGS)}")
-    all_ids = [tokenizer.encode(text) if isinstance(text, str) else [*text] for text in _listed(texts)]
-    _check(embedder, all_ids)
-    rows = np.array([embedder.embedding(ids, name) for ids in all_ids])
+    ids = _ids(embedder, texts, lambda text: tokenizer.encode(text) if isinstance(text, str) else [*text])
+    with turns.computing():
+        rows = np.array([embedder.embedding(one, name) for one in ids])
     if normalize:
         rows /= np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
     return rows.astype(np.float32)
 
 
-def rank(decoder: Decoder, tokenizer: Tokenizer, query: str, texts: Sequence[str]) -> NDArray[np.float32]:
+def rank(decoder: Decoder, turns: Turns, tokenizer: Tokenizer, query: str, texts: Sequence[str]) -> Rows:
     """Return the probabilities f32[number of texts]. Arguments and errors: see Model.rank."""
     embedder, pooling = _embedder(decoder), decoder.config.pooling
     template = pooling.template if pooling is not None and pooling.ranks and embedder.has_scores else None
     if template is None:
         raise OptionError(
-            "this model cannot rank: a reranker's file has pooling_type 4, a tensor cls.output.weight and a template "
-            "tokenizer.chat_template.rerank; load one"
+            "this model cannot rank: load a reranker, whose file has pooling_type 4, the tensor cls.output.weight and "
+            "the template tokenizer.chat_template.rerank"
         )
-    asked = re.split(r"(\{query\}|\{document\})", template)
-    all_ids = []
-    for text in _listed(texts):
+    parts = re.split(r"(\{query\}|\{document\})", template)
+
+    def prompt(text: str | Sequence[int]) -> list[int]:
         values = {"{query}": query, "{document}": str(text)}
-        all_ids.append(tokenizer.encode_chat("".join(values.get(part, part) for part in asked)))
-    _check(embedder, all_ids)
-    return np.array([embedder.score(ids) for ids in all_ids], np.float32)
+        return tokenizer.encode_chat("".join(values.get(part, part) for part in parts))
+
+    ids = _ids(embedder, texts, prompt)
+    with turns.computing():
+        return np.array([embedder.score(one) for one in ids], np.float32)
 
 
 def _embedder(decoder: Decoder) -> Embedder:
@@ -56,13 +61,11 @@ def _embedder(decoder: Decoder) -> Embedder:
     return decoder
 
 
-def _listed(texts: Sequence[str | Sequence[int]]) -> Sequence[str | Sequence[int]]:
-    if isinstance(texts, str | bytes) or not texts:
+def _ids(embedder: Embedder, texts: Texts, encode: Callable[[str | Sequence[int]], list[int]]) -> list[list[int]]:
+    """Return the ids of all texts. ContextError for a text that is too long, before anything is computed."""
+    if isinstance(texts, str | bytes) or not len(texts):
         raise OptionError(f"texts is {texts!r:.40}; allowed: a list of at least one text")
-    return texts
-
-
-def _check(embedder: Embedder, all_ids: Sequence[Sequence[int]]) -> None:
-    """Raise ContextError or GgufRunError before anything is computed."""
-    for i, ids in enumerate(all_ids):
-        check_prompt(ids, None, embedder.n_ctx, f"text {i}")
+    ids = [encode(text) for text in texts]
+    for i, one in enumerate(ids):
+        check_prompt(one, None, embedder.n_ctx, f"text {i}")
+    return ids

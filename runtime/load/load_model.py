@@ -105,7 +105,7 @@ def _load(
         from gguf_run.models.decoder import Decoder
 
         make: type[Decoder] = Decoder
-        if options.embed or plan.config.is_embedder:
+        if options.embed or (plan.config.pooling is not None and plan.config.pooling.is_only):
             from gguf_run.models.embedder import Embedder
 
             make = Embedder
