@@ -12,6 +12,7 @@ from gguf_run.formats.safetensors import read_safetensors
 from gguf_run.models.pooling import DENSE
 from gguf_run.runtime.convert.stored.checkpoint import read_json
 from gguf_run.runtime.convert.stored.sources import floats, values
+from gguf_run.runtime.convert.vocabulary.vocabulary import text_of
 
 _MODES = ("mean_tokens", "cls_token", "lasttoken")  # in the order of the numbers 1 to 3 in GGUF files
 
@@ -21,13 +22,14 @@ def _folders(directory: Path, kind: str) -> Iterator[Path]:
     path = directory / "modules.json"
     try:
         modules = json.loads(path.read_text()) if path.is_file() else []
-        names = [module["path"] for module in modules if module["type"].endswith(f".{kind}")]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        names = [None]
-    for name in names:
-        if not isinstance(name, str) or not (directory / name).resolve().is_relative_to(directory.resolve()):
+    except (ValueError, RecursionError):
+        modules = None
+    for module in modules if isinstance(modules, list) else [None]:
+        name, type = text_of(module, "path"), text_of(module, "type")
+        if name is None or type is None or not (directory / name).resolve().is_relative_to(directory.resolve()):
             raise FormatError(f"{path}: must be a list of modules, each with a type, and a path in this folder")
-        yield directory / name
+        if type.endswith(f".{kind}"):
+            yield directory / name
 
 
 def pooling_keys(directory: Path, is_causal: bool) -> Iterator[tuple[str, Typed]]:
