@@ -1,6 +1,6 @@
 """A decoder of hidden states in place of logits: it makes embeddings and scores of texts."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -32,7 +32,7 @@ class Embedder(Decoder):
         if not config.arch.is_causal:
             n_ctx = n_batch = more["n_outputs"] = min(n_ctx, config.n_ctx_train)
         super().__init__(config, tensors, backends, n_ctx, n_batch, **more)
-        names = [name for name in (*DENSE, SCORES) if f"{name}.weight" in tensors and config.pooling is not None]
+        names = [name for name in (*DENSE, SCORES) if f"{name}.weight" in tensors]
         self._heads = {name: [_values(tensors.get(f"{name}.{kind}")) for kind in ("weight", "bias")] for name in names}
 
     def hidden(self, ids: Sequence[int], n_last: int = 1) -> NDArray[np.float32]:
@@ -66,21 +66,14 @@ class Embedder(Decoder):
         made: NDArray[np.float64] = x if weight is None else weight @ x
         return made if bias is None else made + bias
 
-    def forward(self, ids: Sequence[int], n_outputs: int = 1, seq: int = 0) -> Iterator[NDArray[np.float32]]:
-        self._refuse()
-
-    def top(self, ids: Sequence[int], n_top: int, seq: int = 0) -> NoReturn:
-        self._refuse()
-
-    def step(self, batch: Mapping[int, Sequence[int]]) -> NoReturn:
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
+    def forward(self, *_: Any, **__: Any) -> NoReturn:
         if self.config.arch.is_causal:
             raise GgufRunError(
                 "this model was loaded with embed=True (--embed): load it without to make text or logits"
             )
         raise GgufRunError(f"a {self.config.arch.name} model makes embeddings, no text: use Model.embed, or --embed")
+
+    top = step = forward
 
 
 def _values(tensor: Tensor | None) -> NDArray[np.float32] | None:

@@ -30,7 +30,7 @@ def read_pooling(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) 
 
     FormatError for a number or a shape that is wrong. UnsupportedError for layers that cannot see later tokens.
     """
-    if not arch.is_causal and (arch.mixer or arch.chunk or arch.sinks):
+    if not arch.is_causal and (arch.mixer or arch.chunk or keys.get("attention.shared_kv_layers")):
         raise UnsupportedError(f"{keys.prefix}.attention.causal is false: this program does not have that yet")
     found = _OF_FILE[keys.integer("pooling_type", 0, low=0, high=len(_OF_FILE) - 1)]
     n_embd = width = keys.integer("embedding_length")
@@ -39,7 +39,7 @@ def read_pooling(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) 
         if (tensor := tensors.get(f"{name}.weight")) is not None:
             n_in, width = n_embd if name == SCORES else width, tensor.ne[-1]
             shapes |= {f"{name}.weight": (n_in, width), f"{name}.bias": (width,)}
-    if (types := tensors.get("token_types.weight")) is not None:
+    if arch.step == "encoder_step" and (types := tensors.get("token_types.weight")) is not None:
         shapes["token_types.weight"] = (n_embd, types.ne[-1])
     template, usual = keys.metadata.get("tokenizer.chat_template.rerank"), "last" if arch.is_causal else "mean"
     template = template if isinstance(template, str) else None
