@@ -67,11 +67,10 @@ class Embedder(Decoder):
         return made if bias is None else made + bias
 
     def forward(self, *_: Any, **__: Any) -> NoReturn:
-        if self.config.arch.is_causal:
-            raise GgufRunError(
-                "this model was loaded with embed=True (--embed): load it without to make text or logits"
-            )
-        raise GgufRunError(f"a {self.config.arch.name} model makes embeddings, no text: use Model.embed, or --embed")
+        config = self.config
+        is_only = config.pooling is not None and config.pooling.is_only
+        advice = "use Model.embed or rank, or --embed" if is_only else "load it without embed=True (--embed)"
+        raise GgufRunError(f"this {config.arch.name} model makes embeddings, no text: {advice}")
 
     top = step = forward
 

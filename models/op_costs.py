@@ -133,6 +133,8 @@ def _cost(op: Any) -> OpCost:
     nbytes = sum(handle.nbytes for handle in held)
     if isinstance(op, rare_ops.Moe):
         nbytes = nbytes * op.mixture.n_used // op.logits.width
+    if isinstance(op, rare_ops.AddPositions):
+        nbytes //= op.n_row
     names = tuple(name for handle in held for name in handle.names)
     types = tuple(dict.fromkeys(name for handle in held for name in handle.types))
     return OpCost(type(op).__name__, names, types, nbytes, OPERATIONS[type(op)](op))

@@ -67,7 +67,7 @@ def test_what_embed_refuses(model: Model, folder: Path) -> None:
     with pytest.raises(GgufRunError, match="has the id 99999"):
         model.embed([[99999]])
     for call in (lambda: [*model.generate("the")], lambda: model.logits([1, 2]), lambda: model.generate_batch(["the"])):
-        with pytest.raises(GgufRunError, match="loaded with embed=True"):
+        with pytest.raises(GgufRunError, match="load it without embed=True"):
             call()
     with (
         Model.load(folder / "text.gguf", device="cpu") as other,
