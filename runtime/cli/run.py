@@ -15,12 +15,7 @@ import click
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.frozen import frozen
 from gguf_run.runtime.cli.common import tool
-from gguf_run.runtime.cli.conversation import (
-    answer_facts,
-    context_used,
-    conversation,
-    show,
-)
+from gguf_run.runtime.cli.conversation import answer_facts, context_used, conversation, show
 from gguf_run.runtime.cli.options import (
     BATCH_OPTIONS,
     CACHE_OPTIONS,

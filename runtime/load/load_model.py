@@ -175,7 +175,8 @@ def _plan(file: GGUFFile, options: LoadOptions) -> MemoryPlan:
         raise FormatError(f"tokenizer.ggml.tokens has {len(tokens)} tokens, and {rows}: convert the model again")
     n_ctx = options.n_ctx or min(config.n_ctx_train, DEFAULT_N_CTX)
     cache = plan_cache(config, options.cache_type, options.cache_rotation, options.cache_scales)
-    return MemoryPlan(config, list(file.tensors.values()), n_ctx, cache, options.n_batch, options.n_seq)
+    n_batch = options.n_batch if config.arch.is_causal else n_ctx  # see embedder.py
+    return MemoryPlan(config, list(file.tensors.values()), n_ctx, cache, n_batch, options.n_seq)
 
 
 def tries_gpus(wanted: Wanted, root: Path = Path("/")) -> bool:
