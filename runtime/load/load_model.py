@@ -175,7 +175,7 @@ def _plan(file: GGUFFile, options: LoadOptions) -> MemoryPlan:
         raise FormatError(f"tokenizer.ggml.tokens has {len(tokens)} tokens, and {rows}: convert the model again")
     n_ctx = options.n_ctx or min(config.n_ctx_train, DEFAULT_N_CTX)
     cache = plan_cache(config, options.cache_type, options.cache_rotation, options.cache_scales)
-    n_batch = options.n_batch if config.arch.is_causal else n_ctx  # see embedder.py
+    n_batch = options.n_batch if config.arch.is_causal else n_ctx  # see models/embedder.py
     return MemoryPlan(config, list(file.tensors.values()), n_ctx, cache, n_batch, options.n_seq)
 
 
