@@ -32,6 +32,7 @@ from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 from gguf_run.models.operands import AttentionShape, Buffer, Rotation
 from gguf_run.models.ops import Attend, Embed, Matmul, MatmulGated, Outputs, Rope
+from gguf_run.models.pages import PAGE, PageTable
 
 Record = dict[str, Any]
 
@@ -200,8 +201,13 @@ def matmul(
     return found
 
 
-def attention(bench: Bench, kind: str, prefill: bool = False, programs: int | None = None) -> list[Record]:
-    """Time attention of one layer of llama-8b: one token at a depth, or the first tokens. f16 is checked too."""
+def attention(
+    bench: Bench, kind: str, prefill: bool = False, programs: int | None = None, mixed: bool = False
+) -> list[Record]:
+    """Time attention of one layer of llama-8b: one token at a depth, or the first tokens. f16 is checked too.
+
+    mixed: the pages of the cache are in random order.
+    """
     n = max(bench.sizes.prefill) if prefill else 1
     depth = bench.sizes.depth if n == 1 else 0
     n_head, n_head_kv, head_dim = (32, 8, 128) if bench.is_cuda else (2, 1, 32)
@@ -212,7 +218,9 @@ def attention(bench: Bench, kind: str, prefill: bool = False, programs: int | No
     n_q, n_kv = n_head * head_dim, n_head_kv * head_dim
     table = random_part("F32", n_q + 2 * n_kv, n, bench.device)
     table.qs.view(torch.float32).mul_(50)
-    caches = [backend.cache(shape, depth + n, n, 1, CacheType(kind, kind)) for _ in range(3 if n == 1 else 1)]
+    pages = PageTable.new(0, depth + n, n, 1)
+    pages.pages[0] = np.random.default_rng(0).permutation(pages.n_pages) if mixed else np.arange(pages.n_pages)
+    caches = [backend.cache(shape, pages, CacheType(kind, kind)) for _ in range(3 if n == 1 else 1)]
     qkv, out = Buffer.whole("qkv", n_q + 2 * n_kv), Buffer.whole("out", n_q)
     rotation = Rotation("norm", head_dim, 5e5 ** -(np.arange(head_dim // 2) / head_dim * 2))
     ops: list[Any] = [Embed(table, qkv), Rope(qkv.columns(0, n_q + n_kv), rotation, head_dim)]
@@ -223,7 +231,9 @@ def attention(bench: Bench, kind: str, prefill: bool = False, programs: int | No
     seconds = bench.captured(_launches(program, n)) / len(caches)
     off, result = 0.0, program.memory.rows(out)
     if kind == "f16":  # queries of the last token, which stay turned in the buffer
-        k, v = (rows.qs[0].view(torch.float16)[:, : depth + n].double() for rows in (caches[-1].k, caches[-1].v))
+        at = torch.from_numpy(pages.pages[0].astype(np.int64)).to(bench.device)
+        held = (rows.qs.view(torch.float16).unflatten(1, (-1, PAGE)) for rows in (caches[-1].k, caches[-1].v))
+        k, v = (rows[:, at].flatten(1, 2)[:, : depth + n].double() for rows in held)
         q = program.memory.rows(qkv)[n - 1, :n_q].double().view(n_head_kv, -1, head_dim)
         expected = torch.softmax(q @ k.mT * shape.scale, -1) @ v
         off = _distance(result[n - 1], expected.reshape(-1))
@@ -254,7 +264,8 @@ def decoder_of(
 
 
 def _set_depth(decoder: Decoder, n_past: int) -> None:
-    decoder.cache.slots[0].n_past = n_past
+    decoder.cache.clear(0)
+    decoder.cache.end(decoder.cache.begin({0: n_past}), [0] * n_past)
 
 
 def model(bench: Bench, name: str, type_name: str, kind: str = "f16", what: str = "all") -> Iterator[Record]:
@@ -381,6 +392,10 @@ CASES: dict[str, dict[str, Callable[..., Any]]] = {
         **{
             f"attention {kind}": functools.partial(attention, kind=kind)
             for kind in ("f16", "bf16", "q8_0", "q4_0", "int8", "fp8_e4m3", "fp8_e5m2")
+        },
+        **{
+            f"attention {kind}, pages out of order": functools.partial(attention, kind=kind, mixed=True)
+            for kind in ("f16", "q8_0")
         },
         "attention f16, prefill": functools.partial(attention, kind="f16", prefill=True),
         "attention q8_0, prefill": functools.partial(attention, kind="q8_0", prefill=True),

@@ -19,10 +19,10 @@ from gguf_run.kernels_gpu.panels.memory import GpuExperts, GpuSquares, GpuWeight
 from gguf_run.kernels_gpu.panels.repack import Uploader
 from gguf_run.kernels_gpu.program import GpuProgram
 from gguf_run.kernels_gpu.recurrent.state import GpuState
-from gguf_run.kernels_gpu.sizes import cache_rows
 from gguf_run.models.backend import CacheType
 from gguf_run.models.experts import ExpertTensors
 from gguf_run.models.operands import AttentionShape, Buffer
+from gguf_run.models.pages import PageTable
 from gguf_run.models.protocol import Op
 
 GpuOp = Op[WeightPart, GpuWeight, Array, GpuCache, GpuExperts, GpuSquares, GpuState]
@@ -93,8 +93,8 @@ class GpuBackend:
         values = [dequantize(tensor.blocks(), tensor.type).reshape(-1) for tensor in tensors]
         return torch.from_numpy(np.concatenate(values)).to(self.device)
 
-    def cache(self, shape: AttentionShape, n_ctx: int, n_batch: int, n_seq: int, kind: CacheType) -> GpuCache:
-        cache = new_cache(shape, kind, cache_rows(n_ctx, n_batch, shape.window), n_seq, self.device)
+    def cache(self, shape: AttentionShape, table: PageTable, kind: CacheType) -> GpuCache:
+        cache = new_cache(shape, table, kind, self.device)
         self._bytes["cache"] += sum(getattr(cache, kind).nbytes for kind in cache.kinds)
         return cache
 

@@ -15,8 +15,10 @@ from torch import Tensor as Array
 from gguf_run.kernels_gpu.device.tuning import FEW, Tuning, padded
 from gguf_run.kernels_gpu.fuse import BLOCK
 from gguf_run.kernels_gpu.panels.memory import GpuExperts
+from gguf_run.kernels_gpu.tables import Pages, Tiles
 from gguf_run.models.backend import Run
 from gguf_run.models.operands import Buffer, Rotation
+from gguf_run.models.pages import PageTable
 from gguf_run.models.routing import Mixture
 
 Launch = Callable[[int], None]  # launches the kernels of an op for so many rows
@@ -50,6 +52,7 @@ class StepInput:
         self.ids, self.seqs, self.positions, self.is_long, self.run_of = tokens.view(5, -1)
         self.runs = runs.view(n_batch, -1)  # int32[n_batch, RUN_WORDS]; rows behind the step's runs are 0
         self._of = Tokens(self.seqs, self.positions, self.is_long), Tokens(*wanted.view(3, -1))
+        self._pages, self._tiles = dict[PageTable, Pages](), dict[tuple[int, bool], Tiles]()
         tokens, runs, rows, wanted = self._host.split(sizes)
         self._tokens, self._runs, self._rows = tokens.view(5, -1).numpy(), runs.view(n_batch, -1).numpy(), rows.numpy()
         self._wanted = wanted.view(3, -1).numpy()
@@ -59,6 +62,23 @@ class StepInput:
     def n_run(self, n_row: int) -> int:
         """Return the runs to launch for: those of the step. A graph for few rows serves any runs: one for each row."""
         return n_row if n_row <= FEW else self.n_runs
+
+    def pages(self, table: PageTable) -> Array:
+        """Return the device's copy of a page table. Each step brings it up to date."""
+        if table not in self._pages:
+            self._pages[table] = Pages(table, self._device.device)
+        return self._pages[table].rows
+
+    def tiles(self, size: int, outputs: bool) -> Tiles:
+        """Return tiles of up to `size` tokens, or of those whose results are wanted. See stands_alone."""
+        if (size, outputs) not in self._tiles:
+            n_row = len(self.rows) if outputs else len(self.ids)
+            self._tiles[size, outputs] = Tiles(size, n_row, self._device.device)
+        return self._tiles[size, outputs]
+
+    def stands_alone(self, n_row: int) -> bool:
+        """Return whether each of n_row tokens is a tile: always for few, else if most of the runs are one token."""
+        return n_row <= FEW or n_row < 2 * self.n_runs
 
     def of(self, outputs: bool) -> Tokens:
         """Return all tokens, or those whose results are wanted."""
@@ -82,8 +102,14 @@ class StepInput:
                 self._runs[i] = at, run.n_tokens, run.n_past, run.reads, run.writes
                 at = end
             self.n_tokens, self.n_runs = len(ids), len(runs)
+            for pages in self._pages.values():
+                pages.send()
         self._wanted[:] = [[0], [-1], [0]]
         self._wanted[:, : len(rows)] = self._tokens[1:4, list(rows)]
+        for (_, outputs), tiles in self._tiles.items():
+            run_of = self._tokens[4, list(rows) if outputs else slice(self.n_tokens)]
+            if not self.stands_alone(len(run_of)):
+                tiles.send(run_of)
         self._device.copy_(self._host, non_blocking=True)
         if self._sent is not None:
             self._sent.record()

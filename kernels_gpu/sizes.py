@@ -3,24 +3,18 @@
 from collections.abc import Sequence
 
 from gguf_run.formats.gguf.tensors import TensorInfo
-from gguf_run.kernels_gpu.attention.cache_types import CACHE_FORMATS, SPAN
+from gguf_run.kernels_gpu.attention.cache_types import CACHE_FORMATS
 from gguf_run.kernels_gpu.device.tuning import MOST_PROGRAMS, SCRATCH, padded
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
-from gguf_run.models.kv_cache import rows_stored
 from gguf_run.models.operands import AttentionShape
+from gguf_run.models.pages import PAGE
 
 
-def cache_rows(n_ctx: int, n_batch: int, window: int) -> int:
-    """Return how many positions of a sequence a layer stores."""
-    return rows_stored(n_ctx, n_batch, window, multiple=SPAN, span=SPAN)
-
-
-def cache_bytes(shape: AttentionShape, kind: CacheType, n_ctx: int, n_batch: int, n_seq: int) -> int:
+def cache_bytes(shape: AttentionShape, kind: CacheType, n_pages: int) -> int:
     """Return the bytes of one layer's cache, exactly. A type that GPUs do not have takes none."""
-    n_rows = n_seq * cache_rows(n_ctx, n_batch, shape.window)
     forms = [CACHE_FORMATS[name] for name in (kind.k, kind.v)[: 1 if shape.n_latent else 2] if name in CACHE_FORMATS]
-    return shape.n_head_kv * n_rows * sum(form.row_bytes(shape.head_dim) for form in forms)
+    return shape.n_head_kv * n_pages * PAGE * sum(form.row_bytes(shape.head_dim) for form in forms)
 
 
 def program_bytes(

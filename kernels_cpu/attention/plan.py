@@ -25,6 +25,7 @@ class Piece(NamedTuple):
     start: int  # first position to read
     stop: int  # end of the positions to read
     part: int  # place in `parts` for the result, -1 if the positions are not split
+    ahead: int  # later positions that a row sees
     few: bool  # whether all tokens of the sequence in this step fit into a tile of FEW rows
 
 
@@ -36,11 +37,11 @@ def _seen(run, window):
 
 
 @njit(inline="always")
-def plan(runs, n_rep, n_head_kv, window, nth):
+def plan(runs, n_rep, n_head_kv, window, splits, nth):
     """Cut the work of all runs into about PIECES equal pieces a thread, or more; return how many there are.
 
     Sequences that see more positions get more pieces. Each has some tokens. The positions of a run of few tokens are
-    split too. The cut is noted in runs (n_per_piece, first_piece, first_part, n_split).
+    split too, if `splits` is not 0. The cut is noted in runs (n_per_piece, first_piece, first_part, n_split).
     """
     least, most = max(1, TILE // n_rep), max(1, MAX_ROWS // n_rep)  # tokens of a piece
     work = 0
@@ -53,7 +54,7 @@ def plan(runs, n_rep, n_head_kv, window, nth):
         if nth > 1:
             wanted = (run.n_tokens * seen * PIECES * nth + work - 1) // work  # pieces for each KV head
             per = min(most, max(least, (run.n_tokens + wanted - 1) // wanted))
-            if run.n_tokens <= least:
+            if splits and run.n_tokens <= least:
                 n_split = max(1, min(wanted, seen // _MIN_SPLIT))
         run.n_per_piece, run.first_piece, run.first_part, run.n_split = per, n_pieces, n_parts, n_split
         n_new = (run.n_tokens + per - 1) // per * n_head_kv * n_split
@@ -75,7 +76,10 @@ def piece_of(a, runs, number):
     t0 = part // (n_split * a.n_head_kv) * run.n_per_piece
     n_tokens = min(run.n_tokens - t0, run.n_per_piece)
     n_past = run.n_past + t0
-    low, high = 0, n_past + n_tokens
+    low, high, ahead = 0, n_past + n_tokens, 0
+    if not a.is_causal:
+        ahead = a.window - 1 if a.window else run.n_tokens
+        high = min(high + ahead, run.n_past + run.n_tokens)
     if a.window:
         low = n_past // a.window * a.window if a.is_chunked else max(0, n_past + 1 - a.window)
     length = ((high - low + n_split - 1) // n_split + SPAN - 1) // SPAN * SPAN
@@ -84,7 +88,7 @@ def piece_of(a, runs, number):
     stop = high if split == n_split - 1 else min(high, start + length)
     place = run.first_part + part if n_split > 1 else -1
     few = run.n_tokens * n_rep <= FEW
-    return Piece(run.seq, head, run.first + t0, n_past, n_rep, n_tokens * n_rep, start, stop, place, few)
+    return Piece(run.seq, head, run.first + t0, n_past, n_rep, n_tokens * n_rep, start, stop, place, ahead, few)
 
 
 @njit(inline="always")

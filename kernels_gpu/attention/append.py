@@ -10,6 +10,7 @@ from gguf_run.kernels_gpu.attention.cache_rows import (
     load_rows,
     planes_at,
     row_factors,
+    row_of,
     store_row,
 )
 
@@ -43,14 +44,15 @@ def _turned(at, norm, eps, table, t, n_half, STYLE: tl.constexpr, HEAD_DIM: tl.c
 @triton.jit
 def append(
     q, q_stride, k, k_stride, v, v_stride, q_norm, k_norm, eps, k_planes, v_planes, k_scales, v_scales, seqs,
-    positions, table, n_half, n_ctx, n_head, n_head_kv,
+    positions, table, n_half, pages, pages_stride, n_pages, n_head, n_head_kv,
     STYLE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ROTATE_K: tl.constexpr, ROTATE_V: tl.constexpr,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Norm and turn q in place and k; store rows of the cache from k and v. Grid (tokens, n_head + 2 n_head_kv).
 
     n_head: heads of q; 0 if q stays as it is. q_norm, k_norm: None, or weights of an RMS norm of each head.
-    k_planes, v_planes: (qs, d) of the cache. A token of position -1 only fills up: nothing of it is stored.
+    k_planes, v_planes: (qs, d) of the cache. pages: i32[sequences, pages_stride], see models.pages.
+    A token of position -1 only fills up: nothing of it is stored.
     """
     t = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -58,7 +60,7 @@ def append(
     if position < 0:
         return
     kv_head = (head - n_head) % n_head_kv
-    row = (tl.load(seqs + t).to(tl.int64) * n_head_kv + kv_head) * n_ctx + position % n_ctx
+    row = row_of(pages + tl.load(seqs + t).to(tl.int64) * pages_stride, n_pages, kv_head, position)
     if head < n_head:
         at = q + t * q_stride + head * HEAD_DIM
         x = _turned(at, q_norm, eps, table, t, n_half, STYLE, HEAD_DIM, WIDTH)
@@ -80,12 +82,12 @@ def append(
 
 
 @triton.jit
-def read_rows(planes, slots, first, n_ctx, out, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """out f32[heads, n, HEAD_DIM] = rows slots[i] of each head, as stored; grid (n, heads). first: row of head 0."""
+def read_rows(planes, rows, n_rows, out, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """out f32[heads, n, HEAD_DIM] = rows rows[i] of each head, as stored; grid (n, heads). n_rows: those of a head."""
     i = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    planes = planes_at(planes, first + head * n_ctx, TYPE, HEAD_DIM)
-    rows = tl.load(slots + i + tl.arange(0, 1))
+    planes = planes_at(planes, head * n_rows, TYPE, HEAD_DIM)
+    rows = tl.load(rows + i + tl.arange(0, 1))
     live = rows >= 0
     tiles = load_rows(planes, rows, live, TYPE, HEAD_DIM, WIDTH)
     for part in tl.static_range(len(tiles)):

@@ -1,4 +1,4 @@
-"""Causal attention over a cache: each KV head's positions in parts (split-KV), and a second kernel that adds them up.
+"""Attention over a cache: each KV head's positions in parts (split-KV), and a second kernel that adds them up.
 
 A program has the query heads of one KV head, for one token or for several: the rows of one tile for tensor cores.
 Scores are multiplied with log2(e): softmax takes powers of two.
@@ -17,6 +17,7 @@ from gguf_run.kernels_gpu.attention.cache_rows import (
     planes_at,
     precision,
     row_factors,
+    row_of,
 )
 from gguf_run.kernels_gpu.rows.quantize import store_int8
 
@@ -72,9 +73,21 @@ def _add_values(acc, old, weight, v, rows, live, V: tl.constexpr, HEAD_DIM: tl.c
 
 
 @triton.jit
+def _step_end(seqs, positions, n_token, s):
+    """Return the end of the positions of sequence s in this step, of n_token tokens."""
+    end = 0
+    for first in range(0, n_token, 128):
+        t = first + tl.arange(0, 128)
+        mine = tl.load(seqs + t, mask=t < n_token, other=-1) == s
+        end = tl.maximum(end, tl.max(tl.where(mine, tl.load(positions + t, mask=t < n_token, other=-1) + 1, 0), axis=0))
+    return end
+
+
+@triton.jit
 def attend(
-    q, q_stride, k, v, seqs, positions, sums, stats, n_ctx, n_head_kv, n_rep, n_token, scale, window,
-    CHUNKED: tl.constexpr, SOFTCAP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    q, q_stride, k, v, seqs, positions, tiles, pages, pages_stride, n_pages, sums, stats, n_head_kv, n_rep, n_token,
+    scale, window,
+    CHUNKED: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     TOKENS: tl.constexpr, REP: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
@@ -83,57 +96,63 @@ def attend(
     sums f32[part, n_token, n_head, VALUE] = exp2(score - greatest) @ v
     stats f32[part, n_token, n_head, 2] = (greatest score, sum of exp2(score - greatest)); (-inf, 0) for no position
 
-    Grid (n_token / TOKENS, n_head_kv * n_rep / REP, parts). k, v: planes of the cache (qs, d).
-    n_rep: heads of queries for a KV head. CHUNKED: AttentionShape.is_chunked.
+    Grid (tiles of tokens, n_head_kv * n_rep / REP, parts). k, v: planes of the cache (qs, d).
+    tiles: i32[tiles, 2]: the first of up to TOKENS tokens of one sequence, and their number. None: each token is one.
+    pages: i32[sequences, pages_stride], see models.pages. n_pages: those of a head.
+    n_rep: heads of queries for a KV head. CHUNKED, CAUSAL: as in AttentionShape.
     SOFTCAP: None, or scores become SOFTCAP * tanh(score / SOFTCAP). K, V: cache types. WIDTH: power of 2 >= HEAD_DIM.
     VALUE: the first columns of a row of V, of HEAD_DIM columns, that are the value. VALUE_WIDTH: power of 2 >= VALUE.
-    The rows of a tile are TOKENS tokens x REP heads. SPAN: positions at a time.
-    Tokens of one tile may be of several sequences: the tile goes through the sequences one after the other.
+    The rows of a tile are TOKENS tokens x REP heads. SPAN: positions at a time, which are in one page.
     """
     M: tl.constexpr = TOKENS * REP
-    tiles = tl.cdiv(n_rep, REP)  # of a KV head
-    kv_head = tl.program_id(1) // tiles
+    n_tile = tl.cdiv(n_rep, REP)  # of a KV head
+    kv_head = tl.program_id(1) // n_tile
     part = tl.program_id(2)
     r = tl.arange(0, M)
-    t = (tl.program_id(0) * TOKENS + r // REP).to(tl.int64)
-    of_kv_head = tl.program_id(1) % tiles * REP + r % REP
-    there = (t < n_token) & (of_kv_head < n_rep)
+    token, n_mine = tl.program_id(0), 1
+    if tiles is not None:
+        n_mine = tl.load(tiles + 2 * token + 1)
+        token = tl.load(tiles + 2 * token)
+    t = (token + r // REP).to(tl.int64)
+    of_kv_head = tl.program_id(1) % n_tile * REP + r % REP
+    there = (r // REP < n_mine) & (of_kv_head < n_rep)
     head = kv_head * n_rep + of_kv_head
     position = tl.load(positions + t, mask=there, other=-1)
-    seq = tl.load(seqs + t, mask=t < n_token, other=0)
+    seq = tl.load(seqs + token)
+    pages += seq.to(tl.int64) * pages_stride
     queries = _queries(q, q_stride, t, head, there, K, HEAD_DIM, WIDTH)
     since = position // window * window if CHUNKED else position - window + 1  # the first position of the window
+    ahead = 0 if CAUSAL else window - 1  # later positions that a token sees
     acc = ()
     for _ in tl.static_range(n_operand(V)):
         acc = acc + (tl.zeros((M, VALUE_WIDTH // n_operand(V)), tl.float32),)
     greatest = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
-    for s in range(tl.min(seq, axis=0), tl.max(seq, axis=0) + 1):
-        mine = there & (seq == s) & (position >= 0)
-        end = tl.max(tl.where(mine, position, -1), axis=0) + 1
-        first = tl.maximum(tl.min(tl.where(mine, since, 1 << 30), axis=0), 0)
-        first = tl.minimum(first, end) // SPAN * SPAN
-        size = tl.cdiv(tl.cdiv(end - first, SPAN), tl.num_programs(2)) * SPAN
-        first += part * size
-        row = (s * n_head_kv + kv_head.to(tl.int64)) * n_ctx
+    end = tl.max(position, axis=0) + 1
+    if not CAUSAL:
+        end = tl.minimum(end + ahead, _step_end(seqs, positions, n_token, seq))
+    first = tl.maximum(tl.min(tl.where(position < 0, end, since), axis=0), 0) // SPAN * SPAN
+    size = tl.cdiv(tl.cdiv(end - first, SPAN), tl.num_programs(2)) * SPAN
+    first += part * size
+    rows = tl.arange(0, SPAN)
+    for start in range(first, tl.minimum(first + size, end), SPAN):
+        p = start + rows
+        live = p < end
+        row = row_of(pages, n_pages, kv_head, start)
         k_rows = planes_at(k, row, K, HEAD_DIM)
         v_rows = planes_at(v, row, V, HEAD_DIM)
-        slot = first % n_ctx
-        for start in range(first, tl.minimum(first + size, end), SPAN):
-            p = start + tl.arange(0, SPAN)
-            live = p < end
-            rows = slot + tl.arange(0, SPAN)  # n_ctx is a multiple of SPAN
-            slot = tl.where(slot + SPAN == n_ctx, 0, slot + SPAN)
-            score = _scores(queries, k_rows, rows, live, scale, SOFTCAP, K, HEAD_DIM, WIDTH)
-            seen = (p[None, :] <= position[:, None]) & (p[None, :] >= since[:, None])
-            score = tl.where(mine[:, None] & seen, score * LOG2E, float("-inf"))
-            new = tl.maximum(greatest, tl.max(score, axis=1))
-            known = tl.where(new == float("-inf"), 0.0, new)  # no position yet: all weights are 0
-            weight = tl.exp2(score - known[:, None])
-            old = tl.exp2(greatest - known)
-            total = total * old + tl.sum(weight, axis=1)
-            greatest = new
-            acc = _add_values(acc, old, weight, v_rows, rows, live, V, HEAD_DIM, VALUE_WIDTH)
+        score = _scores(queries, k_rows, rows, live, scale, SOFTCAP, K, HEAD_DIM, WIDTH)
+        seen = (p[None, :] - ahead <= position[:, None]) & (p[None, :] >= since[:, None])
+        if not CAUSAL:
+            seen = seen & live[None, :]
+        score = tl.where(seen, score * LOG2E, float("-inf"))
+        new = tl.maximum(greatest, tl.max(score, axis=1))
+        known = tl.where(new == float("-inf"), 0.0, new)  # no position yet: all weights are 0
+        weight = tl.exp2(score - known[:, None])
+        old = tl.exp2(greatest - known)
+        total = total * old + tl.sum(weight, axis=1)
+        greatest = new
+        acc = _add_values(acc, old, weight, v_rows, rows, live, V, HEAD_DIM, VALUE_WIDTH)
     to = (part.to(tl.int64) * n_token + t) * (n_head_kv * n_rep) + head
     tl.store(stats + to * 2, greatest, mask=there)
     tl.store(stats + to * 2 + 1, total, mask=there)

@@ -1,6 +1,6 @@
-"""The KV cache of one layer: rows [n_seq, n_head_kv, n_ctx] for K and for V; position p is in row p % n_ctx.
+"""The KV cache of one layer: rows [n_head_kv, n_pages * PAGE] for K and for V.
 
-cache_types.py says what a row is.
+cache_types.py says what a row is, models/pages.py which positions are in a page.
 """
 
 import math
@@ -20,6 +20,7 @@ from gguf_run.kernels_gpu.device.device import current
 from gguf_run.models.backend import CacheType, rotates
 from gguf_run.models.kv_cache import GROUP
 from gguf_run.models.operands import AttentionShape, Rotation
+from gguf_run.models.pages import PAGE, PageTable
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +31,8 @@ class Rows:
     head_dim: int
     rotates: bool  # rows went through the Hadamard transform
     scales: Array | None  # f32[n_head_kv]: static scales
-    qs: Array  # u8[n_seq, n_head_kv, n_ctx, bytes]
-    d: Array | None  # f16[n_seq, n_head_kv, n_ctx, scales], if the type has scales
+    qs: Array  # u8[n_head_kv, rows, bytes]
+    d: Array | None  # f16[n_head_kv, rows, scales], if the type has scales
 
     @property
     def pair(self) -> tuple[Array, Array | None]:
@@ -57,7 +58,7 @@ class Rows:
 class GpuCache:
     """models.handles.CacheHandle."""
 
-    n_ctx: int  # positions that are held of a sequence
+    table: PageTable
     k: Rows
     v: Rows  # k if values are columns of the keys
 
@@ -66,72 +67,77 @@ class GpuCache:
         return "k" if self.v is self.k else "kv"
 
     @property
-    def _others(self) -> list[Array]:
-        """The planes of V, if it has some of its own."""
-        return [] if self.v is self.k else self.v.planes
+    def n_seen(self) -> int:
+        """Positions of the pages that a token may see."""
+        n_pages, window = self.table.pages.shape[1], self.table.window
+        return PAGE * min(n_pages, window // PAGE + 2 if window else n_pages)
 
-    def _slots(self, first: int, end: int) -> Array:
-        """Return the rows of positions first .. end."""
-        return torch.arange(first, end, device=self.k.qs.device) % self.n_ctx
+    def _groups(self, kind: str, size: int = GROUP) -> list[Array]:
+        """Return the planes of K or V as u8[n_head_kv, groups, size, bytes]."""
+        planes = {"k": self.k, "v": self.v}[kind].planes
+        return [plane.view(torch.uint8).unflatten(1, (-1, size)) for plane in planes]
 
-    def copy(self, source: int, target: int, n_rows: int) -> None:
-        for plane in self.k.planes + self._others:
-            plane[target, :, :n_rows] = plane[source, :, :n_rows]
+    def _on_device(self, groups: NDArray[np.int64]) -> Array:
+        return torch.from_numpy(groups).to(self.k.qs.device)
 
-    def shift(self, seq: int, n_past: int, n_keep: int, n_discard: int, rotation: Rotation | None) -> None:
-        end = -(-n_past // GROUP) * GROUP
-        first = max(n_keep + n_discard, end - self.n_ctx)
-        source, target = self._slots(first, end), self._slots(first - n_discard, end - n_discard)
-        if rotation is not None:
-            with current(self.k.qs.device):
-                self._turn(seq, source, target, rotation, -n_discard)
-        for plane in ([] if rotation else self.k.planes) + self._others:
-            plane[seq][:, target] = plane[seq][:, source]
+    def copy(self, source: int, target: int) -> None:
+        for kind in self.kinds:
+            for pages in self._groups(kind, PAGE):
+                pages[:, target] = pages[:, source]
 
-    def _turn(self, seq: int, source: Array, target: Array, rotation: Rotation, distance: int) -> None:
-        """Turn the keys of slots `source` by a distance of positions; store them in slots `target`."""
-        k, n, n_head_kv = self.k, len(source), self.k.qs.shape[1]
-        keys = torch.empty(n_head_kv, n, k.head_dim, device=k.qs.device)
-        first = seq * n_head_kv * self.n_ctx
-        read_rows[(n, n_head_kv)](k.pair, source, first, self.n_ctx, keys, k.type.name, k.head_dim, k.width)
+    def move(
+        self, source: NDArray[np.int64], target: NDArray[np.int64], rotation: Rotation | None, distance: int
+    ) -> None:
+        at, to = self._on_device(source), self._on_device(target)
+        for kind in self.kinds:
+            if kind == "k" and rotation is not None:
+                with current(at.device):
+                    self._turn(at, to, rotation, distance)
+                continue
+            for groups in self._groups(kind):
+                groups[:, to] = groups[:, at]
+
+    def _turn(self, source: Array, target: Array, rotation: Rotation, distance: int) -> None:
+        """Turn the keys of groups `source` by a distance of positions; store them in groups `target`."""
+        k, n_head_kv, device = self.k, len(self.k.qs), source.device
+        source, target = (GROUP * x[:, None] + torch.arange(GROUP, device=device) for x in (source, target))
+        n = source.numel()
+        keys = torch.empty(n_head_kv, n, k.head_dim, device=device)
+        read_rows[(n, n_head_kv)](k.pair, source, k.qs.shape[1], keys, k.type.name, k.head_dim, k.width)
         if k.rotates:
-            keys = keys @ _hadamard(k.head_dim).to(keys.device)
-        angle = torch.from_numpy(np.asarray(distance * rotation.inv_freq, np.float64)).to(keys.device)
+            keys = keys @ _hadamard(k.head_dim).to(device)
+        angle = torch.from_numpy(np.asarray(distance * rotation.inv_freq, np.float64)).to(device)
         cos, sin = torch.cos(angle).float(), torch.sin(angle).float()  # without the rotation's scale
         part = keys[..., k.head_dim - rotation.n_rot if self.v is k else 0 :][..., : rotation.n_rot]
         pairs = part.unflatten(-1, (2, -1)).mT if rotation.style == "neox" else part.unflatten(-1, (-1, 2))
         a, b = pairs.clone().unbind(-1)
         pairs[..., 0], pairs[..., 1] = a * cos - b * sin, a * sin + b * cos
         keys = keys.transpose(0, 1).reshape(n, -1).contiguous()
-        seqs = torch.full((n,), seq, dtype=torch.int32, device=keys.device)
+        # Position p of a sequence that has all pages is in row p.
+        pages = torch.arange(self.table.n_pages, dtype=torch.int32, device=device)
+        seqs = torch.zeros(n, dtype=torch.int32, device=device)
         # The grid ends with the heads of k: q and v are only named, so that the kernel compiles.
         append[(n, n_head_kv)](
             keys, keys.stride(0), keys, keys.stride(0), keys, keys.stride(0), None, None, 0.0, k.pair, k.pair, k.scales,
-            k.scales, seqs, target.int(), None, 0, self.n_ctx, 0, n_head_kv, None, k.type.name, k.type.name,
+            k.scales, seqs, target.int(), None, 0, pages, 0, len(pages), 0, n_head_kv, None, k.type.name, k.type.name,
             k.rotates, k.rotates, k.head_dim, k.width,
         )  # fmt: skip
 
-    def read(self, seq: int, kind: str, first: int, end: int) -> NDArray[np.uint8]:
-        """Return the bytes of the elements, then those of the scales."""
-        slots = self._slots(GROUP * first, GROUP * end)
-        parts = [plane[seq][:, slots] for plane in {"k": self.k, "v": self.v}[kind].planes]
-        return np.concatenate([part.cpu().numpy().reshape(-1).view(np.uint8) for part in parts])
+    def group_bytes(self, kind: str) -> int:
+        return sum(groups[:, 0].nbytes for groups in self._groups(kind))
 
-    def write(self, seq: int, kind: str, end: int, data: Any) -> int | None:
-        planes = {"k": self.k, "v": self.v}[kind].planes
-        n_head_kv = planes[0].shape[1]
-        sizes = [GROUP * n_head_kv * plane.shape[-1] * plane.itemsize for plane in planes]
-        n_groups, rest = divmod(len(data), sum(sizes))
-        if rest or n_groups > end:
-            return None
-        n_held = min(n_groups * GROUP, self.n_ctx)
-        slots = self._slots(GROUP * end - n_held, GROUP * end)
-        data, at = np.frombuffer(data, np.uint8), 0
-        for plane, size in zip(planes, sizes, strict=True):
-            part = torch.from_numpy(data[at : at + size * n_groups].copy()).view(plane.dtype)
-            plane[seq][:, slots] = part.view(n_head_kv, -1, plane.shape[-1])[:, -n_held:].to(plane.device)
-            at += size * n_groups
-        return end - n_held // GROUP
+    def read(self, kind: str, groups: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return the bytes of the elements, then those of the scales."""
+        at = self._on_device(groups)
+        return np.concatenate([held[:, at].cpu().numpy().reshape(-1) for held in self._groups(kind)])
+
+    def write(self, kind: str, groups: NDArray[np.int64], data: Any) -> None:
+        at, n = self._on_device(groups), len(data) // self.group_bytes(kind)
+        rest = np.frombuffer(data, np.uint8)
+        for held in self._groups(kind):
+            part, rest = np.split(rest, [n * held[:, 0].nbytes])
+            new = torch.from_numpy(part.copy()).view(len(held), n, *held.shape[2:])
+            held[:, at] = new[:, n - len(at) :].to(held.device)
 
 
 def _hadamard(n: int) -> Array:
@@ -143,11 +149,11 @@ def _hadamard(n: int) -> Array:
     return torch.block_diag(*[h / math.sqrt(block)] * (n // block))
 
 
-def new_cache(shape: AttentionShape, kind: CacheType, n_rows: int, n_seq: int, device: torch.device) -> GpuCache:
-    """Return memory for K and V of one layer, n_rows (sizes.cache_rows) for each of n_seq sequences."""
+def new_cache(shape: AttentionShape, table: PageTable, kind: CacheType, device: torch.device) -> GpuCache:
+    """Return memory for K and V of one layer."""
 
     def rows(name: str, scales: Sequence[float] | None, rotate: bool | None) -> Rows:
-        head_dim, size = shape.head_dim, (n_seq, shape.n_head_kv, n_rows)
+        head_dim, size = shape.head_dim, (shape.n_head_kv, table.n_pages * PAGE)
         form = cache_format(name, head_dim)
         qs = torch.zeros(*size, head_dim * form.bits // 8, dtype=torch.uint8, device=device)
         n_scale = form.n_scale(head_dim)
@@ -156,4 +162,4 @@ def new_cache(shape: AttentionShape, kind: CacheType, n_rows: int, n_seq: int, d
         return Rows(form, head_dim, rotates(form.bits, head_dim, rotate, scales is not None), static, qs, d)
 
     k = rows(kind.k, kind.k_scales, False if shape.n_latent else kind.rotate)
-    return GpuCache(n_rows, k, k if shape.n_latent else rows(kind.v, kind.v_scales, kind.rotate))
+    return GpuCache(table, k, k if shape.n_latent else rows(kind.v, kind.v_scales, kind.rotate))

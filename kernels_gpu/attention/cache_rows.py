@@ -11,6 +11,9 @@ import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
 from gguf_run.kernels_gpu.attention.cache_types import CACHE_FORMATS
+from gguf_run.models import pages
+
+PAGE = tl.constexpr(pages.PAGE)
 
 
 @triton.constexpr_function
@@ -47,6 +50,13 @@ def row_sizes(name, head_dim):
 def column_of(c, part: tl.constexpr, TYPE: tl.constexpr):
     """Return the column that is column c of operand `part`."""
     return c // 16 * 32 + 16 * part + c % 16 if TYPE == "q4_0" else c
+
+
+@triton.jit
+def row_of(pages, n_pages, head, position):
+    """Return the row that has a position, i64. pages: a sequence's row of the page table. n_pages: those of a head."""
+    i = position // PAGE
+    return (head.to(tl.int64) * n_pages + tl.load(pages + i)) * PAGE + (position - i * PAGE)
 
 
 @triton.jit

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from gguf_run.formats.errors import OptionError
 from gguf_run.models.backend import BLOCK
+from gguf_run.models.pages import PAGE
 
-SPAN = 64  # positions that attention reads at once: no span crosses the end of the ring
+SPAN = PAGE  # the most positions that attention reads at once; fewer divide a page
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from gguf_run.kernels_gpu.attention.cache import GpuCache
 from gguf_run.kernels_gpu.attention.cache_types import SPAN
 from gguf_run.kernels_gpu.buffers import Launch, Memory
 from gguf_run.kernels_gpu.device.device import registers
-from gguf_run.kernels_gpu.device.tuning import FEW
 from gguf_run.kernels_gpu.fuse import FusedAttention
 from gguf_run.models.operands import AttentionShape
 
@@ -27,19 +26,18 @@ class _Tiling:
     programs: int  # that keep the GPU busy
 
     def n_part(self, n: int) -> int:
-        """Return the parts of the positions for n tokens, a power of two: few tokens keep a whole GPU busy too."""
-        if n > FEW:
-            return 1
-        most = min(_MOST_PARTS, -(-self.cache.n_ctx // SPAN), self.programs // (n * self.shape.n_head_kv))
+        """Return the parts of the positions of n tokens by themselves, a power of two: few keep a whole GPU busy."""
+        most = min(_MOST_PARTS, self.cache.n_seen // SPAN, self.programs // (n * self.shape.n_head_kv))
         return 1 << (max(1, most).bit_length() - 1)
 
     def n_sum(self, most: int) -> int:
         """Return the rows of sums that up to `most` tokens need."""
-        return max(n * self.n_part(n) for n in (1, 2, 4, FEW, most)) * self.shape.n_head
+        return max(self.programs // self.shape.n_head_kv, most) * self.shape.n_head
 
-    def options(self, n: int) -> dict[str, Any]:
-        """Return the sizes of tiles, and the launch options, for n tokens.
+    def options(self, *, alone: bool) -> dict[str, Any]:
+        """Return the sizes of tiles, and the launch options.
 
+        alone: a tile has one token. Else tokens share a tile, and the reading of keys and values.
         TOKENS, REP: tokens and heads of a tile of queries.
         SPAN: positions of a tile of keys.
 
@@ -53,7 +51,7 @@ class _Tiling:
         floats = is_wide or any(type.bits == 32 for type in types)
         narrow = self.cache.k.width <= 128 and not floats
         less = SPAN // 4 if floats else SPAN // 2
-        if n <= FEW:
+        if alone:
             span = SPAN if narrow else less
             return {"TOKENS": 1, "REP": max(16, rep), "SPAN": span, "num_warps": 4 if narrow else 8} | registers(255)
         n_row = 16 if floats else 64 if narrow and all(type.bits > 4 and type.name != "bf16" for type in types) else 32
@@ -80,21 +78,27 @@ def bind_attention(fused: FusedAttention, memory: Memory) -> Launch:
     types, sizes = (k_rows.type.name, v_rows.type.name), (shape.head_dim, k_rows.width)
     value = shape.n_value, max(32, triton.next_power_of_2(shape.n_value))
     n_new = n_changed + (len(cache.kinds) * n_head_kv if op.k else 0)  # heads of append: those of v come last
+    pages = memory.step.pages(cache.table)
+    paged = pages, pages.stride(0), cache.table.n_pages
+    alone, shared = tiling.options(alone=True), tiling.options(alone=False)
+    tiles = memory.step.tiles(shared["TOKENS"], op.q.outputs)
 
     def launch(n: int) -> None:
         sums = memory.scratch["sums"], memory.scratch["stats"]
         if n_new:
             append[(n, n_new)](
                 *q, *k, *v, *norms, eps, k_rows.pair, v_rows.pair, k_rows.scales, v_rows.scales, tokens.seqs,
-                tokens.positions, angles, n_half, cache.n_ctx, n_changed, n_head_kv, style, *types, k_rows.rotates,
+                tokens.positions, angles, n_half, *paged, n_changed, n_head_kv, style, *types, k_rows.rotates,
                 v_rows.rotates, *sizes,
             )  # fmt: skip
-        options, n_part = tiling.options(n), tiling.n_part(n)
-        n_tile = -(-n // options["TOKENS"]), -(-n_head // n_head_kv // options["REP"]) * n_head_kv
-        attend[(*n_tile, n_part)](
-            *q, k_rows.pair, v_rows.pair, tokens.seqs, tokens.positions, *sums, cache.n_ctx, n_head_kv,
-            n_head // n_head_kv, n, shape.scale, shape.window or 1 << 30, shape.is_chunked, shape.softcap or None,
-            *types, *sizes, *value, **options, num_stages=1 if k_rows.width > 512 else 2,
+        if memory.step.stands_alone(n):
+            n_tile, rows, options, n_part = n, None, alone, tiling.n_part(n)
+        else:
+            n_tile, rows, options, n_part = tiles.n, tiles.rows, shared, 1
+        attend[(n_tile, -(-n_head // n_head_kv // options["REP"]) * n_head_kv, n_part)](
+            *q, k_rows.pair, v_rows.pair, tokens.seqs, tokens.positions, rows, *paged, *sums, n_head_kv,
+            n_head // n_head_kv, n, shape.scale, shape.window or 1 << 30, shape.is_chunked, shape.is_causal,
+            shape.softcap or None, *types, *sizes, *value, **options, num_stages=1 if k_rows.width > 512 else 2,
         )  # fmt: skip
         add_up[(n, n_head)](*sums, op.sinks, *out, int8, n_part, v_rows.rotates, *value)
 

@@ -15,6 +15,7 @@ from gguf_run.kernels_gpu.attention.cache_types import cache_format
 from gguf_run.kernels_gpu.panels.panels import matrix_bytes
 from gguf_run.kernels_gpu.sizes import cache_bytes, program_bytes
 from gguf_run.models.config import ModelConfig
+from gguf_run.models.pages import pages_stored
 from gguf_run.runtime.load.advice import largest_context
 from gguf_run.runtime.load.cache_plan import state_bytes
 from gguf_run.runtime.load.memory import N_OUTPUTS, MemoryNeed, MemoryPlan, WeightSizes
@@ -44,11 +45,12 @@ def gpu_sizes(plan: MemoryPlan) -> GpuSizes:
     for il in range(plan.n_cpu_moe):
         layers[il] -= weights.experts[il]
     caches = [
-        cache_bytes(plan.config.attention(il), kind, plan.n_ctx, plan.n_rows, plan.n_seq)
+        cache_bytes(shape, kind, plan.n_seq * pages_stored(plan.n_ctx, plan.n_rows, shape.window))
         + state_bytes(plan.config, il, plan.n_seq)
         if plan.config.layers[il].kv_layer == il
         else 0
         for il, kind in enumerate(plan.cache)
+        for shape in [plan.config.attention(il)]
     ]
     n_outputs = max(min(N_OUTPUTS, plan.n_rows), plan.n_seq)
     buffers = program_bytes(plan.config, plan.tensors, plan.n_rows, n_outputs, plan.widths)

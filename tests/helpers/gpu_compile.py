@@ -26,6 +26,7 @@ import torch
 import triton.backends.nvidia
 from cpu_ops import Step
 from numpy_backend import ACTIVATIONS
+from paged import mixed_table
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -36,7 +37,7 @@ from gguf_run.kernels_gpu.panels.panels import PANELS, IntPanel
 from gguf_run.models.backend import CacheType, Run
 from gguf_run.models.operands import AttentionShape, Rotation
 from gguf_run.models.ops import Attend, Embed, Gated, Matmul, MatmulGated, Observe, RmsNorm, Rope
-from gguf_run.models.rare_ops import MatchRms, Mix, Moe, Threshold, Xielu
+from gguf_run.models.rare_ops import AddPositions, MatchRms, Mix, Moe, Threshold, Xielu
 from gguf_run.models.routing import Mixture
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "cuobjdump")
@@ -149,6 +150,7 @@ def ops() -> None:
     step.add(Mix(y, x, y, 1024, q.columns(0, 1), x, 1.0))
     step.add(MatchRms(x, y, 1e-5))
     step.add(Threshold(x, 0.5))
+    step.add(AddPositions(x, torch.zeros(9 * 1024), 9))
     step.add(Observe(x, backend.squares(1024)))
     step.add(Matmul(y, weight("Q8_0", 1024, 1024), x))
     step.finish(x)
@@ -170,27 +172,27 @@ def recurrent() -> None:
         run(step, n)
 
 
-def attention(k: str, v: str, head_dim: int, n: int) -> None:
+def attention(k: str, v: str, head_dim: int, n: int, is_causal: bool = True) -> None:
     """Compile attention, and a shift of the cache, which turns keys."""
     backend = GpuBackend(CPU)
     step = Step(backend, 64)
-    shape = AttentionShape(n_head=8, n_head_kv=2, head_dim=head_dim, scale=0.1)
+    shape = AttentionShape(n_head=8, n_head_kv=2, head_dim=head_dim, scale=0.1, is_causal=is_causal)
     qkv, out = step.buffer(12 * head_dim), step.buffer(8 * head_dim)
     q, keys, values = qkv.columns(0, 8 * head_dim), *(qkv.columns(i * head_dim, 2 * head_dim) for i in (8, 10))
     rotation = Rotation("norm", head_dim, np.ones(head_dim // 2))
-    cache = backend.cache(shape, 32768, 64, 1, CacheType(k, v))
+    cache = backend.cache(shape, mixed_table(32768), CacheType(k, v))
     step.add(Rope(qkv.columns(0, 10 * head_dim), rotation, head_dim))
     step.add(Attend(q, keys, values, cache, shape, out))
     step.add(Matmul(out, weight("Q8_0", 8 * head_dim, 1024), step.buffer(1024)))
     run(step.finish(out), n)
-    cache.shift(0, 64, 0, 32, rotation)
+    cache.move(np.arange(1, 2), np.arange(1), rotation, -32)
 
 
 def latent_attention(k: str, n: int) -> None:
     """Compile the attention of DeepSeek's sizes, whose values are 512 of the 576 columns of a key."""
     step, shape = Step(GpuBackend(CPU), 64), AttentionShape(16, 1, 576, 0.1, n_latent=512)
     q, keys, out = step.buffer(16 * 576), step.buffer(576), step.buffer(16 * 512)
-    cache = step.backend.cache(shape, 32768, 64, 1, CacheType(k, k))
+    cache = step.backend.cache(shape, mixed_table(32768), CacheType(k, k))
     step.add(Attend(q, keys, keys.columns(0, 512), cache, shape, out))
     run(step.finish(out), n)
 
@@ -233,6 +235,7 @@ def cases(full: bool) -> dict[str, Callable[[], None]]:
         **({"few Q4_K 1 gated": functools.partial(product, "Q4_K", 1, "silu")} if full else {}),
         **{f"many {name} {n}": functools.partial(product, name, n) for name, n in many_cases},
         **{"attention {} {} {} {}".format(*case): functools.partial(attention, *case) for case in attentions},
+        "both ways": functools.partial(attention, "f16", "f16", 64, 64, False),
         **{f"latent {n}": functools.partial(latent_attention, "f16", n) for n in (1, 64)},
         **{f"moe {case[0]} {case[2]}": functools.partial(moe, *case) for case in moes},
     }

@@ -20,7 +20,6 @@ from gpu_ops import fast_dots, gpu, pytestmark, use_tuning
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.quantizers.quantizer import quantize
 from gguf_run.kernels_gpu import program
-from gguf_run.kernels_gpu.attention import launch as attention_launch
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
@@ -51,7 +50,6 @@ def renamed(metadata: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
 def test_logits_are_those_of_transformers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch of 3 tokens, and one token after it, which a window makes forget the first ones. Products of single
     tokens, which take the interpreter seconds, go as those of many."""
-    monkeypatch.setattr(attention_launch, "FEW", 1)
     monkeypatch.setattr(program, "FEW", 0)
     use_tuning(monkeypatch, tile=(256, 16))
     checkpoint, own, metadata = CASES[name]
@@ -82,7 +80,6 @@ ALONE = {"norms after the rotation": ("HunYuanDenseV1ForCausalLM", LATE), "share
 
 @pytest.mark.parametrize("name", ALONE)
 def test_logits_of_new_kinds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_launch, "FEW", 1)
     monkeypatch.setattr(program, "FEW", 0)
     use_tuning(monkeypatch, tile=(256, 16))
     model = tiny.make(tmp_path, *ALONE[name])

@@ -20,6 +20,7 @@ from triton.runtime.errors import OutOfResources
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.kernels_gpu import backend as gpu_backend
+from gguf_run.kernels_gpu import program as gpu_program
 from gguf_run.kernels_gpu.attention.cache_types import CACHE_FORMATS
 from gguf_run.kernels_gpu.backend import GpuBackend
 from gguf_run.kernels_gpu.device.device import measure_limits
@@ -28,7 +29,8 @@ from gguf_run.kernels_gpu.program import GpuProgram, Launches
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
-from gguf_run.models.kv_moves import copy_prefix, export, restore
+from gguf_run.models.kv_moves import copy_prefix, export, restore, shift
+from gguf_run.models.stages import page_tables
 from gguf_run.runtime.load.cache_plan import plan_cache
 from gguf_run.runtime.load.fit import fit, gpu_sizes, needed
 from gguf_run.runtime.load.memory import MemoryPlan
@@ -58,13 +60,13 @@ GPU_ERRORS = [
 IDS = [(7 * i * i + 3 * i + 1) % 270 for i in range(12)]
 
 
-def open_decoder(path: Path, backend: Any, n_layer: int | None = None, **options: Any) -> Decoder:
+def open_decoder(path: Path, backend: Any, n_layer: int | None = None, n_ctx: int = 64, **options: Any) -> Decoder:
     """n_layer: the first so many only. backend: one, or those of the layers."""
     file = GGUFFile.open(path)
     config = ModelConfig.from_metadata(file.metadata, file.tensors)
     config = replace(config, layers=config.layers[:n_layer])
     backends = backend if isinstance(backend, list) else [backend] * config.n_layer
-    return Decoder(config, file.tensors, backends, 64, n_batch=32, n_outputs=16, **options)
+    return Decoder(config, file.tensors, backends, n_ctx, n_batch=32, n_outputs=16, **options)
 
 
 def logits(decoder: Decoder, ids: Sequence[int], n_outputs: int) -> np.ndarray:
@@ -153,6 +155,34 @@ def test_layers_on_several_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert distance(a, c) < max(0.01, 1.5 * distance(b, c))
 
 
+def test_sequences_that_share_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer with a window and one without: a prefix that is found, a page that is copied when two go on from it, a
+    shift, bytes out and in, as float64 has it. Products of few tokens run as those of many, which is quicker."""
+    monkeypatch.setattr(gpu_program, "FEW", 0)
+    use_tuning(monkeypatch, tile=(256, 16))
+    two = {"attention.sliding_window_pattern": [True, False]}
+    write_tiny(tmp_path / "model.gguf", replace(TINY_GEMMA3, n_layer=2, n_ctx=512, window=40, metadata=two))
+    text = [(7 * i * i + 3 * i + 1) % 270 for i in range(110)]
+
+    def play(backend: Any) -> list[np.ndarray]:
+        kinds = [CacheType("f32", "f32")] * 2
+        decoder = open_decoder(tmp_path / "model.gguf", backend, n_ctx=256, n_seq=3, cache_types=kinds)
+        assert [layer.window for layer in decoder.config.layers] == [40, 0]
+        cache, made = decoder.cache, [logits(decoder, text, 1)]
+        assert cache.adopt(1, [*text[:80], 9]) == 64
+        assert copy_prefix(cache, 0, 2, 101) == 101
+        made.append(decoder.step({1: text[64:82], 0: [5], 2: [6, 7]}).copy())
+        assert shift(cache, 32, 32, 0) == 79
+        made.append(decoder.step({seq: [8] for seq in (0, 2, 1)}).copy())
+        parts = [(il, kind, bytes(data)) for il, kind, data in export(cache, 2)]
+        restore(cache, 104, parts, seq=1)
+        made.append(decoder.step({seq: [seq] for seq in range(3)}).copy())
+        return made
+
+    for found, expected in zip(play(gpu()), play(NumpyBackend(np.float64)), strict=True):
+        assert distance(found, expected) < 3e-3
+
+
 def test_the_last_layers_on_a_gpu(tmp_path: Path) -> None:
     """As --gpu-layers 1 has it: the output too, whose rows are those that are wanted."""
     write_tiny(tmp_path / "model.gguf", replace(LLAMA, n_layer=2, types={"token_embd": "F32"}))
@@ -198,7 +228,7 @@ def test_planned_sizes(n_gpu: int, tied: bool, tmp_path: Path) -> None:
 
 
 def test_planned_caches(tmp_path: Path) -> None:
-    """To the byte: every type, windows, whose rings are whole spans, several sequences, a batch beyond the context."""
+    """To the byte: every type, windows, several sequences, a batch beyond the context."""
     write_tiny(tmp_path / "model.gguf", replace(TINY_GEMMA3, window=70))
     with GGUFFile.open(tmp_path / "model.gguf") as file:
         config, tensors = ModelConfig.from_metadata(file.metadata, file.tensors), [*file.tensors.values()]
@@ -208,7 +238,10 @@ def test_planned_caches(tmp_path: Path) -> None:
         plan = MemoryPlan(config, tensors, n_ctx, kinds, n_batch, n_seq)
         for il, kind in enumerate(kinds):
             backend = gpu()
-            backend.cache(config.attention(il), n_ctx, max(min(n_batch, n_ctx), n_seq), n_seq, kind)
+            tables = page_tables(config, n_ctx, plan.n_rows, n_seq, None)
+            shape = config.attention(il)
+            table = next((table for table in tables if table.window == shape.window), tables[0])
+            backend.cache(shape, table, kind)
             assert backend.nbytes()["cache"] == gpu_sizes(plan).caches[il]
 
 

@@ -10,6 +10,7 @@ import pytest
 from cpu_ops import MemoryTensor, Step, as_quantized, error, quantize_twin, random_tensor, weights_of
 from gpu_ops import DEVICE, INTERPRETED, fast_dots, gpu, pytestmark, use_tuning
 from numpy_backend import ACTIVATIONS, NumpyBackend, rotate
+from paged import mixed_table
 from stream_ops import streams
 
 from gguf_run.kernels_gpu.buffers import Memory
@@ -320,13 +321,13 @@ def test_long_sequences_turn_by_other_frequencies() -> None:
 
 @pytest.mark.parametrize("window", [0, 9])
 def test_attention(window: int) -> None:
-    """A batch, a single token and, at the end of the window's ring, a batch that goes round."""
+    """A batch, a single token and, with a window, batches over the end of a page."""
     shape = AttentionShape(4, 2, 10, 0.3, window, softcap=float(window))
     qkv = np.random.default_rng(9).standard_normal((12, 80))
 
     def record(step: Step) -> Step:
         a, out = step.input(qkv), step.buffer(40)
-        cache = step.backend.cache(shape, 100, 12, 1, CacheType())
+        cache = step.backend.cache(shape, mixed_table(100), CacheType())
         sinks = None if window else step.vector(np.array([0.5, 3, -2, 1]))
         step.add(Attend(a.columns(0, 40), a.columns(40, 20), a.columns(60, 20), cache, shape, out, sinks))
         return step.finish(out)
@@ -352,7 +353,7 @@ def test_latent_attention(n_head: int, n_nope: int, n_rot: int, n_latent: int) -
         step.add(Rope(queries.columns(n_nope, queries.width - n_nope), rotation, n_nope + n_rot))
         step.add(Rope(keys.columns(n_latent, n_rot), rotation, n_rot))
         step.add(MatmulHeads(queries, step.backend.weight(matrices[:1]), absorbed, n_head))
-        cache = step.backend.cache(shape, 100, 20, 1, CacheType())
+        cache = step.backend.cache(shape, mixed_table(100), CacheType())
         step.add(Attend(absorbed, keys, keys.columns(0, n_latent), cache, shape, attn))
         step.add(MatmulHeads(attn, step.backend.weight(matrices[1:]), out, n_head))
         return step.finish(out)

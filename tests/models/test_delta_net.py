@@ -20,7 +20,6 @@ from texts import engine_over, prefill
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.kernels_gpu import program
-from gguf_run.kernels_gpu.attention import launch as attention_launch
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
@@ -148,7 +147,6 @@ def test_old_files_have_one_matrix_of_all_parts(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning")
 def test_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast_dots: None) -> None:
     """Two layers, of which the file lists the kinds. Products of few tokens run as those of many, which is quicker."""
-    monkeypatch.setattr(attention_launch, "FEW", 1)
     monkeypatch.setattr(program, "FEW", 0)
     use_tuning(monkeypatch, tile=(256, 16))
     class_name, config = TINY["qwen35"]

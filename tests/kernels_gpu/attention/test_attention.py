@@ -9,14 +9,17 @@ from cache_twins import TWINS, hadamard
 from cpu_ops import Step, error
 from gpu_ops import fast_dots, gpu, pytestmark, torch
 from numpy_backend import attend, rotate, softmax, visible
+from paged import mixed_table, places
 
 from gguf_run.formats.errors import OptionError
 from gguf_run.kernels_gpu.attention import launch as attention_launch
 from gguf_run.kernels_gpu.attention.cache import GpuCache, Rows
 from gguf_run.kernels_gpu.attention.cache_types import CACHE_FORMATS
 from gguf_run.models.backend import CacheType, Run
+from gguf_run.models.kv_cache import GROUP
 from gguf_run.models.operands import AttentionShape, Rotation
 from gguf_run.models.ops import Attend, Rope
+from gguf_run.models.pages import PAGE, PageTable
 
 __all__ = ["fast_dots", "pytestmark"]
 PAIRS = (("f16", "bf16"), ("q8_0", "q4_0"), ("q4_0", "int8"), ("int8", "q8_0"), ("fp8_e4m3", "fp8_e5m2"))
@@ -26,10 +29,11 @@ U = 2.0**-11  # the most that one f16 is off, relative
 SIGMAS = 5
 
 
-def stored(rows: Rows, seq: int = 0) -> np.ndarray:
-    """Rows of a sequence as they are stored, without turning them back: float64[n_ctx, n_head_kv, head_dim]."""
-    qs, name = rows.qs[seq].cpu().numpy(), rows.type.name
-    d = None if rows.d is None else rows.d[seq].cpu().numpy().astype(np.float64)
+def stored(table: PageTable, rows: Rows, n: int, seq: int = 0) -> np.ndarray:
+    """The first n rows of a sequence as they are stored, without turning them back: float64[n, n_head_kv, head_dim]."""
+    at = places(table, seq, np.arange(n))
+    qs, name = rows.qs[:, at].cpu().numpy(), rows.type.name
+    d = None if rows.d is None else rows.d[:, at].cpu().numpy().astype(np.float64)
     if name == "q4_0":
         byte = qs.reshape(*qs.shape[:-1], -1, 1, 16)
         codes = np.concatenate([byte & 15, byte >> 4], -2).reshape(*qs.shape[:-1], -1).astype(np.float64) - 8
@@ -111,7 +115,8 @@ class Case:
         n_q, n_kv = (h * shape.head_dim for h in heads[:2])
         if rotation is not None:
             step.add(Rope(qkv.columns(0, n_q + n_kv), rotation, shape.head_dim))
-        self.cache: GpuCache = step.backend.cache(shape, n, max(chunks), n_seq, kind)
+        self.table = mixed_table(n, n_seq, shape.window)
+        self.cache: GpuCache = step.backend.cache(shape, self.table, kind)
         out = step.buffer(n_q)
         logits = step.vector(sinks) if sinks is not None else None
         parts = qkv.columns(0, n_q), qkv.columns(n_q, n_kv), qkv.columns(n_q + n_kv, n_kv)
@@ -124,10 +129,7 @@ class Case:
     def check_rows(self, result: np.ndarray, tokens: np.ndarray, positions: np.ndarray, seq: int = 0) -> None:
         """Rows that a step has made, against float64 with what is stored now."""
         shape, k_rows, v_rows = self.shape, self.cache.k, self.cache.v
-        n, first = positions[-1] + 1, max(0, positions[-1] + 1 - self.cache.n_ctx)
-        k, v = (np.zeros((n, shape.n_head_kv, shape.head_dim)) for _ in "kv")
-        slots = np.arange(first, n) % self.cache.n_ctx
-        k[first:], v[first:] = stored(k_rows, seq)[slots], stored(v_rows, seq)[slots]
+        k, v = (stored(self.table, rows, positions[-1] + 1, seq) for rows in (k_rows, v_rows))
         h, q = hadamard(shape.head_dim), self.turned(self.q[tokens], positions).astype(np.float64)
         q = q @ h if k_rows.rotates else q
         h = h if v_rows.rotates else np.eye(shape.head_dim)
@@ -153,35 +155,36 @@ def test_attention_over_what_is_stored(k: str, v: str, monkeypatch: pytest.Monke
     case = Case(CacheType(k, v, False), AttentionShape(3, 1, 64, 0.2))
     case.check()
     for rows, values in ((case.cache.k, case.k), (case.cache.v, case.v)):
+        held = stored(case.table, rows, len(values))
         if rows.type.name == "bf16":
-            assert (np.abs(stored(rows)[: len(values)] - values) <= 2.0**-8 * np.abs(values)).all()
+            assert (np.abs(held - values) <= 2.0**-8 * np.abs(values)).all()
         else:
             twin = {"f32": np.float32, "f16": np.float16, **TWINS}[rows.type.name]
-            np.testing.assert_array_equal(stored(rows)[: len(values)], twin(values))
+            np.testing.assert_array_equal(held, twin(values))
 
 
 @pytest.mark.parametrize("style", ["norm", "neox"])
 @pytest.mark.parametrize(("k", "v", "head_dim", "n_rot"), [("f16", "q4_0", 96, 40), ("q8_0", "f16", 32, 32)])
 def test_rope_and_rotation(style: str, k: str, v: str, head_dim: int, n_rot: int) -> None:
-    """Both are done by the kernel that appends; a shift turns stored keys."""
+    """Both are done by the kernel that appends; a move turns stored keys."""
     rotation = Rotation(style, n_rot, 1e4 ** -(np.arange(n_rot // 2) / n_rot * 2), 1.3)
     case = Case(CacheType(k, v), AttentionShape(3, 1, head_dim, 0.1), rotation=rotation, chunks=(40, 3, 1))
     case.check()
     assert (case.cache.k.rotates, case.cache.v.rotates) == (k != "f16", v != "f16")
-    before = stored(case.cache.k), stored(case.cache.v)
-    case.cache.shift(0, 44, 0, 32, Rotation(style, n_rot, rotation.inv_freq))
+    keys, values = (stored(case.table, rows, 44) for rows in (case.cache.k, case.cache.v))
+    groups = places(case.table, 0, np.array([0, 32])) // GROUP
+    case.cache.move(groups[1:], groups[:1], Rotation(style, n_rot, rotation.inv_freq), -32)
     h = hadamard(head_dim) if case.cache.k.rotates else np.eye(head_dim)
-    turned = rotate(before[0][32:44] @ h, Rotation(style, n_rot, rotation.inv_freq), np.full(12, -32)) @ h
-    assert error(stored(case.cache.k)[:12], turned) < (0.02 if k == "q8_0" else 1e-3)
-    assert np.array_equal(stored(case.cache.v)[:12], before[1][32:44])
+    turned = rotate(keys[32:] @ h, Rotation(style, n_rot, rotation.inv_freq), np.full(12, -32)) @ h
+    assert error(stored(case.table, case.cache.k, 12), turned) < (0.02 if k == "q8_0" else 1e-3)
+    assert np.array_equal(stored(case.table, case.cache.v, 12), values[32:])
 
 
 @pytest.mark.parametrize(("window", "is_chunked"), [(20, False), (24, True)])
 def test_window_softcap_and_sinks(window: int, is_chunked: bool) -> None:
-    """The ring goes round; a window that ends within a tile; sinks that no score reaches and that all do."""
+    """A window that begins within a page; pages behind the window; sinks that no score reaches and that all do."""
     shape = AttentionShape(2, 1, 32, 0.2, window, 5.0, is_chunked)
     case = Case(CacheType("int8", "q8_0"), shape, sinks=np.array([0.5, 90]), chunks=(1, 50, 50, 40, 1))
-    assert case.cache.n_ctx < sum(case.chunks)
     case.check()
 
 
@@ -190,7 +193,8 @@ def test_static_scales() -> None:
     case = Case(CacheType("fp8_e4m3", "int8", None, scales, scales), AttentionShape(2, 2, 64, 0.1), chunks=(9, 1))
     case.check()
     assert not case.cache.k.rotates
-    assert np.array_equal(case.cache.k.d[0, :, :10, 0].cpu(), np.array(scales, np.float16)[:, None].repeat(10, 1))
+    at = places(case.table, 0, np.arange(10))
+    assert np.array_equal(case.cache.k.d[:, at, 0].cpu(), np.array(scales, np.float16)[:, None].repeat(10, 1))
 
 
 @pytest.mark.parametrize("head_dim", [40, 80])
@@ -198,36 +202,73 @@ def test_head_sizes_that_are_no_powers_of_two(head_dim: int) -> None:
     Case(CacheType("f16", "int8"), AttentionShape(3, 1, head_dim, 0.1), chunks=(10, 1)).check()
     for name in ("q8_0", "q4_0", "f64"):
         with pytest.raises(OptionError, match=f"cache type {name}"):
-            gpu().cache(AttentionShape(1, 1, head_dim, 1.0), 64, 8, 1, CacheType(name, "f16"))
+            gpu().cache(AttentionShape(1, 1, head_dim, 1.0), mixed_table(64), CacheType(name, "f16"))
 
 
-def test_several_sequences() -> None:
-    """Tokens of three sequences in one tile, and one token of each."""
-    case = Case(CacheType("q8_0", "f16"), AttentionShape(4, 2, 32, 0.2), chunks=(20, 3), n_seq=3)
-    runs = [Run(2, 0, 7), Run(0, 0, 9), Run(1, 0, 4)]
-    ids = np.arange(20, dtype=np.int32)
-    result = case.step.program.run(ids, runs, range(20)).values.copy()
+def check_runs(case: Case, runs: Sequence[Run], ids: np.ndarray) -> None:
+    """A step of several sequences."""
+    result = case.step.program.run(ids.astype(np.int32), runs, range(len(ids))).values.copy()
     at = 0
     for seq, n_past, n, *_ in runs:
         case.check_rows(result[at : at + n], ids[at : at + n], n_past + np.arange(n), seq)
         at += n
-    runs = [Run(1, 4, 1), Run(0, 9, 1), Run(2, 7, 1)]
-    result = case.step.program.run(np.arange(20, 23, dtype=np.int32), runs, range(3)).values
-    for i, (seq, position, *_) in enumerate(runs):
-        case.check_rows(result[i], np.array([20 + i]), np.array([position]), seq)
+
+
+def test_several_sequences() -> None:
+    """Tiles of tokens of one sequence each; one token of each sequence, more of them than a graph has."""
+    case = Case(CacheType("q8_0", "f16"), AttentionShape(4, 2, 32, 0.2), chunks=(48, 12), n_seq=12)
+    check_runs(case, [Run(2, 0, 7), Run(11, 0, 37), Run(4, 0, 4)], np.arange(48))
+    check_runs(case, [Run(4, 4, 1), Run(11, 37, 1), Run(2, 7, 1)], np.arange(48, 51))
+    alone = [Run(seq, 0, 1) for seq in (0, 1, 3, 5, 6, 7, 8, 9)]
+    check_runs(case, [*alone[:4], Run(11, 38, 2), Run(4, 5, 1), *alone[4:]], np.arange(49, 60))
+
+
+def test_sequences_that_share_pages() -> None:
+    """The rows of a table that change between steps; a copy of a page that goes on in another way."""
+    case = Case(CacheType("f16", "q8_0", False), AttentionShape(4, 2, 64, 0.1), chunks=(80, 30), n_seq=3)
+    table = case.table
+    check_runs(case, [Run(0, 0, 80)], np.arange(80))
+    free = sorted({*range(table.n_pages)} - {*table.pages[0].tolist()})
+    case.cache.copy(int(table.pages[0, 1]), free[0])
+    table.pages[2], table.pages[1] = [table.pages[0, 0], free[0]], [table.pages[0, 0], free[1]]
+    table.versions[[1, 2]] += 1
+    check_runs(case, [Run(2, 75, 1), Run(0, 80, 2), Run(1, 64, 20)], np.arange(80, 103))
+    assert np.array_equal(*(stored(table, case.cache.k, 75, seq) for seq in (0, 2)))
+
+
+def test_pages_behind_the_window_are_not_read() -> None:
+    """Another sequence may have them: what is there is no number."""
+    case = Case(CacheType("f32", "f16"), AttentionShape(2, 1, 32, 0.2, window=40), chunks=(110, 12), n_seq=1)
+    case.check()
+    chunks = ((1, 102), (1, 103), (12, 103))  # the window of position 103 begins with a page
+    before = [case.step.run(n, n_past, 110) for n, n_past in chunks]
+    for rows in (case.cache.k, case.cache.v):
+        rows.qs[:, places(case.table, 0, np.arange(PAGE))] = 255
+    after = [case.step.run(n, n_past, 110) for n, n_past in chunks]
+    assert [np.array_equal(*pair) for pair in zip(before, after, strict=True)] == [False, True, True]
 
 
 @pytest.mark.parametrize("name", CACHE_FORMATS)
-def test_what_is_read_can_be_written(name: str) -> None:
-    cache: GpuCache = gpu().cache(AttentionShape(2, 2, 64, 1.0, window=50), 1000, 14, 2, CacheType(name, name))
-    assert cache.n_ctx == 128
+def test_groups_that_are_read_written_copied_and_moved(name: str) -> None:
+    cache: GpuCache = gpu().cache(AttentionShape(2, 2, 64, 1.0), mixed_table(128), CacheType(name, name))
     rng = np.random.default_rng(1)
     for plane in cache.k.planes:
         shape = plane.view(torch.uint8).shape
         plane.view(torch.uint8)[:] = torch.from_numpy(rng.integers(0, 100, shape, np.uint8)).to(plane.device)
-    data = cache.read(0, "k", 2, 6)
-    assert cache.write(1, "k", 6, data[1:]) is None
-    assert cache.write(1, "k", 6, data) == 2
-    for plane in cache.k.planes:
-        assert torch.equal(plane[0], plane[1])
-    cache.copy(0, 1, 50)
+
+    def planes() -> list[np.ndarray]:
+        """The groups of each plane: [2, 10, 32, elements]."""
+        return [plane.cpu().numpy().reshape(2, 10, GROUP, -1) for plane in cache.k.planes]
+
+    before = [plane.copy() for plane in planes()]
+    source = np.array([7, 3, 4])
+    data = cache.read("k", source)
+    assert len(data) == 3 * cache.group_bytes("k")
+    cache.write("k", np.array([0, 9]), data)  # the last two of three
+    cache.copy(1, 3)
+    for old, new in zip(before, planes(), strict=True):
+        assert np.array_equal(new[:, [0, 9, 6, 7, 8]], old[:, [3, 4, 2, 3, 8]])
+    cache.move(np.array([1, 2, 3]), np.array([2, 3, 5]), None, 0)
+    for old, new in zip(before, planes(), strict=True):
+        assert np.array_equal(new[:, [1, 2, 3, 5, 4]], old[:, [1, 1, 2, 3, 4]])
+    cache.write("k", source[:0], cache.read("k", source[:0]))

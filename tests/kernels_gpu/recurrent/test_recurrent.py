@@ -10,7 +10,6 @@ from gpu_ops import fast_dots, gpu, pytestmark, use_tuning
 from recurrent_ops import check, delta_rule, scan, short_conv
 
 from gguf_run.kernels_gpu import program
-from gguf_run.kernels_gpu.attention import launch as attention_launch
 
 __all__ = ["fast_dots", "pytestmark"]
 # Runs of a few tokens, which a captured graph must serve whatever they are, and of more.
@@ -44,7 +43,6 @@ def test_scan(n_head: int, head_dim: int, n_group: int, n_state: int, in_place: 
 def test_layers_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mamba 2 and attention. Products of few tokens, which take the interpreter seconds, run as those of many."""
     pytest.importorskip("transformers")
-    monkeypatch.setattr(attention_launch, "FEW", 1)
     monkeypatch.setattr(program, "FEW", 0)
     use_tuning(monkeypatch, tile=(256, 16))
     config = {
