@@ -89,20 +89,25 @@ class KvCache:
 
     def room(self, counts: Mapping[int, int]) -> bool:
         """Return whether there are pages for a step that appends tokens, {seq: how many}."""
-        return all(self._needs(pool, counts, copies=False) <= len(pool.free) for pool in self.groups)
+        return all(self._fits(pool, counts, copies=False) for pool in self.groups)
 
-    def _needs(self, pool: Pool, counts: Mapping[int, int], *, copies: bool) -> int:
-        """Return how many pages a step takes. copies: a page that only the index has too is copied, not forgotten."""
+    def _fits(self, pool: Pool, counts: Mapping[int, int], *, copies: bool) -> bool:
+        """Return whether a step finds its pages. copies: a page that only the index has too is copied as well."""
+        if self.tables[pool.number].window:
+            for seq in counts:
+                self._release_behind(seq, pool)
+        n_free = len(pool.free)
+        if n_free >= sum(counts.values()) // PAGE + 3 * len(counts):  # as mostly, and quick: no sequence needs more
+            return True
         n_pages = 0
         for seq, n in counts.items():
-            self._release_behind(seq, pool)
             slot = self.slots[seq]
             pages = slot.pages[pool.number]
             n_pages += -(-(slot.n_past + n) // PAGE) - len(pages)
             if slot.n_past % PAGE:
                 page = pages[-1]
                 n_pages += pool.uses[page] > 1 or (copies and pool.nodes[page] is not None)
-        return n_pages
+        return n_pages <= n_free
 
     def begin(self, counts: Mapping[int, int]) -> list[Run]:
         """Return the runs of a step that appends tokens, {seq: how many}. The tokens count only after `end`.
@@ -115,18 +120,20 @@ class KvCache:
                 "tokens are free; give it more (--cache-ram) or run fewer sequences at once"
             )
         for pool in self.groups:
-            copies = self._needs(pool, counts, copies=True) <= len(pool.free)
+            copies = self._fits(pool, counts, copies=True)
             for seq, n in counts.items():
                 slot = self.slots[seq]
                 pages = slot.pages[pool.number]
-                if slot.n_past % PAGE:
+                if slot.n_past % PAGE and (pool.uses[pages[-1]] > 1 or pool.nodes[pages[-1]] is not None):
                     self.own(seq, pool, slot.n_past // PAGE, copies=copies)
                 while len(pages) * PAGE < slot.n_past + n:
                     self.set_page(seq, pool, len(pages), pool.take(pages[-1] if pages else NO_PAGE))
         return [self._run(seq, self.slots[seq], n) for seq, n in counts.items()]
 
     def _run(self, seq: int, slot: Slot, n: int) -> Run:
-        if self.has_states and slot.writes == NO_PAGE:  # an interrupted step has left its slot
+        if not self.has_states:
+            return Run(seq, slot.n_past, n, slot.is_long)
+        if slot.writes == NO_PAGE:  # an interrupted step has left its slot
             slot.writes = self.pools[-1].take()
         writes = max(0, slot.writes)
         return Run(seq, slot.n_past, n, slot.is_long, slot.states.get(slot.n_past, int(not writes)), writes)
@@ -182,10 +189,12 @@ class KvCache:
             if self.has_states:
                 slot.states[slot.n_past], slot.writes = slot.writes, NO_PAGE
                 slot.n_prompt = slot.n_past if n >= _PROMPT else slot.n_prompt
-            self._add_to_index(seq, slot)
-            kept = slot.n_past, slot.n_prompt, n_past if n > 1 else 0  # drafts may be taken back
-            for old in [old for old in slot.states if old not in kept]:
-                self.pools[-1].release(slot.states.pop(old))
+            if len(slot.nodes) < slot.n_past // PAGE:
+                self._add_to_index(seq, slot)
+            if slot.states:
+                kept = slot.n_past, slot.n_prompt, n_past if n > 1 else 0  # drafts may be taken back
+                for old in [old for old in slot.states if old not in kept]:
+                    self.pools[-1].release(slot.states.pop(old))
             at += n
 
     def _add_to_index(self, seq: int, slot: Slot) -> None:

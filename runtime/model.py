@@ -219,13 +219,13 @@ class Model:
         """
         from gguf_run.runtime.engine.embed import embed
 
-        return embed(self.decoder, self._turns, self.tokenizer, texts, pooling, normalize)
+        return embed(self.engine, self.tokenizer, texts, pooling, normalize)
 
     def rank(self, query: str, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return the probabilities f32[number of texts] that texts answer a query, by a reranker (Qwen3-Reranker)."""
         from gguf_run.runtime.engine.embed import rank
 
-        return rank(self.decoder, self._turns, self.tokenizer, query, texts)
+        return rank(self.engine, self.tokenizer, query, texts)
 
     def reset(self) -> None:
         """Empty the context: the next text is computed as after loading, bit for bit."""

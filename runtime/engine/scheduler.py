@@ -36,22 +36,36 @@ class Scheduler:
         wanted: jobs that may run, in the order in which they came. jobs: all that have no end yet.
         """
         self.share = max(_LEAST_SHARE, self.share - (_MOST_SHARE - _LEAST_SHARE) / _SHARE_STEPS)
-        rows, counts = self._rows, dict[Job, int]()
-        prompts, n_room = [], self._n_batch
+        rows, slots, n_room = self._rows, self._rows.cache.slots, self._n_batch
+        counts, prompts, waiting = dict[Job, int](), list[Job](), list[Job]()
         for job in wanted:
-            if job.row >= 0 and rows.n_left(job) > SHORT:
+            if job.row < 0:
+                waiting.append(job)
+                continue
+            n_past = slots[job.row].n_past
+            n = len(job.ids) - n_past
+            if n > SHORT:
                 prompts.append(job)
-            elif job.row >= 0 and n_room:
-                counts[job] = n = rows.chunk(job, min(SHORT, n_room))
+            elif n_room:
+                counts[job] = n = 1 if n == 1 and n_past < rows.cache.n_ctx else rows.chunk(job, min(SHORT, n_room))
                 n_room -= n
         was_full = self._make_pages(counts, jobs)
-        is_timed = any(job.n_chosen for job in counts)
         self._note(counts)
+        if prompts or (waiting and not was_full):
+            self._add_prompts(counts, prompts, [] if was_full else waiting, jobs, n_room)
+            self._note(counts)
+        return counts
+
+    def _add_prompts(
+        self, counts: dict[Job, int], prompts: list[Job], waiting: list[Job], jobs: Sequence[Job], n_room: int
+    ) -> None:
+        """Add parts of prompts to a step, as long as its time, its pages and its n_room tokens last."""
+        rows = self._rows
+        is_timed = any(job.n_chosen for job in counts)
         ms = self._max_step_ms - self.cost.predict(*self._planned)
         n_prompt = n_partial = 0
-        for job in self._prompts(prompts, wanted, jobs, was_full):
-            n_past = rows.cache.slots[job.row].n_past
-            most = n_room
+        for job in self._prompts(prompts, waiting, jobs):
+            n_past, most = rows.cache.slots[job.row].n_past, n_room
             if is_timed:
                 fitting = self.cost.chunk(ms, n_past)
                 most = min(most, fitting if n_prompt else max(MIN_CHUNK, fitting))
@@ -66,8 +80,6 @@ class Scheduler:
             n_partial += rows.n_left(job) > n
             if n_partial == _MOST_PARTIAL:
                 break
-        self._note(counts)
-        return counts
 
     def _note(self, counts: dict[Job, int]) -> None:
         """Note what the cost model needs to know of a step."""
@@ -81,18 +93,15 @@ class Scheduler:
                 n_answers += n
         self._planned = n_answers, n_prompt, n_read
 
-    def _prompts(
-        self, running: Sequence[Job], wanted: Sequence[Job], jobs: Sequence[Job], was_full: bool
-    ) -> Iterator[Job]:
+    def _prompts(self, running: Sequence[Job], waiting: Sequence[Job], jobs: Sequence[Job]) -> Iterator[Job]:
         """Yield the jobs whose prompts run: first those that have a row. The others get one when it is their turn."""
         order = sorted(running, key=self._order)
         yield from order
-        if was_full or not (any(row.job is None for row in self._rows.all) or self._idle(jobs)):
+        if not (any(row.job is None for row in self._rows.all) or self._idle(jobs)):
             return
-        waiting = sorted((job for job in wanted if job.row < 0), key=self._order)
-        for job in waiting[:_LOOKED_AT]:
+        for job in sorted(waiting, key=self._order)[:_LOOKED_AT]:
             if not self._is_behind(job, order):
-                if not self._admit(job, wanted, jobs):
+                if not self._admit(job, jobs):
                     return
                 order.append(job)
                 yield job
@@ -111,13 +120,13 @@ class Scheduler:
                 return True
         return False
 
-    def _admit(self, job: Job, wanted: Sequence[Job], jobs: Sequence[Job]) -> bool:
+    def _admit(self, job: Job, jobs: Sequence[Job]) -> bool:
         """Give a waiting job a row, if there are pages for it. Return whether it has got one.
 
         The running jobs keep pages for a part of what they may still say, and one page each.
         """
         rows, pool = self._rows, self._rows.cache.groups[0]
-        is_first = not any(other.row >= 0 for other in wanted)
+        is_first = not any(other.row >= 0 and other.read_at == rows.n_steps for other in jobs)
         if not is_first and len(pool.free) < job.n_wanted and not any(row.left_at >= 0 for row in rows.all):
             return False
         if not rows.place(job):
