@@ -220,7 +220,7 @@ class Engine:
             chosen = [(job, error) for job in counts or wanted]
             for job, _ in chosen:
                 rows.clear(rows.park(job))
-        texts = [(job, self._take(job, id) if isinstance(id, int) else id) for job, id in chosen]
+        texts = [(job, job.take(id, rows.cache.n_ctx) if isinstance(id, int) else id) for job, id in chosen]
         end = self.clock()
         for job in counts:
             job.count(start, end)
@@ -290,19 +290,6 @@ class Engine:
             self._chooser = self._chooser or self._many()
             return [*chosen, *zip(ready, choose(self._chooser, ready, logits), strict=True)]
         return chosen + [(job, _sampled(job, logits[i])) for i, job in enumerate(ready)]
-
-    def _take(self, job: Job, id: int) -> str | Exception:
-        """Take the token of a job; return the text that is complete with it."""
-        n_ctx = None if job.request.context_shift else self.rows.cache.n_ctx
-        try:
-            text = job.take(id, n_ctx)
-            if job.request.constraint is not None and not job.finish:
-                job.request.constraint.accept(id)
-                for forced in job.request.constraint.forced():
-                    text += "" if job.finish else job.take(forced, n_ctx)
-            return text
-        except Exception as error:
-            return error
 
 
 def _sampled(job: Job, logits: "NDArray[float32] | Candidates") -> int | Exception:

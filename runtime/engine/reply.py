@@ -120,8 +120,12 @@ class Reply:
         text = self._stream.push(id)
         if self._stop is not None:
             text = self._stop.push(text)
-        if reason := self._reason(is_full):
-            return self.end(reason, text)
+            if self._stop.found:
+                return self.end("stop", text)
+        if len(self.tokens) == self.max_tokens:
+            return self.end("length", text)
+        if is_full:
+            return self.end("context", text)
         self._texts.append(text)
         return text
 
@@ -147,10 +151,3 @@ class Reply:
         sampler = self.sampler
         text, ids, logprobs = "".join(self._texts), tuple(self.tokens), tuple(sampler.logprobs)
         return Answer(text, self.finish, len(self.ids), ids, sampler.seed, logprobs)
-
-    def _reason(self, is_full: bool) -> str:
-        if self._stop is not None and self._stop.found:
-            return "stop"
-        if len(self.tokens) == self.max_tokens:
-            return "length"
-        return "context" if is_full else ""

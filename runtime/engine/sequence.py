@@ -80,13 +80,26 @@ class Job:
         """Tokens chosen after the first one, the end of the answer included."""
         return max(0, self.n_chosen - 1)
 
-    def take(self, id: int, n_ctx: int | None) -> str:
-        """Take the next token; return the text that is complete with it. n_ctx: a full context ends the text."""
-        text = self.reply.take(id, len(self.ids) == n_ctx)
-        self.n_chosen += 1
-        if not self.reply.finish:
-            self.ids.append(id)
-        return text
+    def take(self, id: int, n_ctx: int) -> str | Exception:
+        """Take the next token; return the text that is complete with it, or why it cannot be taken.
+
+        n_ctx: a full context ends the text, unless it can be shifted.
+        """
+        reply, constraint = self.reply, self.request.constraint
+        try:
+            text = reply.take(id, len(self.ids) == n_ctx and not self.request.context_shift)
+            self.n_chosen += 1
+            if not reply.finish:
+                self.ids.append(int(id))
+                if constraint is not None:
+                    constraint.accept(id)
+                    for forced in constraint.forced():
+                        if not reply.finish:
+                            text += reply.take(forced, len(self.ids) == n_ctx and not self.request.context_shift)
+                            self.ids.append(forced)
+            return text
+        except Exception as error:  # the others go on
+            return error
 
     def count(self, start: float, end: float) -> None:
         """Count the seconds of a step that ran tokens of the job, after `take`."""
