@@ -80,18 +80,6 @@ def survey(x, n, maxima):
 
 
 @njit
-def first_of(x, n, maxima, value):
-    """The id of the first logit that is `value`, the largest one."""
-    values, best, block = f32_at(x, n), f32_at(maxima, n_blocks(n)), 0
-    while best[block] != value:
-        block += 1
-    id = block * BLOCK
-    while values[id] != value:
-        id += 1
-    return id
-
-
-@njit
 def exp_sums(x, n, divisor, shift, low, sums):
     """Sum exp(value / divisor - shift) over the values of each block from `low` up: f32[n_blocks(n)] at `sums`.
 
