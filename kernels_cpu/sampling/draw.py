@@ -45,18 +45,17 @@ def near_end(x, n, maxima, most, top_p, total, sums, keys):
     """
     # All logits below this one have less than 1 - top_p together. The rest is for rounding.
     low = max(np.float32(LOWEST), most + np.float32(math.log((1 - top_p) * total / n) - 1))
-    high, above, count, limit = np.float32(np.inf), 0.0, n, np.int64(EXACT)
-    for round in range(_ROUNDS):
+    high, above, held = np.float32(np.inf), 0.0, total  # held: the sum from `low` up
+    for _ in range(_ROUNDS):
         middle = low + (min(high, most) - low) / np.float32(2)
         mass = exp_sums(x, n, np.float32(1), most, middle, sums)
         if mass >= top_p * total:
-            low = middle
+            low, held = middle, mass
         else:
             high, above = middle, mass
-        count = gather(x, n, maxima, low, high, limit if round < _ROUNDS - 1 else n, keys)
-        if count <= limit:
+        if held - above < EXACT * math.exp(low - most):  # none weighs less
             break
-    return count, above
+    return gather(x, n, maxima, low, high, n, keys), above
 
 
 @njit
