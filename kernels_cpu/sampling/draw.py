@@ -60,13 +60,18 @@ def near_end(x, n, maxima, most, top_p, total, sums, keys):
 
 @njit
 def drop(x, n, low, last, target):
-    """Copy the logits to `target`, with -inf for those below `low`, and for equals of that of id `last` behind it."""
+    """Copy the logits to `target`, with -inf for those below `low`, and for equals of that of id `last` behind it.
+
+    last: n if there is no such id.
+    """
     values, kept = f32_at(x, n), f32_at(target, n)
     for i in range(n):
         kept[i] = values[i] if values[i] >= low else np.float32(-np.inf)
-    for i in range(last + 1, n):
-        if values[i] == values[last]:
-            kept[i] = -np.inf
+    if last < n:
+        equal = values[last]
+        for i in range(last + 1, n):
+            if values[i] == equal:
+                kept[i] = -np.inf
 
 
 @njit

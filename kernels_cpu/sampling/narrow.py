@@ -125,11 +125,7 @@ def gather(x, n, maxima, low, high, most, keys):
     count = 0
     for block in range(len(best)):
         if best[block] >= low and count <= most:
-            first, end = block * BLOCK, min(n, (block + 1) * BLOCK)
-            inside = 0  # first counted, which is quick
-            for i in range(first, end):
-                inside += (values[i] >= low) & (values[i] < high)
-            for i in range(first, end if inside else first):
+            for i in range(block * BLOCK, min(n, (block + 1) * BLOCK)):
                 keys[count] = key_of(bits[i], i)
                 count += (values[i] >= low) & (values[i] < high)
     return count
