@@ -40,7 +40,7 @@ class CpuBackend:
     def __init__(self, n_threads: int) -> None:
         self.n_threads, self.tuning = n_threads, isa.Tuning()
         self._tapes: weakref.WeakSet[Tape] = weakref.WeakSet()
-        self._team = Team(n_threads)
+        self.team = Team(n_threads)  # runs programs; between two steps it may do other work
         self._executor = ThreadPoolExecutor(n_threads, "repack")
         self._repacking: deque[Future[None]] = deque()
         self._arena = Arena()
@@ -125,7 +125,7 @@ class CpuBackend:
         self.wait()
         tape.tune(self.tuning)
         self._tapes.add(tape)
-        return CpuProgram(self._team, tape, ends, result)
+        return CpuProgram(self.team, tape, ends, result)
 
     def tune(self, tuning: isa.Tuning) -> None:
         """Give the kernels numbers of this machine. No program may run meanwhile."""
@@ -148,7 +148,7 @@ class CpuBackend:
 
     def close(self) -> None:
         """Stop the threads. Programs of this backend cannot run any more."""
-        self._team.close()
+        self.team.close()
         self._executor.shutdown(cancel_futures=True)
 
 
