@@ -17,6 +17,7 @@ from gguf_run.models.stages import Placed, build, cache_layers
 from gguf_run.models.step import Observed
 
 if TYPE_CHECKING:
+    from gguf_run.models.adapted_step import Adapters
     from gguf_run.models.protocol import AnyBackend
 
 
@@ -42,6 +43,7 @@ class Decoder:
         observe: bool = False,
         embedding: "AnyBackend | None" = None,
         experts: "Sequence[AnyBackend] | None" = None,
+        adapters: "Adapters | None" = None,
     ) -> None:
         """Load the weights and make the programs.
 
@@ -57,6 +59,7 @@ class Decoder:
             logits are wanted.
         embedding: the backend that looks up the embeddings; None: the first layer's.
         experts: one backend for the experts of each layer; None: the backends of the layers.
+        adapters: for n_seq sequences. Their `scales` may change between steps.
 
         Raises GgufRunError for sizes below 1, and the backends' errors.
         """
@@ -69,7 +72,7 @@ class Decoder:
         pairs = enumerate(zip(experts or backends, backends, strict=True))
         experts = [others if config.layers[il].has_experts else own for il, (others, own) in pairs]
         placed = Placed(backends, experts, embedding or backends[0])
-        self.config, self.n_ctx = config, n_ctx
+        self.config, self.n_ctx, self.adapters = config, n_ctx, adapters
         self.backends = (*backends, *experts)
         self._backends = {id(backend): backend for backend in (placed.embedding, *self.backends)}
         self.observed = [] if observe else None
@@ -78,9 +81,8 @@ class Decoder:
         kinds = cache_types or [CacheType()] * config.n_layer
         layers = cache_layers(config, tensors, backends, kinds, n_ctx, n_batch, n_seq)
         self.cache = KvCache(layers, n_ctx, n_seq)
-        self._stages = build(
-            config, tensors, placed, layers, n_batch, n_outputs, progress or (lambda n_bytes: None), self.observed
-        )
+        progress = progress or (lambda n_bytes: None)
+        self._stages = build(config, tensors, placed, layers, n_batch, n_outputs, progress, self.observed, adapters)
         self._program = self._stages[-1].program  # makes the logits
 
     @property

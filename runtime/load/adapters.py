@@ -1,0 +1,51 @@
+"""Opens the adapters that LoadOptions.lora names, for a model that is about to be loaded."""
+
+import math
+import os
+from collections.abc import Sequence
+
+from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.formats.gguf.reader import GGUFFile
+from gguf_run.models.adapted_step import Adapters
+from gguf_run.models.adapters import read_adapter
+from gguf_run.runtime.load.options import Lora
+
+
+def with_scales(given: Sequence[Lora]) -> dict[str, float]:
+    """Return the scales of adapters by path. given: "FILE", "FILE:SCALE" or (FILE, SCALE).
+
+    Raises OptionError for a scale that is not finite, and for a file that is named twice.
+    """
+    found: dict[str, float] = {}
+    for one in given:
+        path, scale = one if isinstance(one, tuple) else _split(os.fspath(one))
+        path = os.fspath(path)
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise OptionError(f"--lora {path}: the scale is {scale!r}; allowed are finite numbers")
+        if path in found:
+            raise OptionError(f"--lora {path}: is given twice: name it once, with one scale")
+        found[path] = float(scale)
+    return found
+
+
+def _split(text: str) -> tuple[str, float]:
+    """Take the scale off the end of FILE:SCALE. It is 1 if there is none."""
+    path, colon, number = text.rpartition(":")
+    try:
+        return (path, float(number)) if colon and path else (text, 1.0)
+    except ValueError:  # a colon of the path
+        return text, 1.0
+
+
+def open_adapters(file: GGUFFile, given: Sequence[Lora], n_seq: int) -> Adapters:
+    """Return the adapters for a model, and n_seq sequences.
+
+    Raises OptionError for a file that is no adapter, or none for this model.
+    """
+    arch, loaded = str(file.metadata["general.architecture"]), []
+    for path, scale in with_scales(given).items():
+        try:
+            loaded.append((read_adapter(path, GGUFFile.open(path), arch, file.tensors), scale))
+        except GgufRunError as error:
+            raise OptionError(f"--lora {error}") from error
+    return Adapters(loaded, n_seq)

@@ -1,0 +1,70 @@
+"""Writes adapters for tiny models, with random values; the gguf package writes the files."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from tinymodel import Tiny, quantize, random_weights, vocabulary
+
+ALPHA = 12.0
+
+
+def random_pairs(
+    tiny: Tiny, ranks: Mapping[str, int], seed: int = 0, type: str = "F32"
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return a and b, [rank, n_in] and [n_out, rank], by the name of the model's tensor, as `type` can hold them.
+
+    ranks: by the last part of a tensor's name ("attn_q"), for all layers.
+    """
+    rng, pairs = np.random.default_rng(seed), {}
+    for name, w in random_weights(tiny, len(vocabulary(tiny)["tokens"])).items():
+        if w.ndim == 2 and (rank := ranks.get(name.split(".")[-2], 0)):
+            a, b = rng.standard_normal((rank, w.shape[1])) / 16, rng.standard_normal((w.shape[0], rank)) / 4
+            pairs[name] = as_type(a, type), as_type(b, type)
+    return pairs
+
+
+def as_type(values: np.ndarray, type: str) -> np.ndarray:
+    values = values.astype(np.float32)
+    return gguf.quants.dequantize(quantize(values, type), gguf.GGMLQuantizationType[type]).astype(np.float32)
+
+
+def write_adapter(
+    path: Path,
+    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    arch: str = "llama",
+    type: str = "F32",
+    alpha: float | None = ALPHA,
+    **metadata: Any,
+) -> Path:
+    """Write a GGUF adapter. metadata: "type" and "adapter_type" replace what an adapter has."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_type(metadata.get("type", "adapter"))
+    writer.add_string("adapter.type", metadata.get("adapter_type", "lora"))
+    if alpha is not None:
+        writer.add_float32("adapter.lora.alpha", alpha)
+    for name, halves in pairs.items():
+        for end, half in zip(("lora_a", "lora_b"), halves, strict=True):
+            blocks = quantize(half.astype(np.float32), type)
+            raw = None if type in ("F32", "F16") else gguf.GGMLQuantizationType[type]
+            writer.add_tensor(f"{name}.{end}", blocks, raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def merged(
+    tiny: Tiny, added: Mapping[float, Mapping[str, tuple[np.ndarray, np.ndarray]]], alpha: float = ALPHA
+) -> dict[str, np.ndarray]:
+    """Return the model's weights with adapters added, computed in float64. added: pairs by their scale."""
+    weights = random_weights(tiny, len(vocabulary(tiny)["tokens"])) | dict(tiny.tensors)
+    changed = {}
+    for scale, pairs in added.items():
+        for name, (a, b) in pairs.items():
+            w = changed.get(name, weights[name].astype(np.float64))
+            changed[name] = w + scale * alpha / len(a) * b.astype(np.float64) @ a.astype(np.float64)
+    return {name: values.astype(np.float32) for name, values in changed.items()}
