@@ -1,11 +1,12 @@
 """How strongly each sequence uses each adapter: data that a step reads, so that one program serves all mixtures."""
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
 
 from gguf_run.formats.errors import OptionError
+
+MOST = 1e6  # the largest scale
 
 
 class AdapterScales:
@@ -24,14 +25,16 @@ class AdapterScales:
 
         scales: by the name of the adapter. Adapters that are not named are not used. None: the defaults.
 
-        Raises OptionError for an adapter that is not loaded, and for a scale that is not finite.
+        Raises OptionError for an adapter that is not loaded, and for a scale that is not allowed.
         """
         scales = self._defaults if scales is None else scales
         for name, scale in scales.items():
             if name not in self._defaults:
                 loaded = ", ".join(self._defaults)
                 raise OptionError(f"adapter {name} is not loaded (--lora): choose among {loaded}")
-            if not math.isfinite(np.float32(scale)):
-                raise OptionError(f"adapter {name} has the scale {scale}: allowed are finite numbers")
+            if not isinstance(scale, int | float) or not abs(scale) <= MOST:
+                raise OptionError(
+                    f"adapter {name} has the scale {scale}; allowed are numbers from {-MOST:g} to {MOST:g}"
+                )
         self.values[seq] = [scales.get(name, 0.0) for name in self._defaults]
         self.version += 1

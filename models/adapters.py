@@ -6,7 +6,6 @@ The tensors are `<tensor of the model>.lora_a`, [n_in, rank], and `.lora_b`, [ra
 al., 2021, arXiv:2106.09685.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.reader import GGUFFile, Tensor
+from gguf_run.models.adapter_scales import MOST
 
 _ENDS = (".lora_a", ".lora_b")
 
@@ -58,8 +58,9 @@ def adapter_kind(file: GGUFFile) -> tuple[str, float]:
         shown = quoted(str(type_)) if type_ != "lora" else "activated LoRA (alora)"
         raise UnsupportedError(f"{file.path}: is an adapter of the type {shown}: only plain lora is known")
     alpha = keys.get("adapter.lora.alpha", 0.0)
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise FormatError(f"{file.path}: adapter.lora.alpha is {quoted(str(alpha))}, must be a finite number")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= MOST:
+        allowed = f"a number from {-MOST:g} to {MOST:g}"
+        raise FormatError(f"{file.path}: adapter.lora.alpha is {quoted(str(alpha))}, must be {allowed}")
     return str(arch), float(alpha)
 
 

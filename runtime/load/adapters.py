@@ -1,6 +1,5 @@
 """Opens the adapters that LoadOptions.lora names, for a model that is about to be loaded."""
 
-import math
 import os
 from collections.abc import Sequence
 
@@ -14,17 +13,15 @@ from gguf_run.runtime.load.options import Lora
 def with_scales(given: Sequence[Lora]) -> dict[str, float]:
     """Return the scales of adapters by path. given: "FILE", "FILE:SCALE" or (FILE, SCALE).
 
-    Raises OptionError for a scale that is not finite, and for a file that is named twice.
+    Raises OptionError for a file that is named twice.
     """
     found: dict[str, float] = {}
     for one in given:
         path, scale = one if isinstance(one, tuple) else _split(os.fspath(one))
         path = os.fspath(path)
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-            raise OptionError(f"--lora {path}: the scale is {scale!r}; allowed are finite numbers")
         if path in found:
             raise OptionError(f"--lora {path}: is given twice: name it once, with one scale")
-        found[path] = float(scale)
+        found[path] = scale
     return found
 
 

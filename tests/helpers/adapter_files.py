@@ -11,6 +11,12 @@ from tinymodel import Tiny, quantize, random_weights, vocabulary
 ALPHA = 12.0
 
 
+def weights_of(tiny: Tiny) -> dict[str, np.ndarray]:
+    """The weights that write_tiny writes, before they get the types of the file."""
+    weights = random_weights(tiny, len(vocabulary(tiny)["tokens"])) | dict(tiny.tensors)
+    return {name: values for name, values in weights.items() if values is not None}
+
+
 def random_pairs(
     tiny: Tiny, ranks: Mapping[str, int], seed: int = 0, type: str = "F32"
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -19,7 +25,7 @@ def random_pairs(
     ranks: by the last part of a tensor's name ("attn_q"), for all layers.
     """
     rng, pairs = np.random.default_rng(seed), {}
-    for name, w in random_weights(tiny, len(vocabulary(tiny)["tokens"])).items():
+    for name, w in weights_of(tiny).items():
         if w.ndim == 2 and (rank := ranks.get(name.split(".")[-2], 0)):
             a, b = rng.standard_normal((rank, w.shape[1])) / 16, rng.standard_normal((w.shape[0], rank)) / 4
             pairs[name] = as_type(a, type), as_type(b, type)
@@ -39,14 +45,14 @@ def write_adapter(
     alpha: float | None = ALPHA,
     **metadata: Any,
 ) -> Path:
-    """Write a GGUF adapter. metadata: "type" and "adapter_type" replace what an adapter has."""
+    """Write a GGUF adapter. metadata: "general_type" and "adapter_type" replace what an adapter has."""
     writer = gguf.GGUFWriter(path, arch)
-    writer.add_type(metadata.get("type", "adapter"))
+    writer.add_string("general.type", metadata.get("general_type", "adapter"))
     writer.add_string("adapter.type", metadata.get("adapter_type", "lora"))
     if alpha is not None:
         writer.add_float32("adapter.lora.alpha", alpha)
     for name, halves in pairs.items():
-        for end, half in zip(("lora_a", "lora_b"), halves, strict=True):
+        for end, half in zip(("lora_a", "lora_b"), halves, strict=False):  # one may be missing
             blocks = quantize(half.astype(np.float32), type)
             raw = None if type in ("F32", "F16") else gguf.GGMLQuantizationType[type]
             writer.add_tensor(f"{name}.{end}", blocks, raw_dtype=raw)
@@ -61,8 +67,7 @@ def merged(
     tiny: Tiny, added: Mapping[float, Mapping[str, tuple[np.ndarray, np.ndarray]]], alpha: float = ALPHA
 ) -> dict[str, np.ndarray]:
     """Return the model's weights with adapters added, computed in float64. added: pairs by their scale."""
-    weights = random_weights(tiny, len(vocabulary(tiny)["tokens"])) | dict(tiny.tensors)
-    changed = {}
+    weights, changed = weights_of(tiny), dict[str, np.ndarray]()
     for scale, pairs in added.items():
         for name, (a, b) in pairs.items():
             w = changed.get(name, weights[name].astype(np.float64))
