@@ -48,20 +48,18 @@ def adapter_kind(file: GGUFFile) -> tuple[str, float]:
     Raises FormatError and UnsupportedError for a file that holds no LoRA adapter.
     """
     keys: Mapping[str, Any] = file.metadata
-    kind, arch, type_ = (
-        keys.get(key, default)
-        for key, default in (("general.type", "model"), ("general.architecture", None), ("adapter.type", None))
-    )
+    names = ("general.type", "general.architecture", "adapter.type")
+    kind, arch, type_ = (str(keys.get(name, "not given")) for name in names)  # damaged files have arrays here
     if kind != "adapter":
-        raise FormatError(f"{file.path}: is not an adapter: its general.type is {quoted(str(kind))}")
+        raise FormatError(f"{file.path}: is not an adapter: its general.type is {quoted(kind)}")
     if type_ != "lora" or "adapter.alora.invocation_tokens" in keys:
-        shown = quoted(str(type_)) if type_ != "lora" else "activated LoRA (alora)"
+        shown = quoted(type_) if type_ != "lora" else "activated LoRA (alora)"
         raise UnsupportedError(f"{file.path}: is an adapter of the type {shown}: only plain lora is known")
     alpha = keys.get("adapter.lora.alpha", 0.0)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= MOST:
         allowed = f"a number from {-MOST:g} to {MOST:g}"
         raise FormatError(f"{file.path}: adapter.lora.alpha is {quoted(str(alpha))}, must be {allowed}")
-    return str(arch), float(alpha)
+    return arch, float(alpha)
 
 
 def read_adapter(name: str, file: GGUFFile, arch: str, tensors: Mapping[str, Tensor]) -> Adapter:

@@ -15,17 +15,13 @@ import click
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.frozen import frozen
 from gguf_run.runtime.cli.common import tool
-from gguf_run.runtime.cli.conversation import (
-    answer_facts,
-    context_used,
-    conversation,
-    show,
-)
+from gguf_run.runtime.cli.conversation import answer_facts, context_used, conversation, show
 from gguf_run.runtime.cli.options import (
     BATCH_OPTIONS,
     CACHE_OPTIONS,
     CTX_SIZE,
     DEVICE_OPTIONS,
+    LORA,
     PATH,
     SAMPLING_OPTIONS,
     load_model,
@@ -72,6 +68,7 @@ _PARAMS = [
     CTX_SIZE,
     *BATCH_OPTIONS,
     *CACHE_OPTIONS,
+    LORA,
     option("--session", "Go on from this file if it exists, and save to it at the end.", type=PATH),
     *SAMPLING_OPTIONS,
     *DEVICE_OPTIONS,

@@ -4,6 +4,7 @@ All sizes are in bytes.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -17,6 +18,7 @@ from gguf_run.formats.gguf.strings import StringArray
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS, cache_bytes
 from gguf_run.kernels_cpu.panels.panels import matrix_bytes
+from gguf_run.models.adapters import adapter_kind
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.op_costs import Sizes, op_costs
@@ -93,6 +95,24 @@ def listed_tensors(
         | (asdict(tensor_statistics(tensor)) if with_statistics else {})
         for tensor in reported(tensors, progress)
     ]
+
+
+def adapter_facts(file: GGUFFile) -> dict[str, Any]:
+    """Return what a LoRA adapter is for, and which tensors it adapts; {"unknown": reason} for another adapter."""
+    try:
+        arch, alpha = adapter_kind(file)
+    except GgufRunError as error:
+        return {"unknown": str(error)}
+    ranks = {tensor.ne[0] for name, tensor in file.tensors.items() if name.endswith(".lora_b")}
+    adapted = {name.rpartition(".")[0]: None for name in file.tensors}
+    kinds = dict.fromkeys(re.sub(r"^blk\.\d+\.|\.weight$", "", name) for name in adapted)
+    return {
+        "architecture": arch,
+        "alpha": alpha,
+        "ranks": sorted(ranks),
+        "n_adapted": len(adapted),
+        "adapted": [*kinds],
+    }
 
 
 def memory_facts(file: GGUFFile, options: LoadOptions, gpus: Sequence[int]) -> dict[str, Any]:

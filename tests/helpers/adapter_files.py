@@ -1,6 +1,6 @@
-"""Writes adapters for tiny models, with random values; the gguf package writes the files."""
+"""Adapters for tiny models, with random values: files that the gguf package writes, and decoders that use them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,14 @@ import gguf
 import numpy as np
 from tinymodel import Tiny, quantize, random_weights, vocabulary
 
+from gguf_run.formats.gguf.reader import GGUFFile
+from gguf_run.models.adapted_step import Adapters
+from gguf_run.models.adapters import read_adapter
+from gguf_run.models.backend import CacheType
+from gguf_run.models.config import ModelConfig
+from gguf_run.models.decoder import Decoder
+
+IDS = [(7 * i * i + 3 * i + 1) % 270 for i in range(24)]
 ALPHA = 12.0
 
 
@@ -73,3 +81,18 @@ def merged(
             w = changed.get(name, weights[name].astype(np.float64))
             changed[name] = w + scale * alpha / len(a) * b.astype(np.float64) @ a.astype(np.float64)
     return {name: values.astype(np.float32) for name, values in changed.items()}
+
+
+def decoder(path: Path, backend: Any, adapters: Sequence[tuple[Path, float]] = (), n_seq: int = 1) -> Decoder:
+    file = GGUFFile.open(path)
+    config, arch = ModelConfig.from_metadata(file.metadata, file.tensors), file.metadata["general.architecture"]
+    loaded = [(read_adapter(one.stem, GGUFFile.open(one), arch, file.tensors), scale) for one, scale in adapters]
+    held = Adapters(loaded, n_seq) if loaded else None
+    kinds = [CacheType("f32", "f32")] * config.n_layer
+    return Decoder(config, file.tensors, [backend] * config.n_layer, 64, 18, 16, n_seq, kinds, adapters=held)
+
+
+def logits(made: Decoder, seq: int = 0) -> np.ndarray:
+    """Of a prompt in two batches, and of tokens one by one."""
+    first = [block.copy() for block in made.forward(IDS[:20], 20, seq)]
+    return np.concatenate([*first, *(made.step({seq: [id]}).copy() for id in IDS[20:])])

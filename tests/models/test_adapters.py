@@ -1,13 +1,12 @@
 """Adapters of low rank: logits are those of a model with the product of both halves in its weights."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from adapter_files import merged, random_pairs, write_adapter
+from adapter_files import IDS, decoder, logits, merged, random_pairs, write_adapter
 from cpu_ops import cpu, error
 from numpy_backend import NumpyBackend
 from tinymodel import ALL_BIASES, TINY_GEMMA3, WIDE_LLAMA, Tiny, tiny_moe, write_tiny
@@ -17,29 +16,12 @@ from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.models.adapted_step import Adapters
 from gguf_run.models.adapter_scales import AdapterScales
 from gguf_run.models.adapters import read_adapter
-from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 
-IDS = [(7 * i * i + 3 * i + 1) % 270 for i in range(24)]
 ALL = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"), 8)
 UNEVEN = {"attn_q": 1, "attn_v": 5, "ffn_up": 17, "ffn_down": 3}  # k and gate have none
 LLAMA = Tiny(biases=ALL_BIASES, tied=False)
-
-
-def decoder(path: Path, backend: Any, adapters: Sequence[tuple[Path, float]] = (), n_seq: int = 1) -> Decoder:
-    file = GGUFFile.open(path)
-    config, arch = ModelConfig.from_metadata(file.metadata, file.tensors), file.metadata["general.architecture"]
-    loaded = [(read_adapter(one.stem, GGUFFile.open(one), arch, file.tensors), scale) for one, scale in adapters]
-    held = Adapters(loaded, n_seq) if loaded else None
-    kinds = [CacheType("f32", "f32")] * config.n_layer
-    return Decoder(config, file.tensors, [backend] * config.n_layer, 64, 18, 16, n_seq, kinds, adapters=held)
-
-
-def logits(made: Decoder, seq: int = 0) -> np.ndarray:
-    """Of a prompt in two batches, and of tokens one by one."""
-    first = [block.copy() for block in made.forward(IDS[:20], 20, seq)]
-    return np.concatenate([*first, *(made.step({seq: [id]}).copy() for id in IDS[20:])])
 
 
 def backends() -> list[Any]:

@@ -94,7 +94,8 @@ def _check_folder(path: Path, weights: bool) -> None:
     if (path / "adapter_config.json").is_file() and not (weights and has_weights(path)):
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         name = quoted(base) if isinstance(base, str) else "its base model"
-        raise GgufRunError(f"{path}: is an adapter (LoRA) for {name}, not a model: merge it into that model first")
+        advice = "convert it with gguf-convert, then name it with --lora beside that model"
+        raise GgufRunError(f"{path}: is an adapter (LoRA) for {name}, not a model: {advice}")
     if not (path / "config.json").is_file():
         names = sorted(entry.name for entry in path.iterdir())
         shown = f"holds {', '.join(map(quoted, names[:5]))}{', ...' if len(names) > 5 else ''}"
