@@ -1,7 +1,4 @@
-"""PEFT adapters as GGUF adapters: logits are those of transformers with the products added to the weights in float64.
-
-The files are made by hand, as peft 0.21 writes them: peft is no dependency of the tests.
-"""
+"""PEFT adapters as GGUF adapters: logits are those of transformers with the products added to its weights."""
 
 import json
 import math
@@ -13,6 +10,7 @@ import numpy as np
 import pytest
 from cpu_ops import cpu, error
 from numpy_backend import NumpyBackend
+from peft_files import write_peft
 from quantpack import write_safetensors
 
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
@@ -26,22 +24,6 @@ from gguf_run.runtime.convert.adapter import open_adapter, write_adapter
 from gguf_run.runtime.convert.open_checkpoint import open_checkpoint
 
 IDS = [(7 * i * i + 3 * i + 2) % hf_tiny.N_VOCAB for i in range(12)]
-CONFIG: dict[str, Any] = {
-    "peft_type": "LORA", "r": 4, "lora_alpha": 12, "bias": "none", "use_rslora": False, "use_dora": False,
-    "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "base_model_name_or_path": "somebody/model",
-}  # fmt: skip
-
-
-def write_peft(folder: Path, pairs: dict[str, Any], dtype: str = "F32", **config: Any) -> None:
-    """pairs: A and B by the name of the module."""
-    folder.mkdir(exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(CONFIG | config))
-    tensors = {
-        f"base_model.model.{module}.{end}.weight": (dtype, half)
-        for module, halves in pairs.items()
-        for end, half in zip(("lora_A", "lora_B"), halves, strict=False)
-    }
-    write_safetensors(folder / "adapter_model.safetensors", tensors)
 
 
 def random_pairs(model: Any, words: tuple[str, ...], ranks: dict[str, int]) -> dict[str, Any]:
