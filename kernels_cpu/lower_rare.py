@@ -72,16 +72,10 @@ def _scan(tape: Tape, op: "rare_ops.Scan[CpuState, CpuVector]", int8: Rows | Non
 
 
 def _scale_adapters(tape: Tape, op: rare_ops.ScaleAdapters, int8: Rows | None) -> None:
-    adapters, widths, factors = zip(*op.columns, strict=True)
-    tape.record(
-        op,
-        scale_adapters,
-        n=op.x.width,
-        n_adapter=op.scales.values.shape[1],
-        values=op.scales.values,
-        adapters=np.repeat(np.array(adapters, np.int64), widths),
-        factors=np.repeat(np.array(factors, np.float32), widths),
-    )
+    adapters, widths, factors = map(np.array, zip(*op.columns, strict=True))
+    columns = {"adapters": np.repeat(adapters, widths), "factors": np.repeat(factors.astype(np.float32), widths)}
+    values = op.scales.values
+    tape.record(op, scale_adapters, n=op.x.width, n_adapter=values.shape[1], values=values, **columns)
 
 
 def _moe(tape: Tape, op: Any, int8: Rows | None) -> None:

@@ -1,16 +1,15 @@
-"""The ops of a step with adapters: each product of an adapted matrix is followed, or preceded, by that of its adapters.
+"""The ops of a step with adapters: the product of an adapted matrix comes with those of its adapters.
 
 For out = x W^T, with the adapters' A one below the other, and for each tensor of W the adapters' B side by side:
 
     u = x A^T;    u *= the scales of the token's sequence;    out += u B^T
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.types import type_by_name
@@ -28,86 +27,19 @@ from gguf_run.models.rare_ops import ScaleAdapters
 from gguf_run.models.step import Step
 from gguf_run.models.weights import Loader, Matrix
 
-if TYPE_CHECKING:
-    from gguf_run.models.protocol import Program
-
 AnyStep: TypeAlias = Step[Any, Any, Any, Any, Any, Any, Any]
-_FLOATS = ("F16", "BF16", "F32")
-
-
-@frozen
-class _Part:
-    """The rows of one tensor of a matrix."""
-
-    first: int  # row of the matrix
-    n_rows: int
-    start: int  # column of u
-    width: int  # columns of u
-    b: Any  # a backend's weight [n_rows, width]
+AnyLoader: TypeAlias = Loader[Any, Any, Any, Any, Any, Any, Any]
 
 
 @frozen
 class _Adapted:
-    """What adapters add to one matrix."""
+    """What adapters add to one matrix. Weights are those of a backend."""
 
     weight: Any  # of the matrix
-    a: Any  # a backend's weight [width of u, n_in]
-    columns: tuple[tuple[int, int, float], ...]  # see ScaleAdapters.columns
-    parts: tuple[_Part, ...]
-    is_whole: bool  # whether the parts have all rows
-
-
-class _Loader(Loader[Any, Any, Any, Any, Any, Any, Any]):
-    """Loads the adapters of each matrix beside the matrix."""
-
-    def __init__(self, load: Loader[Any, Any, Any, Any, Any, Any, Any], adapters: Sequence[Adapter], used: set[str]):
-        """used: gets the names of the tensors that are adapted."""
-        super().__init__(load.backend, load.tensors, load.progress)
-        self._adapters, self._used, self._adapted = adapters, used, dict[int, _Adapted]()
-
-    def of(self, weight: Any) -> _Adapted | None:
-        """Return what adapters add to a weight."""
-        return self._adapted.get(id(weight))
-
-    def matrix(
-        self, *names: str, bias: Sequence[str] | None = None, orders: Mapping[str, NDArray[np.intp]] | None = None
-    ) -> Matrix[Any, Any]:
-        orders = orders or {}
-        matrix = super().matrix(*names, bias=bias, orders=orders)
-        first = start = 0
-        columns: list[tuple[int, int, float]] = []
-        parts: list[_Part] = []
-        rows: list[Tensor] = []
-        for name, full in zip(names, matrix.names, strict=True):
-            found = [(i, one.pairs[full]) for i, one in enumerate(self._adapters) if full in one.pairs]
-            n_rows, width = self.tensors[full].n_rows, sum(pair.rank for _, pair in found)
-            if found:
-                b = _joined([pair.b for _, pair in found], axis=1)
-                b = ordered(b, orders[name]) if name in orders else b
-                parts.append(_Part(first, n_rows, start, width, self.backend.weight([b])))
-                columns += [(i, pair.rank, pair.factor) for i, pair in found]
-                rows += [pair.a for _, pair in found]
-                self._used.add(full)
-                self.progress(sum(pair.a.nbytes + pair.b.nbytes for _, pair in found))
-            first, start = first + n_rows, start + width
-        if parts:
-            a, is_whole = self.backend.weight([_joined(rows, axis=0)]), sum(part.n_rows for part in parts) == first
-            made = _Adapted(matrix.weight, a, tuple(columns), tuple(parts), is_whole)
-            self._adapted[id(matrix.weight)] = made
-        return matrix
-
-
-def _joined(tensors: Sequence[Tensor], axis: int) -> Tensor:
-    """Return matrices one below the other (axis 0) or side by side (axis 1), in their float type if it is one."""
-    types = {tensor.type.name for tensor in tensors}
-    name = next(iter(types)) if len(types) == 1 and types <= {*_FLOATS} else "F32"
-    parts = [
-        tensor.blocks() if tensor.type.name == name else dequantize(tensor.blocks(), tensor.type).view(np.uint8)
-        for tensor in tensors
-    ]
-    data, kind = np.concatenate(parts, axis), type_by_name(name)
-    ne = data.shape[1] // kind.type_size, data.shape[0]
-    return Tensor(tensors[0].name, ne, kind, 0, MemoryFile(tensors[0].file.path, data.tobytes()))
+    a: Any  # [columns of u, n_in]
+    columns: tuple[tuple[int, int, float], ...]  # of u, see ScaleAdapters
+    parts: tuple[tuple[int, int, Any], ...]  # of each tensor that is adapted: first row, first column of u, its B
+    is_whole: bool  # whether the parts have all rows of the matrix
 
 
 class Adapters:
@@ -122,24 +54,19 @@ class Adapters:
     def tensors(self) -> list[Tensor]:
         return [tensor for adapter in self.loaded for pair in adapter.pairs.values() for tensor in (pair.a, pair.b)]
 
-    def check(self, used: Collection[str]) -> None:
-        """Raise OptionError for a tensor that no product of the model reads as it is."""
-        for adapter in self.loaded:
-            for name in adapter.pairs.keys() - used:
-                what = "only matrices that are multiplied as they are in the file can be adapted: leave it out"
-                raise OptionError(f"--lora {adapter.name}: adapts {quoted(name)}: {what}")
-
     def step_class(self, base: type[AnyStep]) -> type[AnyStep]:
         """Return a class of steps with the adapters. base: the class for the model without them."""
-        adapters, scales, used = self.loaded, self.scales, set[str]()
-        check = self.check
+        unread = {full: adapter.name for adapter in self.loaded for full in adapter.pairs}
+        adapters, scales = self.loaded, self.scales
 
         class AdaptedStep(base):  # type: ignore[misc, valid-type]
-            def __init__(self, load: Any, config: Any, observed: Any) -> None:
-                super().__init__(_Loader(load, adapters, used), config, observed)
+            def __init__(self, load: AnyLoader, *others: Any) -> None:
+                super().__init__(_Loader(load, adapters, unread), *others)
 
-            def program(self, n_batch: int, n_outputs: int) -> "Program":
-                check(used)  # the ops of all backends are listed
+            def program(self, n_batch: int, n_outputs: int) -> Any:
+                for full, name in unread.items():  # the ops of all backends are listed now
+                    what = "only matrices that are multiplied as they are in the file can be adapted: leave it out"
+                    raise OptionError(f"--lora {name}: adapts {quoted(full)}: {what}")
                 return super().program(n_batch, n_outputs)
 
             def add(self, op: Any) -> None:
@@ -147,7 +74,7 @@ class Adapters:
 
                 Where they change all columns, they come first: what follows the product may still be fused with it.
                 """
-                made = self.load.of(op.weight) if isinstance(op, Matmul | MatmulGated) else None
+                made = self.load.adapted.get(id(op.weight)) if isinstance(op, Matmul | MatmulGated) else None
                 if made is None:
                     super().add(op)
                 elif isinstance(op, MatmulGated):
@@ -167,12 +94,54 @@ class Adapters:
                 u = _buffer("adapters", made.a.n_out, op.out)
                 super().add(Matmul(op.x, made.a, u))
                 super().add(ScaleAdapters(u, scales, made.columns))
-                for part in made.parts:
-                    rows = part.first, part.n_rows
-                    residual, x = onto and onto.columns(*rows), u.columns(part.start, part.width)
-                    super().add(Matmul(x, part.b, op.out.columns(*rows), None, residual))
+                for first, start, b in made.parts:
+                    x, out = u.columns(start, b.n_in), op.out.columns(first, b.n_out)
+                    super().add(Matmul(x, b, out, None, onto and onto.columns(first, b.n_out)))
 
         return AdaptedStep
+
+
+class _Loader(AnyLoader):
+    """Loads the adapters of each matrix beside the matrix."""
+
+    def __init__(self, load: AnyLoader, adapters: Sequence[Adapter], unread: dict[str, str]) -> None:
+        """unread: loses the names of the tensors whose adapters are loaded."""
+        super().__init__(load.backend, load.tensors, load.progress)
+        self._adapters, self._unread = adapters, unread
+        self.adapted = dict[int, _Adapted]()  # by the id of the weight
+
+    def matrix(self, *names: str, **options: Any) -> Matrix[Any, Any]:
+        matrix, orders = super().matrix(*names, **options), options.get("orders", {})
+        first = start = n_whole = 0
+        columns, parts, rows = list[tuple[int, int, float]](), list[tuple[int, int, Any]](), list[Tensor]()
+        for name, full in zip(names, matrix.names, strict=True):
+            found = [(i, one.pairs[full]) for i, one in enumerate(self._adapters) if full in one.pairs]
+            if found:
+                b = _joined([pair.b for _, pair in found], axis=1)
+                parts.append((first, start, self.backend.weight([ordered(b, orders[name]) if name in orders else b])))
+                columns += [(i, pair.b.ne[0], pair.factor) for i, pair in found]
+                rows += [pair.a for _, pair in found]
+                self._unread.pop(full, None)
+                self.progress(sum(pair.a.nbytes + pair.b.nbytes for _, pair in found))
+                start, n_whole = start + b.ne[0], n_whole + b.n_rows
+            first += self.tensors[full].n_rows
+        if parts:
+            weight, a = matrix.weight, self.backend.weight([_joined(rows, axis=0)])
+            self.adapted[id(weight)] = _Adapted(weight, a, tuple(columns), tuple(parts), n_whole == first)
+        return matrix
+
+
+def _joined(tensors: Sequence[Tensor], axis: int) -> Tensor:
+    """Return matrices one below the other (axis 0) or side by side (axis 1), as F32 unless all are F16, or all BF16."""
+    name = tensors[0].type.name
+    name = name if name in ("F16", "BF16") and all(tensor.type.name == name for tensor in tensors) else "F32"
+    parts = [
+        tensor.blocks() if tensor.type.name == name else dequantize(tensor.blocks(), tensor.type).view(np.uint8)
+        for tensor in tensors
+    ]
+    data, kind = np.concatenate(parts, axis), type_by_name(name)
+    ne = data.shape[1] // kind.type_size, len(data)
+    return Tensor(tensors[0].name, ne, kind, 0, MemoryFile(tensors[0].file.path, data.tobytes()))
 
 
 def _buffer(name: str, width: int, like: Buffer) -> Buffer:

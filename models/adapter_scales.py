@@ -23,18 +23,16 @@ class AdapterScales:
     def set(self, seq: int, scales: Mapping[str, float] | None) -> None:
         """Choose the adapters of a sequence, between two steps. Tokens that are in its cache stay as they are.
 
-        scales: by the name of the adapter. Adapters that are not named are not used. None: the defaults.
+        scales: by the name of the adapter; 0 for those that are not named. None: the defaults.
 
         Raises OptionError for an adapter that is not loaded, and for a scale that is not allowed.
         """
         scales = self._defaults if scales is None else scales
         for name, scale in scales.items():
             if name not in self._defaults:
-                loaded = ", ".join(self._defaults)
-                raise OptionError(f"adapter {name} is not loaded (--lora): choose among {loaded}")
+                raise OptionError(f"adapter {name} is not loaded (--lora): choose among {', '.join(self._defaults)}")
             if not isinstance(scale, int | float) or not abs(scale) <= MOST:
-                raise OptionError(
-                    f"adapter {name} has the scale {scale}; allowed are numbers from {-MOST:g} to {MOST:g}"
-                )
+                allowed = f"numbers from {-MOST:g} to {MOST:g}"
+                raise OptionError(f"adapter {name} has the scale {scale}; allowed are {allowed}")
         self.values[seq] = [scales.get(name, 0.0) for name in self._defaults]
         self.version += 1

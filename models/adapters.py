@@ -6,7 +6,7 @@ The tensors are `<tensor of the model>.lora_a`, [n_in, rank], and `.lora_b`, [ra
 al., 2021, arXiv:2106.09685.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,6 @@ class Pair:
     b: Tensor  # [rank, n_out]
     factor: float  # alpha / rank; 1 if the file has no alpha
 
-    @property
-    def rank(self) -> int:
-        return self.b.ne[0]
-
 
 @frozen
 class Adapter:
@@ -53,8 +49,7 @@ def adapter_kind(file: GGUFFile) -> tuple[str, float]:
     if kind != "adapter":
         raise FormatError(f"{file.path}: is not an adapter: its general.type is {quoted(kind)}")
     if type_ != "lora" or "adapter.alora.invocation_tokens" in keys:
-        shown = quoted(type_) if type_ != "lora" else "activated LoRA (alora)"
-        raise UnsupportedError(f"{file.path}: is an adapter of the type {shown}: only plain lora is known")
+        raise UnsupportedError(f"{file.path}: is an adapter of the type {quoted(type_)}: only plain lora is known")
     alpha = keys.get("adapter.lora.alpha", 0.0)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= MOST:
         allowed = f"a number from {-MOST:g} to {MOST:g}"
@@ -63,10 +58,7 @@ def adapter_kind(file: GGUFFile) -> tuple[str, float]:
 
 
 def read_adapter(name: str, file: GGUFFile, arch: str, tensors: Mapping[str, Tensor]) -> Adapter:
-    """Return the adapter in a file.
-
-    name: of the adapter, among those that are loaded.
-    arch, tensors: those of the model.
+    """Return the adapter in a file under a name. arch, tensors: those of the model.
 
     Raises FormatError for an adapter of another model or a damaged one, UnsupportedError for tensors that cannot be
     adapted.
@@ -84,30 +76,20 @@ def read_adapter(name: str, file: GGUFFile, arch: str, tensors: Mapping[str, Ten
 
 def _pair(file: GGUFFile, name: str, base: Tensor | None, alpha: float) -> Pair:
     """Return the pair for one tensor of the model, which is `base`."""
-    a, b = halves = [file.tensors.get(name + end) for end in _ENDS]
+    a, b = (file.tensors.get(name + end) for end in _ENDS)
     if a is None or b is None:
-        missing = name + _ENDS[halves.index(None)]
-        raise FormatError(f"{file.path}: tensor {quoted(missing)} is missing, its other half is there")
+        raise FormatError(f"{file.path}: {quoted(name)} has only one of {' and '.join(_ENDS)}")
     if base is None:
         raise FormatError(f"{file.path}: the model has no tensor {quoted(name)}: it is an adapter for another model")
     if len(base.ne) != 2 or name.endswith("token_embd.weight"):
-        raise UnsupportedError(
-            f"{file.path}: adapts {quoted(name)}, {_what(base)}: only matrices that are multiplied can be adapted"
-        )
-    shapes = [(*tensor.ne, 1, 1)[: max(2, len(tensor.ne))] for tensor in (a, b)]
-    rank = shapes[0][1]
-    if rank < 1 or shapes != [(base.ne[0], rank), (rank, base.ne[1])]:
-        found, wanted = (" and ".join(" x ".join(map(str, ne)) for ne in pair) for pair in (shapes, _shapes(base)))
-        raise FormatError(f"{file.path}: the halves for {quoted(name)} have {found} values, must have {wanted}, R >= 1")
+        what = "only matrices that are multiplied can be adapted, no experts, embeddings or norms"
+        raise UnsupportedError(f"{file.path}: adapts {quoted(name)}: {what}")
+    rank = b.ne[0]
+    if rank < 1 or not a.same_shape((base.ne[0], rank)) or not b.same_shape((rank, base.ne[1])):
+        found = f"{list(a.ne)} and {list(b.ne)}"
+        wanted = f"[{base.ne[0]}, R] and [R, {base.ne[1]}] with R from 1"
+        raise FormatError(f"{file.path}: the halves for {quoted(name)} are {found}, must be {wanted}")
     for tensor in (a, b):
         if not np.isfinite(dequantize(tensor.blocks(), tensor.type)).all():
             raise FormatError(f"{file.path}: tensor {quoted(tensor.name)} has values that are not finite")
     return Pair(a, b, alpha / rank if alpha else 1.0)
-
-
-def _shapes(base: Tensor) -> Sequence[tuple[int | str, ...]]:
-    return (base.ne[0], "R"), ("R", base.ne[1])
-
-
-def _what(base: Tensor) -> str:
-    return "a table" if "token_embd" in base.name else "experts" if "_exps." in base.name else f"of {len(base.ne)} axes"

@@ -71,7 +71,6 @@ def _convert(model: str, output: Path | None, kind: str, max_size: int, given: M
     """Write a GGUF file, or only plan it, and yield the lines to print. given: the other options."""
     chosen = None if kind.lower() == "auto" else file_type(kind)
     from gguf_run.formats.gguf.imatrix import Imatrix
-    from gguf_run.runtime.convert.adapter import is_adapter
     from gguf_run.runtime.convert.card import file_name
     from gguf_run.runtime.convert.open_checkpoint import auto_type, kept_note, open_checkpoint
     from gguf_run.runtime.convert.quantized.methods import KEPT
@@ -82,11 +81,11 @@ def _convert(model: str, output: Path | None, kind: str, max_size: int, given: M
     importance = Imatrix.open(imatrix) if imatrix else None
     keep = {chosen.default} if chosen else KEPT
     folder = find_model(model, "checkpoint")
-    if is_adapter(folder) and not has_weights(folder):
-        yield from _convert_adapter(folder, output, kind.upper(), given)
+    if (folder / "adapter_config.json").is_file() and not has_weights(folder):
+        yield _convert_adapter(folder, output, kind.upper(), given)
         return
     if given["base"]:
-        raise OptionError(f"--base {given['base']}: is for adapters, {folder} has no adapter_config.json")
+        raise OptionError(f"--base {given['base']}: is for adapters, and {folder} is none: leave it out")
     with open_checkpoint(folder, name=given["name"], vocab_only=vocab_only, keep=keep) as file:
         chosen = chosen or auto_type(file)
         plan = make_plan(file, Options(chosen, imatrix=importance, imatrix_path=str(imatrix or "")))
@@ -103,8 +102,8 @@ def _convert(model: str, output: Path | None, kind: str, max_size: int, given: M
             yield from run_plan(plan, path, given["threads"], {"split_max_size": max_size})
 
 
-def _convert_adapter(folder: Path, output: Path | None, kind: str, given: Mapping[str, Any]) -> Iterator[str]:
-    """Write a GGUF adapter and yield the line to print. given: the other options."""
+def _convert_adapter(folder: Path, output: Path | None, kind: str, given: Mapping[str, Any]) -> str:
+    """Write a GGUF adapter and return the line to print. given: the other options."""
     from gguf_run.runtime.convert.adapter import TYPES, open_adapter, write_adapter
     from gguf_run.runtime.convert.card import file_name
 
@@ -112,11 +111,10 @@ def _convert_adapter(folder: Path, output: Path | None, kind: str, given: Mappin
         raise OptionError(f"--type {kind}: an adapter can have auto, {', '.join(TYPES)}")
     if unused := [name for name in ("imatrix", "vocab_only", "split_max_size", "dry_run") if given[name]]:
         raise click.UsageError(f"--{unused[0].replace('_', '-')} is not for adapters: leave it out")
-    file = open_adapter(folder, given["base"], kind if kind != "AUTO" else "auto", given["name"])
-    default = file_name(file.metadata, f"lora-{next(iter(file.tensors.values())).type.name}")
+    file = open_adapter(folder, given["base"], given["name"])
+    default = file_name(file.metadata, f"lora-{kind.lower()}")
     path = Path(default) if output is None else output / default if output.is_dir() else output
-    n_bytes = write_adapter(file, path)
-    yield f"{one_line(str(path))}: adapter for {file.metadata['general.architecture']} ({size_text(n_bytes)})"
+    return f"{one_line(str(path))}: adapter of {size_text(write_adapter(file, path, kind.lower()))}"
 
 
 def _export(model: str, directory: Path, kind: str, max_size: int, vocab_only: bool) -> Iterator[str]:

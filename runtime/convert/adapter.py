@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.types import type_by_name
@@ -15,88 +14,64 @@ from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.formats.gguf.reader import GGUFFile
-from gguf_run.formats.gguf.tensors import Tensor
+from gguf_run.formats.gguf.tensors import Tensor, TensorInfo
 from gguf_run.formats.gguf.writer import GGUFWriter
-from gguf_run.formats.gguf.writer_metadata import MetaValue
 from gguf_run.formats.quantizers.quantizer import quantize
 from gguf_run.formats.safetensors import read_safetensors
 from gguf_run.runtime.convert.metadata import layout_of
-from gguf_run.runtime.convert.stored.checkpoint import Config, read_json
-from gguf_run.runtime.convert.stored.sources import Source, floats, values
+from gguf_run.runtime.convert.stored.checkpoint import Config, read_config, read_json
+from gguf_run.runtime.convert.stored.sources import floats, values
 from gguf_run.runtime.convert.tensors import adapted_rows
 
 CONFIG, WEIGHTS, TYPES = "adapter_config.json", "adapter_model.safetensors", ("F16", "BF16", "F32")
 _PREFIX, _ENDS = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
-# What a plain adapter has for keys that change the sum which is added to a matrix; null, false and [] are allowed too.
-_PLAIN = {
-    "bias": "none", "use_dora": False, "lora_bias": False, "fan_in_fan_out": False, "layer_replication": None,
-    "modules_to_save": None, "trainable_token_indices": None, "alora_invocation_tokens": None, "use_qalora": False,
-    "use_bdlora": None, "target_parameters": None, "arrow_config": None, "kasa_config": None,
-}  # fmt: skip
+# Keys that change more than a product A B. A plain adapter has none, or null, false or [].
+_NOT_PLAIN = (
+    "use_dora", "lora_bias", "fan_in_fan_out", "layer_replication", "modules_to_save", "trainable_token_indices",
+    "alora_invocation_tokens", "use_qalora", "use_bdlora", "target_parameters", "arrow_config", "kasa_config",
+)  # fmt: skip
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a PEFT adapter."""
-    return (folder / CONFIG).is_file()
+def open_adapter(folder: Path, base: Path | None, name: str | None = None) -> GGUFFile:
+    """Return a PEFT adapter as a GGUF file, in the types that it has.
 
-
-def open_adapter(folder: Path, base: Path | None, kind: str = "auto", name: str | None = None) -> GGUFFile:
-    """Return a PEFT adapter as a GGUF file that is computed when it is read.
-
-    base: folder with the config.json of the model that is adapted; None: the one that the adapter names, if it is a
-        folder.
-    kind: one of TYPES, or "auto": BF16 stays, other floats become F16.
+    base: folder with the config.json of the model that is adapted; None: the one that the adapter names.
     name: general.name; None: that of the folder.
 
     Raises GgufRunError and its kinds, one line each, for anything that is missing, wrong, or cannot be told by a GGUF
     adapter.
     """
     given = Config(folder / CONFIG, read_json(folder / CONFIG))
-    _check_plain(given)
-    config_path = _base(given, base) / "config.json"
-    told = read_json(config_path)
-    text = told.get("text_config")
-    layout, config = layout_of(Config(config_path, told | text if isinstance(text, dict) else told))
-    rank, alpha, is_root = given.integer("r"), given.number("lora_alpha"), bool(given.get("use_rslora"))
-    alpha *= math.sqrt(rank) if is_root else 1.0
+    if given.get("peft_type") != "LORA":
+        raise given.wrong(("peft_type",), '"LORA"')
+    if given.get("bias") not in (None, "none"):
+        raise given.unsupported("bias", '"none"')
+    if changed := [key for key in _NOT_PLAIN if given.get(key)]:
+        raise given.unsupported(changed[0], "left out")
+    named = given.get("base_model_name_or_path")
+    model = base or Path(str(named or ""))
+    if not (model / "config.json").is_file():
+        what = f"{base}: there is no config.json" if base else f"{given.path}: is for {quoted(str(named))}"
+        raise GgufRunError(f"{what}: name a folder with the config.json of the model that is adapted, with --base")
+    layout, config = layout_of(read_config(model))
+    root = math.sqrt if given.get("use_rslora") else float
+    rank = given.integer("r")
+    alpha = given.number("lora_alpha") * rank / root(rank)
     if not alpha:
         raise given.wrong(("lora_alpha",), "a number other than 0")
     tensors: dict[str, Tensor] = {}
     for module, a, b in _pairs(folder / WEIGHTS):
-        # The scale that PEFT gives the product, relative to alpha / rank, which readers of the file give it.
-        factor = _alpha(given, module) * (math.sqrt(a.n_rows) if is_root else 1.0) / alpha
+        # The scale that PEFT gives the product, relative to alpha / rank, which readers of the GGUF file give it.
+        factor = _alpha(given, module) / root(a.n_rows) / (alpha / a.n_rows)
+        b = b if abs(factor - 1) < 1e-9 else values(b, partial(np.multiply, np.float32(factor)))
         for target, rows in adapted_rows(layout, config, f"{module}.weight", b):
-            if f"{target}.lora_a" in tensors:
-                raise FormatError(f"{folder / WEIGHTS}: two pairs adapt {target}, the second is for {quoted(module)}")
-            scaled = rows if abs(factor - 1) < 1e-9 else values(rows, partial(np.multiply, np.float32(factor)))
-            for full, half in ((f"{target}.lora_a", a), (f"{target}.lora_b", scaled)):
-                tensors[full] = _stored(full, half, kind)
-    metadata: dict[str, MetaValue] = {
-        "general.type": "adapter",
-        "general.architecture": layout.arch,
-        "general.name": name or folder.resolve().name,
-        "adapter.type": "lora",
-        "adapter.lora.alpha": Typed("f32", alpha),
-    }
-    return GGUFFile.of(folder, metadata, tensors)
-
-
-def _check_plain(given: Config) -> None:
-    if given.get("peft_type") != "LORA":
-        raise given.wrong(("peft_type",), '"LORA"')
-    for key, plain in _PLAIN.items():
-        if given.get(key) and given.get(key) != plain:
-            raise given.unsupported(key, "left out" if not plain else f'"{plain}"')
-
-
-def _base(given: Config, base: Path | None) -> Path:
-    """Return the folder of the model that is adapted."""
-    named = given.get("base_model_name_or_path")
-    found = base or Path(str(named or ""))
-    if not (found / "config.json").is_file():
-        what = f"{found}: there is no config.json" if base else f"{given.path}: is for {quoted(str(named))}"
-        raise GgufRunError(f"{what}: name a folder with the config.json of the model that is adapted, with --base")
-    return found
+            for full, half in ((f"{target}.lora_a", a), (f"{target}.lora_b", rows)):
+                if full in tensors:
+                    raise FormatError(f"{folder / WEIGHTS}: two pairs make {full}, {quoted(module)} is the second")
+                tensors[full] = replace(half, name=full)
+    metadata = {"general.type": "adapter", "general.architecture": layout.arch, "adapter.type": "lora"}
+    metadata["general.name"] = name or folder.resolve().name
+    return GGUFFile.of(folder, {**metadata, "adapter.lora.alpha": Typed("f32", alpha)}, tensors)
 
 
 def _alpha(given: Config, module: str) -> float:
@@ -112,44 +87,33 @@ def _pairs(path: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield the name of each module that is adapted, A [n_in, rank] and B [rank, n_out]."""
     halves: dict[str, dict[str, Tensor]] = {}
     for name, stored in read_safetensors(path).arrays.items():
-        end = next((end for end in _ENDS if name.endswith(end)), None)
-        if end is None or not name.startswith(_PREFIX) or len(stored.shape) != 2:
-            raise UnsupportedError(
-                f"{path}: tensor {quoted(name)} of the shape {[*stored.shape]} is no half of a plain LoRA pair: DoRA, "
-                "embeddings, experts and modules that are saved whole cannot be converted"
-            )
+        end = name[-len(_ENDS[0]) :]
+        if end not in _ENDS or not name.startswith(_PREFIX) or len(stored.shape) != 2:
+            what = "is no half of a plain LoRA pair: DoRA, embeddings, experts and modules that are saved whole are not"
+            raise UnsupportedError(f"{path}: tensor {quoted(name)} of the shape {[*stored.shape]} {what} converted")
         halves.setdefault(name.removeprefix(_PREFIX).removesuffix(end), {})[end] = floats(stored)
     if not halves:
         raise FormatError(f"{path}: holds no tensors")
     for module, pair in halves.items():
-        a, b = (pair.get(end) for end in _ENDS)
-        if a is None or b is None:
+        if len(pair) < 2:
             raise FormatError(f"{path}: {quoted(module)} has only one of {' and '.join(_ENDS)}")
+        a, b = (pair[end] for end in _ENDS)
         if a.ne[1] != b.ne[0]:
             shapes = f"{list(a.ne[::-1])} and {list(b.ne[::-1])}"
             raise FormatError(f"{path}: the pair for {quoted(module)} has the shapes {shapes}: they must share a rank")
         yield module, a, b
 
 
-def _stored(name: str, tensor: Tensor, kind: str) -> Tensor:
-    """Return a tensor in a type of TYPES. kind: see open_adapter."""
-    target = type_by_name(kind if kind != "auto" else "BF16" if tensor.type.name == "BF16" else "F16")
-    if tensor.type == target:
-        return replace(tensor, name=name)
-
-    def read(first: int, end: int) -> NDArray[np.uint8]:
-        try:
-            return quantize(dequantize(tensor.blocks(first, end), tensor.type), target)
-        except FormatError as error:
-            raise FormatError(f"{tensor.file.path}: {quoted(tensor.name)}: {error}") from None
-
-    return Source(name, tensor.ne, target, tensor.file, read, tensor.release)
-
-
-def write_adapter(file: GGUFFile, path: Path) -> int:
-    """Write an adapter as it is. Return the size of the file in bytes."""
+def write_adapter(file: GGUFFile, path: Path, kind: str = "auto") -> int:
+    """Write an adapter. Return its bytes. kind: one of TYPES in any case, or "auto": BF16 stays, all else is F16."""
+    tensors = list(file.tensors.values())
+    types = [kind.upper() if kind != "auto" else "BF16" if t.type.name == "BF16" else "F16" for t in tensors]
+    targets = [TensorInfo(t.name, t.ne, type_by_name(name)) for t, name in zip(tensors, types, strict=True)]
     metadata = {key: file.metadata.typed(key) for key in file.metadata}
-    with GGUFWriter(path, metadata, [*file.tensors.values()], inputs=[file.path / WEIGHTS]) as writer:
-        for tensor in file.tensors.values():
-            writer.copy(tensor)
+    with GGUFWriter(path, metadata, targets) as writer:
+        for source, target in zip(tensors, targets, strict=True):
+            blocks = source.blocks()
+            if source.type != target.type:
+                blocks = quantize(dequantize(blocks, source.type), target.type)
+            writer.write(target.name, blocks)
         return writer.nbytes

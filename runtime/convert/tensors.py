@@ -139,27 +139,20 @@ def _collected(
     return found | {full: _stacked(full, experts) for full, experts in items.items()}
 
 
-def adapted_rows(layout: CheckpointLayout, config: Config, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """Return what an adapter adds to the matrix `name` of a checkpoint, by the GGUF tensors that the matrix makes.
+def adapted_rows(layout: CheckpointLayout, config: Config, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield the rows of a tensor by the GGUF tensors that the rows of a checkpoint's matrix `name` make.
 
-    tensor: a matrix of other columns, with a row for each row of `name`.
-
-    UnsupportedError for experts, embeddings, and matrices that are not only split and put in another order.
+    UnsupportedError for experts, embeddings, and a matrix that is more than split and put in another order.
     """
     numbers = sizes(config)
     place = _place(layout, numbers, name, tensor)
-    found = [
-        (f"{place.prefix}{base}.weight", part)
-        for base, part in zip(place.names, _parts(layout, numbers, place, tensor), strict=True)
-    ]
-    for full, part in found:
-        is_changed = layout.edit is not None and layout.edit(config, full, part) is not part
-        if place.item >= 0 or place.bare or is_changed or "_exps." in full or "token_embd" in full:
-            raise UnsupportedError(
-                f"{tensor.file.path}: adapts {quoted(name)}, which is {full} in a GGUF file: adapters of experts, of "
-                "embeddings and of matrices that are changed by the conversion cannot be converted"
-            )
-    return found
+    for base, part in zip(place.names, _parts(layout, numbers, place, tensor), strict=True):
+        full = f"{place.prefix}{base}.weight"
+        is_edited = layout.edit is not None and layout.edit(config, full, part) is not part
+        if place.item >= 0 or is_edited or base.endswith(("_exps", "token_embd")):
+            what = "experts, embeddings and matrices that the conversion changes cannot be adapted"
+            raise UnsupportedError(f"{tensor.file.path}: adapts {quoted(name)}, in a GGUF file {full}: {what}")
+        yield full, part
 
 
 def _place(layout: CheckpointLayout, numbers: Mapping[str, int], name: str, tensor: Tensor) -> _Place:

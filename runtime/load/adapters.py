@@ -11,34 +11,27 @@ from gguf_run.runtime.load.options import Lora
 
 
 def with_scales(given: Sequence[Lora]) -> dict[str, float]:
-    """Return the scales of adapters by path. given: "FILE", "FILE:SCALE" or (FILE, SCALE).
-
-    Raises OptionError for a file that is named twice.
-    """
+    """Return scales by path. given: "FILE", "FILE:SCALE" or (FILE, SCALE). OptionError for a file that comes twice."""
     found: dict[str, float] = {}
     for one in given:
         path, scale = one if isinstance(one, tuple) else _split(os.fspath(one))
-        path = os.fspath(path)
-        if path in found:
+        if os.fspath(path) in found:
             raise OptionError(f"--lora {path}: is given twice: name it once, with one scale")
-        found[path] = scale
+        found[os.fspath(path)] = scale
     return found
 
 
 def _split(text: str) -> tuple[str, float]:
     """Take the scale off the end of FILE:SCALE. It is 1 if there is none."""
-    path, colon, number = text.rpartition(":")
+    path, _, number = text.rpartition(":")
     try:
-        return (path, float(number)) if colon and path else (text, 1.0)
+        return (path, float(number)) if path else (text, 1.0)
     except ValueError:  # a colon of the path
         return text, 1.0
 
 
 def open_adapters(file: GGUFFile, given: Sequence[Lora], n_seq: int) -> Adapters:
-    """Return the adapters for a model, and n_seq sequences.
-
-    Raises OptionError for a file that is no adapter, or none for this model.
-    """
+    """Return adapters for the model in a file, and n_seq sequences. OptionError for those that do not fit."""
     arch, loaded = str(file.metadata["general.architecture"]), []
     for path, scale in with_scales(given).items():
         try:

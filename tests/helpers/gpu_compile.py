@@ -33,10 +33,11 @@ from triton.runtime.jit import JITFunction
 from gguf_run.kernels_gpu.backend import GpuBackend
 from gguf_run.kernels_gpu.panels.memory import GpuExperts, GpuWeight, empty
 from gguf_run.kernels_gpu.panels.panels import PANELS, IntPanel
+from gguf_run.models.adapter_scales import AdapterScales
 from gguf_run.models.backend import CacheType, Run
 from gguf_run.models.operands import AttentionShape, Rotation
 from gguf_run.models.ops import Attend, Embed, Gated, Matmul, MatmulGated, Observe, RmsNorm, Rope
-from gguf_run.models.rare_ops import MatchRms, Mix, Moe, Threshold, Xielu
+from gguf_run.models.rare_ops import MatchRms, Mix, Moe, ScaleAdapters, Threshold, Xielu
 from gguf_run.models.routing import Mixture
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "cuobjdump")
@@ -149,6 +150,7 @@ def ops() -> None:
     step.add(Mix(y, x, y, 1024, q.columns(0, 1), x, 1.0))
     step.add(MatchRms(x, y, 1e-5))
     step.add(Threshold(x, 0.5))
+    step.add(ScaleAdapters(x, AdapterScales({"a": 1.0, "b": 0.5}, 3), ((1, 24, 2.0), (0, 1000, 1.0))))
     step.add(Observe(x, backend.squares(1024)))
     step.add(Matmul(y, weight("Q8_0", 1024, 1024), x))
     step.finish(x)

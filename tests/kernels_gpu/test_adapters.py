@@ -40,16 +40,18 @@ def test_sequences_use_different_adapters(
     assert error(*results) < limit
 
 
-@pytest.mark.parametrize("ranks", [ALL, UNEVEN], ids=["all", "some"])
-@pytest.mark.parametrize("tiny", [replace(LLAMA, type="Q8_0"), replace(TINY_GEMMA3, n_layer=1, type="Q4_0")])
+@pytest.mark.parametrize(
+    ("tiny", "ranks"), [(replace(LLAMA, type="Q8_0"), UNEVEN), (replace(TINY_GEMMA3, n_layer=1, type="Q4_0"), ALL)]
+)
 def test_at_scale_0_all_bits_are_those_of_the_model(
     tiny: Tiny, ranks: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Gemma's norms follow products: they must still be fused."""
     use_tuning(monkeypatch, tile=(256, 16), rows=tuple((n, 16) for n in (1, 2, 4, FEW)))
     write_tiny(tmp_path / "base.gguf", tiny)
     path = write_adapter(tmp_path / "adapter.gguf", random_pairs(tiny, ranks), tiny.arch)
     results = []
     for adapters in ((), ((path, 0.0),)):
         one = decoder(tmp_path / "base.gguf", gpu(), adapters)
-        results.append(np.concatenate([one.step({0: ids}).copy() for ids in (IDS[:10], IDS[10:11], IDS[11:14])]))
+        results.append(np.concatenate([one.step({0: ids}).copy() for ids in (IDS[:9], IDS[9:10])]))
     np.testing.assert_array_equal(*(result.view(np.uint32) for result in results))

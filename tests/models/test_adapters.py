@@ -1,5 +1,6 @@
 """Adapters of low rank: logits are those of a model with the product of both halves in its weights."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,18 +115,19 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     nan, infinite = a.copy(), b.copy()
     nan[1, 2], infinite[0, 0] = np.nan, np.inf
     n_vocab = base.tensors["token_embd.weight"].ne[1]
+    unread = "only matrices that are multiplied can be adapted"
     cases: list[tuple[dict[str, Any], dict[str, Any], type[GgufRunError], str]] = [
         ({name: (nan, b)}, {}, FormatError, "has values that are not finite"),
         ({name: (a, infinite)}, {}, FormatError, "has values that are not finite"),
-        ({name: (a[:0], b[:, :0])}, {}, FormatError, "64 x 0 and 0 x 64 values, must have 64 x R and R x 64, R >= 1"),
-        ({name: (a[:3], b)}, {}, FormatError, "have 64 x 3 and 4 x 64 values"),
-        ({name: (a.T, b.T)}, {}, FormatError, "have 4 x 64 and 64 x 4 values"),
-        ({name: (a[:, :32], b)}, {}, FormatError, "have 32 x 4"),
-        ({name: (a,)}, {}, FormatError, "attn_q.weight.lora_b\" is missing"),
-        ({"blk.1.attn_q.weight": good}, {}, FormatError, "the model has no tensor \"blk.1.attn_q.weight\""),
-        ({"blk.0.attn_norm.weight": good}, {}, UnsupportedError, "of 1 axes: only matrices"),
-        ({"blk.0.ffn_up_exps.weight": good}, {}, UnsupportedError, "adapts .*, experts: only matrices"),
-        ({"token_embd.weight": (a, b[:1].repeat(n_vocab, 0))}, {}, UnsupportedError, "a table: only matrices"),
+        ({name: (a[:0], b[:, :0])}, {}, FormatError, "[64, 0] and [0, 64], must be [64, R] and [R, 64] with R from 1"),
+        ({name: (a[:3], b)}, {}, FormatError, "are [64, 3] and [4, 64], must be"),
+        ({name: (a.T, b.T)}, {}, FormatError, "are [4, 64] and [64, 4], must be"),
+        ({name: (a[:, :32], b)}, {}, FormatError, "are [32, 4] and"),
+        ({name: (a,)}, {}, FormatError, '"blk.0.attn_q.weight" has only one of .lora_a and .lora_b'),
+        ({"blk.1.attn_q.weight": good}, {}, FormatError, 'the model has no tensor "blk.1.attn_q.weight"'),
+        ({"blk.0.attn_norm.weight": good}, {}, UnsupportedError, f'adapts "blk.0.attn_norm.weight": {unread}'),
+        ({"blk.0.ffn_up_exps.weight": good}, {}, UnsupportedError, f'adapts "blk.0.ffn_up_exps.weight": {unread}'),
+        ({"token_embd.weight": (a, b[:1].repeat(n_vocab, 0))}, {}, UnsupportedError, f'"token_embd.weight": {unread}'),
         ({name: good}, {"arch": "llama"}, FormatError, 'for the architecture "llama", the model is qwen2moe'),
         ({name: good}, {"general_type": "model"}, FormatError, 'is not an adapter: its general.type is "model"'),
         ({name: good}, {"adapter_type": "vera"}, UnsupportedError, 'of the type "vera": only plain lora is known'),
@@ -136,7 +138,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     for i, (pairs, options, kind, words) in enumerate(cases):
         path = tmp_path / f"{i}.gguf"
         write_adapter(path, pairs, **{"arch": "qwen2moe", **options})
-        with GGUFFile.open(path) as file, pytest.raises(kind, match=words):
+        with GGUFFile.open(path) as file, pytest.raises(kind, match=re.escape(words)):
             read_adapter("x", file, "qwen2moe", base.tensors)
 
 

@@ -82,8 +82,8 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     merge(model, pairs, {}, 12 / 4)
     expected = hf_tiny.logits(model, IDS)
     assert error(before, expected) > 0.05
-    with open_adapter(tmp_path / "adapter", tmp_path / "base", "F32") as file:
-        write_adapter(file, tmp_path / "adapter.gguf")
+    with open_adapter(tmp_path / "adapter", tmp_path / "base") as file:
+        write_adapter(file, tmp_path / "adapter.gguf", "F32")
     for backend in (NumpyBackend(np.float64), cpu(2)):
         assert error(found_logits(tmp_path / "base", tmp_path / "adapter.gguf", backend), expected) < 1e-4
 
@@ -106,8 +106,8 @@ def test_patterns_of_ranks_and_alphas(is_root: bool, tmp_path: Path) -> None:
         scales[module] = alpha / (math.sqrt(len(a)) if is_root else len(a))
     merge(model, pairs, scales, 0.0)
     (tmp_path / "base" / "model.safetensors").rename(tmp_path / "weights")  # its numbers are enough
-    with open_adapter(tmp_path / "adapter", tmp_path / "base", "F32") as file:
-        write_adapter(file, tmp_path / "adapter.gguf")
+    with open_adapter(tmp_path / "adapter", tmp_path / "base") as file:
+        write_adapter(file, tmp_path / "adapter.gguf", "F32")
     (tmp_path / "weights").rename(tmp_path / "base" / "model.safetensors")
     found = found_logits(tmp_path / "base", tmp_path / "adapter.gguf", NumpyBackend(np.float64))
     assert error(found, hf_tiny.logits(model, IDS)) < 1e-4
@@ -123,7 +123,9 @@ def test_types(tmp_path: Path) -> None:
     write_peft(tmp_path / "bf16", bits, "BF16", base_model_name_or_path=str(tmp_path / "base"))
     cases = (("f32", "auto", "F16"), ("f32", "F32", "F32"), ("bf16", "auto", "BF16"), ("bf16", "F16", "F16"))
     for folder, kind, found in cases:
-        with open_adapter(tmp_path / folder, None, kind) as file:
+        with open_adapter(tmp_path / folder, None) as file:
+            write_adapter(file, tmp_path / "adapter.gguf", kind)
+        with GGUFFile.open(tmp_path / "adapter.gguf") as file:
             assert {tensor.type.name for tensor in file.tensors.values()} == {found}
             assert {tensor.name: tensor.ne for tensor in file.tensors.values()} == {
                 "blk.0.attn_output.weight.lora_a": (256, 4), "blk.0.attn_output.weight.lora_b": (4, 256),
@@ -153,7 +155,7 @@ def halves(rank: int = 4, n: int = 256) -> tuple[Any, Any]:
         ({O_PROJ: halves()}, {"r": 0}, FormatError, "r is 0, must be a whole number from 1"),
         ({O_PROJ: halves()[:1]}, {}, FormatError, "o_proj. has only one of .lora_A.weight and .lora_B.weight"),
         ({O_PROJ: (halves()[0], halves(3)[1])}, {}, FormatError, "they must share a rank"),
-        ({"model.embed_tokens": halves()}, {}, UnsupportedError, "which is token_embd.weight in a GGUF file"),
+        ({"model.embed_tokens": halves()}, {}, UnsupportedError, "GGUF file token_embd.weight: experts, embeddings"),
         ({"model.layers.7.self_attn.o_proj": halves()}, {}, UnsupportedError, "is not a part of a llama model of 2"),
         ({}, {}, FormatError, "holds no tensors"),
     ],
@@ -184,7 +186,5 @@ def test_other_tensors_and_folders(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     config |= {"architectures": ["Qwen2MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2}
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 256}))
-    with pytest.raises(
-        UnsupportedError, match=r"which is blk.0.ffn_up_exps.weight in a GGUF file: adapters of experts"
-    ):
+    with pytest.raises(UnsupportedError, match=r"in a GGUF file blk.0.ffn_up_exps.weight: experts, embeddings"):
         open_adapter(tmp_path / "adapter", tmp_path / "base")
