@@ -23,10 +23,7 @@ if TYPE_CHECKING:
 _MAX_EXPERTS = 1024
 
 # Features that the decoder does not have: the key, and the value with which a file says that it does not need them.
-_NEUTRAL: Mapping[str, float | bool] = {
-    "attention.causal": True,
-    "attention.clamp_kqv": 0,
-}
+_NEUTRAL: Mapping[str, float | bool] = {"attention.causal": True, "attention.clamp_kqv": 0}
 
 
 @frozen

@@ -28,7 +28,7 @@ class LoadKeywords(TypedDict, total=False):
     cache_type: "str | tuple[str, str] | list[CacheType] | None"
     cache_rotation: bool | None
     cache_scales: str | os.PathLike[str] | None
-    lora: "Sequence[Lora]"
+    lora: "tuple[Lora, ...] | list[Lora]"
     quantize: str | None
     observe: bool
 

@@ -9,8 +9,6 @@ from gguf_run.formats.frozen import frozen
 from gguf_run.runtime.load.placement import CPU, Device
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from gguf_run.models.backend import CacheType
 
 MAX_N_CTX = 2**31 - 1
@@ -56,7 +54,7 @@ class LoadOptions:
     cache_type: "str | tuple[str, str] | list[CacheType] | None" = None
     cache_rotation: bool | None = None  # Hadamard transform of stored rows; None: for types of 8 bits or less
     cache_scales: str | os.PathLike[str] | None = None  # a calibration file, see kv_scales.py
-    lora: "Sequence[Lora]" = ()  # adapters, with the scales that all sequences begin with
+    lora: "tuple[Lora, ...] | list[Lora]" = ()  # adapters, with the scales that all sequences begin with
     quantize: str | None = None  # a file type such as "Q4_K_M", to which weights are quantized while they are read
     observe: bool = False  # the decoder can collect the squares of what its matrices read, for an importance matrix
 

@@ -10,15 +10,19 @@ import pytest
 from adapter_files import IDS, decoder, logits, merged, random_pairs, write_adapter
 from cpu_ops import cpu, error
 from numpy_backend import NumpyBackend
+from tiny import make, opened
 from tinymodel import ALL_BIASES, TINY_GEMMA3, WIDE_LLAMA, Tiny, tiny_moe, write_tiny
 
+from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError, UnsupportedError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.models.adapted_step import Adapters
 from gguf_run.models.adapter_scales import AdapterScales
 from gguf_run.models.adapters import read_adapter
+from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
+from gguf_run.runtime.convert.stored.sources import computed
 
 ALL = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"), 8)
 UNEVEN = {"attn_q": 1, "attn_v": 5, "ffn_up": 17, "ffn_down": 3}  # k and gate have none
@@ -172,3 +176,40 @@ def test_scales_that_are_not_allowed() -> None:
     with pytest.raises(OptionError, match=r"adapter b is not loaded \(--lora\): choose among a"):
         scales.set(0, {"b": 1.0})
     np.testing.assert_array_equal(scales.values, [[1], [1]])
+
+
+QWEN3NEXT = {
+    "hidden_size": 72, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 6,
+    "linear_conv_kernel_dim": 4, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 56,
+}  # fmt: skip
+
+
+def test_rows_in_another_order(tmp_path: Path) -> None:
+    """A step has the rows of q and its gate, and those of ssm_ba, in another order than the file."""
+    pytest.importorskip("transformers")
+    make(tmp_path / "base", "Qwen3NextForCausalLM", QWEN3NEXT)
+    with opened(tmp_path / "base") as (config, tensors):
+        pairs, changed, rng = {}, dict(tensors), np.random.default_rng(1)
+        for full, tensor in tensors.items():
+            if re.search(r"\.(attn_q|attn_qkv|attn_gate|attn_output|ssm_ba|ssm_in|ssm_out|ffn_up_shexp)\.", full):
+                a, b = (
+                    rng.standard_normal(ne).astype(np.float32) / 10 for ne in ((3, tensor.ne[0]), (tensor.ne[1], 3))
+                )
+                pairs[full] = a, b
+                changed[full] = computed(full, dequantize(tensor.blocks(), tensor.type) + 4 * b @ a, tmp_path)
+        assert {full.split(".")[-2] for full in pairs} > {"attn_q", "attn_qkv", "ssm_ba"}
+        path = write_adapter(tmp_path / "adapter.gguf", pairs, config.arch.name)
+        adapter = read_adapter("x", GGUFFile.open(path), config.arch.name, tensors)
+        found = []
+        for weights, adapters, backend in (
+            (changed, None, NumpyBackend(np.float64)),
+            (tensors, Adapters([(adapter, 1.0)], 1), NumpyBackend(np.float64)),
+            (tensors, Adapters([(adapter, 1.0)], 1), cpu(2)),
+        ):
+            kinds = [CacheType("f32", "f32")] * config.n_layer
+            one = Decoder(config, weights, [backend] * config.n_layer, 32, cache_types=kinds, adapters=adapters)
+            found.append(np.concatenate([block.copy() for block in one.forward(IDS[:12], 12)]))
+        assert error(found[1], found[0]) < 1e-5
+        assert error(found[2], found[0]) < 1e-4
