@@ -44,20 +44,22 @@ def file_lines(facts: Facts, with_caches: bool) -> Iterator[str]:
         "lrrrr",
     )  # fmt: skip
     yield ""
-    yield from _adapter_lines(facts["adapter"]) if "adapter" in facts else _memory_lines(facts["memory"], with_caches)
+    if "adapter" in facts:
+        yield _adapter_line(facts["adapter"])
+    else:
+        yield from _memory_lines(facts["memory"], with_caches)
     if "tensors" in facts:
         yield ""
         yield from _tensor_lines(facts["tensors"])
 
 
-def _adapter_lines(facts: Facts) -> Iterator[str]:
+def _adapter_line(facts: Facts) -> str:
     if "unknown" in facts:
-        yield f"adapter of an unknown kind ({one_line(facts['unknown'])})"
-        return
-    ranks, adapted = (", ".join(map(str, facts[name])) for name in ("ranks", "adapted"))
-    alpha = f"alpha {facts['alpha']:g}" if facts["alpha"] else "no alpha"
-    yield f"LoRA adapter for {one_line(facts['architecture'])}: rank {ranks}, {alpha}"
-    yield f"adapts {facts['n_adapted']} tensors: {one_line(adapted)}"
+        return f"adapter of an unknown kind ({one_line(facts['unknown'])})"
+    rank, alpha = ", ".join(map(str, facts["ranks"])), f"{facts['alpha']:g}" if facts["alpha"] else "none"
+    return (
+        f"LoRA adapter for {one_line(facts['architecture'])}, {facts['n_adapted']} tensors: rank {rank}, alpha {alpha}"
+    )
 
 
 def _memory_lines(facts: Facts, with_caches: bool) -> Iterator[str]:

@@ -4,7 +4,6 @@ All sizes are in bytes.
 """
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -98,21 +97,13 @@ def listed_tensors(
 
 
 def adapter_facts(file: GGUFFile) -> dict[str, Any]:
-    """Return what a LoRA adapter is for, and which tensors it adapts; {"unknown": reason} for another adapter."""
+    """Return what a LoRA adapter is for, and its size; {"unknown": reason} for another adapter."""
     try:
         arch, alpha = adapter_kind(file)
     except GgufRunError as error:
         return {"unknown": str(error)}
-    ranks = {tensor.ne[0] for name, tensor in file.tensors.items() if name.endswith(".lora_b")}
-    adapted = {name.rpartition(".")[0]: None for name in file.tensors}
-    kinds = dict.fromkeys(re.sub(r"^blk\.\d+\.|\.weight$", "", name) for name in adapted)
-    return {
-        "architecture": arch,
-        "alpha": alpha,
-        "ranks": sorted(ranks),
-        "n_adapted": len(adapted),
-        "adapted": [*kinds],
-    }
+    ranks = [tensor.ne[0] for name, tensor in file.tensors.items() if name.endswith(".lora_b")]
+    return {"architecture": arch, "alpha": alpha, "ranks": sorted({*ranks}), "n_adapted": len(ranks)}
 
 
 def memory_facts(file: GGUFFile, options: LoadOptions, gpus: Sequence[int]) -> dict[str, Any]:

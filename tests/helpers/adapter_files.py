@@ -89,7 +89,8 @@ def decoder(path: Path, backend: Any, adapters: Sequence[tuple[Path, float]] = (
     loaded = [(read_adapter(one.stem, GGUFFile.open(one), arch, file.tensors), scale) for one, scale in adapters]
     held = Adapters(loaded, n_seq) if loaded else None
     kinds = [CacheType("f32", "f32")] * config.n_layer
-    return Decoder(config, file.tensors, [backend] * config.n_layer, 64, 18, 16, n_seq, kinds, adapters=held)
+    backends = backend if isinstance(backend, list) else [backend] * config.n_layer
+    return Decoder(config, file.tensors, backends, 64, 18, 16, n_seq, kinds, adapters=held)
 
 
 def logits(made: Decoder, seq: int = 0) -> np.ndarray:

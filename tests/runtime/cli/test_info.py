@@ -232,7 +232,7 @@ def test_adapter(tmp_path: Path) -> None:
     pairs = random_pairs(model, {"attn_q": 4, "ffn_down": 3})
     result = run(write_adapter(tmp_path / "a.gguf", pairs), "--tensors")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert "LoRA adapter for llama: rank 3, 4, alpha 12\nadapts 4 tensors: attn_q, ffn_down\n" in result.stdout
+    assert "LoRA adapter for llama, 4 tensors: rank 3, 4, alpha 12\n" in result.stdout
     assert "blk.0.attn_q.weight.lora_a" in result.stdout
     facts = json.loads(run(tmp_path / "a.gguf", "--json").stdout)["adapter"]
     assert facts["ranks"] == [3, 4]
