@@ -100,6 +100,7 @@ def add_positions(x, x_stride, positions, table, n, n_row, WIDTH: tl.constexpr):
     tl.store(at, tl.load(at, mask=column < n) + added, mask=column < n)
 
 
+@triton.jit
 def scale_adapters(x, x_stride, seqs, values, n_adapter, adapters, factors, n, WIDTH: tl.constexpr):
     """See models.rare_ops.ScaleAdapters; grid (rows, n / WIDTH). adapters, factors: of each column."""
     row = tl.program_id(0).to(tl.int64)
