@@ -45,7 +45,7 @@ class CpuBackend:
         """
         self.n_threads, self.tuning, self._splits = n_threads, isa.Tuning(), not deterministic
         self._tapes: weakref.WeakSet[Tape] = weakref.WeakSet()
-        self.team = Team(n_threads)
+        self.team = Team(n_threads)  # runs programs; between two steps it may do other work
         self._executor = ThreadPoolExecutor(n_threads, "repack")
         self._repacking: deque[Future[None]] = deque()
         self._arena = Arena()

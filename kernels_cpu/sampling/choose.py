@@ -19,7 +19,6 @@ if COMPILING:
     from gguf_run.kernels_cpu.sampling.narrow import (
         LOWEST,
         exp_sums,
-        first_of,
         gather,
         greatest,
         id_of,
@@ -47,8 +46,7 @@ ROW = np.dtype(
             "n_recent",
             "seed",  # the 64 bits
             "position",
-            "is_greedy",
-            "top_k",  # 0: off
+            "top_k",  # 0: off; 1: the most likely token
             "n_top",  # so many tokens' log-probabilities are wanted; -1: none, not even that of the chosen token
         )
     ]
@@ -108,22 +106,22 @@ def choose(args, piece, ith, nth):
         x = changed
         most = survey(x, n, maxima)
     if abs(most) < np.inf:
-        temperature = np.float32(row.temperature)
-        if row.is_greedy or not abs(most / temperature) < np.inf:
-            id = first_of(x, n, maxima, most)
-        else:
-            number = uniform(row.seed, row.position, np.int64(0))
-            id = _drawn(row, x, n, maxima, most, temperature, number, changed, sums, keys, work, weights)
+        id = _drawn(row, x, n, maxima, most, changed, sums, keys, work, weights)
     i64_at(a.ids, a.n_rows)[piece] = id
     return 0
 
 
 @njit
-def _drawn(row, x, n, maxima, most, temperature, number, changed, sums, keys, work, weights):
-    """Draw one of the tokens that top-k, top-p and min-p leave. number: in [0, 1)."""
-    one, lowest = np.float32(1), np.float32(LOWEST)
+def _drawn(row, x, n, maxima, most, changed, sums, keys, work, weights):
+    """Draw one of the tokens that top-k, top-p and min-p leave."""
+    one, lowest, number = np.float32(1), np.float32(LOWEST), uniform(row.seed, row.position, np.int64(0))
+    temperature = np.float32(row.temperature)
+    if not abs(most / temperature) < np.inf:  # logits so far apart that the temperature changes nothing
+        temperature = one
     low, bound, count = max(lowest, most + np.float32(row.log_min_p)), np.int64(LEAST), np.int64(0)
-    few = row.top_k or (min(_FEW, n // BLOCK // 2) if row.top_p < 1 and n > EXACT else n if row.top_p < 1 else 0)
+    few = row.top_k
+    if not few and row.top_p < 1:
+        few = min(_FEW, n // BLOCK // 2) if n > EXACT else n
     if few:
         count = greatest(x, n, maxima, few, keys, work, weights)
     if row.top_p < 1:

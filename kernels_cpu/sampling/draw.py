@@ -45,29 +45,33 @@ def near_end(x, n, maxima, most, top_p, total, sums, keys):
     """
     # All logits below this one have less than 1 - top_p together. The rest is for rounding.
     low = max(np.float32(LOWEST), most + np.float32(math.log((1 - top_p) * total / n) - 1))
-    high, above, count, limit = np.float32(np.inf), 0.0, n, np.int64(EXACT)
-    for round in range(_ROUNDS):
+    high, above, held = np.float32(np.inf), 0.0, total  # held: the sum from `low` up
+    for _ in range(_ROUNDS):
         middle = low + (min(high, most) - low) / np.float32(2)
         mass = exp_sums(x, n, np.float32(1), most, middle, sums)
         if mass >= top_p * total:
-            low = middle
+            low, held = middle, mass
         else:
             high, above = middle, mass
-        count = gather(x, n, maxima, low, high, limit if round < _ROUNDS - 1 else n, keys)
-        if count <= limit:
+        if held - above < EXACT * math.exp(low - most):  # none weighs less
             break
-    return count, above
+    return gather(x, n, maxima, low, high, n, keys), above
 
 
 @njit
 def drop(x, n, low, last, target):
-    """Copy the logits to `target`, with -inf for those below `low`, and for equals of that of id `last` behind it."""
+    """Copy the logits to `target`, with -inf for those below `low`, and for equals of that of id `last` behind it.
+
+    last: n if there is no such id.
+    """
     values, kept = f32_at(x, n), f32_at(target, n)
     for i in range(n):
         kept[i] = values[i] if values[i] >= low else np.float32(-np.inf)
-    for i in range(last + 1, n):
-        if values[i] == values[last]:
-            kept[i] = -np.inf
+    if last < n:
+        equal = values[last]
+        for i in range(last + 1, n):
+            if values[i] == equal:
+                kept[i] = -np.inf
 
 
 @njit

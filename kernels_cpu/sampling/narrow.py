@@ -80,18 +80,6 @@ def survey(x, n, maxima):
 
 
 @njit
-def first_of(x, n, maxima, value):
-    """The id of the first logit that is `value`, the largest one."""
-    values, best, block = f32_at(x, n), f32_at(maxima, n_blocks(n)), 0
-    while best[block] != value:
-        block += 1
-    id = block * BLOCK
-    while values[id] != value:
-        id += 1
-    return id
-
-
-@njit
 def exp_sums(x, n, divisor, shift, low, sums):
     """Sum exp(value / divisor - shift) over the values of each block from `low` up: f32[n_blocks(n)] at `sums`.
 
@@ -137,11 +125,7 @@ def gather(x, n, maxima, low, high, most, keys):
     count = 0
     for block in range(len(best)):
         if best[block] >= low and count <= most:
-            first, end = block * BLOCK, min(n, (block + 1) * BLOCK)
-            inside = 0  # first counted, which is quick
-            for i in range(first, end):
-                inside += (values[i] >= low) & (values[i] < high)
-            for i in range(first, end if inside else first):
+            for i in range(block * BLOCK, min(n, (block + 1) * BLOCK)):
                 keys[count] = key_of(bits[i], i)
                 count += (values[i] >= low) & (values[i] < high)
     return count

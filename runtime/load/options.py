@@ -2,7 +2,7 @@
 
 import os
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from gguf_run.formats.errors import OptionError
 from gguf_run.formats.frozen import frozen
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 MAX_N_CTX = 2**31 - 1
 MAX_N_SEQ = 1024
 DEFAULT_N_CTX = 4096  # unless the model was trained with less
+Lora: TypeAlias = "str | os.PathLike[str] | tuple[str | os.PathLike[str], float]"  # FILE, FILE:SCALE or (FILE, SCALE)
 
 
 @frozen
@@ -42,7 +43,9 @@ class LoadOptions:
     n_ctx: int | None = None  # positions of the KV cache for each sequence; None: the model's own, at most 4096
     n_threads: int | None = None  # CPU threads that compute; None: one for each physical core
     n_batch: int = 512  # tokens of a prompt that run at once
-    n_seq: int = 1  # sequences that the KV cache has room for: as many prompts as generate_batch can take
+    n_seq: int = 1  # sequences that run together; others wait
+    cache_ram: int | None = None  # MiB of the KV cache of all sequences; None: n_ctx positions for each
+    deterministic: bool = False  # a text gets the same bits alone, among others and after a known prefix; CPU only
     device: str = "auto"  # "cpu", "cuda", "cuda:1", several GPUs with commas, or "auto": a GPU if there is one
     gpu_layers: str | int | None = None  # so many of the last layers run on GPUs; "all"; "auto" or None: what fits
     tensor_split: str | None = None  # each GPU's part of these layers, as "3,1"; None: by free memory
@@ -53,6 +56,7 @@ class LoadOptions:
     cache_type: "str | tuple[str, str] | list[CacheType] | None" = None
     cache_rotation: bool | None = None  # Hadamard transform of stored rows; None: for types of 8 bits or less
     cache_scales: str | os.PathLike[str] | None = None  # a calibration file, see kv_scales.py
+    lora: "tuple[Lora, ...] | list[Lora]" = ()  # adapters, with the scales that all sequences begin with
     quantize: str | None = None  # a file type such as "Q4_K_M", to which weights are quantized while they are read
     embed: bool = False  # for Model.embed and rank, not for text; encoders and rerankers are loaded so in any case
     observe: bool = False  # the decoder can collect the squares of what its matrices read, for an importance matrix
@@ -61,6 +65,9 @@ class LoadOptions:
         _check_range("n_ctx (--ctx-size)", self.n_ctx, MAX_N_CTX)
         _check_range("n_batch", self.n_batch, MAX_N_CTX)
         _check_range("n_seq", self.n_seq, MAX_N_SEQ)
+        _check_range("cache_ram (--cache-ram)", self.cache_ram, MAX_N_CTX)
+        if self.deterministic and not self.wanted.cpu_only:
+            raise OptionError('deterministic runs on the CPU only: give device="cpu" (--device cpu)')
         if self.n_threads is not None:
             from gguf_run.kernels_cpu.replay.team import MAX_THREADS
 

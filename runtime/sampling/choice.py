@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.frozen import frozen
-from gguf_run.runtime.sampling.candidates import largest
+from gguf_run.runtime.sampling.candidates import Candidates, largest
 
 if TYPE_CHECKING:
     from gguf_run.runtime.sampling.select import AdaptiveP, Mirostat
@@ -42,8 +42,10 @@ class Choice(int):
             logprobs.append(self.logprob)
 
 
-def logprob_of(logits: NDArray[np.float32], id: int, n: int) -> TokenLogprob:
-    """Return the log-probabilities of a token and of the n most likely ones. logits: f32[n_vocab]."""
+def logprob_of(logits: NDArray[np.float32] | Candidates, id: int, n: int) -> TokenLogprob | None:
+    """Return the log-probabilities of a token and of the n most likely ones. None without all logits, f32[n_vocab]."""
+    if isinstance(logits, Candidates):
+        return None
     most = float(logits.max())
     total = most + math.log(np.exp(logits - most).sum(dtype=np.float64))
     return logprob_with(logits, id, largest(logits, n) if n else (), total)

@@ -95,16 +95,15 @@ class ManySampler:
 
 def _pack(sampler: Sampler, n_vocab: int) -> _Packed:
     params, stages = sampler.params, sampler.stages
-    fields = np.zeros(1, ROW)
-    biases = np.array(list(params.logit_bias.items()), BIAS)
+    fields, biases = np.zeros(1, ROW), np.array(list(params.logit_bias.items()), BIAS)
     divisor = params.temperature if "temperature" in stages else 1.0
-    is_greedy = divisor < GREEDY
+    is_greedy = divisor < GREEDY  # then top_k = 1 does it
     if (
         stages != tuple(name for name in COMPILED if name in stages)
         or sampler.selector is not None
         or params.logits_processors
         or (params.dynatemp_range > 0 and "temperature" in stages)
-        or not (is_greedy or divisor >= LEAST_DIVISOR)
+        or (divisor < LEAST_DIVISOR and not is_greedy)
         or (params.logprobs or 0) > MOST_TOP
         or max(params.logit_bias, default=0) >= n_vocab
     ):
@@ -114,12 +113,11 @@ def _pack(sampler: Sampler, n_vocab: int) -> _Packed:
         "n_bias": len(biases),
         "n_recent": params.repeat_last_n if "penalties" in stages else 0,
         "seed": sampler.seed - (sampler.seed >> 63 << 64),  # the same bits, as an int64
-        "is_greedy": is_greedy,
-        "top_k": min(params.top_k, n_vocab) if "top_k" in stages else 0,
+        "top_k": 1 if is_greedy else min(params.top_k, n_vocab) if "top_k" in stages else 0,
         "n_top": -1 if params.logprobs is None else params.logprobs,
         "top_p": params.top_p if "top_p" in stages else 1.0,
         "log_min_p": math.log(params.min_p) if "min_p" in stages else -math.inf,
-        "temperature": min(divisor, 1e30),
+        "temperature": 1.0 if is_greedy else min(divisor, 1e30),
         "repeat_penalty": params.repeat_penalty,
         "frequency_penalty": params.frequency_penalty,
         "presence_penalty": params.presence_penalty,

@@ -70,7 +70,7 @@ class Sampler:
     ) -> int:
         """Return the id of the next token, for `accept`: nothing changes until then.
 
-        logits: f32[n_vocab], which stay as they are; or, if n_top is not 0, the n_top largest, in order.
+        logits: f32[n_vocab], which stay as they are; or the n_top largest in order, if n_top is not 0 and mask is None.
         mask: uint32[n_vocab / 32], rounded up: a bit for each token that may come, the lowest bit first. None: all may.
         drafts: tokens that are taken to have been accepted.
         GgufRunError if the logits are no numbers, or no token is left to choose from.
@@ -81,39 +81,28 @@ class Sampler:
                 f"the model's output for the next token is {best}, not a number: the file is damaged, or its "
                 "values are too large for this computation"
             )
-        state = self.after(drafts)
+        state, params, changed = self.state, self.params, logits
+        if drafts or mask is not None or params.logit_bias or params.logits_processors:
+            from gguf_run.runtime.sampling.bias import after, biased
+
+            state = after(state, drafts)
+            changed = biased(logits, params, [*self._context, *drafts], mask)
         with np.errstate(over="ignore"):
-            if isinstance(logits, Candidates):
-                candidates = logits.take(logits.logits > -np.inf, True)
+            if isinstance(changed, Candidates):
+                candidates = changed.take(changed.logits > -np.inf, True)
             else:
-                candidates = Candidates(self._changed(logits, mask, drafts))
+                candidates = Candidates(changed)
             for apply in self._functions:
-                candidates = apply(candidates, self.params, state)
+                candidates = apply(candidates, params, state)
             candidates, seen = (candidates, None) if self.selector is None else self.selector.distribution(candidates)
         i = _draw(candidates, uniform(state.seed, state.n_past)) if len(candidates.logits) > 1 else 0
-        if seen is None and self.params.logprobs is None:
+        if seen is None and params.logprobs is None:
             return candidates.id(i)
         from gguf_run.runtime.sampling.choice import Choice, logprob_of
 
-        id, n = candidates.id(i), self.params.logprobs
-        logprob = None if n is None or isinstance(logits, Candidates) else logprob_of(logits, id, n)
+        id = candidates.id(i)
+        logprob = None if params.logprobs is None else logprob_of(logits, id, params.logprobs)
         return Choice(id, logprob, 0.0 if seen is None else float(seen[i]))
-
-    def _changed(
-        self, logits: NDArray[np.float32], mask: NDArray[np.uint32] | None, drafts: Sequence[int]
-    ) -> NDArray[np.float32]:
-        if not self.params.logit_bias and not self.params.logits_processors and mask is None:
-            return logits
-        from gguf_run.runtime.sampling.bias import changed
-
-        return changed(logits, self.params, [*self._context, *drafts], mask)
-
-    def after(self, drafts: Sequence[int]) -> State:
-        """Return the state as if `drafts` had been accepted."""
-        if not drafts:
-            return self.state
-        recent = deque([*self.state.recent, *drafts], self.state.recent.maxlen)
-        return replace(self.state, n_past=self.state.n_past + len(drafts), recent=recent)
 
 
 def _stages(params: SamplingParams) -> Sequence[SamplerKind]:

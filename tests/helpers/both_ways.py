@@ -22,7 +22,7 @@ def check_both_ways(backend: Any, shape: AttentionShape, steps: Sequence[Sequenc
     qkv = step.input(values)
     parts = [qkv.columns(int(at[i]), widths[i]) for i in range(3)]
     out = step.buffer(shape.n_head * shape.head_dim)
-    cache = new_cache(backend, shape, n_ctx, n_batch, n_seq, "f32")
+    cache = new_cache(backend, shape, n_ctx, n_seq, "f32")
     step.add(Attend(*parts, cache, shape, out))
     step.finish(out)
     worst = 0.0

@@ -12,8 +12,7 @@ import torch
 from cpu_ops import error
 from gpu_ops import fast_dots, gpu, pytestmark, use_tuning
 
-from gguf_run.kernels_gpu import program
-from gguf_run.kernels_gpu.attention import launch as attention_launch
+from gguf_run.kernels_gpu import buffers, program
 from gguf_run.models.backend import CacheType
 from gguf_run.models.embedder import Embedder
 
@@ -28,7 +27,7 @@ CASES = {"bert": ("BertModel", BERT), "nomic": ("NomicBertModel", BERT), "gemma"
 
 @pytest.mark.parametrize("name", CASES)
 def test_hidden_states_are_those_of_transformers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_launch, "FEW", 1)
+    monkeypatch.setattr(buffers, "FEW", 1)
     monkeypatch.setattr(program, "FEW", 0)
     use_tuning(monkeypatch, tile=(256, 16))
     class_name, own = CASES[name]
