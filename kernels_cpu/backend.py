@@ -38,8 +38,12 @@ _QUEUED = 64  # pieces of weights to be repacked: enough that no thread waits be
 class CpuBackend:
     """Runs on n_threads threads. `tune` changes `tuning`, for all programs."""
 
-    def __init__(self, n_threads: int) -> None:
-        self.n_threads, self.tuning = n_threads, isa.Tuning()
+    def __init__(self, n_threads: int, *, deterministic: bool = False) -> None:
+        """deterministic: a sequence gets the same bits whatever other sequences are in a step.
+
+        Attention then never splits the positions that a token sees, which keeps all threads busy in a long context.
+        """
+        self.n_threads, self.tuning, self._splits = n_threads, isa.Tuning(), not deterministic
         self._tapes: weakref.WeakSet[Tape] = weakref.WeakSet()
         self._team = Team(n_threads)
         self._executor = ThreadPoolExecutor(n_threads, "repack")
@@ -119,7 +123,7 @@ class CpuBackend:
     def program(
         self, parts: Sequence[Sequence[CpuOp]], after: Sequence[CpuOp], result: Buffer, n_batch: int, n_outputs: int
     ) -> CpuProgram:
-        tape = Tape(self.n_threads, n_batch, n_outputs)
+        tape = Tape(self.n_threads, n_batch, n_outputs, splits=self._splits)
         ends = [lower(tape, part) for part in parts]
         lower(tape, after)
         self._compile(list(dict.fromkeys(tape.kernels)))

@@ -36,7 +36,8 @@ class Tape:
     The tape keeps alive whatever has its address in a kernel's arguments.
     """
 
-    def __init__(self, n_threads: int, n_batch: int, n_outputs: int) -> None:
+    def __init__(self, n_threads: int, n_batch: int, n_outputs: int, *, splits: bool = True) -> None:
+        """splits: attention may split the positions of a sequence, see CpuBackend."""
         self.n_threads, self.n_batch, self.n_outputs = n_threads, n_batch, n_outputs
         self.kernels: list[TapeOp] = []
         self.table = table = RunTable(n_batch, n_outputs)
@@ -52,7 +53,7 @@ class Tape:
         self.zeros = Rows(self.address(aligned(4 * LANES)), 0)
         # Fields that mean the same in all kernels. `finish` fills the first three.
         self._common: dict[str, float] = {"scratch": 0, "scratch_stride": 0, "parts": 0, "n_runs": table.n_runs}
-        self._common |= vars(Tuning())
+        self._common |= vars(Tuning()) | {"splits": splits}
         self._common |= {name: self.address(getattr(table, name)) for name in _TOKENS}
 
     def address(self, array: NDArray[np.generic]) -> int:

@@ -163,7 +163,7 @@ def attend(k_form: int, v_form: int) -> TapeOp:
         rows_of_keys, values = None, _values(v_form)
 
     @op(
-        "runs n_runs n_head n_head_kv head_dim n_value n_wide wide window is_chunked "
+        "runs n_runs splits n_head n_head_kv head_dim n_value n_wide wide window is_chunked "
         "pages pages_stride n_pages q q_stride cache_k k_group "
         "k_at k_rotate cache_v v_group v_at v_rotate sinks out out_stride parts part_bytes max_rows scratch "
         "scratch_stride",
@@ -173,7 +173,7 @@ def attend(k_form: int, v_form: int) -> TapeOp:
         a = carray(args, 1)[0]
         runs = runs_at(a.runs, i64_at(a.n_runs, 1)[0])
         if piece < 0:
-            return plan(runs, a.n_head // a.n_head_kv, a.n_head_kv, a.window, nth)
+            return plan(runs, a.n_head // a.n_head_kv, a.n_head_kv, a.window, a.splits, nth)
         work = piece_of(a, runs, piece)
         tile = _Tile(work.few, FEW if work.few else TILE, (FEW_VECTORS if work.few else VECTORS) * ROWS)
         n_fill = (work.n_rows + tile.rows - 1) // tile.rows * tile.rows

@@ -36,11 +36,11 @@ def _seen(run, window):
 
 
 @njit(inline="always")
-def plan(runs, n_rep, n_head_kv, window, nth):
+def plan(runs, n_rep, n_head_kv, window, splits, nth):
     """Cut the work of all runs into about PIECES equal pieces a thread, or more; return how many there are.
 
     Sequences that see more positions get more pieces. Each has some tokens. The positions of a run of few tokens are
-    split too. The cut is noted in runs (n_per_piece, first_piece, first_part, n_split).
+    split too, if `splits` is not 0. The cut is noted in runs (n_per_piece, first_piece, first_part, n_split).
     """
     least, most = max(1, TILE // n_rep), max(1, MAX_ROWS // n_rep)  # tokens of a piece
     work = 0
@@ -53,7 +53,7 @@ def plan(runs, n_rep, n_head_kv, window, nth):
         if nth > 1:
             wanted = (run.n_tokens * seen * PIECES * nth + work - 1) // work  # pieces for each KV head
             per = min(most, max(least, (run.n_tokens + wanted - 1) // wanted))
-            if run.n_tokens <= least:
+            if splits and run.n_tokens <= least:
                 n_split = max(1, min(wanted, seen // _MIN_SPLIT))
         run.n_per_piece, run.first_piece, run.first_part, run.n_split = per, n_pieces, n_parts, n_split
         n_new = (run.n_tokens + per - 1) // per * n_head_kv * n_split

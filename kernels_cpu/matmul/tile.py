@@ -85,8 +85,8 @@ def _tile(
         return [(row, value) for value in values for row in rows]
 
     start = [s.load(at, F32, ROWS) for at, _ in places]
-    # All tiles of several tokens add in the same order, so that a token's result is the same in each.
-    unroll = _FLOAT_SUMS // isa.current().tokens if len(xs) > 1 else _FLOAT_SUMS
+    # All tiles add in the same order, so that a token's result is the same in each.
+    unroll = _FLOAT_SUMS // isa.current().tokens
     sums = sums_of_products(s, start, n_steps, products, unroll * len(start))
     for (_, to), value in zip(places, sums, strict=True):
         s.store(value, to)

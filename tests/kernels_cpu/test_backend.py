@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cpu_ops import Q8Backend, cpu, error, random_tensor
 from numpy_backend import NumpyBackend
-from tinymodel import ALL_BIASES, AWKWARD_LLAMA, QKV, TINY_GEMMA3, WIDE_LLAMA, Tiny, vocabulary, write_tiny
+from tinymodel import ALL_BIASES, AWKWARD_LLAMA, QKV, TINY_GEMMA3, WIDE_LLAMA, Tiny, tiny_moe, vocabulary, write_tiny
 
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.kernels_cpu.backend import CpuBackend
@@ -43,14 +43,14 @@ QUANTIZED_MODELS = {
 def build(tmp_path: Path) -> Callable[..., Decoder]:
     """Write a model and open it in a decoder over one backend."""
 
-    def build(tiny: Tiny, backend: Any, cache: str = "f16", **options: Any) -> Decoder:
+    def build(tiny: Tiny, backend: Any, cache: str = "f16", n_ctx: int = 64, **options: Any) -> Decoder:
         path = tmp_path / f"{abs(hash(str(tiny)))}.gguf"
         if not path.exists():
             write_tiny(path, tiny)
         file = GGUFFile.open(path)
         config = ModelConfig.from_metadata(file.metadata, file.tensors)
         kinds = [CacheType(cache, cache)] * config.n_layer
-        return Decoder(config, file.tensors, [backend] * config.n_layer, 64, cache_types=kinds, **options)
+        return Decoder(config, file.tensors, [backend] * config.n_layer, n_ctx, cache_types=kinds, **options)
 
     return build
 
@@ -109,6 +109,25 @@ def test_quantized_models(name: str, build: Callable[..., Decoder]) -> None:
     assert 0.005 < np.median(rms(actual - exact)) < 0.03
     oracle.rewind(0)
     assert rms(in_pieces(build(tiny, cpu(3))) - in_pieces(oracle)).max() < 0.05
+
+
+@pytest.mark.parametrize("name", ["llama", "odd widths", "legacy", "K-quants", "moe"])
+def test_a_sequence_gets_the_same_bits_among_others(name: str, build: Callable[..., Decoder]) -> None:
+    """Prompts and single tokens, in steps of 1 to 33 sequences, over a context that is long enough to be split."""
+    tiny = tiny_moe(2, "Q8_0") if name == "moe" else (FLOAT_MODELS | QUANTIZED_MODELS)[name]
+    tiny = replace(tiny, n_layer=min(2, tiny.n_layer), n_ctx=600)
+    results = []
+    for n_others in (0, 1, 4, 9, 32):
+        backend, rng = CpuBackend(2, deterministic=True), np.random.default_rng(n_others)
+        decoder, found = build(tiny, backend, n_ctx=600, n_seq=33, n_batch=600, n_cells=10_000), []
+        for chunk in (300, 200, 1, 1, 1):
+            ids = [(7 * i * i + chunk) % 270 for i in range(chunk)]
+            others = {seq: rng.integers(0, 270, rng.integers(1, 6)).tolist() for seq in range(1, 1 + n_others)}
+            found.append(decoder.step(others | {0: ids})[-1].copy())
+        results.append(np.stack(found))
+        backend.close()
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
 
 
 def test_sizes_are_reported(build: Callable[..., Decoder]) -> None:
