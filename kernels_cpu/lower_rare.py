@@ -11,7 +11,7 @@ from gguf_run.kernels_cpu.replay.op import TapeOp
 from gguf_run.kernels_cpu.rows.activation import xielu
 from gguf_run.kernels_cpu.rows.layer_norm import layer_norm
 from gguf_run.kernels_cpu.rows.observe import observe
-from gguf_run.kernels_cpu.rows.scale import gate_rows, softcap, temper
+from gguf_run.kernels_cpu.rows.scale import add_positions, gate_rows, softcap, temper
 from gguf_run.kernels_cpu.rows.streams import match_rms, mix, threshold
 from gguf_run.kernels_cpu.tape import Rows, Tape
 from gguf_run.models import ops, rare_ops
@@ -90,6 +90,7 @@ LOWER_RARE: Mapping[type, Lowered] = {
     ops.Observe: _on_rows(observe, lambda op: op.squares.fields()),
     rare_ops.MatmulHeads: _matmul_heads,
     rare_ops.Temper: _on_rows(temper, lambda op: {"n": op.x.width, **vars(op.temperature)}),
+    rare_ops.AddPositions: _on_rows(add_positions),
     rare_ops.ShortConv: _short_conv,
     rare_ops.DeltaRule: _delta_rule,
     rare_ops.Scan: _scan,

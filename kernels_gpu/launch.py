@@ -25,6 +25,7 @@ from gguf_run.kernels_gpu.recurrent.short_conv import bind_short_conv
 from gguf_run.kernels_gpu.rows import activation, norms, quantize, rope, streams
 from gguf_run.models.ops import Embed, Gated, Observe, Outputs, Rope
 from gguf_run.models.rare_ops import (
+    AddPositions,
     DeltaRule,
     GateRows,
     LayerNorm,
@@ -128,6 +129,11 @@ def _temper(op: Temper, memory: Memory) -> Launch:
     return _by_columns(activation.temper, op.x.width, *x, positions, op.x.width, *numbers)
 
 
+def _add_positions(op: AddPositions[Array], memory: Memory) -> Launch:
+    x, positions, n = memory.strided(op.x), memory.step.of(op.x.outputs).positions, op.x.width
+    return _by_columns(activation.add_positions, n, *x, positions, op.table, n, op.n_row)
+
+
 def _softcap(op: Softcap, memory: Memory) -> Launch:
     return _by_columns(activation.softcap, op.x.width, *memory.strided(op.x), op.x.width, op.scale, op.cap or None)
 
@@ -186,6 +192,7 @@ _BIND: dict[type, Callable[[Any, Memory], Launch]] = {
     Softcap: _softcap,
     Xielu: _xielu,
     Temper: _temper,
+    AddPositions: _add_positions,
 }
 
 

@@ -30,6 +30,7 @@ class Architecture:
     ffn_norm: str = "ffn_norm"  # name of the norm before the ffn
     output_norm: str = "output_norm"  # name of the norm before the output matrix
     layer_norm: bool = False  # norms subtract the mean and have biases
+    is_causal: bool = True  # a token sees no later ones; a key in the file goes first
     sinks: bool = False  # attention has sinks
     qk_norm_after_rope: bool = False  # attn_q_norm and attn_k_norm come after the rotation; not in `norms`: all ones
     no_qk_norm_n_expert: int = 0  # with so many experts, there is no such norm
@@ -78,7 +79,7 @@ QK = ("attn_q_norm", "attn_k_norm")
 POST = ("post_attention_norm", "post_ffw_norm")
 WHOLE_ROW = {"attn_q_norm": ("n_embd_q",), "attn_k_norm": ("n_embd_kv",)}
 
-_FAMILIES = ("dense", "gemma", "mixtures", "delta_net", "hybrid", "latent")
+_FAMILIES = ("dense", "gemma", "mixtures", "delta_net", "hybrid", "latent", "encoders")
 
 
 def entries() -> Iterator[Architecture]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.frozen import frozen
@@ -17,16 +17,9 @@ from gguf_run.models.tensor_check import check_tensors, shape_of, tensor_shapes
 if TYPE_CHECKING:
     from gguf_run.models.mixers import Mixer
     from gguf_run.models.per_layer import AltUp
+    from gguf_run.models.pooling import Pooling
     from gguf_run.models.routing import Mixture
     from gguf_run.models.temperature import Temperature
-
-_MAX_EXPERTS = 1024
-
-# Features that the decoder does not have: the key, and the value with which a file says that it does not need them.
-_NEUTRAL: Mapping[str, float | bool] = {
-    "attention.causal": True,
-    "attention.clamp_kqv": 0,
-}
 
 
 @frozen
@@ -98,6 +91,7 @@ class ModelConfig:
     moe: "Mixture | None"  # how a token's experts are chosen and weighted, if there are any
     n_ple: int  # columns of the embedding that a token has for each layer; 0: there is none
     altup: "AltUp | None"  # of models with several streams of hidden states
+    pooling: "Pooling | None"  # of models that make embeddings
 
     n_head, n_head_kv, head_dim, n_rot = _Greatest(), _Greatest(), _Greatest(), _Greatest()
     n_ff, n_embd_q, n_embd_kv, window = _Greatest(), _Greatest(), _Greatest(), _Greatest()
@@ -127,7 +121,7 @@ class ModelConfig:
         """Return the shape of layer il's attention. It has no heads in a layer without attention."""
         layer, scale, softcap = self.layers[il], self.attention_scale, self.attn_softcap
         sizes, is_chunked = (layer.n_head, layer.n_head_kv, layer.head_dim), min(self.arch.chunk, layer.window) > 0
-        return AttentionShape(*sizes, scale, layer.window, softcap, is_chunked, layer.n_latent)
+        return AttentionShape(*sizes, scale, layer.window, softcap, is_chunked, layer.n_latent, self.arch.is_causal)
 
     def ffn(self, il: int) -> tuple[str, ...]:
         """Return the names of layer il's matrices of gate, up and down; () if the layer has only experts."""
@@ -171,10 +165,9 @@ class ModelConfig:
 
 
 def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> ModelConfig:
-    for key, neutral in _NEUTRAL.items():
-        value = keys.get(key)
-        if value is not None and not (isinstance(value, int | float) and value == neutral):
-            raise UnsupportedError(f"{arch.name}.{key} is {show(value)}: this program does not have that yet")
+    if clamp := keys.number("attention.clamp_kqv", 0.0):
+        raise UnsupportedError(f"{arch.name}.attention.clamp_kqv is {clamp}: this program does not have that yet")
+    arch = replace(arch, is_causal=keys.flag("attention.causal", arch.is_causal))
     if arch.neox_by_sections and any(keys.integers("rope.dimension_sections", 4, (0,), low=0)):
         arch = replace(arch, rope_style="neox")
     n_embd = keys.integer("embedding_length")
@@ -197,6 +190,7 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
     is_per_embd = len(layers) in arch.n_embd_scale_n_layer
     head_scale: float = (n_embd // layers[0].n_head if is_per_embd else layers[0].head_dim) ** -0.5
     rms_eps = keys.number(eps, high=1)
+    embeds = not arch.is_causal or keys.get("pooling_type") is not None
     embd_scale = n_embd**0.5 if arch.scaled_embd else keys.factor("embedding_scale")
     return ModelConfig(
         arch=arch,
@@ -227,6 +221,7 @@ def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> Mode
         moe=mixture,
         n_ple=keys.integer("embedding_length_per_layer_input", 0, low=0),
         altup=_late("per_layer").read_altup(keys, tensors, len(layers)) if arch.step == "altup_step" else None,
+        pooling=_late("pooling").read_pooling(arch, keys, tensors) if embeds else None,
     )
 
 
@@ -279,6 +274,7 @@ def _layers(
     n_lead = keys.integer("leading_dense_block_count", 0, low=0, high=n_block)
     moe_step = keys.integer("interleave_moe_layer_step", 1)
     window = keys.integer("attention.sliding_window", arch.chunk, low=int(arch.chunk > 0))
+    window = window if arch.is_causal or not window else window // 2 + 1  # the same to both sides
     is_swa = _late("per_layer").swa_layers(keys, n_block, arch.swa_period) if window else (False,) * n_block
     n_latent = keys.integer("attention.kv_lora_rank") if arch.mixer == "latent" else 0
     kv_layers: Sequence[int] = range(n_layer)
@@ -309,10 +305,7 @@ def _layers(
 
 def _experts(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> "tuple[int, int, int, Mixture | None]":
     """Return n_expert, n_ff_exp, n_ff_shexp, and how the experts are mixed."""
-    n_expert = keys.integer("expert_count", 0, low=0, high=_MAX_EXPERTS)
-    n_expert = 0 if (n_expert, arch.moe) == (1, "no") else n_expert  # Hunyuan's converter writes 1
-    if bool(n_expert) not in {"no": (False,), "yes": (True,), "maybe": (False, True)}[arch.moe]:
-        raise UnsupportedError(f"{arch.name}.expert_count is {n_expert}: this program does not have that yet")
-    if not n_expert:
+    n_expert = keys.integer("expert_count", 0, low=0, high=1024)
+    if not n_expert and arch.moe != "yes":
         return 0, 0, 0, None
-    return n_expert, *_late("routing").read_experts(arch, keys, tensors, n_expert)
+    return cast("tuple[int, int, int, Mixture | None]", _late("routing").read_mixture(arch, keys, tensors, n_expert))

@@ -28,6 +28,7 @@ class Decoder:
     observed: list[Observed] | None  # sums of squares of the inputs of all matmuls; None: not observed
     n_batch: int  # the most tokens of a step
     n_outputs: int  # the most tokens of a step whose logits are wanted
+    has_logits = True  # False: the results are hidden states, see embedder.py
 
     def __init__(
         self,
@@ -82,9 +83,9 @@ class Decoder:
         tables = page_tables(config, n_ctx, n_batch, n_seq, n_cells)
         layers = cache_layers(config, tensors, backends, kinds, n_ctx, tables)
         self.cache = KvCache(layers, tables, n_ctx)
-        self._stages = build(
-            config, tensors, placed, layers, n_batch, n_outputs, progress or (lambda n_bytes: None), self.observed
-        )
+        report = progress or (lambda n_bytes: None)
+        ends = n_batch, n_outputs, report, self.observed, self.has_logits
+        self._stages = build(config, tensors, placed, layers, *ends)
         self._program = self._stages[-1].program  # makes the logits
 
     @property

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,8 @@ from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.architectures import Architecture, Shape
+from gguf_run.models.operands import Buffer
+from gguf_run.models.rare_ops import Moe
 
 # Tensors of layers with experts, as in architectures.LAYER_SHAPES.
 EXPERT_SHAPES: Mapping[str, Shape] = {
@@ -35,6 +38,18 @@ def experts_of(arch: Architecture, block: str, tensors: Container[str]) -> tuple
     if f"{block}{FUSED_EXPERTS[0]}.weight" in tensors:
         return FUSED_EXPERTS
     return EXPERTS if arch.gated else EXPERTS[1:]
+
+
+def moe_op(step: Any, il: int, x: Buffer, logits: Buffer, out: Buffer, accumulate: bool) -> Moe[Any, Any, Any]:
+    """Load the experts of layer il, and return their op. step: a step.Step, which reads this file."""
+    config, block = step.config, f"blk.{il}."
+    names = tuple(block + name for name in experts_of(config.arch, block, step.load.tensors))
+    weights = tuple(f"{name}.weight" for name in names)
+    first = step.squares(weights[:-1], config.n_embd, config.n_expert)
+    last = step.squares(weights[-1:], config.n_ff_exp, config.n_expert)
+    squares = None if first is None or last is None else (first, last)
+    experts, bias = step.load.experts(names), step.load.vector(f"{block}exp_probs_b.bias")
+    return Moe(x, logits, experts, config.moe, out, squares, bias, accumulate)
 
 
 @frozen(eq=False)

@@ -96,6 +96,7 @@ OPERATIONS: Mapping[type, Callable[[Any], int]] = {
     ops.MatmulGated: lambda op: 2 * op.weight.n_weights,
     ops.Rope: lambda op: 3 * op.rotation.n_rot * -(-op.x.width // op.head_dim),
     rare_ops.Temper: lambda op: op.x.width,
+    rare_ops.AddPositions: lambda op: op.x.width,
     ops.Attend: lambda op: 2 * op.shape.n_head * (op.shape.head_dim + op.shape.n_value) * op.cache.n_out,
     ops.Gated: lambda op: 5 * op.out.width,
     rare_ops.ShortConv: lambda op: (2 * op.n_taps + 5) * op.x.width,
@@ -135,6 +136,8 @@ def _cost(op: Any) -> OpCost:
     nbytes = sum(handle.nbytes for handle in held)
     if isinstance(op, rare_ops.Moe):
         nbytes = nbytes * op.mixture.n_used // op.logits.width
+    if isinstance(op, rare_ops.AddPositions):
+        nbytes //= op.n_row
     names = tuple(name for handle in held for name in handle.names)
     types = tuple(dict.fromkeys(name for handle in held for name in handle.types))
     return OpCost(type(op).__name__, names, types, nbytes, OPERATIONS[type(op)](op))

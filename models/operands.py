@@ -90,6 +90,7 @@ class AttentionShape:
     softcap: float = 0.0  # scores become softcap * tanh(score / softcap); 0: they stay
     is_chunked: bool = False  # windows begin at multiples of `window`: a token sees its own one up to itself
     n_latent: int = 0  # the value of a position is the first n_latent columns of its key; 0: values have their own rows
+    is_causal: bool = True  # a token sees no later one; False: also later ones of its step, nearer than any window
 
     @property
     def n_value(self) -> int:

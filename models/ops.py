@@ -26,9 +26,9 @@ Experts = TypeVar("Experts")  # the three matrices of all experts of a layer, an
 Squares = TypeVar("Squares", bound="SquaresHandle")
 State = TypeVar("State", bound="StateHandle")
 
-# gelu is the tanh form, relu2 is max(x, 0)^2. Only Moe has swiglu_oai. Kernels are compiled for an activation as its
-# place in this tuple. Xielu is an op of its own: it has parameters.
-ACTIVATIONS = ("silu", "gelu", "swiglu_oai", "relu2", "sigmoid", "identity")
+# gelu is the tanh form, gelu_erf the one with erf, relu2 is max(x, 0)^2. Only Moe has swiglu_oai. Kernels are compiled
+# for an activation as its place in this tuple. Xielu is an op of its own: it has parameters.
+ACTIVATIONS = ("silu", "gelu", "swiglu_oai", "relu2", "sigmoid", "identity", "gelu_erf")
 
 
 @frozen

@@ -36,6 +36,7 @@ Op = (
     | rare_ops.GateRows
     | rare_ops.MatmulHeads[Weight]
     | rare_ops.Temper
+    | rare_ops.AddPositions[Vector]
     | rare_ops.ShortConv[State, Vector]
     | rare_ops.DeltaRule[State, Vector]
     | rare_ops.Scan[State, Vector]

@@ -28,6 +28,15 @@ class Temper:
 
 
 @frozen
+class AddPositions(Generic[Vector]):
+    """x[t] += the row of the table at the token's position, or the last row if the table is shorter"""
+
+    x: Buffer
+    table: Vector  # f32[n_row, x.width]
+    n_row: int
+
+
+@frozen
 class ShortConv(Generic[State, Vector]):
     """out[t, c] = activation(bias[c] + sum over j of taps[c, j] * x[t - n_taps + 1 + j, c]) for each channel c
 

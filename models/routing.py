@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models.architectures import Architecture
@@ -32,6 +33,17 @@ class Mixture:
     n_group_used: int = 1  # experts are chosen from so many groups: those whose best experts have the greatest sum
     n_group_best: int = 2  # best experts of a group, by score + bias: 1 or 2
     weighs_input: bool = False  # the weight is a factor on what gate and up make of x, not on the expert's result
+
+
+def read_mixture(
+    arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor], n_expert: int
+) -> tuple[int, int, int, Mixture | None]:
+    """Return n_expert and what read_experts returns. UnsupportedError if the architecture does not have so many."""
+    if (n_expert, arch.moe) == (1, "no"):  # Hunyuan's converter writes 1
+        return 0, 0, 0, None
+    if not n_expert or arch.moe == "no":
+        raise UnsupportedError(f"{arch.name}.expert_count is {n_expert}: this program does not have that yet")
+    return n_expert, *read_experts(arch, keys, tensors, n_expert)
 
 
 def read_experts(

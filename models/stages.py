@@ -103,6 +103,7 @@ def build(
     n_outputs: int,
     progress: Callable[[int], None],
     observed: list[Observed] | None,
+    has_logits: bool,
 ) -> list[Stage]:
     """Load the weights and make the backends' programs. Return the stages in the order of their run.
 
@@ -127,6 +128,6 @@ def build(
                 step.layer(il, layers[il], experts=what == "layer")
         leaves = step.to_experts if pieces and pieces[-1].what == "before experts" else step.before(at + len(pieces))
         stages.append((id(backend), len(step.parts) - 1, reads, leaves))
-    step.logits()
+    (step.logits if has_logits else step.hidden)()
     programs = {key: step.program(n_batch, n_outputs) for key, step in steps.items()}
     return [Stage(programs[key], part, reads, leaves) for key, part, reads, leaves in stages]

@@ -140,18 +140,9 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
 
     def moe(self, il: int, out: Buffer, *, accumulate: bool = True) -> None:
         """out (+)= the weighted results of the experts that the router's logits choose"""
-        from gguf_run.models.experts import experts_of
-        from gguf_run.models.rare_ops import Moe  # late: most models have no experts
+        from gguf_run.models.experts import moe_op  # late: most models have no experts
 
-        config, block = self.config, f"blk.{il}."
-        assert config.moe is not None
-        names = tuple(block + name for name in experts_of(config.arch, block, self.load.tensors))
-        weights = tuple(f"{name}.weight" for name in names)
-        first = self._squares(weights[:-1], config.n_embd, config.n_expert)
-        last = self._squares(weights[-1:], config.n_ff_exp, config.n_expert)
-        squares = None if first is None or last is None else (first, last)
-        experts, bias = self.load.experts(names), self.load.vector(f"{block}exp_probs_b.bias")
-        self.add(Moe(self._h, self._router, experts, config.moe, out, squares, bias, accumulate))
+        self.add(moe_op(self, il, self._h, self._router, out, accumulate))
 
     def only_outputs(self) -> None:
         """List the following ops in `after`, for the wanted rows only. x is copied, other buffers are new."""
@@ -165,12 +156,17 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         self.add(ops.Outputs(x, out))
         return out
 
-    def logits(self) -> None:
-        """result = logits = softcap(output(norm(x)))"""
-        config, is_tied = self.config, not self.load.has("output")
+    def hidden(self) -> None:
+        """result = norm(x)"""
         if not self.after:
             self.only_outputs()
-        self.norm(self.x, config.arch.output_norm, self._h)
+        self.norm(self.x, self.config.arch.output_norm, self._h)
+        self._result = self._h
+
+    def logits(self) -> None:
+        """result = logits = softcap(output(norm(x)))"""
+        self.hidden()
+        config, is_tied = self.config, not self.load.has("output")
         self._result = logits = Buffer.whole("logits", config.n_vocab, outputs=True)
         output = self.load.matrix("token_embd" if is_tied else "output", bias=["output"])
         self.matmul(self._h, output, logits)
@@ -253,10 +249,10 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         self.add(ops.Matmul(x, matrix.weight, out, matrix.bias, residual))
 
     def _observe(self, x: Buffer, matrix: Matrix[Weight, Vector]) -> None:
-        if (squares := self._squares(matrix.names, x.width)) is not None:
+        if (squares := self.squares(matrix.names, x.width)) is not None:
             self.add(ops.Observe(x, squares))
 
-    def _squares(self, names: tuple[str, ...], width: int, n_expert: int = 1) -> Squares | None:
+    def squares(self, names: tuple[str, ...], width: int, n_expert: int = 1) -> Squares | None:
         """Return sums of squares of what the matrices of some tensors read, None if nothing is observed."""
         if self._observed is None:
             return None

@@ -54,6 +54,7 @@ def tensor_shapes(config: Any, tensors: Mapping[str, Tensor]) -> tuple[dict[str,
         if config.mixer is not None:
             for known, more in zip((required, optional), config.mixer.tensors(il), strict=True):
                 known |= {f"blk.{il}.{name}": ne for name, ne in more.items()}
+    optional |= config.pooling.tensors if config.pooling is not None else {}
     if arch.more:
         from gguf_run.models.per_layer import add_more
 

@@ -28,6 +28,7 @@ class LoadKeywords(TypedDict, total=False):
     cache_rotation: bool | None
     cache_scales: str | os.PathLike[str] | None
     quantize: str | None
+    embed: bool
     observe: bool
 
 

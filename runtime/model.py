@@ -204,6 +204,23 @@ class Model:
                 n_done += len(block)
         return out
 
+    def embed(
+        self, texts: Sequence[str | Sequence[int]], pooling: str | None = None, normalize: bool = True
+    ) -> NDArray[np.float32]:
+        """Return the embeddings f32[number of texts, n_embd] of texts, or of lists of ids; load with embed=True.
+
+        pooling: "mean", "cls" (the first token's row) or "last"; None: as the file says. normalize: to the length 1.
+        """
+        from gguf_run.runtime.engine.embed import embed
+
+        return embed(self.decoder, self._turns, self.tokenizer, texts, pooling, normalize)
+
+    def rank(self, query: str, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return the probabilities f32[number of texts] that texts answer a query, by a reranker (Qwen3-Reranker)."""
+        from gguf_run.runtime.engine.embed import rank
+
+        return rank(self.decoder, self._turns, self.tokenizer, query, texts)
+
     def reset(self) -> None:
         """Empty the context: the next text is computed as after loading, bit for bit."""
         with self._turns.computing():

@@ -1,4 +1,4 @@
-"""Causal attention over a KV cache of any type, as flash attention: spans of positions, tiles of query rows.
+"""Attention over a KV cache of any type, as flash attention: spans of positions, tiles of query rows.
 
 The cache of a layer holds groups of 32 positions (cache_types.py), [n_head_kv][n_pages][2] of them. A sequence has a
 table of its pages (models/pages.py). A span is the positions of a page.
@@ -163,7 +163,7 @@ def attend(k_form: int, v_form: int) -> TapeOp:
         rows_of_keys, values = None, _values(v_form)
 
     @op(
-        "runs n_runs splits n_head n_head_kv head_dim n_value n_wide wide window is_chunked "
+        "runs n_runs splits n_head n_head_kv head_dim n_value n_wide wide window is_chunked is_causal "
         "pages pages_stride n_pages q q_stride cache_k k_group "
         "k_at k_rotate cache_v v_group v_at v_rotate sinks out out_stride parts part_bytes max_rows scratch "
         "scratch_stride",

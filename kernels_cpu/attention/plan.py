@@ -25,6 +25,7 @@ class Piece(NamedTuple):
     start: int  # first position to read
     stop: int  # end of the positions to read
     part: int  # place in `parts` for the result, -1 if the positions are not split
+    ahead: int  # later positions that a row sees
     few: bool  # whether all tokens of the sequence in this step fit into a tile of FEW rows
 
 
@@ -75,7 +76,10 @@ def piece_of(a, runs, number):
     t0 = part // (n_split * a.n_head_kv) * run.n_per_piece
     n_tokens = min(run.n_tokens - t0, run.n_per_piece)
     n_past = run.n_past + t0
-    low, high = 0, n_past + n_tokens
+    low, high, ahead = 0, n_past + n_tokens, 0
+    if not a.is_causal:
+        ahead = a.window - 1 if a.window else run.n_tokens
+        high = min(high + ahead, run.n_past + run.n_tokens)
     if a.window:
         low = n_past // a.window * a.window if a.is_chunked else max(0, n_past + 1 - a.window)
     length = ((high - low + n_split - 1) // n_split + SPAN - 1) // SPAN * SPAN
@@ -84,7 +88,7 @@ def piece_of(a, runs, number):
     stop = high if split == n_split - 1 else min(high, start + length)
     place = run.first_part + part if n_split > 1 else -1
     few = run.n_tokens * n_rep <= FEW
-    return Piece(run.seq, head, run.first + t0, n_past, n_rep, n_tokens * n_rep, start, stop, place, few)
+    return Piece(run.seq, head, run.first + t0, n_past, n_rep, n_tokens * n_rep, start, stop, place, ahead, few)
 
 
 @njit(inline="always")

@@ -106,12 +106,12 @@ def scale_vectors(s: Simd, address: Val, n: Val, factor: Val) -> None:
 @njit(inline="always")
 def n_visible(piece, r, start):
     """How many positions from `start` on a query row may see. Rows that fill a tile are like the last one."""
-    return piece.n_past + min(r, piece.n_rows - 1) // piece.n_rep + 1 - start
+    return piece.n_past + min(r, piece.n_rows - 1) // piece.n_rep + 1 + piece.ahead - start
 
 
 @njit(inline="always")
 def _n_hidden(a, until, start):
-    """How many positions from `start` on are before the window of a row that sees `until` positions; <= 0: none."""
+    """How many positions from `start` on are before the window of a row whose own one is before `until`; <= 0: none."""
     if not a.window:
         return 0
     return (start + until - 1) // a.window * a.window - start if a.is_chunked else until - a.window
@@ -122,7 +122,7 @@ def _hide(a, piece, m, tile, r, start, value):
     """Replace the scores, or exponentials, of the positions that the rows of a tile do not see."""
     for row in range(tile.rows):
         until = n_visible(piece, r + row, start)
-        hide(m.scores + row * SPAN * 4, _n_hidden(a, until, start), min(until, piece.stop - start), value)
+        hide(m.scores + row * SPAN * 4, _n_hidden(a, until - piece.ahead, start), min(until, piece.stop - start), value)
 
 
 @njit(inline="always")
@@ -131,7 +131,7 @@ def softmax(a, piece, m, tile, r, start):
     if a.softcap:
         cap(m.scores, tile.rows, np.float32(a.softcap))
     last = n_visible(piece, r + tile.rows - 1, start)
-    hides = min(n_visible(piece, r, start), piece.stop - start) < SPAN or _n_hidden(a, last, start) > 0
+    hides = min(n_visible(piece, r, start), piece.stop - start) < SPAN or _n_hidden(a, last - piece.ahead, start) > 0
     if hides:
         _hide(a, piece, m, tile, r, start, NEVER)
     if rise(m.scores, tile.rows, m.most + r * 4) > HEADROOM:

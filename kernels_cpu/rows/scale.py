@@ -1,4 +1,4 @@
-"""Rows are cleared, or scaled in place: logits, a shared expert's result by its gate, queries by their position."""
+"""Rows are changed in place: logits and queries are scaled, a shared expert's result is gated, positions are added."""
 
 import math
 
@@ -53,6 +53,16 @@ def temper(a, first, end):
         if factor != 1:
             for i in range(a.n):
                 x[i] *= factor
+
+
+@row_op("rows positions n n_row x x_stride table", grain=4)
+def add_positions(a, first, end):
+    """x[t] += table[min(positions[t], n_row - 1)]."""
+    positions = i64_at(a.positions, n_rows(a))
+    for t in range(first, end):
+        x, row = f32_at(a.x + t * a.x_stride, a.n), f32_at(a.table + min(positions[t], a.n_row - 1) * a.n * 4, a.n)
+        for i in range(a.n):
+            x[i] += row[i]
 
 
 @row_op("rows n out out_stride", grain=4)

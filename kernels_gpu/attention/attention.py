@@ -1,4 +1,4 @@
-"""Causal attention over a cache: each KV head's positions in parts (split-KV), and a second kernel that adds them up.
+"""Attention over a cache: each KV head's positions in parts (split-KV), and a second kernel that adds them up.
 
 A program has the query heads of one KV head, for one token or for several: the rows of one tile for tensor cores.
 Scores are multiplied with log2(e): softmax takes powers of two.
@@ -73,10 +73,21 @@ def _add_values(acc, old, weight, v, rows, live, V: tl.constexpr, HEAD_DIM: tl.c
 
 
 @triton.jit
+def _step_end(seqs, positions, n_token, s):
+    """Return the end of the positions of sequence s in this step, of n_token tokens."""
+    end = 0
+    for first in range(0, n_token, 128):
+        t = first + tl.arange(0, 128)
+        mine = tl.load(seqs + t, mask=t < n_token, other=-1) == s
+        end = tl.maximum(end, tl.max(tl.where(mine, tl.load(positions + t, mask=t < n_token, other=-1) + 1, 0), axis=0))
+    return end
+
+
+@triton.jit
 def attend(
     q, q_stride, k, v, seqs, positions, tiles, pages, pages_stride, n_pages, sums, stats, n_head_kv, n_rep, n_token,
     scale, window,
-    CHUNKED: tl.constexpr, SOFTCAP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    CHUNKED: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     TOKENS: tl.constexpr, REP: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +99,7 @@ def attend(
     Grid (tiles of tokens, n_head_kv * n_rep / REP, parts). k, v: planes of the cache (qs, d).
     tiles: i32[tiles, 2]: the first of up to TOKENS tokens of one sequence, and their number. None: each token is one.
     pages: i32[sequences, pages_stride], see models.pages. n_pages: those of a head.
-    n_rep: heads of queries for a KV head. CHUNKED: AttentionShape.is_chunked.
+    n_rep: heads of queries for a KV head. CHUNKED, CAUSAL: as in AttentionShape.
     SOFTCAP: None, or scores become SOFTCAP * tanh(score / SOFTCAP). K, V: cache types. WIDTH: power of 2 >= HEAD_DIM.
     VALUE: the first columns of a row of V, of HEAD_DIM columns, that are the value. VALUE_WIDTH: power of 2 >= VALUE.
     The rows of a tile are TOKENS tokens x REP heads. SPAN: positions at a time, which are in one page.
@@ -107,15 +118,19 @@ def attend(
     there = (r // REP < n_mine) & (of_kv_head < n_rep)
     head = kv_head * n_rep + of_kv_head
     position = tl.load(positions + t, mask=there, other=-1)
-    pages += tl.load(seqs + token).to(tl.int64) * pages_stride
+    seq = tl.load(seqs + token)
+    pages += seq.to(tl.int64) * pages_stride
     queries = _queries(q, q_stride, t, head, there, K, HEAD_DIM, WIDTH)
     since = position // window * window if CHUNKED else position - window + 1  # the first position of the window
+    ahead = 0 if CAUSAL else window - 1  # later positions that a token sees
     acc = ()
     for _ in tl.static_range(n_operand(V)):
         acc = acc + (tl.zeros((M, VALUE_WIDTH // n_operand(V)), tl.float32),)
     greatest = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     end = tl.max(position, axis=0) + 1
+    if not CAUSAL:
+        end = tl.minimum(end + ahead, _step_end(seqs, positions, n_token, seq))
     first = tl.maximum(tl.min(tl.where(position < 0, end, since), axis=0), 0) // SPAN * SPAN
     size = tl.cdiv(tl.cdiv(end - first, SPAN), tl.num_programs(2)) * SPAN
     first += part * size
@@ -127,7 +142,9 @@ def attend(
         k_rows = planes_at(k, row, K, HEAD_DIM)
         v_rows = planes_at(v, row, V, HEAD_DIM)
         score = _scores(queries, k_rows, rows, live, scale, SOFTCAP, K, HEAD_DIM, WIDTH)
-        seen = (p[None, :] <= position[:, None]) & (p[None, :] >= since[:, None])
+        seen = (p[None, :] - ahead <= position[:, None]) & (p[None, :] >= since[:, None])
+        if not CAUSAL:
+            seen = seen & live[None, :]
         score = tl.where(seen, score * LOG2E, float("-inf"))
         new = tl.maximum(greatest, tl.max(score, axis=1))
         known = tl.where(new == float("-inf"), 0.0, new)  # no position yet: all weights are 0

@@ -15,6 +15,8 @@ def activate(x, NAME: tl.constexpr):
         return tl.sigmoid(x)
     elif NAME == "identity":
         return x
+    elif NAME == "gelu_erf":
+        return x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
     else:
         return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
@@ -85,6 +87,17 @@ def temper(x, x_stride, positions, n, scale, length, offset, WIDTH: tl.constexpr
     n_whole = tl.maximum(tl.load(positions + row) + offset, 0) // length  # rows that only fill up have the position -1
     factor = 1 + scale * tl.log(1 + n_whole.to(tl.float32))
     tl.store(at, tl.load(at, mask=column < n) * factor, mask=column < n)
+
+
+@triton.jit
+def add_positions(x, x_stride, positions, table, n, n_row, WIDTH: tl.constexpr):
+    """x[t] += table[min(positions[t], n_row - 1)]; grid (rows, n / WIDTH)."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    position = tl.maximum(tl.minimum(tl.load(positions + row), n_row - 1), 0)  # -1: a row that only fills up
+    at = x + row * x_stride + column
+    added = tl.load(table + position.to(tl.int64) * n + column, mask=column < n)
+    tl.store(at, tl.load(at, mask=column < n) + added, mask=column < n)
 
 
 @triton.jit

@@ -25,9 +25,10 @@ _GEMMA3 = replace(
     _GEMMA, name="gemma3", norms=(*PRE, *QK, *POST), n_embd_scale_n_layer=(62,),  # 27B
     swa_period=6, swa_rope_freq_base=1e4, swa_rope_scaled=False,
 )  # fmt: skip
+_EMBEDDING = replace(_GEMMA3, name="gemma-embedding", n_embd_scale_n_layer=(), is_causal=False)
 _LATER = replace(_GEMMA3, n_embd_scale_n_layer=(), attention_scale=1.0, final_softcap=30.0, swa_period=-1)
 ENTRIES = (
-    _GEMMA, _GEMMA2, _GEMMA3,
+    _GEMMA, _GEMMA2, _GEMMA3, _EMBEDDING,
     replace(
         _LATER, name="gemma4", optional_norms=("layer_output_scale",), v_of_k=True, moe="maybe", dense_beside=True,
         step="gemma_step",

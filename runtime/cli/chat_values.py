@@ -1,8 +1,11 @@
-"""Values of options that chat templates take: --tools and --chat-template-kwargs."""
+"""Values of options that few prompts have: --tools and --chat-template-kwargs of templates, --logit-bias."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
+
+import click
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.runtime.terminal.text import decode_text
@@ -33,3 +36,11 @@ def read_template_options(text: str) -> dict[str, Any]:
             f'--chat-template-kwargs is {text:.200}; allowed: a JSON object, as {{"enable_thinking": false}}'
         )
     return values
+
+
+def read_bias(text: str) -> tuple[int, float]:
+    """Return the id and the number of a --logit-bias. click.UsageError for another text."""
+    match = re.fullmatch(r"(\d{1,9})([+-](?:\d{1,9}(?:\.\d*)?|inf))", text)
+    if match is None:
+        raise click.UsageError(f"--logit-bias {text}: write a token's id and what to add, as 15043+1.5 or 15043-inf.")
+    return int(match[1]), float(match[2])

@@ -3,7 +3,6 @@
 The options of sampling have llama.cpp's names.
 """
 
-import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -217,14 +216,9 @@ def take_sampling(values: dict[str, Any]) -> dict[str, Any]:
     sampling = {str(option.name): values.pop(str(option.name)) for option in SAMPLING_OPTIONS}
     biases, breakers = sampling.pop("logit_bias"), sampling.pop("dry_sequence_breakers")
     if biases:
-        sampling["logit_bias"] = dict(_bias(text) for text in biases)
+        from gguf_run.runtime.cli.chat_values import read_bias
+
+        sampling["logit_bias"] = dict(map(read_bias, biases))
     if breakers:
         sampling["dry_sequence_breakers"] = [text for text in breakers if text != "none"]
     return sampling
-
-
-def _bias(text: str) -> tuple[int, float]:
-    match = re.fullmatch(r"(\d{1,9})([+-](?:\d{1,9}(?:\.\d*)?|inf))", text)
-    if match is None:
-        raise click.UsageError(f"--logit-bias {text}: write a token's id and what to add, as 15043+1.5 or 15043-inf.")
-    return int(match[1]), float(match[2])

@@ -15,12 +15,7 @@ import click
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.frozen import frozen
 from gguf_run.runtime.cli.common import tool
-from gguf_run.runtime.cli.conversation import (
-    answer_facts,
-    context_used,
-    conversation,
-    show,
-)
+from gguf_run.runtime.cli.conversation import answer_facts, context_used, conversation, show
 from gguf_run.runtime.cli.options import (
     BATCH_OPTIONS,
     CACHE_OPTIONS,
@@ -68,6 +63,8 @@ _PARAMS = [
         f"The most tokens of an answer; -1: what the context holds.  [default: {MAX_TOKENS}, in a chat -1]",
         type=int,
     ),
+    option("--embed", "Print the embedding of the prompt, or of each line of --file or stdin, as JSON.", is_flag=True),
+    option("--pooling", "Of --embed: mean, cls or last.  [default: as the file says]", metavar="TYPE"),
     option("--stop", "Text that ends an answer; may be repeated.", multiple=True, metavar="TEXT"),
     CTX_SIZE,
     *BATCH_OPTIONS,
@@ -130,6 +127,10 @@ def main(model: str | None, completion: str | None, list_models: bool, **values:
         from gguf_run.runtime.cli.warm_up import warm_up_all
 
         warm_up_all(lambda name: _run(name, {**values, "warm_up": ""}))
+    elif values["embed"]:
+        from gguf_run.runtime.cli.embed import embed
+
+        embed(model, values, _prompt(values, "embed") or "")
     else:
         _run(values["warm_up"] or model, values)  # in `--warm-up MODEL`, click takes MODEL for the option's value
 
@@ -141,7 +142,9 @@ def _run(model: str | None, values: dict[str, Any]) -> None:
     with loading as loaded:
         loaded.templates = templates
         if values["verbose"]:
-            _describe(loaded)
+            from gguf_run.runtime.cli.describe import describe_model
+
+            describe_model(loaded)
         task.run(loaded)
         _report(loaded, values["verbose"], task.kind == "chat")
 
@@ -278,16 +281,6 @@ def _prompt(values: Mapping[str, Any], kind: str) -> str | None:
 def _argument(text: str, name: str) -> str:
     # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
     return decode_text(text.encode("utf-8", "surrogateescape"), name)
-
-
-def _describe(model: "Model") -> None:
-    config = model.decoder.config
-    message(
-        f"{config.arch.name}: n_layer {config.n_layer}, n_embd {config.n_embd}, n_vocab {config.n_vocab}, "
-        f"n_ctx {model.n_ctx} (trained {config.n_ctx_train})"
-    )
-    if model.tuning:
-        message(f"CPU kernels: {model.tuning}")
 
 
 def _report(model: "Model", verbose: bool, with_context: bool) -> None:

@@ -23,7 +23,7 @@ _MOST = 20  # names in a warning
 _READ = (
     "head_dim", "intermediate_size", "n_shared_experts", "moe_intermediate_size", "shared_expert_intermediate_size",
     "vocab_size", "tie_word_embeddings", "num_experts", "num_local_experts", "no_rope_layers", "num_key_value_heads",
-    "num_nextn_predict_layers",
+    "num_nextn_predict_layers", "type_vocab_size",
 )  # fmt: skip
 # Keys that say nothing of what is computed: names, training, how transformers runs or generates, parts for images.
 _HARMLESS = (
@@ -41,7 +41,7 @@ _HARMLESS = (
     "interpolate_factor", "full_attn_mod", "num_logits_to_keep", "chunk_size",
     "mamba_chunk_size", "mamba_ssm_cache_dtype", "use_mamba_kernels", "time_step_floor", "time_step_max",
     "time_step_min", "residual_in_fp32", "rescale_prenorm_residual", "moe_shared_expert_overlap", "expand",
-    "mtp_layers_block_type", "mtp_hybrid_override_pattern",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "mtp_layers_block_type", "mtp_hybrid_override_pattern",
     "projector_hidden_act", "multimodal_projector_bias", "spatial_merge_size", "vision_feature_layer",
 )  # fmt: skip
 _TOKENS = ("_token_id", "_token_ids", "_token_index")  # ends of keys that name tokens, which a tokenizer knows

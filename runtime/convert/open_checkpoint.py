@@ -22,6 +22,7 @@ from gguf_run.formats.quantizers.quantizer import quantize
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.convert.card import general_metadata
 from gguf_run.runtime.convert.metadata import hyperparameters, layout_of
+from gguf_run.runtime.convert.pooling import dense_tensors, pooling_keys
 from gguf_run.runtime.convert.quantized.methods import KEPT, plain_tensors
 from gguf_run.runtime.convert.rope import rope_tensors
 from gguf_run.runtime.convert.shared import IGNORED, MOST_DRAFTS, N_DRAFT, OTHER_PARTS
@@ -60,12 +61,16 @@ def open_checkpoint(
         plain = dict(plain_tensors(dataclasses.replace(checkpoint, config=config, tensors=stored), keep))
         numbers.update(take_numbers(layout, n_layer, plain))
         tensors = model_tensors(layout, config, plain)
+        tensors |= {tensor.name: tensor for tensor in dense_tensors(directory)}
     hyper = hyperparameters(layout, config)
+    hyper |= {f"{layout.arch}.{key}": value for key, value in pooling_keys(directory, layout.decoder.is_causal)}
     if not vocab_only:
         n_pairs = hyper.get(f"{layout.arch}.attention.key_length", Typed("u32", 0)).value // 2
         factors = rope_tensors(layout, config, n_pairs)
         tensors |= {key: computed(key, values, config.path) for key, values in factors.items()}
     vocabulary = tokenizer_metadata(directory, config.values)
+    if (n_types := config.integer("type_vocab_size", default=0, low=0)) > 0:
+        vocabulary["tokenizer.ggml.token_type_count"] = Typed("u32", n_types)
     _fit_vocabulary(directory, tensors, len(vocabulary["tokenizer.ggml.tokens"]))
     metadata: dict[str, MetaValue] = {
         "general.architecture": layout.arch,

@@ -34,7 +34,10 @@ MIXTRAL_EXPERTS: Names = {
 LLAMA: Names = {**PRE_NORMS, **ATTENTION, **DENSE}
 LLAMA_MOE: Names = {**PRE_NORMS, **ATTENTION, **MOE}
 # Ends of names of tensors that hold no weights.
-IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
+IGNORED = (
+    ".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq", "embeddings.position_ids",
+    "pooler.dense.weight", "pooler.dense.bias",
+)  # fmt: skip
 # Parts of a model for images and text, of which only the text is converted.
 _OTHERS = (
     "vision_tower", "vision_model", "multi_modal_projector", "visual", "audio_tower", "embed_vision", "embed_audio",

@@ -30,7 +30,9 @@ from gguf_run.runtime.convert.stored.sources import (
 )
 
 # Matrices that stay F32: they are small, and choose between experts or are multiplied with a state.
-_FLOAT = ("ffn_gate_inp", "ffn_gate_inp_shexp", "ssm_conv1d", "conv", "ssm_a", "ssm_d")
+_FLOAT = (
+    "ffn_gate_inp", "ffn_gate_inp_shexp", "ssm_conv1d", "conv", "ssm_a", "ssm_d", "position_embd", "token_types",
+)  # fmt: skip
 _TRUE_IF_MISSING = ("use_bias", "qkv_bias", "bias", "")  # flags of biases
 _KINDS = ("weight", "bias", "scale")  # scale: one number that all weights are multiplied by (NVFP4)
 
@@ -142,6 +144,7 @@ def _collected(
 def _place(layout: CheckpointLayout, numbers: Mapping[str, int], name: str, tensor: Tensor) -> _Place:
     short = name.replace("language_model.", "", 1).replace("model.model.", "model.", 1)
     short = re.sub(r"^backbone\.", "model.", short)
+    short = re.sub(r"^(?:encoder\.)?layers?\.(?=\d)", "model.layers.", short)
     module, dot, kind = short.rpartition(".")
     bare = not dot or kind not in _KINDS
     if bare:

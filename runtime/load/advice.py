@@ -4,8 +4,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from gguf_run.formats.errors import GgufRunError
+from gguf_run.runtime.load.describe import describe_plan
+from gguf_run.runtime.terminal.text import size_text
+
 _CTX_STEP = 256  # a context that is advised is a multiple of this
 _ADVISED = ("q8_0", "int8", "q4_0")  # smaller cache types to advise, best first
+
+
+def does_not_fit(plan: Any, need: Any, available: int) -> GgufRunError:
+    """Return the error that a plan needs more than the available bytes. plan: a MemoryPlan. need: its MemoryNeed."""
+    return GgufRunError(
+        f"out of memory: {size_text(need.total)} needed (weights {size_text(need.weights)}, KV cache of "
+        f"{plan.n_ctx} tokens as {describe_plan(plan.cache)} {size_text(need.cache)}), {size_text(available)} "
+        f"available: {advice(plan, available)}"
+    )
 
 
 def advice(plan: Any, available: int) -> str:

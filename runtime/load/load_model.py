@@ -104,11 +104,16 @@ def _load(
         from gguf_run.kernels_cpu.backend import CpuBackend
         from gguf_run.models.decoder import Decoder
 
+        make: type[Decoder] = Decoder
+        if options.embed or (plan.config.pooling is not None and plan.config.pooling.is_only):
+            from gguf_run.models.embedder import Embedder
+
+            make = Embedder
         backends: dict[Device, Any] = dict(gpus)
         try:
             if CPU in placement.devices:
                 backends[CPU] = CpuBackend(n_threads)
-            decoder = Decoder(
+            decoder = make(
                 plan.config,
                 file.tensors,
                 [backends[device] for device in placement.layers],
@@ -170,7 +175,8 @@ def _plan(file: GGUFFile, options: LoadOptions) -> MemoryPlan:
         raise FormatError(f"tokenizer.ggml.tokens has {len(tokens)} tokens, and {rows}: convert the model again")
     n_ctx = options.n_ctx or min(config.n_ctx_train, DEFAULT_N_CTX)
     cache = plan_cache(config, options.cache_type, options.cache_rotation, options.cache_scales)
-    return MemoryPlan(config, list(file.tensors.values()), n_ctx, cache, options.n_batch, options.n_seq)
+    n_batch = options.n_batch if config.arch.is_causal else n_ctx  # see models/embedder.py
+    return MemoryPlan(config, list(file.tensors.values()), n_ctx, cache, n_batch, options.n_seq)
 
 
 def tries_gpus(wanted: Wanted, root: Path = Path("/")) -> bool:

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.frozen import frozen
 from gguf_run.formats.gguf.tensors import TensorInfo
 from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
@@ -13,7 +12,6 @@ from gguf_run.kernels_cpu.panels.panels import matrix_bytes
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.load.cache_plan import layer_bytes
-from gguf_run.runtime.terminal.text import size_text
 
 N_OUTPUTS = 64  # rows of logits that are held at once
 
@@ -119,11 +117,6 @@ class MemoryPlan:
         """GgufRunError, which says what would fit, if more than the available bytes are needed (None: not known)."""
         need = self.needed()
         if available is not None and need.total > available:
-            from gguf_run.runtime.load.advice import advice
-            from gguf_run.runtime.load.describe import describe_plan
+            from gguf_run.runtime.load.advice import does_not_fit
 
-            raise GgufRunError(
-                f"out of memory: {size_text(need.total)} needed (weights {size_text(need.weights)}, KV cache of "
-                f"{self.n_ctx} tokens as {describe_plan(self.cache)} {size_text(need.cache)}), {size_text(available)} "
-                f"available: {advice(self, available)}"
-            )
+            raise does_not_fit(self, need, available)

@@ -54,6 +54,7 @@ class LoadOptions:
     cache_rotation: bool | None = None  # Hadamard transform of stored rows; None: for types of 8 bits or less
     cache_scales: str | os.PathLike[str] | None = None  # a calibration file, see kv_scales.py
     quantize: str | None = None  # a file type such as "Q4_K_M", to which weights are quantized while they are read
+    embed: bool = False  # for Model.embed and rank, not for text; encoders and rerankers are loaded so in any case
     observe: bool = False  # the decoder can collect the squares of what its matrices read, for an importance matrix
 
     def __post_init__(self) -> None:

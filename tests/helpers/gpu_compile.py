@@ -37,7 +37,7 @@ from gguf_run.kernels_gpu.panels.panels import PANELS, IntPanel
 from gguf_run.models.backend import CacheType, Run
 from gguf_run.models.operands import AttentionShape, Rotation
 from gguf_run.models.ops import Attend, Embed, Gated, Matmul, MatmulGated, Observe, RmsNorm, Rope
-from gguf_run.models.rare_ops import MatchRms, Mix, Moe, Threshold, Xielu
+from gguf_run.models.rare_ops import AddPositions, MatchRms, Mix, Moe, Threshold, Xielu
 from gguf_run.models.routing import Mixture
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "cuobjdump")
@@ -150,6 +150,7 @@ def ops() -> None:
     step.add(Mix(y, x, y, 1024, q.columns(0, 1), x, 1.0))
     step.add(MatchRms(x, y, 1e-5))
     step.add(Threshold(x, 0.5))
+    step.add(AddPositions(x, torch.zeros(9 * 1024), 9))
     step.add(Observe(x, backend.squares(1024)))
     step.add(Matmul(y, weight("Q8_0", 1024, 1024), x))
     step.finish(x)
@@ -171,11 +172,11 @@ def recurrent() -> None:
         run(step, n)
 
 
-def attention(k: str, v: str, head_dim: int, n: int) -> None:
+def attention(k: str, v: str, head_dim: int, n: int, is_causal: bool = True) -> None:
     """Compile attention, and a shift of the cache, which turns keys."""
     backend = GpuBackend(CPU)
     step = Step(backend, 64)
-    shape = AttentionShape(n_head=8, n_head_kv=2, head_dim=head_dim, scale=0.1)
+    shape = AttentionShape(n_head=8, n_head_kv=2, head_dim=head_dim, scale=0.1, is_causal=is_causal)
     qkv, out = step.buffer(12 * head_dim), step.buffer(8 * head_dim)
     q, keys, values = qkv.columns(0, 8 * head_dim), *(qkv.columns(i * head_dim, 2 * head_dim) for i in (8, 10))
     rotation = Rotation("norm", head_dim, np.ones(head_dim // 2))
@@ -234,6 +235,7 @@ def cases(full: bool) -> dict[str, Callable[[], None]]:
         **({"few Q4_K 1 gated": functools.partial(product, "Q4_K", 1, "silu")} if full else {}),
         **{f"many {name} {n}": functools.partial(product, name, n) for name, n in many_cases},
         **{"attention {} {} {} {}".format(*case): functools.partial(attention, *case) for case in attentions},
+        "both ways": functools.partial(attention, "f16", "f16", 64, 64, False),
         **{f"latent {n}": functools.partial(latent_attention, "f16", n) for n in (1, 64)},
         **{f"moe {case[0]} {case[2]}": functools.partial(moe, *case) for case in moes},
     }

@@ -4,6 +4,7 @@ FUNCTIONS has one function for each op. Weights are dequantized to `dtype`: floa
 arithmetic is in `dtype` too, and so is the KV cache unless a test says otherwise.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -131,9 +132,11 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum(axis=-1, keepdims=True)
 
 
-def visible(positions: np.ndarray, n: int, window: int, is_chunked: bool = False) -> np.ndarray:
+def visible(positions: np.ndarray, n: int, window: int, is_chunked: bool = False, is_causal: bool = True) -> np.ndarray:
     """Which of the positions 0 .. n - 1 the tokens at `positions` see, bool[len(positions), n]."""
     distance = positions[:, None] - np.arange(n)
+    if not is_causal:
+        return np.abs(distance) < (window or n)
     seen = positions % window + 1 if is_chunked else np.full(len(positions), window or n)
     return (distance >= 0) & (distance < seen[:, None])
 
@@ -148,10 +151,11 @@ def attend(
     softcap: float = 0.0,
     sinks: np.ndarray | None = None,
     is_chunked: bool = False,
+    is_causal: bool = True,
 ) -> np.ndarray:
     """q: [n_tokens, n_head, head_dim] at `positions`; k, v: [n_past + n_tokens, n_head_kv, columns], from 0 on."""
     n_head_kv, n_gqa = k.shape[1], q.shape[1] // k.shape[1]
-    hidden = ~visible(positions, len(k), window, is_chunked)
+    hidden = ~visible(positions, len(k), window, is_chunked, is_causal)
     out = np.empty((*q.shape[:2], v.shape[2]), q.dtype)
     for h in range(n_head_kv):
         for head in range(h * n_gqa, (h + 1) * n_gqa):
@@ -184,6 +188,7 @@ ACTIVATIONS = {
     "relu2": lambda x: np.maximum(x, 0) ** 2,
     "sigmoid": lambda x: 1 / (1 + np.exp(-np.clip(x, -80, None))),
     "identity": lambda x: x,
+    "gelu_erf": lambda x: x * np.vectorize(math.erfc, otypes=[x.dtype])(-x / math.sqrt(2)) / 2,
 }
 GATED = {name: lambda gate, up, f=f: f(gate) * up for name, f in ACTIVATIONS.items()} | {"swiglu_oai": swiglu_oai}
 
@@ -301,6 +306,11 @@ def rope(p: NumpyProgram, op: ops.Rope) -> np.ndarray:
     return np.concatenate(parts).reshape(filled.shape)[:, : rows.shape[1]]
 
 
+def add_positions(p: NumpyProgram, op: rare_ops.AddPositions[np.ndarray]) -> np.ndarray:
+    positions = np.concatenate([run.n_past + np.arange(run.n_tokens) for run in p.runs_of(op.x)])
+    return p[op.x] + op.table.reshape(op.n_row, -1)[np.minimum(positions, op.n_row - 1)]
+
+
 def temper(p: NumpyProgram, op: rare_ops.Temper) -> np.ndarray:
     positions = np.concatenate([run.n_past + np.arange(run.n_tokens) for run in p.runs_of(op.x)])
     n_whole = np.floor((positions + op.temperature.offset) / op.temperature.length)
@@ -318,7 +328,7 @@ def attention(p: NumpyProgram, op: ops.Attend[NumpyCache, np.ndarray]) -> np.nda
         held = (slots >= 0)[:, None, None]
         keys, values = (np.where(held, kept[slots], 0).astype(p[op.q].dtype) for kept in (cache.k, cache.v))
         queries, positions = p[op.q][rows].reshape(n, shape.n_head, shape.head_dim), n_past + np.arange(n)
-        limits = shape.scale, shape.window, shape.softcap, op.sinks, shape.is_chunked
+        limits = shape.scale, shape.window, shape.softcap, op.sinks, shape.is_chunked, shape.is_causal
         result = attend(queries, keys, values, positions, *limits)
         parts.append(result.reshape(n, -1))
         at += n
@@ -463,6 +473,7 @@ FUNCTIONS: Mapping[type, Callable[[NumpyProgram, Any], Any]] = {
     ops.MatmulGated: lambda p, op: GATED[op.activation](*np.split(matmul(p, op), 2, axis=1)),
     ops.Rope: rope,
     rare_ops.Temper: temper,
+    rare_ops.AddPositions: add_positions,
     ops.Attend: attention,
     ops.Gated: lambda p, op: ACTIVATIONS[op.activation](p[op.gate]) * (1 if op.up is None else p[op.up]),
     rare_ops.ShortConv: short_conv,

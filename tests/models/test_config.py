@@ -151,7 +151,8 @@ BAD_METADATA: list[tuple[str, Any, str]] = [
     ("rope.scaling.factor", -1.0, "llama.rope.scaling.factor is -1.0"),
     ("expert_count", 8, "llama.expert_used_count is missing, must be an integer from 1 to 8"),
     ("expert_count", 2000, "llama.expert_count is 2000, must be an integer from 0 to 1024"),
-    ("attention.causal", False, "llama.attention.causal is False"),
+    ("attention.causal", 0, "llama.attention.causal is 0, must be true or false"),
+    ("pooling_type", 5, "llama.pooling_type is 5, must be an integer from 0 to 4"),
     ("residual_scale", 1e-9, "llama.residual_scale is 1e-09, must be a number from 1e-06 to 1e\\+06"),
     ("final_logit_softcapping", -30.0, "llama.final_logit_softcapping is -30.0, must be a number from 0"),
 ]

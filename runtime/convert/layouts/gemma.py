@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from statistics import NormalDist
 
 from gguf_run.formats.gguf.metadata import Typed
@@ -107,6 +108,12 @@ def gemma3n_keys(config: Config, windows: list[bool]) -> Iterator[tuple[str, Typ
     yield "activation_sparsity_scale", Typed("array[f32]", factors)
 
 
+_GEMMA3_ROW = CheckpointLayout(
+    "gemma3", {"Gemma3ForCausalLM": "gemma3_text", "Gemma3ForConditionalGeneration": "gemma3"},
+    layer={**shared.LLAMA, **GEMMA2_NORMS, **shared.QK_NORM}, norm_offset=1.0, keys=CAPS[1:], windows="period",
+    defaults={**GEMMA2, **GEMMA3, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "sliding_window_pattern": 6},
+    expected={**GEMMA_FIXED, "attn_logit_softcapping": (None,)},  # transformers does not apply it
+)  # fmt: skip
 ROWS = (
     CheckpointLayout("gemma", {"GemmaForCausalLM": "gemma"}, norm_offset=1.0, defaults=GEMMA, expected=GEMMA_FIXED),
     CheckpointLayout(
@@ -114,12 +121,13 @@ ROWS = (
         windows="period", defaults={**GEMMA2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         expected=GEMMA_FIXED,
     ),
-    CheckpointLayout(
-        "gemma3", {"Gemma3ForCausalLM": "gemma3_text", "Gemma3ForConditionalGeneration": "gemma3"},
-        layer={**shared.LLAMA, **GEMMA2_NORMS, **shared.QK_NORM}, norm_offset=1.0, keys=CAPS[1:], windows="period",
-        defaults={**GEMMA2, **GEMMA3, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "sliding_window_pattern": 6},
-        expected={**GEMMA_FIXED, "attn_logit_softcapping": (None,)},  # transformers does not apply it
+    replace(
+        _GEMMA3_ROW, arch="gemma-embedding", classes={"Gemma3TextModel": "gemma3_text"}, one_way=True,
+        model={"embed_tokens": "token_embd", "norm": "output_norm"},
+        defaults={**_GEMMA3_ROW.defaults, "use_bidirectional_attention": False},
+        expected={**_GEMMA3_ROW.expected, "use_bidirectional_attention": (True,)},
     ),
+    _GEMMA3_ROW,
     CheckpointLayout(
         "gemma4", {"Gemma4ForCausalLM": "gemma4_text", "Gemma4ForConditionalGeneration": "gemma4"},
         layer={

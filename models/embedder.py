@@ -1,0 +1,80 @@
+"""A decoder of hidden states in place of logits: it makes embeddings and scores of texts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.formats.blocks.dequantizer import dequantize
+from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.gguf.reader import Tensor
+from gguf_run.models.config import ModelConfig
+from gguf_run.models.decoder import Decoder
+from gguf_run.models.pooling import DENSE, SCORES
+
+
+class Embedder(Decoder):
+    """Runs one text at a time, in sequence 0. It has no output matrix, so that forward, top and step raise errors."""
+
+    has_logits = False
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, Tensor],
+        backends: Sequence[Any],
+        n_ctx: int,
+        n_batch: int = 512,
+        **more: Any,
+    ) -> None:
+        """Arguments and errors: see Decoder. An encoder runs a whole text at once: n_batch becomes n_ctx."""
+        if not config.arch.is_causal:
+            n_ctx = n_batch = more["n_outputs"] = min(n_ctx, config.n_ctx_train)
+        super().__init__(config, tensors, backends, n_ctx, n_batch, **more)
+        names = [name for name in (*DENSE, SCORES) if f"{name}.weight" in tensors]
+        self._heads = {name: [_values(tensors.get(f"{name}.{kind}")) for kind in ("weight", "bias")] for name in names}
+
+    def hidden(self, ids: Sequence[int], n_last: int = 1) -> NDArray[np.float32]:
+        """Return the hidden states f32[n_last, n_embd] of a text's last tokens. GgufRunError: see Decoder.forward."""
+        self.rewind(0)
+        blocks = super().forward(ids, n_last)
+        return np.concatenate([block.copy() for block in blocks])
+
+    def embedding(self, ids: Sequence[int], pooling: str) -> NDArray[np.float64]:
+        """Return the embedding f64[n_embd] of a text. pooling: one of POOLINGS."""
+        rows = self.hidden(ids, 1 if pooling == "last" else len(ids))
+        x: NDArray[np.float64] = rows.mean(axis=0, dtype=np.float64) if pooling == "mean" else rows[0].astype(float)
+        for name in DENSE:
+            x = self._product(name, x)
+        return x
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether the file has a matrix for scores."""
+        return SCORES in self._heads
+
+    def score(self, ids: Sequence[int]) -> float:
+        """Return the probability of the first label after a text, "yes" in the rerankers that there are."""
+        logits = self._product(SCORES, self.hidden(ids)[0].astype(float))
+        odds = np.exp(logits - logits.max())
+        return float(odds[0] / odds.sum())
+
+    def _product(self, name: str, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return a matrix of the file times x, plus its bias; x if the file does not have it."""
+        weight, bias = self._heads.get(name, (None, None))
+        made: NDArray[np.float64] = x if weight is None else weight @ x
+        return made if bias is None else made + bias
+
+    def forward(self, *_: Any, **__: Any) -> NoReturn:
+        config = self.config
+        is_only = config.pooling is not None and config.pooling.is_only
+        advice = "use Model.embed or rank, or --embed" if is_only else "load it without embed=True (--embed)"
+        raise GgufRunError(f"this {config.arch.name} model makes embeddings, no text: {advice}")
+
+    top = step = forward
+
+
+def _values(tensor: Tensor | None) -> NDArray[np.float32] | None:
+    """Return a matrix f32[n_out, n_in], or a vector."""
+    return None if tensor is None else dequantize(tensor.blocks(), tensor.type).reshape(tensor.ne[::-1])
