@@ -45,7 +45,7 @@ class CpuBackend:
         """
         self.n_threads, self.tuning, self._splits = n_threads, isa.Tuning(), not deterministic
         self._tapes: weakref.WeakSet[Tape] = weakref.WeakSet()
-        self._team = Team(n_threads)
+        self.team = Team(n_threads)  # runs programs; between two steps it may do other work
         self._executor = ThreadPoolExecutor(n_threads, "repack")
         self._repacking: deque[Future[None]] = deque()
         self._arena = Arena()
@@ -130,7 +130,7 @@ class CpuBackend:
         self.wait()
         tape.tune(self.tuning)
         self._tapes.add(tape)
-        return CpuProgram(self._team, tape, ends, result)
+        return CpuProgram(self.team, tape, ends, result)
 
     def tune(self, tuning: isa.Tuning) -> None:
         """Give the kernels numbers of this machine. No program may run meanwhile."""
@@ -153,7 +153,7 @@ class CpuBackend:
 
     def close(self) -> None:
         """Stop the threads. Programs of this backend cannot run any more."""
-        self._team.close()
+        self.team.close()
         self._executor.shutdown(cancel_futures=True)
 
 

@@ -42,21 +42,21 @@ class PageTable:
 
         n_cells: positions that the cache has for all sequences together; None: n_ctx for each.
         """
-        n_pages = n_seq * pages_stored(n_ctx, n_batch, window)
-        if n_cells is not None and not window:
-            n_pages = -(-n_cells // PAGE)
+        n_pages = pages_stored(window, n_ctx, n_batch, n_seq, n_cells)
         pages = np.full((n_seq, -(-n_ctx // PAGE)), NO_PAGE, np.int32)
         return cls(window, n_pages, pages, np.zeros(n_seq, np.int64))
 
 
-def pages_stored(n_ctx: int, n_batch: int, window: int) -> int:
-    """Return how many pages a sequence needs in a layer: for all n_ctx positions, or for the window and a batch.
+def pages_stored(window: int, n_ctx: int, n_batch: int, n_seq: int, n_cells: int | None = None) -> int:
+    """Return the pages of a layer's cache, see PageTable.new: for all positions, or for windows and batches.
 
     The window begins in the middle of a page, and so does the batch. One page more keeps the last tokens before the
     window, so that tokens can be taken back.
     """
     full = -(-n_ctx // PAGE)
-    return min(full, (window + n_batch - 2) // PAGE + 3) if window else full
+    if window and (few := (window + n_batch - 2) // PAGE + 3) < full:
+        return n_seq * few
+    return n_seq * full if n_cells is None else -(-n_cells // PAGE)
 
 
 class Node:

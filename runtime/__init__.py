@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from gguf_run.runtime.engine.reply import Piece as Piece
     from gguf_run.runtime.load.options import LoadOptions as LoadOptions
     from gguf_run.runtime.model import Model as Model
+    from gguf_run.runtime.sampling.choice import TokenLogprob as TokenLogprob
     from gguf_run.runtime.sampling.params import SamplingParams as SamplingParams
-    from gguf_run.runtime.sampling.sampler import TokenLogprob as TokenLogprob
 
 _PLACES = {
     "Answer": "runtime.engine.reply",
@@ -27,7 +27,7 @@ _PLACES = {
     "Piece": "runtime.engine.reply",
     "SamplingParams": "runtime.sampling.params",
     "Stats": "runtime.engine.generation",
-    "TokenLogprob": "runtime.sampling.sampler",
+    "TokenLogprob": "runtime.sampling.choice",
     "UnsupportedError": "formats.errors",
 }
 __all__ = [*_PLACES]

@@ -14,7 +14,7 @@ from gguf_run.formats.errors import OptionError, UnsupportedError, check_names
 from gguf_run.runtime.engine.generation import Pieces
 from gguf_run.runtime.load.options import LoadOptions
 from gguf_run.runtime.model import Message, Model, Tool
-from gguf_run.runtime.sampling.sampler import TokenLogprob
+from gguf_run.runtime.sampling.choice import TokenLogprob
 
 Result = dict[str, Any]
 

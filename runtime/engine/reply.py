@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 from gguf_run.formats.errors import OptionError, check_names
 from gguf_run.formats.frozen import frozen
 from gguf_run.runtime.sampling.params import SamplingParams
-from gguf_run.runtime.sampling.sampler import Sampler, TokenLogprob
+from gguf_run.runtime.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
     from numpy import float32
     from numpy.typing import NDArray
 
     from gguf_run.runtime.sampling.candidates import Candidates
+    from gguf_run.runtime.sampling.choice import TokenLogprob
     from gguf_run.runtime.tokenizers.tokenizer import TokenStream
 
 
@@ -42,14 +43,14 @@ class Piece(str):
     ids: tuple[int, ...]  # the tokens since the piece before
     # What the model thought of them, if the option logprobs asks for it. The last piece has one more if a token that
     # is not text has ended the answer.
-    logprobs: tuple[TokenLogprob, ...]
+    logprobs: "tuple[TokenLogprob, ...]"
     finish_reason: str | None  # "stop", "length" or "context" in the last piece, see Reply; None: more will come
 
     def __new__(
         cls,
         text: str = "",
         ids: Sequence[int] = (),
-        logprobs: Sequence[TokenLogprob] = (),
+        logprobs: "Sequence[TokenLogprob]" = (),
         finish_reason: str | None = None,
     ) -> "Piece":
         piece = super().__new__(cls, text)
@@ -66,7 +67,7 @@ class Answer:
     n_prompt: int  # tokens of the prompt
     ids: tuple[int, ...]  # tokens of the text
     seed: int  # gives the same text again
-    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens, if the option logprobs asks for them: see Piece
+    logprobs: "tuple[TokenLogprob, ...]" = ()  # of the tokens, if the option logprobs asks for them: see Piece
 
     @property
     def n_decoded(self) -> int:
@@ -142,11 +143,11 @@ class Reply:
         The text has whole characters only and nothing of a stop string. When `finish` is set, it is the last piece.
         """
         id = self.sampler.sample(logits)
+        self.sampler.accept([id])
         if id in self._stop_ids:
             self.finish, text = "stop", ""
         else:
-            self.tokens.append(id)
-            self.sampler.accept([id])
+            self.tokens.append(int(id))
             text = self._stop.push(self._stream.push(id))
             self.finish = self._reason(is_full)
         if self.finish and not self._stop.found:  # an unfinished character, a start of a stop string

@@ -60,17 +60,23 @@ def check_type(option: str, name: str, head_dim: int) -> None:
 
 
 def layer_bytes(
-    config: ModelConfig, plan: Sequence[CacheType], n_ctx: int, n_batch: int, n_seq: int = 1
+    config: ModelConfig,
+    plan: Sequence[CacheType],
+    n_ctx: int,
+    n_batch: int,
+    n_seq: int = 1,
+    n_cells: int | None = None,
 ) -> tuple[int, ...]:
     """Return the bytes of each layer's cache and states. Layers with a window store only the window and a batch.
 
-    A layer that reads another layer's cache has none.
+    A layer that reads another layer's cache has none. n_cells: see PageTable.new.
     """
     n_batch = max(min(n_batch, n_ctx), n_seq)
     sizes = []
     for il, kind in enumerate(plan):
         shape = config.attention(il)
-        rows = 0 if config.layers[il].kv_layer != il else n_seq * PAGE * pages_stored(n_ctx, n_batch, shape.window)
+        rows = PAGE * pages_stored(shape.window, n_ctx, n_batch, n_seq, n_cells)
+        rows = rows if config.layers[il].kv_layer == il else 0
         rows_bytes = cache_bytes(kind.k, kind.v, shape.n_head_kv, shape.head_dim, rows, shape.n_latent)
         sizes.append(rows_bytes + state_bytes(config, il, n_seq))
     return tuple(sizes)
@@ -79,3 +85,20 @@ def layer_bytes(
 def state_bytes(config: ModelConfig, il: int, n_seq: int) -> int:
     """Return the bytes of the states of a recurrent layer, 0 for another layer."""
     return 4 * N_STATES * n_seq * sum(config.mixer.states(il)) if config.mixer is not None else 0
+
+
+def cells_in(n_bytes: int, config: ModelConfig, plan: Sequence[CacheType], n_ctx: int, n_batch: int, n_seq: int) -> int:
+    """Return the positions of all sequences together for which caches of n_bytes have room, states included.
+
+    OptionError if there is no room for one sequence.
+    """
+    none, one = (sum(layer_bytes(config, plan, n_ctx, n_batch, n_seq, n_cells)) for n_cells in (0, PAGE))
+    n_cells = n_seq * n_ctx if one == none else (n_bytes - none) // (one - none) * PAGE
+    least = -(-n_ctx // PAGE) * PAGE
+    if n_cells < least or n_bytes < none:
+        lowest = (none + (one - none) * least // PAGE >> 20) + 1
+        raise OptionError(
+            f"cache_ram (--cache-ram) is {n_bytes >> 20} MiB; allowed: at least {lowest}, for one sequence of {n_ctx} "
+            "tokens; or choose a smaller context (--ctx-size)"
+        )
+    return n_cells

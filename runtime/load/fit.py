@@ -45,7 +45,7 @@ def gpu_sizes(plan: MemoryPlan) -> GpuSizes:
     for il in range(plan.n_cpu_moe):
         layers[il] -= weights.experts[il]
     caches = [
-        cache_bytes(shape, kind, plan.n_seq * pages_stored(plan.n_ctx, plan.n_rows, shape.window))
+        cache_bytes(shape, kind, pages_stored(shape.window, plan.n_ctx, plan.n_rows, plan.n_seq, plan.n_cells))
         + state_bytes(plan.config, il, plan.n_seq)
         if plan.config.layers[il].kv_layer == il
         else 0

@@ -21,7 +21,7 @@ from gguf_run.kernels_cpu.replay.team import MAX_THREADS
 from gguf_run.kernels_cpu.vector.isa import Tuning, stored_tuning, tuning_path
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
-from gguf_run.runtime.load.cache_plan import plan_cache
+from gguf_run.runtime.load.cache_plan import cells_in, plan_cache
 from gguf_run.runtime.load.machine import available_memory, default_threads, driver_there
 from gguf_run.runtime.load.memory import MemoryPlan
 from gguf_run.runtime.load.open_model import open_model
@@ -112,7 +112,7 @@ def _load(
         backends: dict[Device, Any] = dict(gpus)
         try:
             if CPU in placement.devices:
-                backends[CPU] = CpuBackend(n_threads)
+                backends[CPU] = CpuBackend(n_threads, deterministic=options.deterministic)
             decoder = make(
                 plan.config,
                 file.tensors,
@@ -125,6 +125,7 @@ def _load(
                 observe=options.observe,
                 embedding=backends[placement.embedding],
                 experts=[backends[device] for device in placement.experts],
+                n_cells=plan.n_cells,
             )
             tokenizer, template, tool_template = text.result()
         except BaseException:
@@ -176,7 +177,10 @@ def _plan(file: GGUFFile, options: LoadOptions) -> MemoryPlan:
     n_ctx = options.n_ctx or min(config.n_ctx_train, DEFAULT_N_CTX)
     cache = plan_cache(config, options.cache_type, options.cache_rotation, options.cache_scales)
     n_batch = options.n_batch if config.arch.is_causal else n_ctx  # see models/embedder.py
-    return MemoryPlan(config, list(file.tensors.values()), n_ctx, cache, n_batch, options.n_seq)
+    n_cells = None
+    if options.cache_ram:
+        n_cells = cells_in(options.cache_ram << 20, config, cache, n_ctx, n_batch, options.n_seq)
+    return MemoryPlan(config, list(file.tensors.values()), n_ctx, cache, n_batch, options.n_seq, n_cells)
 
 
 def tries_gpus(wanted: Wanted, root: Path = Path("/")) -> bool:

@@ -50,6 +50,7 @@ class MemoryPlan:
     cache: Sequence[CacheType]  # of each layer
     n_batch: int = 512  # tokens at once
     n_seq: int = 1
+    n_cells: int | None = None  # positions of all sequences together; None: n_ctx for each
     n_gpu: int = 0  # the last n_gpu layers are on GPUs, and with them the output
     n_cpu_moe: int = 0  # the experts of the first n_cpu_moe layers are on the CPU, wherever the layer is
 
@@ -81,7 +82,7 @@ class MemoryPlan:
 
     def cache_bytes(self) -> int:
         """Return the bytes of the KV caches in the CPU's memory."""
-        sizes = layer_bytes(self.config, self.cache, self.n_ctx, self.n_batch, self.n_seq)
+        sizes = layer_bytes(self.config, self.cache, self.n_ctx, self.n_batch, self.n_seq, self.n_cells)
         return sum(sizes[: self.config.n_layer - self.n_gpu])
 
     def weights(self, matrix_bytes: Callable[[str, int, int], int]) -> WeightSizes:

@@ -42,7 +42,9 @@ class LoadOptions:
     n_ctx: int | None = None  # positions of the KV cache for each sequence; None: the model's own, at most 4096
     n_threads: int | None = None  # CPU threads that compute; None: one for each physical core
     n_batch: int = 512  # tokens of a prompt that run at once
-    n_seq: int = 1  # sequences that the KV cache has room for: as many prompts as generate_batch can take
+    n_seq: int = 1  # sequences that run together; others wait
+    cache_ram: int | None = None  # MiB of the KV cache of all sequences; None: n_ctx positions for each
+    deterministic: bool = False  # a text gets the same bits alone, among others and after a known prefix; CPU only
     device: str = "auto"  # "cpu", "cuda", "cuda:1", several GPUs with commas, or "auto": a GPU if there is one
     gpu_layers: str | int | None = None  # so many of the last layers run on GPUs; "all"; "auto" or None: what fits
     tensor_split: str | None = None  # each GPU's part of these layers, as "3,1"; None: by free memory
@@ -61,6 +63,9 @@ class LoadOptions:
         _check_range("n_ctx (--ctx-size)", self.n_ctx, MAX_N_CTX)
         _check_range("n_batch", self.n_batch, MAX_N_CTX)
         _check_range("n_seq", self.n_seq, MAX_N_SEQ)
+        _check_range("cache_ram (--cache-ram)", self.cache_ram, MAX_N_CTX)
+        if self.deterministic and not self.wanted.cpu_only:
+            raise OptionError('deterministic runs on the CPU only: give device="cpu" (--device cpu)')
         if self.n_threads is not None:
             from gguf_run.kernels_cpu.replay.team import MAX_THREADS
 

@@ -1,6 +1,5 @@
 """The tokens that may still be chosen, and the largest logits among them."""
 
-import random
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -43,9 +42,26 @@ class Candidates(NamedTuple):
 class State:
     """What samplers see besides the candidates."""
 
-    random: random.Random
-    recent: deque[int]  # the last tokens of the context, the last one at the end
+    seed: int  # of the draws
+    n_past: int  # tokens of the context: where the next one will stand
+    recent: deque[int]  # the last of them, the last one at the end
     breakers: Breakers = field(default_factory=dict)
+
+
+def uniform(seed: int, position: int, stream: int = 0) -> float:
+    """Return a random number in [0, 1) that depends on nothing else, by Philox4x32-10 (Salmon et al. 2011).
+
+    seed: the key. position, stream: the counter. All three are from 0 to 2^64 - 1.
+    kernels_cpu/sampling/draw.py has the same function for compiled code.
+    """
+    mask = 0xFFFFFFFF
+    a, b, c, d = position & mask, position >> 32, stream & mask, stream >> 32
+    key, key2 = seed & mask, seed >> 32
+    for _ in range(10):
+        p, q = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b, c, d = (q >> 32) ^ b ^ key, q & mask, (p >> 32) ^ d ^ key2, p & mask
+        key, key2 = (key + 0x9E3779B9) & mask, (key2 + 0xBB67AE85) & mask
+    return (a << 21 | b >> 11) / (1 << 53)
 
 
 def head(candidates: Candidates, k: int) -> Candidates:

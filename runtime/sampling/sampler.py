@@ -1,6 +1,5 @@
 """Chooses the next token: biases, logits processors, samplers, then a draw, in llama.cpp's order."""
 
-import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.formats.frozen import frozen
 from gguf_run.runtime.sampling import filters
-from gguf_run.runtime.sampling.candidates import EXACT, Breakers, Candidates, State, largest
+from gguf_run.runtime.sampling.candidates import EXACT, Breakers, Candidates, State, uniform
 from gguf_run.runtime.sampling.filters import GREEDY
 from gguf_run.runtime.sampling.params import SAMPLERS, SamplerKind, SamplingParams
 
 if TYPE_CHECKING:
+    from gguf_run.runtime.sampling.choice import TokenLogprob
     from gguf_run.runtime.sampling.select import AdaptiveP, Mirostat
 
 Function = Callable[[Candidates, SamplingParams, State], Candidates]
@@ -28,15 +27,6 @@ _FILTERS: Mapping[str, Function] = {
     "min_p": filters.min_p,
     "temperature": filters.temperature,
 }
-
-
-@frozen
-class TokenLogprob:
-    """Natural logarithms of probabilities where a token was chosen, before any bias, processor or sampler."""
-
-    id: int  # the token
-    logprob: float  # of the token
-    top: tuple[tuple[int, float], ...]  # the most likely tokens with theirs
 
 
 class Sampler:
@@ -50,25 +40,39 @@ class Sampler:
         self.seed = random.getrandbits(32) if params.seed is None else int(params.seed)  # gives the same text again
         self.logprobs: list[TokenLogprob] = []  # of the tokens so far, if params.logprobs asks for them
         stages = _stages(params)
-        self._functions = [function(kind.name) for kind in stages]
+        self.stages = tuple(kind.name for kind in stages)  # the samplers that run, in order
+        self._functions = [function(name) for name in self.stages]
         self.n_top = _n_top(params, stages)  # this many of the largest logits are enough; 0: all are needed
         look_back = {"penalties": params.repeat_last_n, "dry": params.dry_penalty_last_n}
-        n_recent = max((look_back.get(kind.name, 0) for kind in stages), default=0)
-        self._state = State(random.Random(self.seed), deque(maxlen=n_recent), breakers or {})
+        n_recent = max((look_back.get(name, 0) for name in self.stages), default=0)
+        self.state = State(self.seed, 0, deque(maxlen=n_recent), breakers or {})
         self._context: list[int] = []  # for logits processors only
-        self._selector = _selector(params)
+        self.selector = _selector(params)  # if it is there, each draw depends on those before: no drafts
 
     def accept(self, ids: Iterable[int]) -> None:
-        """Note tokens of the prompt or the answer: penalties and logits processors look at them."""
-        if self.params.logits_processors:
-            ids = list(ids)
+        """Note tokens of the prompt or the answer. Of what `sample` returned, its log-probability is noted, too."""
+        ids, params = list(ids), self.params
+        self.state.n_past += len(ids)
+        self.state.recent.extend(ids)
+        if params.logits_processors:
             self._context.extend(ids)
-        self._state.recent.extend(ids)
+        if self.selector is not None or params.logprobs is not None:
+            from gguf_run.runtime.sampling.choice import Choice
 
-    def sample(self, logits: NDArray[np.float32] | Candidates) -> int:
-        """Return the id of the next token.
+            for choice in (id for id in ids if isinstance(id, Choice)):
+                choice.note(self.selector, self.logprobs)
 
-        logits: f32[n_vocab], which stay as they are; or, if n_top is not 0, the n_top largest, in order.
+    def sample(
+        self,
+        logits: NDArray[np.float32] | Candidates,
+        mask: NDArray[np.uint32] | None = None,
+        drafts: Sequence[int] = (),
+    ) -> int:
+        """Return the id of the next token, for `accept`: nothing changes until then.
+
+        logits: f32[n_vocab], which stay as they are; or the n_top largest in order, if n_top is not 0 and mask is None.
+        mask: uint32[n_vocab / 32], rounded up: a bit for each token that may come, the lowest bit first. None: all may.
+        drafts: tokens that are taken to have been accepted.
         GgufRunError if the logits are no numbers, or no token is left to choose from.
         """
         best = logits.logits[0] if isinstance(logits, Candidates) else logits[int(logits.argmax())]
@@ -77,47 +81,28 @@ class Sampler:
                 f"the model's output for the next token is {best}, not a number: the file is damaged, or its "
                 "values are too large for this computation"
             )
+        state, params, changed = self.state, self.params, logits
+        if drafts or mask is not None or params.logit_bias or params.logits_processors:
+            from gguf_run.runtime.sampling.bias import after, biased
+
+            state = after(state, drafts)
+            changed = biased(logits, params, [*self._context, *drafts], mask)
         with np.errstate(over="ignore"):
-            if isinstance(logits, Candidates):
-                candidates = logits.take(logits.logits > -np.inf, True)
+            if isinstance(changed, Candidates):
+                candidates = changed.take(changed.logits > -np.inf, True)
             else:
-                candidates = Candidates(self._processed(logits))
+                candidates = Candidates(changed)
             for apply in self._functions:
-                candidates = apply(candidates, self.params, self._state)
-            candidates = self._distribution(candidates)
-        i = _draw(candidates.probabilities(), self._state.random) if len(candidates.logits) > 1 else 0
-        if self._selector is not None:
-            self._selector.chosen(candidates, i)
+                candidates = apply(candidates, params, state)
+            candidates, seen = (candidates, None) if self.selector is None else self.selector.distribution(candidates)
+        i = _draw(candidates, uniform(state.seed, state.n_past)) if len(candidates.logits) > 1 else 0
+        if seen is None and params.logprobs is None:
+            return candidates.id(i)
+        from gguf_run.runtime.sampling.choice import Choice, logprob_of
+
         id = candidates.id(i)
-        if self.params.logprobs is not None and not isinstance(logits, Candidates):
-            self.logprobs.append(_logprobs(logits, id, self.params.logprobs))
-        return id
-
-    def _distribution(self, candidates: Candidates) -> Candidates:
-        """Return the candidates from which one is drawn."""
-        return candidates if self._selector is None else self._selector.distribution(candidates)
-
-    def _processed(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Apply logit_bias and the logits processors, to a copy."""
-        params = self.params
-        if not params.logit_bias and not params.logits_processors:
-            return logits
-        shape, logits = logits.shape, logits.copy()
-        for id, bias in params.logit_bias.items():
-            logits[id] += np.float32(bias)
-        for processor in params.logits_processors:
-            logits = np.asarray(processor(np.array(self._context, np.intp), logits), np.float32)
-            if logits.shape != shape:
-                raise GgufRunError(
-                    f"a logits processor returned an array of shape {logits.shape}: it must return logits of {shape}"
-                )
-        best = logits.max()
-        if not np.isfinite(best):
-            raise GgufRunError(
-                f"logit_bias or a logits processor leaves no token to choose from (the largest logit is {best}): leave "
-                "one finite at least, and none inf or nan"
-            )
-        return logits
+        logprob = None if params.logprobs is None else logprob_of(logits, id, params.logprobs)
+        return Choice(id, logprob, 0.0 if seen is None else float(seen[i]))
 
 
 def _stages(params: SamplingParams) -> Sequence[SamplerKind]:
@@ -162,20 +147,19 @@ def _selector(params: SamplingParams) -> "Mirostat | AdaptiveP | None":
     return AdaptiveP(params.adaptive_target, params.adaptive_decay)
 
 
-def _draw(probabilities: NDArray[np.floating], source: random.Random) -> int:
-    """Draw an index. First a block is drawn, then one of its tokens: a float64 copy of all takes ten times as long."""
+def _draw(candidates: Candidates, number: float) -> int:
+    """Draw a candidate: its number. Candidates stand in the order of their ids, however they were found.
+
+    number: in [0, 1). First a block is drawn, then one of its tokens: a float64 copy of all takes ten times as long.
+    """
+    probabilities, order = candidates.probabilities(), None
+    if candidates.ids is not None and (candidates.is_sorted or len(probabilities) <= EXACT):
+        order = candidates.ids.argsort()
+        probabilities = probabilities[order]
     blocks = np.add.reduceat(probabilities, np.arange(0, len(probabilities), EXACT), dtype=np.float64).cumsum()
-    wanted = source.random() * blocks[-1]
+    wanted = number * blocks[-1]
     i = int(blocks.searchsorted(wanted, side="right"))
     block = probabilities[i * EXACT : (i + 1) * EXACT].astype(np.float64)
     at = int(block.cumsum().searchsorted(wanted - (blocks[i - 1] if i else 0), side="right"))
-    return i * EXACT + (at if at < len(block) else int(block.argmax()))  # rounding may lead behind the block
-
-
-def _logprobs(logits: NDArray[np.float32], id: int, n: int) -> TokenLogprob:
-    top = largest(logits, n) if n else ()
-    most = float(logits.max())
-    total = most + math.log(np.exp(logits - most).sum(dtype=np.float64))
-    return TokenLogprob(
-        id, float(logits[id]) - total, tuple((int(other), float(logits[other]) - total) for other in top)
-    )
+    at = i * EXACT + (at if at < len(block) else int(block.argmax()))  # rounding may lead behind the block
+    return at if order is None else int(order[at])

@@ -1,7 +1,7 @@
 """The end of the chain, if options ask for it: mirostat and adaptive-p choose the candidates of the draw.
 
-Each has two methods. `distribution` returns the candidates to draw from, by the softmax of their logits; `chosen` tells
-that candidate i of the last distribution has been drawn.
+Each has two methods. `distribution` returns the candidates to draw from, by the softmax of their logits, and what it
+takes for their probabilities. `chosen` learns from this probability of a token that the text goes on with.
 """
 
 import math
@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.runtime.sampling.candidates import Candidates, head
+
+Distribution = tuple[Candidates, NDArray[np.floating]]
 
 
 class Mirostat:
@@ -27,11 +29,12 @@ class Mirostat:
         self._tau, self._eta = tau, eta
         self.mu = min(2 * tau, self.MAX_MU)
 
-    def distribution(self, candidates: Candidates) -> Candidates:
-        return self._narrowed(candidates) if len(candidates.logits) > 1 else candidates
+    def distribution(self, candidates: Candidates) -> Distribution:
+        candidates = self._narrowed(candidates) if len(candidates.logits) > 1 else candidates
+        return candidates, candidates.probabilities()
 
-    def chosen(self, candidates: Candidates, i: int) -> None:
-        mu = self.mu - self._eta * (-math.log2(candidates.probabilities()[i]) - self._tau)
+    def chosen(self, probability: float) -> None:
+        mu = self.mu - self._eta * (-math.log2(probability) - self._tau)
         self.mu = min(self.MAX_MU, max(-self.MAX_MU, mu))
 
     def _by_exponent(self, candidates: Candidates) -> Candidates:
@@ -65,15 +68,14 @@ class AdaptiveP:
         self._target, self._decay = target, decay
         self._weight = 1 / (1 - decay)
         self._sum = target * self._weight
-        self._before: NDArray[np.floating] = np.empty(0)
 
-    def distribution(self, candidates: Candidates) -> Candidates:
-        self._before = probabilities = candidates.probabilities()
+    def distribution(self, candidates: Candidates) -> Distribution:
+        probabilities = candidates.probabilities()
         target = min(1.0, max(0.0, 2 * self._target - self._sum / self._weight))
         distance = np.abs(probabilities - target) / self.WIDTH
         logits = self.PEAK - self.SHARPNESS * distance * distance / (1 + distance)
-        return Candidates(np.where(candidates.logits == -np.inf, -np.inf, logits), candidates.ids)
+        return Candidates(np.where(candidates.logits == -np.inf, -np.inf, logits), candidates.ids), probabilities
 
-    def chosen(self, candidates: Candidates, i: int) -> None:
-        self._sum = float(self._before[i]) + self._decay * self._sum
+    def chosen(self, probability: float) -> None:
+        self._sum = probability + self._decay * self._sum
         self._weight = 1 + self._decay * self._weight

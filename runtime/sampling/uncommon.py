@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.runtime.sampling.candidates import EXACT, Candidates, State, largest
+from gguf_run.runtime.sampling.candidates import EXACT, Candidates, State, largest, uniform
 from gguf_run.runtime.sampling.params import SamplingParams
 
 N_STEP = 512  # steps into which reaching divides a logit of 1
@@ -33,7 +33,7 @@ def top_n_sigma(candidates: Candidates, params: SamplingParams, _: State) -> Can
 
 def xtc(candidates: Candidates, params: SamplingParams, state: State) -> Candidates:
     """Exclude top choices: with some probability, drop the tokens above a threshold, except the least likely one."""
-    if len(candidates.logits) < 2 or state.random.random() > params.xtc_probability:
+    if len(candidates.logits) < 2 or uniform(state.seed, state.n_past, stream=1) > params.xtc_probability:
         return candidates
     probabilities = candidates.probabilities()
     above = (probabilities >= params.xtc_threshold) & (probabilities > 0)  # a forbidden token is no choice

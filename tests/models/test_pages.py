@@ -187,7 +187,7 @@ def test_pages_behind_the_window_are_found_until_they_are_taken() -> None:
 @pytest.mark.parametrize("window", [1, 64, 100, 300])
 def test_a_sequence_alone_finds_its_pages(window: int) -> None:
     """However a batch and the window lie."""
-    assert pages_stored(N_CTX, N_BATCH, N_CTX) == N_CTX // PAGE == pages_stored(N_CTX, 1, 0)
+    assert pages_stored(N_CTX, N_CTX, N_BATCH, 1) == N_CTX // PAGE == pages_stored(0, N_CTX, 1, 1)
     for offset in range(1, 70):
         model = Model(1, windows=(0, window))
         for n in (offset, N_BATCH, N_BATCH, 1, 1, N_BATCH):

@@ -224,7 +224,7 @@ def test_repeat_penalty_sees_prompt_and_answer() -> None:
     context = Context(FakeDecoder())
     sampler = Sampler(SamplingParams(temperature=0, repeat_penalty=2))
     out = ids_of(start(context, [4, 5], sampler, (), 2))
-    assert list(sampler._state.recent) == [4, 5, *out]
+    assert list(sampler.state.recent) == [4, 5, *out]
 
 
 def test_logits_of_all_tokens() -> None:

@@ -16,7 +16,7 @@ from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.pages import PageTable
-from gguf_run.runtime.load.cache_plan import layer_bytes, plan_cache
+from gguf_run.runtime.load.cache_plan import cells_in, layer_bytes, plan_cache
 from gguf_run.runtime.load.describe import describe_plan
 from gguf_run.runtime.load.kv_scales import LayerScales, write_scales
 from gguf_run.runtime.load.memory import MemoryPlan
@@ -152,3 +152,15 @@ def test_bytes_are_those_that_are_held(tmp_path: Path, tiny: Tiny, kind: str) ->
                 shape = config.attention(il)
                 backend.cache(shape, PageTable.new(shape.window, n_ctx, max(min(n_batch, n_ctx), n_seq), n_seq), layer)
             assert backend.nbytes()["cache"] == total_bytes(config, plan, n_ctx, n_batch, n_seq=n_seq)
+
+
+@pytest.mark.parametrize("tiny", [Tiny(), TINY_GEMMA3])
+def test_a_cache_of_so_many_bytes(tmp_path: Path, tiny: Tiny) -> None:
+    config = config_of(tmp_path, tiny)
+    plan = plan_cache(config)
+    n_cells = cells_in(8 << 20, config, plan, 500, 64, 3)
+    sizes = [sum(layer_bytes(config, plan, 500, 64, 3, n)) for n in (n_cells, n_cells + 64)]
+    assert n_cells % 64 == 0
+    assert sizes[0] <= 8 << 20 < sizes[1]
+    with pytest.raises(OptionError, match="is 0 MiB; allowed: at least 1, for one sequence of 500 tokens"):
+        cells_in(1000, config, plan, 500, 64, 3)

@@ -2,9 +2,9 @@
 
 import math
 from collections import deque
-from random import Random
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -40,21 +40,11 @@ def reference(logits: np.ndarray, params: SamplingParams) -> dict[int, float]:
     return {id: weight / sum(weights) for (id, _), weight in zip(left, weights, strict=True)}
 
 
-class Grid:
-    """Stands in for the random generator: numbers spread evenly over [0, 1)."""
-
-    def __init__(self, n: int) -> None:
-        self._values = iter((np.arange(n) + 0.5) / n)
-
-    def random(self) -> float:
-        return float(next(self._values))
-
-
 def drawn(logits: np.ndarray, params: SamplingParams, n: int = 1000) -> dict[int, float]:
     """How often each id comes when draws are spread evenly: its probability, to within 1 / n."""
-    sampler = Sampler(params)
-    sampler._state.random = Grid(n)  # type: ignore[assignment]
-    ids, counts = np.unique([sampler.sample(logits) for _ in range(n)], return_counts=True)
+    sampler, numbers = Sampler(params), iter((np.arange(n) + 0.5) / n)
+    with patch("gguf_run.runtime.sampling.sampler.uniform", lambda seed, position: float(next(numbers))):
+        ids, counts = np.unique([sampler.sample(logits) for _ in range(n)], return_counts=True)
     return dict(zip(ids.tolist(), (counts / n).tolist(), strict=True))
 
 
@@ -164,6 +154,8 @@ def test_the_greatest_logits_are_enough(options: dict[str, Any], n_top: int) -> 
         logits[i + 1 :] = -np.inf if i % 3 == 0 else logits[i + 1 :]
         order = np.argsort(-logits, kind="stable")[:n_top]
         assert every.sample(logits) == few.sample(Candidates(logits[order], order, True))
+        for sampler in (every, few):
+            sampler.accept([i])
     with pytest.raises(GgufRunError, match="output for the next token is nan"):
         few.sample(Candidates(np.array([np.nan, 1], np.float32), np.array([4, 2]), True))
 
@@ -171,15 +163,53 @@ def test_the_greatest_logits_are_enough(options: dict[str, Any], n_top: int) -> 
 def test_seed_repeats_draws() -> None:
     logits = np.zeros(1000, np.float32)
 
-    def draws(seed: int | None) -> list[int]:
-        sampler = Sampler(SamplingParams(**OFF, seed=seed))
-        return [sampler.sample(logits) for _ in range(8)]
+    def draws(sampler: Sampler) -> list[int]:
+        ids = []
+        for _ in range(8):
+            ids.append(sampler.sample(logits))
+            assert sampler.sample(logits) == ids[-1]  # nothing changes until a token is accepted
+            sampler.accept(ids[-1:])
+        return ids
 
-    assert draws(7) == draws(7)
-    assert draws(7) != draws(8)
-    assert draws(None) != draws(None)
-    unseeded = Sampler(SamplingParams(**OFF))
-    assert draws(unseeded.seed) == [unseeded.sample(logits) for _ in range(8)]
+    def seeded(seed: int | None) -> Sampler:
+        return Sampler(SamplingParams(**OFF, seed=seed))
+
+    assert draws(seeded(7)) == draws(seeded(7))
+    assert draws(seeded(7)) != draws(seeded(8))
+    assert draws(seeded(None)) != draws(seeded(None))
+    unseeded = seeded(None)
+    assert draws(seeded(unseeded.seed)) == draws(unseeded)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"repeat_penalty": 3.0, "top_k": 0}, {"dry_multiplier": 9.0}, {"xtc_probability": 0.5},
+        {"logits_processors": [lambda ids, logits: np.roll(logits, int(ids.sum()))]},
+    ],
+)  # fmt: skip
+def test_drafts_count_as_accepted(options: dict[str, Any]) -> None:
+    rng = np.random.default_rng(2)
+    behind, ahead = (Sampler(SamplingParams(seed=5, **options)) for _ in range(2))
+    text = rng.integers(0, 8, 40).tolist()
+    for sampler in (behind, ahead):
+        sampler.accept(text[:10])
+    for i in range(10, 40):
+        logits = rng.standard_normal(20, np.float32)
+        ahead.accept(text[i : i + 1])
+        assert behind.sample(logits, drafts=text[10 : i + 1]) == ahead.sample(logits)
+
+
+@pytest.mark.parametrize("options", [{"mirostat": 1}, {"mirostat": 2}, {"samplers": "a", "adaptive_target": 0.3}])
+def test_selectors_learn_from_what_is_accepted(options: dict[str, Any]) -> None:
+    logits = np.random.default_rng(1).standard_normal(1000, np.float32)
+    first, second = (Sampler(SamplingParams(seed=9, **options)) for _ in range(2))
+    for _ in range(30):
+        second.sample(-logits)  # of a draft that is refused
+        id = first.sample(logits)
+        assert second.sample(logits) == id
+        first.accept([id])
+        second.accept([second.sample(logits)])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -249,16 +279,27 @@ def test_bad_logits_processors(processor: Any, message: str) -> None:
 def test_logprobs_are_the_models_own() -> None:
     logits = np.array([1, 5, 2, 1.5], np.float32)
     sampler = Sampler(SamplingParams(temperature=0, logit_bias={1: -math.inf}, logprobs=2))
-    assert sampler.sample(logits) == 2
+    sampler.accept([sampler.sample(logits)])
     (found,) = sampler.logprobs
     total = math.log(np.exp(logits.astype(np.float64)).sum())
     assert (found.id, found.logprob) == (2, pytest.approx(2 - total, abs=1e-6))
     assert [id for id, _ in found.top] == [1, 2]
     assert [value for _, value in found.top] == pytest.approx([5 - total, 2 - total], abs=1e-6)
     only = Sampler(SamplingParams(logprobs=0))
-    only.sample(logits)
+    only.accept([only.sample(logits)])
     assert only.logprobs[0].top == ()
     assert Sampler(SamplingParams()).logprobs == []
+
+
+def test_masks() -> None:
+    logits, mask = np.arange(70, dtype=np.float32), np.zeros(3, np.uint32)
+    mask[[0, 1]] = 1 << 3, 1 << 31  # tokens 3 and 63
+    sampler = Sampler(SamplingParams(temperature=0, logit_bias={3: 100.0, 5: 900.0}))
+    assert sampler.sample(logits) == 5
+    assert sampler.sample(logits, mask) == 3
+    assert logits[69] == 69
+    with pytest.raises(GgufRunError, match="a mask or a logits processor leaves no token"):
+        sampler.sample(logits, np.zeros(3, np.uint32))
 
 
 def test_masks_of_most_of_the_vocabulary() -> None:
@@ -362,7 +403,7 @@ def test_top_p_of_many_alike(spread: float, top_p: float) -> None:
     """The set that a sort finds, also where it is thousands."""
     logits = (np.random.default_rng(3).standard_normal(30_000) * spread).astype(np.float32)
     logits[::3] = -np.inf
-    kept = samplers.top_p(samplers.Candidates(logits), SamplingParams(top_p=top_p), samplers.State(Random(), deque()))
+    kept = samplers.top_p(samplers.Candidates(logits), SamplingParams(top_p=top_p), samplers.State(0, 0, deque()))
     weights = np.exp(logits - logits.max(), dtype=np.float64)
     order = np.argsort(-logits, kind="stable")
     n = int((weights[order].cumsum() / weights.sum()).searchsorted(top_p)) + 1

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from samplers_vs_llamacpp import cases, logits
 
+from gguf_run.runtime.sampling import sampler as sampler_module
+from gguf_run.runtime.sampling import uncommon
 from gguf_run.runtime.sampling.candidates import Candidates
 from gguf_run.runtime.sampling.params import DEFAULT_CHAIN, SAMPLERS, SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler
@@ -17,22 +19,20 @@ CASES: list[dict[str, Any]] = json.loads((Path(__file__).parent / "sampler_cases
 
 
 class Chooses:
-    """A source of random numbers that makes the sampler draw one token."""
+    """Stands in for the random numbers: makes the sampler draw one token."""
 
     def __init__(self, sampler: Sampler) -> None:
-        self._distribution = sampler._distribution
-        self.wanted, self.seen = -1, Candidates(np.zeros(0))
+        self._draw = sampler_module._draw
+        self.wanted, self.left = -1, Candidates(np.zeros(0))
 
-    def distribution(self, candidates: Candidates) -> Candidates:
-        self.seen = self._distribution(candidates)
-        return self.seen
-
-    def random(self) -> float:
-        if not len(self.seen.logits):  # XTC asks whether it shall act
-            return 0.0
-        probabilities = self.seen.probabilities()
-        at = next(i for i in range(len(probabilities)) if self.seen.id(i) == self.wanted)
-        return float((probabilities.cumsum()[at] - probabilities[at] / 2) / probabilities.sum())
+    def draw(self, candidates: Candidates, _: float) -> int:
+        """Check that a number in the middle of the token's share draws it."""
+        self.left = candidates
+        ids = np.arange(len(candidates.logits)) if candidates.ids is None else candidates.ids
+        probabilities, at = candidates.probabilities(), int(np.flatnonzero(ids == self.wanted)[0])
+        before = probabilities[ids < self.wanted].sum()
+        assert self._draw(candidates, float((before + probabilities[at] / 2) / probabilities.sum())) == at
+        return at
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
@@ -43,13 +43,13 @@ def test_as_llama_cpp(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
         options = options | {"logit_bias": {int(id): bias for id, bias in options["logit_bias"].items()}}
     sampler = Sampler(SamplingParams(**options), {head: (tuple(rest),) for head, *rest in case["breakers"]})
     source = Chooses(sampler)
-    monkeypatch.setattr(sampler, "_distribution", source.distribution)
-    sampler._state.random = source  # type: ignore[assignment]
+    monkeypatch.setattr(sampler_module, "_draw", source.draw)
+    monkeypatch.setattr(uncommon, "uniform", lambda seed, position, stream: 0.0)  # XTC asks whether it shall act
     sampler.accept(case.get("context", ()))
     for step, (ids, probabilities, source.wanted) in enumerate(case["rows"]):
-        source.seen = Candidates(np.zeros(0))
+        source.left = Candidates(np.zeros(1), np.array([source.wanted]))  # what is left where nothing is drawn
         chosen = sampler.sample(logits(case["n"], case["seed"] + step, case["spread"]))
-        left = source.seen
+        left = source.left
         found = {left.id(i): p for i, p in enumerate(left.probabilities()) if left.logits[i] > -np.inf}
         assert sorted(found) == ids
         np.testing.assert_allclose([found[id] for id in ids], probabilities, rtol=2e-4, atol=1e-12)

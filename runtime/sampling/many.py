@@ -1,0 +1,135 @@
+"""The rows of a step sampled together: one compiled call, whose threads share the rows.
+
+It gives what Sampler.sample gives row by row. Options that few people use are left to Sampler.sample.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.kernels_cpu.replay.team import Team
+from gguf_run.kernels_cpu.sampling.choose import BAD, BIAS, MOST_TOP, ROW, RowChooser
+from gguf_run.kernels_cpu.sampling.narrow import ids_in_order
+from gguf_run.runtime.sampling.choice import Choice, logprob_with
+from gguf_run.runtime.sampling.filters import GREEDY
+from gguf_run.runtime.sampling.sampler import Sampler
+
+COMPILED = ("penalties", "top_k", "top_p", "min_p", "temperature")  # samplers of a compiled row, in this order
+LEAST_DIVISOR = 1e-3  # a lower temperature needs float64
+
+
+class Row(NamedTuple):
+    """What a row of logits is sampled with."""
+
+    sampler: Sampler
+    drafts: Sequence[int] = ()  # tokens behind those that the sampler has accepted, as if they had been accepted
+    mask: NDArray[np.uint32] | None = None  # see Sampler.sample
+
+
+class _Packed(NamedTuple):
+    """The options of a sampler."""
+
+    fields: bytes  # a ROW; b"": Sampler.sample does it
+    biases: NDArray[np.void]  # BIAS[n_bias], to which the fields have an address
+
+
+class ManySampler:
+    """Samples rows of n_vocab logits on the threads of a team. The team must not run anything else meanwhile."""
+
+    def __init__(self, team: Team, n_vocab: int) -> None:
+        self._chooser, self._n_vocab = RowChooser(team, n_vocab), n_vocab
+        self._packed: WeakKeyDictionary[Sampler, _Packed] = WeakKeyDictionary()
+
+    def sample(self, rows: Sequence[Row], logits: NDArray[np.float32]) -> list[int | Exception]:
+        """Return for each row the id of its next token, for Sampler.accept, or the error of this row alone.
+
+        logits: f32[len(rows), n_vocab], which stay as they are.
+        What a row gets does not depend on the others.
+        """
+        if logits.shape != (len(rows), self._n_vocab) or logits.dtype != np.float32 or logits.strides[1] != 4:
+            raise ValueError(f"logits are {logits.dtype}{logits.shape}; allowed: float32{(len(rows), self._n_vocab)}")
+        fields = [self._fields(row.sampler) for row in rows]
+        chosen: list[int | Exception] = [BAD] * len(rows)
+        if at := [i for i, one in enumerate(fields) if one]:
+            table = np.frombuffer(bytearray().join(fields), ROW)
+            table["logits"] = logits.ctypes.data + np.array(at) * logits.strides[0]
+            ids, log_sums, tops = self._run(table, [rows[i] for i in at])
+            for j, (i, id) in enumerate(zip(at, ids.tolist(), strict=True)):
+                chosen[i] = id
+                if rows[i].sampler.params.logprobs is not None and id != BAD:
+                    logprob = logprob_with(logits[i], id, ids_in_order(tops[j]), float(log_sums[j]))
+                    chosen[i] = Choice(id, logprob)
+        return [_alone(row, logits[i]) if chosen[i] == BAD else chosen[i] for i, row in enumerate(rows)]
+
+    def _run(
+        self, table: NDArray[np.void], rows: Sequence[Row]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+        """Fill in what differs from step to step, and run."""
+        table["position"] = [row.sampler.state.n_past + len(row.drafts) for row in rows]
+        table["mask"] = [0 if row.mask is None else self._checked(row.mask).ctypes.data for row in rows]
+        recent: list[int] = []
+        for i in np.flatnonzero(table["n_recent"]):
+            n_before = len(recent)
+            recent += [*rows[i].sampler.state.recent, *rows[i].drafts][-int(table["n_recent"][i]) :]
+            table["recent"][i], table["n_recent"][i] = 4 * n_before, len(recent) - n_before
+        memory = np.array(recent, np.int32)
+        table["recent"] += memory.ctypes.data
+        return self._chooser.run(table)
+
+    def _checked(self, mask: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        words = (self._n_vocab + 31) // 32
+        if mask.shape != (words,) or mask.dtype != np.uint32 or not mask.flags.c_contiguous:
+            raise ValueError(f"a mask is {mask.dtype}{mask.shape}; allowed: uint32({words},), contiguous")
+        return mask
+
+    def _fields(self, sampler: Sampler) -> bytes:
+        packed = self._packed.get(sampler)
+        if packed is None:
+            packed = self._packed[sampler] = _pack(sampler, self._n_vocab)
+        return packed.fields
+
+
+def _pack(sampler: Sampler, n_vocab: int) -> _Packed:
+    params, stages = sampler.params, sampler.stages
+    fields, biases = np.zeros(1, ROW), np.array(list(params.logit_bias.items()), BIAS)
+    divisor = params.temperature if "temperature" in stages else 1.0
+    is_greedy = divisor < GREEDY  # then top_k = 1 does it
+    if (
+        stages != tuple(name for name in COMPILED if name in stages)
+        or sampler.selector is not None
+        or params.logits_processors
+        or (params.dynatemp_range > 0 and "temperature" in stages)
+        or (divisor < LEAST_DIVISOR and not is_greedy)
+        or (params.logprobs or 0) > MOST_TOP
+        or max(params.logit_bias, default=0) >= n_vocab
+    ):
+        return _Packed(b"", biases)
+    values = {
+        "biases": biases.ctypes.data,
+        "n_bias": len(biases),
+        "n_recent": params.repeat_last_n if "penalties" in stages else 0,
+        "seed": sampler.seed - (sampler.seed >> 63 << 64),  # the same bits, as an int64
+        "top_k": 1 if is_greedy else min(params.top_k, n_vocab) if "top_k" in stages else 0,
+        "n_top": -1 if params.logprobs is None else params.logprobs,
+        "top_p": params.top_p if "top_p" in stages else 1.0,
+        "log_min_p": math.log(params.min_p) if "min_p" in stages else -math.inf,
+        "temperature": 1.0 if is_greedy else min(divisor, 1e30),
+        "repeat_penalty": params.repeat_penalty,
+        "frequency_penalty": params.frequency_penalty,
+        "presence_penalty": params.presence_penalty,
+    }
+    for name, value in values.items():
+        fields[name] = value
+    return _Packed(fields.tobytes(), biases)
+
+
+def _alone(row: Row, logits: NDArray[np.float32]) -> int | Exception:
+    """Sample a row with options that are not compiled, or tell why it has no choice."""
+    try:
+        return row.sampler.sample(logits, row.mask, row.drafts)
+    except Exception as error:  # of a logits processor, too
+        return error
