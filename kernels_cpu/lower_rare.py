@@ -11,7 +11,7 @@ from gguf_run.kernels_cpu.replay.op import TapeOp
 from gguf_run.kernels_cpu.rows.activation import xielu
 from gguf_run.kernels_cpu.rows.layer_norm import layer_norm
 from gguf_run.kernels_cpu.rows.observe import observe
-from gguf_run.kernels_cpu.rows.scale import add_positions, gate_rows, softcap, temper
+from gguf_run.kernels_cpu.rows.scale import add_positions, gate_rows, scale_adapters, softcap, temper
 from gguf_run.kernels_cpu.rows.streams import match_rms, mix, threshold
 from gguf_run.kernels_cpu.tape import Rows, Tape
 from gguf_run.models import ops, rare_ops
@@ -71,6 +71,13 @@ def _scan(tape: Tape, op: "rare_ops.Scan[CpuState, CpuVector]", int8: Rows | Non
     )
 
 
+def _scale_adapters(tape: Tape, op: rare_ops.ScaleAdapters, int8: Rows | None) -> None:
+    adapters, widths, factors = map(np.array, zip(*op.columns, strict=True))
+    columns = {"adapters": np.repeat(adapters, widths), "factors": np.repeat(factors.astype(np.float32), widths)}
+    values = op.scales.values
+    tape.record(op, scale_adapters, n=op.x.width, n_adapter=values.shape[1], values=values, **columns)
+
+
 def _moe(tape: Tape, op: Any, int8: Rows | None) -> None:
     from gguf_run.kernels_cpu.lower_moe import lower_moe
 
@@ -96,6 +103,7 @@ LOWER_RARE: Mapping[type, Lowered] = {
     rare_ops.Scan: _scan,
     rare_ops.Moe: _moe,
     rare_ops.GateRows: _on_rows(gate_rows),
+    rare_ops.ScaleAdapters: _scale_adapters,
     rare_ops.Mix: _on_rows(
         mix, lambda op: {"n": op.width, "n_x": op.x.width // op.width, "n_out": op.out.width // op.width}
     ),

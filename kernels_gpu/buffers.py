@@ -16,6 +16,7 @@ from gguf_run.kernels_gpu.device.tuning import FEW, Tuning, padded
 from gguf_run.kernels_gpu.fuse import BLOCK
 from gguf_run.kernels_gpu.panels.memory import GpuExperts
 from gguf_run.kernels_gpu.tables import Pages, Tiles
+from gguf_run.models.adapter_scales import AdapterScales
 from gguf_run.models.backend import Run
 from gguf_run.models.operands import Buffer, Rotation
 from gguf_run.models.pages import PageTable
@@ -177,6 +178,8 @@ class Memory:
         self._halves = dict[Buffer, Halves]()
         self._angles = dict[tuple[Rotation, bool], Array]()
         self._pairs = dict[tuple[int, ...], PairMemory]()
+        self._scales: tuple[AdapterScales, Array] | None = None  # and their memory
+        self._version = -1  # of the scales that were sent last
 
     def n_row(self, x: Buffer) -> int:
         """Return the rows of a buffer's memory."""
@@ -217,6 +220,20 @@ class Memory:
         if key not in self._pairs:
             self._pairs[key] = PairMemory(*key, self.device)
         return self._pairs[key]
+
+    def scales(self, scales: AdapterScales) -> Array:
+        """Return memory for the scales of adapters. A program has one table of them."""
+        if self._scales is None:
+            self._scales = scales, torch.zeros(scales.values.shape, device=self.device)
+        assert self._scales[0] is scales
+        return self._scales[1]
+
+    def send_scales(self) -> None:
+        """Send the scales of adapters to the device if they have changed."""
+        if self._scales is not None and self._version != self._scales[0].version:
+            scales, memory = self._scales
+            memory.copy_(torch.from_numpy(scales.values))
+            self._version = scales.version
 
     def want(self, **sizes: int) -> None:
         """Ask for scratch memory of at least so many elements, by the names of _SCRATCH."""

@@ -32,6 +32,7 @@ from gguf_run.models.rare_ops import (
     MatchRms,
     MatmulHeads,
     Mix,
+    ScaleAdapters,
     Scan,
     ShortConv,
     Softcap,
@@ -123,6 +124,16 @@ def _gate_rows(op: GateRows, memory: Memory) -> Launch:
     return _by_columns(activation.gate_rows, op.x.width, *memory.strided(op.x), *memory.strided(op.gate), op.x.width)
 
 
+def _scale_adapters(op: ScaleAdapters, memory: Memory) -> Launch:
+    columns, n = np.array(op.columns), op.x.width
+    adapters, factors = (
+        torch.from_numpy(np.repeat(columns[:, i].astype(kind), columns[:, 1].astype(np.int64))).to(memory.device)
+        for i, kind in ((0, np.int32), (2, np.float32))
+    )
+    x, seqs, values = memory.strided(op.x), memory.step.of(op.x.outputs).seqs, memory.scales(op.scales)
+    return _by_columns(activation.scale_adapters, n, *x, seqs, values, values.shape[1], adapters, factors, n)
+
+
 def _temper(op: Temper, memory: Memory) -> Launch:
     numbers = op.temperature.scale, op.temperature.length, op.temperature.offset
     x, positions = memory.strided(op.x), memory.step.of(op.x.outputs).positions
@@ -189,6 +200,7 @@ _BIND: dict[type, Callable[[Any, Memory], Launch]] = {
     Rope: _rope,
     Scan: bind_scan,
     ShortConv: bind_short_conv,
+    ScaleAdapters: _scale_adapters,
     Softcap: _softcap,
     Xielu: _xielu,
     Temper: _temper,

@@ -17,6 +17,7 @@ from gguf_run.models.stages import Placed, build, cache_layers, page_tables
 from gguf_run.models.step import Observed
 
 if TYPE_CHECKING:
+    from gguf_run.models.adapted_step import Adapters
     from gguf_run.models.protocol import AnyBackend
 
 
@@ -45,6 +46,7 @@ class Decoder:
         embedding: "AnyBackend | None" = None,
         experts: "Sequence[AnyBackend] | None" = None,
         n_cells: int | None = None,
+        adapters: "Adapters | None" = None,
     ) -> None:
         """Load the weights and make the programs.
 
@@ -61,6 +63,7 @@ class Decoder:
         embedding: the backend that looks up the embeddings; None: the first layer's.
         experts: one backend for the experts of each layer; None: the backends of the layers.
         n_cells: positions that the KV cache has for all sequences together; None: n_ctx for each.
+        adapters: for n_seq sequences. Their `scales` may change between steps.
 
         Raises GgufRunError for sizes below 1, and the backends' errors.
         """
@@ -73,7 +76,7 @@ class Decoder:
         pairs = enumerate(zip(experts or backends, backends, strict=True))
         experts = [others if config.layers[il].has_experts else own for il, (others, own) in pairs]
         placed = Placed(backends, experts, embedding or backends[0])
-        self.config, self.n_ctx = config, n_ctx
+        self.config, self.n_ctx, self.adapters = config, n_ctx, adapters
         self.backends = (*backends, *experts)
         self._backends = {id(backend): backend for backend in (placed.embedding, *self.backends)}
         self.observed = [] if observe else None
@@ -84,7 +87,7 @@ class Decoder:
         layers = cache_layers(config, tensors, backends, kinds, n_ctx, tables)
         self.cache = KvCache(layers, tables, n_ctx)
         report = progress or (lambda n_bytes: None)
-        ends = n_batch, n_outputs, report, self.observed, self.has_logits
+        ends = n_batch, n_outputs, report, self.observed, self.has_logits, adapters
         self._stages = build(config, tensors, placed, layers, *ends)
         self._program = self._stages[-1].program  # makes the logits
 

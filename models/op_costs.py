@@ -105,6 +105,7 @@ OPERATIONS: Mapping[type, Callable[[Any], int]] = {
     rare_ops.Moe: lambda op: 2 * op.experts.n_weights * op.mixture.n_used // op.logits.width,
     rare_ops.Scan: lambda op: 5 * op.x.width * op.b.width // op.n_group,
     rare_ops.GateRows: lambda op: op.x.width,
+    rare_ops.ScaleAdapters: lambda op: 2 * op.x.width,
     rare_ops.Softcap: lambda op: 3 * op.x.width,
     rare_ops.Mix: lambda op: 3 * op.out.width * op.x.width // op.width,
     rare_ops.MatchRms: lambda op: 5 * op.x.width,

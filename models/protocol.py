@@ -40,6 +40,7 @@ Op = (
     | rare_ops.ShortConv[State, Vector]
     | rare_ops.DeltaRule[State, Vector]
     | rare_ops.Scan[State, Vector]
+    | rare_ops.ScaleAdapters
     | rare_ops.Mix
     | rare_ops.MatchRms
     | rare_ops.Threshold

@@ -3,6 +3,7 @@
 from typing import Generic
 
 from gguf_run.formats.frozen import frozen
+from gguf_run.models.adapter_scales import AdapterScales
 from gguf_run.models.operands import Buffer
 from gguf_run.models.ops import Experts, Squares, State, Vector, Weight
 from gguf_run.models.routing import Mixture
@@ -124,6 +125,15 @@ class GateRows:
 
     x: Buffer
     gate: Buffer  # one column
+
+
+@frozen
+class ScaleAdapters:
+    """x[t, c] *= factor * scales[the token's sequence, adapter]; x[t, c] = 0, whatever it was, where that scale is 0"""
+
+    x: Buffer
+    scales: AdapterScales
+    columns: tuple[tuple[int, int, float], ...]  # of each part of x: adapter, number of columns, factor
 
 
 @frozen

@@ -17,6 +17,7 @@ from gguf_run.models.step import Observed, step_class
 from gguf_run.models.weights import Loader
 
 if TYPE_CHECKING:
+    from gguf_run.models.adapted_step import Adapters
     from gguf_run.models.protocol import AnyBackend, Backend, Program
 
 
@@ -104,6 +105,7 @@ def build(
     progress: Callable[[int], None],
     observed: list[Observed] | None,
     has_logits: bool,
+    adapters: "Adapters | None",
 ) -> list[Stage]:
     """Load the weights and make the backends' programs. Return the stages in the order of their run.
 
@@ -111,7 +113,7 @@ def build(
     """
     plan = _pieces(placed)
     backends = {id(backend): backend for backend, _ in plan}
-    new = step_class(config)
+    new = adapters.step_class(step_class(config)) if adapters else step_class(config)
     steps = {key: new(Loader(backend, tensors, progress), config, observed) for key, backend in backends.items()}
     stages: list[tuple[int, int, tuple[Buffer, ...], tuple[Buffer, ...]]] = []
     for backend, pieces in plan:

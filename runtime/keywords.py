@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     from gguf_run.models.backend import CacheType
+    from gguf_run.runtime.load.options import Lora
     from gguf_run.runtime.sampling.params import LogitsProcessor
 
 
@@ -27,6 +28,7 @@ class LoadKeywords(TypedDict, total=False):
     cache_type: "str | tuple[str, str] | list[CacheType] | None"
     cache_rotation: bool | None
     cache_scales: str | os.PathLike[str] | None
+    lora: "tuple[Lora, ...] | list[Lora]"
     quantize: str | None
     embed: bool
     observe: bool

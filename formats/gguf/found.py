@@ -22,7 +22,7 @@ _PIECE = re.compile(r"(.*\.gguf)[.-](?:split-?[a-z]+|part-?(?:\d+(?:of\d+)?|[a-z
 _UNFINISHED = re.compile(r".*\.(?:part|partial|crdownload|download|incomplete|aria2|tmp)", re.IGNORECASE)
 # general.type of files that hold no model.
 _TYPES = {
-    "adapter": "an adapter (LoRA), which changes another model: merge it into that model first",
+    "adapter": "an adapter (LoRA), which changes another model: name that model, and this file with --lora",
     "imatrix": "an importance matrix: it is for `gguf-quantize --imatrix`",
     "mmproj": "a projector for images or sound: name the language model's file",
     "vocab": "a vocabulary without weights",

@@ -12,13 +12,7 @@ from gguf_run.formats.blocks.unpack import INTEGER_FORMS
 from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import njit, specialize
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.kernels_cpu.panels.panels import (
-    ROWS,
-    FloatPanel,
-    Panel,
-    panel_for,
-    panel_id,
-)
+from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel, Panel, panel_for, panel_id
 
 if COMPILING:
     from gguf_run.kernels_cpu.panels.pack import pack

@@ -1,8 +1,11 @@
-"""Rows are changed in place: logits and queries are scaled, a shared expert's result is gated, positions are added."""
+"""Rows are changed in place: scaled, gated, or moved by what belongs to their position or their sequence."""
 
 import math
 
+import numpy as np
+
 from gguf_run.kernels_cpu.replay.op import n_rows, row_op
+from gguf_run.kernels_cpu.replay.runs import runs_at
 from gguf_run.kernels_cpu.rows.activation import PIECE, per_row
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.native import f32_at, i64_at
@@ -63,6 +66,21 @@ def add_positions(a, first, end):
         x, row = f32_at(a.x + t * a.x_stride, a.n), f32_at(a.table + min(positions[t], a.n_row - 1) * a.n * 4, a.n)
         for i in range(a.n):
             x[i] += row[i]
+
+
+@row_op("rows run_of runs n_runs n n_adapter x x_stride values adapters factors")
+def scale_adapters(a, first, end):
+    """See models.rare_ops.ScaleAdapters. values: f32[n_seq, n_adapter]. adapters, factors: of each column."""
+    run_of, runs = i64_at(a.run_of, n_rows(a)), runs_at(a.runs, i64_at(a.n_runs, 1)[0])
+    adapters, factors = i64_at(a.adapters, a.n), f32_at(a.factors, a.n)
+    for t in range(first, end):
+        x, scales = (
+            f32_at(a.x + t * a.x_stride, a.n),
+            f32_at(a.values + runs[run_of[t]].seq * a.n_adapter * 4, a.n_adapter),
+        )
+        for i in range(a.n):
+            scale = scales[adapters[i]]
+            x[i] = x[i] * (scale * factors[i]) if scale != 0 else np.float32(0)
 
 
 @row_op("rows n out out_stride", grain=4)

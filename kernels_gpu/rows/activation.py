@@ -101,6 +101,19 @@ def add_positions(x, x_stride, positions, table, n, n_row, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def scale_adapters(x, x_stride, seqs, values, n_adapter, adapters, factors, n, WIDTH: tl.constexpr):
+    """See models.rare_ops.ScaleAdapters; grid (rows, n / WIDTH). adapters, factors: of each column."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    mask = column < n
+    adapter = tl.load(adapters + column, mask=mask, other=0)
+    scale = tl.load(values + tl.load(seqs + row) * n_adapter + adapter)
+    at = x + row * x_stride + column
+    value = tl.load(at, mask=mask, other=0.0) * (scale * tl.load(factors + column, mask=mask, other=0.0))
+    tl.store(at, tl.where(scale == 0, 0.0, value), mask=mask)
+
+
+@triton.jit
 def softcap(x, x_stride, n, scale, CAP: tl.constexpr, WIDTH: tl.constexpr):
     """x = CAP * tanh(scale * x / CAP), or scale * x without CAP; grid (rows, n / WIDTH)."""
     row = tl.program_id(0).to(tl.int64)

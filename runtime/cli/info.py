@@ -16,7 +16,7 @@ from gguf_run.runtime.cli.common import tool
 from gguf_run.runtime.cli.info_report import change_lines, diff_lines, file_lines, fit_lines, ops_lines
 from gguf_run.runtime.cli.options import CACHE_OPTIONS, CTX_SIZE, PATH, PLACEMENT_OPTIONS, to_load_options
 from gguf_run.runtime.hub.find import find_model
-from gguf_run.runtime.info.contents import file_facts, listed_tensors, memory_facts, ops_facts
+from gguf_run.runtime.info.contents import adapter_facts, file_facts, listed_tensors, memory_facts, ops_facts
 from gguf_run.runtime.info.diff import compare
 from gguf_run.runtime.info.edit import edit
 from gguf_run.runtime.load.options import LoadOptions, Wanted
@@ -105,7 +105,9 @@ def _one(model: str, given: Mapping[str, Any]) -> Answer:
         if given["ops"]:
             facts = ops_facts(file, options)
             return facts, ops_lines(facts)
-        facts = file_facts(file) | {"memory": memory_facts(file, options, gpus)}
+        is_adapter = str(file.metadata.get("general.type")) == "adapter"  # damaged files have arrays
+        more = {"adapter": adapter_facts(file)} if is_adapter else {"memory": memory_facts(file, options, gpus)}
+        facts = file_facts(file) | more
         if given["tensors"] or given["stats"]:
             shown = [tensor for tensor in file.tensors.values() if pattern.search(tensor.name)]
             with Progress("reading") as progress:

@@ -66,6 +66,8 @@ CACHE_OPTIONS = [
         shell_complete=offer("files"),
     ),
 ]
+_LORA = "An adapter (LoRA), and how strongly it acts; may be repeated.  [default: 1]"
+LORA = option("--lora", _LORA, multiple=True, metavar="FILE[:SCALE]", shell_complete=offer("files"))
 PLACEMENT_OPTIONS = [
     option(
         "--gpu-layers -ngl",
@@ -93,7 +95,7 @@ DEVICE_OPTIONS = [
     ),
     *PLACEMENT_OPTIONS,
 ]
-RUNTIME_OPTIONS = [*DEVICE_OPTIONS, *CACHE_OPTIONS]  # all that may differ between two runs of one model
+RUNTIME_OPTIONS = [*DEVICE_OPTIONS, *CACHE_OPTIONS, LORA]  # all that may differ between two runs of one model
 # (flags, field of SamplingParams, help). The field's default gives the option's default and type.
 _SAMPLING = (
     ("--temp --temperature", "temperature", "0 always takes the most likely token."),

@@ -141,6 +141,22 @@ def _collected(
     return found | {full: _stacked(full, experts) for full, experts in items.items()}
 
 
+def adapted_rows(layout: CheckpointLayout, config: Config, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield the rows of a tensor by the GGUF tensors that the rows of a checkpoint's matrix `name` make.
+
+    UnsupportedError for experts, embeddings, and a matrix that is more than split and put in another order.
+    """
+    numbers = sizes(config)
+    place = _place(layout, numbers, name, tensor)
+    for base, part in zip(place.names, _parts(layout, numbers, place, tensor), strict=True):
+        full = f"{place.prefix}{base}.weight"
+        is_edited = layout.edit is not None and layout.edit(config, full, part) is not part
+        if place.item >= 0 or is_edited or base.endswith(("_exps", "token_embd")):
+            what = "experts, embeddings and matrices that the conversion changes cannot be adapted"
+            raise UnsupportedError(f"{tensor.file.path}: adapts {quoted(name)}, in a GGUF file {full}: {what}")
+        yield full, part
+
+
 def _place(layout: CheckpointLayout, numbers: Mapping[str, int], name: str, tensor: Tensor) -> _Place:
     short = name.replace("language_model.", "", 1).replace("model.model.", "model.", 1)
     short = re.sub(r"^backbone\.", "model.", short)
@@ -205,7 +221,7 @@ def _groups(numbers: Mapping[str, int], tensor: Tensor) -> tuple[Tensor, ...]:
     """Take q, k and v out of a matrix that has for each head of keys: its query heads, its keys, its values."""
     n_group, head_dim = numbers["n_head"] // numbers["n_head_kv"], numbers["head_dim"]
     n_rows = numbers["n_head_kv"] * (n_group + 2) * head_dim
-    if tensor.ne != (numbers["n_embd"], n_rows):
+    if tensor.ne[1:] != (n_rows,):  # an adapter has other columns
         raise _wrong_shape(tensor, quoted(tensor.name), f"by config.json it must have {[n_rows, numbers['n_embd']]}")
     index = np.arange(n_rows, dtype=np.int64).reshape(-1, n_group + 2, head_dim)
     parts = (index[:, :n_group], index[:, n_group], index[:, n_group + 1])

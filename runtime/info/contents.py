@@ -17,6 +17,7 @@ from gguf_run.formats.gguf.strings import StringArray
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS, cache_bytes
 from gguf_run.kernels_cpu.panels.panels import matrix_bytes
+from gguf_run.models.adapters import adapter_kind
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.op_costs import Sizes, op_costs
@@ -93,6 +94,16 @@ def listed_tensors(
         | (asdict(tensor_statistics(tensor)) if with_statistics else {})
         for tensor in reported(tensors, progress)
     ]
+
+
+def adapter_facts(file: GGUFFile) -> dict[str, Any]:
+    """Return what a LoRA adapter is for, and its size; {"unknown": reason} for another adapter."""
+    try:
+        arch, alpha = adapter_kind(file)
+    except GgufRunError as error:
+        return {"unknown": str(error)}
+    ranks = [tensor.ne[0] for name, tensor in file.tensors.items() if name.endswith(".lora_b")]
+    return {"architecture": arch, "alpha": alpha, "ranks": sorted({*ranks}), "n_adapted": len(ranks)}
 
 
 def memory_facts(file: GGUFFile, options: LoadOptions, gpus: Sequence[int]) -> dict[str, Any]:

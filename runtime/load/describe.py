@@ -3,10 +3,13 @@
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.models.backend import CacheType
 from gguf_run.runtime.engine.session_file import SessionHeader, hash_model
+from gguf_run.runtime.load.adapters import with_scales
+from gguf_run.runtime.load.options import Lora
 from gguf_run.runtime.quantize.file_types import model_type
 
 
@@ -33,7 +36,10 @@ def about(file: GGUFFile) -> str:
     return f"{file.path.name.removesuffix('.gguf')}, {model_type(file)}"
 
 
-def identity(file: GGUFFile, plan: Sequence[CacheType], n_gpu: int) -> SessionHeader:
+def identity(file: GGUFFile, plan: Sequence[CacheType], n_gpu: int, lora: Sequence[Lora]) -> SessionHeader:
     # Each kind of device has its own layout of a cache's bytes.
     cache = describe_plan(plan) + (f", the last {n_gpu} layers' on a GPU" if n_gpu else "")
+    for path, scale in with_scales(lora).items():
+        with GGUFFile.open(path) as adapter:
+            cache += f", with {scale} x {Path(path).name} ({hash_model(adapter)[:8]})"
     return SessionHeader(hash_model(file), file.path.name, cache, ids=())

@@ -89,7 +89,12 @@ def _find(name: str | None) -> Path:
 def _load(
     file: GGUFFile, options: LoadOptions, progress: Progress | None, report: Callable[[str], None]
 ) -> LoadedModel:
-    plan = _plan(file, options)
+    plan, adapters = _plan(file, options), None
+    if options.lora:
+        from gguf_run.runtime.load.adapters import open_adapters  # late: few models have any
+
+        adapters = open_adapters(file, options.lora, plan.n_seq)
+        plan = replace(plan, tensors=[*plan.tensors, *adapters.tensors])
     placement, gpus = _place(plan, options, report)
     if CPU in placement.devices:
         replace(plan, n_gpu=placement.n_gpu, n_cpu_moe=placement.n_cpu_moe).check(available_memory())
@@ -126,6 +131,7 @@ def _load(
                 embedding=backends[placement.embedding],
                 experts=[backends[device] for device in placement.experts],
                 n_cells=plan.n_cells,
+                adapters=adapters,
             )
             tokenizer, template, tool_template = text.result()
         except BaseException:
@@ -140,7 +146,7 @@ def _load(
         tool_template,
         where=", ".join(f"{n} layer{'s' * (n > 1)} on {backends[device].name}" for device, n in layers.items()),
         about=partial(_described, "about", file),
-        identity=partial(_described, "identity", file, plan.cache, placement.n_gpu),
+        identity=partial(_described, "identity", file, plan.cache, placement.n_gpu, options.lora),
         close=[*(backend.close for backend in backends.values()), file.close],
     )
     return replace(loaded, tuning=tune(backends[CPU])) if computes else loaded

@@ -34,10 +34,11 @@ from triton.runtime.jit import JITFunction
 from gguf_run.kernels_gpu.backend import GpuBackend
 from gguf_run.kernels_gpu.panels.memory import GpuExperts, GpuWeight, empty
 from gguf_run.kernels_gpu.panels.panels import PANELS, IntPanel
+from gguf_run.models.adapter_scales import AdapterScales
 from gguf_run.models.backend import CacheType, Run
 from gguf_run.models.operands import AttentionShape, Rotation
 from gguf_run.models.ops import Attend, Embed, Gated, Matmul, MatmulGated, Observe, RmsNorm, Rope
-from gguf_run.models.rare_ops import AddPositions, MatchRms, Mix, Moe, Threshold, Xielu
+from gguf_run.models.rare_ops import AddPositions, MatchRms, Mix, Moe, ScaleAdapters, Threshold, Xielu
 from gguf_run.models.routing import Mixture
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "cuobjdump")
@@ -151,6 +152,7 @@ def ops() -> None:
     step.add(MatchRms(x, y, 1e-5))
     step.add(Threshold(x, 0.5))
     step.add(AddPositions(x, torch.zeros(9 * 1024), 9))
+    step.add(ScaleAdapters(x, AdapterScales({"a": 1.0, "b": 0.5}, 3), ((1, 24, 2.0), (0, 1000, 1.0))))
     step.add(Observe(x, backend.squares(1024)))
     step.add(Matmul(y, weight("Q8_0", 1024, 1024), x))
     step.finish(x)

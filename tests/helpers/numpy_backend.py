@@ -460,6 +460,13 @@ def threshold(p: NumpyProgram, op: rare_ops.Threshold) -> np.ndarray:
     return np.maximum(0, x - x.mean(axis=-1, keepdims=True) - op.factor * x.std(axis=-1, keepdims=True))
 
 
+def scale_adapters(p: NumpyProgram, op: rare_ops.ScaleAdapters) -> np.ndarray:
+    seqs = np.concatenate([np.full(run.n_tokens, run.seq) for run in p.runs_of(op.x)])
+    adapters, widths, factors = zip(*op.columns, strict=True)
+    scales = np.repeat(op.scales.values[seqs][:, adapters].astype(p.backend.dtype), widths, axis=1)
+    return np.where(scales == 0, 0, p[op.x] * scales * np.repeat(factors, widths))
+
+
 def softcap(x: np.ndarray, scale: float, cap: float) -> np.ndarray:
     return cap * np.tanh(x * scale / cap) if cap else x * scale
 
@@ -483,6 +490,7 @@ FUNCTIONS: Mapping[type, Callable[[NumpyProgram, Any], Any]] = {
     rare_ops.Scan: scan,
     rare_ops.GateRows: lambda p, op: p[op.x] / (1 + np.exp(-p[op.gate])),
     rare_ops.Softcap: lambda p, op: softcap(p[op.x], op.scale, op.cap),
+    rare_ops.ScaleAdapters: scale_adapters,
     rare_ops.Mix: mix,
     rare_ops.MatchRms: match_rms,
     rare_ops.Threshold: threshold,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from adapter_ops import compare
 from cpu_ops import MemoryTensor, Step, as_quantized, error, quantize_twin, random_tensor, weights_of
 from gpu_ops import DEVICE, INTERPRETED, fast_dots, gpu, pytestmark, use_tuning
 from numpy_backend import ACTIVATIONS, NumpyBackend, rotate
@@ -434,3 +435,8 @@ def test_activation_functions(activation: str) -> None:
         return step.finish(a)
 
     both(record, [(0, 5)])
+
+
+def test_each_sequence_has_its_scales_of_adapters() -> None:
+    expected, actual = compare(Step(NumpyBackend(np.float64), 8), Step(gpu(), 8))
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)

@@ -76,10 +76,14 @@ class Checkpoint:
     def open(cls, directory: Path, weights: bool = True) -> "Checkpoint":
         """Read config.json and, if `weights`, map the weights. GgufRunError if a file is missing or wrong."""
         _check_folder(directory, weights)
-        values = read_json(directory / "config.json")
-        text = values.get("text_config")
-        config = Config(directory / "config.json", values | text if isinstance(text, dict) else values)
-        return cls(directory, config, _read_weights(directory) if weights else {})
+        return cls(directory, read_config(directory), _read_weights(directory) if weights else {})
+
+
+def read_config(directory: Path) -> Config:
+    """Return the config.json of a folder."""
+    values = read_json(directory / "config.json")
+    text = values.get("text_config")
+    return Config(directory / "config.json", values | text if isinstance(text, dict) else values)
 
 
 def _check_folder(path: Path, weights: bool) -> None:
@@ -94,7 +98,8 @@ def _check_folder(path: Path, weights: bool) -> None:
     if (path / "adapter_config.json").is_file() and not (weights and has_weights(path)):
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         name = quoted(base) if isinstance(base, str) else "its base model"
-        raise GgufRunError(f"{path}: is an adapter (LoRA) for {name}, not a model: merge it into that model first")
+        advice = "convert it with gguf-convert, then name it with --lora beside that model"
+        raise GgufRunError(f"{path}: is an adapter (LoRA) for {name}, not a model: {advice}")
     if not (path / "config.json").is_file():
         names = sorted(entry.name for entry in path.iterdir())
         shown = f"holds {', '.join(map(quoted, names[:5]))}{', ...' if len(names) > 5 else ''}"

@@ -10,6 +10,7 @@ import hf_tiny
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from peft_files import write_peft
 from quantpack import write_safetensors
 
 from gguf_run.formats.gguf.imatrix import Imatrix, Sums
@@ -182,3 +183,23 @@ def test_run_without_writing(folder: Path) -> None:
     done(written, folder, "--type", "Q8_0").close()
     with Model.load(written, n_threads=1, n_ctx=32) as model:
         np.testing.assert_array_equal(model.logits(ids), direct)
+
+
+def test_adapter(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = "model.layers.0.self_attn.q_proj"
+    pair = (np.ones((4, 256), np.float32), np.ones((256, 4), np.float32))
+    write_peft(tmp_path / "tuned", {module: pair}, base_model_name_or_path=str(folder))
+    result = run(tmp_path / "tuned", "--name", "sql")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("sql-lora-auto.gguf: adapter of ")
+    with GGUFFile.open(tmp_path / "sql-lora-auto.gguf") as file:
+        assert [*file.tensors] == ["blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b"]
+    for words, args in (
+        ("--dry-run is not for adapters", ["--dry-run"]),
+        ("--type Q4_0: an adapter can have auto, F16, BF16, F32", ["--type", "Q4_0"]),
+    ):
+        refusal = run(tmp_path / "tuned", *args)
+        assert (refusal.exit_code, words in refusal.output) == (2, True)
+    refusal = run(folder, "--base", folder)
+    assert (refusal.exit_code, "is for adapters" in refusal.output) == (2, True)

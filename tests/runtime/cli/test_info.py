@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import real
+from adapter_files import random_pairs, write_adapter
 from click.testing import CliRunner, Result
 from ggufbuild import T, Typed, write, write_split
-from tinymodel import tiny_moe, write_tiny
+from tinymodel import Tiny, tiny_moe, write_tiny
 
 from gguf_run.runtime.cli.info import main
 
@@ -224,3 +225,18 @@ def test_torch_is_not_imported(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_adapter(tmp_path: Path) -> None:
+    model = Tiny(n_layer=2)
+    pairs = random_pairs(model, {"attn_q": 4, "ffn_down": 3})
+    result = run(write_adapter(tmp_path / "a.gguf", pairs), "--tensors")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "LoRA adapter for llama, 4 tensors: rank 3, 4, alpha 12\n" in result.stdout
+    assert "blk.0.attn_q.weight.lora_a" in result.stdout
+    facts = json.loads(run(tmp_path / "a.gguf", "--json").stdout)["adapter"]
+    assert facts["ranks"] == [3, 4]
+    assert facts["n_adapted"] == 4
+    other = run(write_adapter(tmp_path / "b.gguf", pairs, adapter_type="vera"))
+    assert "adapter of an unknown kind (" in other.stdout
+    assert other.exit_code == 0

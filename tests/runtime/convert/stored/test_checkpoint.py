@@ -208,7 +208,7 @@ def test_what_is_there_instead_of_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "other" / "notes.txt").write_text("x")
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     for path, words in (
-        (adapter, 'is an adapter \\(LoRA\\) for "owner/name", not a model: merge it into that model first'),
+        (adapter, 'is an adapter \\(LoRA\\) for "owner/name", not a model: convert it with gguf-convert, then'),
         (base / "model.safetensors", f"is a file: name the folder of the checkpoint, {base}"),
         (tmp_path / "m.gguf", "is a GGUF file already: gguf-quantize changes its types"),
         (tmp_path / "other", 'holds "notes.txt": there is no config.json: name the folder'),

@@ -1,0 +1,38 @@
+"""How strongly each sequence uses each adapter: data that a step reads, so that one program serves all mixtures."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from gguf_run.formats.errors import OptionError
+
+MOST = 1e6  # the largest scale
+
+
+class AdapterScales:
+    """A table that backends read at the start of each step. Its memory stays where it is."""
+
+    def __init__(self, defaults: Mapping[str, float], n_seq: int) -> None:
+        """defaults: the scale of each adapter, by name, which each sequence has at first."""
+        self._defaults = dict(defaults)
+        self.values = np.zeros((n_seq, len(defaults)), np.float32)  # 0: the sequence does not use the adapter
+        self.version = 0  # another one whenever values have changed
+        for seq in range(n_seq):
+            self.set(seq, None)
+
+    def set(self, seq: int, scales: Mapping[str, float] | None) -> None:
+        """Choose the adapters of a sequence, between two steps. Tokens that are in its cache stay as they are.
+
+        scales: by the name of the adapter; 0 for those that are not named. None: the defaults.
+
+        Raises OptionError for an adapter that is not loaded, and for a scale that is not allowed.
+        """
+        scales = self._defaults if scales is None else scales
+        for name, scale in scales.items():
+            if name not in self._defaults:
+                raise OptionError(f"adapter {name} is not loaded (--lora): choose among {', '.join(self._defaults)}")
+            if not isinstance(scale, int | float) or not abs(scale) <= MOST:
+                allowed = f"numbers from {-MOST:g} to {MOST:g}"
+                raise OptionError(f"adapter {name} has the scale {scale}; allowed are {allowed}")
+        self.values[seq] = [scales.get(name, 0.0) for name in self._defaults]
+        self.version += 1
