@@ -74,7 +74,11 @@ class Rows:
         if not free:
             return False
         root, parts = job.request.root, not self._is_fixed
-        n_known = self.cache.known(job.ids, root, parts=parts)
+        n_known = 0
+        if self.cache.index is not None:
+            from gguf_run.models.kv_find import adopt, known  # late: a first text finds nothing
+
+            n_known = known(self.cache, job.ids, root, parts=parts)
         oldest, best = min(free, key=lambda row: row.left_at), max(free, key=lambda row: self._n_shared(row, job))
         n_shared = self._n_shared(best, job)
         n = -1
@@ -82,7 +86,11 @@ class Rows:
             n, row = self._resume(best, job, n_shared), best
         if n < n_known:
             row = oldest if n < 0 else best
-            n = self.cache.adopt(row.number, job.ids, root, parts=parts)
+            if n_known:
+                adopt(self.cache, row.number, job.ids, root, parts=parts)
+            else:
+                self.cache.clear(row.number, root)
+            n = n_known
         row.job, job.row, self.last = job, row.number, row.number
         row.cut = NO_CUT
         if self._scales is not None:

@@ -193,7 +193,7 @@ def check(engine: Engine) -> None:
 def check_index(engine: Engine) -> int:
     """All pages that the index finds hold what their tokens make. Return how many there are."""
     cache, n = engine.decoder.cache, 0
-    todo = [(node, list[int]()) for node in cache.index._roots.values()]
+    todo = [(node, list[int]()) for node in (cache.index._roots.values() if cache.index else ())]
     while todo:
         node, ids = todo.pop()
         if node.key:
