@@ -96,8 +96,7 @@ class KvCache:
         if self.tables[pool.number].window:
             for seq in counts:
                 self._release_behind(seq, pool)
-        n_free = len(pool.free)
-        if n_free >= sum(counts.values()) // PAGE + 3 * len(counts):  # as mostly, and quick: no sequence needs more
+        if (n_free := len(pool.free)) >= sum(counts.values()) // PAGE + 3 * len(counts):  # mostly, and quick
             return True
         n_pages = 0
         for seq, n in counts.items():
@@ -105,8 +104,7 @@ class KvCache:
             pages = slot.pages[pool.number]
             n_pages += -(-(slot.n_past + n) // PAGE) - len(pages)
             if slot.n_past % PAGE:
-                page = pages[-1]
-                n_pages += pool.uses[page] > 1 or (copies and pool.nodes[page] is not None)
+                n_pages += pool.uses[pages[-1]] > 1 or (copies and pool.nodes[pages[-1]] is not None)
         return n_pages <= n_free
 
     def begin(self, counts: Mapping[int, int]) -> list[Run]:
@@ -296,14 +294,6 @@ class KvCache:
         self.keep(seq, 0)
         slot = self.slots[seq]
         slot.root, slot.is_long, slot.n_indexed, slot.n_prompt = root, False, 1 << 30, 0
-
-    def forget(self) -> None:
-        """Empty the index: nothing that was computed is found again."""
-        for pool in self.pools:
-            for page in range(len(pool.uses)):
-                pool.forget(page)
-        for slot in self.slots:
-            slot.nodes, slot.n_indexed = [], 0
 
     def rewind(self, n_past: int, seq: int = 0) -> int:
         """Forget a sequence's tokens from position n_past on. Return how many tokens are left, at most n_past.

@@ -152,7 +152,9 @@ class Rows:
 
     def forget(self) -> None:
         """Empty all rows that no job has. Nothing that was computed is found again."""
+        from gguf_run.models.kv_moves import forget
+
         while self.clear_oldest():
             pass
-        self.cache.forget()
+        forget(self.cache)
         self.asked = None
