@@ -1,6 +1,6 @@
 """Compares decoding over pages side by side with decoding over pages in random order, in turns, at some depths.
 
-    python benchmarks/pages.py MODEL [-d 1024 -d 8192] [-n 32] [-t 2] [-r 7] [-ct f16]
+python benchmarks/pages.py MODEL [-d 1024 -d 8192] [-n 32] [-t 2] [-r 7] [-ct f16]
 """
 
 import random

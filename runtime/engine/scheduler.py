@@ -25,7 +25,7 @@ class Scheduler:
         self._planned = 0, 0, 0.0  # the last step, for the cost model
 
     def measured(self, ms: float) -> None:
-        """Learn how long the planned step took, if one was planned since. Answers alone teach little: one step of four."""
+        """Learn how long the planned step took, if one was planned. Answers alone teach little: one step of four."""
         if self._planned[1] or (self._planned[0] and self._rows.n_steps % 4 == 0):
             self.cost.measure(*self._planned, ms)
         self._planned = 0, 0, 0.0
