@@ -93,9 +93,8 @@ class KvCache:
 
     def _fits(self, pool: Pool, counts: Mapping[int, int], *, copies: bool) -> bool:
         """Return whether a step finds its pages. copies: a page that only the index has too is copied as well."""
-        if self.tables[pool.number].window:
-            for seq in counts:
-                self._release_behind(seq, pool)
+        for seq in counts if self.tables[pool.number].window else ():
+            self._release_behind(seq, pool)
         if (n_free := len(pool.free)) >= sum(counts.values()) // PAGE + 3 * len(counts):  # mostly, and quick
             return True
         n_pages = 0
@@ -129,9 +128,7 @@ class KvCache:
         return [self._run(seq, self.slots[seq], n) for seq, n in counts.items()]
 
     def _run(self, seq: int, slot: Slot, n: int) -> Run:
-        if not self.has_states:
-            return Run(seq, slot.n_past, n, slot.is_long)
-        if slot.writes == NO_PAGE:  # an interrupted step has left its slot
+        if self.has_states and slot.writes == NO_PAGE:  # an interrupted step has left its slot
             slot.writes = self.pools[-1].take()
         writes = max(0, slot.writes)
         return Run(seq, slot.n_past, n, slot.is_long, slot.states.get(slot.n_past, int(not writes)), writes)

@@ -60,8 +60,8 @@ class Rows:
             make_room(cache, job)
         if not self.n_left(job) and not self.is_asked(job):  # interrupted: the logits are lost
             cache.rewind(slot.n_past - 1, job.row)
-        n_left = self.n_left(job)
-        n = min(most, n_left - cache.tail(n_left), cache.n_ctx - slot.n_past)
+        n_left, n_tail = self.n_left(job), cache.tail(len(job.ids) - job.n_held)
+        n = min(most, n_left - n_tail if n_left > n_tail else n_left, cache.n_ctx - slot.n_past)
         if self._is_fixed:
             return min(n, PAGE - slot.n_past % PAGE)
         n_whole = (slot.n_past + n) // PAGE * PAGE - slot.n_past
@@ -84,7 +84,7 @@ class Rows:
             row = oldest if n < 0 else best
             n = self.cache.adopt(row.number, job.ids, root, parts=parts)
         row.job, job.row, self.last = job, row.number, row.number
-        row.cut = NO_CUT
+        row.cut, job.n_held = NO_CUT, n
         if self._scales is not None:
             self._scales.set(row.number, job.request.adapters)
         job.n_reused = n + len(job.cut.ids) if job.n_reused < 0 else job.n_reused
