@@ -18,7 +18,7 @@ from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.reader import GGUFFile, Tensor
 from gguf_run.models.adapter_scales import MOST
 
-_ENDS = (".lora_a", ".lora_b")
+ENDS = (".lora_a", ".lora_b")
 
 
 @frozen
@@ -66,7 +66,7 @@ def read_adapter(name: str, file: GGUFFile, arch: str, tensors: Mapping[str, Ten
     wanted, alpha = adapter_kind(file)
     if wanted != arch:
         raise FormatError(f"{file.path}: is an adapter for the architecture {quoted(wanted)}, the model is {arch}")
-    if strange := [found for found in file.tensors if not found.endswith(_ENDS)]:
+    if strange := [found for found in file.tensors if not found.endswith(ENDS)]:
         raise UnsupportedError(f"{file.path}: tensor {quoted(strange[0])} is neither a .lora_a nor a .lora_b")
     names = list(dict.fromkeys(found.rpartition(".")[0] for found in file.tensors))
     if not names:
@@ -76,9 +76,9 @@ def read_adapter(name: str, file: GGUFFile, arch: str, tensors: Mapping[str, Ten
 
 def _pair(file: GGUFFile, name: str, base: Tensor | None, alpha: float) -> Pair:
     """Return the pair for one tensor of the model, which is `base`."""
-    a, b = (file.tensors.get(name + end) for end in _ENDS)
+    a, b = (file.tensors.get(name + end) for end in ENDS)
     if a is None or b is None:
-        raise FormatError(f"{file.path}: {quoted(name)} has only one of {' and '.join(_ENDS)}")
+        raise FormatError(f"{file.path}: {quoted(name)} has only one of {' and '.join(ENDS)}")
     if base is None:
         raise FormatError(f"{file.path}: the model has no tensor {quoted(name)}: it is an adapter for another model")
     if len(base.ne) != 2 or name.endswith("token_embd.weight"):
