@@ -82,7 +82,7 @@ def _convert(model: str, output: Path | None, kind: str, max_size: int, given: M
     keep = {chosen.default} if chosen else KEPT
     folder = find_model(model, "checkpoint")
     is_adapter = (folder / "adapter_config.json").is_file() and not has_weights(folder)
-    if is_adapter and vocab_only or given["base"] and not is_adapter:
+    if given["vocab_only" if is_adapter else "base"]:
         no = "--vocab-only is for models" if is_adapter else "--base is for adapters"
         raise OptionError(f"{no}, and {folder} is none: leave it out")
     if is_adapter:

@@ -93,4 +93,3 @@ def _pairs(path: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
         if a is None or b is None or a.ne[1] != b.ne[0]:
             raise FormatError(f"{path}: {quoted(module)} must have {' and '.join(_ENDS)}, which share a rank")
         yield module, a, b
-
