@@ -15,7 +15,7 @@ from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.formats.safetensors import read_safetensors
 from gguf_run.runtime.convert.metadata import layout_of
-from gguf_run.runtime.convert.stored.checkpoint import Config, read_config, read_json
+from gguf_run.runtime.convert.stored.checkpoint import Checkpoint, Config, read_json
 from gguf_run.runtime.convert.stored.sources import floats, values
 from gguf_run.runtime.convert.tensors import adapted_rows
 
@@ -47,7 +47,7 @@ def open_adapter(folder: Path, base: Path | None, name: str | None = None) -> GG
     if not (model / "config.json").is_file():
         what = f"name a folder with the config.json of the model that is adapted, with --base, not {quoted(str(model))}"
         raise GgufRunError(f"{given.path}: {what}")
-    layout, config = layout_of(read_config(model))
+    layout, config = layout_of(Checkpoint.open(model, weights=False).config)
     root = math.sqrt if given.get("use_rslora") else float
     rank = given.integer("r")
     alpha = given.number("lora_alpha") * rank / root(rank)
