@@ -113,22 +113,23 @@ class _Loader(AnyLoader):
 
     def matrix(self, *names: str, **options: Any) -> Matrix[Any, Any]:
         matrix, orders = super().matrix(*names, **options), options.get("orders", {})
-        first = start = n_whole = 0
+        first = 0  # row of the matrix
         columns, parts, rows = list[tuple[int, float]](), list[tuple[int, int, Any]](), list[Tensor]()
         for name, full in zip(names, matrix.names, strict=True):
             found = [(i, one.pairs[full]) for i, one in enumerate(self._adapters) if full in one.pairs]
             if found:
+                self._unread.pop(full, None)
                 b = _joined([pair.b for _, pair in found], axis=1)
-                parts.append((first, start, self.backend.weight([ordered(b, orders[name]) if name in orders else b])))
+                b = ordered(b, orders[name]) if name in orders else b
+                parts.append((first, len(columns), self.backend.weight([b])))
                 columns += [(i, pair.factor) for i, pair in found for _ in range(pair.b.ne[0])]
                 rows += [pair.a for _, pair in found]
-                self._unread.pop(full, None)
                 self.progress(sum(pair.a.nbytes + pair.b.nbytes for _, pair in found))
-                start, n_whole = start + b.ne[0], n_whole + b.n_rows
             first += self.tensors[full].n_rows
         if parts:
             weight, a = matrix.weight, self.backend.weight([_joined(rows, axis=0)])
-            self.adapted[id(weight)] = _Adapted(weight, a, tuple(columns), tuple(parts), n_whole == first)
+            is_whole = sum(b.n_out for _, _, b in parts) == first
+            self.adapted[id(weight)] = _Adapted(weight, a, tuple(columns), tuple(parts), is_whole)
         return matrix
 
 

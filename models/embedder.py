@@ -44,25 +44,23 @@ class Embedder(Decoder):
         blocks = super().forward(ids, n_last)
         return np.concatenate([block.copy() for block in blocks])
 
-    def embedding(self, ids: Sequence[int], pooling: str) -> NDArray[np.float64]:
-        """Return the embedding f64[n_embd] of a text. pooling: one of POOLINGS."""
+    def embedding(self, ids: Sequence[int], pooling: str, heads: Sequence[str] = DENSE) -> NDArray[np.float64]:
+        """Return the embedding f64[n_embd] of a text.
+
+        pooling: one of POOLINGS. heads: matrices that it is multiplied with, where the file has them.
+        """
         rows = self.hidden(ids, 1 if pooling == "last" else len(ids))
         x: NDArray[np.float64] = rows.mean(axis=0, dtype=np.float64) if pooling == "mean" else rows[0].astype(float)
-        for name in DENSE:
-            x = self._product(name, x)
+        for name in heads:
+            if (weight := self._heads.get(f"{name}.weight")) is not None:
+                x = weight @ x + self._heads.get(f"{name}.bias", 0.0)
         return x
 
     def score(self, ids: Sequence[int]) -> float:
         """Return the probability of the first label after a text, "yes" in the rerankers that there are."""
-        logits = self._product(SCORES, self.hidden(ids)[0].astype(float))
+        logits = self.embedding(ids, "last", (SCORES,))
         odds = np.exp(logits - logits.max())
         return float(odds[0] / odds.sum())
-
-    def _product(self, name: str, x: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return a matrix of the file times x, plus its bias; x if the file does not have it."""
-        weight = self._heads.get(f"{name}.weight")
-        made: NDArray[np.float64] = x if weight is None else weight @ x + self._heads.get(f"{name}.bias", 0.0)
-        return made
 
     def forward(self, *_: Any, **__: Any) -> NoReturn:
         what = "use Model.embed or rank (--embed), or load a model for text without embed=True"

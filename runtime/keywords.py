@@ -27,7 +27,7 @@ class LoadKeywords(TypedDict, total=False):
     cache_type: "str | tuple[str, str] | list[CacheType] | None"
     cache_rotation: bool | None
     cache_scales: str | os.PathLike[str] | None
-    lora: "Sequence[str | os.PathLike[str]]"
+    lora: tuple[str | os.PathLike[str], ...] | list[str | os.PathLike[str]]
     quantize: str | None
     embed: bool
     observe: bool

@@ -16,7 +16,7 @@ Named: TypeAlias = str | os.PathLike[str]  # FILE or FILE:SCALE
 def with_scales(given: Sequence[Named]) -> dict[str, float]:
     """Return scales by path, 1 where none is given. OptionError for a file that comes twice."""
     found: dict[str, float] = {}
-    for text in map(os.fspath, given):
+    for text in [os.fspath(one) for one in given]:
         path, scale = text, 1.0
         with suppress(ValueError):  # there is no colon, or it is a part of the path
             head, number = text.rsplit(":", 1)

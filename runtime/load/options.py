@@ -9,8 +9,6 @@ from gguf_run.formats.frozen import frozen
 from gguf_run.runtime.load.placement import CPU, Device
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from gguf_run.models.backend import CacheType
 
 MAX_N_CTX = 2**31 - 1
@@ -57,7 +55,7 @@ class LoadOptions:
     cache_type: "str | tuple[str, str] | list[CacheType] | None" = None
     cache_rotation: bool | None = None  # Hadamard transform of stored rows; None: for types of 8 bits or less
     cache_scales: str | os.PathLike[str] | None = None  # a calibration file, see kv_scales.py
-    lora: "Sequence[str | os.PathLike[str]]" = ()  # adapters: FILE, or FILE:SCALE that all sequences begin with
+    lora: "tuple[str | os.PathLike[str], ...] | list[str | os.PathLike[str]]" = ()  # adapters: FILE or FILE:SCALE
     quantize: str | None = None  # a file type such as "Q4_K_M", to which weights are quantized while they are read
     embed: bool = False  # for Model.embed and rank, not for text; encoders and rerankers are loaded so in any case
     observe: bool = False  # the decoder can collect the squares of what its matrices read, for an importance matrix
