@@ -72,8 +72,8 @@ def _scan(tape: Tape, op: "rare_ops.Scan[CpuState, CpuVector]", int8: Rows | Non
 
 
 def _scale_adapters(tape: Tape, op: rare_ops.ScaleAdapters, int8: Rows | None) -> None:
-    adapters, widths, factors = map(np.array, zip(*op.columns, strict=True))
-    columns = {"adapters": np.repeat(adapters, widths), "factors": np.repeat(factors.astype(np.float32), widths)}
+    adapters, factors = zip(*op.columns, strict=True)
+    columns = {"adapters": np.array(adapters), "factors": np.array(factors, np.float32)}
     values = op.scales.values
     tape.record(op, scale_adapters, n=op.x.width, n_adapter=values.shape[1], values=values, **columns)
 

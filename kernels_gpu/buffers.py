@@ -54,6 +54,7 @@ class StepInput:
         self.runs = runs.view(n_batch, -1)  # int32[n_batch, RUN_WORDS]; rows behind the step's runs are 0
         self._of = Tokens(self.seqs, self.positions, self.is_long), Tokens(*wanted.view(3, -1))
         self._pages, self._tiles = dict[PageTable, Pages](), dict[tuple[int, bool], Tiles]()
+        self._scales = dict[AdapterScales, Array]()
         tokens, runs, rows, wanted = self._host.split(sizes)
         self._tokens, self._runs, self._rows = tokens.view(5, -1).numpy(), runs.view(n_batch, -1).numpy(), rows.numpy()
         self._wanted = wanted.view(3, -1).numpy()
@@ -69,6 +70,12 @@ class StepInput:
         if table not in self._pages:
             self._pages[table] = Pages(table, self._device.device)
         return self._pages[table].rows
+
+    def scales(self, scales: AdapterScales) -> Array:
+        """Return the device's copy of the scales of adapters."""
+        if scales not in self._scales:
+            self._scales[scales] = torch.zeros(scales.values.shape, device=self._device.device)
+        return self._scales[scales]
 
     def tiles(self, size: int, outputs: bool) -> Tiles:
         """Return tiles of up to `size` tokens, or of those whose results are wanted. See stands_alone."""
@@ -105,6 +112,8 @@ class StepInput:
             self.n_tokens, self.n_runs = len(ids), len(runs)
             for pages in self._pages.values():
                 pages.send()
+            for scales, memory in self._scales.items():
+                memory.copy_(torch.from_numpy(scales.values), non_blocking=True)
         self._wanted[:] = [[0], [-1], [0]]
         self._wanted[:, : len(rows)] = self._tokens[1:4, list(rows)]
         for (_, outputs), tiles in self._tiles.items():
@@ -178,8 +187,6 @@ class Memory:
         self._halves = dict[Buffer, Halves]()
         self._angles = dict[tuple[Rotation, bool], Array]()
         self._pairs = dict[tuple[int, ...], PairMemory]()
-        self._scales: tuple[AdapterScales, Array] | None = None  # and their memory
-        self._version = -1  # of the scales that were sent last
 
     def n_row(self, x: Buffer) -> int:
         """Return the rows of a buffer's memory."""
@@ -220,20 +227,6 @@ class Memory:
         if key not in self._pairs:
             self._pairs[key] = PairMemory(*key, self.device)
         return self._pairs[key]
-
-    def scales(self, scales: AdapterScales) -> Array:
-        """Return memory for the scales of adapters. A program has one table of them."""
-        if self._scales is None:
-            self._scales = scales, torch.zeros(scales.values.shape, device=self.device)
-        assert self._scales[0] is scales
-        return self._scales[1]
-
-    def send_scales(self) -> None:
-        """Send the scales of adapters to the device if they have changed."""
-        if self._scales is not None and self._version != self._scales[0].version:
-            scales, memory = self._scales
-            memory.copy_(torch.from_numpy(scales.values))
-            self._version = scales.version
 
     def want(self, **sizes: int) -> None:
         """Ask for scratch memory of at least so many elements, by the names of _SCRATCH."""

@@ -125,12 +125,9 @@ def _gate_rows(op: GateRows, memory: Memory) -> Launch:
 
 
 def _scale_adapters(op: ScaleAdapters, memory: Memory) -> Launch:
-    columns, n = np.array(op.columns), op.x.width
-    adapters, factors = (
-        torch.from_numpy(np.repeat(columns[:, i].astype(kind), columns[:, 1].astype(np.int64))).to(memory.device)
-        for i, kind in ((0, np.int32), (2, np.float32))
-    )
-    x, seqs, values = memory.strided(op.x), memory.step.of(op.x.outputs).seqs, memory.scales(op.scales)
+    adapters, factors = (torch.tensor(column, device=memory.device) for column in zip(*op.columns, strict=True))
+    n = op.x.width
+    x, seqs, values = memory.strided(op.x), memory.step.of(op.x.outputs).seqs, memory.step.scales(op.scales)
     return _by_columns(activation.scale_adapters, n, *x, seqs, values, values.shape[1], adapters, factors, n)
 
 

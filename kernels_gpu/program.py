@@ -95,7 +95,6 @@ class GpuProgram:
             raise ValueError("the program is closed")
         with current(self.memory.device):
             if part == 0:
-                self.memory.send_scales()
                 self.memory.step.set(rows, ids, runs)
             elif rows:
                 self.memory.step.set(rows)

@@ -19,6 +19,7 @@ from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.memory_file import MemoryFile
 from gguf_run.formats.gguf.parts import ordered
 from gguf_run.formats.gguf.reader import Tensor
+from gguf_run.formats.quantizers.quantizer import quantize
 from gguf_run.models.adapter_scales import AdapterScales
 from gguf_run.models.adapters import Adapter
 from gguf_run.models.operands import Buffer
@@ -37,7 +38,7 @@ class _Adapted:
 
     weight: Any  # of the matrix
     a: Any  # [columns of u, n_in]
-    columns: tuple[tuple[int, int, float], ...]  # of u, see ScaleAdapters
+    columns: tuple[tuple[int, float], ...]  # of u, see ScaleAdapters
     parts: tuple[tuple[int, int, Any], ...]  # of each tensor that is adapted: first row, first column of u, its B
     is_whole: bool  # whether the parts have all rows of the matrix
 
@@ -112,36 +113,33 @@ class _Loader(AnyLoader):
 
     def matrix(self, *names: str, **options: Any) -> Matrix[Any, Any]:
         matrix, orders = super().matrix(*names, **options), options.get("orders", {})
-        first = start = n_whole = 0
-        columns, parts, rows = list[tuple[int, int, float]](), list[tuple[int, int, Any]](), list[Tensor]()
+        first = 0  # row of the matrix
+        columns, parts, rows = list[tuple[int, float]](), list[tuple[int, int, Any]](), list[Tensor]()
         for name, full in zip(names, matrix.names, strict=True):
             found = [(i, one.pairs[full]) for i, one in enumerate(self._adapters) if full in one.pairs]
             if found:
-                b = _joined([pair.b for _, pair in found], axis=1)
-                parts.append((first, start, self.backend.weight([ordered(b, orders[name]) if name in orders else b])))
-                columns += [(i, pair.b.ne[0], pair.factor) for i, pair in found]
-                rows += [pair.a for _, pair in found]
                 self._unread.pop(full, None)
+                b = _joined([pair.b for _, pair in found], axis=1)
+                b = ordered(b, orders[name]) if name in orders else b
+                parts.append((first, len(columns), self.backend.weight([b])))
+                columns += [(i, pair.factor) for i, pair in found for _ in range(pair.b.ne[0])]
+                rows += [pair.a for _, pair in found]
                 self.progress(sum(pair.a.nbytes + pair.b.nbytes for _, pair in found))
-                start, n_whole = start + b.ne[0], n_whole + b.n_rows
             first += self.tensors[full].n_rows
         if parts:
             weight, a = matrix.weight, self.backend.weight([_joined(rows, axis=0)])
-            self.adapted[id(weight)] = _Adapted(weight, a, tuple(columns), tuple(parts), n_whole == first)
+            is_whole = sum(b.n_out for _, _, b in parts) == first
+            self.adapted[id(weight)] = _Adapted(weight, a, tuple(columns), tuple(parts), is_whole)
         return matrix
 
 
 def _joined(tensors: Sequence[Tensor], axis: int) -> Tensor:
     """Return matrices one below the other (axis 0) or side by side (axis 1), as F32 unless all are F16, or all BF16."""
-    name = tensors[0].type.name
-    name = name if name in ("F16", "BF16") and all(tensor.type.name == name for tensor in tensors) else "F32"
-    parts = [
-        tensor.blocks() if tensor.type.name == name else dequantize(tensor.blocks(), tensor.type).view(np.uint8)
-        for tensor in tensors
-    ]
-    data, kind = np.concatenate(parts, axis), type_by_name(name)
-    ne = data.shape[1] // kind.type_size, len(data)
-    return Tensor(tensors[0].name, ne, kind, 0, MemoryFile(tensors[0].file.path, data.tobytes()))
+    first, is_one = tensors[0], len({tensor.type for tensor in tensors}) == 1
+    kind = first.type if is_one and not first.type.is_quantized else type_by_name("F32")
+    values = np.concatenate([dequantize(tensor.blocks(), tensor.type) for tensor in tensors], axis)
+    file = MemoryFile(first.file.path, quantize(values, kind).tobytes())
+    return Tensor(first.name, values.shape[::-1], kind, 0, file)
 
 
 def _buffer(name: str, width: int, like: Buffer) -> Buffer:

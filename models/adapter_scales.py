@@ -16,7 +16,6 @@ class AdapterScales:
         """defaults: the scale of each adapter, by name, which each sequence has at first."""
         self._defaults = dict(defaults)
         self.values = np.zeros((n_seq, len(defaults)), np.float32)  # 0: the sequence does not use the adapter
-        self.version = 0  # another one whenever values have changed
         for seq in range(n_seq):
             self.set(seq, None)
 
@@ -37,4 +36,3 @@ class AdapterScales:
         scales = self._defaults if scales is None else scales
         self.check(scales)
         self.values[seq] = [scales.get(name, 0.0) for name in self._defaults]
-        self.version += 1

@@ -32,8 +32,11 @@ class Embedder(Decoder):
         if not config.arch.is_causal:
             n_ctx = n_batch = more["n_outputs"] = min(n_ctx, config.n_ctx_train)
         super().__init__(config, tensors, backends, n_ctx, n_batch, **more)
-        names = [name for name in (*DENSE, SCORES) if f"{name}.weight" in tensors]
-        self._heads = {name: [_values(tensors.get(f"{name}.{kind}")) for kind in ("weight", "bias")] for name in names}
+        self._heads = {  # matrices f32[n_out, n_in], and their biases
+            name: dequantize(tensor.blocks(), tensor.type).reshape(tensor.ne[::-1])
+            for name, tensor in tensors.items()
+            if name.rpartition(".")[0] in (*DENSE, SCORES)
+        }
 
     def hidden(self, ids: Sequence[int], n_last: int = 1) -> NDArray[np.float32]:
         """Return the hidden states f32[n_last, n_embd] of a text's last tokens. GgufRunError: see Decoder.forward."""
@@ -41,40 +44,26 @@ class Embedder(Decoder):
         blocks = super().forward(ids, n_last)
         return np.concatenate([block.copy() for block in blocks])
 
-    def embedding(self, ids: Sequence[int], pooling: str) -> NDArray[np.float64]:
-        """Return the embedding f64[n_embd] of a text. pooling: one of POOLINGS."""
+    def embedding(self, ids: Sequence[int], pooling: str, heads: Sequence[str] = DENSE) -> NDArray[np.float64]:
+        """Return the embedding f64[n_embd] of a text.
+
+        pooling: one of POOLINGS. heads: matrices that it is multiplied with, where the file has them.
+        """
         rows = self.hidden(ids, 1 if pooling == "last" else len(ids))
         x: NDArray[np.float64] = rows.mean(axis=0, dtype=np.float64) if pooling == "mean" else rows[0].astype(float)
-        for name in DENSE:
-            x = self._product(name, x)
+        for name in heads:
+            if (weight := self._heads.get(f"{name}.weight")) is not None:
+                x = weight @ x + self._heads.get(f"{name}.bias", 0.0)
         return x
-
-    @property
-    def has_scores(self) -> bool:
-        """Whether the file has a matrix for scores."""
-        return SCORES in self._heads
 
     def score(self, ids: Sequence[int]) -> float:
         """Return the probability of the first label after a text, "yes" in the rerankers that there are."""
-        logits = self._product(SCORES, self.hidden(ids)[0].astype(float))
+        logits = self.embedding(ids, "last", (SCORES,))
         odds = np.exp(logits - logits.max())
         return float(odds[0] / odds.sum())
 
-    def _product(self, name: str, x: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return a matrix of the file times x, plus its bias; x if the file does not have it."""
-        weight, bias = self._heads.get(name, (None, None))
-        made: NDArray[np.float64] = x if weight is None else weight @ x
-        return made if bias is None else made + bias
-
     def forward(self, *_: Any, **__: Any) -> NoReturn:
-        config = self.config
-        is_only = config.pooling is not None and config.pooling.is_only
-        advice = "use Model.embed or rank, or --embed" if is_only else "load it without embed=True (--embed)"
-        raise GgufRunError(f"this {config.arch.name} model makes embeddings, no text: {advice}")
+        what = "use Model.embed or rank (--embed), or load a model for text without embed=True"
+        raise GgufRunError(f"this {self.config.arch.name} model is loaded to make embeddings, no text: {what}")
 
     top = step = forward
-
-
-def _values(tensor: Tensor | None) -> NDArray[np.float32] | None:
-    """Return a matrix f32[n_out, n_in], or a vector."""
-    return None if tensor is None else dequantize(tensor.blocks(), tensor.type).reshape(tensor.ne[::-1])

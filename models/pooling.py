@@ -19,9 +19,8 @@ class Pooling:
     """What a file says of it."""
 
     type: str  # one of POOLINGS
-    ranks: bool  # the model scores texts
     is_only: bool  # the model makes no text: it is an encoder or a reranker, which may lack the output matrix
-    template: str | None  # of the prompt that asks for a score, with {query} and {document}
+    template: str | None  # of the prompt that asks for a score, with {query} and {document}; None: there are no scores
     tensors: Mapping[str, tuple[int, ...]]  # ne of tensors that only such models have, if the file has them
 
 
@@ -41,7 +40,7 @@ def read_pooling(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) 
             shapes |= {f"{name}.weight": (n_in, width), f"{name}.bias": (width,)}
     if arch.step == "encoder_step" and (types := tensors.get("token_types.weight")) is not None:
         shapes["token_types.weight"] = (n_embd, types.ne[-1])
-    template, usual = keys.metadata.get("tokenizer.chat_template.rerank"), "last" if arch.is_causal else "mean"
-    template = template if isinstance(template, str) else None
-    ranks = found == "rank"
-    return Pooling(found if found in POOLINGS else usual, ranks, ranks or not arch.is_causal, template, shapes)
+    template = keys.metadata.get("tokenizer.chat_template.rerank")
+    template = template if isinstance(template, str) and f"{SCORES}.weight" in shapes else None
+    usual, is_only = "last" if arch.is_causal else "mean", found == "rank" or not arch.is_causal
+    return Pooling(found if found in POOLINGS else usual, is_only, template, shapes)

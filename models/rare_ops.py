@@ -133,7 +133,7 @@ class ScaleAdapters:
 
     x: Buffer
     scales: AdapterScales
-    columns: tuple[tuple[int, int, float], ...]  # of each part of x: adapter, number of columns, factor
+    columns: tuple[tuple[int, float], ...]  # adapter and factor of each column c
 
 
 @frozen

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, TypedDict
 if TYPE_CHECKING:
     from gguf_run.models.backend import CacheType
     from gguf_run.runtime.engine.constraint import Constraint
-    from gguf_run.runtime.load.options import Lora
     from gguf_run.runtime.sampling.params import LogitsProcessor
 
 
@@ -31,7 +30,7 @@ class LoadKeywords(TypedDict, total=False):
     cache_type: "str | tuple[str, str] | list[CacheType] | None"
     cache_rotation: bool | None
     cache_scales: str | os.PathLike[str] | None
-    lora: "tuple[Lora, ...] | list[Lora]"
+    lora: tuple[str | os.PathLike[str], ...] | list[str | os.PathLike[str]]
     quantize: str | None
     embed: bool
     observe: bool

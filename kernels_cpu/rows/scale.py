@@ -74,10 +74,8 @@ def scale_adapters(a, first, end):
     run_of, runs = i64_at(a.run_of, n_rows(a)), runs_at(a.runs, i64_at(a.n_runs, 1)[0])
     adapters, factors = i64_at(a.adapters, a.n), f32_at(a.factors, a.n)
     for t in range(first, end):
-        x, scales = (
-            f32_at(a.x + t * a.x_stride, a.n),
-            f32_at(a.values + runs[run_of[t]].seq * a.n_adapter * 4, a.n_adapter),
-        )
+        x = f32_at(a.x + t * a.x_stride, a.n)
+        scales = f32_at(a.values + runs[run_of[t]].seq * a.n_adapter * 4, a.n_adapter)
         for i in range(a.n):
             scale = scales[adapters[i]]
             x[i] = x[i] * (scale * factors[i]) if scale != 0 else np.float32(0)

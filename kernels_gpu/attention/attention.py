@@ -73,20 +73,9 @@ def _add_values(acc, old, weight, v, rows, live, V: tl.constexpr, HEAD_DIM: tl.c
 
 
 @triton.jit
-def _step_end(seqs, positions, n_token, s):
-    """Return the end of the positions of sequence s in this step, of n_token tokens."""
-    end = 0
-    for first in range(0, n_token, 128):
-        t = first + tl.arange(0, 128)
-        mine = tl.load(seqs + t, mask=t < n_token, other=-1) == s
-        end = tl.maximum(end, tl.max(tl.where(mine, tl.load(positions + t, mask=t < n_token, other=-1) + 1, 0), axis=0))
-    return end
-
-
-@triton.jit
 def attend(
-    q, q_stride, k, v, seqs, positions, tiles, pages, pages_stride, n_pages, sums, stats, n_head_kv, n_rep, n_token,
-    scale, window,
+    q, q_stride, k, v, seqs, positions, runs, run_of, tiles, pages, pages_stride, n_pages, sums, stats, n_head_kv,
+    n_rep, n_token, scale, window,
     CHUNKED: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     TOKENS: tl.constexpr, REP: tl.constexpr, SPAN: tl.constexpr,
@@ -130,7 +119,8 @@ def attend(
     total = tl.zeros((M,), tl.float32)
     end = tl.max(position, axis=0) + 1
     if not CAUSAL:
-        end = tl.minimum(end + ahead, _step_end(seqs, positions, n_token, seq))
+        run = runs + tl.load(run_of + token) * 5  # buffers.RUN_WORDS
+        end = tl.minimum(end + ahead, tl.load(run + 1) + tl.load(run + 2))  # at most that of the step
     first = tl.maximum(tl.min(tl.where(position < 0, end, since), axis=0), 0) // SPAN * SPAN
     size = tl.cdiv(tl.cdiv(end - first, SPAN), tl.num_programs(2)) * SPAN
     first += part * size

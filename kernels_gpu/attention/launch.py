@@ -96,9 +96,10 @@ def bind_attention(fused: FusedAttention, memory: Memory) -> Launch:
         else:
             n_tile, rows, options, n_part = tiles.n, tiles.rows, shared, 1
         attend[(n_tile, -(-n_head // n_head_kv // options["REP"]) * n_head_kv, n_part)](
-            *q, k_rows.pair, v_rows.pair, tokens.seqs, tokens.positions, rows, *paged, *sums, n_head_kv,
-            n_head // n_head_kv, n, shape.scale, shape.window or 1 << 30, shape.is_chunked, shape.is_causal,
-            shape.softcap or None, *types, *sizes, *value, **options, num_stages=1 if k_rows.width > 512 else 2,
+            *q, k_rows.pair, v_rows.pair, tokens.seqs, tokens.positions, memory.step.runs, memory.step.run_of, rows,
+            *paged, *sums, n_head_kv, n_head // n_head_kv, n, shape.scale, shape.window or 1 << 30, shape.is_chunked,
+            shape.is_causal, shape.softcap or None, *types, *sizes, *value, **options,
+            num_stages=1 if k_rows.width > 512 else 2,
         )  # fmt: skip
         add_up[(n, n_head)](*sums, op.sinks, *out, int8, n_part, v_rows.rotates, *value)
 

@@ -49,7 +49,7 @@ def main(model: str, output: Path | None, to_hf: bool, kind: str, **given: Any) 
     pytorch_model.bin, if torch is installed). auto keeps the weights as they are: BF16, F16, or the blocks of a
     quantized checkpoint that a GGUF type can hold.
 
-    DIR may be a PEFT adapter (LoRA) too. It becomes a GGUF adapter, of the type F16, BF16 or F32, for --lora.
+    DIR may be a PEFT adapter (LoRA) too. It becomes a GGUF adapter, for --lora.
     """
     max_size = byte_size(given["split_max_size"])
     vocab_only: bool = given["vocab_only"]
@@ -81,12 +81,17 @@ def _convert(model: str, output: Path | None, kind: str, max_size: int, given: M
     importance = Imatrix.open(imatrix) if imatrix else None
     keep = {chosen.default} if chosen else KEPT
     folder = find_model(model, "checkpoint")
-    if (folder / "adapter_config.json").is_file() and not has_weights(folder):
-        yield _convert_adapter(folder, output, kind.upper(), given)
-        return
-    if given["base"]:
-        raise OptionError(f"--base {given['base']}: is for adapters, and {folder} is none: leave it out")
-    with open_checkpoint(folder, name=given["name"], vocab_only=vocab_only, keep=keep) as file:
+    is_adapter = (folder / "adapter_config.json").is_file() and not has_weights(folder)
+    if given["vocab_only" if is_adapter else "base"]:
+        no = "--vocab-only is for models" if is_adapter else "--base is for adapters"
+        raise OptionError(f"{no}, and {folder} is none: leave it out")
+    if is_adapter:
+        from gguf_run.runtime.convert.adapter import open_adapter
+
+        opened = open_adapter(folder, given["base"], given["name"])
+    else:
+        opened = open_checkpoint(folder, name=given["name"], vocab_only=vocab_only, keep=keep)
+    with opened as file:
         chosen = chosen or auto_type(file)
         plan = make_plan(file, Options(chosen, imatrix=importance, imatrix_path=str(imatrix or "")))
         for note in [*plan.notes, *kept_note(file, plan)]:
@@ -100,21 +105,6 @@ def _convert(model: str, output: Path | None, kind: str, max_size: int, given: M
         else:
             check_plan(plan, allow_requantize=True)
             yield from run_plan(plan, path, given["threads"], {"split_max_size": max_size})
-
-
-def _convert_adapter(folder: Path, output: Path | None, kind: str, given: Mapping[str, Any]) -> str:
-    """Write a GGUF adapter and return the line to print. given: the other options."""
-    from gguf_run.runtime.convert.adapter import TYPES, open_adapter, write_adapter
-    from gguf_run.runtime.convert.card import file_name
-
-    if kind not in ("AUTO", *TYPES):
-        raise OptionError(f"--type {kind}: an adapter can have auto, {', '.join(TYPES)}")
-    if unused := [name for name in ("imatrix", "vocab_only", "split_max_size", "dry_run") if given[name]]:
-        raise click.UsageError(f"--{unused[0].replace('_', '-')} is not for adapters: leave it out")
-    file = open_adapter(folder, given["base"], given["name"])
-    default = file_name(file.metadata, f"lora-{kind.lower()}")
-    path = Path(default) if output is None else output / default if output.is_dir() else output
-    return f"{one_line(str(path))}: adapter of {size_text(write_adapter(file, path, kind.lower()))}"
 
 
 def _export(model: str, directory: Path, kind: str, max_size: int, vocab_only: bool) -> Iterator[str]:

@@ -105,7 +105,7 @@ def _one(model: str, given: Mapping[str, Any]) -> Answer:
         if given["ops"]:
             facts = ops_facts(file, options)
             return facts, ops_lines(facts)
-        is_adapter = str(file.metadata.get("general.type")) == "adapter"  # damaged files have arrays
+        is_adapter = "adapter.type" in file.metadata
         more = {"adapter": adapter_facts(file)} if is_adapter else {"memory": memory_facts(file, options, gpus)}
         facts = file_facts(file) | more
         if given["tensors"] or given["stats"]:

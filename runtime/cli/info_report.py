@@ -45,21 +45,13 @@ def file_lines(facts: Facts, with_caches: bool) -> Iterator[str]:
     )  # fmt: skip
     yield ""
     if "adapter" in facts:
-        yield _adapter_line(facts["adapter"])
+        ranks = ", ".join(map(str, facts["adapter"]["ranks"]))
+        yield f"adapter (LoRA) for {facts['adapter']['n_adapted']} tensors of a model: rank {ranks or 'none'}"
     else:
         yield from _memory_lines(facts["memory"], with_caches)
     if "tensors" in facts:
         yield ""
         yield from _tensor_lines(facts["tensors"])
-
-
-def _adapter_line(facts: Facts) -> str:
-    if "unknown" in facts:
-        return f"adapter of an unknown kind ({one_line(facts['unknown'])})"
-    rank, alpha = ", ".join(map(str, facts["ranks"])), f"{facts['alpha']:g}" if facts["alpha"] else "none"
-    return (
-        f"LoRA adapter for {one_line(facts['architecture'])}, {facts['n_adapted']} tensors: rank {rank}, alpha {alpha}"
-    )
 
 
 def _memory_lines(facts: Facts, with_caches: bool) -> Iterator[str]:

@@ -8,27 +8,24 @@ from pathlib import Path
 
 import numpy as np
 
-from gguf_run.formats.blocks.dequantizer import dequantize
-from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.formats.gguf.reader import GGUFFile
-from gguf_run.formats.gguf.tensors import Tensor, TensorInfo
-from gguf_run.formats.gguf.writer import GGUFWriter
-from gguf_run.formats.quantizers.quantizer import quantize
+from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.formats.safetensors import read_safetensors
 from gguf_run.runtime.convert.metadata import layout_of
-from gguf_run.runtime.convert.stored.checkpoint import Config, read_config, read_json
+from gguf_run.runtime.convert.stored.checkpoint import Checkpoint, Config, read_json
 from gguf_run.runtime.convert.stored.sources import floats, values
 from gguf_run.runtime.convert.tensors import adapted_rows
 
-CONFIG, WEIGHTS, TYPES = "adapter_config.json", "adapter_model.safetensors", ("F16", "BF16", "F32")
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX, _ENDS = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
-# Keys that change more than a product A B. A plain adapter has none, or null, false or [].
+# Keys that change more than a product A B. A plain adapter has none, or null, false, [] or "none".
 _NOT_PLAIN = (
-    "use_dora", "lora_bias", "fan_in_fan_out", "layer_replication", "modules_to_save", "trainable_token_indices",
-    "alora_invocation_tokens", "use_qalora", "use_bdlora", "target_parameters", "arrow_config", "kasa_config",
+    "bias", "use_dora", "lora_bias", "fan_in_fan_out", "layer_replication", "modules_to_save",
+    "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora", "target_parameters",
+    "arrow_config", "kasa_config",
 )  # fmt: skip
 
 
@@ -44,16 +41,13 @@ def open_adapter(folder: Path, base: Path | None, name: str | None = None) -> GG
     given = Config(folder / CONFIG, read_json(folder / CONFIG))
     if given.get("peft_type") != "LORA":
         raise given.wrong(("peft_type",), '"LORA"')
-    if given.get("bias") not in (None, "none"):
-        raise given.unsupported("bias", '"none"')
-    if changed := [key for key in _NOT_PLAIN if given.get(key)]:
+    if changed := [key for key in _NOT_PLAIN if given.get(key) not in (None, False, [], "none")]:
         raise given.unsupported(changed[0], "left out")
-    named = given.get("base_model_name_or_path")
-    model = base or Path(str(named or ""))
+    model = base or Path(str(given.get("base_model_name_or_path")))
     if not (model / "config.json").is_file():
-        what = f"{base}: there is no config.json" if base else f"{given.path}: is for {quoted(str(named))}"
-        raise GgufRunError(f"{what}: name a folder with the config.json of the model that is adapted, with --base")
-    layout, config = layout_of(read_config(model))
+        what = f"name a folder with the config.json of the model that is adapted, with --base, not {quoted(str(model))}"
+        raise GgufRunError(f"{given.path}: {what}")
+    layout, config = layout_of(Checkpoint.open(model, weights=False).config)
     root = math.sqrt if given.get("use_rslora") else float
     rank = given.integer("r")
     alpha = given.number("lora_alpha") * rank / root(rank)
@@ -95,25 +89,7 @@ def _pairs(path: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
     if not halves:
         raise FormatError(f"{path}: holds no tensors")
     for module, pair in halves.items():
-        if len(pair) < 2:
-            raise FormatError(f"{path}: {quoted(module)} has only one of {' and '.join(_ENDS)}")
-        a, b = (pair[end] for end in _ENDS)
-        if a.ne[1] != b.ne[0]:
-            shapes = f"{list(a.ne[::-1])} and {list(b.ne[::-1])}"
-            raise FormatError(f"{path}: the pair for {quoted(module)} has the shapes {shapes}: they must share a rank")
+        a, b = (pair.get(end) for end in _ENDS)
+        if a is None or b is None or a.ne[1] != b.ne[0]:
+            raise FormatError(f"{path}: {quoted(module)} must have {' and '.join(_ENDS)}, which share a rank")
         yield module, a, b
-
-
-def write_adapter(file: GGUFFile, path: Path, kind: str = "auto") -> int:
-    """Write an adapter. Return its bytes. kind: one of TYPES in any case, or "auto": BF16 stays, all else is F16."""
-    tensors = list(file.tensors.values())
-    types = [kind.upper() if kind != "auto" else "BF16" if t.type.name == "BF16" else "F16" for t in tensors]
-    targets = [TensorInfo(t.name, t.ne, type_by_name(name)) for t, name in zip(tensors, types, strict=True)]
-    metadata = {key: file.metadata.typed(key) for key in file.metadata}
-    with GGUFWriter(path, metadata, targets) as writer:
-        for source, target in zip(tensors, targets, strict=True):
-            blocks = source.blocks()
-            if source.type != target.type:
-                blocks = quantize(dequantize(blocks, source.type), target.type)
-            writer.write(target.name, blocks)
-        return writer.nbytes

@@ -19,6 +19,7 @@ from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.formats.gguf.writer_metadata import MetaValue
 from gguf_run.formats.quantizers.quantizer import quantize
+from gguf_run.models.adapters import ENDS
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.convert.card import general_metadata
 from gguf_run.runtime.convert.metadata import hyperparameters, layout_of
@@ -134,7 +135,8 @@ def kept_note(file: GGUFFile, plan: Plan) -> Iterator[str]:
 
 def matrices(file: GGUFFile) -> list[Tensor]:
     """Return the weights of two dimensions and more."""
-    return [tensor for tensor in file.tensors.values() if len(tensor.ne) > 1 and tensor.name.endswith(".weight")]
+    ends = (".weight", *ENDS)
+    return [tensor for tensor in file.tensors.values() if len(tensor.ne) > 1 and tensor.name.endswith(ends)]
 
 
 def in_memory(file: GGUFFile, plan: Plan) -> GGUFFile:

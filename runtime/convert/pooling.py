@@ -12,24 +12,21 @@ from gguf_run.formats.safetensors import read_safetensors
 from gguf_run.models.pooling import DENSE
 from gguf_run.runtime.convert.stored.checkpoint import read_json
 from gguf_run.runtime.convert.stored.sources import floats, values
-from gguf_run.runtime.convert.vocabulary.vocabulary import text_of
 
 _MODES = ("mean_tokens", "cls_token", "lasttoken")  # in the order of the numbers 1 to 3 in GGUF files
 
 
-def _folders(directory: Path, kind: str) -> Iterator[Path]:
-    """Yield the folders of the modules of a kind, in their order."""
+def _folders(directory: Path, kind: str) -> list[Path]:
+    """Return the folders of the modules of a kind, in their order."""
     path = directory / "modules.json"
     try:
         modules = json.loads(path.read_text()) if path.is_file() else []
-    except (ValueError, RecursionError):
-        modules = None
-    for module in modules if isinstance(modules, list) else [None]:
-        name, type = text_of(module, "path"), text_of(module, "type")
-        if name is None or type is None or not (directory / name).resolve().is_relative_to(directory.resolve()):
-            raise FormatError(f"{path}: must be a list of modules, each with a type, and a path in this folder")
-        if type.endswith(f".{kind}"):
-            yield directory / name
+        found = [directory / module["path"] for module in modules if module["type"].endswith(f".{kind}")]
+        for folder in found:
+            folder.resolve().relative_to(directory.resolve())
+    except (ValueError, RecursionError, TypeError, LookupError, AttributeError):
+        raise FormatError(f"{path}: must be a list of modules, each with a type, and a path in this folder") from None
+    return found
 
 
 def pooling_keys(directory: Path, is_causal: bool) -> Iterator[tuple[str, Typed]]:
@@ -46,7 +43,7 @@ def pooling_keys(directory: Path, is_causal: bool) -> Iterator[tuple[str, Typed]
 
 def dense_tensors(directory: Path) -> Iterator[Tensor]:
     """Yield the matrices that the pooled row is multiplied with, under their names in a GGUF file."""
-    folders = list(_folders(directory, "Dense"))
+    folders = _folders(directory, "Dense")
     for name, folder in zip(DENSE, folders, strict=False):
         activation = read_json(folder / "config.json").get("activation_function")
         if len(folders) > len(DENSE) or activation not in (None, "torch.nn.modules.linear.Identity"):

@@ -146,12 +146,9 @@ def adapted_rows(layout: CheckpointLayout, config: Config, name: str, tensor: Te
 
     UnsupportedError for experts, embeddings, and a matrix that is more than split and put in another order.
     """
-    numbers = sizes(config)
-    place = _place(layout, numbers, name, tensor)
-    for base, part in zip(place.names, _parts(layout, numbers, place, tensor), strict=True):
-        full = f"{place.prefix}{base}.weight"
+    for full, part in _collected(layout, sizes(config), {name: tensor}).items():
         is_edited = layout.edit is not None and layout.edit(config, full, part) is not part
-        if place.item >= 0 or is_edited or base.endswith(("_exps", "token_embd")):
+        if is_edited or len(part.ne) > 2 or full.endswith(("_exps.weight", "token_embd.weight")):
             what = "experts, embeddings and matrices that the conversion changes cannot be adapted"
             raise UnsupportedError(f"{tensor.file.path}: adapts {quoted(name)}, in a GGUF file {full}: {what}")
         yield full, part

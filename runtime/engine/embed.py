@@ -37,15 +37,11 @@ def embed(engine: Engine, tokenizer: Tokenizer, texts: Texts, pooling: str | Non
 
 def rank(engine: Engine, tokenizer: Tokenizer, query: str, texts: Sequence[str]) -> Rows:
     """Return the probabilities f32[number of texts]. Arguments and errors: see Model.rank."""
-    embedder = _embedder(engine.decoder)
-    pooling = embedder.config.pooling
-    template = pooling.template if pooling is not None and pooling.ranks and embedder.has_scores else None
-    if template is None:
-        raise OptionError(
-            "this model cannot rank: load a reranker, whose file has pooling_type 4, the tensor cls.output.weight and "
-            "the template tokenizer.chat_template.rerank"
-        )
-    parts = re.split(r"(\{query\}|\{document\})", template)
+    embedder, pooling = _embedder(engine.decoder), engine.decoder.config.pooling
+    if pooling is None or pooling.template is None:
+        what = "whose file has pooling_type 4, the tensor cls.output.weight and tokenizer.chat_template.rerank"
+        raise OptionError(f"this model cannot rank: load a reranker, {what}")
+    parts = re.split(r"(\{query\}|\{document\})", pooling.template)
 
     def prompt(text: str | Sequence[int]) -> list[int]:
         values = {"{query}": query, "{document}": str(text)}

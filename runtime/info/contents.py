@@ -17,7 +17,7 @@ from gguf_run.formats.gguf.strings import StringArray
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS, cache_bytes
 from gguf_run.kernels_cpu.panels.panels import matrix_bytes
-from gguf_run.models.adapters import adapter_kind
+from gguf_run.models.adapters import ENDS
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.op_costs import Sizes, op_costs
@@ -97,13 +97,9 @@ def listed_tensors(
 
 
 def adapter_facts(file: GGUFFile) -> dict[str, Any]:
-    """Return what a LoRA adapter is for, and its size; {"unknown": reason} for another adapter."""
-    try:
-        arch, alpha = adapter_kind(file)
-    except GgufRunError as error:
-        return {"unknown": str(error)}
-    ranks = [tensor.ne[0] for name, tensor in file.tensors.items() if name.endswith(".lora_b")]
-    return {"architecture": arch, "alpha": alpha, "ranks": sorted({*ranks}), "n_adapted": len(ranks)}
+    """Return how many tensors an adapter changes, and the ranks of the changes."""
+    ranks = [tensor.ne[0] for name, tensor in file.tensors.items() if name.endswith(ENDS[1])]
+    return {"ranks": sorted({*ranks}), "n_adapted": len(ranks)}
 
 
 def memory_facts(file: GGUFFile, options: LoadOptions, gpus: Sequence[int]) -> dict[str, Any]:

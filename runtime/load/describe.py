@@ -8,8 +8,7 @@ from pathlib import Path
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.models.backend import CacheType
 from gguf_run.runtime.engine.session_file import SessionHeader, hash_model
-from gguf_run.runtime.load.adapters import with_scales
-from gguf_run.runtime.load.options import Lora
+from gguf_run.runtime.load.adapters import Named, with_scales
 from gguf_run.runtime.quantize.file_types import model_type
 
 
@@ -36,7 +35,7 @@ def about(file: GGUFFile) -> str:
     return f"{file.path.name.removesuffix('.gguf')}, {model_type(file)}"
 
 
-def identity(file: GGUFFile, plan: Sequence[CacheType], n_gpu: int, lora: Sequence[Lora]) -> SessionHeader:
+def identity(file: GGUFFile, plan: Sequence[CacheType], n_gpu: int, lora: Sequence[Named]) -> SessionHeader:
     # Each kind of device has its own layout of a cache's bytes.
     cache = describe_plan(plan) + (f", the last {n_gpu} layers' on a GPU" if n_gpu else "")
     for path, scale in with_scales(lora).items():

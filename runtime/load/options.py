@@ -2,7 +2,7 @@
 
 import os
 import re
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from gguf_run.formats.errors import OptionError
 from gguf_run.formats.frozen import frozen
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 MAX_N_CTX = 2**31 - 1
 MAX_N_SEQ = 1024
 DEFAULT_N_CTX = 4096  # unless the model was trained with less
-Lora: TypeAlias = "str | os.PathLike[str] | tuple[str | os.PathLike[str], float]"  # FILE, FILE:SCALE or (FILE, SCALE)
 
 
 @frozen
@@ -56,7 +55,7 @@ class LoadOptions:
     cache_type: "str | tuple[str, str] | list[CacheType] | None" = None
     cache_rotation: bool | None = None  # Hadamard transform of stored rows; None: for types of 8 bits or less
     cache_scales: str | os.PathLike[str] | None = None  # a calibration file, see kv_scales.py
-    lora: "tuple[Lora, ...] | list[Lora]" = ()  # adapters, with the scales that all sequences begin with
+    lora: "tuple[str | os.PathLike[str], ...] | list[str | os.PathLike[str]]" = ()  # adapters: FILE or FILE:SCALE
     quantize: str | None = None  # a file type such as "Q4_K_M", to which weights are quantized while they are read
     embed: bool = False  # for Model.embed and rank, not for text; encoders and rerankers are loaded so in any case
     observe: bool = False  # the decoder can collect the squares of what its matrices read, for an importance matrix

@@ -16,6 +16,7 @@ import numpy as np
 from gguf_run.formats.blocks.types import TENSOR_TYPES, TensorType, type_by_name
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.tensors import TensorInfo
+from gguf_run.models.adapters import ENDS
 from gguf_run.runtime.quantize.file_types import KEEP, FileType
 
 # The replacement for a type whose block does not divide a row. F16 replaces a type that has no replacement here.
@@ -203,7 +204,7 @@ class _Mixture:
             self._kind.name == "COPY"
             or (self._kind.name == KEEP.name and weight.type.name != "F32")
             or max(weight.ne[1:], default=1) == 1
-            or not name.endswith("weight")
+            or not name.endswith(("weight", *ENDS))
             or (self._overrides.leave_output and name == "output.weight")
             or name in _KEPT_EXACT
             or any(part in name for part in _KEPT)

@@ -7,8 +7,8 @@ from gguf_run.models.adapter_scales import AdapterScales
 from gguf_run.models.backend import Run
 from gguf_run.models.rare_ops import ScaleAdapters
 
-COLUMNS = ((1, 3, 2.0), (0, 16, 0.5), (1, 1, -1.5), (2, 21, 1.0))
-WIDTH = sum(n for _, n, _ in COLUMNS)
+COLUMNS = ((1, 2.0),) * 3 + ((0, 0.5),) * 16 + ((1, -1.5),) + ((2, 1.0),) * 21
+WIDTH = len(COLUMNS)
 RUNS = [Run(3, 0, 4), Run(0, 7, 1), Run(1, 2, 3)]
 N_TOKENS = sum(run.n_tokens for run in RUNS)
 WANTED = [7, 0, 4]

@@ -152,7 +152,7 @@ def ops() -> None:
     step.add(MatchRms(x, y, 1e-5))
     step.add(Threshold(x, 0.5))
     step.add(AddPositions(x, torch.zeros(9 * 1024), 9))
-    step.add(ScaleAdapters(x, AdapterScales({"a": 1.0, "b": 0.5}, 3), ((1, 24, 2.0), (0, 1000, 1.0))))
+    step.add(ScaleAdapters(x, AdapterScales({"a": 1.0, "b": 0.5}, 3), ((1, 2.0),) * 24 + ((0, 1.0),) * 1000))
     step.add(Observe(x, backend.squares(1024)))
     step.add(Matmul(y, weight("Q8_0", 1024, 1024), x))
     step.finish(x)

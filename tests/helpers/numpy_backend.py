@@ -462,9 +462,9 @@ def threshold(p: NumpyProgram, op: rare_ops.Threshold) -> np.ndarray:
 
 def scale_adapters(p: NumpyProgram, op: rare_ops.ScaleAdapters) -> np.ndarray:
     seqs = np.concatenate([np.full(run.n_tokens, run.seq) for run in p.runs_of(op.x)])
-    adapters, widths, factors = zip(*op.columns, strict=True)
-    scales = np.repeat(op.scales.values[seqs][:, adapters].astype(p.backend.dtype), widths, axis=1)
-    return np.where(scales == 0, 0, p[op.x] * scales * np.repeat(factors, widths))
+    adapters, factors = zip(*op.columns, strict=True)
+    scales = op.scales.values[seqs][:, adapters].astype(p.backend.dtype)
+    return np.where(scales == 0, 0, p[op.x] * scales * np.array(factors))
 
 
 def softcap(x: np.ndarray, scale: float, cap: float) -> np.ndarray:

@@ -76,14 +76,10 @@ class Checkpoint:
     def open(cls, directory: Path, weights: bool = True) -> "Checkpoint":
         """Read config.json and, if `weights`, map the weights. GgufRunError if a file is missing or wrong."""
         _check_folder(directory, weights)
-        return cls(directory, read_config(directory), _read_weights(directory) if weights else {})
-
-
-def read_config(directory: Path) -> Config:
-    """Return the config.json of a folder."""
-    values = read_json(directory / "config.json")
-    text = values.get("text_config")
-    return Config(directory / "config.json", values | text if isinstance(text, dict) else values)
+        values = read_json(directory / "config.json")
+        text = values.get("text_config")
+        config = Config(directory / "config.json", values | text if isinstance(text, dict) else values)
+        return cls(directory, config, _read_weights(directory) if weights else {})
 
 
 def _check_folder(path: Path, weights: bool) -> None:

@@ -192,14 +192,11 @@ def test_adapter(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     write_peft(tmp_path / "tuned", {module: pair}, base_model_name_or_path=str(folder))
     result = run(tmp_path / "tuned", "--name", "sql")
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("sql-lora-auto.gguf: adapter of ")
-    with GGUFFile.open(tmp_path / "sql-lora-auto.gguf") as file:
+    assert result.stdout.splitlines()[-1].startswith(f"{tmp_path / 'sql-F16.gguf'}: ")
+    with GGUFFile.open(tmp_path / "sql-F16.gguf") as file:
         assert [*file.tensors] == ["blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b"]
-    for words, args in (
-        ("--dry-run is not for adapters", ["--dry-run"]),
-        ("--type Q4_0: an adapter can have auto, F16, BF16, F32", ["--type", "Q4_0"]),
-    ):
-        refusal = run(tmp_path / "tuned", *args)
-        assert (refusal.exit_code, words in refusal.output) == (2, True)
+    assert "to sql-BF16.gguf" in run(tmp_path / "tuned", "--name", "sql", "--type", "bf16", "--dry-run").stdout
+    refusal = run(tmp_path / "tuned", "--vocab-only")
+    assert (refusal.exit_code, "--vocab-only is for models" in refusal.output) == (2, True)
     refusal = run(folder, "--base", folder)
     assert (refusal.exit_code, "is for adapters" in refusal.output) == (2, True)

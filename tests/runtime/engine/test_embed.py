@@ -67,7 +67,7 @@ def test_what_embed_refuses(model: Model, folder: Path) -> None:
     with pytest.raises(GgufRunError, match="has the id 99999"):
         model.embed([[99999]])
     for call in (lambda: [*model.generate("the")], lambda: model.logits([1, 2]), lambda: model.generate_batch(["the"])):
-        with pytest.raises(GgufRunError, match="load it without embed=True"):
+        with pytest.raises(GgufRunError, match="a model for text without embed=True"):
             call()
     with (
         Model.load(folder / "text.gguf", device="cpu") as other,
@@ -90,6 +90,6 @@ def test_rank(folder: Path) -> None:
     assert found == pytest.approx((1 / (1 + np.exp(no - yes)))[:, 0], abs=1e-6)
     with (
         Model.load(folder / "first.gguf", device="cpu") as model,
-        pytest.raises(OptionError, match=r"the template tokenizer.chat_template.rerank"),
+        pytest.raises(OptionError, match=r"and tokenizer.chat_template.rerank"),
     ):
         model.rank("the", TEXTS)
