@@ -1,7 +1,6 @@
 """What is noted of a chosen token: its log-probability, and what mirostat and adaptive-p learn from it."""
 
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,16 +41,17 @@ class Choice(int):
             logprobs.append(self.logprob)
 
 
-def logprob_of(logits: NDArray[np.float32] | Candidates, id: int, n: int) -> TokenLogprob | None:
-    """Return the log-probabilities of a token and of the n most likely ones. None without all logits, f32[n_vocab]."""
+def logprob_of(
+    logits: NDArray[np.float32] | Candidates, id: int, n: int, log_sum: float | None = None
+) -> TokenLogprob | None:
+    """Return the log-probabilities of a token and of the n most likely ones. None without all logits, f32[n_vocab].
+
+    log_sum: log(sum(exp(logits))), if it is known.
+    """
     if isinstance(logits, Candidates):
         return None
-    most = float(logits.max())
-    total = most + math.log(np.exp(logits - most).sum(dtype=np.float64))
-    return logprob_with(logits, id, largest(logits, n) if n else (), total)
-
-
-def logprob_with(logits: NDArray[np.float32], id: int, top: Iterable[int], total: float) -> TokenLogprob:
-    """Return the log-probabilities of some tokens. top: the most likely ones. total: log(sum(exp(logits)))."""
-    found = tuple((int(other), float(logits[other]) - total) for other in top)
-    return TokenLogprob(id, float(logits[id]) - total, found)
+    if log_sum is None:
+        most = float(logits.max())
+        log_sum = most + math.log(np.exp(logits - most).sum(dtype=np.float64))
+    top = tuple((int(other), float(logits[other]) - log_sum) for other in (largest(logits, n) if n else ()))
+    return TokenLogprob(id, float(logits[id]) - log_sum, top)

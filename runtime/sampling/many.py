@@ -12,14 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.kernels_cpu.replay.team import Team
-from gguf_run.kernels_cpu.sampling.choose import BAD, BIAS, MOST_TOP, ROW, RowChooser
-from gguf_run.kernels_cpu.sampling.narrow import ids_in_order
-from gguf_run.runtime.sampling.choice import Choice, logprob_with
+from gguf_run.kernels_cpu.sampling.choose import BAD, BIAS, ROW, RowChooser
+from gguf_run.runtime.sampling.choice import Choice, logprob_of
 from gguf_run.runtime.sampling.filters import GREEDY
 from gguf_run.runtime.sampling.sampler import Sampler
 
 COMPILED = ("penalties", "top_k", "top_p", "min_p", "temperature")  # samplers of a compiled row, in this order
-LEAST_DIVISOR = 1e-3  # a lower temperature needs float64
 
 
 class Row(NamedTuple):
@@ -57,17 +55,13 @@ class ManySampler:
         if at := [i for i, one in enumerate(fields) if one]:
             table = np.frombuffer(bytearray().join(fields), ROW)
             table["logits"] = logits.ctypes.data + np.array(at) * logits.strides[0]
-            ids, log_sums, tops = self._run(table, [rows[i] for i in at])
-            for j, (i, id) in enumerate(zip(at, ids.tolist(), strict=True)):
-                chosen[i] = id
-                if rows[i].sampler.params.logprobs is not None and id != BAD:
-                    logprob = logprob_with(logits[i], id, ids_in_order(tops[j]), float(log_sums[j]))
-                    chosen[i] = Choice(id, logprob)
+            ids, log_sums = self._run(table, [rows[i] for i in at])
+            for i, id, log_sum in zip(at, ids.tolist(), log_sums.tolist(), strict=True):
+                n = rows[i].sampler.params.logprobs
+                chosen[i] = id if n is None or id == BAD else Choice(id, logprob_of(logits[i], id, n, log_sum))
         return [_alone(row, logits[i]) if chosen[i] == BAD else chosen[i] for i, row in enumerate(rows)]
 
-    def _run(
-        self, table: NDArray[np.void], rows: Sequence[Row]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+    def _run(self, table: NDArray[np.void], rows: Sequence[Row]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Fill in what differs from step to step, and run."""
         table["position"] = [row.sampler.state.n_past + len(row.drafts) for row in rows]
         table["mask"] = [0 if row.mask is None else self._checked(row.mask).ctypes.data for row in rows]
@@ -76,7 +70,7 @@ class ManySampler:
             n_before = len(recent)
             recent += [*rows[i].sampler.state.recent, *rows[i].drafts][-int(table["n_recent"][i]) :]
             table["recent"][i], table["n_recent"][i] = 4 * n_before, len(recent) - n_before
-        memory = np.array(recent, np.int32)
+        memory = np.minimum(np.array(recent, np.int32), self._n_vocab)
         table["recent"] += memory.ctypes.data
         return self._chooser.run(table)
 
@@ -103,8 +97,6 @@ def _pack(sampler: Sampler, n_vocab: int) -> _Packed:
         or sampler.selector is not None
         or params.logits_processors
         or (params.dynatemp_range > 0 and "temperature" in stages)
-        or (divisor < LEAST_DIVISOR and not is_greedy)
-        or (params.logprobs or 0) > MOST_TOP
         or max(params.logit_bias, default=0) >= n_vocab
     ):
         return _Packed(b"", biases)
@@ -114,10 +106,10 @@ def _pack(sampler: Sampler, n_vocab: int) -> _Packed:
         "n_recent": params.repeat_last_n if "penalties" in stages else 0,
         "seed": sampler.seed - (sampler.seed >> 63 << 64),  # the same bits, as an int64
         "top_k": 1 if is_greedy else min(params.top_k, n_vocab) if "top_k" in stages else 0,
-        "n_top": -1 if params.logprobs is None else params.logprobs,
+        "is_summed": params.logprobs is not None,
         "top_p": params.top_p if "top_p" in stages else 1.0,
         "log_min_p": math.log(params.min_p) if "min_p" in stages else -math.inf,
-        "temperature": 1.0 if is_greedy else min(divisor, 1e30),
+        "temperature": 1.0 if is_greedy else divisor,
         "repeat_penalty": params.repeat_penalty,
         "frequency_penalty": params.frequency_penalty,
         "presence_penalty": params.presence_penalty,
