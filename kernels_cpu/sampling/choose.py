@@ -15,22 +15,22 @@ from gguf_run.kernels_cpu.replay.team import Team
 from gguf_run.kernels_cpu.sampling.narrow import BLOCK, LOWEST
 
 if COMPILING:
-    from gguf_run.kernels_cpu.sampling.narrow import cut, sum_blocks, survey, weight_of
-    from gguf_run.kernels_cpu.vector.native import f32_at, i32_at, i64_at, pointer
+    from gguf_run.kernels_cpu.sampling.narrow import cut, sum_blocks, survey
+    from gguf_run.kernels_cpu.vector.native import f32_at, f64_at, i32_at, i64_at, pointer
 
 BAD = -1  # in place of an id: the logits are no numbers, or no token may come
 HIGHEST = np.float32(1e37)  # the largest logit that a penalty leaves
 
-BIAS = np.dtype([("id", "i8"), ("bias", "f8")])
 ROW = np.dtype(
     [
         (name, "i8")
         for name in (
             "logits",  # address of f32[n_vocab]
             "mask",  # address of uint32[n_vocab / 32]: a bit for each token that may come; 0: all may
-            "biases",  # address of BIAS[n_bias]
+            "bias_ids",  # address of int64[n_bias]
+            "biases",  # address of float64[n_bias], of these tokens
             "n_bias",
-            "recent",  # address of int32[n_recent]: the tokens that penalties look at, at most n_vocab
+            "recent",  # address of int32[n_recent], each at most n_vocab: the tokens that penalties look at
             "n_recent",
             "seed",  # the 64 bits
             "position",
@@ -50,9 +50,14 @@ class RowChooser:
     """Chooses tokens on the threads of a team."""
 
     def __init__(self, team: Team, n_vocab: int) -> None:
-        self._team, self._n_vocab = team, n_vocab
-        # For each token a key, a weight and a logit; for each block a sum and a maximum.
-        self._scratch = np.zeros((team.n_threads, (n_vocab // BLOCK + 1) * (20 * BLOCK + 16)), np.uint8)
+        self._team, self._n_vocab, nth, n_blocks = team, n_vocab, team.n_threads, n_vocab // BLOCK + 1
+        self._scratch = {
+            "x": np.zeros((nth, n_blocks * BLOCK), np.float32),  # the row, as it changes
+            "keys": np.zeros((nth, n_blocks * BLOCK), np.int64),  # see narrow.py
+            "weights": np.zeros((nth, n_blocks * BLOCK)),
+            "maxima": np.zeros((nth, n_blocks), np.float32),
+            "sums": np.zeros((nth, n_blocks)),
+        }
 
     def run(self, rows: NDArray[np.void]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Choose a token for each of ROW[n]. Return two arrays:
@@ -61,43 +66,46 @@ class RowChooser:
         log_sums float64[n]: log(sum(exp(logits))) of rows that want it.
         """
         ids, log_sums = np.empty(len(rows), np.int64), np.empty(len(rows))
-        places = {"rows": rows, "ids": ids, "log_sums": log_sums, "scratch": self._scratch}
+        places = {"rows": rows, "ids": ids, "log_sums": log_sums, **self._scratch}
         addresses = {name: array.ctypes.data for name, array in places.items()}
-        arguments = choose.bind(n_rows=len(rows), n_vocab=self._n_vocab, stride=self._scratch.shape[1], **addresses)
+        arguments = choose.bind(n_rows=len(rows), n_vocab=self._n_vocab, **addresses)
         self._team.run(np.array([[choose.compiled.address, arguments.ctypes.data]], np.int64))
         return ids, log_sums
 
 
-@op("n_rows rows n_vocab ids log_sums scratch stride")
+@op("n_rows rows n_vocab ids log_sums x keys weights maxima sums")
 def choose(args, piece, ith, nth):
     a = carray(args, 1)[0]
     if piece < 0:
         return a.n_rows
     row, n_blocks = carray(pointer(a.rows), a.n_rows, ROW)[piece], a.n_vocab // BLOCK + 1
-    room, keys_at = n_blocks * BLOCK, a.scratch + ith * a.stride
-    keys, weights, x = i64_at(keys_at, room), carray(pointer(keys_at + 8 * room), room, np.float64), keys_at + 16 * room
-    sums, maxima = carray(pointer(x + 4 * room), n_blocks, np.float64), x + 4 * room + 8 * n_blocks
-    values, old, id = f32_at(x, room), f32_at(row.logits, a.n_vocab), BAD
+    room = n_blocks * BLOCK
+    x, maxima = a.x + 4 * ith * room, a.maxima + 4 * ith * n_blocks
+    values, best, old = f32_at(x, room), f32_at(maxima, n_blocks), f32_at(row.logits, a.n_vocab)
+    keys, weights = i64_at(a.keys + 8 * ith * room, room), f64_at(a.weights + 8 * ith * room, room)
+    sums, id = f64_at(a.sums + 8 * ith * n_blocks, n_blocks), BAD
     for i in range(a.n_vocab):
         values[i] = old[i]
     for i in range(a.n_vocab, room):
         values[i] = -np.inf
-    most, lowest = survey(x, n_blocks, maxima), np.float32(LOWEST)
+    most, lowest = survey(x, maxima, best), np.float32(LOWEST)
     if row.is_summed and abs(most) < np.inf:
-        total = sum_blocks(x, n_blocks, maxima, most, 1.0, lowest, sums)
-        carray(pointer(a.log_sums), a.n_rows, np.float64)[piece] = most + math.log(total)
+        total = sum_blocks(x, values, best, most, 1.0, lowest, sums)
+        f64_at(a.log_sums, a.n_rows)[piece] = most + math.log(total)
     if (row.n_bias or row.n_recent or row.mask) and abs(most) < np.inf:
         _change(row, a.n_vocab, values, keys)
-        most = survey(x, n_blocks, maxima)
+        most = survey(x, maxima, best)
     if abs(most) < np.inf:
         low = lowest
         if row.top_k:
-            low = cut(x, n_blocks, maxima, most, np.inf, low, float(row.top_k), keys, weights)
+            low = cut(x, values, best, most, np.inf, low, float(row.top_k), sums, keys, weights)
         if row.top_p < 1:
-            total = sum_blocks(x, n_blocks, maxima, most, 1.0, low, sums)
-            low = cut(x, n_blocks, maxima, most, 1.0, low, row.top_p * total, keys, weights)
+            total = sum_blocks(x, values, best, most, 1.0, low, sums)
+            # All logits below this one have less than 1 - top_p together.
+            low = max(low, most + np.float32(math.log((1 - row.top_p) * total / room)))
+            low = cut(x, values, best, most, 1.0, low, row.top_p * total, sums, keys, weights)
         low = max(low, most + np.float32(row.log_min_p))
-        total = sum_blocks(x, n_blocks, maxima, most, row.temperature, low, sums)
+        total = sum_blocks(x, values, best, most, row.temperature, low, sums)
         id = _draw(values, sums, most, row.temperature, low, uniform(row.seed, row.position, np.int64(0)) * total)
     i64_at(a.ids, a.n_rows)[piece] = id
     return 0
@@ -106,14 +114,15 @@ def choose(args, piece, ith, nth):
 @njit
 def _change(row, n_vocab, values, counts):
     """Add the biases, forbid what is masked, penalize recent tokens. counts: int64[len(values)], for use here."""
-    biases = carray(pointer(row.biases), row.n_bias, BIAS)
+    bias_ids, biases = i64_at(row.bias_ids, row.n_bias), f64_at(row.biases, row.n_bias)
     for i in range(row.n_bias):
-        values[biases[i].id] += np.float32(biases[i].bias)
+        values[bias_ids[i]] += np.float32(biases[i])
     if row.mask:
         mask = i32_at(row.mask, (n_vocab + 31) // 32)
-        for i in range(n_vocab):
-            if not (mask[i >> 5] >> (i & 31)) & 1:
-                values[i] = -np.inf
+        for word in range(len(mask)):
+            for i in range(32 * word, 32 * word + 32):
+                if not (mask[word] >> (i & 31)) & 1:
+                    values[i] = -np.inf
     recent = i32_at(row.recent, row.n_recent)
     for id in recent:
         counts[id] = 0
@@ -125,7 +134,7 @@ def _change(row, n_vocab, values, counts):
         if counts[id] and value > -np.inf:
             value = value / repeat if value > 0 else value * repeat
             value -= np.float32(counts[id]) * np.float32(row.frequency_penalty) + presence
-            values[id] = min(max(value, -HIGHEST), HIGHEST)
+            values[id] = value if abs(value) <= HIGHEST else math.copysign(HIGHEST, value)
         counts[id] = 0
 
 
@@ -137,7 +146,7 @@ def _draw(values, sums, most, temperature, low, wanted):
         sum += sums[block]
         block += 1
     for id in range(block * BLOCK, (block + 1) * BLOCK):
-        weight = weight_of(values[id], most, temperature) if values[id] >= low else 0.0
+        weight = math.exp((np.float64(values[id]) - most) / temperature) if values[id] >= low else 0.0
         if weight > 0 and sum <= wanted:  # rounding may lead behind the last one
             chosen = id
             sum += weight

@@ -60,7 +60,10 @@ class Sampler:
             from gguf_run.runtime.sampling.choice import Choice
 
             for choice in (id for id in ids if isinstance(id, Choice)):
-                choice.note(self.selector, self.logprobs)
+                if self.selector is not None:
+                    self.selector.chosen(choice.probability)
+                if choice.logprob is not None:
+                    self.logprobs.append(choice.logprob)
 
     def sample(
         self,
@@ -98,11 +101,12 @@ class Sampler:
         i = _draw(candidates, uniform(state.seed, state.n_past)) if len(candidates.logits) > 1 else 0
         if seen is None and params.logprobs is None:
             return candidates.id(i)
-        from gguf_run.runtime.sampling.choice import Choice, logprob_of
+        from gguf_run.runtime.sampling.choice import Choice
 
-        id = candidates.id(i)
-        logprob = None if params.logprobs is None else logprob_of(logits, id, params.logprobs)
-        return Choice(id, logprob, 0.0 if seen is None else float(seen[i]))
+        id, n = candidates.id(i), params.logprobs
+        choice = Choice(id) if n is None or isinstance(logits, Candidates) else Choice.of(logits, id, n)
+        choice.probability = 0.0 if seen is None else float(seen[i])
+        return choice
 
 
 def _stages(params: SamplingParams) -> Sequence[SamplerKind]:
