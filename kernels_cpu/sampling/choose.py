@@ -35,13 +35,21 @@ ROW = np.dtype(
             "seed",  # the 64 bits
             "position",
             "top_k",  # 0: off; 1: the most likely token
-            "is_summed",  # whether log(sum(exp(logits))) is wanted
+            "is_summed",  # whether log_sum is wanted
+            "id",  # result: the chosen token, BAD if the row has no choice
         )
     ]
-    # log_min_p: -inf is off. top_p: 1 is off.
     + [
         (name, "f8")
-        for name in ("top_p", "log_min_p", "temperature", "repeat_penalty", "frequency_penalty", "presence_penalty")
+        for name in (
+            "top_p",  # 1: off
+            "log_min_p",  # -inf: off
+            "temperature",
+            "repeat_penalty",
+            "frequency_penalty",
+            "presence_penalty",
+            "log_sum",  # result: log(sum(exp(logits)))
+        )
     ]
 )
 
@@ -51,7 +59,7 @@ class RowChooser:
 
     def __init__(self, team: Team, n_vocab: int) -> None:
         self._team, self._n_vocab, nth, n_blocks = team, n_vocab, team.n_threads, n_vocab // BLOCK + 1
-        self._scratch = {
+        self._scratch: dict[str, NDArray[np.generic]] = {
             "x": np.zeros((nth, n_blocks * BLOCK), np.float32),  # the row, as it changes
             "keys": np.zeros((nth, n_blocks * BLOCK), np.int64),  # see narrow.py
             "weights": np.zeros((nth, n_blocks * BLOCK)),
@@ -59,21 +67,14 @@ class RowChooser:
             "sums": np.zeros((nth, n_blocks)),
         }
 
-    def run(self, rows: NDArray[np.void]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Choose a token for each of ROW[n]. Return two arrays:
-
-        ids int64[n]: BAD where a row has no choice.
-        log_sums float64[n]: log(sum(exp(logits))) of rows that want it.
-        """
-        ids, log_sums = np.empty(len(rows), np.int64), np.empty(len(rows))
-        places = {"rows": rows, "ids": ids, "log_sums": log_sums, **self._scratch}
-        addresses = {name: array.ctypes.data for name, array in places.items()}
-        arguments = choose.bind(n_rows=len(rows), n_vocab=self._n_vocab, **addresses)
+    def run(self, rows: NDArray[np.void]) -> None:
+        """Choose a token for each of ROW[n]."""
+        places = {name: array.ctypes.data for name, array in self._scratch.items()}
+        arguments = choose.bind(n_rows=len(rows), rows=rows.ctypes.data, n_vocab=self._n_vocab, **places)
         self._team.run(np.array([[choose.compiled.address, arguments.ctypes.data]], np.int64))
-        return ids, log_sums
 
 
-@op("n_rows rows n_vocab ids log_sums x keys weights maxima sums")
+@op("n_rows rows n_vocab x keys weights maxima sums")
 def choose(args, piece, ith, nth):
     a = carray(args, 1)[0]
     if piece < 0:
@@ -83,15 +84,15 @@ def choose(args, piece, ith, nth):
     x, maxima = a.x + 4 * ith * room, a.maxima + 4 * ith * n_blocks
     values, best, old = f32_at(x, room), f32_at(maxima, n_blocks), f32_at(row.logits, a.n_vocab)
     keys, weights = i64_at(a.keys + 8 * ith * room, room), f64_at(a.weights + 8 * ith * room, room)
-    sums, id = f64_at(a.sums + 8 * ith * n_blocks, n_blocks), BAD
+    sums = f64_at(a.sums + 8 * ith * n_blocks, n_blocks)
+    row.id = BAD
     for i in range(a.n_vocab):
         values[i] = old[i]
     for i in range(a.n_vocab, room):
         values[i] = -np.inf
     most, lowest = survey(x, maxima, best), np.float32(LOWEST)
     if row.is_summed and abs(most) < np.inf:
-        total = sum_blocks(x, values, best, most, 1.0, lowest, sums)
-        f64_at(a.log_sums, a.n_rows)[piece] = most + math.log(total)
+        row.log_sum = most + math.log(sum_blocks(x, values, best, most, 1.0, lowest, sums))
     if (row.n_bias or row.n_recent or row.mask) and abs(most) < np.inf:
         _change(row, a.n_vocab, values, keys)
         most = survey(x, maxima, best)
@@ -106,8 +107,7 @@ def choose(args, piece, ith, nth):
             low = cut(x, values, best, most, 1.0, low, row.top_p * total, sums, keys, weights)
         low = max(low, most + np.float32(row.log_min_p))
         total = sum_blocks(x, values, best, most, row.temperature, low, sums)
-        id = _draw(values, sums, most, row.temperature, low, uniform(row.seed, row.position, np.int64(0)) * total)
-    i64_at(a.ids, a.n_rows)[piece] = id
+        row.id = _draw(values, sums, most, row.temperature, low, uniform(row.seed, row.position, np.int64(0)) * total)
     return 0
 
 

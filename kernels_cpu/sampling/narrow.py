@@ -84,7 +84,7 @@ def sum_blocks(x, values, best, most, temperature, low, sums):
 def cut(x, values, best, most, temperature, low, wanted, sums, keys, weights):
     """Find the fewest largest logits, of those from `low` up, whose weights together reach `wanted`.
 
-    Return the smallest of them. Those that equal it, but are not among them, become -inf. Overwrites sums, keys, weights.
+    Return the smallest of them. The others that equal it become -inf. Overwrites sums, keys, weights.
     """
     high, above, none = most, 0.0, np.int64(0)
     # The maxima are some of the logits. If they reach `wanted`, no logit is needed that is less than their last.

@@ -54,8 +54,8 @@ class ManySampler:
             table["logits"] = logits.ctypes.data + np.array(at) * logits.strides[0]
             recent = self._fill(table, [rows[i] for i in at])
             table["recent"] += recent.ctypes.data
-            ids, log_sums = self._chooser.run(table)
-            for i, id, log_sum in zip(at, ids.tolist(), log_sums.tolist(), strict=True):
+            self._chooser.run(table)
+            for i, id, log_sum in zip(at, table["id"].tolist(), table["log_sum"].tolist(), strict=True):
                 n = rows[i].sampler.params.logprobs
                 chosen[i] = id if n is None or id == BAD else Choice.of(logits[i], id, n, log_sum)
         return [_alone(row, logits[i]) if chosen[i] == BAD else chosen[i] for i, row in enumerate(rows)]

@@ -2,9 +2,9 @@
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +20,6 @@ if TYPE_CHECKING:
     from gguf_run.runtime.sampling.select import AdaptiveP, Mirostat
 
 Function = Callable[[Candidates, SamplingParams, State], Candidates]
-
-_FILTERS: Mapping[str, Function] = {
-    "top_k": filters.top_k,
-    "top_p": filters.top_p,
-    "min_p": filters.min_p,
-    "temperature": filters.temperature,
-}
 
 
 class Sampler:
@@ -132,8 +125,8 @@ def _is_greedy(params: SamplingParams) -> bool:
 
 def function(name: str) -> Function:
     """Return the function of a sampler. Those that are off by default are imported when they are on."""
-    if name in _FILTERS:
-        return _FILTERS[name]
+    if found := vars(filters).get(name):
+        return cast(Function, found)
     from gguf_run.runtime.sampling.history import dry, penalties
     from gguf_run.runtime.sampling.uncommon import top_n_sigma, typical, xtc
 
