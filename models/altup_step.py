@@ -5,13 +5,11 @@ Beside attention, each layer has a product of low rank (Laurel). The ffn of some
 
 import numpy as np
 
-from gguf_run.models import gemma_step, made_weights, ops, rare_ops, step
-from gguf_run.models.config import ModelConfig
+from gguf_run.models import gemma_step, made_weights, ops, rare_ops
 from gguf_run.models.kv_cache import CacheLayer
 from gguf_run.models.operands import Buffer
 from gguf_run.models.ops import Cache, Experts, Squares, State, Table, Vector, Weight
 from gguf_run.models.per_layer import AltUp
-from gguf_run.models.weights import Loader
 
 _LEAST = 1e-5  # mean square that a stream is scaled by at most
 
@@ -19,15 +17,10 @@ _LEAST = 1e-5  # mean square that a stream is scaled by at most
 class Step(gemma_step.Step[Table, Weight, Vector, Cache, Experts, Squares, State]):
     """step.Step of these models. x is the first stream while a layer computes it."""
 
-    def __init__(
-        self,
-        load: Loader[Table, Weight, Vector, Cache, Experts, Squares, State],
-        config: ModelConfig,
-        observed: list[step.Observed] | None,
-    ) -> None:
-        assert config.altup is not None
-        self._altup: AltUp = config.altup
-        super().__init__(load, config, observed)
+    @property
+    def _altup(self) -> AltUp:
+        assert self.config.altup is not None
+        return self.config.altup
 
     def name_buffers(self, *, outputs: bool) -> None:
         super().name_buffers(outputs=outputs)
@@ -87,10 +80,8 @@ class Step(gemma_step.Step[Table, Weight, Vector, Cache, Experts, Squares, State
         self.norm(first, f"{block}attn_norm", self.x, residual=self.x)
         self.norm(self._sum, f"{block}laurel_post_norm", self.x, residual=self.x)
 
-    def attend(
-        self, il: int, cache: CacheLayer[Cache, State], qkv: Buffer | None = None, gate: Buffer | None = None
-    ) -> None:
-        super().attend(il, cache, qkv, gate)
+    def attend(self, il: int, cache: CacheLayer[Cache, State]) -> None:
+        super().attend(il, cache)
         self.add(rare_ops.Softcap(self.x, 0.5**0.5, 0.0))
 
     def gated(self, il: int, h: Buffer) -> Buffer:
