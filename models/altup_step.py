@@ -10,6 +10,7 @@ from gguf_run.models.kv_cache import CacheLayer
 from gguf_run.models.operands import Buffer
 from gguf_run.models.ops import Cache, Experts, Squares, State, Table, Vector, Weight
 from gguf_run.models.per_layer import AltUp
+from gguf_run.models.step import buffer
 
 _LEAST = 1e-5  # mean square that a stream is scaled by at most
 
@@ -24,14 +25,11 @@ class Step(gemma_step.Step[Table, Weight, Vector, Cache, Experts, Squares, State
 
     def name_buffers(self, *, outputs: bool) -> None:
         super().name_buffers(outputs=outputs)
-        end, n, altup = "_out" if outputs else "", self.config.n_embd, self._altup
-
-        def buffer(name: str, width: int) -> Buffer:
-            return Buffer.whole(f"{name}{end}", width, outputs=outputs)
-
-        self._streams, self._predicted = buffer("streams", n * altup.n_stream), buffer("predicted", n * altup.n_stream)
-        self._modes, self._coef = buffer("modes", altup.n_stream), buffer("coef", altup.n_stream**2)
-        self._laurel, self._wide = buffer("laurel", altup.n_laurel), buffer("wide", 2 * self.config.n_ff)
+        n, n_stream = self.config.n_embd, self._altup.n_stream
+        self._streams, self._predicted = (buffer(name, n * n_stream, outputs) for name in ("streams", "predicted"))
+        self._modes, self._coef = buffer("modes", n_stream, outputs), buffer("coef", n_stream**2, outputs)
+        self._laurel = buffer("laurel", self._altup.n_laurel, outputs)
+        self._wide = buffer("wide", 2 * self.config.n_ff, outputs)
 
     def only_outputs(self) -> None:
         predicted = self._predicted

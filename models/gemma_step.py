@@ -17,13 +17,11 @@ class Step(step.Step[Table, Weight, Vector, Cache, Experts, Squares, State]):
 
     def name_buffers(self, *, outputs: bool) -> None:
         super().name_buffers(outputs=outputs)
-        config, end = self.config, "_out" if outputs else ""
+        config = self.config
         if not outputs:
             self._ple = Buffer.whole("ple", config.n_ple * config.n_layer)
-        self._gate_in = Buffer.whole(f"ple_gate{end}", config.n_ple, outputs=outputs)
-        self._sum, self._dense = (
-            Buffer.whole(f"{name}{end}", config.n_embd, outputs=outputs) for name in ("sum", "dense")
-        )
+        self._gate_in = step.buffer("ple_gate", config.n_ple, outputs)
+        self._sum, self._dense = (step.buffer(name, config.n_embd, outputs) for name in ("sum", "dense"))
 
     def embed(self) -> None:
         """x = embeddings of the tokens; ple = their embeddings for all layers, times sqrt(P / 2)"""
