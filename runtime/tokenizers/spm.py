@@ -27,7 +27,7 @@ from gguf_run.runtime.tokenizers.vocab import (
 
 DEFAULTS = Defaults(add_bos=True, bos=1, eos=2, unknown=0)
 
-_SPACE = "▁"  # how a space is spelled in tokens
+SPACE = "▁"  # how a space is spelled in tokens
 
 _LINE = re.compile(r"\n+|[^\n]+")
 
@@ -49,7 +49,7 @@ class SpmPieces:
     def piece(self, id: int) -> bytes:
         token, type = self.vocab.tokens[id], self.vocab.types[id]
         if type == NORMAL:
-            return token.replace(_SPACE, " ").encode()
+            return token.replace(SPACE, " ").encode()
         if type == BYTE:
             return bytes([_byte_value(token)])
         return b""
@@ -106,7 +106,7 @@ class SpmEncoder(SpmPieces):
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        text = text.replace(" ", _SPACE) if self._escapes_spaces else text
+        text = text.replace(" ", SPACE) if self._escapes_spaces else text
         self._n_encoded += len(text)
         for word in self._words(text):
             ids += self._word_ids[word]
@@ -126,11 +126,11 @@ class SpmEncoder(SpmPieces):
         """
         tokens = list(self._joined())
         joined = "\0".join(tokens)
-        inner = {before[-1] for before in joined.split(_SPACE)[:-1] if before}
+        inner = {before[-1] for before in joined.split(SPACE)[:-1] if before}
         if joined.count("\0") < len(tokens):
             inner.discard("\0")  # no token holds it: it only stands between tokens here
-        goes_on = f"(?:(?<=[{re.escape(''.join(sorted(inner)))}]){_SPACE}+[^{_SPACE}]*)*" if inner else ""
-        return re.compile(f"{_SPACE}*[^{_SPACE}]+{goes_on}|{_SPACE}+")
+        goes_on = f"(?:(?<=[{re.escape(''.join(sorted(inner)))}]){SPACE}+[^{SPACE}]*)*" if inner else ""
+        return re.compile(f"{SPACE}*[^{SPACE}]+{goes_on}|{SPACE}+")
 
     def _encode_word(self, word: str) -> list[int]:
         ids = self.vocab.ids
