@@ -45,17 +45,9 @@ _SAMPLING = (
     "mirostat_tau", "mirostat_eta",
 )  # fmt: skip
 _OTHERS = (
-    "max_tokens",
-    "logprobs",
-    "echo",
-    "stream",
-    "stop",
-    "seed",
-    "model",
-    "logits_processor",
-    "logit_bias",
+    "max_tokens", "logprobs", "echo", "stream", "stop", "seed", "model", "logits_processor", "logit_bias",
     "mirostat_mode",
-)
+)  # fmt: skip
 
 
 class Llama:
