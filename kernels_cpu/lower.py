@@ -7,11 +7,10 @@ import numpy as np
 
 from gguf_run.kernels_cpu.attention import sizes as tiles
 from gguf_run.kernels_cpu.attention.append import append
-from gguf_run.kernels_cpu.attention.attention import attend
+from gguf_run.kernels_cpu.attention.attention import attend, merge
 from gguf_run.kernels_cpu.attention.cache import CpuCache
 from gguf_run.kernels_cpu.attention.cache_rows import filled, scratch_bytes
 from gguf_run.kernels_cpu.attention.cache_types import format_id
-from gguf_run.kernels_cpu.attention.merge import merge
 from gguf_run.kernels_cpu.int8_forms import CpuOp, CpuVector, Quantize, with_int8
 from gguf_run.kernels_cpu.matmul.gated import SCRATCH_BYTES, matmul_gated
 from gguf_run.kernels_cpu.matmul.matmul import ONE_HEAD, matmul

@@ -26,8 +26,7 @@ from gguf_run.runtime.load.cache_plan import plan_cache
 from gguf_run.runtime.load.describe import describe_plan
 from gguf_run.runtime.load.fit import place, plan_lines
 from gguf_run.runtime.load.memory import MemoryPlan
-from gguf_run.runtime.load.options import DEFAULT_N_CTX, LoadOptions
-from gguf_run.runtime.load.placement import Device
+from gguf_run.runtime.load.options import DEFAULT_N_CTX, Device, LoadOptions
 
 SHOWN_ITEMS = 8  # items of an array
 

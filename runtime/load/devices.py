@@ -6,8 +6,7 @@ from typing import Any
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.load.fit import holds_all, most_layers, place, plan_lines
 from gguf_run.runtime.load.memory import MemoryPlan
-from gguf_run.runtime.load.options import Wanted
-from gguf_run.runtime.load.placement import Device, Placement
+from gguf_run.runtime.load.options import Device, Placement, Wanted
 
 
 def open_gpus(wanted: Wanted, report: Callable[[str], None]) -> dict[Device, Any]:

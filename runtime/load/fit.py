@@ -19,8 +19,7 @@ from gguf_run.models.pages import pages_stored
 from gguf_run.runtime.load.advice import largest_context
 from gguf_run.runtime.load.cache_plan import state_bytes
 from gguf_run.runtime.load.memory import N_OUTPUTS, MemoryNeed, MemoryPlan, WeightSizes
-from gguf_run.runtime.load.options import Wanted
-from gguf_run.runtime.load.placement import CPU, Device, Placement, cpu_only
+from gguf_run.runtime.load.options import CPU, Device, Placement, Wanted, cpu_only
 from gguf_run.runtime.terminal.text import size_text
 
 # Bytes of a GPU that stay free: for compiled kernels, captured graphs, libraries and what the allocator rounds up.

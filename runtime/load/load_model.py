@@ -25,8 +25,7 @@ from gguf_run.runtime.load.cache_plan import cells_in, plan_cache
 from gguf_run.runtime.load.machine import available_memory, default_threads, driver_there
 from gguf_run.runtime.load.memory import MemoryPlan
 from gguf_run.runtime.load.open_model import open_model
-from gguf_run.runtime.load.options import DEFAULT_N_CTX, LoadOptions, Wanted
-from gguf_run.runtime.load.placement import CPU, Device, Placement, cpu_only
+from gguf_run.runtime.load.options import CPU, DEFAULT_N_CTX, Device, LoadOptions, Placement, Wanted, cpu_only
 
 if TYPE_CHECKING:
     from gguf_run.kernels_cpu.backend import CpuBackend

@@ -35,7 +35,7 @@ from gguf_run.models.stages import page_tables
 from gguf_run.runtime.load.cache_plan import plan_cache
 from gguf_run.runtime.load.fit import fit, gpu_sizes, needed
 from gguf_run.runtime.load.memory import MemoryPlan
-from gguf_run.runtime.load.placement import CPU, Device
+from gguf_run.runtime.load.options import CPU, Device
 
 __all__ = ["fast_dots", "pytestmark"]
 LLAMA = Tiny(n_layer=1, n_embd=64, n_head=2, n_head_kv=1, n_ff=32, type="Q8_0", biases=ALL_BIASES)

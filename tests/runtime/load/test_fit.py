@@ -21,8 +21,7 @@ from gguf_run.runtime.load.fit import MARGIN, GpuSizes, fit, gpu_sizes, place
 from gguf_run.runtime.load.load_model import tries_gpus
 from gguf_run.runtime.load.machine import driver_there
 from gguf_run.runtime.load.memory import MemoryPlan, WeightSizes
-from gguf_run.runtime.load.options import Wanted
-from gguf_run.runtime.load.placement import CPU, Device, Placement
+from gguf_run.runtime.load.options import CPU, Device, Placement, Wanted
 
 GPU = [Device("cuda", i) for i in range(3)]
 

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 
 from gguf_run.formats.errors import OptionError
-from gguf_run.runtime.load.options import LoadOptions, Wanted
-from gguf_run.runtime.load.placement import CPU, Device
+from gguf_run.runtime.load.options import CPU, Device, LoadOptions, Wanted
 
 GPU = [Device("cuda", i) for i in range(3)]
 
