@@ -73,15 +73,13 @@ class Ours:
     @staticmethod
     def _reply(request: Request) -> Reply:
         tokenizer: Any = SimpleNamespace(piece=lambda id, skip_special: b" a")  # each token is an event, as there
-        return Reply(request.ids, Sampler(request.sampling), TokenStream(tokenizer, True), None, frozenset(), None)
+        return Reply(
+            request.ids, Sampler(request.sampling), TokenStream(tokenizer, True), None, frozenset(), request.max_tokens
+        )
 
     async def stream(self, ids: Sequence[int], n: int) -> AsyncIterator[int]:
-        n_seen = 0
-        async for piece in self.engine.add(Request(ids, SamplingParams(seed=1), n + 1)):
-            n_seen += len(piece.ids)
+        async for piece in self.engine.add(Request(ids, SamplingParams(seed=1), n)):
             yield len(piece.ids)
-            if n_seen >= n:
-                return
 
     def close(self) -> None:
         self.engine.close(self.decoder.close)
@@ -190,15 +188,16 @@ async def _decode_speed(source: Source, n_seq: int, n: int) -> float:
 def _bare_speed(ours: Ours, n_seq: int, n: int) -> float:
     """Return the tokens per second of the decoder alone."""
     decoder = ours.decoder
-    for seq in range(n_seq):
-        decoder.cache.clear(seq)
-        decoder.step({seq: _random(32)})
     rows = [dict(enumerate([id] for id in _random(n_seq))) for _ in range(n + 1)]
-    decoder.step(rows.pop())
-    start = time.perf_counter()
-    for row in rows:
-        decoder.step(row)
-    return n * n_seq / (time.perf_counter() - start)
+    with ours.engine.working():
+        for seq in range(n_seq):
+            decoder.cache.clear(seq)
+            decoder.step({seq: _random(32)})
+        decoder.step(rows.pop())
+        start = time.perf_counter()
+        for row in rows:
+            decoder.step(row)
+        return n * n_seq / (time.perf_counter() - start)
 
 
 async def _decode(source: Source, numbers: Sequence[int], n: int, repeat: int) -> str:
