@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from numpy import float32
     from numpy.typing import NDArray
 
+    from gguf_run.models.adapter_scales import AdapterScales
     from gguf_run.models.kv_cache import KvCache
 
 MIN_CHUNK = 16  # tokens of a prompt that run together at least
@@ -29,9 +30,9 @@ class Row:
 class Rows:
     """All sequences of a cache. A job that ends or is preempted leaves its row parked: tokens and pages stay."""
 
-    def __init__(self, cache: "KvCache", is_fixed: bool) -> None:
-        """is_fixed: only whole pages are reused."""
-        self.cache, self._is_fixed = cache, is_fixed
+    def __init__(self, cache: "KvCache", scales: "AdapterScales | None", is_fixed: bool) -> None:
+        """scales: of the adapters, for each row. is_fixed: only whole pages are reused."""
+        self.cache, self._scales, self._is_fixed = cache, scales, is_fixed
         self.all = [Row(i) for i in range(cache.n_seq)]
         self.n_steps = self.n_preempted = 0
         self.last = 0  # the row that was used last
@@ -84,6 +85,8 @@ class Rows:
             n = self.cache.adopt(row.number, job.ids, root, parts=parts)
         row.job, job.row, self.last = job, row.number, row.number
         row.cut = NO_CUT
+        if self._scales is not None:
+            self._scales.set(row.number, job.request.adapters)
         job.n_reused = n + len(job.cut.ids) if job.n_reused < 0 else job.n_reused
         return True
 

@@ -52,6 +52,7 @@ class LoadedModel:
     download_s: float = 0.0  # seconds that it took to find or to download the file
     identity: "Callable[[], SessionHeader] | None" = None  # makes the header of a session; None: no sessions
     many: "Callable[[], ManySampler] | None" = None  # makes what samples many rows, on the threads of the CPU
+    deterministic: bool = False  # see LoadOptions
     tuning: str = ""  # how the kernels were fitted to this CPU, for people
     close: Sequence[Callable[[], None]] = ()  # called at the end, to free what the decoder does not own
 
@@ -149,6 +150,7 @@ def _load(
         where=", ".join(f"{n} layer{'s' * (n > 1)} on {backends[device].name}" for device, n in layers.items()),
         about=partial(_described, "about", file),
         identity=partial(_described, "identity", file, plan.cache, placement.n_gpu, options.lora),
+        deterministic=options.deterministic,
         many=partial(_many_sampler, backends.get(CPU), n_threads, plan.config.n_vocab),
         close=[*(backend.close for backend in backends.values()), file.close],
     )
