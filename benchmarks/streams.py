@@ -73,7 +73,7 @@ def _arrival(streams: _Streams, n_prompt: int) -> None:
     ratio = (time.perf_counter() - start) / wait
     click.echo(
         f"a prompt of {n_prompt} tokens arrives: gap {1000 * max(gaps):.0f} ms, median {1000 * np.median(gaps):.0f}, "
-        f"before {1000 * max(before):.0f}; first token after {ratio * wait:.2f} s, alone {wait:.2f} s, ratio {ratio:.2f}"
+        f"before {1000 * max(before):.0f}; first token after {ratio * wait:.2f} s, alone {wait:.2f} s ({ratio:.2f} x)"
     )
     streams.reset(stream, newcomer)
 

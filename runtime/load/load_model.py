@@ -110,18 +110,12 @@ def _load(
     with ThreadPoolExecutor(1) as pool, compiling, _gpu_errors(gpus):
         text = pool.submit(_load_text, file)  # beside the weights, which are repacked without the GIL
         from gguf_run.kernels_cpu.backend import CpuBackend
-        from gguf_run.models.decoder import Decoder
 
-        make: type[Decoder] = Decoder
-        if options.embed or (plan.config.pooling is not None and plan.config.pooling.is_only):
-            from gguf_run.models.embedder import Embedder
-
-            make = Embedder
         backends: dict[Device, Any] = dict(gpus)
         try:
             if CPU in placement.devices:
                 backends[CPU] = CpuBackend(n_threads, deterministic=options.deterministic)
-            decoder = make(
+            decoder = _decoder_class(plan.config, options)(
                 plan.config,
                 file.tensors,
                 [backends[device] for device in placement.layers],
@@ -155,6 +149,16 @@ def _load(
         close=[*(backend.close for backend in backends.values()), file.close],
     )
     return replace(loaded, tuning=tune(backends[CPU])) if computes else loaded
+
+
+def _decoder_class(config: ModelConfig, options: LoadOptions) -> "type[Decoder]":
+    if options.embed or (config.pooling is not None and config.pooling.is_only):
+        from gguf_run.models.embedder import Embedder
+
+        return Embedder
+    from gguf_run.models.decoder import Decoder
+
+    return Decoder
 
 
 def tuned(sizes: Collection[tuple[str, int]], n_threads: int | None) -> "tuple[int, Callable[[CpuBackend], str]]":
