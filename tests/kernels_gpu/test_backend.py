@@ -95,7 +95,7 @@ def test_tiny_models(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         one.rewind(11)
         values, ids = one.top(IDS[11:], 3)
         assert ids is not None
-        assert np.array_equal(values, singles[0][0, ids])
+        assert np.array_equal(values, singles[0][:, ids])
         assert np.array_equal(ids, np.argsort(-singles[0][0], kind="stable")[:3])
         assert one.n_past == 12
 
