@@ -51,7 +51,7 @@ class Rows:
     def chunk(self, job: Job, most: int) -> int:
         """Return how many of at most `most` tokens run next. 0: the logits after the last one are known.
 
-        A part of a prompt ends with a page if that is near. Later texts find the states of recurrent layers only there.
+        A part of a prompt ends with a page where states are kept: later texts find the states only there.
         """
         cache, slot = self.cache, self.cache.slots[job.row]
         if slot.n_past == cache.n_ctx and self.n_left(job):
@@ -65,8 +65,7 @@ class Rows:
         if self._is_fixed:
             return min(n, PAGE - slot.n_past % PAGE)
         n_whole = (slot.n_past + n) // PAGE * PAGE - slot.n_past
-        is_near = n_whole > 0 if cache.has_states else n < n_left and n_whole >= max(MIN_CHUNK, n // 2)
-        return n_whole if is_near else n
+        return n_whole if cache.has_states and n_whole > 0 else n
 
     def place(self, job: Job) -> bool:
         """Give a job a row, with as many of its tokens as are known. Return whether there was one."""

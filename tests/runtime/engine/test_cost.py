@@ -50,6 +50,19 @@ def test_it_follows_a_machine_that_slows_down() -> None:
         assert model.predict(4, 20, 100) == pytest.approx(factor * 88, rel=0.05)
 
 
+def test_parts_are_smaller_while_the_machine_is_slow() -> None:
+    """Another program takes half of the machine for some steps: three steps later they are within the time again."""
+    model, took = CostModel(), []
+    for i in range(100):
+        factor = 2 if 60 <= i < 80 else 1
+        n = model.chunk(100 - model.predict(3, 0, 3000), 1000)
+        took.append(factor * ms((20, 2, 3, 0.2), 3, n, 3000 + n * (1000 + n / 2)))
+        model.measure(3, n, 3000 + n * (1000 + n / 2), took[-1])
+    assert max(took[20:60]) < 110 and 170 < took[60] < 210
+    assert max(took[63:80]) < 115
+    assert 85 < min(took[90:]) and max(took[90:]) < 110
+
+
 def test_parts_grow_step_by_step() -> None:
     """A fit from few steps is not trusted far beyond them."""
     model, sizes = CostModel(), []
