@@ -29,6 +29,7 @@ class LoadKeywords(TypedDict, total=False):
     cache_rotation: bool | None
     cache_scales: str | os.PathLike[str] | None
     lora: "tuple[Lora, ...] | list[Lora]"
+    speculate: bool
     quantize: str | None
     embed: bool
     observe: bool

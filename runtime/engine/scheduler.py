@@ -24,10 +24,11 @@ class Scheduler:
         self._rows, self._n_batch, self._max_step_ms, self._clock = rows, n_batch, max_step_ms, clock
         self._planned = 0, 0, 0.0  # the last step, for the cost model
 
-    def measured(self, ms: float) -> None:
-        """Learn how long the planned step took, if one was planned since."""
-        if self._planned[0] or self._planned[1]:
-            self.cost.measure(*self._planned, ms)
+    def measured(self, ms: float, n_guessed: int) -> None:
+        """Learn how long the planned step took, if one was planned since. n_guessed: tokens that ran besides."""
+        n_answers, n_prompt, n_read = self._planned
+        if n_answers or n_prompt:
+            self.cost.measure(n_answers + n_guessed, n_prompt, n_read, ms)
         self._planned = 0, 0, 0.0
 
     def plan(self, wanted: Sequence[Job], jobs: Sequence[Job]) -> dict[Job, int]:

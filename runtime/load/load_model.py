@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gguf_run.kernels_cpu.backend import CpuBackend
     from gguf_run.models.decoder import Decoder
     from gguf_run.runtime.engine.session_file import SessionHeader
+    from gguf_run.runtime.engine.speculation import Speculation
     from gguf_run.runtime.sampling.many import ManySampler
     from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
@@ -52,6 +53,7 @@ class LoadedModel:
     download_s: float = 0.0  # seconds that it took to find or to download the file
     identity: "Callable[[], SessionHeader] | None" = None  # makes the header of a session; None: no sessions
     many: "Callable[[], ManySampler] | None" = None  # makes what samples many rows, on the threads of the CPU
+    speculation: "Speculation | None" = None  # guesses tokens
     tuning: str = ""  # how the kernels were fitted to this CPU, for people
     close: Sequence[Callable[[], None]] = ()  # called at the end, to free what the decoder does not own
 
@@ -140,6 +142,11 @@ def _load(
             for backend in backends.values():
                 backend.close()
             raise
+    speculation = None
+    if options.speculate:
+        from gguf_run.runtime.engine.speculation import Speculation  # late: it is not asked for mostly
+
+        speculation = Speculation()
     layers = Counter(placement.layers)
     loaded = LoadedModel(
         decoder,
@@ -150,6 +157,7 @@ def _load(
         about=partial(_described, "about", file),
         identity=partial(_described, "identity", file, plan.cache, placement.n_gpu, options.lora),
         many=partial(_many_sampler, backends.get(CPU), n_threads, plan.config.n_vocab),
+        speculation=speculation,
         close=[*(backend.close for backend in backends.values()), file.close],
     )
     return replace(loaded, tuning=tune(backends[CPU])) if computes else loaded

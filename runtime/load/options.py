@@ -57,6 +57,7 @@ class LoadOptions:
     cache_rotation: bool | None = None  # Hadamard transform of stored rows; None: for types of 8 bits or less
     cache_scales: str | os.PathLike[str] | None = None  # a calibration file, see kv_scales.py
     lora: "tuple[Lora, ...] | list[Lora]" = ()  # adapters, with the scales that all sequences begin with
+    speculate: bool = False  # guess tokens from the text before them: faster where an answer repeats what is there
     quantize: str | None = None  # a file type such as "Q4_K_M", to which weights are quantized while they are read
     embed: bool = False  # for Model.embed and rank, not for text; encoders and rerankers are loaded so in any case
     observe: bool = False  # the decoder can collect the squares of what its matrices read, for an importance matrix

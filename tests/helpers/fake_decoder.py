@@ -107,7 +107,8 @@ class FakeDecoder:
         a, b, c, d = self.cost
         self.now += (a + b * (sum(counts.values()) - n_prompt) + c * n_prompt + d * n_read / 1000) / 1000
         self.cache.end(runs, [id for ids in batch.values() for id in ids])
-        wanted = [total for total, seq in zip(totals, batch, strict=True) if rows[seq]]
+        wanted = [total for part, seq in zip(totals, batch, strict=True) for total in part[len(part) - rows[seq] :]]
+        assert len(wanted) <= self.n_outputs
         logits = np.zeros((len(wanted), N_VOCAB), np.float32)
         logits[np.arange(len(wanted)), [next_id(total) for total in wanted]] = 1
         return logits
@@ -118,7 +119,7 @@ class FakeDecoder:
         return Results(logits[:, found], found)
 
     def _append(self, seq: int, ids: Sequence[int]) -> Any:
-        """Store the sums of tokens. Return the last one."""
+        """Store the sums of tokens, and return them."""
         slot = self.cache.slots[seq]
         n_past, n = slot.n_past, len(ids)
         with np.errstate(over="ignore"):
@@ -137,7 +138,7 @@ class FakeDecoder:
                     assert pool.nodes[page] is None
                 written = np.arange(n_past, n_past + n)
                 rows[pages[written // PAGE], written % PAGE] = total[-n:]
-        return total[-1]
+        return total[-n:]
 
 
 class IdStream:
