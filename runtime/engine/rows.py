@@ -31,7 +31,7 @@ class Rows:
 
     def __init__(self, cache: "KvCache", is_fixed: bool) -> None:
         """is_fixed: only whole pages are reused."""
-        self.cache, self.is_fixed = cache, is_fixed
+        self.cache, self._is_fixed = cache, is_fixed
         self.all = [Row(i) for i in range(cache.n_seq)]
         self.n_steps = self.n_preempted = 0
         self.last = 0  # the row that was used last
@@ -61,7 +61,7 @@ class Rows:
             cache.rewind(slot.n_past - 1, job.row)
         n_left = self.n_left(job)
         n = min(most, n_left - cache.tail(n_left), cache.n_ctx - slot.n_past)
-        if self.is_fixed:
+        if self._is_fixed:
             return min(n, PAGE - slot.n_past % PAGE)
         n_whole = (slot.n_past + n) // PAGE * PAGE - slot.n_past
         is_near = n_whole > 0 if cache.has_states else n < n_left and n_whole >= max(MIN_CHUNK, n // 2)
@@ -72,7 +72,7 @@ class Rows:
         free = [row for row in self.all if row.job is None]
         if not free:
             return False
-        root, parts = job.request.root, not self.is_fixed
+        root, parts = job.request.root, not self._is_fixed
         n_known = self.cache.known(job.ids, root, parts=parts)
         oldest, best = min(free, key=lambda row: row.left_at), max(free, key=lambda row: self._n_shared(row, job))
         n_shared = self._n_shared(best, job)
@@ -106,7 +106,7 @@ class Rows:
             take_over(row.cut, self.cache.slots[row.number].ids, job, n)
         if n == len(job.ids) and not self.is_asked(job):
             n -= 1  # the last token runs in any case, because its logits are wanted
-        if self.is_fixed and n < len(job.ids):
+        if self._is_fixed and n < len(job.ids):
             n = n // PAGE * PAGE
         return self.cache.rewind(n, row.number)
 

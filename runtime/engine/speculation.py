@@ -9,7 +9,6 @@ A guess is tried if it is worth its time: rows make a step longer, and more so i
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from gguf_run.models.pages import PAGE
 from gguf_run.runtime.engine.lookup import Lookup
 from gguf_run.runtime.engine.sequence import Job, n_common
 
@@ -149,6 +148,4 @@ def _most(job: Job, rows: "Rows") -> int:
         most = min(most, job.request.max_tokens - len(job.reply.tokens) - 1)
     if n <= cache.n_short:  # a rotation for longer texts would run all tokens again
         most = min(most, cache.n_short - n)
-    if rows.is_fixed:
-        most = min(most, -n % PAGE)
     return max(0, most)

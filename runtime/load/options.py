@@ -69,6 +69,8 @@ class LoadOptions:
         _check_range("cache_ram (--cache-ram)", self.cache_ram, MAX_N_CTX)
         if self.deterministic and not self.wanted.cpu_only:
             raise OptionError('deterministic runs on the CPU only: give device="cpu" (--device cpu)')
+        if self.deterministic and self.speculate:
+            raise OptionError("deterministic with speculate: a step of several tokens rounds otherwise; leave one out")
         if self.n_threads is not None:
             from gguf_run.kernels_cpu.replay.team import MAX_THREADS
 
