@@ -38,7 +38,7 @@ class _Decoder:
         tables = [PageTable.new(0, n_ctx, 512, n_seq)]
         layers: list[CacheLayer[Any, Any]] = [CacheLayer(None, 0, None)]
         self.cache, self.n_ctx, self.n_batch = KvCache(layers, tables, n_ctx), n_ctx, 512
-        self.config, self.seconds = SimpleNamespace(n_vocab=N_VOCAB), 0.0
+        self.config, self.adapters, self.seconds = SimpleNamespace(n_vocab=N_VOCAB), None, 0.0
         self._logits = np.zeros((n_seq, N_VOCAB), np.float32)
         self._logits[:, 7] = 1
 

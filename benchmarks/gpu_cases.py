@@ -343,11 +343,11 @@ def launches(bench: Bench) -> list[Record]:
             return original(self, *args, **options)
 
         program: Any = decoder._program
-        program._step.set([0], np.zeros(1, np.int32), [Run(0, 0, 1)])
+        program.memory.step.set([0], np.zeros(1, np.int32), decoder.cache.begin({0: 1}))
         setattr(owner, attribute, counted)
         try:
-            for op in program._parts[0]._ops + program._after._ops:
-                op(1)
+            for part in (program._parts[0], program._after):
+                part.launch(1)
         finally:
             setattr(owner, attribute, original)
         counts.append(len(seen))

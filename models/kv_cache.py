@@ -93,11 +93,9 @@ class KvCache:
 
     def _fits(self, pool: Pool, counts: Mapping[int, int], *, copies: bool) -> bool:
         """Return whether a step finds its pages. copies: a page that only the index has too is copied as well."""
-        if self.tables[pool.number].window:
-            for seq in counts:
-                self._release_behind(seq, pool)
-        n_free = len(pool.free)
-        if n_free >= sum(counts.values()) // PAGE + 3 * len(counts):  # as mostly, and quick: no sequence needs more
+        for seq in counts if self.tables[pool.number].window else ():
+            self._release_behind(seq, pool)
+        if (n_free := len(pool.free)) >= sum(counts.values()) // PAGE + 3 * len(counts):  # mostly, and quick
             return True
         n_pages = 0
         for seq, n in counts.items():
@@ -105,8 +103,7 @@ class KvCache:
             pages = slot.pages[pool.number]
             n_pages += -(-(slot.n_past + n) // PAGE) - len(pages)
             if slot.n_past % PAGE:
-                page = pages[-1]
-                n_pages += pool.uses[page] > 1 or (copies and pool.nodes[page] is not None)
+                n_pages += pool.uses[pages[-1]] > 1 or (copies and pool.nodes[pages[-1]] is not None)
         return n_pages <= n_free
 
     def begin(self, counts: Mapping[int, int]) -> list[Run]:
@@ -131,9 +128,7 @@ class KvCache:
         return [self._run(seq, self.slots[seq], n) for seq, n in counts.items()]
 
     def _run(self, seq: int, slot: Slot, n: int) -> Run:
-        if not self.has_states:
-            return Run(seq, slot.n_past, n, slot.is_long)
-        if slot.writes == NO_PAGE:  # an interrupted step has left its slot
+        if self.has_states and slot.writes == NO_PAGE:  # an interrupted step has left its slot
             slot.writes = self.pools[-1].take()
         writes = max(0, slot.writes)
         return Run(seq, slot.n_past, n, slot.is_long, slot.states.get(slot.n_past, int(not writes)), writes)
@@ -296,14 +291,6 @@ class KvCache:
         self.keep(seq, 0)
         slot = self.slots[seq]
         slot.root, slot.is_long, slot.n_indexed, slot.n_prompt = root, False, 1 << 30, 0
-
-    def forget(self) -> None:
-        """Empty the index: nothing that was computed is found again."""
-        for pool in self.pools:
-            for page in range(len(pool.uses)):
-                pool.forget(page)
-        for slot in self.slots:
-            slot.nodes, slot.n_indexed = [], 0
 
     def rewind(self, n_past: int, seq: int = 0) -> int:
         """Forget a sequence's tokens from position n_past on. Return how many tokens are left, at most n_past.

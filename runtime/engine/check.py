@@ -1,6 +1,7 @@
 """What the engine refuses."""
 
 from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.models.adapted_step import Adapters
 from gguf_run.models.kv_cache import GROUP
 from gguf_run.runtime.engine.reply import Request
 
@@ -19,6 +20,14 @@ def kept(n_keep: int) -> int:
     Much of the attention rests on the first tokens: a model without them breaks down (Xiao et al. 2023, StreamingLLM).
     """
     return max(1, -(-n_keep // GROUP)) * GROUP
+
+
+def check_adapters(request: Request, adapters: Adapters | None) -> None:
+    """OptionError for adapters that are not those of the model, or scales that are not allowed."""
+    if request.adapters and adapters is None:
+        raise OptionError(f"adapter {next(iter(request.adapters))} is not loaded: name it when the model is (--lora)")
+    if request.adapters and adapters is not None:
+        adapters.scales.check(request.adapters)
 
 
 def check(request: Request, n_ctx: int, name: str = "the prompt") -> None:

@@ -64,7 +64,8 @@ class Engine:
         self.decoder, self.max_queue, self.clock = decoder, max_queue, clock
         self.max_step_ms, self.deterministic = max_step_ms, deterministic
         self.jobs: list[Job] = []  # that have no end yet, in the order in which they came
-        self.rows = Rows(decoder.cache, deterministic)
+        scales = None if decoder.adapters is None else decoder.adapters.scales
+        self.rows = Rows(decoder.cache, scales, deterministic)
         self.n_failed = 0  # steps in a row that raised an error
         self.changed = threading.Condition()  # tells that a step has ended
         self.runner: Runner | None = None  # the thread that runs all steps; None: the readers do
@@ -93,10 +94,11 @@ class Engine:
         """
         n_waiting = len(self._new) + sum(job.n_reused < 0 for job in self.jobs)
         fits = 0 < len(request.ids) <= self.n_ctx and (request.max_tokens is None or request.max_tokens > 0)
-        if not fits or request.context_shift or n_waiting >= self.max_queue:
-            from gguf_run.runtime.engine.check import QueueFullError, check  # late: few requests are refused
+        if not fits or request.context_shift or request.adapters or n_waiting >= self.max_queue:
+            from gguf_run.runtime.engine.check import QueueFullError, check, check_adapters  # late: few are refused
 
             check(request, self.n_ctx, name)
+            check_adapters(request, self.decoder.adapters)
             if n_waiting >= self.max_queue:
                 raise QueueFullError(f"{n_waiting} requests wait, max_queue is {self.max_queue}: try again later")
         self._n_jobs += 1
@@ -305,7 +307,7 @@ class Engine:
         if guesses and self._speculation is not None:
             logits = self._speculation.first_rows(ready, logits)
         for i, job in enumerate(ready):
-            if not job.n_chosen and not job.cut.ids:
+            if not (job.n_chosen or job.cut.ids or self.deterministic):
                 rows.asked = list(job.request.ids), job.request.root, logits[i].copy()
         return chosen + self._choose(ready, logits) if ready else chosen
 

@@ -1,6 +1,6 @@
 """A request, and the answer to it: tokens become text until there is a reason to stop."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +29,15 @@ class Request:
     context_shift: bool = False
     n_keep: int = 0
     priority: int = 0  # a greater one comes first
+    adapters: Mapping[str, float] | None = None  # scales by name, see AdapterScales.set; None: as the model was loaded
     salt: str = ""  # requests of different salts share no pages of the cache
     constraint: "Constraint | None" = None  # what the answer may be
 
     @property
-    def root(self) -> tuple[str, ...]:
+    def root(self) -> Hashable:
         """What else than its ids the rows of the cache depend on: see KvCache.adopt."""
-        return (self.salt,) if self.salt else ()
+        adapters = self.adapters and tuple(sorted(self.adapters.items()))
+        return (self.salt, adapters) if self.salt or adapters is not None else ()
 
     @classmethod
     def of(cls, ids: Sequence[int], options: Mapping[str, Any], without: Sequence[str] = ()) -> "Request":

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from numpy import float32
     from numpy.typing import NDArray
 
+    from gguf_run.models.adapter_scales import AdapterScales
     from gguf_run.models.kv_cache import KvCache
 
 MIN_CHUNK = 16  # tokens of a prompt that run together at least
@@ -29,9 +30,9 @@ class Row:
 class Rows:
     """All sequences of a cache. A job that ends or is preempted leaves its row parked: tokens and pages stay."""
 
-    def __init__(self, cache: "KvCache", is_fixed: bool) -> None:
-        """is_fixed: only whole pages are reused."""
-        self.cache, self._is_fixed = cache, is_fixed
+    def __init__(self, cache: "KvCache", scales: "AdapterScales | None", is_fixed: bool) -> None:
+        """scales: of the adapters, for each row. is_fixed: only whole pages are reused."""
+        self.cache, self._scales, self._is_fixed = cache, scales, is_fixed
         self.all = [Row(i) for i in range(cache.n_seq)]
         self.n_steps = self.n_preempted = 0
         self.last = 0  # the row that was used last
@@ -59,8 +60,8 @@ class Rows:
             make_room(cache, job)
         if not self.n_left(job) and not self.is_asked(job):  # interrupted: the logits are lost
             cache.rewind(slot.n_past - 1, job.row)
-        n_left = self.n_left(job)
-        n = min(most, n_left - cache.tail(n_left), cache.n_ctx - slot.n_past)
+        n_left, n_tail = self.n_left(job), cache.tail(len(job.ids) - job.n_held)
+        n = min(most, n_left - n_tail if n_left > n_tail else n_left, cache.n_ctx - slot.n_past)
         if self._is_fixed:
             return min(n, PAGE - slot.n_past % PAGE)
         n_whole = (slot.n_past + n) // PAGE * PAGE - slot.n_past
@@ -77,13 +78,15 @@ class Rows:
         oldest, best = min(free, key=lambda row: row.left_at), max(free, key=lambda row: self._n_shared(row, job))
         n_shared = self._n_shared(best, job)
         n = -1
-        if n_shared > n_known and (best is oldest or n_shared >= min(_SIMILAR, len(job.ids) - 1)):
+        if n_shared >= max(1, n_known) and (best is oldest or n_shared >= min(_SIMILAR, len(job.ids) - 1)):
             n, row = self._resume(best, job, n_shared), best
         if n < n_known:
             row = oldest if n < 0 else best
             n = self.cache.adopt(row.number, job.ids, root, parts=parts)
         row.job, job.row, self.last = job, row.number, row.number
-        row.cut = NO_CUT
+        row.cut, job.n_held = NO_CUT, n
+        if self._scales is not None:
+            self._scales.set(row.number, job.request.adapters)
         job.n_reused = n + len(job.cut.ids) if job.n_reused < 0 else job.n_reused
         return True
 
@@ -149,7 +152,9 @@ class Rows:
 
     def forget(self) -> None:
         """Empty all rows that no job has. Nothing that was computed is found again."""
+        from gguf_run.models.kv_moves import forget
+
         while self.clear_oldest():
             pass
-        self.cache.forget()
+        forget(self.cache)
         self.asked = None

@@ -25,9 +25,12 @@ class Scheduler:
         self._planned = 0, 0, 0.0  # the last step, for the cost model
 
     def measured(self, ms: float, n_guessed: int) -> None:
-        """Learn how long the planned step took, if one was planned since. n_guessed: tokens that ran besides."""
+        """Learn how long the planned step took, if one was planned. Answers alone teach little: one step of four.
+
+        n_guessed: tokens that ran besides.
+        """
         n_answers, n_prompt, n_read = self._planned
-        if n_answers or n_prompt:
+        if n_prompt or (n_answers and self._rows.n_steps % 4 == 0):
             self.cost.measure(n_answers + n_guessed, n_prompt, n_read, ms)
         self._planned = 0, 0, 0.0
 

@@ -67,6 +67,7 @@ class Job:
         self.seed, self.n_top = reply.sampler.seed, 0 if request.constraint else reply.sampler.n_top
         self.n_prompt = len(request.ids)
         self.n_reused = -1  # tokens of the prompt that stood in the cache already; -1: it has had no row
+        self.n_held = 0  # tokens that the row held when the job got it
         self.n_chosen = 0  # tokens, the end of the answer included
         self.prefill_s = 0.0  # seconds of the steps up to the first token
         self.first_at = arrived  # when the first token was there

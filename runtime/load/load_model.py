@@ -53,6 +53,7 @@ class LoadedModel:
     download_s: float = 0.0  # seconds that it took to find or to download the file
     identity: "Callable[[], SessionHeader] | None" = None  # makes the header of a session; None: no sessions
     many: "Callable[[], ManySampler] | None" = None  # makes what samples many rows, on the threads of the CPU
+    deterministic: bool = False  # see LoadOptions
     speculation: "Speculation | None" = None  # guesses tokens
     tuning: str = ""  # how the kernels were fitted to this CPU, for people
     close: Sequence[Callable[[], None]] = ()  # called at the end, to free what the decoder does not own
@@ -111,18 +112,12 @@ def _load(
     with ThreadPoolExecutor(1) as pool, compiling, _gpu_errors(gpus):
         text = pool.submit(_load_text, file)  # beside the weights, which are repacked without the GIL
         from gguf_run.kernels_cpu.backend import CpuBackend
-        from gguf_run.models.decoder import Decoder
 
-        make: type[Decoder] = Decoder
-        if options.embed or (plan.config.pooling is not None and plan.config.pooling.is_only):
-            from gguf_run.models.embedder import Embedder
-
-            make = Embedder
         backends: dict[Device, Any] = dict(gpus)
         try:
             if CPU in placement.devices:
                 backends[CPU] = CpuBackend(n_threads, deterministic=options.deterministic)
-            decoder = make(
+            decoder = _decoder_class(plan.config, options)(
                 plan.config,
                 file.tensors,
                 [backends[device] for device in placement.layers],
@@ -156,11 +151,22 @@ def _load(
         where=", ".join(f"{n} layer{'s' * (n > 1)} on {backends[device].name}" for device, n in layers.items()),
         about=partial(_described, "about", file),
         identity=partial(_described, "identity", file, plan.cache, placement.n_gpu, options.lora),
+        deterministic=options.deterministic,
         many=partial(_many_sampler, backends.get(CPU), n_threads, plan.config.n_vocab),
         speculation=speculation,
         close=[*(backend.close for backend in backends.values()), file.close],
     )
     return replace(loaded, tuning=tune(backends[CPU])) if computes else loaded
+
+
+def _decoder_class(config: ModelConfig, options: LoadOptions) -> "type[Decoder]":
+    if options.embed or (config.pooling is not None and config.pooling.is_only):
+        from gguf_run.models.embedder import Embedder
+
+        return Embedder
+    from gguf_run.models.decoder import Decoder
+
+    return Decoder
 
 
 def tuned(sizes: Collection[tuple[str, int]], n_threads: int | None) -> "tuple[int, Callable[[CpuBackend], str]]":

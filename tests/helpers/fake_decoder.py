@@ -76,7 +76,7 @@ class FakeDecoder:
     ) -> None:
         """cost: milliseconds of a step, of an answer's token, of a prompt's, and of a thousand positions read."""
         self.n_ctx, self.n_batch, self.n_outputs = n_ctx, max(n_batch, n_seq), n_seq
-        self.config = SimpleNamespace(n_vocab=N_VOCAB)
+        self.config, self.adapters = SimpleNamespace(n_vocab=N_VOCAB), None
         tables = [PageTable.new(window, n_ctx, n_batch, n_seq, n_cells) for window in windows]
         layers: list[Any] = [CacheLayer(FakeCache(table.n_pages), table.window, None) for table in tables]
         self.cache = KvCache(layers, tables, n_ctx)

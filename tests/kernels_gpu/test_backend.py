@@ -95,7 +95,7 @@ def test_tiny_models(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         one.rewind(11)
         values, ids = one.top(IDS[11:], 3)
         assert ids is not None
-        assert np.array_equal(values, singles[0][0, ids])
+        assert np.array_equal(values, singles[0][:, ids])
         assert np.array_equal(ids, np.argsort(-singles[0][0], kind="stable")[:3])
         assert one.n_past == 12
 
@@ -228,17 +228,17 @@ def test_planned_sizes(n_gpu: int, tied: bool, tmp_path: Path) -> None:
 
 
 def test_planned_caches(tmp_path: Path) -> None:
-    """To the byte: every type, windows, several sequences, a batch beyond the context."""
+    """To the byte: every type, windows, several sequences that share few cells, a batch beyond the context."""
     write_tiny(tmp_path / "model.gguf", replace(TINY_GEMMA3, window=70))
     with GGUFFile.open(tmp_path / "model.gguf") as file:
         config, tensors = ModelConfig.from_metadata(file.metadata, file.tensors), [*file.tensors.values()]
     names = [*CACHE_FORMATS]
     kinds = [CacheType(*pair) for pair in zip(names, names[3:] + names[:3], strict=True)][: config.n_layer]
-    for n_ctx, n_batch, n_seq in ((1000, 32, 1), (100, 512, 3), (128, 1, 2)):
-        plan = MemoryPlan(config, tensors, n_ctx, kinds, n_batch, n_seq)
+    for n_ctx, n_batch, n_seq, n_cells in ((1000, 32, 1, None), (100, 512, 3, 250), (128, 1, 2, None)):
+        plan = MemoryPlan(config, tensors, n_ctx, kinds, n_batch, n_seq, n_cells)
         for il, kind in enumerate(kinds):
             backend = gpu()
-            tables = page_tables(config, n_ctx, plan.n_rows, n_seq, None)
+            tables = page_tables(config, n_ctx, plan.n_rows, n_seq, n_cells)
             shape = config.attention(il)
             table = next((table for table in tables if table.window == shape.window), tables[0])
             backend.cache(shape, table, kind)

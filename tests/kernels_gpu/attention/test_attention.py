@@ -180,6 +180,27 @@ def test_rope_and_rotation(style: str, k: str, v: str, head_dim: int, n_rot: int
     assert np.array_equal(stored(case.table, case.cache.v, 12), values[32:])
 
 
+@pytest.mark.parametrize("name", ["f16", "int8"])
+def test_latent_keys_turn_at_their_end(name: str) -> None:
+    """Values are columns of the keys: they are there once, and stay as they are."""
+    table, rng = mixed_table(128), np.random.default_rng(5)
+    cache = gpu().cache(AttentionShape(4, 1, 48, 1.0, n_latent=32), table, CacheType(name, name))
+    assert (cache.kinds, cache.k.rotates) == ("k", False)
+    cache.k.qs.view(torch.float16 if name == "f16" else torch.int8).copy_(
+        torch.from_numpy(rng.integers(-100, 100, (1, table.n_pages * PAGE, 48)))
+    )
+    if cache.k.d is not None:
+        cache.k.d.fill_(0.25)
+    rotation = Rotation("norm", 16, 1e4 ** -(np.arange(8) / 8))
+    before = stored(table, cache.k, 128)
+    groups = places(table, 0, np.arange(0, 128, GROUP)) // GROUP
+    cache.move(groups[1:], groups[:-1], rotation, -32)
+    expected = before[32:].copy()
+    expected[..., 32:] = rotate(expected[..., 32:], rotation, np.full(96, -32))
+    assert error(stored(table, cache.k, 96), expected) < (1e-3 if name == "f16" else 0.01)
+    assert np.array_equal(stored(table, cache.k, 128)[96:], before[96:])
+
+
 @pytest.mark.parametrize(("window", "is_chunked"), [(20, False), (24, True)])
 def test_window_softcap_and_sinks(window: int, is_chunked: bool) -> None:
     """A window that begins within a page; pages behind the window; sinks that no score reaches and that all do."""

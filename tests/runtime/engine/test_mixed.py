@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,31 @@ def test_drawn_texts_of_a_batch(models: tuple[Model, Model]) -> None:
     found = many.generate_batch([prompt[:90] for prompt in prompts], **options)
     for i, (answer, prompt) in enumerate(zip(found, prompts, strict=True)):
         assert answer.ids == one.complete(prompt[:90], **options | {"seed": 3 + i}).ids
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_deterministic_answers(kind: str, tmp_path: Path) -> None:
+    """The same bits alone, among 7 others, and behind a known prefix."""
+    write_tiny(tmp_path / "tiny.gguf", replace(MODELS[kind], n_ctx=512))
+    ids, rng = [5 + i * i % 250 for i in range(150)], random.Random(5)
+    sampling = SamplingParams(temperature=0.8, seed=1, logprobs=3)
+    options: dict[str, Any] = {"n_threads": 2, "n_seq": 8, "device": "cpu", "deterministic": True}
+    with Model.load(tmp_path / "tiny.gguf", **options) as model:
+
+        def answer(n_others: int) -> tuple[Any, int]:
+            sequence = model.engine.add(Request(ids, sampling, 40))
+            for _ in range(n_others):
+                others = [rng.randrange(5, 250) for _ in range(rng.randrange(1, 300))]
+                model.engine.add(Request(others, SamplingParams(seed=2), 60)).job.n_readers = 1
+            while not sequence.job.is_over:
+                model.engine.step()
+            return sequence.answer().logprobs, sequence.job.n_reused
+
+        alone, n_reused = answer(0)
+        assert n_reused == 0
+        assert len(alone) > 20
+        model.reset()
+        assert answer(7)[0] == alone
+        warm, n_reused = answer(7)
+        assert warm == alone
+        assert n_reused == 128
