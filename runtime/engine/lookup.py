@@ -5,7 +5,7 @@ from collections.abc import Sequence
 N_SAME = 3  # tokens that must have come before
 LONG = 8  # as many and more are as good
 _RATE = 0.15  # weight of a guess in the average of those before
-_RETURN = 0.01  # way back to the first chance with each guess that is not tried
+_RETURN = 0.002  # way back to the first chance with each guess that is not tried
 
 
 class Lookup:

@@ -101,14 +101,19 @@ class Speculation:
         """
         texts = {job: text for job, text in said if isinstance(text, str)}
         errors = {job: error for job, error in said if isinstance(error, Exception)}
-        while going := [job for job in self.guesses if job not in errors and self._is_right(job)]:
-            at = [self._rows[job] + len(job.ids) - self._starts[job] for job in going]
-            for job, id in choose(going, self._logits[at]):
-                text = job.take(id, n_ctx) if isinstance(id, int) else id
-                if isinstance(text, Exception):
-                    errors[job] = text
-                else:
-                    texts[job] += text
+        try:
+            while going := [job for job in self.guesses if job not in errors and self._is_right(job)]:
+                at = [self._rows[job] + len(job.ids) - self._starts[job] for job in going]
+                for job, id in choose(going, self._logits[at]):
+                    text = job.take(id, n_ctx) if isinstance(id, int) else id
+                    if isinstance(text, Exception):
+                        errors[job] = text
+                    else:
+                        texts[job] += text
+        except BaseException:  # an interrupt: what has been said is not lost
+            for job, text in texts.items():
+                job.push(text)
+            raise
         return [*texts.items(), *errors.items()]
 
     def _is_right(self, job: Job) -> bool:

@@ -66,7 +66,7 @@ def test_chances_follow_what_comes() -> None:
         lookup.learn(0, True)
     low = lookup.chances[N_SAME]
     assert low < 0.05
-    for _ in range(500):
+    for _ in range(4000):
         lookup.skip()
     assert lookup.chances[N_SAME] == pytest.approx(before, abs=0.01)
     for _ in range(20):
