@@ -33,6 +33,7 @@ class LoadKeywords(TypedDict, total=False):
     cache_scales: str | os.PathLike[str] | None
     lora: "tuple[Lora, ...] | list[Lora]"
     speculate: bool
+    draft_model: str | os.PathLike[str] | None
     quantize: str | None
     embed: bool
     observe: bool

@@ -13,7 +13,8 @@ class Lookup:
 
     def __init__(self) -> None:
         self.n = 0  # tokens of the text
-        self.n_same = N_SAME  # tokens before the last guess that also came before its source, at most LONG
+        # Tokens before the last guess that also came before its source, at most LONG; 0: a model has guessed.
+        self.n_same = N_SAME
         self.chances = [_first_chance(n) for n in range(LONG + 1)]  # that a guessed token is right, by n_same
         self._ids: list[int] = []
         self._places: dict[tuple[int, ...], int] = {}  # the last ones
@@ -54,4 +55,4 @@ class Lookup:
 
 
 def _first_chance(n_same: int) -> float:
-    return 0.3 + 0.08 * (n_same - N_SAME)
+    return 0.3 + 0.08 * (n_same - N_SAME) if n_same else 0.6

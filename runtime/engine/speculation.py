@@ -9,7 +9,7 @@ A guess is tried if it is worth its time: rows make a step longer, and more so i
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from gguf_run.runtime.engine.lookup import Lookup
+from gguf_run.runtime.engine.lookup import LONG, Lookup
 from gguf_run.runtime.engine.sequence import Job, n_common
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from gguf_run.models.decoder import Decoder
+    from gguf_run.runtime.engine.draft_model import DraftModel
     from gguf_run.runtime.engine.rows import Rows
 
 MOST = 15  # guessed tokens of an answer in a step
@@ -31,6 +32,7 @@ class Speculation:
     """Guesses for the answers of an engine."""
 
     def __init__(self) -> None:
+        self.draft: DraftModel | None = None  # guesses where the text itself tells little
         self.guesses: dict[Job, list[int]] = {}  # that run in this step
         self.n = 0  # how many they are
         self._lookups: dict[Job, Lookup] = {}
@@ -39,11 +41,13 @@ class Speculation:
         self._logits: NDArray[float32]
         self._n_known = 0  # tokens of this step that are no guesses; 0: parts of prompts are among them
         self._plain: dict[int, float] = {}  # milliseconds of a step of so many tokens without guesses
-        self._extra: dict[int, float] = {}  # what a guess adds to it, as a part of it
+        self._asks = False  # whether the draft model has guessed in this step
+        # What a guess adds to a step, as a part of it, by _n_known and _asks.
+        self._extra: dict[tuple[int, bool], float] = {}
 
     def plan(self, counts: Mapping[Job, int], jobs: Sequence[Job], rows: "Rows", decoder: "Decoder") -> None:
         """Choose the guesses of a step. counts: tokens that run. jobs: all that have no end yet."""
-        slots, self._n_known = rows.cache.slots, sum(counts.values())
+        slots, self._n_known, self._asks = rows.cache.slots, sum(counts.values()), False
         for job, n in counts.items():
             is_next = 0 < n <= _MOST_KNOWN and slots[job.row].n_past + n == len(job.ids)
             if not (is_next and job.n_chosen):
@@ -55,16 +59,24 @@ class Speculation:
         }
         if self._n_known not in self._plain:
             return
-        n_room = min(decoder.n_batch - self._n_known, decoder.n_outputs - len(counts))
+        n_room, asked = min(decoder.n_batch - self._n_known, decoder.n_outputs - len(counts)), dict[Job, int]()
         for job in counts:
-            lookup = self._lookups[job]
+            lookup, most = self._lookups[job], min(n_room, _most(job, rows))
             if not lookup.n:
                 lookup.extend(job.request.ids)
             lookup.extend(job.reply.tokens[lookup.n - job.n_prompt :])
-            found = self._worth(lookup, lookup.guess(min(n_room, _most(job, rows))))
-            if found:
-                self.guesses[job], self._starts[job] = found, len(job.ids)
-                n_room -= len(found)
+            found = self._worth(lookup, lookup.guess(most))
+            if self.draft is not None and not (found and lookup.n_same == LONG):
+                lookup.n_same, self._asks = 0, True
+                found = []
+                asked[job] = n = len(self._worth(lookup, [0] * most))
+                n_room -= n
+            n_room -= len(found)
+            self.guesses[job] = found
+        if self.draft is not None and any(asked.values()):
+            self.guesses |= self.draft.guess({job: n for job, n in asked.items() if n})
+        self.guesses = {job: ids for job, ids in self.guesses.items() if ids}
+        self._starts = {job: len(job.ids) for job in self.guesses}
         if self.guesses and not rows.cache.room(
             {job.row: n + len(self.guesses.get(job, ())) for job, n in counts.items()}
         ):
@@ -73,7 +85,7 @@ class Speculation:
 
     def _worth(self, lookup: Lookup, ids: list[int]) -> list[int]:
         """Return the first of the guessed ids: those that gain more than they cost."""
-        extra = self._extra.get(self._n_known, _FIRST_EXTRA)
+        extra = self._extra.get((self._n_known, self._asks), _FIRST_EXTRA)
         chance, n_tokens, cost = 1.0, float(self._n_known), 1.0
         for i in range(len(ids)):
             chance *= lookup.chances[lookup.n_same]
@@ -141,8 +153,8 @@ class Speculation:
             self._plain[n_known] = before + (_RATE if ms > before else 0.5) * (ms - before)  # the first may be slow
         elif n_known:
             extra = max(0.01, (ms / self._plain[n_known] - 1) / n)
-            before = self._extra.get(n_known, _FIRST_EXTRA)
-            self._extra[n_known] = before + _RATE * (min(extra, 4 * before) - before)
+            before = self._extra.get((n_known, self._asks), _FIRST_EXTRA)
+            self._extra[n_known, self._asks] = before + _RATE * (min(extra, 4 * before) - before)
 
 
 def _most(job: Job, rows: "Rows") -> int:

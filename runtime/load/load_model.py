@@ -137,11 +137,12 @@ def _load(
             for backend in backends.values():
                 backend.close()
             raise
+    closes = [*(backend.close for backend in backends.values()), file.close]
     speculation = None
-    if options.speculate:
-        from gguf_run.runtime.engine.speculation import Speculation  # late: it is not asked for mostly
+    if options.speculate or options.draft_model:
+        from gguf_run.runtime.load.draft import speculation_of  # late: it is not asked for mostly
 
-        speculation = Speculation()
+        speculation = speculation_of(load_model, options, plan.n_ctx, tokenizer.tokens, closes)
     layers = Counter(placement.layers)
     loaded = LoadedModel(
         decoder,
@@ -154,7 +155,7 @@ def _load(
         deterministic=options.deterministic,
         many=partial(_many_sampler, backends.get(CPU), n_threads, plan.config.n_vocab),
         speculation=speculation,
-        close=[*(backend.close for backend in backends.values()), file.close],
+        close=closes,
     )
     return replace(loaded, tuning=tune(backends[CPU])) if computes else loaded
 
