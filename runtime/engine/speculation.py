@@ -24,7 +24,9 @@ MOST = 15  # guessed tokens of an answer in a step
 _MOST_KNOWN = 8  # tokens of an answer that must run: more are a prompt
 _FIRST_EXTRA = 0.08  # part of a step's time that one more row takes, before anything was measured
 _RATE = 0.1  # weight of a step in the averages of those before
-_GAIN = 1.5  # a guess must gain so many times what it costs
+_RETURN = 0.002  # way back to _FIRST_EXTRA with each guess that is not tried
+_GAIN = 1.03  # an answer must get so many times faster
+_SIZES = (1, 3, 7, MOST)  # with the token before them they fill tiles of rows
 _Choose: TypeAlias = "Callable[[list[Job], NDArray[float32]], Sequence[tuple[Job, int | Exception]]]"
 
 
@@ -42,12 +44,14 @@ class Speculation:
         self._n_known = 0  # tokens of this step that are no guesses; 0: parts of prompts are among them
         self._plain: dict[int, float] = {}  # milliseconds of a step of so many tokens without guesses
         self._asks = False  # whether the draft model has guessed in this step
-        # What a guess adds to a step, as a part of it, by _n_known and _asks.
-        self._extra: dict[tuple[int, bool], float] = {}
+        self._n, self._gain = 0, 0.0  # guesses that are planned, and how many of them are expected to be right
+        # What a guess adds to a step, as a part of it, by _n_known, _asks and the logarithm of the number of guesses.
+        self._extra: dict[tuple[int, bool, int], float] = {}
 
     def plan(self, counts: Mapping[Job, int], jobs: Sequence[Job], rows: "Rows", decoder: "Decoder") -> None:
         """Choose the guesses of a step. counts: tokens that run. jobs: all that have no end yet."""
         slots, self._n_known, self._asks = rows.cache.slots, sum(counts.values()), False
+        self._n, self._gain = 0, 0.0
         for job, n in counts.items():
             is_next = 0 < n <= _MOST_KNOWN and slots[job.row].n_past + n == len(job.ids)
             if not (is_next and job.n_chosen):
@@ -84,17 +88,23 @@ class Speculation:
         self.n = sum(map(len, self.guesses.values()))
 
     def _worth(self, lookup: Lookup, ids: list[int]) -> list[int]:
-        """Return the first of the guessed ids: those that gain more than they cost."""
-        extra = self._extra.get((self._n_known, self._asks), _FIRST_EXTRA)
-        chance, n_tokens, cost = 1.0, float(self._n_known), 1.0
-        for i in range(len(ids)):
-            chance *= lookup.chances[lookup.n_same]
-            if chance * cost < _GAIN * extra * n_tokens:
-                if not i:
-                    lookup.skip()
-                return ids[:i]
-            n_tokens, cost = n_tokens + chance, cost + extra
-        return ids
+        """Return the first of the guessed ids: as many as make the step fastest, for the tokens that it gives."""
+        n_known, chance, best, gain = self._n_known + self._gain, min(lookup.chances[lookup.n_same], 0.999), 0, 0.0
+        most = _GAIN * n_known / self._cost(self._n)
+        for n in _SIZES:
+            expected = chance * (1 - chance**n) / (1 - chance)
+            if n <= len(ids) and (speed := (n_known + expected) / self._cost(self._n + n)) > most:
+                most, best, gain = speed, n, expected
+        if ids and not best:
+            lookup.skip()
+            for key, extra in self._extra.items():
+                self._extra[key] = extra + _RETURN * (_FIRST_EXTRA - extra)
+        self._n, self._gain = self._n + best, self._gain + gain
+        return ids[:best]
+
+    def _cost(self, n: int) -> float:
+        """Return how many times longer the step takes with n guesses."""
+        return 1 + n * self._extra.get((self._n_known, self._asks, n.bit_length()), _FIRST_EXTRA)
 
     def first_rows(self, jobs: Sequence[Job], logits: "NDArray[float32]") -> "NDArray[float32]":
         """Return the rows after the last known tokens of the jobs of a step. logits: of all rows, kept for `verify`."""
@@ -148,13 +158,13 @@ class Speculation:
     def measured(self, ms: float) -> None:
         """Learn how long a step took."""
         n_known, n, self._n_known, self.n = self._n_known, self.n, 0, 0
-        if n_known and not n:
+        if n_known and not n and not self._asks:
             before = self._plain.get(n_known, ms)
             self._plain[n_known] = before + (_RATE if ms > before else 0.5) * (ms - before)  # the first may be slow
-        elif n_known:
-            extra = max(0.01, (ms / self._plain[n_known] - 1) / n)
-            before = self._extra.get((n_known, self._asks), _FIRST_EXTRA)
-            self._extra[n_known, self._asks] = before + _RATE * (min(extra, 4 * before) - before)
+        elif n_known and n:
+            extra, key = max(0.0, (ms / self._plain[n_known] - 1) / n), (n_known, self._asks, n.bit_length())
+            before = self._extra.get(key, _FIRST_EXTRA)
+            self._extra[key] = before + _RATE * (min(extra, 4 * before + 0.1) - before)
 
 
 def _most(job: Job, rows: "Rows") -> int:
