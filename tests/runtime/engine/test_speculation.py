@@ -6,29 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_decoder import GREEDY, N_VOCAB, FakeDecoder, check, check_index, engine_of, expected, ids_of, request
+from fake_decoder import GREEDY, N_VOCAB, FakeDecoder, Oracle, check, check_index, engine_of, expected, ids_of, request
 
 from gguf_run.runtime.engine.engine import Engine
-from gguf_run.runtime.engine.lookup import Lookup
 from gguf_run.runtime.engine.speculation import MOST, Speculation
 from gguf_run.runtime.sampling.params import SamplingParams
 
 RANDOM = SamplingParams(seed=5, temperature=3.0)
-
-
-class Oracle(Lookup):
-    """Guesses tokens that come, with some faults."""
-
-    right = 0.9
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rng = random.Random(3)
-
-    def guess(self, most: int) -> list[int]:
-        self.n_same = 8
-        ids = expected(self._ids, most)
-        return [id if self.rng.random() < self.right else (id + 1) % N_VOCAB for id in ids]
 
 
 @pytest.fixture
