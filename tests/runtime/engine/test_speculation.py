@@ -2,14 +2,17 @@
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from fake_decoder import GREEDY, N_VOCAB, FakeDecoder, Oracle, check, check_index, engine_of, expected, ids_of, request
+from tinymodel import TINY_GEMMA3, Tiny, write_tiny
 
 from gguf_run.runtime.engine.engine import Engine
 from gguf_run.runtime.engine.speculation import MOST, Speculation
+from gguf_run.runtime.model import Model
 from gguf_run.runtime.sampling.params import SamplingParams
 
 RANDOM = SamplingParams(seed=5, temperature=3.0)
@@ -205,3 +208,23 @@ def test_an_error_in_a_guess_ends_one_answer() -> None:
         found.extend(bad)
     assert ids_of(found) == expected([1, 2, 3], 6)
     assert engine.healthy
+
+
+@pytest.mark.parametrize("tiny", [Tiny(), TINY_GEMMA3])
+def test_real_models(tiny: Tiny, tmp_path: Path) -> None:
+    """Their texts repeat themselves."""
+    write_tiny(path := tmp_path / "tiny.gguf", tiny)
+    prompts = [[5, 6, 7] * 5, [9] * 20, [20, 21, 22, 23, 24]]
+    answers, n_right = [], 0
+    for speculate in (False, True):
+        with Model.load(path, device="cpu", n_threads=1, n_seq=3, cache_type="f32", speculate=speculate) as model:
+            options = {"max_tokens": 60, "ignore_eos": True}
+            for temperature in (0.0, 0.7):
+                answers.append(
+                    [a.ids for a in model.generate_batch(prompts, temperature=temperature, seed=1, **options)]
+                )
+                n_right += model.stats.n_right
+                answers.append([model.complete(p, temperature=temperature, seed=1, **options).ids for p in prompts])
+                n_right += model.stats.n_right
+    assert answers[:4] == answers[4:]
+    assert n_right > 20
