@@ -31,6 +31,8 @@ class LoadKeywords(TypedDict, total=False):
     cache_rotation: bool | None
     cache_scales: str | os.PathLike[str] | None
     lora: tuple[str | os.PathLike[str], ...] | list[str | os.PathLike[str]]
+    speculate: bool
+    draft_model: str | os.PathLike[str] | None
     quantize: str | None
     embed: bool
     observe: bool

@@ -57,7 +57,13 @@ class Model:
         self.load_s = 0.0  # seconds that loading took, without a download
         self._identity = parts.identity
         self._close = parts.close
-        self.engine = Engine(parts.decoder, self._reply, deterministic=parts.deterministic, many=parts.many)
+        self.engine = Engine(
+            parts.decoder,
+            self._reply,
+            deterministic=parts.deterministic,
+            many=parts.many,
+            speculation=parts.speculation,
+        )
         self._measured: Job | Batch | None = None  # the last generation
         self._breakers: dict[tuple[str, ...], Breakers] = {}  # of dry_sequence_breakers: slow to find
 

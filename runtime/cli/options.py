@@ -68,6 +68,10 @@ CACHE_OPTIONS = [
 ]
 _LORA = "An adapter (LoRA), and how strongly it acts; may be repeated.  [default: 1]"
 LORA = option("--lora", _LORA, multiple=True, metavar="FILE[:SCALE]", shell_complete=offer("files"))
+SPECULATE = option("--speculate", "Guess tokens from the text so far: faster where an answer repeats it.", is_flag=True)
+DRAFT_MODEL = option(
+    "--draft-model", "A small model of the same vocabulary, which guesses tokens.", shell_complete=offer("models")
+)
 PLACEMENT_OPTIONS = [
     option(
         "--gpu-layers -ngl",

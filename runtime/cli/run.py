@@ -21,9 +21,11 @@ from gguf_run.runtime.cli.options import (
     CACHE_OPTIONS,
     CTX_SIZE,
     DEVICE_OPTIONS,
+    DRAFT_MODEL,
     LORA,
     PATH,
     SAMPLING_OPTIONS,
+    SPECULATE,
     load_model,
     offer,
     option,
@@ -71,6 +73,8 @@ _PARAMS = [
     *BATCH_OPTIONS,
     *CACHE_OPTIONS,
     LORA,
+    SPECULATE,
+    DRAFT_MODEL,
     option("--session", "Go on from this file if it exists, and save to it at the end.", type=PATH),
     *SAMPLING_OPTIONS,
     *DEVICE_OPTIONS,
@@ -292,5 +296,6 @@ def _report(model: "Model", verbose: bool, with_context: bool) -> None:
     if with_context:
         parts.append(context_used(model))
     if verbose:
+        parts += [f"{stats.n_right} of {stats.n_guessed} guesses right"] * (stats.n_guessed > 0)
         parts += [f"seed {stats.seed}", f"end: {stats.finish or 'interrupted'}"]
     message(" | ".join(parts))

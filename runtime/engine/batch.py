@@ -19,7 +19,7 @@ class Batch:
             check(request, engine.n_ctx, f"prompt {i}")
         start = engine.clock()
         self.answers: list[Answer] = []  # in the order of the requests
-        self.n_prompt = self.n_reused = self.n_decoded = 0
+        self.n_prompt = self.n_reused = self.n_decoded = self.n_guessed = self.n_right = 0
         self.prefill_s = 0.0  # until all have their first token
         self.finish, self.seed = "", 0
         for first in range(0, len(requests), engine.max_queue):
@@ -30,6 +30,8 @@ class Batch:
                 self.answers.append(answer)
                 self.n_prompt += job.n_prompt
                 self.n_reused += job.n_reused
+                self.n_guessed += job.n_guessed
+                self.n_right += job.n_right
                 self.n_decoded += max(0, answer.n_decoded - 1)
                 self.prefill_s = max(self.prefill_s, job.first_at - start)
             self.seed = self.answers[0].seed

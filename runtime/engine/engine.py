@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gguf_run.models.decoder import Decoder
     from gguf_run.runtime.engine.runner import Runner
     from gguf_run.runtime.engine.scheduler import Scheduler
+    from gguf_run.runtime.engine.speculation import Speculation
     from gguf_run.runtime.sampling.many import ManySampler
 
 
@@ -48,6 +49,7 @@ class Engine:
         max_queue: int = 512,
         deterministic: bool = False,
         many: "Callable[[], ManySampler] | None" = None,
+        speculation: "Speculation | None" = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Nothing runs yet.
@@ -57,6 +59,7 @@ class Engine:
         max_queue: requests that may wait for their first step.
         deterministic: an answer has the same bits whatever else runs and whatever the cache holds.
         many: makes what samples several rows together; None: they are sampled one after the other.
+        speculation: guesses tokens, so that a step may run several of an answer.
         """
         self.decoder, self.max_queue, self.clock = decoder, max_queue, clock
         self.max_step_ms, self.deterministic = max_step_ms, deterministic
@@ -66,7 +69,7 @@ class Engine:
         self.n_failed = 0  # steps in a row that raised an error
         self.changed = threading.Condition()  # tells that a step has ended
         self.runner: Runner | None = None  # the thread that runs all steps; None: the readers do
-        self._reply_of, self._many = reply_of, many
+        self._reply_of, self._many, self._speculation = reply_of, many, speculation
         self._chooser: ManySampler | None = None  # made when two rows are sampled at once
         self._new: deque[Job] = deque()
         self._n_jobs = 0  # that have ever been added
@@ -204,8 +207,10 @@ class Engine:
             )
 
     def _step(self, is_wanted: Callable[[Job], bool]) -> None:
-        start, rows = self.clock(), self.rows
+        start, rows, speculation = self.clock(), self.rows, self._speculation
         rows.n_steps += 1
+        if speculation is not None:
+            speculation.settle(rows)  # the last step may have been interrupted
         while self._new:
             self.jobs.append(self._new.popleft())
         wanted = [job for job in self._living() if is_wanted(job)]
@@ -215,6 +220,8 @@ class Engine:
         chosen: list[tuple[Job, int | Exception]] = []
         try:
             counts = self._plan(wanted)
+            if speculation is not None:
+                speculation.plan(counts, self.jobs, rows, self.decoder)
             chosen = self._run(counts)
             self.n_failed = 0
         except Exception as error:
@@ -223,11 +230,16 @@ class Engine:
             for job, _ in chosen:
                 rows.clear(rows.park(job))
         texts = [(job, job.take(id, rows.cache.n_ctx) if isinstance(id, int) else id) for job, id in chosen]
+        if speculation is not None and speculation.guesses:
+            texts = speculation.verify(texts, self._choose, rows.cache.n_ctx)
+            speculation.settle(rows)
         end = self.clock()
         for job in counts:
             job.count(start, end)
         if self._scheduler is not None:
-            self._scheduler.measured(1000 * (end - start))
+            self._scheduler.measured(1000 * (end - start), speculation.n if speculation else 0)
+        if speculation is not None:
+            speculation.measured(1000 * (end - start))
         for job, text in texts:  # last: readers are on their way with them
             job.push(text)
         self._living()
@@ -267,15 +279,24 @@ class Engine:
         n_rows: dict[int, int] = {}  # 1: the logits after the last token are wanted
         ready: list[Job] = []
         chosen: list[tuple[Job, int | Exception]] = []
+        guesses: Mapping[Job, list[int]] = {} if self._speculation is None else self._speculation.guesses
         for job, n in counts.items():
             at = slots[job.row].n_past
             if n:
                 batch[job.row], n_rows[job.row] = job.ids[at : at + n], int(at + n == len(job.ids))
                 if n_rows[job.row]:
                     ready.append(job)
+                if job in guesses:
+                    batch[job.row] += guesses[job]
+                    n_rows[job.row] += len(guesses[job])
             elif rows.asked is not None:
                 chosen.append((job, _sampled(job, rows.asked[2])))
-        if len(batch) == 1 == len(ready) and ready[0].n_top and ready[0].n_chosen and not self.deterministic:
+        if (
+            len(batch) == 1 == len(ready)
+            and ready[0].n_top
+            and ready[0].n_chosen
+            and not (guesses or self.deterministic)
+        ):
             ((row, ids),) = batch.items()
             found = self.decoder.top(ids, ready[0].n_top, row)
             if found.columns is not None:
@@ -283,15 +304,21 @@ class Engine:
             logits = found.values
         elif batch:
             logits = self.decoder.step(batch, n_rows)
+        if guesses and self._speculation is not None:
+            logits = self._speculation.first_rows(ready, logits)
         for i, job in enumerate(ready):
             if not (job.n_chosen or job.cut.ids or self.deterministic):
                 rows.asked = list(job.request.ids), job.request.root, logits[i].copy()
-        if self._many is not None and (len(ready) > 1 or (ready and self.deterministic)):
+        return chosen + self._choose(ready, logits) if ready else chosen
+
+    def _choose(self, jobs: list[Job], logits: "NDArray[float32]") -> list[tuple[Job, int | Exception]]:
+        """Choose the next token of each job, or tell why it has none. logits: f32[len(jobs), n_vocab]."""
+        if self._many is not None and (len(jobs) > 1 or self.deterministic):
             from gguf_run.runtime.engine.choose import choose  # late: a prompt is alone
 
             self._chooser = self._chooser or self._many()
-            return [*chosen, *zip(ready, choose(self._chooser, ready, logits), strict=True)]
-        return chosen + [(job, _sampled(job, logits[i])) for i, job in enumerate(ready)]
+            return list(zip(jobs, choose(self._chooser, jobs, logits), strict=True))
+        return [(job, _sampled(job, logits[i])) for i, job in enumerate(jobs)]
 
 
 def _sampled(job: Job, logits: "NDArray[float32] | Candidates") -> int | Exception:

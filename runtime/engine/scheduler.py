@@ -24,10 +24,14 @@ class Scheduler:
         self._rows, self._n_batch, self._max_step_ms, self._clock = rows, n_batch, max_step_ms, clock
         self._planned = 0, 0, 0.0  # the last step, for the cost model
 
-    def measured(self, ms: float) -> None:
-        """Learn how long the planned step took, if one was planned. Answers alone teach little: one step of four."""
-        if self._planned[1] or (self._planned[0] and self._rows.n_steps % 4 == 0):
-            self.cost.measure(*self._planned, ms)
+    def measured(self, ms: float, n_guessed: int) -> None:
+        """Learn how long the planned step took, if one was planned. Answers alone teach little: one step of four.
+
+        n_guessed: tokens that ran besides.
+        """
+        n_answers, n_prompt, n_read = self._planned
+        if n_prompt or (n_answers and self._rows.n_steps % 4 == 0):
+            self.cost.measure(n_answers + n_guessed, n_prompt, n_read, ms)
         self._planned = 0, 0, 0.0
 
     def plan(self, wanted: Sequence[Job], jobs: Sequence[Job]) -> dict[Job, int]:

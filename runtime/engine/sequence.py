@@ -20,6 +20,8 @@ class Stats:
     decode_s: float = 0.0  # to compute the tokens of the answer
     finish: str = ""  # why the answer ended, see Reply
     seed: int = 0  # of the draws
+    n_guessed: int = 0  # tokens that ran before they were chosen: see speculation.py
+    n_right: int = 0  # of them, those that were chosen
 
     @property
     def prefill_speed(self) -> float:
@@ -70,6 +72,7 @@ class Job:
         self.prefill_s = 0.0  # seconds of the steps up to the first token
         self.first_at = arrived  # when the first token was there
         self.decode_s = 0.0  # seconds of the steps of the n_decoded tokens
+        self.n_guessed = self.n_right = 0  # see Stats
 
     @property
     def finish(self) -> str:

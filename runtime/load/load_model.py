@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gguf_run.kernels_cpu.backend import CpuBackend
     from gguf_run.models.decoder import Decoder
     from gguf_run.runtime.engine.session_file import SessionHeader
+    from gguf_run.runtime.engine.speculation import Speculation
     from gguf_run.runtime.sampling.many import ManySampler
     from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
@@ -52,6 +53,7 @@ class LoadedModel:
     identity: "Callable[[], SessionHeader] | None" = None  # makes the header of a session; None: no sessions
     many: "Callable[[], ManySampler] | None" = None  # makes what samples many rows, on the threads of the CPU
     deterministic: bool = False  # see LoadOptions
+    speculation: "Speculation | None" = None  # guesses tokens
     tuning: str = ""  # how the kernels were fitted to this CPU, for people
     close: Sequence[Callable[[], None]] = ()  # called at the end, to free what the decoder does not own
 
@@ -134,6 +136,12 @@ def _load(
             for backend in backends.values():
                 backend.close()
             raise
+    closes = [*(backend.close for backend in backends.values()), file.close]
+    speculation = None
+    if options.speculate or options.draft_model:
+        from gguf_run.runtime.load.draft import speculation_of  # late: it is not asked for mostly
+
+        speculation = speculation_of(load_model, options, plan.n_ctx, tokenizer.tokens, closes)
     layers = Counter(placement.layers)
     loaded = LoadedModel(
         decoder,
@@ -145,7 +153,8 @@ def _load(
         identity=partial(_described, "identity", file, plan.cache, placement.n_gpu, options.lora),
         deterministic=options.deterministic,
         many=partial(_many_sampler, backends.get(CPU), n_threads, plan.config.n_vocab),
-        close=[*(backend.close for backend in backends.values()), file.close],
+        speculation=speculation,
+        close=closes,
     )
     return replace(loaded, tuning=tune(backends[CPU])) if computes else loaded
 

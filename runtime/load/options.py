@@ -98,6 +98,8 @@ class LoadOptions:
     cache_rotation: bool | None = None  # Hadamard transform of stored rows; None: for types of 8 bits or less
     cache_scales: str | os.PathLike[str] | None = None  # a calibration file, see kv_scales.py
     lora: "tuple[str | os.PathLike[str], ...] | list[str | os.PathLike[str]]" = ()  # adapters: FILE or FILE:SCALE
+    speculate: bool = False  # guess tokens from the text before them: faster where an answer repeats what is there
+    draft_model: str | os.PathLike[str] | None = None  # a small model of the same vocabulary, which guesses tokens
     quantize: str | None = None  # a file type such as "Q4_K_M", to which weights are quantized while they are read
     embed: bool = False  # for Model.embed and rank, not for text; encoders and rerankers are loaded so in any case
     observe: bool = False  # the decoder can collect the squares of what its matrices read, for an importance matrix
@@ -109,6 +111,10 @@ class LoadOptions:
         _check_range("cache_ram (--cache-ram)", self.cache_ram, MAX_N_CTX)
         if self.deterministic and not self.wanted.cpu_only:
             raise OptionError('deterministic runs on the CPU only: give device="cpu" (--device cpu)')
+        if self.deterministic and (self.speculate or self.draft_model):
+            raise OptionError(
+                "deterministic with speculate or draft_model: a step of several tokens rounds otherwise; leave one out"
+            )
         if self.n_threads is not None:
             from gguf_run.kernels_cpu.replay.team import MAX_THREADS
 

@@ -41,7 +41,7 @@ class Tokenizer:
 
     def __init__(self, encoder: Encoder, flags: Flags) -> None:
         vocab = encoder.vocab
-        self.n_vocab = len(vocab.tokens)
+        self.n_vocab, self.tokens = len(vocab.tokens), vocab.tokens  # texts, by id
         self.bos, self.eos, self.eot = vocab.bos, vocab.eos, vocab.eot  # ids; None if the model has no such token
         self.stop_ids = vocab.stop_ids  # all tokens that end an answer
         self.never_ids = vocab.never_ids  # tokens that an answer must not have

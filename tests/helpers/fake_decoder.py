@@ -4,6 +4,7 @@ Each position holds the sum of all tokens up to it, weighted by their positions.
 so a page of another text changes the answer, and the step finds it at once. Time is simulated.
 """
 
+import random
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from gguf_run.models.backend import Results
 from gguf_run.models.kv_cache import GROUP, CacheLayer, KvCache
 from gguf_run.models.pages import NO_PAGE, PAGE, PageTable, Pool
 from gguf_run.runtime.engine.engine import Engine
+from gguf_run.runtime.engine.lookup import LONG, Lookup
 from gguf_run.runtime.engine.reply import Reply, Request
 from gguf_run.runtime.engine.stop import StopStrings
 from gguf_run.runtime.sampling.params import SamplingParams
@@ -75,7 +77,7 @@ class FakeDecoder:
         cost: tuple[float, float, float, float] = (5, 1, 1.5, 0.05),
     ) -> None:
         """cost: milliseconds of a step, of an answer's token, of a prompt's, and of a thousand positions read."""
-        self.n_ctx, self.n_batch, self.n_outputs = n_ctx, max(n_batch, n_seq), n_seq
+        self.n_ctx, self.n_batch, self.n_outputs = n_ctx, max(n_batch, n_seq), max(64, n_seq)
         self.config, self.adapters = SimpleNamespace(n_vocab=N_VOCAB), None
         tables = [PageTable.new(window, n_ctx, n_batch, n_seq, n_cells) for window in windows]
         layers: list[Any] = [CacheLayer(FakeCache(table.n_pages), table.window, None) for table in tables]
@@ -107,7 +109,8 @@ class FakeDecoder:
         a, b, c, d = self.cost
         self.now += (a + b * (sum(counts.values()) - n_prompt) + c * n_prompt + d * n_read / 1000) / 1000
         self.cache.end(runs, [id for ids in batch.values() for id in ids])
-        wanted = [total for total, seq in zip(totals, batch, strict=True) if rows[seq]]
+        wanted = [total for part, seq in zip(totals, batch, strict=True) for total in part[len(part) - rows[seq] :]]
+        assert len(wanted) <= self.n_outputs
         logits = np.zeros((len(wanted), N_VOCAB), np.float32)
         logits[np.arange(len(wanted)), [next_id(total) for total in wanted]] = 1
         return logits
@@ -118,7 +121,7 @@ class FakeDecoder:
         return Results(logits[:, found], found)
 
     def _append(self, seq: int, ids: Sequence[int]) -> Any:
-        """Store the sums of tokens. Return the last one."""
+        """Store the sums of tokens, and return them."""
         slot = self.cache.slots[seq]
         n_past, n = slot.n_past, len(ids)
         with np.errstate(over="ignore"):
@@ -137,7 +140,7 @@ class FakeDecoder:
                     assert pool.nodes[page] is None
                 written = np.arange(n_past, n_past + n)
                 rows[pages[written // PAGE], written % PAGE] = total[-n:]
-        return total[-1]
+        return total[-n:]
 
 
 class IdStream:
@@ -152,6 +155,21 @@ class IdStream:
 
 def ids_of(pieces: Any) -> list[int]:
     return [ord(character) - 0x4E00 for piece in pieces for character in piece]
+
+
+class Oracle(Lookup):
+    """Guesses the tokens that come, with some faults."""
+
+    right = 0.9
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rng = random.Random(3)
+
+    def guess(self, most: int) -> list[int]:
+        self.n_same = LONG
+        ids = expected(self._ids, most)
+        return [id if self.rng.random() < self.right else (id + 1) % N_VOCAB for id in ids]
 
 
 def reply_of(request: Request, stop_ids: Sequence[int] = ()) -> Reply:

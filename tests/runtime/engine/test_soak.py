@@ -8,10 +8,11 @@ import sys
 import tracemalloc
 
 import pytest
-from fake_decoder import N_VOCAB, FakeDecoder, check, check_index, engine_of, expected, ids_of, request
+from fake_decoder import N_VOCAB, FakeDecoder, Oracle, check, check_index, engine_of, expected, ids_of, request
 
 from gguf_run.runtime.engine.check import QueueFullError
 from gguf_run.runtime.engine.sequence import Sequence
+from gguf_run.runtime.engine.speculation import Speculation
 
 STOP = (0,)
 
@@ -100,6 +101,16 @@ def test_soak(n_cells: int | None, windows: tuple[int, ...]) -> None:
     assert found["refused"] < 500
     assert found["context"] == 0
     assert n_cells != 640 or found["preempted"] > 0
+
+
+@pytest.mark.parametrize(("n_cells", "windows"), [(None, (0, 70)), (640, (0,))])
+def test_soak_with_guesses(n_cells: int | None, windows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gguf_run.runtime.engine.speculation.Lookup", Oracle)
+    speculation = Speculation()
+    found = soak(300, 1, n_cells, windows, speculation=speculation)
+    assert not speculation.guesses
+    assert found["gap"] < 0.12
+    assert found["context"] == 0
 
 
 if __name__ == "__main__":
