@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from gguf_run.models.kv_find import adopt, known
 from gguf_run.runtime.engine.sequence import Job, n_common
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ class DraftModel:
         """Let the sequence of a job hold the longest known start of its text, without the last token."""
         cache, row = self._decoder.cache, job.row
         n = min(n_common(cache.slots[row].ids, job.ids), len(job.ids) - 1)
-        if cache.known(job.ids) > n:
-            cache.adopt(row, job.ids)
+        if known(cache, job.ids) > n:
+            adopt(cache, row, job.ids)
         else:
             cache.rewind(n, row)
 

@@ -3,19 +3,16 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 from gguf_run.formats.errors import OptionError
 from gguf_run.runtime.engine.draft_model import DraftModel
 from gguf_run.runtime.engine.speculation import Speculation
 from gguf_run.runtime.load.options import LoadOptions
 
-if TYPE_CHECKING:
-    from gguf_run.runtime.load.load_model import LoadedModel
-
 
 def speculation_of(
-    load: "Callable[[str, LoadOptions], LoadedModel]",
+    load: Callable[[str, LoadOptions], Any],
     options: LoadOptions,
     n_ctx: int,
     tokens: Sequence[str],
@@ -23,7 +20,7 @@ def speculation_of(
 ) -> Speculation:
     """Return what guesses tokens, with the model that options.draft_model names.
 
-    n_ctx, tokens: of the model that it guesses for. closes: gets what frees the draft model.
+    load: load_model.load_model. n_ctx, tokens: of the model that it guesses for. closes: gets what frees the draft model.
     OptionError if that one has another vocabulary or recurrent layers.
     """
     speculation = Speculation()
