@@ -20,7 +20,8 @@ def speculation_of(
 ) -> Speculation:
     """Return what guesses tokens, with the model that options.draft_model names.
 
-    load: load_model.load_model. n_ctx, tokens: of the model that it guesses for. closes: gets what frees the draft model.
+    load: load_model.load_model. closes: gets what frees the draft model.
+    n_ctx, tokens: of the model that it guesses for.
     OptionError if that one has another vocabulary or recurrent layers.
     """
     speculation = Speculation()
