@@ -29,6 +29,7 @@ from gguf_run.runtime.load.options import CPU, DEFAULT_N_CTX, Device, LoadOption
 
 if TYPE_CHECKING:
     from gguf_run.kernels_cpu.backend import CpuBackend
+    from gguf_run.models.adapted_step import Adapters
     from gguf_run.models.decoder import Decoder
     from gguf_run.runtime.engine.session_file import SessionHeader
     from gguf_run.runtime.engine.speculation import Speculation
@@ -93,12 +94,7 @@ def _find(name: str | None) -> Path:
 def _load(
     file: GGUFFile, options: LoadOptions, progress: Progress | None, report: Callable[[str], None]
 ) -> LoadedModel:
-    plan, adapters = _plan(file, options), None
-    if options.lora:
-        from gguf_run.runtime.load.adapters import open_adapters  # late: few models have any
-
-        adapters = open_adapters(file, options.lora, plan.n_seq)
-        plan = replace(plan, tensors=[*plan.tensors, *adapters.tensors])
+    plan, adapters = _plan(file, options)
     placement, gpus = _place(plan, options, report)
     if CPU in placement.devices:
         replace(plan, n_gpu=placement.n_gpu, n_cpu_moe=placement.n_cpu_moe).check(available_memory())
@@ -137,11 +133,6 @@ def _load(
                 backend.close()
             raise
     closes = [*(backend.close for backend in backends.values()), file.close]
-    speculation = None
-    if options.speculate or options.draft_model:
-        from gguf_run.runtime.load.draft import speculation_of  # late: it is not asked for mostly
-
-        speculation = speculation_of(load_model, options, plan.n_ctx, tokenizer.tokens, closes)
     layers = Counter(placement.layers)
     loaded = LoadedModel(
         decoder,
@@ -153,10 +144,20 @@ def _load(
         identity=partial(_described, "identity", file, plan.cache, placement.n_gpu, options.lora),
         deterministic=options.deterministic,
         many=partial(_many_sampler, backends.get(CPU), n_threads, plan.config.n_vocab),
-        speculation=speculation,
+        speculation=_speculation(options, plan.n_ctx, tokenizer.tokens, closes),
         close=closes,
     )
     return replace(loaded, tuning=tune(backends[CPU])) if computes else loaded
+
+
+def _speculation(
+    options: LoadOptions, n_ctx: int, tokens: Sequence[str], closes: list[Callable[[], None]]
+) -> "Speculation | None":
+    if not (options.speculate or options.draft_model):
+        return None
+    from gguf_run.runtime.load.draft import speculation_of  # late: it is mostly not asked for
+
+    return speculation_of(load_model, options, n_ctx, tokens, closes)
 
 
 def _decoder_class(config: ModelConfig, options: LoadOptions) -> "type[Decoder]":
@@ -191,7 +192,7 @@ def tuned(sizes: Collection[tuple[str, int]], n_threads: int | None) -> "tuple[i
     return n_threads or (stored and stored.n_threads) or n_cores, tune
 
 
-def _plan(file: GGUFFile, options: LoadOptions) -> MemoryPlan:
+def _plan(file: GGUFFile, options: LoadOptions) -> "tuple[MemoryPlan, Adapters | None]":
     config = ModelConfig.from_metadata(file.metadata, file.tensors)
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     if isinstance(tokens, Sequence) and len(tokens) != config.n_vocab:
@@ -203,7 +204,13 @@ def _plan(file: GGUFFile, options: LoadOptions) -> MemoryPlan:
     n_cells = None
     if options.cache_ram:
         n_cells = cells_in(options.cache_ram << 20, config, cache, n_ctx, n_batch, options.n_seq)
-    return MemoryPlan(config, list(file.tensors.values()), n_ctx, cache, n_batch, options.n_seq, n_cells)
+    plan = MemoryPlan(config, list(file.tensors.values()), n_ctx, cache, n_batch, options.n_seq, n_cells)
+    if not options.lora:
+        return plan, None
+    from gguf_run.runtime.load.adapters import open_adapters  # late: few models have any
+
+    adapters = open_adapters(file, options.lora, plan.n_seq)
+    return replace(plan, tensors=[*plan.tensors, *adapters.tensors]), adapters
 
 
 def tries_gpus(wanted: Wanted, root: Path = Path("/")) -> bool:

@@ -100,7 +100,7 @@ def test_smollm2(n_ctx: int | None) -> None:
     assert memory["n_ctx"] == (n_ctx or 4096)
     assert memory["weights"] == facts["total"]["nbytes"]
     # K and V of 3 heads of 64, 2 bytes each, in 30 layers; positions are stored in groups of 32.
-    assert memory["cache"] == max(memory["n_ctx"], 32) * 2 * 3 * 64 * 2 * 30
+    assert memory["cache"] == max(memory["n_ctx"], 64) * 2 * 3 * 64 * 2 * 30
     assert memory["total"] == memory["weights"] + memory["cache"] + memory["buffers"]
 
 
