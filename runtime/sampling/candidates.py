@@ -52,7 +52,7 @@ def uniform(seed: int, position: int, stream: int = 0) -> float:
     """Return a random number in [0, 1) that depends on nothing else, by Philox4x32-10 (Salmon et al. 2011).
 
     seed: the key. position, stream: the counter. All three are from 0 to 2^64 - 1.
-    kernels_cpu/sampling/draw.py has the same function for compiled code.
+    kernels_cpu/sampling/choose.py has the same function for compiled code.
     """
     mask = 0xFFFFFFFF
     a, b, c, d = position & mask, position >> 32, stream & mask, stream >> 32
