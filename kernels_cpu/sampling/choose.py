@@ -102,8 +102,8 @@ def choose(args, piece, ith, nth):
             low = cut(x, values, best, most, np.inf, low, float(row.top_k), sums, keys, weights)
         if row.top_p < 1:
             total = sum_blocks(x, values, best, most, 1.0, low, sums)
-            # All logits below this one have less than 1 - top_p together.
-            low = max(low, most + np.float32(math.log((1 - row.top_p) * total / room)))
+            # All logits below this one have less than 1 - top_p together. The 1 is for rounding.
+            low = max(low, most + np.float32(math.log((1 - row.top_p) * total / room) - 1))
             low = cut(x, values, best, most, 1.0, low, row.top_p * total, sums, keys, weights)
         low = max(low, most + np.float32(row.log_min_p))
         total = sum_blocks(x, values, best, most, row.temperature, low, sums)

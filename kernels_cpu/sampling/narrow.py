@@ -86,14 +86,14 @@ def cut(x, values, best, most, temperature, low, wanted, sums, keys, weights):
 
     Return the smallest of them. The others that equal it become -inf. Overwrites sums, keys, weights.
     """
-    high, above, none = most, 0.0, np.int64(0)
+    high, above, none = np.float32(np.inf), 0.0, np.int64(0)
     # The maxima are some of the logits. If they reach `wanted`, no logit is needed that is less than their last.
     end = _reach(keys, weights, _list(best, none, len(best), most, temperature, low, high, keys, weights, none), wanted)
     if end > _LEAST:
         low = best[_LAST - (end & _LAST)]
-    elif temperature < np.inf:
+    elif temperature < np.inf:  # thousands of logits are needed: look for their last one from both sides
         for _ in range(_ROUNDS):
-            middle = low + (high - low) / np.float32(2)
+            middle = low + ((high if high < most else most) - low) / np.float32(2)
             sum = sum_blocks(x, values, best, most, temperature, middle, sums)
             if sum >= wanted:
                 low = middle
@@ -118,9 +118,9 @@ def cut(x, values, best, most, temperature, low, wanted, sums, keys, weights):
 
 @njit
 def _list(values, first, end, most, temperature, low, high, keys, weights, count):
-    """Append keys and weights of the logits first..end - 1 from `low` up to `high`. Return the new count."""
+    """Append keys and weights of the logits first..end - 1 from `low` up to below `high`. Return the new count."""
     for i in range(first, end):
-        if low <= values[i] <= high:
+        if low <= values[i] < high:
             order = np.int64(np.float32(values[i]).view(np.int32))  # that of -0.0 becomes the 0 of 0.0
             keys[count] = (order if order >= 0 else -(1 << 31) - order) << 32 | (_LAST - i)
             weights[count] = math.exp((np.float64(values[i]) - most) / temperature) if temperature < np.inf else 1.0

@@ -58,9 +58,11 @@ def test_the_k_largest_logits(n: int, spread: float) -> None:
 @pytest.mark.parametrize("n", [1, 64, 700, 40_000])
 @pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.2, 3.0])
-def test_the_fewest_logits_that_reach_a_sum(n: int, spread: float, temperature: float) -> None:
+@pytest.mark.parametrize("is_even", [False, True])
+def test_the_fewest_logits_that_reach_a_sum(n: int, spread: float, temperature: float, is_even: bool) -> None:
     """Also where the maxima of blocks do not reach it together. A sum of thousands is float32's."""
     logits = (np.random.default_rng(n).standard_normal(n) * spread).astype(np.float32)
+    logits = np.clip(np.round(logits * 64) / 64, -2, 2) if is_even else logits  # then middles of ranges are logits
     order = np.argsort(-logits, kind="stable")
     sums = np.exp((logits[order].astype(np.float64) - logits.max()) / temperature).cumsum()
     lowest = float(logits.min())
