@@ -13,6 +13,7 @@ from statistics import median
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 
 from gguf_run.runtime import Model
 
@@ -40,23 +41,33 @@ def _decode_speeds(model: Model, n_batch: int, n_prompt: int, n_gen: int, repeat
 def _restore(model: Model, n_tokens: int, repeat: int) -> tuple[float, float, bool, int]:
     """Return seconds to compute and to restore n_tokens, whether the logits are equal, and the bytes of the file."""
     ids = np.random.default_rng(1).integers(0, model.decoder.config.n_vocab, n_tokens).tolist()
-    context = model._context
+
+    def after() -> NDArray[np.float32]:
+        """Return the logits after one more token."""
+        seen: list[NDArray[np.float32]] = []
+
+        def see(_: NDArray[np.intp], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+            seen.append(logits.copy())
+            return logits
+
+        model.complete([*ids, ids[0]], max_tokens=1, logits_processors=[see])
+        return seen[0]
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "session"
-        context.forget()
+        model.reset()
         start = time.perf_counter()
-        context.hold(ids)
+        model.complete(ids, max_tokens=1)
         computed = time.perf_counter() - start
         model.save_session(path)
-        expected = context.prefill([*ids, ids[0]])[0].copy()
+        expected = after()
         times = []
         for _ in range(repeat):
-            context.forget()
+            model.reset()
             start = time.perf_counter()
             model.load_session(path)
             times.append(time.perf_counter() - start)
-        same = bool((context.prefill([*ids, ids[0]])[0] == expected).all())
-        return computed, median(times), same, path.stat().st_size
+        return computed, median(times), bool((after() == expected).all()), path.stat().st_size
 
 
 @click.command()

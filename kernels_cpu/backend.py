@@ -36,7 +36,7 @@ _QUEUED = 64  # pieces of weights to be repacked: enough that no thread waits be
 
 
 class CpuBackend:
-    """Runs on n_threads threads. `tune` changes `tuning`, for all programs."""
+    """Runs on n_threads threads, the `team`. `tune` changes `tuning`, for all programs."""
 
     def __init__(self, n_threads: int, *, deterministic: bool = False) -> None:
         """deterministic: a sequence gets the same bits whatever other sequences are in a step.

@@ -112,7 +112,7 @@ class GpuProgram:
         launches, top = self._tops[size]
         launches.run(1)
         columns, values = top.fetch(k)
-        return Results(values, columns)
+        return Results(values[np.newaxis], columns)
 
     @gpu_errors()
     def more(self, rows: Sequence[int]) -> NDArray[np.float32]:

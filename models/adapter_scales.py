@@ -19,18 +19,20 @@ class AdapterScales:
         for seq in range(n_seq):
             self.set(seq, None)
 
-    def set(self, seq: int, scales: Mapping[str, float] | None) -> None:
-        """Choose the adapters of a sequence, between two steps. Tokens that are in its cache stay as they are.
-
-        scales: by the name of the adapter; 0 for those that are not named. None: the defaults.
-
-        Raises OptionError for an adapter that is not loaded, and for a scale that is not allowed.
-        """
-        scales = self._defaults if scales is None else scales
+    def check(self, scales: Mapping[str, float]) -> None:
+        """Raise OptionError for an adapter that is not loaded, and for a scale that is not allowed."""
         for name, scale in scales.items():
             if name not in self._defaults:
                 raise OptionError(f"adapter {name} is not loaded (--lora): choose among {', '.join(self._defaults)}")
             if not isinstance(scale, int | float) or not abs(scale) <= MOST:
                 allowed = f"numbers from {-MOST:g} to {MOST:g}"
                 raise OptionError(f"adapter {name} has the scale {scale}; allowed are {allowed}")
+
+    def set(self, seq: int, scales: Mapping[str, float] | None) -> None:
+        """Choose the adapters of a sequence, between two steps. Tokens that are in its cache stay as they are.
+
+        scales: by the name of the adapter; 0 for those that are not named. None: the defaults. Errors: see check.
+        """
+        scales = self._defaults if scales is None else scales
+        self.check(scales)
         self.values[seq] = [scales.get(name, 0.0) for name in self._defaults]

@@ -11,9 +11,8 @@ class Step(step.Step[Table, Weight, Vector, Cache, Experts, Squares, State]):
 
     def name_buffers(self, *, outputs: bool) -> None:
         super().name_buffers(outputs=outputs)
-        config, end = self.config, "_out" if outputs else ""
-        self._sum = Buffer.whole(f"sum{end}", config.n_embd, outputs=outputs)
-        self._attn_gate = Buffer.whole(f"attn_gate{end}", config.n_embd_q, outputs=outputs)
+        self._sum = step.buffer("sum", self.config.n_embd, outputs)
+        self._attn_gate = step.buffer("attn_gate", self.config.n_embd_q, outputs)
 
     def project(self, il: int, h: Buffer) -> None:
         super().project(il, h)

@@ -5,13 +5,12 @@ Beside attention, each layer has a product of low rank (Laurel). The ffn of some
 
 import numpy as np
 
-from gguf_run.models import gemma_step, made_weights, ops, rare_ops, step
-from gguf_run.models.config import ModelConfig
+from gguf_run.models import gemma_step, made_weights, ops, rare_ops
 from gguf_run.models.kv_cache import CacheLayer
 from gguf_run.models.operands import Buffer
 from gguf_run.models.ops import Cache, Experts, Squares, State, Table, Vector, Weight
 from gguf_run.models.per_layer import AltUp
-from gguf_run.models.weights import Loader
+from gguf_run.models.step import buffer
 
 _LEAST = 1e-5  # mean square that a stream is scaled by at most
 
@@ -19,26 +18,18 @@ _LEAST = 1e-5  # mean square that a stream is scaled by at most
 class Step(gemma_step.Step[Table, Weight, Vector, Cache, Experts, Squares, State]):
     """step.Step of these models. x is the first stream while a layer computes it."""
 
-    def __init__(
-        self,
-        load: Loader[Table, Weight, Vector, Cache, Experts, Squares, State],
-        config: ModelConfig,
-        observed: list[step.Observed] | None,
-    ) -> None:
-        assert config.altup is not None
-        self._altup: AltUp = config.altup
-        super().__init__(load, config, observed)
+    @property
+    def _altup(self) -> AltUp:
+        assert self.config.altup is not None
+        return self.config.altup
 
     def name_buffers(self, *, outputs: bool) -> None:
         super().name_buffers(outputs=outputs)
-        end, n, altup = "_out" if outputs else "", self.config.n_embd, self._altup
-
-        def buffer(name: str, width: int) -> Buffer:
-            return Buffer.whole(f"{name}{end}", width, outputs=outputs)
-
-        self._streams, self._predicted = buffer("streams", n * altup.n_stream), buffer("predicted", n * altup.n_stream)
-        self._modes, self._coef = buffer("modes", altup.n_stream), buffer("coef", altup.n_stream**2)
-        self._laurel, self._wide = buffer("laurel", altup.n_laurel), buffer("wide", 2 * self.config.n_ff)
+        n, n_stream = self.config.n_embd, self._altup.n_stream
+        self._streams, self._predicted = (buffer(name, n * n_stream, outputs) for name in ("streams", "predicted"))
+        self._modes, self._coef = buffer("modes", n_stream, outputs), buffer("coef", n_stream**2, outputs)
+        self._laurel = buffer("laurel", self._altup.n_laurel, outputs)
+        self._wide = buffer("wide", 2 * self.config.n_ff, outputs)
 
     def only_outputs(self) -> None:
         predicted = self._predicted
@@ -87,10 +78,8 @@ class Step(gemma_step.Step[Table, Weight, Vector, Cache, Experts, Squares, State
         self.norm(first, f"{block}attn_norm", self.x, residual=self.x)
         self.norm(self._sum, f"{block}laurel_post_norm", self.x, residual=self.x)
 
-    def attend(
-        self, il: int, cache: CacheLayer[Cache, State], qkv: Buffer | None = None, gate: Buffer | None = None
-    ) -> None:
-        super().attend(il, cache, qkv, gate)
+    def attend(self, il: int, cache: CacheLayer[Cache, State]) -> None:
+        super().attend(il, cache)
         self.add(rare_ops.Softcap(self.x, 0.5**0.5, 0.0))
 
     def gated(self, il: int, h: Buffer) -> Buffer:

@@ -79,7 +79,7 @@ QK = ("attn_q_norm", "attn_k_norm")
 POST = ("post_attention_norm", "post_ffw_norm")
 WHOLE_ROW = {"attn_q_norm": ("n_embd_q",), "attn_k_norm": ("n_embd_kv",)}
 
-_FAMILIES = ("dense", "gemma", "mixtures", "delta_net", "hybrid", "latent", "encoders")
+_FAMILIES = ("dense", "gemma", "mixtures", "hybrid", "encoders")
 
 
 def entries() -> Iterator[Architecture]:

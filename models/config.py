@@ -153,10 +153,10 @@ class ModelConfig:
             arch = architecture(name)
         except KeyError:
             known = _late("nearest").nearest(
-                lambda arch: tensor_shapes(_read(arch, Keys(metadata, name), tensors), tensors), tensors
+                lambda arch: tensor_shapes(read_sizes(arch, Keys(metadata, name), tensors), tensors), tensors
             )
             raise UnsupportedError(f"general.architecture is {show(name)}, which is not known; {known}") from None
-        config = _read(arch, Keys(metadata, name), tensors)
+        config = read_sizes(arch, Keys(metadata, name), tensors)
         blocks = [f"blk.{il}." for il in range(config.n_layer)]
         of_experts = _late("experts").experts_of if config.n_expert else lambda *_: ()
         groups = [(QKV, config.ffn(il)[:-1], of_experts(arch, block, tensors)) for il, block in enumerate(blocks)]
@@ -164,7 +164,8 @@ class ModelConfig:
         return config
 
 
-def _read(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> ModelConfig:
+def read_sizes(arch: Architecture, keys: Keys, tensors: Mapping[str, Tensor]) -> ModelConfig:
+    """Return the numbers of a model. Of the tensors, only those whose sizes tell a number are needed."""
     if clamp := keys.number("attention.clamp_kqv", 0.0):
         raise UnsupportedError(f"{arch.name}.attention.clamp_kqv is {clamp}: this program does not have that yet")
     arch = replace(arch, is_causal=keys.flag("attention.causal", arch.is_causal))

@@ -7,32 +7,21 @@ import numpy as np
 
 from gguf_run.models import made_weights, ops, rare_ops, step
 from gguf_run.models.architectures import QKV
-from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import CacheLayer
 from gguf_run.models.operands import Buffer
 from gguf_run.models.ops import Cache, Experts, Squares, State, Table, Vector, Weight
-from gguf_run.models.weights import Loader
 
 
 class Step(step.Step[Table, Weight, Vector, Cache, Experts, Squares, State]):
     """step.Step of these models."""
 
-    def __init__(
-        self,
-        load: Loader[Table, Weight, Vector, Cache, Experts, Squares, State],
-        config: ModelConfig,
-        observed: list[step.Observed] | None,
-    ) -> None:
-        super().__init__(load, config, observed)
-        self._ple = Buffer.whole("ple", config.n_ple * config.n_layer)
-
     def name_buffers(self, *, outputs: bool) -> None:
         super().name_buffers(outputs=outputs)
-        config, end = self.config, "_out" if outputs else ""
-        self._gate_in = Buffer.whole(f"ple_gate{end}", config.n_ple, outputs=outputs)
-        self._sum, self._dense = (
-            Buffer.whole(f"{name}{end}", config.n_embd, outputs=outputs) for name in ("sum", "dense")
-        )
+        config = self.config
+        if not outputs:
+            self._ple = Buffer.whole("ple", config.n_ple * config.n_layer)
+        self._gate_in = step.buffer("ple_gate", config.n_ple, outputs)
+        self._sum, self._dense = (step.buffer(name, config.n_embd, outputs) for name in ("sum", "dense"))
 
     def embed(self) -> None:
         """x = embeddings of the tokens; ple = their embeddings for all layers, times sqrt(P / 2)"""
@@ -60,9 +49,7 @@ class Step(step.Step[Table, Weight, Vector, Cache, Experts, Squares, State]):
         matrix = self.load.matrix(*(block + name for name in made if self.load.has(block + name)))
         self.matmul(h, matrix, self._qkv.columns(0, matrix.weight.n_out))
 
-    def attend(
-        self, il: int, cache: CacheLayer[Cache, State], qkv: Buffer | None = None, gate: Buffer | None = None
-    ) -> None:
+    def attend(self, il: int, cache: CacheLayer[Cache, State]) -> None:
         """x += norm(attention). Heads of q and k are normed, those of v too, without weights; v may be made of k."""
         config, layer, block = self.config, self.config.layers[il], f"blk.{il}."
         n_q, n_kv, n_head_kv, eps = layer.n_embd_q, layer.n_embd_kv, layer.n_head_kv, config.inner_eps

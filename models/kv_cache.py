@@ -13,14 +13,18 @@ and that of its prompt. States at the ends of pages stay findable as long as the
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any, Generic
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.frozen import frozen
 from gguf_run.models.backend import Run
 from gguf_run.models.operands import Rotation
 from gguf_run.models.ops import Cache, State
-from gguf_run.models.pages import NO_PAGE, PAGE, CacheFullError, Node, PageTable, Pool, PrefixIndex
+from gguf_run.models.pages import NO_PAGE, PAGE, CacheFullError, PageTable, Pool
+
+if TYPE_CHECKING:
+    from gguf_run.models.pages import Node
+    from gguf_run.models.prefix_index import PrefixIndex
 
 GROUP = 32  # positions that backends store side by side and move together: half a page
 N_STATES = 6  # slots of a recurrent state for each sequence
@@ -35,8 +39,8 @@ class Slot:
     n_past: int = 0  # number of tokens
     is_long: bool = False  # the keys have the rotation of long sequences
     ids: list[int] = field(default_factory=list)  # of the tokens
-    root: Hashable = ()  # what makes the rows of equal tokens differ: see KvCache.adopt
-    nodes: list[Node] = field(default_factory=list)  # of its first pages in the index
+    root: Hashable = ()  # what makes the rows of equal tokens differ: see kv_find.adopt
+    nodes: "list[Node]" = field(default_factory=list)  # of its first pages in the index
     n_indexed: int = 1 << 30  # the most pages that may enter the index
     states: dict[int, int] = field(default_factory=dict)  # slots of held states, by the number of tokens before them
     writes: int = NO_PAGE  # the slot of the state that a step writes
@@ -69,7 +73,7 @@ class KvCache:
         self.groups = self.pools[:]  # without the slots of states
         if self.has_states:
             self.pools.append(Pool(len(tables), self.n_seq * N_STATES))
-        self.index = PrefixIndex(self.pools)
+        self.index: PrefixIndex | None = None  # made with the first full page
         self.slots = [Slot([[] for _ in tables]) for _ in range(self.n_seq)]
         rotations = [layer.rotation for layer in layers if layer.rotation is not None]
         # The tokens of a sequence up to which its rotation is that of short ones; 0: there is one rotation.
@@ -89,20 +93,22 @@ class KvCache:
 
     def room(self, counts: Mapping[int, int]) -> bool:
         """Return whether there are pages for a step that appends tokens, {seq: how many}."""
-        return all(self._needs(pool, counts, copies=False) <= len(pool.free) for pool in self.groups)
+        return all(self._fits(pool, counts, copies=False) for pool in self.groups)
 
-    def _needs(self, pool: Pool, counts: Mapping[int, int], *, copies: bool) -> int:
-        """Return how many pages a step takes. copies: a page that only the index has too is copied, not forgotten."""
+    def _fits(self, pool: Pool, counts: Mapping[int, int], *, copies: bool) -> bool:
+        """Return whether a step finds its pages. copies: a page that only the index has too is copied as well."""
+        for seq in counts if self.tables[pool.number].window else ():
+            self._release_behind(seq, pool)
+        if (n_free := len(pool.free)) >= sum(counts.values()) // PAGE + 3 * len(counts):  # mostly, and quick
+            return True
         n_pages = 0
         for seq, n in counts.items():
-            self._release_behind(seq, pool)
             slot = self.slots[seq]
             pages = slot.pages[pool.number]
             n_pages += -(-(slot.n_past + n) // PAGE) - len(pages)
             if slot.n_past % PAGE:
-                page = pages[-1]
-                n_pages += pool.uses[page] > 1 or (copies and pool.nodes[page] is not None)
-        return n_pages
+                n_pages += pool.uses[pages[-1]] > 1 or (copies and pool.nodes[pages[-1]] is not None)
+        return n_pages <= n_free
 
     def begin(self, counts: Mapping[int, int]) -> list[Run]:
         """Return the runs of a step that appends tokens, {seq: how many}. The tokens count only after `end`.
@@ -115,11 +121,11 @@ class KvCache:
                 "tokens are free; give it more (--cache-ram) or run fewer sequences at once"
             )
         for pool in self.groups:
-            copies = self._needs(pool, counts, copies=True) <= len(pool.free)
+            copies = self._fits(pool, counts, copies=True)
             for seq, n in counts.items():
                 slot = self.slots[seq]
                 pages = slot.pages[pool.number]
-                if slot.n_past % PAGE:
+                if slot.n_past % PAGE and (pool.uses[pages[-1]] > 1 or pool.nodes[pages[-1]] is not None):
                     self.own(seq, pool, slot.n_past // PAGE, copies=copies)
                 while len(pages) * PAGE < slot.n_past + n:
                     self.set_page(seq, pool, len(pages), pool.take(pages[-1] if pages else NO_PAGE))
@@ -182,14 +188,20 @@ class KvCache:
             if self.has_states:
                 slot.states[slot.n_past], slot.writes = slot.writes, NO_PAGE
                 slot.n_prompt = slot.n_past if n >= _PROMPT else slot.n_prompt
-            self._add_to_index(seq, slot)
-            kept = slot.n_past, slot.n_prompt, n_past if n > 1 else 0  # drafts may be taken back
-            for old in [old for old in slot.states if old not in kept]:
-                self.pools[-1].release(slot.states.pop(old))
+            if len(slot.nodes) < slot.n_past // PAGE:
+                self._add_to_index(seq, slot)
+            if slot.states:
+                kept = slot.n_past, slot.n_prompt, n_past if n > 1 else 0  # drafts may be taken back
+                for old in [old for old in slot.states if old not in kept]:
+                    self.pools[-1].release(slot.states.pop(old))
             at += n
 
     def _add_to_index(self, seq: int, slot: Slot) -> None:
         """Let the index find the full pages of a sequence, and their states."""
+        if self.index is None:
+            from gguf_run.models.prefix_index import PrefixIndex
+
+            self.index = PrefixIndex(self.pools)
         while (i := len(slot.nodes)) < min(slot.n_past // PAGE, slot.n_indexed):
             parent = slot.nodes[-1] if slot.nodes else self.index.root((slot.root, slot.is_long))
             pages = [pages[i] for pages in slot.pages]
@@ -226,64 +238,8 @@ class KvCache:
         slot.is_long = is_long
         return ids if was_long != is_long else []
 
-    def known(self, ids: Sequence[int], root: Hashable = (), *, parts: bool = True) -> int:
-        """Return how many of the first tokens of a text `adopt` would find."""
-        return self._find(ids, root, parts)[1]
-
-    def adopt(self, seq: int, ids: Sequence[int], root: Hashable = (), *, parts: bool = True) -> int:
-        """Replace a sequence by the first tokens of a text whose pages are known. Return how many they are.
-
-        They are fewer than len(ids): the last token runs in any case, because its logits are wanted.
-
-        root: what else the rows depend on, such as adapters. Only sequences with an equal root share pages.
-        parts: the last page may be one of another text that begins alike.
-        """
-        nodes, n = self._find(ids, root, parts)
-        held = [
-            [NO_PAGE] * first + [pool.share(node.pages[pool.number]) for node in nodes[first:]]
-            for table, pool in zip(self.tables, self.groups, strict=True)
-            for first in [first_page(n, table.window)]
-        ]  # before the pages of the sequence become free
-        state = self.pools[-1].share(nodes[-1].pages[-1]) if self.has_states and nodes else NO_PAGE
-        self.clear(seq, root)
-        slot = self.slots[seq]
-        slot.n_past, slot.ids, slot.nodes, slot.is_long = n, list(ids[:n]), nodes[: n // PAGE], 0 < self.n_short < n
-        for pool, pages in zip(self.groups, held, strict=True):
-            for i, page in enumerate(pages):
-                self.set_page(seq, pool, i, page)
-        if state != NO_PAGE:
-            slot.states[n] = state
-        return n
-
-    def _find(self, ids: Sequence[int], root: Hashable, parts: bool) -> tuple[list[Node], int]:
-        """Return the nodes of the longest known start of a text, and its tokens."""
-        ids = ids[: len(ids) - 1]
-        for is_long in (True, False) if self.n_short else (False,):
-            nodes = self.index.find((root, is_long), ids)
-            ends = [PAGE * (i + 1) for i in range(len(nodes))]
-            if parts and nodes and not self.has_states:
-                child, n = self.index.beside(nodes[-1], ids[ends[-1] :])
-                if child is not None:
-                    nodes.append(child)
-                    ends.append(ends[-1] + n)
-            for n in reversed(ends):
-                chain = nodes[: -(-n // PAGE)]
-                if (0 < self.n_short < n) == is_long and self._is_whole(chain, n):
-                    return chain, n
-        return [], 0
-
-    def _is_whole(self, chain: Sequence[Node], n: int) -> bool:
-        """Return whether all pages are there that the token after the first n reads, and the state before it."""
-        if self.has_states and chain[-1].pages[-1] == NO_PAGE:
-            return False
-        return all(
-            node.pages[pool.number] != NO_PAGE
-            for table, pool in zip(self.tables, self.groups, strict=True)
-            for node in chain[first_page(n, table.window) :]
-        )
-
     def clear(self, seq: int, root: Hashable = ()) -> None:
-        """Empty a sequence. Its pages stay findable until they are needed. root: see adopt."""
+        """Empty a sequence. Its pages stay findable until they are needed. root: see kv_find.adopt."""
         self.keep(seq, 0)
         slot = self.slots[seq]
         slot.root, slot.is_long, slot.n_indexed, slot.n_prompt = root, False, 1 << 30, 0

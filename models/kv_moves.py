@@ -31,6 +31,15 @@ def _groups(cache: KvCache, seq: int, pool: Pool, first: int, end: int) -> NDArr
     return pages[numbers // _GROUPS] * _GROUPS + numbers % _GROUPS
 
 
+def forget(cache: KvCache) -> None:
+    """Empty the index of a cache: nothing that was computed is found again."""
+    for pool in cache.pools:
+        for page in range(len(pool.uses)):
+            pool.forget(page)
+    for slot in cache.slots:
+        slot.nodes, slot.n_indexed = [], 0
+
+
 def copy_prefix(cache: KvCache, source: int, target: int, n: int) -> int:
     """Replace sequence `target` by the first n tokens of `source`. Return the tokens of `target`: see rewind.
 

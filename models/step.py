@@ -46,13 +46,11 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
 
     def name_buffers(self, *, outputs: bool) -> None:
         """Name the buffers beside x. outputs: those of the wanted rows."""
-        config, end = self.config, "_out" if outputs else ""
-        self._qkv = Buffer.whole(f"qkv{end}", config.n_embd_q + 2 * config.n_embd_kv, outputs=outputs)
-        self._attn = Buffer.whole(f"attn{end}", config.n_embd_q, outputs=outputs)
-        self._h = Buffer.whole(f"h{end}", config.n_embd, outputs=outputs)
-        self._ff = Buffer.whole(f"ff{end}", max(config.n_ff, config.n_ff_shexp), outputs=outputs)
-        self._router = Buffer.whole(f"router{end}", config.n_expert, outputs=outputs)
-        self._gate = Buffer.whole(f"gate{end}", 1, outputs=outputs)
+        config = self.config
+        self._qkv = buffer("qkv", config.n_embd_q + 2 * config.n_embd_kv, outputs)
+        self._attn, self._h = buffer("attn", config.n_embd_q, outputs), buffer("h", config.n_embd, outputs)
+        self._ff = buffer("ff", max(config.n_ff, config.n_ff_shexp), outputs)
+        self._router, self._gate = buffer("router", config.n_expert, outputs), buffer("gate", 1, outputs)
 
     def new_part(self) -> None:
         """Begin a new part. The following ops belong to it."""
@@ -152,8 +150,7 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
 
     def wanted(self, x: Buffer) -> Buffer:
         """Return a buffer that gets the wanted rows of x."""
-        out = Buffer.whole(f"{x.name}_out", x.width, outputs=True)
-        self.add(ops.Outputs(x, out))
+        self.add(ops.Outputs(x, out := buffer(x.name, x.width, outputs=True)))
         return out
 
     def hidden(self) -> None:
@@ -271,6 +268,11 @@ class Step(Generic[Table, Weight, Vector, Cache, Experts, Squares, State]):
         else:
             self.matmul(y, matrix, self._h)
             self.norm(self._h, block + post_norm, self.x, residual=self.x)
+
+
+def buffer(name: str, width: int, outputs: bool) -> Buffer:
+    """Return a buffer for all rows, or one for the wanted rows."""
+    return Buffer.whole(f"{name}{'_out' * outputs}", width, outputs=outputs)
 
 
 def step_class(config: ModelConfig) -> type[Step[Any, Any, Any, Any, Any, Any, Any]]:

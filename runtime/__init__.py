@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from gguf_run.formats.errors import GgufRunError as GgufRunError
     from gguf_run.formats.errors import OptionError as OptionError
     from gguf_run.formats.errors import UnsupportedError as UnsupportedError
-    from gguf_run.runtime.engine.generation import Stats as Stats
     from gguf_run.runtime.engine.reply import Answer as Answer
     from gguf_run.runtime.engine.reply import Piece as Piece
+    from gguf_run.runtime.engine.sequence import Stats as Stats
     from gguf_run.runtime.load.options import LoadOptions as LoadOptions
     from gguf_run.runtime.model import Model as Model
     from gguf_run.runtime.sampling.choice import TokenLogprob as TokenLogprob
@@ -26,7 +26,7 @@ _PLACES = {
     "OptionError": "formats.errors",
     "Piece": "runtime.engine.reply",
     "SamplingParams": "runtime.sampling.params",
-    "Stats": "runtime.engine.generation",
+    "Stats": "runtime.engine.sequence",
     "TokenLogprob": "runtime.sampling.choice",
     "UnsupportedError": "formats.errors",
 }

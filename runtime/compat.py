@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from gguf_run.formats.errors import OptionError, UnsupportedError, check_names
-from gguf_run.runtime.engine.generation import Pieces
+from gguf_run.runtime.engine.sequence import Sequence as Answering
 from gguf_run.runtime.load.options import LoadOptions
 from gguf_run.runtime.model import Message, Model, Tool
 from gguf_run.runtime.sampling.choice import TokenLogprob
@@ -45,17 +45,9 @@ _SAMPLING = (
     "mirostat_tau", "mirostat_eta",
 )  # fmt: skip
 _OTHERS = (
-    "max_tokens",
-    "logprobs",
-    "echo",
-    "stream",
-    "stop",
-    "seed",
-    "model",
-    "logits_processor",
-    "logit_bias",
+    "max_tokens", "logprobs", "echo", "stream", "stop", "seed", "model", "logits_processor", "logit_bias",
     "mirostat_mode",
-)
+)  # fmt: skip
 
 
 class Llama:
@@ -246,7 +238,7 @@ class Llama:
         model = options.get("model") or self.model_path
         return {"id": id, "object": kind, "created": int(time.time()), "model": model}
 
-    def _completion(self, pieces: Pieces, head: Result, offset: int, start: str) -> Result:
+    def _completion(self, pieces: Answering, head: Result, offset: int, start: str) -> Result:
         answer = pieces.answer()
         n_prompt, n = answer.n_prompt, answer.n_decoded
         logprobs = self._logprobs(answer.logprobs[:n], offset)  # without the end's
@@ -254,7 +246,7 @@ class Llama:
         usage = {"prompt_tokens": n_prompt, "completion_tokens": n, "total_tokens": n_prompt + n}
         return head | {"choices": [choice], "usage": usage}
 
-    def _chunks(self, pieces: Pieces, head: Result, offset: int) -> Iterator[Result]:
+    def _chunks(self, pieces: Answering, head: Result, offset: int) -> Iterator[Result]:
         """Yield the text in chunks, then one without text that says why it ended."""
         for piece in pieces:
             logprobs = self._logprobs(piece.logprobs[: len(piece.ids)], offset)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     from gguf_run.models.backend import CacheType
+    from gguf_run.runtime.engine.constraint import Constraint
     from gguf_run.runtime.sampling.params import LogitsProcessor
 
 
@@ -19,6 +20,8 @@ class LoadKeywords(TypedDict, total=False):
     n_threads: int | None
     n_batch: int
     n_seq: int
+    cache_ram: int | None
+    deterministic: bool
     device: str
     gpu_layers: str | int | None
     tensor_split: str | None
@@ -73,6 +76,10 @@ class BatchOptions(SamplingOptions, total=False):
 
     max_tokens: int | None  # the most tokens of an answer; None: until the model ends it or the context is full
     stop: Sequence[str]  # texts that end an answer
+    priority: int  # a greater one comes first
+    adapters: Mapping[str, float] | None  # scales by name; None: as the model was loaded
+    salt: str  # requests of different salts share nothing of the cache
+    constraint: "Constraint | None"  # what the answer may be
 
 
 class ReplyOptions(BatchOptions, total=False):

@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -14,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import GgufRunError, OptionError, check_names
-from gguf_run.runtime.engine.context import Closed, Context, Turns
-from gguf_run.runtime.engine.generation import Generation, Pieces, Stats
-from gguf_run.runtime.engine.reply import Answer, Reply, ReplyParams, StopStrings
+from gguf_run.runtime.engine.engine import Closed, Engine
+from gguf_run.runtime.engine.reply import Answer, Reply, Request
+from gguf_run.runtime.engine.sequence import Job, Stats
+from gguf_run.runtime.engine.sequence import Sequence as Answering
 from gguf_run.runtime.load.options import LoadOptions
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler
@@ -40,8 +40,8 @@ class Model:
             for text in model.generate("Once upon a time", max_tokens=50):
                 print(text, end="")
 
-    Threads may share a model: their calls wait for each other, an answer for the end of another thread's. In one
-    thread, a new answer takes the context, and what is left of the one before ends with an error. See Turns.
+    Threads may share a model, and several answers may be read in turns: n_seq of Model.load run together, others wait
+    for them. See Engine.
     """
 
     def __init__(self, parts: "LoadedModel") -> None:
@@ -57,8 +57,8 @@ class Model:
         self.load_s = 0.0  # seconds that loading took, without a download
         self._identity = parts.identity
         self._close = parts.close
-        self._context, self._turns = Context(parts.decoder), Turns()
-        self._generation: Generation | Batch | None = None
+        self.engine = Engine(parts.decoder, self._reply, deterministic=parts.deterministic, many=parts.many)
+        self._measured: Job | Batch | None = None  # the last generation
         self._breakers: dict[tuple[str, ...], Breakers] = {}  # of dry_sequence_breakers: slow to find
 
     @classmethod
@@ -100,9 +100,9 @@ class Model:
     @property
     def stats(self) -> Stats:
         """Times and counts of the last generate or chat."""
-        if self._generation is None:
+        if self._measured is None:
             return Stats(self.load_s)
-        measured = {field.name: getattr(self._generation, field.name) for field in fields(Stats)[1:]}
+        measured = {field.name: getattr(self._measured, field.name) for field in fields(Stats)[1:]}
         return Stats(self.load_s, **measured)
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
@@ -141,7 +141,7 @@ class Model:
         """Return the text of ids."""
         return self.tokenizer.decode(ids, skip_special=skip_special)
 
-    def generate(self, prompt: str | Sequence[int], **options: "Unpack[ReplyOptions]") -> Pieces:
+    def generate(self, prompt: str | Sequence[int], **options: "Unpack[ReplyOptions]") -> Answering:
         """Continue a text; return an iterator over pieces of text, which are strings with the ids of their tokens.
 
         prompt: a text, or token ids, which are taken as they are.
@@ -158,19 +158,24 @@ class Model:
         return self.generate(prompt, **options).answer()
 
     def generate_batch(self, prompts: Sequence[str | Sequence[int]], **options: "Unpack[BatchOptions]") -> list[Answer]:
-        """Continue several texts together, at most n_seq of Model.load; return the answers in the prompts' order.
+        """Continue several texts together; return the answers in the prompts' order.
 
-        All share each step, which reads the weights once. The tokens that all prompts begin with are computed once.
-        Options as for generate, without context_shift; prompt i draws with seed + i. GgufRunError for too many
-        prompts, or none.
+        n_seq of Model.load run together and share each step, which reads the weights once; the others wait for them.
+        Tokens that several prompts begin with are computed once. Options as for generate, without context_shift;
+        prompt i draws with seed + i. GgufRunError for no prompts.
         """
-        from gguf_run.runtime.engine.batch import Batch, params_of
+        if isinstance(prompts, str):
+            raise OptionError(f"prompts is the text {prompts[:40]!r}; allowed: a list of texts")
+        from gguf_run.runtime.engine.batch import Batch
 
-        pairs = zip(prompts, params_of(prompts, options), strict=True)
-        replies = [self._reply(self._prompt_ids(prompt), params, params.sampling) for prompt, params in pairs]
-        with self._turns.computing():
-            self._generation = batch = Batch(self._context, replies)
-            return batch.run()
+        requests = []
+        for i, prompt in enumerate(prompts):
+            request = Request.of(self._prompt_ids(prompt), options, without=("context_shift", "n_keep"))
+            if (seed := request.sampling.seed) is not None:
+                request = replace(request, sampling=replace(request.sampling, seed=(seed + i) % 2**64))
+            requests.append(request)
+        self._measured = batch = Batch(self.engine, requests)
+        return batch.answers
 
     def chat(
         self,
@@ -179,7 +184,7 @@ class Model:
         tools: Sequence[Tool] | None = None,
         template_options: Mapping[str, Any] | None = None,
         **options: "Unpack[ReplyOptions]",
-    ) -> Pieces:
+    ) -> Answering:
         """Answer the last message of a conversation; return an iterator over pieces of text, as generate does.
 
         messages: {"role": "system" | "user" | "assistant" | "tool", "content": text} each, in any form of OpenAI's API;
@@ -196,12 +201,13 @@ class Model:
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Return the logits f32[n_tokens, n_vocab] after each of ids, from an empty context."""
+        from gguf_run.runtime.engine.scores import logits
+
         out = np.empty((len(ids), self.decoder.config.n_vocab), np.float32)
         n_done = 0
-        with self._turns.computing():
-            for block in self._context.logits(ids):
-                out[n_done : n_done + len(block)] = block
-                n_done += len(block)
+        for block in logits(self.engine, ids, len(ids)):
+            out[n_done : n_done + len(block)] = block
+            n_done += len(block)
         return out
 
     def embed(
@@ -213,27 +219,25 @@ class Model:
         """
         from gguf_run.runtime.engine.embed import embed
 
-        return embed(self.decoder, self._turns, self.tokenizer, texts, pooling, normalize)
+        return embed(self.engine, self.tokenizer, texts, pooling, normalize)
 
     def rank(self, query: str, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return the probabilities f32[number of texts] that texts answer a query, by a reranker (Qwen3-Reranker)."""
         from gguf_run.runtime.engine.embed import rank
 
-        return rank(self.decoder, self._turns, self.tokenizer, query, texts)
+        return rank(self.engine, self.tokenizer, query, texts)
 
     def reset(self) -> None:
         """Empty the context: the next text is computed as after loading, bit for bit."""
-        with self._turns.computing():
-            self._context.forget()
+        with self.engine.working():
+            self.engine.rows.forget()
 
     def save_session(self, path: str | os.PathLike[str], messages: Sequence[Message] = ()) -> None:
         """Save the context with its KV cache, and the conversation in it, to a file: whole or not at all."""
-        from gguf_run.models.kv_moves import export
-        from gguf_run.runtime.engine.session_file import save
+        from gguf_run.runtime.engine.session_file import save_row
 
         header = replace(self._session_header(), messages=[dict(message) for message in messages])
-        with self._turns.computing(takes=False):
-            save(Path(path), replace(header, ids=self._context.settle()), partial(export, self.decoder.cache))
+        save_row(Path(path), header, self.engine)
 
     def load_session(self, path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         """Make the tokens of a saved session the context, without computing them; return its conversation.
@@ -244,7 +248,7 @@ class Model:
         """
         from gguf_run.runtime.engine.session_file import load
 
-        return load(Path(path), self._session_header(), self._context, self._turns)
+        return load(Path(path), self._session_header(), self.engine)
 
     def _session_header(self) -> "SessionHeader":
         self.decoder.config  # noqa: B018  (tells if the model is closed)
@@ -268,14 +272,16 @@ class Model:
 
         What another thread computes now is waited for; then its answer ends with GgufRunError.
         """
-        with self._turns.computing(takes=False, waits=False):
-            for close in (self.decoder.close, *self._close) if not self._is_closed else ():
-                close()
-            if self.templates is not None:
-                self.templates.close()
-            self._context.close()
-            self.decoder, self._close, self._identity, self.about = self._context.decoder, (), None, str
-        self._turns.leave()
+        if self._is_closed:
+            return
+        self.engine.close(self._free)
+        self.decoder, self._close, self._identity, self.about = self.engine.decoder, (), None, str
+
+    def _free(self) -> None:
+        for close in (self.decoder.close, *self._close):
+            close()
+        if self.templates is not None:
+            self.templates.close()
 
     def __enter__(self) -> "Model":
         return self
@@ -283,17 +289,18 @@ class Model:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self, ids: list[int], options: Mapping[str, Any]) -> Pieces:
-        params = ReplyParams.of(options)
-        reply = self._reply(ids, params, params.sampling)
-        self._generation = generation = Generation(
-            self._context, reply, params.n_keep if params.context_shift else None
-        )
-        return Pieces(generation, reply, self._turns)
+    def _start(self, ids: list[int], options: Mapping[str, Any]) -> Answering:
+        sequence = self.engine.add(Request.of(ids, options))
+        self._measured = sequence.job
+        return sequence
 
-    def _reply(self, ids: list[int], params: ReplyParams, sampling: SamplingParams) -> Reply:
-        sampler, stop, tokenizer = self._sampler(sampling), StopStrings(params.stop), self.tokenizer
-        return Reply(ids, sampler, tokenizer.stream(), stop, tokenizer.stop_ids, params.max_tokens)
+    def _reply(self, request: Request) -> Reply:
+        sampler, stop, tokenizer = self._sampler(request.sampling), None, self.tokenizer
+        if request.stop:
+            from gguf_run.runtime.engine.stop import StopStrings
+
+            stop = StopStrings(request.stop)
+        return Reply(request.ids, sampler, tokenizer.stream(), stop, tokenizer.stop_ids, request.max_tokens)
 
     def _sampler(self, params: SamplingParams) -> Sampler:
         n_vocab = self.decoder.config.n_vocab

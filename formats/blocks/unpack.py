@@ -45,16 +45,15 @@ class IntegerForm:
     has_minimum: bool  # if not, the unpacker leaves `minimum` as it is
     shared: bool  # whether the scales of a block are integers that share a factor. If not, `factor` stays as it is
     unpack: Any  # compiled code, see above
-    codebook: str = ""  # function of grids.py that returns what the unpacker reads; "": nothing
+    codebook: str = ""  # name of what the unpacker reads, for grids.codebook; "": nothing
 
     def grid(self) -> NDArray[np.int8]:
         """Return the codebook that the unpacker reads: read-only, empty if there is none."""
         if not self.codebook:
             return NO_GRID
-        from gguf_run.formats.blocks import grids  # late: most types have none
+        from gguf_run.formats.blocks.grids import codebook  # late: most types have none
 
-        grid: NDArray[np.int8] = getattr(grids, self.codebook)()
-        return grid
+        return codebook(self.codebook)
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -83,15 +82,15 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
     ("Q5_K",    32,    0,  31, True,  True,  "k"),
     ("Q6_K",    16,  -32,  31, False, True,  "k"),
     ("Q8_K",    32, -128, 127, False, False, "k"),
-    ("IQ2_XXS", 32,  -43,  43, False, False, "iq", "iq2_xxs"),
-    ("IQ2_XS",  16,  -43,  43, False, False, "iq", "iq2_xs"),
-    ("IQ3_XXS", 32,  -62,  62, False, False, "iq", "iq3_xxs"),
-    ("IQ1_S",   32,   -9,   9, False, False, "iq", "iq1"),
+    ("IQ2_XXS", 32,  -43,  43, False, False, "iq", "IQ2_XXS"),
+    ("IQ2_XS",  16,  -43,  43, False, False, "iq", "IQ2_XS"),
+    ("IQ3_XXS", 32,  -62,  62, False, False, "iq", "IQ3_XXS"),
+    ("IQ1_S",   32,   -9,   9, False, False, "iq", "IQ1_S"),
     ("IQ4_NL",  32, -127, 113, False, False, "small", "iq4_nl"),
-    ("IQ3_S",   32,  -15,  15, False, False, "iq", "iq3_s"),
-    ("IQ2_S",   16,  -43,  43, False, False, "iq", "iq2_s"),
+    ("IQ3_S",   32,  -15,  15, False, False, "iq", "IQ3_S"),
+    ("IQ2_S",   16,  -43,  43, False, False, "iq", "IQ2_S"),
     ("IQ4_XS",  32, -127, 113, False, True,  "small", "iq4_nl"),
-    ("IQ1_M",   16,   -9,   9, False, False, "iq", "iq1"),
+    ("IQ1_M",   16,   -9,   9, False, False, "iq", "IQ1_S"),
     ("TQ1_0",   32,   -1,   1, False, False, "small"),
     ("TQ2_0",   32,   -1,   2, False, False, "small"),
     ("MXFP4",   32,  -12,  12, False, False, "small", "e2m1"),

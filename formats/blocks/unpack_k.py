@@ -113,6 +113,5 @@ def unpack_q6_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any
 def unpack_q8_k(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f32 | qs i8[256] | bsums i16[16]; weight = d * q. bsums (sums of 16 q) are for dot products only."""
     scale[:] = f32(src, at)
-    qs = src[at + 4 : at + 260]
-    for i in range(256):
-        q[i] = qs[i]
+    for g in range(8):
+        take_bits(q, 32 * g, 32, src, at + 4 + 32 * g, 0, 255, 0)

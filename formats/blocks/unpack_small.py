@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from gguf_run.formats.blocks.scalars import e8m0_half, f16, u16, ue4m3_half
+from gguf_run.formats.blocks.scalars import e8m0_half, f16, take_bits, u16, ue4m3_half
 from gguf_run.formats.compiler.jit import njit
 
 
@@ -36,12 +36,8 @@ def unpack_tq1_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: An
 def unpack_tq2_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """qs u8[64] | d f16; 32 bytes hold four times 32 weights, lowest two bits first; weight = d * (q - 1)."""
     scale[:] = f16(src, at + 64)
-    for c in range(2):
-        qs = src[at + 32 * c : at + 32 * c + 32]
-        for j in range(4):
-            out = q[128 * c + 32 * j : 128 * c + 32 * j + 32]
-            for i in range(32):
-                out[i] = ((qs[i] >> 2 * j) & 3) - 1
+    for g in range(8):
+        take_bits(q, 32 * g, 32, src, at + 32 * (g // 4), 2 * (g % 4), 3, 1)
 
 
 @njit(forceinline=True)

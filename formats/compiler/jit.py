@@ -114,11 +114,10 @@ class Kernel(Deferred):
 
         None if numba must run it: a kind is None, or machine_code.py cannot compile it.
         """
-        store = _store()
-        with store.lock:
+        with _STORE.lock:
             if kinds not in self._entries:
                 plain = tuple(kind for kind in kinds if kind is not None)
-                self._entries[kinds] = store.find(self, plain) if len(plain) == len(kinds) else None
+                self._entries[kinds] = _STORE.find(self, plain) if len(plain) == len(kinds) else None
         return self._entries[kinds]
 
     def bare(self, *kinds: Kind) -> Callable[..., None]:
@@ -159,7 +158,7 @@ class Kernel(Deferred):
     @functools.cached_property
     def _dispatcher(self) -> Any:
         """numba's own dispatcher, for calls from Python. Every process compiles it anew."""
-        with _store().lock:
+        with _STORE.lock:
             return self._compiled_by_numba(self._options)
 
 
@@ -191,7 +190,11 @@ class _Store:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.before_compiling: list[Callable[[], None]] = []
-        self._loader = Loader()
+
+    @functools.cached_property
+    def _loader(self) -> Loader:
+        """Whoever asks holds the lock: a second loader would be freed, with machine code that a thread still calls."""
+        return Loader()
 
     def find(self, kernel: Kernel, kinds: tuple[Kind, ...]) -> Entry | None:
         """Load a kernel for arguments of these kinds, after compiling it if the folder lacks it.
@@ -217,18 +220,7 @@ class _Store:
         return self._loader.load(code, kinds)
 
 
-_making_store = threading.Lock()
-
-
-def _store() -> _Store:
-    """The store of this process. Two threads may ask for it at once; machine code in a second store would be freed."""
-    with _making_store:
-        return _only_store()
-
-
-@functools.cache
-def _only_store() -> _Store:
-    return _Store()
+_STORE = _Store()  # of this process
 
 
 def njit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -254,15 +246,14 @@ def specialize(function: Callable[..., Any], name: str, **names: Any) -> Any:
 @contextmanager
 def compile_notice(notify: Callable[[], None]) -> Iterator[None]:
     """Call `notify` once, when the first function that the disk cache lacks begins to compile, which takes seconds."""
-    store = _store()
 
     def once() -> None:
-        store.before_compiling.remove(once)
+        _STORE.before_compiling.remove(once)
         notify()
 
-    store.before_compiling.append(once)
+    _STORE.before_compiling.append(once)
     try:
         yield
     finally:
         with suppress(ValueError):
-            store.before_compiling.remove(once)
+            _STORE.before_compiling.remove(once)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from gguf_run.formats.blocks import grids
 from gguf_run.formats.blocks.scalars import half_bits
+from gguf_run.formats.blocks.types import CODEBOOKS
 from gguf_run.formats.compiler.jit import njit
 from gguf_run.formats.quantizers.encode import Quantizer, block_quantizers, roundf
 from gguf_run.formats.quantizers.lanes import (
@@ -28,11 +28,11 @@ from gguf_run.formats.quantizers.pack import half, put, put_crumbs, put_half, pu
 from gguf_run.formats.quantizers.search import EPS, largest, quant, sum_of_squares, weigh
 
 _F = np.float32
-_IQ4 = tuple(_F(v) for v in grids.iq4_nl())
+_IQ4 = tuple(_F(v) for v in CODEBOOKS["iq4_nl"])
 _LOWEST, _HIGHEST = _IQ4[0], _IQ4[-1]
 # (middle between a value and the next one, step to the next one). The middle belongs to the next value.
 _IQ4_STEPS = tuple((_F(a + b) / 2, b - a) for a, b in pairwise(_IQ4))
-_E2M1 = tuple(_F(v) for v in grids.e2m1()[:8])
+_E2M1 = tuple(_F(v) for v in CODEBOOKS["e2m1"][:8])
 # (middle between a value and the next one, the next one), times 2 as in the grid. The middle belongs to the first.
 _E2M1_STEPS = tuple((_F(a + b) / 2, b) for a, b in pairwise(_E2M1))
 

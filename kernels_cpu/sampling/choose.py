@@ -12,48 +12,44 @@ from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import carray, njit
 from gguf_run.kernels_cpu.replay.op import op
 from gguf_run.kernels_cpu.replay.team import Team
-from gguf_run.kernels_cpu.sampling.narrow import BLOCK, LEAST
+from gguf_run.kernels_cpu.sampling.narrow import BLOCK, LOWEST
 
 if COMPILING:
-    from gguf_run.kernels_cpu.sampling.draw import EXACT, draw_of, draw_of_all, drop, near_end, uniform, weigh
-    from gguf_run.kernels_cpu.sampling.narrow import (
-        LOWEST,
-        exp_sums,
-        gather,
-        greatest,
-        id_of,
-        keep,
-        reach,
-        survey,
-    )
-    from gguf_run.kernels_cpu.vector.native import f32_at, i32_at, i64_at, pointer
+    from gguf_run.kernels_cpu.sampling.narrow import cut, sum_blocks, survey
+    from gguf_run.kernels_cpu.vector.native import f32_at, f64_at, i32_at, i64_at, pointer
 
-MOST_TOP = 64  # the most tokens whose log-probabilities are wanted
 BAD = -1  # in place of an id: the logits are no numbers, or no token may come
 HIGHEST = np.float32(1e37)  # the largest logit that a penalty leaves
-_FEW = 512  # largest logits, among which top-p mostly ends
 
-BIAS = np.dtype([("id", "i8"), ("bias", "f8")])
 ROW = np.dtype(
     [
         (name, "i8")
         for name in (
             "logits",  # address of f32[n_vocab]
             "mask",  # address of uint32[n_vocab / 32]: a bit for each token that may come; 0: all may
-            "biases",  # address of BIAS[n_bias]
+            "bias_ids",  # address of int64[n_bias]
+            "biases",  # address of float64[n_bias], of these tokens
             "n_bias",
-            "recent",  # address of int32[n_recent]: the tokens that penalties look at
+            "recent",  # address of int32[n_recent], each at most n_vocab: the tokens that penalties look at
             "n_recent",
             "seed",  # the 64 bits
             "position",
             "top_k",  # 0: off; 1: the most likely token
-            "n_top",  # so many tokens' log-probabilities are wanted; -1: none, not even that of the chosen token
+            "is_summed",  # whether log_sum is wanted
+            "id",  # result: the chosen token, BAD if the row has no choice
         )
     ]
-    # log_min_p: -inf is off. top_p: 1 is off.
     + [
         (name, "f8")
-        for name in ("top_p", "log_min_p", "temperature", "repeat_penalty", "frequency_penalty", "presence_penalty")
+        for name in (
+            "top_p",  # 1: off
+            "log_min_p",  # -inf: off
+            "temperature",
+            "repeat_penalty",
+            "frequency_penalty",
+            "presence_penalty",
+            "log_sum",  # result: log(sum(exp(logits)))
+        )
     ]
 )
 
@@ -62,119 +58,109 @@ class RowChooser:
     """Chooses tokens on the threads of a team."""
 
     def __init__(self, team: Team, n_vocab: int) -> None:
-        self._team, self._n_vocab, self._room = team, n_vocab, n_vocab // BLOCK * BLOCK + BLOCK
-        self._scratch = np.zeros((team.n_threads, 4 * self._room + self._room // BLOCK), np.int64)  # see choose
+        self._team, self._n_vocab, nth, n_blocks = team, n_vocab, team.n_threads, n_vocab // BLOCK + 1
+        self._scratch: dict[str, NDArray[np.generic]] = {
+            "x": np.zeros((nth, n_blocks * BLOCK), np.float32),  # the row, as it changes
+            "keys": np.zeros((nth, n_blocks * BLOCK), np.int64),  # see narrow.py
+            "weights": np.zeros((nth, n_blocks * BLOCK)),
+            "maxima": np.zeros((nth, n_blocks), np.float32),
+            "sums": np.zeros((nth, n_blocks)),
+        }
 
-    def run(self, rows: NDArray[np.void]) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-        """Choose a token for each of ROW[n]. Return three arrays:
-
-        ids int64[n]: BAD where a row has no choice.
-        log_sums float64[n]: log(sum(exp(logits))) of rows with n_top >= 0.
-        tops int64[n, MOST_TOP]: the keys of the n_top largest logits, in the order of their ids; then -2^63.
-        """
-        n = len(rows)
-        ids, log_sums, tops = np.empty(n, np.int64), np.empty(n), np.full((n, MOST_TOP), LEAST, np.int64)
-        places = {"rows": rows, "ids": ids, "log_sums": log_sums, "tops": tops, "scratch": self._scratch}
-        addresses = {name: array.ctypes.data for name, array in places.items()}
-        arguments = choose.bind(n_rows=n, n_vocab=self._n_vocab, room=self._room, **addresses)
+    def run(self, rows: NDArray[np.void]) -> None:
+        """Choose a token for each of ROW[n]."""
+        places = {name: array.ctypes.data for name, array in self._scratch.items()}
+        arguments = choose.bind(n_rows=len(rows), rows=rows.ctypes.data, n_vocab=self._n_vocab, **places)
         self._team.run(np.array([[choose.compiled.address, arguments.ctypes.data]], np.int64))
-        return ids, log_sums, tops
 
 
-@op("n_rows rows n_vocab ids log_sums tops scratch room")
+@op("n_rows rows n_vocab x keys weights maxima sums")
 def choose(args, piece, ith, nth):
     a = carray(args, 1)[0]
     if piece < 0:
         return a.n_rows
-    row, n, room = carray(pointer(a.rows), a.n_rows, ROW)[piece], a.n_vocab, a.room
-    # 32 bytes for each token: keys, keys, weights, changed logits, counts. Then two numbers for each block.
-    base = a.scratch + ith * (32 * room + 8 * (room // BLOCK))
-    keys, work = i64_at(base, room), i64_at(base + 8 * room, room)
-    weights, changed = carray(pointer(base + 16 * room), room, np.float64), base + 24 * room
-    maxima, sums = base + 32 * room, base + 32 * room + 4 * (room // BLOCK)
-    id, x = BAD, row.logits
-    most = survey(x, n, maxima)
-    if row.n_top >= 0 and abs(most) < np.inf:
-        total = exp_sums(x, n, np.float32(1), most, np.float32(LOWEST), sums)
-        carray(pointer(a.log_sums), a.n_rows, np.float64)[piece] = most + math.log(total)
-        if row.n_top:
-            tops = i64_at(a.tops + 8 * MOST_TOP * piece, MOST_TOP)
-            for i in range(greatest(x, n, maxima, row.n_top, keys, work, weights)):
-                tops[i] = keys[i]
-    if abs(most) < np.inf and (row.n_bias or row.n_recent or row.mask):
-        _change(row, n, changed, i32_at(base + 28 * room, room))
-        x = changed
-        most = survey(x, n, maxima)
+    row, n_blocks = carray(pointer(a.rows), a.n_rows, ROW)[piece], a.n_vocab // BLOCK + 1
+    room = n_blocks * BLOCK
+    x, maxima = a.x + 4 * ith * room, a.maxima + 4 * ith * n_blocks
+    values, best, old = f32_at(x, room), f32_at(maxima, n_blocks), f32_at(row.logits, a.n_vocab)
+    keys, weights = i64_at(a.keys + 8 * ith * room, room), f64_at(a.weights + 8 * ith * room, room)
+    sums = f64_at(a.sums + 8 * ith * n_blocks, n_blocks)
+    row.id = BAD
+    for i in range(a.n_vocab):
+        values[i] = old[i]
+    for i in range(a.n_vocab, room):
+        values[i] = -np.inf
+    most, lowest = survey(x, maxima, best), np.float32(LOWEST)
+    if row.is_summed and abs(most) < np.inf:
+        row.log_sum = most + math.log(sum_blocks(x, values, best, most, 1.0, lowest, sums))
+    if (row.n_bias or row.n_recent or row.mask) and abs(most) < np.inf:
+        _change(row, a.n_vocab, values, keys)
+        most = survey(x, maxima, best)
     if abs(most) < np.inf:
-        id = _drawn(row, x, n, maxima, most, changed, sums, keys, work, weights)
-    i64_at(a.ids, a.n_rows)[piece] = id
+        low = lowest
+        if row.top_k:
+            low = cut(x, values, best, most, np.inf, low, float(row.top_k), sums, keys, weights)
+        if row.top_p < 1:
+            total = sum_blocks(x, values, best, most, 1.0, low, sums)
+            # All logits below this one have less than 1 - top_p together.
+            low = max(low, most + np.float32(math.log((1 - row.top_p) * total / room)))
+            low = cut(x, values, best, most, 1.0, low, row.top_p * total, sums, keys, weights)
+        low = max(low, most + np.float32(row.log_min_p))
+        total = sum_blocks(x, values, best, most, row.temperature, low, sums)
+        row.id = _draw(values, sums, most, row.temperature, low, uniform(row.seed, row.position, np.int64(0)) * total)
     return 0
 
 
 @njit
-def _drawn(row, x, n, maxima, most, changed, sums, keys, work, weights):
-    """Draw one of the tokens that top-k, top-p and min-p leave."""
-    one, lowest, number = np.float32(1), np.float32(LOWEST), uniform(row.seed, row.position, np.int64(0))
-    temperature = np.float32(row.temperature)
-    if not abs(most / temperature) < np.inf:  # logits so far apart that the temperature changes nothing
-        temperature = one
-    low, bound, count = max(lowest, most + np.float32(row.log_min_p)), np.int64(LEAST), np.int64(0)
-    few = row.top_k
-    if not few and row.top_p < 1:
-        few = min(_FEW, n // BLOCK // 2) if n > EXACT else n
-    if few:
-        count = greatest(x, n, maxima, few, keys, work, weights)
-    if row.top_p < 1:
-        mass = weigh(x, n, keys, count, lowest, one, most, weights)
-        total = mass if row.top_k or n <= EXACT else exp_sums(x, n, one, most, lowest, sums)
-        wanted, is_among = row.top_p * total, mass >= row.top_p * total
-        if not is_among:
-            count, above = near_end(x, n, maxima, most, row.top_p, total, sums, keys)
-            weigh(x, n, keys, count, lowest, one, most, weights)
-            wanted -= above
-        for i in range(count):
-            work[i] = keys[i]
-        bound = reach(work, weights, count, wanted)
-        if not is_among:
-            few, low = 0, max(low, f32_at(x, n)[id_of(bound)])
-    if not few:
-        count = gather(x, n, maxima, low, np.float32(np.inf), np.int64(EXACT), keys)
-        if count > EXACT:
-            if low > lowest:
-                drop(x, n, low, id_of(bound) if bound > LEAST else n, changed)
-                x = changed
-            return draw_of_all(x, n, temperature, most, number, sums)
-    count = keep(keys, count, bound)
-    total = weigh(x, n, keys, count, low, temperature, most, weights)
-    return draw_of(keys, count, weights, number * total)
+def _change(row, n_vocab, values, counts):
+    """Add the biases, forbid what is masked, penalize recent tokens. counts: int64[len(values)], for use here."""
+    bias_ids, biases = i64_at(row.bias_ids, row.n_bias), f64_at(row.biases, row.n_bias)
+    for i in range(row.n_bias):
+        values[bias_ids[i]] += np.float32(biases[i])
+    if row.mask:
+        mask = i32_at(row.mask, (n_vocab + 31) // 32)
+        for word in range(len(mask)):
+            for i in range(32 * word, 32 * word + 32):
+                if not (mask[word] >> (i & 31)) & 1:
+                    values[i] = -np.inf
+    recent = i32_at(row.recent, row.n_recent)
+    for id in recent:
+        counts[id] = 0
+    for id in recent:
+        counts[id] += 1
+    repeat, presence = np.float32(row.repeat_penalty), np.float32(row.presence_penalty)
+    for id in recent:
+        value = values[id]
+        if counts[id] and value > -np.inf:
+            value = value / repeat if value > 0 else value * repeat
+            value -= np.float32(counts[id]) * np.float32(row.frequency_penalty) + presence
+            values[id] = value if abs(value) <= HIGHEST else math.copysign(HIGHEST, value)
+        counts[id] = 0
 
 
 @njit
-def _change(row, n, target, counts):
-    """Copy the logits to `target` with biases, mask and penalties. counts: int32[n], 0 before and after."""
-    values, old = f32_at(target, n), f32_at(row.logits, n)
-    for i in range(n):
-        values[i] = old[i]
-    biases = carray(pointer(row.biases), row.n_bias, BIAS)
-    for i in range(row.n_bias):
-        values[biases[i].id] += np.float32(biases[i].bias)
-    if row.mask:
-        mask = i32_at(row.mask, (n + 31) // 32)
-        for word in range(len(mask)):
-            if mask[word] != -1:
-                for i in range(32 * word, min(n, 32 * word + 32)):
-                    if not (mask[word] >> (i & 31)) & 1:
-                        values[i] = -np.inf
-    recent = i32_at(row.recent, row.n_recent)
-    for id in recent:
-        if id < n:
-            counts[id] += 1
-    repeat, presence = np.float32(row.repeat_penalty), np.float32(row.presence_penalty)
-    for id in recent:
-        if id < n and counts[id]:
-            value = values[id]
-            new = value / repeat if value > 0 else value * repeat
-            new -= np.float32(counts[id]) * np.float32(row.frequency_penalty) + presence
-            if value > -np.inf:
-                values[id] = min(max(new, -HIGHEST), HIGHEST)
-            counts[id] = 0
+def _draw(values, sums, most, temperature, low, wanted):
+    """Draw a token: the first one such that the weights up to it exceed `wanted`. The sums of blocks lead to it."""
+    sum, block, chosen = 0.0, 0, BAD
+    while sum + sums[block] <= wanted:
+        sum += sums[block]
+        block += 1
+    for id in range(block * BLOCK, (block + 1) * BLOCK):
+        weight = math.exp((np.float64(values[id]) - most) / temperature) if values[id] >= low else 0.0
+        if weight > 0 and sum <= wanted:  # rounding may lead behind the last one
+            chosen = id
+            sum += weight
+    return chosen
+
+
+@njit
+def uniform(seed, position, stream):
+    """What candidates.uniform of runtime/sampling returns, bit for bit. Arguments: the same 64 bits, as int64."""
+    mask = 0xFFFFFFFF
+    a, b, c, d = position & mask, (position >> 32) & mask, stream & mask, (stream >> 32) & mask
+    key, key2 = seed & mask, (seed >> 32) & mask
+    for _ in range(10):
+        p, q = a * 0xD2511F53, c * 0xCD9E8D57  # an int64 has the low 64 bits of the product, which are all
+        a, b, c, d = ((q >> 32) & mask) ^ b ^ key, q & mask, ((p >> 32) & mask) ^ d ^ key2, p & mask
+        key, key2 = (key + 0x9E3779B9) & mask, (key2 + 0xBB67AE85) & mask
+    return ((a << 21) | (b >> 11)) / (1 << 53)

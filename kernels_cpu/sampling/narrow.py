@@ -1,165 +1,143 @@
-"""The largest logits of a row, without a sort.
+"""A row of logits, without a sort: where its largest ones end, and how its weights add up.
 
-A row is surveyed once, in blocks. Then only blocks whose largest value matters are looked into. What may come is a list
-of keys, int64, in the order of the ids. A key orders as its logit does and, among equal logits, by the lower id:
+A row is surveyed once, in blocks. Then only blocks whose largest logit matters are looked into. Logits are ordered by
+keys, int64. A key orders as its logit does and, among equal logits, by the lower id:
 
     bits 63..32   the logit's bits, made an int32 that orders as the number does
     bits 31..0    2^32 - 1 less the id
+
+The weight of a logit is exp((logit - most) / temperature). most: the largest logit.
 """
 
+import math
+
 import numpy as np
-from numpy.typing import NDArray
 
 from gguf_run.formats.compiler.jit import njit
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
-from gguf_run.kernels_cpu.vector.native import f32_at, i32_at
 from gguf_run.kernels_cpu.vector.simd import F32, I32, Simd, Val
 
-BLOCK = 64  # logits of a block
+BLOCK = 64  # logits of a block. A row is filled up with -inf.
 LOWEST = np.finfo(np.float32).min  # less than this is -inf: a token that cannot come
-_LANES = 64
+EXACT = 4096  # weights of up to so many logits are float64, as in runtime/sampling
+_ROUNDS = 8  # by which the range shrinks to 1/256
 _LAST = (1 << 32) - 1
-LEAST = -(1 << 63)  # less than all keys
-
-
-def _vectors(s: Simd, x: Val, block: Val) -> list[Val]:
-    return [s.load(x + block * (4 * BLOCK) + 4 * _LANES * j, F32, _LANES) for j in range(BLOCK // _LANES)]
+_LEAST = -(1 << 63)  # less than all keys
 
 
 @simd_kernel
 def _survey(s: Simd, x: Val, n_blocks: Val, maxima: Val) -> Val:
-    def body(block: Val, most: list[Val]) -> list[Val]:
-        first, *others = _vectors(s, x, block)
-        best, size = first, s.maximum(most[0], first.as_type(I32) & 0x7FFFFFFF)
-        for v in others:
-            best, size = s.maximum(best, v), s.maximum(size, v.as_type(I32) & 0x7FFFFFFF)
-        s.store(s.fold(best, s.maximum), maxima + block * 4)
-        return [size]
+    def body(block: Val, size: list[Val]) -> list[Val]:
+        v = s.load(x + block * (4 * BLOCK), F32, BLOCK)
+        s.store(s.fold(v, s.maximum), maxima + block * 4)
+        return [s.maximum(size[0], v.as_type(I32) & 0x7FFFFFFF)]
 
-    return s.fold(s.loop(n_blocks, [s.const(I32, 0, _LANES)], body)[0], s.maximum).as_type(F32)
+    return s.fold(s.loop(n_blocks, [s.const(I32, 0, BLOCK)], body)[0], s.maximum).as_type(F32)
 
 
-@simd_kernel(floats="divisor shift low")
-def _exp_sums(s: Simd, x: Val, n_blocks: Val, divisor: Val, shift: Val, low: Val, sums: Val) -> None:
-    divisors, shifts, lows = (s.splat(value, _LANES) for value in (divisor, shift, low))
-    zeros = s.const(F32, 0.0, _LANES)
-
-    def body(block: Val) -> None:
-        total = zeros
-        for v in _vectors(s, x, block):
-            total = total + s.select(v.compare(">=", lows), s.exp(v / divisors - shifts), zeros)
-        s.store(s.sum(total), sums + block * 4)
-
-    s.each(n_blocks, body)
-
-
-@njit(inline="always")
-def n_blocks(n):
-    """The number of blocks of n logits. The last one may be short."""
-    return (n + BLOCK - 1) // BLOCK
+@simd_kernel(floats="most temperature low")
+def _sum_of_block(s: Simd, x: Val, most: Val, temperature: Val, low: Val) -> Val:
+    v = s.load(x, F32, BLOCK)
+    weights = s.exp((v - s.splat(most, BLOCK)) / s.splat(temperature, BLOCK))
+    return s.sum(s.select(v.compare(">=", s.splat(low, BLOCK)), weights, s.const(F32, 0.0, BLOCK)))
 
 
 @njit
-def survey(x, n, maxima):
-    """Find the largest of each block of f32[n] at x: f32[n_blocks(n)] at `maxima`.
+def survey(x, maxima, best):
+    """Find the largest logit of each block of the row at address x: float32[n_blocks].
 
-    Return the largest of all, NaN if there is a NaN.
+    maxima: the address of best. Return the largest of all, NaN if there is a NaN.
     """
-    size, best = _survey(x, n // BLOCK, maxima), f32_at(maxima, n_blocks(n))
-    if n % BLOCK:
-        values, last = f32_at(x, n), np.float32(-np.inf)
-        for i in range(n // BLOCK * BLOCK, n):
-            last = max(last, values[i])
-            if values[i] != values[i]:
-                size = values[i]
-        best[n // BLOCK] = last
-    most = np.float32(-np.inf)
+    most = _survey(x, len(best), maxima)  # the largest size
+    if most == most:
+        most = np.float32(-np.inf)
+        for value in best:
+            if value > most:
+                most = value
+    return most
+
+
+@njit
+def sum_blocks(x, values, best, most, temperature, low, sums):
+    """Sum the weights of the logits of each block from `low` up: float64[n_blocks]. Return the sum of all.
+
+    values: the row at address x.
+    """
+    total, n_likely = 0.0, 0
     for value in best:
-        most = max(most, value)
-    return most if size == size else size
-
-
-@njit
-def exp_sums(x, n, divisor, shift, low, sums):
-    """Sum exp(value / divisor - shift) over the values of each block from `low` up: f32[n_blocks(n)] at `sums`.
-
-    Return the sum of all, float64.
-    """
-    _exp_sums(x, n // BLOCK, divisor, shift, low, sums)
-    each, total = f32_at(sums, n_blocks(n)), 0.0
-    if n % BLOCK:
-        values, rest = f32_at(x, n), np.float32(0)
-        for i in range(n // BLOCK * BLOCK, n):
-            rest += np.exp(values[i] / divisor - shift) if values[i] >= low else np.float32(0)
-        each[n // BLOCK] = rest
-    for part in each:
-        total += part
+        n_likely += value >= low
+    is_exact = len(best) <= EXACT // BLOCK + 1 or (low > LOWEST and n_likely <= EXACT // 2)
+    for block in range(len(best)):
+        sum = 0.0
+        if best[block] >= low and is_exact:
+            for i in range(block * BLOCK, (block + 1) * BLOCK):
+                if values[i] >= low:
+                    sum += math.exp((np.float64(values[i]) - most) / temperature)
+        elif best[block] >= low:
+            sum = np.float64(_sum_of_block(x + 4 * BLOCK * block, most, np.float32(temperature), low))
+        sums[block] = sum
+        total += sum
     return total
 
 
-@njit(inline="always")
-def key_of(bits, id):
-    """The key of a token whose logit has these bits. 0.0 and -0.0 are equal."""
-    order = np.int64(bits)
-    return (order if order >= 0 else -(1 << 31) - order) << 32 | (_LAST - id)
+@njit
+def cut(x, values, best, most, temperature, low, wanted, sums, keys, weights):
+    """Find the fewest largest logits, of those from `low` up, whose weights together reach `wanted`.
 
-
-@njit(inline="always")
-def id_of(key):
-    """The id of a key's token."""
-    return _LAST - (key & _LAST)
-
-
-def ids_in_order(keys: NDArray[np.int64]) -> list[int]:
-    """Return the ids of keys, the largest logit first. LEAST is no key."""
-    return [_LAST - (key & _LAST) for key in sorted(keys.tolist(), reverse=True) if key > LEAST]
+    Return the smallest of them. The others that equal it become -inf. Overwrites sums, keys, weights.
+    """
+    high, above, none = most, 0.0, np.int64(0)
+    # The maxima are some of the logits. If they reach `wanted`, no logit is needed that is less than their last.
+    end = _reach(keys, weights, _list(best, none, len(best), most, temperature, low, high, keys, weights, none), wanted)
+    if end > _LEAST:
+        low = best[_LAST - (end & _LAST)]
+    elif temperature < np.inf:
+        for _ in range(_ROUNDS):
+            middle = low + (high - low) / np.float32(2)
+            sum = sum_blocks(x, values, best, most, temperature, middle, sums)
+            if sum >= wanted:
+                low = middle
+            else:
+                high, above = middle, sum
+    count = none
+    for block in range(len(best)):
+        if best[block] >= low:
+            first = block * BLOCK
+            count = _list(values, first, first + BLOCK, most, temperature, low, high, keys, weights, count)
+    end = _reach(keys, weights, count, wanted - above)
+    if end > _LEAST:
+        last = _LAST - (end & _LAST)
+        low = values[last]
+        for block in range(last // BLOCK, len(best)):
+            if best[block] >= low:
+                for i in range(block * BLOCK, (block + 1) * BLOCK):
+                    if values[i] == low and i > last:
+                        values[i] = -np.inf
+    return low
 
 
 @njit
-def gather(x, n, maxima, low, high, most, keys):
-    """List the logits from `low` up to below `high`, but end behind the block with which there are more than `most`.
-
-    keys: room for n + 1. Return how many there are.
-    """
-    values, bits, best = f32_at(x, n), i32_at(x, n), f32_at(maxima, n_blocks(n))
-    count = 0
-    for block in range(len(best)):
-        if best[block] >= low and count <= most:
-            for i in range(block * BLOCK, min(n, (block + 1) * BLOCK)):
-                keys[count] = key_of(bits[i], i)
-                count += (values[i] >= low) & (values[i] < high)
+def _list(values, first, end, most, temperature, low, high, keys, weights, count):
+    """Append keys and weights of the logits first..end - 1 from `low` up to `high`. Return the new count."""
+    for i in range(first, end):
+        if low <= values[i] <= high:
+            order = np.int64(np.float32(values[i]).view(np.int32))  # that of -0.0 becomes the 0 of 0.0
+            keys[count] = (order if order >= 0 else -(1 << 31) - order) << 32 | (_LAST - i)
+            weights[count] = math.exp((np.float64(values[i]) - most) / temperature) if temperature < np.inf else 1.0
+            count += 1
     return count
 
 
 @njit
-def greatest(x, n, maxima, k, keys, work, weights):
-    """List the k largest logits, fewer if the others are -inf. Overwrites work and weights. Return how many there are.
-
-    As many blocks have a maximum of at least the k-th largest maximum: no smaller logit is among the k largest.
-    """
-    low, blocks = np.float32(LOWEST), n_blocks(n)
-    if k < blocks:
-        bits = i32_at(maxima, blocks)
-        for block in range(blocks):
-            work[block], weights[block] = key_of(bits[block], block), 1.0
-        low = max(low, f32_at(maxima, blocks)[id_of(reach(work, weights, blocks, float(k)))])
-    count = gather(x, n, maxima, low, np.float32(np.inf), n, keys)
-    if count <= k:
-        return count
-    for i in range(count):
-        work[i], weights[i] = keys[i], 1.0
-    return keep(keys, count, reach(work, weights, count, float(k)))
-
-
-@njit
-def reach(keys, weights, n, wanted):
-    """Return the largest key such that the weights of the keys from it up reach `wanted`; if all do not, the smallest.
+def _reach(keys, weights, n, wanted):
+    """Return the largest key such that the weights of the keys from it up reach `wanted`; _LEAST if all do not.
 
     Halves the range in which this key lies. Overwrites keys and weights: those in the range move to the front.
     """
-    low = high = keys[0]
+    low = high = _LEAST
     for i in range(n):
-        low, high = min(low, keys[i]), max(high, keys[i])
+        if keys[i] > high:
+            high = keys[i]
     while low < high:
         middle = (low >> 1) + (high >> 1) + (low & high & 1) + 1  # low + high may be too large for an int64
         weight = 0.0
@@ -179,14 +157,3 @@ def reach(keys, weights, n, wanted):
             left += (key >= middle) == is_above
         n = left
     return low
-
-
-@njit
-def keep(keys, n, lowest):
-    """Keep the keys from `lowest` up, in their order. Return how many there are."""
-    left = 0
-    for i in range(n):
-        key = keys[i]
-        keys[left] = key
-        left += key >= lowest
-    return left

@@ -29,6 +29,12 @@ def f32_at(address, n):
 
 
 @njit(inline="always")
+def f64_at(address, n):
+    """float64[n] at an address."""
+    return carray(pointer(address), n, np.float64)
+
+
+@njit(inline="always")
 def i32_at(address, n):
     """int32[n] at an address."""
     return carray(pointer(address), n, np.int32)

@@ -11,7 +11,7 @@ import triton.language as tl
 from gguf_run.kernels_gpu.matmul.decode import dot_units, store_blocks, store_sums, sum_units
 from gguf_run.kernels_gpu.matmul.tiles import tile_product
 from gguf_run.kernels_gpu.panels.units import added, unit_factors, unit_words, zeros
-from gguf_run.kernels_gpu.rows.activation import activate, gate_by
+from gguf_run.kernels_gpu.rows.activation import activate, gate_by, place
 from gguf_run.kernels_gpu.rows.quantize import store_halves
 
 
@@ -161,11 +161,9 @@ def add_pairs(
 
     weights: None: 1.
     """
-    t = tl.program_id(0).to(tl.int64)
+    t, o, mask = place(n_out, WIDTH)
     if tl.load(chosen + t * N_USED) < 0:
         return
-    o = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    mask = o < n_out
     total = tl.load(out + t * out_stride + o, mask=mask)
     for k in range(N_USED):
         p = t * N_USED + k

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from gguf_run.kernels_gpu.panels.fields import field_width, tile_field
-from gguf_run.kernels_gpu.rows.activation import gate_by
+from gguf_run.kernels_gpu.rows.activation import gate_by, place
 
 
 @triton.jit
@@ -51,9 +51,7 @@ def finish(
 
     xm: factors of the rows. ACTIVATION: None, or out = activation(first half of raw * xm) * second half.
     """
-    row = tl.program_id(0).to(tl.int64)
-    o = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    mask = o < n_out
+    row, o, mask = place(n_out, WIDTH)
     factor = 1.0
     if xm is not None:
         factor = tl.load(xm + row)

@@ -21,11 +21,11 @@ Float panels hold the numbers of the file. Their units are 16 bytes too; zeros f
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from gguf_run.formats.blocks import grids
+from gguf_run.formats.blocks.types import CODEBOOKS
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
 
 VECTOR = 16  # bytes that a thread loads at once
@@ -113,17 +113,16 @@ class FloatPanel:
 Panel = IntPanel | FloatPanel
 
 
-def _int_panel(name: str, bits: int, high: int, scales: str, book: Any = None) -> IntPanel:
+def _int_panel(name: str, bits: int, high: int, scales: str) -> IntPanel:
     form = INTEGER_FORMS[name]
-    if book is not None:
-        return IntPanel(bits, high, form.group, scales, 0, tuple(book().tolist()))
-    offset = 0 if bits == 8 else -form.q_min  # 8 bits stay signed
-    assert form.q_max + offset < 1 << (bits + high)
-    return IntPanel(bits, high, form.group, scales, offset)
+    book = CODEBOOKS.get(form.codebook, ())
+    offset = 0 if book or bits == 8 else -form.q_min  # 8 bits stay signed
+    assert book or form.q_max + offset < 1 << (bits + high)
+    return IntPanel(bits, high, form.group, scales, offset, book)
 
 
 # fmt: off
-_ROWS: tuple[tuple[Any, ...], ...] = (
+_ROWS = (
     ("Q4_0",   4, 0, "f16"),
     ("Q4_1",   4, 0, "f16m"),
     ("Q5_0",   4, 1, "f16"),
@@ -134,16 +133,16 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
     ("Q4_K",   4, 0, "k6m"),
     ("Q5_K",   4, 1, "k6m"),
     ("Q6_K",   4, 2, "k8"),
-    ("IQ4_NL", 4, 0, "f16", grids.iq4_nl),
-    ("IQ4_XS", 4, 0, "k8", grids.iq4_nl),
-    ("MXFP4",  4, 0, "e8m0", grids.e2m1),
+    ("IQ4_NL", 4, 0, "f16"),
+    ("IQ4_XS", 4, 0, "k8"),
+    ("MXFP4",  4, 0, "e8m0"),
 )
 # fmt: on
 PANELS: dict[str, Panel] = {
     "F32": FloatPanel("F32", 32),
     "F16": FloatPanel("F16", 16),
     "BF16": FloatPanel("BF16", 16),
-} | {name: _int_panel(name, *row) for name, *row in _ROWS}
+} | {row[0]: _int_panel(*row) for row in _ROWS}
 
 
 def panel_for(type_name: str) -> Panel:

@@ -32,21 +32,24 @@ def gate_by(gate, up, NAME: tl.constexpr):
 
 
 @triton.jit
+def place(n, WIDTH: tl.constexpr):
+    """Return the row and the columns of a program of the grid (rows, n / WIDTH), and which of the columns exist."""
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    return tl.program_id(0).to(tl.int64), column, column < n
+
+
+@triton.jit
 def copy_rows(x, x_stride, rows, out, out_stride, n, WIDTH: tl.constexpr):
     """out[i] = x[rows[i]]; grid (rows, n / WIDTH)."""
-    i = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    i, column, mask = place(n, WIDTH)
     row = tl.load(rows + i).to(tl.int64)
-    value = tl.load(x + row * x_stride + column, mask=column < n)
-    tl.store(out + i * out_stride + column, value, mask=column < n)
+    tl.store(out + i * out_stride + column, tl.load(x + row * x_stride + column, mask=mask), mask=mask)
 
 
 @triton.jit
 def gated(gate, gate_stride, up, up_stride, out, out_stride, n, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr):
     """out = activation(gate) (* up); grid (rows, n / WIDTH)."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    mask = column < n
+    row, column, mask = place(n, WIDTH)
     value = activate(tl.load(gate + row * gate_stride + column, mask=mask), ACTIVATION)
     if up is not None:
         value *= tl.load(up + row * up_stride + column, mask=mask)
@@ -56,56 +59,50 @@ def gated(gate, gate_stride, up, up_stride, out, out_stride, n, ACTIVATION: tl.c
 @triton.jit
 def xielu(x, x_stride, out, out_stride, n, alpha_p, alpha_n, beta, eps, WIDTH: tl.constexpr):
     """See models.rare_ops.Xielu; grid (rows, n / WIDTH). Above -0.5, e^m - 1 - m is a sum of powers of m."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    value = tl.load(x + row * x_stride + column, mask=column < n, other=0.0)
+    row, column, mask = place(n, WIDTH)
+    value = tl.load(x + row * x_stride + column, mask=mask, other=0.0)
     m = tl.minimum(value, eps)
     rest = tl.full((WIDTH,), 1.0, tl.float32)
     for i in tl.static_range(7):
         rest = rest * m / (9 - i) + 1.0
     rest = tl.where(m > -0.5, rest * m * m * 0.5, tl.exp(m) - 1.0 - m)
     made = tl.where(value > 0, alpha_p * value * value, alpha_n * (rest + (m - value))) + beta * value
-    tl.store(out + row * out_stride + column, made, mask=column < n)
+    tl.store(out + row * out_stride + column, made, mask=mask)
 
 
 @triton.jit
 def gate_rows(x, x_stride, gate, gate_stride, n, WIDTH: tl.constexpr):
     """x[t] *= sigmoid(gate[t, 0]); grid (rows, n / WIDTH)."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    row, column, mask = place(n, WIDTH)
     at = x + row * x_stride + column
     factor = tl.sigmoid(tl.load(gate + row * gate_stride))
-    tl.store(at, tl.load(at, mask=column < n) * factor, mask=column < n)
+    tl.store(at, tl.load(at, mask=mask) * factor, mask=mask)
 
 
 @triton.jit
 def temper(x, x_stride, positions, n, scale, length, offset, WIDTH: tl.constexpr):
     """x[t] *= 1 + scale * ln(1 + floor((positions[t] + offset) / length)); grid (rows, n / WIDTH)."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    row, column, mask = place(n, WIDTH)
     at = x + row * x_stride + column
     n_whole = tl.maximum(tl.load(positions + row) + offset, 0) // length  # rows that only fill up have the position -1
     factor = 1 + scale * tl.log(1 + n_whole.to(tl.float32))
-    tl.store(at, tl.load(at, mask=column < n) * factor, mask=column < n)
+    tl.store(at, tl.load(at, mask=mask) * factor, mask=mask)
 
 
 @triton.jit
 def add_positions(x, x_stride, positions, table, n, n_row, WIDTH: tl.constexpr):
     """x[t] += table[min(positions[t], n_row - 1)]; grid (rows, n / WIDTH)."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    row, column, mask = place(n, WIDTH)
     position = tl.maximum(tl.minimum(tl.load(positions + row), n_row - 1), 0)  # -1: a row that only fills up
     at = x + row * x_stride + column
-    added = tl.load(table + position.to(tl.int64) * n + column, mask=column < n)
-    tl.store(at, tl.load(at, mask=column < n) + added, mask=column < n)
+    added = tl.load(table + position.to(tl.int64) * n + column, mask=mask)
+    tl.store(at, tl.load(at, mask=mask) + added, mask=mask)
 
 
 @triton.jit
 def scale_adapters(x, x_stride, seqs, values, n_adapter, adapters, factors, n, WIDTH: tl.constexpr):
     """See models.rare_ops.ScaleAdapters; grid (rows, n / WIDTH). adapters, factors: of each column."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    mask = column < n
+    row, column, mask = place(n, WIDTH)
     adapter = tl.load(adapters + column, mask=mask, other=0)
     scale = tl.load(values + tl.load(seqs + row) * n_adapter + adapter)
     at = x + row * x_stride + column
@@ -116,13 +113,12 @@ def scale_adapters(x, x_stride, seqs, values, n_adapter, adapters, factors, n, W
 @triton.jit
 def softcap(x, x_stride, n, scale, CAP: tl.constexpr, WIDTH: tl.constexpr):
     """x = CAP * tanh(scale * x / CAP), or scale * x without CAP; grid (rows, n / WIDTH)."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    row, column, mask = place(n, WIDTH)
     at = x + row * x_stride + column
-    value = tl.load(at, mask=column < n) * scale
+    value = tl.load(at, mask=mask) * scale
     if CAP is not None:
         value = CAP * (2 * tl.sigmoid(value * (2 / CAP)) - 1)
-    tl.store(at, value, mask=column < n)
+    tl.store(at, value, mask=mask)
 
 
 @triton.jit

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from gguf_run.kernels_gpu.rows.activation import place
+
 
 @triton.jit
 def mix(
@@ -10,10 +12,8 @@ def mix(
     N_X: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """See models.rare_ops.Mix; grid (rows, n / WIDTH, parts of out). n: of a part. minus, coef: rows, or None."""
-    t = tl.program_id(0).to(tl.int64)
+    t, column, mask = place(n, WIDTH)
     i = tl.program_id(2)
-    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    mask = column < n
     total = tl.load(base + t * base_stride + i * n + column, mask=mask)
     for j in tl.static_range(N_X):
         value = tl.load(x + t * x_stride + j * n + column, mask=mask)

@@ -65,7 +65,7 @@ def _turn(state: Chat, interrupts: Interrupts) -> None:
 
 def _answer(state: Chat, interrupts: Interrupts) -> str:
     """Show and return the answer to the last message. The oldest turns go if the context cannot hold all of them."""
-    from gguf_run.runtime.engine.context import ContextError
+    from gguf_run.runtime.engine.check import ContextError
 
     model, messages = state.model, state.messages
     oldest = int(messages[0]["role"] == "system")

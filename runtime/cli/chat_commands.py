@@ -47,10 +47,8 @@ def run_command(chat: Chat, line: str) -> bool:
         # "/usr/bin is full" is a message, "/exti" is a slip.
         if not re.fullmatch(r"/[^\s/.]+", typed):
             return False
-        there_are = (
-            f"there are {', '.join(COMMANDS)} ({did_you_mean(typed, COMMANDS)}a space before it sends it to the model)"
-        )
-        message(f"{typed} is not a command; {there_are}")
+        hint = f"{did_you_mean(typed, COMMANDS)}a space before it sends it to the model"
+        message(f"{typed} is not a command; there are {', '.join(COMMANDS)} ({hint})")
         return True
     what, command = COMMANDS[name]
     try:

@@ -1,6 +1,7 @@
 """What the values of parameters may be, for completion in shells: each function is a parameter's shell_complete=."""
 
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -55,28 +56,14 @@ def models(typed: str) -> list[str]:
     return names + folders if any(name.lower().startswith(typed.lower()) for name in names) else []
 
 
-@among
-def file_types(typed: str) -> list[str]:
-    """Return the file types that gguf-quantize can write."""
-    from gguf_run.runtime.quantize.file_types import WRITABLE_FILES
-
-    return [*WRITABLE_FILES]
+def names(module: str, table: str) -> Complete:
+    """Return a shell_complete= that offers the names in a table of a module, which is imported when a shell asks."""
+    return among(lambda typed: getattr(import_module(f"gguf_run.{module}"), table))
 
 
-@among
-def cache_types(typed: str) -> list[str]:
-    """Return the types of the KV cache."""
-    from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
-
-    return [*CACHE_FORMATS]
-
-
-@among
-def chat_templates(typed: str) -> list[str]:
-    """Return the names of chat templates."""
-    from gguf_run.runtime.chat.named import TEMPLATES
-
-    return [*TEMPLATES]
+file_types = names("runtime.quantize.file_types", "WRITABLE_FILES")
+cache_types = names("kernels_cpu.attention.cache_types", "CACHE_FORMATS")
+chat_templates = names("runtime.chat.named", "TEMPLATES")
 
 
 @among

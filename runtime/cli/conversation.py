@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,13 +69,16 @@ def show(
         from gguf_run.runtime.terminal.wrap import without_controls, wrapped
 
         texts = map(without_controls, texts)
-    if has_colours():
-        from gguf_run.runtime.terminal.reasoning import dimmed
+        if has_colours():
+            from gguf_run.runtime.terminal.reasoning import dimmed
 
-        texts = dimmed(texts, tag)
-    if sys.stdout.isatty():
-        render = _renderer(with_markdown)
-        texts = render(texts) if render else wrapped(texts, lambda: n_columns(sys.stdout))
+            texts = dimmed(texts, tag)
+        if with_markdown and has_colours() and find_spec("rich") is not None:
+            from gguf_run.runtime.terminal.markdown import rendered
+
+            texts = rendered(texts)
+        else:
+            texts = wrapped(texts, lambda: n_columns(sys.stdout))
     for text in texts:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -84,17 +88,6 @@ def show(
         full = f"the context is full ({model.n_ctx} tokens), the answer ends here"
         message(f"{full}: choose a larger --ctx-size or --context-shift")
     return "".join(answer)
-
-
-def _renderer(is_wanted: bool) -> Callable[[Iterable[str]], Iterator[str]] | None:
-    """Return what renders Markdown, None if it is not wanted or cannot be."""
-    from importlib.util import find_spec
-
-    if not is_wanted or not has_colours() or find_spec("rich") is None:
-        return None
-    from gguf_run.runtime.terminal.markdown import rendered
-
-    return rendered
 
 
 def answer_facts(model: "Model") -> list[str]:

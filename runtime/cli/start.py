@@ -4,6 +4,7 @@ This file is small, and so is all that it imports: what comes before it, the sta
 """
 
 import os
+from _collections_abc import Callable  # of collections.abc, which Python has loaded already
 
 # The module signal takes 10 ms to import; this is what it is made of.
 from _signal import (  # type: ignore[import-not-found]
@@ -15,23 +16,27 @@ from _signal import (  # type: ignore[import-not-found]
 )
 
 
-def _run(name: str, module: str) -> None:
-    """Run the command of that name, from a module of this folder. Where Ctrl-C is ignored, it stays ignored."""
-    is_ignored = getsignal(SIGINT) == SIG_IGN
-    if not is_ignored:
-        signal(SIGINT, _leave)
-    from importlib import import_module
+def _tool(name: str, module: str) -> Callable[[], None]:
+    """Return what runs a command, from a module of this folder. Where Ctrl-C is ignored, it stays ignored."""
 
-    command = import_module(module, __package__).main
-    if is_ignored:
-        command(prog_name=name)
-    try:
-        signal(SIGINT, default_int_handler)
-        command(prog_name=name)  # ends with SystemExit
-    except KeyboardInterrupt:
-        _leave()
-    finally:
-        signal(SIGINT, _leave)
+    def run() -> None:
+        is_ignored = getsignal(SIGINT) == SIG_IGN
+        if not is_ignored:
+            signal(SIGINT, _leave)
+        from importlib import import_module
+
+        command = import_module(module, __package__).main
+        if is_ignored:
+            command(prog_name=name)
+        try:
+            signal(SIGINT, default_int_handler)
+            command(prog_name=name)  # ends with SystemExit
+        except KeyboardInterrupt:
+            _leave()
+        finally:
+            signal(SIGINT, _leave)
+
+    return run
 
 
 def _leave(*_: object) -> None:
@@ -39,33 +44,11 @@ def _leave(*_: object) -> None:
     os._exit(130)  # INTERRUPTED of common.py, which takes long to import
 
 
-def run() -> None:
-    _run("gguf-run", ".run")
-
-
-def info() -> None:
-    _run("gguf-info", ".info")
-
-
-def tokenize() -> None:
-    _run("gguf-tokenize", ".tokenize")
-
-
-def evaluate() -> None:
-    _run("gguf-eval", ".evaluate")
-
-
-def bench() -> None:
-    _run("gguf-bench", ".bench")
-
-
-def quantize() -> None:
-    _run("gguf-quantize", ".quantize")
-
-
-def convert() -> None:
-    _run("gguf-convert", ".convert")
-
-
-def imatrix() -> None:
-    _run("gguf-imatrix", ".imatrix")
+run = _tool("gguf-run", ".run")
+info = _tool("gguf-info", ".info")
+tokenize = _tool("gguf-tokenize", ".tokenize")
+evaluate = _tool("gguf-eval", ".evaluate")
+bench = _tool("gguf-bench", ".bench")
+quantize = _tool("gguf-quantize", ".quantize")
+convert = _tool("gguf-convert", ".convert")
+imatrix = _tool("gguf-imatrix", ".imatrix")

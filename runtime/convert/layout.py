@@ -11,7 +11,7 @@ from typing import Any
 from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.models.architectures import Architecture, architecture
-from gguf_run.runtime.convert.shared import BASE_KEYS, EXPERT_KEYS, LLAMA, MODEL, Key, Names, names_of
+from gguf_run.runtime.convert.shared import BASE_KEYS, EXPERT_KEYS, LLAMA, MODEL, Key, Names
 from gguf_run.runtime.convert.stored.checkpoint import Config
 
 
@@ -76,18 +76,3 @@ class CheckpointLayout:
     def goes_back(self) -> bool:
         """Whether a GGUF file can become such a checkpoint again: nothing is computed by functions of the row."""
         return not (self.one_way or self.aliases or self.read or self.edit or self.more_keys)
-
-    @property
-    def is_checked_by_decoder(self) -> bool:
-        """Whether layers differ, so that only models/config.py knows the shapes of the tensors."""
-        return bool(self.decoder.more or self.decoder.mixer)
-
-    def required(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Return the tensors of every layer, and sets of tensors of which a layer has one: its feed-forward network."""
-        arch = self.decoder
-        norms = [name for name in arch.norms if name not in arch.optional_norms]
-        always = (*norms, *arch.qkv, "attn_output", *(("attn_sinks",) if arch.sinks else ()))
-        known = dict.fromkeys(name for target in self.layer.values() for name in names_of(target))
-        dense = (*arch.gate_up, "ffn_down")
-        experts = tuple(name for name in known if name.endswith(("_exps", "_shexp", "_inp")))
-        return always, [names for names in (dense, experts) if names and known.keys() >= set(names)]

@@ -1,12 +1,10 @@
-"""The numbers of a model: config.json as GGUF metadata, and the shapes that follow from it."""
+"""The numbers of a model: config.json as GGUF metadata."""
 
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.metadata import Typed
-from gguf_run.models.architectures import LAYER_SHAPES, MODEL_SHAPES
-from gguf_run.models.experts import EXPERT_SHAPES
 from gguf_run.runtime.convert.architectures import BY_CLASS, BY_MODEL_TYPE
 from gguf_run.runtime.convert.known import check_keys
 from gguf_run.runtime.convert.layout import CheckpointLayout
@@ -46,36 +44,20 @@ def layout_of(config: Config) -> tuple[CheckpointLayout, Config]:
 
 
 def sizes(config: Config) -> dict[str, int]:
-    """Return the sizes of a model by ggml's names, which shapes in models/architectures.py use."""
+    """Return the sizes of a model by ggml's names."""
     n_head = config.integer("num_attention_heads")
     n_head_kv = config.integer("num_key_value_heads", default=n_head)
     n_embd = config.integer("hidden_size")
     head_dim = config.integer("head_dim", default=max(1, n_embd // n_head))
     n_ff = config.integer("intermediate_size") if type(config.get("intermediate_size")) is not list else 1  # Gemma 3n
-    n_ff_exp = config.integer("moe_intermediate_size", default=n_ff)
-    n_shared = config.integer("n_shared_experts", default=1)
     return {
         "n_layer": config.integer("num_hidden_layers"),
-        "n_vocab": config.integer("vocab_size"),
         "n_embd": n_embd,
         "n_head": n_head,
         "n_head_kv": n_head_kv,
         "head_dim": head_dim,
-        "n_embd_q": n_head * head_dim,
-        "n_embd_kv": n_head_kv * head_dim,
-        "n_ff": n_ff,
-        "n_expert": config.integer("num_local_experts", "num_experts", "n_routed_experts", default=1, low=0),
-        "n_ff_exp": n_ff_exp,
-        "n_ff_shexp": config.integer("shared_expert_intermediate_size", default=n_ff_exp * n_shared, low=0),
+        "n_ff_exp": config.integer("moe_intermediate_size", default=n_ff),
     }
-
-
-def shape(layout: CheckpointLayout, name: str, numbers: Mapping[str, int]) -> tuple[int, ...]:
-    """Return ne of the tensor `name` ("blk.3.attn_q.weight"). A bias has one value for each row of its matrix."""
-    (base, kind), shapes = name.split(".")[-2:], {**LAYER_SHAPES, **EXPERT_SHAPES, **layout.decoder.shapes}
-    words = MODEL_SHAPES.get(f"{base}.weight") or shapes[base]
-    ne = tuple(sum(numbers[part] for part in word.split("+")) for word in words)
-    return ne[1:] if kind == "bias" and len(ne) > 1 else ne
 
 
 def hyperparameters(layout: CheckpointLayout, config: Config) -> dict[str, Typed]:

@@ -82,8 +82,8 @@ def open_checkpoint(
         **vocabulary,
     }
     file = GGUFFile.of(directory, metadata, tensors)
-    if layout.is_checked_by_decoder and not vocab_only:
-        try:
+    if not vocab_only:
+        try:  # the decoder knows which tensors there must be, and their shapes
             ModelConfig.from_metadata(file.metadata, file.tensors)
         except GgufRunError as error:
             raise type(error)(f"{directory}: {error}") from None
@@ -153,11 +153,10 @@ def _quantized(item: Item) -> Tensor:
         blocks = np.empty((end - first, target.type.row_bytes(target.ne[0])), np.uint8)
         n_rows = target.ne[1] if len(target.ne) > 1 else 1
         for start in range(first, end, n_rows):  # an expert at a time: each has importance weights of its own
-            expert, stop = start // n_rows, min((start // n_rows + 1) * n_rows, end)
-            importance = None if item.importance is None else item.importance[expert % len(item.importance)]
+            stop = min((start // n_rows + 1) * n_rows, end)
             x = dequantize(origin.blocks(start, stop), origin.type)
             try:
-                blocks[start - first : stop - first] = quantize(x, target.type, importance)
+                blocks[start - first : stop - first] = quantize(x, target.type, item.importance_at(start))
             except FormatError as error:
                 raise FormatError(f"{origin.file.path}: {target.name}: {error}") from None
         return blocks

@@ -42,13 +42,10 @@ def rope_parameters(layout: CheckpointLayout, config: Config) -> tuple[Config, C
     older, newer = _dicts(config)
     nested = next((part for part in (newer, older) if isinstance(part.get("full_attention"), dict)), None)
     window: Any = {}
-    if nested is None:
-        full = older or newer
-    else:
-        full, window = (
-            {**nested["full_attention"], **({} if nested is older else older)},
-            nested.get("sliding_attention"),
-        )
+    full = older or newer
+    if nested is not None:
+        full = {**nested["full_attention"], **({} if nested is older else older)}
+        window = nested.get("sliding_attention")
     outside = {
         "rope_theta": config.get("rope_theta"),
         "rope_type": full.get("type"),

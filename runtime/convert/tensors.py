@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint as those of a GGUF file: names, order of rows, splits and stacks. Shapes are checked."""
+"""The tensors of a checkpoint as those of a GGUF file: names, order of rows, splits and stacks."""
 
 import re
 import warnings
@@ -14,7 +14,7 @@ from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.models.experts import EXPERT_SHAPES
 from gguf_run.runtime.convert.layout import CheckpointLayout
-from gguf_run.runtime.convert.metadata import shape, sizes
+from gguf_run.runtime.convert.metadata import sizes
 from gguf_run.runtime.convert.shared import names_of
 from gguf_run.runtime.convert.stored.checkpoint import Config
 from gguf_run.runtime.convert.stored.sources import (
@@ -51,24 +51,14 @@ class _Place:
 def model_tensors(layout: CheckpointLayout, config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors by GGUF name.
 
-    FormatError for a tensor that is missing or has another shape than config.json says. UnsupportedError for one that
-    the architecture does not have.
+    FormatError for one that cannot be split or stacked. UnsupportedError for one that the architecture does not have.
     """
-    numbers = sizes(config)
-    found = _collected(layout, numbers, tensors)
+    found = _collected(layout, sizes(config), tensors)
     _tie(config, found)
     _check_flags(layout, config, found)
     if layout.tied_copy and "output.weight" not in found and "token_embd.weight" in found:
         found["output.weight"] = found["token_embd.weight"]
-    found = {_without_kind(layout, name): _final(layout, config, name, tensor) for name, tensor in found.items()}
-    if layout.is_checked_by_decoder:
-        return found
-    _check_complete(layout, config, found)
-    for name, tensor in found.items():
-        ne = shape(layout, name, numbers)
-        if not tensor.same_shape(ne) and not name.endswith(".scale"):
-            raise _wrong_shape(tensor, name, f"by config.json it must have {list(ne[::-1])}: they are not of one model")
-    return found
+    return {_without_kind(layout, name): _final(layout, config, name, tensor) for name, tensor in found.items()}
 
 
 def take_numbers(layout: CheckpointLayout, n_layer: int, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Typed]]:
@@ -258,16 +248,3 @@ def _final(layout: CheckpointLayout, config: Config, name: str, tensor: Tensor) 
     elif len(tensor.ne) < 2 or kind == "bias" or is_norm or base in _FLOAT:
         tensor = values(tensor)
     return replace(tensor, name=_without_kind(layout, name))
-
-
-def _check_complete(layout: CheckpointLayout, config: Config, found: Mapping[str, Tensor]) -> None:
-    """Raise FormatError unless every layer has all its tensors: no program could load the file."""
-    always, networks = layout.required()
-    modules = {name: module for module, target in layout.layer.items() for name in names_of(target)}
-    for il in range(-1, config.integer("num_hidden_layers")):  # -1: beside the layers
-        prefix = f"blk.{il}." if il >= 0 else ""
-        nearest = max(networks, key=lambda names: sum(f"{prefix}{name}.weight" in found for name in names))
-        for name in (*always, *nearest) if il >= 0 else ("token_embd", "output_norm"):
-            if f"{prefix}{name}.weight" not in found:
-                shown = f"{prefix}{name}.weight ({modules.get(name, name)})"
-                raise FormatError(f"{config.path.parent}: there is no tensor for {shown}: weights are missing")

@@ -1,1 +1,1 @@
-"""Prompt to text: everything that generates goes through here. Start with generation.py, then reply.py."""
+"""Prompt to text: everything that generates goes through here. Start with engine.py, then sequence.py and rows.py."""

@@ -10,33 +10,34 @@ from gguf_run.formats.errors import OptionError, did_you_mean
 from gguf_run.models.decoder import Decoder
 from gguf_run.models.embedder import Embedder
 from gguf_run.models.pooling import POOLINGS
-from gguf_run.runtime.engine.context import Turns, check_prompt
+from gguf_run.runtime.engine.check import check
+from gguf_run.runtime.engine.engine import Engine
+from gguf_run.runtime.engine.reply import Request
 from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
 Texts = Sequence[str | Sequence[int]]
 Rows = NDArray[np.float32]
 
 
-def embed(
-    decoder: Decoder, turns: Turns, tokenizer: Tokenizer, texts: Texts, pooling: str | None, normalize: bool
-) -> Rows:
+def embed(engine: Engine, tokenizer: Tokenizer, texts: Texts, pooling: str | None, normalize: bool) -> Rows:
     """Return the embeddings f32[number of texts, n_embd]. Arguments and errors: see Model.embed."""
-    embedder, of_file = _embedder(decoder), decoder.config.pooling
+    embedder = _embedder(engine.decoder)
+    of_file = embedder.config.pooling
     name = pooling or (of_file.type if of_file is not None else "last")
     if name not in POOLINGS:
         near = did_you_mean(name, POOLINGS)
         raise OptionError(f"pooling (--pooling) is {name!r}; {near}allowed: {', '.join(POOLINGS)}")
     ids = _ids(embedder, texts, lambda text: tokenizer.encode(text) if isinstance(text, str) else [*text])
-    with turns.computing():
+    with engine.working():
         rows = np.array([embedder.embedding(one, name) for one in ids])
     if normalize:
         rows /= np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
     return rows.astype(np.float32)
 
 
-def rank(decoder: Decoder, turns: Turns, tokenizer: Tokenizer, query: str, texts: Sequence[str]) -> Rows:
+def rank(engine: Engine, tokenizer: Tokenizer, query: str, texts: Sequence[str]) -> Rows:
     """Return the probabilities f32[number of texts]. Arguments and errors: see Model.rank."""
-    embedder, pooling = _embedder(decoder), decoder.config.pooling
+    embedder, pooling = _embedder(engine.decoder), engine.decoder.config.pooling
     if pooling is None or pooling.template is None:
         what = "whose file has pooling_type 4, the tensor cls.output.weight and tokenizer.chat_template.rerank"
         raise OptionError(f"this model cannot rank: load a reranker, {what}")
@@ -47,7 +48,7 @@ def rank(decoder: Decoder, turns: Turns, tokenizer: Tokenizer, query: str, texts
         return tokenizer.encode_chat("".join(values.get(part, part) for part in parts))
 
     ids = _ids(embedder, texts, prompt)
-    with turns.computing():
+    with engine.working():
         return np.array([embedder.score(one) for one in ids], np.float32)
 
 
@@ -64,5 +65,5 @@ def _ids(embedder: Embedder, texts: Texts, encode: Callable[[str | Sequence[int]
         raise OptionError(f"texts is {texts!r:.40}; allowed: a list of at least one text")
     ids = [encode(text) for text in texts]
     for i, one in enumerate(ids):
-        check_prompt(one, None, embedder.n_ctx, f"text {i}")
+        check(Request(one), embedder.n_ctx, f"text {i}")
     return ids

@@ -1,40 +1,51 @@
-"""The answer to one prompt, token by token: choose a token, turn it into text, find the reason to stop."""
+"""A request, and the answer to it: tokens become text until there is a reason to stop."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from gguf_run.formats.errors import OptionError, check_names
+from gguf_run.formats.errors import check_names
 from gguf_run.formats.frozen import frozen
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
-    from numpy import float32
-    from numpy.typing import NDArray
-
-    from gguf_run.runtime.sampling.candidates import Candidates
+    from gguf_run.runtime.engine.constraint import Constraint
+    from gguf_run.runtime.engine.stop import StopStrings
     from gguf_run.runtime.sampling.choice import TokenLogprob
     from gguf_run.runtime.tokenizers.tokenizer import TokenStream
 
+_DEFAULT = SamplingParams()
 
-@frozen
-class ReplyParams:
-    """The options of one answer, checked, with their defaults: see keywords.ReplyOptions."""
 
-    sampling: SamplingParams
+@frozen(eq=False)
+class Request:
+    """What the engine is asked for. Values are checked, see also keywords.ReplyOptions."""
+
+    ids: Sequence[int]  # the prompt
+    sampling: SamplingParams = _DEFAULT
     max_tokens: int | None = None
     stop: Sequence[str] = ()
     context_shift: bool = False
     n_keep: int = 0
+    priority: int = 0  # a greater one comes first
+    adapters: Mapping[str, float] | None = None  # scales by name, see AdapterScales.set; None: as the model was loaded
+    salt: str = ""  # requests of different salts share no pages of the cache
+    constraint: "Constraint | None" = None  # what the answer may be
+
+    @property
+    def root(self) -> Hashable:
+        """What else than its ids the rows of the cache depend on: see KvCache.adopt."""
+        adapters = self.adapters and tuple(sorted(self.adapters.items()))
+        return (self.salt, adapters) if self.salt or adapters is not None else ()
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], without: Sequence[str] = ()) -> "ReplyParams":
+    def of(cls, ids: Sequence[int], options: Mapping[str, Any], without: Sequence[str] = ()) -> "Request":
         """OptionError for a name that is unknown or in `without`, and for a value that is not allowed."""
-        own = {field.name for field in fields(cls)[1:]}
+        own = {field.name for field in fields(cls)[2:]}
         check_names(options, ({field.name for field in fields(SamplingParams)} | own) - {*without})
         sampling = SamplingParams(**{name: value for name, value in options.items() if name not in own})
-        return cls(sampling, **{name: value for name, value in options.items() if name in own})
+        return cls(ids, sampling, **{name: value for name, value in options.items() if name in own})
 
 
 class Piece(str):
@@ -75,56 +86,19 @@ class Answer:
         return len(self.ids)
 
 
-class StopStrings:
-    """Passes text on up to the first stop string. The end of a text waits if a stop string may begin there."""
-
-    def __init__(self, strings: Sequence[str]) -> None:
-        """OptionError for a single string instead of a list, and for an empty stop string."""
-        if isinstance(strings, str) or not all(strings):
-            raise OptionError(f"stop is {strings!r}; allowed: a list of texts that are not empty")
-        self.found = False  # whether a stop string has come
-        self._strings = tuple(strings)
-        self._held = ""
-
-    def push(self, text: str) -> str:
-        """Take more text. Return the text that can be shown now: "" once a stop string was found."""
-        if self.found:
-            return ""
-        text = self._held + text
-        self._held = ""
-        hits = [at for string in self._strings if (at := text.find(string)) >= 0]
-        if hits:
-            self.found = True
-            return text[: min(hits)]
-        n_hold = max((_n_overlap(text, string) for string in self._strings), default=0)
-        self._held = text[len(text) - n_hold :]
-        return text[: len(text) - n_hold]
-
-    def flush(self) -> str:
-        """Return what was held back: no more text comes."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _n_overlap(text: str, string: str) -> int:
-    """Return the length of the longest end of `text` that is a start of `string`."""
-    longest = min(len(text), len(string) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(string[:n])), 0)
-
-
 class Reply:
-    """A text that grows by a token with each call of `advance`, until `finish` names the reason to stop."""
+    """A text that grows by a token with each call of `take`, until `finish` names the reason to stop."""
 
     def __init__(
         self,
         ids: Sequence[int],
         sampler: Sampler,
         stream: "TokenStream",
-        stop: StopStrings,
+        stop: "StopStrings | None",
         stop_ids: frozenset[int],
         max_tokens: int | None,
     ) -> None:
-        """ids: the prompt. stop_ids: tokens with which the model ends an answer. max_tokens: None for no limit."""
+        """ids: the prompt. stop: None for none. stop_ids: the model ends with them. max_tokens: None for no limit."""
         self.ids, self.sampler, self.max_tokens = ids, sampler, max_tokens
         self.tokens: list[int] = []  # of the text
         # "" while the text goes on; "stop": the model ended it or a stop string came; "length": it has max_tokens;
@@ -135,28 +109,40 @@ class Reply:
         self._n_taken = self._n_taken_logprobs = 0  # tokens, and records of them, that `piece` has returned
         sampler.accept(ids)
 
-    def advance(self, logits: "NDArray[float32] | Candidates", is_full: bool) -> str:
-        """Choose the next token; return the text that is complete with it, maybe "".
+    def take(self, id: int, is_full: bool) -> str:
+        """Take the next token, which the sampler has chosen; return the text that is complete with it, maybe "".
 
-        logits: f32[n_vocab] after the last token, or its greatest ones, see Sampler.sample.
         is_full: the context has no room for the new token.
         The text has whole characters only and nothing of a stop string. When `finish` is set, it is the last piece.
         """
-        id = self.sampler.sample(logits)
-        self.sampler.accept([id])
+        self.sampler.accept((id,))
         if id in self._stop_ids:
-            self.finish, text = "stop", ""
-        else:
-            self.tokens.append(int(id))
-            text = self._stop.push(self._stream.push(id))
-            self.finish = self._reason(is_full)
-        if self.finish and not self._stop.found:  # an unfinished character, a start of a stop string
+            return self.end("stop")
+        self.tokens.append(int(id))
+        text = self._stream.push(id)
+        if self._stop is not None:
+            text = self._stop.push(text)
+            if self._stop.found:
+                return self.end("stop", text)
+        if len(self.tokens) == self.max_tokens:
+            return self.end("length", text)
+        if is_full:
+            return self.end("context", text)
+        self._texts.append(text)
+        return text
+
+    def end(self, reason: str, text: str = "") -> str:
+        """End the text here. Return `text` and what was held back: half a character, the start of a stop string."""
+        self.finish = reason
+        if self._stop is None:
+            text += self._stream.flush()
+        elif not self._stop.found:
             text += self._stop.push(self._stream.flush()) + self._stop.flush()
         self._texts.append(text)
         return text
 
     def piece(self, text: str) -> Piece:
-        """Return text that `advance` has given, with the tokens since the piece before."""
+        """Return text that `take` has given, with the tokens since the piece before."""
         logprobs = self.sampler.logprobs
         piece = Piece(text, self.tokens[self._n_taken :], logprobs[self._n_taken_logprobs :], self.finish or None)
         self._n_taken, self._n_taken_logprobs = len(self.tokens), len(logprobs)
@@ -167,10 +153,3 @@ class Reply:
         sampler = self.sampler
         text, ids, logprobs = "".join(self._texts), tuple(self.tokens), tuple(sampler.logprobs)
         return Answer(text, self.finish, len(self.ids), ids, sampler.seed, logprobs)
-
-    def _reason(self, is_full: bool) -> str:
-        if self._stop.found:
-            return "stop"
-        if len(self.tokens) == self.max_tokens:
-            return "length"
-        return "context" if is_full else ""

@@ -13,7 +13,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.safetensors import writing_safetensors
 from gguf_run.formats.sealed import FileKind
-from gguf_run.models.kv_moves import KINDS
+from gguf_run.models.kv_moves import KINDS, export, restore
 from gguf_run.runtime.chat.messages import uniform
-from gguf_run.runtime.engine.context import Context, Part, Turns
+from gguf_run.runtime.engine.engine import Engine
 
+Part = tuple[int, str, Any]  # layer, one of KINDS, bytes: see kv_moves.export
 KIND = FileKind("session", b"GGRSESSN", "name another file, and start a new session")
 _SAMPLE = 4096  # bytes of a tensor that the hash of a model covers, at most
 
@@ -143,13 +144,25 @@ def _crc(name: str, data: Any, crc: int) -> int:
     return zlib.crc32(data, zlib.crc32(name.encode(), crc))
 
 
-def load(path: Path, wanted: SessionHeader, context: Context, turns: Turns) -> list[dict[str, Any]]:
-    """Make the tokens of a session the context. See Model.load_session. wanted: the header of this model and cache."""
+def save_row(path: Path, header: SessionHeader, engine: Engine) -> None:
+    """Save the tokens of the row that was used last. See Model.save_session. header: without ids."""
+    with engine.working():
+        cache, row = engine.rows.cache, engine.rows.last
+        ids = list(cache.slots[row].ids)
+        save(path, replace(header, ids=ids), lambda: export(cache, row))
+
+
+def load(path: Path, wanted: SessionHeader, engine: Engine) -> list[dict[str, Any]]:
+    """Make the tokens of a session a row. See Model.load_session. wanted: the header of this model and cache."""
     found, parts = open_session(path)
-    check_session(path, found, wanted, context.decoder.n_ctx, context.decoder.config.n_vocab)
+    check_session(path, found, wanted, engine.n_ctx, engine.decoder.config.n_vocab)
     try:
-        with turns.computing():
-            context.restore(found.ids, parts)
+        with engine.working():
+            rows = engine.rows
+            row = rows.vacant()
+            rows.clear(row)
+            restore(rows.cache, len(found.ids), parts, row.number, found.ids)
+            row.left_at, rows.last = rows.n_steps, row.number
     except GgufRunError as error:
         raise FormatError(f"{path}: {error}") from None
     return list(found.messages)

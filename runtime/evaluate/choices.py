@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.engine.context import n_common
+from gguf_run.runtime.engine.sequence import n_common
 from gguf_run.runtime.evaluate.text import Scorer, check_finite, tokens_of
 from gguf_run.runtime.model import Model
 
@@ -183,31 +183,26 @@ def accuracy(scorer: Scorer, tasks: Sequence[Task]) -> Iterator[Accuracy]:
     The tokens that a prompt shares with the prompt before it (examples at its start, say) are not computed again.
     """
     done = Accuracy()
-    context: list[int] = []
     for number, task in enumerate(tasks, 1):
-        common = task.choices[0][: task.n_common]
-        n_keep = scorer.model.decoder.rewind(min(n_common(context, common), len(common) - 1))
-        sums = _log_probabilities(scorer, task, n_keep)
+        sums = _log_probabilities(scorer, task, resumes=number > 1)
         check_finite(sums, f"task {number}")
-        context = common
         means = sums / [len(choice) - task.n_common for choice in task.choices]
         n_normalized = done.n_normalized + int(means.argmax() == task.answer)
         done = Accuracy(number, n_normalized, done.n_sum + int(sums.argmax() == task.answer))
         yield done
 
 
-def _log_probabilities(scorer: Scorer, task: Task, n_keep: int) -> NDArray[np.float64]:
+def _log_probabilities(scorer: Scorer, task: Task, *, resumes: bool) -> NDArray[np.float64]:
     """The sum of log-probabilities of each choice's tokens after the common ones, f64[n_choice].
 
-    n_keep: the number of common tokens that are in the context already.
+    resumes: what the task before begins with too is not computed again.
     """
     first = [choice[task.n_common] for choice in task.choices]
     # One row of logits, after the last common token, scores every choice's first token.
-    (block,) = scorer.run(task.choices[0][n_keep : task.n_common], first[:1], n_keep)
+    (block,) = scorer.run(task.choices[0][: task.n_common], first[:1], resumes=resumes)
     sums = block.logits[0, first].astype(np.float64) - block.logits[0, first[0]] - block.nll[0]
     for i, choice in enumerate(task.choices):
         if len(choice) > task.n_common + 1:
-            n_keep = scorer.model.decoder.rewind(task.n_common)
-            rest = scorer.run(choice[n_keep:-1], choice[task.n_common + 1 :], n_keep)
+            rest = scorer.run(choice[:-1], choice[task.n_common + 1 :], resumes=True)
             sums[i] -= sum(block.nll.sum() for block in rest)
     return sums

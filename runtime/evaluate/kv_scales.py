@@ -19,6 +19,7 @@ from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import GROUP
 from gguf_run.models.kv_moves import export
+from gguf_run.runtime.engine.scores import logits as row_logits
 from gguf_run.runtime.evaluate.text import Chunk, Scorer
 from gguf_run.runtime.load.kv_scales import LayerScales
 
@@ -68,9 +69,8 @@ def calibrate(scorer: Scorer, chunks: Sequence[Chunk], n_kept: int) -> Iterator[
 
 def _logits(scorer: Scorer, chunk: Chunk) -> NDArray[np.float32]:
     """The logits at a chunk's end, f32[N_SCORED, n_vocab] or fewer rows."""
-    scorer.model.decoder.rewind(0)
     n_scored = min(N_SCORED, len(chunk.targets))
-    return np.concatenate([part.copy() for part in scorer.model.decoder.forward(chunk.ids, n_scored)])
+    return np.concatenate([part.copy() for part in row_logits(scorer.model.engine, chunk.ids, n_scored)])
 
 
 def trials(config: ModelConfig, types: Sequence[str]) -> list[tuple[str, str, list[CacheType]]]:

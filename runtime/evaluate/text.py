@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.kernels_cpu.measure.log_softmax import LogSoftmax
+from gguf_run.runtime.engine.scores import logits as row_logits
 from gguf_run.runtime.model import Model
 
 N_CTX = 512
@@ -120,15 +121,13 @@ class Scorer:
         self.reduce = LogSoftmax(n_threads)
         self.reduce.divergence(*np.zeros((2, 1, 1), np.float32))  # compile now, before results are printed
 
-    def run(self, ids: Sequence[int], targets: Sequence[int], n_keep: int = 0) -> Iterator[Block]:
-        """Append ids to the first n_keep tokens of the context; yield the scores of targets, in order.
+    def run(self, ids: Sequence[int], targets: Sequence[int], *, resumes: bool = False) -> Iterator[Block]:
+        """Run ids as a text of their own; yield the scores of targets, in order.
 
-        n_keep: a number of tokens that Decoder.rewind returned.
+        resumes: what the text before begins with too is not computed again.
         """
-        decoder = self.model.decoder
-        decoder.rewind(n_keep)
         at = 0
-        for logits in decoder.forward(ids, len(targets)):
+        for logits in row_logits(self.model.engine, ids, len(targets), resumes=resumes):
             wanted = targets[at : at + len(logits)]
             at += len(logits)
             yield Block(logits, self.reduce.log_sum_exp(logits) - logits[np.arange(len(wanted)), wanted])

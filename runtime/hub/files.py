@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Literal
 
 from gguf_run.formats.errors import GgufRunError
@@ -57,10 +58,9 @@ def models_among(names: Iterable[str], repo: str = "") -> list[str]:
     known = set(names)
 
     def is_whole(name: str) -> bool:
-        match = _SHARD.fullmatch(name)
-        return match is None or (
-            int(match["number"]) == 1 <= int(match["count"]) <= MAX_SHARDS and known.issuperset(shards(name))
-        )
+        with suppress(GgufRunError):
+            return shards(name)[0] == name and known.issuperset(shards(name))
+        return False
 
     words = {name: _words(name) for name in sorted(known) if name.lower().endswith(".gguf") and is_whole(name)}
     own = {(kind, word) for kind, word in _words(repo) if kind}

@@ -5,7 +5,7 @@ measured now, times the part of these limits that the kernels reach.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,10 +16,11 @@ from gguf_run.formats.gguf.tensors import TensorInfo
 from gguf_run.kernels_cpu.measure.limits import Limits, measure_limits
 from gguf_run.kernels_cpu.panels.panels import matrix_bytes
 from gguf_run.kernels_cpu.vector import isa
-from gguf_run.models.architectures import LAYER_SHAPES, MODEL_SHAPES, architecture
+from gguf_run.models.architectures import architecture
 from gguf_run.models.backend import CacheType
-from gguf_run.models.config import ModelConfig
-from gguf_run.models.experts import EXPERT_SHAPES, EXPERTS
+from gguf_run.models.config import ModelConfig, read_sizes
+from gguf_run.models.keys import Keys
+from gguf_run.models.tensor_check import tensor_shapes
 from gguf_run.runtime.load.advice import largest_context
 from gguf_run.runtime.load.machine import available_memory, default_threads
 from gguf_run.runtime.load.memory import MemoryPlan
@@ -55,7 +56,7 @@ class UsualModel:
 
     def tensors(self) -> tuple[ModelConfig, list[TensorInfo]]:
         """Return the config, and the tensors in BF16."""
-        arch = architecture("qwen3moe" if self.n_expert else "llama")
+        arch, bf16, f32 = "qwen3moe" if self.n_expert else "llama", type_by_name("BF16"), type_by_name("F32")
         numbers = {
             "block_count": self.n_layer, "embedding_length": self.n_embd, "feed_forward_length": self.n_ff,
             "attention.head_count": self.n_head, "attention.head_count_kv": self.n_head_kv,
@@ -63,22 +64,12 @@ class UsualModel:
             "context_length": self.n_ctx, "attention.layer_norm_rms_epsilon": 1e-5, "expert_count": self.n_expert,
             "expert_used_count": self.n_used, "expert_feed_forward_length": self.n_ff,
         }  # fmt: skip
-        ffn = ("ffn_gate_inp", *EXPERTS) if self.n_expert else (*arch.gate_up, "ffn_down")
-        layer = (*arch.norms, *arch.qkv, "attn_output", *ffn)
-        shapes_of = {**LAYER_SHAPES, **EXPERT_SHAPES}
-        shapes = {f"blk.{il}.{name}.weight": shapes_of[name] for il in range(self.n_layer) for name in layer}
-        left_out = ("output.bias", "output_norm.bias", *(["output.weight"] if self.tied else []))
-        shapes |= {name: shape for name, shape in MODEL_SHAPES.items() if name not in left_out}
-        widths = {"n_embd_q": self.n_head * self.head_dim, "n_embd_kv": self.n_head_kv * self.head_dim}
-        widths |= {"n_ff_exp": self.n_ff} | vars(self)
-        f32, bf16 = type_by_name("F32"), type_by_name("BF16")
-        tensors = [
-            TensorInfo(name, tuple(widths[word] for word in words), bf16 if len(words) > 1 else f32)
-            for name, words in shapes.items()
-        ]
-        metadata = {"general.architecture": arch.name} | {f"{arch.name}.{key}": n for key, n in numbers.items()}
-        by_name = cast(Mapping[str, Tensor], {tensor.name: tensor for tensor in tensors})
-        return ModelConfig.from_metadata(metadata, by_name), tensors
+        embeddings = TensorInfo("token_embd.weight", (self.n_embd, self.n_vocab), bf16)
+        keys = Keys({f"{arch}.{key}": n for key, n in numbers.items()}, arch)
+        config = read_sizes(architecture(arch), keys, {embeddings.name: cast(Tensor, embeddings)})
+        shapes, optional = tensor_shapes(config, {})
+        shapes |= {} if self.tied else {"output.weight": optional["output.weight"]}
+        return config, [TensorInfo(name, ne, bf16 if len(ne) > 1 else f32) for name, ne in shapes.items()]
 
 
 # Llama 3.1 to 3.3; 14B, 32B and the mixture of experts are Qwen 3.

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gguf_run.kernels_cpu.backend import CpuBackend
     from gguf_run.models.decoder import Decoder
     from gguf_run.runtime.engine.session_file import SessionHeader
+    from gguf_run.runtime.sampling.many import ManySampler
     from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -50,6 +51,8 @@ class LoadedModel:
     about: Callable[[], str] = str  # returns the file's name, architecture, size and type, for people
     download_s: float = 0.0  # seconds that it took to find or to download the file
     identity: "Callable[[], SessionHeader] | None" = None  # makes the header of a session; None: no sessions
+    many: "Callable[[], ManySampler] | None" = None  # makes what samples many rows, on the threads of the CPU
+    deterministic: bool = False  # see LoadOptions
     tuning: str = ""  # how the kernels were fitted to this CPU, for people
     close: Sequence[Callable[[], None]] = ()  # called at the end, to free what the decoder does not own
 
@@ -107,18 +110,12 @@ def _load(
     with ThreadPoolExecutor(1) as pool, compiling, _gpu_errors(gpus):
         text = pool.submit(_load_text, file)  # beside the weights, which are repacked without the GIL
         from gguf_run.kernels_cpu.backend import CpuBackend
-        from gguf_run.models.decoder import Decoder
 
-        make: type[Decoder] = Decoder
-        if options.embed or (plan.config.pooling is not None and plan.config.pooling.is_only):
-            from gguf_run.models.embedder import Embedder
-
-            make = Embedder
         backends: dict[Device, Any] = dict(gpus)
         try:
             if CPU in placement.devices:
                 backends[CPU] = CpuBackend(n_threads, deterministic=options.deterministic)
-            decoder = make(
+            decoder = _decoder_class(plan.config, options)(
                 plan.config,
                 file.tensors,
                 [backends[device] for device in placement.layers],
@@ -147,9 +144,21 @@ def _load(
         where=", ".join(f"{n} layer{'s' * (n > 1)} on {backends[device].name}" for device, n in layers.items()),
         about=partial(_described, "about", file),
         identity=partial(_described, "identity", file, plan.cache, placement.n_gpu, options.lora),
+        deterministic=options.deterministic,
+        many=partial(_many_sampler, backends.get(CPU), n_threads, plan.config.n_vocab),
         close=[*(backend.close for backend in backends.values()), file.close],
     )
     return replace(loaded, tuning=tune(backends[CPU])) if computes else loaded
+
+
+def _decoder_class(config: ModelConfig, options: LoadOptions) -> "type[Decoder]":
+    if options.embed or (config.pooling is not None and config.pooling.is_only):
+        from gguf_run.models.embedder import Embedder
+
+        return Embedder
+    from gguf_run.models.decoder import Decoder
+
+    return Decoder
 
 
 def tuned(sizes: Collection[tuple[str, int]], n_threads: int | None) -> "tuple[int, Callable[[CpuBackend], str]]":
@@ -220,6 +229,13 @@ def chat_template(metadata: Mapping[str, Any], key: str = "tokenizer.chat_templa
     if template is not None and not isinstance(template, str):
         raise FormatError(f"{key} must be a string, but is {type(template).__name__}")
     return template or None
+
+
+def _many_sampler(backend: "CpuBackend | None", n_threads: int, n_vocab: int) -> "ManySampler":
+    from gguf_run.kernels_cpu.replay.team import Team
+    from gguf_run.runtime.sampling.many import ManySampler
+
+    return ManySampler(backend.team if backend else Team(n_threads), n_vocab)
 
 
 def _described(name: str, *values: Any) -> Any:

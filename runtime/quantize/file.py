@@ -121,9 +121,7 @@ def _run(slab: _Slab) -> tuple[NDArray[np.uint8], Loss]:
         if count_bad(x)[0]:
             raise _bad_weights(source)
         return blocks, Loss()
-    importance = item.importance
-    if importance is not None:
-        importance = importance[slab.first // source.ne[1] % len(importance)]
+    importance = item.importance_at(slab.first)
     try:
         blocks = quantize(x, type, importance, n_threads=1)
     except FormatError as reason:

@@ -55,6 +55,10 @@ class Item:
     def is_copy(self) -> bool:
         return self.source.type is self.target.type
 
+    def importance_at(self, row: int) -> NDArray[np.float32] | None:
+        """Return the importance of the columns of a row: each expert has its own."""
+        return None if self.importance is None else self.importance[row // self.source.ne[1] % len(self.importance)]
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -1,17 +1,12 @@
 """What is noted of a chosen token: its log-probability, and what mirostat and adaptive-p learn from it."""
 
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.frozen import frozen
-from gguf_run.runtime.sampling.candidates import Candidates, largest
-
-if TYPE_CHECKING:
-    from gguf_run.runtime.sampling.select import AdaptiveP, Mirostat
+from gguf_run.runtime.sampling.candidates import largest
 
 
 @frozen
@@ -26,32 +21,20 @@ class TokenLogprob:
 class Choice(int):
     """The id of a token, and what Sampler.accept notes besides."""
 
-    logprob: TokenLogprob | None  # if SamplingParams.logprobs asks for it
-    probability: float  # in the distribution that Sampler's selector looks at; 0 without a selector
+    logprob: TokenLogprob | None = None  # if SamplingParams.logprobs asks for it
+    probability = 0.0  # in the distribution that Sampler's selector looks at; 0 without a selector
 
-    def __new__(cls, id: int, logprob: TokenLogprob | None, probability: float = 0.0) -> "Choice":
-        choice = super().__new__(cls, id)
-        choice.logprob, choice.probability = logprob, probability
+    @classmethod
+    def of(cls, logits: NDArray[np.float32], id: int, n: int, log_sum: float | None = None) -> "Choice":
+        """Return a token with its log-probability and those of the n most likely ones.
+
+        log_sum: log(sum(exp(logits))), if it is known.
+        """
+        choice = cls(id)
+        if log_sum is None:
+            most = float(logits.max())
+            log_sum = most + math.log(np.exp(logits - most).sum(dtype=np.float64))
+        top = [int(other) for other in largest(logits, n)] if n else []
+        logprobs = [float(logits[other]) - log_sum for other in (id, *top)]
+        choice.logprob = TokenLogprob(id, logprobs[0], tuple(zip(top, logprobs[1:], strict=True)))
         return choice
-
-    def note(self, selector: "AdaptiveP | Mirostat | None", logprobs: list[TokenLogprob]) -> None:
-        """Tell the selector, and append the log-probability."""
-        if selector is not None:
-            selector.chosen(self.probability)
-        if self.logprob is not None:
-            logprobs.append(self.logprob)
-
-
-def logprob_of(logits: NDArray[np.float32] | Candidates, id: int, n: int) -> TokenLogprob | None:
-    """Return the log-probabilities of a token and of the n most likely ones. None without all logits, f32[n_vocab]."""
-    if isinstance(logits, Candidates):
-        return None
-    most = float(logits.max())
-    total = most + math.log(np.exp(logits - most).sum(dtype=np.float64))
-    return logprob_with(logits, id, largest(logits, n) if n else (), total)
-
-
-def logprob_with(logits: NDArray[np.float32], id: int, top: Iterable[int], total: float) -> TokenLogprob:
-    """Return the log-probabilities of some tokens. top: the most likely ones. total: log(sum(exp(logits)))."""
-    found = tuple((int(other), float(logits[other]) - total) for other in top)
-    return TokenLogprob(id, float(logits[id]) - total, found)

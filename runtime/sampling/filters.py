@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from gguf_run.runtime.sampling.candidates import Candidates, State, head
+from gguf_run.runtime.sampling.candidates import EXACT, Candidates, State, head
 from gguf_run.runtime.sampling.params import SamplingParams
 
 GREEDY = 1e-20  # temperatures below this take the best token
@@ -53,7 +53,8 @@ def temperature(candidates: Candidates, params: SamplingParams, _: State) -> Can
         divisor = low + (high - low) * min(1.0, max(0.0, share)) ** params.dynatemp_exponent
     if divisor < GREEDY:
         return candidates.take(np.array([int(candidates.logits.argmax())]), True)
-    logits = candidates.logits.astype(np.float64) if divisor < 1e-3 else candidates.logits  # out of float32's range
+    is_float32 = len(candidates.logits) > EXACT and divisor >= 1e-3  # less leads out of its range
+    logits = candidates.logits if is_float32 else candidates.logits.astype(np.float64)
     logits = logits / logits.dtype.type(min(divisor, 1e30))
     if not np.isfinite(logits.max()):  # the logits are too far apart: only the best token can come
         return head(candidates, 1)

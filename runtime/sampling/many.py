@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.kernels_cpu.replay.team import Team
-from gguf_run.kernels_cpu.sampling.choose import BAD, BIAS, MOST_TOP, ROW, RowChooser
-from gguf_run.kernels_cpu.sampling.narrow import ids_in_order
-from gguf_run.runtime.sampling.choice import Choice, logprob_with
+from gguf_run.kernels_cpu.sampling.choose import BAD, ROW, RowChooser
+from gguf_run.runtime.sampling.choice import Choice
 from gguf_run.runtime.sampling.filters import GREEDY
 from gguf_run.runtime.sampling.sampler import Sampler
 
+# The options of a sampler as a ROW, b"" if Sampler.sample must do it; and the arrays that it has addresses of.
+_Packed = tuple[bytes, NDArray[np.int64], NDArray[np.float64]]
 COMPILED = ("penalties", "top_k", "top_p", "min_p", "temperature")  # samplers of a compiled row, in this order
-LEAST_DIVISOR = 1e-3  # a lower temperature needs float64
 
 
 class Row(NamedTuple):
@@ -28,13 +28,6 @@ class Row(NamedTuple):
     sampler: Sampler
     drafts: Sequence[int] = ()  # tokens behind those that the sampler has accepted, as if they had been accepted
     mask: NDArray[np.uint32] | None = None  # see Sampler.sample
-
-
-class _Packed(NamedTuple):
-    """The options of a sampler."""
-
-    fields: bytes  # a ROW; b"": Sampler.sample does it
-    biases: NDArray[np.void]  # BIAS[n_bias], to which the fields have an address
 
 
 class ManySampler:
@@ -52,23 +45,23 @@ class ManySampler:
         """
         if logits.shape != (len(rows), self._n_vocab) or logits.dtype != np.float32 or logits.strides[1] != 4:
             raise ValueError(f"logits are {logits.dtype}{logits.shape}; allowed: float32{(len(rows), self._n_vocab)}")
-        fields = [self._fields(row.sampler) for row in rows]
+        for sampler in (row.sampler for row in rows if row.sampler not in self._packed):
+            self._packed[sampler] = _pack(sampler, self._n_vocab)
+        fields = [self._packed[row.sampler][0] for row in rows]
         chosen: list[int | Exception] = [BAD] * len(rows)
         if at := [i for i, one in enumerate(fields) if one]:
             table = np.frombuffer(bytearray().join(fields), ROW)
             table["logits"] = logits.ctypes.data + np.array(at) * logits.strides[0]
-            ids, log_sums, tops = self._run(table, [rows[i] for i in at])
-            for j, (i, id) in enumerate(zip(at, ids.tolist(), strict=True)):
-                chosen[i] = id
-                if rows[i].sampler.params.logprobs is not None and id != BAD:
-                    logprob = logprob_with(logits[i], id, ids_in_order(tops[j]), float(log_sums[j]))
-                    chosen[i] = Choice(id, logprob)
+            recent = self._fill(table, [rows[i] for i in at])
+            table["recent"] += recent.ctypes.data
+            self._chooser.run(table)
+            for i, id, log_sum in zip(at, table["id"].tolist(), table["log_sum"].tolist(), strict=True):
+                n = rows[i].sampler.params.logprobs
+                chosen[i] = id if n is None or id == BAD else Choice.of(logits[i], id, n, log_sum)
         return [_alone(row, logits[i]) if chosen[i] == BAD else chosen[i] for i, row in enumerate(rows)]
 
-    def _run(
-        self, table: NDArray[np.void], rows: Sequence[Row]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-        """Fill in what differs from step to step, and run."""
+    def _fill(self, table: NDArray[np.void], rows: Sequence[Row]) -> NDArray[np.int32]:
+        """Fill in what differs from step to step. Return the recent tokens of all rows."""
         table["position"] = [row.sampler.state.n_past + len(row.drafts) for row in rows]
         table["mask"] = [0 if row.mask is None else self._checked(row.mask).ctypes.data for row in rows]
         recent: list[int] = []
@@ -76,9 +69,7 @@ class ManySampler:
             n_before = len(recent)
             recent += [*rows[i].sampler.state.recent, *rows[i].drafts][-int(table["n_recent"][i]) :]
             table["recent"][i], table["n_recent"][i] = 4 * n_before, len(recent) - n_before
-        memory = np.array(recent, np.int32)
-        table["recent"] += memory.ctypes.data
-        return self._chooser.run(table)
+        return np.minimum(np.array(recent, np.int32), self._n_vocab)
 
     def _checked(self, mask: NDArray[np.uint32]) -> NDArray[np.uint32]:
         words = (self._n_vocab + 31) // 32
@@ -86,16 +77,11 @@ class ManySampler:
             raise ValueError(f"a mask is {mask.dtype}{mask.shape}; allowed: uint32({words},), contiguous")
         return mask
 
-    def _fields(self, sampler: Sampler) -> bytes:
-        packed = self._packed.get(sampler)
-        if packed is None:
-            packed = self._packed[sampler] = _pack(sampler, self._n_vocab)
-        return packed.fields
-
 
 def _pack(sampler: Sampler, n_vocab: int) -> _Packed:
     params, stages = sampler.params, sampler.stages
-    fields, biases = np.zeros(1, ROW), np.array(list(params.logit_bias.items()), BIAS)
+    fields, bias_ids = np.zeros(1, ROW), np.array([*params.logit_bias], np.int64)
+    biases = np.array([*params.logit_bias.values()], np.float64)
     divisor = params.temperature if "temperature" in stages else 1.0
     is_greedy = divisor < GREEDY  # then top_k = 1 does it
     if (
@@ -103,28 +89,27 @@ def _pack(sampler: Sampler, n_vocab: int) -> _Packed:
         or sampler.selector is not None
         or params.logits_processors
         or (params.dynatemp_range > 0 and "temperature" in stages)
-        or (divisor < LEAST_DIVISOR and not is_greedy)
-        or (params.logprobs or 0) > MOST_TOP
         or max(params.logit_bias, default=0) >= n_vocab
     ):
-        return _Packed(b"", biases)
+        return b"", bias_ids, biases
     values = {
+        "bias_ids": bias_ids.ctypes.data,
         "biases": biases.ctypes.data,
         "n_bias": len(biases),
         "n_recent": params.repeat_last_n if "penalties" in stages else 0,
         "seed": sampler.seed - (sampler.seed >> 63 << 64),  # the same bits, as an int64
         "top_k": 1 if is_greedy else min(params.top_k, n_vocab) if "top_k" in stages else 0,
-        "n_top": -1 if params.logprobs is None else params.logprobs,
+        "is_summed": params.logprobs is not None,
         "top_p": params.top_p if "top_p" in stages else 1.0,
         "log_min_p": math.log(params.min_p) if "min_p" in stages else -math.inf,
-        "temperature": 1.0 if is_greedy else min(divisor, 1e30),
+        "temperature": 1.0 if is_greedy else divisor,
         "repeat_penalty": params.repeat_penalty,
         "frequency_penalty": params.frequency_penalty,
         "presence_penalty": params.presence_penalty,
     }
     for name, value in values.items():
         fields[name] = value
-    return _Packed(fields.tobytes(), biases)
+    return fields.tobytes(), bias_ids, biases
 
 
 def _alone(row: Row, logits: NDArray[np.float32]) -> int | Exception:

@@ -2,9 +2,9 @@
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +20,6 @@ if TYPE_CHECKING:
     from gguf_run.runtime.sampling.select import AdaptiveP, Mirostat
 
 Function = Callable[[Candidates, SamplingParams, State], Candidates]
-
-_FILTERS: Mapping[str, Function] = {
-    "top_k": filters.top_k,
-    "top_p": filters.top_p,
-    "min_p": filters.min_p,
-    "temperature": filters.temperature,
-}
 
 
 class Sampler:
@@ -60,7 +53,10 @@ class Sampler:
             from gguf_run.runtime.sampling.choice import Choice
 
             for choice in (id for id in ids if isinstance(id, Choice)):
-                choice.note(self.selector, self.logprobs)
+                if self.selector is not None:
+                    self.selector.chosen(choice.probability)
+                if choice.logprob is not None:
+                    self.logprobs.append(choice.logprob)
 
     def sample(
         self,
@@ -98,11 +94,12 @@ class Sampler:
         i = _draw(candidates, uniform(state.seed, state.n_past)) if len(candidates.logits) > 1 else 0
         if seen is None and params.logprobs is None:
             return candidates.id(i)
-        from gguf_run.runtime.sampling.choice import Choice, logprob_of
+        from gguf_run.runtime.sampling.choice import Choice
 
-        id = candidates.id(i)
-        logprob = None if params.logprobs is None else logprob_of(logits, id, params.logprobs)
-        return Choice(id, logprob, 0.0 if seen is None else float(seen[i]))
+        id, n = candidates.id(i), params.logprobs
+        choice = Choice(id) if n is None or isinstance(logits, Candidates) else Choice.of(logits, id, n)
+        choice.probability = 0.0 if seen is None else float(seen[i])
+        return choice
 
 
 def _stages(params: SamplingParams) -> Sequence[SamplerKind]:
@@ -128,8 +125,8 @@ def _is_greedy(params: SamplingParams) -> bool:
 
 def function(name: str) -> Function:
     """Return the function of a sampler. Those that are off by default are imported when they are on."""
-    if name in _FILTERS:
-        return _FILTERS[name]
+    if found := vars(filters).get(name):
+        return cast(Function, found)
     from gguf_run.runtime.sampling.history import dry, penalties
     from gguf_run.runtime.sampling.uncommon import top_n_sigma, typical, xtc
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gguf_run.formats.errors import FormatError
-from gguf_run.runtime.tokenizers.merge import BYTE_CHARACTERS, WordIds, merge
+from gguf_run.runtime.tokenizers.merge import BYTE_CHARACTERS, WordIds, by_merges, merge
 from gguf_run.runtime.tokenizers.pretokenizers import pre_tokenizer
 from gguf_run.runtime.tokenizers.vocab import NORMAL, STEPS, Defaults, read_bool, read_string, read_strings, read_vocab
 
@@ -33,10 +33,8 @@ class BpeEncoder:
             for i, pair in enumerate(merges):
                 if pair.count(" ") != 1:
                     raise FormatError(f'tokenizer.ggml.merges: entry {i} is {pair[:40]!r}, not "left right"')
-        # Built from the end, so that the first one of equal entries counts.
-        self._ranks = {merges[i]: i for i in range(len(merges) - 1, -1, -1)}
         self._whole_words = read_bool(metadata, "ignore_merges", pre.whole_words)
-        self._rank = self._rank_by_id if by_ids else self._rank_by_merges
+        self._rank = self._rank_by_id if by_ids else by_merges(merges)
         self._words = pre.build()
         self._cut: Callable[[str], list[str]] | None = None
         self.normalize: Callable[[str], str] | None = None
@@ -61,9 +59,6 @@ class BpeEncoder:
             return bytes([BYTE_CHARACTERS[character] for character in token])
         except KeyError:
             return token.encode()
-
-    def _rank_by_merges(self, left: str, right: str) -> float | None:
-        return self._ranks.get(f"{left} {right}")
 
     def _rank_by_id(self, left: str, right: str) -> float | None:
         id = self.vocab.ids.get(left + right)

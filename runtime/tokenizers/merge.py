@@ -1,6 +1,6 @@
 """What byte-level BPE and SentencePiece share: the loop that merges pairs, and a table of words met before."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
 
 
@@ -29,6 +29,12 @@ class WordIds(dict[str, list[int]]):
         if len(word) <= CACHED_CHARS and len(self) < CACHED_WORDS:
             self[word] = ids
         return ids
+
+
+def by_merges(merges: Sequence[str]) -> Callable[[str, str], float | None]:
+    """Return how early two symbols are joined by a list of merges, "left right" each: see merge."""
+    ranks = {merges[i]: i for i in range(len(merges) - 1, -1, -1)}  # from the end: of equal ones, the first counts
+    return lambda left, right: ranks.get(f"{left} {right}")
 
 
 def merge(symbols: list[str], rank: Callable[[str, str], float | None]) -> list[str]:

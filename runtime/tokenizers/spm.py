@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gguf_run.formats.errors import FormatError
-from gguf_run.runtime.tokenizers.merge import WordIds, merge
+from gguf_run.runtime.tokenizers.merge import WordIds, by_merges, merge
 from gguf_run.runtime.tokenizers.vocab import (
     BYTE,
     NORMAL,
@@ -27,7 +27,7 @@ from gguf_run.runtime.tokenizers.vocab import (
 
 DEFAULTS = Defaults(add_bos=True, bos=1, eos=2, unknown=0)
 
-_SPACE = "▁"  # how a space is spelled in tokens
+SPACE = "▁"  # how a space is spelled in tokens
 
 _LINE = re.compile(r"\n+|[^\n]+")
 
@@ -49,7 +49,7 @@ class SpmPieces:
     def piece(self, id: int) -> bytes:
         token, type = self.vocab.tokens[id], self.vocab.types[id]
         if type == NORMAL:
-            return token.replace(_SPACE, " ").encode()
+            return token.replace(SPACE, " ").encode()
         if type == BYTE:
             return bytes([_byte_value(token)])
         return b""
@@ -66,7 +66,7 @@ class SpmEncoder(SpmPieces):
         defaults, add_space_prefix: for keys that the metadata lacks.
         """
         super().__init__(metadata, defaults)
-        self._read_ranks(metadata)
+        self._rank = self._ranks(metadata)
         self.drops_first_space = read_bool(metadata, "add_space_prefix", add_space_prefix)
         scheme = metadata.get("tokenizer.ggml.metaspace", "special")
         if scheme not in ("special", "first", "always"):
@@ -85,7 +85,8 @@ class SpmEncoder(SpmPieces):
         self._word_ids = WordIds(self._encode_word)
         self._n_encoded = 0
 
-    def _read_ranks(self, metadata: Mapping[str, Any]) -> None:
+    def _ranks(self, metadata: Mapping[str, Any]) -> Callable[[str, str], float | None]:
+        """Return a function that says how early two symbols are joined, None: never."""
         scores = read_numbers(metadata, "scores", len(self.vocab.tokens))
         if scores is None:
             raise FormatError(
@@ -93,12 +94,9 @@ class SpmEncoder(SpmPieces):
             )
         if np.isnan(scores).any():
             raise FormatError(f"tokenizer.ggml.scores: entry {int(np.isnan(scores).argmax())} is not a number")
-        self._costs: list[float] = (-scores.astype(np.float64)).tolist()
-
-    def _rank(self, left: str, right: str) -> float | None:
-        """Return how early two symbols are joined, None: never."""
-        id = self.vocab.ids.get(left + right)
-        return None if id is None else self._costs[id]
+        costs: list[float] = (-scores.astype(np.float64)).tolist()
+        ids = self.vocab.ids
+        return lambda left, right: None if (id := ids.get(left + right)) is None else costs[id]
 
     def _joined(self) -> Iterable[str]:
         """Return all that symbols can be joined to."""
@@ -106,7 +104,7 @@ class SpmEncoder(SpmPieces):
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        text = text.replace(" ", _SPACE) if self._escapes_spaces else text
+        text = text.replace(" ", SPACE) if self._escapes_spaces else text
         self._n_encoded += len(text)
         for word in self._words(text):
             ids += self._word_ids[word]
@@ -126,11 +124,11 @@ class SpmEncoder(SpmPieces):
         """
         tokens = list(self._joined())
         joined = "\0".join(tokens)
-        inner = {before[-1] for before in joined.split(_SPACE)[:-1] if before}
+        inner = {before[-1] for before in joined.split(SPACE)[:-1] if before}
         if joined.count("\0") < len(tokens):
             inner.discard("\0")  # no token holds it: it only stands between tokens here
-        goes_on = f"(?:(?<=[{re.escape(''.join(sorted(inner)))}]){_SPACE}+[^{_SPACE}]*)*" if inner else ""
-        return re.compile(f"{_SPACE}*[^{_SPACE}]+{goes_on}|{_SPACE}+")
+        goes_on = f"(?:(?<=[{re.escape(''.join(sorted(inner)))}]){SPACE}+[^{SPACE}]*)*" if inner else ""
+        return re.compile(f"{SPACE}*[^{SPACE}]+{goes_on}|{SPACE}+")
 
     def _encode_word(self, word: str) -> list[int]:
         ids = self.vocab.ids
@@ -156,16 +154,12 @@ class MergesEncoder(SpmEncoder):
         """FormatError if the vocabulary or the merges are missing or malformed."""
         super().__init__(metadata, Defaults(add_bos=read_string(metadata, "model") == "gemma4"), add_space_prefix=False)
 
-    def _read_ranks(self, metadata: Mapping[str, Any]) -> None:
-        merges = read_strings(metadata, "merges")
-        # Built from the end, so that the first one of equal entries counts.
-        self._ranks = {merges[i]: i for i in range(len(merges) - 1, -1, -1)}
-
-    def _rank(self, left: str, right: str) -> float | None:
-        return self._ranks.get(f"{left} {right}")
+    def _ranks(self, metadata: Mapping[str, Any]) -> Callable[[str, str], float | None]:
+        self._merges = read_strings(metadata, "merges")
+        return by_merges(self._merges)
 
     def _joined(self) -> Iterable[str]:
-        return (pair.replace(" ", "", 1) for pair in self._ranks)
+        return (pair.replace(" ", "", 1) for pair in self._merges)
 
     def _words(self, text: str) -> list[str]:
         lines = [text] if self._cut else _LINE.findall(text)

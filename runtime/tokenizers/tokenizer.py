@@ -4,6 +4,7 @@ import codecs
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from typing import Any, Protocol
 
 from gguf_run.formats.errors import FormatError, GgufRunError, UnsupportedError
@@ -166,6 +167,14 @@ class TokenStream:
         return self._decoder.decode(b"", final=True)
 
 
+# tokenizer.ggml.model -> a module of this folder, and the class in it.
+_ENCODERS = {
+    "gpt2": ("bpe", "BpeEncoder"),
+    "llama": ("spm", "SpmEncoder"),
+    "gemma4": ("spm", "MergesEncoder"),
+    "t5": ("unigram", "UgmEncoder"),
+    "bert": ("wordpiece", "WpmEncoder"),
+}
 # Names of pre-tokenizers, of vocabularies that spell a space "▁" as the model "gemma4" does.
 _SPACED = ("gemma4", "granite-embed-multi-311m", "sarvam-moe")
 
@@ -173,29 +182,14 @@ _SPACED = ("gemma4", "granite-embed-multi-311m", "sarvam-moe")
 def _encoder(metadata: Mapping[str, Any]) -> Encoder:
     """Return the encoder of the kind that the metadata names. A kind of tokenizer is imported when it is needed."""
     model = read_string(metadata, "model")
-    if model == "gemma4" or (model == "gpt2" and read_string(metadata, "pre") in _SPACED):
-        from gguf_run.runtime.tokenizers.spm import MergesEncoder
-
-        return MergesEncoder(metadata)
-    if model == "gpt2":
-        from gguf_run.runtime.tokenizers.bpe import BpeEncoder
-
-        return BpeEncoder(metadata)
-    if model == "llama":
-        from gguf_run.runtime.tokenizers.spm import SpmEncoder
-
-        return SpmEncoder(metadata)
-    if model == "t5":
-        from gguf_run.runtime.tokenizers.unigram import UgmEncoder
-
-        return UgmEncoder(metadata)
-    if model == "bert":
-        from gguf_run.runtime.tokenizers.wordpiece import WpmEncoder
-
-        return WpmEncoder(metadata)
     if model is None:
         raise FormatError("tokenizer.ggml.model is missing: the file holds no tokenizer, convert the model again")
-    raise UnsupportedError(f"tokenizer.ggml.model is {model[:40]!r}: gpt2, llama, gemma4, t5, bert are supported")
+    if model not in _ENCODERS:
+        raise UnsupportedError(f"tokenizer.ggml.model is {model[:40]!r}: {', '.join(_ENCODERS)} are supported")
+    is_spaced = model == "gpt2" and read_string(metadata, "pre") in _SPACED
+    module, name = _ENCODERS["gemma4" if is_spaced else model]
+    encoder: Encoder = getattr(import_module(f"{__package__}.{module}"), name)(metadata)
+    return encoder
 
 
 def _valid(text: str) -> str:

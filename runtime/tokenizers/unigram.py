@@ -14,16 +14,15 @@ from tokenizers.models import Unigram
 
 from gguf_run.formats.errors import FormatError
 from gguf_run.runtime.tokenizers.special import WHITE_SPACE
-from gguf_run.runtime.tokenizers.spm import SpmPieces
+from gguf_run.runtime.tokenizers.spm import SPACE, SpmPieces
 from gguf_run.runtime.tokenizers.steps import read_cutter, read_normalizer
 from gguf_run.runtime.tokenizers.vocab import BYTE, NORMAL, USER_DEFINED, Defaults, read_bool, read_numbers
 
 DEFAULTS = Defaults(add_eos=True, eos=1, unknown=2)
 
-_SPACE = "▁"
 _MAX_CHARS = 1024  # of a token: the tokenizers package crashes if one is very long
 _SPACES = re.compile(f"[{WHITE_SPACE}]+")
-_WORDS = re.compile(f"{_SPACE}[^{_SPACE}]*|[^{_SPACE}]+")
+_WORDS = re.compile(f"{SPACE}[^{SPACE}]*|[^{SPACE}]+")
 
 
 class UgmEncoder(SpmPieces):
@@ -58,9 +57,9 @@ class UgmEncoder(SpmPieces):
         if self._joins_spaces:
             words = _SPACES.split(text) if self._by_word else text.split(" ")
             text = "".join(f" {word}" for word in words if word)
-        elif self._adds_space and text and not (self._by_word and text.startswith((" ", _SPACE))):
+        elif self._adds_space and text and not (self._by_word and text.startswith((" ", SPACE))):
             text = f" {text}"
-        text = text.replace(" ", _SPACE) if self._escapes_spaces else text
+        text = text.replace(" ", SPACE) if self._escapes_spaces else text
         parts = _WORDS.findall(text) if self._by_word else [text]
         if self._cut:
             parts = [word for part in parts for word in self._cut(part)]

@@ -11,13 +11,12 @@ from typing import Any
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from gguf_run.runtime.tokenizers.spm import SpmPieces
+from gguf_run.runtime.tokenizers.spm import SPACE, SpmPieces
 from gguf_run.runtime.tokenizers.steps import read_cutter, read_normalizer, words_by
 from gguf_run.runtime.tokenizers.vocab import Defaults, read_bool
 
 DEFAULTS = Defaults(add_bos=True, add_eos=True, bos=101, unknown=100, eos=102)
 
-_SPACE = "▁"
 _MAX_CHARS = 100  # longer words are unknown, as in BERT
 
 
@@ -41,7 +40,7 @@ class WpmEncoder(SpmPieces):
         if len(word) > _MAX_CHARS:
             return [self._unknown]
         ids: list[int] = []
-        rest = _SPACE + word
+        rest = SPACE + word
         while rest:
             lengths = range(min(len(rest), self._longest), 0, -1)
             part = next((rest[:n] for n in lengths if rest[:n] in self.vocab.ids), None)

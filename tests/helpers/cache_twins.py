@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from gguf_run.formats.blocks import grids
 from gguf_run.formats.blocks.dequantizer import dequantize
+from gguf_run.formats.blocks.grids import codebook
 from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.formats.quantizers.quantizer import quantize
 
@@ -48,7 +48,7 @@ def by_rows(x: np.ndarray, largest: float, numbers: np.ndarray, scale: Any = Non
 
 def iq4_nl(x: np.ndarray) -> np.ndarray:
     """ggml's reference without an importance matrix: no search, sums in f32 from left to right."""
-    book, blocks = grids.iq4_nl().astype(np.float32), x.reshape(-1, 32)
+    book, blocks = codebook("iq4_nl").astype(np.float32), x.reshape(-1, 32)
     far = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)
     d = far / book[0]
     with np.errstate(divide="ignore"):

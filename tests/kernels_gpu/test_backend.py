@@ -29,6 +29,7 @@ from gguf_run.kernels_gpu.program import GpuProgram, Launches
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
+from gguf_run.models.kv_find import adopt
 from gguf_run.models.kv_moves import copy_prefix, export, restore, shift
 from gguf_run.models.stages import page_tables
 from gguf_run.runtime.load.cache_plan import plan_cache
@@ -95,7 +96,7 @@ def test_tiny_models(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         one.rewind(11)
         values, ids = one.top(IDS[11:], 3)
         assert ids is not None
-        assert np.array_equal(values, singles[0][0, ids])
+        assert np.array_equal(values, singles[0][:, ids])
         assert np.array_equal(ids, np.argsort(-singles[0][0], kind="stable")[:3])
         assert one.n_past == 12
 
@@ -169,7 +170,7 @@ def test_sequences_that_share_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         decoder = open_decoder(tmp_path / "model.gguf", backend, n_ctx=256, n_seq=3, cache_types=kinds)
         assert [layer.window for layer in decoder.config.layers] == [40, 0]
         cache, made = decoder.cache, [logits(decoder, text, 1)]
-        assert cache.adopt(1, [*text[:80], 9]) == 64
+        assert adopt(cache, 1, [*text[:80], 9]) == 64
         assert copy_prefix(cache, 0, 2, 101) == 101
         made.append(decoder.step({1: text[64:82], 0: [5], 2: [6, 7]}).copy())
         assert shift(cache, 32, 32, 0) == 79

@@ -372,13 +372,13 @@ def test_the_greatest_results() -> None:
     step.finish(step.input(x))
     for row in range(4):
         for k in (1, 3, 64):
-            values, ids = step.program.run(np.arange(4, dtype=np.int32), [Run(0, 0, 4)], [row], n_top=k)
+            (values,), ids = step.program.run(np.arange(4, dtype=np.int32), [Run(0, 0, 4)], [row], n_top=k)
             expected = np.argsort(-np.where(np.isnan(x[row]), np.inf, x[row]), kind="stable")[:k]
             assert np.array_equal(ids, expected)
             assert np.array_equal(values, x[row, expected], equal_nan=True)
     few = Step(gpu(), 1)
     few.finish(few.input(x[:1, :5]))
-    values, ids = few.program.run(np.zeros(1, np.int32), [Run(0, 0, 1)], [0], n_top=64)
+    (values,), ids = few.program.run(np.zeros(1, np.int32), [Run(0, 0, 1)], [0], n_top=64)
     assert np.array_equal(values, x[0, ids])
     assert np.array_equal(ids, np.argsort(-x[0, :5]))
 

@@ -15,6 +15,7 @@ import tiny
 from cpu_ops import cpu, error
 from gpu_ops import fast_dots, gpu, use_tuning
 from numpy_backend import NumpyBackend
+from texts import engine_over, prefill
 
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.kernels_cpu.backend import CpuBackend
@@ -25,7 +26,6 @@ from gguf_run.models.decoder import Decoder
 from gguf_run.models.kv_moves import copy_prefix, export, restore
 from gguf_run.runtime.convert.open_checkpoint import open_checkpoint
 from gguf_run.runtime.convert.stored.sources import F32, computed
-from gguf_run.runtime.engine.context import Context
 from gguf_run.runtime.load.memory import MemoryPlan
 
 __all__ = ["fast_dots"]
@@ -108,12 +108,12 @@ def test_sequences_of_one_step_go_back_and_are_copied_and_saved(qwen: Any) -> No
 
 def test_a_context_that_is_full_runs_what_stays_again(qwen: Any) -> None:
     """Nothing can be taken out of a state."""
-    context = Context(decoder(qwen, cpu(2), n_ctx=128))
-    context.prefill(IDS[:128])
-    logits = context.append_top(5, 0, 0)
-    assert len(context.ids) == 128 - 32 + 1
-    assert error(np.asarray(logits), expected(qwen, [*IDS[:32], *IDS[64:128], 5])) < 2e-5
-    logits, _ = context.prefill([*IDS[:128], 5, 6, 7], 0)
+    engine, text = engine_over(decoder(qwen, cpu(2), n_ctx=128)), [*IDS[:128], 5]
+    logits, _ = prefill(engine, text, 0)
+    assert engine.rows.cache.n_past() == 128 - 32 + 1
+    assert error(logits, expected(qwen, [*IDS[:32], *IDS[64:128], 5])) < 2e-5
+    logits, n_reused = prefill(engine, [*text, 6, 7], 0)
+    assert n_reused == len(text)
     assert error(logits, expected(qwen, [*IDS[:32], *IDS[64:128], 5, 6, 7])) < 2e-5
 
 
@@ -159,11 +159,12 @@ def test_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast_dots: None) -
 
 def test_the_next_prompt_of_a_chat_is_not_computed_from_its_beginning(qwen: Any) -> None:
     """It parts from the last one at the start of the answer, and the answer was long."""
-    context = Context(decoder(qwen, cpu(2)))
-    context.prefill(IDS[:63])
+    engine, text = engine_over(decoder(qwen, cpu(2))), list(IDS[:63])
+    prefill(engine, text)
     for i in range(90):
-        context.append_top(i, None, 0)
+        text.append(i)
+        prefill(engine, text)
     prompt = [*IDS[:59], *IDS[100:110]]
-    logits, n_reused = context.prefill(prompt)
+    logits, n_reused = prefill(engine, prompt)
     assert n_reused == 48
     assert error(logits, expected(qwen, prompt)) < 2e-5

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from numpy_backend import NumpyBackend
+from texts import engine_over, prefill
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
@@ -18,7 +19,6 @@ from gguf_run.models.decoder import Decoder
 from gguf_run.models.kv_moves import copy_prefix, export, restore
 from gguf_run.models.protocol import AnyBackend
 from gguf_run.runtime.convert.open_checkpoint import open_checkpoint
-from gguf_run.runtime.engine.context import Context
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -96,16 +96,18 @@ def test_sequences_of_both_kinds_in_one_step(make: Callable[..., Decoder], tiny:
 def test_the_engine(make: Callable[..., Decoder], tiny: tuple[GGUFFile, Any]) -> None:
     """A conversation that grows, is sent again from its beginning, is saved and restored, and drops its middle."""
     decoder, (_, model) = make(n_ctx=96), tiny
-    context = Context(decoder)
+    engine = engine_over(decoder)
     for n in (20, 40, 25, 60):
-        assert_close(context.prefill(IDS[:n])[0], model, IDS[:n])
-    context.prefill(IDS[:30])
+        assert_close(prefill(engine, IDS[:n])[0], model, IDS[:n])
+    prefill(engine, IDS[:30])
     parts = [(il, kind, bytes(data)) for il, kind, data in export(decoder.cache)]
-    context.restore(IDS[:30], parts)
-    assert_close(context.prefill(IDS[:50])[0], model, IDS[:50])
-    context.prefill(IDS[:90], n_keep=32)
+    restore(decoder.cache, 30, parts, ids=IDS[:30])
+    assert_close(prefill(engine, IDS[:50])[0], model, IDS[:50])
+    text = list(IDS[:90])
+    prefill(engine, text, n_keep=32)
     for id in IDS[:30]:  # the context of 96 is full after six
-        context.append_top(id, 32, 0)
+        text.append(id)
+        assert prefill(engine, text, n_keep=32)[1] == len(text) - 1
     assert 32 < decoder.n_past < 96
 
 

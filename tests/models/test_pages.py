@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gguf_run.models.kv_cache import CacheLayer, KvCache, first_page
+from gguf_run.models.kv_find import adopt, known
 from gguf_run.models.kv_moves import copy_prefix
 from gguf_run.models.pages import NO_PAGE, PAGE, CacheFullError, PageTable, pages_stored
 
@@ -117,10 +118,10 @@ def test_rows_are_those_of_the_text(steps: list[Any], n_cells: int | None) -> No
             assert cache.rewind(wanted, seq) in (0, wanted)
         elif what == "adopt":
             text, root = text_of(which, min(2 * n, N_CTX)), flag
-            known = cache.known(text, root, parts=flag)
-            assert cache.adopt(seq, text, root, parts=flag) == known < len(text)
-            assert (slot.ids, slot.root) == (text[:known], root)
-            assert flag or known % PAGE == 0
+            n_known = known(cache, text, root, parts=flag)
+            assert adopt(cache, seq, text, root, parts=flag) == n_known < len(text)
+            assert (slot.ids, slot.root) == (text[:n_known], root)
+            assert flag or n_known % PAGE == 0
         elif what == "clear":
             cache.clear(seq)
         elif what == "copy":
@@ -139,17 +140,17 @@ def test_a_known_prefix_is_shared() -> None:
     for start in range(0, 330, N_BATCH):
         model.run(0, text[start : start + N_BATCH])
     used = len(model.cache.pools[0].free)
-    assert model.cache.adopt(1, text) == 320  # the pages that are full; sequence 0 goes on with the last one
-    assert model.cache.adopt(2, text[:200]) == 199  # one token runs in any case; the rest of its page is not read
-    assert model.cache.adopt(3, [*text[:128], *[7] * 100]) == 128
-    assert model.cache.known(text, root="another adapter") == 0
+    assert adopt(model.cache, 1, text) == 320  # the pages that are full; sequence 0 goes on with the last one
+    assert adopt(model.cache, 2, text[:200]) == 199  # one token runs in any case; the rest of its page is not read
+    assert adopt(model.cache, 3, [*text[:128], *[7] * 100]) == 128
+    assert known(model.cache, text, root="another adapter") == 0
     assert len(model.cache.pools[0].free) == used
     model.run(2, [9])  # now it needs a page of its own
     assert len(model.cache.pools[0].free) == used - 1
     model.check_all()
     model.cache.clear(0)
-    assert model.cache.known(text) == 320  # until the pages are used for something else
-    assert model.cache.known(text[:321]) == 320
+    assert known(model.cache, text) == 320  # until the pages are used for something else
+    assert known(model.cache, text[:321]) == 320
 
 
 def test_the_ends_of_texts_are_taken_first() -> None:
@@ -157,13 +158,13 @@ def test_the_ends_of_texts_are_taken_first() -> None:
     shared = text_of(0, 128)
     model.run(0, shared)
     for last in (5, 6):
-        assert model.cache.adopt(0, [*shared, 0]) == 128
+        assert adopt(model.cache, 0, [*shared, 0]) == 128
         model.run(0, [last] * 128)
     model.cache.clear(0)
     model.run(1, [8] * 120)
     model.run(1, [8] * 120)  # four pages: the oldest end has gone
-    assert model.cache.known([*shared, *[5] * 129]) == 128
-    assert model.cache.known([*shared, *[6] * 129]) == 256
+    assert known(model.cache, [*shared, *[5] * 129]) == 128
+    assert known(model.cache, [*shared, *[6] * 129]) == 256
     model.check_all()
 
 
@@ -174,13 +175,13 @@ def test_pages_behind_the_window_are_found_until_they_are_taken() -> None:
         model.run(0, text[start : start + N_BATCH])
     window = model.cache.pools[1]
     assert model.cache.slots[0].pages[1][0] == NO_PAGE
-    assert model.cache.adopt(1, text[:300]) == 299
+    assert adopt(model.cache, 1, text[:300]) == 299
     model.check(1)
     model.cache.clear(1)
     for _ in range(len(window.free)):
         window.forget(window.take())  # by other sequences
-    assert model.cache.known(text[:300]) == 0
-    assert model.cache.known(text) == 576
+    assert known(model.cache, text[:300]) == 0
+    assert known(model.cache, text) == 576
     assert first_page(576, 100) == 7
 
 
@@ -215,4 +216,4 @@ def test_a_moved_page_is_never_found() -> None:
     slot = model.cache.slots[0]
     runs = model.cache.begin({0: 130})
     model.cache.end(runs, [4] * 130)
-    assert model.cache.known([*slot.ids, 0]) == 64
+    assert known(model.cache, [*slot.ids, 0]) == 64

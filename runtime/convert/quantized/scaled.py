@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.blocks import grids
+from gguf_run.formats.blocks.grids import codebook
 from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.mapped import quoted
@@ -204,7 +204,7 @@ def _fp4_tensors(
 
     @np.errstate(all="ignore")
     def floats(first: int, end: int) -> Floats:
-        out: Floats = (grids.e2m1() * np.float32(0.5))[nibbles(first, end)]
+        out: Floats = (codebook("e2m1") * np.float32(0.5))[nibbles(first, end)]
         out *= numbers(scale[first:end], "F8_E4M3" if kind == "NVFP4" else "U8")[..., None]
         if factor is not None:
             out *= factor

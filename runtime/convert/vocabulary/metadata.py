@@ -1,6 +1,6 @@
 """The tokenizer of a Hugging Face checkpoint as metadata of a GGUF file, under the names of llama.cpp's converter."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,13 @@ def tokenizer_metadata(directory: Path, config: Mapping[str, Any]) -> dict[str, 
         raise FormatError(f"{path}: vocab_size is {str(n_vocab)[:40]}: a number from 1 to {MAX_TOKENS} is allowed")
     settings = _read_if_there(directory / "special_tokens_map.json")
     settings |= _read_if_there(directory / "tokenizer_config.json")
-    path, data = _read_source(directory)
+    found = [path for name in _SOURCES for path in sorted(directory.glob(name))]
+    if not found:
+        raise FormatError(f"{directory}: there is no tokenizer: one of {', '.join(_SOURCES)} is needed")
+    path = found[0]  # the file with the most facts
+    data = read_json(path) if path.name == "tokenizer.json" else None
     added = _more_added(directory, settings)
-    vocabulary = _read_vocabulary(directory, path, data, n_vocab, str(config.get("model_type", "")), added)
+    vocabulary = _read_vocabulary(found, data, n_vocab, str(config.get("model_type", "")), added)
     if vocabulary.model not in ("llama", "t5"):  # tokenizer.json counts, where it has a token
         tokens, types = vocabulary.tokens, vocabulary.types
         added = [e for e in added if e.id < len(tokens) and types[e.id] == UNUSED and e.content not in tokens]
@@ -84,22 +88,15 @@ def tokenizer_metadata(directory: Path, config: Mapping[str, Any]) -> dict[str, 
     return pairs | dict(_chat_templates(directory, settings))
 
 
-def _read_source(directory: Path) -> tuple[Path, dict[str, Any] | None]:
-    """Return the file with the most facts, and the object in it if it is tokenizer.json."""
-    found = [path for name in _SOURCES for path in sorted(directory.glob(name))]
-    if not found:
-        raise FormatError(f"{directory}: there is no tokenizer: one of {', '.join(_SOURCES)} is needed")
-    return found[0], read_json(found[0]) if found[0].name == "tokenizer.json" else None
-
-
 def _read_vocabulary(
-    directory: Path, first: Path, data: dict[str, Any] | None, n_vocab: int | None, model_type: str, added: list[Added]
+    found: Sequence[Path], data: dict[str, Any] | None, n_vocab: int | None, model_type: str, added: list[Added]
 ) -> Vocabulary:
     """Read the vocabulary. SentencePiece's file has scores; tokenizer.json has only their order.
 
+    found: the files, data: the object in tokenizer.json, if that is the first one.
     added: tokens that other files add to a SentencePiece model without a tokenizer.json.
     """
-    found = [path for name in _SOURCES for path in sorted(directory.glob(name))]
+    first = found[0]
     piece_file = next((path for path in found if path.suffix == ".model" and is_sentencepiece(read_file(path))), None)
     if data is not None:
         vocabulary = read_tokenizer_json(data, first, n_vocab, model_type)

@@ -5,18 +5,17 @@ two tokens. So the checkpoint's pre-tokenizer and each known one cut the same aw
 """
 
 import functools
-import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import PreTokenizer as Cutter
 
 from gguf_run.formats.errors import FormatError
 from gguf_run.runtime.convert.vocabulary.vocabulary import warn
 from gguf_run.runtime.tokenizers.pretokenizers import PRE_TOKENIZERS, TABLE
+from gguf_run.runtime.tokenizers.steps import build_step
 
 # Names that llama.cpp's converter gives to models of these types, where several names mean the same cuts.
 _USUAL_NAMES = {"starcoder2": "starcoder", "granite": "refact", "stablelm": "stablelm2"}
@@ -94,13 +93,9 @@ def _differences(own: Sequence[list[tuple[int, int]]], name: str, enough: int) -
 
 def _cutter(pre: Any, path: Path) -> Cutter:
     """Build the pre-tokenizer alone, without the space that it may put before a text."""
-    empty = {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}
-    try:
-        built = Tokenizer.from_str(json.dumps(empty | {"pre_tokenizer": _without_prefix(pre)})).pre_tokenizer
-    except Exception as error:  # the package raises Exception itself
-        raise FormatError(f"{path}: pre_tokenizer is not understood ({error})") from None
-    if built is None:
+    if pre is None:
         raise FormatError(f"{path}: a byte-level BPE without pre_tokenizer is not supported")
+    built: Cutter = build_step(_without_prefix(pre), "pre_tokenizer", str(path))
     return built
 
 

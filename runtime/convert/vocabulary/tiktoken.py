@@ -47,9 +47,6 @@ _TEKKEN_SPECIAL = (
     "[/TOOL_RESULTS]", "[TOOL_CALLS]", "<pad>", "[PREFIX]", "[MIDDLE]", "[SUFFIX]",
 )  # fmt: skip
 
-# A longer token would make many pairs. Published ones have at most some 130 bytes.
-_MAX_TOKEN_BYTES = MAX_TOKEN_CHARS
-
 
 def read_tiktoken(path: Path, n_vocab: int | None) -> Vocabulary:
     """Return the vocabulary of a tiktoken file. FormatError: a line that is not one, ranks that are not 0, 1, 2..."""
@@ -129,7 +126,8 @@ def _byte_level(
     """Return a vocabulary. tokens: by rank, with the ids first, first + 1 ...; controls: control tokens by id."""
     found = dict(enumerate(_spell(tokens), first)) | controls
     longest = max(map(len, tokens), default=0)
-    if not longest or len(found) > MAX_TOKENS or longest > _MAX_TOKEN_BYTES:
+    # A longer token would make many pairs. Published ones have at most some 130 bytes.
+    if not longest or len(found) > MAX_TOKENS or longest > MAX_TOKEN_CHARS:
         raise FormatError(f"{path}: {len(tokens)} tokens of up to {longest} bytes are no vocabulary")
     names, types = lay_out(found, n_vocab or len(found), path)
     types = [CONTROL if id in controls else type for id, type in enumerate(types)]

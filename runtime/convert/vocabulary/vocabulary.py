@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from gguf_run.formats.errors import FormatError
 from gguf_run.formats.gguf.mapped import read_bytes
+from gguf_run.runtime.tokenizers.spm import SPACE as SPACE
 from gguf_run.runtime.tokenizers.vocab import CONTROL, NORMAL, UNUSED, USER_DEFINED
 
 T = TypeVar("T", str, bytes)
@@ -18,7 +19,6 @@ MAX_FILE_BYTES = 1 << 29
 MAX_TOKENS = 1 << 22
 MAX_TOKEN_CHARS = 1024  # of a token whose parts are looked for; published ones have at most some 512
 
-SPACE = "▁"  # how SentencePiece spells a space
 PADDING_SCORE = -10000.0
 ADDED_SCORE = -1000.0
 

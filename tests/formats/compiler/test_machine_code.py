@@ -1,6 +1,5 @@
 """Compiled functions as object files: arguments, results and errors as numba has them, a cache that may be damaged."""
 
-import functools
 import os
 import shutil
 import subprocess
@@ -295,9 +294,19 @@ def test_a_second_start_needs_no_numba(tmp_path: Path) -> None:
     assert done.stdout.split() == ["2", "False"]
 
 
-def test_threads_that_ask_at_once_share_one_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second store would be freed with the machine code that a thread still calls."""
-    monkeypatch.setattr(jit, "_only_store", functools.cache(lambda: time.sleep(0.05) or object()))
+def test_threads_that_ask_at_once_share_one_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second loader would be freed with the machine code that a thread still calls."""
+    made = []
+
+    class SlowLoader(jit.Loader):
+        def __init__(self) -> None:
+            made.append(self)
+            time.sleep(0.05)
+            super().__init__()
+
+    monkeypatch.setattr(jit, "Loader", SlowLoader)
+    monkeypatch.setattr(jit, "_STORE", jit._Store())
+    kernels = [njit(half._function) for _ in range(4)]  # each of them is loaded anew
     with ThreadPoolExecutor(4) as pool:
-        stores = [*pool.map(lambda _: jit._store(), range(4))]
-    assert len(set(map(id, stores))) == 1
+        assert [*pool.map(lambda kernel: kernel(3), kernels)] == [1.5] * 4
+    assert len(made) == 1

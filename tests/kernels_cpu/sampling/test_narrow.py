@@ -1,53 +1,95 @@
-"""The largest logits of a row, and the ends of sums, against a sort."""
-
-from typing import Any
+"""Where the largest logits of a row end, and how their weights add up, against a sort."""
 
 import numpy as np
 import pytest
 
 from gguf_run.formats.compiler.jit import njit
 from gguf_run.kernels_cpu.sampling import narrow
-from gguf_run.kernels_cpu.sampling.narrow import ids_in_order
+
+LOWEST = float(narrow.LOWEST)
 
 
 @njit
-def surveyed(x, n, maxima):  # type: ignore[no-untyped-def]
-    return float(narrow.survey(x, n, maxima))
+def surveyed(x, maxima, best):  # type: ignore[no-untyped-def]
+    return float(narrow.survey(x, maxima, best))
 
 
 @njit
-def listed(x, n, maxima, k, keys, work, weights):  # type: ignore[no-untyped-def]
-    narrow.survey(x, n, maxima)
-    return narrow.greatest(x, n, maxima, k, keys, work, weights)
+def cut_row(x, maxima, values, best, temperature, low, wanted, sums, keys, weights):  # type: ignore[no-untyped-def]
+    most, low = narrow.survey(x, maxima, best), np.float32(low)
+    return float(narrow.cut(x, values, best, most, temperature, low, wanted, sums, keys, weights))
 
 
-def address(array: np.ndarray) -> int:
-    return int(array.ctypes.data)
+@njit
+def summed(x, maxima, values, best, temperature, low, sums):  # type: ignore[no-untyped-def]
+    most = narrow.survey(x, maxima, best)
+    return narrow.sum_blocks(x, values, best, most, temperature, np.float32(low), sums)
 
 
-def greatest(logits: np.ndarray, k: int) -> np.ndarray:
-    n = len(logits)
-    maxima, keys, work = np.zeros(n // 64 + 1, np.float32), np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64)
-    count = listed(address(logits), n, address(maxima), k, keys, work, np.zeros(n + 1))
-    return keys[:count]
+def filled(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The row with -inf up to the end of a block, and room for the maxima of blocks."""
+    row = np.append(logits, np.full(-len(logits) % 64, -np.inf, np.float32))
+    return row, np.zeros(len(row) // 64, np.float32)
+
+
+def survey(logits: np.ndarray) -> float:
+    row, best = filled(logits)
+    return float(surveyed(row.ctypes.data, best.ctypes.data, best))
+
+
+def kept(logits: np.ndarray, temperature: float, wanted: float, low: float = LOWEST) -> list[int]:
+    """The ids of the logits that a cut leaves."""
+    row, best = filled(logits)
+    rooms = np.zeros(len(best)), np.zeros(len(row), np.int64), np.zeros(len(row))
+    low = cut_row(row.ctypes.data, best.ctypes.data, row, best, temperature, low, wanted, *rooms)
+    return np.flatnonzero(row >= low).tolist()
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 1000, 40_000])
 @pytest.mark.parametrize("spread", [0.0, 1.0, 1e30])
-def test_the_largest_logits(n: int, spread: float) -> None:
-    """Equal ones too, of which the lower ids come first; 0.0 and -0.0 are equal."""
+def test_the_k_largest_logits(n: int, spread: float) -> None:
+    """Of equal ones the lower ids; 0.0 and -0.0 are equal."""
     logits = np.round(np.random.default_rng(n).standard_normal(n) * 8).astype(np.float32) * np.float32(spread / 8)
     order = np.argsort(-logits, kind="stable")
     for k in {1, 7, n // 64, n // 2, n - 1, n, n + 5} - {0}:
-        keys = greatest(logits, k)
-        assert ids_in_order(keys) == order[:k].tolist()
-        assert ids_in_order(keys) == ids_in_order(keys[::-1].copy())
+        assert kept(logits, np.inf, k) == sorted(order[:k].tolist())
+
+
+@pytest.mark.parametrize("n", [1, 64, 700, 40_000])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.2, 3.0])
+def test_the_fewest_logits_that_reach_a_sum(n: int, spread: float, temperature: float) -> None:
+    """Also where the maxima of blocks do not reach it together. A sum of thousands is float32's."""
+    logits = (np.random.default_rng(n).standard_normal(n) * spread).astype(np.float32)
+    order = np.argsort(-logits, kind="stable")
+    sums = np.exp((logits[order].astype(np.float64) - logits.max()) / temperature).cumsum()
+    lowest = float(logits.min())
+    for share in (0.0, 0.3, 0.95, 0.9999):
+        expected = int(sums.searchsorted(share * sums[-1])) + 1
+        found = kept(logits, temperature, share * sums[-1], lowest)
+        assert set(found) <= set(order[: expected + 1].tolist())
+        assert set(found) >= set(order[: expected - 1].tolist())
+        assert len(found) == expected or n > 4096
+    assert kept(logits, temperature, 2 * sums[-1], lowest) == list(range(n))
+
+
+@pytest.mark.parametrize("n", [64, 700, 40_000])
+@pytest.mark.parametrize("low", [LOWEST, -1.0, 2.0])
+def test_weights_of_blocks(n: int, low: float) -> None:
+    logits = np.random.default_rng(n).standard_normal(n, np.float32) * 3
+    row, best = filled(logits)
+    sums = np.zeros(len(best))
+    weights = np.exp((row.astype(np.float64) - logits.max()) / 0.7) * (row >= low)
+    total = summed(row.ctypes.data, best.ctypes.data, row, best, 0.7, low, sums)
+    rtol = 1e-6 if n > 4096 and low == LOWEST else 1e-13
+    np.testing.assert_allclose(sums, weights.reshape(-1, 64).sum(axis=1), rtol=rtol)
+    assert total == pytest.approx(weights.sum(), rel=rtol)
 
 
 def test_tokens_that_cannot_come_are_not_among_the_largest() -> None:
     logits = np.full(1000, -np.inf, np.float32)
     logits[[3, 900]] = -5, -4
-    assert ids_in_order(greatest(logits, 40)) == [900, 3]
+    assert kept(logits, np.inf, 40) == [3, 900]
 
 
 @pytest.mark.parametrize("at", [0, 64, 127, 129])
@@ -55,17 +97,4 @@ def test_tokens_that_cannot_come_are_not_among_the_largest() -> None:
 def test_a_survey_finds_what_is_no_number(at: int, value: float, expected: float) -> None:
     logits = np.ones(130, np.float32)
     logits[at] = np.copysign(np.float32(value), np.float32(value))
-    found: Any = surveyed(address(logits), len(logits), address(np.zeros(3, np.float32)))
-    np.testing.assert_equal(found, expected)
-
-
-def test_a_sum_is_reached() -> None:
-    rng = np.random.default_rng(4)
-    for n in (1, 2, 50, 3000):
-        keys = rng.integers(-(2**63), 2**63, n)
-        weights = rng.random(n)
-        order = np.argsort(-keys)
-        sums = weights[order].cumsum()
-        for wanted in (0.0, 0.3 * sums[-1], sums[-1] * (1 - 1e-9), 2 * sums[-1]):
-            expected = order[min(int(sums.searchsorted(wanted)), n - 1)]
-            assert narrow.reach(keys.copy(), weights.copy(), n, wanted) == keys[expected]
+    np.testing.assert_equal(survey(logits), expected)

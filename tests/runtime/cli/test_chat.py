@@ -22,7 +22,7 @@ from gguf_run.runtime.cli import chat as cli_chat
 from gguf_run.runtime.cli import chat_input as cli_chat_input
 from gguf_run.runtime.cli.chat_commands import COMMANDS, Chat, completions, run_command
 from gguf_run.runtime.cli.run import main
-from gguf_run.runtime.engine.context import ContextError
+from gguf_run.runtime.engine.check import ContextError
 from gguf_run.runtime.terminal.reasoning import DIM, PLAIN, dimmed, open_tag
 from gguf_run.runtime.terminal.text import has_colours
 from gguf_run.runtime.terminal.wrap import wrapped
@@ -449,16 +449,16 @@ def test_thoughts_on_a_terminal(path: Path, tmp_path: Path, environment: dict[st
 
 def test_ctrl_c_while_a_prompt_is_read(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """The question is as if never asked, the next one is answered as ever."""
-    forward, calls = model.decoder.forward, []
+    step, calls = model.decoder.step, []
 
     def interrupted(*arguments: Any) -> Any:
         calls.append(arguments)
         if len(calls) == 1:
             signal.raise_signal(signal.SIGINT)
-        return forward(*arguments)
+        return step(*arguments)
 
     expected = answers(model, "Two")
-    monkeypatch.setattr(model.decoder, "forward", interrupted)
+    monkeypatch.setattr(model.decoder, "step", interrupted)
     script = iter(["One", "Two"])
     monkeypatch.setattr(cli_chat, "inputs", lambda *_: script)
     messages: list[dict[str, Any]] = []

@@ -10,7 +10,7 @@ from tinymodel import QKV, Tiny, write_tiny
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.runtime import Model
-from gguf_run.runtime.engine.context import ContextError
+from gguf_run.runtime.engine.check import ContextError
 from gguf_run.runtime.info.edit import edit
 
 TEXTS = ["the order", "the order of another one and the other", "a"]

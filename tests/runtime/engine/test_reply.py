@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gguf_run.formats.errors import OptionError
-from gguf_run.runtime.engine.reply import Reply, StopStrings
+from gguf_run.runtime.engine.reply import Reply
+from gguf_run.runtime.engine.stop import StopStrings
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler
 
@@ -33,12 +33,6 @@ class ByteStream:
         return self._bytes.decode(errors="replace")
 
 
-def logits_for(id: int) -> np.ndarray:
-    logits = np.zeros(300, np.float32)
-    logits[id] = 1
-    return logits
-
-
 def pieces(ids: Sequence[int], stop: Sequence[str] = (), stop_id: int = 299, n_room: int = 99) -> tuple[list[str], str]:
     """The pieces of a reply that chooses these ids, and why it ended."""
     sampler = Sampler(SamplingParams(temperature=0))
@@ -46,7 +40,7 @@ def pieces(ids: Sequence[int], stop: Sequence[str] = (), stop_id: int = 299, n_r
     found = []
     for i, id in enumerate(ids):
         assert not reply.finish
-        found.append(reply.advance(logits_for(id), i == n_room))
+        found.append(reply.take(id, i == n_room))
         if reply.finish:
             break
     assert reply.answer().text == "".join(found)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from texts import prefill
 from tinymodel import TINY_GEMMA3, Tiny, vocabulary, write_tiny
 
 from gguf_run.formats.errors import FormatError, GgufRunError
@@ -38,34 +39,34 @@ def test_logits_after_a_restore_are_identical(folder: Path, tmp_path: Path, name
     """In a context of another size too; the last layers of gemma3 hold a window only."""
     path, more = folder / f"{name}.gguf", [9, 3, 200]
     with load(path, cache_type=kind) as model:
-        model._context.prefill(IDS)
+        prefill(model.engine, IDS)
         model.save_session(tmp_path / "s", [{"role": "user", "content": "é"}])
-        expected, n_reused = model._context.prefill(IDS + more)
+        expected, n_reused = prefill(model.engine, IDS + more)
         assert n_reused == len(IDS)
         expected = expected.copy()
     for n_ctx in (128, 100):
         with load(path, n_ctx, cache_type=kind) as model:
             assert model.load_session(tmp_path / "s") == [{"role": "user", "content": "é"}]
-            logits, n_reused = model._context.prefill(IDS + more)
+            logits, n_reused = prefill(model.engine, IDS + more)
             assert n_reused == len(IDS)
             np.testing.assert_array_equal(logits, expected)
 
 
 def test_a_restored_session_is_forgotten_where_a_prompt_differs(folder: Path, tmp_path: Path) -> None:
     with load(folder / "llama.gguf") as model:
-        expected = model._context.prefill([*IDS[:20], 1, 2])[0].copy()
-        model._context.prefill(IDS)
+        expected = prefill(model.engine, [*IDS[:20], 1, 2])[0].copy()
+        prefill(model.engine, IDS)
         model.save_session(tmp_path / "s")
     with load(folder / "llama.gguf") as model:
         model.load_session(tmp_path / "s")
-        logits, n_reused = model._context.prefill([*IDS[:20], 1, 2])
+        logits, n_reused = prefill(model.engine, [*IDS[:20], 1, 2])
         assert n_reused == 20
         np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
 def test_sessions_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     with load(folder / "llama.gguf") as model:
-        model._context.prefill(IDS)
+        prefill(model.engine, IDS)
         model.save_session(tmp_path / "s")
     for name, n_ctx, kind, words in (
         ("other", 128, "f16", "is a session with another model, llama.gguf, not with other.gguf"),
@@ -80,25 +81,25 @@ def test_sessions_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
 
 def test_a_damaged_session_leaves_the_context_as_it_was(folder: Path, tmp_path: Path) -> None:
     with load(folder / "llama.gguf") as model:
-        expected = model._context.prefill(IDS)[0].copy()
+        expected = prefill(model.engine, IDS)[0].copy()
         model.save_session(tmp_path / "s")
         data = bytearray((tmp_path / "s").read_bytes())
         data[-5] ^= 1
         (tmp_path / "s").write_bytes(data)
         with pytest.raises(FormatError, match="the session is damaged: its checksum differs: name another"):
             model.load_session(tmp_path / "s")
-        logits, n_reused = model._context.prefill(IDS)
+        logits, n_reused = prefill(model.engine, IDS)
         assert n_reused == len(IDS)
         np.testing.assert_array_equal(logits, expected)
 
 
 def test_a_session_that_does_not_fit_leaves_an_empty_context(folder: Path, tmp_path: Path) -> None:
     with load(folder / "llama.gguf") as model:
-        expected = model._context.prefill(IDS)[0].copy()
+        expected = prefill(model.engine, IDS)[0].copy()
         save(tmp_path / "s", replace(model._session_header(), ids=IDS), lambda: iter(()))
         with pytest.raises(FormatError, match=r"/s: the saved cache does not fit this model: parts are missing"):
             model.load_session(tmp_path / "s")
-        logits, n_reused = model._context.prefill(IDS)
+        logits, n_reused = prefill(model.engine, IDS)
         assert n_reused == 0
         np.testing.assert_array_equal(logits, expected)
 

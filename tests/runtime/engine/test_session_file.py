@@ -15,8 +15,15 @@ from tinymodel import Tiny, write_tiny
 from gguf_run.formats.errors import FormatError, GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.safetensors import writing_safetensors
-from gguf_run.runtime.engine.context import Part
-from gguf_run.runtime.engine.session_file import KIND, SessionHeader, check_session, hash_model, open_session, save
+from gguf_run.runtime.engine.session_file import (
+    KIND,
+    Part,
+    SessionHeader,
+    check_session,
+    hash_model,
+    open_session,
+    save,
+)
 from gguf_run.runtime.load.open_model import open_model
 
 HEADER = SessionHeader("ab" * 32, "modèle.gguf", "k q8_0, v q4_0", [5, 0, 7], [{"role": "user", "content": "é\n"}])

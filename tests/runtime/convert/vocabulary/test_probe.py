@@ -51,9 +51,5 @@ def test_a_file_that_the_package_refuses(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_few_tokens_give_the_ids_of_all(kind: str, tmp_path: Path) -> None:
-    """The whole vocabulary is set up only where something differs."""
-    data, metadata, path = both(kind, tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "_whole", lambda data: pytest.fail("few tokens give other ids"))
-        probe.compare_tokens(data, metadata, path)
+def test_nothing_is_said_where_nothing_differs(kind: str, tmp_path: Path) -> None:
+    probe.compare_tokens(*both(kind, tmp_path))  # a warning would be an error

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gguf_run.kernels_cpu.sampling.draw import uniform
+from gguf_run.kernels_cpu.sampling.choose import uniform
 from gguf_run.runtime.sampling import candidates
 
 

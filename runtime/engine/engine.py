@@ -1,0 +1,303 @@
+"""The engine: requests come in, each step runs tokens of some of them, pieces of answers go out. Start with `step`."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn, cast
+
+from gguf_run.formats.errors import GgufRunError
+from gguf_run.models.pages import PAGE
+from gguf_run.runtime.engine.reply import Piece, Reply, Request
+from gguf_run.runtime.engine.rows import Rows
+from gguf_run.runtime.engine.sequence import Job, Sequence
+from gguf_run.runtime.sampling.candidates import Candidates
+
+if TYPE_CHECKING:
+    from numpy import float32
+    from numpy.typing import NDArray
+
+    from gguf_run.models.decoder import Decoder
+    from gguf_run.runtime.engine.runner import Runner
+    from gguf_run.runtime.engine.scheduler import Scheduler
+    from gguf_run.runtime.sampling.many import ManySampler
+
+
+class Closed:
+    """Takes the place of a decoder that has been freed: any use raises GgufRunError."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise GgufRunError("the model is closed: load it again, or stay within its `with`")
+
+
+class Engine:
+    """Runs requests together. Threads may share it: one of them computes at a time.
+
+    Without `start`, whoever reads an answer runs the steps, for all answers that somebody waits for. An answer that
+    nobody reads costs nothing, and its row of the cache goes to others if they need it: then what the cache has lost
+    of it is computed again.
+    """
+
+    def __init__(
+        self,
+        decoder: "Decoder",
+        reply_of: Callable[[Request], Reply],
+        *,
+        max_step_ms: float = 100.0,
+        max_queue: int = 512,
+        deterministic: bool = False,
+        many: "Callable[[], ManySampler] | None" = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Nothing runs yet.
+
+        reply_of: makes the reply to a request, with its sampler.
+        max_step_ms: milliseconds that a step takes at most while an answer is being made.
+        max_queue: requests that may wait for their first step.
+        deterministic: an answer has the same bits whatever else runs and whatever the cache holds.
+        many: makes what samples several rows together; None: they are sampled one after the other.
+        """
+        self.decoder, self.max_queue, self.clock = decoder, max_queue, clock
+        self.max_step_ms, self.deterministic = max_step_ms, deterministic
+        self.jobs: list[Job] = []  # that have no end yet, in the order in which they came
+        scales = None if decoder.adapters is None else decoder.adapters.scales
+        self.rows = Rows(decoder.cache, scales, deterministic)
+        self.n_failed = 0  # steps in a row that raised an error
+        self.changed = threading.Condition()  # tells that a step has ended
+        self.runner: Runner | None = None  # the thread that runs all steps; None: the readers do
+        self._reply_of, self._many = reply_of, many
+        self._chooser: ManySampler | None = None  # made when two rows are sampled at once
+        self._new: deque[Job] = deque()
+        self._n_jobs = 0  # that have ever been added
+        self._worker: threading.Thread | None = None  # the one that computes now
+        self._tickets: list[object] = []  # of those who wait to compute, in the order in which they came
+        self._scheduler: Scheduler | None = None  # made when two jobs run at once
+
+    @property
+    def healthy(self) -> bool:
+        """Whether one of the last two steps has succeeded."""
+        return self.n_failed < 2
+
+    @property
+    def n_ctx(self) -> int:
+        """The most tokens of a prompt: positions of the context, and of all pages of the cache."""
+        return min(self.decoder.n_ctx, PAGE * self.decoder.cache.tables[0].n_pages)
+
+    def add(self, request: Request, name: str = "the prompt") -> Sequence:
+        """Take a request; return its answer, which nothing has computed yet. name: of the prompt, for an error.
+
+        Raises ContextError, QueueFullError and others: see check.py.
+        """
+        n_waiting = len(self._new) + sum(job.n_reused < 0 for job in self.jobs)
+        fits = 0 < len(request.ids) <= self.n_ctx and (request.max_tokens is None or request.max_tokens > 0)
+        if not fits or request.context_shift or request.adapters or n_waiting >= self.max_queue:
+            from gguf_run.runtime.engine.check import QueueFullError, check, check_adapters  # late: few are refused
+
+            check(request, self.n_ctx, name)
+            check_adapters(request, self.decoder.adapters)
+            if n_waiting >= self.max_queue:
+                raise QueueFullError(f"{n_waiting} requests wait, max_queue is {self.max_queue}: try again later")
+        self._n_jobs += 1
+        job = Job(request, self._reply_of(request), self._n_jobs, self.clock())
+        self._new.append(job)
+        if self.runner is not None:
+            self.runner.wake()
+        return Sequence(self, job)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End an answer here: its readers get no more pieces. Twice, or at its end: nothing happens."""
+        sequence.job.is_over = True
+        with self.changed:
+            self.changed.notify_all()
+        if self.runner is not None:
+            self.runner.wake()
+
+    def fail(self, error: Exception) -> None:
+        """End all answers with an error, and count as unhealthy."""
+        self.n_failed = 2
+        for job in [*self.jobs, *self._new]:
+            job.push(error)
+
+    def start(self) -> None:
+        """Let a thread of its own run all requests, until `close`. Twice: nothing happens."""
+        if self.runner is None:
+            from gguf_run.runtime.engine.runner import Runner  # late: a prompt needs no thread
+
+            self.runner = Runner(self.step, self.fail)
+
+    def close(self, free: Callable[[], None] = lambda: None) -> None:
+        """End all answers with an error, and drop the decoder. free: called when nothing is computed any more."""
+        if self.runner is not None:
+            self.runner.stop()
+        with self.working():
+            free()
+            self.decoder = cast("Decoder", Closed())
+            self.fail(GgufRunError("the model is closed: this answer cannot go on"))
+            if self.runner is not None:
+                self.runner.deliver()
+            self.jobs, self.rows, self._scheduler = [], cast("Rows", self.decoder), None
+            self._new.clear()
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Wait until this thread may compute; it alone does so within the block. The first that came is the first."""
+        ticket = object()
+        self._refuse_nested()
+        with self.changed:
+            self._tickets.append(ticket)
+            try:
+                while self._worker is not None or self._tickets[0] is not ticket:
+                    self.changed.wait()
+                self._worker = threading.current_thread()
+            finally:
+                self._tickets.remove(ticket)
+        try:
+            yield
+        finally:
+            with self.changed:
+                self._worker = None
+                self.changed.notify_all()
+
+    def read(self, job: Job) -> Piece | None:
+        """Return the next piece of an answer; None: it is at its end. Run steps until it is there.
+
+        Raises the error that has ended the answer, once.
+        """
+        self._refuse_nested()
+        job.n_readers += 1
+        try:
+            while True:
+                with self.changed:
+                    while not job.pieces and not job.is_over and (self._worker or self._tickets or self.runner):
+                        self.changed.wait()
+                is_over = job.is_over  # before the pieces: the last one comes before the end
+                if job.pieces:
+                    job.is_eager = True
+                    return job.pieces.popleft()
+                if is_over:
+                    if (error := job.taken_error()) is not None:
+                        raise error
+                    return None
+                with self.working():
+                    if not job.pieces and not job.is_over:
+                        self._step(lambda job: job.n_readers > 0 or job.is_eager)
+        finally:
+            job.n_readers -= 1
+
+    def news(self, job: Job) -> AsyncIterator[Piece]:
+        """Yield the pieces of an answer, as `read` returns them, in a coroutine."""
+        from gguf_run.runtime.engine.runner import pieces_of
+
+        return pieces_of(self.runner, job)
+
+    def step(self) -> bool:
+        """Run one step of all answers. Return whether any of them goes on."""
+        with self.working():
+            self._step(lambda job: True)
+        return bool(self.jobs or self._new)
+
+    def _refuse_nested(self) -> None:
+        if self._worker is threading.current_thread():
+            raise GgufRunError(
+                "a logits processor, or what it calls, uses the model that waits for it: only its tokenizer may be used"
+            )
+
+    def _step(self, is_wanted: Callable[[Job], bool]) -> None:
+        start, rows = self.clock(), self.rows
+        rows.n_steps += 1
+        while self._new:
+            self.jobs.append(self._new.popleft())
+        wanted = [job for job in self._living() if is_wanted(job)]
+        for job in wanted:
+            job.read_at, job.is_eager = rows.n_steps, False
+        counts: Mapping[Job, int] = {}
+        chosen: list[tuple[Job, int | Exception]] = []
+        try:
+            counts = self._plan(wanted)
+            chosen = self._run(counts)
+            self.n_failed = 0
+        except Exception as error:
+            self.n_failed += 1
+            chosen = [(job, error) for job in counts or wanted]
+            for job, _ in chosen:
+                rows.clear(rows.park(job))
+        texts = [(job, job.take(id, rows.cache.n_ctx) if isinstance(id, int) else id) for job, id in chosen]
+        end = self.clock()
+        for job in counts:
+            job.count(start, end)
+        if self._scheduler is not None:
+            self._scheduler.measured(1000 * (end - start))
+        for job, text in texts:  # last: readers are on their way with them
+            job.push(text)
+        self._living()
+
+    def _living(self) -> list[Job]:
+        """Return the jobs that go on. Those that are over leave their rows."""
+        over = [job for job in self.jobs if job.is_over]
+        for job in over:
+            self.rows.park(job)
+        self.jobs = [job for job in self.jobs if not job.is_over] if over else self.jobs
+        return self.jobs
+
+    def _plan(self, wanted: list[Job]) -> Mapping[Job, int]:
+        """Return how many tokens of which jobs run next. 0: the logits after the last one are known."""
+        if len(self.jobs) > 1 or self.runner is not None:
+            if self._scheduler is None:
+                from gguf_run.runtime.engine.scheduler import Scheduler  # late: a prompt is alone
+
+                n_batch = self.decoder.n_batch
+                self._scheduler = Scheduler(self.rows, n_batch, self.max_step_ms, self.clock)
+            return self._scheduler.plan(wanted, self.jobs)
+        for job in wanted:
+            if job.row < 0:
+                self.rows.place(job)
+            n = self.rows.chunk(job, self.decoder.n_batch)
+            while n and not self.rows.cache.room({job.row: n}):
+                if not self.rows.clear_oldest():
+                    job.push(job.reply.end("context"))
+                    return {}
+            return {job: n}
+        return {}
+
+    def _run(self, counts: Mapping[Job, int]) -> list[tuple[Job, int | Exception]]:
+        """Run tokens. Return the jobs that have got a token, with its id or the reason why there is none."""
+        rows, slots = self.rows, self.rows.cache.slots
+        batch: dict[int, list[int]] = {}
+        n_rows: dict[int, int] = {}  # 1: the logits after the last token are wanted
+        ready: list[Job] = []
+        chosen: list[tuple[Job, int | Exception]] = []
+        for job, n in counts.items():
+            at = slots[job.row].n_past
+            if n:
+                batch[job.row], n_rows[job.row] = job.ids[at : at + n], int(at + n == len(job.ids))
+                if n_rows[job.row]:
+                    ready.append(job)
+            elif rows.asked is not None:
+                chosen.append((job, _sampled(job, rows.asked[2])))
+        if len(batch) == 1 == len(ready) and ready[0].n_top and ready[0].n_chosen and not self.deterministic:
+            ((row, ids),) = batch.items()
+            found = self.decoder.top(ids, ready[0].n_top, row)
+            if found.columns is not None:
+                return [*chosen, (ready[0], _sampled(ready[0], Candidates(found.values[0], found.columns, True)))]
+            logits = found.values
+        elif batch:
+            logits = self.decoder.step(batch, n_rows)
+        for i, job in enumerate(ready):
+            if not (job.n_chosen or job.cut.ids or self.deterministic):
+                rows.asked = list(job.request.ids), job.request.root, logits[i].copy()
+        if self._many is not None and (len(ready) > 1 or (ready and self.deterministic)):
+            from gguf_run.runtime.engine.choose import choose  # late: a prompt is alone
+
+            self._chooser = self._chooser or self._many()
+            return [*chosen, *zip(ready, choose(self._chooser, ready, logits), strict=True)]
+        return chosen + [(job, _sampled(job, logits[i])) for i, job in enumerate(ready)]
+
+
+def _sampled(job: Job, logits: "NDArray[float32] | Candidates") -> int | Exception:
+    """Return the next token of a job, or why it has none."""
+    try:
+        constraint = job.request.constraint
+        return job.reply.sampler.sample(logits, None if constraint is None else constraint.allowed())
+    except Exception as error:  # the others go on
+        return error
