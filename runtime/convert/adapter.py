@@ -41,7 +41,7 @@ def open_adapter(folder: Path, base: Path | None, name: str | None = None) -> GG
     given = Config(folder / CONFIG, read_json(folder / CONFIG))
     if given.get("peft_type") != "LORA":
         raise given.wrong(("peft_type",), '"LORA"')
-    if changed := [key for key in _NOT_PLAIN if given.get(key) not in (None, False, [], "none")]:
+    if changed := [key for key in _NOT_PLAIN if given.get(key) and given.get(key) != "none"]:
         raise given.unsupported(changed[0], "left out")
     model = base or Path(str(given.get("base_model_name_or_path")))
     if not (model / "config.json").is_file():
