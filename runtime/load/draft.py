@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from gguf_run.formats.errors import OptionError
 from gguf_run.runtime.engine.draft_model import DraftModel
@@ -11,11 +11,25 @@ from gguf_run.runtime.engine.speculation import Speculation
 from gguf_run.runtime.load.options import LoadOptions
 
 if TYPE_CHECKING:
-    from gguf_run.runtime.load.load_model import LoadedModel
+    from gguf_run.models.decoder import Decoder
+    from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
+
+
+class Loaded(Protocol):
+    """What is needed of a LoadedModel."""
+
+    @property
+    def decoder(self) -> "Decoder": ...
+
+    @property
+    def tokenizer(self) -> "Tokenizer": ...
+
+    @property
+    def close(self) -> Sequence[Callable[[], None]]: ...
 
 
 def speculation_of(
-    load: "Callable[[str, LoadOptions], LoadedModel]",
+    load: Callable[[str, LoadOptions], Loaded],
     options: LoadOptions,
     n_ctx: int,
     tokens: Sequence[str],
