@@ -1,6 +1,6 @@
 """Compares restoring a session from a file with computing it. The logits after both are compared.
 
-    python benchmarks/session.py MODEL [-p 4096] [-t 2] [-r 5] [-ct q8_0]
+python benchmarks/session.py MODEL [-p 4096] [-t 2] [-r 5] [-ct q8_0]
 """
 
 import tempfile
