@@ -76,11 +76,10 @@ class Speculation:
                 asked[job] = n = len(self._worth(lookup, [0] * most))
                 n_room -= n
             n_room -= len(found)
-            self.guesses[job] = found
+            self.guesses[job], self._starts[job] = found, len(job.ids)
         if self.draft is not None and any(asked.values()):
             self.guesses |= self.draft.guess({job: n for job, n in asked.items() if n})
         self.guesses = {job: ids for job, ids in self.guesses.items() if ids}
-        self._starts = {job: len(job.ids) for job in self.guesses}
         if self.guesses and not rows.cache.room(
             {job.row: n + len(self.guesses.get(job, ())) for job, n in counts.items()}
         ):

@@ -30,6 +30,20 @@ def test_the_same_decoder_is_always_right(n_seq: int) -> None:
     assert max(n for run in decoder.runs for n in run.values()) > MOST
 
 
+def test_an_error_of_the_draft_model_ends_the_answers_of_a_step() -> None:
+    decoder, other = (FakeDecoder(cost=(5, 0.2, 0.2, 0)) for _ in range(2))
+    speculation = Speculation()
+    speculation.draft = DraftModel(other)  # type: ignore[arg-type]
+    engine = engine_of(decoder, speculation=speculation)
+    sequence = engine.add(request([1, 2, 3], 50))
+    next(sequence)
+    other.fails = [ValueError("broken")]
+    with pytest.raises(ValueError, match="broken"):
+        sequence.answer()
+    check(engine)
+    assert ids_of(engine.add(request([1, 2, 3], 50))) == expected([1, 2, 3], 50)
+
+
 def test_a_text_runs_in_parts() -> None:
     """Guesses come when all of it has run; a known start does not run again."""
     other = FakeDecoder(n_batch=200)
