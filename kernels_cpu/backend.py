@@ -39,7 +39,7 @@ class CpuBackend:
     """Runs on n_threads threads, the `team`. `tune` changes `tuning`, for all programs."""
 
     def __init__(self, n_threads: int, *, deterministic: bool = False) -> None:
-        """deterministic: a sequence gets the same bits whatever other sequences are in a step.
+        """deterministic: a token gets the same bits whatever else is in its step, of its own sequence or of others.
 
         Attention then never splits the positions that a token sees, which keeps all threads busy in a long context.
         """

@@ -26,7 +26,7 @@ class Piece(NamedTuple):
     stop: int  # end of the positions to read
     part: int  # place in `parts` for the result, -1 if the positions are not split
     ahead: int  # later positions that a row sees
-    few: bool  # whether all tokens of the sequence in this step fit into a tile of FEW rows
+    few: bool  # whether a tile has FEW rows: all tokens of the sequence in this step fit into it, and `splits` is set
 
 
 @njit(inline="always")
@@ -87,7 +87,7 @@ def piece_of(a, runs, number):
     # A range is whole spans. Since the first one begins a little before `low`, the last one is a little longer.
     stop = high if split == n_split - 1 else min(high, start + length)
     place = run.first_part + part if n_split > 1 else -1
-    few = run.n_tokens * n_rep <= FEW
+    few = a.splits != 0 and run.n_tokens * n_rep <= FEW
     return Piece(run.seq, head, run.first + t0, n_past, n_rep, n_tokens * n_rep, start, stop, place, ahead, few)
 
 

@@ -111,7 +111,7 @@ def _load(
         backends: dict[Device, Any] = dict(gpus)
         try:
             if CPU in placement.devices:
-                backends[CPU] = CpuBackend(n_threads, deterministic=options.deterministic)
+                backends[CPU] = CpuBackend(n_threads, deterministic=options.deterministic or options.guesses)
             decoder = _decoder_class(plan.config, options)(
                 plan.config,
                 file.tensors,
@@ -153,7 +153,7 @@ def _load(
 def _speculation(
     options: LoadOptions, n_ctx: int, tokens: Sequence[str], closes: list[Callable[[], None]]
 ) -> "Speculation | None":
-    if not (options.speculate or options.draft_model):
+    if not options.guesses:
         return None
     from gguf_run.runtime.load.draft import speculation_of  # late: it is mostly not asked for
 

@@ -111,15 +111,16 @@ class LoadOptions:
         _check_range("cache_ram (--cache-ram)", self.cache_ram, MAX_N_CTX)
         if self.deterministic and not self.wanted.cpu_only:
             raise OptionError('deterministic runs on the CPU only: give device="cpu" (--device cpu)')
-        if self.deterministic and (self.speculate or self.draft_model):
-            raise OptionError(
-                "deterministic with speculate or draft_model: a step of several tokens rounds otherwise; leave one out"
-            )
         if self.n_threads is not None:
             from gguf_run.kernels_cpu.replay.team import MAX_THREADS
 
             _check_range("n_threads (--threads)", self.n_threads, MAX_THREADS)
         self.wanted  # noqa: B018  (checks what it reads)
+
+    @property
+    def guesses(self) -> bool:
+        """Whether tokens are guessed."""
+        return self.speculate or self.draft_model is not None
 
     @property
     def wanted(self) -> Wanted:

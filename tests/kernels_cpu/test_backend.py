@@ -113,7 +113,7 @@ def test_quantized_models(name: str, build: Callable[..., Decoder]) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "odd widths", "legacy", "K-quants", "moe"])
 def test_a_sequence_gets_the_same_bits_among_others(name: str, build: Callable[..., Decoder]) -> None:
-    """Prompts and single tokens, in steps of 1 to 33 sequences, over a context that is long enough to be split."""
+    """Prompts, single tokens, some at once; in steps of 1 to 33 sequences, over a context that others would split."""
     tiny = tiny_moe(2, "Q8_0") if name == "moe" else (FLOAT_MODELS | QUANTIZED_MODELS)[name]
     tiny = replace(tiny, n_layer=min(2, tiny.n_layer), n_ctx=600)
     results = []
@@ -124,6 +124,9 @@ def test_a_sequence_gets_the_same_bits_among_others(name: str, build: Callable[.
             ids = [(7 * i * i + chunk) % 270 for i in range(chunk)]
             others = {seq: rng.integers(0, 270, rng.integers(1, 6)).tolist() for seq in range(1, 1 + n_others)}
             found.append(decoder.step(others | {0: ids})[-1].copy())
+        assert decoder.rewind(500) == 500
+        together = decoder.step({0: [1] * 3}, {0: 3})
+        np.testing.assert_array_equal(together, found[2:])
         results.append(np.stack(found))
         backend.close()
     for result in results[1:]:
