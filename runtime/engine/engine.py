@@ -4,7 +4,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from gguf_run.formats.errors import GgufRunError
@@ -133,7 +133,8 @@ class Engine:
         """End all answers with an error, and drop the decoder. free: called when nothing is computed any more."""
         if self.runner is not None:
             self.runner.stop()
-        with self.working():
+        computes = self._worker is threading.current_thread()  # an error has left logits half read
+        with nullcontext() if computes else self.working():
             free()
             self.decoder = cast("Decoder", Closed())
             self.fail(GgufRunError("the model is closed: this answer cannot go on"))

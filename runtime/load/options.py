@@ -97,7 +97,7 @@ class LoadOptions:
     cache_type: "str | tuple[str, str] | list[CacheType] | None" = None
     cache_rotation: bool | None = None  # Hadamard transform of stored rows; None: for types of 8 bits or less
     cache_scales: str | os.PathLike[str] | None = None  # a calibration file, see kv_scales.py
-    lora: "tuple[str | os.PathLike[str], ...] | list[str | os.PathLike[str]]" = ()  # adapters: FILE or FILE:SCALE
+    lora: tuple[str | os.PathLike[str], ...] | list[str | os.PathLike[str]] = ()  # adapters: FILE or FILE:SCALE
     speculate: bool = False  # guess tokens from the text before them: faster where an answer repeats what is there
     draft_model: str | os.PathLike[str] | None = None  # a small model of the same vocabulary, which guesses tokens
     quantize: str | None = None  # a file type such as "Q4_K_M", to which weights are quantized while they are read

@@ -67,7 +67,7 @@ HOSTILE = [
     # Time: in a loop, in one native operation, in the compiler.
     LOOP,
     "{{ 7 ** 99999999 % 10 }}",
-    "{{ f(" + ",".join(f"a{i}=1" for i in range(17_000)) + ") }}",
+    "{{ f(" + ",".join(f"a{i}=1" for i in range(26_000)) + ") }}",
     "{{ " + "+".join(["1"] * 100_000) + " }}",
 ]  # fmt: skip
 

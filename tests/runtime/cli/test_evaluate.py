@@ -371,10 +371,10 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         ran = 0
         original = Scorer.run
 
-        def run(*arguments: Any) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
             nonlocal ran
             ran += 1
-            for block in original(*arguments):
+            for block in original(*arguments, **options):
                 yield block
                 if ran > n:
                     raise KeyboardInterrupt
