@@ -125,7 +125,7 @@ class KvCache:
             for seq, n in counts.items():
                 slot = self.slots[seq]
                 pages = slot.pages[pool.number]
-                if slot.n_past % PAGE and (pool.uses[pages[-1]] > 1 or pool.nodes[pages[-1]] is not None):
+                if slot.n_past % PAGE:
                     self.own(seq, pool, slot.n_past // PAGE, copies=copies)
                 while len(pages) * PAGE < slot.n_past + n:
                     self.set_page(seq, pool, len(pages), pool.take(pages[-1] if pages else NO_PAGE))

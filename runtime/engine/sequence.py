@@ -120,10 +120,11 @@ class Job:
             self.pieces.append(self.reply.piece(news))
             self.is_over = self.is_over or bool(self.finish)
 
-    def taken_error(self) -> Exception | None:
-        """Return the error that has ended the answer, once."""
+    def raise_error(self) -> None:
+        """Raise the error that has ended the answer, once."""
         error, self.error = self.error, None
-        return error
+        if error is not None:
+            raise error
 
 
 class Reader(Protocol):
