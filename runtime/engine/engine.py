@@ -73,8 +73,7 @@ class Engine:
         self._chooser: ManySampler | None = None  # made when two rows are sampled at once
         self._new: deque[Job] = deque()
         self._n_jobs = 0  # that have ever been added
-        self._worker: threading.Thread | None = None  # the one that computes now
-        self._tickets: list[object] = []  # of those who wait to compute, in the order in which they came
+        self._threads: list[threading.Thread] = []  # the one that computes, and those that wait to compute
         self._scheduler: Scheduler | None = None  # made when two jobs run at once
 
     @property
@@ -144,21 +143,17 @@ class Engine:
     @contextmanager
     def working(self) -> Iterator[None]:
         """Wait until this thread may compute; it alone does so within the block. The first that came is the first."""
-        ticket = object()
         self._refuse_nested()
-        with self.changed:
-            self._tickets.append(ticket)
-            try:
-                while self._worker is not None or self._tickets[0] is not ticket:
-                    self.changed.wait()
-                self._worker = threading.current_thread()
-            finally:
-                self._tickets.remove(ticket)
+        thread = threading.current_thread()
+        self._threads.append(thread)
         try:
+            with self.changed:
+                while self._threads[0] is not thread:
+                    self.changed.wait()
             yield
         finally:
             with self.changed:
-                self._worker = None
+                self._threads.remove(thread)
                 self.changed.notify_all()
 
     def read(self, job: Job) -> Piece | None:
@@ -171,7 +166,7 @@ class Engine:
         try:
             while True:
                 with self.changed:
-                    while not job.pieces and not job.is_over and (self._worker or self._tickets or self.runner):
+                    while not job.pieces and not job.is_over and (self._threads or self.runner):
                         self.changed.wait()
                 is_over = job.is_over  # before the pieces: the last one comes before the end
                 if job.pieces:
@@ -199,7 +194,7 @@ class Engine:
         return bool(self.jobs or self._new)
 
     def _refuse_nested(self) -> None:
-        if self._worker is threading.current_thread():
+        if self._threads[:1] == [threading.current_thread()]:
             raise GgufRunError(
                 "a logits processor, or what it calls, uses the model that waits for it: only its tokenizer may be used"
             )
