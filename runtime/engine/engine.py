@@ -224,8 +224,7 @@ class Engine:
                 rows.clear(rows.park(job))
         texts = [(job, job.take(id, rows.cache.n_ctx) if isinstance(id, int) else id) for job, id in chosen]
         if speculation is not None and speculation.guesses:
-            texts = speculation.verify(texts, self._choose, rows.cache.n_ctx)
-            speculation.settle(rows)
+            texts = speculation.verify(texts, self._choose, rows)
         end = self.clock()
         for job in counts:
             job.count(start, end)

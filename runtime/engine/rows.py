@@ -79,11 +79,10 @@ class Rows:
             n_known = known(self.cache, job.ids, root, parts=parts)
         oldest, best = min(free, key=lambda row: row.left_at), max(free, key=lambda row: self._n_shared(row, job))
         n_shared = self._n_shared(best, job)
-        n = -1
+        row, n = oldest, -1
         if n_shared >= max(1, n_known) and (best is oldest or n_shared >= min(_SIMILAR, len(job.ids) - 1)):
-            n, row = self._resume(best, job, n_shared), best
+            row, n = best, self._resume(best, job, n_shared)
         if n < n_known:
-            row = oldest if n < 0 else best
             if n_known:
                 adopt(self.cache, row.number, job.ids, root, parts=parts)
             else:

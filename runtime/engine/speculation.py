@@ -108,7 +108,7 @@ class Speculation:
         return logits[[*self._rows.values()]]
 
     def verify(
-        self, said: Sequence[tuple[Job, str | Exception]], choose: _Choose, n_ctx: int
+        self, said: Sequence[tuple[Job, str | Exception]], choose: _Choose, rows: "Rows"
     ) -> list[tuple[Job, str | Exception]]:
         """Take tokens as long as they are the guessed ones, and one more. Return what the jobs have said.
 
@@ -120,7 +120,7 @@ class Speculation:
             while going := [job for job in self.guesses if job not in errors and self._is_right(job)]:
                 at = [self._rows[job] + len(job.ids) - self._starts[job] for job in going]
                 for job, id in choose(going, self._logits[at]):
-                    text = job.take(id, n_ctx) if isinstance(id, int) else id
+                    text = job.take(id, rows.cache.n_ctx) if isinstance(id, int) else id
                     if isinstance(text, Exception):
                         errors[job] = text
                     else:
@@ -129,6 +129,7 @@ class Speculation:
             for job, text in texts.items():
                 job.push(text)
             raise
+        self.settle(rows)
         return [*texts.items(), *errors.items()]
 
     def _is_right(self, job: Job) -> bool:
