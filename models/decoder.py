@@ -148,8 +148,10 @@ class Decoder:
 
     def _lengthen(self, counts: Mapping[int, int]) -> None:
         """Run the tokens of sequences again whose rotation changes when {seq: number of tokens} are appended."""
-        for seq, n in counts.items():
-            ids = np.array(self.cache.outgrown(seq, n), np.int32)
+        for seq, n in counts.items() if self.cache.n_short else ():
+            from gguf_run.models.kv_moves import outgrown  # late: few models have two rotations
+
+            ids = np.array(outgrown(self.cache, seq, n), np.int32)
             for start in range(0, len(ids), self.n_batch):
                 part = ids[start : start + self.n_batch]
                 self._run(part, {seq: len(part)}, ())

@@ -125,7 +125,7 @@ class KvCache:
             for seq, n in counts.items():
                 slot = self.slots[seq]
                 pages = slot.pages[pool.number]
-                if slot.n_past % PAGE and (pool.uses[pages[-1]] > 1 or pool.nodes[pages[-1]] is not None):
+                if slot.n_past % PAGE:
                     self.own(seq, pool, slot.n_past // PAGE, copies=copies)
                 while len(pages) * PAGE < slot.n_past + n:
                     self.set_page(seq, pool, len(pages), pool.take(pages[-1] if pages else NO_PAGE))
@@ -220,23 +220,6 @@ class KvCache:
         Chat templates end a prompt with the start of the answer, which the next prompt may have in another form.
         """
         return _PROMPT - 1 if self.has_states and n > 2 * _PROMPT else 0
-
-    def outgrown(self, seq: int, n: int) -> list[int]:
-        """Make a sequence ready for n more tokens. Return the ids that must run again first, mostly none.
-
-        A sequence that becomes long has another rotation from its first token on. So it is emptied.
-        """
-        slot = self.slot(seq)
-        was_long, is_long = slot.is_long, 0 < self.n_short < slot.n_past + n
-        ids = slot.ids[: slot.n_past]
-        if was_long != is_long and slot.n_past:
-            if len(ids) < slot.n_past:
-                raise GgufRunError(
-                    f"sequence {seq} was loaded without its ids: it cannot become longer than {slot.n_past}"
-                )
-            self.keep(seq, 0)
-        slot.is_long = is_long
-        return ids if was_long != is_long else []
 
     def clear(self, seq: int, root: Hashable = ()) -> None:
         """Empty a sequence. Its pages stay findable until they are needed. root: see kv_find.adopt."""

@@ -1,4 +1,4 @@
-"""Copies, shifts, saves and restores the sequences of a KvCache."""
+"""Copies, shifts, lengthens, saves and restores the sequences of a KvCache."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -38,6 +38,22 @@ def forget(cache: KvCache) -> None:
             pool.forget(page)
     for slot in cache.slots:
         slot.nodes, slot.n_indexed = [], 0
+
+
+def outgrown(cache: KvCache, seq: int, n: int) -> list[int]:
+    """Make a sequence ready for n more tokens. Return the ids that must run again first, mostly none.
+
+    A sequence that becomes long has another rotation from its first token on. So it is emptied.
+    """
+    slot = cache.slot(seq)
+    was_long, is_long, ids = slot.is_long, 0 < cache.n_short < slot.n_past + n, list[int]()
+    if was_long != is_long and slot.n_past:
+        ids = slot.ids[: slot.n_past]
+        if len(ids) < slot.n_past:
+            raise GgufRunError(f"sequence {seq} was loaded without its ids: it cannot become longer than {slot.n_past}")
+        cache.keep(seq, 0)
+    slot.is_long = is_long
+    return ids
 
 
 def copy_prefix(cache: KvCache, source: int, target: int, n: int) -> int:

@@ -16,7 +16,7 @@ class Batch:
         if not requests:
             raise GgufRunError("a batch of 0 prompts: give one at least")
         for i, request in enumerate(requests):
-            check(request, engine.n_ctx, f"prompt {i}")
+            check(request, engine.n_ctx, engine.decoder.adapters, f"prompt {i}")
         start = engine.clock()
         self.answers: list[Answer] = []  # in the order of the requests
         self.n_prompt = self.n_reused = self.n_decoded = self.n_guessed = self.n_right = 0

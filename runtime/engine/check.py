@@ -22,19 +22,21 @@ def kept(n_keep: int) -> int:
     return max(1, -(-n_keep // GROUP)) * GROUP
 
 
-def check_adapters(request: Request, adapters: Adapters | None) -> None:
-    """OptionError for adapters that are not those of the model, or scales that are not allowed."""
-    if request.adapters and adapters is None:
-        raise OptionError(f"adapter {next(iter(request.adapters))} is not loaded: name it when the model is (--lora)")
-    if request.adapters and adapters is not None:
-        adapters.scales.check(request.adapters)
+def check(request: Request, n_ctx: int, adapters: Adapters | None, name: str = "the prompt") -> None:
+    """Check what is asked.
 
+    n_ctx: positions of the context.
+    adapters: those of the model.
+    name: of the prompt, for the error.
 
-def check(request: Request, n_ctx: int, name: str = "the prompt") -> None:
-    """Check what is asked. n_ctx: positions of the context. name: of the prompt, for the error.
-
-    ContextError for more ids than the context holds, GgufRunError for none, OptionError for max_tokens or n_keep.
+    ContextError for more ids than the context holds, GgufRunError for none, OptionError for max_tokens, n_keep, or
+    adapters that the model has not.
     """
+    if request.adapters:
+        if adapters is None:
+            first = next(iter(request.adapters))
+            raise OptionError(f"adapter {first} is not loaded: name it when the model is (--lora)")
+        adapters.scales.check(request.adapters)
     if request.context_shift and not (request.n_keep >= 0 and kept(request.n_keep) + 2 * GROUP <= n_ctx):
         raise OptionError(
             f"n_keep (--keep) is {request.n_keep} in a context of {n_ctx} tokens (--ctx-size); allowed: 0 to "

@@ -26,23 +26,23 @@ class DraftModel:
         """Return so many next tokens of jobs. A job whose text has not run yet gets none: a part of it runs."""
         decoder, found = self._decoder, dict[Job, list[int]]()
         slots, n_room = decoder.cache.slots, decoder.n_batch
-        todo = dict[int, list[int]]()
+        todo = dict[Job, list[int]]()
         for job in wanted:
             self._take_back(job)
             n_past = slots[job.row].n_past
             part = job.ids[n_past : n_past + min(_PART, n_room)]
             n_room -= len(part)
             if part:
-                todo[job.row] = part
+                todo[job] = part
                 if n_past + len(part) == len(job.ids):
                     found[job] = []
         while todo:
-            rows = {row: int(any(job.row == row for job in found)) for row in todo}
-            logits = decoder.step(todo, rows)
-            going = [job for row in todo for job in found if job.row == row]
+            rows = {job.row: int(job in found) for job in todo}
+            logits = decoder.step({job.row: ids for job, ids in todo.items()}, rows)
+            going = [job for job in todo if job in found]
             for job, row in zip(going, logits, strict=True):
                 found[job].append(_chosen(job, row, found[job]))
-            todo = {job.row: found[job][-1:] for job in going if len(found[job]) < wanted[job]}
+            todo = {job: found[job][-1:] for job in going if len(found[job]) < wanted[job]}
         return found
 
     def _take_back(self, job: Job) -> None:

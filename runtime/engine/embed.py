@@ -65,5 +65,5 @@ def _ids(embedder: Embedder, texts: Texts, encode: Callable[[str | Sequence[int]
         raise OptionError(f"texts is {texts!r:.40}; allowed: a list of at least one text")
     ids = [encode(text) for text in texts]
     for i, one in enumerate(ids):
-        check(Request(one), embedder.n_ctx, f"text {i}")
+        check(Request(one), embedder.n_ctx, None, f"text {i}")
     return ids

@@ -73,8 +73,7 @@ class Engine:
         self._chooser: ManySampler | None = None  # made when two rows are sampled at once
         self._new: deque[Job] = deque()
         self._n_jobs = 0  # that have ever been added
-        self._worker: threading.Thread | None = None  # the one that computes now
-        self._tickets: list[object] = []  # of those who wait to compute, in the order in which they came
+        self._threads: list[threading.Thread] = []  # the one that computes, and those that wait to compute
         self._scheduler: Scheduler | None = None  # made when two jobs run at once
 
     @property
@@ -87,18 +86,17 @@ class Engine:
         """The most tokens of a prompt: positions of the context, and of all pages of the cache."""
         return min(self.decoder.n_ctx, PAGE * self.decoder.cache.tables[0].n_pages)
 
-    def add(self, request: Request, name: str = "the prompt") -> Sequence:
-        """Take a request; return its answer, which nothing has computed yet. name: of the prompt, for an error.
+    def add(self, request: Request) -> Sequence:
+        """Take a request; return its answer, which nothing has computed yet.
 
         Raises ContextError, QueueFullError and others: see check.py.
         """
         n_waiting = len(self._new) + sum(job.n_reused < 0 for job in self.jobs)
         fits = 0 < len(request.ids) <= self.n_ctx and (request.max_tokens is None or request.max_tokens > 0)
         if not fits or request.context_shift or request.adapters or n_waiting >= self.max_queue:
-            from gguf_run.runtime.engine.check import QueueFullError, check, check_adapters  # late: few are refused
+            from gguf_run.runtime.engine.check import QueueFullError, check  # late: few are refused
 
-            check(request, self.n_ctx, name)
-            check_adapters(request, self.decoder.adapters)
+            check(request, self.n_ctx, self.decoder.adapters)
             if n_waiting >= self.max_queue:
                 raise QueueFullError(f"{n_waiting} requests wait, max_queue is {self.max_queue}: try again later")
         self._n_jobs += 1
@@ -146,21 +144,17 @@ class Engine:
     @contextmanager
     def working(self) -> Iterator[None]:
         """Wait until this thread may compute; it alone does so within the block. The first that came is the first."""
-        ticket = object()
         self._refuse_nested()
-        with self.changed:
-            self._tickets.append(ticket)
-            try:
-                while self._worker is not None or self._tickets[0] is not ticket:
-                    self.changed.wait()
-                self._worker = threading.current_thread()
-            finally:
-                self._tickets.remove(ticket)
+        thread = threading.current_thread()
+        self._threads.append(thread)
         try:
+            with self.changed:
+                while self._threads[0] is not thread:
+                    self.changed.wait()
             yield
         finally:
             with self.changed:
-                self._worker = None
+                self._threads.remove(thread)
                 self.changed.notify_all()
 
     def read(self, job: Job) -> Piece | None:
@@ -173,15 +167,14 @@ class Engine:
         try:
             while True:
                 with self.changed:
-                    while not job.pieces and not job.is_over and (self._worker or self._tickets or self.runner):
+                    while not job.pieces and not job.is_over and (self._threads or self.runner):
                         self.changed.wait()
                 is_over = job.is_over  # before the pieces: the last one comes before the end
                 if job.pieces:
                     job.is_eager = True
                     return job.pieces.popleft()
                 if is_over:
-                    if (error := job.taken_error()) is not None:
-                        raise error
+                    job.raise_error()
                     return None
                 with self.working():
                     if not job.pieces and not job.is_over:
@@ -202,7 +195,7 @@ class Engine:
         return bool(self.jobs or self._new)
 
     def _refuse_nested(self) -> None:
-        if self._worker is threading.current_thread():
+        if self._threads[:1] == [threading.current_thread()]:
             raise GgufRunError(
                 "a logits processor, or what it calls, uses the model that waits for it: only its tokenizer may be used"
             )
@@ -222,7 +215,7 @@ class Engine:
         try:
             counts = self._plan(wanted)
             if speculation is not None:
-                speculation.plan(counts, self.jobs, rows, self.decoder)
+                speculation.plan(counts, rows, self.decoder)
             chosen = self._run(counts)
             self.n_failed = 0
         except Exception as error:
@@ -232,8 +225,7 @@ class Engine:
                 rows.clear(rows.park(job))
         texts = [(job, job.take(id, rows.cache.n_ctx) if isinstance(id, int) else id) for job, id in chosen]
         if speculation is not None and speculation.guesses:
-            texts = speculation.verify(texts, self._choose, rows.cache.n_ctx)
-            speculation.settle(rows)
+            texts = speculation.verify(texts, self._choose, rows)
         end = self.clock()
         for job in counts:
             job.count(start, end)
@@ -275,33 +267,26 @@ class Engine:
 
     def _run(self, counts: Mapping[Job, int]) -> list[tuple[Job, int | Exception]]:
         """Run tokens. Return the jobs that have got a token, with its id or the reason why there is none."""
-        rows, slots = self.rows, self.rows.cache.slots
+        rows = self.rows
         batch: dict[int, list[int]] = {}
-        n_rows: dict[int, int] = {}  # 1: the logits after the last token are wanted
+        n_rows: dict[int, int] = {}  # whose logits are wanted: those after the last known token and the guessed ones
         ready: list[Job] = []
         chosen: list[tuple[Job, int | Exception]] = []
         guesses: Mapping[Job, list[int]] = {} if self._speculation is None else self._speculation.guesses
         for job, n in counts.items():
-            at = slots[job.row].n_past
             if n:
-                batch[job.row], n_rows[job.row] = job.ids[at : at + n], int(at + n == len(job.ids))
-                if n_rows[job.row]:
+                end, guess = rows.cache.slots[job.row].n_past + n, guesses.get(job, [])
+                batch[job.row], n_rows[job.row] = job.ids[end - n : end] + guess, len(guess)
+                if end == len(job.ids):
+                    n_rows[job.row] += 1
                     ready.append(job)
-                if job in guesses:
-                    batch[job.row] += guesses[job]
-                    n_rows[job.row] += len(guesses[job])
             elif rows.asked is not None:
                 chosen.append((job, _sampled(job, rows.asked[2])))
-        if (
-            len(batch) == 1 == len(ready)
-            and ready[0].n_top
-            and ready[0].n_chosen
-            and not (guesses or self.deterministic)
-        ):
-            ((row, ids),) = batch.items()
-            found = self.decoder.top(ids, ready[0].n_top, row)
+        is_alone = len(batch) == 1 == len(ready) and not (guesses or self.deterministic)
+        if is_alone and (job := ready[0]).n_top and job.n_chosen:
+            found = self.decoder.top(batch[job.row], job.n_top, job.row)
             if found.columns is not None:
-                return [*chosen, (ready[0], _sampled(ready[0], Candidates(found.values[0], found.columns, True)))]
+                return [*chosen, (job, _sampled(job, Candidates(found.values[0], found.columns, True)))]
             logits = found.values
         elif batch:
             logits = self.decoder.step(batch, n_rows)

@@ -57,17 +57,6 @@ class Piece(str):
     logprobs: "tuple[TokenLogprob, ...]"
     finish_reason: str | None  # "stop", "length" or "context" in the last piece, see Reply; None: more will come
 
-    def __new__(
-        cls,
-        text: str = "",
-        ids: Sequence[int] = (),
-        logprobs: "Sequence[TokenLogprob]" = (),
-        finish_reason: str | None = None,
-    ) -> "Piece":
-        piece = super().__new__(cls, text)
-        piece.ids, piece.logprobs, piece.finish_reason = tuple(ids), tuple(logprobs), finish_reason
-        return piece
-
 
 @frozen
 class Answer:
@@ -143,8 +132,9 @@ class Reply:
 
     def piece(self, text: str) -> Piece:
         """Return text that `take` has given, with the tokens since the piece before."""
-        logprobs = self.sampler.logprobs
-        piece = Piece(text, self.tokens[self._n_taken :], logprobs[self._n_taken_logprobs :], self.finish or None)
+        piece, logprobs = Piece(text), self.sampler.logprobs
+        piece.ids, piece.logprobs = tuple(self.tokens[self._n_taken :]), tuple(logprobs[self._n_taken_logprobs :])
+        piece.finish_reason = self.finish or None
         self._n_taken, self._n_taken_logprobs = len(self.tokens), len(logprobs)
         return piece
 

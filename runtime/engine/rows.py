@@ -4,7 +4,7 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 from gguf_run.models.pages import PAGE
-from gguf_run.runtime.engine.sequence import NO_CUT, Job, n_common
+from gguf_run.runtime.engine.sequence import Cut, Job, n_common
 
 if TYPE_CHECKING:
     from numpy import float32
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from gguf_run.models.adapter_scales import AdapterScales
     from gguf_run.models.kv_cache import KvCache
 
-MIN_CHUNK = 16  # tokens of a prompt that run together at least
 _SIMILAR = 16  # tokens that a text shares with a row that it takes over, if another row is empty or older
 
 
@@ -24,7 +23,7 @@ class Row:
         self.number = number
         self.job: Job | None = None  # whose tokens it holds; None: the row is parked, or empty
         self.left_at = -1  # number of the step before which the last job left it; -1: it is empty
-        self.cut = NO_CUT  # what context shifts have taken out of its tokens
+        self.cut = Cut()  # what context shifts have taken out of its tokens
 
 
 class Rows:
@@ -80,18 +79,17 @@ class Rows:
             n_known = known(self.cache, job.ids, root, parts=parts)
         oldest, best = min(free, key=lambda row: row.left_at), max(free, key=lambda row: self._n_shared(row, job))
         n_shared = self._n_shared(best, job)
-        n = -1
+        row, n = oldest, -1
         if n_shared >= max(1, n_known) and (best is oldest or n_shared >= min(_SIMILAR, len(job.ids) - 1)):
-            n, row = self._resume(best, job, n_shared), best
+            row, n = best, self._resume(best, job, n_shared)
         if n < n_known:
-            row = oldest if n < 0 else best
             if n_known:
                 adopt(self.cache, row.number, job.ids, root, parts=parts)
             else:
                 self.cache.clear(row.number, root)
             n = n_known
         row.job, job.row, self.last = job, row.number, row.number
-        row.cut, job.n_held = NO_CUT, n
+        row.cut, job.n_held = Cut(), n
         if self._scales is not None:
             self._scales.set(row.number, job.request.adapters)
         job.n_reused = n + len(job.cut.ids) if job.n_reused < 0 else job.n_reused
@@ -138,7 +136,7 @@ class Rows:
         """Empty a row that no job has. Its pages stay findable until they are needed."""
         if row is not None:
             self.cache.clear(row.number)
-            row.left_at, row.cut = -1, NO_CUT
+            row.left_at, row.cut = -1, Cut()
 
     def clear_oldest(self) -> bool:
         """Empty the row that has been parked longest. Return whether there was one."""

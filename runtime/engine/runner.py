@@ -81,8 +81,7 @@ async def pieces_of(runner: Runner | None, job: Job) -> AsyncIterator[Piece]:
         while job.pieces:
             yield job.pieces.popleft()
         if is_over:
-            if (error := job.taken_error()) is not None:
-                raise error
+            job.raise_error()
             return
         if runner is None:
             raise GgufRunError("`async for` reads an answer of an engine with a thread: call Engine.start first")

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 from gguf_run.models.pages import PAGE
 from gguf_run.runtime.engine.cost import CostModel
-from gguf_run.runtime.engine.rows import MIN_CHUNK, Rows
+from gguf_run.runtime.engine.rows import Rows
 from gguf_run.runtime.engine.sequence import Job, n_common
 
 SHORT = 8  # tokens that run as an answer's next token does: the first
+_MIN_CHUNK = 16  # tokens of a prompt that run together at least
 _MOST_PARTIAL = 2  # prompts of which parts run
 _LOOKED_AT = 8  # waiting jobs that are looked at in a step
 _MOST_RESERVED = 4096  # tokens of an answer for which pages are kept
@@ -72,8 +73,8 @@ class Scheduler:
             n_past, most = rows.cache.slots[job.row].n_past, n_room
             if is_timed:
                 fitting = self.cost.chunk(ms, n_past)
-                most = min(most, fitting if n_prompt else max(MIN_CHUNK, fitting))
-            if n_room < 1 or (n_prompt and most < MIN_CHUNK and most < rows.n_left(job)):
+                most = min(most, fitting if n_prompt else max(_MIN_CHUNK, fitting))
+            if n_room < 1 or (n_prompt and most < _MIN_CHUNK and most < rows.n_left(job)):
                 break
             n = counts[job] = rows.chunk(job, most)
             if self._make_pages(counts, jobs):

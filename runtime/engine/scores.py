@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from gguf_run.runtime.engine.engine import Engine
-from gguf_run.runtime.engine.sequence import NO_CUT, n_common
+from gguf_run.runtime.engine.sequence import Cut, n_common
 
 if TYPE_CHECKING:
     from numpy import float32
@@ -27,11 +27,11 @@ def logits(
         rows = engine.rows
         row, cache = rows.vacant(ids if resumes else ()), rows.cache
         slot = cache.slots[row.number]
-        if resumes and slot.root == _ROOT and row.cut == NO_CUT:
+        if resumes and slot.root == _ROOT and row.cut == Cut():
             cache.rewind(min(n_common(slot.ids, ids), len(ids) - n_outputs), row.number)
         else:
             cache.clear(row.number, _ROOT)
-        row.left_at, row.cut = -1, NO_CUT  # so that it is not emptied for its own pages
+        row.left_at, row.cut = -1, Cut()  # so that it is not emptied for its own pages
         n_past = slot.n_past
         while not cache.room({row.number: len(ids) - n_past}) and rows.clear_oldest():
             pass

@@ -42,9 +42,6 @@ class Cut:
     ids: tuple[int, ...] = ()
 
 
-NO_CUT = Cut()
-
-
 class Job:
     """What the engine knows of a request."""
 
@@ -53,7 +50,7 @@ class Job:
         self.number = number  # jobs are numbered in the order in which they come
         self.arrived = arrived  # by the engine's clock
         self.ids = list(request.ids)  # of the prompt and the answer: what the cache holds or must hold
-        self.cut = NO_CUT  # what context shifts have taken out of `ids`
+        self.cut = Cut()  # what context shifts have taken out of `ids`
         self.row = -1  # of the cache; -1: none
         self.pieces: deque[Piece] = deque()  # that nobody has read yet
         self.is_over = False  # nothing more will come
@@ -120,10 +117,11 @@ class Job:
             self.pieces.append(self.reply.piece(news))
             self.is_over = self.is_over or bool(self.finish)
 
-    def taken_error(self) -> Exception | None:
-        """Return the error that has ended the answer, once."""
+    def raise_error(self) -> None:
+        """Raise the error that has ended the answer, once."""
         error, self.error = self.error, None
-        return error
+        if error is not None:
+            raise error
 
 
 class Reader(Protocol):

@@ -8,6 +8,7 @@ A guess is tried if it is worth its time: rows make a step longer, and more so i
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
+from weakref import WeakKeyDictionary
 
 from gguf_run.runtime.engine.lookup import LONG, Lookup
 from gguf_run.runtime.engine.sequence import Job, n_common
@@ -37,7 +38,7 @@ class Speculation:
         self.draft: DraftModel | None = None  # guesses where the text itself tells little
         self.guesses: dict[Job, list[int]] = {}  # that run in this step
         self.n = 0  # how many they are
-        self._lookups: dict[Job, Lookup] = {}
+        self._lookups = WeakKeyDictionary[Job, Lookup]()
         self._starts: dict[Job, int] = {}  # where the guesses stand in the ids of a job
         self._rows: dict[Job, int] = {}  # the first row of a job in the logits of the step
         self._logits: NDArray[float32]
@@ -48,24 +49,16 @@ class Speculation:
         # What a guess adds to a step, as a part of it, by _n_known, _asks and the logarithm of the number of guesses.
         self._extra: dict[tuple[int, bool, int], float] = {}
 
-    def plan(self, counts: Mapping[Job, int], jobs: Sequence[Job], rows: "Rows", decoder: "Decoder") -> None:
-        """Choose the guesses of a step. counts: tokens that run. jobs: all that have no end yet."""
-        slots, self._n_known, self._asks = rows.cache.slots, sum(counts.values()), False
-        self._n, self._gain = 0, 0.0
-        for job, n in counts.items():
-            is_next = 0 < n <= _MOST_KNOWN and slots[job.row].n_past + n == len(job.ids)
-            if not (is_next and job.n_chosen):
-                self._n_known = 0
-        if not self._n_known or rows.cache.has_states:
-            return
-        self._lookups = {
-            job: self._lookups.get(job) or Lookup() for job in jobs if job in self._lookups or job in counts
-        }
-        if self._n_known not in self._plain:
+    def plan(self, counts: Mapping[Job, int], rows: "Rows", decoder: "Decoder") -> None:
+        """Choose the guesses of a step. counts: tokens that run."""
+        self._asks, self._n, self._gain = False, 0, 0.0
+        is_known = all(job.n_chosen and 0 < n <= _MOST_KNOWN and rows.n_left(job) == n for job, n in counts.items())
+        self._n_known = sum(counts.values()) if is_known else 0
+        if self._n_known not in self._plain or rows.cache.has_states:
             return
         n_room, asked = min(decoder.n_batch - self._n_known, decoder.n_outputs - len(counts)), dict[Job, int]()
         for job in counts:
-            lookup, most = self._lookups[job], min(n_room, _most(job, rows))
+            lookup, most = self._lookups.setdefault(job, Lookup()), min(n_room, _most(job, rows))
             if not lookup.n:
                 lookup.extend(job.request.ids)
             lookup.extend(job.reply.tokens[lookup.n - job.n_prompt :])
@@ -114,7 +107,7 @@ class Speculation:
         return logits[[*self._rows.values()]]
 
     def verify(
-        self, said: Sequence[tuple[Job, str | Exception]], choose: _Choose, n_ctx: int
+        self, said: Sequence[tuple[Job, str | Exception]], choose: _Choose, rows: "Rows"
     ) -> list[tuple[Job, str | Exception]]:
         """Take tokens as long as they are the guessed ones, and one more. Return what the jobs have said.
 
@@ -126,7 +119,7 @@ class Speculation:
             while going := [job for job in self.guesses if job not in errors and self._is_right(job)]:
                 at = [self._rows[job] + len(job.ids) - self._starts[job] for job in going]
                 for job, id in choose(going, self._logits[at]):
-                    text = job.take(id, n_ctx) if isinstance(id, int) else id
+                    text = job.take(id, rows.cache.n_ctx) if isinstance(id, int) else id
                     if isinstance(text, Exception):
                         errors[job] = text
                     else:
@@ -135,6 +128,7 @@ class Speculation:
             for job, text in texts.items():
                 job.push(text)
             raise
+        self.settle(rows)
         return [*texts.items(), *errors.items()]
 
     def _is_right(self, job: Job) -> bool:
