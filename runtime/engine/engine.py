@@ -131,7 +131,7 @@ class Engine:
         """End all answers with an error, and drop the decoder. free: called when nothing is computed any more."""
         if self.runner is not None:
             self.runner.stop()
-        computes = self._worker is threading.current_thread()  # an error has left logits half read
+        computes = threading.current_thread() in self._threads[:1]  # an error has left logits half read
         with nullcontext() if computes else self.working():
             free()
             self.decoder = cast("Decoder", Closed())
