@@ -58,9 +58,11 @@ class Speculation:
             return
         n_room, asked = min(decoder.n_batch - self._n_known, decoder.n_outputs - len(counts)), dict[Job, int]()
         for job in counts:
-            lookup, most = self._lookups.setdefault(job, Lookup()), min(n_room, _most(job, rows))
-            if not lookup.n:
+            lookup, most = self._lookups.get(job), min(n_room, _most(job, rows))
+            if lookup is None:
+                lookup = Lookup()
                 lookup.extend(job.request.ids)
+                self._lookups[job] = lookup
             lookup.extend(job.reply.tokens[lookup.n - job.n_prompt :])
             found = self._worth(lookup, lookup.guess(most))
             if self.draft is not None and not (found and lookup.n_same == LONG):
