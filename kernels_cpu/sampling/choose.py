@@ -59,6 +59,7 @@ class RowChooser:
 
     def __init__(self, team: Team, n_vocab: int) -> None:
         self._team, self._n_vocab, nth, n_blocks = team, n_vocab, team.n_threads, n_vocab // BLOCK + 1
+        self._address = choose.compiled.address  # compiled now, if it never was: a step would wait for it
         self._scratch: dict[str, NDArray[np.generic]] = {
             "x": np.zeros((nth, n_blocks * BLOCK), np.float32),  # the row, as it changes
             "keys": np.zeros((nth, n_blocks * BLOCK), np.int64),  # see narrow.py
@@ -71,7 +72,7 @@ class RowChooser:
         """Choose a token for each of ROW[n]."""
         places = {name: array.ctypes.data for name, array in self._scratch.items()}
         arguments = choose.bind(n_rows=len(rows), rows=rows.ctypes.data, n_vocab=self._n_vocab, **places)
-        self._team.run(np.array([[choose.compiled.address, arguments.ctypes.data]], np.int64))
+        self._team.run(np.array([[self._address, arguments.ctypes.data]], np.int64))
 
 
 @op("n_rows rows n_vocab x keys weights maxima sums")

@@ -123,6 +123,8 @@ class Engine:
     def start(self) -> None:
         """Let a thread of its own run all requests, until `close`. Twice: nothing happens."""
         if self.runner is None:
+            if self._many is not None:
+                self._chooser = self._chooser or self._many()
             from gguf_run.runtime.engine.runner import Runner  # late: a prompt needs no thread
 
             self.runner = Runner(self.step, self.fail)
