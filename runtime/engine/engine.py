@@ -67,6 +67,7 @@ class Engine:
         scales = None if decoder.adapters is None else decoder.adapters.scales
         self.rows = Rows(decoder.cache, scales, deterministic)
         self.n_failed = 0  # steps in a row that raised an error
+        self.scoring: threading.Thread | None = None  # reads logits, and lets nobody else compute
         self.changed = threading.Condition()  # tells that a step has ended
         self.runner: Runner | None = None  # the thread that runs all steps; None: the readers do
         self._reply_of, self._many, self._speculation = reply_of, many, speculation
@@ -133,8 +134,8 @@ class Engine:
         """End all answers with an error, and drop the decoder. free: called when nothing is computed any more."""
         if self.runner is not None:
             self.runner.stop()
-        computes = threading.current_thread() in self._threads[:1]  # an error has left logits half read
-        with nullcontext() if computes else self.working():
+        # An error may have left logits of this thread half read: see scores.py.
+        with nullcontext() if self.scoring is threading.current_thread() else self.working():
             free()
             self.decoder = cast("Decoder", Closed())
             self.fail(GgufRunError("the model is closed: this answer cannot go on"))

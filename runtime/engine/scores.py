@@ -1,5 +1,6 @@
 """Logits of given tokens, for those who measure: no token is chosen."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -35,5 +36,9 @@ def logits(
         n_past = slot.n_past
         while not cache.room({row.number: len(ids) - n_past}) and rows.clear_oldest():
             pass
-        yield from engine.decoder.forward(ids[n_past:], n_outputs, row.number)
+        engine.scoring = threading.current_thread()
+        try:
+            yield from engine.decoder.forward(ids[n_past:], n_outputs, row.number)
+        finally:
+            engine.scoring = None
         row.left_at, rows.last = rows.n_steps, row.number
