@@ -177,8 +177,8 @@ class Llama:
         return data.removeprefix(b" ") if list(tokens[:1]) == [tokenizer.bos] else data
 
     def embed(self, *_: object, **__: object) -> Any:
-        """Embeddings are not there yet: UnsupportedError."""
-        raise UnsupportedError("embeddings are not supported yet: this program computes texts and logits")
+        """Raise UnsupportedError, which names what makes embeddings."""
+        raise UnsupportedError("embed is not supported here: use gguf_run.Model.load(path, embed=True).embed(texts)")
 
     create_embedding = embed
 

@@ -193,7 +193,7 @@ def test_calls_that_are_refused(llm: Any) -> None:
             llm("x", **options)
     with pytest.raises(UnsupportedError, match="tool_choice is"):
         llm.create_chat_completion(MESSAGES, tool_choice={"type": "function"})
-    with pytest.raises(UnsupportedError, match="embeddings are not supported yet"):
+    with pytest.raises(UnsupportedError, match="embed is not supported here: use gguf_run"):
         llm.embed("x")
     assert llm("x", grammar=None, suffix=None, tfs_z=1.0, max_tokens=1)
 
