@@ -20,10 +20,9 @@ from gguf_run.formats.frozen import frozen
 from gguf_run.models.backend import Run
 from gguf_run.models.operands import Rotation
 from gguf_run.models.ops import Cache, State
-from gguf_run.models.pages import NO_PAGE, PAGE, CacheFullError, PageTable, Pool
+from gguf_run.models.pages import NO_PAGE, PAGE, CacheFullError, Node, PageTable, Pool
 
 if TYPE_CHECKING:
-    from gguf_run.models.pages import Node
     from gguf_run.models.prefix_index import PrefixIndex
 
 GROUP = 32  # positions that backends store side by side and move together: half a page
@@ -40,7 +39,7 @@ class Slot:
     is_long: bool = False  # the keys have the rotation of long sequences
     ids: list[int] = field(default_factory=list)  # of the tokens
     root: Hashable = ()  # what makes the rows of equal tokens differ: see kv_find.adopt
-    nodes: "list[Node]" = field(default_factory=list)  # of its first pages in the index
+    nodes: list[Node] = field(default_factory=list)  # of its first pages in the index
     n_indexed: int = 1 << 30  # the most pages that may enter the index
     states: dict[int, int] = field(default_factory=dict)  # slots of held states, by the number of tokens before them
     writes: int = NO_PAGE  # the slot of the state that a step writes
@@ -118,7 +117,7 @@ class KvCache:
         if not self.room(counts):
             raise CacheFullError(
                 f"the KV cache is full: {len(self.groups[0].free)} of {len(self.groups[0].uses)} pages of {PAGE} "
-                "tokens are free; give it more (--cache-ram) or run fewer sequences at once"
+                "tokens are free; give it more (cache_ram) or run fewer sequences at once"
             )
         for pool in self.groups:
             copies = self._fits(pool, counts, copies=True)

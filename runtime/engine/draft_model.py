@@ -23,7 +23,7 @@ class DraftModel:
         self._decoder = decoder
 
     def guess(self, wanted: Mapping[Job, int]) -> dict[Job, list[int]]:
-        """Return so many next tokens of jobs. A job whose text has not run yet gets none: a part of it runs."""
+        """Return the wanted number of tokens for each job, or none if its text has not run yet: a part of it runs."""
         decoder, found = self._decoder, dict[Job, list[int]]()
         slots, n_room = decoder.cache.slots, decoder.n_batch
         todo = dict[Job, list[int]]()

@@ -35,7 +35,7 @@ class Request:
 
     @property
     def root(self) -> Hashable:
-        """What else than its ids the rows of the cache depend on: see KvCache.adopt."""
+        """What else than its ids the rows of the cache depend on: see kv_find.adopt."""
         adapters = self.adapters and tuple(sorted(self.adapters.items()))
         return (self.salt, adapters) if self.salt or adapters is not None else ()
 

@@ -98,7 +98,7 @@ def cells_in(n_bytes: int, config: ModelConfig, plan: Sequence[CacheType], n_ctx
     if n_cells < least or n_bytes < none:
         lowest = (none + (one - none) * least // PAGE >> 20) + 1
         raise OptionError(
-            f"cache_ram (--cache-ram) is {n_bytes >> 20} MiB; allowed: at least {lowest}, for one sequence of {n_ctx} "
+            f"cache_ram is {n_bytes >> 20} MiB; allowed: at least {lowest}, for one sequence of {n_ctx} "
             "tokens; or choose a smaller context (--ctx-size)"
         )
     return n_cells

@@ -108,7 +108,7 @@ class LoadOptions:
         _check_range("n_ctx (--ctx-size)", self.n_ctx, MAX_N_CTX)
         _check_range("n_batch", self.n_batch, MAX_N_CTX)
         _check_range("n_seq", self.n_seq, MAX_N_SEQ)
-        _check_range("cache_ram (--cache-ram)", self.cache_ram, MAX_N_CTX)
+        _check_range("cache_ram", self.cache_ram, MAX_N_CTX)
         if self.deterministic and not self.wanted.cpu_only:
             raise OptionError('deterministic runs on the CPU only: give device="cpu" (--device cpu)')
         if self.n_threads is not None:
