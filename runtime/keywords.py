@@ -82,6 +82,7 @@ class BatchOptions(SamplingOptions, total=False):
     adapters: Mapping[str, float] | None  # scales by name; None: as the model was loaded
     salt: str  # requests of different salts share nothing of the cache
     constraint: "Constraint | None"  # what the answer may be
+    skip_special: bool  # control tokens are no part of the text
 
 
 class ReplyOptions(BatchOptions, total=False):

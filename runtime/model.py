@@ -306,7 +306,8 @@ class Model:
             from gguf_run.runtime.engine.stop import StopStrings
 
             stop = StopStrings(request.stop)
-        return Reply(request.ids, sampler, tokenizer.stream(), stop, tokenizer.stop_ids, request.max_tokens)
+        stream = tokenizer.stream(skip_special=request.skip_special)
+        return Reply(request.ids, sampler, stream, stop, tokenizer.stop_ids, request.max_tokens)
 
     def _sampler(self, params: SamplingParams) -> Sampler:
         n_vocab = self.decoder.config.n_vocab

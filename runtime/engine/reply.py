@@ -32,6 +32,7 @@ class Request:
     adapters: Mapping[str, float] | None = None  # scales by name, see AdapterScales.set; None: as the model was loaded
     salt: str = ""  # requests of different salts share no pages of the cache
     constraint: "Constraint | None" = None  # what the answer may be
+    skip_special: bool = True  # control tokens are no part of the text
 
     @property
     def root(self) -> Hashable:

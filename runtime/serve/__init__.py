@@ -1,0 +1,1 @@
+"""The server, gguf-serve: HTTP over the engine. Start with app.py."""
