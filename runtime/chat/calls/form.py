@@ -63,7 +63,7 @@ class Form:
     def triggers(self) -> tuple[str, ...]:
         """Texts that a call may begin with."""
         heads = [self.begin] if self.has_objects else [self.begin, self.head]
-        return tuple(dict.fromkeys(re.split(r"\s|\$|\[$|\[\s", text)[0] for text in heads if text))
+        return tuple(re.findall(r"^(?:<[^<>\s$]+>|\[[A-Z_]+\]|[^\s$]+)", "\n".join(filter(None, heads)), re.MULTILINE))
 
     @property
     def _before(self) -> str:
