@@ -5,7 +5,7 @@ from functools import cached_property
 
 from gguf_run.formats.frozen import frozen
 
-_CLASSES = {"$name": r"(?P<name>[^\s\"<>{}\[\]|]*)", "$key": r"(?P<key>[^<>\"]*)", "$id": r'[^\s"<>{}\[\]|]*'}
+_WORDS = {"$name": r'(?P<name>[^\s"<>{}\[\]|]*)', "$key": r'(?P<key>[^<>"]*)', "$id": r'[^\s"<>{}\[\]|]*'}
 
 
 @frozen
@@ -34,56 +34,50 @@ class Form:
         return self.head.startswith("{")
 
     @cached_property
+    def triggers(self) -> tuple[str, ...]:
+        """Texts that a call may begin with."""
+        texts = [self.begin] if self.has_objects else [self.begin, self.head]
+        return tuple(re.match(r"<[^<>\s$]+>|\[[A-Z_]+\]|[^\s$]+", text)[0] for text in texts if text)  # type: ignore[index]
+
+    @cached_property
     def first(self) -> re.Pattern[str]:
         """What the first call begins with, up to its arguments."""
-        return beginning(self._before + _atoms(self.head), self._then)
+        return _pattern(self._before() + _atoms(self.head), self._then())
 
     @cached_property
     def next(self) -> re.Pattern[str]:
         """What a further call begins with."""
-        return beginning(r"(?:[,;]|\Z)?\s*" + _atoms(self.head), self._then)
+        return _pattern(r"(?:[,;]|\Z)?\s*" + _atoms(self.head), self._then())
 
     @cached_property
     def object(self) -> re.Pattern[str]:
         """The first name in the object of a call."""
-        return beginning(rf'[,;]?\s*{self._before}{_atoms("{ ")}(?:"|\Z)(?P<key>[^"\\]*)', '"')
+        return _pattern(rf'[,;]?\s*{self._before()}{_atoms("{ ")}(?:"|\Z)(?P<key>[^"\\]*)', '"')
 
     @cached_property
-    def named(self) -> re.Pattern[str]:
-        """The object of a call that begins with the tool's name."""
-        member = r'"(?:tool_)?name"\s*(?::|\Z)\s*(?:"|\Z)'
-        return beginning(rf"[,;]?\s*{self._before}{_atoms('{ ')}{member}{_CLASSES['$name']}", '"')
+    def argument(self) -> re.Pattern[str]:
+        """What stands before the value of an argument, with one line break at most."""
+        text = self.key.rstrip()
+        then = r">\n|>(?=[^\n])" if self.key.endswith("\n") else ">"
+        return _pattern(_atoms(text[:-1]), then, ">?")
 
-    @cached_property
-    def arguments(self) -> re.Pattern[str]:
-        """What stands before the value of an argument."""
-        return beginning(_atoms(self.key.rstrip()[:-1]), self.key.rstrip()[-1])
-
-    @cached_property
-    def triggers(self) -> tuple[str, ...]:
-        """Texts that a call may begin with."""
-        heads = [self.begin] if self.has_objects else [self.begin, self.head]
-        return tuple(re.findall(r"^(?:<[^<>\s$]+>|\[[A-Z_]+\]|[^\s$]+)", "\n".join(filter(None, heads)), re.MULTILINE))
-
-    @property
     def _before(self) -> str:
-        begins = [_atoms(text) for text in self.openers or (self.begin.rstrip("[ "), "")]
-        return f"(?:{'|'.join(begins)})" + (r"\s*\[?\s*" if self.has_objects else r"\s*")
+        texts = self.openers or (self.begin.rstrip("[ "), "")
+        return f"(?:{'|'.join(map(_atoms, texts))})" + (r"\s*\[?\s*" if self.has_objects else r"\s*")
 
-    @property
     def _then(self) -> str:
-        return "<" if self.key else r"\{"
+        return r"\s*(?=<)" if self.key else r"\s*(?=\{)"
 
 
 def _atoms(text: str) -> str:
     """Return a pattern of a text that also matches its beginning, if the answer has not come further."""
     pieces = re.findall(r"\$(?:name|key|id)|\s+|.", text)
-    return "".join(_CLASSES.get(p) or (r"\s*" if p.isspace() else rf"(?:{re.escape(p)}|\Z)") for p in pieces)
+    return "".join(_WORDS.get(p) or (r"\s*" if p.isspace() else rf"(?:{re.escape(p)}|\Z)") for p in pieces)
 
 
-def beginning(atoms: str, then: str) -> re.Pattern[str]:
-    """Return a pattern whose group "done" has the character `then` behind the atoms, or "" if it has not come yet."""
-    return re.compile(rf"\s*{atoms}\s*(?P<done>{then}|\Z)")
+def _pattern(atoms: str, then: str, last: str = "") -> re.Pattern[str]:
+    """Return a pattern whose group "done" is None where the answer has not come as far as `then`."""
+    return re.compile(rf"\s*{atoms}(?:(?P<done>{then})|\s*{last}\Z)")
 
 
 _OBJECT, _TAIL = '{"name": "$name", "arguments": ', "}"
@@ -102,22 +96,12 @@ FORMS = (
          "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "\n", has_special=True),
     Form("deepseek-v3.1", ("<｜tool▁call▁begin｜>",), "<｜tool▁call▁begin｜>$name<｜tool▁sep｜>", "<｜tool▁call▁end｜>",
          "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", has_special=True),
-    Form("deepseek-v3.2", ("DSML", "function_calls"), '<｜DSML｜invoke name="$name">\n', "</｜DSML｜invoke>\n",
-         "<｜DSML｜function_calls>\n", "</｜DSML｜function_calls>",
-         key='<｜DSML｜parameter name="$key" string="$id">', close="</｜DSML｜parameter>\n"),
-    Form("deepseek-v4", ("DSML", "tool_calls"), '<｜DSML｜invoke name="$name">\n', "</｜DSML｜invoke>\n",
-         "<｜DSML｜tool_calls>\n", "</｜DSML｜tool_calls>",
-         key='<｜DSML｜parameter name="$key" string="$id">', close="</｜DSML｜parameter>\n"),
-    Form("kimi-k2", ("<|tool_calls_section_begin|>",),
-         "<|tool_call_begin|>functions.$name:$id<|tool_call_argument_begin|>", "<|tool_call_end|>",
-         "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", has_special=True),
     Form("minimax-m2", ("<minimax:tool_call>",), '<invoke name="$name">\n', "</invoke>\n", "<minimax:tool_call>\n",
          "</minimax:tool_call>", key='<parameter name="$key">', close="</parameter>\n"),
     Form("seed-oss", ("<seed:tool_call>",), "<function=$name>\n", "</function>", "<seed:tool_call>\n",
          "\n</seed:tool_call>", "\n</seed:tool_call>\n<seed:tool_call>\n", "<parameter=$key>", "</parameter>\n"),
     Form("qwen3-coder", ("<function=", "<parameter="), "<function=$name>\n", "</function>", "<tool_call>\n",
          "\n</tool_call>", "\n</tool_call>\n<tool_call>\n", "<parameter=$key>\n", "\n</parameter>\n"),
-    Form("functionary-3.1", ("<function=",), "<function=$name>", "</function>"),
     Form("glm-4.7", ("</arg_key><arg_value>",), "<tool_call>$name", "</tool_call>",
          key="<arg_key>$key</arg_key><arg_value>", close="</arg_value>"),
     Form("glm", ("<arg_key>",), "<tool_call>$name\n", "</tool_call>", between="\n",

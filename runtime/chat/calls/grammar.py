@@ -7,12 +7,13 @@ from typing import Any
 
 from gguf_run.runtime.chat.answer_parts import TAGS
 from gguf_run.runtime.chat.calls.form import Form
-from gguf_run.runtime.chat.calls.tools import types_of
+from gguf_run.runtime.chat.calls.tools import choices, field, types_of
 
 TokenId = Callable[[str], int | None]
 # Spaces as Python writes them, which templates show. What llguidance cannot enforce of a schema is not enforced.
 _STYLE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?", "lenient": True}
-_SPACE = r" /[ \n]{0,3}/"
+_SPACE = r"/[ \n]{0,3}/"
+# Any value in Gemma's form.
 _ANY = '(string | %json {"type": ["number", "boolean", "null"]} | list | object)'
 _ANY_RULES = 'list: "[" (ANY ("," ANY)*)? "]"\nobject: "{" (KEY ":" ANY ("," KEY ":" ANY)*)? "}"\nKEY: /[A-Za-z_]\\w*/'
 _DEEPEST = 4  # level of a value of Gemma's that follows its schema
@@ -30,9 +31,9 @@ class CallGrammar:
         self._form, self._token_id, self._tag, self._is_open = form, token_id, tag, is_open
         self._rules = ["TEXT: /(?s:.*)/", f"FIRST: /(?s:.*)/ & ~/{re.escape(tag or '')}(?s:.*)/"]
         if form.quote:
-            self._rules += [f"string: {self._literal(form.quote)} {self._until(form.quote)}"]
-            self._rules += _ANY_RULES.replace("ANY", _ANY).split("\n")
-        self._arguments = {name: self._rule(self._arguments_of(schema)) for name, schema in tools.items()}
+            self._rules += [f"string: {self._literal(form.quote)} {self._until(form.quote)}", *_ANY_RULES.split("\n")]
+        write = self._text_arguments if form.key else self._quoted if form.quote else self._json
+        self._arguments = {name: self._rule(write(schema)) for name, schema in tools.items()}
 
     def required(self, parallel: bool) -> str:
         """Return a grammar of one call or, if parallel, of several, behind the reasoning."""
@@ -53,10 +54,11 @@ class CallGrammar:
             return self._grammar(body)
         if self._is_open:
             return self._grammar(f"TEXT | {self._think()} {body}")
+        # Reasoning is no text: a mark of calls in it begins none.
         return self._grammar(f"{self._think()[1:-2]} {body} | FIRST | {self._until(trigger, 'FIRST')} {calls} {more}")
 
     def _grammar(self, start: str) -> str:
-        return "\n".join([f"start: {start}", *self._rules])
+        return "\n".join([f"start: {start}", *self._rules]).replace("ANY", _ANY)
 
     def _rule(self, body: str, options: str = "") -> str:
         self._rules.append(f"r{len(self._rules)}{options}: {body}")
@@ -68,7 +70,7 @@ class CallGrammar:
             return f"({begin} {self._until('<|end|>')} {self._literal('<|start|>assistant')})*"
         if self._tag is None:
             return ""
-        block = f"{'' if self._is_open else self._literal(self._tag)} {self._until(TAGS[self._tag])}{after}"
+        block = f"{'' if self._is_open else self._literal(self._tag)} {self._until(TAGS[self._tag])} {after}"
         return block if self._is_open else f"({block})?"
 
     def _calls(self, parallel: bool, before: str = "") -> str:
@@ -82,68 +84,61 @@ class CallGrammar:
 
     def _call(self, before: str = "") -> str:
         head, tail = self._form.head.removeprefix(before), self._literal(self._form.tail)
-        heads = {name: self._literal(head.replace("$name", name)) for name in self._arguments}
-        return self._rule(_one_of(f"{heads[name]} {rule} {tail}" for name, rule in self._arguments.items()))
-
-    def _arguments_of(self, schema: Any) -> str:
-        schema = {"type": "object"} | (schema if isinstance(schema, dict) else {})
-        if self._form.key:
-            return self._text_arguments(schema)
-        return self._quoted(schema, 0) if self._form.quote else self._json(schema)
+        calls = ((self._literal(head.replace("$name", name)), rule) for name, rule in self._arguments.items())
+        return self._rule(_one_of(f"{head} {rule} {tail}" for head, rule in calls))
 
     def _json(self, schema: Mapping[str, Any]) -> str:
         return f"%json {json.dumps({'x-guidance': _STYLE} | dict(schema))}"
 
     def _text_arguments(self, schema: Mapping[str, Any]) -> str:
-        form, found = self._form, []
-        mark = form.close.strip()
-        text = f"{self._until(mark)} {self._literal(form.close.partition(mark)[2])}"
-        for key, value in schema.get("properties", {}).items():
-            value, types = value if isinstance(value, dict) else {}, types_of(value)
-            head = self._literal(form.key.replace("$key", key).replace("$id", str(types == {"string"}).lower()))
-            if choices := _choices(value):
-                values = _one_of(self._literal(v if isinstance(v, str) else json.dumps(v)) for v in choices)
-                body = f"{values} {self._literal(form.close)}"
+        close, found = self._form.close, []
+        for key, value in field(schema, "properties", dict).items():
+            types, one_of = types_of(value), choices(value)
+            if one_of:
+                body = _one_of(self._literal(v if isinstance(v, str) else json.dumps(v)) for v in one_of)
             elif "string" in types or not types:
-                body = text
+                body = ""
             else:
-                roots = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
-                body = f"{self._json(roots | value)} {self._literal(form.close)}"
-            found.append(f"({head} {body}){'' if key in schema.get('required', []) else '?'}")
+                body = self._json({name: schema[name] for name in ("$defs", "definitions") if name in schema} | value)
+            mark = close.strip()
+            end = self._literal(close) if body else f"{self._until(mark)} {self._literal(close.partition(mark)[2])}"
+            is_needed = key in field(schema, "required", list)
+            found.append(f"({self._literal(self._form.key.replace('$key', key))} {body} {end}){'?' * (not is_needed)}")
         return " ".join(found) or '""'
 
-    def _quoted(self, schema: Any, depth: int) -> str:
+    def _quoted(self, schema: Any, depth: int = 0) -> str:
         """Return a value in Gemma's form. Deep in a schema any value will do."""
         types, quote = types_of(schema), self._form.quote
-        if choices := _choices(schema):
-            texts = [f"{quote}{value}{quote}" if isinstance(value, str) else json.dumps(value) for value in choices]
-            return _one_of(map(self._literal, texts))
+        if one_of := choices(schema):
+            return _one_of(self._literal(f"{quote}{v}{quote}" if isinstance(v, str) else json.dumps(v)) for v in one_of)
         if depth > _DEEPEST or not types:
-            return _ANY
+            return "ANY"
         found = ["string"] if "string" in types else []
         if "array" in types:
             item = self._rule(self._quoted(schema.get("items"), depth + 1))
             found.append(f'"[" ({item} ("," {item})*)? "]"')
         if "object" in types:
-            rest, needed, must = "", schema.get("required", []), False
-            for key, value in reversed(schema.get("properties", {}).items()):
-                more = f'"," {rest}' if must else f'("," {rest})?' if rest else ""
-                member = f"{self._literal(key + ':')} {self._quoted(value, depth + 1)} {more}"
-                rest = self._rule(member + (f" | {rest}" if rest and key not in needed else ""))
-                must = must or key in needed
-            found.append(f'"{{" {rest} "}}"' if must else f'"{{" ({rest})? "}}"' if rest else "object")
-        found += [self._json(dict(schema) | {"type": kind}) for kind in sorted(types - {"string", "array", "object"})]
+            found.append(self._quoted_object(schema, depth))
+        found += [self._json({**schema, "type": kind}) for kind in sorted(types - {"string", "array", "object"})]
         return _one_of(found)
+
+    def _quoted_object(self, schema: Any, depth: int) -> str:
+        rest, is_needed = "", False  # of the members, from the last one to the first: is one of them required?
+        for key, value in reversed(field(schema, "properties", dict).items()):
+            more = f'"," {rest}' if is_needed else f'("," {rest})?' if rest else ""
+            may_miss = key not in field(schema, "required", list)
+            member = f"{self._literal(key + ':')} {self._quoted(value, depth + 1)} {more}"
+            rest = self._rule(member + (f" | {rest}" if rest and may_miss else ""))
+            is_needed = is_needed or not may_miss
+        return f'"{{" {rest} "}}"' if is_needed else f'"{{" ({rest})? "}}"' if rest else "object"
 
     def _literal(self, text: str) -> str:
         """Return a text as Lark writes it: control tokens by their ids, ids of calls as a pattern."""
         found: list[str] = []
         for piece in filter(None, re.split(r"(\$id|<[^<>\s]+>|\[[A-Z_/]+\])", text)):
             id = self._token_id(piece)
-            if piece == "$id":
-                found.append("/[A-Za-z0-9]{1,9}/")
-            elif id is not None:
-                found.append(f"<[{id}]>")
+            if piece == "$id" or id is not None:
+                found.append("/[A-Za-z0-9]{1,9}/" if id is None else f"<[{id}]>")
             elif found and found[-1].startswith('"'):
                 found[-1] = json.dumps(json.loads(found[-1]) + piece, ensure_ascii=False)
             else:
@@ -159,7 +154,3 @@ class CallGrammar:
 
 def _one_of(bodies: Iterable[str]) -> str:
     return f"({' | '.join(bodies)})"
-
-
-def _choices(schema: Any) -> list[Any]:
-    return [schema["const"]] if "const" in schema else schema.get("enum", [])

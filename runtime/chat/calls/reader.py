@@ -79,11 +79,12 @@ class Reader:
         self.text = self.text.lstrip()
 
     def match(self, pattern: re.Pattern[str]) -> Generator[None, None, re.Match[str] | None]:
-        """Return what the text matches, None if it does not. pattern: of form.beginning. Nothing is read."""
+        """Return what the text matches, None if it does not. pattern: of a Form. Nothing is read."""
         while True:
             found = pattern.match(self.text)
-            if found is None or found["done"] or self.is_ended:
-                return found if found and found["done"] else None
+            is_whole = found is not None and found["done"] is not None
+            if found is None or is_whole or self.is_ended:
+                return found if is_whole else None
             yield
 
     def balanced(self, give: Give, depth: int = 0) -> Steps:

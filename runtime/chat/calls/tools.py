@@ -5,26 +5,31 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-NO_PARAMETERS = {"type": "object", "properties": {}}
+_NAMES = {dict: "object", list: "array", str: "string", bool: "boolean", int: "integer", float: "number"}
 
 
-def schemas(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
+def schemas(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:
     """Return the JSON schema of the arguments of each tool by its name. tools: as in OpenAI's API."""
     functions = [tool.get("function", tool) for tool in tools or ()]
-    return {function["name"]: function.get("parameters") or NO_PARAMETERS for function in functions}
+    return {one["name"]: {"type": "object"} | field(one, "parameters", dict) for one in functions}
+
+
+def field(schema: Any, name: str, kind: type) -> Any:
+    """Return a field of a schema; an empty value of its kind if it is missing or of another kind: schemas are hostile."""
+    value = schema.get(name) if isinstance(schema, dict) else None
+    return value if isinstance(value, kind) else kind()
+
+
+def choices(schema: Any) -> list[Any]:
+    """Return the values of an enum or a const, [] for other schemas."""
+    return [schema["const"]] if isinstance(schema, dict) and "const" in schema else field(schema, "enum", list)
 
 
 def types_of(schema: Any) -> set[str]:
     """Return the JSON types that a schema names, with those of its alternatives; empty if it allows any."""
-    if not isinstance(schema, dict):
-        return set()
-    kinds = schema.get("type", [])
-    found = set([kinds] if isinstance(kinds, str) else kinds)
-    for value in [schema["const"]] if "const" in schema else schema.get("enum", []):
-        found.add(_type(value))
-    for part in [*schema.get("anyOf", []), *schema.get("oneOf", [])]:
-        found |= types_of(part)
-    return found
+    found = {one for one in [field(schema, "type", str), *field(schema, "type", list)] if one and isinstance(one, str)}
+    found.update(map(_type, choices(schema)))
+    return found.union(*(types_of(one) for name in ("anyOf", "oneOf") for one in field(schema, name, list)))
 
 
 def value_json(text: str, types: set[str]) -> str:
@@ -40,17 +45,9 @@ def value_json(text: str, types: set[str]) -> str:
             continue
         kind = _type(value)
         if kind != "string" and (not types or kind in types or (kind == "integer" and "number" in types)):
-            return text.strip() if read is json.loads else written
+            return written
     return json.dumps(text, ensure_ascii=False)
 
 
-def in_string(text: str) -> str:
-    """Return text as it stands between the quotes of a string of JSON."""
-    return json.dumps(text, ensure_ascii=False)[1:-1]
-
-
 def _type(value: Any) -> str:
-    for kind, name in ((bool, "boolean"), (int, "integer"), (float, "number"), (str, "string"), (dict, "object")):
-        if isinstance(value, kind):
-            return name
-    return "null" if value is None else "array"
+    return "null" if value is None else _NAMES.get(type(value), "array")
