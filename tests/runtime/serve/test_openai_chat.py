@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
 from served import Serving, scripted, serving
 
 httpx = pytest.importorskip("httpx")
