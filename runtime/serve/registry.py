@@ -35,7 +35,13 @@ class Served:
         from gguf_run.runtime.engine.grammar import Grammar, Grammars
 
         self._grammars = self._grammars or Grammars(self.model.tokenizer)
-        return self._grammars.constraint(Grammar(kind, text))
+        return self._grammars.constraint(Grammar.of(text) if kind == "grammar" else Grammar(kind, text))
+
+    def token_id(self, text: str) -> int | None:
+        """Return the id of a control token by its text, None if there is none."""
+        tokenizer = self.model.tokenizer
+        ids = tokenizer.encode(text, add_special=False)
+        return ids[0] if len(ids) == 1 and not tokenizer.piece(ids[0], skip_special=True) else None
 
 
 class Registry:
