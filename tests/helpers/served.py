@@ -25,8 +25,9 @@ from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 BEGIN = "<|im_start|>assistant\n"  # an answer begins behind it
 # Of the family of Hermes and Qwen.
 TEMPLATE = (
-    "{% if tools %}<|im_start|>system\nTools: <tool_call>\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n"
-    "{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{% if tools %}<|im_start|>system\nTools: <tool_call>\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}"
+    "<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}"
     '<tool_call>\n{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>'
     "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
