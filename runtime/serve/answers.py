@@ -2,13 +2,15 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from msgspec import Struct
 
-from gguf_run.runtime.chat.answer_parts import Part, Splitter
+from gguf_run.formats.errors import OptionError
+from gguf_run.runtime.chat.answer_parts import TAGS, Part, Splitter, open_tag
+from gguf_run.runtime.engine.constraint import After, Constraint
 from gguf_run.runtime.engine.reply import Request
 from gguf_run.runtime.engine.sequence import Job
 from gguf_run.runtime.engine.sequence import Sequence as Answering
@@ -49,6 +51,7 @@ class Answers:
         self.served, self.ask, self.n_prompt = served, ask, n_prompt
         self.sequences: list[Answering] = []
         self.prompt = ""  # the text of a chat's prompt
+        self.note = ""  # for the log
         self.is_closed = self.is_finished = False  # closed: nobody wants more; finished: all have come to their ends
         self.n_reasoning = 0
         self.has_calls = [False] * len(splitters)
@@ -87,15 +90,33 @@ class Answers:
         return answers
 
     def _nth(self, request: Request, i: int) -> Request:
-        sampling, ask = request.sampling, self.ask
+        sampling = request.sampling
         if i and sampling.seed is not None:
             sampling = replace(sampling, seed=(sampling.seed + i) % 2**64)
-        grammar = ask.grammar
-        if ask.tools and ask.tool_choice not in ("auto", "none"):
-            grammar = "lark", self.served.family.call_grammar(ask.tools, ask.tool_choice, ask.parallel_calls)
-        if grammar is None:
-            return replace(request, sampling=sampling)
-        return replace(request, sampling=sampling, constraint=self.served.constraint(*grammar))
+        constraint = self._constraint()
+        return replace(request, sampling=sampling, constraint=constraint)
+
+    def _constraint(self) -> Constraint | None:
+        """Return what an answer may be: of the form that the client asks for, or with calls that are valid."""
+        ask, served = self.ask, self.served
+        if ask.grammar is not None:
+            constraint, tag = served.constraint(*ask.grammar), open_tag(self.prompt)
+            return constraint if tag is None else After(constraint, TAGS[tag], served.model.tokenizer)
+        if not ask.tools:
+            return None
+        try:
+            return self._calls(ask.tools)
+        except OptionError as error:  # clients send schemas of all kinds: the arguments are JSON then, of no schema
+            self.note = f"arguments of tools are not held to their schemas: {error}"
+            names = [{**tool["function"], "parameters": {"type": "object"}} for tool in ask.tools]
+            return self._calls([{"type": "function", "function": function} for function in names])
+
+    def _calls(self, tools: Sequence[Mapping[str, Any]]) -> Constraint | None:
+        ask, served = self.ask, self.served
+        grammar = served.family.call_grammar(
+            tools, ask.tool_choice, parallel=ask.parallel_calls, prompt=self.prompt, token_id=served.token_id
+        )
+        return None if grammar is None else served.constraint("lark", grammar)
 
     async def __aiter__(self) -> AsyncIterator[list[Event]]:
         jobs = [sequence.job for sequence in self.sequences]

@@ -218,6 +218,8 @@ def _grammar(body: Body) -> tuple[str, str] | None:
     found += [("json_schema", schema) for schema in (body.json_schema, other.json) if schema is not None]
     found += [("grammar", text) for text in (body.grammar, other.grammar) if text]
     found += [("regex", other.regex)] if other.regex else []
+    if found and body.tools and body.tool_choice != "none":
+        raise HttpError(400, "an answer has one form: leave out the tools, or the form (response_format, grammar)")
     if len(found) > 1:
         raise HttpError(400, f"{' and '.join(kind for kind, _ in found)} are both given: an answer has one form")
     if not found:

@@ -109,6 +109,11 @@ class Tokenizer:
         before = self._vocab.before if self.add_bos else ()
         return [*before, before_start, *texts[0], before_end, *texts[1], before_answer]
 
+    def encode_inside(self, text: str) -> list[int]:
+        """Return the ids of a text that goes on another one: nothing is put before it, and it has no control tokens."""
+        parts = self._user_defined.split(text)
+        return [id for part in parts for id in ([part] if isinstance(part, int) else self._encoder.encode(part))]
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Return the text of ids, the reverse of encode. Bytes that are not UTF-8 become U+FFFD.
 
