@@ -97,6 +97,11 @@ class Tokenizer:
         ids = self.encode(prompt, add_special=False)
         return [*self._vocab.before, *ids] if self.add_bos and ids[:1] != [self.bos] else ids
 
+    def encode_inside(self, text: str) -> list[int]:
+        """Return the ids of a text that goes on another one: nothing is put before it, and it has no control tokens."""
+        parts = self._user_defined.split(text)
+        return [id for part in parts for id in ([part] if isinstance(part, int) else self._encoder.encode(part))]
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Return the text of ids, the reverse of encode. Bytes that are not UTF-8 become U+FFFD.
 
