@@ -160,7 +160,7 @@ class Model:
         json_schema, grammar: the form of the answer: a JSON schema; or a text in GBNF or in llguidance's Lark.
         Others (temperature, top_k, seed, logits_processors, logprobs ...): see SamplingParams.
         """
-        return self._start(self._prompt_ids(prompt), options)
+        return self._start(self.prompt_ids(prompt), options)
 
     def complete(self, prompt: str | Sequence[int], **options: "Unpack[ReplyOptions]") -> Answer:
         """Continue a text as generate does; return the whole answer. For a conversation: chat(...).answer()."""
@@ -179,7 +179,7 @@ class Model:
 
         requests = []
         for i, prompt in enumerate(prompts):
-            request = self._request(self._prompt_ids(prompt), options, without=("context_shift", "n_keep"))
+            request = self._request(self.prompt_ids(prompt), options, without=("context_shift", "n_keep"))
             if (seed := request.sampling.seed) is not None:
                 request = replace(request, sampling=replace(request.sampling, seed=(seed + i) % 2**64))
             requests.append(request)
@@ -335,7 +335,7 @@ class Model:
             self._breakers = {texts: breakers(self.tokenizer, texts)}
         return Sampler(params, self._breakers[texts])
 
-    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Return the ids of a prompt. Of a text without the EOS that some models want behind it: it is to go on."""
         if isinstance(prompt, str):
             ids = self.tokenize(prompt)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from gguf_run.formats.errors import GgufRunError
@@ -17,7 +18,8 @@ def uniform(messages: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     messages: {"role": ..., "content": ...} each, as in OpenAI's API; or a string, which is the message of a user.
 
     Content becomes a string: "" where it is null or missing, and text parts are joined by line breaks as in llama.cpp.
-    The arguments of a tool call become an object if they are a string of JSON. Other fields that are null are left out.
+    The arguments of a tool call become an object if they are a string of one, in JSON; any other string stays as it is,
+    since models write such. Other fields that are null are left out.
     A refusal is a text, too. function_call and the role "function" (OpenAI, before tools) become a call and "tool".
     GgufRunError names the place where anything else is found.
     """
@@ -78,13 +80,14 @@ def _call(call: Any, place: str) -> dict[str, Any]:
     form = 'an object, as {"function": {"name": ..., "arguments": {...}}}'
     function = _typed(_typed(call, dict, place, form).get("function"), dict, f"{place}.function", form)
     _typed(function.get("name"), str, f"{place}.function.name", "a string")
-    arguments, place = function.get("arguments"), f"{place}.function.arguments"
+    arguments = function.get("arguments")
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "null")
-        except (ValueError, RecursionError) as error:
-            raise GgufRunError(f"{place} is no JSON: {error}; allowed: an object, as a string too") from None
-    arguments = _typed({} if arguments is None else arguments, dict, place, "an object, as a string of JSON too")
+        with suppress(ValueError, RecursionError):
+            value = json.loads(arguments or "null")
+            arguments = arguments if value is not None and not isinstance(value, dict) else value
+    if not isinstance(arguments, str):
+        what = "an object, as a string of JSON too"
+        arguments = _typed({} if arguments is None else arguments, dict, f"{place}.function.arguments", what)
     fields = {name: value for name, value in call.items() if value is not None}
     return {"type": "function", **fields, "function": {**function, "arguments": arguments}}
 

@@ -66,14 +66,16 @@ def fitted(source: str, variables: dict[str, Any], notes: list[str]) -> Messages
         else:
             messages = _without_later_system(template, variables | {"messages": messages}, notes)
     if any("tool_calls" in m for m in messages):
-        function = {"name": "f", "arguments": {_MARK: "value"}}
+        function: dict[str, Any] = {"name": "f", "arguments": {_MARK: "value"}}
         call = {"role": "assistant", "content": "", "tool_calls": [{"id": "call12345", "function": function}]}
         result = {"role": "tool", "name": "f", "tool_call_id": "call12345", "content": "1"}
         for form in _CALL_FORMS:
             text = _trial(template, variables | {"messages": [_USER, _calls_as(call, *form), result]})
             # It is there, neither escaped twice nor as Python writes it.
             if _MARK in text and f"'{_MARK}'" not in text and f'\\"{_MARK}' not in text:
-                return [_calls_as(m, *form) if "tool_calls" in m else m for m in messages]
+                function["arguments"] = _MARK  # a string that is no object: many templates ask for the items of one
+                is_shown = _MARK in _trial(template, variables | {"messages": [_USER, _calls_as(call, *form), result]})
+                return [_calls_as(m, *form, is_shown) if "tool_calls" in m else m for m in messages]
         notes.append(NO_CALLS)
     return messages
 
@@ -108,11 +110,16 @@ def _without_system(messages: Messages) -> Messages:
     return [*found, _USER | {"content": "\n".join(texts)}] if texts else found
 
 
-def _calls_as(message: dict[str, Any], empty: str | None, as_text: bool) -> dict[str, Any]:
-    functions = [call["function"] for call in message["tool_calls"]]
-    if as_text:
-        functions = [f | {"arguments": json.dumps(f["arguments"], ensure_ascii=False)} for f in functions]
-    calls = [call | {"function": f} for call, f in zip(message["tool_calls"], functions, strict=True)]
+def _calls_as(message: dict[str, Any], empty: str | None, as_text: bool, keeps_text: bool = True) -> dict[str, Any]:
+    """Return a message with calls in a form. keeps_text: False: arguments that are a string go into an object."""
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = call["function"]["arguments"]
+        if isinstance(arguments, str):
+            arguments = arguments if keeps_text else {"arguments": arguments}
+        elif as_text:
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        calls.append(call | {"function": call["function"] | {"arguments": arguments}})
     return message | {"content": message["content"] or empty, "tool_calls": calls}
 
 

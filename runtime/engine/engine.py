@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from itertools import count
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from gguf_run.formats.errors import GgufRunError
@@ -73,7 +74,7 @@ class Engine:
         self._reply_of, self._many, self._speculation = reply_of, many, speculation
         self._chooser: ManySampler | None = None  # made when two rows are sampled at once
         self._new: deque[Job] = deque()
-        self._n_jobs = 0  # that have ever been added
+        self._numbers = count(1)  # of jobs: threads may add them together
         self._threads: list[threading.Thread] = []  # the one that computes, and those that wait to compute
         self._scheduler: Scheduler | None = None  # made when two jobs run at once
 
@@ -100,8 +101,7 @@ class Engine:
             check(request, self.n_ctx, self.decoder.adapters)
             if n_waiting >= self.max_queue:
                 raise QueueFullError(f"{n_waiting} requests wait, max_queue is {self.max_queue}: try again later")
-        self._n_jobs += 1
-        job = Job(request, self._reply_of(request), self._n_jobs, self.clock())
+        job = Job(request, self._reply_of(request), next(self._numbers), self.clock())
         self._new.append(job)
         if self.runner is not None:
             self.runner.wake()

@@ -99,6 +99,11 @@ class Reply:
         self._n_taken = self._n_taken_logprobs = 0  # tokens, and records of them, that `piece` has returned
         sampler.accept(ids)
 
+    @property
+    def stop_string(self) -> str:
+        """The stop string that has ended the text, "" for none."""
+        return "" if self._stop is None else self._stop.found
+
     def take(self, id: int, is_full: bool) -> str:
         """Take the next token, which the sampler has chosen; return the text that is complete with it, maybe "".
 

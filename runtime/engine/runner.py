@@ -9,8 +9,6 @@ from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.engine.reply import Piece
 from gguf_run.runtime.engine.sequence import Job
 
-Future = asyncio.Future[None]
-
 
 class Runner:
     """Runs steps while there are jobs; sleeps while there are none."""
@@ -19,7 +17,7 @@ class Runner:
         """step: Engine.step. fail: Engine.fail."""
         self._step, self._fail = step, fail
         self._lock = threading.Lock()
-        self._readers: list[tuple[Job, Future]] = []  # coroutines that wait for news of a job
+        self._listeners: dict[Job, tuple[asyncio.AbstractEventLoop, asyncio.Event]] = {}
         self._has_work, self._ends = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="gguf-run engine", daemon=True)
         self._thread.start()
@@ -35,13 +33,21 @@ class Runner:
         if self._thread is not threading.current_thread():
             self._thread.join()
 
-    def news(self, job: Job) -> Future:
-        """Return a future of the running loop, which is done as soon as a job has a piece or is over."""
-        future = asyncio.get_running_loop().create_future()
+    def listen(self, jobs: Iterable[Job]) -> asyncio.Event:
+        """Return an event of the running loop that is set after each step that gave one of the jobs news.
+
+        It is not set for news that came before: look at the jobs first.
+        """
+        event, loop = asyncio.Event(), asyncio.get_running_loop()
         with self._lock:
-            self._readers.append((job, future))
-        self.wake()  # the news may have come just before
-        return future
+            self._listeners |= dict.fromkeys(jobs, (loop, event))
+        return event
+
+    def unlisten(self, jobs: Iterable[Job]) -> None:
+        """Forget the events of jobs."""
+        with self._lock:
+            for job in jobs:
+                self._listeners.pop(job, None)
 
     def _run(self) -> None:
         while not self._ends:
@@ -57,32 +63,35 @@ class Runner:
 
     def deliver(self) -> None:
         """Tell each loop, in one call, which of its coroutines have news."""
+        ready: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
         with self._lock:
-            ready = [(job, future) for job, future in self._readers if job.pieces or job.is_over]
-            self._readers = [pair for pair in self._readers if pair not in ready] if ready else self._readers
-        loops: dict[asyncio.AbstractEventLoop, list[Future]] = {}
-        for _, future in ready:
-            loops.setdefault(future.get_loop(), []).append(future)
-        for loop, futures in loops.items():
+            for job, (loop, event) in self._listeners.items():
+                if job.pieces or job.is_over:
+                    ready.setdefault(loop, []).append(event)
+        for loop, events in ready.items():
             with suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(_wake, futures)
+                loop.call_soon_threadsafe(_wake, events)
 
 
-def _wake(futures: Iterable[Future]) -> None:
-    for future in futures:
-        if not future.done():
-            future.set_result(None)
+def _wake(events: Iterable[asyncio.Event]) -> None:
+    for event in events:
+        event.set()
 
 
 async def pieces_of(runner: Runner | None, job: Job) -> AsyncIterator[Piece]:
     """Yield the pieces of an answer. Raises as Sequence.__next__ does."""
-    while True:
-        is_over = job.is_over  # before the pieces: the last one comes before the end
-        while job.pieces:
-            yield job.pieces.popleft()
-        if is_over:
-            job.raise_error()
-            return
-        if runner is None:
-            raise GgufRunError("`async for` reads an answer of an engine with a thread: call Engine.start first")
-        await runner.news(job)
+    if runner is None:
+        raise GgufRunError("`async for` reads an answer of an engine with a thread: call Engine.start first")
+    event = runner.listen([job])
+    try:
+        while True:
+            event.clear()
+            is_over = job.is_over  # before the pieces: the last one comes before the end
+            while job.pieces:
+                yield job.pieces.popleft()
+            if is_over:
+                job.raise_error()
+                return
+            await event.wait()
+    finally:
+        runner.unlisten([job])

@@ -12,7 +12,7 @@ class StopStrings:
         """OptionError for a single string instead of a list, and for an empty stop string."""
         if isinstance(strings, str) or not all(strings):
             raise OptionError(f"stop is {strings!r}; allowed: a list of texts that are not empty")
-        self.found = False  # whether a stop string has come
+        self.found = ""  # the stop string that has come
         self._strings = tuple(strings)
         self._held = ""
 
@@ -22,10 +22,10 @@ class StopStrings:
             return ""
         text = self._held + text
         self._held = ""
-        hits = [at for string in self._strings if (at := text.find(string)) >= 0]
+        hits = [(at, string) for string in self._strings if (at := text.find(string)) >= 0]
         if hits:
-            self.found = True
-            return text[: min(hits)]
+            at, self.found = min(hits)
+            return text[:at]
         n_hold = max((_n_overlap(text, string) for string in self._strings), default=0)
         self._held = text[len(text) - n_hold :]
         return text[: len(text) - n_hold]

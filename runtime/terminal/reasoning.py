@@ -4,16 +4,10 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from gguf_run.runtime.chat.answer_parts import TAGS, open_tag
 from gguf_run.runtime.terminal.text import has_colours
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-# Tags that begin and end a block of reasoning: of DeepSeek-R1, Qwen3 and most others; of Magistral; of Seed-OSS.
-TAGS = {"<think>": "</think>", "[THINK]": "[/THINK]", "<seed:think>": "</seed:think>"}
-
-
-def open_tag(prompt: str) -> str | None:
-    """Return the tag that a prompt ends with: the template has begun the reasoning itself. None if there is no tag."""
-    return next((tag for tag in TAGS if prompt.rstrip().endswith(tag)), None)
 
 
 def open_reasoning(model: Any, messages: Any, options: Mapping[str, Any]) -> str | None:

@@ -18,12 +18,13 @@ from tinymodel import Tiny, write_tiny
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime import Model
+from gguf_run.runtime.chat.answer_parts import open_tag
 from gguf_run.runtime.cli import chat as cli_chat
 from gguf_run.runtime.cli import chat_input as cli_chat_input
 from gguf_run.runtime.cli.chat_commands import COMMANDS, Chat, completions, run_command
 from gguf_run.runtime.cli.run import main
 from gguf_run.runtime.engine.check import ContextError
-from gguf_run.runtime.terminal.reasoning import DIM, PLAIN, dimmed, open_tag
+from gguf_run.runtime.terminal.reasoning import DIM, PLAIN, dimmed
 from gguf_run.runtime.terminal.text import has_colours
 from gguf_run.runtime.terminal.wrap import wrapped
 

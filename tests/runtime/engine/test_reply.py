@@ -99,7 +99,7 @@ def test_stop_strings_in_any_pieces(text: str, stop: list[str], data: st.DataObj
     ends = [text.find(string) for string in stop if string in text]
     # A string found earlier in time may begin later than one found in the same push: never more is shown than before
     # the first that was complete.
-    assert matcher.found == bool(ends)
+    assert bool(matcher.found) == bool(ends)
     if not matcher.found:
         assert shown + matcher.flush() == text
     else:

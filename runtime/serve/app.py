@@ -1,0 +1,74 @@
+"""The server as an ASGI application: the routes of all APIs, and what they share."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gguf_run.formats.errors import GgufRunError
+from gguf_run.runtime.serve import anthropic, openai_chat, openai_other, openai_text, responses
+from gguf_run.runtime.serve.errors import HttpError, api_of, http_error
+from gguf_run.runtime.serve.http import json_response
+from gguf_run.runtime.serve.registry import Registry
+
+# A thread that has computed without Python's lock gets it back after so many seconds, where others use it too. Python's
+# own 0.005 would cost that much of each step.
+_SWITCH_S = 0.0002
+_N_THREADS = 8  # that make prompts of messages
+
+
+class Server:
+    """What all requests share."""
+
+    def __init__(self, registry: Registry, *, request_timeout: float = 0.0) -> None:
+        """request_timeout: seconds that an answer may take; 0: no limit."""
+        self.registry, self.request_timeout = registry, request_timeout
+        self.threads = ThreadPoolExecutor(_N_THREADS, "gguf-run prompt")
+
+
+def make_app(server: Server) -> Starlette:
+    """Return the application. The first model is loaded when it starts; all are closed when it ends."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_S)
+        loading = asyncio.create_task(server.registry.get(server.registry.names[0]))
+        try:
+            yield
+        finally:
+            loading.cancel()
+            server.threads.shutdown(cancel_futures=True)
+            server.registry.close()
+            sys.setswitchinterval(before)
+
+    app = Starlette(
+        routes=[
+            *openai_chat.routes,
+            *openai_text.routes,
+            *openai_other.routes,
+            *responses.routes,
+            *anthropic.routes,
+        ],
+        exception_handlers=dict.fromkeys((HttpError, GgufRunError, HTTPException, Exception), _answer_error),
+        lifespan=lifespan,
+    )
+    app.state.server = server
+    return app
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        error = HttpError(
+            error.status_code, f"{request.method} {request.url.path}: {error.detail}", headers=error.headers
+        )
+    found = http_error(error)
+    api = api_of(request.url.path)
+    status = 529 if api == "anthropic" and found.status == 503 else found.status  # its word for a server that is busy
+    return json_response(found.body(api), status, found.headers)
