@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.serve import anthropic, openai_chat
+from gguf_run.runtime.serve import anthropic, openai_chat, openai_other, openai_text, responses
 from gguf_run.runtime.serve.errors import HttpError, api_of, http_error
 from gguf_run.runtime.serve.http import json_response
 from gguf_run.runtime.serve.registry import Registry
@@ -51,6 +51,9 @@ def make_app(server: Server) -> Starlette:
     app = Starlette(
         routes=[
             *openai_chat.routes,
+            *openai_text.routes,
+            *openai_other.routes,
+            *responses.routes,
             *anthropic.routes,
         ],
         exception_handlers=dict.fromkeys((HttpError, GgufRunError, HTTPException, Exception), _answer_error),

@@ -14,7 +14,6 @@ from gguf_run.runtime.serve.errors import RETRY_AFTER, HttpError
 
 if TYPE_CHECKING:
     from gguf_run.runtime.engine.constraint import Constraint
-    from gguf_run.runtime.engine.grammar import Grammars
 
 Load = Callable[[str, Callable[[int, int], None]], Model]
 
@@ -28,14 +27,14 @@ class Served:
         self.adapters: Mapping[str, float] | None = None  # scales of the requests by this name; None: as loaded
         self.n_users = 0  # requests that are under way
         self.used_at = time.monotonic()  # when the last one ended
-        self._grammars: Grammars | None = None
 
     def constraint(self, kind: str, text: str) -> "Constraint":
         """Return what an answer may be. OptionError for a grammar that is refused. It may take a second."""
         from gguf_run.runtime.engine.grammar import Grammar, Grammars
 
-        self._grammars = self._grammars or Grammars(self.model.tokenizer)
-        return self._grammars.constraint(Grammar.of(text) if kind == "grammar" else Grammar(kind, text))
+        model = self.model
+        model.grammars = model.grammars or Grammars(model.tokenizer, model.decoder.config.n_vocab)
+        return model.grammars.constraint(Grammar.of(text) if kind == "grammar" else Grammar(kind, text))
 
     def token_id(self, text: str) -> int | None:
         """Return the id of a control token by its text, None if there is none."""
