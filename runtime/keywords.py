@@ -5,11 +5,12 @@ They are the fields of LoadOptions, SamplingParams and ReplyParams, which have t
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
     from gguf_run.models.backend import CacheType
     from gguf_run.runtime.engine.constraint import Constraint
+    from gguf_run.runtime.engine.grammar import Grammar
     from gguf_run.runtime.sampling.params import LogitsProcessor
 
 
@@ -81,6 +82,8 @@ class BatchOptions(SamplingOptions, total=False):
     priority: int  # a greater one comes first
     adapters: Mapping[str, float] | None  # scales by name; None: as the model was loaded
     salt: str  # requests of different salts share nothing of the cache
+    json_schema: "Mapping[str, Any] | str | None"  # of the JSON text that the answer is
+    grammar: "Grammar | str | None"  # of the answer, in GBNF or Lark
     constraint: "Constraint | None"  # what the answer may be
     skip_special: bool  # control tokens are no part of the text
 

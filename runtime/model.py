@@ -24,6 +24,7 @@ from gguf_run.runtime.sampling.sampler import Sampler
 if TYPE_CHECKING:
     from gguf_run.runtime.chat.process import TemplateProcess
     from gguf_run.runtime.engine.batch import Batch
+    from gguf_run.runtime.engine.grammar import Grammars
     from gguf_run.runtime.engine.session_file import SessionHeader
     from gguf_run.runtime.keywords import BatchOptions, LoadKeywords, ReplyOptions
     from gguf_run.runtime.load.load_model import LoadedModel
@@ -51,6 +52,7 @@ class Model:
         self.chat_template = parts.chat_template
         self.tool_template = parts.tool_template
         self.templates: TemplateProcess | None = None  # where chat_template runs; made when it is first needed
+        self.grammars: Grammars | None = None  # for answers of a form; made when they are first needed
         self.where = parts.where
         self.about = parts.about
         self.tuning = parts.tuning
@@ -155,6 +157,7 @@ class Model:
         stop: texts that end the answer.
         context_shift: a full context does not end the answer: half of the tokens behind the first n_keep (at least
             32) are taken out, and the text goes on.
+        json_schema, grammar: the form of the answer: a JSON schema; or a text in GBNF or in llguidance's Lark.
         Others (temperature, top_k, seed, logits_processors, logprobs ...): see SamplingParams.
         """
         return self._start(self.prompt_ids(prompt), options)
@@ -176,7 +179,7 @@ class Model:
 
         requests = []
         for i, prompt in enumerate(prompts):
-            request = Request.of(self.prompt_ids(prompt), options, without=("context_shift", "n_keep"))
+            request = self._request(self.prompt_ids(prompt), options, without=("context_shift", "n_keep"))
             if (seed := request.sampling.seed) is not None:
                 request = replace(request, sampling=replace(request.sampling, seed=(seed + i) % 2**64))
             requests.append(request)
@@ -286,8 +289,9 @@ class Model:
     def _free(self) -> None:
         for close in (self.decoder.close, *self._close):
             close()
-        if self.templates is not None:
-            self.templates.close()
+        for process in (self.templates, self.grammars):
+            if process is not None:
+                process.close()
 
     def __enter__(self) -> "Model":
         return self
@@ -296,9 +300,16 @@ class Model:
         self.close()
 
     def _start(self, ids: list[int], options: Mapping[str, Any]) -> Answering:
-        sequence = self.engine.add(Request.of(ids, options))
+        sequence = self.engine.add(self._request(ids, options))
         self._measured = sequence.job
         return sequence
+
+    def _request(self, ids: list[int], options: Mapping[str, Any], without: Sequence[str] = ()) -> Request:
+        if "json_schema" in options or "grammar" in options:
+            from gguf_run.runtime.engine.grammar import constrained
+
+            options = constrained(self, options)
+        return Request.of(ids, options, without)
 
     def _reply(self, request: Request) -> Reply:
         sampler, stop, tokenizer = self._sampler(request.sampling), None, self.tokenizer

@@ -1,8 +1,6 @@
 """An answer in parts: what the model says, what it thinks, which tools it calls."""
 
-from typing import Protocol
-
-from gguf_run.formats.frozen import frozen
+from typing import NamedTuple, Protocol
 
 # Tags that begin and end a block of reasoning: of DeepSeek-R1, Qwen3 and most others; of Magistral; of Seed-OSS; of
 # Command A; of Gemma 4.
@@ -15,8 +13,7 @@ TAGS = {
 }
 
 
-@frozen
-class Part:
+class Part(NamedTuple):
     """A piece of an answer. Parts in a row of one kind continue each other; "call" begins a new call."""
 
     kind: str  # "text", "reasoning", "call" (text is the name of a tool) or "arguments" (JSON, of the last call)

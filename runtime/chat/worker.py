@@ -1,4 +1,4 @@
-"""What the process of the chat templates does: it reads a request a line, and writes a reply a line, both JSON.
+"""What a helper process does: it reads a request a line, and writes a reply a line, both JSON.
 
 The system limits the memory and the processor time of a request: Linux both, macOS the time, Windows neither. The
 other side, process.py, has a clock for all of them.
@@ -8,28 +8,29 @@ import json
 import os
 import sys
 from contextlib import suppress
+from importlib import import_module
 
-MAX_CPU_S = 2.0  # seconds of processor time for a request
 MAX_MEMORY = 256 << 20  # bytes of memory for a request,
 MEMORY_FACTOR = 32  # and for each byte of it: a character may take four bytes, and stands in several texts at a time
 OUT_OF_MEMORY = 77  # exit code
 HELLO = b"gguf-run is ready\n"  # written before the first reply
 
 
-def main() -> None:
+def main(work: str, cpu_s: float) -> None:
     """Answer requests until stdin ends, which it does when the other process ends.
 
-    A template that passes a limit ends this process: by SIGPROF, or with the code OUT_OF_MEMORY.
+    work: the function that answers, as module:name. cpu_s: seconds of processor time for a request.
+    A request that passes a limit ends this process: by SIGPROF, or with the code OUT_OF_MEMORY.
     """
-    from gguf_run.runtime.chat.sandbox import render  # Jinja stays out of the process that asks
-
+    module, name = work.split(":")
+    answer = getattr(import_module(module), name)
     _heed_the_clock()
     sys.stdout.buffer.write(HELLO)
     sys.stdout.buffer.flush()
     for line in sys.stdin.buffer:
-        _limit(MAX_CPU_S, MAX_MEMORY + MEMORY_FACTOR * len(line))
+        _limit(cpu_s, MAX_MEMORY + MEMORY_FACTOR * len(line))
         try:
-            reply = json.dumps(render(**json.loads(line)), ensure_ascii=False).encode("utf-8", "surrogatepass")
+            reply = json.dumps(answer(**json.loads(line)), ensure_ascii=False).encode("utf-8", "surrogatepass")
         except MemoryError:
             os._exit(OUT_OF_MEMORY)
         _limit(0, None)

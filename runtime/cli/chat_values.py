@@ -1,15 +1,18 @@
-"""Values of options that few prompts have: --tools and --chat-template-kwargs of templates, --logit-bias."""
+"""Values of options that few prompts have: --tools and --chat-template-kwargs, --logit-bias, --grammar."""
 
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.runtime.terminal.text import decode_text
 from gguf_run.runtime.terminal.text_input import read_text
+
+if TYPE_CHECKING:
+    from gguf_run.runtime.engine.grammar import Grammar
 
 MAX_TOOLS_BYTES = 64 << 20
 
@@ -36,6 +39,15 @@ def read_template_options(text: str) -> dict[str, Any]:
             f'--chat-template-kwargs is {text:.200}; allowed: a JSON object, as {{"enable_thinking": false}}'
         )
     return values
+
+
+def read_grammar(json_schema: str | None, grammar: str | None) -> "Grammar":
+    """Return what --json-schema, a file or a JSON text, or --grammar, a file, asks for. OptionError for both."""
+    from gguf_run.runtime.engine.grammar import MAX_BYTES, grammar_of
+
+    if json_schema is not None and not json_schema.lstrip().startswith("{"):
+        json_schema = read_text(Path(json_schema), MAX_BYTES)
+    return grammar_of(json_schema, None if grammar is None else read_text(Path(grammar), MAX_BYTES))
 
 
 def read_bias(text: str) -> tuple[int, float]:

@@ -68,6 +68,10 @@ _PARAMS = [
     ),
     option("--embed", "Print the embedding of the prompt, or of each line of --file or stdin, as JSON.", is_flag=True),
     option("--pooling", "Of --embed: mean, cls or last.  [default: as the file says]", metavar="TYPE"),
+    option("--json-schema", "The answer is JSON of this schema.", metavar="FILE|JSON", shell_complete=offer("files")),
+    option(
+        "--grammar", "The answer follows this grammar, in GBNF or Lark.", metavar="FILE", shell_complete=offer("files")
+    ),
     option("--stop", "Text that ends an answer; may be repeated.", multiple=True, metavar="TEXT"),
     CTX_SIZE,
     *BATCH_OPTIONS,
@@ -210,6 +214,10 @@ class _Task:
         generating = take_sampling(values)
         SamplingParams(**generating)  # says what is wrong
         generating |= {name: values[name] for name in ("max_tokens", "stop", "context_shift", "n_keep")}
+        if values["json_schema"] is not None or values["grammar"] is not None:
+            from gguf_run.runtime.cli.chat_values import read_grammar
+
+            generating["grammar"] = read_grammar(values["json_schema"], values["grammar"])
         has_limit = values["max_tokens"] is not None
         if not has_limit or values["max_tokens"] == -1:
             generating["max_tokens"] = None if has_limit or kind == "chat" else MAX_TOKENS

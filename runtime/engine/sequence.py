@@ -94,10 +94,11 @@ class Job:
                 self.ids.append(int(id))
                 if constraint is not None:
                     constraint.accept(id)
-                    for forced in constraint.forced():
+                    # Whoever asks for logprobs gets those of all tokens: then all are chosen.
+                    for forced in constraint.forced() if self.request.sampling.logprobs is None else ():
                         if not reply.finish:
                             text += reply.take(forced, len(self.ids) == n_ctx and not self.request.context_shift)
-                            self.ids.append(forced)
+                            self.ids += [forced] * (not reply.finish)
             return text
         except Exception as error:  # the others go on
             return error

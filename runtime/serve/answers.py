@@ -2,18 +2,20 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from msgspec import Struct
 
-from gguf_run.runtime.chat.answer_parts import Part, Splitter
+from gguf_run.formats.errors import OptionError
+from gguf_run.runtime.chat.answer_parts import TAGS, Part, Splitter, open_tag
+from gguf_run.runtime.engine.constraint import After, Constraint
 from gguf_run.runtime.engine.reply import Request
 from gguf_run.runtime.engine.sequence import Job
 from gguf_run.runtime.engine.sequence import Sequence as Answering
 from gguf_run.runtime.sampling.choice import TokenLogprob
-from gguf_run.runtime.serve.ask import Ask
+from gguf_run.runtime.serve.ask import MOST_ANSWERS, Ask, texts_of
 from gguf_run.runtime.serve.errors import HttpError, too_long
 from gguf_run.runtime.serve.registry import Served
 
@@ -24,7 +26,7 @@ _FINISH = {"stop": "stop", "length": "length", "context": "length"}
 class Event(Struct, gc=False):
     """A piece of one answer."""
 
-    choice: int  # number of the answer
+    choice: int  # number of the answer: those to the first prompt come first
     kind: str  # of a Part: see answer_parts.py; or "end", of which the text is "stop", "length" or "tool_calls"
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -44,15 +46,17 @@ class Usage(Struct):
 class Answers:
     """The answers to one ask while they are made. `async for` gives lists of events; [] means: still at work."""
 
-    def __init__(self, served: Served, ask: Ask, ids: Sequence[int], splitters: Sequence[Splitter | None]) -> None:
-        self.served, self.ask, self.n_prompt = served, ask, len(ids)
+    def __init__(self, served: Served, ask: Ask, n_prompt: int, splitters: Sequence[Splitter | None]) -> None:
+        """n_prompt: tokens of all prompts. splitters: of each answer."""
+        self.served, self.ask, self.n_prompt = served, ask, n_prompt
         self.sequences: list[Answering] = []
         self.prompt = ""  # the text of a chat's prompt
+        self.note = ""  # for the log
         self.is_closed = self.is_finished = False  # closed: nobody wants more; finished: all have come to their ends
         self.n_reasoning = 0
-        self.has_calls = [False] * ask.n
+        self.has_calls = [False] * len(splitters)
         self._splitters = splitters
-        self._held: list[tuple[TokenLogprob, ...]] = [()] * ask.n  # of text that a splitter holds back
+        self._held: list[tuple[TokenLogprob, ...]] = [()] * len(splitters)  # of text that a splitter holds back
         self._event: asyncio.Event | None = None
         self._deadline = float("inf")  # by time.monotonic
 
@@ -64,36 +68,55 @@ class Answers:
         """
         model, family, prompt = served.model, served.family, ""
         if ask.messages is None:
-            ids = model.prompt_ids(ask.prompt)
+            prompts = _prompts(served, ask)
         else:
             prompt = model.chat_prompt(ask.messages, ask.tools or None, ask.template_options)
-            ids = model.tokenizer.encode_chat(prompt)
-        if len(ids) > model.engine.n_ctx:
-            raise too_long(len(ids), model.engine.n_ctx)
+            prompts = [model.tokenizer.encode_chat(prompt)]
+        if (longest := max(map(len, prompts))) > model.engine.n_ctx:
+            raise too_long(longest, model.engine.n_ctx)
         is_chat = ask.messages is not None
-        splitters = [family.splitter(prompt, ask.tools) if is_chat else None for _ in range(ask.n)]
-        answers = cls(served, ask, ids, splitters)
+        splitters = [family.splitter(prompt, ask.tools) if is_chat else None for _ in range(ask.n * len(prompts))]
+        answers = cls(served, ask, sum(map(len, prompts)), splitters)
         answers.prompt = prompt
-        request = Request.of(ids, {**ask.options, "salt": ask.salt, "adapters": served.adapters})
+        request = Request.of((), {**ask.options, "salt": ask.salt, "adapters": served.adapters})
         request = replace(request, skip_special=not (is_chat and family.shows_special))
         try:
-            for i in range(ask.n):
-                answers.sequences.append(model.engine.add(answers._nth(request, i)))
+            for ids in prompts:
+                for i in range(ask.n):
+                    answers.sequences.append(model.engine.add(answers._nth(replace(request, ids=ids), i)))
         except BaseException:
             answers.close()
             raise
         return answers
 
     def _nth(self, request: Request, i: int) -> Request:
-        sampling, ask = request.sampling, self.ask
+        sampling = request.sampling
         if i and sampling.seed is not None:
             sampling = replace(sampling, seed=(sampling.seed + i) % 2**64)
-        grammar = ask.grammar
-        if ask.tools and ask.tool_choice not in ("auto", "none"):
-            grammar = "lark", self.served.family.call_grammar(ask.tools, ask.tool_choice, ask.parallel_calls)
-        if grammar is None:
-            return replace(request, sampling=sampling)
-        return replace(request, sampling=sampling, constraint=self.served.constraint(*grammar))
+        constraint = self._constraint()
+        return replace(request, sampling=sampling, constraint=constraint)
+
+    def _constraint(self) -> Constraint | None:
+        """Return what an answer may be: of the form that the client asks for, or with calls that are valid."""
+        ask, served = self.ask, self.served
+        if ask.grammar is not None:
+            constraint, tag = served.constraint(*ask.grammar), open_tag(self.prompt)
+            return constraint if tag is None else After(constraint, TAGS[tag], served.model.tokenizer)
+        if not ask.tools:
+            return None
+        try:
+            return self._calls(ask.tools)
+        except OptionError as error:  # clients send schemas of all kinds: the arguments are JSON then, of no schema
+            self.note = f"arguments of tools are not held to their schemas: {error}"
+            names = [{**tool["function"], "parameters": {"type": "object"}} for tool in ask.tools]
+            return self._calls([{"type": "function", "function": function} for function in names])
+
+    def _calls(self, tools: Sequence[Mapping[str, Any]]) -> Constraint | None:
+        ask, served = self.ask, self.served
+        grammar = served.family.call_grammar(
+            tools, ask.tool_choice, parallel=ask.parallel_calls, prompt=self.prompt, token_id=served.token_id
+        )
+        return None if grammar is None else served.constraint("lark", grammar)
 
     async def __aiter__(self) -> AsyncIterator[list[Event]]:
         jobs = [sequence.job for sequence in self.sequences]
@@ -162,12 +185,13 @@ class Answers:
     def usage(self) -> Usage:
         """What the answers have cost so far."""
         jobs: list[Job] = [sequence.job for sequence in self.sequences]
+        firsts = jobs[:: self.ask.n]  # of each prompt
         return Usage(
             self.n_prompt,
-            max(0, min(self.n_prompt, jobs[0].n_reused)),
+            sum(max(0, min(job.n_prompt, job.n_reused)) for job in firsts),
             sum(len(job.reply.tokens) for job in jobs),
             self.n_reasoning,
-            jobs[0].prefill_s,
+            sum(job.prefill_s for job in firsts),
             sum(job.decode_s for job in jobs),
         )
 
@@ -188,6 +212,18 @@ class Answers:
                 sequence.close()
             self.served.counts.ended([sequence.job for sequence in self.sequences], self.served.model.engine.clock())
             self._wake()
+
+
+def _prompts(served: Served, ask: Ask) -> list[list[int]]:
+    """Return the ids of the prompts of an ask without messages."""
+    texts, model = texts_of(ask.prompt), served.model
+    if ask.n * len(texts) > MOST_ANSWERS:
+        raise HttpError(400, f"{len(texts)} prompts with n {ask.n} are too many: at most {MOST_ANSWERS} answers")
+    if ask.suffix is None:
+        return [model.prompt_ids(text) for text in texts]
+    if not all(isinstance(text, str) for text in texts):
+        raise HttpError(400, "suffix is given, and the prompt is ids of tokens: allowed with suffix are texts")
+    return [model.tokenizer.encode_gap(text, ask.suffix) for text in texts]
 
 
 class Whole:

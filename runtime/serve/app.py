@@ -5,7 +5,6 @@ import sys
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -13,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.serve import metrics, openai_chat
+from gguf_run.runtime.serve import anthropic, metrics, openai_chat, openai_other, openai_text, responses
 from gguf_run.runtime.serve.errors import HttpError, api_of, http_error
 from gguf_run.runtime.serve.guard import Access, Guard
 from gguf_run.runtime.serve.http import json_response
@@ -61,7 +60,14 @@ def make_app(server: Server) -> Guard:
             sys.setswitchinterval(before)
 
     app = Starlette(
-        routes=[*openai_chat.routes, *metrics.routes],
+        routes=[
+            *openai_chat.routes,
+            *openai_text.routes,
+            *openai_other.routes,
+            *responses.routes,
+            *anthropic.routes,
+            *metrics.routes,
+        ],
         exception_handlers=dict.fromkeys((HttpError, GgufRunError, HTTPException, Exception), _answer_error),
         lifespan=lifespan,
     )
@@ -75,5 +81,6 @@ async def _answer_error(request: Request, error: Exception) -> Response:
             error.status_code, f"{request.method} {request.url.path}: {error.detail}", headers=error.headers
         )
     found = http_error(error)
-    body: Any = found.body(api_of(request.url.path))
-    return json_response(body, found.status, found.headers)
+    api = api_of(request.url.path)
+    status = 529 if api == "anthropic" and found.status == 503 else found.status  # its word for a server that is busy
+    return json_response(found.body(api), status, found.headers)

@@ -37,6 +37,12 @@ async def read_json(request: Request) -> dict[str, Any]:
     return found
 
 
+async def in_thread(request: Request, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns that takes a while, such as one that tokenizes."""
+    threads = request.app.state.server.threads
+    return await asyncio.get_running_loop().run_in_executor(threads, function, *arguments)
+
+
 async def gone(receive: Receive) -> None:
     """Wait until the client is gone."""
     while (await receive())["type"] != "http.disconnect":
@@ -50,8 +56,7 @@ async def begin(request: Request, ask: Ask, stack: AsyncExitStack) -> Answers:
     """
     server = request.app.state.server
     served: Served = await stack.enter_async_context(server.registry.use(ask.model))
-    starting = asyncio.get_running_loop().run_in_executor(server.threads, Answers.start, served, ask)
-    answers = await starting
+    answers: Answers = await in_thread(request, Answers.start, served, ask)
     stack.callback(answers.close)
     if server.request_timeout:
         answers.limit(server.request_timeout)

@@ -18,7 +18,6 @@ from gguf_run.runtime.serve.metrics import Counts
 
 if TYPE_CHECKING:
     from gguf_run.runtime.engine.constraint import Constraint
-    from gguf_run.runtime.engine.grammar import Grammars
 
 Load = Callable[[str, Callable[[int, int], None]], Model]
 FOR_EVER = -1.0  # seconds for which an idle model is kept
@@ -38,14 +37,20 @@ class Served:
         self.n_users = 0  # requests that are under way
         self.used_at = time.monotonic()  # when the last one ended
         self.keep_alive: float | None = None  # seconds until it is unloaded; None: as the registry says
-        self._grammars: Grammars | None = None
 
     def constraint(self, kind: str, text: str) -> "Constraint":
         """Return what an answer may be. OptionError for a grammar that is refused. It may take a second."""
         from gguf_run.runtime.engine.grammar import Grammar, Grammars
 
-        self.base._grammars = self.base._grammars or Grammars(self.model.tokenizer)
-        return self.base._grammars.constraint(Grammar(kind, text))
+        model = self.model
+        model.grammars = model.grammars or Grammars(model.tokenizer, model.decoder.config.n_vocab)
+        return model.grammars.constraint(Grammar.of(text) if kind == "grammar" else Grammar(kind, text))
+
+    def token_id(self, text: str) -> int | None:
+        """Return the id of a control token by its text, None if there is none."""
+        tokenizer = self.model.tokenizer
+        ids = tokenizer.encode(text, add_special=False)
+        return ids[0] if len(ids) == 1 and not tokenizer.piece(ids[0], skip_special=True) else None
 
     def with_adapters(self, name: str, adapters: Mapping[str, float]) -> "Served":
         """Return a view of the model in which these adapters act, by this name."""

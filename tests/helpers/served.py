@@ -79,7 +79,7 @@ class ScriptedDecoder(FakeDecoder):
         else:
             answer = next((answer for part, answer in self.script.items() if part in prompt), "Hello!")
         n_said = len(ids) - len(self.tokenizer.encode(prompt + BEGIN))
-        return [*self.tokenizer.encode(answer), *self.tokenizer.stop_ids][n_said]
+        return [*self.tokenizer.encode(answer)[n_said : n_said + 1], *self.tokenizer.stop_ids][0]
 
 
 def scripted(

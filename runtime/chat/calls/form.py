@@ -5,6 +5,7 @@ from functools import cached_property
 
 from gguf_run.formats.frozen import frozen
 
+# Patterns never go back into white space (*+): a model may write a lot of it.
 _WORDS = {"$name": r'(?P<name>[^\s"<>{}\[\]|]*)', "$key": r'(?P<key>[^<>"]*)', "$id": r'[^\s"<>{}\[\]|]*'}
 
 
@@ -47,12 +48,12 @@ class Form:
     @cached_property
     def next(self) -> re.Pattern[str]:
         """What a further call begins with."""
-        return _pattern(r"(?:[,;]|\Z)?\s*" + _atoms(self.head), self._then())
+        return _pattern(r"(?:[,;]|\Z)?\s*+" + _atoms(self.head), self._then())
 
     @cached_property
     def object(self) -> re.Pattern[str]:
         """The first name in the object of a call."""
-        return _pattern(rf'[,;]?\s*{self._before()}{_atoms("{ ")}(?:"|\Z)(?P<key>[^"\\]*)', '"')
+        return _pattern(rf'[,;]?\s*+{self._before()}{_atoms("{ ")}(?:"|\Z)(?P<key>[^"\\]*)', '"')
 
     @cached_property
     def argument(self) -> re.Pattern[str]:
@@ -63,21 +64,21 @@ class Form:
 
     def _before(self) -> str:
         texts = self.openers or (self.begin.rstrip("[ "), "")
-        return f"(?:{'|'.join(map(_atoms, texts))})" + (r"\s*\[?\s*" if self.has_objects else r"\s*")
+        return f"(?:{'|'.join(map(_atoms, texts))})" + (r"\s*+\[?\s*+" if self.has_objects else r"\s*+")
 
     def _then(self) -> str:
-        return r"\s*(?=<)" if self.key else r"\s*(?=\{)"
+        return r"\s*+(?=<)" if self.key else r"\s*+(?=\{)"
 
 
 def _atoms(text: str) -> str:
     """Return a pattern of a text that also matches its beginning, if the answer has not come further."""
     pieces = re.findall(r"\$(?:name|key|id)|\s+|.", text)
-    return "".join(_WORDS.get(p) or (r"\s*" if p.isspace() else rf"(?:{re.escape(p)}|\Z)") for p in pieces)
+    return "".join(_WORDS.get(p) or (r"\s*+" if p.isspace() else rf"(?:{re.escape(p)}|\Z)") for p in pieces)
 
 
 def _pattern(atoms: str, then: str, last: str = "") -> re.Pattern[str]:
     """Return a pattern whose group "done" is None where the answer has not come as far as `then`."""
-    return re.compile(rf"\s*{atoms}(?:(?P<done>{then})|\s*{last}\Z)")
+    return re.compile(rf"\s*+{atoms}(?:(?P<done>{then})|\s*+{last}\Z)")
 
 
 _OBJECT, _TAIL = '{"name": "$name", "arguments": ', "}"

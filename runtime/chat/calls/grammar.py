@@ -13,9 +13,10 @@ TokenId = Callable[[str], int | None]
 # Spaces as Python writes them, which templates show. What llguidance cannot enforce of a schema is not enforced.
 _STYLE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?", "lenient": True}
 _SPACE = r"/[ \n]{0,3}/"
-# Any value in Gemma's form.
-_ANY = '(string | %json {"type": ["number", "boolean", "null"]} | list | object)'
-_ANY_RULES = 'list: "[" (ANY ("," ANY)*)? "]"\nobject: "{" (KEY ":" ANY ("," KEY ":" ANY)*)? "}"\nKEY: /[A-Za-z_]\\w*/'
+_ANY = r"""any: string | %json {"type": ["number", "boolean", "null"]} | list | object
+list: "[" (any ("," any)*)? "]"
+object: "{" (NAME ":" any ("," NAME ":" any)*)? "}"
+NAME: /[A-Za-z_][A-Za-z0-9_]*/"""  # values in Gemma's form
 _DEEPEST = 4  # level of a value of Gemma's that follows its schema
 
 
@@ -31,7 +32,7 @@ class CallGrammar:
         self._form, self._token_id, self._tag, self._is_open = form, token_id, tag, is_open
         self._rules = ["TEXT: /(?s:.*)/", f"FIRST: /(?s:.*)/ & ~/{re.escape(tag or '')}(?s:.*)/"]
         if form.quote:
-            self._rules += [f"string: {self._literal(form.quote)} {self._until(form.quote)}", *_ANY_RULES.split("\n")]
+            self._rules += [f"string: {self._literal(form.quote)} {self._until(form.quote)}", _ANY]
         write = self._text_arguments if form.key else self._quoted if form.quote else self._json
         self._arguments = {name: self._rule(write(schema)) for name, schema in tools.items()}
 
@@ -47,7 +48,8 @@ class CallGrammar:
             final = f"{self._literal('<|channel|>final<|message|>')} TEXT"
             return self._grammar(f"{self._think()} ({final} | {self._calls(False)})")
         trigger = self._form.triggers[0]
-        calls = self._calls(parallel, trigger)
+        # Behind a call that ends with its own mark, text may follow that begins like the next call.
+        calls = self._calls(parallel and trigger not in (self._form.between or ""), trigger)
         more = f"({self._until(trigger)} {calls})* TEXT" if parallel else ""
         body = more or f"(TEXT | {self._until(trigger)} {calls})"
         if self._tag is None:
@@ -58,7 +60,7 @@ class CallGrammar:
         return self._grammar(f"{self._think()[1:-2]} {body} | FIRST | {self._until(trigger, 'FIRST')} {calls} {more}")
 
     def _grammar(self, start: str) -> str:
-        return "\n".join([f"start: {start}", *self._rules]).replace("ANY", _ANY)
+        return "\n".join([f"start: {start}", *self._rules])
 
     def _rule(self, body: str, options: str = "") -> str:
         self._rules.append(f"r{len(self._rules)}{options}: {body}")
@@ -112,7 +114,7 @@ class CallGrammar:
         if one_of := choices(schema):
             return _one_of(self._literal(f"{quote}{v}{quote}" if isinstance(v, str) else json.dumps(v)) for v in one_of)
         if depth > _DEEPEST or not types:
-            return "ANY"
+            return "any"
         found = ["string"] if "string" in types else []
         if "array" in types:
             item = self._rule(self._quoted(schema.get("items"), depth + 1))

@@ -16,11 +16,14 @@ class Reader:
     def __init__(self) -> None:
         self.text = ""  # what is not read yet
         self.is_ended = False
+        self.is_plain = False  # the rest is text
         self._parts: list[Part] = []
         self._steps = self.answer()
 
     def push(self, text: str, /) -> list[Part]:
         """See Splitter."""
+        if self.is_plain:
+            return [Part("text", text)] if text else []
         self.text += text
         next(self._steps, None)
         parts, self._parts = self._parts, []
@@ -52,15 +55,17 @@ class Reader:
 
         The mark is not read. trim: nor is white space before it.
         """
+        starts = {mark[0] for mark in marks}
         while True:
-            at, mark = min(((self.text.find(mark), mark) for mark in marks if mark in self.text), default=(-1, ""))
-            if mark or self.is_ended:
-                before = self.text[:at] if mark else self.text
-                give(self.drop(len(before.rstrip() if mark and trim else before)))
+            at, mark = len(self.text), ""
+            if not starts.isdisjoint(self.text):
+                at, mark = min(((self.text.find(one), one) for one in marks if one in self.text), default=(at, ""))
+                begun = (n for one in marks for n in range(1, len(one)) if self.text.endswith(one[:n]))
+                at -= 0 if mark or self.is_ended else max(begun, default=0)
+            is_last = self.is_ended and not mark
+            give(self.drop(len(self.text[:at].rstrip()) if trim and marks and not is_last else at))
+            if mark or is_last:
                 return mark
-            n_held = max((n for mark in marks for n in range(1, len(mark)) if self.text.endswith(mark[:n])), default=0)
-            free = self.text[: len(self.text) - n_held]
-            give(self.drop(len(free.rstrip() if marks and trim else free)))
             yield
 
     def one_of(self, marks: tuple[str, ...]) -> Generator[None, None, str]:

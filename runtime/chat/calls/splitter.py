@@ -28,6 +28,7 @@ class AnswerSplitter(Reader):
     def __init__(self, form: Form, tag: str | None, tools: Mapping[str, Any]) -> None:
         super().__init__()
         self._form, self._tag, self._tools = form, tag, tools
+        self._n_looked = 0  # characters that are no call, whatever is in them
         self._say, self._argue = partial(self.give, "text"), partial(self.give, "arguments")
 
     def answer(self) -> Steps:
@@ -42,7 +43,8 @@ class AnswerSplitter(Reader):
             yield from self._messages()
         elif self._tools:
             yield from self._calls()
-        yield from self.until((), self._say)
+        self._say(self.drop(len(self.text)))
+        self.is_plain = True
 
     def _calls(self) -> Steps:
         """Read text and calls, up to the end of the answer; or calls alone, if they must begin it."""
@@ -56,11 +58,12 @@ class AnswerSplitter(Reader):
             elif form.openers:
                 return
             else:  # it only looks like a call
-                self._say(self.drop(len(self.text) - len(self.text.lstrip()) + 1))
+                self._say(self.drop(max(self._n_looked, len(self.text) - len(self.text.lstrip()) + 1)))
 
     def _call(self, pattern: re.Pattern[str]) -> Generator[None, None, bool]:
         """Read a call; False if there is none, and nothing is read. pattern: how it begins."""
         found = yield from self.match(pattern)
+        self._n_looked = 0
         if not found:
             return (yield from self._object()) if self._form.has_objects else False
         if found["name"] not in self._tools:
@@ -90,7 +93,8 @@ class AnswerSplitter(Reader):
             self.give("call", name)
             self._argue(arguments)
             return True
-        self.text = before + "".join(held) + self.text
+        looked = before + "".join(held)
+        self.text, self._n_looked = looked + self.text, len(looked)
         return False
 
     def _marks(self, text: str) -> Steps:

@@ -15,7 +15,7 @@ def schemas(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:
 
 
 def field(schema: Any, name: str, kind: type) -> Any:
-    """Return a field of a schema; an empty value of its kind if it is missing or of another kind: schemas are hostile."""
+    """Return a field of a schema; an empty value of a kind if it has another one: a schema may hold anything."""
     value = schema.get(name) if isinstance(schema, dict) else None
     return value if isinstance(value, kind) else kind()
 

@@ -1,0 +1,212 @@
+"""Anthropic's API: /v1/messages and /v1/messages/count_tokens."""
+
+from collections.abc import AsyncIterator, Sequence
+from secrets import token_hex
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from gguf_run.runtime.serve.answers import Answers, Usage
+from gguf_run.runtime.serve.ask import Ask, Objects, ask_of, body_of
+from gguf_run.runtime.serve.errors import HttpError
+from gguf_run.runtime.serve.http import in_thread, json_response, read_json, sse, stream, whole_answers
+
+# Claude Code begins the system message with a line of this name, which is another one in each request: the cache would
+# never know the rest.
+_BILLING = "x-anthropic-billing-header"
+_SAME = ("model", "stream", "max_tokens", "temperature", "top_p", "top_k")  # fields that OpenAI's API has, too
+_STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+# Kind of an event: how a block of it begins, the type of its deltas, and their field.
+_BLOCKS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "text": ({"type": "text", "text": ""}, "text_delta", "text"),
+    "reasoning": ({"type": "thinking", "thinking": "", "signature": ""}, "thinking_delta", "thinking"),
+    "arguments": ({}, "input_json_delta", "partial_json"),
+}
+
+
+class _Block(Struct):
+    type: str
+    text: str = ""
+    thinking: str = ""
+    id: str | None = None  # of a call
+    name: str = ""
+    input: dict[str, Any] | None = None
+    tool_use_id: str | None = None  # of a result
+    content: "str | list[_Block] | None" = None
+
+
+class _Message(Struct):
+    role: str
+    content: str | list[_Block]
+
+
+class _Body(Struct):
+    messages: list[_Message]
+    system: str | list[_Block] | None = None
+    tools: Objects | None = None
+    tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+    output_config: dict[str, Any] | None = None
+    stop_sequences: list[str] | None = None
+
+
+async def messages(request: Request) -> Response:
+    """Answer a conversation."""
+    json = await read_json(request)
+    if json.get("max_tokens") is None:
+        raise HttpError(400, "max_tokens is missing: say how many tokens the answer may have")
+    ask = _ask(request, json)
+    if ask.is_stream:
+        return await stream(request, ask, _chunks, lambda error: sse(error.body("anthropic"), "error"))
+    answers, (whole,) = await whole_answers(request, ask)
+    content = [{"type": "thinking", "thinking": whole.reasoning, "signature": ""}] if whole.reasoning else []
+    content += [{"type": "text", "text": whole.text}] if whole.text else []
+    content += [{**_call(name), "input": arguments_of(arguments)} for name, arguments in whole.calls]
+    stop, usage = _stop(answers, whole.finish), _usage(answers.usage)
+    return json_response({**_message(answers), "content": content, **stop, "usage": usage})
+
+
+async def count_tokens(request: Request) -> Response:
+    """Return how many tokens the prompt of a conversation has."""
+    ask = _ask(request, await read_json(request))
+    async with request.app.state.server.registry.use(ask.model) as served:
+        arguments = ask.messages, ask.tools or None, ask.template_options
+        ids = await in_thread(request, served.model.tokenize_chat, *arguments)
+    return json_response({"input_tokens": len(ids)})
+
+
+def arguments_of(text: str) -> dict[str, Any]:
+    """Return the arguments of a call. A text that is no object, as the model broke off or erred, is one argument."""
+    try:
+        return msgspec.json.decode(text or "{}", type=dict[str, Any])
+    except msgspec.MsgspecError:
+        return {"arguments": text}
+
+
+def _ask(request: Request, json: dict[str, Any]) -> Ask:
+    """Return what a body asks for. HttpError 400 names what is wrong."""
+    given: _Body = body_of(json, _Body)
+    if not given.messages or given.messages[-1].role == "assistant":
+        raise HttpError(400, "messages must end with one of the user: an answer that is begun cannot be gone on with")
+    body: dict[str, Any] = {name: json[name] for name in _SAME if name in json}
+    system = _text(given.system or "", "system").split("\n")
+    text = "\n".join(line for line in system if not line.startswith(_BILLING))
+    body["messages"] = [{"role": "system", "content": text}] if text.strip() else []
+    for i, message in enumerate(given.messages):
+        body["messages"] += _messages(message, f"messages[{i}].content")
+    body["tools"] = [
+        {"type": "function", "function": {**tool, "parameters": tool.get("input_schema")}}
+        for tool in given.tools or []
+        if tool.get("type") in (None, "custom")  # others run at Anthropic's
+    ]
+    if choice := given.tool_choice:
+        kind = str(choice.get("type"))
+        body["tool_choice"] = {"any": "required", "tool": {"function": {"name": choice.get("name")}}}.get(kind, kind)
+        body["parallel_tool_calls"] = not choice.get("disable_parallel_tool_use")
+    body["stop"], config = given.stop_sequences, given.output_config or {}
+    body["reasoning_effort"], form = config.get("effort"), config.get("format")
+    if isinstance(form, dict):
+        body["response_format"] = {"type": form.get("type"), "json_schema": {"schema": form.get("schema")}}
+    if given.thinking:
+        body["chat_template_kwargs"] = {"enable_thinking": given.thinking.get("type") != "disabled"}
+    return ask_of(body, request.scope.get("gguf_run.salt", ""))
+
+
+def _messages(message: _Message, place: str) -> Objects:
+    """Return a message in OpenAI's form: results of tools are messages of their own."""
+    if isinstance(message.content, str):
+        return [{"role": message.role, "content": message.content}]
+    found: Objects = []
+    texts, calls, reasoning = [], [], ""
+    for i, block in enumerate(message.content):
+        match block.type:
+            case "tool_result":
+                text = _text(block.content or "", f"{place}[{i}].content")
+                found.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": text})
+            case "tool_use":
+                function = {"name": block.name, "arguments": block.input}
+                calls.append({"id": block.id, "type": "function", "function": function})
+            case "thinking":
+                reasoning += block.thinking
+            case "redacted_thinking":
+                pass
+            case _:
+                texts.append(_text([block], place, i))
+    if texts or calls or reasoning:
+        own = {"role": message.role, "content": "\n".join(texts)}
+        own |= ({"tool_calls": calls} if calls else {}) | ({"reasoning_content": reasoning} if reasoning else {})
+        found.append(own)
+    return found
+
+
+def _text(content: str | Sequence[_Block], place: str, first: int = 0) -> str:
+    """Return the text of content. first: the number of its first block, for the error of one that is no text."""
+    if isinstance(content, str):
+        return content
+    for i, block in enumerate(content, first):
+        if block.type != "text":
+            raise HttpError(
+                400, f"{place}[{i}].type is {block.type!r:.40}; allowed: text, the model reads nothing else"
+            )
+    return "\n".join(block.text for block in content)
+
+
+def _message(answers: Answers) -> dict[str, Any]:
+    """Return the fields of an answer that are known when it begins."""
+    model = answers.ask.model or answers.served.name
+    return {"id": "msg_" + token_hex(12), "type": "message", "role": "assistant", "model": model}
+
+
+def _call(name: str) -> dict[str, Any]:
+    return {"type": "tool_use", "id": "toolu_" + token_hex(12), "name": name, "input": {}}
+
+
+def _stop(answers: Answers, finish: str) -> dict[str, Any]:
+    text = answers.stop_string(0) if finish == "stop" else ""
+    return {"stop_reason": "stop_sequence" if text else _STOP_REASONS[finish], "stop_sequence": text or None}
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "input_tokens": usage.n_prompt - usage.n_cached,
+        "cache_read_input_tokens": usage.n_cached,
+        "cache_creation_input_tokens": 0,
+        "output_tokens": usage.n_decoded,
+    }
+
+
+async def _chunks(answers: Answers) -> AsyncIterator[bytes]:
+    ping = sse({"type": "ping"}, "ping")
+    start = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": _usage(answers.usage)}
+    yield sse({"type": "message_start", "message": {**_message(answers), **start}}, "message_start") + ping
+    index, kind = -1, ""  # of the block that is open
+    async for events in answers:
+        chunks = [] if events else [ping]
+        for event in events:
+            if event.kind == "call" or event.kind not in (kind, "arguments"):
+                if kind:
+                    chunks.append(sse({"type": "content_block_stop", "index": index}, "content_block_stop"))
+                kind = event.kind
+                if kind != "end":
+                    index += 1
+                    block = _call(event.text) if kind == "call" else _BLOCKS[kind][0]
+                    begin = {"type": "content_block_start", "index": index, "content_block": block}
+                    chunks.append(sse(begin, "content_block_start"))
+            if event.kind in _BLOCKS:
+                _, name, field = _BLOCKS[event.kind]
+                delta = {"type": "content_block_delta", "index": index, "delta": {"type": name, field: event.text}}
+                chunks.append(sse(delta, "content_block_delta"))
+            elif event.kind == "end":
+                end = {"type": "message_delta", "delta": _stop(answers, event.text), "usage": _usage(answers.usage)}
+                chunks.append(sse(end, "message_delta") + sse({"type": "message_stop"}, "message_stop"))
+        yield b"".join(chunks)
+
+
+routes = [
+    Route("/v1/messages", messages, methods=["POST"]),
+    Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
+]
