@@ -1,54 +1,25 @@
 """gguf-bench: how fast models run on this machine, and how near that comes to what the machine can do."""
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import islice, product
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from gguf_run.formats.errors import OptionError
-from gguf_run.runtime.cli import complete
-from gguf_run.runtime.cli.common import tool
+from gguf_run.runtime.cli import bench_serve, complete
+from gguf_run.runtime.cli.common import Command, tool
+from gguf_run.runtime.cli.numbers import MAX_TESTS, MOST, parse_values
 from gguf_run.runtime.cli.options import ROTATION
 from gguf_run.runtime.terminal.progress import progress
 
 if TYPE_CHECKING:
     from gguf_run.runtime.bench.bench import Case
 
-MAX_TESTS = 10_000
-_MOST = 2**31 - 1
 _FORMATS = ("md", "csv", "json", "jsonl")
-
-
-def parse_values(option: str, texts: Sequence[str], lowest: int, highest: int = _MOST) -> list[int]:
-    """Return the numbers that an option names: "8", "1,2,4", "1-8", "128-512+128" or "1-64*2".
-
-    texts: one for each use of the option. OptionError for anything else, and for numbers below lowest or above highest.
-    """
-    values: list[int] = []
-    for part in (part for text in texts for part in text.split(",")):
-        match = re.fullmatch(r"\s*(\d{1,10})(?:-(\d{1,10})(?:([+*])(\d{1,10}))?)?\s*", part)
-        if match is None:
-            raise OptionError(
-                f"{option} {part!r}: must be numbers or ranges with commas between them: 512, 1-8, 128-512+128, 1-64*2"
-            )
-        first, last, sign, step = int(match[1]), int(match[2] or match[1]), match[3], int(match[4] or 1)
-        if last < first or (first * step if sign == "*" else first + step) <= first < last:
-            raise OptionError(f"{option} {part!r}: this range never reaches its end")
-        if first == last:
-            values.append(first)
-        elif sign == "*":
-            values += [value for i in range(last.bit_length()) if (value := first * step**i) <= last]
-        else:
-            values += range(first, last + 1, step)[: MAX_TESTS + 1]
-        if not (lowest <= first and last <= highest) or len(values) > MAX_TESTS:
-            raise OptionError(
-                f"{option} {part!r}: allowed are {lowest} to {highest}, at most {MAX_TESTS} numbers in all"
-            )
-    return values
 
 
 def _pairs(texts: Sequence[str]) -> list[tuple[int, int]]:
@@ -84,13 +55,29 @@ _numbers = partial(click.option, multiple=True, metavar="N,...")
 _types = partial(click.option, multiple=True, metavar="TYPE,...", shell_complete=complete.cache_types)
 
 
+class _Bench(Command):
+    """gguf-bench MODEL..., or, by its first word, another command. A file that has this name is ./serve."""
+
+    commands: Mapping[str, click.Command] = MappingProxyType({"serve": bench_serve.main})
+
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> click.Context:
+        if args and (command := self.commands.get(args[0])):
+            return command.make_context(f"{info_name} {args[0]}", args[1:], *rest, **extra)
+        return super().make_context(info_name, args, *rest, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
+
+
 @tool(
     "gguf-bench",
+    _Bench,
     examples=(
         "gguf-bench model.gguf",
         "gguf-bench q4.gguf q8.gguf -p 128-512*2 -n 64 -r 3",
         "gguf-bench model.gguf -t 1,2,4 -d 0,8192 -ct f16,q8_0",
         "gguf-bench model.gguf -o csv > speed.csv",
+        "gguf-bench serve http://127.0.0.1:8080 --clients 1,4,16",
     ),
 )
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...", shell_complete=complete.models)
@@ -132,7 +119,8 @@ def main(
     between them, and ranges: 1-8, 128-512+128, 1-64*2; tests run in all combinations. The last column compares with the
     most that this machine can do: the speeds of its memory and of its int8 instructions are measured in the same run.
 
-    MODEL is a GGUF file or hf:owner/repo[:Q4_K_M].
+    MODEL is a GGUF file or hf:owner/repo[:Q4_K_M]. The word `serve` in its place measures a running server:
+    gguf-bench serve --help.
     """
     if delay != delay:
         raise OptionError("--delay nan: allowed are numbers of seconds from 0")
@@ -205,6 +193,6 @@ def _cases(models: Sequence[str], given: Mapping[str, Any]) -> "list[Case]":
     if len(cases) > MAX_TESTS:
         raise OptionError(f"the options make more than {MAX_TESTS} tests: give fewer values")
     for case in cases:
-        if case.n_ctx > _MOST:
-            raise OptionError(f"{case}: a context of {case.n_ctx} tokens; at most {_MOST} are allowed")
+        if case.n_ctx > MOST:
+            raise OptionError(f"{case}: a context of {case.n_ctx} tokens; at most {MOST} are allowed")
     return cases

@@ -15,7 +15,7 @@ from gguf_run.runtime.engine.reply import Request
 from gguf_run.runtime.engine.sequence import Job
 from gguf_run.runtime.engine.sequence import Sequence as Answering
 from gguf_run.runtime.sampling.choice import TokenLogprob
-from gguf_run.runtime.serve.ask import Ask
+from gguf_run.runtime.serve.ask import MOST_ANSWERS, Ask, texts_of
 from gguf_run.runtime.serve.errors import HttpError, too_long
 from gguf_run.runtime.serve.registry import Served
 
@@ -26,7 +26,7 @@ _FINISH = {"stop": "stop", "length": "length", "context": "length"}
 class Event(Struct, gc=False):
     """A piece of one answer."""
 
-    choice: int  # number of the answer
+    choice: int  # number of the answer: those to the first prompt come first
     kind: str  # of a Part: see answer_parts.py; or "end", of which the text is "stop", "length" or "tool_calls"
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -46,16 +46,17 @@ class Usage(Struct):
 class Answers:
     """The answers to one ask while they are made. `async for` gives lists of events; [] means: still at work."""
 
-    def __init__(self, served: Served, ask: Ask, ids: Sequence[int], splitters: Sequence[Splitter | None]) -> None:
-        self.served, self.ask, self.n_prompt = served, ask, len(ids)
+    def __init__(self, served: Served, ask: Ask, n_prompt: int, splitters: Sequence[Splitter | None]) -> None:
+        """n_prompt: tokens of all prompts. splitters: of each answer."""
+        self.served, self.ask, self.n_prompt = served, ask, n_prompt
         self.sequences: list[Answering] = []
         self.prompt = ""  # the text of a chat's prompt
         self.note = ""  # for the log
         self.is_closed = self.is_finished = False  # closed: nobody wants more; finished: all have come to their ends
         self.n_reasoning = 0
-        self.has_calls = [False] * ask.n
+        self.has_calls = [False] * len(splitters)
         self._splitters = splitters
-        self._held: list[tuple[TokenLogprob, ...]] = [()] * ask.n  # of text that a splitter holds back
+        self._held: list[tuple[TokenLogprob, ...]] = [()] * len(splitters)  # of text that a splitter holds back
         self._event: asyncio.Event | None = None
         self._deadline = float("inf")  # by time.monotonic
 
@@ -67,21 +68,22 @@ class Answers:
         """
         model, family, prompt = served.model, served.family, ""
         if ask.messages is None:
-            ids = model.prompt_ids(ask.prompt)
+            prompts = _prompts(served, ask)
         else:
             prompt = model.chat_prompt(ask.messages, ask.tools or None, ask.template_options)
-            ids = model.tokenizer.encode_chat(prompt)
-        if len(ids) > model.engine.n_ctx:
-            raise too_long(len(ids), model.engine.n_ctx)
+            prompts = [model.tokenizer.encode_chat(prompt)]
+        if (longest := max(map(len, prompts))) > model.engine.n_ctx:
+            raise too_long(longest, model.engine.n_ctx)
         is_chat = ask.messages is not None
-        splitters = [family.splitter(prompt, ask.tools) if is_chat else None for _ in range(ask.n)]
-        answers = cls(served, ask, ids, splitters)
+        splitters = [family.splitter(prompt, ask.tools) if is_chat else None for _ in range(ask.n * len(prompts))]
+        answers = cls(served, ask, sum(map(len, prompts)), splitters)
         answers.prompt = prompt
-        request = Request.of(ids, {**ask.options, "salt": ask.salt, "adapters": served.adapters})
+        request = Request.of((), {**ask.options, "salt": ask.salt, "adapters": served.adapters})
         request = replace(request, skip_special=not (is_chat and family.shows_special))
         try:
-            for i in range(ask.n):
-                answers.sequences.append(model.engine.add(answers._nth(request, i)))
+            for ids in prompts:
+                for i in range(ask.n):
+                    answers.sequences.append(model.engine.add(answers._nth(replace(request, ids=ids), i)))
         except BaseException:
             answers.close()
             raise
@@ -122,7 +124,7 @@ class Answers:
         assert runner is not None
         event = self._event = runner.listen(jobs)
         clock = asyncio.create_task(self._tick())
-        open_jobs, told_at = dict(enumerate(jobs)), time.monotonic()
+        open_jobs, told_at, has_told = dict(enumerate(jobs)), time.monotonic(), False
         try:
             while open_jobs and not self.is_closed:
                 event.clear()
@@ -135,9 +137,13 @@ class Answers:
                         job.raise_error()
                         del open_jobs[i]
                 self.is_finished = not open_jobs
-                if events or time.monotonic() - told_at >= QUIET_S:
+                now = time.monotonic()
+                if events and has_told:
+                    self.served.counts.gaps.add(now - told_at)
+                has_told = has_told or bool(events)
+                if events or now - told_at >= QUIET_S:
+                    told_at = now
                     yield events
-                    told_at = time.monotonic()
                 elif open_jobs:
                     await event.wait()
         finally:
@@ -179,12 +185,13 @@ class Answers:
     def usage(self) -> Usage:
         """What the answers have cost so far."""
         jobs: list[Job] = [sequence.job for sequence in self.sequences]
+        firsts = jobs[:: self.ask.n]  # of each prompt
         return Usage(
             self.n_prompt,
-            max(0, min(self.n_prompt, jobs[0].n_reused)),
+            sum(max(0, min(job.n_prompt, job.n_reused)) for job in firsts),
             sum(len(job.reply.tokens) for job in jobs),
             self.n_reasoning,
-            jobs[0].prefill_s,
+            sum(job.prefill_s for job in firsts),
             sum(job.decode_s for job in jobs),
         )
 
@@ -203,7 +210,20 @@ class Answers:
             self.is_closed = True
             for sequence in self.sequences:
                 sequence.close()
+            self.served.counts.ended([sequence.job for sequence in self.sequences], self.served.model.engine.clock())
             self._wake()
+
+
+def _prompts(served: Served, ask: Ask) -> list[list[int]]:
+    """Return the ids of the prompts of an ask without messages."""
+    texts, model = texts_of(ask.prompt), served.model
+    if ask.n * len(texts) > MOST_ANSWERS:
+        raise HttpError(400, f"{len(texts)} prompts with n {ask.n} are too many: at most {MOST_ANSWERS} answers")
+    if ask.suffix is None:
+        return [model.prompt_ids(text) for text in texts]
+    if not all(isinstance(text, str) for text in texts):
+        raise HttpError(400, "suffix is given, and the prompt is ids of tokens: allowed with suffix are texts")
+    return [model.tokenizer.encode_gap(text, ask.suffix) for text in texts]
 
 
 class Whole:

@@ -15,6 +15,7 @@ from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.serve.errors import HttpError
 
 MOST_CHOICES = 32  # `n`
+MOST_ANSWERS = 128  # to all prompts of a request
 MOST_STOPS, MOST_STOP = 16, 1000  # stop strings, and characters of one
 MOST_LOGPROBS = 20
 MOST_BIASES = 1024
@@ -26,6 +27,7 @@ _SAME = {"repetition_penalty": "repeat_penalty"}  # vLLM's name: ours
 _RESERVED = {"messages", "tools", "documents", "bos_token", "eos_token", "add_generation_prompt", "chat_template"}
 Count = Annotated[int, Meta(ge=0, le=MOST_TOKENS)]
 Objects = list[dict[str, Any]]
+Texts = str | list[str | int | list[int]]  # a text, the ids of one, or a list of either
 
 
 @frozen(eq=False)
@@ -34,7 +36,8 @@ class Ask:
 
     model: str | None = None
     messages: Objects | None = None  # of a chat
-    prompt: str | list[int] = ""  # to go on with, where there are no messages
+    prompt: Texts = ""  # to go on with, where there are no messages; the answers to its texts come one after the other
+    suffix: str | None = None  # the answer stands between the prompt and this text
     tools: Objects = field(default_factory=list)
     tool_choice: str = "auto"  # "none", "auto", "required", or the name of a tool
     parallel_calls: bool = True
@@ -72,7 +75,7 @@ class Body(Struct, omit_defaults=True):
 
     model: str | None = None
     messages: Objects | None = None
-    prompt: str | list[Any] | None = None  # of /v1/completions: see openai_text.py
+    prompt: Texts | None = None
     n: Annotated[int, Meta(ge=1, le=MOST_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: _Stream | None = None
@@ -106,7 +109,7 @@ def body_of(json: Any, kind: Any = Body) -> Any:
 
 
 def ask_of(json: Mapping[str, Any], salt: str = "") -> Ask:
-    """Return what a body asks for, but its prompt, where it is one of /v1/completions.
+    """Return what a body asks for.
 
     salt: of the client's key. HttpError 400 names what is wrong.
     """
@@ -115,6 +118,8 @@ def ask_of(json: Mapping[str, Any], salt: str = "") -> Ask:
     return Ask(
         model=body.model,
         messages=body.messages,
+        prompt=body.prompt or "",
+        suffix=body.suffix,
         tools=tools,
         tool_choice=_choice(body.tool_choice, tools),
         parallel_calls=body.parallel_tool_calls is not False,
@@ -126,6 +131,12 @@ def ask_of(json: Mapping[str, Any], salt: str = "") -> Ask:
         is_stream=bool(body.stream),
         wants_usage=bool(body.stream_options and body.stream_options.include_usage),
     )
+
+
+def texts_of(given: Texts) -> list[Any]:
+    """Return the texts, or their ids, that a field gives. Model.prompt_ids checks each of them."""
+    is_one = isinstance(given, str) or not given or any(isinstance(one, int) for one in given)
+    return [given] if is_one else [*given]
 
 
 def _options(json: Mapping[str, Any], body: Body) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def _message(whole: Whole) -> dict[str, Any]:
 
 async def _chunks(answers: Answers) -> AsyncIterator[bytes]:
     shared = frame(answers, "chatcmpl-", "chat.completion.chunk")
-    head = b"data: " + encode(shared)[:-1] + b',"choices":[{"index":%d,"delta":'
+    head = chunk_head(shared) + b',"delta":'
     tail = b',"finish_reason":null}]}\n\n'
     tokenizer, n_calls = answers.served.model.tokenizer, [0] * answers.ask.n
     for i in range(answers.ask.n):
@@ -105,12 +105,19 @@ async def _chunks(answers: Answers) -> AsyncIterator[bytes]:
                 end = b',"logprobs":' + encode(chat_logprobs(tokenizer, event.logprobs)) + end
             chunks.append(head % event.choice + encode(delta) + end)
         yield b"".join(chunks)
-    if not answers.is_finished:
-        return
-    if answers.ask.wants_usage:
-        counts = {"usage": usage_json(answers.usage), "timings": timings(answers.usage)}
-        yield sse({**shared, "choices": [], **counts})
-    yield DONE
+    if answers.is_finished:
+        yield last_chunk(answers, shared)
+
+
+def chunk_head(shared: dict[str, Any]) -> bytes:
+    """Return the start of all chunks, up to the number of the choice, which `%` puts in."""
+    return b"data: " + encode(shared)[:-1].replace(b"%", b"%%") + b',"choices":[{"index":%d'
+
+
+def last_chunk(answers: Answers, shared: dict[str, Any]) -> bytes:
+    """Return the end of a stream: the counts, if they were asked for, and its last line."""
+    counts = {"usage": usage_json(answers.usage), "timings": timings(answers.usage)}
+    return (sse({**shared, "choices": [], **counts}) if answers.ask.wants_usage else b"") + DONE
 
 
 def error_chunk(error: HttpError) -> bytes:

@@ -97,6 +97,18 @@ class Tokenizer:
         ids = self.encode(prompt, add_special=False)
         return [*self._vocab.before, *ids] if self.add_bos and ids[:1] != [self.bos] else ids
 
+    def encode_gap(self, start: str, end: str) -> list[int]:
+        """Return the ids of a prompt whose answer fills the gap between two texts, as llama.cpp writes it.
+
+        Names of control tokens in the texts are text. UnsupportedError if the vocabulary has no tokens for this.
+        """
+        if not self._vocab.fim:
+            raise UnsupportedError("this model fills no gaps: its vocabulary lacks fim_pre, fim_suf or fim_mid")
+        before_start, before_end, before_answer = self._vocab.fim
+        texts = [self.encode(text, add_special=False, parse_special=False) for text in (start, end)]
+        before = self._vocab.before if self.add_bos else ()
+        return [*before, before_start, *texts[0], before_end, *texts[1], before_answer]
+
     def encode_inside(self, text: str) -> list[int]:
         """Return the ids of a text that goes on another one: nothing is put before it, and it has no control tokens."""
         parts = self._user_defined.split(text)

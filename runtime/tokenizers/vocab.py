@@ -61,6 +61,7 @@ _ROLES = (
     _Role("fim_rep", ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"), True),
     _Role("fim_sep", ("<|file_sep|>",), True),
 )  # fmt: skip
+_FIM = ("fim_pre", "fim_suf", "fim_mid")
 
 
 @frozen
@@ -88,6 +89,7 @@ class Vocab:
     unknown: int | None  # stands for text that the vocabulary cannot express
     stop_ids: frozenset[int]  # all tokens that end an answer
     never_ids: tuple[int, ...]  # tokens that an answer must not have
+    fim: tuple[int, ...]  # stand before the start of a text with a gap, before its end, and before the gap's text
     add_bos: bool  # the model wants BOS before a text
     add_eos: bool  # the model wants EOS after a text
 
@@ -123,6 +125,7 @@ def read_vocab(metadata: Mapping[str, Any], defaults: Defaults) -> Vocab:
         unknown=_id(metadata, "unknown", len(tokens), defaults.unknown),
         stop_ids=frozenset(stop_ids),
         never_ids=_ids(metadata, "suppress_tokens", len(tokens)),
+        fim=tuple(roles[key] for key in _FIM) if roles.keys() >= {*_FIM} else (),
         add_bos=read_bool(metadata, "add_bos_token", defaults.add_bos),
         add_eos=read_bool(metadata, "add_eos_token", defaults.add_eos),
     )

@@ -29,10 +29,11 @@ def commands_in(text: str) -> Iterator[tuple[str, list[str]]]:
     code = re.findall(r"```\w*\n(.*?)```|`([^`\n]+)`", text, re.DOTALL)
     for line in (line for block in code for line in "".join(block).replace("\\\n", " ").splitlines()):
         line = re.sub(r"\"[^\"]*\"|'[^']*'|#.*", "", line)
-        for command in re.split(r"[|;&]", line):
-            if match := re.search(r"(?:^|[\s/])(gguf-\w+)((?:\s.*)?)$", command):
+        for part in re.split(r"[|;&]", line):
+            if match := re.search(r"(?:^|[\s/])(gguf-\w+)((?:\s.*)?)$", part):
                 name = match[1]
-                if isinstance(command_of(name), click.Group) and (words := match[2].split()):
+                command, words = command_of(name), match[2].split()
+                if words and (isinstance(command, click.Group) or words[0] in getattr(command, "commands", {})):
                     name = f"{name} {words[0]}"
                 yield name, re.findall(r"(?<=[\s[])--?[a-z][\w-]*", match[2])
 

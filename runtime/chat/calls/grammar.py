@@ -48,7 +48,8 @@ class CallGrammar:
             final = f"{self._literal('<|channel|>final<|message|>')} TEXT"
             return self._grammar(f"{self._think()} ({final} | {self._calls(False)})")
         trigger = self._form.triggers[0]
-        calls = self._calls(parallel, trigger)
+        # Behind a call that ends with its own mark, text may follow that begins like the next call.
+        calls = self._calls(parallel and trigger not in (self._form.between or ""), trigger)
         more = f"({self._until(trigger)} {calls})* TEXT" if parallel else ""
         body = more or f"(TEXT | {self._until(trigger)} {calls})"
         if self._tag is None:

@@ -1,0 +1,128 @@
+"""The rest of OpenAI's API, /v1/models and /v1/embeddings; and /v1/rerank, which is Jina's and Cohere's."""
+
+import asyncio
+from base64 import b64encode
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from msgspec import Meta, Struct
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from gguf_run.runtime.model import Model
+from gguf_run.runtime.serve.ask import Texts, body_of, texts_of
+from gguf_run.runtime.serve.errors import HttpError, too_long
+from gguf_run.runtime.serve.http import gone, json_response, read_json
+
+MOST_TEXTS = 2048  # of a request
+Number = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+
+
+class _Embeddings(Struct):
+    input: Texts
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Number | None = None
+
+
+class _Document(Struct):
+    text: str
+
+
+class _Rerank(Struct):
+    query: str
+    documents: list[str | _Document]
+    model: str | None = None
+    top_n: Number | None = None
+    return_documents: bool | None = None
+
+
+async def models(request: Request) -> Response:
+    """List the models, or tell of one."""
+    found, id = request.app.state.server.registry.info(), request.path_params.get("id")
+    if not id:
+        return json_response({"object": "list", "data": found})
+    for entry in found:
+        if entry["id"] == id:
+            return json_response(entry)
+    raise HttpError(404, f"model {id!r:.80} is not here: GET /v1/models lists those that are", "model_not_found")
+
+
+async def embeddings(request: Request) -> Response:
+    """Return the embedding of each text, of the length 1.
+
+    dimensions: so many numbers of each are returned, the first ones, scaled to the length 1 again. It makes sense for
+    models that were trained for it (Matryoshka embeddings); their files do not tell.
+    """
+    body: _Embeddings = body_of(await read_json(request), _Embeddings)
+
+    def embed(model: Model, text: Any) -> tuple[int, Any]:
+        ids = model.tokenize(text) if isinstance(text, str) else model.prompt_ids(text)
+        if len(ids) > model.n_ctx:
+            raise too_long(len(ids), model.n_ctx)
+        row = model.embed([ids])[0]
+        if (body.dimensions or 0) > len(row):
+            raise HttpError(400, f"dimensions is {body.dimensions}: 1 to {len(row)} are allowed")
+        row = row[: body.dimensions].astype("<f4")
+        row /= max(float(np.linalg.norm(row)), 1e-12)
+        return len(ids), b64encode(row.tobytes()).decode() if body.encoding_format == "base64" else row.tolist()
+
+    shared, found = await _each(request, body.model, texts_of(body.input), embed)
+    data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(found)]
+    return json_response({"object": "list", "data": data, **shared})
+
+
+async def rerank(request: Request) -> Response:
+    """Return the documents' probabilities to answer a query, the best first. usage: the tokens of both."""
+    body: _Rerank = body_of(await read_json(request), _Rerank)
+    texts = [one if isinstance(one, str) else one.text for one in body.documents]
+
+    def rank(model: Model, text: str) -> tuple[int, float]:
+        n = sum(len(model.tokenize(one, add_special=False)) for one in (body.query, text))
+        return n, float(model.rank(body.query, [text])[0])
+
+    shared, found = await _each(request, body.model, texts, rank)
+    results: list[dict[str, Any]] = [{"index": i, "relevance_score": score} for i, score in enumerate(found)]
+    results = sorted(results, key=lambda result: -result["relevance_score"])[: body.top_n]
+    for result in results if body.return_documents else ():
+        result["document"] = {"text": texts[result["index"]]}
+    return json_response({**shared, "results": results})
+
+
+async def _each(
+    request: Request, name: str | None, texts: Sequence[Any], work: Callable[[Model, Any], tuple[int, Any]]
+) -> tuple[dict[str, Any], list[Any]]:
+    """Return what a model makes of each text, and what the answers to both requests share.
+
+    work: returns the tokens of a text and what is made of it. It gets a thread for each text, so that prompts of others
+    come in between. It ends with the client.
+    """
+    if not 0 < len(texts) <= MOST_TEXTS:
+        raise HttpError(400, f"{len(texts)} texts: 1 to {MOST_TEXTS} are allowed")
+    server, found = request.app.state.server, []
+    watch = asyncio.ensure_future(gone(request.receive))
+    try:
+        async with server.registry.use(name) as served, asyncio.timeout(server.request_timeout or None):
+            for text in texts:
+                if watch.done():
+                    raise HttpError(499, "the client is gone")
+                loop = asyncio.get_running_loop()
+                found.append(await loop.run_in_executor(server.threads, work, served.model, text))
+    except TimeoutError:
+        raise HttpError(408, "the request took longer than --request-timeout allows", "timeout") from None
+    finally:
+        watch.cancel()
+    n = sum(n for n, _ in found)
+    usage = {"prompt_tokens": n, "total_tokens": n}
+    return {"model": name or served.name, "usage": usage}, [made for _, made in found]
+
+
+routes = [
+    Route("/v1/models", models),
+    Route("/v1/models/{id:path}", models),
+    Route("/v1/embeddings", embeddings, methods=["POST"]),
+    Route("/v1/rerank", rerank, methods=["POST"]),
+    Route("/rerank", rerank, methods=["POST"]),
+]

@@ -1,0 +1,215 @@
+"""/v1/responses, without a memory: a client sends the whole conversation each time. Start with `responses`."""
+
+from collections.abc import AsyncIterator
+from secrets import token_hex
+from typing import Any
+
+from msgspec import Struct
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from gguf_run.runtime.serve.answers import Answers, Event
+from gguf_run.runtime.serve.ask import Count, Objects, ask_of, body_of
+from gguf_run.runtime.serve.errors import HttpError
+from gguf_run.runtime.serve.http import json_response, read_json, sse, stream, whole_answers
+from gguf_run.runtime.serve.openai_chat import call_id, frame, usage_json
+
+# Fields of a request that its response repeats, with their defaults.
+_REPEATED: dict[str, Any] = {
+    "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True, "reasoning": None,
+    "temperature": None, "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": None,
+}  # fmt: skip
+# Kind of an event: type of the item that it is a part of, start of its id, name of its own events.
+_ITEMS = {
+    "text": ("message", "msg_", "output_text"),
+    "reasoning": ("reasoning", "rs_", "reasoning_text"),
+    "arguments": ("function_call", "fc_", "function_call_arguments"),
+}
+
+
+class _Item(Struct):
+    """A part of the conversation. Its type tells which fields it has."""
+
+    type: str = "message"
+    role: str | None = None
+    content: str | Objects | None = None
+    summary: Objects | None = None  # of reasoning
+    call_id: str | None = None
+    name: str | None = None  # of the function that is called
+    arguments: str | None = None
+    output: str | Any = None  # of a call
+
+
+class _Body(Struct):
+    input: str | list[_Item]
+    instructions: str | None = None
+    max_output_tokens: Count | None = None
+    text: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
+
+
+async def responses(request: Request) -> Response:
+    """Answer a conversation."""
+    json = await read_json(request)
+    ask, writer = ask_of(_chat(json), request.scope.get("gguf_run.salt", "")), _Writer(json)
+    if ask.is_stream:
+        return await stream(request, ask, writer.chunks, writer.failed)
+    answers, (whole,) = await whole_answers(request, ask)
+    writer.begin(answers)
+    calls = [part for name, arguments in whole.calls for part in (("call", name), ("arguments", arguments))]
+    for kind, text in (("reasoning", whole.reasoning), ("text", whole.text), *calls, ("end", whole.finish)):
+        if text:
+            writer.push(Event(0, kind, text))
+    return json_response(writer.response)
+
+
+def _chat(json: dict[str, Any]) -> dict[str, Any]:
+    """Return the body of a chat completion that asks for the same."""
+    for name in ("previous_response_id", "conversation", "prompt"):
+        if json.get(name):
+            raise HttpError(400, f"{name} is not supported: this server keeps nothing, send the whole conversation")
+    body: _Body = body_of(json, _Body)
+    items = [_Item(role="user", content=body.input)] if isinstance(body.input, str) else body.input
+    messages: Objects = []
+    for item in [_Item(role="system", content=body.instructions), *items] if body.instructions else items:
+        _add(messages, item)
+    if not messages:
+        raise HttpError(400, "input is empty: give a text, or at least one item")
+    return json | {
+        "messages": messages,
+        "max_completion_tokens": body.max_output_tokens,
+        "response_format": (body.text or {}).get("format"),
+        "reasoning_effort": (body.reasoning or {}).get("effort"),
+        "n": 1,
+        "logprobs": None,
+    }
+
+
+def _add(messages: Objects, item: _Item) -> None:
+    """Add an item to the messages of a chat.
+
+    Messages of one role that follow each other become one: templates want roles to take turns. Items of tools that run
+    elsewhere are left out, as these tools are.
+    """
+    if item.type == "item_reference":
+        raise HttpError(400, "input has an item_reference: this server keeps nothing, send the item itself")
+    if item.type == "function_call_output":
+        content = item.output if isinstance(item.output, str | list) else str(item.output)
+        messages.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
+    if item.type not in ("message", "reasoning", "function_call"):
+        return
+    role = item.role if item.type == "message" else "assistant"
+    role = "system" if role == "developer" else role
+    if not messages or messages[-1]["role"] != role:
+        messages.append({"role": role, "content": []})
+    message = messages[-1]
+    if item.type == "message":
+        is_text = isinstance(item.content, str)
+        message["content"] += [{"type": "text", "text": item.content}] if is_text else item.content or []
+    elif item.type == "reasoning":
+        parts = (item.summary if isinstance(item.content, str) else item.content) or item.summary or []
+        message["reasoning_content"] = message.get("reasoning_content", "") + "".join(f"{p.get('text')}" for p in parts)
+    else:
+        function = {"name": item.name, "arguments": item.arguments}
+        message.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
+
+
+class _Writer:
+    """Writes an answer as items, and the events that tell a client of them."""
+
+    def __init__(self, json: dict[str, Any]) -> None:
+        given = {name: value for name, value in json.items() if name in _REPEATED and value is not None}
+        self.response: dict[str, Any] = {**_REPEATED, **given}
+        self._n_events = 0
+        self._item: dict[str, Any] | None = None  # that is being written, and of it:
+        self._kind = ""  # of its events, see _ITEMS
+        self._texts: list[str] = []
+        self._place: dict[str, Any] = {}  # fields of its events that tell where it stands
+        self._more: dict[str, Any] = {}  # fields of the events of its text
+
+    def begin(self, answers: Answers) -> None:
+        """Make the response, which has no items yet."""
+        self._answers, shared = answers, frame(answers, "resp_", "response")
+        own = {"id": shared["id"], "object": "response", "created_at": shared["created"], "model": shared["model"]}
+        nothing = dict.fromkeys(("error", "incomplete_details", "previous_response_id", "usage"))
+        self.response |= {**own, **nothing, "status": "in_progress", "output": [], "store": False}
+
+    async def chunks(self, answers: Answers) -> AsyncIterator[bytes]:
+        """Yield the events of the answer."""
+        self.begin(answers)
+        yield self._event("created", response=self.response) + self._event("in_progress", response=self.response)
+        async for events in answers:
+            yield b"".join([self.push(event) for event in events])
+
+    def failed(self, error: HttpError) -> bytes:
+        """Return the event of an error."""
+        code = "rate_limit_exceeded" if error.status == 429 else error.code or "server_error"
+        self.response |= {"status": "failed", "error": {"code": code, "message": error.message}}
+        return self._event("failed", response=self.response)
+
+    def push(self, event: Event) -> bytes:
+        """Take the next event of the answer; return what the client is told."""
+        if event.kind == "end":
+            status = "incomplete" if event.text == "length" else "completed"
+            sent = self._close(status)
+            self.response |= {"status": status, "usage": _usage(self._answers)}
+            if status == "incomplete":
+                self.response["incomplete_details"] = {"reason": "max_output_tokens"}
+            return sent + self._event(status, response=self.response)
+        sent = b""
+        if self._item is None or event.kind != self._kind:
+            sent = self._close("completed") + self._open(event)
+        if event.kind == "call":
+            return sent
+        self._texts.append(event.text)
+        return sent + self._event(_ITEMS[event.kind][2] + ".delta", **self._place, delta=event.text, **self._more)
+
+    def _open(self, event: Event) -> bytes:
+        n = len(self.response["output"])
+        self._texts, self._kind = [], "arguments" if event.kind == "call" else event.kind
+        self._more = {"logprobs": []} if event.kind == "text" else {}
+        type, prefix, _ = _ITEMS[self._kind]
+        fields: dict[str, dict[str, Any]] = {
+            "text": {"role": "assistant", "content": []},
+            "reasoning": {"summary": [], "content": []},
+            "arguments": {"call_id": call_id(), "name": event.text, "arguments": ""},
+        }
+        self._item = {"type": type, "id": prefix + token_hex(12), "status": "in_progress", **fields[self._kind]}
+        self._place = {"item_id": self._item["id"], "output_index": n}
+        sent = self._event("output_item.added", output_index=n, item=self._item)
+        if event.kind != "call":
+            self._place["content_index"] = 0
+            sent += self._event("content_part.added", **self._place, part=self._part(""))
+        return sent
+
+    def _close(self, status: str) -> bytes:
+        if self._item is None:
+            return b""
+        item, text, name = self._item, "".join(self._texts), _ITEMS[self._kind][2] + ".done"
+        item["status"], self._item = status, None
+        if self._kind == "arguments":
+            item["arguments"] = text
+            sent = self._event(name, **self._place, name=item["name"], arguments=text)
+        else:
+            item["content"] = [self._part(text)]
+            sent = self._event(name, **self._place, text=text, **self._more)
+            sent += self._event("content_part.done", **self._place, part=self._part(text))
+        self.response["output"].append(item)
+        return sent + self._event("output_item.done", output_index=self._place["output_index"], item=item)
+
+    def _part(self, text: str) -> dict[str, Any]:
+        part = {"type": _ITEMS[self._kind][2], "text": text}
+        return part if self._kind == "reasoning" else {**part, "annotations": []}
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        kind, self._n_events = f"response.{kind}", self._n_events + 1
+        return sse({"type": kind, "sequence_number": self._n_events - 1, **fields}, kind)
+
+
+def _usage(answers: Answers) -> dict[str, Any]:
+    counts = usage_json(answers.usage).items()
+    return {name.replace("prompt", "input").replace("completion", "output"): count for name, count in counts}
+
+
+routes = [Route("/v1/responses", responses, methods=["POST"])]
