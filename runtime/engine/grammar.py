@@ -207,8 +207,6 @@ def attempt(kind: str, text: str, special: dict[str, int], n_vocab: int) -> dict
     from llguidance import LLTokenizer, TokenizerWrapper
 
     found: dict[str, str] = {}
-    if kind == "lark":  # this vocabulary has none of the model's control tokens
-        text = re.sub(r"<\[\d+\]>", "<[0]>", text)
 
     def run() -> None:
         try:

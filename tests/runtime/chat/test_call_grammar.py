@@ -18,6 +18,7 @@ from gguf_run.runtime.engine.grammar import Grammar, Grammars
 from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
 pytest.importorskip("llguidance")
+NUMBER = {"type": "integer"}
 NAMES = [one.name for one in (*FORMS, GENERIC)]
 TEXTS = "".join(one.begin + one.head + one.tail + one.end + one.key + one.close + one.quote for one in FORMS)
 MARKS = sorted({*re.findall(r"<[^<>\s$=]+>|\[[A-Z_]+\]", TEXTS)})
@@ -137,10 +138,17 @@ def test_calls_within_text(vocabulary: Vocabulary, name: str) -> None:
 
 def test_tools_of_all_shapes(vocabulary: Vocabulary) -> None:
     """Schemas that say nothing or refer to others; arguments that no schema names."""
-    node = {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}, "n": {"type": "integer"}}}
-    shapes: list[Any] = [None, {}, {"type": "object"}, {"properties": {"a": True, "b": {}, "c": {"type": ["array"]}}},
-                         {"$defs": {"node": node}, "properties": {"a": {"$ref": "#/$defs/node"}}, "required": ["a"]},
-                         {"properties": {"a": {"anyOf": [{"type": "integer"}, {"enum": ["x", 5]}]}}}]  # fmt: skip
+    node = {
+        "type": "object",
+        "properties": {"next": {"$ref": "#/$defs/node"}, "n": NUMBER},
+        "additionalProperties": False,
+    }
+    shapes: list[Any] = [
+        *(None, {}, {"type": "object"}),
+        {"properties": {"a": True, "b": {}, "c": {"type": ["array"], "items": NUMBER}}},
+        {"$defs": {"node": node}, "properties": {"a": {"$ref": "#/$defs/node"}}, "required": ["a"]},
+        {"properties": {"a": {"anyOf": [NUMBER, {"enum": ["x", 5]}]}}},
+    ]
     rng = random.Random(3)
     for shape in shapes:
         tools = [{"type": "function", "function": {"name": "f", "parameters": shape}}]
