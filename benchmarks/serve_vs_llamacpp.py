@@ -59,7 +59,7 @@ class Test:
 
 TESTS = {
     "tokens": Test(
-        "8 clients: output tokens/s", "fixed", 8, 256, 128, 24, "output_throughput", "at least 2", 8, 512
+        "8 clients: output tokens/s", "fixed", 8, 256, 128, 16, "output_throughput", "at least 2", 8, 512
     ),
     "gap": Test(
         "longest gap of a stream while 4,000 tokens arrive, ms", "intruder", 1, 4000, 1000, 1, "max_itl_during_ms",
