@@ -156,12 +156,12 @@ def _registry_of(models: tuple[str, ...], keep_alive: float, values: Mapping[str
         if len({*names}) < len(names):
             raise OptionError(f"the models are named {', '.join(names)}: tell them apart with --alias")
         scales = with_scales(loras)
-        adapters = {"": dict[str, float](), **{name_of(path): {path: scale} for path, scale in scales.items()}}
+        adapters = {name_of(path): {path: scale} for path, scale in scales.items()}
         return Registry(
             dict(zip(names, models, strict=True)),
             load,
             folder=folder,
-            adapters=adapters if loras else {},
+            adapters={"": dict.fromkeys(scales, 0.0), **adapters} if loras else {},
             keep_alive=keep_alive,
             max_models=values["max_models"] or len(models),
         )
@@ -197,9 +197,7 @@ def _serve(opened: socket.socket, registry: "Registry", access: "Access", values
     from gguf_run.runtime.serve.app import Server, make_app
     from gguf_run.runtime.serve.connection import make_config
 
-    server = Server(
-        registry, request_timeout=values["request_timeout"], access=access, has_metrics=values["metrics"]
-    )
+    server = Server(registry, request_timeout=values["request_timeout"], access=access, has_metrics=values["metrics"])
     config = make_config(make_app(server), ssl_certfile=values["tls_cert"], ssl_keyfile=values["tls_key"])
     signals: list[int] = []
 

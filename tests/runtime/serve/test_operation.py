@@ -20,12 +20,14 @@ import pytest
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("httptools")
 pytest.importorskip("starlette")
+from adapter_files import random_pairs, write_adapter  # noqa: E402
 from click.testing import CliRunner  # noqa: E402
 from served import Serving, scripted, serving  # noqa: E402
 from tinymodel import AWKWARD_LLAMA, write_tiny  # noqa: E402
 
 from gguf_run.formats.errors import FormatError  # noqa: E402
 from gguf_run.runtime.cli.serve import main, seconds_of  # noqa: E402
+from gguf_run.runtime.model import Model  # noqa: E402
 from gguf_run.runtime.serve.guard import Access  # noqa: E402
 from gguf_run.runtime.serve.registry import gguf_files, name_of  # noqa: E402
 
@@ -300,6 +302,36 @@ def test_a_second_signal_ends_at_once(model: Path) -> None:
         running.send_signal(signal.SIGINT)
         assert running.wait(20) == 130
         client.join()
+
+
+def test_adapters_are_models(model: Path, tmp_path: Path) -> None:
+    """The base is without adapters; each adapter has a name of its own; they run together."""
+    paths = [
+        write_adapter(tmp_path / f"{name}.gguf", random_pairs(AWKWARD_LLAMA, {"attn_q": 4, "ffn_down": 4}, seed))
+        for seed, name in enumerate(("one", "two"))
+    ]
+    loras = [word for path in paths for word in ("--lora", str(path))]
+    options: dict[str, Any] = {"max_tokens": 12, "temperature": 0}
+    expected = []
+    for given in ([], paths[:1], paths[1:]):
+        with Model.load(model, device="cpu", lora=given) as loaded:
+            expected.append(loaded.complete("the", **options).text)
+    assert len({*expected}) == 3
+    with process(str(model), "--quiet", *loras) as (_, url):
+        names = [entry["id"] for entry in httpx.get(f"{url}/v1/models", timeout=300).json()["data"]]
+        assert names == ["tiny", "tiny:one", "tiny:two"]
+        found: dict[str, str] = {}
+
+        def ask(name: str) -> None:
+            answer = httpx.post(f"{url}/v1/completions", json={"prompt": "the", "model": name, **options}, timeout=300)
+            found[name] = answer.json()["choices"][0]["text"]
+
+        clients = [threading.Thread(target=ask, args=(name,)) for name in names * 2]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join()
+    assert [found[name] for name in names] == expected
 
 
 def test_tls_keys_and_a_warning(model: Path, tmp_path: Path) -> None:
