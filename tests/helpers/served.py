@@ -52,7 +52,7 @@ class ScriptedDecoder(FakeDecoder):
         self.tokenizer, self.script, self.delay_s = tokenizer, script, delay_s
         self.config = SimpleNamespace(n_vocab=tokenizer.n_vocab, arch=SimpleNamespace(name="scripted"), n_layer=1,
                                       n_embd=8, n_ctx_train=self.n_ctx)  # fmt: skip
-        self.keeps_runs = False
+        self.keeps_runs, self.has_logits = False, True
 
     def close(self) -> None:
         """Nothing is held."""
