@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.serve import anthropic, openai_chat, openai_other, openai_text, responses
+from gguf_run.runtime.serve import anthropic, llama_server, ollama, openai_chat, openai_other, openai_text, responses
 from gguf_run.runtime.serve.errors import HttpError, api_of, http_error
 from gguf_run.runtime.serve.http import json_response
 from gguf_run.runtime.serve.registry import Registry
@@ -26,9 +26,9 @@ _N_THREADS = 8  # that make prompts of messages
 class Server:
     """What all requests share."""
 
-    def __init__(self, registry: Registry, *, request_timeout: float = 0.0) -> None:
-        """request_timeout: seconds that an answer may take; 0: no limit."""
-        self.registry, self.request_timeout = registry, request_timeout
+    def __init__(self, registry: Registry, *, request_timeout: float = 0.0, slots: bool = False) -> None:
+        """request_timeout: seconds that an answer may take; 0: no limit. slots: /slots tells of the answers."""
+        self.registry, self.request_timeout, self.slots = registry, request_timeout, slots
         self.threads = ThreadPoolExecutor(_N_THREADS, "gguf-run prompt")
 
 
@@ -55,6 +55,8 @@ def make_app(server: Server) -> Starlette:
             *openai_other.routes,
             *responses.routes,
             *anthropic.routes,
+            *ollama.routes,
+            *llama_server.routes,
         ],
         exception_handlers=dict.fromkeys((HttpError, GgufRunError, HTTPException, Exception), _answer_error),
         lifespan=lifespan,

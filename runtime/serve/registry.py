@@ -25,6 +25,8 @@ class Served:
         self.name, self.model, self.created = name, model, int(time.time())
         self.family: Family = family_of(model.tool_template or model.chat_template)
         self.adapters: Mapping[str, float] | None = None  # scales of the requests by this name; None: as loaded
+        self.base = self
+        self.keep_alive: float | None = None  # seconds until it is unloaded; None: as the registry says
         self.n_users = 0  # requests that are under way
         self.used_at = time.monotonic()  # when the last one ended
 

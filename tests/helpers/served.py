@@ -45,6 +45,8 @@ def tokenizer_of(special: Sequence[str] = ()) -> Tokenizer:
 class ScriptedDecoder(FakeDecoder):
     """Says what the script tells, one byte after the other, then <|im_end|>. Prompts without a chat get "abcabc..."."""
 
+    has_logits = True
+
     def __init__(self, tokenizer: Tokenizer, script: Script, delay_s: float = 0.0, **sizes: Any) -> None:
         """delay_s: seconds that a step takes."""
         super().__init__(**sizes)
