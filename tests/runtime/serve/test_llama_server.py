@@ -131,7 +131,8 @@ def test_refused(server: Serving, path: str, body: Any, what: str) -> None:
 def test_slots_tell_counts_and_no_text(server: Serving) -> None:
     prompt = f"long {SECRET}{BEGIN}"
     with httpx.stream("POST", f"{server.url}/completion", json={"prompt": prompt, "stream": True}) as answer:
-        next(answer.iter_bytes())
+        chunks = answer.iter_bytes()
+        next(chunks)
         found = [httpx.get(f"{server.url}{path}").text for path in ("/slots", "/props", "/health")]
     assert not any("swordfish" in text for text in found)
     (busy,) = [slot for slot in json.loads(found[0]) if slot["is_processing"]]
