@@ -114,6 +114,26 @@ def test_tools(client: Any) -> None:
     assert answer.content[0].text == "It is sunny."
 
 
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "answer"}])
+def test_a_call_that_must_be(client: Any, choice: Any) -> None:
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"sure": {"enum": ["yes", "no"]}}, "required": ["sure"],
+              "additionalProperties": False}  # fmt: skip
+    tool = {"name": "answer", "input_schema": schema}
+    asked = {"model": "m0", "max_tokens": 300, "tools": [tool], "messages": USER}
+    answer = client.messages.create(**asked, tool_choice={**choice, "disable_parallel_tool_use": True})
+    (call,) = [block for block in answer.content if block.type == "tool_use"]
+    assert (call.name, answer.stop_reason) == ("answer", "tool_use")
+    assert call.input["sure"] in ("yes", "no")
+
+
+def test_an_answer_of_a_schema(client: Any) -> None:
+    pytest.importorskip("llguidance")
+    config = {"format": {"type": "json_schema", "schema": {"enum": ["yes", "no"]}}}
+    answer = client.messages.create(model="m0", max_tokens=99, messages=USER, output_config=config)
+    assert json.loads(answer.content[0].text) in ("yes", "no")
+
+
 def test_thinking(client: Any) -> None:
     asked = {"model": "m0", "max_tokens": 300, "messages": [{"role": "user", "content": "Think"}]}
     with client.messages.stream(**asked, thinking={"type": "enabled", "budget_tokens": 1024}) as stream:

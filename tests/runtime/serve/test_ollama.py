@@ -102,6 +102,16 @@ def test_thinking(client: Any) -> None:
     assert client.chat(model="m0", messages=[*asked["messages"], whole, *USER]).message.content
 
 
+def test_format(client: Any) -> None:
+    pytest.importorskip("llguidance")
+    schema = {"enum": ["yes", "no"]}  # the model would say hello
+    for answer in (client.chat(model="m0", messages=USER, format=schema).message.content,
+                   client.generate(model="m0", prompt="Say hello", format=schema).response):  # fmt: skip
+        assert json.loads(answer) in ("yes", "no")
+    found = client.chat(model="m0", messages=USER, format="json", options={"num_predict": 50}).message.content
+    assert found.lstrip().startswith("{")
+
+
 def test_generate(client: Any) -> None:
     assert client.generate(model="m0", prompt="Say hello").response == "Hello, world! Grüße 🙂."
     assert client.generate(model="m0", prompt="Go", system="CODE-7").response == "The code is 7."
