@@ -9,7 +9,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from threading import Lock
+from threading import Lock, Thread, stack_size
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,8 +38,8 @@ _REFUSED = {
 }
 # Formats that are enforced. Others are notes.
 _FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
-_NAMED = {"properties", "patternProperties", "$defs", "definitions"}  # keywords whose names are chosen by the user
-_VALUES = {"const", "enum", "default", "examples"}  # keywords with values, in which no keywords stand
+_SCHEMAS = {"items", "additionalItems", "additionalProperties", "prefixItems", "anyOf", "oneOf", "allOf"}
+_NAMED = {"properties", "patternProperties", "$defs", "definitions"}  # hold schemas by name
 # A schema within a Lark grammar, and what may hold the same letters: a text, a comment, a regular expression.
 _LARK = re.compile(r'%json\s*(?=\{)|"(?:\\.|[^"\\\n])*"|(?:#|//)[^\n]*|/(?:\\.|[^/\\\n])+/')
 
@@ -108,6 +108,7 @@ class Grammars:
         self._process = _GrammarProcess().start()
         self._words = _Words(tokenizer, n_vocab or tokenizer.n_vocab)
         self._tokens: LLTokenizer = LLTokenizer(TokenizerWrapper(self._words), eos_token=self._words.ends)
+        self._words.greedy = self._tokens.greedy_tokenize
         self._kept: OrderedDict[Grammar, LLMatcher] = OrderedDict()  # compiled, those used last at the end
         self._lock = Lock()
 
@@ -116,7 +117,13 @@ class Grammars:
         with self._lock:
             matcher = self._kept.get(grammar)
         if matcher is None:
-            if error := self._process.ask({"kind": grammar.kind, "text": grammar.text}).get("error"):
+            names = grammar.kind in ("lark", "gbnf") and "<" in grammar.text
+            vocabulary = {
+                "special": self._words.special if names else {},
+                "n_vocab": self._words.n_vocab if names else 0,
+            }
+            error = self._process.ask({"kind": grammar.kind, "text": grammar.text, **vocabulary}).get("error")
+            if error is not None:
                 raise OptionError(f"the {grammar.kind} of the answer{error}")
             matcher = _matcher(self._tokens, grammar)
         with self._lock:
@@ -136,7 +143,7 @@ class GrammarConstraint:
 
     def __init__(self, matcher: "LLMatcher", words: "_Words") -> None:
         self._matcher, self._words = matcher, words
-        self._mask = np.zeros(words.n_words, np.uint32)
+        self._mask = np.zeros((words.n_vocab + 31) // 32, np.uint32)
 
     def allowed(self) -> NDArray[np.uint32]:
         """Return the mask, which stays as it is until the next call. GgufRunError if the grammar is too complex."""
@@ -176,38 +183,59 @@ class _Words:
         self.eos_token_id = tokenizer.eos if tokenizer.eos in self.ends else self.ends[0]
         self.bos_token_id = tokenizer.bos
         texts = [tokenizer.piece(id, skip_special=True) for id in range(n)]  # b"" for control tokens
-        self.special_token_ids = [id for id, text in enumerate(texts) if not text and tokenizer.piece(id)]
-        for id in self.special_token_ids:  # a grammar may name them, as <|im_end|>; as text they are never allowed
-            texts[id] = tokenizer.piece(id)
+        # A grammar may name control tokens, as <|im_end|>; as text they are never allowed.
+        self.special = {tokenizer.piece(id).decode(): id for id, text in enumerate(texts) if not text}
+        self.special.pop("", None)
+        self.special_token_ids = [*self.special.values()]
+        for name, id in self.special.items():
+            texts[id] = name.encode()
         self.tokens: Sequence[bytes] = texts + [b""] * (n_vocab - n)
-        self.n_words = (n_vocab + 31) // 32
-        self._tokenizer = tokenizer
+        self.n_vocab = n_vocab
+        self._tokenizer, self.greedy = tokenizer, tokenizer.encode_inside
 
     def __call__(self, text: bytes) -> list[int]:
-        """Return the ids of forced text; none if they would stand for another text."""
+        """Return the ids of forced text; by the longest tokens, if the tokenizer's would stand for another text."""
         ids = self._tokenizer.encode_inside(text.decode())
-        return ids if b"".join(map(self._tokenizer.piece, ids)) == text else []
+        return ids if b"".join(map(self._tokenizer.piece, ids)) == text else self.greedy(text.decode())
 
 
-def attempt(kind: str, text: str) -> dict[str, str]:
-    """Compile a grammar for a vocabulary of bytes, in the helper process. Return {"error": what is wrong}, or {}."""
-    import threading
+def attempt(kind: str, text: str, special: dict[str, int], n_vocab: int) -> dict[str, str]:
+    """Compile a grammar for a vocabulary of bytes, in the helper process. Return {"error": what is wrong}, or {}.
 
-    from llguidance import LLTokenizer
+    special: control tokens that it may name. n_vocab: of the model; both are empty for a grammar without tokens.
+    """
+    from llguidance import LLTokenizer, TokenizerWrapper
 
     found: dict[str, str] = {}
 
     def run() -> None:
         try:
-            _matcher(LLTokenizer("byte"), Grammar(kind, text))
+            _matcher(LLTokenizer(TokenizerWrapper(_Bytes(special, n_vocab))), Grammar(kind, text))
         except OptionError as error:
             found["error"] = f": {error}"
 
-    threading.stack_size(_STACK)  # what fits here fits into any thread
-    thread = threading.Thread(target=run)
+    stack_size(_STACK)  # what fits here fits into any thread
+    thread = Thread(target=run)
     thread.start()
     thread.join()
     return found
+
+
+class _Bytes:
+    """A vocabulary of all bytes and of control tokens, which have the ids that they have in the model's."""
+
+    def __init__(self, special: dict[str, int], n_vocab: int) -> None:
+        self.special_token_ids = [*special.values()]
+        self.tokens = [b""] * (n_vocab + 257)
+        for name, id in special.items():
+            self.tokens[id] = name.encode()
+        free = [id for id, text in enumerate(self.tokens) if not text]
+        for byte in range(256):
+            self.tokens[free[byte]] = bytes([byte])
+        self.eos_token_id, self.bos_token_id = free[256], None
+
+    def __call__(self, text: bytes) -> list[int]:
+        return [self.tokens.index(bytes([byte])) for byte in text]
 
 
 def _matcher(tokens: "LLTokenizer", grammar: Grammar) -> "LLMatcher":
@@ -273,7 +301,8 @@ def _checked(node: Any, path: str, is_named: bool = False) -> Any:
         elif key in _REFUSED and value is not _REFUSED[key]:
             raise OptionError(f"the keyword {key} at {path} is not supported: leave it out")
         elif key not in _REFUSED and (key != "format" or value in _FORMATS):
-            found[key] = value if key in _VALUES else _checked(value, f"{path}/{key}", key in _NAMED)
+            holds = key in _SCHEMAS or key in _NAMED
+            found[key] = _checked(value, f"{path}/{key}", key in _NAMED) if holds else value
     return found
 
 

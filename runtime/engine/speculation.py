@@ -144,7 +144,7 @@ class Speculation:
             n_right = n_common(job.ids[self._starts[job] :], ids)
             job.n_guessed, job.n_right = job.n_guessed + len(ids), job.n_right + n_right
             self._lookups[job].learn(n_right, n_right < len(ids) and not job.finish)
-            n_past = len(job.ids) - (not job.finish)
+            n_past = min(len(job.ids) - (not job.finish), self._starts[job] + n_right)  # forced tokens have not run
             if job.row >= 0 and n_past < rows.cache.slots[job.row].n_past:
                 rows.cache.rewind(n_past, job.row)
         for of_step in (self.guesses, self._starts, self._rows):

@@ -12,8 +12,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.serve import anthropic, llama_server, ollama, openai_chat, openai_other, openai_text, responses
+from gguf_run.runtime.serve import (
+    anthropic,
+    llama_server,
+    metrics,
+    ollama,
+    openai_chat,
+    openai_other,
+    openai_text,
+    responses,
+)
 from gguf_run.runtime.serve.errors import HttpError, api_of, http_error
+from gguf_run.runtime.serve.guard import Access, Guard
 from gguf_run.runtime.serve.http import json_response
 from gguf_run.runtime.serve.registry import Registry
 
@@ -26,24 +36,39 @@ _N_THREADS = 8  # that make prompts of messages
 class Server:
     """What all requests share."""
 
-    def __init__(self, registry: Registry, *, request_timeout: float = 0.0, slots: bool = False) -> None:
-        """request_timeout: seconds that an answer may take; 0: no limit. slots: /slots tells of the answers."""
-        self.registry, self.request_timeout, self.slots = registry, request_timeout, slots
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        request_timeout: float = 0.0,
+        access: Access = Access(),  # noqa: B008  (it cannot change)
+        has_metrics: bool = False,
+        has_slots: bool = False,
+    ) -> None:
+        """Nothing is loaded yet.
+
+        request_timeout: seconds that an answer may take; 0: no limit.
+        has_metrics, has_slots: /metrics and /slots tell counts.
+        """
+        self.registry, self.request_timeout = registry, request_timeout
+        self.access, self.has_metrics, self.has_slots = access, has_metrics, has_slots
+        self.n_running, self.is_stopping = 0, False  # requests; whether new ones are refused
         self.threads = ThreadPoolExecutor(_N_THREADS, "gguf-run prompt")
 
 
-def make_app(server: Server) -> Starlette:
+def make_app(server: Server) -> Guard:
     """Return the application. The first model is loaded when it starts; all are closed when it ends."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         before = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_S)
-        loading = asyncio.create_task(server.registry.get(server.registry.names[0]))
+        tasks = [asyncio.create_task(work) for work in (server.registry.load_first(), server.registry.unload_idle())]
         try:
             yield
         finally:
-            loading.cancel()
+            for task in tasks:
+                task.cancel()
             server.threads.shutdown(cancel_futures=True)
             server.registry.close()
             sys.setswitchinterval(before)
@@ -57,12 +82,13 @@ def make_app(server: Server) -> Starlette:
             *anthropic.routes,
             *ollama.routes,
             *llama_server.routes,
+            *metrics.routes,
         ],
         exception_handlers=dict.fromkeys((HttpError, GgufRunError, HTTPException, Exception), _answer_error),
         lifespan=lifespan,
     )
     app.state.server = server
-    return app
+    return Guard(app, server)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

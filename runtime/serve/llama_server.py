@@ -51,7 +51,7 @@ async def health(request: Request) -> Response:
 async def about(request: Request) -> Response:
     """Tell of a model what its path asks for. No prompt is in it, and no path of a file."""
     server, tell = request.app.state.server, _ABOUT[request.url.path]
-    if tell is _slots and not server.slots:
+    if tell is _slots and not server.has_slots:
         raise HttpError(501, "this server shows no slots: start it with --slots", "not_supported_error")
     async with server.registry.use(request.query_params.get("model")) as served:
         return json_response(tell(served))

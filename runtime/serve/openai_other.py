@@ -111,8 +111,6 @@ async def _each(
     watch = asyncio.ensure_future(gone(request.receive))
     try:
         async with server.registry.use(name) as served, asyncio.timeout(server.request_timeout or None):
-            if served.model.decoder.has_logits:
-                raise HttpError(400, f"model {served.name!r:.80} makes text: name one for embeddings, or a reranker")
             for text in texts:
                 if watch.done():
                     raise HttpError(499, "the client is gone")

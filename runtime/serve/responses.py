@@ -132,14 +132,8 @@ class _Writer:
         """Make the response, which has no items yet."""
         self._answers, shared = answers, frame(answers, "resp_", "response")
         own = {"id": shared["id"], "object": "response", "created_at": shared["created"], "model": shared["model"]}
-        state: dict[str, Any] = {
-            "status": "in_progress",
-            "error": None,
-            "incomplete_details": None,
-            "output": [],
-            "usage": None,
-        }
-        self.response = {**own, **state, **self.response, "previous_response_id": None, "store": False}
+        nothing = dict.fromkeys(("error", "incomplete_details", "previous_response_id", "usage"))
+        self.response |= {**own, **nothing, "status": "in_progress", "output": [], "store": False}
 
     async def chunks(self, answers: Answers) -> AsyncIterator[bytes]:
         """Yield the events of the answer."""
@@ -192,7 +186,8 @@ class _Writer:
     def _close(self, status: str) -> bytes:
         if self._item is None:
             return b""
-        item, text, name, sent = self._item, "".join(self._texts), _ITEMS[self._kind][2] + ".done", b""
+        item, text, name = self._item, "".join(self._texts), _ITEMS[self._kind][2] + ".done"
+        item["status"], self._item = status, None
         if self._kind == "arguments":
             item["arguments"] = text
             sent = self._event(name, **self._place, name=item["name"], arguments=text)
@@ -200,7 +195,6 @@ class _Writer:
             item["content"] = [self._part(text)]
             sent = self._event(name, **self._place, text=text, **self._more)
             sent += self._event("content_part.done", **self._place, part=self._part(text))
-        item["status"], self._item = status, None
         self.response["output"].append(item)
         return sent + self._event("output_item.done", output_index=self._place["output_index"], item=item)
 
@@ -214,14 +208,8 @@ class _Writer:
 
 
 def _usage(answers: Answers) -> dict[str, Any]:
-    found = usage_json(answers.usage)
-    return {
-        "input_tokens": found["prompt_tokens"],
-        "input_tokens_details": {**found["prompt_tokens_details"], "cache_write_tokens": 0},
-        "output_tokens": found["completion_tokens"],
-        "output_tokens_details": found["completion_tokens_details"],
-        "total_tokens": found["total_tokens"],
-    }
+    counts = usage_json(answers.usage).items()
+    return {name.replace("prompt", "input").replace("completion", "output"): count for name, count in counts}
 
 
 routes = [Route("/v1/responses", responses, methods=["POST"])]

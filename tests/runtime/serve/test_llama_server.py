@@ -18,7 +18,7 @@ PROMPT = f"Say hello{BEGIN}"  # texts that the scripted model answers
 @pytest.fixture(scope="module")
 def server() -> Iterator[Serving]:
     script = {"Say hello": "Hello, world! Grüße 🙂.", "long": "x" * 3000}
-    with serving(scripted(script, n_ctx=4096, n_seq=2, special=GAP), slots=True) as found:
+    with serving(scripted(script, n_ctx=4096, n_seq=2, special=GAP), has_slots=True) as found:
         yield found
 
 
@@ -143,9 +143,9 @@ def test_slots_tell_counts_and_no_text(server: Serving) -> None:
 
 
 def test_what_is_off(server: Serving) -> None:
-    server.server.slots = False
+    server.server.has_slots = False
     assert "--slots" in get(server, "/slots", 501)["error"]["message"]
-    server.server.slots = True
+    server.server.has_slots = True
     assert get(server, "/lora-adapters") == []
     for path in ("/props", "/slots", "/lora-adapters"):
         assert post(server, path, 405)["error"]["message"].startswith(f"POST {path}")

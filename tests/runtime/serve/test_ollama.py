@@ -137,7 +137,7 @@ def test_an_empty_request_loads_the_model(server: Serving, client: Any) -> None:
     ("chat", {"messages": USER, "keep_alive": "soon"}, "keep_alive"), ("chat", {"messages": USER, "tools": 1}, "tools"),
     ("chat", {"messages": [{"role": "user", "content": "x" * 2000}]}, "maximum context length is 1024"),
     ("generate", {"prompt": "x", "template": "{{ .Prompt }}"}, "template"), ("generate", {"prompt": ["x"]}, "prompt"),
-    ("generate", {"prompt": "x", "raw": True, "system": "y"}, "system"), ("embed", {"input": "x"}, "makes text"),
+    ("generate", {"prompt": "x", "raw": True, "system": "y"}, "system"), ("embed", {"input": "x"}, "embed"),
 ])  # fmt: skip
 def test_refused(server: Serving, path: str, body: dict[str, Any], what: str) -> None:
     for stream in (False, True):
@@ -147,7 +147,7 @@ def test_refused(server: Serving, path: str, body: dict[str, Any], what: str) ->
 
 
 def test_the_client_raises_errors(server: Serving, client: Any) -> None:
-    with pytest.raises(ollama.ResponseError, match="makes text"):
+    with pytest.raises(ollama.ResponseError, match="embed"):
         client.embed(model="m0", input="x")
     step, server.model.decoder.step = server.model.decoder.step, None  # type: ignore[assignment]  # the next step fails
     with pytest.raises(ollama.ResponseError, match="inside the server"):
