@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -120,12 +121,18 @@ def test_generate(client: Any) -> None:
     assert client.generate(model="m0", prompt="a", suffix="b", options={"num_predict": 6}).response in "abcabcabc"
 
 
-def test_an_empty_request_loads_the_model(server: Serving, client: Any) -> None:
-    assert client.chat(model="m0", messages=[]).done_reason == "load"
-    for given, seconds in ((0, 0), ("1.5h", 5400), ("-1", -1), (30, 30), ("250ms", 0.25)):
-        answer = client.generate(model="m0", keep_alive=given)
-        assert (answer.done, answer.done_reason) == (True, "unload" if given == 0 else "load")
-        assert server.server.registry.loaded["m0"].keep_alive == seconds
+def test_an_empty_request_loads_the_model() -> None:
+    with serving(lambda: scripted(SCRIPT)) as server, closing(ollama.Client(host=server.url)) as client:
+        assert client.chat(model="m0", messages=[]).done_reason == "load"
+        loaded = server.server.registry.loaded
+        for given, seconds in (("1.5h", 5400), ("-1", -1), (30, 30), ("250s", 250)):
+            assert client.generate(model="m0", keep_alive=given).done_reason == "load"
+            assert loaded["m0"].keep_alive == seconds
+        assert client.generate(model="m0", keep_alive=0).done_reason == "unload"
+        while loaded:
+            time.sleep(0.01)
+        assert client.ps().models == []
+        assert client.chat(model="m0", messages=USER).message.content == "Hello, world! Grüße 🙂."
 
 
 @pytest.mark.parametrize(("path", "body", "what"), [
