@@ -99,4 +99,6 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     found = http_error(error)
     api = api_of(request.url.path)
     status = 529 if api == "anthropic" and found.status == 503 else found.status  # its word for a server that is busy
-    return json_response(found.body(api), status, found.headers)
+    # uvicorn closes the connection after an error that nobody expected: the client must not use it again.
+    headers = {**found.headers, "Connection": "close"} if found.code == "internal_error" else found.headers
+    return json_response(found.body(api), status, headers)

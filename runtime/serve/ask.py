@@ -98,6 +98,10 @@ class Body(Struct, omit_defaults=True):
     best_of: int | None = None
     echo: bool | None = None
     suffix: str | None = None
+    # Options of sampling that are no numbers. SamplingParams checks the others.
+    samplers: str | list[str] | None = None
+    dry_sequence_breakers: list[str] | None = None
+    ignore_eos: bool | None = None
 
 
 def body_of(json: Any, kind: Any = Body) -> Any:
