@@ -25,7 +25,7 @@ from gguf_run.runtime.quantize import rules as quantize_rules
 from gguf_run.runtime.quantize.file_types import FILE_TYPES, WRITABLE_FILES
 
 _CHUNK = 4 << 20  # bytes drawn at a time
-_NORMAL, _UNUSED = 1, 5  # token types
+_NORMAL = 1  # type of a token
 LATENT, LATENT_VALUE, LATENT_DENSE = (512, 64), 128, 10944  # a row of the cache, a value, the ffn of the first layer
 
 
@@ -233,7 +233,7 @@ def tensors_of(shape: Shape, mix: Mix) -> list[TensorInfo]:
 def vocabulary(file: GGUFFile, n_vocab: int) -> dict[str, tuple[str, Any]]:
     """Return type and value of the tokenizer keys of a model, for n_vocab tokens.
 
-    If tokens are missing, unused ones are added. If there are too many, the last ones are left out, with the merges and
+    If tokens are missing, others are added, of which each has a text: streams are measured by what they show. If there are too many, the last ones are left out, with the merges and
     special tokens that need them.
     """
     keys = {
@@ -249,7 +249,7 @@ def vocabulary(file: GGUFFile, n_vocab: int) -> dict[str, tuple[str, Any]]:
     tokens += [f"[PAD{i}]" for i in range(n_real, n_vocab)]
     for name, type, values in (
         ("tokens", "string", tokens),
-        ("token_type", "i32", [_NORMAL] * n_real + [_UNUSED] * (n_vocab - n_real)),
+        ("token_type", "i32", [_NORMAL] * n_vocab),
         ("scores", "f32", [-1e4] * n_vocab),
     ):
         known = keys.get(prefix + name)

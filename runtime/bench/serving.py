@@ -1,8 +1,7 @@
 """Measuring a server: what is asked, how it arrives, and the figures, by the definitions of vLLM's benchmark.
 
-A load is a number of clients, each of which asks again when it has its answer (a closed loop); or a rate, at which
-requests come whatever the server does (Poisson arrivals). In the workload "intruder" clients stream long answers, and
-long prompts arrive meanwhile.
+Clients ask again when they have their answer (a closed loop), or requests come at a rate whatever the server does
+(Poisson arrivals). In the workload "intruder", long prompts arrive while answers stream.
 """
 
 import asyncio

@@ -5,6 +5,7 @@ It runs on the machine that it measures, so it is small: plain sockets, HTTP/1.1
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -37,12 +38,12 @@ class Target:
             port = parts.port or (443 if parts.scheme == "https" else 80)
         except ValueError:
             parts, port = urlsplit(""), 0
-        path = parts.path.rstrip("/")
-        if parts.scheme not in ("http", "https") or not parts.hostname or not f"{parts.hostname}{path}".isascii():
+        host, path = parts.hostname or " ", parts.path.rstrip("/")
+        if parts.scheme not in ("http", "https") or not re.fullmatch("[!-~]+", host + path):
             raise OptionError(f"URL is {url!r}: must be as http://127.0.0.1:8080 or https://host/v1")
         if not (key.isascii() and key.isprintable()):
             raise OptionError("--api-key has characters that no key has: allowed is printable ASCII")
-        return cls(parts.hostname, port, parts.scheme == "https", path if path.endswith("/v1") else f"{path}/v1", key)
+        return cls(host, port, parts.scheme == "https", path if path.endswith("/v1") else f"{path}/v1", key)
 
     def request(self, path: str, body: Mapping[str, Any] | None = None) -> bytes:
         """Return the bytes of a request: POST with a body, else GET."""
@@ -84,8 +85,7 @@ async def exchange(target: Target, request: bytes) -> AsyncGenerator[bytes, None
     GgufRunError: there is no connection, or the server refuses. ValueError, EOFError: the answer is no whole HTTP/1.1.
     """
     try:
-        tls = True if target.is_tls else None
-        reader, writer = await asyncio.open_connection(target.host, target.port, ssl=tls)
+        reader, writer = await asyncio.open_connection(target.host, target.port, ssl=target.is_tls or None)
     except OSError as error:
         raise GgufRunError(f"no connection to {target.host}:{target.port}: {error}") from None
     try:
@@ -110,7 +110,7 @@ async def _body(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> Asy
     """Yield the pieces of a body as they come. EOFError: it has no end."""
     is_chunked = "chunked" in headers.get("transfer-encoding", "")
     length = None if is_chunked else headers.get("content-length")
-    while n_left := await _chunk_size(reader) if is_chunked else int(length or 1 << 62):
+    while n_left := int((await reader.readuntil()).split(b";")[0], 16) if is_chunked else int(length or 1 << 62):
         while n_left and (piece := await reader.read(min(n_left, 1 << 16))):
             n_left -= len(piece)
             yield piece
@@ -119,11 +119,6 @@ async def _body(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> Asy
         if not is_chunked:
             break
         await reader.readline()
-
-
-async def _chunk_size(reader: asyncio.StreamReader) -> int:
-    line = await reader.readuntil()
-    return int(line.split(b";")[0], 16)
 
 
 def _reason(body: bytes) -> str:

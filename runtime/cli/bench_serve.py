@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ _TITLES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}
 _TITLES |= {"itl_before": "ITL before", "itl_during": "ITL meanwhile"}
 _COLOURS = ("#2f81f7", "#db6d28", "#3fb950", "#a371f7", "#d29922", "#8b949e")  # both modes can show them
 _MOST_CLIENTS, _MOST_RATE = 10_000, 10_000
-_POSITIVE = click.IntRange(1, 1_000_000)
+_number = partial(click.option, type=click.IntRange(1, 1_000_000), metavar="N")
 
 
 @tool(
@@ -33,22 +34,26 @@ _POSITIVE = click.IntRange(1, 1_000_000)
         "gguf-bench serve http://127.0.0.1:8080",
         "gguf-bench serve http://127.0.0.1:8080 --clients 1,4,16 --workload fixed",
         "gguf-bench serve localhost:8080 --rate 0.5,1,2 --slo ttft:2000,tpot:100",
-        "gguf-bench serve localhost:8080 --workload intruder --clients 4 --json gaps.json",
+        "gguf-bench serve localhost:8080 -w intruder --clients 4 --json gaps.json",
     ),
 )
 @click.argument("url", metavar="URL")
 @click.option("--clients", "-c", multiple=True, metavar="N,...", help="Clients that ask at once.  [default: 8]")
 @click.option("--rate", multiple=True, metavar="R,...", help="Or requests per second, at random times.")
 @click.option("--workload", "-w", default="mixed", type=click.Choice(_WORKLOADS), help="What is asked; see above.")
-@click.option("--prompt-tokens", "-p", type=_POSITIVE, help="Tokens of prompts, about.  [default: the workload's]")
-@click.option("--output-tokens", "-n", type=_POSITIVE, help="Tokens of answers.  [default: the workload's]")
-@click.option("--requests", "-r", type=_POSITIVE, help="Under each load.  [default: 4 for each client, at least 16]")
-@click.option("--seed", default=0, type=click.IntRange(0), help="Repeats lengths, words and times.")
+@_number("--prompt-tokens", "-p", help="Tokens of prompts, about.  [default: the workload's]")
+@_number("--output-tokens", "-n", help="Tokens of answers.  [default: the workload's]")
+@_number("--requests", "-r", help="Under each load.  [default: 4 for each client, at least 16]")
+@click.option(
+    "--seed", "first_seed", default=0, type=click.IntRange(0), metavar="N", help="Repeats lengths, words and times."
+)
 @click.option("--slo", multiple=True, metavar="NAME:MS,...", help="Count good answers: ttft, tpot, e2el are within MS.")
 @click.option("--api", default="chat", type=click.Choice(["chat", "completions"]), help="What answers.")
 @click.option("--model", help="The model's name there.  [default: the first that the server has]")
 @click.option("--api-key", default="", metavar="KEY", help="The server's key.", show_default=False)
-@click.option("--ignore-eos/--no-ignore-eos", default=True, help="Whether answers have the length that is asked for.")
+@click.option(
+    "--ignore-eos/--no-ignore-eos", "to_length", default=True, help="Answers are as long as asked, or models end them."
+)
 @click.option("--json", "json_file", type=PATH, metavar="FILE", help="Write all figures, in vLLM's names.")
 @click.option("--plot", type=PATH, metavar="FILE", help="Write a picture, SVG: how the times are spread.")
 def main(url: str, json_file: Path | None, plot: Path | None, **given: Any) -> None:
@@ -86,7 +91,7 @@ def main(url: str, json_file: Path | None, plot: Path | None, **given: Any) -> N
     n_prompt, n_output, about = WORKLOADS[given["workload"]]
     sizes = (given["prompt_tokens"] or n_prompt, given["output_tokens"] or n_output)
     model = given["model"] or asyncio.run(first_model(target))
-    server = Server(target, model, given["api"] == "chat", given["ignore_eos"])
+    server = Server(target, model, given["api"] == "chat", given["to_length"])
     click.echo(f"{model}: {about.format(*sizes)}")
     outcomes: list[tuple[str, Outcome]] = []
     try:
@@ -99,9 +104,8 @@ def main(url: str, json_file: Path | None, plot: Path | None, **given: Any) -> N
                 click.echo("\n".join(["", *_lines(*outcomes[-1], slo)]))
     finally:  # what is there is kept if Ctrl-C ends the rest
         if outcomes and json_file is not None:
-            names = ("api", "workload", "seed", "ignore_eos")
-            facts = {"url": url, "model": model, "prompt_tokens": sizes[0], "output_tokens": sizes[1], "slo_ms": slo}
-            facts |= {name: given[name] for name in names}
+            facts = {"url": url, "model": model, "api": given["api"], "workload": given["workload"], "slo_ms": slo}
+            facts |= {"prompt_tokens": sizes[0], "output_tokens": sizes[1], "seed": given["first_seed"]}
             results = [{"load": load, **_fields(outcome)} for load, outcome in outcomes]
             json_file.write_text(json.dumps(facts | {"results": results}, indent=2) + "\n")
         if outcomes and plot is not None:
@@ -148,7 +152,7 @@ async def _measure(
     from gguf_run.runtime.bench.serving import Outcome, arrivals, intrude, measure, questions
     from gguf_run.runtime.bench.stream import Record
 
-    kind, rate, seed = given["workload"], given["rate"], given["seed"]
+    kind, rate, seed = given["workload"], given["rate"], given["first_seed"]
     first = Record()
     await server.ask(questions("fixed", 1, 32, 8, seed)[0], first)
     if first.error:

@@ -184,10 +184,12 @@ def _cache_type(both: str | None, k: str | None, v: str | None) -> str | tuple[s
     return both if k is None and v is None else (k or "f16", v or "f16")
 
 
-def load_model(path: str | None, options: LoadOptions) -> "Model":
+def load_model(
+    path: str | None, options: LoadOptions, progress: Callable[[int, int], None] | None = None
+) -> "Model":
     """Load a model. Lines on stderr say what runs where if a GPU is used. On a terminal a progress bar is shown.
 
-    If kernels must be compiled, a line says so, and a bar counts them.
+    If kernels must be compiled, a line says so, and a bar counts them. progress: see Model.load.
     """
     from gguf_run.formats.compiler.jit import compile_notice
     from gguf_run.runtime.model import Model
@@ -204,11 +206,14 @@ def load_model(path: str | None, options: LoadOptions) -> "Model":
             compiling.append(stack.enter_context(Compiling(path, options, bar or _progress())))
 
         def show(done: int, total: int) -> None:
+            if progress:
+                progress(done, total)
             if bar and all(line.is_over for line in compiling):
                 bar.set(done, total)
 
         with compile_notice(begin):
-            return Model.load(path, options, progress=show if bar else None, report=bar.message if bar else message)
+            report = bar.message if bar else message
+            return Model.load(path, options, progress=show if bar or progress else None, report=report)
 
 
 def _progress() -> "Progress":

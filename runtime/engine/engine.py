@@ -88,12 +88,17 @@ class Engine:
         """The most tokens of a prompt: positions of the context, and of all pages of the cache."""
         return min(self.decoder.n_ctx, PAGE * self.decoder.cache.tables[0].n_pages)
 
+    @property
+    def n_waiting(self) -> int:
+        """Requests that wait for their first step."""
+        return len(self._new) + sum(job.n_reused < 0 for job in self.jobs)
+
     def add(self, request: Request) -> Sequence:
         """Take a request; return its answer, which nothing has computed yet.
 
         Raises ContextError, QueueFullError and others: see check.py.
         """
-        n_waiting = len(self._new) + sum(job.n_reused < 0 for job in self.jobs)
+        n_waiting = self.n_waiting
         fits = 0 < len(request.ids) <= self.n_ctx and (request.max_tokens is None or request.max_tokens > 0)
         if not fits or request.context_shift or request.adapters or n_waiting >= self.max_queue:
             from gguf_run.runtime.engine.check import QueueFullError, check  # late: few are refused

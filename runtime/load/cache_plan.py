@@ -9,8 +9,10 @@ from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import N_STATES
 from gguf_run.models.pages import PAGE, pages_stored
+from gguf_run.runtime.load.options import DEFAULT_N_CTX
 
 DEFAULT_TYPE = "f16"
+_MOST_N_CTX = 32768  # of a server, unless it is told another
 
 
 def plan_cache(
@@ -102,3 +104,24 @@ def cells_in(n_bytes: int, config: ModelConfig, plan: Sequence[CacheType], n_ctx
             "tokens; or choose a smaller context (--ctx-size)"
         )
     return n_cells
+
+
+def fit_cache(
+    n_bytes: int, config: ModelConfig, plan: Sequence[CacheType], n_ctx: int | None, n_batch: int, n_seq: int
+) -> tuple[int, int | None]:
+    """Return positions of each sequence, and of all together (None: n_ctx for each), for caches of at most n_bytes.
+
+    n_ctx: None chooses the model's own, at most 32768, halved down to 4096 while one sequence has no room. One sequence
+    always gets its positions, whatever n_bytes says.
+    """
+
+    def size(n_ctx: int, n_cells: int | None) -> int:
+        return sum(layer_bytes(config, plan, n_ctx, n_batch if config.arch.is_causal else n_ctx, n_seq, n_cells))
+
+    chosen = n_ctx or min(config.n_ctx_train, _MOST_N_CTX)
+    while n_ctx is None and chosen >= 2 * DEFAULT_N_CTX and size(chosen, chosen) > n_bytes:
+        chosen //= 2
+    if size(chosen, None) <= n_bytes:
+        return chosen, None
+    n_bytes = max(n_bytes, size(chosen, -(-chosen // PAGE) * PAGE))
+    return chosen, cells_in(n_bytes, config, plan, chosen, n_batch if config.arch.is_causal else chosen, n_seq)

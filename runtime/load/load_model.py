@@ -21,7 +21,7 @@ from gguf_run.kernels_cpu.replay.team import MAX_THREADS
 from gguf_run.kernels_cpu.vector.isa import Tuning, stored_tuning, tuning_path
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
-from gguf_run.runtime.load.cache_plan import cells_in, plan_cache
+from gguf_run.runtime.load.cache_plan import cells_in, fit_cache, plan_cache
 from gguf_run.runtime.load.machine import available_memory, default_threads, driver_there
 from gguf_run.runtime.load.memory import MemoryPlan
 from gguf_run.runtime.load.open_model import open_model
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
+_CACHE_BYTES = 8 << 30  # of memory that is taken for free where nothing tells
 _MEASURED_FROM = 32 << 20  # bytes of a model for which it pays to measure the machine
 
 
@@ -200,9 +201,12 @@ def _plan(file: GGUFFile, options: LoadOptions) -> "tuple[MemoryPlan, Adapters |
         raise FormatError(f"tokenizer.ggml.tokens has {len(tokens)} tokens, and {rows}: convert the model again")
     n_ctx = options.n_ctx or min(config.n_ctx_train, DEFAULT_N_CTX)
     cache = plan_cache(config, options.cache_type, options.cache_rotation, options.cache_scales)
-    n_batch = options.n_batch if config.arch.is_causal else n_ctx  # see models/embedder.py
     n_cells = None
-    if options.cache_ram:
+    if options.cache_ram == "auto":
+        n_bytes = (available_memory() or _CACHE_BYTES) // 4
+        n_ctx, n_cells = fit_cache(n_bytes, config, cache, options.n_ctx, options.n_batch, options.n_seq)
+    n_batch = options.n_batch if config.arch.is_causal else n_ctx  # see models/embedder.py
+    if isinstance(options.cache_ram, int):
         n_cells = cells_in(options.cache_ram << 20, config, cache, n_ctx, n_batch, options.n_seq)
     plan = MemoryPlan(config, list(file.tensors.values()), n_ctx, cache, n_batch, options.n_seq, n_cells)
     if not options.lora:

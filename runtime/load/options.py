@@ -85,7 +85,9 @@ class LoadOptions:
     n_threads: int | None = None  # CPU threads that compute; None: one for each physical core
     n_batch: int = 512  # tokens of a prompt that run at once
     n_seq: int = 1  # sequences that run together; others wait
-    cache_ram: int | None = None  # MiB of the KV cache of all sequences; None: n_ctx positions for each
+    # MiB of the KV cache of all sequences. None: n_ctx positions for each. "auto": as many, if a quarter of the free
+    # memory holds them; n_ctx may be up to 32768 then, see fit_cache.
+    cache_ram: int | str | None = None
     deterministic: bool = False  # a text gets the same bits alone, among others and after a known prefix; CPU only
     device: str = "auto"  # "cpu", "cuda", "cuda:1", several GPUs with commas, or "auto": a GPU if there is one
     gpu_layers: str | int | None = None  # so many of the last layers run on GPUs; "all"; "auto" or None: what fits
@@ -108,7 +110,8 @@ class LoadOptions:
         _check_range("n_ctx (--ctx-size)", self.n_ctx, MAX_N_CTX)
         _check_range("n_batch", self.n_batch, MAX_N_CTX)
         _check_range("n_seq", self.n_seq, MAX_N_SEQ)
-        _check_range("cache_ram", self.cache_ram, MAX_N_CTX)
+        if self.cache_ram != "auto":
+            _check_range("cache_ram", self.cache_ram, MAX_N_CTX)
         if self.deterministic and not self.wanted.cpu_only:
             raise OptionError('deterministic runs on the CPU only: give device="cpu" (--device cpu)')
         if self.n_threads is not None:
@@ -142,7 +145,7 @@ class LoadOptions:
         return Wanted(devices, n_gpu, split if len(split) > 1 else (), -1 if self.cpu_moe else self.n_cpu_moe)
 
 
-def _check_range(name: str, value: int | None, highest: int) -> None:
+def _check_range(name: str, value: int | str | None, highest: int) -> None:
     if value is not None and not (isinstance(value, int) and 1 <= value <= highest):
         raise OptionError(f"{name} is {value!r}; allowed: a whole number from 1 to {highest}")
 

@@ -124,7 +124,7 @@ class Answers:
         assert runner is not None
         event = self._event = runner.listen(jobs)
         clock = asyncio.create_task(self._tick())
-        open_jobs, told_at = dict(enumerate(jobs)), time.monotonic()
+        open_jobs, told_at, has_told = dict(enumerate(jobs)), time.monotonic(), False
         try:
             while open_jobs and not self.is_closed:
                 event.clear()
@@ -137,9 +137,13 @@ class Answers:
                         job.raise_error()
                         del open_jobs[i]
                 self.is_finished = not open_jobs
-                if events or time.monotonic() - told_at >= QUIET_S:
+                now = time.monotonic()
+                if events and has_told:
+                    self.served.counts.gaps.add(now - told_at)
+                has_told = has_told or bool(events)
+                if events or now - told_at >= QUIET_S:
+                    told_at = now
                     yield events
-                    told_at = time.monotonic()
                 elif open_jobs:
                     await event.wait()
         finally:
@@ -206,6 +210,7 @@ class Answers:
             self.is_closed = True
             for sequence in self.sequences:
                 sequence.close()
+            self.served.counts.ended([sequence.job for sequence in self.sequences], self.served.model.engine.clock())
             self._wake()
 
 

@@ -12,8 +12,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.serve import anthropic, openai_chat, openai_other, openai_text, responses
+from gguf_run.runtime.serve import anthropic, metrics, openai_chat, openai_other, openai_text, responses
 from gguf_run.runtime.serve.errors import HttpError, api_of, http_error
+from gguf_run.runtime.serve.guard import Access, Guard
 from gguf_run.runtime.serve.http import json_response
 from gguf_run.runtime.serve.registry import Registry
 
@@ -26,24 +27,34 @@ _N_THREADS = 8  # that make prompts of messages
 class Server:
     """What all requests share."""
 
-    def __init__(self, registry: Registry, *, request_timeout: float = 0.0) -> None:
-        """request_timeout: seconds that an answer may take; 0: no limit."""
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        request_timeout: float = 0.0,
+        access: Access = Access(),  # noqa: B008  (it cannot change)
+        has_metrics: bool = False,
+    ) -> None:
+        """request_timeout: seconds that an answer may take; 0: no limit. has_metrics: /metrics tells counts."""
         self.registry, self.request_timeout = registry, request_timeout
+        self.access, self.has_metrics = access, has_metrics
+        self.n_running, self.is_stopping = 0, False  # requests; whether new ones are refused
         self.threads = ThreadPoolExecutor(_N_THREADS, "gguf-run prompt")
 
 
-def make_app(server: Server) -> Starlette:
+def make_app(server: Server) -> Guard:
     """Return the application. The first model is loaded when it starts; all are closed when it ends."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         before = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_S)
-        loading = asyncio.create_task(server.registry.get(server.registry.names[0]))
+        tasks = [asyncio.create_task(work) for work in (server.registry.load_first(), server.registry.unload_idle())]
         try:
             yield
         finally:
-            loading.cancel()
+            for task in tasks:
+                task.cancel()
             server.threads.shutdown(cancel_futures=True)
             server.registry.close()
             sys.setswitchinterval(before)
@@ -55,12 +66,13 @@ def make_app(server: Server) -> Starlette:
             *openai_other.routes,
             *responses.routes,
             *anthropic.routes,
+            *metrics.routes,
         ],
         exception_handlers=dict.fromkeys((HttpError, GgufRunError, HTTPException, Exception), _answer_error),
         lifespan=lifespan,
     )
     app.state.server = server
-    return app
+    return Guard(app, server)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

@@ -38,7 +38,7 @@ class _Item(Struct):
     call_id: str | None = None
     name: str | None = None  # of the function that is called
     arguments: str | None = None
-    output: str | Any = None  # of a call
+    output: Any = None  # of a call
 
 
 class _Body(Struct):
@@ -95,21 +95,21 @@ def _add(messages: Objects, item: _Item) -> None:
     if item.type == "item_reference":
         raise HttpError(400, "input has an item_reference: this server keeps nothing, send the item itself")
     if item.type == "function_call_output":
-        content = item.output if isinstance(item.output, str | list) else str(item.output)
-        messages.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
+        messages.append({"role": "tool", "tool_call_id": item.call_id, "content": item.output})
     if item.type not in ("message", "reasoning", "function_call"):
         return
     role = item.role if item.type == "message" else "assistant"
     role = "system" if role == "developer" else role
-    if not messages or messages[-1]["role"] != role:
+    if not messages or messages[-1]["role"] != role or role == "tool":
         messages.append({"role": role, "content": []})
     message = messages[-1]
     if item.type == "message":
         is_text = isinstance(item.content, str)
         message["content"] += [{"type": "text", "text": item.content}] if is_text else item.content or []
     elif item.type == "reasoning":
-        parts = (item.summary if isinstance(item.content, str) else item.content) or item.summary or []
-        message["reasoning_content"] = message.get("reasoning_content", "") + "".join(f"{p.get('text')}" for p in parts)
+        parts = item.content if item.content and not isinstance(item.content, str) else item.summary or []
+        thought = "".join(str(part.get("text", "")) for part in parts)
+        message["reasoning_content"] = message.get("reasoning_content", "") + thought
     else:
         function = {"name": item.name, "arguments": item.arguments}
         message.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
@@ -132,14 +132,8 @@ class _Writer:
         """Make the response, which has no items yet."""
         self._answers, shared = answers, frame(answers, "resp_", "response")
         own = {"id": shared["id"], "object": "response", "created_at": shared["created"], "model": shared["model"]}
-        state: dict[str, Any] = {
-            "status": "in_progress",
-            "error": None,
-            "incomplete_details": None,
-            "output": [],
-            "usage": None,
-        }
-        self.response = {**own, **state, **self.response, "previous_response_id": None, "store": False}
+        nothing = dict.fromkeys(("error", "incomplete_details", "previous_response_id", "usage"))
+        self.response |= {**own, **nothing, "status": "in_progress", "output": [], "store": False}
 
     async def chunks(self, answers: Answers) -> AsyncIterator[bytes]:
         """Yield the events of the answer."""
@@ -192,7 +186,8 @@ class _Writer:
     def _close(self, status: str) -> bytes:
         if self._item is None:
             return b""
-        item, text, name, sent = self._item, "".join(self._texts), _ITEMS[self._kind][2] + ".done", b""
+        item, text, name = self._item, "".join(self._texts), _ITEMS[self._kind][2] + ".done"
+        item["status"], self._item = status, None
         if self._kind == "arguments":
             item["arguments"] = text
             sent = self._event(name, **self._place, name=item["name"], arguments=text)
@@ -200,7 +195,6 @@ class _Writer:
             item["content"] = [self._part(text)]
             sent = self._event(name, **self._place, text=text, **self._more)
             sent += self._event("content_part.done", **self._place, part=self._part(text))
-        item["status"], self._item = status, None
         self.response["output"].append(item)
         return sent + self._event("output_item.done", output_index=self._place["output_index"], item=item)
 
@@ -214,14 +208,8 @@ class _Writer:
 
 
 def _usage(answers: Answers) -> dict[str, Any]:
-    found = usage_json(answers.usage)
-    return {
-        "input_tokens": found["prompt_tokens"],
-        "input_tokens_details": {**found["prompt_tokens_details"], "cache_write_tokens": 0},
-        "output_tokens": found["completion_tokens"],
-        "output_tokens_details": found["completion_tokens_details"],
-        "total_tokens": found["total_tokens"],
-    }
+    counts = usage_json(answers.usage).items()
+    return {name.replace("prompt", "input").replace("completion", "output"): count for name, count in counts}
 
 
 routes = [Route("/v1/responses", responses, methods=["POST"])]

@@ -142,7 +142,7 @@ def test_a_vocabulary_is_filled_up(vocab: Path, tmp_path: Path) -> None:
         known = list(source.metadata["tokenizer.ggml.tokens"])
         assert tokens == known + [f"[PAD{i}]" for i in range(len(known), 290)]
         types = made.metadata["tokenizer.ggml.token_type"].tolist()
-        assert types == source.metadata["tokenizer.ggml.token_type"].tolist() + [5] * (290 - len(known))
+        assert types == source.metadata["tokenizer.ggml.token_type"].tolist() + [1] * (290 - len(known))
         for key in source.metadata:
             if key.startswith("tokenizer.") and key not in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type"):
                 value, expected = made.metadata[key], source.metadata[key]

@@ -19,6 +19,7 @@ from tinyvocab import CONTROL, USER_DEFINED, bpe_metadata
 from gguf_run.runtime.load.load_model import LoadedModel
 from gguf_run.runtime.model import Model
 from gguf_run.runtime.serve.app import Server, make_app
+from gguf_run.runtime.serve.connection import make_config
 from gguf_run.runtime.serve.registry import Registry
 from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
@@ -108,17 +109,30 @@ class Serving:
 
 
 @contextmanager
-def serving(*models: Model, app: Callable[[Server], Any] = make_app, **options: Any) -> Iterator[Serving]:
-    """Serve models, named m0, m1, ..., on a free port of this machine. options: of Server."""
+def serving(
+    *models: Model | Callable[[], Model],
+    app: Callable[[Server], Any] = make_app,
+    registry: Mapping[str, Any] = {},
+    **options: Any,
+) -> Iterator[Serving]:
+    """Serve models, named m0, m1, ..., on a free port of this machine. A function makes its model each time anew.
+
+    registry: options of Registry. options: of Server.
+    """
     named = {f"m{i}": model for i, model in enumerate(models)}
-    registry = Registry({name: name for name in named}, lambda path, progress: named[path])
-    server = Server(registry, **options)
-    config = uvicorn.Config(app(server), host="127.0.0.1", port=0, log_level="warning", access_log=False)
+
+    def load(path: str, progress: Any) -> Model:
+        found = named[path]
+        return found if isinstance(found, Model) else found()
+
+    known = Registry({name: name for name in named}, load, **{"max_models": len(models), **registry})
+    server = Server(known, **options)
+    config = make_config(app(server), host="127.0.0.1", port=0)
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run)
     thread.start()
     try:
-        while not (running.started and registry.loaded) and thread.is_alive():
+        while not (running.started and known.loaded) and thread.is_alive():
             time.sleep(0.005)
         port = running.servers[0].sockets[0].getsockname()[1]
         yield Serving(f"http://127.0.0.1:{port}", server, running)
