@@ -26,8 +26,8 @@ from gguf_run.runtime.terminal.text import message
 
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model
-    from gguf_run.runtime.serve.guard import Access
     from gguf_run.runtime.serve.registry import Registry
+    from gguf_run.runtime.serve.server import Access
 
 _NEEDED = ("starlette", "uvicorn", "httptools", "msgspec", "llguidance")  # the extra `serve`
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -171,7 +171,7 @@ def _registry_of(models: tuple[str, ...], keep_alive: float, values: Mapping[str
 
 
 def _access(values: Mapping[str, Any], keys: list[str], is_local: bool) -> "Access":
-    from gguf_run.runtime.serve.guard import LOOPBACK, Access
+    from gguf_run.runtime.serve.server import LOOPBACK, Access
 
     names = values["allowed_host"]
     return Access(
@@ -195,8 +195,9 @@ def _serve(opened: socket.socket, registry: "Registry", access: "Access", values
     """Serve until a signal comes and the running answers are at their ends. A second signal ends at once."""
     import uvicorn
 
-    from gguf_run.runtime.serve.app import Server, make_app
+    from gguf_run.runtime.serve.app import make_app
     from gguf_run.runtime.serve.connection import make_config
+    from gguf_run.runtime.serve.server import Server
 
     server = Server(
         registry,

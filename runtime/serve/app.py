@@ -3,7 +3,6 @@
 import asyncio
 import sys
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
@@ -23,37 +22,13 @@ from gguf_run.runtime.serve import (
     responses,
 )
 from gguf_run.runtime.serve.errors import HttpError, api_of, http_error
-from gguf_run.runtime.serve.guard import Access, Guard
+from gguf_run.runtime.serve.guard import Guard
 from gguf_run.runtime.serve.http import json_response
-from gguf_run.runtime.serve.registry import Registry
+from gguf_run.runtime.serve.server import Server
 
 # A thread that has computed without Python's lock gets it back after so many seconds, where others use it too. Python's
 # own 0.005 would cost that much of each step.
 _SWITCH_S = 0.0002
-_N_THREADS = 8  # that make prompts of messages
-
-
-class Server:
-    """What all requests share."""
-
-    def __init__(
-        self,
-        registry: Registry,
-        *,
-        request_timeout: float = 0.0,
-        access: Access = Access(),  # noqa: B008  (it cannot change)
-        has_metrics: bool = False,
-        has_slots: bool = False,
-    ) -> None:
-        """Nothing is loaded yet.
-
-        request_timeout: seconds that an answer may take; 0: no limit.
-        has_metrics, has_slots: /metrics and /slots tell counts.
-        """
-        self.registry, self.request_timeout = registry, request_timeout
-        self.access, self.has_metrics, self.has_slots = access, has_metrics, has_slots
-        self.n_running, self.is_stopping = 0, False  # requests; whether new ones are refused
-        self.threads = ThreadPoolExecutor(_N_THREADS, "gguf-run prompt")
 
 
 def make_app(server: Server) -> Guard:
