@@ -86,7 +86,7 @@ WORK_OPTIONS = [
     examples=(
         "gguf-serve model.gguf",
         "gguf-serve chat.gguf coder.gguf --models-dir ~/models --keep-alive 10m",
-        "gguf-serve model.gguf --host 0.0.0.0 --api-key-file keys.txt --tls-cert cert.pem",
+        "gguf-serve model.gguf --host 0.0.0.0 --api-key-file keys.txt",
         "gguf-serve model.gguf -c 8192 --parallel 4 --max-step-ms 50",
     ),
 )
