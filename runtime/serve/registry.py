@@ -13,8 +13,8 @@ from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.chat.calls.family import Family, family_of
 from gguf_run.runtime.chat.process import TemplateProcess
 from gguf_run.runtime.model import Model
+from gguf_run.runtime.serve.counts import Counts
 from gguf_run.runtime.serve.errors import RETRY_AFTER, HttpError
-from gguf_run.runtime.serve.metrics import Counts
 
 if TYPE_CHECKING:
     from gguf_run.runtime.engine.constraint import Constraint

@@ -18,9 +18,10 @@ from tinyvocab import CONTROL, USER_DEFINED, bpe_metadata
 
 from gguf_run.runtime.load.load_model import LoadedModel
 from gguf_run.runtime.model import Model
-from gguf_run.runtime.serve.app import Server, make_app
+from gguf_run.runtime.serve.app import make_app
 from gguf_run.runtime.serve.connection import make_config
 from gguf_run.runtime.serve.registry import Registry
+from gguf_run.runtime.serve.server import Server
 from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
 BEGIN = "<|im_start|>assistant\n"  # an answer begins behind it

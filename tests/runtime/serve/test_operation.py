@@ -28,8 +28,8 @@ from tinymodel import AWKWARD_LLAMA, write_tiny  # noqa: E402
 from gguf_run.formats.errors import FormatError  # noqa: E402
 from gguf_run.runtime.cli.serve import main, seconds_of  # noqa: E402
 from gguf_run.runtime.model import Model  # noqa: E402
-from gguf_run.runtime.serve.guard import Access  # noqa: E402
 from gguf_run.runtime.serve.registry import gguf_files, name_of  # noqa: E402
+from gguf_run.runtime.serve.server import Access  # noqa: E402
 
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Say hello"}], "max_tokens": 3}

@@ -17,7 +17,7 @@ pytest.importorskip("starlette")
 from served import Serving, scripted, serving  # noqa: E402
 
 from gguf_run.runtime.serve import connection  # noqa: E402
-from gguf_run.runtime.serve.guard import Access  # noqa: E402
+from gguf_run.runtime.serve.server import Access  # noqa: E402
 
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Say hello"}], "max_tokens": 3}
