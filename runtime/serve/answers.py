@@ -27,7 +27,7 @@ class Event(Struct, gc=False):
     """A piece of one answer."""
 
     choice: int  # number of the answer: those to the first prompt come first
-    kind: str  # of a Part: see answer_parts.py; or "end", of which the text is "stop", "length" or "tool_calls"
+    kind: str  # of a Part: see chat/answer_parts.py; or "end", of which the text is "stop", "length" or "tool_calls"
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
 
