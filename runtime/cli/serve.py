@@ -197,9 +197,7 @@ def _serve(opened: socket.socket, registry: "Registry", access: "Access", values
     from gguf_run.runtime.serve.app import Server, make_app
     from gguf_run.runtime.serve.connection import make_config
 
-    server = Server(
-        registry, request_timeout=values["request_timeout"], access=access, has_metrics=values["metrics"]
-    )
+    server = Server(registry, request_timeout=values["request_timeout"], access=access, has_metrics=values["metrics"])
     config = make_config(make_app(server), ssl_certfile=values["tls_cert"], ssl_keyfile=values["tls_key"])
     signals: list[int] = []
 
