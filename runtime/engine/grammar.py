@@ -260,8 +260,8 @@ def _matcher(tokens: "LLTokenizer", grammar: Grammar) -> "LLMatcher":
     matcher = LLMatcher(tokens, compiled, log_level=0, limits=limits)
     matcher.compute_bitmask()  # the first mask takes longest
     if matcher.is_error():
-        error = _first_line(matcher.get_error()).replace(_ONE_OF, " whose branches may hold together: write anyOf")
-        raise OptionError(f"{error}: change it")
+        what = _first_line(matcher.get_error()).replace(_ONE_OF, " whose branches may hold together: write anyOf")
+        raise OptionError(f"{what}: change it")
     return matcher
 
 
