@@ -184,9 +184,7 @@ def _cache_type(both: str | None, k: str | None, v: str | None) -> str | tuple[s
     return both if k is None and v is None else (k or "f16", v or "f16")
 
 
-def load_model(
-    path: str | None, options: LoadOptions, progress: Callable[[int, int], None] | None = None
-) -> "Model":
+def load_model(path: str | None, options: LoadOptions, progress: Callable[[int, int], None] | None = None) -> "Model":
     """Load a model. Lines on stderr say what runs where if a GPU is used. On a terminal a progress bar is shown.
 
     If kernels must be compiled, a line says so, and a bar counts them. progress: see Model.load.

@@ -7,6 +7,7 @@ The replica that has computed the beginning of a prompt gets it, unless it is mu
 import asyncio
 import random
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import fields
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,12 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from gguf_run.formats.errors import OptionError
+from gguf_run.formats.errors import OptionError, check_names
 from gguf_run.runtime.load.options import LoadOptions
 from gguf_run.runtime.model import Model
 from gguf_run.runtime.serve.app import Server, answer_error, make_app
-from gguf_run.runtime.serve.guard import Access, Guard
+from gguf_run.runtime.serve.errors import HttpError
+from gguf_run.runtime.serve.guard import Access, Guard, read_keys
 from gguf_run.runtime.serve.registry import Registry, name_of
 
 try:
@@ -36,24 +38,23 @@ if TYPE_CHECKING:
 _BLOCK, _MOST_BLOCKS = 256, 256  # characters, about a page of the cache; blocks of a prompt that are compared
 _MOST_KNOWN = 100_000  # beginnings of which the front knows who has computed them
 _PROMPT = ("model", "tools", "system", "instructions", "messages", "input", "prompt")  # in the order of templates
-_SCOPE = {"type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers",
-          "client", "server", "gguf_run.salt"}  # fmt: skip
+_SCOPE = {"type", "method", "path", "query_string", "headers", "gguf_run.salt"}  # what a replica is told
 
 
 class Settings(msgspec.Struct, forbid_unknown_fields=True):
     """What is deployed."""
 
     model: str  # a path that each machine has, or hf:owner/repo:TYPE
-    replicas: int = 1
+    replicas: int | dict[str, Any] = 1  # or Ray Serve's autoscaling_config, as {"min_replicas": 1, "max_replicas": 8}
     threads: int = 1  # of a replica, which gets so many CPUs
     load: dict[str, Any] = {}  # fields of LoadOptions, as {"n_ctx": 8192, "n_seq": 8}
     actor: dict[str, Any] = {}  # more of Ray's options of an actor, as {"num_gpus": 1}
-    autoscaling: dict[str, Any] = {}  # Ray Serve's, in place of `replicas`, as {"min_replicas": 1, "max_replicas": 8}
-    api_key_file: str = ""  # keys that clients must send, on the lines of a file that the front can read
+    api_key_file: str = ""  # keys, one of which clients must send; the head of the cluster has the file
 
     @property
     def options(self) -> LoadOptions:
-        """OptionError for values that are not allowed."""
+        """OptionError for names and values that are not allowed."""
+        check_names(self.load, (field.name for field in fields(LoadOptions)))
         return LoadOptions(**{"n_seq": 16, "cache_ram": "auto", "n_threads": self.threads, **self.load})
 
 
@@ -62,7 +63,7 @@ def app_builder(args: Mapping[str, Any]) -> "Application":
     try:
         settings = msgspec.convert(args, Settings, strict=False)
         n_seq = settings.options.n_seq
-    except (msgspec.ValidationError, TypeError) as error:
+    except msgspec.ValidationError as error:
         raise OptionError(f"{error}; allowed: {', '.join(Settings.__struct_fields__)}") from None
     replica = serve.deployment(
         Replica,
@@ -70,23 +71,19 @@ def app_builder(args: Mapping[str, Any]) -> "Application":
         ray_actor_options={"num_cpus": settings.threads, **settings.actor},
         graceful_shutdown_timeout_s=300,  # running answers end
         request_router_config={"request_router_class": Router, "request_router_kwargs": {"most_ahead": n_seq // 2}},
-        **(
-            {"autoscaling_config": settings.autoscaling}
-            if settings.autoscaling
-            else {"num_replicas": settings.replicas}
-        ),
+        **{"num_replicas" if isinstance(settings.replicas, int) else "autoscaling_config": settings.replicas},
     )
 
     def front() -> Guard:
-        keys = Path(settings.api_key_file).read_text("utf-8").split() if settings.api_key_file else []
-        routes = [Route("/{path:path}", Front(serve.get_deployment_handle("Replica")))]
-        app = Starlette(routes=routes, exception_handlers={Exception: answer_error})
-        return Guard(app, Server(Registry({}, Model.load), access=Access(hosts=None, keys=keys)))
+        keys = read_keys(Path(settings.api_key_file)) if settings.api_key_file else []
+        app = Starlette(
+            routes=[Route("/{path:path}", Front(serve.get_deployment_handle("Replica")))],
+            exception_handlers=dict.fromkeys((HttpError, Exception), answer_error),
+        )
+        return Guard(app, Server(Registry({}, lambda path, _: Model.load(path)), access=Access(hosts=None, keys=keys)))
 
-    make = serve.deployment(
-        serve.ingress(front)(), name="Front", max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
-    )
-    return make.bind(replica.bind(settings))
+    options = {"max_ongoing_requests": 10_000, "ray_actor_options": {"num_cpus": 0}}
+    return serve.deployment(serve.ingress(front)(), name="Front", **options).bind(replica.bind(settings))
 
 
 class Front:
@@ -107,11 +104,8 @@ class Front:
 class Replica:
     """A server within an actor of Ray."""
 
-    async def __init__(self, settings: Settings) -> None:
-        def load(path: str, progress: Any) -> Model:
-            return Model.load(path, settings.options, progress=progress)
-
-        name = name_of(settings.model)
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Ray waits for it
+        name, load = name_of(settings.model), lambda path, tell: Model.load(path, settings.options, progress=tell)
         self._server = Server(Registry({name: settings.model}, load), access=Access(hosts=None))
         self._app = make_app(self._server)
         self._life = self._app.app.router.lifespan_context(self._app.app)  # type: ignore[attr-defined]
@@ -120,17 +114,17 @@ class Replica:
 
     async def ask(self, _: list[int], scope: Scope, body: bytes) -> AsyncIterator[list[Message]]:
         """Yield the messages of an answer."""
-        bodies, news = [{"type": "http.request", "body": body}], asyncio.Queue[Message | None]()
+        bodies, news = [{"type": "http.request", "body": body}], asyncio.Queue[Message]()
 
         async def receive() -> Message:
             if not bodies:
                 await asyncio.Event().wait()  # for ever: Ray cancels this when the client goes
             return bodies.pop()
 
-        task = asyncio.create_task(self._app(scope, receive, news.put))  # type: ignore[arg-type]
-        task.add_done_callback(lambda _: news.put_nowait(None))
+        task = asyncio.create_task(self._app(scope, receive, news.put))
+        task.add_done_callback(lambda _: news.put_nowait({}))  # is no message
         try:
-            while None not in (messages := [await news.get(), *(news.get_nowait() for _ in range(news.qsize()))]):
+            while all(messages := [await news.get(), *(news.get_nowait() for _ in range(news.qsize()))]):
                 yield messages
             yield messages[:-1]
         finally:
