@@ -100,7 +100,8 @@ class Peer:
         address = self._process.stdout.readline()
         if not address:
             raise click.ClickException(f"{python} cannot start llama.cpp's server: it needs the package xllamacpp")
-        self._host, self._port = address.strip().removeprefix("http://").split(":")
+        self.address = address.strip()
+        self._host, self._port = self.address.removeprefix("http://").split(":")
 
     async def stream(self, ids: Sequence[int], n: int) -> AsyncIterator[int]:
         body = json.dumps({"prompt": list(ids), "n_predict": n, "stream": True, "ignore_eos": True, "seed": 1}).encode()

@@ -38,12 +38,12 @@ class Target:
             port = parts.port or (443 if parts.scheme == "https" else 80)
         except ValueError:
             parts, port = urlsplit(""), 0
-        path = parts.path.rstrip("/")
-        if parts.scheme not in ("http", "https") or not re.fullmatch("[!-~]+", f"{parts.hostname or ' '}{path}"):
+        host, path = parts.hostname or " ", parts.path.rstrip("/")
+        if parts.scheme not in ("http", "https") or not re.fullmatch("[!-~]+", host + path):
             raise OptionError(f"URL is {url!r}: must be as http://127.0.0.1:8080 or https://host/v1")
         if not (key.isascii() and key.isprintable()):
             raise OptionError("--api-key has characters that no key has: allowed is printable ASCII")
-        return cls(parts.hostname, port, parts.scheme == "https", path if path.endswith("/v1") else f"{path}/v1", key)
+        return cls(host, port, parts.scheme == "https", path if path.endswith("/v1") else f"{path}/v1", key)
 
     def request(self, path: str, body: Mapping[str, Any] | None = None) -> bytes:
         """Return the bytes of a request: POST with a body, else GET."""

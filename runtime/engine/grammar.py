@@ -51,16 +51,18 @@ class Grammar:
     kind: str  # see KINDS
     text: str = ""  # in the language of the kind; lark: that of llguidance; nothing for json_object
 
+    @classmethod
+    def of(cls, text: str) -> "Grammar":
+        """Return the grammar of a text in GBNF, which has a line `name ::= ...`, or in Lark."""
+        return cls("gbnf" if re.search(r"^[ \t]*[\w-]+[ \t]*::=", text, re.MULTILINE) else "lark", text)
+
 
 def grammar_of(json_schema: "Mapping[str, Any] | str | None", grammar: "Grammar | str | None") -> Grammar:
-    """Return what the options of Model.generate ask for. A text in GBNF has a line `name ::= ...`.
-
-    OptionError for both of them, or values of other types.
-    """
+    """Return what the options of Model.generate ask for. OptionError for both of them, or values of other types."""
     if json_schema is not None and grammar is not None:
         raise OptionError("json_schema (--json-schema) and grammar (--grammar) exclude each other: give one")
     if isinstance(grammar, str):
-        return Grammar("gbnf" if re.search(r"^[ \t]*[\w-]+[ \t]*::=", grammar, re.MULTILINE) else "lark", grammar)
+        return Grammar.of(grammar)
     if isinstance(json_schema, str | Mapping):
         with suppress(TypeError, ValueError, RecursionError):
             return Grammar("json_schema", json_schema if isinstance(json_schema, str) else json.dumps(json_schema))
@@ -276,7 +278,8 @@ def _compiled(grammar: Grammar) -> str:
         at = match.end()
         if match[0].startswith("%json"):
             schema, at = json.JSONDecoder().raw_decode(text, at)
-            parts.append(_schema(schema))
+            # The style may say that what cannot be enforced of a schema is not: llguidance's "lenient".
+            parts.append(json.dumps(schema) if "x-guidance" in schema else _schema(schema))
     return LLMatcher.grammar_from_lark("".join([*parts, text[at:]]))
 
 

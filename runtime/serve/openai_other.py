@@ -101,14 +101,13 @@ async def _each(
     """
     if not 0 < len(texts) <= MOST_TEXTS:
         raise HttpError(400, f"{len(texts)} texts: 1 to {MOST_TEXTS} are allowed")
-    server, found = request.app.state.server, []
+    server, loop, found = request.app.state.server, asyncio.get_running_loop(), []
     watch = asyncio.ensure_future(gone(request.receive))
     try:
         async with server.registry.use(name) as served, asyncio.timeout(server.request_timeout or None):
             for text in texts:
                 if watch.done():
                     raise HttpError(499, "the client is gone")
-                loop = asyncio.get_running_loop()
                 found.append(await loop.run_in_executor(server.threads, work, served.model, text))
     except TimeoutError:
         raise HttpError(408, "the request took longer than --request-timeout allows", "timeout") from None

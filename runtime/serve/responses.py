@@ -38,7 +38,7 @@ class _Item(Struct):
     call_id: str | None = None
     name: str | None = None  # of the function that is called
     arguments: str | None = None
-    output: str | Any = None  # of a call
+    output: Any = None  # of a call
 
 
 class _Body(Struct):
@@ -95,21 +95,21 @@ def _add(messages: Objects, item: _Item) -> None:
     if item.type == "item_reference":
         raise HttpError(400, "input has an item_reference: this server keeps nothing, send the item itself")
     if item.type == "function_call_output":
-        content = item.output if isinstance(item.output, str | list) else str(item.output)
-        messages.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
+        messages.append({"role": "tool", "tool_call_id": item.call_id, "content": item.output})
     if item.type not in ("message", "reasoning", "function_call"):
         return
     role = item.role if item.type == "message" else "assistant"
     role = "system" if role == "developer" else role
-    if not messages or messages[-1]["role"] != role:
+    if not messages or messages[-1]["role"] != role or role == "tool":
         messages.append({"role": role, "content": []})
     message = messages[-1]
     if item.type == "message":
         is_text = isinstance(item.content, str)
         message["content"] += [{"type": "text", "text": item.content}] if is_text else item.content or []
     elif item.type == "reasoning":
-        parts = (item.summary if isinstance(item.content, str) else item.content) or item.summary or []
-        message["reasoning_content"] = message.get("reasoning_content", "") + "".join(f"{p.get('text')}" for p in parts)
+        parts = item.content if item.content and not isinstance(item.content, str) else item.summary or []
+        thought = "".join(str(part.get("text", "")) for part in parts)
+        message["reasoning_content"] = message.get("reasoning_content", "") + thought
     else:
         function = {"name": item.name, "arguments": item.arguments}
         message.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})

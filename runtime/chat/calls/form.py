@@ -6,7 +6,7 @@ from functools import cached_property
 from gguf_run.formats.frozen import frozen
 
 # Patterns never go back into white space (*+): a model may write a lot of it.
-_WORDS = {"$name": r'(?P<name>[^\s"<>{}\[\]|]*)', "$key": r'(?P<key>[^<>"]*)', "$id": r'[^\s"<>{}\[\]|]*'}
+_WORDS = {"$name": r'\s*+(?P<name>[^\s"<>{}\[\]|]*)\s*+', "$key": r'(?P<key>[^<>"]*)', "$id": r'[^\s"<>{}\[\]|]*'}
 
 
 @frozen

@@ -13,10 +13,10 @@ TokenId = Callable[[str], int | None]
 # Spaces as Python writes them, which templates show. What llguidance cannot enforce of a schema is not enforced.
 _STYLE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?", "lenient": True}
 _SPACE = r"/[ \n]{0,3}/"
-_ANY = r"""any: string | %json {"type": ["number", "boolean", "null"]} | list | object
+_NAME = "NAME: /[A-Za-z_][A-Za-z0-9_]*/"
+_ANY = """any: string | %json {"type": ["number", "boolean", "null"]} | list | object
 list: "[" (any ("," any)*)? "]"
-object: "{" (NAME ":" any ("," NAME ":" any)*)? "}"
-NAME: /[A-Za-z_][A-Za-z0-9_]*/"""  # values in Gemma's form
+object: "{" (NAME ":" any ("," NAME ":" any)*)? "}\""""  # values in Gemma's form
 _DEEPEST = 4  # level of a value of Gemma's that follows its schema
 
 
@@ -30,7 +30,7 @@ class CallGrammar:
 
     def __init__(self, form: Form, tools: Mapping[str, Any], token_id: TokenId, tag: str | None, is_open: bool) -> None:
         self._form, self._token_id, self._tag, self._is_open = form, token_id, tag, is_open
-        self._rules = ["TEXT: /(?s:.*)/", f"FIRST: /(?s:.*)/ & ~/{re.escape(tag or '')}(?s:.*)/"]
+        self._rules = ["TEXT: /(?s:.*)/", _NAME, f"FIRST: /(?s:.*)/ & ~/{re.escape(tag or '')}(?s:.*)/"]
         if form.quote:
             self._rules += [f"string: {self._literal(form.quote)} {self._until(form.quote)}", _ANY]
         write = self._text_arguments if form.key else self._quoted if form.quote else self._json
@@ -93,19 +93,21 @@ class CallGrammar:
         return f"%json {json.dumps({'x-guidance': _STYLE} | dict(schema))}"
 
     def _text_arguments(self, schema: Mapping[str, Any]) -> str:
-        close, found = self._form.close, []
+        form, found = self._form, []
+        mark = form.close.strip()
+        text = f"{self._until(mark)} {self._literal(form.close.partition(mark)[2])}"
+        if "properties" not in schema:
+            before, after = map(self._literal, form.key.split("$key"))
+            return f"({before} NAME {after} {text})*"
         for key, value in field(schema, "properties", dict).items():
-            types, one_of = types_of(value), choices(value)
+            types, one_of, body = types_of(value), choices(value), ""
             if one_of:
                 body = _one_of(self._literal(v if isinstance(v, str) else json.dumps(v)) for v in one_of)
-            elif "string" in types or not types:
-                body = ""
-            else:
+            elif types and "string" not in types:
                 body = self._json({name: schema[name] for name in ("$defs", "definitions") if name in schema} | value)
-            mark = close.strip()
-            end = self._literal(close) if body else f"{self._until(mark)} {self._literal(close.partition(mark)[2])}"
-            is_needed = key in field(schema, "required", list)
-            found.append(f"({self._literal(self._form.key.replace('$key', key))} {body} {end}){'?' * (not is_needed)}")
+            end = self._literal(form.close) if body else text
+            may_miss = key not in field(schema, "required", list)
+            found.append(f"({self._literal(form.key.replace('$key', key))} {body} {end}){'?' * may_miss}")
         return " ".join(found) or '""'
 
     def _quoted(self, schema: Any, depth: int = 0) -> str:

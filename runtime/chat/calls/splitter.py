@@ -53,7 +53,7 @@ class AnswerSplitter(Reader):
             if (yield from self._call(form.first)):
                 while (yield from self._call(form.next)):
                     pass
-                yield from self._marks(form.end)
+                yield from self._marks(f"]{form.end.lstrip(']')}" if form.has_objects else form.end)
                 yield from self.skip_space()
             elif form.openers:
                 return
@@ -136,6 +136,7 @@ class AnswerSplitter(Reader):
                 self._argue(mark + " " * (mark in ",:"))
             else:
                 word: list[str] = []
+                yield from self.skip_space()
                 mark = yield from self.until((*"{}[],:", quote), word.append)
                 self._argue(value_json("".join(word), {"string"} if mark == ":" else set()) * bool(mark))
             if depth == 0 or (self.is_ended and not self.text):
@@ -163,7 +164,11 @@ class AnswerSplitter(Reader):
         if to and to[1] in self._tools:
             self.give("call", to[1])
             give = self._argue
-            give("" if self.text.startswith("{") else "{}")
+            if self.text.startswith("{"):
+                yield from self.balanced(give)
+                yield from self.skip_space()
+            else:
+                give("{}")
         yield from self.until((*_ENDS, *_STARTS), give)
 
 

@@ -11,7 +11,9 @@ _NAMES = {dict: "object", list: "array", str: "string", bool: "boolean", int: "i
 def schemas(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:
     """Return the JSON schema of the arguments of each tool by its name. tools: as in OpenAI's API."""
     functions = [tool.get("function", tool) for tool in tools or ()]
-    return {one["name"]: {"type": "object"} | field(one, "parameters", dict) for one in functions}
+    return {
+        one["name"]: {"type": "object"} | (field(one, "parameters", dict) or {"properties": {}}) for one in functions
+    }
 
 
 def field(schema: Any, name: str, kind: type) -> Any:

@@ -567,3 +567,29 @@ def test_terminal_of_a_newcomer(path: Path, columns: int) -> None:
         assert terminal.process.wait(PATIENCE) == 0
     finally:
         terminal.close()
+
+
+def test_answers_of_a_form(path: Path, tmp_path: Path) -> None:
+    """A schema as JSON or in a file, a grammar in GBNF or Lark, and what cannot be one."""
+    pytest.importorskip("llguidance")
+    (tmp_path / "schema.json").write_text('{"enum": ["é", 7]}')
+    (tmp_path / "a.gbnf").write_text('root ::= "a"{3} "\\n"?')
+    (tmp_path / "a.lark").write_text("start: /[xy]{4}/")
+    for option, value, pattern in (
+        ("--json-schema", '{"type": "boolean"}', "true|false"),
+        ("--json-schema", tmp_path / "schema.json", '"é"|7'),
+        ("--grammar", tmp_path / "a.gbnf", "aaa\n?"),
+        ("--grammar", tmp_path / "a.lark", "[xy]{4}"),
+    ):
+        result = run(path, "--raw", "-p", "a", option, value)
+        assert result.returncode == 0, result.stderr
+        assert re.fullmatch(f"({pattern})\n*", result.stdout.decode())
+    for arguments, words in (
+        (["--json-schema", "{}", "--grammar", tmp_path / "a.lark"], b"exclude each other"),
+        (["--json-schema", '{"not": {}}'], b"the keyword not at # is not supported"),
+        (["--json-schema", tmp_path / "none.json"], b"none.json"),
+    ):
+        result = run(path, "--raw", "-p", "a", *arguments)
+        assert result.returncode in (1, 2)
+        assert words in result.stderr
+        assert result.stderr.count(b"\n") == 1

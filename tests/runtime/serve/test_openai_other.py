@@ -65,13 +65,13 @@ def test_models(server: Serving, client: Any) -> None:
         assert caught.value.code == "model_not_found"
 
 
-def test_a_model_whose_name_is_a_path() -> None:
-    with serving(scripted()) as server:
-        registry = server.server.registry
-        registry.paths = {"hf:owner/name:Q4_K_M": registry.paths["m0"]}
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any") as client:
-            for model in (client.models.list().data[0], client.models.retrieve("hf:owner/name:Q4_K_M")):
-                assert (model.id, model.created) == ("hf:owner/name:Q4_K_M", 0)
+def test_a_name_with_slashes_and_colons() -> None:
+    with (
+        serving(scripted(), registry={"adapters": {"": {}, "owner/name": {}}}) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="any") as client,
+    ):
+        assert [model.id for model in client.models.list().data] == ["m0", "m0:owner/name"]
+        assert client.models.retrieve("m0:owner/name").id == "m0:owner/name"
 
 
 def test_embeddings(server: Serving, client: Any) -> None:

@@ -185,7 +185,8 @@ HISTORY = [
     {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "2"}]},
     {"type": "reasoning", "id": "rs_2", "summary": [{"type": "summary_text", "text": "So."}], "content": None,
      "encrypted_content": "x"},
-    {"role": "assistant", "content": "Done."}, {"role": "user", "content": "Say hello"},
+    {"role": "tool", "content": "3"}, {"role": "assistant", "content": "Done."},
+    {"role": "user", "content": "Say hello"},
 ]  # fmt: skip
 
 
@@ -201,7 +202,8 @@ def test_the_conversation_that_the_template_gets(server: Serving, monkeypatch: p
             for m in messages]  # fmt: skip
     assert flat == [
         ("system", ["One.", "Two.", "Three."]), ("user", ["One?", "Two?"]), ("assistant", ["I look."]),
-        ("tool", "1"), ("tool", ["2"]), ("assistant", ["Done."]), ("user", ["Say hello"]),
+        ("tool", "1"), ("tool", ["2"]), ("assistant", []), ("tool", ["3"]), ("assistant", ["Done."]),
+        ("user", ["Say hello"]),
     ]  # fmt: skip
     assert [messages[i].get("reasoning_content") for i in (2, 5)] == ["Hm.", "So."]
     assert [(call["id"], call["function"]["name"]) for call in messages[2]["tool_calls"]] == [("c1", "f"), ("c2", "g")]
@@ -216,6 +218,7 @@ def test_the_conversation_that_the_template_gets(server: Serving, monkeypatch: p
     ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input_image"),
     ({"input": [{"type": "function_call", "call_id": "a", "arguments": "{}"}]}, "name"),
     ({"input": [{"type": "function_call_output", "call_id": 5, "output": "a"}]}, "call_id"),
+    ({"input": [{"type": "function_call_output", "call_id": "a", "output": {"a": 1}}]}, "content"),
     ({"input": "a", "instructions": 5}, "instructions"), ({"input": "a", "max_output_tokens": -1}, "max_output_tokens"),
     ({"input": "a", "max_output_tokens": 0}, "max_tokens"), ({"input": "a", "text": 5}, "text"),
     ({"input": "a", "text": {"format": {"type": "x"}}}, "response_format"),
