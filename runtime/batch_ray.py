@@ -6,13 +6,15 @@ of Model.generate or chat beside them. The answers stand in the order of the pro
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
 from gguf_run.formats.atomic import replacing
-from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.formats.errors import GgufRunError, OptionError, check_names
 from gguf_run.runtime.load.options import LoadOptions
 
 MOST_ROWS = 256  # prompts that go to a worker together
@@ -80,6 +82,7 @@ def answer_file(
         from ray.exceptions import RayError
     except ImportError:
         raise GgufRunError('ray is missing: pip install "gguf-run[cluster]"') from None
+    check_names(load, (field.name for field in fields(LoadOptions)))
     n_threads, lines = LoadOptions(**load).n_threads or 1, source.read_text("utf-8").splitlines()
     rows = [{"number": i, "line": line} for i, line in enumerate(lines, 1) if line.strip()]
     n_blocks = min(len(rows), max(2 * n_workers, -(-len(rows) // MOST_ROWS)))
@@ -102,19 +105,25 @@ def answer_file(
     return len(rows), n_errors
 
 
+def _object(ctx: click.Context, param: click.Parameter, text: str) -> Any:
+    with suppress(ValueError):
+        if isinstance(found := json.loads(text), dict):
+            return found
+    raise click.BadParameter(f'{text!r} is no object of JSON, as {{"n_seq": 8}}')
+
+
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--model", required=True, help="A path that each machine has, or hf:owner/repo:TYPE.")
 @click.option("--workers", default=1, show_default=True, help="Models that run, on any machines.")
-@click.option("--load", default="{}", help="Fields of LoadOptions in JSON: n_seq, n_ctx, n_threads ...")
-@click.option("--options", default="{}", help="Options of all prompts in JSON: max_tokens, temperature ...")
-def main(source: Path, target: Path, model: str, workers: int, load: str, options: str) -> None:
+@click.option("--load", callback=_object, default="{}", help="Fields of LoadOptions: n_seq, n_ctx, n_threads ...")
+@click.option("--options", callback=_object, default="{}", help="Options of all prompts: max_tokens, temperature ...")
+def main(source: Path, target: Path, model: str, workers: int, load: Any, options: Any) -> None:
     """Answer the prompts in SOURCE, JSON in each line; write the answers to TARGET."""
     try:
-        found = [json.loads(text) for text in (load, options)]
-        n, n_errors = answer_file(source, target, model, n_workers=workers, load=found[0], options=found[1])
-    except (GgufRunError, OSError, TypeError, ValueError) as error:
+        n, n_errors = answer_file(source, target, model, n_workers=workers, load=load, options=options)
+    except (GgufRunError, OSError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"{n} prompts, {n_errors} errors", err=True)
 
