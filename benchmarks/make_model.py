@@ -233,8 +233,8 @@ def tensors_of(shape: Shape, mix: Mix) -> list[TensorInfo]:
 def vocabulary(file: GGUFFile, n_vocab: int) -> dict[str, tuple[str, Any]]:
     """Return type and value of the tokenizer keys of a model, for n_vocab tokens.
 
-    If tokens are missing, others are added, of which each has a text: streams are measured by what they show. If there are too many, the last ones are left out, with the merges and
-    special tokens that need them.
+    If tokens are missing, others are added, of which each has a text: streams are measured by what they show. If there
+    are too many, the last ones are left out, with the merges and special tokens that need them.
     """
     keys = {
         key: (file.metadata.type_name(key), value)

@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.runtime.load.load_model import LoadedModel
 from gguf_run.runtime.model import Model
-from gguf_run.runtime.serve.app import Server, make_app
+from gguf_run.runtime.serve.app import make_app
 from gguf_run.runtime.serve.registry import Registry
+from gguf_run.runtime.serve.server import Server
 from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
 

@@ -14,7 +14,7 @@ class AdapterScales:
 
     def __init__(self, defaults: Mapping[str, float], n_seq: int) -> None:
         """defaults: the scale of each adapter, by name, which each sequence has at first."""
-        self._defaults = dict(defaults)
+        self.defaults = dict(defaults)
         self.values = np.zeros((n_seq, len(defaults)), np.float32)  # 0: the sequence does not use the adapter
         for seq in range(n_seq):
             self.set(seq, None)
@@ -22,8 +22,8 @@ class AdapterScales:
     def check(self, scales: Mapping[str, float]) -> None:
         """Raise OptionError for an adapter that is not loaded, and for a scale that is not allowed."""
         for name, scale in scales.items():
-            if name not in self._defaults:
-                raise OptionError(f"adapter {name} is not loaded (--lora): choose among {', '.join(self._defaults)}")
+            if name not in self.defaults:
+                raise OptionError(f"adapter {name} is not loaded (--lora): choose among {', '.join(self.defaults)}")
             if not isinstance(scale, int | float) or not abs(scale) <= MOST:
                 allowed = f"numbers from {-MOST:g} to {MOST:g}"
                 raise OptionError(f"adapter {name} has the scale {scale}; allowed are {allowed}")
@@ -33,6 +33,6 @@ class AdapterScales:
 
         scales: by the name of the adapter; 0 for those that are not named. None: the defaults. Errors: see check.
         """
-        scales = self._defaults if scales is None else scales
+        scales = self.defaults if scales is None else scales
         self.check(scales)
-        self.values[seq] = [scales.get(name, 0.0) for name in self._defaults]
+        self.values[seq] = [scales.get(name, 0.0) for name in self.defaults]

@@ -21,7 +21,7 @@ class LoadKeywords(TypedDict, total=False):
     n_threads: int | None
     n_batch: int
     n_seq: int
-    cache_ram: int | None
+    cache_ram: int | str | None
     deterministic: bool
     device: str
     gpu_layers: str | int | None

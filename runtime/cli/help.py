@@ -26,6 +26,8 @@ MOST_COLUMNS = 100
 # Titles of groups, and the names of the parameters in them. All other options stand in the first group.
 GROUPS: tuple[tuple[str, Sequence[str | None]], ...] = (
     ("Options", ()),
+    ("Who may ask", ["host", "port", "api_key", "api_key_file", "allowed_host", "cors_origin", "tls_cert", "tls_key"]),
+    ("Several models", ["models_dir", "alias", "max_models", "keep_alive", "lora"]),
     ("Sampling", [option.name for option in SAMPLING_OPTIONS]),
     ("Context", ["context_shift", "n_keep", "session", *(option.name for option in CACHE_OPTIONS)]),
     ("What runs where", [*(option.name for option in DEVICE_OPTIONS), "gpu_memory"]),

@@ -26,8 +26,8 @@ from gguf_run.runtime.terminal.text import message
 
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model
-    from gguf_run.runtime.serve.guard import Access
     from gguf_run.runtime.serve.registry import Registry
+    from gguf_run.runtime.serve.server import Access
 
 _NEEDED = ("starlette", "uvicorn", "httptools", "msgspec", "llguidance")  # the extra `serve`
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -65,6 +65,7 @@ WORK_OPTIONS = [
     option("--request-timeout", "Seconds after which an answer is given up; 0: never.", type=click.FloatRange(min=0),
            default=0.0),
     option("--metrics", "Tell counts at /metrics, for Prometheus.", is_flag=True),
+    option("--slots", "Tell counts of the answers under way at /slots, for llama-server's clients.", is_flag=True),
     option("--quiet -q", "Write no line of JSON for each request to stderr.", is_flag=True),
 ]  # fmt: skip
 
@@ -169,7 +170,7 @@ def _registry_of(models: tuple[str, ...], keep_alive: float, values: Mapping[str
 
 
 def _access(values: Mapping[str, Any], keys: list[str], is_local: bool) -> "Access":
-    from gguf_run.runtime.serve.guard import LOOPBACK, Access
+    from gguf_run.runtime.serve.server import LOOPBACK, Access
 
     names = values["allowed_host"]
     return Access(
@@ -193,10 +194,17 @@ def _serve(opened: socket.socket, registry: "Registry", access: "Access", values
     """Serve until a signal comes and the running answers are at their ends. A second signal ends at once."""
     import uvicorn
 
-    from gguf_run.runtime.serve.app import Server, make_app
+    from gguf_run.runtime.serve.app import make_app
     from gguf_run.runtime.serve.connection import make_config
+    from gguf_run.runtime.serve.server import Server
 
-    server = Server(registry, request_timeout=values["request_timeout"], access=access, has_metrics=values["metrics"])
+    server = Server(
+        registry,
+        request_timeout=values["request_timeout"],
+        access=access,
+        has_metrics=values["metrics"],
+        has_slots=values["slots"],
+    )
     config = make_config(make_app(server), ssl_certfile=values["tls_cert"], ssl_keyfile=values["tls_key"])
     signals: list[int] = []
 

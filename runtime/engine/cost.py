@@ -11,6 +11,7 @@ all steps take, and tells nothing about the four numbers.
 """
 
 import math
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,8 +45,9 @@ class CostModel:
         row *= self._pace / ms  # times the factors: 1
         self._products = _FORGET * self._products + np.outer(row, row)
         self._sums = _FORGET * self._sums + row
-        found = np.linalg.solve(self._products + _HOLD, self._sums + _HOLD @ self._factors)
-        self._factors = np.maximum(found, 0)
+        with suppress(np.linalg.LinAlgError):  # steps of microseconds, all alike: the factors stay
+            found = np.linalg.solve(self._products + _HOLD, self._sums + _HOLD @ self._factors)
+            self._factors = np.maximum(found, 0)
 
     def predict(self, n_answers: int, n_prompt: int, n_read: float) -> float:
         """Return the milliseconds of a step, 0 before anything was measured."""

@@ -18,7 +18,7 @@ from gguf_run.runtime.serve.http import in_thread, json_response, read_json, sse
 # Claude Code begins the system message with a line of this name, which is another one in each request: the cache would
 # never know the rest.
 _BILLING = "x-anthropic-billing-header"
-_SAME = ("model", "stream", "max_tokens", "temperature", "top_p", "top_k")  # fields that OpenAI's API has, too
+_SAME = {"model", "stream", "max_tokens", "temperature", "top_p", "top_k"}  # fields that OpenAI's API has, too
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 # Kind of an event: how a block of it begins, the type of its deltas, and their field.
 _BLOCKS: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -63,8 +63,8 @@ async def messages(request: Request) -> Response:
     if ask.is_stream:
         return await stream(request, ask, _chunks, lambda error: sse(error.body("anthropic"), "error"))
     answers, (whole,) = await whole_answers(request, ask)
-    content = [{"type": "thinking", "thinking": whole.reasoning, "signature": ""}] if whole.reasoning else []
-    content += [{"type": "text", "text": whole.text}] if whole.text else []
+    content = [{**_BLOCKS["reasoning"][0], "thinking": whole.reasoning}] if whole.reasoning else []
+    content += [{**_BLOCKS["text"][0], "text": whole.text}] if whole.text else []
     content += [{**_call(name), "input": arguments_of(arguments)} for name, arguments in whole.calls]
     stop, usage = _stop(answers, whole.finish), _usage(answers.usage)
     return json_response({**_message(answers), "content": content, **stop, "usage": usage})
@@ -74,8 +74,8 @@ async def count_tokens(request: Request) -> Response:
     """Return how many tokens the prompt of a conversation has."""
     ask = _ask(request, await read_json(request))
     async with request.app.state.server.registry.use(ask.model) as served:
-        arguments = ask.messages, ask.tools or None, ask.template_options
-        ids = await in_thread(request, served.model.tokenize_chat, *arguments)
+        chat = served.model.tokenize_chat, ask.messages, ask.tools or None, ask.template_options
+        ids = await in_thread(request, *chat)
     return json_response({"input_tokens": len(ids)})
 
 
@@ -92,10 +92,10 @@ def _ask(request: Request, json: dict[str, Any]) -> Ask:
     given: _Body = body_of(json, _Body)
     if not given.messages or given.messages[-1].role == "assistant":
         raise HttpError(400, "messages must end with one of the user: an answer that is begun cannot be gone on with")
-    body: dict[str, Any] = {name: json[name] for name in _SAME if name in json}
-    system = _text(given.system or "", "system").split("\n")
-    text = "\n".join(line for line in system if not line.startswith(_BILLING))
-    body["messages"] = [{"role": "system", "content": text}] if text.strip() else []
+    body: dict[str, Any] = {name: json[name] for name in _SAME & json.keys()}
+    lines = _text(given.system or "", "system").split("\n")
+    system = "\n".join(line for line in lines if not line.startswith(_BILLING))
+    body["messages"] = [{"role": "system", "content": system}] if system.strip() else []
     for i, message in enumerate(given.messages):
         body["messages"] += _messages(message, f"messages[{i}].content")
     body["tools"] = [
@@ -130,27 +130,24 @@ def _messages(message: _Message, place: str) -> Objects:
             case "tool_use":
                 function = {"name": block.name, "arguments": block.input}
                 calls.append({"id": block.id, "type": "function", "function": function})
-            case "thinking":
+            case "thinking" | "redacted_thinking":
                 reasoning += block.thinking
-            case "redacted_thinking":
-                pass
             case _:
-                texts.append(_text([block], place, i))
+                texts.append(_text([block], f"{place}[{i}]"))
     if texts or calls or reasoning:
-        own = {"role": message.role, "content": "\n".join(texts)}
-        own |= ({"tool_calls": calls} if calls else {}) | ({"reasoning_content": reasoning} if reasoning else {})
-        found.append(own)
+        own = {"role": message.role, "content": "\n".join(texts), "tool_calls": calls or None}
+        found.append({**own, "reasoning_content": reasoning or None})
     return found
 
 
-def _text(content: str | Sequence[_Block], place: str, first: int = 0) -> str:
-    """Return the text of content. first: the number of its first block, for the error of one that is no text."""
+def _text(content: str | Sequence[_Block], place: str) -> str:
+    """Return the text of content. HttpError 400 for what is no text."""
     if isinstance(content, str):
         return content
-    for i, block in enumerate(content, first):
+    for block in content:
         if block.type != "text":
             raise HttpError(
-                400, f"{place}[{i}].type is {block.type!r:.40}; allowed: text, the model reads nothing else"
+                400, f"{place} has the type {block.type!r:.40}; allowed: text, the model reads nothing else"
             )
     return "\n".join(block.text for block in content)
 
@@ -180,30 +177,31 @@ def _usage(usage: Usage) -> dict[str, Any]:
 
 
 async def _chunks(answers: Answers) -> AsyncIterator[bytes]:
-    ping = sse({"type": "ping"}, "ping")
-    start = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": _usage(answers.usage)}
-    yield sse({"type": "message_start", "message": {**_message(answers), **start}}, "message_start") + ping
+    ping = _event("ping")
+    start: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": _usage(answers.usage)}
+    yield _event("message_start", message={**_message(answers), **start}) + ping
     index, kind = -1, ""  # of the block that is open
     async for events in answers:
         chunks = [] if events else [ping]
         for event in events:
             if event.kind == "call" or event.kind not in (kind, "arguments"):
-                if kind:
-                    chunks.append(sse({"type": "content_block_stop", "index": index}, "content_block_stop"))
+                chunks += [_event("content_block_stop", index=index)] if kind else []
                 kind = event.kind
                 if kind != "end":
                     index += 1
                     block = _call(event.text) if kind == "call" else _BLOCKS[kind][0]
-                    begin = {"type": "content_block_start", "index": index, "content_block": block}
-                    chunks.append(sse(begin, "content_block_start"))
+                    chunks.append(_event("content_block_start", index=index, content_block=block))
             if event.kind in _BLOCKS:
                 _, name, field = _BLOCKS[event.kind]
-                delta = {"type": "content_block_delta", "index": index, "delta": {"type": name, field: event.text}}
-                chunks.append(sse(delta, "content_block_delta"))
+                chunks.append(_event("content_block_delta", index=index, delta={"type": name, field: event.text}))
             elif event.kind == "end":
-                end = {"type": "message_delta", "delta": _stop(answers, event.text), "usage": _usage(answers.usage)}
-                chunks.append(sse(end, "message_delta") + sse({"type": "message_stop"}, "message_stop"))
+                chunks.append(_event("message_delta", delta=_stop(answers, event.text), usage=_usage(answers.usage)))
+                chunks.append(_event("message_stop"))
         yield b"".join(chunks)
+
+
+def _event(name: str, **fields: Any) -> bytes:
+    return sse({"type": name, **fields}, name)
 
 
 routes = [

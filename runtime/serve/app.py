@@ -3,7 +3,6 @@
 import asyncio
 import sys
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
@@ -12,34 +11,24 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.serve import anthropic, metrics, openai_chat, openai_other, openai_text, responses
+from gguf_run.runtime.serve import (
+    anthropic,
+    llama_server,
+    metrics,
+    ollama,
+    openai_chat,
+    openai_other,
+    openai_text,
+    responses,
+)
 from gguf_run.runtime.serve.errors import HttpError, api_of, http_error
-from gguf_run.runtime.serve.guard import Access, Guard
+from gguf_run.runtime.serve.guard import Guard
 from gguf_run.runtime.serve.http import json_response
-from gguf_run.runtime.serve.registry import Registry
+from gguf_run.runtime.serve.server import Server
 
 # A thread that has computed without Python's lock gets it back after so many seconds, where others use it too. Python's
 # own 0.005 would cost that much of each step.
 _SWITCH_S = 0.0002
-_N_THREADS = 8  # that make prompts of messages
-
-
-class Server:
-    """What all requests share."""
-
-    def __init__(
-        self,
-        registry: Registry,
-        *,
-        request_timeout: float = 0.0,
-        access: Access = Access(),  # noqa: B008  (it cannot change)
-        has_metrics: bool = False,
-    ) -> None:
-        """request_timeout: seconds that an answer may take; 0: no limit. has_metrics: /metrics tells counts."""
-        self.registry, self.request_timeout = registry, request_timeout
-        self.access, self.has_metrics = access, has_metrics
-        self.n_running, self.is_stopping = 0, False  # requests; whether new ones are refused
-        self.threads = ThreadPoolExecutor(_N_THREADS, "gguf-run prompt")
 
 
 def make_app(server: Server) -> Guard:
@@ -66,6 +55,8 @@ def make_app(server: Server) -> Guard:
             *openai_other.routes,
             *responses.routes,
             *anthropic.routes,
+            *ollama.routes,
+            *llama_server.routes,
             *metrics.routes,
         ],
         exception_handlers=dict.fromkeys((HttpError, GgufRunError, HTTPException, Exception), answer_error),
@@ -84,4 +75,6 @@ async def answer_error(request: Request, error: Exception) -> Response:
     found = http_error(error)
     api = api_of(request.url.path)
     status = 529 if api == "anthropic" and found.status == 503 else found.status  # its word for a server that is busy
-    return json_response(found.body(api), status, found.headers)
+    # uvicorn closes the connection after an error that nobody expected: the client must not use it again.
+    headers = {**found.headers, "Connection": "close"} if found.code == "internal_error" else found.headers
+    return json_response(found.body(api), status, headers)

@@ -21,7 +21,7 @@ MOST_LOGPROBS = 20
 MOST_BIASES = 1024
 MOST_TOKENS = 2**31 - 1
 # Fields of a body that are options of sampling, with our names, which are llama.cpp's.
-_SAMPLING = {one.name for one in fields(SamplingParams)} - {"logits_processors", "logprobs", "logit_bias"}
+SAMPLING = {one.name for one in fields(SamplingParams)} - {"logits_processors", "logprobs", "logit_bias"}
 _SAME = {"repetition_penalty": "repeat_penalty"}  # vLLM's name: ours
 # Variables of chat templates that a client may not set: they are ours.
 _RESERVED = {"messages", "tools", "documents", "bos_token", "eos_token", "add_generation_prompt", "chat_template"}
@@ -98,6 +98,10 @@ class Body(Struct, omit_defaults=True):
     best_of: int | None = None
     echo: bool | None = None
     suffix: str | None = None
+    # Options of sampling that are no numbers. SamplingParams checks the others.
+    samplers: str | list[str] | None = None
+    dry_sequence_breakers: list[str] | None = None
+    ignore_eos: bool | None = None
 
 
 def body_of(json: Any, kind: Any = Body) -> Any:
@@ -141,7 +145,7 @@ def texts_of(given: Texts) -> list[Any]:
 
 def _options(json: Mapping[str, Any], body: Body) -> dict[str, Any]:
     """Return the options of Model.generate. SamplingParams checks their values."""
-    options = {_SAME.get(name, name): json[name] for name in (*_SAMPLING, *_SAME) if json.get(name) is not None}
+    options = {_SAME.get(name, name): json[name] for name in (*SAMPLING, *_SAME) if json.get(name) is not None}
     if options.get("seed") == -1:  # llama-server's word for any seed
         del options["seed"]
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -153,8 +157,10 @@ def _options(json: Mapping[str, Any], body: Body) -> dict[str, Any]:
     if stop:
         options["stop"] = stop
     for name in ("dry_sequence_breakers", "samplers"):
-        if isinstance(given := options.get(name), list) and len(given) > MOST_STOPS:
-            raise HttpError(400, f"{name} has {len(given)} entries: at most {MOST_STOPS} are allowed")
+        given = options.get(name, "")  # SamplingParams knows which texts are allowed
+        is_list = isinstance(given, list) and len(given) <= MOST_STOPS and all(isinstance(text, str) for text in given)
+        if not is_list and not isinstance(given, str):
+            raise HttpError(400, f"{name}: allowed are at most {MOST_STOPS} texts")
     if body.logit_bias:
         options["logit_bias"] = _biases(body.logit_bias)
     # A chat says true, and how many besides; /v1/completions says how many.

@@ -14,7 +14,6 @@ STALL_S = 60.0  # seconds for which a client may read nothing of its answer
 KEEP_ALIVE_S = 75  # seconds between two requests
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n"
 _LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
-_END = b"Connection: close\r\nContent-Length: 0\r\n\r\n"
 
 
 class Connection(HttpToolsProtocol):
@@ -44,12 +43,14 @@ class Connection(HttpToolsProtocol):
                 self._limit(HEAD_S)
 
     def on_headers_complete(self) -> None:
-        self._next_turn()
+        self._turn += 1
+        self._limit(None)
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self._next_turn()
+        self._turn += 1
+        self._limit(None)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -62,20 +63,18 @@ class Connection(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._drop(self._stall)
+        if self._stall is not None:
+            self._stall.cancel()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._drop(self._clock, self._stall)
+        self._limit(None)
         super().connection_lost(exc)
 
-    def _next_turn(self) -> None:
-        self._turn += 1
-        self._drop(self._clock)
-        self._clock = None
-
-    def _limit(self, seconds: float) -> None:
-        self._drop(self._clock)
-        self._clock = self.loop.call_later(seconds, self._end)
+    def _limit(self, seconds: float | None) -> None:
+        """Close the connection in so many seconds; None: do not."""
+        if self._clock is not None:
+            self._clock.cancel()
+        self._clock = None if seconds is None else self.loop.call_later(seconds, self._end)
 
     def _end(self) -> None:
         self._clock = None
@@ -83,26 +82,13 @@ class Connection(HttpToolsProtocol):
             self.transport.abort()
 
     def _refuse(self, status: bytes) -> None:
-        self.transport.write(status + _END)
+        self.transport.write(status + b"Connection: close\r\nContent-Length: 0\r\n\r\n")
         self.transport.close()
-
-    @staticmethod
-    def _drop(*clocks: asyncio.TimerHandle | None) -> None:
-        for clock in clocks:
-            if clock is not None:
-                clock.cancel()
 
 
 def make_config(app: Any, **settings: Any) -> Config:
     """Return uvicorn's settings for an application. settings: of uvicorn.Config, as its addresses and certificates."""
     return Config(
-        app,
-        http=Connection,
-        ws="none",
-        log_level="error",
-        access_log=False,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        server_header=False,
-        proxy_headers=False,
-        **settings,
-    )
+        app, http=Connection, ws="none", log_level="error", access_log=False, server_header=False, proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_S, **settings,
+    )  # fmt: skip

@@ -4,7 +4,6 @@ import asyncio
 import hmac
 import re
 import time
-from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from secrets import token_hex
@@ -16,35 +15,21 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.formats.frozen import frozen
 from gguf_run.runtime.serve.errors import RETRY_AFTER, HttpError, api_of, http_error
 from gguf_run.runtime.serve.http import encode, json_response
+from gguf_run.runtime.serve.server import Server
 
 if TYPE_CHECKING:
     from gguf_run.runtime.serve.answers import Answers
-    from gguf_run.runtime.serve.app import Server
 
-LOOPBACK = ("localhost", "*.localhost", "127.0.0.1", "::1")
 _WITHOUT_KEY = ("/", "/health", "/v1/health")  # and the page's files: probes and browsers have none
 _ID = re.compile("[A-Za-z0-9._-]{1,64}", re.ASCII)
-
-
-@frozen
-class Access:
-    """Who may ask, and how much."""
-
-    hosts: Sequence[str] | None = LOOPBACK  # names by which the server may be called; None: any
-    origins: Sequence[str] = ()  # of pages of other servers, which may ask; "*": of any
-    keys: Sequence[str] = ()  # one of them must be named; none: everybody may ask
-    most_body: int = 32 << 20  # bytes of a body
-    body_s: float = 60.0  # seconds in which it must come
-    log: Callable[[str], None] | None = None  # takes a line of JSON for each request; None: nobody does
 
 
 class Guard:
     """An application around the application."""
 
-    def __init__(self, app: ASGIApp, server: "Server") -> None:
+    def __init__(self, app: ASGIApp, server: Server) -> None:
         self.app, self.server, self._keys = app, server, [key.encode() for key in server.access.keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

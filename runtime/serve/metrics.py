@@ -1,12 +1,9 @@
 """/metrics: counts in Prometheus' text format, with the names of vLLM and of llama-server."""
 
 import time
-from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -14,61 +11,15 @@ from starlette.routing import Route
 
 from gguf_run.models.pages import NO_PAGE, PAGE
 from gguf_run.runtime.engine.sequence import Job
+from gguf_run.runtime.serve.counts import Counts, Histogram
 from gguf_run.runtime.serve.errors import HttpError
-
-if TYPE_CHECKING:
-    from gguf_run.runtime.serve.registry import Registry, Served
-
-_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-
-
-class Histogram:
-    """Numbers of values up to each bound, in seconds."""
-
-    def __init__(self) -> None:
-        self.counts, self.sum = [0] * (len(_BOUNDS) + 1), 0.0
-
-    def add(self, seconds: float) -> None:
-        """Count a value."""
-        self.counts[bisect_left(_BOUNDS, seconds)] += 1
-        self.sum += seconds
-
-    def lines(self, label: str) -> list[str]:
-        """Return the samples, without the name that stands before each."""
-        bounds = [*map(str, _BOUNDS), "+Inf"]
-        sums = dict(zip(bounds, accumulate(self.counts), strict=True))
-        ends = f"sum{{{label}}} {self.sum}", f"count{{{label}}} {sums['+Inf']}"
-        return [*(f'bucket{{{label},le="{bound}"}} {n}' for bound, n in sums.items()), *ends]
-
-
-class Counts:
-    """What has happened in a model. It outlives the model, which may be unloaded and loaded again."""
-
-    def __init__(self) -> None:
-        self.n_prompt = self.n_cached = self.n_decoded = self.n_preempted = 0  # tokens; times
-        self.prompt_s = self.decode_s = 0.0  # seconds of steps
-        self.finished: Counter[str] = Counter()  # answers by the reason of their end
-        self.first, self.gaps, self.whole = Histogram(), Histogram(), Histogram()
-
-    def ended(self, jobs: Sequence[Job], now: float) -> None:
-        """Count answers that are at their ends. now: by the engine's clock."""
-        for job in jobs:
-            self.n_prompt += job.n_prompt
-            self.n_cached += max(0, min(job.n_reused, job.n_prompt))
-            self.n_decoded += len(job.reply.tokens)
-            self.n_preempted += job.n_preempted
-            self.prompt_s += job.prefill_s
-            self.decode_s += job.decode_s
-            self.finished[{"context": "length", "": "abort"}.get(job.finish, job.finish)] += 1
-            self.whole.add(now - job.arrived)
-            if job.n_chosen:
-                self.first.add(job.first_at - job.arrived)
+from gguf_run.runtime.serve.registry import Registry, Served
 
 
 class _Now:
     """What a model does now. All is 0 for one that is not loaded."""
 
-    def __init__(self, served: "Served | None") -> None:
+    def __init__(self, served: Served | None) -> None:
         self.jobs: Sequence[Job] = []
         self.n_waiting = self.n_pages = self.n_steps = self.n_used = 0
         if served is not None:
@@ -117,7 +68,7 @@ _METRICS: tuple[tuple[str, str, Callable[[Counts, _Now], Any]], ...] = (
 )  # fmt: skip
 
 
-def metrics_text(registry: "Registry") -> str:
+def metrics_text(registry: Registry) -> str:
     """Return all metrics. Their labels are the names of models and adapters: nothing that a client sends."""
     models = [(_text(name), c, _Now(registry.loaded.get(name))) for name, c in [*registry.counts.items()]]
     lines = []

@@ -20,7 +20,9 @@ MOST_TEXTS = 2048  # of a request
 Number = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
 
-class _Embeddings(Struct):
+class Embeddings(Struct):
+    """What a client asks for."""
+
     input: Texts
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
@@ -51,12 +53,18 @@ async def models(request: Request) -> Response:
 
 
 async def embeddings(request: Request) -> Response:
-    """Return the embedding of each text, of the length 1.
+    """Return the embedding of each text."""
+    shared, rows = await embed_texts(request, body_of(await read_json(request), Embeddings))
+    data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]
+    return json_response({"object": "list", "data": data, **shared})
+
+
+async def embed_texts(request: Request, body: Embeddings) -> tuple[dict[str, Any], list[Any]]:
+    """Return the model and the usage, and the embedding of each text, of the length 1.
 
     dimensions: so many numbers of each are returned, the first ones, scaled to the length 1 again. It makes sense for
     models that were trained for it (Matryoshka embeddings); their files do not tell.
     """
-    body: _Embeddings = body_of(await read_json(request), _Embeddings)
 
     def embed(model: Model, text: Any) -> tuple[int, Any]:
         ids = model.tokenize(text) if isinstance(text, str) else model.prompt_ids(text)
@@ -69,9 +77,7 @@ async def embeddings(request: Request) -> Response:
         row /= max(float(np.linalg.norm(row)), 1e-12)
         return len(ids), b64encode(row.tobytes()).decode() if body.encoding_format == "base64" else row.tolist()
 
-    shared, found = await _each(request, body.model, texts_of(body.input), embed)
-    data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(found)]
-    return json_response({"object": "list", "data": data, **shared})
+    return await _each(request, body.model, texts_of(body.input), embed)
 
 
 async def rerank(request: Request) -> Response:

@@ -21,10 +21,11 @@ from starlette.types import Message, Receive, Scope, Send
 from gguf_run.formats.errors import OptionError, check_names
 from gguf_run.runtime.load.options import LoadOptions
 from gguf_run.runtime.model import Model
-from gguf_run.runtime.serve.app import Server, answer_error, make_app
+from gguf_run.runtime.serve.app import answer_error, make_app
 from gguf_run.runtime.serve.errors import HttpError
-from gguf_run.runtime.serve.guard import Access, Guard, read_keys
+from gguf_run.runtime.serve.guard import Guard, read_keys
 from gguf_run.runtime.serve.registry import Registry, name_of
+from gguf_run.runtime.serve.server import Access, Server
 
 try:
     from ray import serve

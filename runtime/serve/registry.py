@@ -13,8 +13,8 @@ from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.chat.calls.family import Family, family_of
 from gguf_run.runtime.chat.process import TemplateProcess
 from gguf_run.runtime.model import Model
+from gguf_run.runtime.serve.counts import Counts
 from gguf_run.runtime.serve.errors import RETRY_AFTER, HttpError
-from gguf_run.runtime.serve.metrics import Counts
 
 if TYPE_CHECKING:
     from gguf_run.runtime.engine.constraint import Constraint
@@ -145,7 +145,7 @@ class Registry:
             try:
                 await self.get(name)
             except HttpError as error:
-                self.error = error.__cause__ if isinstance(error.__cause__, GgufRunError) else error
+                self.error = error.__cause__ if isinstance(error.__cause__, Exception) else error
 
     async def unload_idle(self) -> None:
         """Unload, again and again, the models that nobody has used for long."""
@@ -187,7 +187,7 @@ class Registry:
         tell(0, 1)
         try:
             model = self._load(str(self.paths[name]), tell)
-        except GgufRunError as error:
+        except Exception as error:
             raise HttpError(500, f"model {name} cannot be loaded: {error}", "model_not_loaded") from error
         finally:
             self.progress.pop(name, None)

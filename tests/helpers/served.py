@@ -18,9 +18,10 @@ from tinyvocab import CONTROL, USER_DEFINED, bpe_metadata
 
 from gguf_run.runtime.load.load_model import LoadedModel
 from gguf_run.runtime.model import Model
-from gguf_run.runtime.serve.app import Server, make_app
+from gguf_run.runtime.serve.app import make_app
 from gguf_run.runtime.serve.connection import make_config
 from gguf_run.runtime.serve.registry import Registry
+from gguf_run.runtime.serve.server import Server
 from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
 BEGIN = "<|im_start|>assistant\n"  # an answer begins behind it
@@ -52,7 +53,7 @@ class ScriptedDecoder(FakeDecoder):
         self.tokenizer, self.script, self.delay_s = tokenizer, script, delay_s
         self.config = SimpleNamespace(n_vocab=tokenizer.n_vocab, arch=SimpleNamespace(name="scripted"), n_layer=1,
                                       n_embd=8, n_ctx_train=self.n_ctx)  # fmt: skip
-        self.keeps_runs = False
+        self.keeps_runs, self.has_logits = False, True
 
     def close(self) -> None:
         """Nothing is held."""

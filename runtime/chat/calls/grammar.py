@@ -10,8 +10,6 @@ from gguf_run.runtime.chat.calls.form import Form
 from gguf_run.runtime.chat.calls.tools import choices, field, types_of
 
 TokenId = Callable[[str], int | None]
-# Spaces as Python writes them, which templates show. What llguidance cannot enforce of a schema is not enforced.
-_STYLE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?", "lenient": True}
 _SPACE = r"/[ \n]{0,3}/"
 _NAME = "NAME: /[A-Za-z_][A-Za-z0-9_]*/"
 _ANY = """any: string | %json {"type": ["number", "boolean", "null"]} | list | object
@@ -90,7 +88,7 @@ class CallGrammar:
         return self._rule(_one_of(f"{head} {rule} {tail}" for head, rule in calls))
 
     def _json(self, schema: Mapping[str, Any]) -> str:
-        return f"%json {json.dumps({'x-guidance': _STYLE} | dict(schema))}"
+        return f"%json {json.dumps(schema)}"
 
     def _text_arguments(self, schema: Mapping[str, Any]) -> str:
         form, found = self._form, []
@@ -134,7 +132,9 @@ class CallGrammar:
             member = f"{self._literal(key + ':')} {self._quoted(value, depth + 1)} {more}"
             rest = self._rule(member + (f" | {rest}" if rest and may_miss else ""))
             is_needed = is_needed or not may_miss
-        return f'"{{" {rest} "}}"' if is_needed else f'"{{" ({rest})? "}}"' if rest else "object"
+        if not rest and schema.get("additionalProperties") is not False:
+            return "object"
+        return f'"{{" {rest} "}}"' if is_needed or not rest else f'"{{" ({rest})? "}}"'
 
     def _literal(self, text: str) -> str:
         """Return a text as Lark writes it: control tokens by their ids, ids of calls as a pattern."""

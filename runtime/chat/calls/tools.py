@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _NAMES = {dict: "object", list: "array", str: "string", bool: "boolean", int: "integer", float: "number"}
+_NOTHING = {"properties": {}, "additionalProperties": False}  # the arguments of a tool that has none
 
 
 def schemas(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:
     """Return the JSON schema of the arguments of each tool by its name. tools: as in OpenAI's API."""
     functions = [tool.get("function", tool) for tool in tools or ()]
-    return {
-        one["name"]: {"type": "object"} | (field(one, "parameters", dict) or {"properties": {}}) for one in functions
-    }
+    return {one["name"]: {"type": "object"} | (field(one, "parameters", dict) or _NOTHING) for one in functions}
 
 
 def field(schema: Any, name: str, kind: type) -> Any:

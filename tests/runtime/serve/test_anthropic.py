@@ -114,6 +114,26 @@ def test_tools(client: Any) -> None:
     assert answer.content[0].text == "It is sunny."
 
 
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "answer"}])
+def test_a_call_that_must_be(client: Any, choice: Any) -> None:
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"sure": {"enum": ["yes", "no"]}}, "required": ["sure"],
+              "additionalProperties": False}  # fmt: skip
+    tool = {"name": "answer", "input_schema": schema}
+    asked = {"model": "m0", "max_tokens": 300, "tools": [tool], "messages": USER}
+    answer = client.messages.create(**asked, tool_choice={**choice, "disable_parallel_tool_use": True})
+    (call,) = [block for block in answer.content if block.type == "tool_use"]
+    assert (call.name, answer.stop_reason) == ("answer", "tool_use")
+    assert call.input["sure"] in ("yes", "no")
+
+
+def test_an_answer_of_a_schema(client: Any) -> None:
+    pytest.importorskip("llguidance")
+    config = {"format": {"type": "json_schema", "schema": {"enum": ["yes", "no"]}}}
+    answer = client.messages.create(model="m0", max_tokens=99, messages=USER, output_config=config)
+    assert json.loads(answer.content[0].text) in ("yes", "no")
+
+
 def test_thinking(client: Any) -> None:
     asked = {"model": "m0", "max_tokens": 300, "messages": [{"role": "user", "content": "Think"}]}
     with client.messages.stream(**asked, thinking={"type": "enabled", "budget_tokens": 1024}) as stream:
@@ -154,10 +174,10 @@ def test_the_line_that_changes_is_left_out(server: Serving, client: Any) -> None
     ({"max_tokens": None}, "max_tokens is missing"), ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": "5"}, "$"),
     ({"messages": []}, "messages"), ({"messages": None}, "messages"), ({"messages": [5]}, "messages[0]"),
     ({"messages": [*USER, {"role": "assistant", "content": "I"}]}, "begun"),
-    ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages[0].content[0].type is"),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0] has the type 'image'"),
     ({"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": [
-        {"type": "image"}]}]}]}, "messages[0].content[0].content[0].type is 'image'"),
-    ({"system": [{"type": "document"}]}, "system[0].type"), ({"system": 5}, "system"), ({"tools": [{}]}, "tools[0]"),
+        {"type": "image"}]}]}]}, "messages[0].content[0].content has the type 'im"),
+    ({"system": [{"type": "document"}]}, "system has the type"), ({"system": 5}, "$"), ({"tools": [{}]}, "tools[0]"),
     ({"tool_choice": {"type": "tool", "name": "x"}}, "tool_choice"), ({"tool_choice": {"type": "x"}}, "tool_choice"),
     ({"tool_choice": {"type": "any"}}, "tool_choice"), ({"stop_sequences": [""]}, "stop"), ({"thinking": 1}, "$"),
     ({"temperature": 1e999}, "JSON"), ({"output_config": {"format": {"type": "x"}}}, "response_format"),
