@@ -61,9 +61,10 @@ class Answers:
         self._deadline = float("inf")  # by time.monotonic
 
     @classmethod
-    def start(cls, served: Served, ask: Ask) -> "Answers":
+    def start(cls, served: Served, ask: Ask, key: str = "") -> "Answers":
         """Make the prompt of an ask, and begin its answers. It takes a while: call it in a thread.
 
+        key: salt of the client's key, beside the ask's own.
         HttpError and GgufRunError as for Model.generate and chat: nothing has begun then.
         """
         model, family, prompt = served.model, served.family, ""
@@ -78,7 +79,8 @@ class Answers:
         splitters = [family.splitter(prompt, ask.tools) if is_chat else None for _ in range(ask.n * len(prompts))]
         answers = cls(served, ask, sum(map(len, prompts)), splitters)
         answers.prompt = prompt
-        request = Request.of((), {**ask.options, "salt": ask.salt, "adapters": served.adapters})
+        salt = f"{key}/{ask.salt}" if ask.salt else key
+        request = Request.of((), {**ask.options, "salt": salt, "adapters": served.adapters})
         request = replace(request, skip_special=not (is_chat and family.shows_special))
         try:
             for ids in prompts:

@@ -112,11 +112,8 @@ def body_of(json: Any, kind: Any = Body) -> Any:
         raise HttpError(400, f"the request's body: {error}") from None
 
 
-def ask_of(json: Mapping[str, Any], salt: str = "") -> Ask:
-    """Return what a body asks for.
-
-    salt: of the client's key. HttpError 400 names what is wrong.
-    """
+def ask_of(json: Mapping[str, Any]) -> Ask:
+    """Return what a body asks for. HttpError 400 names what is wrong."""
     body: Body = body_of(json)
     tools = [] if body.tool_choice == "none" else _functions(body.tools or [])
     return Ask(
@@ -131,7 +128,7 @@ def ask_of(json: Mapping[str, Any], salt: str = "") -> Ask:
         n=body.n or 1,
         options=_options(json, body),
         template_options=_template_options(body),
-        salt=f"{salt}/{body.cache_salt}" if body.cache_salt else salt,
+        salt=body.cache_salt or "",
         is_stream=bool(body.stream),
         wants_usage=bool(body.stream_options and body.stream_options.include_usage),
     )

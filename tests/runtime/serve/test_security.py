@@ -195,7 +195,7 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "/completion": ({"prompt": "abc", "n_predict": 3}, "prompt n_predict n_probs n_keep id_slot seed"),
     "/infill": ({"input_prefix": "a", "input_suffix": "b", "n_predict": 3}, "input_prefix input_extra n_predict"),
-    "/tokenize": ({"content": "abc"}, "content add_special with_pieces"),
+    "/tokenize": ({"content": "abc"}, "content add_special"),
     "/detokenize": ({"tokens": [97]}, "tokens"),
     "/apply-template": (BODY, "messages"),
     "/api/chat": (BODY | _OLLAMA, "messages options format think tools keep_alive stream"),
