@@ -125,10 +125,9 @@ def _keys(values: Mapping[str, Any]) -> list[str]:
     """Return the keys, each once. GgufRunError for a file without any."""
     keys, file = list(values["api_key"]), values["api_key_file"]
     if file is not None:
-        found = [key for line in file.read_text("utf-8").splitlines() if (key := line.strip()) and key[0] != "#"]
-        if not found:
-            raise GgufRunError(f"{file}: holds no key: write one on each line")
-        keys += found
+        from gguf_run.runtime.serve.guard import read_keys
+
+        keys += read_keys(file)
     if any(not key.strip() for key in keys):
         raise OptionError("--api-key is empty: give a text that nobody guesses")
     return [*dict.fromkeys(keys)]

@@ -10,6 +10,7 @@ from msgspec import Struct
 
 from gguf_run.formats.errors import OptionError
 from gguf_run.runtime.chat.answer_parts import TAGS, Part, Splitter, open_tag
+from gguf_run.runtime.chat.calls.tools import told
 from gguf_run.runtime.engine.constraint import After, Constraint
 from gguf_run.runtime.engine.reply import Request
 from gguf_run.runtime.engine.sequence import Job
@@ -71,7 +72,10 @@ class Answers:
         if ask.messages is None:
             prompts = _prompts(served, ask)
         else:
-            prompt = model.chat_prompt(ask.messages, ask.tools or None, ask.template_options)
+            messages, tools = ask.messages, ask.tools
+            if messages and tools and not served.shows_tools:
+                messages, tools = told(messages, tools), []
+            prompt = model.chat_prompt(messages, tools or None, ask.template_options)
             prompts = [model.tokenizer.encode_chat(prompt)]
         if (longest := max(map(len, prompts))) > model.engine.n_ctx:
             raise too_long(longest, model.engine.n_ctx)

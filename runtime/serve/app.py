@@ -59,14 +59,15 @@ def make_app(server: Server) -> Guard:
             *llama_server.routes,
             *metrics.routes,
         ],
-        exception_handlers=dict.fromkeys((HttpError, GgufRunError, HTTPException, Exception), _answer_error),
+        exception_handlers=dict.fromkeys((HttpError, GgufRunError, HTTPException, Exception), answer_error),
         lifespan=lifespan,
     )
     app.state.server = server
     return Guard(app, server)
 
 
-async def _answer_error(request: Request, error: Exception) -> Response:
+async def answer_error(request: Request, error: Exception) -> Response:
+    """Return the answer that an error makes, in the form of the API that was asked."""
     if isinstance(error, HTTPException):
         error = HttpError(
             error.status_code, f"{request.method} {request.url.path}: {error.detail}", headers=error.headers

@@ -5,6 +5,7 @@ import hmac
 import re
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -13,6 +14,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gguf_run.formats.errors import GgufRunError
 from gguf_run.runtime.serve.errors import RETRY_AFTER, HttpError, api_of, http_error
 from gguf_run.runtime.serve.http import encode, json_response
 from gguf_run.runtime.serve.server import Server
@@ -136,6 +138,14 @@ class Guard:
             return message
 
         return receive_in_time
+
+
+def read_keys(file: Path) -> list[str]:
+    """Return the keys in a file: one on each line, beside empty lines and comments (#). GgufRunError for none."""
+    found = [key for line in file.read_text("utf-8").splitlines() if (key := line.strip()) and key[0] != "#"]
+    if not found:
+        raise GgufRunError(f"{file}: holds no key: write one on each line")
+    return found
 
 
 def _name(host: str) -> str:
