@@ -31,6 +31,9 @@ from gguf_run.runtime.serve.server import Server
 _SWITCH_S = 0.0002
 
 
+_APIS = (openai_chat, openai_text, openai_other, responses, anthropic, ollama, llama_server, metrics)
+
+
 def make_app(server: Server) -> Guard:
     """Return the application. The first model is loaded when it starts; all are closed when it ends."""
 
@@ -49,16 +52,7 @@ def make_app(server: Server) -> Guard:
             sys.setswitchinterval(before)
 
     app = Starlette(
-        routes=[
-            *openai_chat.routes,
-            *openai_text.routes,
-            *openai_other.routes,
-            *responses.routes,
-            *anthropic.routes,
-            *ollama.routes,
-            *llama_server.routes,
-            *metrics.routes,
-        ],
+        routes=[route for api in _APIS for route in api.routes],
         exception_handlers=dict.fromkeys((HttpError, GgufRunError, HTTPException, Exception), answer_error),
         lifespan=lifespan,
     )

@@ -159,10 +159,12 @@ def _openai(json: dict[str, Any], messages: Any) -> dict[str, Any]:
 
 
 async def embed(request: Request, json: dict[str, Any]) -> dict[str, Any]:
-    """Return embeddings of texts. One that is too long is refused, never cut."""
-    body = {name: json.get(name) for name in ("input", "model", "dimensions")}
-    shared, rows = await embed_texts(request, body_of(body, Embeddings))
-    return {"model": shared["model"], "embeddings": rows, "prompt_eval_count": shared["usage"]["prompt_tokens"]}
+    """Return embeddings of texts, or of the one text of /api/embeddings. One that is too long is refused, never cut."""
+    is_old = request.url.path == "/api/embeddings"
+    body = {"input": json.get("prompt" if is_old else "input"), "model": json.get("model")}
+    shared, rows = await embed_texts(request, body_of({**body, "dimensions": json.get("dimensions")}, Embeddings))
+    counts = {"model": shared["model"], "prompt_eval_count": shared["usage"]["prompt_tokens"]}
+    return {"embedding": rows[0]} if is_old else {"embeddings": rows, **counts}
 
 
 async def tags(request: Request) -> dict[str, Any]:
@@ -228,6 +230,7 @@ def _time(seconds: float) -> str:
 _REFUSED = ("pull", "push", "create", "copy", "delete", "blobs/{digest}")
 routes = [
     *(post(f"/api/{handler.__name__}", handler) for handler in (chat, generate, embed, show)),
+    post("/api/embeddings", embed),
     *(get(path, handler) for path, handler in (("/api/tags", tags), ("/api/ps", tags), ("/api/version", version))),
     *(Route(f"/api/{name}", refused, methods=["GET", "POST", "DELETE"]) for name in _REFUSED),
 ]
