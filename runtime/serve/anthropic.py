@@ -144,9 +144,8 @@ def _text(content: str | Sequence[_Block], place: str) -> str:
         return content
     for block in content:
         if block.type != "text":
-            raise HttpError(
-                400, f"{place} has the type {block.type!r:.40}; allowed: text, the model reads nothing else"
-            )
+            found = f"{place} has the type {block.type!r:.40}"
+            raise HttpError(400, f"{found}; allowed: text, the model reads nothing else")
     return "\n".join(block.text for block in content)
 
 

@@ -63,9 +63,8 @@ def make_app(server: Server) -> Guard:
 async def answer_error(request: Request, error: Exception) -> Response:
     """Return the answer that an error makes, in the form of the API that was asked."""
     if isinstance(error, HTTPException):
-        error = HttpError(
-            error.status_code, f"{request.method} {request.url.path}: {error.detail}", headers=error.headers
-        )
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        error = HttpError(error.status_code, message, headers=error.headers)
     found = http_error(error)
     api = api_of(request.url.path)
     status = 529 if api == "anthropic" and found.status == 503 else found.status  # its word for a server that is busy

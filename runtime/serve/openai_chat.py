@@ -27,18 +27,6 @@ async def chat_completions(request: Request, json: dict[str, Any]) -> Response:
     return await answer(request, ask_of(json), _Chat)
 
 
-def frame(answers: Answers, prefix: str, kind: str) -> dict[str, Any]:
-    """Return the fields that an answer and all chunks of a stream share."""
-    served = answers.served
-    return {
-        "id": prefix + token_hex(12),
-        "object": kind,
-        "created": int(time.time()),
-        "model": answers.ask.model or served.name,
-        "system_fingerprint": "gguf-run",
-    }
-
-
 def call_id() -> str:
     """Return the id of a new call."""
     return "call_" + token_hex(12)
@@ -50,7 +38,13 @@ class Choices(Writer):
     def __init__(self, answers: Answers, prefix: str, kind: str) -> None:
         """prefix: of the completion's id. kind: what it calls itself."""
         super().__init__(answers)
-        self._shared = frame(answers, prefix, kind)
+        self._shared = {
+            "id": prefix + token_hex(12),
+            "object": kind,
+            "created": int(time.time()),
+            "model": answers.ask.model or answers.served.name,
+            "system_fingerprint": "gguf-run",
+        }
         self.head = b"data: " + encode(self._shared)[:-1].replace(b"%", b"%%") + b',"choices":[{"index":%d'
 
     def whole(self, found: Sequence[Whole]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """/v1/responses, without a memory: a client sends the whole conversation each time. Start with `responses`."""
 
+import time
 from collections.abc import Sequence
 from secrets import token_hex
 from typing import Any
@@ -12,7 +13,7 @@ from gguf_run.runtime.serve.answers import Answers, Event, Whole
 from gguf_run.runtime.serve.ask import Count, Objects, ask_of, body_of
 from gguf_run.runtime.serve.errors import HttpError
 from gguf_run.runtime.serve.http import Writer, answer, post, sse
-from gguf_run.runtime.serve.openai_chat import call_id, frame, usage_json
+from gguf_run.runtime.serve.openai_chat import call_id, usage_json
 
 # Fields of a request that its response repeats, with their defaults.
 _REPEATED: dict[str, Any] = {
@@ -128,11 +129,10 @@ class _Writer(Writer):
         super().__init__(answers)
         self._spaces = {str(tool.get("name")): tool["namespace"] for tool in tools if "namespace" in tool}
         given = {name: value for name, value in json.items() if name in _REPEATED and value is not None}
-        shared = frame(answers, "resp_", "response")
-        own = {"id": shared["id"], "object": "response", "created_at": shared["created"], "model": shared["model"]}
-        nothing = dict.fromkeys(("error", "incomplete_details", "previous_response_id", "usage"))
-        more = {**own, **nothing, "status": "in_progress", "output": [], "store": False}
-        self.response: dict[str, Any] = {**_REPEATED, **given, **more}
+        model, nothing = answers.ask.model or answers.served.name, ("error", "incomplete_details", "usage")
+        own = {"id": "resp_" + token_hex(12), "object": "response", "created_at": int(time.time()), "model": model}
+        more: dict[str, Any] = {"previous_response_id": None, "status": "in_progress", "output": [], "store": False}
+        self.response: dict[str, Any] = {**_REPEATED, **given, **own, **dict.fromkeys(nothing), **more}
         self._n_events = 0
         self._item: dict[str, Any] | None = None  # that is being written, and of it:
         self._kind = ""  # of its events, see _ITEMS
