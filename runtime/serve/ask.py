@@ -51,17 +51,9 @@ class Ask:
     wants_usage: bool = False  # a stream ends with a chunk of counts
 
 
-class _Stream(Struct):
-    include_usage: bool | None = None
-
-
-class _Schema(Struct):
-    schema: dict[str, Any] | bool | None = None
-
-
 class _Format(Struct):
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: _Schema | None = None
+    json_schema: dict[str, Any] | None = None  # its "schema" is the schema
     schema: dict[str, Any] | None = None  # where llama-server's clients put it
 
 
@@ -79,7 +71,7 @@ class Body(Struct, omit_defaults=True):
     prompt: Texts | None = None
     n: Annotated[int, Meta(ge=1, le=MOST_CHOICES)] | None = None
     stream: bool | None = None
-    stream_options: _Stream | None = None
+    stream_options: dict[str, Any] | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     stop: Stop | Stops | None = None
@@ -131,7 +123,7 @@ def ask_of(json: Mapping[str, Any]) -> Ask:
         template_options=_template_options(body),
         salt=body.cache_salt or "",
         is_stream=bool(body.stream),
-        wants_usage=bool(body.stream_options and body.stream_options.include_usage),
+        wants_usage=bool((body.stream_options or {}).get("include_usage")),
     )
 
 
@@ -187,7 +179,7 @@ def _functions(tools: Objects) -> Objects:
 def _choice(choice: str | dict[str, Any] | None, tools: Objects) -> str:
     if isinstance(choice, dict):
         name = choice.get("function", choice).get("name") if isinstance(choice.get("function", {}), dict) else None
-        if name not in {tool["function"]["name"] for tool in tools}:
+        if name not in [tool["function"]["name"] for tool in tools]:
             raise HttpError(400, f"tool_choice names {name!r:.60}, which is none of the tools")
         return str(name)
     if choice not in (None, "none", "auto", "required"):
@@ -202,7 +194,7 @@ def _grammar(body: Body) -> tuple[str, str] | None:
     found: list[tuple[str, Any]] = []
     form, other = body.response_format, body.structured_outputs or _Structured()
     if form is not None and form.type != "text":
-        schema: Any = form.schema if form.json_schema is None else form.json_schema.schema
+        schema: Any = form.schema if form.json_schema is None else form.json_schema.get("schema")
         if form.type == "json_schema" and schema is None:
             raise HttpError(400, "response_format.json_schema.schema is missing: it is the schema of the answer")
         found.append(("json_object", "{}") if schema is None else ("json_schema", schema))
