@@ -12,10 +12,12 @@ import click
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.runtime.cli.common import INTERRUPTED, tool
+from gguf_run.runtime.cli.describe import describe
 from gguf_run.runtime.cli.options import (
+    CACHE_OPTIONS,
+    DEVICE_OPTIONS,
     DRAFT_MODEL,
     PATH,
-    RUNTIME_OPTIONS,
     SPECULATE,
     load_model,
     offer,
@@ -27,11 +29,9 @@ from gguf_run.runtime.terminal.text import message
 if TYPE_CHECKING:
     from gguf_run.runtime.model import Model
     from gguf_run.runtime.serve.registry import Registry
-    from gguf_run.runtime.serve.server import Access
 
 _NEEDED = ("starlette", "uvicorn", "httptools", "msgspec", "llguidance")  # the extra `serve`
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
-_FILE = PATH
 ACCESS_OPTIONS = [
     option("--host", "Address to listen at; 0.0.0.0: other machines may ask.", default="127.0.0.1"),
     option("--port", "Port to listen at; 0: any that is free.", type=click.IntRange(0, 65535), default=8080),
@@ -51,6 +51,8 @@ MODEL_OPTIONS = [
            type=click.IntRange(min=1)),
     option("--keep-alive", "Unload a model that nobody has used for so long: 300, 5m or 1h; -1: never.", default="-1",
            metavar="TIME"),
+    option("--lora", "An adapter of the model, which is a model of its own then: MODEL:ADAPTER; may be repeated.  "
+           "[default scale: 1]", multiple=True, metavar="FILE[:SCALE]", shell_complete=offer("files")),
 ]  # fmt: skip
 WORK_OPTIONS = [
     option("--parallel -np n_seq", "Answers that are made together; others wait.", type=int, default=16),
@@ -77,14 +79,15 @@ WORK_OPTIONS = [
         *ACCESS_OPTIONS,
         *MODEL_OPTIONS,
         *WORK_OPTIONS,
-        *RUNTIME_OPTIONS,
+        *DEVICE_OPTIONS,
+        *CACHE_OPTIONS,
         SPECULATE,
         DRAFT_MODEL,
     ],
     examples=(
         "gguf-serve model.gguf",
         "gguf-serve chat.gguf coder.gguf --models-dir ~/models --keep-alive 10m",
-        "gguf-serve model.gguf --host 0.0.0.0 --api-key-file keys.txt --tls-cert cert.pem",
+        "gguf-serve model.gguf --host 0.0.0.0 --api-key-file keys.txt",
         "gguf-serve model.gguf -c 8192 --parallel 4 --max-step-ms 50",
     ),
 )
@@ -107,7 +110,7 @@ def main(models: tuple[str, ...], **values: Any) -> None:
         click.echo(f"{'https' if values['tls_cert'] else 'http'}://{address}:{port}")
         if not is_local and not keys:
             message(f"warning: whoever reaches {host} can use this server: give --api-key, or listen at 127.0.0.1")
-        _serve(opened, make_registry(), _access(values, keys, is_local), values)
+        _serve(opened, make_registry(), keys, is_local, values)
 
 
 def seconds_of(text: str) -> float:
@@ -144,7 +147,12 @@ def _registry_of(models: tuple[str, ...], keep_alive: float, values: Mapping[str
     options = to_load_options(values, cache_ram=values["cache_ram"] or "auto")
 
     def load(path: str, progress: Callable[[int, int], None]) -> "Model":
-        model = load_model(path, options, progress)
+        try:
+            model = load_model(path, options, progress)
+        except Exception as error:
+            if folder is not None or len(models) > 1:  # else the command ends with it
+                message(f"error: {describe(error)}")
+            raise
         model.engine.max_queue, model.engine.max_step_ms = values["max_queue"], values["max_step_ms"]
         return model
 
@@ -156,29 +164,17 @@ def _registry_of(models: tuple[str, ...], keep_alive: float, values: Mapping[str
         if len({*names}) < len(names):
             raise OptionError(f"the models are named {', '.join(names)}: tell them apart with --alias")
         scales = with_scales(loras)
-        adapters = {"": dict[str, float](), **{name_of(path): {path: scale} for path, scale in scales.items()}}
+        adapters = {name_of(path): {path: scale} for path, scale in scales.items()}
         return Registry(
             dict(zip(names, models, strict=True)),
             load,
             folder=folder,
-            adapters=adapters if loras else {},
+            adapters={"": dict.fromkeys(scales, 0.0), **adapters} if loras else {},
             keep_alive=keep_alive,
             max_models=values["max_models"] or len(models),
         )
 
     return make
-
-
-def _access(values: Mapping[str, Any], keys: list[str], is_local: bool) -> "Access":
-    from gguf_run.runtime.serve.server import LOOPBACK, Access
-
-    names = values["allowed_host"]
-    return Access(
-        hosts=(*LOOPBACK, *names) if is_local else names or None,
-        origins=values["cors_origin"],
-        keys=keys,
-        log=None if values["quiet"] else lambda line: click.echo(line, err=True),
-    )
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -190,21 +186,25 @@ def _listen(host: str, port: int) -> socket.socket:
         raise GgufRunError(f"{found}; --port N chooses another port, 0 any that is free") from None
 
 
-def _serve(opened: socket.socket, registry: "Registry", access: "Access", values: Mapping[str, Any]) -> None:
+def _serve(
+    opened: socket.socket, registry: "Registry", keys: list[str], is_local: bool, values: Mapping[str, Any]
+) -> None:
     """Serve until a signal comes and the running answers are at their ends. A second signal ends at once."""
     import uvicorn
 
     from gguf_run.runtime.serve.app import make_app
     from gguf_run.runtime.serve.connection import make_config
-    from gguf_run.runtime.serve.server import Server
+    from gguf_run.runtime.serve.server import LOOPBACK, Access, Server
 
-    server = Server(
-        registry,
-        request_timeout=values["request_timeout"],
-        access=access,
-        has_metrics=values["metrics"],
-        has_slots=values["slots"],
+    names = values["allowed_host"]
+    access = Access(
+        hosts=(*LOOPBACK, *names) if is_local else names or None,
+        origins=values["cors_origin"],
+        keys=keys,
+        log=None if values["quiet"] else lambda line: click.echo(line, err=True),
     )
+    timeout, metrics, slots = values["request_timeout"], values["metrics"], values["slots"]
+    server = Server(registry, request_timeout=timeout, access=access, has_metrics=metrics, has_slots=slots)
     config = make_config(make_app(server), ssl_certfile=values["tls_cert"], ssl_keyfile=values["tls_key"])
     signals: list[int] = []
 

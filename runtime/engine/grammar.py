@@ -40,6 +40,7 @@ _REFUSED = {
 _FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 _SCHEMAS = {"items", "additionalItems", "additionalProperties", "prefixItems", "anyOf", "oneOf", "allOf"}
 _NAMED = {"properties", "patternProperties", "$defs", "definitions"}  # hold schemas by name
+_ONE_OF = ". Enable 'coerce_one_of' option to approximate oneOf with anyOf"  # an option that users have not
 # A schema within a Lark grammar, and what may hold the same letters: a text, a comment, a regular expression.
 _LARK = re.compile(r'%json\s*(?=\{)|"(?:\\.|[^"\\\n])*"|(?:#|//)[^\n]*|/(?:\\.|[^/\\\n])+/')
 
@@ -185,8 +186,9 @@ class _Words:
         self.eos_token_id = tokenizer.eos if tokenizer.eos in self.ends else self.ends[0]
         self.bos_token_id = tokenizer.bos
         texts = [tokenizer.piece(id, skip_special=True) for id in range(n)]  # b"" for control tokens
-        # A grammar may name control tokens, as <|im_end|>; as text they are never allowed.
-        self.special = {tokenizer.piece(id).decode(): id for id, text in enumerate(texts) if not text}
+        # A grammar may name control tokens, as <|im_end|>; as text they are never allowed, nor is what ends an answer.
+        special = [id for id, text in enumerate(texts) if not text or id in tokenizer.stop_ids]
+        self.special = {tokenizer.piece(id).decode(errors="replace"): id for id in special}
         self.special.pop("", None)
         self.special_token_ids = [*self.special.values()]
         for name, id in self.special.items():
@@ -213,7 +215,7 @@ def attempt(kind: str, text: str, special: dict[str, int], n_vocab: int) -> dict
     def run() -> None:
         try:
             _matcher(LLTokenizer(TokenizerWrapper(_Bytes(special, n_vocab))), Grammar(kind, text))
-        except OptionError as error:
+        except BaseException as error:  # a panic of the library is no Exception
             found["error"] = f": {error}"
 
     stack_size(_STACK)  # what fits here fits into any thread
@@ -258,7 +260,8 @@ def _matcher(tokens: "LLTokenizer", grammar: Grammar) -> "LLMatcher":
     matcher = LLMatcher(tokens, compiled, log_level=0, limits=limits)
     matcher.compute_bitmask()  # the first mask takes longest
     if matcher.is_error():
-        raise OptionError(f"{_first_line(matcher.get_error())}: change it")
+        what = _first_line(matcher.get_error()).replace(_ONE_OF, " whose branches may hold together: write anyOf")
+        raise OptionError(f"{what}: change it")
     return matcher
 
 

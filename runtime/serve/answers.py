@@ -10,6 +10,7 @@ from msgspec import Struct
 
 from gguf_run.formats.errors import OptionError
 from gguf_run.runtime.chat.answer_parts import TAGS, Part, Splitter, open_tag
+from gguf_run.runtime.chat.calls.tools import told
 from gguf_run.runtime.engine.constraint import After, Constraint
 from gguf_run.runtime.engine.reply import Request
 from gguf_run.runtime.engine.sequence import Job
@@ -27,7 +28,7 @@ class Event(Struct, gc=False):
     """A piece of one answer."""
 
     choice: int  # number of the answer: those to the first prompt come first
-    kind: str  # of a Part: see answer_parts.py; or "end", of which the text is "stop", "length" or "tool_calls"
+    kind: str  # of a Part: see chat/answer_parts.py; or "end", of which the text is "stop", "length" or "tool_calls"
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
 
@@ -70,7 +71,10 @@ class Answers:
         if ask.messages is None:
             prompts = _prompts(served, ask)
         else:
-            prompt = model.chat_prompt(ask.messages, ask.tools or None, ask.template_options)
+            messages, tools = ask.messages, ask.tools
+            if messages and tools and not served.shows_tools:
+                messages, tools = told(messages, tools), []
+            prompt = model.chat_prompt(messages, tools or None, ask.template_options)
             prompts = [model.tokenizer.encode_chat(prompt)]
         if (longest := max(map(len, prompts))) > model.engine.n_ctx:
             raise too_long(longest, model.engine.n_ctx)

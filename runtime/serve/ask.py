@@ -157,10 +157,8 @@ def _options(json: Mapping[str, Any], body: Body) -> dict[str, Any]:
     if stop:
         options["stop"] = stop
     for name in ("dry_sequence_breakers", "samplers"):
-        given = options.get(name, "")  # SamplingParams knows which texts are allowed
-        is_list = isinstance(given, list) and len(given) <= MOST_STOPS and all(isinstance(text, str) for text in given)
-        if not is_list and not isinstance(given, str):
-            raise HttpError(400, f"{name}: allowed are at most {MOST_STOPS} texts")
+        if isinstance(given := options.get(name), list) and len(given) > MOST_STOPS:
+            raise HttpError(400, f"{name} has {len(given)} entries: at most {MOST_STOPS} are allowed")
     if body.logit_bias:
         options["logit_bias"] = _biases(body.logit_bias)
     # A chat says true, and how many besides; /v1/completions says how many.

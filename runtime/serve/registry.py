@@ -30,7 +30,9 @@ class Served:
 
     def __init__(self, name: str, model: Model, counts: Counts) -> None:
         self.name, self.model, self.counts, self.created = name, model, counts, int(time.time())
-        self.family: Family = family_of(model.tool_template or model.chat_template)
+        template = model.tool_template or model.chat_template
+        self.family: Family = family_of(template)
+        self.shows_tools = template is None or "tools" in template  # the template has a place for them
         self.adapters: Mapping[str, float] | None = None  # scales of the requests by this name; None: as loaded
         self.base = self  # the model itself, where this is a view of it with other adapters
         # Of the base alone:

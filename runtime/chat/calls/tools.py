@@ -15,6 +15,17 @@ def schemas(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:
     return {one["name"]: {"type": "object"} | (field(one, "parameters", dict) or _NOTHING) for one in functions}
 
 
+def told(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages that tell of tools and of the generic form of calls: for templates without a place for tools."""
+    functions = "\n".join(json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)
+    call = '{"name": the name of the function, "arguments": {...}}'
+    text = f"You can call these functions:\n{functions}\nTo call one, answer with nothing but a JSON object: {call}"
+    first, *rest = [dict(message) for message in messages]
+    if first.get("role") in ("system", "developer") and isinstance(first.get("content"), str):
+        return [first | {"content": f"{first['content']}\n\n{text}"}, *rest]
+    return [{"role": "system", "content": text}, first, *rest]
+
+
 def field(schema: Any, name: str, kind: type) -> Any:
     """Return a field of a schema; an empty value of a kind if it has another one: a schema may hold anything."""
     value = schema.get(name) if isinstance(schema, dict) else None

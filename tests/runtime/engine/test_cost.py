@@ -74,3 +74,13 @@ def test_parts_grow_step_by_step() -> None:
         model.measure(1, n, n, 1 + 0.01 * n)
     assert sizes == [24, 36, 54, 81, 121, 181]
     assert model.chunk(0, 0) == model.chunk(-5, 0) == 0
+
+
+def test_steps_of_microseconds_break_nothing() -> None:
+    """Equal steps that take nearly no time make the equations singular; slower ones are learned behind them."""
+    model = CostModel()
+    for i in range(3000):
+        model.measure(1, 0, 8, 1e-3 * (1 + i % 3))
+    for _ in range(300):
+        model.measure(1, 0, 8, 20)
+    assert model.predict(1, 0, 8) == pytest.approx(20, rel=0.1)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tinymodel import TINY_GEMMA3, Tiny, write_tiny
+from tinymodel import TINY_GEMMA3, Tiny, vocabulary, write_tiny
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.runtime import Model
@@ -23,6 +23,7 @@ from gguf_run.runtime.engine.batch import Batch
 from gguf_run.runtime.engine.grammar import MOST_KEPT, Grammar, GrammarConstraint, Grammars
 from gguf_run.runtime.engine.reply import Request
 from gguf_run.runtime.sampling.params import SamplingParams
+from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
 jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("llguidance")
@@ -251,6 +252,24 @@ def test_forced_tokens_are_allowed_ones(model: Model, name: str) -> None:
     check(name, text.decode())
 
 
+def test_a_token_of_text_that_ends_an_answer_is_no_text() -> None:
+    keys = vocabulary(Tiny())
+    end = keys["tokens"].index("a")
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in {**keys, "eos_token_id": end}.items()}
+    tokenizer = Tokenizer.from_metadata(metadata)
+    grammars = Grammars(tokenizer, tokenizer.n_vocab + 40)
+    constraint = grammars.constraint(Grammar("regex", "[ab]{2}b?"))
+    grammars.close()
+    b = keys["tokens"].index("b")
+    assert bits(constraint.allowed()) == {b}
+    constraint.accept(b)
+    constraint.accept(b)
+    assert bits(constraint.allowed()) == {b, *tokenizer.stop_ids}
+    assert end in tokenizer.stop_ids
+    constraint.accept(b)
+    assert constraint.forced() == [end]
+
+
 def _nest(n: int, begin: str, end: str, middle: str = '{"type": "null"}') -> str:
     return begin * n + middle + end * n
 
@@ -316,7 +335,10 @@ def test_bombs(grammars: Grammars, kind: str, text: str) -> None:
         ({"$defs": {"a": {"uniqueItems": True}}}, "the keyword uniqueItems at #/$defs/a"),
         ({"unevaluatedProperties": False}, "the keyword unevaluatedProperties at # "),
         ({"type": "strin"}, "Invalid type: strin"),
-        ({"oneOf": [TEXT, {"type": "string"}]}, "oneOf constraints are not supported"),
+        (
+            {"oneOf": [TEXT, {"type": "string"}]},
+            "oneOf constraints are not supported whose branches may hold together: write anyOf",
+        ),
         ({"type": "string", "enum": [1]}, "Unsatisfiable schema"),
         ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
         ({"$ref": "https://example.com/x.json"}, "x.json"),

@@ -16,7 +16,7 @@ from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.pages import PageTable
-from gguf_run.runtime.load.cache_plan import cells_in, layer_bytes, plan_cache
+from gguf_run.runtime.load.cache_plan import cells_in, fit_cache, layer_bytes, plan_cache
 from gguf_run.runtime.load.describe import describe_plan
 from gguf_run.runtime.load.kv_scales import LayerScales, write_scales
 from gguf_run.runtime.load.memory import MemoryPlan
@@ -164,3 +164,20 @@ def test_a_cache_of_so_many_bytes(tmp_path: Path, tiny: Tiny) -> None:
     assert sizes[0] <= 8 << 20 < sizes[1]
     with pytest.raises(OptionError, match="is 0 MiB; allowed: at least 1, for one sequence of 500 tokens"):
         cells_in(1000, config, plan, 500, 64, 3)
+
+
+@pytest.mark.parametrize("tiny", [Tiny(n_ctx=1 << 20), replace(TINY_GEMMA3, n_ctx=1 << 20)])
+def test_a_server_takes_a_part_of_the_memory(tmp_path: Path, tiny: Tiny) -> None:
+    """Whole contexts if they fit; else pages for all together; at last a shorter context, but one has room always."""
+    config = config_of(tmp_path, tiny)
+    plan = plan_cache(config)
+    seen = set()
+    for n_bytes in (0, *(1 << n for n in range(20, 36))):
+        n_ctx, n_cells = fit_cache(n_bytes, config, plan, None, 64, 4)
+        size = sum(layer_bytes(config, plan, n_ctx, 64, 4, n_cells))
+        assert n_ctx in (4096, 8192, 16384, 32768)
+        assert n_cells is None or n_cells >= n_ctx
+        assert size <= n_bytes or (n_ctx == 4096 and n_cells == 4096)
+        seen.add((n_ctx, n_cells is None))
+        assert fit_cache(n_bytes, config, plan, 1000, 64, 4)[0] == 1000
+    assert {(4096, False), (32768, False), (32768, True)} <= seen

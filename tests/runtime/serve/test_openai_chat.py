@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from served import Serving, scripted, serving
+from tinymodel import CHAT_TEMPLATE
 
 httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
@@ -153,3 +154,16 @@ def test_a_client_that_goes_away_ends_its_answer(stream: bool) -> None:
             time.sleep(0.005)
         assert server.model.engine.jobs == []
         assert all(len(job.reply.tokens) < 3000 for job in rows)
+
+
+def test_a_template_without_a_place_for_tools() -> None:
+    """The model is told of them in the system message, and calls them in the generic form."""
+    tool = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+    told = 'be brief\n\nYou can call these functions:\n{"name": "weather"'
+    script = {told: '{"name": "weather", "arguments": {"city": "Rome"}}'}
+    messages = [{"role": "system", "content": "be brief"}, *USER]
+    body = {"messages": messages, "tools": [{"type": "function", "function": tool}]}
+    with serving(scripted(script, template=CHAT_TEMPLATE)) as server:
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body).json()
+    call = answer["choices"][0]["message"]["tool_calls"][0]["function"]
+    assert (call["name"], json.loads(call["arguments"])) == ("weather", {"city": "Rome"})

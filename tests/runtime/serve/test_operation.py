@@ -290,7 +290,11 @@ def test_sigterm_ends_running_answers_and_refuses_new_ones(model: Path) -> None:
 def test_a_second_signal_ends_at_once(model: Path) -> None:
     def ask_in_vain(url: str) -> None:
         with pytest.raises(httpx.TransportError):
-            httpx.post(f"{url}/v1/completions", json={"prompt": "the", "ignore_eos": True, "n": 32}, timeout=300)
+            httpx.post(
+                f"{url}/v1/completions",
+                json={"prompt": "the", "max_tokens": 100, "ignore_eos": True, "n": 32},
+                timeout=300,
+            )
 
     with process(str(model)) as (running, url):
         client = threading.Thread(target=ask_in_vain, args=(url,))

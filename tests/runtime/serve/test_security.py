@@ -28,7 +28,7 @@ KEYS = ("first secret", "second secret")
 @pytest.fixture(scope="module")
 def server() -> Iterator[Serving]:
     access = Access(body_s=1.0, most_body=1 << 20, origins=("https://chat.example.org",))
-    with serving(scripted(n_ctx=512), access=access) as server:
+    with serving(lambda: scripted(n_ctx=512), access=access) as server:
         yield server
         assert alive(server)
         assert server.model.engine.healthy
