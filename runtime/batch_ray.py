@@ -121,8 +121,8 @@ def _object(ctx: click.Context, param: click.Parameter, text: str) -> Any:
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--model", required=True, help="A path that each machine has, or hf:owner/repo:TYPE.")
 @click.option("--workers", default=1, show_default=True, help="Models that run, on any machines.")
-@click.option("--load", callback=_object, default="{}", help="Fields of LoadOptions, as {"n_threads": 8}.")
-@click.option("--options", callback=_object, default="{}", help="Options of all prompts, as {"max_tokens": 99}.")
+@click.option("--load", callback=_object, default="{}", help='Fields of LoadOptions, as {"n_threads": 8}.')
+@click.option("--options", callback=_object, default="{}", help='Options of all prompts, as {"max_tokens": 99}.')
 def main(source: Path, target: Path, model: str, workers: int, load: Any, options: Any) -> None:
     """Answer the prompts in SOURCE, JSON in each line; write the answers to TARGET."""
     try:
