@@ -18,13 +18,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -33,58 +32,39 @@ from gguf_run.formats.compiler.cachedir import user_cache_dir
 sys.path.append(str(Path(__file__).parent.parent / "tests/helpers"))
 Steps = Sequence[Sequence[tuple[str, Mapping[str, Any]]]]  # calls of tools, together and one after the other
 _QUESTION = "Read the file word.txt and look at picture.png, then tell me the word."
-_MOST_S = 120  # seconds that an agent may take
-_N_CTX = 1 << 18  # a token is a byte, and an agent's prompt has up to 100,000 of them
 _PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
 
-@dataclass(frozen=True)
-class Agent:
+class Agent(NamedTuple):
     """How an agent is run."""
 
     package: str  # of npm, with its version
     command: tuple[str, ...]
     steps: Steps  # the script
-    settings: Callable[[str, Path], Mapping[str, str]]  # writes files into its home; returns its environment
 
 
-def _codex(url: str, home: Path) -> Mapping[str, str]:
-    provider = f'[model_providers.gguf]\nname = "gguf"\nbase_url = "{url}/v1"\nwire_api = "responses"\n'
-    (home / ".codex").mkdir()
-    (home / ".codex/config.toml").write_text(f'model = "m0"\nmodel_provider = "gguf"\n{provider}')
-    return {}
-
-
-def _claude(url: str, home: Path) -> Mapping[str, str]:
-    quiet = ("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "DISABLE_TELEMETRY", "DISABLE_AUTOUPDATER")
-    return dict.fromkeys(quiet, "1") | {
-        "ANTHROPIC_BASE_URL": url,
-        "ANTHROPIC_AUTH_TOKEN": "any",
-        "ANTHROPIC_MODEL": "m0",
-    }
-
-
-def _opencode(url: str, home: Path) -> Mapping[str, str]:
-    provider = {"npm": "@ai-sdk/openai-compatible", "options": {"baseURL": f"{url}/v1"}, "models": {"m0": {}}}
-    settings = {"model": "gguf/m0", "autoupdate": False, "share": "disabled", "provider": {"gguf": provider}}
-    (home / ".config/opencode").mkdir(parents=True)
-    (home / ".config/opencode/opencode.json").write_text(json.dumps(settings))
-    return dict.fromkeys(("OPENCODE_DISABLE_AUTOUPDATE", "OPENCODE_DISABLE_MODELS_FETCH"), "1")
-
-
+# Files in the home folder, and variables, of which each agent takes its own.
+_FILES = {
+    ".codex/config.toml": 'model = "m0"\nmodel_provider = "gguf"\n[model_providers.gguf]\nname = "gguf"\n'
+    'base_url = "URL/v1"\nwire_api = "responses"\n',
+    ".config/opencode/opencode.json": '{"model": "gguf/m0", "provider": {"gguf": {"npm": "@ai-sdk/openai-compatible", '
+    '"options": {"baseURL": "URL/v1"}, "models": {"m0": {}}}}}',
+}
+_SET = {"ANTHROPIC_AUTH_TOKEN": "any", "ANTHROPIC_MODEL": "m0", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        "OPENCODE_DISABLE_AUTOUPDATE": "1", "OPENCODE_DISABLE_MODELS_FETCH": "1"}  # fmt: skip
 _LIST = {"command": "ls", "description": "List files"}
 AGENTS = {
     "codex": Agent("@openai/codex@0.171.0", ("codex", "exec", "--skip-git-repo-check", _QUESTION), (
         (("exec_command", {"cmd": "ls"}), ("exec_command", {"cmd": "cat word.txt"})),
         (("view_image", {"path": "picture.png"}), ("multi_agent_v1__close_agent", {"target": "nobody"})),
-    ), _codex),
+    )),
     "claude": Agent("@anthropic-ai/claude-code@2.1.332", ("claude", "-p", _QUESTION), (
         (("Read", {"file_path": "word.txt"}), ("Bash", _LIST)),
         (("ToolSearch", {"query": "select:WebFetch"}), ("Read", {"file_path": "picture.png"})),
-    ), _claude),
+    )),
     "opencode": Agent("opencode-ai@1.18.33", ("opencode", "run", _QUESTION), (
         (("read", {"filePath": "word.txt"}), ("bash", _LIST)), (("read", {"filePath": "picture.png"}),),
-    ), _opencode),
+    )),
 }  # fmt: skip
 
 
@@ -93,8 +73,7 @@ def said(steps: Steps, results: list[str], prompt: str) -> str:
     if f'"name": "{steps[0][0][0]}"' not in prompt:  # it has no tools: it asks for a title
         return "The word"
     results[:] = re.findall("<[|]im_start[|]>tool\n(.*?)<[|]im_end[|]>", prompt, re.DOTALL)
-    n_said = prompt.count("<|im_start|>assistant")
-    if n_said < len(steps):
+    if (n_said := prompt.count("<|im_start|>assistant")) < len(steps):
         calls = [json.dumps({"name": name, "arguments": arguments}) for name, arguments in steps[n_said]]
         return "<think>\nHm.\n</think>\n\nI look." + "".join(f"\n<tool_call>\n{one}\n</tool_call>" for one in calls)
     found = re.search("WORD-[0-9a-f]{8}", "".join(results))
@@ -108,21 +87,23 @@ def program(agent: Agent) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         print(f"fetching {agent.package} with npm into {folder}", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            command = ["npm", "install", "--silent", "--prefix", f"{scratch}/new", agent.package]
-            subprocess.run(command, check=True, stdout=DEVNULL)
+            subprocess.run(["npm", "install", "--silent", "--prefix", f"{scratch}/new", agent.package], check=True)
             Path(scratch, "new").rename(folder)
     return folder / "node_modules/.bin" / agent.command[0]
 
 
 def outcome(agent: Agent, url: str, home: str, folder: str) -> str:
     """Return what an agent prints, "" if it takes too long."""
-    environment = {"PATH": os.environ["PATH"], "HOME": home, **agent.settings(url, Path(home))}
+    for name, text in _FILES.items():
+        Path(home, name).parent.mkdir(parents=True)
+        Path(home, name).write_text(text.replace("URL/", f"{url}/"))
+    environment = {"PATH": os.environ["PATH"], "HOME": home, "ANTHROPIC_BASE_URL": url, **_SET}
     command = [str(program(agent)), *agent.command[1:]]
     with subprocess.Popen(
         command, cwd=folder, env=environment, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, start_new_session=True
     ) as process:
         try:
-            return process.communicate(timeout=_MOST_S)[0].decode()
+            return process.communicate(timeout=120)[0].decode()
         except subprocess.TimeoutExpired:
             return ""
         finally:
@@ -136,8 +117,9 @@ def run(agent: Agent) -> str:
 
     from gguf_run.runtime.serve.server import Access
 
+    program(agent)
     word, lines, results, start = f"WORD-{secrets.token_hex(4)}", list[str](), list[str](), time.monotonic()
-    model = scripted(partial(said, agent.steps, results), n_ctx=_N_CTX, n_batch=8192, cost=(0, 0, 0, 0))
+    model = scripted(partial(said, agent.steps, results), n_ctx=1 << 18, n_batch=8192, cost=(0, 0, 0, 0))
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home,
         tempfile.TemporaryDirectory() as folder,
@@ -147,22 +129,19 @@ def run(agent: Agent) -> str:
         Path(folder, "picture.png").write_bytes(base64.b64decode(_PICTURE))
         answer = outcome(agent, server.url, home, folder)
     logged = [json.loads(line) for line in lines]
-    requests = Counter(f"{one['method']} {one['path']} {one['status']}" for one in logged)
+    requests = Counter(f"{one['method']} {one['path']} {one['status']}" for one in logged).items()
     n_prompt, n_cached = (sum(one.get(name, 0) for one in logged) for name in ("n_prompt", "n_cached"))
-    n_done = sum("unsupported call" not in result for result in results)
-    cells = [agent.package, ", ".join(f"{n} x {name}" for name, n in requests.items())]
-    cells += [f"{n_done} of {sum(map(len, agent.steps))}", f"{n_prompt}", f"{n_cached}"]
-    cells += ["right" if f"It is {word}" in answer else "wrong", f"{time.monotonic() - start:.0f} s"]
-    return f"| {' | '.join(cells)} |"
+    n_done, n_calls = sum("unsupported call" not in result for result in results), sum(map(len, agent.steps))
+    seen, end = ", ".join(f"{n} x {name}" for name, n in requests), "right" if f"It is {word}" in answer else "wrong"
+    took = f"{time.monotonic() - start:.0f} s"
+    return f"| {agent.package} | {seen} | {n_done} of {n_calls} | {n_prompt} | {n_cached} | {end} | {took} |"
 
 
 @click.command()
 @click.argument("names", nargs=-1, type=click.Choice(sorted(AGENTS)))
 def main(names: Sequence[str]) -> None:
     """Print a table of what each agent did. NAMES: all of them if none is given."""
-    print(
-        "| agent | version | requests | calls done | bytes of prompts | cached | answer | took |\n" + 8 * "|---" + "|"
-    )
+    print("| agent | requests | calls done | bytes of prompts | cached | answer | took |\n" + 7 * "|---" + "|")
     for name in names or AGENTS:
         print(run(AGENTS[name]), flush=True)
 

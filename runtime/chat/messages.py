@@ -9,7 +9,8 @@ from gguf_run.formats.errors import GgufRunError
 
 _TEXTS = ("role", "name", "tool_call_id", "reasoning_content")  # fields of a message that hold a string
 _PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type -> its field
-_UNSEEN = ("image", "image_url", "input_image", "document", "file", "input_file", "input_audio")  # no text, in results
+# Types of parts that results of tools may have, though they are no text.
+_UNSEEN = ("image", "image_url", "input_image", "document", "file", "input_file", "input_audio")
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
 
 
@@ -19,7 +20,7 @@ def uniform(messages: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     messages: {"role": ..., "content": ...} each, as in OpenAI's API; or a string, which is the message of a user.
 
     Content becomes a string: "" where it is null or missing, and text parts are joined by line breaks as in llama.cpp.
-    In the result of a tool, words stand for an image: an agent that has looked at one could not go on else.
+    In the result of a tool, a note stands for an image or a file: agents show them to the model, and go on.
     The arguments of a tool call become an object if they are a string of one, in JSON; any other string stays as it is,
     since models write such. Other fields that are null are left out.
     A refusal is a text, too. function_call and the role "function" (OpenAI, before tools) become a call and "tool".

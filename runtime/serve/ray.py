@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from gguf_run.formats.errors import OptionError, check_names
+from gguf_run.formats.errors import GgufRunError, OptionError, check_names
 from gguf_run.runtime.load.options import LoadOptions
 from gguf_run.runtime.model import Model
 from gguf_run.runtime.serve.app import answer_error, make_app
@@ -60,7 +60,12 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def app_builder(args: Mapping[str, Any]) -> "Application":
-    """Return the application for serve.run. args: the fields of Settings. OptionError for others."""
+    """Return the application for serve.run. args: the fields of Settings. OptionError for others.
+
+    GgufRunError where Ray is missing.
+    """
+    if RequestRouter is object:
+        raise GgufRunError('Ray is missing: pip install "gguf-run[cluster]"')
     try:
         settings = msgspec.convert(args, Settings, strict=False)
         n_seq = settings.options.n_seq

@@ -81,7 +81,7 @@ def _chat(json: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flat(tools: Objects) -> Objects:
-    """Return tools without namespaces, as Codex makes of MCP servers: names of their functions begin with them."""
+    """Return tools with the functions of namespaces in their place. Codex makes a namespace of each MCP server."""
     found: Objects = []
     for tool in tools:
         if tool.get("type") == "namespace":
