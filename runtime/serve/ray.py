@@ -32,6 +32,7 @@ try:
     from ray.serve.request_router import RequestRouter
 except ImportError:  # without the extra, this file does nothing
     RequestRouter = object
+
 _BLOCK, _MOST_BLOCKS = 256, 256  # characters, about a page of the cache; blocks of a prompt that are compared
 _GRACE_S = 300.0  # seconds in which running answers may end before a replica does
 _MOST_KNOWN = 100_000  # beginnings of which the front knows who has computed them
@@ -47,7 +48,7 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True):
     threads: int = 1  # of a replica, which gets so many CPUs
     load: dict[str, Any] = {}  # fields of LoadOptions, as {"n_ctx": 8192, "n_seq": 8}
     actor: dict[str, Any] = {}  # more of Ray's options of an actor, as {"num_gpus": 1}
-    api_key_file: str = ""  # keys, one of which clients must send; the head of the cluster has the file
+    api_key_file: str = ""  # a file of keys that each machine has: clients must send one of them
 
     @property
     def options(self) -> LoadOptions:
