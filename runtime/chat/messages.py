@@ -9,6 +9,8 @@ from gguf_run.formats.errors import GgufRunError
 
 _TEXTS = ("role", "name", "tool_call_id", "reasoning_content")  # fields of a message that hold a string
 _PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type -> its field
+# Types of parts that results of tools may have, though they are no text.
+_UNSEEN = ("image", "image_url", "input_image", "document", "file", "input_file", "input_audio")
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
 
 
@@ -18,6 +20,7 @@ def uniform(messages: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     messages: {"role": ..., "content": ...} each, as in OpenAI's API; or a string, which is the message of a user.
 
     Content becomes a string: "" where it is null or missing, and text parts are joined by line breaks as in llama.cpp.
+    In the result of a tool, a note stands for an image or a file: agents show them to the model, and go on.
     The arguments of a tool call become an object if they are a string of one, in JSON; any other string stays as it is,
     since models write such. Other fields that are null are left out.
     A refusal is a text, too. function_call and the role "function" (OpenAI, before tools) become a call and "tool".
@@ -53,7 +56,8 @@ def _message(message: dict[str, Any], place: str) -> dict[str, Any]:
     if fields["role"] == "function":
         fields["role"] = "tool"
     refusal = _typed(fields.pop("refusal", ""), str, f"{place}.refusal", "a string")
-    fields["content"] = _text(fields.get("content", ""), f"{place}.content") or refusal
+    is_result = fields["role"] == "tool"
+    fields["content"] = _text(fields.get("content", ""), f"{place}.content", is_result) or refusal
     calls = _typed(fields.pop("tool_calls", []), list, f"{place}.tool_calls", "a list")
     if "function_call" in fields:
         call = fields.pop("function_call")
@@ -63,13 +67,16 @@ def _message(message: dict[str, Any], place: str) -> dict[str, Any]:
     return fields
 
 
-def _text(content: Any, place: str) -> str:
+def _text(content: Any, place: str, is_result: bool) -> str:
     if isinstance(content, str):
         return content
     texts = []
     for i, part in enumerate(_typed(content, list, place, 'a string, or a list of {"type": "text", "text": ...}')):
         here = f"{place}[{i}]"
         kind = _typed(part, dict, here, 'an object, as {"type": "text", "text": ...}').get("type")
+        if is_result and kind in _UNSEEN:
+            texts.append(f"[{kind} left out: you read nothing but text]")
+            continue
         if not isinstance(kind, str) or kind not in _PARTS:
             raise GgufRunError(f'{here}.type is {json.dumps(kind)[:40]}; allowed: "text", the model reads nothing else')
         texts.append(_typed(part.get(_PARTS[kind]), str, f"{here}.{_PARTS[kind]}", "a string"))

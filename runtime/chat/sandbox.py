@@ -95,19 +95,22 @@ def _without_later_system(template: Render, variables: dict[str, Any], notes: li
 
 
 def _without_system(messages: Messages) -> Messages:
-    """Put each system message before the text of the next user message, as llama.cpp does with the first one."""
-    found, texts = Messages(), list[str]()
+    """Make system messages the user's. Each stays in its place, and joins the user's messages beside it.
+
+    What stands before it therefore never changes, and the cache knows it, however the conversation goes on.
+    """
+    found, joins = Messages(), False
     for message in messages:
-        if message["role"] == "system":
-            texts += [message["content"]] if message["content"] else []
-        elif message["role"] == "user" and texts:
-            found.append(message | {"content": "\n".join([*texts, message["content"]])})
-            texts = []
+        is_system = message["role"] == "system"
+        if is_system and not message["content"]:
+            continue
+        own = _USER | {"content": message["content"]} if is_system else message
+        if found and (is_system or joins) and found[-1]["role"] == own["role"] == "user":
+            found[-1] = found[-1] | {"content": f"{found[-1]['content']}\n{own['content']}"}
         else:
-            found.append(message)
-    if texts and found and found[-1]["role"] == "user":
-        texts.insert(0, found.pop()["content"])
-    return [*found, _USER | {"content": "\n".join(texts)}] if texts else found
+            found.append(own)
+        joins = is_system
+    return found
 
 
 def _calls_as(message: dict[str, Any], empty: str | None, as_text: bool, keeps_text: bool = True) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class _Block(Struct):
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None  # of a result
     content: "str | list[_Block] | None" = None
+    tool_name: str = ""  # of a tool that a search for tools has found
 
 
 class _Message(Struct):
@@ -125,8 +126,7 @@ def _messages(message: _Message, place: str) -> Objects:
     for i, block in enumerate(message.content):
         match block.type:
             case "tool_result":
-                text = _text(block.content or "", f"{place}[{i}].content")
-                found.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": text})
+                found.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": _result(block.content)})
             case "tool_use":
                 function = {"name": block.name, "arguments": block.input}
                 calls.append({"id": block.id, "type": "function", "function": function})
@@ -138,6 +138,15 @@ def _messages(message: _Message, place: str) -> Objects:
         own = {"role": message.role, "content": "\n".join(texts), "tool_calls": calls or None}
         found.append({**own, "reasoning_content": reasoning or None})
     return found
+
+
+def _result(content: str | Sequence[_Block] | None) -> str | Objects | None:
+    """Return what a tool has given in OpenAI's form. The tools that a search has found are among those of the body."""
+    if content is None or isinstance(content, str):
+        return content
+    texts = [f"The tool {block.tool_name} is ready." if block.tool_name else block.text for block in content]
+    kinds = ["text" if block.tool_name else block.type for block in content]
+    return [{"type": kind, "text": text} for kind, text in zip(kinds, texts, strict=True)]
 
 
 def _text(content: str | Sequence[_Block], place: str) -> str:

@@ -166,5 +166,6 @@ def _facts(scope: Scope) -> dict[str, Any]:
         usage, job = answers.usage, answers.sequences[0].job
         facts |= {"model": answers.served.name, "n_prompt": usage.n_prompt, "n_cached": usage.n_cached}
         facts["n_decoded"] = usage.n_decoded
+        facts |= {"note": answers.note[:200]} if answers.note else {}
         facts["ttft_ms"] = round(1000 * (job.first_at - job.arrived), 1) if job.n_chosen else None
     return facts

@@ -37,6 +37,7 @@ class _Item(Struct):
     summary: Objects | None = None  # of reasoning
     call_id: str | None = None
     name: str | None = None  # of the function that is called
+    namespace: str | None = None  # in which it is
     arguments: str | None = None
     output: Any = None  # of a call
 
@@ -47,12 +48,14 @@ class _Body(Struct):
     max_output_tokens: Count | None = None
     text: dict[str, Any] | None = None
     reasoning: dict[str, Any] | None = None
+    tools: Objects | None = None
 
 
 async def responses(request: Request) -> Response:
     """Answer a conversation."""
     json = await read_json(request)
-    ask, writer = ask_of(_chat(json), request.scope.get("gguf_run.salt", "")), _Writer(json)
+    chat = _chat(json)
+    ask, writer = ask_of(chat, request.scope.get("gguf_run.salt", "")), _Writer(json, chat["tools"])
     if ask.is_stream:
         return await stream(request, ask, writer.chunks, writer.failed)
     answers, (whole,) = await whole_answers(request, ask)
@@ -78,12 +81,25 @@ def _chat(json: dict[str, Any]) -> dict[str, Any]:
         raise HttpError(400, "input is empty: give a text, or at least one item")
     return json | {
         "messages": messages,
+        "tools": _flat(body.tools or []),
         "max_completion_tokens": body.max_output_tokens,
         "response_format": (body.text or {}).get("format"),
         "reasoning_effort": (body.reasoning or {}).get("effort"),
         "n": 1,
         "logprobs": None,
     }
+
+
+def _flat(tools: Objects) -> Objects:
+    """Return tools with the functions of namespaces in their place. Codex makes a namespace of each MCP server."""
+    found: Objects = []
+    for tool in tools:
+        if tool.get("type") == "namespace":
+            inner, space = body_of(tool.get("tools") or [], Objects), tool.get("name")
+            found += [{**one, "name": f"{space}__{one.get('name')}", "namespace": space} for one in inner]
+        else:
+            found.append(tool)
+    return found
 
 
 def _add(messages: Objects, item: _Item) -> None:
@@ -111,16 +127,18 @@ def _add(messages: Objects, item: _Item) -> None:
         thought = "".join(str(part.get("text", "")) for part in parts)
         message["reasoning_content"] = message.get("reasoning_content", "") + thought
     else:
-        function = {"name": item.name, "arguments": item.arguments}
+        name = f"{item.namespace}__{item.name}" if item.namespace else item.name
+        function = {"name": name, "arguments": item.arguments}
         message.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
 
 
 class _Writer:
     """Writes an answer as items, and the events that tell a client of them."""
 
-    def __init__(self, json: dict[str, Any]) -> None:
+    def __init__(self, json: dict[str, Any], tools: Objects) -> None:
         given = {name: value for name, value in json.items() if name in _REPEATED and value is not None}
         self.response: dict[str, Any] = {**_REPEATED, **given}
+        self._spaces = {str(tool.get("name")): tool["namespace"] for tool in tools if "namespace" in tool}
         self._n_events = 0
         self._item: dict[str, Any] | None = None  # that is being written, and of it:
         self._kind = ""  # of its events, see _ITEMS
@@ -170,10 +188,13 @@ class _Writer:
         self._texts, self._kind = [], "arguments" if event.kind == "call" else event.kind
         self._more = {"logprobs": []} if event.kind == "text" else {}
         type, prefix, _ = _ITEMS[self._kind]
+        space = self._spaces.get(event.text) if event.kind == "call" else None
+        name = event.text.removeprefix(f"{space}__") if space else event.text
         fields: dict[str, dict[str, Any]] = {
             "text": {"role": "assistant", "content": []},
             "reasoning": {"summary": [], "content": []},
-            "arguments": {"call_id": call_id(), "name": event.text, "arguments": ""},
+            "arguments": {"call_id": call_id(), "name": name, "arguments": ""}
+            | ({"namespace": space} if space else {}),
         }
         self._item = {"type": type, "id": prefix + token_hex(12), "status": "in_progress", **fields[self._kind]}
         self._place = {"item_id": self._item["id"], "output_index": n}

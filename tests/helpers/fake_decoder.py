@@ -22,7 +22,7 @@ from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler
 
 N_VOCAB = 97
-_WEIGHTS = np.random.default_rng(0).integers(1, 1 << 62, 1 << 14, np.uint64)
+_WEIGHTS = np.random.default_rng(0).integers(1, 1 << 62, 1 << 18, np.uint64)
 GREEDY = SamplingParams(temperature=0)
 
 
@@ -130,7 +130,7 @@ class FakeDecoder:
                 pages = table.pages[seq, : -(-(n_past + n) // PAGE)]
                 first = max(0, n_past + 1 - table.window) if table.window else 0
                 assert (pages[first // PAGE :] != NO_PAGE).all()
-                rows, at = layer.cache.rows, np.arange(first, n_past + n)
+                rows, at = layer.cache.rows, np.arange(first, n_past + n)  # type: ignore[union-attr]
                 seen = rows[pages[at // PAGE], at % PAGE]
                 if not self.is_shifted:
                     assert (seen[: n_past - first] == sums(slot.ids[:n_past])[first:]).all()

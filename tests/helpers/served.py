@@ -54,6 +54,7 @@ class ScriptedDecoder(FakeDecoder):
         self.config = SimpleNamespace(n_vocab=tokenizer.n_vocab, arch=SimpleNamespace(name="scripted"), n_layer=1,
                                       n_embd=8, n_ctx_train=self.n_ctx)  # fmt: skip
         self.keeps_runs, self.has_logits = False, True
+        self._answers: dict[tuple[int, ...], list[int]] = {}  # by prompts
 
     def close(self) -> None:
         """Nothing is held."""
@@ -70,17 +71,20 @@ class ScriptedDecoder(FakeDecoder):
         logits[np.arange(len(texts)), [self._next(ids) for ids in texts.values()]] = 50
         return logits
 
-    def _next(self, ids: Sequence[int]) -> int:
-        text = self.tokenizer.decode(ids)
-        prompt, found, _ = text.rpartition(BEGIN)
-        if not found:
+    def _next(self, ids: list[int]) -> int:
+        begin = self.tokenizer.encode(BEGIN)
+        n_prompt = len(ids) - 1 - ids[::-1].index(begin[0]) if begin[0] in ids else 0
+        if ids[n_prompt:][: len(begin)] != begin:
             return self.tokenizer.encode("abc"[len(ids) % 3])[0]
+        prompt = tuple(ids[:n_prompt])
+        if prompt not in self._answers:
+            self._answers[prompt] = self._answer(self.tokenizer.decode(prompt))
+        return [*self._answers[prompt][len(ids) - n_prompt - len(begin) :][:1], *self.tokenizer.stop_ids][0]
+
+    def _answer(self, prompt: str) -> list[int]:
         if callable(self.script):
-            answer = self.script(prompt)
-        else:
-            answer = next((answer for part, answer in self.script.items() if part in prompt), "Hello!")
-        n_said = len(ids) - len(self.tokenizer.encode(prompt + BEGIN))
-        return [*self.tokenizer.encode(answer)[n_said : n_said + 1], *self.tokenizer.stop_ids][0]
+            return self.tokenizer.encode(self.script(prompt))
+        return self.tokenizer.encode(next((answer for part, answer in self.script.items() if part in prompt), "Hello!"))
 
 
 def scripted(

@@ -93,6 +93,7 @@ U = {"role": "user", "content": "a"}
         ([{"role": "user", "content": ["a"]}], "messages[0].content[0] is a string; allowed: an object, as {"),
         ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}],
          'messages[0].content[1].type is "image_url"; allowed: "text"'),
+        ([{"role": "tool", "content": [{"type": "film"}]}], 'messages[0].content[0].type is "film"'),
         ([{"role": "user", "content": [{"type": "input_audio"}]}], 'messages[0].content[0].type is "input_audio"'),
         ([{"role": "user", "content": [{"text": "a"}]}], "messages[0].content[0].type is null"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text is missing; allowed: a str"),

@@ -1,5 +1,6 @@
 """What a template makes of messages, and messages that are fitted to templates without a place for a part of them."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -64,6 +65,16 @@ def test_a_later_system_message_is_not_lost() -> None:
     assert rendered(FIRST_ONLY, USER, SYSTEM) == ("<user>Hi\nBe brief.", [NO_LATER_SYSTEM])
     assert rendered(ALTERNATES, USER, SYSTEM) == ("<user>Hi\nBe brief.", [NO_SYSTEM])
     assert rendered(ALL, USER, ANSWER, SYSTEM, USER)[1] == []
+
+
+@pytest.mark.parametrize("source", [ALL, FIRST_ONLY, IGNORES])
+def test_a_later_system_message_stays_in_its_place(source: str) -> None:
+    """What has been said is the beginning of what is said next, as Claude Code goes on: else no cache would know it."""
+    talk = [SYSTEM, USER, SYSTEM | {"content": "Be kind."}, CALL, RESULT, SYSTEM, CALL, RESULT, ANSWER, SYSTEM, USER]
+    texts = [rendered(source, *talk[:n])[0] for n in range(2, len(talk) + 1)]
+    assert all(after.startswith(before) for before, after in pairwise(texts))
+    assert texts[-1].count("Be") == 4
+    assert "Be kind." in texts[1]
 
 
 PARTS = (

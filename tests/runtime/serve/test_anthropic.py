@@ -20,6 +20,8 @@ WEATHER = {"name": "weather", "description": "Tells it.", "input_schema": {"type
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>\n'
 CALLS = f"Let me see.\n{CALL}{CALL.replace('Rome', 'Oslo')}"
 SCRIPT = {
+    "tool\nThe tool sky is ready.<|im_end|>\n<|im_start|>tool\n[image left out: you read nothing but text]<|im_end|>\n"
+    "<|im_start|>tool\n<|im_end|>\n<|im_start|>tool\n<|im_end|>": "All seen.",
     "Sunny": "It is sunny.", "CODE-7": "The code is 7.", "Weather?": CALLS, "Think": "<think>\nHm.\n</think>\n\nDone.",
     "Say hello": "Hello, world! Grüße 🙂.",
 }  # fmt: skip
@@ -114,6 +116,20 @@ def test_tools(client: Any) -> None:
     assert answer.content[0].text == "It is sunny."
 
 
+def test_results_that_are_no_text(client: Any) -> None:
+    """Claude Code finds tools by a tool, reads pictures with another one, and goes on."""
+    contents: list[Any] = [
+        [{"type": "tool_reference", "tool_name": "sky"}],
+        [{"type": "image", "source": {}}],
+        "",
+        None,
+    ]
+    call = {"type": "tool_use", "id": "a", "name": "weather", "input": {}}
+    results = [{"type": "tool_result", "tool_use_id": "a", "content": content} for content in contents]
+    history = [*USER, {"role": "assistant", "content": [call]}, {"role": "user", "content": results}]
+    assert client.messages.create(model="m0", max_tokens=99, messages=history).content[0].text == "All seen."
+
+
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "answer"}])
 def test_a_call_that_must_be(client: Any, choice: Any) -> None:
     pytest.importorskip("llguidance")
@@ -176,7 +192,7 @@ def test_the_line_that_changes_is_left_out(server: Serving, client: Any) -> None
     ({"messages": [*USER, {"role": "assistant", "content": "I"}]}, "begun"),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0] has the type 'image'"),
     ({"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": [
-        {"type": "image"}]}]}]}, "messages[0].content[0].content has the type 'im"),
+        {"type": "film"}]}]}]}, 'content[0].type is "film"'),
     ({"system": [{"type": "document"}]}, "system has the type"), ({"system": 5}, "$"), ({"tools": [{}]}, "tools[0]"),
     ({"tool_choice": {"type": "tool", "name": "x"}}, "tool_choice"), ({"tool_choice": {"type": "x"}}, "tool_choice"),
     ({"tool_choice": {"type": "any"}}, "tool_choice"), ({"stop_sequences": [""]}, "stop"), ({"thinking": 1}, "$"),

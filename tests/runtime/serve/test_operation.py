@@ -70,6 +70,16 @@ def test_a_line_for_each_request() -> None:
     assert not re.search("secret|hidden|the key|abc", "".join(lines))
 
 
+def test_the_log_tells_of_a_schema_that_is_refused() -> None:
+    lines: list[str] = []
+    function = {"name": "f", "parameters": {"properties": {"a": {"type": "string", "pattern": "(?=x)y"}}}}
+    with serving(scripted(n_ctx=512), access=Access(log=lines.append)) as server:
+        body = {**BODY, "tools": [{"type": "function", "function": function}]}
+        assert httpx.post(server.url + CHAT, json=body).status_code == 200
+        wait(lambda: lines)
+    assert "look-around" in json.loads(lines[0])["note"]
+
+
 def samples(text: str) -> dict[str, float]:
     """Parse Prometheus' text format. Each family is declared once, before its samples."""
     found: dict[str, float] = {}

@@ -31,6 +31,9 @@ class City(pydantic.BaseModel):
 
 
 SCRIPT = {
+    "mcp__sky__weather\", \"arguments\": {\"city\": \"Moon\"}}\n</tool_call><|im_end|>\n<|im_start|>tool\n"
+    "[input_image left out: you read nothing but text]\nDust.": HELLO,
+    "moon": '<tool_call>\n{"name": "mcp__sky__weather", "arguments": {"city": "Moon"}}\n</tool_call>',
     "Result!": HELLO, "Think": THOUGHT, "weather in Köln": CALL, "weather and time": TWO,
     "As JSON": '{"name": "Bonn", "inhabitants": 3}', "long": "x" * 100, "Say hello": HELLO,
 }  # fmt: skip
@@ -160,6 +163,21 @@ def test_a_round_of_tools(client: Any) -> None:
     assert {item.name for item in forced.output if item.type == "function_call"} == {"clock"}
 
 
+def test_tools_in_a_namespace(server: Serving, client: Any) -> None:
+    """Codex has one for each MCP server. It knows a call by namespace and name, apart."""
+    space = {"type": "namespace", "name": "mcp__sky", "description": "Sky.", "tools": TOOLS[:2]}
+    said: list[Any] = [{"role": "user", "content": "moon"}]
+    found = client.responses.create(model="m0", input=said, tools=[space, TOOLS[0]])
+    (item,) = found.output
+    assert (item.name, item.namespace, item.arguments) == ("weather", "mcp__sky", '{"city": "Moon"}')
+    done = [event["item"] for event in events_of(server, input=said, tools=[space]) if event["type"].endswith("m.done")]
+    assert [(one["name"], one["namespace"]) for one in done] == [("weather", "mcp__sky")]
+    output = {"type": "function_call_output", "call_id": item.call_id, "output": [
+        {"type": "input_image", "image_url": "data:x"}, {"type": "input_text", "text": "Dust."}]}  # fmt: skip
+    again = client.responses.create(model="m0", input=[*said, item, output], tools=[space])
+    assert again.output_text == HELLO
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_structured_output(client: Any, stream: bool) -> None:
     ask = {"model": "m0", "input": "As JSON", "text_format": City}
@@ -225,6 +243,9 @@ def test_the_conversation_that_the_template_gets(server: Serving, monkeypatch: p
     ({"input": "a", "text": {"format": {"type": "json_schema"}}}, "schema"),
     ({"input": "a", "reasoning": {"effort": 5}}, "effort"), ({"input": "a", "temperature": -1}, "temperature"),
     ({"input": "a", "tools": TOOLS, "tool_choice": {"type": "web_search"}}, "tool_choice"),
+    ({"input": "a", "tools": [{"type": "namespace", "name": "n", "tools": [5]}]}, "$[0]"),
+    ({"input": "a", "tools": [{"type": "namespace", "name": "n", "tools": "f"}]}, "array"),
+    ({"input": "a", "tools": [{"type": "custom", "name": [], "namespace": []}, {}]}, "tools[1]"),
     ({"input": "a", "tools": TOOLS[2:], "tool_choice": "required"}, "tool_choice"),
 ])  # fmt: skip
 def test_refused(server: Serving, body: dict[str, Any], what: str) -> None:
