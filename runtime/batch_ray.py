@@ -24,31 +24,30 @@ _NOT_JSON = {"constraint", "logits_processors"}  # options that are objects of P
 class Worker:
     """A model in an actor of Ray, which answers prompts."""
 
-    def __init__(self, model: str, load: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
-        """load: fields of LoadOptions. shared: options of all prompts. Errors as Model.load."""
+    def __init__(self, model: str, load: LoadOptions, shared: Mapping[str, Any]) -> None:
+        """shared: options of all prompts. Errors as Model.load."""
         from gguf_run.runtime.model import Model
 
-        self.model, self.shared = Model.load(model, LoadOptions(**load)), shared
+        self.model, self.shared = Model.load(model, load), shared
         self.model.engine.start()
 
     def __call__(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """Return lines of JSON for lines of JSON. rows: "number" and "line" of each."""
-        started = [self._start(*row) for row in zip(rows["number"], rows["line"], strict=True)]  # all run together
-        ended = [self._end(*pair) for pair in started]
+        started = [self._start(int(number), line) for number, line in zip(rows["number"], rows["line"], strict=True)]
+        ended = [_end(*pair) for pair in started]  # all have run together
         lines = [json.dumps(row, ensure_ascii=False) for row in ended]
         return {"line": lines, "is_error": ["error" in row for row in ended]}
 
     def _start(self, number: int, line: str) -> tuple[Any, Any]:
         """Begin an answer. Return the prompt's id, and the answer or the error."""
-        id: Any = int(number)
+        id: Any = number
         try:
             row = json.loads(line)
             if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
                 raise OptionError('a line must be {"prompt": ...} or {"messages": ...}')
             id = row.pop("id", id)
-            options = {**self.shared, **row}
-            if "seed" in self.shared and "seed" not in row:
-                options["seed"] = (self.shared["seed"] + int(number)) % 2**64  # as generate_batch does
+            seed = {"seed": (self.shared["seed"] + number) % 2**64} if "seed" in self.shared else {}
+            options = {**self.shared, **seed, **row}
             if found := _NOT_JSON & {*options}:
                 raise OptionError(f"{', '.join(found)}: only from Python")
             if "messages" in row:
@@ -57,16 +56,16 @@ class Worker:
         except Exception as error:  # the others go on
             return id, error
 
-    @staticmethod
-    def _end(id: Any, answer: Any) -> dict[str, Any]:
-        try:
-            if isinstance(answer, Exception):
-                raise answer
-            found = answer.answer()
-        except Exception as error:
-            return {"id": id, "error": str(error) if isinstance(error, GgufRunError) else repr(error)}
-        counts = {"n_prompt": found.n_prompt, "n_decoded": found.n_decoded}
-        return {"id": id, "text": found.text, "finish": found.finish, **counts}
+
+def _end(id: Any, answer: Any) -> dict[str, Any]:
+    try:
+        if isinstance(answer, Exception):
+            raise answer
+        found = answer.answer()
+    except Exception as error:
+        return {"id": id, "error": str(error) if isinstance(error, GgufRunError) else repr(error)}
+    counts = {"n_prompt": found.n_prompt, "n_decoded": found.n_decoded}
+    return {"id": id, "text": found.text, "finish": found.finish, **counts}
 
 
 def answer_file(
@@ -74,7 +73,10 @@ def answer_file(
 ) -> tuple[int, int]:
     """Answer the prompts of a file; return how many there are, and how many of them have an error for an answer.
 
-    target: is written whole or not at all. n_workers: models that run; load and options: see Worker.
+    target: is written whole or not at all.
+    n_workers: models that run.
+    load: fields of LoadOptions; one thread and n_seq=16 where it does not say.
+    options: of all prompts.
     GgufRunError if Ray is missing or a worker cannot go on, OptionError for values that are not allowed.
     """
     try:
@@ -83,21 +85,22 @@ def answer_file(
     except ImportError:
         raise GgufRunError('ray is missing: pip install "gguf-run[cluster]"') from None
     check_names(load, (field.name for field in fields(LoadOptions)))
-    n_threads, lines = LoadOptions(**load).n_threads or 1, source.read_text("utf-8").splitlines()
+    found = LoadOptions(**{"n_threads": 1, "n_seq": 16, "cache_ram": "auto", **load})
+    lines = source.read_text("utf-8").split("\n")  # and not at what else ends lines: it may stand within a text
     rows = [{"number": i, "line": line} for i, line in enumerate(lines, 1) if line.strip()]
     n_blocks = min(len(rows), max(2 * n_workers, -(-len(rows) // MOST_ROWS)))
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     n_errors = 0
     with replacing(target) as part, part.open("w", encoding="utf-8") as file:
-        found = ray.data.from_items(rows, override_num_blocks=n_blocks or 1).map_batches(
+        answered = ray.data.from_items(rows, override_num_blocks=n_blocks or 1).map_batches(
             Worker,
-            fn_constructor_args=(model, load, options),
+            fn_constructor_args=(model, found, options),
             compute=ray.data.ActorPoolStrategy(size=n_workers),
-            num_cpus=n_threads,
+            num_cpus=found.n_threads,
             batch_size=None,  # a block
         )
         try:
-            for row in found.iter_rows():
+            for row in answered.iter_rows():
                 file.write(row["line"] + "\n")
                 n_errors += row["is_error"]
         except RayError as error:
@@ -117,13 +120,13 @@ def _object(ctx: click.Context, param: click.Parameter, text: str) -> Any:
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--model", required=True, help="A path that each machine has, or hf:owner/repo:TYPE.")
 @click.option("--workers", default=1, show_default=True, help="Models that run, on any machines.")
-@click.option("--load", callback=_object, default="{}", help="Fields of LoadOptions: n_seq, n_ctx, n_threads ...")
-@click.option("--options", callback=_object, default="{}", help="Options of all prompts: max_tokens, temperature ...")
+@click.option("--load", callback=_object, default="{}", help='Fields of LoadOptions, as {"n_threads": 8}.')
+@click.option("--options", callback=_object, default="{}", help='Options of all prompts, as {"max_tokens": 99}.')
 def main(source: Path, target: Path, model: str, workers: int, load: Any, options: Any) -> None:
     """Answer the prompts in SOURCE, JSON in each line; write the answers to TARGET."""
     try:
         n, n_errors = answer_file(source, target, model, n_workers=workers, load=load, options=options)
-    except (GgufRunError, OSError) as error:
+    except (GgufRunError, OSError, UnicodeDecodeError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"{n} prompts, {n_errors} errors", err=True)
 

@@ -1,1 +1,1 @@
-"""The server, gguf-serve: HTTP over the engine. Start with app.py."""
+"""The server, gguf-serve: HTTP over the engine. Start with app.py. Each API writes its answers by a Writer: http.py."""

@@ -21,7 +21,6 @@ from gguf_run.runtime.serve.errors import HttpError, too_long
 from gguf_run.runtime.serve.registry import Served
 
 QUIET_S = 15.0  # seconds after which a stream without news tells that it is alive
-_FINISH = {"stop": "stop", "length": "length", "context": "length"}
 
 
 class Event(Struct, gc=False):
@@ -62,9 +61,10 @@ class Answers:
         self._deadline = float("inf")  # by time.monotonic
 
     @classmethod
-    def start(cls, served: Served, ask: Ask) -> "Answers":
+    def start(cls, served: Served, ask: Ask, key: str = "") -> "Answers":
         """Make the prompt of an ask, and begin its answers. It takes a while: call it in a thread.
 
+        key: salt of the client's key, beside the ask's own.
         HttpError and GgufRunError as for Model.generate and chat: nothing has begun then.
         """
         model, family, prompt = served.model, served.family, ""
@@ -82,7 +82,8 @@ class Answers:
         splitters = [family.splitter(prompt, ask.tools) if is_chat else None for _ in range(ask.n * len(prompts))]
         answers = cls(served, ask, sum(map(len, prompts)), splitters)
         answers.prompt = prompt
-        request = Request.of((), {**ask.options, "salt": ask.salt, "adapters": served.adapters})
+        salt = f"{key}/{ask.salt}" if ask.salt else key
+        request = Request.of((), {**ask.options, "salt": salt, "adapters": served.adapters})
         request = replace(request, skip_special=not (is_chat and family.shows_special))
         try:
             for ids in prompts:
@@ -97,8 +98,7 @@ class Answers:
         sampling = request.sampling
         if i and sampling.seed is not None:
             sampling = replace(sampling, seed=(sampling.seed + i) % 2**64)
-        constraint = self._constraint()
-        return replace(request, sampling=sampling, constraint=constraint)
+        return replace(request, sampling=sampling, constraint=self._constraint())
 
     def _constraint(self) -> Constraint | None:
         """Return what an answer may be: of the form that the client asks for, or with calls that are valid."""
@@ -127,7 +127,7 @@ class Answers:
         runner = self.served.model.engine.runner
         assert runner is not None
         event = self._event = runner.listen(jobs)
-        clock = asyncio.create_task(self._tick())
+        clock = asyncio.create_task(_tick(event))
         open_jobs, told_at, has_told = dict(enumerate(jobs)), time.monotonic(), False
         try:
             while open_jobs and not self.is_closed:
@@ -157,15 +157,6 @@ class Answers:
         if time.monotonic() >= self._deadline:
             raise HttpError(408, "the request took longer than --request-timeout allows", "timeout")
 
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(QUIET_S)
-            self._wake()
-
-    def _wake(self) -> None:
-        if self._event is not None:
-            self._event.set()
-
     def _add(self, events: list[Event], i: int, piece: Any) -> None:
         """Add the events of a piece of answer i."""
         splitter, logprobs = self._splitters[i], self._held[i] + piece.logprobs
@@ -182,8 +173,8 @@ class Answers:
                 logprobs = ()
         self._held[i] = logprobs
         if piece.finish_reason:
-            finish = _FINISH[piece.finish_reason]
-            events.append(Event(i, "end", "tool_calls" if self.has_calls[i] and finish == "stop" else finish, logprobs))
+            reason = "tool_calls" if self.has_calls[i] else "stop"
+            events.append(Event(i, "end", reason if piece.finish_reason == "stop" else "length", logprobs))
 
     @property
     def usage(self) -> Usage:
@@ -215,7 +206,8 @@ class Answers:
             for sequence in self.sequences:
                 sequence.close()
             self.served.counts.ended([sequence.job for sequence in self.sequences], self.served.model.engine.clock())
-            self._wake()
+            if self._event is not None:
+                self._event.set()
 
 
 def _prompts(served: Served, ask: Ask) -> list[list[int]]:
@@ -228,6 +220,12 @@ def _prompts(served: Served, ask: Ask) -> list[list[int]]:
     if not all(isinstance(text, str) for text in texts):
         raise HttpError(400, "suffix is given, and the prompt is ids of tokens: allowed with suffix are texts")
     return [model.tokenizer.encode_gap(text, ask.suffix) for text in texts]
+
+
+async def _tick(event: asyncio.Event) -> None:
+    while True:
+        await asyncio.sleep(QUIET_S)
+        event.set()
 
 
 class Whole:

@@ -1,6 +1,6 @@
 """Anthropic's API: /v1/messages and /v1/messages/count_tokens."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from secrets import token_hex
 from typing import Any
 
@@ -8,12 +8,11 @@ import msgspec
 from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
-from gguf_run.runtime.serve.answers import Answers, Usage
+from gguf_run.runtime.serve.answers import Event, Usage, Whole
 from gguf_run.runtime.serve.ask import Ask, Objects, ask_of, body_of
 from gguf_run.runtime.serve.errors import HttpError
-from gguf_run.runtime.serve.http import in_thread, json_response, read_json, sse, stream, whole_answers
+from gguf_run.runtime.serve.http import Writer, answer, in_thread, post, sse
 
 # Claude Code begins the system message with a line of this name, which is another one in each request: the cache would
 # never know the rest.
@@ -55,29 +54,19 @@ class _Body(Struct):
     stop_sequences: list[str] | None = None
 
 
-async def messages(request: Request) -> Response:
+async def messages(request: Request, json: dict[str, Any]) -> Response:
     """Answer a conversation."""
-    json = await read_json(request)
     if json.get("max_tokens") is None:
         raise HttpError(400, "max_tokens is missing: say how many tokens the answer may have")
-    ask = _ask(request, json)
-    if ask.is_stream:
-        return await stream(request, ask, _chunks, lambda error: sse(error.body("anthropic"), "error"))
-    answers, (whole,) = await whole_answers(request, ask)
-    content = [{**_BLOCKS["reasoning"][0], "thinking": whole.reasoning}] if whole.reasoning else []
-    content += [{**_BLOCKS["text"][0], "text": whole.text}] if whole.text else []
-    content += [{**_call(name), "input": arguments_of(arguments)} for name, arguments in whole.calls]
-    stop, usage = _stop(answers, whole.finish), _usage(answers.usage)
-    return json_response({**_message(answers), "content": content, **stop, "usage": usage})
+    return await answer(request, _ask(json), _Writer)
 
 
-async def count_tokens(request: Request) -> Response:
+async def count_tokens(request: Request, json: dict[str, Any]) -> dict[str, Any]:
     """Return how many tokens the prompt of a conversation has."""
-    ask = _ask(request, await read_json(request))
+    ask = _ask(json)
     async with request.app.state.server.registry.use(ask.model) as served:
         chat = served.model.tokenize_chat, ask.messages, ask.tools or None, ask.template_options
-        ids = await in_thread(request, *chat)
-    return json_response({"input_tokens": len(ids)})
+        return {"input_tokens": len(await in_thread(request, *chat))}
 
 
 def arguments_of(text: str) -> dict[str, Any]:
@@ -88,7 +77,7 @@ def arguments_of(text: str) -> dict[str, Any]:
         return {"arguments": text}
 
 
-def _ask(request: Request, json: dict[str, Any]) -> Ask:
+def _ask(json: dict[str, Any]) -> Ask:
     """Return what a body asks for. HttpError 400 names what is wrong."""
     given: _Body = body_of(json, _Body)
     if not given.messages or given.messages[-1].role == "assistant":
@@ -114,7 +103,7 @@ def _ask(request: Request, json: dict[str, Any]) -> Ask:
         body["response_format"] = {"type": form.get("type"), "json_schema": {"schema": form.get("schema")}}
     if given.thinking:
         body["chat_template_kwargs"] = {"enable_thinking": given.thinking.get("type") != "disabled"}
-    return ask_of(body, request.scope.get("gguf_run.salt", ""))
+    return ask_of(body)
 
 
 def _messages(message: _Message, place: str) -> Objects:
@@ -155,25 +144,61 @@ def _text(content: str | Sequence[_Block], place: str) -> str:
         return content
     for block in content:
         if block.type != "text":
-            raise HttpError(
-                400, f"{place} has the type {block.type!r:.40}; allowed: text, the model reads nothing else"
-            )
+            found = f"{place} has the type {block.type!r:.40}"
+            raise HttpError(400, f"{found}; allowed: text, the model reads nothing else")
     return "\n".join(block.text for block in content)
-
-
-def _message(answers: Answers) -> dict[str, Any]:
-    """Return the fields of an answer that are known when it begins."""
-    model = answers.ask.model or answers.served.name
-    return {"id": "msg_" + token_hex(12), "type": "message", "role": "assistant", "model": model}
 
 
 def _call(name: str) -> dict[str, Any]:
     return {"type": "tool_use", "id": "toolu_" + token_hex(12), "name": name, "input": {}}
 
 
-def _stop(answers: Answers, finish: str) -> dict[str, Any]:
-    text = answers.stop_string(0) if finish == "stop" else ""
-    return {"stop_reason": "stop_sequence" if text else _STOP_REASONS[finish], "stop_sequence": text or None}
+def _event(name: str, **fields: Any) -> bytes:
+    return sse({"type": name, **fields}, name)
+
+
+class _Writer(Writer):
+    quiet = _event("ping")
+    _index, _kind = -1, ""  # of the block that is open
+
+    def whole(self, found: Sequence[Whole]) -> dict[str, Any]:
+        (whole,) = found
+        content = [{**_BLOCKS["reasoning"][0], "thinking": whole.reasoning}] if whole.reasoning else []
+        content += [{**_BLOCKS["text"][0], "text": whole.text}] if whole.text else []
+        content += [{**_call(name), "input": arguments_of(arguments)} for name, arguments in whole.calls]
+        return {**self._message(content), **self._stop(whole.finish)}
+
+    def begin(self) -> bytes:
+        nothing = dict.fromkeys(("stop_reason", "stop_sequence"))
+        return _event("message_start", message={**self._message([]), **nothing}) + self.quiet
+
+    def push(self, event: Event) -> bytes:
+        sent = b""
+        if event.kind == "call" or event.kind not in (self._kind, "arguments"):
+            sent = _event("content_block_stop", index=self._index) if self._kind else b""
+            self._kind = event.kind
+            if event.kind == "end":
+                delta = _event("message_delta", delta=self._stop(event.text), usage=_usage(self.answers.usage))
+                return sent + delta + _event("message_stop")
+            self._index += 1
+            block = _call(event.text) if event.kind == "call" else _BLOCKS[event.kind][0]
+            sent += _event("content_block_start", index=self._index, content_block=block)
+        if event.kind == "call":
+            return sent
+        _, name, field = _BLOCKS[event.kind]
+        return sent + _event("content_block_delta", index=self._index, delta={"type": name, field: event.text})
+
+    def failed(self, error: HttpError) -> bytes:
+        return sse(error.body("anthropic"), "error")
+
+    def _message(self, content: Objects) -> dict[str, Any]:
+        answers = self.answers
+        kind = {"id": "msg_" + token_hex(12), "type": "message", "role": "assistant", "content": content}
+        return {**kind, "model": answers.ask.model or answers.served.name, "usage": _usage(answers.usage)}
+
+    def _stop(self, finish: str) -> dict[str, Any]:
+        text = self.answers.stop_string(0) if finish == "stop" else ""
+        return {"stop_reason": "stop_sequence" if text else _STOP_REASONS[finish], "stop_sequence": text or None}
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
@@ -185,35 +210,4 @@ def _usage(usage: Usage) -> dict[str, Any]:
     }
 
 
-async def _chunks(answers: Answers) -> AsyncIterator[bytes]:
-    ping = _event("ping")
-    start: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": _usage(answers.usage)}
-    yield _event("message_start", message={**_message(answers), **start}) + ping
-    index, kind = -1, ""  # of the block that is open
-    async for events in answers:
-        chunks = [] if events else [ping]
-        for event in events:
-            if event.kind == "call" or event.kind not in (kind, "arguments"):
-                chunks += [_event("content_block_stop", index=index)] if kind else []
-                kind = event.kind
-                if kind != "end":
-                    index += 1
-                    block = _call(event.text) if kind == "call" else _BLOCKS[kind][0]
-                    chunks.append(_event("content_block_start", index=index, content_block=block))
-            if event.kind in _BLOCKS:
-                _, name, field = _BLOCKS[event.kind]
-                chunks.append(_event("content_block_delta", index=index, delta={"type": name, field: event.text}))
-            elif event.kind == "end":
-                chunks.append(_event("message_delta", delta=_stop(answers, event.text), usage=_usage(answers.usage)))
-                chunks.append(_event("message_stop"))
-        yield b"".join(chunks)
-
-
-def _event(name: str, **fields: Any) -> bytes:
-    return sse({"type": name, **fields}, name)
-
-
-routes = [
-    Route("/v1/messages", messages, methods=["POST"]),
-    Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
-]
+routes = [post("/v1/messages", messages), post("/v1/messages/count_tokens", count_tokens)]

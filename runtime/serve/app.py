@@ -31,6 +31,9 @@ from gguf_run.runtime.serve.server import Server
 _SWITCH_S = 0.0002
 
 
+_APIS = (openai_chat, openai_text, openai_other, responses, anthropic, ollama, llama_server, metrics)
+
+
 def make_app(server: Server) -> Guard:
     """Return the application. The first model is loaded when it starts; all are closed when it ends."""
 
@@ -49,16 +52,7 @@ def make_app(server: Server) -> Guard:
             sys.setswitchinterval(before)
 
     app = Starlette(
-        routes=[
-            *openai_chat.routes,
-            *openai_text.routes,
-            *openai_other.routes,
-            *responses.routes,
-            *anthropic.routes,
-            *ollama.routes,
-            *llama_server.routes,
-            *metrics.routes,
-        ],
+        routes=[route for api in _APIS for route in api.routes],
         exception_handlers=dict.fromkeys((HttpError, GgufRunError, HTTPException, Exception), answer_error),
         lifespan=lifespan,
     )
@@ -69,9 +63,8 @@ def make_app(server: Server) -> Guard:
 async def answer_error(request: Request, error: Exception) -> Response:
     """Return the answer that an error makes, in the form of the API that was asked."""
     if isinstance(error, HTTPException):
-        error = HttpError(
-            error.status_code, f"{request.method} {request.url.path}: {error.detail}", headers=error.headers
-        )
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        error = HttpError(error.status_code, message, headers=error.headers)
     found = http_error(error)
     api = api_of(request.url.path)
     status = 529 if api == "anthropic" and found.status == 503 else found.status  # its word for a server that is busy

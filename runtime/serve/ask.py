@@ -16,9 +16,7 @@ from gguf_run.runtime.serve.errors import HttpError
 
 MOST_CHOICES = 32  # `n`
 MOST_ANSWERS = 128  # to all prompts of a request
-MOST_STOPS, MOST_STOP = 16, 1000  # stop strings, and characters of one
 MOST_LOGPROBS = 20
-MOST_BIASES = 1024
 MOST_TOKENS = 2**31 - 1
 # Fields of a body that are options of sampling, with our names, which are llama.cpp's.
 SAMPLING = {one.name for one in fields(SamplingParams)} - {"logits_processors", "logprobs", "logit_bias"}
@@ -26,7 +24,10 @@ _SAME = {"repetition_penalty": "repeat_penalty"}  # vLLM's name: ours
 # Variables of chat templates that a client may not set: they are ours.
 _RESERVED = {"messages", "tools", "documents", "bos_token", "eos_token", "add_generation_prompt", "chat_template"}
 Count = Annotated[int, Meta(ge=0, le=MOST_TOKENS)]
+_Biases = Meta(max_length=1024)
 Objects = list[dict[str, Any]]
+Stop = Annotated[str, Meta(min_length=1, max_length=1000)]
+Stops = Annotated[list[Stop], Meta(max_length=16)]
 Texts = str | list[str | int | list[int]]  # a text, the ids of one, or a list of either
 
 
@@ -50,17 +51,9 @@ class Ask:
     wants_usage: bool = False  # a stream ends with a chunk of counts
 
 
-class _Stream(Struct):
-    include_usage: bool | None = None
-
-
-class _Schema(Struct):
-    schema: dict[str, Any] | bool | None = None
-
-
 class _Format(Struct):
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: _Schema | None = None
+    json_schema: dict[str, Any] | None = None  # its "schema" is the schema
     schema: dict[str, Any] | None = None  # where llama-server's clients put it
 
 
@@ -78,12 +71,12 @@ class Body(Struct, omit_defaults=True):
     prompt: Texts | None = None
     n: Annotated[int, Meta(ge=1, le=MOST_CHOICES)] | None = None
     stream: bool | None = None
-    stream_options: _Stream | None = None
+    stream_options: dict[str, Any] | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
-    stop: str | list[str] | None = None
-    logit_bias: dict[str, float] | list[tuple[int, float | bool]] | None = None
-    logprobs: bool | int | None = None
+    stop: Stop | Stops | None = None
+    logit_bias: Annotated[dict[str, float], _Biases] | Annotated[list[tuple[int, float | bool]], _Biases] | None = None
+    logprobs: bool | Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)] | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)] | None = None
     tools: Objects | None = None
     tool_choice: str | dict[str, Any] | None = None
@@ -99,8 +92,8 @@ class Body(Struct, omit_defaults=True):
     echo: bool | None = None
     suffix: str | None = None
     # Options of sampling that are no numbers. SamplingParams checks the others.
-    samplers: str | list[str] | None = None
-    dry_sequence_breakers: list[str] | None = None
+    samplers: str | Stops | None = None
+    dry_sequence_breakers: Stops | None = None
     ignore_eos: bool | None = None
 
 
@@ -112,11 +105,8 @@ def body_of(json: Any, kind: Any = Body) -> Any:
         raise HttpError(400, f"the request's body: {error}") from None
 
 
-def ask_of(json: Mapping[str, Any], salt: str = "") -> Ask:
-    """Return what a body asks for.
-
-    salt: of the client's key. HttpError 400 names what is wrong.
-    """
+def ask_of(json: Mapping[str, Any]) -> Ask:
+    """Return what a body asks for. HttpError 400 names what is wrong."""
     body: Body = body_of(json)
     tools = [] if body.tool_choice == "none" else _functions(body.tools or [])
     return Ask(
@@ -131,9 +121,9 @@ def ask_of(json: Mapping[str, Any], salt: str = "") -> Ask:
         n=body.n or 1,
         options=_options(json, body),
         template_options=_template_options(body),
-        salt=f"{salt}/{body.cache_salt}" if body.cache_salt else salt,
+        salt=body.cache_salt or "",
         is_stream=bool(body.stream),
-        wants_usage=bool(body.stream_options and body.stream_options.include_usage),
+        wants_usage=bool((body.stream_options or {}).get("include_usage")),
     )
 
 
@@ -151,29 +141,18 @@ def _options(json: Mapping[str, Any], body: Body) -> dict[str, Any]:
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if most is not None:
         options["max_tokens"] = most
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    if len(stop) > MOST_STOPS or not all(0 < len(text) <= MOST_STOP for text in stop):
-        raise HttpError(400, f"stop: allowed are at most {MOST_STOPS} texts of 1 to {MOST_STOP} characters")
-    if stop:
-        options["stop"] = stop
-    for name in ("dry_sequence_breakers", "samplers"):
-        if isinstance(given := options.get(name), list) and len(given) > MOST_STOPS:
-            raise HttpError(400, f"{name} has {len(given)} entries: at most {MOST_STOPS} are allowed")
+    if body.stop:
+        options["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
     if body.logit_bias:
         options["logit_bias"] = _biases(body.logit_bias)
     # A chat says true, and how many besides; /v1/completions says how many.
-    n = body.logprobs if type(body.logprobs) is int else (body.top_logprobs or 0)
     if body.logprobs is not None and body.logprobs is not False:
-        if not 0 <= n <= MOST_LOGPROBS:
-            raise HttpError(400, f"logprobs is {n}: 0 to {MOST_LOGPROBS} are allowed")
-        options["logprobs"] = n
+        options["logprobs"] = body.top_logprobs or 0 if body.logprobs is True else body.logprobs
     return options
 
 
 def _biases(given: Mapping[str, float] | Sequence[tuple[int, float | bool]]) -> dict[int, float]:
     """Return biases by id. llama-server's form is a list of pairs, in which false forbids a token."""
-    if len(given) > MOST_BIASES:
-        raise HttpError(400, f"logit_bias has {len(given)} entries: at most {MOST_BIASES} are allowed")
     pairs = given.items() if isinstance(given, Mapping) else given
     try:
         return {int(id): float("-inf") if bias is False else float(bias) for id, bias in pairs}
@@ -200,7 +179,7 @@ def _functions(tools: Objects) -> Objects:
 def _choice(choice: str | dict[str, Any] | None, tools: Objects) -> str:
     if isinstance(choice, dict):
         name = choice.get("function", choice).get("name") if isinstance(choice.get("function", {}), dict) else None
-        if name not in {tool["function"]["name"] for tool in tools}:
+        if name not in [tool["function"]["name"] for tool in tools]:
             raise HttpError(400, f"tool_choice names {name!r:.60}, which is none of the tools")
         return str(name)
     if choice not in (None, "none", "auto", "required"):
@@ -215,7 +194,7 @@ def _grammar(body: Body) -> tuple[str, str] | None:
     found: list[tuple[str, Any]] = []
     form, other = body.response_format, body.structured_outputs or _Structured()
     if form is not None and form.type != "text":
-        schema: Any = form.schema if form.json_schema is None else form.json_schema.schema
+        schema: Any = form.schema if form.json_schema is None else form.json_schema.get("schema")
         if form.type == "json_schema" and schema is None:
             raise HttpError(400, "response_format.json_schema.schema is missing: it is the schema of the answer")
         found.append(("json_object", "{}") if schema is None else ("json_schema", schema))

@@ -1,22 +1,20 @@
 """Bodies in, answers out: whole ones, and streams that end when the client goes away."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from gguf_run.runtime.serve.answers import Answers, Whole, wholes
+from gguf_run.runtime.serve.answers import Answers, Event, Whole, wholes
 from gguf_run.runtime.serve.ask import Ask
 from gguf_run.runtime.serve.errors import HttpError, http_error
-from gguf_run.runtime.serve.registry import Served
 
-Chunks = AsyncIterator[bytes]
-EVENT_STREAM, LINES = "text/event-stream", "application/x-ndjson"
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass each chunk on at once
 encode = msgspec.json.encode
 
@@ -43,92 +41,126 @@ async def in_thread(request: Request, function: Callable[..., Any], *arguments: 
     return await asyncio.get_running_loop().run_in_executor(threads, function, *arguments)
 
 
-async def gone(receive: Receive) -> None:
-    """Wait until the client is gone."""
+def get(path: str, handler: Callable[[Request], Awaitable[Any]]) -> Route:
+    """Return a route to a handler, whose result is sent as JSON."""
+
+    async def endpoint(request: Request) -> Response:
+        return json_response(await handler(request))
+
+    return Route(path, endpoint)
+
+
+def post(path: str, handler: Callable[[Request, dict[str, Any]], Awaitable[Any]]) -> Route:
+    """Return a route to a handler of a request and its body. Its result is a response, or is sent as JSON."""
+
+    async def endpoint(request: Request) -> Response:
+        found = await handler(request, await read_json(request))
+        return found if isinstance(found, Response) else json_response(found)
+
+    return Route(path, endpoint, methods=["POST"])
+
+
+class Writer:
+    """Writes the answers to an ask in the form of an API: whole, or as a stream of `begin`, pushes, and `end`."""
+
+    media_type = "text/event-stream"
+    quiet = b": still at work\n\n"  # sent now and then where there is no news
+
+    def __init__(self, answers: Answers) -> None:
+        self.answers = answers
+
+    def whole(self, found: Sequence[Whole]) -> dict[str, Any]:
+        """Return what is sent where nobody asked for a stream."""
+        raise NotImplementedError
+
+    def begin(self) -> bytes:
+        """Return what is sent before all events."""
+        return b""
+
+    def push(self, event: Event) -> bytes:
+        """Return what is sent of an event."""
+        raise NotImplementedError
+
+    def end(self) -> bytes:
+        """Return what is sent when all answers have come to their ends."""
+        return b""
+
+    def failed(self, error: HttpError) -> bytes:
+        """Return what is sent of an error that comes within the stream."""
+        return sse(error.body("openai"))
+
+
+async def answer(request: Request, ask: Ask, make: Callable[[Answers], Writer]) -> Response:
+    """Return the answers to an ask as `make`'s writer writes them. They end when the client goes away.
+
+    Errors before the first byte are raised: those of Answers.start, and HttpError 404 and 503 as for the registry.
+    """
+    server = request.app.state.server
+    async with AsyncExitStack() as stack:
+        served = await stack.enter_async_context(server.registry.use(ask.model))
+        key = request.scope.get("gguf_run.salt", "")
+        answers: Answers = await in_thread(request, Answers.start, served, ask, key)
+        stack.callback(answers.close)
+        if server.request_timeout:
+            answers.limit(server.request_timeout)
+        request.scope["gguf_run.answers"] = answers  # for the log
+        writer = make(answers)
+        if ask.is_stream:
+            return _Stream(writer, stack.pop_all())
+        with _watch(request.receive, answers):
+            return json_response(writer.whole(await wholes(answers)))
+
+
+async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def begin(request: Request, ask: Ask, stack: AsyncExitStack) -> Answers:
-    """Begin the answers to an ask. They end with `stack`, which also holds the model.
-
-    Errors as for Answers.start, and HttpError 404 and 503 as for the registry.
-    """
-    server = request.app.state.server
-    served: Served = await stack.enter_async_context(server.registry.use(ask.model))
-    answers: Answers = await in_thread(request, Answers.start, served, ask)
-    stack.callback(answers.close)
-    if server.request_timeout:
-        answers.limit(server.request_timeout)
-    request.scope["gguf_run.answers"] = answers  # for the log
-    return answers
-
-
-async def whole_answers(request: Request, ask: Ask) -> tuple[Answers, list[Whole]]:
-    """Return the whole answers to an ask. They end when the client goes away."""
-    async with AsyncExitStack() as stack:
-        watch = asyncio.ensure_future(gone(request.receive))
-        stack.callback(watch.cancel)
-        answers = await begin(request, ask, stack)
-        watch.add_done_callback(lambda _: answers.close())
-        return answers, await wholes(answers)
-
-
-async def stream(
-    request: Request,
-    ask: Ask,
-    chunks: Callable[[Answers], Chunks],
-    error_chunk: Callable[[HttpError], bytes],
-    media_type: str = EVENT_STREAM,
-) -> Response:
-    """Return a response that is sent while the answers are made.
-
-    chunks: makes the bytes to send of the answers; b"" tells the client that they are still at work.
-    error_chunk: makes the bytes of an error that comes later. Errors before the first byte are raised.
-    """
-    stack = AsyncExitStack()
+@contextmanager
+def _watch(receive: Receive, answers: Answers) -> Iterator[asyncio.Future[None]]:
+    """Close the answers when the client goes away within the block."""
+    watch = asyncio.ensure_future(_gone(receive))
+    watch.add_done_callback(lambda _: answers.close())
     try:
-        answers = await begin(request, ask, stack)
-    except BaseException:
-        await stack.aclose()
-        raise
-    return _Stream(answers, chunks(answers), error_chunk, media_type, stack)
+        yield watch
+    finally:
+        watch.cancel()
 
 
 class _Stream(Response):
-    def __init__(
-        self,
-        answers: Answers,
-        chunks: Chunks,
-        error_chunk: Callable[[HttpError], bytes],
-        media_type: str,
-        stack: AsyncExitStack,
-    ) -> None:
-        super().__init__(None, 200, _STREAM_HEADERS, media_type)
+    """A response that is sent while the answers are made. stack: ends them, and holds the model until then."""
+
+    def __init__(self, writer: Writer, stack: AsyncExitStack) -> None:
+        super().__init__(None, 200, _STREAM_HEADERS, writer.media_type)
         self.raw_headers = [header for header in self.raw_headers if header[0] != b"content-length"]
-        self._answers, self._chunks, self._error_chunk, self._stack = answers, chunks, error_chunk, stack
-        self._quiet = b": still at work\n\n" if media_type == EVENT_STREAM else b""
+        self._writer, self._stack = writer, stack
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watch = asyncio.ensure_future(gone(receive))
-        watch.add_done_callback(lambda _: self._answers.close())
-        try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            try:
-                async for chunk in self._chunks:
-                    if chunk or self._quiet:
-                        await send({"type": "http.response.body", "body": chunk or self._quiet, "more_body": True})
-            except OSError:  # the client is gone
-                return
-            except Exception as error:
-                found = http_error(error)
-                scope["gguf_run.error"] = error
-                await send({"type": "http.response.body", "body": self._error_chunk(found), "more_body": True})
-            if not watch.done():
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            watch.cancel()
-            await self._stack.aclose()
+        async with self._stack:
+            with _watch(receive, self._writer.answers) as watch:
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                try:
+                    await self._write(send)
+                except OSError:  # the client is gone
+                    return
+                except Exception as error:
+                    scope["gguf_run.error"] = error
+                    await _say(send, self._writer.failed(http_error(error)))
+                if not watch.done():
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _write(self, send: Send) -> None:
+        writer = self._writer
+        await _say(send, writer.begin())
+        async for events in writer.answers:
+            await _say(send, b"".join([writer.push(event) for event in events]) or writer.quiet)
+        if writer.answers.is_finished:
+            await _say(send, writer.end())
+
+
+async def _say(send: Send, body: bytes) -> None:
+    if body:
+        await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 def sse(content: Any, event: str = "") -> bytes:

@@ -1,19 +1,18 @@
 """The endpoints that llama-server has of its own."""
 
-from collections.abc import AsyncIterator
+from collections.abc import Sequence
 from typing import Any
 
 from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from gguf_run.runtime.model import Model
-from gguf_run.runtime.serve.answers import Answers
+from gguf_run.runtime.serve.answers import Answers, Event, Whole
 from gguf_run.runtime.serve.ask import Objects, Texts, ask_of, body_of, texts_of
 from gguf_run.runtime.serve.errors import HttpError
-from gguf_run.runtime.serve.http import in_thread, json_response, read_json, sse, stream, whole_answers
-from gguf_run.runtime.serve.openai_chat import error_chunk, timings
+from gguf_run.runtime.serve.http import Writer, answer, get, in_thread, post, sse
+from gguf_run.runtime.serve.openai_chat import timings
 from gguf_run.runtime.serve.registry import Served
 
 
@@ -29,7 +28,6 @@ class _Body(Struct):
     content: str = ""  # to tokenize
     add_special: bool = False
     parse_special: bool = True
-    with_pieces: bool = False
     tokens: list[int] = []
     prompt: Texts = ""  # of /infill: begins what fills the gap
     input_prefix: str = ""
@@ -38,23 +36,23 @@ class _Body(Struct):
     n_predict: int = -1
 
 
-async def health(request: Request) -> Response:
+async def health(request: Request) -> dict[str, Any]:
     """Tell whether the server can answer. HttpError 503 while it loads, and when its steps fail."""
     registry = request.app.state.server.registry
     registry.check_ready()
     for name, served in registry.loaded.items():
         if not served.model.engine.healthy:
             raise HttpError(503, f"the last steps of model {name} failed: the log tells why", "unavailable_error")
-    return json_response({"status": "ok"})
+    return {"status": "ok"}
 
 
-async def about(request: Request) -> Response:
+async def about(request: Request) -> Any:
     """Tell of a model what its path asks for. No prompt is in it, and no path of a file."""
     server, tell = request.app.state.server, _ABOUT[request.url.path]
     if tell is _slots and not server.has_slots:
         raise HttpError(501, "this server shows no slots: start it with --slots", "not_supported_error")
     async with server.registry.use(request.query_params.get("model")) as served:
-        return json_response(tell(served))
+        return tell(served)
 
 
 def _props(served: Served) -> dict[str, Any]:
@@ -84,24 +82,15 @@ def _adapters(served: Served) -> Objects:
     return [{"id": i, "path": name, "scale": scale} for i, (name, scale) in enumerate(scales.items())]
 
 
-async def text(request: Request) -> Response:
+async def text(request: Request, json: dict[str, Any]) -> Any:
     """Make of a text what its path asks for: ids, the text of ids, the prompt of a conversation."""
-    json, work = await read_json(request), _TEXTS[request.url.path]
     body: _Body = body_of(json, _Body)
     async with request.app.state.server.registry.use(body.model) as served:
-        return json_response(await in_thread(request, work, served.model, body, json))
+        return await in_thread(request, _TEXTS[request.url.path], served.model, body, json)
 
 
 def _tokenize(model: Model, body: _Body, json: Any) -> dict[str, Any]:
-    ids = model.tokenize(body.content, add_special=body.add_special, parse_special=body.parse_special)
-    if not body.with_pieces:
-        return {"tokens": ids}
-    found: Objects = []
-    for id in ids:
-        piece = model.tokenizer.piece(id)
-        text = piece.decode(errors="replace")
-        found.append({"id": id, "piece": list(piece) if "\ufffd" in text else text})  # bytes of parts of characters
-    return {"tokens": found}
+    return {"tokens": model.tokenize(body.content, add_special=body.add_special, parse_special=body.parse_special)}
 
 
 def _template(model: Model, body: _Body, json: Any) -> dict[str, Any]:
@@ -109,9 +98,8 @@ def _template(model: Model, body: _Body, json: Any) -> dict[str, Any]:
     return {"prompt": model.chat_prompt(ask.messages or [], ask.tools or None, ask.template_options)}
 
 
-async def completion(request: Request) -> Response:
+async def completion(request: Request, json: dict[str, Any]) -> Response:
     """Continue a text, or fill the gap between two."""
-    json = await read_json(request)
     body: _Body = body_of(json, _Body)
     is_gap = request.url.path == "/infill"
     if len(texts_of(body.prompt)) != 1 or (is_gap and not isinstance(body.prompt, str)):
@@ -122,11 +110,7 @@ async def completion(request: Request) -> Response:
             fields["prompt"] = await in_thread(request, _gap, served.model, body)
     # 0 asks only that the cache gets the prompt, as editors do; -1 for no limit.
     fields["max_tokens"] = {-1: json.get("max_tokens"), 0: 1}.get(body.n_predict, body.n_predict)
-    ask = ask_of(fields, request.scope.get("gguf_run.salt", ""))
-    if ask.is_stream:
-        return await stream(request, ask, _chunks, error_chunk)
-    answers, (whole,) = await whole_answers(request, ask)
-    return json_response({"content": whole.text if body.n_predict else "", **_end(answers)})
+    return await answer(request, ask_of(fields), lambda answers: _Writer(answers, has_text=body.n_predict != 0))
 
 
 def _gap(model: Model, body: _Body) -> list[int]:
@@ -136,28 +120,35 @@ def _gap(model: Model, body: _Body) -> list[int]:
     return start + model.tokenize(str(body.prompt), add_special=False, parse_special=False)
 
 
-def _end(answers: Answers) -> dict[str, Any]:
-    usage, word, job = answers.usage, answers.stop_string(0), answers.sequences[0].job
-    return {
-        "index": 0,
-        "stop": True,
-        "stop_type": "word" if word else "eos" if job.finish == "stop" else "limit",
-        "stopping_word": word,
-        "truncated": job.finish == "context",
-        "model": answers.served.name,
-        "tokens": job.reply.tokens,
-        "tokens_predicted": usage.n_decoded,
-        "tokens_evaluated": usage.n_prompt,
-        "tokens_cached": usage.n_cached,
-        "timings": timings(usage),
-    }
+class _Writer(Writer):
+    def __init__(self, answers: Answers, *, has_text: bool) -> None:
+        super().__init__(answers)
+        self._has_text = has_text
 
+    def whole(self, found: Sequence[Whole]) -> dict[str, Any]:
+        return {"content": found[0].text if self._has_text else "", **self._end()}
 
-async def _chunks(answers: Answers) -> AsyncIterator[bytes]:
-    async for events in answers:
-        ends = [_end(answers) if event.kind == "end" else {"index": 0, "stop": False} for event in events]
-        texts = ["" if event.kind == "end" else event.text for event in events]
-        yield b"".join(sse({"content": text, **end}) for text, end in zip(texts, ends, strict=True))
+    def push(self, event: Event) -> bytes:
+        if event.kind == "end":
+            return sse({"content": "", **self._end()})
+        return sse({"content": event.text, "index": 0, "stop": False})
+
+    def _end(self) -> dict[str, Any]:
+        answers, usage = self.answers, self.answers.usage
+        word, job = answers.stop_string(0), answers.sequences[0].job
+        return {
+            "index": 0,
+            "stop": True,
+            "stop_type": "word" if word else "eos" if job.finish == "stop" else "limit",
+            "stopping_word": word,
+            "truncated": job.finish == "context",
+            "model": answers.served.name,
+            "tokens": job.reply.tokens,
+            "tokens_predicted": usage.n_decoded,
+            "tokens_evaluated": usage.n_prompt,
+            "tokens_cached": usage.n_cached,
+            "timings": timings(usage),
+        }
 
 
 _OTHERS = {"n", "messages", "tools", "tool_choice", "logprobs", "suffix"}  # fields of the APIs of OpenAI
@@ -168,8 +159,8 @@ _TEXTS = {
     "/apply-template": _template,
 }
 routes = [
-    *(Route(path, health) for path in ("/health", "/v1/health")),
-    *(Route(path, about) for path in _ABOUT),
-    *(Route(path, text, methods=["POST"]) for path in _TEXTS),
-    *(Route(path, completion, methods=["POST"]) for path in ("/completion", "/completions", "/infill")),
+    *(get(path, health) for path in ("/health", "/v1/health")),
+    *(get(path, about) for path in _ABOUT),
+    *(post(path, text) for path in _TEXTS),
+    *(post(path, completion) for path in ("/completion", "/completions", "/infill")),
 ]

@@ -2,10 +2,10 @@
 
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,67 +18,79 @@ from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.runtime.chat.calls.family import family_of
 from gguf_run.runtime.quantize.file_types import model_type, stated_file_type
-from gguf_run.runtime.serve.answers import Answers, Whole
+from gguf_run.runtime.serve.answers import Answers, Event, Whole
 from gguf_run.runtime.serve.anthropic import arguments_of
 from gguf_run.runtime.serve.ask import MOST_TOKENS, SAMPLING, ask_of, body_of
 from gguf_run.runtime.serve.errors import HttpError
-from gguf_run.runtime.serve.http import LINES, encode, in_thread, json_response, read_json, stream, whole_answers
+from gguf_run.runtime.serve.http import Writer, answer, encode, get, in_thread, post
 from gguf_run.runtime.serve.openai_chat import call_id
 from gguf_run.runtime.serve.openai_other import Embeddings, embed_texts
 from gguf_run.runtime.serve.registry import Registry
 
 
-class _Form:
-    """Writes an answer. The APIs differ in where the text stands."""
+def _said(
+    model: str, is_chat: bool, text: str = "", thinking: str = "", calls: Sequence[tuple[str, str]] = ()
+) -> dict[str, Any]:
+    """Return an object of an answer. The APIs differ in where it stands. calls: names and arguments, which are JSON."""
+    said: dict[str, Any] = {"role": "assistant", "content": text} if is_chat else {"response": text}
+    if thinking:
+        said["thinking"] = thinking
+    if calls:
+        functions = [{"index": i, "name": f, "arguments": arguments_of(x)} for i, (f, x) in enumerate(calls)]
+        said["tool_calls"] = [{"id": call_id(), "function": function} for function in functions]
+    shared = {"model": model, "created_at": _time(time.time()), "done": False}
+    return {**shared, **({"message": said} if is_chat else said)}
 
-    def __init__(self, model: str, is_chat: bool) -> None:
-        self.model, self.is_chat, self.begun = model, is_chat, time.perf_counter()
 
-    def said(self, text: str = "", thinking: str = "", calls: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
-        """Return an object of the answer. calls: names and arguments, which are JSON."""
-        said: dict[str, Any] = {"role": "assistant", "content": text} if self.is_chat else {"response": text}
-        if thinking:
-            said["thinking"] = thinking
-        if calls:
-            functions = [{"index": i, "name": f, "arguments": arguments_of(x)} for i, (f, x) in enumerate(calls)]
-            said["tool_calls"] = [{"id": call_id(), "function": function} for function in functions]
-        shared = {"model": self.model, "created_at": _time(time.time()), "done": False}
-        return {**shared, **({"message": said} if self.is_chat else said)}
+class _Writer(Writer):
+    media_type, quiet = "application/x-ndjson", b""
 
-    def end(self, answers: Answers, finish: str) -> dict[str, Any]:
+    def __init__(self, answers: Answers, said: Callable[..., dict[str, Any]], begun: float) -> None:
+        """said: makes an object of an answer. begun: when the client asked, by time.perf_counter."""
+        super().__init__(answers)
+        self._said, self._begun = said, begun
+        self._rest = Whole()  # for the calls: they come in one object, which is not the last one, as clients expect
+
+    def whole(self, found: Sequence[Whole]) -> dict[str, Any]:
+        (whole,) = found
+        return self._said(whole.text, whole.reasoning, whole.calls) | self._end(whole.finish)
+
+    def push(self, event: Event) -> bytes:
+        self._rest.add(event)
+        match event.kind:
+            case "text":
+                return _line(self._said(event.text))
+            case "reasoning":
+                return _line(self._said(thinking=event.text))
+            case "end":
+                calls = _line(self._said(calls=self._rest.calls)) if self._rest.calls else b""
+                return calls + _line(self._said() | self._end(event.text))
+        return b""
+
+    def failed(self, error: HttpError) -> bytes:
+        return _line(error.body("ollama"))
+
+    def _end(self, finish: str) -> dict[str, Any]:
         """Return the fields of the last object. Durations are in nanoseconds; loading lasts until there is a prompt."""
-        usage, now = answers.usage, time.perf_counter()
+        usage, job = self.answers.usage, self.answers.sequences[0].job
         return {
             "done": True,
             "done_reason": "length" if finish == "length" else "stop",
-            "total_duration": int(1e9 * (now - self.begun)),
-            "load_duration": int(1e9 * (answers.sequences[0].job.arrived - self.begun)),
+            "total_duration": int(1e9 * (time.perf_counter() - self._begun)),
+            "load_duration": int(1e9 * (job.arrived - self._begun)),
             "prompt_eval_count": usage.n_prompt,
             "prompt_eval_duration": int(1e9 * usage.prompt_s),
             "eval_count": usage.n_decoded,
             "eval_duration": int(1e9 * usage.decode_s),
         }
 
-    async def lines(self, answers: Answers) -> AsyncIterator[bytes]:
-        """Write a stream. All calls come in one object, which is not the last one, as clients expect."""
-        rest = Whole()  # for the calls
-        async for events in answers:
-            lines = []
-            for event in events:
-                rest.add(event)
-                if event.kind == "text":
-                    lines.append(self.said(event.text))
-                elif event.kind == "reasoning":
-                    lines.append(self.said(thinking=event.text))
-                elif event.kind == "end":
-                    lines += [self.said(calls=rest.calls)] if rest.calls else []
-                    lines.append(self.said() | self.end(answers, event.text))
-            yield b"".join(encode(line) + b"\n" for line in lines)
+
+def _line(content: Any) -> bytes:
+    return encode(content) + b"\n"
 
 
-async def chat(request: Request) -> Response:
+async def chat(request: Request, json: dict[str, Any]) -> Any:
     """Answer a conversation. One without messages loads the model."""
-    json = await read_json(request)
     messages = json.get("messages") or []
     for i, message in enumerate(messages if isinstance(messages, list) else []):
         if isinstance(message, dict):
@@ -89,9 +101,8 @@ async def chat(request: Request) -> Response:
     return await _answer(request, json, messages)
 
 
-async def generate(request: Request) -> Response:
+async def generate(request: Request, json: dict[str, Any]) -> Any:
     """Answer a prompt, or go on with it where it is raw or the model knows no chats. None loads the model."""
-    json = await read_json(request)
     prompt, system, is_chat = json.get("prompt") or "", json.get("system"), not (json.get("raw") or json.get("suffix"))
     async with request.app.state.server.registry.use(str(json.get("model"))) as served:
         is_chat = is_chat and served.model.chat_template is not None
@@ -105,19 +116,16 @@ async def generate(request: Request) -> Response:
     return await _answer(request, json, messages if is_chat or not prompt else None)
 
 
-async def _answer(request: Request, json: dict[str, Any], messages: Any) -> Response:
+async def _answer(request: Request, json: dict[str, Any], messages: Any) -> Any:
     """Answer messages, or go on with the prompt where they are None."""
-    kept, form = json.get("keep_alive"), _Form(str(json.get("model")), request.url.path == "/api/chat")
-    async with request.app.state.server.registry.use(form.model) as served:
+    name, kept, begun = str(json.get("model")), json.get("keep_alive"), time.perf_counter()
+    said = partial(_said, name, request.url.path == "/api/chat")
+    async with request.app.state.server.registry.use(name) as served:
         if kept is not None:
             served.base.keep_alive = _seconds(kept)
     if messages == []:
-        return json_response(form.said() | {"done": True, "done_reason": "load" if kept != 0 else "unload"})
-    ask = ask_of(_openai(json, messages), request.scope.get("gguf_run.salt", ""))
-    if ask.is_stream:
-        return await stream(request, ask, form.lines, lambda error: encode(error.body("ollama")) + b"\n", LINES)
-    answers, (whole,) = await whole_answers(request, ask)
-    return json_response(form.said(whole.text, whole.reasoning, whole.calls) | form.end(answers, whole.finish))
+        return said() | {"done": True, "done_reason": "load" if kept != 0 else "unload"}
+    return await answer(request, ask_of(_openai(json, messages)), lambda answers: _Writer(answers, said, begun))
 
 
 def _seconds(kept: Any) -> float:
@@ -150,36 +158,35 @@ def _openai(json: dict[str, Any], messages: Any) -> dict[str, Any]:
     return body
 
 
-async def embed(request: Request) -> Response:
+async def embed(request: Request, json: dict[str, Any]) -> dict[str, Any]:
     """Return embeddings of texts, or of the one text of /api/embeddings. One that is too long is refused, never cut."""
-    json, is_old = await read_json(request), request.url.path == "/api/embeddings"
-    body = {"dimensions": json.get("dimensions"), "model": json.get("model")}
-    body["input"] = json.get("prompt" if is_old else "input")
-    shared, rows = await embed_texts(request, body_of(body, Embeddings))
+    is_old = request.url.path == "/api/embeddings"
+    body = {"input": json.get("prompt" if is_old else "input"), "model": json.get("model")}
+    shared, rows = await embed_texts(request, body_of({**body, "dimensions": json.get("dimensions")}, Embeddings))
     counts = {"model": shared["model"], "prompt_eval_count": shared["usage"]["prompt_tokens"]}
-    return json_response({"embedding": rows[0]} if is_old else {"embeddings": rows, **counts})
+    return {"embedding": rows[0]} if is_old else {"embeddings": rows, **counts}
 
 
-async def tags(request: Request) -> Response:
+async def tags(request: Request) -> dict[str, Any]:
     """List all models, or for /api/ps those that are loaded."""
     registry = request.app.state.server.registry
     names = registry.names if request.url.path == "/api/tags" else registry.loaded
     found = [await in_thread(request, _entry, registry, name) for name in names]
-    return json_response({"models": [{**entry, "template": None, "model_info": None} for entry in found]})
+    return {"models": [{**entry, "template": None, "model_info": None} for entry in found]}
 
 
-async def show(request: Request) -> Response:
+async def show(request: Request, json: dict[str, Any]) -> dict[str, Any]:
     """Describe a model. It is not loaded."""
-    json, registry = await read_json(request), request.app.state.server.registry
+    registry = request.app.state.server.registry
     entry = await in_thread(request, _entry, registry, registry.find(str(json.get("model") or json.get("name"))))
     can = ["embedding" if any(key.endswith(".pooling_type") for key in entry["model_info"]) else "completion"]
     can += ["tools"] * ("tools" in entry["template"]) + ["thinking"] * (family_of(entry["template"]).tag is not None)
-    return json_response({**entry, "capabilities": can})
+    return {**entry, "capabilities": can}
 
 
-async def version(request: Request) -> Response:
+async def version(request: Request) -> dict[str, Any]:
     """Return the version of Ollama whose API this is: clients refuse older ones."""
-    return json_response({"version": "0.13.3"})
+    return {"version": "0.13.3"}
 
 
 async def refused(request: Request) -> Response:
@@ -221,9 +228,9 @@ def _time(seconds: float) -> str:
 
 
 _REFUSED = ("pull", "push", "create", "copy", "delete", "blobs/{digest}")
-_POSTS = (("chat", chat), ("generate", generate), ("embed", embed), ("embeddings", embed), ("show", show))
 routes = [
-    *(Route(f"/api/{name}", answer, methods=["POST"]) for name, answer in _POSTS),
-    *(Route(f"/api/{name}", answer) for name, answer in (("tags", tags), ("ps", tags), ("version", version))),
+    *(post(f"/api/{handler.__name__}", handler) for handler in (chat, generate, embed, show)),
+    post("/api/embeddings", embed),
+    *(get(path, handler) for path, handler in (("/api/tags", tags), ("/api/ps", tags), ("/api/version", version))),
     *(Route(f"/api/{name}", refused, methods=["GET", "POST", "DELETE"]) for name in _REFUSED),
 ]

@@ -2,59 +2,29 @@
 
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from secrets import token_hex
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from gguf_run.runtime.sampling.choice import TokenLogprob
-from gguf_run.runtime.serve.answers import Answers, Usage, Whole
+from gguf_run.runtime.serve.answers import Answers, Event, Usage, Whole
 from gguf_run.runtime.serve.ask import ask_of
 from gguf_run.runtime.serve.errors import HttpError
-from gguf_run.runtime.serve.http import encode, json_response, read_json, sse, stream, whole_answers
+from gguf_run.runtime.serve.http import Writer, answer, encode, post, sse
 from gguf_run.runtime.tokenizers.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
+_TAIL = b',"finish_reason":null}]}\n\n'
 
 
-async def chat_completions(request: Request) -> Response:
+async def chat_completions(request: Request, json: dict[str, Any]) -> Response:
     """Answer a conversation."""
-    json = await read_json(request)
     if not json.get("messages"):
         raise HttpError(400, "messages is missing or empty: give at least one message")
-    ask = ask_of(json, request.scope.get("gguf_run.salt", ""))
-    if ask.is_stream:
-        return await stream(request, ask, _chunks, error_chunk)
-    answers, found = await whole_answers(request, ask)
-    choices = []
-    for i, whole in enumerate(found):
-        choice: dict[str, Any] = {"index": i, "message": _message(whole), "finish_reason": whole.finish}
-        if "logprobs" in ask.options:
-            choice["logprobs"] = chat_logprobs(answers.served.model.tokenizer, whole.logprobs)
-        choices.append(choice)
-    return json_response(
-        {
-            **frame(answers, "chatcmpl-", "chat.completion"),
-            "choices": choices,
-            "usage": usage_json(answers.usage),
-            "timings": timings(answers.usage),
-        }
-    )
-
-
-def frame(answers: Answers, prefix: str, kind: str) -> dict[str, Any]:
-    """Return the fields that an answer and all chunks of a stream share."""
-    served = answers.served
-    return {
-        "id": prefix + token_hex(12),
-        "object": kind,
-        "created": int(time.time()),
-        "model": answers.ask.model or served.name,
-        "system_fingerprint": "gguf-run",
-    }
+    return await answer(request, ask_of(json), _Chat)
 
 
 def call_id() -> str:
@@ -62,67 +32,82 @@ def call_id() -> str:
     return "call_" + token_hex(12)
 
 
-def _message(whole: Whole) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": whole.text}
-    if whole.reasoning:
-        message["reasoning_content"] = whole.reasoning
-    if whole.calls:
-        message["content"] = whole.text or None
-        message["tool_calls"] = [
-            {"id": call_id(), "type": "function", "function": {"name": name, "arguments": arguments}}
-            for name, arguments in whole.calls
+class Choices(Writer):
+    """Writes answers as choices of one completion. head: the start of all chunks, up to the number of the choice."""
+
+    def __init__(self, answers: Answers, prefix: str, kind: str) -> None:
+        """prefix: of the completion's id. kind: what it calls itself."""
+        super().__init__(answers)
+        self._shared = {
+            "id": prefix + token_hex(12),
+            "object": kind,
+            "created": int(time.time()),
+            "model": answers.ask.model or answers.served.name,
+            "system_fingerprint": "gguf-run",
+        }
+        self.head = b"data: " + encode(self._shared)[:-1].replace(b"%", b"%%") + b',"choices":[{"index":%d'
+
+    def whole(self, found: Sequence[Whole]) -> dict[str, Any]:
+        """Return the completion."""
+        choices = [
+            {"index": i, **self.choice(i, whole), "finish_reason": whole.finish} for i, whole in enumerate(found)
         ]
-    return message
+        return {**self._shared, "choices": choices, **self._counts()}
+
+    def choice(self, i: int, whole: Whole) -> dict[str, Any]:
+        """Return the fields of choice i that tell what it says."""
+        raise NotImplementedError
+
+    def end(self) -> bytes:
+        """Return the counts, if they were asked for, and the last line."""
+        return (sse({**self._shared, "choices": [], **self._counts()}) if self.answers.ask.wants_usage else b"") + DONE
+
+    def _counts(self) -> dict[str, Any]:
+        return {"usage": usage_json(self.answers.usage), "timings": timings(self.answers.usage)}
 
 
-async def _chunks(answers: Answers) -> AsyncIterator[bytes]:
-    shared = frame(answers, "chatcmpl-", "chat.completion.chunk")
-    head = chunk_head(shared) + b',"delta":'
-    tail = b',"finish_reason":null}]}\n\n'
-    tokenizer, n_calls = answers.served.model.tokenizer, [0] * answers.ask.n
-    for i in range(answers.ask.n):
-        yield head % i + b'{"role":"assistant","content":""}' + tail
-    async for events in answers:
-        chunks = []
-        for event in events:
-            match event.kind:
-                case "text":
-                    delta: Any = {"content": event.text}
-                case "reasoning":
-                    delta = {"reasoning_content": event.text}
-                case "call":
-                    n_calls[event.choice] += 1
-                    function = {"name": event.text, "arguments": ""}
-                    call = {"index": n_calls[event.choice] - 1, "id": call_id(), "type": "function"}
-                    delta = {"tool_calls": [{**call, "function": function}]}
-                case "arguments":
-                    function = {"arguments": event.text}
-                    delta = {"tool_calls": [{"index": n_calls[event.choice] - 1, "function": function}]}
-                case _:
-                    delta = {}
-            end = tail if event.kind != "end" else b',"finish_reason":"%b"}]}\n\n' % event.text.encode()
-            if event.logprobs:
-                end = b',"logprobs":' + encode(chat_logprobs(tokenizer, event.logprobs)) + end
-            chunks.append(head % event.choice + encode(delta) + end)
-        yield b"".join(chunks)
-    if answers.is_finished:
-        yield last_chunk(answers, shared)
+class _Chat(Choices):
+    def __init__(self, answers: Answers) -> None:
+        super().__init__(answers, "chatcmpl-", "chat.completion" + ".chunk" * answers.ask.is_stream)
+        self.head += b',"delta":'
+        self._tokenizer, self._n_calls = answers.served.model.tokenizer, [0] * answers.ask.n
 
+    def choice(self, i: int, whole: Whole) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": whole.text}
+        if whole.reasoning:
+            message["reasoning_content"] = whole.reasoning
+        if whole.calls:
+            message["content"] = whole.text or None
+            message["tool_calls"] = [
+                {"id": call_id(), "type": "function", "function": {"name": name, "arguments": arguments}}
+                for name, arguments in whole.calls
+            ]
+        if "logprobs" not in self.answers.ask.options:
+            return {"message": message}
+        return {"message": message, "logprobs": _logprobs(self._tokenizer, whole.logprobs)}
 
-def chunk_head(shared: dict[str, Any]) -> bytes:
-    """Return the start of all chunks, up to the number of the choice, which `%` puts in."""
-    return b"data: " + encode(shared)[:-1].replace(b"%", b"%%") + b',"choices":[{"index":%d'
+    def begin(self) -> bytes:
+        role = b'{"role":"assistant","content":""}' + _TAIL
+        return b"".join(self.head % i + role for i in range(self.answers.ask.n))
 
-
-def last_chunk(answers: Answers, shared: dict[str, Any]) -> bytes:
-    """Return the end of a stream: the counts, if they were asked for, and its last line."""
-    counts = {"usage": usage_json(answers.usage), "timings": timings(answers.usage)}
-    return (sse({**shared, "choices": [], **counts}) if answers.ask.wants_usage else b"") + DONE
-
-
-def error_chunk(error: HttpError) -> bytes:
-    """Return the event of an error that comes within a stream."""
-    return sse(error.body("openai"))
+    def push(self, event: Event) -> bytes:
+        delta: dict[str, Any] = {}
+        match event.kind:
+            case "text":
+                delta["content"] = event.text
+            case "reasoning":
+                delta["reasoning_content"] = event.text
+            case "call":
+                self._n_calls[event.choice] += 1
+                new = {"id": call_id(), "type": "function", "function": {"name": event.text, "arguments": ""}}
+                delta["tool_calls"] = [{"index": self._n_calls[event.choice] - 1, **new}]
+            case "arguments":
+                more = {"arguments": event.text}
+                delta["tool_calls"] = [{"index": self._n_calls[event.choice] - 1, "function": more}]
+        tail = _TAIL if event.kind != "end" else b',"finish_reason":"%b"}]}\n\n' % event.text.encode()
+        if event.logprobs:
+            tail = b',"logprobs":' + encode(_logprobs(self._tokenizer, event.logprobs)) + tail
+        return self.head % event.choice + encode(delta) + tail
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:
@@ -150,9 +135,7 @@ def timings(usage: Usage) -> dict[str, Any]:
     }
 
 
-def chat_logprobs(tokenizer: Tokenizer, found: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """Return log-probabilities in the form of chat completions."""
-
+def _logprobs(tokenizer: Tokenizer, found: Sequence[TokenLogprob]) -> dict[str, Any]:
     def entry(id: int, logprob: float) -> dict[str, Any]:
         piece = tokenizer.piece(id)
         return {"token": piece.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(piece)}
@@ -165,4 +148,4 @@ def finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else -9999.0
 
 
-routes = [Route("/v1/chat/completions", chat_completions, methods=["POST"])]
+routes = [post("/v1/chat/completions", chat_completions)]

@@ -8,13 +8,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from msgspec import Meta, Struct
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
 from gguf_run.runtime.model import Model
 from gguf_run.runtime.serve.ask import Texts, body_of, texts_of
 from gguf_run.runtime.serve.errors import HttpError, too_long
-from gguf_run.runtime.serve.http import gone, json_response, read_json
+from gguf_run.runtime.serve.http import get, in_thread, post
 
 MOST_TEXTS = 2048  # of a request
 Number = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -41,22 +39,22 @@ class _Rerank(Struct):
     return_documents: bool | None = None
 
 
-async def models(request: Request) -> Response:
+async def models(request: Request) -> dict[str, Any]:
     """List the models, or tell of one."""
     found, id = request.app.state.server.registry.info(), request.path_params.get("id")
     if not id:
-        return json_response({"object": "list", "data": found})
+        return {"object": "list", "data": found}
     for entry in found:
         if entry["id"] == id:
-            return json_response(entry)
+            return entry
     raise HttpError(404, f"model {id!r:.80} is not here: GET /v1/models lists those that are", "model_not_found")
 
 
-async def embeddings(request: Request) -> Response:
+async def embeddings(request: Request, json: dict[str, Any]) -> dict[str, Any]:
     """Return the embedding of each text."""
-    shared, rows = await embed_texts(request, body_of(await read_json(request), Embeddings))
+    shared, rows = await embed_texts(request, body_of(json, Embeddings))
     data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]
-    return json_response({"object": "list", "data": data, **shared})
+    return {"object": "list", "data": data, **shared}
 
 
 async def embed_texts(request: Request, body: Embeddings) -> tuple[dict[str, Any], list[Any]]:
@@ -80,9 +78,9 @@ async def embed_texts(request: Request, body: Embeddings) -> tuple[dict[str, Any
     return await _each(request, body.model, texts_of(body.input), embed)
 
 
-async def rerank(request: Request) -> Response:
+async def rerank(request: Request, json: dict[str, Any]) -> dict[str, Any]:
     """Return the documents' probabilities to answer a query, the best first. usage: the tokens of both."""
-    body: _Rerank = body_of(await read_json(request), _Rerank)
+    body: _Rerank = body_of(json, _Rerank)
     texts = [one if isinstance(one, str) else one.text for one in body.documents]
 
     def rank(model: Model, text: str) -> tuple[int, float]:
@@ -94,7 +92,7 @@ async def rerank(request: Request) -> Response:
     results = sorted(results, key=lambda result: -result["relevance_score"])[: body.top_n]
     for result in results if body.return_documents else ():
         result["document"] = {"text": texts[result["index"]]}
-    return json_response({**shared, "results": results})
+    return {**shared, "results": results}
 
 
 async def _each(
@@ -107,27 +105,24 @@ async def _each(
     """
     if not 0 < len(texts) <= MOST_TEXTS:
         raise HttpError(400, f"{len(texts)} texts: 1 to {MOST_TEXTS} are allowed")
-    server, loop, found = request.app.state.server, asyncio.get_running_loop(), []
-    watch = asyncio.ensure_future(gone(request.receive))
+    server, found = request.app.state.server, []
     try:
         async with server.registry.use(name) as served, asyncio.timeout(server.request_timeout or None):
             for text in texts:
-                if watch.done():
+                if await request.is_disconnected():
                     raise HttpError(499, "the client is gone")
-                found.append(await loop.run_in_executor(server.threads, work, served.model, text))
+                found.append(await in_thread(request, work, served.model, text))
     except TimeoutError:
         raise HttpError(408, "the request took longer than --request-timeout allows", "timeout") from None
-    finally:
-        watch.cancel()
     n = sum(n for n, _ in found)
     usage = {"prompt_tokens": n, "total_tokens": n}
     return {"model": name or served.name, "usage": usage}, [made for _, made in found]
 
 
 routes = [
-    Route("/v1/models", models),
-    Route("/v1/models/{id:path}", models),
-    Route("/v1/embeddings", embeddings, methods=["POST"]),
-    Route("/v1/rerank", rerank, methods=["POST"]),
-    Route("/rerank", rerank, methods=["POST"]),
+    get("/v1/models", models),
+    get("/v1/models/{id:path}", models),
+    post("/v1/embeddings", embeddings),
+    post("/v1/rerank", rerank),
+    post("/rerank", rerank),
 ]

@@ -1,19 +1,19 @@
 """/v1/responses, without a memory: a client sends the whole conversation each time. Start with `responses`."""
 
-from collections.abc import AsyncIterator
+import time
+from collections.abc import Sequence
 from secrets import token_hex
 from typing import Any
 
 from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
-from gguf_run.runtime.serve.answers import Answers, Event
+from gguf_run.runtime.serve.answers import Answers, Event, Whole
 from gguf_run.runtime.serve.ask import Count, Objects, ask_of, body_of
 from gguf_run.runtime.serve.errors import HttpError
-from gguf_run.runtime.serve.http import json_response, read_json, sse, stream, whole_answers
-from gguf_run.runtime.serve.openai_chat import call_id, frame, usage_json
+from gguf_run.runtime.serve.http import Writer, answer, post, sse
+from gguf_run.runtime.serve.openai_chat import call_id, usage_json
 
 # Fields of a request that its response repeats, with their defaults.
 _REPEATED: dict[str, Any] = {
@@ -51,20 +51,10 @@ class _Body(Struct):
     tools: Objects | None = None
 
 
-async def responses(request: Request) -> Response:
+async def responses(request: Request, json: dict[str, Any]) -> Response:
     """Answer a conversation."""
-    json = await read_json(request)
     chat = _chat(json)
-    ask, writer = ask_of(chat, request.scope.get("gguf_run.salt", "")), _Writer(json, chat["tools"])
-    if ask.is_stream:
-        return await stream(request, ask, writer.chunks, writer.failed)
-    answers, (whole,) = await whole_answers(request, ask)
-    writer.begin(answers)
-    calls = [part for name, arguments in whole.calls for part in (("call", name), ("arguments", arguments))]
-    for kind, text in (("reasoning", whole.reasoning), ("text", whole.text), *calls, ("end", whole.finish)):
-        if text:
-            writer.push(Event(0, kind, text))
-    return json_response(writer.response)
+    return await answer(request, ask_of(chat), lambda answers: _Writer(answers, json, chat["tools"]))
 
 
 def _chat(json: dict[str, Any]) -> dict[str, Any]:
@@ -132,13 +122,17 @@ def _add(messages: Objects, item: _Item) -> None:
         message.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
 
 
-class _Writer:
+class _Writer(Writer):
     """Writes an answer as items, and the events that tell a client of them."""
 
-    def __init__(self, json: dict[str, Any], tools: Objects) -> None:
-        given = {name: value for name, value in json.items() if name in _REPEATED and value is not None}
-        self.response: dict[str, Any] = {**_REPEATED, **given}
+    def __init__(self, answers: Answers, json: dict[str, Any], tools: Objects) -> None:
+        super().__init__(answers)
         self._spaces = {str(tool.get("name")): tool["namespace"] for tool in tools if "namespace" in tool}
+        given = {name: value for name, value in json.items() if name in _REPEATED and value is not None}
+        model, nothing = answers.ask.model or answers.served.name, ("error", "incomplete_details", "usage")
+        own = {"id": "resp_" + token_hex(12), "object": "response", "created_at": int(time.time()), "model": model}
+        more: dict[str, Any] = {"previous_response_id": None, "status": "in_progress", "output": [], "store": False}
+        self.response: dict[str, Any] = {**_REPEATED, **given, **own, **dict.fromkeys(nothing), **more}
         self._n_events = 0
         self._item: dict[str, Any] | None = None  # that is being written, and of it:
         self._kind = ""  # of its events, see _ITEMS
@@ -146,32 +140,27 @@ class _Writer:
         self._place: dict[str, Any] = {}  # fields of its events that tell where it stands
         self._more: dict[str, Any] = {}  # fields of the events of its text
 
-    def begin(self, answers: Answers) -> None:
-        """Make the response, which has no items yet."""
-        self._answers, shared = answers, frame(answers, "resp_", "response")
-        own = {"id": shared["id"], "object": "response", "created_at": shared["created"], "model": shared["model"]}
-        nothing = dict.fromkeys(("error", "incomplete_details", "previous_response_id", "usage"))
-        self.response |= {**own, **nothing, "status": "in_progress", "output": [], "store": False}
+    def whole(self, found: Sequence[Whole]) -> dict[str, Any]:
+        (whole,) = found
+        calls = [part for name, arguments in whole.calls for part in (("call", name), ("arguments", arguments))]
+        for kind, text in (("reasoning", whole.reasoning), ("text", whole.text), *calls, ("end", whole.finish)):
+            if text:
+                self.push(Event(0, kind, text))
+        return self.response
 
-    async def chunks(self, answers: Answers) -> AsyncIterator[bytes]:
-        """Yield the events of the answer."""
-        self.begin(answers)
-        yield self._event("created", response=self.response) + self._event("in_progress", response=self.response)
-        async for events in answers:
-            yield b"".join([self.push(event) for event in events])
+    def begin(self) -> bytes:
+        return self._event("created", response=self.response) + self._event("in_progress", response=self.response)
 
     def failed(self, error: HttpError) -> bytes:
-        """Return the event of an error."""
         code = "rate_limit_exceeded" if error.status == 429 else error.code or "server_error"
         self.response |= {"status": "failed", "error": {"code": code, "message": error.message}}
         return self._event("failed", response=self.response)
 
     def push(self, event: Event) -> bytes:
-        """Take the next event of the answer; return what the client is told."""
         if event.kind == "end":
             status = "incomplete" if event.text == "length" else "completed"
             sent = self._close(status)
-            self.response |= {"status": status, "usage": _usage(self._answers)}
+            self.response |= {"status": status, "usage": _usage(self.answers)}
             if status == "incomplete":
                 self.response["incomplete_details"] = {"reason": "max_output_tokens"}
             return sent + self._event(status, response=self.response)
@@ -233,4 +222,4 @@ def _usage(answers: Answers) -> dict[str, Any]:
     return {name.replace("prompt", "input").replace("completion", "output"): count for name, count in counts}
 
 
-routes = [Route("/v1/responses", responses, methods=["POST"])]
+routes = [post("/v1/responses", responses)]

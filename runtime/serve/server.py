@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 from gguf_run.formats.frozen import frozen
 from gguf_run.runtime.serve.registry import Registry
@@ -22,24 +23,15 @@ class Access:
     log: Callable[[str], None] | None = None  # takes a line of JSON for each request; None: nobody does
 
 
+@dataclass
 class Server:
     """What all requests share."""
 
-    def __init__(
-        self,
-        registry: Registry,
-        *,
-        request_timeout: float = 0.0,
-        access: Access = Access(),  # noqa: B008  (it cannot change)
-        has_metrics: bool = False,
-        has_slots: bool = False,
-    ) -> None:
-        """Nothing is loaded yet.
-
-        request_timeout: seconds that an answer may take; 0: no limit.
-        has_metrics, has_slots: /metrics and /slots tell counts.
-        """
-        self.registry, self.request_timeout = registry, request_timeout
-        self.access, self.has_metrics, self.has_slots = access, has_metrics, has_slots
-        self.n_running, self.is_stopping = 0, False  # requests; whether new ones are refused
-        self.threads = ThreadPoolExecutor(_N_THREADS, "gguf-run prompt")
+    registry: Registry
+    access: Access = field(default_factory=Access)
+    request_timeout: float = 0.0  # seconds that an answer may take; 0: no limit
+    has_metrics: bool = False  # whether /metrics tells counts
+    has_slots: bool = False  # whether /slots does
+    is_stopping: bool = False  # whether new requests are refused
+    n_running: int = 0  # requests
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(_N_THREADS, "gguf-run prompt"))

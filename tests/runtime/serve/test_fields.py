@@ -32,7 +32,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/api/generate": {**OLLAMA, "prompt": "x", "system": "s", "suffix": "", "raw": False, "template": "", "images": []},
     "/api/embed": {"model": "m0", "input": ["x"], "dimensions": 4},
     "/api/show": {"model": "m0", "name": "m0"},
-    "/tokenize": {"content": "x", "add_special": True, "parse_special": True, "with_pieces": True},
+    "/tokenize": {"content": "x", "add_special": True, "parse_special": True},
     "/detokenize": {"tokens": [1, 2]},
     "/apply-template": CHAT,
     "/completion": {**OURS, "prompt": "x", "n_predict": 3, "json_schema": None, "grammar": None, "n_discard": 0},

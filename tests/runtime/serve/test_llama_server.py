@@ -64,10 +64,6 @@ def test_tokens(server: Serving, text: str) -> None:
         ids = post(server, "/tokenize", **asked)["tokens"]
         assert ids == server.model.tokenize(text, parse_special=parse_special)
         assert post(server, "/detokenize", tokens=ids)["content"] == text
-        pieces = post(server, "/tokenize", **asked, with_pieces=True)["tokens"]
-        assert [piece["id"] for piece in pieces] == ids
-        texts = [piece["piece"] for piece in pieces]
-        assert b"".join(bytes(one) if isinstance(one, list) else one.encode() for one in texts).decode() == text
 
 
 def test_template(server: Serving) -> None:

@@ -109,6 +109,7 @@ def test_what_clients_send(server: Serving, extra: dict[str, Any]) -> None:
     ({"messages": USER, "logit_bias": {"x": 1}}, "logit_bias"),
     ({"messages": USER, "stop": [""]}, "stop"), ({"messages": USER, "stop": ["a"] * 99}, "stop"),
     ({"messages": USER, "top_logprobs": 999, "logprobs": True}, "top_logprobs"),
+    ({"messages": USER, "tool_choice": {"name": []}}, "tool_choice"),
     ({"messages": USER, "tool_choice": "required"}, "tool_choice"), ({"messages": USER, "tools": [{}]}, "tools[0]"),
     ({"messages": USER, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"), ([], "object"),

@@ -183,7 +183,7 @@ def test_settings_are_checked(args: dict[str, Any], words: str) -> None:
 
 def test_a_file_of_prompts(cluster: None, model: str, tmp_path: Path) -> None:
     """Two models answer as one does, in order, and a line that fails ends no other."""
-    prompts = [f"{i} bottles" for i in range(20)]
+    prompts = [f"{i} \u2028 bottles" for i in range(20)]
     rows: list[Any] = [{"prompt": text} for text in prompts]
     rows[3] = {"id": "three", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
     bad = {
@@ -195,8 +195,8 @@ def test_a_file_of_prompts(cluster: None, model: str, tmp_path: Path) -> None:
     }
     bad |= {10: {"prompt": "x", "temperature": -1}, 11: {"prompt": "x", "logits_processors": []}}
     source, target = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
-    lines = [json.dumps(bad.get(i, row)) for i, row in enumerate(rows)]
-    source.write_text("\n".join([*lines[:12], "{", "", *lines[12:]]))
+    lines = [json.dumps(bad.get(i, row), ensure_ascii=False) for i, row in enumerate(rows)]
+    source.write_text("\n".join([*lines[:12], "{", "", *lines[12:]]), "utf-8")
     shared = {"max_tokens": 6, "temperature": 0, "seed": 1}
     assert answer_file(source, target, model, n_workers=2, load={"n_seq": 4}, options=shared) == (21, len(bad) + 1)
     found = [json.loads(line) for line in target.read_text().splitlines()]

@@ -151,27 +151,8 @@ def test_pages_of_others(server: Serving, method: str, origin: str, status: bool
     assert "access-control-allow-origin" not in same.headers
 
 
-WRONG = [
-    -1,
-    0,
-    1,
-    2**31 - 1,
-    2**31,
-    2**63,
-    2**64,
-    -(2**63),
-    1e308,
-    -1e308,
-    1e-320,
-    "5",
-    "",
-    True,
-    None,
-    [],
-    {},
-    [1],
-    {"a": 1},
-]
+WRONG = [-1, 0, 1, 2**31 - 1, 2**31, 2**63, 2**64, -(2**63), 1e308, -1e308, 1e-320, "5", "", True, None, [], {}, [1],
+         {"a": 1}]  # fmt: skip
 _CHAT = """n max_tokens max_completion_tokens temperature top_k top_p min_p typical_p seed stop logprobs top_logprobs
     logit_bias presence_penalty frequency_penalty repeat_penalty repeat_last_n repetition_penalty mirostat mirostat_tau
     mirostat_eta dry_multiplier dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers xtc_probability
@@ -195,7 +176,7 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "/completion": ({"prompt": "abc", "n_predict": 3}, "prompt n_predict n_probs n_keep id_slot seed"),
     "/infill": ({"input_prefix": "a", "input_suffix": "b", "n_predict": 3}, "input_prefix input_extra n_predict"),
-    "/tokenize": ({"content": "abc"}, "content add_special with_pieces"),
+    "/tokenize": ({"content": "abc"}, "content add_special"),
     "/detokenize": ({"tokens": [97]}, "tokens"),
     "/apply-template": (BODY, "messages"),
     "/api/chat": (BODY | _OLLAMA, "messages options format think tools keep_alive stream"),
