@@ -72,6 +72,12 @@ SPECULATE = option("--speculate", "Guess tokens from the text so far: faster whe
 DRAFT_MODEL = option(
     "--draft-model", "A small model of the same vocabulary, which guesses tokens.", shell_complete=offer("models")
 )
+CHAT_TEMPLATE = option(
+    "--chat-template",
+    "In place of the model's own: a Jinja file, or chatml, llama3, ...",
+    metavar="FILE|NAME",
+    shell_complete=offer("chat_templates"),
+)
 PLACEMENT_OPTIONS = [
     option(
         "--gpu-layers -ngl",

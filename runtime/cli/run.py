@@ -19,6 +19,7 @@ from gguf_run.runtime.cli.conversation import answer_facts, context_used, conver
 from gguf_run.runtime.cli.options import (
     BATCH_OPTIONS,
     CACHE_OPTIONS,
+    CHAT_TEMPLATE,
     CTX_SIZE,
     DEVICE_OPTIONS,
     DRAFT_MODEL,
@@ -51,12 +52,7 @@ _PARAMS = [
     ),
     option("--chat -i", "Talk: Ctrl-C stops an answer, Ctrl-D leaves.  [default: without a prompt]", is_flag=True),
     option("--system", "System message for the chat template."),
-    option(
-        "--chat-template",
-        "In place of the model's own: a Jinja file, or chatml, llama3, ...",
-        metavar="FILE|NAME",
-        shell_complete=offer("chat_templates"),
-    ),
+    CHAT_TEMPLATE,
     option("--chat-template-kwargs", 'Variables for the template, as {"enable_thinking": false}.', metavar="JSON"),
     option("--tools", "JSON file: functions that the model may call.", type=PATH),
     option("--no-history", "Do not keep the lines typed in --chat for its next start.", is_flag=True),

@@ -15,6 +15,7 @@ from gguf_run.runtime.cli.common import INTERRUPTED, tool
 from gguf_run.runtime.cli.describe import describe
 from gguf_run.runtime.cli.options import (
     CACHE_OPTIONS,
+    CHAT_TEMPLATE,
     DEVICE_OPTIONS,
     DRAFT_MODEL,
     PATH,
@@ -53,6 +54,8 @@ MODEL_OPTIONS = [
            metavar="TIME"),
     option("--lora", "An adapter of the model, which is a model of its own then: MODEL:ADAPTER; may be repeated.  "
            "[default scale: 1]", multiple=True, metavar="FILE[:SCALE]", shell_complete=offer("files")),
+    CHAT_TEMPLATE,
+    option("--embed", "Models make embeddings, not text; encoders and rerankers do so in any case.", is_flag=True),
 ]  # fmt: skip
 WORK_OPTIONS = [
     option("--parallel -np n_seq", "Answers that are made together; others wait.", type=int, default=16),
@@ -145,6 +148,11 @@ def _registry_of(models: tuple[str, ...], keep_alive: float, values: Mapping[str
     if loras and (len(models) != 1 or folder is not None):
         raise OptionError("--lora goes with one model, which it was trained for: serve others apart")
     options = to_load_options(values, cache_ram=values["cache_ram"] or "auto")
+    template = None
+    if values["chat_template"]:
+        from gguf_run.runtime.chat.named import find_template
+
+        template = find_template(values["chat_template"])
 
     def load(path: str, progress: Callable[[int, int], None]) -> "Model":
         try:
@@ -153,6 +161,8 @@ def _registry_of(models: tuple[str, ...], keep_alive: float, values: Mapping[str
             if folder is not None or len(models) > 1:  # else the command ends with it
                 message(f"error: {describe(error)}")
             raise
+        if template is not None:
+            model.chat_template, model.tool_template = template, None
         model.engine.max_queue, model.engine.max_step_ms = values["max_queue"], values["max_step_ms"]
         return model
 

@@ -55,7 +55,7 @@ def rank(engine: Engine, tokenizer: Tokenizer, query: str, texts: Sequence[str])
 def _embedder(decoder: Decoder) -> Embedder:
     decoder.config  # noqa: B018  (tells if the model is closed)
     if not isinstance(decoder, Embedder):
-        raise OptionError("this model was loaded to make text: load it with embed=True")
+        raise OptionError("this model was loaded to make text: load it with embed=True (--embed)")
     return decoder
 
 
