@@ -33,22 +33,21 @@ class Worker:
 
     def __call__(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """Return lines of JSON for lines of JSON. rows: "number" and "line" of each."""
-        started = [self._start(*row) for row in zip(rows["number"], rows["line"], strict=True)]  # all run together
-        ended = [self._end(*pair) for pair in started]
+        started = [self._start(int(number), line) for number, line in zip(rows["number"], rows["line"], strict=True)]
+        ended = [_end(*pair) for pair in started]  # all have run together
         lines = [json.dumps(row, ensure_ascii=False) for row in ended]
         return {"line": lines, "is_error": ["error" in row for row in ended]}
 
     def _start(self, number: int, line: str) -> tuple[Any, Any]:
         """Begin an answer. Return the prompt's id, and the answer or the error."""
-        id: Any = int(number)
+        id: Any = number
         try:
             row = json.loads(line)
             if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
                 raise OptionError('a line must be {"prompt": ...} or {"messages": ...}')
             id = row.pop("id", id)
-            options = {**self.shared, **row}
-            if "seed" in self.shared and "seed" not in row:
-                options["seed"] = (self.shared["seed"] + int(number)) % 2**64  # as generate_batch does
+            seed = {"seed": (self.shared["seed"] + number) % 2**64} if "seed" in self.shared else {}
+            options = {**self.shared, **seed, **row}
             if found := _NOT_JSON & {*options}:
                 raise OptionError(f"{', '.join(found)}: only from Python")
             if "messages" in row:
@@ -57,16 +56,16 @@ class Worker:
         except Exception as error:  # the others go on
             return id, error
 
-    @staticmethod
-    def _end(id: Any, answer: Any) -> dict[str, Any]:
-        try:
-            if isinstance(answer, Exception):
-                raise answer
-            found = answer.answer()
-        except Exception as error:
-            return {"id": id, "error": str(error) if isinstance(error, GgufRunError) else repr(error)}
-        counts = {"n_prompt": found.n_prompt, "n_decoded": found.n_decoded}
-        return {"id": id, "text": found.text, "finish": found.finish, **counts}
+
+def _end(id: Any, answer: Any) -> dict[str, Any]:
+    try:
+        if isinstance(answer, Exception):
+            raise answer
+        found = answer.answer()
+    except Exception as error:
+        return {"id": id, "error": str(error) if isinstance(error, GgufRunError) else repr(error)}
+    counts = {"n_prompt": found.n_prompt, "n_decoded": found.n_decoded}
+    return {"id": id, "text": found.text, "finish": found.finish, **counts}
 
 
 def answer_file(

@@ -6,11 +6,11 @@ The replica that has computed the beginning of a prompt gets it, unless it is mu
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
@@ -32,11 +32,9 @@ try:
     from ray.serve.request_router import RequestRouter
 except ImportError:  # without the extra, this file does nothing
     RequestRouter = object
-if TYPE_CHECKING:
-    from ray.serve import Application
-    from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 
 _BLOCK, _MOST_BLOCKS = 256, 256  # characters, about a page of the cache; blocks of a prompt that are compared
+_GRACE_S = 300.0  # seconds in which running answers may end before a replica does
 _MOST_KNOWN = 100_000  # beginnings of which the front knows who has computed them
 _PROMPT = ("model", "tools", "system", "instructions", "messages", "input", "prompt")  # in the order of templates
 _SCOPE = {"type", "method", "path", "query_string", "headers", "gguf_run.salt"}  # what a replica is told
@@ -50,7 +48,7 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True):
     threads: int = 1  # of a replica, which gets so many CPUs
     load: dict[str, Any] = {}  # fields of LoadOptions, as {"n_ctx": 8192, "n_seq": 8}
     actor: dict[str, Any] = {}  # more of Ray's options of an actor, as {"num_gpus": 1}
-    api_key_file: str = ""  # keys, one of which clients must send; the head of the cluster has the file
+    api_key_file: str = ""  # a file of keys that each machine has: clients must send one of them
 
     @property
     def options(self) -> LoadOptions:
@@ -59,7 +57,7 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True):
         return LoadOptions(**{"n_seq": 16, "cache_ram": "auto", "n_threads": self.threads, **self.load})
 
 
-def app_builder(args: Mapping[str, Any]) -> "Application":
+def app_builder(args: Mapping[str, Any]) -> Any:
     """Return the application for serve.run. args: the fields of Settings. OptionError for others.
 
     GgufRunError where Ray is missing.
@@ -75,7 +73,7 @@ def app_builder(args: Mapping[str, Any]) -> "Application":
         Replica,
         max_ongoing_requests=2 * n_seq,  # some wait there, so that no row of the cache does
         ray_actor_options={"num_cpus": settings.threads, **settings.actor},
-        graceful_shutdown_timeout_s=300,  # running answers end
+        graceful_shutdown_timeout_s=_GRACE_S,
         request_router_config={"request_router_class": Router, "request_router_kwargs": {"most_ahead": n_seq // 2}},
         **{"num_replicas" if isinstance(settings.replicas, int) else "autoscaling_config": settings.replicas},
     )
@@ -88,8 +86,14 @@ def app_builder(args: Mapping[str, Any]) -> "Application":
         )
         return Guard(app, Server(Registry({}, lambda path, _: Model.load(path)), access=Access(hosts=None, keys=keys)))
 
-    options = {"max_ongoing_requests": 10_000, "ray_actor_options": {"num_cpus": 0}}
-    return serve.deployment(serve.ingress(front)(), name="Front", **options).bind(replica.bind(settings))
+    make = serve.deployment(
+        serve.ingress(front)(),
+        name="Front",
+        max_ongoing_requests=10_000,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=_GRACE_S,
+    )
+    return make.bind(replica.bind(settings))
 
 
 class Front:
@@ -160,9 +164,7 @@ class Router(RequestRouter):
         """most_ahead: so many more requests than the idlest replica may one have that has computed a beginning."""
         self.most_ahead, self.holders = most_ahead, dict[int, Any]()
 
-    async def choose_replicas(
-        self, candidate_replicas: "list[RunningReplica]", pending_request: "PendingRequest | None" = None
-    ) -> "list[list[RunningReplica]]":
+    async def choose_replicas(self, candidate_replicas: Sequence[Any], pending_request: Any = None) -> list[list[Any]]:
         """Return the replica that knows the longest beginning, then all, of which Ray takes the idlest."""
         everyone = random.sample(candidate_replicas, len(candidate_replicas))
         if pending_request is None:
@@ -174,7 +176,7 @@ class Router(RequestRouter):
         most = min(loads.values()) + self.most_ahead
         return [[one for one in everyone if one.replica_id == holder and loads[holder] <= most], everyone]
 
-    def on_request_routed(self, pending_request: "PendingRequest", replica_id: "ReplicaID", result: Any) -> None:
+    def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
         """Note who computes the beginnings of a request."""
         for number in pending_request.args[0]:
             self.holders.pop(number, None)  # the order is that of the last use
