@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache
+from hashlib import sha256
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -75,9 +76,40 @@ def fitted(source: str, variables: dict[str, Any], notes: list[str]) -> Messages
             if _MARK in text and f"'{_MARK}'" not in text and f'\\"{_MARK}' not in text:
                 function["arguments"] = _MARK  # a string that is no object: many templates ask for the items of one
                 is_shown = _MARK in _trial(template, variables | {"messages": [_USER, _calls_as(call, *form), result]})
+                function["arguments"] = {_MARK: "value"}
+                talk = [_USER, _calls_as(call, *form), result]
+                messages = _with_results(template, variables, talk, messages)
                 return [_calls_as(m, *form, is_shown) if "tool_calls" in m else m for m in messages]
         notes.append(NO_CALLS)
     return messages
+
+
+def _with_results(template: Render, variables: dict[str, Any], talk: Messages, messages: Messages) -> Messages:
+    """Return messages, changed for templates that are strict about results of tools, as Mistral's are.
+
+    Where the template refuses others, ids of calls become short, and a result gets the text of the user behind it.
+    talk: a user's message, a call and its result, which the template shows.
+    """
+    if not _trial(template, variables | {"messages": [_with_ids(m, lambda id: f"call_{id}") for m in talk]}):
+        messages = [_with_ids(message, lambda id: sha256(id.encode()).hexdigest()[:9]) for message in messages]
+    if _trial(template, variables | {"messages": [*talk, _USER]}):
+        return messages
+    found = Messages()
+    for message in messages:
+        if message["role"] == "user" and found and found[-1]["role"] == "tool":
+            found[-1] = found[-1] | {"content": f"{found[-1]['content']}\n{message['content']}"}
+        else:
+            found.append(message)
+    return found
+
+
+def _with_ids(message: dict[str, Any], new: Callable[[str], str]) -> dict[str, Any]:
+    """Return a message with a new id for each call that it has, or that it is the result of."""
+    if "tool_call_id" in message:
+        return message | {"tool_call_id": new(message["tool_call_id"])}
+    if "tool_calls" not in message:
+        return message
+    return message | {"tool_calls": [call | {"id": new(str(call.get("id")))} for call in message["tool_calls"]]}
 
 
 def _without_later_system(template: Render, variables: dict[str, Any], notes: list[str]) -> Messages:

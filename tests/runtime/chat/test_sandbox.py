@@ -1,5 +1,6 @@
 """What a template makes of messages, and messages that are fitted to templates without a place for a part of them."""
 
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -75,6 +76,29 @@ def test_a_later_system_message_stays_in_its_place(source: str) -> None:
     assert all(after.startswith(before) for before, after in pairwise(texts))
     assert texts[-1].count("Be") == 4
     assert "Be kind." in texts[1]
+
+
+STRICT = (  # as Mistral's
+    "{% set found = namespace(n=0) %}{% for m in messages %}{% if m.role == 'user' %}{% if found.n % 2 %}"
+    "{{ raise_exception('Roles') }}{% endif %}{% set found.n = found.n + 1 %}{% elif m.tool_calls is defined %}"
+    "{% for c in m.tool_calls %}{% if c.id | length != 9 %}{{ raise_exception('Ids') }}{% endif %}<{{ c.id }}>"
+    "{{ c.function.arguments | tojson }}{% endfor %}{% elif m.role == 'tool' %}{% if m.tool_call_id | length != 9 %}"
+    "{{ raise_exception('Ids') }}{% endif %}={{ m.tool_call_id }}:{% else %}{% set found.n = found.n + 1 %}{% endif %}"
+    "{{ m.content }}{% endfor %}"
+)
+
+
+def test_results_for_a_strict_template() -> None:
+    """Ids that clients send back are longer than Mistral's, and Claude Code writes reminders behind results."""
+    ids = "toolu_1234567890", "call_abc"
+    calls = CALL | {"tool_calls": [CALL["tool_calls"][0] | {"id": id} for id in ids]}
+    results = [RESULT | {"tool_call_id": id} for id in ids]
+    text, _ = rendered(STRICT, USER, calls, *results, USER, calls, *results, ANSWER, USER)
+    a, b = re.findall("<(.{9})>", text)[:2]
+    once = f'<{a}>{{"c": "é"}}<{b}>{{"c": "é"}}={a}:20={b}:20'
+    assert (text, a != b) == (f"Hi{once}\nHi{once}HelloHi", True)
+    free = STRICT.replace("!= 9", "== 0")
+    assert "toolu_1234567890" in rendered(free, USER, calls, *results)[0]
 
 
 PARTS = (
