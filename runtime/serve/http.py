@@ -9,7 +9,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from gguf_run.runtime.serve.answers import Answers, Event, Whole, wholes
 from gguf_run.runtime.serve.ask import Ask
@@ -145,22 +145,21 @@ class _Stream(Response):
                     return
                 except Exception as error:
                     scope["gguf_run.error"] = error
-                    await _say(send, self._writer.failed(http_error(error)))
+                    await send(_part(self._writer.failed(http_error(error))))
                 if not watch.done():
-                    await send({"type": "http.response.body", "body": b"", "more_body": False})
+                    await send(_part(b"", more=False))
 
     async def _write(self, send: Send) -> None:
         writer = self._writer
-        await _say(send, writer.begin())
+        await send(_part(writer.begin()))
         async for events in writer.answers:
-            await _say(send, b"".join([writer.push(event) for event in events]) or writer.quiet)
+            await send(_part(b"".join([writer.push(event) for event in events]) or writer.quiet))
         if writer.answers.is_finished:
-            await _say(send, writer.end())
+            await send(_part(writer.end()))
 
 
-async def _say(send: Send, body: bytes) -> None:
-    if body:
-        await send({"type": "http.response.body", "body": body, "more_body": True})
+def _part(body: bytes, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": body, "more_body": more}
 
 
 def sse(content: Any, event: str = "") -> bytes:

@@ -149,11 +149,12 @@ def run(server: Serving, n: int, n_threads: int = 8) -> "Counter[str]":
     if failed:
         raise failed[0]
     until = time.monotonic() + 30
-    while (server.model.engine.jobs or server.server.n_running) and time.monotonic() < until:
+    connections = server.uvicorn.server_state.connections
+    while (server.model.engine.jobs or server.server.n_running or connections) and time.monotonic() < until:
         time.sleep(0.01)
     served = next(iter(server.server.registry.loaded.values()))
     assert (server.model.engine.jobs, server.server.n_running, served.n_users) == ([], 0, 0)
-    assert not server.uvicorn.server_state.connections
+    assert not connections
     return seen
 
 
