@@ -39,33 +39,40 @@ class _Texts(Choices):
         super().__init__(answers, "cmpl-", "text_completion")
         self.head += b',"text":%b,"logprobs":%b,"finish_reason":%b}]}\n\n'
         self._tokenizer = answers.served.model.tokenizer
-        self._echoes = [""] * len(answers.sequences)  # the texts before the answers
+        n = len(answers.sequences)
+        self._echoes = [""] * n  # the texts before the answers
         if echo:
             texts = [
                 one if isinstance(one, str) else self._tokenizer.decode(one) for one in texts_of(answers.ask.prompt)
             ]
             self._echoes = [text for text in texts for _ in range(answers.ask.n)]
+        self._streams = [self._tokenizer.stream() for _ in range(n)]
+        self._n_chars = [0] * n  # of the answers so far
 
     def choice(self, i: int, whole: Whole) -> dict[str, Any]:
-        return {"text": self._echoes[i] + whole.text, "logprobs": self._logprobs(whole.logprobs)}
+        return {"text": self._echoes[i] + whole.text, "logprobs": self._logprobs(i, whole.logprobs)}
 
     def begin(self) -> bytes:
         return b"".join(self.head % (i, encode(text), b"null", b"null") for i, text in enumerate(self._echoes) if text)
 
     def push(self, event: Event) -> bytes:
         text, finish = ("", event.text) if event.kind == "end" else (event.text, None)
-        logprobs = self._logprobs(event.logprobs)
+        logprobs = self._logprobs(event.choice, event.logprobs)
         return self.head % (event.choice, encode(text), encode(logprobs), encode(finish))
 
-    def _logprobs(self, found: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        """Return log-probabilities in the form of texts, None if nobody asked for them."""
+    def _logprobs(self, i: int, found: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        """Return the next log-probabilities of answer i, None if nobody asked for them."""
         if "logprobs" not in self.answers.ask.options:
             return None
-        text = self._tokenizer.token_text
+        text, offsets = self._tokenizer.token_text, []
+        for one in found:
+            offsets.append(self._n_chars[i])
+            self._n_chars[i] += len(self._streams[i].push(one.id))
         return {
             "tokens": [text(one.id) for one in found],
             "token_logprobs": [finite(one.logprob) for one in found],
             "top_logprobs": [{text(id): finite(p) for id, p in (*one.top, (one.id, one.logprob))} for one in found],
+            "text_offset": offsets,
         }
 
 

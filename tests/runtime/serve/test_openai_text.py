@@ -92,14 +92,17 @@ def test_a_stream_is_events_of_json_and_a_last_line(server: Serving) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_logprobs(client: Any, stream: bool) -> None:
-    """The three lists tell of the same tokens."""
+    """The four lists tell of the same tokens; an offset counts the characters before the token."""
     found = client.completions.create(model="m0", prompt=ASK, logprobs=2, stream=stream)
     choices = [chunk.choices[0] for chunk in found] if stream else found.choices
     lists = [choice.logprobs for choice in choices if choice.logprobs]
-    tokens, logprobs, tops = (
-        [item for one in lists for item in getattr(one, name)] for name in ("tokens", "token_logprobs", "top_logprobs")
+    tokens, logprobs, tops, offsets = (
+        [item for one in lists for item in getattr(one, name)]
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
     )
-    assert (tokens[:3], len(tokens)) == (["G", "r", r"\xc3"], len(HELLO.encode()) + 1)
+    assert len(tokens) == len(logprobs) == len(tops) == len(offsets) == len(HELLO.encode()) + 1
+    assert (tokens[:3], offsets[:5]) == (["G", "r", r"\xc3"], [0, 1, 2, 2, 3])
+    assert offsets[-1] == len(HELLO)
     for token, logprob, top in zip(tokens, logprobs, tops, strict=True):
         assert -1e-6 < logprob == top[token] <= 0
         assert len(top) in (2, 3)  # the most likely ones, and the one that was chosen
