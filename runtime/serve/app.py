@@ -19,6 +19,7 @@ from gguf_run.runtime.serve import (
     openai_chat,
     openai_other,
     openai_text,
+    page,
     responses,
 )
 from gguf_run.runtime.serve.errors import HttpError, api_of, http_error
@@ -31,7 +32,7 @@ from gguf_run.runtime.serve.server import Server
 _SWITCH_S = 0.0002
 
 
-_APIS = (openai_chat, openai_text, openai_other, responses, anthropic, ollama, llama_server, metrics)
+_APIS = (openai_chat, openai_text, openai_other, responses, anthropic, ollama, llama_server, metrics, page)
 
 
 def make_app(server: Server) -> Guard:
