@@ -214,6 +214,7 @@ $("stop").onclick = () => running.get(current.id)?.controller.abort();
 $("model").onchange = () => (localStorage.setItem("model", $("model").value), draw());
 $("scroll").onscroll = ({ target }) => (sticks = target.scrollHeight - target.scrollTop - target.clientHeight < 40);
 addEventListener("hashchange", show);
+addEventListener("resize", follow);
 addEventListener("keydown", ({ key }) => {
   if (key !== "Escape" || document.querySelector("dialog[open]")) return;
   if ($("sidebar").classList.contains("shown")) $("hide").click();

@@ -10,6 +10,7 @@ const HARMLESS = /^<\/?(br|sub|sup|kbd|b|i)\s*\/?>$/i;
 
 const marked = new Marked({
   gfm: true,
+  breaks: true, // as the writers of verses and addresses mean it
   renderer: {
     html({ raw, block: isBlock }) {
       if (HARMLESS.test(raw.trim())) return raw;
@@ -30,7 +31,7 @@ DOMPurify.addHook("afterSanitizeAttributes", (node) => {
 
 const purified = (html) => DOMPurify.sanitize(html, {
   ALLOWED_TAGS, ALLOWED_ATTR: ["align", "class", "href", "start", "title"], ALLOW_DATA_ATTR: false,
-  ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i, RETURN_DOM_FRAGMENT: true,
+  ADD_URI_SAFE_ATTR: ["align", "start"], ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i, RETURN_DOM_FRAGMENT: true,
 });
 
 let library;

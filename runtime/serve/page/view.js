@@ -28,7 +28,7 @@ export class MessageView {
     for (const part of ["content", "calls", "note", "tools", "speed"]) this[part] = h(`div.${part}`);
     this.summary = h("summary");
     this.thoughts = h("div.plain");
-    this.reasoning = h("details.reasoning", {}, this.summary, this.thoughts);
+    this.reasoning = h("details.reasoning", { hidden: true }, this.summary, this.thoughts);
     this.foot = h("footer", {}, this.tools, this.speed);
     this.blocks = new Blocks(this.content);
     this.element = h(`article.${this.message.role}`, { ariaLabel: this.message.role === "user" ? "You" : "Model" },
