@@ -50,7 +50,9 @@ export function composer(send) {
   }
 
   input.oninput = draw;
-  input.onkeydown = (event) => event.key === "Enter" && !event.shiftKey && !event.isComposing && submit(event);
+  input.onkeydown = (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);
+  };
   $("composer").onsubmit = submit;
   $("attach").onclick = () => choose({ multiple: true }, attach);
   addEventListener("paste", drop);

@@ -50,7 +50,9 @@ export function settings(current, changed) {
     fill();
   };
   $("open").onclick = () => (fill(), $("settings").showModal());
-  $("settings").onclick = ({ target }) => target === $("settings") && target.close(); // a click beside it
+  $("settings").onclick = ({ target }) => {
+    if (target === $("settings")) target.close(); // a click beside it
+  };
 }
 
 /** Return the fields of a request that a conversation's settings ask for. */
