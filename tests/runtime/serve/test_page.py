@@ -21,8 +21,8 @@ Page = Any  # of playwright
 expect = playwright.expect
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
-ARGS = ("--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
-        "--disable-sync").split()  # fmt: skip
+QUIET = ("background-networking", "component-update", "sync")  # a browser speaks to nobody by itself
+ARGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", *(f"--disable-{name}" for name in QUIET)]
 WAIT_MS = 10_000
 COUNT = " ".join(map(str, range(2000)))
 HOSTILE = """<script>hit = 1</script> <img src=x onerror="hit = 1"> <b onclick="hit = 1">bold</b> <i>i</i>
@@ -37,8 +37,8 @@ HOSTILE = """<script>hit = 1</script> <img src=x onerror="hit = 1"> <b onclick="
 ```
 """
 WIDE = f"{'w' * 300}\n\n```py\n{'x = ' * 100}1\n```\n\n|{'head|' * 20}\n|{'-|' * 20}\n|{'a long cell|' * 20}\n"
-ANSWERS = {"count": COUNT, "hostile": HOSTILE, "wide": WIDE, "think": "<think>Let me see.</think>\n\n| a | b |\n|-|-:|\n"
-           "| 1 | 2 |\n\n```python\nx = None\n```"}  # fmt: skip
+THINK = "<think>Let me see.</think>\n\n| a | b |\n|-|-:|\n| 1 | 2 |\n\n```python\nx = None\n```"
+ANSWERS = {"count": COUNT, "hostile": HOSTILE, "wide": WIDE, "think": THINK}
 
 
 class Script:
@@ -250,7 +250,7 @@ def test_files_of_the_user(page: Page, script: Script, tmp_path: Path) -> None:
     page.evaluate("""() => {
       const data = new DataTransfer();
       data.items.add(new File(["x"], "cat.png", { type: "image/png" }));
-      document.getElementById("input").dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, bubbles: true }));
+      window.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data }));
     }""")
     expect(page.locator("#toast")).to_have_text("cat.png was not attached: the model reads text only.")
     ask(page, "read it")
