@@ -21,6 +21,7 @@ BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_{
 def sources(folder: Path) -> set[str]:
     """Files of the package, relative to the folder that holds the five folders."""
     paths = [path for name in FOLDERS for path in (folder / name).rglob("*.py")]
+    paths += [path for path in (folder / "runtime/serve/page").rglob("*") if path.is_file()]
     return {*TOP, *(path.relative_to(folder).as_posix() for path in paths)}
 
 
