@@ -31,18 +31,16 @@ def files() -> dict[str, tuple[bytes, dict[str, str]]]:
     for path in sorted(FOLDER.rglob("*")):
         if path.suffix in _TYPES:
             content = path.read_bytes()
-            table[path.relative_to(FOLDER).as_posix()] = (
-                content,
-                {
-                    "content-type": _TYPES[path.suffix],
-                    "content-security-policy": _SECURITY,
-                    "x-content-type-options": "nosniff",
-                    "referrer-policy": "no-referrer",
-                    "cross-origin-resource-policy": "same-origin",
-                    "cache-control": "no-cache",  # kept, but asked for each time: an update of the package is seen at once
-                    "etag": f'"{hashlib.sha256(content).hexdigest()[:32]}"',
-                },
-            )
+            headers = {
+                "content-type": _TYPES[path.suffix],
+                "content-security-policy": _SECURITY,
+                "x-content-type-options": "nosniff",
+                "referrer-policy": "no-referrer",
+                "cross-origin-resource-policy": "same-origin",
+                "cache-control": "no-cache",  # kept, but asked for each time: an update of the package is seen at once
+                "etag": f'"{hashlib.sha256(content).hexdigest()[:32]}"',
+            }
+            table[path.relative_to(FOLDER).as_posix()] = content, headers
     return table
 
 
