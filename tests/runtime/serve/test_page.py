@@ -36,7 +36,7 @@ HOSTILE = """<script>hit = 1</script> <img src=x onerror="hit = 1"> <b onclick="
 <img src=http://evil.invalid/b.png onerror="hit = 1">
 ```
 """
-WIDE = f"{'w' * 300}\n\n```py\n{'x = ' * 100}1\n```\n\n|{'head|' * 20}\n|{'-|' * 20}\n|{'a long cell|' * 20}\n"
+WIDE = f"{'w' * 100}\n\n```py\n{'x = ' * 30}1\n```\n\n|{'head|' * 8}\n|{'-|' * 8}\n|{'a long cell|' * 8}\n"
 THINK = "<think>Let me see.</think>\n\n| a | b |\n|-|-:|\n| 1 | 2 |\n\n```python\nx = None\n```"
 ANSWERS = {"count": COUNT, "hostile": HOSTILE, "wide": WIDE, "think": THINK}
 
