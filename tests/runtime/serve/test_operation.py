@@ -137,7 +137,7 @@ def test_gauges_while_answers_run() -> None:
         for client in clients:
             client.start()
         wait(lambda: len(server.model.engine.jobs) == 4)
-        time.sleep(0.1)
+        wait(lambda: sum(job.row >= 0 for job in server.model.engine.jobs) == 2)
         found = samples(httpx.get(server.url + "/metrics").text)
         assert found['vllm:num_requests_running{model_name="m0"}'] == 2
         assert found['llamacpp:requests_deferred{model_name="m0"}'] == 2

@@ -276,12 +276,18 @@ def test_slow_clients(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_connections_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "MOST_CONNECTIONS", 3)
+
+    def wait_for(n: int) -> None:
+        until = time.monotonic() + 30
+        while len(server.uvicorn.server_state.connections) != n and time.monotonic() < until:
+            time.sleep(0.01)
+
     with serving(scripted(n_ctx=512)) as server:
         held = [socket.create_connection((server.host, server.port)) for _ in range(3)]
-        time.sleep(0.1)
+        wait_for(3)
         assert b" 503 " in raw(server, b"")
         held[0].close()
-        time.sleep(0.1)
+        wait_for(2)
         assert alive(server)
         for one in held:
             one.close()
