@@ -22,7 +22,8 @@ from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.formats.gguf.tensors import TensorInfo
 from gguf_run.formats.gguf.writer import GGUFWriter
 from gguf_run.formats.quantizers.quantizer import count_bad, quantize
-from gguf_run.runtime.quantize.plan import Item, Plan
+from gguf_run.runtime.quantize.item import Item
+from gguf_run.runtime.quantize.plan import Plan
 
 _SLAB = 1 << 18  # weights of a slab: 1 MB of f32 stays in a core's cache from one step to the next
 _AHEAD = 4  # slabs per thread that may wait to be written
@@ -123,7 +124,7 @@ def _run(slab: _Slab) -> tuple[NDArray[np.uint8], Loss]:
         return blocks, Loss()
     importance = item.importance_at(slab.first)
     try:
-        blocks = quantize(x, type, importance, n_threads=1)
+        blocks = item.rounding(item, x, slab.first)
     except FormatError as reason:
         raise (_bad_weights(source) if count_bad(x)[0] else reason) from None
     loss = _loss(x, blocks, type)

@@ -18,7 +18,8 @@ from gguf_run.formats.gguf.reader import GGUFFile, Tensor
 from gguf_run.formats.gguf.tensors import TensorInfo
 from gguf_run.formats.gguf.writer_metadata import MetaValue, as_typed
 from gguf_run.runtime.quantize.file_types import FileType
-from gguf_run.runtime.quantize.rules import Choice, MixtureFacts, Overrides, choose_types, layer_order
+from gguf_run.runtime.quantize.item import Item
+from gguf_run.runtime.quantize.rules import MixtureFacts, Overrides, choose_types, layer_order
 
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml: the meaning of the blocks
 
@@ -39,25 +40,6 @@ class Options:
     metadata: Mapping[str, MetaValue] = field(default_factory=dict)  # keys to set
     prune: frozenset[int] = frozenset()  # numbers of the layers to leave out
     keep_split: bool = False  # write as many files as the input has, with the same tensors
-
-
-@dataclass(frozen=True)
-class Item:
-    """A tensor to write."""
-
-    source: Tensor  # in the input
-    target: TensorInfo  # in the output
-    choice: Choice
-    importance: NDArray[np.float32] | None = None  # float32[n_expert, ne[0]]
-    imatrix_path: str = ""  # the file that the importance is from
-
-    @property
-    def is_copy(self) -> bool:
-        return self.source.type is self.target.type
-
-    def importance_at(self, row: int) -> NDArray[np.float32] | None:
-        """Return the importance of the columns of a row: each expert has its own."""
-        return None if self.importance is None else self.importance[row // self.source.ne[1] % len(self.importance)]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,42 @@
+"""A tensor to write, and how its rows become blocks: ggml's own rounding, or a method that the user named."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.formats.gguf.reader import Tensor
+from gguf_run.formats.gguf.tensors import TensorInfo
+from gguf_run.formats.quantizers.quantizer import quantize
+from gguf_run.runtime.quantize.rules import Choice
+
+
+def plain(item: "Item", x: NDArray[np.float32], first: int) -> NDArray[np.uint8]:
+    """Quantize as ggml does, byte for byte."""
+    return quantize(x, item.target.type, item.importance_at(first), n_threads=1)
+
+
+# Makes the blocks of rows first, first + 1, ... of an item: (item, weights f32[n_rows, ne[0]], first) returns
+# uint8[n_rows, row_bytes]. All rows belong to one expert. Several threads call it. FormatError for bad weights.
+Rounding = Callable[["Item", NDArray[np.float32], int], NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A tensor to write."""
+
+    source: Tensor  # in the input
+    target: TensorInfo  # in the output
+    choice: Choice
+    importance: NDArray[np.float32] | None = None  # float32[n_expert, ne[0]]
+    imatrix_path: str = ""  # the file that the importance is from
+    rounding: Rounding = plain  # what makes the blocks
+
+    @property
+    def is_copy(self) -> bool:
+        return self.source.type is self.target.type
+
+    def importance_at(self, row: int) -> NDArray[np.float32] | None:
+        """Return the importance of the columns of a row: each expert has its own."""
+        return None if self.importance is None else self.importance[row // self.source.ne[1] % len(self.importance)]
