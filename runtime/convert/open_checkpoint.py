@@ -32,7 +32,8 @@ from gguf_run.runtime.convert.stored.sources import Source, computed, padded, ro
 from gguf_run.runtime.convert.tensors import model_tensors, take_numbers
 from gguf_run.runtime.convert.vocabulary.metadata import tokenizer_metadata
 from gguf_run.runtime.quantize.file_types import FILE_TYPES, KEEP, FileType
-from gguf_run.runtime.quantize.plan import Item, Plan
+from gguf_run.runtime.quantize.item import Item
+from gguf_run.runtime.quantize.plan import Plan
 
 
 def open_checkpoint(
