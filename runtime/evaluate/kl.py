@@ -80,9 +80,39 @@ class Comparison:
             "kl_mean": Estimate.of_mean(kl),
         }
 
+    def by_chunk(self) -> dict[str, Estimate]:
+        """Return three of the figures with the standard errors of the chunks' means; all chunks are of one size.
+
+        Neighbours in a text resemble each other, so the errors of `estimates`, which take tokens to be independent, are
+        too small to compare files by.
+        """
+        kl, nll, nll_base, same_top = (self.chunk_means(name) for name in ("kl", "nll", "nll_base", "same_top"))
+        ratio = Estimate.of_mean(nll - nll_base).exp()
+        return {
+            "kl_mean": Estimate.of_mean(kl),
+            "same_top": Estimate.of_mean(same_top),
+            "perplexity_ratio": ratio,
+        }
+
+    def chunk_means(self, name: str) -> NDArray[np.float64]:
+        """The mean of one field of TOKEN_SCORES in each chunk, f64[n_chunk]."""
+        return np.array([chunk[name].mean() for chunk in self.chunks])
+
     def kl_percentiles(self) -> dict[float, float]:
         """Each of PERCENTILES (50: the median, 100: the largest value) and the divergence there, interpolated."""
         return dict(zip(PERCENTILES, np.percentile(self.scores("kl"), PERCENTILES).tolist(), strict=True))
+
+
+def kl_ratio(a: Comparison, b: Comparison) -> Estimate:
+    """Return the mean divergence of a as a part of that of b, which has scored the same tokens; nan if b's is 0.
+
+    The standard error is of the pairs of chunks, by the delta method: what is hard for both does not widen it.
+    """
+    ours, theirs = a.chunk_means("kl"), b.chunk_means("kl")
+    if not theirs.any():
+        return Estimate(math.nan, math.nan)
+    ratio = float(ours.mean() / theirs.mean())
+    return Estimate(ratio, Estimate.of_mean(ours - ratio * theirs).error / float(theirs.mean()))
 
 
 def compare(
