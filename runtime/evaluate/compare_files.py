@@ -26,24 +26,25 @@ class Known:
     chunks: list[Chunk]
 
 
-def check_vocabularies(base: Path, paths: Sequence[Path]) -> None:
+def other_vocabulary(path: object, base: object) -> GgufRunError:
+    problem = f"{path}: has another vocabulary than {base}"
+    return GgufRunError(f"{problem}: only models with the same tokens can be compared")
+
+
+def check_vocabulary(path: Path, base: Path) -> None:
     """GgufRunError if a file has other tokens than the base."""
-    wanted = hash_vocabulary(base)
-    for path in paths:
-        if hash_vocabulary(path) != wanted:
-            problem = f"{path}: has another vocabulary than {base}"
-            raise GgufRunError(f"{problem}: only models with the same tokens can be compared")
+    if hash_vocabulary(path) != hash_vocabulary(base):
+        raise other_vocabulary(path, base)
 
 
 @contextmanager
 def known_base(
-    load: Load, base: Path, texts: Sequence[str], step: Callable[[int], None], n_chunk: int = N_CHUNK,
+    load: Load, base: Path, texts: Sequence[str], step: Callable[[], None], n_chunk: int = N_CHUNK,
     n_ctx: int = N_CTX, n_skip: int = 0,
 ) -> Iterator[list[Known]]:  # fmt: skip
     """Run the base over chunks of each text. Its logits lie in a temporary folder until the context ends.
 
-    step: called after each chunk, with the number of chunks of this text that are done. Errors are those of cut_chunks
-    and writing_logits.
+    step: called after each chunk. Errors are those of cut_chunks and writing_logits.
     """
     with TemporaryDirectory(prefix="gguf-eval-") as folder:
         known = []
@@ -54,13 +55,13 @@ def known_base(
                 part = Known(Path(folder, f"{i}.logits"), text, ids, chunks)
                 sizes = scorer.model.decoder.config.n_vocab, n_ctx, len(chunks), len(chunks[0].targets)
                 with writing_logits(part.logits, LogitsHeader(*sizes, "", "", "", base.name)) as writer:
-                    for so_far in perplexity(scorer, chunks, writer.add):
-                        step(so_far.n_chunk)
+                    for _ in perplexity(scorer, chunks, writer.add):
+                        step()
                 known.append(part)
         yield known
 
 
-def compared(load: Load, path: Path, known: Sequence[Known], step: Callable[[int], None]) -> list[Comparison]:
+def compared(load: Load, path: Path, known: Sequence[Known], step: Callable[[], None]) -> list[Comparison]:
     """Run a file over the chunks that the base has scored; return a comparison for each text.
 
     step: as of known_base. GgufRunError if the file splits a text into other tokens than the base.
@@ -71,7 +72,7 @@ def compared(load: Load, path: Path, known: Sequence[Known], step: Callable[[int
             if tokens_of(scorer.model, part.text) != part.ids:
                 raise GgufRunError(f"{path}: splits the text into other tokens than the base: no comparison")
             with LogitsFile(part.logits) as saved:
-                for so_far in compare(scorer, saved.chunk, part.chunks, rounded=True):
-                    step(so_far.n_chunk)
-                done.append(so_far)
+                done.append(Comparison())
+                for done[-1] in compare(scorer, saved.chunk, part.chunks, rounded=True):
+                    step()
     return done

@@ -80,23 +80,16 @@ class Comparison:
             "kl_mean": Estimate.of_mean(kl),
         }
 
-    def by_chunk(self) -> dict[str, Estimate]:
-        """Return three of the figures with the standard errors of the chunks' means; all chunks are of one size.
+    def by_chunk(self) -> "Comparison":
+        """Return a comparison whose tokens are the means of chunks, which all have one size.
 
-        Neighbours in a text resemble each other, so the errors of `estimates`, which take tokens to be independent, are
-        too small to compare files by.
+        Neighbours in a text resemble each other, so that the standard errors of tokens are too small to compare files
+        by. The changes of probabilities have no meaning here.
         """
-        kl, nll, nll_base, same_top = (self.chunk_means(name) for name in ("kl", "nll", "nll_base", "same_top"))
-        ratio = Estimate.of_mean(nll - nll_base).exp()
-        return {
-            "kl_mean": Estimate.of_mean(kl),
-            "same_top": Estimate.of_mean(same_top),
-            "perplexity_ratio": ratio,
-        }
-
-    def chunk_means(self, name: str) -> NDArray[np.float64]:
-        """The mean of one field of TOKEN_SCORES in each chunk, f64[n_chunk]."""
-        return np.array([chunk[name].mean() for chunk in self.chunks])
+        means = np.empty(self.n_chunk, TOKEN_SCORES)
+        for name in means.dtype.names or ():
+            means[name] = [chunk[name].mean() for chunk in self.chunks]
+        return Comparison((means,))
 
     def kl_percentiles(self) -> dict[float, float]:
         """Each of PERCENTILES (50: the median, 100: the largest value) and the divergence there, interpolated."""
@@ -108,11 +101,10 @@ def kl_ratio(a: Comparison, b: Comparison) -> Estimate:
 
     The standard error is of the pairs of chunks, by the delta method: what is hard for both does not widen it.
     """
-    ours, theirs = a.chunk_means("kl"), b.chunk_means("kl")
-    if not theirs.any():
-        return Estimate(math.nan, math.nan)
-    ratio = float(ours.mean() / theirs.mean())
-    return Estimate(ratio, Estimate.of_mean(ours - ratio * theirs).error / float(theirs.mean()))
+    ours, theirs = (done.by_chunk().scores("kl") for done in (a, b))
+    scale = float(theirs.mean()) or math.nan
+    ratio = float(ours.mean()) / scale
+    return Estimate(ratio, Estimate.of_mean(ours - ratio * theirs).error / scale)
 
 
 def compare(

@@ -153,22 +153,22 @@ def test_compare(folder: Path, tmp_path: Path) -> None:
     arguments = ["compare", "other.gguf", "tiny.gguf", "--base", "tiny.gguf", *texts]
     values = figures(folder, *arguments, "-o", str(tmp_path / "picture.svg"))
     assert (values["base"], values["skip"], values["threads"]) == ("tiny.gguf", 1, 2)
-    assert values["chunks"] == {"text.txt": 3, "longer.txt": 3}
-    other, tiny = values["files"]
-    assert (other["file"], other["bytes"]) == ("other.gguf", (folder / "other.gguf").stat().st_size)
-    assert other["bits_per_weight"] == 32
-    for name in ("text.txt", "longer.txt"):
+    assert (values["chunks"], len(values["results"])) == ([3, 3], 4)
+    for i, name in enumerate(("text.txt", "longer.txt")):
+        other, tiny = values["results"][2 * i : 2 * i + 2]
+        assert (other["text"], other["file"], other["bits_per_weight"]) == (name, "other.gguf", 32)
+        assert other["bytes"] == (folder / "other.gguf").stat().st_size
         kl = figures(folder, "kl", "other.gguf", "--base", "tiny.gguf", "-f", name, *texts[4:])
         for key in ("kl_mean", "kl_99", "same_top", "perplexity_ratio"):
-            assert other["texts"][name][key] == pytest.approx(kl[key], rel=1e-4), key
-        assert (tiny["texts"][name]["kl_mean"], tiny["texts"][name]["kl_ratio"]) == (0, 0)
+            assert other[key] == pytest.approx(kl[key], rel=1e-4), key
+        assert (other["kl_ratio"], tiny["kl_mean"], tiny["kl_ratio"]) == (1, 0, 0)
     result = invoke(folder, *arguments)
     assert result.exit_code == 0, result.stderr
     _head, *rows = result.stdout.splitlines()
     assert [row.split()[:2] for row in rows] == [
         [text, file] for text in ("text.txt", "longer.txt") for file in ("other.gguf", "tiny.gguf")
     ]
-    found = other["texts"]["text.txt"]
+    found = values["results"][0]
     assert f" {found['kl_mean']:.4g} ± {found['kl_mean_error']:.2g} " in rows[0]
     assert f" {100 * found['same_top']:.4g} ± {100 * found['same_top_error']:.2g} % " in rows[0]
     assert "other" in (tmp_path / "picture.svg").read_text()

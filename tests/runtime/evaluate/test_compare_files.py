@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from tinymodel import Tiny, write_tiny
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.runtime import Model
-from gguf_run.runtime.evaluate.compare_files import check_vocabularies, compared, known_base
+from gguf_run.runtime.evaluate.compare_files import check_vocabulary, compared, known_base
 from gguf_run.runtime.evaluate.kl import compare
 from gguf_run.runtime.evaluate.text import Scorer, bos_of, cut_chunks, tokens_of
 
@@ -34,13 +35,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_figures_of_two_models_side_by_side(folder: Path) -> None:
-    steps: list[int] = []
-    with known_base(load, folder / "base.gguf", TEXTS, steps.append, 3, 32, 1) as known:
-        assert steps == [1, 2, 3] * 2
-        found = compared(load, folder / "q4.gguf", known, steps.append)
-        (same, _) = compared(load, folder / "base.gguf", known, steps.append)
+    step = Mock()
+    with known_base(load, folder / "base.gguf", TEXTS, step, 3, 32, 1) as known:
+        assert step.call_count == 3 * len(TEXTS)
+        found = compared(load, folder / "q4.gguf", known, step)
+        (same, _) = compared(load, folder / "base.gguf", known, step)
         place = known[0].logits.parent
-    assert steps == [1, 2, 3] * 6
+    assert step.call_count == 3 * 3 * len(TEXTS)
     assert not place.exists()
     assert not same.scores("kl").any()
     with load(folder / "base.gguf") as base, load(folder / "q4.gguf") as q4:
@@ -54,24 +55,24 @@ def test_figures_of_two_models_side_by_side(folder: Path) -> None:
 
 
 def test_files_of_other_tokens(folder: Path) -> None:
-    check_vocabularies(folder / "base.gguf", [folder / "q4.gguf"])
+    check_vocabulary(folder / "q4.gguf", folder / "base.gguf")
     with pytest.raises(GgufRunError, match=r"spm\.gguf: has another vocabulary than .*base\.gguf"):
-        check_vocabularies(folder / "base.gguf", [folder / "q4.gguf", folder / "spm.gguf"])
+        check_vocabulary(folder / "spm.gguf", folder / "base.gguf")
     with (
-        known_base(load, folder / "base.gguf", TEXTS, lambda _: None, 1, 32) as known,
+        known_base(load, folder / "base.gguf", TEXTS, Mock(), 1, 32) as known,
         pytest.raises(GgufRunError, match=r"bos\.gguf: splits the text into other tokens than the base"),
     ):
-        compared(load, folder / "bos.gguf", known, lambda _: None)
+        compared(load, folder / "bos.gguf", known, Mock())
 
 
 def test_texts_that_are_too_short(folder: Path) -> None:
     with (
         pytest.raises(GgufRunError, match="one chunk needs 32"),
-        known_base(load, folder / "base.gguf", ["the"], lambda _: None, 3, 32),
+        known_base(load, folder / "base.gguf", ["the"], Mock(), 3, 32),
     ):
         pass
     with (
         pytest.raises(OptionError, match="--skip is 99"),
-        known_base(load, folder / "base.gguf", TEXTS, lambda _: None, 3, 32, 99),
+        known_base(load, folder / "base.gguf", TEXTS, Mock(), 3, 32, 99),
     ):
         pass

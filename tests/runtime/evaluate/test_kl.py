@@ -91,7 +91,7 @@ def test_errors_by_chunk() -> None:
     values = np.array([0.1, 0.3, 0.2])
     done = Comparison(tuple(scores(kl=np.full(50, v), nll=np.full(50, 1 + v), nll_base=np.ones(50)) for v in values))
     error = values.std(ddof=1) / math.sqrt(3)
-    found = done.by_chunk()
+    found = done.by_chunk().estimates()
     assert (found["kl_mean"].value, found["kl_mean"].error) == pytest.approx((0.2, error))
     ratio = math.exp(0.2)
     assert (found["perplexity_ratio"].value, found["perplexity_ratio"].error) == pytest.approx((ratio, ratio * error))
@@ -117,7 +117,8 @@ def test_ratio_is_of_pairs() -> None:
     assert np.mean([ratio.value for ratio in ratios]) == pytest.approx(0.6, abs=0.005)
     assert np.mean([ratio.error for ratio in ratios]) == pytest.approx(spread, rel=0.2)
     a, b = draw()
-    assert kl_ratio(a, b).error < 0.2 * a.by_chunk()["kl_mean"].error / b.by_chunk()["kl_mean"].value
+    alone = a.by_chunk().estimates()["kl_mean"].error / b.estimates()["kl_mean"].value
+    assert kl_ratio(a, b).error < 0.3 * alone
     assert (kl_ratio(a, a).value, kl_ratio(a, a).error) == (1, 0)
     assert math.isnan(kl_ratio(a, Comparison((scores(kl=np.zeros(3)),) * 40)).value)
 
