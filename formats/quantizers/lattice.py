@@ -64,7 +64,7 @@ def _recover(
 ) -> None:
     """x f32[n, 32]. Fills code i8[n, 32], scale f32[n], minimum f32[n] or f32[0], fits bool[n]."""
     y, unit = np.empty(x.shape[1]), np.empty(x.shape[1])
-    first = min(-q_min, 127) if q_min < 0 else q_max  # the greatest code that ggml's rounding uses
+    first = min(-q_min, 127) if q_min < 0 else q_max  # the greatest code of ggml's, which never uses -128
     for b in range(len(x)):
         w, q = x[b], code[b]
         m = np.float64(w.min()) if len(minimum) else 0.0
