@@ -199,7 +199,7 @@ class NumpySquares:
         self.rows: list[tuple[np.ndarray, int]] = []
 
     def add(self, rows: np.ndarray, e: int = 0) -> None:
-        self.rows += [(row, e) for row in rows]
+        self.rows += [(row.copy(), e) for row in rows]
         self.sums[e] += (rows.astype(np.float64) ** 2).sum(axis=0)
         self.counts[e] += len(rows)
 

@@ -14,6 +14,7 @@ from numpy_backend import ACTIVATIONS, NumpyBackend, rotate
 from paged import mixed_table
 from stream_ops import streams
 
+from gguf_run.formats.errors import UnsupportedError
 from gguf_run.kernels_gpu.buffers import Memory
 from gguf_run.kernels_gpu.device.tuning import DEFAULT, FEW
 from gguf_run.kernels_gpu.fuse import Convert
@@ -397,6 +398,8 @@ def test_observe() -> None:
     assert error(sums, expected[None]) < 1e-12
     assert counts.tolist() == [17]
     assert not any(part.any() for part in squares.take())
+    with pytest.raises(UnsupportedError, match="--full needs all layers on the CPU: give --gpu-layers 0"):
+        squares.keep(5)
 
 
 @pytest.mark.parametrize("n_group", [1, 3])
