@@ -30,13 +30,13 @@ def choose(file: GGUFFile, plan: "Plan", n_threads: int, given: Mapping[str, Any
 
 def _costs(file: GGUFFile, plan: "Plan", n_threads: int, given: Mapping[str, Any]) -> Mapping[str, float]:
     from gguf_run.runtime.evaluate.sensitivity import Sensitivity, probe
-    from gguf_run.runtime.quantize.allocate import is_place
+    from gguf_run.runtime.quantize.allocate import name_of, places
 
     path, text = given["sensitivity"], read_text(given["probe"]) if given["probe"] else None
     known = new = Sensitivity.of(file, plan, text)
     if path is not None and path.exists():
         known = known.with_file(path)
-    todo = [item for item in plan.items if is_place(item) and item.source.name not in known.tensors]
+    todo = [place for place in places(plan) if name_of(place) not in known.tensors]
     if todo and text is None:
         missing = f"what {len(todo)} tensors cost the model is not known"
         raise OptionError(f"{missing}: give --probe TEXT, or a --sensitivity FILE that has them")

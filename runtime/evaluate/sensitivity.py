@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from gguf_run.runtime.convert.open_checkpoint import in_memory
 from gguf_run.runtime.evaluate.logits_file import hash_file
 from gguf_run.runtime.evaluate.text import bos_of, check_finite, cut_chunks, tokens_of
 from gguf_run.runtime.model import Model
-from gguf_run.runtime.quantize.allocate import probe_type, relative_errors, with_type
+from gguf_run.runtime.quantize.allocate import name_of, probe_type, relative_errors, with_type
 from gguf_run.runtime.quantize.item import Item
 from gguf_run.runtime.quantize.plan import Plan
 
@@ -54,15 +55,17 @@ class Sensitivity:
 
     def with_file(self, path: Path) -> "Sensitivity":
         """Return what a file knows. FormatError if it is none of these, GgufRunError if it is of another model."""
-        try:
-            facts: Any = json.loads(read_bytes(path, _LARGEST_FILE))
-            known = replace(self, **facts, tensors={name: float(cost) for name, cost in facts.pop("tensors").items()})
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
-            known = replace(self, format="")
-        if (known.format, known.version) != (self.format, self.version) or not all(
-            0 <= cost < math.inf for cost in known.tensors.values()
+        facts: Any = None
+        with suppress(ValueError, RecursionError):
+            facts = json.loads(read_bytes(path, _LARGEST_FILE))
+        costs = facts.get("tensors") if isinstance(facts, dict) else None
+        if not (
+            isinstance(costs, dict)
+            and facts == asdict(self) | {key: facts.get(key) for key in ("model", "text", "tensors")}
+            and all(type(cost) in (int, float) and 0 <= cost < math.inf for cost in costs.values())
         ):
             raise FormatError(f"{path}: is no sensitivity file of version {self.version}: name another file")
+        known = Sensitivity(**facts)
         if known.model != self.model:
             raise GgufRunError(f"{path}: is of another model: name another file")
         return known
@@ -73,26 +76,29 @@ class Sensitivity:
             temporary.write_text(json.dumps(asdict(self), indent=1))
 
 
-def probe(file: GGUFFile, plan: Plan, todo: Sequence[Item], text: str, n_threads: int) -> Iterator[tuple[str, float]]:
-    """Load the model again and again; yield name and figure of each of the items of the plan that are to do.
+def probe(
+    file: GGUFFile, plan: Plan, todo: Sequence[Sequence[Item]], text: str, n_threads: int
+) -> Iterator[tuple[str, float]]:
+    """Load the model again and again; yield name and figure of each of the places of the plan that are to do.
 
     text: N_CHUNK * N_CTX tokens are read. Errors are those of Model.load, cut_chunks and check_finite.
     """
     reduce = LogSoftmax(n_threads)
-    original = [with_type(item, item.source.type) for item in plan.items]
+    original = {item.source.name: with_type(item, item.source.type) for item in plan.items}
 
-    def load(items: Sequence[Item]) -> Model:
+    def load(changed: dict[str, Item]) -> Model:
+        items = list((original | changed).values())
         return Model.load(in_memory(file, replace(plan, items=items)), n_ctx=N_CTX, n_threads=n_threads)
 
-    with load(original) as model:
+    with load({}) as model:
         chunks = cut_chunks(tokens_of(model, text), N_CTX, bos_of(model), N_CHUNK)
         expected = [model.logits(chunk.ids)[_N_FIRST:] for chunk in chunks]
-    for item in todo:
-        changed = with_type(item, probe_type(item))
-        with load([changed if own.source is item.source else own for own in original]) as model:
+    for place in todo:
+        type = probe_type(place)
+        with load({item.source.name: with_type(item, type) for item in place}) as model:
             logits = (model.logits(chunk.ids)[_N_FIRST:] for chunk in chunks)
             kl = np.concatenate([reduce.divergence(p, q) for p, q in zip(expected, logits, strict=True)])
         check_finite(kl, "the text to probe with")
-        error = relative_errors(item, [changed.target.type])[0]
-        yield item.source.name, max(0.0, float(kl.mean())) / error if error else 0.0
+        error = relative_errors(place, [type])[0]
+        yield name_of(place), max(0.0, float(kl.mean())) / error if error else 0.0
     reduce.close()

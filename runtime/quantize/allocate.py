@@ -7,7 +7,7 @@ the probe, times the error of the type. The types of least total cost that fit i
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -34,20 +34,33 @@ _N_SAMPLE = 128  # rows of a tensor that tell the errors of all
 _N_UNITS = 1 << 17  # the most units in which sizes are counted
 
 
-def is_place(item: Item) -> bool:
-    """Whether the type of an item may be chosen. Its plan was made for one quantized type, `pure`."""
-    return item.choice.is_free and item.target.type.is_quantized
+def places(plan: Plan) -> list[list[Item]]:
+    """Return the items whose types may be chosen; those of a list share a type, as Backend.experts needs it.
+
+    The plan was made for one quantized type, `pure`.
+    """
+    found: dict[str, list[Item]] = {}
+    for item in plan.items:
+        if item.choice.is_free and item.target.type.is_quantized:
+            found.setdefault(item.source.name.replace("ffn_gate_exps", "ffn_up_exps"), []).append(item)
+    return list(found.values())
 
 
-def probe_type(item: Item) -> TensorType:
+def name_of(place: Sequence[Item]) -> str:
+    """Return the name by which a place is known."""
+    return place[0].source.name
+
+
+def probe_type(place: Sequence[Item]) -> TensorType:
     """Return the type with which a place is probed."""
-    return type_by_name(next(probe for n, _, probe in _LADDERS if item.source.ne[0] % n == 0))
+    return type_by_name(next(probe for n, _, probe in _LADDERS if place[0].source.ne[0] % n == 0))
 
 
-def _types(item: Item) -> list[TensorType]:
+def _types(place: Sequence[Item]) -> list[TensorType]:
     """Return the types that a place may get. The last one keeps its weights, or all that F16 holds of F32."""
-    names = next(names for n, names, _ in _LADDERS if item.source.ne[0] % n == 0)
-    return [*map(type_by_name, names), type_by_name("F16") if item.source.type.name == "F32" else item.source.type]
+    source = place[0].source
+    names = next(names for n, names, _ in _LADDERS if source.ne[0] % n == 0)
+    return [*map(type_by_name, names), type_by_name("F16") if source.type.name == "F32" else source.type]
 
 
 def with_type(item: Item, type: TensorType) -> Item:
@@ -55,22 +68,23 @@ def with_type(item: Item, type: TensorType) -> Item:
     return replace(item, target=replace(item.target, type=type), choice=Choice(type))
 
 
-def relative_errors(item: Item, types: Sequence[TensorType]) -> list[float]:
+def relative_errors(place: Sequence[Item], types: Sequence[TensorType]) -> list[float]:
     """Return the squared errors of the weights in each type, as shares of the squared weights, both by importance.
 
     Some rows, evenly spaced, stand for all. FormatError if weights are NaN or infinite.
     """
-    source, n = item.source, item.source.ne[1]
-    step = max(1, source.n_rows // _N_SAMPLE)
     errors, power = np.zeros(len(types)), 0.0
-    for first in range(0, source.n_rows, n):  # an expert at a time: each has its own importance
-        rows = [source.blocks(row, row + 1) for row in range(first, first + n, step)]
-        x, importance = dequantize(np.concatenate(rows), source.type), item.importance_at(first)
-        weights = np.ones(x.shape[1]) if importance is None else importance.astype(np.float64)
-        power += float((x * x).sum(axis=0) @ weights)
-        for i, type in enumerate(types):
-            error = dequantize(quantize(x, type, importance, n_threads=1), type) - x
-            errors[i] += float((error * error).sum(axis=0) @ weights)
+    for item in place:
+        source, n = item.source, item.source.ne[1]
+        step = max(1, source.n_rows // _N_SAMPLE)
+        for first in range(0, source.n_rows, n):  # an expert at a time: each has its own importance
+            rows = [source.blocks(row, row + 1) for row in range(first, first + n, step)]
+            x, importance = dequantize(np.concatenate(rows), source.type), item.importance_at(first)
+            weights = np.ones(x.shape[1]) if importance is None else importance.astype(np.float64)
+            power += float((x * x).sum(axis=0) @ weights)
+            for i, type in enumerate(types):
+                error = dequantize(quantize(x, type, importance, n_threads=1), type) - x
+                errors[i] += float((error * error).sum(axis=0) @ weights)
     return (errors / power if power else errors).tolist()
 
 
@@ -109,15 +123,16 @@ def _header(plan: Plan) -> bytes:
 
 def _sizes(plan: Plan) -> tuple[int, list[NDArray[np.int64]]]:
     """Return the bytes that do not depend on the choice, and of each place i64[n], the bytes in each of its types."""
-    alignment, fixed, sizes = alignment_of(plan.metadata), len(_header(plan)), []
-    for item in plan.items:
-        types = _types(item) if is_place(item) else [item.target.type]
-        own = np.array([padded(replace(item.target, type=type).nbytes, alignment) for type in types])
-        if is_place(item):
-            sizes.append(own)
-        else:
-            fixed += int(own[0])
-    return fixed, sizes
+    alignment = alignment_of(plan.metadata)
+
+    def n_bytes(items: Iterable[Item]) -> int:
+        return sum(padded(item.target.nbytes, alignment) for item in items)
+
+    sizes = [
+        np.array([n_bytes(with_type(item, type) for item in place) for type in _types(place)]) for place in places(plan)
+    ]
+    free = n_bytes(item for place in places(plan) for item in place)
+    return len(_header(plan)) + n_bytes(plan.items) - free, sizes
 
 
 def check_size(plan: Plan, size: int) -> None:
@@ -131,18 +146,17 @@ def check_size(plan: Plan, size: int) -> None:
 def allocate(plan: Plan, costs: Mapping[str, float], size: int, n_threads: int) -> tuple[Plan, float]:
     """Return the plan with types that make a file of at most `size` bytes, and the KL divergence that is expected.
 
-    costs: of each place, by the name in the input: KL divergence in nats / relative squared error of the weights.
+    costs: of each place, by name_of: KL divergence in nats / relative squared error of the weights.
     size: has passed check_size.
     """
-    places = [item for item in plan.items if is_place(item)]
-    fixed, sizes = _sizes(plan)
+    free, (fixed, sizes) = places(plan), _sizes(plan)
     with ThreadPoolExecutor(n_threads) as pool:
-        errors = list(pool.map(relative_errors, places, map(_types, places)))
-    kls = [costs[item.source.name] * np.array(error) for item, error in zip(places, errors, strict=True)]
+        errors = list(pool.map(relative_errors, free, map(_types, free)))
+    kls = [costs[name_of(place)] * np.array(error) for place, error in zip(free, errors, strict=True)]
     picks = cheapest(sizes, kls, size - fixed)
     expected = sum(float(kl[pick]) for kl, pick in zip(kls, picks, strict=True))
-    chosen = {item.source.name: _types(item)[pick] for item, pick in zip(places, picks, strict=True)}
-    items = [with_type(i, chosen[i.source.name]) if is_place(i) else i for i in plan.items]
+    chosen = {item.target.name: _types(place)[pick] for place, pick in zip(free, picks, strict=True) for item in place}
+    items = [with_type(item, chosen.get(item.target.name, item.target.type)) for item in plan.items]
     weights: Counter[str] = Counter()
     for item in items:
         weights[item.target.type.name] += item.target.n_elements
