@@ -54,6 +54,8 @@ _KV_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": {"t
 @click.option("--override-kv", multiple=True, metavar="KEY=TYPE:VALUE", help="Set metadata; int, float, bool or str.")
 @click.option("--prune-layers", metavar="L,...", help="Leave these layers out and renumber the others.")
 @click.option("--keep-split", is_flag=True, help="Split the output into the same files as the input.")
+@click.option("--search", is_flag=True, help="Better scales for MXFP4 and NVFP4 than llama.cpp's: other bytes.")
+@click.option("--keep-lattice", is_flag=True, help="Keep the codes of weights that were trained for Q4_0 or its like.")
 @click.option("--split-max-tensors", type=click.IntRange(1), help="Put at most so many tensors into one file.")
 @click.option("--evaluate", type=TEXT, metavar="TEXT", help="Then compare OUT with IN on 20 chunks of this text.")
 def main(**given: Any) -> None:
@@ -103,10 +105,16 @@ def _run(
     if given["keep_split"] and any(limits.values()):
         raise click.UsageError("give --keep-split or a limit of --split-max-..., not both")
     options = _options(rest[-1], given)
-    from gguf_run.runtime.quantize.plan import check_plan, make_plan
+    from gguf_run.runtime.quantize.plan import check_plan, make_plan, with_search
 
     with GGUFFile.open(find_model(model)) as file:
         plan = make_plan(file, options)
+        if given["search"]:
+            plan = with_search(plan)
+        if given["keep_lattice"]:
+            from gguf_run.runtime.quantize.lattice import with_lattice
+
+            plan = with_lattice(plan)
         for note in plan.notes:
             report(f"note: {note}")
         if not dry_run:
