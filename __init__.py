@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gguf_run.runtime import Stats as Stats
     from gguf_run.runtime import TokenLogprob as TokenLogprob
     from gguf_run.runtime import UnsupportedError as UnsupportedError
+    from gguf_run.runtime import quantize_model as quantize_model
 
     __version__: str
 

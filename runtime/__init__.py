@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from gguf_run.formats.errors import GgufRunError as GgufRunError
     from gguf_run.formats.errors import OptionError as OptionError
     from gguf_run.formats.errors import UnsupportedError as UnsupportedError
+    from gguf_run.runtime.cli.quantize import quantize_model as quantize_model
     from gguf_run.runtime.engine.reply import Answer as Answer
     from gguf_run.runtime.engine.reply import Piece as Piece
     from gguf_run.runtime.engine.sequence import Stats as Stats
@@ -29,6 +30,7 @@ _PLACES = {
     "Stats": "runtime.engine.sequence",
     "TokenLogprob": "runtime.sampling.choice",
     "UnsupportedError": "formats.errors",
+    "quantize_model": "runtime.cli.quantize",
 }
 __all__ = [*_PLACES]
 

@@ -27,31 +27,40 @@ _LEAST_KL = 1e-8  # what rounding alone gives; a logarithmic scale has no 0
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
     """A file on a text."""
 
     text: str
     file: str  # as the user named it
     nbytes: int
     bits: float  # per weight
+    n_chunk: int
     figures: list[Figure]
 
 
-def run(
-    models: Sequence[str], base: str, files: Sequence[Path], n_ctx: int | None = None, n_chunk: int | None = None,
-    n_skip: int = 0, output: Path | None = None, as_json: bool = False, **options: Any,
-) -> None:  # fmt: skip
-    """Run the command; its help says what it does."""
+def run(files: Sequence[Path], output: Path | None, as_json: bool, **given: Any) -> None:
+    """Run the command; its help says what it does. given: arguments of compared_files."""
     if output is not None:
         check_place(output, "--output")
+    rows = compared_files(files=files, **given)
+    if as_json:
+        click.echo(json.dumps({**given, "results": [*map(_record, rows)]}))
+    else:
+        click.echo("\n".join(table_of(rows)))
+    if output is not None:
+        output.write_text(_picture(rows))
+
+
+def compared_files(
+    models: Sequence[str], base: str, files: Sequence[Path], n_ctx: int | None = None, n_chunk: int | None = None,
+    n_skip: int = 0, **options: Any,
+) -> list[Row]:  # fmt: skip
+    """Compare models with a base on the texts of files. options: of all models. Errors are those of known_base."""
     texts, original, paths = [*map(read_text, files)], find_model(base), [*map(find_model, models)]
     for path in paths:
         check_vocabulary(path, original)
-    sizes, n_ctx, n_chunk = (
-        [*map(_size, paths)],
-        N_CTX if n_ctx is None else n_ctx,
-        N_CHUNK if n_chunk is None else n_chunk,
-    )
+    n_ctx, n_chunk = N_CTX if n_ctx is None else n_ctx, N_CHUNK if n_chunk is None else n_chunk
+    sizes = [*map(_size, paths)]
 
     def load(path: Path) -> Any:
         return load_scorer(str(path), options, n_ctx=n_ctx)
@@ -65,15 +74,11 @@ def run(
         known_base(load, original, texts, step, n_chunk, n_ctx, n_skip) as known,
     ):
         results = [compared(load, path, known, step) for path in paths]
-    rows = [
-        _Row(str(file), model, *size, _figures(result[i], results[0][i] if len(models) > 1 else None))
+    return [
+        Row(str(file), model, *size, result[i].n_chunk, _figures(result[i], results[0][i] if len(models) > 1 else None))
         for i, file in enumerate(files)
         for model, size, result in zip(models, sizes, results, strict=True)
     ]
-    facts = {"base": base, "n_ctx": n_ctx, "skip": n_skip, "chunks": [r.n_chunk for r in results[0]], **options}
-    click.echo(json.dumps({**facts, "results": [*map(_record, rows)]}) if as_json else "\n".join(_table(rows)))
-    if output is not None:
-        output.write_text(_picture(rows))
 
 
 def _figures(done: Comparison, first: Comparison | None) -> list[Figure]:
@@ -98,12 +103,14 @@ def _size(path: Path) -> tuple[int, float]:
         return sum(part.stat().st_size for part in parts), bits_per_weight(tensors)
 
 
-def _record(row: _Row) -> dict[str, Any]:
+def _record(row: Row) -> dict[str, Any]:
     facts = {"text": row.text, "file": row.file, "bytes": row.nbytes, "bits_per_weight": row.bits}
-    return facts | {key: value for figure in row.figures for key, value in figure.json().items()}
+    return (
+        facts | {"chunks": row.n_chunk} | {key: value for figure in row.figures for key, value in figure.json().items()}
+    )
 
 
-def _table(rows: Sequence[_Row]) -> Iterator[str]:
+def table_of(rows: Sequence[Row]) -> Iterator[str]:
     head = ["text", "file", "size", "bits/weight", *(figure.label for figure in rows[0].figures)]
     cells = [
         [
@@ -118,7 +125,7 @@ def _table(rows: Sequence[_Row]) -> Iterator[str]:
     yield from table(head, cells, "ll" + "r" * (len(head) - 2))
 
 
-def _picture(rows: Sequence[_Row]) -> str:
+def _picture(rows: Sequence[Row]) -> str:
     """Draw divergence by size, a line for each text."""
     kinds = {text: "acb"[i % 3] for i, text in enumerate(dict.fromkeys(row.text for row in rows))}
     points = [

@@ -1,14 +1,15 @@
 """gguf-quantize: a model's weights in fewer bits."""
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gguf_run.formats.errors import OptionError
+from gguf_run.formats.errors import OptionError, did_you_mean
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.runtime.cli import complete
 from gguf_run.runtime.cli.byte_size import byte_size
@@ -25,6 +26,7 @@ from gguf_run.runtime.terminal.text import message
 if TYPE_CHECKING:
     from gguf_run.runtime.quantize.plan import Options, Plan
 
+TEXT = click.Path(exists=True, dir_okay=False, path_type=Path)
 _TYPES = complete.among(lambda typed: WRITABLE)
 _KV_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": {"true": True, "false": False}.__getitem__}
 
@@ -64,13 +66,48 @@ _KV_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": {"t
 @click.option("--search", is_flag=True, help="Better scales for MXFP4 and NVFP4 than llama.cpp's: other bytes.")
 @click.option("--keep-lattice", is_flag=True, help="Keep the codes of weights that were trained for Q4_0 or its like.")
 @click.option("--split-max-tensors", type=click.IntRange(1), help="Put at most so many tensors into one file.")
-def main(model: str, rest: tuple[str, ...], dry_run: bool, threads: int | None, **given: Any) -> None:
+@click.option("--evaluate", type=TEXT, metavar="TEXT", help="Then compare OUT with IN on 20 chunks of this text.")
+def main(**given: Any) -> None:
     """Write the model IN to OUT with weights of TYPE, such as Q4_K_M or Q8_0. The bytes are those of llama-quantize.
 
     IN is a GGUF file (of a split model the first) or hf:owner/repo:F16, in F16, BF16 or F32. TYPE is the name or number
     of a file type of llama-quantize. A mixture such as Q4_K_M gives more bits to the sensitive tensors. COPY changes no
     tensor. In place of TYPE, --target-size chooses a type for each tensor. With --dry-run OUT may be left out.
     """
+    for line in _run(message, **given):
+        click.echo(line)
+
+
+def quantize_model(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    type: str | None = None,
+    *,
+    report: Callable[[str], None] = lambda line: None,
+    **options: Any,
+) -> None:
+    """Write the model to `out` with weights of a type, as the command gguf-quantize does.
+
+    options: those of the command, as imatrix="m.gguf", tensor_type=["ffn_down=Q6_K"], allow_requantize=True.
+    report: is called with each line that the command prints.
+    Errors are those of the command; OptionError for options that it does not have or allow.
+    """
+    several = {str(param.name): param.multiple for param in main.params if isinstance(param, click.Option)}
+    for name in options.keys() - several:
+        raise OptionError(f"{name} is no option of gguf-quantize: {did_you_mean(name, several)}see its --help")
+    defaults = {name: [value] if several[name] and isinstance(value, str) else value for name, value in options.items()}
+    words = ["--", os.fspath(model), os.fspath(out), *([type] if type else [])]
+    try:
+        for line in _run(report, **main.make_context("gguf-quantize", words, default_map=defaults).params):
+            report(line)
+    except click.UsageError as error:
+        raise OptionError(error.format_message()) from None
+
+
+def _run(
+    report: Callable[[str], None], model: str, rest: tuple[str, ...], dry_run: bool, threads: int | None, **given: Any
+) -> Iterator[str]:
+    """Run the command; yield the lines of its result. report: is called with notes."""
     has_target = given["target_size"] or given["target_bpw"]
     n_names = 1 if has_target else 2
     if len(rest) not in (n_names, n_names - dry_run):
@@ -93,11 +130,17 @@ def main(model: str, rest: tuple[str, ...], dry_run: bool, threads: int | None, 
             plan = choose(file, plan, threads or default_threads(), given)
         plan = _with_methods(plan, given)
         for note in plan.notes:
-            message(f"note: {note}")
+            report(f"note: {note}")
         if given["save_recipe"]:
             write_recipe(given["save_recipe"], plan.items)
-        for line in show_types(plan) if dry_run else run_plan(plan, Path(rest[0]), threads, limits):
-            click.echo(line)
+        if dry_run:
+            yield from show_types(plan)
+            return
+        written = yield from run_plan(plan, Path(rest[0]), threads, limits)
+    if given["evaluate"]:
+        from gguf_run.runtime.cli.evaluate_compare import compared_files, table_of
+
+        yield from table_of(compared_files([str(written)], model, [given["evaluate"]], threads=threads))
 
 
 def _with_methods(plan: "Plan", given: Mapping[str, Any]) -> "Plan":

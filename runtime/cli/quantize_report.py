@@ -1,7 +1,7 @@
 """What gguf-quantize and gguf-convert share: options, the table of a dry run, and the run with its closing lines."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +41,8 @@ def show_types(plan: "Plan") -> Iterator[str]:
         yield "this type needs --imatrix"
 
 
-def run_plan(plan: "Plan", path: Path, n_threads: int | None, limits: dict[str, Any]) -> Iterator[str]:
-    """Write the files of a plan and yield the closing lines.
+def run_plan(plan: "Plan", path: Path, n_threads: int | None, limits: dict[str, Any]) -> Generator[str, None, Path]:
+    """Write the files of a plan and yield the closing lines; return the first file.
 
     limits: split_max_size and split_max_tensors of GGUFWriter, None or 0 for no limit.
     """
@@ -64,6 +64,7 @@ def run_plan(plan: "Plan", path: Path, n_threads: int | None, limits: dict[str, 
     yield ""
     parts = f" and {len(writer.paths) - 1} more" if len(writer.paths) > 1 else ""
     yield f"{one_line(str(writer.paths[0]))}{parts}: {_total(plan)}, {time.monotonic() - start:.1f} s"
+    return writer.paths[0]
 
 
 def _total(plan: "Plan") -> str:

@@ -152,8 +152,8 @@ def test_compare(folder: Path, tmp_path: Path) -> None:
     texts = ["-f", "text.txt", "-f", "longer.txt", *SMALL, "--chunks", "3", "--skip", "1"]
     arguments = ["compare", "other.gguf", "tiny.gguf", "--base", "tiny.gguf", *texts]
     values = figures(folder, *arguments, "-o", str(tmp_path / "picture.svg"))
-    assert (values["base"], values["skip"], values["threads"]) == ("tiny.gguf", 1, 2)
-    assert (values["chunks"], len(values["results"])) == ([3, 3], 4)
+    assert (values["base"], values["n_skip"], values["threads"]) == ("tiny.gguf", 1, 2)
+    assert [row["chunks"] for row in values["results"]] == [3] * 4
     for i, name in enumerate(("text.txt", "longer.txt")):
         other, tiny = values["results"][2 * i : 2 * i + 2]
         assert (other["text"], other["file"], other["bits_per_weight"]) == (name, "other.gguf", 32)

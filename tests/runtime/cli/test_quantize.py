@@ -1,5 +1,6 @@
 """gguf-quantize: bytes against libgguf, metadata, options, and one clear line for everything that it refuses."""
 
+import json
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -11,10 +12,14 @@ import pytest
 from click.testing import CliRunner, Result
 from ggufbuild import T, Typed, write
 from numpy.typing import NDArray
+from tinymodel import Tiny, write_tiny
 
 from gguf_run.formats.blocks.dequantizer import dequantize
+from gguf_run.formats.errors import OptionError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.gguf.writer import GGUFWriter
+from gguf_run.runtime import quantize_model
+from gguf_run.runtime.cli.evaluate import main as evaluate
 from gguf_run.runtime.cli.quantize import main
 from gguf_run.runtime.quantize import file as quantize_file
 
@@ -413,3 +418,53 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path: Path, monkeypatch: pytes
         assert tracemalloc.get_traced_memory()[1] < 4 * N_EMBD * n_rows / 8
     finally:
         tracemalloc.stop()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that runs, and text.txt beside it."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_tiny(folder / "f32.gguf", Tiny(n_ctx=512))
+    (folder / "text.txt").write_text("the order and another one, or the other end of the road and so on. " * 60)
+    return folder / "f32.gguf"
+
+
+def test_evaluate(whole: Path, tmp_path: Path) -> None:
+    """The figures are those of gguf-eval kl, whose chunks are as large."""
+    text = whole.with_name("text.txt")
+    options = ("--split-max-tensors", "9", "--evaluate", text)
+    result = run(whole, tmp_path / "q4.gguf", "Q4_0", "-t", "2", *options)
+    assert result.exit_code == 0, result.output
+    head, row = result.stdout.splitlines()[-2:]
+    written = tmp_path / "q4-00001-of-00003.gguf"
+    assert head.split()[:3] == ["text", "file", "size"]
+    assert "of the first" not in head
+    assert row.split()[:2] == [str(text), str(written)]
+    arguments = ["kl", str(written), "--base", str(whole), "-f", str(text), "--chunks", "20", "-t", "2", "--json"]
+    kl = json.loads(CliRunner().invoke(evaluate, arguments).stdout)
+    assert kl["chunks"] > 1
+    assert f" {kl['kl_mean']:.4g} ± " in row
+    assert f" {100 * kl['same_top']:.4g} ± " in row
+    assert "no.txt" in run(whole, tmp_path / "none.gguf", "Q4_0", "--evaluate", tmp_path / "no.txt").output
+    assert not (tmp_path / "none.gguf").exists()
+
+
+def test_quantize_model(model: Path, tmp_path: Path) -> None:
+    """The command's options as keywords, its bytes, its lines, and its errors as exceptions."""
+    lines: list[str] = []
+    options: dict[str, Any] = {"tensor_type": ["ffn_up=Q8_0"], "threads": 1, "override_kv": "general.name=str:A"}
+    quantize_model(model, tmp_path / "a.gguf", "Q4_0", report=lines.append, pure=True, **options)
+    words = ("--pure", "--tensor-type", "ffn_up=Q8_0", "--override-kv", "general.name=str:A")
+    result = run(model, tmp_path / "b.gguf", "Q4_0", *words)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    assert lines[:-1] == result.stdout.splitlines()[:-1]
+    for kind, more, wanted in (
+        ("Q4_0", {"imatri": "m.gguf"}, r"imatri is no option of gguf-quantize: did you mean imatrix\? see"),
+        ("Q4_0", {"threads": 0}, r"'--threads' / '-t': 0 is not in the range"),
+        ("Q4_0", {"keep_split": True, "split_max_size": "1G"}, "not both"),
+        ("Q9", {}, 'TYPE is "Q9"'),
+        (None, {}, "give IN, OUT and TYPE"),
+    ):
+        with pytest.raises(OptionError, match=wanted):
+            quantize_model(model, tmp_path / "c.gguf", kind, **more)
+    assert not (tmp_path / "c.gguf").exists()
