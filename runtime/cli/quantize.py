@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from gguf_run.runtime.load.machine import default_threads
 from gguf_run.runtime.quantize.file_types import WRITABLE, file_type, writable_type
 from gguf_run.runtime.quantize.recipe import read_recipe, rule, write_recipe
 from gguf_run.runtime.quantize.rules import Overrides
+from gguf_run.runtime.terminal.progress import progress
 from gguf_run.runtime.terminal.text import message
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ _KV_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": {"t
 @click.option("--override-kv", multiple=True, metavar="KEY=TYPE:VALUE", help="Set metadata; int, float, bool or str.")
 @click.option("--prune-layers", metavar="L,...", help="Leave these layers out and renumber the others.")
 @click.option("--keep-split", is_flag=True, help="Split the output into the same files as the input.")
+@click.option("--method", multiple=True, metavar="NAME", help="A method of calibration: awq scales channels.")
 @click.option("--search", is_flag=True, help="Better scales for MXFP4 and NVFP4 than llama.cpp's: other bytes.")
 @click.option("--keep-lattice", is_flag=True, help="Keep the codes of weights that were trained for Q4_0 or its like.")
 @click.option("--split-max-tensors", type=click.IntRange(1), help="Put at most so many tensors into one file.")
@@ -91,7 +93,7 @@ def main(model: str, rest: tuple[str, ...], dry_run: bool, threads: int | None, 
             from gguf_run.runtime.cli.quantize_target import choose
 
             plan = choose(file, plan, threads or default_threads(), given)
-        plan = _with_methods(plan, given)
+        plan = _with_methods(plan, threads or default_threads(), given)
         for note in plan.notes:
             message(f"note: {note}")
         if given["save_recipe"]:
@@ -100,13 +102,32 @@ def main(model: str, rest: tuple[str, ...], dry_run: bool, threads: int | None, 
             click.echo(line)
 
 
-def _with_methods(plan: "Plan", given: Mapping[str, Any]) -> "Plan":
-    """Return the plan with the roundings that the options name."""
+def _with_methods(plan: "Plan", n_threads: int, given: Mapping[str, Any]) -> "Plan":
+    """Return the plan with the changes of weights and the roundings that the options name."""
     from gguf_run.runtime.quantize.lattice import with_lattice
     from gguf_run.runtime.quantize.plan import with_search
 
+    for name in given["method"]:
+        if name != "awq":
+            raise OptionError(f"--method {name}: allowed are awq")
+    if "awq" in given["method"]:
+        plan = _with_awq(plan, n_threads, given)
     plan = with_search(plan) if given["search"] else plan
     return with_lattice(plan) if given["keep_lattice"] else plan
+
+
+def _with_awq(plan: "Plan", n_threads: int, given: Mapping[str, Any]) -> "Plan":
+    """Return the plan with channel scales. They are found with the second moments of --imatrix, if it has any."""
+    from gguf_run.formats.gguf.imatrix import Imatrix
+    from gguf_run.formats.gguf.moments import Moments
+    from gguf_run.runtime.quantize.fold import awq
+
+    if given["keep_lattice"]:
+        raise click.UsageError("--method awq moves weights off their lattice: give it or --keep-lattice, not both")
+    path = given["imatrix"]
+    is_full = path is not None and Imatrix.open(path).inputs
+    with Moments.open(path) if is_full else nullcontext() as moments, progress("scaling channels") as bar:
+        return awq(plan, moments, n_threads, bar.set)
 
 
 def _options(kind: str | None, given: Mapping[str, Any]) -> "Options":

@@ -15,7 +15,6 @@ The norm of the output keeps its scale: its rows are a result, as embeddings.
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
 from gguf_run.formats.gguf.mapped import quoted
+from gguf_run.formats.gguf.moments import Moments
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.formats.gguf.writer_metadata import as_typed
 from gguf_run.formats.quantizers.quantizer import quantize
@@ -50,16 +50,6 @@ _OTHER = (
     *("ffn_down", "ffn_down_exps", "ffn_down_shexp"),
 )
 _LINEAR = ("silu", "gelu")  # activations of an ffn that is activation(gate) * up
-
-
-class Moments(Protocol):
-    """Second moments of the inputs of matrices, as formats/gguf/moments.py reads them."""
-
-    def group(self, name: str) -> str | None:
-        """Return None if there are none for a tensor."""
-
-    def mean(self, name: str, expert: int = 0) -> NDArray[np.float32]:
-        """Return E[x xT], f32[n, n]."""
 
 
 @dataclass(frozen=True)
