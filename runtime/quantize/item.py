@@ -34,6 +34,11 @@ class Change:
     columns: NDArray[np.float32]  # f32[n_expert, ne[0]], or f32[1, ne[0]] for all experts
     rows: NDArray[np.float32]  # f32[n_rows]
 
+    def moments(self, h: NDArray[np.float32], expert: int = 0) -> NDArray[np.float32]:
+        """Return E[x xT] of what the changed matrix gets, f32[n, n]. h: of what the matrix of the source gets."""
+        s = self.columns[expert % len(self.columns)]
+        return h / (s * s[:, None])
+
 
 @dataclass(frozen=True)
 class Item:

@@ -139,6 +139,8 @@ def test_importance_follows_the_scales(tmp_path: Path) -> None:
         for old, new in zip(plan.items, changed.items, strict=True):
             if new.importance is not None and new.change is not None and old.importance is not None:
                 assert new.importance == pytest.approx(old.importance / new.change.columns**2)
+                scaled = new.change.moments(np.diag(old.importance[0]))
+                assert np.diag(scaled) == pytest.approx(new.importance[0])
 
 
 def test_refused(tmp_path: Path) -> None:
