@@ -24,7 +24,7 @@ from gguf_run.runtime.quantize.rules import Overrides
 from gguf_run.runtime.terminal.text import message
 
 if TYPE_CHECKING:
-    from gguf_run.runtime.quantize.plan import Options, Plan
+    from gguf_run.runtime.quantize.plan import Options
 
 TEXT = click.Path(exists=True, dir_okay=False, path_type=Path)
 _TYPES = complete.among(lambda typed: WRITABLE)
@@ -63,6 +63,7 @@ _KV_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": {"t
 @click.option("--override-kv", multiple=True, metavar="KEY=TYPE:VALUE", help="Set metadata; int, float, bool or str.")
 @click.option("--prune-layers", metavar="L,...", help="Leave these layers out and renumber the others.")
 @click.option("--keep-split", is_flag=True, help="Split the output into the same files as the input.")
+@click.option("--method", multiple=True, metavar="NAME", help="Round with calibration: gptq, awq or both, see docs.")
 @click.option("--search", is_flag=True, help="Better scales for MXFP4 and NVFP4 than llama.cpp's: other bytes.")
 @click.option("--keep-lattice", is_flag=True, help="Keep the codes of weights that were trained for Q4_0 or its like.")
 @click.option("--split-max-tensors", type=click.IntRange(1), help="Put at most so many tensors into one file.")
@@ -118,6 +119,7 @@ def _run(
     if given["keep_split"] and any(limits.values()):
         raise click.UsageError("give --keep-split or a limit of --split-max-..., not both")
     options = _options(None if has_target else rest[-1], given)
+    from gguf_run.runtime.cli.quantize_methods import with_methods
     from gguf_run.runtime.quantize.plan import check_plan, make_plan
 
     with GGUFFile.open(find_model(model)) as file:
@@ -128,7 +130,7 @@ def _run(
             from gguf_run.runtime.cli.quantize_target import choose
 
             plan = choose(file, plan, threads or default_threads(), given)
-        plan = _with_methods(plan, given)
+        plan = with_methods(plan, threads or default_threads(), given)
         for note in plan.notes:
             report(f"note: {note}")
         if given["save_recipe"]:
@@ -141,15 +143,6 @@ def _run(
         from gguf_run.runtime.cli.evaluate_compare import compared_files, table_of
 
         yield from table_of(compared_files([str(written)], model, [given["evaluate"]], threads=threads))
-
-
-def _with_methods(plan: "Plan", given: Mapping[str, Any]) -> "Plan":
-    """Return the plan with the roundings that the options name."""
-    from gguf_run.runtime.quantize.lattice import with_lattice
-    from gguf_run.runtime.quantize.plan import with_search
-
-    plan = with_search(plan) if given["search"] else plan
-    return with_lattice(plan) if given["keep_lattice"] else plan
 
 
 def _options(kind: str | None, given: Mapping[str, Any]) -> "Options":

@@ -117,7 +117,7 @@ def _run(slab: _Slab) -> tuple[NDArray[np.uint8], Loss]:
     blocks = source.blocks(slab.first, slab.end)
     if source.type.dtype.kind == "i":
         return blocks, Loss()
-    x = dequantize(blocks, source.type)
+    x = item.changed(dequantize(blocks, source.type), slab.first)
     if item.is_copy:
         if count_bad(x)[0]:
             raise _bad_weights(source)

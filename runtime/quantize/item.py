@@ -28,6 +28,19 @@ Rounding = Callable[["Item", NDArray[np.float32], int], NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
+class Change:
+    """Factors of a tensor's weights, made up for by those of its neighbours: the model computes the same."""
+
+    columns: NDArray[np.float32]  # f32[n_expert, ne[0]], or f32[1, ne[0]] for all experts
+    rows: NDArray[np.float32]  # f32[n_rows]
+
+    def moments(self, h: NDArray[np.float32], expert: int = 0) -> NDArray[np.float32]:
+        """Return E[x xT] of what the changed matrix gets, f32[n, n]. h: of what the matrix of the source gets."""
+        s = self.columns[expert % len(self.columns)]
+        return h / (s * s[:, None])
+
+
+@dataclass(frozen=True)
 class Item:
     """A tensor to write."""
 
@@ -37,11 +50,22 @@ class Item:
     importance: NDArray[np.float32] | None = None  # float32[n_expert, ne[0]]
     imatrix_path: str = ""  # the file that the importance is from
     rounding: Rounding = plain  # what makes the blocks
+    change: Change | None = None  # made to the weights before they become blocks; `importance` takes it into account
 
     @property
     def is_copy(self) -> bool:
-        return self.source.type is self.target.type
+        return self.source.type is self.target.type and self.change is None
+
+    def changed(self, x: NDArray[np.float32], first: int) -> NDArray[np.float32]:
+        """Return rows first, first + 1, ... as they are to be written. x: those of the source, all of one expert."""
+        if self.change is None:
+            return x
+        columns, rows = self.change.columns, self.change.rows[first : first + len(x), None]
+        return x * columns[self._expert(first) % len(columns)] * rows
 
     def importance_at(self, row: int) -> NDArray[np.float32] | None:
         """Return the importance of the columns of a row: each expert has its own."""
-        return None if self.importance is None else self.importance[row // self.source.ne[1] % len(self.importance)]
+        return None if self.importance is None else self.importance[self._expert(row) % len(self.importance)]
+
+    def _expert(self, row: int) -> int:
+        return row // self.source.ne[1] if len(self.source.ne) > 1 else 0

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -12,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from ggufbuild import T, Typed, write
 from numpy.typing import NDArray
-from tinymodel import Tiny, write_tiny
+from tinymodel import WIDE_LLAMA, Tiny, write_tiny
 
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.errors import OptionError
@@ -185,6 +186,26 @@ def test_imatrix(tmp_path: Path) -> None:
         with done(model, tmp_path / "out.gguf", "Q4_0", "--imatrix", path, *option) as file:
             assert file.tensors[name].blocks().tobytes() == reference(x, "Q4_0")
             assert file.metadata["quantize.imatrix.entries_count"] == 1
+
+
+def test_channel_scales(tmp_path: Path) -> None:
+    """Norms change and the types do not; --keep-lattice does not fit; a method that is not there is refused."""
+    model, out = tmp_path / "tiny.gguf", tmp_path / "out.gguf"
+    write_tiny(model, replace(WIDE_LLAMA, n_layer=1))
+    line = refused(tmp_path, model, out, "Q4_0", "--method", "awq")
+    assert "--method awq: finds no place for channel scales: give --imatrix FILE" in line
+    with GGUFFile.open(model) as file:
+        matrices = {name: (1, tensor.ne[0]) for name, tensor in file.tensors.items() if len(tensor.ne) > 1}
+        norm = file.tensors["blk.0.attn_norm.weight"].blocks().tobytes()
+    path, _ = imatrix(tmp_path / "imatrix.gguf", matrices)
+    with done(model, out, "Q4_0", "--imatrix", path, "--method", "awq") as file:
+        assert file.tensors["blk.0.attn_norm.weight"].blocks().tobytes() != norm
+        assert file.tensors["blk.0.attn_norm.weight"].type.name == "F32"
+        assert file.tensors["blk.0.attn_q.weight"].type.name == "Q4_0"
+    out.unlink()
+    line = refused(tmp_path, model, out, "Q4_0", "--imatrix", path, "--method", "awq", "--keep-lattice", code=2)
+    assert "not both" in line
+    assert "allowed are awq" in refused(tmp_path, model, out, "Q4_0", "--imatrix", path, "--method", "qwa")
 
 
 def test_imatrix_of_another_model(model: Path, tmp_path: Path) -> None:
