@@ -164,7 +164,7 @@ _FIELDS: Mapping[str, Callable[[_Octets, Any, Any], dict[str, NDArray[Any]]]] = 
     "NVFP4": lambda q, s, m: {"qs": _merge(q, 8, 4), "d": _ue4m3(s)},
 }
 # Type with shared factors -> the least and the greatest scale.
-_SCALES: Mapping[str, tuple[int, int]] = {
+SCALES: Mapping[str, tuple[int, int]] = {
     "Q2_K": (0, 15), "Q3_K": (-32, 31), "Q4_K": (0, 63), "Q5_K": (0, 63), "Q6_K": (-128, 127), "IQ4_XS": (-32, 31),
 }  # fmt: skip
 
@@ -195,7 +195,7 @@ def pack(codes: Codes) -> _Octets:
     if form.shared:
         f = codes.factor.reshape(n_blocks, 2)
         fields = {"d": _halves(f[:, 0])} | ({"dmin": _halves(-f[:, 1])} if form.has_minimum else {})
-        low, high = _SCALES[codes.type.name]
+        low, high = SCALES[codes.type.name]
         s, m = (_unsigned(v, low, high, what) for v, what in ((s, "scales"), (m, "minimums")))
     else:
         fields = {"d": _halves(s[:, 0])} | ({"m": _halves(m[:, 0])} if form.has_minimum else {})
