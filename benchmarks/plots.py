@@ -3,15 +3,14 @@
 python benchmarks/plots.py          # writes docs/images/*.svg; the same data make the same bytes
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import click
 from tables import ROOT, load
 
 from gguf_run.runtime.bench.drawing import Drawing
+from gguf_run.runtime.bench.scatter import Point, scatter
 
 IMAGES = ROOT / "docs/images"
 
@@ -47,16 +46,6 @@ def speed() -> str:
     return drawing.svg("Tokens per second of gguf-run and llama.cpp by tensor type")
 
 
-@dataclass(frozen=True)
-class Point:
-    """A type with its price in bits and its mean divergence."""
-
-    name: str
-    bits: float
-    kl: float
-    kind: str = "a"
-
-
 def quality() -> str:
     """Draw files of SmolLM2: bits per weight and divergence."""
     files = load("formats")["files"].items()
@@ -74,58 +63,6 @@ def kv_cache() -> str:
             points.append(Point(name, 16 * row["memory"], row["kl_512"]["kl"], "a" if row["rotated"] else "c"))
     title = "KV cache: how far predictions move from those with an f32 cache, by size (SmolLM2-135M)"
     return scatter(title, "bits per number in the cache", points, range(4, 10))
-
-
-def scatter(title: str, x_title: str, points: Sequence[Point], ticks: Sequence[int]) -> str:
-    """Draw points: bits from the first tick on, divergence on a logarithmic scale."""
-    drawing, left, top, right, bottom = Drawing(800, 460), 80, 50, 775, 405
-    low = math.floor(math.log10(min(point.kl for point in points)))
-    high = math.ceil(math.log10(max(point.kl for point in points)))
-
-    def at(bits: float, kl: float) -> tuple[float, float]:
-        part = (math.log10(kl) - low) / (high - low)
-        x = left + (right - left) * (bits - ticks[0]) / (ticks[-1] - ticks[0])
-        return x, bottom - (bottom - top) * part
-
-    drawing.text(16, 26, title, kind="title")
-    for tick in ticks:
-        x = at(tick, 10**low)[0]
-        drawing.line(x, top, x, bottom, "grid" if tick > ticks[0] else "axis")
-        drawing.text(x, bottom + 18, str(tick), "middle", "soft")
-    for power in range(low, high + 1):
-        y = at(ticks[0], 10**power)[1]
-        drawing.line(left, y, right, y, "grid" if power > low else "axis")
-        drawing.text(left - 8, y + 4, f"{10.0**power:g}", "end", "soft")
-    drawing.text((left + right) / 2, bottom + 40, x_title, "middle", "soft")
-    drawing.text(left + 4, top - 6, "KL divergence (mean), logarithmic; lower is better", kind="soft")
-    dots = [(*at(point.bits, point.kl), point) for point in sorted(points, key=lambda point: (-point.bits, point.kl))]
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y, _ in dots]
-    for x, y, point in dots:
-        drawing.dot(x, y, point.kind, f"{point.name}: {point.bits:.2f} bits, KL {point.kl:.2g}")
-    while dots:  # those that touch have one label
-        x, y, first = dots[0]
-        same = [dot for dot in dots if math.hypot(dot[0] - x, dot[1] - y) < 10 and dot[2].kind == first.kind]
-        dots = [dot for dot in dots if dot not in same]
-        name = ", ".join(dot[2].name for dot in same)
-        place = next(_free(x, y, name, taken, (left, top, right, bottom)))
-        taken.append(place)
-        drawing.text((place[0] + place[2]) / 2, place[3] - 2, name, "middle")
-    return drawing.svg(title)
-
-
-Box = tuple[float, float, float, float]
-
-
-def _free(x: float, y: float, name: str, taken: Iterable[Box], frame: Box) -> Iterator[Box]:
-    """Yield places for the name of a dot that cover nothing, the best first. The last place may cover something."""
-    width = 7 * len(name)
-    for far in range(0, 60, 6):
-        for dx, dy in ((7 + far, 0), (-7 - far - width, 0), (-width / 2, -13 - far), (-width / 2, 13 + far)):
-            box = (x + dx, y + dy - 6, x + dx + width, y + dy + 6)
-            inside = frame[0] < box[0] and frame[1] < box[1] and box[2] < frame[2] and box[3] < frame[3]
-            if inside and all(box[2] < b[0] or b[2] < box[0] or box[3] < b[1] or b[3] < box[1] for b in taken):
-                yield box
-    yield x + 7, y - 6, x + 7 + width, y + 6
 
 
 PICTURES: Mapping[str, Callable[[], str]] = MappingProxyType(

@@ -1,5 +1,6 @@
 """What the decoder knows of a backend's handles. Only type checkers read this file: handles inherit nothing."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,7 +66,7 @@ class StateHandle(Protocol):
 
 
 class SquaresHandle(Protocol):
-    """Sums of squares that the ops Observe and Moe collect from the inputs of a matrix."""
+    """Sums of squares that the ops Observe and Moe collect from the inputs of a matrix, and the inputs themselves."""
 
     def take(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Return the sums over all rows since the last call, and start again from 0.
@@ -74,4 +75,14 @@ class SquaresHandle(Protocol):
             f64[n, width]: the sum of the squares of each column.
             i64[n]: the number of rows.
             n is the number of experts, which see different rows; 1 for a matrix that is not an expert.
+        """
+
+    def keep(self, n_rows: int, /) -> Callable[[], tuple[NDArray[np.float32], NDArray[np.int64]]]:
+        """Keep the rows from now on. UnsupportedError if the backend cannot.
+
+        n_rows: the most that are kept.
+        Returns a function that forgets them, and returns them in the order in which they came. The next step
+        overwrites them.
+            f32[n, width]: the rows.
+            i64[n]: the expert that read each.
         """

@@ -22,6 +22,7 @@ from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
+    from gguf_run.formats.gguf.reader import GGUFFile
     from gguf_run.runtime.chat.process import TemplateProcess
     from gguf_run.runtime.engine.batch import Batch
     from gguf_run.runtime.engine.grammar import Grammars
@@ -72,7 +73,7 @@ class Model:
     @classmethod
     def load(
         cls,
-        path: str | os.PathLike[str] | None = None,
+        path: "str | os.PathLike[str] | GGUFFile | None" = None,
         options: LoadOptions | None = None,
         *,
         progress: Callable[[int, int], None] | None = None,
@@ -82,7 +83,7 @@ class Model:
         """Load a model.
 
         path: a GGUF file, a Hugging Face checkpoint's folder, `hf:owner/repo[:TYPE]`, `hf:owner/repo/file.gguf`, or
-            None: the default model.
+            None: the default model. Or an open file, which the model closes.
         options, keywords: what LoadOptions holds, as `n_ctx=4096, device="cpu"`. Keywords come before options.
         progress: called with the bytes that are loaded and the bytes of all weights.
         report: called with lines that say what runs where, if a GPU is used or cannot be used.

@@ -8,6 +8,8 @@ F32 tensor `<name>.counts`     [1, n_expert]       tokens that were summed
 imatrix.datasets               array of string     names of the texts
 imatrix.chunk_count            u32
 imatrix.chunk_size             u32                 tokens
+imatrix.inputs                 array of string     only with second moments (moments.py): by entry, in the order of the
+                                                   names, the first of the entries that read the same input
 
 Legacy .dat, all numbers int32 but the values:
 n_entries
@@ -19,7 +21,7 @@ in newer files                 number of chunks, length of the dataset's name, n
 import os
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,7 @@ from gguf_run.formats.gguf.tensors import MAX_TENSORS
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
+INPUTS = "imatrix.inputs"
 _MAX_NAME = 4096
 
 
@@ -58,6 +61,7 @@ class Imatrix:
     datasets: tuple[str, ...]  # names of the texts
     chunk_count: int  # 0: not known
     chunk_size: int  # tokens, 0: not known
+    inputs: Mapping[str, str] = field(default_factory=dict)  # see imatrix.inputs, by name; {}: no second moments
 
     @property
     def entries(self) -> Mapping[str, NDArray[np.float32]]:
@@ -83,22 +87,27 @@ def _read_gguf(file: GGUFFile) -> Imatrix:
     names = [name.removesuffix(SUMS) for name in file.tensors if name.endswith(SUMS)]
     if not names:
         raise FormatError(f"{file.path}: is not an imatrix: it has no tensors named ...{SUMS}")
-    sums = {name: Sums(_values(file, name + SUMS), _values(file, name + COUNTS)[:, 0]) for name in names}
+    sums = {name: Sums(f32_rows(file, name + SUMS), f32_rows(file, name + COUNTS)[:, 0]) for name in names}
     for name, entry in sums.items():
         if len(entry.sums) != len(entry.counts):
             raise FormatError(
                 f"{file.path}: entry {quoted(name)} has {len(entry.sums)} rows of sums, but {len(entry.counts)} counts"
             )
-    texts = file.metadata.get(DATASETS)
+    texts, inputs = file.metadata.get(DATASETS), file.metadata.get(INPUTS)
+    firsts = [*inputs] if isinstance(inputs, StringArray) else []
+    if inputs is not None and (len(firsts) != len(sums) or not {*firsts} <= {*sums}):
+        raise FormatError(f"{file.path}: {INPUTS} has other names than the entries: make the file again")
     numbers = {key: file.metadata.get(key, 0) for key in (CHUNK_COUNT, CHUNK_SIZE)}
     for key, number in numbers.items():
         if type(number) is not int or number < 0:
             raise FormatError(f"{file.path}: {key} is {number!r:.60}, must be a number of at least 0")
-    return Imatrix(sums, tuple(texts) if isinstance(texts, StringArray) else (), *numbers.values())
+    datasets = tuple(texts) if isinstance(texts, StringArray) else ()
+    shared = dict(zip(sorted(sums), firsts, strict=False))
+    return Imatrix(sums, datasets, numbers[CHUNK_COUNT], numbers[CHUNK_SIZE], shared)
 
 
-def _values(file: GGUFFile, name: str) -> NDArray[np.float32]:
-    """Return a tensor as float32[n_rows, ne[0]]."""
+def f32_rows(file: GGUFFile, name: str) -> NDArray[np.float32]:
+    """Return a tensor as float32[n_rows, ne[0]]. FormatError if it is missing, empty or of another type."""
     tensor = file.tensors.get(name)
     if tensor is None or tensor.type.name != "F32":
         found = "is missing" if tensor is None else f"is {tensor.type.name}, must be F32"

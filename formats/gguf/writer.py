@@ -63,7 +63,7 @@ class GGUFWriter:
         """
         _check_tensors(tensors)
         pairs = {key: value for key, value in metadata.items() if not key.startswith("split.")}
-        self.alignment = _alignment(pairs)
+        self.alignment = alignment_of(pairs)
         if split_max_size or split_max_tensors:
             split = split_counts(tensors, split_max_size, split_max_tensors, self.alignment)
         if split and sum(split) != len(tensors):
@@ -72,8 +72,8 @@ class GGUFWriter:
         shards = [list(islice(following, n)) for n in split or [len(tensors)]]  # the tensors of each file
         headers = _headers(pairs, shards, bool(split), byte_order)
         self.paths = _output_paths(Path(path), len(split))  # the files that there will be
-        size = sum(_padded(tensor.nbytes, self.alignment) for tensor in tensors)
-        self.nbytes = sum(map(len, headers)) + size  # of all files together
+        # of all files together
+        self.nbytes = sum(map(len, headers)) + sum(padded(tensor.nbytes, self.alignment) for tensor in tensors)
         self._order = byte_order
         self._todo = deque((no, tensor) for no, shard in enumerate(shards) for tensor in shard)  # with their files
         self._left = 0  # bytes that the next tensor still takes
@@ -193,7 +193,7 @@ class GGUFWriter:
 def _headers(
     pairs: Mapping[str, MetaValue], shards: Sequence[Sequence[TensorInfo]], is_split: bool, byte_order: str
 ) -> list[bytes]:
-    alignment, headers = _alignment(pairs), []
+    alignment, headers = alignment_of(pairs), []
     for no, shard in enumerate(shards):
         own = dict(pairs) if no == 0 else {}
         if alignment != DEFAULT_ALIGNMENT:
@@ -218,7 +218,7 @@ def encode_header(
         name, n_dims = tensor.name.encode(), len(tensor.ne)
         parts.append(struct.pack(byte_order + "Q", len(name)) + name)
         parts.append(struct.pack(f"{byte_order}I{n_dims}QIQ", n_dims, *tensor.ne, tensor.type.id, offset))
-        offset += _padded(tensor.nbytes, alignment)
+        offset += padded(tensor.nbytes, alignment)
     header = b"".join(parts)
     return header + bytes(-len(header) % alignment)
 
@@ -227,7 +227,7 @@ def split_counts(tensors: Sequence[TensorInfo], max_size: int, max_tensors: int,
     """Return how many tensors each file of a split model gets. For the limits see GGUFWriter."""
     counts, size = [0], 0
     for tensor in tensors:
-        nbytes = _padded(tensor.nbytes, alignment)
+        nbytes = padded(tensor.nbytes, alignment)
         if counts[-1] and (0 < max_size < size + nbytes or counts[-1] == max_tensors):
             counts.append(0)
             size = 0
@@ -236,11 +236,12 @@ def split_counts(tensors: Sequence[TensorInfo], max_size: int, max_tensors: int,
     return counts
 
 
-def _padded(nbytes: int, alignment: int) -> int:
+def padded(nbytes: int, alignment: int) -> int:
+    """Return the bytes that a tensor of nbytes bytes takes in a file."""
     return nbytes + -nbytes % alignment
 
 
-def _alignment(pairs: Mapping[str, MetaValue]) -> int:
+def alignment_of(pairs: Mapping[str, MetaValue]) -> int:
     """Return general.alignment, the alignment of the tensors' data in bytes."""
     alignment = as_typed(pairs[ALIGNMENT]).value if ALIGNMENT in pairs else DEFAULT_ALIGNMENT
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):

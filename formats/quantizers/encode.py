@@ -81,8 +81,10 @@ def _quantize(x: Any, n: Any, importance: Any, out: Any) -> None:
                 out[(first + lane) * TYPE_SIZE + i] = octets[i * LANES + lane]
 
 
-def block_quantizers(*, needs_mean: bool = False, **encoders: Any) -> dict[str, Quantizer]:
-    """Return quantizers by type, from encoders by type. A quantizer calls its encoder for each LANES blocks:
+def block_quantizers(label: str = "", *, needs_mean: bool = False, **encoders: Any) -> dict[str, Quantizer]:
+    """Return quantizers by type, from encoders by type. The label tells apart several of a type.
+
+    A quantizer calls its encoder for each LANES blocks:
 
     encode(x, importance, [mean,] q, block, weighted)
         x           CPointer(F32) [block_size]: the weights
@@ -94,6 +96,6 @@ def block_quantizers(*, needs_mean: bool = False, **encoders: Any) -> dict[str, 
 
     def quantizer(type: TensorType, encode: Any) -> Quantizer:
         sizes = {"BLOCK_SIZE": type.block_size, "TYPE_SIZE": type.type_size}
-        return specialize(_quantize, type.name, encode=encode, NEEDS_MEAN=needs_mean, **sizes)
+        return specialize(_quantize, type.name + label, encode=encode, NEEDS_MEAN=needs_mean, **sizes)
 
     return {name: quantizer(type_by_name(name), encode) for name, encode in encoders.items()}

@@ -14,13 +14,17 @@ from gguf_run.formats.blocks.types import TensorType, type_by_name
 from gguf_run.formats.compiler.jit import njit
 from gguf_run.formats.errors import FormatError
 from gguf_run.formats.quantizers.encode import Quantizer
+from gguf_run.formats.quantizers.fp4 import FP4_QUANTIZERS, FP4_SEARCHES
 from gguf_run.formats.quantizers.k import K_QUANTIZERS
 from gguf_run.formats.quantizers.legacy import LEGACY_QUANTIZERS
 from gguf_run.formats.quantizers.small import SMALL_QUANTIZERS
 
 _CHUNK = 1 << 18  # weights of a task: as f32, with their blocks, they fit into a core's own cache
 
-QUANTIZERS: Mapping[str, Quantizer] = MappingProxyType({**LEGACY_QUANTIZERS, **K_QUANTIZERS, **SMALL_QUANTIZERS})
+QUANTIZERS: Mapping[str, Quantizer] = MappingProxyType(
+    {**LEGACY_QUANTIZERS, **K_QUANTIZERS, **SMALL_QUANTIZERS, **FP4_QUANTIZERS}
+)
+SEARCHES: Mapping[str, Quantizer] = MappingProxyType(FP4_SEARCHES)  # smaller errors than ggml's bytes have
 _EXPONENT = np.uint32(0x7F800000)  # NaN and infinity have all of these bits
 
 
@@ -50,21 +54,25 @@ def quantize(
     type: TensorType | str,
     importance: NDArray[np.float32] | None = None,
     n_threads: int | None = None,
+    search: bool = False,
 ) -> NDArray[np.uint8]:
     """Quantize weights to blocks of a type, byte for byte as ggml's ggml_quantize_chunk.
 
     array: float32[..., n] or float16[..., n].
     importance: float32[n], how much an error in each column matters in all rows (llama.cpp's imatrix). None: ggml's
-        choice without one. Q8_0, MXFP4, TQ1_0, TQ2_0, F32, F16 and BF16 do not use it.
+        choice without one. Q8_0, MXFP4, NVFP4, TQ1_0, TQ2_0, F32, F16 and BF16 do not use it.
     n_threads: the most threads to use. None: Python's choice for a pool.
+    search: not ggml's bytes but the scales of least squared error, weighted by importance. Only MXFP4 and NVFP4.
     Returns uint8[..., type.row_bytes(n)], as x86-64 builds of ggml without fused multiply-add (libgguf 0.2, llama.cpp's
     prebuilt ggml-base). Scales beyond the range of f16 become infinite, as in ggml.
     FormatError if n is not whole blocks, if a weight is NaN or infinite, if importance has another shape or a number
     that is negative or not finite, if the type cannot be written.
     """
     type = type_by_name(type) if isinstance(type, str) else type
-    if type.name not in QUANTIZERS:
-        raise FormatError(f"no quantizer for {type.name}: tensors can be written as {' '.join(QUANTIZERS)}")
+    known = SEARCHES if search else QUANTIZERS
+    if type.name not in known:
+        what = "search" if search else "quantizer"
+        raise FormatError(f"no {what} for {type.name}: tensors can be written as {' '.join(known)}")
     if array.dtype not in (np.float32, np.float16) or array.ndim == 0:
         raise FormatError(f"cannot quantize {array.dtype} of shape {array.shape}: expected rows of float32 or float16")
     n = array.shape[-1]
@@ -86,7 +94,7 @@ def quantize(
             x.flags.writeable = False
         n_bad, first = count_bad(x)
         if not n_bad:
-            QUANTIZERS[type.name](x, n, weights, out[start : start + step].reshape(-1))
+            known[type.name](x, n, weights, out[start : start + step].reshape(-1))
         return n_bad, start * n + first
 
     starts = range(0, n_rows if n else 0, step)

@@ -1,4 +1,4 @@
-"""Quantizers of IQ4_NL IQ4_XS MXFP4 TQ1_0 TQ2_0 and F32 F16 BF16, byte for byte as ggml's reference.
+"""Quantizers of IQ4_NL IQ4_XS TQ1_0 TQ2_0 and F32 F16 BF16, byte for byte as ggml's reference.
 
 formats/blocks/unpack_small.py draws the layouts. Only IQ4_NL and IQ4_XS use importance weights.
 """
@@ -13,18 +13,14 @@ from gguf_run.formats.blocks.types import CODEBOOKS
 from gguf_run.formats.compiler.jit import njit
 from gguf_run.formats.quantizers.encode import Quantizer, block_quantizers, roundf
 from gguf_run.formats.quantizers.lanes import (
-    LANES,
     f32,
-    fabs,
-    from_bits,
-    numbers,
     offset,
     scratch_f32,
     to_float,
     to_int,
     where,
 )
-from gguf_run.formats.quantizers.pack import half, put, put_crumbs, put_half, put_nibbles
+from gguf_run.formats.quantizers.pack import half, put, put_crumbs, put_half
 from gguf_run.formats.quantizers.search import EPS, largest, quant, sum_of_squares, weigh
 
 _F = np.float32
@@ -32,9 +28,6 @@ _IQ4 = tuple(_F(v) for v in CODEBOOKS["iq4_nl"])
 _LOWEST, _HIGHEST = _IQ4[0], _IQ4[-1]
 # (middle between a value and the next one, step to the next one). The middle belongs to the next value.
 _IQ4_STEPS = tuple((_F(a + b) / 2, b - a) for a, b in pairwise(_IQ4))
-_E2M1 = tuple(_F(v) for v in CODEBOOKS["e2m1"][:8])
-# (middle between a value and the next one, the next one), times 2 as in the grid. The middle belongs to the first.
-_E2M1_STEPS = tuple((_F(a + b) / 2, b) for a, b in pairwise(_E2M1))
 
 
 @njit(forceinline=True)
@@ -133,30 +126,6 @@ def _encode_iq4_xs(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -
     put_half(block, 6, scales_l >> 16)
 
 
-@njit(inline="always")
-def _encode_mxfp4(x: Any, importance: Any, q: Any, block: Any, weighted: Any) -> None:
-    """e u8, the exponent of the largest magnitude less 2 | qs u8[16].
-
-    ggml rounds log2 to f32 before it takes the floor: a magnitude just below a power of two counts as that power. ggml
-    stores the low byte of exponents that are too small for e.
-    """
-    q[0] = largest(x, 32)[1]
-    magnitudes = numbers(q)
-    for lane in range(LANES):
-        magnitude = magnitudes[lane]
-        log2 = np.floor(_F(np.log2(np.float64(magnitude)))) if magnitude > 0 else _F(-125)
-        magnitudes[lane] = log2 + _F(125)
-    e = to_int(q[0]) & 255
-    d = from_bits(where(e < 2, to_int(f32(0x00200000)) << e, (e - 1) << 23))
-    put(block, 0, e)
-    for i in range(32):
-        code = to_int(f32(0))
-        for middle, value in _E2M1_STEPS:  # a value that overflows is never the nearest
-            code = where((fabs(x[i]) > middle * d) & (value * d < _F(np.inf)), code + 1, code)
-        q[i] = to_float(where((x[i] < 0) & (code > 0), code + 8, code))
-    put_nibbles(block, 1, 16, q, 0)
-
-
 @njit(forceinline=True)
 def _trits(x: Any, q: Any) -> Any:
     """q = 0, 1 or 2 for the 256 weights: nearest to -d, 0 or d. Returns d, the largest magnitude."""
@@ -219,5 +188,5 @@ def _f32(x: Any, n: int, importance: Any, out: Any) -> None:
 
 
 SMALL_QUANTIZERS: dict[str, Quantizer] = block_quantizers(
-    IQ4_NL=_encode_iq4_nl, IQ4_XS=_encode_iq4_xs, MXFP4=_encode_mxfp4, TQ1_0=_encode_tq1_0, TQ2_0=_encode_tq2_0
+    IQ4_NL=_encode_iq4_nl, IQ4_XS=_encode_iq4_xs, TQ1_0=_encode_tq1_0, TQ2_0=_encode_tq2_0
 ) | {"F32": _f32, "F16": _f16, "BF16": _bf16}

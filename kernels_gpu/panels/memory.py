@@ -1,12 +1,14 @@
 """The handles of the GPU backend: weights as panels, experts, sums of squares."""
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor as Array
 
+from gguf_run.formats.errors import UnsupportedError
 from gguf_run.kernels_gpu.panels.panels import FACTOR, IntPanel, Panel
 
 Planes = tuple[Array, Array | None, Array | None, Array | None]
@@ -119,3 +121,6 @@ class GpuSquares:
         self.sums.zero_()
         self.n_row.zero_()
         return taken
+
+    def keep(self, n_rows: int) -> NoReturn:
+        raise UnsupportedError("--full needs all layers on the CPU: give --gpu-layers 0")

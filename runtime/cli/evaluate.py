@@ -35,6 +35,16 @@ KL_OPTIONS = [
     option("--save-logits", "Save MODEL's logits for --base-logits; compare nothing.", type=PATH),
     option("--base-logits", "Compare with saved logits. With --base: they must be of that model.", type=PATH),
 ]
+COMPARE_OPTIONS = [
+    option("--base", "The model to compare with.", required=True, shell_complete=complete.models),
+    option("--file -f files", "A text, UTF-8; may be repeated.", type=PATH, multiple=True, required=True),
+    CHUNK_SIZE,
+    option("--chunks n_chunk", "Read so many chunks of each text.  [default: 20]", type=int),
+    SKIP,
+    option("--output -o", "Write a picture, SVG: divergence by size.", type=PATH),
+    *RUNTIME_OPTIONS,
+    JSON,
+]
 SCALES_OPTIONS = [
     option("--output -o", "The calibration file to write, JSON.", type=PATH, required=True),
     CHUNK_SIZE,
@@ -125,6 +135,25 @@ def kl(**given: Any) -> None:
 
     options = {str(option.name): given.pop(str(option.name)) for option in RUNTIME_OPTIONS}
     KlJob(**given, options=options).run()
+
+
+@main.command(
+    params=[click.Argument(["models"], nargs=-1, required=True, shell_complete=complete.models), *COMPARE_OPTIONS],
+    examples=(
+        "gguf-eval compare q4.gguf q4-gptq.gguf --base f16.gguf -f wiki.txt -f code.txt",
+        "gguf-eval compare q3.gguf q4.gguf q5.gguf --base f16.gguf -f wiki.txt -o quality.svg",
+        "gguf-eval compare q4.gguf --base f16.gguf -f wiki.txt --chunks 64 --json",
+    ),
+)
+def compare(**given: Any) -> None:
+    """Compare files of one model with a base, on the same tokens: size, divergence, agreement.
+
+    Standard errors are by chunks. The divergence of each file is also given as a part of the first one's, with the
+    standard error of that ratio, which is far smaller than those of the two.
+    """
+    from gguf_run.runtime.cli.evaluate_compare import run
+
+    run(**given)
 
 
 @main.command(

@@ -11,6 +11,7 @@ import click
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.runtime.cli.options import RUNTIME_OPTIONS
 from gguf_run.runtime.cli.report import PERPLEXITY, Figure, Layout, Report, load_scorer
+from gguf_run.runtime.evaluate.compare_files import check_vocabulary, other_vocabulary
 from gguf_run.runtime.evaluate.kl import Comparison, compare
 from gguf_run.runtime.evaluate.logits_file import (
     LogitsFile,
@@ -109,10 +110,10 @@ class KlJob:
             if self.base is not None and hash_file(find_model(self.base)) != header.model_hash:
                 raise GgufRunError(f"{path}: holds the logits of another model, {header.model}, not of {self.base}")
             if hash_vocabulary(find_model(self.model)) != header.vocab_hash:
-                raise self._other_vocabulary(str(path))
+                raise other_vocabulary(path, self.model)
             with load_scorer(self.model, self.options, n_ctx=header.n_ctx) as scorer:
                 if scorer.model.decoder.config.n_vocab != header.n_vocab:
-                    raise self._other_vocabulary(str(path))
+                    raise other_vocabulary(path, self.model)
                 ids = tokens_of(scorer.model, text)
                 first = self._first_saved(path, header, ids)
                 n_left = max(0, header.n_chunk - first)
@@ -138,14 +139,13 @@ class KlJob:
     def _compare_live(self, base: str, base_options: dict[str, Any], text: str) -> None:
         """Compare with a second model, which runs beside the first."""
         n_ctx = self.n_ctx or N_CTX
-        if hash_vocabulary(find_model(self.model)) != hash_vocabulary(find_model(base)):
-            raise self._other_vocabulary(base)
+        check_vocabulary(find_model(base), find_model(self.model))
         with (
             load_scorer(self.model, self.options, n_ctx=n_ctx) as scorer,
             load_scorer(base, base_options, n_ctx=n_ctx) as theirs,
         ):
             if scorer.model.decoder.config.n_vocab != theirs.model.decoder.config.n_vocab:
-                raise self._other_vocabulary(base)
+                raise other_vocabulary(base, self.model)
             ids, bos = tokens_of(scorer.model, text), bos_of(scorer.model)
             if (tokens_of(theirs.model, text), bos_of(theirs.model)) != (ids, bos):
                 raise GgufRunError(f"{base}: splits the text into other tokens than {self.model}: no comparison")
@@ -167,10 +167,6 @@ class KlJob:
 
     def _facts(self, n_ctx: int) -> dict[str, Any]:
         return {"model": self.model, "file": str(self.file), **self.options, "n_ctx": n_ctx, "skip": self.n_skip}
-
-    def _other_vocabulary(self, base: str) -> GgufRunError:
-        problem = f"{base}: has another vocabulary than {self.model}"
-        return GgufRunError(f"{problem}: only models with the same tokens can be compared")
 
 
 def _row(done: Comparison) -> str:

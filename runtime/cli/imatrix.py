@@ -19,6 +19,7 @@ from gguf_run.runtime.terminal.text_input import read_text
 
 if TYPE_CHECKING:
     from gguf_run.formats.gguf.imatrix import Imatrix
+    from gguf_run.runtime.evaluate.moments import Products
     from gguf_run.runtime.evaluate.perplexity import Perplexity
 
 _OPTIONS = [
@@ -36,6 +37,7 @@ _OPTIONS = [
     ),
     option("--process-output", "Collect for the output matrix too.", is_flag=True),
     option("--parse-special", "Control tokens written in the text become tokens.", is_flag=True),
+    option("--full", "Add second moments, for gguf-quantize --method: a large file.", is_flag=True),
     option("--no-ppl", "Leave out the running perplexity: faster.", is_flag=True),
     option("--show-statistics", "Print figures of each tensor and layer.", is_flag=True),
     *RUNTIME_OPTIONS,
@@ -48,6 +50,7 @@ _OPTIONS = [
     examples=(
         "gguf-imatrix f16.gguf -f calibration.txt -o imatrix.gguf",
         "gguf-imatrix f16.gguf -f calibration.txt -o imatrix.gguf --chunks 100",
+        "gguf-imatrix f16.gguf -f calibration.txt -o moments.gguf --full --chunks 32",
         "gguf-imatrix --in-file a.gguf --in-file b.gguf -o both.gguf",
         "gguf-imatrix --in-file imatrix.gguf --show-statistics",
     ),
@@ -64,15 +67,17 @@ def main(model: str | None, file: Path | None, output: Path | None, in_file: tup
     if model is None and not in_file:
         raise OptionError("nothing to do: give MODEL and --file, or --in-file")
     from gguf_run.runtime.evaluate.imatrix import read_all, write
+    from gguf_run.runtime.evaluate.moments import Products
     from gguf_run.runtime.evaluate.text import window_size
 
     if options["n_ctx"] is not None:
         window_size(options["n_ctx"])
-    imatrix = read_all(in_file, options["n_ctx"])
+    imatrix = read_all(in_file, options["n_ctx"], options["full"])
+    products = Products(in_file) if options["full"] or imatrix.inputs else None
     if model is not None and file is not None:
-        imatrix = _collect(model, file, output or Path("imatrix.gguf"), imatrix, options)
+        imatrix = _collect(model, file, output or Path("imatrix.gguf"), imatrix, products, options)
     elif output is not None or not options["show_statistics"]:
-        write(output or "imatrix.gguf", imatrix)
+        write(output or "imatrix.gguf", imatrix, (), products)
     if options["show_statistics"]:
         show_uses(imatrix)
 
@@ -97,7 +102,9 @@ def show_uses(imatrix: "Imatrix") -> None:
         click.echo(f"{layer:>5} {total:>12.2f} {z_density:>9.4%} {similarity:>8.4f}")
 
 
-def _collect(model: str, file: Path, output: Path, imatrix: "Imatrix", options: dict[str, Any]) -> "Imatrix":
+def _collect(
+    model: str, file: Path, output: Path, imatrix: "Imatrix", products: "Products | None", options: dict[str, Any]
+) -> "Imatrix":
     from gguf_run.formats.gguf.writer import GGUFWriter
     from gguf_run.runtime.cli.report import PERPLEXITY, Report, load_scorer
     from gguf_run.runtime.evaluate.imatrix import Collector, write
@@ -113,18 +120,20 @@ def _collect(model: str, file: Path, output: Path, imatrix: "Imatrix", options: 
         if 0 < len(ids) // n_ctx <= first:
             raise OptionError(f"--from-chunk is {first}; the text has {len(ids) // n_ctx} chunks of {n_ctx} tokens")
         chunks = cut_chunks(ids[first * n_ctx :], n_ctx, bos_of(scorer.model), options["n_chunk"])
-        collector = Collector(scorer, imatrix, str(file), options["process_output"], ppl)
+        collector = Collector(scorer, imatrix, str(file), options["process_output"], ppl, products)
+        if products is not None:
+            message(collector.keep(len(chunks) * n_ctx))
 
         def steps() -> "Iterator[Perplexity]":
             for done in collector.run(chunks):
                 if done.n_chunk % options["output_frequency"] == 0:
-                    write(output, collector.imatrix, inputs)
+                    write(output, collector.imatrix, inputs, products)
                 yield done
 
         report = Report(PERPLEXITY if ppl else replace(PERPLEXITY, row=None, figures=lambda done: []))
         report.run(steps(), chunks)
         if report.done:
-            write(output, collector.imatrix, inputs)
+            write(output, collector.imatrix, inputs, products)
         if report.interrupted and report.done:
             message(f"{output} has them; to go on: --in-file {output} --from-chunk {first + len(report.done)}")
         report.finish({}, scorer.model.where)

@@ -42,6 +42,13 @@ class Figure:
             error = f" ± {self._number(self.error)}"
         return f"{self.label:<24}{self._number(self.value)}{error}{unit}"
 
+    @property
+    def cell(self) -> str:
+        """The value in a table; the digits that the standard error leaves."""
+        scale, unit = (100, " %") if self.percent else (1, "")
+        error = f" ± {scale * self.error:.2g}" if isinstance(self.error, float) else ""
+        return f"{scale * self.value:.4g}{error}{unit}"
+
     def _number(self, value: float) -> str:
         return f"{100 * value:.3f}" if self.percent else f"{value:.6g}"
 

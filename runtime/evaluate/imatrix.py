@@ -3,7 +3,8 @@
 The procedure is llama-imatrix's. Every chunk starts from an empty context, with BOS where the model adds one, and every
 token of a chunk counts. For each matrix, the squares of the inputs are added up. The sums of one chunk are made in
 float64 and rounded once; the sums over chunks are float32. A file holds the whole state, so a run that continues from a
-file ends with the same bits as a run that was never interrupted. formats/gguf/imatrix.py has the form of the file.
+file ends with the same bits as a run that was never interrupted. formats/gguf/imatrix.py has the form of the file,
+moments.py what --full adds.
 """
 
 import math
@@ -18,8 +19,10 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.formats.gguf.imatrix import CHUNK_COUNT, CHUNK_SIZE, COUNTS, DATASETS, SUMS, Imatrix, Sums
+from gguf_run.formats.gguf.imatrix import CHUNK_COUNT, CHUNK_SIZE, COUNTS, DATASETS, INPUTS, SUMS, Imatrix, Sums
+from gguf_run.formats.gguf.moments import MOMENTS
 from gguf_run.formats.gguf.writer import GGUFWriter, MetaValue, TensorInfo, Typed
+from gguf_run.runtime.evaluate.moments import Products, unbroken
 
 if TYPE_CHECKING:
     from gguf_run.runtime.evaluate.perplexity import Perplexity
@@ -31,11 +34,20 @@ _ACTIVE = 1e-5  # mean squares above this count as active
 class Collector:
     """Adds chunks to `imatrix`. The scorer's model was loaded with observe=True."""
 
-    def __init__(self, scorer: "Scorer", imatrix: Imatrix, dataset: str, process_output: bool, ppl: bool) -> None:
+    def __init__(
+        self,
+        scorer: "Scorer",
+        imatrix: Imatrix,
+        dataset: str,
+        process_output: bool,
+        ppl: bool,
+        products: Products | None = None,
+    ) -> None:
         """Prepare a run.
 
         imatrix: what was collected before. dataset: the text's name. process_output: collect for the output matrix
-        too. ppl: score the tokens on the way. GgufRunError if `imatrix` is of another model.
+        too. ppl: score the tokens on the way. products: add second moments to these, after `keep`. GgufRunError if
+        `imatrix` is of another model.
         """
         assert scorer.model.decoder.observed is not None
         self._scorer, self._observed, self._ppl = scorer, scorer.model.decoder.observed, ppl
@@ -50,20 +62,30 @@ class Collector:
                     f"{f'has {widths[name]} there' if name in widths else 'has no such matrix'}: "
                     "it is another model's imatrix"
                 )
-        self.imatrix = imatrix
+        self.imatrix, self._products = imatrix, products
+
+    def keep(self, n_tokens: int) -> str:
+        """Prepare to add second moments. See Products.keep."""
+        assert self._products is not None
+        observed = [item for item in self._observed if item.names[0].startswith(self._prefix)]
+        return self._products.keep(observed, self._n_ctx, self._scorer.model.decoder.config, n_tokens)
 
     def run(self, chunks: "Sequence[Chunk]") -> "Iterator[Perplexity]":
         """Add chunks of imatrix.chunk_size tokens; yield the perplexity over all chunks so far after each.
 
-        Without ppl, the perplexity is over 0 tokens. GgufRunError if logits or sums are not finite.
+        Without ppl, the perplexity is over 0 tokens. Ctrl-C is heard while a chunk runs, not while it is added.
+        GgufRunError if logits or sums are not finite.
         """
         from gguf_run.runtime.evaluate.perplexity import Perplexity  # late: statistics need no model
 
         done = Perplexity()
         for chunk in chunks:
             done = done.plus(self._score(chunk))
-            self.imatrix = add(self.imatrix, self._take())
-            yield done
+            with unbroken():
+                self.imatrix = add(self.imatrix, self._take())
+                if self._products is not None:
+                    self._products.add_chunk()
+                yield done
 
     def _score(self, chunk: "Chunk") -> NDArray[np.float64]:
         """Run all tokens of a chunk. Nothing follows the last token, but it counts too."""
@@ -75,20 +97,27 @@ class Collector:
     def _take(self) -> Imatrix:
         """The sums of the chunk that has just run."""
         sums: dict[str, Sums] = {}
+        inputs: dict[str, str] = {}
         for item in self._observed:
             squares, counts = item.squares.take()
             with np.errstate(over="ignore"):
                 entry = Sums(squares.astype(np.float32), counts.astype(np.float32))
             sums |= {name: entry for name in item.names if name.startswith(self._prefix)}
-        return Imatrix(sums, (self._dataset,), 1, self._n_ctx)
+            inputs |= {name: item.names[0] for name in item.names if self._products is not None and name in sums}
+        return Imatrix(sums, (self._dataset,), 1, self._n_ctx, inputs)
 
 
-def read_all(paths: Sequence[str | os.PathLike[str]], n_ctx: int | None) -> Imatrix:
-    """Read files and add them up. n_ctx: the tokens of a chunk; None: what the first file says, else 512."""
+def read_all(paths: Sequence[str | os.PathLike[str]], n_ctx: int | None, full: bool = False) -> Imatrix:
+    """Read files and add them up. n_ctx: the tokens of a chunk; None: what the first file says, else 512.
+
+    GgufRunError for a file without second moments, if `full` or if others have them.
+    """
     files = [Imatrix.open(path) for path in paths]
     n_ctx = n_ctx or (files[0].chunk_size if files else 0) or 512
-    total = Imatrix({}, (), 0, n_ctx)
+    total, full = Imatrix({}, (), 0, n_ctx), full or any(file.inputs for file in files)
     for path, file in zip(paths, files, strict=True):
+        if full and not file.inputs:
+            raise GgufRunError(f"{path}: has no second moments, so it cannot be added: make it again with --full")
         if not file.chunk_size:  # a legacy file has means of chunks, not sums of tokens
             scaled = {name: Sums(e.sums * np.float32(n_ctx), e.counts * n_ctx) for name, e in file.sums.items()}
             file = replace(file, sums=scaled)
@@ -112,7 +141,7 @@ def add(a: Imatrix, b: Imatrix) -> Imatrix:
             raise GgufRunError(f"entry {name}: its sums are not finite numbers: is the model's file damaged?")
     n_tokens = max((float(entry.counts.max()) for entry in sums.values()), default=0)
     datasets = tuple(dict.fromkeys((*a.datasets, *b.datasets)))
-    return Imatrix(sums, datasets, int(n_tokens) // a.chunk_size, a.chunk_size)
+    return Imatrix(sums, datasets, int(n_tokens) // a.chunk_size, a.chunk_size, {**a.inputs, **b.inputs})
 
 
 def _add(name: str, a: Sums, b: Sums) -> Sums:
@@ -127,7 +156,12 @@ def _add(name: str, a: Sums, b: Sums) -> Sums:
         return Sums(a.sums.reshape(n, -1) + b.sums.reshape(n, -1), a.counts + b.counts)
 
 
-def write(path: str | os.PathLike[str], imatrix: Imatrix, inputs: Iterable[str | os.PathLike[str]] = ()) -> None:
+def write(
+    path: str | os.PathLike[str],
+    imatrix: Imatrix,
+    inputs: Iterable[str | os.PathLike[str]] = (),
+    products: Products | None = None,
+) -> None:
     """Write the GGUF form, tensors by name. inputs: files that must not be overwritten. Errors: see GGUFWriter."""
     metadata: dict[str, MetaValue] = {
         "general.type": "imatrix",
@@ -139,6 +173,9 @@ def write(path: str | os.PathLike[str], imatrix: Imatrix, inputs: Iterable[str |
     values: dict[str, NDArray[np.float32]] = {}
     for name, entry in sorted(imatrix.sums.items()):
         values |= {name + SUMS: entry.sums, name + COUNTS: entry.counts[:, None]}
+    if products is not None:
+        metadata[INPUTS] = Typed("array[string]", [imatrix.inputs[name] for name in sorted(imatrix.inputs)])
+        values |= {first + MOMENTS: sums for first, sums in sorted(products.sums.items())}
     infos = [TensorInfo(name, rows.shape[::-1], f32) for name, rows in values.items()]
     with GGUFWriter(path, metadata, infos, inputs=inputs) as writer:
         for name, rows in values.items():

@@ -80,9 +80,31 @@ class Comparison:
             "kl_mean": Estimate.of_mean(kl),
         }
 
+    def by_chunk(self) -> "Comparison":
+        """Return a comparison whose tokens are the means of chunks, which all have one size.
+
+        Neighbours in a text resemble each other, so that the standard errors of tokens are too small to compare files
+        by. The changes of probabilities have no meaning here.
+        """
+        means = np.empty(self.n_chunk, TOKEN_SCORES)
+        for name in means.dtype.names or ():
+            means[name] = [chunk[name].mean() for chunk in self.chunks]
+        return Comparison((means,))
+
     def kl_percentiles(self) -> dict[float, float]:
         """Each of PERCENTILES (50: the median, 100: the largest value) and the divergence there, interpolated."""
         return dict(zip(PERCENTILES, np.percentile(self.scores("kl"), PERCENTILES).tolist(), strict=True))
+
+
+def kl_ratio(a: Comparison, b: Comparison) -> Estimate:
+    """Return the mean divergence of a as a part of that of b, which has scored the same tokens; nan if b's is 0.
+
+    The standard error is of the pairs of chunks, by the delta method: what is hard for both does not widen it.
+    """
+    ours, theirs = (done.by_chunk().scores("kl") for done in (a, b))
+    scale = float(theirs.mean()) or math.nan
+    ratio = float(ours.mean()) / scale
+    return Estimate(ratio, Estimate.of_mean(ours - ratio * theirs).error / scale)
 
 
 def compare(

@@ -61,16 +61,16 @@ class LoadedModel:
 
 
 def load_model(
-    path: str | os.PathLike[str] | None,
+    path: str | os.PathLike[str] | GGUFFile | None,
     options: LoadOptions,
     progress: Progress | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> LoadedModel:
     """Load a model. path, progress, report and errors: see Model.load."""
     start = time.perf_counter()
-    found = _find(None if path is None else os.fspath(path))
+    found = path if isinstance(path, GGUFFile) else _find(None if path is None else os.fspath(path))
     download_s = time.perf_counter() - start
-    file = open_model(found, options.quantize)
+    file = found if isinstance(found, GGUFFile) else open_model(found, options.quantize)
     try:
         return replace(_load(file, options, progress, report), download_s=download_s)
     except GgufRunError as error:

@@ -10,8 +10,8 @@ from gguf_run.formats.errors import OptionError, did_you_mean
 from gguf_run.formats.gguf.reader import GGUFFile
 
 # Tensor types that can be written. The others of ggml can only be read or copied.
-WRITABLE = ("F32", "F16", "BF16", "IQ4_NL", "IQ4_XS", "MXFP4", "Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1",
-            "Q5_K", "Q6_K", "Q8_0", "TQ1_0", "TQ2_0")  # fmt: skip
+WRITABLE = ("F32", "F16", "BF16", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q4_K", "Q5_0",
+            "Q5_1", "Q5_K", "Q6_K", "Q8_0", "TQ1_0", "TQ2_0")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ FILE_TYPES: Mapping[str, FileType] = {row[1]: FileType(*row) for row in (
     (16, "Q5_K_S", "Q5_K", "Q5_K - Small"), (17, "Q5_K_M", "Q5_K", "Q5_K - Medium"), (18, "Q6_K", "Q6_K"),
     (25, "IQ4_NL", "IQ4_NL", "IQ4_NL - 4.5 bpw"), (30, "IQ4_XS", "IQ4_XS", "IQ4_XS - 4.25 bpw"),
     (36, "TQ1_0", "TQ1_0", "TQ1_0 - 1.69 bpw ternary"), (37, "TQ2_0", "TQ2_0", "TQ2_0 - 2.06 bpw ternary"),
-    (38, "MXFP4_MOE", "MXFP4", "MXFP4 MoE"), (None, "COPY", "F32"),
+    (38, "MXFP4_MOE", "MXFP4", "MXFP4 MoE"), (39, "NVFP4", "NVFP4"), (None, "COPY", "F32"),
     # Files that this program reads and does not write.
     (24, "IQ1_S", "IQ1_S", "IQ1_S - 1.5625 bpw"), (31, "IQ1_M", "IQ1_M", "IQ1_M - 1.75 bpw"),
     (19, "IQ2_XXS", "IQ2_XXS", "IQ2_XXS - 2.0625 bpw"), (20, "IQ2_XS", "IQ2_XS", "IQ2_XS - 2.3125 bpw"),
     (28, "IQ2_S", "IQ2_XS", "IQ2_S - 2.5 bpw"), (29, "IQ2_M", "IQ2_S", "IQ2_M - 2.7 bpw"),
     (23, "IQ3_XXS", "IQ3_XXS", "IQ3_XXS - 3.0625 bpw"), (22, "IQ3_XS", "IQ3_S", "IQ3_XS - 3.3 bpw"),
     (26, "IQ3_S", "IQ3_S", "IQ3_S - 3.4375 bpw"), (27, "IQ3_M", "IQ3_S", "IQ3_S mix - 3.66 bpw"),
-    (39, "NVFP4", "NVFP4"), (40, "Q1_0", "Q1_0"), (41, "Q2_0", "Q2_0"),
+    (40, "Q1_0", "Q1_0"), (41, "Q2_0", "Q2_0"),
 )}
 # fmt: on
 WRITABLE_FILES = tuple(kind.name for kind in FILE_TYPES.values() if kind.is_writable)

@@ -17,6 +17,11 @@ def plain(item: "Item", x: NDArray[np.float32], first: int) -> NDArray[np.uint8]
     return quantize(x, item.target.type, item.importance_at(first), n_threads=1)
 
 
+def searched(item: "Item", x: NDArray[np.float32], first: int) -> NDArray[np.uint8]:
+    """Quantize with better scales than ggml's, of the types that have a search."""
+    return quantize(x, item.target.type, item.importance_at(first), n_threads=1, search=True)
+
+
 # Makes the blocks of rows first, first + 1, ... of an item: (item, weights f32[n_rows, ne[0]], first) returns
 # uint8[n_rows, row_bytes]. All rows belong to one expert. Several threads call it. FormatError for bad weights.
 Rounding = Callable[["Item", NDArray[np.float32], int], NDArray[np.uint8]]

@@ -3,7 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from gguf_run.formats.gguf.metadata import Typed
 from gguf_run.formats.gguf.reader import GGUFFile, Tensor
 from gguf_run.formats.gguf.tensors import TensorInfo
 from gguf_run.formats.gguf.writer_metadata import MetaValue, as_typed
+from gguf_run.formats.quantizers.quantizer import SEARCHES
 from gguf_run.runtime.quantize.file_types import FileType
-from gguf_run.runtime.quantize.item import Item
+from gguf_run.runtime.quantize.item import Item, searched
 from gguf_run.runtime.quantize.rules import MixtureFacts, Overrides, choose_types, layer_order
 
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml: the meaning of the blocks
@@ -191,6 +192,18 @@ def check_plan(plan: Plan, allow_requantize: bool) -> None:
                 f"tensor {quoted(item.target.name)} would be {item.target.type.name} without importance weights, which "
                 "is of no use: give --imatrix FILE with an entry for it, or choose a type of more bits"
             )
+
+
+def with_search(plan: Plan) -> Plan:
+    """Return the plan with better scales than ggml's. OptionError if no tensor gets a type that has a search."""
+    found = [item.target.type.name in SEARCHES and not item.is_copy for item in plan.items]
+    if not any(found):
+        types = sorted({item.target.type.name for item in plan.items if item.target.type.is_quantized})
+        raise OptionError(
+            f"--search: only {' and '.join(SEARCHES)} have one, and the tensors become {' '.join(types) or 'floats'}"
+        )
+    items = [replace(item, rounding=searched) if one else item for item, one in zip(plan.items, found, strict=True)]
+    return replace(plan, items=items)
 
 
 def _metadata(

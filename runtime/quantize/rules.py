@@ -102,6 +102,7 @@ class Choice:
     type: TensorType
     wanted: TensorType | None = None  # the better type that the row length rules out, None: there is none
     needs_imatrix: bool = False  # without importance weights the tensor is of no use
+    is_free: bool = False  # no option names a type for the tensor: allocate.py may choose another
 
 
 # The conditions of the table below, for tensor i of the n tensors of its category.
@@ -192,10 +193,11 @@ class _Mixture:
         if self._keeps(weight):
             return Choice(weight.type)
         category = _category(weight.name)
-        wanted = self._by_user(weight.name, category) or type_by_name(self._by_rules(weight, category))
+        by_user = self._by_user(weight.name, category)
+        wanted = by_user or type_by_name(self._by_rules(weight, category))
         type = fallback(wanted, weight.ne[0])
         needs = type.name == "Q2_K" and self._kind.name == "Q2_K_S" and category not in ("output", "token_embd")
-        return Choice(type, None if type is wanted else wanted, needs)
+        return Choice(type, None if type is wanted else wanted, needs, is_free=by_user is None)
 
     def _keeps(self, weight: TensorInfo) -> bool:
         """Whether the tensor keeps its type."""
@@ -220,11 +222,13 @@ class _Mixture:
             return user.output_type
         if not self._default.is_quantized:
             return self._default
-        return named or (self._default if user.pure else None)
+        return named
 
     def _by_rules(self, weight: TensorInfo, category: str) -> str:
         """Return the type by the rules of the file type."""
         kind = self._kind.name
+        if self._overrides.pure:
+            return self._kind.default
         if category == "output" or (self._tied and category == "token_embd"):
             return self._of_output(weight)
         if kind == "MXFP4_MOE":

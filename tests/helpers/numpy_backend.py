@@ -196,8 +196,10 @@ GATED = {name: lambda gate, up, f=f: f(gate) * up for name, f in ACTIVATIONS.ite
 class NumpySquares:
     def __init__(self, width: int, n_expert: int = 1) -> None:
         self.sums, self.counts = np.zeros((n_expert, width)), np.zeros(n_expert, np.int64)
+        self.rows: list[tuple[np.ndarray, int]] = []
 
     def add(self, rows: np.ndarray, e: int = 0) -> None:
+        self.rows += [(row, e) for row in rows]
         self.sums[e] += (rows.astype(np.float64) ** 2).sum(axis=0)
         self.counts[e] += len(rows)
 
@@ -205,6 +207,10 @@ class NumpySquares:
         taken = self.sums, self.counts
         self.sums, self.counts = np.zeros_like(self.sums), np.zeros_like(self.counts)
         return taken
+
+    def keep(self, n_rows: int) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
+        self.rows.clear()
+        return lambda: (np.array([row for row, _ in self.rows]), np.array([e for _, e in self.rows]))
 
 
 @dataclass

@@ -9,6 +9,7 @@ import gguf
 import libgguf
 import numpy as np
 import pytest
+from block_patterns import SPECIAL_F16, assert_same_bits, random_blocks, with_scales
 
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.types import TENSOR_TYPES, type_by_name
@@ -18,10 +19,6 @@ from gguf_run.formats.errors import FormatError
 QUANTIZED = [type for type in TENSOR_TYPES if type.is_quantized]
 BY_LIBGGUF = {"Q1_0"}  # not in gguf.quants
 BY_TWIN = {"Q2_0", "Q8_1", "Q8_K"}  # in neither
-SPECIAL_F16 = np.array(
-    [0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x83FF, 0x0400, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7C01, 0x7E00, 0xFE00],
-    np.uint16,
-)  # zeros, subnormals, least normal, greatest, infinities, signaling and quiet NaN
 NUMBERS = {
     "F32": np.array([0.0, -0.0, 1e-45, -3.5, np.inf, -np.inf, np.nan], np.float32),
     "F16": np.arange(65536, dtype=np.uint16).view(np.float16),
@@ -58,27 +55,6 @@ def reference(blocks, type):
         if type.name in BY_LIBGGUF:
             return by_ggml(blocks.reshape(-1, blocks.shape[-1]), type).reshape(*blocks.shape[:-1], -1)
         return gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[type.name])
-
-
-def assert_same_bits(actual, expected):
-    """Equal shapes, NaN in the same places, all else equal in every bit (so -0.0 is not 0.0)."""
-    assert actual.dtype == np.float32
-    assert actual.shape == expected.shape
-    nan = np.isnan(expected)
-    np.testing.assert_array_equal(np.isnan(actual), nan)
-    wrong = (actual.view(np.uint32) != np.ascontiguousarray(expected).view(np.uint32)) & ~nan
-    assert not wrong.any(), f"{wrong.sum()} differ: {actual[wrong][:5]} instead of {expected[wrong][:5]}"
-
-
-def random_blocks(seed, shape, type):
-    return np.random.default_rng(seed).integers(0, 256, (*shape[:-1], shape[-1] * type.type_size), np.uint8)
-
-
-def with_scales(block, type, field, values):
-    """Copies of a block, uint8[len(values), type_size], in which one field takes each of the values."""
-    fields = np.tile(block, (len(values), 1)).view(type.dtype)
-    fields[field] = values.reshape(-1, *[1] * (fields[field].ndim - 1))
-    return fields.view(np.uint8)
 
 
 @by_type

@@ -146,6 +146,34 @@ def test_kl_table(folder: Path) -> None:
     assert values["kl_mean"] > 0.1
 
 
+def test_compare(folder: Path, tmp_path: Path) -> None:
+    """A table with the figures of kl for each text, in the files' order; the same as JSON; and a picture."""
+    (folder / "longer.txt").write_text(TEXT[7:])
+    texts = ["-f", "text.txt", "-f", "longer.txt", *SMALL, "--chunks", "3", "--skip", "1"]
+    arguments = ["compare", "other.gguf", "tiny.gguf", "--base", "tiny.gguf", *texts]
+    values = figures(folder, *arguments, "-o", str(tmp_path / "picture.svg"))
+    assert (values["base"], values["skip"], values["threads"]) == ("tiny.gguf", 1, 2)
+    assert (values["chunks"], len(values["results"])) == ([3, 3], 4)
+    for i, name in enumerate(("text.txt", "longer.txt")):
+        other, tiny = values["results"][2 * i : 2 * i + 2]
+        assert (other["text"], other["file"], other["bits_per_weight"]) == (name, "other.gguf", 32)
+        assert other["bytes"] == (folder / "other.gguf").stat().st_size
+        kl = figures(folder, "kl", "other.gguf", "--base", "tiny.gguf", "-f", name, *texts[4:])
+        for key in ("kl_mean", "kl_99", "same_top", "perplexity_ratio"):
+            assert other[key] == pytest.approx(kl[key], rel=1e-4), key
+        assert (other["kl_ratio"], tiny["kl_mean"], tiny["kl_ratio"]) == (1, 0, 0)
+    result = invoke(folder, *arguments)
+    assert result.exit_code == 0, result.stderr
+    _head, *rows = result.stdout.splitlines()
+    assert [row.split()[:2] for row in rows] == [
+        [text, file] for text in ("text.txt", "longer.txt") for file in ("other.gguf", "tiny.gguf")
+    ]
+    found = values["results"][0]
+    assert f" {found['kl_mean']:.4g} ± {found['kl_mean_error']:.2g} " in rows[0]
+    assert f" {100 * found['same_top']:.4g} ± {100 * found['same_top_error']:.2g} % " in rows[0]
+    assert "other" in (tmp_path / "picture.svg").read_text()
+
+
 def test_base_options(folder: Path) -> None:
     """They change the base, and what they do not name is as for the model."""
     arguments = ["kl", "tiny.gguf", "-f", "text.txt", *SMALL, "--chunks", "2"]
@@ -253,6 +281,7 @@ def test_help() -> None:
 # Bad input: one line.
 
 KL = ["kl", "tiny.gguf", "-f", "text.txt"]
+COMPARE = ["compare", "tiny.gguf", "--base", "other.gguf", "-f", "text.txt", *SMALL]
 BAD = {
     "missing model": (["perplexity", "no.gguf", "-f", "text.txt"], 1, "no.gguf: "),
     "missing text": (["perplexity", "tiny.gguf", "-f", "no.txt"], 1, "no.txt: No such file"),
@@ -262,6 +291,9 @@ BAD = {
     "empty text": (["perplexity", "tiny.gguf", "-f", "empty.txt", *SMALL], 1, "the text has 0 tokens"),
     "short text for kl": (["kl", "tiny.gguf", "-f", "short.txt", "--base", "other.gguf", *SMALL], 1, "the text has"),
     "context": (["perplexity", "tiny.gguf", "-f", "text.txt", "-c", "3"], 2, "--ctx-size is 3; allowed: at least 4"),
+    "compare with others": ([*COMPARE, "spm.gguf"], 1, "spm.gguf: has another vocabulary"),
+    "chunks to compare": ([*COMPARE, "--chunks", "0"], 2, "--chunks is 0"),
+    "place of a picture": ([*COMPARE, "-o", "no/a.svg"], 1, "--output no/a.svg: cannot"),
     "context for kl": ([*KL, "--base", "other.gguf", "-c", "0"], 2, "--ctx-size is 0"),
     "chunks": (["perplexity", "tiny.gguf", "-f", "text.txt", *SMALL, "--chunks", "0"], 2, "--chunks is 0"),
     "stride": (["perplexity", "tiny.gguf", "-f", "text.txt", *SMALL, "--stride", "33"], 2, "--stride is 33"),

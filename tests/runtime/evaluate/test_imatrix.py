@@ -214,7 +214,7 @@ def test_saved_from_time_to_time(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     from gguf_run.runtime.evaluate import imatrix as imatrix_module
 
     saved: list[int] = []
-    monkeypatch.setattr(imatrix_module, "write", lambda path, imatrix, inputs: saved.append(imatrix.chunk_count))
+    monkeypatch.setattr(imatrix_module, "write", lambda path, imatrix, *_: saved.append(imatrix.chunk_count))
     invoke(folder, "-c", "32", "--chunks", "5", "--output-frequency", "2", "-o", "new.gguf")
     assert saved == [2, 4, 5]
 

@@ -13,7 +13,7 @@ from tinymodel import Tiny, write_tiny
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.kernels_cpu.measure.log_softmax import LogSoftmax
 from gguf_run.runtime import Model
-from gguf_run.runtime.evaluate.kl import TOKEN_SCORES, Comparison, compare
+from gguf_run.runtime.evaluate.kl import TOKEN_SCORES, Comparison, compare, kl_ratio
 from gguf_run.runtime.evaluate.logits_file import round_logits, unround_logits
 from gguf_run.runtime.evaluate.text import Block, Chunk, Scorer, bos_of, cut_chunks, tokens_of
 
@@ -84,6 +84,43 @@ def test_percentiles_are_interpolated() -> None:
     assert done.kl_percentiles() == pytest.approx(expected)
     done = Comparison((scores(kl=np.array([1.0, 2.0])),))
     assert done.kl_percentiles()[90.0] == pytest.approx(1.9)
+
+
+def test_errors_by_chunk() -> None:
+    """Tokens of a chunk that are all alike are worth one token."""
+    values = np.array([0.1, 0.3, 0.2])
+    done = Comparison(tuple(scores(kl=np.full(50, v), nll=np.full(50, 1 + v), nll_base=np.ones(50)) for v in values))
+    error = values.std(ddof=1) / math.sqrt(3)
+    found = done.by_chunk().estimates()
+    assert (found["kl_mean"].value, found["kl_mean"].error) == pytest.approx((0.2, error))
+    ratio = math.exp(0.2)
+    assert (found["perplexity_ratio"].value, found["perplexity_ratio"].error) == pytest.approx((ratio, ratio * error))
+    assert (found["same_top"].value, found["same_top"].error) == (0, 0)
+    assert done.estimates()["kl_mean"].value == pytest.approx(0.2)
+    assert done.estimates()["kl_mean"].error < error / 5
+
+
+def test_ratio_is_of_pairs() -> None:
+    """Its error is that of many draws of the same kind, and far below what two errors of their own would give."""
+    rng = np.random.default_rng(3)
+
+    def draw() -> tuple[Comparison, Comparison]:
+        hard = rng.gamma(4, 0.1, 40)  # of each chunk
+        noise = rng.normal(1, 0.05, (2, 40))
+        return tuple(  # type: ignore[return-value]
+            Comparison(tuple(scores(kl=np.full(3, kl)) for kl in part * hard * n))
+            for part, n in zip((0.6, 1.0), noise, strict=True)
+        )
+
+    ratios = [kl_ratio(*draw()) for _ in range(200)]
+    spread = np.std([ratio.value for ratio in ratios])
+    assert np.mean([ratio.value for ratio in ratios]) == pytest.approx(0.6, abs=0.005)
+    assert np.mean([ratio.error for ratio in ratios]) == pytest.approx(spread, rel=0.2)
+    a, b = draw()
+    alone = a.by_chunk().estimates()["kl_mean"].error / b.estimates()["kl_mean"].value
+    assert kl_ratio(a, b).error < 0.3 * alone
+    assert (kl_ratio(a, a).value, kl_ratio(a, a).error) == (1, 0)
+    assert math.isnan(kl_ratio(a, Comparison((scores(kl=np.zeros(3)),) * 40)).value)
 
 
 def test_a_single_value_has_no_error() -> None:

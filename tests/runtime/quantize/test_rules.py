@@ -75,7 +75,7 @@ def test_as_llama_cpp(model: str) -> None:
     n_layer, n_head, n_head_kv, n_expert, tied, n_embd = map(int, numbers)
     weights = model_weights(arch, n_layer, n_expert, bool(tied), n_embd)
     facts = MixtureFacts(arch, n_layer, n_head // n_head_kv, n_expert)
-    assert len(REFERENCE[model]) == len(WRITABLE_FILES) - 1
+    assert set(REFERENCE[model]) == set(WRITABLE_FILES) - {"COPY", "NVFP4"}  # llama-quantize makes no NVFP4
     for kind, expected in REFERENCE[model].items():
         assert summary(weights, list(chosen(weights, facts, kind).values())) == expected, kind
 
