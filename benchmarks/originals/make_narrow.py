@@ -87,7 +87,13 @@ def space(w: Weights, n_layer: int, x: Tensor, rope: float) -> tuple[Tensor, lis
         cov += normed(between).T @ normed(between)
         o = w[f"blk.{i}.attn_output.weight"]
         spans = [slice(h, h + _DIM) for h in range(0, o.shape[1], _DIM)]
-        least.append(int(np.argmin([float((a[:, span] @ o[:, span].T / between.norm(dim=1, keepdim=True)).norm()) for span in spans])))
+        least.append(
+            int(
+                np.argmin(
+                    [float((a[:, span] @ o[:, span].T / between.norm(dim=1, keepdim=True)).norm()) for span in spans]
+                )
+            )
+        )
     cov += normed(x).T @ normed(x)
     top = torch.linalg.eigh(cov.double())[1][:, -_WIDTH:]
     kept = torch.argsort((top**2).sum(1))[-_WIDTH:].sort().values

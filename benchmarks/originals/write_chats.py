@@ -37,9 +37,7 @@ def main(model_path: Path, chats_path: Path, count: int, minutes: float) -> None
             prompts = [model.chat_prompt(message) for message in messages if message]
             answers = model.generate_batch(prompts, max_tokens=_SAID, seed=seed + _AT_ONCE, **_ANY)
             ends = ["<|im_end|>\n" if answer.finish == "stop" else "" for answer in answers]
-            chats += [
-                prompt + answer.text + end for prompt, answer, end in zip(prompts, answers, ends, strict=True)
-            ]
+            chats += [prompt + answer.text + end for prompt, answer, end in zip(prompts, answers, ends, strict=True)]
             chats_path.write_text(json.dumps(chats))
             click.echo(f"{len(chats)} conversations, {sum(map(len, chats)):,} characters")
 

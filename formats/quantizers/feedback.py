@@ -2,7 +2,7 @@
 
 The loss of rounding a row w to q is (w - q) H (w - q)T: by how much the product with x is off, squared, in the mean.
 `_feed_back` rounds one column after another, and changes those right of it so that they make up for the error (GPTQ,
-Frantar et al., arXiv:2210.17323). `_descend` then changes codes and scales wherever that lowers the loss, one at a time.
+Frantar et al., arXiv:2210.17323). `_descend` then changes codes and scales, one at a time, wherever the loss gets less.
 
 Rows are independent of each other. Columns come in blocks of the type. metric.py prepares H.
 """
@@ -201,9 +201,7 @@ def round_rows(
         for i in list(range(len(parts))) * sweeps:
             part = parts[i]
             stored = part.code, part.scale, part.minimum, part.factor[:, 0]
-            _descend(
-                g, i * block, metric.moments, *stored, levels, span, limits, refit and type.name not in SEARCHES
-            )
+            _descend(g, i * block, metric.moments, *stored, levels, span, limits, refit and type.name not in SEARCHES)
     blocks = np.empty((n_rows, len(parts), type.type_size), np.uint8)
     blocks[:, metric.order] = np.stack([pack(part) for part in parts], axis=1)
     return blocks.reshape(n_rows, -1)

@@ -1,8 +1,8 @@
-"""--method, --search and --keep-lattice of gguf-quantize: how weights become blocks where ggml's rounding is not wanted."""
+"""--method, --search and --keep-lattice of gguf-quantize: other roundings than ggml's."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import click
@@ -26,6 +26,8 @@ def with_methods(plan: Plan, n_threads: int, given: Mapping[str, Any]) -> Plan:
     is_full = path is not None and bool(Imatrix.open(path).inputs)
     if "gptq" in methods and not is_full:
         raise OptionError("--method gptq: needs --imatrix FILE with second moments, from gguf-imatrix --full")
+    if methods:
+        plan = replace(plan, metadata={**plan.metadata, "quantize.method": " ".join(given["method"])})
     plan = with_search(plan) if given["search"] else plan
     if "awq" in methods:
         with Moments.open(path) if is_full else nullcontext() as moments, progress("scaling channels") as bar:
@@ -45,4 +47,6 @@ def _method(text: str) -> tuple[str, GptqOptions]:
         pairs = dict(pair.split("=", 1) for pair in rest.split(",")) if rest else {}
         return name, GptqOptions(**{key: kinds[key](value) for key, value in pairs.items()})
     except (ValueError, KeyError):
-        raise OptionError(f"--method {text}: allowed are awq, gptq and gptq:NAME=NUMBER,... of {', '.join(kinds)}") from None
+        raise OptionError(
+            f"--method {text}: allowed are awq, gptq and gptq:NAME=NUMBER,... of {', '.join(kinds)}"
+        ) from None

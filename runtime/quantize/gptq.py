@@ -6,15 +6,17 @@ are factorized.
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.errors import OptionError
 from gguf_run.formats.gguf.moments import Moments
-from gguf_run.formats.quantizers.feedback import Metric, make_metric, round_rows
-from gguf_run.runtime.quantize.item import Item
+from gguf_run.formats.quantizers.feedback import round_rows
+from gguf_run.formats.quantizers.metric import Metric, make_metric
+from gguf_run.runtime.quantize.item import Change, Item
 from gguf_run.runtime.quantize.plan import Plan
 
 _KEPT = 3  # factorized inputs in memory: the matrices of one input are near each other in a file
@@ -33,31 +35,40 @@ class GptqOptions:
 class Gptq:
     """The rounding of all matrices of a model."""
 
-    def __init__(self, moments: Moments, options: GptqOptions) -> None:
-        self._moments, self._options = moments, options
+    def __init__(self, moments: Moments, changes: Mapping[str, Change], options: GptqOptions) -> None:
+        """changes: to the columns of the matrices that read an input, by its name."""
+        self._moments, self._changes, self._options = moments, changes, options
         self._lock = threading.Lock()
         self._metric = functools.lru_cache(_KEPT)(self._make_metric)
 
     def _make_metric(self, group: str, expert: int, block: int) -> Metric:
-        return make_metric(self._moments.mean(group, expert), block, self._options.rho, bool(self._options.order))
+        h = self._moments.mean(group, expert)
+        if group in self._changes:
+            h = self._changes[group].moments(h, expert)
+        return make_metric(h, block, self._options.rho, bool(self._options.order))
 
     def __call__(self, item: Item, x: NDArray[np.float32], first: int) -> NDArray[np.uint8]:
-        group = self._moments.group(item.source.name)
+        group, type = self._moments.group(item.source.name), item.target.type
         assert group is not None
-        expert = first // item.source.ne[1] if len(item.source.ne) > 2 else 0
-        type = item.target.type
         with self._lock:  # a second thread waits for the first one's factor
-            metric = self._metric(group, expert, type.block_size)
+            metric = self._metric(group, item.expert(first), type.block_size)
         return round_rows(x, type, metric, self._options.sweeps, bool(self._options.refit))
 
 
 def with_gptq(plan: Plan, moments: Moments, options: GptqOptions) -> Plan:
-    """Return the plan with this method for each matrix whose second moments are known. A note names the others."""
-    rounding = Gptq(moments, options)
-    items = [replace(item, rounding=rounding) if _is_known(item, moments) else item for item in plan.items]
-    return replace(plan, items=items, metadata={**plan.metadata, "quantize.method": "gptq"})
+    """Return the plan with this method for each matrix whose second moments are known. A note names the others.
 
-
-def _is_known(item: Item, moments: Moments) -> bool:
-    is_rounded = item.target.type.is_quantized and not item.is_copy
-    return is_rounded and item.importance is not None and moments.group(item.source.name) is not None
+    FormatError for moments that are not finite. OptionError if the method fits no matrix.
+    """
+    rounded = [item for item in plan.items if item.target.type.is_quantized and not item.is_copy]
+    groups = {item.target.name: group for item in rounded if (group := moments.group(item.source.name))}
+    if not groups:
+        raise OptionError("--method gptq: no matrix becomes quantized and has second moments: choose another type")
+    for group in {*groups.values()}:
+        moments.sums(group)
+    changes = {groups[item.target.name]: item.change for item in rounded if item.target.name in groups and item.change}
+    rounding = Gptq(moments, changes, options)
+    items = [replace(item, rounding=rounding) if item.target.name in groups else item for item in plan.items]
+    others = [item.target.name for item in rounded if item.target.name not in groups]
+    notes = [f"rounded without gptq, for lack of second moments: {' '.join(others)}"] if others else []
+    return replace(plan, items=items, notes=[*plan.notes, *notes])

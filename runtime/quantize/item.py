@@ -61,11 +61,12 @@ class Item:
         if self.change is None:
             return x
         columns, rows = self.change.columns, self.change.rows[first : first + len(x), None]
-        return x * columns[self._expert(first) % len(columns)] * rows
+        return x * columns[self.expert(first) % len(columns)] * rows
 
     def importance_at(self, row: int) -> NDArray[np.float32] | None:
         """Return the importance of the columns of a row: each expert has its own."""
-        return None if self.importance is None else self.importance[self._expert(row) % len(self.importance)]
+        return None if self.importance is None else self.importance[self.expert(row) % len(self.importance)]
 
-    def _expert(self, row: int) -> int:
+    def expert(self, row: int) -> int:
+        """Return the expert that a row belongs to."""
         return row // self.source.ne[1] if len(self.source.ne) > 1 else 0
