@@ -163,7 +163,8 @@ def main(source: Path, text: Path, output: Path, chunks: int) -> None:
         new = narrow(w, n_layer, ids, rope)
     n_head = _WIDTH // _DIM
     metadata |= {
-        "general.name": Typed("string", "SmolLM2 cut to a width of 512"), "general.file_type": Typed("u32", _F16),
+        "general.name": Typed("string", "SmolLM2-135M-Instruct, cut to a width of 512"),
+        "general.file_type": Typed("u32", _F16),
         "llama.embedding_length": Typed("u32", _WIDTH), "llama.attention.head_count": Typed("u32", n_head),
         "llama.attention.head_count_kv": Typed("u32", n_head),
     }  # fmt: skip

@@ -98,7 +98,8 @@ def main(source: Path, output: Path, group: int, share: float, seed: int) -> Non
         metadata = {key: file.metadata.typed(key) for key in file.metadata}
         n_layer = int(file.metadata["llama.block_count"])
         ne = {name: tensor.ne for name, tensor in file.tensors.items()}
-    metadata["general.file_type"] = Typed("u32", _F16)
+    name = "SmolLM2-135M-Instruct, its residual stream turned off the grid of Q4_1"
+    metadata |= {"general.name": Typed("string", name), "general.file_type": Typed("u32", _F16)}
     groups = groups_of(w["output_norm.weight"], group)
     new = turned(w, n_layer, turn(len(w["output_norm.weight"]), groups, share, seed), groups)
     types = {name: type_by_name("F32" if len(shape) == 1 else "F16") for name, shape in ne.items()}
