@@ -52,7 +52,7 @@ def _value(code: Any, levels: Any) -> Any:
 @njit(forceinline=True)
 def _nearest(x: Any, levels: Any, low: int, high: int) -> Any:
     """The code whose value is nearest to x: a whole number of low .. high, or an index of levels, if there are any."""
-    best = np.int64(min(max(np.rint(x), np.float32(low)), np.float32(high)))
+    best: Any = np.int64(min(max(np.rint(x), np.float32(low)), np.float32(high)))
     if len(levels):
         best = 0
         for code in range(1, len(levels)):
