@@ -7,6 +7,7 @@ Frantar et al., arXiv:2210.17323). `_descend` then changes codes and scales, one
 Rows are independent of each other. Columns come in blocks of the type. metric.py prepares H.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -191,6 +192,8 @@ def round_rows(
     for first in range(0, n, block):
         here = slice(first, first + block)
         part = unpack(quantize(rest[:, here], type, importance[here], 1, type.name in SEARCHES), type)
+        if not form.shared and type.name not in SEARCHES:
+            part = replace(part, scale=part.scale[:, :1].copy())  # ternary types store one, which `unpack` repeats
         _feed_back(rest, first, *part.steps(), metric.factor, part.code, levels, form.q_min, form.q_max)
         parts.append(part)
     if sweeps:
