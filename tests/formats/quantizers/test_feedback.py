@@ -13,10 +13,8 @@ from gguf_run.formats.quantizers.feedback import round_rows
 from gguf_run.formats.quantizers.metric import Metric, make_metric
 from gguf_run.formats.quantizers.quantizer import SEARCHES, quantize
 
-NAMES = (
-    "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4 NVFP4 TQ1_0 TQ2_0"
-).split()  # fmt: skip
-by_type = pytest.mark.parametrize("type", [type_by_name(name) for name in NAMES], ids=lambda type: type.name)
+NAMES = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4 NVFP4 TQ1_0 TQ2_0"
+by_type = pytest.mark.parametrize("type", [type_by_name(name) for name in NAMES.split()], ids=lambda type: type.name)
 
 
 def moments(n: int) -> NDArray[np.float32]:
@@ -104,7 +102,7 @@ def test_loss(type: TensorType) -> None:
 
 @by_type
 def test_inputs_that_do_not_depend_on_each_other(type: TensorType) -> None:
-    """Scales are ggml's. Codes are those nearest to the weights, which ggml's are not always: it rounds scales later."""
+    """Scales are ggml's. Codes are those nearest to the weights, which ggml's are not always: it rounds scales last."""
     x = weights(24, width(type))
     metric = make_metric(moments(x.shape[1]), type.block_size, 1.0, False)
     blocks, known = round_rows(x, type, metric), ggmls(x, type, metric)
