@@ -10,7 +10,7 @@ from gguf_run.formats.frozen import frozen
 _DAMPING = 0.01  # part of the mean of diag(H) that is added to it
 _DOUBLE = 4096  # columns up to which the factor is computed in float64
 
-_Matrix = NDArray[Any]
+_Matrix = NDArray[np.floating[Any]]
 
 
 @frozen
@@ -37,9 +37,9 @@ def make_metric(moments: NDArray[np.float32], block: int, rho: float, by_mass: b
         order = np.argsort(-diagonal.reshape(-1, block).sum(axis=1), kind="stable")
     columns = np.arange(n).reshape(-1, block)[order].reshape(-1)
     diagonal = diagonal[columns] + _DAMPING * max(diagonal.mean(), 1e-20)
-    h = moments[np.ix_(columns, columns)].astype(np.float64 if n <= _DOUBLE else np.float32)
+    h: _Matrix = moments[np.ix_(columns, columns)].astype(np.float64 if n <= _DOUBLE else np.float32)
     while True:
-        shrunk = h * h.dtype.type(1 - rho)
+        shrunk = h * (1 - rho)
         np.fill_diagonal(shrunk, diagonal)
         try:
             # For J, which reverses columns, and J H J = L LT, the inverse of J L J is U.

@@ -40,7 +40,7 @@ def with_methods(plan: Plan, n_threads: int, given: Mapping[str, Any]) -> Plan:
 def _method(text: str) -> tuple[str, GptqOptions]:
     """Return the name and the options of a --method, as gptq:rho=0.3,sweeps=0."""
     name, _, rest = text.partition(":")
-    kinds = {field.name: type(field.default) for field in fields(GptqOptions)}
+    kinds: dict[str, type] = {field.name: type(field.default) for field in fields(GptqOptions)}
     try:
         if name not in ("awq", "gptq") or (rest and name == "awq"):
             raise ValueError
