@@ -23,6 +23,11 @@ class Metric:
     block: int  # columns of a block
 
 
+def memory_for(n: int) -> int:
+    """Return how many bytes `make_metric` needs for n columns, the moments and the result included."""
+    return n * n * (42 if n <= _DOUBLE else 28)
+
+
 def make_metric(moments: NDArray[np.float32], block: int, rho: float, by_mass: bool) -> Metric:
     """Return the metric of finite moments f32[n, n], for types with blocks of so many columns.
 

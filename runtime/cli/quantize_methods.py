@@ -45,8 +45,11 @@ def _method(text: str) -> tuple[str, GptqOptions]:
         if name not in ("awq", "gptq") or (rest and name == "awq"):
             raise ValueError
         pairs = dict(pair.split("=", 1) for pair in rest.split(",")) if rest else {}
-        return name, GptqOptions(**{key: kinds[key](value) for key, value in pairs.items()})
+        options = GptqOptions(**{key: kinds[key](value) for key, value in pairs.items()})
+        if not (0 <= options.rho <= 1 and options.sweeps >= 0):
+            raise ValueError
+        return name, options
     except (ValueError, KeyError):
         raise OptionError(
-            f"--method {text}: allowed are awq, gptq and gptq:NAME=NUMBER,... of {', '.join(kinds)}"
+            f"--method {text}: allowed are awq, gptq and gptq:NAME=NUMBER,... of {', '.join(kinds)}; rho is 0 to 1"
         ) from None

@@ -1,11 +1,13 @@
 """Second moments made ready: the factor, the order of blocks, and shrinking of what has no factor."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from gguf_run.formats.quantizers import metric as module
-from gguf_run.formats.quantizers.metric import make_metric
+from gguf_run.formats.quantizers.metric import make_metric, memory_for
 
 
 def moments(n: int, n_tokens: int) -> NDArray[np.float32]:
@@ -52,3 +54,14 @@ def test_what_has_no_factor_is_shrunk_more() -> None:
     assert -1 / 63 - 0.001 < off_diagonal < 0
     assert np.isfinite(metric.factor).all()
     assert np.isfinite(make_metric(np.zeros((64, 64), np.float32), 32, 0.0, False).factor).all()
+
+
+@pytest.mark.parametrize("double", [1024, 0])
+def test_memory(double: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_DOUBLE", double)
+    h = moments(1024, 64)
+    tracemalloc.start()
+    make_metric(h, 32, 0.5, True)
+    needed = h.nbytes + tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0.9 * needed < memory_for(1024) < 1.1 * needed
