@@ -50,8 +50,11 @@ def ggmls(x: NDArray[np.float32], type: TensorType, metric: Metric) -> NDArray[n
 
 
 def plain(x: NDArray[np.float32], type: TensorType, metric: Metric) -> Codes:
-    """Round column after column. After each, set all later columns to where the loss is least, by linear equations."""
-    form, h = INTEGER_FORMS[type.name], metric.moments.astype(np.float64)
+    """Round column after column. After each, set all later columns to where the loss is least (Optimal Brain Surgeon).
+
+    `inverse` is of the moments of the columns that are left: without the first, it loses a product of rank 1.
+    """
+    form, inverse = INTEGER_FORMS[type.name], np.linalg.inv(metric.moments.astype(np.float64))
     levels = form.grid()[:16] if form.codebook else np.arange(form.q_min, form.q_max + 1)
     w = x.astype(np.float64).reshape(len(x), -1, type.block_size)[:, metric.order].reshape(x.shape)
     parts = np.empty((len(x), len(metric.order), type.type_size), np.uint8)
@@ -66,8 +69,9 @@ def plain(x: NDArray[np.float32], type: TensorType, metric: Metric) -> Codes:
             best = np.abs(weights_of_codes - w[:, at, None]).argmin(axis=1)
             codes.code[:, j] = best if form.codebook else levels[best]
             error = w[:, at] - weights_of_codes[np.arange(len(w)), best]
-            later = slice(at + 1, None)
-            w[:, later] += np.outer(error, np.linalg.solve(h[later, later], h[later, at]))
+            first = inverse[0, 1:]
+            w[:, at + 1 :] -= np.outer(error / inverse[0, 0], first)
+            inverse = inverse[1:, 1:] - np.outer(first, first) / inverse[0, 0]
         parts[:, to] = pack(codes)
     return unpack(parts.reshape(len(x), -1), type)
 
