@@ -63,26 +63,23 @@ def _nearest(x: Any, levels: Any, low: int, high: int) -> Any:
 
 
 @njit(fastmath=_FMA)
-def _feed_back(
-    w: Any, first: int, at: Any, d: Any, m: Any, u: Any, code: Any, levels: Any, low: int, high: int
-) -> None:
-    """Round the block of columns from `first` on, in the order of `at`. All later columns make up for the errors.
+def _feed_back(w: Any, first: int, d: Any, m: Any, u: Any, code: Any, levels: Any, low: int, high: int) -> None:
+    """Round the block of columns from `first` on, and let the columns right of each make up for its errors.
 
-    w: f32[n_rows, n], changed. d, m: f32[n_rows, groups]. code: i8[n_rows, block], filled. at, u: of a Metric.
+    w: f32[n_rows, n], changed. d, m: f32[n_rows, groups]. code: i8[n_rows, block], filled.
     """
     block, group = code.shape[1], code.shape[1] // d.shape[1]
     errors = np.empty(code.shape, np.float32)
     for r in range(len(w)):
         x = w[r, first : first + block]
-        for i in range(block):
-            j = at[first + i] - first
+        for j in range(block):
             scale, minimum = d[r, j // group], m[r, j // group]
             inverse = np.float32(1) / scale if scale != 0 else np.float32(0)
             best = _nearest((x[j] - minimum) * inverse, levels, low, high)
-            row = u[first + i, first : first + block]
+            row = u[first + j, first : first + block]
             error = (x[j] - (scale * _value(best, levels) + minimum)) / row[j]
-            code[r, j], errors[r, i] = best, error
-            for k in range(block):  # row has zeros for the columns before; this one is not read again
+            code[r, j], errors[r, j] = best, error
+            for k in range(j + 1, block):
                 x[k] -= error * row[k]
     _subtract_product(w, first + block, errors, u, first)
 
@@ -197,7 +194,7 @@ def round_rows(
         part = unpack(quantize(rest[:, here], type, importance[here], 1, type.name in SEARCHES), type)
         if not form.shared and type.name not in SEARCHES:
             part = replace(part, scale=part.scale[:, :1].copy())  # ternary types store one, which `unpack` repeats
-        _feed_back(rest, first, metric.at, *part.steps(), metric.factor, part.code, levels, form.q_min, form.q_max)
+        _feed_back(rest, first, *part.steps(), metric.factor, part.code, levels, form.q_min, form.q_max)
         parts.append(part)
     if sweeps:
         span, limits = np.array([form.q_min, form.q_max]), np.array(SCALES.get(type.name, ()), np.float32)

@@ -15,28 +15,22 @@ _Matrix = NDArray[np.floating[Any]]
 
 @frozen
 class Metric:
-    """What rounding needs to know of an input. Blocks of columns are in the order of processing.
-
-    The columns of a block are processed in an order of their own, too. But they lie as the type stores them.
-    """
+    """What rounding needs to know of an input. Columns are in the order of processing."""
 
     moments: NDArray[np.float32]  # [n, n] H as it counts: shrunk to its diagonal, and damped
-    factor: NDArray[np.float32]  # [n, n] U, so that UT U is the inverse of moments. Row i is 0 in at[:i]
+    factor: NDArray[np.float32]  # [n, n] U, upper triangular, so that UT U is the inverse of moments
     order: NDArray[np.int64]  # [n / block]: which block of the matrix comes first, second, ...
     block: int  # columns of a block
-    at: NDArray[np.int64]  # [n]: the column that is processed first, second, ...
 
     @property
     def importance(self) -> NDArray[np.float32]:
         """What an error in each column costs, f32[n], once the columns after it have made up for it."""
-        out = np.empty(len(self.at), np.float32)
-        out[self.at] = self.factor[np.arange(len(self.at)), self.at] ** -2
-        return out
+        return np.diag(self.factor) ** -2
 
 
 def memory_for(n: int) -> int:
     """Return how many bytes `make_metric` needs for n columns, the moments and the result included."""
-    return n * n * (38 if n <= _DOUBLE else 28)
+    return n * n * (42 if n <= _DOUBLE else 28)
 
 
 def make_metric(moments: NDArray[np.float32], block: int, rho: float, by_mass: bool) -> Metric:
@@ -44,17 +38,14 @@ def make_metric(moments: NDArray[np.float32], block: int, rho: float, by_mass: b
 
     rho: off the diagonal, moments shrink to (1 - rho) H. If H has no Cholesky factor, rho goes half the way to 1, and
     again.
-    by_mass: the block with the largest sum of diag(H) comes first, and in each block the column with the largest
-        diag(H). Else all go from left to right.
+    by_mass: the block with the largest sum of diag(H) comes first. Else blocks go from left to right.
     """
     n = len(moments)
     diagonal = np.diag(moments).astype(np.float64)
-    order, at = np.arange(n // block), np.arange(n)
+    order = np.arange(n // block)
     if by_mass:
         order = np.argsort(-diagonal.reshape(-1, block).sum(axis=1), kind="stable")
-        inside = np.argsort(-diagonal.reshape(-1, block)[order], axis=1, kind="stable")
-        at = (inside + block * np.arange(n // block)[:, None]).reshape(-1)
-    columns = np.arange(n).reshape(-1, block)[order].reshape(-1)[at]
+    columns = np.arange(n).reshape(-1, block)[order].reshape(-1)
     diagonal = diagonal[columns] + _DAMPING * max(diagonal.mean(), 1e-20)
     h: _Matrix = moments[np.ix_(columns, columns)].astype(np.float64 if n <= _DOUBLE else np.float32)
     while True:
@@ -67,10 +58,8 @@ def make_metric(moments: NDArray[np.float32], block: int, rho: float, by_mass: b
             rho = (1 + rho) / 2
         else:
             break
-    del h
-    lies = np.argsort(at)  # where the columns of `at` come to lie
-    factor = np.triu(_inverse(lower)[::-1, ::-1])[:, lies].astype(np.float32)
-    return Metric(shrunk[np.ix_(lies, lies)].astype(np.float32), factor, order, block, at)
+    factor = np.ascontiguousarray(_inverse(lower)[::-1, ::-1], np.float32)
+    return Metric(shrunk.astype(np.float32), factor, order, block)
 
 
 def _inverse(lower: _Matrix) -> _Matrix:

@@ -53,25 +53,23 @@ def plain(x: NDArray[np.float32], type: TensorType, metric: Metric) -> Codes:
 
     `inverse` is of the moments of the columns that are left: without the first, it loses a product of rank 1.
     """
-    form, h = INTEGER_FORMS[type.name], metric.moments.astype(np.float64)
-    inverse = np.linalg.inv(h[np.ix_(metric.at, metric.at)])
+    form, inverse = INTEGER_FORMS[type.name], np.linalg.inv(metric.moments.astype(np.float64))
     levels = form.grid()[:16] if form.codebook else np.arange(form.q_min, form.q_max + 1)
     w = x.astype(np.float64).reshape(len(x), -1, type.block_size)[:, metric.order].reshape(x.shape)
     parts = np.empty((len(x), len(metric.order), type.type_size), np.uint8)
-    for n_done, to in enumerate(metric.order):
-        here = slice(n_done * type.block_size, (n_done + 1) * type.block_size)
+    for i, to in enumerate(metric.order):
+        here = slice(i * type.block_size, (i + 1) * type.block_size)
         importance = metric.importance[here]
         codes = unpack(quantize(w[:, here].astype("f4"), type, importance, search=type.name in SEARCHES), type)
         d, m = (np.repeat(v.astype(np.float64), form.group, axis=1) for v in codes.steps())
-        for i in range(here.start, here.stop):
-            at, later = metric.at[i], metric.at[i + 1 :]
-            j = at - here.start
+        for j in range(type.block_size):
+            at = here.start + j
             weights_of_codes = d[:, j, None] * levels + m[:, j, None]
             best = np.abs(weights_of_codes - w[:, at, None]).argmin(axis=1)
             codes.code[:, j] = best if form.codebook else levels[best]
             error = w[:, at] - weights_of_codes[np.arange(len(w)), best]
             first = inverse[0, 1:]
-            w[:, later] -= np.outer(error / inverse[0, 0], first)
+            w[:, at + 1 :] -= np.outer(error / inverse[0, 0], first)
             inverse = inverse[1:, 1:] - np.outer(first, first) / inverse[0, 0]
         parts[:, to] = pack(codes)
     return unpack(parts.reshape(len(x), -1), type)
