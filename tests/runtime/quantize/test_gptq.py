@@ -17,7 +17,6 @@ from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.formats.quantizers.feedback import round_rows
 from gguf_run.formats.quantizers.metric import make_metric
 from gguf_run.runtime.quantize import file as file_module
-from gguf_run.runtime.quantize import gptq as gptq_module
 from gguf_run.runtime.quantize.file import quantize_file
 from gguf_run.runtime.quantize.file_types import file_type
 from gguf_run.runtime.quantize.fold import fold, places
@@ -157,7 +156,6 @@ def test_moments_that_are_not_finite_are_found_first(tmp_path: Path) -> None:
         with_gptq(plan, Bad(plan), GptqOptions())  # type: ignore[arg-type]
 
 
-def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gptq_module, "available_memory", lambda: 1_000_000)
+def test_too_little_memory(tmp_path: Path) -> None:
     with planned(tmp_path) as plan, pytest.raises(OptionError, match=r"512 columns need 11\.01 MB of memory, 1\.00 MB"):
-        with_gptq(plan, RandomMoments(plan), GptqOptions())  # type: ignore[arg-type]
+        with_gptq(plan, RandomMoments(plan), GptqOptions(), 1_000_000)  # type: ignore[arg-type]
