@@ -18,7 +18,6 @@ from gguf_run.formats.quantizers.feedback import round_rows
 from gguf_run.formats.quantizers.metric import Metric, make_metric, memory_for
 from gguf_run.runtime.quantize.item import Change, Item
 from gguf_run.runtime.quantize.plan import Plan
-from gguf_run.runtime.terminal.text import size_text
 
 _KEPT = 3  # factorized inputs in memory: the matrices of one input are near each other in a file
 
@@ -72,7 +71,7 @@ def with_gptq(plan: Plan, moments: Moments, options: GptqOptions, available: int
     needed = memory_for(n)
     if available is not None and needed > available:
         raise OptionError(
-            f"--method gptq: matrices of {n} columns need {size_text(needed)} of memory, {size_text(available)} are "
+            f"--method gptq: matrices of {n} columns need {needed / 1e6:.0f} MB of memory, {available / 1e6:.0f} MB are "
             "available: take a machine with more memory"
         )
     changes = {groups[item.target.name]: item.change for item in rounded if item.target.name in groups and item.change}

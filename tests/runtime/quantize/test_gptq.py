@@ -157,5 +157,5 @@ def test_moments_that_are_not_finite_are_found_first(tmp_path: Path) -> None:
 
 
 def test_too_little_memory(tmp_path: Path) -> None:
-    with planned(tmp_path) as plan, pytest.raises(OptionError, match=r"512 columns need 11\.01 MB of memory, 1\.00 MB"):
+    with planned(tmp_path) as plan, pytest.raises(OptionError, match=r"512 columns need 11 MB of memory, 1 MB"):
         with_gptq(plan, RandomMoments(plan), GptqOptions(), 1_000_000)  # type: ignore[arg-type]
