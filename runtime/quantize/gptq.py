@@ -71,8 +71,8 @@ def with_gptq(plan: Plan, moments: Moments, options: GptqOptions, available: int
     needed = memory_for(n)
     if available is not None and needed > available:
         raise OptionError(
-            f"--method gptq: matrices of {n} columns need {needed / 1e6:.0f} MB of memory, {available / 1e6:.0f} MB are "
-            "available: take a machine with more memory"
+            f"--method gptq: matrices of {n} columns need {needed / 1e6:.0f} MB of memory, "
+            f"{available / 1e6:.0f} MB are available: take a machine with more memory"
         )
     changes = {groups[item.target.name]: item.change for item in rounded if item.target.name in groups and item.change}
     rounding = Gptq(moments, changes, options)
