@@ -84,8 +84,10 @@ def test_each_matrix_has_its_moments(
         moments: Any = RandomMoments(plan)
         changed = with_gptq(plan, moments, options)
         assert changed.notes == plan.notes
-        found, plain = written(changed, tmp_path / "gptq.gguf"), written(plan, tmp_path / "plain.gguf")
+        found, plain = written(changed, tmp_path / "gptq.gguf", 1), written(plan, tmp_path / "plain.gguf")
         assert len({*moments.asked}) == len(moments.asked)  # each was made ready once
+        by_two = written(changed, tmp_path / "gptq.gguf")
+        assert all((blocks == by_two[name]).all() for name, blocks in found.items())
         assert not any("attn_k" in name for name, _ in moments.asked)
         n_experts = 0
         for item in plan.items:
