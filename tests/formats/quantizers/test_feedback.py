@@ -44,7 +44,8 @@ def ggmls(x: NDArray[np.float32], type: TensorType, metric: Metric) -> NDArray[n
     ggml makes some scales with the mean square of a row, which error feedback does not know when it needs it.
     """
     columns = np.arange(x.shape[1]).reshape(-1, type.block_size)
-    parts = [quantize(x[:, here], type, metric.importance[here], search=type.name in SEARCHES) for here in columns]
+    importance = np.diag(metric.moments)
+    parts = [quantize(x[:, here], type, importance[here], search=type.name in SEARCHES) for here in columns]
     return np.concatenate(parts, axis=1)
 
 
@@ -59,7 +60,7 @@ def plain(x: NDArray[np.float32], type: TensorType, metric: Metric) -> Codes:
     parts = np.empty((len(x), len(metric.order), type.type_size), np.uint8)
     for i, to in enumerate(metric.order):
         here = slice(i * type.block_size, (i + 1) * type.block_size)
-        importance = metric.importance[here]
+        importance = np.diag(metric.moments)[here]
         codes = unpack(quantize(w[:, here].astype("f4"), type, importance, search=type.name in SEARCHES), type)
         d, m = (np.repeat(v.astype(np.float64), form.group, axis=1) for v in codes.steps())
         for j in range(type.block_size):
@@ -99,7 +100,8 @@ def test_loss(type: TensorType) -> None:
     for first in (0, 4):
         assert all(b <= a * (1 + 1e-5) for a, b in zip(losses[first:], losses[first + 1 : first + 4], strict=False))
     assert losses[3] < losses[0]
-    assert (losses[5] == losses[1]) == (type.name in SEARCHES)  # the scales of all others change, too
+    if type.name not in SEARCHES:
+        assert losses[7] < losses[3]
 
 
 @by_type
