@@ -4,11 +4,12 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.blocks.coded import CODED_FORMS
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS, NO_GRID
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.kernels_cpu.attention.cache import CpuCache
@@ -58,9 +59,12 @@ class CpuBackend:
 
     def table(self, tensor: Tensor) -> CpuTable:
         name, blocks, form = tensor.type.name, tensor.blocks(), INTEGER_FORMS.get(tensor.type.name)
-        if form is None and name not in FLOAT_TABLES:
+        grid: NDArray[Any] = form.grid() if form else NO_GRID
+        if coded := CODED_FORMS.get(name):
+            grid = coded.table
+        elif form is None and name not in FLOAT_TABLES:
             name, blocks = "F32", floats(tensor).view(np.uint8)
-        return CpuTable(name, tensor.ne[0], blocks, form.grid() if form else NO_GRID)
+        return CpuTable(name, tensor.ne[0], blocks, grid)
 
     def weight(self, tensors: Sequence[Tensor]) -> CpuWeight:
         n_in = tensors[0].ne[0]

@@ -99,7 +99,7 @@ def space(w: Weights, n_layer: int, x: Tensor, rope: float) -> tuple[Tensor, lis
     kept = torch.argsort((top**2).sum(1))[-_WIDTH:].sort().values
     near = top @ top[kept].T  # the old channels, projected
     u, _, vh = torch.linalg.svd(near, full_matrices=False)
-    share = 1 - float((torch.diag(top.T @ cov.double() @ top).sum() / cov.double().trace()))
+    share = 1 - float(torch.diag(top.T @ cov.double() @ top).sum() / cov.double().trace())
     click.echo(f"left out of the stream: {share:.2e} of its squares; heads {least}")
     return (u @ vh).float(), least
 

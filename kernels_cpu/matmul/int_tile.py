@@ -31,8 +31,13 @@ def int_tile(
 
     def some_rows(i: Val) -> None:
         first = i * lanes
-        acc = [s.load(init + first * 4, F32, lanes) for init, _ in places]
-        sums = _run(s, panel, ws, first, n_steps, xs, acc, ahead)
+        acc = start = [s.load(init + first * 4, F32, lanes) for init, _ in places]
+        if panel.rows_at:
+            acc = [s.const(F32, 0.0, lanes)] * len(start)
+        sums = _run(s, panel, [w + panel.rows_at for w in ws], first, n_steps, xs, acc, ahead)
+        if panel.rows_at:
+            scales = [s.load(w + first * 4, F32, lanes) for w in ws]
+            sums = [s.fma(total, scales[i % len(ws)], start[i]) for i, total in enumerate(sums)]
         for value, (_, out) in zip(sums, places, strict=True):
             s.store(value, out + first * 4)
 
@@ -226,7 +231,7 @@ def _head(s: Simd, shape: IntPanel, at: Val, first: Val, lanes: int) -> tuple[li
             return [v.to(F32) for v in six[:n]], [v.to(F32) for v in six[n:]]
         case "k8":
             return [byte(i).to(F32) for i in range(n)], []
-        case "none":
+        case "none" | "row":
             return [], []
         case "e8m0":
             e = byte(0)

@@ -24,16 +24,16 @@ def open_model(path: Path, quantize: str | None = None) -> GGUFFile:
         if quantize is None:
             return file
     from gguf_run.runtime.convert.open_checkpoint import auto_type, in_memory, matrices, open_checkpoint
-    from gguf_run.runtime.convert.quantized.methods import KEPT
+    from gguf_run.runtime.convert.quantized.methods import RUN
     from gguf_run.runtime.quantize.file_types import file_type
     from gguf_run.runtime.quantize.plan import Options, check_plan, make_plan
 
     kind = file_type(quantize) if quantize else None
-    keep = {kind.default} if kind else KEPT
+    keep = {kind.default} if kind else RUN
     file = file or open_checkpoint(path, keep=keep)
     if kind is None and all(tensor.type.name == "F32" for tensor in matrices(file)):
         return file
-    # F32 matrices beside others were dequantized, as FP8 must be: the plan gives them the type of the others.
+    # F32 matrices beside others were dequantized, as unusual grids are: the plan gives them the type of the others.
     plan = make_plan(file, Options(kind or auto_type(file)))
     check_plan(plan, allow_requantize=is_checkpoint)
     return in_memory(file, plan)

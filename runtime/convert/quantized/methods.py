@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
+from gguf_run.formats.blocks.types import CHECKPOINT_TYPES
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.tensors import Tensor
@@ -34,8 +35,9 @@ _METHODS: Mapping[str, Marks] = {
     "mlx": {".scales": mlx},
     "gguf": {},  # what transformers saves after it has dequantized a GGUF file: plain weights
 }
-# The types that can hold codes of quantized checkpoints.
+# The types of GGUF that can hold codes of quantized checkpoints.
 KEPT = frozenset(("Q4_0", "Q4_1", "Q8_0", "MXFP4", "NVFP4"))
+RUN = KEPT | {type.name for type in CHECKPOINT_TYPES}  # in memory
 # Files that name the method where config.json does not: modelopt's, and old ones of AutoGPTQ and AutoAWQ.
 _FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 # Ends of names of tensors that concern activations and caches, or that repeat a shape.

@@ -1,0 +1,93 @@
+"""Types whose codes stand for floats: FP8, and the 4-bit types NF4 and FP4 of bitsandbytes. Weight = d * table[code].
+
+A block is d, f32, and then its codes (types.py). Codes of 4 bits: two in a byte, the first one in the high nibble.
+References: OCP FP8 1.0, bitsandbytes 0.50.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_run.formats.blocks.types import TensorType, type_by_name
+from gguf_run.formats.compiler.deferred import COMPILING
+from gguf_run.formats.compiler.jit import njit
+from gguf_run.formats.frozen import frozen
+
+if COMPILING:
+    from gguf_run.formats.blocks.scalars import f32
+
+CODES_AT = 4  # bytes of a block before its codes
+
+
+@frozen
+class CodedForm:
+    """A type, and the weights that its codes stand for where d is 1."""
+
+    type: TensorType
+    table: NDArray[np.float32]  # [16 or 256], read-only
+
+    @property
+    def n_bits(self) -> int:
+        """Bits of a code."""
+        return len(self.table).bit_length() - 1
+
+
+def float8(dtype: str) -> NDArray[np.float32]:
+    """Return the value of each of the 256 codes of F8_E4M3 (no infinities; 0x7f and 0xff are NaN) or F8_E5M2."""
+    codes = np.arange(256, dtype=np.uint16)
+    if dtype == "F8_E5M2":
+        return (codes << 8).view(np.float16).astype(np.float32)  # the upper half of an F16
+    exponent, mantissa = (codes >> 3 & 15).astype(np.int32), (codes & 7).astype(np.float32)
+    size = np.where(exponent > 0, np.ldexp(8 + mantissa, exponent - 10), np.ldexp(mantissa, -9))
+    size[codes & 127 == 127] = np.nan
+    return np.where(codes & 128, -size, size).astype(np.float32)
+
+
+# Quantiles of the normal distribution, and a float of 1 sign bit, 2 bits of exponent and 1 of mantissa, over 12.
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_FP4 = np.array((0, 0.0625, 8, 12, 4, 6, 2, 3), np.float32) / np.float32(12)
+_TABLES = {
+    "FP8_E4M3": float8("F8_E4M3"),
+    "FP8_E5M2": float8("F8_E5M2"),
+    "FP8_E4M3_128": float8("F8_E4M3"),
+    "FP8_E5M2_128": float8("F8_E5M2"),
+    "NF4": np.array(_NF4, np.float32),
+    "FP4": np.concatenate([_FP4, -_FP4]),
+}
+
+
+def _form(name: str, table: NDArray[np.float32]) -> CodedForm:
+    table.flags.writeable = False
+    return CodedForm(type_by_name(name), table)
+
+
+CODED_FORMS: Mapping[str, CodedForm] = MappingProxyType({name: _form(name, table) for name, table in _TABLES.items()})
+
+
+@njit(forceinline=True)
+def decode(src: Any, at: int, table: Any, out: Any) -> None:
+    """out f32[:] = the weights of the block that begins at byte `at` of src u8[:]."""
+    d = f32(src, at)
+    if len(table) == 16:
+        for i in range(len(out) // 2):
+            byte = src[at + CODES_AT + i]
+            out[2 * i], out[2 * i + 1] = d * table[byte >> 4], d * table[byte & 15]
+    else:
+        for i in range(len(out)):
+            out[i] = d * table[src[at + CODES_AT + i]]
+
+
+@njit
+def decode_blocks(src: Any, type_size: int, table: Any, out: Any) -> None:
+    """out f32[:] = the weights of blocks src u8[:] of type_size bytes."""
+    n = len(src) // type_size
+    size = len(out) // max(1, n)
+    for b in range(n):
+        decode(src, b * type_size, table, out[b * size : b * size + size])
