@@ -54,9 +54,10 @@ def bnb_4bit(parts: Parts) -> list[Tensor]:
 
     def scale(blocks: NDArray[np.int64]) -> NDArray[np.float32]:
         found = absmax.array()[blocks]
-        return found if nested is None else nested[0][found] * nested[1][blocks // nested_size] + offset
-
-    check_scales(absmax)
+        if nested is not None:  # rounding may make the smallest ones negative
+            found = nested[0][found] * nested[1][blocks // nested_size] + offset
+        check_scales(absmax, found if nested is None else np.abs(found))
+        return found
 
     def blocks(first: int, end: int) -> NDArray[np.uint8]:
         start, stop = first * shape[1], end * shape[1]

@@ -84,9 +84,12 @@ def fp8_weight(parts: Parts, name: str, weight: StoredArray, scale: StoredArray,
     return Source(name, weight.shape[::-1], type, weight.file, blocks, weight.release)
 
 
-def check_scales(scale: StoredArray) -> None:
-    """Raise FormatError for a scale that is negative, infinite or NaN. A row of zeros may have 0."""
-    values = numbers(scale.array(), scale.dtype)
+def check_scales(scale: StoredArray, values: Floats | None = None) -> None:
+    """Raise FormatError for a scale that is negative, infinite or NaN. A row of zeros may have 0.
+
+    values: default: those that are stored.
+    """
+    values = numbers(scale.array(), scale.dtype) if values is None else values
     if not ((values >= 0) & (values < np.inf)).all():
         raise wrong(scale, "positive numbers", f"has scales {values.min()} to {values.max()}")
 
