@@ -136,9 +136,17 @@ def _coded_tile(
 def load_codes(s: Simd, panel: CodedPanel, at: Val) -> list[Val]:
     """Load a step of a coded panel: f32[16] for each column. FP8 is divided by FLOAT8_FACTOR."""
     if not panel.table:
-        return [load_floats(s, panel, at + ROWS * c) for c in range(panel.columns)]
+        pairs = [s.load(at + 2 * ROWS * i, I16, ROWS) for i in range(panel.columns // 2)]
+        return [halves.as_type(F16).to(F32) for pair in pairs for halves in _halves(panel, pair)]
     pairs = [s.load(at + ROWS * i, I8, ROWS).to(I32, signed=False) for i in range(panel.columns // 2)]
     return [s.look_up_floats(panel.table, codes) for pair in pairs for codes in (pair, pair >> 4)]
+
+
+def _halves(panel: CodedPanel, pair: Val) -> tuple[Val, Val]:
+    """Return FP8 in the low and in the high bytes of words as the bits of f16."""
+    if panel.name == "E5M2":
+        return pair << 8, pair & 0xFF00
+    return pair.s.low_bytes(pair) & 0xBFFF, pair.sar(1) & 0xBF80
 
 
 def load_floats(s: Simd, panel: FloatPanel | CodedPanel, at: Val) -> Val:

@@ -104,7 +104,10 @@ def _repack_codes(src, type_size, n_rows, is_8_bits, out, first, end):
             for b in range(len(row) // type_size):
                 for i in range(size):
                     code = row[b * type_size + CODES_AT + i]
-                    to[(b * size + i) * ROWS + r] = code if is_8_bits else code << 4 | code >> 4
+                    if is_8_bits:
+                        to[(b * size + i & -2) * ROWS + 2 * r + i % 2] = code
+                    else:
+                        to[(b * size + i) * ROWS + r] = code << 4 | code >> 4
 
 
 def floats(tensor: Tensor) -> NDArray[np.float32]:

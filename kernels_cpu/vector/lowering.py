@@ -178,6 +178,15 @@ def _floats_generic(s: Simd, table: Sequence[float], index: Val) -> Val:
     return found
 
 
+def _low_bytes_x86(s: Simd, words: Val) -> Val:
+    factors = s.constants(_I8, [-128, 0] * words.lanes)  # -128 is read as 128
+    return _by_parts(s, "llvm.x86.avx2.pmadd.ub.sw", 32, factors, words.as_type(_I8), _I16)
+
+
+def _low_bytes_generic(s: Simd, words: Val) -> Val:
+    return (words << 8).sar(1)
+
+
 _pshufb = _look_up_by("llvm.x86.avx2.pshuf.b", 32)
 
 # By Isa.dot.
@@ -187,11 +196,14 @@ LOWERINGS = {
         _pairs_by("llvm.x86.avx512.vpdpwssd.512", 16),
         _look_up_by("llvm.x86.avx512.pshuf.b.512", 64),
         _floats_512,
+        _low_bytes_x86,
     ),
-    "vnni256": Lowering(_Vnni256, _pairs_by("llvm.x86.avx512.vpdpwssd.256", 8), _pshufb, _floats_256),
-    "avx2": Lowering(_Avx2, _pairs_avx2, _pshufb, _floats_256),
-    "neon": Lowering(_Neon, _pairs_generic, _look_up_by("llvm.aarch64.neon.tbl1.v16i8", 16), _floats_generic),
-    "generic": Lowering(_Generic, _pairs_generic, _look_up_generic, _floats_generic),
+    "vnni256": Lowering(_Vnni256, _pairs_by("llvm.x86.avx512.vpdpwssd.256", 8), _pshufb, _floats_256, _low_bytes_x86),
+    "avx2": Lowering(_Avx2, _pairs_avx2, _pshufb, _floats_256, _low_bytes_x86),
+    "neon": Lowering(
+        _Neon, _pairs_generic, _look_up_by("llvm.aarch64.neon.tbl1.v16i8", 16), _floats_generic, _low_bytes_generic
+    ),
+    "generic": Lowering(_Generic, _pairs_generic, _look_up_generic, _floats_generic, _low_bytes_generic),
 }
 
 

@@ -134,6 +134,7 @@ class Lowering:
     add_pairs: Callable[["Simd", Val, Val, Val], Val]  # see Simd.add_pairs
     look_up: Callable[["Simd", Sequence[int], Val], Val]  # see Simd.look_up
     look_up_floats: Callable[["Simd", Sequence[float], Val], Val]  # see Simd.look_up_floats
+    low_bytes: Callable[["Simd", Val], Val]  # see Simd.low_bytes
 
 
 class Simd:
@@ -330,6 +331,10 @@ class Simd:
     def look_up_floats(self, table: Sequence[float], index: Val) -> Val:
         """table[i] for the lowest four bits i of each i32 lane of index. The table has 16 numbers, f32."""
         return self.lowering.look_up_floats(self, table, index)
+
+    def low_bytes(self, words: Val) -> Val:
+        """The low byte of each i16 lane, signed, times 128."""
+        return self.lowering.low_bytes(self, words)
 
     # dot products of integers
     def dot_sum(self, start: Val, bits: int) -> DotSum:

@@ -276,6 +276,7 @@ def _coded_twin(panel: CodedPanel, data: np.ndarray, n_in: int) -> np.ndarray:
         codes = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(data), n_in, ROWS)
         values = np.array(panel.table, np.float32)[codes]
     else:
+        codes = codes.reshape(len(data), -1, ROWS, 2).swapaxes(2, 3).reshape(codes.shape)
         values = float8(f"F8_{panel.name}")[codes]
         scales = scales / np.float32(FLOAT8_FACTOR[panel.name])
     values = values * scales.repeat(n_in // scales.shape[1], axis=1)

@@ -163,7 +163,12 @@ NAME = "model.layers.1.mlp.up_proj"
     [
         ("fp8 of compressed-tensors", "weight_scale", lambda x: -x, r"up_proj.weight_scale. has scales -.* positive"),
         ("fp8 of compressed-tensors", "weight_scale", lambda x: x * np.nan, r"weight_scale. has scales nan to nan"),
-        ("fp8 of compressed-tensors", "weight_scale", lambda x: x[:5], r"weight_scale. has the shape \(5, 1\), must be"),
+        (
+            "fp8 of compressed-tensors",
+            "weight_scale",
+            lambda x: x[:5],
+            r"weight_scale. has the shape \(5, 1\), must be",
+        ),
         ("fp8 of deepseek", "weight", lambda x: x | 0x7F, r"up_proj.weight. has codes that are NaN or infinite"),
         ("e5m2", "weight", lambda x: x | 0x7C, r"up_proj.weight. has codes that are NaN or infinite"),
         ("int8", "weight_scale", lambda x: x / 0, r"weight_scale. has scales inf to inf, must be positive numbers"),
